@@ -1,0 +1,47 @@
+"""Shared by all tests: one compute thread, small folders of images, real data where it can be found."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; subprocesses inherit it
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+torch.set_num_threads(1)
+
+SMALL_RUN = (
+    "data.size=[16,16]", "data.workers=0", "train.batch_size=8", "train.log_every=1", "train.device=cpu",
+    "method.encoder.width=32", "method.encoder.depth=1", "method.encoder.heads=2",
+    "method.decoder.width=16", "method.decoder.depth=1", "method.decoder.heads=2",
+)  # fmt: skip
+
+
+def write_images(folder: Path, count: int, *, classes: int = 0, size: tuple[int, int] = (20, 24), seed: int = 0) -> Path:
+    """`count` smooth random PNGs, in `classes` sub-folders when asked; classes differ in mean brightness."""
+    rng = np.random.default_rng(seed)
+    for number in range(count):
+        label = number % classes if classes else 0
+        place = folder / f"class{label}" if classes else folder
+        place.mkdir(parents=True, exist_ok=True)
+        coarse = rng.integers(0, 120, (3, 3, 3)) + (label * 60 if classes else 60)
+        image = Image.fromarray(coarse.astype(np.uint8)).resize((size[1], size[0]), Image.Resampling.BICUBIC)
+        image.save(place / f"{number:04d}.png")
+    return folder
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """A folder of 30 unlabelled images of 20 x 24 pixels."""
+    return write_images(tmp_path / "images", 30)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Archives of real images beside the checkout; tests that want them are skipped where there are none."""
+    folder = Path(__file__).resolve().parents[2] / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("no real data beside the checkout")
+    return folder

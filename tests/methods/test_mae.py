@@ -1,0 +1,185 @@
+"""MAE against the published parameter counts and an independent implementation."""
+
+import warnings
+
+import pytest
+import torch
+
+from unmask.batch import Batch, ImageSpec
+from unmask.method import Clock
+from unmask.methods.mae import MAE, Config
+from unmask.nn.decoders import DecoderConfig
+from unmask.nn.losses import mean_square
+from unmask.nn.masks import mask_from_noise
+from unmask.nn.patches import take
+from unmask.nn.vit import ViTConfig
+from unmask.recipes.mae import mae_base, mae_huge, mae_large
+from unmask.rng import Draws
+
+IMAGENET = ImageSpec(3, (224, 224), "uint8", (123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
+SMALL = ImageSpec(3, (16, 24), "uint8", (120.0, 110.0, 100.0), (60.0, 60.0, 60.0))
+
+
+def small_mae(**changes) -> MAE:
+    encoder = ViTConfig(width=32, depth=2, heads=2, patch=(4, 4))
+    return MAE(Config(encoder=encoder, decoder=DecoderConfig(width=16, depth=1, heads=2), **changes), SMALL)
+
+
+def small_batch(count: int = 4) -> Batch:
+    images = torch.randint(0, 256, (count, 3, 16, 24), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return Batch(images, torch.arange(count), torch.zeros(count, dtype=torch.int64))
+
+
+def clock(batch: Batch, step: int = 0, seed: int = 0) -> Clock:
+    return Clock(step, 10, Draws(seed, batch.epoch, batch.index))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "with_positions", "trainable"),
+    [(mae_base, 111_907_840, 111.66e6), (mae_large, 329_541_888, 329.24e6), (mae_huge, 657_074_508, 656.61e6)],
+)
+def test_parameter_counts_of_the_paper(recipe, with_positions, trainable):
+    with torch.device("meta"):
+        method = recipe().build(IMAGENET)
+    assert sum(p.numel() for p in method.parameters()) == with_positions
+    assert sum(p.numel() for p in method.parameters() if p.requires_grad) == pytest.approx(trainable, abs=0.01e6)
+
+
+def test_table_8_of_the_paper_reaches_the_recipe():
+    config = mae_large()
+    assert config.train.batch_size == 4096
+    assert config.optim.base_lr * config.train.batch_size / 256 == pytest.approx(2.4e-3)
+    assert (config.optim.betas, config.optim.weight_decay, config.optim.warmup) == ((0.9, 0.95), 0.05, 0.05)
+    assert config.method.target == "norm_pixels"
+    assert config.method.mask_ratio == 0.75
+    assert (config.data.crop.scale, config.data.crop.flip) == ((0.2, 1.0), 0.5)
+
+
+def test_predictions_at_two_hidden_places_differ_at_the_start():
+    method, batch = small_mae(), small_batch()
+    patches = method.encoder.patches(batch.images)
+    guess = method.guess(patches, mask_from_noise(torch.rand(4, 24), 0.75))
+    assert guess.shape == (4, 18, 48)
+    assert (guess[:, 0] - guess[:, 1]).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_the_same_image_gets_the_same_mask_wherever_it_stands():
+    method, batch = small_mae().eval(), small_batch()
+    flipped = Batch(batch.images.flip(0), batch.index.flip(0), batch.epoch)
+    assert float(method(batch, clock(batch)).value) == pytest.approx(float(method(flipped, clock(flipped)).value), rel=1e-6)
+    assert method(batch, clock(batch, seed=1)).value != method(batch, clock(batch)).value
+
+
+def test_flat_patches_and_plain_pixels():
+    batch = small_batch()
+    flat = Batch(torch.full_like(batch.images, 7), batch.index, batch.epoch)
+    assert torch.isfinite(small_mae()(flat, clock(flat)).value)
+    assert small_mae(target="pixels").target(torch.ones(1, 2, 48)).eq(1).all()
+
+
+@torch.no_grad()
+def test_picture_pastes_the_prediction_into_the_visible_patches():
+    method, batch = small_mae(), small_batch()
+    picture = method.picture(batch, clock(batch))
+    panels = list(picture.panels)
+    assert panels == ["original", "masked 75%", "prediction", "pasted", "pasted, nearest stats"]
+    original, masked, prediction, pasted, _ = picture.panels.values()
+    assert (original - batch.images).abs().max() < 1e-3
+    grey = method.encoder.mean[:, None, None]
+    visible = (masked - original).abs().amax(1) < 1e-3
+    assert 0.2 < visible.float().mean() < 0.3
+    assert (pasted - original).abs().amax(1)[visible].max() < 1e-3
+    assert ((prediction - grey).abs().amax(1)[visible]).max() < 1e-3
+    assert "TRUE mean" in picture.note
+    assert set(picture.numbers) == {"loss", "patch_mean", "nearest_visible"}
+    assert float(picture.numbers["loss"]) == pytest.approx(float(method(batch, clock(batch)).value), rel=1e-5)
+
+
+def test_a_perfect_guess_pastes_the_original_back():
+    method, batch = small_mae(), small_batch()
+    patches = method.encoder.patches(batch.images)
+    mask = mask_from_noise(torch.rand(4, 24), 0.75)
+    truth = take(method.target(patches), mask.drop)
+    assert torch.allclose(method._to_pixels(truth, patches, mask.drop), take(patches, mask.drop), atol=1e-4)
+
+
+def hugging_face(config: Config, norm_pix: bool):
+    """transformers' ViTMAE of the same size, and a function that copies our weights into it."""
+    transformers = pytest.importorskip("transformers")
+    encoder, decoder = config.encoder, config.decoder
+    theirs = transformers.ViTMAEForPreTraining(
+        transformers.ViTMAEConfig(
+            hidden_size=encoder.width, num_hidden_layers=encoder.depth, num_attention_heads=encoder.heads,
+            intermediate_size=4 * encoder.width, image_size=224, patch_size=encoder.patch[0],
+            decoder_hidden_size=decoder.width, decoder_num_hidden_layers=decoder.depth,
+            decoder_num_attention_heads=decoder.heads, decoder_intermediate_size=4 * decoder.width,
+            norm_pix_loss=norm_pix, mask_ratio=config.mask_ratio, layer_norm_eps=1e-6, hidden_act="gelu",
+        )
+    )
+
+    def copy(ours: MAE) -> None:
+        def block(prefix_theirs: str, prefix_ours: str) -> dict[str, torch.Tensor]:
+            part = {k.removeprefix(prefix_ours): v for k, v in ours.state_dict().items() if k.startswith(prefix_ours)}
+            names = {
+                "norm1": "layernorm_before", "norm2": "layernorm_after", "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2",
+                "attn.proj": "attention.o_proj",
+            }
+            out = {f"{prefix_theirs}{t}.{leaf}": part[f"{o}.{leaf}"] for o, t in names.items() for leaf in ("weight", "bias")}
+            for leaf in ("weight", "bias"):
+                for name, value in zip("qkv", part[f"attn.qkv.{leaf}"].chunk(3), strict=True):
+                    out[f"{prefix_theirs}attention.{name}_proj.{leaf}"] = value
+            return out
+
+        state = ours.state_dict()
+        copied = {
+            "vit.embeddings.cls_token": state["encoder.cls_token"],
+            "vit.embeddings.position_embeddings": state["encoder.pos_embed"],
+            "decoder.mask_token": state["decoder.mask_token"],
+            "decoder.decoder_pos_embed": state["decoder.pos_embed"],
+        }
+        pairs = [("vit.embeddings.patch_embeddings.projection", "encoder.patch_embed.proj"), ("vit.layernorm", "encoder.norm"),
+                 ("decoder.decoder_embed", "decoder.embed"), ("decoder.decoder_norm", "decoder.norm"),
+                 ("decoder.decoder_pred", "decoder.pred")]
+        for t, o in pairs:
+            for leaf in ("weight", "bias"):
+                copied[f"{t}.{leaf}"] = state[f"{o}.{leaf}"]
+        for i in range(encoder.depth):
+            copied |= block(f"vit.layers.{i}.", f"encoder.blocks.{i}.")
+        for i in range(decoder.depth):
+            copied |= block(f"decoder.decoder_layers.{i}.", f"decoder.blocks.{i}.")
+        theirs.load_state_dict(copied)  # strict: nothing missing, nothing left over
+
+    return theirs.eval(), copy
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("recipe", "depths"),
+    [(mae_base, None), (mae_huge, None)],
+    ids=["B/16", "H/14"],
+)
+def test_agrees_with_transformers_on_copied_weights(recipe, depths):
+    """Loss and prediction to 1e-5 relative in float32, norm-pixel on and off, at full size."""
+    config = recipe().method
+    torch.manual_seed(0)
+    ours = MAE(config, IMAGENET).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs, copy = hugging_face(config, norm_pix=True)
+    copy(ours)
+    images = torch.randint(0, 256, (2, 3, 224, 224), dtype=torch.uint8)
+    noise = torch.rand(2, ours.encoder.grid[0] * ours.encoder.grid[1])
+    mask = mask_from_noise(noise, 0.75)
+    with torch.no_grad():
+        patches = ours.encoder.patches(images)
+        guess = ours.guess(patches, mask)
+        normalised = (images - ours.encoder.mean[:, None, None]) / ours.encoder.std[:, None, None]
+        for norm_pix in (True, False):
+            ours.norm_pixels = theirs.config.norm_pix_loss = norm_pix
+            out = theirs(normalised, noise=noise)
+            loss = mean_square(guess, take(ours.target(patches), mask.drop))
+            assert float(loss) == pytest.approx(float(out.loss), rel=1e-5)
+        expected = take(out.logits, mask.drop)
+    assert ((guess - expected).norm() / expected.norm()) < 1e-5
+    assert (guess - expected).abs().max() < 1e-5 * expected.abs().max() * 5

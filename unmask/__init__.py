@@ -1,0 +1,33 @@
+"""unmask: self-supervised pre-training of vision transformers by masked image modelling, on your own images.
+
+The few public names, handed out when first asked for, so that importing the package loads neither torch nor anything else:
+
+    load_encoder(run)          the encoder of a run: encoder(images) gives Features(cls, patches, grid)
+    load(run)                  the whole method, with its config and plan
+    pretrain(data, ...)        what `unmask pretrain` does; resume(run) goes on with it
+    recipes()                  name -> function that returns a Config
+"""
+
+from importlib import import_module
+from typing import Any
+
+_PUBLIC = {
+    "load": "unmask.load:load",
+    "load_encoder": "unmask.load:load_encoder",
+    "pretrain": "unmask.pretrain:pretrain",
+    "recipes": "unmask.recipes.catalogue:all_recipes",
+    "resume": "unmask.pretrain:resume",
+}
+
+__all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("unmask")
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'unmask' has no attribute {name!r}; public names are {', '.join(__all__)}")
+    module, _, attribute = _PUBLIC[name].partition(":")
+    return getattr(import_module(module), attribute)

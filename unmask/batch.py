@@ -1,0 +1,80 @@
+"""What travels from the files to a method: a `Batch` of images, and the `ImageSpec` that describes them all.
+
+Images stay in the files' own dtype (uint8 nearly always, uint16 or float32 for scientific data): a quarter of the bytes
+travel, and normalisation belongs to the encoder, so every method sees the same crop.
+
+Letters used for shapes everywhere in the package: B images of a batch, C channels, H x W pixels, N patches of the grid,
+K kept patches, M dropped (masked) patches, P values of one patch, D width of a token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+DTYPES = {"uint8": torch.uint8, "uint16": torch.uint16, "float32": torch.float32}
+
+
+@dataclass(frozen=True)
+class ImageSpec:
+    """What the images of one data set are: decided once, by the scan, and kept with the encoder.
+
+    `size` is (H, W) as the method sees them; `mean` and `std` are per channel, in the files' own units (0..255 for uint8).
+    """
+
+    channels: int
+    size: tuple[int, int]
+    dtype: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ValueError(f"image dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
+        if not len(self.mean) == len(self.std) == self.channels:
+            raise ValueError(
+                f"{len(self.mean)} means and {len(self.std)} standard deviations for {self.channels} channels; "
+                "give one of each per channel"
+            )
+        if min(self.std) <= 0:
+            raise ValueError(
+                f"standard deviations {self.std} are not all positive: a channel is constant over the whole data set; "
+                "drop that channel, or give --set data.std by hand"
+            )
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One (micro-)batch.
+
+    `images` (B, C, H, W) in the files' dtype; `index` (B,) the row of each image in its source and `epoch` (B,) the pass
+    it belongs to, which together name the random draws of that image; `labels` (B,) and `maps` (B, H, W) where a task
+    needs them.
+    """
+
+    images: Tensor
+    index: Tensor
+    epoch: Tensor
+    labels: Tensor | None = None
+    maps: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on another device; copies from pinned memory overlap with computation."""
+        device = torch.device(device)
+        if self.images.device == device:
+            return self
+        moved = {
+            name: value.to(device, non_blocking=True)
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor)
+        }
+        return replace(self, **moved)
+
+    def pin_memory(self) -> Batch:
+        """The same batch in page-locked memory (called by torch's DataLoader on CUDA machines)."""
+        return replace(self, **{name: v.pin_memory() for name, v in vars(self).items() if isinstance(v, Tensor)})

@@ -1,0 +1,311 @@
+"""The command line. Each verb imports what it needs when it runs, so that `--help` and `report` never load torch.
+
+Human text goes to stderr; with --json one machine-readable object goes to stdout. Exit codes: 0 done, 1 failed, 2 bad
+usage or input, 75 stopped on request and resumable.
+"""
+
+# No `from __future__ import annotations` here: typer reads the annotations as they are.
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from unmask.console import Console
+
+FAILED, USAGE, STOPPED = 1, 2, 75
+
+app = typer.Typer(
+    name="unmask",
+    help="Pre-train vision transformers on your own images by hiding most of each image and learning to rebuild it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Data = Annotated[
+    str,
+    typer.Argument(
+        metavar="DATA",
+        help="Images: a folder, list file, glob, tar, zip or parquet; or an embedded set: shapes, digits.",
+        show_default=False,
+    ),
+]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.", show_default=False)]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change any setting, e.g. train.steps=1000; repeatable."),
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N, mps.")]
+
+
+def main() -> None:
+    """Entry point: runs the app and turns errors for people into one clear line and an exit code."""
+    try:
+        app(standalone_mode=False)
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+    except typer.Abort:
+        sys.exit(130)
+    except KeyboardInterrupt:
+        print("interrupted before training began; nothing was lost, run the command again", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(FAILED)
+    except Exception as error:
+        sys.exit(_explain(error))
+
+
+def _explain(error: Exception) -> int:
+    """Says what went wrong and returns the exit code; what we did not foresee keeps its traceback in a file."""
+    show = getattr(error, "show", None)  # click's own usage errors
+    if callable(show):
+        show()
+        return getattr(error, "exit_code", USAGE)
+    from pydantic import ValidationError
+
+    if isinstance(error, ValidationError):
+        from unmask.config import explain
+
+        message, code = explain(error), USAGE
+    elif isinstance(error, ValueError | FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError):
+        message, code = str(error), USAGE
+    elif type(error).__name__ == "TrainingFailed":
+        message, code = str(error), FAILED
+    elif type(error).__name__ == "OutOfMemoryError":
+        message, code = f"{error}. Try --set train.micro_batch=N with a smaller N, or a smaller recipe", FAILED
+    elif isinstance(error, OSError):
+        message, code = f"{error.strerror or error} ({error.filename or 'no file named'})", FAILED
+    else:
+        import traceback
+
+        traceback.print_exception(error)
+        message, code = f"this is a fault in unmask: {type(error).__name__}: {error}", FAILED
+    print(f"error: {message}".encode("utf-8", "backslashreplace").decode(), file=sys.stderr)
+    return code
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, ensure_ascii=True))
+
+
+def _seconds(text: str | None) -> float | None:
+    """'30m', '2h', '90s', '1.5h' -> seconds."""
+    if text is None:
+        return None
+    units = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+    try:
+        value = float(text[:-1]) * units[text[-1:].lower()]
+    except (KeyError, ValueError):
+        raise ValueError(f"time budget {text!r} came; a number with s, m, h or d was expected, for example 30m") from None
+    if not 0 < value < float("inf"):
+        raise ValueError(f"time budget {text!r} is not a positive time; for example 30m")
+    return value
+
+
+def _ended(run: Any, as_json: bool, console: Console) -> None:
+    """Writes the report and leaves with the code that the Run's status asks for."""
+    from unmask.report import write_report
+
+    status = run.read("status.json")
+    report = write_report(run.path)
+    console.say(f"report: {report}")
+    if as_json:
+        _print_json({"run": str(run.path), "report": str(report), **status})
+    if status["state"] == "stopped":
+        console.say(f"stopped at step {status['step']}; go on with: unmask resume {run.path}")
+        raise typer.Exit(STOPPED)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(metavar="RUN", help="Where the run folder goes.")] = Path("demo-run"),
+    steps: Annotated[int | None, typer.Option(help="Fewer steps for a quick look; the verdict will be weaker.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """No data needed: pre-train on drawn shapes, look, probe, report. About four minutes on two cores."""
+    from unmask.demo import run_demo
+
+    summary = run_demo(out, Console(), steps=steps)
+    if as_json:
+        _print_json(summary)
+    if summary.get("state") == "stopped":
+        raise typer.Exit(STOPPED)
+
+
+@app.command()
+def check(
+    data: Data,
+    sample: Annotated[int | None, typer.Option(help="Check only this many files, evenly spread.")] = None,
+    workers: Annotated[int, typer.Option(help="Checking processes.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Preflight: counts, sizes, channels, statistics, broken files, a recipe and a time forecast."""
+    from unmask.check import check_data
+
+    code, summary = check_data(data, Console(), sample=sample, workers=workers)
+    if as_json:
+        _print_json(summary)
+    raise typer.Exit(code)
+
+
+@app.command()
+def pretrain(
+    data: Data,
+    recipe: Annotated[str, typer.Option(help="A name from `unmask recipes`, or auto.")] = "auto",
+    out: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="New run folder; default runs/<data>-<recipe>.", show_default=False)
+    ] = None,
+    budget: Annotated[
+        str | None, typer.Option(metavar="TIME", help="Plan the steps that fit, e.g. 30m, 2h.", show_default=False)
+    ] = None,
+    settings: Settings = None,
+    as_json: AsJson = False,
+) -> None:
+    """Pre-train an encoder on your images. Labels are not used."""
+    from unmask.pretrain import pretrain
+
+    console = Console()
+    run = pretrain(
+        data, recipe=recipe, out=out, budget=_seconds(budget), settings=settings or (), console=console
+    )
+    _ended(run, as_json, console)
+
+
+@app.command()
+def resume(
+    run: RunFolder,
+    allow_dataset_change: Annotated[
+        bool, typer.Option("--allow-dataset-change", help="Go on although the image files are not the same any more.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Go on exactly where a run stopped."""
+    from unmask.pretrain import resume
+
+    console = Console()
+    _ended(resume(run, allow_dataset_change=allow_dataset_change, console=console), as_json, console)
+
+
+@app.command()
+def reconstruct(
+    run: RunFolder,
+    images: Annotated[list[str], typer.Argument(metavar="IMAGE...", help="Image files, or one DATA.", show_default=False)],
+    out: Annotated[Path, typer.Option(metavar="PNG", help="The picture to write.")] = Path("reconstruction.png"),
+    step: Annotated[int | None, typer.Option(help="An earlier checkpoint; default the newest.", show_default=False)] = None,
+    seed: Annotated[int, typer.Option(help="Another seed hides other patches.")] = 0,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Draw what a run makes of images: original, masked, prediction, pasted."""
+    from unmask.use import reconstruct_images
+
+    numbers = reconstruct_images(run, images, out, step=step, seed=seed, device=device, console=Console())
+    if as_json:
+        _print_json({"picture": str(out), **numbers})
+
+
+@app.command()
+def probe(
+    run: RunFolder,
+    data: Data,
+    test: Annotated[
+        str | None, typer.Option(metavar="DATA", help="Test images; default a fifth of DATA.", show_default=False)
+    ] = None,
+    kind: Annotated[str, typer.Option(help="knn or linear.")] = "knn",
+    shots: Annotated[int | None, typer.Option(help="Labels per class; default all.", show_default=False)] = None,
+    controls: Annotated[bool, typer.Option("--controls", help="Also raw pixels and an untrained encoder.")] = False,
+    seed: Annotated[int, typer.Option(help="Chooses the shots and the default test part.")] = 0,
+    step: Annotated[int | None, typer.Option(help="An earlier checkpoint; default the newest.", show_default=False)] = None,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """How good are the features? Accuracy of a frozen encoder on your labels (sub-folder names)."""
+    from unmask.use import probe_run
+
+    summary = probe_run(
+        run, data, test=test, kind=kind, shots=shots, controls=controls, seed=seed, step=step, device=device,
+        console=Console(),
+    )
+    if as_json:
+        _print_json(summary)
+
+
+@app.command()
+def embed(
+    run: RunFolder,
+    data: Data,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="FILE.parquet or FILE.npz.", show_default=False)],
+    step: Annotated[int | None, typer.Option(help="An earlier checkpoint; default the newest.", show_default=False)] = None,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Features of every image, with file names: class token and mean over patches. Never masks."""
+    from unmask.use import embed_images
+
+    summary = embed_images(run, data, out, step=step, device=device, console=Console())
+    if as_json:
+        _print_json(summary)
+
+
+@app.command()
+def report(run: RunFolder, as_json: AsJson = False) -> None:
+    """Write RUN/report.html: one file that opens offline."""
+    from unmask.report import write_report
+
+    path = write_report(run)
+    Console().say(f"report: {path}")
+    if as_json:
+        _print_json({"report": str(path)})
+
+
+@app.command()
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Show every setting of one recipe.", show_default=False)] = None,
+    as_json: AsJson = False,
+) -> None:
+    """The recipes, or every setting of one."""
+    from unmask.recipes.catalogue import all_recipes, find
+
+    if name is not None:
+        value = find(name).model_dump(mode="json")
+        print(json.dumps(value, indent=None if as_json else 2))
+        return
+    first_lines = {key: (function.__doc__ or "").strip().splitlines()[0] for key, function in all_recipes().items()}
+    if as_json:
+        _print_json(first_lines)
+        return
+    for key, line in first_lines.items():
+        print(f"{key:12s} {line}")
+    print(f"{'auto':12s} Picks one from image count, size and device, and says why.")
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Versions, device, and a ten-second self-test."""
+    from unmask.doctor import examine
+
+    good, summary = examine(Console())
+    if as_json:
+        _print_json(summary)
+    raise typer.Exit(0 if good else FAILED)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
+) -> None:
+    if version:
+        from importlib.metadata import version as of
+
+        print(f"unmask {of('unmask')}")
+        raise typer.Exit
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,180 @@
+"""The root `Config`: what a person wrote. Its derived twin, what the machine worked out from it, is `plan.Plan`.
+
+A tree of frozen, typed models: unknown keys are errors, JSON goes both ways, and `--set KEY=VALUE` reaches every field.
+A method's name is the name of its file in `methods/`; there is no registry.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import json
+import pkgutil
+from collections.abc import Iterable
+from types import ModuleType
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, Field, SerializeAsAny, ValidationError
+
+import unmask.methods
+from unmask.batch import ImageSpec
+from unmask.data.augment import CropConfig
+from unmask.method import Method, MethodConfig
+from unmask.nn.vit import Pair
+from unmask.optim import OptimConfig
+from unmask.settings import Settings
+
+
+class ConfigError(ValueError):
+    """A setting that does not exist or does not fit; the message names the nearest ones."""
+
+
+class DataConfig(Settings):
+    """Which images, and how they become batches.
+
+    source: folder, list file, glob, tar, zip, parquet or an embedded name. size: (H, W) the method sees, in pixels.
+    channels, mean, std: None means counted and computed on the data (mean and std in the files' own units).
+    workers: decoding processes; None means chosen from the machine. cache: keep decoded images in memory; None means if
+    they fit in `cache_gib`. max_bad_fraction: more unreadable files than this stop the run.
+    """
+
+    source: str = ""
+    size: Pair = (224, 224)
+    crop: CropConfig = CropConfig()
+    channels: int | None = Field(None, gt=0)
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    workers: int | None = Field(None, ge=0)
+    cache: bool | None = None
+    cache_gib: float = Field(1.0, ge=0)
+    max_bad_fraction: float = Field(0.05, ge=0, le=1)
+    scan_sample: int | None = Field(20_000, gt=0)
+
+
+class TrainConfig(Settings):
+    """How long and how often. `steps` are optimiser steps and win over `epochs`; `batch_size` is global.
+
+    micro_batch: images per forward pass; None means as many as fit in memory. checkpoint_every is in steps, and a
+    checkpoint is also written every `checkpoint_minutes`. precision "auto" is bf16 where the processor is fast at it.
+    """
+
+    steps: int | None = Field(None, gt=0)
+    epochs: float | None = Field(None, gt=0)
+    batch_size: int = Field(256, gt=0)
+    micro_batch: int | None = Field(None, gt=0)
+    seed: int = Field(0, ge=0, lt=2**63)
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    device: str = "auto"
+    compile: bool = False
+    log_every: int = Field(10, gt=0)
+    checkpoint_every: int = Field(500, gt=0)
+    checkpoint_minutes: float = Field(10, gt=0)
+    keep_checkpoints: int = Field(2, ge=2)
+    picture_every: int | None = Field(None, gt=0)
+    picture_images: int = Field(8, gt=0)
+
+
+class Config(Settings):
+    """Everything a person can choose about a run. `recipe` is the name it started from."""
+
+    recipe: str = ""
+    method: SerializeAsAny[Annotated[MethodConfig, BeforeValidator(lambda value: parse_method(value))]]
+    data: DataConfig = DataConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+
+    def build(self, images: ImageSpec) -> Method:
+        """A fresh method for these images, weights drawn from torch's current generator."""
+        return method_class(self.method.name)(self.method, images)
+
+
+def method_names() -> list[str]:
+    """The files of `methods/`."""
+    return sorted(module.name for module in pkgutil.iter_modules(unmask.methods.__path__))
+
+
+def method_module(name: str) -> ModuleType:
+    """`methods/<name>.py`. Raises ConfigError with the nearest names when there is none."""
+    if name not in method_names():
+        raise ConfigError(f"method {name!r} is not known; {nearest(name, method_names())}")
+    return importlib.import_module(f"unmask.methods.{name}")
+
+
+def method_class(name: str) -> type[Method]:
+    """The one subclass of `Method` that `methods/<name>.py` defines."""
+    module = method_module(name)
+    found = [
+        thing
+        for thing in vars(module).values()
+        if isinstance(thing, type) and issubclass(thing, Method) and thing.__module__ == module.__name__
+    ]
+    assert len(found) == 1, f"methods/{name}.py must define one Method, it defines {len(found)}"
+    return found[0]
+
+
+def parse_method(value: Any) -> Any:
+    """A method's settings from JSON: `name` says which file's `Config` reads them."""
+    if not isinstance(value, dict):
+        return value
+    return method_module(str(value.get("name", ""))).Config.model_validate(value)
+
+
+def nearest(wrong: str, names: Iterable[str]) -> str:
+    """'did you mean a or b?', or the list of all names when nothing comes close."""
+    names = list(names)
+    leaves = {name.split(".")[-1]: name for name in names}
+    close = difflib.get_close_matches(wrong, names, 3, 0.6)
+    close += [leaves[leaf] for leaf in difflib.get_close_matches(wrong.split(".")[-1], leaves, 3, 0.75)]
+    close = list(dict.fromkeys(close))[:3]
+    return f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(names)}"
+
+
+def keys(settings: BaseModel, prefix: str = "") -> list[str]:
+    """Every dotted key that `--set` can reach, leaves only."""
+    found: list[str] = []
+    for name in type(settings).model_fields:
+        value = getattr(settings, name)
+        found += keys(value, f"{prefix}{name}.") if isinstance(value, BaseModel) else [prefix + name]
+    return found
+
+
+def override(config: Config, assignments: Iterable[str]) -> Config:
+    """`config` with KEY=VALUE assignments applied, e.g. "train.steps=100" or "data.size=[48,64]".
+
+    Values are read as JSON where they are JSON and as text otherwise; `none` clears a field. Raises ConfigError for a key
+    that does not exist (with the nearest ones) or a value that does not fit (with what was expected).
+    """
+    tree = config.model_dump(mode="json")
+    known = keys(config)
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        key = key.strip()
+        if not equals:
+            raise ConfigError(f"{assignment!r} came, KEY=VALUE was expected, for example train.steps=1000")
+        if key not in known:
+            raise ConfigError(f"{key!r} is not a setting; {nearest(key, known)}")
+        *path, leaf = key.split(".")
+        branch = tree
+        for part in path:
+            branch = branch[part]
+        branch[leaf] = _read(text.strip())
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(explain(error)) from None
+
+
+def _read(text: str) -> Any:
+    try:
+        return json.loads({"none": "null", "None": "null", "True": "true", "False": "false"}.get(text, text))
+    except json.JSONDecodeError:
+        return text
+
+
+def explain(error: ValidationError) -> str:
+    """A pydantic error as one sentence per setting: which one, what came, what was expected."""
+    lines = []
+    for item in error.errors():
+        where = ".".join(str(part) for part in item["loc"] if not str(part).startswith("function-"))
+        lines.append(f"{where}={item['input']!r} does not fit: {item['msg']}")
+    return "; ".join(lines)

@@ -1,0 +1,92 @@
+"""What people read while a command runs: sentences and progress, always on stderr, so that stdout stays for `--json`.
+
+On a terminal a live bar (rich); elsewhere one plain line per interval, without carriage returns or colours.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console as RichConsole
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn
+
+PLAIN_INTERVAL = 30.0
+
+
+def duration(seconds: float) -> str:
+    """90 -> '1 min 30 s', in the two largest units that matter."""
+    seconds = max(0, round(seconds))
+    if seconds < 60:
+        return f"{seconds} s"
+    minutes, seconds = divmod(seconds, 60)
+    if minutes < 60:
+        return f"{minutes} min {seconds:02d} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours < 48 else f"{hours / 24:.1f} days"
+
+
+class Console:
+    """Says things to a person. `quiet` keeps only warnings."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.quiet = quiet
+        self.live = sys.stderr.isatty() and os.environ.get("TERM") != "dumb" and not os.environ.get("CI")
+        self._rich = RichConsole(stderr=True, highlight=False, soft_wrap=True)
+
+    def say(self, text: str = "") -> None:
+        if not self.quiet:
+            self._print(text)
+
+    def warn(self, text: str) -> None:
+        self._print(f"warning: {text}")
+
+    def _print(self, text: str) -> None:
+        # A file name may hold bytes that are no text; a message about it must not fail.
+        text = text.encode("utf-8", "backslashreplace").decode()
+        if self.live:
+            self._rich.print(escape(text))
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    @contextmanager
+    def progress(self, title: str, total: int, start: int = 0) -> Iterator[Bar]:
+        """A `Bar` for `total` steps of which `start` are done; `bar.update(step, text)` moves it."""
+        if not self.live or self.quiet:
+            yield Bar(self, title, total, start)
+            return
+        columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} {task.fields[text]}")
+        with Progress(*columns, console=self._rich, transient=True) as rich:
+            task = rich.add_task(escape(title), total=total, completed=start, text="")
+            bar = Bar(self, title, total, start)
+            bar.show = lambda step, text: rich.update(task, completed=step, text=escape(text))
+            yield bar
+
+
+class Bar:
+    """Progress of one long thing; knows the time left from the pace so far."""
+
+    def __init__(self, console: Console, title: str, total: int, start: int) -> None:
+        self.console, self.title, self.total = console, title, total
+        self.start, self.began, self.last = start, time.monotonic(), 0.0
+        self.show = self._plain
+
+    def update(self, step: int, text: str = "") -> None:
+        self.show(step, f"{text}  {self.left(step)}" if text else self.left(step))
+
+    def left(self, step: int) -> str:
+        """'3 min 20 s left', from the mean pace since the start."""
+        done = step - self.start
+        if done <= 0:
+            return ""
+        return f"{duration((time.monotonic() - self.began) / done * (self.total - step))} left"
+
+    def _plain(self, step: int, text: str) -> None:
+        now = time.monotonic()
+        if now - self.last >= PLAIN_INTERVAL or step == self.total:
+            self.last = now
+            self.console.say(f"{self.title} {step}/{self.total}  {text}")

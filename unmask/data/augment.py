@@ -1,0 +1,121 @@
+"""Which part of each image a method sees: crop boxes and flips as pure functions of uniform draws, and the resampling.
+
+Boxes are (top, left, height, width) in pixels of the full image, so they can be chosen before anything is decoded. The
+draws come from `rng.py`, by (seed, epoch, image); nothing here has state.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from pydantic import Field
+
+from unmask.settings import Settings
+
+TRIES = 10
+CROP_DRAWS = 2 * TRIES + 2
+
+
+class CropConfig(Settings):
+    """How a training crop is chosen.
+
+    kind "random_resized": a box of random area (`scale`, share of the image) and aspect (`ratio`), MAE's default;
+    "random": a box of fixed size, `eval_share` of the largest that fits, at a random place; "center": no randomness.
+    flip: probability of a left-right flip. eval_share: side of the centre box used outside training, as a share of the
+    largest that fits (the paper's resize 256, crop 224 is 0.875).
+    """
+
+    kind: Literal["random_resized", "random", "center"] = "random_resized"
+    scale: tuple[float, float] = (0.2, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: float = Field(0.5, ge=0, le=1)
+    eval_share: float = Field(1.0, gt=0, le=1)
+
+
+def center_boxes(sizes: np.ndarray, target: tuple[int, int], share: float = 1.0) -> np.ndarray:
+    """(B, 2) image sizes -> (B, 4) boxes: the largest centred box of the target's shape, times `share`."""
+    return _fixed_boxes(sizes, target, share, np.full((len(sizes), 2), 0.5))
+
+
+def crop_boxes(sizes: np.ndarray, target: tuple[int, int], config: CropConfig, draws: np.ndarray) -> np.ndarray:
+    """Training boxes: (B, 2) image sizes (H, W) and (B, CROP_DRAWS) uniform draws -> (B, 4) boxes."""
+    if config.kind == "center":
+        return center_boxes(sizes, target, config.eval_share)
+    if config.kind == "random":
+        return _fixed_boxes(sizes, target, config.eval_share, draws[:, -2:])
+    return _random_resized(sizes, target, config, draws)
+
+
+def _fixed_boxes(sizes: np.ndarray, target: tuple[int, int], share: float, place: np.ndarray) -> np.ndarray:
+    scale = (sizes / np.array(target)).min(1, keepdims=True) * share
+    box = scale * np.array(target)
+    return np.concatenate([(sizes - box) * place, box], 1)
+
+
+def _random_resized(
+    sizes: np.ndarray, target: tuple[int, int], config: CropConfig, draws: np.ndarray
+) -> np.ndarray:
+    """Inception-style random resized crop as torchvision draws it: ten tries, then the largest centred box.
+
+    `ratio` is relative to the target's own shape, so that a wide model grid is not squeezed into square crops.
+    """
+    height, width = sizes[:, :1].astype(float), sizes[:, 1:].astype(float)
+    low, high = config.scale
+    area = height * width * (low + (high - low) * draws[:, :TRIES])
+    shape = target[1] / target[0]
+    logs = np.log(config.ratio)
+    ratio = np.exp(logs[0] + (logs[1] - logs[0]) * draws[:, TRIES : 2 * TRIES]) * shape
+    box_h, box_w = np.round(np.sqrt(area / ratio)), np.round(np.sqrt(area * ratio))
+    fits = (box_h >= 1) & (box_w >= 1) & (box_h <= height) & (box_w <= width)  # (B, TRIES)
+    first = fits.argmax(1)[:, None]
+    box = np.concatenate([np.take_along_axis(box_h, first, 1), np.take_along_axis(box_w, first, 1)], 1)
+    corner = np.floor((sizes - box + 1) * draws[:, -2:])
+    boxes = np.concatenate([corner, box], 1)
+    ratio_range = (config.ratio[0] * shape, config.ratio[1] * shape)
+    return np.where(fits.any(1, keepdims=True), boxes, _fallback(height, width, ratio_range))
+
+
+def _fallback(height: np.ndarray, width: np.ndarray, ratio: tuple[float, float]) -> np.ndarray:
+    """The largest centred box whose aspect lies within `ratio`."""
+    box_w = np.minimum(width, np.round(height * ratio[1]))
+    box_h = np.minimum(height, np.round(width / ratio[0]))
+    return np.concatenate([np.floor((height - box_h) / 2), np.floor((width - box_w) / 2), box_h, box_w], 1)
+
+
+def decode_size(size: tuple[int, int], box: np.ndarray, target: tuple[int, int]) -> tuple[int, int]:
+    """How large the whole image must be decoded for the box to keep at least the target's resolution: (h, w)."""
+    return (
+        min(size[0], math.ceil(size[0] * target[0] / box[2])),
+        min(size[1], math.ceil(size[1] * target[1] / box[3])),
+    )
+
+
+def cut(image: np.ndarray, box: np.ndarray, target: tuple[int, int], flip: bool) -> np.ndarray:
+    """Resample the box of `image` (H, W, C) to `target` (h, w) and flip: (h, w, C) in the same dtype.
+
+    Bicubic with antialiasing in both branches. 8-bit gray and RGB go through Pillow; any other channel count or dtype
+    through torch, band by band, clipped to the values present in the image so that bicubic overshoot invents none.
+    """
+    top, left, height, width = (float(value) for value in box)
+    if (height, width) == target and top.is_integer() and left.is_integer():
+        out = image[int(top) : int(top) + target[0], int(left) : int(left) + target[1]]
+    elif image.dtype == np.uint8 and image.shape[2] in (1, 3):
+        picture = Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
+        region = (left, top, min(left + width, image.shape[1]), min(top + height, image.shape[0]))
+        out = np.asarray(picture.resize((target[1], target[0]), Image.Resampling.BICUBIC, box=region))
+        out = out.reshape(*target, image.shape[2])
+    else:
+        y0, x0 = int(top), int(left)
+        part = image[y0 : max(y0 + 1, round(top + height)), x0 : max(x0 + 1, round(left + width))]
+        bands = torch.from_numpy(part.astype(np.float32)).permute(2, 0, 1)[None]
+        out = F.interpolate(bands, size=target, mode="bicubic", align_corners=False, antialias=True)
+        out = out[0].permute(1, 2, 0).numpy().clip(part.min(), part.max())
+        if np.issubdtype(image.dtype, np.integer):
+            out = out.round()
+        out = out.astype(image.dtype)
+    return out[:, ::-1] if flip else out

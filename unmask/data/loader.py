@@ -1,0 +1,254 @@
+"""From a source to batches. Position is one integer: how many samples have been taken.
+
+Sample number s belongs to epoch s // n at place s % n of that epoch's order; order, crop and flip are pure functions of
+(seed, epoch, image). Workers are handed explicit lists of images and keep no state, so their number cannot change what
+is drawn, and starting anywhere costs nothing: there is no iterator to wind forward. Epochs follow one another without
+a gap, so no image is left out and a batch may be larger than the data set.
+
+A file that has gone bad since the scan is replaced by another image drawn from the same counter-based stream, so every
+run replaces it alike; it is reported with the batch.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from unmask.batch import Batch, ImageSpec
+from unmask.data import augment, decode
+from unmask.data.augment import CropConfig
+from unmask.data.decode import BadImage
+from unmask.data.scan import BadFile
+from unmask.data.sources import Source
+from unmask.rng import Stream, permutation, uniform, words
+
+REPLACEMENT_TRIES = 16
+WORKER_TIMEOUT = 300
+
+
+@dataclass(frozen=True)
+class Taken:
+    """The images of one batch: rows of the source, and the epoch each belongs to."""
+
+    index: np.ndarray  # (B,) int64
+    epoch: np.ndarray  # (B,) int64
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """A batch, and the files that could not be read for it (each was replaced)."""
+
+    batch: Batch
+    bad: tuple[BadFile, ...] = ()
+
+    def pin_memory(self) -> Delivery:
+        return Delivery(self.batch.pin_memory(), self.bad)
+
+
+@dataclass
+class Order:
+    """Which image sample number s is. `rows` are the usable rows of the source."""
+
+    rows: np.ndarray
+    seed: int
+    _cache: dict[int, np.ndarray] = field(default_factory=dict)
+
+    def take(self, start: int, count: int) -> Taken:
+        """Samples start .. start + count."""
+        slots = np.arange(start, start + count, dtype=np.int64)
+        epoch, place = np.divmod(slots, len(self.rows))
+        index = np.empty_like(slots)
+        for number in np.unique(epoch):
+            index[epoch == number] = self._epoch(int(number))[place[epoch == number]]
+        return Taken(index, epoch)
+
+    def _epoch(self, number: int) -> np.ndarray:
+        if number not in self._cache:
+            self._cache = {n: order for n, order in self._cache.items() if n >= number - 1}
+            self._cache[number] = self.rows[permutation(self.seed, number, len(self.rows))]
+        return self._cache[number]
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """One image on its way: its full size, and either its bytes, or itself decoded, or what is wrong with it."""
+
+    size: tuple[int, int]
+    data: bytes = b""
+    image: np.ndarray | None = None
+    fault: BadImage | None = None
+
+
+@dataclass
+class Images(Dataset[Delivery]):
+    """Reads, decodes, crops and stacks the images it is asked for. Picklable; everything random comes from `seed`.
+
+    training=False means the centred box and no flip; then a bad file raises, because an evaluation must not put
+    another image in its place.
+    """
+
+    source: Source
+    rows: np.ndarray
+    spec: ImageSpec
+    crop: CropConfig
+    seed: int = 0
+    training: bool = True
+    kept: dict[int, np.ndarray] = field(default_factory=dict)
+    gone_bad: set[str] = field(default_factory=set)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def keep_decoded(self) -> None:
+        """Decode every image once and keep it, for sets that fit in memory; workers forked later share the pages.
+
+        What cannot be decoded now is met again, and reported, when its turn comes.
+        """
+        for row in self.rows.tolist():
+            try:
+                self.kept[row] = self._conform(decode.decode(self.source.read(row)))
+            except BadImage:
+                continue
+
+    def __getitem__(self, taken: Taken) -> Delivery:
+        index, bad = taken.index.copy(), []
+        opened = [self._open(int(row)) for row in index]
+        boxes, flips = self._boxes(opened, index, taken.epoch)
+        out = np.empty((len(index), *self.spec.size, self.spec.channels), self.spec.dtype)
+        for place, image in enumerate(opened):
+            try:
+                out[place] = self._cut(image, boxes[place], bool(flips[place]))
+            except BadImage as error:
+                bad.append(BadFile(self.source.names[int(index[place])], error.code, error.detail))
+                if not self.training:
+                    raise BadImage(error.code, f"{bad[-1].name}: {error.detail}") from None
+                index[place], out[place] = self._replace(int(index[place]), int(taken.epoch[place]))
+        labels = self.source.labels
+        batch = Batch(
+            images=torch.from_numpy(np.ascontiguousarray(out.transpose(0, 3, 1, 2))),
+            index=torch.from_numpy(index),
+            epoch=torch.from_numpy(taken.epoch.copy()),
+            labels=None if labels is None else torch.from_numpy(labels[index]),
+        )
+        return Delivery(batch, tuple(bad))
+
+    def _open(self, row: int) -> _Opened:
+        """The bytes and the size of one image; a fault is kept until its turn comes."""
+        if row in self.kept:
+            return _Opened(self.kept[row].shape[:2], image=self.kept[row])
+        try:
+            data = self.source.read(row)
+            header = decode.header(data)
+            return _Opened((header.height, header.width), data=data)
+        except BadImage as error:
+            return _Opened((1, 1), fault=error)
+
+    def _cut(self, opened: _Opened, box: np.ndarray, flip: bool) -> np.ndarray:
+        """(H, W, C) of the spec's size, channels and dtype. Raises BadImage."""
+        if opened.fault is not None:
+            raise opened.fault
+        image = opened.image
+        if image is None:
+            at_least = augment.decode_size(opened.size, box, self.spec.size)
+            image = self._conform(decode.decode(opened.data, at_least=at_least))
+        scale = np.array(image.shape[:2]) / opened.size  # a scaled decode shrinks the box alike
+        return augment.cut(image, box * np.tile(scale, 2), self.spec.size, flip)
+
+    def _conform(self, image: np.ndarray) -> np.ndarray:
+        return decode.conform(image, self.spec.channels, self.spec.dtype)
+
+    def _replace(self, row: int, epoch: int) -> tuple[int, np.ndarray]:
+        """The image that stands in for a bad one: the same choice in every run, whatever came before."""
+        one = np.array([row]), np.array([epoch])
+        for word in words(self.seed, Stream.REPLACE, one[1], one[0], REPLACEMENT_TRIES)[0]:
+            other = int(self.rows[word % len(self.rows)])
+            opened = self._open(other)
+            boxes, flips = self._boxes([opened], np.array([other]), one[1])
+            try:
+                return other, self._cut(opened, boxes[0], bool(flips[0]))
+            except BadImage:
+                continue
+        raise BadImage(
+            "VANISHED",
+            f"{self.source.names[row]} and {REPLACEMENT_TRIES} others drawn to replace it cannot be read: the data seem to "
+            "have gone; bring them back and resume",
+        )
+
+    def _boxes(
+        self, opened: Sequence[_Opened], index: np.ndarray, epoch: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(B, 4) boxes and (B,) flips."""
+        sizes = np.array([image.size for image in opened], np.int64)
+        if not self.training:
+            boxes = augment.center_boxes(sizes, self.spec.size, self.crop.eval_share)
+            return boxes, np.zeros(len(index), bool)
+        draws = uniform(self.seed, Stream.CROP, epoch, index, augment.CROP_DRAWS)
+        flips = uniform(self.seed, Stream.FLIP, epoch, index, 1)[:, 0] < self.crop.flip
+        return augment.crop_boxes(sizes, self.spec.size, self.crop, draws), flips
+
+
+class _Positions:
+    """What DataLoader calls a sampler: the micro-batches from a position on."""
+
+    def __init__(self, order: Order, start: int, count: int, batches: int) -> None:
+        self.order, self.start, self.count, self.batches = order, start, count, batches
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def __iter__(self) -> Iterator[Taken]:
+        for number in range(self.batches):
+            yield self.order.take(self.start + number * self.count, self.count)
+
+
+def training_batches(
+    images: Images, *, start: int, batch: int, batches: int, workers: int, pin: bool = False
+) -> Iterator[Delivery]:
+    """`batches` deliveries of `batch` images from sample number `start` on, decoded by `workers` processes."""
+    order = Order(images.rows, images.seed)
+    return iter(_loader(images, _Positions(order, start, batch, batches), workers, pin))
+
+
+def eval_batches(images: Images, rows: np.ndarray, *, batch: int, workers: int = 0) -> Iterator[Batch]:
+    """The given rows in order, centred box, no randomness; the last batch may be smaller. Raises BadImage."""
+    pieces = [rows[i : i + batch] for i in range(0, len(rows), batch)]
+    taken = [Taken(piece.astype(np.int64), np.zeros(len(piece), np.int64)) for piece in pieces]
+    return (delivery.batch for delivery in _loader(images, taken, workers, pin=False))
+
+
+def _loader(images: Images, sampler: Sequence[Taken] | _Positions, workers: int, pin: bool) -> DataLoader[Delivery]:
+    return DataLoader(
+        images,
+        batch_size=None,  # the sampler hands out whole batches
+        sampler=sampler,  # type: ignore[arg-type]
+        num_workers=workers,
+        worker_init_fn=_deaf_worker,
+        pin_memory=pin,
+        timeout=WORKER_TIMEOUT if workers else 0,
+        prefetch_factor=4 if workers else None,
+    )
+
+
+def _deaf_worker(_: int) -> None:
+    """Workers ignore the signals that stop a run: the main process finishes its step and then closes them itself."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def choose_workers(device: str, *, cached: bool) -> tuple[int, str]:
+    """How many decoding processes, and the reason as a sentence."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if device == "cpu":
+        if cached or cores < 2:
+            return 0, "0 loader workers: the images are in memory and the processor is busy training" if cached else (
+                "0 loader workers: one core"
+            )
+        return max(1, cores // 4), f"{max(1, cores // 4)} loader workers: a quarter of {cores} cores, the rest trains"
+    workers = max(1, min(cores - 1, 12))
+    return workers, f"{workers} loader workers: {cores} cores, less one for the main process"

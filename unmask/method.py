@@ -1,0 +1,88 @@
+"""THE CONTRACT: what `train.py` trains. A method is an encoder, a loss and a picture.
+
+    encoder                      what is kept: anything whose forward(images) returns `Features`
+    loss(batch, clock) -> Loss   one scalar to lower, and detached numbers to log
+    picture(batch, clock)        what a person looks at to see whether it learns
+
+`Clock` is all the loop tells a method, `Loss` is all a method tells the loop. There is one abstract level, nothing is
+overridden twice, and the base has no behaviour but this: `forward` *is* `loss`, because DistributedDataParallel averages
+gradients only for what goes through `forward` (called by any other name it silently does not, and FSDP2 raises).
+
+To add a method, add one file to `methods/` with a `Config(MethodConfig)` and one subclass of `Method` whose constructor
+takes `(config, images: ImageSpec)`, and a recipe. There is no registry: the file name is the method's name.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from unmask.batch import Batch
+from unmask.rng import Draws
+from unmask.settings import Settings
+
+
+class MethodConfig(Settings):
+    """Base of every method's settings. `name` is the file in `methods/`."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Where training stands. `step` of `total` optimiser steps, `micro`-batch within it, and the draws of this batch."""
+
+    step: int
+    total: int
+    rng: Draws
+    micro: int = 0
+
+    @property
+    def progress(self) -> float:
+        """Share of the training done, 0 to 1: for schedules such as a temperature."""
+        return self.step / max(1, self.total)
+
+
+@dataclass(frozen=True)
+class Loss:
+    """`value`: a scalar with a graph. `logs`: detached 0-d tensors; never `.item()` them here, that stalls a GPU."""
+
+    value: Tensor
+    logs: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Picture(NamedTuple):
+    """What a person looks at.
+
+    `panels`: drawn side by side, captions as keys, each (B, C, H, W) float32 in the files' units. `note` goes below.
+    `numbers`: 0-d tensors to hold the loss against; "loss" is the method's own on these images, the others are what
+    trivial guesses would score in the same units ("patch_mean", "nearest_visible", ...).
+    """
+
+    panels: dict[str, Tensor]
+    note: str
+    numbers: dict[str, Tensor]
+
+    def first(self, count: int) -> Picture:
+        """The same with only the first `count` images drawn."""
+        return self._replace(panels={caption: panel[:count] for caption, panel in self.panels.items()})
+
+
+class Method(nn.Module, ABC):
+    """A trainable method; see the module docstring. Its tensors may live on any device; it does no I/O."""
+
+    encoder: nn.Module
+
+    @abstractmethod
+    def loss(self, batch: Batch, clock: Clock) -> Loss:
+        """The loss of one batch, in float32 whatever the autocast precision."""
+
+    @abstractmethod
+    def picture(self, batch: Batch, clock: Clock) -> Picture:
+        """What the method makes of these images; called without gradients, in eval mode."""
+
+    def forward(self, batch: Batch, clock: Clock) -> Loss:
+        return self.loss(batch, clock)

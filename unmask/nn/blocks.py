@@ -1,0 +1,77 @@
+"""The transformer block of ViT as official MAE builds it (timm 0.3.2 style), and its initialisation.
+
+Pre-norm; one fused qkv projection with bias; exact (erf) GELU; hidden width 4 D; LayerNorm eps 1e-6 (PyTorch's default
+of 1e-5 differs silently); no dropout, drop-path, LayerScale, relative bias or qk-norm. Parameter names are timm's.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+LAYER_NORM_EPS = 1e-6
+
+
+def layer_norm(width: int) -> nn.LayerNorm:
+    return nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, scale (width / heads)^-1/2."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        if width % heads:
+            fits = [h for h in range(1, width + 1) if width % h == 0]
+            near = min(fits, key=lambda h: abs(h - heads))
+            raise ValueError(f"{heads} heads do not divide a token width of {width}; use {near} heads")
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
+        b, n, d = x.shape
+        q, k, v = self.qkv(x).reshape(b, n, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+        out = F.scaled_dot_product_attention(q, k, v)  # (B, heads, N, D / heads)
+        return self.proj(out.transpose(1, 2).reshape(b, n, d))
+
+
+class MLP(nn.Module):
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """x + Attention(norm x), then x + MLP(norm x)."""
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float = 4.0) -> None:
+        super().__init__()
+        self.norm1 = layer_norm(width)
+        self.attn = Attention(width, heads)
+        self.norm2 = layer_norm(width)
+        self.mlp = MLP(width, int(width * mlp_ratio))
+
+    def forward(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+def init_linears(module: nn.Module) -> None:
+    """Xavier-uniform weights and zero biases in every Linear below `module`; LayerNorm to 1 and 0 (official MAE).
+
+    The fused qkv is initialised as one (3D, D) matrix, so its bound is sqrt(2) smaller than three separate ones would get.
+    """
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            nn.init.xavier_uniform_(part.weight)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
+        elif isinstance(part, nn.LayerNorm):
+            nn.init.ones_(part.weight)
+            nn.init.zeros_(part.bias)

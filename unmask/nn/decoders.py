@@ -1,0 +1,55 @@
+"""Decoders: from what the encoder saw to a guess of what it did not see. Thrown away after pre-training."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor, nn
+
+from unmask.nn import positions
+from unmask.nn.blocks import Block, init_linears, layer_norm
+from unmask.nn.masks import Mask
+from unmask.nn.patches import take
+from unmask.settings import Settings
+
+
+class DecoderConfig(Settings):
+    """Size of the light transformer decoder (MAE: 512 x 8 with 16 heads for every encoder)."""
+
+    width: int = Field(512, gt=0)
+    depth: int = Field(8, gt=0)
+    heads: int = Field(16, gt=0)
+
+
+class LightDecoder(nn.Module):
+    """MAE's decoder (section 3): narrow transformer over the visible tokens and one shared mask token per hidden patch.
+
+    Equal to the official one, less the idle work: tokens are not shuffled back to raster order (attention does not mind
+    the order, each token carries its position), and only hidden patches pass the prediction layer.
+    """
+
+    def __init__(self, config: DecoderConfig, *, seen_width: int, grid: tuple[int, int], out: int) -> None:
+        super().__init__()
+        self.embed = nn.Linear(seen_width, config.width)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, config.width))
+        table = positions.sincos(config.width, grid)
+        table = torch.cat([torch.zeros(1, config.width), table])[None]
+        self.pos_embed = nn.Parameter(table, requires_grad=False)  # (1, 1 + N, D)
+        self.blocks = nn.ModuleList(Block(config.width, config.heads) for _ in range(config.depth))
+        self.norm = layer_norm(config.width)
+        self.pred = nn.Linear(config.width, out)
+        nn.init.normal_(self.mask_token, std=0.02)
+        init_linears(self)
+
+    def forward(self, seen: Float[Tensor, "B K1 D"], mask: Mask) -> Float[Tensor, "B M P"]:
+        """`seen`: class token and the K visible tokens in the order of mask.keep -> a guess for each of mask.drop."""
+        b, hidden = mask.drop.shape
+        x = self.embed(seen)
+        where = torch.cat([mask.keep, mask.drop], 1)  # (B, N): visible first, then hidden
+        table = take(self.pos_embed[:, 1:].expand(b, -1, -1), where)
+        tokens = torch.cat([x[:, 1:], self.mask_token.to(x.dtype).expand(b, hidden, -1)], 1) + table
+        x = torch.cat([(x[:, :1] + self.pos_embed[:, :1]).to(tokens.dtype), tokens], 1)  # (B, 1 + N, d)
+        for block in self.blocks:
+            x = block(x)
+        return self.pred(self.norm(x[:, -hidden:]))

@@ -1,0 +1,126 @@
+"""The vision transformer encoder (Dosovitskiy et al. 2021) in the form official MAE trains.
+
+Three verbs, so that a method can put its hand in between: `patches(images)` -> `embed(patches)` -> `run(tokens)`;
+`forward(images)` is the three in a row and returns `Features`. Mean and standard deviation of the data are buffers, so an
+encoder carries its own preprocessing and takes images in the files' own units.
+
+Sizes of the paper: B 768 x 12 x 12 heads, L 1024 x 24 x 16, H 1280 x 32 x 16 (patch 14).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int, Shaped
+from pydantic import BeforeValidator, Field
+from torch import Tensor, nn
+
+from unmask.batch import ImageSpec
+from unmask.nn import positions
+from unmask.nn.blocks import Block, init_linears, layer_norm
+from unmask.nn.features import Features
+from unmask.nn.patches import grid_of, normalise, patchify, take
+from unmask.settings import Settings
+
+
+def _pair(value: Any) -> Any:
+    return (value, value) if isinstance(value, int) else value
+
+
+Pair = Annotated[tuple[int, int], BeforeValidator(_pair)]
+"""(height, width) in pixels; a single number means a square."""
+
+
+class ViTConfig(Settings):
+    """Size of a vision transformer. `patch` is (height, width) in pixels; heads must divide width."""
+
+    width: int = Field(gt=0)
+    depth: int = Field(gt=0)
+    heads: int = Field(gt=0)
+    patch: Pair = (16, 16)
+    mlp_ratio: float = Field(4.0, gt=0)
+
+
+class ViT(nn.Module):
+    """See the module docstring. Raises ValueError when the patch does not divide the image or the heads the width."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, config: ViTConfig, images: ImageSpec) -> None:
+        super().__init__()
+        self.spec = images
+        self.patch = config.patch
+        self.grid = grid_of(images.size, config.patch)
+        self.width = config.width
+        self.register_buffer("mean", torch.tensor(images.mean, dtype=torch.float32))
+        self.register_buffer("std", torch.tensor(images.std, dtype=torch.float32))
+        self.patch_embed = nn.ModuleDict(
+            {"proj": nn.Conv2d(images.channels, config.width, config.patch, stride=config.patch)}
+        )
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
+        table = positions.sincos(config.width, self.grid)
+        table = torch.cat([torch.zeros(1, config.width), table])[None]  # the class token's position is zero
+        self.pos_embed = nn.Parameter(table, requires_grad=False)  # (1, 1 + N, D)
+        self.blocks = nn.ModuleList(
+            Block(config.width, config.heads, config.mlp_ratio) for _ in range(config.depth)
+        )
+        self.norm = layer_norm(config.width)
+        self._initialise()
+
+    def _initialise(self) -> None:
+        """Facts of the official code: the projection is xavier on its (D, P) view and its bias keeps torch's default."""
+        projection = self.patch_embed["proj"].weight
+        nn.init.xavier_uniform_(projection.view(self.width, -1))
+        nn.init.normal_(self.cls_token, std=0.02)
+        init_linears(self)
+
+    def patches(self, images: Shaped[Tensor, "B C H W"]) -> Float[Tensor, "B N P"]:
+        """Normalised float32 patches, channel fastest; takes the files' own units and dtype."""
+        if images.ndim != 4 or images.shape[1] != self.spec.channels:
+            raise ValueError(
+                f"images of shape {tuple(images.shape)} came, (B, {self.spec.channels}, H, W) was expected: "
+                f"this encoder was trained on {self.spec.channels}-channel images"
+            )
+        return patchify(normalise(images, self.mean, self.std), self.patch)
+
+    def embed(
+        self,
+        patches: Float[Tensor, "B K P"],
+        where: Int[Tensor, "B K"] | None = None,
+        grid: tuple[int, int] | None = None,
+    ) -> Float[Tensor, "B K D"]:
+        """Linear projection plus position. `where` names the patches given; None means all of them in raster order.
+
+        A patch's position is that of the place it came from, so embedding only the kept patches gives exactly what
+        embedding all and then dropping would. `grid` is given when the images are larger or smaller than in training.
+        """
+        proj = self.patch_embed["proj"]
+        # The convolution's weight is (D, C, h, w); the patch vector is (h, w, C).
+        tokens = F.linear(patches, proj.weight.permute(0, 2, 3, 1).reshape(self.width, -1), proj.bias)
+        table = positions.resize(self.pos_embed[:, 1:], self.grid, grid or self.grid)
+        return tokens + (table if where is None else take(table.expand(len(patches), -1, -1), where))
+
+    def run(self, tokens: Float[Tensor, "B K D"]) -> Float[Tensor, "B K1 D"]:
+        """Class token in front, all blocks, final norm: (B, K, D) -> (B, 1 + K, D)."""
+        cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(tokens), -1, -1)
+        x = torch.cat([cls.to(tokens.dtype), tokens], 1)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+    def forward(self, images: Shaped[Tensor, "B C H W"]) -> Features:
+        """Every patch, nothing masked. Sizes other than the training size get interpolated positions."""
+        grid = grid_of((images.shape[2], images.shape[3]), self.patch)
+        tokens = self.run(self.embed(self.patches(images), grid=grid))
+        return Features(cls=tokens[:, 0], patches=tokens[:, 1:], grid=grid)
+
+    def depth_of(self, name: str) -> int:
+        """Depth of a parameter for layer-wise decay: 0 for what embeds, i + 1 for block i, depth + 1 for the final norm."""
+        if name.startswith(("cls_token", "pos_embed", "patch_embed")):
+            return 0
+        if name.startswith("blocks."):
+            return int(name.split(".")[1]) + 1
+        return len(self.blocks) + 1

@@ -1,0 +1,261 @@
+"""The `Plan`: what the machine derived from a `Config`, decided once, printed, and saved beside it.
+
+From (config, what the scan found, device, time budget) follow the total and warm-up steps, the micro-batch and
+accumulation, the peak learning rate and the precision. A resumed run reads its plan; it does not make a new one.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable
+
+import torch
+
+from unmask.batch import DTYPES, Batch, ImageSpec
+from unmask.config import Config, ConfigError
+from unmask.method import Clock, Method
+from unmask.optim import learning_rate, make_optimizer, peak_lr
+from unmask.rng import Draws
+from unmask.settings import Settings
+
+DEFAULT_EPOCHS = 100
+MEMORY_SHARE = 0.6
+
+
+class Plan(Settings):
+    """What a run will do. `reasons` are sentences for people: why each choice was made."""
+
+    steps: int
+    warmup_steps: int
+    batch_size: int
+    micro_batch: int
+    accumulation: int
+    peak_lr: float
+    final_lr: float
+    epochs: float
+    num_images: int
+    images: ImageSpec
+    fingerprint: str
+    excluded: tuple[int, ...] = ()
+    precision: str
+    device: str
+    workers: int
+    cached: bool
+    picture_every: int
+    parameters: int
+    encoder_parameters: int
+    reasons: tuple[str, ...] = ()
+
+    def lr(self, step: int) -> float:
+        """Learning rate of optimiser step `step` (0-based)."""
+        return learning_rate(
+            step, steps=self.steps, warmup_steps=self.warmup_steps, peak=self.peak_lr, final=self.final_lr
+        )
+
+
+def choose_device(wanted: str) -> str:
+    """"auto" -> cuda, mps or cpu. Raises ConfigError for a device this machine does not have."""
+    have = ["cpu"] + ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
+    if wanted == "auto":
+        return next(name for name in ("cuda", "mps", "cpu") if name in have)
+    if wanted.split(":")[0] not in have:
+        raise ConfigError(f"device {wanted!r} is not available here; this machine has {', '.join(have)}")
+    return wanted
+
+
+def choose_precision(wanted: str, device: str) -> tuple[str, str]:
+    """("bf16" | "fp32", reason). On a processor it is measured: some emulate bf16 a hundred times slower than fp32."""
+    if wanted != "auto":
+        return wanted, f"{wanted}: asked for"
+    if device.startswith("cuda"):
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bf16", "bf16: this GPU computes in it natively"
+        return "fp32", "fp32: this GPU has no native bf16"
+    if device != "cpu":
+        return "fp32", f"fp32: the safe choice on {device}"
+    gain = _matmul_seconds(torch.float32) / _matmul_seconds(torch.bfloat16)
+    if gain > 1.5:
+        return "bf16", f"bf16: matrix products are {gain:.1f} times as fast as in fp32 here"
+    return "fp32", f"fp32: bf16 matrix products are {gain:.2g} times as fast here"
+
+
+def _matmul_seconds(dtype: torch.dtype, side: int = 192) -> float:
+    a, b = torch.ones(side, side, dtype=dtype), torch.ones(side, side, dtype=dtype)
+    times = []
+    for _ in range(4):  # the first one warms up
+        start = time.perf_counter()
+        a @ b
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
+
+
+def seed_weights(seed: int) -> None:
+    """Torch's generators, which only initialisation uses: data order, crops and masks have their own (`rng.py`)."""
+    torch.manual_seed(seed)
+
+
+def example_batch(images: ImageSpec, count: int, device: str) -> Batch:
+    """A batch of mid-gray images of the right shape and dtype, for measuring."""
+    mean = torch.tensor(images.mean)[:, None, None].expand(images.channels, *images.size)
+    pixels = mean.to(DTYPES[images.dtype])[None].repeat(count, 1, 1, 1)
+    return Batch(pixels, torch.arange(count), torch.zeros(count, dtype=torch.int64)).to(device)
+
+
+def saved_bytes_per_image(method: Method, images: ImageSpec, precision: str, device: str) -> int:
+    """Bytes that one image's forward pass keeps for the backward pass, counted on a pass of two images."""
+    seen: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        seen[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    parameters = {p.untyped_storage().data_ptr() for p in method.parameters()}
+    batch = example_batch(images, 2, device)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), autocast(precision, device):
+        loss = method(batch, Clock(0, 1, Draws(0, batch.epoch, batch.index)))
+    del loss
+    return sum(size for pointer, size in seen.items() if pointer not in parameters) // 2
+
+
+def free_memory(device: str) -> int:
+    """Bytes that could be allocated now."""
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):  # not every system tells
+        return 4 << 30
+
+
+def choose_micro_batch(config: Config, bytes_per_image: int, device: str) -> tuple[int, str]:
+    """The largest divisor of the batch whose activations fit, and why. Raises ConfigError when a choice does not divide."""
+    batch = config.train.batch_size
+    if (wanted := config.train.micro_batch) is not None:
+        if batch % wanted:
+            fits = [d for d in range(1, batch + 1) if batch % d == 0]
+            near = min(fits, key=lambda d: abs(d - wanted))
+            raise ConfigError(
+                f"train.micro_batch={wanted} does not divide train.batch_size={batch}; use {near}, or change the batch size"
+            )
+        return wanted, f"micro-batch {wanted}: asked for"
+    room = int(free_memory(device) * MEMORY_SHARE)
+    most = max(1, room // max(1, bytes_per_image))
+    micro = max(d for d in range(1, batch + 1) if batch % d == 0 and d <= most)
+    need = f"{bytes_per_image / 2**20:.1f} MiB of activations an image"
+    if micro == batch:
+        return micro, f"the whole batch of {batch} in one pass: {need}, {room / 2**30:.1f} GiB to use"
+    return micro, f"micro-batches of {micro}, {batch // micro} to a step: {need}, {room / 2**30:.1f} GiB to use"
+
+
+def autocast(precision: str, device: str) -> torch.autocast:
+    """The context of a forward pass. Losses and patch statistics inside compute in float32 all the same."""
+    return torch.autocast(device.split(":")[0], dtype=torch.bfloat16, enabled=precision == "bf16")
+
+
+def measure_step_seconds(
+    config: Config, images: ImageSpec, micro: int, precision: str, device: str, *, seconds: float = 5.0
+) -> float:
+    """Median time of one optimiser step on a throw-away copy of the method, data waits not included."""
+    seed_weights(config.train.seed)
+    method = config.build(images).to(device)
+    optimizer = make_optimizer(method, config.optim)
+    batch = example_batch(images, micro, device)
+    clock = Clock(0, 1, Draws(0, batch.epoch, batch.index))
+    accumulation = config.train.batch_size // micro
+    times: list[float] = []
+    begin = time.perf_counter()
+    while len(times) < 3 or (time.perf_counter() - begin < seconds and len(times) < 30):
+        start = time.perf_counter()
+        for _ in range(min(accumulation, 2)):
+            with autocast(precision, device):
+                loss = method(batch, clock)
+            loss.value.backward()
+        part = time.perf_counter() - start
+        optimizer.step()
+        optimizer.zero_grad()
+        float(loss.value.detach())  # waits for the device
+        whole = time.perf_counter() - start
+        times.append(whole + part * max(0, accumulation - 2) / min(accumulation, 2))
+    times = sorted(times[1:])
+    return times[len(times) // 2]
+
+
+def choose_steps(
+    config: Config, num_images: int, *, budget: float | None, step_seconds: Callable[[], float]
+) -> tuple[int, str]:
+    """Total optimiser steps and why. `budget` in seconds wins over epochs, `train.steps` over both."""
+    train = config.train
+    if budget is not None:
+        if train.steps is not None:
+            raise ConfigError("both a time budget and train.steps were given; leave one of them out")
+        each = step_seconds()
+        steps = max(1, int(0.93 * budget / each))  # the rest: pictures, checkpoints, a slow minute
+        return steps, f"{steps} steps: {each:.3g} s each as measured, in a budget of {budget / 60:.4g} minutes"
+    if train.steps is not None:
+        return train.steps, f"{train.steps} steps: asked for"
+    epochs = train.epochs if train.epochs is not None else DEFAULT_EPOCHS
+    steps = max(1, math.ceil(epochs * num_images / train.batch_size))
+    return steps, f"{steps} steps: {epochs:g} epochs of {num_images} images in batches of {train.batch_size}"
+
+
+def make_plan(
+    config: Config,
+    images: ImageSpec,
+    *,
+    num_images: int,
+    fingerprint: str,
+    excluded: tuple[int, ...] = (),
+    device: str,
+    workers: int,
+    cached: bool,
+    budget: float | None = None,
+    reasons: tuple[str, ...] = (),
+    batch_seconds: Callable[[], float] | None = None,
+) -> Plan:
+    """Decide everything that follows from the configuration; see the module docstring.
+
+    batch_seconds: time to load one global batch, for a budget on a machine that waits on its data.
+    """
+    precision, why_precision = choose_precision(config.train.precision, device)
+    seed_weights(config.train.seed)
+    method = config.build(images).to(device)
+    micro, why_micro = choose_micro_batch(config, saved_bytes_per_image(method, images, precision, device), device)
+    parameters = sum(p.numel() for p in method.parameters())
+    encoder_parameters = sum(p.numel() for p in method.encoder.parameters())
+    del method
+
+    def step_seconds() -> float:
+        compute = measure_step_seconds(config, images, micro, precision, device)
+        load = batch_seconds() if batch_seconds else 0.0
+        return compute + load if workers == 0 else max(compute, load)
+
+    steps, why_steps = choose_steps(config, num_images, budget=budget, step_seconds=step_seconds)
+    batch_size = config.train.batch_size
+    peak = peak_lr(config.optim, batch_size)
+    if steps * batch_size < 20 * num_images and num_images >= batch_size:
+        reasons += (f"only {steps * batch_size / num_images:.3g} epochs: expect the loss to be far from its floor",)
+    return Plan(
+        steps=steps,
+        warmup_steps=round(config.optim.warmup * steps),
+        batch_size=batch_size,
+        micro_batch=micro,
+        accumulation=batch_size // micro,
+        peak_lr=peak,
+        final_lr=config.optim.final_lr * peak,
+        epochs=steps * batch_size / num_images,
+        num_images=num_images,
+        images=images,
+        fingerprint=fingerprint,
+        excluded=excluded,
+        precision=precision,
+        device=device,
+        workers=workers,
+        cached=cached,
+        picture_every=config.train.picture_every or max(1, math.ceil(steps / 4)),
+        parameters=parameters,
+        encoder_parameters=encoder_parameters,
+        reasons=(*reasons, why_steps, why_micro, why_precision, f"peak learning rate {peak:.3g}: base {config.optim.base_lr:.3g} x batch {batch_size} / 256"),
+    )

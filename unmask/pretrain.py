@@ -1,0 +1,288 @@
+"""From a folder of images to a trained Run: scan, recipe, plan, train; and going on with one that was stopped.
+
+The order matters to people: settings are checked before anything is read, files before anything is planned, and the plan
+is said before the first step. What the loop itself does is in `train.py`.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from unmask import checkpoint
+from unmask.batch import ImageSpec
+from unmask.config import Config, ConfigError, override
+from unmask.console import Console, duration
+from unmask.data.loader import Images, Order, choose_workers
+from unmask.data.scan import Scan, scan
+from unmask.data.sources import Source, open_source
+from unmask.load import read_config, read_plan
+from unmask.plan import Plan, choose_device, make_plan
+from unmask.recipes import catalogue
+from unmask.run import Run
+from unmask.train import train
+
+NAMED_BAD_FILES = 5
+
+
+class DataError(ValueError):
+    """The images as a whole cannot be trained on; the message says why and what to do."""
+
+
+def pretrain(
+    data: str | Path,
+    *,
+    recipe: str = "auto",
+    out: str | Path | None = None,
+    budget: float | None = None,
+    settings: Iterable[str] = (),
+    console: Console | None = None,
+) -> Run:
+    """Pre-train on the images of `data` and return the Run; `run.read("status.json")["state"]` says how it ended.
+
+    recipe: a name from `unmask recipes`, or "auto". out: a new folder; made up from data and recipe when None. budget: in
+    seconds. settings: KEY=VALUE assignments. Raises ValueError for anything a person can mend.
+    """
+    console = console or Console(quiet=True)
+    settings = list(settings)
+    override(catalogue.find("mae_nano" if recipe == "auto" else recipe), settings)  # a wrong key is refused at once
+    source = open_source(data)
+    console.say(f"{source.name}: {len(source)} images found" + _skipped(source))
+    device = choose_device(_setting(settings, "train.device") or "auto")
+    config, found, reasons = settle(source, recipe, settings, device, console)
+    rows = usable_rows(source, found, config)
+    images, plan = prepare(source, rows, found, config, device, budget=budget, reasons=reasons, console=console)
+
+    run = Run.create(out if out is not None else free_name(source, config))
+    with run.lock():
+        run.write("config.json", config.model_dump(mode="json"))
+        run.write("plan.json", plan.model_dump(mode="json"))
+        run.write("provenance.json", provenance(plan))
+        for row, bad in zip(found.bad_rows, found.bad, strict=True):
+            run.add_quarantine({"name": bad.name, "code": bad.code, "detail": bad.detail, "row": int(row)})
+        checkpoint.check_space(run, (config.train.keep_checkpoints + 1) * 12 * plan.parameters)
+        say_plan(plan, config, console)
+        _train(run, config, plan, images, console)
+    return run
+
+
+def resume(run_folder: str | Path, *, allow_dataset_change: bool = False, console: Console | None = None) -> Run:
+    """Go on exactly where a Run stopped. Raises ValueError when it cannot be the same run any more."""
+    console = console or Console(quiet=True)
+    run = Run.open(run_folder)
+    with run.lock():
+        config, plan = read_config(run), read_plan(run)
+        status = run.read("status.json") if (run.path / "status.json").exists() else {}
+        if status.get("state") == "finished":
+            console.say(f"{run.path} is finished ({plan.steps} steps); nothing to do")
+            return run
+        source = open_source(config.data.source)
+        if source.fingerprint() != plan.fingerprint and not allow_dataset_change:
+            raise DataError(
+                f"the images of {config.data.source} have changed since this run began ({plan.num_images + len(plan.excluded)} "
+                f"files then, {len(source)} now, or other names or sizes), so it could not go on exactly; bring the old "
+                "files back, or give --allow-dataset-change to go on all the same"
+            )
+        choose_device(plan.device)
+        excluded = set(plan.excluded)
+        rows = np.array([row for row in range(len(source)) if row not in excluded], np.int64)
+        images = Images(source, rows, plan.images, config.data.crop, config.train.seed)
+        if plan.cached:
+            images.keep_decoded()
+        _train(run, config, plan, images, console)
+    return run
+
+
+def settle(
+    source: Source, recipe: str, settings: list[str], device: str, console: Console
+) -> tuple[Config, Scan, tuple[str, ...]]:
+    """Scan the files and settle on a configuration: (config, scan, reasons)."""
+    draft = override(catalogue.find("mae_nano" if recipe == "auto" else recipe), settings)
+    with console.progress("checking files", len(source)) as bar:
+        found = scan(source, sample=draft.data.scan_sample, progress=bar.update)
+    refuse_bad_data(found, draft)
+    name, overrides, reasons = recipe, [], []
+    if recipe == "auto":
+        name, overrides, reasons = catalogue.choose(found.good, found.median_size, device)
+        reasons.insert(0, f"recipe {name}, chosen by auto:")
+    config = override(catalogue.find(name), [*overrides, *settings, f"data.source={source.location}"])
+    return config, found, tuple(reasons)
+
+
+def refuse_bad_data(found: Scan, config: Config) -> None:
+    """Stop before training when nothing, or too little, of the data can be read."""
+    examples = "; ".join(f"{bad.name} ({bad.code}: {bad.detail})" for bad in found.bad[:NAMED_BAD_FILES])
+    if found.good == 0:
+        raise DataError(f"none of the {found.files} files of {found.source} can be read, for example {examples}")
+    if found.bad_fraction > config.data.max_bad_fraction:
+        raise DataError(
+            f"{len(found.bad)} of {found.checked} files checked cannot be read ({found.bad_fraction:.1%}; at most "
+            f"{config.data.max_bad_fraction:.1%} may be): {examples}. Mend or remove them (`unmask check` lists all), or "
+            "--set data.max_bad_fraction=0.9 to train on the rest"
+        )
+
+
+def usable_rows(source: Source, found: Scan, config: Config) -> np.ndarray:
+    """The rows that are trained on: all but those the scan found bad."""
+    good = np.ones(len(source), bool)
+    good[found.bad_rows] = False
+    return np.flatnonzero(good)
+
+
+def image_spec(found: Scan, config: Config) -> ImageSpec:
+    """What the scan found, with what the person fixed by hand."""
+    channels = config.data.channels or found.channels_majority
+    mean, std = config.data.mean or found.mean, config.data.std or found.std
+    if len(mean) != channels or len(std) != channels:
+        raise ConfigError(
+            f"{len(mean)} means and {len(std)} standard deviations for {channels} channels; give --set data.mean=[...] and "
+            "--set data.std=[...] with one number per channel, or leave both out"
+        )
+    return ImageSpec(channels, config.data.size, found.dtype_majority, tuple(mean), tuple(std))
+
+
+def prepare(
+    source: Source,
+    rows: np.ndarray,
+    found: Scan,
+    config: Config,
+    device: str,
+    *,
+    budget: float | None,
+    reasons: tuple[str, ...],
+    console: Console,
+) -> tuple[Images, Plan]:
+    """The data set as the loop reads it, and the plan."""
+    spec = image_spec(found, config)
+    images = Images(source, rows, spec, config.data.crop, config.train.seed)
+    cached = config.data.cache
+    if cached is None:
+        cached = found.decoded_bytes * len(rows) <= config.data.cache_gib * 2**30
+    if cached:
+        reasons += (f"decoded images kept in memory: {found.decoded_bytes * len(rows) / 2**20:.0f} MiB",)
+        images.keep_decoded()
+    workers, why = choose_workers(device, cached=cached)
+    if config.data.workers is not None:
+        workers, why = config.data.workers, f"{config.data.workers} loader workers: asked for"
+    if found.median_size[0] < spec.size[0] or found.median_size[1] < spec.size[1]:
+        reasons += (f"most images are smaller than the model's {spec.size[0]} x {spec.size[1]} and will be enlarged",)
+    plan = make_plan(
+        config,
+        spec,
+        num_images=len(rows),
+        fingerprint=source.fingerprint(),
+        excluded=tuple(int(row) for row in found.bad_rows),
+        device=device,
+        workers=workers,
+        cached=cached,
+        budget=budget,
+        reasons=(*reasons, why),
+        batch_seconds=lambda: batch_seconds(images, config.train.batch_size, workers),
+    )
+    return images, plan
+
+
+def batch_seconds(images: Images, batch: int, workers: int) -> float:
+    """Time to load one global batch, measured on the first images of the order."""
+    taken = Order(images.rows, images.seed).take(0, min(batch, 64))
+    images[taken]
+    start = time.perf_counter()
+    images[taken]
+    return (time.perf_counter() - start) * batch / len(taken.index) / max(1, workers)
+
+
+def say_plan(plan: Plan, config: Config, console: Console) -> None:
+    console.say(f"recipe {config.recipe}: {config.method.name}, {plan.parameters / 1e6:.2f} M parameters "
+                f"({plan.encoder_parameters / 1e6:.2f} M in the encoder)")
+    for reason in plan.reasons:
+        console.say(f"  {reason}")
+    console.say(f"{plan.steps} steps of {plan.batch_size} images = {plan.epochs:.1f} epochs, "
+                f"warm-up {plan.warmup_steps} steps, {plan.precision} on {plan.device}")
+
+
+def _train(run: Run, config: Config, plan: Plan, images: Images, console: Console) -> None:
+    """The loop, with the Run's status told whatever happens."""
+    began = time.monotonic()
+    try:
+        state = train(run, config, plan, images, console)
+    except BaseException as error:
+        last = run.read("status.json").get("step", 0) if (run.path / "status.json").exists() else 0
+        run.set_status("failed", last, error=f"{type(error).__name__}: {error}")
+        raise
+    took = duration(time.monotonic() - began)
+    if state == "stopped":
+        console.say(f"stopped after {took}; go on with: unmask resume {run.path}")
+    else:
+        console.say(f"finished {plan.steps} steps in {took}: {run.path}")
+
+
+def provenance(plan: Plan) -> dict[str, Any]:
+    """Versions, device, git state of the working folder, and the command: for a person who asks where a run came from."""
+    device = torch.cuda.get_device_name(plan.device) if plan.device.startswith("cuda") else platform.processor()
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": device or platform.machine(),
+        "cores": os.cpu_count(),
+        "versions": provenance_versions(),
+        "git": git_state(),
+    }
+
+
+def provenance_versions() -> dict[str, str]:
+    """Installed versions of this package and of those that decide numbers."""
+    found = {}
+    for name in ("unmask", "torch", "numpy", "pillow", "simplejpeg", "safetensors"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def git_state() -> dict[str, Any] | None:
+    """Commit of the working folder and whether it has uncommitted changes; None outside a repository."""
+    try:
+        ask = {"capture_output": True, "text": True, "timeout": 5, "check": True}
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], **ask).stdout.strip()
+        changed = subprocess.run(["git", "status", "--porcelain", "-uno"], **ask).stdout.strip()
+        return {"commit": commit, "changed": bool(changed)}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def free_name(source: Source, config: Config) -> Path:
+    """runs/<data>-<recipe>, numbered when taken."""
+    stem = "".join(letter if letter.isalnum() else "-" for letter in Path(source.name).name.split(".")[0]).strip("-")
+    base = Path("runs") / f"{stem or 'images'}-{config.recipe}"
+    number, path = 2, base
+    while path.exists():
+        path, number = base.with_name(f"{base.name}-{number}"), number + 1
+    return path
+
+
+def _skipped(source: Source) -> str:
+    if not source.skipped:
+        return ""
+    kinds = ", ".join(f"{count} {kind or 'without extension'}" for kind, count in source.skipped.most_common(4))
+    return f" ({sum(source.skipped.values())} other files passed over: {kinds})"
+
+
+def _setting(settings: Iterable[str], key: str) -> str | None:
+    for assignment in settings:
+        if assignment.split("=")[0].strip() == key:
+            return assignment.partition("=")[2].strip()
+    return None
