@@ -5,18 +5,18 @@ The few public names, handed out when first asked for, so that importing the pac
     load_encoder(run)          the encoder of a run: encoder(images) gives Features(cls, patches, grid)
     load(run)                  the whole method, with its config and plan
     pretrain(data, ...)        what `unmask pretrain` does; resume(run) goes on with it
-    recipes()                  name -> function that returns a Config
+    recipe(name)               a Config to look at or to change
 """
 
 from importlib import import_module
 from typing import Any
 
 _PUBLIC = {
-    "load": "unmask.load:load",
-    "load_encoder": "unmask.load:load_encoder",
-    "pretrain": "unmask.pretrain:pretrain",
-    "recipes": "unmask.recipes.catalogue:all_recipes",
-    "resume": "unmask.pretrain:resume",
+    "load": "unmask.saved:load",
+    "load_encoder": "unmask.saved:load_encoder",
+    "pretrain": "unmask.start:pretrain",
+    "recipe": "unmask.recipes.catalogue:find",
+    "resume": "unmask.start:resume",
 }
 
 __all__ = ["__version__", *_PUBLIC]  # noqa: PLE0604

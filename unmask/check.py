@@ -10,7 +10,7 @@ from unmask.data.loader import Images, choose_workers
 from unmask.data.scan import Scan, scan
 from unmask.data.sources import open_source
 from unmask.plan import choose_device, choose_micro_batch, choose_precision, measure_step_seconds, saved_bytes_per_image
-from unmask.pretrain import batch_seconds, image_spec
+from unmask.start import batch_seconds, image_spec
 from unmask.recipes import catalogue
 
 NAMED_BAD_FILES = 20

@@ -168,7 +168,7 @@ def pretrain(
     as_json: AsJson = False,
 ) -> None:
     """Pre-train an encoder on your images. Labels are not used."""
-    from unmask.pretrain import pretrain
+    from unmask.start import pretrain
 
     console = Console()
     run = pretrain(
@@ -186,7 +186,7 @@ def resume(
     as_json: AsJson = False,
 ) -> None:
     """Go on exactly where a run stopped."""
-    from unmask.pretrain import resume
+    from unmask.start import resume
 
     console = Console()
     _ended(resume(run, allow_dataset_change=allow_dataset_change, console=console), as_json, console)

@@ -16,7 +16,7 @@ from PIL import Image
 
 from unmask.console import Console
 from unmask.plan import choose_device, choose_precision
-from unmask.pretrain import pretrain, provenance_versions
+from unmask.start import pretrain, provenance_versions
 from unmask.rng import philox
 
 SELF_TEST = ("train.steps=8", "train.batch_size=8", "train.log_every=1", "data.size=[16,16]", "data.workers=0",

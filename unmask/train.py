@@ -137,10 +137,10 @@ def train(run: Run, config: Config, plan: Plan, images: Images, console: Console
         save(run, method, optimizer, at, config, console)
     state = "finished" if at.step >= plan.steps else "stopped"
     run.set_status(state, at.step, total=plan.steps)
-    if checkpoint_step(run) != at.step:
+    if checkpoint.newest_step(run) != at.step:
         raise TrainingFailed(
             f"the last weights (step {at.step}) could not be written; make room and `unmask resume {run.path}`, which "
-            f"repeats the steps since step {checkpoint_step(run)}"
+            f"repeats the steps since step {checkpoint.newest_step(run)}"
         )
     return state
 
@@ -257,12 +257,6 @@ def save(
         console.warn(str(error))
         return False
     return True
-
-
-def checkpoint_step(run: Run) -> int | None:
-    """The newest step on disk, by name."""
-    steps = [int(path.name.removeprefix("step-")) for path in run.checkpoints.glob("step-????????")]
-    return max(steps, default=None)
 
 
 def roll_back(

@@ -23,7 +23,7 @@ from unmask.data.sources import Source, open_files, open_source, require_labels
 from unmask.evals.collect import collect
 from unmask.evals.pictures import draw
 from unmask.evals.probe import probe
-from unmask.load import Loaded, load, untrained_encoder
+from unmask.saved import Loaded, load, untrained_encoder
 from unmask.method import Clock
 from unmask.plan import autocast, choose_device
 from unmask.rng import Draws, Stream, words

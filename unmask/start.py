@@ -27,7 +27,7 @@ from unmask.console import Console, duration
 from unmask.data.loader import Images, Order, choose_workers
 from unmask.data.scan import Scan, scan
 from unmask.data.sources import Source, open_source
-from unmask.load import read_config, read_plan
+from unmask.saved import read_config, read_plan
 from unmask.plan import Plan, choose_device, make_plan
 from unmask.recipes import catalogue
 from unmask.run import Run

@@ -1,0 +1,384 @@
+"""Checkpoints: killed at every boundary, damaged in every way; each protection shown to be needed."""
+
+import errno
+import hashlib
+import json
+import os
+import pickle
+import shutil
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+from unmask import checkpoint
+from unmask.checkpoint import (
+    CheckpointError,
+    CheckpointFull,
+    CheckpointRefused,
+    Damaged,
+    graft,
+    load_latest,
+    load_model,
+    optimizer_to_tensors,
+    save,
+    tensors_to_optimizer,
+)
+from unmask.run import Run
+
+FILES = ["model.safetensors", "optim.safetensors", "state.json", "MANIFEST.json"]
+
+
+@pytest.fixture
+def run(tmp_path):
+    made = Run.create(tmp_path / "run")
+    made.write("config.json", {})
+    return made
+
+
+def write(run, step, value=None, keep=2):
+    model = {"w": torch.full((3, 5), float(value if value is not None else step)), "b": torch.arange(4.0)}
+    return save(run, step, model, {"w/exp_avg": torch.ones(3, 5)}, {"position": {"step": step}}, keep=keep)
+
+
+def test_round_trip_is_exact_in_every_dtype(run):
+    model = {"a": torch.randn(4, 3), "half": torch.randn(5).bfloat16(), "n": torch.tensor(3), "t": torch.randn(3, 4).T}
+    save(run, 7, model, {}, {"x": 0.1})
+    found = load_latest(run)
+    assert found.step == 7
+    assert found.state == {"x": 0.1}
+    assert all(torch.equal(found.model[name], value) and found.model[name].dtype == value.dtype for name, value in model.items())
+    assert (run.checkpoints / "LATEST").read_text() == "step-00000007\n"
+
+
+def test_none_was_ever_written(run):
+    assert load_latest(run) is None
+    with pytest.raises(CheckpointError, match="no checkpoint yet.*unmask resume"):
+        load_model(run)
+
+
+def test_retention_keeps_the_newest_verified_ones(run):
+    for step in (1, 2, 3, 4):
+        write(run, step)
+    assert sorted(p.name for p in run.checkpoints.glob("step-*")) == ["step-00000003", "step-00000004"]
+
+
+def test_broken_newer_folders_push_no_good_one_out(run):
+    write(run, 1)
+    for step in (2, 3):
+        (run.checkpoints / f"step-{step:08d}").mkdir()
+        (run.checkpoints / f"step-{step:08d}" / "model.safetensors").write_bytes(b"half")
+    write(run, 4)
+    assert (run.checkpoints / "step-00000001").is_dir()
+
+
+def test_one_checkpoint_is_refused_as_a_retention(run):
+    with pytest.raises(AssertionError):
+        write(run, 1, keep=1)
+
+
+def test_non_finite_weights_are_not_saved(run):
+    write(run, 1)
+    with pytest.raises(CheckpointRefused, match="non-finite numbers, first w"):
+        write(run, 2, value=float("nan"))
+    assert load_latest(run).step == 1
+
+
+def boundaries(run, step, at=None):
+    """Save `step` in a forked child that dies (as by kill -9) before boundary number `at`; returns how many it passed."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        passed = 0
+
+        def counted(function):
+            def wrapper(*args, **kwargs):
+                nonlocal passed
+                if passed == at:
+                    os.write(writer, bytes([passed]))
+                    os._exit(9)
+                passed += 1
+                return function(*args, **kwargs)
+
+            return wrapper
+
+        for name in ("fsync", "rename", "replace"):
+            setattr(os, name, counted(getattr(os, name)))
+        checkpoint._write = counted(checkpoint._write)
+        shutil.rmtree = counted(shutil.rmtree)
+        write(run, step)
+        os.write(writer, bytes([passed]))
+        os._exit(0)
+    os.close(writer)
+    passed = os.read(reader, 1)[0]
+    os.close(reader)
+    os.waitpid(child, 0)
+    return passed
+
+
+def test_killed_at_every_boundary_of_a_save_the_run_can_go_on(run):
+    write(run, 1)
+    write(run, 2)
+    total = boundaries(run, 3)
+    assert total > 12
+    for at in range(total):
+        shutil.rmtree(run.checkpoints)
+        run.checkpoints.mkdir()
+        write(run, 1)
+        write(run, 2)
+        assert boundaries(run, 3, at) == at
+        found = load_latest(run, say=pytest.fail)  # nothing is damaged, only absent
+        assert found.step in (2, 3), f"boundary {at}"
+        assert torch.equal(found.model["w"], torch.full((3, 5), float(found.step)))
+        write(run, 4)
+        assert not list(run.checkpoints.glob(".tmp-*")), "leftovers are cleared by the next save"
+        assert load_latest(run).step == 4
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_flipped_bit_is_found_wherever_it_is(run, name):
+    write(run, 1)
+    path = write(run, 2) / name
+    sound = path.read_bytes()
+    for offset in np.linspace(0, len(sound) - 1, 25).astype(int):
+        for bit in (0, 6):
+            damaged = bytearray(sound)
+            damaged[offset] ^= 1 << bit
+            path.write_bytes(damaged)
+            if name == "MANIFEST.json" and json_equal(sound, damaged):
+                continue
+            said = []
+            found = load_latest(run, say=said.append)
+            assert found.step == 1, f"byte {offset}, bit {bit}"
+            assert name in said[0] or name == "MANIFEST.json"  # a wrong digest there accuses the file it is for
+            assert "step-00000002" in said[0]
+            corrupt = next(run.checkpoints.glob("*.corrupt*"))
+            corrupt.rename(run.checkpoints / "step-00000002")
+    path.write_bytes(sound)
+    assert load_latest(run, say=pytest.fail).step == 2
+
+
+def json_equal(a, b):
+    try:
+        return json.loads(a) == json.loads(bytes(b))
+    except ValueError:
+        return False
+
+
+def test_without_the_digest_the_flip_would_be_loaded(run, monkeypatch):
+    """Negative control: the file format itself does not notice."""
+    path = write(run, 1) / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+    real = hashlib.sha256
+
+    class Blind:
+        def __init__(self, data):
+            self.data = data
+
+        def hexdigest(self):
+            manifest = json.loads((path.parent / "MANIFEST.json").read_bytes())["files"]
+            return next((e["sha256"] for e in manifest.values() if e["size"] == len(self.data)), real(self.data).hexdigest())
+
+    monkeypatch.setattr(hashlib, "sha256", Blind)
+    found = load_latest(run, say=pytest.fail).model
+    assert not (torch.equal(found["w"], torch.full((3, 5), 1.0)) and torch.equal(found["b"], torch.arange(4.0)))
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", ["truncate", "empty", "missing", "swap", "folder"])
+def test_other_damage_falls_back_to_the_one_before(run, name, damage):
+    older, newer = write(run, 1), write(run, 2)
+    path = newer / name
+    if damage == "truncate":
+        path.write_bytes(path.read_bytes()[:-5])
+    elif damage == "empty":
+        path.write_bytes(b"")
+    elif damage == "swap":
+        shutil.copy(older / name, path)
+        if (older / name).read_bytes() == path.read_bytes() and name == "optim.safetensors":
+            path.write_bytes(safetensors.torch.save({"w/exp_avg": torch.zeros(3, 5)}))
+    else:
+        path.unlink()
+        if damage == "folder":
+            path.mkdir()
+    said = []
+    assert load_latest(run, say=said.append).step == 1
+    assert len(said) == 1
+    assert (run.checkpoints / "step-00000002.corrupt").is_dir()
+
+
+def test_a_damaged_folder_never_overwrites_an_older_damaged_one(run):
+    for _ in range(2):
+        write(run, 1)
+        path = write(run, 2)
+        (path / "state.json").unlink()
+        load_latest(run, say=lambda _: None)
+    assert {p.name for p in run.checkpoints.glob("*.corrupt*")} == {"step-00000002.corrupt", "step-00000002.corrupt-2"}
+
+
+def test_all_damaged_is_an_error_and_never_a_fresh_start(run):
+    for step in (1, 2):
+        (write(run, step) / "model.safetensors").write_bytes(b"")
+    for _ in range(2):  # the second time they are all set aside already
+        with pytest.raises(CheckpointError, match="every checkpoint of .* is damaged"):
+            load_latest(run, say=lambda _: None)
+
+
+def test_latest_is_only_a_hint(run):
+    write(run, 1)
+    write(run, 2)
+    (run.checkpoints / "LATEST").write_text("step-00000001\n")
+    assert load_latest(run).step == 2
+    (run.checkpoints / "LATEST").write_text("nonsense")
+    assert load_latest(run).step == 2
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
+@pytest.mark.parametrize("call", range(6))
+def test_a_full_disk_leaves_the_old_ones(run, monkeypatch, number, call):
+    write(run, 1)
+    real, calls = os.fsync, []
+
+    def failing(handle):
+        calls.append(handle)
+        if len(calls) == call + 1:
+            raise OSError(number, os.strerror(number))
+        return real(handle)
+
+    monkeypatch.setattr(os, "fsync", failing)
+    try:
+        write(run, 2)
+    except CheckpointFull as error:
+        assert "older checkpoints are untouched" in str(error)
+        assert ("disk is full" in str(error)) == (number == errno.ENOSPC)
+    monkeypatch.undo()
+    assert not list(run.checkpoints.glob(".tmp-*"))
+    assert load_latest(run, say=pytest.fail).step in (1, 2)
+    write(run, 3)
+    assert load_latest(run).step == 3
+
+
+def test_a_disk_that_is_really_full(run):
+    """/dev/full refuses every byte, as a full disk does."""
+    if not os.path.exists("/dev/full"):
+        pytest.skip("this system has no /dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        with open("/dev/full", "wb") as file:
+            file.write(b"x" * 100)
+            file.flush()
+
+
+class Payload:
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.marker}",)
+
+
+@pytest.mark.parametrize("with_manifest", [False, True])
+@pytest.mark.parametrize("form", ["pickle", "torch"])
+def test_a_foreign_pickle_is_refused_by_name_and_never_opened(run, tmp_path, form, with_manifest):
+    marker = tmp_path / "marker"
+    path = write(run, 1) / "model.safetensors"
+    if form == "pickle":
+        path.write_bytes(pickle.dumps(Payload(marker)))
+    else:
+        torch.save({"model": Payload(marker)}, path)
+    if with_manifest:  # even when somebody mended the manifest to match
+        manifest = json.loads((path.parent / "MANIFEST.json").read_bytes())
+        content = path.read_bytes()
+        manifest["files"]["model.safetensors"] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        (path.parent / "MANIFEST.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError) as caught:
+        load_model(run)
+    if not with_manifest:
+        assert "pickle, not safetensors" in str(caught.value)
+    assert not marker.exists()
+    assert (path.parent).is_dir(), "reading for evaluation renames nothing"
+
+
+def test_asking_for_a_step(run):
+    write(run, 1)
+    write(run, 2)
+    assert load_model(run, 1)[0] == 1
+    with pytest.raises(CheckpointError, match="no checkpoint of step 5; it has 1, 2"):
+        load_model(run, 5)
+
+
+def test_verify_names_a_checkpoint_under_a_wrong_name(run):
+    path = write(run, 1)
+    path.rename(run.checkpoints / "step-00000009")
+    with pytest.raises(Damaged, match="belongs to another checkpoint"):
+        checkpoint.verify(run.checkpoints / "step-00000009")
+
+
+def make_training(seed):
+    torch.manual_seed(seed)
+    module = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.LayerNorm(8), torch.nn.Linear(8, 2))
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2, betas=(0.9, 0.95), fused=True)
+    return module, optimizer, {p: n for n, p in module.named_parameters()}
+
+
+def advance(module, optimizer, steps):
+    data = torch.randn(16, 4, generator=torch.Generator().manual_seed(1))
+    for _ in range(steps):
+        module(data).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("forget", ["nothing", "moments", "step count"])
+def test_optimizer_state_goes_on_bit_for_bit(run, forget):
+    """With negative controls: forgetting moments or the step count must be visible."""
+    module, optimizer, names = make_training(0)
+    advance(module, optimizer, 5)
+    tensors, numbers = optimizer_to_tensors(optimizer, names)
+    save(run, 5, module.state_dict(), tensors, {"optimizer": numbers})
+    advance(module, optimizer, 5)
+
+    other, other_optimizer, other_names = make_training(99)
+    found = load_latest(run)
+    other.load_state_dict(found.model)
+    kept = {k: v for k, v in found.optim.items()
+            if forget == "nothing" or not k.endswith("/exp_avg" if forget == "moments" else "/step")}
+    if forget != "nothing":
+        kept |= {k: torch.zeros_like(v) for k, v in found.optim.items() if k not in kept}
+    tensors_to_optimizer(other_optimizer, other_names, kept, found.state["optimizer"])
+    advance(other, other_optimizer, 5)
+    same = all(torch.equal(a, b) for a, b in zip(module.parameters(), other.parameters(), strict=True))
+    assert same == (forget == "nothing")
+
+
+def test_optimizer_state_of_another_model_is_refused():
+    module, optimizer, names = make_training(0)
+    with pytest.raises(CheckpointError, match="'other.weight', which this model does not train"):
+        tensors_to_optimizer(optimizer, names, {"other.weight/exp_avg": torch.zeros(1)}, {})
+    with pytest.raises(CheckpointError, match=r"has shape \(3,\), the parameter \(8, 4\)"):
+        tensors_to_optimizer(optimizer, names, {"0.weight/exp_avg": torch.zeros(3)}, {})
+
+
+def test_graft_copies_strictly():
+    module = torch.nn.ModuleDict({"encoder": torch.nn.Linear(2, 3), "head": torch.nn.Linear(3, 1)})
+    source = {"tokenizer.weight": torch.ones(3, 2), "tokenizer.bias": torch.ones(3), "rest": torch.ones(1)}
+    graft(module, [("tokenizer.", "encoder.", source)])
+    assert module["encoder"].weight.eq(1).all()
+    before = module["encoder"].weight.clone()
+    for broken, message in [
+        ({"tokenizer.weight": torch.zeros(3, 2)}, "missing encoder.bias"),
+        (source | {"tokenizer.scale": torch.ones(1)}, "unexpected encoder.scale"),
+        (source | {"tokenizer.weight": torch.zeros(2, 2)}, r"encoder.weight is \(2, 2\), \(3, 2\) is needed"),
+        ({"other": torch.ones(1)}, "the source has nothing under 'tokenizer.'"),
+    ]:
+        with pytest.raises(CheckpointError, match=message):
+            graft(module, [("tokenizer.", "encoder.", broken)])
+        assert torch.equal(module["encoder"].weight, before), "nothing is copied when something does not fit"
+
+
+def test_too_little_space_is_said_before_the_start(run):
+    with pytest.raises(CheckpointFull, match="make room"):
+        checkpoint.check_space(run, 1 << 60)
+    checkpoint.check_space(run, 1)

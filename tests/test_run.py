@@ -1,0 +1,114 @@
+"""The Run folder: files whole or not at all, metrics each step once, one trainer at a time."""
+
+import multiprocessing
+import os
+import signal
+import time
+
+import pytest
+
+from unmask.run import Run, RunError, RunInUse, replace_file
+
+
+@pytest.fixture
+def run(tmp_path):
+    made = Run.create(tmp_path / "run")
+    made.write("config.json", {})
+    return made
+
+
+def test_a_folder_with_something_in_it_is_refused_and_left_alone(tmp_path):
+    (tmp_path / "mine.txt").write_text("precious")
+    with pytest.raises(RunError, match="not empty.*another --out"):
+        Run.create(tmp_path)
+    with pytest.raises(RunError, match="is a file"):
+        Run.create(tmp_path / "mine.txt")
+    assert (tmp_path / "mine.txt").read_text() == "precious"
+
+
+def test_a_finished_run_names_resume(run):
+    with pytest.raises(RunError, match="unmask resume"):
+        Run.create(run.path)
+
+
+def test_opening_what_is_no_run(run, tmp_path):
+    with pytest.raises(RunError, match="not a folder"):
+        Run.open(tmp_path / "nowhere")
+    with pytest.raises(RunError, match="no config.json; did you mean .*run"):
+        Run.open(tmp_path)
+    assert Run.open(run.path).path == run.path
+
+
+def test_json_round_trip_and_damage(run):
+    run.write("evals/probe.json", {"a": 1.5, "name": "caf\udce9"})  # a file name that is not UTF-8
+    assert run.read("evals/probe.json") == {"a": 1.5, "name": "caf\udce9"}
+    (run.path / "evals/probe.json").write_text("{")
+    with pytest.raises(RunError, match="probe.json cannot be read"):
+        run.read("evals/probe.json")
+    (run.path / "evals/probe.json").write_text("[]")
+    with pytest.raises(RunError, match="a JSON object was expected"):
+        run.read("evals/probe.json")
+    with pytest.raises(RunError, match="missing"):
+        run.read("plan.json")
+
+
+def test_a_failed_write_leaves_the_old_file(run, monkeypatch):
+    run.write("status.json", {"old": True})
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space"):
+        run.write("status.json", {"old": False})
+    monkeypatch.undo()
+    assert run.read("status.json") == {"old": True}
+    assert not list(run.path.glob(".*partial"))
+
+
+def test_metrics_keep_each_step_once_and_survive_a_torn_line(run):
+    for step in range(1, 6):
+        run.log({"step": step, "loss": step / 3})
+    with run.metrics_file.open("ab") as file:
+        file.write(b'{"step": 6, "lo')  # torn by a crash
+    assert [row["step"] for row in run.metrics()] == [1, 2, 3, 4, 5]
+    run.log({"step": 7, "loss": 0.0})  # the torn line does not swallow it
+    assert [row["step"] for row in run.metrics()] == [1, 2, 3, 4, 5, 7]
+    run.truncate_metrics(3)
+    assert [row["step"] for row in run.metrics()] == [1, 2, 3]
+    assert run.metrics()[0]["loss"] == 1 / 3  # exactly
+
+
+def test_quarantine_keeps_names_that_are_no_text(run):
+    run.add_quarantine({"name": "bad\udcff.png", "code": "EMPTY", "detail": ""})
+    assert run.quarantine()[0]["name"] == "bad\udcff.png"
+    run.quarantine_file.read_bytes().decode("ascii")
+
+
+def test_status(run):
+    run.set_status("running", 7, total=10)
+    status = run.read("status.json")
+    assert (status["state"], status["step"], status["total"]) == ("running", 7, 10)
+
+
+def _hold(path, ready):
+    with Run.open(path).lock():
+        ready.set()
+        time.sleep(60)
+
+
+def test_one_trainer_at_a_time_and_a_killed_one_leaves_no_lock(run):
+    context = multiprocessing.get_context("spawn")
+    ready = context.Event()
+    holder = context.Process(target=_hold, args=(run.path, ready))
+    holder.start()
+    try:
+        assert ready.wait(30)
+        with pytest.raises(RunInUse, match=f"in use by process {holder.pid}"), run.lock():
+            pass
+    finally:
+        os.kill(holder.pid, signal.SIGKILL)
+        holder.join()
+    with run.lock():
+        assert (run.path / ".lock").read_text() == str(os.getpid())
+
+
+def test_replace_file_writes_the_whole_content(tmp_path):
+    replace_file(tmp_path / "a", b"x" * 100_000)
+    assert (tmp_path / "a").read_bytes() == b"x" * 100_000

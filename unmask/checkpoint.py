@@ -1,0 +1,327 @@
+"""Checkpoints: written so that a crash at any moment leaves a good one, read so that a damaged one is never used.
+
+    checkpoints/.tmp-00001234-<id>/    written here, never read
+    checkpoints/step-00001234/         appears only by rename: model.safetensors optim.safetensors state.json MANIFEST.json
+    checkpoints/LATEST                 a hint for people, never trusted
+
+Order of writing: files, each flushed to disk; MANIFEST.json (size and SHA-256 of each) last; rename; flush the folder;
+LATEST; prune. Neither torch, nor safetensors, nor the file system notices a flipped bit, so the digests are ours.
+Weights are safetensors only: a pickle in their place is refused by name and never opened.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from unmask.run import Run, replace_file, sync_folder
+
+MODEL, OPTIM, STATE, MANIFEST, LATEST = "model.safetensors", "optim.safetensors", "state.json", "MANIFEST.json", "LATEST"
+STEP_FOLDER = re.compile(r"step-(\d{8,})$")
+
+
+class CheckpointError(ValueError):
+    """No usable checkpoint, or one that does not fit; the message names the file and says what to do."""
+
+
+class CheckpointRefused(CheckpointError):
+    """Weights that are not finite are not saved."""
+
+
+class CheckpointFull(CheckpointError):
+    """The disk did not take the checkpoint; the older ones are untouched."""
+
+
+class Damaged(CheckpointError):
+    """One checkpoint folder that fails its own manifest."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint, on the CPU."""
+
+    step: int
+    path: Path
+    model: dict[str, Tensor]
+    optim: dict[str, Tensor]
+    state: dict[str, Any]
+
+
+def save(
+    run: Run,
+    step: int,
+    model: Mapping[str, Tensor],
+    optim: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+    *,
+    keep: int = 2,
+) -> Path:
+    """Write checkpoint `step` and prune older ones to `keep` (at least 2) verified ones; returns its folder.
+
+    Raises CheckpointRefused for weights that are not finite and CheckpointFull when the disk does not take it; in both
+    cases the older checkpoints stay as they were.
+    """
+    assert keep >= 2, "one checkpoint is none"
+    if poisoned := [name for name, value in model.items() if value.is_floating_point() and not value.isfinite().all()]:
+        raise CheckpointRefused(
+            f"checkpoint of step {step} not written: {len(poisoned)} tensors hold non-finite numbers, first {poisoned[0]}; "
+            "the one before is kept"
+        )
+    final = run.checkpoints / f"step-{step:08d}"
+    partial = run.checkpoints / f".tmp-{step:08d}-{uuid.uuid4().hex[:8]}"
+    try:
+        run.checkpoints.mkdir(exist_ok=True)
+        _clear_leftovers(run)
+        partial.mkdir()
+        files = {
+            MODEL: safetensors.torch.save(_on_cpu(model)),
+            OPTIM: safetensors.torch.save(_on_cpu(optim)),
+            STATE: json.dumps(dict(state)).encode(),
+        }
+        manifest = {}
+        for name, content in files.items():
+            _write(partial / name, content)
+            manifest[name] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        _write(partial / MANIFEST, json.dumps({"step": step, "files": manifest}).encode())
+        sync_folder(partial)
+        if final.exists():  # the same step again, after a resume: the new one has just been written whole
+            os.rename(final, run.checkpoints / f".tmp-old-{uuid.uuid4().hex[:8]}")
+        os.rename(partial, final)
+        sync_folder(run.checkpoints)
+        replace_file(run.checkpoints / LATEST, final.name.encode() + b"\n")
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if final.is_dir() and not partial.exists() and error.filename and str(error.filename).endswith(LATEST):
+            return final  # only the hint could not be written
+        why = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else str(error.strerror or error)
+        raise CheckpointFull(
+            f"checkpoint of step {step} could not be written to {run.checkpoints}: {why}; training goes on, the older "
+            "checkpoints are untouched"
+        ) from error
+    _prune(run, keep)
+    return final
+
+
+def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+
+
+def _write(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _clear_leftovers(run: Run) -> None:
+    """Folders of a save that a crash cut short. The run's lock says that nobody else is writing."""
+    for leftover in run.checkpoints.glob(".tmp-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _prune(run: Run, keep: int) -> None:
+    """Remove the oldest beyond `keep`; only folders that pass their manifest count, so broken ones push none out."""
+    good = 0
+    for _, path in steps_on_disk(run):
+        if good >= keep:
+            shutil.rmtree(path, ignore_errors=True)
+            continue
+        try:
+            verify(path)
+            good += 1
+        except Damaged:
+            continue
+
+
+def steps_on_disk(run: Run) -> list[tuple[int, Path]]:
+    """(step, folder), newest first. By name only: nothing is verified."""
+    found = [(int(match[1]), path) for path in run.checkpoints.glob("step-*") if (match := STEP_FOLDER.match(path.name))]
+    return sorted(found, reverse=True)
+
+
+def verify(path: Path) -> dict[str, bytes]:
+    """The files of a checkpoint, checked against its manifest. Raises Damaged, naming the file and the fault."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_bytes())
+        step, entries = manifest["step"], dict(manifest["files"])
+        sizes = {name: (int(entry["size"]), str(entry["sha256"])) for name, entry in entries.items()}
+    except FileNotFoundError:
+        raise Damaged(f"{path}: {MANIFEST} is missing") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Damaged(f"{path}: {MANIFEST} cannot be read ({type(error).__name__})") from None
+    if path.name != f"step-{step:08d}" or set(sizes) != {MODEL, OPTIM, STATE}:
+        raise Damaged(f"{path}: {MANIFEST} belongs to another checkpoint")
+    contents = {}
+    for name, (size, digest) in sizes.items():
+        try:
+            content = (path / name).read_bytes()
+        except OSError as error:
+            raise Damaged(f"{path}: {name} cannot be read ({error.strerror})") from None
+        if hashlib.sha256(content).hexdigest() != digest:
+            raise Damaged(f"{path}: {name} {_what_changed(content, size)}")
+        contents[name] = content
+    return contents
+
+
+def _what_changed(content: bytes, size: int) -> str:
+    if content[:1] == b"\x80" or content[:2] == b"PK":
+        return "is a pickle, not safetensors; it was not opened, because a pickle can run code"
+    if len(content) != size:
+        return f"has {len(content)} bytes, {size} were written"
+    return "has changed since it was written (its SHA-256 differs)"
+
+
+def _read(path: Path) -> Checkpoint:
+    contents = verify(path)
+    try:
+        return Checkpoint(
+            step=int(path.name.removeprefix("step-")),
+            path=path,
+            model=safetensors.torch.load(contents[MODEL]),
+            optim=safetensors.torch.load(contents[OPTIM]),
+            state=json.loads(contents[STATE]),
+        )
+    except (safetensors.SafetensorError, ValueError) as error:
+        raise Damaged(f"{path}: {error}") from None
+
+
+def load_latest(run: Run, *, say: Callable[[str], object] = print) -> Checkpoint | None:
+    """The newest checkpoint that passes its manifest, or None when none was ever written.
+
+    Damaged ones are renamed step-N.corrupt and said. Raises CheckpointError when all are damaged: starting afresh without
+    a word would throw the run away.
+    """
+    candidates = steps_on_disk(run)
+    for _, path in candidates:
+        try:
+            return _read(path)
+        except Damaged as fault:
+            aside = _set_aside(path)
+            say(f"checkpoint damaged, set aside as {aside.name}, the one before is tried: {fault}")
+    damaged = sorted(path.name for path in run.checkpoints.glob("step-*.corrupt*"))
+    if candidates or damaged:
+        raise CheckpointError(
+            f"every checkpoint of {run.path} is damaged ({', '.join(damaged)}); restore one from a backup, or start a new run"
+        )
+    return None
+
+
+def _set_aside(path: Path) -> Path:
+    aside, number = path.with_name(f"{path.name}.corrupt"), 2
+    while aside.exists():
+        aside, number = path.with_name(f"{path.name}.corrupt-{number}"), number + 1
+    os.rename(path, aside)
+    return aside
+
+
+def load_model(run: Run, step: int | None = None) -> tuple[int, dict[str, Tensor]]:
+    """(step, weights) of the newest sound checkpoint or of `step`; reads only, renames nothing. Raises CheckpointError."""
+    candidates = steps_on_disk(run)
+    if step is not None:
+        have = ", ".join(str(found) for found, _ in reversed(candidates)) or "none"
+        candidates = [(found, path) for found, path in candidates if found == step]
+        if not candidates:
+            raise CheckpointError(f"{run.path} has no checkpoint of step {step}; it has {have}")
+    faults = []
+    for found, path in candidates:
+        try:
+            return found, safetensors.torch.load(verify(path)[MODEL])
+        except (Damaged, safetensors.SafetensorError) as fault:
+            faults.append(str(fault))
+    if faults:
+        raise CheckpointError(f"no checkpoint of {run.path} can be used: {'; '.join(faults)}")
+    raise CheckpointError(f"{run.path} has no checkpoint yet; train it first: unmask resume {run.path}")
+
+
+def optimizer_to_tensors(
+    optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An optimiser's state as (tensors, numbers), keyed "<parameter name>/<state name>"; parameters without state are left out."""
+    tensors: dict[str, Tensor] = {}
+    numbers: dict[str, Any] = {}
+    for parameter, entries in optimizer.state.items():
+        for key, value in entries.items():
+            place = tensors if isinstance(value, Tensor) else numbers
+            place[f"{names[parameter]}/{key}"] = value
+    return tensors, numbers
+
+
+def tensors_to_optimizer(
+    optimizer: torch.optim.Optimizer,
+    names: Mapping[Tensor, str],
+    tensors: Mapping[str, Tensor],
+    numbers: Mapping[str, Any],
+) -> None:
+    """The inverse of `optimizer_to_tensors`, bit for bit. Raises CheckpointError when the two do not fit."""
+    by_name = {name: parameter for parameter, name in names.items()}
+    managed = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    optimizer.state.clear()
+    for entry, value in [*tensors.items(), *numbers.items()]:
+        name, _, key = entry.rpartition("/")
+        if name not in by_name or id(by_name[name]) not in managed:
+            raise CheckpointError(f"the checkpoint has optimiser state for {name!r}, which this model does not train")
+        parameter = by_name[name]
+        if isinstance(value, Tensor):
+            if value.ndim and value.shape != parameter.shape:
+                raise CheckpointError(
+                    f"optimiser state {entry} has shape {tuple(value.shape)}, the parameter {tuple(parameter.shape)}"
+                )
+            value = value.to(parameter.device, copy=True)
+        optimizer.state[parameter][key] = value
+
+
+def graft(module: nn.Module, entries: Sequence[tuple[str, str, Mapping[str, Tensor]]]) -> None:
+    """Start from other weights: for each (from prefix, to prefix, state dict) copy every tensor under one prefix to the other.
+
+    Strict: raises CheckpointError that names every missing, unexpected or mis-shaped tensor, before anything is copied.
+    """
+    own = dict(module.state_dict())
+    planned: dict[str, Tensor] = {}
+    faults: list[str] = []
+    for source, target, state in entries:
+        given = {target + name.removeprefix(source): value for name, value in state.items() if name.startswith(source)}
+        wanted = {name for name in own if name.startswith(target)}
+        if not given or not wanted:
+            empty = f"the source has nothing under {source!r}" if not given else f"the model has nothing under {target!r}"
+            raise CheckpointError(f"cannot graft {source!r} onto {target!r}: {empty}")
+        faults += [f"missing {name}" for name in sorted(wanted - set(given))]
+        faults += [f"unexpected {name}" for name in sorted(set(given) - wanted)]
+        faults += [
+            f"{name} is {tuple(given[name].shape)}, {tuple(own[name].shape)} is needed"
+            for name in sorted(wanted & set(given))
+            if given[name].shape != own[name].shape
+        ]
+        planned |= given
+    if faults:
+        raise CheckpointError(f"the weights do not fit: {'; '.join(faults[:12])}" + (" ..." if len(faults) > 12 else ""))
+    with torch.no_grad():
+        for name, value in planned.items():
+            own[name].copy_(value)
+
+
+def check_space(run: Run, needed: int) -> None:
+    """Raises CheckpointFull when fewer than `needed` bytes are free where the run lives."""
+    free = shutil.disk_usage(run.path).free
+    if free < needed:
+        raise CheckpointFull(
+            f"checkpoints of this run need about {needed / 2**30:.2f} GiB and {run.path} has {free / 2**30:.2f} GiB free; "
+            "make room, choose another --out, or a smaller recipe"
+        )
+
+
+def newest_step(run: Run) -> int | None:
+    """The newest step on disk, by name."""
+    return next((step for step, _ in steps_on_disk(run)), None)

@@ -1,0 +1,73 @@
+"""k nearest neighbours: how well do images of one class lie together, with nothing trained at all?
+
+The protocol is the usual one (Wu et al. 2018, "Unsupervised feature learning via non-parametric instance
+discrimination", section 3.4; Caron et al. 2021, DINO): cosine similarity s, the k most similar training images vote for
+their class with weight exp(s / 0.07). It measures the features as they are: not scaled, not centred.
+
+Letters: n training images, m test images, D width, K classes.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+TEMPERATURE = 0.07
+CHUNK_BYTES = 64 << 20
+
+
+def knn(train_x: np.ndarray, train_y: np.ndarray, test_x: np.ndarray, *, k: int = 20) -> np.ndarray:
+    """Predicted classes (m,) int64 of `test_x` (m, D), from `train_x` (n, D) with labels `train_y` (n,) >= 0.
+
+    With fewer than k training images all of them vote. A feature of length zero is similar to nothing (s = 0).
+    Ties: among training images equally similar, those with the lower row are neighbours; among classes with equal votes,
+    the one with the most similar single neighbour wins, and after that the one with the smaller number.
+    The similarity matrix is computed in pieces of at most 64 MiB. Raises ValueError for k < 1 or tables that do not fit.
+    """
+    if k < 1:
+        raise ValueError(f"k={k} neighbours came; at least 1 was expected, 20 is usual")
+    if not len(train_x) or len(train_x) != len(train_y) or train_x.shape[1:] != test_x.shape[1:]:
+        raise ValueError(
+            f"training features {train_x.shape} with {len(train_y)} labels and test features {test_x.shape} do not fit "
+            "together; rows and labels must be equally many, and the width the same"
+        )
+    train, labels = _unit(train_x), np.asarray(train_y, np.int64)
+    k, classes = min(k, len(train)), int(labels.max()) + 1
+    chunk = max(1, CHUNK_BYTES // (4 * len(train)))
+    guesses = [
+        _vote(*_neighbours(_unit(test_x[i : i + chunk]) @ train.T, k), labels, classes)
+        for i in range(0, len(test_x), chunk)
+    ]
+    return np.concatenate(guesses) if guesses else np.zeros(0, np.int64)
+
+
+def _unit(x: np.ndarray) -> Tensor:
+    return torch.nn.functional.normalize(torch.from_numpy(np.ascontiguousarray(x, np.float32)), dim=1)
+
+
+def _neighbours(similarity: Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Similarities and rows (m, k) of the nearest; equally near ones are taken from the lowest row on."""
+    near, rows = similarity.topk(k, dim=1)  # (m, k)
+    last = near[:, -1:]
+    # topk promises no order among equals, which matters only where the k-th has equals left outside.
+    for test in ((similarity >= last).sum(1) > k).nonzero()[:, 0].tolist():
+        nearer = (similarity[test] > last[test]).nonzero()[:, 0]
+        equal = (similarity[test] == last[test]).nonzero()[:, 0]
+        rows[test] = torch.cat([nearer, equal])[:k]
+        near[test] = similarity[test, rows[test]]
+    return near.numpy(), rows.numpy()
+
+
+def _vote(near: np.ndarray, rows: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
+    m = len(near)
+    order = np.lexsort((rows, -near), axis=1)  # equal votes must be summed in an equal order to be equal
+    near, rows = np.take_along_axis(near, order, 1), np.take_along_axis(rows, order, 1)
+    near = near.astype(np.float64)
+    place = (np.arange(m)[:, None], labels[rows])  # (m, k): whose vote each neighbour is
+    votes = np.zeros((m, classes))
+    np.add.at(votes, place, np.exp((near - 1) / TEMPERATURE))  # (m, K)
+    best = np.full((m, classes), -np.inf)
+    np.maximum.at(best, place, near)  # (m, K)
+    leads = votes == votes.max(1, keepdims=True)
+    return np.where(leads, best, -np.inf).argmax(1).astype(np.int64)

@@ -1,0 +1,94 @@
+"""Linear probe: how much of the classes can one linear map read out of frozen features?
+
+Multinomial logistic regression (scikit-learn, L-BFGS) on standardised features. This is the cheap cousin of the paper's
+probe (SGD with augmentation on the class token under a BatchNorm, He et al. 2021, A.1), which is a Method here and runs
+in the loop; numbers of the two are close, not equal. Differs from "maximum over epochs on the test set": nothing is
+chosen on test images.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import log_loss
+
+from unmask.rng import Stream, words
+
+C_GRID = tuple(float(c) for c in 10.0 ** np.arange(-4, 2.5, 0.5))
+HELD_OUT = 0.2
+C_WITHOUT_CHOICE = 0.01
+MAX_ITERATIONS = 500
+
+
+@dataclass(frozen=True)
+class LinearFit:
+    """`predictions` (m,) int64 on the test images; `c` the inverse regularisation used; `chosen` False where too few
+    labels were given to choose it; `converged` False where L-BFGS stopped at its limit of iterations."""
+
+    predictions: np.ndarray
+    c: float
+    chosen: bool
+    converged: bool
+
+
+def linear(train_x: np.ndarray, train_y: np.ndarray, test_x: np.ndarray, *, seed: int = 0) -> LinearFit:
+    """Fit on `train_x` (n, D) with labels `train_y` (n,), predict `test_x` (m, D).
+
+    Features are standardised with the training set's mean and standard deviation (a constant feature stays zero). C is
+    taken from a grid of half decades, 1e-4 to 1e2, by accuracy on a fifth of every class of the training set, chosen by
+    `seed` (equal accuracies: by log-loss); the path goes from strong to weak regularisation, each fit starting from the one
+    before, and ends early after three values in a row that are no better. Then all training images are fitted with that C. With
+    one image per class there is nothing to hold out: C = 0.01. Raises ValueError for fewer than two classes.
+    """
+    train_y = np.asarray(train_y, np.int64)
+    if len(np.unique(train_y)) < 2:
+        raise ValueError("labels of fewer than two classes came; a linear probe needs at least two classes")
+    mean, std = train_x.mean(0, dtype=np.float64), train_x.std(0, dtype=np.float64)
+    std[std <= 1e-12 * (1 + np.abs(mean))] = 1.0
+    mean, std = mean.astype(np.float32), std.astype(np.float32)
+    train_x, test_x = (train_x - mean) / std, (test_x - mean) / std
+
+    fit, held = hold_out(train_y, seed)
+    chosen, c = len(held) > 0, C_WITHOUT_CHOICE
+    if chosen:
+        c = _choose_c(train_x[fit], train_y[fit], train_x[held], train_y[held])
+    model, converged = _fit(LogisticRegression(max_iter=MAX_ITERATIONS, C=c), train_x, train_y)
+    return LinearFit(model.predict(test_x).astype(np.int64), c, chosen, converged)
+
+
+def hold_out(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """(fit, held) positions: a fifth of every class, at least one image, is held out; of a class of one, none."""
+    position = np.arange(len(labels), dtype=np.int64)
+    order = words(seed, Stream.LABELS, np.full_like(position, 2), position, 1)[:, 0]  # epochs 0 and 1 draw splits and shots
+    held = np.zeros(len(labels), bool)
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        count = max(1, round(HELD_OUT * len(members))) if len(members) > 1 else 0
+        held[members[np.argsort(order[members], kind="stable")][:count]] = True
+    return np.flatnonzero(~held), np.flatnonzero(held)
+
+
+def _choose_c(fit_x: np.ndarray, fit_y: np.ndarray, held_x: np.ndarray, held_y: np.ndarray) -> float:
+    model = LogisticRegression(max_iter=MAX_ITERATIONS, warm_start=True)
+    best, best_c, worse = (-1.0, -np.inf), C_GRID[0], 0
+    for c in C_GRID:
+        model, _ = _fit(model.set_params(C=c), fit_x, fit_y)
+        chances = model.predict_proba(held_x)
+        right = float((model.classes_[chances.argmax(1)] == held_y).mean())
+        score = right, -float(log_loss(held_y, chances.astype(np.float64), labels=model.classes_))
+        best, best_c, worse = (score, c, 0) if score > best else (best, best_c, worse + 1)
+        if worse == 3:
+            break
+    return best_c
+
+
+def _fit(model: LogisticRegression, x: np.ndarray, y: np.ndarray) -> tuple[LogisticRegression, bool]:
+    """Fitted, and whether L-BFGS reached its tolerance."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # a field of the result, not a line on the screen
+        model.fit(x, y)
+    return model, int(np.max(model.n_iter_)) < MAX_ITERATIONS
