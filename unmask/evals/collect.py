@@ -9,7 +9,7 @@ gives numbers that look merely disappointing.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -44,6 +44,22 @@ class FeatureTable:
         return len(self.index)
 
 
+class RawPixels(nn.Module):
+    """The control that is no encoder at all: the pixels, as one patch of C * H * W float32 numbers in the files' units.
+
+    Images larger than 32 pixels on their longer side are first averaged down to it, or a table of photographs would not
+    fit in memory; small differences within such a cell say little about a class.
+    """
+
+    def forward(self, images: Tensor) -> Features:
+        images = images.to(torch.float32)  # (B, C, H, W)
+        longer = max(images.shape[2:])
+        if longer > LARGEST_PIXEL_SIDE:
+            rows, columns = (max(1, round(side * LARGEST_PIXEL_SIDE / longer)) for side in images.shape[2:])
+            images = F.adaptive_avg_pool2d(images, (rows, columns))
+        return Features(None, images.flatten(1)[:, None], (1, 1))
+
+
 def collect(encoder: nn.Module, batches: Iterable[Batch], *, device: str, precision: str) -> FeatureTable:
     """Features of all images under a frozen encoder: eval mode, no gradients, nothing masked.
 
@@ -51,46 +67,49 @@ def collect(encoder: nn.Module, batches: Iterable[Batch], *, device: str, precis
     (train or eval) in which it came, module by module. precision: "fp32", or "bf16" for autocast; rows are float32 either
     way. Raises ValueError when there is no image, or when a feature is not finite.
     """
-
-    def features(batch: Batch) -> tuple[Tensor | None, Tensor]:
-        with torch.inference_mode(), autocast(precision, device):
-            out: Features = encoder(batch.to(device).images)
-            return out.cls, out.pooled
-
-    modes = [(module, module.training) for module in encoder.modules()]
-    encoder.eval()
-    try:
-        return _table(batches, features)
-    finally:
-        for module, mode in modes:  # not encoder.train(): a part may have been frozen in eval mode on purpose
-            module.training = mode
+    return collect_each({"features": encoder}, batches, device=device, precision=precision)["features"]
 
 
 def raw_pixels(batches: Iterable[Batch]) -> FeatureTable:
-    """The control without any encoder: the pixels themselves, (n, C * H * W) float32 in the files' units.
+    """`collect` with `RawPixels`: the table's `mean` holds the pixels, its `cls` is None."""
+    return collect(RawPixels(), batches, device="cpu", precision="fp32")
 
-    Images larger than 32 pixels on their longer side are first averaged down to it, or a table of photographs would not
-    fit in memory; small differences within such a cell say little about a class.
-    """
 
-    def pixels(batch: Batch) -> tuple[None, Tensor]:
-        images = batch.images.to(torch.float32)  # (B, C, H, W)
-        longer = max(images.shape[2:])
-        if longer > LARGEST_PIXEL_SIDE:
-            size = [max(1, round(side * LARGEST_PIXEL_SIDE / longer)) for side in images.shape[2:]]
-            images = F.adaptive_avg_pool2d(images, size)
-        return None, images.flatten(1)
-
-    return _table(batches, pixels)
+def collect_each(
+    encoders: Mapping[str, nn.Module], batches: Iterable[Batch], *, device: str, precision: str
+) -> dict[str, FeatureTable]:
+    """As `collect`, for several encoders while reading the images once. Raises ValueError like it."""
+    modes = [(module, module.training) for encoder in encoders.values() for module in encoder.modules()]
+    rows: dict[str, _Rows] = {name: _Rows() for name in encoders}
+    shared = _Shared()
+    for encoder in encoders.values():
+        encoder.eval()
+    try:
+        with torch.inference_mode(), autocast(precision, device):
+            for batch in batches:
+                shared.add(batch)
+                images = batch.to(device).images
+                for name, encoder in encoders.items():
+                    rows[name].add(encoder(images), shared.index[-1])
+    finally:
+        for module, mode in modes:  # not encoder.train(): a part may have been frozen in eval mode on purpose
+            module.training = mode
+    if not shared.index:
+        raise ValueError(
+            "no images came to compute features of; at least one was expected: look at the data with `unmask check`"
+        )
+    return {name: shared.table(rows[name]) for name in encoders}
 
 
 def labels_only(batches: Iterable[Batch]) -> tuple[np.ndarray, np.ndarray | None]:
-    """(index, labels) of all images, without computing anything on them."""
-    index, labels = [], []
+    """(index, labels) of all images, each (n,), without computing anything on them; no labels is None."""
+    index: list[np.ndarray | None] = []
+    labels: list[np.ndarray | None] = []
     for batch in batches:
         index.append(_array(batch.index))
         labels.append(None if batch.labels is None else _array(batch.labels))
-    return _joined(index), None if any(part is None for part in labels) else _joined(labels)
+    rows = _joined(index)
+    return np.zeros(0, np.int64) if rows is None else rows, _joined(labels)
 
 
 def only(batches: Iterable[Batch], wanted: np.ndarray) -> Iterator[Batch]:
@@ -106,38 +125,52 @@ def only(batches: Iterable[Batch], wanted: np.ndarray) -> Iterator[Batch]:
             )
 
 
-def _table(batches: Iterable[Batch], features) -> FeatureTable:
-    index, labels, cls, mean, digest = [], [], [], [], []
-    for batch in batches:
-        token, pooled = features(batch)
-        index.append(_array(batch.index))
-        labels.append(None if batch.labels is None else _array(batch.labels))
-        cls.append(None if token is None else _finite(token, index[-1]))
-        mean.append(_finite(pooled, index[-1]))
-        digest.append(_digests(batch.images))
-    if not index:
-        raise ValueError("no images came to compute features of; at least one was expected: look at the data with "
-                         "`unmask check`")
-    return FeatureTable(
-        index=_joined(index),
-        labels=None if any(part is None for part in labels) else _joined(labels),
-        cls=None if any(part is None for part in cls) else _joined(cls),
-        mean=_joined(mean),
-        digest=_joined(digest),
-    )
+class _Rows:
+    """What one encoder makes of the batches so far."""
+
+    def __init__(self) -> None:
+        self.cls: list[np.ndarray | None] = []
+        self.mean: list[np.ndarray] = []
+
+    def add(self, features: Features, index: np.ndarray) -> None:
+        self.cls.append(None if features.cls is None else _finite(features.cls, index))
+        self.mean.append(_finite(features.pooled, index))
+
+
+class _Shared:
+    """What is the same for every encoder."""
+
+    def __init__(self) -> None:
+        self.index: list[np.ndarray] = []
+        self.labels: list[np.ndarray | None] = []
+        self.digest: list[np.ndarray] = []
+
+    def add(self, batch: Batch) -> None:
+        self.index.append(_array(batch.index))
+        self.labels.append(None if batch.labels is None else _array(batch.labels))
+        self.digest.append(_digests(batch.images))
+
+    def table(self, rows: _Rows) -> FeatureTable:
+        return FeatureTable(
+            np.concatenate(self.index),
+            _joined(self.labels),
+            _joined(rows.cls),
+            np.concatenate(rows.mean),
+            np.concatenate(self.digest),
+        )
 
 
 def _finite(features: Tensor, index: np.ndarray) -> np.ndarray:
     """As float32 on the host. Raises ValueError when a number is not finite: no probe could make sense of it."""
-    rows = features.to(torch.float32).cpu()  # (B, D)
-    bad = (~rows.isfinite()).any(1)
+    rows = features.to(torch.float32).cpu().numpy()  # (B, D)
+    bad = ~np.isfinite(rows).all(1)
     if bad.any():
         raise ValueError(
-            f"the features of {int(bad.sum())} of {len(rows)} images are not finite (the first is image {index[int(bad.int().argmax())]} of "
-            "the source): the weights are damaged or too large for this precision; try an earlier checkpoint with --step, "
-            "or precision fp32"
+            f"the features of {bad.sum()} of {len(rows)} images are not finite (the first is row {index[bad.argmax()]} of "
+            "the source): the weights are damaged, or the images hold numbers that are not; try an earlier checkpoint "
+            "with --step, and look at the images with `unmask check`"
         )
-    return rows.numpy()
+    return rows
 
 
 def _digests(images: Tensor) -> np.ndarray:
@@ -149,5 +182,7 @@ def _array(tensor: Tensor) -> np.ndarray:
     return tensor.cpu().numpy()
 
 
-def _joined(parts: list) -> np.ndarray:
-    return np.concatenate(parts) if parts else np.zeros(0, np.int64)
+def _joined(parts: list[np.ndarray | None]) -> np.ndarray | None:
+    """One array; None when any batch had none."""
+    present = [part for part in parts if part is not None]
+    return np.concatenate(present) if present and len(present) == len(parts) else None

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 TEMPERATURE = 0.07
-CHUNK_BYTES = 64 << 20
+CHUNK_BYTES = 32 << 20
 
 
 def knn(train_x: np.ndarray, train_y: np.ndarray, test_x: np.ndarray, *, k: int = 20) -> np.ndarray:
@@ -23,7 +23,7 @@ def knn(train_x: np.ndarray, train_y: np.ndarray, test_x: np.ndarray, *, k: int 
     With fewer than k training images all of them vote. A feature of length zero is similar to nothing (s = 0).
     Ties: among training images equally similar, those with the lower row are neighbours; among classes with equal votes,
     the one with the most similar single neighbour wins, and after that the one with the smaller number.
-    The similarity matrix is computed in pieces of at most 64 MiB. Raises ValueError for k < 1 or tables that do not fit.
+    The similarity matrix is computed in pieces of at most 32 MiB. Raises ValueError for k < 1 or tables that do not fit.
     """
     if k < 1:
         raise ValueError(f"k={k} neighbours came; at least 1 was expected, 20 is usual")
@@ -48,10 +48,12 @@ def _unit(x: np.ndarray) -> Tensor:
 
 def _neighbours(similarity: Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
     """Similarities and rows (m, k) of the nearest; equally near ones are taken from the lowest row on."""
-    near, rows = similarity.topk(k, dim=1)  # (m, k)
-    last = near[:, -1:]
-    # topk promises no order among equals, which matters only where the k-th has equals left outside.
-    for test in ((similarity >= last).sum(1) > k).nonzero()[:, 0].tolist():
+    near, rows = similarity.topk(min(k + 1, similarity.shape[1]), dim=1)
+    last = near[:, k - 1 : k]
+    # topk promises no order among equals, which matters where the first one left outside equals the last one inside.
+    doubtful = (near[:, k:] == last).nonzero()[:, 0].tolist()
+    near, rows = near[:, :k].clone(), rows[:, :k].clone()  # (m, k)
+    for test in doubtful:
         nearer = (similarity[test] > last[test]).nonzero()[:, 0]
         equal = (similarity[test] == last[test]).nonzero()[:, 0]
         rows[test] = torch.cat([nearer, equal])[:k]

@@ -1,0 +1,90 @@
+"""Crop boxes, flips, resampling."""
+
+import numpy as np
+import pytest
+
+from unmask.data.augment import CROP_DRAWS, CropConfig, center_boxes, crop_boxes, cut, decode_size
+from unmask.rng import Stream, uniform
+
+
+def draws(count, seed=0):
+    return uniform(seed, Stream.CROP, np.zeros(count, np.int64), np.arange(count), CROP_DRAWS)
+
+
+def test_random_resized_crops_cover_the_area_and_aspect_asked_for_and_stay_inside():
+    sizes = np.tile([[240, 320]], (4000, 1))
+    boxes = crop_boxes(sizes, (224, 224), CropConfig(), draws(4000))
+    top, left, height, width = boxes.T
+    assert (top >= 0).all()
+    assert (left >= 0).all()
+    assert (top + height <= 240).all()
+    assert (left + width <= 320).all()
+    area, ratio = height * width / (240 * 320), width / height
+    assert area.min() == pytest.approx(0.2, abs=0.01)
+    assert area.max() > 0.9
+    assert ratio.min() == pytest.approx(0.75, abs=0.03)
+    assert ratio.max() == pytest.approx(4 / 3, abs=0.03)
+    assert abs(np.log(ratio).mean()) < 0.03
+
+
+def test_an_image_no_try_fits_gets_the_largest_centred_box():
+    boxes = crop_boxes(np.array([[10, 1000]]), (32, 32), CropConfig(scale=(0.9, 1.0)), draws(1))
+    assert boxes[0].tolist() == [0, 493, 10, 13]
+
+
+def test_aspect_is_relative_to_a_wide_target():
+    boxes = crop_boxes(np.tile([[180, 480]], (500, 1)), (64, 160), CropConfig(), draws(500))
+    ratio = boxes[:, 3] / boxes[:, 2]
+    assert np.median(ratio) == pytest.approx(2.5, rel=0.1)
+
+
+def test_one_pixel_images_work():
+    boxes = crop_boxes(np.array([[1, 1]]), (8, 8), CropConfig(), draws(1))
+    assert cut(np.full((1, 1, 3), 9, np.uint8), boxes[0], (8, 8), False).tolist() == np.full((8, 8, 3), 9).tolist()
+
+
+def test_center_boxes_have_the_shape_of_the_target():
+    boxes = center_boxes(np.array([[100, 200], [200, 100], [50, 50]]), (50, 50))
+    assert boxes.tolist() == [[0, 50, 100, 100], [50, 0, 100, 100], [0, 0, 50, 50]]
+    assert center_boxes(np.array([[256, 256]]), (224, 224), 0.875)[0].tolist() == [16, 16, 224, 224]
+
+
+def test_fixed_size_crops_wander():
+    config = CropConfig(kind="random", eval_share=0.5)
+    boxes = crop_boxes(np.tile([[100, 100]], (200, 1)), (32, 32), config, draws(200))
+    assert (boxes[:, 2:] == 50).all()
+    assert boxes[:, 0].std() > 10
+    assert boxes[:, 0].max() <= 50
+
+
+def test_a_box_of_the_target_size_is_copied_exactly():
+    image = np.random.default_rng(0).integers(0, 255, (20, 30, 3), np.uint8)
+    assert (cut(image, np.array([2, 3, 8, 9]), (8, 9), False) == image[2:10, 3:12]).all()
+    assert (cut(image, np.array([2, 3, 8, 9]), (8, 9), True) == image[2:10, 3:12][:, ::-1]).all()
+
+
+@pytest.mark.parametrize(("dtype", "channels"), [("uint8", 1), ("uint8", 3), ("uint8", 7), ("uint16", 1), ("float32", 4)])
+def test_every_dtype_and_channel_count_keeps_its_values(dtype, channels):
+    top = {"uint8": 255, "uint16": 65535, "float32": 3.5}[dtype]
+    ramp = np.linspace(0, top, 64)[None, :, None].repeat(48, 0).repeat(channels, 2).astype(dtype)
+    out = cut(ramp, np.array([0, 0, 48, 64]), (24, 32), False)
+    assert out.dtype == ramp.dtype
+    assert out.shape == (24, 32, channels)
+    expected = np.linspace(0, top, 64).reshape(32, 2).mean(1)
+    assert np.abs(out[12, :, -1].astype(float) - expected).max() < 0.02 * top
+    assert out.min() >= ramp.min()
+    assert out.max() <= ramp.max()
+
+
+def test_both_resampling_branches_agree():
+    smooth = np.add.outer(np.linspace(0, 100, 40), np.linspace(0, 100, 50))[:, :, None].repeat(3, 2)
+    box = np.array([4, 6, 30, 36])
+    pillow = cut(smooth.astype(np.uint8), box, (16, 16), False).astype(float)
+    torch_branch = cut(smooth.astype(np.float32), box, (16, 16), False)
+    assert np.abs(pillow - torch_branch).max() < 2
+
+
+def test_scaled_decoding_keeps_the_crop_at_full_resolution():
+    assert decode_size((3000, 4000), np.array([0, 0, 3000, 4000]), (224, 224)) == (224, 224)
+    assert decode_size((3000, 4000), np.array([0, 0, 300, 400]), (224, 224)) == (2240, 2240)
+    assert decode_size((100, 100), np.array([0, 0, 50, 50]), (224, 224)) == (100, 100)

@@ -1,0 +1,117 @@
+"""Settings: every key is reachable, wrong ones are refused with the nearest, JSON goes both ways."""
+
+import json
+
+import pytest
+from pydantic import ValidationError
+
+from unmask.config import Config, ConfigError, keys, method_class, method_names, override
+from unmask.recipes.catalogue import all_recipes, choose, find
+
+
+@pytest.mark.parametrize("name", list(all_recipes()))
+def test_recipes_are_documented_round_trip_and_fit_together(name):
+    assert len(all_recipes()[name].__doc__.strip().splitlines()[0]) > 20
+    config = find(name)
+    assert Config.model_validate(json.loads(config.model_dump_json())) == config
+    assert config.recipe == name
+    assert config.data.size[0] % config.method.encoder.patch[0] == 0
+
+
+OTHER = {
+    "recipe": "mine", "data.source": "x", "data.size": [64, 32], "data.crop.kind": "center", "data.crop.scale": [0.5, 1],
+    "data.crop.ratio": [1, 1], "data.crop.flip": 0, "data.crop.eval_share": 0.9, "data.channels": 4, "data.mean": [1, 2, 3],
+    "data.std": [1, 2, 3], "data.workers": 3, "data.cache": False, "data.cache_gib": 2, "data.max_bad_fraction": 0.5,
+    "data.scan_sample": 7, "optim.base_lr": 0.5, "optim.betas": [0.5, 0.6], "optim.eps": 1e-3, "optim.weight_decay": 0.4,
+    "optim.warmup": 0.2, "optim.final_lr": 0.1, "optim.clip": 2.0, "train.steps": 3, "train.epochs": 4, "train.batch_size": 12,
+    "train.micro_batch": 6, "train.seed": 5, "train.precision": "fp32", "train.device": "cpu", "train.compile": True,
+    "train.log_every": 2, "train.checkpoint_every": 9, "train.checkpoint_minutes": 1, "train.keep_checkpoints": 3,
+    "train.picture_every": 8, "train.picture_images": 2, "method.name": "mae", "method.mask_ratio": 0.6,
+    "method.target": "pixels", "method.encoder.width": 64, "method.encoder.depth": 2, "method.encoder.heads": 4,
+    "method.encoder.patch": [8, 4], "method.encoder.mlp_ratio": 2, "method.decoder.width": 32, "method.decoder.depth": 1,
+    "method.decoder.heads": 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", keys(find("mae_nano")))
+def test_every_setting_can_be_changed_from_the_command_line(key):
+    assert key in OTHER, "a new setting needs a value to try here"
+    value = OTHER[key]
+    before = find("mae_nano")
+    after = override(before, [f"{key}={value if isinstance(value, str) else json.dumps(value)}"])
+    found = json.loads(after.model_dump_json())
+    for part in key.split("."):
+        found = found[part]
+    assert found == value or key == "method.name"
+    if key != "method.name":
+        assert after != before
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("train.step=5", "'train.step' is not a setting; did you mean train.steps"),
+        ("steps=5", "did you mean train.steps"),
+        ("method.mask_ration=0.5", "did you mean method.mask_ratio"),
+        ("train.steps", "KEY=VALUE was expected"),
+        ("train.steps=many", "train.steps='many' does not fit: .*integer"),
+        ("train.steps=0", "greater than 0"),
+        ("method.mask_ratio=1.5", "less than 1"),
+        ("method.target=colour", "'norm_pixels' or 'pixels'"),
+        ("train.precision=fp16", "'auto', 'fp32' or 'bf16'"),
+        ("data.size=big", "data.size"),
+        ("method.name=mea", "method 'mea' is not known; did you mean mae"),
+        ("train={}", "'train' is not a setting"),
+    ],
+)
+def test_wrong_settings_are_refused_with_the_nearest(assignment, message):
+    with pytest.raises(ConfigError, match=message):
+        override(find("mae_nano"), [assignment])
+
+
+def test_a_single_number_means_a_square_and_none_clears():
+    config = override(find("mae_nano"), ["data.size=64", "method.encoder.patch=8", "train.epochs=none"])
+    assert (config.data.size, config.method.encoder.patch, config.train.epochs) == ((64, 64), (8, 8), None)
+
+
+def test_settings_are_frozen_and_strict():
+    config = find("mae_nano")
+    with pytest.raises(ValidationError):
+        config.train.steps = 5
+    with pytest.raises(ValidationError, match="Extra inputs"):
+        type(config.train)(stepz=5)
+
+
+def test_unknown_recipes_and_methods_name_the_nearest():
+    with pytest.raises(ConfigError, match="recipe 'mae_nanno' is not known; did you mean mae_nano"):
+        find("mae_nanno")
+    assert "mae" in method_names()
+    assert method_class("mae").__name__ == "MAE"
+
+
+@pytest.mark.parametrize(
+    ("images", "size", "device", "name"),
+    [
+        (50_000, (32, 32), "cpu", "mae_nano"),
+        (50_000, (32, 32), "cuda", "mae_nano"),
+        (500, (480, 640), "cpu", "mae_nano"),
+        (5_000, (480, 640), "cuda", "mae_tiny"),
+        (100_000, (480, 640), "cuda", "mae_small"),
+        (1_300_000, (400, 500), "cuda", "mae_base"),
+        (5, (20, 24), "cpu", "mae_nano"),
+    ],
+)
+def test_auto_picks_by_count_size_and_device_and_says_why(images, size, device, name):
+    recipe, overrides, reasons = choose(images, size, device)
+    assert recipe == name
+    assert reasons
+    assert str(images) in reasons[0]
+    config = override(find(recipe), overrides)  # what it proposes is valid
+    assert config.data.size[0] % config.method.encoder.patch[0] == config.data.size[1] % config.method.encoder.patch[1] == 0
+    assert config.train.batch_size <= max(16, images)
+
+
+def test_auto_keeps_the_shape_of_wide_images():
+    _, overrides, _ = choose(1000, (180, 480), "cuda")
+    height, width = override(find("mae_tiny"), overrides).data.size
+    assert width > 2 * height

@@ -1,0 +1,539 @@
+"""Where images come from: a folder tree, list file, glob, tar, zip, parquet, single files, or an embedded set.
+
+A `Source` gives names, sizes, labels and the bytes of row i; it decodes nothing. Names are sorted and stable, '/'-separated
+and relative, and safe to print (bytes that are no text are escaped); the real path is kept apart. Sources are cheap to
+pickle and safe to fork: file handles are opened by the process that uses them.
+
+Class labels are the names of the first folder level that has more than one sub-folder, when every image lies in one of
+them; folders that are called train, val or test are splits, not classes.
+"""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import hashlib
+import io
+import os
+import stat
+import tarfile
+import zipfile
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from unmask.data.decode import MOST_BYTES, BadImage
+
+EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".npy")
+LISTS = (".txt", ".lst", ".csv", ".tsv")
+TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
+EMBEDDED = ("shapes", "shapes-test", "digits", "digits-test")
+SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "dev", "eval"}
+MOST_UNPACKED = 2 << 30
+WHAT_DATA_IS = "a folder, a list file (.txt, .csv), a glob, a .tar, .zip or .parquet file, or shapes or digits"
+
+
+class SourceError(ValueError):
+    """DATA that cannot be opened; the message says what came, what was expected, and what to do."""
+
+
+class Source(ABC):
+    """Rows of images. `name` as typed, `location` what opens it again from anywhere, `skipped` what was passed over."""
+
+    def __init__(self, name: str, names: Sequence[str], sizes: Sequence[int], *, location: str | None = None) -> None:
+        self.name = name
+        self.location = location if location is not None else str(Path(name).absolute())
+        self.names = list(names)
+        self.sizes = np.asarray(sizes, np.int64)
+        self.skipped: Counter[str] = Counter()
+        self.labels: np.ndarray | None = None
+        self.classes: list[str] = []
+        self.split_folders: list[str] = []
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @abstractmethod
+    def read(self, i: int) -> bytes:
+        """The bytes of row i. Raises BadImage with VANISHED or PERMISSION when the file cannot be read."""
+
+    def fingerprint(self) -> str:
+        """SHA-256 over names and sizes: changes when files are added, removed, renamed or replaced by others."""
+        digest = hashlib.sha256()
+        for name, size in zip(self.names, self.sizes.tolist(), strict=True):
+            digest.update(f"{name}\0{size}\n".encode("utf-8", "surrogateescape"))
+        return digest.hexdigest()
+
+    def label_by_folder(self) -> None:
+        """Set labels from folder names; see the module docstring."""
+        self.classes, self.labels, self.split_folders = classes_of(self.names)
+
+    def label_by(self, values: Sequence[str]) -> None:
+        """Set labels from one text per row."""
+        self.classes = sorted(set(values))
+        number = {name: i for i, name in enumerate(self.classes)}
+        self.labels = np.array([number[value] for value in values], np.int64)
+
+
+def classes_of(names: Sequence[str]) -> tuple[list[str], np.ndarray | None, list[str]]:
+    """(classes, labels or None, split folders found instead of classes) from '/'-separated names."""
+    folders = [name.split("/")[:-1] for name in names]
+    depth = min((len(parts) for parts in folders), default=0)
+    for level in range(depth):
+        here = sorted({parts[level] for parts in folders})
+        if len(here) > 1:
+            if {name.lower() for name in here} <= SPLITS:
+                return [], None, here
+            number = {name: i for i, name in enumerate(here)}
+            return here, np.array([number[parts[level]] for parts in folders], np.int64), []
+    return [], None, []
+
+
+def require_labels(source: Source) -> Source:
+    """The source, if it has labels. Raises SourceError that says how to give some."""
+    if source.labels is None:
+        if source.split_folders:
+            raise SourceError(
+                f"{source.name} holds {', '.join(source.split_folders)}, which are splits, not classes; point at one of them, "
+                f"for example {source.name.rstrip('/')}/{source.split_folders[-1]}"
+            )
+        raise SourceError(
+            f"{source.name} has no class labels; they come from sub-folder names: put the images of each class into a "
+            "folder of its own (at least two classes)"
+        )
+    return source
+
+
+def open_source(data: str | Path) -> Source:
+    """Open DATA, whatever it is. Raises SourceError when it is nothing we know, is empty, or holds no image."""
+    text = str(data)
+    stem, _, count = text.partition(":")
+    path = Path(text)
+    if not path.exists() and stem in EMBEDDED:
+        return _embedded(text, stem, count)
+    if glob.has_magic(text) and not path.exists():
+        source: Source = _from_glob(text)
+    elif not path.exists():
+        raise SourceError(f"{text} does not exist; {WHAT_DATA_IS} was expected{_near(text, stem)}")
+    elif path.is_dir():
+        source = _from_tree(text)
+    elif not stat.S_ISREG(path.stat().st_mode):
+        raise SourceError(f"{text} is neither a file nor a folder; {WHAT_DATA_IS} was expected")
+    else:
+        source = _from_file(text)
+    if not len(source):
+        seen = ", ".join(f"{number} {kind or 'without extension'}" for kind, number in source.skipped.most_common(5))
+        raise SourceError(
+            f"{text} holds no image{f' (but {seen})' if seen else ': it is empty'}; known are {' '.join(EXTENSIONS)}"
+        )
+    return source
+
+
+def _near(text: str, stem: str) -> str:
+    beside = [str(entry) for entry in Path(text).parent.glob("*")] if Path(text).parent.is_dir() else []
+    close = difflib.get_close_matches(text, beside, 1, 0.7) + difflib.get_close_matches(stem, EMBEDDED, 1, 0.7)
+    return f"; did you mean {' or '.join(close[:2])}?" if close else ""
+
+
+def _from_file(text: str) -> Source:
+    lower = text.lower()
+    if lower.endswith(TARS):
+        return TarSource(text)
+    if lower.endswith(".zip"):
+        return ZipSource(text)
+    if lower.endswith((".parquet", ".pq")):
+        return ParquetSource(text)
+    if lower.endswith(LISTS):
+        return _from_list(text)
+    if lower.endswith(EXTENSIONS):
+        return open_files([text])
+    raise SourceError(f"{text} is a file of no known kind; {WHAT_DATA_IS} was expected")
+
+
+# -------------------------------------------------------------------------------------------------------------- plain files
+
+
+class Files(Source):
+    """Files on disk: row i is the file root/relative[i]."""
+
+    def __init__(self, name: str, root: str, relative: Sequence[str], sizes: Sequence[int], **more: Any) -> None:
+        super().__init__(name, [printable(path) for path in relative], sizes, **more)
+        self.root, self.relative = root, list(relative)
+
+    def read(self, i: int) -> bytes:
+        path = os.path.join(self.root, self.relative[i])
+        try:
+            with open(path, "rb") as file:
+                # A growing or endless file must not fill the memory.
+                return file.read(MOST_BYTES + 1)
+        except PermissionError:
+            raise BadImage("PERMISSION", "the file may not be read; check its owner and mode") from None
+        except OSError as error:
+            raise BadImage("VANISHED", f"the file cannot be read any more: {error.strerror}") from None
+
+
+def printable(path: str) -> str:
+    """A path with '/' separators in which bytes that are no UTF-8 are written as \\xNN: safe for JSON and for screens."""
+    return path.replace(os.sep, "/").encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def _from_tree(text: str) -> Files:
+    skipped: Counter[str] = Counter()
+    entries = sorted(_walk(text, "", set(), skipped), key=lambda entry: os.fsencode(entry[0]))
+    source = Files(text, os.path.abspath(text), [path for path, _ in entries], [size for _, size in entries])
+    source.skipped = skipped
+    source.label_by_folder()
+    return source
+
+
+def _walk(root: str, below: str, seen: set[tuple[int, int]], skipped: Counter[str]) -> Iterator[tuple[str, int]]:
+    """(relative path, size) of every image file; each folder once, so a loop of links ends; nothing but stat is called."""
+    folder = os.path.join(root, below)
+    try:
+        here = os.stat(folder)
+        if (here.st_dev, here.st_ino) in seen:
+            skipped["folder seen before"] += 1
+            return
+        seen.add((here.st_dev, here.st_ino))
+        with os.scandir(folder) as entries:
+            listing = sorted(entries, key=lambda entry: os.fsencode(entry.name))
+    except PermissionError:
+        skipped["folder without permission"] += 1
+        return
+    except OSError:
+        skipped["folder that cannot be read"] += 1
+        return
+    for entry in listing:
+        if entry.name.startswith(".") or entry.name == "__MACOSX":
+            continue
+        path = os.path.join(below, entry.name)
+        try:
+            if entry.is_dir():
+                yield from _walk(root, path, seen, skipped)
+            elif not entry.name.lower().endswith(EXTENSIONS):
+                skipped[os.path.splitext(entry.name)[1].lower()] += 1
+            elif entry.is_file():
+                yield path, entry.stat().st_size
+            else:
+                skipped["not a regular file"] += 1
+        except OSError:
+            skipped["broken link"] += 1
+
+
+def _from_glob(text: str) -> Files:
+    found = sorted(path for path in glob.iglob(text, recursive=True) if os.path.isfile(path))
+    images = [path for path in found if path.lower().endswith(EXTENSIONS)]
+    if not found:
+        raise SourceError(f"{text} matches no file; put the pattern in quotes, and use ** for any depth")
+    source = _absolute_files(text, images)
+    source.skipped = Counter(os.path.splitext(path)[1].lower() for path in found if path not in set(images))
+    source.label_by_folder()
+    return source
+
+
+def _absolute_files(text: str, paths: Sequence[str], **more: Any) -> Files:
+    """Files anywhere; names are relative to their longest common folder."""
+    absolute = [os.path.abspath(path) for path in paths]
+    root = os.path.commonpath([os.path.dirname(path) for path in absolute]) if absolute else os.getcwd()
+    return Files(text, root, [os.path.relpath(path, root) for path in absolute], [_size(path) for path in absolute], **more)
+
+
+def _size(path: str) -> int:
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return -1  # kept as a row: reading it will say what is wrong
+
+
+def open_files(paths: Sequence[str | Path]) -> Files:
+    """Exactly these files, in this order. Raises SourceError when one is missing."""
+    for path in paths:
+        if not os.path.isfile(path):
+            raise SourceError(f"{path} is not a file; image files were expected")
+    texts = [str(path) for path in paths]
+    return _absolute_files(texts[0] if len(texts) == 1 else f"{len(texts)} files", texts, location=texts[0])
+
+
+def _from_list(text: str) -> Files:
+    """One path a line, relative to the list's own folder, then optionally a tab or comma and a label; # begins a comment."""
+    folder = os.path.dirname(os.path.abspath(text))
+    paths, labels = [], []
+    try:
+        lines = Path(text).read_bytes().decode("utf-8", "surrogateescape").splitlines()
+    except OSError as error:
+        raise SourceError(f"the list {text} cannot be read: {error.strerror}") from None
+    for line in lines:
+        line = line.strip()
+        if not line or line.startswith("#"):
+            continue
+        path, label = _path_and_label(line, folder)
+        paths.append(os.path.join(folder, path))
+        labels.append(label)
+    if paths and _size(paths[0]) < 0 and not paths[0].lower().endswith(EXTENSIONS):
+        paths, labels = paths[1:], labels[1:]  # a heading such as "path,label"
+    if paths and all(_size(path) < 0 for path in paths):
+        raise SourceError(f"none of the {len(paths)} files listed in {text} exists, the first is {paths[0]}; paths are read "
+                          f"relative to {folder}")
+    source = _absolute_files(text, paths)
+    if paths and all(label is not None for label in labels):
+        source.label_by([str(label) for label in labels])
+    else:
+        source.label_by_folder()
+    return source
+
+
+def _path_and_label(line: str, folder: str) -> tuple[str, str | None]:
+    if os.path.exists(os.path.join(folder, line)):
+        return line, None
+    for separator in ("\t", ",", " "):
+        path, found, label = line.rpartition(separator)
+        if found and path.lower().strip().endswith(EXTENSIONS):
+            return path.strip(), label.strip()
+    return line, None
+
+
+# ----------------------------------------------------------------------------------------------------------------- archives
+
+
+def _wanted(name: str, size: int, skipped: Counter[str]) -> bool:
+    """Whether an archive member is an image we read; nothing is ever unpacked to disk."""
+    parts = name.split("/")
+    if any(part.startswith(".") or part == "__MACOSX" for part in parts):
+        return False
+    if not name.lower().endswith(EXTENSIONS):
+        skipped[os.path.splitext(name)[1].lower()] += 1
+        return False
+    if size > MOST_BYTES:
+        skipped["member too large"] += 1
+        return False
+    return True
+
+
+class TarSource(Source):
+    """A tar file. Plain: an index of offsets is made once. Compressed: read into memory once, up to 2 GiB."""
+
+    def __init__(self, text: str) -> None:
+        skipped: Counter[str] = Counter()
+        members: list[tuple[str, int, int, bytes]] = []
+        compressed = not text.lower().endswith(".tar")
+        held = 0
+        try:
+            with tarfile.open(text) as archive:
+                for member in archive:
+                    if not member.isfile():
+                        skipped["not a regular file"] += not member.isdir()
+                        continue
+                    if not _wanted(member.name, member.size, skipped):
+                        continue
+                    content = b""
+                    if compressed:
+                        held += member.size
+                        if held > MOST_UNPACKED:
+                            raise SourceError(
+                                f"{text} unpacks to more than {MOST_UNPACKED >> 30} GiB, and a compressed tar cannot be read "
+                                "at random places; unpack it, or make an uncompressed .tar"
+                            )
+                        file = archive.extractfile(member)
+                        content = file.read() if file else b""
+                    members.append((member.name.removeprefix("./"), member.offset_data, member.size, content))
+        except (tarfile.TarError, EOFError, OSError, ValueError) as error:
+            if isinstance(error, SourceError):
+                raise
+            if not members:
+                raise SourceError(f"{text} cannot be read as a tar file: {error}") from None
+            skipped["lost: the tar is cut short"] += 1
+        members.sort(key=lambda member: member[0])
+        super().__init__(text, [printable(name) for name, *_ in members], [size for _, _, size, _ in members])
+        self.offsets = [offset for _, offset, _, _ in members]
+        self.contents = [content for *_, content in members] if compressed else None
+        self.skipped = skipped
+        self.label_by_folder()
+
+    def read(self, i: int) -> bytes:
+        if self.contents is not None:
+            return self.contents[i]
+        try:
+            with open(self.location, "rb") as file:
+                file.seek(self.offsets[i])
+                return file.read(int(self.sizes[i]))
+        except OSError as error:
+            raise BadImage("VANISHED", f"the archive cannot be read any more: {error.strerror}") from None
+
+
+class ZipSource(Source):
+    """A zip file; members are read one at a time, checked against their CRC."""
+
+    def __init__(self, text: str) -> None:
+        skipped: Counter[str] = Counter()
+        try:
+            with zipfile.ZipFile(text) as archive:
+                members = sorted(
+                    (info.filename, info.file_size)
+                    for info in archive.infolist()
+                    if not info.is_dir()
+                    and (info.external_attr >> 28) in (0, 8)  # regular files, not links
+                    and _wanted(info.filename, info.file_size, skipped)
+                )
+        except (zipfile.BadZipFile, OSError) as error:
+            raise SourceError(f"{text} cannot be read as a zip file: {error}") from None
+        super().__init__(text, [printable(name) for name, _ in members], [size for _, size in members])
+        self.members, self.skipped = [name for name, _ in members], skipped
+        self.label_by_folder()
+        self._open: tuple[int, zipfile.ZipFile] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_open": None}
+
+    def read(self, i: int) -> bytes:
+        try:
+            if self._open is None or self._open[0] != os.getpid():  # one handle a process
+                self._open = os.getpid(), zipfile.ZipFile(self.location)
+            with self._open[1].open(self.members[i]) as file:
+                return file.read(MOST_BYTES + 1)
+        except zipfile.BadZipFile as error:
+            raise BadImage("CORRUPT", f"zip member: {error}") from None
+        except (OSError, KeyError, RuntimeError, NotImplementedError) as error:
+            raise BadImage("VANISHED", f"zip member cannot be read: {error}") from None
+
+
+class ParquetSource(Source):
+    """A parquet file with a column of image bytes (or {bytes, path} structs), and perhaps a label column."""
+
+    def __init__(self, text: str) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            file = pq.ParquetFile(text)
+        except (pa.ArrowException, OSError) as error:
+            raise SourceError(f"{text} cannot be read as a parquet file: {error}") from None
+        schema = file.schema_arrow
+        self.column = _image_column(schema, text)
+        self.struct = pa.types.is_struct(schema.field(self.column).type)
+        rows = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+        self.starts = np.concatenate([[0], np.cumsum(rows)]).astype(np.int64)
+        names = _parquet_names(file, schema, self.column, self.struct)
+        super().__init__(text, names, np.zeros(len(names), np.int64))
+        self.digest = hashlib.sha256(str((os.path.getsize(text), rows)).encode()).hexdigest()
+        for label in ("label", "labels", "class", "target"):
+            if label in schema.names:
+                values = [str(value) for value in file.read([label]).column(label).to_pylist()]
+                width = max(len(value) for value in values) if values and all(v.isdigit() for v in values) else 0
+                self.label_by([value.zfill(width) if width else value for value in values])
+                break
+        self._cache: tuple[int, int, list[Any]] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_cache": None}
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256((super().fingerprint() + self.digest).encode()).hexdigest()
+
+    def read(self, i: int) -> bytes:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        group = int(np.searchsorted(self.starts, i, "right")) - 1
+        if self._cache is None or self._cache[:2] != (os.getpid(), group):
+            try:
+                column = pq.ParquetFile(self.location).read_row_group(group, [self.column]).column(self.column)
+            except (pa.ArrowException, OSError) as error:
+                raise BadImage("VANISHED", f"row group {group} cannot be read: {error}") from None
+            self._cache = os.getpid(), group, column.to_pylist()
+        value = self._cache[2][i - int(self.starts[group])]
+        value = value.get("bytes") if self.struct and value else value
+        if not value:
+            raise BadImage("EMPTY", "the row has no image bytes")
+        return bytes(value)
+
+
+def _image_column(schema: Any, text: str) -> str:
+    import pyarrow as pa
+
+    def holds_images(kind: Any) -> bool:
+        if pa.types.is_struct(kind):
+            return "bytes" in [kind.field(i).name for i in range(kind.num_fields)]
+        return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+    found = [field.name for field in schema if holds_images(field.type)]
+    for name in ("image", "img", "bytes", "jpg", "png", *found):
+        if name in found:
+            return name
+    raise SourceError(f"{text} has no column of image bytes; its columns are {', '.join(schema.names)}")
+
+
+def _parquet_names(file: Any, schema: Any, column: str, struct: bool) -> list[str]:
+    for name in ("path", "file", "filename", "file_name", "name"):
+        if name in schema.names and name != column:
+            return [printable(str(value)) for value in file.read([name]).column(name).to_pylist()]
+    if struct and "path" in [field.name for field in schema.field(column).type]:
+        paths = [(value or {}).get("path") for value in file.read([f"{column}.path"]).column(column).to_pylist()]
+        if all(paths):
+            return [printable(str(path)) for path in paths]
+    return [f"row-{row:08d}" for row in range(file.metadata.num_rows)]
+
+
+# ----------------------------------------------------------------------------------------------------------------- embedded
+
+
+class Drawn(Source):
+    """Images that are computed, not read: row i is index first + i of the embedded set `shapes`."""
+
+    def __init__(self, text: str, first: int, count: int) -> None:
+        from unmask.data import shapes
+
+        super().__init__(text, [f"shapes-{first + i:06d}" for i in range(count)], np.zeros(count), location=text)
+        self.first, self.classes = first, list(shapes.CLASSES)
+        self.labels = np.array([shapes.draw(first + i)[1] for i in range(count)], np.int64)
+
+    def read(self, i: int) -> bytes:
+        from unmask.data import shapes
+
+        return _as_npy(shapes.draw(self.first + i)[0])
+
+
+class Digits(Source):
+    """scikit-learn's 1,797 handwritten digits, 8 x 8 gray, as uint8; a fifth of each class is the test part."""
+
+    def __init__(self, text: str, *, test: bool) -> None:
+        from sklearn.datasets import load_digits
+
+        pixels, labels = load_digits(return_X_y=True)
+        order = np.argsort(labels, kind="stable")
+        place = np.empty(len(labels), np.int64)  # of each image within its class
+        for label in range(10):
+            place[order[labels[order] == label]] = np.arange((labels == label).sum())
+        rows = np.flatnonzero((place % 5 == 4) == test)
+        super().__init__(text, [f"digit-{row:04d}" for row in rows], np.zeros(len(rows)), location=text)
+        self.pixels = (pixels[rows].reshape(-1, 8, 8) * (255 / 16)).round().astype(np.uint8)
+        self.labels, self.classes = labels[rows].astype(np.int64), [str(digit) for digit in range(10)]
+
+    def read(self, i: int) -> bytes:
+        return _as_npy(self.pixels[i])
+
+
+def _as_npy(pixels: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, pixels, allow_pickle=False)
+    return file.getvalue()
+
+
+def _embedded(text: str, stem: str, count: str) -> Source:
+    """`shapes`, `digits-test`, or with the first so many only: `shapes:5000`."""
+    if count and not (count.isdigit() and int(count) > 0):
+        raise SourceError(f"{text!r} came; {stem} or {stem}:N with a number of images N was expected")
+    if stem.startswith("digits"):
+        source: Source = Digits(text, test=stem.endswith("test"))
+        if count:
+            raise SourceError(f"{text!r} came; digits has no part of its own size, use digits or digits-test")
+        return source
+    from unmask.data import shapes
+
+    whole = shapes.TEST if stem.endswith("test") else shapes.TRAIN
+    if count and int(count) > whole:
+        raise SourceError(f"{text!r} came; {stem} has {whole} images")
+    return Drawn(text, shapes.TRAIN if stem.endswith("test") else 0, int(count) if count else whole)
