@@ -19,7 +19,9 @@ SMALL_RUN = (
 )  # fmt: skip
 
 
-def write_images(folder: Path, count: int, *, classes: int = 0, size: tuple[int, int] = (20, 24), seed: int = 0) -> Path:
+def write_images(
+    folder: Path, count: int, *, classes: int = 0, size: tuple[int, int] = (20, 24), seed: int = 0
+) -> Path:
     """`count` smooth random PNGs, in `classes` sub-folders when asked; classes differ in mean brightness."""
     rng = np.random.default_rng(seed)
     for number in range(count):

@@ -48,7 +48,10 @@ def test_round_trip_is_exact_in_every_dtype(run):
     found = load_latest(run)
     assert found.step == 7
     assert found.state == {"x": 0.1}
-    assert all(torch.equal(found.model[name], value) and found.model[name].dtype == value.dtype for name, value in model.items())
+    assert all(
+        torch.equal(found.model[name], value) and found.model[name].dtype == value.dtype
+        for name, value in model.items()
+    )
     assert (run.checkpoints / "LATEST").read_text() == "step-00000007\n"
 
 
@@ -180,7 +183,9 @@ def test_without_the_digest_the_flip_would_be_loaded(run, monkeypatch):
 
         def hexdigest(self):
             manifest = json.loads((path.parent / "MANIFEST.json").read_bytes())["files"]
-            return next((e["sha256"] for e in manifest.values() if e["size"] == len(self.data)), real(self.data).hexdigest())
+            return next(
+                (e["sha256"] for e in manifest.values() if e["size"] == len(self.data)), real(self.data).hexdigest()
+            )
 
     monkeypatch.setattr(hashlib, "sha256", Blind)
     found = load_latest(run, say=pytest.fail).model
@@ -265,10 +270,9 @@ def test_a_disk_that_is_really_full(run):
     """/dev/full refuses every byte, as a full disk does."""
     if not os.path.exists("/dev/full"):
         pytest.skip("this system has no /dev/full")
-    with pytest.raises(OSError, match="No space left"):
-        with open("/dev/full", "wb") as file:
-            file.write(b"x" * 100)
-            file.flush()
+    with pytest.raises(OSError, match="No space left"), open("/dev/full", "wb") as file:
+        file.write(b"x" * 100)
+        file.flush()
 
 
 class Payload:
@@ -343,8 +347,11 @@ def test_optimizer_state_goes_on_bit_for_bit(run, forget):
     other, other_optimizer, other_names = make_training(99)
     found = load_latest(run)
     other.load_state_dict(found.model)
-    kept = {k: v for k, v in found.optim.items()
-            if forget == "nothing" or not k.endswith("/exp_avg" if forget == "moments" else "/step")}
+    kept = {
+        k: v
+        for k, v in found.optim.items()
+        if forget == "nothing" or not k.endswith("/exp_avg" if forget == "moments" else "/step")
+    }
     if forget != "nothing":
         kept |= {k: torch.zeros_like(v) for k, v in found.optim.items() if k not in kept}
     tensors_to_optimizer(other_optimizer, other_names, kept, found.state["optimizer"])

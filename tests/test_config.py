@@ -107,7 +107,11 @@ def test_auto_picks_by_count_size_and_device_and_says_why(images, size, device, 
     assert reasons
     assert str(images) in reasons[0]
     config = override(find(recipe), overrides)  # what it proposes is valid
-    assert config.data.size[0] % config.method.encoder.patch[0] == config.data.size[1] % config.method.encoder.patch[1] == 0
+    assert (
+        config.data.size[0] % config.method.encoder.patch[0]
+        == config.data.size[1] % config.method.encoder.patch[1]
+        == 0
+    )
     assert config.train.batch_size <= max(16, images)
 
 

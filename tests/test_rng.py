@@ -6,7 +6,6 @@ import torch
 
 from unmask.rng import Draws, Stream, permutation, philox, uniform, words
 
-
 GOLDEN_ORDER = [4, 2, 0, 5, 1, 7, 6, 3]
 GOLDEN_UNIFORM = [0.9178564548492432, 0.3271598815917969, 0.08104187250137329]
 
@@ -16,11 +15,17 @@ def test_philox_gives_the_published_known_answers():
     zero, full = np.zeros(1, np.int64), np.full(1, 0xFFFFFFFF, np.int64)
     assert [int(w[0]) for w in philox((zero,) * 4, (0, 0))] == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
     assert [int(w[0]) for w in philox((full,) * 4, (0xFFFFFFFF, 0xFFFFFFFF))] == [
-        0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD,
+        0x408F276D,
+        0x41C83B0E,
+        0xA20BC7C6,
+        0x6D5451FD,
     ]
     pi = [np.full(1, w, np.int64) for w in (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344)]
     assert [int(w[0]) for w in philox(tuple(pi), (0xA4093822, 0x299F31D0))] == [
-        0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1,
+        0xD16CFE09,
+        0x94FDCCEB,
+        0x5001E420,
+        0x24126EA1,
     ]
 
 

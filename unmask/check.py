@@ -10,8 +10,8 @@ from unmask.data.loader import Images, choose_workers
 from unmask.data.scan import Scan, scan
 from unmask.data.sources import open_source
 from unmask.plan import choose_device, choose_micro_batch, choose_precision, measure_step_seconds, saved_bytes_per_image
-from unmask.start import batch_seconds, image_spec
 from unmask.recipes import catalogue
+from unmask.start import batch_seconds, image_spec
 
 NAMED_BAD_FILES = 20
 
@@ -51,8 +51,10 @@ def check_data(data: str, console: Console, *, sample: int | None, workers: int)
 
 
 def say_scan(found: Scan, classes: list[str], console: Console) -> None:
-    console.say(f"{found.files} files, {found.checked} checked in {duration(found.seconds)}: {found.good} good, "
-                f"{len(found.bad)} bad")
+    console.say(
+        f"{found.files} files, {found.checked} checked in {duration(found.seconds)}: {found.good} good, "
+        f"{len(found.bad)} bad"
+    )
     for bad in found.bad[:NAMED_BAD_FILES]:
         console.say(f"  {bad.code:20s} {bad.name}: {bad.detail}")
     if len(found.bad) > NAMED_BAD_FILES:
@@ -63,9 +65,16 @@ def say_scan(found: Scan, classes: list[str], console: Console) -> None:
     console.say(f"size (height x width): median {mid_h} x {mid_w}, from {low_h} x {low_w} to {top_h} x {top_w}")
     for title, counts in (("channels", found.channels), ("dtype", found.dtypes), ("format", found.formats)):
         console.say(f"{title}: " + ", ".join(f"{key} in {count}" for key, count in counts.most_common()))
-    console.say("mean " + ", ".join(f"{value:.4g}" for value in found.mean)
-                + "; std " + ", ".join(f"{value:.4g}" for value in found.std) + " (per channel, in the files' units)")
-    console.say(f"labels: {len(classes)} classes from sub-folders" if classes else "labels: none (pre-training needs none)")
+    console.say(
+        "mean "
+        + ", ".join(f"{value:.4g}" for value in found.mean)
+        + "; std "
+        + ", ".join(f"{value:.4g}" for value in found.std)
+        + " (per channel, in the files' units)"
+    )
+    console.say(
+        f"labels: {len(classes)} classes from sub-folders" if classes else "labels: none (pre-training needs none)"
+    )
 
 
 def forecast(source: Any, found: Scan, console: Console) -> dict[str, Any]:
@@ -90,8 +99,17 @@ def forecast(source: Any, found: Scan, console: Console) -> dict[str, Any]:
         console.say(f"  {reason}")
     settings = " ".join(f"--set {item}" for item in overrides)
     console.say(f"recipe: {name} {settings}".rstrip())
-    console.say(f"forecast on {device}: {each:.3g} s a step, {config.train.batch_size / each:.0f} images/s; "
-                f"{steps} steps take about {duration(steps * each)}"
-                + ("; loading is the limit" if load > compute and workers else ""))
-    return {"recipe": name, "settings": overrides, "reasons": reasons, "step_seconds": each, "steps": steps,
-            "forecast_seconds": steps * each, "device": device}
+    console.say(
+        f"forecast on {device}: {each:.3g} s a step, {config.train.batch_size / each:.0f} images/s; "
+        f"{steps} steps take about {duration(steps * each)}"
+        + ("; loading is the limit" if load > compute and workers else "")
+    )
+    return {
+        "recipe": name,
+        "settings": overrides,
+        "reasons": reasons,
+        "step_seconds": each,
+        "steps": steps,
+        "forecast_seconds": steps * each,
+        "device": device,
+    }

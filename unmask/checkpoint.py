@@ -29,7 +29,13 @@ from torch import Tensor, nn
 
 from unmask.run import Run, replace_file, sync_folder
 
-MODEL, OPTIM, STATE, MANIFEST, LATEST = "model.safetensors", "optim.safetensors", "state.json", "MANIFEST.json", "LATEST"
+MODEL, OPTIM, STATE, MANIFEST, LATEST = (
+    "model.safetensors",
+    "optim.safetensors",
+    "state.json",
+    "MANIFEST.json",
+    "LATEST",
+)
 STEP_FOLDER = re.compile(r"step-(\d{8,})$")
 
 
@@ -106,7 +112,11 @@ def save(
         shutil.rmtree(partial, ignore_errors=True)
         if final.is_dir() and not partial.exists() and error.filename and str(error.filename).endswith(LATEST):
             return final  # only the hint could not be written
-        why = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else str(error.strerror or error)
+        why = (
+            "the disk is full"
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+            else str(error.strerror or error)
+        )
         raise CheckpointFull(
             f"checkpoint of step {step} could not be written to {run.checkpoints}: {why}; training goes on, the older "
             "checkpoints are untouched"
@@ -148,7 +158,9 @@ def _prune(run: Run, keep: int) -> None:
 
 def steps_on_disk(run: Run) -> list[tuple[int, Path]]:
     """(step, folder), newest first. By name only: nothing is verified."""
-    found = [(int(match[1]), path) for path in run.checkpoints.glob("step-*") if (match := STEP_FOLDER.match(path.name))]
+    found = [
+        (int(match[1]), path) for path in run.checkpoints.glob("step-*") if (match := STEP_FOLDER.match(path.name))
+    ]
     return sorted(found, reverse=True)
 
 
@@ -295,7 +307,9 @@ def graft(module: nn.Module, entries: Sequence[tuple[str, str, Mapping[str, Tens
         given = {target + name.removeprefix(source): value for name, value in state.items() if name.startswith(source)}
         wanted = {name for name in own if name.startswith(target)}
         if not given or not wanted:
-            empty = f"the source has nothing under {source!r}" if not given else f"the model has nothing under {target!r}"
+            empty = (
+                f"the source has nothing under {source!r}" if not given else f"the model has nothing under {target!r}"
+            )
             raise CheckpointError(f"cannot graft {source!r} onto {target!r}: {empty}")
         faults += [f"missing {name}" for name in sorted(wanted - set(given))]
         faults += [f"unexpected {name}" for name in sorted(set(given) - wanted)]
@@ -306,7 +320,9 @@ def graft(module: nn.Module, entries: Sequence[tuple[str, str, Mapping[str, Tens
         ]
         planned |= given
     if faults:
-        raise CheckpointError(f"the weights do not fit: {'; '.join(faults[:12])}" + (" ..." if len(faults) > 12 else ""))
+        raise CheckpointError(
+            f"the weights do not fit: {'; '.join(faults[:12])}" + (" ..." if len(faults) > 12 else "")
+        )
     with torch.no_grad():
         for name, value in planned.items():
             own[name].copy_(value)

@@ -102,7 +102,9 @@ def _seconds(text: str | None) -> float | None:
     try:
         value = float(text[:-1]) * units[text[-1:].lower()]
     except (KeyError, ValueError):
-        raise ValueError(f"time budget {text!r} came; a number with s, m, h or d was expected, for example 30m") from None
+        raise ValueError(
+            f"time budget {text!r} came; a number with s, m, h or d was expected, for example 30m"
+        ) from None
     if not 0 < value < float("inf"):
         raise ValueError(f"time budget {text!r} is not a positive time; for example 30m")
     return value
@@ -159,7 +161,8 @@ def pretrain(
     data: Data,
     recipe: Annotated[str, typer.Option(help="A name from `unmask recipes`, or auto.")] = "auto",
     out: Annotated[
-        Path | None, typer.Option(metavar="RUN", help="New run folder; default runs/<data>-<recipe>.", show_default=False)
+        Path | None,
+        typer.Option(metavar="RUN", help="New run folder; default runs/<data>-<recipe>.", show_default=False),
     ] = None,
     budget: Annotated[
         str | None, typer.Option(metavar="TIME", help="Plan the steps that fit, e.g. 30m, 2h.", show_default=False)
@@ -171,9 +174,7 @@ def pretrain(
     from unmask.start import pretrain
 
     console = Console()
-    run = pretrain(
-        data, recipe=recipe, out=out, budget=_seconds(budget), settings=settings or (), console=console
-    )
+    run = pretrain(data, recipe=recipe, out=out, budget=_seconds(budget), settings=settings or (), console=console)
     _ended(run, as_json, console)
 
 
@@ -195,9 +196,13 @@ def resume(
 @app.command()
 def reconstruct(
     run: RunFolder,
-    images: Annotated[list[str], typer.Argument(metavar="IMAGE...", help="Image files, or one DATA.", show_default=False)],
+    images: Annotated[
+        list[str], typer.Argument(metavar="IMAGE...", help="Image files, or one DATA.", show_default=False)
+    ],
     out: Annotated[Path, typer.Option(metavar="PNG", help="The picture to write.")] = Path("reconstruction.png"),
-    step: Annotated[int | None, typer.Option(help="An earlier checkpoint; default the newest.", show_default=False)] = None,
+    step: Annotated[
+        int | None, typer.Option(help="An earlier checkpoint; default the newest.", show_default=False)
+    ] = None,
     seed: Annotated[int, typer.Option(help="Another seed hides other patches.")] = 0,
     device: Device = "auto",
     as_json: AsJson = False,
@@ -221,7 +226,9 @@ def probe(
     shots: Annotated[int | None, typer.Option(help="Labels per class; default all.", show_default=False)] = None,
     controls: Annotated[bool, typer.Option("--controls", help="Also raw pixels and an untrained encoder.")] = False,
     seed: Annotated[int, typer.Option(help="Chooses the shots and the default test part.")] = 0,
-    step: Annotated[int | None, typer.Option(help="An earlier checkpoint; default the newest.", show_default=False)] = None,
+    step: Annotated[
+        int | None, typer.Option(help="An earlier checkpoint; default the newest.", show_default=False)
+    ] = None,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
@@ -229,7 +236,15 @@ def probe(
     from unmask.use import probe_run
 
     summary = probe_run(
-        run, data, test=test, kind=kind, shots=shots, controls=controls, seed=seed, step=step, device=device,
+        run,
+        data,
+        test=test,
+        kind=kind,
+        shots=shots,
+        controls=controls,
+        seed=seed,
+        step=step,
+        device=device,
         console=Console(),
     )
     if as_json:
@@ -241,7 +256,9 @@ def embed(
     run: RunFolder,
     data: Data,
     out: Annotated[Path, typer.Option(metavar="FILE", help="FILE.parquet or FILE.npz.", show_default=False)],
-    step: Annotated[int | None, typer.Option(help="An earlier checkpoint; default the newest.", show_default=False)] = None,
+    step: Annotated[
+        int | None, typer.Option(help="An earlier checkpoint; default the newest.", show_default=False)
+    ] = None,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:

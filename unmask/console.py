@@ -59,7 +59,11 @@ class Console:
         if not self.live or self.quiet:
             yield Bar(self, title, total, start)
             return
-        columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} {task.fields[text]}")
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total} {task.fields[text]}"),
+        )
         with Progress(*columns, console=self._rich, transient=True) as rich:
             task = rich.add_task(escape(title), total=total, completed=start, text="")
             bar = Bar(self, title, total, start)

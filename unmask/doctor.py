@@ -16,12 +16,23 @@ from PIL import Image
 
 from unmask.console import Console
 from unmask.plan import choose_device, choose_precision
-from unmask.start import pretrain, provenance_versions
 from unmask.rng import philox
+from unmask.start import pretrain, provenance_versions
 
-SELF_TEST = ("train.steps=8", "train.batch_size=8", "train.log_every=1", "data.size=[16,16]", "data.workers=0",
-             "method.encoder.width=32", "method.encoder.depth=1", "method.encoder.heads=2",
-             "method.decoder.width=16", "method.decoder.depth=1", "method.decoder.heads=2", "train.device=cpu")
+SELF_TEST = (
+    "train.steps=8",
+    "train.batch_size=8",
+    "train.log_every=1",
+    "data.size=[16,16]",
+    "data.workers=0",
+    "method.encoder.width=32",
+    "method.encoder.depth=1",
+    "method.encoder.heads=2",
+    "method.decoder.width=16",
+    "method.decoder.depth=1",
+    "method.decoder.heads=2",
+    "train.device=cpu",
+)
 
 
 def examine(console: Console) -> tuple[bool, dict[str, Any]]:

@@ -56,7 +56,7 @@ class Plan(Settings):
 
 
 def choose_device(wanted: str) -> str:
-    """"auto" -> cuda, mps or cpu. Raises ConfigError for a device this machine does not have."""
+    """ "auto" -> cuda, mps or cpu. Raises ConfigError for a device this machine does not have."""
     have = ["cpu"] + ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
     if wanted == "auto":
         return next(name for name in ("cuda", "mps", "cpu") if name in have)
@@ -77,7 +77,7 @@ def choose_precision(wanted: str, device: str) -> tuple[str, str]:
         return "fp32", f"fp32: the safe choice on {device}"
     has = torch.cpu.get_capabilities()
     unit = next((name for name in ("amx_bf16", "avx512_bf16") if has.get(name)), None)
-    if unit or has.get("architecture") == "aarch64" and has.get("bf16"):
+    if unit or (has.get("architecture") == "aarch64" and has.get("bf16")):
         return "bf16", f"bf16: this processor computes in it natively ({unit or 'bf16'})"
     return "fp32", "fp32: this processor has no native bf16 and would emulate it many times slower"
 
@@ -248,5 +248,11 @@ def make_plan(
         picture_every=config.train.picture_every or max(1, math.ceil(steps / 4)),
         parameters=parameters,
         encoder_parameters=encoder_parameters,
-        reasons=(*reasons, why_steps, why_micro, why_precision, f"peak learning rate {peak:.3g}: base {config.optim.base_lr:.3g} x batch {batch_size} / 256"),
+        reasons=(
+            *reasons,
+            why_steps,
+            why_micro,
+            why_precision,
+            f"peak learning rate {peak:.3g}: base {config.optim.base_lr:.3g} x batch {batch_size} / 256",
+        ),
     )

@@ -56,9 +56,7 @@ class Run:
             for folder in (run.path, run.checkpoints, run.pictures, run.evals):
                 folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise RunError(
-                f"the run folder {path} cannot be made: {error.strerror}; choose another --out"
-            ) from error
+            raise RunError(f"the run folder {path} cannot be made: {error.strerror}; choose another --out") from error
         return run
 
     @classmethod

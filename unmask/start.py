@@ -27,10 +27,10 @@ from unmask.console import Console, duration
 from unmask.data.loader import Images, Order, choose_workers
 from unmask.data.scan import Scan, scan
 from unmask.data.sources import Source, open_source
-from unmask.saved import read_config, read_plan
 from unmask.plan import Plan, choose_device, make_plan
 from unmask.recipes import catalogue
 from unmask.run import Run
+from unmask.saved import read_config, read_plan
 from unmask.train import train
 
 NAMED_BAD_FILES = 5
@@ -203,12 +203,16 @@ def batch_seconds(images: Images, batch: int, workers: int) -> float:
 
 
 def say_plan(plan: Plan, config: Config, console: Console) -> None:
-    console.say(f"recipe {config.recipe}: {config.method.name}, {plan.parameters / 1e6:.2f} M parameters "
-                f"({plan.encoder_parameters / 1e6:.2f} M in the encoder)")
+    console.say(
+        f"recipe {config.recipe}: {config.method.name}, {plan.parameters / 1e6:.2f} M parameters "
+        f"({plan.encoder_parameters / 1e6:.2f} M in the encoder)"
+    )
     for reason in plan.reasons:
         console.say(f"  {reason}")
-    console.say(f"{plan.steps} steps of {plan.batch_size} images = {plan.epochs:.1f} epochs, "
-                f"warm-up {plan.warmup_steps} steps, {plan.precision} on {plan.device}")
+    console.say(
+        f"{plan.steps} steps of {plan.batch_size} images = {plan.epochs:.1f} epochs, "
+        f"warm-up {plan.warmup_steps} steps, {plan.precision} on {plan.device}"
+    )
 
 
 def _train(run: Run, config: Config, plan: Plan, images: Images, console: Console) -> None:

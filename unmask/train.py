@@ -102,16 +102,23 @@ def train(run: Run, config: Config, plan: Plan, images: Images, console: Console
                 if due(at.step, config.train.log_every, plan.steps):
                     row = {"step": at.step, "loss": value, "lr": plan.lr(at.step - 1), **pace.row()}
                     run.log({**row, "grad_norm": float(norm), "images": at.consumed, "time": time.time()})
-                    bar.update(at.step, f"loss {value:.4f}  {row['images_per_second']:.0f} images/s  "
-                               f"{row['data_wait']:.0%} waiting on data")
+                    bar.update(
+                        at.step,
+                        f"loss {value:.4f}  {row['images_per_second']:.0f} images/s  "
+                        f"{row['data_wait']:.0%} waiting on data",
+                    )
                     pace = Pace()
             else:
                 bad_steps += 1
                 skipped_steps += 1
                 names = [images.source.names[row] for row in rows]
-                run.log({"step": at.step, "loss": None, "lr": plan.lr(at.step - 1), "skipped": names, "time": time.time()})
-                console.warn(f"step {at.step} gave a non-finite loss or gradient and was skipped; its {len(names)} images "
-                             "are named in metrics.jsonl")
+                run.log(
+                    {"step": at.step, "loss": None, "lr": plan.lr(at.step - 1), "skipped": names, "time": time.time()}
+                )
+                console.warn(
+                    f"step {at.step} gave a non-finite loss or gradient and was skipped; its {len(names)} images "
+                    "are named in metrics.jsonl"
+                )
                 if bad_steps >= BAD_STEPS_IN_A_ROW:
                     at = roll_back(run, method, optimizer, at, config, plan, console)
                     stream, pace, bad_steps = open_stream(images, plan, at), Pace(), 0
@@ -120,7 +127,10 @@ def train(run: Run, config: Config, plan: Plan, images: Images, console: Console
             if due(at.step, plan.picture_every, plan.steps):
                 look(run, method, sample, at, config, plan)
             waited_minutes = (time.monotonic() - last_save) / 60
-            if due(at.step, config.train.checkpoint_every, plan.steps) or waited_minutes >= config.train.checkpoint_minutes:
+            if (
+                due(at.step, config.train.checkpoint_every, plan.steps)
+                or waited_minutes >= config.train.checkpoint_minutes
+            ):
                 failed_saves = 0 if save(run, method, optimizer, at, config, console) else failed_saves + 1
                 last_save = time.monotonic()
                 run.set_status("running", at.step, total=plan.steps)
@@ -132,7 +142,9 @@ def train(run: Run, config: Config, plan: Plan, images: Images, console: Console
         del stream  # closes the loader's workers
 
     if skipped_steps:
-        console.warn(f"{skipped_steps} steps were skipped for non-finite numbers; their images are named in metrics.jsonl")
+        console.warn(
+            f"{skipped_steps} steps were skipped for non-finite numbers; their images are named in metrics.jsonl"
+        )
     if at.step < plan.steps:
         save(run, method, optimizer, at, config, console)
     state = "finished" if at.step >= plan.steps else "stopped"

@@ -23,11 +23,11 @@ from unmask.data.sources import Source, open_files, open_source, require_labels
 from unmask.evals.collect import collect
 from unmask.evals.pictures import draw
 from unmask.evals.probe import probe
-from unmask.saved import Loaded, load, untrained_encoder
 from unmask.method import Clock
 from unmask.plan import autocast, choose_device
 from unmask.rng import Draws, Stream, words
 from unmask.run import Run
+from unmask.saved import Loaded, load, untrained_encoder
 
 EVAL_BATCH = 256
 MOST_DRAWN = 16
@@ -79,9 +79,7 @@ def reconstruct_images(
     return numbers
 
 
-def embed_images(
-    run: Path, data: str, out: Path, *, step: int | None, device: str, console: Console
-) -> dict[str, Any]:
+def embed_images(run: Path, data: str, out: Path, *, step: int | None, device: str, console: Console) -> dict[str, Any]:
     """Write features with file names to .parquet or .npz; the same bytes every time."""
     if out.suffix not in (".parquet", ".npz"):
         raise ValueError(f"output file {out} came; a name that ends in .parquet or .npz was expected")
@@ -184,7 +182,12 @@ def probe_run(
         precision=loaded.plan.precision,
     )
     held_out = f"a held-out fifth of {data}"
-    summary |= {"data": data, "test": test or held_out, "step": loaded.step, "command": shlex.join(["unmask", *sys.argv[1:]])}
+    summary |= {
+        "data": data,
+        "test": test or held_out,
+        "step": loaded.step,
+        "command": shlex.join(["unmask", *sys.argv[1:]]),
+    }
     name = "".join(letter if letter.isalnum() else "-" for letter in Path(data).name).strip("-")
     name += "" if shots is None else f"-{shots}-shots"
     Run.open(run).write(f"evals/probe-{kind}-{name}.json", summary)

@@ -63,7 +63,9 @@ def test_a_box_of_the_target_size_is_copied_exactly():
     assert (cut(image, np.array([2, 3, 8, 9]), (8, 9), True) == image[2:10, 3:12][:, ::-1]).all()
 
 
-@pytest.mark.parametrize(("dtype", "channels"), [("uint8", 1), ("uint8", 3), ("uint8", 7), ("uint16", 1), ("float32", 4)])
+@pytest.mark.parametrize(
+    ("dtype", "channels"), [("uint8", 1), ("uint8", 3), ("uint8", 7), ("uint16", 1), ("float32", 4)]
+)
 def test_every_dtype_and_channel_count_keeps_its_values(dtype, channels):
     top = {"uint8": 255, "uint16": 65535, "float32": 3.5}[dtype]
     ramp = np.linspace(0, top, 64)[None, :, None].repeat(48, 0).repeat(channels, 2).astype(dtype)

@@ -67,7 +67,9 @@ def test_predictions_at_two_hidden_places_differ_at_the_start():
 def test_the_same_image_gets_the_same_mask_wherever_it_stands():
     method, batch = small_mae().eval(), small_batch()
     flipped = Batch(batch.images.flip(0), batch.index.flip(0), batch.epoch)
-    assert float(method(batch, clock(batch)).value) == pytest.approx(float(method(flipped, clock(flipped)).value), rel=1e-6)
+    assert float(method(batch, clock(batch)).value) == pytest.approx(
+        float(method(flipped, clock(flipped)).value), rel=1e-6
+    )
     assert method(batch, clock(batch, seed=1)).value != method(batch, clock(batch)).value
 
 
@@ -110,11 +112,20 @@ def hugging_face(config: Config, norm_pix: bool):
     encoder, decoder = config.encoder, config.decoder
     theirs = transformers.ViTMAEForPreTraining(
         transformers.ViTMAEConfig(
-            hidden_size=encoder.width, num_hidden_layers=encoder.depth, num_attention_heads=encoder.heads,
-            intermediate_size=4 * encoder.width, image_size=224, patch_size=encoder.patch[0],
-            decoder_hidden_size=decoder.width, decoder_num_hidden_layers=decoder.depth,
-            decoder_num_attention_heads=decoder.heads, decoder_intermediate_size=4 * decoder.width,
-            norm_pix_loss=norm_pix, mask_ratio=config.mask_ratio, layer_norm_eps=1e-6, hidden_act="gelu",
+            hidden_size=encoder.width,
+            num_hidden_layers=encoder.depth,
+            num_attention_heads=encoder.heads,
+            intermediate_size=4 * encoder.width,
+            image_size=224,
+            patch_size=encoder.patch[0],
+            decoder_hidden_size=decoder.width,
+            decoder_num_hidden_layers=decoder.depth,
+            decoder_num_attention_heads=decoder.heads,
+            decoder_intermediate_size=4 * decoder.width,
+            norm_pix_loss=norm_pix,
+            mask_ratio=config.mask_ratio,
+            layer_norm_eps=1e-6,
+            hidden_act="gelu",
         )
     )
 
@@ -122,10 +133,17 @@ def hugging_face(config: Config, norm_pix: bool):
         def block(prefix_theirs: str, prefix_ours: str) -> dict[str, torch.Tensor]:
             part = {k.removeprefix(prefix_ours): v for k, v in ours.state_dict().items() if k.startswith(prefix_ours)}
             names = {
-                "norm1": "layernorm_before", "norm2": "layernorm_after", "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2",
+                "norm1": "layernorm_before",
+                "norm2": "layernorm_after",
+                "mlp.fc1": "mlp.fc1",
+                "mlp.fc2": "mlp.fc2",
                 "attn.proj": "attention.o_proj",
             }
-            out = {f"{prefix_theirs}{t}.{leaf}": part[f"{o}.{leaf}"] for o, t in names.items() for leaf in ("weight", "bias")}
+            out = {
+                f"{prefix_theirs}{t}.{leaf}": part[f"{o}.{leaf}"]
+                for o, t in names.items()
+                for leaf in ("weight", "bias")
+            }
             for leaf in ("weight", "bias"):
                 for name, value in zip("qkv", part[f"attn.qkv.{leaf}"].chunk(3), strict=True):
                     out[f"{prefix_theirs}attention.{name}_proj.{leaf}"] = value
@@ -138,9 +156,13 @@ def hugging_face(config: Config, norm_pix: bool):
             "decoder.mask_token": state["decoder.mask_token"],
             "decoder.decoder_pos_embed": state["decoder.pos_embed"],
         }
-        pairs = [("vit.embeddings.patch_embeddings.projection", "encoder.patch_embed.proj"), ("vit.layernorm", "encoder.norm"),
-                 ("decoder.decoder_embed", "decoder.embed"), ("decoder.decoder_norm", "decoder.norm"),
-                 ("decoder.decoder_pred", "decoder.pred")]
+        pairs = [
+            ("vit.embeddings.patch_embeddings.projection", "encoder.patch_embed.proj"),
+            ("vit.layernorm", "encoder.norm"),
+            ("decoder.decoder_embed", "decoder.embed"),
+            ("decoder.decoder_norm", "decoder.norm"),
+            ("decoder.decoder_pred", "decoder.pred"),
+        ]
         for t, o in pairs:
             for leaf in ("weight", "bias"):
                 copied[f"{t}.{leaf}"] = state[f"{o}.{leaf}"]

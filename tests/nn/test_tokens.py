@@ -70,8 +70,19 @@ def test_resizing_to_the_same_grid_is_the_identity_and_keeps_rows_and_columns_ot
     assert (bigger[0, :, 1].diff() > 0).all()
 
 
-@pytest.mark.parametrize(("n", "ratio", "kept"), [(196, 0.75, 49), (256, 0.75, 64), (196, 0.8, 39), (196, 0.6, 78),
-                                                  (100, 0.9, 10), (400, 0.9, 40), (60, 0.9, 6), (10, 0.75, 2)])
+@pytest.mark.parametrize(
+    ("n", "ratio", "kept"),
+    [
+        (196, 0.75, 49),
+        (256, 0.75, 64),
+        (196, 0.8, 39),
+        (196, 0.6, 78),
+        (100, 0.9, 10),
+        (400, 0.9, 40),
+        (60, 0.9, 6),
+        (10, 0.75, 2),
+    ],
+)
 def test_number_of_kept_patches(n, ratio, kept):
     assert num_kept(n, ratio) == kept
 

@@ -57,9 +57,7 @@ def _fixed_boxes(sizes: np.ndarray, target: tuple[int, int], share: float, place
     return np.concatenate([(sizes - box) * place, box], 1)
 
 
-def _random_resized(
-    sizes: np.ndarray, target: tuple[int, int], config: CropConfig, draws: np.ndarray
-) -> np.ndarray:
+def _random_resized(sizes: np.ndarray, target: tuple[int, int], config: CropConfig, draws: np.ndarray) -> np.ndarray:
     """Inception-style random resized crop as torchvision draws it: ten tries, then the largest centred box.
 
     `ratio` is relative to the target's own shape, so that a wide model grid is not squeezed into square crops.

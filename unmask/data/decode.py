@@ -74,7 +74,9 @@ def header(data: bytes) -> Header:
     if found.height * found.width > MOST_PIXELS:
         raise BadImage("TOO_MANY_PIXELS", f"{found.height} x {found.width} pixels, at most {MOST_PIXELS} are decoded")
     if max(found.height, found.width) > MOST_ASPECT * min(found.height, found.width):
-        raise BadImage("EXTREME_ASPECT", f"{found.height} x {found.width} pixels: sides differ more than {MOST_ASPECT} times")
+        raise BadImage(
+            "EXTREME_ASPECT", f"{found.height} x {found.width} pixels: sides differ more than {MOST_ASPECT} times"
+        )
     return found
 
 
@@ -106,7 +108,11 @@ def conform(image: np.ndarray, channels: int, dtype: str) -> np.ndarray:
             image = np.repeat(image, 3, axis=2)
         elif have == 3 and channels == 1:
             image = (image.astype(np.float32) @ LUMA)[:, :, None]
-            image = image if dtype == "float32" else image.round().astype(np.uint16 if dtype == "uint16" and image.max() > 255 else np.uint8)
+            image = (
+                image
+                if dtype == "float32"
+                else image.round().astype(np.uint16 if dtype == "uint16" and image.max() > 255 else np.uint8)
+            )
         else:
             raise BadImage("MISMATCHED_CHANNELS", f"{have} channels, the data set has {channels}")
     if image.dtype == dtype:
@@ -293,7 +299,10 @@ def _pillow(data: bytes, found: Header) -> np.ndarray:
             raise BadImage("TOO_MANY_PIXELS", f"more than {MOST_PIXELS} pixels") from None
         except (OSError, ValueError, SyntaxError, EOFError, struct.error, IndexError, TypeError, zlib.error) as error:
             text = str(error)
-            short = any(word in text.lower() for word in ("truncated", "not enough", "end of file", "broken data", "unexpected end"))
+            short = any(
+                word in text.lower()
+                for word in ("truncated", "not enough", "end of file", "broken data", "unexpected end")
+            )
             raise BadImage("TRUNCATED" if short else "CORRUPT", f"{found.format}: {text}") from None
         except MemoryError:
             raise BadImage("TOO_MANY_PIXELS", "not enough memory to decode it") from None
@@ -385,7 +394,9 @@ def _channels_last(shape: tuple[int, ...]) -> tuple[int, int, int]:
 def _npy(data: bytes) -> np.ndarray:
     shape, dtype, start = _npy_layout(data)
     if len(data) - start < int(np.prod(shape)) * dtype.itemsize:
-        raise BadImage("TRUNCATED", f".npy has {len(data) - start} bytes, {int(np.prod(shape)) * dtype.itemsize} are needed")
+        raise BadImage(
+            "TRUNCATED", f".npy has {len(data) - start} bytes, {int(np.prod(shape)) * dtype.itemsize} are needed"
+        )
     try:
         values = np.load(io.BytesIO(data), allow_pickle=False)
     except (ValueError, EOFError) as error:
@@ -422,7 +433,9 @@ def _png16(data: bytes) -> np.ndarray:
     if len(raw) < height * (row_bytes + 1):
         raise BadImage("TRUNCATED", "PNG: rows are missing")
     rows = np.frombuffer(raw, np.uint8).reshape(height, row_bytes + 1)
-    pixels = _unfilter(rows[:, 0], rows[:, 1:], samples * 2).view(">u2").reshape(height, width, samples).astype(np.uint16)
+    pixels = (
+        _unfilter(rows[:, 0], rows[:, 1:], samples * 2).view(">u2").reshape(height, width, samples).astype(np.uint16)
+    )
     if samples in (2, 4):  # composite on white
         colour, alpha = pixels[:, :, :-1].astype(np.float64), pixels[:, :, -1:] / 65535
         pixels = (colour * alpha + 65535 * (1 - alpha)).round().astype(np.uint16)

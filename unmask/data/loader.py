@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -180,9 +180,7 @@ class Images(Dataset[Delivery]):
             "have gone; bring them back and resume",
         )
 
-    def _boxes(
-        self, opened: Sequence[_Opened], index: np.ndarray, epoch: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def _boxes(self, opened: Sequence[_Opened], index: np.ndarray, epoch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(B, 4) boxes and (B,) flips."""
         sizes = np.array([image.size for image in opened], np.int64)
         if not self.training:

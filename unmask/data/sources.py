@@ -239,7 +239,9 @@ def _absolute_files(text: str, paths: Sequence[str], **more: Any) -> Files:
     """Files anywhere; names are relative to their longest common folder."""
     absolute = [os.path.abspath(path) for path in paths]
     root = os.path.commonpath([os.path.dirname(path) for path in absolute]) if absolute else os.getcwd()
-    return Files(text, root, [os.path.relpath(path, root) for path in absolute], [_size(path) for path in absolute], **more)
+    return Files(
+        text, root, [os.path.relpath(path, root) for path in absolute], [_size(path) for path in absolute], **more
+    )
 
 
 def _size(path: str) -> int:
@@ -276,8 +278,10 @@ def _from_list(text: str) -> Files:
     if paths and _size(paths[0]) < 0 and not paths[0].lower().endswith(EXTENSIONS):
         paths, labels = paths[1:], labels[1:]  # a heading such as "path,label"
     if paths and all(_size(path) < 0 for path in paths):
-        raise SourceError(f"none of the {len(paths)} files listed in {text} exists, the first is {paths[0]}; paths are read "
-                          f"relative to {folder}")
+        raise SourceError(
+            f"none of the {len(paths)} files listed in {text} exists, the first is {paths[0]}; paths are read "
+            f"relative to {folder}"
+        )
     source = _absolute_files(text, paths)
     if paths and all(label is not None for label in labels):
         source.label_by([str(label) for label in labels])

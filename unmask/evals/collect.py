@@ -117,11 +117,15 @@ def only(batches: Iterable[Batch], wanted: np.ndarray) -> Iterator[Batch]:
     for batch in batches:
         kept = torch.from_numpy(np.flatnonzero(np.isin(_array(batch.index), wanted)))
         if len(kept):
-            yield batch if len(kept) == len(batch) else Batch(
-                batch.images[kept],
-                batch.index[kept],
-                batch.epoch[kept],
-                None if batch.labels is None else batch.labels[kept],
+            yield (
+                batch
+                if len(kept) == len(batch)
+                else Batch(
+                    batch.images[kept],
+                    batch.index[kept],
+                    batch.epoch[kept],
+                    None if batch.labels is None else batch.labels[kept],
+                )
             )
 
 
@@ -175,7 +179,9 @@ def _finite(features: Tensor, index: np.ndarray) -> np.ndarray:
 
 def _digests(images: Tensor) -> np.ndarray:
     rows = images.cpu().contiguous().flatten(1).view(torch.uint8).numpy()  # (B, bytes)
-    return np.array([int.from_bytes(blake2b(row.tobytes(), digest_size=8).digest(), "little") for row in rows], np.uint64)
+    return np.array(
+        [int.from_bytes(blake2b(row.tobytes(), digest_size=8).digest(), "little") for row in rows], np.uint64
+    )
 
 
 def _array(tensor: Tensor) -> np.ndarray:

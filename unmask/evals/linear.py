@@ -63,7 +63,9 @@ def linear(train_x: np.ndarray, train_y: np.ndarray, test_x: np.ndarray, *, seed
 def hold_out(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """(fit, held) positions: a fifth of every class, at least one image, is held out; of a class of one, none."""
     position = np.arange(len(labels), dtype=np.int64)
-    order = words(seed, Stream.LABELS, np.full_like(position, 2), position, 1)[:, 0]  # epochs 0 and 1 draw splits and shots
+    order = words(seed, Stream.LABELS, np.full_like(position, 2), position, 1)[
+        :, 0
+    ]  # epochs 0 and 1 draw splits and shots
     held = np.zeros(len(labels), bool)
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)

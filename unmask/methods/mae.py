@@ -49,9 +49,7 @@ class MAE(Method):
         self.encoder = ViT(config.encoder, images)
         num_kept(self.encoder.grid[0] * self.encoder.grid[1], config.mask_ratio)  # refuses a ratio that hides all
         values = self.encoder.patch[0] * self.encoder.patch[1] * images.channels
-        self.decoder = LightDecoder(
-            config.decoder, seen_width=self.encoder.width, grid=self.encoder.grid, out=values
-        )
+        self.decoder = LightDecoder(config.decoder, seen_width=self.encoder.width, grid=self.encoder.grid, out=values)
 
     def loss(self, batch: Batch, clock: Clock) -> Loss:
         """Mean square error on the hidden patches, in the target's units."""
@@ -89,7 +87,9 @@ class MAE(Method):
         drawn = self._to_pixels(guess, patches, mask.drop)
         panels = {
             "original": patches,
-            f"masked {len(mask.drop[0]) / patches.shape[1]:.0%}": put(patches, mask.drop, nothing[:, : mask.drop.shape[1]]),
+            f"masked {len(mask.drop[0]) / patches.shape[1]:.0%}": put(
+                patches, mask.drop, nothing[:, : mask.drop.shape[1]]
+            ),
             "prediction": put(nothing, mask.drop, drawn),
             "pasted": put(patches, mask.drop, drawn),
         }

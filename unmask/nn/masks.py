@@ -26,7 +26,9 @@ class Mask:
 
     def hidden(self) -> Bool[Tensor, "B N"]:
         """True where a patch is hidden, in raster order."""
-        flags = torch.zeros(len(self.keep), self.keep.shape[1] + self.drop.shape[1], dtype=torch.bool, device=self.keep.device)
+        flags = torch.zeros(
+            len(self.keep), self.keep.shape[1] + self.drop.shape[1], dtype=torch.bool, device=self.keep.device
+        )
         return flags.scatter(1, self.drop, True)
 
 

@@ -17,7 +17,9 @@ from torch import Tensor
 def sincos(width: int, grid: tuple[int, int]) -> Float[Tensor, "N D"]:
     """(rows x cols, width) float32 table, computed in float64. Raises ValueError unless width is a multiple of 4."""
     if width % 4:
-        raise ValueError(f"token width {width} is not a multiple of 4, which sin-cos positions in 2-D need; use {width // 4 * 4 + 4}")
+        raise ValueError(
+            f"token width {width} is not a multiple of 4, which sin-cos positions in 2-D need; use {width // 4 * 4 + 4}"
+        )
     omega = 10000.0 ** (-np.arange(width // 4, dtype=np.float64) / (width // 4))
     row, col = np.meshgrid(np.arange(grid[0], dtype=np.float64), np.arange(grid[1], dtype=np.float64), indexing="ij")
 
@@ -28,9 +30,7 @@ def sincos(width: int, grid: tuple[int, int]) -> Float[Tensor, "N D"]:
     return torch.tensor(np.concatenate([axis(col), axis(row)], 1), dtype=torch.float32)
 
 
-def resize(
-    positions: Float[Tensor, "1 N D"], old: tuple[int, int], new: tuple[int, int]
-) -> Float[Tensor, "1 M D"]:
+def resize(positions: Float[Tensor, "1 N D"], old: tuple[int, int], new: tuple[int, int]) -> Float[Tensor, "1 M D"]:
     """A table for grid `old` interpolated (bicubic, in two dimensions) to grid `new`; the identity when they are equal."""
     if old == new:
         return positions

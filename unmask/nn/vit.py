@@ -64,9 +64,7 @@ class ViT(nn.Module):
         table = positions.sincos(config.width, self.grid)
         table = torch.cat([torch.zeros(1, config.width), table])[None]  # the class token's position is zero
         self.pos_embed = nn.Parameter(table, requires_grad=False)  # (1, 1 + N, D)
-        self.blocks = nn.ModuleList(
-            Block(config.width, config.heads, config.mlp_ratio) for _ in range(config.depth)
-        )
+        self.blocks = nn.ModuleList(Block(config.width, config.heads, config.mlp_ratio) for _ in range(config.depth))
         self.norm = layer_norm(config.width)
         self._initialise()
 

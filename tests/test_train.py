@@ -1,0 +1,246 @@
+"""The loop: bad numbers, bad files, full disks, accumulation; all in process, on the real path from files to a Run."""
+
+import errno
+import os
+
+import numpy as np
+import pytest
+import torch
+from conftest import SMALL_RUN, write_images
+
+from unmask import checkpoint
+from unmask import train as loop
+from unmask.console import Console
+from unmask.run import Run
+from unmask.saved import load, load_encoder
+from unmask.start import DataError, pretrain, resume
+from unmask.train import TrainingFailed, due
+
+
+def start(data, out, *settings, **more):
+    return pretrain(data, recipe="mae_nano", out=out, settings=[*SMALL_RUN, *settings], **more)
+
+
+def losses(run):
+    return [row["loss"] for row in run.metrics()]
+
+
+def float_images(folder, count, bad=()):
+    """float32 .npy images; the `bad` ones hold values whose square overflows."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(count):
+        image = rng.normal(size=(16, 16, 3)).astype(np.float32)
+        np.save(folder / f"{number:03d}.npy", image * (1e30 if number in bad else 1))
+    return folder
+
+
+FLOATS = ("data.mean=[0,0,0]", "data.std=[1,1,1]", "method.target=pixels", "data.crop.kind=center")
+
+
+def test_a_run_trains_and_holds_everything_a_person_needs(images, tmp_path):
+    run = start(images, tmp_path / "run", "train.steps=60", "optim.base_lr=0.05", "train.picture_every=30")
+    found = losses(run)
+    assert np.mean(found[-5:]) < 0.9 * np.mean(found[:5])
+    assert run.read("status.json")["state"] == "finished"
+    assert {path.name for path in run.pictures.iterdir()} == {
+        "step-00000000.png",
+        "step-00000001.png",
+        "step-00000030.png",
+        "step-00000060.png",
+    }
+    baselines = run.read("evals/baselines.json")
+    assert {"loss", "patch_mean", "nearest_visible", "images"} <= set(baselines)
+    row = run.metrics()[-1]
+    assert {"step", "loss", "lr", "images_per_second", "data_wait", "grad_norm", "images"} <= set(row)
+    assert 0 <= row["data_wait"] <= 1
+    plan = run.read("plan.json")
+    assert plan["images"]["mean"]
+    assert "asked for" in " ".join(plan["reasons"])
+    assert run.read("provenance.json")["versions"]["torch"]
+    features = load_encoder(run.path)(torch.zeros(2, 3, 16, 16, dtype=torch.uint8))
+    assert features.cls.shape == (2, 32)
+    assert features.grid == (4, 4)
+    assert load(run.path).step == 60
+
+
+def test_the_same_seed_gives_the_same_run_for_any_number_of_workers(images, tmp_path):
+    plain = start(images, tmp_path / "a", "train.steps=6")
+    for name, settings in {"b": ["data.workers=2"], "c": ["data.workers=1", "data.cache=false"]}.items():
+        assert losses(start(images, tmp_path / name, "train.steps=6", *settings)) == losses(plain)
+    assert losses(start(images, tmp_path / "d", "train.steps=6", "train.seed=1")) != losses(plain)
+
+
+def test_accumulation_changes_the_sums_only_in_the_last_bits(images, tmp_path):
+    whole = start(images, tmp_path / "a", "train.steps=5", "optim.base_lr=0.01")
+    parts = start(images, tmp_path / "b", "train.steps=5", "optim.base_lr=0.01", "train.micro_batch=2")
+    assert parts.read("plan.json")["accumulation"] == 4
+    assert losses(parts) == pytest.approx(losses(whole), rel=1e-5)
+    with pytest.raises(ValueError, match="micro_batch=3 does not divide train.batch_size=8"):
+        start(images, tmp_path / "c", "train.micro_batch=3")
+
+
+def test_clipping_reaches_the_optimiser(images, tmp_path):
+    free = start(images, tmp_path / "a", "train.steps=4", "optim.base_lr=0.05")
+    clipped = start(images, tmp_path / "b", "train.steps=4", "optim.base_lr=0.05", "optim.clip=0.001", "optim.eps=0.1")
+    assert losses(free) != losses(clipped)
+    assert clipped.metrics()[0]["grad_norm"] > 0.001  # what is logged is the norm before clipping
+
+
+def test_a_non_finite_step_is_skipped_and_its_images_are_named(tmp_path):
+    data = float_images(tmp_path / "images", 40, bad=[7])
+    run = start(data, tmp_path / "run", *FLOATS, "train.steps=10", "train.picture_every=100")
+    skipped = [row for row in run.metrics() if "skipped" in row]
+    assert len(skipped) == 2  # image 7 comes once in each of two epochs
+    assert all("007.npy" in row["skipped"] and row["loss"] is None for row in skipped)
+    assert [row["step"] for row in run.metrics()] == list(range(1, 11))
+    assert all(value.isfinite().all() for value in checkpoint.load_model(run)[1].values())
+
+
+def test_three_bad_steps_in_a_row_roll_back_and_twice_without_progress_stop(tmp_path):
+    data = float_images(tmp_path / "images", 16, bad=range(16))
+    said = []
+    console = Console(quiet=True)
+    console.warn = said.append
+    with pytest.raises(TrainingFailed, match="after 2 rollbacks.*optim.clip"):
+        start(data, tmp_path / "run", *FLOATS, "train.steps=50", "train.picture_every=100", console=console)
+    assert sum("back from step" in line for line in said) == 2
+    assert Run(tmp_path / "run").read("status.json")["state"] == "failed"
+
+
+def test_a_roll_back_returns_to_the_checkpoint_and_moves_the_data_on(tmp_path, monkeypatch):
+    data = float_images(tmp_path / "images", 40)
+    real, poison = loop.step, {6, 7, 8}
+
+    def sometimes_bad(method, optimizer, stream, run, config, plan, at, images):
+        out = real(method, optimizer, stream, run, config, plan, at, images)
+        if at.step + 1 in poison:
+            poison.discard(at.step + 1)
+            return (torch.tensor(float("nan")), *out[1:])
+        return out
+
+    monkeypatch.setattr(loop, "step", sometimes_bad)
+    run = start(
+        data, tmp_path / "run", *FLOATS, "train.steps=12", "train.checkpoint_every=4", "train.picture_every=100"
+    )
+    assert [row["step"] for row in run.metrics()] == list(range(1, 13)), "no step twice, the bad ones taken back"
+    assert run.metrics()[-1]["images"] == 12 * 8 + 50 * 8 + 4 * 8  # 4 steps were repeated further on in the data
+    assert run.read("status.json")["state"] == "finished"
+
+
+def test_a_file_that_goes_bad_is_replaced_alike_in_every_run_and_quarantined(images, tmp_path):
+    def train_with_a_broken_file(out, workers):
+        real = loop.train
+
+        def breaking(run, config, plan, loaded, console):
+            (images / "0004.png").write_bytes(b"")  # after the scan
+            return real(run, config, plan, loaded, console)
+
+        try:
+            import unmask.start as module
+
+            module.train = breaking
+            return start(
+                images, out, "train.steps=8", "data.cache=false", f"data.workers={workers}", "data.max_bad_fraction=0.1"
+            )
+        finally:
+            module.train = real
+            write_images(images, 30)
+
+    a, b = train_with_a_broken_file(tmp_path / "a", 0), train_with_a_broken_file(tmp_path / "b", 2)
+    assert losses(a) == losses(b)
+    assert [(row["name"], row["code"]) for row in a.quarantine()] == [("0004.png", "EMPTY")]
+
+
+def test_one_broken_file_in_a_hundred_is_quarantined_and_half_stops(tmp_path):
+    images = write_images(tmp_path / "images", 99)
+    (images / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    run = start(images, tmp_path / "run", "train.steps=2")
+    assert [row["name"] for row in run.quarantine()] == ["broken.png"]
+    assert run.read("plan.json")["num_images"] == 99
+    for number in range(99):
+        (images / f"bad{number}.jpg").write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"100 of 199 files checked cannot be read.*max_bad_fraction"):
+        start(images, tmp_path / "run2", "train.steps=2")
+    assert not (tmp_path / "run2").exists(), "nothing is left behind by a refusal"
+
+
+def test_a_full_disk_at_a_checkpoint_is_survived(images, tmp_path, monkeypatch):
+    real, attempts = checkpoint._write, []
+
+    def full_at_first(path, content):
+        attempts.append(path)
+        if len(attempts) <= 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        real(path, content)
+
+    monkeypatch.setattr(checkpoint, "_write", full_at_first)
+    said = []
+    console = Console(quiet=True)
+    console.warn = said.append
+    run = start(images, tmp_path / "run", "train.steps=6", "train.checkpoint_every=2", console=console)
+    assert sum("disk is full" in line for line in said) == 2
+    assert run.read("status.json")["state"] == "finished"
+    assert checkpoint.load_model(run)[0] == 6
+
+
+def test_a_disk_that_stays_full_fails_at_the_end_and_says_so(images, tmp_path, monkeypatch):
+    def full(path, content):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(checkpoint, "_write", full)
+    with pytest.raises(TrainingFailed, match="could not be written.*unmask resume"):
+        start(images, tmp_path / "run", "train.steps=3")
+
+
+def test_images_larger_batches_and_tiny_sets(tmp_path):
+    images = write_images(tmp_path / "images", 3)
+    run = start(images, tmp_path / "run", "train.steps=2", "train.batch_size=8")  # the batch holds images twice
+    assert len(losses(run)) == 2
+
+
+@pytest.mark.parametrize(("channels", "dtype"), [(1, "uint8"), (2, "uint8"), (5, "uint16"), (3, "float32")])
+def test_any_channels_and_dtype_on_a_wide_grid_from_files_to_pictures(tmp_path, channels, dtype):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(12):
+        image = rng.random((20, 40, channels)) * {"uint8": 255, "uint16": 60000, "float32": 3}[dtype]
+        np.save(folder / f"{number}.npy", image.astype(dtype))
+    run = start(folder, tmp_path / "run", "train.steps=3", "data.size=[16,32]")
+    spec = run.read("plan.json")["images"]
+    assert (spec["channels"], spec["dtype"]) == (channels, dtype)
+    assert spec["mean"][0] == pytest.approx({"uint8": 127, "uint16": 30000, "float32": 1.5}[dtype], rel=0.05)
+    features = load_encoder(run.path)(torch.zeros(1, channels, 16, 32))
+    assert features.grid == (4, 8)
+    assert (run.pictures / "step-00000003.png").stat().st_size > 500
+    assert all(np.isfinite(losses(run)))
+
+
+def test_a_budget_plans_the_steps_that_fit(images, tmp_path):
+    run = start(images, tmp_path / "run", budget=6.0)
+    plan = run.read("plan.json")
+    assert 5 <= plan["steps"] <= 20_000
+    assert "in a budget of 0.1 minutes" in " ".join(plan["reasons"])
+    with pytest.raises(ValueError, match="leave one of them out"):
+        start(images, tmp_path / "run2", "train.steps=5", budget=6.0)
+
+
+def test_every_stop_is_resumable_in_process(images, tmp_path, monkeypatch):
+    whole = start(images, tmp_path / "a", "train.steps=9")
+    real = loop.step
+
+    def stop_at_four(*arguments):
+        if arguments[6].step == 4:
+            os.kill(os.getpid(), 15)
+        return real(*arguments)
+
+    monkeypatch.setattr(loop, "step", stop_at_four)
+    run = start(images, tmp_path / "b", "train.steps=9")
+    monkeypatch.undo()
+    assert run.read("status.json")["state"] == "stopped"
+    assert losses(resume(run.path)) == losses(whole)
+
+
+def test_periodic_things_happen_at_the_first_every_so_many_and_the_last_step():
+    assert [step for step in range(1, 11) if due(step, 4, 10)] == [1, 4, 8, 10]
