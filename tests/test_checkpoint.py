@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -57,7 +58,7 @@ def test_round_trip_is_exact_in_every_dtype(run):
 
 def test_none_was_ever_written(run):
     assert load_latest(run) is None
-    with pytest.raises(CheckpointError, match="no checkpoint yet.*unmask resume"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint yet.*unmask resume"):
         load_model(run)
 
 
@@ -89,7 +90,7 @@ def test_non_finite_weights_are_not_saved(run):
 
 
 def boundaries(run, step, at=None):
-    """Save `step` in a forked child that dies (as by kill -9) before boundary number `at`; returns how many it passed."""
+    """Save `step` in a forked child that dies (as by kill -9) before boundary `at`; returns how many it passed."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
@@ -137,6 +138,20 @@ def test_killed_at_every_boundary_of_a_save_the_run_can_go_on(run):
         write(run, 4)
         assert not list(run.checkpoints.glob(".tmp-*")), "leftovers are cleared by the next save"
         assert load_latest(run).step == 4
+
+
+def test_killed_while_the_only_checkpoint_is_written_again_one_of_the_two_is_left(run):
+    """After a rollback the same step is saved again; between the two renames there is none of that name."""
+    write(run, 1)
+    total = boundaries(run, 1)
+    for at in range(total):
+        shutil.rmtree(run.checkpoints)
+        run.checkpoints.mkdir()
+        write(run, 1)
+        assert boundaries(run, 1, at) == at
+        assert load_latest(run, say=pytest.fail).step == 1, f"boundary {at}"
+        write(run, 2)
+        assert sorted(path.name for path in run.checkpoints.iterdir()) == ["LATEST", "step-00000001", "step-00000002"]
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -228,7 +243,7 @@ def test_all_damaged_is_an_error_and_never_a_fresh_start(run):
     for step in (1, 2):
         (write(run, step) / "model.safetensors").write_bytes(b"")
     for _ in range(2):  # the second time they are all set aside already
-        with pytest.raises(CheckpointError, match="every checkpoint of .* is damaged"):
+        with pytest.raises(CheckpointError, match=r"every checkpoint of .* is damaged"):
             load_latest(run, say=lambda _: None)
 
 
@@ -254,12 +269,16 @@ def test_a_full_disk_leaves_the_old_ones(run, monkeypatch, number, call):
         return real(handle)
 
     monkeypatch.setattr(os, "fsync", failing)
+    said = ""
     try:
         write(run, 2)
-    except CheckpointFull as error:
-        assert "older checkpoints are untouched" in str(error)
-        assert ("disk is full" in str(error)) == (number == errno.ENOSPC)
+    except CheckpointFull as error:  # flushing the folder may fail without harm, flushing a file may not
+        said = str(error)
     monkeypatch.undo()
+    assert said or call > 3
+    if said:
+        assert "older checkpoints are untouched" in said
+        assert ("disk is full" in said) == (number == errno.ENOSPC)
     assert not list(run.checkpoints.glob(".tmp-*"))
     assert load_latest(run, say=pytest.fail).step in (1, 2)
     write(run, 3)
@@ -270,9 +289,8 @@ def test_a_disk_that_is_really_full(run):
     """/dev/full refuses every byte, as a full disk does."""
     if not os.path.exists("/dev/full"):
         pytest.skip("this system has no /dev/full")
-    with pytest.raises(OSError, match="No space left"), open("/dev/full", "wb") as file:
-        file.write(b"x" * 100)
-        file.flush()
+    with pytest.raises(OSError, match="No space left"):
+        checkpoint._write(Path("/dev/full"), b"x" * 100)
 
 
 class Payload:
@@ -361,8 +379,8 @@ def test_optimizer_state_goes_on_bit_for_bit(run, forget):
 
 
 def test_optimizer_state_of_another_model_is_refused():
-    module, optimizer, names = make_training(0)
-    with pytest.raises(CheckpointError, match="'other.weight', which this model does not train"):
+    _, optimizer, names = make_training(0)
+    with pytest.raises(CheckpointError, match=r"'other.weight', which this model does not train"):
         tensors_to_optimizer(optimizer, names, {"other.weight/exp_avg": torch.zeros(1)}, {})
     with pytest.raises(CheckpointError, match=r"has shape \(3,\), the parameter \(8, 4\)"):
         tensors_to_optimizer(optimizer, names, {"0.weight/exp_avg": torch.zeros(3)}, {})

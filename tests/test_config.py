@@ -1,10 +1,13 @@
 """Settings: every key is reachable, wrong ones are refused with the nearest, JSON goes both ways."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
 
+import unmask.config
 from unmask.config import Config, ConfigError, keys, method_class, method_names, override
 from unmask.recipes.catalogue import all_recipes, choose, find
 
@@ -19,17 +22,18 @@ def test_recipes_are_documented_round_trip_and_fit_together(name):
 
 
 OTHER = {
-    "recipe": "mine", "data.source": "x", "data.size": [64, 32], "data.crop.kind": "center", "data.crop.scale": [0.5, 1],
-    "data.crop.ratio": [1, 1], "data.crop.flip": 0, "data.crop.eval_share": 0.9, "data.channels": 4, "data.mean": [1, 2, 3],
-    "data.std": [1, 2, 3], "data.workers": 3, "data.cache": False, "data.cache_gib": 2, "data.max_bad_fraction": 0.5,
-    "data.scan_sample": 7, "optim.base_lr": 0.5, "optim.betas": [0.5, 0.6], "optim.eps": 1e-3, "optim.weight_decay": 0.4,
-    "optim.warmup": 0.2, "optim.final_lr": 0.1, "optim.clip": 2.0, "train.steps": 3, "train.epochs": 4, "train.batch_size": 12,
+    "recipe": "mine", "data.source": "x", "data.size": [64, 32], "data.crop.kind": "center",
+    "data.crop.scale": [0.5, 1], "data.crop.ratio": [1, 1], "data.crop.flip": 0, "data.crop.eval_share": 0.9,
+    "data.channels": 4, "data.mean": [1, 2, 3], "data.std": [1, 2, 3], "data.workers": 3, "data.cache": False,
+    "data.cache_gib": 2, "data.max_bad_fraction": 0.5, "data.scan_sample": 7, "optim.base_lr": 0.5,
+    "optim.betas": [0.5, 0.6], "optim.eps": 0.001, "optim.weight_decay": 0.4, "optim.warmup": 0.2,
+    "optim.final_lr": 0.1, "optim.clip": 2.0, "train.steps": 3, "train.epochs": 4, "train.batch_size": 12,
     "train.micro_batch": 6, "train.seed": 5, "train.precision": "fp32", "train.device": "cpu", "train.compile": True,
     "train.log_every": 2, "train.checkpoint_every": 9, "train.checkpoint_minutes": 1, "train.keep_checkpoints": 3,
     "train.picture_every": 8, "train.picture_images": 2, "method.name": "mae", "method.mask_ratio": 0.6,
     "method.target": "pixels", "method.encoder.width": 64, "method.encoder.depth": 2, "method.encoder.heads": 4,
-    "method.encoder.patch": [8, 4], "method.encoder.mlp_ratio": 2, "method.decoder.width": 32, "method.decoder.depth": 1,
-    "method.decoder.heads": 2,
+    "method.encoder.patch": [8, 4], "method.encoder.mlp_ratio": 2, "method.decoder.width": 32,
+    "method.decoder.depth": 1, "method.decoder.heads": 2,
 }  # fmt: skip
 
 
@@ -45,6 +49,21 @@ def test_every_setting_can_be_changed_from_the_command_line(key):
     assert found == value or key == "method.name"
     if key != "method.name":
         assert after != before
+
+
+SOURCES = {
+    path: path.read_text()
+    for path in Path(unmask.config.__file__).parent.rglob("*.py")
+    if path.name != "config.py" and path.parent.name != "recipes"
+}
+
+
+@pytest.mark.parametrize("key", keys(find("mae_nano")))
+def test_every_setting_is_read_somewhere(key):
+    """No setting is silently ignored: outside the tree itself some line asks for it."""
+    leaf = key.split(".")[-1]
+    asked = re.compile(rf"(config|train|data|optim|crop|encoder|decoder|method)\.{leaf}\b")
+    assert [path.name for path, text in SOURCES.items() if asked.search(text)], f"nothing reads {key}"
 
 
 @pytest.mark.parametrize(

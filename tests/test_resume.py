@@ -150,6 +150,7 @@ def test_a_finished_run_a_changed_data_set_and_a_folder_in_use(unbroken, tmp_pat
     run = tmp_path / "run"
     process = pretrain(images, run, wait=False)
     wait_for_step(run, 8, process)
+    process.send_signal(signal.SIGSTOP)  # it holds the folder, however fast it is
     busy = unmask("resume", run)
     assert busy.returncode == 2
     assert f"in use by process {process.pid}" in busy.stderr

@@ -19,7 +19,7 @@ def run(tmp_path):
 
 def test_a_folder_with_something_in_it_is_refused_and_left_alone(tmp_path):
     (tmp_path / "mine.txt").write_text("precious")
-    with pytest.raises(RunError, match="not empty.*another --out"):
+    with pytest.raises(RunError, match=r"not empty.*another --out"):
         Run.create(tmp_path)
     with pytest.raises(RunError, match="is a file"):
         Run.create(tmp_path / "mine.txt")
@@ -34,7 +34,7 @@ def test_a_finished_run_names_resume(run):
 def test_opening_what_is_no_run(run, tmp_path):
     with pytest.raises(RunError, match="not a folder"):
         Run.open(tmp_path / "nowhere")
-    with pytest.raises(RunError, match="no config.json; did you mean .*run"):
+    with pytest.raises(RunError, match=r"no config\.json; did you mean .*run"):
         Run.open(tmp_path)
     assert Run.open(run.path).path == run.path
 
@@ -43,7 +43,7 @@ def test_json_round_trip_and_damage(run):
     run.write("evals/probe.json", {"a": 1.5, "name": "caf\udce9"})  # a file name that is not UTF-8
     assert run.read("evals/probe.json") == {"a": 1.5, "name": "caf\udce9"}
     (run.path / "evals/probe.json").write_text("{")
-    with pytest.raises(RunError, match="probe.json cannot be read"):
+    with pytest.raises(RunError, match=r"probe\.json cannot be read"):
         run.read("evals/probe.json")
     (run.path / "evals/probe.json").write_text("[]")
     with pytest.raises(RunError, match="a JSON object was expected"):

@@ -2,6 +2,7 @@
 
 import errno
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -72,11 +73,12 @@ def test_the_same_seed_gives_the_same_run_for_any_number_of_workers(images, tmp_
 
 
 def test_accumulation_changes_the_sums_only_in_the_last_bits(images, tmp_path):
-    whole = start(images, tmp_path / "a", "train.steps=5", "optim.base_lr=0.01")
-    parts = start(images, tmp_path / "b", "train.steps=5", "optim.base_lr=0.01", "train.micro_batch=2")
+    settings = ("train.steps=5", "optim.base_lr=0.01", "train.precision=fp32")
+    whole = start(images, tmp_path / "a", *settings)
+    parts = start(images, tmp_path / "b", *settings, "train.micro_batch=2")
     assert parts.read("plan.json")["accumulation"] == 4
     assert losses(parts) == pytest.approx(losses(whole), rel=1e-5)
-    with pytest.raises(ValueError, match="micro_batch=3 does not divide train.batch_size=8"):
+    with pytest.raises(ValueError, match=r"micro_batch=3 does not divide train.batch_size=8"):
         start(images, tmp_path / "c", "train.micro_batch=3")
 
 
@@ -102,7 +104,7 @@ def test_three_bad_steps_in_a_row_roll_back_and_twice_without_progress_stop(tmp_
     said = []
     console = Console(quiet=True)
     console.warn = said.append
-    with pytest.raises(TrainingFailed, match="after 2 rollbacks.*optim.clip"):
+    with pytest.raises(TrainingFailed, match=r"after 2 rollbacks.*optim.clip"):
         start(data, tmp_path / "run", *FLOATS, "train.steps=50", "train.picture_every=100", console=console)
     assert sum("back from step" in line for line in said) == 2
     assert Run(tmp_path / "run").read("status.json")["state"] == "failed"
@@ -112,12 +114,12 @@ def test_a_roll_back_returns_to_the_checkpoint_and_moves_the_data_on(tmp_path, m
     data = float_images(tmp_path / "images", 40)
     real, poison = loop.step, {6, 7, 8}
 
-    def sometimes_bad(method, optimizer, stream, run, config, plan, at, images):
-        out = real(method, optimizer, stream, run, config, plan, at, images)
-        if at.step + 1 in poison:
-            poison.discard(at.step + 1)
-            return (torch.tensor(float("nan")), *out[1:])
-        return out
+    def sometimes_bad(*arguments):
+        taken = real(*arguments)
+        if taken.number in poison:
+            poison.discard(taken.number)
+            return replace(taken, loss=torch.tensor(float("nan")))
+        return taken
 
     monkeypatch.setattr(loop, "step", sometimes_bad)
     run = start(
@@ -126,6 +128,88 @@ def test_a_roll_back_returns_to_the_checkpoint_and_moves_the_data_on(tmp_path, m
     assert [row["step"] for row in run.metrics()] == list(range(1, 13)), "no step twice, the bad ones taken back"
     assert run.metrics()[-1]["images"] == 12 * 8 + 50 * 8 + 4 * 8  # 4 steps were repeated further on in the data
     assert run.read("status.json")["state"] == "finished"
+
+
+def poisoned(monkeypatch, numbers, stop_after=None):
+    """Steps with these numbers give NaN the first time; SIGTERM after step `stop_after`."""
+    real, left = loop.step, set(numbers)
+
+    def sometimes_bad(*arguments):
+        taken = real(*arguments)
+        if taken.number == stop_after:
+            os.kill(os.getpid(), 15)
+        if taken.number in left:
+            left.discard(taken.number)
+            return replace(taken, norm=torch.tensor(float("nan")))
+        return taken
+
+    monkeypatch.setattr(loop, "step", sometimes_bad)
+
+
+@pytest.mark.parametrize("settings", [("train.log_every=5",), ("train.log_every=100", "train.checkpoint_every=3")])
+def test_when_the_host_looks_never_changes_what_is_trained(tmp_path, monkeypatch, settings):
+    data = float_images(tmp_path / "images", 40)
+    weights = []
+    for name, more in {"a": ("train.checkpoint_every=3",), "b": (*settings, "train.checkpoint_every=3")}.items():
+        poisoned(monkeypatch, {4, 7, 8, 9})
+        run = start(data, tmp_path / name, *FLOATS, "train.steps=14", "train.picture_every=100", *more)
+        monkeypatch.undo()
+        weights.append((checkpoint.load_latest(run).state["position"], checkpoint.load_model(run)[1]))
+    assert weights[0][0] == weights[1][0]
+    assert weights[0][0]["rollbacks"] == 1
+    assert all(torch.equal(weights[0][1][name], weights[1][1][name]) for name in weights[0][1])
+
+
+def test_a_run_stopped_between_bad_steps_still_counts_them(tmp_path, monkeypatch):
+    data = float_images(tmp_path / "images", 40)
+    settings = (*FLOATS, "train.steps=14", "train.picture_every=100", "train.checkpoint_every=5")
+    poisoned(monkeypatch, {7, 8, 9})
+    whole = start(data, tmp_path / "a", *settings)
+    monkeypatch.undo()
+    poisoned(monkeypatch, {7, 8}, stop_after=8)
+    parts = start(data, tmp_path / "b", *settings)
+    monkeypatch.undo()
+    assert checkpoint.load_latest(parts).state["position"]["bad_steps"] == 2
+    poisoned(monkeypatch, {9})
+    resume(parts.path)
+    monkeypatch.undo()
+    assert [row["step"] for row in parts.metrics()] == [row["step"] for row in whole.metrics()] == list(range(1, 15))
+    assert checkpoint.load_latest(parts).state["position"]["rollbacks"] == 1
+
+
+def test_weights_that_are_not_finite_are_refused_and_said(images, tmp_path, monkeypatch):
+    real, said, left = loop.step, [], [4]
+
+    def spoiling(method, *arguments):
+        taken = real(method, *arguments)
+        if taken.number in left:
+            left.clear()
+            with torch.no_grad():
+                method.decoder.pred.bias[0] = float("nan")
+        return taken
+
+    monkeypatch.setattr(loop, "step", spoiling)
+    console = Console(quiet=True)
+    console.warn = said.append
+    settings = ("train.steps=9", "train.checkpoint_every=2", "train.picture_every=100")
+    run = start(images, tmp_path / "run", *settings, console=console)
+    assert sum("not written" in line and "decoder.pred.bias" in line for line in said) == 2, "at steps 4 and 6"
+    assert sum("back from step 7 to 2" in line for line in said) == 1
+    assert run.read("status.json")["state"] == "finished"
+
+
+def test_a_disk_that_takes_no_metrics_and_no_pictures_is_said_once(images, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Run, "log", full)
+    monkeypatch.setattr(loop, "draw", full)
+    said = []
+    console = Console(quiet=True)
+    console.warn = said.append
+    run = start(images, tmp_path / "run", "train.steps=6", "train.picture_every=2", console=console)
+    assert run.read("status.json")["state"] == "finished"
+    assert len(said) == 2
 
 
 def test_a_file_that_goes_bad_is_replaced_alike_in_every_run_and_quarantined(images, tmp_path):
@@ -189,7 +273,7 @@ def test_a_disk_that_stays_full_fails_at_the_end_and_says_so(images, tmp_path, m
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
     monkeypatch.setattr(checkpoint, "_write", full)
-    with pytest.raises(TrainingFailed, match="could not be written.*unmask resume"):
+    with pytest.raises(TrainingFailed, match=r"could not be written.*unmask resume"):
         start(images, tmp_path / "run", "train.steps=3")
 
 
@@ -231,7 +315,7 @@ def test_every_stop_is_resumable_in_process(images, tmp_path, monkeypatch):
     real = loop.step
 
     def stop_at_four(*arguments):
-        if arguments[6].step == 4:
+        if arguments[5].step == 4:
             os.kill(os.getpid(), 15)
         return real(*arguments)
 

@@ -1,6 +1,7 @@
 """unmask: self-supervised pre-training of vision transformers by masked image modelling, on your own images.
 
-The few public names, handed out when first asked for, so that importing the package loads neither torch nor anything else:
+The few public names, handed out when first asked for, so that importing the package loads neither torch nor anything
+else:
 
     load_encoder(run)          the encoder of a run: encoder(images) gives Features(cls, patches, grid)
     load(run)                  the whole method, with its config and plan
@@ -9,9 +10,18 @@ The few public names, handed out when first asked for, so that importing the pac
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-_PUBLIC = {
+if TYPE_CHECKING:  # for editors and type checkers only
+    from unmask.recipes.catalogue import find as recipe
+    from unmask.saved import load, load_encoder
+    from unmask.start import pretrain, resume
+
+    __version__: str
+
+__all__ = ["__version__", "load", "load_encoder", "pretrain", "recipe", "resume"]
+
+_PLACES = {
     "load": "unmask.saved:load",
     "load_encoder": "unmask.saved:load_encoder",
     "pretrain": "unmask.start:pretrain",
@@ -19,15 +29,17 @@ _PUBLIC = {
     "resume": "unmask.start:resume",
 }
 
-__all__ = ["__version__", *_PUBLIC]
-
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
         from importlib.metadata import version
 
         return version("unmask")
-    if name not in _PUBLIC:
+    if name not in _PLACES:
         raise AttributeError(f"module 'unmask' has no attribute {name!r}; public names are {', '.join(__all__)}")
-    module, _, attribute = _PUBLIC[name].partition(":")
+    module, _, attribute = _PLACES[name].partition(":")
     return getattr(import_module(module), attribute)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

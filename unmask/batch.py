@@ -21,7 +21,7 @@ DTYPES = {"uint8": torch.uint8, "uint16": torch.uint16, "float32": torch.float32
 class ImageSpec:
     """What the images of one data set are: decided once, by the scan, and kept with the encoder.
 
-    `size` is (H, W) as the method sees them; `mean` and `std` are per channel, in the files' own units (0..255 for uint8).
+    `size` is (H, W) as the method sees them; `mean` and `std` are per channel, in the files' units (0..255 for uint8).
     """
 
     channels: int
@@ -49,9 +49,9 @@ class ImageSpec:
 class Batch:
     """One (micro-)batch.
 
-    `images` (B, C, H, W) in the files' dtype; `index` (B,) the row of each image in its source and `epoch` (B,) the pass
-    it belongs to, which together name the random draws of that image; `labels` (B,) and `maps` (B, H, W) where a task
-    needs them.
+    `images` (B, C, H, W) in the files' dtype; `index` (B,) the row of each image in its source and `epoch` (B,) the
+    pass it belongs to, which together name the random draws of that image; `labels` (B,) and `maps` (B, H, W) where a
+    task needs them.
     """
 
     images: Tensor

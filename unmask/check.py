@@ -44,7 +44,7 @@ def check_data(data: str, console: Console, *, sample: int | None, workers: int)
     most = catalogue.find("mae_nano").data.max_bad_fraction
     if found.bad_fraction > most:
         console.warn(
-            f"{found.bad_fraction:.1%} of the files cannot be read; `unmask pretrain` would stop at more than {most:.0%}"
+            f"{found.bad_fraction:.1%} of the files cannot be read; at more than {most:.0%} `unmask pretrain` stops"
         )
         return 2, summary
     return 0, summary

@@ -1,7 +1,9 @@
 """Checkpoints: written so that a crash at any moment leaves a good one, read so that a damaged one is never used.
 
     checkpoints/.tmp-00001234-<id>/    written here, never read
-    checkpoints/step-00001234/         appears only by rename: model.safetensors optim.safetensors state.json MANIFEST.json
+    checkpoints/step-00001234/         appears only by rename
+        model.safetensors  optim.safetensors  state.json  MANIFEST.json
+    checkpoints/step-00001234.old/     for a moment, while the same step is written again
     checkpoints/LATEST                 a hint for people, never trusted
 
 Order of writing: files, each flushed to disk; MANIFEST.json (size and SHA-256 of each) last; rename; flush the folder;
@@ -36,6 +38,7 @@ MODEL, OPTIM, STATE, MANIFEST, LATEST = (
     "MANIFEST.json",
     "LATEST",
 )
+REPLACED = ".old"
 STEP_FOLDER = re.compile(r"step-(\d{8,})$")
 
 
@@ -83,8 +86,8 @@ def save(
     assert keep >= 2, "one checkpoint is none"
     if poisoned := [name for name, value in model.items() if value.is_floating_point() and not value.isfinite().all()]:
         raise CheckpointRefused(
-            f"checkpoint of step {step} not written: {len(poisoned)} tensors hold non-finite numbers, first {poisoned[0]}; "
-            "the one before is kept"
+            f"checkpoint of step {step} not written: {len(poisoned)} tensors hold non-finite numbers, first "
+            f"{poisoned[0]}; the one before is kept"
         )
     final = run.checkpoints / f"step-{step:08d}"
     partial = run.checkpoints / f".tmp-{step:08d}-{uuid.uuid4().hex[:8]}"
@@ -103,8 +106,8 @@ def save(
             manifest[name] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         _write(partial / MANIFEST, json.dumps({"step": step, "files": manifest}).encode())
         sync_folder(partial)
-        if final.exists():  # the same step again, after a resume: the new one has just been written whole
-            os.rename(final, run.checkpoints / f".tmp-old-{uuid.uuid4().hex[:8]}")
+        if final.exists():  # the same step again, after a rollback: a crash between the two renames is mended
+            os.rename(final, final.with_name(final.name + REPLACED))
         os.rename(partial, final)
         sync_folder(run.checkpoints)
         replace_file(run.checkpoints / LATEST, final.name.encode() + b"\n")
@@ -137,13 +140,23 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def _clear_leftovers(run: Run) -> None:
-    """Folders of a save that a crash cut short. The run's lock says that nobody else is writing."""
+    """What a save that a crash cut short left behind. The run's lock says that nobody else is writing."""
     for leftover in run.checkpoints.glob(".tmp-*"):
         shutil.rmtree(leftover, ignore_errors=True)
+    for leftover in run.checkpoints.glob(f".{LATEST}.*.partial"):
+        leftover.unlink(missing_ok=True)
+    for replaced in run.checkpoints.glob(f"step-*{REPLACED}"):
+        final = replaced.with_name(replaced.name.removesuffix(REPLACED))
+        if final.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+        else:
+            os.rename(replaced, final)
 
 
 def _prune(run: Run, keep: int) -> None:
     """Remove the oldest beyond `keep`; only folders that pass their manifest count, so broken ones push none out."""
+    for replaced in run.checkpoints.glob(f"step-*{REPLACED}"):
+        shutil.rmtree(replaced, ignore_errors=True)
     good = 0
     for _, path in steps_on_disk(run):
         if good >= keep:
@@ -213,9 +226,10 @@ def _read(path: Path) -> Checkpoint:
 def load_latest(run: Run, *, say: Callable[[str], object] = print) -> Checkpoint | None:
     """The newest checkpoint that passes its manifest, or None when none was ever written.
 
-    Damaged ones are renamed step-N.corrupt and said. Raises CheckpointError when all are damaged: starting afresh without
-    a word would throw the run away.
+    Damaged ones are renamed step-N.corrupt and said. Raises CheckpointError when all are damaged: starting afresh
+    without a word would throw the run away.
     """
+    _clear_leftovers(run)
     candidates = steps_on_disk(run)
     for _, path in candidates:
         try:
@@ -226,7 +240,8 @@ def load_latest(run: Run, *, say: Callable[[str], object] = print) -> Checkpoint
     damaged = sorted(path.name for path in run.checkpoints.glob("step-*.corrupt*"))
     if candidates or damaged:
         raise CheckpointError(
-            f"every checkpoint of {run.path} is damaged ({', '.join(damaged)}); restore one from a backup, or start a new run"
+            f"every checkpoint of {run.path} is damaged ({', '.join(damaged)}); restore one from a backup, or start a "
+            "new run"
         )
     return None
 
@@ -240,7 +255,7 @@ def _set_aside(path: Path) -> Path:
 
 
 def load_model(run: Run, step: int | None = None) -> tuple[int, dict[str, Tensor]]:
-    """(step, weights) of the newest sound checkpoint or of `step`; reads only, renames nothing. Raises CheckpointError."""
+    """(step, weights) of the newest sound checkpoint, or of `step`; renames nothing. Raises CheckpointError."""
     candidates = steps_on_disk(run)
     if step is not None:
         have = ", ".join(str(found) for found, _ in reversed(candidates)) or "none"
@@ -261,7 +276,7 @@ def load_model(run: Run, step: int | None = None) -> tuple[int, dict[str, Tensor
 def optimizer_to_tensors(
     optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimiser's state as (tensors, numbers), keyed "<parameter name>/<state name>"; parameters without state are left out."""
+    """An optimiser's state as (tensors, numbers), keyed "<parameter name>/<state name>"."""
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, Any] = {}
     for parameter, entries in optimizer.state.items():
@@ -296,7 +311,7 @@ def tensors_to_optimizer(
 
 
 def graft(module: nn.Module, entries: Sequence[tuple[str, str, Mapping[str, Tensor]]]) -> None:
-    """Start from other weights: for each (from prefix, to prefix, state dict) copy every tensor under one prefix to the other.
+    """Start from other weights: for each (from prefix, to prefix, state dict) copy what is under one to the other.
 
     Strict: raises CheckpointError that names every missing, unexpected or mis-shaped tensor, before anything is copied.
     """
@@ -333,8 +348,8 @@ def check_space(run: Run, needed: int) -> None:
     free = shutil.disk_usage(run.path).free
     if free < needed:
         raise CheckpointFull(
-            f"checkpoints of this run need about {needed / 2**30:.2f} GiB and {run.path} has {free / 2**30:.2f} GiB free; "
-            "make room, choose another --out, or a smaller recipe"
+            f"checkpoints of this run need about {needed / 2**30:.2f} GiB and {run.path} has {free / 2**30:.2f} GiB "
+            "free; make room, choose another --out, or a smaller recipe"
         )
 
 

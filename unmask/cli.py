@@ -46,9 +46,8 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N, mps.")]
 def main() -> None:
     """Entry point: runs the app and turns errors for people into one clear line and an exit code."""
     try:
-        app(standalone_mode=False)
-    except typer.Exit as stop:
-        sys.exit(stop.exit_code)
+        code = app(standalone_mode=False)  # what a verb leaves with (typer.Exit) is returned, not raised
+        sys.exit(code if isinstance(code, int) else 0)
     except typer.Abort:
         sys.exit(130)
     except KeyboardInterrupt:
@@ -126,7 +125,9 @@ def _ended(run: Any, as_json: bool, console: Console) -> None:
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(metavar="RUN", help="Where the run folder goes.")] = Path("demo-run"),
+    out: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="New run folder; default demo-run.", show_default=False)
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Fewer steps for a quick look; the verdict will be weaker.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -262,7 +263,7 @@ def embed(
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """Features of every image, with file names: class token and mean over patches. Never masks."""
+    """Features of every image, never masked: columns name, label (where there is one), cls and mean (over patches)."""
     from unmask.use import embed_images
 
     summary = embed_images(run, data, out, step=step, device=device, console=Console())

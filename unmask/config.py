@@ -41,14 +41,14 @@ class DataConfig(Settings):
     source: str = ""
     size: Pair = (224, 224)
     crop: CropConfig = CropConfig()
-    channels: int | None = Field(None, gt=0)
+    channels: int | None = Field(default=None, gt=0)
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
-    workers: int | None = Field(None, ge=0)
+    workers: int | None = Field(default=None, ge=0)
     cache: bool | None = None
-    cache_gib: float = Field(1.0, ge=0)
-    max_bad_fraction: float = Field(0.05, ge=0, le=1)
-    scan_sample: int | None = Field(20_000, gt=0)
+    cache_gib: float = Field(default=1.0, ge=0)
+    max_bad_fraction: float = Field(default=0.05, ge=0, le=1)
+    scan_sample: int | None = Field(default=20_000, gt=0)
 
 
 class TrainConfig(Settings):
@@ -58,20 +58,20 @@ class TrainConfig(Settings):
     checkpoint is also written every `checkpoint_minutes`. precision "auto" is bf16 where the processor is fast at it.
     """
 
-    steps: int | None = Field(None, gt=0)
-    epochs: float | None = Field(None, gt=0)
-    batch_size: int = Field(256, gt=0)
-    micro_batch: int | None = Field(None, gt=0)
-    seed: int = Field(0, ge=0, lt=2**63)
+    steps: int | None = Field(default=None, gt=0)
+    epochs: float | None = Field(default=None, gt=0)
+    batch_size: int = Field(default=256, gt=0)
+    micro_batch: int | None = Field(default=None, gt=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     device: str = "auto"
     compile: bool = False
-    log_every: int = Field(10, gt=0)
-    checkpoint_every: int = Field(500, gt=0)
-    checkpoint_minutes: float = Field(10, gt=0)
-    keep_checkpoints: int = Field(2, ge=2)
-    picture_every: int | None = Field(None, gt=0)
-    picture_images: int = Field(8, gt=0)
+    log_every: int = Field(default=10, gt=0)
+    checkpoint_every: int = Field(default=500, gt=0)
+    checkpoint_minutes: float = Field(default=10, gt=0)
+    keep_checkpoints: int = Field(default=2, ge=2)
+    picture_every: int | None = Field(default=None, gt=0)
+    picture_images: int = Field(default=8, gt=0)
 
 
 class Config(Settings):
@@ -141,8 +141,8 @@ def keys(settings: BaseModel, prefix: str = "") -> list[str]:
 def override(config: Config, assignments: Iterable[str]) -> Config:
     """`config` with KEY=VALUE assignments applied, e.g. "train.steps=100" or "data.size=[48,64]".
 
-    Values are read as JSON where they are JSON and as text otherwise; `none` clears a field. Raises ConfigError for a key
-    that does not exist (with the nearest ones) or a value that does not fit (with what was expected).
+    Values are read as JSON where they are JSON and as text otherwise; `none` clears a field. Raises ConfigError for a
+    key that does not exist (with the nearest ones) or a value that does not fit (with what was expected).
     """
     tree = config.model_dump(mode="json")
     known = keys(config)

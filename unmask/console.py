@@ -36,6 +36,7 @@ class Console:
     def __init__(self, *, quiet: bool = False) -> None:
         self.quiet = quiet
         self.live = sys.stderr.isatty() and os.environ.get("TERM") != "dumb" and not os.environ.get("CI")
+        self._warned: set[str] = set()
         self._rich = RichConsole(stderr=True, highlight=False, soft_wrap=True)
 
     def say(self, text: str = "") -> None:
@@ -44,6 +45,12 @@ class Console:
 
     def warn(self, text: str) -> None:
         self._print(f"warning: {text}")
+
+    def warn_once(self, text: str) -> None:
+        """Warn, unless the very same was said before."""
+        if text not in self._warned:
+            self._warned.add(text)
+            self.warn(text)
 
     def _print(self, text: str) -> None:
         # A file name may hold bytes that are no text; a message about it must not fail.

@@ -5,8 +5,9 @@
     picture(batch, clock)        what a person looks at to see whether it learns
 
 `Clock` is all the loop tells a method, `Loss` is all a method tells the loop. There is one abstract level, nothing is
-overridden twice, and the base has no behaviour but this: `forward` *is* `loss`, because DistributedDataParallel averages
-gradients only for what goes through `forward` (called by any other name it silently does not, and FSDP2 raises).
+overridden twice, and the base has no behaviour but this: `forward` *is* `loss`, because DistributedDataParallel
+averages gradients only for what goes through `forward` (called by any other name it silently does not, and FSDP2
+raises).
 
 To add a method, add one file to `methods/` with a `Config(MethodConfig)` and one subclass of `Method` whose constructor
 takes `(config, images: ImageSpec)`, and a recipe. There is no registry: the file name is the method's name.
@@ -33,7 +34,7 @@ class MethodConfig(Settings):
 
 @dataclass(frozen=True)
 class Clock:
-    """Where training stands. `step` of `total` optimiser steps, `micro`-batch within it, and the draws of this batch."""
+    """Where training stands: `step` of `total` optimiser steps, `micro`-batch within it, the draws of this batch."""
 
     step: int
     total: int

@@ -9,7 +9,7 @@ import math
 
 import torch
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 
 from unmask.settings import Settings
 
@@ -21,13 +21,13 @@ class OptimConfig(Settings):
     final_lr x peak. clip: greatest gradient norm, None for no clipping.
     """
 
-    base_lr: float = Field(1.5e-4, gt=0)
+    base_lr: float = Field(default=1.5e-4, gt=0)
     betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.05, ge=0)
-    warmup: float = Field(0.05, ge=0, lt=1)
-    final_lr: float = Field(0.0, ge=0, le=1)
-    clip: float | None = Field(None, gt=0)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.05, ge=0)
+    warmup: float = Field(default=0.05, ge=0, lt=1)
+    final_lr: float = Field(default=0.0, ge=0, le=1)
+    clip: float | None = Field(default=None, gt=0)
 
 
 def peak_lr(config: OptimConfig, batch_size: int) -> float:
@@ -56,3 +56,23 @@ def make_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     ]
     # lr as a number, not a tensor: it is written by hand before every step.
     return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=config.eps, fused=True)
+
+
+def update(optimizer: torch.optim.Optimizer, lr: float, loss: Tensor, clip: float | None) -> Tensor:
+    """One step with the gradients as they are, which are then cleared; returns their norm before clipping (0-d).
+
+    When `loss` (0-d) or the norm is not finite, weights and moments stay as they were, bit for bit. The device decides;
+    the host does not wait for it.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if clip is not None:
+        torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    # The fused kernel's own gate, the one gradient scalers use: 1 means "leave everything as it is".
+    optimizer.found_inf = (~(loss.isfinite() & norm.isfinite())).float()  # type: ignore[attr-defined]
+    optimizer.grad_scale = None  # type: ignore[attr-defined]
+    optimizer.step()
+    optimizer.zero_grad()
+    return norm

@@ -16,12 +16,13 @@ import torch
 from unmask.batch import DTYPES, Batch, ImageSpec
 from unmask.config import Config, ConfigError
 from unmask.method import Clock, Method
-from unmask.optim import learning_rate, make_optimizer, peak_lr
+from unmask.optim import learning_rate, make_optimizer, peak_lr, update
 from unmask.rng import Draws
 from unmask.settings import Settings
 
 DEFAULT_EPOCHS = 100
 MEMORY_SHARE = 0.6
+BUDGET_SHARE = 0.9  # the rest: pictures, checkpoints, a slow minute
 
 
 class Plan(Settings):
@@ -66,7 +67,7 @@ def choose_device(wanted: str) -> str:
 
 
 def choose_precision(wanted: str, device: str) -> tuple[str, str]:
-    """("bf16" | "fp32", reason): bf16 where the device computes in it natively. Emulated it is up to 100 times slower."""
+    """("bf16" | "fp32", reason): bf16 where the device computes in it natively; emulated it is up to 100x slower."""
     if wanted != "auto":
         return wanted, f"{wanted}: asked for"
     if device.startswith("cuda"):
@@ -95,20 +96,26 @@ def example_batch(images: ImageSpec, count: int, device: str) -> Batch:
 
 
 def saved_bytes_per_image(method: Method, images: ImageSpec, precision: str, device: str) -> int:
-    """Bytes that one image's forward pass keeps for the backward pass, counted on a pass of two images."""
-    seen: dict[int, int] = {}
+    """Bytes that one more image makes a forward pass keep for the backward pass.
 
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        seen[storage.data_ptr()] = storage.nbytes()
-        return tensor
+    The difference between four images and two: what is kept once, such as weights cast to bfloat16, is no image's.
+    """
 
-    parameters = {p.untyped_storage().data_ptr() for p in method.parameters()}
-    batch = example_batch(images, 2, device)
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), autocast(precision, device):
-        loss = method(batch, Clock(0, 1, Draws(0, batch.epoch, batch.index)))
-    del loss
-    return sum(size for pointer, size in seen.items() if pointer not in parameters) // 2
+    def kept(count: int) -> int:
+        seen: dict[int, int] = {}
+
+        def note(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            seen[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        batch = example_batch(images, count, device)
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), autocast(precision, device):
+            loss = method(batch, Clock(0, 1, Draws(0, batch.epoch, batch.index)))
+        del loss
+        return sum(seen.values())
+
+    return max(1, (kept(4) - kept(2)) // 2)
 
 
 def free_memory(device: str) -> int:
@@ -122,14 +129,14 @@ def free_memory(device: str) -> int:
 
 
 def choose_micro_batch(config: Config, bytes_per_image: int, device: str) -> tuple[int, str]:
-    """The largest divisor of the batch whose activations fit, and why. Raises ConfigError when a choice does not divide."""
+    """Largest divisor of the batch that fits, and why. Raises ConfigError when one asked for does not divide."""
     batch = config.train.batch_size
     if (wanted := config.train.micro_batch) is not None:
         if batch % wanted:
             fits = [d for d in range(1, batch + 1) if batch % d == 0]
             near = min(fits, key=lambda d: abs(d - wanted))
             raise ConfigError(
-                f"train.micro_batch={wanted} does not divide train.batch_size={batch}; use {near}, or change the batch size"
+                f"train.micro_batch={wanted} does not divide train.batch_size={batch}; use {near}, or change the batch"
             )
         return wanted, f"micro-batch {wanted}: asked for"
     room = int(free_memory(device) * MEMORY_SHARE)
@@ -149,7 +156,10 @@ def autocast(precision: str, device: str) -> torch.autocast:
 def measure_step_seconds(
     config: Config, images: ImageSpec, micro: int, precision: str, device: str, *, seconds: float = 5.0
 ) -> float:
-    """Median time of one optimiser step on a throw-away copy of the method, data waits not included."""
+    """Mean time of one optimiser step on a throw-away copy of the method, data waits not included.
+
+    The mean, because a budget is a sum: slow moments of a busy machine count as often as they come.
+    """
     seed_weights(config.train.seed)
     method = config.build(images).to(device)
     optimizer = make_optimizer(method, config.optim)
@@ -158,32 +168,30 @@ def measure_step_seconds(
     accumulation = config.train.batch_size // micro
     times: list[float] = []
     begin = time.perf_counter()
-    while len(times) < 3 or (time.perf_counter() - begin < seconds and len(times) < 30):
+    while len(times) < 3 or time.perf_counter() - begin < seconds:
         start = time.perf_counter()
         for _ in range(min(accumulation, 2)):
             with autocast(precision, device):
                 loss = method(batch, clock)
             loss.value.backward()
         part = time.perf_counter() - start
-        optimizer.step()
-        optimizer.zero_grad()
-        float(loss.value.detach())  # waits for the device
+        float(update(optimizer, 0.0, loss.value.detach(), config.optim.clip))  # waits for the device
         whole = time.perf_counter() - start
         times.append(whole + part * max(0, accumulation - 2) / min(accumulation, 2))
-    times = sorted(times[1:])
-    return times[len(times) // 2]
+    return sum(times[1:]) / len(times[1:])  # the first pass also warms up
 
 
 def choose_steps(
     config: Config, num_images: int, *, budget: float | None, step_seconds: Callable[[], float]
 ) -> tuple[int, str]:
-    """Total optimiser steps and why. `budget` in seconds wins over epochs, `train.steps` over both."""
+    """Total optimiser steps and why: a `budget` in seconds wins over `train.steps`, and that over epochs.
+
+    So a recipe may have any of them; that a person gives two is refused in `start.py`.
+    """
     train = config.train
     if budget is not None:
-        if train.steps is not None:
-            raise ConfigError("both a time budget and train.steps were given; leave one of them out")
         each = step_seconds()
-        steps = max(1, int(0.93 * budget / each))  # the rest: pictures, checkpoints, a slow minute
+        steps = max(1, int(BUDGET_SHARE * budget / each))
         return steps, f"{steps} steps: {each:.3g} s each as measured, in a budget of {budget / 60:.4g} minutes"
     if train.steps is not None:
         return train.steps, f"{train.steps} steps: asked for"

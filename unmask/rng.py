@@ -36,6 +36,7 @@ class Stream(IntEnum):
     REPLACE = 4
     LABELS = 5
     PICTURE = 6
+    NOISE = 7
 
 
 def philox(counter: tuple[Array, Array, Array, Array], key: tuple[int, int]) -> tuple[Array, Array, Array, Array]:
@@ -68,14 +69,14 @@ def words(seed: int, stream: Stream, epoch: Array, index: Array, count: int) -> 
     else:
         block = np.arange(blocks, dtype=np.int64)[None]
         zero = np.zeros((len(index), blocks), np.int64)
-    counter = (zero + block, zero + index[:, None], zero + epoch[:, None], zero + int(stream))
+    counter: Any = (zero + block, zero + index[:, None], zero + epoch[:, None], zero + int(stream))
     out = philox(counter, (seed & MASK32, (seed >> 32) & MASK32))
-    stacked = torch.stack(out, -1) if isinstance(out[0], Tensor) else np.stack(out, -1)
+    stacked: Any = torch.stack(out, -1) if isinstance(out[0], Tensor) else np.stack(out, -1)
     return stacked.reshape(len(index), -1)[:, :count]
 
 
 def uniform(seed: int, stream: Stream, epoch: Array, index: Array, count: int) -> Array:
-    """(B, count) float32 in [0, 1) with 24 random bits each: the same values from NumPy and from torch on any device."""
+    """(B, count) float32 in [0, 1) with 24 random bits each: the same values from NumPy and torch on any device."""
     top = words(seed, stream, epoch, index, count) >> 8
     scale = 2.0**-24
     return top.to(torch.float32) * scale if isinstance(top, Tensor) else top.astype(np.float32) * np.float32(scale)

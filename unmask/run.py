@@ -43,15 +43,22 @@ class Run:
         self.report_file = self.path / "report.html"
         self.metrics_file = self.path / "metrics.jsonl"
         self.quarantine_file = self.path / "quarantine.jsonl"
+        self.faults_file = self.path / "faults.jsonl"
 
     @classmethod
-    def create(cls, path: str | Path) -> Run:
-        """A new run in a folder that does not exist yet or is empty. Raises RunError otherwise."""
+    def check_free(cls, path: str | Path) -> Run:
+        """What `create` would make, with nothing made yet. Raises RunError when the folder is taken."""
         run = cls(path)
         if run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
             what = "a file" if not run.path.is_dir() else "a folder that is not empty"
             go_on = f", or go on with it: unmask resume {path}" if (run.path / "config.json").exists() else ""
             raise RunError(f"{path} is {what}; a new run needs a new or empty folder: choose another --out{go_on}")
+        return run
+
+    @classmethod
+    def create(cls, path: str | Path) -> Run:
+        """A new run in a folder that does not exist yet or is empty. Raises RunError otherwise."""
+        run = cls.check_free(path)
         try:
             for folder in (run.path, run.checkpoints, run.pictures, run.evals):
                 folder.mkdir(parents=True, exist_ok=True)
@@ -104,6 +111,12 @@ class Run:
             rows = [row for row in self.metrics() if row.get("step", 0) <= step]
             replace_file(self.metrics_file, b"".join(_line(row) for row in rows))
 
+    def sync_metrics(self) -> None:
+        """Flush metrics.jsonl to disk: before a checkpoint, so that a power cut loses no row from before it."""
+        if self.metrics_file.exists():
+            with self.metrics_file.open("r+b") as file:
+                os.fsync(file.fileno())
+
     def set_status(self, state: str, step: int, **more: Any) -> None:
         """state: "running", "stopped", "finished" or "failed"."""
         self.write("status.json", {"state": state, "step": step, "time": time.time(), **more})
@@ -112,13 +125,23 @@ class Run:
         """Note a file that could not be read: {"name", "code", "detail", ...}."""
         _append(self.quarantine_file, row)
 
+    def add_fault(self, row: dict[str, Any]) -> None:
+        """Note a skipped step and its images, for good: a rollback takes it out of metrics.jsonl, not out of here."""
+        _append(self.faults_file, row)
+
     def quarantine(self) -> list[dict[str, Any]]:
         return _read_lines(self.quarantine_file)
 
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Hold the folder for one trainer. The system drops the lock when its holder dies, however it dies."""
-        with (self.path / ".lock").open("a+") as file:
+        try:
+            opened = (self.path / ".lock").open("a+")
+        except OSError as error:
+            raise RunError(
+                f"{self.path} cannot be written to: {error.strerror}; make it writable, or choose another --out"
+            ) from error
+        with opened as file:
             if fcntl is not None:
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,7 +1,7 @@
 """From a folder of images to a trained Run: scan, recipe, plan, train; and going on with one that was stopped.
 
-The order matters to people: settings are checked before anything is read, files before anything is planned, and the plan
-is said before the first step. What the loop itself does is in `train.py`.
+The order matters to people: settings are checked before anything is read, files before anything is planned, and the
+plan is said before the first step. What the loop itself does is in `train.py`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -51,18 +52,22 @@ def pretrain(
 ) -> Run:
     """Pre-train on the images of `data` and return the Run; `run.read("status.json")["state"]` says how it ended.
 
-    recipe: a name from `unmask recipes`, or "auto". out: a new folder; made up from data and recipe when None. budget: in
-    seconds. settings: KEY=VALUE assignments. Raises ValueError for anything a person can mend.
+    recipe: a name from `unmask recipes`, or "auto". out: a new folder; made up from data and recipe when None. budget:
+    in seconds. settings: KEY=VALUE assignments. Raises ValueError for anything a person can mend.
     """
     console = console or Console(quiet=True)
     settings = list(settings)
-    override(catalogue.find("mae_nano" if recipe == "auto" else recipe), settings)  # a wrong key is refused at once
+    draft = override(catalogue.find("mae_nano" if recipe == "auto" else recipe), settings)
+    refuse_conflicts(settings, budget)
+    if out is not None:
+        Run.check_free(out)
     source = open_source(data)
     console.say(f"{source.name}: {len(source)} images found" + _skipped(source))
-    device = choose_device(_setting(settings, "train.device") or "auto")
-    config, found, reasons = settle(source, recipe, settings, device, console)
-    rows = usable_rows(source, found, config)
-    images, plan = prepare(source, rows, found, config, device, budget=budget, reasons=reasons, console=console)
+    device = choose_device(draft.train.device)
+    found = scan_all(source, draft, console)
+    config, reasons = settle(source, found, recipe, settings, device, budget=budget)
+    rows = usable_rows(source, found)
+    images, plan = prepare(source, rows, found, config, device, budget=budget, reasons=reasons)
 
     run = Run.create(out if out is not None else free_name(source, config))
     with run.lock():
@@ -87,14 +92,19 @@ def resume(run_folder: str | Path, *, allow_dataset_change: bool = False, consol
         if status.get("state") == "finished":
             console.say(f"{run.path} is finished ({plan.steps} steps); nothing to do")
             return run
-        source = open_source(config.data.source)
-        if source.fingerprint() != plan.fingerprint and not allow_dataset_change:
-            raise DataError(
-                f"the images of {config.data.source} have changed since this run began ({plan.num_images + len(plan.excluded)} "
-                f"files then, {len(source)} now, or other names or sizes), so it could not go on exactly; bring the old "
-                "files back, or give --allow-dataset-change to go on all the same"
-            )
         choose_device(plan.device)
+        source = open_source(config.data.source)
+        if source.fingerprint() != plan.fingerprint:
+            if not allow_dataset_change:
+                raise DataError(
+                    f"the images of {config.data.source} have changed since this run began "
+                    f"({plan.num_images + len(plan.excluded)} files then, {len(source)} now, or other names or sizes), "
+                    "so it could not go on exactly; bring the old files back, or give --allow-dataset-change to go on "
+                    "all the same"
+                )
+            plan = adopt(source, plan, run)
+            run.write("plan.json", plan.model_dump(mode="json"))
+            console.warn(f"the images have changed: going on with the {plan.num_images} there are now, not exactly")
         excluded = set(plan.excluded)
         rows = np.array([row for row in range(len(source)) if row not in excluded], np.int64)
         images = Images(source, rows, plan.images, config.data.crop, config.train.seed)
@@ -104,20 +114,56 @@ def resume(run_folder: str | Path, *, allow_dataset_change: bool = False, consol
     return run
 
 
-def settle(
-    source: Source, recipe: str, settings: list[str], device: str, console: Console
-) -> tuple[Config, Scan, tuple[str, ...]]:
-    """Scan the files and settle on a configuration: (config, scan, reasons)."""
-    draft = override(catalogue.find("mae_nano" if recipe == "auto" else recipe), settings)
+def adopt(source: Source, plan: Plan, run: Run) -> Plan:
+    """The plan for a data set that has changed: what was unreadable is left out by name, because rows have moved."""
+    unreadable = {entry["name"] for entry in run.quarantine()}
+    excluded = tuple(row for row, name in enumerate(source.names) if name in unreadable)
+    if len(excluded) == len(source):
+        raise DataError(f"none of the {len(source)} files of {source.name} could be read before; bring others")
+    changes = {
+        "fingerprint": source.fingerprint(),
+        "num_images": len(source) - len(excluded),
+        "excluded": excluded,
+        "epochs": plan.steps * plan.batch_size / (len(source) - len(excluded)),
+    }
+    return plan.model_copy(update=changes)
+
+
+def refuse_conflicts(settings: list[str], budget: float | None) -> None:
+    """Two answers to "how long?" are refused: one of them would be ignored without a word."""
+    asked = {key for key in ("train.steps", "train.epochs") if key in _set_by_hand(settings)}
+    if budget is not None and asked:
+        raise ConfigError(f"both a time budget and {min(asked)} were given; leave one of them out")
+    if len(asked) > 1:
+        raise ConfigError("both train.steps and train.epochs were given; leave one of them out")
+
+
+def scan_all(source: Source, draft: Config, console: Console) -> Scan:
+    """Look at the files, as many as the settings ask for. Raises DataError when too many cannot be read."""
     with console.progress("checking files", len(source)) as bar:
-        found = scan(source, sample=draft.data.scan_sample, progress=bar.update)
+        found = scan(source, sample=draft.data.scan_sample, channels=draft.data.channels, progress=bar.update)
     refuse_bad_data(found, draft)
+    return found
+
+
+def settle(
+    source: Source, found: Scan, recipe: str, settings: list[str], device: str, *, budget: float | None
+) -> tuple[Config, tuple[str, ...]]:
+    """The configuration and, for `auto`, the reasons. What a person set by hand is not chosen for them."""
     name, overrides, reasons = recipe, [], []
+    fixed = _set_by_hand(settings)
     if recipe == "auto":
-        name, overrides, reasons = catalogue.choose(found.good, found.median_size, device)
+        known = fixed | {"train.steps"} if budget is not None or "train.epochs" in fixed else fixed
+        name, overrides, reasons = catalogue.choose(found.good, found.median_size, device, fixed=known)
         reasons.insert(0, f"recipe {name}, chosen by auto:")
+    if "train.epochs" in fixed:  # wins over the steps of a recipe
+        overrides = [*overrides, "train.steps=none"]
     config = override(catalogue.find(name), [*overrides, *settings, f"data.source={source.location}"])
-    return config, found, tuple(reasons)
+    return config, tuple(reasons)
+
+
+def _set_by_hand(settings: list[str]) -> set[str]:
+    return {assignment.partition("=")[0].strip() for assignment in settings if not assignment.endswith("=none")}
 
 
 def refuse_bad_data(found: Scan, config: Config) -> None:
@@ -128,12 +174,12 @@ def refuse_bad_data(found: Scan, config: Config) -> None:
     if found.bad_fraction > config.data.max_bad_fraction:
         raise DataError(
             f"{len(found.bad)} of {found.checked} files checked cannot be read ({found.bad_fraction:.1%}; at most "
-            f"{config.data.max_bad_fraction:.1%} may be): {examples}. Mend or remove them (`unmask check` lists all), or "
-            "--set data.max_bad_fraction=0.9 to train on the rest"
+            f"{config.data.max_bad_fraction:.1%} may be): {examples}. Mend or remove them (`unmask check` lists all), "
+            "or --set data.max_bad_fraction=0.9 to train on the rest"
         )
 
 
-def usable_rows(source: Source, found: Scan, config: Config) -> np.ndarray:
+def usable_rows(source: Source, found: Scan) -> np.ndarray:
     """The rows that are trained on: all but those the scan found bad."""
     good = np.ones(len(source), bool)
     good[found.bad_rows] = False
@@ -146,8 +192,8 @@ def image_spec(found: Scan, config: Config) -> ImageSpec:
     mean, std = config.data.mean or found.mean, config.data.std or found.std
     if len(mean) != channels or len(std) != channels:
         raise ConfigError(
-            f"{len(mean)} means and {len(std)} standard deviations for {channels} channels; give --set data.mean=[...] and "
-            "--set data.std=[...] with one number per channel, or leave both out"
+            f"{len(mean)} means and {len(std)} standard deviations for {channels} channels; give --set data.mean=[...] "
+            "and --set data.std=[...] with one number per channel, or leave both out"
         )
     return ImageSpec(channels, config.data.size, found.dtype_majority, tuple(mean), tuple(std))
 
@@ -161,7 +207,6 @@ def prepare(
     *,
     budget: float | None,
     reasons: tuple[str, ...],
-    console: Console,
 ) -> tuple[Images, Plan]:
     """The data set as the loop reads it, and the plan."""
     spec = image_spec(found, config)
@@ -221,8 +266,7 @@ def _train(run: Run, config: Config, plan: Plan, images: Images, console: Consol
     try:
         state = train(run, config, plan, images, console)
     except BaseException as error:
-        last = run.read("status.json").get("step", 0) if (run.path / "status.json").exists() else 0
-        run.set_status("failed", last, error=f"{type(error).__name__}: {error}")
+        _tell_failed(run, error)
         raise
     took = duration(time.monotonic() - began)
     if state == "stopped":
@@ -231,8 +275,16 @@ def _train(run: Run, config: Config, plan: Plan, images: Images, console: Consol
         console.say(f"finished {plan.steps} steps in {took}: {run.path}")
 
 
+def _tell_failed(run: Run, error: BaseException) -> None:
+    for _ in range(2):  # torch's signal handler may raise once more for the same dead loader worker
+        with suppress(OSError, ValueError, RuntimeError):  # the disk, or the file, may be the very trouble
+            last = run.read("status.json").get("step", 0) if (run.path / "status.json").exists() else 0
+            run.set_status("failed", last, error=f"{type(error).__name__}: {error}")
+            return
+
+
 def provenance(plan: Plan) -> dict[str, Any]:
-    """Versions, device, git state of the working folder, and the command: for a person who asks where a run came from."""
+    """Versions, device, git state of the working folder, and the command: for whoever asks where a run came from."""
     device = torch.cuda.get_device_name(plan.device) if plan.device.startswith("cuda") else platform.processor()
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -283,10 +335,3 @@ def _skipped(source: Source) -> str:
         return ""
     kinds = ", ".join(f"{count} {kind or 'without extension'}" for kind, count in source.skipped.most_common(4))
     return f" ({sum(source.skipped.values())} other files passed over: {kinds})"
-
-
-def _setting(settings: Iterable[str], key: str) -> str | None:
-    for assignment in settings:
-        if assignment.split("=")[0].strip() == key:
-            return assignment.partition("=")[2].strip()
-    return None

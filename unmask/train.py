@@ -1,18 +1,23 @@
 """THE LOOP: trains any `Method`, from a plan, into a Run. Reads top to bottom; there are no callbacks.
 
 Where training stands is `Position`: optimiser steps done and samples consumed. Everything random follows from it (see
-`rng.py`), so a checkpoint holds weights, optimiser moments and these numbers, and a resumed run repeats the unbroken one
-bit for bit on the same device. Not here: what a method computes (`methods/`), what a run will do (`plan.py`).
+`rng.py`), so a checkpoint holds weights, optimiser moments and these numbers, and a resumed run repeats the unbroken
+one bit for bit on the same device. Not here: what a method computes (`methods/`), what a run will do (`plan.py`).
+
+The host does not wait for the device at every step: a step's loss is read when something has to be logged, drawn or
+saved. A step with bad numbers leaves the weights alone whether or not anybody has looked yet, and what follows from
+three of them is counted from the step where it happened; so when the host looks never changes what is trained.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
@@ -23,10 +28,11 @@ from unmask.batch import Batch
 from unmask.checkpoint import CheckpointFull, CheckpointRefused
 from unmask.config import Config
 from unmask.console import Console
-from unmask.data.loader import Delivery, Images, eval_batches, training_batches
+from unmask.data.decode import BadImage
+from unmask.data.loader import Delivery, Images, Taken, training_batches
 from unmask.evals.pictures import draw
 from unmask.method import Clock, Method
-from unmask.optim import make_optimizer
+from unmask.optim import make_optimizer, update
 from unmask.plan import Plan, autocast, seed_weights
 from unmask.rng import Draws
 from unmask.run import Run
@@ -35,6 +41,7 @@ BAD_STEPS_IN_A_ROW = 3
 SKIP_AHEAD_BATCHES = 50
 MOST_ROLLBACKS = 2
 MOST_FAILED_SAVES = 5
+MOST_UNREAD_STEPS = 32
 PICTURE_SAMPLE = 64
 
 
@@ -46,27 +53,31 @@ class TrainingFailed(RuntimeError):
 class Position:
     """Where training stands; saved with every checkpoint.
 
-    `step` optimiser steps done, `consumed` samples taken from the order. `rollbacks` since the run last got past
-    `fault_step`, the step where bad numbers last forced one.
+    `step` optimiser steps done, `consumed` samples taken from the order. `bad_steps` in a row until now gave non-finite
+    numbers. `rollbacks` since the run last got past `fault_step`, the step where bad numbers last forced one.
     """
 
     step: int = 0
     consumed: int = 0
+    bad_steps: int = 0
     rollbacks: int = 0
     fault_step: int = 0
 
 
-@dataclass
-class Pace:
-    """Images and seconds since the last logged step."""
+@dataclass(frozen=True)
+class Step:
+    """One optimiser step, perhaps still being computed: reading `loss` or `norm` (0-d tensors) waits for the device.
 
-    began: float = field(default_factory=time.perf_counter)
-    images: int = 0
-    waited: float = 0.0
+    `number` and `consumed` are the position after it, `rows` (B,) its images, `waited` seconds it waited for data.
+    """
 
-    def row(self) -> dict[str, float]:
-        seconds = max(1e-9, time.perf_counter() - self.began)
-        return {"images_per_second": self.images / seconds, "data_wait": self.waited / seconds}
+    number: int
+    consumed: int
+    lr: float
+    rows: Tensor
+    waited: float
+    loss: Tensor
+    norm: Tensor
 
 
 def train(run: Run, config: Config, plan: Plan, images: Images, console: Console) -> str:
@@ -74,129 +85,168 @@ def train(run: Run, config: Config, plan: Plan, images: Images, console: Console
 
     Goes on from the newest sound checkpoint of the Run when there is one. Raises TrainingFailed.
     """
-    seed_weights(config.train.seed)
-    method = config.build(plan.images).to(plan.device)
-    optimizer = make_optimizer(method, config.optim)
-    at = restore(run, method, optimizer, console)
-    run.truncate_metrics(at.step)
-    if config.train.compile:
-        method.compile()
-    sample = picture_sample(images, plan)
-    if at.step == 0:
-        look(run, method, sample, at, config, plan)
-    last_save, failed_saves, bad_steps, skipped_steps = time.monotonic(), 0, 0, 0
-    run.set_status("running", at.step, total=plan.steps)
+    with stop_requests() as stop, loader_faults(run):
+        seed_weights(config.train.seed)
+        method = config.build(plan.images).to(plan.device)
+        optimizer = make_optimizer(method, config.optim)
+        at = restore(run, method, optimizer, console)
+        run.truncate_metrics(at.step)
+        images.gone_bad.update(row["name"] for row in run.quarantine() if "step" in row)
+        if config.train.compile:
+            method.compile()
+        sample = picture_sample(images, plan)
+        if at.step == 0:
+            look(run, method, sample, at, config, plan, console)
+        run.set_status("running", at.step, total=plan.steps)
 
-    with stop_requests() as stop, console.progress("step", plan.steps, at.step) as bar:
-        stream, pace = open_stream(images, plan, at), Pace()
-        while at.step < plan.steps and not stop.requested:
-            loss, norm, rows, waited = step(method, optimizer, stream, run, config, plan, at, images)
-            at.step += 1
-            at.consumed += plan.batch_size
-            pace.images += plan.batch_size
-            pace.waited += waited
+        stream, unread, pace = open_stream(run, images, config, plan, at), [], Pace(at.consumed)
+        last_save, failed_saves, stopping = time.monotonic(), 0, False
+        with console.progress("step", plan.steps, at.step) as bar:
+            while at.step < plan.steps and not stopping:
+                unread.append(step(method, optimizer, stream, config, plan, at))
+                at.step, at.consumed = unread[-1].number, unread[-1].consumed
+                pace.waited += unread[-1].waited
 
-            value = float(loss)
-            if np.isfinite(value) and np.isfinite(float(norm)):
-                bad_steps = 0
-                if due(at.step, config.train.log_every, plan.steps):
-                    row = {"step": at.step, "loss": value, "lr": plan.lr(at.step - 1), **pace.row()}
-                    run.log({**row, "grad_norm": float(norm), "images": at.consumed, "time": time.time()})
-                    bar.update(
-                        at.step,
-                        f"loss {value:.4f}  {row['images_per_second']:.0f} images/s  "
-                        f"{row['data_wait']:.0%} waiting on data",
-                    )
-                    pace = Pace()
-            else:
-                bad_steps += 1
-                skipped_steps += 1
-                names = [images.source.names[row] for row in rows]
-                run.log(
-                    {"step": at.step, "loss": None, "lr": plan.lr(at.step - 1), "skipped": names, "time": time.time()}
-                )
-                console.warn(
-                    f"step {at.step} gave a non-finite loss or gradient and was skipped; its {len(names)} images "
-                    "are named in metrics.jsonl"
-                )
-                if bad_steps >= BAD_STEPS_IN_A_ROW:
-                    at = roll_back(run, method, optimizer, at, config, plan, console)
-                    stream, pace, bad_steps = open_stream(images, plan, at), Pace(), 0
+                stopping = stop.requested
+                log_now = due(at.step, config.train.log_every, plan.steps)
+                draw_now = due(at.step, plan.picture_every, plan.steps)
+                save_now = due(at.step, config.train.checkpoint_every, plan.steps) or stopping
+                save_now = save_now or time.monotonic() - last_save >= 60 * config.train.checkpoint_minutes
+                if not (log_now or draw_now or save_now or len(unread) >= MOST_UNREAD_STEPS):
                     continue
 
-            if due(at.step, plan.picture_every, plan.steps):
-                look(run, method, sample, at, config, plan)
-            waited_minutes = (time.monotonic() - last_save) / 60
-            if (
-                due(at.step, config.train.checkpoint_every, plan.steps)
-                or waited_minutes >= config.train.checkpoint_minutes
-            ):
-                failed_saves = 0 if save(run, method, optimizer, at, config, console) else failed_saves + 1
-                last_save = time.monotonic()
-                run.set_status("running", at.step, total=plan.steps)
-                if failed_saves >= MOST_FAILED_SAVES:
-                    raise TrainingFailed(
-                        f"{failed_saves} checkpoints in a row could not be written; make room or mend the disk, then "
-                        f"`unmask resume {run.path}`"
-                    )
-        del stream  # closes the loader's workers
+                loss, norm, fault = read(unread, at, run, images, console)  # waits for the device
+                if fault is not None:
+                    at = roll_back(run, method, optimizer, fault, at, config, plan, console)
+                    stream, unread, pace = open_stream(run, images, config, plan, at), [], Pace(at.consumed)
+                    continue
+                if log_now and at.bad_steps == 0:
+                    row = {"step": at.step, "loss": loss, "lr": unread[-1].lr, **pace.row(at.consumed)}
+                    note(run, {**row, "grad_norm": norm, "images": at.consumed}, console)
+                    bar.update(at.step, f"loss {loss:.4f}  {pace.sentence(at.consumed)}")
+                    pace = Pace(at.consumed)
+                if draw_now:
+                    look(run, method, sample, at, config, plan, console)
+                if save_now:
+                    trouble = save(run, method, optimizer, at, config, plan)
+                    failed_saves, last_save = failed_saves + 1 if trouble else 0, time.monotonic()
+                    if trouble:
+                        console.warn(trouble)
+                    if failed_saves >= MOST_FAILED_SAVES:
+                        raise TrainingFailed(
+                            f"{failed_saves} checkpoints in a row could not be written, the last: {trouble}. Mend "
+                            f"that, then `unmask resume {run.path}`"
+                        )
+                unread = []
+            del stream  # closes the loader's workers
 
-    if skipped_steps:
-        console.warn(
-            f"{skipped_steps} steps were skipped for non-finite numbers; their images are named in metrics.jsonl"
-        )
-    if at.step < plan.steps:
-        save(run, method, optimizer, at, config, console)
-    state = "finished" if at.step >= plan.steps else "stopped"
-    run.set_status(state, at.step, total=plan.steps)
+    if skipped := sum("skipped" in row for row in run.metrics()):
+        console.warn(f"{skipped} steps were skipped for non-finite numbers; their images are named in faults.jsonl")
     if checkpoint.newest_step(run) != at.step:
         raise TrainingFailed(
             f"the last weights (step {at.step}) could not be written; make room and `unmask resume {run.path}`, which "
-            f"repeats the steps since step {checkpoint.newest_step(run)}"
+            f"repeats the steps since step {checkpoint.newest_step(run) or 0}"
         )
+    state = "finished" if at.step >= plan.steps else "stopped"
+    run.set_status(state, at.step, total=plan.steps)
     return state
 
 
 def step(
     method: Method,
     optimizer: torch.optim.Optimizer,
-    stream: Iterator[Delivery],
-    run: Run,
+    stream: Iterator[Batch],
     config: Config,
     plan: Plan,
     at: Position,
-    images: Images,
-) -> tuple[Tensor, Tensor, list[int], float]:
-    """One optimiser step over `plan.accumulation` micro-batches.
+) -> Step:
+    """One optimiser step over `plan.accumulation` micro-batches, from `at`, which is not moved.
 
-    Returns the mean loss, the gradient norm (0-d tensors), the rows of the images, and the seconds spent waiting on data.
-    When either number is not finite the fused optimiser leaves weights and moments untouched, on the device.
+    When the mean loss or the gradient is not finite, weights and moments stay as they were; that is decided on the
+    device, and whoever reads the step learns of it.
     """
     waited, rows, total = 0.0, [], torch.zeros((), device=plan.device)
     for micro in range(plan.accumulation):
         start = time.perf_counter()
-        delivery = next_delivery(stream, run)
+        batch = next(stream)
         waited += time.perf_counter() - start
-        rows += delivery.batch.index.tolist()
-        note_bad_files(run, images, delivery, config, at)
-        batch = delivery.batch.to(plan.device)
+        rows.append(batch.index)
+        batch = batch.to(plan.device)
         clock = Clock(at.step, plan.steps, Draws(config.train.seed, batch.epoch, batch.index), micro)
         with autocast(plan.precision, plan.device):
-            loss = method(batch, clock)
-        (loss.value / plan.accumulation).backward()
-        total += loss.value.detach() / plan.accumulation
-    for group in optimizer.param_groups:
-        group["lr"] = plan.lr(at.step)
-    parameters = [p for p in method.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    if config.optim.clip is not None:
-        torch.nn.utils.clip_grads_with_norm_(parameters, config.optim.clip, norm)
-    # The fused kernel's own gate, the one gradient scalers use: 1 means "leave everything as it is".
-    optimizer.found_inf = (~(total.isfinite() & norm.isfinite())).float()  # type: ignore[attr-defined]
-    optimizer.grad_scale = None  # type: ignore[attr-defined]
-    optimizer.step()
-    optimizer.zero_grad()
-    return total, norm, rows, waited
+            loss = method(batch, clock).value / plan.accumulation
+        loss.backward()
+        total += loss.detach()
+    lr = plan.lr(at.step)
+    norm = update(optimizer, lr, total, config.optim.clip)
+    return Step(at.step + 1, at.consumed + plan.batch_size, lr, torch.cat(rows), waited, total, norm)
+
+
+def read(
+    unread: list[Step], at: Position, run: Run, images: Images, console: Console
+) -> tuple[float, float, Step | None]:
+    """Wait for the device and judge the steps taken since the last time: (last loss, last norm, fault).
+
+    Names the images of skipped steps in metrics.jsonl and faults.jsonl. `fault` is the step at which too many in a
+    row were bad; what was trained after it is not judged, and is to be taken back.
+    """
+    numbers = torch.stack([torch.stack([taken.loss, taken.norm]) for taken in unread]).tolist()
+    for taken, (loss, norm) in zip(unread, numbers, strict=True):
+        if math.isfinite(loss) and math.isfinite(norm):
+            at.bad_steps = 0
+            continue
+        at.bad_steps += 1
+        names = [images.source.names[row] for row in taken.rows.tolist()]
+        row = {"step": taken.number, "loss": None, "lr": taken.lr, "skipped": names}
+        note(run, row, console)
+        with suppress(OSError):  # said by `note`
+            run.add_fault({**row, "time": time.time()})
+        console.warn(
+            f"step {taken.number} gave a non-finite loss or gradient and was skipped; its {len(names)} images "
+            "are named in faults.jsonl"
+        )
+        if at.bad_steps >= BAD_STEPS_IN_A_ROW:
+            return loss, norm, taken
+    return *numbers[-1], None
+
+
+def roll_back(
+    run: Run,
+    method: Method,
+    optimizer: torch.optim.Optimizer,
+    fault: Step,
+    at: Position,
+    config: Config,
+    plan: Plan,
+    console: Console,
+) -> Position:
+    """After several bad steps in a row: the last good checkpoint, with the data moved past where it went wrong."""
+    got_past = fault.number - BAD_STEPS_IN_A_ROW >= at.fault_step  # the last good step lies there or beyond
+    rollbacks = 1 if got_past else at.rollbacks + 1
+    if rollbacks > MOST_ROLLBACKS:
+        raise TrainingFailed(
+            f"{BAD_STEPS_IN_A_ROW} non-finite steps in a row at step {fault.number}, after {MOST_ROLLBACKS} rollbacks "
+            f"without getting past it; the images are named in {run.faults_file}. Lower optim.base_lr, set "
+            "optim.clip=1, or use train.precision=fp32, and start again"
+        )
+    if checkpoint.newest_step(run) is None:
+        seed_weights(config.train.seed)
+        method.load_state_dict(config.build(plan.images).state_dict())
+        optimizer.state.clear()
+        back = Position()
+    else:
+        back = restore(run, method, optimizer, console)
+    back.consumed = fault.consumed + SKIP_AHEAD_BATCHES * plan.batch_size
+    back.bad_steps, back.rollbacks, back.fault_step = 0, rollbacks, fault.number
+    run.truncate_metrics(back.step)
+    # Saved at once, so that a run killed now does not forget that it has been here.
+    if trouble := save(run, method, optimizer, back, config, plan):
+        console.warn(trouble)
+    console.warn(
+        f"{BAD_STEPS_IN_A_ROW} non-finite steps in a row: back from step {fault.number} to {back.step}, going on "
+        f"{SKIP_AHEAD_BATCHES} batches further in the data"
+    )
+    return back
 
 
 def due(step: int, every: int, last: int) -> bool:
@@ -204,9 +254,36 @@ def due(step: int, every: int, last: int) -> bool:
     return step % every == 0 or step in (1, last)
 
 
-def open_stream(images: Images, plan: Plan, at: Position) -> Iterator[Delivery]:
-    """The micro-batches from this position to the end of the plan."""
-    return training_batches(
+@dataclass
+class Pace:
+    """Images and seconds since the last logged step, when `start` samples had been consumed."""
+
+    start: int
+    waited: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.began = time.perf_counter()
+
+    def row(self, consumed: int) -> dict[str, float]:
+        seconds = max(1e-9, time.perf_counter() - self.began)
+        return {"images_per_second": (consumed - self.start) / seconds, "data_wait": self.waited / seconds}
+
+    def sentence(self, consumed: int) -> str:
+        row = self.row(consumed)
+        return f"{row['images_per_second']:.0f} images/s  {row['data_wait']:.0%} waiting on data"
+
+
+def note(run: Run, row: dict[str, object], console: Console) -> None:
+    """A row of metrics.jsonl, and the time; a disk that does not take it is said once, training goes on."""
+    try:
+        run.log({**row, "time": time.time()})
+    except OSError as error:
+        console.warn_once(f"{run.metrics_file} could not be written: {error.strerror}; training goes on without it")
+
+
+def open_stream(run: Run, images: Images, config: Config, plan: Plan, at: Position) -> Iterator[Batch]:
+    """The micro-batches from this position to the end of the plan; files gone bad since the scan are noted."""
+    deliveries = training_batches(
         images,
         start=at.consumed,
         batch=plan.micro_batch,
@@ -214,33 +291,44 @@ def open_stream(images: Images, plan: Plan, at: Position) -> Iterator[Delivery]:
         workers=plan.workers,
         pin=plan.device.startswith("cuda"),
     )
+    for delivery in deliveries:
+        quarantine(run, images, delivery, config, at)
+        yield delivery.batch
 
 
-def next_delivery(stream: Iterator[Delivery], run: Run) -> Delivery:
-    """The next micro-batch; a dead or stuck loader worker becomes a sentence."""
+@contextmanager
+def loader_faults(run: Run) -> Iterator[None]:
+    """A dead or stuck loader worker, or data that have gone, as a sentence: TrainingFailed.
+
+    Around the whole loop, because torch tells of a killed worker from a signal handler, wherever the loop is then.
+    """
     try:
-        return next(stream)
-    except RuntimeError as error:
-        if "DataLoader" not in str(error):
+        yield
+    except BadImage as error:
+        raise TrainingFailed(str(error)) from error
+    except (RuntimeError, ConnectionError, EOFError) as error:  # the last two: a worker gone in mid-sentence
+        if isinstance(error, RuntimeError) and "DataLoader" not in str(error):
             raise
+        reason = str(error).strip().splitlines()[-1].removeprefix("unmask.data.decode.BadImage: ")
         raise TrainingFailed(
-            f"loading images stopped: {error}. A worker was killed (out of memory?) or hung on a file; "
-            f"`unmask resume {run.path}` goes on from the last checkpoint, with --set data.workers=0 to see the cause"
+            f"loading images stopped: {reason}. Unless it says so, a worker was killed (out of memory?) or hung on a "
+            f'file; `unmask resume {run.path}` goes on from the last checkpoint, and with "workers": 0 in '
+            f"{run.path / 'plan.json'} it reads the files itself and shows the cause"
         ) from error
 
 
-def note_bad_files(run: Run, images: Images, delivery: Delivery, config: Config, at: Position) -> None:
-    """Write files that went bad since the scan to the quarantine, once each; stop when there are too many."""
+def quarantine(run: Run, images: Images, delivery: Delivery, config: Config, at: Position) -> None:
+    """Write files that went bad since the scan to quarantine.jsonl, once each; stop when there are too many."""
     for bad in delivery.bad:
         if bad.name in images.gone_bad:
             continue
         images.gone_bad.add(bad.name)
         run.add_quarantine({"name": bad.name, "code": bad.code, "detail": bad.detail, "step": at.step})
-    if len(images.gone_bad) > max(1, config.data.max_bad_fraction * len(images.rows)):
-        raise TrainingFailed(
-            f"{len(images.gone_bad)} of {len(images.rows)} images have become unreadable since the scan, the last "
-            f"{delivery.bad[-1].name} ({delivery.bad[-1].code}); see {run.quarantine_file}, bring the files back, then resume"
-        )
+        if len(images.gone_bad) > max(1, config.data.max_bad_fraction * len(images.rows)):
+            raise TrainingFailed(
+                f"{len(images.gone_bad)} of {len(images.rows)} images have become unreadable since the scan, the last "
+                f"{bad.name} ({bad.code}); see {run.quarantine_file}, bring the files back, then resume"
+            )
 
 
 def restore(run: Run, method: Method, optimizer: torch.optim.Optimizer, console: Console) -> Position:
@@ -258,79 +346,52 @@ def names_of(method: Method) -> dict[Tensor, str]:
 
 
 def save(
-    run: Run, method: Method, optimizer: torch.optim.Optimizer, at: Position, config: Config, console: Console
-) -> bool:
-    """Write a checkpoint; a full disk or poisoned weights is said and survived. Returns whether it was written."""
+    run: Run, method: Method, optimizer: torch.optim.Optimizer, at: Position, config: Config, plan: Plan
+) -> str | None:
+    """Write a checkpoint and tell the status; returns what was in the way: a full disk, weights that are not finite."""
     tensors, numbers = checkpoint.optimizer_to_tensors(optimizer, names_of(method))
     state = {"step": at.step, "position": asdict(at), "optimizer": numbers, "seed": config.train.seed}
     try:
+        run.sync_metrics()
         checkpoint.save(run, at.step, method.state_dict(), tensors, state, keep=config.train.keep_checkpoints)
+        run.set_status("running", at.step, total=plan.steps)
     except (CheckpointFull, CheckpointRefused) as error:
-        console.warn(str(error))
-        return False
-    return True
-
-
-def roll_back(
-    run: Run,
-    method: Method,
-    optimizer: torch.optim.Optimizer,
-    at: Position,
-    config: Config,
-    plan: Plan,
-    console: Console,
-) -> Position:
-    """After several bad steps in a row: the last good checkpoint, with the data moved past where it went wrong."""
-    rollbacks = at.rollbacks + 1 if at.step <= at.fault_step else 1
-    if rollbacks > MOST_ROLLBACKS:
-        raise TrainingFailed(
-            f"{BAD_STEPS_IN_A_ROW} non-finite steps in a row at step {at.step}, after {MOST_ROLLBACKS} rollbacks without "
-            f"getting past it; the images are named in {run.metrics_file}. Lower optim.base_lr, set optim.clip=1, or use "
-            "train.precision=fp32, and start again"
-        )
-    fault, consumed = at.step, at.consumed
-    found = checkpoint.load_latest(run, say=console.warn)
-    if found is None:
-        seed_weights(config.train.seed)
-        method.load_state_dict(config.build(plan.images).state_dict())
-        optimizer.state.clear()
-        at = Position()
-    else:
-        at = restore(run, method, optimizer, console)
-    at.consumed = consumed + SKIP_AHEAD_BATCHES * plan.batch_size
-    at.rollbacks, at.fault_step = rollbacks, fault
-    run.truncate_metrics(at.step)
-    console.warn(
-        f"{BAD_STEPS_IN_A_ROW} non-finite steps in a row: back from step {fault} to {at.step}, going on "
-        f"{SKIP_AHEAD_BATCHES} batches further in the data"
-    )
-    return at
+        return str(error)
+    except OSError as error:
+        return f"{run.path} does not take a file: {error.strerror}"
+    return None
 
 
 def picture_sample(images: Images, plan: Plan) -> Batch:
-    """The fixed images that are drawn during the whole run: the first ones of the source, centred."""
-    fixed = Images(images.source, images.rows, images.spec, images.crop, images.seed, training=False, kept=images.kept)
+    """The images that are drawn during the whole run: evenly spread over the source, centred; bad ones left out."""
+    fixed = replace(images, training=False)
     rows = images.rows[np.linspace(0, len(images.rows) - 1, min(PICTURE_SAMPLE, len(images.rows))).astype(int)]
-    return next(eval_batches(fixed, rows, batch=len(rows))).to(plan.device)
+    drawn: list[Batch] = []
+    for row in rows:
+        with suppress(BadImage):  # gone bad since the scan; training meets it, replaces it and notes it
+            drawn.append(fixed[Taken(np.array([row]), np.zeros(1, np.int64))].batch)
+    if not drawn:
+        raise TrainingFailed(f"none of {len(rows)} images of {images.source.name} can be read; bring them back, resume")
+    parts = [torch.cat(values) for values in zip(*((one.images, one.index, one.epoch) for one in drawn), strict=True)]
+    return Batch(*parts).to(plan.device)
 
 
 @torch.no_grad()
-def look(run: Run, method: Method, sample: Batch, at: Position, config: Config, plan: Plan) -> None:
+def look(run: Run, method: Method, sample: Batch, at: Position, config: Config, plan: Plan, console: Console) -> None:
     """Draw what the method makes of the sample; before the first step also keep what trivial guesses would score."""
     clock = Clock(at.step, plan.steps, Draws(config.train.seed, sample.epoch, sample.index))
     method.eval()
     with autocast(plan.precision, plan.device):
         picture = method.picture(sample, clock)
     method.train()
-    draw(
-        picture.first(config.train.picture_images),
-        plan.images.dtype,
-        run.pictures / f"step-{at.step:08d}.png",
-        f"step {at.step} of {plan.steps}",
-    )
-    if at.step == 0:
-        numbers = {name: float(value) for name, value in picture.numbers.items()}
-        run.write("evals/baselines.json", {"step": 0, "images": len(sample), **numbers})
+    file, title = run.pictures / f"step-{at.step:08d}.png", f"step {at.step} of {plan.steps}"
+    numbers = {name: float(value) for name, value in picture.numbers.items()}
+    try:
+        draw(picture.first(config.train.picture_images), plan.images.dtype, file, title)
+        if at.step == 0:
+            run.write("evals/baselines.json", {"step": 0, "images": len(sample), **numbers})
+    except (OSError, ValueError) as error:  # a full disk, a folder that has gone
+        console.warn_once(f"{run.pictures} takes no picture: {error}; training goes on")
 
 
 @dataclass

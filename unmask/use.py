@@ -1,60 +1,122 @@
 """What one does with a trained run: draw reconstructions, embed images, probe the features.
 
 Everything here reads the Run folder. Test and train features come from the same code path, images are never masked
-outside `reconstruct_images`, and a file that cannot be read is named, never replaced by another.
+outside `reconstruct_images`, and each file is decoded once: one that cannot be read is named and left out, never
+replaced by another.
 """
 
 from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from unmask.batch import Batch
-from unmask.console import Console
-from unmask.data.loader import Images, eval_batches
-from unmask.data.scan import scan
-from unmask.data.sources import Source, open_files, open_source, require_labels
-from unmask.evals.collect import collect
-from unmask.evals.pictures import draw
-from unmask.evals.probe import probe
+from unmask.console import Bar, Console
+from unmask.data.decode import BadImage
+from unmask.data.loader import Delivery, Images, Taken, choose_workers, eval_batches
+from unmask.data.sources import LISTS, TARS, Source, open_files, open_source, require_labels
+from unmask.evals.collect import FeatureTable, collect_each
+from unmask.evals.linear import HOLD_OUT_FOR_TEST, hold_out
+from unmask.evals.pictures import draw, require_png
+from unmask.evals.probe import encoders_of, few_shots, probe, require_classes, require_kind
 from unmask.method import Clock
-from unmask.plan import autocast, choose_device
-from unmask.rng import Draws, Stream, words
+from unmask.plan import autocast, choose_device, choose_precision
+from unmask.rng import Draws
 from unmask.run import Run
 from unmask.saved import Loaded, load, untrained_encoder
 
-EVAL_BATCH = 256
+EVAL_BATCH = 128
 MOST_DRAWN = 16
+MANY_IMAGES = 1024  # from here on, decoding in processes of its own repays starting them
+NAMED_BAD_FILES = 5
+COLLECTIONS = (*LISTS, *TARS, ".zip", ".parquet", ".pq")  # files that hold images, as against image files
 
 
-def eval_images(loaded: Loaded, source: Source) -> Images:
+@dataclass
+class Readable(Images):
+    """Images of an evaluation. A file that cannot be read is left out of its batch, where `Images` would stop.
+
+    A batch of such files alone is empty.
+    """
+
+    def __getitem__(self, taken: Taken) -> Delivery:
+        try:
+            return super().__getitem__(taken)
+        except BadImage:
+            sound = np.array([self.fault(int(row)) is None for row in taken.index])
+            return super().__getitem__(Taken(taken.index[sound], taken.epoch[sound]))
+
+    def fault(self, row: int) -> BadImage | None:
+        """What is wrong with one image, or None."""
+        try:
+            super().__getitem__(Taken(np.array([row]), np.zeros(1, np.int64)))
+        except BadImage as error:
+            return BadImage(error.code, error.detail.removeprefix(f"{self.source.names[row]}: "))
+        return None
+
+
+def eval_images(loaded: Loaded, source: Source) -> Readable:
     """The source as this run's encoder sees it: its size, channels and dtype, the centred box, no randomness."""
     plan, data = loaded.plan, loaded.config.data
-    return Images(source, np.arange(len(source)), plan.images, data.crop, training=False)
+    return Readable(source, np.arange(len(source)), plan.images, data.crop, training=False)
 
 
-def readable_rows(source: Source, loaded: Loaded, console: Console) -> np.ndarray:
-    """The rows that can be read and have the run's channels; the others are said. Raises ValueError when none is left."""
-    with console.progress("checking files", len(source)) as bar:
-        spec = loaded.plan.images
-        found = scan(source, channels=spec.channels, dtype=spec.dtype, progress=bar.update)
-    if found.bad:
-        named = "; ".join(f"{bad.name} ({bad.code}: {bad.detail})" for bad in found.bad[:5])
-        if not found.good:
-            raise ValueError(f"none of the {found.files} files of {source.name} can be used: {named}")
-        console.warn(f"{len(found.bad)} of {found.files} files cannot be used and are left out: {named}")
-    return found.good_rows
+def eval_precision(loaded: Loaded) -> str:
+    """That of the training, unless this device would have to emulate it: for what is measured or looked at.
+
+    On a processor that computes in bf16 natively a probe is three times faster for it.
+    """
+    return choose_precision(loaded.config.train.precision, loaded.device)[0]
 
 
-def batches(images: Images, rows: np.ndarray) -> Callable[[], Iterable[Batch]]:
-    """A function that reads these rows from the start each time it is called."""
-    return lambda: eval_batches(images, rows, batch=EVAL_BATCH)
+def read(images: Readable, rows: np.ndarray, workers: int, console: Console, bar: Bar | None = None) -> Iterator[Batch]:
+    """Batches of all these rows that can be read, in order; then names the others.
+
+    Raises ValueError at the end when not one could be read.
+    """
+    seen: list[np.ndarray] = []
+    for number, batch in enumerate(eval_batches(images, rows, batch=EVAL_BATCH, workers=workers), 1):
+        if len(batch):
+            seen.append(batch.index.numpy())
+            yield batch
+        if bar is not None:
+            bar.update(min(number * EVAL_BATCH, len(rows)))
+    bad = np.setdiff1d(rows, np.concatenate(seen)) if seen else rows
+    if not len(bad):
+        return
+    faults = ((images.source.names[row], images.fault(row)) for row in bad[:NAMED_BAD_FILES].tolist())
+    named = "; ".join(f"{name} ({fault})" for name, fault in faults)
+    more = "" if len(bad) <= NAMED_BAD_FILES else f"; and {len(bad) - NAMED_BAD_FILES} more: `unmask check` lists all"
+    if not seen:
+        raise ValueError(f"none of the {len(rows)} files of {images.source.name} can be used: {named}{more}")
+    console.warn(
+        f"{len(bad)} of {len(rows)} files of {images.source.name} cannot be used and are left out: {named}{more}"
+    )
+
+
+def features(
+    loaded: Loaded,
+    encoders: Mapping[str, nn.Module],
+    source: Source,
+    rows: np.ndarray,
+    *,
+    precision: str,
+    title: str,
+    console: Console,
+) -> dict[str, FeatureTable]:
+    """A table for each encoder, of the rows that can be read; the others are named. The only way to features."""
+    workers = 0 if len(rows) < MANY_IMAGES else choose_workers(loaded.device, cached=False)[0]
+    with console.progress(title, len(rows)) as bar:
+        batches = read(eval_images(loaded, source), rows, workers, console, bar)
+        return collect_each(encoders, batches, device=loaded.device, precision=precision)
 
 
 @torch.no_grad()
@@ -62,80 +124,86 @@ def reconstruct_images(
     run: Path, images: Sequence[str], out: Path, *, step: int | None, seed: int, device: str, console: Console
 ) -> dict[str, Any]:
     """Draw up to 16 images as the run's method rebuilds them, and return its loss beside those of trivial guesses."""
+    require_png(out)
     loaded = load(run, device=choose_device(device), step=step)
-    several = len(images) > 1 or Path(images[0]).is_file()
-    source = open_files(images) if several else open_source(images[0])
-    rows = readable_rows(source, loaded, console) if len(source) <= MOST_DRAWN else np.arange(len(source))
+    source = _open_images(images)
+    rows = np.arange(len(source))
     if len(rows) > MOST_DRAWN:
         console.say(f"drawing {MOST_DRAWN} of {len(rows)} images, evenly spread")
         rows = rows[np.linspace(0, len(rows) - 1, MOST_DRAWN).astype(int)]
-    batch = next(eval_batches(eval_images(loaded, source), rows, batch=len(rows))).to(loaded.device)
+    (batch,) = read(eval_images(loaded, source), rows, 0, console)
+    batch = batch.to(loaded.device)
     clock = Clock(loaded.step, loaded.plan.steps, Draws(seed, batch.epoch, batch.index))
-    with autocast(loaded.plan.precision, loaded.device):
+    with autocast(eval_precision(loaded), loaded.device):
         picture = loaded.method.picture(batch, clock)
-    draw(picture, loaded.plan.images.dtype, out, f"{Path(run).name}, step {loaded.step}")
+    names = [source.names[row] for row in batch.index.tolist()]
+    draw(picture, loaded.plan.images.dtype, out, f"{Path(run).resolve().name}, step {loaded.step}", names)
     numbers = {name: float(value) for name, value in picture.numbers.items()}
     console.say(f"{out}: " + ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in numbers.items()))
     return numbers
 
 
+def _open_images(images: Sequence[str]) -> Source:
+    """Image files in the order given, or one DATA."""
+    one_file = len(images) == 1 and Path(images[0]).is_file() and not images[0].lower().endswith(COLLECTIONS)
+    return open_files(images) if one_file or len(images) > 1 else open_source(images[0])
+
+
 def embed_images(run: Path, data: str, out: Path, *, step: int | None, device: str, console: Console) -> dict[str, Any]:
-    """Write features with file names to .parquet or .npz; the same bytes every time."""
+    """Write the features of every image to .parquet or .npz: nothing masked, and the same bytes every time.
+
+    One row per image, in the order of the source: `name` (relative to DATA, '/'-separated), `label` (the class's name;
+    only where DATA has classes), `cls` (the class token, only where the encoder has one) and `mean` (over patch
+    tokens), float32 vectors of the encoder's width. In .npz each is an array of that name. Returns the object that
+    --json prints. Raises ValueError when there is nothing to embed or nowhere to write.
+    """
     if out.suffix not in (".parquet", ".npz"):
         raise ValueError(f"output file {out} came; a name that ends in .parquet or .npz was expected")
     if not out.resolve().parent.is_dir():
         raise ValueError(f"the folder {out.resolve().parent} does not exist; make it first, or choose another --out")
     loaded = load(run, device=choose_device(device), step=step)
     source = open_source(data)
-    rows = readable_rows(source, loaded, console)
-    with console.progress("embedding", len(rows)) as bar:
-        read = _counted(batches(eval_images(loaded, source), rows)(), bar.update)
-        table = collect(loaded.method.encoder, read, device=loaded.device, precision=loaded.plan.precision)
-    names = [source.names[row] for row in table.index]
-    labels = None if table.labels is None else [source.classes[label] for label in table.labels]
+    rows = np.arange(len(source))
+    encoders = {"encoder": loaded.method.encoder}
+    # fp32 always: these numbers are kept, and should be the same on a laptop and a server but for rounding.
+    tables = features(loaded, encoders, source, rows, precision="fp32", title="embedding", console=console)
+    table = tables["encoder"]
+    names = [source.names[row] for row in table.index.tolist()]
+    labels = None if table.labels is None else [source.classes[label] for label in table.labels.tolist()]
     _write_features(out, names, labels, table.cls, table.mean)
     console.say(f"{out}: {len(names)} images, width {table.mean.shape[1]}, from step {loaded.step} of {run}")
-    return {"out": str(out), "images": len(names), "width": int(table.mean.shape[1]), "step": loaded.step}
+    columns = ["name", *["label"] * (labels is not None), *["cls"] * (table.cls is not None), "mean"]
+    return {
+        "out": str(out),
+        "images": len(names),
+        "left_out": len(source) - len(names),
+        "columns": columns,
+        "width": int(table.mean.shape[1]),
+        "step": loaded.step,
+    }
 
 
 def _write_features(
     out: Path, names: list[str], labels: list[str] | None, cls: np.ndarray | None, mean: np.ndarray
 ) -> None:
+    texts = {"name": names} | ({"label": labels} if labels is not None else {})
     vectors = {name: value for name, value in (("cls", cls), ("mean", mean)) if value is not None}
     partial = out.with_name(f".{out.name}.partial")  # the final name only ever holds a complete file
-    if out.suffix == ".npz":
-        texts = {"name": np.array(names)} | ({"label": np.array(labels)} if labels else {})
-        with partial.open("wb") as file:
-            np.savez(file, **texts, **vectors)  # type: ignore[arg-type]
-    else:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
+    try:
+        if out.suffix == ".npz":
+            with partial.open("wb") as file:  # NumPy dates every member 1980-01-01, so equal arrays are equal bytes
+                np.savez(file, **{name: np.array(text) for name, text in texts.items()}, **vectors)  # type: ignore[arg-type]
+        else:
+            import pyarrow as pa
+            import pyarrow.parquet as pq
 
-        columns: dict[str, Any] = {"name": names} | ({"label": labels} if labels else {})
-        for name, value in vectors.items():
-            flat = pa.array(value.reshape(-1), pa.float32())
-            columns[name] = pa.FixedSizeListArray.from_arrays(flat, value.shape[1])
-        pq.write_table(pa.table(columns), partial, compression="zstd")
-    partial.replace(out)
-
-
-def _counted(read: Iterable[Batch], update: Callable[[int], None]) -> Iterable[Batch]:
-    done = 0
-    for batch in read:
-        yield batch
-        done += len(batch)
-        update(done)
-
-
-def split_rows(labels: np.ndarray, seed: int, share: float = 0.2) -> tuple[np.ndarray, np.ndarray]:
-    """(train, test) positions: a fifth of every class is held out, chosen by the seed alone."""
-    index = np.arange(len(labels), dtype=np.int64)
-    order = words(seed, Stream.LABELS, index * 0, index, 1)[:, 0]
-    test = np.zeros(len(labels), bool)
-    for label in np.unique(labels):
-        members = np.flatnonzero(labels == label)
-        test[members[np.argsort(order[members], kind="stable")][: max(1, round(share * len(members)))]] = True
-    return np.flatnonzero(~test), np.flatnonzero(test)
+            columns: dict[str, Any] = dict(texts)
+            for name, value in vectors.items():
+                columns[name] = pa.FixedSizeListArray.from_arrays(pa.array(value.reshape(-1)), value.shape[1])
+            pq.write_table(pa.table(columns), partial, compression="zstd")
+        partial.replace(out)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def probe_run(
@@ -151,60 +219,99 @@ def probe_run(
     device: str,
     console: Console,
 ) -> dict[str, Any]:
-    """Probe a run on labelled images; writes RUN/evals/probe-<kind>-<data>.json and returns it."""
-    if kind not in ("knn", "linear"):
-        raise ValueError(f"probe kind {kind!r} came; knn or linear was expected")
+    """Probe a run on labelled images; writes RUN/evals/probe-<kind>-<data>.json and returns it.
+
+    test: labelled images to be measured on; None holds out a fifth of every class of `data`. shots: train on so many
+    images per class only. controls: also raw pixels and the untrained encoder. seed: chooses the held-out fifth, the
+    shots, and the part on which the linear probe chooses its C. The split and the shots depend on the seed and on the
+    images' rows alone, not on the kind, the encoder, or which files are broken.
+    """
+    require_kind(kind)
     loaded = load(run, device=choose_device(device), step=step)
     train_source = require_labels(open_source(data))
-    train_rows = readable_rows(train_source, loaded, console)
+    train_labels, classes = _labels(train_source), train_source.classes
+    require_classes(classes)
     if test is None:
-        assert train_source.labels is not None
-        train_part, test_part = split_rows(train_source.labels[train_rows], seed)
-        test_source, test_rows, train_rows = train_source, train_rows[test_part], train_rows[train_part]
+        test_source = train_source
+        train_rows, test_rows = hold_out(train_labels, np.arange(len(train_source)), seed, HOLD_OUT_FOR_TEST)
+        if not len(test_rows):
+            raise ValueError(f"{data} has one image per class, so none can be held out; give other images with --test")
     else:
-        test_source = require_labels(open_source(test))
-        test_rows = readable_rows(test_source, loaded, console)
-    if train_source.classes != test_source.classes:
-        raise ValueError(
-            f"the classes of {data} ({', '.join(train_source.classes[:6])} ...) are not those of {test} "
-            f"({', '.join(test_source.classes[:6])} ...); both must have the same sub-folders"
+        train_rows = np.arange(len(train_source))
+        test_source = _with_classes(require_labels(open_source(test)), classes, data)
+        test_rows = np.arange(len(test_source))
+
+    encoder, untrained = loaded.method.encoder, None
+    if controls:
+        untrained = untrained_encoder(loaded.config, loaded.plan.images, device=loaded.device)
+    encoders, precision = encoders_of(encoder, untrained), eval_precision(loaded)
+    while True:
+        picked = train_rows
+        if shots is not None:
+            picked = few_shots(train_rows, train_labels[train_rows], classes, shots, seed)
+        train = features(
+            loaded, encoders, train_source, picked, precision=precision, title="training images", console=console
         )
-    summary = probe(
-        loaded.method.encoder,
-        untrained_encoder(loaded.config, loaded.plan.images, device=loaded.device) if controls else None,
-        batches(eval_images(loaded, train_source), train_rows),
-        batches(eval_images(loaded, test_source), test_rows),
-        kind=kind,
-        classes=train_source.classes,
-        shots=shots,
-        seed=seed,
-        device=loaded.device,
-        precision=loaded.plan.precision,
+        broken = np.setdiff1d(picked, next(iter(train.values())).index)
+        if shots is None or not len(broken):
+            break
+        train_rows = np.setdiff1d(train_rows, broken)  # the next in line of the same class takes the place
+    measured = features(
+        loaded, encoders, test_source, test_rows, precision=precision, title="test images", console=console
     )
-    held_out = f"a held-out fifth of {data}"
+
+    summary = probe(train, measured, kind=kind, classes=classes, seed=seed)
     summary |= {
+        "shots": shots,
+        "seed": seed,
         "data": data,
-        "test": test or held_out,
+        "test": test or f"a held-out fifth of {data}",
         "step": loaded.step,
+        "precision": precision,
         "command": shlex.join(["unmask", *sys.argv[1:]]),
     }
-    name = "".join(letter if letter.isalnum() else "-" for letter in Path(data).name).strip("-")
+    name = "".join(letter if letter.isalnum() else "-" for letter in Path(data).name).strip("-") or "data"
     name += "" if shots is None else f"-{shots}-shots"
+    name += "" if step is None else f"-step-{step}"
     Run.open(run).write(f"evals/probe-{kind}-{name}.json", summary)
     say_probe(summary, console)
     return summary
 
 
+def _labels(source: Source) -> np.ndarray:
+    assert source.labels is not None, "require_labels came first"
+    return source.labels
+
+
+def _with_classes(source: Source, classes: Sequence[str], data: str) -> Source:
+    """The test source with its labels numbered like the training classes. Raises ValueError for a class not among them.
+
+    Images without any class that the training set has are no fault: a test set may lack some.
+    """
+    number = {name: i for i, name in enumerate(classes)}
+    if unknown := [name for name in source.classes if name not in number]:
+        raise ValueError(
+            f"{source.name} has classes that {data} has not ({', '.join(unknown[:6])}); {data} has "
+            f"{', '.join(classes[:6])}{' ...' if len(classes) > 6 else ''}: test images must lie in sub-folders of the "
+            "same names"
+        )
+    source.labels = np.array([number[name] for name in source.classes], np.int64)[_labels(source)]
+    source.classes = list(classes)
+    return source
+
+
 def say_probe(summary: dict[str, Any], console: Console) -> None:
     """The table and the verdict, for a person."""
     what = {"knn": "k nearest neighbours", "linear": "linear probe"}[summary["kind"]]
+    shots = "" if summary["shots"] is None else f" ({summary['shots']} per class)"
     console.say(
-        f"{what} on {summary['data']}: {summary['train_images']} training images, {summary['test_images']} test images, "
-        f"{len(summary['classes'])} classes, chance {summary['chance']:.1%}"
+        f"{what} on {summary['data']}: {summary['train_images']} training images{shots}, {summary['test_images']} test "
+        f"images, {len(summary['classes'])} classes, chance {summary['chance']:.1%}"
     )
     for row in summary["rows"]:
+        unfinished = "" if row.get("converged", True) else ", the fit stopped before it converged"
         console.say(
             f"  {row['features']:12s} {row['pool']:7s} {row['accuracy']:6.1%}  "
-            f"(95 % interval {row['low']:.1%} to {row['high']:.1%})"
+            f"(95% interval {row['low']:.1%} to {row['high']:.1%}{unfinished})"
         )
     console.say(f"  {summary['verdict']}")

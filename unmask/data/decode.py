@@ -1,9 +1,14 @@
-"""Bytes of one image file -> pixels, strictly: what is damaged raises `BadImage` with a reason code, never half an image.
+"""Bytes of one image file -> pixels, strictly: what is damaged raises `BadImage` with a reason code, never half one.
 
-Read: JPEG (simplejpeg, with scaled decoding), PNG, WebP, TIFF, BMP, GIF (first frames), NumPy .npy. EXIF orientation is
-applied. 16-bit stays uint16 and float stays float32: Pillow's own conversion to RGB would turn them white or black.
-Alpha is composited on white; palette, CMYK and 1-bit images become RGB or gray. The header is read, and limits checked,
-before anything is allocated.
+Read: JPEG (simplejpeg, with scaled decoding), PNG, WebP, TIFF, BMP, GIF (first frames), NumPy .npy; TIFF of several
+16-bit or float samples, or of any number of bands, with the optional tifffile. EXIF orientation is applied. 16-bit
+stays uint16; floats, and integers of any other width, become float32 with their values kept: Pillow's conversion to
+RGB would turn them white or black. Alpha is composited on white; palette, CMYK and 1-bit images become RGB or gray. The
+header is read, and limits checked, before anything is allocated; `header` and `decode` always agree.
+
+A .npy of three axes is (H, W, C), unless its first axis is smaller than both others: then it is (C, H, W).
+
+PNG is checked against its checksums. WebP, GIF, BMP and TIFF carry none: damage that still decodes is not noticed.
 
 Reason codes: EMPTY NOT_IMAGE FORMAT_NOT_ALLOWED HEADER_BAD TRUNCATED CORRUPT TOO_MANY_PIXELS TOO_LARGE_FILE
 EXTREME_ASPECT UNSUPPORTED_MODE MISMATCHED_CHANNELS MISMATCHED_DTYPE; and from the sources PERMISSION VANISHED.
@@ -12,9 +17,11 @@ EXTREME_ASPECT UNSUPPORTED_MODE MISMATCHED_CHANNELS MISMATCHED_DTYPE; and from t
 from __future__ import annotations
 
 import io
+import math
 import struct
 import warnings
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,7 +37,10 @@ from PIL import (
 )
 
 FORMATS = ("PNG", "WEBP", "TIFF", "BMP", "GIF")
+TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+PNG_START = b"\x89PNG\r\n\x1a\n"
 MOST_PIXELS = 100_000_000
+MOST_VALUES = 4 * MOST_PIXELS
 MOST_BYTES = 200_000_000
 MOST_ASPECT = 1000
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601
@@ -69,10 +79,17 @@ def header(data: bytes) -> Header:
         found = _jpeg_header(data)
     elif data[:6] == b"\x93NUMPY":
         found = _npy_header(data)
+    elif data.startswith(PNG_START):
+        found = _png_header(data)
+    elif data.startswith(TIFF_STARTS):
+        found = _tiff_header(data)
     else:
         found = _pillow_header(data)
-    if found.height * found.width > MOST_PIXELS:
+    pixels = found.height * found.width
+    if pixels > MOST_PIXELS:
         raise BadImage("TOO_MANY_PIXELS", f"{found.height} x {found.width} pixels, at most {MOST_PIXELS} are decoded")
+    if pixels * found.channels > MOST_VALUES:
+        raise BadImage("TOO_MANY_PIXELS", f"{pixels} pixels of {found.channels} channels, at most {MOST_VALUES} values")
     if max(found.height, found.width) > MOST_ASPECT * min(found.height, found.width):
         raise BadImage(
             "EXTREME_ASPECT", f"{found.height} x {found.width} pixels: sides differ more than {MOST_ASPECT} times"
@@ -80,46 +97,47 @@ def header(data: bytes) -> Header:
     return found
 
 
-def decode(data: bytes, *, at_least: tuple[int, int] | None = None) -> np.ndarray:
+def decode(data: bytes, *, at_least: tuple[int, int] | None = None, found: Header | None = None) -> np.ndarray:
     """(H, W, C) uint8, uint16 or float32, contiguous.
 
-    at_least: (h, w) in displayed orientation; a JPEG may then be decoded at 1/2, 1/4 or 1/8, the smallest that still has
-    that size. The choice depends on nothing but the file and `at_least`. Raises BadImage.
+    at_least: (h, w) in displayed orientation; a JPEG may then be decoded at 1/2, 1/4 or 1/8, the smallest that still
+    has that size. The choice depends on nothing but the file and `at_least`. found: what `header` said of these bytes,
+    to spare a second look. Raises BadImage.
     """
-    found = header(data)
-    if found.format == "JPEG":
-        return _oriented(_jpeg(data, found, at_least), found.orientation)
-    if found.format == "NPY":
-        return _npy(data)
-    if found.format == "PNG" and found.dtype == "uint16" and found.channels > 1:
-        return _oriented(_png16(data), found.orientation)
-    return _oriented(_pillow(data, found), found.orientation)
+    found = found or header(data)
+    try:
+        if found.format == "JPEG":
+            pixels = _jpeg(data, found, at_least)
+        elif found.format == "NPY":
+            pixels = _npy(data)
+        elif found.format == "PNG":
+            pixels = _png(data, found)
+        elif found.format == "TIFF":
+            pixels = _tiff(data, found)
+        else:
+            pixels = _pillow(data, found)
+    except MemoryError:
+        raise BadImage("TOO_MANY_PIXELS", "not enough memory to decode it") from None
+    return _oriented(pixels, found.orientation)
 
 
 def conform(image: np.ndarray, channels: int, dtype: str) -> np.ndarray:
     """The image with the data set's channels and dtype.
 
-    Gray becomes RGB by repetition, RGB gray by luma, uint8 uint16 by x 257. Anything else raises BadImage: it would have
-    to be invented.
+    Gray becomes RGB by repetition, RGB gray by luma, uint8 uint16 by x 257. Anything else raises BadImage: it would
+    have to be invented.
     """
     have = image.shape[2]
-    if have != channels:
-        if have == 1 and channels == 3:
-            image = np.repeat(image, 3, axis=2)
-        elif have == 3 and channels == 1:
-            image = (image.astype(np.float32) @ LUMA)[:, :, None]
-            image = (
-                image
-                if dtype == "float32"
-                else image.round().astype(np.uint16 if dtype == "uint16" and image.max() > 255 else np.uint8)
-            )
-        else:
-            raise BadImage("MISMATCHED_CHANNELS", f"{have} channels, the data set has {channels}")
-    if image.dtype == dtype:
-        return image
-    if image.dtype == np.uint8 and dtype == "uint16":
-        return image.astype(np.uint16) * 257
-    raise BadImage("MISMATCHED_DTYPE", f"{image.dtype} pixels, the data set has {dtype}")
+    if have != channels and {have, channels} != {1, 3}:
+        raise BadImage("MISMATCHED_CHANNELS", f"{have} channels, the data set has {channels}")
+    if image.dtype != dtype and not (image.dtype == np.uint8 and dtype == "uint16"):
+        raise BadImage("MISMATCHED_DTYPE", f"{image.dtype} pixels, the data set has {dtype}")
+    if have < channels:
+        image = np.repeat(image, 3, axis=2)
+    elif have > channels:
+        gray = (image.astype(np.float32) @ LUMA)[:, :, None]
+        image = gray if image.dtype == np.float32 else gray.round().astype(image.dtype)
+    return image if image.dtype == dtype else image.astype(np.uint16) * 257
 
 
 # ---------------------------------------------------------------------------------------------------------------- JPEG
@@ -144,6 +162,10 @@ def _jpeg_header(data: bytes) -> Header:
                 break
             height, width = struct.unpack(">HH", data[place + 5 : place + 9])
             components = data[place + 9]
+            if data[place + 4] != 8:
+                raise BadImage(
+                    "UNSUPPORTED_MODE", f"a JPEG of {data[place + 4]} bits a sample; convert it to PNG or TIFF"
+                )
             if not height or not width or components not in (1, 3, 4):
                 raise BadImage("HEADER_BAD", f"a JPEG of {height} x {width} pixels with {components} components")
             if orientation >= 5:
@@ -175,9 +197,14 @@ def _exif_orientation(tiff: bytes) -> int:
 
 
 def _jpeg(data: bytes, found: Header, at_least: tuple[int, int] | None) -> np.ndarray:
-    height, width = at_least or (0, 0)
-    if found.orientation >= 5:
-        height, width = width, height
+    height, width = (found.height, found.width) if found.orientation < 5 else (found.width, found.height)
+    if at_least is not None:
+        wanted = at_least if found.orientation < 5 else at_least[::-1]
+        # Chosen here: the decoder would also take 3/8, 5/8 and 3/4, which cost more than the next larger power of two.
+        for part in (8, 4, 2):
+            if -(-height // part) >= wanted[0] and -(-width // part) >= wanted[1]:
+                height, width = -(-height // part), -(-width // part)
+                break
     try:
         return simplejpeg.decode_jpeg(
             data,
@@ -187,47 +214,294 @@ def _jpeg(data: bytes, found: Header, at_least: tuple[int, int] | None) -> np.nd
             min_factor=1,
             strict=True,
         )
-    except (ValueError, MemoryError) as error:
+    except ValueError as error:
         text = str(error)
-        code = "TRUNCATED" if "premature" in text.lower() or "end of" in text.lower() else "CORRUPT"
-        raise BadImage(code, f"JPEG: {text}") from None
+        raise BadImage("TRUNCATED" if "premature end of jpeg" in text.lower() else "CORRUPT", f"JPEG: {text}") from None
 
 
-# ------------------------------------------------------------------------------------------------------- everything else
+# ----------------------------------------------------------------------------------------------------------------- PNG
+
+
+def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """(name, start, end) of each chunk's content, up to and with IEND. Raises BadImage when the file ends earlier."""
+    place = len(PNG_START)
+    while place + 12 <= len(data):
+        length = int.from_bytes(data[place : place + 4], "big")
+        start, end = place + 8, place + 8 + length
+        if end + 4 > len(data):
+            break
+        yield data[place + 4 : place + 8], start, end
+        if data[place + 4 : place + 8] == b"IEND":
+            return
+        place = end + 4
+    raise BadImage("TRUNCATED", f"PNG: it ends after {len(data)} bytes, within a chunk or before the last one")
+
+
+def _png_header(data: bytes) -> Header:
+    if len(data) < 33:
+        raise BadImage("TRUNCATED", f"PNG: it ends after {len(data)} bytes, before its header does")
+    width, height, bits, kind = struct.unpack(">IIBB", data[16:26])
+    channels = {0: 1, 2: 3, 3: 3, 4: 1, 6: 3}.get(kind)
+    if data[12:16] != b"IHDR" or zlib.crc32(data[12:29]) != int.from_bytes(data[29:33], "big"):
+        raise BadImage("HEADER_BAD", "a PNG with a damaged header")
+    if not width or not height or channels is None or bits not in (1, 2, 4, 8, 16):
+        raise BadImage("HEADER_BAD", f"a PNG of {height} x {width} pixels, kind {kind}, {bits} bits a sample")
+    orientation = 1
+    if b"eXIf" in data:
+        for name, start, end in _png_chunks(data):
+            if name == b"eXIf":
+                orientation = _exif_orientation(data[start:end])
+    if orientation >= 5:
+        height, width = width, height
+    return Header(height, width, channels, "uint16" if bits == 16 else "uint8", "PNG", orientation)
+
+
+def _png(data: bytes, found: Header) -> np.ndarray:
+    for name, start, end in _png_chunks(data):
+        if zlib.crc32(memoryview(data)[start - 4 : end]) != int.from_bytes(data[end : end + 4], "big"):
+            raise BadImage("CORRUPT", f"PNG: the chunk {name.decode('latin1')} fails its checksum")
+    if found.dtype == "uint16":
+        pixels = stored = _png16(data)
+    else:
+        image = _loaded(data, found.format)
+        stored, pixels = np.asarray(image), _converted(image, found)
+    if not stored[-2:].any():  # rows that are missing from a stream that is sound otherwise are left black by Pillow
+        _check_rows(data)
+    return pixels
+
+
+def _check_rows(data: bytes) -> None:
+    """Raises BadImage when the pixel stream holds fewer rows than the header says."""
+    width, height, bits, kind, _, _, interlace = struct.unpack(">IIBBBBB", data[16:29])
+    depth = bits * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[kind]
+    passes = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
+    needed = 0
+    for left, top, across, down in passes if interlace else ((0, 0, 1, 1),):
+        columns, rows = -(-(width - left) // across), -(-(height - top) // down)
+        needed += max(0, rows) * (1 + -(-columns * depth // 8)) if columns > 0 else 0
+    inflate, have = zlib.decompressobj(), 0
+    for name, start, end in _png_chunks(data):
+        left_over = data[start:end] if name == b"IDAT" else b""
+        while left_over and have < needed:
+            have += len(inflate.decompress(left_over, 1 << 20))
+            left_over = inflate.unconsumed_tail
+    if have < needed:
+        raise BadImage("TRUNCATED", f"PNG: {have} bytes of pixels, {needed} are needed: rows are missing")
+
+
+def _png16(data: bytes) -> np.ndarray:
+    """16-bit PNG, which Pillow would cut to 8 bits unless it is gray: its high and its low bytes are decoded apart.
+
+    Pillow's raw modes ;16B and ;16L take the first and the second byte of each sample. Gray + alpha has no such pair,
+    but its pixels are four bytes wide, as those of 8-bit RGBA are.
+    """
+    kind = data[25]
+    if kind == 0:
+        values = _number(np.asarray(_loaded(data, "PNG")))
+        key = _transparent(data, 1)
+        return values if key is None else np.where(values == key, np.uint16(65535), values)
+    if kind == 4:
+        both = np.asarray(_loaded(data, "PNG", "RGBA", "RGBA"))
+        high, low = both[:, :, 0::2], both[:, :, 1::2]
+    else:
+        mode = "RGBA" if kind == 6 else "RGB"
+        high, low = (np.asarray(_loaded(data, "PNG", mode, f"{mode};16{part}")) for part in "BL")
+    pixels = high.astype(np.uint16) << 8 | low
+    if kind in (4, 6):
+        return _on_white(pixels)
+    key = _transparent(data, 3)
+    return pixels if key is None else np.where((pixels == key).all(2, keepdims=True), np.uint16(65535), pixels)
+
+
+def _transparent(data: bytes, samples: int) -> np.ndarray | None:
+    """The colour that a PNG without alpha declares transparent."""
+    for name, start, end in _png_chunks(data):
+        if name == b"tRNS" and end - start == 2 * samples:
+            return np.frombuffer(data, ">u2", samples, start).astype(np.uint16)
+    return None
+
+
+def _on_white(pixels: np.ndarray, *, premultiplied: bool = False) -> np.ndarray:
+    """(H, W, C + 1) integers whose last channel is alpha -> (H, W, C)."""
+    top = np.iinfo(pixels.dtype).max
+    colour, alpha = pixels[:, :, :-1].astype(np.float64), pixels[:, :, -1:] / top
+    mixed = colour * (1 if premultiplied else alpha) + top * (1 - alpha)
+    return np.ascontiguousarray(mixed.round().clip(0, top).astype(pixels.dtype))
+
+
+# ---------------------------------------------------------------------------------------------------------------- TIFF
+
+
+@dataclass(frozen=True)
+class _Tiff:
+    """The first directory: what decides who reads it. `kind` is 1 unsigned, 2 signed, 3 float."""
+
+    height: int
+    width: int
+    samples: int
+    bits: int
+    kind: int
+    photometric: int
+    extra: tuple[int, ...]
+    orientation: int
+
+    @property
+    def alpha(self) -> bool:
+        return bool(self.extra) and self.extra[-1] in (1, 2) and self.samples in (2, 4)
+
+    @property
+    def plain(self) -> bool:
+        """Whether Pillow reads it as it is; what it would cut to 8 bits or drop bands of goes to tifffile."""
+        if self.samples == 1:
+            known = ((1, 1), (2, 1), (4, 1), (8, 1), (12, 1), (16, 1), (16, 2), (32, 2), (32, 3))
+            return self.photometric in (0, 1, 3) and (self.bits, self.kind) in known
+        if (self.bits, self.kind) != (8, 1):
+            return False
+        if self.samples == 3:
+            return self.photometric in (2, 6)
+        return (self.samples == 4 and self.photometric == 5) or (self.alpha and self.photometric in (1, 2))
+
+
+def _tiff_tags(data: bytes) -> dict[int, tuple[int, ...]]:
+    """Integer tags of the first directory, classic and BigTIFF."""
+    order = "<" if data[:2] == b"II" else ">"
+    big = data[2:4] in (b"+\0", b"\0+")
+    place_of, count_of, entry_of = ("Q", "Q", "HHQ") if big else ("I", "H", "HHI")
+    tags: dict[int, tuple[int, ...]] = {}
+    (start,) = struct.unpack_from(order + place_of, data, 8 if big else 4)
+    (count,) = struct.unpack_from(order + count_of, data, start)
+    start += struct.calcsize("<" + count_of)
+    for entry in range(count):
+        place = start + entry * (20 if big else 12)
+        tag, kind, number = struct.unpack_from(order + entry_of, data, place)
+        letter = {1: "B", 3: "H", 4: "I", 16: "Q"}.get(kind)
+        if tag not in (256, 257, 258, 262, 274, 277, 338, 339) or letter is None or number > 65535:
+            continue
+        place += struct.calcsize("<" + entry_of)
+        if number * struct.calcsize("<" + letter) > (8 if big else 4):
+            (place,) = struct.unpack_from(order + place_of, data, place)
+        tags[tag] = struct.unpack_from(f"{order}{number}{letter}", data, place)
+    return tags
+
+
+def _tiff_layout(data: bytes) -> _Tiff:
+    try:
+        tags = _tiff_tags(data)
+    except (struct.error, OverflowError):
+        raise BadImage("TRUNCATED", "TIFF: its directory lies beyond the end of the file") from None
+
+    def first(tag: int, default: int) -> int:
+        return (tags.get(tag) or (default,))[0]
+
+    bits, kinds = tags.get(258) or (1,), tags.get(339) or (1,)
+    orientation = first(274, 1)
+    found = _Tiff(
+        height=first(257, 0),
+        width=first(256, 0),
+        samples=first(277, 1),
+        bits=bits[0],
+        kind=kinds[0],
+        photometric=first(262, 1),
+        extra=tags.get(338, ()),
+        orientation=orientation if 1 <= orientation <= 8 else 1,
+    )
+    if not found.height or not found.width or not found.samples:
+        raise BadImage("HEADER_BAD", f"a TIFF of {found.height} x {found.width} pixels with {found.samples} samples")
+    if len(set(bits)) > 1 or len(set(kinds)) > 1:
+        raise BadImage("UNSUPPORTED_MODE", f"a TIFF whose samples differ in kind (bits {bits}); save it as .npy")
+    if not found.plain and (found.photometric > 2 or found.bits not in (8, 16, 32, 64) or found.kind > 3):
+        raise BadImage(
+            "UNSUPPORTED_MODE",
+            f"a TIFF with {found.samples} samples of {found.bits} bits and photometric kind {found.photometric}; "
+            "convert it to 8- or 16-bit RGB, or to .npy, which takes any number of channels",
+        )
+    if found.alpha and not found.plain and found.kind == 3:
+        raise BadImage(
+            "UNSUPPORTED_MODE", "a float TIFF with alpha: its white is not known; save it without, or as .npy"
+        )
+    return found
+
+
+def _tiff_header(data: bytes) -> Header:
+    tiff = _tiff_layout(data)
+    height, width = (tiff.height, tiff.width) if tiff.orientation < 5 else (tiff.width, tiff.height)
+    channels = tiff.samples - tiff.alpha
+    if tiff.plain and (tiff.photometric == 3 or tiff.photometric == 5):
+        channels = 3
+    dtype = "float32"
+    if tiff.kind == 1 and tiff.bits <= 16:
+        dtype = "uint8" if tiff.bits <= 8 else "uint16"
+    # Pillow turns a TIFF by itself.
+    return Header(height, width, channels, dtype, "TIFF", 1 if tiff.plain else tiff.orientation)
+
+
+def _tiff(data: bytes, found: Header) -> np.ndarray:
+    tiff = _tiff_layout(data)
+    if not tiff.plain:
+        return _tiff_bands(data, tiff)
+    pixels = _pillow(data, found)
+    if tiff.photometric == 0 and found.dtype == "uint16":  # white is zero, which Pillow heeds up to 8 bits only
+        pixels = np.uint16((1 << tiff.bits) - 1) - pixels
+    return pixels
+
+
+def _tiff_bands(data: bytes, tiff: _Tiff) -> np.ndarray:
+    """The first page of a TIFF that Pillow would cut to 8 bits or take bands from."""
+    what = f"a TIFF with {tiff.samples} samples of {tiff.bits} bits a pixel"
+    try:
+        import tifffile
+    except ImportError:
+        advice = "pip install 'unmask[tiff]', or convert it to .npy"
+        raise BadImage("UNSUPPORTED_MODE", f"{what} needs the package tifffile: {advice}") from None
+    try:
+        with tifffile.TiffFile(io.BytesIO(data)) as file:
+            page = file.pages.first
+            values, axes = page.asarray(), page.axes
+    except MemoryError:
+        raise
+    except Exception as error:  # it raises whatever a damaged file makes its parsers meet
+        text = str(error)
+        if "imagecodecs" in text:
+            advice = "pip install imagecodecs, or save it without compression or with deflate"
+            raise BadImage(
+                "UNSUPPORTED_MODE", f"{what}, compressed in a way that needs imagecodecs: {advice}"
+            ) from None
+        raise BadImage(_code_of(text), f"TIFF: {text}") from None
+    if axes == "SYX":
+        values = values.transpose(1, 2, 0)
+    shape = values.shape if values.ndim == 3 else (*values.shape, 1)
+    if shape != (tiff.height, tiff.width, tiff.samples):
+        raise BadImage("UNSUPPORTED_MODE", f"{what} in {tiff.height} x {tiff.width} that decodes to {values.shape}")
+    values = _number(values)
+    return _on_white(values, premultiplied=tiff.extra[-1] == 1) if tiff.alpha else values
+
+
+# ------------------------------------------------------------------------------------------------- everything else
 
 
 def _pillow_header(data: bytes) -> Header:
     with _open(data) as image:
-        mode, bands = image.mode, len(image.getbands())
-        channels, dtype = _shape_of_mode(mode, bands)
-        if image.format == "PNG" and data[24:25] == b"\x10":
-            channels, dtype = {0: 1, 2: 3, 3: 3, 4: 1, 6: 3}[data[25]], "uint16"
+        channels = _channels_of_mode(image.mode)
         orientation = 1
-        if image.format in ("PNG", "WEBP", "TIFF"):
-            orientation = int(image.getexif().get(0x0112, 1) or 1)
+        if image.format == "WEBP":
+            orientation = _exif_orientation(bytes(image.info.get("exif", b"")).removeprefix(b"Exif\0\0"))
         width, height = image.size
         if orientation >= 5:
             height, width = width, height
-        return Header(height, width, channels, dtype, str(image.format), orientation if 1 <= orientation <= 8 else 1)
+        return Header(height, width, channels, "uint8", str(image.format), orientation)
 
 
-def _shape_of_mode(mode: str, bands: int) -> tuple[int, str]:
-    if mode.startswith("I;16"):
-        return 1, "uint16"
-    if mode == "I":
-        return 1, "uint16"
-    if mode == "F":
-        return 1, "float32"
+def _channels_of_mode(mode: str) -> int:
     if mode in ("1", "L", "LA", "La"):
-        return 1, "uint8"
-    if mode in ("P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr", "HSV", "LAB"):
-        return 3, "uint8"
-    raise BadImage("UNSUPPORTED_MODE", f"pixel mode {mode} with {bands} bands; convert it, or use .npy")
+        return 1
+    if mode in ("P", "PA", "RGB", "RGBA", "RGBX", "RGBa"):
+        return 3
+    raise BadImage("UNSUPPORTED_MODE", f"pixel mode {mode}; convert it to PNG, or use .npy")
 
 
 def _open(data: bytes) -> Image.Image:
-    if data[:4] in (b"II*\0", b"MM\0*") and (odd := _odd_tiff(data)):
-        raise BadImage("UNSUPPORTED_MODE", f"{odd}; convert it to .npy, which takes any number of channels")
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP" and int.from_bytes(data[4:8], "little") + 8 > len(data):
+        raise BadImage("TRUNCATED", f"WebP: {len(data)} bytes, {int.from_bytes(data[4:8], 'little') + 8} are declared")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a large image is judged by our own limit
@@ -236,77 +510,91 @@ def _open(data: bytes) -> Image.Image:
         raise BadImage("TOO_MANY_PIXELS", f"far more pixels than the {MOST_PIXELS} that are decoded") from None
     except UnidentifiedImageError:
         raise BadImage(*_what_it_is(data)) from None
-    except (OSError, ValueError, SyntaxError, struct.error, EOFError, KeyError, TypeError, OverflowError) as error:
+    except MemoryError:
+        raise BadImage("TOO_MANY_PIXELS", "not enough memory to read its header") from None
+    except Exception as error:  # its plugins raise whatever a damaged header makes them meet
         raise BadImage("HEADER_BAD", f"{type(error).__name__}: {error}") from None
+
+
+FOREIGN = {
+    b"%!PS": "PostScript",
+    b"%PDF": "PDF",
+    b"8BPS": "Photoshop",
+    b"\0\0\1\0": "an icon",
+    b"icns": "an icon",
+    b"\0\0\0\x0cjP": "JPEG 2000",
+    b"\xff\x0a": "JPEG XL",
+    b"\0\0\0\x0cJXL": "JPEG XL",
+    b"\x76\x2f\x31\x01": "OpenEXR",
+    b"SIMPLE  =": "FITS",
+    b"\x89HDF": "HDF5",
+}
 
 
 def _what_it_is(data: bytes) -> tuple[str, str]:
     """Why no decoder took it."""
-    known = {
-        b"\x89PNG": "HEADER_BAD a PNG with a damaged header",
-        b"GIF8": "HEADER_BAD a GIF with a damaged header",
-        b"BM": "HEADER_BAD a BMP with a damaged header",
-        b"II*\0": "HEADER_BAD a TIFF with a damaged header",
-        b"MM\0*": "HEADER_BAD a TIFF with a damaged header",
-        b"%!PS": "FORMAT_NOT_ALLOWED PostScript",
-        b"%PDF": "FORMAT_NOT_ALLOWED PDF",
-        b"8BPS": "FORMAT_NOT_ALLOWED Photoshop",
-        b"\0\0\1\0": "FORMAT_NOT_ALLOWED an icon",
-        b"icns": "FORMAT_NOT_ALLOWED an icon",
-        b"\0\0\0\x0cjP": "FORMAT_NOT_ALLOWED JPEG 2000",
-    }
-    for start, verdict in known.items():
+    for start, name in FOREIGN.items():
         if data.startswith(start):
-            code, _, detail = verdict.partition(" ")
-            return code, detail
+            return "FORMAT_NOT_ALLOWED", f"{name}; convert it to PNG"
     if data[4:8] == b"ftyp":
         return "FORMAT_NOT_ALLOWED", "HEIC or AVIF; convert it to JPEG or PNG"
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return "HEADER_BAD", "a WebP with a damaged header"
+    if data[128:132] == b"DICM":
+        return "FORMAT_NOT_ALLOWED", "DICOM; convert it to 16-bit PNG or to .npy"
+    text = data[:1024].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if text.startswith((b"<svg", b"<?xml")) and b"<svg" in text:
+        return "FORMAT_NOT_ALLOWED", "SVG; draw it to PNG"
+    if text.startswith((b"<!doctype html", b"<html")):
+        return "NOT_IMAGE", "the content is a web page, perhaps of a download that failed"
+    if text.startswith(b"version https://git-lfs"):
+        return "NOT_IMAGE", "the content is a Git LFS pointer; fetch the files with git lfs pull"
+    for start, name in {b"GIF8": "GIF", b"BM": "BMP", b"RIFF": "WebP", **dict.fromkeys(TIFF_STARTS, "TIFF")}.items():
+        if data.startswith(start) and (start != b"RIFF" or data[8:12] == b"WEBP"):
+            return "HEADER_BAD", f"a {name} with a damaged header, or of a kind that is not known"
     return "NOT_IMAGE", f"the content is no image of a known format (first bytes {data[:8]!r})"
 
 
-def _odd_tiff(data: bytes) -> str | None:
-    """What Pillow would misread: several samples of more than 8 bits, or other than 1, 3 or 4 samples. None when fine."""
-    order = "<" if data[:2] == b"II" else ">"
-    try:
-        (start,) = struct.unpack_from(f"{order}I", data, 4)
-        (count,) = struct.unpack_from(f"{order}H", data, start)
-        samples, bits = 1, 8
-        for entry in range(count):
-            tag, kind, number = struct.unpack_from(f"{order}HHI", data, start + 2 + 12 * entry)
-            place = start + 2 + 12 * entry + 8
-            if tag == 258:  # BitsPerSample
-                if number * 2 > 4:
-                    (place,) = struct.unpack_from(f"{order}I", data, place)
-                (bits,) = struct.unpack_from(f"{order}H", data, place)
-            if tag == 277 and kind == 3:  # SamplesPerPixel
-                (samples,) = struct.unpack_from(f"{order}H", data, place)
-    except struct.error:
-        return None
-    if samples > 1 and bits > 8:
-        return f"a TIFF with {samples} samples of {bits} bits a pixel"
-    if samples == 2 or samples > 4:
-        return f"a TIFF with {samples} samples a pixel"
-    return None
+def _code_of(text: str) -> str:
+    short = ("truncated", "not enough", "end of file", "unexpected end", "failed to read")
+    return "TRUNCATED" if any(words in text.lower() for words in short) else "CORRUPT"
+
+
+def _loaded(data: bytes, name: str, mode: str | None = None, raw: str | None = None) -> Image.Image:
+    """Pillow's image, decoded; of a PNG also under another mode and raw mode than its header asks for."""
+    with _open(data) as image:
+        if mode is not None:
+            image._mode = mode
+            image.tile = [image.tile[0]._replace(args=raw)]  # type: ignore[attr-defined]
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                image.load()
+        except Image.DecompressionBombError:
+            raise BadImage("TOO_MANY_PIXELS", f"more than {MOST_PIXELS} pixels") from None
+        except MemoryError:
+            raise
+        except Exception as error:  # its plugins raise whatever a damaged file makes them meet
+            raise BadImage(_code_of(str(error)), f"{name}: {error}") from None
+        return image
 
 
 def _pillow(data: bytes, found: Header) -> np.ndarray:
-    with _open(data) as image:
-        try:
-            image.load()
-        except Image.DecompressionBombError:
-            raise BadImage("TOO_MANY_PIXELS", f"more than {MOST_PIXELS} pixels") from None
-        except (OSError, ValueError, SyntaxError, EOFError, struct.error, IndexError, TypeError, zlib.error) as error:
-            text = str(error)
-            short = any(
-                word in text.lower()
-                for word in ("truncated", "not enough", "end of file", "broken data", "unexpected end")
-            )
-            raise BadImage("TRUNCATED" if short else "CORRUPT", f"{found.format}: {text}") from None
-        except MemoryError:
-            raise BadImage("TOO_MANY_PIXELS", "not enough memory to decode it") from None
-        return _pixels(image)
+    return _converted(_loaded(data, found.format), found)
+
+
+def _converted(image: Image.Image, found: Header) -> np.ndarray:
+    """Pillow's image -> pixels as the header promised them, still in the stored orientation."""
+    try:
+        pixels = _pixels(image)
+    except BadImage:
+        raise
+    except (ValueError, OSError) as error:
+        raise BadImage("UNSUPPORTED_MODE", f"{found.format}: {error}") from None
+    stored = (found.height, found.width) if found.orientation < 5 else (found.width, found.height)
+    if pixels.shape != (*stored, found.channels) or pixels.dtype != found.dtype:
+        raise BadImage(
+            "CORRUPT", f"{found.format}: decoded to {pixels.shape} {pixels.dtype}, its header says otherwise"
+        )
+    return pixels
 
 
 def _pixels(image: Image.Image) -> np.ndarray:
@@ -325,23 +613,25 @@ def _pixels(image: Image.Image) -> np.ndarray:
     return np.ascontiguousarray(pixels if pixels.ndim == 3 else pixels[:, :, None])
 
 
+def _dtype_of(dtype: np.dtype) -> str:
+    """uint8 and uint16 stay, bool becomes uint8, all other numbers float32: by type, so that a data set agrees."""
+    if dtype.kind not in "biuf":
+        raise BadImage("UNSUPPORTED_MODE", f"array of {dtype}; integers or floats are expected")
+    return "uint8" if dtype.kind == "b" else dtype.name if dtype.name in ("uint8", "uint16") else "float32"
+
+
 def _number(values: np.ndarray) -> np.ndarray:
-    """Any numeric array (H, W) or (H, W, C) -> one of the three dtypes, without losing a value."""
+    """Any numeric array (H, W) or (H, W, C) -> (H, W, C) of one of the three dtypes. Integers are exact up to 2^24."""
     if values.ndim == 2:
         values = values[:, :, None]
-    if values.dtype == bool:
-        values = values.astype(np.uint8) * 255
-    elif values.dtype.kind in "iu" and values.dtype not in (np.uint8, np.uint16):
-        low, high = (int(values.min()), int(values.max())) if values.size else (0, 0)
-        values = values.astype(np.uint16 if low >= 0 and high <= 65535 else np.float32)
-    elif values.dtype.kind == "f":
-        values = values.astype(np.float32)
-        if not np.isfinite(values).all():
-            raise BadImage("CORRUPT", "pixels that are NaN or infinite")
-    elif values.dtype not in (np.uint8, np.uint16):
-        raise BadImage("UNSUPPORTED_MODE", f"array of {values.dtype}; integers or floats are expected")
-    native = values.astype(values.dtype.newbyteorder("="), copy=False)
-    return np.ascontiguousarray(native)
+    dtype = _dtype_of(values.dtype)
+    if values.dtype.kind == "b":
+        return np.ascontiguousarray(values).astype(bool).astype(np.uint8) * 255
+    with np.errstate(over="ignore"):  # what overflows becomes infinite and is refused
+        values = np.ascontiguousarray(values.astype(dtype, copy=False))
+    if dtype == "float32" and not np.isfinite(values).all():
+        raise BadImage("CORRUPT", "pixels that are NaN, infinite or beyond float32")
+    return values
 
 
 def _oriented(pixels: np.ndarray, orientation: int) -> np.ndarray:
@@ -357,29 +647,29 @@ def _oriented(pixels: np.ndarray, orientation: int) -> np.ndarray:
     return np.ascontiguousarray(pixels)
 
 
-# ----------------------------------------------------------------------------------------------------------------- .npy
+# ---------------------------------------------------------------------------------------------------------------- .npy
 
 
-def _npy_layout(data: bytes) -> tuple[tuple[int, ...], np.dtype, int]:
+def _npy_layout(data: bytes) -> tuple[tuple[int, ...], bool, np.dtype, int]:
+    """(shape, whether Fortran's order, dtype, where the values begin)."""
     file = io.BytesIO(data)
     try:
         version = np.lib.format.read_magic(file)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, _, dtype = read(file)
-    except (ValueError, EOFError, SyntaxError, TypeError) as error:
-        raise BadImage("HEADER_BAD", f".npy: {error}") from None
+        shape, fortran, dtype = read(file)
+    except Exception as error:  # the header is a Python literal, and its parser raises many things
+        raise BadImage("HEADER_BAD", f".npy: {str(error) or type(error).__name__}") from None
     if dtype.hasobject:
         raise BadImage("UNSUPPORTED_MODE", ".npy with Python objects, which can run code; save plain numbers")
-    return shape, dtype, file.tell()
+    return shape, fortran, dtype, file.tell()
 
 
 def _npy_header(data: bytes) -> Header:
-    shape, dtype, _ = _npy_layout(data)
-    if len(shape) not in (2, 3) or 0 in shape:
+    shape, _, dtype, _ = _npy_layout(data)
+    if len(shape) not in (2, 3) or min(shape) < 1:
         raise BadImage("UNSUPPORTED_MODE", f".npy of shape {shape}; (H, W), (H, W, C) or (C, H, W) is expected")
     height, width, channels = _channels_last(shape)
-    name = "uint8" if dtype in (np.uint8, np.bool_) else "uint16" if dtype.kind in "iu" else "float32"
-    return Header(height, width, channels, name, "NPY")
+    return Header(height, width, channels, _dtype_of(dtype), "NPY")
 
 
 def _channels_last(shape: tuple[int, ...]) -> tuple[int, int, int]:
@@ -392,79 +682,11 @@ def _channels_last(shape: tuple[int, ...]) -> tuple[int, int, int]:
 
 
 def _npy(data: bytes) -> np.ndarray:
-    shape, dtype, start = _npy_layout(data)
-    if len(data) - start < int(np.prod(shape)) * dtype.itemsize:
-        raise BadImage(
-            "TRUNCATED", f".npy has {len(data) - start} bytes, {int(np.prod(shape)) * dtype.itemsize} are needed"
-        )
-    try:
-        values = np.load(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise BadImage("CORRUPT", f".npy: {error}") from None
+    shape, fortran, dtype, start = _npy_layout(data)
+    needed = math.prod(shape) * dtype.itemsize
+    if len(data) - start < needed:
+        raise BadImage("TRUNCATED", f".npy has {len(data) - start} bytes, {needed} are needed")
+    values = np.frombuffer(data, dtype, math.prod(shape), start).reshape(shape, order="F" if fortran else "C")
     if values.ndim == 3 and shape[0] < min(shape[1], shape[2]):
         values = values.transpose(1, 2, 0)
     return _number(values)
-
-
-# ------------------------------------------------------------------------------------------------------ 16-bit colour PNG
-
-
-def _png16(data: bytes) -> np.ndarray:
-    """16-bit RGB, RGBA or gray + alpha PNG, which Pillow would silently cut to 8 bits. Interlaced ones are refused."""
-    width, height, _, kind, _, _, interlace = struct.unpack(">IIBBBBB", data[16:29])
-    if interlace:
-        raise BadImage("UNSUPPORTED_MODE", "an interlaced 16-bit colour PNG; save it without interlacing, or as .npy")
-    samples = {2: 3, 4: 2, 6: 4}[kind]
-    stream, place = b"", 8
-    while place + 8 <= len(data):
-        (length,) = struct.unpack_from(">I", data, place)
-        name, body = data[place + 4 : place + 8], data[place + 8 : place + 8 + length]
-        if len(body) < length or place + 12 + length > len(data):
-            raise BadImage("TRUNCATED", "PNG: the last chunk is cut short")
-        if zlib.crc32(name + body) != struct.unpack_from(">I", data, place + 8 + length)[0]:
-            raise BadImage("CORRUPT", f"PNG: chunk {name!r} fails its checksum")
-        stream += body if name == b"IDAT" else b""
-        place += 12 + length
-    row_bytes = width * samples * 2
-    try:
-        raw = zlib.decompressobj().decompress(stream, height * (row_bytes + 1))
-    except zlib.error as error:
-        raise BadImage("CORRUPT", f"PNG: {error}") from None
-    if len(raw) < height * (row_bytes + 1):
-        raise BadImage("TRUNCATED", "PNG: rows are missing")
-    rows = np.frombuffer(raw, np.uint8).reshape(height, row_bytes + 1)
-    pixels = (
-        _unfilter(rows[:, 0], rows[:, 1:], samples * 2).view(">u2").reshape(height, width, samples).astype(np.uint16)
-    )
-    if samples in (2, 4):  # composite on white
-        colour, alpha = pixels[:, :, :-1].astype(np.float64), pixels[:, :, -1:] / 65535
-        pixels = (colour * alpha + 65535 * (1 - alpha)).round().astype(np.uint16)
-    return np.ascontiguousarray(pixels)
-
-
-def _unfilter(filters: np.ndarray, rows: np.ndarray, step: int) -> np.ndarray:
-    """Undo PNG's row filters (PNG specification, section 9); `step` bytes a pixel."""
-    out = np.zeros(rows.shape, np.uint8)
-    above = np.zeros(rows.shape[1], np.uint8)
-    for y, kind in enumerate(filters):
-        line = rows[y].copy()
-        if kind == 1:
-            line = np.add.accumulate(line.reshape(-1, step), 0, dtype=np.uint8).reshape(-1)
-        elif kind == 2:
-            line += above
-        elif kind in (3, 4):
-            for x in range(0, len(line), step):
-                left = line[x - step : x].astype(int) if x else np.zeros(step, int)
-                up = above[x : x + step].astype(int)
-                if kind == 3:
-                    guess = (left + up) // 2
-                else:
-                    corner = above[x - step : x].astype(int) if x else np.zeros(step, int)
-                    base = left + up - corner
-                    near = np.abs(np.stack([base - left, base - up, base - corner]))
-                    guess = np.choose(near.argmin(0), [left, up, corner])
-                line[x : x + step] += guess.astype(np.uint8)
-        elif kind > 4:
-            raise BadImage("CORRUPT", f"PNG: row filter {kind} does not exist")
-        out[y] = above = line
-    return out

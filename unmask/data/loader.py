@@ -7,14 +7,22 @@ a gap, so no image is left out and a batch may be larger than the data set.
 
 A file that has gone bad since the scan is replaced by another image drawn from the same counter-based stream, so every
 run replaces it alike; it is reported with the batch.
+
+Images kept in memory give the same pixels as images decoded anew, but for one case: a JPEG more than twice as large as
+its crop needs is, when it is not kept, decoded at 1/2, 1/4 or 1/8 before it is resampled, which differs by a level or
+two. So what a run draws depends on whether it keeps its images; that is decided once and is part of its plan, and a
+resumed run does the same.
 """
 
 from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from multiprocessing import active_children
+from multiprocessing.process import BaseProcess
 
 import numpy as np
 import torch
@@ -23,12 +31,13 @@ from torch.utils.data import DataLoader, Dataset
 from unmask.batch import Batch, ImageSpec
 from unmask.data import augment, decode
 from unmask.data.augment import CropConfig
-from unmask.data.decode import BadImage
+from unmask.data.decode import BadImage, Header
 from unmask.data.scan import BadFile
 from unmask.data.sources import Source
 from unmask.rng import Stream, permutation, uniform, words
 
 REPLACEMENT_TRIES = 16
+READ_AHEAD = 16  # files of a batch that are held undecoded at a time
 WORKER_TIMEOUT = 300
 
 
@@ -77,10 +86,11 @@ class Order:
 
 @dataclass(frozen=True)
 class _Opened:
-    """One image on its way: its full size, and either its bytes, or itself decoded, or what is wrong with it."""
+    """One image on its way: its full size, and either its bytes and header, or itself decoded, or what is wrong."""
 
     size: tuple[int, int]
     data: bytes = b""
+    header: Header | None = None
     image: np.ndarray | None = None
     fault: BadImage | None = None
 
@@ -106,9 +116,10 @@ class Images(Dataset[Delivery]):
         return len(self.rows)
 
     def keep_decoded(self) -> None:
-        """Decode every image once and keep it, for sets that fit in memory; workers forked later share the pages.
+        """Decode every image once, in full, and keep it, for sets that fit in memory; workers forked later share it.
 
-        What cannot be decoded now is met again, and reported, when its turn comes.
+        It takes rows x H x W x C values of the data set's dtype; the scan tells whether they fit. What cannot be
+        decoded now is met again, and reported, when its turn comes.
         """
         for row in self.rows.tolist():
             try:
@@ -118,17 +129,19 @@ class Images(Dataset[Delivery]):
 
     def __getitem__(self, taken: Taken) -> Delivery:
         index, bad = taken.index.copy(), []
-        opened = [self._open(int(row)) for row in index]
-        boxes, flips = self._boxes(opened, index, taken.epoch)
         out = np.empty((len(index), *self.spec.size, self.spec.channels), self.spec.dtype)
-        for place, image in enumerate(opened):
-            try:
-                out[place] = self._cut(image, boxes[place], bool(flips[place]))
-            except BadImage as error:
-                bad.append(BadFile(self.source.names[int(index[place])], error.code, error.detail))
-                if not self.training:
-                    raise BadImage(error.code, f"{bad[-1].name}: {error.detail}") from None
-                index[place], out[place] = self._replace(int(index[place]), int(taken.epoch[place]))
+        for start in range(0, len(index), READ_AHEAD):
+            part = slice(start, start + READ_AHEAD)
+            opened = [self._open(int(row)) for row in index[part]]
+            boxes, flips = self._boxes(opened, index[part], taken.epoch[part])
+            for place, image, box, flip in zip(range(start, len(index)), opened, boxes, flips, strict=False):
+                try:
+                    out[place] = self._cut(image, box, bool(flip))
+                except BadImage as error:
+                    bad.append(BadFile(self.source.names[int(index[place])], error.code, error.detail))
+                    if not self.training:
+                        raise BadImage(error.code, f"{bad[-1].name}: {error.detail}") from None
+                    index[place], out[place] = self._replace(int(index[place]), int(taken.epoch[place]))
         labels = self.source.labels
         batch = Batch(
             images=torch.from_numpy(np.ascontiguousarray(out.transpose(0, 3, 1, 2))),
@@ -145,7 +158,7 @@ class Images(Dataset[Delivery]):
         try:
             data = self.source.read(row)
             header = decode.header(data)
-            return _Opened((header.height, header.width), data=data)
+            return _Opened((header.height, header.width), data, header)
         except BadImage as error:
             return _Opened((1, 1), fault=error)
 
@@ -156,7 +169,7 @@ class Images(Dataset[Delivery]):
         image = opened.image
         if image is None:
             at_least = augment.decode_size(opened.size, box, self.spec.size)
-            image = self._conform(decode.decode(opened.data, at_least=at_least))
+            image = self._conform(decode.decode(opened.data, at_least=at_least, found=opened.header))
         scale = np.array(image.shape[:2]) / opened.size  # a scaled decode shrinks the box alike
         return augment.cut(image, box * np.tile(scale, 2), self.spec.size, flip)
 
@@ -176,8 +189,8 @@ class Images(Dataset[Delivery]):
                 continue
         raise BadImage(
             "VANISHED",
-            f"{self.source.names[row]} and {REPLACEMENT_TRIES} others drawn to replace it cannot be read: the data seem to "
-            "have gone; bring them back and resume",
+            f"{self.source.names[row]} and {REPLACEMENT_TRIES} others drawn to replace it cannot be read: the data "
+            "seem to have gone; bring them back and resume",
         )
 
     def _boxes(self, opened: Sequence[_Opened], index: np.ndarray, epoch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -207,22 +220,68 @@ class _Positions:
 
 def training_batches(
     images: Images, *, start: int, batch: int, batches: int, workers: int, pin: bool = False
-) -> Iterator[Delivery]:
-    """`batches` deliveries of `batch` images from sample number `start` on, decoded by `workers` processes."""
+) -> Deliveries:
+    """`batches` deliveries of `batch` images from sample number `start` on, decoded by `workers` processes.
+
+    Raises BadImage when a bad file cannot even be replaced.
+    """
     order = Order(images.rows, images.seed)
-    return iter(_loader(images, _Positions(order, start, batch, batches), workers, pin))
+    return Deliveries(_loader(images, _Positions(order, start, batch, batches), workers, pin))
 
 
 def eval_batches(images: Images, rows: np.ndarray, *, batch: int, workers: int = 0) -> Iterator[Batch]:
     """The given rows in order, centred box, no randomness; the last batch may be smaller. Raises BadImage."""
     pieces = [rows[i : i + batch] for i in range(0, len(rows), batch)]
     taken = [Taken(piece.astype(np.int64), np.zeros(len(piece), np.int64)) for piece in pieces]
-    return (delivery.batch for delivery in _loader(images, taken, workers, pin=False))
+    return (delivery.batch for delivery in Deliveries(_loader(images, taken, workers, pin=False)))
 
 
-def _loader(images: Images, sampler: Sequence[Taken] | _Positions, workers: int, pin: bool) -> DataLoader[Delivery]:
+@dataclass
+class _Caught(Dataset["Delivery | BadImage"]):
+    """Hands a BadImage over as a value: DataLoader would make a RuntimeError of one that is raised in a worker."""
+
+    images: Images
+
+    def __getitem__(self, taken: Taken) -> Delivery | BadImage:
+        try:
+            return self.images[taken]
+        except BadImage as error:
+            return error
+
+
+class Deliveries(Iterator[Delivery]):
+    """What a DataLoader delivers, from now on: its workers have started. Raises BadImage.
+
+    `close` ends the workers, and so does forgetting the object, or the end of the program: they do not listen to
+    SIGTERM (`_deaf_worker`), which is all that multiprocessing would send them, and so it would wait for ever.
+    """
+
+    def __init__(self, loader: Iterable[Delivery | BadImage]) -> None:
+        before = set(active_children())
+        self._arriving = iter(loader)
+        workers = [child for child in active_children() if child not in before]
+        self.close = weakref.finalize(self, _end, self._arriving, workers)
+
+    def __next__(self) -> Delivery:
+        got = next(self._arriving)
+        if isinstance(got, BadImage):
+            raise got
+        return got
+
+
+def _end(arriving: object, workers: list[BaseProcess]) -> None:
+    if shut_down := getattr(arriving, "_shutdown_workers", None):  # torch's own way, which gives each a few seconds
+        shut_down()
+    for worker in workers:
+        worker.kill()
+        worker.join()
+
+
+def _loader(
+    images: Images, sampler: Sequence[Taken] | _Positions, workers: int, pin: bool
+) -> DataLoader[Delivery | BadImage]:
     return DataLoader(
-        images,
+        _Caught(images),
         batch_size=None,  # the sampler hands out whole batches
         sampler=sampler,  # type: ignore[arg-type]
         num_workers=workers,
@@ -230,13 +289,15 @@ def _loader(images: Images, sampler: Sequence[Taken] | _Positions, workers: int,
         pin_memory=pin,
         timeout=WORKER_TIMEOUT if workers else 0,
         prefetch_factor=4 if workers else None,
+        generator=torch.Generator(),  # of its own: to start an epoch would draw from torch's global one
     )
 
 
 def _deaf_worker(_: int) -> None:
     """Workers ignore the signals that stop a run: the main process finishes its step and then closes them itself."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):  # Windows has no SIGUSR1
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def choose_workers(device: str, *, cached: bool) -> tuple[int, str]:

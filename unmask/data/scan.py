@@ -1,11 +1,12 @@
 """Looks at every file before training: what can be read, of what size and kind, with which mean and deviation.
 
 Decodes each file in full (or an even sample of them), one at a time, and keeps only sums. It judges nothing: what share
-of bad files is too much is the caller's to say.
+of bad files is too much is the caller's to say. The result is the same with any number of processes.
 """
 
 from __future__ import annotations
 
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -21,7 +22,9 @@ from unmask.data.decode import BadImage
 from unmask.data.sources import Source
 
 STATISTICS_SAMPLE = 10_000
+LOOK_AGAIN = 256
 CHUNK = 64
+PATIENCE = 5.0  # seconds of work that are worth starting processes for
 EXTENSION_OF = {
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"), "PNG": (".png",), "WEBP": (".webp",),
     "TIFF": (".tif", ".tiff"), "BMP": (".bmp",), "GIF": (".gif",), "NPY": (".npy",),
@@ -91,14 +94,16 @@ def scan(
     source: Source,
     *,
     sample: int | None = None,
-    workers: int = 0,
+    workers: int | None = None,
     channels: int | None = None,
     dtype: str | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> Scan:
     """Decode every file, or `sample` of them evenly spread.
 
-    channels, dtype: what the images must conform to; None means what most of them are. Files that cannot conform are bad.
+    workers: processes; 0 is this one; None starts one a core when there turns out to be work for more than a few
+    seconds. channels, dtype: what the images must conform to; None means what most of them are. Files that cannot
+    conform are bad.
     """
     start = time.monotonic()
     rows = np.arange(len(source))
@@ -119,42 +124,70 @@ def scan(
     return result
 
 
-def _look_at(source: Source, rows: np.ndarray, workers: int) -> Iterator[tuple[int, _Seen | BadImage]]:
-    if workers <= 0:
-        for row in rows.tolist():
+def _look_at(source: Source, rows: np.ndarray, workers: int | None) -> Iterator[tuple[int, _Seen | BadImage]]:
+    start, todo = time.monotonic(), rows.tolist()
+    if workers is None:
+        workers = os.cpu_count() or 1 if not hasattr(os, "sched_getaffinity") else len(os.sched_getaffinity(0))
+        for done, row in enumerate(todo):
+            if workers > 1 and done and done % CHUNK == 0:
+                left = (time.monotonic() - start) / done * (len(todo) - done)
+                if left > PATIENCE:
+                    todo = todo[done:]
+                    break
             yield row, _look(source, row)
+        else:
+            return
+    if workers <= 0:
+        yield from ((row, _look(source, row)) for row in todo)
         return
-    chunks = [rows[i : i + CHUNK].tolist() for i in range(0, len(rows), CHUNK)]
-    done = 0
-    try:
-        with ProcessPoolExecutor(workers) as pool:
-            for chunk, found in zip(chunks, pool.map(_look_many, [source] * len(chunks), chunks), strict=True):
+    chunks = [todo[i : i + CHUNK] for i in range(0, len(todo), CHUNK)]
+    while chunks:
+        done = 0
+        pool = ProcessPoolExecutor(workers, initializer=_begin, initargs=(source,))
+        try:
+            for chunk, found in zip(chunks, pool.map(_look_many, chunks), strict=True):
                 yield from zip(chunk, found, strict=True)
                 done += 1
-    except BrokenProcessPool:
-        # A file killed its worker (out of memory, a crash in a decoder). Find it: one process for each file.
-        for chunk in chunks[done:]:
-            for row in chunk:
+        except BrokenProcessPool:
+            # A file killed its worker (out of memory, a crash in a decoder). Find it, one process for each file; it may
+            # also lie in a later chunk, and then it will break the next pool.
+            for row in chunks[done]:
                 yield row, _look_apart(source, row)
+            done += 1
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)  # whoever interrupts need not wait for the rest
+        chunks = chunks[done:]
 
 
-def _look_many(source: Source, rows: list[int]) -> list[_Seen | BadImage]:
-    return [_look(source, row) for row in rows]
+_source: Source | None = None  # of a worker process: handed over once, not with every chunk
+
+
+def _begin(source: Source) -> None:
+    global _source
+    _source = source
+
+
+def _look_many(rows: list[int]) -> list[_Seen | BadImage]:
+    assert _source is not None
+    return [_look(_source, row) for row in rows]
 
 
 def _look_apart(source: Source, row: int) -> _Seen | BadImage:
     try:
-        with ProcessPoolExecutor(1) as pool:
-            return pool.submit(_look, source, row).result()
+        with ProcessPoolExecutor(1, initializer=_begin, initargs=(source,)) as pool:
+            return pool.submit(_look_many, [row]).result()[0]
     except BrokenProcessPool:
         return BadImage("CORRUPT", "decoding it killed the process")
 
 
-def _look(source: Source, row: int) -> _Seen | BadImage:
+def _look(source: Source, row: int, like: tuple[int, str] | None = None) -> _Seen | BadImage:
+    """One file, decoded; as it is, or `like` the data set's channels and dtype."""
     try:
         data = source.read(row)
         head = decode.header(data)
-        pixels = decode.decode(data)
+        pixels = decode.decode(data, found=head)
+        if like is not None:
+            pixels = decode.conform(pixels, *like)
     except BadImage as error:
         return error
     except MemoryError:
@@ -203,11 +236,11 @@ def _summarise(
         result.median_size = _pair(np.median(sizes, axis=0))
         width = np.dtype(wanted_dtype).itemsize * wanted_channels
         result.decoded_bytes = float(sizes.prod(1).mean()) * width
-        result.mean, result.std = _statistics(list(seen.values()), wanted_channels, wanted_dtype)
+        result.mean, result.std = _statistics(source, seen, wanted_channels, wanted_dtype)
 
 
 def _widest(dtypes: Counter[str]) -> str:
-    """float32 or uint8 as most are; uint16 as soon as some are, because uint8 can become uint16 but not the other way."""
+    """What most are; but uint16 instead of uint8 as soon as some are: uint8 can become uint16, not the other way."""
     common = dtypes.most_common(1)[0][0]
     return "uint16" if common == "uint8" and dtypes["uint16"] else common
 
@@ -216,13 +249,24 @@ def _pair(values: np.ndarray) -> tuple[int, int]:
     return int(values[0]), int(values[1])
 
 
-def _statistics(seen: list[_Seen], channels: int, dtype: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Per-channel mean and standard deviation over an even part of the images that need no conversion."""
-    alike = [found for found in seen if found.channels == channels and found.dtype == dtype] or seen
-    alike = [alike[i] for i in np.unique(np.linspace(0, len(alike) - 1, STATISTICS_SAMPLE).astype(int))]
-    count = sum(found.values for found in alike)
-    sums, squares = sum(found.sums for found in alike), sum(found.squares for found in alike)
-    mean = np.resize(sums / count, channels)
-    std = np.sqrt(np.maximum(np.resize(squares / count, channels) - mean**2, 0))
+def _statistics(
+    source: Source, seen: dict[int, _Seen], channels: int, dtype: str
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation per channel, in the data set's channels and units, over an even part of the images."""
+    alike = [found for found in seen.values() if found.channels in (1, channels)]
+    if not alike:  # colour images that are trained on as gray: sums per channel do not tell the deviation of the luma
+        rows = np.array(sorted(seen))[np.unique(np.linspace(0, len(seen) - 1, LOOK_AGAIN).astype(int))]
+        again = [_look(source, row, (channels, dtype)) for row in rows.tolist()]
+        alike = [found for found in again if isinstance(found, _Seen)]
+    if not alike:
+        return (0.0,) * channels, (1.0,) * channels
+    count, sums, squares = 0, np.zeros(channels), np.zeros(channels)
+    for place in np.unique(np.linspace(0, len(alike) - 1, STATISTICS_SAMPLE).astype(int)):
+        found = alike[place]
+        scale = 257 if dtype == "uint16" and found.dtype == "uint8" else 1
+        count += found.values
+        sums, squares = sums + found.sums * scale, squares + found.squares * scale**2
+    mean = sums / count
+    std = np.sqrt(np.maximum(squares / count - mean**2, 0))
     std = np.where(std > 1e-6 * np.maximum(1e-6, np.abs(mean)), std, 1.0)  # a constant channel is left as it is
     return tuple(mean.tolist()), tuple(std.tolist())

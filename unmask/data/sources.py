@@ -1,8 +1,9 @@
 """Where images come from: a folder tree, list file, glob, tar, zip, parquet, single files, or an embedded set.
 
-A `Source` gives names, sizes, labels and the bytes of row i; it decodes nothing. Names are sorted and stable, '/'-separated
-and relative, and safe to print (bytes that are no text are escaped); the real path is kept apart. Sources are cheap to
-pickle and safe to fork: file handles are opened by the process that uses them.
+A `Source` gives names, sizes, labels and the bytes of row i; it decodes nothing. Names are stable and sorted (a list
+keeps its own order), '/'-separated and relative, and safe to print: control characters, and bytes that are no text, are
+escaped. The real path is kept apart. Sources can be pickled and forked: a file handle is opened by the process that
+uses it.
 
 Class labels are the names of the first folder level that has more than one sub-folder, when every image lies in one of
 them; folders that are called train, val or test are splits, not classes.
@@ -11,16 +12,21 @@ them; folders that are called train, val or test are splits, not classes.
 from __future__ import annotations
 
 import difflib
+import fnmatch
 import glob
 import hashlib
 import io
+import lzma
 import os
+import re
 import stat
+import struct
 import tarfile
 import zipfile
+import zlib
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +36,7 @@ from unmask.data.decode import MOST_BYTES, BadImage
 
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".npy")
 LISTS = (".txt", ".lst", ".csv", ".tsv")
+COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstd
 TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 EMBEDDED = ("shapes", "shapes-test", "digits", "digits-test")
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "dev", "eval"}
@@ -44,7 +51,9 @@ class SourceError(ValueError):
 class Source(ABC):
     """Rows of images. `name` as typed, `location` what opens it again from anywhere, `skipped` what was passed over."""
 
-    def __init__(self, name: str, names: Sequence[str], sizes: Sequence[int], *, location: str | None = None) -> None:
+    def __init__(
+        self, name: str, names: Sequence[str], sizes: Sequence[int] | np.ndarray, *, location: str | None = None
+    ) -> None:
         self.name = name
         self.location = location if location is not None else str(Path(name).absolute())
         self.names = list(names)
@@ -73,8 +82,9 @@ class Source(ABC):
         self.classes, self.labels, self.split_folders = classes_of(self.names)
 
     def label_by(self, values: Sequence[str]) -> None:
-        """Set labels from one text per row."""
-        self.classes = sorted(set(values))
+        """Set labels from one text per row; numbers are ordered as numbers."""
+        numbers = all(value.isdecimal() for value in values)
+        self.classes = sorted(set(values), key=(lambda value: (int(value), value)) if numbers else None)
         number = {name: i for i, name in enumerate(self.classes)}
         self.labels = np.array([number[value] for value in values], np.int64)
 
@@ -98,8 +108,8 @@ def require_labels(source: Source) -> Source:
     if source.labels is None:
         if source.split_folders:
             raise SourceError(
-                f"{source.name} holds {', '.join(source.split_folders)}, which are splits, not classes; point at one of them, "
-                f"for example {source.name.rstrip('/')}/{source.split_folders[-1]}"
+                f"{source.name} holds {', '.join(source.split_folders)}, which are splits, not classes; point at "
+                f"one of them, for example {source.name.rstrip('/')}/{source.split_folders[-1]}"
             )
         raise SourceError(
             f"{source.name} has no class labels; they come from sub-folder names: put the images of each class into a "
@@ -113,11 +123,12 @@ def open_source(data: str | Path) -> Source:
     text = str(data)
     stem, _, count = text.partition(":")
     path = Path(text)
-    if not path.exists() and stem in EMBEDDED:
+    exists = os.path.exists(text)  # unlike Path.exists, no error for a name that is too long or a closed folder
+    if not exists and stem in EMBEDDED:
         return _embedded(text, stem, count)
-    if glob.has_magic(text) and not path.exists():
+    if not exists and glob.has_magic(text):
         source: Source = _from_glob(text)
-    elif not path.exists():
+    elif not exists:
         raise SourceError(f"{text} does not exist; {WHAT_DATA_IS} was expected{_near(text, stem)}")
     elif path.is_dir():
         source = _from_tree(text)
@@ -134,7 +145,11 @@ def open_source(data: str | Path) -> Source:
 
 
 def _near(text: str, stem: str) -> str:
-    beside = [str(entry) for entry in Path(text).parent.glob("*")] if Path(text).parent.is_dir() else []
+    folder = os.path.dirname(text)
+    try:
+        beside = [os.path.join(folder, name) for name in os.listdir(folder or ".")]
+    except (OSError, ValueError):
+        beside = []
     close = difflib.get_close_matches(text, beside, 1, 0.7) + difflib.get_close_matches(stem, EMBEDDED, 1, 0.7)
     return f"; did you mean {' or '.join(close[:2])}?" if close else ""
 
@@ -154,7 +169,7 @@ def _from_file(text: str) -> Source:
     raise SourceError(f"{text} is a file of no known kind; {WHAT_DATA_IS} was expected")
 
 
-# -------------------------------------------------------------------------------------------------------------- plain files
+# ---------------------------------------------------------------------------------------------------------- plain files
 
 
 class Files(Source):
@@ -167,81 +182,135 @@ class Files(Source):
     def read(self, i: int) -> bytes:
         path = os.path.join(self.root, self.relative[i])
         try:
+            found = os.stat(path)
+            if not stat.S_ISREG(found.st_mode):  # opening a pipe would wait for ever
+                raise BadImage("NOT_IMAGE", "it is a folder, a pipe or a device, not a regular file")
+            if found.st_size > MOST_BYTES:
+                raise BadImage("TOO_LARGE_FILE", f"{found.st_size} bytes, at most {MOST_BYTES} are read")
             with open(path, "rb") as file:
-                # A growing or endless file must not fill the memory.
-                return file.read(MOST_BYTES + 1)
+                return file.read(found.st_size)  # no more, should it be growing
         except PermissionError:
             raise BadImage("PERMISSION", "the file may not be read; check its owner and mode") from None
         except OSError as error:
-            raise BadImage("VANISHED", f"the file cannot be read any more: {error.strerror}") from None
+            raise BadImage("VANISHED", f"the file cannot be read: {error.strerror}") from None
 
 
 def printable(path: str) -> str:
-    """A path with '/' separators in which bytes that are no UTF-8 are written as \\xNN: safe for JSON and for screens."""
-    return path.replace(os.sep, "/").encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    """A path with '/' separators, safe for JSON and screens: \\xNN stands for control characters and for non-UTF-8."""
+    text = path.replace(os.sep, "/").encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 def _from_tree(text: str) -> Files:
     skipped: Counter[str] = Counter()
-    entries = sorted(_walk(text, "", set(), skipped), key=lambda entry: os.fsencode(entry[0]))
+    entries = sorted(_walk(text, skipped), key=lambda entry: os.fsencode(entry[0]))
     source = Files(text, os.path.abspath(text), [path for path, _ in entries], [size for _, size in entries])
     source.skipped = skipped
     source.label_by_folder()
     return source
 
 
-def _walk(root: str, below: str, seen: set[tuple[int, int]], skipped: Counter[str]) -> Iterator[tuple[str, int]]:
-    """(relative path, size) of every image file; each folder once, so a loop of links ends; nothing but stat is called."""
-    folder = os.path.join(root, below)
+def _walk(root: str, skipped: Counter[str], wanted: Callable[[str], bool] = bool) -> Iterator[tuple[str, int]]:
+    """(relative path, size) of every image file whose relative path is `wanted`.
+
+    Each folder once, so a loop of links ends; a folder is taken by its shallowest path. Nothing but stat is called.
+    """
+    seen: set[tuple[int, int]] = set()
+    level = [""]
+    while level:
+        below: list[str] = []
+        for folder in level:
+            below += yield from _list_folder(root, folder, seen, skipped, wanted)
+        level = below
+
+
+def _list_folder(
+    root: str, folder: str, seen: set[tuple[int, int]], skipped: Counter[str], wanted: Callable[[str], bool]
+) -> Generator[tuple[str, int], None, list[str]]:
+    """The images of one folder; returns its sub-folders."""
+    below: list[str] = []
     try:
-        here = os.stat(folder)
+        here = os.stat(os.path.join(root, folder))
         if (here.st_dev, here.st_ino) in seen:
             skipped["folder seen before"] += 1
-            return
+            return below
         seen.add((here.st_dev, here.st_ino))
-        with os.scandir(folder) as entries:
-            listing = sorted(entries, key=lambda entry: os.fsencode(entry.name))
+        with os.scandir(os.path.join(root, folder)) as entries:
+            listing = sorted(entries, key=lambda entry: (entry.is_symlink(), os.fsencode(entry.name)))
     except PermissionError:
         skipped["folder without permission"] += 1
-        return
+        return below
     except OSError:
         skipped["folder that cannot be read"] += 1
-        return
+        return below
     for entry in listing:
-        if entry.name.startswith(".") or entry.name == "__MACOSX":
+        if _hidden(entry.name):
             continue
-        path = os.path.join(below, entry.name)
+        path = os.path.join(folder, entry.name)
         try:
             if entry.is_dir():
-                yield from _walk(root, path, seen, skipped)
+                below.append(path)
+            elif not wanted(path.replace(os.sep, "/")):
+                continue
             elif not entry.name.lower().endswith(EXTENSIONS):
                 skipped[os.path.splitext(entry.name)[1].lower()] += 1
             elif entry.is_file():
                 yield path, entry.stat().st_size
+            elif entry.is_symlink() and not os.path.exists(entry.path):
+                skipped["broken link"] += 1
             else:
                 skipped["not a regular file"] += 1
         except OSError:
             skipped["broken link"] += 1
+    return below
+
+
+def _hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"
 
 
 def _from_glob(text: str) -> Files:
-    found = sorted(path for path in glob.iglob(text, recursive=True) if os.path.isfile(path))
-    images = [path for path in found if path.lower().endswith(EXTENSIONS)]
-    if not found:
+    skipped: Counter[str] = Counter()
+    parts = text.replace(os.sep, "/").split("/")
+    if "**" in parts:  # not by glob: it follows links in circles
+        plain = next(i for i, part in enumerate(parts) if glob.has_magic(part))
+        root = "/".join(parts[:plain]) + ("/" if plain else "")
+
+        def wanted(path: str) -> bool:
+            return _matches(path.split("/"), parts[plain:])
+
+        found = [os.path.join(root, path) for path, _ in _walk(root or ".", skipped, wanted)]
+    else:
+        found = []
+        for path in glob.iglob(text):
+            if path.lower().endswith(EXTENSIONS) and os.path.isfile(path):
+                found.append(path)
+            elif os.path.isfile(path):
+                skipped[os.path.splitext(path)[1].lower()] += 1
+    if not found and not skipped:
         raise SourceError(f"{text} matches no file; put the pattern in quotes, and use ** for any depth")
-    source = _absolute_files(text, images)
-    source.skipped = Counter(os.path.splitext(path)[1].lower() for path in found if path not in set(images))
+    location = text if os.path.isabs(text) else os.path.join(glob.escape(os.getcwd()), text)
+    source = _absolute_files(text, sorted(found, key=os.fsencode), location=location)
+    source.skipped = skipped
     source.label_by_folder()
     return source
 
 
-def _absolute_files(text: str, paths: Sequence[str], **more: Any) -> Files:
+def _matches(names: Sequence[str], parts: Sequence[str]) -> bool:
+    """Whether the parts of a path match those of a glob, in which ** is any number of folders."""
+    if not parts or list(parts) == ["**"]:
+        return bool(parts) or not names
+    if parts[0] == "**":
+        return any(_matches(names[i:], parts[1:]) for i in range(len(names)))
+    return bool(names) and fnmatch.fnmatchcase(names[0], parts[0]) and _matches(names[1:], parts[1:])
+
+
+def _absolute_files(text: str, paths: Sequence[str], *, location: str | None = None) -> Files:
     """Files anywhere; names are relative to their longest common folder."""
     absolute = [os.path.abspath(path) for path in paths]
     root = os.path.commonpath([os.path.dirname(path) for path in absolute]) if absolute else os.getcwd()
-    return Files(
-        text, root, [os.path.relpath(path, root) for path in absolute], [_size(path) for path in absolute], **more
-    )
+    relative, sizes = [os.path.relpath(path, root) for path in absolute], [_size(path) for path in absolute]
+    return Files(text, root, relative, sizes, location=location)
 
 
 def _size(path: str) -> int:
@@ -257,15 +326,16 @@ def open_files(paths: Sequence[str | Path]) -> Files:
         if not os.path.isfile(path):
             raise SourceError(f"{path} is not a file; image files were expected")
     texts = [str(path) for path in paths]
-    return _absolute_files(texts[0] if len(texts) == 1 else f"{len(texts)} files", texts, location=texts[0])
+    name = texts[0] if len(texts) == 1 else f"{len(texts)} files"
+    return _absolute_files(name, texts, location=os.path.abspath(texts[0]))
 
 
 def _from_list(text: str) -> Files:
-    """One path a line, relative to the list's own folder, then optionally a tab or comma and a label; # begins a comment."""
+    """One path a line, relative to the list's folder, perhaps a tab, comma or space and a label. # is a comment."""
     folder = os.path.dirname(os.path.abspath(text))
     paths, labels = [], []
     try:
-        lines = Path(text).read_bytes().decode("utf-8", "surrogateescape").splitlines()
+        lines = Path(text).read_bytes().decode("utf-8", "surrogateescape").removeprefix("\ufeff").split("\n")
     except OSError as error:
         raise SourceError(f"the list {text} cannot be read: {error.strerror}") from None
     for line in lines:
@@ -283,10 +353,17 @@ def _from_list(text: str) -> Files:
             f"relative to {folder}"
         )
     source = _absolute_files(text, paths)
-    if paths and all(label is not None for label in labels):
-        source.label_by([str(label) for label in labels])
-    else:
+    labelled = [label for label in labels if label is not None]
+    if not labelled:
         source.label_by_folder()
+    elif len(labelled) == len(labels):
+        source.label_by(labelled)
+    else:
+        missing = source.names[labels.index(None)]
+        raise SourceError(
+            f"{len(labelled)} of {len(labels)} lines of {text} give a label, and others do not, for example {missing}; "
+            "give every line a label, or none"
+        )
     return source
 
 
@@ -295,18 +372,22 @@ def _path_and_label(line: str, folder: str) -> tuple[str, str | None]:
         return line, None
     for separator in ("\t", ",", " "):
         path, found, label = line.rpartition(separator)
-        if found and path.lower().strip().endswith(EXTENSIONS):
-            return path.strip(), label.strip()
-    return line, None
+        path = path.strip().strip('"')
+        if found and path.lower().endswith(EXTENSIONS):
+            return path, label.strip().strip('"')
+    return line.strip('"'), None
 
 
-# ----------------------------------------------------------------------------------------------------------------- archives
+# ------------------------------------------------------------------------------------------------------------- archives
 
 
 def _wanted(name: str, size: int, skipped: Counter[str]) -> bool:
     """Whether an archive member is an image we read; nothing is ever unpacked to disk."""
     parts = name.split("/")
-    if any(part.startswith(".") or part == "__MACOSX" for part in parts):
+    if ".." in parts:
+        skipped["path that leaves the archive"] += 1
+        return False
+    if any(_hidden(part) for part in parts if part != "."):  # names such as ./a.jpg are what tar makes of a folder
         return False
     if not name.lower().endswith(EXTENSIONS):
         skipped[os.path.splitext(name)[1].lower()] += 1
@@ -321,41 +402,52 @@ class TarSource(Source):
     """A tar file. Plain: an index of offsets is made once. Compressed: read into memory once, up to 2 GiB."""
 
     def __init__(self, text: str) -> None:
-        skipped: Counter[str] = Counter()
+        self.skipped: Counter[str] = Counter()
         members: list[tuple[str, int, int, bytes]] = []
-        compressed = not text.lower().endswith(".tar")
-        held = 0
+        compressed = _is_compressed(text)
         try:
             with tarfile.open(text) as archive:
-                for member in archive:
-                    if not member.isfile():
-                        skipped["not a regular file"] += not member.isdir()
-                        continue
-                    if not _wanted(member.name, member.size, skipped):
-                        continue
-                    content = b""
-                    if compressed:
-                        held += member.size
-                        if held > MOST_UNPACKED:
-                            raise SourceError(
-                                f"{text} unpacks to more than {MOST_UNPACKED >> 30} GiB, and a compressed tar cannot be read "
-                                "at random places; unpack it, or make an uncompressed .tar"
-                            )
-                        file = archive.extractfile(member)
-                        content = file.read() if file else b""
-                    members.append((member.name.removeprefix("./"), member.offset_data, member.size, content))
-        except (tarfile.TarError, EOFError, OSError, ValueError) as error:
-            if isinstance(error, SourceError):
-                raise
+                for member in self._index(archive, compressed):
+                    members.append(member)
+        except SourceError:
+            raise
+        except (tarfile.TarError, EOFError, OSError, ValueError, zlib.error, lzma.LZMAError) as error:
             if not members:
                 raise SourceError(f"{text} cannot be read as a tar file: {error}") from None
-            skipped["lost: the tar is cut short"] += 1
+            self.skipped["lost: the tar is damaged or cut short"] += 1
         members.sort(key=lambda member: member[0])
+        skipped = self.skipped
         super().__init__(text, [printable(name) for name, *_ in members], [size for _, _, size, _ in members])
+        self.skipped = skipped
         self.offsets = [offset for _, offset, _, _ in members]
         self.contents = [content for *_, content in members] if compressed else None
-        self.skipped = skipped
         self.label_by_folder()
+
+    def _index(self, archive: tarfile.TarFile, compressed: bool) -> Iterator[tuple[str, int, int, bytes]]:
+        """(name, offset, size, content if compressed) of each image."""
+        held = 0
+        for member in archive:
+            if not member.isfile() or member.issparse():  # links too: nothing outside the archive is ever looked at
+                self.skipped["not a regular file"] += not member.isdir()
+                continue
+            if not _wanted(member.name, member.size, self.skipped):
+                continue
+            content = b""
+            if compressed:
+                held += member.size
+                if held > MOST_UNPACKED:
+                    raise SourceError(
+                        f"{archive.name} unpacks to more than {MOST_UNPACKED >> 30} GiB, and a compressed tar cannot "
+                        "be read at random places; unpack it, or make an uncompressed .tar"
+                    )
+                file = archive.extractfile(member)
+                content = file.read() if file else b""
+                if len(content) < member.size:
+                    raise EOFError
+            yield member.name.removeprefix("./"), member.offset_data, member.size, content
+        # tarfile takes a damaged header for the end; behind the true end are zeros, or nothing.
+        if archive.fileobj is not None and archive.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):
+            raise tarfile.ReadError("a header in its middle is damaged")
 
     def read(self, i: int) -> bytes:
         if self.contents is not None:
@@ -368,24 +460,35 @@ class TarSource(Source):
             raise BadImage("VANISHED", f"the archive cannot be read any more: {error.strerror}") from None
 
 
+def _is_compressed(path: str) -> bool:
+    """By its first bytes: what is called .tar may be compressed all the same."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(8).startswith(COMPRESSED)
+    except OSError as error:
+        raise SourceError(f"{path} cannot be read: {error.strerror}") from None
+
+
 class ZipSource(Source):
     """A zip file; members are read one at a time, checked against their CRC."""
 
     def __init__(self, text: str) -> None:
         skipped: Counter[str] = Counter()
+        members: dict[str, int] = {}  # of members of the same name, the last is what reading gives
         try:
             with zipfile.ZipFile(text) as archive:
-                members = sorted(
-                    (info.filename, info.file_size)
-                    for info in archive.infolist()
-                    if not info.is_dir()
-                    and (info.external_attr >> 28) in (0, 8)  # regular files, not links
-                    and _wanted(info.filename, info.file_size, skipped)
-                )
-        except (zipfile.BadZipFile, OSError) as error:
+                for info in archive.infolist():
+                    if info.is_dir():
+                        continue
+                    if (info.external_attr >> 28) not in (0, 8):  # a link
+                        skipped["not a regular file"] += 1
+                    elif _wanted(info.filename, info.file_size, skipped):
+                        members[info.filename] = info.file_size
+        except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error) as error:
             raise SourceError(f"{text} cannot be read as a zip file: {error}") from None
-        super().__init__(text, [printable(name) for name, _ in members], [size for _, size in members])
-        self.members, self.skipped = [name for name, _ in members], skipped
+        self.members = sorted(members)
+        super().__init__(text, [printable(name) for name in self.members], [members[name] for name in self.members])
+        self.skipped = skipped
         self.label_by_folder()
         self._open: tuple[int, zipfile.ZipFile] | None = None
 
@@ -396,12 +499,21 @@ class ZipSource(Source):
         try:
             if self._open is None or self._open[0] != os.getpid():  # one handle a process
                 self._open = os.getpid(), zipfile.ZipFile(self.location)
-            with self._open[1].open(self.members[i]) as file:
+            archive = self._open[1]
+            if archive.getinfo(self.members[i]).flag_bits & 1:
+                raise BadImage("PERMISSION", "the zip member is encrypted; unpack the archive with its password")
+            with archive.open(self.members[i]) as file:
                 return file.read(MOST_BYTES + 1)
-        except zipfile.BadZipFile as error:
+        except NotImplementedError as error:
+            raise BadImage("FORMAT_NOT_ALLOWED", f"zip member: {error}") from None
+        except (KeyError, FileNotFoundError, PermissionError) as error:
+            raise BadImage("VANISHED", f"the archive cannot be read any more: {error}") from None
+        except EOFError:
+            raise BadImage("TRUNCATED", "the zip member ends early") from None
+        except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, OSError, ValueError, RuntimeError) as error:
+            if isinstance(error, BadImage):
+                raise
             raise BadImage("CORRUPT", f"zip member: {error}") from None
-        except (OSError, KeyError, RuntimeError, NotImplementedError) as error:
-            raise BadImage("VANISHED", f"zip member cannot be read: {error}") from None
 
 
 class ParquetSource(Source):
@@ -412,47 +524,52 @@ class ParquetSource(Source):
         import pyarrow.parquet as pq
 
         try:
-            file = pq.ParquetFile(text)
+            with pq.ParquetFile(text) as file:
+                schema = file.schema_arrow
+                self.column = _image_column(schema, text)
+                self.struct = pa.types.is_struct(schema.field(self.column).type)
+                rows = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+                names = _parquet_names(file, schema, self.column, self.struct)
+                labels = _parquet_labels(file, schema, text)
         except (pa.ArrowException, OSError) as error:
             raise SourceError(f"{text} cannot be read as a parquet file: {error}") from None
-        schema = file.schema_arrow
-        self.column = _image_column(schema, text)
-        self.struct = pa.types.is_struct(schema.field(self.column).type)
-        rows = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
         self.starts = np.concatenate([[0], np.cumsum(rows)]).astype(np.int64)
-        names = _parquet_names(file, schema, self.column, self.struct)
         super().__init__(text, names, np.zeros(len(names), np.int64))
         self.digest = hashlib.sha256(str((os.path.getsize(text), rows)).encode()).hexdigest()
-        for label in ("label", "labels", "class", "target"):
-            if label in schema.names:
-                values = [str(value) for value in file.read([label]).column(label).to_pylist()]
-                width = max(len(value) for value in values) if values and all(v.isdigit() for v in values) else 0
-                self.label_by([value.zfill(width) if width else value for value in values])
-                break
-        self._cache: tuple[int, int, list[Any]] | None = None
+        if labels is not None:
+            self.label_by(labels)
+        self._groups: dict[int, Any] = {}  # row groups in memory, the one used last at the end
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_cache": None}
+        return self.__dict__ | {"_groups": {}}
 
     def fingerprint(self) -> str:
         return hashlib.sha256((super().fingerprint() + self.digest).encode()).hexdigest()
 
     def read(self, i: int) -> bytes:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
         group = int(np.searchsorted(self.starts, i, "right")) - 1
-        if self._cache is None or self._cache[:2] != (os.getpid(), group):
-            try:
-                column = pq.ParquetFile(self.location).read_row_group(group, [self.column]).column(self.column)
-            except (pa.ArrowException, OSError) as error:
-                raise BadImage("VANISHED", f"row group {group} cannot be read: {error}") from None
-            self._cache = os.getpid(), group, column.to_pylist()
-        value = self._cache[2][i - int(self.starts[group])]
+        # Rows are drawn at random, and only whole groups can be read: without keeping them every image would cost one.
+        column = self._groups.pop(group) if group in self._groups else self._read_group(group)
+        self._groups[group] = column
+        while len(self._groups) > 1 and sum(held.nbytes for held in self._groups.values()) > MOST_UNPACKED:
+            del self._groups[next(iter(self._groups))]
+        value = column[i - int(self.starts[group])].as_py()
         value = value.get("bytes") if self.struct and value else value
         if not value:
             raise BadImage("EMPTY", "the row has no image bytes")
         return bytes(value)
+
+    def _read_group(self, group: int) -> Any:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            with pq.ParquetFile(self.location) as file:
+                return file.read_row_group(group, [self.column], use_threads=False).column(self.column)
+        except (FileNotFoundError, PermissionError) as error:
+            raise BadImage("VANISHED", f"the file cannot be read any more: {error.strerror}") from None
+        except (pa.ArrowException, OSError, IndexError) as error:
+            raise BadImage("CORRUPT", f"row group {group} cannot be read: {error}") from None
 
 
 def _image_column(schema: Any, text: str) -> str:
@@ -470,6 +587,19 @@ def _image_column(schema: Any, text: str) -> str:
     raise SourceError(f"{text} has no column of image bytes; its columns are {', '.join(schema.names)}")
 
 
+def _parquet_labels(file: Any, schema: Any, text: str) -> list[str] | None:
+    for name in ("label", "labels", "class", "target"):
+        if name in schema.names:
+            values = file.read([name]).column(name).to_pylist()
+            if None in values:
+                raise SourceError(
+                    f"{text} has no {name} in {values.count(None)} of {len(values)} rows, for example in row "
+                    f"{values.index(None)}; give every row one, or leave the column out"
+                )
+            return [str(value) for value in values]
+    return None
+
+
 def _parquet_names(file: Any, schema: Any, column: str, struct: bool) -> list[str]:
     for name in ("path", "file", "filename", "file_name", "name"):
         if name in schema.names and name != column:
@@ -481,23 +611,21 @@ def _parquet_names(file: Any, schema: Any, column: str, struct: bool) -> list[st
     return [f"row-{row:08d}" for row in range(file.metadata.num_rows)]
 
 
-# ----------------------------------------------------------------------------------------------------------------- embedded
+# ------------------------------------------------------------------------------------------------------------- embedded
 
 
 class Drawn(Source):
-    """Images that are computed, not read: row i is index first + i of the embedded set `shapes`."""
+    """Images that are computed, not stored: row i is index first + i of the embedded set `shapes`."""
 
     def __init__(self, text: str, first: int, count: int) -> None:
         from unmask.data import shapes
 
         super().__init__(text, [f"shapes-{first + i:06d}" for i in range(count)], np.zeros(count), location=text)
-        self.first, self.classes = first, list(shapes.CLASSES)
-        self.labels = np.array([shapes.draw(first + i)[1] for i in range(count)], np.int64)
+        self.classes = list(shapes.CLASSES)
+        self.pixels, self.labels = shapes.draw(np.arange(first, first + count))
 
     def read(self, i: int) -> bytes:
-        from unmask.data import shapes
-
-        return _as_npy(shapes.draw(self.first + i)[0])
+        return _as_npy(self.pixels[i])
 
 
 class Digits(Source):

@@ -9,7 +9,7 @@ gives numbers that look merely disappointing.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -30,8 +30,8 @@ class FeatureTable:
     """Features of n images, one row each, in the order in which the batches brought them.
 
     `index` (n,) int64 the row of each image in its source; `labels` (n,) int64, or None where the batches have none;
-    `cls` (n, D) float32, or None where the encoder has no class token; `mean` (n, D) float32, the mean over patch tokens
-    (for `raw_pixels`: the pixels); `digest` (n,) uint64, equal for images that are equal in every pixel.
+    `cls` (n, D) float32, or None where the encoder has no class token; `mean` (n, D) float32, the mean over patch
+    tokens (for `RawPixels`: the pixels); `digest` (n,) uint64, equal for images that are equal in every pixel.
     """
 
     index: np.ndarray
@@ -63,16 +63,11 @@ class RawPixels(nn.Module):
 def collect(encoder: nn.Module, batches: Iterable[Batch], *, device: str, precision: str) -> FeatureTable:
     """Features of all images under a frozen encoder: eval mode, no gradients, nothing masked.
 
-    encoder: on `device`; its forward maps images (B, C, H, W) in the files' dtype to `Features`. It is left in the mode
-    (train or eval) in which it came, module by module. precision: "fp32", or "bf16" for autocast; rows are float32 either
-    way. Raises ValueError when there is no image, or when a feature is not finite.
+    encoder: on `device`; its forward maps images (B, C, H, W) in the files' dtype to `Features`. It is left in the
+    mode (train or eval) in which it came, module by module. precision: "fp32", or "bf16" for autocast; rows are float32
+    either way. Raises ValueError when there is no image, or when a feature is not finite.
     """
     return collect_each({"features": encoder}, batches, device=device, precision=precision)["features"]
-
-
-def raw_pixels(batches: Iterable[Batch]) -> FeatureTable:
-    """`collect` with `RawPixels`: the table's `mean` holds the pixels, its `cls` is None."""
-    return collect(RawPixels(), batches, device="cpu", precision="fp32")
 
 
 def collect_each(
@@ -99,34 +94,6 @@ def collect_each(
             "no images came to compute features of; at least one was expected: look at the data with `unmask check`"
         )
     return {name: shared.table(rows[name]) for name in encoders}
-
-
-def labels_only(batches: Iterable[Batch]) -> tuple[np.ndarray, np.ndarray | None]:
-    """(index, labels) of all images, each (n,), without computing anything on them; no labels is None."""
-    index: list[np.ndarray | None] = []
-    labels: list[np.ndarray | None] = []
-    for batch in batches:
-        index.append(_array(batch.index))
-        labels.append(None if batch.labels is None else _array(batch.labels))
-    rows = _joined(index)
-    return np.zeros(0, np.int64) if rows is None else rows, _joined(labels)
-
-
-def only(batches: Iterable[Batch], wanted: np.ndarray) -> Iterator[Batch]:
-    """The same batches with only the images whose index is in `wanted`; batches left empty are dropped."""
-    for batch in batches:
-        kept = torch.from_numpy(np.flatnonzero(np.isin(_array(batch.index), wanted)))
-        if len(kept):
-            yield (
-                batch
-                if len(kept) == len(batch)
-                else Batch(
-                    batch.images[kept],
-                    batch.index[kept],
-                    batch.epoch[kept],
-                    None if batch.labels is None else batch.labels[kept],
-                )
-            )
 
 
 class _Rows:
@@ -170,9 +137,9 @@ def _finite(features: Tensor, index: np.ndarray) -> np.ndarray:
     bad = ~np.isfinite(rows).all(1)
     if bad.any():
         raise ValueError(
-            f"the features of {bad.sum()} of {len(rows)} images are not finite (the first is row {index[bad.argmax()]} of "
-            "the source): the weights are damaged, or the images hold numbers that are not; try an earlier checkpoint "
-            "with --step, and look at the images with `unmask check`"
+            f"the features of {bad.sum()} of {len(rows)} images are not finite (the first is row "
+            f"{index[bad.argmax()]} of the source): the weights are damaged, or the images hold numbers that are far "
+            "from those of training; try an earlier checkpoint with --step, and look at the images with `unmask check`"
         )
     return rows
 

@@ -21,9 +21,9 @@ def knn(train_x: np.ndarray, train_y: np.ndarray, test_x: np.ndarray, *, k: int 
     """Predicted classes (m,) int64 of `test_x` (m, D), from `train_x` (n, D) with labels `train_y` (n,) >= 0.
 
     With fewer than k training images all of them vote. A feature of length zero is similar to nothing (s = 0).
-    Ties: among training images equally similar, those with the lower row are neighbours; among classes with equal votes,
-    the one with the most similar single neighbour wins, and after that the one with the smaller number.
-    The similarity matrix is computed in pieces of at most 32 MiB. Raises ValueError for k < 1 or tables that do not fit.
+    Ties: among training images equally similar, those with the lower row are neighbours; among classes with equal
+    votes, the one with the most similar single neighbour wins, and after that the one with the smaller number. The
+    similarity matrix is computed in pieces of at most 32 MiB. Raises ValueError for k < 1 or tables that do not fit.
     """
     if k < 1:
         raise ValueError(f"k={k} neighbours came; at least 1 was expected, 20 is usual")

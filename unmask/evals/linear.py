@@ -18,10 +18,11 @@ from threadpoolctl import threadpool_limits
 
 from unmask.rng import Stream, words
 
-C_GRID = tuple(float(c) for c in 10.0 ** np.arange(-5, 3))
+C_GRID = tuple(10.0**power for power in range(-5, 3))
 HELD_OUT = 0.2
 C_WITHOUT_CHOICE = 0.01
 MAX_ITERATIONS = 500
+HOLD_OUT_FOR_TEST, SHOTS, HOLD_OUT_FOR_C = 0, 1, 2  # what labels are drawn for; each its own epoch of the stream
 
 
 @dataclass(frozen=True)
@@ -42,30 +43,33 @@ def linear(train_x: np.ndarray, train_y: np.ndarray, test_x: np.ndarray, *, seed
     the decade from 1e-5 to 1e2 with the best accuracy on a fifth of every class of the training set, picked by `seed`
     (equal accuracies: the best log-loss). The path goes from strong to weak regularisation, each fit starting from the
     one before, and ends early after two values in a row that are no better. Then all training images are fitted with
-    that C. With one image per class there is nothing to hold out: C = 0.01. Raises ValueError for fewer than two classes.
+    that C. With one image per class there is nothing to hold out: C = 0.01. Raises ValueError for fewer than two
+    classes.
     """
     train_y = np.asarray(train_y, np.int64)
     if len(np.unique(train_y)) < 2:
         raise ValueError("labels of fewer than two classes came; a linear probe needs at least two classes")
     mean, std = train_x.mean(0, dtype=np.float64), train_x.std(0, dtype=np.float64)
-    std[std <= 1e-12 * (1 + np.abs(mean))] = 1.0
+    std[std <= 1e-6 * np.abs(mean)] = 1.0  # what varies by float32 rounding alone is constant
     mean, std = mean.astype(np.float32), std.astype(np.float32)
     train_x, test_x = (train_x - mean) / std, (test_x - mean) / std
 
-    fit, held = hold_out(train_y, seed)
+    fit, held = hold_out(train_y, np.arange(len(train_y)), seed, HOLD_OUT_FOR_C)
     chosen, c = len(held) > 0, C_WITHOUT_CHOICE
     if chosen:
         c = _choose_c(train_x[fit], train_y[fit], train_x[held], train_y[held])
     model, converged = _fit(LogisticRegression(max_iter=MAX_ITERATIONS, C=c), train_x, train_y)
-    return LinearFit(model.predict(test_x).astype(np.int64), c, chosen, converged)
+    return LinearFit(np.asarray(model.predict(test_x), np.int64), c, chosen, converged)
 
 
-def hold_out(labels: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """(fit, held) positions: a fifth of every class, at least one image, is held out; of a class of one, none."""
-    position = np.arange(len(labels), dtype=np.int64)
-    order = words(seed, Stream.LABELS, np.full_like(position, 2), position, 1)[
-        :, 0
-    ]  # epochs 0 and 1 draw splits and shots
+def hold_out(labels: np.ndarray, rows: np.ndarray, seed: int, purpose: int) -> tuple[np.ndarray, np.ndarray]:
+    """(fit, held) positions in `labels` (n,): a fifth of every class, at least one image, is held out; of a class of
+    one, none.
+
+    Chosen by `seed` and the images' `rows` (n,) alone; `purpose` is the epoch of the draw, so no two choices agree.
+    """
+    rows = np.asarray(rows, np.int64)
+    order = np.asarray(words(seed, Stream.LABELS, np.full_like(rows, purpose), rows, 1))[:, 0]
     held = np.zeros(len(labels), bool)
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)

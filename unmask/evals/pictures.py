@@ -1,17 +1,18 @@
 """A `Picture` as one PNG: a row per image, a column per panel, captions above and the note below.
 
-Any number of channels and any dtype can be drawn. One channel is gray, three are red, green and blue; of two, or of more
-than three, the first three stand for them (a missing one is black), and the caption says so. Eight-bit images are drawn
-as they are; others are stretched so that the 1st and 99th percentile of the ORIGINAL panel, over all images drawn and
-channel by channel, become black and white, and every other panel is stretched by the same two numbers, so that columns
-can be compared.
+Any number of channels and any dtype can be drawn. One channel is gray, three are red, green and blue; of two, or of
+more than three, the first three stand for them (a missing one is black), and the note says so. Eight-bit images are
+drawn as they are; others are stretched so that the 1st and 99th percentile of the FIRST panel (the original), over all
+images drawn and channel by channel, become black and white, and every other panel is stretched by the same two numbers,
+so that columns can be compared. What is not a finite number is drawn magenta, and the note says that too.
+
+Letters: B images, C channels, H x W pixels.
 """
 
 from __future__ import annotations
 
 import io
-import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,68 +24,108 @@ from unmask.run import replace_file
 
 SMALLEST_CELL = 112  # pixels of the shorter side on paper: small images are enlarged by a whole factor
 LARGEST_CELL = 320
-GAP, MARGIN = 6, 14
+NARROWEST_SHEET = 640  # room for a note that can be read
+GAP, MARGIN = 6, 18
 PAPER, INK, FAINT = (255, 255, 255), (30, 30, 30), (105, 105, 105)
-TEXT_SIZE, TITLE_SIZE = 13, 15
+NOT_FINITE = (255, 0, 255)
+TITLE_SIZE, TEXT_SIZE, NAME_SIZE = 17, 13, 11
+LEADING = 5
+
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
-def draw(picture: Picture, dtype: str, path: Path, title: str) -> None:
+def draw(picture: Picture, dtype: str, path: Path, title: str, names: Sequence[str] = ()) -> None:
     """Write `picture` to `path` as a PNG, whole or not at all.
 
-    dtype: of the files ("uint8", "uint16", "float32"), whose units the panels are in. Raises ValueError when the folder
-    does not exist or the name does not end in .png.
+    dtype: of the files ("uint8", "uint16", "float32"), whose units the panels are in. names: one per image, written
+    below its row; none by default. Raises ValueError when the folder does not exist or the name does not end in .png.
     """
+    require_png(path)
+    file = io.BytesIO()
+    compose(picture, dtype, title, names).save(file, "PNG", optimize=True)
+    replace_file(path, file.getvalue())
+
+
+def require_png(path: Path) -> None:
+    """Raises ValueError when no PNG can be written there, so that one learns it before any work is done."""
     if path.suffix.lower() != ".png":
         raise ValueError(f"picture file {path} came; a name that ends in .png was expected")
     if not path.resolve().parent.is_dir():
         raise ValueError(f"the folder {path.resolve().parent} does not exist; make it first, or choose another --out")
-    sheet = compose(picture, dtype, title)
-    file = io.BytesIO()
-    sheet.save(file, "PNG", optimize=True)
-    replace_file(path, file.getvalue())
 
 
-def compose(picture: Picture, dtype: str, title: str) -> Image.Image:
+def compose(picture: Picture, dtype: str, title: str, names: Sequence[str] = ()) -> Image.Image:
     """The sheet that `draw` writes."""
     columns = to_rgb(picture.panels, dtype)
-    channels = next(iter(picture.panels.values())).shape[1]
-    note = picture.note
-    if channels not in (1, 3):
-        shown = "channels 1, 2 and 3 as red, green and blue" if channels > 3 else "channels 1 and 2 as red and green"
-        note += f" Images have {channels} channels; drawn are {shown}."
     count, height, width, _ = next(iter(columns.values())).shape
-    cell = cell_size(height, width)
-    text, heading = ImageFont.load_default(TEXT_SIZE), ImageFont.load_default(TITLE_SIZE)
-    captions = {name: wrap(name, text, cell[1]) for name in columns}
-    caption_lines = max(len(lines) for lines in captions.values())
-    line = TEXT_SIZE + 4
-    sheet_width = max(2 * MARGIN + len(columns) * (cell[1] + GAP) - GAP, 460)
-    note_lines = wrap(note, text, sheet_width - 2 * MARGIN)
-    top = MARGIN + TITLE_SIZE + 8 + caption_lines * line
-    bottom = top + count * (cell[0] + GAP)
-    sheet = Image.new("RGB", (sheet_width, bottom + 4 + len(note_lines) * line + MARGIN), PAPER)
+    cell_height, cell_width = cell_size(height, width)
+    heading, text, small = (ImageFont.load_default(size) for size in (TITLE_SIZE, TEXT_SIZE, NAME_SIZE))
+    line = TEXT_SIZE + LEADING
+
+    sheet_width = max(2 * MARGIN + len(columns) * (cell_width + GAP) - GAP, NARROWEST_SHEET)
+    room = sheet_width - 2 * MARGIN
+    titles = wrap(title, heading, room)
+    numbers = wrap(in_numbers(picture.numbers), text, room) if picture.numbers else []
+    captions = {name: wrap(name, text, cell_width) for name in columns}
+    notes = wrap(" ".join([picture.note, *_about_channels(picture.panels)]), text, room)
+    name_height = NAME_SIZE + LEADING if names else 0
+
+    top_of_captions = MARGIN + len(titles) * (TITLE_SIZE + LEADING) + len(numbers) * line + LEADING
+    top = top_of_captions + max(len(lines) for lines in captions.values()) * line
+    below = top + count * (cell_height + GAP + name_height) + LEADING
+    sheet = Image.new("RGB", (sheet_width, below + len(notes) * line + MARGIN - LEADING), PAPER)
     pen = ImageDraw.Draw(sheet)
-    pen.text((MARGIN, MARGIN - 4), title, INK, heading)
-    for column, (name, panel) in enumerate(columns.items()):
-        left = MARGIN + column * (cell[1] + GAP)
-        for number, words in enumerate(captions[name]):
-            y = top - (len(captions[name]) - number) * line
-            pen.text((left, y), words, INK, text)
+
+    y = _write(pen, titles, MARGIN, MARGIN - 2, INK, heading, TITLE_SIZE + LEADING)
+    _write(pen, numbers, MARGIN, y, FAINT, text, line)
+    for number, (name, panel) in enumerate(columns.items()):
+        left = MARGIN + number * (cell_width + GAP)
+        _write(pen, captions[name], left, top - len(captions[name]) * line, INK, text, line)
         for row, pixels in enumerate(panel):
-            enlarged = Image.fromarray(pixels).resize((cell[1], cell[0]), resample(height, cell[0]))
-            sheet.paste(enlarged, (left, top + row * (cell[0] + GAP)))
-    for number, words in enumerate(note_lines):
-        pen.text((MARGIN, bottom + 4 + number * line), words, FAINT, text)
+            cell = Image.fromarray(pixels).resize((cell_width, cell_height), resample(height, cell_height))
+            sheet.paste(cell, (left, top + row * (cell_height + GAP + name_height)))
+    for row, name in enumerate(names):
+        y = top + row * (cell_height + GAP + name_height) + cell_height + 2
+        pen.text((MARGIN, y), shorten(name, small, room), FAINT, small)
+    _write(pen, notes, MARGIN, below, FAINT, text, line)
     return sheet
 
 
+def _write(
+    pen: ImageDraw.ImageDraw, lines: Sequence[str], x: int, y: int, ink: tuple[int, int, int], font: Font, step: int
+) -> int:
+    """Lines from (x, y) downwards; returns where the next would go."""
+    for number, words in enumerate(lines):
+        pen.text((x, y + number * step), words, ink, font)
+    return y + len(lines) * step
+
+
+def in_numbers(numbers: Mapping[str, Tensor]) -> str:
+    """'loss 0.512; trivial guesses score: patch mean 1.000, nearest visible 1.430'."""
+    said = {name.replace("_", " "): f"{name.replace('_', ' ')} {float(value):.3f}" for name, value in numbers.items()}
+    own, others = said.pop("loss", ""), ", ".join(said.values())
+    return "; ".join(part for part in (own, f"trivial guesses score: {others}" if others else "") if part)
+
+
+def _about_channels(panels: Mapping[str, Tensor]) -> list[str]:
+    """What a person must know about the colours."""
+    channels, said = next(iter(panels.values())).shape[1], []
+    if channels not in (1, 3):
+        shown = "channels 1, 2 and 3 as red, green and blue" if channels > 3 else "channels 1 and 2 as red and green"
+        said.append(f"Images have {channels} channels; drawn are {shown}.")
+    wrong = [name for name, panel in panels.items() if not panel.isfinite().all()]
+    if wrong:
+        said.append(f"Magenta is what is not a finite number ({', '.join(wrong)}).")
+    return said
+
+
 def cell_size(height: int, width: int) -> tuple[int, int]:
-    """(height, width) on paper: small images enlarged by a whole factor so that pixels stay square, large ones reduced."""
-    factor = max(1, -(-SMALLEST_CELL // min(height, width)))
-    if max(height, width) * factor > LARGEST_CELL:
-        factor = max(1, LARGEST_CELL // max(height, width))
-    scale = min(factor, LARGEST_CELL / max(height, width)) if factor == 1 else factor
-    return max(1, round(height * scale)), max(1, round(width * scale))
+    """(height, width) on paper: small images enlarged by a whole factor, so pixels stay square; large ones reduced."""
+    longer = max(height, width)
+    if longer > LARGEST_CELL:
+        return max(1, round(height * LARGEST_CELL / longer)), max(1, round(width * LARGEST_CELL / longer))
+    factor = min(-(-SMALLEST_CELL // min(height, width)), LARGEST_CELL // longer)
+    return height * factor, width * factor
 
 
 def resample(before: int, after: int) -> Image.Resampling:
@@ -94,18 +135,31 @@ def resample(before: int, after: int) -> Image.Resampling:
 def to_rgb(panels: Mapping[str, Tensor], dtype: str) -> dict[str, np.ndarray]:
     """Panels (B, C, H, W) in the files' units -> (B, H, W, 3) uint8 by the rules of the module docstring."""
     arrays = {name: panel.detach().float().cpu().numpy() for name, panel in panels.items()}
-    first = next(iter(arrays.values()))
-    if dtype == "uint8":
-        low, high = np.zeros(first.shape[1]), np.full(first.shape[1], 255.0)
-    else:
-        low, high = np.percentile(first, (1, 99), axis=(0, 2, 3))  # (C,)
-    spread = np.where(high > low, high - low, 1.0)
+    low, spread = _stretch(next(iter(arrays.values())), dtype)
     drawn = {}
     for name, panel in arrays.items():
-        scaled = (panel - low[:, None, None]) / spread[:, None, None]
-        bytes_ = np.nan_to_num(scaled * 255, nan=0.0, posinf=255.0, neginf=0.0).round().clip(0, 255).astype(np.uint8)
-        drawn[name] = _three(bytes_).transpose(0, 2, 3, 1)
+        finite = np.isfinite(panel)
+        scaled = (np.where(finite, panel, 0) - low[:, None, None]) / spread[:, None, None] * 255
+        rgb = _three(scaled.round().clip(0, 255).astype(np.uint8)).transpose(0, 2, 3, 1).copy()  # (B, H, W, 3)
+        rgb[~np.all(finite, axis=1)] = NOT_FINITE
+        drawn[name] = rgb
     return drawn
+
+
+def _stretch(original: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray]:
+    """Per channel, the value that becomes black, and how far above it white lies: both (C,) float64."""
+    channels = original.shape[1]
+    low, high = np.zeros(channels), np.full(channels, 255.0)
+    if dtype != "uint8":
+        for channel in range(channels):
+            values = original[:, channel]
+            values = values[np.isfinite(values)].astype(np.float64)
+            low[channel], high[channel] = np.percentile(values, (1, 99)) if len(values) else (0, 1)
+            if high[channel] <= low[channel] and len(
+                values
+            ):  # flat but for a few pixels: those are what there is to see
+                low[channel], high[channel] = values.min(), values.max()
+    return low, np.where(high > low, high - low, 1.0)
 
 
 def _three(panel: np.ndarray) -> np.ndarray:
@@ -117,7 +171,25 @@ def _three(panel: np.ndarray) -> np.ndarray:
     return panel[:, :3]
 
 
-def wrap(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> list[str]:
-    """The text in lines no wider than `width` pixels, as far as its words allow."""
-    letters = max(8, int(width / max(1.0, font.getlength("abcdefghij klmnopqrst") / 21)))
-    return textwrap.wrap(text, letters) or [""]
+def wrap(text: str, font: Font, width: int) -> list[str]:
+    """The text in lines no wider than `width` pixels, broken between words, and within a word that is wider alone."""
+    lines: list[str] = []
+    for word in text.split():
+        if lines and font.getlength(f"{lines[-1]} {word}") <= width:
+            lines[-1] += f" {word}"
+            continue
+        while font.getlength(word) > width and len(word) > 1:
+            fits = next(n for n in range(len(word) - 1, 0, -1) if n == 1 or font.getlength(word[:n]) <= width)
+            lines.append(word[:fits])
+            word = word[fits:]
+        lines.append(word)
+    return lines or [""]
+
+
+def shorten(text: str, font: Font, width: int) -> str:
+    """The text on one line; of a path that is too wide, the end, where the file name is."""
+    text = " ".join(text.split())
+    if font.getlength(text) <= width:
+        return text
+    start = next(n for n in range(1, len(text) + 1) if font.getlength("..." + text[n:]) <= width or n == len(text))
+    return "..." + text[start:]

@@ -1,84 +1,75 @@
-"""The evaluator: a frozen encoder, labelled images, and how good its features are beside controls.
+"""The evaluator: features of labelled images, and how good they are beside controls.
 
-Reads images through `collect.py`, asks `knn.py` or `linear.py`, judges with `scores.py`. Class token and mean over patches
-are both measured, always. Not here: files, splits and the Run (the caller's), attentive probes and fine-tuning.
+Gets the tables that `collect.py` made, asks `knn.py` or `linear.py`, judges with `scores.py`. Class token and mean over
+patches are both measured, always. Not here: files, splits and the Run (`use.py`), attentive probes and fine-tuning.
+
+Letters: n training images, m test images, D width of a feature.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from torch import nn
 
-from unmask.batch import Batch
-from unmask.evals.collect import FeatureTable, RawPixels, collect_each, labels_only, only
+from unmask.evals.collect import FeatureTable, RawPixels
 from unmask.evals.knn import knn
-from unmask.evals.linear import linear
+from unmask.evals.linear import SHOTS, linear
 from unmask.evals.scores import PRETRAINED, RANDOM_INIT, RAW_PIXELS, Answers, verdict
 from unmask.rng import Stream, words
 
 KINDS = ("knn", "linear")
-Read = Callable[[], Iterable[Batch]]
+
+
+def encoders_of(encoder: nn.Module, untrained: nn.Module | None) -> dict[str, nn.Module]:
+    """What a probe measures, for `collect_each`.
+
+    untrained: the same encoder at its random start, or None for no controls; with it come raw pixels, and the verdict
+    compares all three on the same test images.
+    """
+    if untrained is None:
+        return {PRETRAINED: encoder}
+    return {RAW_PIXELS: RawPixels(), RANDOM_INIT: untrained, PRETRAINED: encoder}
 
 
 def probe(
-    encoder: nn.Module,
-    untrained: nn.Module | None,
-    train: Read,
-    test: Read,
+    train: Mapping[str, FeatureTable],
+    test: Mapping[str, FeatureTable],
     *,
     kind: str,
     classes: Sequence[str],
-    shots: int | None = None,
     seed: int = 0,
-    device: str,
-    precision: str,
 ) -> dict[str, Any]:
-    """Accuracy of `encoder` on labelled images, as the object that `evals/probe-*.json` holds.
+    """Accuracy of features on labelled images, as the object that `evals/probe-*.json` holds.
 
-    untrained: the same encoder at its random start; with it, raw pixels are measured as well, and the verdict compares
-    all three on the same test images. train, test: each call reads the labelled images from the start. kind: "knn" or
-    "linear". classes: names of the labels 0, 1, ... shots: use only so many labelled training images per class, chosen by
-    `seed` and the images' rows alone. Encoders must be on `device`.
+    train, test: tables by the names of `encoders_of`, all of the same images. kind: "knn" or "linear". classes: names
+    of the labels 0, 1, ... seed: of the part of the training images on which the linear probe chooses its C.
 
-    Returns kind, shots, train_images, test_images, classes, chance, rows, verdict, and `shared`, the number of test images
-    that are also in the training set. Raises ValueError for missing labels, fewer than two classes, more shots than a
-    class has, or labels that `classes` does not name.
+    Returns kind, train_images, test_images, classes, chance, rows, verdict, and `shared`, the number of test images
+    that are also in the training set. Raises ValueError for missing labels, fewer than two classes, or labels that
+    `classes` does not name.
     """
-    if kind not in KINDS:
-        raise ValueError(f"probe kind {kind!r} came; {' or '.join(KINDS)} was expected")
-    if len(classes) < 2:
-        raise ValueError(
-            f"{len(classes)} classes came ({', '.join(classes) or 'none'}); a probe needs at least two: one sub-folder for "
-            "each class"
-        )
-    if shots is not None:
-        train = _few(train, classes, shots, seed)
-    encoders = {PRETRAINED: encoder}
-    if untrained is not None:
-        encoders = {RAW_PIXELS: RawPixels(), RANDOM_INIT: untrained, PRETRAINED: encoder}
-    train_tables = collect_each(encoders, train(), device=device, precision=precision)
-    test_tables = collect_each(encoders, test(), device=device, precision=precision)
-    train_y = require_labels(train_tables[PRETRAINED].labels, classes, "training")
-    test_y = require_labels(test_tables[PRETRAINED].labels, classes, "test")
+    require_kind(kind)
+    require_classes(classes)
+    train_y = require_labels(train[PRETRAINED].labels, classes, "training")
+    test_y = require_labels(test[PRETRAINED].labels, classes, "test")
     if len(np.unique(train_y)) < 2:
         raise ValueError(f"all {len(train_y)} training images are of one class; a probe needs images of at least two")
 
     rows, answers = [], []
-    for features in encoders:
-        for pool, train_x, test_x in _pools(features, train_tables[features], test_tables[features]):
-            row, right = _measure(kind, train_x, train_y, test_x, test_y, seed)
+    for features in train:
+        for pool, train_x, test_x in _pools(features, train[features], test[features]):
+            about, right = _measure(kind, train_x, train_y, test_x, test_y, seed)
             answers.append(Answers(features, pool, right))
             low, high = answers[-1].interval
             counts = {"accuracy": answers[-1].accuracy, "low": low, "high": high, "correct": answers[-1].correct}
-            rows.append({"features": features, "pool": pool, **counts, "total": len(right), **row})
+            rows.append({"features": features, "pool": pool, **counts, "total": len(right), **about})
     chance = chance_level(train_y, test_y, len(classes))
-    shared = int(np.isin(test_tables[PRETRAINED].digest, train_tables[PRETRAINED].digest).sum())
+    shared = int(np.isin(test[PRETRAINED].digest, train[PRETRAINED].digest).sum())
     return {
         "kind": kind,
-        "shots": shots,
         "train_images": len(train_y),
         "test_images": len(test_y),
         "classes": list(classes),
@@ -87,6 +78,21 @@ def probe(
         "shared": shared,
         "verdict": " ".join([verdict(answers, kind=kind, chance=chance), *_cautions(train_y, test_y, classes, shared)]),
     }
+
+
+def require_kind(kind: str) -> None:
+    """Raises ValueError for a kind of probe that there is not."""
+    if kind not in KINDS:
+        raise ValueError(f"probe kind {kind!r} came; {' or '.join(KINDS)} was expected")
+
+
+def require_classes(classes: Sequence[str]) -> None:
+    """Raises ValueError for fewer than two classes."""
+    if len(classes) < 2:
+        raise ValueError(
+            f"{len(classes)} classes came ({', '.join(classes) or 'none'}); a probe needs at least two: one sub-folder "
+            "for each class"
+        )
 
 
 def chance_level(train_y: np.ndarray, test_y: np.ndarray, num_classes: int) -> float:
@@ -99,13 +105,15 @@ def require_labels(labels: np.ndarray | None, classes: Sequence[str], which: str
     """The labels (n,). Raises ValueError when there are none, or some that `classes` does not name."""
     if labels is None:
         raise ValueError(
-            f"the {which} images have no labels; a probe needs them: put the images of each class in a sub-folder of its own"
+            f"the {which} images have no labels; a probe needs them: put the images of each class in a sub-folder of "
+            "its own"
         )
     wrong = labels[(labels < 0) | (labels >= len(classes))]
     if len(wrong):
         raise ValueError(
-            f"the {which} images have label {wrong[0]}, but only {len(classes)} classes are named ({', '.join(classes[:6])}); "
-            "training and test images must have the same classes, in sub-folders of the same names"
+            f"the {which} images have label {wrong[0]}, but only {len(classes)} classes are named "
+            f"({', '.join(classes[:6])}); training and test images must have the same classes, in sub-folders of the "
+            "same names"
         )
     return labels
 
@@ -121,25 +129,18 @@ def few_shots(index: np.ndarray, labels: np.ndarray, classes: Sequence[str], sho
     poorest = int(counts.argmin())
     if counts[poorest] < shots:
         raise ValueError(
-            f"{shots} labels per class were asked for, but class {classes[poorest]!r} has only {counts[poorest]} training "
-            f"images; use --shots {max(1, counts[poorest])} or fewer, or leave it out to use all"
+            f"{shots} labels per class were asked for, but class {classes[poorest]!r} has only {counts[poorest]} "
+            f"training images; use --shots {max(1, counts[poorest])} or fewer, or leave it out to use all"
         )
-    draw = words(seed, Stream.LABELS, np.ones_like(index), index, 1)[:, 0]  # epoch 0 draws the train-test split
+    draw = np.asarray(words(seed, Stream.LABELS, np.full_like(index, SHOTS), index, 1))[:, 0]
     order = np.lexsort((index, draw))
     return np.sort(np.concatenate([index[order][labels[order] == label][:shots] for label in range(len(classes))]))
-
-
-def _few(train: Read, classes: Sequence[str], shots: int, seed: int) -> Read:
-    """`train` with only `shots` images per class; the choice needs the labels alone, so it comes before any features."""
-    index, labels = labels_only(train())
-    wanted = few_shots(index, require_labels(labels, classes, "training"), classes, shots, seed)
-    return lambda: only(train(), wanted)
 
 
 def _pools(features: str, train: FeatureTable, test: FeatureTable) -> Iterable[tuple[str, np.ndarray, np.ndarray]]:
     """(pool, training rows, test rows) of every definition of a feature that this encoder has."""
     if features == RAW_PIXELS:
-        # Cosine similarity of pixels, none of them negative, is mostly brightness; without their mean it is a fair control.
+        # Cosine similarity of pixels, none of them negative, is mostly brightness; without their mean it is fair.
         mean = train.mean.mean(0)
         yield "pixels", train.mean - mean, test.mean - mean
         return
@@ -163,12 +164,12 @@ def _cautions(train_y: np.ndarray, test_y: np.ndarray, classes: Sequence[str], s
     said = []
     if shared:
         said.append(
-            f"Careful: {shared} of the {len(test_y)} test images are also training images, pixel for pixel, so the numbers "
-            "are too good."
+            f"Careful: {shared} of the {len(test_y)} test images are also training images, pixel for pixel, so the "
+            "numbers are too good."
         )
     unseen = sorted(set(test_y.tolist()) - set(train_y.tolist()))
     if unseen:
-        named = ", ".join(classes[label] for label in unseen[:5])
+        named = ", ".join(str(classes[label]) for label in unseen[:5])
         count = int(np.isin(test_y, unseen).sum())
         said.append(f"{count} test images are of classes without any training image ({named}) and count as wrong.")
     return said

@@ -2,9 +2,10 @@
 
 Accuracy carries a Wilson score interval (Wilson 1927, "Probable inference, the law of succession, and statistical
 inference"). Two feature sets are compared on the same test images, where right and wrong answers go together, so their
-difference carries the interval for paired proportions of Newcombe 1998, "Improved confidence intervals for the difference
-between binomial proportions based on paired data", Statistics in Medicine 17:2635-2650, method 10. Both cover what the
-choice of test images alone could change; not another seed of the pre-training, nor another choice of training labels.
+difference carries the interval for paired proportions of Newcombe 1998, "Improved confidence intervals for the
+difference between binomial proportions based on paired data", Statistics in Medicine 17:2635-2650, method 10. Both
+cover what the choice of test images alone could change; not another seed of the pre-training, nor another choice of
+training labels.
 """
 
 from __future__ import annotations
@@ -108,8 +109,8 @@ def best_of(answers: Sequence[Answers], features: str) -> Answers | None:
 def verdict(answers: Sequence[Answers], *, kind: str, chance: float) -> str:
     """Plain sentences: does pre-training help, by how many points, and could that be noise?
 
-    Each feature set speaks through its better pool (class token or mean over patches), controls like pre-trained, so the
-    choice favours neither. chance: what the best answer without looking would score.
+    Each feature set speaks through its better pool (class token or mean over patches), controls like pre-trained, so
+    the choice favours neither. chance: what the best answer without looking would score.
     """
     trained = best_of(answers, PRETRAINED)
     if trained is None:
@@ -122,7 +123,8 @@ def verdict(answers: Sequence[Answers], *, kind: str, chance: float) -> str:
     )
     if not controls:
         unclear = "" if trained.interval.low > chance else ", which cannot be told from chance"
-        return f"{_upper(score)}{unclear}. Whether pre-training helped is not known from this: probe again with --controls."
+        advice = "Whether pre-training helped is not known from this: probe again with --controls."
+        return f"{_upper(score)}{unclear}. {advice}"
     if all(a.interval.low <= chance for a in [trained, *controls]):
         others = " and ".join(f"{IN_WORDS[c.features]} {c.accuracy:.1%}" for c in controls)
         return (

@@ -4,9 +4,9 @@ Hide most patches of an image, encode only the visible ones, rebuild the hidden 
 is what one keeps. Equal to the official model (`models_mae.py`) in parameters, forward pass and loss; tests hold it to
 the published parameter counts and to an independent implementation.
 
-Differs from the official code, without changing a number: only kept patches are embedded and only hidden ones predicted;
-masks come from counter-based draws that belong to the image, so they do not depend on rank, worker or batch position; the
-number of kept patches does not lose one to float truncation (100 patches at 0.9 keep 10, not 9).
+Differs from the official code, without changing a number: only kept patches are embedded and only hidden ones
+predicted; masks come from counter-based draws that belong to the image, so they do not depend on rank, worker or batch
+position; the number of kept patches does not lose one to float truncation (100 patches at 0.9 keep 10, not 9).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Config(MethodConfig):
     name: Literal["mae"] = "mae"
     encoder: ViTConfig
     decoder: DecoderConfig = DecoderConfig()
-    mask_ratio: float = Field(0.75, gt=0, lt=1)
+    mask_ratio: float = Field(default=0.75, gt=0, lt=1)
     target: Literal["norm_pixels", "pixels"] = "norm_pixels"
 
 
@@ -76,10 +76,13 @@ class MAE(Method):
         target = self.target(patches)
         truth = take(target, mask.drop)
         channels = batch.images.shape[1]
-        flat = truth.unflatten(2, (-1, channels)).mean(2, keepdim=True).expand(-1, -1, truth.shape[2] // channels, -1)
+        colours = target.unflatten(2, (-1, channels)).mean(2)  # (B, N, C): the mean colour of every patch
+        pixels = target.shape[2] // channels
+        visible = take(colours, mask.keep).mean(1, keepdim=True).expand(-1, mask.drop.shape[1], -1)  # (B, M, C)
         numbers = {
             "loss": mean_square(guess, truth),
-            "patch_mean": mean_square(flat.flatten(2), truth),
+            "patch_mean": mean_square(take(colours, mask.drop).repeat(1, 1, pixels), truth),
+            "visible_mean": mean_square(visible.repeat(1, 1, pixels), truth),
             "nearest_visible": mean_square(take(target, near), truth),
         }
 

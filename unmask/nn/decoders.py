@@ -17,9 +17,9 @@ from unmask.settings import Settings
 class DecoderConfig(Settings):
     """Size of the light transformer decoder (MAE: 512 x 8 with 16 heads for every encoder)."""
 
-    width: int = Field(512, gt=0)
-    depth: int = Field(8, gt=0)
-    heads: int = Field(16, gt=0)
+    width: int = Field(default=512, gt=0)
+    depth: int = Field(default=8, gt=0)
+    heads: int = Field(default=16, gt=0)
 
 
 class LightDecoder(nn.Module):

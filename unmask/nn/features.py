@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Features(NamedTuple):
-    """`cls` (B, D) or None where an encoder has no class token; `patches` (B, N, D) in row-major order; `grid` (rows, cols)."""
+    """`cls` (B, D), or None without a class token; `patches` (B, N, D) in row-major order; `grid` (rows, cols)."""
 
     cls: Float[Tensor, "B D"] | None
     patches: Float[Tensor, "B N D"]

@@ -1,7 +1,7 @@
 """Fixed two-dimensional sine-cosine positions of MAE (He et al. 2021, `util/pos_embed.py`), and resizing of tables.
 
-The code of one axis is [sin(pos w) | cos(pos w)] in halves, not interleaved, with w_i = 10000^(-i / (D/4)); the code of a
-patch is [code of its COLUMN | code of its ROW], because the official code calls meshgrid with the width axis first.
+The code of one axis is [sin(pos w) | cos(pos w)] in halves, not interleaved, with w_i = 10000^(-i / (D/4)); the code of
+a patch is [code of its COLUMN | code of its ROW], because the official code calls meshgrid with the width axis first.
 Swapping the two breaks released weights without any error on square grids.
 """
 
@@ -31,7 +31,7 @@ def sincos(width: int, grid: tuple[int, int]) -> Float[Tensor, "N D"]:
 
 
 def resize(positions: Float[Tensor, "1 N D"], old: tuple[int, int], new: tuple[int, int]) -> Float[Tensor, "1 M D"]:
-    """A table for grid `old` interpolated (bicubic, in two dimensions) to grid `new`; the identity when they are equal."""
+    """A table for grid `old` interpolated (bicubic, two-dimensional) to grid `new`; itself when they are equal."""
     if old == new:
         return positions
     table = positions.reshape(1, old[0], old[1], -1).permute(0, 3, 1, 2)  # (1, D, rows, cols)

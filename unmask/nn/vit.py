@@ -1,8 +1,8 @@
 """The vision transformer encoder (Dosovitskiy et al. 2021) in the form official MAE trains.
 
 Three verbs, so that a method can put its hand in between: `patches(images)` -> `embed(patches)` -> `run(tokens)`;
-`forward(images)` is the three in a row and returns `Features`. Mean and standard deviation of the data are buffers, so an
-encoder carries its own preprocessing and takes images in the files' own units.
+`forward(images)` is the three in a row and returns `Features`. Mean and standard deviation of the data are buffers, so
+an encoder carries its own preprocessing and takes images in the files' own units.
 
 Sizes of the paper: B 768 x 12 x 12 heads, L 1024 x 24 x 16, H 1280 x 32 x 16 (patch 14).
 """
@@ -40,7 +40,23 @@ class ViTConfig(Settings):
     depth: int = Field(gt=0)
     heads: int = Field(gt=0)
     patch: Pair = (16, 16)
-    mlp_ratio: float = Field(4.0, gt=0)
+    mlp_ratio: float = Field(default=4.0, gt=0)
+
+
+class PatchEmbed(nn.Module):
+    """Linear projection of patches, held as the convolution it is upstream: `proj.weight` (D, C, h, w).
+
+    Xavier-uniform on the weight's (D, P) view, while the bias keeps torch's default: so the official code.
+    """
+
+    def __init__(self, channels: int, width: int, patch: tuple[int, int]) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(channels, width, patch, stride=patch)
+        nn.init.xavier_uniform_(self.proj.weight.view(width, -1))
+
+    def forward(self, patches: Float[Tensor, "B K P"]) -> Float[Tensor, "B K D"]:
+        weight = self.proj.weight.permute(0, 2, 3, 1).flatten(1)  # (D, P): the patch vector is (h, w, C)
+        return F.linear(patches, weight, self.proj.bias)
 
 
 class ViT(nn.Module):
@@ -57,21 +73,13 @@ class ViT(nn.Module):
         self.width = config.width
         self.register_buffer("mean", torch.tensor(images.mean, dtype=torch.float32))
         self.register_buffer("std", torch.tensor(images.std, dtype=torch.float32))
-        self.patch_embed = nn.ModuleDict(
-            {"proj": nn.Conv2d(images.channels, config.width, config.patch, stride=config.patch)}
-        )
+        self.patch_embed = PatchEmbed(images.channels, config.width, config.patch)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
         table = positions.sincos(config.width, self.grid)
         table = torch.cat([torch.zeros(1, config.width), table])[None]  # the class token's position is zero
         self.pos_embed = nn.Parameter(table, requires_grad=False)  # (1, 1 + N, D)
         self.blocks = nn.ModuleList(Block(config.width, config.heads, config.mlp_ratio) for _ in range(config.depth))
         self.norm = layer_norm(config.width)
-        self._initialise()
-
-    def _initialise(self) -> None:
-        """Facts of the official code: the projection is xavier on its (D, P) view and its bias keeps torch's default."""
-        projection = self.patch_embed["proj"].weight
-        nn.init.xavier_uniform_(projection.view(self.width, -1))
         nn.init.normal_(self.cls_token, std=0.02)
         init_linears(self)
 
@@ -95,9 +103,7 @@ class ViT(nn.Module):
         A patch's position is that of the place it came from, so embedding only the kept patches gives exactly what
         embedding all and then dropping would. `grid` is given when the images are larger or smaller than in training.
         """
-        proj = self.patch_embed["proj"]
-        # The convolution's weight is (D, C, h, w); the patch vector is (h, w, C).
-        tokens = F.linear(patches, proj.weight.permute(0, 2, 3, 1).reshape(self.width, -1), proj.bias)
+        tokens = self.patch_embed(patches)
         table = positions.resize(self.pos_embed[:, 1:], self.grid, grid or self.grid)
         return tokens + (table if where is None else take(table.expand(len(patches), -1, -1), where))
 
@@ -116,7 +122,7 @@ class ViT(nn.Module):
         return Features(cls=tokens[:, 0], patches=tokens[:, 1:], grid=grid)
 
     def depth_of(self, name: str) -> int:
-        """Depth of a parameter for layer-wise decay: 0 for what embeds, i + 1 for block i, depth + 1 for the final norm."""
+        """Depth of a parameter for layer-wise decay: 0 for what embeds, i + 1 for block i, depth + 1 for `norm`."""
         if name.startswith(("cls_token", "pos_embed", "patch_embed")):
             return 0
         if name.startswith("blocks."):

@@ -8,10 +8,13 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Container
 
 import unmask.recipes
 from unmask.config import Config, ConfigError, nearest
+
+FEWEST_STEPS = 3_000  # updates, not epochs, are what small data sets lack
+MOST_ELONGATED = 2.5
 
 
 def all_recipes() -> dict[str, Callable[[], Config]]:
@@ -19,8 +22,9 @@ def all_recipes() -> dict[str, Callable[[], Config]]:
     found: dict[str, Callable[[], Config]] = {}
     for module in pkgutil.iter_modules(unmask.recipes.__path__):
         for name, thing in vars(importlib.import_module(f"unmask.recipes.{module.name}")).items():
-            if inspect.isfunction(thing) and not name.startswith("_") and not inspect.signature(thing).parameters:
-                if inspect.signature(thing).return_annotation in ("Config", Config):
+            if inspect.isfunction(thing) and not name.startswith("_"):
+                signature = inspect.signature(thing)
+                if not signature.parameters and signature.return_annotation in ("Config", Config):
                     found[name] = thing
     return found
 
@@ -33,21 +37,23 @@ def find(name: str) -> Config:
     return recipes[name]()
 
 
-def choose(num_images: int, median_size: tuple[int, int], device: str) -> tuple[str, list[str], list[str]]:
+def choose(
+    num_images: int, median_size: tuple[int, int], device: str, *, fixed: Container[str] = ()
+) -> tuple[str, list[str], list[str]]:
     """The recipe `auto`: from the number of images, their median (H, W) in pixels, and the device.
 
-    Returns (recipe name, overrides as KEY=VALUE, reasons as sentences).
+    fixed: keys that a person has set; nothing is proposed for them. Returns (recipe name, overrides as KEY=VALUE,
+    reasons as sentences).
     """
     height, width = median_size
     side = min(height, width)
     reasons = [f"{num_images} images of {height} x {width} pixels (median) on {device}"]
-    if side < 48 or device == "cpu":
-        name, patch, small = "mae_nano", (4 if side < 48 else 8), (side if side < 48 else 64)
-        if side < 48:
-            reasons.append("mae_nano: small images")
-        else:
-            reasons.append("mae_nano at 64 pixels: no GPU, so images are made small and the model too")
-        small = max(16, round(small / patch) * patch)
+    if side < 48:
+        name, patch, small = "mae_nano", 4, max(16, round(side / 4) * 4)
+        reasons.append("mae_nano: small images")
+    elif device == "cpu":
+        name, patch, small = "mae_nano", 8, 64
+        reasons.append("mae_nano at 64 pixels: no GPU, so images are made small and the model too")
     elif side < 160 or num_images < 20_000:
         name, patch, small = "mae_tiny", 8, 96 if side >= 96 else round(side / 8) * 8
         reasons.append("mae_tiny: small images" if side < 160 else "mae_tiny: fewer than 20,000 images")
@@ -57,23 +63,31 @@ def choose(num_images: int, median_size: tuple[int, int], device: str) -> tuple[
     else:
         name, patch, small = "mae_base", 16, 224
         reasons.append("mae_base: 300,000 images or more")
-    size = (small, small)
+
+    overrides: list[str] = []
+
+    def propose(key: str, value: object, reason: str | None = None) -> None:
+        if key not in fixed:
+            overrides.append(f"{key}={value}")
+            if reason:
+                reasons.append(reason)
+
+    size, reason = (small, small), None
     if max(height, width) >= 1.25 * side:  # keep the shape of wide or tall images
-        longer = min(2.5, max(height, width) / side) * small
+        longer = min(MOST_ELONGATED, max(height, width) / side) * small
         longer = round(longer / patch) * patch
         size = (longer, small) if height > width else (small, longer)
-        reasons.append(f"model grid {size[0]} x {size[1]}: the images are not square")
-    overrides = [f"data.size=[{size[0]},{size[1]}]", f"method.encoder.patch=[{patch},{patch}]"]
+        reason = f"model grid {size[0]} x {size[1]}: the images are not square"
+    propose("data.size", f"[{size[0]},{size[1]}]", reason)
+    propose("method.encoder.patch", f"[{patch},{patch}]")
     base = find(name)
     batch = base.train.batch_size
     while batch > 16 and batch * 8 > num_images:
         batch //= 2
     if batch != base.train.batch_size:
-        overrides.append(f"train.batch_size={batch}")
-        reasons.append(f"batch {batch}: so that an epoch of {num_images} images has at least eight steps")
+        propose("train.batch_size", batch, f"batch {batch}: so that {num_images} images make at least eight steps")
     epochs = base.train.epochs or 100
-    fewest = 3_000  # updates, not epochs, are what small data sets lack
-    if epochs * num_images / batch < fewest:
-        overrides.append(f"train.steps={fewest}")
-        reasons.append(f"{fewest} steps: {epochs:g} epochs would be only {epochs * num_images / batch:.0f} updates")
+    if epochs * num_images / batch < FEWEST_STEPS:
+        updates = f"{epochs * num_images / batch:.0f}"
+        propose("train.steps", FEWEST_STEPS, f"{FEWEST_STEPS} steps: {epochs:g} epochs would be only {updates} updates")
     return name, overrides, reasons

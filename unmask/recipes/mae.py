@@ -1,8 +1,8 @@
 """MAE recipes, from 32-pixel images to the paper's own three.
 
-`mae_base`, `mae_large` and `mae_huge` are He et al. 2021, Table 8, number for number. The small ones keep the method and
-change what small data and one machine need: a decoder no wider than the encoder and at most four blocks deep (with the
-paper's 512 x 8 the decoder of a ViT-B already costs more than half of the pass), at least 16 visible patches, and a
+`mae_base`, `mae_large` and `mae_huge` are He et al. 2021, Table 8, number for number. The small ones keep the method
+and change what small data and one machine need: a decoder no wider than the encoder and at most four blocks deep (with
+the paper's 512 x 8 the decoder of a ViT-B already costs more than half of the pass), at least 16 visible patches, and a
 higher base learning rate at a smaller batch.
 """
 
@@ -30,8 +30,8 @@ def mae_nano() -> Config:
             decoder=DecoderConfig(width=96, depth=2, heads=3),
         ),
         data=DataConfig(size=(32, 32)),
-        optim=OptimConfig(base_lr=1e-3),
-        train=TrainConfig(batch_size=256, epochs=100),
+        optim=OptimConfig(base_lr=3e-3),  # 1.5e-3 at this batch
+        train=TrainConfig(batch_size=128, epochs=100),
     )
 
 
@@ -63,7 +63,7 @@ def mae_small() -> Config:
             encoder=ViTConfig(width=384, depth=12, heads=6),
             decoder=DecoderConfig(width=256, depth=4, heads=8),
         ),
-        data=DataConfig(crop=CropConfig(eval_share=0.875)),
+        data=DataConfig(crop=CropConfig(flip=0.5, eval_share=0.875)),
         optim=OptimConfig(base_lr=1.5e-4),
         train=TrainConfig(batch_size=1024, epochs=400),
     )

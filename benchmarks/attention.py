@@ -1,0 +1,47 @@
+"""Forward and backward of attention: PyTorch's fused kernel beside what `unmask.nn.blocks.attend` does.
+
+    python benchmarks/attention.py
+
+The shapes are those that masking leaves: a few visible tokens in the encoder, all of them in the decoder.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from measure import medians, write
+
+from unmask.nn.blocks import attend
+
+SHAPES = [
+    ("demo encoder, 9 visible + class", 256, 3, 10, 32),
+    ("demo decoder, 36 + class", 256, 2, 37, 32),
+    ("mae_nano encoder, 16 visible + class", 256, 3, 17, 64),
+    ("mae_nano decoder, 64 + class", 256, 3, 65, 32),
+    ("ViT-B/16 encoder, 49 visible + class", 32, 12, 50, 64),
+    ("MAE decoder, 196 + class", 32, 16, 197, 32),
+]
+
+
+def main() -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    rows = []
+    for what, batch, heads, tokens, width in SHAPES:
+        qkv = torch.randn(3, batch, heads, tokens, width, dtype=torch.bfloat16, device=device, requires_grad=True)
+
+        def run(attention, qkv=qkv):
+            attention(*qkv.unbind(0)).sum().backward()
+
+        found = medians(
+            {"fused": lambda run=run: run(F.scaled_dot_product_attention), "ours": lambda run=run: run(attend)},
+            rounds=9,
+        )
+        rows.append(
+            {"shape": what, "fused_ms": 1e3 * found["fused"], "ours_ms": 1e3 * found["ours"],
+             "ratio": found["fused"] / found["ours"]}
+        )  # fmt: skip
+    write("attention", rows)
+
+
+if __name__ == "__main__":
+    main()

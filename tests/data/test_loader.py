@@ -1,0 +1,321 @@
+"""The loader: what is drawn depends on (seed, epoch, image) alone, and a bad file never passes in silence."""
+
+import hashlib
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from corpus import file_of, noisy, npy, smooth
+from PIL import Image
+from test_scan import Memory
+
+from unmask.batch import ImageSpec
+from unmask.data import loader
+from unmask.data.augment import CropConfig
+from unmask.data.decode import BadImage
+from unmask.data.loader import Images, Order, Taken, choose_workers, eval_batches, training_batches
+
+COUNT = 20
+
+
+def spec(size=(8, 8), channels=3, dtype="uint8"):
+    return ImageSpec(channels, size, dtype, (0.0,) * channels, (1.0,) * channels)
+
+
+def source(count=COUNT, **bad):
+    """Pictures of different sizes; `bad` maps rows, written r3, to their content."""
+    files = {f"{i:03d}.png": file_of(noisy(12 + i % 5, 10 + i % 3, seed=i), "PNG") for i in range(count)}
+    for row, data in bad.items():
+        files[f"{int(row[1:]):03d}.png"] = data
+    made = Memory(files)
+    made.label_by([str(i % 4) for i in range(count)])
+    return made
+
+
+def images(origin=None, *, size=(8, 8), seed=0, **more):
+    origin = origin if origin is not None else source()
+    return Images(origin, np.arange(len(origin)), spec(size), CropConfig(), seed, **more)
+
+
+def drawn(data, *, start=0, batch=8, batches=5, workers=0):
+    """One digest for each sample: its pixels, row, epoch and label."""
+    digests = []
+    for delivery in training_batches(data, start=start, batch=batch, batches=batches, workers=workers):
+        got = delivery.batch
+        assert got.labels is not None
+        for pixels, index, epoch, label in zip(got.images, got.index, got.epoch, got.labels, strict=True):
+            digest = hashlib.sha256(pixels.numpy().tobytes() + bytes([int(epoch)])).hexdigest()
+            digests.append((int(index), int(epoch), int(label), digest))
+    return digests
+
+
+# ----------------------------------------------------------------------------------------------------- the same draws
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_number_of_workers_changes_nothing(workers):
+    assert drawn(images(), workers=workers) == drawn(images())
+
+
+@pytest.mark.parametrize(("batch", "batches"), [(1, 40), (4, 10), (20, 2), (40, 1)])
+def test_the_division_into_micro_batches_changes_nothing(batch, batches):
+    assert drawn(images(), batch=batch, batches=batches) == drawn(images())
+
+
+@pytest.mark.parametrize("start", [1, 8, 19, 20, 33])
+def test_starting_anywhere_is_slicing_the_stream(start):
+    stream = drawn(images(), batches=8)
+    assert drawn(images(), start=start, batches=3) == stream[start : start + 24]
+    assert drawn(images(), start=start + 1, batches=3) != stream[start : start + 24]  # the test can fail
+
+
+def test_every_image_once_an_epoch_in_another_order_each_time():
+    stream = drawn(images(), batch=COUNT, batches=3)
+    epochs = [stream[i * COUNT : (i + 1) * COUNT] for i in range(3)]
+    assert [{epoch for _, epoch, _, _ in part} for part in epochs] == [{0}, {1}, {2}]
+    orders = [[row for row, _, _, _ in part] for part in epochs]
+    assert all(sorted(order) == list(range(COUNT)) for order in orders)
+    assert len({tuple(order) for order in orders}) == 3
+
+
+def test_crops_change_with_the_epoch_and_all_with_the_seed():
+    by_row = {}
+    for row, epoch, _, digest in drawn(images(), batch=COUNT, batches=2):
+        by_row.setdefault(row, {})[epoch] = digest
+    assert all(seen[0] != seen[1] for seen in by_row.values())
+    assert drawn(images(seed=1)) != drawn(images(seed=0))
+    assert drawn(images(seed=2**40)) != drawn(images(seed=0))
+
+
+def test_a_batch_may_be_larger_than_the_data_set():
+    stream = drawn(images(source(3)), batch=10, batches=2)
+    assert [epoch for _, epoch, _, _ in stream] == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 4, 5, 5, 5, 6, 6]
+    assert sorted(row for row, epoch, _, _ in stream if epoch == 2) == [0, 1, 2]
+
+
+def test_only_the_usable_rows_are_drawn():
+    data = images()
+    data.rows = np.array([3, 7, 11])
+    assert {row for row, _, _, _ in drawn(data)} == {3, 7, 11}
+    assert len(data) == 3
+
+
+def test_order_keeps_little_and_far_epochs_cost_nothing():
+    order = Order(np.arange(5), 0)
+    far = order.take(5_000_000, 12)
+    assert far.epoch.tolist() == [1_000_000] * 5 + [1_000_001] * 5 + [1_000_002] * 2
+    assert len(order._cache) <= 3
+    assert (Order(np.arange(5), 0).take(5_000_003, 2).index == far.index[3:5]).all()
+
+
+def test_global_randomness_is_left_alone():
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    drawn(images(), batches=1)
+    list(eval_batches(images(training=False), np.arange(4), batch=2))
+    assert (torch.get_rng_state() == before).all()
+
+
+def test_images_can_be_sent_to_other_processes():
+    assert drawn(pickle.loads(pickle.dumps(images()))) == drawn(images())
+
+
+# -------------------------------------------------------------------------------------------------------------- pixels
+
+
+@pytest.mark.parametrize("size", [(8, 8), (6, 14), (14, 6), (40, 50)])
+def test_batches_have_the_shape_and_dtype_of_the_data_set(size):
+    delivery = next(training_batches(images(size=size), start=0, batch=4, batches=1, workers=0))
+    assert delivery.batch.images.shape == (4, 3, *size)
+    assert delivery.batch.images.dtype == torch.uint8
+    assert delivery.batch.images.is_contiguous()
+    assert delivery.bad == ()
+
+
+def test_small_images_are_enlarged_and_one_pixel_is_enough():
+    origin = Memory({"a.png": file_of(np.full((1, 1, 3), 9, np.uint8), "PNG")})
+    got = next(training_batches(images(origin, size=(16, 24)), start=0, batch=2, batches=1, workers=0)).batch.images
+    assert (got == 9).all()
+
+
+def test_gray_and_colour_mix():
+    origin = Memory({"a.png": file_of(np.full((9, 9, 1), 50, np.uint8), "PNG"), "b.png": file_of(noisy(9, 9), "PNG")})
+    got = next(eval_batches(images(origin, training=False), np.array([0, 1]), batch=2))
+    assert (got.images[0] == 50).all()
+    gray = Images(origin, np.arange(2), spec(channels=1), CropConfig(), training=False)
+    assert next(eval_batches(gray, np.array([0, 1]), batch=2)).images.shape == (2, 1, 8, 8)
+
+
+@pytest.mark.parametrize(("dtype", "channels"), [("uint16", 1), ("uint16", 3), ("float32", 1), ("float32", 6)])
+def test_other_dtypes_and_channels_travel_as_they_are(dtype, channels):
+    values = noisy(8, 8, channels).astype(dtype) * 3
+    data = Images(
+        Memory({"a.npy": npy(values)}), np.arange(1), spec((8, 8), channels, dtype), CropConfig(), training=False
+    )
+    got = next(eval_batches(data, np.array([0]), batch=1)).images
+    assert (got[0].permute(1, 2, 0).numpy() == values).all()
+
+
+def test_evaluation_is_centred_unflipped_and_in_order():
+    values = noisy(8, 12)
+    data = images(Memory({"a.png": file_of(values, "PNG"), "b.png": file_of(values[:, ::-1], "PNG")}), training=False)
+    batches = list(eval_batches(data, np.array([1, 0, 1]), batch=2))
+    assert [len(batch) for batch in batches] == [2, 1]
+    assert batches[0].index.tolist() == [1, 0]
+    assert (batches[0].images[1].permute(1, 2, 0).numpy() == values[:, 2:10]).all()
+
+
+def large_jpegs(size=(600, 800)):
+    made = {}
+    for i in range(3):
+        picture = Image.fromarray(noisy(6, 8, seed=i)).resize(size[::-1], Image.Resampling.BICUBIC)
+        made[f"{i}.jpg"] = file_of(picture, "JPEG", quality=95)
+    return Memory(made)
+
+
+def test_scaled_decoding_agrees_with_full_decoding(monkeypatch):
+    seen = []
+    true_decode = loader.decode.decode
+    monkeypatch.setattr(loader.decode, "decode", lambda *a, **k: seen.append(true_decode(*a, **k)) or seen[-1])
+    scaled = images(large_jpegs(), size=(32, 32))
+    cached = images(large_jpegs(), size=(32, 32))
+    cached.keep_decoded()
+    seen.clear()
+    taken = Order(scaled.rows, 0).take(0, 30)
+    one = scaled[taken].batch.images.float()
+    assert max(image.shape[0] for image in seen) < 600
+    difference = (one - cached[taken].batch.images.float()).abs()
+    assert 0 < difference.mean() < 1.0
+    assert difference.max() < 16
+
+
+def test_kept_images_give_the_same_pixels_where_nothing_is_scaled():
+    cached = images()
+    cached.keep_decoded()
+    cached.source.files = [b""] * COUNT  # type: ignore[attr-defined]
+    assert drawn(cached) == drawn(images())
+
+
+def test_kept_large_jpegs_are_the_same_from_run_to_run():
+    pair = [images(large_jpegs(), size=(32, 32)) for _ in range(2)]
+    for data in pair:
+        data.keep_decoded()
+    taken = Order(pair[0].rows, 0).take(0, 6)
+    assert (pair[0][taken].batch.images == pair[1][taken].batch.images).all()
+
+
+def test_a_turned_jpeg_is_cropped_as_it_is_shown():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    shown = smooth(160, 120)
+    stored = Image.fromarray(shown).transpose(Image.Transpose.ROTATE_90)
+    data = Memory({"a.jpg": file_of(stored, "JPEG", exif=exif, quality=98), "b.png": file_of(shown, "PNG")})
+    got = next(eval_batches(images(data, size=(20, 15), training=False), np.array([0, 1]), batch=2)).images.int()
+    assert (got[0] - got[1]).abs().max() < 8
+
+
+# ----------------------------------------------------------------------------------------------------------- bad files
+
+
+def test_a_bad_file_is_replaced_alike_in_every_run_and_reported():
+    origin = source(r3=b"gone bad", r7=b"")
+    one, two = drawn(images(origin), batches=5), drawn(images(origin), batch=4, batches=10, workers=2)
+    assert one == two
+    assert not {3, 7} & {row for row, _, _, _ in one}
+    assert len(one) == 40
+    sound = drawn(images())
+    changed = [i for i, (a, b) in enumerate(zip(one, sound, strict=True)) if a != b]
+    assert {sound[i][0] for i in changed} == {3, 7}
+    told = [bad for d in training_batches(images(origin), start=0, batch=20, batches=1, workers=0) for bad in d.bad]
+    assert sorted((bad.name, bad.code) for bad in told) == [("003.png", "NOT_IMAGE"), ("007.png", "EMPTY")]
+
+
+def test_the_label_follows_the_replacement():
+    for row, _, label, _ in drawn(images(source(r3=b""))):
+        assert label == row % 4
+
+
+def test_kept_images_report_bad_files_too():
+    data = images(source(r3=b""))
+    data.keep_decoded()
+    assert drawn(data) == drawn(images(source(r3=b"")))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_evaluation_raises_instead_of_replacing(workers):
+    data = images(source(r3=b"", r4=b"text"), training=False)
+    stream = eval_batches(data, np.arange(8), batch=2, workers=workers)
+    assert len(next(stream)) == 2
+    with pytest.raises(BadImage, match=r"003\.png") as caught:
+        list(stream)
+    assert caught.value.code == "EMPTY"
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_data_that_have_gone_altogether_stop_the_run(workers):
+    origin = source(3, r0=b"", r1=b"", r2=b"")
+    with pytest.raises(BadImage, match="seem to have gone") as caught:
+        drawn(images(origin), workers=workers)
+    assert caught.value.code == "VANISHED"
+
+
+def test_a_batch_holds_few_files_at_a_time():
+    most, held = [0], [0]
+
+    class Watched(Memory):
+        def read(self, i):
+            held[0] += 1
+            most[0] = max(most[0], held[0])
+            return super().read(i)
+
+    data = images(Watched(dict(zip(source().names, source().files, strict=True))))
+    true_cut = data._cut
+
+    def cut(*arguments):
+        held[0] -= 1
+        return true_cut(*arguments)
+
+    data._cut = cut  # type: ignore[method-assign]
+    data[Taken(np.tile(np.arange(COUNT), 5), np.zeros(5 * COUNT, np.int64))]
+    assert most[0] <= loader.READ_AHEAD
+
+
+# ------------------------------------------------------------------------------------------------------------- workers
+
+
+def test_closing_a_stream_ends_its_workers():
+    import multiprocessing
+
+    before = set(multiprocessing.active_children())
+    stream = training_batches(images(), start=0, batch=4, batches=1000, workers=2)
+    started = set(multiprocessing.active_children()) - before
+    assert len(started) == 2
+    next(stream)
+    del stream
+    for child in started:
+        child.join(10)
+    assert not [child for child in started if child.is_alive()]
+
+
+def test_workers_survive_the_signals_that_stop_a_run_and_a_system_without_usr1(monkeypatch):
+    import signal
+
+    set_to = {}
+    monkeypatch.setattr(signal, "signal", lambda number, action: set_to.__setitem__(number, action))
+    loader._deaf_worker(0)
+    assert {signal.SIGINT, signal.SIGTERM} <= set(set_to)
+    monkeypatch.delattr(signal, "SIGUSR1", raising=False)
+    loader._deaf_worker(0)
+    assert set(set_to.values()) == {signal.SIG_IGN}
+
+
+@pytest.mark.parametrize(
+    ("device", "cached", "cores", "expected"),
+    [("cpu", True, 8, 0), ("cpu", False, 1, 0), ("cpu", False, 8, 2), ("cuda", False, 8, 7), ("cuda", True, 64, 12)],
+)
+def test_the_number_of_workers_is_chosen_with_a_reason(monkeypatch, device, cached, cores, expected):
+    monkeypatch.setattr(loader.os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    workers, why = choose_workers(device, cached=cached)
+    assert workers == expected
+    assert str(workers) in why

@@ -1,0 +1,196 @@
+"""The scan: every bad file listed with its reason, and statistics that are those of the pixels."""
+
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from corpus import bad_files, file_of, noisy, npy, png16, tiff
+
+from unmask.data import scan as scanning
+from unmask.data.decode import conform, decode
+from unmask.data.scan import scan
+from unmask.data.sources import Source, open_source
+
+
+class Memory(Source):
+    """Rows that are bytes already."""
+
+    def __init__(self, files):
+        super().__init__("memory", list(files), [len(data) for data in files.values()])
+        self.files = list(files.values())
+
+    def read(self, i):
+        return self.files[i]
+
+
+class Deadly(Memory):
+    """A row whose decoding takes the process with it."""
+
+    def read(self, i):
+        if self.files[i] == b"deadly":
+            os._exit(9)
+        return self.files[i]
+
+
+def of(*images):
+    return Memory({f"{i}.npy": npy(image) for i, image in enumerate(images)})
+
+
+def plain(result):
+    return {name: str(value) for name, value in vars(result).items() if name != "seconds"}
+
+
+def test_the_whole_corpus_is_listed_with_its_reasons(tmp_path):
+    bad = bad_files()
+    for name, (data, _) in bad.items():
+        (tmp_path / name).write_bytes(data)
+    for i in range(5):
+        (tmp_path / f"good{i}.png").write_bytes(file_of(noisy(seed=i), "PNG"))
+    source, start = open_source(tmp_path), time.monotonic()
+    found = scan(source)
+    assert time.monotonic() - start < 20
+    assert found.files == found.checked == len(bad) + 5
+    assert {fault.name: fault.code for fault in found.bad} == {name: code for name, (_, code) in bad.items()}
+    assert found.good == 5
+    assert [source.names[row] for row in found.good_rows] == [f"good{i}.png" for i in range(5)]
+    assert [source.names[row] for row in found.bad_rows] == [fault.name for fault in found.bad]
+    assert found.bad_fraction == len(bad) / (len(bad) + 5)
+
+
+@pytest.mark.parametrize(("channels", "dtype"), [(1, "uint8"), (3, "uint8"), (3, "uint16"), (5, "float32")])
+def test_mean_and_deviation_are_those_of_the_pixels(channels, dtype):
+    images = [noisy(9, 7 + i, channels, np.uint8, i).astype(dtype) * (i + 1) for i in range(6)]
+    found = scan(of(*images))
+    pixels = np.concatenate([image.reshape(-1, channels) for image in images]).astype(float)
+    assert found.mean == pytest.approx(pixels.mean(0), rel=1e-6)
+    assert found.std == pytest.approx(pixels.std(0), rel=1e-6)
+    assert (found.channels_majority, found.dtype_majority) == (channels, dtype)
+    assert (found.min_size, found.max_size, found.median_size) == ((9, 7), (9, 12), (9, 9))
+    assert found.decoded_bytes == pytest.approx(pixels.nbytes / 8 * np.dtype(dtype).itemsize / 6)
+
+
+def test_mixed_channels_follow_the_majority_and_are_counted_alike():
+    gray, rgb = noisy(8, 8, 1), [noisy(8, 8, 3, seed=i) for i in range(2)]
+    found = scan(of(gray, *rgb))
+    assert found.channels == {3: 2, 1: 1}
+    assert found.good == 3
+    pixels = np.concatenate([conform(image, 3, "uint8").reshape(-1, 3) for image in (gray, *rgb)]).astype(float)
+    assert found.mean == pytest.approx(pixels.mean(0))
+    assert found.std == pytest.approx(pixels.std(0))
+
+
+def test_what_cannot_conform_is_bad():
+    found = scan(of(noisy(8, 8), noisy(8, 8), noisy(8, 8, 5), noisy(8, 8).astype(np.float32)))
+    assert [fault.code for fault in found.bad] == ["MISMATCHED_CHANNELS", "MISMATCHED_DTYPE"]
+    assert found.good_rows.tolist() == [0, 1]
+
+
+def test_one_16_bit_image_makes_all_16_bit_and_the_statistics_follow():
+    images = [noisy(8, 8), noisy(8, 8, seed=1), noisy(8, 8, dtype=np.uint16)]
+    found = scan(of(*images))
+    assert found.dtype_majority == "uint16"
+    assert found.good == 3
+    pixels = np.concatenate([conform(image, 3, "uint16").reshape(-1, 3) for image in images]).astype(float)
+    assert found.mean == pytest.approx(pixels.mean(0))
+    assert found.std == pytest.approx(pixels.std(0))
+
+
+def test_forced_channels_and_dtype_give_statistics_in_those_units():
+    images = [noisy(8, 8, seed=i) for i in range(3)]
+    for channels, dtype in ((1, "uint8"), (3, "uint16"), (1, "uint16")):
+        found = scan(of(*images), channels=channels, dtype=dtype)
+        pixels = np.concatenate([conform(image, channels, dtype).reshape(-1, channels) for image in images]).astype(
+            float
+        )
+        assert found.mean == pytest.approx(pixels.mean(0))
+        assert found.std == pytest.approx(pixels.std(0))
+    assert scan(of(*images), dtype="float32").good == 0
+
+
+def test_a_constant_channel_has_a_deviation_that_can_be_divided_by():
+    found = scan(of(np.full((4, 4, 3), 7, np.uint8)))
+    assert found.mean == (7, 7, 7)
+    assert found.std == (1, 1, 1)
+
+
+def test_nothing_readable_is_told_and_does_not_crash():
+    found = scan(Memory({"a.png": b"", "b.png": b"text"}))
+    assert (found.good, found.mean, found.bad_fraction, found.channels_majority) == (0, (), 1.0, 0)
+
+
+def test_a_sample_is_spread_evenly_and_says_so():
+    source = Memory({f"{i:03d}.npy": npy(noisy(4, 4)) for i in range(100)})
+    found = scan(source, sample=5)
+    assert (found.checked, found.files, found.sampled) == (5, 100, True)
+    assert found.good_rows.tolist() == [0, 24, 49, 74, 99]
+    assert not scan(source, sample=100).sampled
+
+
+def test_wrong_extensions_are_decoded_and_counted(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(file_of(noisy(), "PNG"))
+    (tmp_path / "b.png").write_bytes(file_of(noisy(), "PNG"))
+    (tmp_path / "c.jfif").write_bytes(file_of(noisy(), "JPEG"))
+    found = scan(open_source(tmp_path))
+    assert (found.good, found.wrong_extensions) == (3, 1)
+    assert found.formats == {"PNG": 2, "JPEG": 1}
+
+
+def test_science_formats_are_scanned(tmp_path):
+    (tmp_path / "a.tif").write_bytes(tiff(noisy(channels=5), photometric="minisblack", planarconfig="contig"))
+    (tmp_path / "b.npy").write_bytes(npy(noisy(channels=5)))
+    assert scan(open_source(tmp_path)).channels == {5: 2}
+    (tmp_path / "a.tif").write_bytes(tiff(noisy(dtype=np.uint16), photometric="rgb"))
+    (tmp_path / "b.npy").unlink()
+    (tmp_path / "b.png").write_bytes(png16(noisy(dtype=np.uint16)))
+    found = scan(open_source(tmp_path))
+    assert (found.dtypes, found.mean) == ({"uint16": 2}, pytest.approx(noisy(dtype=np.uint16).mean((0, 1))))
+
+
+def test_progress_is_told(monkeypatch):
+    told = []
+    scan(Memory({f"{i}.npy": npy(noisy(4, 4)) for i in range(130)}), progress=told.append)
+    assert told == [64, 128, 130]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_processes_change_nothing(workers):
+    files = {f"{i:03d}.png": file_of(noisy(8, 8 + i % 3, seed=i), "PNG") for i in range(150)}
+    files["070.png"] = b"broken"
+    assert plain(scan(Memory(files), workers=workers)) == plain(scan(Memory(files), workers=0))
+
+
+def test_processes_start_by_themselves_when_there_is_much_to_do(monkeypatch):
+    source = Memory({f"{i:03d}.npy": npy(noisy(4, 4, seed=i)) for i in range(200)})
+    alone, used = plain(scan(source)), []
+    true_map = scanning.ProcessPoolExecutor.map
+    monkeypatch.setattr(
+        scanning.ProcessPoolExecutor, "map", lambda *arguments, **more: used.append(1) or true_map(*arguments, **more)
+    )
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+    assert plain(scan(source)) == alone
+    assert not used
+    monkeypatch.setattr(scanning, "PATIENCE", 0.0)
+    assert plain(scan(source)) == alone
+    assert used
+
+
+def test_a_file_that_kills_its_process_is_found_and_the_rest_is_scanned():
+    files = {f"{i:03d}.npy": npy(noisy(4, 4)) for i in range(70)}
+    files["066.npy"] = b"deadly"
+    found = scan(Deadly(files), workers=1)
+    assert found.good == 69
+    assert [(fault.name, fault.code) for fault in found.bad] == [("066.npy", "CORRUPT")]
+
+
+def test_real_pictures(shared_data: Path):
+    archive = shared_data / "imagenet-sample-250.tar"
+    if not archive.exists():
+        pytest.skip(f"{archive.name} is not beside the checkout")
+    source = open_source(archive)
+    found = scan(source, sample=30)
+    assert (found.good, found.bad) == (30, [])
+    assert found.channels_majority == 3
+    assert all(60 < mean < 160 for mean in found.mean)
+    assert decode(source.read(0)).shape[2] == 3

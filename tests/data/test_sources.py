@@ -1,0 +1,632 @@
+"""Sources: what DATA may be, names and labels, and trees, lists and archives that are hostile or broken."""
+
+import io
+import os
+import pickle
+import signal
+import sys
+import tarfile
+import warnings
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from corpus import file_of, noisy, npy
+
+from unmask.data import sources
+from unmask.data.decode import BadImage, decode
+from unmask.data.sources import SourceError, open_files, open_source, printable, require_labels
+
+PNG = file_of(noisy(8, 8), "PNG")
+
+
+def put(folder: Path, *names: str, content: bytes = PNG) -> Path:
+    for name in names:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    return folder
+
+
+def numbered(i: int) -> bytes:
+    return file_of(noisy(8, 8, seed=i), "PNG")
+
+
+def refusal(data) -> str:
+    with pytest.raises(SourceError) as caught:
+        open_source(data)
+    return str(caught.value)
+
+
+def reason(source, row: int = 0) -> str:
+    with pytest.raises(BadImage) as caught:
+        decode(source.read(row))
+    return caught.value.code
+
+
+@pytest.fixture(autouse=True)
+def no_hang():
+    """A test that waits for a pipe fails instead of waiting for ever."""
+    if not hasattr(signal, "SIGALRM"):
+        yield
+        return
+
+    def late(*_):
+        raise TimeoutError("it hangs")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(20)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+# -------------------------------------------------------------------------------------------------------------- trees
+
+
+def test_a_tree_is_sorted_and_labelled_by_its_folders(tmp_path):
+    source = open_source(put(tmp_path, "b/2.png", "a/10.png", "a/1.JPG", "b/x/y.webp"))
+    assert source.names == ["a/1.JPG", "a/10.png", "b/2.png", "b/x/y.webp"]
+    assert source.classes == ["a", "b"]
+    assert source.labels is not None
+    assert source.labels.tolist() == [0, 0, 1, 1]
+    assert source.sizes.tolist() == [len(PNG)] * 4
+    assert source.read(2) == PNG
+
+
+def test_what_is_no_image_is_counted_and_what_is_hidden_is_not(tmp_path):
+    put(tmp_path, "a.png", "b.txt", "c.txt", "noextension", ".hidden.png", ".git/d.png", "__MACOSX/e.png", ".DS_Store")
+    source = open_source(tmp_path)
+    assert source.names == ["a.png"]
+    assert source.skipped == {".txt": 2, "": 1}
+
+
+def test_empty_folders_and_folders_without_images_are_refused(tmp_path):
+    assert "it is empty" in refusal(tmp_path)
+    put(tmp_path, "a.txt", "b.txt", "c.pdf", "README")
+    message = refusal(tmp_path)
+    assert "2 .txt" in message
+    assert "1 without extension" in message
+    assert ".jpg" in message
+
+
+def test_a_missing_path_names_its_neighbour(tmp_path):
+    put(tmp_path, "flowers/a.png")
+    assert "did you mean" in refusal(tmp_path / "flower")
+    assert str(tmp_path / "flowers") in refusal(tmp_path / "flower")
+    assert "does not exist" in refusal(tmp_path / "nowhere" / "at" / "all")
+    assert "shapes" in refusal("shape")
+
+
+def test_strange_names_are_refused_as_such():
+    for data in ("x" * 5000, "a\0b", ""):
+        with pytest.raises(SourceError):
+            open_source(data or "no-such-thing")
+
+
+@pytest.mark.parametrize("links", [1, 3])
+def test_loops_of_links_end_and_each_image_is_met_once(tmp_path, links):
+    put(tmp_path, "real/a.png", "real/deep/b.png")
+    for i in range(links):
+        (tmp_path / "real" / f"loop{i}").symlink_to(tmp_path / "real", target_is_directory=True)
+        (tmp_path / f"also{i}").symlink_to(tmp_path / "real", target_is_directory=True)
+    source = open_source(tmp_path)
+    assert source.names == ["real/a.png", "real/deep/b.png"]
+    assert source.skipped["folder seen before"] == 2 * links
+    assert open_source(f"{tmp_path}/**/*.png").names == ["a.png", "deep/b.png"]
+
+
+def test_linked_files_are_read_and_broken_links_counted(tmp_path):
+    put(tmp_path, "a.png")
+    (tmp_path / "b.png").symlink_to(tmp_path / "a.png")
+    (tmp_path / "c.png").symlink_to(tmp_path / "gone.png")
+    (tmp_path / "d.png").symlink_to(tmp_path / "d.png")
+    source = open_source(tmp_path)
+    assert source.names == ["a.png", "b.png"]
+    assert source.skipped == {"broken link": 2}
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes on this system")
+def test_a_pipe_is_never_opened(tmp_path):
+    put(tmp_path, "a.png")
+    os.mkfifo(tmp_path / "b.png")
+    source = open_source(tmp_path)
+    assert source.names == ["a.png"]
+    assert source.skipped == {"not a regular file": 1}
+    (tmp_path / "list.txt").write_text("a.png\nb.png\n")
+    listed = open_source(tmp_path / "list.txt")
+    assert reason(listed, 1) == "NOT_IMAGE"
+    assert "neither a file nor a folder" in refusal(tmp_path / "b.png")
+
+
+@pytest.mark.skipif(sys.platform == "darwin" or os.name == "nt", reason="file names must be text on this system")
+def test_names_that_are_no_text_can_be_read_and_printed(tmp_path):
+    put(tmp_path, "a.png")
+    (Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.png"))).write_bytes(PNG)
+    (tmp_path / "line\nfeed\x1b[2J.png").write_bytes(PNG)
+    source = open_source(tmp_path)
+    assert source.names == ["a.png", r"caf\xe9.png", r"line\x0afeed\x1b[2J.png"]
+    assert all(source.read(i) == PNG for i in range(3))
+    "\n".join(source.names).encode("utf-8")
+    assert len(source.fingerprint()) == 64
+
+
+def test_printable_leaves_ordinary_names_alone():
+    assert printable("Ünï côdé/日本 (1).jpg") == "Ünï côdé/日本 (1).jpg"
+
+
+def test_very_deep_trees_do_not_exhaust_the_stack(tmp_path):
+    here, deep = os.getcwd(), 1500
+    try:
+        os.chdir(tmp_path)
+        for _ in range(deep):
+            os.mkdir("d")
+            os.chdir("d")
+        Path("a.png").write_bytes(PNG)
+        assert open_source(tmp_path).names[0].count("/") == deep
+        Path("a.png").unlink()
+        for _ in range(deep):  # pytest could not remove it
+            os.chdir("..")
+            os.rmdir("d")
+    finally:
+        os.chdir(here)
+
+
+def test_folders_that_may_not_be_read_are_counted(tmp_path, monkeypatch):
+    put(tmp_path, "a.png", "closed/b.png")
+    listing = os.scandir
+
+    def closed(path):
+        if str(path).endswith("closed"):
+            raise PermissionError
+        return listing(path)
+
+    monkeypatch.setattr(os, "scandir", closed)  # modes are no bar to root
+    source = open_source(tmp_path)
+    assert source.names == ["a.png"]
+    assert source.skipped == {"folder without permission": 1}
+
+
+def test_files_that_may_not_be_read_or_have_gone_say_so(tmp_path, monkeypatch):
+    source = open_source(put(tmp_path, "a.png", "b.png", "c.png"))
+    (tmp_path / "b.png").unlink()
+    assert reason(source, 1) == "VANISHED"
+    (tmp_path / "b.png").mkdir()
+    assert reason(source, 1) == "NOT_IMAGE"
+
+    def closed(*_):
+        raise PermissionError
+
+    monkeypatch.setattr("builtins.open", closed)
+    assert reason(source, 0) == "PERMISSION"
+
+
+def test_a_file_too_large_is_not_read(tmp_path):
+    put(tmp_path, "a.png")
+    with (tmp_path / "b.png").open("wb") as file:
+        file.truncate(sources.MOST_BYTES + 1)
+    assert reason(open_source(tmp_path), 1) == "TOO_LARGE_FILE"
+
+
+def test_the_fingerprint_knows_names_and_sizes(tmp_path):
+    first = open_source(put(tmp_path, "a.png", "b.png")).fingerprint()
+    assert open_source(tmp_path).fingerprint() == first
+    put(tmp_path, "b.png", content=PNG + b"\0")
+    changed = open_source(tmp_path).fingerprint()
+    (tmp_path / "b.png").rename(tmp_path / "c.png")
+    assert len({first, changed, open_source(tmp_path).fingerprint()}) == 3
+
+
+# ------------------------------------------------------------------------------------------------------------- labels
+
+
+@pytest.mark.parametrize(
+    ("names", "classes"),
+    [
+        (["x/a/1.png", "x/b/1.png"], ["a", "b"]),
+        (["a/1.png", "b/1.png", "c.png"], []),
+        (["a/1.png"], []),
+        (["train/a/1.png", "val/a/1.png"], []),
+        (["Train/1.png", "TEST/1.png"], []),
+    ],
+)
+def test_classes_are_the_first_level_with_a_choice(tmp_path, names, classes):
+    assert open_source(put(tmp_path, *names)).classes == classes
+
+
+def test_splits_are_no_classes_and_the_error_says_where_to_point(tmp_path):
+    source = open_source(put(tmp_path, "train/a/1.png", "val/a/1.png"))
+    with pytest.raises(SourceError, match=r"splits, not classes.*/val"):
+        require_labels(source)
+    with pytest.raises(SourceError, match="no class labels"):
+        require_labels(open_source(put(tmp_path / "flat", "1.png")))
+    put(tmp_path, "train/b/1.png")
+    assert require_labels(open_source(tmp_path / "train")).classes == ["a", "b"]
+
+
+def test_numbers_are_ordered_as_numbers(tmp_path):
+    source = open_source(put(tmp_path, "a.png"))
+    source.label_by(["10", "9", "2"])
+    assert source.classes == ["2", "9", "10"]
+    assert source.labels is not None
+    assert source.labels.tolist() == [2, 1, 0]
+
+
+# -------------------------------------------------------------------------------------------------- lists, globs, files
+
+
+def test_a_list_has_paths_labels_comments_and_a_heading(tmp_path):
+    put(tmp_path, "images/a.png", "images/b c.png", "other/d.png")
+    for text in (
+        "path,label\nimages/a.png,cat\n# no\n\nimages/b c.png,dog\r\n../X/other/d.png,cat\n",
+        "\ufeffimages/a.png\tcat\nimages/b c.png\tdog\nother/d.png\tcat",
+        f'"images/a.png","cat"\n"{tmp_path}/images/b c.png",dog\nother/d.png,cat\n',
+        "images/a.png cat\nimages/b c.png dog\nother/d.png cat\n",
+    ):
+        (tmp_path / "list.csv").write_text(text.replace("../X", f"../{tmp_path.name}"), encoding="utf-8", newline="")
+        source = open_source(tmp_path / "list.csv")
+        assert source.names == ["images/a.png", "images/b c.png", "other/d.png"]
+        assert source.classes == ["cat", "dog"]
+        assert source.labels is not None
+        assert source.labels.tolist() == [0, 1, 0]
+        assert source.read(1) == PNG
+
+
+def test_a_list_without_labels_takes_them_from_folders(tmp_path):
+    put(tmp_path, "x/a.png", "y/b.png")
+    (tmp_path / "list.txt").write_text("y/b.png\nx/a.png\n")
+    source = open_source(tmp_path / "list.txt")
+    assert source.names == ["y/b.png", "x/a.png"]
+    assert source.classes == ["x", "y"]
+
+
+def test_a_list_with_some_labels_is_refused(tmp_path):
+    put(tmp_path, "a.png", "b.png")
+    (tmp_path / "list.txt").write_text("a.png,cat\nb.png\n")
+    assert "1 of 2 lines" in refusal(tmp_path / "list.txt")
+
+
+def test_a_list_keeps_what_is_missing_as_a_row_and_refuses_when_all_is(tmp_path):
+    put(tmp_path, "a.png")
+    (tmp_path / "list.txt").write_text("a.png\ngone.png\n")
+    source = open_source(tmp_path / "list.txt")
+    assert len(source) == 2
+    assert reason(source, 1) == "VANISHED"
+    (tmp_path / "list.txt").write_text("x.png\ny.png\n")
+    assert "none of the 2 files" in refusal(tmp_path / "list.txt")
+    (tmp_path / "list.txt").write_text("# nothing\n")
+    assert "holds no image" in refusal(tmp_path / "list.txt")
+
+
+def test_globs(tmp_path, monkeypatch):
+    put(tmp_path, "x/a1.png", "x/a2.jpg", "x/b1.png", "y/a1.png", "y/deep/a3.png", "y/a.txt", ".h/a1.png")
+    found = lambda pattern: open_source(f"{tmp_path}/{pattern}").names  # noqa: E731
+    assert found("*/a1.png") == ["x/a1.png", "y/a1.png"]
+    assert found("x/a?.*") == ["a1.png", "a2.jpg"]
+    assert found("**/a[13].png") == ["x/a1.png", "y/a1.png", "y/deep/a3.png"]
+    assert found("y/**") == ["a1.png", "deep/a3.png"]
+    assert found("**/deep/*") == ["a3.png"]
+    assert open_source(f"{tmp_path}/*/a1.png").classes == ["x", "y"]
+    assert open_source(f"{tmp_path}/y/*").skipped == {".txt": 1}
+    assert "matches no file" in refusal(f"{tmp_path}/z*")
+    assert "1 .txt" in refusal(f"{tmp_path}/y/*.txt")
+    (tmp_path / "odd[1]").mkdir()
+    monkeypatch.chdir(put(tmp_path / "odd[1]", "a.png", "b.png"))
+    source = open_source("*.png")
+    monkeypatch.chdir(tmp_path)
+    assert open_source(source.location).names == ["a.png", "b.png"]
+
+
+def test_a_folder_with_magic_in_its_name_is_a_folder(tmp_path):
+    assert len(open_source(put(tmp_path / "set [1]*", "a.png"))) == 1
+
+
+def test_single_files(tmp_path, monkeypatch):
+    put(tmp_path, "x/b.png", "x/a.png")
+    files = open_files([tmp_path / "x/b.png", tmp_path / "x/a.png"])
+    assert files.names == ["b.png", "a.png"]
+    monkeypatch.chdir(tmp_path / "x")
+    source = open_source("a.png")
+    monkeypatch.chdir(tmp_path)
+    assert open_source(source.location).names == ["a.png"]
+    with pytest.raises(SourceError, match="is not a file"):
+        open_files([tmp_path / "gone.png"])
+    put(tmp_path, "data.xyz")
+    assert "no known kind" in refusal(tmp_path / "data.xyz")
+
+
+# ----------------------------------------------------------------------------------------------------------- archives
+
+
+def make_tar(path: Path, members, mode: str = "w", **options) -> Path:
+    with tarfile.open(path, mode, **options) as archive:
+        for name, content in members:
+            info = name if isinstance(name, tarfile.TarInfo) else tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return path
+
+
+TEN = [(f"x/{'ab'[i % 2]}/{i}.png", numbered(i)) for i in range(10)]
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [
+        ("d.tar", "w"),
+        ("d.tar.gz", "w:gz"),
+        ("d.tgz", "w:gz"),
+        ("d.tar.xz", "w:xz"),
+        ("d.tar.bz2", "w:bz2"),
+        ("compressed.tar", "w:gz"),
+        ("plain.tar.gz", "w"),
+    ],
+)
+def test_tars_give_their_members(tmp_path, name, mode):
+    source = open_source(make_tar(tmp_path / name, TEN, mode))
+    assert source.names == sorted(name for name, _ in TEN)
+    assert source.classes == ["a", "b"]
+    again = pickle.loads(pickle.dumps(source))
+    for row, name in enumerate(source.names):
+        assert source.read(row) == again.read(row) == dict(TEN)[name]
+
+
+def test_names_as_tar_makes_them_of_a_folder(tmp_path):
+    source = open_source(make_tar(tmp_path / "d.tar", [(f"./{name}", content) for name, content in TEN]))
+    assert source.names == sorted(name for name, _ in TEN)
+    assert source.classes == ["a", "b"]
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+def test_links_pipes_and_traversal_in_a_tar_lead_nowhere(tmp_path, mode):
+    secret = put(tmp_path, "secret.png").joinpath("secret.png")
+    odd = []
+    for kind, target in ((tarfile.SYMTYPE, str(secret)), (tarfile.LNKTYPE, "a.png"), (tarfile.FIFOTYPE, "")):
+        info = tarfile.TarInfo(f"link{len(odd)}.png")
+        info.type, info.linkname = kind, target
+        odd.append((info, b""))
+    members = [
+        ("a.png", PNG),
+        *odd,
+        ("../../escape.png", PNG),
+        ("b/../../c.png", PNG),
+        ("/etc/d.png", PNG),
+        (".h.png", PNG),
+    ]
+    box = tmp_path / "box"
+    box.mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    archive = make_tar(box / "d.tar", members, mode)
+    source = open_source(archive)
+    assert source.names == ["/etc/d.png", "a.png"]
+    assert source.skipped == {"not a regular file": 3, "path that leaves the archive": 2}
+    assert [source.read(i) for i in range(2)] == [PNG, PNG]
+    assert sorted(tmp_path.rglob("*")) == sorted([*before, archive])
+    assert not Path("/etc/d.png").exists()
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz", "w:xz"])
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
+def test_a_tar_that_is_cut_short_gives_what_it_has_and_says_so(tmp_path, mode, share):
+    many = [(f"{i:02d}.png", np.random.default_rng(i).bytes(5000)) for i in range(40)]
+    path = make_tar(tmp_path / "d.tar", many, mode)
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+    try:
+        source = open_source(path)
+    except SourceError:
+        assert mode == "w:xz"  # its first block may be all there is
+        return
+    assert source.skipped["lost: the tar is damaged or cut short"] == 1
+    for row, name in enumerate(source.names[:-1]):
+        assert source.read(row) == dict(many)[name]
+
+
+def test_a_damaged_gzip_stream_is_noticed(tmp_path):
+    path = make_tar(
+        tmp_path / "d.tar.gz", [(f"{i:02d}.png", np.random.default_rng(i).bytes(5000)) for i in range(40)], "w:gz"
+    )
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2 : len(data) // 2 + 300] = b"\xff" * 300
+    path.write_bytes(data)
+    source = open_source(path)
+    assert len(source) < 40
+    assert source.skipped["lost: the tar is damaged or cut short"] == 1
+
+
+def test_a_damaged_header_is_not_taken_for_the_end(tmp_path):
+    path = make_tar(tmp_path / "d.tar", TEN)
+    with tarfile.open(path) as archive:
+        place = archive.getmembers()[5].offset
+    data = bytearray(path.read_bytes())
+    data[place + 150] ^= 1
+    path.write_bytes(data)
+    source = open_source(path)
+    assert len(source) == 5
+    assert source.skipped["lost: the tar is damaged or cut short"] == 1
+
+
+@pytest.mark.parametrize("name", ["d.tar", "d.tar.gz", "d.zip", "d.parquet"])
+def test_what_is_no_archive_is_refused(tmp_path, name):
+    for content in (b"", b"hello" * 200, b"\x1f\x8b" + b"\0" * 50, b"PK\3\4" + b"\0" * 50, b"PAR1" + b"\0" * 50):
+        (tmp_path / name).write_bytes(content)
+        assert name in refusal(tmp_path / name)
+
+
+def test_a_compressed_tar_too_large_for_memory_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "MOST_UNPACKED", 1000)
+    assert "unpack it" in refusal(make_tar(tmp_path / "d.tar.gz", TEN, "w:gz"))
+
+
+def test_archives_that_vanish_or_shrink_say_so(tmp_path):
+    path = make_tar(tmp_path / "d.tar", TEN)
+    source = open_source(path)
+    path.write_bytes(path.read_bytes()[:1000])
+    assert reason(source, 9) == "EMPTY"
+    path.unlink()
+    assert reason(source) == "VANISHED"
+
+
+def make_zip(path: Path, members, **options) -> Path:
+    with zipfile.ZipFile(path, "w", **options) as archive:
+        for name, content in members:
+            archive.writestr(name, content)
+    return path
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_zips_give_their_members_and_bad_ones_a_reason(tmp_path, compression):
+    path = make_zip(tmp_path / "d.zip", TEN, compression=compression)
+    source = open_source(path)
+    assert source.names == sorted(name for name, _ in TEN)
+    assert source.classes == ["a", "b"]
+    again = pickle.loads(pickle.dumps(source))
+    assert all(source.read(i) == again.read(i) == dict(TEN)[name] for i, name in enumerate(source.names))
+    with zipfile.ZipFile(path) as archive:
+        info = archive.getinfo(source.names[0])
+    data = bytearray(path.read_bytes())
+    place = info.header_offset + 30 + len(info.filename) + info.compress_size // 2
+    data[place : place + 8] = b"\xff\x00\xff\x00\xff\x00\xff\x00"
+    path.write_bytes(data)
+    with pytest.raises(BadImage) as caught:
+        open_source(path).read(0)
+    assert caught.value.code in ("CORRUPT", "TRUNCATED")
+    assert open_source(path).read(1) == dict(TEN)[source.names[1]]
+
+
+def test_odd_zip_members(tmp_path):
+    link = zipfile.ZipInfo("link.png")
+    link.external_attr = 0o120777 << 16
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the duplicate name
+        members = [("a.png", b"old"), ("a.png", PNG), (link, "/etc/passwd"), ("../b.png", PNG)]
+        members += [("__MACOSX/a.png", PNG), ("notes.txt", b""), ("folder/", b"")]
+        path = make_zip(tmp_path / "d.zip", members)
+    source = open_source(path)
+    assert source.names == ["a.png"]
+    assert source.read(0) == PNG
+    assert source.skipped == {"not a regular file": 1, "path that leaves the archive": 1, ".txt": 1}
+
+
+def test_encrypted_and_unknown_zip_members_say_so(tmp_path):
+    path = make_zip(tmp_path / "d.zip", [("a.png", PNG)])
+    data = path.read_bytes()
+    central = data.index(b"PK\1\2")
+    for offset, value, code in ((8, 1, "PERMISSION"), (10, 97, "FORMAT_NOT_ALLOWED")):
+        changed = bytearray(data)
+        changed[central + offset] = value
+        changed[offset - 2] = value
+        path.write_bytes(changed)
+        assert reason(open_source(path)) == code
+    source = open_source(path)
+    path.unlink()
+    assert reason(source) == "VANISHED"
+
+
+def test_members_too_large_are_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "MOST_BYTES", 1000)
+    big = b"\0" * 1001
+    assert "1 member too large" in refusal(make_zip(tmp_path / "d.zip", [("a.png", big)]))
+    assert "1 member too large" in refusal(make_tar(tmp_path / "d.tar", [("a.png", big)]))
+
+
+# ------------------------------------------------------------------------------------------------------------ parquet
+
+
+@pytest.mark.parametrize("struct", [False, True])
+def test_parquet_of_bytes_and_of_structs(tmp_path, struct):
+    images = [numbered(i) for i in range(12)]
+    column = [{"bytes": data, "path": f"p{i}.png"} for i, data in enumerate(images)] if struct else images
+    table = pa.table({"image": column, "label": [11 - i for i in range(12)]})
+    pq.write_table(table, tmp_path / "d.parquet", row_group_size=5)
+    source = open_source(tmp_path / "d.parquet")
+    assert source.names[0] == ("p0.png" if struct else "row-00000000")
+    assert source.classes == [str(i) for i in range(12)]
+    assert source.labels is not None
+    assert source.labels.tolist() == list(range(11, -1, -1))
+    again = pickle.loads(pickle.dumps(source))
+    for row in (11, 0, 5, 4, 11):
+        assert source.read(row) == again.read(row) == images[row]
+
+
+def test_parquet_groups_are_kept_within_a_limit(tmp_path, monkeypatch):
+    images = [np.random.default_rng(i).bytes(1000) for i in range(40)]
+    pq.write_table(pa.table({"image": images}), tmp_path / "d.parquet", row_group_size=10)
+    source = open_source(tmp_path / "d.parquet")
+    reads = []
+    true_read = type(source)._read_group  # type: ignore[attr-defined]
+    monkeypatch.setattr(type(source), "_read_group", lambda self, group: reads.append(group) or true_read(self, group))
+    for row in (0, 39, 1, 38, 15, 25, 2):
+        assert source.read(row) == images[row]
+    assert reads == [0, 3, 1, 2]
+    monkeypatch.setattr(sources, "MOST_UNPACKED", 25_000)
+    for row in (0, 39, 1, 15, 39):
+        assert source.read(row) == images[row]
+    assert len(source._groups) == 2  # type: ignore[attr-defined]
+
+
+def test_odd_parquet_files(tmp_path):
+    path = tmp_path / "d.parquet"
+    pq.write_table(pa.table({"number": [1, 2]}), path)
+    assert "its columns are number" in refusal(path)
+    pq.write_table(pa.table({"img": [PNG, None, b""], "file": ["a", "b", "c"]}), path)
+    source = open_source(path)
+    assert source.names == ["a", "b", "c"]
+    assert source.labels is None
+    assert [reason(source, row) for row in (1, 2)] == ["EMPTY", "EMPTY"]
+    first = source.fingerprint()
+    pq.write_table(pa.table({"img": [PNG, None, PNG], "file": ["a", "b", "c"]}), path)
+    assert open_source(path).fingerprint() != first
+    pq.write_table(pa.table({"img": [PNG, PNG], "label": ["x", None]}), path)
+    assert "no label in 1 of 2 rows" in refusal(path)
+    source = open_source(put_table(path))
+    path.unlink()
+    assert reason(source) == "VANISHED"
+
+
+def put_table(path: Path) -> Path:
+    pq.write_table(pa.table({"image": [PNG]}), path)
+    return path
+
+
+# ----------------------------------------------------------------------------------------------------------- embedded
+
+
+def test_embedded_sets_are_small_labelled_and_decodable():
+    digits, test = open_source("digits"), open_source("digits-test")
+    assert len(digits) + len(test) == 1797
+    assert not set(digits.names) & set(test.names)
+    assert decode(digits.read(0)).shape == (8, 8, 1)
+    shapes = open_source("shapes:20")
+    assert len(shapes) == 20
+    assert shapes.labels is not None
+    assert decode(shapes.read(3)).shape[2] == 3
+    assert open_source(shapes.location).fingerprint() == shapes.fingerprint()
+
+
+@pytest.mark.parametrize("data", ["shapes:x", "shapes:0", "shapes:-5", "shapes:99999999", "digits:5"])
+def test_impossible_parts_of_embedded_sets_are_refused(data):
+    assert data in refusal(data)
+
+
+def test_a_folder_of_that_name_comes_first(tmp_path, monkeypatch):
+    put(tmp_path / "shapes", "a.png")
+    monkeypatch.chdir(tmp_path)
+    assert open_source("shapes").names == ["a.png"]
+
+
+def test_npy_files_are_images_too(tmp_path):
+    put(tmp_path, "a.npy", content=npy(noisy(6, 5, 7)))
+    assert decode(open_source(tmp_path).read(0)).shape == (6, 5, 7)
+
+
+def test_real_archives_are_labelled(shared_data):
+    archive = shared_data / "cifar10-test.tar.gz"
+    if not archive.exists():
+        pytest.skip(f"{archive.name} is not beside the checkout")
+    source = open_source(archive)
+    assert len(source) == 10_000
+    assert source.classes[:2] == ["airplane", "automobile"]
+    assert np.bincount(require_labels(source).labels).tolist() == [1000] * 10  # type: ignore[arg-type]

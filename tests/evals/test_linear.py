@@ -1,0 +1,160 @@
+"""The linear probe against scikit-learn used directly, and that nothing is ever chosen on test images."""
+
+import numpy as np
+import pytest
+from sklearn.datasets import load_digits
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
+
+from unmask.evals import linear as module
+from unmask.evals.linear import C_GRID, C_WITHOUT_CHOICE, HOLD_OUT_FOR_C, hold_out, linear
+
+
+def blobs(count, *, classes=3, width=6, spread=1.0, seed=0):
+    """Overlapping clouds around fixed centres, with an offset and a scale of their own for each feature."""
+    rng = np.random.default_rng(seed)
+    centres = np.random.default_rng(99).normal(size=(classes, width))
+    y = np.arange(count) % classes
+    x = centres[y] + spread * rng.normal(size=(count, width))
+    return (x * np.logspace(-1, 2, width) + 7).astype(np.float32), y
+
+
+def direct(train_x, train_y, test_x, c):
+    scaler = StandardScaler().fit(train_x.astype(np.float64))
+    model = LogisticRegression(C=c, max_iter=5000, tol=1e-8).fit(scaler.transform(train_x), train_y)
+    return model.predict(scaler.transform(test_x))
+
+
+def test_it_agrees_with_scikit_learn_at_the_c_it_chose():
+    (train_x, train_y), (test_x, test_y) = blobs(300), blobs(200, seed=1)
+    fit = linear(train_x, train_y, test_x)
+    assert fit.chosen
+    assert fit.converged
+    assert fit.c in C_GRID
+    assert fit.predictions.dtype == np.int64
+    assert (fit.predictions == direct(train_x, train_y, test_x, fit.c)).mean() >= 0.995
+    assert (fit.predictions == test_y).mean() > 0.7
+
+
+def test_real_digits_are_read_as_well_as_by_scikit_learn():
+    x, y = load_digits(return_X_y=True)
+    x = x.astype(np.float32)
+    fit = linear(x[:1000], y[:1000], x[1000:])
+    assert (fit.predictions == y[1000:]).mean() > 0.88
+    assert (fit.predictions == direct(x[:1000], y[:1000], x[1000:], fit.c)).mean() > 0.99
+
+
+def test_c_is_the_best_on_the_held_out_part():
+    train_x, train_y = blobs(240, spread=2.5)
+    fit_rows, held = hold_out(train_y, np.arange(240), 0, HOLD_OUT_FOR_C)
+    mean, std = train_x.mean(0), train_x.std(0)
+    x = (train_x - mean) / std
+    scores = []
+    for c in C_GRID:
+        model = LogisticRegression(C=c, max_iter=5000, tol=1e-8).fit(x[fit_rows], train_y[fit_rows])
+        chances = model.predict_proba(x[held])
+        scores.append(((chances.argmax(1) == train_y[held]).mean(), np.log(chances[range(48), train_y[held]]).mean()))
+    best, c, worse = scores[0], C_GRID[0], 0
+    for score, value in list(zip(scores, C_GRID, strict=True))[1:]:
+        best, c, worse = (score, value, 0) if score > best else (best, c, worse + 1)
+        if worse == 2:
+            break
+    assert linear(train_x, train_y, train_x).c == c
+
+
+def test_the_path_ends_after_two_values_in_a_row_that_are_no_better(monkeypatch):
+    shares, tried = [0.5, 0.4, 0.6, 0.6, 0.5, 0.9, 0.9, 0.9], []  # of the held-out images that each C gets right
+
+    class Scripted:
+        classes_ = np.array([0, 1])
+
+        def predict_proba(self, held_x):
+            right = np.arange(len(held_x)) < shares[len(tried) - 1] * len(held_x)
+            return np.stack([right, ~right], 1) * 0.98 + 0.01
+
+    monkeypatch.setattr(module, "_fit", lambda model, x, y: (tried.append(model.C) or Scripted(), True))
+    monkeypatch.setattr(Scripted, "set_params", lambda self, C: LogisticRegression(C=C), raising=False)
+    held = np.zeros((10, 2), np.float32), np.zeros(10, int)
+    assert module._choose_c(*held, *held) == C_GRID[2]
+    assert tried == list(C_GRID[:5])
+
+
+def test_test_images_never_influence_the_fit():
+    train_x, train_y = blobs(200, spread=2)
+    test_x, _ = blobs(60, seed=1)
+    alone = [linear(train_x, train_y, test_x[i : i + 1]).predictions[0] for i in range(3)]
+    shifted = np.concatenate([test_x[:3], 1e4 * test_x])  # a mean or a deviation taken of these would show
+    fit = linear(train_x, train_y, shifted)
+    assert fit.predictions[:3].tolist() == alone
+    assert fit.c == linear(train_x, train_y, test_x).c
+
+
+def test_every_class_is_held_out_in_proportion_and_the_seed_alone_decides():
+    labels = np.repeat([0, 1, 2, 3], [50, 10, 2, 1])
+    fit, held = hold_out(labels, np.arange(63), 0, 2)
+    assert sorted([*fit, *held]) == list(range(63))
+    assert np.bincount(labels[held], minlength=4).tolist() == [10, 2, 1, 0]
+    np.testing.assert_array_equal(held, hold_out(labels, np.arange(63), 0, 2)[1])
+    assert held.tolist() != hold_out(labels, np.arange(63), 1, 2)[1].tolist()
+    assert held.tolist() != hold_out(labels, np.arange(63), 0, 0)[1].tolist(), "each purpose draws for itself"
+
+
+def test_another_seed_holds_out_others(monkeypatch):
+    seen = []
+    real = module._choose_c
+    monkeypatch.setattr(module, "_choose_c", lambda *parts: seen.append(parts[2].tobytes()) or real(*parts))
+    train_x, train_y = blobs(60)
+    for seed in (0, 0, 1):
+        linear(train_x, train_y, train_x, seed=seed)
+    assert seen[0] == seen[1] != seen[2]
+
+
+def test_one_image_of_each_class_leaves_nothing_to_choose_on():
+    train_x, train_y = blobs(3, spread=0)
+    fit = linear(train_x, train_y, train_x)
+    assert not fit.chosen
+    assert fit.c == C_WITHOUT_CHOICE
+    assert fit.predictions.tolist() == [0, 1, 2]
+
+
+def test_a_class_with_one_image_is_fitted_on_but_not_held_out():
+    train_x, train_y = blobs(41, classes=2, spread=0.1)
+    train_y[-1] = 7  # a label with a gap before it
+    train_x[-1] += 500
+    fit = linear(train_x, train_y, train_x)
+    assert fit.chosen
+    assert fit.predictions[-1] == 7
+
+
+def test_constant_features_change_nothing():
+    (train_x, train_y), (test_x, _) = blobs(120), blobs(50, seed=1)
+    plain = linear(train_x, train_y, test_x)
+    for value in (0.0, 0.1, 1e6):  # 0.1 is no float32, so its mean in float64 is not exactly itself
+        train = np.column_stack([train_x, np.full(120, value, np.float32)])
+        test = np.column_stack([test_x, np.full(50, value, np.float32)])
+        fit = linear(train, train_y, test)
+        np.testing.assert_array_equal(fit.predictions, plain.predictions)
+    noise = np.random.default_rng(0).integers(-1, 2, 120) * np.spacing(np.float32(7))  # rounding, as of one value
+    train = np.column_stack([train_x, np.float32(7) + noise.astype(np.float32)])
+    test = np.column_stack([test_x, np.full(50, 7.001, np.float32)])
+    np.testing.assert_array_equal(linear(train, train_y, test).predictions, plain.predictions)
+    assert np.isfinite(linear(np.ones((6, 2), np.float32), np.arange(6) % 2, np.ones((1, 2), np.float32)).c)
+
+
+def test_fewer_than_two_classes_are_refused():
+    with pytest.raises(ValueError, match="at least two classes"):
+        linear(np.ones((4, 2), np.float32), np.zeros(4, int), np.ones((1, 2), np.float32))
+
+
+def test_a_fit_that_ran_out_of_iterations_says_so(monkeypatch):
+    monkeypatch.setattr(module, "MAX_ITERATIONS", 2)
+    train_x, train_y = blobs(200, spread=3)
+    assert not linear(train_x, train_y, train_x).converged
+
+
+def test_labels_of_any_dtype_and_inputs_left_as_they_were():
+    train_x, train_y = blobs(60)
+    before = train_x.copy()
+    one, other = linear(train_x, train_y.astype(np.int32), train_x), linear(train_x, train_y.tolist(), train_x)
+    np.testing.assert_array_equal(one.predictions, other.predictions)
+    np.testing.assert_array_equal(train_x, before)

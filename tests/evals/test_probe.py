@@ -1,0 +1,208 @@
+"""The evaluator on made tables: pools, controls, shots, and what it warns of."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+
+from unmask.batch import Batch
+from unmask.evals import probe as module
+from unmask.evals.collect import FeatureTable, collect_each
+from unmask.evals.probe import chance_level, encoders_of, few_shots, probe, require_classes, require_kind
+from unmask.evals.scores import PRETRAINED, RANDOM_INIT, RAW_PIXELS, wilson
+from unmask.nn.features import Features
+
+CLASSES = ("ant", "bee", "cow")
+
+
+def table(labels, *, cls_noise=0.3, mean_noise=0.3, seed=0, cls=True, digest_from=0):
+    """Features that hold the class under some noise."""
+    labels = np.asarray(labels, np.int64)
+    rng = np.random.default_rng(seed)
+    axes = np.eye(3, 8)[labels]
+
+    def noisy(amount):
+        return (axes + amount * rng.normal(size=axes.shape)).astype(np.float32)
+
+    return FeatureTable(
+        index=np.arange(len(labels)),
+        labels=labels,
+        cls=noisy(cls_noise) if cls else None,
+        mean=noisy(mean_noise),
+        digest=np.arange(digest_from, digest_from + len(labels)).astype(np.uint64),
+    )
+
+
+def balanced(count):
+    return np.arange(count) % 3
+
+
+def run(train, test, *, kind="knn", classes=CLASSES, **more):
+    as_tables = [t if isinstance(t, dict) else {PRETRAINED: t} for t in (train, test)]
+    return probe(*as_tables, kind=kind, classes=classes, **more)
+
+
+@pytest.mark.parametrize("kind", ["knn", "linear"])
+def test_class_token_and_mean_are_both_measured_with_their_intervals(kind):
+    found = run(
+        table(balanced(90), cls_noise=0.7, mean_noise=0.05),
+        table(balanced(60), cls_noise=0.7, seed=1, mean_noise=0.05, digest_from=500),
+        kind=kind,
+    )
+    assert [(row["features"], row["pool"]) for row in found["rows"]] == [(PRETRAINED, "cls"), (PRETRAINED, "mean")]
+    for row in found["rows"]:
+        assert row["accuracy"] == row["correct"] / row["total"]
+        assert (row["low"], row["high"]) == wilson(row["correct"], 60)
+        assert (row["c"] is None) == (kind == "knn")
+    assert found["rows"][1]["accuracy"] == 1.0
+    assert found["rows"][1]["accuracy"] > found["rows"][0]["accuracy"] > 0.6
+    assert found["train_images"] == 90
+    assert found["test_images"] == 60
+    assert found["classes"] == list(CLASSES)
+    assert found["shared"] == 0
+    assert "mean over patches" in found["verdict"], "the better pool speaks"
+
+
+def test_an_encoder_without_class_token_has_one_row():
+    found = run(table(balanced(30), cls=False), table(balanced(30), cls=False, seed=1, digest_from=500))
+    assert [row["pool"] for row in found["rows"]] == ["mean"]
+
+
+@pytest.mark.parametrize("kind", ["knn", "linear"])
+def test_controls_are_measured_on_the_same_images_and_judged(kind):
+    def tables(count, seed, first):
+        labels = balanced(count)
+        return {
+            RAW_PIXELS: table(labels, cls=False, mean_noise=2.0, seed=seed, digest_from=first),
+            RANDOM_INIT: table(labels, cls_noise=1.5, mean_noise=1.5, seed=seed + 10, digest_from=first),
+            PRETRAINED: table(labels, cls_noise=0.2, mean_noise=0.2, seed=seed + 20, digest_from=first),
+        }
+
+    found = run(tables(300, 0, 0), tables(300, 1, 1000), kind=kind)
+    assert [(row["features"], row["pool"]) for row in found["rows"]] == [
+        (RAW_PIXELS, "pixels"),
+        (RANDOM_INIT, "cls"),
+        (RANDOM_INIT, "mean"),
+        (PRETRAINED, "cls"),
+        (PRETRAINED, "mean"),
+    ]
+    assert found["verdict"].startswith("Pre-training helps.")
+
+
+class Encoder(torch.nn.Module):
+    def forward(self, images):
+        return Features(None, images.float().flatten(2).transpose(1, 2), images.shape[2:])
+
+
+def test_raw_pixels_come_with_the_untrained_encoder_and_lose_their_mean(monkeypatch):
+    encoder, untrained = Encoder(), Encoder()
+    assert encoders_of(encoder, None) == {PRETRAINED: encoder}
+    assert list(encoders_of(encoder, untrained)) == [RAW_PIXELS, RANDOM_INIT, PRETRAINED]
+    # Bright images whose classes differ a little around a large common mean: without it the angle tells them apart.
+    rng = np.random.default_rng(0)
+    labels = torch.from_numpy(balanced(90))
+    pixels = torch.full((90, 3, 4, 4), 200.0) + torch.from_numpy(rng.normal(size=(90, 3, 4, 4)))
+    pixels[torch.arange(90), labels] += 2
+    batch = Batch(pixels.float(), torch.arange(90), torch.zeros(90, dtype=torch.int64), labels)
+    tables = collect_each(encoders_of(encoder, untrained), [batch], device="cpu", precision="fp32")
+    train = {
+        name: FeatureTable(t.index[:60], t.labels[:60], None, t.mean[:60], t.digest[:60]) for name, t in tables.items()
+    }
+    test = {
+        name: FeatureTable(t.index[60:], t.labels[60:], None, t.mean[60:], t.digest[60:]) for name, t in tables.items()
+    }
+    seen = []
+    real = module.knn
+    monkeypatch.setattr(module, "knn", lambda *parts: seen.append((parts[0], parts[2])) or real(*parts))
+    raw = run(train, test)["rows"][0]
+    assert raw["features"] == RAW_PIXELS
+    assert raw["accuracy"] > 0.9
+    (train_x, test_x), (own_train, own_test) = seen[0], seen[1]
+    mean = tables[RAW_PIXELS].mean[:60].mean(0)
+    np.testing.assert_allclose(train_x + mean, tables[RAW_PIXELS].mean[:60], rtol=1e-5)
+    np.testing.assert_allclose(test_x + mean, tables[RAW_PIXELS].mean[60:], rtol=1e-5)
+    assert np.abs(train_x.mean(0)).max() < 1e-3
+    np.testing.assert_array_equal(own_train, train[RANDOM_INIT].mean)  # features are measured as they are
+    np.testing.assert_array_equal(own_test, test[RANDOM_INIT].mean)
+
+
+def test_shots_are_so_many_of_each_class_and_more_contain_fewer():
+    index, labels = np.arange(1000, 1090), np.random.default_rng(0).integers(0, 3, 90)
+    picks = [few_shots(index, labels, CLASSES, shots, 0) for shots in (1, 2, 5, 12)]
+    for shots, pick in zip((1, 2, 5, 12), picks, strict=True):
+        assert np.bincount(labels[pick - 1000]).tolist() == [shots] * 3
+        assert (np.diff(pick) > 0).all()
+    for fewer, more in pairwise(picks):
+        assert set(fewer) < set(more)
+    other = few_shots(index, labels, CLASSES, 5, 1)
+    assert set(other) != set(picks[2])
+    shuffled = np.random.default_rng(1).permutation(90)
+    np.testing.assert_array_equal(few_shots(index[shuffled], labels[shuffled], CLASSES, 5, 0), picks[2])
+
+
+def test_taking_one_image_away_replaces_that_one_alone():
+    index, labels = np.arange(90), balanced(90)
+    pick = few_shots(index, labels, CLASSES, 5, 0)
+    rest = np.setdiff1d(index, pick[:1])
+    again = few_shots(rest, labels[rest], CLASSES, 5, 0)
+    assert len(set(pick) - set(again)) == 1
+    assert len(set(again) - set(pick)) == 1
+
+
+def test_more_shots_than_a_class_has_are_refused_with_the_number_that_fits():
+    labels = np.array([0] * 5 + [1] * 2 + [2] * 5)
+    with pytest.raises(ValueError, match=r"class 'bee' has only 2 training images; use --shots 2 or fewer"):
+        few_shots(np.arange(12), labels, CLASSES, 3, 0)
+    with pytest.raises(ValueError, match="at least 1"):
+        few_shots(np.arange(12), labels, CLASSES, 0, 0)
+    with pytest.raises(ValueError, match="'dog' has only 0"):
+        few_shots(np.arange(12), labels, (*CLASSES, "dog"), 1, 0)
+
+
+def test_test_images_that_are_training_images_are_counted_and_said():
+    found = run(table(balanced(30)), table(balanced(30), digest_from=26))
+    assert found["shared"] == 4
+    assert "Careful: 4 of the 30 test images are also training images" in found["verdict"]
+    assert "Careful" not in run(table(balanced(30)), table(balanced(30), digest_from=30))["verdict"]
+
+
+@pytest.mark.parametrize("kind", ["knn", "linear"])
+def test_classes_without_training_images_count_as_wrong_and_are_said(kind):
+    found = run(
+        table(balanced(30) % 2, mean_noise=0.01), table(balanced(30), digest_from=500, mean_noise=0.01), kind=kind
+    )
+    assert "10 test images are of classes without any training image (cow)" in found["verdict"]
+    assert found["rows"][1]["accuracy"] == pytest.approx(2 / 3)
+
+
+def test_chance_is_one_in_so_many_classes_or_the_commonest_training_class():
+    assert chance_level(balanced(30), balanced(30), 3) == pytest.approx(1 / 3)
+    assert chance_level(np.array([0, 0, 1]), np.array([0] * 9 + [1]), 3) == pytest.approx(0.9)
+    assert chance_level(np.array([0, 0, 1]), np.array([1] * 9 + [0]), 3) == pytest.approx(1 / 3)
+
+
+def test_what_cannot_be_probed_is_refused():
+    good = table(balanced(12))
+    unlabelled = FeatureTable(good.index, None, good.cls, good.mean, good.digest)
+    for train, test, which in ((unlabelled, good, "training"), (good, unlabelled, "test")):
+        with pytest.raises(ValueError, match=f"the {which} images have no labels"):
+            run(train, test)
+    with pytest.raises(ValueError, match="all 6 training images are of one class"):
+        run(table([1] * 6), good)
+    with pytest.raises(ValueError, match="the training images have label 2, but only 2 classes are named"):
+        run(good, good, classes=CLASSES[:2])
+    with pytest.raises(ValueError, match="1 classes came"):
+        require_classes(CLASSES[:1])
+    with pytest.raises(ValueError, match="probe kind 'attentive' came; knn or linear"):
+        require_kind("attentive")
+    with pytest.raises(ValueError, match="probe kind"):
+        run(good, good, kind="Knn")
+
+
+def test_the_seed_of_a_linear_probe_is_passed_on(monkeypatch):
+    seeds = []
+    real = module.linear
+    monkeypatch.setattr(module, "linear", lambda *parts, seed: seeds.append(seed) or real(*parts, seed=seed))
+    run(table(balanced(30)), table(balanced(30), digest_from=500), kind="linear", seed=7)
+    assert seeds == [7, 7]

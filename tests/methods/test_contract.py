@@ -1,0 +1,231 @@
+"""Every method, one file in `methods/` each, keeps the contract. Nothing to register: the folder is listed.
+
+A method is tried through its `<method>_nano` recipe, shrunk, so a new method needs that recipe and nothing else here.
+"""
+
+import inspect
+import os
+from collections.abc import Iterable
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_images
+
+from unmask import train as loop
+from unmask.batch import Batch, ImageSpec
+from unmask.checkpoint import load_model
+from unmask.config import Config, keys, method_class, method_names, override
+from unmask.method import Clock, Loss, Method, Picture
+from unmask.optim import OptimConfig, make_optimizer, update
+from unmask.plan import autocast
+from unmask.recipes.catalogue import all_recipes, find
+from unmask.rng import Draws
+from unmask.start import pretrain, resume
+
+METHODS = method_names()
+SHRUNK = {"width": "32", "depth": "1", "heads": "2", "patch": "[4,4]"}
+UNITS = {"uint8": 255, "uint16": 60_000, "float32": 3.0}
+
+
+def without_recipe(methods: Iterable[str], recipes: Iterable[str]) -> list[str]:
+    return [
+        f"methods/{name}.py has no recipe {name}_nano: add one to recipes/, so that the contract can be checked on it"
+        for name in methods
+        if f"{name}_nano" not in recipes
+    ]
+
+
+def shrunk(name: str) -> tuple[Config, list[str]]:
+    """The method's smallest recipe made smaller still, and the settings that did it."""
+    config = find(f"{name}_nano")
+    settings = [f"{key}={SHRUNK[key.split('.')[-1]]}" for key in keys(config) if key.split(".")[-1] in SHRUNK]
+    settings.append("data.size=[16,16]")
+    return override(config, settings), settings
+
+
+def make(name: str, *, channels: int = 3, dtype: str = "uint8", size: tuple[int, int] = (16, 16)) -> Method:
+    top = UNITS[dtype]
+    spec = ImageSpec(channels, size, dtype, (top / 2,) * channels, (top / 4,) * channels)
+    torch.manual_seed(0)
+    return shrunk(name)[0].build(spec)
+
+
+def batch_for(method: Method, count: int = 4) -> Batch:
+    """Smooth random images of the kind the method was made for."""
+    spec = method.encoder.spec
+    coarse = torch.from_numpy(np.random.default_rng(0).random((count, spec.channels, 4, 4), np.float32))
+    images = torch.nn.functional.interpolate(coarse, spec.size, mode="bilinear") * UNITS[spec.dtype]
+    images = torch.from_numpy(images.numpy().astype(spec.dtype))
+    return Batch(images, torch.arange(count), torch.zeros(count, dtype=torch.int64))
+
+
+def clock(batch: Batch, seed: int = 0, step: int = 0) -> Clock:
+    return Clock(step, 100, Draws(seed, batch.epoch, batch.index))
+
+
+def value(method: Method, seed: int = 0) -> float:
+    batch = batch_for(method)
+    with torch.no_grad():
+        return float(method(batch, clock(batch, seed)).value)
+
+
+def test_every_method_has_a_nano_recipe():
+    assert METHODS
+    assert not without_recipe(METHODS, all_recipes()), "\n".join(without_recipe(METHODS, all_recipes()))
+    assert "methods/new.py has no recipe new_nano" in without_recipe([*METHODS, "new"], all_recipes())[0]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_it_is_documented_and_named_after_its_file(name):
+    assert shrunk(name)[0].method.name == name
+    found = method_class(name)
+    assert list(inspect.signature(found).parameters) == ["config", "images"]
+    assert found.__doc__
+    assert len(inspect.getmodule(found).__doc__.splitlines()) > 3
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_loss_is_a_finite_scalar_and_forward_is_loss(name):
+    method = make(name)
+    batch = batch_for(method)
+    assert type(method).forward is Method.forward
+    loss = method(batch, clock(batch))
+    assert isinstance(loss, Loss)
+    assert loss.value.shape == ()
+    assert loss.value.dtype == torch.float32
+    assert loss.value.isfinite()
+    assert loss.value.requires_grad
+    assert all(log.shape == () and not log.requires_grad for log in loss.logs.values())
+    assert torch.equal(loss.value, method.loss(batch, clock(batch)).value)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_gradient_reaches_every_trainable_parameter(name):
+    method = make(name)
+    batch = batch_for(method)
+    method(batch, clock(batch)).value.backward()
+    for parameter_name, parameter in method.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None, f"no gradient for {parameter_name}"
+            assert parameter.grad.abs().max() > 0, f"the gradient of {parameter_name} is zero"
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_same_seed_gives_the_same_loss_and_another_another(name):
+    assert value(make(name)) == value(make(name))
+    assert value(make(name), seed=1) != value(make(name))
+    method = make(name)
+    torch.manual_seed(1)
+    other = shrunk(name)[0].build(method.encoder.spec)
+    assert value(other) != value(method), "initial weights come from torch's generator"
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_loss_falls_on_sixteen_images(name):
+    method = make(name)
+    batch = batch_for(method, 16)
+    optimizer, losses = make_optimizer(method, OptimConfig()), []
+    for step in range(80):
+        loss = method(batch, clock(batch, step=step)).value
+        loss.backward()
+        update(optimizer, 3e-3, loss.detach(), None)
+        losses.append(float(loss.detach()))
+    assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_state_dict_round_trip_is_strict_and_exact(name):
+    method = make(name)
+    torch.manual_seed(9)
+    other = shrunk(name)[0].build(method.encoder.spec)
+    assert value(other) != value(method)
+    other.load_state_dict(method.state_dict())
+    assert value(other) == value(method)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_three_steps_and_three_more_are_six_steps(name, tmp_path, monkeypatch):
+    images = write_images(tmp_path / "images", 20)
+    settings = [
+        *shrunk(name)[1],
+        *("train.steps=6", "train.batch_size=8", "train.log_every=1", "data.workers=0", "train.device=cpu"),
+    ]
+    whole = pretrain(images, recipe=f"{name}_nano", out=tmp_path / "whole", settings=settings)
+    real = loop.step
+
+    def stop_after_three(*arguments):
+        taken = real(*arguments)
+        if taken.number == 3:
+            os.kill(os.getpid(), 15)
+        return taken
+
+    monkeypatch.setattr(loop, "step", stop_after_three)
+    parts = pretrain(images, recipe=f"{name}_nano", out=tmp_path / "parts", settings=settings)
+    monkeypatch.undo()
+    assert load_model(parts)[0] == 3
+    resume(parts.path)
+    assert [row["loss"] for row in parts.metrics()] == [row["loss"] for row in whole.metrics()]
+    ours, theirs = load_model(parts)[1], load_model(whole)[1]
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@torch.no_grad()
+def test_the_picture_shows_the_images_in_their_units(name):
+    method = make(name, size=(16, 24))
+    batch = batch_for(method)
+    picture = method.eval().picture(batch, clock(batch))
+    assert isinstance(picture, Picture)
+    assert len(picture.note) > 20
+    assert "loss" in picture.numbers
+    assert all(number.shape == () and number.isfinite() for number in picture.numbers.values())
+    assert len(picture.panels) >= 2
+    for caption, panel in picture.panels.items():
+        assert panel.shape == (4, 3, 16, 24), caption
+        assert panel.dtype == torch.float32, caption
+        assert panel.isfinite().all(), caption
+        assert panel.min() > -255, caption
+        assert panel.max() < 2 * 255, caption
+    assert (next(iter(picture.panels.values())) - batch.images).abs().max() < 0.01, "the original comes first"
+    assert {panel.shape[0] for panel in picture.first(2).panels.values()} == {2}
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    ("channels", "dtype", "size"),
+    [
+        (1, "uint8", (16, 16)),
+        (5, "uint8", (16, 16)),
+        (3, "uint16", (16, 16)),
+        (3, "float32", (16, 16)),
+        (3, "uint8", (16, 24)),
+        (5, "uint16", (24, 16)),
+    ],
+)
+def test_any_channels_dtype_and_shape(name, channels, dtype, size):
+    method = make(name, channels=channels, dtype=dtype, size=size)
+    batch = batch_for(method)
+    assert np.isfinite(value(method))
+    with torch.no_grad():
+        features = method.encoder(batch.images)
+        panels = method.picture(batch, clock(batch)).panels.values()
+    assert len(features.patches) == len(batch)
+    assert features.grid[0] * features.grid[1] == features.patches.shape[1]
+    assert {panel.shape for panel in panels} == {(4, channels, *size)}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_it_works_in_bf16_with_a_float32_loss(name):
+    method = make(name)
+    batch = batch_for(method)
+    with autocast("bf16", "cpu"):
+        loss = method(batch, clock(batch)).value
+        with torch.no_grad():
+            picture = method.picture(batch, clock(batch))
+    assert loss.dtype == torch.float32
+    assert float(loss.detach()) == pytest.approx(value(method), rel=0.03)
+    assert {panel.dtype for panel in picture.panels.values()} == {torch.float32}
+    loss.backward()
+    assert all(p.grad.isfinite().all() for p in method.parameters() if p.grad is not None)

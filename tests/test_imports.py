@@ -1,0 +1,118 @@
+"""What is loaded when, who may import whom, and that importing does nothing else."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import unmask
+
+ROOT = Path(unmask.__file__).parents[1]
+HEAVY = ("torch", "numpy", "sklearn", "matplotlib", "pyarrow", "PIL")
+REPORT = "import sys; print(' '.join(name for name in {heavy!r} if name in sys.modules), file=sys.stderr)"
+
+
+def loaded_by(code: str) -> set[str]:
+    """Which of the heavy packages a fresh interpreter has loaded after `code`."""
+    script = f"{code}\n{REPORT.format(heavy=HEAVY)}"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return set(done.stderr.splitlines()[-1].split())
+
+
+HELP = """
+import sys
+from unmask.cli import main
+sys.argv = ["unmask", *{arguments!r}]
+try:
+    main()
+except SystemExit as end:
+    assert not end.code, end.code
+"""
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import unmask",
+        "import unmask; unmask.__version__",
+        "import unmask; dir(unmask)",
+        "import unmask.run",
+        "import unmask.console",
+        "import unmask.cli",
+        HELP.format(arguments=["--help"]),
+        HELP.format(arguments=["--version"]),
+        HELP.format(arguments=["pretrain", "--help"]),
+    ],
+    ids=["unmask", "version", "dir", "run", "console", "cli", "help", "--version", "pretrain --help"],
+)
+def test_nothing_heavy_is_loaded(code):
+    assert loaded_by(code) == set()
+
+
+def test_reading_a_report_loads_no_torch():
+    assert "torch" not in loaded_by("import unmask.report")
+
+
+def test_negative_control_the_loop_does_load_torch():
+    assert {"torch", "numpy"} <= loaded_by("import unmask.train")
+
+
+def test_public_names_are_the_documented_ones_and_all_lead_somewhere():
+    assert set(unmask.__all__) == {"__version__", "load", "load_encoder", "pretrain", "recipe", "resume"}
+    assert set(unmask.__all__) <= set(dir(unmask))
+    for name in unmask.__all__:
+        assert name in unmask.__doc__ or name == "__version__"
+        assert getattr(unmask, name)
+    with pytest.raises(AttributeError, match=r"no attribute 'lod'; public names are .*load"):
+        _ = unmask.lod
+
+
+def test_importing_every_module_changes_nothing():
+    """No seeds, no threads, no signals, no files, nothing on the screen; what other packages do is theirs."""
+    names = [
+        ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for path in sorted((ROOT / "unmask").rglob("*.py"))
+        if path.name != "__init__.py"
+    ]
+    code = f"""
+import importlib, os, random, signal, threading
+import numpy, torch, matplotlib.pyplot, sklearn.neighbors, sklearn.linear_model, sklearn.datasets, pyarrow.parquet
+def state():
+    return (torch.initial_seed(), torch.get_num_threads(), torch.get_default_dtype(), random.getstate()[1][:5],
+            numpy.random.get_state()[1][:5].tolist(), [signal.getsignal(s) for s in (2, 15, 10)],
+            threading.active_count(), os.getcwd(), sorted(os.listdir(".")), torch.cuda.is_initialized(),
+            sorted(os.environ))
+before = state()
+for name in {names!r}:
+    importlib.import_module(name)
+for was, now in zip(before, state(), strict=True):
+    assert was == now, (was, now)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=180)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+
+
+def test_packages_are_empty_and_nothing_imports_the_root():
+    for path in (ROOT / "unmask").glob("*/__init__.py"):
+        assert not path.read_text().strip(), f"{path} should be empty"
+    for path in (ROOT / "unmask").rglob("*.py"):
+        for line in path.read_text().splitlines():
+            assert line.strip() != "import unmask", f"{path} imports the root"
+
+
+def test_the_floors_hold():
+    """`lint-imports`: the layers of pyproject.toml, where the tool is installed."""
+    pytest.importorskip("importlinter")
+    tool = Path(sys.executable).with_name("lint-imports")
+    done = subprocess.run(
+        [tool, "--no-cache"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "COLUMNS": "120"},
+    )
+    assert done.returncode == 0, done.stdout

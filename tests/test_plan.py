@@ -1,0 +1,232 @@
+"""The plan: what follows from a configuration, and the recipe that `auto` settles on."""
+
+import json
+
+import pytest
+import torch
+
+from unmask import plan as planning
+from unmask.batch import ImageSpec
+from unmask.config import ConfigError, keys, override
+from unmask.plan import (
+    BUDGET_SHARE,
+    MEMORY_SHARE,
+    Plan,
+    autocast,
+    choose_device,
+    choose_micro_batch,
+    choose_precision,
+    choose_steps,
+    example_batch,
+    make_plan,
+    measure_step_seconds,
+    saved_bytes_per_image,
+)
+from unmask.recipes.catalogue import choose, find
+
+SPEC = ImageSpec(3, (16, 16), "uint8", (120.0,) * 3, (60.0,) * 3)
+SMALL = (
+    "data.size=[16,16]", "method.encoder.width=32", "method.encoder.depth=1", "method.encoder.heads=2",
+    "method.decoder.width=16", "method.decoder.depth=1", "method.decoder.heads=2", "train.batch_size=12",
+)  # fmt: skip
+
+
+def small(*settings):
+    return override(find("mae_nano"), [*SMALL, *settings])
+
+
+def planned(*settings, **more):
+    defaults = {"num_images": 1000, "fingerprint": "f", "device": "cpu", "workers": 0, "cached": True}
+    return make_plan(small(*settings), SPEC, **{**defaults, **more})
+
+
+@pytest.mark.parametrize(
+    ("settings", "images", "steps"),
+    [
+        (["train.epochs=10"], 1000, 834),  # 10 * 1000 / 12, rounded up
+        (["train.epochs=1"], 5, 1),
+        (["train.epochs=0.5"], 1200, 50),
+        (["train.epochs=none"], 120, 1000),  # 100 epochs
+        (["train.steps=7"], 1000, 7),
+        (["train.steps=7", "train.epochs=10"], 1000, 7),
+    ],
+)
+def test_steps_without_a_budget(settings, images, steps):
+    found, why = choose_steps(small(*settings), images, budget=None, step_seconds=pytest.fail)
+    assert found == steps
+    assert str(steps) in why
+
+
+@pytest.mark.parametrize(("budget", "each", "steps"), [(600.0, 0.5, 1080), (1.0, 5.0, 1), (60.0, 0.001, 54_000)])
+def test_a_budget_becomes_steps_with_something_left_over(budget, each, steps):
+    found, why = choose_steps(small("train.steps=3"), 1000, budget=budget, step_seconds=lambda: each)
+    assert found == steps
+    assert found * each <= max(each, budget * BUDGET_SHARE)
+    assert "as measured, in a budget of" in why
+
+
+@pytest.mark.parametrize(("workers", "seconds"), [(0, 0.5), (2, 0.3)])
+def test_loading_counts_in_a_budget_beside_the_step_or_on_top_of_it(monkeypatch, workers, seconds):
+    monkeypatch.setattr(planning, "measure_step_seconds", lambda *_, **__: 0.2)
+    found = planned(workers=workers, budget=100.0, batch_seconds=lambda: 0.3)
+    assert found.steps == int(BUDGET_SHARE * 100 / seconds)
+
+
+def test_a_step_is_measured_on_a_copy():
+    before = torch.random.get_rng_state()
+    seconds = measure_step_seconds(small(), SPEC, 6, "fp32", "cpu", seconds=0)
+    assert 0 < seconds < 20
+    torch.random.set_rng_state(before)
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "wanted", "found"),
+    [
+        ({"amx_bf16": True}, "auto", "bf16"),
+        ({"avx512_bf16": True}, "auto", "bf16"),
+        ({"architecture": "aarch64", "bf16": True}, "auto", "bf16"),
+        ({"architecture": "x86_64", "avx512_f": True}, "auto", "fp32"),
+        ({}, "auto", "fp32"),
+        ({}, "bf16", "bf16"),
+        ({"amx_bf16": True}, "fp32", "fp32"),
+    ],
+)
+def test_precision_on_a_processor(monkeypatch, capabilities, wanted, found):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    precision, why = choose_precision(wanted, "cpu")
+    assert precision == found
+    assert why.startswith(found)
+    assert ("asked for" in why) == (wanted != "auto")
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_precision_on_a_gpu(monkeypatch, native):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native or including_emulation)
+    assert choose_precision("auto", "cuda:1")[0] == ("bf16" if native else "fp32")
+    assert choose_precision("auto", "mps")[0] == "fp32"
+
+
+def test_autocast_is_off_in_fp32():
+    a = torch.ones(2, 2)
+    with autocast("fp32", "cpu"):
+        assert (a @ a).dtype == torch.float32
+    with autocast("bf16", "cpu"):
+        assert (a @ a).dtype == torch.bfloat16
+
+
+def test_a_device_that_is_not_there_is_refused():
+    assert choose_device("cpu") == "cpu"
+    assert choose_device("auto") in ("cpu", "cuda", "mps")
+    with pytest.raises(ConfigError, match=r"device 'tpu' is not available here; this machine has cpu"):
+        choose_device("tpu")
+
+
+@pytest.mark.parametrize(
+    ("images_that_fit", "micro"), [(100, 12), (12, 12), (11, 6), (5, 4), (4, 4), (3, 3), (1, 1), (0.2, 1)]
+)
+def test_the_micro_batch_is_the_largest_divisor_that_fits(monkeypatch, images_that_fit, micro):
+    monkeypatch.setattr(planning, "free_memory", lambda _: int(images_that_fit * 1000 / MEMORY_SHARE) + 1)
+    found, why = choose_micro_batch(small(), 1000, "cpu")
+    assert found == micro
+    assert str(micro) in why
+
+
+@pytest.mark.parametrize(("wanted", "message"), [(5, "use 4"), (7, "use 6"), (24, "use 12")])
+def test_a_micro_batch_that_does_not_divide_is_refused_with_the_nearest(wanted, message):
+    with pytest.raises(ConfigError, match=rf"micro_batch={wanted} does not divide train\.batch_size=12; {message}"):
+        choose_micro_batch(small(f"train.micro_batch={wanted}"), 1, "cpu")
+    assert choose_micro_batch(small("train.micro_batch=4"), 1, "cpu")[0] == 4
+
+
+def test_bytes_of_an_image_do_not_count_what_is_kept_once():
+    """Under autocast the weights' bfloat16 copies are kept too, but they are no image's."""
+    torch.manual_seed(0)
+    method = small("method.encoder.width=256", "method.encoder.depth=2").build(SPEC)
+    weights = sum(p.numel() for p in method.parameters()) * 2
+    in_bf16 = saved_bytes_per_image(method, SPEC, "bf16", "cpu")
+    assert 0 < in_bf16 < saved_bytes_per_image(method, SPEC, "fp32", "cpu")
+    assert in_bf16 < weights / 4, "the copies alone would be half of that an image"
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
+def test_the_batch_to_measure_with_is_of_the_right_kind(dtype):
+    batch = example_batch(ImageSpec(2, (8, 4), dtype, (5.0, 9.0), (1.0, 1.0)), 3, "cpu")
+    assert (batch.images.shape, batch.images.dtype) == ((3, 2, 8, 4), getattr(torch, dtype))
+    assert batch.images[0, :, 0, 0].tolist() == [5, 9]
+
+
+def test_the_peak_learning_rate_counts_the_global_batch_whatever_the_accumulation():
+    whole, parts = planned("optim.base_lr=1e-3"), planned("optim.base_lr=1e-3", "train.micro_batch=3")
+    assert (parts.micro_batch, parts.accumulation, parts.batch_size) == (3, 4, 12)
+    assert whole.peak_lr == parts.peak_lr == pytest.approx(1e-3 * 12 / 256)
+    assert planned("optim.base_lr=1e-3", "train.batch_size=24").peak_lr == pytest.approx(1e-3 * 24 / 256)
+
+
+def test_the_schedule_is_per_step_warm_up_from_zero_then_half_a_cosine():
+    found = planned("train.steps=100", "optim.warmup=0.1", "optim.base_lr=0.256", "train.batch_size=256")
+    assert (found.warmup_steps, found.peak_lr, found.final_lr) == (10, pytest.approx(0.256), 0)
+    golden = {0: 0.0, 1: 0.0256, 5: 0.128, 10: 0.256, 11: 0.2559220, 40: 0.192, 55: 0.128, 99: 0.0000780}
+    for step, rate in golden.items():
+        assert found.lr(step) == pytest.approx(rate, abs=1e-6), step
+    last = planned("train.steps=100", "optim.final_lr=0.1", "train.batch_size=256")
+    assert last.lr(100) == pytest.approx(0.1 * last.peak_lr)
+
+
+def test_a_plan_says_why_and_survives_json():
+    found = planned("train.steps=40", excluded=(3, 5), reasons=("because",))
+    assert Plan.model_validate(json.loads(found.model_dump_json())) == found
+    text = " ".join(found.reasons)
+    for word in ("because", "40 steps: asked for", "the whole batch of 12", "peak learning rate", "only 0.48 epochs"):
+        assert word in text
+    assert found.epochs == pytest.approx(0.48)
+    assert found.picture_every == 10
+    assert found.parameters > found.encoder_parameters > 0
+    assert planned("train.picture_every=7").picture_every == 7
+
+
+AUTO = {
+    "ten small images": (10, (20, 24), "cpu", "mae_nano", (20, 20), (4, 4), ["small images", "3000 steps", "batch 16"]),
+    "CIFAR": (50_000, (32, 32), "cpu", "mae_nano", (32, 32), (4, 4), ["small images"]),
+    "CIFAR on a GPU": (50_000, (32, 32), "cuda", "mae_nano", (32, 32), (4, 4), ["small images"]),
+    "250 photographs": (250, (470, 400), "cpu", "mae_nano", (64, 64), (8, 8), ["no GPU", "batch 16", "3000 steps"]),
+    "250 on a GPU": (250, (470, 400), "cuda", "mae_tiny", (96, 96), (8, 8), ["fewer than 20,000"]),
+    "2 M on a GPU": (2_000_000, (400, 500), "cuda", "mae_base", (224, 288), (16, 16), ["300,000 images or more"]),
+    "100,000 on a GPU": (100_000, (500, 500), "cuda", "mae_small", (224, 224), (16, 16), ["between 20,000"]),
+    "digits": (1797, (8, 8), "cpu", "mae_nano", (16, 16), (4, 4), ["small images"]),
+    "20 pixels": (5000, (20, 20), "cpu", "mae_nano", (20, 20), (4, 4), ["small images"]),
+    "21 pixels": (5000, (21, 21), "cpu", "mae_nano", (20, 20), (4, 4), ["small images"]),
+    "47 pixels": (5000, (47, 47), "cpu", "mae_nano", (48, 48), (4, 4), ["small images"]),
+    "48 pixels on a GPU": (5000, (48, 48), "cuda", "mae_tiny", (48, 48), (8, 8), ["mae_tiny: small"]),
+    "very wide": (5000, (100, 4000), "cpu", "mae_nano", (64, 160), (8, 8), ["64 x 160: the images are not square"]),
+    "very tall": (5000, (4000, 100), "cuda", "mae_tiny", (240, 96), (8, 8), ["240 x 96"]),
+    "one pixel": (5000, (1, 1), "cpu", "mae_nano", (16, 16), (4, 4), []),
+}
+
+
+@pytest.mark.parametrize("case", AUTO)
+def test_auto_picks_a_recipe_that_fits_together_and_says_why(case):
+    images, median, device, recipe, size, patch, words = AUTO[case]
+    name, overrides, reasons = choose(images, median, device)
+    config = override(find(name), overrides)
+    assert (name, config.data.size, config.method.encoder.patch) == (recipe, size, patch)
+    assert reasons[0] == f"{images} images of {median[0]} x {median[1]} pixels (median) on {device}"
+    for word in words:
+        assert word in " ".join(reasons), word
+    with torch.device("meta"):
+        method = config.build(ImageSpec(1, size, "uint8", (1.0,), (1.0,)))  # sizes, patches, heads and ratio agree
+    assert method.encoder.grid == (size[0] // patch[0], size[1] // patch[1])
+    assert config.train.batch_size <= max(16, images)
+
+
+@pytest.mark.parametrize("key", ["data.size", "method.encoder.patch", "train.batch_size", "train.steps"])
+def test_auto_proposes_nothing_for_what_a_person_has_set(key):
+    everything, without = choose(250, (100, 300), "cpu"), choose(250, (100, 300), "cpu", fixed={key})
+    gone = set(everything[1]) - set(without[1])
+    assert [item.split("=")[0] for item in gone] == [key]
+    assert len(without[2]) == len(everything[2]) - (key != "method.encoder.patch")
+
+
+def test_every_proposal_is_a_setting():
+    for images, median, device, *_ in AUTO.values():
+        name, overrides, _ = choose(images, median, device)
+        assert {item.split("=")[0] for item in overrides} <= set(keys(find(name)))

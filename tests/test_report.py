@@ -1,0 +1,126 @@
+"""The report reads the folder alone: a fresh run, a probed one, a broken one, and names that are no HTML."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from unmask.report import curve_note, smooth, write_report
+from unmask.run import Run, RunError
+
+PROBE = {
+    "kind": "linear", "shots": None, "data": "birds", "test": "birds-test", "step": 40, "train_images": 1000,
+    "test_images": 200, "classes": ["a", "b"], "chance": 0.5, "shared": 0, "verdict": "Pre-training helps.",
+    "rows": [
+        {"features": "raw pixels", "pool": "pixels", "accuracy": 0.6, "low": 0.53, "high": 0.67, "correct": 120,
+         "total": 200, "c": 0.1},
+        {"features": "pre-trained", "pool": "mean", "accuracy": 0.8, "low": 0.74, "high": 0.85, "correct": 160,
+         "total": 200, "c": 0.1},
+    ],
+}  # fmt: skip
+PLAN = {
+    "steps": 40, "images": {"size": [16, 24], "channels": 3, "dtype": "uint8"}, "num_images": 30, "batch_size": 8,
+    "encoder_parameters": 1_200_000, "epochs": 10.7, "precision": "bf16", "device": "cpu",
+    "reasons": ["40 steps: asked for"],
+}  # fmt: skip
+
+
+def make_run(path: Path, *, trained: bool = True) -> Run:
+    run = Run.create(path)
+    run.write(
+        "config.json", {"recipe": "mae_nano", "method": {"name": "mae"}, "data": {"source": "a <b>bold</b> folder"}}
+    )
+    if not trained:
+        return run
+    run.write("plan.json", PLAN)
+    run.write("provenance.json", {"command": "unmask pretrain birds", "versions": {"torch": "2.13.0"}})
+    run.set_status("finished", 40, total=40)
+    for step in range(1, 41):
+        run.log({"step": step, "loss": 2 / step, "lr": 1e-3, "images_per_second": 100.0, "data_wait": 0.1})
+    run.write(
+        "evals/baselines.json", {"step": 0, "images": 64, "loss": 2.1, "nearest_visible": 1.5, "visible_mean": 0.01}
+    )
+    run.write("evals/probe-linear-birds.json", PROBE)
+    for step in (0, 1, 10, 20, 40):
+        Image.new("RGB", (20, 10), (step, 0, 0)).save(run.pictures / f"step-{step:08d}.png")
+    return run
+
+
+def test_a_finished_run_shows_pictures_curve_table_and_verdict(tmp_path):
+    path = write_report(make_run(tmp_path / "run").path)
+    html = path.read_text()
+    assert "Pre-training helps." in html
+    assert "80.0 %" in html
+    assert "74.0 % to 85.0 %" in html
+    assert re.findall(r"<figcaption>(.*?)</figcaption>", html) == [
+        "before training",
+        "after 20 steps",
+        "after 40 steps",
+    ]
+    assert html.count("data:image/png;base64,") == 3
+    assert "<svg" in html
+    assert "copy the nearest visible patch: 1.500" in html
+    assert "unmask pretrain birds" in html
+
+
+def test_it_opens_offline_and_escapes_what_files_are_called(tmp_path):
+    run = make_run(tmp_path / "run")
+    run.add_quarantine({"name": "<script>alert(1)</script>\\xff.png", "code": "EMPTY", "detail": "no bytes"})
+    html = write_report(run.path).read_text()
+    assert "a <b>bold</b> folder" not in html
+    assert "a &lt;b&gt;bold&lt;/b&gt; folder" in html
+    assert "<script>" not in html
+    assert "EMPTY" in html
+    assert not re.findall(r'(?:src|href)="(?!data:|#)', html), "nothing is fetched from elsewhere"
+
+
+def test_a_run_that_has_only_begun_or_failed_can_be_shown(tmp_path):
+    run = make_run(tmp_path / "run", trained=False)
+    assert "No step has been logged yet" in write_report(run.path).read_text()
+    run.set_status("failed", 3, error="TrainingFailed: the disk is full")
+    assert "the disk is full" in write_report(run.path).read_text()
+    run.log({"step": 1, "loss": None, "skipped": ["a.png"]})
+    assert "1 steps were skipped" in write_report(run.path).read_text()
+
+
+def test_a_run_inside_a_run_is_a_section_of_the_page(tmp_path):
+    make_run(tmp_path / "run")
+    make_run(tmp_path / "run" / "digits")
+    html = write_report(tmp_path / "run").read_text()
+    assert html.count("<section>") == 2
+    assert "<h1>digits</h1>" in html
+
+
+def test_what_is_not_a_run_is_refused(tmp_path):
+    with pytest.raises(RunError, match="is not a run"):
+        write_report(tmp_path)
+    run = make_run(tmp_path / "run")
+    (run.path / "config.json").write_text("{")
+    with pytest.raises(RunError, match=r"config\.json cannot be read"):
+        write_report(run.path)
+
+
+def test_the_note_says_which_guesses_are_beaten():
+    rows = [{"step": step, "loss": 0.5} for step in range(1, 41)]
+    note = curve_note(rows, {"step": 0, "images": 64, "loss": 2.0, "nearest_visible": 0.9, "visible_mean": 0.4})
+    assert "Better than: copy the nearest visible patch (0.900)" in note
+    assert "Not better than: guess the mean of all visible patches (0.400)" in note
+    assert "64 fixed images" in note
+
+
+def test_smoothing_keeps_the_mean():
+    steps, losses = smooth(list(range(1, 601)), [float(i) for i in range(600)])
+    assert len(steps) == len(losses) == 60
+    assert sum(losses) / 60 == pytest.approx(299.5)
+
+
+def test_the_report_is_written_without_torch(tmp_path):
+    run = make_run(tmp_path / "run")
+    code = (
+        "import sys; from unmask.report import write_report; write_report(sys.argv[1]); "
+        "sys.exit(any(name.split('.')[0] == 'torch' for name in sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(run.path)], check=False).returncode == 0

@@ -1,0 +1,198 @@
+"""From files to a Run: what is refused before anything is read, what is settled, and going on with changed data."""
+
+import os
+import shutil
+
+import pytest
+from conftest import SMALL_RUN, write_images
+
+from unmask import start as module
+from unmask import train as loop
+from unmask.config import ConfigError
+from unmask.run import Run, RunError, RunInUse
+from unmask.start import DataError, pretrain, resume
+from unmask.train import TrainingFailed
+
+
+def start(data, out, *settings, recipe="mae_nano", **more):
+    return pretrain(data, recipe=recipe, out=out, settings=[*SMALL_RUN, *settings], **more)
+
+
+def stop_at(monkeypatch, number, sign=15):
+    real = loop.step
+
+    def stopping(*arguments):
+        taken = real(*arguments)
+        if taken.number == number:
+            os.kill(os.getpid(), sign)
+        return taken
+
+    monkeypatch.setattr(loop, "step", stopping)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"settings": ["train.step=3"]}, "did you mean train.steps"),
+        ({"settings": ["train.steps=3", "train.epochs=2"]}, "both train.steps and train.epochs were given"),
+        ({"settings": ["train.steps=3"], "budget": 5.0}, "both a time budget and train.steps were given"),
+        ({"settings": ["train.epochs=3"], "budget": 5.0}, "both a time budget and train.epochs were given"),
+        ({"recipe": "mae_nanno"}, "did you mean mae_nano"),
+    ],
+)
+def test_wrong_settings_are_refused_before_a_file_is_read(images, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.setattr(module, "open_source", pytest.fail)
+    with pytest.raises(ConfigError, match=message):
+        pretrain(images, out=tmp_path / "run", **arguments)
+
+
+def test_a_taken_folder_is_refused_before_a_file_is_read(images, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "open_source", pytest.fail)
+    with pytest.raises(RunError, match=r"not empty.*another --out"):
+        start(images, images)
+    with pytest.raises(RunError, match=r"cannot be made|is a file"):
+        Run.create("/proc/version/run")
+
+
+def test_auto_with_a_budget_or_epochs_of_ones_own(images, tmp_path, monkeypatch):
+    """`auto` proposes 3000 steps for so few images; a person's own answer to "how long?" goes before."""
+    monkeypatch.setattr("unmask.plan.measure_step_seconds", lambda *_, **__: 0.5)
+    run = start(images, tmp_path / "a", recipe="auto", budget=3.0)
+    assert run.read("plan.json")["steps"] == 5
+    assert "3000 steps" not in " ".join(run.read("plan.json")["reasons"])
+    run = start(images, tmp_path / "b", "train.epochs=1", recipe="auto")
+    assert run.read("plan.json")["steps"] == 4
+    assert "recipe mae_nano, chosen by auto:" in run.read("plan.json")["reasons"]
+
+
+def test_a_budget_and_epochs_go_before_the_steps_of_a_recipe(images, tmp_path, monkeypatch):
+    from unmask.recipes import catalogue
+
+    steady = catalogue.find("mae_nano").model_copy(update={"train": catalogue.find("mae_nano").train})
+    with_steps = module.override(steady, ["train.steps=500"])
+    monkeypatch.setattr(catalogue, "find", lambda _: with_steps)
+    monkeypatch.setattr("unmask.plan.measure_step_seconds", lambda *_, **__: 0.5)
+    assert start(images, tmp_path / "a", budget=2.0).read("plan.json")["steps"] == 3
+    assert start(images, tmp_path / "b", "train.epochs=1").read("plan.json")["steps"] == 4
+
+
+def test_channels_asked_for_are_counted_and_measured(images, tmp_path):
+    run = start(images, tmp_path / "run", "train.steps=1", "data.channels=1")
+    spec = run.read("plan.json")["images"]
+    assert (spec["channels"], len(spec["mean"])) == (1, 1)
+    with pytest.raises(ConfigError, match=r"2 means and 3 standard deviations for 3 channels"):
+        start(images, tmp_path / "run2", "train.steps=1", "data.mean=[1,2]")
+
+
+def test_a_run_in_use_is_refused_and_left_alone(images, tmp_path, monkeypatch):
+    stop_at(monkeypatch, 2)
+    run = start(images, tmp_path / "run", "train.steps=4")
+    monkeypatch.undo()
+    before = run.read("status.json")
+    with run.lock(), pytest.raises(RunInUse, match=f"in use by process {os.getpid()}"):
+        resume(run.path)
+    assert run.read("status.json") == before
+    assert resume(run.path).read("status.json")["state"] == "finished"
+
+
+def test_changed_data_are_refused_or_adopted_for_good(images, tmp_path, monkeypatch):
+    (images / "0000x.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    stop_at(monkeypatch, 2)
+    run = start(images, tmp_path / "run", "train.steps=6")
+    monkeypatch.undo()
+    assert run.read("plan.json")["excluded"] == [1]
+    (images / "0000.png").unlink()  # now the broken file is row 0
+    shutil.copy(images / "0007.png", images / "new.png")
+    with pytest.raises(DataError, match=r"have changed.*31 files then, 31 now.*--allow-dataset-change"):
+        resume(run.path)
+    stop_at(monkeypatch, 4)
+    resume(run.path, allow_dataset_change=True)
+    monkeypatch.undo()
+    assert (run.read("plan.json")["excluded"], run.read("plan.json")["num_images"]) == ([0], 30)
+    resume(run.path)  # the new files are the run's own now
+    assert [row["step"] for row in run.metrics()] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_device_that_has_gone_is_said(images, tmp_path, monkeypatch):
+    stop_at(monkeypatch, 1)
+    run = start(images, tmp_path / "run", "train.steps=4")
+    monkeypatch.undo()
+    run.write("plan.json", {**run.read("plan.json"), "device": "cuda:0"})
+    if not module.torch.cuda.is_available():
+        with pytest.raises(ConfigError, match="'cuda:0' is not available here"):
+            resume(run.path)
+
+
+def test_a_folder_that_cannot_be_written_to_is_said(images, tmp_path, monkeypatch):
+    stop_at(monkeypatch, 1)
+    run = start(images, tmp_path / "run", "train.steps=4")
+    monkeypatch.undo()
+    (run.path / ".lock").unlink()
+    (run.path / ".lock").mkdir()  # what chmod would do, for the superuser too
+    with pytest.raises(RunError, match=r"cannot be written to: .*make it writable"):
+        resume(run.path)
+
+
+def test_a_run_folder_that_vanishes_fails_at_the_end_and_not_before(images, tmp_path, monkeypatch):
+    real, taken = loop.step, []
+
+    def vanishing(*arguments):
+        taken.append(real(*arguments))
+        if taken[-1].number == 3:
+            shutil.rmtree(tmp_path / "run")
+        return taken[-1]
+
+    monkeypatch.setattr(loop, "step", vanishing)
+    with pytest.raises(TrainingFailed, match="could not be written"):
+        start(images, tmp_path / "run", "train.steps=6", "train.picture_every=2")
+    assert [step.number for step in taken] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("fault", ["DataLoader worker (pid 7) is killed by signal: Killed.", "reset"])
+def test_a_killed_loader_worker_is_a_sentence_and_the_way_out_that_it_names_is_true(
+    images, tmp_path, monkeypatch, fault
+):
+    real = loop.step
+
+    def dying(*arguments):  # as torch says it: from a signal handler, wherever the loop is, or from a torn connection
+        if arguments[-1].step == 3:
+            raise ConnectionResetError(104, "reset by peer") if fault == "reset" else RuntimeError(fault)
+        return real(*arguments)
+
+    monkeypatch.setattr(loop, "step", dying)
+    settings = ("train.steps=8", "train.checkpoint_every=2", "data.workers=1", "data.cache=false")
+    with pytest.raises(TrainingFailed, match=r'"workers": 0 in .*plan\.json'):
+        start(images, tmp_path / "run", *settings)
+    monkeypatch.undo()
+    run = Run(tmp_path / "run")
+    assert run.read("status.json")["state"] == "failed"
+    run.write("plan.json", {**run.read("plan.json"), "workers": 0})
+    assert resume(run.path).read("status.json")["state"] == "finished"
+    whole = start(images, tmp_path / "whole", "train.steps=8")
+    assert [row["loss"] for row in run.metrics()] == [row["loss"] for row in whole.metrics()]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_data_that_have_gone_are_a_sentence(images, tmp_path, monkeypatch, workers):
+    real = loop.step
+
+    def emptying(*arguments):
+        if arguments[-1].step == 1:
+            for path in images.iterdir():
+                path.write_bytes(b"")
+        return real(*arguments)
+
+    monkeypatch.setattr(loop, "step", emptying)
+    settings = ("train.steps=60", "data.cache=false", f"data.workers={workers}", "data.max_bad_fraction=1")
+    with pytest.raises(TrainingFailed, match="the data seem to have gone") as caught:
+        start(images, tmp_path / "run", *settings)
+    assert "Traceback" not in str(caught.value)
+
+
+def test_a_bad_file_in_the_picture_sample_is_left_out(tmp_path):
+    """The scan may look at a sample only; a bad file that it did not see must not stop the run."""
+    images = write_images(tmp_path / "images", 30)
+    (images / "0005.png").write_bytes(b"no image")
+    run = start(images, tmp_path / "run", "train.steps=5", "data.scan_sample=2", "data.cache=false")
+    assert run.read("status.json")["state"] == "finished"
+    assert [row["name"] for row in run.quarantine()] == ["0005.png"], "noted when its turn came"

@@ -1,0 +1,487 @@
+"""What one does with a trained run, on real files: reconstruct, embed, probe; and what is said when files are bad."""
+
+import json
+import shutil
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import SMALL_RUN, write_images
+from PIL import Image
+
+from unmask import use
+from unmask.console import Console
+from unmask.evals.scores import PRETRAINED, RANDOM_INIT, RAW_PIXELS
+from unmask.saved import load
+from unmask.start import pretrain
+from unmask.use import MOST_DRAWN, embed_images, probe_run, reconstruct_images
+
+
+class Listening(Console):
+    """A console that keeps what it is told."""
+
+    def __init__(self):
+        super().__init__(quiet=True)
+        self.said, self.warned = [], []
+
+    def say(self, text=""):
+        self.said.append(text)
+
+    def warn(self, text):
+        self.warned.append(text)
+
+
+def train(images, out, *settings):
+    small = [*SMALL_RUN, "train.steps=2", "train.picture_every=9", *settings]
+    return pretrain(images, recipe="mae_nano", out=out, settings=small).path
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run on RGB images."""
+    folder = tmp_path_factory.mktemp("use")
+    return train(write_images(folder / "images", 16), folder / "run")
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    """A copy to write into."""
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+@pytest.fixture
+def labelled(tmp_path):
+    """36 images in three class folders that differ in brightness."""
+    return write_images(tmp_path / "labelled", 36, classes=3)
+
+
+def embed(run, data, out, **more):
+    console = more.pop("console", None) or Listening()
+    return embed_images(run, str(data), Path(out), step=None, device="cpu", console=console, **more)
+
+
+def probe(run, data, *, console=None, **more):
+    options = {"test": None, "kind": "knn", "shots": None, "controls": False, "seed": 0, "step": None} | more
+    return probe_run(run, str(data), device="cpu", console=console or Listening(), **options)
+
+
+def reconstruct(run, images, out, *, console=None, seed=0):
+    names = [str(image) for image in images]
+    return reconstruct_images(run, names, Path(out), step=None, seed=seed, device="cpu", console=console or Listening())
+
+
+def break_file(path):
+    path.write_bytes(path.read_bytes()[:40])
+
+
+# ---------------------------------------------------------------------------------------------------------------- embed
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".parquet"])
+def test_embedding_twice_gives_identical_bytes_at_any_hour(trained, labelled, tmp_path, monkeypatch, suffix):
+    embed(trained, labelled, tmp_path / f"a{suffix}")
+    monkeypatch.setattr(time, "time", lambda: 2e9)
+    monkeypatch.setattr(time, "localtime", lambda *_: time.struct_time((2033, 5, 18, 3, 33, 20, 2, 138, 0)))
+    torch.manual_seed(123)
+    embed(trained, labelled, tmp_path / f"b{suffix}")
+    assert (tmp_path / f"a{suffix}").read_bytes() == (tmp_path / f"b{suffix}").read_bytes()
+
+
+def test_the_rows_are_the_encoders_own_features_with_names_and_classes(trained, labelled, tmp_path):
+    summary = embed(trained, labelled, tmp_path / "a.npz")
+    embed(trained, labelled, tmp_path / "a.parquet")
+    assert summary == {
+        "out": str(tmp_path / "a.npz"), "images": 36, "left_out": 0,
+        "columns": ["name", "label", "cls", "mean"], "width": 32, "step": 2,
+    }  # fmt: skip
+    npz = np.load(tmp_path / "a.npz", allow_pickle=False)
+    table = pq.read_table(tmp_path / "a.parquet").to_pydict()
+    assert set(npz.files) == set(table) == {"name", "label", "cls", "mean"}
+    assert npz["name"].tolist() == table["name"] == sorted(table["name"])
+    assert table["label"] == npz["label"].tolist() == [name.split("/")[0] for name in table["name"]]
+    encoder = load(trained).method.encoder
+    for row in (0, 17, 35):
+        with Image.open(labelled / table["name"][row]) as image:  # 20 x 24, cut and shrunk to the model's 16 x 16
+            square = image.resize((16, 16), Image.Resampling.BICUBIC, box=(2, 0, 22, 20))
+        pixels = torch.from_numpy(np.asarray(square).transpose(2, 0, 1).copy())[None]
+        with torch.no_grad():
+            features = encoder(pixels)
+        np.testing.assert_allclose(npz["cls"][row], features.cls[0], atol=1e-5)
+        np.testing.assert_allclose(npz["mean"][row], features.patches[0].mean(0), atol=1e-5)
+    for name in ("cls", "mean"):
+        assert npz[name].dtype == np.float32
+        np.testing.assert_array_equal(np.array(table[name], np.float32), npz[name])
+
+
+def test_batch_size_and_workers_do_not_matter(trained, images, tmp_path, monkeypatch):
+    embed(trained, images, tmp_path / "a.npz")
+    want = np.load(tmp_path / "a.npz")
+    for size in (1, 7, 256):
+        monkeypatch.setattr(use, "EVAL_BATCH", size)
+        embed(trained, images, tmp_path / f"{size}.npz")
+        for name in ("cls", "mean"):
+            np.testing.assert_allclose(np.load(tmp_path / f"{size}.npz")[name], want[name], atol=2e-6)
+    monkeypatch.undo()
+    monkeypatch.setattr(use, "MANY_IMAGES", 1)
+    asked = []
+    monkeypatch.setattr(use, "choose_workers", lambda device, cached: asked.append(cached) or (2, "two"))
+    embed(trained, images, tmp_path / "workers.npz")
+    assert asked == [False]
+    assert (tmp_path / "workers.npz").read_bytes() == (tmp_path / "a.npz").read_bytes()
+
+
+def test_kept_features_are_fp32_and_measured_ones_as_in_training(tmp_path, labelled, monkeypatch):
+    run = train(labelled, tmp_path / "run", "train.precision=bf16")
+    asked = []
+    real = use.collect_each
+    monkeypatch.setattr(use, "collect_each", lambda *a, **more: asked.append(more["precision"]) or real(*a, **more))
+    embed(run, labelled, tmp_path / "a.npz")
+    assert probe(run, labelled)["precision"] == "bf16"
+    assert asked == ["fp32", "bf16", "bf16"]
+
+
+def test_few_images_start_no_workers(trained, images, tmp_path, monkeypatch):
+    monkeypatch.setattr(use, "choose_workers", lambda *_, **__: pytest.fail("asked for workers"))
+    embed(trained, images, tmp_path / "a.npz")
+
+
+def test_unlabelled_images_have_no_label_column(trained, images, tmp_path):
+    assert embed(trained, images, tmp_path / "a.parquet")["columns"] == ["name", "cls", "mean"]
+    assert pq.read_schema(tmp_path / "a.parquet").names == ["name", "cls", "mean"]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_broken_files_are_left_out_and_named_and_the_others_unchanged(trained, images, tmp_path, monkeypatch, workers):
+    monkeypatch.setattr(use, "EVAL_BATCH", 4)
+    embed(trained, images, tmp_path / "whole.npz")
+    whole = np.load(tmp_path / "whole.npz")
+    for number in (4, 5, 6, 7, 9, 21, 29):  # a whole batch, and some of others
+        break_file(images / f"{number:04d}.png")
+    if workers:
+        monkeypatch.setattr(use, "MANY_IMAGES", 1)
+        monkeypatch.setattr(use, "choose_workers", lambda *_, **__: (workers, ""))
+    console = Listening()
+    summary = embed(trained, images, tmp_path / "a.npz", console=console)
+    assert (summary["images"], summary["left_out"]) == (23, 7)
+    found = np.load(tmp_path / "a.npz")
+    kept = np.isin(whole["name"], found["name"])
+    assert kept.sum() == 23
+    np.testing.assert_allclose(found["mean"], whole["mean"][kept], atol=2e-6)
+    (warning,) = console.warned
+    assert "7 of 30 files" in warning
+    assert "cannot be used and are left out: 0004.png (TRUNCATED" in warning or "0004.png (CORRUPT" in warning
+    assert "0009.png" in warning
+    assert "and 2 more: `unmask check` lists all" in warning
+    assert warning.count("0004.png") == 1
+
+
+def test_every_file_is_decoded_once(trained, images, tmp_path, monkeypatch):
+    from unmask.data import decode
+
+    calls = []
+    real = decode.decode
+    monkeypatch.setattr(decode, "decode", lambda *parts, **more: calls.append(1) or real(*parts, **more))
+    embed(trained, images, tmp_path / "a.npz")
+    assert len(calls) == 30
+
+
+def test_images_with_other_channels_than_the_run_are_left_out(trained, images, tmp_path):
+    np.save(images / "five.npy", np.zeros((16, 16, 5), np.uint8))
+    Image.fromarray(np.full((20, 20), 99, np.uint8)).save(images / "gray.png")  # becomes RGB by repetition
+    console = Listening()
+    assert embed(trained, images, tmp_path / "a.npz", console=console)["images"] == 31
+    assert "five.npy (MISMATCHED_CHANNELS: 5 channels, the data set has 3)" in console.warned[0]
+
+
+def test_when_no_file_can_be_read_nothing_is_written(trained, tmp_path):
+    folder = write_images(tmp_path / "images", 3)
+    for path in folder.iterdir():
+        break_file(path)
+    with pytest.raises(ValueError, match=r"none of the 3 files of .* can be used: 0000.png"):
+        embed(trained, folder, tmp_path / "a.npz")
+    assert not list(tmp_path.glob("*a.npz*"))
+
+
+def test_a_write_that_fails_leaves_nothing_behind(trained, images, tmp_path, monkeypatch):
+    embed(trained, images, tmp_path / "a.npz")
+    before = (tmp_path / "a.npz").read_bytes()
+
+    def full(file, **arrays):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", full)
+    with pytest.raises(OSError, match="No space"):
+        embed(trained, images, tmp_path / "a.npz")
+    assert (tmp_path / "a.npz").read_bytes() == before
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_bad_outputs_are_refused_before_the_run_is_read(tmp_path):
+    with pytest.raises(ValueError, match=r"ends in .parquet or .npz"):
+        embed(tmp_path / "no run", tmp_path, tmp_path / "a.csv")
+    with pytest.raises(ValueError, match="does not exist; make it first"):
+        embed(tmp_path / "no run", tmp_path, tmp_path / "no" / "a.npz")
+
+
+# ---------------------------------------------------------------------------------------------------------- reconstruct
+
+
+def pictured(monkeypatch):
+    """What is handed to `draw`: (picture, dtype, title, names)."""
+    seen = []
+    real = use.draw
+
+    def keep(picture, dtype, path, title, names):
+        seen.append((picture, dtype, title, names))
+        real(picture, dtype, path, title, names)
+
+    monkeypatch.setattr(use, "draw", keep)
+    return seen
+
+
+def test_single_files_are_drawn_in_the_order_given_with_their_names(trained, images, tmp_path, monkeypatch):
+    seen = pictured(monkeypatch)
+    console = Listening()
+    files = [images / "0007.png", images / "0002.png"]
+    numbers = reconstruct(trained, files, tmp_path / "a.png", console=console)
+    picture, dtype, title, names = seen[0]
+    assert names == ["0007.png", "0002.png"]
+    assert (dtype, title) == ("uint8", "run, step 2")
+    assert set(numbers) == {"loss", "patch_mean", "visible_mean", "nearest_visible"}
+    assert all(np.isfinite(value) for value in numbers.values())
+    with Image.open(files[0]) as image:
+        square = np.asarray(image.resize((16, 16), Image.Resampling.BICUBIC, box=(2, 0, 22, 20)))
+    np.testing.assert_allclose(picture.panels["original"][0].permute(1, 2, 0), square, atol=1e-2)
+    assert "TRUE mean and standard deviation" in picture.note, "whose patch statistics are drawn with"
+    with Image.open(tmp_path / "a.png") as sheet:
+        assert sheet.size[0] > 600
+    assert "loss" in console.said[-1]
+    assert "nearest visible" in console.said[-1]
+
+
+def test_the_same_seed_gives_the_same_picture_and_another_hides_other_patches(trained, images, tmp_path):
+    for name, seed in {"a": 0, "b": 0, "c": 1}.items():
+        reconstruct(trained, [images / "0003.png"], tmp_path / f"{name}.png", seed=seed)
+    a, b, c = ((tmp_path / f"{name}.png").read_bytes() for name in "abc")
+    assert a == b != c
+
+
+def test_a_folder_is_drawn_evenly_spread(trained, images, tmp_path, monkeypatch):
+    seen, console = pictured(monkeypatch), Listening()
+    reconstruct(trained, [images], tmp_path / "a.png", console=console)
+    names = seen[0][3]
+    assert len(names) == MOST_DRAWN
+    assert (names[0], names[-1]) == ("0000.png", "0029.png")
+    assert console.said[0] == "drawing 16 of 30 images, evenly spread"
+
+
+def test_an_archive_is_opened_and_a_file_without_a_known_ending_is_an_image(trained, images, tmp_path, monkeypatch):
+    seen = pictured(monkeypatch)
+    with zipfile.ZipFile(tmp_path / "some.zip", "w") as archive:
+        for number in range(3):
+            archive.write(images / f"{number:04d}.png", f"in/{number}.png")
+    reconstruct(trained, [tmp_path / "some.zip"], tmp_path / "a.png")
+    assert seen[0][3] == ["in/0.png", "in/1.png", "in/2.png"]
+    shutil.copy(images / "0000.png", tmp_path / "photograph")
+    reconstruct(trained, [tmp_path / "photograph"], tmp_path / "a.png")
+    assert seen[1][3] == ["photograph"]
+
+
+def test_gray_and_large_images_are_made_to_fit_an_rgb_model(trained, tmp_path, monkeypatch):
+    seen = pictured(monkeypatch)
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (300, 200), np.uint8)).save(tmp_path / "gray.png")
+    Image.fromarray(rng.integers(0, 256, (640, 480, 3), np.uint8)).save(tmp_path / "large.jpg")
+    Image.fromarray(rng.integers(0, 256, (5, 9, 3), np.uint8)).save(tmp_path / "tiny.png")
+    reconstruct(trained, [tmp_path / name for name in ("gray.png", "large.jpg", "tiny.png")], tmp_path / "a.png")
+    original = seen[0][0].panels["original"]
+    assert original.shape == (3, 3, 16, 16)
+    np.testing.assert_allclose(original[0, 0], original[0, 2], atol=1e-2)
+
+
+def test_a_gray_run_draws_rgb_files_gray(tmp_path, monkeypatch):
+    folder = tmp_path / "gray"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(8):
+        Image.fromarray(rng.integers(0, 256, (20, 20), np.uint8)).save(folder / f"{number}.png")
+    run = train(folder, tmp_path / "run")
+    seen = pictured(monkeypatch)
+    rgb = write_images(tmp_path / "rgb", 2)
+    reconstruct(run, [rgb], tmp_path / "a.png")
+    assert seen[0][0].panels["original"].shape == (2, 1, 16, 16)
+
+
+def test_a_broken_image_is_named_and_nothing_else_is_drawn_in_its_place(trained, images, tmp_path, monkeypatch):
+    seen, console = pictured(monkeypatch), Listening()
+    break_file(images / "0002.png")
+    reconstruct(trained, [images / f"000{i}.png" for i in (1, 2, 3)], tmp_path / "a.png", console=console)
+    assert seen[0][3] == ["0001.png", "0003.png"]
+    assert len(seen[0][0].panels["original"]) == 2
+    assert "1 of 3 files" in console.warned[0]
+    assert "0002.png (" in console.warned[0]
+    with pytest.raises(ValueError, match=r"none of the 1 files of .*0002.png can be used: 0002.png"):
+        reconstruct(trained, [images / "0002.png"], tmp_path / "b.png")
+    assert not (tmp_path / "b.png").exists()
+
+
+def test_wrong_arguments_are_refused_early(trained, images, tmp_path):
+    with pytest.raises(ValueError, match=r"ends in .png"):
+        reconstruct(tmp_path / "no run", [images], tmp_path / "a.jpg")
+    with pytest.raises(ValueError, match="is not a file; image files were expected"):
+        reconstruct(trained, [images / "0000.png", images], tmp_path / "a.png")
+    with pytest.raises(ValueError, match="does not exist"):
+        reconstruct(trained, [images / "no.png"], tmp_path / "a.png")
+    shutil.copytree(trained, tmp_path / "bare", ignore=shutil.ignore_patterns("checkpoints"))
+    with pytest.raises(ValueError, match="has no checkpoint yet; train it first"):
+        reconstruct(tmp_path / "bare", [images], tmp_path / "a.png")
+
+
+# ---------------------------------------------------------------------------------------------------------------- probe
+
+
+@pytest.mark.parametrize("kind", ["knn", "linear"])
+def test_a_folder_is_split_by_class_and_the_result_is_kept_and_said(run, labelled, kind):
+    console = Listening()
+    found = probe(run, labelled, kind=kind, console=console)
+    assert json.loads((run / f"evals/probe-{kind}-labelled.json").read_text()) == found
+    assert (found["train_images"], found["test_images"], found["shared"]) == (30, 6, 0)
+    assert found["classes"] == ["class0", "class1", "class2"]
+    assert found["test"] == f"a held-out fifth of {labelled}"
+    assert found["step"] == 2
+    assert [(row["features"], row["pool"]) for row in found["rows"]] == [(PRETRAINED, "cls"), (PRETRAINED, "mean")]
+    assert all(row["low"] <= row["accuracy"] <= row["high"] for row in found["rows"])
+    assert any("95% interval" in line and "cls" in line for line in console.said)
+    assert found["verdict"] in console.said[-1]
+    again = probe(run, labelled, kind=kind)
+    assert again == found
+
+
+def test_controls_and_shots_on_test_images_of_their_own(run, labelled, tmp_path):
+    test = write_images(tmp_path / "test", 30, classes=3, seed=1)
+    found = probe(run, labelled, test=str(test), kind="linear", shots=3, controls=True)
+    assert (found["train_images"], found["test_images"]) == (9, 30)
+    assert (found["shots"], found["test"]) == (3, str(test))
+    assert [row["features"] for row in found["rows"]] == [RAW_PIXELS, *[RANDOM_INIT] * 2, *[PRETRAINED] * 2]
+    assert (run / "evals/probe-linear-labelled-3-shots.json").is_file()
+    assert found["rows"][0]["accuracy"] > 0.5, "brightness is a class"
+
+
+def rows_read(monkeypatch):
+    """Which rows became features, call by call."""
+    seen = []
+    real = use.features
+
+    def keep(loaded, encoders, source, rows, **more):
+        found = real(loaded, encoders, source, rows, **more)
+        seen.append(next(iter(found.values())).index.tolist())
+        return found
+
+    monkeypatch.setattr(use, "features", keep)
+    return seen
+
+
+def test_shots_read_only_the_images_they_picked(run, labelled, tmp_path, monkeypatch):
+    test = write_images(tmp_path / "test", 6, classes=3, seed=1)
+    seen = rows_read(monkeypatch)
+    probe(run, labelled, test=str(test), shots=2)
+    probe(run, labelled, test=str(test), shots=4)
+    probe(run, labelled, test=str(test), shots=4, seed=1)
+    few, _, more, _, other, _ = seen
+    assert len(few) == 6
+    assert set(few) < set(more)
+    assert set(other) != set(more)
+
+
+def test_a_broken_file_among_the_shots_gives_its_place_to_the_next_of_its_class(run, labelled, monkeypatch):
+    seen = rows_read(monkeypatch)
+    probe(run, labelled, shots=3)
+    names = sorted(path.relative_to(labelled) for path in labelled.rglob("*.png"))
+    break_file(labelled / names[seen[0][0]])
+    console = Listening()
+    found = probe(run, labelled, shots=3, console=console)
+    assert found["train_images"] == 9
+    assert len(set(seen[0]) - set(seen[-2])) == 1
+    assert str(names[seen[0][0]]) in console.warned[0]
+    assert seen[-1] == seen[1], "the test images are the same"
+
+
+def test_a_broken_file_moves_no_other_image_between_train_and_test(run, labelled, monkeypatch):
+    seen = rows_read(monkeypatch)
+    probe(run, labelled)
+    names = sorted(path.relative_to(labelled) for path in labelled.rglob("*.png"))
+    break_file(labelled / names[0])
+    found = probe(run, labelled)
+    assert found["train_images"] + found["test_images"] == 35
+    assert set(seen[2]) <= set(seen[0])
+    assert set(seen[3]) <= set(seen[1])
+
+
+def test_all_probes_of_one_seed_use_the_same_split_and_another_seed_another(run, labelled, monkeypatch):
+    seen = rows_read(monkeypatch)
+    probe(run, labelled)
+    probe(run, labelled, kind="linear", controls=True)
+    probe(run, labelled, shots=2)
+    probe(run, labelled, seed=1)
+    assert seen[1] == seen[3] == seen[5] != seen[7]
+    assert not set(seen[0]) & set(seen[1])
+
+
+def test_a_test_folder_may_lack_a_class_and_labels_go_by_name(run, labelled, tmp_path):
+    test = tmp_path / "test"
+    for name in ("class1", "class2"):
+        shutil.copytree(labelled / name, test / name)
+    found = probe(run, labelled, test=str(test))
+    assert found["test_images"] == 24
+    assert found["shared"] == 24
+    assert "24 of the 24 test images are also training images" in found["verdict"]
+    assert found["classes"] == ["class0", "class1", "class2"]
+    one = probe(run, labelled, test=str(test), kind="linear")
+    assert one["rows"][0]["accuracy"] > 0.6, "numbered by the training classes, not afresh"
+
+
+def test_a_test_class_without_training_images_is_refused_by_name(run, labelled, tmp_path):
+    test = write_images(tmp_path / "test", 8, classes=2)
+    (test / "class1").rename(test / "klass1")
+    with pytest.raises(
+        ValueError, match=r"has classes that .*labelled has not \(klass1\); .* has class0, class1, class2"
+    ):
+        probe(run, labelled, test=str(test))
+
+
+def test_a_class_of_one_image_is_trained_on_not_tested(run, labelled, monkeypatch):
+    for path in sorted((labelled / "class2").iterdir())[1:]:
+        path.unlink()
+    found = probe(run, labelled)
+    assert found["train_images"] == 10 + 10 + 1
+    assert "without any training image" not in found["verdict"]
+    for folder in labelled.iterdir():
+        for path in sorted(folder.iterdir())[1:]:
+            path.unlink()
+    with pytest.raises(ValueError, match="one image per class, so none can be held out; give other images with --test"):
+        probe(run, labelled)
+
+
+def test_what_cannot_be_probed_is_refused(run, images, labelled):
+    with pytest.raises(ValueError, match="has no class labels"):
+        probe(run, images)
+    with pytest.raises(ValueError, match="has no class labels"):
+        probe(run, labelled, test=str(images))
+    with pytest.raises(ValueError, match="knn or linear"):
+        probe(run / "nothing", labelled, kind="attentive")
+    with pytest.raises(ValueError, match="has only 10 training images; use --shots 10 or fewer"):
+        probe(run, labelled, shots=11)
+    assert not list((run / "evals").glob("probe-*"))
+
+
+def test_results_of_other_steps_and_shots_stand_beside_one_another(run, labelled):
+    probe(run, labelled)
+    probe(run, labelled, step=2)
+    probe(run, labelled, shots=1)
+    names = {path.name for path in (run / "evals").glob("probe-*")}
+    assert names == {"probe-knn-labelled.json", "probe-knn-labelled-step-2.json", "probe-knn-labelled-1-shots.json"}

@@ -1,0 +1,215 @@
+"""`report.html`: what a Run did and what came of it, as one file that opens offline.
+
+Reads the Run folder only, so it works on a run that still trains, was stopped, or came from another machine; and it
+loads no torch. A run folder inside the Run (the demo's `digits`) becomes a section of the same page. What it shows is
+laid out in `report.html.jinja`; this file gathers it. Nothing is computed here that is not in the folder.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import statistics
+import time
+from dataclasses import dataclass
+from importlib import resources
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from unmask.run import Run, RunError, replace_file
+
+MOST_PICTURES = 3
+NAMED_BAD_FILES = 50
+INK = "#010203"  # becomes the page's own text colour
+LOSS, GUESSES = "#2f7ebc", ("#c0392b", "#d68910", "#7d3c98", "#1e8449")
+IN_WORDS = {
+    "patch_mean": "the true mean colour of each hidden patch, which the model is not told",
+    "visible_mean": "guess the mean of all visible patches",
+    "nearest_visible": "copy the nearest visible patch",
+}
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A picture on the page: its caption and the PNG as a data URL."""
+
+    caption: str
+    url: str
+
+
+def write_report(path: str | Path) -> Path:
+    """Write `report.html` into the Run and return its path. Raises RunError when the folder is not a Run."""
+    run = Run.open(path)
+    inner = [Run(folder.parent) for folder in sorted(run.path.glob("*/config.json"))]
+    page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    page.filters["percent"] = lambda value: f"{100 * value:.1f} %"
+    text = resources.files("unmask").joinpath("report.html.jinja").read_text("utf-8")
+    html = page.from_string(text).render(
+        runs=[gather(each) for each in (run, *inner)], written=time.strftime("%Y-%m-%d %H:%M")
+    )
+    replace_file(run.report_file, html.encode("utf-8", "backslashreplace"))
+    return run.report_file
+
+
+def gather(run: Run) -> dict[str, Any]:
+    """Everything the page shows of one Run, as plain values."""
+    config, plan = run.read("config.json"), _optional(run, "plan.json")
+    status, provenance = _optional(run, "status.json"), _optional(run, "provenance.json")
+    metrics, baselines = run.metrics(), _optional(run, "evals/baselines.json")
+    probes = [_probe(run, file) for file in sorted(run.evals.glob("probe-*.json"), reverse=True)]  # linear before knn
+    trained = [row for row in metrics if row.get("loss") is not None]
+    quarantine = run.quarantine()
+    return {
+        "name": run.path.resolve().name,
+        "recipe": config.get("recipe", ""),
+        "method": config.get("method", {}).get("name", ""),
+        "source": config.get("data", {}).get("source", ""),
+        "plan": plan,
+        "status": status,
+        "facts": _facts(plan, status, trained),
+        "pictures": _pictures(run),
+        "curve": curve(trained, baselines) if len(trained) > 1 else None,
+        "curve_note": curve_note(trained, baselines),
+        "probes": probes,
+        "quarantine": quarantine[:NAMED_BAD_FILES],
+        "quarantine_count": len(quarantine),
+        "skipped_steps": sum("skipped" in row for row in metrics),
+        "reasons": plan.get("reasons", []),
+        "config": json.dumps(config, indent=2),
+        "provenance": provenance,
+    }
+
+
+def _optional(run: Run, name: str) -> dict[str, Any]:
+    """A file of the Run that may not be there yet: {} then."""
+    return run.read(name) if (run.path / name).exists() else {}
+
+
+def _probe(run: Run, file: Path) -> dict[str, Any]:
+    probe = run.read(f"evals/{file.name}")
+    title = {"knn": "k nearest neighbours", "linear": "Linear probe"}.get(
+        str(probe.get("kind")), str(probe.get("kind"))
+    )
+    shots = f", {probe['shots']} labels per class" if probe.get("shots") else ""
+    best = max((row["accuracy"] for row in probe.get("rows", [])), default=0.0)
+    return {**probe, "title": title + shots, "best": best}
+
+
+def _facts(plan: dict[str, Any], status: dict[str, Any], trained: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """(what, how much) pairs for the head of the page."""
+    facts = []
+    if status:
+        facts.append(("state", f"{status.get('state')} at step {status.get('step')} of {plan.get('steps', '?')}"))
+    if plan:
+        images = plan["images"]
+        size = " x ".join(str(side) for side in images["size"])
+        facts += [
+            ("images", f"{plan['num_images']:,} of {size} pixels, {images['channels']} channels, {images['dtype']}"),
+            ("encoder", f"{plan['encoder_parameters'] / 1e6:.2f} M parameters"),
+            (
+                "training",
+                f"batch {plan['batch_size']}, {plan['epochs']:.1f} epochs, {plan['precision']} on {plan['device']}",
+            ),
+        ]
+    if trained:
+        speed = statistics.median(row.get("images_per_second", 0.0) for row in trained)
+        waited = statistics.median(row.get("data_wait", 0.0) for row in trained)
+        facts.append(("speed", f"{speed:,.0f} images/s, {waited:.0%} of the time waiting on data (medians)"))
+    return facts
+
+
+def _pictures(run: Run) -> list[Shown]:
+    """Before, during and after: the first picture, the one nearest to half way, and the last."""
+    files = sorted(run.pictures.glob("step-*.png"))
+    steps = [int(file.stem.removeprefix("step-")) for file in files if file.stem.removeprefix("step-").isdigit()]
+    if len(files) != len(steps):
+        raise RunError(f"{run.pictures} holds pictures that are not named step-NUMBER.png; move them elsewhere")
+    if len(files) > MOST_PICTURES:
+        middle = min(range(1, len(files) - 1), key=lambda i: abs(steps[i] - steps[-1] / 2))
+        files, steps = [files[0], files[middle], files[-1]], [steps[0], steps[middle], steps[-1]]
+    return [
+        Shown(
+            "before training" if step == 0 else f"after {step:,} steps",
+            "data:image/png;base64," + base64.b64encode(file.read_bytes()).decode("ascii"),
+        )
+        for file, step in zip(files, steps, strict=True)
+    ]
+
+
+def curve(trained: list[dict[str, Any]], baselines: dict[str, Any]) -> Markup:
+    """The loss curve with the trivial guesses as lines across it, as SVG."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter
+
+    steps, losses = [row["step"] for row in trained], [row["loss"] for row in trained]
+    style: dict[Any, Any] = {
+        "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10, "text.color": INK, "axes.edgecolor": INK,
+        "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.spines.top": False,
+        "axes.spines.right": False, "svg.hashsalt": "unmask",
+    }  # fmt: skip
+    with rc_context(style):
+        figure = Figure(figsize=(8.2, 3.6), layout="constrained")
+        axes = figure.add_subplot()
+        axes.plot(steps, losses, color=LOSS, alpha=0.3, linewidth=0.8)
+        axes.plot(*smooth(steps, losses), color=LOSS, linewidth=2)
+        top = max(losses[len(losses) // 50 :])
+        for (name, value), colour in zip(guesses(baselines).items(), GUESSES, strict=False):
+            axes.axhline(value, color=colour, linestyle="--", linewidth=1.2)
+            axes.annotate(
+                f"{IN_WORDS.get(name, name.replace('_', ' '))}: {value:.3f}", (1, value), (-4, 3),
+                xycoords=("axes fraction", "data"), textcoords="offset points", ha="right", color=colour, fontsize=9,
+            )  # fmt: skip
+            top = max(top, value)
+        low = min([*losses, *guesses(baselines).values()])
+        axes.set_ylim(max(0.0, low - 0.08 * (top - low)), top + 0.1 * (top - low))
+        axes.set_xlim(0, steps[-1])
+        axes.set_xlabel("step")
+        axes.set_ylabel("training loss")
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        axes.grid(alpha=0.15)
+        file = io.StringIO()
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    svg = file.getvalue()
+    return Markup(svg[svg.index("<svg") :].replace(INK, "currentColor"))
+
+
+def guesses(baselines: dict[str, Any]) -> dict[str, float]:
+    """What trivial guesses score in the loss's own units, by name."""
+    return {
+        name: value
+        for name, value in baselines.items()
+        if name not in ("step", "images", "loss") and isinstance(value, int | float)
+    }
+
+
+def curve_note(trained: list[dict[str, Any]], baselines: dict[str, Any]) -> str:
+    """One sentence: where the loss ended, beside what trivial guesses score."""
+    if not trained:
+        return "No step has been logged yet."
+    end = statistics.mean(row["loss"] for row in trained[-max(1, len(trained) // 20) :])
+    beaten = [f"{IN_WORDS.get(name, name)} ({value:.3f})" for name, value in guesses(baselines).items() if end < value]
+    unbeaten = [
+        f"{IN_WORDS.get(name, name)} ({value:.3f})" for name, value in guesses(baselines).items() if end >= value
+    ]
+    said = f"Training loss {end:.3f} at the end (mean of the last twentieth)."
+    if beaten:
+        said += f" Better than: {', '.join(beaten)}."
+    if unbeaten:
+        said += f" Not better than: {', '.join(unbeaten)}."
+    if baselines:
+        said += f" The guesses were scored on {baselines.get('images', '?')} fixed images."
+    return said
+
+
+def smooth(steps: list[int], losses: list[float]) -> tuple[list[float], list[float]]:
+    """Means over up to 60 pieces of equal length: (mean steps, mean losses)."""
+    pieces = min(60, len(steps))
+    edges = [round(i * len(steps) / pieces) for i in range(pieces + 1)]
+    spans = [slice(a, b) for a, b in pairwise(edges)]
+    return [statistics.mean(steps[s]) for s in spans], [statistics.mean(losses[s]) for s in spans]
