@@ -407,3 +407,22 @@ def test_too_little_space_is_said_before_the_start(run):
     with pytest.raises(CheckpointFull, match="make room"):
         checkpoint.check_space(run, 1 << 60)
     checkpoint.check_space(run, 1)
+
+
+def test_what_never_changes_is_kept_once_and_comes_with_every_step(run):
+    tokenizer = {"tokenizer.weight": torch.randn(3, 4)}
+    checkpoint.save_fixed(run, {"tokenizer.weight": torch.zeros(3, 4)})  # of a start that was cut short
+    checkpoint.save_fixed(run, tokenizer)
+    for step in (1, 2):
+        checkpoint.save(run, step, {"encoder.weight": torch.full((2,), float(step))}, {}, {"step": step})
+    assert len(list(run.checkpoints.glob("fixed-*"))) == 1
+    for model in (checkpoint.load_latest(run).model, checkpoint.load_model(run, 1)[1]):
+        assert torch.equal(model["tokenizer.weight"], tokenizer["tokenizer.weight"])
+        assert "encoder.weight" in model
+    (file,) = run.checkpoints.glob("fixed-*")
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match="is damaged: its SHA-256"):
+        checkpoint.load_latest(run)
+    assert len(checkpoint.steps_on_disk(run)) == 2, "sound steps are not set aside for it"

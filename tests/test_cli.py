@@ -259,7 +259,7 @@ def test_the_demo_from_nothing_to_a_report_with_both_sets(unmask, tmp_path):
     summary = json.loads(out)
     assert set(summary["probes"]) == {"shapes-linear", "shapes-knn", "digits-linear", "digits-knn"}
     for probed in summary["probes"].values():
-        assert [row["features"] for row in probed["rows"]][0] == "raw pixels"
+        assert probed["rows"][0]["features"] == "raw pixels"
         assert probed["shared"] == 0
     html = (tmp_path / "demo" / "report.html").read_text()
     assert html.count("<section>") == 2

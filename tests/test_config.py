@@ -34,6 +34,7 @@ OTHER = {
     "method.target": "pixels", "method.encoder.width": 64, "method.encoder.depth": 2, "method.encoder.heads": 4,
     "method.encoder.patch": [8, 4], "method.encoder.mlp_ratio": 2, "method.decoder.width": 32,
     "method.decoder.depth": 1, "method.decoder.heads": 2,
+    "graft": [{"run": "a", "source": "encoder.", "target": "encoder.", "step": 3}],
 }  # fmt: skip
 
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import pickle
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -81,13 +82,13 @@ def test_the_untrained_encoder_is_the_one_training_started_from(tmp_path):
     still = ["train.steps=1", "optim.base_lr=1e-30", "train.seed=5"]
     run = pretrain(images, recipe="mae_nano", out=tmp_path / "run", settings=[*SMALL_RUN, *still])
     loaded = load(run.path)
-    start = untrained_encoder(loaded.config, loaded.plan.images)
+    start = untrained_encoder(loaded)
     trained = loaded.method.encoder.state_dict()
     assert all((value - trained[name]).abs().max() < 1e-20 for name, value in start.state_dict().items())
     assert not start.training
-    assert same(start, untrained_encoder(loaded.config, loaded.plan.images)), "and the same each time"
+    assert same(start, untrained_encoder(loaded)), "and the same each time"
     other = loaded.config.model_copy(update={"train": loaded.config.train.model_copy(update={"seed": 6})})
-    assert not same(start, untrained_encoder(other, loaded.plan.images))
+    assert not same(start, untrained_encoder(replace(loaded, config=other)))
 
 
 def test_what_is_no_run_is_said(tmp_path, run):

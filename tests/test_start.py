@@ -3,6 +3,7 @@
 import os
 import shutil
 
+import numpy as np
 import pytest
 from conftest import SMALL_RUN, write_images
 
@@ -10,6 +11,7 @@ from unmask import start as module
 from unmask import train as loop
 from unmask.config import ConfigError
 from unmask.run import Run, RunError, RunInUse
+from unmask.saved import load
 from unmask.start import DataError, pretrain, resume
 from unmask.train import TrainingFailed
 
@@ -196,3 +198,44 @@ def test_a_bad_file_in_the_picture_sample_is_left_out(tmp_path):
     run = start(images, tmp_path / "run", "train.steps=5", "data.scan_sample=2", "data.cache=false")
     assert run.read("status.json")["state"] == "finished"
     assert [row["name"] for row in run.quarantine()] == ["0005.png"], "noted when its turn came"
+
+
+def test_from_a_run_its_weights_and_normalisation_go_on(images, tmp_path):
+    first = start(images, tmp_path / "first", "train.steps=3")
+    other = write_images(tmp_path / "others", 12, seed=3)
+    run = pretrain(
+        other, out=tmp_path / "second", from_run=first.path, settings=["train.steps=1", "optim.base_lr=1e-30"]
+    )
+    before, after = load(first.path), load(run.path)
+    assert all((after.method.state_dict()[name] - value).abs().max() < 1e-20
+               for name, value in before.method.state_dict().items())  # fmt: skip
+    assert after.plan.images == before.plan.images
+    assert after.config.data.source == str(other)
+    shutil.rmtree(first.path)
+    assert resume(run.path).read("status.json")["state"] == "finished", "the other run is not needed any more"
+
+
+def test_from_a_run_with_a_recipe_only_the_encoder_is_taken(images, tmp_path):
+    first = start(images, tmp_path / "first", "train.steps=2")
+    decoder = ["method.decoder.width=24", "train.steps=1", "optim.base_lr=1e-30"]
+    run = start(images, tmp_path / "second", *decoder, from_run=first.path)
+    before, after = load(first.path).method.state_dict(), load(run.path).method.state_dict()
+    assert all(
+        (after[name] - value).abs().max() < 1e-20 for name, value in before.items() if name.startswith("encoder.")
+    )
+    assert after["decoder.embed.weight"].shape[0] == 24
+
+
+def test_from_a_run_that_does_not_fit_nothing_is_begun(images, tmp_path):
+    first = start(images, tmp_path / "first", "train.steps=2")
+    with pytest.raises(ValueError, match=r"the weights do not fit: .*encoder"):
+        start(images, tmp_path / "second", "train.steps=1", "method.encoder.width=64", from_run=first.path)
+    floats = tmp_path / "floats"
+    floats.mkdir()
+    for number in range(4):
+        np.save(floats / f"{number}.npy", np.random.default_rng(number).random((16, 16, 3), np.float32))
+    with pytest.raises(DataError, match=r"these images are float32, .* was trained on uint8"):
+        pretrain(floats, out=tmp_path / "second", from_run=first.path, settings=["train.steps=1"])
+    with pytest.raises(RunError, match="is not a run"):
+        pretrain(images, out=tmp_path / "second", from_run=images)
+    assert not (tmp_path / "second").exists()

@@ -5,6 +5,7 @@
         model.safetensors  optim.safetensors  state.json  MANIFEST.json
     checkpoints/step-00001234.old/     for a moment, while the same step is written again
     checkpoints/LATEST                 a hint for people, never trusted
+    checkpoints/fixed-<digest>.safetensors   what never changes after step 0, once for all steps
 
 Order of writing: files, each flushed to disk; MANIFEST.json (size and SHA-256 of each) last; rename; flush the folder;
 LATEST; prune. Neither torch, nor safetensors, nor the file system notices a flipped bit, so the digests are ours.
@@ -39,6 +40,7 @@ MODEL, OPTIM, STATE, MANIFEST, LATEST = (
     "LATEST",
 )
 REPLACED = ".old"
+FIXED = "fixed-*.safetensors"
 STEP_FOLDER = re.compile(r"step-(\d{8,})$")
 
 
@@ -210,12 +212,12 @@ def _what_changed(content: bytes, size: int) -> str:
 
 
 def _read(path: Path) -> Checkpoint:
-    contents = verify(path)
+    fixed, contents = load_fixed(path.parent), verify(path)
     try:
         return Checkpoint(
             step=int(path.name.removeprefix("step-")),
             path=path,
-            model=safetensors.torch.load(contents[MODEL]),
+            model=safetensors.torch.load(contents[MODEL]) | fixed,
             optim=safetensors.torch.load(contents[OPTIM]),
             state=json.loads(contents[STATE]),
         )
@@ -265,12 +267,38 @@ def load_model(run: Run, step: int | None = None) -> tuple[int, dict[str, Tensor
     faults = []
     for found, path in candidates:
         try:
-            return found, safetensors.torch.load(verify(path)[MODEL])
+            return found, safetensors.torch.load(verify(path)[MODEL]) | load_fixed(path.parent)
         except (Damaged, safetensors.SafetensorError) as fault:
             faults.append(str(fault))
     if faults:
         raise CheckpointError(f"no checkpoint of {run.path} can be used: {'; '.join(faults)}")
     raise CheckpointError(f"{run.path} has no checkpoint yet; train it first: unmask resume {run.path}")
+
+
+def save_fixed(run: Run, tensors: Mapping[str, Tensor]) -> None:
+    """Keep the tensors that never change, beside the steps. The file's name is its SHA-256. Raises CheckpointFull."""
+    content = safetensors.torch.save(_on_cpu(tensors))
+    file = run.checkpoints / f"fixed-{hashlib.sha256(content).hexdigest()}.safetensors"
+    try:
+        replace_file(file, content)
+        for other in run.checkpoints.glob(FIXED):  # of a start that was cut short
+            if other != file:
+                other.unlink()
+    except OSError as error:
+        raise CheckpointFull(f"{file} could not be written: {error.strerror}; make room and start again") from error
+
+
+def load_fixed(checkpoints: Path) -> dict[str, Tensor]:
+    """What `save_fixed` kept; {} when nothing was. Raises CheckpointError when it is damaged."""
+    for file in checkpoints.glob(FIXED):
+        content = file.read_bytes()
+        if file.stem.removeprefix("fixed-") != hashlib.sha256(content).hexdigest():
+            raise CheckpointError(
+                f"{file} is damaged: its SHA-256 is not the one in its name. Every checkpoint of this run needs it; "
+                "restore it from a backup, or start a new run"
+            )
+        return safetensors.torch.load(content)
+    return {}
 
 
 def optimizer_to_tensors(

@@ -168,6 +168,15 @@ def pretrain(
     budget: Annotated[
         str | None, typer.Option(metavar="TIME", help="Plan the steps that fit, e.g. 30m, 2h.", show_default=False)
     ] = None,
+    from_run: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            metavar="RUN",
+            help="Start from these weights, with that run's settings; with --recipe only the encoder is taken.",
+            show_default=False,
+        ),
+    ] = None,
     settings: Settings = None,
     as_json: AsJson = False,
 ) -> None:
@@ -175,7 +184,15 @@ def pretrain(
     from unmask.start import pretrain
 
     console = Console()
-    run = pretrain(data, recipe=recipe, out=out, budget=_seconds(budget), settings=settings or (), console=console)
+    run = pretrain(
+        data,
+        recipe=recipe,
+        out=out,
+        budget=_seconds(budget),
+        settings=settings or (),
+        from_run=from_run,
+        console=console,
+    )
     _ended(run, as_json, console)
 
 

@@ -74,6 +74,18 @@ class TrainConfig(Settings):
     picture_images: int = Field(default=8, gt=0)
 
 
+class Graft(Settings):
+    """Start from other weights: what lies under `source` in the Run's state dict is put under `target`, strictly.
+
+    step: of the checkpoint, None for the newest. Done once, before step 0; a resumed run does not read it again.
+    """
+
+    run: str
+    source: str
+    target: str
+    step: int | None = None
+
+
 class Config(Settings):
     """Everything a person can choose about a run. `recipe` is the name it started from."""
 
@@ -82,6 +94,7 @@ class Config(Settings):
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
+    graft: tuple[Graft, ...] = ()
 
     def build(self, images: ImageSpec) -> Method:
         """A fresh method for these images, weights drawn from torch's current generator."""

@@ -73,9 +73,22 @@ class Picture(NamedTuple):
 
 
 class Method(nn.Module, ABC):
-    """A trainable method; see the module docstring. Its tensors may live on any device; it does no I/O."""
+    """A trainable method; see the module docstring. Its tensors may live on any device; it does no I/O.
+
+    `fixed`: prefixes of the state dict under which nothing changes after `prepare` (a frozen tokenizer, a palette): a
+    Run keeps those tensors once, not in every checkpoint. `num_prepare`: how many images `prepare` wants to see.
+    """
 
     encoder: nn.Module
+    fixed: tuple[str, ...] = ()
+    num_prepare: int = 0
+
+    def prepare(self, images: Tensor) -> None:
+        """Called once, before step 0 and after grafts, when `num_prepare` > 0: set buffers that depend on the data.
+
+        images: (n, C, H, W) in the files' dtype on the method's device, n <= num_prepare, evenly spread over the data.
+        """
+        raise TypeError(f"{type(self).__name__} asks for {self.num_prepare} images and has no prepare()")
 
     @abstractmethod
     def loss(self, batch: Batch, clock: Clock) -> Loss:

@@ -11,7 +11,6 @@ from pydantic import BaseModel, ValidationError
 from torch import Tensor, nn
 
 from unmask import checkpoint
-from unmask.batch import ImageSpec
 from unmask.checkpoint import CheckpointError
 from unmask.config import Config, explain
 from unmask.method import Method
@@ -104,7 +103,10 @@ def load_encoder(run: str | Path, *, device: str = "cpu", step: int | None = Non
     return load(run, device=device, step=step).method.encoder
 
 
-def untrained_encoder(config: Config, images: ImageSpec, *, device: str = "cpu") -> nn.Module:
-    """The same encoder at its random start: the control of every probe."""
-    seed_weights(config.train.seed)
-    return config.build(images).encoder.to(device).eval()
+def untrained_encoder(loaded: Loaded) -> nn.Module:
+    """The same encoder at its random start: the control of every probe. What is fixed (a palette) is the run's own."""
+    seed_weights(loaded.config.train.seed)
+    method = loaded.config.build(loaded.plan.images)
+    kept = {name: value for name, value in loaded.method.state_dict().items() if name.startswith(method.fixed)}
+    method.load_state_dict(kept, strict=False)
+    return method.encoder.to(loaded.device).eval()

@@ -23,7 +23,7 @@ import torch
 
 from unmask import checkpoint
 from unmask.batch import ImageSpec
-from unmask.config import Config, ConfigError, override
+from unmask.config import Config, ConfigError, Graft, override
 from unmask.console import Console, duration
 from unmask.data.loader import Images, Order, choose_workers
 from unmask.data.scan import Scan, scan
@@ -48,16 +48,19 @@ def pretrain(
     out: str | Path | None = None,
     budget: float | None = None,
     settings: Iterable[str] = (),
+    from_run: str | Path | None = None,
     console: Console | None = None,
 ) -> Run:
     """Pre-train on the images of `data` and return the Run; `run.read("status.json")["state"]` says how it ended.
 
     recipe: a name from `unmask recipes`, or "auto". out: a new folder; made up from data and recipe when None. budget:
-    in seconds. settings: KEY=VALUE assignments. Raises ValueError for anything a person can mend.
+    in seconds. settings: KEY=VALUE assignments. from_run: start from the weights of that Run, see `continued`. Raises
+    ValueError for anything a person can mend.
     """
     console = console or Console(quiet=True)
     settings = list(settings)
-    draft = override(catalogue.find("mae_nano" if recipe == "auto" else recipe), settings)
+    base = None if from_run is None else continued(from_run, recipe)
+    draft = override(base or catalogue.find("mae_nano" if recipe == "auto" else recipe), settings)
     refuse_conflicts(settings, budget)
     if out is not None:
         Run.check_free(out)
@@ -65,9 +68,13 @@ def pretrain(
     console.say(f"{source.name}: {len(source)} images found" + _skipped(source))
     device = choose_device(draft.train.device)
     found = scan_all(source, draft, console)
-    config, reasons = settle(source, found, recipe, settings, device, budget=budget)
+    if base is not None:
+        config, reasons = override(base, [*settings, f"data.source={source.location}"]), (f"weights of {from_run}",)
+    else:
+        config, reasons = settle(source, found, recipe, settings, device, budget=budget)
     rows = usable_rows(source, found)
     images, plan = prepare(source, rows, found, config, device, budget=budget, reasons=reasons)
+    require_grafts(config, plan)
 
     run = Run.create(out if out is not None else free_name(source, config))
     with run.lock():
@@ -144,6 +151,37 @@ def scan_all(source: Source, draft: Config, console: Console) -> Scan:
         found = scan(source, sample=draft.data.scan_sample, channels=draft.data.channels, progress=bar.update)
     refuse_bad_data(found, draft)
     return found
+
+
+def continued(from_run: str | Path, recipe: str) -> Config:
+    """The configuration of a run that starts from the weights of another Run.
+
+    With recipe "auto" it is that Run's own, and the whole method goes on; with a named recipe only the encoder is
+    taken. The normalisation stays that of the weights. Raises ValueError for a folder that is no Run, or has no
+    checkpoint.
+    """
+    run = Run.open(from_run)
+    step, _ = checkpoint.load_model(run)
+    spec, whole = read_plan(run).images, recipe == "auto"
+    config = read_config(run) if whole else catalogue.find(recipe)
+    part = "" if whole else "encoder."
+    data = {"size": spec.size, "channels": spec.channels, "mean": spec.mean, "std": spec.std}
+    taken = Graft(run=str(run.path.absolute()), source=part, target=part, step=step)
+    return config.model_copy(update={"data": config.data.model_copy(update=data), "graft": (taken,)})
+
+
+def require_grafts(config: Config, plan: Plan) -> None:
+    """Try the grafts on a throw-away method, so that what does not fit is said before there is a Run."""
+    for entry in config.graft:
+        run = Run.open(entry.run)
+        dtype = read_plan(run).images.dtype
+        if dtype != plan.images.dtype:
+            raise DataError(
+                f"these images are {plan.images.dtype}, the run {entry.run} was trained on {dtype}: its normalisation "
+                "does not fit them; convert the images, or train without --from"
+            )
+        _, weights = checkpoint.load_model(run, entry.step)
+        checkpoint.graft(config.build(plan.images), [(entry.source, entry.target, weights)])
 
 
 def settle(

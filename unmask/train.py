@@ -90,11 +90,13 @@ def train(run: Run, config: Config, plan: Plan, images: Images, console: Console
         method = config.build(plan.images).to(plan.device)
         optimizer = make_optimizer(method, config.optim)
         at = restore(run, method, optimizer, console)
+        if at is None:
+            at = begin(run, method, images, config, plan)
         run.truncate_metrics(at.step)
         images.gone_bad.update(row["name"] for row in run.quarantine() if "step" in row)
         if config.train.compile:
             method.compile()
-        sample = picture_sample(images, plan)
+        sample = fixed_images(images, plan, PICTURE_SAMPLE)
         if at.step == 0:
             look(run, method, sample, at, config, plan, console)
         run.set_status("running", at.step, total=plan.steps)
@@ -117,7 +119,7 @@ def train(run: Run, config: Config, plan: Plan, images: Images, console: Console
 
                 loss, norm, fault = read(unread, at, run, images, console)  # waits for the device
                 if fault is not None:
-                    at = roll_back(run, method, optimizer, fault, at, config, plan, console)
+                    at = roll_back(run, method, optimizer, images, fault, at, config, plan, console)
                     stream, unread, pace = open_stream(run, images, config, plan, at), [], Pace(at.consumed)
                     continue
                 if log_now and at.bad_steps == 0:
@@ -214,6 +216,7 @@ def roll_back(
     run: Run,
     method: Method,
     optimizer: torch.optim.Optimizer,
+    images: Images,
     fault: Step,
     at: Position,
     config: Config,
@@ -229,13 +232,12 @@ def roll_back(
             f"without getting past it; the images are named in {run.faults_file}. Lower optim.base_lr, set "
             "optim.clip=1, or use train.precision=fp32, and start again"
         )
-    if checkpoint.newest_step(run) is None:
+    back = restore(run, method, optimizer, console)
+    if back is None:
         seed_weights(config.train.seed)
         method.load_state_dict(config.build(plan.images).state_dict())
         optimizer.state.clear()
-        back = Position()
-    else:
-        back = restore(run, method, optimizer, console)
+        back = begin(run, method, images, config, plan)
     back.consumed = fault.consumed + SKIP_AHEAD_BATCHES * plan.batch_size
     back.bad_steps, back.rollbacks, back.fault_step = 0, rollbacks, fault.number
     run.truncate_metrics(back.step)
@@ -331,11 +333,24 @@ def quarantine(run: Run, images: Images, delivery: Delivery, config: Config, at:
             )
 
 
-def restore(run: Run, method: Method, optimizer: torch.optim.Optimizer, console: Console) -> Position:
-    """Weights, moments and position of the newest sound checkpoint; a fresh position when there is none."""
+def begin(run: Run, method: Method, images: Images, config: Config, plan: Plan) -> Position:
+    """Step 0: other weights grafted on, buffers that depend on the data set, and what is fixed from now on saved."""
+    for entry in config.graft:
+        _, weights = checkpoint.load_model(Run.open(entry.run), entry.step)
+        checkpoint.graft(method, [(entry.source, entry.target, weights)])
+    if method.num_prepare:
+        method.prepare(fixed_images(images, plan, method.num_prepare).images)
+    if method.fixed:
+        state = method.state_dict()
+        checkpoint.save_fixed(run, {name: state[name] for name in state if name.startswith(method.fixed)})
+    return Position()
+
+
+def restore(run: Run, method: Method, optimizer: torch.optim.Optimizer, console: Console) -> Position | None:
+    """Weights, moments and position of the newest sound checkpoint; None when there is none."""
     found = checkpoint.load_latest(run, say=console.warn)
     if found is None:
-        return Position()
+        return None
     method.load_state_dict(found.model)
     checkpoint.tensors_to_optimizer(optimizer, names_of(method), found.optim, found.state["optimizer"])
     return Position(**found.state["position"])
@@ -351,9 +366,10 @@ def save(
     """Write a checkpoint and tell the status; returns what was in the way: a full disk, weights that are not finite."""
     tensors, numbers = checkpoint.optimizer_to_tensors(optimizer, names_of(method))
     state = {"step": at.step, "position": asdict(at), "optimizer": numbers, "seed": config.train.seed}
+    weights = {name: value for name, value in method.state_dict().items() if not name.startswith(method.fixed)}
     try:
         run.sync_metrics()
-        checkpoint.save(run, at.step, method.state_dict(), tensors, state, keep=config.train.keep_checkpoints)
+        checkpoint.save(run, at.step, weights, tensors, state, keep=config.train.keep_checkpoints)
         run.set_status("running", at.step, total=plan.steps)
     except (CheckpointFull, CheckpointRefused) as error:
         return str(error)
@@ -362,10 +378,10 @@ def save(
     return None
 
 
-def picture_sample(images: Images, plan: Plan) -> Batch:
-    """The images that are drawn during the whole run: evenly spread over the source, centred; bad ones left out."""
+def fixed_images(images: Images, plan: Plan, count: int) -> Batch:
+    """Up to `count` images, the same in every run: evenly spread over the source, centred; bad ones left out."""
     fixed = replace(images, training=False)
-    rows = images.rows[np.linspace(0, len(images.rows) - 1, min(PICTURE_SAMPLE, len(images.rows))).astype(int)]
+    rows = images.rows[np.linspace(0, len(images.rows) - 1, min(count, len(images.rows))).astype(int)]
     drawn: list[Batch] = []
     for row in rows:
         with suppress(BadImage):  # gone bad since the scan; training meets it, replaces it and notes it

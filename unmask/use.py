@@ -243,7 +243,7 @@ def probe_run(
 
     encoder, untrained = loaded.method.encoder, None
     if controls:
-        untrained = untrained_encoder(loaded.config, loaded.plan.images, device=loaded.device)
+        untrained = untrained_encoder(loaded)
     encoders, precision = encoders_of(encoder, untrained), eval_precision(loaded)
     while True:
         picked = train_rows
