@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from unmask.errors import UserError
+
 DTYPES = {"uint8": torch.uint8, "uint16": torch.uint16, "float32": torch.float32}
 
 
@@ -32,14 +34,14 @@ class ImageSpec:
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
-            raise ValueError(f"image dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
+            raise UserError(f"image dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
         if not len(self.mean) == len(self.std) == self.channels:
-            raise ValueError(
+            raise UserError(
                 f"{len(self.mean)} means and {len(self.std)} standard deviations for {self.channels} channels; "
                 "give one of each per channel"
             )
         if min(self.std) <= 0:
-            raise ValueError(
+            raise UserError(
                 f"standard deviations {self.std} are not all positive: a channel is constant over the whole data set; "
                 "drop that channel, or give --set data.std by hand"
             )

@@ -19,7 +19,7 @@ NAMED_BAD_FILES = 20
 def check_data(data: str, console: Console, *, sample: int | None, workers: int) -> tuple[int, dict[str, Any]]:
     """Returns (exit code, summary): 0 when the data can be trained on, 2 when not."""
     source = open_source(data)
-    with console.progress("checking files", len(source)) as bar:
+    with console.progress("checking files", min(len(source), sample or len(source))) as bar:
         found = scan(source, sample=sample, workers=workers, progress=bar.update)
     summary: dict[str, Any] = {
         "data": source.name,

@@ -30,6 +30,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from unmask.errors import UserError
 from unmask.run import Run, replace_file, sync_folder
 
 MODEL, OPTIM, STATE, MANIFEST, LATEST = (
@@ -44,7 +45,7 @@ FIXED = "fixed-*.safetensors"
 STEP_FOLDER = re.compile(r"step-(\d{8,})$")
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """No usable checkpoint, or one that does not fit; the message names the file and says what to do."""
 
 

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from unmask.console import Console
+from unmask.errors import TrainingFailed, UserError
 
 FAILED, USAGE, STOPPED = 1, 2, 75
 
@@ -51,7 +52,7 @@ def main() -> None:
     except typer.Abort:
         sys.exit(130)
     except KeyboardInterrupt:
-        print("interrupted before training began; nothing was lost, run the command again", file=sys.stderr)
+        print("interrupted; no run was begun or changed by it, so just run the command again", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -61,20 +62,14 @@ def main() -> None:
 
 
 def _explain(error: Exception) -> int:
-    """Says what went wrong and returns the exit code; what we did not foresee keeps its traceback in a file."""
+    """Says what went wrong and returns the exit code; what we did not foresee keeps its traceback."""
     show = getattr(error, "show", None)  # click's own usage errors
     if callable(show):
         show()
         return getattr(error, "exit_code", USAGE)
-    from pydantic import ValidationError
-
-    if isinstance(error, ValidationError):
-        from unmask.config import explain
-
-        message, code = explain(error), USAGE
-    elif isinstance(error, ValueError | FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError):
+    if isinstance(error, UserError | FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError):
         message, code = str(error), USAGE
-    elif type(error).__name__ == "TrainingFailed":
+    elif isinstance(error, TrainingFailed):
         message, code = str(error), FAILED
     elif type(error).__name__ == "OutOfMemoryError":
         message, code = f"{error}. Try --set train.micro_batch=N with a smaller N, or a smaller recipe", FAILED
@@ -101,11 +96,11 @@ def _seconds(text: str | None) -> float | None:
     try:
         value = float(text[:-1]) * units[text[-1:].lower()]
     except (KeyError, ValueError):
-        raise ValueError(
+        raise UserError(
             f"time budget {text!r} came; a number with s, m, h or d was expected, for example 30m"
         ) from None
     if not 0 < value < float("inf"):
-        raise ValueError(f"time budget {text!r} is not a positive time; for example 30m")
+        raise UserError(f"time budget {text!r} is not a positive time; for example 30m")
     return value
 
 

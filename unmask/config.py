@@ -19,13 +19,14 @@ from pydantic import BaseModel, BeforeValidator, Field, SerializeAsAny, Validati
 import unmask.methods
 from unmask.batch import ImageSpec
 from unmask.data.augment import CropConfig
+from unmask.errors import UserError
 from unmask.method import Method, MethodConfig
 from unmask.nn.vit import Pair
 from unmask.optim import OptimConfig
 from unmask.settings import Settings
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """A setting that does not exist or does not fit; the message names the nearest ones."""
 
 

@@ -18,13 +18,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from unmask.errors import UserError
+
 try:
     import fcntl
 except ImportError:  # Windows: two trainers in one folder are then not noticed
     fcntl = None  # type: ignore[assignment]
 
 
-class RunError(ValueError):
+class RunError(UserError):
     """A folder that is not a Run, or a file in it that cannot be read; the message says what to do."""
 
 

@@ -28,6 +28,7 @@ from unmask.console import Console, duration
 from unmask.data.loader import Images, Order, choose_workers
 from unmask.data.scan import Scan, scan
 from unmask.data.sources import Source, open_source
+from unmask.errors import UserError
 from unmask.plan import Plan, choose_device, make_plan
 from unmask.recipes import catalogue
 from unmask.run import Run
@@ -37,7 +38,7 @@ from unmask.train import train
 NAMED_BAD_FILES = 5
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """The images as a whole cannot be trained on; the message says why and what to do."""
 
 
@@ -147,8 +148,9 @@ def refuse_conflicts(settings: list[str], budget: float | None) -> None:
 
 def scan_all(source: Source, draft: Config, console: Console) -> Scan:
     """Look at the files, as many as the settings ask for. Raises DataError when too many cannot be read."""
-    with console.progress("checking files", len(source)) as bar:
-        found = scan(source, sample=draft.data.scan_sample, channels=draft.data.channels, progress=bar.update)
+    checked = min(len(source), draft.data.scan_sample or len(source))
+    with console.progress("checking files", checked) as bar:
+        found = scan(source, sample=checked, channels=draft.data.channels, progress=bar.update)
     refuse_bad_data(found, draft)
     return found
 

@@ -30,6 +30,7 @@ from unmask.config import Config
 from unmask.console import Console
 from unmask.data.decode import BadImage
 from unmask.data.loader import Delivery, Images, Taken, training_batches
+from unmask.errors import TrainingFailed
 from unmask.evals.pictures import draw
 from unmask.method import Clock, Method
 from unmask.optim import make_optimizer, update
@@ -43,10 +44,6 @@ MOST_ROLLBACKS = 2
 MOST_FAILED_SAVES = 5
 MOST_UNREAD_STEPS = 32
 PICTURE_SAMPLE = 64
-
-
-class TrainingFailed(RuntimeError):
-    """Training cannot go on; the message says why and what to do. The Run keeps its last good checkpoint."""
 
 
 @dataclass

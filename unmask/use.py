@@ -23,6 +23,7 @@ from unmask.console import Bar, Console
 from unmask.data.decode import BadImage
 from unmask.data.loader import Delivery, Images, Taken, choose_workers, eval_batches
 from unmask.data.sources import LISTS, TARS, Source, open_files, open_source, require_labels
+from unmask.errors import UserError
 from unmask.evals.collect import FeatureTable, collect_each
 from unmask.evals.linear import HOLD_OUT_FOR_TEST, hold_out
 from unmask.evals.pictures import draw, require_png
@@ -96,7 +97,7 @@ def read(images: Readable, rows: np.ndarray, workers: int, console: Console, bar
     named = "; ".join(f"{name} ({fault})" for name, fault in faults)
     more = "" if len(bad) <= NAMED_BAD_FILES else f"; and {len(bad) - NAMED_BAD_FILES} more: `unmask check` lists all"
     if not seen:
-        raise ValueError(f"none of the {len(rows)} files of {images.source.name} can be used: {named}{more}")
+        raise UserError(f"none of the {len(rows)} files of {images.source.name} can be used: {named}{more}")
     console.warn(
         f"{len(bad)} of {len(rows)} files of {images.source.name} cannot be used and are left out: {named}{more}"
     )
@@ -158,9 +159,9 @@ def embed_images(run: Path, data: str, out: Path, *, step: int | None, device: s
     --json prints. Raises ValueError when there is nothing to embed or nowhere to write.
     """
     if out.suffix not in (".parquet", ".npz"):
-        raise ValueError(f"output file {out} came; a name that ends in .parquet or .npz was expected")
+        raise UserError(f"output file {out} came; a name that ends in .parquet or .npz was expected")
     if not out.resolve().parent.is_dir():
-        raise ValueError(f"the folder {out.resolve().parent} does not exist; make it first, or choose another --out")
+        raise UserError(f"the folder {out.resolve().parent} does not exist; make it first, or choose another --out")
     loaded = load(run, device=choose_device(device), step=step)
     source = open_source(data)
     rows = np.arange(len(source))
@@ -235,7 +236,7 @@ def probe_run(
         test_source = train_source
         train_rows, test_rows = hold_out(train_labels, np.arange(len(train_source)), seed, HOLD_OUT_FOR_TEST)
         if not len(test_rows):
-            raise ValueError(f"{data} has one image per class, so none can be held out; give other images with --test")
+            raise UserError(f"{data} has one image per class, so none can be held out; give other images with --test")
     else:
         train_rows = np.arange(len(train_source))
         test_source = _with_classes(require_labels(open_source(test)), classes, data)
@@ -290,7 +291,7 @@ def _with_classes(source: Source, classes: Sequence[str], data: str) -> Source:
     """
     number = {name: i for i, name in enumerate(classes)}
     if unknown := [name for name in source.classes if name not in number]:
-        raise ValueError(
+        raise UserError(
             f"{source.name} has classes that {data} has not ({', '.join(unknown[:6])}); {data} has "
             f"{', '.join(classes[:6])}{' ...' if len(classes) > 6 else ''}: test images must lie in sub-folders of the "
             "same names"

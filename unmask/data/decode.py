@@ -36,6 +36,8 @@ from PIL import (
     WebPImagePlugin,  # noqa: F401
 )
 
+from unmask.errors import UserError
+
 FORMATS = ("PNG", "WEBP", "TIFF", "BMP", "GIF")
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 PNG_START = b"\x89PNG\r\n\x1a\n"
@@ -46,7 +48,7 @@ MOST_ASPECT = 1000
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601
 
 
-class BadImage(ValueError):
+class BadImage(UserError):
     """One image that cannot be used: `code` for machines, `detail` for people."""
 
     def __init__(self, code: str, detail: str) -> None:

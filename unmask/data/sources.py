@@ -33,6 +33,7 @@ from typing import Any
 import numpy as np
 
 from unmask.data.decode import MOST_BYTES, BadImage
+from unmask.errors import UserError
 
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".npy")
 LISTS = (".txt", ".lst", ".csv", ".tsv")
@@ -44,7 +45,7 @@ MOST_UNPACKED = 2 << 30
 WHAT_DATA_IS = "a folder, a list file (.txt, .csv), a glob, a .tar, .zip or .parquet file, or shapes or digits"
 
 
-class SourceError(ValueError):
+class SourceError(UserError):
     """DATA that cannot be opened; the message says what came, what was expected, and what to do."""
 
 

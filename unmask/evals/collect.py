@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unmask.batch import Batch
+from unmask.errors import UserError
 from unmask.nn.features import Features
 from unmask.plan import autocast
 
@@ -90,7 +91,7 @@ def collect_each(
         for module, mode in modes:  # not encoder.train(): a part may have been frozen in eval mode on purpose
             module.training = mode
     if not shared.index:
-        raise ValueError(
+        raise UserError(
             "no images came to compute features of; at least one was expected: look at the data with `unmask check`"
         )
     return {name: shared.table(rows[name]) for name in encoders}
@@ -136,7 +137,7 @@ def _finite(features: Tensor, index: np.ndarray) -> np.ndarray:
     rows = features.to(torch.float32).cpu().numpy()  # (B, D)
     bad = ~np.isfinite(rows).all(1)
     if bad.any():
-        raise ValueError(
+        raise UserError(
             f"the features of {bad.sum()} of {len(rows)} images are not finite (the first is row "
             f"{index[bad.argmax()]} of the source): the weights are damaged, or the images hold numbers that are far "
             "from those of training; try an earlier checkpoint with --step, and look at the images with `unmask check`"

@@ -16,6 +16,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from threadpoolctl import threadpool_limits
 
+from unmask.errors import UserError
 from unmask.rng import Stream, words
 
 C_GRID = tuple(10.0**power for power in range(-5, 3))
@@ -48,7 +49,7 @@ def linear(train_x: np.ndarray, train_y: np.ndarray, test_x: np.ndarray, *, seed
     """
     train_y = np.asarray(train_y, np.int64)
     if len(np.unique(train_y)) < 2:
-        raise ValueError("labels of fewer than two classes came; a linear probe needs at least two classes")
+        raise UserError("labels of fewer than two classes came; a linear probe needs at least two classes")
     mean, std = train_x.mean(0, dtype=np.float64), train_x.std(0, dtype=np.float64)
     std[std <= 1e-6 * np.abs(mean)] = 1.0  # what varies by float32 rounding alone is constant
     mean, std = mean.astype(np.float32), std.astype(np.float32)

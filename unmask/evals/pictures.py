@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from unmask.errors import UserError
 from unmask.method import Picture
 from unmask.run import replace_file
 
@@ -49,9 +50,9 @@ def draw(picture: Picture, dtype: str, path: Path, title: str, names: Sequence[s
 def require_png(path: Path) -> None:
     """Raises ValueError when no PNG can be written there, so that one learns it before any work is done."""
     if path.suffix.lower() != ".png":
-        raise ValueError(f"picture file {path} came; a name that ends in .png was expected")
+        raise UserError(f"picture file {path} came; a name that ends in .png was expected")
     if not path.resolve().parent.is_dir():
-        raise ValueError(f"the folder {path.resolve().parent} does not exist; make it first, or choose another --out")
+        raise UserError(f"the folder {path.resolve().parent} does not exist; make it first, or choose another --out")
 
 
 def compose(picture: Picture, dtype: str, title: str, names: Sequence[str] = ()) -> Image.Image:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from unmask.errors import UserError
 from unmask.evals.collect import FeatureTable, RawPixels
 from unmask.evals.knn import knn
 from unmask.evals.linear import SHOTS, linear
@@ -56,7 +57,7 @@ def probe(
     train_y = require_labels(train[PRETRAINED].labels, classes, "training")
     test_y = require_labels(test[PRETRAINED].labels, classes, "test")
     if len(np.unique(train_y)) < 2:
-        raise ValueError(f"all {len(train_y)} training images are of one class; a probe needs images of at least two")
+        raise UserError(f"all {len(train_y)} training images are of one class; a probe needs images of at least two")
 
     rows, answers = [], []
     for features in train:
@@ -83,13 +84,13 @@ def probe(
 def require_kind(kind: str) -> None:
     """Raises ValueError for a kind of probe that there is not."""
     if kind not in KINDS:
-        raise ValueError(f"probe kind {kind!r} came; {' or '.join(KINDS)} was expected")
+        raise UserError(f"probe kind {kind!r} came; {' or '.join(KINDS)} was expected")
 
 
 def require_classes(classes: Sequence[str]) -> None:
     """Raises ValueError for fewer than two classes."""
     if len(classes) < 2:
-        raise ValueError(
+        raise UserError(
             f"{len(classes)} classes came ({', '.join(classes) or 'none'}); a probe needs at least two: one sub-folder "
             "for each class"
         )
@@ -104,13 +105,13 @@ def chance_level(train_y: np.ndarray, test_y: np.ndarray, num_classes: int) -> f
 def require_labels(labels: np.ndarray | None, classes: Sequence[str], which: str) -> np.ndarray:
     """The labels (n,). Raises ValueError when there are none, or some that `classes` does not name."""
     if labels is None:
-        raise ValueError(
+        raise UserError(
             f"the {which} images have no labels; a probe needs them: put the images of each class in a sub-folder of "
             "its own"
         )
     wrong = labels[(labels < 0) | (labels >= len(classes))]
     if len(wrong):
-        raise ValueError(
+        raise UserError(
             f"the {which} images have label {wrong[0]}, but only {len(classes)} classes are named "
             f"({', '.join(classes[:6])}); training and test images must have the same classes, in sub-folders of the "
             "same names"
@@ -124,11 +125,11 @@ def few_shots(index: np.ndarray, labels: np.ndarray, classes: Sequence[str], sho
     The pick of `shots + 1` contains that of `shots`. Raises ValueError for shots < 1, or more than a class has.
     """
     if shots < 1:
-        raise ValueError(f"{shots} labels per class came; at least 1 was expected")
+        raise UserError(f"{shots} labels per class came; at least 1 was expected")
     counts = np.bincount(labels, minlength=len(classes))
     poorest = int(counts.argmin())
     if counts[poorest] < shots:
-        raise ValueError(
+        raise UserError(
             f"{shots} labels per class were asked for, but class {classes[poorest]!r} has only {counts[poorest]} "
             f"training images; use --shots {max(1, counts[poorest])} or fewer, or leave it out to use all"
         )

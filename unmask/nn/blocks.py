@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from unmask.errors import UserError
+
 LAYER_NORM_EPS = 1e-6
 LONGEST_PLAIN = 256  # tokens; beyond, keeping the scores would cost more memory than the time is worth
 
@@ -41,7 +43,7 @@ class Attention(nn.Module):
         if width % heads:
             fits = [h for h in range(1, width + 1) if width % h == 0]
             near = min(fits, key=lambda h: abs(h - heads))
-            raise ValueError(f"{heads} heads do not divide a token width of {width}; use {near} heads")
+            raise UserError(f"{heads} heads do not divide a token width of {width}; use {near} heads")
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from unmask.errors import UserError
 from unmask.rng import Draws
 
 
@@ -41,7 +42,7 @@ def num_kept(num_patches: int, ratio: float) -> int:
     kept = math.floor(num_patches * (1 - ratio) + 1e-6)
     if not 0 < kept < num_patches:
         what = "nothing visible" if kept < 1 else "nothing hidden"
-        raise ValueError(
+        raise UserError(
             f"a mask ratio of {ratio} on {num_patches} patches leaves {what}; "
             f"choose a ratio between {1 / num_patches:.3g} and {1 - 1 / num_patches:.3g}"
         )

@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
+from unmask.errors import UserError
+
 
 def grid_of(size: tuple[int, int], patch: tuple[int, int]) -> tuple[int, int]:
     """(rows, cols) of patches of `patch` = (height, width) pixels in an image of `size` = (H, W) pixels.
@@ -22,7 +24,7 @@ def grid_of(size: tuple[int, int], patch: tuple[int, int]) -> tuple[int, int]:
             fits = [str(n) for n in (below, above) if n > 0]
             divisors = [d for d in range(2, length + 1) if length % d == 0]
             near = min(divisors, key=lambda d: (abs(d - step), -d), default=length)
-            raise ValueError(
+            raise UserError(
                 f"image {side} {length} is not a multiple of patch size {step}; "
                 f"use {' or '.join(fits)}, or --set method.encoder.patch={near}"
             )

@@ -13,11 +13,13 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from unmask.errors import UserError
+
 
 def sincos(width: int, grid: tuple[int, int]) -> Float[Tensor, "N D"]:
     """(rows x cols, width) float32 table, computed in float64. Raises ValueError unless width is a multiple of 4."""
     if width % 4:
-        raise ValueError(
+        raise UserError(
             f"token width {width} is not a multiple of 4, which sin-cos positions in 2-D need; use {width // 4 * 4 + 4}"
         )
     omega = 10000.0 ** (-np.arange(width // 4, dtype=np.float64) / (width // 4))

@@ -18,6 +18,7 @@ from pydantic import BeforeValidator, Field
 from torch import Tensor, nn
 
 from unmask.batch import ImageSpec
+from unmask.errors import UserError
 from unmask.nn import positions
 from unmask.nn.blocks import Block, init_linears, layer_norm
 from unmask.nn.features import Features
@@ -86,7 +87,7 @@ class ViT(nn.Module):
     def patches(self, images: Shaped[Tensor, "B C H W"]) -> Float[Tensor, "B N P"]:
         """Normalised float32 patches, channel fastest; takes the files' own units and dtype."""
         if images.ndim != 4 or images.shape[1] != self.spec.channels:
-            raise ValueError(
+            raise UserError(
                 f"images of shape {tuple(images.shape)} came, (B, {self.spec.channels}, H, W) was expected: "
                 f"this encoder was trained on {self.spec.channels}-channel images"
             )
