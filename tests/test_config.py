@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 import unmask.config
-from unmask.config import Config, ConfigError, keys, method_class, method_names, override
+from unmask.config import Config, ConfigError, keys, method_class, method_names, override, parse
 from unmask.recipes.catalogue import all_recipes, choose, find
 
 
@@ -82,6 +82,18 @@ def test_every_setting_is_read_somewhere(key):
         ("data.size=big", "data.size"),
         ("method.name=mea", "method 'mea' is not known; did you mean mae"),
         ("train={}", "'train' is not a setting"),
+        ("data.size=-32", "greater than 0"),
+        ("method.encoder.patch=0", r"patch\.0=0 does not fit: .*greater than 0"),
+        ("method.encoder.patch=[4,-4]", r"patch\.1=-4 does not fit: .*greater than 0"),
+        ("data.crop.scale=[1,0.2]", r"crop\.scale=\[1, 0\.2\] does not fit: two numbers above 0 .* smaller one first"),
+        ("data.crop.scale=[-1,0]", "two numbers above 0"),
+        ("data.crop.scale=[0.5,1.5]", "shares of the image's area were expected, at most 1"),
+        ("data.crop.ratio=[0,1]", "two numbers above 0"),
+        ("data.crop.ratio=[2,1]", "smaller one first"),
+        ("optim.betas=[0.9,1.5]", r"optim\.betas\.1=1\.5 does not fit: .*less than 1"),
+        ("optim.betas=[-0.1,0.9]", "greater than or equal to 0"),
+        ("data.std=[1,0,1]", r"data\.std\.1=0 does not fit: .*greater than 0"),
+        ("train.picture_images=65", "less than or equal to 64"),
     ],
 )
 def test_wrong_settings_are_refused_with_the_nearest(assignment, message):
@@ -92,6 +104,12 @@ def test_wrong_settings_are_refused_with_the_nearest(assignment, message):
 def test_a_single_number_means_a_square_and_none_clears():
     config = override(find("mae_nano"), ["data.size=64", "method.encoder.patch=8", "train.epochs=none"])
     assert (config.data.size, config.method.encoder.patch, config.train.epochs) == ((64, 64), (8, 8), None)
+
+
+def test_assignments_are_read_alike_everywhere():
+    assert parse(["a=none", "b=null", " c =[1, 2]", "d=x=y", "a=3"]) == {"a": 3, "b": None, "c": [1, 2], "d": "x=y"}
+    with pytest.raises(ConfigError, match="KEY=VALUE was expected"):
+        parse(["a"])
 
 
 def test_settings_are_frozen_and_strict():

@@ -22,6 +22,7 @@ from unmask.plan import (
     measure_step_seconds,
     saved_bytes_per_image,
 )
+from unmask.recipes.catalogue import AUTO as AUTO_RECIPES
 from unmask.recipes.catalogue import choose, find
 
 SPEC = ImageSpec(3, (16, 16), "uint8", (120.0,) * 3, (60.0,) * 3)
@@ -185,21 +186,25 @@ def test_a_plan_says_why_and_survives_json():
 
 
 AUTO = {
-    "ten small images": (10, (20, 24), "cpu", "mae_nano", (20, 20), (4, 4), ["small images", "3000 steps", "batch 16"]),
+    "ten small images": (10, (20, 24), "cpu", "mae_nano", (20, 20), (2, 2), ["patch 2", "3000 steps", "batch 16"]),
     "CIFAR": (50_000, (32, 32), "cpu", "mae_nano", (32, 32), (4, 4), ["small images"]),
     "CIFAR on a GPU": (50_000, (32, 32), "cuda", "mae_nano", (32, 32), (4, 4), ["small images"]),
     "250 photographs": (250, (470, 400), "cpu", "mae_nano", (64, 64), (8, 8), ["no GPU", "batch 16", "3000 steps"]),
     "250 on a GPU": (250, (470, 400), "cuda", "mae_tiny", (96, 96), (8, 8), ["fewer than 20,000"]),
     "2 M on a GPU": (2_000_000, (400, 500), "cuda", "mae_base", (224, 288), (16, 16), ["300,000 images or more"]),
     "100,000 on a GPU": (100_000, (500, 500), "cuda", "mae_small", (224, 224), (16, 16), ["between 20,000"]),
-    "digits": (1797, (8, 8), "cpu", "mae_nano", (16, 16), (4, 4), ["small images"]),
-    "20 pixels": (5000, (20, 20), "cpu", "mae_nano", (20, 20), (4, 4), ["small images"]),
-    "21 pixels": (5000, (21, 21), "cpu", "mae_nano", (20, 20), (4, 4), ["small images"]),
+    "digits": (1797, (8, 8), "cpu", "mae_nano", (16, 16), (2, 2), ["small images", "patch 2: for 16 visible patches"]),
+    "20 pixels": (5000, (20, 20), "cpu", "mae_nano", (20, 20), (2, 2), ["small images"]),
+    "21 pixels": (5000, (21, 21), "cpu", "mae_nano", (20, 20), (2, 2), ["small images"]),
+    "24 pixels": (5000, (24, 24), "cpu", "mae_nano", (24, 24), (3, 3), ["patch 3"]),
+    "MNIST": (60_000, (28, 28), "cpu", "mae_nano", (28, 28), (2, 2), ["patch 2"]),
+    "28 x 56": (5000, (28, 56), "cpu", "mae_nano", (28, 56), (4, 4), ["28 x 56: the images are not square"]),
+    "36 pixels": (5000, (36, 36), "cpu", "mae_nano", (36, 36), (4, 4), ["small images"]),
     "47 pixels": (5000, (47, 47), "cpu", "mae_nano", (48, 48), (4, 4), ["small images"]),
-    "48 pixels on a GPU": (5000, (48, 48), "cuda", "mae_tiny", (48, 48), (8, 8), ["mae_tiny: small"]),
+    "48 pixels on a GPU": (5000, (48, 48), "cuda", "mae_tiny", (48, 48), (6, 6), ["mae_tiny: small", "patch 6"]),
     "very wide": (5000, (100, 4000), "cpu", "mae_nano", (64, 160), (8, 8), ["64 x 160: the images are not square"]),
     "very tall": (5000, (4000, 100), "cuda", "mae_tiny", (240, 96), (8, 8), ["240 x 96"]),
-    "one pixel": (5000, (1, 1), "cpu", "mae_nano", (16, 16), (4, 4), []),
+    "one pixel": (5000, (1, 1), "cpu", "mae_nano", (16, 16), (2, 2), []),
 }
 
 
@@ -215,6 +220,7 @@ def test_auto_picks_a_recipe_that_fits_together_and_says_why(case):
     with torch.device("meta"):
         method = config.build(ImageSpec(1, size, "uint8", (1.0,), (1.0,)))  # sizes, patches, heads and ratio agree
     assert method.encoder.grid == (size[0] // patch[0], size[1] // patch[1])
+    assert method.encoder.grid[0] * method.encoder.grid[1] // 4 >= 16, "visible when three quarters are hidden"
     assert config.train.batch_size <= max(16, images)
 
 
@@ -224,6 +230,78 @@ def test_auto_proposes_nothing_for_what_a_person_has_set(key):
     gone = set(everything[1]) - set(without[1])
     assert [item.split("=")[0] for item in gone] == [key]
     assert len(without[2]) == len(everything[2]) - (key != "method.encoder.patch")
+
+
+@pytest.mark.parametrize(
+    ("side", "size", "patch"),
+    [
+        (24, (32, 32), "[4,4]"),
+        (24, (16, 16), "[2,2]"),
+        (24, (30, 30), "[3,3]"),
+        (32, (97, 97), "[4,4]"),
+        (9, (8, 8), "[2,2]"),
+    ],
+)
+def test_auto_picks_the_patch_for_a_size_that_a_person_has_set(side, size, patch):
+    _, overrides, _ = choose(5000, (side, side), "cpu", fixed={"data.size"}, size=size)
+    assert f"method.encoder.patch={patch}" in overrides
+    assert not [item for item in overrides if item.startswith("data.size")]
+
+
+def test_an_estimated_number_of_images_is_called_one():
+    assert choose(5000, (32, 32), "cpu", about=True)[2][0].startswith("about 5000 images of 32 x 32")
+
+
+def test_auto_is_no_recipe_with_settings_of_its_own():
+    with pytest.raises(ConfigError, match=r"'auto' is chosen from the data and has no settings of its own; .*check"):
+        find("auto")
+    assert set(AUTO_RECIPES) >= {case[3] for case in AUTO.values()}
+
+
+@pytest.mark.parametrize("device", ["cuda:77", "cuda:x", "cpu:3", "cpu:"])
+def test_a_device_number_that_is_not_there_is_refused(device):
+    with pytest.raises(ConfigError, match=f"'{device}' is not available here; this machine has cpu"):
+        choose_device(device)
+    assert choose_device("cpu:0") == "cpu:0"
+
+
+@pytest.mark.parametrize(("micro", "seconds"), [(12, 0.0), (6, 0.0), (4, 1.5), (3, 2.0), (1, 6.0)])
+def test_a_step_with_accumulation_is_measured_with_the_device_waited_for(monkeypatch, micro, seconds):
+    """A device on which everything is launched at once and two micro-batches take a second to wait for."""
+    now = [0.0]
+    monkeypatch.setattr(planning.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(planning, "update", lambda *_: None)
+
+    def wait(loss):
+        now[0] += loss is not None  # the update itself costs nothing here
+
+    monkeypatch.setattr(planning, "wait_for", wait)
+    assert measure_step_seconds(small(), SPEC, micro, "fp32", "cpu", seconds=0) == pytest.approx(seconds)
+
+
+def test_free_memory_is_what_the_machine_and_its_container_leave(tmp_path, monkeypatch):
+    (tmp_path / "meminfo").write_text("MemTotal: 900 kB\nMemFree: 10 kB\nMemAvailable:     500 kB\n")
+    assert planning._machine_room(tmp_path / "meminfo") == 500 * 1024
+    assert planning._machine_room(tmp_path / "none") is None
+    groups, inner = tmp_path / "cgroup", tmp_path / "cgroup" / "outer" / "inner"
+    inner.mkdir(parents=True)
+    (tmp_path / "self").write_text("4:memory:/elsewhere\n0::/outer/inner\n")
+    assert planning._container_room(groups, tmp_path / "self") is None
+    for folder, limit, used in ((inner, "max", 10), (inner.parent, "1000", 700), (groups, "5000", 100)):
+        (folder / "memory.max").write_text(f"{limit}\n")
+        (folder / "memory.current").write_text(f"{used}\n")
+    assert planning._container_room(groups, tmp_path / "self") == 300
+    (inner.parent / "memory.stat").write_text("anon 5\ninactive_file 50\n")
+    assert planning._container_room(groups, tmp_path / "self") == 350
+    (tmp_path / "self").write_text("0::/\n")
+    assert planning._container_room(groups, tmp_path / "self") == 4900
+    monkeypatch.setattr(planning, "_machine_room", lambda: 7)
+    monkeypatch.setattr(planning, "_container_room", lambda: 5)
+    assert planning.free_memory("cpu") == 5
+    monkeypatch.setattr(planning, "_container_room", lambda: None)
+    assert planning.free_memory("cpu") == 7
+    monkeypatch.setattr(planning, "_machine_room", lambda: None)
+    assert planning.free_memory("cpu") > 2**20
 
 
 def test_every_proposal_is_a_setting():

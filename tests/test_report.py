@@ -21,6 +21,10 @@ PROBE = {
          "total": 200, "c": 0.1},
     ],
 }  # fmt: skip
+BASELINES = {
+    "images": 64, "losses": [[0, 2.1], [20, 0.9], [40, 0.4]],
+    "guesses": {"nearest_visible": 1.5, "visible_mean": 0.3},
+}  # fmt: skip
 PLAN = {
     "steps": 40, "images": {"size": [16, 24], "channels": 3, "dtype": "uint8"}, "num_images": 30, "batch_size": 8,
     "encoder_parameters": 1_200_000, "epochs": 10.7, "precision": "bf16", "device": "cpu",
@@ -40,9 +44,7 @@ def make_run(path: Path, *, trained: bool = True) -> Run:
     run.set_status("finished", 40, total=40)
     for step in range(1, 41):
         run.log({"step": step, "loss": 2 / step, "lr": 1e-3, "images_per_second": 100.0, "data_wait": 0.1})
-    run.write(
-        "evals/baselines.json", {"step": 0, "images": 64, "loss": 2.1, "nearest_visible": 1.5, "visible_mean": 0.01}
-    )
+    run.write("evals/baselines.json", BASELINES)
     run.write("evals/probe-linear-birds.json", PROBE)
     for step in (0, 1, 10, 20, 40):
         Image.new("RGB", (20, 10), (step, 0, 0)).save(run.pictures / f"step-{step:08d}.png")
@@ -104,11 +106,14 @@ def test_what_is_not_a_run_is_refused(tmp_path):
 
 
 def test_the_note_says_which_guesses_are_beaten():
-    rows = [{"step": step, "loss": 0.5} for step in range(1, 41)]
-    note = curve_note(rows, {"step": 0, "images": 64, "loss": 2.0, "nearest_visible": 0.9, "visible_mean": 0.4})
-    assert "Better than: copy the nearest visible patch (0.900)" in note
-    assert "Not better than: guess the mean of all visible patches (0.400)" in note
+    rows = [{"step": step, "loss": 0.25} for step in range(1, 41)]
+    note = curve_note(rows, BASELINES)
+    assert "Training loss 0.250" in note
     assert "64 fixed images" in note
+    assert "0.400 at step 40" in note
+    assert "Better than: copy the nearest visible patch (1.500)" in note
+    assert "Not better than: guess the mean of all visible patches (0.300)" in note, "judged on the same images"
+    assert curve_note(rows, {}) == "Training loss 0.250 at the end (mean of the last twentieth)."
 
 
 def test_smoothing_keeps_the_mean():

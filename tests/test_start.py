@@ -10,6 +10,7 @@ from conftest import SMALL_RUN, write_images
 from unmask import start as module
 from unmask import train as loop
 from unmask.config import ConfigError
+from unmask.errors import UserError
 from unmask.run import Run, RunError, RunInUse
 from unmask.saved import load
 from unmask.start import DataError, pretrain, resume
@@ -40,12 +41,77 @@ def stop_at(monkeypatch, number, sign=15):
         ({"settings": ["train.steps=3"], "budget": 5.0}, "both a time budget and train.steps were given"),
         ({"settings": ["train.epochs=3"], "budget": 5.0}, "both a time budget and train.epochs were given"),
         ({"recipe": "mae_nanno"}, "did you mean mae_nano"),
+        ({"settings": ["data.source=elsewhere"]}, "data.source cannot be set: it is the DATA"),
+        ({"settings": ["recipe=mine"]}, "recipe cannot be set: .*--recipe NAME"),
+        (
+            {"settings": ["data.crop.kind=center", "data.crop.scale=[0.5,1]"]},
+            r"data\.crop\.scale was set, but .*'center'",
+        ),
+        ({"settings": ["data.crop.ratio=[1,1]"], "recipe": "demo_shapes"}, r"data\.crop\.ratio was set, but"),
+        ({"settings": ["train.device=cuda:77"]}, "'cuda:77' is not available here"),
+        ({"settings": ["optim.betas=[0.9,1.5]"]}, "less than 1"),
+        ({"settings": ["data.mean=[1,2]", "data.std=[1,2,3]"]}, "2 means and 3 standard deviations for 2 channels"),
+        ({"settings": ["data.channels=1", "data.mean=[1,2]"]}, "2 means and 1 standard deviations for 1 channels"),
+        ({"settings": ["train.micro_batch=5"], "recipe": "mae_nano"}, "micro_batch=5 does not divide .*=128; use 4"),
+        ({"settings": ["data.size=30"], "recipe": "mae_nano"}, "30 is not a multiple of patch size 4"),
+        ({"settings": ["data.size=30", "method.encoder.patch=4"]}, "30 is not a multiple of patch size 4"),
+        ({"settings": ["method.encoder.patch=0"]}, "greater than 0"),
+        ({"settings": ["method.encoder.heads=7"]}, "7"),
+        ({"settings": ["method.mask_ratio=0.999"], "recipe": "mae_nano"}, "a mask ratio of 0.999 on 64 patches"),
+        ({"settings": ["method.mask_ratio=0.9999"]}, "a mask ratio of 0.9999 on 64 patches"),
     ],
 )
 def test_wrong_settings_are_refused_before_a_file_is_read(images, tmp_path, monkeypatch, arguments, message):
     monkeypatch.setattr(module, "open_source", pytest.fail)
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(UserError, match=message):
         pretrain(images, out=tmp_path / "run", **arguments)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        [], ["data.size=100"], ["data.size=[81,121]", "method.encoder.patch=[3,11]"], ["method.encoder.patch=14"],
+        ["data.size=121"], ["method.encoder.heads=16", "method.decoder.heads=16"], ["method.mask_ratio=0.99"],
+    ],
+)  # fmt: skip
+def test_what_auto_may_yet_make_fit_is_not_refused_beforehand(settings):
+    assert module.drafted(None, "auto", settings, None).recipe == "mae_nano"
+
+
+def test_a_base_is_resolved_alike_whether_it_is_a_recipe_or_another_run():
+    base = module.override(module.catalogue.find("mae_nano"), ["train.steps=500"])
+    assert module.resolve(base, []).train.steps == 500
+    epochs = module.resolve(base, ["train.epochs=3"])
+    assert (epochs.train.steps, epochs.train.epochs) == (None, 3)
+    for nothing in ("none", "null", "None"):
+        kept = module.resolve(base, [f"train.epochs={nothing}", "train.steps=7"], proposals=["train.steps=9"])
+        assert (kept.train.steps, kept.train.epochs) == (7, None)
+        assert module.resolve(base, [f"train.steps={nothing}"], budget=3.0).train.steps is None
+
+
+@pytest.mark.parametrize("nothing", ["none", "null"])
+def test_auto_does_not_propose_steps_that_a_person_has_cleared(images, monkeypatch, nothing):
+    source = module.open_source(images)
+    found = module.scan(source)
+    config, reasons, proposals = module.settle(source, found, "auto", [f"train.steps={nothing}"], "cpu", budget=None)
+    assert config.train.steps is None
+    assert "3000 steps" not in " ".join(reasons)
+    assert not [item for item in proposals if item.startswith("train.steps")]
+    assert config.data.source == source.location
+
+
+def test_from_a_run_ones_own_epochs_go_before_its_steps(images, tmp_path):
+    first = start(images, tmp_path / "first", "train.steps=3")
+    second = pretrain(images, out=tmp_path / "second", from_run=first.path, settings=["train.epochs=0.5"])
+    assert second.read("plan.json")["steps"] == 2
+    with pytest.raises(ConfigError, match="both --from and graft"):
+        pretrain(images, out=tmp_path / "third", from_run=first.path, settings=["graft=[]"])
+
+
+def test_a_folder_with_a_number_for_a_name(tmp_path, monkeypatch):
+    write_images(tmp_path / "2024", 8)
+    monkeypatch.chdir(tmp_path)
+    assert start("2024", "run", "train.steps=1").read("config.json")["data"]["source"].endswith("2024")
 
 
 def test_a_taken_folder_is_refused_before_a_file_is_read(images, tmp_path, monkeypatch):

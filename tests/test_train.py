@@ -2,6 +2,7 @@
 
 import errno
 import os
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +13,7 @@ from conftest import SMALL_RUN, write_images
 from unmask import checkpoint
 from unmask import train as loop
 from unmask.console import Console
+from unmask.methods.mae import MAE
 from unmask.run import Run
 from unmask.saved import load, load_encoder
 from unmask.start import DataError, pretrain, resume
@@ -51,7 +53,8 @@ def test_a_run_trains_and_holds_everything_a_person_needs(images, tmp_path):
         "step-00000060.png",
     }
     baselines = run.read("evals/baselines.json")
-    assert {"loss", "patch_mean", "nearest_visible", "images"} <= set(baselines)
+    assert set(baselines["guesses"]) == {"patch_mean", "visible_mean", "nearest_visible"}
+    assert [step for step, _ in baselines["losses"]] == [0, 1, 30, 60]
     row = run.metrics()[-1]
     assert {"step", "loss", "lr", "images_per_second", "data_wait", "grad_norm", "images"} <= set(row)
     assert 0 <= row["data_wait"] <= 1
@@ -180,12 +183,12 @@ def test_a_run_stopped_between_bad_steps_still_counts_them(tmp_path, monkeypatch
 def test_weights_that_are_not_finite_are_refused_and_said(images, tmp_path, monkeypatch):
     real, said, left = loop.step, [], [4]
 
-    def spoiling(method, *arguments):
-        taken = real(method, *arguments)
+    def spoiling(job, *arguments):
+        taken = real(job, *arguments)
         if taken.number in left:
             left.clear()
             with torch.no_grad():
-                method.decoder.pred.bias[0] = float("nan")
+                job.method.decoder.pred.bias[0] = float("nan")
         return taken
 
     monkeypatch.setattr(loop, "step", spoiling)
@@ -315,7 +318,7 @@ def test_every_stop_is_resumable_in_process(images, tmp_path, monkeypatch):
     real = loop.step
 
     def stop_at_four(*arguments):
-        if arguments[5].step == 4:
+        if arguments[-1].step == 4:
             os.kill(os.getpid(), 15)
         return real(*arguments)
 
@@ -328,3 +331,27 @@ def test_every_stop_is_resumable_in_process(images, tmp_path, monkeypatch):
 
 def test_periodic_things_happen_at_the_first_every_so_many_and_the_last_step():
     assert [step for step in range(1, 11) if due(step, 4, 10)] == [1, 4, 8, 10]
+
+
+def test_what_a_method_logs_stands_in_the_metrics_as_the_mean_over_micro_batches(images, tmp_path, monkeypatch):
+    real = MAE.loss
+
+    def chatty(self, batch, clock):
+        return replace(real(self, batch, clock), logs={"first_half": torch.tensor(float(clock.micro < 2))})
+
+    monkeypatch.setattr(MAE, "loss", chatty)
+    run = start(images, tmp_path / "run", "train.steps=3", "train.micro_batch=2")
+    assert [row["first_half"] for row in run.metrics()] == [0.5, 0.5, 0.5]
+
+
+def test_training_works_in_another_thread_and_leaves_the_callers_random_numbers_alone(images, tmp_path):
+    torch.manual_seed(1)
+    expected = torch.rand(1)
+    torch.manual_seed(1)
+    found = []
+    thread = threading.Thread(target=lambda: found.append(start(images, tmp_path / "run", "train.steps=2")))
+    thread.start()
+    thread.join()
+    assert found[0].read("status.json")["state"] == "finished"
+    assert losses(start(images, tmp_path / "again", "train.steps=2")) == losses(found[0])
+    assert torch.equal(torch.rand(1), expected)

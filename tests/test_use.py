@@ -368,7 +368,7 @@ def test_controls_and_shots_on_test_images_of_their_own(run, labelled, tmp_path)
     assert (found["train_images"], found["test_images"]) == (9, 30)
     assert (found["shots"], found["test"]) == (3, str(test))
     assert [row["features"] for row in found["rows"]] == [RAW_PIXELS, *[RANDOM_INIT] * 2, *[PRETRAINED] * 2]
-    assert (run / "evals/probe-linear-labelled-3-shots.json").is_file()
+    assert (run / "evals/probe-linear-labelled-3-shots-on-test.json").is_file()
     assert found["rows"][0]["accuracy"] > 0.5, "brightness is a class"
 
 

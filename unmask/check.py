@@ -4,28 +4,31 @@ from __future__ import annotations
 
 from typing import Any
 
-from unmask.config import override
+from unmask.config import DataConfig
 from unmask.console import Console, duration
-from unmask.data.loader import Images, choose_workers
 from unmask.data.scan import Scan, scan
-from unmask.data.sources import open_source
-from unmask.plan import choose_device, choose_micro_batch, choose_precision, measure_step_seconds, saved_bytes_per_image
-from unmask.recipes import catalogue
-from unmask.start import batch_seconds, image_spec
+from unmask.data.sources import Source, open_source
+from unmask.plan import choose_device, measure_step_seconds, with_loading
+from unmask.start import batch_seconds, prepare, say_plan, settle
 
 NAMED_BAD_FILES = 20
 
 
-def check_data(data: str, console: Console, *, sample: int | None, workers: int) -> tuple[int, dict[str, Any]]:
-    """Returns (exit code, summary): 0 when the data can be trained on, 2 when not."""
+def check_data(data: str, console: Console, *, sample: int | None, workers: int | None) -> tuple[int, dict[str, Any]]:
+    """Returns (exit code, summary): 0 when the data can be trained on, 2 when not.
+
+    sample: look at this many files, None for all. workers: processes that look; 0 and None leave it to the scan, which
+    starts some where that is worth it, as `unmask pretrain` does.
+    """
     source = open_source(data)
     with console.progress("checking files", min(len(source), sample or len(source))) as bar:
-        found = scan(source, sample=sample, workers=workers, progress=bar.update)
+        found = scan(source, sample=sample, workers=workers or None, progress=bar.update)
     summary: dict[str, Any] = {
         "data": source.name,
         "files": found.files,
         "checked": found.checked,
         "good": found.good,
+        "usable": found.usable,
         "bad": [vars(bad) for bad in found.bad],
         "passed_over": dict(source.skipped),
         "classes": list(source.classes),
@@ -41,7 +44,7 @@ def check_data(data: str, console: Console, *, sample: int | None, workers: int)
         console.warn("no image can be read; nothing to train on")
         return 2, summary
     summary |= forecast(source, found, console)
-    most = catalogue.find("mae_nano").data.max_bad_fraction
+    most = DataConfig().max_bad_fraction
     if found.bad_fraction > most:
         console.warn(
             f"{found.bad_fraction:.1%} of the files cannot be read; at more than {most:.0%} `unmask pretrain` stops"
@@ -77,39 +80,27 @@ def say_scan(found: Scan, classes: list[str], console: Console) -> None:
     )
 
 
-def forecast(source: Any, found: Scan, console: Console) -> dict[str, Any]:
-    """The recipe `auto` would take, measured for a few steps, and what it would cost."""
+def forecast(source: Source, found: Scan, console: Console) -> dict[str, Any]:
+    """The plan that `unmask pretrain` would make with the recipe `auto`, a few steps of it measured, and its cost."""
     device = choose_device("auto")
-    name, overrides, reasons = catalogue.choose(found.good, found.median_size, device)
-    config = override(catalogue.find(name), overrides)
-    spec = image_spec(found, config)
-    precision, _ = choose_precision("auto", device)
-    micro, _ = choose_micro_batch(
-        config, saved_bytes_per_image(config.build(spec).to(device), spec, precision, device), device
-    )
-    compute = measure_step_seconds(config, spec, micro, precision, device, seconds=3)
-    images = Images(source, found.good_rows, spec, config.data.crop)
-    cached = found.decoded_bytes * found.good <= config.data.cache_gib * 2**30
-    workers, _ = choose_workers(device, cached=cached)
-    load = batch_seconds(images, config.train.batch_size, max(1, workers))
-    each = max(compute, load) if workers else compute + (0 if cached else load)
-    epochs = config.train.epochs or 100
-    steps = config.train.steps or max(1, round(epochs * found.good / config.train.batch_size))
-    for reason in reasons:
-        console.say(f"  {reason}")
-    settings = " ".join(f"--set {item}" for item in overrides)
-    console.say(f"recipe: {name} {settings}".rstrip())
+    config, reasons, proposals = settle(source, found, "auto", [], device, budget=None)
+    images, plan = prepare(source, found, config, device, budget=None, reasons=reasons)
+    compute = measure_step_seconds(config, plan.images, plan.micro_batch, plan.precision, device, seconds=3)
+    load = batch_seconds(images, plan.batch_size, plan.workers, cached=plan.cached)
+    each = with_loading(compute, load, plan.workers)
+    say_plan(plan, config, console)
+    console.say(f"recipe: {config.recipe} {' '.join(f'--set {item}' for item in proposals)}".rstrip())
     console.say(
-        f"forecast on {device}: {each:.3g} s a step, {config.train.batch_size / each:.0f} images/s; "
-        f"{steps} steps take about {duration(steps * each)}"
-        + ("; loading is the limit" if load > compute and workers else "")
+        f"forecast on {device}: {each:.3g} s a step, {plan.batch_size / each:.0f} images/s; "
+        f"{plan.steps} steps take about {duration(plan.steps * each)}"
+        + ("; loading is the limit" if load > compute else "")
     )
     return {
-        "recipe": name,
-        "settings": overrides,
-        "reasons": reasons,
+        "recipe": config.recipe,
+        "settings": proposals,
+        "reasons": list(plan.reasons),
         "step_seconds": each,
-        "steps": steps,
-        "forecast_seconds": steps * each,
+        "steps": plan.steps,
+        "forecast_seconds": plan.steps * each,
         "device": device,
     }

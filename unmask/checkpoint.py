@@ -22,6 +22,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ MODEL, OPTIM, STATE, MANIFEST, LATEST = (
     "LATEST",
 )
 REPLACED = ".old"
+NAMED_FAULTS = 3
 FIXED = "fixed-*.safetensors"
 STEP_FOLDER = re.compile(r"step-(\d{8,})$")
 
@@ -113,11 +115,8 @@ def save(
             os.rename(final, final.with_name(final.name + REPLACED))
         os.rename(partial, final)
         sync_folder(run.checkpoints)
-        replace_file(run.checkpoints / LATEST, final.name.encode() + b"\n")
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
-        if final.is_dir() and not partial.exists() and error.filename and str(error.filename).endswith(LATEST):
-            return final  # only the hint could not be written
         why = (
             "the disk is full"
             if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -127,6 +126,8 @@ def save(
             f"checkpoint of step {step} could not be written to {run.checkpoints}: {why}; training goes on, the older "
             "checkpoints are untouched"
         ) from error
+    with suppress(OSError):  # only a hint
+        replace_file(run.checkpoints / LATEST, final.name.encode() + b"\n")
     _prune(run, keep)
     return final
 
@@ -337,6 +338,33 @@ def tensors_to_optimizer(
                 )
             value = value.to(parameter.device, copy=True)
         optimizer.state[parameter][key] = value
+
+
+def require_fit(method: nn.Module, weights: Mapping[str, Tensor], what: str) -> None:
+    """Raises CheckpointError, in one sentence, unless `weights` are exactly the tensors of `method`."""
+    wanted = method.state_dict()
+    missing, extra = sorted(wanted.keys() - weights.keys()), sorted(weights.keys() - wanted.keys())
+    if missing and not extra and not any(name.startswith("encoder.") for name in missing):
+        raise CheckpointError(
+            f"{what} holds only the encoder: the {len(missing)} tensors of the rest ({_some(missing)}) are missing, "
+            "and nothing can be rebuilt without them; use the run or the file that has the decoder too"
+        )
+    faults = [f"{name} is missing" for name in missing] + [f"{name} is not known" for name in extra]
+    faults += [
+        f"{name} is {tuple(weights[name].shape)}, {tuple(tensor.shape)} was expected"
+        for name, tensor in wanted.items()
+        if name in weights and weights[name].shape != tensor.shape
+    ]
+    if faults:
+        raise CheckpointError(
+            f"{what} does not fit the method that its config.json describes: {_some(faults, '; ')}; has config.json "
+            "been changed, or the checkpoint been copied from another run?"
+        )
+
+
+def _some(names: list[str], between: str = ", ") -> str:
+    more = len(names) - NAMED_FAULTS
+    return between.join(names[:NAMED_FAULTS]) + (f" and {more} more" if more > 0 else "")
 
 
 def graft(module: nn.Module, entries: Sequence[tuple[str, str, Mapping[str, Tensor]]]) -> None:

@@ -114,7 +114,7 @@ def _ended(run: Any, as_json: bool, console: Console) -> None:
     if as_json:
         _print_json({"run": str(run.path), "report": str(report), **status})
     if status["state"] == "stopped":
-        console.say(f"stopped at step {status['step']}; go on with: unmask resume {run.path}")
+        console.say(f"stopped at step {status['step']} of {status['total']}; go on with: unmask resume {run.path}")
         raise typer.Exit(STOPPED)
 
 
@@ -140,13 +140,15 @@ def demo(
 def check(
     data: Data,
     sample: Annotated[int | None, typer.Option(help="Check only this many files, evenly spread.")] = None,
-    workers: Annotated[int, typer.Option(help="Checking processes.")] = 0,
+    workers: Annotated[
+        int | None, typer.Option(help="Checking processes; chosen when left out.", show_default=False)
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Preflight: counts, sizes, channels, statistics, broken files, a recipe and a time forecast."""
     from unmask.check import check_data
 
-    code, summary = check_data(data, Console(), sample=sample, workers=workers)
+    code, summary = check_data(data, Console(), sample=sample, workers=workers or 0)
     if as_json:
         _print_json(summary)
     raise typer.Exit(code)

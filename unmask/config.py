@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from types import ModuleType
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, Field, SerializeAsAny, ValidationError
+from pydantic import BaseModel, BeforeValidator, Field, PositiveFloat, SerializeAsAny, ValidationError
 
 import unmask.methods
 from unmask.batch import ImageSpec
@@ -36,7 +36,9 @@ class DataConfig(Settings):
     source: folder, list file, glob, tar, zip, parquet or an embedded name. size: (H, W) the method sees, in pixels.
     channels, mean, std: None means counted and computed on the data (mean and std in the files' own units).
     workers: decoding processes; None means chosen from the machine. cache: keep decoded images in memory; None means if
-    they fit in `cache_gib`. max_bad_fraction: more unreadable files than this stop the run.
+    they fit in `cache_gib`. max_bad_fraction: more unreadable files than this stop the run. scan_sample: files that are
+    checked before training, evenly spread, None for all; a bad file that was not among them is met, noted and replaced
+    when its turn comes.
     """
 
     source: str = ""
@@ -44,7 +46,7 @@ class DataConfig(Settings):
     crop: CropConfig = CropConfig()
     channels: int | None = Field(default=None, gt=0)
     mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
+    std: tuple[PositiveFloat, ...] | None = None
     workers: int | None = Field(default=None, ge=0)
     cache: bool | None = None
     cache_gib: float = Field(default=1.0, ge=0)
@@ -57,6 +59,7 @@ class TrainConfig(Settings):
 
     micro_batch: images per forward pass; None means as many as fit in memory. checkpoint_every is in steps, and a
     checkpoint is also written every `checkpoint_minutes`. precision "auto" is bf16 where the processor is fast at it.
+    picture_images: images in each picture, at most 64.
     """
 
     steps: int | None = Field(default=None, gt=0)
@@ -72,13 +75,14 @@ class TrainConfig(Settings):
     checkpoint_minutes: float = Field(default=10, gt=0)
     keep_checkpoints: int = Field(default=2, ge=2)
     picture_every: int | None = Field(default=None, gt=0)
-    picture_images: int = Field(default=8, gt=0)
+    picture_images: int = Field(default=8, gt=0, le=64)
 
 
 class Graft(Settings):
     """Start from other weights: what lies under `source` in the Run's state dict is put under `target`, strictly.
 
-    step: of the checkpoint, None for the newest. Done once, before step 0; a resumed run does not read it again.
+    step: of the checkpoint, None for the newest. Done before step 0. Once the first checkpoint is written a resumed run
+    does not read the other Run again; one that was stopped before that does, and needs it still.
     """
 
     run: str
@@ -160,22 +164,29 @@ def override(config: Config, assignments: Iterable[str]) -> Config:
     """
     tree = config.model_dump(mode="json")
     known = keys(config)
-    for assignment in assignments:
-        key, equals, text = assignment.partition("=")
-        key = key.strip()
-        if not equals:
-            raise ConfigError(f"{assignment!r} came, KEY=VALUE was expected, for example train.steps=1000")
+    for key, value in parse(assignments).items():
         if key not in known:
             raise ConfigError(f"{key!r} is not a setting; {nearest(key, known)}")
         *path, leaf = key.split(".")
         branch = tree
         for part in path:
             branch = branch[part]
-        branch[leaf] = _read(text.strip())
+        branch[leaf] = value
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(explain(error)) from None
+
+
+def parse(assignments: Iterable[str]) -> dict[str, Any]:
+    """KEY=VALUE assignments as key -> value, None for a cleared one; of two for one key the later counts."""
+    found: dict[str, Any] = {}
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals:
+            raise ConfigError(f"{assignment!r} came, KEY=VALUE was expected, for example train.steps=1000")
+        found[key.strip()] = _read(text.strip())
+    return found
 
 
 def _read(text: str) -> Any:
@@ -190,5 +201,5 @@ def explain(error: ValidationError) -> str:
     lines = []
     for item in error.errors():
         where = ".".join(str(part) for part in item["loc"] if not str(part).startswith("function-"))
-        lines.append(f"{where}={item['input']!r} does not fit: {item['msg']}")
+        lines.append(f"{where}={item['input']!r} does not fit: {item['msg'].removeprefix('Value error, ')}")
     return "; ".join(lines)

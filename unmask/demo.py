@@ -61,7 +61,10 @@ def _stopped(run: Run, console: Console) -> dict[str, Any] | None:
     status = run.read("status.json")
     if status["state"] != "stopped":
         return None
-    console.say(f"stopped at step {status['step']}; go on with: unmask resume {run.path}")
+    console.say(
+        f"stopped at step {status['step']}; this run goes on with: unmask resume {run.path}; the demo as a whole "
+        "starts again with: unmask demo"
+    )
     return {"run": str(run.path), "state": "stopped", "step": status["step"]}
 
 

@@ -1,4 +1,4 @@
-"""`unmask doctor`: versions, device, and a self-test that runs the real path from files to a resumed run."""
+"""`unmask doctor`: versions, device, and a self-test that runs the real path from files to a checkpoint."""
 
 from __future__ import annotations
 

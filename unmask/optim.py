@@ -6,12 +6,15 @@ There is no scheduler object: `learning_rate(step, ...)` is pure, so a resumed r
 from __future__ import annotations
 
 import math
+from typing import Annotated
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from unmask.settings import Settings
+
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimConfig(Settings):
@@ -22,7 +25,7 @@ class OptimConfig(Settings):
     """
 
     base_lr: float = Field(default=1.5e-4, gt=0)
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.05, ge=0)
     warmup: float = Field(default=0.05, ge=0, lt=1)

@@ -10,6 +10,7 @@ import math
 import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -61,7 +62,11 @@ def choose_device(wanted: str) -> str:
     have = ["cpu"] + ["cuda"] * torch.cuda.is_available() + ["mps"] * torch.backends.mps.is_available()
     if wanted == "auto":
         return next(name for name in ("cuda", "mps", "cpu") if name in have)
-    if wanted.split(":")[0] not in have:
+    kind, colon, number = wanted.partition(":")
+    count = torch.cuda.device_count() if kind == "cuda" else 1
+    if kind not in have or (colon and not (number.isdecimal() and int(number) < count)):
+        if "cuda" in have:
+            have[1:2] = [f"cuda:{index}" for index in range(torch.cuda.device_count())]
         raise ConfigError(f"device {wanted!r} is not available here; this machine has {', '.join(have)}")
     return wanted
 
@@ -83,9 +88,15 @@ def choose_precision(wanted: str, device: str) -> tuple[str, str]:
     return "fp32", "fp32: this processor has no native bf16 and would emulate it many times slower"
 
 
-def seed_weights(seed: int) -> None:
-    """Torch's generators, which only initialisation uses: data order, crops and masks have their own (`rng.py`)."""
-    torch.manual_seed(seed)
+def fresh_method(config: Config, images: ImageSpec) -> Method:
+    """The method at its random start, from `train.seed`, on the CPU.
+
+    Only initialisation uses torch's generator (data order, crops and masks have their own, `rng.py`), and the caller's
+    is not touched.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.train.seed)
+        return config.build(images)
 
 
 def example_batch(images: ImageSpec, count: int, device: str) -> Batch:
@@ -119,25 +130,65 @@ def saved_bytes_per_image(method: Method, images: ImageSpec, precision: str, dev
 
 
 def free_memory(device: str) -> int:
-    """Bytes that could be allocated now."""
+    """Bytes that could be allocated now: of the GPU, or of this machine or the container that it runs in."""
     if device.startswith("cuda"):
         return torch.cuda.mem_get_info(device)[0]
+    told = [room for room in (_machine_room(), _container_room()) if room is not None]
+    if told:
+        return min(told)
     try:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError, AttributeError):  # not every system tells
         return 4 << 30
 
 
+def _machine_room(file: Path = Path("/proc/meminfo")) -> int | None:
+    """Linux's own estimate, which counts the page cache as free where it can be given up."""
+    return next((int(size.split()[0]) * 1024 for key, size in _table(file, ":") if key == "MemAvailable"), None)
+
+
+def _container_room(groups: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> int | None:
+    """What the narrowest control group (version 2) above this process leaves; its page cache can be given up too."""
+    path = next((path for key, path in _table(membership, "::") if key == "0"), "/").strip().lstrip("/")
+    rooms = []
+    for group in (groups / path, *(groups / path).parents):
+        if not group.is_relative_to(groups):
+            break
+        try:
+            limit = (group / "memory.max").read_text().strip()
+            used = int((group / "memory.current").read_text())
+        except (OSError, ValueError):
+            continue
+        if limit.isdecimal():
+            cache = next((int(size) for key, size in _table(group / "memory.stat", " ") if key == "inactive_file"), 0)
+            rooms.append(max(0, int(limit) - used + cache))
+    return min(rooms, default=None)
+
+
+def _table(file: Path, between: str) -> list[tuple[str, str]]:
+    """The lines of a small system file in two parts; nothing where there is no such file."""
+    try:
+        parts = [line.partition(between) for line in file.read_text().splitlines()]
+    except OSError:
+        return []
+    return [(key, value) for key, _, value in parts]
+
+
+def require_micro_batch(config: Config) -> None:
+    """Raises ConfigError when the micro-batch that was asked for does not divide the batch."""
+    batch, wanted = config.train.batch_size, config.train.micro_batch
+    if wanted is not None and batch % wanted:
+        near = min((d for d in range(1, batch + 1) if batch % d == 0), key=lambda d: abs(d - wanted))
+        raise ConfigError(
+            f"train.micro_batch={wanted} does not divide train.batch_size={batch}; use {near}, or change the batch"
+        )
+
+
 def choose_micro_batch(config: Config, bytes_per_image: int, device: str) -> tuple[int, str]:
     """Largest divisor of the batch that fits, and why. Raises ConfigError when one asked for does not divide."""
     batch = config.train.batch_size
+    require_micro_batch(config)
     if (wanted := config.train.micro_batch) is not None:
-        if batch % wanted:
-            fits = [d for d in range(1, batch + 1) if batch % d == 0]
-            near = min(fits, key=lambda d: abs(d - wanted))
-            raise ConfigError(
-                f"train.micro_batch={wanted} does not divide train.batch_size={batch}; use {near}, or change the batch"
-            )
         return wanted, f"micro-batch {wanted}: asked for"
     room = int(free_memory(device) * MEMORY_SHARE)
     most = max(1, room // max(1, bytes_per_image))
@@ -153,6 +204,11 @@ def autocast(precision: str, device: str) -> torch.autocast:
     return torch.autocast(device.split(":")[0], dtype=torch.bfloat16, enabled=precision == "bf16")
 
 
+def wait_for(value: torch.Tensor) -> None:
+    """Returns when the device has computed `value` (0-d), and all that it was given before."""
+    value.item()
+
+
 def measure_step_seconds(
     config: Config, images: ImageSpec, micro: int, precision: str, device: str, *, seconds: float = 5.0
 ) -> float:
@@ -160,8 +216,7 @@ def measure_step_seconds(
 
     The mean, because a budget is a sum: slow moments of a busy machine count as often as they come.
     """
-    seed_weights(config.train.seed)
-    method = config.build(images).to(device)
+    method = fresh_method(config, images).to(device)
     optimizer = make_optimizer(method, config.optim)
     batch = example_batch(images, micro, device)
     clock = Clock(0, 1, Draws(0, batch.epoch, batch.index))
@@ -174,11 +229,18 @@ def measure_step_seconds(
             with autocast(precision, device):
                 loss = method(batch, clock)
             loss.value.backward()
+        if accumulation > 2:
+            wait_for(loss.value)  # or `part` would be the time it takes to launch the work
         part = time.perf_counter() - start
-        float(update(optimizer, 0.0, loss.value.detach(), config.optim.clip))  # waits for the device
+        wait_for(update(optimizer, 0.0, loss.value.detach(), config.optim.clip))
         whole = time.perf_counter() - start
         times.append(whole + part * max(0, accumulation - 2) / min(accumulation, 2))
     return sum(times[1:]) / len(times[1:])  # the first pass also warms up
+
+
+def with_loading(compute: float, load: float, workers: int) -> float:
+    """Seconds of a step from those of its computation and of loading its images: beside each other, or in turn."""
+    return max(compute, load) if workers else compute + load
 
 
 def choose_steps(
@@ -219,8 +281,7 @@ def make_plan(
     batch_seconds: time to load one global batch, for a budget on a machine that waits on its data.
     """
     precision, why_precision = choose_precision(config.train.precision, device)
-    seed_weights(config.train.seed)
-    method = config.build(images).to(device)
+    method = fresh_method(config, images).to(device)
     micro, why_micro = choose_micro_batch(config, saved_bytes_per_image(method, images, precision, device), device)
     parameters = sum(p.numel() for p in method.parameters())
     encoder_parameters = sum(p.numel() for p in method.encoder.parameters())
@@ -229,7 +290,7 @@ def make_plan(
     def step_seconds() -> float:
         compute = measure_step_seconds(config, images, micro, precision, device)
         load = batch_seconds() if batch_seconds else 0.0
-        return compute + load if workers == 0 else max(compute, load)
+        return with_loading(compute, load, workers)
 
     steps, why_steps = choose_steps(config, num_images, budget=budget, step_seconds=step_seconds)
     batch_size = config.train.batch_size

@@ -159,14 +159,17 @@ def curve(trained: list[dict[str, Any]], baselines: dict[str, Any]) -> Markup:
         axes.plot(steps, losses, color=LOSS, alpha=0.3, linewidth=0.8)
         axes.plot(*smooth(steps, losses), color=LOSS, linewidth=2)
         top = max(losses[len(losses) // 50 :])
-        for (name, value), colour in zip(guesses(baselines).items(), GUESSES, strict=False):
+        looked = [(step, loss) for step, loss in baselines.get("losses", []) if step > 0]
+        axes.plot([step for step, _ in looked], [loss for _, loss in looked], "o", color=LOSS, markersize=4)
+        guesses = baselines.get("guesses", {})
+        for (name, value), colour in zip(guesses.items(), GUESSES, strict=False):
             axes.axhline(value, color=colour, linestyle="--", linewidth=1.2)
             axes.annotate(
                 f"{IN_WORDS.get(name, name.replace('_', ' '))}: {value:.3f}", (1, value), (-4, 3),
                 xycoords=("axes fraction", "data"), textcoords="offset points", ha="right", color=colour, fontsize=9,
             )  # fmt: skip
             top = max(top, value)
-        low = min([*losses, *guesses(baselines).values()])
+        low = min([*losses, *guesses.values()])
         axes.set_ylim(max(0.0, low - 0.08 * (top - low)), top + 0.1 * (top - low))
         axes.set_xlim(0, steps[-1])
         axes.set_xlabel("step")
@@ -179,32 +182,24 @@ def curve(trained: list[dict[str, Any]], baselines: dict[str, Any]) -> Markup:
     return Markup(svg[svg.index("<svg") :].replace(INK, "currentColor"))
 
 
-def guesses(baselines: dict[str, Any]) -> dict[str, float]:
-    """What trivial guesses score in the loss's own units, by name."""
-    return {
-        name: value
-        for name, value in baselines.items()
-        if name not in ("step", "images", "loss") and isinstance(value, int | float)
-    }
-
-
 def curve_note(trained: list[dict[str, Any]], baselines: dict[str, Any]) -> str:
-    """One sentence: where the loss ended, beside what trivial guesses score."""
+    """Where the loss ended, and how it compares with trivial guesses on the same fixed images."""
     if not trained:
         return "No step has been logged yet."
     end = statistics.mean(row["loss"] for row in trained[-max(1, len(trained) // 20) :])
-    beaten = [f"{IN_WORDS.get(name, name)} ({value:.3f})" for name, value in guesses(baselines).items() if end < value]
-    unbeaten = [
-        f"{IN_WORDS.get(name, name)} ({value:.3f})" for name, value in guesses(baselines).items() if end >= value
-    ]
     said = f"Training loss {end:.3f} at the end (mean of the last twentieth)."
-    if beaten:
-        said += f" Better than: {', '.join(beaten)}."
-    if unbeaten:
-        said += f" Not better than: {', '.join(unbeaten)}."
-    if baselines:
-        said += f" The guesses were scored on {baselines.get('images', '?')} fixed images."
-    return said
+    if not baselines:
+        return said
+    step, loss = baselines["losses"][-1]
+    named = {f"{IN_WORDS.get(name, name)} ({value:.3f})": value for name, value in baselines["guesses"].items()}
+    beaten = ", ".join(name for name, value in named.items() if loss < value)
+    unbeaten = ", ".join(name for name, value in named.items() if loss >= value)
+    said += (
+        f" Dots: the loss on {baselines['images']} fixed images without augmentation, on which the guesses are scored "
+        f"too; {loss:.3f} at step {step:,}."
+    )
+    said += f" Better than: {beaten}." if beaten else ""
+    return said + (f" Not better than: {unbeaten}." if unbeaten else "")
 
 
 def smooth(steps: list[int], losses: list[float]) -> tuple[list[float], list[float]]:

@@ -35,8 +35,8 @@ class Stream(IntEnum):
     MASK = 3
     REPLACE = 4
     LABELS = 5
-    PICTURE = 6
-    NOISE = 7
+    SHAPES = 6
+    SHAPES_NOISE = 7
 
 
 def philox(counter: tuple[Array, Array, Array, Array], key: tuple[int, int]) -> tuple[Array, Array, Array, Array]:

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,13 @@ import torch
 
 from unmask import checkpoint
 from unmask.batch import ImageSpec
-from unmask.config import Config, ConfigError, Graft, override
+from unmask.config import Config, ConfigError, Graft, override, parse
 from unmask.console import Console, duration
 from unmask.data.loader import Images, Order, choose_workers
 from unmask.data.scan import Scan, scan
 from unmask.data.sources import Source, open_source
 from unmask.errors import UserError
-from unmask.plan import Plan, choose_device, make_plan
+from unmask.plan import Plan, choose_device, make_plan, require_micro_batch
 from unmask.recipes import catalogue
 from unmask.run import Run
 from unmask.saved import read_config, read_plan
@@ -56,25 +57,27 @@ def pretrain(
 
     recipe: a name from `unmask recipes`, or "auto". out: a new folder; made up from data and recipe when None. budget:
     in seconds. settings: KEY=VALUE assignments. from_run: start from the weights of that Run, see `continued`. Raises
-    ValueError for anything a person can mend.
+    ValueError for anything a person can mend, and what can be said without the images before any is opened.
     """
     console = console or Console(quiet=True)
     settings = list(settings)
     base = None if from_run is None else continued(from_run, recipe)
-    draft = override(base or catalogue.find("mae_nano" if recipe == "auto" else recipe), settings)
-    refuse_conflicts(settings, budget)
+    if base is not None and "graft" in parse(settings):
+        raise ConfigError("both --from and graft were given, which say where weights come from; leave one of them out")
+    draft = drafted(base, recipe, settings, budget)
+    device = choose_device(draft.train.device)
     if out is not None:
         Run.check_free(out)
     source = open_source(data)
     console.say(f"{source.name}: {len(source)} images found" + _skipped(source))
-    device = choose_device(draft.train.device)
     found = scan_all(source, draft, console)
     if base is not None:
-        config, reasons = override(base, [*settings, f"data.source={source.location}"]), (f"weights of {from_run}",)
+        config, reasons = resolve(base, settings, budget=budget, source=source), (f"weights of {from_run}",)
     else:
-        config, reasons = settle(source, found, recipe, settings, device, budget=budget)
-    rows = usable_rows(source, found)
-    images, plan = prepare(source, rows, found, config, device, budget=budget, reasons=reasons)
+        config, reasons, _ = settle(source, found, recipe, settings, device, budget=budget)
+    images, plan = prepare(source, found, config, device, budget=budget, reasons=reasons)
+    if plan.cached:
+        images.keep_decoded()
     require_grafts(config, plan)
 
     run = Run.create(out if out is not None else free_name(source, config))
@@ -137,13 +140,95 @@ def adopt(source: Source, plan: Plan, run: Run) -> Plan:
     return plan.model_copy(update=changes)
 
 
-def refuse_conflicts(settings: list[str], budget: float | None) -> None:
-    """Two answers to "how long?" are refused: one of them would be ignored without a word."""
-    asked = {key for key in ("train.steps", "train.epochs") if key in _set_by_hand(settings)}
-    if budget is not None and asked:
-        raise ConfigError(f"both a time budget and {min(asked)} were given; leave one of them out")
-    if len(asked) > 1:
+def resolve(
+    base: Config,
+    settings: list[str],
+    *,
+    budget: float | None = None,
+    proposals: Iterable[str] = (),
+    source: Source | None = None,
+) -> Config:
+    """`base`, over it what `auto` proposes, and over both what a person has set; and which images it is for.
+
+    Whose answer to "how long?" counts: a person's epochs go before the steps of a base or a proposal, as a budget goes
+    before all. Raises ConfigError for a setting that does not fit, or that would be ignored without a word.
+    """
+    asked = parse(settings)
+    refuse_conflicts(asked, budget)
+    steps = ["train.steps=none"] if asked.get("train.epochs") is not None else []
+    config = override(base, [*proposals, *steps, *settings])
+    ignored = sorted({"data.crop.scale", "data.crop.ratio"} & set(asked))
+    if ignored and config.data.crop.kind != "random_resized":
+        raise ConfigError(
+            f"{ignored[0]} was set, but crops of kind {config.data.crop.kind!r} have a fixed size; set "
+            "data.crop.eval_share, or data.crop.kind=random_resized, or leave it out"
+        )
+    if source is not None:
+        config = config.model_copy(update={"data": config.data.model_copy(update={"source": source.location})})
+    return config
+
+
+def refuse_conflicts(asked: dict[str, Any], budget: float | None) -> None:
+    """What cannot be set is refused, and so are two answers to "how long?": one of them would be ignored."""
+    if "data.source" in asked:
+        raise ConfigError("data.source cannot be set: it is the DATA that the command names; name other images there")
+    if "recipe" in asked:
+        raise ConfigError("recipe cannot be set: it says where the settings came from; choose one with --recipe NAME")
+    wanted = [key for key in ("train.epochs", "train.steps") if asked.get(key) is not None]
+    if budget is not None and wanted:
+        raise ConfigError(f"both a time budget and {wanted[0]} were given; leave one of them out")
+    if len(wanted) > 1:
         raise ConfigError("both train.steps and train.epochs were given; leave one of them out")
+
+
+def drafted(base: Config | None, recipe: str, settings: list[str], budget: float | None) -> Config:
+    """The configuration as far as it is known without the images, tried out: sizes, patches, heads and ratios agree.
+
+    For `auto` it is enough that one of the recipes it chooses from would go with the settings.
+    """
+    if base is not None or recipe != "auto":
+        config = resolve(base or catalogue.find(recipe), settings, budget=budget)
+        require_micro_batch(config)
+        require_method(config)
+        return config
+    tries = [resolve(catalogue.find(name), settings, budget=budget) for name in catalogue.AUTO]
+    faults = []
+    for config in tries:
+        try:
+            require_method(_as_auto_would(config, settings))
+            return tries[0]
+        except UserError as error:
+            faults.append(error)
+    raise faults[0]
+
+
+def _as_auto_would(config: Config, settings: list[str]) -> Config:
+    """Of size and patch the one that was not set, chosen to fit the other; `auto` will look at the images for it."""
+    asked = parse(settings)
+    if "data.size" in asked and "method.encoder.patch" not in asked:
+        divisors = [side for side in range(2, 17) if all(length % side == 0 for length in config.data.size)]
+        return override(config, [f"method.encoder.patch={side}" for side in divisors[:1]])
+    if "method.encoder.patch" in asked and "data.size" not in asked:
+        height, width = config.model_dump()["method"]["encoder"]["patch"]
+        return override(config, [f"data.size=[{height * 16},{width * 16}]"])
+    return config
+
+
+def require_method(config: Config) -> None:
+    """Build the method for made-up images, without memory for weights: what does not fit together is said now."""
+    channels = config.data.channels or len(config.data.mean or config.data.std or (0, 0, 0))
+    mean, std = config.data.mean or (0.0,) * channels, config.data.std or (1.0,) * channels
+    require_statistics(channels, mean, std)
+    with torch.device("meta"):
+        config.build(ImageSpec(channels, config.data.size, "uint8", mean, std))
+
+
+def require_statistics(channels: int, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    if len(mean) != channels or len(std) != channels:
+        raise ConfigError(
+            f"{len(mean)} means and {len(std)} standard deviations for {channels} channels; give --set data.mean=[...] "
+            "and --set data.std=[...] with one number per channel, or leave both out"
+        )
 
 
 def scan_all(source: Source, draft: Config, console: Console) -> Scan:
@@ -188,22 +273,20 @@ def require_grafts(config: Config, plan: Plan) -> None:
 
 def settle(
     source: Source, found: Scan, recipe: str, settings: list[str], device: str, *, budget: float | None
-) -> tuple[Config, tuple[str, ...]]:
-    """The configuration and, for `auto`, the reasons. What a person set by hand is not chosen for them."""
-    name, overrides, reasons = recipe, [], []
-    fixed = _set_by_hand(settings)
-    if recipe == "auto":
-        known = fixed | {"train.steps"} if budget is not None or "train.epochs" in fixed else fixed
-        name, overrides, reasons = catalogue.choose(found.good, found.median_size, device, fixed=known)
-        reasons.insert(0, f"recipe {name}, chosen by auto:")
-    if "train.epochs" in fixed:  # wins over the steps of a recipe
-        overrides = [*overrides, "train.steps=none"]
-    config = override(catalogue.find(name), [*overrides, *settings, f"data.source={source.location}"])
-    return config, tuple(reasons)
-
-
-def _set_by_hand(settings: list[str]) -> set[str]:
-    return {assignment.partition("=")[0].strip() for assignment in settings if not assignment.endswith("=none")}
+) -> tuple[Config, tuple[str, ...], list[str]]:
+    """The configuration and, for `auto`, the reasons and what it proposed. What a person set is not chosen for them."""
+    if recipe != "auto":
+        return resolve(catalogue.find(recipe), settings, budget=budget, source=source), (), []
+    asked = parse(settings)
+    fixed = set(asked)
+    if budget is not None or asked.get("train.epochs") is not None:
+        fixed.add("train.steps")
+    size = resolve(catalogue.find(catalogue.AUTO[0]), settings).data.size if "data.size" in fixed else None
+    name, proposals, reasons = catalogue.choose(
+        found.usable, found.median_size, device, fixed=fixed, size=size, about=found.sampled
+    )
+    config = resolve(catalogue.find(name), settings, budget=budget, proposals=proposals, source=source)
+    return config, (f"recipe {name}, chosen by auto:", *reasons), proposals
 
 
 def refuse_bad_data(found: Scan, config: Config) -> None:
@@ -230,17 +313,12 @@ def image_spec(found: Scan, config: Config) -> ImageSpec:
     """What the scan found, with what the person fixed by hand."""
     channels = config.data.channels or found.channels_majority
     mean, std = config.data.mean or found.mean, config.data.std or found.std
-    if len(mean) != channels or len(std) != channels:
-        raise ConfigError(
-            f"{len(mean)} means and {len(std)} standard deviations for {channels} channels; give --set data.mean=[...] "
-            "and --set data.std=[...] with one number per channel, or leave both out"
-        )
+    require_statistics(channels, mean, std)
     return ImageSpec(channels, config.data.size, found.dtype_majority, tuple(mean), tuple(std))
 
 
 def prepare(
     source: Source,
-    rows: np.ndarray,
     found: Scan,
     config: Config,
     device: str,
@@ -248,15 +326,14 @@ def prepare(
     budget: float | None,
     reasons: tuple[str, ...],
 ) -> tuple[Images, Plan]:
-    """The data set as the loop reads it, and the plan."""
-    spec = image_spec(found, config)
+    """The data set as the loop reads it, and the plan. Nothing is written, and no image is kept in memory yet."""
+    spec, rows = image_spec(found, config), usable_rows(source, found)
     images = Images(source, rows, spec, config.data.crop, config.train.seed)
     cached = config.data.cache
     if cached is None:
         cached = found.decoded_bytes * len(rows) <= config.data.cache_gib * 2**30
     if cached:
         reasons += (f"decoded images kept in memory: {found.decoded_bytes * len(rows) / 2**20:.0f} MiB",)
-        images.keep_decoded()
     workers, why = choose_workers(device, cached=cached)
     if config.data.workers is not None:
         workers, why = config.data.workers, f"{config.data.workers} loader workers: asked for"
@@ -273,14 +350,17 @@ def prepare(
         cached=cached,
         budget=budget,
         reasons=(*reasons, why),
-        batch_seconds=lambda: batch_seconds(images, config.train.batch_size, workers),
+        batch_seconds=lambda: batch_seconds(images, config.train.batch_size, workers, cached=cached),
     )
     return images, plan
 
 
-def batch_seconds(images: Images, batch: int, workers: int) -> float:
-    """Time to load one global batch, measured on the first images of the order."""
+def batch_seconds(images: Images, batch: int, workers: int, *, cached: bool) -> float:
+    """Time to load one global batch, measured on the first images of the order; `cached`: when they lie in memory."""
     taken = Order(images.rows, images.seed).take(0, min(batch, 64))
+    if cached:
+        images = replace(images, rows=np.unique(taken.index), kept={})
+        images.keep_decoded()
     images[taken]
     start = time.perf_counter()
     images[taken]

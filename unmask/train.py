@@ -6,7 +6,8 @@ one bit for bit on the same device. Not here: what a method computes (`methods/`
 
 The host does not wait for the device at every step: a step's loss is read when something has to be logged, drawn or
 saved. A step with bad numbers leaves the weights alone whether or not anybody has looked yet, and what follows from
-three of them is counted from the step where it happened; so when the host looks never changes what is trained.
+three of them is counted from the step where it happened; so when the host looks never changes what is trained. (A
+rollback goes to the newest checkpoint, which may have been written by the clock: after one, two runs may differ.)
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from __future__ import annotations
 import math
 import os
 import signal
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 
@@ -30,11 +32,12 @@ from unmask.config import Config
 from unmask.console import Console
 from unmask.data.decode import BadImage
 from unmask.data.loader import Delivery, Images, Taken, training_batches
-from unmask.errors import TrainingFailed
+from unmask.errors import TrainingFailed, UserError
+from unmask.evals.collect import eval_mode
 from unmask.evals.pictures import draw
 from unmask.method import Clock, Method
 from unmask.optim import make_optimizer, update
-from unmask.plan import Plan, autocast, seed_weights
+from unmask.plan import Plan, autocast, fresh_method
 from unmask.rng import Draws
 from unmask.run import Run
 
@@ -44,6 +47,19 @@ MOST_ROLLBACKS = 2
 MOST_FAILED_SAVES = 5
 MOST_UNREAD_STEPS = 32
 PICTURE_SAMPLE = 64
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is trained on what, and where to: the same from the first step to the last."""
+
+    run: Run
+    config: Config
+    plan: Plan
+    images: Images
+    console: Console
+    method: Method
+    optimizer: torch.optim.Optimizer
 
 
 @dataclass
@@ -65,7 +81,8 @@ class Position:
 class Step:
     """One optimiser step, perhaps still being computed: reading `loss` or `norm` (0-d tensors) waits for the device.
 
-    `number` and `consumed` are the position after it, `rows` (B,) its images, `waited` seconds it waited for data.
+    `number` and `consumed` are the position after it, `rows` (B,) its images, `waited` seconds it waited for data,
+    `logs` what the method wants logged.
     """
 
     number: int
@@ -75,6 +92,7 @@ class Step:
     waited: float
     loss: Tensor
     norm: Tensor
+    logs: dict[str, Tensor]
 
 
 def train(run: Run, config: Config, plan: Plan, images: Images, console: Console) -> str:
@@ -83,26 +101,23 @@ def train(run: Run, config: Config, plan: Plan, images: Images, console: Console
     Goes on from the newest sound checkpoint of the Run when there is one. Raises TrainingFailed.
     """
     with stop_requests() as stop, loader_faults(run):
-        seed_weights(config.train.seed)
-        method = config.build(plan.images).to(plan.device)
-        optimizer = make_optimizer(method, config.optim)
-        at = restore(run, method, optimizer, console)
-        if at is None:
-            at = begin(run, method, images, config, plan)
+        method = fresh_method(config, plan.images).to(plan.device)
+        job = Job(run, config, plan, images, console, method, make_optimizer(method, config.optim))
+        at = restore(job) or begin(job)
         run.truncate_metrics(at.step)
         images.gone_bad.update(row["name"] for row in run.quarantine() if "step" in row)
         if config.train.compile:
             method.compile()
         sample = fixed_images(images, plan, PICTURE_SAMPLE)
         if at.step == 0:
-            look(run, method, sample, at, config, plan, console)
+            look(job, sample, at)
         run.set_status("running", at.step, total=plan.steps)
 
-        stream, unread, pace = open_stream(run, images, config, plan, at), [], Pace(at.consumed)
+        stream, unread, pace = open_stream(job, at), [], Pace(at.consumed)
         last_save, failed_saves, stopping = time.monotonic(), 0, False
         with console.progress("step", plan.steps, at.step) as bar:
             while at.step < plan.steps and not stopping:
-                unread.append(step(method, optimizer, stream, config, plan, at))
+                unread.append(step(job, stream, at))
                 at.step, at.consumed = unread[-1].number, unread[-1].consumed
                 pace.waited += unread[-1].waited
 
@@ -114,20 +129,20 @@ def train(run: Run, config: Config, plan: Plan, images: Images, console: Console
                 if not (log_now or draw_now or save_now or len(unread) >= MOST_UNREAD_STEPS):
                     continue
 
-                loss, norm, fault = read(unread, at, run, images, console)  # waits for the device
+                numbers, fault = read(job, unread, at)  # waits for the device
                 if fault is not None:
-                    at = roll_back(run, method, optimizer, images, fault, at, config, plan, console)
-                    stream, unread, pace = open_stream(run, images, config, plan, at), [], Pace(at.consumed)
+                    at = roll_back(job, fault, at)
+                    stream, unread, pace = open_stream(job, at), [], Pace(at.consumed)
                     continue
                 if log_now and at.bad_steps == 0:
-                    row = {"step": at.step, "loss": loss, "lr": unread[-1].lr, **pace.row(at.consumed)}
-                    note(run, {**row, "grad_norm": norm, "images": at.consumed}, console)
-                    bar.update(at.step, f"loss {loss:.4f}  {pace.sentence(at.consumed)}")
+                    row = {"step": at.step, "lr": unread[-1].lr, "images": at.consumed, **pace.row(at.consumed)}
+                    note(job, row | numbers)
+                    bar.update(at.step, f"loss {numbers['loss']:.4f}  {pace.sentence(at.consumed)}")
                     pace = Pace(at.consumed)
                 if draw_now:
-                    look(run, method, sample, at, config, plan, console)
+                    look(job, sample, at)
                 if save_now:
-                    trouble = save(run, method, optimizer, at, config, plan)
+                    trouble = save(job, at)
                     failed_saves, last_save = failed_saves + 1 if trouble else 0, time.monotonic()
                     if trouble:
                         console.warn(trouble)
@@ -151,97 +166,82 @@ def train(run: Run, config: Config, plan: Plan, images: Images, console: Console
     return state
 
 
-def step(
-    method: Method,
-    optimizer: torch.optim.Optimizer,
-    stream: Iterator[Batch],
-    config: Config,
-    plan: Plan,
-    at: Position,
-) -> Step:
+def step(job: Job, stream: Iterator[Batch], at: Position) -> Step:
     """One optimiser step over `plan.accumulation` micro-batches, from `at`, which is not moved.
 
     When the mean loss or the gradient is not finite, weights and moments stay as they were; that is decided on the
     device, and whoever reads the step learns of it.
     """
-    waited, rows, total = 0.0, [], torch.zeros((), device=plan.device)
+    plan, seed = job.plan, job.config.train.seed
+    waited, rows, total, logs = 0.0, [], torch.zeros((), device=plan.device), dict[str, Tensor]()
     for micro in range(plan.accumulation):
         start = time.perf_counter()
         batch = next(stream)
         waited += time.perf_counter() - start
         rows.append(batch.index)
         batch = batch.to(plan.device)
-        clock = Clock(at.step, plan.steps, Draws(config.train.seed, batch.epoch, batch.index), micro)
+        clock = Clock(at.step, plan.steps, Draws(seed, batch.epoch, batch.index), micro)
         with autocast(plan.precision, plan.device):
-            loss = method(batch, clock).value / plan.accumulation
-        loss.backward()
-        total += loss.detach()
+            loss = job.method(batch, clock)
+        value = loss.value / plan.accumulation
+        value.backward()
+        total += value.detach()
+        for name, number in loss.logs.items():
+            logs[name] = logs.get(name, 0) + number.detach() / plan.accumulation
     lr = plan.lr(at.step)
-    norm = update(optimizer, lr, total, config.optim.clip)
-    return Step(at.step + 1, at.consumed + plan.batch_size, lr, torch.cat(rows), waited, total, norm)
+    norm = update(job.optimizer, lr, total, job.config.optim.clip)
+    return Step(at.step + 1, at.consumed + plan.batch_size, lr, torch.cat(rows), waited, total, norm, logs)
 
 
-def read(
-    unread: list[Step], at: Position, run: Run, images: Images, console: Console
-) -> tuple[float, float, Step | None]:
-    """Wait for the device and judge the steps taken since the last time: (last loss, last norm, fault).
+def read(job: Job, unread: list[Step], at: Position) -> tuple[dict[str, float], Step | None]:
+    """Wait for the device and judge the steps taken since the last time: (numbers of the last step, fault).
 
     Names the images of skipped steps in metrics.jsonl and faults.jsonl. `fault` is the step at which too many in a
     row were bad; what was trained after it is not judged, and is to be taken back.
     """
-    numbers = torch.stack([torch.stack([taken.loss, taken.norm]) for taken in unread]).tolist()
-    for taken, (loss, norm) in zip(unread, numbers, strict=True):
+    found = torch.stack([torch.stack([taken.loss, taken.norm]) for taken in unread]).tolist()
+    for taken, (loss, norm) in zip(unread, found, strict=True):
         if math.isfinite(loss) and math.isfinite(norm):
             at.bad_steps = 0
             continue
         at.bad_steps += 1
-        names = [images.source.names[row] for row in taken.rows.tolist()]
+        names = [job.images.source.names[row] for row in taken.rows.tolist()]
         row = {"step": taken.number, "loss": None, "lr": taken.lr, "skipped": names}
-        note(run, row, console)
+        note(job, row)
         with suppress(OSError):  # said by `note`
-            run.add_fault({**row, "time": time.time()})
-        console.warn(
+            job.run.add_fault({**row, "time": time.time()})
+        job.console.warn(
             f"step {taken.number} gave a non-finite loss or gradient and was skipped; its {len(names)} images "
             "are named in faults.jsonl"
         )
         if at.bad_steps >= BAD_STEPS_IN_A_ROW:
-            return loss, norm, taken
-    return *numbers[-1], None
+            return {}, taken
+    loss, norm = found[-1]
+    return {name: float(value) for name, value in unread[-1].logs.items()} | {"loss": loss, "grad_norm": norm}, None
 
 
-def roll_back(
-    run: Run,
-    method: Method,
-    optimizer: torch.optim.Optimizer,
-    images: Images,
-    fault: Step,
-    at: Position,
-    config: Config,
-    plan: Plan,
-    console: Console,
-) -> Position:
+def roll_back(job: Job, fault: Step, at: Position) -> Position:
     """After several bad steps in a row: the last good checkpoint, with the data moved past where it went wrong."""
     got_past = fault.number - BAD_STEPS_IN_A_ROW >= at.fault_step  # the last good step lies there or beyond
     rollbacks = 1 if got_past else at.rollbacks + 1
     if rollbacks > MOST_ROLLBACKS:
         raise TrainingFailed(
             f"{BAD_STEPS_IN_A_ROW} non-finite steps in a row at step {fault.number}, after {MOST_ROLLBACKS} rollbacks "
-            f"without getting past it; the images are named in {run.faults_file}. Lower optim.base_lr, set "
+            f"without getting past it; the images are named in {job.run.faults_file}. Lower optim.base_lr, set "
             "optim.clip=1, or use train.precision=fp32, and start again"
         )
-    back = restore(run, method, optimizer, console)
+    back = restore(job)
     if back is None:
-        seed_weights(config.train.seed)
-        method.load_state_dict(config.build(plan.images).state_dict())
-        optimizer.state.clear()
-        back = begin(run, method, images, config, plan)
-    back.consumed = fault.consumed + SKIP_AHEAD_BATCHES * plan.batch_size
+        job.method.load_state_dict(fresh_method(job.config, job.plan.images).state_dict())
+        job.optimizer.state.clear()
+        back = begin(job)
+    back.consumed = fault.consumed + SKIP_AHEAD_BATCHES * job.plan.batch_size
     back.bad_steps, back.rollbacks, back.fault_step = 0, rollbacks, fault.number
-    run.truncate_metrics(back.step)
+    job.run.truncate_metrics(back.step)
     # Saved at once, so that a run killed now does not forget that it has been here.
-    if trouble := save(run, method, optimizer, back, config, plan):
-        console.warn(trouble)
-    console.warn(
+    if trouble := save(job, back):
+        job.console.warn(trouble)
+    job.console.warn(
         f"{BAD_STEPS_IN_A_ROW} non-finite steps in a row: back from step {fault.number} to {back.step}, going on "
         f"{SKIP_AHEAD_BATCHES} batches further in the data"
     )
@@ -272,18 +272,20 @@ class Pace:
         return f"{row['images_per_second']:.0f} images/s  {row['data_wait']:.0%} waiting on data"
 
 
-def note(run: Run, row: dict[str, object], console: Console) -> None:
+def note(job: Job, row: Mapping[str, object]) -> None:
     """A row of metrics.jsonl, and the time; a disk that does not take it is said once, training goes on."""
     try:
-        run.log({**row, "time": time.time()})
+        job.run.log({**row, "time": time.time()})
     except OSError as error:
-        console.warn_once(f"{run.metrics_file} could not be written: {error.strerror}; training goes on without it")
+        file = job.run.metrics_file
+        job.console.warn_once(f"{file} could not be written: {error.strerror}; training goes on without it")
 
 
-def open_stream(run: Run, images: Images, config: Config, plan: Plan, at: Position) -> Iterator[Batch]:
+def open_stream(job: Job, at: Position) -> Iterator[Batch]:
     """The micro-batches from this position to the end of the plan; files gone bad since the scan are noted."""
+    plan = job.plan
     deliveries = training_batches(
-        images,
+        job.images,
         start=at.consumed,
         batch=plan.micro_batch,
         batches=(plan.steps - at.step) * plan.accumulation,
@@ -291,7 +293,7 @@ def open_stream(run: Run, images: Images, config: Config, plan: Plan, at: Positi
         pin=plan.device.startswith("cuda"),
     )
     for delivery in deliveries:
-        quarantine(run, images, delivery, config, at)
+        quarantine(job, delivery, at)
         yield delivery.batch
 
 
@@ -316,40 +318,43 @@ def loader_faults(run: Run) -> Iterator[None]:
         ) from error
 
 
-def quarantine(run: Run, images: Images, delivery: Delivery, config: Config, at: Position) -> None:
+def quarantine(job: Job, delivery: Delivery, at: Position) -> None:
     """Write files that went bad since the scan to quarantine.jsonl, once each; stop when there are too many."""
+    images = job.images
     for bad in delivery.bad:
         if bad.name in images.gone_bad:
             continue
         images.gone_bad.add(bad.name)
-        run.add_quarantine({"name": bad.name, "code": bad.code, "detail": bad.detail, "step": at.step})
-        if len(images.gone_bad) > max(1, config.data.max_bad_fraction * len(images.rows)):
+        job.run.add_quarantine({"name": bad.name, "code": bad.code, "detail": bad.detail, "step": at.step})
+        if len(images.gone_bad) > max(1, job.config.data.max_bad_fraction * len(images.rows)):
             raise TrainingFailed(
                 f"{len(images.gone_bad)} of {len(images.rows)} images have become unreadable since the scan, the last "
-                f"{bad.name} ({bad.code}); see {run.quarantine_file}, bring the files back, then resume"
+                f"{bad.name} ({bad.code}); see {job.run.quarantine_file}, bring the files back, then resume"
             )
 
 
-def begin(run: Run, method: Method, images: Images, config: Config, plan: Plan) -> Position:
+def begin(job: Job) -> Position:
     """Step 0: other weights grafted on, buffers that depend on the data set, and what is fixed from now on saved."""
-    for entry in config.graft:
+    for entry in job.config.graft:
         _, weights = checkpoint.load_model(Run.open(entry.run), entry.step)
-        checkpoint.graft(method, [(entry.source, entry.target, weights)])
-    if method.num_prepare:
-        method.prepare(fixed_images(images, plan, method.num_prepare).images)
-    if method.fixed:
-        state = method.state_dict()
-        checkpoint.save_fixed(run, {name: state[name] for name in state if name.startswith(method.fixed)})
+        checkpoint.graft(job.method, [(entry.source, entry.target, weights)])
+    if job.method.num_prepare:
+        job.method.prepare(fixed_images(job.images, job.plan, job.method.num_prepare).images)
+    if job.method.fixed:
+        state = job.method.state_dict()
+        kept = {name: value for name, value in state.items() if name.startswith(job.method.fixed)}
+        checkpoint.save_fixed(job.run, kept)
     return Position()
 
 
-def restore(run: Run, method: Method, optimizer: torch.optim.Optimizer, console: Console) -> Position | None:
+def restore(job: Job) -> Position | None:
     """Weights, moments and position of the newest sound checkpoint; None when there is none."""
-    found = checkpoint.load_latest(run, say=console.warn)
+    found = checkpoint.load_latest(job.run, say=job.console.warn)
     if found is None:
         return None
-    method.load_state_dict(found.model)
-    checkpoint.tensors_to_optimizer(optimizer, names_of(method), found.optim, found.state["optimizer"])
+    checkpoint.require_fit(job.method, found.model, f"the checkpoint of step {found.step} of {job.run.path}")
+    job.method.load_state_dict(found.model)
+    checkpoint.tensors_to_optimizer(job.optimizer, names_of(job.method), found.optim, found.state["optimizer"])
     return Position(**found.state["position"])
 
 
@@ -357,17 +362,16 @@ def names_of(method: Method) -> dict[Tensor, str]:
     return {parameter: name for name, parameter in method.named_parameters()}
 
 
-def save(
-    run: Run, method: Method, optimizer: torch.optim.Optimizer, at: Position, config: Config, plan: Plan
-) -> str | None:
+def save(job: Job, at: Position) -> str | None:
     """Write a checkpoint and tell the status; returns what was in the way: a full disk, weights that are not finite."""
-    tensors, numbers = checkpoint.optimizer_to_tensors(optimizer, names_of(method))
-    state = {"step": at.step, "position": asdict(at), "optimizer": numbers, "seed": config.train.seed}
+    run, method, train = job.run, job.method, job.config.train
+    tensors, numbers = checkpoint.optimizer_to_tensors(job.optimizer, names_of(method))
+    state = {"step": at.step, "position": asdict(at), "optimizer": numbers, "seed": train.seed}
     weights = {name: value for name, value in method.state_dict().items() if not name.startswith(method.fixed)}
     try:
         run.sync_metrics()
-        checkpoint.save(run, at.step, weights, tensors, state, keep=config.train.keep_checkpoints)
-        run.set_status("running", at.step, total=plan.steps)
+        checkpoint.save(run, at.step, weights, tensors, state, keep=train.keep_checkpoints)
+        run.set_status("running", at.step, total=job.plan.steps)
     except (CheckpointFull, CheckpointRefused) as error:
         return str(error)
     except OSError as error:
@@ -390,21 +394,24 @@ def fixed_images(images: Images, plan: Plan, count: int) -> Batch:
 
 
 @torch.no_grad()
-def look(run: Run, method: Method, sample: Batch, at: Position, config: Config, plan: Plan, console: Console) -> None:
-    """Draw what the method makes of the sample; before the first step also keep what trivial guesses would score."""
-    clock = Clock(at.step, plan.steps, Draws(config.train.seed, sample.epoch, sample.index))
-    method.eval()
-    with autocast(plan.precision, plan.device):
-        picture = method.picture(sample, clock)
-    method.train()
-    file, title = run.pictures / f"step-{at.step:08d}.png", f"step {at.step} of {plan.steps}"
+def look(job: Job, sample: Batch, at: Position) -> None:
+    """Draw what the method makes of the sample, and keep its loss on it beside what trivial guesses score there.
+
+    `evals/baselines.json`: the guesses by name, and under "losses" one [step, loss] for every look.
+    """
+    plan, train = job.plan, job.config.train
+    clock = Clock(at.step, plan.steps, Draws(train.seed, sample.epoch, sample.index))
+    with eval_mode(job.method), autocast(plan.precision, plan.device):
+        picture = job.method.picture(sample, clock)
+    file, title = job.run.pictures / f"step-{at.step:08d}.png", f"step {at.step} of {plan.steps}"
     numbers = {name: float(value) for name, value in picture.numbers.items()}
     try:
-        draw(picture.first(config.train.picture_images), plan.images.dtype, file, title)
-        if at.step == 0:
-            run.write("evals/baselines.json", {"step": 0, "images": len(sample), **numbers})
-    except (OSError, ValueError) as error:  # a full disk, a folder that has gone
-        console.warn_once(f"{run.pictures} takes no picture: {error}; training goes on")
+        draw(picture.first(train.picture_images), plan.images.dtype, file, title)
+        before = [] if at.step == 0 else job.run.read("evals/baselines.json")["losses"]
+        losses = [pair for pair in before if pair[0] < at.step] + [[at.step, numbers.pop("loss")]]
+        job.run.write("evals/baselines.json", {"images": len(sample), "losses": losses, "guesses": numbers})
+    except (OSError, UserError) as error:  # a full disk, a file or a folder that has gone
+        job.console.warn_once(f"{job.run.pictures} takes no picture: {error}; training goes on")
 
 
 @dataclass
@@ -416,8 +423,14 @@ class StopRequest:
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """SIGINT, SIGTERM and SIGUSR1 ask for a checkpoint after the current step; a second SIGINT leaves at once."""
+    """SIGINT, SIGTERM and SIGUSR1 ask for a checkpoint after the current step; a second SIGINT leaves at once.
+
+    In another thread than the main one Python takes no signals, so there nothing can ask.
+    """
     stop = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
 
     def on_signal(number: int, frame: object) -> None:
         if stop.requested and number == signal.SIGINT:

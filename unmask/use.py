@@ -1,8 +1,8 @@
 """What one does with a trained run: draw reconstructions, embed images, probe the features.
 
 Everything here reads the Run folder. Test and train features come from the same code path, images are never masked
-outside `reconstruct_images`, and each file is decoded once: one that cannot be read is named and left out, never
-replaced by another.
+outside `reconstruct_images`, and there is no scan beforehand: a file that turns out unreadable is named and left out,
+never replaced by another.
 """
 
 from __future__ import annotations
@@ -274,6 +274,9 @@ def probe_run(
     name = "".join(letter if letter.isalnum() else "-" for letter in Path(data).name).strip("-") or "data"
     name += "" if shots is None else f"-{shots}-shots"
     name += "" if step is None else f"-step-{step}"
+    name += "" if seed == 0 else f"-seed-{seed}"
+    if test is not None:
+        name += "-on-" + "".join(letter if letter.isalnum() else "-" for letter in Path(test).name).strip("-")
     Run.open(run).write(f"evals/probe-{kind}-{name}.json", summary)
     say_probe(summary, console)
     return summary

@@ -49,6 +49,33 @@ def test_center_boxes_have_the_shape_of_the_target():
     assert center_boxes(np.array([[256, 256]]), (224, 224), 0.875)[0].tolist() == [16, 16, 224, 224]
 
 
+TARGETS = [(28, 28), (32, 32), (64, 64), (96, 96), (112, 112), (224, 224), (224, 304)]
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=str)
+@pytest.mark.parametrize(
+    "config",
+    [CropConfig(kind="center"), CropConfig(kind="random"), CropConfig(kind="random", eval_share=0.875), CropConfig()],
+    ids=["center", "random", "random 0.875", "resized"],
+)
+def test_boxes_lie_within_images_of_any_size(target, config):
+    square = np.arange(8, 301).repeat(2).reshape(-1, 2)
+    sizes = np.concatenate([square, np.random.default_rng(0).integers(8, 301, (600, 2))])
+    boxes = crop_boxes(sizes, target, config, draws(len(sizes)))
+    assert (boxes[:, :2] >= 0).all()
+    assert (boxes[:, 2:] > 0).all()
+    assert (boxes[:, :2] + boxes[:, 2:] <= sizes).all()
+    if config.kind == "center":
+        for size, box in zip(sizes, boxes, strict=True):
+            assert cut(np.zeros((*size, 1), np.uint8), box, target, False).shape == (*target, 1)
+        assert (boxes[:293, 2:] == square).all() or target[0] != target[1], "the whole of a square image"
+
+
+def test_a_thin_image_gets_a_box_of_at_least_a_pixel():
+    boxes = crop_boxes(np.array([[1, 1], [1, 50], [50, 1]]), (32, 8), CropConfig(scale=(1, 1)), draws(3))
+    assert (boxes[:, 2:] >= 1).all()
+
+
 def test_fixed_size_crops_wander():
     config = CropConfig(kind="random", eval_share=0.5)
     boxes = crop_boxes(np.tile([[100, 100]], (200, 1)), (32, 32), config, draws(200))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import write_images
 from corpus import bad_files, file_of, noisy, npy, png16, tiff
 
 from unmask.data import scan as scanning
@@ -194,3 +195,14 @@ def test_real_pictures(shared_data: Path):
     assert found.channels_majority == 3
     assert all(60 < mean < 160 for mean in found.mean)
     assert decode(source.read(0)).shape[2] == 3
+
+
+def test_what_can_be_used_is_estimated_from_a_sample(tmp_path):
+    folder = write_images(tmp_path / "images", 20)
+    for number in range(0, 20, 4):
+        (folder / f"{number:04d}.png").write_bytes(b"")
+    whole = scan(open_source(folder))
+    assert (whole.usable, whole.good, whole.sampled) == (15, 15, False)
+    part = scan(open_source(folder), sample=10)
+    assert part.sampled
+    assert part.usable == 2 * part.good > part.good

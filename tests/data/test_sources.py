@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import write_images
 from corpus import file_of, noisy, npy
 
 from unmask.data import sources
@@ -630,3 +631,16 @@ def test_real_archives_are_labelled(shared_data):
     assert len(source) == 10_000
     assert source.classes[:2] == ["airplane", "automobile"]
     assert np.bincount(require_labels(source).labels).tolist() == [1000] * 10  # type: ignore[arg-type]
+
+
+def test_a_run_made_inside_the_data_is_no_data(tmp_path):
+    write_images(tmp_path / "photos", 3)
+    before = open_source(tmp_path / "photos").fingerprint()
+    run = tmp_path / "photos" / "runs" / "a"
+    write_images(run / "pictures", 2)
+    for name in ("config.json", "plan.json"):
+        (run / name).write_text("{}")
+    after = open_source(tmp_path / "photos")
+    assert len(after) == 3
+    assert after.skipped["run folder"] == 1
+    assert after.fingerprint() == before

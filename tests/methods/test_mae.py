@@ -147,7 +147,7 @@ def test_golden_loss_curve():
     """Ten steps in float32 from a fixed seed, on drawn tensors: a refactor must give the same numbers."""
     torch.manual_seed(0)
     method = small_mae()
-    pixels = uniform(0, Stream.NOISE, torch.zeros(16, dtype=torch.int64), torch.arange(16), 3 * 16 * 24) * 255
+    pixels = uniform(0, Stream.SHAPES_NOISE, torch.zeros(16, dtype=torch.int64), torch.arange(16), 3 * 16 * 24) * 255
     batch = Batch(pixels.reshape(16, 3, 16, 24).to(torch.uint8), torch.arange(16), torch.zeros(16, dtype=torch.int64))
     optimizer, losses = make_optimizer(method, OptimConfig()), []
     for step in range(10):

@@ -7,32 +7,46 @@ draws come from `rng.py`, by (seed, epoch, image); nothing here has state.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from unmask.settings import Settings
 
 TRIES = 10
 CROP_DRAWS = 2 * TRIES + 2
+SUBPIXELS = 2**16  # boxes lie on this grid, where sums are exact: no corner or edge is outside by a rounding error
+
+
+def _ordered(span: tuple[float, float]) -> tuple[float, float]:
+    if not 0 < span[0] <= span[1]:
+        raise ValueError("two numbers above 0 were expected, the smaller one first, for example [0.5,1]")
+    return span
+
+
+def _share(span: tuple[float, float]) -> tuple[float, float]:
+    if _ordered(span)[1] > 1:
+        raise ValueError("shares of the image's area were expected, at most 1, for example [0.2,1]")
+    return span
 
 
 class CropConfig(Settings):
     """How a training crop is chosen.
 
     kind "random_resized": a box of random area (`scale`, share of the image) and aspect (`ratio`), MAE's default;
-    "random": a box of fixed size, `eval_share` of the largest that fits, at a random place; "center": no randomness.
-    flip: probability of a left-right flip. eval_share: side of the centre box used outside training, as a share of the
-    largest that fits (the paper's resize 256, crop 224 is 0.875).
+    "random": a box of fixed size, `eval_share` of the largest that fits, at a random place; "center": the same box in
+    the middle. scale and ratio count for "random_resized" only. flip: probability of a left-right flip. eval_share:
+    side of a box of fixed size, as a share of the largest that fits: of the centre box used outside training, and for
+    kind "random" and "center" of the training crops too (the paper's resize 256, crop 224 is 0.875).
     """
 
     kind: Literal["random_resized", "random", "center"] = "random_resized"
-    scale: tuple[float, float] = (0.2, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    scale: Annotated[tuple[float, float], AfterValidator(_share)] = (0.2, 1.0)
+    ratio: Annotated[tuple[float, float], AfterValidator(_ordered)] = (3 / 4, 4 / 3)
     flip: float = Field(default=0.5, ge=0, le=1)
     eval_share: float = Field(default=1.0, gt=0, le=1)
 
@@ -53,8 +67,9 @@ def crop_boxes(sizes: np.ndarray, target: tuple[int, int], config: CropConfig, d
 
 def _fixed_boxes(sizes: np.ndarray, target: tuple[int, int], share: float, place: np.ndarray) -> np.ndarray:
     scale = (sizes / np.array(target)).min(1, keepdims=True) * share
-    box = scale * np.array(target)
-    return np.concatenate([(sizes - box) * place, box], 1)
+    box = np.minimum(np.round(scale * np.array(target) * SUBPIXELS) / SUBPIXELS, sizes)
+    corner = np.floor((sizes - box) * place * SUBPIXELS) / SUBPIXELS
+    return np.concatenate([corner, box], 1)
 
 
 def _random_resized(sizes: np.ndarray, target: tuple[int, int], config: CropConfig, draws: np.ndarray) -> np.ndarray:
@@ -80,8 +95,8 @@ def _random_resized(sizes: np.ndarray, target: tuple[int, int], config: CropConf
 
 def _fallback(height: np.ndarray, width: np.ndarray, ratio: tuple[float, float]) -> np.ndarray:
     """The largest centred box whose aspect lies within `ratio`."""
-    box_w = np.minimum(width, np.round(height * ratio[1]))
-    box_h = np.minimum(height, np.round(width / ratio[0]))
+    box_w = np.minimum(width, np.maximum(1, np.round(height * ratio[1])))
+    box_h = np.minimum(height, np.maximum(1, np.round(width / ratio[0])))
     return np.concatenate([np.floor((height - box_h) / 2), np.floor((width - box_w) / 2), box_h, box_w], 1)
 
 

@@ -82,6 +82,11 @@ class Scan:
         return len(self.good_rows)
 
     @property
+    def usable(self) -> int:
+        """How many images of the whole source can be used: an estimate where only a sample was checked."""
+        return round(self.files * self.good / self.checked) if self.sampled else self.good
+
+    @property
     def bad_fraction(self) -> float:
         return len(self.bad) / max(1, self.checked)
 

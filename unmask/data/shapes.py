@@ -33,7 +33,7 @@ def draw(index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _draw(index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     epoch = np.zeros_like(index)
-    u = uniform(SEED, Stream.PICTURE, epoch, index, DRAWS)  # (n, DRAWS)
+    u = uniform(SEED, Stream.SHAPES, epoch, index, DRAWS)  # (n, DRAWS)
     label = np.minimum((u[:, 0] * len(CLASSES)).astype(np.int64), len(CLASSES) - 1)
     x, y, radius = _place(u[:, 1], u[:, 2], u[:, 3], u[:, 4])
     inside = np.clip(0.5 - _distance(label, x, y, radius), 0, 1)[..., None]  # (n, S, S, 1): antialiased over a pixel
@@ -51,7 +51,7 @@ def _draw(index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     foreground = figure[:, None, None] + (striped[:, None, None] * wave)[..., None]
 
     images = background + inside * (foreground - background)
-    noise = uniform(SEED, Stream.NOISE, epoch, index, SIZE * SIZE * 3).reshape(images.shape)
+    noise = uniform(SEED, Stream.SHAPES_NOISE, epoch, index, SIZE * SIZE * 3).reshape(images.shape)
     return (images + 16 * (noise - 0.5)).round().clip(0, 255).astype(np.uint8), label
 
 

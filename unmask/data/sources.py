@@ -214,7 +214,8 @@ def _from_tree(text: str) -> Files:
 def _walk(root: str, skipped: Counter[str], wanted: Callable[[str], bool] = bool) -> Iterator[tuple[str, int]]:
     """(relative path, size) of every image file whose relative path is `wanted`.
 
-    Each folder once, so a loop of links ends; a folder is taken by its shallowest path. Nothing but stat is called.
+    Each folder once, so a loop of links ends; a folder is taken by its shallowest path; run folders are passed over.
+    Nothing but stat is called.
     """
     seen: set[tuple[int, int]] = set()
     level = [""]
@@ -238,6 +239,9 @@ def _list_folder(
         seen.add((here.st_dev, here.st_ino))
         with os.scandir(os.path.join(root, folder)) as entries:
             listing = sorted(entries, key=lambda entry: (entry.is_symlink(), os.fsencode(entry.name)))
+        if {"config.json", "plan.json"} <= {entry.name for entry in listing}:
+            skipped["run folder"] += 1  # its pictures are no data, and a run made here could not go on
+            return below
     except PermissionError:
         skipped["folder without permission"] += 1
         return below

@@ -9,7 +9,8 @@ gives numbers that look merely disappointing.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -75,26 +76,32 @@ def collect_each(
     encoders: Mapping[str, nn.Module], batches: Iterable[Batch], *, device: str, precision: str
 ) -> dict[str, FeatureTable]:
     """As `collect`, for several encoders while reading the images once. Raises ValueError like it."""
-    modes = [(module, module.training) for encoder in encoders.values() for module in encoder.modules()]
     rows: dict[str, _Rows] = {name: _Rows() for name in encoders}
     shared = _Shared()
-    for encoder in encoders.values():
-        encoder.eval()
-    try:
-        with torch.inference_mode(), autocast(precision, device):
-            for batch in batches:
-                shared.add(batch)
-                images = batch.to(device).images
-                for name, encoder in encoders.items():
-                    rows[name].add(encoder(images), shared.index[-1])
-    finally:
-        for module, mode in modes:  # not encoder.train(): a part may have been frozen in eval mode on purpose
-            module.training = mode
+    with eval_mode(*encoders.values()), torch.inference_mode(), autocast(precision, device):
+        for batch in batches:
+            shared.add(batch)
+            images = batch.to(device).images
+            for name, encoder in encoders.items():
+                rows[name].add(encoder(images), shared.index[-1])
     if not shared.index:
         raise UserError(
             "no images came to compute features of; at least one was expected: look at the data with `unmask check`"
         )
     return {name: shared.table(rows[name]) for name in encoders}
+
+
+@contextmanager
+def eval_mode(*modules: nn.Module) -> Iterator[None]:
+    """In eval mode, and afterwards each part in its own mode again: one may be frozen in eval mode on purpose."""
+    modes = [(part, part.training) for module in modules for part in module.modules()]
+    for module in modules:
+        module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
 
 
 class _Rows:

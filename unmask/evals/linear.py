@@ -2,8 +2,8 @@
 
 Multinomial logistic regression (scikit-learn, L-BFGS) on standardised features. This is the cheap cousin of the paper's
 probe (SGD with augmentation on the class token under a BatchNorm, He et al. 2021, A.1), which is a Method here and runs
-in the loop; numbers of the two are close, not equal. Differs from "maximum over epochs on the test set": nothing is
-chosen on test images.
+in the loop; numbers of the two are close, not equal. Differs from "maximum over epochs on the test set": nothing of a
+fit is chosen on test images.
 """
 
 from __future__ import annotations

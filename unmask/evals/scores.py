@@ -109,8 +109,9 @@ def best_of(answers: Sequence[Answers], features: str) -> Answers | None:
 def verdict(answers: Sequence[Answers], *, kind: str, chance: float) -> str:
     """Plain sentences: does pre-training help, by how many points, and could that be noise?
 
-    Each feature set speaks through its better pool (class token or mean over patches), controls like pre-trained, so
-    the choice favours neither. chance: what the best answer without looking would score.
+    Each feature set speaks through its better pool (class token or mean over patches) on these test images. The
+    untrained encoder has the same choice as the pre-trained one, raw pixels have none: near chance that favours the
+    encoders a little. chance: what the best answer without looking would score.
     """
     trained = best_of(answers, PRETRAINED)
     if trained is None:

@@ -48,8 +48,9 @@ class LightDecoder(nn.Module):
         x = self.embed(seen)
         where = torch.cat([mask.keep, mask.drop], 1)  # (B, N): visible first, then hidden
         table = take(self.pos_embed[:, 1:].expand(b, -1, -1), where)
-        tokens = torch.cat([x[:, 1:], self.mask_token.to(x.dtype).expand(b, hidden, -1)], 1) + table
-        x = torch.cat([(x[:, :1] + self.pos_embed[:, :1]).to(tokens.dtype), tokens], 1)  # (B, 1 + N, d)
+        # Under autocast the sums are float32, as the mask token and the positions are.
+        tokens = torch.cat([x[:, 1:], self.mask_token.expand(b, hidden, -1)], 1) + table
+        x = torch.cat([x[:, :1] + self.pos_embed[:, :1], tokens], 1)  # (B, 1 + N, d)
         for block in self.blocks:
             x = block(x)
         return self.pred(self.norm(x[:, -hidden:]))

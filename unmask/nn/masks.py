@@ -65,10 +65,13 @@ def random_mask(batch: int, grid: tuple[int, int], ratio: float, rng: Draws) -> 
 
 def nearest_visible(mask: Mask, grid: tuple[int, int]) -> Int[Tensor, "B M"]:
     """For every hidden patch the index of the visible patch nearest to it (Euclidean; ties to the lower index)."""
-    keep = mask.keep.sort(1).values
-    row, col = mask.drop // grid[1], mask.drop % grid[1]
-    distance = (row[:, :, None] - keep[:, None] // grid[1]).square() + (
-        col[:, :, None] - keep[:, None] % grid[1]
-    ).square()  # (B, M, K)
-    first = (distance == distance.amin(2, keepdim=True)).int().argmax(2)  # (B, M); argmax takes the first of equals
-    return keep.gather(1, first)
+    one_by_one = [_nearest(keep.sort().values, drop, grid[1]) for keep, drop in zip(mask.keep, mask.drop, strict=True)]
+    return torch.stack(one_by_one)  # of all images at once the distances would fill the memory
+
+
+def _nearest(keep: Int[Tensor, "K"], drop: Int[Tensor, "M"], cols: int) -> Int[Tensor, "M"]:
+    down = (drop // cols)[:, None] - keep // cols  # (M, K)
+    across = (drop % cols)[:, None] - keep % cols
+    distance = down.square() + across.square()
+    first = (distance == distance.amin(1, keepdim=True)).int().argmax(1)  # argmax takes the first of equals
+    return keep[first]

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int, Shaped
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, PositiveInt
 from torch import Tensor, nn
 
 from unmask.batch import ImageSpec
@@ -30,8 +30,8 @@ def _pair(value: Any) -> Any:
     return (value, value) if isinstance(value, int) else value
 
 
-Pair = Annotated[tuple[int, int], BeforeValidator(_pair)]
-"""(height, width) in pixels; a single number means a square."""
+Pair = Annotated[tuple[PositiveInt, PositiveInt], BeforeValidator(_pair)]
+"""(height, width) in pixels, both above 0; a single number means a square."""
 
 
 class ViTConfig(Settings):

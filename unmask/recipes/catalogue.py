@@ -15,6 +15,9 @@ from unmask.config import Config, ConfigError, nearest
 
 FEWEST_STEPS = 3_000  # updates, not epochs, are what small data sets lack
 MOST_ELONGATED = 2.5
+FEWEST_VISIBLE = 16  # patches, when three quarters are hidden
+AUTO = ("mae_nano", "mae_tiny", "mae_small", "mae_base")
+"""What `choose` chooses from."""
 
 
 def all_recipes() -> dict[str, Callable[[], Config]]:
@@ -32,22 +35,34 @@ def all_recipes() -> dict[str, Callable[[], Config]]:
 def find(name: str) -> Config:
     """The recipe of that name. Raises ConfigError with the nearest names."""
     recipes = all_recipes()
+    if name == "auto":
+        raise ConfigError(
+            "recipe 'auto' is chosen from the data and has no settings of its own; `unmask check DATA` says which one "
+            f"it would be, out of {', '.join(AUTO)}"
+        )
     if name not in recipes:
         raise ConfigError(f"recipe {name!r} is not known; {nearest(name, [*recipes, 'auto'])}")
     return recipes[name]()
 
 
 def choose(
-    num_images: int, median_size: tuple[int, int], device: str, *, fixed: Container[str] = ()
+    num_images: int,
+    median_size: tuple[int, int],
+    device: str,
+    *,
+    fixed: Container[str] = (),
+    size: tuple[int, int] | None = None,
+    about: bool = False,
 ) -> tuple[str, list[str], list[str]]:
     """The recipe `auto`: from the number of images, their median (H, W) in pixels, and the device.
 
-    fixed: keys that a person has set; nothing is proposed for them. Returns (recipe name, overrides as KEY=VALUE,
-    reasons as sentences).
+    fixed: keys that a person has set; nothing is proposed for them. size: data.size where it was set, so that the patch
+    fits it. about: the number of images is an estimate. Returns (recipe name, overrides as KEY=VALUE, reasons as
+    sentences).
     """
     height, width = median_size
     side = min(height, width)
-    reasons = [f"{num_images} images of {height} x {width} pixels (median) on {device}"]
+    reasons = [f"{'about ' * about}{num_images} images of {height} x {width} pixels (median) on {device}"]
     if side < 48:
         name, patch, small = "mae_nano", 4, max(16, round(side / 4) * 4)
         reasons.append("mae_nano: small images")
@@ -72,14 +87,17 @@ def choose(
             if reason:
                 reasons.append(reason)
 
-    size, reason = (small, small), None
-    if max(height, width) >= 1.25 * side:  # keep the shape of wide or tall images
-        longer = min(MOST_ELONGATED, max(height, width) / side) * small
-        longer = round(longer / patch) * patch
-        size = (longer, small) if height > width else (small, longer)
-        reason = f"model grid {size[0]} x {size[1]}: the images are not square"
-    propose("data.size", f"[{size[0]},{size[1]}]", reason)
-    propose("method.encoder.patch", f"[{patch},{patch}]")
+    whole = patch
+    if size is None:
+        patch = _fitting(whole, lambda patch: _shape(median_size, small, patch))
+        shape = _shape(median_size, small, patch)
+        reason = f"model grid {shape[0]} x {shape[1]}: the images are not square" if shape[0] != shape[1] else None
+        propose("data.size", f"[{shape[0]},{shape[1]}]", reason)
+    else:
+        patch = _fitting(whole, lambda _: size)
+    height, width = size or _shape(median_size, small, patch)
+    reason = f"patch {patch}: for {height * width // patch**2 // 4} visible patches when three quarters are hidden"
+    propose("method.encoder.patch", f"[{patch},{patch}]", reason if patch != whole else None)
     base = find(name)
     batch = base.train.batch_size
     while batch > 16 and batch * 8 > num_images:
@@ -91,3 +109,28 @@ def choose(
         updates = f"{epochs * num_images / batch:.0f}"
         propose("train.steps", FEWEST_STEPS, f"{FEWEST_STEPS} steps: {epochs:g} epochs would be only {updates} updates")
     return name, overrides, reasons
+
+
+def _shape(median_size: tuple[int, int], small: int, patch: int) -> tuple[int, int]:
+    """The model's (H, W): square, or the shape of wide or tall images in whole patches along the longer side."""
+    height, width = median_size
+    elongation = max(height, width) / min(height, width)
+    if elongation < 1.25:
+        return small, small
+    longer = round(min(MOST_ELONGATED, elongation) * small / patch) * patch
+    return (longer, small) if height > width else (small, longer)
+
+
+def _fitting(most: int, shape: Callable[[int], tuple[int, int]]) -> int:
+    """The largest patch, from `most` down to its half, that divides the size it goes with and leaves enough visible.
+
+    Where none leaves enough it is the smallest that divides, and where none divides it is `most`.
+    """
+    divides = most
+    for patch in range(most, most // 2 - 1, -1):
+        height, width = shape(patch)
+        if height % patch == width % patch == 0:
+            divides = patch
+            if height * width // patch**2 // 4 >= FEWEST_VISIBLE:
+                break
+    return divides

@@ -1,0 +1,64 @@
+"""`unmask check`: what it says is what `unmask pretrain` would do."""
+
+import json
+
+import pytest
+from conftest import write_images
+
+from unmask import check as module
+from unmask import start
+from unmask.check import check_data
+from unmask.console import Console
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(module, "measure_step_seconds", lambda *_, **__: 0.5)
+    monkeypatch.setattr("unmask.plan.free_memory", lambda _: 1 << 30)
+
+
+def test_a_sample_is_recommended_for_as_many_images_as_there_are():
+    code, summary = check_data("shapes:20000", Console(quiet=True), sample=100, workers=0)
+    assert code == 0
+    assert (summary["checked"], summary["good"], summary["usable"]) == (100, 100, 20_000)
+    text = " ".join(summary["reasons"])
+    assert "about 20000 images of" in text
+    assert "batch" not in " ".join(summary["settings"]), "a batch for 20,000 images, not for 100"
+    assert summary["steps"] == -(-100 * 20_000 // 128), "and steps"
+    assert summary["forecast_seconds"] >= summary["steps"] * 0.5
+
+
+def test_without_a_sample_the_number_is_exact(images):
+    (images / "broken.png").write_bytes(b"")
+    _, summary = check_data(str(images), Console(quiet=True), sample=None, workers=0)
+    assert summary["usable"] == 30
+    text = " ".join(summary["reasons"])
+    assert "30 images of 20 x 24 pixels (median)" in text
+    assert "about" not in text
+
+
+def test_the_forecast_is_of_the_plan_that_pretrain_makes(images, tmp_path, monkeypatch):
+    _, summary = check_data(str(images), Console(quiet=True), sample=None, workers=0)
+    monkeypatch.setattr(start, "_train", lambda *_: None)
+    run = start.pretrain(images, out=tmp_path / "run")
+    plan = run.read("plan.json")
+    assert (summary["steps"], summary["reasons"]) == (plan["steps"], plan["reasons"])
+    assert summary["recipe"] == run.read("config.json")["recipe"]
+
+
+def test_nothing_is_kept_or_written_by_a_forecast(images, tmp_path, monkeypatch):
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(start.Run, "create", pytest.fail)
+    code, summary = check_data(str(images), Console(quiet=True), sample=None, workers=2)
+    assert code == 0
+    assert sorted(tmp_path.rglob("*")) == before
+    json.dumps(summary)
+
+
+def test_too_many_bad_files_are_exit_code_two(tmp_path):
+    images = write_images(tmp_path / "images", 8)
+    for number in range(4):
+        (images / f"{number:04d}.png").write_bytes(b"")
+    code, summary = check_data(str(images), Console(quiet=True), sample=None, workers=0)
+    assert (code, summary["good"]) == (2, 4)
