@@ -53,7 +53,7 @@ def test_a_run_trains_and_holds_everything_a_person_needs(images, tmp_path):
         "step-00000060.png",
     }
     baselines = run.read("evals/baselines.json")
-    assert set(baselines["guesses"]) == {"patch_mean", "visible_mean", "nearest_visible"}
+    assert set(baselines["guesses"]) == {"true_patch_mean", "visible_mean", "nearest_visible"}
     assert [step for step, _ in baselines["losses"]] == [0, 1, 30, 60]
     row = run.metrics()[-1]
     assert {"step", "loss", "lr", "images_per_second", "data_wait", "grad_norm", "images"} <= set(row)

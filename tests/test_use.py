@@ -252,7 +252,7 @@ def test_single_files_are_drawn_in_the_order_given_with_their_names(trained, ima
     picture, dtype, title, names = seen[0]
     assert names == ["0007.png", "0002.png"]
     assert (dtype, title) == ("uint8", "run, step 2")
-    assert set(numbers) == {"loss", "patch_mean", "visible_mean", "nearest_visible"}
+    assert set(numbers) == {"loss", "true_patch_mean", "visible_mean", "nearest_visible"}
     assert all(np.isfinite(value) for value in numbers.values())
     with Image.open(files[0]) as image:
         square = np.asarray(image.resize((16, 16), Image.Resampling.BICUBIC, box=(2, 0, 22, 20)))

@@ -41,7 +41,7 @@ def check_data(data: str, console: Console, *, sample: int | None, workers: int 
     }
     say_scan(found, source.classes, console)
     if not found.good:
-        console.warn("no image can be read; nothing to train on")
+        console.warn("no image can be read, so `unmask pretrain` would refuse this; the reasons stand above")
         return 2, summary
     summary |= forecast(source, found, console)
     most = DataConfig().max_bad_fraction

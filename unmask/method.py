@@ -60,7 +60,7 @@ class Picture(NamedTuple):
 
     `panels`: drawn side by side, captions as keys, each (B, C, H, W) float32 in the files' units. `note` goes below.
     `numbers`: 0-d tensors to hold the loss against; "loss" is the method's own on these images, the others are what
-    trivial guesses would score in the same units ("patch_mean", "nearest_visible", ...).
+    trivial guesses would score in the same units ("true_patch_mean", "nearest_visible", ...).
     """
 
     panels: dict[str, Tensor]

@@ -28,7 +28,7 @@ NAMED_BAD_FILES = 50
 INK = "#010203"  # becomes the page's own text colour
 LOSS, GUESSES = "#2f7ebc", ("#c0392b", "#d68910", "#7d3c98", "#1e8449")
 IN_WORDS = {
-    "patch_mean": "the true mean colour of each hidden patch, which the model is not told",
+    "true_patch_mean": "the true mean colour of each hidden patch, which the model is not told",
     "visible_mean": "guess the mean of all visible patches",
     "nearest_visible": "copy the nearest visible patch",
 }

@@ -37,6 +37,7 @@ from unmask.saved import read_config, read_plan
 from unmask.train import train
 
 NAMED_BAD_FILES = 5
+MOST_EPOCHS_A_STEP = 256
 
 
 class DataError(UserError):
@@ -75,6 +76,7 @@ def pretrain(
         config, reasons = resolve(base, settings, budget=budget, source=source), (f"weights of {from_run}",)
     else:
         config, reasons, _ = settle(source, found, recipe, settings, device, budget=budget)
+    refuse_absurd_batch(config, found.usable)
     images, plan = prepare(source, found, config, device, budget=budget, reasons=reasons)
     if plan.cached:
         images.keep_decoded()
@@ -255,6 +257,16 @@ def continued(from_run: str | Path, recipe: str) -> Config:
     data = {"size": spec.size, "channels": spec.channels, "mean": spec.mean, "std": spec.std}
     taken = Graft(run=str(run.path.absolute()), source=part, target=part, step=step)
     return config.model_copy(update={"data": config.data.model_copy(update=data), "graft": (taken,)})
+
+
+def refuse_absurd_batch(config: Config, num_images: int) -> None:
+    """A batch of very many times the data set is a slip of the finger, and one step of it would take for ever."""
+    batch = config.train.batch_size
+    if batch > MOST_EPOCHS_A_STEP * num_images:
+        raise ConfigError(
+            f"train.batch_size={batch} came for {num_images} images: every step would see each of them "
+            f"{batch // num_images} times; use at most {MOST_EPOCHS_A_STEP * num_images}, 16 to 256 is usual"
+        )
 
 
 def require_grafts(config: Config, plan: Plan) -> None:

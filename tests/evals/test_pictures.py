@@ -26,7 +26,7 @@ from unmask.evals.pictures import (
 from unmask.method import Picture
 
 PANELS = ("original", "masked 75%", "prediction", "pasted")
-NUMBERS = {"loss": torch.tensor(0.5), "patch_mean": torch.tensor(1.0)}
+NUMBERS = {"loss": torch.tensor(0.5), "true_patch_mean": torch.tensor(1.0)}
 
 
 def picture(count=2, channels=3, size=(16, 16), scale=255.0, offset=0.0, panels=PANELS, note="A note."):

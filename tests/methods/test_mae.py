@@ -95,7 +95,7 @@ def test_picture_pastes_the_prediction_into_the_visible_patches():
     assert (pasted - original).abs().amax(1)[visible].max() < 1e-3
     assert ((prediction - grey).abs().amax(1)[visible]).max() < 1e-3
     assert "TRUE mean" in picture.note
-    assert set(picture.numbers) == {"loss", "patch_mean", "visible_mean", "nearest_visible"}
+    assert set(picture.numbers) == {"loss", "true_patch_mean", "visible_mean", "nearest_visible"}
     assert float(picture.numbers["loss"]) == pytest.approx(float(method(batch, clock(batch)).value), rel=1e-5)
 
 
@@ -113,7 +113,7 @@ def test_trivial_guesses_are_scored_as_they_are_described():
     expected = torch.stack(
         [(right[mask.keep[b]].mean() - right[mask.drop[b]]).square().mean() for b in range(2)]
     ).mean()
-    assert float(numbers["patch_mean"]) == pytest.approx(0, abs=1e-6)
+    assert float(numbers["true_patch_mean"]) == pytest.approx(0, abs=1e-6)
     assert float(numbers["visible_mean"]) == pytest.approx(float(expected), rel=1e-4)
     near = right[nearest_visible(mask, (4, 6))]
     assert float(numbers["nearest_visible"]) == pytest.approx(

@@ -418,7 +418,8 @@ class TarSource(Source):
             raise
         except (tarfile.TarError, EOFError, OSError, ValueError, zlib.error, lzma.LZMAError) as error:
             if not members:
-                raise SourceError(f"{text} cannot be read as a tar file: {error}") from None
+                why = str(error).splitlines()[0]
+                raise SourceError(f"{text} cannot be read as a tar file: {why}") from None
             self.skipped["lost: the tar is damaged or cut short"] += 1
         members.sort(key=lambda member: member[0])
         skipped = self.skipped

@@ -81,7 +81,7 @@ class MAE(Method):
         visible = take(colours, mask.keep).mean(1, keepdim=True).expand(-1, mask.drop.shape[1], -1)  # (B, M, C)
         numbers = {
             "loss": mean_square(guess, truth),
-            "patch_mean": mean_square(take(colours, mask.drop).repeat(1, 1, pixels), truth),
+            "true_patch_mean": mean_square(take(colours, mask.drop).repeat(1, 1, pixels), truth),
             "visible_mean": mean_square(visible.repeat(1, 1, pixels), truth),
             "nearest_visible": mean_square(take(target, near), truth),
         }
