@@ -16,7 +16,7 @@ from unmask.run import Run
 from unmask.start import pretrain
 from unmask.use import probe_run
 
-SHAPES_SECONDS = 135.0  # what is left of four minutes after drawing, probing and the digits
+SHAPES_SECONDS = 155.0  # what is left of four minutes after drawing, probing and the digits
 SHAPES_LABELS = "shapes:4000"
 
 
