@@ -426,3 +426,17 @@ def test_what_never_changes_is_kept_once_and_comes_with_every_step(run):
     with pytest.raises(CheckpointError, match="is damaged: its SHA-256"):
         checkpoint.load_latest(run)
     assert len(checkpoint.steps_on_disk(run)) == 2, "sound steps are not set aside for it"
+
+
+def test_reading_past_a_damaged_checkpoint_says_so_and_renames_nothing(run, capsys):
+    for step in (1, 2):
+        checkpoint.save(run, step, {"weight": torch.full((2,), float(step))}, {}, {"step": step})
+    assert checkpoint.load_model(run)[0] == 2
+    assert capsys.readouterr().err == ""
+    file = run.checkpoints / "step-00000002" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    found, weights = checkpoint.load_model(run)
+    assert (found, float(weights["weight"][0])) == (1, 1.0)
+    assert "step 1 is used instead" in (err := capsys.readouterr().err)
+    assert "model.safetensors has changed" in err
+    assert len(checkpoint.steps_on_disk(run)) == 2

@@ -20,6 +20,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -258,8 +259,17 @@ def _set_aside(path: Path) -> Path:
     return aside
 
 
-def load_model(run: Run, step: int | None = None) -> tuple[int, dict[str, Tensor]]:
-    """(step, weights) of the newest sound checkpoint, or of `step`; renames nothing. Raises CheckpointError."""
+def _to_stderr(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr)
+
+
+def load_model(
+    run: Run, step: int | None = None, *, say: Callable[[str], object] = _to_stderr
+) -> tuple[int, dict[str, Tensor]]:
+    """(step, weights) of the newest sound checkpoint, or of `step`; renames nothing.
+
+    That a newer one is damaged and was passed over is said. Raises CheckpointError.
+    """
     candidates = steps_on_disk(run)
     if step is not None:
         have = ", ".join(str(found) for found, _ in reversed(candidates)) or "none"
@@ -269,9 +279,13 @@ def load_model(run: Run, step: int | None = None) -> tuple[int, dict[str, Tensor
     faults = []
     for found, path in candidates:
         try:
-            return found, safetensors.torch.load(verify(path)[MODEL]) | load_fixed(path.parent)
+            weights = safetensors.torch.load(verify(path)[MODEL]) | load_fixed(path.parent)
         except (Damaged, safetensors.SafetensorError) as fault:
             faults.append(str(fault))
+            continue
+        if faults:
+            say(f"checkpoint damaged, step {found} is used instead: {'; '.join(faults)}")
+        return found, weights
     if faults:
         raise CheckpointError(f"no checkpoint of {run.path} can be used: {'; '.join(faults)}")
     raise CheckpointError(f"{run.path} has no checkpoint yet; train it first: unmask resume {run.path}")
