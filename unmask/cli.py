@@ -49,7 +49,7 @@ def main() -> None:
     if "OMP_WAIT_POLICY" not in os.environ:
         # Torch's threads spin while they wait for one another. When something else needs the cores too, long spinning
         # makes a step up to a hundred times slower; short spinning costs nothing when alone (docs/LOG.md).
-        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+        os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     try:
         code = app(standalone_mode=False)  # what a verb leaves with (typer.Exit) is returned, not raised
         sys.exit(code if isinstance(code, int) else 0)

@@ -12,7 +12,7 @@ from typing import Any
 
 from unmask.console import Console, duration
 from unmask.report import write_report
-from unmask.run import Run
+from unmask.run import Run, free_path
 from unmask.start import pretrain
 from unmask.use import probe_run
 
@@ -23,7 +23,7 @@ SHAPES_LABELS = "shapes:4000"
 def run_demo(out: Path | None, console: Console, *, steps: int | None = None) -> dict[str, Any]:
     """Run the demo into `out` (made up when None) and return its summary. `steps` instead of a time budget."""
     began = time.monotonic()
-    out = out if out is not None else _free_name(Path("demo-run"))
+    out = out if out is not None else free_path(Path("demo-run"))
     console.say("1 of 3: pre-training on drawn shapes, without their labels")
     shapes = pretrain(
         "shapes",
@@ -66,10 +66,3 @@ def _stopped(run: Run, console: Console) -> dict[str, Any] | None:
         "starts again with: unmask demo"
     )
     return {"run": str(run.path), "state": "stopped", "step": status["step"]}
-
-
-def _free_name(path: Path) -> Path:
-    number, free = 2, path
-    while free.exists():
-        free, number = path.with_name(f"{path.name}-{number}"), number + 1
-    return free

@@ -187,6 +187,14 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def free_path(path: Path) -> Path:
+    """`path`, or with the first number from 2 on at its end that is not taken."""
+    number, free = 2, path
+    while free.exists():
+        free, number = path.with_name(f"{path.name}-{number}"), number + 1
+    return free
+
+
 def replace_file(path: Path, content: bytes) -> None:
     """Write a file whole or not at all: beside its name, to disk, renamed; the folder entry is flushed too."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")

@@ -32,7 +32,7 @@ from unmask.data.sources import Source, open_source
 from unmask.errors import UserError
 from unmask.plan import Plan, choose_device, make_plan, require_micro_batch
 from unmask.recipes import catalogue
-from unmask.run import Run
+from unmask.run import Run, free_path
 from unmask.saved import read_config, read_plan
 from unmask.train import train
 
@@ -455,11 +455,7 @@ def git_state() -> dict[str, Any] | None:
 def free_name(source: Source, config: Config) -> Path:
     """runs/<data>-<recipe>, numbered when taken."""
     stem = "".join(letter if letter.isalnum() else "-" for letter in Path(source.name).name.split(".")[0]).strip("-")
-    base = Path("runs") / f"{stem or 'images'}-{config.recipe}"
-    number, path = 2, base
-    while path.exists():
-        path, number = base.with_name(f"{base.name}-{number}"), number + 1
-    return path
+    return free_path(Path("runs") / f"{stem or 'images'}-{config.recipe}")
 
 
 def _skipped(source: Source) -> str:

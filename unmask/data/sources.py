@@ -510,7 +510,7 @@ class ZipSource(Source):
                 raise BadImage("PERMISSION", "the zip member is encrypted; unpack the archive with its password")
             with archive.open(self.members[i]) as file:
                 return file.read(MOST_BYTES + 1)
-        except NotImplementedError as error:
+        except NotImplementedError as error:  # zipfile's word for a compression it does not know
             raise BadImage("FORMAT_NOT_ALLOWED", f"zip member: {error}") from None
         except (KeyError, FileNotFoundError, PermissionError) as error:
             raise BadImage("VANISHED", f"the archive cannot be read any more: {error}") from None
