@@ -24,6 +24,7 @@ def test_recipes_are_documented_round_trip_and_fit_together(name):
 OTHER = {
     "recipe": "mine", "data.source": "x", "data.size": [64, 32], "data.crop.kind": "center",
     "data.crop.scale": [0.5, 1], "data.crop.ratio": [1, 1], "data.crop.flip": 0, "data.crop.eval_share": 0.9,
+    "data.crop.jitter": 0.3,
     "data.channels": 4, "data.mean": [1, 2, 3], "data.std": [1, 2, 3], "data.workers": 3, "data.cache": False,
     "data.cache_gib": 2, "data.max_bad_fraction": 0.5, "data.scan_sample": 7, "optim.base_lr": 0.5,
     "optim.betas": [0.5, 0.6], "optim.eps": 0.001, "optim.weight_decay": 0.4, "optim.warmup": 0.2,
@@ -32,9 +33,16 @@ OTHER = {
     "train.log_every": 2, "train.checkpoint_every": 9, "train.checkpoint_minutes": 1, "train.keep_checkpoints": 3,
     "train.picture_every": 8, "train.picture_images": 2, "method.name": "mae", "method.mask_ratio": 0.6,
     "method.target": "pixels", "method.encoder.width": 64, "method.encoder.depth": 2, "method.encoder.heads": 4,
-    "method.encoder.patch": [8, 4], "method.encoder.mlp_ratio": 2, "method.decoder.width": 32,
-    "method.decoder.depth": 1, "method.decoder.heads": 2,
+    "method.encoder.patch": [8, 4], "method.encoder.mlp_ratio": 2, "method.encoder.positions": "learned",
+    "method.encoder.relative_bias": True, "method.encoder.layer_scale": 0.1, "method.decoder.width": 32,
+    "method.decoder.depth": 1, "method.decoder.heads": 2, "method.mask": "block", "method.smallest_block": 3,
+    "method.pattern": [["#...", "#..."]], "method.mask_tokens": "encoder", "method.pca_coefficients": 5,
+    "method.pca_whiten": True, "method.loss_on": "all",
     "graft": [{"run": "a", "source": "encoder.", "target": "encoder.", "step": 3}],
+}  # fmt: skip
+GOES_WITH = {
+    "method.smallest_block": ["method.mask=block"], "method.pattern": ["method.mask=pattern"],
+    "method.pca_coefficients": ["method.target=pca"], "method.pca_whiten": ["method.target=pca"],
 }  # fmt: skip
 
 
@@ -43,7 +51,8 @@ def test_every_setting_can_be_changed_from_the_command_line(key):
     assert key in OTHER, "a new setting needs a value to try here"
     value = OTHER[key]
     before = find("mae_nano")
-    after = override(before, [f"{key}={value if isinstance(value, str) else json.dumps(value)}"])
+    setting = f"{key}={value if isinstance(value, str) else json.dumps(value)}"
+    after = override(before, [*GOES_WITH.get(key, []), setting])
     found = json.loads(after.model_dump_json())
     for part in key.split("."):
         found = found[part]
@@ -77,7 +86,7 @@ def test_every_setting_is_read_somewhere(key):
         ("train.steps=many", "train.steps='many' does not fit: .*integer"),
         ("train.steps=0", "greater than 0"),
         ("method.mask_ratio=1.5", "less than 1"),
-        ("method.target=colour", "'norm_pixels' or 'pixels'"),
+        ("method.target=colour", "'norm_pixels', 'pixels'"),
         ("train.precision=fp16", "'auto', 'fp32' or 'bf16'"),
         ("data.size=big", "data.size"),
         ("method.name=mea", "method 'mea' is not known; did you mean mae"),

@@ -300,7 +300,7 @@ def test_from_a_run_that_does_not_fit_nothing_is_begun(images, tmp_path):
     floats.mkdir()
     for number in range(4):
         np.save(floats / f"{number}.npy", np.random.default_rng(number).random((16, 16, 3), np.float32))
-    with pytest.raises(DataError, match=r"these images are float32, .* was trained on uint8"):
+    with pytest.raises(UserError, match=r"these images are float32, .* was trained on uint8"):
         pretrain(floats, out=tmp_path / "second", from_run=first.path, settings=["train.steps=1"])
     with pytest.raises(RunError, match="is not a run"):
         pretrain(images, out=tmp_path / "second", from_run=images)

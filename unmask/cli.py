@@ -178,6 +178,14 @@ def pretrain(
             show_default=False,
         ),
     ] = None,
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(metavar="RUN", help="The dVAE whose codes beit, or mae with target=tokens, predict.", show_default=False),
+    ] = None,
+    masks: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="mae: hide these patches; .txt of # and ., .npy or .png.", show_default=False),
+    ] = None,
     settings: Settings = None,
     as_json: AsJson = False,
 ) -> None:
@@ -192,6 +200,8 @@ def pretrain(
         budget=_seconds(budget),
         settings=settings or (),
         from_run=from_run,
+        tokenizer=tokenizer,
+        masks=masks,
         console=console,
     )
     _ended(run, as_json, console)
@@ -290,6 +300,88 @@ def embed(
 
 
 @app.command()
+def ablate(
+    table: Annotated[
+        str,
+        typer.Argument(
+            metavar="TABLE", help="1a, 1b, 1c, 1d, 1e, 1f, fig5, fig7 of the MAE paper, or family.", show_default=False
+        ),
+    ],
+    data: Data,
+    test: Annotated[
+        str | None, typer.Option(metavar="DATA", help="Test images; default a fifth of DATA.", show_default=False)
+    ] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="Base of every cell; default mae_nano.", show_default=False)
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Default runs/<data>-table-<TABLE>; goes on with it.", show_default=False),
+    ] = None,
+    budget: Annotated[
+        str | None, typer.Option(metavar="TIME", help="For the whole table, e.g. 1h.", show_default=False)
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="Train every cell with so many seeds.")] = 1,
+    shots: Annotated[
+        int | None, typer.Option(help="Labels per class for the probes; default 5000 in all.", show_default=False)
+    ] = None,
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(metavar="RUN", help="A dVAE for cells that need one; default trains one.", show_default=False),
+    ] = None,
+    settings: Settings = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train and probe every cell of a table of the paper, beside the paper's numbers. Run again to go on with it."""
+    from unmask.ablate import ablate
+
+    summary = ablate(
+        table,
+        data,
+        test=test,
+        recipe=recipe,
+        out=out,
+        budget=_seconds(budget),
+        seeds=seeds,
+        shots=shots,
+        tokenizer=tokenizer,
+        settings=settings or (),
+        console=Console(),
+    )
+    if as_json:
+        _print_json(summary)
+    if summary["state"] != "finished":
+        raise typer.Exit(STOPPED if summary["state"] == "stopped" else FAILED)
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Two or more run folders.", show_default=False)],
+    data: Annotated[
+        str | None, typer.Option(metavar="DATA", help="Probe those that lack it on these.", show_default=False)
+    ] = None,
+    test: Annotated[
+        str | None, typer.Option(metavar="DATA", help="Test images; default a fifth of DATA.", show_default=False)
+    ] = None,
+    kind: Annotated[str, typer.Option(help="knn or linear.")] = "linear",
+    shots: Annotated[int | None, typer.Option(help="Labels per class; default all.", show_default=False)] = None,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="FILE.html; FILE.json comes with it.")] = Path(
+        "comparison.html"
+    ),
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Several runs beside one another: what they are, what they cost, and the probes that they share."""
+    from unmask.compare import compare
+
+    summary = compare(
+        runs, data=data, test=test, kind=kind, shots=shots, out=out, device=device, console=Console()
+    )
+    if as_json:
+        _print_json(summary)
+
+
+@app.command()
 def report(run: RunFolder, as_json: AsJson = False) -> None:
     """Write RUN/report.html: one file that opens offline."""
     from unmask.report import write_report
@@ -298,6 +390,24 @@ def report(run: RunFolder, as_json: AsJson = False) -> None:
     Console().say(f"report: {path}")
     if as_json:
         _print_json({"report": str(path)})
+
+
+@app.command()
+def plan(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A name from `unmask recipes`.", show_default=False)],
+    gpus: Annotated[
+        int | None, typer.Option(help="Also say how many images each of so many GPUs gets.", show_default=False)
+    ] = None,
+    settings: Settings = None,
+    as_json: AsJson = False,
+) -> None:
+    """What a recipe costs, counted without data: parameters, FLOPs, learning rate, steps."""
+    from unmask.costs import recipe_costs, say_costs
+
+    found = recipe_costs(recipe, settings=settings or (), gpus=gpus)
+    say_costs(found, Console())
+    if as_json:
+        _print_json(found)
 
 
 @app.command()

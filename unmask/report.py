@@ -12,13 +12,14 @@ import io
 import json
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import resources
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
 from unmask.run import Run, RunError, replace_file
@@ -46,14 +47,18 @@ def write_report(path: str | Path) -> Path:
     """Write `report.html` into the Run and return its path. Raises RunError when the folder is not a Run."""
     run = Run.open(path)
     inner = [Run(folder.parent) for folder in sorted(run.path.glob("*/config.json"))]
-    page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    page.filters["percent"] = lambda value: f"{100 * value:.1f} %"
-    text = resources.files("unmask").joinpath("report.html.jinja").read_text("utf-8")
-    html = page.from_string(text).render(
-        runs=[gather(each) for each in (run, *inner)], written=time.strftime("%Y-%m-%d %H:%M")
-    )
-    replace_file(run.report_file, html.encode("utf-8", "backslashreplace"))
+    gathered = [gather(each) for each in (run, *inner)]
+    replace_file(run.report_file, page("report.html.jinja", runs=gathered, written=time.strftime("%Y-%m-%d %H:%M")))
     return run.report_file
+
+
+def page(template: str, **values: Any) -> bytes:
+    """A template of this package filled in: one HTML file that opens offline."""
+    files = resources.files("unmask")
+    loader = FunctionLoader(lambda name: files.joinpath(name).read_text("utf-8"))
+    pages = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    pages.filters["percent"] = lambda value: f"{100 * value:.1f} %"
+    return pages.get_template(template).render(**values).encode("utf-8", "backslashreplace")
 
 
 def gather(run: Run) -> dict[str, Any]:
@@ -143,18 +148,11 @@ def _pictures(run: Run) -> list[Shown]:
 
 def curve(trained: list[dict[str, Any]], baselines: dict[str, Any]) -> Markup:
     """The loss curve with the trivial guesses as lines across it, as SVG."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter
 
     steps, losses = [row["step"] for row in trained], [row["loss"] for row in trained]
-    style: dict[Any, Any] = {
-        "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10, "text.color": INK, "axes.edgecolor": INK,
-        "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.spines.top": False,
-        "axes.spines.right": False, "svg.hashsalt": "unmask",
-    }  # fmt: skip
-    with rc_context(style):
-        figure = Figure(figsize=(8.2, 3.6), layout="constrained")
+
+    def draw(figure: Any) -> None:
         axes = figure.add_subplot()
         axes.plot(steps, losses, color=LOSS, alpha=0.3, linewidth=0.8)
         axes.plot(*smooth(steps, losses), color=LOSS, linewidth=2)
@@ -176,6 +174,23 @@ def curve(trained: list[dict[str, Any]], baselines: dict[str, Any]) -> Markup:
         axes.set_ylabel("training loss")
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
         axes.grid(alpha=0.15)
+
+    return drawn(draw, size=(8.2, 3.6))
+
+
+def drawn(draw: Callable[[Any], None], *, size: tuple[float, float]) -> Markup:
+    """What `draw` puts on a matplotlib Figure of `size` in inches, as SVG in the page's own text colour."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    style: dict[Any, Any] = {
+        "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10, "text.color": INK, "axes.edgecolor": INK,
+        "axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.spines.top": False,
+        "axes.spines.right": False, "svg.hashsalt": "unmask",
+    }  # fmt: skip
+    with rc_context(style):
+        figure = Figure(figsize=size, layout="constrained")
+        draw(figure)
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     svg = file.getvalue()

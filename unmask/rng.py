@@ -37,6 +37,7 @@ class Stream(IntEnum):
     LABELS = 5
     SHAPES = 6
     SHAPES_NOISE = 7
+    JITTER = 8
 
 
 def philox(counter: tuple[Array, Array, Array, Array], key: tuple[int, int]) -> tuple[Array, Array, Array, Array]:

@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from unmask import checkpoint
+from unmask import checkpoint, grafts
 from unmask.batch import ImageSpec
-from unmask.config import Config, ConfigError, Graft, override, parse
+from unmask.config import Config, ConfigError, override, parse
 from unmask.console import Console, duration
 from unmask.data.loader import Images, Order, choose_workers
 from unmask.data.scan import Scan, scan
@@ -52,19 +52,22 @@ def pretrain(
     budget: float | None = None,
     settings: Iterable[str] = (),
     from_run: str | Path | None = None,
+    tokenizer: str | Path | None = None,
+    palette: str | Path | None = None,
+    masks: str | Path | None = None,
     console: Console | None = None,
 ) -> Run:
     """Pre-train on the images of `data` and return the Run; `run.read("status.json")["state"]` says how it ended.
 
     recipe: a name from `unmask recipes`, or "auto". out: a new folder; made up from data and recipe when None. budget:
-    in seconds. settings: KEY=VALUE assignments. from_run: start from the weights of that Run, see `continued`. Raises
-    ValueError for anything a person can mend, and what can be said without the images before any is opened.
+    in seconds. settings: KEY=VALUE assignments. from_run: start from the weights of that Run, see `grafts.continued`.
+    tokenizer: the Run of a dVAE whose codes are predicted. palette: a file of `unmask palette`, or the Run of an iGPT
+    whose colours are used. masks: a file of masks to hide patches with. Raises ValueError for anything a person can
+    mend, and what can be said without the images before any is opened.
     """
     console = console or Console(quiet=True)
-    settings = list(settings)
-    base = None if from_run is None else continued(from_run, recipe)
-    if base is not None and "graft" in parse(settings):
-        raise ConfigError("both --from and graft were given, which say where weights come from; leave one of them out")
+    base = None if from_run is None else grafts.continued(from_run, recipe)
+    settings = with_options(base, recipe, list(settings), tokenizer=tokenizer, palette=palette, masks=masks)
     draft = drafted(base, recipe, settings, budget)
     device = choose_device(draft.train.device)
     if out is not None:
@@ -80,7 +83,7 @@ def pretrain(
     images, plan = prepare(source, found, config, device, budget=budget, reasons=reasons)
     if plan.cached:
         images.keep_decoded()
-    require_grafts(config, plan)
+    grafts.require_grafts(config, plan.images)
 
     run = Run.create(out if out is not None else free_name(source, config))
     with run.lock():
@@ -93,6 +96,34 @@ def pretrain(
         say_plan(plan, config, console)
         _train(run, config, plan, images, console)
     return run
+
+
+def with_options(
+    base: Config | None,
+    recipe: str,
+    settings: list[str],
+    *,
+    tokenizer: str | Path | None,
+    palette: str | Path | None,
+    masks: str | Path | None,
+) -> list[str]:
+    """What --tokenizer, --palette and --masks stand for, as settings before those set by hand.
+
+    Raises ConfigError where an option and a setting say the same, or an option would be ignored.
+    """
+    if "graft" in parse(settings) and (base is not None or tokenizer is not None):
+        option = "--from" if base is not None else "--tokenizer"
+        raise ConfigError(
+            f"both {option} and graft were given, which say where weights come from; leave one of them out"
+        )
+    config = base or catalogue.find(catalogue.AUTO[0] if recipe == "auto" else recipe)
+    given = {
+        "--masks": [] if masks is None else grafts.with_masks(masks),
+        "--tokenizer": [] if tokenizer is None else grafts.with_tokenizer(tokenizer, config.graft),
+    }
+    for option, filled in given.items():
+        grafts.require_own_settings(option, filled, settings, config)
+    return [*(text for filled in given.values() for text in filled), *settings]
 
 
 def resume(run_folder: str | Path, *, allow_dataset_change: bool = False, console: Console | None = None) -> Run:
@@ -218,6 +249,7 @@ def _as_auto_would(config: Config, settings: list[str]) -> Config:
 
 def require_method(config: Config) -> None:
     """Build the method for made-up images, without memory for weights: what does not fit together is said now."""
+    grafts.require_tokenizer(config)
     channels = config.data.channels or len(config.data.mean or config.data.std or (0, 0, 0))
     mean, std = config.data.mean or (0.0,) * channels, config.data.std or (1.0,) * channels
     require_statistics(channels, mean, std)
@@ -242,23 +274,6 @@ def scan_all(source: Source, draft: Config, console: Console) -> Scan:
     return found
 
 
-def continued(from_run: str | Path, recipe: str) -> Config:
-    """The configuration of a run that starts from the weights of another Run.
-
-    With recipe "auto" it is that Run's own, and the whole method goes on; with a named recipe only the encoder is
-    taken. The normalisation stays that of the weights. Raises ValueError for a folder that is no Run, or has no
-    checkpoint.
-    """
-    run = Run.open(from_run)
-    step, _ = checkpoint.load_model(run)
-    spec, whole = read_plan(run).images, recipe == "auto"
-    config = read_config(run) if whole else catalogue.find(recipe)
-    part = "" if whole else "encoder."
-    data = {"size": spec.size, "channels": spec.channels, "mean": spec.mean, "std": spec.std}
-    taken = Graft(run=str(run.path.absolute()), source=part, target=part, step=step)
-    return config.model_copy(update={"data": config.data.model_copy(update=data), "graft": (taken,)})
-
-
 def refuse_absurd_batch(config: Config, num_images: int) -> None:
     """A batch of very many times the data set is a slip of the finger, and one step of it would take for ever."""
     batch = config.train.batch_size
@@ -267,20 +282,6 @@ def refuse_absurd_batch(config: Config, num_images: int) -> None:
             f"train.batch_size={batch} came for {num_images} images: every step would see each of them "
             f"{batch // num_images} times; use at most {MOST_EPOCHS_A_STEP * num_images}, 16 to 256 is usual"
         )
-
-
-def require_grafts(config: Config, plan: Plan) -> None:
-    """Try the grafts on a throw-away method, so that what does not fit is said before there is a Run."""
-    for entry in config.graft:
-        run = Run.open(entry.run)
-        dtype = read_plan(run).images.dtype
-        if dtype != plan.images.dtype:
-            raise DataError(
-                f"these images are {plan.images.dtype}, the run {entry.run} was trained on {dtype}: its normalisation "
-                "does not fit them; convert the images, or train without --from"
-            )
-        _, weights = checkpoint.load_model(run, entry.step)
-        checkpoint.graft(config.build(plan.images), [(entry.source, entry.target, weights)])
 
 
 def settle(

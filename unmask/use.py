@@ -207,27 +207,33 @@ def _write_features(
         partial.unlink(missing_ok=True)
 
 
-def probe_run(
+def probe_run(run: Path, data: str, *, kind: str, **more: Any) -> dict[str, Any]:
+    """Probe a run on labelled images; writes RUN/evals/probe-<kind>-<data>.json and returns it. As `probe_kinds`."""
+    return probe_kinds(run, data, kinds=(kind,), **more)[kind]
+
+
+def probe_kinds(
     run: Path,
     data: str,
     *,
     test: str | None,
-    kind: str,
+    kinds: Sequence[str],
     shots: int | None,
     controls: bool,
     seed: int,
     step: int | None,
     device: str,
     console: Console,
-) -> dict[str, Any]:
-    """Probe a run on labelled images; writes RUN/evals/probe-<kind>-<data>.json and returns it.
+) -> dict[str, dict[str, Any]]:
+    """Several kinds of probe on the same features; writes RUN/evals/probe-<kind>-<data>.json of each, returns them all.
 
     test: labelled images to be measured on; None holds out a fifth of every class of `data`. shots: train on so many
     images per class only. controls: also raw pixels and the untrained encoder. seed: chooses the held-out fifth, the
     shots, and the part on which the linear probe chooses its C. The split and the shots depend on the seed and on the
     images' rows alone, not on the kind, the encoder, or which files are broken.
     """
-    require_kind(kind)
+    for kind in kinds:
+        require_kind(kind)
     loaded = load(run, device=choose_device(device), step=step)
     train_source = require_labels(open_source(data))
     train_labels, classes = _labels(train_source), train_source.classes
@@ -261,8 +267,7 @@ def probe_run(
         loaded, encoders, test_source, test_rows, precision=precision, title="test images", console=console
     )
 
-    summary = probe(train, measured, kind=kind, classes=classes, seed=seed)
-    summary |= {
+    about = {
         "shots": shots,
         "seed": seed,
         "data": data,
@@ -277,9 +282,12 @@ def probe_run(
     name += "" if seed == 0 else f"-seed-{seed}"
     if test is not None:
         name += "-on-" + "".join(letter if letter.isalnum() else "-" for letter in Path(test).name).strip("-")
-    Run.open(run).write(f"evals/probe-{kind}-{name}.json", summary)
-    say_probe(summary, console)
-    return summary
+    summaries = {}
+    for kind in kinds:
+        summaries[kind] = probe(train, measured, kind=kind, classes=classes, seed=seed) | about
+        Run.open(run).write(f"evals/probe-{kind}-{name}.json", summaries[kind])
+        say_probe(summaries[kind], console)
+    return summaries
 
 
 def _labels(source: Source) -> np.ndarray:

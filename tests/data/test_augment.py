@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
+from PIL import Image, ImageEnhance
 
-from unmask.data.augment import CROP_DRAWS, CropConfig, center_boxes, crop_boxes, cut, decode_size
+from unmask.data.augment import CROP_DRAWS, CropConfig, center_boxes, crop_boxes, cut, decode_size, jitter_colours
 from unmask.rng import Stream, uniform
 
 
@@ -117,3 +118,40 @@ def test_scaled_decoding_keeps_the_crop_at_full_resolution():
     assert decode_size((3000, 4000), np.array([0, 0, 3000, 4000]), (224, 224)) == (224, 224)
     assert decode_size((3000, 4000), np.array([0, 0, 300, 400]), (224, 224)) == (2240, 2240)
     assert decode_size((100, 100), np.array([0, 0, 50, 50]), (224, 224)) == (100, 100)
+
+
+def jitter_by_hand(image: np.ndarray, bright: float, contrast: float, saturation: float) -> np.ndarray:
+    """One RGB uint8 image through Pillow, which has the same three operations."""
+    picture = Image.fromarray(image)
+    for enhance, factor in zip(
+        (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color),
+        (bright, contrast, saturation),
+        strict=True,
+    ):
+        picture = enhance(picture).enhance(factor)
+    return np.asarray(picture)
+
+
+def test_jitter_agrees_with_pillow_to_its_rounding():
+    images = np.random.default_rng(0).integers(0, 256, (5, 8, 12, 3), dtype=np.uint8)
+    draws = np.random.default_rng(1).random((5, 3), np.float32)
+    ours = jitter_colours(images, 0.4, draws)
+    for image, draw, found in zip(images, draws, ours, strict=True):
+        theirs = jitter_by_hand(image, *(1 + 0.4 * (2 * draw - 1)))
+        assert np.abs(found.astype(int) - theirs).max() <= 3  # Pillow rounds after each of the three
+    assert np.abs(ours.astype(int) - images).mean() > 5
+
+
+def test_jitter_of_draws_in_the_middle_changes_nothing():
+    for dtype, top in ((np.uint8, 255), (np.uint16, 65535), (np.float32, 1)):
+        for channels in (1, 3, 5):
+            images = (np.random.default_rng(0).random((2, 4, 4, channels)) * top).astype(dtype)
+            same = jitter_colours(images, 0.4, np.full((2, 3), 0.5, np.float32))
+            assert same.dtype == dtype
+            assert np.allclose(same, images, rtol=1e-5, atol=1)
+
+
+def test_saturation_does_nothing_to_gray_images():
+    gray = np.random.default_rng(0).integers(0, 256, (1, 4, 4, 1), dtype=np.uint8).repeat(3, 3)
+    draws = np.array([[0.5, 0.5, 1.0]], np.float32)
+    assert np.abs(jitter_colours(gray, 0.4, draws).astype(int) - gray).max() <= 1

@@ -63,6 +63,16 @@ def test_the_division_into_micro_batches_changes_nothing(batch, batches):
     assert drawn(images(), batch=batch, batches=batches) == drawn(images())
 
 
+def test_jitter_belongs_to_the_image_and_is_for_training_only():
+    jittered = images()
+    jittered.crop = CropConfig(jitter=0.4)
+    assert drawn(jittered, batch=4, batches=10, workers=2) == drawn(jittered)
+    assert drawn(jittered) != drawn(images())
+    taken = Taken(np.arange(4), np.zeros(4, np.int64))
+    jittered.training = False
+    assert torch.equal(jittered[taken].batch.images, images(training=False)[taken].batch.images)
+
+
 @pytest.mark.parametrize("start", [1, 8, 19, 20, 33])
 def test_starting_anywhere_is_slicing_the_stream(start):
     stream = drawn(images(), batches=8)

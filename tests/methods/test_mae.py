@@ -78,7 +78,7 @@ def test_flat_patches_and_plain_pixels():
     batch = small_batch()
     flat = Batch(torch.full_like(batch.images, 7), batch.index, batch.epoch)
     assert torch.isfinite(small_mae()(flat, clock(flat)).value)
-    assert small_mae(target="pixels").target(torch.ones(1, 2, 48)).eq(1).all()
+    assert small_mae(target="pixels").target(torch.ones(1, 2, 48), flat.images).eq(1).all()
 
 
 @torch.no_grad()
@@ -125,8 +125,9 @@ def test_a_perfect_guess_pastes_the_original_back():
     method, batch = small_mae(), small_batch()
     patches = method.encoder.patches(batch.images)
     mask = mask_from_noise(torch.rand(4, 24), 0.75)
-    truth = take(method.target(patches), mask.drop)
-    assert torch.allclose(method._to_pixels(truth, patches, mask.drop), take(patches, mask.drop), atol=1e-4)
+    truth = take(method.target(patches, batch.images), mask.drop)
+    drawn = method.target.draw(truth, patches, batch.images, mask)
+    assert torch.allclose(drawn["pasted"], take(patches, mask.drop), atol=1e-4)
 
 
 GOLDEN_LOSSES = [
@@ -250,10 +251,108 @@ def test_agrees_with_transformers_on_copied_weights(recipe, depths):
         guess = ours.guess(patches, mask)
         normalised = (images - ours.encoder.mean[:, None, None]) / ours.encoder.std[:, None, None]
         for norm_pix in (True, False):
-            ours.norm_pixels = theirs.config.norm_pix_loss = norm_pix
+            ours.target.per_patch = theirs.config.norm_pix_loss = norm_pix
             out = theirs(normalised, noise=noise)
-            loss = mean_square(guess, take(ours.target(patches), mask.drop))
+            loss = mean_square(guess, take(ours.target(patches, images), mask.drop))
             assert float(loss) == pytest.approx(float(out.loss), rel=1e-5)
         expected = take(out.logits, mask.drop)
     assert ((guess - expected).norm() / expected.norm()) < 1e-5
     assert (guess - expected).abs().max() < 1e-5 * expected.abs().max() * 5
+
+
+VARIANTS = [
+    {"mask": "block", "mask_ratio": 0.5},
+    {"mask": "block", "smallest_block": 6},
+    {"mask": "grid"},
+    {"mask": "pattern", "mask_ratio": 0.5, "pattern": (("###...",) * 4, ("...###",) * 4)},
+    {"mask_tokens": "encoder"},
+    {"target": "pixels"},
+    {"target": "pca"},
+    {"target": "pca", "pca_coefficients": 12, "pca_whiten": True},
+    {"loss_on": "all"},
+    {"loss_on": "all", "mask_tokens": "encoder", "target": "pca", "mask": "block"},
+]
+
+
+@pytest.mark.parametrize("changes", VARIANTS, ids=lambda changes: ",".join(f"{k}={v}" for k, v in changes.items())[:40])
+def test_every_variant_of_table_1_trains_draws_and_keeps_its_state(changes):
+    torch.manual_seed(0)
+    method, batch = small_mae(**changes), small_batch(16)
+    if method.num_prepare:
+        method.prepare(batch.images)
+    optimizer, losses = make_optimizer(method, OptimConfig()), []
+    for step in range(40):
+        loss = method(batch, clock(batch, 0)).value
+        loss.backward()
+        if step == 0:
+            silent = [n for n, p in method.named_parameters() if p.requires_grad and not p.grad.abs().max() > 0]
+            assert not silent
+        update(optimizer, 3e-3, loss.detach(), None)
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.9 * losses[0]
+    with torch.no_grad():
+        picture = method.eval().picture(batch, clock(batch))
+        assert all(panel.shape == batch.images.shape and panel.isfinite().all() for panel in picture.panels.values())
+        assert float(picture.numbers["loss"]) == pytest.approx(float(method(batch, clock(batch)).value), rel=1e-5)
+        torch.manual_seed(1)
+        other = small_mae(**changes).eval()
+        other.load_state_dict(method.state_dict())
+        assert float(other(batch, clock(batch)).value) == float(method(batch, clock(batch)).value)
+
+
+def test_only_the_principal_components_are_kept_once():
+    assert [n for n in small_mae(target="pca").state_dict() if n.startswith(MAE.fixed)] == [
+        "target.center", "target.basis", "target.unit",
+    ]  # fmt: skip
+    assert not [n for n in small_mae().state_dict() if n.startswith(MAE.fixed)]
+
+
+@torch.no_grad()
+def test_with_mask_tokens_in_the_encoder_it_sees_the_places_but_not_the_pixels_of_hidden_patches():
+    method, batch = small_mae(mask_tokens="encoder"), small_batch()
+    patches = method.encoder.patches(batch.images)
+    mask = method.sample(clock(batch))
+    seen = method.see(patches, mask)
+    assert seen.shape == (4, 1 + 24, 32)
+    hidden_changed = patches.scatter_add(
+        1, mask.drop[:, :, None].expand(-1, -1, 48), torch.ones(4, mask.drop.shape[1], 48)
+    )
+    assert torch.equal(method.see(hidden_changed, mask), seen)
+    assert method.decoder.mask_token is None
+    expected = method.encoder.place(method.mask_token.expand(4, mask.drop.shape[1], -1), mask.drop)
+    assert (expected[:, 0] - expected[:, 1]).abs().max() > 0.1, "mask tokens stand at their places"
+
+
+@torch.no_grad()
+def test_loss_on_all_is_the_mean_of_both_parts():
+    batch = small_batch()
+    torch.manual_seed(0)
+    everywhere = small_mae(loss_on="all")
+    torch.manual_seed(0)
+    hidden = small_mae()
+    patches, mask = hidden.encoder.patches(batch.images), hidden.sample(clock(batch))
+    guess = everywhere.guess(patches, mask, everywhere=True)
+    truth = take(hidden.target(patches, batch.images), mask.order)
+    visible, rest = mean_square(guess[:, :6], truth[:, :6]), mean_square(guess[:, 6:], truth[:, 6:])
+    assert float(everywhere(batch, clock(batch)).value) == pytest.approx(float(visible / 4 + 3 * rest / 4), rel=1e-5)
+    assert float(hidden(batch, clock(batch)).value) == pytest.approx(float(rest), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mask": "grid", "mask_ratio": 0.5}, "grid sampling with a mask ratio of 0.5 came"),
+        ({"mask": "block", "smallest_block": 30}, "30 patches is larger than the grid of 4 x 6; use at most 18"),
+        ({"mask": "block", "mask_ratio": 0.1, "smallest_block": 4}, "4 patches is larger than the 3 patches"),
+        ({"mask": "pattern"}, "mask=pattern and a pattern go together"),
+        ({"pattern": (("###...",) * 4,)}, "mask=pattern and a pattern go together"),
+        ({"mask": "pattern", "pattern": (("###...",) * 4,)}, "hides 12 of 24 .* set method.mask_ratio=0.5"),
+        ({"mask": "pattern", "mask_ratio": 0.5, "pattern": (("##..",) * 4,)}, "is 4 x 4; the grid has 4 x 6"),
+        ({"smallest_block": 4}, "smallest_block is for mask=block, but mask=random"),
+        ({"pca_coefficients": 4}, "are for target=pca, but target=norm_pixels"),
+        ({"target": "pca", "pca_coefficients": 49}, "a patch has only 48 values"),
+    ],
+)
+def test_choices_that_do_not_go_together_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        small_mae(**changes)

@@ -35,13 +35,14 @@ def _share(span: tuple[float, float]) -> tuple[float, float]:
 
 
 class CropConfig(Settings):
-    """How a training crop is chosen.
+    """How a training crop is chosen, and what is done to its colours.
 
     kind "random_resized": a box of random area (`scale`, share of the image) and aspect (`ratio`), MAE's default;
     "random": a box of fixed size, `eval_share` of the largest that fits, at a random place; "center": the same box in
     the middle. scale and ratio count for "random_resized" only. flip: probability of a left-right flip. eval_share:
     side of a box of fixed size, as a share of the largest that fits: of the centre box used outside training, and for
-    kind "random" and "center" of the training crops too (the paper's resize 256, crop 224 is 0.875).
+    kind "random" and "center" of the training crops too (the paper's resize 256, crop 224 is 0.875). jitter: strength
+    of `jitter_colours`, 0 for none, which is what MAE trains with (its Table 1e).
     """
 
     kind: Literal["random_resized", "random", "center"] = "random_resized"
@@ -49,6 +50,7 @@ class CropConfig(Settings):
     ratio: Annotated[tuple[float, float], AfterValidator(_ordered)] = (3 / 4, 4 / 3)
     flip: float = Field(default=0.5, ge=0, le=1)
     eval_share: float = Field(default=1.0, gt=0, le=1)
+    jitter: float = Field(default=0.0, ge=0, le=1)
 
 
 def center_boxes(sizes: np.ndarray, target: tuple[int, int], share: float = 1.0) -> np.ndarray:
@@ -98,6 +100,29 @@ def _fallback(height: np.ndarray, width: np.ndarray, ratio: tuple[float, float])
     box_w = np.minimum(width, np.maximum(1, np.round(height * ratio[1])))
     box_h = np.minimum(height, np.maximum(1, np.round(width / ratio[0])))
     return np.concatenate([np.floor((height - box_h) / 2), np.floor((width - box_w) / 2), box_h, box_w], 1)
+
+
+def jitter_colours(images: np.ndarray, strength: float, draws: np.ndarray) -> np.ndarray:
+    """Brightness, contrast and saturation of each image changed, in this order: (B, H, W, C) in, the same dtype out.
+
+    draws: (B, 3) uniform in [0, 1), for a factor each in [1 - strength, 1 + strength]: the pixels times the first, the
+    distance from the image's mean gray times the second, that from each pixel's own gray times the third (which does
+    nothing to gray images). Gray is 0.299 R + 0.587 G + 0.114 B; the mean of the channels where there are not three.
+    Results are clipped to the range of integers; float32 images have none. After torchvision's ColorJitter without hue,
+    but for the order, which is random there.
+    """
+    factors = (1 + strength * (2 * draws - 1)).astype(np.float32)[:, :, None, None, None]  # (B, 3, 1, 1, 1)
+    channels = images.shape[3]
+    weights = np.array([0.299, 0.587, 0.114] if channels == 3 else [1 / channels] * channels, np.float32)
+    integer = np.issubdtype(images.dtype, np.integer)
+    top = np.iinfo(images.dtype).max if integer else np.inf
+    bottom = 0 if integer else -np.inf
+    x = (images.astype(np.float32) * factors[:, 0]).clip(bottom, top)
+    mean = (x @ weights).mean((1, 2))[:, None, None, None]
+    x = (mean + (x - mean) * factors[:, 1]).clip(bottom, top)
+    gray = (x @ weights)[..., None]
+    x = (gray + (x - gray) * factors[:, 2]).clip(bottom, top)
+    return (x.round() if integer else x).astype(images.dtype)
 
 
 def decode_size(size: tuple[int, int], box: np.ndarray, target: tuple[int, int]) -> tuple[int, int]:

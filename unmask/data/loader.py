@@ -1,9 +1,9 @@
 """From a source to batches. Position is one integer: how many samples have been taken.
 
-Sample number s belongs to epoch s // n at place s % n of that epoch's order; order, crop and flip are pure functions of
-(seed, epoch, image). Workers are handed explicit lists of images and keep no state, so their number cannot change what
-is drawn, and starting anywhere costs nothing: there is no iterator to wind forward. Epochs follow one another without
-a gap, so no image is left out and a batch may be larger than the data set.
+Sample number s belongs to epoch s // n at place s % n of that epoch's order; order, crop, flip and colour jitter are
+pure functions of (seed, epoch, image). Workers are handed explicit lists of images and keep no state, so their number
+cannot change what is drawn, and starting anywhere costs nothing: there is no iterator to wind forward. Epochs follow
+one another without a gap, so no image is left out and a batch may be larger than the data set.
 
 A file that has gone bad since the scan is replaced by another image drawn from the same counter-based stream, so every
 run replaces it alike; it is reported with the batch.
@@ -142,6 +142,9 @@ class Images(Dataset[Delivery]):
                     if not self.training:
                         raise BadImage(error.code, f"{bad[-1].name}: {error.detail}") from None
                     index[place], out[place] = self._replace(int(index[place]), int(taken.epoch[place]))
+        if self.training and self.crop.jitter:
+            draws = uniform(self.seed, Stream.JITTER, taken.epoch, index, 3)
+            out = augment.jitter_colours(out, self.crop.jitter, draws)
         labels = self.source.labels
         batch = Batch(
             images=torch.from_numpy(np.ascontiguousarray(out.transpose(0, 3, 1, 2))),

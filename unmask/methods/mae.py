@@ -7,113 +7,188 @@ the published parameter counts and to an independent implementation.
 Differs from the official code, without changing a number: only kept patches are embedded and only hidden ones
 predicted; masks come from counter-based draws that belong to the image, so they do not depend on rank, worker or batch
 position; the number of kept patches does not lose one to float truncation (100 patches at 0.9 keep 10, not 9).
+
+The variants of the paper's Table 1 are settings: decoder depth and width (1a, 1b), mask tokens in the encoder (1c), the
+target (1d), block-wise and grid sampling (1f), and the loss on all patches (footnote 1). Where the paper is silent:
+block-wise masks are made to hide equal numbers (`nn/masks.py`); with mask tokens in the encoder the decoder takes all
+tokens as they come; principal components are centred, not whitened.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
 import torch
-from pydantic import Field
-from torch import Tensor
+from pydantic import Field, model_validator
+from torch import Tensor, nn
 
 from unmask.batch import Batch, ImageSpec
+from unmask.errors import UserError
 from unmask.method import Clock, Loss, Method, MethodConfig, Picture
+from unmask.nn import masks
 from unmask.nn.decoders import DecoderConfig, LightDecoder
-from unmask.nn.losses import mean_square
-from unmask.nn.masks import Mask, nearest_visible, num_kept, random_mask
-from unmask.nn.patches import put, take, unpatchify
-from unmask.nn.targets import PatchStatistics, patch_statistics
+from unmask.nn.masks import Mask
+from unmask.nn.patches import put, take
+from unmask.nn.targets import Pixels, PrincipalComponents, Target
 from unmask.nn.vit import ViT, ViTConfig
 
 
 class Config(MethodConfig):
-    """MAE's settings. `target`: pixels normalised within each patch (the paper's best), or plain pixels."""
+    """MAE's settings; the defaults are the paper's, with its best target.
+
+    mask: how hidden patches are sampled. Blocks have at least `smallest_block` patches (None: BEiT's share of the grid,
+    16 of 14 x 14). "pattern" hides those marked "#" in `pattern`, one string for each row of the
+    grid; of several patterns one is drawn for each image (`unmask pretrain --mask FILE` fills it in).
+    mask_tokens: where mask tokens enter; "encoder" makes the encoder see them all (Table 1c).
+    target: pixels normalised within each patch, plain pixels, or the first `pca_coefficients` principal components of
+    patches (None: an eighth of a patch's values, as 96 of 768), whitened or not.
+    loss_on: the hidden patches, or all.
+    """
 
     name: Literal["mae"] = "mae"
     encoder: ViTConfig
     decoder: DecoderConfig = DecoderConfig()
+    mask: Literal["random", "block", "grid", "pattern"] = "random"
     mask_ratio: float = Field(default=0.75, gt=0, lt=1)
-    target: Literal["norm_pixels", "pixels"] = "norm_pixels"
+    smallest_block: int | None = Field(default=None, gt=0)
+    pattern: tuple[tuple[str, ...], ...] | None = None
+    mask_tokens: Literal["decoder", "encoder"] = "decoder"
+    target: Literal["norm_pixels", "pixels", "pca"] = "norm_pixels"
+    pca_coefficients: int | None = Field(default=None, gt=0)
+    pca_whiten: bool = False
+    loss_on: Literal["hidden", "all"] = "hidden"
+
+    @model_validator(mode="after")
+    def _nothing_is_ignored(self) -> Config:
+        if (self.mask == "pattern") != (self.pattern is not None):
+            raise ValueError("mask=pattern and a pattern go together; give both with --mask FILE, or neither")
+        if self.mask != "block" and self.smallest_block is not None:
+            raise ValueError(f"smallest_block is for mask=block, but mask={self.mask}; leave it out")
+        if self.target != "pca" and (self.pca_coefficients is not None or self.pca_whiten):
+            raise ValueError(f"pca_coefficients and pca_whiten are for target=pca, but target={self.target}")
+        return self
 
 
 class MAE(Method):
-    """See the module docstring. Raises ValueError when sizes do not fit together, saying which would."""
+    """See the module docstring. Raises ValueError when sizes or choices do not fit together, saying which would."""
 
     encoder: ViT
+    patterns: Tensor | None
+    fixed = ("target.",)
 
     def __init__(self, config: Config, images: ImageSpec) -> None:
         super().__init__()
-        self.mask_ratio = config.mask_ratio
-        self.norm_pixels = config.target == "norm_pixels"
         self.encoder = ViT(config.encoder, images)
-        num_kept(self.encoder.grid[0] * self.encoder.grid[1], config.mask_ratio)  # refuses a ratio that hides all
-        values = self.encoder.patch[0] * self.encoder.patch[1] * images.channels
-        self.decoder = LightDecoder(config.decoder, seen_width=self.encoder.width, grid=self.encoder.grid, out=values)
+        self.mask_ratio = config.mask_ratio
+        self.sampler = {
+            "random": masks.random_mask,
+            "block": partial(masks.block_mask, smallest=config.smallest_block),
+            "grid": masks.grid_mask,
+        }.get(config.mask)
+        self.register_buffer("patterns", require_mask(config, self.encoder.grid), persistent=False)
+        self.mask_token = (
+            nn.Parameter(torch.zeros(1, 1, self.encoder.width)) if config.mask_tokens == "encoder" else None
+        )
+        self.everywhere = config.loss_on == "all"
+        self.target = make_target(config, self.encoder, images.channels)
+        self.num_prepare = self.target.num_prepare
+        self.decoder = LightDecoder(
+            config.decoder,
+            seen_width=self.encoder.width,
+            grid=self.encoder.grid,
+            out=self.target.out,
+            fills=self.mask_token is None,
+        )
+        if self.mask_token is not None:
+            nn.init.normal_(self.mask_token, std=0.02)
+
+    def prepare(self, images: Tensor) -> None:
+        """Principal components need the data; see `Target.prepare`."""
+        self.target.prepare(self.encoder.patches(images))
 
     def loss(self, batch: Batch, clock: Clock) -> Loss:
-        """Mean square error on the hidden patches, in the target's units."""
+        """How far the guess is from the target, on the hidden patches or on all, in the target's units."""
         patches = self.encoder.patches(batch.images)  # (B, N, P), normalised
-        mask = random_mask(len(patches), self.encoder.grid, self.mask_ratio, clock.rng)
-        return Loss(mean_square(self.guess(patches, mask), take(self.target(patches), mask.drop)))
+        mask = self.sample(clock)
+        truth = self.target(patches, batch.images)  # (B, N, O)
+        where = mask.order if self.everywhere else mask.drop
+        return Loss(self.target.loss(self.guess(patches, mask, everywhere=self.everywhere), take(truth, where)))
 
-    def guess(self, patches: Tensor, mask: Mask) -> Tensor:
-        """The prediction for the hidden patches: (B, N, P) -> (B, M, P)."""
-        seen = self.encoder.run(self.encoder.embed(take(patches, mask.keep), mask.keep))
-        return self.decoder(seen, mask)
+    def sample(self, clock: Clock) -> Mask:
+        """A mask for each image of the batch that the clock belongs to."""
+        if self.sampler is None:
+            return masks.pattern_mask(self.patterns, masks.num_kept(self.patterns.shape[1], self.mask_ratio), clock.rng)
+        return self.sampler(len(clock.rng.index), self.encoder.grid, self.mask_ratio, clock.rng)
 
-    def target(self, patches: Tensor) -> Tensor:
-        """What the decoder is asked for, at every patch: (B, N, P) -> (B, N, P)."""
-        return patch_statistics(patches).remove(patches) if self.norm_pixels else patches
+    def guess(self, patches: Tensor, mask: Mask, *, everywhere: bool = False) -> Tensor:
+        """The prediction for the hidden patches, (B, N, P) -> (B, M, O), or for all, (B, N, O) as mask.order."""
+        return self.decoder(self.see(patches, mask), mask, everywhere=everywhere)
+
+    def see(self, patches: Tensor, mask: Mask) -> Tensor:
+        """What the encoder makes of the visible patches: (B, N, P) -> (B, 1 + K, D).
+
+        With mask tokens in the encoder it is (B, 1 + N, D), in the order of mask.order.
+        """
+        tokens = self.encoder.embed(take(patches, mask.keep), mask.keep)
+        if self.mask_token is None:
+            return self.encoder.run(tokens, mask.keep)
+        hidden = self.encoder.place(self.mask_token.expand(*mask.drop.shape, -1), mask.drop)
+        return self.encoder.run(torch.cat([tokens, hidden], 1), mask.order)
 
     def picture(self, batch: Batch, clock: Clock) -> Picture:
-        """Original, masked, prediction, pasted; and what the loss would be for two trivial guesses on these images."""
+        """Original, masked, prediction, pasted; and what the loss would be for trivial guesses on these images."""
         patches = self.encoder.patches(batch.images)
-        mask = random_mask(len(patches), self.encoder.grid, self.mask_ratio, clock.rng)
-        guess = self.guess(patches, mask).float()
-        near = nearest_visible(mask, self.encoder.grid)  # (B, M)
-
-        target = self.target(patches)
-        truth = take(target, mask.drop)
-        channels = batch.images.shape[1]
-        colours = target.unflatten(2, (-1, channels)).mean(2)  # (B, N, C): the mean colour of every patch
-        pixels = target.shape[2] // channels
-        visible = take(colours, mask.keep).mean(1, keepdim=True).expand(-1, mask.drop.shape[1], -1)  # (B, M, C)
-        numbers = {
-            "loss": mean_square(guess, truth),
-            "true_patch_mean": mean_square(take(colours, mask.drop).repeat(1, 1, pixels), truth),
-            "visible_mean": mean_square(visible.repeat(1, 1, pixels), truth),
-            "nearest_visible": mean_square(take(target, near), truth),
-        }
+        mask = self.sample(clock)
+        guess = self.guess(patches, mask, everywhere=True).float()
+        truth = self.target(patches, batch.images)
+        hidden = guess[:, mask.keep.shape[1] :]  # what is asked for comes last
+        loss = (guess, take(truth, mask.order)) if self.everywhere else (hidden, take(truth, mask.drop))
+        numbers = {"loss": self.target.loss(*loss)}
+        if not self.everywhere:  # or the guesses would be scored on other patches than the loss
+            numbers |= self.target.trivial(patches, batch.images, mask)
 
         nothing = torch.zeros_like(patches)  # the data set's mean colour
-        drawn = self._to_pixels(guess, patches, mask.drop)
+        drawn = self.target.draw(hidden, patches, batch.images, mask)
         panels = {
             "original": patches,
             f"masked {len(mask.drop[0]) / patches.shape[1]:.0%}": put(
                 patches, mask.drop, nothing[:, : mask.drop.shape[1]]
             ),
-            "prediction": put(nothing, mask.drop, drawn),
-            "pasted": put(patches, mask.drop, drawn),
+            "prediction": put(nothing, mask.drop, next(iter(drawn.values()))),
+            **{caption: put(patches, mask.drop, values) for caption, values in drawn.items()},
         }
         note = "Only hidden patches are predicted: the loss never asks for the visible ones."
-        if self.norm_pixels:
-            panels["pasted, nearest stats"] = put(patches, mask.drop, self._to_pixels(guess, patches, near))
-            note += (
-                " The target is normalised within each patch; the prediction is drawn with the TRUE mean and standard "
-                "deviation of each hidden patch, which the model does not know. 'Nearest stats' borrows them from the "
-                "nearest visible patch instead."
-            )
-        return Picture({caption: self._to_image(panel) for caption, panel in panels.items()}, note, numbers)
+        if self.everywhere:
+            note = "The loss asks for all patches; what is drawn are the hidden ones."
+        panels = {caption: self.encoder.images(panel) for caption, panel in panels.items()}
+        return Picture(panels, note + self.target.note, numbers)
 
-    def _to_pixels(self, guess: Tensor, patches: Tensor, statistics_of: Tensor) -> Tensor:
-        """Prediction -> normalised pixels, with the patch statistics of the patches named (B, M)."""
-        if not self.norm_pixels:
-            return guess
-        mean, std = patch_statistics(patches)
-        return PatchStatistics(take(mean, statistics_of), take(std, statistics_of)).restore(guess)
 
-    def _to_image(self, patches: Tensor) -> Tensor:
-        """Normalised patches -> images in the files' units, float32."""
-        images = unpatchify(patches, self.encoder.grid, self.encoder.patch)
-        return images * self.encoder.std[:, None, None] + self.encoder.mean[:, None, None]
+def require_mask(config: Config, grid: tuple[int, int]) -> Tensor | None:
+    """The patterns, (n, N) bool, where masks come from patterns. Raises ValueError for a mask that cannot be."""
+    kept = masks.num_kept(grid[0] * grid[1], config.mask_ratio)  # refuses a ratio that hides all, or nothing
+    if config.mask == "grid":
+        masks.require_grid(grid, config.mask_ratio)
+    if config.mask == "block":
+        masks.require_blocks(grid, config.mask_ratio, config.smallest_block or masks.smallest_block(grid))
+    if config.pattern is None:
+        return None
+    patterns = masks.read_patterns(config.pattern, grid)
+    hidden = int(patterns[0].sum())
+    if patterns.shape[1] - hidden != kept:
+        share = hidden / patterns.shape[1]
+        raise UserError(
+            f"the mask pattern hides {hidden} of {patterns.shape[1]} patches, method.mask_ratio={config.mask_ratio:g} "
+            f"is another share; set method.mask_ratio={share:.6g}"
+        )
+    return patterns
+
+
+def make_target(config: Config, encoder: ViT, channels: int) -> Target:
+    """What the decoder predicts."""
+    values = encoder.patch[0] * encoder.patch[1] * channels
+    if config.target == "pca":
+        count = config.pca_coefficients or max(1, values // 8)
+        return PrincipalComponents(values, encoder.grid, channels, count=count, whiten=config.pca_whiten)
+    return Pixels(values, encoder.grid, channels, per_patch=config.target == "norm_pixels")

@@ -1,7 +1,8 @@
 """The transformer block of ViT as official MAE builds it (timm 0.3.2 style), and its initialisation.
 
 Pre-norm; one fused qkv projection with bias; exact (erf) GELU; hidden width 4 D; LayerNorm eps 1e-6 (PyTorch's default
-of 1e-5 differs silently); no dropout, drop-path, LayerScale, relative bias or qk-norm. Parameter names are timm's.
+of 1e-5 differs silently); no dropout, drop-path or qk-norm. LayerScale and a bias on attention scores are there for
+those who ask (BEiT). Parameter names are timm's.
 """
 
 from __future__ import annotations
@@ -22,17 +23,21 @@ def layer_norm(width: int) -> nn.LayerNorm:
 
 
 def attend(
-    q: Float[Tensor, "B heads N d"], k: Float[Tensor, "B heads N d"], v: Float[Tensor, "B heads N d"]
+    q: Float[Tensor, "B heads N d"],
+    k: Float[Tensor, "B heads K d"],
+    v: Float[Tensor, "B heads K d"],
+    bias: Float[Tensor, "*B heads N K"] | None = None,
 ) -> Float[Tensor, "B heads N d"]:
-    """softmax(q k^T / sqrt(d)) v.
+    """softmax(q k^T / sqrt(d) + bias) v.
 
     On CPUs the fused kernel's backward pass in bfloat16 is three to ten times slower than the two plain products for
     the few tokens that masking leaves (`benchmarks/attention.py`), so there the products are written out, as long as
     the (N, N) scores are small enough to keep.
     """
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] <= LONGEST_PLAIN:
-        return ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).softmax(-1) @ v
-    return F.scaled_dot_product_attention(q, k, v)
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+        return (scores if bias is None else scores + bias.to(q.dtype)).softmax(-1) @ v
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=None if bias is None else bias.to(q.dtype))
 
 
 class Attention(nn.Module):
@@ -48,10 +53,12 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
+    def forward(
+        self, x: Float[Tensor, "B N D"], bias: Float[Tensor, "*B heads N N"] | None = None
+    ) -> Float[Tensor, "B N D"]:
         b, n, d = x.shape
         q, k, v = self.qkv(x).reshape(b, n, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
-        out = attend(q, k, v)  # (B, heads, N, D / heads)
+        out = attend(q, k, v, bias)  # (B, heads, N, D / heads)
         return self.proj(out.transpose(1, 2).reshape(b, n, d))
 
 
@@ -65,19 +72,34 @@ class MLP(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
-class Block(nn.Module):
-    """x + Attention(norm x), then x + MLP(norm x)."""
+class LayerScale(nn.Module):
+    """A learned factor for each value of a token, small at first (Touvron et al. 2021; used by BEiT)."""
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float = 4.0) -> None:
+    def __init__(self, width: int, start: float) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((width,), start))
+
+    def forward(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
+        return x * self.gamma
+
+
+class Block(nn.Module):
+    """x + Attention(norm x), then x + MLP(norm x); with `layer_scale` each addend is scaled, that much at the start."""
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float = 4.0, layer_scale: float | None = None) -> None:
         super().__init__()
         self.norm1 = layer_norm(width)
         self.attn = Attention(width, heads)
+        self.ls1 = nn.Identity() if layer_scale is None else LayerScale(width, layer_scale)
         self.norm2 = layer_norm(width)
         self.mlp = MLP(width, int(width * mlp_ratio))
+        self.ls2 = nn.Identity() if layer_scale is None else LayerScale(width, layer_scale)
 
-    def forward(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+    def forward(
+        self, x: Float[Tensor, "B N D"], bias: Float[Tensor, "*B heads N N"] | None = None
+    ) -> Float[Tensor, "B N D"]:
+        x = x + self.ls1(self.attn(self.norm1(x), bias))
+        return x + self.ls2(self.mlp(self.norm2(x)))
 
 
 def init_linears(module: nn.Module) -> None:

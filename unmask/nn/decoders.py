@@ -26,31 +26,41 @@ class LightDecoder(nn.Module):
     """MAE's decoder (section 3): narrow transformer over the visible tokens and one shared mask token per hidden patch.
 
     Equal to the official one, less the idle work: tokens are not shuffled back to raster order (attention does not mind
-    the order, each token carries its position), and only hidden patches pass the prediction layer.
+    the order, each token carries its position), and only patches that are asked for pass the prediction layer.
+
+    out: numbers predicted for a patch. fills: False when the encoder saw mask tokens itself and hands on all N tokens.
     """
 
-    def __init__(self, config: DecoderConfig, *, seen_width: int, grid: tuple[int, int], out: int) -> None:
+    def __init__(
+        self, config: DecoderConfig, *, seen_width: int, grid: tuple[int, int], out: int, fills: bool = True
+    ) -> None:
         super().__init__()
         self.embed = nn.Linear(seen_width, config.width)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, config.width))
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, config.width)) if fills else None
         table = positions.sincos(config.width, grid)
         table = torch.cat([torch.zeros(1, config.width), table])[None]
         self.pos_embed = nn.Parameter(table, requires_grad=False)  # (1, 1 + N, D)
         self.blocks = nn.ModuleList(Block(config.width, config.heads) for _ in range(config.depth))
         self.norm = layer_norm(config.width)
         self.pred = nn.Linear(config.width, out)
-        nn.init.normal_(self.mask_token, std=0.02)
+        if self.mask_token is not None:
+            nn.init.normal_(self.mask_token, std=0.02)
         init_linears(self)
 
-    def forward(self, seen: Float[Tensor, "B K1 D"], mask: Mask) -> Float[Tensor, "B M P"]:
-        """`seen`: class token and the K visible tokens in the order of mask.keep -> a guess for each of mask.drop."""
+    def forward(self, seen: Float[Tensor, "B K1 D"], mask: Mask, *, everywhere: bool = False) -> Float[Tensor, "B Q P"]:
+        """A guess for each of mask.drop, or with `everywhere` for each of mask.order.
+
+        `seen`: class token, and the visible tokens in the order of mask.keep (all in that of mask.order when the
+        decoder does not fill).
+        """
         b, hidden = mask.drop.shape
         x = self.embed(seen)
-        where = torch.cat([mask.keep, mask.drop], 1)  # (B, N): visible first, then hidden
-        table = take(self.pos_embed[:, 1:].expand(b, -1, -1), where)
-        # Under autocast the sums are float32, as the mask token and the positions are.
-        tokens = torch.cat([x[:, 1:], self.mask_token.expand(b, hidden, -1)], 1) + table
+        tokens = x[:, 1:]
+        if self.mask_token is not None:
+            tokens = torch.cat([tokens, self.mask_token.expand(b, hidden, -1)], 1)
+        # Under autocast the sum is float32, as the positions are.
+        tokens = tokens + take(self.pos_embed[:, 1:].expand(b, -1, -1), mask.order)
         x = torch.cat([x[:, :1] + self.pos_embed[:, :1], tokens], 1)  # (B, 1 + N, d)
         for block in self.blocks:
             x = block(x)
-        return self.pred(self.norm(x[:, -hidden:]))
+        return self.pred(self.norm(x[:, 1:] if everywhere else x[:, -hidden:]))

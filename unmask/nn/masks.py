@@ -2,12 +2,14 @@
 
 Indices run over the patch grid only, never with an offset for a class token. Every image of a batch keeps the same
 number of patches, so shapes are static. A sampler is a function (B, grid, ratio, rng) -> Mask, and its draws belong to
-the image (see `rng.py`), not to its place in the batch.
+the image (see `rng.py`), not to its place in the batch. MAE's Table 1f compares `random_mask`, `block_mask` and
+`grid_mask`; `pattern_mask` hides what a person has drawn.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +18,11 @@ from torch import Tensor
 
 from unmask.errors import UserError
 from unmask.rng import Draws
+
+BLOCK_TRIES = 10  # in a row without a new block, and the sampler of blocks gives up (BEiT)
+BLOCK_PROPOSALS = 64  # rectangles drawn for every image, far more than are ever needed
+BLOCK_ASPECT = 0.3  # least height of a block over its width; the greatest is 1 over this
+BEIT_SMALLEST_BLOCK = 16 / 196  # share of the grid
 
 
 @dataclass(frozen=True)
@@ -31,6 +38,11 @@ class Mask:
             len(self.keep), self.keep.shape[1] + self.drop.shape[1], dtype=torch.bool, device=self.keep.device
         )
         return flags.scatter(1, self.drop, True)
+
+    @property
+    def order(self) -> Int[Tensor, "B N"]:
+        """Every patch once: the visible ones, then the hidden ones."""
+        return torch.cat([self.keep, self.drop], 1)
 
 
 def num_kept(num_patches: int, ratio: float) -> int:
@@ -61,6 +73,116 @@ def random_mask(batch: int, grid: tuple[int, int], ratio: float, rng: Draws) -> 
     noise = rng.uniform(grid[0] * grid[1])
     assert len(noise) == batch, "the draws belong to another batch"
     return mask_from_noise(noise, ratio)
+
+
+def smallest_block(grid: tuple[int, int]) -> int:
+    """How many patches a block has at least: 16 on BEiT's grid of 14 x 14, the same share of any other."""
+    return max(1, round(BEIT_SMALLEST_BLOCK * grid[0] * grid[1]))
+
+
+def require_blocks(grid: tuple[int, int], ratio: float, smallest: int) -> None:
+    """Raises ValueError when a block of `smallest` patches does not go into the grid, or hides more than is asked."""
+    n = grid[0] * grid[1]
+    hidden = n - num_kept(n, ratio)
+    if smallest > hidden:
+        what = f"the grid of {grid[0]} x {grid[1]}" if smallest > n else f"the {hidden} patches that {ratio:g} hides"
+        raise UserError(f"a smallest block of {smallest} patches is larger than {what}; use at most {hidden}")
+
+
+def block_mask(batch: int, grid: tuple[int, int], ratio: float, rng: Draws, smallest: int | None = None) -> Mask:
+    """Block-wise sampling of BEiT (Bao et al. 2021, its code), made to hide the same number in every image.
+
+    Rectangles are drawn one after another: area uniform between `smallest` and what remains to be hidden, aspect
+    log-uniform in [0.3, 1/0.3], both sides shorter than the grid's, corner anywhere. One is taken when it hides at
+    least one new patch and not more than remain; after ten in a row that do not fit the sampler gives up. BEiT stops
+    there, at or below the number asked for; here single patches drawn at random make up the rest, because batches need
+    equal numbers. All images go through the same 64 proposals at once, without a look from the host.
+    """
+    smallest = smallest_block(grid) if smallest is None else smallest
+    (rows, cols), n = grid, grid[0] * grid[1]
+    wanted = n - num_kept(n, ratio)
+    draws = rng.uniform(4 * BLOCK_PROPOSALS + n)
+    assert len(draws) == batch, "the draws belong to another batch"
+    proposals = draws[:, : 4 * BLOCK_PROPOSALS].reshape(batch, BLOCK_PROPOSALS, 4)
+    row = torch.arange(rows, device=draws.device)[None, :, None]  # (1, rows, 1)
+    col = torch.arange(cols, device=draws.device)[None, None]  # (1, 1, cols)
+    hidden = torch.zeros(batch, rows, cols, dtype=torch.bool, device=draws.device)
+    failed = torch.zeros(batch, dtype=torch.int64, device=draws.device)
+    for area, aspect, down, across in proposals.permute(1, 2, 0):  # each (B,)
+        remaining = wanted - hidden.sum((1, 2))
+        area = smallest + area * (remaining - smallest)
+        aspect = torch.exp(math.log(BLOCK_ASPECT) * (1 - 2 * aspect))
+        height, width = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
+        top, left = (down * (rows - height + 1)).floor(), (across * (cols - width + 1)).floor()
+        block = (row >= top[:, None, None]) & (row < (top + height)[:, None, None])
+        block = block & (col >= left[:, None, None]) & (col < (left + width)[:, None, None])
+        new = (block & ~hidden).sum((1, 2))
+        fits = (height < rows) & (width < cols) & (new >= 1) & (new <= remaining) & (failed < BLOCK_TRIES)
+        hidden = hidden | (block & fits[:, None, None])
+        failed = torch.where(failed < BLOCK_TRIES, torch.where(fits, 0, failed + 1), failed)
+    # What is hidden comes last; among the others the noise says which ones make up the number.
+    return mask_from_noise(draws[:, 4 * BLOCK_PROPOSALS :] + hidden.flatten(1), ratio)
+
+
+def require_grid(grid: tuple[int, int], ratio: float) -> None:
+    """Raises ValueError unless one of every 2 x 2 patches can be kept: ratio 0.75 and an even grid."""
+    if ratio != 0.75:
+        raise UserError(
+            f"grid sampling with a mask ratio of {ratio:g} came; it keeps one of every four patches, so the ratio is "
+            "0.75: set method.mask_ratio=0.75, or method.mask=random for another ratio"
+        )
+    if grid[0] % 2 or grid[1] % 2:
+        raise UserError(
+            f"grid sampling on {grid[0]} x {grid[1]} patches came; it keeps one of every 2 x 2, so both numbers must "
+            "be even: change data.size or method.encoder.patch, or set method.mask=random"
+        )
+
+
+def grid_mask(batch: int, grid: tuple[int, int], ratio: float, rng: Draws) -> Mask:
+    """Regular sampling of MAE's Table 1f: the upper left of every 2 x 2 patches stays, the same in every image."""
+    require_grid(grid, ratio)
+    hidden = torch.ones(grid, dtype=torch.bool, device=rng.index.device)
+    hidden[::2, ::2] = False
+    return _mask_of(hidden.flatten().expand(batch, -1), kept=hidden.numel() // 4)
+
+
+def pattern_mask(patterns: Bool[Tensor, "n N"], kept: int, rng: Draws) -> Mask:
+    """One of the given patterns for each image, drawn. True is hidden; every pattern keeps `kept` patches."""
+    which = (rng.uniform(1)[:, 0] * len(patterns)).long()  # (B,)
+    return _mask_of(patterns[which], kept)
+
+
+def _mask_of(hidden: Bool[Tensor, "B N"], kept: int) -> Mask:
+    """Both parts in raster order. `kept` is given, so that the host need not count."""
+    order = hidden.int().argsort(dim=1, stable=True)
+    return Mask(keep=order[:, :kept], drop=order[:, kept:])
+
+
+def read_patterns(rows: Sequence[Sequence[str]], grid: tuple[int, int]) -> Bool[Tensor, "n N"]:
+    """Patterns as text, "#" a hidden patch and "." a visible one, one string for each row of the grid.
+
+    Raises ValueError for another size than the grid's, other letters, or patterns that hide unequal numbers, no patch,
+    or all.
+    """
+    flags = []
+    for number, pattern in enumerate(rows, 1):
+        shape = {len(row) for row in pattern}
+        if len(pattern) != grid[0] or shape != {grid[1]}:
+            came = f"{len(pattern)} x {shape.pop() if len(shape) == 1 else 'unequal'}"
+            raise UserError(
+                f"mask pattern {number} is {came}; the grid has {grid[0]} x {grid[1]} patches, one mark each"
+            )
+        if wrong := set("".join(pattern)) - set("#."):
+            raise UserError(f"mask pattern {number} has {sorted(wrong)}; '#' hides a patch and '.' shows it")
+        flags.append([letter == "#" for row in pattern for letter in row])
+    hidden = torch.tensor(flags, device="cpu")
+    counts = sorted({sum(pattern) for pattern in flags})
+    if len(counts) != 1 or not 0 < counts[0] < hidden.shape[1]:
+        raise UserError(
+            f"the mask patterns hide {' or '.join(map(str, counts))} of {hidden.shape[1]} patches; all of a file must "
+            "hide the same number, at least one and not all, because the images of a batch share their shapes"
+        )
+    return hidden
 
 
 def nearest_visible(mask: Mask, grid: tuple[int, int]) -> Int[Tensor, "B M"]:

@@ -1,4 +1,5 @@
-"""Fixed two-dimensional sine-cosine positions of MAE (He et al. 2021, `util/pos_embed.py`), and resizing of tables.
+"""Where a patch stands: fixed two-dimensional sine-cosine positions of MAE (He et al. 2021, `util/pos_embed.py`),
+resizing of tables, and BEiT's relative position bias.
 
 The code of one axis is [sin(pos w) | cos(pos w)] in halves, not interleaved, with w_i = 10000^(-i / (D/4)); the code of
 a patch is [code of its COLUMN | code of its ROW], because the official code calls meshgrid with the width axis first.
@@ -10,8 +11,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
-from torch import Tensor
+from jaxtyping import Float, Int
+from torch import Tensor, nn
 
 from unmask.errors import UserError
 
@@ -39,3 +40,52 @@ def resize(positions: Float[Tensor, "1 N D"], old: tuple[int, int], new: tuple[i
     table = positions.reshape(1, old[0], old[1], -1).permute(0, 3, 1, 2)  # (1, D, rows, cols)
     table = F.interpolate(table.float(), size=new, mode="bicubic", align_corners=False)
     return table.permute(0, 2, 3, 1).reshape(1, new[0] * new[1], -1).to(positions.dtype)
+
+
+class RelativeBias(nn.Module):
+    """What is added to attention scores for how far apart two patches lie (BEiT, Bao et al. 2021, its code).
+
+    One table for all layers that are given it: a number per head for each of (2 rows - 1) x (2 cols - 1) offsets, zero
+    at the start, and three more: from the class token to a patch, from a patch to the class token, and to itself.
+    """
+
+    index: Tensor
+
+    def __init__(self, grid: tuple[int, int], heads: int) -> None:
+        super().__init__()
+        self.grid = grid
+        self.table = nn.Parameter(torch.zeros(_num_offsets(grid) + 3, heads))
+        self.register_buffer("index", _offset_index(grid), persistent=False)
+
+    def forward(
+        self, where: Int[Tensor, "B K"] | None = None, grid: tuple[int, int] | None = None
+    ) -> Float[Tensor, "*B heads K1 K1"]:
+        """The bias among the class token and all patches in raster order, or those of each image that are named.
+
+        grid: where the images are larger or smaller than in training; the table of offsets is interpolated, bicubic.
+        """
+        table, index = self.table, self.index
+        if grid is not None and grid != self.grid:
+            old, new = [(2 * rows - 1, 2 * cols - 1) for rows, cols in (self.grid, grid)]
+            table = torch.cat([resize(table[None, :-3], old, new)[0], table[-3:]])
+            index = _offset_index(grid).to(table.device)
+        if where is not None:
+            places = torch.cat([torch.zeros_like(where[:, :1]), where + 1], 1)  # (B, K1): the class token is 0
+            index = index[places[:, :, None], places[:, None, :]]  # (B, K1, K1)
+        return table[index].movedim(-1, -3)
+
+
+def _num_offsets(grid: tuple[int, int]) -> int:
+    return (2 * grid[0] - 1) * (2 * grid[1] - 1)
+
+
+def _offset_index(grid: tuple[int, int]) -> Int[Tensor, "N1 N1"]:
+    """Which row of the table belongs to each pair of (class token, patches in raster order)."""
+    rows, cols = grid
+    row, col = torch.arange(rows * cols) // cols, torch.arange(rows * cols) % cols
+    down = row[:, None] - row + rows - 1  # (N, N)
+    across = col[:, None] - col + cols - 1
+    index = torch.empty(rows * cols + 1, rows * cols + 1, dtype=torch.int64)
+    index[1:, 1:] = down * (2 * cols - 1) + across
+    index[0, 1:], index[1:, 0], index[0, 0] = (_num_offsets(grid) + n for n in range(3))
+    return index

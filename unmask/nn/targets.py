@@ -1,14 +1,27 @@
-"""What a method predicts for a patch, and how to turn a prediction back into pixels."""
+"""What a method predicts for a patch: plain or normalised pixels, principal components, or a tokenizer's codes.
+
+A target says how many numbers a decoder predicts for each patch (`out`), what the truth is at every patch (`forward`),
+how far a guess is from it (`loss`), how to draw a guess, and what guesses that need no learning would score.
+
+Letters: B images, N patches, Q of them asked for, P values of a patch, O numbers predicted for it, V codes.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor, nn
+
+from unmask.errors import UserError
+from unmask.nn.losses import mean_square
+from unmask.nn.masks import Mask, nearest_visible
+from unmask.nn.patches import take
 
 VARIANCE_EPS = 1e-6
+PCA_PATCHES = 100_000  # that principal components are computed from, at least, where the data have so many
 
 
 class PatchStatistics(NamedTuple):
@@ -23,6 +36,10 @@ class PatchStatistics(NamedTuple):
     def restore(self, patches: Float[Tensor, "B N P"]) -> Float[Tensor, "B N P"]:
         return patches * self.std + self.mean
 
+    def of(self, where: Int[Tensor, "B Q"]) -> PatchStatistics:
+        """Those of the patches named."""
+        return PatchStatistics(take(self.mean, where), take(self.std, where))
+
 
 def patch_statistics(patches: Float[Tensor, "B N P"]) -> PatchStatistics:
     """Statistics for MAE's normalised-pixel target: unbiased variance, eps inside the root, always in float32.
@@ -32,3 +49,142 @@ def patch_statistics(patches: Float[Tensor, "B N P"]) -> PatchStatistics:
     patches = patches.float()
     variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
     return PatchStatistics(mean, (variance + VARIANCE_EPS).sqrt())
+
+
+class Target(nn.Module, ABC):
+    """See the module docstring. `patches` (B, N, P) are normalised, `images` (B, C, H, W) in the files' own units.
+
+    num_prepare: of how many images `prepare` wants the patches, (1, n, P), before the first step; 0 for none.
+    note: what a person must know to read the picture.
+    """
+
+    out: int
+    note: str = ""
+    num_prepare: int = 0
+
+    @abstractmethod
+    def forward(self, patches: Float[Tensor, "B N P"], images: Tensor) -> Shaped[Tensor, "B N T"]:
+        """The truth at every patch; T is O, or 1 where it is the id of a code."""
+
+    @abstractmethod
+    def loss(self, guess: Float[Tensor, "B Q O"], truth: Shaped[Tensor, "B Q T"]) -> Float[Tensor, ""]:
+        """How far `guess` is from `truth`, float32."""
+
+    @abstractmethod
+    def draw(
+        self, guess: Float[Tensor, "B M O"], patches: Float[Tensor, "B N P"], images: Tensor, mask: Mask
+    ) -> dict[str, Float[Tensor, "B M P"]]:
+        """Guesses for mask.drop as normalised patches, by the caption under which they are pasted into the image."""
+
+    @abstractmethod
+    def trivial(self, patches: Float[Tensor, "B N P"], images: Tensor, mask: Mask) -> dict[str, Float[Tensor, ""]]:
+        """What guesses for mask.drop that need no learning would score on these images, in the units of `loss`."""
+
+    def prepare(self, patches: Float[Tensor, "1 n P"]) -> None:
+        raise TypeError(f"{type(self).__name__} asks for patches of {self.num_prepare} images and has no prepare()")
+
+
+class Pixels(Target):
+    """Pixels, normalised over the data set only, or with `per_patch` also within each patch (MAE section 4)."""
+
+    def __init__(self, values: int, grid: tuple[int, int], channels: int, *, per_patch: bool) -> None:
+        super().__init__()
+        self.out, self.grid, self.channels, self.per_patch = values, grid, channels, per_patch
+        if per_patch:
+            self.note = (
+                " The target is normalised within each patch; the prediction is drawn with the TRUE mean and standard "
+                "deviation of each hidden patch, which the model does not know. 'Nearest stats' borrows them from the "
+                "nearest visible patch instead."
+            )
+
+    def forward(self, patches: Tensor, images: Tensor) -> Tensor:
+        return patch_statistics(patches).remove(patches) if self.per_patch else patches
+
+    def loss(self, guess: Tensor, truth: Tensor) -> Tensor:
+        return mean_square(guess, truth)
+
+    def draw(self, guess: Tensor, patches: Tensor, images: Tensor, mask: Mask) -> dict[str, Tensor]:
+        if not self.per_patch:
+            return {"pasted": guess}
+        statistics = patch_statistics(patches)
+        near = statistics.of(nearest_visible(mask, self.grid))
+        return {"pasted": statistics.of(mask.drop).restore(guess), "pasted, nearest stats": near.restore(guess)}
+
+    def trivial(self, patches: Tensor, images: Tensor, mask: Mask) -> dict[str, Tensor]:
+        truth = self(patches, images)
+        guesses = flat_guesses(truth, self.channels, mask, self.grid)
+        return {name: self.loss(guess, take(truth, mask.drop)) for name, guess in guesses.items()}
+
+
+class PrincipalComponents(Target):
+    """The coefficients of a patch along the `count` directions of greatest variance (MAE, Table 1d: 96 of 768).
+
+    The directions come from the data set, by `prepare`; until then all coefficients are 0. whiten: each coefficient
+    divided by its standard deviation over the data; the paper does not say, and plain coefficients are the default.
+    Raises ValueError for more coefficients than a patch has values.
+    """
+
+    basis: Tensor
+    center: Tensor
+
+    def __init__(self, values: int, grid: tuple[int, int], channels: int, *, count: int, whiten: bool) -> None:
+        super().__init__()
+        if count > values:
+            raise UserError(
+                f"method.pca_coefficients={count} came, a patch has only {values} values; use at most {values}, "
+                f"{max(1, values // 8)} is the paper's share"
+            )
+        self.out, self.grid, self.channels, self.whiten = count, grid, channels, whiten
+        self.num_prepare = -(-PCA_PATCHES // (grid[0] * grid[1]))
+        self.register_buffer("center", torch.zeros(values))
+        self.register_buffer("basis", torch.zeros(values, count))  # (P, O): its columns are the directions
+        self.register_buffer("unit", torch.ones(count))  # standard deviation of each coefficient
+        self.note = f" What is predicted are the first {count} principal components of a patch of {values} values."
+
+    def prepare(self, patches: Tensor) -> None:
+        flat = patches.flatten(0, 1).double()
+        center = flat.mean(0)
+        covariance = (flat - center).T @ (flat - center) / max(1, len(flat) - 1)
+        variances, directions = torch.linalg.eigh(covariance.cpu())  # ascending
+        variances, directions = variances.flip(0)[: self.out], directions.flip(1)[:, : self.out]
+        largest = directions.gather(0, directions.abs().argmax(0, keepdim=True))
+        directions = directions * torch.where(largest < 0, -1.0, 1.0)  # or the sign would be the library's whim
+        self.center.copy_(center)
+        self.basis.copy_(directions)
+        if self.whiten:
+            self.unit.copy_(variances.clamp(min=VARIANCE_EPS).sqrt())
+
+    def project(self, patches: Float[Tensor, "B N P"]) -> Float[Tensor, "B N O"]:
+        return (patches - self.center) @ self.basis / self.unit
+
+    def forward(self, patches: Tensor, images: Tensor) -> Tensor:
+        with torch.autocast(patches.device.type, enabled=False):  # targets are float32, as the losses are
+            return self.project(patches.float())
+
+    def loss(self, guess: Tensor, truth: Tensor) -> Tensor:
+        return mean_square(guess, truth)
+
+    def draw(self, guess: Tensor, patches: Tensor, images: Tensor, mask: Mask) -> dict[str, Tensor]:
+        return {"pasted": (guess * self.unit) @ self.basis.T + self.center}
+
+    def trivial(self, patches: Tensor, images: Tensor, mask: Mask) -> dict[str, Tensor]:
+        truth = take(self(patches, images), mask.drop)
+        guesses = flat_guesses(patches, self.channels, mask, self.grid)
+        return {name: self.loss(self(guess, images), truth) for name, guess in guesses.items()}
+
+
+def flat_guesses(
+    view: Float[Tensor, "B N P"], channels: int, mask: Mask, grid: tuple[int, int]
+) -> dict[str, Float[Tensor, "B M P"]]:
+    """Guesses of the hidden patches of `view` (patches as a target sees them) that need no learning, by name.
+
+    `true_patch_mean` is an oracle: the true mean colour of each hidden patch. The other two know the visible ones only.
+    """
+    pixels = view.shape[2] // channels
+    colours = view.unflatten(2, (-1, channels)).mean(2)  # (B, N, C)
+    visible = take(colours, mask.keep).mean(1, keepdim=True).expand(-1, mask.drop.shape[1], -1)  # (B, M, C)
+    return {
+        "true_patch_mean": take(colours, mask.drop).repeat(1, 1, pixels),
+        "visible_mean": visible.repeat(1, 1, pixels),
+        "nearest_visible": take(view, nearest_visible(mask, grid)),
+    }

@@ -9,7 +9,8 @@ Sizes of the paper: B 768 x 12 x 12 heads, L 1024 x 24 x 16, H 1280 x 32 x 16 (p
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,7 @@ from unmask.errors import UserError
 from unmask.nn import positions
 from unmask.nn.blocks import Block, init_linears, layer_norm
 from unmask.nn.features import Features
-from unmask.nn.patches import grid_of, normalise, patchify, take
+from unmask.nn.patches import grid_of, normalise, patchify, take, unpatchify
 from unmask.settings import Settings
 
 
@@ -35,13 +36,20 @@ Pair = Annotated[tuple[PositiveInt, PositiveInt], BeforeValidator(_pair)]
 
 
 class ViTConfig(Settings):
-    """Size of a vision transformer. `patch` is (height, width) in pixels; heads must divide width."""
+    """Size of a vision transformer. `patch` is (height, width) in pixels; heads must divide width.
+
+    positions: MAE's fixed sine-cosine table, a learned one (ViT, BEiT's paper), or none. relative_bias: one relative
+    position bias for all blocks (BEiT's code). layer_scale: where BEiT's factors on what a block adds start, or None.
+    """
 
     width: int = Field(gt=0)
     depth: int = Field(gt=0)
     heads: int = Field(gt=0)
     patch: Pair = (16, 16)
     mlp_ratio: float = Field(default=4.0, gt=0)
+    positions: Literal["sincos", "learned", "none"] = "sincos"
+    relative_bias: bool = False
+    layer_scale: float | None = Field(default=None, gt=0)
 
 
 class PatchEmbed(nn.Module):
@@ -76,13 +84,19 @@ class ViT(nn.Module):
         self.register_buffer("std", torch.tensor(images.std, dtype=torch.float32))
         self.patch_embed = PatchEmbed(images.channels, config.width, config.patch)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
-        table = positions.sincos(config.width, self.grid)
-        table = torch.cat([torch.zeros(1, config.width), table])[None]  # the class token's position is zero
-        self.pos_embed = nn.Parameter(table, requires_grad=False)  # (1, 1 + N, D)
-        self.blocks = nn.ModuleList(Block(config.width, config.heads, config.mlp_ratio) for _ in range(config.depth))
+        self.pos_embed = make_positions(config, self.grid)  # (1, 1 + N, D), the class token's first
+        self.relative_bias = positions.RelativeBias(self.grid, config.heads) if config.relative_bias else None
+        self.blocks = nn.ModuleList(
+            Block(config.width, config.heads, config.mlp_ratio, config.layer_scale) for _ in range(config.depth)
+        )
         self.norm = layer_norm(config.width)
         nn.init.normal_(self.cls_token, std=0.02)
         init_linears(self)
+
+    def images(self, patches: Float[Tensor, "B N P"]) -> Float[Tensor, "B C H W"]:
+        """The way back from `patches`: float32 images in the files' own units."""
+        images = unpatchify(patches.float(), self.grid, self.patch)
+        return images * self.std[:, None, None] + self.mean[:, None, None]
 
     def patches(self, images: Shaped[Tensor, "B C H W"]) -> Float[Tensor, "B N P"]:
         """Normalised float32 patches, channel fastest; takes the files' own units and dtype."""
@@ -104,22 +118,53 @@ class ViT(nn.Module):
         A patch's position is that of the place it came from, so embedding only the kept patches gives exactly what
         embedding all and then dropping would. `grid` is given when the images are larger or smaller than in training.
         """
-        tokens = self.patch_embed(patches)
-        table = positions.resize(self.pos_embed[:, 1:], self.grid, grid or self.grid)
-        return tokens + (table if where is None else take(table.expand(len(patches), -1, -1), where))
+        return self.place(self.patch_embed(patches), where, grid)
 
-    def run(self, tokens: Float[Tensor, "B K D"]) -> Float[Tensor, "B K1 D"]:
-        """Class token in front, all blocks, final norm: (B, K, D) -> (B, 1 + K, D)."""
-        cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(tokens), -1, -1)
-        x = torch.cat([cls.to(tokens.dtype), tokens], 1)
+    def place(
+        self,
+        tokens: Float[Tensor, "B K D"],
+        where: Int[Tensor, "B K"] | None = None,
+        grid: tuple[int, int] | None = None,
+    ) -> Float[Tensor, "B K D"]:
+        """Tokens plus position, as `embed`: for mask tokens, which stand where a projected patch would."""
+        if self.pos_embed is None:
+            return tokens
+        table = positions.resize(self.pos_embed[:, 1:], self.grid, grid or self.grid)
+        return tokens + (table if where is None else take(table.expand(len(tokens), -1, -1), where))
+
+    def run(
+        self,
+        tokens: Float[Tensor, "B K D"],
+        where: Int[Tensor, "B K"] | None = None,
+        grid: tuple[int, int] | None = None,
+    ) -> Float[Tensor, "B K1 D"]:
+        """Class token in front, all blocks, final norm: (B, K, D) -> (B, 1 + K, D).
+
+        `where` and `grid` as in `embed`; only a relative position bias asks for them.
+        """
+        for x in self.layers(tokens, where, grid):
+            last = x
+        return self.norm(last)
+
+    def layers(
+        self,
+        tokens: Float[Tensor, "B K D"],
+        where: Int[Tensor, "B K"] | None = None,
+        grid: tuple[int, int] | None = None,
+    ) -> Iterator[Float[Tensor, "B K1 D"]]:
+        """As `run`, one after the other what the first block is given and what each makes of it: depth + 1 of them."""
+        cls = self.cls_token if self.pos_embed is None else self.cls_token + self.pos_embed[:, :1]
+        x = torch.cat([cls.expand(len(tokens), -1, -1).to(tokens.dtype), tokens], 1)
+        bias = None if self.relative_bias is None else self.relative_bias(where, grid)
+        yield x
         for block in self.blocks:
-            x = block(x)
-        return self.norm(x)
+            x = block(x, bias)
+            yield x
 
     def forward(self, images: Shaped[Tensor, "B C H W"]) -> Features:
         """Every patch, nothing masked. Sizes other than the training size get interpolated positions."""
         grid = grid_of((images.shape[2], images.shape[3]), self.patch)
-        tokens = self.run(self.embed(self.patches(images), grid=grid))
+        tokens = self.run(self.embed(self.patches(images), grid=grid), grid=grid)
         return Features(cls=tokens[:, 0], patches=tokens[:, 1:], grid=grid)
 
     def depth_of(self, name: str) -> int:
@@ -129,3 +174,13 @@ class ViT(nn.Module):
         if name.startswith("blocks."):
             return int(name.split(".")[1]) + 1
         return len(self.blocks) + 1
+
+
+def make_positions(config: ViTConfig, grid: tuple[int, int]) -> nn.Parameter | None:
+    """(1, 1 + N, D): fixed, with zero for the class token; or learned, normal with standard deviation 0.02; or none."""
+    if config.positions == "none":
+        return None
+    if config.positions == "learned":
+        return nn.Parameter(torch.empty(1, 1 + grid[0] * grid[1], config.width).normal_(std=0.02))
+    table = torch.cat([torch.zeros(1, config.width), positions.sincos(config.width, grid)])
+    return nn.Parameter(table[None], requires_grad=False)

@@ -1,0 +1,51 @@
+"""Drawn masks: every kind of file gives the same text, and what is none is named."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from unmask.data.mask_file import hidden_share, read_masks
+from unmask.errors import UserError
+
+HIDDEN = np.array([[1, 1, 0], [0, 1, 0]], bool)
+PATTERN = ("##.", ".#.")
+
+
+def test_text_arrays_and_pictures_give_the_same(tmp_path):
+    (tmp_path / "a.txt").write_text("##.\n.#.\n")
+    np.save(tmp_path / "a.npy", HIDDEN)
+    Image.fromarray(np.where(HIDDEN, 0, 255).astype(np.uint8)).save(tmp_path / "a.png")
+    for name in ("a.txt", "a.npy", "a.png"):
+        assert read_masks(tmp_path / name) == (PATTERN,)
+    assert hidden_share((PATTERN,)) == 0.5
+
+
+def test_several_patterns(tmp_path):
+    (tmp_path / "a.txt").write_text("##.\r\n.#.\r\n\r\n...\r\n###\r\n")
+    np.save(tmp_path / "a.npy", np.stack([HIDDEN, [[0, 0, 0], [1, 1, 1]]]).astype(float))
+    assert read_masks(tmp_path / "a.txt") == read_masks(tmp_path / "a.npy") == (PATTERN, ("...", "###"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"hello", "rows of '#'"),
+        ("a.txt", b"", "rows of '#'"),
+        ("a.txt", b"\xff\xfe", "cannot be read"),
+        ("a.npy", b"not an array", "cannot be read"),
+        ("a.png", b"not a picture", "cannot be read"),
+    ],
+)
+def test_what_is_no_mask_is_refused(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        read_masks(tmp_path / name)
+
+
+def test_arrays_of_another_shape_or_kind_and_missing_files_are_refused(tmp_path):
+    for array in (np.zeros(3), np.zeros((1, 1, 1, 1)), np.zeros((0, 2, 2)), np.array([["a"]])):
+        np.save(tmp_path / "a.npy", array)
+        with pytest.raises(UserError, match="of shape"):
+            read_masks(tmp_path / "a.npy")
+    with pytest.raises(UserError, match="does not exist"):
+        read_masks(tmp_path / "none.txt")

@@ -1,0 +1,124 @@
+"""Block-wise, grid and drawn masks: exact counts, what they look like, and what cannot be."""
+
+import math
+
+import pytest
+import torch
+
+from unmask.errors import UserError
+from unmask.nn import masks
+from unmask.nn.masks import block_mask, grid_mask, pattern_mask, random_mask, read_patterns
+from unmask.rng import Draws
+
+
+def draws(count: int, seed: int = 0) -> Draws:
+    return Draws(seed, torch.zeros(count, dtype=torch.int64), torch.arange(count))
+
+
+def neighbours(hidden: torch.Tensor, grid: tuple[int, int]) -> float:
+    """Share of hidden patches whose right neighbour is hidden too."""
+    hidden = hidden.reshape(-1, *grid)
+    return float((hidden[:, :, :-1] & hidden[:, :, 1:]).sum() / hidden[:, :, :-1].sum())
+
+
+@pytest.mark.parametrize("grid", [(14, 14), (8, 8), (4, 6)])
+@pytest.mark.parametrize("ratio", [0.4, 0.5, 0.75])
+def test_block_masks_hide_exactly_the_number_that_random_ones_hide(grid, ratio):
+    mask = block_mask(32, grid, ratio, draws(32))
+    assert mask.drop.shape == random_mask(32, grid, ratio, draws(32)).drop.shape
+    everything = torch.arange(grid[0] * grid[1]).expand(32, -1)
+    assert torch.equal(mask.order.sort(1).values, everything)
+    assert len({tuple(row.tolist()) for row in mask.hidden()}) > 28, "each image has its own"
+
+
+def test_block_masks_are_blocks():
+    """Hidden patches lie together: their neighbours are hidden far more often than where they are drawn singly."""
+    grid = (14, 14)
+    assert neighbours(random_mask(64, grid, 0.4, draws(64)).hidden(), grid) == pytest.approx(0.4, abs=0.03)
+    assert neighbours(block_mask(64, grid, 0.4, draws(64)).hidden(), grid) > 0.75
+
+
+def test_one_block_has_the_area_and_the_aspect_that_were_drawn(monkeypatch):
+    """First proposal by hand: area 16 + (78 - 16) / 2 = 47, aspect 1: 7 x 7 at row 4, column 0; others too large."""
+    script = torch.full((1, 4 * masks.BLOCK_PROPOSALS + 196), 0.0)
+    script[0, :4] = torch.tensor([0.5, 0.5, 0.5, 0.0])
+    script[0, 4 : 4 * masks.BLOCK_PROPOSALS] = 0.999  # tall and narrow: 14 rows or more are refused
+    script[0, 4 * masks.BLOCK_PROPOSALS :] = torch.linspace(0, 0.999, 196)
+    monkeypatch.setattr(Draws, "uniform", lambda self, count: script)
+    hidden = block_mask(1, (14, 14), 0.4, draws(1)).hidden().reshape(14, 14)
+    assert hidden[4:11, :7].all()
+    rest = hidden.clone()
+    rest[4:11, :7] = False
+    assert rest.sum() == 196 - masks.num_kept(196, 0.4) - 49, "the noise makes up the number"
+    assert rest.flatten()[-1], "and the patch with the most noise is among them"
+
+
+def test_no_block_is_smaller_than_asked_unless_little_remains():
+    big = neighbours(block_mask(64, (14, 14), 0.5, draws(64), smallest=60).hidden(), (14, 14))
+    small = neighbours(block_mask(64, (14, 14), 0.5, draws(64), smallest=1).hidden(), (14, 14))
+    assert big > small + 0.02
+
+
+def test_a_block_mask_belongs_to_the_image():
+    one = block_mask(8, (8, 8), 0.5, draws(8))
+    other = block_mask(1, (8, 8), 0.5, Draws(0, torch.zeros(1, dtype=torch.int64), torch.tensor([5])))
+    assert torch.equal(one.drop[5], other.drop[0])
+    assert not torch.equal(block_mask(8, (8, 8), 0.5, draws(8, seed=1)).drop, one.drop)
+
+
+@pytest.mark.parametrize(
+    ("grid", "ratio", "smallest", "message"),
+    [
+        ((8, 8), 0.5, 80, r"80 patches is larger than the grid of 8 x 8; use at most 32"),
+        ((8, 8), 0.5, 40, r"larger than the 32 patches that 0.5 hides; use at most 32"),
+    ],
+)
+def test_blocks_that_do_not_fit_are_refused(grid, ratio, smallest, message):
+    with pytest.raises(UserError, match=message):
+        masks.require_blocks(grid, ratio, smallest)
+    masks.require_blocks(grid, ratio, 32)
+
+
+def test_the_smallest_block_is_that_of_beit():
+    assert masks.smallest_block((14, 14)) == 16
+    assert masks.smallest_block((2, 2)) == 1
+
+
+def test_grid_masks_keep_the_upper_left_of_every_four():
+    mask = grid_mask(3, (4, 6), 0.75, draws(3))
+    assert mask.keep[0].tolist() == [0, 2, 4, 12, 14, 16]
+    assert torch.equal(mask.keep, mask.keep[:1].expand(3, -1))
+    assert mask.drop.shape == (3, 18)
+
+
+@pytest.mark.parametrize(
+    ("grid", "ratio", "message"),
+    [((4, 4), 0.5, "ratio of 0.5 came.*0.75"), ((4, 5), 0.75, "both numbers must be even")],
+)
+def test_grids_that_cannot_be_are_refused(grid, ratio, message):
+    with pytest.raises(UserError, match=message):
+        grid_mask(1, grid, ratio, draws(1))
+
+
+def test_patterns_are_drawn_for_each_image_alike_often():
+    patterns = read_patterns([["##..", "##.."], ["..##", "..##"]], (2, 4))
+    mask = pattern_mask(patterns, 4, draws(400))
+    assert math.isclose((mask.drop[:, 0] == 0).float().mean(), 0.5, abs_tol=0.08)
+    assert {tuple(row) for row in mask.drop.tolist()} == {(0, 1, 4, 5), (2, 3, 6, 7)}
+    assert {tuple(row) for row in mask.keep.tolist()} == {(0, 1, 4, 5), (2, 3, 6, 7)}
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([["##", "##", ".."]], "pattern 1 is 3 x 2; the grid has 2 x 2"),
+        ([["##", "#"]], "pattern 1 is 2 x unequal"),
+        ([["#x", ".."]], r"pattern 1 has \['x'\]"),
+        ([["##", "##"]], "hide 4 of 4"),
+        ([["..", ".."]], "hide 0 of 4"),
+        ([["#.", ".."], ["##", ".."]], "hide 1 or 2 of 4 patches; all of a file must hide the same number"),
+    ],
+)
+def test_patterns_that_cannot_be_are_refused(rows, message):
+    with pytest.raises(UserError, match=message):
+        read_patterns(rows, (2, 2))

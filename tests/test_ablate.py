@@ -1,0 +1,439 @@
+"""A table is made cell by cell, can be stopped and gone on with anywhere, and says what it measured."""
+
+import dataclasses
+import html
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import SMALL_RUN, write_images
+
+from unmask import ablate as module
+from unmask import beside, start
+from unmask.ablate import ablate
+from unmask.beside import agreement, difference, find_probe, write_table
+from unmask.config import ConfigError
+from unmask.errors import TrainingFailed, UserError
+from unmask.run import Run, RunInUse
+from unmask.tables import find_table
+
+SMALL = [setting for setting in SMALL_RUN if not setting.startswith("method.decoder")]
+SMALL += [
+    "method.decoder.width=16",
+    "method.decoder.heads=2",
+    "train.steps=3",
+    "train.checkpoint_every=1",
+    "train.picture_images=1",
+]
+TIMES = {"images_per_second", "seconds", "time_ratio", "command", "written"}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """24 images of two classes."""
+    return str(write_images(tmp_path_factory.mktemp("ablate") / "images", 24, classes=2))
+
+
+def two_depths(patch):
+    """Two cells of table 1a are enough: they differ in nothing but their settings."""
+    table = find_table("1a")
+    cells = [cell for cell in table.cells(None) if cell.name in ("depth-1", "depth-8")]
+    short = dataclasses.replace(table, cells=lambda base: tuple(cells))
+    patch.setattr(module, "find_table", lambda name: short if name == "1a" else find_table(name))
+
+
+@pytest.fixture(autouse=True)
+def few_cells(monkeypatch):
+    """And drawing the same pages again and again tells nothing; that of `unbroken` is whole."""
+    two_depths(monkeypatch)
+    monkeypatch.setattr(module, "write_report", lambda path: path)
+    monkeypatch.setattr(beside, "picture", lambda summary: None)
+
+
+def make(data, out, *, table="1a", settings=SMALL, **more):
+    return ablate(table, data, out=out, settings=settings, **more)
+
+
+def without_times(value):
+    """A table without what a clock measured."""
+    if isinstance(value, dict):
+        return {key: without_times(inner) for key, inner in value.items() if key not in TIMES}
+    return [without_times(inner) for inner in value] if isinstance(value, list) else value
+
+
+@pytest.fixture(scope="module")
+def unbroken(data, tmp_path_factory):
+    """A finished table of two cells: (folder, what ablate returned)."""
+    folder = tmp_path_factory.mktemp("ablate") / "table"
+    with pytest.MonkeyPatch.context() as patch:
+        two_depths(patch)
+        summary = make(data, folder)
+    shutil.copy(folder / "table.html", folder.parent / "first.html")  # other tests write the table again
+    return folder, summary
+
+
+# -------------------------------------------------------------------------------------------------------- what is there
+
+
+def test_the_table_holds_every_cell_beside_the_paper(unbroken):
+    folder, summary = unbroken
+    assert json.loads((folder / "table.json").read_text()) == summary
+    assert summary["state"] == "finished"
+    assert [(row["label"], row["paper"]["linear"], row["steps"], row["state"]) for row in summary["rows"]] == [
+        ("1", 65.5, 3, "finished"),
+        ("8", 73.5, 3, "finished"),
+    ]
+    for row in summary["rows"]:
+        assert row["linear"]["interval"] == row["knn"]["interval"] == "test images"
+        assert row["linear"]["low"] <= row["linear"]["mean"] <= row["linear"]["high"]
+        assert row["runs"][0]["probes"]["linear"].keys() == {"cls", "mean"}
+        assert row["linear"]["mean"] == row["runs"][0]["probes"]["linear"]["mean"]["accuracy"]
+        config = Run.open(folder / row["runs"][0]["folder"]).read("config.json")
+        assert config["method"]["target"] == "pixels", "the paper's base row predicts plain pixels"
+        assert str(config["method"]["decoder"]["depth"]) == row["label"]
+    one, base = summary["rows"]
+    assert base["flops_ratio"] == 1
+    assert one["flops_ratio"] < 1
+    assert one["time_ratio"] > 0
+
+
+def test_controls_stand_in_the_table_once(unbroken):
+    pixels, untrained = unbroken[1]["controls"]
+    assert (pixels["features"], pixels["cell"]) == ("raw pixels", "")
+    assert (untrained["features"], untrained["cell"]) == ("random init", "8")
+    for control in (pixels, untrained):
+        assert control["linear"]["low"] <= control["linear"]["accuracy"] <= control["linear"]["high"]
+        assert control["knn"]["total"] == 4
+
+
+def test_the_page_is_one_file_and_shows_the_numbers(unbroken):
+    folder, summary = unbroken
+    page = html.unescape((folder.parent / "first.html").read_text())
+    assert not re.search(r"""(src|href)=["']https?:""", page)
+    for row in summary["rows"]:
+        assert f"{100 * row['linear']['mean']:.1f} %" in page
+        assert str(row["paper"]["linear"]) in page
+    assert summary["agreement"]["sentence"].split(".")[0] in page
+    assert "<svg" in page
+    assert "prefers-color-scheme: dark" in page
+    assert (folder / "depth-1-seed-0" / "report.html").exists(), "the page links to it"
+
+
+def test_what_was_decided_is_kept(unbroken, data):
+    decided = json.loads((unbroken[0] / "ablation.json").read_text())
+    assert decided["asked"]["data"] == data
+    assert decided["asked"]["settings"] == SMALL
+    assert decided["steps"] == 3
+    assert decided["shots"] == 10, "of 12 images of a class two are held out"
+    assert {"unmask", "torch"} <= set(decided["versions"])
+    assert decided["cells"][0]["settings"][-1] == "method.decoder.depth=1"
+
+
+# ----------------------------------------------------------------------------------------------------------- going on
+
+
+def test_a_finished_table_is_left_alone(unbroken, data, monkeypatch):
+    folder, summary = unbroken
+    monkeypatch.setattr(start, "pretrain", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr(module, "probe_kinds", lambda *_, **__: pytest.fail("probed again"))
+    assert without_times(make(data, folder)) == without_times(summary)
+
+
+@pytest.mark.parametrize("stopped_in", ["first cell", "second cell"])
+def test_a_table_that_was_stopped_while_training_becomes_that_of_an_unbroken_one(
+    unbroken, data, tmp_path, monkeypatch, stopped_in
+):
+    """A real signal in the middle of a cell: the loop saves and stops, the table says so, and the rest follows."""
+    real, left = start.train, [1 if stopped_in == "first cell" else 2]
+
+    def signalled(run, config, plan, images, console):
+        left[0] -= 1
+        if left[0] == 0:
+            logged = Run.log
+
+            def log(self, row):
+                logged(self, row)
+                os.kill(os.getpid(), signal.SIGTERM)
+
+            monkeypatch.setattr(Run, "log", log)
+            try:
+                return real(run, config, plan, images, console)
+            finally:
+                monkeypatch.setattr(Run, "log", logged)
+        return real(run, config, plan, images, console)
+
+    monkeypatch.setattr(start, "train", signalled)
+    before = signal.getsignal(signal.SIGTERM)
+    stopped = make(data, tmp_path / "table")
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert stopped["state"] == "stopped"
+    cell = 0 if stopped_in == "first cell" else 1
+    assert [row["state"] for row in stopped["rows"]][cell] == "stopped"
+    assert 0 < Run(tmp_path / "table" / stopped["rows"][cell]["runs"][0]["folder"]).read("status.json")["step"] < 3
+    assert "Stopped" in (tmp_path / "table" / "table.html").read_text()
+    assert without_times(make(data, tmp_path / "table")) == without_times(unbroken[1])
+
+
+def test_a_table_that_was_stopped_between_trainings_goes_on(unbroken, data, tmp_path, monkeypatch):
+    real = module.probe_kinds
+
+    def interrupted(*_, **__):
+        monkeypatch.setattr(module, "probe_kinds", real)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+
+    monkeypatch.setattr(module, "probe_kinds", interrupted)
+    stopped = make(data, tmp_path / "table")
+    assert stopped["state"] == "stopped"
+    assert [row["state"] for row in stopped["rows"]] == ["trained", "waiting"]
+    assert stopped["rows"][0]["linear"] is None
+    assert without_times(make(data, tmp_path / "table")) == without_times(unbroken[1])
+
+
+def test_a_run_that_never_got_a_plan_is_begun_anew(unbroken, data, tmp_path, monkeypatch):
+    real = start.pretrain
+
+    def cut(*arguments, out, **more):
+        (out / "checkpoints").mkdir(parents=True)
+        (out / "config.json").write_text("{}")
+        monkeypatch.setattr(start, "pretrain", real)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(start, "pretrain", cut)
+    assert make(data, tmp_path / "table")["state"] == "stopped"
+    assert without_times(make(data, tmp_path / "table")) == without_times(unbroken[1])
+
+
+def test_more_seeds_can_be_added_and_then_intervals_are_over_seeds(data, tmp_path):
+    settings = [*SMALL, "train.steps=1"]
+    first = make(data, tmp_path / "table", settings=settings)
+    second = make(data, tmp_path / "table", settings=settings, seeds=2)
+    for one, two in zip(first["rows"], second["rows"], strict=True):
+        values = list(two["linear"]["by_seed"].values())
+        assert values[0] == one["linear"]["mean"]
+        assert two["linear"]["mean"] == pytest.approx(sum(values) / 2)
+        assert two["linear"]["interval"] == "seeds"
+        half = 12.706 * abs(values[0] - values[1]) / 2
+        assert two["linear"]["high"] - two["linear"]["mean"] == pytest.approx(half, rel=1e-3)
+        seeds = [Run(tmp_path / "table" / run["folder"]).read("config.json")["train"]["seed"] for run in two["runs"]]
+        assert seeds == [0, 1]
+    with pytest.raises(ConfigError, match=r"was begun with 2 seeds, now 1 came"):
+        make(data, tmp_path / "table", settings=settings)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"settings": [*SMALL, "optim.base_lr=1e-3"]}, r"was begun with settings .*, now .*base_lr"),
+        ({"shots": 3}, r"was begun with shots None, now 3 came"),
+        ({"table": "fig5"}, r"was begun with table '1a', now 'fig5' came"),
+        ({"budget": 3600.0, "settings": [s for s in SMALL if "steps" not in s]}, r"was begun with settings"),
+    ],
+)
+def test_going_on_with_something_else_is_refused(unbroken, data, change, message):
+    with pytest.raises(ConfigError, match=message):
+        make(data, unbroken[0], **change)
+
+
+def test_going_on_with_other_images_is_refused(tmp_path):
+    data = write_images(tmp_path / "images", 16, classes=2)
+    settings = [*SMALL, "train.steps=1"]
+    make(str(data), tmp_path / "table", settings=settings)
+    write_images(data, 18, classes=2, seed=5)
+    with pytest.raises(UserError, match=r"have changed since this table was begun"):
+        make(str(data), tmp_path / "table", settings=settings)
+
+
+def test_two_at_once_in_one_folder_are_refused(unbroken, data):
+    with Run(unbroken[0]).lock(), pytest.raises(RunInUse, match=r"in use by process"):
+        make(data, unbroken[0])
+
+
+# ------------------------------------------------------------------------------------------------------------- failures
+
+
+def test_a_cell_that_fails_is_shown_with_its_sentence_and_the_others_go_on(data, tmp_path, monkeypatch):
+    real = start.train
+
+    def fails(run, config, plan, images, console):
+        if config.method.decoder.depth == 1:
+            raise TrainingFailed("the loss went up in smoke")
+        return real(run, config, plan, images, console)
+
+    monkeypatch.setattr(start, "train", fails)
+    summary = make(data, tmp_path / "table")
+    assert summary["state"] == "failed"
+    assert [row["state"] for row in summary["rows"]] == ["failed", "finished"]
+    assert summary["rows"][0]["sentence"] == "1: failed: the loss went up in smoke"
+    assert "depth-1-seed-0 failed: the loss went up in smoke" in (tmp_path / "table" / "table.html").read_text()
+    monkeypatch.setattr(start, "train", real)
+    mended = make(data, tmp_path / "table")
+    assert mended["state"] == "finished", "the same command tries it again"
+    assert mended["rows"][0]["runs"][0]["error"] is None
+
+
+# ------------------------------------------------------------------------------------------- refused before it trains
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"table": "1g"}, r"table '1g' is not known; (did you mean|known are)"),
+        ({"table": "fig9"}, r"fig9 needs fine-tuning of the last k blocks"),
+        ({"settings": [*SMALL, "method.decoder.depth=3"]}, r"method.decoder.depth cannot be set: table 1a varies"),
+        ({"settings": [*SMALL, "train.seed=3"]}, r"train.seed cannot be set.*--seeds"),
+        ({"settings": [*SMALL, "method.encoder.heads=5"]}, r"5 heads do not divide"),
+        ({"settings": [*SMALL, "method.encoder.hedas=5"]}, r"is not a setting; did you mean .*heads"),
+        ({"budget": 60.0}, r"both a time budget and train.steps were given"),
+        ({"table": "fig7", "budget": 60.0}, r"train.steps cannot be set: the budget decides"),
+        ({"seeds": 0}, r"0 seeds came; at least 1"),
+        ({"shots": 11}, r"11 labels per class were asked for, but class .* has only 10"),
+        ({"recipe": "mae_nanoo"}, r"recipe 'mae_nanoo' is not known"),
+        ({"table": "family", "recipe": "mae_nano"}, r"every method of the family has its own recipe"),
+        ({"tokenizer": "runs/a"}, r"--tokenizer was given, but no cell of table 1a needs one"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_is_trained(data, tmp_path, monkeypatch, change, message):
+    monkeypatch.setattr(start, "pretrain", lambda *_, **__: pytest.fail("trained"))
+    with pytest.raises(UserError, match=message):
+        make(data, tmp_path / "table", **change)
+    assert not (tmp_path / "table" / "ablation.json").exists()
+
+
+def test_another_method_than_mae_has_no_such_table(data, tmp_path):
+    with pytest.raises(ConfigError, match=r"recipe 'simmim_nano' trains simmim, but table 1a varies settings of mae"):
+        make(data, tmp_path / "table", recipe="simmim_nano")
+
+
+def test_images_without_labels_are_refused_before_anything_is_trained(images, data, tmp_path):
+    with pytest.raises(UserError, match=r"label|sub-folder"):
+        make(str(images), tmp_path / "table")
+    with pytest.raises(UserError, match=r"label|sub-folder"):
+        make(data, tmp_path / "table", test=str(images))
+    other = write_images(tmp_path / "other", 6, classes=3)
+    with pytest.raises(UserError, match=r"has classes that .* has not \(class2\)"):
+        make(data, tmp_path / "table", test=str(other))
+
+
+def test_a_folder_with_something_else_in_it_is_refused(data, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"is not empty \(notes.txt\) and holds no ablation.json"):
+        make(data, tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------------- the budget
+
+
+def test_a_budget_is_shared_by_all_cells_and_seeds(data, tmp_path, monkeypatch):
+    """Steps x (what the cells take together) and the probes fill nine tenths of the budget."""
+    monkeypatch.setattr(module, "make", lambda *_: None)
+    monkeypatch.setattr(module, "measure_step_seconds", lambda config, *_, **__: 0.1 * config.method.decoder.depth)
+    monkeypatch.setattr(module, "encode_seconds", lambda *_: 0.0)
+    monkeypatch.setattr(start, "batch_seconds", lambda *_, **__: 0.0)
+    free = [setting for setting in SMALL if "steps" not in setting]
+    summary = make(data, tmp_path / "table", settings=free, budget=1000.0, seeds=2)
+    probing = module.FIT_SECONDS * (2 * 2 + 2)
+    assert summary["steps"] == pytest.approx((900 - probing) / (2 * 0.9), abs=5)
+    assert "2 cells" not in summary["reason"]
+    assert "4 runs in 16 min 40 s" in summary["reason"]
+    assert {row["steps"] for row in summary["rows"]} == {summary["steps"]}
+    with pytest.raises(UserError, match=r"a budget of 10 s is too short for 4 runs.*give at least"):
+        make(data, tmp_path / "other", settings=free, budget=10.0, seeds=2)
+
+
+def test_training_lengths_are_multiples_of_the_shortest(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "make", lambda *_: None)
+    summary = make(data, tmp_path / "table", table="fig7", settings=[*SMALL, "method.decoder.depth=1"])
+    assert [row["steps"] for row in summary["rows"]] == [3, 6, 12, 24, 48]
+
+
+# --------------------------------------------------------------------------------------- beside the paper, in words
+
+
+def row(label, paper, *accuracies, total=1000):
+    scores = [
+        {"accuracy": share, "low": share - 0.03, "high": share + 0.03, "correct": round(share * total), "total": total}
+        for share in accuracies
+    ]
+    return {"label": label, "linear": beside._score(scores), "paper": {"linear": paper, "fine_tuned": None}}
+
+
+def test_agreement_counts_pairs_and_names_those_within_the_noise():
+    rows = [row("a", 50.0, 0.3), row("b", 60.0, 0.4), row("c", 70.0, 0.41), row("d", 55, 0.5)]
+    found = agreement(rows, published=True)
+    assert (found["pairs"], found["agree"], found["clear"], found["clear_agree"]) == (6, 4, 5, 3)
+    assert found["within_noise"] == ["c over b"]
+    assert found["against"] == ["b over d", "c over d"]
+    assert found["sentence"] == (
+        "4 of 6 pairs of cells stand in the paper's order (linear probe). Of the 5 whose difference is larger than the "
+        "noise, 3 do. Clearly against the paper, which has b over d; c over d. Within the noise, in the paper's order: "
+        "c over b."
+    )
+
+
+def test_agreement_of_equals_in_the_paper_and_of_unmeasured_cells_is_not_counted():
+    unmeasured = {**row("x", 10.0, 0.1), "linear": None}
+    assert agreement([row("a", 50.0, 0.3), row("b", 50.0, 0.4), unmeasured], published=True)["pairs"] == 0
+    assert (
+        "every difference lies within the noise"
+        in (agreement([row("a", 50.0, 0.3), row("b", 60.0, 0.3)], published=True)["sentence"])
+    )
+    assert "no order is compared" in agreement([row("a", 50.0, 0.3)], published=False)["sentence"]
+
+
+def test_with_seeds_in_common_noise_is_that_of_the_seeds():
+    steady, other = row("a", 1, 0.30, 0.40, 0.50), row("b", 2, 0.31, 0.41, 0.51)
+    value, low, high = difference(other["linear"], steady["linear"])
+    assert value == pytest.approx(0.01)
+    assert 0 < low <= value <= high, "every seed says the same, though the seeds themselves differ by ten points"
+    wide = difference(row("c", 1, 0.30, 0.50)["linear"], row("d", 1, 0.50, 0.30)["linear"])
+    assert wide[1] < 0 < wide[2]
+    one = difference(row("e", 1, 0.40)["linear"], row("f", 1, 0.30)["linear"])
+    assert one[0] == pytest.approx(0.1)
+    assert one[1] == pytest.approx(0.1 - 0.0415, abs=2e-3), "Newcombe's interval of two shares of 1000"
+
+
+def test_only_the_probe_of_this_table_counts(unbroken):
+    folder, _ = unbroken
+    decided = Run(folder).read("ablation.json")
+    run = Run.open(folder / "depth-8-seed-0")
+    assert find_probe(run, "knn", decided, controls=True) is not None
+    assert find_probe(Run.open(folder / "depth-1-seed-0"), "knn", decided, controls=True) is None
+    assert find_probe(run, "knn", decided | {"shots": 9}, controls=False) is None
+
+
+def test_the_table_is_made_from_the_folder_alone(unbroken):
+    folder, summary = unbroken
+    (folder / "table.json").unlink()
+    assert without_times(write_table(folder, "finished")) == without_times(summary)
+
+
+# --------------------------------------------------------------------------------------------------------- command line
+
+
+@pytest.mark.slow
+def test_the_command_leaves_with_75_when_stopped_and_goes_on_with_the_same_command(data, tmp_path):
+    settings = [flag for setting in [*SMALL, "train.steps=60"] for flag in ("--set", setting)]
+    command = [sys.executable, "-m", "unmask.cli", "ablate", "1c", data, "--out", str(tmp_path / "table"), "--json"]
+    running = subprocess.Popen([*command, *settings], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    status = tmp_path / "table" / "encoder-with-mask-tokens-seed-0" / "checkpoints" / "LATEST"
+    limit = time.monotonic() + 120
+    while not status.exists():
+        assert running.poll() is None, running.communicate()[1]
+        assert time.monotonic() < limit
+        time.sleep(0.05)
+    running.send_signal(signal.SIGINT)
+    out, err = running.communicate(timeout=60)
+    assert running.returncode == 75, err
+    assert json.loads(out)["state"] == "stopped"
+    assert re.search(r"stopped; go on with: unmask ablate 1c .* \(the same command\)", err)
+    done = subprocess.run([*command, *settings], capture_output=True, text=True, check=False, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["state"] == "finished"
+    assert "encoder-with-mask-tokens-seed-0: going on" in done.stderr

@@ -1,0 +1,168 @@
+"""Runs beside one another: what is comparable is compared, what is not is named."""
+
+import html
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import SMALL_RUN, write_images
+
+from unmask import compare as module
+from unmask.compare import compare
+from unmask.errors import UserError
+from unmask.start import pretrain
+from unmask.use import probe_run
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory):
+    return str(write_images(tmp_path_factory.mktemp("compare") / "labelled", 20, classes=2))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, labelled):
+    """Two runs that differ in their target and length, without probes."""
+    folder = tmp_path_factory.mktemp("compare")
+    few = [*SMALL_RUN, "train.picture_images=1"]
+    pretrain(labelled, recipe="mae_nano", out=folder / "a", settings=[*few, "train.steps=2"])
+    pretrain(labelled, recipe="mae_nano", out=folder / "b", settings=[*few, "train.steps=3", "method.target=pixels"])
+    return folder / "a", folder / "b"
+
+
+@pytest.fixture
+def runs(trained, tmp_path):
+    """Copies to write into."""
+    return [Path(shutil.copytree(run, tmp_path / run.name)) for run in trained]
+
+
+def probe(run, data, **more):
+    options = {"test": None, "kind": "knn", "shots": None, "controls": False, "seed": 0, "step": None} | more
+    return probe_run(run, data, device="cpu", console=module.Console(quiet=True), **options)
+
+
+def test_what_they_are_and_what_they_cost(runs, labelled, tmp_path):
+    summary = compare(runs, out=tmp_path / "both.html")
+    assert json.loads((tmp_path / "both.json").read_text()) == summary
+    a, b = summary["runs"]
+    assert [(run["name"], run["steps"], run["images_seen"], run["state"]) for run in (a, b)] == [
+        ("a", 2, 16, "finished"), ("b", 3, 24, "finished"),
+    ]  # fmt: skip
+    assert "method.target=pixels" in b["differs"]
+    assert not any("target" in setting for setting in a["differs"])
+    assert a["flops"] == b["flops"]
+    assert b["training_flops"] == b["flops"]["training"] * 24
+    assert a["parameters"] > a["encoder_parameters"] > 0
+    assert a["loss"] is not None
+    assert a["images_per_second"] > 0
+    assert summary["probes"] == []
+    assert "No probe is shared by all of these runs" in summary["not_comparable"][0]
+
+
+def test_the_page_is_one_file_with_both_pictures(runs, tmp_path):
+    compare(runs, out=tmp_path / "both.html")
+    page = html.unescape((tmp_path / "both.html").read_text())
+    assert page.count("data:image/png;base64,") == 2
+    assert not re.search(r"""(src|href)=["']https?:""", page)
+    assert "Losses of different targets" in page
+    assert "not comparable" in page
+    assert "method.target=pixels" in page
+
+
+def test_a_shared_probe_is_set_side_by_side(runs, labelled, tmp_path):
+    accuracies = {run.name: max(row["accuracy"] for row in probe(run, labelled)["rows"]) for run in runs}
+    summary = compare(runs, out=tmp_path / "both.html")
+    (shared,) = summary["probes"]
+    assert {row["name"]: row["accuracy"] for row in shared["rows"]} == accuracies
+    assert shared["rows"][0]["accuracy"] == max(accuracies.values())
+    assert set(shared["rows"][0]["pools"]) == {"cls", "mean"}
+    assert summary["not_comparable"] == []
+    assert shared["title"] in html.unescape((tmp_path / "both.html").read_text())
+
+
+@pytest.mark.parametrize("change", [{"kind": "linear"}, {"shots": 3}, {"seed": 1}])
+def test_probes_that_differ_are_named_and_not_compared(runs, labelled, tmp_path, change):
+    probe(runs[0], labelled)
+    probe(runs[1], labelled, **change)
+    summary = compare(runs, out=tmp_path / "both.html")
+    assert summary["probes"] == []
+    said = "\n".join(summary["not_comparable"])
+    assert "was measured for a only" in said
+    assert "was measured for b only" in said
+    assert "No probe is shared" in said
+
+
+def test_other_test_images_are_another_measurement(runs, labelled, tmp_path):
+    test = write_images(tmp_path / "test", 8, classes=2, seed=3)
+    probe(runs[0], labelled, test=str(test))
+    write_images(test, 10, classes=2, seed=3)  # the same folder, with more in it now
+    probe(runs[1], labelled, test=str(test))
+    summary = compare(runs, out=tmp_path / "both.html")
+    assert summary["probes"] == []
+    assert "(8 test images) was measured for a only" in "\n".join(summary["not_comparable"])
+
+
+def test_with_data_those_are_probed_that_lack_it(runs, labelled, tmp_path, monkeypatch):
+    probe(runs[0], labelled, kind="linear", shots=4)
+    asked, real = [], module.probe_run
+    monkeypatch.setattr(module, "probe_run", lambda run, *a, **more: asked.append(run.name) or real(run, *a, **more))
+    options = {"data": labelled, "shots": 4, "out": tmp_path / "both.html", "device": "cpu"}
+    (shared,) = compare(runs, **options)["probes"]
+    assert asked == ["b"]
+    assert shared["kind"] == "linear"
+    assert {row["name"] for row in shared["rows"]} == {"a", "b"}
+    compare(runs, **options)
+    assert asked == ["b"], "and only once"
+
+
+def test_of_several_checkpoints_the_latest_counts(runs, labelled, tmp_path):
+    for run in runs:
+        probe(run, labelled)
+    early = json.loads(next(runs[1].glob("evals/probe-knn-*.json")).read_text())
+    early |= {"step": 1, "rows": [row | {"accuracy": 0.0} for row in early["rows"]]}
+    (runs[1] / "evals" / "probe-knn-labelled-step-1.json").write_text(json.dumps(early))
+    (shared,) = compare(runs, out=tmp_path / "both.html")["probes"]
+    assert {row["name"]: row["step"] for row in shared["rows"]} == {"a": 2, "b": 3}
+
+
+def test_who_leads_and_whether_it_is_noise():
+    def row(name, correct, total):
+        return {"name": name, "accuracy": correct / total, "correct": correct, "total": total, "pool": "cls"}
+
+    assert module._sentence([row("a", 800, 1000), row("b", 500, 1000)]) == (
+        "a leads with 80.0% (class token), by more than the choice of test images would explain; another seed of the "
+        "training may differ"
+    )
+    assert module._sentence([row("a", 510, 1000), row("b", 500, 1000), row("c", 100, 1000)]) == (
+        "a leads with 51.0% (class token), but within the noise of the test images lie b"
+    )
+
+
+def test_runs_of_the_same_name_are_told_apart(runs, tmp_path):
+    other = Path(shutil.copytree(runs[0], tmp_path / "other" / "a"))
+    names = [run["name"] for run in compare([runs[0], other], out=tmp_path / "both.html")["runs"]]
+    assert names == [str(runs[0]), str(other)]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"out": "both.txt"}, r"both.txt came; a name that ends in .html"),
+        ({"out": "nowhere/both.html"}, r"does not exist; make it first"),
+        ({"test": "shapes-test"}, r"came without --data"),
+        ({"kind": "nearest"}, r"probe kind 'nearest' came"),
+    ],
+)
+def test_what_does_not_fit_is_refused(trained, change, message):
+    with pytest.raises(UserError, match=message):
+        compare(trained, **change)
+
+
+def test_fewer_than_two_runs_or_one_twice_are_refused(trained, tmp_path):
+    with pytest.raises(UserError, match=r"1 run came; at least two"):
+        compare(trained[:1], out=tmp_path / "both.html")
+    with pytest.raises(UserError, match=r"came twice"):
+        compare([trained[0], trained[0]], out=tmp_path / "both.html")
+    with pytest.raises(UserError, match=r"is not a run"):
+        compare([trained[0], tmp_path], out=tmp_path / "both.html")

@@ -1,0 +1,152 @@
+"""FLOPs are counted on the real method, and agree with arithmetic done by hand."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from unmask.batch import ImageSpec
+from unmask.config import override
+from unmask.costs import IMAGENET, recipe_costs
+from unmask.errors import UserError
+from unmask.flops import COUNTED, blocks_flops, build_unallocated, count_flops, typical_images
+from unmask.method import Loss
+from unmask.nn.blocks import Block
+from unmask.recipes.catalogue import all_recipes, find
+
+GIGA = 1e9
+
+
+def by_hand(n, d):
+    """FLOPs of a block: 12 n d^2 + 2 n^2 d multiply-accumulates."""
+    return 2 * (12 * n * d**2 + 2 * n**2 * d)
+
+
+@pytest.mark.parametrize(("n", "d"), [(196, 1024), (50, 192), (1, 32)])
+def test_a_block_is_what_the_formula_says(n, d):
+    assert blocks_flops([Block(d, 4)], n, d) == by_hand(n, d)
+
+
+def mae_by_hand(config, image=224, channels=3):
+    """(encoder, decoder, whole): embedding of the kept, blocks with class token, prediction of the hidden."""
+    encoder, decoder, patch = config.method.encoder, config.method.decoder, config.method.encoder.patch[0]
+    n, values = (image // patch) ** 2, patch * patch * channels
+    kept = int(n * (1 - config.method.mask_ratio) + 1e-6)
+    embed = 2 * values * encoder.width
+    seen = kept * embed + encoder.depth * by_hand(kept + 1, encoder.width)
+    whole = n * embed + encoder.depth * by_hand(n + 1, encoder.width)
+    light = 2 * (kept + 1) * encoder.width * decoder.width + decoder.depth * by_hand(n + 1, decoder.width)
+    return seen, light + 2 * (n - kept) * decoder.width * values, whole
+
+
+@pytest.mark.parametrize("name", ["mae_base", "mae_large", "mae_huge"])
+def test_mae_agrees_to_the_last_flop_with_arithmetic(name):
+    config = find(name)
+    flops = count_flops(config, typical_images(config))
+    assert (flops.encoder, flops.decoder, flops.whole) == mae_by_hand(config)
+    assert flops.rest == 0
+    assert flops.masked
+    assert flops.training == pytest.approx(3 * flops.forward, rel=0.005)
+    assert flops.training < 3 * flops.forward, "no gradient is asked of the pixels"
+
+
+@pytest.mark.parametrize(
+    ("name", "whole", "visible", "decoder", "ratio"),
+    [
+        ("mae_base", 17.36, 4.21, 5.25, 2.39),
+        ("mae_large", 61.08, 14.92, 5.25, 3.29),
+        ("mae_huge", 166.43, 40.60, 6.98, 3.65),
+    ],
+)
+def test_the_published_multiply_accumulates(name, whole, visible, decoder, ratio):
+    share = recipe_costs(name)["ratios"]
+    assert share["encoder_blocks_all_patches"] / 2 / GIGA == pytest.approx(whole, rel=0.01)
+    assert share["encoder_blocks_visible"] / 2 / GIGA == pytest.approx(visible, rel=0.01)
+    assert share["decoder_blocks"] / 2 / GIGA == pytest.approx(decoder, rel=0.01)
+    assert share["blocks"] == pytest.approx(ratio, abs=0.006)
+
+
+def test_mae_large_saves_3_29_and_its_decoder_costs_9_percent_a_token():
+    found = recipe_costs("mae_large", gpus=64)
+    assert round(found["ratios"]["blocks"], 2) == 3.29
+    assert round(found["ratios"]["decoder_per_token"], 2) == 0.09
+    assert round(found["ratios"]["encoder"], 1) == 4.1
+    # 3.23 where all patches are embedded and predicted; here only the visible and only the hidden ones are.
+    assert found["ratios"]["everything"] == pytest.approx(3.24, abs=0.006)
+    assert found["parameters"]["all"] == pytest.approx(329.54e6, rel=1e-4)
+    assert (found["batch_size"], found["images_per_gpu"], found["peak_lr"]) == (4096, 64, pytest.approx(2.4e-3))
+    assert found["imagenet_steps"] == -(-800 * IMAGENET // 4096)
+    assert found["warmup_steps"] == round(found["imagenet_steps"] / 20)
+
+
+def test_gpus_that_do_not_divide_the_batch_are_refused():
+    with pytest.raises(UserError, match=r"6 GPUs came for a global batch of 4096.*use 4"):
+        recipe_costs("mae_large", gpus=6)
+    with pytest.raises(UserError, match=r"use 1"):
+        recipe_costs("mae_large", gpus=0)
+
+
+def test_settings_count():
+    plain, deep = (
+        recipe_costs("mae_nano", settings=settings)["flops"] for settings in ([], ["method.decoder.depth=4"])
+    )
+    assert deep["decoder"] > plain["decoder"]
+    assert deep["encoder"] == plain["encoder"]
+    with pytest.raises(UserError, match=r"5 heads do not divide"):
+        recipe_costs("mae_nano", settings=["method.encoder.heads=5"])
+
+
+def test_mask_tokens_in_the_encoder_cost_what_the_paper_says_they_do():
+    with_tokens, without = (
+        recipe_costs("mae_large", settings=[f"method.mask_tokens={where}"]) for where in ("encoder", "decoder")
+    )
+    ratio = with_tokens["flops"]["forward"] / without["flops"]["forward"]
+    assert ratio == pytest.approx(3.24, abs=0.02)
+    assert with_tokens["ratios"] == {}, "nothing is saved where nothing is left out"
+
+
+@pytest.mark.parametrize("name", [name for name in all_recipes() if name.endswith("_nano")])
+def test_every_method_can_be_counted_and_its_costs_be_said(name):
+    found = recipe_costs(name)
+    flops = found["flops"]
+    assert flops["encoder"] + flops["decoder"] + flops["rest"] == flops["forward"]
+    assert 0 < flops["forward"] < flops["training"] <= 3 * flops["forward"]
+    assert flops["encoder_all_patches"] > 0
+    assert sum(found["parameters"][part] for part in ("encoder", "decoder", "rest")) == found["parameters"]["all"]
+
+
+def test_nothing_is_allocated_and_nobodys_random_numbers_are_touched():
+    before = torch.get_rng_state()
+    config = find("mae_huge")
+    method = build_unallocated(config, typical_images(config))
+    assert {p.device.type for p in method.parameters()} == {"meta"}
+    count_flops(find("mae_nano"), typical_images(find("mae_nano")))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_loss_that_looks_at_values_is_counted_all_the_same(monkeypatch):
+    from unmask.methods.mae import MAE
+
+    config = find("mae_nano")
+    want = count_flops(config, typical_images(config))
+    real, devices = MAE.loss, []
+
+    def looks(self, batch, clock):
+        devices.append(batch.images.device.type)
+        loss = real(self, batch, clock)
+        assert float(loss.value) > 0
+        return Loss(loss.value)
+
+    monkeypatch.setattr(MAE, "loss", looks)
+    assert count_flops(config, typical_images(config)) == want
+    assert devices == ["meta", "cpu"]
+
+
+def test_other_images_are_counted_as_they_are():
+    config = override(find("mae_nano"), ["data.size=[16,24]"])
+    spec = ImageSpec(1, (16, 24), "uint16", (9.0,), (2.0,))
+    gray, rgb = count_flops(config, spec), count_flops(config, typical_images(config))
+    assert gray.encoder < rgb.encoder
+    assert typical_images(config).channels == 3
+    assert dataclasses.asdict(gray).keys() == {"encoder", "decoder", "rest", "training", "whole"}
+    assert COUNTED > 1

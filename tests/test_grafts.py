@@ -1,0 +1,61 @@
+"""What a new run takes from files and other runs: of the wrong kind it is refused before anything is begun."""
+
+import pytest
+from conftest import write_images
+
+from unmask.config import ConfigError, override
+from unmask.errors import UserError
+from unmask.grafts import require_tokenizer, with_tokenizer
+from unmask.recipes.catalogue import find
+from unmask.saved import read_config
+from unmask.start import pretrain
+
+SMALL = (
+    *("method.encoder.width=32", "method.encoder.depth=1", "method.encoder.heads=2", "data.size=[16,16]"),
+    *("method.decoder.width=16", "method.decoder.heads=2", "train.steps=2", "train.batch_size=8", "data.workers=0"),
+)
+
+
+@pytest.fixture
+def images(tmp_path):
+    return write_images(tmp_path / "images", 12)
+
+
+@pytest.fixture
+def drawn(tmp_path):
+    """A mask that hides the left half of 4 x 4 patches."""
+    (tmp_path / "left.txt").write_text("##..\n" * 4)
+    return tmp_path / "left.txt"
+
+
+def test_a_run_with_drawn_masks_keeps_them_in_its_config(images, drawn, tmp_path):
+    run = pretrain(images, recipe="mae_nano", out=tmp_path / "run", masks=drawn, settings=SMALL)
+    method = read_config(run).method
+    assert (method.mask, method.mask_ratio, method.pattern) == ("pattern", 0.5, (("##..",) * 4,))
+    assert run.read("status.json")["state"] == "finished"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "settings", "message"),
+    [
+        ("mae_nano", ["method.mask=random"], "both --masks and method.mask were given"),
+        ("mae_nano", ["method.mask_ratio=0.75"], "both --masks and method.mask_ratio were given"),
+        ("mae_nano", ["data.size=[32,32]"], "mask pattern 1 is 4 x 4; the grid has 8 x 8"),
+        ("mpp_nano", [], "--masks was given, but mpp has no setting mask, so it would be ignored"),
+    ],
+)
+def test_masks_that_do_not_go_with_the_rest_are_refused(images, drawn, tmp_path, recipe, settings, message):
+    with pytest.raises(UserError, match=message):
+        pretrain(images, recipe=recipe, out=tmp_path / "run", masks=drawn, settings=settings)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_of_another_method_is_no_tokenizer(images, tmp_path):
+    run = pretrain(images, recipe="mae_nano", out=tmp_path / "mae", settings=SMALL)
+    with pytest.raises(
+        ConfigError, match=r"is a run of mae, the run of a dVAE was expected: train one with .*dvae_nano"
+    ):
+        pretrain(images, recipe="beit_nano", out=tmp_path / "run", tokenizer=run.path)
+    with pytest.raises(ConfigError, match="both --tokenizer and graft were given"):
+        pretrain(images, recipe="beit_nano", out=tmp_path / "run", tokenizer=run.path, settings=["graft=[]"])
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,88 @@
+"""The paper's tables: its numbers, and that every cell is a configuration that can be trained."""
+
+import pytest
+
+from unmask.config import override, parse
+from unmask.errors import UserError
+from unmask.recipes.catalogue import all_recipes, find
+from unmask.start import require_method
+from unmask.tables import FAMILY, TABLES, find_table
+
+NANO = find("mae_nano")
+
+
+def linear(name):
+    return [cell.paper.linear for cell in TABLES[name].cells(NANO)]
+
+
+def test_the_papers_numbers():
+    assert linear("1a") == [65.5, 70.0, 71.9, 73.5, 73.3]
+    assert linear("1b") == [69.1, 71.3, 73.5, 73.1, 73.1]
+    assert linear("1c") == [59.6, 73.5]
+    assert linear("1d") == [73.5, 73.9, 72.3, 71.6]
+    assert linear("1e") == [65.7, 73.1, 73.5, 71.9]
+    assert linear("1f") == [73.5, 72.3, 63.9, 66.0]
+    assert linear("fig5") == [54.6, 58.9, 61.7, 67.0, 69.9, 71.8, 73.2, 73.5, 71.8, 66.1]
+    assert linear("fig7") == [57.3, 64.4, 69.7, 73.5, 75.1]
+    assert [cell.paper.fine_tuned for cell in TABLES["fig5"].cells(NANO)][:5] == [83.2, 83.4, 83.4, 84.7, 84.9]
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_every_table_has_one_base_row_and_it_is_the_papers(name):
+    cells = TABLES[name].cells(NANO)
+    (base,) = [cell for cell in cells if cell.base]
+    assert len({cell.name for cell in cells}) == len(cells)
+    if name != "family":
+        assert (base.paper.fine_tuned, base.paper.linear) == (84.9, 73.5)
+
+
+@pytest.mark.parametrize("name", [name for name in TABLES if name != "family"])
+def test_cells_set_what_the_table_says_it_varies_and_nothing_else(name):
+    table = TABLES[name]
+    for cell in table.cells(NANO):
+        assert set(parse(cell.settings)) <= set(table.varies)
+
+
+@pytest.mark.parametrize("name", ["1a", "1b", "1c", "1e", "1f", "fig5", "fig7"])
+def test_every_cell_can_be_trained(name):
+    table = TABLES[name]
+    for cell in table.cells(NANO):
+        require_method(override(NANO, [*table.base, *cell.settings]))
+
+
+def test_decoder_widths_are_the_papers_shares_of_the_encoder():
+    widths = {cell.theirs: parse(cell.settings)["method.decoder.width"] for cell in TABLES["1b"].cells(NANO)}
+    assert widths == {"128": 24, "256": 48, "512": 96, "768": 144, "1024": 192}
+    large = find("mae_large")
+    assert [parse(cell.settings)["method.decoder.width"] for cell in TABLES["1b"].cells(large)] == [
+        128, 256, 512, 768, 1024,
+    ]  # fmt: skip
+    for cell in TABLES["1b"].cells(override(NANO, ["method.encoder.width=40", "method.encoder.heads=2"])):
+        found = parse(cell.settings)
+        assert found["method.decoder.width"] % found["method.decoder.heads"] == 0
+        assert found["method.decoder.width"] % 4 == 0
+
+
+def test_training_lengths_double():
+    assert [cell.length for cell in TABLES["fig7"].cells(NANO)] == [1, 2, 4, 8, 16]
+
+
+def test_the_family_is_all_there_and_each_has_both_measures():
+    cells = TABLES["family"].cells(NANO)
+    assert [cell.name for cell in cells if cell.equal == "steps"] == [f"{name}-equal-steps" for name in FAMILY]
+    assert {cell.name for cell in cells if cell.equal == "compute"} == {
+        f"{name}-equal-compute" for name in FAMILY if name != "mae"
+    }
+
+
+def test_every_recipe_that_a_method_has_for_the_family_is_its_own():
+    for name, recipe in FAMILY.items():
+        if recipe in all_recipes():
+            assert find(recipe).method.name == name.removesuffix("_bert")
+
+
+def test_a_wrong_name_is_refused_and_fig9_says_what_is_missing():
+    with pytest.raises(UserError, match=r"table 'fig55' is not known; did you mean fig5"):
+        find_table("fig55")
+    with pytest.raises(UserError, match=r"fig9 needs fine-tuning of the last k blocks, which this version cannot do"):
+        find_table("fig9")

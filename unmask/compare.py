@@ -1,0 +1,238 @@
+"""`unmask compare`: several Runs beside one another, as one page and one JSON file.
+
+Shows what each is and costs, and those probes that all of them share: the same labelled images, split, kind, labels per
+class and seed. Numbers that are not of one measurement are named and not set beside one another. Reads the Run folders;
+only with `data` does it measure, those Runs that lack the probe.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from unmask.beside import difference, last_loss, training_seconds
+from unmask.config import Config, keys
+from unmask.console import Console
+from unmask.errors import UserError
+from unmask.evals.probe import require_kind
+from unmask.evals.scores import POOLS, PRETRAINED
+from unmask.flops import count_flops
+from unmask.plan import Plan
+from unmask.recipes.catalogue import all_recipes
+from unmask.report import page
+from unmask.run import Run, replace_file
+from unmask.saved import read_config, read_plan
+from unmask.use import probe_run
+
+SAME = ("kind", "data", "test", "shots", "seed")  # what two probes must have in common to be one measurement
+LOSSES = (
+    "Losses of different targets, masks or normalisations are not comparable, and a lower one is not a better encoder."
+)
+
+
+def compare(
+    runs: Sequence[str | Path],
+    *,
+    data: str | None = None,
+    test: str | None = None,
+    kind: str = "linear",
+    shots: int | None = None,
+    out: str | Path = "comparison.html",
+    device: str = "auto",
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Write `out` and the same as data beside it (.json), and return that.
+
+    data: probe the Runs that lack this probe, on these labelled images, as `unmask probe` would. Raises ValueError for
+    fewer than two Runs, one given twice, a folder that is no Run, or nowhere to write.
+    """
+    console = console or Console(quiet=True)
+    out = Path(out)
+    if out.suffix != ".html":
+        raise UserError(f"output file {out} came; a name that ends in .html was expected")
+    if not out.resolve().parent.is_dir():
+        raise UserError(f"the folder {out.resolve().parent} does not exist; make it first, or choose another --out")
+    if data is None and (test is not None or shots is not None):
+        raise UserError("--test or --shots came without --data, so there is nothing to probe; give --data too")
+    require_kind(kind)
+    opened = open_runs(runs)
+    if data is not None:
+        want = dict(zip(SAME, (kind, data, test or f"a held-out fifth of {data}", shots, 0), strict=True))
+        for run in opened.values():
+            if not any(all(probe[key] == value for key, value in want.items()) for probe in probes(run)):
+                probe_run(
+                    run.path, data, test=test, kind=kind, shots=shots, controls=False, seed=0, step=None, device=device,
+                    console=console,
+                )  # fmt: skip
+    found = {name: probes(run) for name, run in opened.items()}
+    summary = {
+        "runs": [about(name, run) for name, run in opened.items()],
+        "probes": shared(found),
+        "not_comparable": not_shared(found),
+        "note": LOSSES,
+        "written": time.strftime("%Y-%m-%d %H:%M"),
+    }
+    pictures = {name: url for name, run in opened.items() if (url := last_picture(run)) is not None}
+    replace_file(out.with_suffix(".json"), json.dumps(summary, indent=2).encode("ascii") + b"\n")
+    replace_file(out, page("compare.html.jinja", **summary, pictures=pictures))
+    for probe in summary["probes"]:
+        console.say(f"{probe['title']}: {probe['sentence']}")
+    for line in summary["not_comparable"]:
+        console.say(line)
+    console.say(f"comparison: {out}")
+    return summary
+
+
+def open_runs(runs: Sequence[str | Path]) -> dict[str, Run]:
+    """By the name each has on the page: of its folder, or the whole path where two have the same."""
+    if len(runs) < 2:
+        raise UserError(f"{len(runs)} run came; at least two were expected: unmask compare RUN RUN ...")
+    opened = [Run.open(run) for run in runs]
+    places = [run.path.resolve() for run in opened]
+    if twice := [str(run.path) for run, place in zip(opened, places, strict=True) if places.count(place) > 1]:
+        raise UserError(f"{twice[0]} came twice; name every run once")
+    names = [place.name for place in places]
+    return {name if names.count(name) == 1 else str(run.path): run for name, run in zip(names, opened, strict=True)}
+
+
+def about(name: str, run: Run) -> dict[str, Any]:
+    """What a Run is and what it cost."""
+    config, plan = read_config(run), read_plan(run)
+    status = run.read("status.json") if (run.path / "status.json").exists() else {"state": "waiting", "step": 0}
+    trained = [row for row in run.metrics() if row.get("loss") is not None]
+    flops = count_flops(config, plan.images)
+    return {
+        "name": name,
+        "path": str(run.path),
+        "method": config.method.name,
+        "recipe": config.recipe,
+        "source": config.data.source,
+        "differs": _by_hand(config),
+        "image": [plan.images.channels, *plan.images.size],
+        "parameters": plan.parameters,
+        "encoder_parameters": plan.encoder_parameters,
+        "flops": {**vars(flops), "forward": flops.forward},
+        "state": status["state"],
+        "step": status["step"],
+        "steps": plan.steps,
+        "images_seen": status["step"] * plan.batch_size,
+        "epochs": status["step"] * plan.batch_size / plan.num_images,
+        "training_flops": flops.training * status["step"] * plan.batch_size,
+        "images_per_second": statistics.median(row["images_per_second"] for row in trained) if trained else None,
+        "seconds": training_seconds(trained),
+        "loss": last_loss(trained) if trained else None,
+        "device": _device(run, plan),
+    }
+
+
+def _by_hand(config: Config) -> list[str]:
+    """Settings that are not the recipe's, as KEY=VALUE; [] for a recipe that is not known here."""
+    if config.recipe not in (known := all_recipes()):
+        return []
+    base, found = known[config.recipe](), []
+    both = [key for key in keys(config) if key in set(keys(base)) and key != "data.source"]
+    for key in both:
+        ours, theirs = (_value(tree, key) for tree in (config, base))
+        if ours != theirs:
+            found.append(f"{key}={ours}")
+    return found
+
+
+def _value(tree: Any, key: str) -> Any:
+    for part in key.split("."):
+        tree = getattr(tree, part)
+    return tree
+
+
+def _device(run: Run, plan: Plan) -> str:
+    machine = run.read("provenance.json").get("device") if (run.path / "provenance.json").exists() else None
+    return f"{plan.precision} on {plan.device}" + (f" ({machine})" if machine else "")
+
+
+def probes(run: Run) -> list[dict[str, Any]]:
+    """The Run's probes; of one measurement at several steps only the latest."""
+    latest: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for file in sorted(run.evals.glob("probe-*.json")):
+        probe = run.read(f"evals/{file.name}")
+        if all(key in probe for key in SAME):
+            key = tuple(probe[name] for name in SAME)
+            if key not in latest or probe["step"] > latest[key]["step"]:
+                latest[key] = probe
+    return list(latest.values())
+
+
+def _measurement(probe: dict[str, Any]) -> tuple[Any, ...]:
+    return (*(probe[key] for key in SAME), probe["test_images"], probe["train_images"], tuple(probe["classes"]))
+
+
+def _title(probe: dict[str, Any]) -> str:
+    what = {"knn": "kNN", "linear": "linear probe"}.get(probe["kind"], probe["kind"])
+    shots = "" if probe["shots"] is None else f", {probe['shots']} labels per class"
+    seed = f", seed {probe['seed']}" if probe["seed"] else ""
+    return f"{what} on {probe['data']}, tested on {probe['test']}{shots}{seed}"
+
+
+def shared(found: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The measurements that every Run has, each with one row for a Run: its better pool, and all of them."""
+    keyed = {name: {_measurement(probe): probe for probe in each} for name, each in found.items()}
+    first, *others = keyed.values()
+    tables = []
+    for key, probe in first.items():
+        if not all(key in other for other in others):
+            continue
+        rows = []
+        for name, each in keyed.items():
+            pools = {row["pool"]: row for row in each[key]["rows"] if row["features"] == PRETRAINED}
+            best = max(pools.values(), key=lambda row: row["accuracy"])
+            score = {part: best[part] for part in ("accuracy", "low", "high", "correct", "total", "pool")}
+            rows.append({"name": name, "step": each[key]["step"], **score, "pools": pools})
+        rows.sort(key=lambda row: -row["accuracy"])
+        about_all = {part: probe[part] for part in (*SAME, "test_images", "train_images", "chance")}
+        tables.append({"title": _title(probe), **about_all, "rows": rows, "sentence": _sentence(rows)})
+    return tables
+
+
+def _sentence(rows: list[dict[str, Any]]) -> str:
+    """Who leads, and whom the choice of test images alone could put in front."""
+    first, *others = rows
+    said = f"{first['name']} leads with {first['accuracy']:.1%} ({POOLS.get(first['pool'], first['pool'])})"
+    scores = [
+        {"mean": row["accuracy"], "interval": "test images", "by_seed": {}, **{k: row[k] for k in ("correct", "total")}}
+        for row in rows
+    ]
+    close = [row["name"] for row, score in zip(others, scores[1:], strict=True) if difference(scores[0], score)[1] <= 0]
+    if not close:
+        return said + ", by more than the choice of test images would explain; another seed of the training may differ"
+    return said + f", but within the noise of the test images lie {', '.join(close)}"
+
+
+def not_shared(found: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """A sentence for every measurement that only some of the Runs have."""
+    names: dict[tuple[Any, ...], list[str]] = {}
+    titles: dict[tuple[Any, ...], str] = {}
+    for name, each in found.items():
+        for probe in each:
+            names.setdefault(_measurement(probe), []).append(name)
+            titles[_measurement(probe)] = _title(probe)
+    lines = [
+        f"Not comparable: {titles[key]} ({key[len(SAME)]} test images) was measured for {', '.join(have)} only."
+        for key, have in names.items()
+        if len(have) < len(found)
+    ]
+    if not any(len(have) == len(found) for have in names.values()):
+        lines.append(
+            "No probe is shared by all of these runs, so nothing says which features are better; measure one with: "
+            "unmask compare RUN... --data DATA --test DATA"
+        )
+    return lines
+
+
+def last_picture(run: Run) -> str | None:
+    """The newest picture as a data URL."""
+    files = sorted(run.pictures.glob("step-*.png"))
+    return "data:image/png;base64," + base64.b64encode(files[-1].read_bytes()).decode("ascii") if files else None

@@ -1,0 +1,67 @@
+"""Masks that a person has drawn, from a file to text: "#" hides a patch, "." shows it, one string for each row.
+
+A text file holds just that, patterns parted by empty lines. A .npy file holds (rows, cols) or (n, rows, cols), where
+anything but 0 is hidden. A PNG has one pixel for each patch, dark ones are hidden. Whether a pattern fits the grid is
+said by the method that uses it (`nn/masks.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from unmask.errors import UserError
+
+MOST_PATTERNS = 10_000
+
+Pattern = tuple[str, ...]
+
+
+def read_masks(path: str | Path) -> tuple[Pattern, ...]:
+    """The patterns of a file. Raises ValueError when there is no such file, or it holds no patterns."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"mask file {path} does not exist; a .txt, .npy or .png file was expected")
+    try:
+        if path.suffix == ".npy":
+            return _of_array(np.load(path, allow_pickle=False), path)
+        if path.suffix == ".png":
+            with Image.open(path) as picture:
+                return _of_array(np.asarray(picture.convert("L")) < 128, path)
+        return _of_text(path.read_text("utf-8"), path)
+    except (ValueError, EOFError, UnidentifiedImageError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"mask file {path} cannot be read ({type(error).__name__}); expected were a .txt file of '#' and '.', an "
+            "array in .npy of (rows, cols) or (n, rows, cols), or a .png with a pixel for each patch"
+        ) from None
+
+
+def hidden_share(patterns: Sequence[Pattern]) -> float:
+    """Share of the first pattern's patches that are hidden."""
+    marks = "".join(patterns[0])
+    return marks.count("#") / max(1, len(marks))
+
+
+def _of_text(text: str, path: Path) -> tuple[Pattern, ...]:
+    blocks = [tuple(block.split()) for block in text.replace("\r\n", "\n").strip().split("\n\n")]
+    patterns = tuple(block for block in blocks if block)
+    if not patterns or set(text) - set("#. \n\r"):
+        raise UserError(
+            f"mask file {path} came; rows of '#' (hidden) and '.' (visible) were expected, one mark for each patch"
+        )
+    return patterns
+
+
+def _of_array(array: np.ndarray, path: Path) -> tuple[Pattern, ...]:
+    array = array[None] if array.ndim == 2 else array
+    if array.ndim != 3 or not array.size or len(array) > MOST_PATTERNS or array.dtype.kind not in "biuf":
+        raise UserError(
+            f"mask file {path} holds {array.dtype} of shape {array.shape}; (rows, cols) or (n, rows, cols), n up to "
+            f"{MOST_PATTERNS}, was expected, anything but 0 is hidden"
+        )
+    return tuple(tuple("".join("#" if mark else "." for mark in row) for row in pattern) for pattern in array)

@@ -1,0 +1,148 @@
+"""CrossMAE: "Rethinking Patch Dependence for Masked Autoencoders", Fu, Lian et al. 2024 (TMLR 2025).
+
+The encoder is MAE's and sees the visible patches only. The decoder is different: the hidden patches do not attend to
+one another, each asks the visible ones by cross-attention alone. So not all of them need be asked: with N patches, mask
+ratio r and predict ratio gamma the decoder runs on gamma N query tokens where MAE's runs on 1 + N (at 224 pixels and
+gamma 0.25 on 49, out of 147 hidden patches, instead of 197), and the loss is on these. Decoder block j reads its own
+learned mixture of all the encoder's feature maps, its input included (`nn/cross.py`).
+
+The mixtures have LayerNorms of their own, so nothing trains the encoder's last one: it stays a plain LayerNorm (gain 1,
+bias 0) and is marked as not trainable, unless `weighted_features` is off. The same happens upstream, where fine-tuning
+starts from a fresh one.
+
+Differs from the official code, without changing a number: only kept patches are embedded; masks come from counter-based
+draws that belong to the image; N (1 - r) and N (r - gamma) do not lose one to float truncation. There gamma is called
+`kept_mask_ratio`. Differs from the paper: nothing else known.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from unmask.batch import Batch, ImageSpec
+from unmask.errors import UserError
+from unmask.method import Clock, Loss, Method, MethodConfig, Picture
+from unmask.nn.cross import CrossDecoder
+from unmask.nn.decoders import DecoderConfig
+from unmask.nn.losses import mean_square
+from unmask.nn.masks import Mask, nearest_visible, num_kept, random_mask
+from unmask.nn.patches import put, take
+from unmask.nn.targets import PatchStatistics, patch_statistics
+from unmask.nn.vit import ViT, ViTConfig
+
+
+class Config(MethodConfig):
+    """CrossMAE's settings. Both ratios are shares of ALL patches: 0.25 of 0.75 asks for a third of the hidden ones."""
+
+    name: Literal["crossmae"] = "crossmae"
+    encoder: ViTConfig
+    decoder: DecoderConfig = DecoderConfig(depth=12)
+    mask_ratio: float = Field(default=0.75, gt=0, lt=1)
+    predict_ratio: float = Field(default=0.25, gt=0, lt=1)
+    weighted_features: bool = True
+    target: Literal["norm_pixels", "pixels"] = "norm_pixels"
+
+
+def num_asked(num_patches: int, mask_ratio: float, predict_ratio: float) -> int:
+    """How many hidden patches are predicted: all but N (mask_ratio - predict_ratio), rounded down; at least one.
+
+    Raises ValueError when more would be asked for than are hidden.
+    """
+    hidden = num_patches - num_kept(num_patches, mask_ratio)
+    if predict_ratio > mask_ratio:
+        raise UserError(
+            f"a predict ratio of {predict_ratio:g} is more than the mask ratio {mask_ratio:g} hides; both are shares "
+            f"of all patches, so set method.predict_ratio to at most {mask_ratio:g}"
+        )
+    return max(1, hidden - math.floor(num_patches * (mask_ratio - predict_ratio) + 1e-6))
+
+
+class CrossMAE(Method):
+    """See the module docstring. Raises ValueError when sizes or ratios do not fit together, saying which would."""
+
+    encoder: ViT
+
+    def __init__(self, config: Config, images: ImageSpec) -> None:
+        super().__init__()
+        self.mask_ratio = config.mask_ratio
+        self.norm_pixels = config.target == "norm_pixels"
+        self.encoder = ViT(config.encoder, images)
+        rows, cols = self.encoder.grid
+        self.asked = num_asked(rows * cols, config.mask_ratio, config.predict_ratio)
+        self.decoder = CrossDecoder(
+            config.decoder,
+            seen_width=self.encoder.width,
+            sources=config.encoder.depth + 1 if config.weighted_features else None,
+            grid=self.encoder.grid,
+            out=self.encoder.patch[0] * self.encoder.patch[1] * images.channels,
+        )
+        self.encoder.norm.requires_grad_(not config.weighted_features)
+
+    def loss(self, batch: Batch, clock: Clock) -> Loss:
+        """Mean square error on the patches asked for, in the target's units."""
+        patches = self.encoder.patches(batch.images)  # (B, N, P), normalised
+        mask = random_mask(len(patches), self.encoder.grid, self.mask_ratio, clock.rng)
+        asked = mask.drop[:, -self.asked :]  # the draws come in random order, so any part is a random subset
+        guess = self.decoder(self.layers(patches, mask), asked)
+        return Loss(mean_square(guess, take(self.target(patches), asked)))
+
+    def layers(self, patches: Tensor, mask: Mask) -> list[Tensor]:
+        """What the decoder reads, each (B, 1 + K, D), class token first: (B, N, P) -> feature maps, earliest first.
+
+        The encoder's input and the output of each of its blocks; without `weighted_features` its output alone.
+        """
+        tokens = self.encoder.embed(take(patches, mask.keep), mask.keep)
+        if self.decoder.inter_block is None:
+            return [self.encoder.run(tokens, mask.keep)]
+        return self.encoder.layers(tokens, mask.keep)
+
+    def target(self, patches: Tensor) -> Tensor:
+        """What the decoder is asked for, at every patch: (B, N, P) -> (B, N, P)."""
+        return patch_statistics(patches).remove(patches) if self.norm_pixels else patches
+
+    def picture(self, batch: Batch, clock: Clock) -> Picture:
+        """Original, masked, prediction, pasted, ALL hidden patches asked for; the numbers are of the loss's subset."""
+        patches = self.encoder.patches(batch.images)
+        mask = random_mask(len(patches), self.encoder.grid, self.mask_ratio, clock.rng)
+        guess = self.decoder(self.layers(patches, mask), mask.drop).float()
+
+        target = self.target(patches)
+        asked = mask.drop[:, -self.asked :]
+        truth = take(target, asked)
+        colours = target.unflatten(2, (-1, batch.images.shape[1])).mean(2)  # (B, N, C): the mean colour of every patch
+        pixels = target.shape[2] // colours.shape[2]
+        numbers = {
+            "loss": mean_square(guess[:, -self.asked :], truth),
+            "true_patch_mean": mean_square(take(colours, asked).repeat(1, 1, pixels), truth),
+            "nearest_visible": mean_square(
+                take(target, nearest_visible(mask, self.encoder.grid)[:, -self.asked :]), truth
+            ),
+        }
+
+        drawn = guess
+        note = (
+            f"The decoder predicts {self.asked} of the {guess.shape[1]} hidden patches in training; here it is asked "
+            "for all of them, which changes no answer."
+        )
+        if self.norm_pixels:
+            mean, std = patch_statistics(patches)
+            drawn = PatchStatistics(take(mean, mask.drop), take(std, mask.drop)).restore(guess)
+            note += (
+                " The target is normalised within each patch; the prediction is drawn with the TRUE mean and standard "
+                "deviation of each hidden patch, which the model does not know."
+            )
+        nothing = torch.zeros_like(patches)  # the data set's mean colour
+        panels = {
+            "original": patches,
+            f"masked {mask.drop.shape[1] / patches.shape[1]:.0%}": put(
+                patches, mask.drop, nothing[:, : mask.drop.shape[1]]
+            ),
+            "prediction": put(nothing, mask.drop, drawn),
+            "pasted": put(patches, mask.drop, drawn),
+        }
+        return Picture({caption: self.encoder.images(panel) for caption, panel in panels.items()}, note, numbers)

@@ -1,0 +1,185 @@
+"""Masked patch prediction: "An Image is Worth 16x16 Words", Dosovitskiy et al. 2021 (ViT), appendix B.1.2.
+
+BERT's task on patches. Half of the patch embeddings are corrupted: 80 % of these become a learnable [mask] embedding,
+10 % the embedding of another patch, 10 % stay as they are. The whole sequence goes through the encoder, and one linear
+head reads a prediction straight from the output token of each corrupted patch. Three targets:
+
+    mean_colour   the mean colour of the patch at 3 bits per channel: one softmax over 512 (the paper's choice)
+    colours_4x4   the patch shrunk to 4 x 4, each cell at 3 bits per channel: 16 parallel softmaxes over 512
+    pixels        all values of the patch, normalised with the data set's mean and std: mean square error
+
+The paper leaves open, and here it is so: exactly half of the patches of every image are corrupted (N / 2, rounded up),
+and what happens to each of them is drawn independently, so 80/10/10 holds on average; the other patch is of the same
+image, any but itself; a cross-entropy is the mean over its softmaxes.
+
+Differs from the paper, which knows 8-bit RGB alone: one and two channels have one softmax over 8 or 64 colours, four
+and more have one softmax over 8 levels for each channel, since 8^C classes would be too many. Values 0 and 1 of a
+channel are 0 and 255 for 8-bit files; for 16-bit and float32 files, which seldom fill their range, they are the data
+set's mean minus and plus two standard deviations, and what lies beyond counts as 0 or 1. No dropout (the paper's
+supervised training has 0.1).
+
+Letters for shapes: B images, C channels, N patches, M corrupted ones, P values of a patch, S cells of a patch.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from unmask.batch import Batch, ImageSpec
+from unmask.errors import UserError
+from unmask.method import Clock, Loss, Method, MethodConfig, Picture
+from unmask.nn.blocks import init_linears
+from unmask.nn.colours import LEVELS, colour_ids, colours_of
+from unmask.nn.losses import mean_square
+from unmask.nn.masks import num_kept, random_mask
+from unmask.nn.patches import patchify, put, take
+from unmask.nn.vit import ViT, ViTConfig
+from unmask.rng import Draws, Stream
+
+MASKED, SWAPPED = 0.8, 0.1  # shares of the corrupted patches; the rest stay as they are
+MOST_TOGETHER = 3  # channels in one softmax
+
+
+class Config(MethodConfig):
+    """Masked patch prediction's settings. `corrupt_ratio`: share of the patches that are corrupted and predicted."""
+
+    name: Literal["mpp"] = "mpp"
+    encoder: ViTConfig
+    corrupt_ratio: float = Field(default=0.5, gt=0, lt=1)
+    target: Literal["mean_colour", "colours_4x4", "pixels"] = "mean_colour"
+
+
+class Corruption(NamedTuple):
+    """`where` (B, M): the corrupted patches. `masked` (B, M): True where [mask] stands instead of the embedding.
+
+    `source` (B, M): whose embedding stands there otherwise: another patch's where it is swapped, its own elsewhere.
+    """
+
+    where: Tensor
+    masked: Tensor
+    source: Tensor
+
+
+def corrupt(batch: int, grid: tuple[int, int], ratio: float, rng: Draws) -> Corruption:
+    """Exactly as many patches in every image; 80 % / 10 % / 10 % of them by independent draws."""
+    where = random_mask(batch, grid, ratio, rng).drop
+    fate, other = rng.uniform(2 * where.shape[1], Stream.REPLACE).chunk(2, 1)  # (B, M) each
+    n = grid[0] * grid[1]
+    another = (where + 1 + (other * (n - 1)).long()) % n  # 1 to N - 1 places further on: never itself
+    swapped = (fate >= MASKED) & (fate < MASKED + SWAPPED)
+    return Corruption(where, fate < MASKED, torch.where(swapped, another, where))
+
+
+class MPP(Method):
+    """See the module docstring. Raises ValueError when sizes do not fit together, or no patch would be corrupted."""
+
+    encoder: ViT
+
+    def __init__(self, config: Config, images: ImageSpec) -> None:
+        super().__init__()
+        self.ratio = config.corrupt_ratio
+        self.pixels = config.target == "pixels"
+        self.side = 4 if config.target == "colours_4x4" else 1  # cells along each side of a patch
+        self.softmaxes = 1 if images.channels <= MOST_TOGETHER else images.channels  # for each cell
+        self.encoder = ViT(config.encoder, images)
+        height, width = self.encoder.patch
+        if height % self.side or width % self.side:
+            raise UserError(
+                f"patches of {height} x {width} pixels cannot be shrunk to 4 x 4 whole cells; use a patch that is a "
+                "multiple of 4, or set method.target=mean_colour"
+            )
+        num_kept(self.encoder.grid[0] * self.encoder.grid[1], config.corrupt_ratio)  # refuses to corrupt none, or all
+        classes = self.side**2 * self.softmaxes * LEVELS ** (images.channels // self.softmaxes)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, self.encoder.width))
+        self.head = nn.Linear(self.encoder.width, height * width * images.channels if self.pixels else classes)
+        nn.init.normal_(self.mask_token, std=0.02)
+        init_linears(self.head)
+
+    def loss(self, batch: Batch, clock: Clock) -> Loss:
+        """Cross-entropy (or mean square error) at the corrupted patches only."""
+        change = corrupt(len(batch), self.encoder.grid, self.ratio, clock.rng)
+        guess = self.guess(self.encoder.patches(batch.images), change)
+        truth = take(self.target(batch.images), change.where)
+        if self.pixels:
+            return Loss(mean_square(guess, truth))
+        right = (self._logits(guess).argmax(-1) == truth).float().mean()
+        return Loss(self._cross_entropy(guess, truth), {"colour_accuracy": right})
+
+    def guess(self, patches: Tensor, change: Corruption) -> Tensor:
+        """The head's output at the corrupted patches: (B, N, P) -> (B, M, outputs)."""
+        encoder = self.encoder
+        tokens = encoder.patch_embed(put(patches, change.where, take(patches, change.source)))
+        masked = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
+        masked = masked.scatter(1, change.where, change.masked)[..., None]  # (B, N, 1)
+        tokens = encoder.run(encoder.place(torch.where(masked, self.mask_token, tokens)))  # (B, 1 + N, D)
+        return self.head(take(tokens[:, 1:], change.where))
+
+    def target(self, images: Tensor) -> Tensor:
+        """What the head is asked for, at every patch: pixels (B, N, P), or class numbers (B, N, S x softmaxes)."""
+        if self.pixels:
+            return self.encoder.patches(images)
+        low, high = self._range()
+        scaled = (images.float() - low[:, None, None]) / (high - low)[:, None, None]
+        height, width = self.encoder.patch
+        cells = F.avg_pool2d(scaled, (height // self.side, width // self.side))  # (B, C, rows x side, cols x side)
+        colours = patchify(cells, (self.side, self.side))  # (B, N, S x C), channel fastest
+        return colour_ids(colours.unflatten(2, (self.side**2 * self.softmaxes, -1)))
+
+    def picture(self, batch: Batch, clock: Clock) -> Picture:
+        """Original, corrupted, prediction pasted, and for colours what a perfect prediction would look like."""
+        patches = self.encoder.patches(batch.images)
+        change = corrupt(len(batch), self.encoder.grid, self.ratio, clock.rng)
+        guess = self.guess(patches, change).float()
+        truth = take(self.target(batch.images), change.where)
+        shown = torch.where(change.masked[..., None], 0, take(patches, change.source))  # 0: the data set's mean colour
+        panels = {"original": patches, "corrupted": put(patches, change.where, shown)}
+        note = "Grey is [mask]; one corrupted patch in ten shows another patch of the image, one in ten is left alone. "
+        if self.pixels:
+            panels["pasted"] = put(patches, change.where, guess)
+            numbers = {
+                "loss": mean_square(guess, truth),
+                "data_mean_colour": mean_square(torch.zeros_like(truth), truth),
+            }
+            note += "All the pixels of the corrupted patches are predicted."
+        else:
+            ids = self._logits(guess).argmax(-1)
+            panels["pasted"] = put(patches, change.where, self._paint(ids))
+            panels["perfect"] = put(patches, change.where, self._paint(truth))
+            numbers = {"loss": self._cross_entropy(guess, truth), "marginal_colours": self._entropy(truth)}
+            what = "4 x 4 colours" if self.side > 1 else "one mean colour"
+            note += f"Predicted: {what} for each corrupted patch, at 3 bits per channel; 'perfect' is the right answer."
+        return Picture({caption: self.encoder.images(panel) for caption, panel in panels.items()}, note, numbers)
+
+    def _logits(self, guess: Tensor) -> Tensor:
+        """(B, M, outputs) -> (B, M, S x softmaxes, classes), float32."""
+        return guess.float().unflatten(2, (self.side**2 * self.softmaxes, -1))
+
+    def _cross_entropy(self, guess: Tensor, truth: Tensor) -> Tensor:
+        return F.cross_entropy(self._logits(guess).flatten(0, 2), truth.flatten())
+
+    def _entropy(self, truth: Tensor) -> Tensor:
+        """The loss of whoever knows only how often each colour occurs in these patches, for each softmax by itself."""
+        classes = LEVELS ** (self.encoder.spec.channels // self.softmaxes)
+        share = F.one_hot(truth, classes).float().flatten(0, 1).mean(0)  # (S x softmaxes, classes)
+        return torch.special.entr(share).sum(-1).mean()
+
+    def _range(self) -> tuple[Tensor, Tensor]:
+        """The file values that count as 0 and as 1, for each channel: two tensors (C,)."""
+        mean, std = self.encoder.mean, self.encoder.std
+        if self.encoder.spec.dtype == "uint8":
+            return torch.zeros_like(mean), torch.full_like(mean, 255)
+        return mean - 2 * std, mean + 2 * std
+
+    def _paint(self, ids: Tensor) -> Tensor:
+        """Class numbers (B, M, S x softmaxes) -> normalised patches (B, M, P) of flat cells."""
+        channels, (height, width) = self.encoder.spec.channels, self.encoder.patch
+        low, high = self._range()
+        colours = colours_of(ids, channels // self.softmaxes).flatten(2).unflatten(2, (self.side, self.side, channels))
+        colours = ((low + colours * (high - low)) - self.encoder.mean) / self.encoder.std
+        down, across = height // self.side, width // self.side
+        return colours.repeat_interleave(down, 2).repeat_interleave(across, 3).flatten(2)

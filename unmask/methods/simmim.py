@@ -1,0 +1,145 @@
+"""SimMIM: "SimMIM: A Simple Framework for Masked Image Modeling", Xie et al. 2022.
+
+Hide square cells of several patches, put one learnable mask token in the place of their embeddings, send the whole
+sequence through the encoder, and rebuild the hidden pixels with one linear layer from each output token. The loss is
+the mean absolute error over the hidden pixels and their channels, of images normalised with the data's mean and std.
+
+The head is the official 1 x 1 convolution and pixel shuffle, written as the linear layer on patches that it is; it
+keeps torch's initial weights, as there. The official ViT has one relative position bias for all blocks, no absolute
+positions, LayerScale 0.1 and a LayerNorm at the end: `simmim_base` asks the encoder for the same.
+
+Differs from the official code: masks come from counter-based draws that belong to the image; initial weights of the
+encoder are this package's, instead of normal ones (standard deviation 0.02) shrunk with depth; keys have a bias; the class
+token is decayed; no stochastic depth (there 0.1); the denominator lacks a term of 1e-5; the Swin encoders of the paper are not built.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from unmask.batch import Batch, ImageSpec
+from unmask.errors import UserError
+from unmask.method import Clock, Loss, Method, MethodConfig, Picture
+from unmask.nn.masks import Mask, nearest_visible
+from unmask.nn.patches import put, take
+from unmask.nn.vit import Pair, ViT, ViTConfig
+from unmask.rng import Draws
+
+
+class Config(MethodConfig):
+    """SimMIM's settings.
+
+    `mask_cell`: (rows, cols) of patches that are hidden together; the paper's 32 pixels are 2 x 2 patches of 16.
+    `mask_ratio`: share of the cells that are hidden, rounded up.
+    """
+
+    name: Literal["simmim"] = "simmim"
+    encoder: ViTConfig
+    mask_cell: Pair = (2, 2)
+    mask_ratio: float = Field(default=0.6, gt=0, lt=1)
+
+
+def num_hidden(num_cells: int, ratio: float) -> int:
+    """How many cells are hidden: ratio x cells rounded up. Raises ValueError when none would stay visible."""
+    hidden = math.ceil(num_cells * ratio - 1e-6)
+    if not 0 < hidden < num_cells:
+        least = f"of at most {(num_cells - 1) / num_cells:.3g}" if num_cells > 1 else "only with more cells"
+        raise UserError(
+            f"a mask ratio of {ratio:g} hides {hidden} of {num_cells} cells, at least one must be hidden and one must "
+            f"stay visible; choose a ratio {least}, or a smaller method.mask_cell"
+        )
+    return hidden
+
+
+def cells_of(grid: tuple[int, int], cell: tuple[int, int]) -> tuple[int, int]:
+    """(rows, cols) of cells of `cell` patches on `grid`. Raises ValueError when cells do not tile it."""
+    if grid[0] % cell[0] or grid[1] % cell[1]:
+        raise UserError(
+            f"cells of {cell[0]} x {cell[1]} patches do not tile the grid of {grid[0]} x {grid[1]} patches; "
+            f"use --set method.mask_cell=[{math.gcd(grid[0], cell[0])},{math.gcd(grid[1], cell[1])}], or another "
+            "data.size or method.encoder.patch"
+        )
+    return grid[0] // cell[0], grid[1] // cell[1]
+
+
+def cell_mask(batch: int, grid: tuple[int, int], cell: tuple[int, int], ratio: float, rng: Draws) -> Mask:
+    """Whole cells hidden, uniformly without replacement, each image its own; both parts in raster order."""
+    rows, cols = cells_of(grid, cell)
+    noise = rng.uniform(rows * cols)
+    assert len(noise) == batch, "the draws belong to another batch"
+    hidden = num_hidden(rows * cols, ratio)
+    chosen = noise.argsort(dim=1, stable=True)[:, :hidden]
+    cells = torch.zeros(noise.shape, dtype=torch.bool, device=noise.device).scatter(1, chosen, True)
+    patches = cells.unflatten(1, (rows, cols)).repeat_interleave(cell[0], 1).repeat_interleave(cell[1], 2)
+    order = patches.flatten(1).int().argsort(dim=1, stable=True)  # visible patches first
+    visible = (rows * cols - hidden) * cell[0] * cell[1]
+    return Mask(keep=order[:, :visible], drop=order[:, visible:])
+
+
+def mean_absolute(guess: Tensor, truth: Tensor) -> Tensor:
+    """Mean over values, patches and images, in float32: the official sum over hidden pixels / their number / C."""
+    return (guess.float() - truth.float()).abs().mean()
+
+
+class SimMIM(Method):
+    """See the module docstring. Raises ValueError when sizes do not fit together, saying which would."""
+
+    encoder: ViT
+
+    def __init__(self, config: Config, images: ImageSpec) -> None:
+        super().__init__()
+        self.cell, self.ratio = config.mask_cell, config.mask_ratio
+        self.encoder = ViT(config.encoder, images)
+        rows, cols = cells_of(self.encoder.grid, self.cell)
+        num_hidden(rows * cols, self.ratio)
+        height, width = self.encoder.patch
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, self.encoder.width))
+        self.head = nn.Linear(self.encoder.width, height * width * images.channels)
+        # The official call truncates at one standard deviation, as here.
+        nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
+
+    def loss(self, batch: Batch, clock: Clock) -> Loss:
+        """Mean absolute error on the hidden pixels, in standard deviations of the data."""
+        patches = self.encoder.patches(batch.images)  # (B, N, P), normalised
+        mask = cell_mask(len(patches), self.encoder.grid, self.cell, self.ratio, clock.rng)
+        return Loss(mean_absolute(self.guess(patches, mask), take(patches, mask.drop)))
+
+    def guess(self, patches: Tensor, mask: Mask) -> Tensor:
+        """The prediction for the hidden patches: (B, N, P) -> (B, M, P)."""
+        encoder = self.encoder
+        tokens = torch.where(mask.hidden()[..., None], self.mask_token, encoder.patch_embed(patches))
+        return self.head(take(encoder.run(encoder.place(tokens))[:, 1:], mask.drop))
+
+    def picture(self, batch: Batch, clock: Clock) -> Picture:
+        """Original, masked, prediction, pasted; and what the loss would be for trivial guesses on these images."""
+        patches = self.encoder.patches(batch.images)
+        mask = cell_mask(len(patches), self.encoder.grid, self.cell, self.ratio, clock.rng)
+        guess = self.guess(patches, mask).float()
+        truth = take(patches, mask.drop)
+
+        colours = patches.unflatten(2, (-1, batch.images.shape[1])).mean(2)  # (B, N, C): the mean colour of every patch
+        pixels = patches.shape[2] // colours.shape[2]
+        visible = take(colours, mask.keep).mean(1, keepdim=True).expand(-1, mask.drop.shape[1], -1)  # (B, M, C)
+        numbers = {
+            "loss": mean_absolute(guess, truth),
+            "true_patch_mean": mean_absolute(take(colours, mask.drop).repeat(1, 1, pixels), truth),
+            "visible_mean": mean_absolute(visible.repeat(1, 1, pixels), truth),
+            "nearest_visible": mean_absolute(take(patches, nearest_visible(mask, self.encoder.grid)), truth),
+        }
+
+        nothing = torch.zeros_like(patches)  # the data set's mean colour
+        panels = {
+            "original": patches,
+            f"masked {mask.drop.shape[1] / patches.shape[1]:.0%}": put(patches, mask.drop, torch.zeros_like(truth)),
+            "prediction": put(nothing, mask.drop, guess),
+            "pasted": put(patches, mask.drop, guess),
+        }
+        note = (
+            "Only hidden pixels count in the loss; they are predicted as they are, nothing is borrowed from the truth."
+        )
+        return Picture({caption: self.encoder.images(panel) for caption, panel in panels.items()}, note, numbers)

@@ -1,0 +1,105 @@
+"""CrossMAE's decoder: every hidden patch asks the visible ones on its own ("Rethinking Patch Dependence", Fu et al.).
+
+A query is the mask token plus a position. It reads the encoder's tokens by cross-attention and never looks at another
+query, so any subset of the hidden patches can be asked for, and the answers do not change with the subset. Block j
+reads its own learned mixture of the outputs of ALL encoder blocks and of their input ("inter-block attention"), behind
+a LayerNorm of its own. Parameters, sizes and initial weights are those of the official code (`models_cross.py`,
+`transformer_utils.py`); only its unused class position is left out.
+
+Letters for shapes: B images, K1 class token and visible patches, M queries, D width of the encoder, d of the decoder,
+P values of a patch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from unmask.errors import UserError
+from unmask.nn import positions
+from unmask.nn.blocks import MLP, attend, init_linears, layer_norm
+from unmask.nn.decoders import DecoderConfig
+from unmask.nn.patches import take
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention from queries (width d) to other tokens (width D), scale (d / heads)^-1/2."""
+
+    def __init__(self, width: int, heads: int, seen_width: int) -> None:
+        super().__init__()
+        if width % heads:
+            raise UserError(f"{heads} heads do not divide a decoder width of {width}; use a divisor of {width}")
+        self.heads = heads
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(seen_width, 2 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Float[Tensor, "B M d"], seen: Float[Tensor, "B K1 D"]) -> Float[Tensor, "B M d"]:
+        q = self.q(x).unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, heads, M, d / heads)
+        k, v = self.kv(seen).unflatten(2, (2, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        return self.proj(attend(q, k, v).transpose(1, 2).flatten(2))
+
+
+class CrossBlock(nn.Module):
+    """x + CrossAttention(norm x, seen), then x + MLP(norm x). `seen` comes normalised."""
+
+    def __init__(self, width: int, heads: int, seen_width: int, mlp_ratio: float = 4.0) -> None:
+        super().__init__()
+        self.norm1 = layer_norm(width)
+        self.cross_attn = CrossAttention(width, heads, seen_width)
+        self.norm2 = layer_norm(width)
+        self.mlp = MLP(width, int(width * mlp_ratio))
+
+    def forward(self, x: Float[Tensor, "B M d"], seen: Float[Tensor, "B K1 D"]) -> Float[Tensor, "B M d"]:
+        x = x + self.cross_attn(self.norm1(x), seen)
+        return x + self.mlp(self.norm2(x))
+
+
+class InterBlock(nn.Module):
+    """For each of `depth` decoder blocks its own weighted sum of `sources` feature maps, and its own LayerNorm.
+
+    The weights are drawn Xavier-uniform, bound sqrt(6 / (sources + depth)). The official constructor draws them normal
+    with standard deviation sources^-1/2, but its general initialisation of linear layers then overwrites that.
+    """
+
+    def __init__(self, sources: int, depth: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(depth, sources))
+        self.norms = nn.ModuleList(layer_norm(width) for _ in range(depth))
+        nn.init.xavier_uniform_(self.weight)
+
+    def forward(self, layers: Sequence[Float[Tensor, "B K1 D"]]) -> list[Float[Tensor, "B K1 D"]]:
+        maps = torch.stack(list(layers))  # (sources, B, K1, D)
+        mixed = (self.weight @ maps.flatten(1)).unflatten(1, maps.shape[1:])  # (depth, B, K1, D)
+        return [norm(part) for norm, part in zip(self.norms, mixed, strict=True)]
+
+
+class CrossDecoder(nn.Module):
+    """See the module docstring. `sources`: how many feature maps are mixed; None means that the last one is read alone.
+
+    Raises ValueError when the heads do not divide the width, or the width is not a multiple of 4.
+    """
+
+    def __init__(
+        self, config: DecoderConfig, *, seen_width: int, sources: int | None, grid: tuple[int, int], out: int
+    ) -> None:
+        super().__init__()
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, config.width))
+        self.pos_embed = nn.Parameter(positions.sincos(config.width, grid)[None], requires_grad=False)  # (1, N, d)
+        self.blocks = nn.ModuleList(CrossBlock(config.width, config.heads, seen_width) for _ in range(config.depth))
+        self.norm = layer_norm(config.width)
+        self.pred = nn.Linear(config.width, out)
+        self.inter_block = None if sources is None else InterBlock(sources, config.depth, seen_width)
+        nn.init.normal_(self.mask_token, std=0.02)
+        init_linears(self)
+
+    def forward(self, layers: Sequence[Float[Tensor, "B K1 D"]], where: Int[Tensor, "B M"]) -> Float[Tensor, "B M P"]:
+        """A guess for each of the patches `where`, from the encoder's feature maps, earliest first."""
+        seen = self.inter_block(layers) if self.inter_block else [layers[-1]] * len(self.blocks)
+        x = self.mask_token + take(self.pos_embed.expand(len(where), -1, -1), where)  # (B, M, d)
+        for block, tokens in zip(self.blocks, seen, strict=True):
+            x = block(x, tokens)
+        return self.pred(self.norm(x))
