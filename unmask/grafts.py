@@ -21,7 +21,7 @@ from unmask.run import Run
 from unmask.saved import read_config, read_plan
 
 TOKENIZER = "target.tokenizer."  # where methods that predict codes keep the network that makes them
-DVAE = "vae."  # and where the method that trains it does
+DVAE = ""  # and where the method that trains it does: it is nothing else
 
 
 def continued(from_run: str | Path, recipe: str) -> Config:

@@ -38,6 +38,7 @@ class Stream(IntEnum):
     SHAPES = 6
     SHAPES_NOISE = 7
     JITTER = 8
+    CODES = 9
 
 
 def philox(counter: tuple[Array, Array, Array, Array], key: tuple[int, int]) -> tuple[Array, Array, Array, Array]:

@@ -4,6 +4,7 @@ A method is tried through its `<method>_nano` recipe, shrunk, so a new method ne
 """
 
 import inspect
+import json
 import os
 from collections.abc import Iterable
 
@@ -25,6 +26,7 @@ from unmask.start import pretrain, resume
 
 METHODS = method_names()
 SHRUNK = {"width": "32", "depth": "1", "heads": "2", "patch": "[4,4]"}
+TOKENIZER = {"codes": 32, "width": 16, "depth": 1, "patch": [4, 4]}
 UNITS = {"uint8": 255, "uint16": 60_000, "float32": 3.0}
 
 
@@ -41,7 +43,13 @@ def shrunk(name: str) -> tuple[Config, list[str]]:
     config = find(f"{name}_nano")
     settings = [f"{key}={SHRUNK[key.split('.')[-1]]}" for key in keys(config) if key.split(".")[-1] in SHRUNK]
     settings.append("data.size=[16,16]")
-    return override(config, settings), settings
+    tokenizer = [f"method.tokenizer={json.dumps(TOKENIZER)}"] if needs_tokenizer(name) else []
+    return override(config, [*settings, *tokenizer]), settings
+
+
+def needs_tokenizer(name: str) -> bool:
+    """Whether what the method predicts are a dVAE's codes; here those of a dVAE with random weights."""
+    return getattr(find(f"{name}_nano").method, "target", None) == "tokens"
 
 
 def make(
@@ -77,7 +85,7 @@ def value(method: Method, seed: int = 0) -> float:
 
 
 def warm(name: str, *, seed: int = 0, steps: int = 3) -> Method:
-    """A method that has taken a few steps: an output layer that starts at zero hides everything behind it until then."""
+    """A method that has taken a few steps: an output layer that starts at zero hides what is behind it until then."""
     method = make(name, seed=seed)
     batch = batch_for(method)
     optimizer = make_optimizer(method, OptimConfig())
@@ -176,7 +184,13 @@ def test_three_steps_and_three_more_are_six_steps(name, tmp_path, monkeypatch):
         *shrunk(name)[1],
         *("train.steps=6", "train.batch_size=8", "train.log_every=1", "data.workers=0", "train.device=cpu"),
     ]
-    whole = pretrain(images, recipe=f"{name}_nano", out=tmp_path / "whole", settings=settings)
+    more = {}
+    if needs_tokenizer(name):
+        network = [f"method.encoder.{key}={value}" for key, value in TOKENIZER.items()]
+        briefly = [*network, "data.size=[16,16]", "train.steps=1", "train.batch_size=8", "data.workers=0"]
+        dvae = pretrain(images, recipe="dvae_nano", out=tmp_path / "dvae", settings=briefly)
+        more = {"tokenizer": dvae.path}
+    whole = pretrain(images, recipe=f"{name}_nano", out=tmp_path / "whole", settings=settings, **more)
     real = loop.step
 
     def stop_after_three(*arguments):
@@ -186,7 +200,7 @@ def test_three_steps_and_three_more_are_six_steps(name, tmp_path, monkeypatch):
         return taken
 
     monkeypatch.setattr(loop, "step", stop_after_three)
-    parts = pretrain(images, recipe=f"{name}_nano", out=tmp_path / "parts", settings=settings)
+    parts = pretrain(images, recipe=f"{name}_nano", out=tmp_path / "parts", settings=settings, **more)
     monkeypatch.undo()
     assert load_model(parts)[0] == 3
     resume(parts.path)

@@ -27,10 +27,11 @@ from unmask.batch import Batch, ImageSpec
 from unmask.errors import UserError
 from unmask.method import Clock, Loss, Method, MethodConfig, Picture
 from unmask.nn import masks
+from unmask.nn.conv_vae import ConvVAEConfig, require_tokenizer
 from unmask.nn.decoders import DecoderConfig, LightDecoder
 from unmask.nn.masks import Mask
 from unmask.nn.patches import put, take
-from unmask.nn.targets import Pixels, PrincipalComponents, Target
+from unmask.nn.targets import Pixels, PrincipalComponents, Target, Tokens
 from unmask.nn.vit import ViT, ViTConfig
 
 
@@ -41,8 +42,9 @@ class Config(MethodConfig):
     16 of 14 x 14). "pattern" hides those marked "#" in `pattern`, one string for each row of the
     grid; of several patterns one is drawn for each image (`unmask pretrain --mask FILE` fills it in).
     mask_tokens: where mask tokens enter; "encoder" makes the encoder see them all (Table 1c).
-    target: pixels normalised within each patch, plain pixels, or the first `pca_coefficients` principal components of
-    patches (None: an eighth of a patch's values, as 96 of 768), whitened or not.
+    target: pixels normalised within each patch, plain pixels, the first `pca_coefficients` principal components of
+    patches (None: an eighth of a patch's values, as 96 of 768), whitened or not, or a dVAE's codes (`unmask pretrain
+    --tokenizer RUN` fills in `tokenizer`, the dVAE's network, and takes its weights).
     loss_on: the hidden patches, or all.
     """
 
@@ -54,9 +56,10 @@ class Config(MethodConfig):
     smallest_block: int | None = Field(default=None, gt=0)
     pattern: tuple[tuple[str, ...], ...] | None = None
     mask_tokens: Literal["decoder", "encoder"] = "decoder"
-    target: Literal["norm_pixels", "pixels", "pca"] = "norm_pixels"
+    target: Literal["norm_pixels", "pixels", "pca", "tokens"] = "norm_pixels"
     pca_coefficients: int | None = Field(default=None, gt=0)
     pca_whiten: bool = False
+    tokenizer: ConvVAEConfig | None = None
     loss_on: Literal["hidden", "all"] = "hidden"
 
     @model_validator(mode="after")
@@ -67,6 +70,8 @@ class Config(MethodConfig):
             raise ValueError(f"smallest_block is for mask=block, but mask={self.mask}; leave it out")
         if self.target != "pca" and (self.pca_coefficients is not None or self.pca_whiten):
             raise ValueError(f"pca_coefficients and pca_whiten are for target=pca, but target={self.target}")
+        if self.target != "tokens" and self.tokenizer is not None:
+            raise ValueError(f"a tokenizer is for target=tokens, but target={self.target}; leave it out, or set tokens")
         return self
 
 
@@ -91,7 +96,7 @@ class MAE(Method):
             nn.Parameter(torch.zeros(1, 1, self.encoder.width)) if config.mask_tokens == "encoder" else None
         )
         self.everywhere = config.loss_on == "all"
-        self.target = make_target(config, self.encoder, images.channels)
+        self.target = make_target(config, self.encoder)
         self.num_prepare = self.target.num_prepare
         self.decoder = LightDecoder(
             config.decoder,
@@ -185,9 +190,12 @@ def require_mask(config: Config, grid: tuple[int, int]) -> Tensor | None:
     return patterns
 
 
-def make_target(config: Config, encoder: ViT, channels: int) -> Target:
-    """What the decoder predicts."""
+def make_target(config: Config, encoder: ViT) -> Target:
+    """What the decoder predicts. Raises ValueError when that needs a tokenizer and there is none."""
+    channels = encoder.spec.channels
     values = encoder.patch[0] * encoder.patch[1] * channels
+    if config.target == "tokens":
+        return Tokens(require_tokenizer(config.tokenizer), encoder.spec, encoder.patch)
     if config.target == "pca":
         count = config.pca_coefficients or max(1, values // 8)
         return PrincipalComponents(values, encoder.grid, channels, count=count, whiten=config.pca_whiten)

@@ -6,6 +6,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 
-def mean_square(guess: Float[Tensor, "B M P"], truth: Float[Tensor, "B M P"]) -> Float[Tensor, ""]:
-    """Mean over values, patches and images. With as many hidden patches in every image this is MAE's masked mean."""
+def mean_square(guess: Float[Tensor, "*shape"], truth: Float[Tensor, "*shape"]) -> Float[Tensor, ""]:
+    """Mean over all values. With as many hidden patches in every image this is MAE's masked mean."""
     return (guess.float() - truth.float()).square().mean()

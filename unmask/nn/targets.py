@@ -12,13 +12,16 @@ from abc import ABC, abstractmethod
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
+from unmask.batch import ImageSpec
 from unmask.errors import UserError
+from unmask.nn.conv_vae import ConvVAEConfig, Tokenizer
 from unmask.nn.losses import mean_square
 from unmask.nn.masks import Mask, nearest_visible
-from unmask.nn.patches import take
+from unmask.nn.patches import normalise, patchify, put, take
 
 VARIANCE_EPS = 1e-6
 PCA_PATCHES = 100_000  # that principal components are computed from, at least, where the data have so many
@@ -171,6 +174,44 @@ class PrincipalComponents(Target):
         truth = take(self(patches, images), mask.drop)
         guesses = flat_guesses(patches, self.channels, mask, self.grid)
         return {name: self.loss(self(guess, images), truth) for name, guess in guesses.items()}
+
+
+class Tokens(Target):
+    """The codes of a trained dVAE (BEiT; MAE, Table 1d): one class out of `codes` for every patch, cross-entropy.
+
+    The tokenizer is part of the method and frozen, its weights are grafted. Raises ValueError when it has not one code
+    for each patch of `patch` pixels.
+    """
+
+    def __init__(self, config: ConvVAEConfig, images: ImageSpec, patch: tuple[int, int]) -> None:
+        super().__init__()
+        self.out, self.patch = config.codes, patch
+        self.tokenizer = Tokenizer(config, images, patch)
+        self.register_buffer("mean", torch.tensor(images.mean, dtype=torch.float32), persistent=False)
+        self.register_buffer("std", torch.tensor(images.std, dtype=torch.float32), persistent=False)
+        self.note = " What is predicted are a dVAE's codes; they are drawn as its decoder paints them."
+
+    def forward(self, patches: Tensor, images: Tensor) -> Tensor:
+        return self.tokenizer.ids(images)[..., None]
+
+    def loss(self, guess: Tensor, truth: Tensor) -> Tensor:
+        return F.cross_entropy(guess.float().flatten(0, 1), truth.flatten())
+
+    def draw(self, guess: Tensor, patches: Tensor, images: Tensor, mask: Mask) -> dict[str, Tensor]:
+        ids = self(patches, images)
+        guessed = put(ids, mask.drop, guess.argmax(-1, keepdim=True))
+        size = (images.shape[2], images.shape[3])
+
+        def paint(ids: Tensor) -> Tensor:
+            painted = normalise(self.tokenizer.paint(ids[..., 0], size), self.mean, self.std)
+            return take(patchify(painted, self.patch), mask.drop)
+
+        return {"pasted": paint(guessed), "pasted, true codes": paint(ids)}
+
+    def trivial(self, patches: Tensor, images: Tensor, mask: Mask) -> dict[str, Tensor]:
+        truth = take(self(patches, images), mask.drop).flatten()
+        shares = F.one_hot(truth, self.out).float().mean(0)
+        return {"code_frequencies": torch.special.entr(shares).sum()}
 
 
 def flat_guesses(

@@ -1,0 +1,142 @@
+"""BEiT: "BEiT: BERT Pre-Training of Image Transformers", Bao et al. 2021.
+
+BERT's task with a vocabulary for images: about 40 % of the patches are hidden in blocks, one learnable mask token takes
+the place of their embeddings, the whole sequence goes through the encoder, and one linear layer predicts for each
+hidden patch the code that a dVAE, trained before and frozen, has for it.
+
+Recipes follow the released code where paper and code differ: its encoder has no absolute positions but a relative
+position bias shared by all blocks, and LayerScale; the paper's main text has learned absolute positions. All are
+settings of the encoder. `target=pixels` is the paper's ablation without tokens, `mask=random` that without blocks.
+
+Differs from the paper and its code: masks hide the same number in every image (`nn/masks.py`) where the code's hide at
+most that many; the dVAE sees the encoder's crop, shrunk bicubically (there: a second view of the crop, resampled by
+Lanczos from the file); keys have a bias, which the softmax cancels; no stochastic depth (there 0.1); colours are not
+jittered unless `data.crop.jitter` is set (there 0.4). No result is known to hang on these.
+
+Letters: B images, N patches, M hidden ones, P values of a patch, D width, V codes.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from unmask.batch import Batch, ImageSpec
+from unmask.method import Clock, Loss, Method, MethodConfig, Picture
+from unmask.nn.conv_vae import ConvVAEConfig, require_tokenizer
+from unmask.nn.masks import Mask, block_mask, num_kept, random_mask, require_blocks, smallest_block
+from unmask.nn.patches import put, take
+from unmask.nn.targets import Pixels, Target, Tokens
+from unmask.nn.vit import ViT, ViTConfig
+
+INIT_STD = 0.02
+
+
+class Config(MethodConfig):
+    """BEiT's settings. `unmask pretrain --tokenizer RUN` fills in `tokenizer`, the dVAE's network, and its weights.
+
+    smallest_block: patches of a block at least; None is BEiT's share of the grid, 16 of 14 x 14.
+    """
+
+    name: Literal["beit"] = "beit"
+    encoder: ViTConfig
+    mask: Literal["block", "random"] = "block"
+    mask_ratio: float = Field(default=75 / 196, gt=0, lt=1)
+    smallest_block: int | None = Field(default=None, gt=0)
+    target: Literal["tokens", "pixels"] = "tokens"
+    tokenizer: ConvVAEConfig | None = None
+
+    @model_validator(mode="after")
+    def _nothing_is_ignored(self) -> Config:
+        if self.mask != "block" and self.smallest_block is not None:
+            raise ValueError(f"smallest_block is for mask=block, but mask={self.mask}; leave it out")
+        if self.target != "tokens" and self.tokenizer is not None:
+            raise ValueError(f"a tokenizer is for target=tokens, but target={self.target}; leave it out")
+        return self
+
+
+class BEiT(Method):
+    """See the module docstring. Raises ValueError without a tokenizer, or when its codes do not fit the patches."""
+
+    encoder: ViT
+    fixed = ("target.",)
+
+    def __init__(self, config: Config, images: ImageSpec) -> None:
+        super().__init__()
+        self.config = config
+        self.target = make_target(config, images)
+        self.encoder = ViT(config.encoder, images)
+        self.smallest = config.smallest_block or smallest_block(self.encoder.grid)
+        num_kept(self.encoder.grid[0] * self.encoder.grid[1], config.mask_ratio)  # refuses to hide all, or nothing
+        if config.mask == "block":
+            require_blocks(self.encoder.grid, config.mask_ratio, self.smallest)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, self.encoder.width))
+        self.head = nn.Linear(self.encoder.width, self.target.out)
+        self._initialise()
+
+    def loss(self, batch: Batch, clock: Clock) -> Loss:
+        """Cross-entropy of the hidden patches' codes (or the mean square error of their pixels)."""
+        patches = self.encoder.patches(batch.images)  # (B, N, P), normalised
+        mask = self.sample(clock)
+        guess = self.guess(patches, mask)
+        truth = take(self.target(patches, batch.images), mask.drop)
+        logs = {}
+        if self.config.target == "tokens":
+            logs["code_accuracy"] = (guess.argmax(-1, keepdim=True) == truth).float().mean()
+        return Loss(self.target.loss(guess, truth), logs)
+
+    def sample(self, clock: Clock) -> Mask:
+        """A mask for each image of the batch that the clock belongs to."""
+        count, grid, ratio = len(clock.rng.index), self.encoder.grid, self.config.mask_ratio
+        if self.config.mask == "random":
+            return random_mask(count, grid, ratio, clock.rng)
+        return block_mask(count, grid, ratio, clock.rng, self.smallest)
+
+    def guess(self, patches: Tensor, mask: Mask) -> Tensor:
+        """A score for every code (or all pixels) of the hidden patches: (B, N, P) -> (B, M, V)."""
+        tokens = self.encoder.patch_embed(patches)
+        tokens = torch.where(mask.hidden()[..., None], self.mask_token.to(tokens.dtype), tokens)
+        return self.head(take(self.encoder.run(self.encoder.place(tokens))[:, 1:], mask.drop))
+
+    def picture(self, batch: Batch, clock: Clock) -> Picture:
+        """Original, masked, and what the predicted and the true codes mean; beside the loss that of trivial guesses."""
+        patches = self.encoder.patches(batch.images)
+        mask = self.sample(clock)
+        guess = self.guess(patches, mask).float()
+        numbers = {"loss": self.target.loss(guess, take(self.target(patches, batch.images), mask.drop))}
+        numbers |= self.target.trivial(patches, batch.images, mask)
+        nothing = torch.zeros_like(patches[:, : mask.drop.shape[1]])  # the data set's mean colour
+        panels = {
+            "original": patches,
+            f"masked {mask.drop.shape[1] / patches.shape[1]:.0%}": put(patches, mask.drop, nothing),
+        }
+        for caption, drawn in self.target.draw(guess, patches, batch.images, mask).items():
+            panels[caption] = put(patches, mask.drop, drawn)
+        note = "Only hidden patches are predicted, all at once and each on its own." + self.target.note
+        return Picture({caption: self.encoder.images(panel) for caption, panel in panels.items()}, note, numbers)
+
+    @torch.no_grad()
+    def _initialise(self) -> None:
+        """Truncated normal weights, and what a block adds shrunk with its depth, as in the released code."""
+        for part in (*self.encoder.modules(), self.head):
+            if isinstance(part, nn.Linear | nn.Conv2d):
+                nn.init.trunc_normal_(part.weight, std=INIT_STD, a=-INIT_STD, b=INIT_STD)
+                if part.bias is not None:
+                    nn.init.zeros_(part.bias)
+        nn.init.trunc_normal_(self.encoder.cls_token, std=INIT_STD, a=-INIT_STD, b=INIT_STD)
+        nn.init.trunc_normal_(self.mask_token, std=INIT_STD, a=-INIT_STD, b=INIT_STD)
+        for number, block in enumerate(self.encoder.blocks, 1):
+            block.attn.proj.weight.div_((2 * number) ** 0.5)
+            block.mlp.fc2.weight.div_((2 * number) ** 0.5)
+
+
+def make_target(config: Config, images: ImageSpec) -> Target:
+    """What is predicted. Raises ValueError when that needs a tokenizer and there is none."""
+    patch = config.encoder.patch
+    if config.target == "tokens":
+        return Tokens(require_tokenizer(config.tokenizer), images, patch)
+    grid = (images.size[0] // patch[0], images.size[1] // patch[1])
+    return Pixels(patch[0] * patch[1] * images.channels, grid, images.channels, per_patch=False)

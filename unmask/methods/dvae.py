@@ -1,0 +1,151 @@
+"""Discrete VAE: "Zero-Shot Text-to-Image Generation", Ramesh et al. 2021 (DALL-E), section 2.1 and appendix A.
+
+An image becomes a grid of codes out of a codebook, and an image again. In training a code is a soft choice: the scores
+of all codes plus Gumbel noise, through a softmax whose temperature falls; outside training it is the likeliest one.
+The loss is the reconstruction plus a small pull of the scores towards using all codes alike (KL to the uniform prior).
+What is kept are the ids: they are what BEiT, and MAE with target=tokens, predict.
+
+Reconstruction is a mean over pixels and channels, KL a mean over codes, as in the paper once its sum is divided by
+256 x 256 x 3: its beta of 6.6 is a `kl_weight` of 6.6 / 192. Temperature and KL weight follow half a cosine.
+
+Differs from the paper: no running average of the weights (there 0.999); images are cropped by the loader, as for every
+method here; schedules are shares of the training instead of numbers of steps. `arch="small"` with the mean square of
+normalised pixels is for images of 32 to 128 pixels and in nobody's paper.
+
+Letters: B images, C channels, H x W pixels, R x S grid of codes, V codes.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, PositiveFloat
+from torch import Tensor
+
+from unmask.batch import Batch, ImageSpec
+from unmask.method import Clock, Loss, Method, MethodConfig, Picture
+from unmask.nn.conv_vae import ConvDecoder, ConvEncoder, ConvVAEConfig, squeeze
+from unmask.nn.losses import mean_square
+from unmask.nn.patches import normalise
+from unmask.rng import Draws, Stream
+
+LARGEST_DRAW = 1 - 2.0**-24  # so that no logarithm of a draw is 0
+
+
+class Config(MethodConfig):
+    """The dVAE's settings.
+
+    temperature: of the softmax, at the start and at the end. kl_weight: of the KL term at its end; it starts at 0.
+    temperature_share, kl_share: shares of the training in which they get there.
+    """
+
+    name: Literal["dvae"] = "dvae"
+    encoder: ConvVAEConfig
+    temperature: tuple[PositiveFloat, PositiveFloat] = (1.0, 1 / 16)
+    temperature_share: float = Field(default=0.05, gt=0, le=1)
+    kl_weight: float = Field(default=6.6 / 192, ge=0)
+    kl_share: float = Field(default=1 / 600, gt=0, le=1)
+
+
+class DVAE(Method):
+    """See the module docstring. Raises ValueError when the patch does not divide the image or the network cannot."""
+
+    encoder: ConvEncoder
+
+    def __init__(self, config: Config, images: ImageSpec) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = ConvEncoder(config.encoder, images)
+        self.decoder = ConvDecoder(config.encoder, images.channels)
+
+    def loss(self, batch: Batch, clock: Clock) -> Loss:
+        """Reconstruction plus weighted KL; the logs say how much of the codebook is used, in this batch."""
+        logits = self.encoder.logits(batch.images)  # (B, V, R, S)
+        temperature, kl_weight = self.schedules(clock.progress)
+        guess = self.decoder(gumbel_softmax(logits, temperature, clock.rng))
+        reconstruction, kl = self.reconstruction(guess, batch.images), kl_to_uniform(logits)
+        perplexity, used = usage(logits.argmax(1), logits.shape[1])
+        logs = {
+            "reconstruction": reconstruction.detach(),
+            "kl": kl.detach(),
+            "perplexity": perplexity,
+            "codes_used": used,
+            "temperature": perplexity.new_tensor(temperature),
+            "kl_weight": perplexity.new_tensor(kl_weight),
+        }
+        return Loss(reconstruction + kl_weight * kl, logs)
+
+    def schedules(self, progress: float) -> tuple[float, float]:
+        """(temperature, KL weight) when so much of the training is done."""
+        config = self.config
+        return (
+            half_cosine(*config.temperature, progress / config.temperature_share),
+            half_cosine(0.0, config.kl_weight, progress / config.kl_share),
+        )
+
+    def reconstruction(self, guess: Tensor, images: Tensor) -> Tensor:
+        """How far a decoder's output is from the images, float32: mean square error or negative log likelihood."""
+        if self.config.encoder.loss == "mse":
+            return mean_square(guess, normalise(images, self.encoder.mean, self.encoder.std))
+        return logit_laplace(guess, squeeze(self.encoder.unit(images)))
+
+    def picture(self, batch: Batch, clock: Clock) -> Picture:
+        """Original, what its codes mean, and the codes themselves, each in a colour of its own."""
+        ids = self.encoder.logits(batch.images).argmax(1)  # (B, R, S)
+        perplexity, used = usage(ids, self.config.encoder.codes)
+        panels = {
+            "original": batch.images.float(),
+            "from its codes": self.encoder.images(self.decoder.paint(ids)),
+            "codes": self._colour(ids, batch.images.shape[2:]),
+        }
+        numbers = {"loss": self.loss(batch, clock).value}
+        if self.config.encoder.loss == "mse":
+            truth = normalise(batch.images, self.encoder.mean, self.encoder.std)
+            numbers["data_mean_colour"] = mean_square(torch.zeros_like(truth), truth)
+        note = (
+            f"Each image is {ids.shape[1]} x {ids.shape[2]} codes out of {self.config.encoder.codes}. In these "
+            f"{len(ids)} images {float(used):.0%} of the codes occur, with a perplexity of {float(perplexity):.0f}: as "
+            "if so many were used equally often."
+        )
+        return Picture(panels, note, numbers)
+
+    def _colour(self, ids: Tensor, size: torch.Size) -> Tensor:
+        """(B, R, S) -> (B, C, H, W) in the files' units: codes with neighbouring numbers look different."""
+        low, high = self.encoder.low[:, None, None], self.encoder.high[:, None, None]
+        steps = 0.618034 ** torch.arange(1, len(low) + 1, device=ids.device)  # powers of the golden ratio
+        shares = (ids[:, None] * steps[:, None, None]).frac()
+        return F.interpolate(low + shares * (high - low), tuple(size), mode="nearest")
+
+
+def half_cosine(start: float, end: float, progress: float) -> float:
+    """From `start` to `end` as progress goes from 0 to 1, and `end` from then on."""
+    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def gumbel_softmax(logits: Tensor, temperature: float, rng: Draws) -> Tensor:
+    """Soft choices of codes, (B, V, R, S) -> shares that sum to 1 over V (Jang et al. 2017, Maddison et al. 2017)."""
+    draws = rng.uniform(logits[0].numel(), Stream.CODES).reshape(logits.shape).clamp(1e-9, LARGEST_DRAW)
+    return ((logits - (-draws.log()).log()) / temperature).softmax(1)
+
+
+def kl_to_uniform(logits: Tensor) -> Tensor:
+    """KL divergence of the codes' distribution from the uniform one, in nats, mean over all codes: 0 to log V."""
+    log_shares = logits.log_softmax(1)
+    return (log_shares.exp() * log_shares).sum(1).mean() + math.log(logits.shape[1])
+
+
+def logit_laplace(guess: Tensor, unit: Tensor) -> Tensor:
+    """Negative log density of pixels in (0, 1) whose logit is Laplace: mean of the C means and C logs of scales."""
+    center, log_scale = guess.float().chunk(2, 1)
+    distance = (unit.logit() - center).abs() * (-log_scale).exp()
+    return (distance + log_scale + math.log(2) + (unit * (1 - unit)).log()).mean()
+
+
+def usage(ids: Tensor, codes: int) -> tuple[Tensor, Tensor]:
+    """(perplexity, share of the codes that occur) of ids of any shape, two 0-d float32 tensors."""
+    counts = torch.zeros(codes, device=ids.device).scatter_add(0, ids.flatten(), torch.ones_like(ids.flatten()).float())
+    entropy = torch.special.entr(counts / ids.numel()).sum()
+    return entropy.exp(), (counts > 0).float().mean()

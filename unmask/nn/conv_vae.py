@@ -1,0 +1,260 @@
+"""The networks of a discrete VAE: images to a grid of codes, and codes to images (DALL-E, Ramesh et al. 2021, App. A).
+
+`dalle` is the published architecture (openai/DALL-E): 7 x 7 convolution, four groups of residual bottleneck blocks with
+pooling by 2 between them, so one code for 8 x 8 pixels; its decoder is the mirror. `small` is for images of 32 to 128
+pixels: strided 4 x 4 convolutions, each halving the sides, then residual blocks; its decoder is the mirror too. In both
+the decoder's first 1 x 1 convolution is the codebook: the column of a code is what the code means.
+
+A `Tokenizer` is both networks with frozen weights: what BEiT, or MAE with token targets, takes from a trained dVAE.
+
+Letters: B images, C channels, R x S grid of codes, V codes, O values the decoder predicts for a pixel.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int, Shaped
+from pydantic import Field
+from torch import Tensor, nn
+
+from unmask.batch import ImageSpec
+from unmask.errors import UserError
+from unmask.nn.features import Features
+from unmask.nn.patches import grid_of, normalise
+from unmask.nn.vit import Pair
+from unmask.settings import Settings
+
+LOGIT_LAPLACE_EPS = 0.1  # pixels are mapped into [0.1, 0.9], where the logit is tame
+DALLE_BLOCKS = 2  # of each of the four groups
+DALLE_GROUPS = (1, 2, 4, 8)  # their widths over the first one's
+DALLE_EMBEDDING = 128
+
+
+class ConvVAEConfig(Settings):
+    """Size of a discrete VAE. `patch`: pixels of one code, (height, width); `codes`: size of the codebook.
+
+    arch "dalle": `width` of the first group (256 in the paper), patch 8 x 8, depth not used. arch "small": `width` of
+    every layer, a square power of two as patch, `depth` residual blocks on either side. loss: what the decoder
+    predicts, and so how it is trained: "mse" the normalised pixels, "logit_laplace" mean and scale of DALL-E's density.
+    """
+
+    arch: Literal["small", "dalle"] = "small"
+    codes: int = Field(default=512, gt=1)
+    width: int = Field(default=64, gt=3)
+    depth: int = Field(default=2, ge=0)
+    patch: Pair = (4, 4)
+    loss: Literal["mse", "logit_laplace"] = "mse"
+
+
+class Residual(nn.Module):
+    """`x` plus `gain` times what the layers make of it; the way round is a 1 x 1 convolution where widths differ."""
+
+    def __init__(self, inside: int, outside: int, kernels: tuple[int, ...], gain: float) -> None:
+        super().__init__()
+        hidden = max(1, outside // 4)
+        widths = [inside, *[hidden] * (len(kernels) - 1), outside]
+        layers: list[nn.Module] = []
+        for kernel, before, after in zip(kernels, widths[:-1], widths[1:], strict=True):
+            layers += [nn.ReLU(), conv(before, after, kernel)]
+        self.layers = nn.Sequential(*layers)
+        self.around = nn.Identity() if inside == outside else conv(inside, outside, 1)
+        self.gain = gain
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.around(x) + self.gain * self.layers(x)
+
+
+def conv(inside: int, outside: int, kernel: int, stride: int = 1) -> nn.Conv2d:
+    """A convolution that keeps the size (or divides it by `stride`), initialised as in openai/DALL-E."""
+    layer = nn.Conv2d(inside, outside, kernel, stride, padding=(kernel - 1) // 2)
+    nn.init.normal_(layer.weight, std=(inside * kernel**2) ** -0.5)
+    nn.init.zeros_(layer.bias if layer.bias is not None else torch.zeros(0))
+    return layer
+
+
+def dalle_encoder(channels: int, width: int) -> tuple[nn.Sequential, int]:
+    """Up to the last hidden map, and its width."""
+    widths, gain = [width * n for n in DALLE_GROUPS], 1 / (len(DALLE_GROUPS) * DALLE_BLOCKS) ** 2
+    layers: list[nn.Module] = [conv(channels, width, 7)]
+    for before, after in zip([width, *widths[:-1]], widths, strict=True):
+        layers += [Residual(before, after, (3, 3, 3, 1), gain), Residual(after, after, (3, 3, 3, 1), gain)]
+        layers += [nn.MaxPool2d(2)] * (after != widths[-1])
+    return nn.Sequential(*layers, nn.ReLU()), widths[-1]
+
+
+def dalle_decoder(codes: int, width: int, out: int) -> nn.Sequential:
+    widths, gain = [width * n for n in reversed(DALLE_GROUPS)], 1 / (len(DALLE_GROUPS) * DALLE_BLOCKS) ** 2
+    layers: list[nn.Module] = [conv(codes, DALLE_EMBEDDING, 1)]
+    for before, after in zip([DALLE_EMBEDDING, *widths[:-1]], widths, strict=True):
+        layers += [Residual(before, after, (1, 3, 3, 3), gain), Residual(after, after, (1, 3, 3, 3), gain)]
+        layers += [nn.Upsample(scale_factor=2)] * (after != widths[-1])
+    return nn.Sequential(*layers, nn.ReLU(), conv(width, out, 1))
+
+
+def small_encoder(channels: int, config: ConvVAEConfig) -> tuple[nn.Sequential, int]:
+    layers: list[nn.Module] = []
+    for number in range(config.patch[0].bit_length() - 1):
+        layers += [conv(channels if number == 0 else config.width, config.width, 4, 2), nn.ReLU()]
+    layers += [Residual(config.width, config.width, (3, 3, 1), 1.0) for _ in range(config.depth)]
+    return nn.Sequential(*layers, nn.ReLU()), config.width
+
+
+def small_decoder(config: ConvVAEConfig, out: int) -> nn.Sequential:
+    layers: list[nn.Module] = [conv(config.codes, config.width, 1)]
+    layers += [Residual(config.width, config.width, (1, 3, 3), 1.0) for _ in range(config.depth)]
+    for _ in range(config.patch[0].bit_length() - 1):
+        layers += [nn.ReLU(), nn.Upsample(scale_factor=2), conv(config.width, config.width, 3)]
+    return nn.Sequential(*layers, nn.ReLU(), conv(config.width, out, 1))
+
+
+class ConvEncoder(nn.Module):
+    """Images to scores of codes. Raises ValueError when the patch is none that the architecture can make.
+
+    mean, std: of the data set, per channel. low, high: the file values that count as 0 and 1 (0 and 255 for 8-bit
+    files; others seldom fill their range, so two standard deviations on either side of the mean).
+    """
+
+    mean: Tensor
+    std: Tensor
+    low: Tensor
+    high: Tensor
+
+    def __init__(self, config: ConvVAEConfig, images: ImageSpec) -> None:
+        super().__init__()
+        require_patch(config)
+        self.spec, self.patch = images, config.patch
+        self.grid = grid_of(images.size, config.patch)
+        mean, std = (torch.tensor(values, dtype=torch.float32) for values in (images.mean, images.std))
+        eight_bit = images.dtype == "uint8"
+        self.register_buffer("mean", mean)
+        self.register_buffer("std", std)
+        self.register_buffer("low", torch.zeros_like(mean) if eight_bit else mean - 2 * std)
+        self.register_buffer("high", torch.full_like(mean, 255) if eight_bit else mean + 2 * std)
+        self.dalle, self.density = config.arch == "dalle", config.loss == "logit_laplace"
+        make = dalle_encoder(images.channels, config.width) if self.dalle else small_encoder(images.channels, config)
+        self.hidden, self.width = make
+        self.head = conv(self.width, config.codes, 1)
+
+    def unit(self, images: Shaped[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
+        """File values -> [0, 1]; what lies beyond counts as 0 or 1."""
+        low, high = self.low[:, None, None], self.high[:, None, None]
+        return ((images.to(torch.float32) - low) / (high - low)).clamp(0, 1)
+
+    def features(self, images: Shaped[Tensor, "B C H W"]) -> Float[Tensor, "B D R S"]:
+        """The last hidden map."""
+        if images.ndim != 4 or images.shape[1] != self.spec.channels:
+            raise UserError(
+                f"images of shape {tuple(images.shape)} came, (B, {self.spec.channels}, H, W) was expected: "
+                f"this dVAE was trained on {self.spec.channels}-channel images"
+            )
+        x = squeeze(self.unit(images)) if self.dalle else normalise(images, self.mean, self.std)
+        return self.hidden(x)
+
+    def logits(self, images: Shaped[Tensor, "B C H W"]) -> Float[Tensor, "B V R S"]:
+        """A score for every code at every place, float32."""
+        return self.head(self.features(images)).float()
+
+    def images(self, values: Float[Tensor, "B O H W"]) -> Float[Tensor, "B C H W"]:
+        """What a decoder predicts, as images in the files' units."""
+        values = values.float()
+        if not self.density:
+            return values * self.std[:, None, None] + self.mean[:, None, None]
+        unit = (values[:, : self.spec.channels].sigmoid() - LOGIT_LAPLACE_EPS) / (1 - 2 * LOGIT_LAPLACE_EPS)
+        low, high = self.low[:, None, None], self.high[:, None, None]
+        return low + unit.clamp(0, 1) * (high - low)
+
+    def forward(self, images: Shaped[Tensor, "B C H W"]) -> Features:
+        """For probes: the last hidden map, a token for each code."""
+        grid = grid_of((images.shape[2], images.shape[3]), self.patch)
+        return Features(cls=None, patches=self.features(images).flatten(2).transpose(1, 2), grid=grid)
+
+    def depth_of(self, name: str) -> int:
+        """Depth of a parameter for layer-wise decay: its layer's number from the input, the head last."""
+        return int(name.split(".")[1]) if name.startswith("hidden.") else len(self.hidden)
+
+
+class ConvDecoder(nn.Module):
+    """Codes to what the loss is about: the C normalised values of every pixel, or C means and C logs of scales."""
+
+    def __init__(self, config: ConvVAEConfig, channels: int) -> None:
+        super().__init__()
+        self.codes = config.codes
+        out = channels * (2 if config.loss == "logit_laplace" else 1)
+        dalle = config.arch == "dalle"
+        self.layers = dalle_decoder(config.codes, config.width, out) if dalle else small_decoder(config, out)
+
+    def forward(self, shares: Float[Tensor, "B V R S"]) -> Float[Tensor, "B O H W"]:
+        """`shares`: how much of every code there is at every place; one-hot for ids."""
+        return self.layers(shares)
+
+    def paint(self, ids: Int[Tensor, "B R S"]) -> Float[Tensor, "B O H W"]:
+        """As `forward`, for one code at every place."""
+        return self(F.one_hot(ids, self.codes).permute(0, 3, 1, 2).float())
+
+
+def squeeze(unit: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
+    """[0, 1] -> [0.1, 0.9] (`map_pixels` of openai/DALL-E)."""
+    return (1 - 2 * LOGIT_LAPLACE_EPS) * unit + LOGIT_LAPLACE_EPS
+
+
+def require_patch(config: ConvVAEConfig) -> None:
+    """Raises ValueError for a patch that the architecture cannot make."""
+    height, width = config.patch
+    if config.arch == "dalle" and config.patch != (8, 8):
+        raise UserError(f"a patch of {height} x {width} came; the architecture dalle has 8 x 8 pixels for each code")
+    if height != width or height & (height - 1) or height < 2:
+        raise UserError(
+            f"a patch of {height} x {width} came for a dVAE, which halves the sides some times over; use 2, 4, 8 or 16"
+        )
+
+
+def require_tokenizer(config: ConvVAEConfig | None) -> ConvVAEConfig:
+    """Raises ValueError when there is none: codes are never made up."""
+    if config is None:
+        raise UserError(
+            "the target is a dVAE's codes, but no tokenizer was given; train one with `unmask pretrain DATA --recipe "
+            "dvae_nano --out runs/tokenizer` and give --tokenizer runs/tokenizer"
+        )
+    return config
+
+
+class Tokenizer(nn.Module):
+    """A trained dVAE as others use it: frozen, images in, one id for every patch of `patch` pixels out.
+
+    Its state dict is that of the method `dvae`, from which it is grafted. Where its own patches are smaller, it sees
+    images shrunk by that factor (BEiT: 224 pixels with patch 16, 112 for the tokenizer with patch 8). Raises ValueError
+    when its grid of codes would not be the grid of patches.
+    """
+
+    def __init__(self, config: ConvVAEConfig, images: ImageSpec, patch: tuple[int, int]) -> None:
+        super().__init__()
+        self.grid = grid_of(images.size, patch)
+        self.size = (self.grid[0] * config.patch[0], self.grid[1] * config.patch[1])
+        factors = [theirs / ours for theirs, ours in zip(patch, config.patch, strict=True)]
+        if min(factors) < 1 or factors[0] != factors[1]:
+            raise UserError(
+                f"this tokenizer has a code for {config.patch[0]} x {config.patch[1]} pixels, a patch is {patch[0]} x "
+                f"{patch[1]}: their grids are not the same; set method.encoder.patch=[{config.patch[0]},"
+                f"{config.patch[1]}], or train a dVAE with method.encoder.patch={min(patch)}"
+            )
+        self.encoder = ConvEncoder(config, replace(images, size=self.size))
+        self.decoder = ConvDecoder(config, images.channels)
+        self.requires_grad_(False)
+
+    @torch.no_grad()
+    def ids(self, images: Shaped[Tensor, "B C H W"]) -> Int[Tensor, "B N"]:
+        """The likeliest code of every patch, in raster order."""
+        if images.shape[2:] != self.size:
+            images = F.interpolate(images.float(), self.size, mode="bicubic", antialias=True, align_corners=False)
+        with torch.autocast(images.device.type, enabled=False):  # near ties must not hang on the precision
+            return self.encoder.logits(images).argmax(1).flatten(1)
+
+    @torch.no_grad()
+    def paint(self, ids: Int[Tensor, "B N"], size: tuple[int, int]) -> Float[Tensor, "B C H W"]:
+        """What the codes mean, as images of `size` in the files' units."""
+        images = self.encoder.images(self.decoder.paint(ids.unflatten(1, self.grid)))
+        return images if size == self.size else F.interpolate(images, size, mode="bilinear", align_corners=False)

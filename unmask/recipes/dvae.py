@@ -1,0 +1,77 @@
+"""Tokenizers: the dVAE whose codes BEiT and MAE with token targets predict, from 32-pixel images to DALL-E's own."""
+
+from __future__ import annotations
+
+from unmask.config import Config, DataConfig, TrainConfig
+from unmask.data.augment import CropConfig
+from unmask.methods import dvae
+from unmask.nn.conv_vae import ConvVAEConfig
+from unmask.optim import OptimConfig
+
+
+def dvae_nano() -> Config:
+    """A tokenizer for images of 32 to 64 pixels on any processor: 256 codes, one for 4 x 4 pixels.
+
+    unmask pretrain DATA --recipe dvae_nano --out runs/tokenizer
+    unmask pretrain DATA --recipe beit_nano --tokenizer runs/tokenizer
+
+    Accept it when the perplexity in metrics.jsonl is more than a quarter of the codebook and the picture shows what the
+    images show (measured figures: docs/LOG.md). In nobody's paper; schedules and KL weight after public small dVAEs.
+    """
+    return Config(
+        recipe="dvae_nano",
+        method=dvae.Config(
+            encoder=ConvVAEConfig(codes=256, width=64, depth=2, patch=(4, 4)),
+            temperature_share=0.8,
+            kl_weight=5e-4,
+            kl_share=0.2,
+        ),
+        data=DataConfig(size=(32, 32)),
+        optim=OptimConfig(base_lr=2e-3, betas=(0.9, 0.999), weight_decay=1e-4),
+        train=TrainConfig(batch_size=128, epochs=20),
+    )
+
+
+def dvae_small() -> Config:
+    """A tokenizer for photographs on one GPU: 112 pixels, 2048 codes, one for 8 x 8 pixels, as many as BEiT's grid.
+
+    unmask pretrain DATA --recipe dvae_small --out runs/tokenizer
+
+    A view of 112 pixels gives 14 x 14 codes, one for each patch of a ViT with patch 16 at 224 pixels. An estimate, not
+    yet measured on a GPU: the 50 epochs take 1 to 2 hours for 100,000 photographs.
+    """
+    return Config(
+        recipe="dvae_small",
+        method=dvae.Config(
+            encoder=ConvVAEConfig(codes=2048, width=128, depth=3, patch=(8, 8)),
+            temperature_share=0.8,
+            kl_weight=5e-4,
+            kl_share=0.2,
+        ),
+        data=DataConfig(size=(112, 112), crop=CropConfig(eval_share=0.875)),
+        optim=OptimConfig(base_lr=5e-4, betas=(0.9, 0.999), weight_decay=1e-4),
+        train=TrainConfig(batch_size=256, epochs=50),
+    )
+
+
+def dvae_dalle() -> Config:
+    """The paper's dVAE (97.6 M parameters): 256 pixels, 8192 codes, one for 8 x 8, logit-Laplace, 3 M steps of 512.
+
+    unmask pretrain DATA --recipe dvae_dalle
+
+    Appendix A: AdamW (0.9, 0.999), weight decay 1e-4, learning rate 1e-4 falling to 1.25e-6, temperature 1 to 1/16 in
+    150,000 steps, KL weight 6.6 / 192 in 5,000. Its Gumbel noise, one number for every code at every place, is drawn by
+    counter here, which costs more than the paper's.
+
+    Differs from the paper: the learning rate falls over all 3 M steps, there over 1.2 M; crops are random-resized of
+    at least 0.44 of the area (there: the shorter side to 9/8 to 12/8 of 256, then a crop); no average of the weights.
+    """
+    return Config(
+        recipe="dvae_dalle",
+        method=dvae.Config(
+            encoder=ConvVAEConfig(arch="dalle", codes=8192, width=256, patch=(8, 8), loss="logit_laplace"),
+        ),
+        data=DataConfig(size=(256, 256), crop=CropConfig(scale=(0.44, 0.79), ratio=(1, 1), eval_share=0.875)),
+        optim=OptimConfig(base_lr=0.5e-4, betas=(0.9, 0.999), weight_decay=1e-4, warmup=0, final_lr=0.0125),
+        train=TrainConfig(batch_size=512, steps=3_000_000),
+    )
