@@ -46,6 +46,17 @@ class ImageSpec:
                 "drop that channel, or give --set data.std by hand"
             )
 
+    @property
+    def value_range(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """The values of each channel that stand for 0 and for 1, where a method wants pixels between these.
+
+        0 and 255 for 8-bit images. Others seldom fill their range: two standard deviations on either side of the mean.
+        """
+        if self.dtype == "uint8":
+            return (0.0,) * self.channels, (255.0,) * self.channels
+        pairs = list(zip(self.mean, self.std, strict=True))
+        return tuple(m - 2 * s for m, s in pairs), tuple(m + 2 * s for m, s in pairs)
+
 
 @dataclass(frozen=True)
 class Batch:

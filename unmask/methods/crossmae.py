@@ -99,7 +99,7 @@ class CrossMAE(Method):
         tokens = self.encoder.embed(take(patches, mask.keep), mask.keep)
         if self.decoder.inter_block is None:
             return [self.encoder.run(tokens, mask.keep)]
-        return self.encoder.layers(tokens, mask.keep)
+        return list(self.encoder.layers(tokens, mask.keep))
 
     def target(self, patches: Tensor) -> Tensor:
         """What the decoder is asked for, at every patch: (B, N, P) -> (B, N, P)."""

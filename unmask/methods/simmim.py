@@ -9,8 +9,9 @@ keeps torch's initial weights, as there. The official ViT has one relative posit
 positions, LayerScale 0.1 and a LayerNorm at the end: `simmim_base` asks the encoder for the same.
 
 Differs from the official code: masks come from counter-based draws that belong to the image; initial weights of the
-encoder are this package's, instead of normal ones (standard deviation 0.02) shrunk with depth; keys have a bias; the class
-token is decayed; no stochastic depth (there 0.1); the denominator lacks a term of 1e-5; the Swin encoders of the paper are not built.
+encoder are this package's, instead of normal ones (standard deviation 0.02) shrunk with depth; keys have a bias; the
+class token is decayed; no stochastic depth (there 0.1); the denominator lacks a term of 1e-5; the Swin encoders of the
+paper are not built.
 """
 
 from __future__ import annotations

@@ -114,8 +114,7 @@ def small_decoder(config: ConvVAEConfig, out: int) -> nn.Sequential:
 class ConvEncoder(nn.Module):
     """Images to scores of codes. Raises ValueError when the patch is none that the architecture can make.
 
-    mean, std: of the data set, per channel. low, high: the file values that count as 0 and 1 (0 and 255 for 8-bit
-    files; others seldom fill their range, so two standard deviations on either side of the mean).
+    mean, std: of the data set, per channel. low, high: the file values that count as 0 and 1.
     """
 
     mean: Tensor
@@ -129,11 +128,9 @@ class ConvEncoder(nn.Module):
         self.spec, self.patch = images, config.patch
         self.grid = grid_of(images.size, config.patch)
         mean, std = (torch.tensor(values, dtype=torch.float32) for values in (images.mean, images.std))
-        eight_bit = images.dtype == "uint8"
-        self.register_buffer("mean", mean)
-        self.register_buffer("std", std)
-        self.register_buffer("low", torch.zeros_like(mean) if eight_bit else mean - 2 * std)
-        self.register_buffer("high", torch.full_like(mean, 255) if eight_bit else mean + 2 * std)
+        low, high = (torch.tensor(values, dtype=torch.float32) for values in images.value_range)
+        for name, values in {"mean": mean, "std": std, "low": low, "high": high}.items():
+            self.register_buffer(name, values)
         self.dalle, self.density = config.arch == "dalle", config.loss == "logit_laplace"
         make = dalle_encoder(images.channels, config.width) if self.dalle else small_encoder(images.channels, config)
         self.hidden, self.width = make

@@ -1,0 +1,135 @@
+"""Denoising autoencoder: Vincent et al. 2008 and 2010, "Stacked denoising autoencoders".
+
+As the autoencoder (`ae`), but the input is corrupted and the target is the clean image, so that copying is no answer.
+Corruptions: a share of the values set to 0 (masking noise) or to the least or greatest value (salt and pepper), normal
+noise, colours taken away (gray, or one channel alone: Zhang et al. 2016, named as a denoising autoencoder in MAE's
+section 2). The loss can weigh corrupted values (alpha) and untouched ones (beta): (1, 0.5) is the paper's double
+emphasis, (1, 0) its full emphasis. Full emphasis with masking noise on patches is the loss of MAE.
+
+Differs from the paper: the whole stack is trained at once instead of layer by layer; the weighted loss is a mean, the
+sum of the weights being its denominator; AdamW. Decoder weights are not tied to the encoder's.
+
+Letters: B images, C channels, H x W pixels, n components of an image that can be corrupted.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from unmask.batch import Batch, ImageSpec
+from unmask.errors import UserError
+from unmask.method import Clock, Loss, Method, MethodConfig, Picture
+from unmask.nn import corrupt
+from unmask.nn.dense import DenseConfig, DenseDecoder, DenseEncoder
+from unmask.nn.patches import grid_of
+from unmask.nn.vit import Pair
+from unmask.rng import Draws
+
+CHOOSING = ("masking", "salt_and_pepper")
+
+
+class Config(MethodConfig):
+    """The denoising autoencoder's settings.
+
+    corruption: what is done to the input. share: of its components that are, for masking and salt_and_pepper (None:
+    0.25). grain: pixels of a component, (height, width), all channels together; None for single values. sigma: standard
+    deviation of gaussian noise, in units of the pixels as the network sees them (None: 0.3). alpha, beta: weights of
+    corrupted and of untouched values in the loss.
+    """
+
+    name: Literal["dae"] = "dae"
+    encoder: DenseConfig = DenseConfig()
+    corruption: Literal["masking", "salt_and_pepper", "gaussian", "gray", "single_channel"] = "masking"
+    share: float | None = Field(default=None, gt=0, lt=1)
+    grain: Pair | None = None
+    sigma: float | None = Field(default=None, gt=0)
+    alpha: float = Field(default=1.0, ge=0)
+    beta: float = Field(default=1.0, ge=0)
+
+    @model_validator(mode="after")
+    def _nothing_is_ignored(self) -> Config:
+        if self.corruption not in CHOOSING and (self.share is not None or self.grain is not None):
+            raise ValueError(f"share and grain are for {' and '.join(CHOOSING)}, but corruption={self.corruption}")
+        if self.corruption != "gaussian" and self.sigma is not None:
+            raise ValueError(f"sigma is for gaussian, but corruption={self.corruption}; leave it out")
+        if self.corruption in ("gaussian", "gray") and self.beta != 1:
+            raise ValueError(f"beta is for untouched values, but {self.corruption} touches all; leave it out")
+        if self.alpha == 0:
+            raise ValueError("alpha=0 came: nothing would ask for what was corrupted; use 1")
+        return self
+
+
+class DAE(Method):
+    """See the module docstring. Raises ValueError when the corruption cannot be done to such images."""
+
+    encoder: DenseEncoder
+
+    def __init__(self, config: Config, images: ImageSpec) -> None:
+        super().__init__()
+        if config.grain is not None:
+            grid_of(images.size, config.grain)
+        if config.corruption in ("gray", "single_channel") and images.channels == 1:
+            raise UserError(
+                f"corruption={config.corruption} takes colours away, but these images have one channel; use "
+                "method.corruption=masking"
+            )
+        self.config = config
+        self.cross_entropy = config.encoder.loss == "bce"
+        self.encoder = DenseEncoder(config.encoder, images)
+        self.decoder = DenseDecoder(config.encoder, images)
+
+    def loss(self, batch: Batch, clock: Clock) -> Loss:
+        """How far the decoder's image is from the clean one: a mean weighted with alpha and beta."""
+        pixels = self.encoder.pixels(batch.images)  # (B, C, H, W)
+        corrupted, touched = self.corrupt(pixels, clock.rng)
+        return Loss(self.distance(self.decoder(self.encoder.code(corrupted)), pixels, touched))
+
+    def corrupt(self, pixels: Tensor, rng: Draws) -> tuple[Tensor, Tensor]:
+        """(corrupted pixels, where they were touched), both (B, C, H, W)."""
+        kind, share, grain = self.config.corruption, self.config.share or 0.25, self.config.grain
+        count = corrupt.num_components(pixels.shape[1:], grain)
+        if kind == "masking":
+            return corrupt.masking(pixels, rng.uniform(count), share, grain)
+        if kind == "salt_and_pepper":
+            draws, coins = rng.uniform(2 * count).chunk(2, 1)
+            ends = (self.encoder.bottom, self.encoder.top)
+            return corrupt.salt_and_pepper(pixels, draws, coins, share, grain, ends)
+        if kind == "gaussian":
+            return corrupt.gaussian(pixels, rng.uniform(count), self.config.sigma or 0.3)
+        return corrupt.gray(pixels) if kind == "gray" else corrupt.single_channel(pixels, rng.uniform(1))
+
+    def distance(self, guess: Tensor, pixels: Tensor, touched: Tensor) -> Tensor:
+        """Square error, or cross-entropy in nats with `guess` as logits; float32."""
+        if self.cross_entropy:
+            errors = F.binary_cross_entropy_with_logits(guess.float(), pixels, reduction="none")
+        else:
+            errors = (guess.float() - pixels).square()
+        weights = torch.where(touched, self.config.alpha, self.config.beta)
+        return (errors * weights).sum() / weights.sum()
+
+    def picture(self, batch: Batch, clock: Clock) -> Picture:
+        """Original, corrupted, reconstruction; beside the loss that of guessing the data set's mean colour."""
+        pixels = self.encoder.pixels(batch.images)
+        corrupted, touched = self.corrupt(pixels, clock.rng)
+        guess = self.decoder(self.encoder.code(corrupted)).float()
+        mean = torch.tensor(self.encoder.spec.mean, device=pixels.device)[:, None, None]
+        colour = self.encoder.pixels(mean.expand_as(pixels))
+        numbers = {
+            "loss": self.distance(guess, pixels, touched),
+            "data_mean_colour": self.distance(colour.logit(1e-6) if self.cross_entropy else colour, pixels, touched),
+        }
+        panels = {
+            "original": batch.images.float(),
+            "corrupted": self.encoder.images(corrupted),
+            "from its code": self.encoder.images(guess.sigmoid() if self.cross_entropy else guess),
+        }
+        note = (
+            f"The encoder sees the corrupted image ({self.config.corruption.replace('_', ' ')}) through a code of "
+            f"{self.encoder.width} numbers; the loss asks for the original."
+        )
+        return Picture(panels, note, numbers)

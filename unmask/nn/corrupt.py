@@ -1,0 +1,81 @@
+"""What a denoising autoencoder does to its input (Vincent et al. 2008 and 2010), as functions of uniform draws.
+
+Each takes pixels (B, C, H, W) as the network sees them and draws in [0, 1), and returns the corrupted pixels and where
+they were touched, (B, C, H, W) bool: what lies outside is bit-equal. The draws belong to the image (`rng.py`).
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from unmask.nn.patches import unpatchify
+
+Pixels = Float[Tensor, "B C H W"]
+Touched = Bool[Tensor, "B C H W"]
+
+SMALLEST_DRAW = 2.0**-25  # half of the smallest step, so that no quantile is infinite
+
+
+def choose(draws: Float[Tensor, "B n"], share: float) -> Bool[Tensor, "B n"]:
+    """A fixed number of components of every example, round(share x n), those with the smallest draws."""
+    count = round(share * draws.shape[1])
+    order = draws.argsort(dim=1, stable=True)[:, :count]
+    return torch.zeros(draws.shape, dtype=torch.bool, device=draws.device).scatter(1, order, True)
+
+
+def spread(chosen: Bool[Tensor, "B n"], like: Pixels, grain: tuple[int, int] | None) -> Touched:
+    """Choices for every value, or with a `grain` of (height, width) pixels for every cell of so many, all channels."""
+    b, c, h, w = like.shape
+    if grain is None:
+        return chosen.reshape(b, c, h, w)
+    grid = (h // grain[0], w // grain[1])
+    cells = chosen[:, :, None].expand(-1, -1, grain[0] * grain[1] * c)
+    return unpatchify(cells, grid, grain)
+
+
+def num_components(shape: tuple[int, int, int], grain: tuple[int, int] | None) -> int:
+    """How many components an image of (C, H, W) has: its values, or its cells of `grain` pixels."""
+    return shape[0] * shape[1] * shape[2] if grain is None else (shape[1] // grain[0]) * (shape[2] // grain[1])
+
+
+def masking(
+    pixels: Pixels, draws: Float[Tensor, "B n"], share: float, grain: tuple[int, int] | None
+) -> tuple[Pixels, Touched]:
+    """A share of the components set to 0: black for pixels in [0, 1], the mean colour for normalised ones."""
+    touched = spread(choose(draws, share), pixels, grain)
+    return torch.where(touched, 0.0, pixels), touched
+
+
+def salt_and_pepper(
+    pixels: Pixels,
+    draws: Float[Tensor, "B n"],
+    coins: Float[Tensor, "B n"],
+    share: float,
+    grain: tuple[int, int] | None,
+    ends: tuple[Tensor, Tensor],
+) -> tuple[Pixels, Touched]:
+    """A share of the components set to the least or the greatest value, `ends` (C, 1, 1) each, by a fair coin."""
+    touched = spread(choose(draws, share), pixels, grain)
+    high = spread(coins < 0.5, pixels, grain)
+    return torch.where(touched, torch.where(high, ends[1], ends[0]), pixels), touched
+
+
+def gaussian(pixels: Pixels, draws: Float[Tensor, "B n"], sigma: float) -> tuple[Pixels, Touched]:
+    """Normal noise of standard deviation `sigma`, in the units of the pixels, added to every value."""
+    noise = torch.special.ndtri(draws.double().clamp(SMALLEST_DRAW, 1 - SMALLEST_DRAW)).to(pixels.dtype)
+    return pixels + sigma * noise.reshape(pixels.shape), torch.ones_like(pixels, dtype=torch.bool)
+
+
+def gray(pixels: Pixels) -> tuple[Pixels, Touched]:
+    """Every channel becomes the mean of all: what is left is brightness, what is to be found are colours."""
+    return pixels.mean(1, keepdim=True).expand_as(pixels), torch.ones_like(pixels, dtype=torch.bool)
+
+
+def single_channel(pixels: Pixels, draws: Float[Tensor, "B 1"]) -> tuple[Pixels, Touched]:
+    """One channel of each image stays, drawn; the others become 0."""
+    channels = torch.arange(pixels.shape[1], device=pixels.device)
+    left = channels == (draws * pixels.shape[1]).long()  # (B, C)
+    touched = (~left)[:, :, None, None].expand_as(pixels)
+    return torch.where(touched, 0.0, pixels), touched

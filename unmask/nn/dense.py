@@ -1,0 +1,110 @@
+"""The dense autoencoder's two halves: a whole image as one vector in, a small code, and mirrored out again.
+
+Hinton & Salakhutdinov 2006, "Reducing the dimensionality of data with neural networks": hidden layers with one
+activation, a linear code, and a decoder with the same sizes in reverse. Any image size, but always the same one.
+
+Letters: B images, C channels, H x W pixels, P = C x H x W values of an image, D length of the code.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Shaped
+from pydantic import Field, PositiveInt
+from torch import Tensor, nn
+
+from unmask.batch import ImageSpec
+from unmask.errors import UserError
+from unmask.nn.blocks import init_linears
+from unmask.nn.features import Features
+from unmask.settings import Settings
+
+ACTIVATIONS = {"relu": nn.ReLU, "sigmoid": nn.Sigmoid, "none": nn.Identity}
+
+
+class DenseConfig(Settings):
+    """Sizes of the hidden layers from the image inwards, and of the code.
+
+    activation: of the hidden layers; "none" makes the autoencoder affine, which then learns principal components.
+    loss: "mse", the mean square error of pixels normalised over the data set; or "bce", the cross-entropy of pixels in
+    [0, 1] taken as probabilities, which is how the images are shown to the network then.
+    """
+
+    hidden: tuple[PositiveInt, ...] = (1000, 500, 250)
+    code: int = Field(default=30, gt=0)
+    activation: Literal["relu", "sigmoid", "none"] = "relu"
+    loss: Literal["mse", "bce"] = "mse"
+
+
+def dense(sizes: list[int], activation: str) -> nn.Sequential:
+    """Linear layers through `sizes`, with the activation between them and none at the end."""
+    layers: list[nn.Module] = []
+    for before, after in pairwise(sizes):
+        layers += [nn.Linear(before, after), ACTIVATIONS[activation]()]
+    return nn.Sequential(*layers[:-1])
+
+
+class DenseEncoder(nn.Module):
+    """Images to codes. `bottom` and `top` (C, 1, 1): the least and greatest pixel, as the network sees pixels."""
+
+    shift: Tensor
+    scale: Tensor
+    bottom: Tensor
+    top: Tensor
+
+    def __init__(self, config: DenseConfig, images: ImageSpec) -> None:
+        super().__init__()
+        self.spec, self.width = images, config.code
+        low, high = (torch.tensor(values)[:, None, None] for values in images.value_range)
+        mean, std = (torch.tensor(values)[:, None, None] for values in (images.mean, images.std))
+        shift, scale = (low, high - low) if config.loss == "bce" else (mean, std)
+        self.clipped = config.loss == "bce"
+        for name, values in {"shift": shift, "scale": scale, "bottom": (low - shift) / scale,
+                             "top": (high - shift) / scale}.items():  # fmt: skip
+            self.register_buffer(name, values.float())
+        self.layers = dense([images.channels * images.size[0] * images.size[1], *config.hidden, config.code],
+                            config.activation)  # fmt: skip
+        init_linears(self)
+
+    def pixels(self, images: Shaped[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
+        """Images as the network sees them. Raises ValueError unless size and channels are those of training."""
+        wanted = (self.spec.channels, *self.spec.size)
+        if images.ndim != 4 or tuple(images.shape[1:]) != wanted:
+            raise UserError(
+                f"images of shape {tuple(images.shape)} came, (B, {', '.join(map(str, wanted))}) was expected: a dense "
+                "autoencoder knows one size only, that of its training; crop or resize the images to it"
+            )
+        pixels = (images.to(torch.float32) - self.shift) / self.scale
+        return pixels.clamp(0, 1) if self.clipped else pixels
+
+    def images(self, pixels: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
+        """The way back from `pixels`: float32, in the files' own units."""
+        return pixels.float() * self.scale + self.shift
+
+    def code(self, pixels: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D"]:
+        return self.layers(pixels.flatten(1))
+
+    def forward(self, images: Shaped[Tensor, "B C H W"]) -> Features:
+        """The code, as the one token of a grid of 1 x 1."""
+        return Features(cls=None, patches=self.code(self.pixels(images))[:, None], grid=(1, 1))
+
+    def depth_of(self, name: str) -> int:
+        """Depth of a parameter for layer-wise decay: the number of its layer from the image."""
+        return int(name.split(".")[1]) // 2
+
+
+class DenseDecoder(nn.Module):
+    """Codes to images, mirrored: pixels as the network sees them ("mse"), or logits of them ("bce")."""
+
+    def __init__(self, config: DenseConfig, images: ImageSpec) -> None:
+        super().__init__()
+        self.shape = (images.channels, *images.size)
+        sizes = [config.code, *reversed(config.hidden), images.channels * images.size[0] * images.size[1]]
+        self.layers = dense(sizes, config.activation)
+        init_linears(self)
+
+    def forward(self, code: Float[Tensor, "B D"]) -> Float[Tensor, "B C H W"]:
+        return self.layers(code).unflatten(1, self.shape)

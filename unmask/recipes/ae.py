@@ -1,0 +1,43 @@
+"""Autoencoders: one for small images, and the one that began it."""
+
+from __future__ import annotations
+
+from unmask.config import Config, DataConfig, TrainConfig
+from unmask.data.augment import CropConfig
+from unmask.methods import ae
+from unmask.nn.dense import DenseConfig
+from unmask.optim import OptimConfig
+
+
+def ae_nano() -> Config:
+    """Images of 32 to 64 pixels on any processor: a code of 192 numbers, as long as a token of the other nano recipes.
+
+    unmask pretrain DATA --recipe ae_nano
+
+    Hidden layers of 1024 and 512, ReLU, mean square error. In nobody's paper.
+    """
+    return Config(
+        recipe="ae_nano",
+        method=ae.Config(encoder=DenseConfig(hidden=(1024, 512), code=192)),
+        data=DataConfig(size=(32, 32)),
+        optim=OptimConfig(base_lr=2e-3),  # 1e-3 at this batch
+        train=TrainConfig(batch_size=128, epochs=100),
+    )
+
+
+def ae_hinton() -> Config:
+    """The 784-1000-500-250-30 autoencoder of 2006: gray images of 28 pixels, logistic units, cross-entropy.
+
+    unmask pretrain DATA --recipe ae_hinton
+
+    2,837,314 parameters, 30 numbers for each image. `--set method.encoder.code=2` gives the paper's map of digits.
+
+    Differs from the paper: trained at once with AdamW, not layer by layer.
+    """
+    return Config(
+        recipe="ae_hinton",
+        method=ae.Config(encoder=DenseConfig(hidden=(1000, 500, 250), code=30, activation="sigmoid", loss="bce")),
+        data=DataConfig(size=(28, 28), channels=1, crop=CropConfig(kind="center", flip=0)),
+        optim=OptimConfig(base_lr=2e-3),
+        train=TrainConfig(batch_size=128, epochs=200),
+    )
