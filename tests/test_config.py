@@ -18,7 +18,8 @@ def test_recipes_are_documented_round_trip_and_fit_together(name):
     config = find(name)
     assert Config.model_validate(json.loads(config.model_dump_json())) == config
     assert config.recipe == name
-    assert config.data.size[0] % config.method.encoder.patch[0] == 0
+    patch = getattr(config.method.encoder, "patch", (1, 1))  # a dense autoencoder has none
+    assert config.data.size[0] % patch[0] == 0
 
 
 OTHER = {
@@ -38,11 +39,13 @@ OTHER = {
     "method.decoder.depth": 1, "method.decoder.heads": 2, "method.mask": "block", "method.smallest_block": 3,
     "method.pattern": [["#...", "#..."]], "method.mask_tokens": "encoder", "method.pca_coefficients": 5,
     "method.pca_whiten": True, "method.loss_on": "all",
+    "method.tokenizer": {"arch": "small", "codes": 8, "width": 8, "depth": 1, "patch": [4, 4], "loss": "mse"},
     "graft": [{"run": "a", "source": "encoder.", "target": "encoder.", "step": 3}],
 }  # fmt: skip
 GOES_WITH = {
     "method.smallest_block": ["method.mask=block"], "method.pattern": ["method.mask=pattern"],
-    "method.pca_coefficients": ["method.target=pca"], "method.pca_whiten": ["method.target=pca"],
+    "method.tokenizer": ["method.target=tokens"], "method.pca_coefficients": ["method.target=pca"],
+    "method.pca_whiten": ["method.target=pca"],
 }  # fmt: skip
 
 

@@ -40,7 +40,7 @@ def test_an_affine_autoencoder_reaches_the_residual_of_principal_components():
     batch = batch_of(data.reshape(-1, 1, 6, 4))
     residual = float(torch.linalg.svdvals(data - data.mean(0))[5:].square().sum() / data.numel())
     torch.manual_seed(0)
-    method = AE(Config(encoder=DenseConfig(hidden=(), code=5, activation="none")), SPEC)
+    method = AE(Config(encoder=DenseConfig(hidden=(), code=5, activation="linear")), SPEC)
     optimizer = torch.optim.LBFGS(method.parameters(), max_iter=400, line_search_fn="strong_wolfe")
 
     def closure() -> torch.Tensor:

@@ -43,7 +43,7 @@ def clock(batch: Batch) -> Clock:
 
 @pytest.mark.parametrize(
     "options",
-    [{"positions": "learned"}, {"positions": "none", "relative_bias": True, "layer_scale": 0.1}],
+    [{"positions": "learned"}, {"positions": "absent", "relative_bias": True, "layer_scale": 0.1}],
     ids=["paper", "code"],
 )
 @torch.no_grad()

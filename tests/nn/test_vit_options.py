@@ -24,12 +24,12 @@ def test_options_that_are_off_leave_no_trace():
     names = set(vit().state_dict())
     assert not [name for name in names if "relative_bias" in name or "ls1" in name or "ls2" in name]
     assert "pos_embed" in names
-    assert "pos_embed" not in vit(positions="none").state_dict()
+    assert "pos_embed" not in vit(positions="absent").state_dict()
 
 
 @torch.no_grad()
 def test_without_positions_the_order_of_patches_does_not_matter():
-    for positions, alike in (("none", True), ("sincos", False), ("learned", False)):
+    for positions, alike in (("absent", True), ("sincos", False), ("learned", False)):
         encoder = vit(positions=positions)
         patches = encoder.patches(images())
         order = torch.tensor([5, 3, 4, 0, 2, 1])
@@ -88,7 +88,7 @@ def test_running_some_patches_with_their_places_equals_masking_attention_to_the_
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("options", [{"relative_bias": True}, {"relative_bias": True, "positions": "none"}])
+@pytest.mark.parametrize("options", [{"relative_bias": True}, {"relative_bias": True, "positions": "absent"}])
 def test_other_sizes_interpolate_the_bias(options):
     encoder = vit(**options)
     torch.nn.init.normal_(encoder.relative_bias.table)

@@ -1,7 +1,7 @@
 """Autoencoder: Hinton & Salakhutdinov 2006, "Reducing the dimensionality of data with neural networks".
 
 An image becomes a small code and an image again; what is kept is the code. Nothing is hidden and nothing is drawn at
-random: all that keeps it from copying is that the code is small. With `activation=none` and the mean square error it
+random: all that keeps it from copying is that the code is small. With `activation=linear` and the mean square error it
 learns the space of the first principal components, and a test holds it to that.
 
 Differs from the paper: all layers are trained at once with AdamW, where the paper pre-trained each as a restricted

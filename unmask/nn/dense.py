@@ -22,20 +22,20 @@ from unmask.nn.blocks import init_linears
 from unmask.nn.features import Features
 from unmask.settings import Settings
 
-ACTIVATIONS = {"relu": nn.ReLU, "sigmoid": nn.Sigmoid, "none": nn.Identity}
+ACTIVATIONS = {"relu": nn.ReLU, "sigmoid": nn.Sigmoid, "linear": nn.Identity}
 
 
 class DenseConfig(Settings):
     """Sizes of the hidden layers from the image inwards, and of the code.
 
-    activation: of the hidden layers; "none" makes the autoencoder affine, which then learns principal components.
+    activation: of the hidden layers; "linear" makes the autoencoder affine, which then learns principal components.
     loss: "mse", the mean square error of pixels normalised over the data set; or "bce", the cross-entropy of pixels in
     [0, 1] taken as probabilities, which is how the images are shown to the network then.
     """
 
     hidden: tuple[PositiveInt, ...] = (1000, 500, 250)
     code: int = Field(default=30, gt=0)
-    activation: Literal["relu", "sigmoid", "none"] = "relu"
+    activation: Literal["relu", "sigmoid", "linear"] = "relu"
     loss: Literal["mse", "bce"] = "mse"
 
 

@@ -38,7 +38,7 @@ Pair = Annotated[tuple[PositiveInt, PositiveInt], BeforeValidator(_pair)]
 class ViTConfig(Settings):
     """Size of a vision transformer. `patch` is (height, width) in pixels; heads must divide width.
 
-    positions: MAE's fixed sine-cosine table, a learned one (ViT, BEiT's paper), or none. relative_bias: one relative
+    positions: MAE's fixed sine-cosine table, a learned one (ViT, BEiT's paper), or absent. relative_bias: one relative
     position bias for all blocks (BEiT's code). layer_scale: where BEiT's factors on what a block adds start, or None.
     """
 
@@ -47,7 +47,7 @@ class ViTConfig(Settings):
     heads: int = Field(gt=0)
     patch: Pair = (16, 16)
     mlp_ratio: float = Field(default=4.0, gt=0)
-    positions: Literal["sincos", "learned", "none"] = "sincos"
+    positions: Literal["sincos", "learned", "absent"] = "sincos"
     relative_bias: bool = False
     layer_scale: float | None = Field(default=None, gt=0)
 
@@ -178,7 +178,7 @@ class ViT(nn.Module):
 
 def make_positions(config: ViTConfig, grid: tuple[int, int]) -> nn.Parameter | None:
     """(1, 1 + N, D): fixed, with zero for the class token; or learned, normal with standard deviation 0.02; or none."""
-    if config.positions == "none":
+    if config.positions == "absent":
         return None
     if config.positions == "learned":
         return nn.Parameter(torch.empty(1, 1 + grid[0] * grid[1], config.width).normal_(std=0.02))

@@ -38,7 +38,7 @@ def beit_base() -> Config:
 
     Differs from the paper: see `methods/beit.py`. Learning rate 1.5e-3 falling to 1e-5, clipping and betas are theirs.
     """
-    return _paper("beit_base", ViTConfig(width=768, depth=12, heads=12, positions="none", relative_bias=True,
+    return _paper("beit_base", ViTConfig(width=768, depth=12, heads=12, positions="absent", relative_bias=True,
                                          layer_scale=0.1), clip=3.0)  # fmt: skip
 
 
@@ -51,7 +51,7 @@ def beit_large() -> Config:
 
     Differs from the paper: as `beit_base`; LayerScale starts at 1e-5, clipping at 1.
     """
-    return _paper("beit_large", ViTConfig(width=1024, depth=24, heads=16, positions="none", relative_bias=True,
+    return _paper("beit_large", ViTConfig(width=1024, depth=24, heads=16, positions="absent", relative_bias=True,
                                           layer_scale=1e-5), clip=1.0)  # fmt: skip
 
 

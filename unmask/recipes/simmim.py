@@ -42,7 +42,7 @@ def simmim_base() -> Config:
     return Config(
         recipe="simmim_base",
         method=simmim.Config(
-            encoder=ViTConfig(width=768, depth=12, heads=12, positions="none", relative_bias=True, layer_scale=0.1)
+            encoder=ViTConfig(width=768, depth=12, heads=12, positions="absent", relative_bias=True, layer_scale=0.1)
         ),
         data=DataConfig(size=(224, 224), crop=CropConfig(scale=(0.67, 1.0), flip=0.5, eval_share=0.875)),
         optim=OptimConfig(
