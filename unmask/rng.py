@@ -39,6 +39,7 @@ class Stream(IntEnum):
     SHAPES_NOISE = 7
     JITTER = 8
     CODES = 9
+    COLOURS = 10
 
 
 def philox(counter: tuple[Array, Array, Array, Array], key: tuple[int, int]) -> tuple[Array, Array, Array, Array]:

@@ -27,8 +27,10 @@ def attend(
     k: Float[Tensor, "B heads K d"],
     v: Float[Tensor, "B heads K d"],
     bias: Float[Tensor, "*B heads N K"] | None = None,
+    *,
+    causal: bool = False,
 ) -> Float[Tensor, "B heads N d"]:
-    """softmax(q k^T / sqrt(d) + bias) v.
+    """softmax(q k^T / sqrt(d) + bias) v. causal: no token looks at a later one; N = K then, and there is no bias.
 
     On CPUs the fused kernel's backward pass in bfloat16 is three to ten times slower than the two plain products for
     the few tokens that masking leaves (`benchmarks/attention.py`), so there the products are written out, as long as
@@ -36,8 +38,14 @@ def attend(
     """
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] <= LONGEST_PLAIN:
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-        return (scores if bias is None else scores + bias.to(q.dtype)).softmax(-1) @ v
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=None if bias is None else bias.to(q.dtype))
+        if bias is not None:
+            scores = scores + bias.to(q.dtype)
+        if causal:
+            later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+            scores = scores.masked_fill(later, float("-inf"))
+        return scores.softmax(-1) @ v
+    mask = None if bias is None else bias.to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
 
 
 class Attention(nn.Module):

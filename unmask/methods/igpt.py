@@ -1,0 +1,164 @@
+"""Image GPT: "Generative Pretraining from Pixels", Chen et al. 2020 (V2), and its code (openai/image-gpt).
+
+An image is a sequence of colours out of a small palette, in raster order. Two objectives on one network: `ar` predicts
+every token from those before it (mean negative log likelihood, in nats per token), `bert` hides each token with
+probability 0.15, takes its content but not its position away, and predicts the hidden ones from all others (mean over
+the hidden tokens of an image, then over images). What is kept are the features in the middle of the network.
+
+The palette is made from the data by k-means before the first step and kept in the Run, or given (`unmask pretrain
+--palette`), and then its colours stand in the settings.
+
+Differs from the paper: a token is the mean of `patch` pixels of the crop, where the paper resamples whole images to 32,
+48 or 64 pixels; the palette is that of the data at hand; positions are not resized, so images of one size only. At
+evaluation `bert` hides nothing unless it is asked to (`unmask probe --masks`), and `embed` never does.
+
+Letters: B images, N tokens, k colours of the palette, D width.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from unmask.batch import Batch, ImageSpec
+from unmask.errors import UserError
+from unmask.method import Clock, Loss, Method, MethodConfig, Picture
+from unmask.nn.gpt import GPT, GPTConfig
+from unmask.nn.palette import k_means
+from unmask.rng import Draws, Stream
+
+PALETTE_IMAGES = 512
+
+
+class Config(MethodConfig):
+    """iGPT's settings.
+
+    mask_probability: of each token, for objective=bert. palette: colours in the files' units, one number per channel,
+    and palette_dtype: of the images they were made from; None makes them from the data.
+    """
+
+    name: Literal["igpt"] = "igpt"
+    encoder: GPTConfig
+    objective: Literal["ar", "bert"] = "ar"
+    mask_probability: float = Field(default=0.15, gt=0, lt=1)
+    palette: tuple[tuple[float, ...], ...] | None = None
+    palette_dtype: str | None = None
+
+    @model_validator(mode="after")
+    def _palette_is_whole(self) -> Config:
+        if (self.palette is None) != (self.palette_dtype is None):
+            raise ValueError("palette and palette_dtype go together; give both with --palette PATH, or neither")
+        if self.palette is not None and len(self.palette) != self.encoder.colours:
+            raise ValueError(
+                f"a palette of {len(self.palette)} colours came for encoder.colours={self.encoder.colours}; leave "
+                "encoder.colours to --palette"
+            )
+        return self
+
+
+class IGPT(Method):
+    """See the module docstring. Raises ValueError when the given palette is not one for such images."""
+
+    encoder: GPT
+    fixed = ("encoder.palette",)
+
+    def __init__(self, config: Config, images: ImageSpec) -> None:
+        super().__init__()
+        self.causal, self.mask_probability = config.objective == "ar", config.mask_probability
+        self.encoder = GPT(config.encoder, images, causal=self.causal)
+        self.head = nn.Linear(self.encoder.width, config.encoder.colours, bias=False)
+        nn.init.zeros_(self.head.weight)
+        if config.palette is None:
+            self.num_prepare = PALETTE_IMAGES
+        else:
+            require_palette(config, images)
+            self.encoder.palette.copy_(torch.tensor(config.palette))
+
+    def prepare(self, images: Tensor) -> None:
+        """Make the palette."""
+        pixels = self.encoder.shrink(images).flatten(0, 2)
+        self.encoder.palette.copy_(k_means(pixels, len(self.encoder.palette)))
+
+    def loss(self, batch: Batch, clock: Clock) -> Loss:
+        """Nats per token: of all tokens, or of the hidden ones."""
+        ids = self.encoder.ids(batch.images)
+        hidden = None if self.causal else self.hide(clock.rng)
+        guess = self.head(self.encoder.run(ids, hidden)).float()  # (B, N, k)
+        nats = F.cross_entropy(guess.flatten(0, 1), ids.flatten(), reduction="none").view_as(ids)
+        right = (guess.argmax(-1) == ids).float()
+        if hidden is None:
+            return Loss(nats.mean(), {"colour_accuracy": right.mean()})
+        return Loss(mean_over(nats, hidden), {"colour_accuracy": mean_over(right, hidden)})
+
+    def hide(self, rng: Draws) -> Tensor:
+        """(B, N) bool: each token with the probability of the settings."""
+        return rng.uniform(self.encoder.grid[0] * self.encoder.grid[1]) < self.mask_probability
+
+    def picture(self, batch: Batch, clock: Clock) -> Picture:
+        """What the palette leaves of the images, what is given, and how the method goes on from it."""
+        ids, loss = self.encoder.ids(batch.images), self.loss(batch, clock).value
+        shares = torch.bincount(ids.flatten(), minlength=len(self.encoder.palette)) / ids.numel()
+        numbers = {"loss": loss, "colour_frequencies": torch.special.entr(shares).sum()}
+        quantised = self.encoder.paint(ids)
+        panels = {"original": batch.images.float(), f"in {len(self.encoder.palette)} colours": quantised}
+        gray = torch.tensor(self.encoder.spec.mean, device=ids.device)[:, None, None].expand_as(quantised)
+        if self.causal:
+            given = self.encoder.grid[0] // 2 * self.encoder.grid[1]
+            known = torch.arange(ids.shape[1], device=ids.device).expand_as(ids) < given
+            finished = self.complete(ids, given, clock.rng)
+            what = "completed"
+            note = "The upper half is given; the lower one is drawn token by token from what the method expects."
+        else:
+            known = ~self.hide(clock.rng)
+            guess = self.head(self.encoder.run(ids, ~known)).argmax(-1)
+            finished = torch.where(known, ids, guess)
+            what = "filled in"
+            note = "The likeliest colour of each hidden token, all at once."
+        visible = self.paint_flags(known)
+        panels["given"] = torch.where(visible, quantised, gray)
+        panels[what] = self.encoder.paint(finished)
+        return Picture(panels, note + " The loss is in nats per token.", numbers)
+
+    def paint_flags(self, flags: Tensor) -> Tensor:
+        """(B, N) bool of tokens -> (B, 1, H, W) bool of pixels."""
+        rows, cols = self.encoder.patch
+        return flags.unflatten(1, self.encoder.grid)[:, None].repeat_interleave(rows, 2).repeat_interleave(cols, 3)
+
+    def complete(self, ids: Tensor, given: int, rng: Draws) -> Tensor:
+        """(B, N) ids of which the first `given` are kept and the others drawn, each from what came before it."""
+        encoder, draws = self.encoder, rng.uniform(ids.shape[1], Stream.COLOURS)
+        assert encoder.sos is not None, "only objective=ar goes token by token"
+        token, cache, found = encoder.sos.expand(len(ids), 1, -1), None, ids.clone()
+        for place in range(ids.shape[1]):
+            out, cache = encoder.step(token, place, cache)
+            if place >= given:
+                sums = self.head(out[:, 0]).float().softmax(-1).cumsum(-1)  # (B, k)
+                found[:, place] = (sums < draws[:, place, None]).sum(1).clamp(max=len(encoder.palette) - 1)
+            token = encoder.tokens[found[:, place, None]]
+        return found
+
+
+def mean_over(values: Tensor, hidden: Tensor) -> Tensor:
+    """Mean over the hidden tokens of each image, then over the images that have any: (B, N) -> ()."""
+    of_image = (values * hidden).sum(1) / hidden.sum(1).clamp(min=1)
+    return of_image.sum() / hidden.any(1).sum().clamp(min=1)
+
+
+def require_palette(config: Config, images: ImageSpec) -> None:
+    """Raises ValueError when the palette was made of images of another kind."""
+    assert config.palette is not None
+    if config.palette_dtype != images.dtype:
+        raise UserError(
+            f"the palette was made of {config.palette_dtype} images, these are {images.dtype}: its colours mean nothing"
+            " here; make one with `unmask palette` from such images, or leave --palette out"
+        )
+    channels = {len(colour) for colour in config.palette}
+    if channels != {images.channels}:
+        raise UserError(
+            f"the palette has colours of {' or '.join(map(str, sorted(channels)))} channels, these images have "
+            f"{images.channels}; make one with `unmask palette` from such images, or leave --palette out"
+        )

@@ -1,0 +1,190 @@
+"""The transformer of iGPT (Chen et al. 2020, code openai/image-gpt): images as sequences of palette colours.
+
+Differs from a ViT in every detail: the norm divides by the root mean square without subtracting the mean and has a gain
+only; no matrix has a bias; the activation is x sigmoid(1.702 x); positions are learned and one-dimensional; a token is
+a colour, not a patch. Initial weights are those of the published code, the output table starts at zero.
+
+Letters: B images, C channels, R x S grid of pixels that are tokens, N = R x S, D width, k colours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int, Shaped
+from pydantic import Field
+from torch import Tensor, nn
+
+from unmask.batch import ImageSpec
+from unmask.errors import UserError
+from unmask.nn.blocks import attend
+from unmask.nn.features import Features
+from unmask.nn.palette import nearest_colour
+from unmask.nn.patches import grid_of
+from unmask.nn.vit import Pair
+from unmask.settings import Settings
+
+NORM_EPS = 1e-5
+
+Cache = list[tuple[Tensor, Tensor]]
+"""For each block the keys and values of the tokens so far, (B, heads, tokens, D / heads)."""
+
+
+class GPTConfig(Settings):
+    """Size of an iGPT. `patch`: pixels that are averaged into one token, (height, width). `colours`: of the palette.
+
+    feature_layer: whose normalised input is what the encoder returns, 0 for the first block's, depth for the end of
+    all; None is the middle, where the paper's best features are.
+    """
+
+    width: int = Field(gt=0)
+    depth: int = Field(gt=0)
+    heads: int = Field(gt=0)
+    patch: Pair = (1, 1)
+    colours: int = Field(default=512, gt=1)
+    feature_layer: int | None = Field(default=None, ge=0)
+
+
+class Norm(nn.Module):
+    """x / sqrt(mean of x^2 + eps), times a gain."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
+        return F.rms_norm(x.float(), x.shape[-1:], self.weight, NORM_EPS)
+
+
+class Block(nn.Module):
+    """x + attention(norm x), then x + MLP(norm x); std. of the initial weights as published."""
+
+    def __init__(self, width: int, heads: int, depth: int, *, causal: bool) -> None:
+        super().__init__()
+        if width % heads:
+            raise UserError(f"{heads} heads do not divide a token width of {width}; use a divisor of {width}")
+        self.heads, self.causal = heads, causal
+        self.norm1 = Norm(width)
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.proj = nn.Linear(width, width, bias=False)
+        self.norm2 = Norm(width)
+        self.fc1 = nn.Linear(width, 4 * width, bias=False)
+        self.fc2 = nn.Linear(4 * width, width, bias=False)
+        nn.init.normal_(self.qkv.weight, std=width**-0.5)
+        nn.init.normal_(self.proj.weight, std=(width * depth) ** -0.5)
+        nn.init.normal_(self.fc1.weight, std=0.02)
+        nn.init.normal_(self.fc2.weight, std=0.02)
+
+    def attention(
+        self, x: Float[Tensor, "B N D"], before: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Float[Tensor, "B N D"], tuple[Tensor, Tensor]]:
+        """What the tokens attend to, and the keys and values so far; `before`: those of earlier tokens."""
+        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        if before is not None:
+            assert x.shape[1] == 1, "only one token at a time can follow others"
+            k, v = torch.cat([before[0], k], 2), torch.cat([before[1], v], 2)
+        out = attend(q, k, v, causal=self.causal and before is None)
+        return self.proj(out.transpose(1, 2).flatten(2)), (k, v)
+
+    def mlp(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
+        return self.fc2(F.silu(1.702 * self.fc1(x))) / 1.702  # x sigmoid(1.702 x), the constant taken out of fc2
+
+
+class GPT(nn.Module):
+    """See the module docstring. causal: token t is predicted from those before it; otherwise tokens see each other.
+
+    `palette` (k, C), in the files' units, is zero until it is set.
+    """
+
+    palette: Tensor
+
+    def __init__(self, config: GPTConfig, images: ImageSpec, *, causal: bool) -> None:
+        super().__init__()
+        self.spec, self.patch, self.width = images, config.patch, config.width
+        self.grid = grid_of(images.size, config.patch)
+        self.layer = config.depth // 2 if config.feature_layer is None else config.feature_layer
+        if self.layer > config.depth:
+            raise UserError(
+                f"method.encoder.feature_layer={self.layer} came for {config.depth} blocks; use 0 to {config.depth}"
+            )
+        self.register_buffer("palette", torch.zeros(config.colours, images.channels))
+        self.tokens = nn.Parameter(torch.empty(config.colours, config.width).normal_(std=0.02))
+        self.positions = nn.Parameter(torch.empty(self.grid[0] * self.grid[1], config.width).normal_(std=0.01))
+        self.sos = nn.Parameter(torch.empty(config.width).normal_(std=0.02)) if causal else None
+        self.blocks = nn.ModuleList(
+            Block(config.width, config.heads, config.depth, causal=causal) for _ in range(config.depth)
+        )
+        self.norm = Norm(config.width)
+
+    def shrink(self, images: Shaped[Tensor, "B C H W"]) -> Float[Tensor, "B R S C"]:
+        """Cells of `patch` pixels averaged. Raises ValueError for images unlike those of the training."""
+        wanted = (self.spec.channels, *self.spec.size)
+        if images.ndim != 4 or tuple(images.shape[1:]) != wanted:
+            raise UserError(
+                f"images of shape {tuple(images.shape)} came, (B, {', '.join(map(str, wanted))}) was expected: the "
+                "positions of an iGPT are those of its training; crop or resize the images to that size"
+            )
+        return F.avg_pool2d(images.float(), self.patch).movedim(1, -1)
+
+    @torch.no_grad()
+    def ids(self, images: Shaped[Tensor, "B C H W"]) -> Int[Tensor, "B N"]:
+        """The nearest colour of every token, in raster order."""
+        return nearest_colour(self.shrink(images), self.palette).flatten(1)
+
+    def paint(self, ids: Int[Tensor, "B N"]) -> Float[Tensor, "B C H W"]:
+        """What the colours look like, in the files' units."""
+        painted = self.palette[ids].unflatten(1, self.grid).movedim(-1, 1)
+        return painted.repeat_interleave(self.patch[0], 2).repeat_interleave(self.patch[1], 3)
+
+    def layers(
+        self, ids: Int[Tensor, "B N"], hidden: Bool[Tensor, "B N"] | None = None
+    ) -> Iterator[Float[Tensor, "B N D"]]:
+        """The normalised input of each block, n^l of the paper, and after the last the output: depth + 1 of them.
+
+        Causal: position t holds what is known of the tokens before t. hidden: where the content of a token, not its
+        position, is taken away.
+        """
+        x = self.tokens[ids]
+        if hidden is not None:
+            x = x * ~hidden[..., None]
+        if self.sos is not None:
+            x = torch.cat([self.sos.expand(len(x), 1, -1), x[:, :-1]], 1)
+        x = x + self.positions
+        for block in self.blocks:
+            normed = block.norm1(x)
+            yield normed
+            x = x + block.attention(normed)[0]
+            x = x + block.mlp(block.norm2(x))
+        yield self.norm(x)
+
+    def run(self, ids: Int[Tensor, "B N"], hidden: Bool[Tensor, "B N"] | None = None) -> Float[Tensor, "B N D"]:
+        """The output of the last block, normalised."""
+        for normed in self.layers(ids, hidden):
+            last = normed
+        return last
+
+    def features(self, normed: Float[Tensor, "B N D"]) -> Features:
+        return Features(cls=None, patches=normed, grid=self.grid)
+
+    def forward(self, images: Shaped[Tensor, "B C H W"]) -> Features:
+        """The layer that the configuration names; nothing hidden."""
+        return self.features(next(islice(self.layers(self.ids(images)), self.layer, None)))
+
+    def step(self, token: Float[Tensor, "B 1 D"], place: int, cache: Cache | None) -> tuple[Tensor, Cache]:
+        """The output (B, 1, D) for one more token, the one at `place` or before all; `cache`: of those so far."""
+        x, kept = token + self.positions[place], []
+        for number, block in enumerate(self.blocks):
+            attended, pair = block.attention(block.norm1(x), None if cache is None else cache[number])
+            x = x + attended
+            x = x + block.mlp(block.norm2(x))
+            kept.append(pair)
+        return self.norm(x), kept
+
+    def depth_of(self, name: str) -> int:
+        """Depth of a parameter for layer-wise decay: 0 for what embeds, i + 1 for block i, depth + 1 for `norm`."""
+        if name.startswith("blocks."):
+            return int(name.split(".")[1]) + 1
+        return len(self.blocks) + 1 if name.startswith("norm") else 0

@@ -1,0 +1,65 @@
+"""A small set of colours for images: found by k-means, and the nearest of them for every pixel (iGPT, section 2).
+
+Distances are Euclidean in the files' own units. For 8-bit RGB these are the paper's, up to a constant: there pixels are
+scaled to [-1, 1] first.
+
+Letters: n pixels, C channels, k colours.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+MOST_PIXELS = 50_000
+ROUNDS = 25
+
+
+def nearest_colour(pixels: Float[Tensor, "*shape C"], colours: Float[Tensor, "k C"]) -> Int[Tensor, "*shape"]:
+    """Index of the nearest colour; ties go to the lower one."""
+    flat = pixels.reshape(-1, pixels.shape[-1]).float()
+    # Differences, not products: squares of 16-bit values leave no digits for small distances.
+    parts = [
+        torch.cdist(part, colours, compute_mode="donot_use_mm_for_euclid_dist").argmin(1) for part in flat.split(8192)
+    ]
+    return torch.cat(parts).reshape(pixels.shape[:-1])
+
+
+def k_means(pixels: Float[Tensor, "n C"], k: int, seed: int = 0) -> Float[Tensor, "k C"]:
+    """k colours that leave a small mean square distance (Lloyd 1982, begun by k-means++, Arthur & Vassilvitskii 2007).
+
+    At most 50,000 pixels are looked at, evenly spread over those given. With fewer different pixels than k some colours
+    come twice and are never the nearest. The result depends on the pixels and the seed alone.
+    """
+    rows = torch.linspace(0, len(pixels) - 1, min(len(pixels), MOST_PIXELS)).long()
+    points = pixels.detach().cpu().double()[rows]
+    colours = _spread_out(points, k, torch.Generator().manual_seed(seed))
+    for _ in range(ROUNDS):
+        nearest = nearest_colour(points, colours.float())
+        counts = torch.bincount(nearest, minlength=k)
+        sums = torch.zeros_like(colours).index_add(0, nearest, points)
+        moved = torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], colours)
+        if torch.equal(moved, colours):
+            break
+        colours = moved
+    return colours.float().to(pixels.device)
+
+
+def _spread_out(points: Tensor, k: int, generator: torch.Generator) -> Tensor:
+    """k of the points, one after another: of a few drawn in proportion to their squared distance, the most useful."""
+    tries = 2 + int(math.log(k))
+    first = int(torch.randint(len(points), (1,), generator=generator))
+    chosen = [points[first]]
+    distance = (points - chosen[0]).square().sum(1)
+    for _ in range(k - 1):
+        total = distance.cumsum(0)
+        draws = torch.rand(tries, generator=generator, dtype=torch.float64) * total[-1]
+        candidates = points[torch.searchsorted(total, draws).clamp(max=len(points) - 1)]  # (tries, C)
+        left = torch.minimum(distance[:, None], torch.cdist(points, candidates).square())
+        best = int(left.sum(0).argmin())
+        chosen.append(candidates[best])
+        distance = left[:, best]
+    return torch.stack(chosen)
