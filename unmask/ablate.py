@@ -26,10 +26,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from unmask import grafts, start
+from unmask import start
 from unmask.beside import POOL, find_probe, write_table
 from unmask.config import Config, ConfigError, parse
 from unmask.console import Console, duration
+from unmask.costs import promised_tokenizer
 from unmask.data.scan import Scan
 from unmask.data.sources import Source, open_source, require_labels
 from unmask.errors import TrainingFailed, UserError
@@ -211,9 +212,7 @@ def draft_settings(table: Table, cell: Cell, asked: Asked) -> list[str]:
         return settings
     if asked.tokenizer is not None:
         return start.with_options(None, recipe, settings, tokenizer=asked.tokenizer, palette=None, masks=None)
-    network = catalogue.find(TOKENIZER_RECIPE).method.model_dump(mode="json")["encoder"]
-    promise = {"run": TOKENIZER, "source": grafts.DVAE, "target": grafts.TOKENIZER}
-    return [f"method.tokenizer={json.dumps(network)}", f"graft={json.dumps([promise])}", *settings]
+    return [*promised_tokenizer(recipe, settings)[1], *settings]
 
 
 def require_probe(asked: Asked) -> tuple[Source, int]:

@@ -207,7 +207,7 @@ def t_half_width(values: Sequence[float]) -> float:
 
 
 def _sentence(row: dict[str, Any]) -> str:
-    said = f"{row['label']}: "
+    said = f"{row['label']}{', as many FLOPs' if row['equal'] == 'compute' else ''}: "
     if row["linear"] is None:
         errors = "; ".join(run["error"] for run in row["runs"] if run["error"])
         return said + (f"failed: {errors}" if errors else row["state"])

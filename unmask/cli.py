@@ -180,11 +180,21 @@ def pretrain(
     ] = None,
     tokenizer: Annotated[
         Path | None,
-        typer.Option(metavar="RUN", help="The dVAE whose codes beit, or mae with target=tokens, predict.", show_default=False),
+        typer.Option(
+            metavar="RUN", help="The dVAE whose codes beit, or mae with target=tokens, predict.", show_default=False
+        ),
+    ] = None,
+    palette: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PATH", help="igpt: colours of a file of `unmask palette`, or of a run.", show_default=False
+        ),
     ] = None,
     masks: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="mae: hide these patches; .txt of # and ., .npy or .png.", show_default=False),
+        typer.Option(
+            metavar="FILE", help="mae: hide these patches; .txt of # and ., .npy or .png.", show_default=False
+        ),
     ] = None,
     settings: Settings = None,
     as_json: AsJson = False,
@@ -201,10 +211,29 @@ def pretrain(
         settings=settings or (),
         from_run=from_run,
         tokenizer=tokenizer,
+        palette=palette,
         masks=masks,
         console=console,
     )
     _ended(run, as_json, console)
+
+
+@app.command()
+def palette(
+    data: Data,
+    colours: Annotated[int, typer.Option(help="How many.")] = 512,
+    size: Annotated[int, typer.Option(help="Images are shrunk to this many pixels first.")] = 32,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="FILE.json; a picture is drawn beside it.")] = Path(
+        "palette.json"
+    ),
+    as_json: AsJson = False,
+) -> None:
+    """The colours an iGPT would make for these images, as a file that several runs can share."""
+    from unmask.palette import make_palette
+
+    summary = make_palette(data, colours=colours, size=size, out=out, console=Console())
+    if as_json:
+        _print_json(summary)
 
 
 @app.command()
@@ -258,6 +287,14 @@ def probe(
     step: Annotated[
         int | None, typer.Option(help="An earlier checkpoint; default the newest.", show_default=False)
     ] = None,
+    layer: Annotated[
+        str | None,
+        typer.Option(help="best, last or a number; default best for igpt, else last.", show_default=False),
+    ] = None,
+    masks: Annotated[
+        int | None,
+        typer.Option(help="igpt bert: majority over so many masks of each test image; default 1.", show_default=False),
+    ] = None,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
@@ -274,6 +311,8 @@ def probe(
         seed=seed,
         step=step,
         device=device,
+        layer=layer,
+        masks=masks,
         console=Console(),
     )
     if as_json:
@@ -374,9 +413,7 @@ def compare(
     """Several runs beside one another: what they are, what they cost, and the probes that they share."""
     from unmask.compare import compare
 
-    summary = compare(
-        runs, data=data, test=test, kind=kind, shots=shots, out=out, device=device, console=Console()
-    )
+    summary = compare(runs, data=data, test=test, kind=kind, shots=shots, out=out, device=device, console=Console())
     if as_json:
         _print_json(summary)
 

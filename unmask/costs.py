@@ -6,11 +6,13 @@ multiply-accumulates ("G MACs", often called FLOPs) and FLOPs, two for each; bot
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from typing import Any
 
-from unmask.config import Config, ConfigError
+from unmask import grafts
+from unmask.config import Config, ConfigError, override
 from unmask.console import Console
 from unmask.flops import Flops, blocks_flops, build_unallocated, count_flops, typical_images
 from unmask.method import Method
@@ -27,7 +29,8 @@ IMAGENET = 1_281_167
 
 def recipe_costs(recipe: str, *, settings: Sequence[str] = (), gpus: int | None = None) -> dict[str, Any]:
     """The object that --json prints. Raises ValueError for settings that do not fit, or GPUs that do not divide."""
-    config = drafted(None, catalogue.find(recipe).recipe, list(settings), None)
+    tokenizer, promised = promised_tokenizer(recipe, settings)
+    config = drafted(None, recipe, [*promised, *settings], None)
     images = typical_images(config)
     method = build_unallocated(config, images)
     flops = count_flops(config, images)
@@ -37,6 +40,7 @@ def recipe_costs(recipe: str, *, settings: Sequence[str] = (), gpus: int | None 
     return {
         "recipe": config.recipe,
         "method": config.method.name,
+        "tokenizer": tokenizer,
         "image": [images.channels, *images.size],
         "parameters": {"all": whole, "encoder": encoder, "decoder": decoder, "rest": whole - encoder - decoder},
         "flops": {
@@ -50,6 +54,22 @@ def recipe_costs(recipe: str, *, settings: Sequence[str] = (), gpus: int | None 
         "ratios": ratios(config, method, flops),
         **schedule(config, gpus),
     }
+
+
+def promised_tokenizer(recipe: str, settings: Sequence[str]) -> tuple[str | None, list[str]]:
+    """(recipe of a dVAE, settings as KEY=VALUE) for a method that predicts codes while there is no tokenizer yet.
+
+    They give its size, and promise weights without saying whose. (None, []) for a method that needs none. The dVAE is
+    DALL-E's for patches of photographs, else the small one.
+    """
+    chosen = [text for text in settings if text.strip().startswith("method.")]
+    method: Any = override(catalogue.find(recipe), chosen).method
+    if getattr(method, "target", None) != "tokens" or method.tokenizer is not None:
+        return None, []
+    name = "dvae_dalle" if min(method.encoder.patch) >= 14 else "dvae_nano"
+    network = catalogue.find(name).method.model_dump(mode="json")["encoder"]
+    promise = {"run": name, "source": grafts.DVAE, "target": grafts.TOKENIZER}
+    return name, [f"method.tokenizer={json.dumps(network)}", f"graft={json.dumps([promise])}"]
 
 
 def ratios(config: Config, method: Method, flops: Flops) -> dict[str, float]:
@@ -109,6 +129,8 @@ def say_costs(found: dict[str, Any], console: Console) -> None:
     parameters, flops, share = found["parameters"], found["flops"], found["ratios"]
     channels, height, width = found["image"]
     console.say(f"{found['recipe']}: {found['method']} on images of {height} x {width} pixels, {channels} channels")
+    if found["tokenizer"]:
+        console.say(f"its tokenizer, frozen and counted under the rest, is that of recipe {found['tokenizer']}")
     rest = f", the rest {_millions(parameters['rest'])}" if parameters["rest"] else ""
     decoder = f", decoder {_millions(parameters['decoder'])}" if parameters["decoder"] else ""
     console.say(

@@ -75,13 +75,46 @@ def with_masks(path: str | Path) -> list[str]:
     ]
 
 
+def with_palette(path: str | Path) -> list[str]:
+    """The settings, as KEY=VALUE, of an iGPT with the colours of a file of `unmask palette`, or of another iGPT's Run.
+
+    Raises ValueError for a run of another method, or a file that holds no palette.
+    """
+    path = Path(path)
+    if path.is_dir():
+        run = Run.open(path)
+        method = read_config(run).method.name
+        if method != "igpt":
+            raise ConfigError(
+                f"--palette {path} is a run of {method}, the run of an iGPT or a file of `unmask palette` was expected"
+            )
+        colours = checkpoint.load_model(run)[1]["encoder.palette"].tolist()
+        dtype = read_plan(run).images.dtype
+    else:
+        try:
+            found = json.loads(path.read_text("utf-8"))
+            colours, dtype = [[float(value) for value in colour] for colour in found["colours"]], str(found["dtype"])
+        except FileNotFoundError:
+            raise UserError(f"palette file {path} does not exist; make one with `unmask palette DATA`") from None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"palette file {path} cannot be read ({type(error).__name__}); a file of `unmask palette DATA` was "
+                "expected"
+            ) from None
+    return [
+        f"method.palette={json.dumps(colours)}",
+        f"method.palette_dtype={dtype}",
+        f"method.encoder.colours={len(colours)}",
+    ]
+
+
 def require_own_settings(option: str, filled: Iterable[str], settings: Iterable[str], config: Config) -> None:
     """Raises ConfigError when what an option fills in was also set by hand, or is nothing that the method has."""
     asked, keys = parse(settings), [key for key in parse(filled) if key != "graft"]
     if both := sorted(set(asked) & set(keys)):
         raise ConfigError(f"both {option} and {both[0]} were given, which say the same; leave one of them out")
     known = config.model_dump()["method"]
-    if missing := [key.removeprefix("method.") for key in keys if key.removeprefix("method.") not in known]:
+    if missing := [key.removeprefix("method.") for key in keys if key.split(".")[1] not in known]:
         raise ConfigError(
             f"{option} was given, but {config.method.name} has no setting {missing[0]}, so it would be ignored; leave "
             "it out, or choose another --recipe"

@@ -119,6 +119,7 @@ def with_options(
     config = base or catalogue.find(catalogue.AUTO[0] if recipe == "auto" else recipe)
     given = {
         "--masks": [] if masks is None else grafts.with_masks(masks),
+        "--palette": [] if palette is None else grafts.with_palette(palette),
         "--tokenizer": [] if tokenizer is None else grafts.with_tokenizer(tokenizer, config.graft),
     }
     for option, filled in given.items():

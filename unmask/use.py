@@ -24,11 +24,13 @@ from unmask.data.decode import BadImage
 from unmask.data.loader import Delivery, Images, Taken, choose_workers, eval_batches
 from unmask.data.sources import LISTS, TARS, Source, open_files, open_source, require_labels
 from unmask.errors import UserError
-from unmask.evals.collect import FeatureTable, collect_each
+from unmask.evals.collect import FeatureTable, collect_each, collect_layers
 from unmask.evals.linear import HOLD_OUT_FOR_TEST, hold_out
 from unmask.evals.pictures import draw, require_png
-from unmask.evals.probe import encoders_of, few_shots, probe, require_classes, require_kind
-from unmask.method import Clock
+from unmask.evals.probe import VOTE, choose_layer, encoders_of, few_shots, probe, require_classes, require_kind
+from unmask.evals.scores import PRETRAINED, RANDOM_INIT
+from unmask.evals.views import Hide, Layer, View, require_layers
+from unmask.method import Clock, Method
 from unmask.plan import autocast, choose_device, choose_precision
 from unmask.rng import Draws
 from unmask.run import Run
@@ -38,6 +40,7 @@ EVAL_BATCH = 128
 MOST_DRAWN = 16
 MANY_IMAGES = 1024  # from here on, decoding in processes of its own repays starting them
 NAMED_BAD_FILES = 5
+IMAGES_FOR_LAYER = 4096  # at most, that layers are compared on
 COLLECTIONS = (*LISTS, *TARS, ".zip", ".parquet", ".pq")  # files that hold images, as against image files
 
 
@@ -224,6 +227,8 @@ def probe_kinds(
     step: int | None,
     device: str,
     console: Console,
+    layer: str | None = None,
+    masks: int | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Several kinds of probe on the same features; writes RUN/evals/probe-<kind>-<data>.json of each, returns them all.
 
@@ -231,10 +236,17 @@ def probe_kinds(
     images per class only. controls: also raw pixels and the untrained encoder. seed: chooses the held-out fifth, the
     shots, and the part on which the linear probe chooses its C. The split and the shots depend on the seed and on the
     images' rows alone, not on the kind, the encoder, or which files are broken.
+
+    layer: "best", "last" or a number; None is what suits the encoder (best for iGPT, else the last). masks: how many
+    masks the test images are seen under, the majority counts; None is one for a method that hides tokens in its
+    encoder's input and measures so (iGPT's bert), else none.
     """
     for kind in kinds:
         require_kind(kind)
     loaded = load(run, device=choose_device(device), step=step)
+    hide, masks = evaluation_masks(loaded.method, masks)
+    layer = layer or getattr(loaded.method.encoder, "probe_layer", "last")
+    require_layers(loaded.method.encoder, layer)
     train_source = require_labels(open_source(data))
     train_labels, classes = _labels(train_source), train_source.classes
     require_classes(classes)
@@ -252,6 +264,16 @@ def probe_kinds(
     if controls:
         untrained = untrained_encoder(loaded)
     encoders, precision = encoders_of(encoder, untrained), eval_precision(loaded)
+    chosen: dict[str, Layer] = {}
+    if layer != "last" or hide is not None:
+        rows = few_shots(train_rows, train_labels[train_rows], classes, shots, seed) if shots else train_rows
+        rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), IMAGES_FOR_LAYER)).astype(int)]
+        for name in [name for name in (RANDOM_INIT, PRETRAINED) if name in encoders]:
+            view = View(encoders[name], hide=hide)
+            if layer != "last":
+                chosen[name] = pick_layer(loaded, view, layer, train_source, rows, kinds, seed, console)
+                view.layer = chosen[name].number
+            encoders[name] = view
     while True:
         picked = train_rows
         if shots is not None:
@@ -263,8 +285,14 @@ def probe_kinds(
         if shots is None or not len(broken):
             break
         train_rows = np.setdiff1d(train_rows, broken)  # the next in line of the same class takes the place
+    voting = dict(encoders)
+    for name, view in encoders.items():
+        if isinstance(view, View) and view.hide is not None:
+            voting |= {
+                f"{name}{VOTE}{number}": View(view.encoder, view.layer, view.hide, number) for number in range(1, masks)
+            }
     measured = features(
-        loaded, encoders, test_source, test_rows, precision=precision, title="test images", console=console
+        loaded, voting, test_source, test_rows, precision=precision, title="test images", console=console
     )
 
     about = {
@@ -285,9 +313,48 @@ def probe_kinds(
     summaries = {}
     for kind in kinds:
         summaries[kind] = probe(train, measured, kind=kind, classes=classes, seed=seed) | about
+        for row in summaries[kind]["rows"]:
+            if row["features"] in chosen:
+                row["layer"] = vars(chosen[row["features"]])
         Run.open(run).write(f"evals/probe-{kind}-{name}.json", summaries[kind])
         say_probe(summaries[kind], console)
     return summaries
+
+
+def evaluation_masks(method: Method, masks: int | None) -> tuple[Hide | None, int]:
+    """How tokens are hidden when features are measured, and under how many masks; (None, 0) where nothing is."""
+    hide: Hide | None = getattr(method, "evaluation_mask", None)
+    if hide is None:
+        if masks:
+            raise UserError(
+                f"--masks {masks} came, but this run's encoder is measured on whole images; masks are for iGPT trained "
+                "with objective=bert: leave them out"
+            )
+        return None, 0
+    masks = 1 if masks is None else masks
+    if masks < 0:
+        raise UserError(f"--masks {masks} came; 0 (nothing hidden), 1 or more was expected")
+    return (hide if masks else None), masks
+
+
+def pick_layer(
+    loaded: Loaded,
+    view: View,
+    layer: str,
+    source: Source,
+    rows: np.ndarray,
+    kinds: Sequence[str],
+    seed: int,
+    console: Console,
+) -> Layer:
+    """The layer that was named, or the best one on a part of these training images."""
+    last = len(view.encoder.blocks)  # type: ignore[arg-type]
+    if layer != "best":
+        return Layer(int(layer), last, "asked for")
+    with console.progress("comparing layers", len(rows)) as bar:
+        batches = read(eval_images(loaded, source), rows, 0, console, bar)
+        tables = collect_layers(view, batches, device=loaded.device, precision=eval_precision(loaded))
+    return choose_layer(tables, "linear" if "linear" in kinds else "knn", seed)
 
 
 def _labels(source: Source) -> np.ndarray:
@@ -322,6 +389,10 @@ def say_probe(summary: dict[str, Any], console: Console) -> None:
     )
     for row in summary["rows"]:
         unfinished = "" if row.get("converged", True) else ", the fit stopped before it converged"
+        if "layer" in row:
+            unfinished += f"; layer {row['layer']['number']} of {row['layer']['last']}"
+        if "votes" in row:
+            unfinished += f"; majority over {row['votes']} masks"
         console.say(
             f"  {row['features']:12s} {row['pool']:7s} {row['accuracy']:6.1%}  "
             f"(95% interval {row['low']:.1%} to {row['high']:.1%}{unfinished})"

@@ -71,10 +71,10 @@ def test_agrees_with_transformers_on_copied_weights():
     for here, there in zip(encoder.blocks, core.h, strict=True):
         there.ln_1.weight.copy_(here.norm1.weight)
         there.ln_2.weight.copy_(here.norm2.weight)
-        there.attn.c_attn.weight.copy_(here.qkv.weight.T)
-        there.attn.c_proj.weight.copy_(here.proj.weight.T)
-        there.mlp.c_fc.weight.copy_(here.fc1.weight.T)
-        there.mlp.c_proj.weight.copy_(here.fc2.weight.T)
+        there.attn.c_attn.weight.copy_(here.attn.qkv.weight.T)
+        there.attn.c_proj.weight.copy_(here.attn.proj.weight.T)
+        there.mlp.c_fc.weight.copy_(here.mlp.fc1.weight.T)
+        there.mlp.c_proj.weight.copy_(here.mlp.fc2.weight.T)
     ids = torch.randint(0, 8, (3, 16), generator=torch.Generator().manual_seed(0))
     shifted = torch.cat([torch.full((3, 1), 8), ids[:, :-1]], 1)
     expected = theirs(input_ids=shifted).logits

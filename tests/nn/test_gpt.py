@@ -106,8 +106,8 @@ def test_initial_weights_are_those_of_the_published_code():
     torch.manual_seed(0)
     network = GPT(GPTConfig(width=128, depth=4, heads=2, patch=2, colours=512), SPEC, causal=True)
     spreads = {
-        network.blocks[0].qkv.weight: 128**-0.5, network.blocks[0].proj.weight: (128 * 4) ** -0.5,
-        network.blocks[0].fc1.weight: 0.02, network.blocks[0].fc2.weight: 0.02,
+        network.blocks[0].attn.qkv.weight: 128**-0.5, network.blocks[0].attn.proj.weight: (128 * 4) ** -0.5,
+        network.blocks[0].mlp.fc1.weight: 0.02, network.blocks[0].mlp.fc2.weight: 0.02,
         network.tokens: 0.02, network.positions: 0.01, network.sos: 0.02,
     }  # fmt: skip
     for weight, expected in spreads.items():

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from unmask.batch import Batch
 from unmask.errors import UserError
+from unmask.evals.views import View
 from unmask.nn.features import Features
 from unmask.plan import autocast
 
@@ -81,14 +82,29 @@ def collect_each(
     with eval_mode(*encoders.values()), torch.inference_mode(), autocast(precision, device):
         for batch in batches:
             shared.add(batch)
-            images = batch.to(device).images
+            moved = batch.to(device)
             for name, encoder in encoders.items():
-                rows[name].add(encoder(images), shared.index[-1])
+                features = encoder.see(moved) if isinstance(encoder, View) else encoder(moved.images)
+                rows[name].add(features, shared.index[-1])
     if not shared.index:
         raise UserError(
             "no images came to compute features of; at least one was expected: look at the data with `unmask check`"
         )
     return {name: shared.table(rows[name]) for name in encoders}
+
+
+def collect_layers(view: View, batches: Iterable[Batch], *, device: str, precision: str) -> list[FeatureTable]:
+    """As `collect`, for every layer of one encoder, from the first block's input on."""
+    rows: list[_Rows] = []
+    shared = _Shared()
+    with eval_mode(view), torch.inference_mode(), autocast(precision, device):
+        for batch in batches:
+            shared.add(batch)
+            for number, features in enumerate(view.every_layer(batch.to(device))):
+                if number == len(rows):
+                    rows.append(_Rows())
+                rows[number].add(features, shared.index[-1])
+    return [shared.table(layer) for layer in rows]
 
 
 @contextmanager

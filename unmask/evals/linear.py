@@ -23,7 +23,7 @@ C_GRID = tuple(10.0**power for power in range(-5, 3))
 HELD_OUT = 0.2
 C_WITHOUT_CHOICE = 0.01
 MAX_ITERATIONS = 500
-HOLD_OUT_FOR_TEST, SHOTS, HOLD_OUT_FOR_C = 0, 1, 2  # what labels are drawn for; each its own epoch of the stream
+HOLD_OUT_FOR_TEST, SHOTS, HOLD_OUT_FOR_C, HOLD_OUT_FOR_LAYER = 0, 1, 2, 3  # what for; each an epoch of the stream
 
 
 @dataclass(frozen=True)

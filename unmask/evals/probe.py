@@ -17,11 +17,13 @@ from torch import nn
 from unmask.errors import UserError
 from unmask.evals.collect import FeatureTable, RawPixels
 from unmask.evals.knn import knn
-from unmask.evals.linear import SHOTS, linear
+from unmask.evals.linear import HOLD_OUT_FOR_LAYER, SHOTS, hold_out, linear
 from unmask.evals.scores import PRETRAINED, RANDOM_INIT, RAW_PIXELS, Answers, verdict
+from unmask.evals.views import Layer, best_layer, majority
 from unmask.rng import Stream, words
 
 KINDS = ("knn", "linear")
+VOTE = " mask "  # parts the name of features from the number of the mask under which they were seen once more
 
 
 def encoders_of(encoder: nn.Module, untrained: nn.Module | None) -> dict[str, nn.Module]:
@@ -45,7 +47,8 @@ def probe(
 ) -> dict[str, Any]:
     """Accuracy of features on labelled images, as the object that `evals/probe-*.json` holds.
 
-    train, test: tables by the names of `encoders_of`, all of the same images. kind: "knn" or "linear". classes: names
+    train, test: tables by the names of `encoders_of`, all of the same images; in `test` also, as NAME + VOTE + number,
+    those of the same encoder under other masks, and then the majority counts. kind: "knn" or "linear". classes: names
     of the labels 0, 1, ... seed: of the part of the training images on which the linear probe chooses its C.
 
     Returns kind, train_images, test_images, classes, chance, rows, verdict, and `shared`, the number of test images
@@ -61,8 +64,13 @@ def probe(
 
     rows, answers = [], []
     for features in train:
-        for pool, train_x, test_x in _pools(features, train[features], test[features]):
-            about, right = _measure(kind, train_x, train_y, test_x, test_y, seed)
+        seen = [table for name, table in test.items() if name.split(VOTE)[0] == features]
+        for pool, train_x, test_x in _pools(features, train[features], seen):
+            about, predictions = _measure(kind, train_x, train_y, test_x, seed)
+            predictions = predictions.reshape(len(seen), -1)
+            if len(seen) > 1:
+                predictions, about = majority(predictions, seen[0].index, seed)[None], about | {"votes": len(seen)}
+            right = predictions[0] == test_y
             answers.append(Answers(features, pool, right))
             low, high = answers[-1].interval
             counts = {"accuracy": answers[-1].accuracy, "low": low, "high": high, "correct": answers[-1].correct}
@@ -138,26 +146,53 @@ def few_shots(index: np.ndarray, labels: np.ndarray, classes: Sequence[str], sho
     return np.sort(np.concatenate([index[order][labels[order] == label][:shots] for label in range(len(classes))]))
 
 
-def _pools(features: str, train: FeatureTable, test: FeatureTable) -> Iterable[tuple[str, np.ndarray, np.ndarray]]:
-    """(pool, training rows, test rows) of every definition of a feature that this encoder has."""
+def _pools(
+    features: str, train: FeatureTable, seen: Sequence[FeatureTable]
+) -> Iterable[tuple[str, np.ndarray, np.ndarray]]:
+    """(pool, training rows, test rows) of every definition of a feature that this encoder has.
+
+    seen: the test images, as often as they vote; their rows come one table after another.
+    """
+    tested = np.concatenate([table.mean for table in seen])
     if features == RAW_PIXELS:
         # Cosine similarity of pixels, none of them negative, is mostly brightness; without their mean it is fair.
         mean = train.mean.mean(0)
-        yield "pixels", train.mean - mean, test.mean - mean
+        yield "pixels", train.mean - mean, tested - mean
         return
-    if train.cls is not None and test.cls is not None:
-        yield "cls", train.cls, test.cls
-    yield "mean", train.mean, test.mean
+    tokens = [table.cls for table in seen if table.cls is not None]
+    if train.cls is not None and len(tokens) == len(seen):
+        yield "cls", train.cls, np.concatenate(tokens)
+    yield "mean", train.mean, tested
 
 
 def _measure(
-    kind: str, train_x: np.ndarray, train_y: np.ndarray, test_x: np.ndarray, test_y: np.ndarray, seed: int
+    kind: str, train_x: np.ndarray, train_y: np.ndarray, test_x: np.ndarray, seed: int
 ) -> tuple[dict[str, Any], np.ndarray]:
-    """What a row says about the fit, and which test images are right (m,)."""
+    """What a row says about the fit, and the classes predicted for the test rows."""
     if kind == "knn":
-        return {"c": None}, knn(train_x, train_y, test_x) == test_y
+        return {"c": None}, knn(train_x, train_y, test_x)
     fit = linear(train_x, train_y, test_x, seed=seed)
-    return {"c": fit.c, "converged": fit.converged}, fit.predictions == test_y
+    return {"c": fit.c, "converged": fit.converged}, fit.predictions
+
+
+def choose_layer(tables: Sequence[FeatureTable], kind: str, seed: int) -> Layer:
+    """The layer whose mean over patches is best: fitted on four fifths of these TRAINING images, tried on the rest."""
+    labels = tables[0].labels
+    assert labels is not None, "layers are compared on labelled images"
+    fit, held = hold_out(labels, tables[0].index, seed, HOLD_OUT_FOR_LAYER)
+    if not len(held) or len(np.unique(labels[fit])) < 2:
+        raise UserError(
+            f"{len(labels)} training images are too few to choose a layer with; give more with --shots, or name one "
+            "with --layer"
+        )
+    accuracies = []
+    for table in tables:
+        _, predictions = _measure(kind, table.mean[fit], labels[fit], table.mean[held], seed)
+        accuracies.append(float((predictions == labels[held]).mean()))
+    number = best_layer(accuracies)
+    found = ", ".join(f"{accuracy:.1%}" for accuracy in accuracies)
+    why = f"best {kind} probe of layers 0 to {len(tables) - 1} on {len(held)} training images held out: {found}"
+    return Layer(number, len(tables) - 1, why)
 
 
 def _cautions(train_y: np.ndarray, test_y: np.ndarray, classes: Sequence[str], shared: int) -> list[str]:

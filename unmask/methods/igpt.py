@@ -17,6 +17,7 @@ Letters: B images, N tokens, k colours of the palette, D width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -97,6 +98,11 @@ class IGPT(Method):
     def hide(self, rng: Draws) -> Tensor:
         """(B, N) bool: each token with the probability of the settings."""
         return rng.uniform(self.encoder.grid[0] * self.encoder.grid[1]) < self.mask_probability
+
+    @property
+    def evaluation_mask(self) -> Callable[[Draws], Tensor] | None:
+        """How tokens are hidden when features are measured; None where nothing was hidden in training."""
+        return None if self.causal else self.hide
 
     def picture(self, batch: Batch, clock: Clock) -> Picture:
         """What the palette leaves of the images, what is given, and how the method goes on from it."""

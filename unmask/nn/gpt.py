@@ -59,26 +59,20 @@ class Norm(nn.Module):
         return F.rms_norm(x.float(), x.shape[-1:], self.weight, NORM_EPS)
 
 
-class Block(nn.Module):
-    """x + attention(norm x), then x + MLP(norm x); std. of the initial weights as published."""
+class Attention(nn.Module):
+    """Multi-head self-attention without biases; causal: no token looks at a later one."""
 
     def __init__(self, width: int, heads: int, depth: int, *, causal: bool) -> None:
         super().__init__()
         if width % heads:
             raise UserError(f"{heads} heads do not divide a token width of {width}; use a divisor of {width}")
         self.heads, self.causal = heads, causal
-        self.norm1 = Norm(width)
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.proj = nn.Linear(width, width, bias=False)
-        self.norm2 = Norm(width)
-        self.fc1 = nn.Linear(width, 4 * width, bias=False)
-        self.fc2 = nn.Linear(4 * width, width, bias=False)
         nn.init.normal_(self.qkv.weight, std=width**-0.5)
         nn.init.normal_(self.proj.weight, std=(width * depth) ** -0.5)
-        nn.init.normal_(self.fc1.weight, std=0.02)
-        nn.init.normal_(self.fc2.weight, std=0.02)
 
-    def attention(
+    def forward(
         self, x: Float[Tensor, "B N D"], before: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Float[Tensor, "B N D"], tuple[Tensor, Tensor]]:
         """What the tokens attend to, and the keys and values so far; `before`: those of earlier tokens."""
@@ -89,8 +83,28 @@ class Block(nn.Module):
         out = attend(q, k, v, causal=self.causal and before is None)
         return self.proj(out.transpose(1, 2).flatten(2)), (k, v)
 
-    def mlp(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
+
+class MLP(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, 4 * width, bias=False)
+        self.fc2 = nn.Linear(4 * width, width, bias=False)
+        nn.init.normal_(self.fc1.weight, std=0.02)
+        nn.init.normal_(self.fc2.weight, std=0.02)
+
+    def forward(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
         return self.fc2(F.silu(1.702 * self.fc1(x))) / 1.702  # x sigmoid(1.702 x), the constant taken out of fc2
+
+
+class Block(nn.Module):
+    """x + attention(norm x), then x + MLP(norm x). Initial weights have the published standard deviations."""
+
+    def __init__(self, width: int, heads: int, depth: int, *, causal: bool) -> None:
+        super().__init__()
+        self.norm1 = Norm(width)
+        self.attn = Attention(width, heads, depth, causal=causal)
+        self.norm2 = Norm(width)
+        self.mlp = MLP(width)
 
 
 class GPT(nn.Module):
@@ -100,6 +114,7 @@ class GPT(nn.Module):
     """
 
     palette: Tensor
+    probe_layer = "best"  # what a probe takes unless it is told otherwise
 
     def __init__(self, config: GPTConfig, images: ImageSpec, *, causal: bool) -> None:
         super().__init__()
@@ -156,7 +171,7 @@ class GPT(nn.Module):
         for block in self.blocks:
             normed = block.norm1(x)
             yield normed
-            x = x + block.attention(normed)[0]
+            x = x + block.attn(normed)[0]
             x = x + block.mlp(block.norm2(x))
         yield self.norm(x)
 
@@ -166,18 +181,22 @@ class GPT(nn.Module):
             last = normed
         return last
 
-    def features(self, normed: Float[Tensor, "B N D"]) -> Features:
-        return Features(cls=None, patches=normed, grid=self.grid)
+    def feature_layers(
+        self, images: Shaped[Tensor, "B C H W"], hidden: Bool[Tensor, "B N"] | None = None
+    ) -> Iterator[Features]:
+        """The features of every layer, 0 to depth; hidden: tokens whose content is taken away, for evaluation."""
+        for normed in self.layers(self.ids(images), hidden):
+            yield Features(cls=None, patches=normed, grid=self.grid)
 
     def forward(self, images: Shaped[Tensor, "B C H W"]) -> Features:
         """The layer that the configuration names; nothing hidden."""
-        return self.features(next(islice(self.layers(self.ids(images)), self.layer, None)))
+        return next(islice(self.feature_layers(images), self.layer, None))
 
     def step(self, token: Float[Tensor, "B 1 D"], place: int, cache: Cache | None) -> tuple[Tensor, Cache]:
         """The output (B, 1, D) for one more token, the one at `place` or before all; `cache`: of those so far."""
         x, kept = token + self.positions[place], []
         for number, block in enumerate(self.blocks):
-            attended, pair = block.attention(block.norm1(x), None if cache is None else cache[number])
+            attended, pair = block.attn(block.norm1(x), None if cache is None else cache[number])
             x = x + attended
             x = x + block.mlp(block.norm2(x))
             kept.append(pair)

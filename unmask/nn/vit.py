@@ -167,6 +167,13 @@ class ViT(nn.Module):
         tokens = self.run(self.embed(self.patches(images), grid=grid), grid=grid)
         return Features(cls=tokens[:, 0], patches=tokens[:, 1:], grid=grid)
 
+    def feature_layers(self, images: Shaped[Tensor, "B C H W"]) -> Iterator[Features]:
+        """The features of every layer, 0 (what the first block is given) to depth (with the final norm: `forward`)."""
+        grid = grid_of((images.shape[2], images.shape[3]), self.patch)
+        for number, x in enumerate(self.layers(self.embed(self.patches(images), grid=grid), grid=grid)):
+            tokens = self.norm(x) if number == len(self.blocks) else x
+            yield Features(cls=tokens[:, 0], patches=tokens[:, 1:], grid=grid)
+
     def depth_of(self, name: str) -> int:
         """Depth of a parameter for layer-wise decay: 0 for what embeds, i + 1 for block i, depth + 1 for `norm`."""
         if name.startswith(("cls_token", "pos_embed", "patch_embed")):

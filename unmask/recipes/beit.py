@@ -28,7 +28,7 @@ def beit_nano() -> Config:
 
 
 def beit_base() -> Config:
-    """BEiT-B/16 at 224 pixels, 800 epochs at batch 2048, with a tokenizer of 8-pixel codes (`dvae_small`, `dvae_dalle`).
+    """BEiT-B/16 at 224 pixels, 800 epochs at batch 2048; its tokenizer has 8-pixel codes (`dvae_small`, `dvae_dalle`).
 
     unmask pretrain DATA --recipe dvae_small --out runs/tokenizer
     unmask pretrain DATA --recipe beit_base --tokenizer runs/tokenizer

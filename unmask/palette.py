@@ -1,0 +1,94 @@
+"""`unmask palette DATA`: the colours an iGPT would make for these images, as a file that several runs can share.
+
+The file is JSON: `colours` (k lists of C numbers in the files' units), `dtype` and `channels` of the images, where they
+came from, and the mean square error per channel that they leave. A picture beside it shows what the images become.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from unmask.batch import ImageSpec
+from unmask.console import Console
+from unmask.data.augment import CropConfig
+from unmask.data.loader import eval_batches
+from unmask.data.scan import scan
+from unmask.data.sources import open_source
+from unmask.errors import UserError
+from unmask.evals.pictures import draw, require_png
+from unmask.method import Picture
+from unmask.nn.palette import k_means, nearest_colour
+from unmask.run import replace_file
+from unmask.start import DataError
+from unmask.use import Readable
+
+MOST_IMAGES = 512
+DRAWN = 8
+
+
+def make_palette(data: str, *, colours: int, size: int, out: Path, console: Console) -> dict[str, Any]:
+    """Write `out` (.json) and a .png beside it, and return what the file holds.
+
+    Of up to 512 images, evenly spread over the data, the largest centred square is shrunk to `size` pixels. Raises
+    ValueError when nothing can be read, or nowhere be written.
+    """
+    if out.suffix != ".json":
+        raise UserError(f"palette file {out} came; a name that ends in .json was expected")
+    require_png(picture := out.with_suffix(".png"))
+    if colours < 2 or size < 1:
+        raise UserError(f"{colours} colours at {size} pixels came; at least 2 colours and 1 pixel were expected")
+    source = open_source(data)
+    with console.progress("checking files", min(len(source), MOST_IMAGES)) as bar:
+        found = scan(source, sample=MOST_IMAGES, progress=bar.update)
+    if not found.good:
+        raise DataError(f"none of the {found.checked} files of {source.name} that were tried can be read")
+    spec = ImageSpec(found.channels_majority, (size, size), found.dtype_majority, tuple(found.mean), tuple(found.std))
+    rows = np.linspace(0, len(source) - 1, min(len(source), MOST_IMAGES)).astype(int)
+    readable = Readable(source, rows, spec, CropConfig(), training=False)
+    images = torch.cat([batch.images for batch in eval_batches(readable, rows, batch=64, workers=0)]).float()
+
+    pixels = images.movedim(1, -1)  # (n, H, W, C)
+    palette = k_means(pixels.flatten(0, 2), colours)
+    ids = nearest_colour(pixels, palette)
+    quantised = palette[ids].movedim(-1, 1)
+    error = float((quantised - images).square().mean())
+    used = int(ids.unique().numel())
+    summary: dict[str, Any] = {
+        "colours": palette.tolist(),
+        "dtype": spec.dtype,
+        "channels": spec.channels,
+        "source": source.name,
+        "images": len(images),
+        "pixels": ids.numel(),
+        "used": used,
+        "mean_square_error": error,
+    }
+    replace_file(out, json.dumps(summary, indent=1).encode("ascii") + b"\n")
+    note = (
+        f"{colours} colours from {len(images)} images of {size} x {size} pixels; {used} of them are the nearest of a "
+        f"pixel. Mean square error per channel {error:.4g}, in the files' units."
+    )
+    panels = {
+        "original": images[:DRAWN],
+        f"in {colours} colours": quantised[:DRAWN],
+        "the palette": _swatches(palette, size),
+    }
+    panels["the palette"] = panels["the palette"].expand(len(images[:DRAWN]), -1, -1, -1)
+    draw(Picture(panels, note, {}), spec.dtype, picture, f"palette of {source.name}")
+    console.say(f"{out}: {note}")
+    console.say(f"picture: {picture}; use it with: unmask pretrain {data} --recipe igpt_nano --palette {out}")
+    return summary
+
+
+def _swatches(palette: torch.Tensor, size: int) -> torch.Tensor:
+    """(1, C, size, size): the colours from dark to bright, as a square of squares."""
+    side = max(1, int(np.ceil(len(palette) ** 0.5)))
+    order = palette.mean(1).argsort()
+    padded = torch.cat([palette[order], palette[order][-1:].expand(side * side - len(palette), -1)])
+    return F.interpolate(padded.T.reshape(1, -1, side, side), (size, size), mode="nearest")
