@@ -21,7 +21,7 @@ from unmask.beside import agreement, difference, find_probe, write_table
 from unmask.config import ConfigError
 from unmask.errors import TrainingFailed, UserError
 from unmask.run import Run, RunInUse
-from unmask.tables import find_table
+from unmask.tables import FAMILY, find_table
 
 SMALL = [setting for setting in SMALL_RUN if not setting.startswith("method.decoder")]
 SMALL += [
@@ -278,6 +278,76 @@ def test_a_cell_that_fails_is_shown_with_its_sentence_and_the_others_go_on(data,
     assert mended["rows"][0]["runs"][0]["error"] is None
 
 
+def two_targets(patch):
+    table = find_table("1d")
+    cells = tuple(cell for cell in table.cells(None) if cell.name in ("pixels", "tokens"))
+    patch.setattr(module, "find_table", lambda name: dataclasses.replace(table, cells=lambda base: cells))
+
+
+def test_cells_that_predict_tokens_get_a_tokenizer_that_is_trained_first(data, tmp_path, monkeypatch):
+    two_targets(monkeypatch)
+    summary = make(data, tmp_path / "table", table="1d", settings=[*SMALL, "method.decoder.depth=1"])
+    tokenizer, pixels, tokens = summary["rows"]
+    assert summary["state"] == "finished", summary
+    assert tokenizer["linear"] is None
+    assert tokenizer["state"] == "finished"
+    assert Run(tmp_path / "table" / "tokenizer").read("config.json")["method"]["name"] == "dvae"
+    graft = Run(tmp_path / "table" / "tokens-seed-0").read("config.json")["graft"]
+    assert [entry["run"] for entry in graft] == [str((tmp_path / "table" / "tokenizer").absolute())]
+    assert Run(tmp_path / "table" / "pixels-seed-0").read("config.json")["graft"] == []
+    assert tokens["flops"]["rest"] > pixels["flops"]["rest"] == 0
+    again = make(data, tmp_path / "table", table="1d", settings=[*SMALL, "method.decoder.depth=1"])
+    assert without_times(again) == without_times(summary)
+
+
+def test_a_tokenizer_that_is_given_is_used_and_none_is_trained(data, tmp_path, monkeypatch):
+    two_targets(monkeypatch)
+    settings = [setting for setting in SMALL if not setting.startswith("method.")]
+    start.pretrain(data, recipe="dvae_nano", out=tmp_path / "mine", settings=settings)
+    table = make(
+        data, tmp_path / "table", table="1d", settings=[*SMALL, "method.decoder.depth=1"], tokenizer=tmp_path / "mine"
+    )
+    assert [row["name"] for row in table["rows"]] == ["pixels", "tokens"]
+    assert table["state"] == "finished"
+    graft = Run(tmp_path / "table" / "tokens-seed-0").read("config.json")["graft"]
+    assert [entry["run"] for entry in graft] == [str((tmp_path / "mine").absolute())]
+
+
+def test_without_its_tokenizer_a_cell_fails_and_says_so(data, tmp_path, monkeypatch):
+    two_targets(monkeypatch)
+    real = start.train
+
+    def fails(run, config, plan, images, console):
+        if config.method.name == "dvae":
+            raise TrainingFailed("no codes")
+        return real(run, config, plan, images, console)
+
+    monkeypatch.setattr(start, "train", fails)
+    summary = make(data, tmp_path / "table", table="1d", settings=[*SMALL, "method.decoder.depth=1"])
+    assert [row["state"] for row in summary["rows"]] == ["failed", "finished", "failed"]
+    assert "its tokenizer could not be trained" in summary["rows"][2]["sentence"]
+
+
+def test_the_family_is_equal_in_steps_and_in_compute(data, tmp_path, monkeypatch):
+    """Counted, not trained: every method is there, with its own tokenizer's cost as a row of its own."""
+    monkeypatch.setattr(module, "make", lambda *_: None)
+    settings = ["data.size=[16,16]", "data.workers=0", "train.batch_size=8", "train.steps=100", "train.device=cpu"]
+    summary = make(data, tmp_path / "table", table="family", settings=settings)
+    rows = {row["name"]: row for row in summary["rows"]}
+    assert summary["missing"] == []
+    assert "tokenizer" in rows
+    base = rows["mae-equal-steps"]
+    want = base["steps"] * base["batch_size"] * base["flops"]["training"]
+    for name in FAMILY:
+        assert rows[f"{name}-equal-steps"]["steps"] == 100
+        if name != "mae":
+            row = rows[f"{name}-equal-compute"]
+            one_step = row["batch_size"] * row["flops"]["training"]
+            assert abs(row["steps"] * one_step - want) <= max(one_step / 2, one_step if row["steps"] == 1 else 0)
+    assert {row["name"] for row in summary["rows"] if row["controls"]} == {f"{name}-equal-steps" for name in FAMILY}
+    assert "no order is compared" in summary["agreement"]["sentence"]
+
+
 # ------------------------------------------------------------------------------------------- refused before it trains
 
 
@@ -361,7 +431,12 @@ def row(label, paper, *accuracies, total=1000):
         {"accuracy": share, "low": share - 0.03, "high": share + 0.03, "correct": round(share * total), "total": total}
         for share in accuracies
     ]
-    return {"label": label, "linear": beside._score(scores), "paper": {"linear": paper, "fine_tuned": None}}
+    return {
+        "label": label,
+        "equal": "steps",
+        "linear": beside._score(scores),
+        "paper": {"linear": paper, "fine_tuned": None},
+    }
 
 
 def test_agreement_counts_pairs_and_names_those_within_the_noise():

@@ -14,7 +14,10 @@ from PIL import Image
 
 from unmask import cli
 
-VERBS = ["demo", "check", "pretrain", "resume", "reconstruct", "probe", "embed", "report", "recipes", "doctor"]
+VERBS = [
+    "demo", "check", "pretrain", "resume", "reconstruct", "probe", "embed", "ablate", "compare", "report", "plan",
+    "recipes", "doctor",
+]  # fmt: skip
 
 
 @pytest.fixture

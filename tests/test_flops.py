@@ -7,7 +7,8 @@ import torch
 
 from unmask.batch import ImageSpec
 from unmask.config import override
-from unmask.costs import IMAGENET, recipe_costs
+from unmask.console import Console
+from unmask.costs import IMAGENET, recipe_costs, say_costs
 from unmask.errors import UserError
 from unmask.flops import COUNTED, blocks_flops, build_unallocated, count_flops, typical_images
 from unmask.method import Loss
@@ -113,6 +114,25 @@ def test_every_method_can_be_counted_and_its_costs_be_said(name):
     assert 0 < flops["forward"] < flops["training"] <= 3 * flops["forward"]
     assert flops["encoder_all_patches"] > 0
     assert sum(found["parameters"][part] for part in ("encoder", "decoder", "rest")) == found["parameters"]["all"]
+
+
+def test_a_method_that_predicts_codes_is_counted_with_a_tokenizer_and_says_whose(capsys):
+    found = recipe_costs("beit_nano")
+    assert found["tokenizer"] == "dvae_nano"
+    assert found["flops"]["rest"] > 0
+    assert found["flops"]["training"] < 3 * found["flops"]["forward"], "it is frozen: no backward pass"
+    say_costs(found, Console())
+    assert "that of recipe dvae_nano" in capsys.readouterr().err
+    assert recipe_costs("mae_nano")["tokenizer"] is None
+
+
+def test_what_a_person_reads(capsys):
+    say_costs(recipe_costs("mae_large", gpus=64), Console())
+    said = capsys.readouterr().err
+    for text in ("329.54 M", "3.29 x", "61.08 + 5.25 to 14.92 + 5.25 GMACs", "8.6% of", "on 64 GPUs 64 images"):
+        assert text in said
+    say_costs(recipe_costs("simmim_nano"), Console())
+    assert "mask tokens left out" not in capsys.readouterr().err
 
 
 def test_nothing_is_allocated_and_nobodys_random_numbers_are_touched():

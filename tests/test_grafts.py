@@ -3,10 +3,8 @@
 import pytest
 from conftest import write_images
 
-from unmask.config import ConfigError, override
+from unmask.config import ConfigError
 from unmask.errors import UserError
-from unmask.grafts import require_tokenizer, with_tokenizer
-from unmask.recipes.catalogue import find
 from unmask.saved import read_config
 from unmask.start import pretrain
 

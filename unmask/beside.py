@@ -82,7 +82,7 @@ def find_probe(run: Run, kind: str, decided: dict[str, Any], *, controls: bool) 
     """The Run's probe with this table's images and labels, of its last weights; None where it is still to be made."""
     asked = decided["asked"]
     want = {
-        "kind": kind, "data": asked["data"], "shots": decided["shots"], "seed": 0,
+        "kind": kind, "data": asked["data"], "shots": decided["shots"], "seed": 0, "layer": None, "masks": None,
         "test": asked["test"] or f"a held-out fifth of {asked['data']}", "step": run.read("plan.json")["steps"],
     }  # fmt: skip
     for file in sorted(run.evals.glob(f"probe-{kind}-*.json")):

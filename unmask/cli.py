@@ -289,7 +289,7 @@ def probe(
     ] = None,
     layer: Annotated[
         str | None,
-        typer.Option(help="best, last or a number; default best for igpt, else last.", show_default=False),
+        typer.Option(help="best, last or a number; default best for igpt, else the last.", show_default=False),
     ] = None,
     masks: Annotated[
         int | None,

@@ -29,7 +29,7 @@ from unmask.run import Run, replace_file
 from unmask.saved import read_config, read_plan
 from unmask.use import probe_run
 
-SAME = ("kind", "data", "test", "shots", "seed")  # what two probes must have in common to be one measurement
+SAME = ("kind", "data", "test", "shots", "seed", "layer", "masks")  # what two probes must have in common to be one measurement
 LOSSES = (
     "Losses of different targets, masks or normalisations are not comparable, and a lower one is not a better encoder."
 )
@@ -62,7 +62,7 @@ def compare(
     require_kind(kind)
     opened = open_runs(runs)
     if data is not None:
-        want = dict(zip(SAME, (kind, data, test or f"a held-out fifth of {data}", shots, 0), strict=True))
+        want = dict(zip(SAME, (kind, data, test or f"a held-out fifth of {data}", shots, 0, None, None), strict=True))
         for run in opened.values():
             if not any(all(probe[key] == value for key, value in want.items()) for probe in probes(run)):
                 probe_run(
@@ -158,7 +158,7 @@ def probes(run: Run) -> list[dict[str, Any]]:
     """The Run's probes; of one measurement at several steps only the latest."""
     latest: dict[tuple[Any, ...], dict[str, Any]] = {}
     for file in sorted(run.evals.glob("probe-*.json")):
-        probe = run.read(f"evals/{file.name}")
+        probe = {"layer": None, "masks": None} | run.read(f"evals/{file.name}")
         if all(key in probe for key in SAME):
             key = tuple(probe[name] for name in SAME)
             if key not in latest or probe["step"] > latest[key]["step"]:
@@ -174,7 +174,9 @@ def _title(probe: dict[str, Any]) -> str:
     what = {"knn": "kNN", "linear": "linear probe"}.get(probe["kind"], probe["kind"])
     shots = "" if probe["shots"] is None else f", {probe['shots']} labels per class"
     seed = f", seed {probe['seed']}" if probe["seed"] else ""
-    return f"{what} on {probe['data']}, tested on {probe['test']}{shots}{seed}"
+    layer = "" if probe["layer"] is None else f", layer {probe['layer']}"
+    masks = "" if probe["masks"] is None else f", {probe['masks']} masks"
+    return f"{what} on {probe['data']}, tested on {probe['test']}{shots}{seed}{layer}{masks}"
 
 
 def shared(found: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:

@@ -31,6 +31,7 @@ def recipe_costs(recipe: str, *, settings: Sequence[str] = (), gpus: int | None 
     """The object that --json prints. Raises ValueError for settings that do not fit, or GPUs that do not divide."""
     tokenizer, promised = promised_tokenizer(recipe, settings)
     config = drafted(None, recipe, [*promised, *settings], None)
+    batches = schedule(config, gpus)
     images = typical_images(config)
     method = build_unallocated(config, images)
     flops = count_flops(config, images)
@@ -52,7 +53,7 @@ def recipe_costs(recipe: str, *, settings: Sequence[str] = (), gpus: int | None 
             "training": flops.training,
         },
         "ratios": ratios(config, method, flops),
-        **schedule(config, gpus),
+        **batches,
     }
 
 
@@ -138,7 +139,7 @@ def say_costs(found: dict[str, Any], console: Console) -> None:
     )
     console.say("for one image, counted (matrix products and convolutions; 1 multiply-accumulate = 2 FLOPs):")
     lines = [
-        ("encoder, every patch", flops["encoder_all_patches"]),
+        ("encoder, every patch" if share else "encoder, as probes use it", flops["encoder_all_patches"]),
         ("encoder, visible patches" if share else "encoder, in the loss", flops["encoder"]),
         ("decoder", flops["decoder"]),
         ("the rest of the loss", flops["rest"]),

@@ -257,7 +257,7 @@ TABLES = {
         Table(
             "family", "The family, from autoencoder to MAE", "method", ("method.name",), _family, base=(),
             note="Every method from its own recipe, once for as many steps as MAE and once for as many FLOPs as MAE "
-            "(forward and backward, counted). The published numbers are linear probes on ImageNet of models of very "
+            "(forward and backward, counted). The published numbers are those of MAE's Tables 3 and 12, models of very "
             "different sizes: iGPT-L 1362 M parameters, BEiT-L and MAE ViT-L 304 M.",
         ),
     )

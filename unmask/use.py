@@ -29,7 +29,7 @@ from unmask.evals.linear import HOLD_OUT_FOR_TEST, hold_out
 from unmask.evals.pictures import draw, require_png
 from unmask.evals.probe import VOTE, choose_layer, encoders_of, few_shots, probe, require_classes, require_kind
 from unmask.evals.scores import PRETRAINED, RANDOM_INIT
-from unmask.evals.views import Hide, Layer, View, require_layers
+from unmask.evals.views import Hide, Layer, View, wanted_layer
 from unmask.method import Clock, Method
 from unmask.plan import autocast, choose_device, choose_precision
 from unmask.rng import Draws
@@ -237,16 +237,15 @@ def probe_kinds(
     shots, and the part on which the linear probe chooses its C. The split and the shots depend on the seed and on the
     images' rows alone, not on the kind, the encoder, or which files are broken.
 
-    layer: "best", "last" or a number; None is what suits the encoder (best for iGPT, else the last). masks: how many
-    masks the test images are seen under, the majority counts; None is one for a method that hides tokens in its
-    encoder's input and measures so (iGPT's bert), else none.
+    layer: "best", "last" or a number; None is what suits the encoder (best for iGPT, else what `forward` gives). masks:
+    how many masks the test images are seen under, the majority counts; None is one for a method that hides tokens in
+    its encoder's input and measures so (iGPT's bert), else none.
     """
     for kind in kinds:
         require_kind(kind)
     loaded = load(run, device=choose_device(device), step=step)
-    hide, masks = evaluation_masks(loaded.method, masks)
-    layer = layer or getattr(loaded.method.encoder, "probe_layer", "last")
-    require_layers(loaded.method.encoder, layer)
+    hide, votes = evaluation_masks(loaded.method, masks)
+    wanted = wanted_layer(loaded.method.encoder, layer)
     train_source = require_labels(open_source(data))
     train_labels, classes = _labels(train_source), train_source.classes
     require_classes(classes)
@@ -265,13 +264,13 @@ def probe_kinds(
         untrained = untrained_encoder(loaded)
     encoders, precision = encoders_of(encoder, untrained), eval_precision(loaded)
     chosen: dict[str, Layer] = {}
-    if layer != "last" or hide is not None:
+    if wanted is not None or hide is not None:
         rows = few_shots(train_rows, train_labels[train_rows], classes, shots, seed) if shots else train_rows
         rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), IMAGES_FOR_LAYER)).astype(int)]
         for name in [name for name in (RANDOM_INIT, PRETRAINED) if name in encoders]:
             view = View(encoders[name], hide=hide)
-            if layer != "last":
-                chosen[name] = pick_layer(loaded, view, layer, train_source, rows, kinds, seed, console)
+            if wanted is not None:
+                chosen[name] = pick_layer(loaded, view, wanted, train_source, rows, kinds, seed, console)
                 view.layer = chosen[name].number
             encoders[name] = view
     while True:
@@ -289,7 +288,7 @@ def probe_kinds(
     for name, view in encoders.items():
         if isinstance(view, View) and view.hide is not None:
             voting |= {
-                f"{name}{VOTE}{number}": View(view.encoder, view.layer, view.hide, number) for number in range(1, masks)
+                f"{name}{VOTE}{number}": View(view.encoder, view.layer, view.hide, number) for number in range(1, votes)
             }
     measured = features(
         loaded, voting, test_source, test_rows, precision=precision, title="test images", console=console
@@ -300,6 +299,8 @@ def probe_kinds(
         "seed": seed,
         "data": data,
         "test": test or f"a held-out fifth of {data}",
+        "layer": layer,  # as asked for: None is the protocol that suits the encoder
+        "masks": masks,
         "step": loaded.step,
         "precision": precision,
         "command": shlex.join(["unmask", *sys.argv[1:]]),
@@ -308,6 +309,8 @@ def probe_kinds(
     name += "" if shots is None else f"-{shots}-shots"
     name += "" if step is None else f"-step-{step}"
     name += "" if seed == 0 else f"-seed-{seed}"
+    name += "" if layer is None else f"-layer-{layer}"
+    name += "" if masks is None else f"-masks-{masks}"
     if test is not None:
         name += "-on-" + "".join(letter if letter.isalnum() else "-" for letter in Path(test).name).strip("-")
     summaries = {}
@@ -350,7 +353,7 @@ def pick_layer(
     """The layer that was named, or the best one on a part of these training images."""
     last = len(view.encoder.blocks)  # type: ignore[arg-type]
     if layer != "best":
-        return Layer(int(layer), last, "asked for")
+        return Layer(last if layer == "last" else int(layer), last, "asked for")
     with console.progress("comparing layers", len(rows)) as bar:
         batches = read(eval_images(loaded, source), rows, 0, console, bar)
         tables = collect_layers(view, batches, device=loaded.device, precision=eval_precision(loaded))

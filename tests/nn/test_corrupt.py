@@ -14,7 +14,7 @@ def draws(count: int, seed: int = 1) -> torch.Tensor:
 
 @pytest.mark.parametrize(("grain", "components"), [(None, 288), ((1, 1), 96), ((4, 4), 6), ((2, 4), 12)])
 def test_masking_hides_a_fixed_number_of_components_of_every_image(grain, components):
-    assert num_components((3, 8, 12), grain) == components
+    assert num_components(PIXELS, grain) == components
     found, touched = masking(PIXELS, draws(components), 0.25, grain)
     values = round(0.25 * components) * 288 // components
     assert touched.sum((1, 2, 3)).tolist() == [values] * 6

@@ -62,17 +62,23 @@ class View(nn.Module):
         return self.encoder.feature_layers(batch.images, hidden)  # type: ignore[operator]
 
 
-def require_layers(encoder: nn.Module, layer: str) -> None:
-    """Raises ValueError for a choice of layer that is none, or that this encoder does not offer."""
-    if layer == "last":
-        return
-    if layer != "best" and not layer.isdecimal():
+def wanted_layer(encoder: nn.Module, layer: str | None) -> str | None:
+    """"best", "last" or a number: as asked for, or what suits the encoder; None is what its `forward` gives.
+
+    Raises ValueError for a layer that is none of these, or that this encoder does not offer.
+    """
+    if layer is None:
+        return getattr(encoder, "probe_layer", None)
+    if layer not in ("best", "last") and not layer.isdecimal():
         raise UserError(f"layer {layer!r} came; best, last or a number was expected")
     if not hasattr(encoder, "feature_layers"):
+        if layer == "last":
+            return None
         raise UserError(f"layer {layer} came, but this encoder has no layers to choose from; leave --layer out")
     last = len(encoder.blocks)  # type: ignore[arg-type]
     if layer.isdecimal() and int(layer) > last:
         raise UserError(f"layer {layer} came for an encoder of {last} blocks; use 0 to {last}")
+    return layer
 
 
 def majority(predictions: np.ndarray, index: np.ndarray, seed: int) -> np.ndarray:

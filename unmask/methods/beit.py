@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from unmask.batch import Batch, ImageSpec
 from unmask.method import Clock, Loss, Method, MethodConfig, Picture
+from unmask.nn.blocks import Block
 from unmask.nn.conv_vae import ConvVAEConfig, require_tokenizer
 from unmask.nn.masks import Mask, block_mask, num_kept, random_mask, require_blocks, smallest_block
 from unmask.nn.patches import put, take
@@ -129,6 +130,7 @@ class BEiT(Method):
         nn.init.trunc_normal_(self.encoder.cls_token, std=INIT_STD, a=-INIT_STD, b=INIT_STD)
         nn.init.trunc_normal_(self.mask_token, std=INIT_STD, a=-INIT_STD, b=INIT_STD)
         for number, block in enumerate(self.encoder.blocks, 1):
+            assert isinstance(block, Block)
             block.attn.proj.weight.div_((2 * number) ** 0.5)
             block.mlp.fc2.weight.div_((2 * number) ** 0.5)
 

@@ -92,7 +92,7 @@ class DAE(Method):
     def corrupt(self, pixels: Tensor, rng: Draws) -> tuple[Tensor, Tensor]:
         """(corrupted pixels, where they were touched), both (B, C, H, W)."""
         kind, share, grain = self.config.corruption, self.config.share or 0.25, self.config.grain
-        count = corrupt.num_components(pixels.shape[1:], grain)
+        count = corrupt.num_components(pixels, grain)
         if kind == "masking":
             return corrupt.masking(pixels, rng.uniform(count), share, grain)
         if kind == "salt_and_pepper":

@@ -122,9 +122,11 @@ class MAE(Method):
 
     def sample(self, clock: Clock) -> Mask:
         """A mask for each image of the batch that the clock belongs to."""
-        if self.sampler is None:
-            return masks.pattern_mask(self.patterns, masks.num_kept(self.patterns.shape[1], self.mask_ratio), clock.rng)
-        return self.sampler(len(clock.rng.index), self.encoder.grid, self.mask_ratio, clock.rng)
+        grid, ratio = self.encoder.grid, self.mask_ratio
+        if self.patterns is not None:
+            return masks.pattern_mask(self.patterns, masks.num_kept(grid[0] * grid[1], ratio), clock.rng)
+        assert self.sampler is not None, "what is no pattern has a sampler"
+        return self.sampler(len(clock.rng.index), grid, ratio, clock.rng)
 
     def guess(self, patches: Tensor, mask: Mask, *, everywhere: bool = False) -> Tensor:
         """The prediction for the hidden patches, (B, N, P) -> (B, M, O), or for all, (B, N, O) as mask.order."""

@@ -35,9 +35,10 @@ def spread(chosen: Bool[Tensor, "B n"], like: Pixels, grain: tuple[int, int] | N
     return unpatchify(cells, grid, grain)
 
 
-def num_components(shape: tuple[int, int, int], grain: tuple[int, int] | None) -> int:
-    """How many components an image of (C, H, W) has: its values, or its cells of `grain` pixels."""
-    return shape[0] * shape[1] * shape[2] if grain is None else (shape[1] // grain[0]) * (shape[2] // grain[1])
+def num_components(pixels: Pixels, grain: tuple[int, int] | None) -> int:
+    """How many components one image has: its values, or its cells of `grain` pixels."""
+    _, channels, height, width = pixels.shape
+    return channels * height * width if grain is None else (height // grain[0]) * (width // grain[1])
 
 
 def masking(

@@ -114,13 +114,14 @@ class GPT(nn.Module):
     """
 
     palette: Tensor
-    probe_layer = "best"  # what a probe takes unless it is told otherwise
 
     def __init__(self, config: GPTConfig, images: ImageSpec, *, causal: bool) -> None:
         super().__init__()
         self.spec, self.patch, self.width = images, config.patch, config.width
         self.grid = grid_of(images.size, config.patch)
         self.layer = config.depth // 2 if config.feature_layer is None else config.feature_layer
+        # What a probe takes unless it is told otherwise; the paper's protocol is the best.
+        self.probe_layer = "best" if config.feature_layer is None else str(config.feature_layer)
         if self.layer > config.depth:
             raise UserError(
                 f"method.encoder.feature_layer={self.layer} came for {config.depth} blocks; use 0 to {config.depth}"
@@ -169,6 +170,7 @@ class GPT(nn.Module):
             x = torch.cat([self.sos.expand(len(x), 1, -1), x[:, :-1]], 1)
         x = x + self.positions
         for block in self.blocks:
+            assert isinstance(block, Block)
             normed = block.norm1(x)
             yield normed
             x = x + block.attn(normed)[0]
@@ -196,6 +198,7 @@ class GPT(nn.Module):
         """The output (B, 1, D) for one more token, the one at `place` or before all; `cache`: of those so far."""
         x, kept = token + self.positions[place], []
         for number, block in enumerate(self.blocks):
+            assert isinstance(block, Block)
             attended, pair = block.attn(block.norm1(x), None if cache is None else cache[number])
             x = x + attended
             x = x + block.mlp(block.norm2(x))

@@ -129,6 +129,7 @@ class PrincipalComponents(Target):
 
     basis: Tensor
     center: Tensor
+    unit: Tensor
 
     def __init__(self, values: int, grid: tuple[int, int], channels: int, *, count: int, whiten: bool) -> None:
         super().__init__()
@@ -182,6 +183,9 @@ class Tokens(Target):
     The tokenizer is part of the method and frozen, its weights are grafted. Raises ValueError when it has not one code
     for each patch of `patch` pixels.
     """
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, config: ConvVAEConfig, images: ImageSpec, patch: tuple[int, int]) -> None:
         super().__init__()

@@ -1,0 +1,139 @@
+"""Layers and votes: the best layer is chosen on training images alone, votes are counted and ties are fair."""
+
+import numpy as np
+import pytest
+import torch
+
+from unmask.batch import Batch, ImageSpec
+from unmask.errors import UserError
+from unmask.evals.collect import FeatureTable, collect, collect_each, collect_layers
+from unmask.evals.probe import VOTE, choose_layer, probe
+from unmask.evals.views import View, best_layer, majority, require_layers
+from unmask.nn.gpt import GPT, GPTConfig
+from unmask.nn.vit import ViT, ViTConfig
+
+SPEC = ImageSpec(3, (8, 8), "uint8", (120.0,) * 3, (60.0,) * 3)
+
+
+def batches(count: int = 6) -> list[Batch]:
+    images = torch.randint(0, 256, (count, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(count) % 2
+    whole = Batch(images, torch.arange(count), torch.zeros(count, dtype=torch.int64), labels)
+    parts = [slice(start, start + 4) for start in range(0, count, 4)]
+    return [Batch(whole.images[p], whole.index[p], whole.epoch[p], labels[p]) for p in parts]
+
+
+def vit() -> ViT:
+    torch.manual_seed(0)
+    return ViT(ViTConfig(width=16, depth=3, heads=2, patch=4), SPEC)
+
+
+def gpt(*, causal: bool) -> GPT:
+    torch.manual_seed(0)
+    network = GPT(GPTConfig(width=16, depth=3, heads=2, patch=2, colours=8), SPEC, causal=causal)
+    network.palette.copy_(torch.rand(8, 3) * 255)
+    return network
+
+
+@pytest.mark.parametrize("encoder", [vit(), gpt(causal=True)], ids=["vit", "gpt"])
+def test_layers_in_one_pass_are_those_seen_one_by_one(encoder):
+    tables = collect_layers(View(encoder), batches(), device="cpu", precision="fp32")
+    assert len(tables) == 4
+    for number, table in enumerate(tables):
+        alone = collect_each({"x": View(encoder, number)}, batches(), device="cpu", precision="fp32")["x"]
+        assert np.array_equal(alone.mean, table.mean)
+        assert table.labels.tolist() == [0, 1] * 3
+    forward = collect(encoder, batches(), device="cpu", precision="fp32")
+    usual = 1 if isinstance(encoder, GPT) else 3
+    assert np.allclose(forward.mean, tables[usual].mean, atol=1e-6)
+    assert not np.allclose(tables[1].mean, tables[2].mean, atol=1e-3)
+
+
+def test_masks_belong_to_image_and_number():
+    encoder = gpt(causal=False)
+
+    def hide(rng):
+        return rng.uniform(16) < 0.5
+
+    def seen(mask, data=None):
+        view = View(encoder, 2, hide, mask)
+        return collect_each({"x": view}, data or batches(), device="cpu", precision="fp32")["x"].mean
+
+    assert np.array_equal(seen(0), seen(0))
+    assert not np.allclose(seen(0), seen(1), atol=1e-3)
+    turned = [Batch(b.images.flip(0), b.index.flip(0), b.epoch, b.labels) for b in batches()]
+    assert np.allclose(seen(0)[:4], seen(0, turned)[:4][::-1], atol=1e-6)
+    assert not np.allclose(seen(0), collect_each({"x": View(encoder, 2)}, batches(), device="cpu",
+                                                 precision="fp32")["x"].mean, atol=1e-3)  # fmt: skip
+
+
+def test_the_majority_wins_and_ties_are_fair_and_repeatable():
+    votes = np.array([[0, 1, 2, 2], [0, 1, 1, 0], [1, 1, 2, 1]])
+    assert majority(votes, np.arange(4), 0)[:3].tolist() == [0, 1, 2]
+    tied = np.repeat([[0], [1], [3]], 3000, 1)
+    found = majority(tied, np.arange(3000), 0)
+    assert np.array_equal(found, majority(tied, np.arange(3000), 0))
+    assert np.bincount(found, minlength=4) / 3000 == pytest.approx([1 / 3, 1 / 3, 0, 1 / 3], abs=0.04)
+    assert not np.array_equal(found, majority(tied, np.arange(3000), 1))
+
+
+def table(x: np.ndarray, labels: np.ndarray) -> FeatureTable:
+    index = np.arange(len(x))
+    return FeatureTable(index, labels, None, x.astype(np.float32), index.astype(np.uint64) + int(1e6 * x[0, 0] ** 2))
+
+
+def layers_of(labels: np.ndarray, informative: int, seed: int = 0) -> list[FeatureTable]:
+    generator = np.random.default_rng(seed)
+    noise = [generator.normal(size=(len(labels), 8)) for _ in range(5)]
+    noise[informative][:, 0] += 4 * labels
+    return [table(x, labels) for x in noise]
+
+
+@pytest.mark.parametrize("kind", ["linear", "knn"])
+def test_the_informative_layer_is_chosen_and_the_choice_is_explained(kind):
+    labels = np.arange(200) % 2
+    chosen = choose_layer(layers_of(labels, 3), kind, 0)
+    assert (chosen.number, chosen.last) == (3, 4)
+    assert "40 training images held out" in chosen.why
+
+
+def test_of_equals_the_middle_is_taken():
+    assert best_layer([0.5, 0.9, 0.9, 0.9, 0.9]) == 2
+    assert best_layer([0.5, 0.6, 0.5]) == 1
+
+
+def test_too_few_images_to_choose_with_are_refused():
+    with pytest.raises(UserError, match="too few to choose a layer with"):
+        choose_layer(layers_of(np.arange(2), 0), "knn", 0)
+
+
+@pytest.mark.parametrize("kind", ["linear", "knn"])
+def test_votes_count_as_one_answer(kind):
+    """Each vote alone is often wrong, in other places; together they are right."""
+    labels = np.arange(300) % 2
+    train = layers_of(labels, 0)[0]
+    generator = np.random.default_rng(5)
+    views = []
+    for _ in range(5):
+        wrong = generator.random(300) < 0.25
+        x = generator.normal(size=(300, 8))
+        x[:, 0] += 4 * np.where(wrong, 1 - labels, labels)
+        views.append(table(x, labels))
+    names = ["pre-trained", *(f"pre-trained{VOTE}{number}" for number in range(1, 5))]
+    voted = probe({"pre-trained": train}, dict(zip(names, views, strict=True)), kind=kind, classes=["a", "b"])
+    single = probe({"pre-trained": train}, {"pre-trained": views[0]}, kind=kind, classes=["a", "b"])
+    assert len(voted["rows"]) == 1
+    assert voted["rows"][0]["votes"] == 5
+    assert voted["rows"][0]["total"] == 300
+    assert voted["rows"][0]["accuracy"] > single["rows"][0]["accuracy"] + 0.08
+    assert "votes" not in single["rows"][0]
+
+
+def test_choices_of_layer_that_cannot_be_are_refused():
+    require_layers(torch.nn.Identity(), "last")
+    with pytest.raises(UserError, match="'middle' came; best, last or a number"):
+        require_layers(vit(), "middle")
+    with pytest.raises(UserError, match="layer 4 came for an encoder of 3 blocks; use 0 to 3"):
+        require_layers(vit(), "4")
+    with pytest.raises(UserError, match="no layers to choose from"):
+        require_layers(torch.nn.Identity(), "best")

@@ -1,0 +1,92 @@
+"""`unmask palette` and what takes its file: the same colours in every run, and nothing else is taken for a palette."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import write_images
+from PIL import Image
+
+from unmask.checkpoint import load_model
+from unmask.console import Console
+from unmask.errors import UserError
+from unmask.palette import make_palette
+from unmask.saved import read_config
+from unmask.start import pretrain
+
+SMALL = (
+    *("method.encoder.width=16", "method.encoder.depth=1", "method.encoder.heads=2", "data.size=[16,16]"),
+    *("train.steps=2", "train.batch_size=8", "data.workers=0"),
+)
+
+
+@pytest.fixture
+def images(tmp_path):
+    return write_images(tmp_path / "images", 12)
+
+
+def make(images, out, **more):
+    return make_palette(str(images), **({"colours": 16, "size": 16} | more), out=out, console=Console(quiet=True))
+
+
+def test_the_file_holds_colours_in_the_files_units_and_a_picture_lies_beside_it(images, tmp_path):
+    found = make(images, tmp_path / "palette.json")
+    assert json.loads((tmp_path / "palette.json").read_text()) == found
+    assert np.array(found["colours"]).shape == (16, 3)
+    assert 20 < np.array(found["colours"]).max() <= 255
+    assert (found["dtype"], found["channels"], found["images"]) == ("uint8", 3, 12)
+    assert found["mean_square_error"] > 0
+    more = make(images, tmp_path / "more.json", colours=64)
+    assert more["mean_square_error"] < 0.6 * found["mean_square_error"]
+    with Image.open(tmp_path / "palette.png") as picture:
+        assert picture.size[0] > 300
+
+
+def test_runs_with_a_palette_have_its_colours_and_a_run_can_be_one(images, tmp_path):
+    found = make(images, tmp_path / "palette.json")
+    first = pretrain(images, recipe="igpt_nano", out=tmp_path / "a", palette=tmp_path / "palette.json", settings=SMALL)
+    method = read_config(first).method
+    assert method.encoder.colours == 16
+    assert np.allclose(load_model(first)[1]["encoder.palette"].numpy(), found["colours"])
+    assert len(list(first.checkpoints.glob("fixed-*.safetensors"))) == 1
+    second = pretrain(images, recipe="igpt_bert_nano", out=tmp_path / "b", palette=first.path, settings=SMALL)
+    assert np.allclose(load_model(second)[1]["encoder.palette"].numpy(), found["colours"])
+    own = pretrain(images, recipe="igpt_nano", out=tmp_path / "c", settings=[*SMALL, "method.encoder.colours=16"])
+    assert len(np.unique(load_model(own)[1]["encoder.palette"].numpy(), axis=0)) > 8, "made from the data on first use"
+
+
+def test_what_is_no_palette_or_of_other_images_is_refused(images, tmp_path):
+    mae = [s for s in SMALL if "encoder" in s or "train" in s or "data" in s]
+    other = pretrain(images, recipe="mpp_nano", out=tmp_path / "mpp", settings=mae)
+    floats = tmp_path / "floats"
+    floats.mkdir()
+    for number in range(6):
+        np.save(floats / f"{number}.npy", np.random.default_rng(number).random((16, 16, 3), np.float32))
+    make(floats, tmp_path / "float.json")
+    (tmp_path / "bad.json").write_text('{"colours": 3}')
+    refused = {
+        other.path: "is a run of mpp, the run of an iGPT or a file of `unmask palette` was expected",
+        tmp_path / "none.json": "does not exist; make one with",
+        tmp_path / "bad.json": r"cannot be read \(TypeError\)",
+        tmp_path / "float.json": "the palette was made of float32 images, these are uint8",
+    }
+    for path, message in refused.items():
+        with pytest.raises(UserError, match=message):
+            pretrain(images, recipe="igpt_nano", out=tmp_path / "run", palette=path, settings=SMALL)
+    make(images, tmp_path / "palette.json")
+    with pytest.raises(UserError, match=r"both --palette and method\.encoder\.colours were given"):
+        pretrain(images, recipe="igpt_nano", out=tmp_path / "run", palette=tmp_path / "palette.json",
+                 settings=[*SMALL, "method.encoder.colours=16"])  # fmt: skip
+    with pytest.raises(UserError, match="--palette was given, but mae has no setting palette"):
+        pretrain(images, recipe="mae_nano", out=tmp_path / "run", palette=tmp_path / "palette.json")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [({"colours": 1}, "at least 2 colours"), ({"size": 0}, "1 pixel"), ({"out": "x.txt"}, "ends in .json")],
+)
+def test_bad_wishes_are_refused(images, tmp_path, more, message):
+    out = tmp_path / more.pop("out", "palette.json")
+    with pytest.raises(UserError, match=message):
+        make(images, out, **more)
