@@ -15,6 +15,7 @@ from PIL import Image
 
 from unmask import use
 from unmask.console import Console
+from unmask.errors import UserError
 from unmask.evals.scores import PRETRAINED, RANDOM_INIT, RAW_PIXELS
 from unmask.saved import load
 from unmask.start import pretrain
@@ -485,3 +486,108 @@ def test_results_of_other_steps_and_shots_stand_beside_one_another(run, labelled
     probe(run, labelled, shots=1)
     names = {path.name for path in (run / "evals").glob("probe-*")}
     assert names == {"probe-knn-labelled.json", "probe-knn-labelled-step-2.json", "probe-knn-labelled-1-shots.json"}
+
+
+# ----------------------------------------------------------------------------------------------------- layers and masks
+
+
+@pytest.fixture(scope="module")
+def igpts(tmp_path_factory):
+    """An iGPT of each objective, three blocks deep."""
+    folder = tmp_path_factory.mktemp("igpt")
+    images = write_images(folder / "images", 16)
+    small = [setting for setting in SMALL_RUN if "decoder" not in setting and "depth" not in setting]
+    small += ["method.encoder.depth=3", "train.steps=2", "train.picture_every=9", "train.precision=fp32"]
+    return {
+        objective: pretrain(images, recipe=recipe, out=folder / objective, settings=small).path
+        for objective, recipe in {"ar": "igpt_nano", "bert": "igpt_bert_nano"}.items()
+    }
+
+
+@pytest.fixture
+def igpt(igpts, tmp_path):
+    """Copies to write into."""
+    return {objective: Path(shutil.copytree(run, tmp_path / objective)) for objective, run in igpts.items()}
+
+
+def measured(run, data, monkeypatch, **more):
+    """What `probe` was given: (training features, test features) of the pre-trained encoder; and what it answered."""
+    seen = []
+    real = use.probe
+    monkeypatch.setattr(
+        use, "probe", lambda train, test, **names: seen.append((train, test)) or real(train, test, **names)
+    )
+    found = probe(run, data, **more)
+    monkeypatch.undo()
+    return *seen[0], found
+
+
+def test_the_last_layer_is_the_end_of_all_and_the_middle_what_forward_gives(igpt, labelled, monkeypatch):
+    tables = {}
+    for layer in ("0", "1", "last"):
+        _, test, found = measured(igpt["ar"], labelled, monkeypatch, layer=layer)
+        tables[layer] = test[PRETRAINED]
+        assert found["rows"][0]["layer"] == {
+            "number": 3 if layer == "last" else int(layer),
+            "last": 3,
+            "why": "asked for",
+        }
+    encoder = load(igpt["ar"]).method.encoder
+    embed(igpt["ar"], labelled, igpt["ar"].parent / "a.npz")
+    middle = np.load(igpt["ar"].parent / "a.npz")["mean"][tables["1"].index]
+    np.testing.assert_allclose(tables["1"].mean, middle, atol=1e-5)
+    assert encoder.layer == 1
+    assert np.abs(tables["last"].mean - middle).max() > 1e-2
+    assert {file.name for file in (igpt["ar"] / "evals").glob("probe-*")} == {
+        f"probe-knn-labelled-layer-{layer}.json" for layer in ("0", "1", "last")
+    }, "one measurement does not overwrite another"
+
+
+def test_the_best_layer_is_chosen_without_the_test_images(igpt, labelled, tmp_path):
+    test = write_images(tmp_path / "test", 12, classes=3, seed=5)
+    console = Listening()
+    first = probe(igpt["ar"], labelled, test=str(test), controls=True, console=console)
+    rows = {row["features"]: row for row in first["rows"]}
+    assert "layer" not in rows[RAW_PIXELS]
+    assert "best knn probe of layers 0 to 3" in rows[PRETRAINED]["layer"]["why"]
+    assert rows[RANDOM_INIT]["layer"]["last"] == 3, "the control has the same choice"
+    assert any(f"layer {rows[PRETRAINED]['layer']['number']} of 3" in line for line in console.said)
+    (test / "class0").rename(tmp_path / "aside")  # other labels, fewer images
+    (test / "class1").rename(test / "class0")
+    (tmp_path / "aside").rename(test / "class1")
+    (test / "class2" / "0002.png").unlink()
+    second = probe(igpt["ar"], labelled, test=str(test), controls=True)
+    assert [row.get("layer") for row in second["rows"]] == [row.get("layer") for row in first["rows"]]
+    assert [row["accuracy"] for row in second["rows"]] != [row["accuracy"] for row in first["rows"]]
+
+
+def test_bert_is_measured_under_a_mask_and_votes_are_other_masks(igpt, labelled, monkeypatch):
+    train, test, once = measured(igpt["bert"], labelled, monkeypatch, layer="1")
+    whole = measured(igpt["bert"], labelled, monkeypatch, layer="1", masks=0)[1]
+    _, five, found = measured(igpt["bert"], labelled, monkeypatch, layer="1", masks=5)
+    again = measured(igpt["bert"], labelled, monkeypatch, layer="1", masks=5)[1]
+    assert (once["rows"][0]["votes"], found["rows"][0]["votes"], once["masks"], found["masks"]) == (1, 5, None, 5)
+    assert set(train) == set(test) == {PRETRAINED}
+    assert len(five) == 5
+    assert np.array_equal(five[PRETRAINED].mean, test[PRETRAINED].mean)
+    seen = [whole[PRETRAINED], *five.values()]
+    assert all(np.abs(a.mean - b.mean).max() > 1e-3 for i, a in enumerate(seen) for b in seen[:i]), (
+        "no mask comes twice"
+    )
+    assert all(np.array_equal(five[name].mean, again[name].mean) for name in five)
+
+
+def test_masks_are_refused_where_nothing_was_hidden(igpt, run, labelled):
+    for whole in (igpt["ar"], run):
+        with pytest.raises(UserError, match=r"--masks 5 came, but this run's encoder is measured on whole images"):
+            probe(whole, labelled, masks=5)
+    with pytest.raises(UserError, match=r"--masks -1 came; 0 \(nothing hidden\), 1 or more"):
+        probe(igpt["bert"], labelled, masks=-1)
+
+
+def test_layers_of_a_vit_can_be_chosen_too(run, labelled):
+    usual = probe(run, labelled)
+    assert "layer" not in usual["rows"][0]
+    last = probe(run, labelled, layer="last")
+    assert [row["accuracy"] for row in last["rows"]] == [row["accuracy"] for row in usual["rows"]]
+    assert probe(run, labelled, layer="best")["rows"][0]["layer"]["last"] == 1

@@ -29,7 +29,8 @@ from unmask.run import Run, replace_file
 from unmask.saved import read_config, read_plan
 from unmask.use import probe_run
 
-SAME = ("kind", "data", "test", "shots", "seed", "layer", "masks")  # what two probes must have in common to be one measurement
+# What two probes must have in common to be one measurement.
+SAME = ("kind", "data", "test", "shots", "seed", "layer", "masks")
 LOSSES = (
     "Losses of different targets, masks or normalisations are not comparable, and a lower one is not a better encoder."
 )

@@ -28,7 +28,7 @@ from unmask.evals.collect import FeatureTable, collect_each, collect_layers
 from unmask.evals.linear import HOLD_OUT_FOR_TEST, hold_out
 from unmask.evals.pictures import draw, require_png
 from unmask.evals.probe import VOTE, choose_layer, encoders_of, few_shots, probe, require_classes, require_kind
-from unmask.evals.scores import PRETRAINED, RANDOM_INIT
+from unmask.evals.scores import PRETRAINED, RANDOM_INIT, RAW_PIXELS
 from unmask.evals.views import Hide, Layer, View, wanted_layer
 from unmask.method import Clock, Method
 from unmask.plan import autocast, choose_device, choose_precision
@@ -319,6 +319,8 @@ def probe_kinds(
         for row in summaries[kind]["rows"]:
             if row["features"] in chosen:
                 row["layer"] = vars(chosen[row["features"]])
+            if hide is not None and row["features"] != RAW_PIXELS:
+                row["votes"] = votes
         Run.open(run).write(f"evals/probe-{kind}-{name}.json", summaries[kind])
         say_probe(summaries[kind], console)
     return summaries
@@ -395,7 +397,7 @@ def say_probe(summary: dict[str, Any], console: Console) -> None:
         if "layer" in row:
             unfinished += f"; layer {row['layer']['number']} of {row['layer']['last']}"
         if "votes" in row:
-            unfinished += f"; majority over {row['votes']} masks"
+            unfinished += "; under one mask" if row["votes"] == 1 else f"; majority over {row['votes']} masks"
         console.say(
             f"  {row['features']:12s} {row['pool']:7s} {row['accuracy']:6.1%}  "
             f"(95% interval {row['low']:.1%} to {row['high']:.1%}{unfinished})"

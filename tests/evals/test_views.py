@@ -8,7 +8,7 @@ from unmask.batch import Batch, ImageSpec
 from unmask.errors import UserError
 from unmask.evals.collect import FeatureTable, collect, collect_each, collect_layers
 from unmask.evals.probe import VOTE, choose_layer, probe
-from unmask.evals.views import View, best_layer, majority, require_layers
+from unmask.evals.views import View, best_layer, majority, wanted_layer
 from unmask.nn.gpt import GPT, GPTConfig
 from unmask.nn.vit import ViT, ViTConfig
 
@@ -28,9 +28,10 @@ def vit() -> ViT:
     return ViT(ViTConfig(width=16, depth=3, heads=2, patch=4), SPEC)
 
 
-def gpt(*, causal: bool) -> GPT:
+def gpt(*, causal: bool, feature_layer: int | None = None) -> GPT:
     torch.manual_seed(0)
-    network = GPT(GPTConfig(width=16, depth=3, heads=2, patch=2, colours=8), SPEC, causal=causal)
+    config = GPTConfig(width=16, depth=3, heads=2, patch=2, colours=8, feature_layer=feature_layer)
+    network = GPT(config, SPEC, causal=causal)
     network.palette.copy_(torch.rand(8, 3) * 255)
     return network
 
@@ -129,11 +130,18 @@ def test_votes_count_as_one_answer(kind):
     assert "votes" not in single["rows"][0]
 
 
+def test_without_a_wish_it_is_what_suits_the_encoder():
+    assert wanted_layer(gpt(causal=True), None) == "best"
+    assert wanted_layer(gpt(causal=True, feature_layer=3), None) == "3", "what a person set is not overruled"
+    assert wanted_layer(vit(), None) is None
+    assert wanted_layer(vit(), "last") == "last"
+    assert wanted_layer(torch.nn.Identity(), "last") is None
+
+
 def test_choices_of_layer_that_cannot_be_are_refused():
-    require_layers(torch.nn.Identity(), "last")
     with pytest.raises(UserError, match="'middle' came; best, last or a number"):
-        require_layers(vit(), "middle")
+        wanted_layer(vit(), "middle")
     with pytest.raises(UserError, match="layer 4 came for an encoder of 3 blocks; use 0 to 3"):
-        require_layers(vit(), "4")
+        wanted_layer(vit(), "4")
     with pytest.raises(UserError, match="no layers to choose from"):
-        require_layers(torch.nn.Identity(), "best")
+        wanted_layer(torch.nn.Identity(), "best")

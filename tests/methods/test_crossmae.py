@@ -75,10 +75,11 @@ def test_the_decoder_runs_on_the_patches_asked_for_and_no_more(monkeypatch):
     assert mask.drop.shape == (4, 18)
     assert torch.equal(seen[0], mask.drop[:, -6:])
     # the target elsewhere does not count
-    real_target = method.target
+    real_target = method.target.forward
     noise = torch.randn(4, 6, 48)
     for where, counts in ((mask.drop[:, :6], False), (seen[0], True)):
-        monkeypatch.setattr(method, "target", lambda patches, where=where: put(real_target(patches), where, noise))
+        changed = lambda patches, images, where=where: put(real_target(patches, images), where, noise)  # noqa: E731
+        monkeypatch.setattr(method.target, "forward", changed)
         assert (float(method(batch, clock(batch)).value) != float(loss)) == counts
 
 
@@ -121,14 +122,14 @@ def test_the_encoders_last_norm_trains_only_where_something_reads_it(weighted):
 def test_the_picture_asks_for_every_hidden_patch_and_scores_the_same_loss():
     method, batch = small(), small_batch()
     picture = method.picture(batch, clock(batch))
-    assert list(picture.panels) == ["original", "masked 75%", "prediction", "pasted"]
-    original, masked, _, pasted = picture.panels.values()
+    assert list(picture.panels) == ["original", "masked 75%", "prediction", "pasted", "pasted, nearest stats"]
+    original, masked, _, pasted, _ = picture.panels.values()
     hidden = (masked - original).abs().amax(1) > 1e-3
     assert 0.7 < hidden.float().mean() <= 0.75
     assert (pasted - original).abs().amax(1)[~hidden].max() < 1e-3
     assert (pasted - original).abs().amax(1)[hidden].min() > 1e-4
     assert float(picture.numbers["loss"]) == pytest.approx(float(method(batch, clock(batch)).value), rel=1e-5)
-    assert set(picture.numbers) == {"loss", "true_patch_mean", "nearest_visible"}
+    assert set(picture.numbers) == {"loss", "true_patch_mean", "visible_mean", "nearest_visible"}
     assert "6 of the 18 hidden patches" in picture.note
     assert "TRUE mean" in picture.note
     assert "TRUE mean" not in small(target="pixels").picture(batch, clock(batch)).note

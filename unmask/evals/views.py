@@ -63,7 +63,7 @@ class View(nn.Module):
 
 
 def wanted_layer(encoder: nn.Module, layer: str | None) -> str | None:
-    """"best", "last" or a number: as asked for, or what suits the encoder; None is what its `forward` gives.
+    """As asked for ("best", "last" or a number), or what suits the encoder; None is what its `forward` gives.
 
     Raises ValueError for a layer that is none of these, or that this encoder does not offer.
     """

@@ -5,7 +5,8 @@ random: all that keeps it from copying is that the code is small. With `activati
 learns the space of the first principal components, and a test holds it to that.
 
 Differs from the paper: all layers are trained at once with AdamW, where the paper pre-trained each as a restricted
-Boltzmann machine, and the weights are not those of 2006 in any other way; images of any size and number of channels.
+Boltzmann machine and fine-tuned with conjugate gradients; images of any size and number of channels; besides the
+paper's logistic units and cross-entropy, ReLU and affine layers and the mean square error of normalised pixels.
 
 Letters: B images, C channels, H x W pixels, D length of the code.
 """

@@ -29,10 +29,9 @@ from unmask.errors import UserError
 from unmask.method import Clock, Loss, Method, MethodConfig, Picture
 from unmask.nn.cross import CrossDecoder
 from unmask.nn.decoders import DecoderConfig
-from unmask.nn.losses import mean_square
-from unmask.nn.masks import Mask, nearest_visible, num_kept, random_mask
+from unmask.nn.masks import Mask, num_kept, random_mask
 from unmask.nn.patches import put, take
-from unmask.nn.targets import PatchStatistics, patch_statistics
+from unmask.nn.targets import Pixels
 from unmask.nn.vit import ViT, ViTConfig
 
 
@@ -70,16 +69,18 @@ class CrossMAE(Method):
     def __init__(self, config: Config, images: ImageSpec) -> None:
         super().__init__()
         self.mask_ratio = config.mask_ratio
-        self.norm_pixels = config.target == "norm_pixels"
         self.encoder = ViT(config.encoder, images)
         rows, cols = self.encoder.grid
+        values = self.encoder.patch[0] * self.encoder.patch[1] * images.channels
+        per_patch = config.target == "norm_pixels"
+        self.target = Pixels(values, self.encoder.grid, images.channels, per_patch=per_patch)
         self.asked = num_asked(rows * cols, config.mask_ratio, config.predict_ratio)
         self.decoder = CrossDecoder(
             config.decoder,
             seen_width=self.encoder.width,
             sources=config.encoder.depth + 1 if config.weighted_features else None,
             grid=self.encoder.grid,
-            out=self.encoder.patch[0] * self.encoder.patch[1] * images.channels,
+            out=values,
         )
         self.encoder.norm.requires_grad_(not config.weighted_features)
 
@@ -89,7 +90,7 @@ class CrossMAE(Method):
         mask = random_mask(len(patches), self.encoder.grid, self.mask_ratio, clock.rng)
         asked = mask.drop[:, -self.asked :]  # the draws come in random order, so any part is a random subset
         guess = self.decoder(self.layers(patches, mask), asked)
-        return Loss(mean_square(guess, take(self.target(patches), asked)))
+        return Loss(self.target.loss(guess, take(self.target(patches, batch.images), asked)))
 
     def layers(self, patches: Tensor, mask: Mask) -> list[Tensor]:
         """What the decoder reads, each (B, 1 + K, D), class token first: (B, N, P) -> feature maps, earliest first.
@@ -101,48 +102,29 @@ class CrossMAE(Method):
             return [self.encoder.run(tokens, mask.keep)]
         return list(self.encoder.layers(tokens, mask.keep))
 
-    def target(self, patches: Tensor) -> Tensor:
-        """What the decoder is asked for, at every patch: (B, N, P) -> (B, N, P)."""
-        return patch_statistics(patches).remove(patches) if self.norm_pixels else patches
-
     def picture(self, batch: Batch, clock: Clock) -> Picture:
         """Original, masked, prediction, pasted, ALL hidden patches asked for; the numbers are of the loss's subset."""
         patches = self.encoder.patches(batch.images)
         mask = random_mask(len(patches), self.encoder.grid, self.mask_ratio, clock.rng)
         guess = self.decoder(self.layers(patches, mask), mask.drop).float()
+        asked = Mask(mask.keep, mask.drop[:, -self.asked :])
+        truth = take(self.target(patches, batch.images), asked.drop)
+        numbers = {"loss": self.target.loss(guess[:, -self.asked :], truth)}
+        numbers |= self.target.trivial(patches, batch.images, asked)
 
-        target = self.target(patches)
-        asked = mask.drop[:, -self.asked :]
-        truth = take(target, asked)
-        colours = target.unflatten(2, (-1, batch.images.shape[1])).mean(2)  # (B, N, C): the mean colour of every patch
-        pixels = target.shape[2] // colours.shape[2]
-        numbers = {
-            "loss": mean_square(guess[:, -self.asked :], truth),
-            "true_patch_mean": mean_square(take(colours, asked).repeat(1, 1, pixels), truth),
-            "nearest_visible": mean_square(
-                take(target, nearest_visible(mask, self.encoder.grid)[:, -self.asked :]), truth
-            ),
-        }
-
-        drawn = guess
-        note = (
-            f"The decoder predicts {self.asked} of the {guess.shape[1]} hidden patches in training; here it is asked "
-            "for all of them, which changes no answer."
-        )
-        if self.norm_pixels:
-            mean, std = patch_statistics(patches)
-            drawn = PatchStatistics(take(mean, mask.drop), take(std, mask.drop)).restore(guess)
-            note += (
-                " The target is normalised within each patch; the prediction is drawn with the TRUE mean and standard "
-                "deviation of each hidden patch, which the model does not know."
-            )
         nothing = torch.zeros_like(patches)  # the data set's mean colour
+        drawn = self.target.draw(guess, patches, batch.images, mask)
         panels = {
             "original": patches,
             f"masked {mask.drop.shape[1] / patches.shape[1]:.0%}": put(
                 patches, mask.drop, nothing[:, : mask.drop.shape[1]]
             ),
-            "prediction": put(nothing, mask.drop, drawn),
-            "pasted": put(patches, mask.drop, drawn),
+            "prediction": put(nothing, mask.drop, next(iter(drawn.values()))),
+            **{caption: put(patches, mask.drop, values) for caption, values in drawn.items()},
         }
-        return Picture({caption: self.encoder.images(panel) for caption, panel in panels.items()}, note, numbers)
+        note = (
+            f"The decoder predicts {self.asked} of the {guess.shape[1]} hidden patches in training; here it is asked "
+            "for all of them, which changes no answer."
+        )
+        panels = {caption: self.encoder.images(panel) for caption, panel in panels.items()}
+        return Picture(panels, note + self.target.note, numbers)

@@ -2,12 +2,14 @@
 
 As the autoencoder (`ae`), but the input is corrupted and the target is the clean image, so that copying is no answer.
 Corruptions: a share of the values set to 0 (masking noise) or to the least or greatest value (salt and pepper), normal
-noise, colours taken away (gray, or one channel alone: Zhang et al. 2016, named as a denoising autoencoder in MAE's
-section 2). The loss can weigh corrupted values (alpha) and untouched ones (beta): (1, 0.5) is the paper's double
+noise, colours taken away (gray, one channel alone, or all but one: after Zhang et al. 2016, named as a denoising
+autoencoder in MAE's section 2). 0 says nothing about a value: it is the data set's mean for normalised pixels
+(loss=mse), and the least value, as in the paper, for pixels in [0, 1] (loss=bce). The loss can weigh corrupted values (alpha) and untouched ones (beta): (1, 0.5) is the paper's double
 emphasis, (1, 0) its full emphasis. Full emphasis with masking noise on patches is the loss of MAE.
 
-Differs from the paper: the whole stack is trained at once instead of layer by layer; the weighted loss is a mean, the
-sum of the weights being its denominator; AdamW. Decoder weights are not tied to the encoder's.
+Differs from the paper: the whole stack is trained at once instead of layer by layer, so noise enters at the image only;
+the weighted loss is a mean, the sum of the weights being its denominator; AdamW; a linear code. Least and greatest
+value are those of `ImageSpec.value_range`, not of the images at hand.
 
 Letters: B images, C channels, H x W pixels, n components of an image that can be corrupted.
 """
@@ -25,12 +27,15 @@ from unmask.batch import Batch, ImageSpec
 from unmask.errors import UserError
 from unmask.method import Clock, Loss, Method, MethodConfig, Picture
 from unmask.nn import corrupt
-from unmask.nn.dense import DenseConfig, DenseDecoder, DenseEncoder
+from unmask.nn.dense import DenseConfig, DenseDecoder, DenseEncoder, TiedDecoder
 from unmask.nn.patches import grid_of
 from unmask.nn.vit import Pair
 from unmask.rng import Draws
 
+SHARE, SIGMA = 0.25, 0.3
 CHOOSING = ("masking", "salt_and_pepper")
+TOUCHING_ALL = ("gaussian", "gray")
+TAKING_COLOURS = ("gray", "single_channel", "drop_channel")
 
 
 class Config(MethodConfig):
@@ -39,17 +44,18 @@ class Config(MethodConfig):
     corruption: what is done to the input. share: of its components that are, for masking and salt_and_pepper (None:
     0.25). grain: pixels of a component, (height, width), all channels together; None for single values. sigma: standard
     deviation of gaussian noise, in units of the pixels as the network sees them (None: 0.3). alpha, beta: weights of
-    corrupted and of untouched values in the loss.
+    corrupted and of untouched values in the loss. tied: the decoder's weights are the encoder's, transposed.
     """
 
     name: Literal["dae"] = "dae"
     encoder: DenseConfig = DenseConfig()
-    corruption: Literal["masking", "salt_and_pepper", "gaussian", "gray", "single_channel"] = "masking"
+    corruption: Literal["masking", "salt_and_pepper", "gaussian", "gray", "single_channel", "drop_channel"] = "masking"
     share: float | None = Field(default=None, gt=0, lt=1)
     grain: Pair | None = None
     sigma: float | None = Field(default=None, gt=0)
     alpha: float = Field(default=1.0, ge=0)
     beta: float = Field(default=1.0, ge=0)
+    tied: bool = False
 
     @model_validator(mode="after")
     def _nothing_is_ignored(self) -> Config:
@@ -57,8 +63,11 @@ class Config(MethodConfig):
             raise ValueError(f"share and grain are for {' and '.join(CHOOSING)}, but corruption={self.corruption}")
         if self.corruption != "gaussian" and self.sigma is not None:
             raise ValueError(f"sigma is for gaussian, but corruption={self.corruption}; leave it out")
-        if self.corruption in ("gaussian", "gray") and self.beta != 1:
-            raise ValueError(f"beta is for untouched values, but {self.corruption} touches all; leave it out")
+        if self.corruption in TOUCHING_ALL and (self.alpha, self.beta) != (1, 1):
+            raise ValueError(
+                f"alpha and beta weigh corrupted against untouched values, but {self.corruption} touches all; leave "
+                "them out"
+            )
         if self.alpha == 0:
             raise ValueError("alpha=0 came: nothing would ask for what was corrupted; use 1")
         return self
@@ -71,28 +80,28 @@ class DAE(Method):
 
     def __init__(self, config: Config, images: ImageSpec) -> None:
         super().__init__()
-        if config.grain is not None:
-            grid_of(images.size, config.grain)
-        if config.corruption in ("gray", "single_channel") and images.channels == 1:
-            raise UserError(
-                f"corruption={config.corruption} takes colours away, but these images have one channel; use "
-                "method.corruption=masking"
-            )
+        require_corruption(config, images)
         self.config = config
         self.cross_entropy = config.encoder.loss == "bce"
         self.encoder = DenseEncoder(config.encoder, images)
-        self.decoder = DenseDecoder(config.encoder, images)
+        self.decoder = (TiedDecoder if config.tied else DenseDecoder)(config.encoder, images)
 
     def loss(self, batch: Batch, clock: Clock) -> Loss:
         """How far the decoder's image is from the clean one: a mean weighted with alpha and beta."""
         pixels = self.encoder.pixels(batch.images)  # (B, C, H, W)
         corrupted, touched = self.corrupt(pixels, clock.rng)
-        return Loss(self.distance(self.decoder(self.encoder.code(corrupted)), pixels, touched))
+        return Loss(self.distance(self.rebuild(corrupted), pixels, touched))
+
+    def rebuild(self, corrupted: Tensor) -> Tensor:
+        """The decoder's image, (B, C, H, W) -> the same shape: pixels, or logits of them."""
+        code = self.encoder.code(corrupted)
+        return self.decoder(code, self.encoder) if isinstance(self.decoder, TiedDecoder) else self.decoder(code)
 
     def corrupt(self, pixels: Tensor, rng: Draws) -> tuple[Tensor, Tensor]:
         """(corrupted pixels, where they were touched), both (B, C, H, W)."""
-        kind, share, grain = self.config.corruption, self.config.share or 0.25, self.config.grain
-        count = corrupt.num_components(pixels, grain)
+        kind, share, grain = self.config.corruption, self.config.share or SHARE, self.config.grain
+        images = self.encoder.spec
+        count = corrupt.num_components(images.channels, images.size, grain)
         if kind == "masking":
             return corrupt.masking(pixels, rng.uniform(count), share, grain)
         if kind == "salt_and_pepper":
@@ -100,8 +109,11 @@ class DAE(Method):
             ends = (self.encoder.bottom, self.encoder.top)
             return corrupt.salt_and_pepper(pixels, draws, coins, share, grain, ends)
         if kind == "gaussian":
-            return corrupt.gaussian(pixels, rng.uniform(count), self.config.sigma or 0.3)
-        return corrupt.gray(pixels) if kind == "gray" else corrupt.single_channel(pixels, rng.uniform(1))
+            return corrupt.gaussian(pixels, rng.uniform(count), self.config.sigma or SIGMA)
+        if kind == "gray":
+            return corrupt.gray(pixels)
+        one = corrupt.single_channel if kind == "single_channel" else corrupt.drop_channel
+        return one(pixels, rng.uniform(1))
 
     def distance(self, guess: Tensor, pixels: Tensor, touched: Tensor) -> Tensor:
         """Square error, or cross-entropy in nats with `guess` as logits; float32."""
@@ -113,16 +125,18 @@ class DAE(Method):
         return (errors * weights).sum() / weights.sum()
 
     def picture(self, batch: Batch, clock: Clock) -> Picture:
-        """Original, corrupted, reconstruction; beside the loss that of guessing the data set's mean colour."""
+        """Original, corrupted, reconstruction; beside the loss that of two guesses: the mean colour, the input itself."""
         pixels = self.encoder.pixels(batch.images)
         corrupted, touched = self.corrupt(pixels, clock.rng)
-        guess = self.decoder(self.encoder.code(corrupted)).float()
+        guess = self.rebuild(corrupted).float()
         mean = torch.tensor(self.encoder.spec.mean, device=pixels.device)[:, None, None]
         colour = self.encoder.pixels(mean.expand_as(pixels))
         numbers = {
             "loss": self.distance(guess, pixels, touched),
             "data_mean_colour": self.distance(colour.logit(1e-6) if self.cross_entropy else colour, pixels, touched),
         }
+        if not self.cross_entropy:  # there the input, certain of its zeros, may be wrong without bound
+            numbers["corrupted_input"] = self.distance(corrupted, pixels, touched)
         panels = {
             "original": batch.images.float(),
             "corrupted": self.encoder.images(corrupted),
@@ -133,3 +147,24 @@ class DAE(Method):
             f"{self.encoder.width} numbers; the loss asks for the original."
         )
         return Picture(panels, note, numbers)
+
+
+def require_corruption(config: Config, images: ImageSpec) -> None:
+    """Raises ValueError when such images cannot be corrupted so."""
+    if config.corruption in TAKING_COLOURS and images.channels == 1:
+        raise UserError(
+            f"corruption={config.corruption} takes colours away, but these images have one channel; use "
+            "method.corruption=masking"
+        )
+    if config.corruption not in CHOOSING:
+        return
+    if config.grain is not None:
+        require_whole_cells(images.size, config.grain)
+    share = config.share or SHARE
+    components = corrupt.num_components(images.channels, images.size, config.grain)
+    if not 0 < corrupt.num_chosen(components, share) < components:
+        what = "none" if corrupt.num_chosen(components, share) == 0 else "all"
+        raise UserError(
+            f"method.share={share:g} of {components} components came, which corrupts {what} of them, some and not all "
+            "were expected; use another share, or a smaller method.grain"
+        )

@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from unmask.batch import Batch, ImageSpec
 from unmask.errors import UserError
 from unmask.method import Clock, Loss, Method, MethodConfig, Picture
-from unmask.nn.masks import Mask, nearest_visible
+from unmask.nn.masks import Mask
 from unmask.nn.patches import put, take
+from unmask.nn.targets import flat_guesses
 from unmask.nn.vit import Pair, ViT, ViTConfig
 from unmask.rng import Draws
 
@@ -123,16 +124,8 @@ class SimMIM(Method):
         guess = self.guess(patches, mask).float()
         truth = take(patches, mask.drop)
 
-        colours = patches.unflatten(2, (-1, batch.images.shape[1])).mean(2)  # (B, N, C): the mean colour of every patch
-        pixels = patches.shape[2] // colours.shape[2]
-        visible = take(colours, mask.keep).mean(1, keepdim=True).expand(-1, mask.drop.shape[1], -1)  # (B, M, C)
-        numbers = {
-            "loss": mean_absolute(guess, truth),
-            "true_patch_mean": mean_absolute(take(colours, mask.drop).repeat(1, 1, pixels), truth),
-            "visible_mean": mean_absolute(visible.repeat(1, 1, pixels), truth),
-            "nearest_visible": mean_absolute(take(patches, nearest_visible(mask, self.encoder.grid)), truth),
-        }
-
+        trivial = flat_guesses(patches, batch.images.shape[1], mask, self.encoder.grid)
+        numbers = {name: mean_absolute(values, truth) for name, values in {"loss": guess, **trivial}.items()}
         nothing = torch.zeros_like(patches)  # the data set's mean colour
         panels = {
             "original": patches,

@@ -18,9 +18,14 @@ Touched = Bool[Tensor, "B C H W"]
 SMALLEST_DRAW = 2.0**-25  # half of the smallest step, so that no quantile is infinite
 
 
+def num_chosen(components: int, share: float) -> int:
+    """How many of an image's components a share of them is: round(share x n)."""
+    return round(share * components)
+
+
 def choose(draws: Float[Tensor, "B n"], share: float) -> Bool[Tensor, "B n"]:
-    """A fixed number of components of every example, round(share x n), those with the smallest draws."""
-    count = round(share * draws.shape[1])
+    """A fixed number of components of every example, those with the smallest draws."""
+    count = num_chosen(draws.shape[1], share)
     order = draws.argsort(dim=1, stable=True)[:, :count]
     return torch.zeros(draws.shape, dtype=torch.bool, device=draws.device).scatter(1, order, True)
 
@@ -35,16 +40,16 @@ def spread(chosen: Bool[Tensor, "B n"], like: Pixels, grain: tuple[int, int] | N
     return unpatchify(cells, grid, grain)
 
 
-def num_components(pixels: Pixels, grain: tuple[int, int] | None) -> int:
-    """How many components one image has: its values, or its cells of `grain` pixels."""
-    _, channels, height, width = pixels.shape
+def num_components(channels: int, size: tuple[int, int], grain: tuple[int, int] | None) -> int:
+    """How many components an image has: its values, or its cells of `grain` pixels."""
+    height, width = size
     return channels * height * width if grain is None else (height // grain[0]) * (width // grain[1])
 
 
 def masking(
     pixels: Pixels, draws: Float[Tensor, "B n"], share: float, grain: tuple[int, int] | None
 ) -> tuple[Pixels, Touched]:
-    """A share of the components set to 0: black for pixels in [0, 1], the mean colour for normalised ones."""
+    """A share of the components set to 0: the mean colour for normalised pixels, black for those in [0, 1]."""
     touched = spread(choose(draws, share), pixels, grain)
     return torch.where(touched, 0.0, pixels), touched
 
@@ -70,13 +75,23 @@ def gaussian(pixels: Pixels, draws: Float[Tensor, "B n"], sigma: float) -> tuple
 
 
 def gray(pixels: Pixels) -> tuple[Pixels, Touched]:
-    """Every channel becomes the mean of all: what is left is brightness, what is to be found are colours."""
+    """Every channel becomes the plain mean of all, however many: left is brightness, to be found are colours."""
     return pixels.mean(1, keepdim=True).expand_as(pixels), torch.ones_like(pixels, dtype=torch.bool)
 
 
 def single_channel(pixels: Pixels, draws: Float[Tensor, "B 1"]) -> tuple[Pixels, Touched]:
     """One channel of each image stays, drawn; the others become 0."""
-    channels = torch.arange(pixels.shape[1], device=pixels.device)
-    left = channels == (draws * pixels.shape[1]).long()  # (B, C)
-    touched = (~left)[:, :, None, None].expand_as(pixels)
+    touched = ~_one_channel(pixels, draws)
     return torch.where(touched, 0.0, pixels), touched
+
+
+def drop_channel(pixels: Pixels, draws: Float[Tensor, "B 1"]) -> tuple[Pixels, Touched]:
+    """One channel of each image becomes 0, drawn; the others stay."""
+    touched = _one_channel(pixels, draws)
+    return torch.where(touched, 0.0, pixels), touched
+
+
+def _one_channel(pixels: Pixels, draws: Float[Tensor, "B 1"]) -> Touched:
+    channels = torch.arange(pixels.shape[1], device=pixels.device)
+    drawn = channels == (draws * pixels.shape[1]).long()  # (B, C)
+    return drawn[:, :, None, None].expand_as(pixels)
