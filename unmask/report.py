@@ -32,6 +32,8 @@ IN_WORDS = {
     "true_patch_mean": "the true mean colour of each hidden patch, which the model is not told",
     "visible_mean": "guess the mean of all visible patches",
     "nearest_visible": "copy the nearest visible patch",
+    "data_mean_colour": "guess the mean colour of all images",
+    "corrupted_input": "return the corrupted image as it came",
 }
 
 

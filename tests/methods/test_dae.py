@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from unmask.batch import Batch, ImageSpec
+from unmask.config import override
 from unmask.errors import UserError
 from unmask.method import Clock
 from unmask.methods.dae import DAE, Config
@@ -12,6 +13,7 @@ from unmask.nn.dense import DenseConfig
 from unmask.nn.losses import mean_square
 from unmask.nn.patches import patchify, take
 from unmask.optim import OptimConfig, make_optimizer, update
+from unmask.recipes.dae import dae_nano
 from unmask.rng import Draws
 
 SPEC = ImageSpec(3, (8, 12), "uint8", (120.0, 110.0, 100.0), (60.0, 60.0, 60.0))
@@ -69,6 +71,8 @@ def test_double_emphasis_weighs_corrupted_and_untouched_values():
         {"corruption": "gaussian", "sigma": 0.5},
         {"corruption": "gray"},
         {"corruption": "single_channel", "beta": 0.0},
+        {"corruption": "drop_channel", "beta": 0.0},
+        {"tied": True},
         {"loss": "bce"},
     ],
     ids=str,
@@ -91,13 +95,38 @@ def test_every_corruption_trains_and_is_drawn(changes):
     assert {panel.shape for panel in picture.panels.values()} == {batch.images.shape}
 
 
+@pytest.mark.parametrize("corruption", ["masking", "salt_and_pepper", "gaussian", "single_channel", "drop_channel"])
 @torch.no_grad()
-def test_an_image_is_corrupted_alike_wherever_it_stands():
-    method, batch = dae(corruption="gaussian"), batch_of()
+def test_an_image_is_corrupted_alike_wherever_it_stands(corruption):
+    method, batch = dae(corruption=corruption), batch_of()
     turned = Batch(batch.images.flip(0), batch.index.flip(0), batch.epoch)
     ours = method.corrupt(method.encoder.pixels(batch.images), clock(batch).rng)[0]
     theirs = method.corrupt(method.encoder.pixels(turned.images), clock(turned).rng)[0]
     assert torch.equal(ours, theirs.flip(0))
+    later = Batch(batch.images, batch.index, batch.epoch + 1)
+    assert not torch.equal(ours, method.corrupt(method.encoder.pixels(later.images), clock(later).rng)[0])
+
+
+@torch.no_grad()
+def test_returning_the_input_costs_what_the_noise_is():
+    batch = batch_of(16)
+    numbers = dae(corruption="gaussian", sigma=0.5).picture(batch, clock(batch)).numbers
+    assert float(numbers["corrupted_input"]) == pytest.approx(0.25, rel=0.05)
+    masked = dae(beta=0.0).picture(batch, clock(batch)).numbers
+    assert float(masked["corrupted_input"]) == pytest.approx(float(masked["data_mean_colour"]), rel=1e-5)
+
+
+@torch.no_grad()
+def test_tied_weights_are_the_encoders_transposed():
+    method, batch = dae(tied=True), batch_of()
+    for bias in method.decoder.parameters():
+        bias.normal_()
+    first, second = (method.state_dict()[f"encoder.layers.{number}.weight"] for number in (0, 2))
+    inner, outer = method.decoder.parameters()
+    code = method.encoder.code(method.encoder.pixels(batch.images))
+    expected = (torch.relu(code @ second + inner) @ first + outer).unflatten(1, (3, 8, 12))
+    assert torch.allclose(method.decoder(code, method.encoder), expected, atol=1e-5)
+    assert {name for name, _ in method.decoder.named_parameters()} == {"biases.0", "biases.1"}
 
 
 @pytest.mark.parametrize(
@@ -107,8 +136,11 @@ def test_an_image_is_corrupted_alike_wherever_it_stands():
         ({"corruption": "gray", "grain": 4}, "share and grain are for"),
         ({"sigma": 0.1}, "sigma is for gaussian, but corruption=masking"),
         ({"corruption": "gray", "beta": 0.0}, "gray touches all"),
+        ({"corruption": "gaussian", "alpha": 2.0}, "gaussian touches all"),
+        ({"share": 0.25, "grain": (8, 12)}, "share=0.25 of 1 components came, which corrupts none"),
+        ({"share": 0.9, "grain": (8, 12)}, "share=0.9 of 1 components came, which corrupts all"),
         ({"alpha": 0.0}, "alpha=0 came"),
-        ({"grain": 5}, "is not a multiple of patch size 5"),
+        ({"grain": 5}, "image height 8 is not a multiple of method.grain=5; use one of 1, 2, 4, or leave it out"),
     ],
 )
 def test_settings_that_would_be_ignored_are_refused(changes, message):
@@ -116,8 +148,18 @@ def test_settings_that_would_be_ignored_are_refused(changes, message):
         dae(**changes)
 
 
-@pytest.mark.parametrize("corruption", ["gray", "single_channel"])
+@pytest.mark.parametrize("corruption", ["gray", "single_channel", "drop_channel"])
 def test_colours_cannot_be_taken_from_gray_images(corruption):
     gray = ImageSpec(1, (8, 12), "uint8", (120.0,), (60.0,))
     with pytest.raises(UserError, match="these images have one channel"):
         dae(gray, corruption=corruption)
+
+
+COMMANDS = [line for line in (dae_nano.__doc__ or "").splitlines() if "unmask pretrain" in line]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=str.strip)
+def test_the_commands_of_the_recipe_are_taken(command):
+    settings = [setting.strip() for setting in command.split("--set ")[1:]]
+    images = ImageSpec(3, (32, 32), "uint8", (120.0, 110.0, 100.0), (60.0, 60.0, 60.0))
+    assert override(dae_nano(), settings).build(images)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from unmask.nn.corrupt import gaussian, gray, masking, num_components, salt_and_pepper, single_channel
+from unmask.nn.corrupt import drop_channel, gaussian, gray, masking, num_components, salt_and_pepper, single_channel
 
 PIXELS = torch.rand(6, 3, 8, 12, generator=torch.Generator().manual_seed(0)) + 0.1
 
@@ -14,7 +14,7 @@ def draws(count: int, seed: int = 1) -> torch.Tensor:
 
 @pytest.mark.parametrize(("grain", "components"), [(None, 288), ((1, 1), 96), ((4, 4), 6), ((2, 4), 12)])
 def test_masking_hides_a_fixed_number_of_components_of_every_image(grain, components):
-    assert num_components(PIXELS, grain) == components
+    assert num_components(3, (8, 12), grain) == components
     found, touched = masking(PIXELS, draws(components), 0.25, grain)
     values = round(0.25 * components) * 288 // components
     assert touched.sum((1, 2, 3)).tolist() == [values] * 6
@@ -54,10 +54,14 @@ def test_gray_keeps_brightness_and_no_colour():
     assert torch.allclose(found.mean(1), PIXELS.mean(1))
 
 
-def test_single_channel_leaves_one_of_each_image():
+def test_single_channel_leaves_one_of_each_image_and_drop_channel_all_others():
     which = torch.tensor([0.0, 0.34, 0.67, 0.999, 0.1, 0.5])[:, None]
     found, touched = single_channel(PIXELS, which)
     for image, channel in enumerate([0, 1, 2, 2, 0, 1]):
         assert torch.equal(found[image, channel], PIXELS[image, channel])
         assert touched[image].flatten(1).any(1).tolist() == [number != channel for number in range(3)]
     assert found[touched].eq(0).all()
+    dropped, gone = drop_channel(PIXELS, which)
+    assert torch.equal(gone, ~touched)
+    assert dropped[gone].eq(0).all()
+    assert torch.equal(dropped[~gone], PIXELS[~gone])

@@ -2,10 +2,12 @@
 
 As the autoencoder (`ae`), but the input is corrupted and the target is the clean image, so that copying is no answer.
 Corruptions: a share of the values set to 0 (masking noise) or to the least or greatest value (salt and pepper), normal
-noise, colours taken away (gray, one channel alone, or all but one: after Zhang et al. 2016, named as a denoising
-autoencoder in MAE's section 2). 0 says nothing about a value: it is the data set's mean for normalised pixels
-(loss=mse), and the least value, as in the paper, for pixels in [0, 1] (loss=bce). The loss can weigh corrupted values (alpha) and untouched ones (beta): (1, 0.5) is the paper's double
-emphasis, (1, 0) its full emphasis. Full emphasis with masking noise on patches is the loss of MAE.
+noise, colours taken away (gray, all channels but one, or one: after Zhang et al. 2016, named as a denoising autoencoder
+in MAE's section 2). 0 says nothing about a value: it is the data set's mean for normalised pixels (loss=mse), and the
+least value, as in the paper, for pixels in [0, 1] (loss=bce).
+
+The loss can weigh corrupted values (alpha) and untouched ones (beta): (1, 0.5) is the paper's double emphasis, (1, 0)
+its full emphasis. Full emphasis with masking noise on patches is the loss of MAE.
 
 Differs from the paper: the whole stack is trained at once instead of layer by layer, so noise enters at the image only;
 the weighted loss is a mean, the sum of the weights being its denominator; AdamW; a linear code. Least and greatest
@@ -28,7 +30,6 @@ from unmask.errors import UserError
 from unmask.method import Clock, Loss, Method, MethodConfig, Picture
 from unmask.nn import corrupt
 from unmask.nn.dense import DenseConfig, DenseDecoder, DenseEncoder, TiedDecoder
-from unmask.nn.patches import grid_of
 from unmask.nn.vit import Pair
 from unmask.rng import Draws
 
@@ -125,7 +126,7 @@ class DAE(Method):
         return (errors * weights).sum() / weights.sum()
 
     def picture(self, batch: Batch, clock: Clock) -> Picture:
-        """Original, corrupted, reconstruction; beside the loss that of two guesses: the mean colour, the input itself."""
+        """Original, corrupted, reconstruction; beside the loss those of guessing the mean colour and the input."""
         pixels = self.encoder.pixels(batch.images)
         corrupted, touched = self.corrupt(pixels, clock.rng)
         guess = self.rebuild(corrupted).float()
@@ -159,7 +160,13 @@ def require_corruption(config: Config, images: ImageSpec) -> None:
     if config.corruption not in CHOOSING:
         return
     if config.grain is not None:
-        require_whole_cells(images.size, config.grain)
+        for side, length, step in zip(("height", "width"), images.size, config.grain, strict=True):
+            if length % step:
+                fits = [str(n) for n in range(1, length) if length % n == 0]
+                raise UserError(
+                    f"image {side} {length} is not a multiple of method.grain={step}; use one of {', '.join(fits)}, or "
+                    "leave it out to corrupt single values"
+                )
     share = config.share or SHARE
     components = corrupt.num_components(images.channels, images.size, config.grain)
     if not 0 < corrupt.num_chosen(components, share) < components:

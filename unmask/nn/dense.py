@@ -3,8 +3,8 @@
 Hinton & Salakhutdinov 2006, "Reducing the dimensionality of data with neural networks": hidden layers with one
 activation, a linear code, and a decoder with the same sizes in reverse. Any image size, but always the same one.
 
-Weights start Xavier-uniform (Glorot & Bengio 2010, for units of slope 1), those before a logistic unit, whose slope is a
-quarter, four times as wide. Without the four, the stack of 2006 trained at once stays at one principal component for
+Weights start Xavier-uniform (Glorot & Bengio 2010, for units of slope 1); those before a logistic unit, whose slope is
+a quarter, four times as wide. Without the four, the stack of 2006 trained at once stays at one principal component for
 the first thousand steps.
 
 Letters: B images, C channels, H x W pixels, P = C x H x W values of an image, D length of the code.

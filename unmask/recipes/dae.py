@@ -13,6 +13,7 @@ def dae_nano() -> Config:
 
     unmask pretrain DATA --recipe dae_nano
     unmask pretrain DATA --recipe dae_nano --set method.grain=4 --set method.share=0.75 --set method.beta=0
+    unmask pretrain DATA --recipe dae_nano --set method.corruption=gaussian --set method.sigma=0.5
     unmask pretrain DATA --recipe dae_nano --set method.corruption=gray
 
     The second masks patches of 4 pixels and asks for these alone, as MAE does. A quarter is where the paper found its
@@ -20,7 +21,7 @@ def dae_nano() -> Config:
     """
     return Config(
         recipe="dae_nano",
-        method=dae.Config(encoder=DenseConfig(hidden=(1024, 512), code=192), share=0.25),
+        method=dae.Config(encoder=DenseConfig(hidden=(1024, 512), code=192)),
         data=DataConfig(size=(32, 32)),
         optim=OptimConfig(base_lr=2e-3),
         train=TrainConfig(batch_size=128, epochs=100),
