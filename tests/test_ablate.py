@@ -15,12 +15,15 @@ import pytest
 from conftest import SMALL_RUN, write_images
 
 from unmask import ablate as module
-from unmask import beside, start
+from unmask import beside, finetune, start
 from unmask.ablate import ablate
 from unmask.beside import agreement, difference, find_probe, write_table
 from unmask.config import ConfigError
+from unmask.data.sources import open_source
 from unmask.errors import TrainingFailed, UserError
+from unmask.finetune import split
 from unmask.run import Run, RunInUse
+from unmask.saved import load, read_plan
 from unmask.tables import FAMILY, find_table
 
 SMALL = [setting for setting in SMALL_RUN if not setting.startswith("method.decoder")]
@@ -348,6 +351,127 @@ def test_the_family_is_equal_in_steps_and_in_compute(data, tmp_path, monkeypatch
     assert "no order is compared" in summary["agreement"]["sentence"]
 
 
+# ------------------------------------------------------------------------------- cells that are fine-tuned from one run
+
+
+FINE = [*SMALL, "train.batch_size=4", "train.steps=8", "method.decoder.depth=1"]
+
+
+@pytest.fixture(scope="module")
+def fine_tuned(data, tmp_path_factory):
+    """Figure 9 of an encoder of one block: (folder, what ablate returned)."""
+    folder = tmp_path_factory.mktemp("ablate") / "fig9"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "write_report", lambda path: path)
+        return folder, make(data, folder, table="fig9", settings=FINE)
+
+
+def test_every_number_of_blocks_is_fine_tuned_from_one_pre_training(fine_tuned, data):
+    folder, summary = fine_tuned
+    assert summary["state"] == "finished", summary
+    assert [(row["name"], row["steps"], row["paper"]["fine_tuned"]) for row in summary["rows"]] == [
+        ("pretrained", 8, None), ("blocks-0", 1, 73.5), ("blocks-half", 1, 79.1), ("blocks-1", 1, 84.9),
+    ]  # fmt: skip
+    assert Run(folder / "pretrained").read("config.json")["method"]["target"] == "pixels"
+    for row, blocks in zip(summary["rows"][1:], (0, 0.5, 1), strict=True):
+        run = Run.open(folder / f"{row['name']}-seed-0")
+        config, plan = run.read("config.json"), run.read("plan.json")
+        assert config["method"]["last_blocks"] == blocks
+        assert config["optim"]["betas"] == [0.9, 0.999]
+        assert [entry["run"] for entry in config["graft"]] == [str((folder / "pretrained").absolute())]
+        assert plan["images"] == Run(folder / "pretrained").read("plan.json")["images"]
+        score = row["fine_tuned"]
+        assert score["low"] <= score["mean"] == score["correct"] / 4 <= score["high"]
+        assert score["interval"] == "test images"
+        assert row["linear"] is None
+    flops = [row["flops"]["training"] for row in summary["rows"][1:]]
+    assert flops == sorted(flops)
+    assert summary["rows"][-1]["flops_ratio"] == 1
+    assert summary["controls"] == []
+    assert "(fine-tuned)" in summary["agreement"]["sentence"]
+
+
+def test_test_images_are_not_learnt_from_and_frozen_weights_stay(fine_tuned, data):
+    folder, _ = fine_tuned
+    source = open_source(data)
+    rows, held = split(source, None, None)
+    assert read_plan(Run(folder / "blocks-1-seed-0")).excluded == tuple(held.tolist())
+    assert len(rows) == 20
+    before = load(folder / "pretrained").method.encoder.state_dict()
+    same = load(folder / "blocks-0-seed-0").method.encoder.state_dict()
+    assert all((before[name] == same[name]).all() for name in before)
+    few, held = split(source, None, 3)
+    assert (len(few), len(held)) == (6, 4)
+    assert not set(few) & set(held)
+    assert split(source, data, None)[1].size == 0
+
+
+def test_a_classifier_does_not_go_on_with_other_images(fine_tuned, data):
+    """Its test images are held out by row, and the rows would be others."""
+    run = Run(fine_tuned[0] / "blocks-1-seed-0")
+    with pytest.raises(UserError, match=r"test images may be held out .* bring the old files back, or begin anew"):
+        start.adopt(open_source(data), read_plan(run), run)
+
+
+def test_the_page_of_fine_tuned_cells_says_what_they_are(fine_tuned, data, monkeypatch):
+    folder, _ = fine_tuned
+    monkeypatch.undo()
+    write_table(folder, "finished")
+    page = html.unescape((folder / "table.html").read_text())
+    assert "kNN" not in page
+    assert "linear probe</th>" not in page
+    assert "MoCo v3 there: 77.6" in page
+    assert "(paper: 24 of 24)" in page
+    assert "<svg" in page
+
+
+def test_a_stopped_fine_tuned_table_becomes_that_of_an_unbroken_one(fine_tuned, data, tmp_path, monkeypatch):
+    real = finetune.score
+
+    def interrupted(*_, **__):
+        monkeypatch.setattr(finetune, "score", real)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(finetune, "score", interrupted)
+    stopped = make(data, tmp_path / "table", table="fig9", settings=FINE)
+    assert [row["state"] for row in stopped["rows"]] == ["finished", "trained", "waiting", "waiting"]
+    again = make(data, tmp_path / "table", table="fig9", settings=FINE)
+    assert without_times(again) == without_times(fine_tuned[1])
+
+
+def test_a_run_that_is_given_is_fine_tuned_on_other_test_images_with_seeds(fine_tuned, data, tmp_path):
+    given = str(fine_tuned[0] / "pretrained")
+    test = str(write_images(tmp_path / "test", 6, classes=2, seed=3))
+    with pytest.raises(ConfigError, match=r"method.mask_ratio was set, but the run of --from is trained already"):
+        make(data, tmp_path / "table", table="fig9", settings=["method.mask_ratio=0.5"], from_run=given)
+    settings = ["train.steps=2", "train.checkpoint_every=1"]
+    summary = make(
+        data, tmp_path / "table", table="fig9", settings=settings, from_run=given, test=test, shots=2, seeds=2
+    )
+    assert summary["state"] == "finished", summary
+    assert [row["name"] for row in summary["rows"]] == ["blocks-0", "blocks-half", "blocks-1"]
+    for row in summary["rows"]:
+        assert row["steps"] == 2
+        assert row["fine_tuned"]["interval"] == "seeds"
+        run = Run(tmp_path / "table" / row["runs"][1]["folder"])
+        assert run.read("plan.json")["num_images"] == 4
+        assert run.read("config.json")["train"]["seed"] == 1
+        assert run.read("evals/fine-tuned.json")["total"] == 6
+
+
+def test_two_thirds_of_a_budget_go_into_the_pre_training(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "make", lambda *_: None)
+    monkeypatch.setattr(module, "measure_step_seconds", lambda *_, **__: 0.1)
+    monkeypatch.setattr(module, "encode_seconds", lambda *_: 0.0)
+    monkeypatch.setattr(start, "batch_seconds", lambda *_, **__: 0.0)
+    free = [setting for setting in FINE if "steps" not in setting]
+    summary = make(data, tmp_path / "table", table="fig9", settings=free, budget=100.0, seeds=2)
+    first, *rest = summary["rows"]
+    assert first["steps"] == pytest.approx(90 * 2 / 3 / 0.1, abs=20)
+    assert len({row["steps"] for row in rest}) == 1
+    assert rest[0]["steps"] == pytest.approx(first["steps"] / 2 / (2 * 3), abs=1)
+
+
 # ------------------------------------------------------------------------------------------- refused before it trains
 
 
@@ -355,7 +479,11 @@ def test_the_family_is_equal_in_steps_and_in_compute(data, tmp_path, monkeypatch
     ("change", "message"),
     [
         ({"table": "1g"}, r"table '1g' is not known; (did you mean|known are)"),
-        ({"table": "fig9"}, r"fig9 needs fine-tuning of the last k blocks"),
+        ({"from_run": "runs/a"}, r"--from was given, but every cell of table 1a is a pre-training of its own"),
+        ({"table": "fig9", "from_run": "runs/a", "recipe": "mae_nano"}, r"both --from and --recipe mae_nano came"),
+        ({"table": "fig9", "from_run": "runs/a"}, r"runs/a"),
+        ({"table": "fig9", "recipe": "simmim_nano"}, r"recipe 'simmim_nano' trains simmim"),
+        ({"table": "fig9", "settings": [*SMALL, "method.last_blocks=1"]}, r"method.last_blocks cannot be set"),
         ({"settings": [*SMALL, "method.decoder.depth=3"]}, r"method.decoder.depth cannot be set: table 1a varies"),
         ({"settings": [*SMALL, "train.seed=3"]}, r"train.seed cannot be set.*--seeds"),
         ({"settings": [*SMALL, "method.encoder.heads=5"]}, r"5 heads do not divide"),
@@ -367,6 +495,7 @@ def test_the_family_is_equal_in_steps_and_in_compute(data, tmp_path, monkeypatch
         ({"recipe": "mae_nanoo"}, r"recipe 'mae_nanoo' is not known"),
         ({"table": "family", "recipe": "mae_nano"}, r"every method of the family has its own recipe"),
         ({"tokenizer": "runs/a"}, r"--tokenizer was given, but no cell of table 1a needs one"),
+        ({"table": "fig9", "tokenizer": "runs/a"}, r"--tokenizer was given, but no cell of table fig9 needs one"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_is_trained(data, tmp_path, monkeypatch, change, message):

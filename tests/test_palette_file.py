@@ -4,13 +4,14 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from conftest import write_images
 from PIL import Image
 
 from unmask.checkpoint import load_model
 from unmask.console import Console
 from unmask.errors import UserError
-from unmask.palette import make_palette
+from unmask.palette import _swatches, make_palette
 from unmask.saved import read_config
 from unmask.start import pretrain
 
@@ -40,6 +41,22 @@ def test_the_file_holds_colours_in_the_files_units_and_a_picture_lies_beside_it(
     assert more["mean_square_error"] < 0.6 * found["mean_square_error"]
     with Image.open(tmp_path / "palette.png") as picture:
         assert picture.size[0] > 300
+
+
+def test_fewer_different_colours_than_asked_for_are_said_and_work(tmp_path):
+    (tmp_path / "flat").mkdir()
+    for number in range(9):
+        Image.new("RGB", (16, 16), (number * 20, 0, 0)).save(tmp_path / "flat" / f"{number}.png")
+    found = make(tmp_path / "flat", tmp_path / "palette.json")
+    assert (len(found["colours"]), found["used"], found["mean_square_error"]) == (16, 9, 0)
+    run = pretrain(tmp_path / "flat", recipe="igpt_nano", out=tmp_path / "run", palette=tmp_path / "palette.json",
+                   settings=SMALL)  # fmt: skip
+    assert all(0 < row["palette_used"] <= 9 / 16 for row in run.metrics())
+
+
+def test_every_colour_is_drawn():
+    colours = torch.arange(300.0)[:, None]
+    assert set(_swatches(colours, 18).unique().tolist()) == set(range(300))
 
 
 def test_runs_with_a_palette_have_its_colours_and_a_run_can_be_one(images, tmp_path):

@@ -5,6 +5,8 @@ for each cell and seed, and after every cell `table.json` and `table.html`, whic
 same command goes on where it was stopped: finished cells are passed over, a half-trained one is resumed exactly, a
 missing probe is made. Seeds are the outer loop: the table is full once before the second seed begins.
 
+The cells of fig9 are classifiers instead, fine-tuned from one pre-trained Run, which is trained first or given.
+
 The tables themselves are in `tables.py`, how numbers are set beside the paper's in `beside.py`.
 """
 
@@ -26,8 +28,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from unmask import start
-from unmask.beside import POOL, find_probe, write_table
+from unmask import finetune, start
+from unmask.beside import POOL, find_probe, find_score, write_table
 from unmask.config import Config, ConfigError, parse
 from unmask.console import Console, duration
 from unmask.costs import promised_tokenizer
@@ -53,7 +55,8 @@ from unmask.plan import (
 from unmask.recipes import catalogue
 from unmask.report import write_report
 from unmask.run import Run, RunError, replace_file
-from unmask.tables import TOKENIZER, Cell, Table, find_table
+from unmask.saved import read_config, read_plan
+from unmask.tables import PRETRAINED, SHARED, TOKENIZER, Cell, Table, find_table
 from unmask.use import EVAL_BATCH, probe_kinds
 
 KINDS = ("linear", "knn")
@@ -64,6 +67,7 @@ FIT_SECONDS = 3.0
 FEWEST_STEPS = 20
 TOKENIZER_RECIPE = "dvae_nano"
 LENGTHS = ("train.steps", "train.epochs")
+PRETRAINING_SHARE = 2 / 3  # of a budget for training, where every cell is fine-tuned from one pre-training
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,7 @@ class Asked:
     seeds: int
     shots: int | None
     tokenizer: str | None
+    from_run: str | None
 
     def saved(self) -> dict[str, Any]:
         return vars(self) | {"settings": list(self.settings)}
@@ -96,21 +101,23 @@ def ablate(
     shots: int | None = None,
     settings: Sequence[str] = (),
     tokenizer: str | Path | None = None,
+    from_run: str | Path | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Make the table in `out`, or go on making it, and return what `table.json` holds; "state" says how it ended.
 
-    data, test: labelled images; the labels are used by the probes only. recipe: the base of every cell, mae_nano when
-    None (`family` has its own). budget: seconds for the whole table; None for the recipe's own length. shots: labels
-    per class for the probes, None for as many as keep a probe short. tokenizer: a dVAE's Run for the cells that need
-    one; None trains one first. State "finished", "stopped" (resumable), or "failed" when a cell could not be made.
-    Raises ValueError for what a person can mend, before anything is trained.
+    data, test: labelled images; the labels are used by the probes, and by fine-tuning, only. recipe: the base of every
+    cell, mae_nano when None (`family` has its own). budget: seconds for the whole table; None for the recipe's own
+    length. shots: labels per class for the probes, None for as many as keep a probe short (for fine-tuning: all).
+    tokenizer: a dVAE's Run for the cells that need one; None trains one first. from_run: the pre-trained Run that fig9
+    fine-tunes; None trains one first. State "finished", "stopped" (resumable), or "failed" when a cell could not be
+    made. Raises ValueError for what a person can mend, before anything is trained.
     """
     console = console or Console(quiet=True)
     which = find_table(table)
     asked = Asked(
-        table, str(data), test, choose_recipe(which, recipe), tuple(settings), budget, seeds, shots,
-        None if tokenizer is None else str(tokenizer),
+        table, str(data), test, choose_recipe(which, recipe, from_run), tuple(settings), budget, seeds, shots,
+        None if tokenizer is None else str(tokenizer), None if from_run is None else str(from_run),
     )  # fmt: skip
     refuse_settings(which, asked)
     source, most_shots = require_probe(asked)
@@ -126,7 +133,7 @@ def ablate(
             with terminable():
                 for seed in range(asked.seeds):
                     for cell in decided["cells"]:
-                        if cell["name"] != TOKENIZER or seed == 0:
+                        if cell["name"] not in SHARED or seed == 0:
                             make(folder, decided, cell, seed, console)
                             done = write_table(folder, "running")
                             console.say(next(row["sentence"] for row in done["rows"] if row["name"] == cell["name"]))
@@ -145,8 +152,18 @@ def ablate(
 # ------------------------------------------------------------------------------------------- before anything is trained
 
 
-def choose_recipe(table: Table, recipe: str | None) -> str:
-    """The base recipe. Raises ConfigError for one that the table cannot be made from."""
+def choose_recipe(table: Table, recipe: str | None, from_run: str | Path | None = None) -> str:
+    """The base recipe. Raises ConfigError for one, or for a run, that the table cannot be made from."""
+    if from_run is not None:
+        if table.measure != "fine_tuned":
+            raise ConfigError(
+                f"--from was given, but every cell of table {table.name} is a pre-training of its own; leave it out"
+            )
+        if recipe is not None:
+            raise ConfigError(
+                f"both --from and --recipe {recipe} came; the run of --from has its recipe: leave one out"
+            )
+        return read_config(Run.open(from_run)).recipe
     if table.name == "family":
         if recipe is not None:
             raise ConfigError(
@@ -173,33 +190,59 @@ def refuse_settings(table: Table, asked: Asked) -> None:
         what = f"the budget decides {clash[0]}" if clash[0] in LENGTHS else f"table {table.name} varies {clash[0]}"
         raise ConfigError(f"{clash[0]} cannot be set: {what}; leave it out")
     start.refuse_conflicts(keys, asked.budget)
+    if asked.from_run is not None and (learnt := [key for key in keys if not key.startswith(("data.", "train."))]):
+        raise ConfigError(
+            f"{learnt[0]} was set, but the run of --from is trained already, and a fine-tuned cell takes only settings "
+            "of data and train; leave it out"
+        )
     for cell in all_cells(table, asked):
-        start.drafted(None, recipe_of(cell, asked), draft_settings(table, cell, asked), None)
+        drafted(table, cell, asked)
 
 
 def all_cells(table: Table, asked: Asked) -> tuple[Cell, ...]:
-    """The cells that this version can make, the tokenizer's first where one has to be trained."""
+    """The cells that this version can make, first what they are all made from where that has to be trained."""
     known = catalogue.all_recipes()
     cells = tuple(
-        cell for cell in table.cells(catalogue.find(asked.recipe)) if cell.recipe is None or cell.recipe in known
+        cell for cell in table.cells(base_config(table, asked)) if cell.recipe is None or cell.recipe in known
     )
     if asked.tokenizer is None and any(cell.tokenizer for cell in cells):
         return Cell(TOKENIZER, "the tokenizer (dVAE)", recipe=TOKENIZER_RECIPE), *cells
     if asked.tokenizer is not None and not any(cell.tokenizer for cell in cells):
         raise ConfigError(f"--tokenizer was given, but no cell of table {table.name} needs one; leave it out")
+    if table.measure == "fine_tuned" and asked.from_run is None:
+        return Cell(PRETRAINED, "the pre-training (MAE)"), *cells
     return cells
 
 
-def recipe_of(cell: Cell, asked: Asked) -> str:
-    return cell.recipe or asked.recipe
+def base_config(table: Table, asked: Asked) -> Config:
+    """What the cells are variations of: the recipe or, where all are fine-tuned from one Run, that Run's own."""
+    if table.measure != "fine_tuned":
+        return catalogue.find(asked.recipe)
+    if asked.from_run is None:
+        return start.resolve(catalogue.find(asked.recipe), [*table.base, *asked.settings])
+    run = Run.open(asked.from_run)
+    config, spec = read_config(run), read_plan(run).images
+    data = config.data.model_copy(update={"size": spec.size, "channels": spec.channels})
+    train = config.train.model_copy(update={"steps": read_plan(run).steps})
+    return start.resolve(config.model_copy(update={"data": data, "train": train}), list(asked.settings))
+
+
+def fine_tunes(table: Table, cell: Cell) -> bool:
+    return table.measure == "fine_tuned" and cell.name != PRETRAINED
+
+
+def recipe_of(table: Table, cell: Cell, asked: Asked) -> str:
+    return finetune.RECIPE if fine_tunes(table, cell) else cell.recipe or asked.recipe
 
 
 def cell_settings(table: Table, cell: Cell, asked: Asked) -> list[str]:
     """Of one cell but for its length and seed: the table's base, then what was asked for, then what the cell varies.
 
     The dVAE that cells are tokenized with is no cell of the comparison: of what was asked for it gets the part that is
-    not about the method.
+    not about the method. A fine-tuned cell has what its pre-training has, which is known from that.
     """
+    if fine_tunes(table, cell):
+        return [*(asked.settings if asked.from_run is not None else ()), *cell.settings]
     if cell.name == TOKENIZER:
         return [setting for setting in asked.settings if not setting.strip().startswith("method.")]
     return [*table.base, *asked.settings, *cell.settings]
@@ -207,12 +250,24 @@ def cell_settings(table: Table, cell: Cell, asked: Asked) -> list[str]:
 
 def draft_settings(table: Table, cell: Cell, asked: Asked) -> list[str]:
     """`cell_settings` as far as they are known before the tokenizer is trained: its size, and a promise of weights."""
-    settings, recipe = cell_settings(table, cell, asked), recipe_of(cell, asked)
+    settings, recipe = cell_settings(table, cell, asked), recipe_of(table, cell, asked)
     if not cell.tokenizer:
         return settings
     if asked.tokenizer is not None:
         return start.with_options(None, recipe, settings, tokenizer=asked.tokenizer, palette=None, masks=None)
     return [*promised_tokenizer(recipe, settings)[1], *settings]
+
+
+def drafted(table: Table, cell: Cell, asked: Asked, source: Source | None = None) -> Config:
+    """The configuration of a cell as far as it is known before anything is trained, tried out."""
+    settings = draft_settings(table, cell, asked)
+    if not fine_tunes(table, cell):
+        start.drafted(None, recipe_of(table, cell, asked), settings, None)
+        return start.resolve(catalogue.find(recipe_of(table, cell, asked)), settings, source=source)
+    classes = ["one", "other"] if source is None else source.classes
+    config = start.resolve(finetune.fine_tuning(base_config(table, asked), classes), settings, source=source)
+    start.require_method(config)
+    return config
 
 
 def require_probe(asked: Asked) -> tuple[Source, int]:
@@ -301,7 +356,7 @@ def decide(table: Table, asked: Asked, source: Source, shots: int, console: Cons
     """The object that ablation.json holds: the cells with their settings, steps, FLOPs and measured times."""
     began = time.perf_counter()
     cells = all_cells(table, asked)
-    first = start.drafted(None, asked.recipe, draft_settings(table, _base(cells), asked), None)
+    first = drafted(table, _base(cells), asked)
     found = start.scan_all(source, first, console)
     scanning = time.perf_counter() - began
     device = choose_device(first.train.device)
@@ -316,10 +371,12 @@ def decide(table: Table, asked: Asked, source: Source, shots: int, console: Cons
         if cell.equal == "compute":
             length = base["batch_size"] * base["flops"]["training"] / about["batch_size"] / about["flops"]["training"]
         about["length"] = length
+    if table.measure == "fine_tuned":
+        share_out(cells, asked, measured)
 
     steps, reason = base["plan_steps"], f"{base['plan_steps']} steps, as the recipe or the settings ask"
     if asked.budget is not None:
-        many = {cell.name: 1 if cell.name == TOKENIZER else asked.seeds for cell in cells}
+        many = {cell.name: 1 if cell.name in SHARED else asked.seeds for cell in cells}
         probed = len(cells) * asked.seeds + 2 * sum(_controls(table, cell) for cell in cells)
         probing = sum(about["probe_seconds"] for about in measured.values()) / len(cells) * probed
         reading = sum((scanning + measured[name]["reading_seconds"]) * times for name, times in many.items())
@@ -337,6 +394,9 @@ def decide(table: Table, asked: Asked, source: Source, shots: int, console: Cons
             f"{steps} steps: {sum(many.values())} runs in {duration(asked.budget)}, of which about "
             f"{duration(reading + probing)} go into reading and probing"
         )
+    tuned = max(1, round(steps * base["length"]))
+    if table.measure == "fine_tuned" and tuned != steps:
+        reason += f"; so many for the pre-training, each cell is fine-tuned for {tuned}"
     return {
         "asked": asked.saved(),
         "title": table.title,
@@ -344,7 +404,8 @@ def decide(table: Table, asked: Asked, source: Source, shots: int, console: Cons
         "note": table.note,
         "log": table.log,
         "base": list(table.base),
-        "missing": [cell.label for cell in table.cells(catalogue.find(asked.recipe)) if cell not in cells],
+        "missing": [cell.label for cell in table.cells(base_config(table, asked)) if cell not in cells],
+        "measure": table.measure,
         "steps": steps,
         "reason": reason,
         "shots": shots,
@@ -357,7 +418,7 @@ def decide(table: Table, asked: Asked, source: Source, shots: int, console: Cons
                 "label": cell.label,
                 "theirs": cell.theirs,
                 "at": cell.at,
-                "recipe": recipe_of(cell, asked),
+                "recipe": recipe_of(table, cell, asked),
                 "settings": cell_settings(table, cell, asked),
                 "varied": list(cell.settings),
                 "steps": max(1, round(steps * measured[cell.name]["length"])),
@@ -365,6 +426,7 @@ def decide(table: Table, asked: Asked, source: Source, shots: int, console: Cons
                 "base": cell.base,
                 "controls": _controls(table, cell),
                 "tokenizer": cell.tokenizer,
+                "fine_tunes": fine_tunes(table, cell),
                 "paper": cell.paper._asdict(),
                 **{key: value for key, value in measured[cell.name].items() if key not in ("plan_steps", "length")},
             }
@@ -377,12 +439,27 @@ def decide(table: Table, asked: Asked, source: Source, shots: int, console: Cons
     }
 
 
+def share_out(cells: Sequence[Cell], asked: Asked, measured: dict[str, dict[str, Any]]) -> None:
+    """Lengths of a table whose cells are fine-tuned: all equal and, in a budget, a third of it; of a given Run all."""
+    tuned = [measured[cell.name] for cell in cells if cell.name != PRETRAINED]
+    said = asked.from_run is not None and any(key in LENGTHS for key in parse(asked.settings))
+    if asked.budget is not None or said:
+        length = 1.0
+        if asked.from_run is None:
+            each = asked.seeds * sum(about["step_seconds"] for about in tuned)
+            length = measured[PRETRAINED]["step_seconds"] * (1 / PRETRAINING_SHARE - 1) / each
+        for about in tuned:
+            about["length"] = length
+
+
 def _base(cells: Sequence[Cell]) -> Cell:
     return next(cell for cell in cells if cell.base)
 
 
 def _controls(table: Table, cell: Cell) -> bool:
     """Raw pixels and the untrained encoder stand in the table once; of the family every encoder is another."""
+    if table.measure == "fine_tuned":
+        return False
     return cell.base or (table.name == "family" and cell.name.endswith("-equal-steps"))
 
 
@@ -390,7 +467,7 @@ def measure(
     table: Table, cell: Cell, asked: Asked, source: Source, found: Scan, device: str, shots: int
 ) -> dict[str, Any]:
     """What one cell costs: FLOPs as counted, parameters and, for a budget, seconds as measured."""
-    config = start.resolve(catalogue.find(recipe_of(cell, asked)), draft_settings(table, cell, asked), source=source)
+    config = drafted(table, cell, asked, source)
     images, plan = start.prepare(source, found, config, device, budget=None, reasons=())
     about: dict[str, Any] = {
         "plan_steps": plan.steps,
@@ -409,11 +486,13 @@ def measure(
         config, plan.images, plan.micro_batch, plan.precision, device, seconds=MEASURE_SECONDS
     )
     tested = len(open_source(asked.test)) if asked.test is not None else len(source) // 5
-    probed = tested + shots * len(source.classes)
+    probed, fitting = tested + shots * len(source.classes), FIT_SECONDS
+    if table.measure == "fine_tuned":  # a cell is tested, the pre-training is not
+        probed, fitting = tested * fine_tunes(table, cell), 0.0
     return about | {
         "step_seconds": with_loading(compute, load, workers),
         "reading_seconds": decode * plan.num_images * plan.cached,
-        "probe_seconds": probed * (decode + encode_seconds(config, plan)) + FIT_SECONDS,
+        "probe_seconds": probed * (decode + encode_seconds(config, plan)) + fitting,
     }
 
 
@@ -434,7 +513,8 @@ def say_decided(decided: dict[str, Any], console: Console) -> None:
     asked = decided["asked"]
     console.say(
         f"{decided['title']}: {len(decided['cells'])} cells, {asked['seeds']} seed{'s' * (asked['seeds'] > 1)}, recipe "
-        f"{asked['recipe']}; {decided['reason']}; probes with {decided['shots']} labels per class"
+        f"{asked['recipe']}; {decided['reason']}"
+        + (f"; probes with {decided['shots']} labels per class" * (decided.get("measure", "linear") == "linear"))
     )
     if decided["missing"]:
         console.warn(f"not in this version: {', '.join(decided['missing'])}")
@@ -461,7 +541,7 @@ def terminable() -> Iterator[None]:
 
 
 def run_folder(folder: Path, cell: dict[str, Any], seed: int) -> Path:
-    return folder / (TOKENIZER if cell["name"] == TOKENIZER else f"{cell['name']}-seed-{seed}")
+    return folder / (cell["name"] if cell["name"] in SHARED else f"{cell['name']}-seed-{seed}")
 
 
 def make(folder: Path, decided: dict[str, Any], cell: dict[str, Any], seed: int, console: Console) -> None:
@@ -473,7 +553,11 @@ def make(folder: Path, decided: dict[str, Any], cell: dict[str, Any], seed: int,
     failures = Run(folder).read("failures.json") if (folder / "failures.json").exists() else {}
     try:
         run = train_cell(place, folder, decided, cell, seed, console)
-        if cell["name"] != TOKENIZER:
+        if cell.get("fine_tunes"):
+            if find_score(run, decided) is None:
+                console.say(f"{place.name}: testing")
+                finetune.score(run, decided["asked"]["data"], **test_of(decided), console=Console(quiet=True))
+        elif cell["name"] not in SHARED:
             probe_cell(run, decided, cell, seed, console)
         if not run.report_file.exists():
             write_report(run.path)
@@ -499,17 +583,20 @@ def train_cell(
     else:
         shutil.rmtree(place, ignore_errors=True)  # begun, and ended before there was anything to go on with
         console.say(f"{place.name}: {cell['steps']} steps")
-        with_tokenizer = {}
-        if cell["tokenizer"]:
-            with_tokenizer["tokenizer"] = decided["asked"]["tokenizer"] or finished_tokenizer(folder)
-        run = start.pretrain(
-            decided["asked"]["data"],
-            recipe=cell["recipe"],
-            out=place,
-            settings=[*without_length(cell["settings"]), f"train.steps={cell['steps']}", f"train.seed={seed}"],
-            console=console,
-            **with_tokenizer,
-        )
+        asked = decided["asked"]
+        settings = [*without_length(cell["settings"]), f"train.steps={cell['steps']}", f"train.seed={seed}"]
+        if cell.get("fine_tunes"):
+            weights = asked["from_run"] or finished(folder, PRETRAINED, "pre-training")
+            run = finetune.fine_tune(
+                weights, asked["data"], out=place, settings=settings, **test_of(decided), console=console
+            )
+        else:
+            with_tokenizer = {}
+            if cell["tokenizer"]:
+                with_tokenizer["tokenizer"] = asked["tokenizer"] or finished(folder, TOKENIZER, "tokenizer")
+            run = start.pretrain(
+                asked["data"], recipe=cell["recipe"], out=place, settings=settings, console=console, **with_tokenizer
+            )
     if run.read("status.json")["state"] == "stopped":
         raise KeyboardInterrupt
     return run
@@ -520,10 +607,16 @@ def without_length(settings: Sequence[str]) -> list[str]:
     return [setting for setting in settings if setting.partition("=")[0].strip() not in LENGTHS]
 
 
-def finished_tokenizer(folder: Path) -> Path:
-    run = Run(folder / TOKENIZER)
+def test_of(decided: dict[str, Any]) -> dict[str, Any]:
+    """Which images a fine-tuned cell is tested on, and how many labels it learns from: all that are not asked away."""
+    return {"test": decided["asked"]["test"], "shots": decided["asked"]["shots"]}
+
+
+def finished(folder: Path, name: str, what: str) -> Path:
+    """The Run of a shared cell. Raises TrainingFailed when it has not come to its end."""
+    run = Run(folder / name)
     if not (run.path / "status.json").exists() or run.read("status.json").get("state") != "finished":
-        raise TrainingFailed("its tokenizer could not be trained; see the row of the tokenizer")
+        raise TrainingFailed(f"its {what} could not be trained; see the row of the {what}")
     return run.path
 
 

@@ -22,9 +22,12 @@ from markupsafe import Markup
 from unmask.evals.scores import PRETRAINED, RANDOM_INIT, RAW_PIXELS, wilson
 from unmask.report import GUESSES, LOSS, drawn, page
 from unmask.run import Run, replace_file
+from unmask.tables import SHARED
 
 POOL = "mean"  # over patches: every encoder has it, and one pool for all cells leaves nothing to choose on test images
 KINDS = {"linear": "linear probe", "knn": "kNN"}
+SCORE = "evals/fine-tuned.json"
+IN_WORDS = {"linear": "linear probe", "fine_tuned": "fine-tuned"}  # what cells can be compared by
 MOST_PAIRS = 8
 TABLE_JSON, TABLE_HTML = "table.json", "table.html"
 
@@ -53,7 +56,7 @@ def gather(folder: Path, state: str) -> dict[str, Any]:
         )
     if state == "finished" and any(row["state"] == "failed" for row in rows):
         state = "failed"
-    asked = decided["asked"]
+    asked, measure = decided["asked"], decided.get("measure", "linear")
     return {
         "table": asked["table"],
         "title": decided["title"],
@@ -68,9 +71,10 @@ def gather(folder: Path, state: str) -> dict[str, Any]:
         "reason": decided["reason"],
         "shots": decided["shots"],
         "pool": POOL,
+        "measure": measure,
         "rows": rows,
         "controls": _controls(rows),
-        "agreement": agreement(rows, published=asked["table"] != "family"),
+        "agreement": agreement(rows, published=asked["table"] != "family", measure=measure),
         "device": decided["device"],
         "versions": decided["versions"],
         "command": decided["command"],
@@ -94,11 +98,26 @@ def find_probe(run: Run, kind: str, decided: dict[str, Any], *, controls: bool) 
     return None
 
 
+def find_score(run: Run, decided: dict[str, Any]) -> dict[str, Any] | None:
+    """A fine-tuned Run's count of this table's test images, of its last weights; None where it is still to be made."""
+    asked = decided["asked"]
+    want = {
+        "data": asked["data"], "test": asked["test"] or f"a held-out fifth of {asked['data']}",
+        "shots": asked["shots"], "step": run.read("plan.json")["steps"],
+    }  # fmt: skip
+    found = run.read(SCORE) if (run.path / SCORE).exists() else {}
+    return found if all(found.get(key, "") == value for key, value in want.items()) else None
+
+
 def _row(folder: Path, decided: dict[str, Any], cell: dict[str, Any], failures: dict[str, str]) -> dict[str, Any]:
     """One cell with what its Runs hold."""
-    tokenizer = cell["name"] == "tokenizer"
-    names = [cell["name"]] if tokenizer else [f"{cell['name']}-seed-{s}" for s in range(decided["asked"]["seeds"])]
-    runs = [_run(folder, name, seed, decided, failures) for seed, name in enumerate(names)]
+    names = (
+        [cell["name"]]
+        if cell["name"] in SHARED
+        else [f"{cell['name']}-seed-{s}" for s in range(decided["asked"]["seeds"])]
+    )
+    tuned = bool(cell.get("fine_tunes"))
+    runs = [_run(folder, name, seed, decided, failures, tuned=tuned) for seed, name in enumerate(names)]
     controls = [control for run in runs for control in run.pop("controls")]
     row = {
         **cell,
@@ -108,18 +127,21 @@ def _row(folder: Path, decided: dict[str, Any], cell: dict[str, Any], failures: 
         "images_per_second": _median([run["images_per_second"] for run in runs]),
         "seconds": sum(run["seconds"] or 0.0 for run in runs),
         **{kind: _score([run["probes"].get(kind, {}).get(POOL) for run in runs]) for kind in KINDS},
+        "fine_tuned": _score([run["fine_tuned"] for run in runs]),
         "linear_cls": _score([run["probes"].get("linear", {}).get("cls") for run in runs]),
         "controls_measured": controls,
     }
-    row["sentence"] = _sentence(row)
+    row["sentence"] = _sentence(row, "fine_tuned" if tuned else "linear")
     return row
 
 
-def _run(folder: Path, name: str, seed: int, decided: dict[str, Any], failures: dict[str, str]) -> dict[str, Any]:
+def _run(
+    folder: Path, name: str, seed: int, decided: dict[str, Any], failures: dict[str, str], *, tuned: bool
+) -> dict[str, Any]:
     run = Run(folder / name)
     found: dict[str, Any] = {
         "seed": seed, "folder": name, "state": "waiting", "error": failures.get(name), "loss": None,
-        "images_per_second": None, "seconds": None, "probes": {}, "controls": [],
+        "images_per_second": None, "seconds": None, "probes": {}, "fine_tuned": None, "controls": [],
     }  # fmt: skip
     if (run.path / "plan.json").exists():
         status = run.read("status.json") if (run.path / "status.json").exists() else {"state": "waiting"}
@@ -129,7 +151,9 @@ def _run(folder: Path, name: str, seed: int, decided: dict[str, Any], failures: 
             found["loss"] = last_loss(trained)
             found["images_per_second"] = _median([row["images_per_second"] for row in trained])
             found["seconds"] = training_seconds(trained)
-        for kind in KINDS:
+        if tuned:
+            found["fine_tuned"] = find_score(run, decided)
+        for kind in () if tuned else KINDS:
             probe = find_probe(run, kind, decided, controls=False)
             for row in [] if probe is None else probe["rows"]:
                 score = {key: row[key] for key in ("accuracy", "low", "high", "correct", "total")}
@@ -137,7 +161,8 @@ def _run(folder: Path, name: str, seed: int, decided: dict[str, Any], failures: 
                     found["probes"].setdefault(kind, {})[row["pool"]] = score
                 elif row["pool"] in (POOL, "pixels"):
                     found["controls"].append({"features": row["features"], "kind": kind, **score})
-        if found["state"] == "finished" and name != "tokenizer" and len(found["probes"]) < len(KINDS):
+        measured = found["fine_tuned"] is not None if tuned else len(found["probes"]) == len(KINDS)
+        if found["state"] == "finished" and name not in SHARED and not measured:
             found["state"] = "trained"
     if found["error"] is not None:
         found["state"] = "failed"
@@ -206,14 +231,16 @@ def t_half_width(values: Sequence[float]) -> float:
     return float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / sqrt(len(values))
 
 
-def _sentence(row: dict[str, Any]) -> str:
+def _sentence(row: dict[str, Any], measure: str) -> str:
     said = f"{row['label']}{', as many FLOPs' if row['equal'] == 'compute' else ''}: "
-    if row["linear"] is None:
+    if row[measure] is None:
         errors = "; ".join(run["error"] for run in row["runs"] if run["error"])
         return said + (f"failed: {errors}" if errors else row["state"])
-    said += f"linear probe {_percent(row['linear'])}"
+    said += f"{IN_WORDS[measure]} {_percent(row[measure])}"
     if row["knn"] is not None:
         said += f", kNN {_percent(row['knn'])}"
+    if measure == "fine_tuned":
+        return said + f"; paper {row['paper']['fine_tuned']}"
     if row["paper"]["linear"] is not None:
         said += f"; paper {row['paper']['linear']} linear"
         said += f", {row['paper']['fine_tuned']} fine-tuned" if row["paper"]["fine_tuned"] is not None else ""
@@ -227,21 +254,21 @@ def _percent(score: dict[str, Any]) -> str:
 # ---------------------------------------------------------------------------------------------------------- agreement
 
 
-def agreement(rows: Sequence[dict[str, Any]], *, published: bool) -> dict[str, Any]:
-    """In how many pairs of cells ours differ in the direction of the paper's linear probes, and which are noise."""
+def agreement(rows: Sequence[dict[str, Any]], *, published: bool, measure: str = "linear") -> dict[str, Any]:
+    """In how many pairs of cells ours differ in the direction of the paper's, and which are noise."""
     if not published:
         return {
             "pairs": 0, "agree": 0, "within_noise": [],
             "sentence": "The published numbers are of models of very different sizes, so no order is compared.",
         }  # fmt: skip
-    known = [row for row in rows if row["linear"] is not None and row["paper"]["linear"] is not None]
+    known = [row for row in rows if row[measure] is not None and row["paper"][measure] is not None]
     agree, against, noise, pairs = [], [], [], 0
     for one, other in combinations(known, 2):
-        paper = one["paper"]["linear"] - other["paper"]["linear"]
+        paper = one["paper"][measure] - other["paper"][measure]
         if paper == 0:
             continue
         pairs += 1
-        value, low, high = difference(one["linear"], other["linear"])
+        value, low, high = difference(one[measure], other[measure])
         better, worse = (one, other) if paper > 0 else (other, one)
         named = f"{better['label']} over {worse['label']}"
         if value * paper > 0:
@@ -257,14 +284,14 @@ def agreement(rows: Sequence[dict[str, Any]], *, published: bool) -> dict[str, A
         "clear_agree": pairs - len(noise) - len(against),
         "within_noise": noise,
         "against": against,
-        "sentence": _agreement_sentence(pairs, len(agree), noise, against),
+        "sentence": _agreement_sentence(pairs, len(agree), noise, against, IN_WORDS[measure]),
     }
 
 
-def _agreement_sentence(pairs: int, agree: int, noise: list[str], against: list[str]) -> str:
+def _agreement_sentence(pairs: int, agree: int, noise: list[str], against: list[str], measured: str) -> str:
     if not pairs:
         return "No two cells are measured yet."
-    said = f"{agree} of {pairs} pairs of cells stand in the paper's order (linear probe). "
+    said = f"{agree} of {pairs} pairs of cells stand in the paper's order ({measured}). "
     clear = pairs - len(noise)
     if not clear:
         return said + "But every difference lies within the noise: this table shows no order."
@@ -319,8 +346,9 @@ def _groups(summary: dict[str, Any]) -> list[dict[str, Any]]:
 
 def picture(summary: dict[str, Any]) -> Markup | None:
     """Ours on the left, the paper's on the right, over the same axis: the shapes compare, not the heights."""
-    rows = [row for row in summary["rows"] if row["paper"]["linear"] is not None]
-    measured = [row for row in rows if row["linear"] is not None]
+    measure = summary["measure"]
+    rows = [row for row in summary["rows"] if row["paper"][measure] is not None]
+    measured = [row for row in rows if row[measure] is not None]
     if len(measured) < 2 or summary["table"] == "family":
         return None
     numeric = all(row["at"] is not None for row in rows)
@@ -328,17 +356,20 @@ def picture(summary: dict[str, Any]) -> Markup | None:
 
     def draw(figure: Any) -> None:
         ours, paper = figure.subplots(1, 2)
-        for kind, colour in zip(KINDS, (LOSS, GUESSES[1]), strict=True):
+        kinds, published, here = {**KINDS}, ("linear", "fine_tuned"), "here: frozen features"
+        if measure == "fine_tuned":
+            kinds, published, here = {measure: IN_WORDS[measure]}, (measure,), "here: fine-tuned"
+        for kind, colour in zip(kinds, (LOSS, GUESSES[1]), strict=False):
             have = [row for row in rows if row[kind] is not None]
             x, y = [at[row["name"]] for row in have], [100 * row[kind]["mean"] for row in have]
             down = [100 * (row[kind]["mean"] - row[kind]["low"]) for row in have]
             up = [100 * (row[kind]["high"] - row[kind]["mean"]) for row in have]
             style = "-" if numeric else ""
-            ours.errorbar(x, y, [down, up], fmt="o" + style, color=colour, markersize=4, capsize=3, label=KINDS[kind])
-        for key, name, colour in (("linear", "linear probe", LOSS), ("fine_tuned", "fine-tuned", GUESSES[2])):
+            ours.errorbar(x, y, [down, up], fmt="o" + style, color=colour, markersize=4, capsize=3, label=kinds[kind])
+        for key, colour in zip(published, (LOSS, GUESSES[2]), strict=False):
             x, y = [at[row["name"]] for row in rows], [row["paper"][key] for row in rows]
-            paper.plot(x, y, "o" + ("-" if numeric else ""), color=colour, markersize=4, label=name)
-        for axes, title in ((ours, "here: frozen features"), (paper, "paper: ViT-L, ImageNet-1K")):
+            paper.plot(x, y, "o" + ("-" if numeric else ""), color=colour, markersize=4, label=IN_WORDS[key])
+        for axes, title in ((ours, here), (paper, "paper: ViT-L, ImageNet-1K")):
             axes.set_title(title, fontsize=10)
             axes.set_ylabel("top-1, %")
             axes.grid(alpha=0.15)

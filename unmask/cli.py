@@ -343,7 +343,9 @@ def ablate(
     table: Annotated[
         str,
         typer.Argument(
-            metavar="TABLE", help="1a, 1b, 1c, 1d, 1e, 1f, fig5, fig7 of the MAE paper, or family.", show_default=False
+            metavar="TABLE",
+            help="1a, 1b, 1c, 1d, 1e, 1f, fig5, fig7, fig9 of the MAE paper, or family.",
+            show_default=False,
         ),
     ],
     data: Data,
@@ -368,6 +370,10 @@ def ablate(
         Path | None,
         typer.Option(metavar="RUN", help="A dVAE for cells that need one; default trains one.", show_default=False),
     ] = None,
+    from_run: Annotated[
+        Path | None,
+        typer.Option("--from", metavar="RUN", help="What fig9 fine-tunes; default trains one.", show_default=False),
+    ] = None,
     settings: Settings = None,
     as_json: AsJson = False,
 ) -> None:
@@ -384,6 +390,7 @@ def ablate(
         seeds=seeds,
         shots=shots,
         tokenizer=tokenizer,
+        from_run=from_run,
         settings=settings or (),
         console=Console(),
     )

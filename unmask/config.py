@@ -1,7 +1,7 @@
 """The root `Config`: what a person wrote. Its derived twin, what the machine worked out from it, is `plan.Plan`.
 
 A tree of frozen, typed models: unknown keys are errors, JSON goes both ways, and `--set KEY=VALUE` reaches every field.
-A method's name is the name of its file in `methods/`; there is no registry.
+A method's name is the name of its file in `methods/`, or in `tasks/` where it learns from labels; there is no registry.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, Field, PositiveFloat, SerializeAsAny, ValidationError
 
 import unmask.methods
+import unmask.tasks
 from unmask.batch import ImageSpec
 from unmask.data.augment import CropConfig
 from unmask.errors import UserError
@@ -111,22 +112,29 @@ def method_names() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(unmask.methods.__path__))
 
 
+def task_names() -> list[str]:
+    """The files of `tasks/`: methods that learn from labels, and start from another Run's encoder."""
+    return sorted(module.name for module in pkgutil.iter_modules(unmask.tasks.__path__))
+
+
 def method_module(name: str) -> ModuleType:
-    """`methods/<name>.py`. Raises ConfigError with the nearest names when there is none."""
+    """`methods/<name>.py` or `tasks/<name>.py`. Raises ConfigError with the nearest names when there is neither."""
+    if name in task_names():
+        return importlib.import_module(f"unmask.tasks.{name}")
     if name not in method_names():
         raise ConfigError(f"method {name!r} is not known; {nearest(name, method_names())}")
     return importlib.import_module(f"unmask.methods.{name}")
 
 
 def method_class(name: str) -> type[Method]:
-    """The one subclass of `Method` that `methods/<name>.py` defines."""
+    """The one subclass of `Method` that the file of this name defines."""
     module = method_module(name)
     found = [
         thing
         for thing in vars(module).values()
         if isinstance(thing, type) and issubclass(thing, Method) and thing.__module__ == module.__name__
     ]
-    assert len(found) == 1, f"methods/{name}.py must define one Method, it defines {len(found)}"
+    assert len(found) == 1, f"{module.__name__} must define one Method, it defines {len(found)}"
     return found[0]
 
 

@@ -1,12 +1,15 @@
 """`unmask palette DATA`: the colours an iGPT would make for these images, as a file that several runs can share.
 
 The file is JSON: `colours` (k lists of C numbers in the files' units), `dtype` and `channels` of the images, where they
-came from, and the mean square error per channel that they leave. A picture beside it shows what the images become.
+came from, the mean square error per channel that they leave, and how many of them are used: with fewer different pixels
+than k some colours come twice. A picture beside it shows what the images become.
 """
 
 from __future__ import annotations
 
 import json
+import math
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -68,18 +71,19 @@ def make_palette(data: str, *, colours: int, size: int, out: Path, console: Cons
         "pixels": ids.numel(),
         "used": used,
         "mean_square_error": error,
+        "version": version("unmask"),
     }
     replace_file(out, json.dumps(summary, indent=1).encode("ascii") + b"\n")
     note = (
         f"{colours} colours from {len(images)} images of {size} x {size} pixels; {used} of them are the nearest of a "
         f"pixel. Mean square error per channel {error:.4g}, in the files' units."
     )
+    side = size * math.ceil(math.ceil(colours**0.5) / size)  # of a panel: at least a pixel for every colour
     panels = {
-        "original": images[:DRAWN],
-        f"in {colours} colours": quantised[:DRAWN],
-        "the palette": _swatches(palette, size),
+        "original": F.interpolate(images[:DRAWN], (side, side)),
+        f"in {colours} colours": F.interpolate(quantised[:DRAWN], (side, side)),
+        "the palette": _swatches(palette, side).expand(len(images[:DRAWN]), -1, -1, -1),
     }
-    panels["the palette"] = panels["the palette"].expand(len(images[:DRAWN]), -1, -1, -1)
     draw(Picture(panels, note, {}), spec.dtype, picture, f"palette of {source.name}")
     console.say(f"{out}: {note}")
     console.say(f"picture: {picture}; use it with: unmask pretrain {data} --recipe igpt_nano --palette {out}")
@@ -88,7 +92,7 @@ def make_palette(data: str, *, colours: int, size: int, out: Path, console: Cons
 
 def _swatches(palette: torch.Tensor, size: int) -> torch.Tensor:
     """(1, C, size, size): the colours from dark to bright, as a square of squares."""
-    side = max(1, int(np.ceil(len(palette) ** 0.5)))
+    side = math.ceil(len(palette) ** 0.5)
     order = palette.mean(1).argsort()
     padded = torch.cat([palette[order], palette[order][-1:].expand(side * side - len(palette), -1)])
     return F.interpolate(padded.T.reshape(1, -1, side, side), (size, size), mode="nearest")

@@ -100,10 +100,11 @@ def fresh_method(config: Config, images: ImageSpec) -> Method:
 
 
 def example_batch(images: ImageSpec, count: int, device: str) -> Batch:
-    """A batch of mid-gray images of the right shape and dtype, for measuring."""
+    """A batch of mid-gray images of the right shape and dtype, all of the first class, for measuring."""
     mean = torch.tensor(images.mean)[:, None, None].expand(images.channels, *images.size)
     pixels = mean.to(DTYPES[images.dtype])[None].repeat(count, 1, 1, 1)
-    return Batch(pixels, torch.arange(count), torch.zeros(count, dtype=torch.int64)).to(device)
+    zeros = torch.zeros(count, dtype=torch.int64)
+    return Batch(pixels, torch.arange(count), epoch=zeros, labels=zeros).to(device)
 
 
 def saved_bytes_per_image(method: Method, images: ImageSpec, precision: str, device: str) -> int:

@@ -24,7 +24,7 @@ import torch
 
 from unmask import checkpoint, grafts
 from unmask.batch import ImageSpec
-from unmask.config import Config, ConfigError, override, parse
+from unmask.config import Config, ConfigError, override, parse, task_names
 from unmask.console import Console, duration
 from unmask.data.loader import Images, Order, choose_workers
 from unmask.data.scan import Scan, scan
@@ -79,8 +79,24 @@ def pretrain(
         config, reasons = resolve(base, settings, budget=budget, source=source), (f"weights of {from_run}",)
     else:
         config, reasons, _ = settle(source, found, recipe, settings, device, budget=budget)
+    return start_run(source, found, config, device, out=out, budget=budget, reasons=reasons, console=console)
+
+
+def start_run(
+    source: Source,
+    found: Scan,
+    config: Config,
+    device: str,
+    *,
+    out: str | Path | None,
+    budget: float | None,
+    reasons: tuple[str, ...],
+    console: Console,
+    held_out: np.ndarray | None = None,
+) -> Run:
+    """Plan, make the Run, and train it. held_out: rows of the source that are kept from it, for a test."""
     refuse_absurd_batch(config, found.usable)
-    images, plan = prepare(source, found, config, device, budget=budget, reasons=reasons)
+    images, plan = prepare(source, found, config, device, budget=budget, reasons=reasons, held_out=held_out)
     if plan.cached:
         images.keep_decoded()
     grafts.require_grafts(config, plan.images)
@@ -161,6 +177,11 @@ def resume(run_folder: str | Path, *, allow_dataset_change: bool = False, consol
 
 def adopt(source: Source, plan: Plan, run: Run) -> Plan:
     """The plan for a data set that has changed: what was unreadable is left out by name, because rows have moved."""
+    if read_config(run).method.name in task_names():
+        raise DataError(
+            f"the images of {source.name} have changed, and test images may be held out of them for this run, which "
+            "could no longer be told from the others; bring the old files back, or begin anew"
+        )
     unreadable = {entry["name"] for entry in run.quarantine()}
     excluded = tuple(row for row, name in enumerate(source.names) if name in unreadable)
     if len(excluded) == len(source):
@@ -316,13 +337,6 @@ def refuse_bad_data(found: Scan, config: Config) -> None:
         )
 
 
-def usable_rows(source: Source, found: Scan) -> np.ndarray:
-    """The rows that are trained on: all but those the scan found bad."""
-    good = np.ones(len(source), bool)
-    good[found.bad_rows] = False
-    return np.flatnonzero(good)
-
-
 def image_spec(found: Scan, config: Config) -> ImageSpec:
     """What the scan found, with what the person fixed by hand."""
     channels = config.data.channels or found.channels_majority
@@ -339,9 +353,12 @@ def prepare(
     *,
     budget: float | None,
     reasons: tuple[str, ...],
+    held_out: np.ndarray | None = None,
 ) -> tuple[Images, Plan]:
     """The data set as the loop reads it, and the plan. Nothing is written, and no image is kept in memory yet."""
-    spec, rows = image_spec(found, config), usable_rows(source, found)
+    spec = image_spec(found, config)
+    excluded = np.union1d(found.bad_rows, [] if held_out is None else held_out).astype(np.int64)
+    rows = np.setdiff1d(np.arange(len(source)), excluded)
     images = Images(source, rows, spec, config.data.crop, config.train.seed)
     cached = config.data.cache
     if cached is None:
@@ -358,7 +375,7 @@ def prepare(
         spec,
         num_images=len(rows),
         fingerprint=source.fingerprint(),
-        excluded=tuple(int(row) for row in found.bad_rows),
+        excluded=tuple(excluded.tolist()),
         device=device,
         workers=workers,
         cached=cached,

@@ -390,7 +390,8 @@ def fixed_images(images: Images, plan: Plan, count: int) -> Batch:
     if not drawn:
         raise TrainingFailed(f"none of {len(rows)} images of {images.source.name} can be read; bring them back, resume")
     parts = [torch.cat(values) for values in zip(*((one.images, one.index, one.epoch) for one in drawn), strict=True)]
-    return Batch(*parts).to(plan.device)
+    labels = [one.labels for one in drawn if one.labels is not None]
+    return Batch(*parts, labels=torch.cat(labels) if labels else None).to(plan.device)
 
 
 @torch.no_grad()

@@ -256,7 +256,7 @@ def probe_kinds(
             raise UserError(f"{data} has one image per class, so none can be held out; give other images with --test")
     else:
         train_rows = np.arange(len(train_source))
-        test_source = _with_classes(require_labels(open_source(test)), classes, data)
+        test_source = with_classes(require_labels(open_source(test)), classes, data)
         test_rows = np.arange(len(test_source))
 
     encoder, untrained = loaded.method.encoder, None
@@ -367,7 +367,7 @@ def _labels(source: Source) -> np.ndarray:
     return source.labels
 
 
-def _with_classes(source: Source, classes: Sequence[str], data: str) -> Source:
+def with_classes(source: Source, classes: Sequence[str], data: str) -> Source:
     """The test source with its labels numbered like the training classes. Raises ValueError for a class not among them.
 
     Images without any class that the training set has are no fault: a test set may lack some.

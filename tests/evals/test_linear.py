@@ -158,3 +158,12 @@ def test_labels_of_any_dtype_and_inputs_left_as_they_were():
     one, other = linear(train_x, train_y.astype(np.int32), train_x), linear(train_x, train_y.tolist(), train_x)
     np.testing.assert_array_equal(one.predictions, other.predictions)
     np.testing.assert_array_equal(train_x, before)
+
+
+def test_a_given_c_is_not_chosen():
+    rng = np.random.default_rng(0)
+    labels = np.arange(60) % 2
+    x = (rng.normal(size=(60, 4)) + labels[:, None]).astype(np.float32)
+    given = linear(x, labels, x, c=0.1)
+    assert (given.c, given.chosen) == (0.1, False)
+    assert linear(x, labels, x).chosen

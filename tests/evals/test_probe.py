@@ -203,6 +203,6 @@ def test_what_cannot_be_probed_is_refused():
 def test_the_seed_of_a_linear_probe_is_passed_on(monkeypatch):
     seeds = []
     real = module.linear
-    monkeypatch.setattr(module, "linear", lambda *parts, seed: seeds.append(seed) or real(*parts, seed=seed))
+    monkeypatch.setattr(module, "linear", lambda *parts, seed, c: seeds.append(seed) or real(*parts, seed=seed, c=c))
     run(table(balanced(30)), table(balanced(30), digest_from=500), kind="linear", seed=7)
     assert seeds == [7, 7]

@@ -6,6 +6,7 @@ import torch
 
 from unmask.batch import Batch, ImageSpec
 from unmask.errors import UserError
+from unmask.evals import probe as module
 from unmask.evals.collect import FeatureTable, collect, collect_each, collect_layers
 from unmask.evals.probe import VOTE, choose_layer, probe
 from unmask.evals.views import View, best_layer, majority, wanted_layer
@@ -95,7 +96,25 @@ def test_the_informative_layer_is_chosen_and_the_choice_is_explained(kind):
     labels = np.arange(200) % 2
     chosen = choose_layer(layers_of(labels, 3), kind, 0)
     assert (chosen.number, chosen.last) == (3, 4)
-    assert "40 training images held out" in chosen.why
+    assert "on 40 training images held out, 5 times" in chosen.why
+    assert choose_layer(layers_of(np.arange(2500) % 2, 3), kind, 0).why.count("times") == 0
+
+
+def test_few_images_are_held_out_in_turn_so_that_chance_does_not_choose(monkeypatch):
+    """A layer that is a little better is found more often than from one fifth."""
+    labels = np.arange(100) % 2
+
+    def layers(seed):
+        generator = np.random.default_rng(seed)
+        noise = [generator.normal(size=(100, 3)) for _ in range(4)]
+        for number, x in enumerate(noise):
+            x[:, 0] += labels * (1.8 if number == 3 else 0.9)
+        return [table(x, labels) for x in noise]
+
+    found = [choose_layer(layers(seed), "knn", 0).number for seed in range(40)]
+    monkeypatch.setattr(module, "ANSWERS_FOR_LAYER", 1)
+    once = [choose_layer(layers(seed), "knn", 0).number for seed in range(40)]
+    assert found.count(3) > once.count(3) + 4
 
 
 def test_of_equals_the_middle_is_taken():

@@ -8,7 +8,7 @@ import torch
 from unmask.batch import Batch, ImageSpec
 from unmask.errors import UserError
 from unmask.method import Clock
-from unmask.methods.igpt import IGPT, Config, mean_over
+from unmask.methods.igpt import IGPT, Config, mean_over, repeat_or_any
 from unmask.nn.gpt import GPTConfig
 from unmask.recipes.igpt import igpt_l, igpt_m, igpt_s
 from unmask.rng import Draws
@@ -117,6 +117,21 @@ def test_the_first_loss_is_log_k_because_the_output_starts_at_zero():
     with torch.no_grad():
         assert float(method(batch_of(), clock(batch_of())).value) == pytest.approx(math.log(8))
     assert IGPT(Config(encoder=GPTConfig(width=8, depth=1, heads=1, patch=2)), SPEC).head.weight.eq(0).all()
+
+
+def test_trivial_guesses_are_in_nats():
+    ids = torch.tensor([[0, 0, 0, 1, 1], [3, 3, 3, 3, 3]])  # 7 of 8 repeat
+    by_hand = -(7 * math.log(7 / 8) + math.log(1 / 8 / 3)) / 8
+    assert float(repeat_or_any(ids, 4)) == pytest.approx(by_hand)
+    assert float(repeat_or_any(ids[1:], 4)) == 0
+    assert float(repeat_or_any(ids[:, :1], 4)) == pytest.approx(math.log(3)), "one token repeats nothing"
+    method = prepared()
+    with torch.no_grad():
+        numbers = method.picture(batch_of(), clock(batch_of())).numbers
+    shares = torch.bincount(method.encoder.ids(batch_of().images).flatten()) / 64
+    assert float(numbers["colour_frequencies"]) == pytest.approx(
+        float(torch.distributions.Categorical(shares).entropy())
+    )
 
 
 @torch.no_grad()

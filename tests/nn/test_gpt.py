@@ -58,6 +58,11 @@ def test_step_by_step_is_the_forward_pass():
         out, cache = network.step(token, place, cache)
         assert torch.allclose(out[:, 0], whole[:, place], atol=1e-5)
         token = network.tokens[tokens[:, place, None]]
+    begun = torch.cat([network.sos.expand(2, 1, -1), network.tokens[tokens[:, :10]]], 1)
+    out, cache = network.step(begun, 0, None)
+    assert torch.allclose(out, whole[:, :11], atol=1e-5)
+    out, _ = network.step(network.tokens[tokens[:, 10, None]], 11, cache)
+    assert torch.allclose(out[:, 0], whole[:, 11], atol=1e-5)
 
 
 @torch.no_grad()

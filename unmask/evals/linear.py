@@ -23,7 +23,8 @@ C_GRID = tuple(10.0**power for power in range(-5, 3))
 HELD_OUT = 0.2
 C_WITHOUT_CHOICE = 0.01
 MAX_ITERATIONS = 500
-HOLD_OUT_FOR_TEST, SHOTS, HOLD_OUT_FOR_C, HOLD_OUT_FOR_LAYER = 0, 1, 2, 3  # what for; each an epoch of the stream
+HOLD_OUT_FOR_TEST, SHOTS, HOLD_OUT_FOR_C, VOTES = 0, 1, 2, 4  # what labels are drawn for; each its own epoch
+HOLD_OUT_FOR_LAYER = (3, 5, 6, 7, 8)  # one for every round
 
 
 @dataclass(frozen=True)
@@ -37,15 +38,17 @@ class LinearFit:
     converged: bool
 
 
-def linear(train_x: np.ndarray, train_y: np.ndarray, test_x: np.ndarray, *, seed: int = 0) -> LinearFit:
+def linear(
+    train_x: np.ndarray, train_y: np.ndarray, test_x: np.ndarray, *, seed: int = 0, c: float | None = None
+) -> LinearFit:
     """Fit on `train_x` (n, D) with labels `train_y` (n,), predict `test_x` (m, D).
 
     Features are standardised with the training set's mean and standard deviation (a constant feature stays zero). C is
     the decade from 1e-5 to 1e2 with the best accuracy on a fifth of every class of the training set, picked by `seed`
     (equal accuracies: the best log-loss). The path goes from strong to weak regularisation, each fit starting from the
     one before, and ends early after two values in a row that are no better. Then all training images are fitted with
-    that C. With one image per class there is nothing to hold out: C = 0.01. Raises ValueError for fewer than two
-    classes.
+    that C. With one image per class there is nothing to hold out: C = 0.01. c: this C and no choice. Raises ValueError
+    for fewer than two classes.
     """
     train_y = np.asarray(train_y, np.int64)
     if len(np.unique(train_y)) < 2:
@@ -56,9 +59,10 @@ def linear(train_x: np.ndarray, train_y: np.ndarray, test_x: np.ndarray, *, seed
     train_x, test_x = (train_x - mean) / std, (test_x - mean) / std
 
     fit, held = hold_out(train_y, np.arange(len(train_y)), seed, HOLD_OUT_FOR_C)
-    chosen, c = len(held) > 0, C_WITHOUT_CHOICE
+    chosen = c is None and len(held) > 0
     if chosen:
         c = _choose_c(train_x[fit], train_y[fit], train_x[held], train_y[held])
+    c = C_WITHOUT_CHOICE if c is None else c
     model, converged = _fit(LogisticRegression(max_iter=MAX_ITERATIONS, C=c), train_x, train_y)
     return LinearFit(np.asarray(model.predict(test_x), np.int64), c, chosen, converged)
 

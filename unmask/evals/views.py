@@ -19,10 +19,9 @@ from torch import Tensor, nn
 
 from unmask.batch import Batch
 from unmask.errors import UserError
+from unmask.evals.linear import VOTES
 from unmask.nn.features import Features
 from unmask.rng import Draws, Stream, words
-
-VOTES = 4  # what labels are drawn for, beside those of `linear.py`: its own epoch of the stream
 
 Hide = Callable[[Draws], Tensor]
 """Draws of B images -> (B, N) bool: the tokens to hide."""

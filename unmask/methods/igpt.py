@@ -9,15 +9,18 @@ The palette is made from the data by k-means before the first step and kept in t
 --palette`), and then its colours stand in the settings.
 
 Differs from the paper: a token is the mean of `patch` pixels of the crop, where the paper resamples whole images to 32,
-48 or 64 pixels; the palette is that of the data at hand; positions are not resized, so images of one size only. At
-evaluation `bert` hides nothing unless it is asked to (`unmask probe --masks`), and `embed` never does.
+48 or 64 pixels; the palette is that of the data at hand; positions are not resized, so images of one size only; an
+image without a hidden token (rare, but for short sequences) does not count. As in the paper a probe sees `bert` under
+one mask, or lets several vote (`unmask probe --masks`); `embed` hides nothing.
 
 Letters: B images, N tokens, k colours of the palette, D width.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import torch
@@ -91,9 +94,9 @@ class IGPT(Method):
         guess = self.head(self.encoder.run(ids, hidden)).float()  # (B, N, k)
         nats = F.cross_entropy(guess.flatten(0, 1), ids.flatten(), reduction="none").view_as(ids)
         right = (guess.argmax(-1) == ids).float()
-        if hidden is None:
-            return Loss(nats.mean(), {"colour_accuracy": right.mean()})
-        return Loss(mean_over(nats, hidden), {"colour_accuracy": mean_over(right, hidden)})
+        used = guess.new_zeros(guess.shape[-1]).index_fill(0, ids.flatten(), 1.0)
+        mean = Tensor.mean if hidden is None else partial(mean_over, hidden=hidden)
+        return Loss(mean(nats), {"colour_accuracy": mean(right), "palette_used": used.mean()})
 
     def hide(self, rng: Draws) -> Tensor:
         """(B, N) bool: each token with the probability of the settings."""
@@ -108,7 +111,11 @@ class IGPT(Method):
         """What the palette leaves of the images, what is given, and how the method goes on from it."""
         ids, loss = self.encoder.ids(batch.images), self.loss(batch, clock).value
         shares = torch.bincount(ids.flatten(), minlength=len(self.encoder.palette)) / ids.numel()
-        numbers = {"loss": loss, "colour_frequencies": torch.special.entr(shares).sum()}
+        numbers = {
+            "loss": loss,
+            "colour_frequencies": torch.special.entr(shares).sum(),
+            "previous_colour": repeat_or_any(ids, len(shares)),
+        }
         quantised = self.encoder.paint(ids)
         panels = {"original": batch.images.float(), f"in {len(self.encoder.palette)} colours": quantised}
         gray = torch.tensor(self.encoder.spec.mean, device=ids.device)[:, None, None].expand_as(quantised)
@@ -138,13 +145,13 @@ class IGPT(Method):
         """(B, N) ids of which the first `given` are kept and the others drawn, each from what came before it."""
         encoder, draws = self.encoder, rng.uniform(ids.shape[1], Stream.COLOURS)
         assert encoder.sos is not None, "only objective=ar goes token by token"
-        token, cache, found = encoder.sos.expand(len(ids), 1, -1), None, ids.clone()
-        for place in range(ids.shape[1]):
-            out, cache = encoder.step(token, place, cache)
-            if place >= given:
-                sums = self.head(out[:, 0]).float().softmax(-1).cumsum(-1)  # (B, k)
-                found[:, place] = (sums < draws[:, place, None]).sum(1).clamp(max=len(encoder.palette) - 1)
-            token = encoder.tokens[found[:, place, None]]
+        found, cache = ids.clone(), None
+        tokens = torch.cat([encoder.sos.expand(len(ids), 1, -1), encoder.tokens[ids[:, :given]]], 1)
+        for place in range(given, ids.shape[1]):
+            out, cache = encoder.step(tokens, place + 1 - tokens.shape[1], cache)
+            sums = self.head(out[:, -1]).float().softmax(-1).cumsum(-1)  # (B, k)
+            found[:, place] = (sums < draws[:, place, None]).sum(1).clamp(max=len(encoder.palette) - 1)
+            tokens = encoder.tokens[found[:, place, None]]
         return found
 
 
@@ -152,6 +159,12 @@ def mean_over(values: Tensor, hidden: Tensor) -> Tensor:
     """Mean over the hidden tokens of each image, then over the images that have any: (B, N) -> ()."""
     of_image = (values * hidden).sum(1) / hidden.sum(1).clamp(min=1)
     return of_image.sum() / hidden.any(1).sum().clamp(min=1)
+
+
+def repeat_or_any(ids: Tensor, colours: int) -> Tensor:
+    """Nats per token of a guess that knows only how often a token is the one before it again: (B, N) -> ()."""
+    again = (ids[:, 1:] == ids[:, :-1]).float().sum() / max(1, ids[:, 1:].numel())
+    return torch.special.entr(torch.stack([again, 1 - again])).sum() + (1 - again) * math.log(colours - 1)
 
 
 def require_palette(config: Config, images: ImageSpec) -> None:

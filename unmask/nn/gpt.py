@@ -194,9 +194,9 @@ class GPT(nn.Module):
         """The layer that the configuration names; nothing hidden."""
         return next(islice(self.feature_layers(images), self.layer, None))
 
-    def step(self, token: Float[Tensor, "B 1 D"], place: int, cache: Cache | None) -> tuple[Tensor, Cache]:
-        """The output (B, 1, D) for one more token, the one at `place` or before all; `cache`: of those so far."""
-        x, kept = token + self.positions[place], []
+    def step(self, tokens: Float[Tensor, "B n D"], place: int, cache: Cache | None) -> tuple[Tensor, Cache]:
+        """The output (B, n, D) for n tokens more, the first at `place`; after those in `cache` one at a time."""
+        x, kept = tokens + self.positions[place : place + tokens.shape[1]], []
         for number, block in enumerate(self.blocks):
             assert isinstance(block, Block)
             attended, pair = block.attn(block.norm1(x), None if cache is None else cache[number])
