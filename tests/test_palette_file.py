@@ -72,6 +72,31 @@ def test_runs_with_a_palette_have_its_colours_and_a_run_can_be_one(images, tmp_p
     assert len(np.unique(load_model(own)[1]["encoder.palette"].numpy(), axis=0)) > 8, "made from the data on first use"
 
 
+@pytest.mark.parametrize("recipe", ["auto", "igpt_nano"])
+def test_weights_taken_from_a_run_keep_the_palette_they_mean(images, tmp_path, recipe):
+    """On other images another palette would be made, with which the embeddings of colours mean nothing."""
+    first = pretrain(images, recipe="igpt_nano", out=tmp_path / "a", settings=SMALL)
+    others = write_images(tmp_path / "others", 12, seed=7)
+    second = pretrain(others, recipe=recipe, out=tmp_path / "b", from_run=first.path, settings=SMALL)
+    palettes = [load_model(run)[1]["encoder.palette"] for run in (first, second)]
+    assert palettes[0].equal(palettes[1])
+    own = pretrain(others, recipe="igpt_nano", out=tmp_path / "c", settings=SMALL)
+    assert not load_model(own)[1]["encoder.palette"].equal(palettes[0]), "the test can fail"
+    with pytest.raises(UserError, match="those weights come with their palette"):
+        pretrain(others, out=tmp_path / "d", from_run=first.path, palette=first.path)
+
+
+def test_principal_components_come_with_the_weights_that_predict_them(images, tmp_path):
+    pca = ["method.target=pca", "method.decoder.width=16", "method.decoder.heads=2", *SMALL]
+    first = pretrain(images, recipe="mae_nano", out=tmp_path / "a", settings=pca)
+    others = write_images(tmp_path / "others", 12, seed=7)
+    whole = pretrain(others, out=tmp_path / "b", from_run=first.path, settings=["train.steps=1"])
+    encoder = pretrain(others, recipe="mae_nano", out=tmp_path / "c", from_run=first.path, settings=pca)
+    bases = [load_model(run)[1]["target.basis"] for run in (first, whole, encoder)]
+    assert bases[0].equal(bases[1])
+    assert not bases[0].equal(bases[2]), "only the encoder was taken, so the components are those of the new images"
+
+
 def test_what_is_no_palette_or_of_other_images_is_refused(images, tmp_path):
     mae = [s for s in SMALL if "encoder" in s or "train" in s or "data" in s]
     other = pretrain(images, recipe="mpp_nano", out=tmp_path / "mpp", settings=mae)

@@ -65,7 +65,6 @@ MEASURE_SECONDS = 2.0
 MEASURED_BATCHES = 3
 FIT_SECONDS = 3.0
 FEWEST_STEPS = 20
-TOKENIZER_RECIPE = "dvae_nano"
 LENGTHS = ("train.steps", "train.epochs")
 PRETRAINING_SHARE = 2 / 3  # of a budget for training, where every cell is fine-tuned from one pre-training
 
@@ -206,7 +205,7 @@ def all_cells(table: Table, asked: Asked) -> tuple[Cell, ...]:
         cell for cell in table.cells(base_config(table, asked)) if cell.recipe is None or cell.recipe in known
     )
     if asked.tokenizer is None and any(cell.tokenizer for cell in cells):
-        return Cell(TOKENIZER, "the tokenizer (dVAE)", recipe=TOKENIZER_RECIPE), *cells
+        return Cell(TOKENIZER, "the tokenizer (dVAE)", recipe=tokenizer_recipe(table, asked)[0]), *cells
     if asked.tokenizer is not None and not any(cell.tokenizer for cell in cells):
         raise ConfigError(f"--tokenizer was given, but no cell of table {table.name} needs one; leave it out")
     if table.measure == "fine_tuned" and asked.from_run is None:
@@ -227,6 +226,17 @@ def base_config(table: Table, asked: Asked) -> Config:
     return start.resolve(config.model_copy(update={"data": data, "train": train}), list(asked.settings))
 
 
+def tokenizer_recipe(table: Table, asked: Asked) -> tuple[str, str]:
+    """The recipe of the dVAE that is trained first, and the size, as KEY=VALUE, at which each patch has a code."""
+    settings = [text for text in asked.settings if table.name != "family" or not text.strip().startswith("method.")]
+    config: Any = start.resolve(catalogue.find(asked.recipe), [*table.base, *settings])
+    patch, size = config.method.encoder.patch, config.data.size
+    name = "dvae_small" if min(patch) >= 8 else "dvae_nano"
+    dvae: Any = catalogue.find(name)
+    code = dvae.method.encoder.patch
+    return name, f"data.size=[{size[0] // patch[0] * code[0]},{size[1] // patch[1] * code[1]}]"
+
+
 def fine_tunes(table: Table, cell: Cell) -> bool:
     return table.measure == "fine_tuned" and cell.name != PRETRAINED
 
@@ -244,7 +254,9 @@ def cell_settings(table: Table, cell: Cell, asked: Asked) -> list[str]:
     if fine_tunes(table, cell):
         return [*(asked.settings if asked.from_run is not None else ()), *cell.settings]
     if cell.name == TOKENIZER:
-        return [setting for setting in asked.settings if not setting.strip().startswith("method.")]
+        own = ("method.", "data.size")
+        kept = [setting for setting in asked.settings if not setting.strip().startswith(own)]
+        return [*kept, tokenizer_recipe(table, asked)[1]]
     return [*table.base, *asked.settings, *cell.settings]
 
 
@@ -255,7 +267,7 @@ def draft_settings(table: Table, cell: Cell, asked: Asked) -> list[str]:
         return settings
     if asked.tokenizer is not None:
         return start.with_options(None, recipe, settings, tokenizer=asked.tokenizer, palette=None, masks=None)
-    return [*promised_tokenizer(recipe, settings)[1], *settings]
+    return [*promised_tokenizer(recipe, settings, tokenizer_recipe(table, asked)[0])[1], *settings]
 
 
 def drafted(table: Table, cell: Cell, asked: Asked, source: Source | None = None) -> Config:

@@ -128,11 +128,22 @@ def _row(folder: Path, decided: dict[str, Any], cell: dict[str, Any], failures: 
         "seconds": sum(run["seconds"] or 0.0 for run in runs),
         **{kind: _score([run["probes"].get(kind, {}).get(POOL) for run in runs]) for kind in KINDS},
         "fine_tuned": _score([run["fine_tuned"] for run in runs]),
+        "how": "; ".join(dict.fromkeys(run["how"] for run in runs if run["how"])),
         "linear_cls": _score([run["probes"].get("linear", {}).get("cls") for run in runs]),
         "controls_measured": controls,
     }
     row["sentence"] = _sentence(row, "fine_tuned" if tuned else "linear")
     return row
+
+
+def how_measured(row: dict[str, Any]) -> str:
+    """What is unusual about a probe's features: another layer than the last, tokens hidden as in training."""
+    said = []
+    if "layer" in row:
+        said.append(f"layer {row['layer']['number']} of {row['layer']['last']}")
+    if "votes" in row:
+        said.append("under one mask" if row["votes"] == 1 else f"majority over {row['votes']} masks")
+    return ", ".join(said)
 
 
 def _run(
@@ -141,7 +152,7 @@ def _run(
     run = Run(folder / name)
     found: dict[str, Any] = {
         "seed": seed, "folder": name, "state": "waiting", "error": failures.get(name), "loss": None,
-        "images_per_second": None, "seconds": None, "probes": {}, "fine_tuned": None, "controls": [],
+        "images_per_second": None, "seconds": None, "probes": {}, "fine_tuned": None, "controls": [], "how": "",
     }  # fmt: skip
     if (run.path / "plan.json").exists():
         status = run.read("status.json") if (run.path / "status.json").exists() else {"state": "waiting"}
@@ -159,6 +170,7 @@ def _run(
                 score = {key: row[key] for key in ("accuracy", "low", "high", "correct", "total")}
                 if row["features"] == PRETRAINED:
                     found["probes"].setdefault(kind, {})[row["pool"]] = score
+                    found["how"] = how_measured(row)
                 elif row["pool"] in (POOL, "pixels"):
                     found["controls"].append({"features": row["features"], "kind": kind, **score})
         measured = found["fine_tuned"] is not None if tuned else len(found["probes"]) == len(KINDS)

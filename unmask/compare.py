@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from unmask import checkpoint
 from unmask.beside import difference, last_loss, training_seconds
 from unmask.config import Config, keys
 from unmask.console import Console
@@ -65,7 +66,11 @@ def compare(
     if data is not None:
         want = dict(zip(SAME, (kind, data, test or f"a held-out fifth of {data}", shots, 0, None, None), strict=True))
         for run in opened.values():
-            if not any(all(probe[key] == value for key, value in want.items()) for probe in probes(run)):
+            newest = checkpoint.newest_step(run)  # a probe from before more training measured another encoder
+            if not any(
+                probe["step"] == newest and all(probe[key] == value for key, value in want.items())
+                for probe in probes(run)
+            ):
                 probe_run(
                     run.path, data, test=test, kind=kind, shots=shots, controls=False, seed=0, step=None, device=device,
                     console=console,
@@ -181,7 +186,10 @@ def _title(probe: dict[str, Any]) -> str:
 
 
 def shared(found: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """The measurements that every Run has, each with one row for a Run: its better pool, and all of them."""
+    """The measurements that every Run has, each with one row for a Run: the mean over patches, and all pools.
+
+    Ranked is one pool for all: the better of two, chosen on the test images, would favour encoders with a class token.
+    """
     keyed = {name: {_measurement(probe): probe for probe in each} for name, each in found.items()}
     first, *others = keyed.values()
     tables = []
@@ -191,8 +199,8 @@ def shared(found: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
         rows = []
         for name, each in keyed.items():
             pools = {row["pool"]: row for row in each[key]["rows"] if row["features"] == PRETRAINED}
-            best = max(pools.values(), key=lambda row: row["accuracy"])
-            score = {part: best[part] for part in ("accuracy", "low", "high", "correct", "total", "pool")}
+            ranked = pools["mean"]
+            score = {part: ranked[part] for part in ("accuracy", "low", "high", "correct", "total", "pool")}
             rows.append({"name": name, "step": each[key]["step"], **score, "pools": pools})
         rows.sort(key=lambda row: -row["accuracy"])
         about_all = {part: probe[part] for part in (*SAME, "test_images", "train_images", "chance")}

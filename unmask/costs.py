@@ -57,17 +57,17 @@ def recipe_costs(recipe: str, *, settings: Sequence[str] = (), gpus: int | None 
     }
 
 
-def promised_tokenizer(recipe: str, settings: Sequence[str]) -> tuple[str | None, list[str]]:
+def promised_tokenizer(recipe: str, settings: Sequence[str], dvae: str | None = None) -> tuple[str | None, list[str]]:
     """(recipe of a dVAE, settings as KEY=VALUE) for a method that predicts codes while there is no tokenizer yet.
 
-    They give its size, and promise weights without saying whose. (None, []) for a method that needs none. The dVAE is
-    DALL-E's for patches of photographs, else the small one.
+    They give its size, and promise weights without saying whose. (None, []) for a method that needs none. dvae: its
+    recipe; None is DALL-E's for patches of photographs, else the small one.
     """
     chosen = [text for text in settings if text.strip().startswith("method.")]
     method: Any = override(catalogue.find(recipe), chosen).method
     if getattr(method, "target", None) != "tokens" or method.tokenizer is not None:
         return None, []
-    name = "dvae_dalle" if min(method.encoder.patch) >= 14 else "dvae_nano"
+    name = dvae or ("dvae_dalle" if min(method.encoder.patch) >= 14 else "dvae_nano")
     network = catalogue.find(name).method.model_dump(mode="json")["encoder"]
     promise = {"run": name, "source": grafts.DVAE, "target": grafts.TOKENIZER}
     return name, [f"method.tokenizer={json.dumps(network)}", f"graft={json.dumps([promise])}"]

@@ -132,6 +132,10 @@ def with_options(
         raise ConfigError(
             f"both {option} and graft were given, which say where weights come from; leave one of them out"
         )
+    if base is not None and palette is not None:
+        raise ConfigError(
+            "both --from and --palette were given, but those weights come with their palette; leave it out"
+        )
     config = base or catalogue.find(catalogue.AUTO[0] if recipe == "auto" else recipe)
     given = {
         "--masks": [] if masks is None else grafts.with_masks(masks),

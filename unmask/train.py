@@ -338,7 +338,9 @@ def begin(job: Job) -> Position:
     for entry in job.config.graft:
         _, weights = checkpoint.load_model(Run.open(entry.run), entry.step)
         checkpoint.graft(job.method, [(entry.source, entry.target, weights)])
-    if job.method.num_prepare:
+    taken = tuple(entry.target for entry in job.config.graft)
+    # What came with other weights stays as it was: they mean nothing with another palette, or other components.
+    if job.method.num_prepare and not any(prefix.startswith(taken) for prefix in job.method.fixed if taken):
         job.method.prepare(fixed_images(job.images, job.plan, job.method.num_prepare).images)
     if job.method.fixed:
         state = job.method.state_dict()

@@ -1,8 +1,8 @@
 """What one does with a trained run: draw reconstructions, embed images, probe the features.
 
-Everything here reads the Run folder. Test and train features come from the same code path, images are never masked
-outside `reconstruct_images`, and there is no scan beforehand: a file that turns out unreadable is named and left out,
-never replaced by another.
+Everything here reads the Run folder. Test and train features come from the same code path. Images are never masked but
+in `reconstruct_images`, and where a probe is asked to (`evals/views.py`). There is no scan beforehand: a file that
+turns out unreadable is named and left out, never replaced by another.
 """
 
 from __future__ import annotations
@@ -270,7 +270,7 @@ def probe_kinds(
         for name in [name for name in (RANDOM_INIT, PRETRAINED) if name in encoders]:
             view = View(encoders[name], hide=hide)
             if wanted is not None:
-                chosen[name] = pick_layer(loaded, view, wanted, train_source, rows, kinds, seed, console)
+                chosen[name] = pick_layer(loaded, view, wanted, train_source, rows, seed, console)
                 view.layer = chosen[name].number
             encoders[name] = view
     while True:
@@ -348,18 +348,17 @@ def pick_layer(
     layer: str,
     source: Source,
     rows: np.ndarray,
-    kinds: Sequence[str],
     seed: int,
     console: Console,
 ) -> Layer:
-    """The layer that was named, or the best one on a part of these training images."""
+    """The layer that was named, or the best one by a linear probe on a part of these training images."""
     last = len(view.encoder.blocks)  # type: ignore[arg-type]
     if layer != "best":
         return Layer(last if layer == "last" else int(layer), last, "asked for")
     with console.progress("comparing layers", len(rows)) as bar:
         batches = read(eval_images(loaded, source), rows, 0, console, bar)
         tables = collect_layers(view, batches, device=loaded.device, precision=eval_precision(loaded))
-    return choose_layer(tables, "linear" if "linear" in kinds else "knn", seed)
+    return choose_layer(tables, "linear", seed)  # whatever kind is measured then, so that kinds can be compared
 
 
 def _labels(source: Source) -> np.ndarray:

@@ -182,11 +182,11 @@ def mae(**changes) -> MAE:
         (
             (2, 2),
             {},
-            r"a code for 4 x 4 pixels, a patch is 2 x 2: .* set method.encoder.patch=\[4,4\], or train a dVAE",
+            r"a code for 4 x 4 pixels, a patch is 2 x 2: .* set method.encoder.patch=4 here, or train a dVAE with method.encoder.patch=2",
         ),
         ((4, 8), {}, "a patch is 4 x 8: their grids are not the same"),
         ((4, 8), {"patch": (4, 8)}, "a patch of 4 x 8 came for a dVAE"),
-        ((8, 8), {"arch": "dalle", "patch": (4, 4)}, "dalle has 8 x 8 pixels"),
+        ((8, 8), {"arch": "dalle", "depth": None, "patch": (4, 4)}, "dalle has 8 x 8 pixels"),
     ],
 )
 def test_a_grid_of_codes_unlike_that_of_patches_is_refused(patch, tokenizer, message):

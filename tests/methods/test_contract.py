@@ -249,7 +249,10 @@ def test_any_channels_dtype_and_shape(name, channels, dtype, size):
     assert np.isfinite(value(method))
     with torch.no_grad():
         features = method.encoder(batch.images)
-        panels = method.picture(batch, clock(batch)).panels.values()
+        panels = method.eval().picture(batch, clock(batch)).panels.values()
+    assert features.patches.isfinite().all()
+    assert all(panel.isfinite().all() for panel in panels)
+    assert (next(iter(panels)) - batch.images.float()).abs().max() < 1e-3 * UNITS[dtype], "the original, in its units"
     assert len(features.patches) == len(batch)
     assert features.grid[0] * features.grid[1] == features.patches.shape[1]
     assert {panel.shape for panel in panels} == {(4, channels, *size)}

@@ -23,6 +23,8 @@ from unmask.evals.linear import VOTES
 from unmask.nn.features import Features
 from unmask.rng import Draws, Stream, words
 
+EVALUATION_EPOCH = 2**31 - 1  # none of training's, so that no mask is one that was trained with
+
 Hide = Callable[[Draws], Tensor]
 """Draws of B images -> (B, N) bool: the tokens to hide."""
 
@@ -57,7 +59,8 @@ class View(nn.Module):
         """The features of all layers, one after the other."""
         if self.hide is None:
             return self.encoder.feature_layers(batch.images)  # type: ignore[operator]
-        hidden = self.hide(Draws(self.mask, torch.zeros_like(batch.index), batch.index))
+        epoch = torch.full_like(batch.index, EVALUATION_EPOCH)
+        hidden = self.hide(Draws(self.mask, epoch, batch.index))
         return self.encoder.feature_layers(batch.images, hidden)  # type: ignore[operator]
 
 

@@ -11,7 +11,8 @@ settings of the encoder. `target=pixels` is the paper's ablation without tokens,
 Differs from the paper and its code: masks hide the same number in every image (`nn/masks.py`) where the code's hide at
 most that many; the dVAE sees the encoder's crop, shrunk bicubically (there: a second view of the crop, resampled by
 Lanczos from the file); keys have a bias, which the softmax cancels; no stochastic depth (there 0.1); colours are not
-jittered unless `data.crop.jitter` is set (there 0.4). No result is known to hang on these.
+jittered unless `data.crop.jitter` is set (there 0.4); class token and learned positions are decayed (there not). No
+result is known to hang on these.
 
 Letters: B images, N patches, M hidden ones, P values of a patch, D width, V codes.
 """
@@ -29,8 +30,8 @@ from unmask.method import Clock, Loss, Method, MethodConfig, Picture
 from unmask.nn.blocks import Block
 from unmask.nn.conv_vae import ConvVAEConfig, require_tokenizer
 from unmask.nn.masks import Mask, block_mask, num_kept, random_mask, require_blocks, smallest_block
-from unmask.nn.patches import put, take
-from unmask.nn.targets import Pixels, Target, Tokens
+from unmask.nn.patches import take
+from unmask.nn.targets import Pixels, Target, Tokens, masked_panels
 from unmask.nn.vit import ViT, ViTConfig
 
 INIT_STD = 0.02
@@ -99,7 +100,7 @@ class BEiT(Method):
     def guess(self, patches: Tensor, mask: Mask) -> Tensor:
         """A score for every code (or all pixels) of the hidden patches: (B, N, P) -> (B, M, V)."""
         tokens = self.encoder.patch_embed(patches)
-        tokens = torch.where(mask.hidden()[..., None], self.mask_token.to(tokens.dtype), tokens)
+        tokens = torch.where(mask.hidden()[..., None], self.mask_token, tokens)  # float32, as the token
         return self.head(take(self.encoder.run(self.encoder.place(tokens))[:, 1:], mask.drop))
 
     def picture(self, batch: Batch, clock: Clock) -> Picture:
@@ -109,13 +110,7 @@ class BEiT(Method):
         guess = self.guess(patches, mask).float()
         numbers = {"loss": self.target.loss(guess, take(self.target(patches, batch.images), mask.drop))}
         numbers |= self.target.trivial(patches, batch.images, mask)
-        nothing = torch.zeros_like(patches[:, : mask.drop.shape[1]])  # the data set's mean colour
-        panels = {
-            "original": patches,
-            f"masked {mask.drop.shape[1] / patches.shape[1]:.0%}": put(patches, mask.drop, nothing),
-        }
-        for caption, drawn in self.target.draw(guess, patches, batch.images, mask).items():
-            panels[caption] = put(patches, mask.drop, drawn)
+        panels = masked_panels(patches, mask, self.target.draw(guess, patches, batch.images, mask))
         note = "Only hidden patches are predicted, all at once and each on its own." + self.target.note
         return Picture({caption: self.encoder.images(panel) for caption, panel in panels.items()}, note, numbers)
 

@@ -20,7 +20,6 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -30,8 +29,8 @@ from unmask.method import Clock, Loss, Method, MethodConfig, Picture
 from unmask.nn.cross import CrossDecoder
 from unmask.nn.decoders import DecoderConfig
 from unmask.nn.masks import Mask, num_kept, random_mask
-from unmask.nn.patches import put, take
-from unmask.nn.targets import Pixels
+from unmask.nn.patches import take
+from unmask.nn.targets import Pixels, masked_panels
 from unmask.nn.vit import ViT, ViTConfig
 
 
@@ -112,16 +111,7 @@ class CrossMAE(Method):
         numbers = {"loss": self.target.loss(guess[:, -self.asked :], truth)}
         numbers |= self.target.trivial(patches, batch.images, asked)
 
-        nothing = torch.zeros_like(patches)  # the data set's mean colour
-        drawn = self.target.draw(guess, patches, batch.images, mask)
-        panels = {
-            "original": patches,
-            f"masked {mask.drop.shape[1] / patches.shape[1]:.0%}": put(
-                patches, mask.drop, nothing[:, : mask.drop.shape[1]]
-            ),
-            "prediction": put(nothing, mask.drop, next(iter(drawn.values()))),
-            **{caption: put(patches, mask.drop, values) for caption, values in drawn.items()},
-        }
+        panels = masked_panels(patches, mask, self.target.draw(guess, patches, batch.images, mask))
         note = (
             f"The decoder predicts {self.asked} of the {guess.shape[1]} hidden patches in training; here it is asked "
             "for all of them, which changes no answer."

@@ -73,8 +73,8 @@ class DVAE(Method):
             "kl": kl.detach(),
             "perplexity": perplexity,
             "codes_used": used,
-            "temperature": perplexity.new_tensor(temperature),
-            "kl_weight": perplexity.new_tensor(kl_weight),
+            "temperature": perplexity.new_full((), temperature),  # filled on the device: nothing waits for the host
+            "kl_weight": perplexity.new_full((), kl_weight),
         }
         return Loss(reconstruction + kl_weight * kl, logs)
 

@@ -30,8 +30,8 @@ from unmask.nn import masks
 from unmask.nn.conv_vae import ConvVAEConfig, require_tokenizer
 from unmask.nn.decoders import DecoderConfig, LightDecoder
 from unmask.nn.masks import Mask
-from unmask.nn.patches import put, take
-from unmask.nn.targets import Pixels, PrincipalComponents, Target, Tokens
+from unmask.nn.patches import take
+from unmask.nn.targets import Pixels, PrincipalComponents, Target, Tokens, masked_panels
 from unmask.nn.vit import ViT, ViTConfig
 
 
@@ -155,16 +155,7 @@ class MAE(Method):
         if not self.everywhere:  # or the guesses would be scored on other patches than the loss
             numbers |= self.target.trivial(patches, batch.images, mask)
 
-        nothing = torch.zeros_like(patches)  # the data set's mean colour
-        drawn = self.target.draw(hidden, patches, batch.images, mask)
-        panels = {
-            "original": patches,
-            f"masked {len(mask.drop[0]) / patches.shape[1]:.0%}": put(
-                patches, mask.drop, nothing[:, : mask.drop.shape[1]]
-            ),
-            "prediction": put(nothing, mask.drop, next(iter(drawn.values()))),
-            **{caption: put(patches, mask.drop, values) for caption, values in drawn.items()},
-        }
+        panels = masked_panels(patches, mask, self.target.draw(hidden, patches, batch.images, mask))
         note = "Only hidden patches are predicted: the loss never asks for the visible ones."
         if self.everywhere:
             note = "The loss asks for all patches; what is drawn are the hidden ones."

@@ -27,8 +27,8 @@ from unmask.batch import Batch, ImageSpec
 from unmask.errors import UserError
 from unmask.method import Clock, Loss, Method, MethodConfig, Picture
 from unmask.nn.masks import Mask
-from unmask.nn.patches import put, take
-from unmask.nn.targets import flat_guesses
+from unmask.nn.patches import take
+from unmask.nn.targets import flat_guesses, masked_panels
 from unmask.nn.vit import Pair, ViT, ViTConfig
 from unmask.rng import Draws
 
@@ -126,13 +126,7 @@ class SimMIM(Method):
 
         trivial = flat_guesses(patches, batch.images.shape[1], mask, self.encoder.grid)
         numbers = {name: mean_absolute(values, truth) for name, values in {"loss": guess, **trivial}.items()}
-        nothing = torch.zeros_like(patches)  # the data set's mean colour
-        panels = {
-            "original": patches,
-            f"masked {mask.drop.shape[1] / patches.shape[1]:.0%}": put(patches, mask.drop, torch.zeros_like(truth)),
-            "prediction": put(nothing, mask.drop, guess),
-            "pasted": put(patches, mask.drop, guess),
-        }
+        panels = masked_panels(patches, mask, {"pasted": guess})
         note = (
             "Only hidden pixels count in the loss; they are predicted as they are, nothing is borrowed from the truth."
         )

@@ -32,20 +32,22 @@ LOGIT_LAPLACE_EPS = 0.1  # pixels are mapped into [0.1, 0.9], where the logit is
 DALLE_BLOCKS = 2  # of each of the four groups
 DALLE_GROUPS = (1, 2, 4, 8)  # their widths over the first one's
 DALLE_EMBEDDING = 128
+SMALL_BLOCKS = 2  # residual blocks on either side, unless another depth is asked for
 
 
 class ConvVAEConfig(Settings):
     """Size of a discrete VAE. `patch`: pixels of one code, (height, width); `codes`: size of the codebook.
 
-    arch "dalle": `width` of the first group (256 in the paper), patch 8 x 8, depth not used. arch "small": `width` of
-    every layer, a square power of two as patch, `depth` residual blocks on either side. loss: what the decoder
-    predicts, and so how it is trained: "mse" the normalised pixels, "logit_laplace" mean and scale of DALL-E's density.
+    arch "dalle": `width` of the first group (256 in the paper), patch 8 x 8, and a depth of its own. arch "small":
+    `width` of every layer, a square power of two as patch, `depth` residual blocks on either side (None: 2). loss: what
+    the decoder predicts, and so how it is trained: "mse" the normalised pixels, "logit_laplace" mean and scale of
+    DALL-E's density.
     """
 
     arch: Literal["small", "dalle"] = "small"
     codes: int = Field(default=512, gt=1)
     width: int = Field(default=64, gt=3)
-    depth: int = Field(default=2, ge=0)
+    depth: int | None = Field(default=None, ge=0)
     patch: Pair = (4, 4)
     loss: Literal["mse", "logit_laplace"] = "mse"
 
@@ -95,17 +97,21 @@ def dalle_decoder(codes: int, width: int, out: int) -> nn.Sequential:
     return nn.Sequential(*layers, nn.ReLU(), conv(width, out, 1))
 
 
+def num_blocks(config: ConvVAEConfig) -> int:
+    return SMALL_BLOCKS if config.depth is None else config.depth
+
+
 def small_encoder(channels: int, config: ConvVAEConfig) -> tuple[nn.Sequential, int]:
     layers: list[nn.Module] = []
     for number in range(config.patch[0].bit_length() - 1):
         layers += [conv(channels if number == 0 else config.width, config.width, 4, 2), nn.ReLU()]
-    layers += [Residual(config.width, config.width, (3, 3, 1), 1.0) for _ in range(config.depth)]
+    layers += [Residual(config.width, config.width, (3, 3, 1), 1.0) for _ in range(num_blocks(config))]
     return nn.Sequential(*layers, nn.ReLU()), config.width
 
 
 def small_decoder(config: ConvVAEConfig, out: int) -> nn.Sequential:
     layers: list[nn.Module] = [conv(config.codes, config.width, 1)]
-    layers += [Residual(config.width, config.width, (1, 3, 3), 1.0) for _ in range(config.depth)]
+    layers += [Residual(config.width, config.width, (1, 3, 3), 1.0) for _ in range(num_blocks(config))]
     for _ in range(config.patch[0].bit_length() - 1):
         layers += [nn.ReLU(), nn.Upsample(scale_factor=2), conv(config.width, config.width, 3)]
     return nn.Sequential(*layers, nn.ReLU(), conv(config.width, out, 1))
@@ -199,8 +205,10 @@ def squeeze(unit: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
 
 
 def require_patch(config: ConvVAEConfig) -> None:
-    """Raises ValueError for a patch that the architecture cannot make."""
+    """Raises ValueError for a patch that the architecture cannot make, or a depth that it would ignore."""
     height, width = config.patch
+    if config.arch == "dalle" and config.depth is not None:
+        raise UserError(f"depth={config.depth} came; the architecture dalle has its own, leave it out")
     if config.arch == "dalle" and config.patch != (8, 8):
         raise UserError(f"a patch of {height} x {width} came; the architecture dalle has 8 x 8 pixels for each code")
     if height != width or height & (height - 1) or height < 2:
@@ -233,10 +241,11 @@ class Tokenizer(nn.Module):
         self.size = (self.grid[0] * config.patch[0], self.grid[1] * config.patch[1])
         factors = [theirs / ours for theirs, ours in zip(patch, config.patch, strict=True)]
         if min(factors) < 1 or factors[0] != factors[1]:
+            fits = [side for side in (16, 8, 4, 2) if side <= min(patch)]
+            other = f", or train a dVAE with method.encoder.patch={fits[0]}" if patch[0] == patch[1] and fits else ""
             raise UserError(
                 f"this tokenizer has a code for {config.patch[0]} x {config.patch[1]} pixels, a patch is {patch[0]} x "
-                f"{patch[1]}: their grids are not the same; set method.encoder.patch=[{config.patch[0]},"
-                f"{config.patch[1]}], or train a dVAE with method.encoder.patch={min(patch)}"
+                f"{patch[1]}: their grids are not the same; set method.encoder.patch={config.patch[0]} here{other}"
             )
         self.encoder = ConvEncoder(config, replace(images, size=self.size))
         self.decoder = ConvDecoder(config, images.channels)

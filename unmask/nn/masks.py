@@ -20,7 +20,7 @@ from unmask.errors import UserError
 from unmask.rng import Draws
 
 BLOCK_TRIES = 10  # in a row without a new block, and the sampler of blocks gives up (BEiT)
-BLOCK_PROPOSALS = 64  # rectangles drawn for every image, far more than are ever needed
+BLOCK_PROPOSALS = 64  # rectangles drawn for every image, more than are needed but with very small blocks
 BLOCK_ASPECT = 0.3  # least height of a block over its width; the greatest is 1 over this
 BEIT_SMALLEST_BLOCK = 16 / 196  # share of the grid
 

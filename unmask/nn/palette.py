@@ -34,8 +34,9 @@ def k_means(pixels: Float[Tensor, "n C"], k: int, seed: int = 0) -> Float[Tensor
     At most 50,000 pixels are looked at, evenly spread over those given. With fewer different pixels than k some colours
     come twice and are never the nearest. The result depends on the pixels and the seed alone.
     """
-    rows = torch.linspace(0, len(pixels) - 1, min(len(pixels), MOST_PIXELS)).long()
-    points = pixels.detach().cpu().double()[rows]
+    count = min(len(pixels), MOST_PIXELS)
+    rows = torch.arange(count, device=pixels.device) * (len(pixels) - 1) // max(1, count - 1)
+    points = pixels.detach()[rows].cpu().double()
     colours = _spread_out(points, k, torch.Generator().manual_seed(seed))
     for _ in range(ROUNDS):
         nearest = nearest_colour(points, colours.float())

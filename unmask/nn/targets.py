@@ -233,3 +233,20 @@ def flat_guesses(
         "visible_mean": visible.repeat(1, 1, pixels),
         "nearest_visible": take(view, nearest_visible(mask, grid)),
     }
+
+
+def masked_panels(
+    patches: Float[Tensor, "B N P"], mask: Mask, drawn: dict[str, Float[Tensor, "B M P"]]
+) -> dict[str, Float[Tensor, "B N P"]]:
+    """What a person looks at: the original, what is visible, the first drawing alone, and each pasted into the image.
+
+    drawn: guesses for mask.drop by their captions, as `Target.draw` returns them. Hidden is the data set's mean colour.
+    """
+    nothing = torch.zeros_like(patches)
+    share = mask.drop.shape[1] / patches.shape[1]
+    return {
+        "original": patches,
+        f"masked {share:.0%}": put(patches, mask.drop, nothing[:, : mask.drop.shape[1]]),
+        "prediction": put(nothing, mask.drop, next(iter(drawn.values()))),
+        **{caption: put(patches, mask.drop, values) for caption, values in drawn.items()},
+    }

@@ -128,7 +128,7 @@ class ViT(nn.Module):
     ) -> Float[Tensor, "B K D"]:
         """Tokens plus position, as `embed`: for mask tokens, which stand where a projected patch would."""
         if self.pos_embed is None:
-            return tokens
+            return tokens.float()  # as the sum with positions is, also under autocast
         table = positions.resize(self.pos_embed[:, 1:], self.grid, grid or self.grid)
         return tokens + (table if where is None else take(table.expand(len(tokens), -1, -1), where))
 

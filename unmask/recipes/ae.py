@@ -38,6 +38,6 @@ def ae_hinton() -> Config:
         recipe="ae_hinton",
         method=ae.Config(encoder=DenseConfig(hidden=(1000, 500, 250), code=30, activation="sigmoid", loss="bce")),
         data=DataConfig(size=(28, 28), channels=1, crop=CropConfig(kind="center", flip=0)),
-        optim=OptimConfig(base_lr=2e-3),
+        optim=OptimConfig(base_lr=2e-3, weight_decay=0),
         train=TrainConfig(batch_size=128, epochs=200),
     )
