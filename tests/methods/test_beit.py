@@ -182,7 +182,7 @@ def mae(**changes) -> MAE:
         (
             (2, 2),
             {},
-            r"a code for 4 x 4 pixels, a patch is 2 x 2: .* set method.encoder.patch=4 here, or train a dVAE with method.encoder.patch=2",
+            r"a code for 4 x 4 pixels, a patch is 2 x 2: .* set method.encoder.patch=4 here, or",
         ),
         ((4, 8), {}, "a patch is 4 x 8: their grids are not the same"),
         ((4, 8), {"patch": (4, 8)}, "a patch of 4 x 8 came for a dVAE"),
