@@ -126,7 +126,12 @@ def test_what_is_no_palette_or_of_other_images_is_refused(images, tmp_path):
 
 @pytest.mark.parametrize(
     ("more", "message"),
-    [({"colours": 1}, "at least 2 colours"), ({"size": 0}, "1 pixel"), ({"out": "x.txt"}, "ends in .json")],
+    [
+        ({"colours": 1}, "2 to 4096"),
+        ({"colours": 100_000}, "2 to 4096"),
+        ({"size": 0}, "at least 1 pixel"),
+        ({"out": "x.txt"}, "ends in .json"),
+    ],
 )
 def test_bad_wishes_are_refused(images, tmp_path, more, message):
     out = tmp_path / more.pop("out", "palette.json")

@@ -193,7 +193,7 @@ def pretrain(
     masks: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="mae: hide these patches; .txt of # and ., .npy or .png.", show_default=False
+            metavar="FILE", help="mae: patches to hide: # in .txt, true in .npy, black in .png.", show_default=False
         ),
     ] = None,
     settings: Settings = None,

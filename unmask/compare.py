@@ -141,12 +141,12 @@ def _by_hand(config: Config) -> list[str]:
     if config.recipe not in (known := all_recipes()):
         return []
     base, found = known[config.recipe](), []
-    both = [key for key in keys(config) if key in set(keys(base)) and key != "data.source"]
+    both = [key for key in keys(config) if key in set(keys(base)) and key not in ("data.source", "graft")]
     for key in both:
         ours, theirs = (_value(tree, key) for tree in (config, base))
         if ours != theirs:
             found.append(f"{key}={ours}")
-    return found
+    return [*found, *(f"{entry.target or 'all weights'} from {entry.run}, step {entry.step}" for entry in config.graft)]
 
 
 def _value(tree: Any, key: str) -> Any:

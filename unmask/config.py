@@ -209,5 +209,7 @@ def explain(error: ValidationError) -> str:
     lines = []
     for item in error.errors():
         where = ".".join(str(part) for part in item["loc"] if not str(part).startswith("function-"))
-        lines.append(f"{where}={item['input']!r} does not fit: {item['msg'].removeprefix('Value error, ')}")
+        message = item["msg"].removeprefix("Value error, ")
+        whole = isinstance(item["input"], dict | BaseModel)  # settings that do not go together: which, says the message
+        lines.append(f"{where}: {message}" if whole else f"{where}={item['input']!r} does not fit: {message}")
     return "; ".join(lines)

@@ -86,7 +86,8 @@ def with_palette(path: str | Path) -> list[str]:
         method = read_config(run).method.name
         if method != "igpt":
             raise ConfigError(
-                f"--palette {path} is a run of {method}, the run of an iGPT or a file of `unmask palette` was expected"
+                f"--palette {path} is a run of {method}, the run of an iGPT or a file of `unmask palette` was "
+                "expected: make one with `unmask palette DATA`"
             )
         colours = checkpoint.load_model(run)[1]["encoder.palette"].tolist()
         dtype = read_plan(run).images.dtype

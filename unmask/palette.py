@@ -32,6 +32,7 @@ from unmask.start import DataError
 from unmask.use import Readable
 
 MOST_IMAGES = 512
+MOST_COLOURS = 4096  # k-means of more takes minutes, and a head of more colours than pixels in an image makes no sense
 DRAWN = 8
 
 
@@ -44,8 +45,10 @@ def make_palette(data: str, *, colours: int, size: int, out: Path, console: Cons
     if out.suffix != ".json":
         raise UserError(f"palette file {out} came; a name that ends in .json was expected")
     require_png(picture := out.with_suffix(".png"))
-    if colours < 2 or size < 1:
-        raise UserError(f"{colours} colours at {size} pixels came; at least 2 colours and 1 pixel were expected")
+    if not 2 <= colours <= MOST_COLOURS or size < 1:
+        raise UserError(
+            f"{colours} colours at {size} pixels came; 2 to {MOST_COLOURS} colours and at least 1 pixel were expected"
+        )
     source = open_source(data)
     with console.progress("checking files", min(len(source), MOST_IMAGES)) as bar:
         found = scan(source, sample=MOST_IMAGES, progress=bar.update)

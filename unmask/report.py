@@ -103,8 +103,10 @@ def _probe(run: Run, file: Path) -> dict[str, Any]:
         str(probe.get("kind")), str(probe.get("kind"))
     )
     shots = f", {probe['shots']} labels per class" if probe.get("shots") else ""
+    layer = f", layer {probe['layer']}" if probe.get("layer") else ""
+    masks = f", {probe['masks']} masks" if probe.get("masks") else ""
     best = max((row["accuracy"] for row in probe.get("rows", [])), default=0.0)
-    return {**probe, "title": title + shots, "best": best}
+    return {**probe, "title": title + shots + layer + masks, "best": best}
 
 
 def _facts(plan: dict[str, Any], status: dict[str, Any], trained: list[dict[str, Any]]) -> list[tuple[str, str]]:

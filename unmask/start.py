@@ -110,6 +110,7 @@ def start_run(
             run.add_quarantine({"name": bad.name, "code": bad.code, "detail": bad.detail, "row": int(row)})
         checkpoint.check_space(run, (config.train.keep_checkpoints + 1) * 12 * plan.parameters)
         say_plan(plan, config, console)
+        say_taken(config, console)
         _train(run, config, plan, images, console)
     return run
 
@@ -400,6 +401,16 @@ def batch_seconds(images: Images, batch: int, workers: int, *, cached: bool) -> 
     start = time.perf_counter()
     images[taken]
     return (time.perf_counter() - start) * batch / len(taken.index) / max(1, workers)
+
+
+def say_taken(config: Config, console: Console) -> None:
+    """What came from files, in numbers, so that a mask upside down or another palette is seen at once."""
+    method: Any = config.method
+    if (patterns := getattr(method, "pattern", None)) is not None:
+        marks = "".join(patterns[0])
+        console.say(f"masks: {len(patterns)} drawn, {marks.count('#')} of {len(marks)} patches hidden")
+    if (palette := getattr(method, "palette", None)) is not None:
+        console.say(f"palette: {len(palette)} colours, given")
 
 
 def say_plan(plan: Plan, config: Config, console: Console) -> None:

@@ -170,7 +170,8 @@ def read_patterns(rows: Sequence[Sequence[str]], grid: tuple[int, int]) -> Bool[
         if len(pattern) != grid[0] or shape != {grid[1]}:
             came = f"{len(pattern)} x {shape.pop() if len(shape) == 1 else 'unequal'}"
             raise UserError(
-                f"mask pattern {number} is {came}; the grid has {grid[0]} x {grid[1]} patches, one mark each"
+                f"mask pattern {number} is {came}; the grid has {grid[0]} x {grid[1]} patches, one mark each: draw it "
+                "anew, or change data.size or method.encoder.patch"
             )
         if wrong := set("".join(pattern)) - set("#."):
             raise UserError(f"mask pattern {number} has {sorted(wrong)}; '#' hides a patch and '.' shows it")
