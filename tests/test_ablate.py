@@ -641,3 +641,16 @@ def test_the_command_leaves_with_75_when_stopped_and_goes_on_with_the_same_comma
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["state"] == "finished"
     assert "encoder-with-mask-tokens-seed-0: going on" in done.stderr
+
+
+def test_the_page_says_when_no_cell_is_above_the_controls():
+    def cell(accuracy):
+        return {"linear": None if accuracy is None else {"mean": accuracy}}
+
+    controls = [{"features": name, "linear": {"accuracy": value}} for name, value in (("raw", 0.4), ("random", 0.3))]
+    assert (
+        beside.helped([cell(0.5), cell(0.35), cell(None)], controls)
+        == "1 of 2 cells are above raw (40.0%, linear probe)."
+    )
+    assert "pre-training has not helped in any cell" in beside.helped([cell(0.35)], controls)
+    assert beside.helped([cell(None)], controls) == beside.helped([cell(0.5)], []) == ""

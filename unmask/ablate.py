@@ -142,6 +142,8 @@ def ablate(
     for row in summary["rows"]:
         console.say("  " + row["sentence"])
     console.say(summary["agreement"]["sentence"])
+    if summary["helped"]:
+        console.say(summary["helped"])
     console.say(f"table: {folder / 'table.html'}")
     if stopped:
         console.say(f"stopped; go on with: {shlex.join(['unmask', *sys.argv[1:]])} (the same command)")

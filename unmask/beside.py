@@ -57,6 +57,7 @@ def gather(folder: Path, state: str) -> dict[str, Any]:
     if state == "finished" and any(row["state"] == "failed" for row in rows):
         state = "failed"
     asked, measure = decided["asked"], decided.get("measure", "linear")
+    controls = _controls(rows)
     return {
         "table": asked["table"],
         "title": decided["title"],
@@ -73,7 +74,8 @@ def gather(folder: Path, state: str) -> dict[str, Any]:
         "pool": POOL,
         "measure": measure,
         "rows": rows,
-        "controls": _controls(rows),
+        "controls": controls,
+        "helped": helped(rows, controls),
         "agreement": agreement(rows, published=asked["table"] != "family", measure=measure),
         "device": decided["device"],
         "versions": decided["versions"],
@@ -261,6 +263,18 @@ def _sentence(row: dict[str, Any], measure: str) -> str:
 
 def _percent(score: dict[str, Any]) -> str:
     return f"{100 * score['mean']:.1f} % ({100 * score['low']:.1f} to {100 * score['high']:.1f})"
+
+
+def helped(rows: Sequence[dict[str, Any]], controls: Sequence[dict[str, Any]]) -> str:
+    """How many cells are above the best control by linear probe: an order of cells that learnt nothing says nothing."""
+    measured = [row["linear"]["mean"] for row in rows if row["linear"] is not None]
+    beside = {f"{c['features']}": c["linear"]["accuracy"] for c in controls if c.get("linear")}
+    if not measured or not beside:
+        return ""
+    best = max(beside, key=lambda name: beside[name])
+    above = sum(value > beside[best] for value in measured)
+    said = f"{above} of {len(measured)} cells are above {best} ({beside[best]:.1%}, linear probe)."
+    return said if above else said + " So pre-training has not helped in any cell, and their order says little."
 
 
 # ---------------------------------------------------------------------------------------------------------- agreement
