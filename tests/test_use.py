@@ -549,7 +549,7 @@ def test_the_best_layer_is_chosen_without_the_test_images(igpt, labelled, tmp_pa
     first = probe(igpt["ar"], labelled, test=str(test), controls=True, console=console)
     rows = {row["features"]: row for row in first["rows"]}
     assert "layer" not in rows[RAW_PIXELS]
-    assert "best knn probe of layers 0 to 3" in rows[PRETRAINED]["layer"]["why"]
+    assert "best linear probe of layers 0 to 3" in rows[PRETRAINED]["layer"]["why"]
     assert rows[RANDOM_INIT]["layer"]["last"] == 3, "the control has the same choice"
     assert any(f"layer {rows[PRETRAINED]['layer']['number']} of 3" in line for line in console.said)
     (test / "class0").rename(tmp_path / "aside")  # other labels, fewer images

@@ -122,8 +122,11 @@ class BEiT(Method):
                 nn.init.trunc_normal_(part.weight, std=INIT_STD, a=-INIT_STD, b=INIT_STD)
                 if part.bias is not None:
                     nn.init.zeros_(part.bias)
-        nn.init.trunc_normal_(self.encoder.cls_token, std=INIT_STD, a=-INIT_STD, b=INIT_STD)
-        nn.init.trunc_normal_(self.mask_token, std=INIT_STD, a=-INIT_STD, b=INIT_STD)
+        tokens = [self.encoder.cls_token, self.mask_token]
+        if self.encoder.pos_embed is not None and self.encoder.pos_embed.requires_grad:
+            tokens.append(self.encoder.pos_embed)
+        for token in tokens:
+            nn.init.trunc_normal_(token, std=INIT_STD, a=-INIT_STD, b=INIT_STD)
         for number, block in enumerate(self.encoder.blocks, 1):
             assert isinstance(block, Block)
             block.attn.proj.weight.div_((2 * number) ** 0.5)

@@ -113,11 +113,23 @@ class DVAE(Method):
         return Picture(panels, note, numbers)
 
     def _colour(self, ids: Tensor, size: torch.Size) -> Tensor:
-        """(B, R, S) -> (B, C, H, W) in the files' units: codes with neighbouring numbers look different."""
+        """(B, R, S) -> (B, C, H, W) in the files' units: the codes' colours are spread evenly over all there are."""
         low, high = self.encoder.low[:, None, None], self.encoder.high[:, None, None]
-        steps = 0.618034 ** torch.arange(1, len(low) + 1, device=ids.device)  # powers of the golden ratio
+        steps = spread(len(low)).to(ids.device)
         shares = (ids[:, None] * steps[:, None, None]).frac()
         return F.interpolate(low + shares * (high - low), tuple(size), mode="nearest")
+
+
+def spread(channels: int) -> Tensor:
+    """(C,) steps whose multiples, modulo 1, fill the unit cube evenly (Roberts 2018, "R-sequence").
+
+    They are powers of 1 / g with g ** (C + 1) = g + 1; for one channel g is the golden ratio, whose powers would put
+    the colours of three channels on a line.
+    """
+    g = 1.0
+    for _ in range(60):  # converges from anywhere
+        g = (1 + g) ** (1 / (channels + 1))
+    return g ** -torch.arange(1.0, channels + 1)
 
 
 def half_cosine(start: float, end: float, progress: float) -> float:

@@ -74,7 +74,8 @@ def conv(inside: int, outside: int, kernel: int, stride: int = 1) -> nn.Conv2d:
     """A convolution that keeps the size (or divides it by `stride`), initialised as in openai/DALL-E."""
     layer = nn.Conv2d(inside, outside, kernel, stride, padding=(kernel - 1) // 2)
     nn.init.normal_(layer.weight, std=(inside * kernel**2) ** -0.5)
-    nn.init.zeros_(layer.bias if layer.bias is not None else torch.zeros(0))
+    assert layer.bias is not None
+    nn.init.zeros_(layer.bias)
     return layer
 
 
@@ -195,8 +196,12 @@ class ConvDecoder(nn.Module):
         return self.layers(shares)
 
     def paint(self, ids: Int[Tensor, "B R S"]) -> Float[Tensor, "B O H W"]:
-        """As `forward`, for one code at every place."""
-        return self(F.one_hot(ids, self.codes).permute(0, 3, 1, 2).float())
+        """As `forward` with one-hot shares, whose product with the codebook is a look-up and needs V times less memory."""
+        book = self.layers[0]
+        assert isinstance(book, nn.Conv2d), "the 1 x 1 convolution that is the codebook"
+        assert book.bias is not None
+        meaning = F.embedding(ids, book.weight.flatten(1).T) + book.bias  # (B, R, S, D)
+        return self.layers[1:](meaning.permute(0, 3, 1, 2))
 
 
 def squeeze(unit: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
