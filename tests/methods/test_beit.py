@@ -132,12 +132,39 @@ def test_what_a_block_adds_shrinks_with_depth():
     assert float(blocks[0].mlp.fc1.weight.detach().abs().max()) <= 0.02
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"positions": "learned"}, {"positions": "absent", "relative_bias": True, "layer_scale": 0.1}],
+    ids=["paper", "code"],
+)
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_gradient_reaches_what_the_encoders_options_add(options, precision):
+    """The contract knows the nano recipe, which has none of them."""
+    torch.manual_seed(0)
+    method, batch = beit(encoder=options), batch_of()
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
+        loss = method(batch, clock(batch)).value
+    loss.backward()
+    assert not [name for name, p in method.named_parameters() if p.requires_grad and not p.grad.abs().max() > 0]
+    added = [name for name, _ in method.encoder.named_parameters() if name.split(".")[-1] in ("table", "gamma")]
+    assert len(added) == (5 if "relative_bias" in options else 0), "one table for all blocks, two factors for each"
+
+
+def test_learned_positions_start_as_in_the_released_code():
+    torch.manual_seed(0)
+    learned = beit(encoder={"positions": "learned"}).encoder.pos_embed.detach()
+    assert 0.01 < float(learned.abs().max()) <= 0.02
+    assert float(beit().encoder.pos_embed.abs().max()) == 1, "sine and cosine are left alone"
+
+
 def test_the_loss_looks_at_hidden_patches_only():
     method, batch = beit(), batch_of()
     mask = method.sample(clock(batch))
     truth = method.target(method.encoder.patches(batch.images), batch.images)
     assert truth.shape == (4, 24, 1)
     scores = method.guess(method.encoder.patches(batch.images), mask)
+    likeliest = (scores.argmax(-1) == truth.gather(1, mask.drop[..., None])[..., 0]).float().mean()
+    assert float(method(batch, clock(batch)).logs["code_accuracy"]) == pytest.approx(float(likeliest))
     expected = torch.nn.functional.cross_entropy(scores.flatten(0, 1), truth.gather(1, mask.drop[..., None]).flatten())
     assert float(method(batch, clock(batch)).value.detach()) == pytest.approx(float(expected.detach()), rel=1e-6)
 

@@ -8,7 +8,7 @@ import torch
 from unmask.batch import Batch, ImageSpec
 from unmask.errors import UserError
 from unmask.method import Clock
-from unmask.methods.dvae import DVAE, Config, gumbel_softmax, half_cosine, kl_to_uniform, logit_laplace, usage
+from unmask.methods.dvae import DVAE, Config, gumbel_softmax, half_cosine, kl_to_uniform, logit_laplace, spread, usage
 from unmask.nn.conv_vae import ConvDecoder, ConvEncoder, ConvVAEConfig, Tokenizer, squeeze
 from unmask.recipes.dvae import dvae_dalle, dvae_nano
 from unmask.rng import Draws
@@ -147,6 +147,27 @@ def test_a_tokenizer_with_its_weights_sees_the_same_codes():
     assert torch.equal(tokenizer.ids(batch.images), ids.flatten(1))
     painted = method.encoder.images(method.decoder.paint(ids))
     assert torch.equal(tokenizer.paint(ids.flatten(1), (16, 24)), painted)
+
+
+@torch.no_grad()
+def test_the_picture_shows_the_likeliest_codes():
+    method, batch = dvae(), batch_of()
+    ids = method.encoder.logits(batch.images).argmax(1)
+    picture = method.eval().picture(batch, clock(batch))
+    shares = torch.nn.functional.one_hot(ids, 16).permute(0, 3, 1, 2).float()
+    assert torch.allclose(picture.panels["from its codes"], method.encoder.images(method.decoder(shares)), atol=0.01)
+    drawn = picture.panels["codes"][:, :, 2::4, 2::4]  # one pixel of each code
+    for code in ids.unique():
+        assert len(drawn.movedim(1, -1)[ids == code].unique(dim=0)) == 1, "a code has one colour"
+    truth = (batch.images.float() - 120 + torch.tensor([0.0, 10, 20])[:, None, None]) / 60
+    assert float(picture.numbers["data_mean_colour"]) == pytest.approx(float(truth.square().mean()), rel=1e-5)
+
+
+@pytest.mark.parametrize(("channels", "apart"), [(1, 0.001), (3, 0.1), (5, 0.2)])
+def test_colours_of_codes_lie_apart(channels, apart):
+    colours = (torch.arange(256)[:, None] * spread(channels)).frac().double()
+    assert colours.shape == (256, channels)
+    assert torch.pdist(colours).min() > apart
 
 
 def test_features_are_the_hidden_map_in_raster_order():

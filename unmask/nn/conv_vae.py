@@ -186,7 +186,6 @@ class ConvDecoder(nn.Module):
 
     def __init__(self, config: ConvVAEConfig, channels: int) -> None:
         super().__init__()
-        self.codes = config.codes
         out = channels * (2 if config.loss == "logit_laplace" else 1)
         dalle = config.arch == "dalle"
         self.layers = dalle_decoder(config.codes, config.width, out) if dalle else small_decoder(config, out)
@@ -196,7 +195,7 @@ class ConvDecoder(nn.Module):
         return self.layers(shares)
 
     def paint(self, ids: Int[Tensor, "B R S"]) -> Float[Tensor, "B O H W"]:
-        """As `forward` with one-hot shares, whose product with the codebook is a look-up and needs V times less memory."""
+        """As `forward` with one-hot shares, whose product with the codebook is a look-up, in V times less memory."""
         book = self.layers[0]
         assert isinstance(book, nn.Conv2d), "the 1 x 1 convolution that is the codebook"
         assert book.bias is not None
