@@ -13,7 +13,7 @@ from unmask.methods.beit import BEiT, Config
 from unmask.methods.mae import MAE
 from unmask.methods.mae import Config as MAEConfig
 from unmask.nn.conv_vae import ConvVAEConfig
-from unmask.nn.masks import Mask
+from unmask.nn.masks import Mask, block_mask, random_mask
 from unmask.nn.vit import ViTConfig
 from unmask.optim import OptimConfig, make_optimizer
 from unmask.recipes.beit import beit_base, beit_large
@@ -127,8 +127,10 @@ def test_sizes_and_settings_of_the_paper():
 def test_what_a_block_adds_shrinks_with_depth():
     torch.manual_seed(0)
     blocks = beit(encoder={"width": 128, "depth": 4}).encoder.blocks
-    spreads = [float(block.mlp.fc2.weight.detach().std()) for block in blocks]
-    assert spreads[0] / spreads[3] == pytest.approx(2, rel=0.05)
+    for weights in ([block.mlp.fc2.weight for block in blocks], [block.attn.proj.weight for block in blocks]):
+        spreads = [float(weight.detach().std()) for weight in weights]
+        assert spreads[0] / spreads[3] == pytest.approx(2, rel=0.05)
+        assert float(weights[0].detach().abs().max()) == pytest.approx(0.02 / 2**0.5, rel=0.01)
     assert float(blocks[0].mlp.fc1.weight.detach().abs().max()) <= 0.02
 
 
@@ -240,8 +242,29 @@ def test_the_ablations_of_the_paper_can_be_built():
     assert pixels.head.out_features == 48
     assert pixels(batch, clock(batch)).value > 0
     assert not [name for name in pixels.state_dict() if name.startswith("target.")]
-    shuffled = beit(mask="random")
-    assert shuffled.sample(clock(batch)).drop.shape == beit().sample(clock(batch)).drop.shape
+    patches = pixels.encoder.patches(batch.images)
+    assert torch.equal(pixels.target(patches, batch.images), patches), "not normalised within a patch"
+    rng, grid, ratio = clock(batch).rng, (4, 6), 75 / 196
+    blocks, shuffled = beit().sample(clock(batch)), beit(mask="random").sample(clock(batch))
+    assert torch.equal(blocks.drop, block_mask(4, grid, ratio, rng).drop)
+    assert torch.equal(shuffled.drop, random_mask(4, grid, ratio, rng).drop)
+    assert shuffled.drop.shape == blocks.drop.shape
+
+
+@torch.no_grad()
+def test_the_picture_pastes_what_the_guessed_and_the_true_codes_mean():
+    method, batch = beit().eval(), batch_of()
+    tokenizer, mask = method.target.tokenizer, method.sample(clock(batch))
+    ids = tokenizer.ids(batch.images)
+    guess = method.guess(method.encoder.patches(batch.images), mask)
+    hidden = mask.hidden().unflatten(1, (4, 6)).repeat_interleave(4, 1).repeat_interleave(4, 2)[:, None]  # of pixels
+    picture = method.picture(batch, clock(batch))
+    for caption, codes in (("pasted", ids.scatter(1, mask.drop, guess.argmax(-1))), ("pasted, true codes", ids)):
+        expected = torch.where(hidden, tokenizer.paint(codes, (16, 24)), batch.images.float())
+        assert torch.allclose(picture.panels[caption], expected, atol=0.01), caption
+    _, counts = ids.gather(1, mask.drop).unique(return_counts=True)
+    shares = counts / counts.sum()
+    assert float(picture.numbers["code_frequencies"]) == pytest.approx(float(-(shares * shares.log()).sum()), rel=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------------------ in a Run

@@ -11,7 +11,7 @@ from unmask.method import Clock
 from unmask.methods.dvae import DVAE, Config, gumbel_softmax, half_cosine, kl_to_uniform, logit_laplace, spread, usage
 from unmask.nn.conv_vae import ConvDecoder, ConvEncoder, ConvVAEConfig, Tokenizer, squeeze
 from unmask.recipes.dvae import dvae_dalle, dvae_nano
-from unmask.rng import Draws
+from unmask.rng import Draws, Stream
 
 SPEC = ImageSpec(3, (16, 24), "uint8", (120.0, 110.0, 100.0), (60.0, 60.0, 60.0))
 
@@ -106,9 +106,12 @@ def test_gumbel_choices_follow_the_softmax_and_harden_with_the_temperature():
 
 
 def test_extreme_draws_stay_finite(monkeypatch):
-    monkeypatch.setattr(Draws, "uniform", lambda self, count, stream: torch.tensor([[0.0, 1 - 2.0**-24]]))
+    streams = []
+    ends = torch.tensor([[0.0, 1 - 2.0**-24]])
+    monkeypatch.setattr(Draws, "uniform", lambda self, count, stream: streams.append(stream) or ends)
     found = gumbel_softmax(torch.zeros(1, 2, 1, 1), 1 / 16, clock(batch_of()).rng)
     assert found.isfinite().all()
+    assert streams == [Stream.CODES], "draws of their own"
 
 
 @torch.no_grad()
@@ -120,8 +123,8 @@ def test_the_loss_is_reconstruction_plus_weighted_kl():
         assert float(loss.value) == pytest.approx(logs["reconstruction"] + logs["kl_weight"] * logs["kl"], rel=1e-5)
         assert logs["kl_weight"] == pytest.approx(half_cosine(0.0, 0.5, step / 10))
         assert logs["temperature"] == pytest.approx(half_cosine(1.0, 1 / 16, step / 10))
-        assert 1 <= logs["perplexity"] <= 16
-        assert 1 / 16 <= logs["codes_used"] <= 1
+        perplexity, used = usage(method.encoder.logits(batch.images).argmax(1), 16)
+        assert (logs["perplexity"], logs["codes_used"]) == (float(perplexity), float(used))
 
 
 @torch.no_grad()
@@ -131,6 +134,9 @@ def test_with_logit_laplace_the_picture_is_in_the_files_units():
     rebuilt = picture.panels["from its codes"]
     assert rebuilt.shape == batch.images.shape
     assert 0 <= rebuilt.min() <= rebuilt.max() <= 255
+    guess = torch.randn(4, 6, 16, 24)
+    expected = logit_laplace(guess, 0.1 + 0.8 * batch.images / 255)
+    assert float(method.reconstruction(guess, batch.images)) == pytest.approx(float(expected), rel=1e-5)
     assert method.encoder.unit(batch.images).min() >= 0
     assert squeeze(torch.tensor([0.0, 1.0]).reshape(1, 1, 1, 2)).flatten().tolist() == pytest.approx([0.1, 0.9])
     assert "of the codes occur" in picture.note

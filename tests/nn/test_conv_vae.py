@@ -24,6 +24,13 @@ def test_a_code_for_every_patch_and_every_pixel_back(side):
     assert ConvDecoder(config, 3)(logits.softmax(1)).shape == (4, 3, 32, 48)
 
 
+def test_depth_is_the_number_of_residual_blocks_on_either_side():
+    for depth in (0, 3):
+        config = SMALL.model_copy(update={"depth": depth})
+        for network in (ConvEncoder(config, SPEC), ConvDecoder(config, 3)):
+            assert sum(isinstance(part, Residual) for part in network.modules()) == depth
+
+
 @pytest.mark.parametrize("config", [SMALL, DALLE], ids=["small", "dalle"])
 @torch.no_grad()
 def test_painting_ids_is_decoding_one_hot_shares(config):
@@ -86,11 +93,11 @@ def test_a_tokenizer_keeps_the_normalisation_it_was_trained_with():
 
 @torch.no_grad()
 def test_a_tokenizer_shrinks_without_aliasing():
-    """Stripes finer than a shrunken pixel become flat: the same codes wherever they begin."""
+    """Stripes as fine as a shrunken pixel become flat; without a filter only some of their pixels would count."""
     torch.manual_seed(0)
     tokenizer = Tokenizer(SMALL, SPEC, (16, 16))
     assert tokenizer.size == (8, 12)
-    stripes = torch.arange(48).remainder(2).mul(255).to(torch.uint8).expand(1, 3, 32, 48)
+    stripes = torch.tensor([255, 0, 0, 255], dtype=torch.uint8).repeat(12).expand(1, 3, 32, 48)
     seen = []
     real = tokenizer.encoder.logits
     tokenizer.encoder.logits = lambda images: seen.append(images) or real(images)

@@ -101,6 +101,16 @@ def test_other_sizes_interpolate_the_bias(options):
     assert torch.equal(wide[:, 0, 1], encoder.relative_bias()[:, 0, 1]), "the class token's are not interpolated"
 
 
+@torch.no_grad()
+def test_an_interpolated_bias_keeps_rows_and_columns_apart():
+    """A bias that grows to the right only still does, and up and down it stays alike."""
+    bias = RelativeBias((2, 3), heads=1)
+    bias.table[:-3] = torch.arange(5.0).repeat(3)[:, None]  # 3 x 5 offsets
+    wide = bias(None, (4, 4))[0, 1:, 1:].unflatten(1, (4, 4))[0]  # patch 0 looks at each patch: (rows, cols)
+    assert torch.allclose(wide, wide[:1].expand(4, -1), atol=1e-5)
+    assert wide[0].diff().lt(-0.3).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_bias_is_added_to_the_scores(dtype):
     torch.manual_seed(0)
