@@ -19,6 +19,7 @@ from unmask import beside, finetune, start
 from unmask.ablate import ablate
 from unmask.beside import agreement, difference, find_probe, write_table
 from unmask.config import ConfigError
+from unmask.console import Console
 from unmask.data.sources import open_source
 from unmask.errors import TrainingFailed, UserError
 from unmask.finetune import split
@@ -141,11 +142,13 @@ def test_what_was_decided_is_kept(unbroken, data):
 # ----------------------------------------------------------------------------------------------------------- going on
 
 
-def test_a_finished_table_is_left_alone(unbroken, data, monkeypatch):
+def test_a_finished_table_is_left_alone_and_said_once(unbroken, data, monkeypatch, capsys):
     folder, summary = unbroken
     monkeypatch.setattr(start, "pretrain", lambda *_, **__: pytest.fail("trained again"))
     monkeypatch.setattr(module, "probe_kinds", lambda *_, **__: pytest.fail("probed again"))
-    assert without_times(make(data, folder)) == without_times(summary)
+    assert without_times(make(data, folder, console=Console())) == without_times(summary)
+    said = capsys.readouterr().err
+    assert [said.count(row["sentence"]) for row in summary["rows"]] == [1, 1]
 
 
 @pytest.mark.parametrize("stopped_in", ["first cell", "second cell"])

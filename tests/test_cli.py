@@ -13,6 +13,9 @@ from conftest import SMALL_RUN, write_images
 from PIL import Image
 
 from unmask import cli
+from unmask.config import DataConfig, TrainConfig, keys, override
+from unmask.optim import OptimConfig
+from unmask.recipes.catalogue import all_recipes, describe
 
 VERBS = [
     "demo", "check", "pretrain", "resume", "reconstruct", "probe", "embed", "ablate", "compare", "report", "plan",
@@ -105,7 +108,8 @@ def test_everything_one_does_with_a_run(unmask, run_folder, images, tmp_path):
         assert all(row["low"] <= row["accuracy"] <= row["high"] for row in rows)
     code, out, err = unmask("report", "run", "--json")
     assert code == 0, err
-    assert "Linear probe, 5 labels per class" in (run_folder / "report.html").read_text()
+    page = (run_folder / "report.html").read_text()
+    assert f"Linear probe on {labelled}, tested on a held-out fifth of {labelled}, 5 labels per class" in page
     assert unmask("resume", "run")[0] == 0
 
 
@@ -132,6 +136,44 @@ def test_recipes_and_one_of_them(unmask):
     code, _, err = unmask("recipes", "mae_bse")
     assert code == 2
     assert "did you mean mae_base" in err
+
+
+def test_one_recipe_for_a_person_says_what_settings_mean_and_may_be(unmask):
+    code, out, _ = unmask("recipes", "mae_nano")
+    assert code == 0
+    assert out.startswith("Images of 32 to 64 pixels on any processor")
+    lines = [" ".join(line.split()) for line in out.splitlines()]
+    for line in (
+        "# MAE's settings; the defaults are the paper's, with its best target.",
+        "method.encoder.patch = [4,4] # each above 0",
+        "method.mask = random # random, block, grid or pattern",
+        "method.mask_ratio = 0.75 # above 0 and below 1",
+        "method.smallest_block = none # above 0, or none",
+        "method.pca_whiten = false # true or false",
+        "method.tokenizer = none",
+        "train.seed = 0 # at least 0 and below 9223372036854775808",
+    ):
+        assert line in lines
+    for section in ("method", "data", "optim", "train"):
+        assert f"\n\n# {section}:\n" in out, "sections are apart"
+
+
+def test_what_is_printed_of_every_recipe_is_what_set_takes():
+    for name, recipe in all_recipes().items():
+        printed = [
+            line.split("  # ")[0] for line in describe(name).splitlines() if line.split(" ")[0] in keys(recipe())
+        ]
+        assert [line.split(" ")[0] for line in printed] == keys(recipe())
+        other = recipe().model_copy(update={"optim": OptimConfig(), "train": TrainConfig(), "data": DataConfig()})
+        assert override(other, printed) == recipe()
+
+
+def test_the_two_kinds_of_masks_and_the_layers_are_told_apart_in_the_help(unmask):
+    pretrain, probe = (" ".join(unmask(verb, "--help")[1].replace("│", " ").split()) for verb in ("pretrain", "probe"))
+    assert "a FILE" in pretrain
+    assert "a NUMBER of random masks" in probe
+    assert "0 hides nothing" in probe
+    assert "0 is what the first block is given" in probe
 
 
 def bad_inputs(tmp_path):

@@ -78,6 +78,7 @@ def test_a_shared_probe_is_set_side_by_side(runs, labelled, tmp_path):
     assert shared["rows"][0]["accuracy"] == max(accuracies.values())
     assert set(shared["rows"][0]["pools"]) == {"cls", "mean"}
     assert summary["not_comparable"] == []
+    assert shared["title"] == f"k nearest neighbours on {labelled}, tested on a held-out fifth of {labelled}"
     assert shared["title"] in html.unescape((tmp_path / "both.html").read_text())
 
 
@@ -91,6 +92,9 @@ def test_probes_that_differ_are_named_and_not_compared(runs, labelled, tmp_path,
     assert "was measured for a only" in said
     assert "was measured for b only" in said
     assert "No probe is shared" in said
+    page = html.unescape((tmp_path / "both.html").read_text())
+    assert page.count('class="verdict warning"') == 1, "one box for all of them"
+    assert [line for line in summary["not_comparable"] if f"<li>{line}</li>" in page] == summary["not_comparable"]
 
 
 def test_other_test_images_are_another_measurement(runs, labelled, tmp_path):

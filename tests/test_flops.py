@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 
+from unmask import flops as flops_module
 from unmask.batch import ImageSpec
 from unmask.config import override
 from unmask.console import Console
@@ -13,6 +14,7 @@ from unmask.errors import UserError
 from unmask.flops import COUNTED, blocks_flops, build_unallocated, count_flops, typical_images
 from unmask.method import Loss
 from unmask.nn.blocks import Block
+from unmask.plan import example_batch
 from unmask.recipes.catalogue import all_recipes, find
 
 GIGA = 1e9
@@ -106,9 +108,16 @@ def test_mask_tokens_in_the_encoder_cost_what_the_paper_says_they_do():
     assert with_tokens["ratios"] == {}, "nothing is saved where nothing is left out"
 
 
-@pytest.mark.parametrize("name", [name for name in all_recipes() if name.endswith("_nano")])
-def test_every_method_can_be_counted_and_its_costs_be_said(name):
-    found = recipe_costs(name)
+EVERY_METHOD = [(name, []) for name in all_recipes() if name.endswith("_nano")]
+EVERY_TARGET = [("mae_nano", [f"method.target={target}"]) for target in ("pixels", "pca", "tokens")]
+
+
+@pytest.mark.parametrize(("name", "settings"), EVERY_METHOD + EVERY_TARGET)
+def test_every_method_can_be_counted_without_computing_and_its_costs_be_said(name, settings, monkeypatch):
+    devices = []
+    monkeypatch.setattr(flops_module, "example_batch", lambda *a: devices.append(a[-1]) or example_batch(*a))
+    found = recipe_costs(name, settings=settings)
+    assert devices == ["meta"]
     flops = found["flops"]
     assert flops["encoder"] + flops["decoder"] + flops["rest"] == flops["forward"]
     assert 0 < flops["forward"] < flops["training"] <= 3 * flops["forward"]

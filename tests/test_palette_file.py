@@ -137,3 +137,19 @@ def test_bad_wishes_are_refused(images, tmp_path, more, message):
     out = tmp_path / more.pop("out", "palette.json")
     with pytest.raises(UserError, match=message):
         make(images, out, **more)
+
+
+@pytest.mark.parametrize(
+    ("there", "message"),
+    [
+        (["palette.json"], r"palette file .*palette\.json exists already; choose another --out, or remove it"),
+        (["palette.png"], r"palette file .*palette\.png exists already"),
+        (["palette.json", "palette.png"], r"palette\.json and .*palette\.png exist already; .* remove both"),
+    ],
+)
+def test_nothing_is_overwritten_and_no_image_read_before(tmp_path, there, message):
+    for name in there:
+        (tmp_path / name).write_text("mine")
+    with pytest.raises(UserError, match=message):
+        make(tmp_path / "no-images", tmp_path / "palette.json")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"] * len(there)

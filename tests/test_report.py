@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from unmask.report import curve_note, smooth, write_report
+from unmask.report import curve_note, probe_title, smooth, write_report
 from unmask.run import Run, RunError
 
 PROBE = {
@@ -129,3 +129,11 @@ def test_the_report_is_written_without_torch(tmp_path):
         "sys.exit(any(name.split('.')[0] == 'torch' for name in sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", code, str(run.path)], check=False).returncode == 0
+
+
+def test_a_probes_title_says_what_was_asked_for():
+    assert probe_title(PROBE) == "Linear probe on birds, tested on birds-test"
+    asked = PROBE | {"kind": "knn", "shots": 1, "seed": 2, "layer": "0", "masks": 0}
+    assert probe_title(asked) == (
+        "k nearest neighbours on birds, tested on birds-test, 1 label per class, seed 2, layer 0, 0 masks"
+    )

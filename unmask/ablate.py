@@ -127,15 +127,17 @@ def ablate(
             decided = decide(which, asked, source, min(asked.shots or most_shots, most_shots), console)
             replace_file(folder / "ablation.json", json.dumps(decided, indent=2).encode("ascii") + b"\n")
         say_decided(decided, console)
-        stopped = False
+        stopped, said = False, sentences(write_table(folder, "running"))
         try:
             with terminable():
                 for seed in range(asked.seeds):
                     for cell in decided["cells"]:
                         if cell["name"] not in SHARED or seed == 0:
                             make(folder, decided, cell, seed, console)
-                            done = write_table(folder, "running")
-                            console.say(next(row["sentence"] for row in done["rows"] if row["name"] == cell["name"]))
+                            now = sentences(write_table(folder, "running"))
+                            if now[cell["name"]] != said[cell["name"]]:  # what was there before is in the table below
+                                console.say(now[cell["name"]])
+                            said = now
         except KeyboardInterrupt:
             stopped = True
         summary = write_table(folder, "stopped" if stopped else "finished")
@@ -148,6 +150,10 @@ def ablate(
     if stopped:
         console.say(f"stopped; go on with: {shlex.join(['unmask', *sys.argv[1:]])} (the same command)")
     return summary
+
+
+def sentences(summary: dict[str, Any]) -> dict[str, str]:
+    return {row["name"]: row["sentence"] for row in summary["rows"]}
 
 
 # ------------------------------------------------------------------------------------------- before anything is trained
@@ -528,7 +534,7 @@ def say_decided(decided: dict[str, Any], console: Console) -> None:
     console.say(
         f"{decided['title']}: {len(decided['cells'])} cells, {asked['seeds']} seed{'s' * (asked['seeds'] > 1)}, recipe "
         f"{asked['recipe']}; {decided['reason']}"
-        + (f"; probes with {decided['shots']} labels per class" * (decided.get("measure", "linear") == "linear"))
+        + (f"; probes with {decided['shots']} labels per class" * (decided["measure"] == "linear"))
     )
     if decided["missing"]:
         console.warn(f"not in this version: {', '.join(decided['missing'])}")
@@ -567,7 +573,7 @@ def make(folder: Path, decided: dict[str, Any], cell: dict[str, Any], seed: int,
     failures = Run(folder).read("failures.json") if (folder / "failures.json").exists() else {}
     try:
         run = train_cell(place, folder, decided, cell, seed, console)
-        if cell.get("fine_tunes"):
+        if cell["fine_tunes"]:
             if find_score(run, decided) is None:
                 console.say(f"{place.name}: testing")
                 finetune.score(run, decided["asked"]["data"], **test_of(decided), console=Console(quiet=True))
@@ -599,7 +605,7 @@ def train_cell(
         console.say(f"{place.name}: {cell['steps']} steps")
         asked = decided["asked"]
         settings = [*without_length(cell["settings"]), f"train.steps={cell['steps']}", f"train.seed={seed}"]
-        if cell.get("fine_tunes"):
+        if cell["fine_tunes"]:
             weights = asked["from_run"] or finished(folder, PRETRAINED, "pre-training")
             run = finetune.fine_tune(
                 weights, asked["data"], out=place, settings=settings, **test_of(decided), console=console

@@ -56,7 +56,7 @@ def gather(folder: Path, state: str) -> dict[str, Any]:
         )
     if state == "finished" and any(row["state"] == "failed" for row in rows):
         state = "failed"
-    asked, measure = decided["asked"], decided.get("measure", "linear")
+    asked, measure = decided["asked"], decided["measure"]
     controls = _controls(rows)
     return {
         "table": asked["table"],
@@ -118,7 +118,7 @@ def _row(folder: Path, decided: dict[str, Any], cell: dict[str, Any], failures: 
         if cell["name"] in SHARED
         else [f"{cell['name']}-seed-{s}" for s in range(decided["asked"]["seeds"])]
     )
-    tuned = bool(cell.get("fine_tunes"))
+    tuned = cell["fine_tunes"]
     runs = [_run(folder, name, seed, decided, failures, tuned=tuned) for seed, name in enumerate(names)]
     controls = [control for run in runs for control in run.pop("controls")]
     row = {
@@ -396,10 +396,11 @@ def picture(summary: dict[str, Any]) -> Markup | None:
             x, y = [at[row["name"]] for row in rows], [row["paper"][key] for row in rows]
             paper.plot(x, y, "o" + ("-" if numeric else ""), color=colour, markersize=4, label=IN_WORDS[key])
         for axes, title in ((ours, here), (paper, "paper: ViT-L, ImageNet-1K")):
-            axes.set_title(title, fontsize=10)
+            axes.set_title(title, fontsize=10, loc="left")
             axes.set_ylabel("top-1, %")
             axes.grid(alpha=0.15)
-            axes.legend(frameon=False, fontsize=9)
+            # Above the axes, right of the title, where it covers no data.
+            axes.legend(frameon=False, fontsize=9, ncols=2, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.1)
             if summary["log"]:
                 axes.set_xscale("log", base=2)
             labels = [_tick(row, own=axes is ours) for row in rows]

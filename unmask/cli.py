@@ -193,7 +193,9 @@ def pretrain(
     masks: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="mae: patches to hide: # in .txt, true in .npy, black in .png.", show_default=False
+            metavar="FILE",
+            help="mae: a FILE with patches to hide: # in .txt, true in .npy, black in .png.",
+            show_default=False,
         ),
     ] = None,
     settings: Settings = None,
@@ -289,11 +291,20 @@ def probe(
     ] = None,
     layer: Annotated[
         str | None,
-        typer.Option(help="best, last or a number; default best for igpt, else the last.", show_default=False),
+        typer.Option(
+            help="best, last or a number: 0 is what the first block is given, the embedded patches (igpt: tokens), 1 "
+            "what the second is given, and so on. Default best for igpt, else the last.",
+            show_default=False,
+        ),
     ] = None,
     masks: Annotated[
         int | None,
-        typer.Option(help="igpt bert: majority over so many masks of each test image; default 1.", show_default=False),
+        typer.Option(
+            metavar="NUMBER",
+            help="igpt bert: a NUMBER of random masks under which each test image is seen, the majority counts; 0 "
+            "hides nothing. Default 1.",
+            show_default=False,
+        ),
     ] = None,
     device: Device = "auto",
     as_json: AsJson = False,
@@ -460,11 +471,10 @@ def recipes(
     as_json: AsJson = False,
 ) -> None:
     """The recipes, or every setting of one."""
-    from unmask.recipes.catalogue import all_recipes, find
+    from unmask.recipes.catalogue import all_recipes, describe, find
 
     if name is not None:
-        value = find(name).model_dump(mode="json")
-        print(json.dumps(value, indent=None if as_json else 2))
+        print(json.dumps(find(name).model_dump(mode="json")) if as_json else describe(name))
         return
     first_lines = {key: (function.__doc__ or "").strip().splitlines()[0] for key, function in all_recipes().items()}
     if as_json:

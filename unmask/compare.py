@@ -25,7 +25,7 @@ from unmask.evals.scores import POOLS, PRETRAINED
 from unmask.flops import count_flops
 from unmask.plan import Plan
 from unmask.recipes.catalogue import all_recipes
-from unmask.report import page
+from unmask.report import page, probe_title
 from unmask.run import Run, replace_file
 from unmask.saved import read_config, read_plan
 from unmask.use import probe_run
@@ -89,7 +89,7 @@ def compare(
     for probe in summary["probes"]:
         console.say(f"{probe['title']}: {probe['sentence']}")
     for line in summary["not_comparable"]:
-        console.say(line)
+        console.say(f"not comparable: {line}")
     console.say(f"comparison: {out}")
     return summary
 
@@ -176,15 +176,6 @@ def _measurement(probe: dict[str, Any]) -> tuple[Any, ...]:
     return (*(probe[key] for key in SAME), probe["test_images"], probe["train_images"], tuple(probe["classes"]))
 
 
-def _title(probe: dict[str, Any]) -> str:
-    what = {"knn": "kNN", "linear": "linear probe"}.get(probe["kind"], probe["kind"])
-    shots = "" if probe["shots"] is None else f", {probe['shots']} labels per class"
-    seed = f", seed {probe['seed']}" if probe["seed"] else ""
-    layer = "" if probe["layer"] is None else f", layer {probe['layer']}"
-    masks = "" if probe["masks"] is None else f", {probe['masks']} masks"
-    return f"{what} on {probe['data']}, tested on {probe['test']}{shots}{seed}{layer}{masks}"
-
-
 def shared(found: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """The measurements that every Run has, each with one row for a Run: the mean over patches, and all pools.
 
@@ -204,7 +195,7 @@ def shared(found: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
             rows.append({"name": name, "step": each[key]["step"], **score, "pools": pools})
         rows.sort(key=lambda row: -row["accuracy"])
         about_all = {part: probe[part] for part in (*SAME, "test_images", "train_images", "chance")}
-        tables.append({"title": _title(probe), **about_all, "rows": rows, "sentence": _sentence(rows)})
+        tables.append({"title": probe_title(probe), **about_all, "rows": rows, "sentence": _sentence(rows)})
     return tables
 
 
@@ -229,9 +220,9 @@ def not_shared(found: dict[str, list[dict[str, Any]]]) -> list[str]:
     for name, each in found.items():
         for probe in each:
             names.setdefault(_measurement(probe), []).append(name)
-            titles[_measurement(probe)] = _title(probe)
+            titles[_measurement(probe)] = probe_title(probe)
     lines = [
-        f"Not comparable: {titles[key]} ({key[len(SAME)]} test images) was measured for {', '.join(have)} only."
+        f"{titles[key]} ({key[len(SAME)]} test images) was measured for {', '.join(have)} only."
         for key, have in names.items()
         if len(have) < len(found)
     ]

@@ -49,10 +49,14 @@ class Flops:
 
 
 def count_flops(config: Config, images: ImageSpec) -> Flops:
-    """Of one image of this shape, for this method with these settings."""
+    """Of one image of this shape, for this method with these settings.
+
+    A method of your own may look at values in its loss, which meta tensors have not: torch then raises one of two
+    errors with whatever words, and the same pass is counted on the CPU, where a true fault shows itself once more.
+    """
     try:
         return _count(config, images, "meta")
-    except (RuntimeError, NotImplementedError):  # a loss that looks at values: meta tensors have none
+    except (RuntimeError, NotImplementedError):
         return _count(config, images, "cpu")
 
 

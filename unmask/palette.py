@@ -40,11 +40,17 @@ def make_palette(data: str, *, colours: int, size: int, out: Path, console: Cons
     """Write `out` (.json) and a .png beside it, and return what the file holds.
 
     Of up to 512 images, evenly spread over the data, the largest centred square is shrunk to `size` pixels. Raises
-    ValueError when nothing can be read, or nowhere be written.
+    ValueError when nothing can be read, nowhere be written, or one of the two exists already.
     """
     if out.suffix != ".json":
         raise UserError(f"palette file {out} came; a name that ends in .json was expected")
     require_png(picture := out.with_suffix(".png"))
+    if taken := [str(path) for path in (out, picture) if path.exists()]:
+        one = len(taken) == 1
+        raise UserError(
+            f"palette file {' and '.join(taken)} exist{'s' * one} already; choose another --out, or remove "
+            f"{'it' if one else 'both'}"
+        )
     if not 2 <= colours <= MOST_COLOURS or size < 1:
         raise UserError(
             f"{colours} colours at {size} pixels came; 2 to {MOST_COLOURS} colours and at least 1 pixel were expected"

@@ -27,6 +27,7 @@ from unmask.run import Run, RunError, replace_file
 MOST_PICTURES = 3
 NAMED_BAD_FILES = 50
 INK = "#010203"  # becomes the page's own text colour
+KINDS = {"knn": "k nearest neighbours", "linear": "Linear probe"}
 LOSS, GUESSES = "#2f7ebc", ("#c0392b", "#d68910", "#7d3c98", "#1e8449")
 IN_WORDS = {
     "true_patch_mean": "the true mean colour of each hidden patch, which the model is not told",
@@ -99,14 +100,23 @@ def _optional(run: Run, name: str) -> dict[str, Any]:
 
 def _probe(run: Run, file: Path) -> dict[str, Any]:
     probe = run.read(f"evals/{file.name}")
-    title = {"knn": "k nearest neighbours", "linear": "Linear probe"}.get(
-        str(probe.get("kind")), str(probe.get("kind"))
-    )
-    shots = f", {probe['shots']} labels per class" if probe.get("shots") else ""
-    layer = f", layer {probe['layer']}" if probe.get("layer") else ""
-    masks = f", {probe['masks']} masks" if probe.get("masks") else ""
     best = max((row["accuracy"] for row in probe.get("rows", [])), default=0.0)
-    return {**probe, "title": title + shots + layer + masks, "best": best}
+    return {**probe, "title": probe_title(probe), "best": best}
+
+
+def probe_title(probe: dict[str, Any]) -> str:
+    """What was measured, in words: the kind, the images, and whatever was asked for beyond the ordinary."""
+    kind = str(probe.get("kind"))
+    said = [f"{KINDS.get(kind, kind)} on {probe['data']}", f"tested on {probe['test']}"]
+    if (shots := probe.get("shots")) is not None:
+        said.append(f"{shots} label{'s' * (shots != 1)} per class")
+    if probe.get("seed"):
+        said.append(f"seed {probe['seed']}")
+    if probe.get("layer") is not None:
+        said.append(f"layer {probe['layer']}")
+    if (masks := probe.get("masks")) is not None:
+        said.append(f"{masks} mask{'s' * (masks != 1)}")
+    return ", ".join(said)
 
 
 def _facts(plan: dict[str, Any], status: dict[str, Any], trained: list[dict[str, Any]]) -> list[tuple[str, str]]:

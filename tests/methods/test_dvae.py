@@ -1,6 +1,7 @@
 """The dVAE: DALL-E's sizes, its loss by hand, its schedules; codes that are used; a tokenizer that sees the same."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -139,7 +140,9 @@ def test_with_logit_laplace_the_picture_is_in_the_files_units():
     assert float(method.reconstruction(guess, batch.images)) == pytest.approx(float(expected), rel=1e-5)
     assert method.encoder.unit(batch.images).min() >= 0
     assert squeeze(torch.tensor([0.0, 1.0]).reshape(1, 1, 1, 2)).flatten().tolist() == pytest.approx([0.1, 0.9])
-    assert "of the codes occur" in picture.note
+    assert re.search(r"In these 4 images \d+% of the codes occur", picture.note)
+    one = batch_of(1)
+    assert re.search(r"In this image \d+% of the codes occur", method.picture(one, clock(one)).note)
 
 
 @torch.no_grad()

@@ -69,14 +69,21 @@ def test_a_block_mask_belongs_to_the_image():
 @pytest.mark.parametrize(
     ("grid", "ratio", "smallest", "message"),
     [
-        ((8, 8), 0.5, 80, r"80 patches is larger than the grid of 8 x 8; use at most 32"),
-        ((8, 8), 0.5, 40, r"larger than the 32 patches that 0.5 hides; use at most 32"),
+        ((8, 8), 0.5, 80, r"80 patches is larger than the 32 patches, of 64 in a grid of 8 x 8, that .*=32 or less$"),
+        (
+            (8, 8),
+            0.5,
+            40,
+            r"larger than the 32 patches, of 64 in a grid of 8 x 8, that method.mask_ratio=0.5 hides; set "
+            r"method.smallest_block=32 or less, or method.mask_ratio=0.625 or more$",
+        ),
     ],
 )
 def test_blocks_that_do_not_fit_are_refused(grid, ratio, smallest, message):
     with pytest.raises(UserError, match=message):
         masks.require_blocks(grid, ratio, smallest)
     masks.require_blocks(grid, ratio, 32)
+    masks.require_blocks((8, 8), 0.625, 40)  # both ways out lead out
 
 
 def test_the_smallest_block_is_that_of_beit():

@@ -48,12 +48,14 @@ def hidden_share(patterns: Sequence[Pattern]) -> float:
 
 
 def _of_text(text: str, path: Path) -> tuple[Pattern, ...]:
-    blocks = [tuple(block.split()) for block in text.replace("\r\n", "\n").strip().split("\n\n")]
+    expected = "rows of '#' (hidden) and '.' (visible) were expected, one mark for each patch"
+    for number, line in enumerate(text.split("\n"), 1):
+        if wrong := line.lstrip("#. ")[:1]:
+            raise UserError(f"mask file {path} has {wrong!r} in line {number}; {expected}")
+    blocks = [tuple(block.split()) for block in text.strip().split("\n\n")]
     patterns = tuple(block for block in blocks if block)
-    if not patterns or set(text) - set("#. \n\r"):
-        raise UserError(
-            f"mask file {path} came; rows of '#' (hidden) and '.' (visible) were expected, one mark for each patch"
-        )
+    if not patterns:
+        raise UserError(f"mask file {path} is empty; {expected}")
     return patterns
 
 

@@ -490,6 +490,7 @@ class ZipSource(Source):
                         skipped["not a regular file"] += 1
                     elif _wanted(info.filename, info.file_size, skipped):
                         members[info.filename] = info.file_size
+        # NotImplementedError is zipfile's word for a version of the format that it does not know.
         except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error) as error:
             raise SourceError(f"{text} cannot be read as a zip file: {error}") from None
         self.members = sorted(members)

@@ -21,7 +21,6 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
 
@@ -83,7 +82,6 @@ class DAE(Method):
         super().__init__()
         require_corruption(config, images)
         self.config = config
-        self.cross_entropy = config.encoder.loss == "bce"
         self.encoder = DenseEncoder(config.encoder, images)
         self.decoder = (TiedDecoder if config.tied else DenseDecoder)(config.encoder, images)
 
@@ -117,35 +115,32 @@ class DAE(Method):
         return one(pixels, rng.uniform(1))
 
     def distance(self, guess: Tensor, pixels: Tensor, touched: Tensor) -> Tensor:
-        """Square error, or cross-entropy in nats with `guess` as logits; float32."""
-        if self.cross_entropy:
-            errors = F.binary_cross_entropy_with_logits(guess.float(), pixels, reduction="none")
-        else:
-            errors = (guess.float() - pixels).square()
+        """The errors' mean, weighted with alpha where the input was touched and with beta elsewhere."""
         weights = torch.where(touched, self.config.alpha, self.config.beta)
-        return (errors * weights).sum() / weights.sum()
+        return (self.encoder.errors(guess, pixels) * weights).sum() / weights.sum()
 
     def picture(self, batch: Batch, clock: Clock) -> Picture:
         """Original, corrupted, reconstruction; beside the loss those of guessing the mean colour and the input."""
-        pixels = self.encoder.pixels(batch.images)
+        encoder = self.encoder
+        pixels = encoder.pixels(batch.images)
         corrupted, touched = self.corrupt(pixels, clock.rng)
-        guess = self.rebuild(corrupted).float()
-        mean = torch.tensor(self.encoder.spec.mean, device=pixels.device)[:, None, None]
-        colour = self.encoder.pixels(mean.expand_as(pixels))
+        guess = self.rebuild(corrupted)
         numbers = {
             "loss": self.distance(guess, pixels, touched),
-            "data_mean_colour": self.distance(colour.logit(1e-6) if self.cross_entropy else colour, pixels, touched),
+            "data_mean_colour": self.distance(encoder.mean_colour(pixels), pixels, touched),
         }
-        if not self.cross_entropy:  # there the input, certain of its zeros, may be wrong without bound
+        if (
+            self.config.encoder.loss == "mse"
+        ):  # by cross-entropy the input, certain of its zeros, is wrong without bound
             numbers["corrupted_input"] = self.distance(corrupted, pixels, touched)
         panels = {
             "original": batch.images.float(),
-            "corrupted": self.encoder.images(corrupted),
-            "from its code": self.encoder.images(guess.sigmoid() if self.cross_entropy else guess),
+            "corrupted": encoder.images(corrupted),
+            "from its code": encoder.drawn(guess),
         }
         note = (
             f"The encoder sees the corrupted image ({self.config.corruption.replace('_', ' ')}) through a code of "
-            f"{self.encoder.width} numbers; the loss asks for the original."
+            f"{encoder.width} numbers; the loss asks for the original."
         )
         return Picture(panels, note, numbers)
 

@@ -105,10 +105,11 @@ class DVAE(Method):
         if self.config.encoder.loss == "mse":
             truth = normalise(batch.images, self.encoder.mean, self.encoder.std)
             numbers["data_mean_colour"] = mean_square(torch.zeros_like(truth), truth)
+        these = "this image" if len(ids) == 1 else f"these {len(ids)} images"
         note = (
-            f"Each image is {ids.shape[1]} x {ids.shape[2]} codes out of {self.config.encoder.codes}. In these "
-            f"{len(ids)} images {float(used):.0%} of the codes occur, with a perplexity of {float(perplexity):.0f}: as "
-            "if so many were used equally often."
+            f"Each image is {ids.shape[1]} x {ids.shape[2]} codes out of {self.config.encoder.codes}. In {these} "
+            f"{float(used):.0%} of the codes occur, with a perplexity of {float(perplexity):.0f}: as if so many were "
+            "used equally often."
         )
         return Picture(panels, note, numbers)
 

@@ -40,7 +40,7 @@ class Config(MethodConfig):
 
     mask: how hidden patches are sampled. Blocks have at least `smallest_block` patches (None: BEiT's share of the grid,
     16 of 14 x 14). "pattern" hides those marked "#" in `pattern`, one string for each row of the
-    grid; of several patterns one is drawn for each image (`unmask pretrain --mask FILE` fills it in).
+    grid; of several patterns one is drawn for each image (`unmask pretrain --masks FILE` fills it in).
     mask_tokens: where mask tokens enter; "encoder" makes the encoder see them all (Table 1c).
     target: pixels normalised within each patch, plain pixels, the first `pca_coefficients` principal components of
     patches (None: an eighth of a patch's values, as 96 of 768), whitened or not, or a dVAE's codes (`unmask pretrain
@@ -65,7 +65,7 @@ class Config(MethodConfig):
     @model_validator(mode="after")
     def _nothing_is_ignored(self) -> Config:
         if (self.mask == "pattern") != (self.pattern is not None):
-            raise ValueError("mask=pattern and a pattern go together; give both with --mask FILE, or neither")
+            raise ValueError("mask=pattern and a pattern go together; give both with --masks FILE, or neither")
         if self.mask != "block" and self.smallest_block is not None:
             raise ValueError(f"smallest_block is for mask=block, but mask={self.mask}; leave it out")
         if self.target != "pca" and (self.pca_coefficients is not None or self.pca_whiten):

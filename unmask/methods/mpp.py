@@ -76,9 +76,14 @@ def corrupt(batch: int, grid: tuple[int, int], ratio: float, rng: Draws) -> Corr
 
 
 class MPP(Method):
-    """See the module docstring. Raises ValueError when sizes do not fit together, or no patch would be corrupted."""
+    """See the module docstring. Raises ValueError when sizes do not fit together, or no patch would be corrupted.
+
+    low, high: the file values of each channel that count as 0 and as 1.
+    """
 
     encoder: ViT
+    low: Tensor
+    high: Tensor
 
     def __init__(self, config: Config, images: ImageSpec) -> None:
         super().__init__()
@@ -95,6 +100,8 @@ class MPP(Method):
             )
         num_kept(self.encoder.grid[0] * self.encoder.grid[1], config.corrupt_ratio)  # refuses to corrupt none, or all
         classes = self.side**2 * self.softmaxes * LEVELS ** (images.channels // self.softmaxes)
+        for name, values in zip(("low", "high"), images.value_range, strict=True):
+            self.register_buffer(name, torch.tensor(values, dtype=torch.float32), persistent=False)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, self.encoder.width))
         self.head = nn.Linear(self.encoder.width, height * width * images.channels if self.pixels else classes)
         nn.init.normal_(self.mask_token, std=0.02)
@@ -123,8 +130,7 @@ class MPP(Method):
         """What the head is asked for, at every patch: pixels (B, N, P), or class numbers (B, N, S x softmaxes)."""
         if self.pixels:
             return self.encoder.patches(images)
-        low, high = self._range()
-        scaled = (images.float() - low[:, None, None]) / (high - low)[:, None, None]
+        scaled = (images.float() - self.low[:, None, None]) / (self.high - self.low)[:, None, None]
         height, width = self.encoder.patch
         cells = F.avg_pool2d(scaled, (height // self.side, width // self.side))  # (B, C, rows x side, cols x side)
         colours = patchify(cells, (self.side, self.side))  # (B, N, S x C), channel fastest
@@ -168,18 +174,10 @@ class MPP(Method):
         share = F.one_hot(truth, classes).float().flatten(0, 1).mean(0)  # (S x softmaxes, classes)
         return torch.special.entr(share).sum(-1).mean()
 
-    def _range(self) -> tuple[Tensor, Tensor]:
-        """The file values that count as 0 and as 1, for each channel: two tensors (C,)."""
-        mean, std = self.encoder.mean, self.encoder.std
-        if self.encoder.spec.dtype == "uint8":
-            return torch.zeros_like(mean), torch.full_like(mean, 255)
-        return mean - 2 * std, mean + 2 * std
-
     def _paint(self, ids: Tensor) -> Tensor:
         """Class numbers (B, M, S x softmaxes) -> normalised patches (B, M, P) of flat cells."""
         channels, (height, width) = self.encoder.spec.channels, self.encoder.patch
-        low, high = self._range()
         colours = colours_of(ids, channels // self.softmaxes).flatten(2).unflatten(2, (self.side, self.side, channels))
-        colours = ((low + colours * (high - low)) - self.encoder.mean) / self.encoder.std
+        colours = ((self.low + colours * (self.high - self.low)) - self.encoder.mean) / self.encoder.std
         down, across = height // self.side, width // self.side
         return colours.repeat_interleave(down, 2).repeat_interleave(across, 3).flatten(2)

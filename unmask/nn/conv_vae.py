@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from unmask.batch import ImageSpec
 from unmask.errors import UserError
 from unmask.nn.features import Features
+from unmask.nn.losses import full_precision
 from unmask.nn.patches import grid_of, normalise
 from unmask.nn.vit import Pair
 from unmask.settings import Settings
@@ -260,7 +261,7 @@ class Tokenizer(nn.Module):
         """The likeliest code of every patch, in raster order."""
         if images.shape[2:] != self.size:
             images = F.interpolate(images.float(), self.size, mode="bicubic", antialias=True, align_corners=False)
-        with torch.autocast(images.device.type, enabled=False):  # near ties must not hang on the precision
+        with full_precision(images.device):  # near ties must not hang on the precision
             return self.encoder.logits(images).argmax(1).flatten(1)
 
     @torch.no_grad()

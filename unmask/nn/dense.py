@@ -29,6 +29,7 @@ from unmask.settings import Settings
 
 ACTIVATIONS = {"relu": nn.ReLU, "sigmoid": nn.Sigmoid, "linear": nn.Identity}
 LOGISTIC_GAIN = 4.0  # the logistic function's slope at 0 is a quarter
+SURELY_NOT = 1e-6  # the least probability that a trivial guess gives, so that its cross-entropy stays finite
 
 
 class DenseConfig(Settings):
@@ -100,6 +101,22 @@ class DenseEncoder(nn.Module):
     def images(self, pixels: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
         """The way back from `pixels`: float32, in the files' own units."""
         return pixels.float() * self.scale + self.shift
+
+    def drawn(self, guess: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
+        """What a decoder says, as images in the files' own units."""
+        return self.images(guess.float().sigmoid() if self.clipped else guess)
+
+    def errors(self, guess: Float[Tensor, "B C H W"], pixels: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
+        """How far what a decoder says is from the truth: squares, or cross-entropies in nats; float32."""
+        if self.clipped:
+            return F.binary_cross_entropy_with_logits(guess.float(), pixels, reduction="none")
+        return (guess.float() - pixels).square()
+
+    def mean_colour(self, pixels: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
+        """What a decoder says that has learnt nothing but the data set's mean colour."""
+        mean = torch.tensor(self.spec.mean, device=pixels.device)[:, None, None]
+        colour = self.pixels(mean.expand_as(pixels))
+        return colour.logit(SURELY_NOT) if self.clipped else colour
 
     def code(self, pixels: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D"]:
         return self.layers(pixels.flatten(1))

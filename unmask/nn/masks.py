@@ -85,8 +85,13 @@ def require_blocks(grid: tuple[int, int], ratio: float, smallest: int) -> None:
     n = grid[0] * grid[1]
     hidden = n - num_kept(n, ratio)
     if smallest > hidden:
-        what = f"the grid of {grid[0]} x {grid[1]}" if smallest > n else f"the {hidden} patches that {ratio:g} hides"
-        raise UserError(f"a smallest block of {smallest} patches is larger than {what}; use at most {hidden}")
+        ways = f"set method.smallest_block={hidden} or less"
+        if smallest < n:  # else no ratio is large enough
+            ways += f", or method.mask_ratio={math.ceil(1000 * smallest / n) / 1000:g} or more"
+        raise UserError(
+            f"a smallest block of {smallest} patches is larger than the {hidden} patches, of {n} in a grid of "
+            f"{grid[0]} x {grid[1]}, that method.mask_ratio={ratio:.4g} hides; {ways}"
+        )
 
 
 def block_mask(batch: int, grid: tuple[int, int], ratio: float, rng: Draws, smallest: int | None = None) -> Mask:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from unmask.batch import ImageSpec
 from unmask.errors import UserError
 from unmask.nn.conv_vae import ConvVAEConfig, Tokenizer
-from unmask.nn.losses import mean_square
+from unmask.nn.losses import full_precision, mean_square
 from unmask.nn.masks import Mask, nearest_visible
 from unmask.nn.patches import normalise, patchify, put, take
 
@@ -162,7 +162,7 @@ class PrincipalComponents(Target):
         return (patches - self.center) @ self.basis / self.unit
 
     def forward(self, patches: Tensor, images: Tensor) -> Tensor:
-        with torch.autocast(patches.device.type, enabled=False):  # targets are float32, as the losses are
+        with full_precision(patches.device):
             return self.project(patches.float())
 
     def loss(self, guess: Tensor, truth: Tensor) -> Tensor:

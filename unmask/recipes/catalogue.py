@@ -1,23 +1,30 @@
 """Finds recipes. A recipe is a public function in this folder that takes nothing and returns a `Config`.
 
-Not a registry: a new function in any file here is found by its name. `choose` is the recipe called `auto`.
+Not a registry: a new function in any file here is found by its name. `choose` is the recipe called `auto`, `describe`
+is what `unmask recipes NAME` prints.
 """
 
 from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import pkgutil
 from collections.abc import Callable, Container
+from itertools import groupby
+from typing import Any
+
+from pydantic import BaseModel
 
 import unmask.recipes
-from unmask.config import Config, ConfigError, nearest
+from unmask.config import Config, ConfigError, keys, nearest
 
 FEWEST_STEPS = 3_000  # updates, not epochs, are what small data sets lack
 MOST_ELONGATED = 2.5
 FEWEST_VISIBLE = 16  # patches, when three quarters are hidden
 AUTO = ("mae_nano", "mae_tiny", "mae_small", "mae_base")
 """What `choose` chooses from."""
+BOUNDS = {"exclusiveMinimum": "above", "minimum": "at least", "exclusiveMaximum": "below", "maximum": "at most"}
 
 
 def all_recipes() -> dict[str, Callable[[], Config]]:
@@ -43,6 +50,65 @@ def find(name: str) -> Config:
     if name not in recipes:
         raise ConfigError(f"recipe {name!r} is not known; {nearest(name, [*recipes, 'auto'])}")
     return recipes[name]()
+
+
+def describe(name: str) -> str:
+    """The recipe of that name, for a person: its docstring, then every key with its value and what else it may be.
+
+    Above each section stand the docstrings of its settings. Raises ConfigError with the nearest names.
+    """
+    config = find(name)
+    blocks = [inspect.getdoc(all_recipes()[name]) or name]
+    for _, group in groupby(keys(config), key=lambda key: key.split(".")[0]):
+        owners = {key: _owner(config, key) for key in group}
+        notes = []
+        for path, settings in {key.rpartition(".")[0]: settings for key, settings in owners.items()}.items():
+            if path and (doc := type(settings).__doc__):
+                notes.append(f"{path}:\n{inspect.cleandoc(doc)}")
+        lines = [f"# {line}".rstrip() for line in "\n\n".join(notes).splitlines()]
+        said = []
+        for key, settings in owners.items():
+            leaf = key.rpartition(".")[2]
+            allowed = _allowed(type(settings).model_json_schema()["properties"][leaf])
+            said.append((f"{key} = {_text(getattr(settings, leaf))}", allowed))
+        width = max(len(setting) for setting, _ in said)
+        lines += [f"{setting:{width}}  # {allowed}" if allowed else setting.rstrip() for setting, allowed in said]
+        blocks.append("\n".join(lines))
+    blocks.append(
+        "Change any of these with --set KEY=VALUE (none clears one); what they mean stands above them, after #."
+    )
+    return "\n\n".join(blocks)
+
+
+def _owner(config: Config, key: str) -> BaseModel:
+    """The settings that hold a dotted key."""
+    owner: Any = config
+    for part in key.split(".")[:-1]:
+        owner = getattr(owner, part)
+    return owner
+
+
+def _text(value: object) -> str:
+    """A value as `--set` reads it."""
+    return value if isinstance(value, str) else "none" if value is None else json.dumps(value, separators=(",", ":"))
+
+
+def _allowed(schema: dict[str, Any]) -> str:
+    """A field's choices or bounds in words, from its JSON schema; "" where any value of its type will do."""
+    if "anyOf" in schema:
+        parts = [_allowed(part) for part in schema["anyOf"]]
+        return ", or ".join(parts) if all(parts) else ""
+    if "enum" in schema:
+        return f"{', '.join(schema['enum'][:-1])} or {schema['enum'][-1]}"
+    if "const" in schema:
+        return f"only {schema['const']}"
+    if schema.get("type") == "array":
+        items = [schema["items"]] if "items" in schema else schema.get("prefixItems", [{}])
+        each = _allowed(items[0])
+        return f"each {each}" if each else ""
+    if (kind := schema.get("type")) in ("boolean", "null"):
+        return {"boolean": "true or false", "null": "none"}[kind]
+    return " and ".join(f"{words} {schema[key]}" for key, words in BOUNDS.items() if key in schema)
 
 
 def choose(
