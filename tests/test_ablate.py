@@ -22,7 +22,7 @@ from unmask.config import ConfigError
 from unmask.console import Console
 from unmask.data.sources import open_source
 from unmask.errors import TrainingFailed, UserError
-from unmask.finetune import split
+from unmask.lessons import open_lessons, split_rows
 from unmask.run import Run, RunInUse
 from unmask.saved import load, read_plan
 from unmask.tables import FAMILY, find_table
@@ -35,7 +35,7 @@ SMALL += [
     "train.checkpoint_every=1",
     "train.picture_images=1",
 ]
-TIMES = {"images_per_second", "seconds", "time_ratio", "command", "written"}
+TIMES = {"images_per_second", "seconds", "time_ratio", "command", "written", "from"}
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def make(data, out, *, table="1a", settings=SMALL, **more):
 
 
 def without_times(value):
-    """A table without what a clock measured."""
+    """A table without what a clock measured, and where it lies."""
     if isinstance(value, dict):
         return {key: without_times(inner) for key, inner in value.items() if key not in TIMES}
     return [without_times(inner) for inner in value] if isinstance(value, list) else value
@@ -158,7 +158,7 @@ def test_a_table_that_was_stopped_while_training_becomes_that_of_an_unbroken_one
     """A real signal in the middle of a cell: the loop saves and stops, the table says so, and the rest follows."""
     real, left = start.train, [1 if stopped_in == "first cell" else 2]
 
-    def signalled(run, config, plan, images, console):
+    def signalled(run, config, plan, images, console, *judge):
         left[0] -= 1
         if left[0] == 0:
             logged = Run.log
@@ -267,7 +267,7 @@ def test_two_at_once_in_one_folder_are_refused(unbroken, data):
 def test_a_cell_that_fails_is_shown_with_its_sentence_and_the_others_go_on(data, tmp_path, monkeypatch):
     real = start.train
 
-    def fails(run, config, plan, images, console):
+    def fails(run, config, plan, images, console, *judge):
         if config.method.decoder.depth == 1:
             raise TrainingFailed("the loss went up in smoke")
         return real(run, config, plan, images, console)
@@ -323,7 +323,7 @@ def test_without_its_tokenizer_a_cell_fails_and_says_so(data, tmp_path, monkeypa
     two_targets(monkeypatch)
     real = start.train
 
-    def fails(run, config, plan, images, console):
+    def fails(run, config, plan, images, console, *judge):
         if config.method.name == "dvae":
             raise TrainingFailed("no codes")
         return real(run, config, plan, images, console)
@@ -396,17 +396,17 @@ def test_every_number_of_blocks_is_fine_tuned_from_one_pre_training(fine_tuned, 
 
 def test_test_images_are_not_learnt_from_and_frozen_weights_stay(fine_tuned, data):
     folder, _ = fine_tuned
-    source = open_source(data)
-    rows, held = split(source, None, None)
+    lessons = open_lessons("classify", data)
+    rows, held = split_rows(lessons, None, hold=True)
     assert read_plan(Run(folder / "blocks-1-seed-0")).excluded == tuple(held.tolist())
     assert len(rows) == 20
     before = load(folder / "pretrained").method.encoder.state_dict()
     same = load(folder / "blocks-0-seed-0").method.encoder.state_dict()
     assert all((before[name] == same[name]).all() for name in before)
-    few, held = split(source, None, 3)
+    few, held = split_rows(lessons, 3, hold=True)
     assert (len(few), len(held)) == (6, 4)
     assert not set(few) & set(held)
-    assert split(source, data, None)[1].size == 0
+    assert split_rows(lessons, None, hold=False)[1].size == 0
 
 
 def test_a_classifier_does_not_go_on_with_other_images(fine_tuned, data):

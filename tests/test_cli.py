@@ -18,8 +18,8 @@ from unmask.optim import OptimConfig
 from unmask.recipes.catalogue import all_recipes, describe
 
 VERBS = [
-    "demo", "check", "pretrain", "resume", "reconstruct", "probe", "embed", "ablate", "compare", "report", "plan",
-    "recipes", "doctor",
+    "demo", "check", "pretrain", "import", "export", "palette", "resume", "finetune", "predict", "reconstruct", "probe",
+    "embed", "ablate", "compare", "report", "plan", "recipes", "doctor",
 ]  # fmt: skip
 
 

@@ -12,8 +12,10 @@ from conftest import SMALL_RUN, write_images
 from unmask import compare as module
 from unmask.compare import compare
 from unmask.errors import UserError
+from unmask.export import export_run
+from unmask.importing import import_weights
+from unmask.probing import probe_run
 from unmask.start import pretrain
-from unmask.use import probe_run
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +163,20 @@ def test_runs_of_the_same_name_are_told_apart(runs, tmp_path):
 def test_what_does_not_fit_is_refused(trained, change, message):
     with pytest.raises(UserError, match=message):
         compare(trained, **change)
+
+
+def test_imported_weights_that_have_seen_no_image_here_are_compared_by_what_they_are(trained, tmp_path):
+    heads = ["method.encoder.heads=2", "method.decoder.heads=2"]
+    export_run(trained[0], "official", tmp_path / "whole.pth")
+    export_run(trained[0], "timm", tmp_path / "encoder.safetensors")
+    whole = import_weights(tmp_path / "whole.pth", tmp_path / "whole", settings=heads)
+    encoder = import_weights(tmp_path / "encoder.safetensors", tmp_path / "encoder", settings=heads[:1])
+    first, second, third = compare([trained[0], whole.path, encoder.path], out=tmp_path / "all.html")["runs"]
+    assert first["flops"] == second["flops"]
+    assert (second["epochs"], second["images_seen"], second["training_flops"]) == (0, 0, 0)
+    assert third["flops"]["whole"] == first["flops"]["whole"] > 0
+    assert third["flops"]["training"] is third["flops"]["forward"] is third["training_flops"] is None
+    assert "the encoder, nothing masked; it has no task" in (tmp_path / "all.html").read_text()
 
 
 def test_fewer_than_two_runs_or_one_twice_are_refused(trained, tmp_path):

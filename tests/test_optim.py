@@ -7,7 +7,7 @@ import torch
 
 from unmask.batch import ImageSpec
 from unmask.config import override
-from unmask.optim import OptimConfig, learning_rate, make_optimizer, peak_lr
+from unmask.optim import Lars, OptimConfig, average_weights, averaged, learning_rate, make_optimizer, peak_lr, update
 from unmask.recipes.catalogue import find
 
 
@@ -60,3 +60,83 @@ def test_the_fused_gate_leaves_weights_and_moments_bitwise_alone(finite):
     optimizer.step()
     after = list(module.parameters()) + [v for s in optimizer.state.values() for v in s.values()]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True)) == (not finite)
+
+
+# ------------------------------------------------------------------------------------------------------- fine-tuning
+
+
+def classifier(depth=3):
+    from unmask.nn.vit import ViTConfig
+    from unmask.tasks.classify import Classifier, Config
+
+    config = Config(encoder=ViTConfig(width=32, depth=depth, heads=2, patch=(4, 4)), classes=("a", "b"))
+    return Classifier(config, ImageSpec(3, (16, 16), "uint8", (0.0,) * 3, (1.0,) * 3))
+
+
+def test_each_layer_has_the_rate_of_the_one_above_it_times_the_decay():
+    method = classifier()
+    optimizer = make_optimizer(method, OptimConfig(layer_decay=0.5))
+    names = {id(p): name for name, p in method.named_parameters()}
+    scale = {names[id(p)]: group["lr_scale"] for group in optimizer.param_groups for p in group["params"]}
+    assert scale["head.weight"] == scale["fc_norm.weight"] == 1
+    assert scale["encoder.blocks.2.mlp.fc1.weight"] == 0.5
+    assert scale["encoder.blocks.0.attn.qkv.bias"] == 0.125
+    assert scale["encoder.patch_embed.proj.weight"] == scale["encoder.pos_embed"] == 0.0625
+    update(optimizer, 0.1, torch.zeros(()), None)
+    assert {round(group["lr"] / group["lr_scale"], 9) for group in optimizer.param_groups} == {0.1}
+
+
+def test_positions_and_class_token_of_a_classifier_are_not_decayed():
+    method = classifier()
+    optimizer = make_optimizer(method, OptimConfig())
+    names = {id(p): name for name, p in method.named_parameters()}
+    plain = {names[id(p)] for group in optimizer.param_groups if not group["weight_decay"] for p in group["params"]}
+    assert {"encoder.cls_token", "encoder.pos_embed"} <= plain
+    assert "encoder.blocks.0.mlp.fc1.weight" not in plain
+
+
+def test_the_average_of_weights_follows_them_and_steps_aside():
+    weight = torch.nn.Parameter(torch.zeros(3))
+    optimizer = torch.optim.AdamW([{"params": [weight], "lr_scale": 1.0}], lr=0.0, fused=True)
+    want = None
+    for step in range(30):
+        weight.grad = torch.ones(3)
+        update(optimizer, 0.1, torch.zeros(()), None)
+        average_weights(optimizer, 0.9, step)
+        stays = min(0.9, (1 + step) / (10 + step))
+        want = weight.detach().clone() if want is None else stays * want + (1 - stays) * weight.detach()
+    torch.testing.assert_close(optimizer.state[weight]["average"], want)
+    before = weight.detach().clone()
+    with averaged(optimizer):
+        torch.testing.assert_close(weight.detach(), want)
+    assert torch.equal(weight, before)
+
+
+def test_lars_is_the_published_one():
+    torch.manual_seed(0)
+    matrix, bias = torch.nn.Parameter(torch.randn(4, 3)), torch.nn.Parameter(torch.randn(4))
+    optimizer = make_optimizer(torch.nn.ParameterList([matrix, bias]), OptimConfig(name="lars", weight_decay=0))
+    assert isinstance(optimizer, Lars)
+    want, kept = [matrix.detach().clone(), bias.detach().clone()], [torch.zeros(4, 3), torch.zeros(4)]
+    for lr in (0.5, 0.3):
+        gradients = [torch.randn(4, 3), torch.randn(4)]
+        matrix.grad, bias.grad = (g.clone() for g in gradients)
+        for number, gradient in enumerate(gradients):
+            scale = 1e-3 * want[number].norm() / gradient.norm() if number == 0 else 1.0
+            kept[number] = 0.9 * kept[number] + gradient * scale
+            want[number] = want[number] - lr * kept[number]
+        update(optimizer, lr, torch.zeros(()), None)
+        torch.testing.assert_close(matrix.detach(), want[0])
+        torch.testing.assert_close(bias.detach(), want[1])
+
+
+def test_lars_leaves_everything_alone_at_a_bad_step():
+    weight = torch.nn.Parameter(torch.randn(4, 3))
+    optimizer = make_optimizer(torch.nn.ParameterList([weight]), OptimConfig(name="lars"))
+    weight.grad = torch.randn(4, 3)
+    update(optimizer, 0.1, torch.zeros(()), None)
+    before, momentum = weight.detach().clone(), optimizer.state[weight]["momentum"].clone()
+    weight.grad = torch.full((4, 3), float("nan"))
+    update(optimizer, 0.1, torch.zeros(()), None)
+    assert torch.equal(weight, before)
+    assert torch.equal(optimizer.state[weight]["momentum"], momentum)

@@ -219,7 +219,7 @@ def test_a_file_that_goes_bad_is_replaced_alike_in_every_run_and_quarantined(ima
     def train_with_a_broken_file(out, workers):
         real = loop.train
 
-        def breaking(run, config, plan, loaded, console):
+        def breaking(run, config, plan, loaded, console, *judge):
             (images / "0004.png").write_bytes(b"")  # after the scan
             return real(run, config, plan, loaded, console)
 

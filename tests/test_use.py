@@ -13,13 +13,15 @@ import torch
 from conftest import SMALL_RUN, write_images
 from PIL import Image
 
-from unmask import use
+from unmask import probing, use
 from unmask.console import Console
 from unmask.errors import UserError
+from unmask.evals import attentive
 from unmask.evals.scores import PRETRAINED, RANDOM_INIT, RAW_PIXELS
+from unmask.probing import probe_run
 from unmask.saved import load
 from unmask.start import pretrain
-from unmask.use import MOST_DRAWN, embed_images, probe_run, reconstruct_images
+from unmask.use import MOST_DRAWN, embed_images, reconstruct_images
 
 
 class Listening(Console):
@@ -376,14 +378,14 @@ def test_controls_and_shots_on_test_images_of_their_own(run, labelled, tmp_path)
 def rows_read(monkeypatch):
     """Which rows became features, call by call."""
     seen = []
-    real = use.features
+    real = probing.features
 
     def keep(loaded, encoders, source, rows, **more):
         found = real(loaded, encoders, source, rows, **more)
         seen.append(next(iter(found.values())).index.tolist())
         return found
 
-    monkeypatch.setattr(use, "features", keep)
+    monkeypatch.setattr(probing, "features", keep)
     return seen
 
 
@@ -473,8 +475,8 @@ def test_what_cannot_be_probed_is_refused(run, images, labelled):
         probe(run, images)
     with pytest.raises(ValueError, match="has no class labels"):
         probe(run, labelled, test=str(images))
-    with pytest.raises(ValueError, match="knn or linear"):
-        probe(run / "nothing", labelled, kind="attentive")
+    with pytest.raises(ValueError, match="knn or linear or attentive was expected"):
+        probe(run / "nothing", labelled, kind="forest")
     with pytest.raises(ValueError, match="has only 10 training images; use --shots 10 or fewer"):
         probe(run, labelled, shots=11)
     assert not list((run / "evals").glob("probe-*"))
@@ -511,11 +513,11 @@ def igpt(igpts, tmp_path):
 
 
 def measured(run, data, monkeypatch, **more):
-    """What `probe` was given: (training features, test features) of the pre-trained encoder; and what it answered."""
+    """What was fitted and tested: (training features, test features) by name; and what came of it."""
     seen = []
-    real = use.probe
+    real = probing.guess
     monkeypatch.setattr(
-        use, "probe", lambda train, test, **names: seen.append((train, test)) or real(train, test, **names)
+        probing, "guess", lambda train, test, y, **more: seen.append((train, test)) or real(train, test, y, **more)
     )
     found = probe(run, data, **more)
     monkeypatch.undo()
@@ -591,3 +593,13 @@ def test_layers_of_a_vit_can_be_chosen_too(run, labelled):
     last = probe(run, labelled, layer="last")
     assert [row["accuracy"] for row in last["rows"]] == [row["accuracy"] for row in usual["rows"]]
     assert probe(run, labelled, layer="best")["rows"][0]["layer"]["last"] == 1
+
+
+def test_an_attentive_probe_of_bert_is_measured_under_masks_too(igpt, labelled, monkeypatch):
+    monkeypatch.setattr(attentive, "LEAST_STEPS", 5)
+    monkeypatch.setattr(attentive, "EPOCHS", 1)
+    found = probe(igpt["bert"], labelled, kind="attentive", layer="1", masks=3, controls=True)
+    assert [row["features"] for row in found["rows"]] == [RAW_PIXELS, RANDOM_INIT, PRETRAINED]
+    assert [row.get("votes") for row in found["rows"]] == [None, 3, 3]
+    assert found["rows"][2]["layer"]["number"] == 1
+    assert "layer 1 of 3" in found["protocol"]

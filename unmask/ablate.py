@@ -52,12 +52,13 @@ from unmask.plan import (
     wait_for,
     with_loading,
 )
+from unmask.probing import probe_kinds
 from unmask.recipes import catalogue
 from unmask.report import write_report
 from unmask.run import Run, RunError, replace_file
 from unmask.saved import read_config, read_plan
 from unmask.tables import PRETRAINED, SHARED, TOKENIZER, Cell, Table, find_table
-from unmask.use import EVAL_BATCH, probe_kinds
+from unmask.use import EVAL_BATCH
 
 KINDS = ("linear", "knn")
 MOST_LABELS = 5_000  # by default: a probe of a small encoder then takes seconds, and its test images tell more
@@ -250,7 +251,7 @@ def fine_tunes(table: Table, cell: Cell) -> bool:
 
 
 def recipe_of(table: Table, cell: Cell, asked: Asked) -> str:
-    return finetune.RECIPE if fine_tunes(table, cell) else cell.recipe or asked.recipe
+    return finetune.PLAIN if fine_tunes(table, cell) else cell.recipe or asked.recipe
 
 
 def cell_settings(table: Table, cell: Cell, asked: Asked) -> list[str]:
@@ -574,9 +575,9 @@ def make(folder: Path, decided: dict[str, Any], cell: dict[str, Any], seed: int,
     try:
         run = train_cell(place, folder, decided, cell, seed, console)
         if cell["fine_tunes"]:
-            if find_score(run, decided) is None:
+            if find_score(run) is None:
                 console.say(f"{place.name}: testing")
-                finetune.score(run, decided["asked"]["data"], **test_of(decided), console=Console(quiet=True))
+                finetune.score(run)
         elif cell["name"] not in SHARED:
             probe_cell(run, decided, cell, seed, console)
         if not run.report_file.exists():
@@ -599,7 +600,7 @@ def train_cell(
         if (place / "status.json").exists() and run.read("status.json").get("state") == "finished":
             return run
         console.say(f"{place.name}: going on")
-        run = start.resume(place, console=console)
+        run = (finetune if cell["fine_tunes"] else start).resume(place, console=console)
     else:
         shutil.rmtree(place, ignore_errors=True)  # begun, and ended before there was anything to go on with
         console.say(f"{place.name}: {cell['steps']} steps")
@@ -608,7 +609,14 @@ def train_cell(
         if cell["fine_tunes"]:
             weights = asked["from_run"] or finished(folder, PRETRAINED, "pre-training")
             run = finetune.fine_tune(
-                weights, asked["data"], out=place, settings=settings, **test_of(decided), console=console
+                weights,
+                asked["data"],
+                out=place,
+                test=asked["test"],
+                shots=asked["shots"],
+                recipe=finetune.PLAIN,
+                settings=[*settings, f"train.test_every={cell['steps']}"],
+                console=console,
             )
         else:
             with_tokenizer = {}
@@ -625,11 +633,6 @@ def train_cell(
 def without_length(settings: Sequence[str]) -> list[str]:
     """The length is the table's, so what was asked for stands in `steps` already."""
     return [setting for setting in settings if setting.partition("=")[0].strip() not in LENGTHS]
-
-
-def test_of(decided: dict[str, Any]) -> dict[str, Any]:
-    """Which images a fine-tuned cell is tested on, and how many labels it learns from: all that are not asked away."""
-    return {"test": decided["asked"]["test"], "shots": decided["asked"]["shots"]}
 
 
 def finished(folder: Path, name: str, what: str) -> Path:

@@ -9,12 +9,16 @@ K kept patches, M dropped (masked) patches, P values of one patch, D width of a 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from unmask.errors import UserError
+
+IGNORED = 255  # the class, in `Batch.maps`, of pixels that are not judged
+NO_BOX = -1  # the label, in `Batch.box_labels`, of rows that only fill up
 
 DTYPES = {"uint8": torch.uint8, "uint16": torch.uint16, "float32": torch.float32}
 
@@ -63,8 +67,11 @@ class Batch:
     """One (micro-)batch.
 
     `images` (B, C, H, W) in the files' dtype; `index` (B,) the row of each image in its source and `epoch` (B,) the
-    pass it belongs to, which together name the random draws of that image; `labels` (B,) and `maps` (B, H, W) where a
-    task needs them.
+    pass it belongs to, which together name the random draws of that image.
+
+    Where a task needs them: `labels` (B,) int64; `maps` (B, H, W) int64, the class of every pixel, 255 for one that is
+    not judged; `boxes` (B, M, 4) float32, (x1, y1, x2, y2) in pixels of `images`, with `box_labels` (B, M) int64, -1
+    where an image has fewer than M boxes.
     """
 
     images: Tensor
@@ -72,9 +79,21 @@ class Batch:
     epoch: Tensor
     labels: Tensor | None = None
     maps: Tensor | None = None
+    boxes: Tensor | None = None
+    box_labels: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def __getitem__(self, rows: slice) -> Batch:
+        """Some of the images, with all that belongs to them."""
+        return replace(self, **{name: v[rows] for name, v in vars(self).items() if isinstance(v, Tensor)})
+
+    @staticmethod
+    def join(parts: Sequence[Batch]) -> Batch:
+        """One batch of several, in this order; all of them have the same fields and, where they have boxes, as many."""
+        filled = [name for name, value in vars(parts[0]).items() if isinstance(value, Tensor)]
+        return replace(parts[0], **{name: torch.cat([getattr(part, name) for part in parts]) for name in filled})
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device; copies from pinned memory overlap with computation."""

@@ -100,15 +100,10 @@ def find_probe(run: Run, kind: str, decided: dict[str, Any], *, controls: bool) 
     return None
 
 
-def find_score(run: Run, decided: dict[str, Any]) -> dict[str, Any] | None:
-    """A fine-tuned Run's count of this table's test images, of its last weights; None where it is still to be made."""
-    asked = decided["asked"]
-    want = {
-        "data": asked["data"], "test": asked["test"] or f"a held-out fifth of {asked['data']}",
-        "shots": asked["shots"], "step": run.read("plan.json")["steps"],
-    }  # fmt: skip
+def find_score(run: Run) -> dict[str, Any] | None:
+    """A fine-tuned Run's count of its test images, of its last weights; None where it is still to be made."""
     found = run.read(SCORE) if (run.path / SCORE).exists() else {}
-    return found if all(found.get(key, "") == value for key, value in want.items()) else None
+    return found if found.get("step") == run.read("plan.json")["steps"] else None
 
 
 def _row(folder: Path, decided: dict[str, Any], cell: dict[str, Any], failures: dict[str, str]) -> dict[str, Any]:
@@ -165,7 +160,7 @@ def _run(
             found["images_per_second"] = _median([row["images_per_second"] for row in trained])
             found["seconds"] = training_seconds(trained)
         if tuned:
-            found["fine_tuned"] = find_score(run, decided)
+            found["fine_tuned"] = find_score(run)
         for kind in () if tuned else KINDS:
             probe = find_probe(run, kind, decided, controls=False)
             for row in [] if probe is None else probe["rows"]:

@@ -220,6 +220,60 @@ def pretrain(
     _ended(run, as_json, console)
 
 
+@app.command("import")
+def import_(
+    weights: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FILE",
+            help="Weights of official MAE or BEiT, timm, transformers or DALL-E's dVAE: a file, or a folder with its "
+            "config.json.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[Path, typer.Option(metavar="RUN", help="New run folder.", show_default=False)],
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(metavar="RUN", help="For a pre-trained BEiT: the dVAE, imported before.", show_default=False),
+    ] = None,
+    settings: Settings = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make a run of weights that others trained; --set data.size and data.channels fit them to other images."""
+    from unmask.importing import import_weights
+
+    run = import_weights(weights, out, settings=settings or (), tokenizer=tokenizer, console=Console())
+    if as_json:
+        _print_json({"run": str(run.path), **run.read("provenance.json")["imported"]})
+
+
+@app.command()
+def export(
+    run: RunFolder,
+    to: Annotated[
+        str, typer.Option(metavar="TARGET", help="timm, hf, official, onnx or safetensors.", show_default=False)
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(
+            metavar="PATH",
+            help="A new .safetensors, .pth or .onnx file, or for hf a new folder.",
+            show_default=False,
+        ),
+    ],
+    step: Annotated[
+        int | None, typer.Option(help="An earlier checkpoint; default the newest.", show_default=False)
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """A run's weights for timm, transformers (hf), the official MAE code or ONNX, tested there, with a model card."""
+    from unmask.export import export_run
+
+    summary = export_run(run, to, out, step=step, console=Console())
+    if as_json:
+        _print_json(summary)
+
+
 @app.command()
 def palette(
     data: Data,
@@ -247,10 +301,122 @@ def resume(
     as_json: AsJson = False,
 ) -> None:
     """Go on exactly where a run stopped."""
-    from unmask.start import resume
+    from unmask import finetune, start
+    from unmask.config import task_names
+    from unmask.run import Run
+    from unmask.saved import read_config
 
     console = Console()
-    _ended(resume(run, allow_dataset_change=allow_dataset_change, console=console), as_json, console)
+    supervised = read_config(Run.open(run)).method.name in task_names()
+    done = (finetune if supervised else start).resume(run, allow_dataset_change=allow_dataset_change, console=console)
+    _ended(done, as_json, console)
+
+
+@app.command()
+def finetune(
+    run: RunFolder,
+    data: Data,
+    task: Annotated[str, typer.Option(help="classify (sub-folders), segment (masks) or detect (boxes).")] = "classify",
+    test: Annotated[
+        str | None, typer.Option(metavar="DATA", help="Test images; default a fifth of DATA.", show_default=False)
+    ] = None,
+    annotations: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH",
+            help="segment: folder of masks; detect: COCO .json or folder of VOC .xml. Default beside the images.",
+            show_default=False,
+        ),
+    ] = None,
+    test_annotations: Annotated[
+        str | None, typer.Option(metavar="PATH", help="The same for the test images.", show_default=False)
+    ] = None,
+    split: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="detect: images of ImageSets/Main/NAME.txt only.", show_default=False),
+    ] = None,
+    test_split: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The same for the test images.", show_default=False)
+    ] = None,
+    ignore: Annotated[
+        list[int] | None,
+        typer.Option(metavar="ID", help="segment: an id in the masks that is no class, besides 255; repeatable."),
+    ] = None,
+    recipe: Annotated[
+        str, typer.Option(help="finetune_..., scratch_..., segment_..., detect_... of `unmask recipes`, or auto.")
+    ] = "auto",
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="RUN", help="New run folder; default runs/<data>-<recipe>.", show_default=False),
+    ] = None,
+    last_blocks: Annotated[
+        float | None,
+        typer.Option(
+            help="Train only the last so many blocks: 0 the head alone, 0.5 with the last MLP. Default all.",
+            show_default=False,
+        ),
+    ] = None,
+    from_scratch: Annotated[bool, typer.Option("--from-scratch", help="Random weights instead: the control.")] = False,
+    shots: Annotated[
+        int | None,
+        typer.Option(help="Labels per class (segment, detect: images); default all.", show_default=False),
+    ] = None,
+    budget: Annotated[
+        str | None, typer.Option(metavar="TIME", help="Plan the steps that fit, e.g. 30m, 2h.", show_default=False)
+    ] = None,
+    settings: Settings = None,
+    as_json: AsJson = False,
+) -> None:
+    """Train your task from a run's encoder and test it: classes, masks or boxes."""
+    from unmask.finetune import fine_tune
+
+    console = Console()
+    done = fine_tune(
+        run,
+        data,
+        task=task,
+        out=out,
+        test=test,
+        annotations=annotations,
+        test_annotations=test_annotations,
+        split=split,
+        test_split=test_split,
+        ignored=ignore or (),
+        shots=shots,
+        recipe=recipe,
+        last_blocks=last_blocks,
+        from_scratch=from_scratch,
+        budget=_seconds(budget),
+        settings=settings or (),
+        console=console,
+    )
+    _ended(done, as_json, console)
+
+
+@app.command()
+def predict(
+    run: RunFolder,
+    images: Annotated[
+        list[str], typer.Argument(metavar="IMAGE...", help="Image files, or one DATA.", show_default=False)
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(
+            metavar="PATH", help="FILE.csv, .json or .parquet; masks: a folder; boxes: FILE.json.", show_default=False
+        ),
+    ],
+    step: Annotated[
+        int | None, typer.Option(help="An earlier checkpoint; default the newest.", show_default=False)
+    ] = None,
+    device: Device = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """What a fine-tuned run says of images: classes with probabilities, masks, or boxes."""
+    from unmask.predict import predict
+
+    summary = predict(run, images, out, step=step, device=device, console=Console())
+    if as_json:
+        _print_json(summary)
 
 
 @app.command()
@@ -282,9 +448,42 @@ def probe(
     test: Annotated[
         str | None, typer.Option(metavar="DATA", help="Test images; default a fifth of DATA.", show_default=False)
     ] = None,
-    kind: Annotated[str, typer.Option(help="knn or linear.")] = "knn",
-    shots: Annotated[int | None, typer.Option(help="Labels per class; default all.", show_default=False)] = None,
+    kind: Annotated[str, typer.Option(help="knn, linear or attentive (a learned query over all tokens).")] = "knn",
+    shots: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N[,N...]",
+            help="Labels per class; default all. Several, as 1,5,10, make a label-budget curve.",
+            show_default=False,
+        ),
+    ] = None,
+    draws: Annotated[
+        int | None, typer.Option(help="Choices of labels for each point of a curve. Default 5.", show_default=False)
+    ] = None,
     controls: Annotated[bool, typer.Option("--controls", help="Also raw pixels and an untrained encoder.")] = False,
+    against: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="RUN", help="Also another run's encoder; repeatable.", show_default=False),
+    ] = None,
+    targets: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="A .csv or .parquet with a column path (relative to DATA) and targets, instead of class folders.",
+            show_default=False,
+        ),
+    ] = None,
+    columns: Annotated[
+        str | None, typer.Option(metavar="A,B", help="Target columns of the table; default all.", show_default=False)
+    ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(help="classes, multilabel or regression; default what the columns look like.", show_default=False),
+    ] = None,
+    test_targets: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="The table of --test; default the same one.", show_default=False),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Chooses the shots and the default test part.")] = 0,
     step: Annotated[
         int | None, typer.Option(help="An earlier checkpoint; default the newest.", show_default=False)
@@ -309,16 +508,22 @@ def probe(
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """How good are the features? Accuracy of a frozen encoder on your labels (sub-folder names)."""
-    from unmask.use import probe_run
+    """How good are the features? A frozen encoder measured on your labels: sub-folder names, or a table."""
+    from unmask.probing import probe_run, shots_of
 
     summary = probe_run(
         run,
         data,
         test=test,
         kind=kind,
-        shots=shots,
+        shots=shots_of(shots),
+        draws=draws,
         controls=controls,
+        against=against or (),
+        targets=targets,
+        columns=None if columns is None else [name.strip() for name in columns.split(",")],
+        task=task,
+        test_targets=test_targets,
         seed=seed,
         step=step,
         device=device,

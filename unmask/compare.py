@@ -15,20 +15,25 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
 from unmask import checkpoint
+from unmask.batch import ImageSpec
 from unmask.beside import difference, last_loss, training_seconds
 from unmask.config import Config, keys
 from unmask.console import Console
 from unmask.errors import UserError
 from unmask.evals.probe import require_kind
 from unmask.evals.scores import POOLS, PRETRAINED
-from unmask.flops import count_flops
-from unmask.plan import Plan
+from unmask.flops import build_unallocated, count_flops
+from unmask.plan import Plan, example_batch
+from unmask.probing import probe_run
 from unmask.recipes.catalogue import all_recipes
 from unmask.report import page, probe_title
 from unmask.run import Run, replace_file
 from unmask.saved import read_config, read_plan
-from unmask.use import probe_run
 
 # What two probes must have in common to be one measurement.
 SAME = ("kind", "data", "test", "shots", "seed", "layer", "masks")
@@ -111,7 +116,8 @@ def about(name: str, run: Run) -> dict[str, Any]:
     config, plan = read_config(run), read_plan(run)
     status = run.read("status.json") if (run.path / "status.json").exists() else {"state": "waiting", "step": 0}
     trained = [row for row in run.metrics() if row.get("loss") is not None]
-    flops = count_flops(config, plan.images)
+    flops = flops_of(config, plan.images)
+    seen = status["step"] * plan.batch_size
     return {
         "name": name,
         "path": str(run.path),
@@ -122,18 +128,30 @@ def about(name: str, run: Run) -> dict[str, Any]:
         "image": [plan.images.channels, *plan.images.size],
         "parameters": plan.parameters,
         "encoder_parameters": plan.encoder_parameters,
-        "flops": {**vars(flops), "forward": flops.forward},
+        "flops": flops,
         "state": status["state"],
         "step": status["step"],
         "steps": plan.steps,
-        "images_seen": status["step"] * plan.batch_size,
-        "epochs": status["step"] * plan.batch_size / plan.num_images,
-        "training_flops": flops.training * status["step"] * plan.batch_size,
+        "images_seen": seen,
+        "epochs": seen / plan.num_images if plan.num_images else 0.0,  # imported weights have seen none here
+        "training_flops": None if flops["training"] is None else flops["training"] * seen,
         "images_per_second": statistics.median(row["images_per_second"] for row in trained) if trained else None,
         "seconds": training_seconds(trained),
         "loss": last_loss(trained) if trained else None,
         "device": _device(run, plan),
     }
+
+
+def flops_of(config: Config, images: ImageSpec) -> dict[str, int | None]:
+    """FLOPs of one image, by part; of an encoder that has no task only `whole`, the others are None."""
+    if config.method.name != "encoder":
+        flops = count_flops(config, images)
+        return {**vars(flops), "forward": flops.forward}
+    encoder = build_unallocated(config, images).encoder
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        encoder(example_batch(images, 1, "meta").images)
+    none = dict.fromkeys(("encoder", "decoder", "rest", "training", "forward"))
+    return {**none, "whole": counter.get_total_flops()}
 
 
 def _by_hand(config: Config) -> list[str]:

@@ -39,10 +39,16 @@ class DataConfig(Settings):
     workers: decoding processes; None means chosen from the machine. cache: keep decoded images in memory; None means if
     they fit in `cache_gib`. max_bad_fraction: more unreadable files than this stop the run. scan_sample: files that are
     checked before training, evenly spread, None for all; a bad file that was not among them is met, noted and replaced
-    when its turn comes.
+    when its turn comes. test: other images that a supervised run is tested on; None where they are held out of source.
+    annotations, test_annotations: where the masks or boxes of a segmentation or detection are, None for beside the
+    images; test_split: the list of test images.
     """
 
     source: str = ""
+    test: str | None = None
+    annotations: str | None = None
+    test_annotations: str | None = None
+    test_split: str | None = None
     size: Pair = (224, 224)
     crop: CropConfig = CropConfig()
     channels: int | None = Field(default=None, gt=0)
@@ -60,7 +66,8 @@ class TrainConfig(Settings):
 
     micro_batch: images per forward pass; None means as many as fit in memory. checkpoint_every is in steps, and a
     checkpoint is also written every `checkpoint_minutes`. precision "auto" is bf16 where the processor is fast at it.
-    picture_images: images in each picture, at most 64.
+    picture_images: images in each picture, at most 64. test_every: steps after which a supervised run is tested, None
+    for ten times in all.
     """
 
     steps: int | None = Field(default=None, gt=0)
@@ -77,6 +84,7 @@ class TrainConfig(Settings):
     keep_checkpoints: int = Field(default=2, ge=2)
     picture_every: int | None = Field(default=None, gt=0)
     picture_images: int = Field(default=8, gt=0, le=64)
+    test_every: int | None = Field(default=None, gt=0)
 
 
 class Graft(Settings):

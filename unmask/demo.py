@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from unmask.console import Console, duration
+from unmask.probing import probe_run
 from unmask.report import write_report
 from unmask.run import Run, free_path
 from unmask.start import pretrain
-from unmask.use import probe_run
 
 SHAPES_SECONDS = 155.0  # what is left of four minutes after drawing, probing and the digits
 SHAPES_LABELS = "shapes:4000"

@@ -1,15 +1,19 @@
-"""A classifier from a pre-trained Run: its last blocks and a head learn from labels, then test images are counted.
+"""`unmask finetune RUN DATA`: classes, masks or boxes from a pre-trained encoder, or from scratch as its control.
 
-The rows of test images are kept out of the training (`plan.excluded`), and nothing is chosen on them: the number is
-that of the last weights. Learning rate, betas and weight decay are those of MAE's fine-tuning (He et al. 2021, Table
-9); `tasks/classify.py` says what of that recipe is not here.
+Images that it is tested on are kept out of the training (`plan.test_rows`, or other images, `data.test`). It is tested
+ten times while it trains; the result, `evals/fine-tuned.json`, is that of the last weights, and beside it stands the
+best test, which is what papers report and which flatters: it was chosen on the test images. With a running average of
+the weights the last test of that is given too.
 
-So far this is what `ablate fig9` needs; a verb for people comes later.
+What is trained how is a recipe (`recipes/finetune.py`); the encoder, its images' size and normalisation come from the
+Run; what is learnt from and how it is measured is in `lessons.py`. `unmask ablate fig9` uses a plain recipe of its own.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,28 +22,36 @@ import torch
 
 from unmask import checkpoint, start
 from unmask.beside import SCORE
-from unmask.config import Config, ConfigError, Graft
+from unmask.config import Config, ConfigError, Graft, parse, task_names
 from unmask.console import Console
-from unmask.data.sources import Source, open_source, require_labels
-from unmask.evals.linear import HOLD_OUT_FOR_TEST, hold_out
-from unmask.evals.probe import few_shots
-from unmask.evals.scores import wilson
+from unmask.data.sources import Source
+from unmask.evals.collect import eval_mode
+from unmask.lessons import HEADLINES, IN_WORDS, TASKS, annotations_of, open_exam, open_lessons, split_rows
 from unmask.nn.vit import ViTConfig
 from unmask.optim import OptimConfig
-from unmask.plan import autocast, choose_device
+from unmask.plan import Plan, autocast, choose_device
+from unmask.recipes import catalogue
 from unmask.run import Run
 from unmask.saved import load, read_config, read_plan
+from unmask.start import Supervision
 from unmask.tasks import classify
-from unmask.use import eval_images, eval_precision, read, with_classes
+from unmask.use import eval_precision
 
-RECIPE = "classify"
-OPTIM = OptimConfig(base_lr=1e-3, betas=(0.9, 0.999), weight_decay=0.05, warmup=0.05)
+PLAIN = "classify"
+PLAIN_OPTIM = OptimConfig(base_lr=1e-3, betas=(0.9, 0.999), weight_decay=0.05, warmup=0.05)
+"""Learning rate, betas and weight decay of MAE's Table 9, and nothing else of it: for `ablate fig9`."""
+PAPER_BATCH, PAPER_PEAK = 16_384, 6.4  # of the paper's linear probe
+FEW, SOME = 1_000, 10_000
+BASE, LARGE, HUGE = 700, 1_000, 1_200  # width of an encoder from which on it counts as such
 
 
-def fine_tuning(pretrained: Config, classes: Sequence[str]) -> Config:
-    """The configuration of a classifier with the encoder of `pretrained`, its images and its length, without weights.
+def fine_tuning(
+    pretrained: Config, classes: Sequence[str], recipe: str = PLAIN, *, ignored: Sequence[int] = ()
+) -> Config:
+    """The configuration of a supervised run with the encoder of `pretrained` and its images, without weights.
 
-    Raises ConfigError for an encoder that is no plain vision transformer.
+    recipe: of `recipes/finetune.py`; PLAIN has the length of `pretrained`. ignored: ids in masks that are no class.
+    Raises ConfigError for an encoder that is no plain vision transformer, or a recipe that does not fine-tune.
     """
     settings: Any = pretrained.method
     encoder = getattr(settings, "encoder", None)
@@ -48,95 +60,257 @@ def fine_tuning(pretrained: Config, classes: Sequence[str]) -> Config:
             f"the encoder of {pretrained.method.name} came, and only a vision transformer's last blocks can be "
             "fine-tuned; choose a run or a recipe that has one, such as mae_nano"
         )
-    return Config(
-        recipe=RECIPE,
-        method=classify.Config(encoder=encoder, classes=tuple(classes)),
-        data=pretrained.data,
-        optim=OPTIM,
-        train=pretrained.train,
-    )
+    if recipe == PLAIN:
+        method = classify.Config(encoder=encoder, classes=tuple(classes))
+        return Config(recipe=PLAIN, method=method, data=pretrained.data, optim=PLAIN_OPTIM, train=pretrained.train)
+    found = catalogue.find(recipe)
+    if found.method.name not in task_names():
+        raise ConfigError(
+            f"recipe {recipe} pre-trains without labels; choose one of {', '.join(recipes())}, or leave --recipe out"
+        )
+    data = pretrained.data.model_copy(update={"crop": found.data.crop})
+    changes = {"encoder": encoder, "classes": tuple(classes)} | ({"ignored": tuple(ignored)} if ignored else {})
+    return found.model_copy(update={"method": found.method.model_copy(update=changes), "data": data})
 
 
-def from_weights(run: Run, classes: Sequence[str]) -> Config:
+def recipes() -> list[str]:
+    """The names of those that fine-tune."""
+    return [name for name, make in catalogue.all_recipes().items() if make().method.name in task_names()]
+
+
+def choose_recipe(task: str, encoder: ViTConfig, labelled: int, *, from_scratch: bool) -> tuple[str, str]:
+    """(recipe, why), by the task, the width of the encoder and the number of labelled images."""
+    if task != "classify":
+        name = f"{task}_{'base' if encoder.width >= BASE else 'nano'}"
+        return name, f"recipe {name}: an encoder {encoder.width} wide"
+    amount = "few" if labelled <= FEW else "some" if labelled <= SOME else "nano"
+    if encoder.width >= BASE and labelled > SOME:
+        amount = "huge" if encoder.width >= HUGE else "large" if encoder.width >= LARGE else "base"
+        amount = "large" if from_scratch and amount == "huge" else amount
+    name = f"{'scratch' if from_scratch else 'finetune'}_{amount}"
+    return name, f"recipe {name}: an encoder {encoder.width} wide and {labelled} labelled images"
+
+
+def from_weights(
+    run: Run, classes: Sequence[str], recipe: str = PLAIN, *, ignored: Sequence[int] = (), from_scratch: bool = False
+) -> Config:
     """`fine_tuning` of what a Run holds: its newest weights, and the size and normalisation that they know."""
     step, _ = checkpoint.load_model(run)
-    config, spec = fine_tuning(read_config(run), classes), read_plan(run).images
+    config, spec = fine_tuning(read_config(run), classes, recipe, ignored=ignored), read_plan(run).images
     data = {"size": spec.size, "channels": spec.channels, "mean": spec.mean, "std": spec.std}
+    none = dict.fromkeys(("test", "annotations", "test_annotations", "test_split"))
     taken = Graft(run=str(run.path.absolute()), source="encoder.", target="encoder.", step=step)
-    return config.model_copy(update={"data": config.data.model_copy(update=data), "graft": (taken,)})
-
-
-def split(source: Source, test: str | None, shots: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """(training rows, held-out rows) of a labelled source: a fifth is held out where there are no other test images.
-
-    The same fifth, and the same `shots` labels per class, as in a probe with seed 0.
-    """
-    assert source.labels is not None, "require_labels came first"
-    rows, held = np.arange(len(source)), np.zeros(0, np.int64)
-    if test is None:
-        rows, held = hold_out(source.labels, rows, 0, HOLD_OUT_FOR_TEST)
-    if shots is not None:
-        rows = few_shots(rows, source.labels[rows], source.classes, shots, 0)
-    return rows, held
+    graft = () if from_scratch else (taken,)
+    return config.model_copy(update={"data": config.data.model_copy(update=data | none), "graft": graft})
 
 
 def fine_tune(
     from_run: str | Path,
     data: str,
     *,
-    out: str | Path,
+    task: str = "classify",
+    out: str | Path | None = None,
+    test: str | None = None,
+    annotations: str | None = None,
+    test_annotations: str | None = None,
+    split: str | None = None,
+    test_split: str | None = None,
+    ignored: Sequence[int] = (),
+    shots: int | None = None,
+    recipe: str = "auto",
+    last_blocks: float | None = None,
+    from_scratch: bool = False,
+    budget: float | None = None,
+    settings: Sequence[str] = (),
+    console: Console | None = None,
+) -> Run:
+    """Train a classifier, segmenter or detector on `data` from the encoder of `from_run`; its Run says how it ended.
+
+    test: other images that it is tested on; None holds a fifth of `data` out. annotations: where masks or boxes are,
+    split: the list of images, both also for `test`; see `data/maps.py` and `data/boxes.py`. ignored: ids in masks that
+    are no class. shots: labels per class (masks, boxes: images), None for all. last_blocks: as in `classify.Config`.
+    from_scratch: the encoder's random start instead of its weights. settings: KEY=VALUE. Stopped, it goes on with
+    `finetune.resume`. Raises ValueError for what a person can mend.
+    """
+    console = console or Console(quiet=True)
+    if out is not None:
+        Run.check_free(out)
+    if task not in HEADLINES:
+        raise ConfigError(f"task {task!r} came; {', '.join(TASKS)} was expected")
+    if ignored and task != "segment":
+        raise ConfigError(f"--ignore {ignored[0]} came, but only masks have ids to ignore; leave it out")
+    if test is None and (test_annotations is not None or test_split is not None):
+        raise ConfigError("--test-annotations or --test-split came without --test; give the test images too")
+    run = Run.open(from_run)
+    fine_tuning(read_config(run), ("one", "other"))  # refuses an encoder that cannot be tuned before anything is read
+    lessons = open_lessons(task, data, annotations, split=split, ignored=ignored, console=console)
+    rows, held = split_rows(lessons, shots, hold=test is None)
+    if test is not None:
+        open_lessons(
+            task, test, test_annotations, split=test_split, ignored=ignored, classes=lessons.classes, console=console
+        )
+    why = f"recipe {recipe}: asked for"
+    if recipe == "auto":
+        pretrained: Any = read_config(run).method
+        recipe, why = choose_recipe(task, pretrained.encoder, len(rows), from_scratch=from_scratch)
+    settings = list(settings)
+    if last_blocks is not None:
+        if "method.last_blocks" in parse(settings):
+            raise ConfigError("both --last-blocks and method.last_blocks were given; leave one of them out")
+        settings.append(f"method.last_blocks={last_blocks}")
+    config = from_weights(run, lessons.classes, recipe, ignored=ignored, from_scratch=from_scratch)
+    if config.method.name != task:
+        raise ConfigError(f"recipe {recipe} is for --task {config.method.name}, but --task {task} came; change one")
+    config = start.resolve(config, settings, budget=budget, source=lessons.source)
+    if from_scratch and config.method.model_dump().get("last_blocks") is not None:
+        raise ConfigError(
+            "--from-scratch and --last-blocks came together, but frozen random blocks learn nothing; leave one out"
+        )
+    start.require_method(config)
+    where = {
+        "test": test,
+        "annotations": annotations_of(task, data, annotations, lessons),
+        "test_annotations": test_annotations,
+        "test_split": test_split,
+    }
+    config = config.model_copy(update={"data": config.data.model_copy(update=where)})
+    for line in lessons.annotations.lines() if lessons.annotations is not None else ():
+        console.say(line)
+    source, origin = lessons.source, "random weights, from scratch" if from_scratch else f"weights of {from_run}"
+    done = start.start_run(
+        source,
+        start.scan_all(source, config, console),
+        config,
+        choose_device(config.train.device),
+        out=out if out is not None else start.free_name(source, config),
+        budget=budget,
+        reasons=(why, origin, f"{len(rows)} images of {len(lessons.classes)} classes to learn from"),
+        console=console,
+        held_out=np.setdiff1d(np.arange(len(source)), rows),
+        test_rows=held if test is None else None,
+        supervise=partial(supervise, console=console),
+    )
+    report(done, console)
+    return done
+
+
+def resume(run_folder: str | Path, *, allow_dataset_change: bool = False, console: Console | None = None) -> Run:
+    """Go on exactly where a supervised Run stopped; as `start.resume`."""
+    console = console or Console(quiet=True)
+    status = Run.open(run_folder).path / "status.json"
+    finished = status.exists() and Run(run_folder).read("status.json").get("state") == "finished"
+    done = start.resume(
+        run_folder,
+        allow_dataset_change=allow_dataset_change,
+        supervise=partial(supervise, console=console),
+        console=console,
+    )
+    if not finished:
+        report(done, console)
+    return done
+
+
+def supervise(config: Config, plan: Plan, source: Source, *, console: Console) -> Supervision:
+    """The masks or boxes of a run that begins or goes on, and its tests."""
+    settings: Any = config.method
+    lessons = open_lessons(
+        settings.name,
+        source.location,
+        config.data.annotations,
+        ignored=getattr(settings, "ignored", ()),
+        classes=settings.classes,
+        look=False,
+    )
+    exam = open_exam(config, plan, lessons, console)
+    return Supervision(lessons.annotations, exam.headlines)
+
+
+def score(run: Run, *, console: Console | None = None) -> dict[str, Any]:
+    """How good the last weights are, with a 95 % interval, beside the best test on the way; kept in `SCORE`."""
+    console = console or Console(quiet=True)
+    loaded = load(run.path, device=choose_device(read_plan(run).device))
+    data, settings = loaded.config.data, loaded.config.method
+    found: dict[str, Any] = settings.model_dump()
+    lessons = open_lessons(
+        settings.name, data.source, data.annotations, ignored=found.get("ignored", ()), classes=found["classes"],
+        look=False,
+    )  # fmt: skip
+    exam = open_exam(loaded.config, loaded.plan, lessons, console)
+    with torch.inference_mode(), eval_mode(loaded.method), autocast(eval_precision(loaded), loaded.device):
+        measured = exam.measure(loaded.method)
+    headline = HEADLINES[settings.name][0]
+    tested = [row for row in run.metrics() if f"test_{headline}" in row]
+    best = max(tested, key=lambda row: row[f"test_{headline}"], default=None)
+    summary = measured | {
+        "task": settings.name, "metric": headline, "step": loaded.step, "classes": list(lessons.classes),
+        "best": None if best is None else {headline: best[f"test_{headline}"], "step": best["step"]},
+        "averaged": tested[-1].get(f"test_averaged_{headline}") if tested else None,
+        "data": data.source, "test": data.test or f"a held-out fifth of {data.source}",
+        "test_images": len(exam.rows), "train_images": loaded.plan.num_images, "recipe": loaded.config.recipe,
+        "last_blocks": found.get("last_blocks"), "from": loaded.config.graft[0].run if loaded.config.graft else None,
+    }  # fmt: skip
+    run.write(SCORE, summary)
+    return summary
+
+
+def report(run: Run, console: Console) -> None:
+    """The result of a finished Run, for a person."""
+    if run.read("status.json").get("state") != "finished":
+        return
+    found = score(run, console=console)
+    first, *others = HEADLINES[found["task"]]
+    said = f"{found[first]:.1%} {IN_WORDS[first]} on {found['test_images']} test images, last weights"
+    if "low" in found:
+        said += f" (95% interval {found['low']:.1%} to {found['high']:.1%})"
+    said += "".join(f", {found[name]:.1%} {IN_WORDS[name]}" for name in others)
+    if found["averaged"] is not None:
+        said += f", {found['averaged']:.1%} with their running average"
+    if (best := found["best"]) is not None and not math.isclose(best[first], found[first], abs_tol=1e-9):
+        said += f"; the best test on the way {best[first]:.1%} at step {best['step']}, which the test images chose"
+    console.say(said)
+
+
+def paper_linear(
+    from_run: str | Path,
+    data: str,
+    *,
     test: str | None = None,
     shots: int | None = None,
     settings: Sequence[str] = (),
     console: Console | None = None,
-) -> Run:
-    """Train a classifier on the labels of `data` from the encoder of `from_run`; its Run says how it ended.
+) -> dict[str, Any]:
+    """MAE's linear probe by its own protocol (`tasks/linear_probe.py`); what `evals/probe-paper-linear-*.json` holds.
 
-    test: other images that will be counted; None holds a fifth of `data` out. shots: labels per class, None for all.
-    settings: KEY=VALUE, `method.last_blocks` among them. Stopped, it goes on with `start.resume`. Raises ValueError for
-    what a person can mend.
+    It is a training, in a Run of its own inside `from_run`. The batch of 16384 is for data sets as large as ImageNet;
+    of a smaller one it is the power of two at or below an eighth of its images, and the peak learning rate stays 6.4:
+    by LARS a step moves a matrix by a share of its norm, and at the rate of a small batch nothing would be learnt.
     """
     console = console or Console(quiet=True)
-    source = require_labels(open_source(data))
-    config = start.resolve(from_weights(Run.open(from_run), source.classes), list(settings), source=source)
-    device = choose_device(config.train.device)
-    Run.check_free(out)
-    rows, _ = split(source, test, shots)
-    return start.start_run(
-        source,
-        start.scan_all(source, config, console),
-        config,
-        device,
-        out=out,
-        budget=None,
-        reasons=(f"weights of {from_run}", f"labels of {len(rows)} images of {len(source.classes)} classes"),
-        console=console,
-        held_out=np.setdiff1d(np.arange(len(source)), rows),
-    )
-
-
-def score(
-    run: Run, data: str, *, test: str | None, shots: int | None, console: Console | None = None
-) -> dict[str, Any]:
-    """Count on the test images how often the last weights are right; kept in `SCORE`, with a 95 % Wilson interval."""
-    loaded = load(run.path, device=choose_device(read_plan(run).device))
-    method = loaded.method
-    assert isinstance(method, classify.Classifier), "fine_tune made this run"
-    source = require_labels(open_source(data))
-    _, rows = split(source, test, shots)
-    if test is not None:
-        source = with_classes(require_labels(open_source(test)), source.classes, data)
-        rows = np.arange(len(source))
-    correct = total = 0
-    with torch.inference_mode(), autocast(eval_precision(loaded), loaded.device):
-        for batch in read(eval_images(loaded, source), rows, 0, console or Console(quiet=True)):
-            labels = classify.require_labels(batch).to(loaded.device)
-            correct += int((method.logits(batch.images.to(loaded.device)).argmax(1) == labels).sum())
-            total += len(batch)
-    low, high = wilson(correct, total)
-    found = {
-        "accuracy": correct / total, "low": low, "high": high, "correct": correct, "total": total, "step": loaded.step,
-        "data": data, "test": test or f"a held-out fifth of {data}", "shots": shots,
+    outer, name = Run.open(from_run), "paper-linear-" + (Path(data).name or "data").replace(".", "-")
+    lessons = open_lessons("linear_probe", data)
+    rows, _ = split_rows(lessons, shots, hold=test is None)
+    settings = list(settings)
+    if "train.batch_size" not in parse(settings) and len(rows) < 8 * PAPER_BATCH:
+        batch = 2 ** int(math.log2(max(16, len(rows) // 8)))
+        settings.append(f"train.batch_size={batch}")
+        if "optim.base_lr" not in parse(settings):
+            settings.append(f"optim.base_lr={PAPER_PEAK * 256 / batch}")
+        console.say(
+            f"a batch of {batch} at the paper's peak rate of {PAPER_PEAK}: its batch of {PAPER_BATCH} is for data sets "
+            f"larger than these {len(rows)} images"
+        )
+    run = fine_tune(
+        outer.path, data, task="linear_probe", out=outer.path / name, test=test, shots=shots, recipe="linear_paper",
+        settings=settings, console=console,
+    )  # fmt: skip
+    found = run.read(SCORE)
+    row = {key: found[key] for key in ("accuracy", "low", "high", "correct", "total")}
+    summary = {
+        "kind": "paper-linear", "data": data, "test": test or f"a held-out fifth of {data}", "shots": shots, "seed": 0,
+        "layer": None, "masks": None, "step": checkpoint.newest_step(outer), "classes": found["classes"],
+        "train_images": found["train_images"], "test_images": found["test_images"], "chance": 1 / len(found["classes"]),
+        "rows": [{"features": "pre-trained", "pool": "cls", "c": None, **row}], "best": found["best"],
+        "run": run.path.name, "verdict": "Whether pre-training helped is not known from this: there are no controls.",
     }  # fmt: skip
-    run.write(SCORE, found)
-    return found
+    outer.write(f"evals/probe-{name}.json", summary)
+    return summary

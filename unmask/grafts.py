@@ -18,7 +18,7 @@ from unmask.data.mask_file import hidden_share, read_masks
 from unmask.errors import UserError
 from unmask.recipes import catalogue
 from unmask.run import Run
-from unmask.saved import read_config, read_plan
+from unmask.saved import read_config, read_plan, take_weights
 
 TOKENIZER = "target.tokenizer."  # where methods that predict codes keep the network that makes them
 DVAE = ""  # and where the method that trains it does: it is nothing else
@@ -35,6 +35,11 @@ def continued(from_run: str | Path, recipe: str) -> Config:
     step, _ = checkpoint.load_model(run)
     spec, whole = read_plan(run).images, recipe == "auto"
     config = read_config(run) if whole else catalogue.find(recipe)
+    if config.method.name == "encoder":
+        raise ConfigError(
+            f"--from {from_run} is the run of an encoder only, which says not what to train it for; name the task with "
+            "--recipe NAME (`unmask recipes` lists them), such as mae_base"
+        )
     part = "" if whole else "encoder."
     data = {"size": spec.size, "channels": spec.channels, "mean": spec.mean, "std": spec.std}
     taken = Graft(run=str(run.path.absolute()), source=part, target=part, step=step)
@@ -150,5 +155,5 @@ def require_grafts(config: Config, images: ImageSpec) -> None:
                 f"these images have {images.channels} channels, the run {entry.run} was trained on {theirs.channels}; "
                 f"convert the images, set data.channels={theirs.channels}, or train without {option}"
             )
-        _, weights = checkpoint.load_model(run, entry.step)
-        checkpoint.graft(config.build(images), [(entry.source, entry.target, weights)])
+    if config.graft:
+        take_weights(config.build(images), config)

@@ -1,4 +1,4 @@
-"""AdamW with MAE's parameter groups, and the learning rate as a function of the step.
+"""AdamW with MAE's parameter groups, LARS for its linear probe, and the learning rate as a function of the step.
 
 There is no scheduler object: `learning_rate(step, ...)` is pure, so a resumed run needs nothing but the step number.
 """
@@ -6,7 +6,9 @@ There is no scheduler object: `learning_rate(step, ...)` is pure, so a resumed r
 from __future__ import annotations
 
 import math
-from typing import Annotated
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -18,12 +20,17 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimConfig(Settings):
-    """AdamW (MAE, Table 8). The peak learning rate is base_lr x batch size / 256.
+    """AdamW (MAE, Table 8), or LARS (its linear probe). The peak learning rate is base_lr x batch size / 256.
 
+    betas: of AdamW; the first is LARS's momentum.
     warmup: share of all steps with a linear rise from 0 (MAE: 40 of 800 epochs). After it half a cosine down to
-    final_lr x peak. clip: greatest gradient norm, None for no clipping.
+    final_lr x peak. clip: greatest gradient norm, None for no clipping. layer_decay: for fine-tuning, the learning rate
+    of each layer of the encoder over that of the layer above it; the head has the full rate. average: keep also a
+    running average of the weights, of which so much stays at each step (0.9999 in MAE's training from scratch, less in
+    its first steps).
     """
 
+    name: Literal["adamw", "lars"] = "adamw"
     base_lr: float = Field(default=1.5e-4, gt=0)
     betas: tuple[Decay, Decay] = (0.9, 0.95)
     eps: float = Field(default=1e-8, gt=0)
@@ -31,6 +38,8 @@ class OptimConfig(Settings):
     warmup: float = Field(default=0.05, ge=0, lt=1)
     final_lr: float = Field(default=0.0, ge=0, le=1)
     clip: float | None = Field(default=None, gt=0)
+    layer_decay: float = Field(default=1.0, gt=0, le=1)
+    average: float | None = Field(default=None, gt=0, lt=1)
 
 
 def peak_lr(config: OptimConfig, batch_size: int) -> float:
@@ -46,19 +55,76 @@ def learning_rate(step: int, *, steps: int, warmup_steps: int, peak: float, fina
     return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
-def make_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters; 1-D tensors (biases, norm gains) are not decayed.
+TRUST = 1e-3
 
-    cls and mask tokens are 3-D and therefore are decayed, as upstream. Fused, because that kernel can skip a
-    non-finite step on the device, without waiting for the host to look.
+
+class Lars(torch.optim.Optimizer):
+    """Layer-wise adaptive rates (You et al. 2017) as MAE's linear probe has it (`util/lars.py`, after MoCo v3).
+
+    The gradient of a weight matrix, decayed, is scaled to TRUST x the norm of the matrix; that of a 1-D tensor is not.
+    The momentum holds scaled gradients, and the learning rate stands outside. A step with `found_inf` changes nothing.
     """
-    trainable = [p for p in module.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
-    ]
+
+    def __init__(self, groups: Any, momentum: float) -> None:
+        super().__init__(groups, {"lr": 0.0, "momentum": momentum})
+        self.found_inf: Tensor | None = None
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        good = True if self.found_inf is None else self.found_inf == 0
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                change, state = parameter.grad, self.state[parameter]
+                if parameter.ndim > 1:
+                    change = change + group["weight_decay"] * parameter
+                    own, its = parameter.norm(), change.norm()
+                    change = change * torch.where((own > 0) & (its > 0), TRUST * own / its, 1.0)
+                before = state.get("momentum", torch.zeros_like(parameter))
+                moved = before * group["momentum"] + change
+                if isinstance(good, Tensor):
+                    moved = torch.where(good, moved, before)
+                    parameter.copy_(torch.where(good, parameter - group["lr"] * moved, parameter))
+                else:
+                    parameter.sub_(group["lr"] * moved)
+                state["momentum"] = moved
+
+
+def make_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW | Lars:
+    """AdamW over the trainable parameters of a method; 1-D tensors (biases, norm gains) are not decayed. Or LARS.
+
+    cls and mask tokens are 3-D and therefore are decayed, as upstream; parameters that the method names as `undecayed`
+    are not. Fused, because that kernel can skip a non-finite step on the device, without waiting for the host to look.
+    """
+    undecayed: tuple[str, ...] = getattr(module, "undecayed", ())
+    scales = layer_scales(module, config.layer_decay)
+    groups: dict[tuple[float, bool], dict] = {}
+    for decayed in (True, False):
+        for name, parameter in module.named_parameters():
+            if not parameter.requires_grad or decayed != (parameter.ndim > 1 and name not in undecayed):
+                continue
+            key = scales.get(name, 1.0), decayed
+            about = {"params": [], "weight_decay": config.weight_decay if decayed else 0.0, "lr_scale": key[0]}
+            groups.setdefault(key, about)["params"].append(parameter)
+    if config.name == "lars":
+        return Lars(list(groups.values()), momentum=config.betas[0])
     # lr as a number, not a tensor: it is written by hand before every step.
-    return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, eps=config.eps, fused=True)
+    return torch.optim.AdamW(list(groups.values()), lr=0.0, betas=config.betas, eps=config.eps, fused=True)
+
+
+def layer_scales(module: nn.Module, decay: float) -> Mapping[str, float]:
+    """Factor of the learning rate for each parameter of `module.encoder`, by name; {} without layer-wise decay.
+
+    decay^(n - depth), n the depth of what lies behind the encoder (the head has 1): Clark et al. 2020, ELECTRA, as in
+    BEiT and MAE. What an encoder calls the depth of a parameter is `depth_of`.
+    """
+    if decay == 1:
+        return {}
+    encoder = module.encoder
+    depths = {name: encoder.depth_of(name) for name, _ in encoder.named_parameters()}  # type: ignore[operator,union-attr]
+    last = max(depths.values())
+    return {f"encoder.{name}": decay ** (last - depth) for name, depth in depths.items()}
 
 
 def update(optimizer: torch.optim.Optimizer, lr: float, loss: Tensor, clip: float | None) -> Tensor:
@@ -72,10 +138,41 @@ def update(optimizer: torch.optim.Optimizer, lr: float, loss: Tensor, clip: floa
     if clip is not None:
         torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["lr_scale"]
     # The fused kernel's own gate, the one gradient scalers use: 1 means "leave everything as it is".
     optimizer.found_inf = (~(loss.isfinite() & norm.isfinite())).float()  # type: ignore[attr-defined]
     optimizer.grad_scale = None  # type: ignore[attr-defined]
     optimizer.step()
     optimizer.zero_grad()
     return norm
+
+
+@torch.no_grad()
+def average_weights(optimizer: torch.optim.Optimizer, decay: float, step: int) -> None:
+    """Move the running average of the weights, kept with the moments as "average", after step `step` (0-based).
+
+    The share that stays is at most (1 + step) / (10 + step), so that the start is soon forgotten.
+    """
+    stays = min(decay, (1 + step) / (10 + step))
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p in optimizer.state]
+    for parameter in parameters:
+        state = optimizer.state[parameter]
+        if "average" in state:
+            state["average"].lerp_(parameter, 1 - stays)
+        else:
+            state["average"] = parameter.detach().clone()
+
+
+@contextmanager
+@torch.no_grad()
+def averaged(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Within, the parameters are their running averages; afterwards, bit for bit, what they were."""
+    both = [(parameter, state["average"]) for parameter, state in optimizer.state.items() if "average" in state]
+    before = [parameter.detach().clone() for parameter, _ in both]
+    for parameter, average in both:
+        parameter.copy_(average)
+    try:
+        yield
+    finally:
+        for (parameter, _), kept in zip(both, before, strict=True):
+            parameter.copy_(kept)

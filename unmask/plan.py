@@ -27,7 +27,10 @@ BUDGET_SHARE = 0.9  # the rest: pictures, checkpoints, a slow minute
 
 
 class Plan(Settings):
-    """What a run will do. `reasons` are sentences for people: why each choice was made."""
+    """What a run will do. `reasons` are sentences for people: why each choice was made.
+
+    excluded: rows of the source that are not trained on; test_rows: those of them that a supervised run is tested on.
+    """
 
     steps: int
     warmup_steps: int
@@ -41,6 +44,7 @@ class Plan(Settings):
     images: ImageSpec
     fingerprint: str
     excluded: tuple[int, ...] = ()
+    test_rows: tuple[int, ...] = ()
     precision: str
     device: str
     workers: int
@@ -100,11 +104,16 @@ def fresh_method(config: Config, images: ImageSpec) -> Method:
 
 
 def example_batch(images: ImageSpec, count: int, device: str) -> Batch:
-    """A batch of mid-gray images of the right shape and dtype, all of the first class, for measuring."""
+    """A batch of mid-gray images of the right shape and dtype, for measuring.
+
+    All of them, and every pixel, are of the first class, and a box around such an object fills the upper left quarter.
+    """
     mean = torch.tensor(images.mean)[:, None, None].expand(images.channels, *images.size)
     pixels = mean.to(DTYPES[images.dtype])[None].repeat(count, 1, 1, 1)
     zeros = torch.zeros(count, dtype=torch.int64)
-    return Batch(pixels, torch.arange(count), epoch=zeros, labels=zeros).to(device)
+    box = torch.tensor([0.0, 0.0, images.size[1] / 2, images.size[0] / 2]).expand(count, 1, 4)
+    about = {"labels": zeros, "maps": torch.zeros(count, *images.size, dtype=torch.int64)}
+    return Batch(pixels, torch.arange(count), zeros, **about, boxes=box, box_labels=zeros[:, None]).to(device)
 
 
 def saved_bytes_per_image(method: Method, images: ImageSpec, precision: str, device: str) -> int:

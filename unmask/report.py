@@ -27,8 +27,10 @@ from unmask.run import Run, RunError, replace_file
 MOST_PICTURES = 3
 NAMED_BAD_FILES = 50
 INK = "#010203"  # becomes the page's own text colour
-KINDS = {"knn": "k nearest neighbours", "linear": "Linear probe"}
+KINDS = {"knn": "k nearest neighbours", "linear": "Linear probe", "attentive": "Attentive probe"}
+PROBES = ("probe-*", "attentive-*", "curve-*", "targets-*")  # files in evals, in the order of the page
 LOSS, GUESSES = "#2f7ebc", ("#c0392b", "#d68910", "#7d3c98", "#1e8449")
+MORE = ("#7f8c8d", "#8d5524", "#d6336c")  # colours where the guesses' do not suffice
 IN_WORDS = {
     "true_patch_mean": "the true mean colour of each hidden patch, which the model is not told",
     "visible_mean": "guess the mean of all visible patches",
@@ -61,6 +63,7 @@ def page(template: str, **values: Any) -> bytes:
     loader = FunctionLoader(lambda name: files.joinpath(name).read_text("utf-8"))
     pages = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     pages.filters["percent"] = lambda value: f"{100 * value:.1f} %"
+    pages.filters["decimals"] = lambda value: "not defined" if value is None else f"{value:.3f}"
     return pages.get_template(template).render(**values).encode("utf-8", "backslashreplace")
 
 
@@ -69,7 +72,8 @@ def gather(run: Run) -> dict[str, Any]:
     config, plan = run.read("config.json"), _optional(run, "plan.json")
     status, provenance = _optional(run, "status.json"), _optional(run, "provenance.json")
     metrics, baselines = run.metrics(), _optional(run, "evals/baselines.json")
-    probes = [_probe(run, file) for file in sorted(run.evals.glob("probe-*.json"), reverse=True)]  # linear before knn
+    files = [file for first in PROBES for file in sorted(run.evals.glob(f"{first}.json"), reverse=True)]
+    probes = [_probe(run, file) for file in files]  # linear before knn
     trained = [row for row in metrics if row.get("loss") is not None]
     quarantine = run.quarantine()
     return {
@@ -84,6 +88,7 @@ def gather(run: Run) -> dict[str, Any]:
         "curve": curve(trained, baselines) if len(trained) > 1 else None,
         "curve_note": curve_note(trained, baselines),
         "probes": probes,
+        "tuned": tuned(run, metrics),
         "quarantine": quarantine[:NAMED_BAD_FILES],
         "quarantine_count": len(quarantine),
         "skipped_steps": sum("skipped" in row for row in metrics),
@@ -100,16 +105,73 @@ def _optional(run: Run, name: str) -> dict[str, Any]:
 
 def _probe(run: Run, file: Path) -> dict[str, Any]:
     probe = run.read(f"evals/{file.name}")
-    best = max((row["accuracy"] for row in probe.get("rows", [])), default=0.0)
-    return {**probe, "title": probe_title(probe), "best": best}
+    title, metric = probe_title(probe), probe.get("metric", "accuracy")
+    if "draws" in probe:
+        return {**probe, "title": title, "chart": budget_chart(probe)}
+    rows = [_row(row, metric) for row in probe.get("rows", [])]
+    chance = f"chance, {_show(probe['chance'], metric)}" if metric != "R2" else "a constant guess, 0.000"
+    return {
+        "metric": metric, "task": "classes", "protocol": "", "columns": [], **probe, "rows": rows, "title": title,
+        "best": max((row["shown"] for row in rows), default=0.0), "nothing": chance, "chart": None,
+    }  # fmt: skip
+
+
+def _row(row: dict[str, Any], metric: str) -> dict[str, Any]:
+    """With what the page writes and draws of it; a bar cannot be shorter than nothing."""
+    shown = row["accuracy"] if metric == "accuracy" else row["value"]
+    bar = [min(1.0, max(0.0, value)) for value in (shown, row["low"], row["high"])]
+    span = f"{_show(row['low'], metric)} to {_show(row['high'], metric)}"
+    return {**row, "shown": shown, "text": _show(shown, metric), "span": span, "bar": bar}
+
+
+def _show(value: float, metric: str) -> str:
+    return f"{100 * value:.1f} %" if metric == "accuracy" else f"{value:.3f}"
+
+
+def budget_chart(probe: dict[str, Any]) -> Markup:
+    """Accuracy over labels per class, one curve for each feature set and pool, with the limits as bars."""
+    from matplotlib.ticker import NullLocator, PercentFormatter
+
+    def draw(figure: Any) -> None:
+        axes = figure.add_subplot()
+        names = list(dict.fromkeys(row["features"] for row in reversed(probe["rows"])))  # the run's own first
+        names.sort(key=lambda name: name != "pre-trained")
+        colours = dict(zip(names, [LOSS, *GUESSES, *MORE] * len(names), strict=False))
+        for row in probe["rows"]:
+            means, colour = [point["mean"] for point in row["points"]], colours[row["features"]]
+            reach = [
+                [max(0.0, point["mean"] - point["low"]) for point in row["points"]],
+                [max(0.0, point["high"] - point["mean"]) for point in row["points"]],
+            ]
+            axes.errorbar(
+                probe["shots"], means, reach, color=colour, capsize=3, marker="o", markersize=4, linewidth=1.6,
+                linestyle=":" if row["pool"] == "cls" else "-", label=f"{row['features']}, {row['pool']}",
+            )  # fmt: skip
+        axes.axhline(probe["chance"], color=INK, linestyle="--", linewidth=1, alpha=0.5)
+        lowest = min(probe["chance"], *(point["low"] for row in probe["rows"] for point in row["points"]))
+        axes.set_ylim(bottom=max(0.0, lowest - 0.02))
+        axes.set_xscale("log")
+        axes.set_xticks(probe["shots"], [str(number) for number in probe["shots"]])
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axes.set_xlabel("labels per class")
+        axes.set_ylabel("accuracy")
+        axes.grid(alpha=0.15)
+        axes.legend(frameon=False, fontsize=9)
+
+    return drawn(draw, size=(8.2, 3.6))
 
 
 def probe_title(probe: dict[str, Any]) -> str:
     """What was measured, in words: the kind, the images, and whatever was asked for beyond the ordinary."""
     kind = str(probe.get("kind"))
     said = [f"{KINDS.get(kind, kind)} on {probe['data']}", f"tested on {probe['test']}"]
-    if (shots := probe.get("shots")) is not None:
+    if isinstance(shots := probe.get("shots"), list):
+        said.append(f"{', '.join(str(number) for number in shots)} labels per class, {probe['draws']} draws each")
+    elif shots is not None:
         said.append(f"{shots} label{'s' * (shots != 1)} per class")
+    if probe.get("targets") is not None:
+        said.append(f"{probe['task']} of {probe['targets']}")
     if probe.get("seed"):
         said.append(f"seed {probe['seed']}")
     if probe.get("layer") is not None:
@@ -190,6 +252,53 @@ def curve(trained: list[dict[str, Any]], baselines: dict[str, Any]) -> Markup:
         axes.grid(alpha=0.15)
 
     return drawn(draw, size=(8.2, 3.6))
+
+
+def tuned(run: Run, metrics: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """How good a supervised run is on its test images, or None: what to say, each class by itself, the way there."""
+    tested = [row for row in metrics if any(key.startswith("test_") for key in row)]
+    found = _optional(run, "evals/fine-tuned.json")
+    if not found:
+        return None
+    metric, names = found["metric"], dict[str, str](mean_iou="mean IoU", ap50="AP50", accuracy="accuracy")
+    each = found.get("ious") or found.get("ap50_of_class", {})
+    said = f"{names.get(metric, metric)} {100 * found[metric]:.1f} % on {found['test_images']:,} test images"
+    if "low" in found:
+        said += f" (95 % interval {100 * found['low']:.1f} to {100 * found['high']:.1f} %)"
+    said += f", with the weights of the last step. Learnt from {found['train_images']:,} images."
+    if found["averaged"] is not None:
+        said += f" With the running average of the weights {100 * found['averaged']:.1f} %."
+    if found["best"] is not None and found["best"]["step"] != found["step"]:
+        best = found["best"]
+        said += (
+            f" The best test on the way had {100 * best[metric]:.1f} % at step {best['step']:,}; the test images chose "
+            "it, so it flatters."
+        )
+    return {"sentence": said, "each": each, "metric": names.get(metric, metric), "chart": tests_chart(tested, metric)}
+
+
+def tests_chart(tested: list[dict[str, Any]], metric: str) -> Markup | None:
+    """The tests on the way, as SVG; None where there is only one."""
+    if len(tested) < 2:
+        return None
+
+    def draw(figure: Any) -> None:
+        axes = figure.add_subplot()
+        for key, label, colour in (
+            (f"test_{metric}", "weights as they are", LOSS),
+            (f"test_averaged_{metric}", "running average", GUESSES[1]),
+        ):
+            points = [(row["step"], 100 * row[key]) for row in tested if key in row]
+            if points:
+                axes.plot(*zip(*points, strict=True), "o-", color=colour, markersize=4, label=label)
+        axes.set_xlim(0)
+        axes.set_xlabel("step")
+        axes.set_ylabel("test images, %")
+        axes.grid(alpha=0.15)
+        if any(f"test_averaged_{metric}" in row for row in tested):
+            axes.legend(frameon=False, fontsize=9)
+
+    return drawn(draw, size=(8.2, 3.0))
 
 
 def drawn(draw: Callable[[Any], None], *, size: tuple[float, float]) -> Markup:

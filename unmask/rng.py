@@ -40,6 +40,10 @@ class Stream(IntEnum):
     JITTER = 8
     CODES = 9
     COLOURS = 10
+    PATHS = 11
+    MIX = 12
+    RAND_AUGMENT = 13
+    ERASE = 14
 
 
 def philox(counter: tuple[Array, Array, Array, Array], key: tuple[int, int]) -> tuple[Array, Array, Array, Array]:

@@ -12,12 +12,12 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from unmask import checkpoint, grafts
 from unmask.batch import ImageSpec
 from unmask.config import Config, ConfigError, override, parse, task_names
 from unmask.console import Console, duration
-from unmask.data.loader import Images, Order, choose_workers
+from unmask.data.loader import Annotations, Images, Order, choose_workers
 from unmask.data.scan import Scan, scan
 from unmask.data.sources import Source, open_source
 from unmask.errors import UserError
@@ -34,10 +34,21 @@ from unmask.plan import Plan, choose_device, make_plan, require_micro_batch
 from unmask.recipes import catalogue
 from unmask.run import Run, free_path
 from unmask.saved import read_config, read_plan
-from unmask.train import train
+from unmask.train import Judge, train
 
 NAMED_BAD_FILES = 5
 MOST_EPOCHS_A_STEP = 256
+
+
+class Supervision(NamedTuple):
+    """What a supervised run has beside its images: what is learnt from, unless that are labels, and its tests."""
+
+    annotations: Annotations | None
+    judge: Judge
+
+
+Supervise = Callable[[Config, Plan, Source], Supervision]
+"""Makes it, once it is known what is trained on what."""
 
 
 class DataError(UserError):
@@ -93,10 +104,17 @@ def start_run(
     reasons: tuple[str, ...],
     console: Console,
     held_out: np.ndarray | None = None,
+    test_rows: np.ndarray | None = None,
+    supervise: Supervise | None = None,
 ) -> Run:
-    """Plan, make the Run, and train it. held_out: rows of the source that are kept from it, for a test."""
+    """Plan, make the Run, and train it.
+
+    held_out: rows of the source that are kept from the training, test_rows: those of them that it is tested on.
+    """
     refuse_absurd_batch(config, found.usable)
     images, plan = prepare(source, found, config, device, budget=budget, reasons=reasons, held_out=held_out)
+    if test_rows is not None:
+        plan = plan.model_copy(update={"test_rows": tuple(np.setdiff1d(test_rows, found.bad_rows).tolist())})
     if plan.cached:
         images.keep_decoded()
     grafts.require_grafts(config, plan.images)
@@ -111,7 +129,7 @@ def start_run(
         checkpoint.check_space(run, (config.train.keep_checkpoints + 1) * 12 * plan.parameters)
         say_plan(plan, config, console)
         say_taken(config, console)
-        _train(run, config, plan, images, console)
+        _train(run, config, plan, images, console, supervise)
     return run
 
 
@@ -148,8 +166,17 @@ def with_options(
     return [*(text for filled in given.values() for text in filled), *settings]
 
 
-def resume(run_folder: str | Path, *, allow_dataset_change: bool = False, console: Console | None = None) -> Run:
-    """Go on exactly where a Run stopped. Raises ValueError when it cannot be the same run any more."""
+def resume(
+    run_folder: str | Path,
+    *,
+    allow_dataset_change: bool = False,
+    supervise: Supervise | None = None,
+    console: Console | None = None,
+) -> Run:
+    """Go on exactly where a Run stopped. Raises ValueError when it cannot be the same run any more.
+
+    supervise: for a supervised run, which `finetune.resume` goes on with.
+    """
     console = console or Console(quiet=True)
     run = Run.open(run_folder)
     with run.lock():
@@ -176,7 +203,7 @@ def resume(run_folder: str | Path, *, allow_dataset_change: bool = False, consol
         images = Images(source, rows, plan.images, config.data.crop, config.train.seed)
         if plan.cached:
             images.keep_decoded()
-        _train(run, config, plan, images, console)
+        _train(run, config, plan, images, console, supervise)
     return run
 
 
@@ -217,6 +244,11 @@ def resolve(
     refuse_conflicts(asked, budget)
     steps = ["train.steps=none"] if asked.get("train.epochs") is not None else []
     config = override(base, [*proposals, *steps, *settings])
+    if "train.test_every" in asked and config.method.name not in task_names():
+        raise ConfigError(
+            f"train.test_every was set, but {config.method.name} learns without labels, so there is nothing to test; "
+            "leave it out"
+        )
     ignored = sorted({"data.crop.scale", "data.crop.ratio"} & set(asked))
     if ignored and config.data.crop.kind != "random_resized":
         raise ConfigError(
@@ -232,6 +264,10 @@ def refuse_conflicts(asked: dict[str, Any], budget: float | None) -> None:
     """What cannot be set is refused, and so are two answers to "how long?": one of them would be ignored."""
     if "data.source" in asked:
         raise ConfigError("data.source cannot be set: it is the DATA that the command names; name other images there")
+    for key in ("data.test", "data.annotations", "data.test_annotations", "data.test_split"):
+        if key in asked:
+            option = key.removeprefix("data.").replace("_", "-")
+            raise ConfigError(f"{key} cannot be set: give --{option} to `unmask finetune` instead")
     if "recipe" in asked:
         raise ConfigError("recipe cannot be set: it says where the settings came from; choose one with --recipe NAME")
     wanted = [key for key in ("train.epochs", "train.steps") if asked.get(key) is not None]
@@ -426,11 +462,16 @@ def say_plan(plan: Plan, config: Config, console: Console) -> None:
     )
 
 
-def _train(run: Run, config: Config, plan: Plan, images: Images, console: Console) -> None:
+def _train(
+    run: Run, config: Config, plan: Plan, images: Images, console: Console, supervise: Supervise | None = None
+) -> None:
     """The loop, with the Run's status told whatever happens."""
     began = time.monotonic()
     try:
-        state = train(run, config, plan, images, console)
+        judge = None
+        if supervise is not None:
+            images.annotations, judge = supervise(config, plan, images.source)
+        state = train(run, config, plan, images, console, judge)
     except BaseException as error:
         _tell_failed(run, error)
         raise

@@ -17,7 +17,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 
@@ -36,17 +36,23 @@ from unmask.errors import TrainingFailed, UserError
 from unmask.evals.collect import eval_mode
 from unmask.evals.pictures import draw
 from unmask.method import Clock, Method
-from unmask.optim import make_optimizer, update
+from unmask.optim import average_weights, averaged, make_optimizer, update
 from unmask.plan import Plan, autocast, fresh_method
 from unmask.rng import Draws
 from unmask.run import Run
+from unmask.saved import take_weights
 
 BAD_STEPS_IN_A_ROW = 3
 SKIP_AHEAD_BATCHES = 50
+TESTS = 10  # of what learns from labels, unless it is said how often
 MOST_ROLLBACKS = 2
 MOST_FAILED_SAVES = 5
 MOST_UNREAD_STEPS = 32
 PICTURE_SAMPLE = 64
+
+
+Judge = Callable[[Method], dict[str, float]]
+"""How good a method is on its test images, by name, for `tasks/`; in eval mode, and without gradients."""
 
 
 @dataclass(frozen=True)
@@ -95,11 +101,12 @@ class Step:
     logs: dict[str, Tensor]
 
 
-def train(run: Run, config: Config, plan: Plan, images: Images, console: Console) -> str:
+def train(run: Run, config: Config, plan: Plan, images: Images, console: Console, judge: Judge | None = None) -> str:
     """Train until the plan is done or a signal asks to stop; returns "finished" or "stopped".
 
     Goes on from the newest sound checkpoint of the Run when there is one. Raises TrainingFailed.
     """
+    test_every = config.train.test_every or math.ceil(plan.steps / TESTS)
     with stop_requests() as stop, loader_faults(run):
         method = fresh_method(config, plan.images).to(plan.device)
         job = Job(run, config, plan, images, console, method, make_optimizer(method, config.optim))
@@ -126,7 +133,8 @@ def train(run: Run, config: Config, plan: Plan, images: Images, console: Console
                 draw_now = due(at.step, plan.picture_every, plan.steps)
                 save_now = due(at.step, config.train.checkpoint_every, plan.steps) or stopping
                 save_now = save_now or time.monotonic() - last_save >= 60 * config.train.checkpoint_minutes
-                if not (log_now or draw_now or save_now or len(unread) >= MOST_UNREAD_STEPS):
+                test_now = judge is not None and (at.step % test_every == 0 or at.step == plan.steps)
+                if not (log_now or draw_now or save_now or test_now or len(unread) >= MOST_UNREAD_STEPS):
                     continue
 
                 numbers, fault = read(job, unread, at)  # waits for the device
@@ -141,6 +149,8 @@ def train(run: Run, config: Config, plan: Plan, images: Images, console: Console
                     pace = Pace(at.consumed)
                 if draw_now:
                     look(job, sample, at)
+                if judge is not None and test_now:
+                    pace.began += test(job, judge, at)
                 if save_now:
                     trouble = save(job, at)
                     failed_saves, last_save = failed_saves + 1 if trouble else 0, time.monotonic()
@@ -190,6 +200,8 @@ def step(job: Job, stream: Iterator[Batch], at: Position) -> Step:
             logs[name] = logs.get(name, 0) + number.detach() / plan.accumulation
     lr = plan.lr(at.step)
     norm = update(job.optimizer, lr, total, job.config.optim.clip)
+    if job.config.optim.average is not None:
+        average_weights(job.optimizer, job.config.optim.average, at.step)
     return Step(at.step + 1, at.consumed + plan.batch_size, lr, torch.cat(rows), waited, total, norm, logs)
 
 
@@ -335,9 +347,7 @@ def quarantine(job: Job, delivery: Delivery, at: Position) -> None:
 
 def begin(job: Job) -> Position:
     """Step 0: other weights grafted on, buffers that depend on the data set, and what is fixed from now on saved."""
-    for entry in job.config.graft:
-        _, weights = checkpoint.load_model(Run.open(entry.run), entry.step)
-        checkpoint.graft(job.method, [(entry.source, entry.target, weights)])
+    take_weights(job.method, job.config)
     taken = tuple(entry.target for entry in job.config.graft)
     # What came with other weights stays as it was: they mean nothing with another palette, or other components.
     if job.method.num_prepare and not any(prefix.startswith(taken) for prefix in job.method.fixed if taken):
@@ -391,9 +401,7 @@ def fixed_images(images: Images, plan: Plan, count: int) -> Batch:
             drawn.append(fixed[Taken(np.array([row]), np.zeros(1, np.int64))].batch)
     if not drawn:
         raise TrainingFailed(f"none of {len(rows)} images of {images.source.name} can be read; bring them back, resume")
-    parts = [torch.cat(values) for values in zip(*((one.images, one.index, one.epoch) for one in drawn), strict=True)]
-    labels = [one.labels for one in drawn if one.labels is not None]
-    return Batch(*parts, labels=torch.cat(labels) if labels else None).to(plan.device)
+    return Batch.join(drawn).to(plan.device)
 
 
 @torch.no_grad()
@@ -415,6 +423,19 @@ def look(job: Job, sample: Batch, at: Position) -> None:
         job.run.write("evals/baselines.json", {"images": len(sample), "losses": losses, "guesses": numbers})
     except (OSError, UserError) as error:  # a full disk, a file or a folder that has gone
         job.console.warn_once(f"{job.run.pictures} takes no picture: {error}; training goes on")
+
+
+def test(job: Job, judge: Judge, at: Position) -> float:
+    """Note how good the method is on its test images, and its averaged weights; returns the seconds that it took."""
+    began = time.perf_counter()
+    with torch.no_grad(), eval_mode(job.method), autocast(job.plan.precision, job.plan.device):
+        numbers = {f"test_{name}": value for name, value in judge(job.method).items()}
+        if job.config.optim.average is not None:
+            with averaged(job.optimizer):
+                numbers |= {f"test_averaged_{name}": value for name, value in judge(job.method).items()}
+    note(job, {"step": at.step, **numbers})
+    job.console.say(f"step {at.step}: " + ", ".join(f"{name.replace('_', ' ')} {n:.4f}" for name, n in numbers.items()))
+    return time.perf_counter() - began
 
 
 @dataclass

@@ -7,8 +7,6 @@ turns out unreadable is named and left out, never replaced by another.
 
 from __future__ import annotations
 
-import shlex
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,19 +20,14 @@ from unmask.batch import Batch
 from unmask.console import Bar, Console
 from unmask.data.decode import BadImage
 from unmask.data.loader import Delivery, Images, Taken, choose_workers, eval_batches
-from unmask.data.sources import LISTS, TARS, Source, open_files, open_source, require_labels
+from unmask.data.sources import LISTS, TARS, Source, open_files, open_source
 from unmask.errors import UserError
-from unmask.evals.collect import FeatureTable, collect_each, collect_layers
-from unmask.evals.linear import HOLD_OUT_FOR_TEST, hold_out
+from unmask.evals.collect import FeatureTable, collect_each
 from unmask.evals.pictures import draw, require_png
-from unmask.evals.probe import VOTE, choose_layer, encoders_of, few_shots, probe, require_classes, require_kind
-from unmask.evals.scores import PRETRAINED, RANDOM_INIT, RAW_PIXELS
-from unmask.evals.views import Hide, Layer, View, wanted_layer
-from unmask.method import Clock, Method
+from unmask.method import Clock
 from unmask.plan import autocast, choose_device, choose_precision
 from unmask.rng import Draws
-from unmask.run import Run
-from unmask.saved import Loaded, load, untrained_encoder
+from unmask.saved import Loaded, load
 
 EVAL_BATCH = 128
 MOST_DRAWN = 16
@@ -115,12 +108,17 @@ def features(
     precision: str,
     title: str,
     console: Console,
+    tokens: bool = False,
 ) -> dict[str, FeatureTable]:
-    """A table for each encoder, of the rows that can be read; the others are named. The only way to features."""
+    """A table for each encoder, of the rows that can be read; the others are named. The only way to features.
+
+    tokens: with all tokens too, if they fit in memory.
+    """
     workers = 0 if len(rows) < MANY_IMAGES else choose_workers(loaded.device, cached=False)[0]
     with console.progress(title, len(rows)) as bar:
         batches = read(eval_images(loaded, source), rows, workers, console, bar)
-        return collect_each(encoders, batches, device=loaded.device, precision=precision)
+        kept = len(rows) if tokens else 0
+        return collect_each(encoders, batches, device=loaded.device, precision=precision, tokens=kept)
 
 
 @torch.no_grad()
@@ -130,7 +128,7 @@ def reconstruct_images(
     """Draw up to 16 images as the run's method rebuilds them, and return its loss beside those of trivial guesses."""
     require_png(out)
     loaded = load(run, device=choose_device(device), step=step)
-    source = _open_images(images)
+    source = open_images(images)
     rows = np.arange(len(source))
     if len(rows) > MOST_DRAWN:
         console.say(f"drawing {MOST_DRAWN} of {len(rows)} images, evenly spread")
@@ -147,7 +145,7 @@ def reconstruct_images(
     return numbers
 
 
-def _open_images(images: Sequence[str]) -> Source:
+def open_images(images: Sequence[str]) -> Source:
     """Image files in the order given, or one DATA."""
     one_file = len(images) == 1 and Path(images[0]).is_file() and not images[0].lower().endswith(COLLECTIONS)
     return open_files(images) if one_file or len(images) > 1 else open_source(images[0])
@@ -210,158 +208,8 @@ def _write_features(
         partial.unlink(missing_ok=True)
 
 
-def probe_run(run: Path, data: str, *, kind: str, **more: Any) -> dict[str, Any]:
-    """Probe a run on labelled images; writes RUN/evals/probe-<kind>-<data>.json and returns it. As `probe_kinds`."""
-    return probe_kinds(run, data, kinds=(kind,), **more)[kind]
-
-
-def probe_kinds(
-    run: Path,
-    data: str,
-    *,
-    test: str | None,
-    kinds: Sequence[str],
-    shots: int | None,
-    controls: bool,
-    seed: int,
-    step: int | None,
-    device: str,
-    console: Console,
-    layer: str | None = None,
-    masks: int | None = None,
-) -> dict[str, dict[str, Any]]:
-    """Several kinds of probe on the same features; writes RUN/evals/probe-<kind>-<data>.json of each, returns them all.
-
-    test: labelled images to be measured on; None holds out a fifth of every class of `data`. shots: train on so many
-    images per class only. controls: also raw pixels and the untrained encoder. seed: chooses the held-out fifth, the
-    shots, and the part on which the linear probe chooses its C. The split and the shots depend on the seed and on the
-    images' rows alone, not on the kind, the encoder, or which files are broken.
-
-    layer: "best", "last" or a number; None is what suits the encoder (best for iGPT, else what `forward` gives). masks:
-    how many masks the test images are seen under, the majority counts; None is one for a method that hides tokens in
-    its encoder's input and measures so (iGPT's bert), else none.
-    """
-    for kind in kinds:
-        require_kind(kind)
-    loaded = load(run, device=choose_device(device), step=step)
-    hide, votes = evaluation_masks(loaded.method, masks)
-    wanted = wanted_layer(loaded.method.encoder, layer)
-    train_source = require_labels(open_source(data))
-    train_labels, classes = _labels(train_source), train_source.classes
-    require_classes(classes)
-    if test is None:
-        test_source = train_source
-        train_rows, test_rows = hold_out(train_labels, np.arange(len(train_source)), seed, HOLD_OUT_FOR_TEST)
-        if not len(test_rows):
-            raise UserError(f"{data} has one image per class, so none can be held out; give other images with --test")
-    else:
-        train_rows = np.arange(len(train_source))
-        test_source = with_classes(require_labels(open_source(test)), classes, data)
-        test_rows = np.arange(len(test_source))
-
-    encoder, untrained = loaded.method.encoder, None
-    if controls:
-        untrained = untrained_encoder(loaded)
-    encoders, precision = encoders_of(encoder, untrained), eval_precision(loaded)
-    chosen: dict[str, Layer] = {}
-    if wanted is not None or hide is not None:
-        rows = few_shots(train_rows, train_labels[train_rows], classes, shots, seed) if shots else train_rows
-        rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), IMAGES_FOR_LAYER)).astype(int)]
-        for name in [name for name in (RANDOM_INIT, PRETRAINED) if name in encoders]:
-            view = View(encoders[name], hide=hide)
-            if wanted is not None:
-                chosen[name] = pick_layer(loaded, view, wanted, train_source, rows, seed, console)
-                view.layer = chosen[name].number
-            encoders[name] = view
-    while True:
-        picked = train_rows
-        if shots is not None:
-            picked = few_shots(train_rows, train_labels[train_rows], classes, shots, seed)
-        train = features(
-            loaded, encoders, train_source, picked, precision=precision, title="training images", console=console
-        )
-        broken = np.setdiff1d(picked, next(iter(train.values())).index)
-        if shots is None or not len(broken):
-            break
-        train_rows = np.setdiff1d(train_rows, broken)  # the next in line of the same class takes the place
-    voting = dict(encoders)
-    for name, view in encoders.items():
-        if isinstance(view, View) and view.hide is not None:
-            voting |= {
-                f"{name}{VOTE}{number}": View(view.encoder, view.layer, view.hide, number) for number in range(1, votes)
-            }
-    measured = features(
-        loaded, voting, test_source, test_rows, precision=precision, title="test images", console=console
-    )
-
-    about = {
-        "shots": shots,
-        "seed": seed,
-        "data": data,
-        "test": test or f"a held-out fifth of {data}",
-        "layer": layer,  # as asked for: None is the protocol that suits the encoder
-        "masks": masks,
-        "step": loaded.step,
-        "precision": precision,
-        "command": shlex.join(["unmask", *sys.argv[1:]]),
-    }
-    name = "".join(letter if letter.isalnum() else "-" for letter in Path(data).name).strip("-") or "data"
-    name += "" if shots is None else f"-{shots}-shots"
-    name += "" if step is None else f"-step-{step}"
-    name += "" if seed == 0 else f"-seed-{seed}"
-    name += "" if layer is None else f"-layer-{layer}"
-    name += "" if masks is None else f"-masks-{masks}"
-    if test is not None:
-        name += "-on-" + "".join(letter if letter.isalnum() else "-" for letter in Path(test).name).strip("-")
-    summaries = {}
-    for kind in kinds:
-        summaries[kind] = probe(train, measured, kind=kind, classes=classes, seed=seed) | about
-        for row in summaries[kind]["rows"]:
-            if row["features"] in chosen:
-                row["layer"] = vars(chosen[row["features"]])
-            if hide is not None and row["features"] != RAW_PIXELS:
-                row["votes"] = votes
-        Run.open(run).write(f"evals/probe-{kind}-{name}.json", summaries[kind])
-        say_probe(summaries[kind], console)
-    return summaries
-
-
-def evaluation_masks(method: Method, masks: int | None) -> tuple[Hide | None, int]:
-    """How tokens are hidden when features are measured, and under how many masks; (None, 0) where nothing is."""
-    hide: Hide | None = getattr(method, "evaluation_mask", None)
-    if hide is None:
-        if masks:
-            raise UserError(
-                f"--masks {masks} came, but this run's encoder is measured on whole images; masks are for iGPT trained "
-                "with objective=bert: leave them out"
-            )
-        return None, 0
-    masks = 1 if masks is None else masks
-    if masks < 0:
-        raise UserError(f"--masks {masks} came; 0 (nothing hidden), 1 or more was expected")
-    return (hide if masks else None), masks
-
-
-def pick_layer(
-    loaded: Loaded,
-    view: View,
-    layer: str,
-    source: Source,
-    rows: np.ndarray,
-    seed: int,
-    console: Console,
-) -> Layer:
-    """The layer that was named, or the best one by a linear probe on a part of these training images."""
-    last = len(view.encoder.blocks)  # type: ignore[arg-type]
-    if layer != "best":
-        return Layer(last if layer == "last" else int(layer), last, "asked for")
-    with console.progress("comparing layers", len(rows)) as bar:
-        batches = read(eval_images(loaded, source), rows, 0, console, bar)
-        tables = collect_layers(view, batches, device=loaded.device, precision=eval_precision(loaded))
-    return choose_layer(tables, "linear", seed)  # whatever kind is measured then, so that kinds can be compared
-
-
-def _labels(source: Source) -> np.ndarray:
+def labels_of(source: Source) -> np.ndarray:
+    """The labels (n,) of a source that has them."""
     assert source.labels is not None, "require_labels came first"
     return source.labels
 
@@ -378,27 +226,6 @@ def with_classes(source: Source, classes: Sequence[str], data: str) -> Source:
             f"{', '.join(classes[:6])}{' ...' if len(classes) > 6 else ''}: test images must lie in sub-folders of the "
             "same names"
         )
-    source.labels = np.array([number[name] for name in source.classes], np.int64)[_labels(source)]
+    source.labels = np.array([number[name] for name in source.classes], np.int64)[labels_of(source)]
     source.classes = list(classes)
     return source
-
-
-def say_probe(summary: dict[str, Any], console: Console) -> None:
-    """The table and the verdict, for a person."""
-    what = {"knn": "k nearest neighbours", "linear": "linear probe"}[summary["kind"]]
-    shots = "" if summary["shots"] is None else f" ({summary['shots']} per class)"
-    console.say(
-        f"{what} on {summary['data']}: {summary['train_images']} training images{shots}, {summary['test_images']} test "
-        f"images, {len(summary['classes'])} classes, chance {summary['chance']:.1%}"
-    )
-    for row in summary["rows"]:
-        unfinished = "" if row.get("converged", True) else ", the fit stopped before it converged"
-        if "layer" in row:
-            unfinished += f"; layer {row['layer']['number']} of {row['layer']['last']}"
-        if "votes" in row:
-            unfinished += "; under one mask" if row["votes"] == 1 else f"; majority over {row['votes']} masks"
-        console.say(
-            f"  {row['features']:12s} {row['pool']:7s} {row['accuracy']:6.1%}  "
-            f"(95% interval {row['low']:.1%} to {row['high']:.1%}{unfinished})"
-        )
-    console.say(f"  {summary['verdict']}")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from unmask.evals import knn as module
-from unmask.evals.knn import TEMPERATURE, knn
+from unmask.evals.knn import TEMPERATURE, knn, knn_mean
 
 
 def by_hand(train_x, train_y, test_x, k):
@@ -94,3 +94,20 @@ def test_inputs_are_left_as_they_were():
     before = x.copy()
     knn(x, y, x)
     np.testing.assert_array_equal(x, before)
+
+
+def test_the_weighted_mean_is_the_plain_loop_and_of_0_and_1_the_share_of_votes(monkeypatch):
+    rng = np.random.default_rng(0)
+    train_x, test_x = (rng.normal(size=(n, 8)).astype(np.float32) for n in (60, 30))
+    y = np.stack([rng.normal(size=60) * 100, rng.integers(0, 2, 60)], 1)
+    want = []
+    for row in test_x.astype(np.float64):
+        similarity = train_x @ row / np.linalg.norm(train_x, axis=1) / np.linalg.norm(row)
+        near = np.argsort(-similarity)[:5]
+        want.append(np.average(y[near], axis=0, weights=np.exp(similarity[near] / TEMPERATURE)))
+    found = knn_mean(train_x, y, test_x, k=5)
+    np.testing.assert_allclose(found, want, rtol=1e-4)
+    assert ((found[:, 1] >= 0) & (found[:, 1] <= 1)).all()
+    monkeypatch.setattr(module, "CHUNK_BYTES", 4 * 60 * 7)
+    np.testing.assert_allclose(knn_mean(train_x, y, test_x, k=5), found, rtol=1e-4)
+    assert knn_mean(train_x, y, test_x[:0]).shape == (0, 2)

@@ -3,11 +3,21 @@
 import numpy as np
 import pytest
 from sklearn.datasets import load_digits
-from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.metrics import average_precision_score
 from sklearn.preprocessing import StandardScaler
 
 from unmask.evals import linear as module
-from unmask.evals.linear import C_GRID, C_WITHOUT_CHOICE, HOLD_OUT_FOR_C, hold_out, linear
+from unmask.evals.linear import (
+    C_GRID,
+    C_WITHOUT_CHOICE,
+    HOLD_OUT_FOR_C,
+    PENALTIES,
+    hold_out,
+    linear,
+    linear_labels,
+    ridge,
+)
 
 
 def blobs(count, *, classes=3, width=6, spread=1.0, seed=0):
@@ -167,3 +177,49 @@ def test_a_given_c_is_not_chosen():
     given = linear(x, labels, x, c=0.1)
     assert (given.c, given.chosen) == (0.1, False)
     assert linear(x, labels, x).chosen
+
+
+def marked(count, seed=0):
+    """Features and three labels, of which an image may have any, each along a direction of its own."""
+    rng = np.random.default_rng(seed)
+    truth = (rng.random((count, 3)) < [0.5, 0.3, 0.1]).astype(float)
+    x = truth @ np.eye(3, 8) * 1.5 + rng.normal(size=(count, 8))
+    return (x * np.logspace(-1, 2, 8) + 7).astype(np.float32), truth
+
+
+def test_every_label_has_a_logistic_regression_of_its_own():
+    (x, truth), (test_x, test_truth) = marked(400), marked(300, seed=1)
+    fit = linear_labels(x, truth, test_x)
+    assert fit.chosen
+    assert fit.converged
+    scaler = StandardScaler().fit(x.astype(np.float64))
+    for label in range(3):
+        model = LogisticRegression(C=fit.c, max_iter=5000, tol=1e-8).fit(scaler.transform(x), truth[:, label])
+        want = model.decision_function(scaler.transform(test_x))
+        np.testing.assert_allclose(fit.predictions[:, label], want, atol=0.02)
+        precision = average_precision_score(test_truth[:, label], fit.predictions[:, label])
+        assert precision > average_precision_score(test_truth[:, label], np.zeros(300)) + 0.2
+    truth[:, 1] = 0
+    without = linear_labels(x, truth, test_x)
+    assert np.ptp(without.predictions[:, 1]) == 0, "nothing to learn from"
+    assert np.ptp(without.predictions[:, 0]) > 0
+
+
+def test_ridge_is_scikit_learns_with_the_penalty_that_is_best_on_the_held_out_part():
+    rng = np.random.default_rng(0)
+    x, _ = marked(120)
+    x = np.concatenate([x, rng.normal(size=(120, 80)).astype(np.float32)], 1)  # wide: the penalty matters
+    y = np.stack([x[:, 0] + rng.normal(size=120), 1000 * x[:, 9] + 5e4], 1)
+    test_x, test_y = x[80:], y[80:]
+    x, y = x[:80], y[:80].astype(np.float64)
+    fit = ridge(x, y, test_x)
+    scaler, scaled = StandardScaler().fit(x.astype(np.float64)), StandardScaler().fit(y)
+    inner, held = hold_out(np.zeros(80, np.int64), np.arange(80), 0, HOLD_OUT_FOR_C)
+    errors = []
+    for alpha in PENALTIES:
+        model = Ridge(alpha).fit(scaler.transform(x)[inner], scaled.transform(y)[inner])
+        errors.append(np.square(model.predict(scaler.transform(x)[held]) - scaled.transform(y)[held]).mean())
+    assert 1 / fit.c == pytest.approx(PENALTIES[int(np.argmin(errors))])
+    want = Ridge(1 / fit.c).fit(scaler.transform(x), scaled.transform(y)).predict(scaler.transform(test_x))
+    np.testing.assert_allclose(fit.predictions, scaled.inverse_transform(want), rtol=1e-3, atol=1e-2)
+    assert np.corrcoef(fit.predictions[:, 1], test_y[:, 1])[0, 1] > 0.5

@@ -5,11 +5,22 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from sklearn.metrics import r2_score
 
 from unmask.batch import Batch
 from unmask.evals import probe as module
 from unmask.evals.collect import FeatureTable, collect_each
-from unmask.evals.probe import chance_level, encoders_of, few_shots, probe, require_classes, require_kind
+from unmask.evals.probe import (
+    Aim,
+    chance_level,
+    encoders_of,
+    few_shots,
+    guess,
+    require_classes,
+    require_kind,
+    shared_images,
+    summary,
+)
 from unmask.evals.scores import PRETRAINED, RANDOM_INIT, RAW_PIXELS, wilson
 from unmask.nn.features import Features
 
@@ -38,9 +49,13 @@ def balanced(count):
     return np.arange(count) % 3
 
 
-def run(train, test, *, kind="knn", classes=CLASSES, **more):
-    as_tables = [t if isinstance(t, dict) else {PRETRAINED: t} for t in (train, test)]
-    return probe(*as_tables, kind=kind, classes=classes, **more)
+def run(train, test, *, kind="knn", classes=CLASSES, seed=0, aim=None, targets=None, runs=()):
+    """Fit, ask and judge, as `unmask probe` does. targets: (training, test) ones that are no classes."""
+    train, test = (t if isinstance(t, dict) else {PRETRAINED: t} for t in (train, test))
+    aim = aim or Aim("classes", classes)
+    train_y, test_y = targets or (train[PRETRAINED].labels, test[PRETRAINED].labels)
+    guesses = guess(train, test, train_y, kind=kind, aim=aim, seed=seed)
+    return summary(guesses, train_y, test_y, kind=kind, aim=aim, shared=shared_images(train, test), runs=runs)
 
 
 @pytest.mark.parametrize("kind", ["knn", "linear"])
@@ -184,14 +199,8 @@ def test_chance_is_one_in_so_many_classes_or_the_commonest_training_class():
 
 def test_what_cannot_be_probed_is_refused():
     good = table(balanced(12))
-    unlabelled = FeatureTable(good.index, None, good.cls, good.mean, good.digest)
-    for train, test, which in ((unlabelled, good, "training"), (good, unlabelled, "test")):
-        with pytest.raises(ValueError, match=f"the {which} images have no labels"):
-            run(train, test)
     with pytest.raises(ValueError, match="all 6 training images are of one class"):
         run(table([1] * 6), good)
-    with pytest.raises(ValueError, match="the training images have label 2, but only 2 classes are named"):
-        run(good, good, classes=CLASSES[:2])
     with pytest.raises(ValueError, match="1 classes came"):
         require_classes(CLASSES[:1])
     with pytest.raises(ValueError, match="probe kind 'attentive' came; knn or linear"):
@@ -206,3 +215,78 @@ def test_the_seed_of_a_linear_probe_is_passed_on(monkeypatch):
     monkeypatch.setattr(module, "linear", lambda *parts, seed, c: seeds.append(seed) or real(*parts, seed=seed, c=c))
     run(table(balanced(30)), table(balanced(30), digest_from=500), kind="linear", seed=7)
     assert seeds == [7, 7]
+
+
+def values(count, seed=0):
+    """Features that hold two quantities, the second of them nearly hidden."""
+    rng = np.random.default_rng(seed)
+    truth = rng.normal(size=(count, 2)) * [1, 50] + [0, 1000]
+    x = np.concatenate([truth @ [[1, 0], [0, 0.002]], np.zeros((count, 4))], 1) + 0.2 * rng.normal(size=(count, 6))
+    index = np.arange(count)
+    return FeatureTable(index, None, None, x.astype(np.float32), index.astype(np.uint64) + 1000 * seed), truth
+
+
+@pytest.mark.parametrize("kind", ["knn", "linear"])
+def test_quantities_are_judged_by_r2_and_absolute_error(kind):
+    (train, train_y), (test, test_y) = values(400), values(200, seed=1)
+    aim = Aim("regression", ("size", "age"))
+    found = run(train, test, kind=kind, aim=aim, targets=(train_y, test_y))
+    (row,) = found["rows"]
+    guessed = guess({PRETRAINED: train}, {PRETRAINED: test}, train_y, kind=kind, aim=aim, seed=0)[0].values
+    for place, column in enumerate(row["columns"]):
+        assert column["name"] == aim.names[place]
+        assert column["r2"] == pytest.approx(r2_score(test_y[:, place], guessed[:, place]))
+        error = np.abs(test_y[:, place] - guessed[:, place]).mean()
+        assert column["mean_absolute_error"] == pytest.approx(error)
+    assert row["value"] == pytest.approx(np.mean([column["r2"] for column in row["columns"]]))
+    assert row["columns"][0]["r2"] > 0.7 > row["columns"][1]["r2"]
+    assert row["low"] < row["value"] < row["high"]
+    assert (found["metric"], found["task"], found["chance"]) == ("R2", "regression", 0.0)
+    assert "R2 of" in found["verdict"]
+    assert "a constant guess 0.000" in found["verdict"]
+    assert found["columns"] == ["size", "age"]
+
+
+@pytest.mark.parametrize("kind", ["knn", "linear"])
+def test_labels_are_judged_by_average_precision_without_those_that_nobody_has(kind):
+    train, test = table(balanced(300), cls=False), table(balanced(150), cls=False, seed=1, digest_from=500)
+    truths = [np.stack([t.labels == 0, t.labels > 0, t.labels == 9], 1).astype(float) for t in (train, test)]
+    found = run(train, test, kind=kind, aim=Aim("multilabel", ("ant", "other", "owl")), targets=truths)
+    (row,) = found["rows"]
+    assert [column["positives"] for column in row["columns"]] == [50, 100, 0]
+    assert row["columns"][2]["average_precision"] is None
+    assert row["value"] == pytest.approx(np.mean([c["average_precision"] for c in row["columns"][:2]]))
+    assert row["value"] > 0.9
+    assert found["chance"] == pytest.approx(0.5), "the mean share of positives"
+    assert "owl has no positive image among the test images" in found["verdict"]
+    truths[1][:] = 0
+    with pytest.raises(ValueError, match="of which none differs from the others"):
+        run(train, test, kind=kind, aim=Aim("multilabel", ("ant", "other", "owl")), targets=truths)
+
+
+def test_another_run_is_compared_by_a_pool_that_both_have():
+    def tables(count, seed, first):
+        labels = balanced(count)
+        return {
+            PRETRAINED: table(labels, cls_noise=0.1, mean_noise=0.9, seed=seed, digest_from=first),
+            "b mask run": table(labels, cls=False, mean_noise=0.5, seed=seed + 9, digest_from=first),
+        }
+
+    found = run(tables(300, 0, 0), tables(300, 1, 1000), kind="linear", runs=["b mask run"])
+    rows = {(row["features"], row["pool"]): row["accuracy"] for row in found["rows"]}
+    own, other = rows[PRETRAINED, "mean"], rows["b mask run", "mean"]
+    assert rows[PRETRAINED, "cls"] > other > own
+    assert (
+        f"Beside b mask run (mean over patches of both), {own:.1%}: {100 * (other - own):.1f} points fewer than b "
+        in (found["verdict"])
+    )
+    assert f"b mask run ({other:.1%}), 95% interval -" in found["verdict"]
+
+
+def test_a_draw_is_another_choice_and_the_first_is_what_one_number_takes():
+    index, labels = np.arange(90), balanced(90)
+    one = few_shots(index, labels, CLASSES, 5, 0)
+    draws = [set(few_shots(index, labels, CLASSES, 5, 0, draw=draw)) for draw in range(4)]
+    assert draws[0] == set(one)
+    assert len({frozenset(draw) for draw in draws}) == 4
+    assert set(few_shots(index, labels, CLASSES, 2, 0, draw=3)) < draws[3]

@@ -8,7 +8,7 @@ from unmask.batch import Batch, ImageSpec
 from unmask.errors import UserError
 from unmask.evals import probe as module
 from unmask.evals.collect import FeatureTable, collect, collect_each, collect_layers
-from unmask.evals.probe import VOTE, choose_layer, probe
+from unmask.evals.probe import VOTE, Aim, choose_layer, guess, summary
 from unmask.evals.views import View, best_layer, majority, wanted_layer
 from unmask.nn.gpt import GPT, GPTConfig
 from unmask.nn.vit import ViT, ViTConfig
@@ -140,8 +140,13 @@ def test_votes_count_as_one_answer(kind):
         x[:, 0] += 4 * np.where(wrong, 1 - labels, labels)
         views.append(table(x, labels))
     names = ["pre-trained", *(f"pre-trained{VOTE}{number}" for number in range(1, 5))]
-    voted = probe({"pre-trained": train}, dict(zip(names, views, strict=True)), kind=kind, classes=["a", "b"])
-    single = probe({"pre-trained": train}, {"pre-trained": views[0]}, kind=kind, classes=["a", "b"])
+    aim = Aim("classes", ["a", "b"])
+
+    def asked(test):
+        guesses = guess({"pre-trained": train}, test, train.labels, kind=kind, aim=aim, seed=0)
+        return summary(guesses, train.labels, views[0].labels, kind=kind, aim=aim, shared=0)
+
+    voted, single = asked(dict(zip(names, views, strict=True))), asked({"pre-trained": views[0]})
     assert len(voted["rows"]) == 1
     assert voted["rows"][0]["votes"] == 5
     assert voted["rows"][0]["total"] == 300

@@ -342,7 +342,7 @@ def test_loss_on_all_is_the_mean_of_both_parts():
     ("changes", "message"),
     [
         ({"mask": "grid", "mask_ratio": 0.5}, "grid sampling with a mask ratio of 0.5 came"),
-        ({"mask": "block", "smallest_block": 30}, "30 patches is larger than the grid of 4 x 6; use at most 18"),
+        ({"mask": "block", "smallest_block": 30}, "30 patches is larger than the 18 patches, of 24 in a grid of 4 x 6"),
         ({"mask": "block", "mask_ratio": 0.1, "smallest_block": 4}, "4 patches is larger than the 3 patches"),
         ({"mask": "pattern"}, "mask=pattern and a pattern go together"),
         ({"pattern": (("###...",) * 4,)}, "mask=pattern and a pattern go together"),

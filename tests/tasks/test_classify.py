@@ -54,7 +54,9 @@ def block(number, *parts):
     return {f"encoder.blocks.{number}.{name}" for name, _ in every if name.split(".")[0] in wanted}
 
 
-EMBEDDING = {"encoder.cls_token", "encoder.patch_embed.proj.weight", "encoder.patch_embed.proj.bias"}
+EMBEDDING = {
+    f"encoder.{name}" for name in ("cls_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias")
+}
 EXPECTED = {
     0: HEAD,
     0.5: HEAD | block(2, "norm2", "mlp"),

@@ -1,5 +1,7 @@
 """Which part of each image a method sees: crop boxes and flips as pure functions of uniform draws, and the resampling.
 
+Maps of classes and boxes around objects go the same way as the image they belong to.
+
 Boxes are (top, left, height, width) in pixels of the full image, so they can be chosen before anything is decoded. The
 draws come from `rng.py`, by (seed, epoch, image); nothing here has state.
 """
@@ -15,11 +17,13 @@ import torch.nn.functional as F
 from PIL import Image
 from pydantic import AfterValidator, Field
 
+from unmask.batch import IGNORED
 from unmask.settings import Settings
 
 TRIES = 10
 CROP_DRAWS = 2 * TRIES + 2
 SUBPIXELS = 2**16  # boxes lie on this grid, where sums are exact: no corner or edge is outside by a rounding error
+LEAST_LEFT = 0.2  # share of its area that a box around an object keeps in a crop, or is dropped
 
 
 def _ordered(span: tuple[float, float]) -> tuple[float, float]:
@@ -56,6 +60,11 @@ class CropConfig(Settings):
 def center_boxes(sizes: np.ndarray, target: tuple[int, int], share: float = 1.0) -> np.ndarray:
     """(B, 2) image sizes -> (B, 4) boxes: the largest centred box of the target's shape, times `share`."""
     return _fixed_boxes(sizes, target, share, np.full((len(sizes), 2), 0.5))
+
+
+def whole_boxes(sizes: np.ndarray) -> np.ndarray:
+    """(B, 2) image sizes -> (B, 4) boxes that leave nothing out, whatever that does to the aspect."""
+    return np.concatenate([np.zeros((len(sizes), 2)), sizes], 1)
 
 
 def crop_boxes(sizes: np.ndarray, target: tuple[int, int], config: CropConfig, draws: np.ndarray) -> np.ndarray:
@@ -157,3 +166,36 @@ def cut(image: np.ndarray, box: np.ndarray, target: tuple[int, int], flip: bool)
             out = out.round()
         out = out.astype(image.dtype)
     return out[:, ::-1] if flip else out
+
+
+def cut_map(ids: np.ndarray, box: np.ndarray, target: tuple[int, int], flip: bool) -> np.ndarray:
+    """The class of each pixel of `cut`'s result: (H, W) ids of the image in full -> (h, w), the same dtype.
+
+    The id under the middle of each pixel, never one between two; IGNORED where that lies outside the image.
+    """
+    rows, ys = _under(box[0], box[2], target[0], ids.shape[0])
+    columns, xs = _under(box[1], box[3], target[1], ids.shape[1])
+    out = np.where(rows[:, None] & columns, ids[ys[:, None], xs], ids.dtype.type(IGNORED))
+    return out[:, ::-1] if flip else out
+
+
+def _under(first: float, length: float, count: int, side: int) -> tuple[np.ndarray, np.ndarray]:
+    """Along one side: which of the `count` samples lie within the image, and the pixel under each."""
+    place = np.floor(first + (np.arange(count) + 0.5) * (length / count)).astype(np.int64)
+    return (place >= 0) & (place < side), place.clip(0, side - 1)
+
+
+def cut_boxes(boxes: np.ndarray, box: np.ndarray, target: tuple[int, int], flip: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Boxes around objects, (n, 4) as (x1, y1, x2, y2) in pixels of the full image -> the same in pixels of `cut`'s.
+
+    Returns ((n, 4) float32, clipped to the crop; (n,) bool, those worth keeping: at least LEAST_LEFT of the area and a
+    pixel of either side is left).
+    """
+    corner, scale = box[[1, 0, 1, 0]], np.array([target[1], target[0]] * 2) / box[[3, 2, 3, 2]]
+    moved = (boxes - corner) * scale  # (n, 4)
+    inside = moved.clip(0, [target[1], target[0]] * 2)
+    sides, left = moved[:, 2:] - moved[:, :2], inside[:, 2:] - inside[:, :2]
+    keep = (left >= 1).all(1) & (left.prod(1) >= LEAST_LEFT * sides.prod(1))
+    if flip:
+        inside[:, [0, 2]] = target[1] - inside[:, [2, 0]]
+    return inside.astype(np.float32), keep

@@ -5,6 +5,8 @@ pure functions of (seed, epoch, image). Workers are handed explicit lists of ima
 cannot change what is drawn, and starting anywhere costs nothing: there is no iterator to wind forward. Epochs follow
 one another without a gap, so no image is left out and a batch may be larger than the data set.
 
+Maps of classes and boxes around objects (`Annotations`) are cut by the very box and flip that cut their image.
+
 A file that has gone bad since the scan is replaced by another image drawn from the same counter-based stream, so every
 run replaces it alike; it is reported with the batch.
 
@@ -23,6 +25,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing import active_children
 from multiprocessing.process import BaseProcess
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -95,12 +98,31 @@ class _Opened:
     fault: BadImage | None = None
 
 
+class Annotations(Protocol):
+    """What belongs to the pixels of an image and is cropped and flipped with it. Picklable; see maps.py, boxes.py."""
+
+    @property
+    def rows(self) -> np.ndarray:
+        """Those of the source that have any, sorted."""
+        ...
+
+    def cut(
+        self, row: int, size: tuple[int, int], box: np.ndarray, target: tuple[int, int], flip: bool
+    ) -> dict[str, np.ndarray]:
+        """Arrays of `Batch`'s fields for one image, always of the same shapes, from the arguments of `augment.cut`.
+
+        size: that of the image in full, to hold against what was annotated. Raises BadImage.
+        """
+        ...
+
+
 @dataclass
 class Images(Dataset[Delivery]):
     """Reads, decodes, crops and stacks the images it is asked for. Picklable; everything random comes from `seed`.
 
     training=False means the centred box and no flip; then a bad file raises, because an evaluation must not put
-    another image in its place.
+    another image in its place. whole=True: outside training the box is the whole image, squeezed or stretched to the
+    size the method sees, so that every pixel is judged. With `annotations`, `rows` must be among theirs.
     """
 
     source: Source
@@ -109,8 +131,14 @@ class Images(Dataset[Delivery]):
     crop: CropConfig
     seed: int = 0
     training: bool = True
+    annotations: Annotations | None = None
+    whole: bool = False
     kept: dict[int, np.ndarray] = field(default_factory=dict)
     gone_bad: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        bare = [] if self.annotations is None else np.setdiff1d(self.rows, self.annotations.rows)
+        assert not len(bare), f"images without annotations are among the rows: {bare[:5]}"
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -128,7 +156,7 @@ class Images(Dataset[Delivery]):
                 continue
 
     def __getitem__(self, taken: Taken) -> Delivery:
-        index, bad = taken.index.copy(), []
+        index, bad, more = taken.index.copy(), [], []
         out = np.empty((len(index), *self.spec.size, self.spec.channels), self.spec.dtype)
         for start in range(0, len(index), READ_AHEAD):
             part = slice(start, start + READ_AHEAD)
@@ -136,12 +164,13 @@ class Images(Dataset[Delivery]):
             boxes, flips = self._boxes(opened, index[part], taken.epoch[part])
             for place, image, box, flip in zip(range(start, len(index)), opened, boxes, flips, strict=False):
                 try:
-                    out[place] = self._cut(image, box, bool(flip))
+                    out[place], beside = self._take(int(index[place]), image, box, bool(flip))
                 except BadImage as error:
                     bad.append(BadFile(self.source.names[int(index[place])], error.code, error.detail))
                     if not self.training:
                         raise BadImage(error.code, f"{bad[-1].name}: {error.detail}") from None
-                    index[place], out[place] = self._replace(int(index[place]), int(taken.epoch[place]))
+                    index[place], out[place], beside = self._replace(int(index[place]), int(taken.epoch[place]))
+                more.append(beside)
         if self.training and self.crop.jitter:
             draws = uniform(self.seed, Stream.JITTER, taken.epoch, index, 3)
             out = augment.jitter_colours(out, self.crop.jitter, draws)
@@ -151,6 +180,7 @@ class Images(Dataset[Delivery]):
             index=torch.from_numpy(index),
             epoch=torch.from_numpy(taken.epoch.copy()),
             labels=None if labels is None else torch.from_numpy(labels[index]),
+            **{name: torch.from_numpy(np.stack([one[name] for one in more])) for name in (more[0] if more else ())},
         )
         return Delivery(batch, tuple(bad))
 
@@ -164,6 +194,13 @@ class Images(Dataset[Delivery]):
             return _Opened((header.height, header.width), data, header)
         except BadImage as error:
             return _Opened((1, 1), fault=error)
+
+    def _take(self, row: int, opened: _Opened, box: np.ndarray, flip: bool) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """The image's crop, and what goes with it. Raises BadImage."""
+        image = self._cut(opened, box, flip)
+        if self.annotations is None:
+            return image, {}
+        return image, self.annotations.cut(row, opened.size, box, self.spec.size, flip)
 
     def _cut(self, opened: _Opened, box: np.ndarray, flip: bool) -> np.ndarray:
         """(H, W, C) of the spec's size, channels and dtype. Raises BadImage."""
@@ -179,7 +216,7 @@ class Images(Dataset[Delivery]):
     def _conform(self, image: np.ndarray) -> np.ndarray:
         return decode.conform(image, self.spec.channels, self.spec.dtype)
 
-    def _replace(self, row: int, epoch: int) -> tuple[int, np.ndarray]:
+    def _replace(self, row: int, epoch: int) -> tuple[int, np.ndarray, dict[str, np.ndarray]]:
         """The image that stands in for a bad one: the same choice in every run, whatever came before."""
         one = np.array([row]), np.array([epoch])
         for word in words(self.seed, Stream.REPLACE, one[1], one[0], REPLACEMENT_TRIES)[0]:
@@ -187,7 +224,7 @@ class Images(Dataset[Delivery]):
             opened = self._open(other)
             boxes, flips = self._boxes([opened], np.array([other]), one[1])
             try:
-                return other, self._cut(opened, boxes[0], bool(flips[0]))
+                return other, *self._take(other, opened, boxes[0], bool(flips[0]))
             except BadImage:
                 continue
         raise BadImage(
@@ -199,6 +236,8 @@ class Images(Dataset[Delivery]):
     def _boxes(self, opened: Sequence[_Opened], index: np.ndarray, epoch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(B, 4) boxes and (B,) flips."""
         sizes = np.array([image.size for image in opened], np.int64)
+        if not self.training and self.whole:
+            return augment.whole_boxes(sizes), np.zeros(len(index), bool)
         if not self.training:
             boxes = augment.center_boxes(sizes, self.spec.size, self.crop.eval_share)
             return boxes, np.zeros(len(index), bool)
@@ -233,7 +272,7 @@ def training_batches(
 
 
 def eval_batches(images: Images, rows: np.ndarray, *, batch: int, workers: int = 0) -> Iterator[Batch]:
-    """The given rows in order, centred box, no randomness; the last batch may be smaller. Raises BadImage."""
+    """The given rows in order, none of it random; the last batch may be smaller. Raises BadImage."""
     pieces = [rows[i : i + batch] for i in range(0, len(rows), batch)]
     taken = [Taken(piece.astype(np.int64), np.zeros(len(piece), np.int64)) for piece in pieces]
     return (delivery.batch for delivery in Deliveries(_loader(images, taken, workers, pin=False)))

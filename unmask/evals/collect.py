@@ -9,7 +9,7 @@ gives numbers that look merely disappointing.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -23,7 +23,7 @@ from unmask.batch import Batch
 from unmask.errors import UserError
 from unmask.evals.views import View
 from unmask.nn.features import Features
-from unmask.plan import autocast
+from unmask.plan import autocast, free_memory
 
 LARGEST_PIXEL_SIDE = 32
 
@@ -34,7 +34,8 @@ class FeatureTable:
 
     `index` (n,) int64 the row of each image in its source; `labels` (n,) int64, or None where the batches have none;
     `cls` (n, D) float32, or None where the encoder has no class token; `mean` (n, D) float32, the mean over patch
-    tokens (for `RawPixels`: the pixels); `digest` (n,) uint64, equal for images that are equal in every pixel.
+    tokens (for `RawPixels`: the pixels); `digest` (n,) uint64, equal for images that are equal in every pixel;
+    `tokens` all of them, or None where they were not asked for.
     """
 
     index: np.ndarray
@@ -42,9 +43,48 @@ class FeatureTable:
     cls: np.ndarray | None
     mean: np.ndarray
     digest: np.ndarray
+    tokens: Tokens | None = None
 
     def __len__(self) -> int:
         return len(self.index)
+
+    def at(self, places: np.ndarray) -> FeatureTable:
+        """The images at these places only, in this order."""
+        return FeatureTable(
+            self.index[places],
+            None if self.labels is None else self.labels[places],
+            None if self.cls is None else self.cls[places],
+            self.mean[places],
+            self.digest[places],
+            None if self.tokens is None else self.tokens.at(places),
+        )
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The class token, where there is one, and all patch tokens of n images, in half precision.
+
+    `values` (n, T, D) float16 are the tokens less `middle` (D,) over `scale` (D,), float32 both, which come from the
+    first images: tokens with a large common part, or numbers beyond float16, keep their digits.
+    """
+
+    values: Tensor
+    middle: Tensor
+    scale: Tensor
+
+    def at(self, places: np.ndarray) -> Tokens:
+        return Tokens(self.values[torch.from_numpy(np.asarray(places))], self.middle, self.scale)
+
+
+def joined_tables(tables: Sequence[FeatureTable]) -> FeatureTable:
+    """One table of several without tokens, one after another."""
+    return FeatureTable(
+        np.concatenate([table.index for table in tables]),
+        _joined([table.labels for table in tables]),
+        _joined([table.cls for table in tables]),
+        np.concatenate([table.mean for table in tables]),
+        np.concatenate([table.digest for table in tables]),
+    )
 
 
 class RawPixels(nn.Module):
@@ -74,10 +114,18 @@ def collect(encoder: nn.Module, batches: Iterable[Batch], *, device: str, precis
 
 
 def collect_each(
-    encoders: Mapping[str, nn.Module], batches: Iterable[Batch], *, device: str, precision: str
+    encoders: Mapping[str, nn.Module],
+    batches: Iterable[Batch],
+    *,
+    device: str,
+    precision: str,
+    tokens: int = 0,
 ) -> dict[str, FeatureTable]:
-    """As `collect`, for several encoders while reading the images once. Raises ValueError like it."""
-    rows: dict[str, _Rows] = {name: _Rows() for name in encoders}
+    """As `collect`, for several encoders while reading the images once. Raises ValueError like it.
+
+    tokens: keep the tokens too, of at most so many images: more than fit in memory are refused after the first batch.
+    """
+    rows: dict[str, _Rows] = {name: _Rows(tokens) for name in encoders}
     shared = _Shared()
     with eval_mode(*encoders.values()), torch.inference_mode(), autocast(precision, device):
         for batch in batches:
@@ -86,6 +134,8 @@ def collect_each(
             for name, encoder in encoders.items():
                 features = encoder.see(moved) if isinstance(encoder, View) else encoder(moved.images)
                 rows[name].add(features, shared.index[-1])
+            if tokens and len(shared.index) == 1:
+                _require_room([kept.tokens[0] for kept in rows.values()], tokens)
     if not shared.index:
         raise UserError(
             "no images came to compute features of; at least one was expected: look at the data with `unmask check`"
@@ -102,7 +152,7 @@ def collect_layers(view: View, batches: Iterable[Batch], *, device: str, precisi
             shared.add(batch)
             for number, features in enumerate(view.every_layer(batch.to(device))):
                 if number == len(rows):
-                    rows.append(_Rows())
+                    rows.append(_Rows(0))
                 rows[number].add(features, shared.index[-1])
     return [shared.table(layer) for layer in rows]
 
@@ -123,13 +173,29 @@ def eval_mode(*modules: nn.Module) -> Iterator[None]:
 class _Rows:
     """What one encoder makes of the batches so far."""
 
-    def __init__(self) -> None:
+    def __init__(self, keep: int) -> None:
         self.cls: list[np.ndarray | None] = []
         self.mean: list[np.ndarray] = []
+        self.keep = keep
+        self.tokens: list[Tensor] = []
+        self.middle, self.scale = torch.zeros(0), torch.ones(0)
 
     def add(self, features: Features, index: np.ndarray) -> None:
         self.cls.append(None if features.cls is None else _finite(features.cls, index))
         self.mean.append(_finite(features.pooled, index))
+        if self.keep:
+            first = [] if features.cls is None else [features.cls[:, None]]
+            tokens = torch.cat([*first, features.patches], 1).to(torch.float32)  # (B, T, D)
+            if not self.tokens:
+                self.middle, self.scale = tokens.mean((0, 1)), tokens.std((0, 1), correction=0)
+                self.scale[self.scale <= 1e-6 * self.middle.abs()] = 1.0
+            largest = torch.finfo(torch.float16).max
+            self.tokens.append(((tokens - self.middle) / self.scale).clamp(-largest, largest).half().cpu())
+
+    def all_tokens(self) -> Tokens | None:
+        return (
+            Tokens(torch.cat(self.tokens), self.middle.cpu().clone(), self.scale.cpu().clone()) if self.keep else None
+        )
 
 
 class _Shared:
@@ -152,6 +218,20 @@ class _Shared:
             _joined(rows.cls),
             np.concatenate(rows.mean),
             np.concatenate(self.digest),
+            rows.all_tokens(),
+        )
+
+
+def _require_room(firsts: list[Tensor], images: int) -> None:
+    """Raises ValueError when the tokens of so many images would take more than half of the free memory."""
+    needed = sum(first[0].nbytes for first in firsts) * images
+    room = free_memory("cpu") // 2
+    if needed > room:
+        shapes = " and ".join(sorted({f"{first.shape[1]} x {first.shape[2]}" for first in firsts}))
+        raise UserError(
+            f"the tokens of {images} training images ({shapes} numbers each in half precision, {len(firsts)} feature "
+            f"set{'s' * (len(firsts) > 1)}) would take {needed / 2**30:.1f} GiB; at most half of the free memory, "
+            f"{room / 2**30:.1f} GiB, is used for them: train on fewer images with --shots N, or use --kind linear"
         )
 
 

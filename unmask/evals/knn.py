@@ -4,10 +4,14 @@ The protocol is the usual one (Wu et al. 2018, "Unsupervised feature learning vi
 discrimination", section 3.4; Caron et al. 2021, DINO): cosine similarity s, the k most similar training images vote for
 their class with weight exp(s / 0.07). It measures the features as they are: not scaled, not centred.
 
-Letters: n training images, m test images, D width, K classes.
+Where the targets are no classes the same neighbours give a weighted mean: of 0 and 1 that is the share of their votes.
+
+Letters: n training images, m test images, D width, K classes, T target columns.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -25,6 +29,28 @@ def knn(train_x: np.ndarray, train_y: np.ndarray, test_x: np.ndarray, *, k: int 
     votes, the one with the most similar single neighbour wins, and after that the one with the smaller number. The
     similarity matrix is computed in pieces of at most 32 MiB. Raises ValueError for k < 1 or tables that do not fit.
     """
+    labels = np.asarray(train_y, np.int64)
+    pieces = _nearest(train_x, train_y, test_x, k)
+    guesses = [_vote(near, rows, labels, int(labels.max()) + 1) for near, rows in pieces]
+    return np.concatenate(guesses) if guesses else np.zeros(0, np.int64)
+
+
+def knn_mean(train_x: np.ndarray, train_y: np.ndarray, test_x: np.ndarray, *, k: int = 20) -> np.ndarray:
+    """(m, T) float64: the mean of `train_y` (n, T) over the neighbours of each test image, weighted like their votes.
+
+    Neighbours, weights and errors as in `knn`.
+    """
+    guesses = []
+    for near, rows in _nearest(train_x, train_y, test_x, k):
+        weights = np.exp((near.astype(np.float64) - 1) / TEMPERATURE)  # (m, k)
+        guesses.append((weights[:, :, None] * train_y[rows]).sum(1) / weights.sum(1, keepdims=True))
+    return np.concatenate(guesses) if guesses else np.zeros((0, train_y.shape[1]))
+
+
+def _nearest(
+    train_x: np.ndarray, train_y: np.ndarray, test_x: np.ndarray, k: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Similarities and rows (piece, k) of the neighbours, for one piece of the test images after another."""
     if k < 1:
         raise ValueError(f"k={k} neighbours came; at least 1 was expected, 20 is usual")
     if not len(train_x) or len(train_x) != len(train_y) or train_x.shape[1:] != test_x.shape[1:]:
@@ -32,14 +58,10 @@ def knn(train_x: np.ndarray, train_y: np.ndarray, test_x: np.ndarray, *, k: int 
             f"training features {train_x.shape} with {len(train_y)} labels and test features {test_x.shape} do not fit "
             "together; rows and labels must be equally many, and the width the same"
         )
-    train, labels = _unit(train_x), np.asarray(train_y, np.int64)
-    k, classes = min(k, len(train)), int(labels.max()) + 1
+    train = _unit(train_x)
     chunk = max(1, CHUNK_BYTES // (4 * len(train)))
-    guesses = [
-        _vote(*_neighbours(_unit(test_x[i : i + chunk]) @ train.T, k), labels, classes)
-        for i in range(0, len(test_x), chunk)
-    ]
-    return np.concatenate(guesses) if guesses else np.zeros(0, np.int64)
+    for i in range(0, len(test_x), chunk):
+        yield _neighbours(_unit(test_x[i : i + chunk]) @ train.T, min(k, len(train)))
 
 
 def _unit(x: np.ndarray) -> Tensor:

@@ -1,8 +1,8 @@
 """The transformer block of ViT as official MAE builds it (timm 0.3.2 style), and its initialisation.
 
 Pre-norm; one fused qkv projection with bias; exact (erf) GELU; hidden width 4 D; LayerNorm eps 1e-6 (PyTorch's default
-of 1e-5 differs silently); no dropout, drop-path or qk-norm. LayerScale and a bias on attention scores are there for
-those who ask (BEiT). Parameter names are timm's.
+of 1e-5 differs silently); no dropout or qk-norm. LayerScale and a bias on attention scores are there for those who ask
+(BEiT), and stochastic depth for fine-tuning. Parameter names are timm's.
 """
 
 from __future__ import annotations
@@ -104,10 +104,28 @@ class Block(nn.Module):
         self.ls2 = nn.Identity() if layer_scale is None else LayerScale(width, layer_scale)
 
     def forward(
-        self, x: Float[Tensor, "B N D"], bias: Float[Tensor, "*B heads N N"] | None = None
+        self,
+        x: Float[Tensor, "B N D"],
+        bias: Float[Tensor, "*B heads N N"] | None = None,
+        paths: Float[Tensor, "2 B 1 1"] | None = None,
     ) -> Float[Tensor, "B N D"]:
-        x = x + self.ls1(self.attn(self.norm1(x), bias))
-        return x + self.ls2(self.mlp(self.norm2(x)))
+        """paths: a factor for each addend of each image, as `draw_paths` makes them; None takes both as they are."""
+        attended = self.ls1(self.attn(self.norm1(x), bias))
+        x = x + (attended if paths is None else attended * paths[0].to(attended.dtype))
+        mapped = self.ls2(self.mlp(self.norm2(x)))
+        return x + (mapped if paths is None else mapped * paths[1].to(mapped.dtype))
+
+
+def draw_paths(draws: Float[Tensor, "B L2"], rate: float) -> Float[Tensor, "L 2 B 1 1"]:
+    """Stochastic depth (Huang et al. 2016) from two uniform draws for each block: which addends of which image count.
+
+    The probability to leave one out rises linearly from 0 in the first block to `rate` in the last, as in the official
+    fine-tuning; what is kept is divided by its probability.
+    """
+    depth = draws.shape[1] // 2
+    kept = 1 - torch.linspace(0, rate, depth, device=draws.device)[:, None, None, None, None]
+    uniform = draws.T.reshape(depth, 2, -1, 1, 1)
+    return (uniform < kept).to(draws.dtype) / kept
 
 
 def init_linears(module: nn.Module) -> None:

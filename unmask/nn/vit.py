@@ -39,7 +39,8 @@ class ViTConfig(Settings):
     """Size of a vision transformer. `patch` is (height, width) in pixels; heads must divide width.
 
     positions: MAE's fixed sine-cosine table, a learned one (ViT, BEiT's paper), or absent. relative_bias: one relative
-    position bias for all blocks (BEiT's code). layer_scale: where BEiT's factors on what a block adds start, or None.
+    position bias for all blocks (BEiT's code), or one for each (its fine-tuning). layer_scale: where BEiT's factors on
+    what a block adds start, or None. norm_eps: of every LayerNorm; weights from elsewhere may have another than 1e-6.
     """
 
     width: int = Field(gt=0)
@@ -48,8 +49,9 @@ class ViTConfig(Settings):
     patch: Pair = (16, 16)
     mlp_ratio: float = Field(default=4.0, gt=0)
     positions: Literal["sincos", "learned", "absent"] = "sincos"
-    relative_bias: bool = False
+    relative_bias: bool | Literal["each_block"] = False
     layer_scale: float | None = Field(default=None, gt=0)
+    norm_eps: float = Field(default=1e-6, gt=0)
 
 
 class PatchEmbed(nn.Module):
@@ -85,11 +87,17 @@ class ViT(nn.Module):
         self.patch_embed = PatchEmbed(images.channels, config.width, config.patch)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
         self.pos_embed = make_positions(config, self.grid)  # (1, 1 + N, D), the class token's first
-        self.relative_bias = positions.RelativeBias(self.grid, config.heads) if config.relative_bias else None
+        self.relative_bias = positions.RelativeBias(self.grid, config.heads) if config.relative_bias is True else None
         self.blocks = nn.ModuleList(
             Block(config.width, config.heads, config.mlp_ratio, config.layer_scale) for _ in range(config.depth)
         )
         self.norm = layer_norm(config.width)
+        if config.relative_bias == "each_block":
+            for block in self.blocks:
+                block.add_module("relative_bias", positions.RelativeBias(self.grid, config.heads))
+        for part in self.modules():
+            if isinstance(part, nn.LayerNorm):
+                part.eps = config.norm_eps
         nn.init.normal_(self.cls_token, std=0.02)
         init_linears(self)
 
@@ -151,14 +159,19 @@ class ViT(nn.Module):
         tokens: Float[Tensor, "B K D"],
         where: Int[Tensor, "B K"] | None = None,
         grid: tuple[int, int] | None = None,
+        paths: Float[Tensor, "L 2 B 1 1"] | None = None,
     ) -> Iterator[Float[Tensor, "B K1 D"]]:
-        """As `run`, one after the other what the first block is given and what each makes of it: depth + 1 of them."""
+        """As `run`, one after the other what the first block is given and what each makes of it: depth + 1 of them.
+
+        paths: of `blocks.draw_paths`, for training with stochastic depth.
+        """
         cls = self.cls_token if self.pos_embed is None else self.cls_token + self.pos_embed[:, :1]
         x = torch.cat([cls.expand(len(tokens), -1, -1).to(tokens.dtype), tokens], 1)
         bias = None if self.relative_bias is None else self.relative_bias(where, grid)
         yield x
-        for block in self.blocks:
-            x = block(x, bias)
+        for number, block in enumerate(self.blocks):
+            own = getattr(block, "relative_bias", None)
+            x = block(x, bias if own is None else own(where, grid), None if paths is None else paths[number])
             yield x
 
     def forward(self, images: Shaped[Tensor, "B C H W"]) -> Features:

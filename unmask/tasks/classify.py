@@ -2,14 +2,19 @@
 
 The mean of the patch tokens, taken before the encoder's own final norm, goes through a LayerNorm and one linear layer,
 as in the official fine-tuning (`models_vit.py` with global_pool). Everything from linear probing (nothing but these two
-is trained) to fine-tuning (everything is) is one setting, `last_blocks`. The encoder's weights are grafted.
+is trained) to fine-tuning (everything is, positions too) is one setting, `last_blocks`. The encoder's weights are
+grafted, or none are and the same is training from scratch.
 
-Differs from the paper: no mixup, cutmix, random augmentation, erasing, drop path, or layer-wise decay of the learning
-rate; a fixed position table stays fixed, where the official fine-tuning trains it; with `last_blocks` 0 the head is
-trained like every other, on mean tokens and a LayerNorm, where the paper's linear probe has LARS, the class token and
-a BatchNorm.
+Of the recipe (Table 9) stochastic depth, mixup, cutmix, RandAugment and random erasing are here; layer-wise decay of
+the learning rate and the running average of weights are settings of the optimiser (`optim.py`).
+
+Differs from the paper: draws for mixing belong to the micro-batch (there the GPU's batch); with `last_blocks` 0 the
+head is trained like every other, on mean tokens and a LayerNorm, where the paper's linear probe has the class token and
+a BatchNorm (`linear_probe.py`).
 
 Not here: how long and on which labels (`finetune.py`), and how good it is on test images.
+
+Letters: B images, C channels, N patches, K classes, L blocks.
 """
 
 from __future__ import annotations
@@ -17,6 +22,7 @@ from __future__ import annotations
 from math import log
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
@@ -25,10 +31,13 @@ from torch import Tensor, nn
 from unmask.batch import Batch, ImageSpec
 from unmask.errors import UserError
 from unmask.method import Clock, Loss, Method, MethodConfig, Picture
-from unmask.nn.blocks import layer_norm
+from unmask.nn.blocks import draw_paths, layer_norm
+from unmask.nn.freeze import check_blocks, freeze
+from unmask.nn.mixing import MIX_DRAWS, mix, soft_targets
+from unmask.nn.rand_augment import DRAWS, ERASE_DRAWS, MOST, erase, rand_augment
 from unmask.nn.vit import ViT, ViTConfig
+from unmask.rng import MASK32, Stream, uniform, words
 
-MLP_ALONE = 0.5
 HEAD_STD, LINEAR_STD = 2e-5, 0.01
 
 
@@ -37,6 +46,9 @@ class Config(MethodConfig):
 
     last_blocks: how many of the encoder's last blocks are trained with the head; None for the whole encoder, which as
     many blocks as it has means too. 0 trains the head alone, 0.5 with it the MLP of the last block (and its norm).
+    drop_path: probability that what the last block adds is left out. mixup, cutmix: alpha of the Beta distribution of
+    the mixture, 0 for none. rand_augment: magnitude of RandAugment, 0 to 10, None for none. erasing: share of the
+    images that lose a box. The paper's values: 0.1 to 0.3, 0.8, 1.0, 9, 0.25.
     """
 
     name: Literal["classify"] = "classify"
@@ -44,15 +56,15 @@ class Config(MethodConfig):
     classes: tuple[str, ...] = Field(min_length=2)
     last_blocks: float | None = None
     smoothing: float = Field(default=0.1, ge=0, lt=1)
+    drop_path: float = Field(default=0.0, ge=0, lt=1)
+    mixup: float = Field(default=0.0, ge=0)
+    cutmix: float = Field(default=0.0, ge=0)
+    rand_augment: float | None = Field(default=None, ge=0, le=MOST)
+    erasing: float = Field(default=0.0, ge=0, le=1)
 
     @model_validator(mode="after")
     def _blocks_that_there_are(self) -> Config:
-        depth, asked = self.encoder.depth, self.last_blocks
-        if asked is not None and asked != MLP_ALONE and asked not in range(depth + 1):
-            raise ValueError(
-                f"last_blocks={asked:g} came, but this encoder has {depth} blocks; 0 (the head alone), 0.5 (the MLP of "
-                f"the last block) or a whole number up to {depth} was expected"
-            )
+        check_blocks(self.last_blocks, self.encoder.depth)
         return self
 
 
@@ -60,36 +72,72 @@ class Classifier(Method):
     """See the module docstring. `trained` says what of the encoder is; the rest has no gradient."""
 
     encoder: ViT
+    low: Tensor
+    high: Tensor
+    undecayed = ("encoder.cls_token", "encoder.pos_embed")
 
     def __init__(self, config: Config, images: ImageSpec) -> None:
         super().__init__()
+        self.config = config
         self.encoder = ViT(config.encoder, images)
-        self.smoothing = config.smoothing
+        for name, values in zip(("low", "high"), images.value_range, strict=True):
+            self.register_buffer(name, torch.tensor(values, dtype=torch.float32)[:, None, None], persistent=False)
         self.fc_norm = layer_norm(self.encoder.width)
+        self.fc_norm.eps = config.encoder.norm_eps
         self.head = nn.Linear(self.encoder.width, len(config.classes))
         nn.init.trunc_normal_(self.head.weight, std=LINEAR_STD if config.last_blocks == 0 else HEAD_STD)
         nn.init.zeros_(self.head.bias)
         freeze(self.encoder, config.last_blocks)
 
     def loss(self, batch: Batch, clock: Clock) -> Loss:
-        """Cross-entropy with smoothed labels; logs the share of this batch that is right. Raises UserError unlabelled.
+        """Cross-entropy with soft labels; logs the share of this batch that is right. Raises UserError unlabelled.
 
-        With smoothing s the target is 1 - s + s / classes for the right class and s / classes for each other.
+        With smoothing s the target is 1 - s + s / K for the right class and s / K for each other; images that are mixed
+        have the mixture of both, and count as right where the greater part is.
         """
-        labels, logits = require_labels(batch), self.logits(batch.images)
-        right = (logits.detach().argmax(1) == labels).float().mean()
-        return Loss(self.error(logits, labels), {"accuracy": right})
+        labels = require_labels(batch)
+        images, targets = self.augment(batch.images, labels, clock)
+        paths = None
+        if self.config.drop_path:
+            draws = clock.rng.uniform(2 * len(self.encoder.blocks), Stream.PATHS)
+            paths = draw_paths(draws, self.config.drop_path)
+        logits = self.logits(images, paths)
+        right = (logits.detach().argmax(1) == targets.argmax(1)).float().mean()
+        return Loss(F.cross_entropy(logits, targets), {"accuracy": right})
 
-    def error(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(logits, labels, label_smoothing=self.smoothing)
+    def augment(self, images: Tensor, labels: Tensor, clock: Clock) -> tuple[Tensor, Tensor]:
+        """What a training step sees: images (B, C, H, W) in the files' units, and targets (B, K).
 
-    def logits(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) in the files' units -> (B, classes) float32."""
-        return self.judge(self.tokens(images).mean(1))
+        Drawn by the step and the image's place in the global batch; mixing by the step and the micro-batch.
+        """
+        config, seed, count = self.config, clock.rng.seed, len(images)
+        step, place = np.full(count, clock.step), clock.micro * count + np.arange(count)
+        targets = soft_targets(labels, len(config.classes), config.smoothing)
+        if config.rand_augment is not None:
+            unit = ((images.float() - self.low) / (self.high - self.low)).clamp(0, 1)
+            fill = (self.encoder.mean[:, None, None] - self.low) / (self.high - self.low)
+            unit = rand_augment(unit, uniform(seed, Stream.RAND_AUGMENT, step, place, DRAWS), config.rand_augment, fill)
+            images = self.low + unit * (self.high - self.low)
+        if config.erasing:
+            draws, noise = uniform(seed, Stream.ERASE, step, place, ERASE_DRAWS), self.batch_words(Stream.ERASE, clock)
+            mean, std = self.encoder.mean, self.encoder.std
+            images = erase(images.float(), draws, config.erasing, mean, std, int(noise[0]))
+        draws = self.batch_words(Stream.MIX, clock) * 2.0**-32
+        return mix(images, targets, draws, mixup=config.mixup, cutmix=config.cutmix)
 
-    def tokens(self, images: Tensor) -> Tensor:
+    def batch_words(self, stream: Stream, clock: Clock) -> np.ndarray:
+        """32-bit words that belong to a micro-batch, counted from the end, where no image's place is."""
+        micro = np.array([MASK32 - clock.micro])
+        return words(clock.rng.seed, stream, np.array([clock.step]), micro, MIX_DRAWS)[0]
+
+    def logits(self, images: Tensor, paths: Tensor | None = None) -> Tensor:
+        """(B, C, H, W) in the files' units -> (B, K) float32."""
+        return self.judge(self.tokens(images, paths).mean(1))
+
+    def tokens(self, images: Tensor, paths: Tensor | None = None) -> Tensor:
         """The patch tokens of the last block, before the encoder's own norm: (B, N, D)."""
-        *_, last = self.encoder.layers(self.encoder.embed(self.encoder.patches(images)))
+        tokens = self.encoder.embed(self.encoder.patches(images))
+        *_, last = self.encoder.layers(tokens, paths=paths)
         return last[:, 1:]
 
     def judge(self, tokens: Tensor) -> Tensor:
@@ -109,24 +157,11 @@ class Classifier(Method):
         return Picture(
             {caption: self.encoder.images(panel) for caption, panel in panels.items()},
             f"{int((guess == labels).sum())} of {len(guess)} of these images are given the right class.",
-            {"loss": self.error(logits, labels), "all_classes_alike": logits.new_tensor(log(logits.shape[1]))},
+            {
+                "loss": F.cross_entropy(logits, labels, label_smoothing=self.config.smoothing),
+                "all_classes_alike": logits.new_tensor(log(logits.shape[1])),
+            },
         )
-
-
-def freeze(encoder: ViT, last_blocks: float | None) -> None:
-    """Leave a gradient to the last blocks only. The encoder's own final norm is not used, so it never has one."""
-    depth = len(encoder.blocks)
-    encoder.norm.requires_grad_(False)
-    if last_blocks is None or last_blocks == depth:
-        return
-    encoder.requires_grad_(False)
-    if last_blocks == MLP_ALONE:
-        last = encoder.blocks[-1]
-        for part in (last.norm2, last.mlp, last.ls2):  # type: ignore[union-attr]
-            part.requires_grad_(True)
-    else:
-        for block in encoder.blocks[depth - int(last_blocks) :]:
-            block.requires_grad_(True)
 
 
 def require_labels(batch: Batch) -> Tensor:

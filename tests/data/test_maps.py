@@ -1,0 +1,301 @@
+"""Masks follow their image through every crop, and what is no mask is refused with a sentence."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from corpus import damaged, file_of, noisy, png
+from PIL import Image
+
+from unmask.batch import IGNORED, ImageSpec
+from unmask.data.augment import CropConfig, cut, cut_map
+from unmask.data.decode import BadImage
+from unmask.data.loader import Images, Order, eval_batches, training_batches
+from unmask.data.maps import MaskError, open_maps, read_ids
+
+CAMVID = Path(__file__).parents[2] / "data" / "camvid"
+SPEC = ImageSpec(3, (16, 24), "uint8", (0.0,) * 3, (1.0,) * 3)
+
+
+def red(image):
+    """The mask that is a function of its image."""
+    return (image[:, :, 0] > 128).astype(np.uint8)
+
+
+def blobs(height, width, seed):
+    """An image of large patches, so that edges are few."""
+    small = noisy(4, 5, seed=seed)
+    return np.asarray(Image.fromarray(small).resize((width, height), Image.Resampling.NEAREST))
+
+
+def folder(root, count=6, *, images="images", masks="labels", size=(40, 60)):
+    for i in range(count):
+        image = blobs(size[0] + i, size[1] - i, i)
+        for name, pixels in ((images, image), (masks, red(image))):
+            (root / name / "a").mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(root / name / "a" / f"{i}.png")
+    return root
+
+
+def put(root, pixels, name="0.png", masks="labels"):
+    data = pixels if isinstance(pixels, bytes) else file_of(pixels, "PNG")
+    (root / masks / "a" / name).write_bytes(data)
+
+
+# ------------------------------------------------------------------------------------------------------------ alignment
+
+
+@pytest.mark.parametrize("kind", ["random_resized", "random", "center"])
+def test_a_mask_that_is_a_function_of_its_image_stays_it_in_every_crop(tmp_path, kind):
+    maps = open_maps(folder(tmp_path))
+    images = Images(maps.source, maps.rows, SPEC, CropConfig(kind=kind, eval_share=0.8), annotations=maps)
+    flipped = Images(maps.source, maps.rows, SPEC, CropConfig(kind=kind, eval_share=0.8))
+    wrong = mirrored = total = 0
+    for got, bare in zip(*(training_batches(one, start=0, batch=12, batches=5, workers=0) for one in (images, flipped)),
+                         strict=True):  # fmt: skip
+        batch = got.batch
+        assert torch.equal(batch.images, bare.batch.images), "annotations change no pixel"
+        assert batch.maps is not None
+        assert batch.maps.shape == (12, 16, 24)
+        assert batch.maps.dtype == torch.int64
+        truth = (batch.images[:, 0] > 128).long()
+        wrong += int((batch.maps != truth).sum())
+        mirrored += int((batch.maps.flip(2) != truth).sum())
+        total += truth.numel()
+    assert wrong < 0.05 * total, "edges alone may differ"
+    assert mirrored > 0.2 * total, "the test can fail"
+
+
+def test_an_evaluation_sees_the_whole_image(tmp_path):
+    maps = open_maps(folder(tmp_path, size=(40, 90)))
+    whole = Images(maps.source, maps.rows, SPEC, CropConfig(), training=False, annotations=maps, whole=True)
+    (batch,) = eval_batches(whole, maps.rows, batch=6)
+    assert batch.maps is not None
+    for row, found, image in zip(maps.rows.tolist(), batch.maps, batch.images, strict=True):
+        ids = torch.from_numpy(maps.read(row).astype(np.int64))
+        shape = ids.shape
+        assert found[0, 0] == ids[0, 0]
+        assert found[-1, -1] == ids[-1, -1], "both corners are in"
+        ys = ((torch.arange(16) + 0.5) * shape[0] / 16).long()
+        xs = ((torch.arange(24) + 0.5) * shape[1] / 24).long()
+        assert torch.equal(found, ids[ys][:, xs])
+        assert ((image[0] > 128).long() != found).float().mean() < 0.1
+    centred = Images(maps.source, maps.rows, SPEC, CropConfig(), training=False, annotations=maps)
+    assert not torch.equal(next(eval_batches(centred, maps.rows, batch=6)).images, batch.images)
+
+
+def test_cutting_a_map_by_hand():
+    ids = np.arange(12, dtype=np.uint8).reshape(3, 4)
+    assert cut_map(ids, np.array([0.0, 0, 3, 4]), (3, 4), False).tolist() == ids.tolist()
+    assert cut_map(ids, np.array([1.0, 1, 2, 2]), (2, 2), True).tolist() == [[6, 5], [10, 9]]
+    assert (
+        cut_map(ids, np.array([0.0, 0, 2, 2]), (4, 4), False).tolist()
+        == np.kron([[0, 1], [4, 5]], np.ones((2, 2))).tolist()
+    )
+    outside = cut_map(ids, np.array([-1.0, 2, 4, 4]), (4, 4), False)
+    assert outside.tolist() == [[IGNORED] * 4, *[[a, a + 1, IGNORED, IGNORED] for a in (2, 6, 10)]]
+
+
+def test_the_map_of_a_pixel_is_under_it_in_a_fine_stripe():
+    """Where nothing is resampled, image and map agree in every pixel."""
+    stripes = np.repeat((np.arange(32) % 2 * 255).astype(np.uint8)[None, :, None], 32, 0)
+    for flip in (False, True):
+        box = np.array([3.0, 5, 16, 24])
+        assert (cut(stripes, box, (16, 24), flip)[:, :, 0] == cut_map(stripes[:, :, 0], box, (16, 24), flip)).all()
+
+
+def test_workers_and_divisions_change_no_map(tmp_path):
+    maps = open_maps(folder(tmp_path))
+    images = Images(maps.source, maps.rows, SPEC, CropConfig(), annotations=maps)
+    one = torch.cat([d.batch.maps for d in training_batches(images, start=0, batch=4, batches=3, workers=0)])
+    two = torch.cat([d.batch.maps for d in training_batches(images, start=0, batch=12, batches=1, workers=1)])
+    assert torch.equal(one, two)
+    images.keep_decoded()
+    assert torch.equal(images[Order(maps.rows, 0).take(0, 12)].batch.maps, one)
+
+
+def test_a_mask_that_goes_bad_replaces_its_image(tmp_path):
+    maps = open_maps(folder(tmp_path))
+    put(tmp_path, b"gone", "3.png")
+    images = Images(maps.source, maps.rows, SPEC, CropConfig(), annotations=maps)
+    (got,) = training_batches(images, start=0, batch=6, batches=1, workers=0)
+    assert 3 not in got.batch.index.tolist()
+    assert [bad.name for bad in got.bad] == ["a/3.png"]
+    assert "its mask a/3.png" in got.bad[0].detail
+    for pixels in (noisy(8, 8, 1), np.full((43, 57), 7, np.uint8)):
+        put(tmp_path, pixels, "3.png")
+        with pytest.raises(BadImage, match="mask"):
+            list(eval_batches(Images(**(vars(images) | {"training": False})), np.array([3]), batch=1))
+
+
+# -------------------------------------------------------------------------------------------------------- what is found
+
+
+def test_folders_are_found_by_themselves(tmp_path):
+    root = folder(tmp_path / "x")
+    wanted = open_maps(root)
+    for data in (root / "images", root / "images" / "a"):
+        found = open_maps(data)
+        assert [(found.read(row) == wanted.read(row)).all() for row in range(6)] == [True] * 6
+    for name in ("masks", "annotations"):
+        other = folder(tmp_path / name, masks=name)
+        assert open_maps(other).masks.name == str(other / name)
+    named = folder(tmp_path / "named", images="photos", masks="ids")
+    assert len(open_maps(named / "photos", named / "ids").rows) == 6
+    assert len(open_maps(root, root / "labels").source) == 6, "its images alone"
+    with pytest.raises(MaskError, match="no masks were found"):
+        open_maps(named)
+    with pytest.raises(MaskError, match="does not exist"):
+        open_maps(named / "photos", named / "none")
+
+
+def test_images_without_mask_are_left_out_and_named(tmp_path):
+    root = folder(tmp_path)
+    (root / "labels" / "a" / "2.png").unlink()
+    put(root, red(noisy()), "other.png")
+    put(root, damaged((root / "labels" / "a" / "5.png").read_bytes()), "5.png")
+    maps = open_maps(root)
+    assert maps.rows.tolist() == [0, 1, 3, 4]
+    said = "\n".join(maps.lines())
+    assert maps.without == ["a/2.png", "a/5.png"]
+    assert "2 images without one are left out: a/2.png, a/5.png" in said
+    assert "1 masks cannot be read" in said
+    with pytest.raises(AssertionError, match="without annotations"):
+        Images(maps.source, np.arange(6), SPEC, CropConfig(), annotations=maps)
+
+
+def test_ids_names_and_shares(tmp_path):
+    root = folder(tmp_path, count=2, size=(10, 11))
+    ids = np.zeros((10, 11), np.uint8)
+    ids[0], ids[1], ids[2], ids[3] = 1, 3, 4, 255
+    put(root, ids)
+    ids[:] = 4
+    put(root, ids.repeat(2, 0)[:11, :10], "1.png")
+    (root / "classes.txt").write_text("road\nsky\n\nvoid\ntree\n".replace("\n\n", "\npole\n") + "\n")
+    maps = open_maps(root, ignored=(3,))
+    assert maps.classes == ("road", "sky", "pole", "tree")
+    assert maps.ids == [0, 1, 2, 4]
+    assert maps.ignored == (3, 255)
+    assert maps.read(0)[:5, 0].tolist() == [1, IGNORED, 3, IGNORED, 0]
+    assert maps.pixels == {0: 66, 1: 11, 3: 11, 4: 121, 255: 11}
+    assert maps.images[4] == 2
+    assert "10.0% of all pixels are not judged (id 3, id 255)" in maps.lines()[1]
+    assert "55.00% of pixels, in 2 images  tree" in "\n".join(maps.lines())
+    (root / "classes.txt").unlink()
+    numbered = open_maps(root, ignored=(0,))
+    assert numbered.classes == ("class 1", "class 2", "class 3", "class 4")
+    assert "1 classes occur in no mask: class 2" in numbered.lines()
+    assert not any("occur in no mask" in line for line in open_maps(root, ignored=(0, 2)).lines())
+    again = open_maps(root, ignored=(3,), classes=maps.classes, look=False)
+    assert (again.read(0) == maps.read(0)).all()
+
+
+@pytest.mark.parametrize(
+    ("pixels", "mode", "options"),
+    [
+        (np.array([[0, 1], [1, 0]], bool), "1", {}),
+        (np.array([[0, 3], [2, 1]], np.uint8), "P", {"bits": 2}),
+        (np.array([[0, 200], [2, 1]], np.uint8), "P", {}),
+        (np.array([[0, 7], [255, 1]], np.uint8), "L", {}),
+        (np.array([[0, 300], [2, 65535]], np.uint16), "I;16", {}),
+    ],
+)
+def test_ids_are_read_as_they_are_stored(pixels, mode, options):
+    image = Image.fromarray(pixels)
+    if mode == "P":
+        image.putpalette(np.random.default_rng(0).integers(0, 256, 768).astype(np.uint8).tobytes())
+    assert image.mode == mode
+    assert read_ids(file_of(image, "PNG", **options)).tolist() == pixels.astype(int).tolist()
+
+
+def test_gray_of_few_bits_is_not_stretched():
+    for bits, row in ((2, b"\x1b"), (4, b"\x01\x23")):
+        width = 4
+        data = png(width, 1, bits, 0, b"\0" + row)
+        assert read_ids(data).tolist() == [[0, 1, 2, 3]]
+
+
+# ------------------------------------------------------------------------------------------------------------- refusals
+
+
+def bad(root, name):
+    """One fault at a time."""
+    if name == "colour":
+        put(root, noisy(40, 60))
+    elif name == "alpha":
+        put(root, file_of(Image.new("LA", (60, 40)), "PNG"))
+    elif name == "float":
+        put(root, file_of(Image.new("F", (60, 40)), "TIFF"), "0.tif")
+        (root / "labels" / "a" / "0.png").unlink()
+    elif name == "size":
+        put(root, np.zeros((60, 40), np.uint8))
+    elif name == "jpeg":
+        (root / "labels" / "a" / "0.png").unlink()
+        put(root, file_of(np.zeros((40, 60), np.uint8), "JPEG"), "0.jpg")
+    elif name == "twice":
+        put(root, np.zeros((40, 60), np.uint8), "0.bmp")
+    elif name == "names":
+        (root / "labels" / "a").rename(root / "labels" / "b")
+    elif name == "unknown":
+        (root / "classes.txt").write_text("a\nb\n")
+        put(root, np.full((40, 60), 9, np.uint8))
+    elif name == "many":
+        put(root, np.full((40, 60), 60_000, np.uint16))
+    elif name == "binary":
+        for i in range(6):
+            put(root, red(blobs(40 + i, 60 - i, i)) * 255, f"{i}.png")
+    elif name == "empty names":
+        (root / "classes.txt").write_text("a\n\nb\n")
+    elif name == "same names":
+        (root / "labels" / "classes.txt").write_text("a\na\n")
+    elif name == "broken":
+        for i in range(6):
+            put(root, b"text", f"{i}.png")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("colour", r"a/0\.png of .* is a colour picture \(mode RGB\); one number for each pixel was expected"),
+        ("alpha", r"colour picture \(mode LA\)"),
+        ("float", r"whole numbers"),
+        ("size", r"has 60 x 40 pixels, but its image a/0\.png is shown with 40 x 60"),
+        ("jpeg", r"a JPEG, which does not keep ids"),
+        ("twice", r"are both for the image a/0"),
+        ("names", r"none of 6 images .* a/0\.png there, but b/0\.png, b/1\.png, b/2\.png, \.\.\. came"),
+        ("unknown", r"hold id 9 \(in 1 of 6\), but 2 classes are known, ids 0 to 1; .* --ignore 9"),
+        ("many", r"60000 classes came .* at most 254"),
+        ("binary", r"hold ids 0, 255, which leaves 1 class; at least two"),
+        ("empty names", r"more than once or empty"),
+        ("same names", r"the name 'a' more than once"),
+        ("broken", r"no mask of .* can be read"),
+    ],
+)
+def test_what_is_no_mask_is_refused_with_a_sentence(tmp_path, name, said):
+    root = folder(tmp_path)
+    open_maps(root)
+    bad(root, name)
+    with pytest.raises(MaskError, match=said):
+        open_maps(root)
+
+
+def test_rows_that_are_missing_are_noticed(tmp_path):
+    """Pillow alone would leave them black, which is a class."""
+    root = folder(tmp_path)
+    put(root, png(60, 40, 8, 0, (b"\0" + b"\1" * 60) * 30))
+    assert open_maps(root).rows.tolist() == [1, 2, 3, 4, 5]
+
+
+def test_a_wrong_ignored_id_is_refused(tmp_path):
+    with pytest.raises(MaskError, match="ignored id 70000 came"):
+        open_maps(folder(tmp_path), ignored=(70_000,))
+
+
+@pytest.mark.skipif(not CAMVID.is_dir(), reason="data/camvid is absent: tar xf ../shared/data/camvid-half.tar -C data")
+def test_camvid_is_read_whole():
+    maps = open_maps(CAMVID / "images" / "val", ignored=(11,))
+    assert len(maps.rows) == 101
+    assert len(maps.classes) == 11
+    assert sum(maps.pixels.values()) == 101 * 180 * 240
+    assert 0.01 < maps.pixels[11] / sum(maps.pixels.values()) < 0.1

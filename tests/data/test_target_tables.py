@@ -1,0 +1,146 @@
+"""A table of targets: what task its columns make, whose images they are, and a sentence for all that is wrong."""
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from unmask.data.sources import Source
+from unmask.data.targets import meaning_of, read_table, targets_of
+from unmask.errors import UserError
+
+
+class Named(Source):
+    """A source of nothing but names."""
+
+    def __init__(self, *names):
+        super().__init__("images", names, np.zeros(len(names)))
+
+    def read(self, i):
+        raise AssertionError("nobody asked for pixels")
+
+
+SOURCE = Named("a/1.png", "a/2.png", "b/3.png", "b/4.png")
+
+
+def written(folder, text, name="t.csv"):
+    file = folder / name
+    file.write_text(text)
+    return file
+
+
+def targets(file, source=SOURCE, *, columns=None, task=None, classes=None):
+    table = read_table(file, columns)
+    return targets_of(table, source, meaning_of(table, task), classes=classes)
+
+
+def test_texts_are_classes_in_the_order_of_the_source(tmp_path):
+    file = written(tmp_path, "\ufeffpath,kind\nb/4.png,owl\na/1.png,cat\n./b/3.png, cat\nz.png,dog\n")
+    found = targets(file)
+    assert (found.task, found.classes) == ("classes", ["cat", "owl"]), "dog has no image"
+    assert found.rows.tolist() == [0, 2, 3]
+    assert found.values.tolist() == [0, 0, 1]
+    assert found.left_out == 1
+    assert found.unused == ("z.png",)
+    assert "texts: kind" in found.why
+
+
+def test_whole_numbers_are_classes_ordered_as_numbers_and_may_be_quantities(tmp_path):
+    file = written(tmp_path, "path,size\na/1.png,10\na/2.png,9\nb/3.png,-2\nb/4.png,9\n")
+    found = targets(file)
+    assert (found.task, found.classes, found.values.tolist()) == ("classes", ["-2", "9", "10"], [2, 1, 0, 1])
+    asked = targets(file, task="regression")
+    assert asked.values.tolist() == [[10.0], [9.0], [-2.0], [9.0]]
+    assert asked.columns == ("size",)
+    assert asked.why.startswith("regression, as asked for")
+
+
+def test_several_columns_of_0_and_1_are_labels_and_fractions_are_quantities(tmp_path):
+    rows = ["path,old,red,age", "a/1.png,1,0,3.5", "a/2.png,0,0,4", "b/3.png,0,1,5"]
+    file = written(tmp_path, "\n".join(rows))
+    many = targets(file, columns=["red", "old"])
+    assert (many.task, many.columns) == ("multilabel", ("red", "old"))
+    assert many.values.tolist() == [[0, 1], [0, 0], [1, 0]]
+    assert targets(file).task == "regression"
+    assert targets(file).values.shape == (3, 3)
+    one = targets(file, columns=["old"])
+    assert (one.task, one.classes) == ("classes", ["0", "1"])
+    assert targets(file, columns=["old"], task="multilabel").values.shape == (3, 1)
+
+
+def test_parquet_and_csv_say_the_same(tmp_path):
+    columns = {"path": ["a/1.png", "b/3.png"], "n": [1.5, 2.25], "seen": [True, False], "word": ["x", "y"]}
+    pq.write_table(pa.table({**columns, "bytes": [b"1", b"2"]}), tmp_path / "t.parquet")
+    written(tmp_path, "path,n,seen,word\na/1.png,1.5,1,x\nb/3.png,2.25,0,y\n")
+    for names, task in ((["n"], "regression"), (["word"], "classes"), (["n", "seen"], "regression")):
+        both = [targets(tmp_path / f"t.{kind}", columns=names) for kind in ("csv", "parquet")]
+        assert [found.task for found in both] == [task] * 2
+        np.testing.assert_array_equal(both[0].values, both[1].values)
+    with pytest.raises(UserError, match=r"column bytes of .* holds binary; texts or numbers were expected"):
+        read_table(tmp_path / "t.parquet")
+
+
+def test_test_images_have_the_classes_of_the_training_images(tmp_path):
+    file = written(tmp_path, "path,kind\na/1.png,cat\na/2.png,owl\nq.png,owl\n")
+    assert targets(file, Named("q.png"), classes=["cat", "owl"]).values.tolist() == [1]
+    with pytest.raises(UserError, match="classes that no training image has: owl; the training images have cat, dog"):
+        targets(file, Named("q.png"), classes=["cat", "dog"])
+
+
+GOOD = "a/1.png,1\na/2.png,2\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("file,kind\n" + GOOD, "has no column `path`, only file, kind"),
+        ("path\na/1.png\n", "has 0 target columns and 1 rows"),
+        ("path,kind\n", "has 1 target columns and 0 rows"),
+        ("", "has no column `path`"),
+        ("path,kind\n" + GOOD + "./a/1.png,1\n", r"names 1 images more than once \(a/1.png\)"),
+        ("path,kind\n" + GOOD + ",1\n", "has rows without a `path`"),
+        ("path,kind\n" + GOOD + "b/3.png,1,7\n", "line 4 of .* has 3 cells, but its heading has 2"),
+        ("path,kind,kind\na/1.png,1,2\n", "two columns called 'kind'"),
+        ("path,\n" + GOOD, "a column without a name"),
+        ("path,kind\n" + GOOD + "b/3.png,\n", r"column kind of .* has no number or text for 1 images \(b/3.png\)"),
+        ("path,x\na/1.png,1.5\na/2.png,nan\n", r"column x of .* has no number or text for 1 images \(a/2.png\)"),
+        ("path,x\na/1.png,1.5\na/2.png,inf\n", r"has no number or text for 1 images \(a/2.png\)"),
+        ("path,kind\na/1.png,cat\na/2.png,cat\n", r"are of one class \(cat\)"),
+        ("path,x,y\na/1.png,1.5,1\na/2.png,1.5,2\n", "column x of .* has one value for all 2 images"),
+        (
+            "path,kind\nx/1.png,1\nx/2.png,2\n",
+            "none of the 2 paths .* the first path is x/1.png, the first image a/1.p",
+        ),
+        ("path,k,j\na/1.png,cat,1\na/2.png,owl,2\n", r"the task is not clear \(texts: k; whole numbers: j\)"),
+        ("path,k\na/1.png,\ud800\n".encode("utf-8", "surrogatepass"), "cannot be read as a table in UTF-8"),
+    ],
+)
+def test_what_is_wrong_is_said(tmp_path, text, said):
+    file = tmp_path / "t.csv"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError, match=said):
+        targets(file)
+
+
+def test_wrong_wishes_are_refused(tmp_path):
+    file = written(tmp_path, "path,x,k\na/1.png,1.5,cat\na/2.png,2.5,owl\n")
+    for wish, said in (
+        ({"columns": ["y"]}, "has no column y; it has x, k"),
+        ({"task": "ranking"}, "task 'ranking' came; classes, multilabel, regression was expected"),
+        ({"task": "classes"}, "has 2 target columns; for classes name one with --columns"),
+        ({"columns": ["x"], "task": "multilabel"}, "column x of .* holds fractions; 0 and 1 were expected"),
+        ({"columns": ["k"], "task": "regression"}, "column k of .* holds texts; numbers were expected"),
+    ):
+        with pytest.raises(UserError, match=said):
+            targets(file, **wish)
+    with pytest.raises(UserError, match="does not exist"):
+        read_table(tmp_path / "no.csv")
+    with pytest.raises(UserError, match=r"a .csv, .tsv or .parquet file"):
+        read_table(tmp_path / "t.xlsx")
+    with pytest.raises(UserError, match="cannot be read as a parquet file"):
+        read_table(written(tmp_path, "no", "t.parquet"))
+
+
+def test_rows_without_an_image_may_be_empty(tmp_path):
+    file = written(tmp_path, "path,x\na/1.png,1.5\na/2.png,2.5\nelsewhere.png,\n")
+    assert targets(file).values.tolist() == [[1.5], [2.5]]

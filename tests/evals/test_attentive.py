@@ -1,0 +1,159 @@
+"""The attentive probe on tokens with a known answer: a class in one token at a random place, invisible to the mean."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_digits
+
+from unmask.batch import Batch
+from unmask.errors import UserError
+from unmask.evals import attentive as module
+from unmask.evals import collect as collect_module
+from unmask.evals.attentive import RATES, AttentiveHead, fit_attentive
+from unmask.evals.collect import Tokens, collect_each
+from unmask.evals.linear import linear
+from unmask.nn.features import Features
+
+
+def needles(count, *, tokens=16, width=16, classes=4, seed=0):
+    """(n, T, D) noise with a class written into one token and taken from all others, so that their mean is none."""
+    rng = np.random.default_rng(seed)
+    y = rng.integers(0, classes, count)
+    x = rng.normal(size=(count, tokens, width))
+    mark = 7.0 * np.eye(classes, width)[y]
+    x -= mark[:, None] / (tokens - 1)
+    x[np.arange(count), rng.integers(0, tokens, count)] += mark * (1 + 1 / (tokens - 1))
+    return x.astype(np.float32), y
+
+
+def kept(x):
+    return Tokens(torch.from_numpy(x).half(), torch.zeros(x.shape[2]), torch.ones(x.shape[2]))
+
+
+@pytest.fixture(scope="module")
+def found():
+    (x, y), (test_x, test_y) = needles(400), needles(400, seed=1)
+    return x, y, test_x, test_y, fit_attentive(kept(x), np.arange(400), y, task="classes")
+
+
+def test_it_finds_what_the_mean_hides(found):
+    x, y, test_x, test_y, fit = found
+    assert (fit.predict(kept(test_x)) == test_y).mean() > 0.9
+    assert (linear(x.mean(1), y, test_x.mean(1)).predictions == test_y).mean() < 0.35, "chance is 0.25"
+    assert fit.chosen
+    assert fit.rate in RATES
+
+
+def test_the_same_seed_gives_the_same_answers_and_labels_may_skip_numbers(found, monkeypatch):
+    x, y, test_x, _, fit = found
+    monkeypatch.setattr(module, "RATES", (fit.rate,))
+    torch.manual_seed(5)
+    again = fit_attentive(kept(x), np.arange(400), 10 * y + 3, task="classes")
+    np.testing.assert_array_equal(again.predict(kept(test_x)), 10 * fit.predict(kept(test_x)) + 3)
+    other = fit_attentive(kept(x), np.arange(400), y, task="classes", seed=1)
+    assert not torch.equal(other.head.weight, fit.head.weight)
+
+
+def test_only_the_images_at_the_places_are_fitted_and_encoding_does_not_matter(monkeypatch):
+    monkeypatch.setattr(module, "LEAST_STEPS", 30)
+    x, y = needles(60)
+    places = np.arange(0, 60, 2)
+    plain = fit_attentive(kept(x[places]), np.arange(30), y[places], task="classes")
+    x[1::2] = 1e4
+    part = fit_attentive(kept(x), places, y[places], task="classes")
+    torch.testing.assert_close(part.head.weight, plain.head.weight)
+    shifted = Tokens(kept((x - 3) / 2).values, torch.full((16,), 3.0), torch.full((16,), 2.0))
+    same = fit_attentive(shifted, places, y[places], task="classes")
+    torch.testing.assert_close(same.head.weight, plain.head.weight, atol=5e-3, rtol=0.05)
+
+
+def test_one_token_is_read_by_a_linear_head_as_well_as_by_logistic_regression():
+    x, y = load_digits(return_X_y=True)
+    x = x.astype(np.float32)[:, None]
+    places = np.arange(600)
+    fit = fit_attentive(kept(x), places, y[:600], task="classes")
+    assert not hasattr(fit.head, "query")
+    mine = (fit.predict(kept(x[600:])) == y[600:]).mean()
+    assert mine > (linear(x[:600, 0], y[:600], x[600:, 0]).predictions == y[600:]).mean() - 0.02
+
+
+def test_the_head_is_ordinary_cross_attention():
+    torch.manual_seed(0)
+    middle, spread = torch.randn(24), torch.rand(24) + 0.5
+    head = AttentiveHead(middle, spread, 5, 3, torch.Generator().manual_seed(0))
+    assert head.heads == 12
+    with torch.no_grad():
+        head.query.normal_()
+        head.value_bias.normal_()
+    x = torch.randn(4, 5, 24)
+    wide = torch.nn.MultiheadAttention(24, 12, batch_first=True)
+    with torch.no_grad():
+        wide.in_proj_weight.copy_(torch.cat([torch.eye(24), head.key.flatten(0, 1), head.value.flatten(0, 1)]))
+        wide.in_proj_bias.copy_(torch.cat([torch.zeros(48), head.value_bias]))
+        wide.out_proj.weight.copy_(torch.eye(24))
+        wide.out_proj.bias.zero_()
+    tokens = (x - middle) / spread
+    gathered, _ = wide(head.query.flatten().expand(4, 1, 24), tokens, tokens)
+    torch.testing.assert_close(head(x), gathered[:, 0] @ head.weight.T + head.bias)
+
+
+def test_labels_and_quantities_can_be_hidden_in_one_token_too(monkeypatch):
+    monkeypatch.setattr(module, "RATES", (1e-2,))
+    (x, y), (test_x, test_y) = needles(400), needles(300, seed=1)
+    truth, test_truth = np.eye(4)[y], np.eye(4)[test_y]
+    many = fit_attentive(kept(x), np.arange(400), truth, task="multilabel").predict(kept(test_x))
+    precision = module.by_column(module.average_precision, test_truth, many)
+    assert precision.mean() > 0.85
+    value = np.stack([100 + 5 * (y % 2), -3.0 * (y > 1)], 1)
+    guess = fit_attentive(kept(x), np.arange(400), value, task="regression").predict(kept(test_x))
+    errors = np.abs(guess - np.stack([100 + 5 * (test_y % 2), -3.0 * (test_y > 1)], 1)).mean(0)
+    assert (errors < [1.5, 0.9]).all(), "a constant guess is wrong by 2.5 and 1.5"
+
+
+def test_one_image_of_a_class_leaves_nothing_to_choose_with(monkeypatch):
+    monkeypatch.setattr(module, "LEAST_STEPS", 5)
+    x, _ = needles(3)
+    fit = fit_attentive(kept(x), np.arange(3), np.arange(3), task="classes")
+    assert not fit.chosen
+    assert fit.rate == module.RATE_WITHOUT_CHOICE
+
+
+class Encoder(torch.nn.Module):
+    """Pixels as patch tokens, their mean as class token, far from zero."""
+
+    def forward(self, images):
+        patches = 1e5 + images.float().flatten(2).transpose(1, 2)
+        return Features(patches.mean(1), patches, images.shape[2:])
+
+
+def batches(count):
+    pixels = torch.randn(count, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    index = torch.arange(count)
+    return [Batch(pixels[i : i + 8], index[i : i + 8], torch.zeros(8, dtype=torch.int64)) for i in range(0, count, 8)]
+
+
+def test_tokens_are_the_class_token_and_the_patches_in_half_precision_of_what_differs():
+    table = collect_each({"a": Encoder()}, batches(24), device="cpu", precision="fp32", tokens=24)["a"]
+    values = table.tokens.values.float() * table.tokens.scale + table.tokens.middle
+    assert table.tokens.values.dtype == torch.float16
+    pixels = torch.cat([batch.images for batch in batches(24)]).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(values[:, 1:], 1e5 + pixels, atol=0.02, rtol=0)
+    np.testing.assert_allclose(values[:, 0], table.cls, atol=0.02)
+    part = table.at(np.array([5, 2]))
+    assert part.index.tolist() == [5, 2]
+    assert torch.equal(part.tokens.values, table.tokens.values[[5, 2]])
+
+
+def test_more_tokens_than_memory_are_refused_after_one_batch(monkeypatch):
+    monkeypatch.setattr(collect_module, "free_memory", lambda device: 2 * 100 * 17 * 3 * 2 - 1)
+    seen = []
+
+    def watched():
+        for batch in batches(24):
+            seen.append(batch)
+            yield batch
+
+    with pytest.raises(UserError, match=r"tokens of 100 .* \(17 x 3 numbers .*: train on fewer images with --shots N"):
+        collect_each({"a": Encoder()}, watched(), device="cpu", precision="fp32", tokens=100)
+    assert len(seen) == 1
+    assert collect_each({"a": Encoder()}, batches(24), device="cpu", precision="fp32", tokens=99)

@@ -1,0 +1,85 @@
+"""Average precision is COCO's: cases small enough to count by hand, and nothing is printed."""
+
+import sys
+
+import numpy as np
+import pytest
+
+from unmask.errors import UserError
+from unmask.evals.detection import Boxes, average_precision
+
+NAMES = ("ant", "bee", "cat")
+
+
+def boxes(*rows, **more):
+    """Each row is (x1, y1, x2, y2, label[, score])."""
+    table = np.array(rows, np.float64).reshape(len(rows), -1 if rows else 5)
+    scores = table[:, 5] if table.shape[1] > 5 else None
+    return Boxes(table[:, :4], table[:, 4].astype(np.int64), scores, **more)
+
+
+@pytest.fixture(autouse=True)
+def _needs_pycocotools(request):
+    if "without" not in request.node.name:
+        pytest.importorskip("pycocotools")
+
+
+def test_all_found_is_one_and_a_class_without_boxes_is_not_judged(capfd):
+    truth = [boxes((0, 0, 10, 10, 0), (5, 5, 30, 20, 1)), boxes()]
+    found = [boxes((0, 0, 10, 10, 0, 0.9), (5, 5, 30, 20, 1, 0.8)), boxes()]
+    got = average_precision(truth, found, NAMES)
+    assert (got.ap, got.ap50, got.ap75) == pytest.approx((1, 1, 1))
+    assert got.classes == {"ant": pytest.approx(1), "bee": pytest.approx(1), "cat": None}
+    out, err = capfd.readouterr()
+    assert out == err == ""
+
+
+def test_a_case_counted_by_hand():
+    """Two true boxes; found are, best first, one of them, one that is nothing, and the other one with an IoU of 0.6.
+
+    At an IoU of 0.5 precision is 1 up to recall 1/2 and 2/3 from there to 1: of 101 points 51 have 1 and 50 have 2/3.
+    At 0.75 the last does not count: 51 points of 1, the others 0. Class 1 has one box that is not found.
+    """
+    truth = [boxes((0, 0, 10, 10, 0), (50, 50, 60, 60, 0)), boxes((0, 0, 10, 10, 1))]
+    found = [boxes((0, 0, 10, 10, 0, 0.9), (50, 50, 60, 56, 0, 0.5)), boxes((0, 0, 10, 10, 0, 0.7))]
+    got = average_precision(truth, found, NAMES)
+    at50, at75 = (51 + 50 * 2 / 3) / 101, 51 / 101
+    assert got.classes == {"ant": pytest.approx(at50), "bee": pytest.approx(0), "cat": None}
+    assert got.ap50 == pytest.approx(at50 / 2)
+    assert got.ap75 == pytest.approx(at75 / 2)
+    assert got.ap == pytest.approx((3 * at50 + 7 * at75) / 10 / 2), "0.50, 0.55 and 0.60 take the last one in"
+
+
+def test_one_thing_found_twice_counts_once():
+    truth = [boxes((0, 0, 10, 10, 0), (50, 50, 60, 60, 0))]
+    found = [boxes((0, 0, 10, 10, 0, 0.9), (0, 0, 10, 9.9, 0, 0.8), (50, 50, 60, 60, 0, 0.7))]
+    assert average_precision(truth, found, NAMES).ap50 == pytest.approx((51 + 50 * 2 / 3) / 101)
+
+
+def test_a_crowd_costs_nothing():
+    truth = [boxes((0, 0, 10, 10, 0), (20, 20, 60, 60, 0), crowd=np.array([False, True]))]
+    found = [boxes((25, 25, 35, 35, 0, 0.9), (0, 0, 10, 10, 0, 0.8))]
+    assert average_precision(truth, found, NAMES).ap50 == pytest.approx(1)
+    missed = [boxes((0, 0, 10, 10, 0, 0.8))]
+    assert average_precision(truth, missed, NAMES).ap50 == pytest.approx(1)
+    plain = [truth[0]._replace(crowd=None)]
+    assert average_precision(plain, missed, NAMES).ap50 == pytest.approx(51 / 101)
+
+
+def test_nothing_found_is_zero():
+    got = average_precision([boxes((0, 0, 10, 10, 0))], [boxes()], NAMES)
+    assert (got.ap, got.ap50, got.classes["ant"]) == (0, 0, 0)
+
+
+def test_what_cannot_be_judged_is_refused():
+    with pytest.raises(UserError, match="1 test images without one true box came"):
+        average_precision([boxes()], [boxes((0, 0, 10, 10, 0, 0.9))], NAMES)
+    with pytest.raises(ValueError, match="2 images with found boxes came for 1"):
+        average_precision([boxes()], [boxes(), boxes()], NAMES)
+
+
+def test_without_pycocotools_it_says_what_to_install(monkeypatch):
+    for name in ("pycocotools", "pycocotools.coco", "pycocotools.cocoeval"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(UserError, match=r"pycocotools, which is not installed: pip install pycocotools"):
+        average_precision([boxes((0, 0, 10, 10, 0))], [boxes()], NAMES)

@@ -1,0 +1,89 @@
+"""Average precision and R2 against scikit-learn, and the bootstrap against what it should cover."""
+
+import numpy as np
+import pytest
+from sklearn.metrics import average_precision_score, r2_score
+
+from unmask.evals import measures
+from unmask.evals.measures import average_precision, by_column, r_squared, resampled
+from unmask.evals.scores import MEAN_AP, PRETRAINED, RAW_PIXELS, Sampled, t_interval, verdict
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_average_precision_is_scikit_learns_weighted_or_not(ties):
+    rng = np.random.default_rng(0)
+    truth = (rng.random(200) < 0.3).astype(float)
+    scores = rng.normal(size=200) + truth
+    scores = scores.round() if ties else scores
+    weights = rng.integers(0, 4, (5, 200)).astype(float)
+    want = [average_precision_score(truth, scores, sample_weight=each) for each in weights]
+    np.testing.assert_allclose(average_precision(truth, scores, weights), want, rtol=1e-12)
+    assert np.isnan(average_precision(np.zeros(200), scores, weights)).all()
+
+
+def test_r_squared_is_scikit_learns_far_from_zero_too():
+    rng = np.random.default_rng(0)
+    truth = 1e6 + rng.normal(size=300)
+    guess = truth + 0.5 * rng.normal(size=300)
+    weights = rng.integers(0, 4, (5, 300)).astype(float)
+    want = [r2_score(truth, guess, sample_weight=each) for each in weights]
+    np.testing.assert_allclose(r_squared(truth, guess, weights), want, atol=1e-6)
+    one = np.zeros((1, 300))
+    one[0, 7] = 300
+    assert np.isnan(r_squared(truth, guess, one)).all(), "one image many times has no spread"
+
+
+def test_draws_are_the_same_for_all_and_centre_on_the_value():
+    rng = np.random.default_rng(0)
+    truth = rng.normal(size=(400, 2))
+    guess = truth + 0.7 * rng.normal(size=truth.shape)
+    draws = resampled(r_squared, truth, guess)
+    assert len(draws) == measures.RESAMPLES
+    np.testing.assert_array_equal(draws, resampled(r_squared, truth, guess))
+    value = by_column(r_squared, truth, guess).mean()
+    assert draws.mean() == pytest.approx(value, abs=0.01)
+    assert np.ptp(resampled(r_squared, truth, truth)) == 0
+    again = [resampled_once(np.random.default_rng(n)) for n in range(300)]
+    assert draws.std() == pytest.approx(np.std(again), rel=0.2), "as much as other test images would change it"
+
+
+def resampled_once(rng):
+    truth = rng.normal(size=(400, 2))
+    return by_column(r_squared, truth, truth + 0.7 * rng.normal(size=truth.shape)).mean()
+
+
+def test_a_column_without_positives_in_a_draw_is_left_out_of_it():
+    truth = np.zeros((30, 2))
+    truth[0, 0] = 1
+    truth[::2, 1] = 1
+    draws = resampled(average_precision, truth, truth + 0.0)
+    assert np.all(draws == 1.0)
+    alone = resampled(average_precision, truth[:, :1], truth[:, :1])
+    assert 0.25 < np.isnan(alone).mean() < 0.45, "(1 - 1/30)^30"
+
+
+def test_two_feature_sets_are_compared_draw_by_draw():
+    rng = np.random.default_rng(0)
+    truth = (rng.random((300, 3)) < 0.3).astype(float)
+    noise = rng.normal(size=truth.shape)
+
+    def sampled(features, strength):
+        guess = strength * truth + noise  # the same noise: nearly all of it cancels in the difference
+        value = by_column(average_precision, truth, guess).mean()
+        return Sampled(features, "mean", MEAN_AP, value, resampled(average_precision, truth, guess), 300)
+
+    better, worse = sampled(PRETRAINED, 1.3), sampled(RAW_PIXELS, 1.2)
+    assert better.interval.low < worse.value < better.value
+    gap = better.minus(worse)
+    assert 0 < gap.low < gap.value < gap.high
+    said = verdict([worse, better], kind="linear", chance=0.3)
+    assert said.startswith("Better than raw pixels. A linear probe on the pre-trained features (mean over patches) ")
+    assert f"reaches a mean average precision of {better.value:.3f} on 300 test images" in said
+    assert f"{gap.value:.3f} more than raw pixels ({worse.value:.3f}), 95% interval {gap.low:+.3f}" in said
+
+
+def test_t_limits_are_the_textbooks():
+    low, high = t_interval([0.5, 0.6, 0.7])  # s = 0.1, t_2 = 4.3027
+    assert low == pytest.approx(0.6 - 4.3027 * 0.1 / 3**0.5, abs=1e-5)
+    assert high == pytest.approx(0.6 + 4.3027 * 0.1 / 3**0.5, abs=1e-5)
+    assert t_interval([0.5, 0.5]) == (0.5, 0.5)

@@ -1,0 +1,102 @@
+"""mIoU by hand, at the size of the files, with what is ignored left out."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import jaccard_score
+
+from unmask.batch import IGNORED, Batch
+from unmask.errors import UserError
+from unmask.evals import segmentation
+from unmask.evals.segmentation import Tally, classes_at, measure, score
+
+NAMES = ("road", "sky", "tree", "never")
+X = IGNORED
+TRUTH = [[0, 0, 1, 1], [0, 2, 2, X]]
+GUESS = [[0, 1, 1, 1], [0, 2, 3, 0]]
+
+
+def tally(*pairs, classes=NAMES):
+    made = Tally(classes)
+    for guess, truth in pairs:
+        made.add(torch.tensor(guess), torch.tensor(truth))
+    return made
+
+
+def test_a_case_by_hand():
+    found = score(tally((GUESS, TRUTH)))
+    np.testing.assert_allclose(found.ious, [2 / 3, 2 / 3, 1 / 2, np.nan])
+    assert found.mean_iou == pytest.approx((2 / 3 + 2 / 3 + 1 / 2) / 3)
+    assert found.pixel_accuracy == pytest.approx(5 / 7)
+    assert found.confusion.tolist() == [[2, 1, 0, 0], [0, 2, 0, 0], [0, 0, 1, 1], [0, 0, 0, 0]]
+    assert found.confusion.dtype == np.int64
+    assert found.interval == pytest.approx((found.mean_iou, found.mean_iou)), "one image is always drawn"
+    assert found.lines()[0].startswith(
+        "mIoU 61.1% (95 % interval 61.1% to 61.1%), 71.4% of all pixels right, on 1 images"
+    )
+    assert found.lines()[4].strip() == "does not occur  never"
+    assert json.loads(json.dumps(found.as_json()))["ious"] == {
+        "road": pytest.approx(2 / 3), "sky": pytest.approx(2 / 3), "tree": 0.5, "never": None,
+    }  # fmt: skip
+
+
+def test_it_agrees_with_another_implementation_over_many_images():
+    draw = np.random.default_rng(0)
+    truth = draw.integers(0, 4, (9, 6, 7))
+    guess = np.where(draw.random(truth.shape) < 0.6, truth, draw.integers(0, 4, truth.shape))
+    found = score(tally(*zip(guess, truth, strict=True)))
+    np.testing.assert_allclose(found.ious, jaccard_score(truth.ravel(), guess.ravel(), average=None))
+    assert found.pixel_accuracy == pytest.approx((truth == guess).mean())
+
+
+def test_the_interval_is_that_of_images():
+    """Half the images are all right and half all wrong: the share of right ones among n drawn is binomial."""
+    right, wrong = ([[0, 1]], [[0, 1]]), ([[1, 0]], [[0, 1]])
+    few, many = score(tally(*[right, wrong] * 10)), score(tally(*[right, wrong] * 200))
+    assert few.mean_iou == many.mean_iou == pytest.approx(1 / 3)
+    assert few.interval.low < many.interval.low < 1 / 3 < many.interval.high < few.interval.high
+    share = np.quantile(np.random.default_rng(1).binomial(20, 0.5, 100_000) / 20, [0.025, 0.975])
+    assert few.interval == pytest.approx(tuple(share / (2 - share)), abs=0.06)
+    assert score(tally(*[right, wrong] * 10)).interval == few.interval, "the same every time"
+    rare = score(tally(right, *[([[0]], [[0]])] * 5))
+    assert 0 < rare.interval.low <= rare.interval.high == 1, "a class that is not drawn does not count then"
+
+
+def test_nothing_to_judge_is_said():
+    with pytest.raises(UserError, match="no pixel of 2 images is judged"):
+        score(tally(([[0]], [[X]]), ([[1]], [[X]])))
+
+
+# ----------------------------------------------------------------------------------------------------- at original size
+
+
+def test_scores_are_enlarged_and_not_ids(monkeypatch):
+    logits = torch.tensor([[[4.0, 0.0]], [[0.0, 1.0]]])  # two classes, 1 x 2
+    assert classes_at(logits, (1, 2)).tolist() == [[0, 1]]
+    assert classes_at(logits, (2, 8)).tolist() == [[0] * 5 + [1] * 3] * 2, "4 - 4 t = t at t = 0.8"
+    many = torch.randn(23, 5, 6, generator=torch.Generator().manual_seed(0))
+    whole = classes_at(many, (40, 30))
+    assert len(whole.unique()) > 10
+    monkeypatch.setattr(segmentation, "MOST_VALUES", 40 * 30 * 4)
+    assert torch.equal(classes_at(many, (40, 30)), whole), "a few classes at a time"
+
+
+def test_every_image_is_judged_at_its_own_size():
+    truths = {5: np.array([[0, 1]] * 3, np.uint8).repeat(4, 1), 2: np.array([[1, X], [1, 0]], np.uint8).repeat(5, 0)}
+    seen = []
+
+    def logits(images):
+        """Left half class 0, right half class 1."""
+        seen.append(tuple(images.shape))
+        left = torch.arange(images.shape[3]) < images.shape[3] // 2
+        one = torch.stack([left, ~left]).float()[:, None].expand(-1, images.shape[2], -1)
+        return one.expand(len(images), -1, -1, -1)
+
+    index = torch.tensor([5, 2])
+    batch = Batch(torch.zeros(2, 3, 4, 4), index, torch.zeros(2, dtype=torch.int64))
+    found = measure(logits, [batch[:1], batch[1:]], truths.__getitem__, ("a", "b"))
+    assert seen == [(1, 3, 4, 4)] * 2
+    assert found.confusion.tolist() == [[12, 5], [10, 12]]
+    assert found.num_images == 2

@@ -1,0 +1,87 @@
+"""What RandAugment does is drawn by the numbers it is given, stays in [0, 1], and every operation does something."""
+
+import numpy as np
+import pytest
+import torch
+
+from unmask.nn.rand_augment import ALL, DRAWS, ERASE_DRAWS, erase, rand_augment
+
+FILL = torch.full((3, 1, 1), 0.5)
+
+
+def unit(count=6, channels=3):
+    return torch.from_numpy(np.random.default_rng(0).random((count, channels, 16, 20), np.float32))
+
+
+def draws(count=6, seed=0):
+    return np.random.default_rng(seed).random((count, DRAWS))
+
+
+@pytest.mark.parametrize("channels", [1, 3, 5])
+def test_the_same_draws_do_the_same_and_others_do_not(channels):
+    x, fill = unit(channels=channels), FILL[:1].expand(channels, 1, 1)
+    once, again = (rand_augment(x, draws(), 9.0, fill) for _ in range(2))
+    assert torch.equal(once, again)
+    assert not torch.equal(once, rand_augment(x, draws(seed=1), 9.0, fill))
+    assert once.shape == x.shape
+    assert ((once >= 0) & (once <= 1)).all()
+    assert torch.equal(x, unit(channels=channels)), "the images that came are left alone"
+
+
+def test_an_image_whose_draws_say_no_is_left_alone():
+    no = draws()
+    no[2, [1, 5]] = 0.9
+    after = rand_augment(unit(), no, 9.0, FILL)
+    assert torch.equal(after[2], unit()[2])
+    assert not torch.equal(after, unit())
+
+
+def test_an_image_does_not_depend_on_those_beside_it():
+    together = rand_augment(unit(), draws(), 9.0, FILL)
+    alone = rand_augment(unit()[3:4], draws()[3:4], 9.0, FILL)
+    torch.testing.assert_close(together[3:4], alone)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_operation_changes_an_image(name):
+    x = unit() * 0.8 + 0.1
+    after = ALL[name](x, np.full(6, 0.9), np.array([1.0, -1] * 3), FILL)
+    assert after.shape == x.shape
+    assert ((after - x).abs().mean((1, 2, 3)) > 1e-3).all()
+
+
+def test_geometry_goes_where_it_says():
+    x = torch.zeros(1, 1, 21, 21)
+    x[0, 0, 10, 10] = 1
+    fill, strength, sign = torch.zeros(1, 1, 1), np.array([2 / 21 / 0.45]), np.array([1.0])
+    assert ALL["translate x"](x, strength, sign, fill)[0, 0, 10, 12] == pytest.approx(1, abs=1e-3)
+    assert ALL["translate y"](x, strength, sign, fill)[0, 0, 12, 10] == pytest.approx(1, abs=1e-3)
+    assert ALL["rotate"](x, np.array([0.7]), sign, fill)[0, 0, 10, 10] == pytest.approx(1, abs=1e-3)
+    moved = ALL["translate x"](torch.ones(1, 1, 8, 8), np.array([1.0]), sign, torch.full((1, 1, 1), 0.25))
+    assert moved[0, 0, 4, 0] == pytest.approx(0.25)
+
+
+def test_equal_operations_are_those_of_their_definition():
+    x, one = unit(), np.ones(6)
+    torch.testing.assert_close(ALL["invert"](x, one, one, FILL), 1 - x)
+    assert ALL["posterise"](x, np.full(6, 0.5), one, FILL).mul(255).round().remainder(64).abs().max() == 0
+    stretched = ALL["auto contrast"](x * 0.5 + 0.2, one, one, FILL)
+    assert stretched.amin((2, 3)).abs().max() < 1e-5
+    assert (stretched.amax((2, 3)) - 1).abs().max() < 1e-5
+
+
+def test_erasing_puts_noise_into_a_box_of_some_images():
+    images = torch.full((64, 3, 32, 32), 9.0)
+    given = np.random.default_rng(0).random((64, ERASE_DRAWS))
+    mean, std = torch.tensor([100.0, 110, 120]), torch.tensor([10.0, 10, 10])
+    after = erase(images, given, 0.25, mean, std, seed=3)
+    changed = (after != 9).flatten(1).any(1)
+    assert 0.1 < changed.float().mean() < 0.4
+    assert torch.equal(changed, torch.from_numpy(given[:, 0] < 0.25) & changed)
+    noise = after[changed][after[changed] != 9]
+    assert noise.mean() == pytest.approx(110, abs=2)
+    assert torch.equal(after, erase(images, given, 0.25, mean, std, seed=3))
+    assert not torch.equal(after, erase(images, given, 0.25, mean, std, seed=4))
+    share = (after[changed] != 9).float().mean((1, 2, 3))
+    assert share.min() > 0.015
+    assert share.max() < 0.36

@@ -1,0 +1,358 @@
+"""A fine-tuned Run learns from labels, is tested on images that it has not seen, can be stopped, and predicts."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from unmask import finetune
+from unmask.beside import SCORE
+from unmask.config import ConfigError
+from unmask.console import Console
+from unmask.errors import UserError
+from unmask.predict import predict
+from unmask.run import Run
+from unmask.saved import load, read_config, read_plan
+from unmask.start import pretrain
+
+SIZE = 16
+SMALL = [
+    "data.size=16", "method.encoder.width=32", "method.encoder.depth=2", "method.encoder.heads=2",
+    "method.decoder.width=16", "method.decoder.depth=1", "method.decoder.heads=1", "train.steps=4",
+    "train.batch_size=8", "data.workers=0",
+]  # fmt: skip
+QUICK = ["train.steps=40", "train.batch_size=16", "data.workers=0", "train.test_every=20", "optim.base_lr=0.05"]
+
+
+def coloured(folder, each=12, seed=0):
+    """Two classes that differ in colour."""
+    random = np.random.default_rng(seed)
+    for name, colour in (("blue", (40, 60, 200)), ("red", (200, 60, 40))):
+        (folder / name).mkdir(parents=True)
+        for number in range(each):
+            noise = random.integers(-40, 40, (20, 24, 3))
+            Image.fromarray((np.array(colour) + noise).clip(0, 255).astype(np.uint8)).save(
+                folder / name / f"{number}.png"
+            )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return coloured(tmp_path_factory.mktemp("data") / "train")
+
+
+@pytest.fixture(scope="module")
+def tests(tmp_path_factory):
+    return coloured(tmp_path_factory.mktemp("data") / "test", each=6, seed=1)
+
+
+@pytest.fixture(scope="module")
+def pretrained(data, tmp_path_factory):
+    return pretrain(data, recipe="mae_nano", out=tmp_path_factory.mktemp("runs") / "pre", settings=SMALL)
+
+
+def tune(pretrained, data, out, *more, **options):
+    return finetune.fine_tune(pretrained.path, str(data), out=out, settings=[*QUICK, *more], **options)
+
+
+@pytest.fixture(scope="module")
+def tuned(pretrained, data, tests, tmp_path_factory):
+    return tune(pretrained, data, tmp_path_factory.mktemp("runs") / "tuned", test=str(tests))
+
+
+def test_it_learns_and_says_how_good_it_is_on_other_images(tuned, tests):
+    found = tuned.read(SCORE)
+    assert found["accuracy"] == 1.0
+    assert (found["correct"], found["total"]) == (12, 12)
+    assert found["low"] < 1 == found["high"]
+    assert found["test"] == str(tests)
+    assert found["best"]["step"] in (20, 40)
+    assert [row["step"] for row in tuned.metrics() if "test_accuracy" in row] == [20, 40]
+
+
+def test_the_report_says_how_good_it_is(tuned):
+    from unmask.report import write_report
+
+    page = write_report(tuned.path).read_text("utf-8")
+    assert "accuracy 100.0 % on 12 test images" in page
+    assert "What pre-training gave" not in page
+    assert page.count("<svg") == 2, "the loss, and the tests on the way"
+
+
+def test_without_test_images_a_fifth_is_held_out_and_never_trained_on(pretrained, data, tmp_path):
+    run = tune(pretrained, data, tmp_path / "run")
+    plan = read_plan(run)
+    assert len(plan.test_rows) == 4
+    assert set(plan.test_rows) <= set(plan.excluded)
+    assert plan.num_images == 20
+    assert run.read(SCORE)["total"] == 4
+
+
+def test_labels_per_class_and_recipe_by_their_number(pretrained, data, tests, tmp_path):
+    run = tune(pretrained, data, tmp_path / "run", test=str(tests), shots=3)
+    assert read_plan(run).num_images == 6
+    assert read_config(run).recipe == "finetune_few"
+    assert read_config(run).optim.layer_decay < 1
+
+
+@pytest.mark.parametrize(
+    ("width", "labelled", "from_scratch", "name"),
+    [
+        (192, 500, False, "finetune_few"), (192, 5_000, False, "finetune_some"), (192, 50_000, False, "finetune_nano"),
+        (192, 50_000, True, "scratch_nano"), (768, 500, False, "finetune_few"), (768, 50_000, False, "finetune_base"),
+        (1024, 50_000, False, "finetune_large"), (1280, 50_000, False, "finetune_huge"),
+        (1280, 50_000, True, "scratch_large"), (192, 100, True, "scratch_few"),
+    ],
+)  # fmt: skip
+def test_the_recipe_is_chosen_by_encoder_and_labels(width, labelled, from_scratch, name):
+    from unmask.nn.vit import ViTConfig
+
+    encoder = ViTConfig(width=width, depth=1, heads=1)
+    assert finetune.choose_recipe("classify", encoder, labelled, from_scratch=from_scratch)[0] == name
+    assert name in finetune.recipes()
+
+
+def test_from_scratch_takes_no_weights_and_averages_its_own(pretrained, data, tests, tmp_path):
+    run = tune(pretrained, data, tmp_path / "run", "train.steps=2", test=str(tests), from_scratch=True)
+    assert read_config(run).graft == ()
+    found = run.read(SCORE)
+    assert found["from"] is None
+    assert 0 <= found["averaged"] <= 1
+
+
+def test_last_blocks_alone_are_trained(pretrained, data, tests, tmp_path):
+    run = tune(pretrained, data, tmp_path / "run", "train.steps=2", test=str(tests), last_blocks=1)
+    before, after = load(pretrained.path).method.state_dict(), load(run.path).method.state_dict()
+    same = {name for name in after if name in before and torch.equal(before[name], after[name])}
+    assert "encoder.blocks.0.attn.qkv.weight" in same
+    assert "encoder.blocks.1.attn.qkv.weight" not in same
+
+
+def test_a_stopped_run_becomes_the_unbroken_one(tuned, pretrained, data, tests, tmp_path, monkeypatch):
+    from unmask import train as loop
+
+    real = loop.step
+
+    def stops(job, stream, at):
+        if at.step == 24:
+            raise KeyboardInterrupt
+        return real(job, stream, at)
+
+    monkeypatch.setattr(loop, "step", stops)
+    with pytest.raises(KeyboardInterrupt):
+        tune(pretrained, data, tmp_path / "run", "train.checkpoint_every=10", test=str(tests))
+    monkeypatch.setattr(loop, "step", real)
+    run = finetune.resume(tmp_path / "run")
+    whole, again = load(tuned.path).method.state_dict(), load(run.path).method.state_dict()
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    assert [row["step"] for row in run.metrics() if "test_accuracy" in row] == [20, 40]
+
+
+def test_every_kind_of_augmentation_repeats_itself_after_a_stop(pretrained, data, tests, tmp_path, monkeypatch):
+    from unmask import train as loop
+
+    everything = [
+        "method.mixup=0.8", "method.cutmix=1", "method.rand_augment=9", "method.erasing=0.5", "method.drop_path=0.3",
+        "optim.average=0.9", "train.steps=6", "train.checkpoint_every=3", "train.test_every=6",
+    ]  # fmt: skip
+    whole = tune(pretrained, data, tmp_path / "whole", *everything, test=str(tests))
+    real = loop.step
+
+    def stops(job, stream, at):
+        if at.step == 4:
+            raise KeyboardInterrupt
+        return real(job, stream, at)
+
+    monkeypatch.setattr(loop, "step", stops)
+    with pytest.raises(KeyboardInterrupt):
+        tune(pretrained, data, tmp_path / "run", *everything, test=str(tests))
+    monkeypatch.setattr(loop, "step", real)
+    run = finetune.resume(tmp_path / "run")
+    want, got = load(whole.path).method.state_dict(), load(run.path).method.state_dict()
+    assert all(torch.equal(want[name], got[name]) for name in want)
+    assert whole.read(SCORE)["averaged"] == run.read(SCORE)["averaged"]
+
+
+@pytest.mark.parametrize("name", ["out.csv", "out.json", "out.parquet"])
+def test_it_predicts_with_the_names_of_its_classes(tuned, tests, tmp_path, name):
+    summary = predict(tuned.path, [str(tests)], tmp_path / name, step=None, device="cpu", console=Console(quiet=True))
+    assert summary["images"] == 12
+    assert summary["classes"] == {"blue": 6, "red": 6}
+    if name == "out.csv":
+        rows = list(csv.DictReader((tmp_path / name).read_text().splitlines()))
+    elif name == "out.json":
+        rows = json.loads((tmp_path / name).read_text())
+    else:
+        import pyarrow.parquet as pq
+
+        rows = pq.read_table(tmp_path / name).to_pylist()
+    assert [row["path"].split("/")[0] for row in rows] == [row["class"] for row in rows]
+    assert float(rows[0]["p(blue)"]) + float(rows[0]["p(red)"]) == pytest.approx(1, abs=1e-5)
+
+
+def test_a_run_without_classes_does_not_predict(pretrained, tests, tmp_path):
+    with pytest.raises(UserError, match=r"knows no classes; fine-tune it first"):
+        predict(pretrained.path, [str(tests)], tmp_path / "x.csv", step=None, device="cpu", console=Console(quiet=True))
+
+
+def test_what_does_not_fit_is_refused_before_training(pretrained, data, tests, tmp_path):
+    with pytest.raises(ConfigError, match="pre-trains without labels"):
+        tune(pretrained, data, tmp_path / "a", recipe="mae_nano")
+    with pytest.raises(ConfigError, match="frozen random blocks"):
+        tune(pretrained, data, tmp_path / "a", from_scratch=True, last_blocks=1)
+    with pytest.raises(ConfigError, match="has 2 blocks"):
+        tune(pretrained, data, tmp_path / "a", last_blocks=7)
+    with pytest.raises(UserError, match="5000 labels per class"):
+        tune(pretrained, data, tmp_path / "a", shots=5000)
+    with pytest.raises(UserError, match="at least two classes"):
+        tune(pretrained, data / "red", tmp_path / "a")
+    with pytest.raises(ConfigError, match="give --test"):
+        tune(pretrained, data, tmp_path / "a", "data.test=elsewhere")
+    with pytest.raises(ConfigError, match="last_blocks were given"):
+        tune(pretrained, data, tmp_path / "a", "method.last_blocks=1", last_blocks=1)
+    assert not (tmp_path / "a").exists()
+
+
+def test_test_images_of_other_classes_are_refused(pretrained, data, tmp_path):
+    other = coloured(tmp_path / "other")
+    (other / "red").rename(other / "green")
+    with pytest.raises(UserError, match="green"):
+        tune(pretrained, data, tmp_path / "a", test=str(other))
+
+
+def test_pre_training_is_not_tested(data, tmp_path):
+    with pytest.raises(ConfigError, match="nothing to test"):
+        pretrain(data, recipe="mae_nano", out=tmp_path / "a", settings=["train.test_every=3"])
+    assert Run(tmp_path / "a").path.exists() is False
+
+
+# ------------------------------------------------------------------------------------------------- masks and boxes
+
+
+@pytest.fixture(scope="module")
+def street(tmp_path_factory):
+    """Images whose left half is dark and right half bright, at a random place; masks say which is which, 7 is void."""
+    root, random = tmp_path_factory.mktemp("street"), np.random.default_rng(0)
+    for part, count in (("train", 12), ("test", 4)):
+        (root / "images" / part).mkdir(parents=True)
+        (root / "labels" / part).mkdir(parents=True)
+        for number in range(count):
+            edge = random.integers(6, 18)
+            mask = np.zeros((20, 24), np.uint8)
+            mask[:, edge:] = 1
+            pixels = np.where(mask[..., None] == 1, 200, 50) + random.integers(-20, 20, (20, 24, 3))
+            mask[:2] = 7
+            Image.fromarray(pixels.astype(np.uint8)).save(root / "images" / part / f"{number}.png")
+            Image.fromarray(mask).save(root / "labels" / part / f"{number}.png")
+    (root / "labels" / "classes.txt").write_text("dark\nbright\n")
+    return root
+
+
+def test_masks_are_learnt_tested_resumed_and_predicted(pretrained, street, tmp_path):
+    options = {"task": "segment", "test": str(street / "images" / "test"), "ignored": (7,)}
+    more = ["method.head=linear", "train.steps=60", "train.test_every=60", "data.size=[16,24]", "optim.base_lr=0.2"]
+    run = tune(pretrained, street / "images" / "train", tmp_path / "run", *more, **options)
+    found = run.read(SCORE)
+    assert found["mean_iou"] > 0.9
+    assert found["classes"] == ["dark", "bright"]
+    assert set(found["ious"]) == {"dark", "bright"}
+    assert found["metric"] == "mean_iou"
+    assert load(run.path).method.encoder.grid == (4, 6), "positions were resized from 4 x 4"
+    summary = predict(
+        run.path,
+        [str(street / "images" / "test")],
+        tmp_path / "out",
+        step=None,
+        device="cpu",
+        console=Console(quiet=True),
+    )
+    assert summary["images"] == 4
+    truth = np.array(Image.open(street / "labels" / "test" / "0.png"))
+    with Image.open(tmp_path / "out" / "0.png") as picture:
+        given = np.array(picture)
+        assert picture.mode == "P"
+    assert (given == truth)[truth != 7].mean() > 0.9
+    assert (tmp_path / "out" / "classes.txt").read_text().split() == ["dark", "bright"]
+    with pytest.raises(UserError, match="is not empty"):
+        predict(run.path, [str(street)], tmp_path / "out", step=None, device="cpu", console=Console(quiet=True))
+
+
+@pytest.fixture(scope="module")
+def cells(tmp_path_factory):
+    """One bright square on noise in each image, boxed in COCO's way."""
+    root, random = tmp_path_factory.mktemp("cells"), np.random.default_rng(0)
+    images, annotations = [], []
+    for number in range(12):
+        pixels = random.integers(0, 60, (48, 64, 3))
+        top, left, side = random.integers(0, 24), random.integers(0, 40), random.integers(14, 24)
+        pixels[top : top + side, left : left + side] = 220
+        Image.fromarray(pixels.astype(np.uint8)).save(root / f"{number}.png")
+        images.append({"id": number, "file_name": f"{number}.png", "height": 48, "width": 64})
+        box = [int(left), int(top), int(side), int(side)]
+        annotations.append({"id": number, "image_id": number, "category_id": 1, "bbox": box, "area": int(side) ** 2})
+    content = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "square"}]}
+    (root / "boxes.json").write_text(json.dumps(content))
+    return root
+
+
+def test_boxes_are_learnt_tested_and_predicted_in_pixels_of_the_file(pretrained, cells, tmp_path):
+    pytest.importorskip("pycocotools", reason="average precision is pycocotools'")
+    more = [
+        "method.width=32", "method.convs=1", "train.steps=150", "train.test_every=150", "data.size=[32,32]",
+        "optim.base_lr=0.06", "data.crop.scale=[0.8,1]",
+    ]  # fmt: skip
+    run = tune(pretrained, cells, tmp_path / "run", *more, task="detect")
+    found = run.read(SCORE)
+    assert found["ap50"] > 0.5
+    assert found["test_images"] == 2
+    assert found["ap50_of_class"] == {"square": found["ap50"]}
+    out = tmp_path / "out.json"
+    predict(run.path, [str(cells)], out, step=None, device="cpu", console=Console(quiet=True))
+    given, truth = json.loads(out.read_text()), json.loads((cells / "boxes.json").read_text())
+    best = max((a for a in given["annotations"] if a["image_id"] == 0), key=lambda a: a["score"])
+    name = given["images"][0]["file_name"]
+    wanted = truth["annotations"][int(name.removesuffix(".png"))]["bbox"]
+    assert best["bbox"] == pytest.approx(wanted, abs=8)
+    assert given["categories"] == [{"id": 0, "name": "square"}]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"task": "describe"}, "classify, segment, detect was expected"),
+        ({"split": "train"}, "only boxes have lists"),
+        ({"annotations": "x"}, "read from sub-folders"),
+        ({"ignored": (3,)}, "only masks have ids"),
+        ({"test_split": "test"}, "without --test"),
+        ({"task": "segment"}, "no masks were found"),
+        ({"task": "detect"}, "no boxes were found"),
+        ({"task": "detect", "recipe": "finetune_few", "data": "cells"}, "is for --task classify"),
+    ],
+)
+def test_a_task_that_does_not_go_with_the_data_is_refused(pretrained, data, cells, tmp_path, options, message):
+    options = dict(options)
+    data = cells if options.pop("data", None) else data
+    with pytest.raises(UserError, match=message):
+        tune(pretrained, data, tmp_path / "a", **options)
+    assert not (tmp_path / "a").exists()
+
+
+def test_the_papers_linear_probe_is_a_run_within_the_run(pretrained, data, tests, tmp_path):
+    import shutil
+
+    run = tmp_path / "pre"
+    shutil.copytree(pretrained.path, run)
+    summary = finetune.paper_linear(run, str(data), test=str(tests), settings=["train.steps=60", "data.workers=0"])
+    assert summary["rows"][0]["accuracy"] == 1.0
+    assert summary["rows"][0]["pool"] == "cls"
+    inner = Run(run / summary["run"])
+    assert read_config(inner).optim.name == "lars"
+    assert read_plan(inner).batch_size == 16, "16384 is for larger sets"
+    before, after = load(run).method.state_dict(), load(inner.path).method.state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in after if name.startswith("encoder."))
+    assert after["norm.running_mean"].abs().sum() > 0
+    assert (run / "evals/probe-paper-linear-train.json").exists()

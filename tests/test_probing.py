@@ -1,0 +1,321 @@
+"""`unmask probe` beyond one number: curves, attention, other runs, tables of targets; on real files and real runs."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import SMALL_RUN, write_images
+from PIL import Image
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
+
+from unmask import probing
+from unmask.console import Console
+from unmask.errors import UserError
+from unmask.evals import attentive
+from unmask.evals.probe import few_shots
+from unmask.evals.scores import PRETRAINED, RANDOM_INIT, RAW_PIXELS
+from unmask.probing import probe_kinds, probe_run, shots_of
+from unmask.report import write_report
+from unmask.start import pretrain
+
+
+class Listening(Console):
+    """A console that keeps what it is told."""
+
+    def __init__(self):
+        super().__init__(quiet=True)
+        self.said, self.warned = [], []
+
+    def say(self, text=""):
+        self.said.append(text)
+
+    def warn(self, text):
+        self.warned.append(text)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Two runs: a mae of 16 x 16 pixels, and an ae of 8 x 12."""
+    folder = tmp_path_factory.mktemp("probing")
+    images = write_images(folder / "images", 16)
+    small = [*SMALL_RUN, "train.steps=2", "train.picture_every=9"]
+    pretrain(images, recipe="mae_nano", out=folder / "mae", settings=small)
+    dense = [each for each in small if "method" not in each]
+    sizes = ["data.size=[8,12]", "method.encoder.hidden=[16]", "method.encoder.code=8"]
+    pretrain(images, recipe="ae_nano", out=folder / "ae", settings=[*dense, *sizes])
+    return folder
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    """A copy to write into."""
+    return Path(shutil.copytree(trained / "mae", tmp_path / "run"))
+
+
+@pytest.fixture
+def data(tmp_path):
+    """60 images in three class folders that differ in brightness."""
+    return write_images(tmp_path / "data", 60, classes=3)
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    """An attentive head of few steps."""
+    monkeypatch.setattr(attentive, "LEAST_STEPS", 40)
+    monkeypatch.setattr(attentive, "EPOCHS", 1)
+
+
+def probe(run, data, *, console=None, kind="linear", **more):
+    options = {"test": None, "shots": None, "controls": False, "seed": 0, "step": None} | more
+    return probe_run(run, str(data), kind=kind, device="cpu", console=console or Listening(), **options)
+
+
+def rows_of(summary):
+    return {(row["features"], row["pool"]): row for row in summary["rows"]}
+
+
+def kept(run, name):
+    return json.loads((run / "evals" / f"{name}.json").read_text())
+
+
+# ------------------------------------------------------------------------------------------------------- label budgets
+
+
+def test_a_curve_is_logistic_regression_on_the_same_features_which_are_computed_once(run, data, monkeypatch):
+    tables = []
+    real = probing.features
+    monkeypatch.setattr(probing, "features", lambda *a, **more: tables.append(real(*a, **more)) or tables[-1])
+    console = Listening()
+    found = probe(run, data, shots=[8, 1, 3], draws=3, console=console)
+    assert len(tables) == 2, "training and test images, once"
+    train, test = (each[PRETRAINED] for each in tables)
+    labels = np.repeat(np.arange(3), 20)
+    index = np.setdiff1d(np.arange(60), test.index)
+    picks = {
+        (shots, draw): few_shots(index, labels[index], found["classes"], shots, 0, draw=draw)
+        for shots in (1, 3, 8)
+        for draw in range(3)
+    }
+    assert train.index.tolist() == sorted(set().union(*(set(rows) for rows in picks.values())))
+    points = {point["shots"]: point for point in rows_of(found)[PRETRAINED, "mean"]["points"]}
+    assert list(points) == found["shots"] == [1, 3, 8]
+    for (shots, draw), rows in picks.items():
+        x = train.mean[np.searchsorted(train.index, rows)]
+        scaler = StandardScaler().fit(x)
+        model = LogisticRegression(C=points[shots]["fits"][draw]["c"], max_iter=5000, tol=1e-8)
+        right = model.fit(scaler.transform(x), labels[rows]).predict(scaler.transform(test.mean)) == labels[test.index]
+        assert abs(int(right.sum()) - points[shots]["correct"][draw]) <= 1
+    assert kept(run, "curve-linear-data-1-3-8-shots-3-draws") == found
+    assert found["train_images"] == 24
+    assert "1, 3, 8 labels per class, 3 draws of each" in found["protocol"]
+    assert any("labels per class" in line and "8" in line for line in console.said)
+    page = write_report(run).read_text()
+    assert "1, 3, 8 labels per class" in page
+    assert "<svg" in page[page.index("What pre-training gave") : page.index("<h2>Loss")]
+
+
+def test_one_number_is_the_first_draw_of_a_curve_and_its_file_is_as_ever(run, data):
+    one = probe(run, data, shots=3, controls=True)
+    curve = probe(run, data, shots=[3], draws=2, controls=True)
+    for key, row in rows_of(curve).items():
+        assert row["points"][0]["correct"][0] == rows_of(one)[key]["correct"]
+    assert kept(run, "probe-linear-data-3-shots") == one
+    assert [row["features"] for row in curve["rows"]] == [RAW_PIXELS, *[RANDOM_INIT] * 2, *[PRETRAINED] * 2]
+    assert "Points above raw pixels" in curve["verdict"]
+
+
+def test_a_broken_file_gives_its_place_in_every_draw_to_the_next(run, data):
+    whole = probe(run, data, shots=[2, 4], draws=2)
+    for path in sorted((data / "class1").iterdir())[:6]:
+        path.write_bytes(b"no image")
+    console = Listening()
+    found = probe(run, data, shots=[2, 4], draws=2, console=console)
+    assert found["train_images"] == whole["train_images"] == 12
+    assert any("cannot be used" in line for line in console.warned)
+    with pytest.raises(UserError, match="class 'class0' has only 16 training images; use --shots 16 or fewer"):
+        probe(run, data, shots=[2, 17])
+
+
+def test_what_shots_says():
+    assert shots_of(None) is None
+    assert shots_of("5") == 5
+    assert shots_of("1, 5,10") == [1, 5, 10]
+    for text in ("", "1,", "a", "1.5", "-1"):
+        with pytest.raises(UserError, match="or several as 1,5,10 was expected"):
+            shots_of(text)
+
+
+# ----------------------------------------------------------------------------------------------------------- attention
+
+
+def test_an_attentive_probe_reads_all_tokens_and_keeps_few_test_tokens(run, data, monkeypatch):
+    found = probe(run, data, kind="attentive", controls=True)
+    assert kept(run, "attentive-data") == found
+    assert [(row["features"], row["pool"]) for row in found["rows"]] == [
+        (RAW_PIXELS, "pixels"), (RANDOM_INIT, "attentive"), (PRETRAINED, "attentive"),
+    ]  # fmt: skip
+    assert all(row["rate"] in attentive.RATES for row in found["rows"])
+    assert "one learned query that attends to all tokens" in found["protocol"]
+    assert "an attentive probe" in found["verdict"].lower()
+    assert rows_of(found)[RAW_PIXELS, "pixels"]["accuracy"] > 0.5, "brightness is a class"
+    monkeypatch.setattr(probing, "TEST_PIECE", 5)
+    again = probe(run, data, kind="attentive", controls=True)
+    assert [row["correct"] for row in again["rows"]] == [row["correct"] for row in found["rows"]]
+    both = probe_kinds(
+        run, str(data), kinds=("linear", "attentive"), test=None, shots=[2, 4], draws=2, controls=False, seed=0,
+        step=None, device="cpu", console=Listening(),
+    )  # fmt: skip
+    alone = probe(run, data, shots=[2, 4], draws=2)
+    assert both["linear"]["rows"] == alone["rows"]
+    assert both["attentive"]["rows"][0]["points"][0]["fits"][0]["rate"] in attentive.RATES
+
+
+def test_an_encoder_with_one_token_has_a_head_on_it(trained, tmp_path, data):
+    run = Path(shutil.copytree(trained / "ae", tmp_path / "ae"))
+    found = probe(run, data, kind="attentive")
+    (row,) = found["rows"]
+    assert row["total"] == 12
+
+
+# ----------------------------------------------------------------------------------------------------------- other runs
+
+
+def test_another_run_is_seen_as_it_wants_and_scored_as_if_alone(run, trained, tmp_path, data):
+    other = Path(shutil.copytree(trained / "ae", tmp_path / "other"))
+    for kind in ("knn", "linear", "attentive"):
+        found = probe(run, data, kind=kind, against=[other])
+        alone = probe(other, data, kind=kind)
+        mine = probe(run, data, kind=kind)
+        rows = rows_of(found)
+        for (features, pool), row in rows_of(alone).items():
+            assert features == PRETRAINED
+            assert rows["other", pool]["correct"] == row["correct"]
+        for key, row in rows_of(mine).items():
+            assert rows[key]["correct"] == row["correct"]
+        assert "Beside other (" in found["verdict"]
+    assert found["against"] == [{"name": "other", "run": str(other), "step": 2}]
+    curve = probe(run, data, shots=[2, 4], draws=2, against=[other])
+    assert "Points above other:" in curve["verdict"]
+
+
+def test_other_runs_have_names_of_their_own(run, trained, tmp_path, data):
+    second = Path(shutil.copytree(trained / "ae", tmp_path / "deep" / "run"))
+    found = probe(run, data, kind="knn", against=[second])
+    assert found["rows"][-1]["features"] == str(second)
+    for against in ([run], [second, second], [run / ".." / "run"]):
+        with pytest.raises(UserError, match="is the run itself, or came twice"):
+            probe(run, data, against=against)
+
+
+# ------------------------------------------------------------------------------------------------------------- targets
+
+
+def brightness(data):
+    """The mean of each image by its name."""
+    found = {}
+    for path in sorted(data.rglob("*.png")):
+        with Image.open(path) as image:
+            found[path.relative_to(data).as_posix()] = float(np.asarray(image).mean())
+    return found
+
+
+def table(file, heading, rows):
+    file.write_text("\n".join([heading, *(",".join(str(cell) for cell in row) for row in rows)]) + "\n")
+    return file
+
+
+def test_classes_of_a_table_are_measured_like_those_of_folders(run, data, tmp_path):
+    names = list(brightness(data))
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for name in names:
+        shutil.copy(data / name, flat / name.replace("/", "-"))
+    rows = [(name.replace("/", "-"), name.split("/")[0]) for name in names]
+    file = table(tmp_path / "t.csv", "path,kind", rows)
+    for kind in ("knn", "linear"):
+        found = probe(run, flat, kind=kind, targets=file, controls=True)
+        folders = probe(run, data, kind=kind, controls=True)
+        assert found["rows"] == folders["rows"]
+        assert (found["classes"], found["task"], found["metric"]) == (folders["classes"], "classes", "accuracy")
+        assert kept(run, f"targets-{kind}-flat-by-t-classes") == found
+    curve = probe(run, flat, targets=file, shots=[1, 4], draws=2)
+    assert curve["rows"] == probe(run, data, shots=[1, 4], draws=2)["rows"]
+    assert kept(run, "curve-linear-flat-1-4-shots-2-draws-by-t-classes") == curve
+
+
+def test_folders_do_not_matter_where_a_table_is_given_and_images_without_a_row_are_left_out(run, data, tmp_path):
+    names = list(brightness(data))
+    rows = [(name, int(name[-5]) % 2) for name in names[:50]]
+    console = Listening()
+    file = table(tmp_path / "t.csv", "path,odd", [*rows, ("gone.png", 1), ("away.png", 0)])
+    found = probe(run, data, targets=file, console=console)
+    assert found["train_images"] + found["test_images"] == 50
+    assert found["classes"] == ["0", "1"]
+    assert found["without_target"] == 10
+    assert console.warned == [
+        f"10 images have no row in {file} and are left out",
+        f"2 rows of {file} name no image and are not used, for example away.png",
+    ]
+    assert any("classes, from the columns (0 and 1: odd); 50 rows have an image" in line for line in console.said)
+    assert str(file) in found["protocol"]
+
+
+@pytest.mark.parametrize("kind", ["knn", "linear", "attentive"])
+def test_quantities_and_labels_are_read_from_the_features(run, data, tmp_path, kind):
+    bright = brightness(data)
+    file = table(tmp_path / "t.csv", "path,mean,half", [(name, value, value / 2 + 3) for name, value in bright.items()])
+    console = Listening()
+    found = probe(run, data, kind=kind, targets=file, controls=True, console=console)
+    assert (found["task"], found["metric"], found["columns"]) == ("regression", "R2", ["mean", "half"])
+    assert found["train_images"] == 48
+    best = max(row["value"] for row in found["rows"] if row["features"] == PRETRAINED)
+    assert best > (0.3 if kind == "attentive" else 0.6)  # 40 steps of it
+    assert any("mean absolute error" in line for line in console.said)
+    assert kept(run, f"targets-{kind}-data-by-t-regression") == found
+    bits = [(name, int(value > 100), int(value > 160), int(value > 60)) for name, value in bright.items()]
+    file = table(tmp_path / "b.csv", "path,light,white,gray", bits)
+    many = probe(run, data, kind=kind, targets=file, columns=["light", "white"])
+    assert (many["task"], many["metric"]) == ("multilabel", "mean average precision")
+    row = many["rows"][-1]
+    assert row["value"] > many["chance"] + 0.2
+    assert row["low"] <= row["value"] <= row["high"]
+    assert kept(run, f"targets-{kind}-data-by-b-light-white-multilabel") == many
+    page = write_report(run).read_text()
+    assert f"multilabel of {file}" in page
+    assert "Every target by itself" in page
+    assert "positive test images" in page
+
+
+def test_test_images_have_rows_in_the_same_table_or_in_one_of_their_own(run, data, tmp_path):
+    test = write_images(tmp_path / "test", 12, classes=3, seed=1)
+    bright, there = brightness(data), brightness(test)
+    file = table(tmp_path / "t.csv", "path,mean", bright.items())
+    other = table(tmp_path / "u.csv", "path,extra,mean", [(name, "x", value) for name, value in there.items()])
+    found = probe(run, data, test=str(test), targets=file, test_targets=other)
+    assert (found["train_images"], found["test_images"]) == (60, 12)
+    with pytest.raises(UserError, match=r"0000.png is an image of .*data and of .*test, so .* with --test-targets"):
+        probe(run, data, test=str(test), targets=file)
+    for path in sorted(test.rglob("*.png")):
+        path.rename(path.with_name(f"t{path.name}"))
+    joint = table(tmp_path / "j.csv", "path,mean", [*bright.items(), *brightness(test).items()])
+    again = probe(run, data, test=str(test), targets=joint)
+    assert [row["value"] for row in again["rows"]] == pytest.approx([row["value"] for row in found["rows"]])
+
+
+def test_what_would_be_ignored_is_refused(run, data, tmp_path):
+    file = table(tmp_path / "t.csv", "path,mean", brightness(data).items())
+    for wish, said in (
+        ({"draws": 3}, "--draws 3 came; at least 2 draws of a number of labels"),
+        ({"draws": 1, "shots": [1, 2]}, "at least 2 draws"),
+        ({"shots": []}, "no number of labels per class"),
+        ({"task": "classes", "columns": ["a"]}, "--columns, --task came without --targets"),
+        ({"targets": file, "test_targets": file}, "--test-targets came without --test"),
+        ({"targets": file, "shots": 3}, "--shots 3 came, which are labels per class, but the task is regression"),
+        ({"targets": tmp_path / "no.csv"}, "does not exist"),
+    ):
+        with pytest.raises(UserError, match=said):
+            probe(run, data, **wish)
+    assert not list((run / "evals").glob("*linear*"))

@@ -1,0 +1,113 @@
+"""Mean average precision of boxes, by COCO's own code (pycocotools; Lin et al. 2014, "Microsoft COCO").
+
+AP is the mean over ten thresholds of the IoU, 0.50 to 0.95; AP50 and AP75 are those at one. Each is the area under the
+curve of precision over recall (101 points), of at most 100 boxes an image, and the mean over the classes of which there
+are true boxes. Boxes are in pixels of the ORIGINAL images, and all true ones count: a crop has fewer and smaller ones,
+and a number found in crops cannot be held against other people's.
+
+Not here: finding the boxes (`tasks/detect.py`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from unmask.errors import UserError
+
+
+class Boxes(NamedTuple):
+    """Of one image: `boxes` (n, 4), (x1, y1, x2, y2) in pixels of the original; `labels` (n,), numbers of classes.
+
+    `scores` (n,) belong to what was found. `crowd` (n,) bool belongs to what is true: boxes around many things in one
+    (COCO) or not worth finding (VOC's difficult); to find them or not costs nothing.
+    """
+
+    boxes: np.ndarray
+    labels: np.ndarray
+    scores: np.ndarray | None = None
+    crowd: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Precision:
+    """All between 0 and 1; `classes` holds the AP50 of each, None where there are no true boxes to find."""
+
+    ap: float
+    ap50: float
+    ap75: float
+    classes: dict[str, float | None]
+
+
+def average_precision(truth: Sequence[Boxes], found: Sequence[Boxes], classes: Sequence[str]) -> Precision:
+    """How well `found` finds `truth`, both with one entry for each image in the same order.
+
+    Raises UserError without pycocotools, and when there is not one true box.
+    """
+    coco, evaluation = tools()
+    if len(truth) != len(found):
+        raise ValueError(f"{len(found)} images with found boxes came for {len(truth)} with true ones; give as many")
+    if not any((~crowds(image)).any() for image in truth):
+        raise UserError(
+            f"{len(truth)} test images without one true box came, and precision is about boxes; choose images that "
+            "have some"
+        )
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints as it goes
+        judge = evaluation(as_coco(coco, truth, classes), as_coco(coco, found, classes), "bbox")
+        judge.evaluate()
+        judge.accumulate()
+    table = judge.eval["precision"][..., 0, -1]  # (threshold, recall, class): all sizes, 100 boxes; -1: nothing to find
+    thresholds = judge.params.iouThrs
+    at50, at75 = (int(np.abs(thresholds - t).argmin()) for t in (0.5, 0.75))
+
+    def mean(part: np.ndarray) -> float | None:
+        return float(part[part > -1].mean()) if (part > -1).any() else None
+
+    ap, ap50, ap75 = (mean(table[rows]) for rows in (slice(None), at50, at75))
+    assert ap is not None, "there is a true box"
+    assert ap50 is not None
+    assert ap75 is not None
+    return Precision(ap, ap50, ap75, {name: mean(table[at50, :, k]) for k, name in enumerate(classes)})
+
+
+def tools() -> tuple[Any, Any]:
+    """pycocotools' COCO and COCOeval. Raises UserError where it is not installed."""
+    try:
+        from pycocotools.coco import COCO
+        from pycocotools.cocoeval import COCOeval
+    except ImportError:
+        raise UserError(
+            "average precision needs the package pycocotools, which is not installed: pip install pycocotools"
+        ) from None
+    return COCO, COCOeval
+
+
+def crowds(image: Boxes) -> np.ndarray:
+    """(n,) bool."""
+    return np.zeros(len(image.boxes), bool) if image.crowd is None else np.asarray(image.crowd, bool)
+
+
+def as_coco(coco: Any, images: Sequence[Boxes], classes: Sequence[str]) -> Any:
+    """pycocotools' own object, as from a file; classes and boxes count from 1, for it takes 0 for "not found"."""
+    rows: list[dict[str, Any]] = []
+    for number, image in enumerate(images):
+        scores = np.zeros(len(image.boxes)) if image.scores is None else image.scores
+        for box, label, score, crowd in zip(image.boxes, image.labels, scores, crowds(image), strict=True):
+            x1, y1, x2, y2 = (float(value) for value in box)
+            rows.append({
+                "id": len(rows) + 1, "image_id": number, "category_id": int(label) + 1, "score": float(score),
+                "bbox": [x1, y1, x2 - x1, y2 - y1], "area": (x2 - x1) * (y2 - y1), "iscrowd": int(crowd),
+            })  # fmt: skip
+    made = coco()
+    made.dataset = {
+        "images": [{"id": number} for number in range(len(images))],
+        "categories": [{"id": k + 1, "name": name} for k, name in enumerate(classes)],
+        "annotations": rows,
+    }
+    made.createIndex()
+    return made

@@ -1,0 +1,158 @@
+"""How well a model names the class of every pixel: intersection over union, at the images' original size.
+
+The model sees each image whole, squeezed or stretched to the size it works at; its scores are enlarged bilinearly to
+the size of the file, and there the best class of each pixel is held against the mask. Pixels that are IGNORED do not
+count.
+
+The intersection over union of a class is a / (a + b + c): a pixels rightly named, b wrongly given to it, c of it
+missed, over all images together. Their mean (mIoU) is over the classes that occur in the masks; a class that occurs in
+none costs only where it is wrongly named. The 95 % interval is a percentile bootstrap over images: what another choice
+of test images could change; not another seed of the training.
+
+Letters: n images, K classes, H x W pixels of the file, h x w those the model sees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from unmask.batch import IGNORED, Batch
+from unmask.errors import UserError
+from unmask.evals.scores import Interval
+from unmask.nn.map_heads import resize
+
+RESAMPLES = 1000
+MOST_VALUES = 1 << 26  # scores that are enlarged at a time: 256 MiB
+
+
+@dataclass
+class Tally:
+    """What was counted so far. `confusion` (K, K) int64: pixels of class i that were called j.
+
+    `images`: for each image (3, K) int64, pixels rightly named, of the class in truth, and given to the class.
+    """
+
+    classes: tuple[str, ...]
+    confusion: np.ndarray = field(init=False)
+    images: list[np.ndarray] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.confusion = np.zeros((len(self.classes), len(self.classes)), np.int64)
+
+    def add(self, guess: Int[Tensor, "H W"], truth: Int[Tensor, "H W"]) -> None:
+        """Count one image; truth is IGNORED where it does not count."""
+        count = len(self.classes)
+        judged = truth != IGNORED
+        pairs = truth[judged].long() * count + guess[judged].long()
+        one = torch.bincount(pairs, minlength=count * count).reshape(count, count).cpu().numpy()
+        self.confusion += one
+        self.images.append(np.stack([one.diagonal(), one.sum(1), one.sum(0)]))
+
+
+@dataclass(frozen=True)
+class Scores:
+    """`ious` (K,) is nan for a class that does not occur; `interval` belongs to `mean_iou`."""
+
+    classes: tuple[str, ...]
+    mean_iou: float
+    interval: Interval
+    ious: np.ndarray
+    pixel_accuracy: float
+    confusion: np.ndarray
+    num_images: int
+
+    def as_json(self) -> dict[str, Any]:
+        """For an `evals/*.json`; None for a class that does not occur."""
+        ious = {name: None if np.isnan(iou) else float(iou) for name, iou in zip(self.classes, self.ious, strict=True)}
+        return {
+            "mean_iou": self.mean_iou, "low": self.interval.low, "high": self.interval.high, "ious": ious,
+            "pixel_accuracy": self.pixel_accuracy, "images": self.num_images, "confusion": self.confusion.tolist(),
+        }  # fmt: skip
+
+    def lines(self) -> list[str]:
+        """For people: the two numbers, then a line for each class."""
+        low, high = self.interval
+        said = [
+            f"mIoU {self.mean_iou:.1%} (95 % interval {low:.1%} to {high:.1%}), {self.pixel_accuracy:.1%} of all "
+            f"pixels right, on {self.num_images} images"
+        ]
+        for name, iou in zip(self.classes, self.ious, strict=True):
+            said.append(f"  {'does not occur' if np.isnan(iou) else f'{iou:6.1%}'}  {name}")
+        return said
+
+
+def measure(
+    logits: Callable[[Tensor], Tensor],
+    batches: Iterable[Batch],
+    truth: Callable[[int], np.ndarray],
+    classes: Sequence[str],
+    *,
+    device: str | torch.device = "cpu",
+    seed: int = 0,
+) -> Scores:
+    """Judge a model on these images.
+
+    logits: (B, C, h, w) images -> (B, K, _, _) scores. batches: of whole images (`loader.Images` with `whole`). truth:
+    row of an image -> (H, W) classes at the size of the file (`Maps.read`). Raises UserError where nothing is judged.
+    """
+    tally = Tally(tuple(classes))
+    with torch.no_grad():
+        for batch in batches:
+            for row, scores in zip(batch.index.tolist(), logits(batch.images.to(device)), strict=True):
+                true = torch.from_numpy(truth(row)).to(device)
+                tally.add(classes_at(scores, (true.shape[0], true.shape[1])), true)
+    return score(tally, seed=seed)
+
+
+def classes_at(logits: Float[Tensor, "K h w"], size: tuple[int, int]) -> Int[Tensor, "H W"]:
+    """The best class of each pixel after enlarging the scores to `size`; a few classes at a time if they are many."""
+    step = max(1, MOST_VALUES // (size[0] * size[1]))
+    best = torch.full(size, -torch.inf, device=logits.device)
+    which = torch.zeros(size, dtype=torch.int64, device=logits.device)
+    for start in range(0, len(logits), step):
+        value, number = resize(logits[None, start : start + step].float(), size)[0].max(0)
+        which = torch.where(value > best, number + start, which)
+        best = torch.maximum(value, best)
+    return which
+
+
+def score(tally: Tally, *, seed: int = 0) -> Scores:
+    """The numbers of what was counted, with the interval from RESAMPLES draws of as many images."""
+    each = np.array(tally.images).reshape(len(tally.images), 3, len(tally.classes))  # (n, 3, K)
+    total = each.sum(0)
+    if not total[1].any():
+        raise UserError(
+            f"no pixel of {len(each)} images is judged: masks hold nothing but ignored ids, and others were expected; "
+            "ignore fewer"
+        )
+    draws = np.random.default_rng(seed).multinomial(len(each), np.full(len(each), 1 / len(each)), RESAMPLES)
+    resampled = (draws.astype(float) @ each.reshape(len(each), -1)).reshape(RESAMPLES, *total.shape)
+    means = mean_iou(*resampled.swapaxes(0, 1))
+    low, high = np.nanpercentile(means, [2.5, 97.5])
+    return Scores(
+        tally.classes,
+        float(mean_iou(*total)),
+        Interval(float(low), float(high)),
+        ious(*total),
+        float(total[0].sum() / total[1].sum()),
+        tally.confusion,
+        len(each),
+    )
+
+
+def ious(right: np.ndarray, true: np.ndarray, given: np.ndarray) -> np.ndarray:
+    """Intersection over union of each class, nan where it does not occur; all (..., K)."""
+    return np.where(true > 0, right / np.maximum(true + given - right, 1), np.nan)
+
+
+def mean_iou(right: np.ndarray, true: np.ndarray, given: np.ndarray) -> np.ndarray:
+    """(..., K) -> (...): mean over the classes that occur, nan where none does."""
+    occurs = (true > 0).sum(-1)
+    return np.where(occurs > 0, np.nansum(ious(right, true, given), -1) / np.maximum(occurs, 1), np.nan)

@@ -1,0 +1,549 @@
+"""`unmask import FILE --out RUN`: weights that others made become a Run, which every verb then reads like our own.
+
+A file is safetensors or a pickle of plain tensors (opened weights-only: code in it is never run); a folder is
+transformers' or timm's (config.json, weights, preprocessor_config.json), or holds the two halves of DALL-E's dVAE. What
+it is, `foreign.py` recognises. Here it is fitted to the size and channels that were asked for, and written:
+
+    another size       positions and relative position biases are interpolated in two dimensions, bicubic, corners not
+                       aligned; the class token keeps its row
+    1 channel          the projection of patches is summed over its channels, such that a gray image gives what it gave
+                       with equal channels; with mean and std set by hand it is the plain sum
+    C channels         the projection's channels are repeated in turn and scaled by 3 / C, mean and std are repeated
+
+What cannot be had whole (another number of channels than MAE's decoder draws, BEiT without its tokenizer) becomes the
+task `encoder`, and that is said. Images are 8 bits a channel.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import pickle
+import re
+import warnings
+import zipfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from unmask import checkpoint, foreign, start
+from unmask.batch import ImageSpec
+from unmask.config import Config, ConfigError, DataConfig, explain, override, parse, parse_method
+from unmask.console import Console
+from unmask.data.augment import CropConfig
+from unmask.nn import positions
+from unmask.nn.patches import grid_of
+from unmask.optim import OptimConfig
+from unmask.plan import Plan
+from unmask.run import Run
+from unmask.saved import read_config
+
+RECIPE = "import"
+WHOLE = ("model.safetensors", "pytorch_model.safetensors", "pytorch_model.bin")
+INDEX = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+SAFE, PICKLES = (".safetensors",), (".pth", ".pt", ".bin", ".pkl", ".tar", ".ckpt")
+OPTIMS = {
+    "beit": OptimConfig(base_lr=1.5e-3 / 8, betas=(0.9, 0.999), final_lr=1 / 150, clip=3.0),
+    "classify": OptimConfig(base_lr=1e-3, betas=(0.9, 0.999)),
+    "igpt": OptimConfig(base_lr=0.006, betas=(0.9, 0.95), weight_decay=0),
+    "dvae": OptimConfig(base_lr=0.5e-4, betas=(0.9, 0.999), weight_decay=1e-4, warmup=0, final_lr=0.0125),
+}
+"""What `pretrain --from` goes on with; MAE's where there is none."""
+
+
+@dataclass
+class Read:
+    """What lay in a file or folder: tensors, what describes them, and which files were read, with their SHA-256."""
+
+    state: dict[str, Tensor]
+    about: dict[str, Any] = field(default_factory=dict)
+    look: dict[str, Any] = field(default_factory=dict)
+    files: list[dict[str, str]] = field(default_factory=list)
+
+
+def read_source(path: Path) -> Read:
+    """Raises ForeignError for what is no checkpoint, is damaged, or would have to run code to be opened."""
+    if path.is_file():
+        state, files = _read_files([path])
+        return Read(state, files=files)
+    if not path.is_dir():
+        raise foreign.ForeignError(
+            f"{path} does not exist; a file of weights (.safetensors, .pth, .pt, .bin) or a folder that transformers "
+            "saved was expected"
+        )
+    if (path / "status.json").exists() and (path / "plan.json").exists():
+        raise foreign.ForeignError(f"{path} is a run already; use it as it is, there is nothing to import")
+    about, look = _json(path / "config.json"), _json(path / "preprocessor_config.json")
+    if isinstance(about.get("pretrained_cfg"), dict):  # timm
+        known = about["pretrained_cfg"]
+        look = {f"image_{key}": known[key] for key in ("mean", "std") if key in known}
+        about = {"label_names": about["label_names"]} if "label_names" in about else {}
+    if (halves := _halves(path)) is not None:
+        content, digests = {}, []
+        for side, file in halves.items():
+            part, digest = _read_files([file])
+            content |= {f"{side}.{name.removeprefix(side + '.')}": value for name, value in part.items()}
+            digests += digest
+        return Read(content, files=digests)
+    state, files = _read_files(_weights_of(path))
+    return Read(state, about, look, files)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """A small file of settings beside the weights; {} where there is none."""
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise foreign.ForeignError(
+            f"{path} cannot be read ({type(error).__name__}); a JSON object was expected"
+        ) from None
+    if not isinstance(found, dict):
+        raise foreign.ForeignError(f"{path} holds a {type(found).__name__}, a JSON object was expected")
+    return found
+
+
+def _halves(folder: Path) -> dict[str, Path] | None:
+    """encoder.* and decoder.* of a folder that holds DALL-E's dVAE."""
+    found = {
+        side: [file for file in sorted(folder.glob(f"{side}.*")) if file.suffix in (*SAFE, *PICKLES)]
+        for side in ("encoder", "decoder")
+    }
+    if not all(found.values()):
+        return None
+    return {side: files[0] for side, files in found.items()}
+
+
+def _weights_of(folder: Path) -> list[Path]:
+    """The files of weights in a folder: one, or all shards that an index names."""
+    for name in WHOLE:
+        if (folder / name).is_file():
+            return [folder / name]
+    for name in INDEX:
+        if (folder / name).is_file():
+            shards = _json(folder / name).get("weight_map", {})
+            return [folder / Path(shard).name for shard in sorted(set(shards.values()))]
+    others = sorted(file for file in folder.iterdir() if file.suffix in (*SAFE, *PICKLES))
+    if len(others) == 1:
+        return others
+    what = f"{len(others)} files of weights: {', '.join(file.name for file in others[:5])}" if others else "no weights"
+    raise foreign.ForeignError(
+        f"{folder} holds {what}; expected were {' or '.join(WHOLE)}, one file of weights, or encoder.pth and "
+        "decoder.pth of a dVAE; name the file itself"
+    )
+
+
+def _read_files(files: list[Path]) -> tuple[dict[str, Tensor], list[dict[str, str]]]:
+    content: dict[str, Tensor] = {}
+    digests = []
+    for file in files:
+        try:
+            loaded = _read_safetensors(file) if file.suffix in SAFE else _read_pickle(file)
+            content |= foreign.unwrap(loaded)
+            with file.open("rb") as opened:
+                digests.append({"name": file.name, "sha256": hashlib.file_digest(opened, "sha256").hexdigest()})
+        except foreign.ForeignError as error:
+            raise foreign.ForeignError(f"{file}: {error}") from None
+        except OSError as error:
+            raise foreign.ForeignError(
+                f"{file} cannot be read: {error.strerror or error}; is it there, and yours to read?"
+            ) from None
+    return content, digests
+
+
+def _read_safetensors(file: Path) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load_file(file)
+    except safetensors.SafetensorError as error:
+        raise foreign.ForeignError(
+            f"no safetensors file, or a part of one ({error}); get it again and compare its size"
+        ) from None
+
+
+def _read_pickle(file: Path) -> Any:
+    """What torch.save wrote, as long as it is tensors and plain values (and the arguments of official MAE's training).
+
+    Raises ForeignError for anything else, which is not opened: a pickle with code in it runs that code.
+    """
+    if not file.stat().st_size:
+        raise foreign.ForeignError("the file is empty; get it again")
+    with file.open("rb") as opened:
+        start_of_file = opened.read(4)
+    ours = start_of_file[:2] in (b"PK", b"\x80\x02")
+    try:
+        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
+            warnings.simplefilter("ignore")  # about protocols: what matters is an error
+            return torch.load(file, map_location="cpu", weights_only=True) if ours else _not_torch(start_of_file)
+    except pickle.UnpicklingError as error:
+        culprit = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"holds {culprit[1]} beside tensors" if culprit else "holds more than tensors"
+        raise foreign.ForeignError(
+            f"it {what}, and opening that could run code, so it was not opened. If you trust where it comes from, save "
+            "the tensors alone in the environment that made it: torch.save(model.state_dict(), FILE)"
+        ) from None
+    except (RuntimeError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
+        raise foreign.ForeignError(
+            f"it is damaged, cut, or no file of weights ({reason}); get it again and compare its size or checksum with "
+            "what is published"
+        ) from None
+
+
+def _not_torch(start_of_file: bytes) -> Any:
+    if start_of_file[:1] == b"\x80":
+        raise foreign.ForeignError(
+            "a pickle that torch.save did not write; it was not opened, because a pickle can run code: save the "
+            "tensors with torch.save(model.state_dict(), FILE)"
+        )
+    raise foreign.ForeignError(
+        "no file of weights: it begins like neither a pickle of torch.save nor a zip; .safetensors, .pth, .pt or .bin "
+        "was expected"
+    )
+
+
+def require_heads(found: foreign.Found, settings: Iterable[str]) -> foreign.Found:
+    """The number of heads, which weights do not show: published, or set by hand. Raises ConfigError without one."""
+    asked, method = parse(settings), dict(found.method)
+    for part in ("encoder", "decoder"):
+        if part not in method or (part == "encoder" and method["name"] == "dvae") or "heads" in method[part]:
+            continue
+        key, width = f"method.{part}.heads", method[part]["width"]
+        heads = asked.get(key)
+        if not isinstance(heads, int) or heads < 1 or width % heads:
+            came = f"{key}={heads} came for" if key in asked else "nothing says how many heads share"
+            raise ConfigError(
+                f"{came} the width {width} of this {part}, and weights do not show it; give a divisor of {width} with "
+                f"--set {key}=N (published networks have 64 values to a head, or 32)"
+            )
+        method[part] = {**method[part], "heads": heads}
+    return replace(found, method=method)
+
+
+def as_encoder(found: foreign.Found, why: str) -> foreign.Found:
+    """The encoder alone, as the task `encoder`; `why` is said."""
+    weights = {name: value for name, value in found.weights.items() if name.startswith("encoder.")}
+    method = {"name": "encoder", "encoder": found.method["encoder"]}
+    return replace(found, method=method, weights=weights, notes=(*found.notes, why))
+
+
+def settled(found: foreign.Found, settings: list[str], tokenizer: Path | None) -> foreign.Found:
+    """What of the method can be had: all, or the encoder alone where something is missing for the rest."""
+    asked, name = parse(settings), found.method["name"]
+    channels = asked.get("data.channels", found.channels)
+    if tokenizer is not None and name != "beit":
+        raise ConfigError(
+            f"--tokenizer {tokenizer} came, but this is {found.kind}, which predicts no codes; leave it out"
+        )
+    if name == "beit" and tokenizer is None:
+        return as_encoder(
+            found,
+            "its head predicts the codes of a dVAE that is not in the file, so it is imported as an encoder only; for "
+            "the whole method import that dVAE first and give --tokenizer RUN",
+        )
+    if channels == found.channels or not isinstance(channels, int) or name in ("encoder", "classify"):
+        return found
+    if name == "igpt":
+        raise ConfigError(
+            f"data.channels={channels} came, but the palette has colours of {found.channels} channels; leave it out"
+        )
+    if name == "dvae":
+        raise ConfigError(
+            f"data.channels={channels} came, but this dVAE draws {found.channels} channels; leave it out, or train one "
+            "with `unmask pretrain DATA --recipe dvae_small`"
+        )
+    return as_encoder(
+        found,
+        f"the rest of the method is made for {found.channels} channels and not for {channels}, so the encoder alone is "
+        "imported",
+    )
+
+
+def configure(found: foreign.Found, settings: list[str], origin: str) -> tuple[Config, ImageSpec]:
+    """The settings that describe the weights, with a person's over them, and what the images are.
+
+    Raises ConfigError for a setting that does not exist, or that the weights decide.
+    """
+    start.refuse_conflicts(parse(settings), None)
+    if "graft" in parse(settings):
+        raise ConfigError("graft cannot be set: all weights come from what is imported; leave it out")
+    method = {**found.method, "origin": origin} if found.method["name"] == "encoder" else found.method
+    if found.grid is not None:
+        size = found.grid[0] * found.patch[0], found.grid[1] * found.patch[1]
+    elif "data.size" in parse(settings):
+        size = DataConfig().size
+    else:
+        raise ConfigError(
+            f"positions for {found.places} patches came, which are no square; say which images they are for with --set "
+            "data.size=[HEIGHT,WIDTH]"
+        )
+    crop = CropConfig(eval_share=0.875)
+    try:
+        base = Config(
+            recipe=RECIPE,
+            method=parse_method(method),
+            data=DataConfig(size=size, crop=crop),
+            optim=OPTIMS.get(found.method["name"], OptimConfig()),
+        )
+    except ValidationError as error:
+        raise ConfigError(f"weights of {found.name}: {explain(error)}") from None
+    config = override(base, settings)
+    require_as_found(base, config)
+    return with_statistics(found, config)
+
+
+def require_as_found(base: Config, config: Config) -> None:
+    """Raises ConfigError for a setting of the network other than what the weights are."""
+    before, after = (tree.model_dump()["method"] for tree in (base, config))
+    free = {"heads", "feature_layer", "norm_eps"} | ({"patch"} if "colours" in before["encoder"] else set())
+    given = ("palette", "palette_dtype", "origin", "tokenizer")
+    if changed := [key for key in given if before.get(key) != after.get(key)]:
+        raise ConfigError(f"method.{changed[0]} cannot be set: it comes with the weights; leave it out")
+    for part in ("encoder", "decoder"):
+        theirs, ours = before.get(part) or {}, after.get(part) or {}
+        for key, value in theirs.items():
+            if ours.get(key) != value and key not in free:
+                raise ConfigError(
+                    f"method.{part}.{key}={ours.get(key)} was set, but the weights have {value}; leave it out: what is "
+                    "imported cannot change its shape"
+                )
+
+
+def with_statistics(found: foreign.Found, config: Config) -> tuple[Config, ImageSpec]:
+    """Channels, mean and standard deviation: by hand, else those of the weights, spread over the channels.
+
+    Raises ConfigError where there are none: a normalisation is not made up.
+    """
+    channels = config.data.channels or found.channels
+    mean, std = config.data.mean, config.data.std
+    if found.mean is not None and found.std is not None:
+        mean, std = mean or spread(found.mean, channels), std or spread(found.std, channels)
+    if mean is None or std is None:
+        raise ConfigError(
+            f"these weights are for {found.channels} channels, for which no normalisation is published; give that of "
+            "their training with --set data.mean=[...] and --set data.std=[...], in the files' units (0 to 255)"
+        )
+    start.require_statistics(channels, mean, std)
+    images = ImageSpec(channels, config.data.size, "uint8", tuple(mean), tuple(std))
+    data = {"channels": channels, "mean": images.mean, "std": images.std}
+    return config.model_copy(update={"data": config.data.model_copy(update=data)}), images
+
+
+def spread(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
+    """A number per channel for other channels: the mean of all for one, else repeated in turn."""
+    if channels == len(values):
+        return values
+    return (sum(values) / len(values),) if channels == 1 else tuple(values[i % len(values)] for i in range(channels))
+
+
+def fitted(
+    found: foreign.Found, config: Config, images: ImageSpec, *, by_hand: bool
+) -> tuple[dict[str, Tensor], list[str]]:
+    """The weights for images of this size and so many channels, and what was done to them, in sentences.
+
+    by_hand: mean or std were set by a person, so they are not what the weights were trained with.
+    """
+    weights, said = dict(found.weights), []
+    if images.channels != found.channels:
+        weight, bias = (weights[f"encoder.patch_embed.proj.{leaf}"] for leaf in ("weight", "bias"))
+        norms = None if by_hand or found.mean is None or found.std is None else (found.mean, found.std)
+        weight, bias = other_channels(weight, bias, images, norms)
+        weights |= {"encoder.patch_embed.proj.weight": weight, "encoder.patch_embed.proj.bias": bias}
+        how = "summed over them" if images.channels == 1 else "repeated in turn and scaled"
+        said.append(f"the projection of patches of {found.channels} channels is {how}, for {images.channels}")
+    encoder: Any = config.method
+    new = grid_of(images.size, encoder.encoder.patch)
+    old = found.grid or new
+    if found.places and old[0] * old[1] != found.places:
+        raise ConfigError(
+            f"data.size={list(images.size)} has {new[0]} x {new[1]} patches, but there are positions for "
+            f"{found.places} and nothing says of which rectangle; give the size that the weights were trained at"
+        )
+    if old != new:
+        resized = [name for name in weights if resize(weights, name, old, new)]
+        if resized:
+            said.append(f"positions are interpolated from {old[0]} x {old[1]} to {new[0]} x {new[1]} patches")
+    return weights, said
+
+
+def other_channels(
+    weight: Tensor, bias: Tensor, images: ImageSpec, norms: tuple[tuple[float, ...], tuple[float, ...]] | None
+) -> tuple[Tensor, Tensor]:
+    """A patch projection (D, C, h, w) and its bias for other channels; see the module docstring.
+
+    norms: mean and standard deviation per channel that the weights know; with them a gray image gives exactly what it
+    gave with equal channels, although its one mean is another number.
+    """
+    before, after = weight.shape[1], images.channels
+    if after > 1:
+        return weight[:, [number % before for number in range(after)]] * (before / after), bias
+    if norms is None:
+        return weight.sum(1, keepdim=True), bias
+    mean, std = (torch.tensor(values, dtype=torch.float64)[:, None, None] for values in norms)
+    shift = ((images.mean[0] - mean) / std * weight.double()).sum((1, 2, 3))
+    return (weight.double() * images.std[0] / std).sum(1, keepdim=True).float(), (bias.double() + shift).float()
+
+
+def resize(weights: dict[str, Tensor], name: str, old: tuple[int, int], new: tuple[int, int]) -> bool:
+    """Interpolate in place what belongs to the old grid; whether this tensor does."""
+    value, places = weights[name], old[0] * old[1]
+    spans = [(2 * rows - 1, 2 * cols - 1) for rows, cols in (old, new)]
+    if name in ("encoder.pos_embed", "decoder.pos_embed") and value.shape[1] == 1 + places:
+        weights[name] = torch.cat([value[:, :1], positions.resize(value[:, 1:], old, new)], 1)
+    elif name == "encoder.positions" and len(value) == places:
+        weights[name] = positions.resize(value[None], old, new)[0]
+    elif name.endswith("relative_bias.table") and len(value) == spans[0][0] * spans[0][1] + 3:
+        weights[name] = torch.cat([positions.resize(value[None, :-3], *spans)[0], value[-3:]])
+    else:
+        return False
+    return True
+
+
+def require_whole(wanted: Mapping[str, Tensor], weights: Mapping[str, Tensor], what: str) -> None:
+    """Raises ForeignError, naming tensors, unless these are exactly the ones of the method, and finite."""
+    missing, left = sorted(wanted.keys() - weights.keys()), sorted(weights.keys() - wanted.keys())
+    shapes = [
+        f"{name} {tuple(weights[name].shape)} instead of {tuple(value.shape)}"
+        for name, value in wanted.items()
+        if name in weights and weights[name].shape != value.shape
+    ]
+    faults = {"missing": missing, "left over": left, "of another shape": shapes}
+    if any(faults.values()):
+        named = "; ".join(f"{len(names)} {how}: {foreign.some(names)}" for how, names in faults.items() if names)
+        raise foreign.ForeignError(
+            f"{what} is not whole ({named}); the file is cut, a variant of this network, or two files were mixed"
+        )
+    if bad := [name for name, value in weights.items() if value.is_floating_point() and not value.isfinite().all()]:
+        raise foreign.ForeignError(
+            f"{what} has numbers that are not finite, in {foreign.some(bad)}; the file is damaged, or its training "
+            "failed"
+        )
+
+
+def import_weights(
+    source: str | Path,
+    out: str | Path,
+    *,
+    settings: Iterable[str] = (),
+    tokenizer: str | Path | None = None,
+    console: Console | None = None,
+) -> Run:
+    """Make a Run of the weights in a file or folder. settings: KEY=VALUE. tokenizer: the dVAE's Run, for a BEiT.
+
+    Raises ValueError, before anything is written, for what is no such file, is not whole, or does not fit the settings.
+    """
+    console = console or Console(quiet=True)
+    source, settings = Path(source), list(settings)
+    run = Run.check_free(out)
+    read = read_source(source)
+    try:
+        found = foreign.recognise(read.state, read.about, read.look)
+    except foreign.ForeignError as error:
+        raise foreign.ForeignError(f"{source}: {error}") from None
+    console.say(f"{source}: {found.name}")
+    found = require_heads(settled(found, settings, None if tokenizer is None else Path(tokenizer)), settings)
+    if tokenizer is not None and found.method["name"] == "beit":
+        found = with_tokenizer(found, Path(tokenizer))
+    config, images = configure(found, settings, source.resolve().name)
+    asked = parse(settings)
+    by_hand = bool({"data.mean", "data.std"} & set(asked))
+    weights, said = fitted(found, config, images, by_hand=by_hand)
+    with torch.device("meta"):
+        method = config.build(images)
+    wanted = method.state_dict()
+    weights |= {name: value for name, value in described(images).items() if name in wanted}
+    require_whole(wanted, weights, f"{source}: {found.kind}")
+    checkpoint.require_fit(method, weights, str(source))
+
+    counts = [sum(p.numel() for p in part.parameters()) for part in (method, method.encoder)]
+    plan = plan_of(config, images, counts, (f"weights of {source.resolve().name}: {found.name}", *found.notes, *said))
+    run = Run.create(out)
+    with run.lock():
+        checkpoint.check_space(run, sum(value.nbytes for value in weights.values()))
+        fixed = {name: value for name, value in weights.items() if name.startswith(method.fixed)}
+        if fixed:
+            checkpoint.save_fixed(run, fixed)
+        changing = {name: value.clone() for name, value in weights.items() if name not in fixed}
+        checkpoint.save(run, 0, changing, {}, {"step": 0})
+        about = {"source": str(source.absolute()), "files": read.files, "kind": found.name, "licence": found.licence}
+        run.write("provenance.json", start.provenance(plan) | {"imported": about})
+        run.write("plan.json", plan.model_dump(mode="json"))
+        run.write("config.json", config.model_dump(mode="json"))
+        run.set_status("finished", 0, total=0)
+    say_imported(run, found, config, images, said, by_hand=by_hand, console=console)
+    return run
+
+
+def with_tokenizer(found: foreign.Found, path: Path) -> foreign.Found:
+    """A BEiT and the dVAE whose codes it predicts. Raises ConfigError for a run of another method."""
+    run = Run.open(path)
+    config: Any = read_config(run).method
+    if config.name != "dvae":
+        raise ConfigError(
+            f"--tokenizer {path} is a run of {config.name}, the run of a dVAE was expected: import DALL-E's, or "
+            "train one"
+        )
+    if config.encoder.codes != (codes := len(found.weights["head.weight"])):
+        raise ConfigError(
+            f"--tokenizer {path} has {config.encoder.codes} codes, this head predicts {codes}; give "
+            "the dVAE that it was trained with, or leave it out"
+        )
+    _, network = checkpoint.load_model(run)
+    weights = found.weights | {f"target.tokenizer.{name}": value for name, value in network.items()}
+    return replace(found, method={**found.method, "tokenizer": config.encoder.model_dump()}, weights=weights)
+
+
+def described(images: ImageSpec) -> dict[str, Tensor]:
+    """What encoders keep of the images that they are for, by name."""
+    low, high = images.value_range
+    values = {"mean": images.mean, "std": images.std, "low": low, "high": high}
+    return {f"encoder.{name}": torch.tensor(value, dtype=torch.float32) for name, value in values.items()}
+
+
+def plan_of(config: Config, images: ImageSpec, counts: list[int], reasons: tuple[str, ...]) -> Plan:
+    """The plan of a run that is finished at step 0: nothing was trained here, on no images."""
+    return Plan(
+        steps=0, warmup_steps=0, batch_size=config.train.batch_size, micro_batch=config.train.batch_size,
+        accumulation=1, peak_lr=0.0, final_lr=0.0, epochs=0.0, num_images=0, images=images, fingerprint="",
+        precision="fp32", device="cpu", workers=0, cached=False, picture_every=1, parameters=counts[0],
+        encoder_parameters=counts[1], reasons=reasons,
+    )  # fmt: skip
+
+
+def say_imported(
+    run: Run,
+    found: foreign.Found,
+    config: Config,
+    images: ImageSpec,
+    said: list[str],
+    *,
+    by_hand: bool,
+    console: Console,
+) -> None:
+    """What it became, what was done to it, which normalisation was taken, and what one can do with it."""
+    name = config.method.name
+    for line in (*found.notes, *said):
+        console.say(f"  {line}")
+    mean, std = (", ".join(f"{value:.6g}" for value in values) for values in (images.mean, images.std))
+    if name != "igpt" and "colours" not in found.method["encoder"]:
+        whose = "set by hand" if by_hand else found.statistics
+        console.say(
+            f"  normalisation: mean {mean}, std {std} ({whose}); if the weights were trained with another, import "
+            "again with --set data.mean=[...] --set data.std=[...]"
+        )
+    console.say(f"  licence of the weights: {found.licence}")
+    if name == "encoder":
+        use = "embed, probe and finetune take it; to train on, name a --recipe with `unmask pretrain DATA --from`"
+    elif name == "classify":
+        use = "a classifier: embed, probe and finetune take it"
+    else:
+        use = f"a whole {name}: embed, probe, reconstruct, finetune and `unmask pretrain DATA --from` take it"
+    console.say(f"{run.path}: {use}")

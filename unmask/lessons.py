@@ -1,0 +1,208 @@
+"""What a supervised run learns from, and how it is examined: labels, masks or boxes of images, by the name of its task.
+
+    classify   a class for each image, from its sub-folder         accuracy (and so `linear_probe`)
+    segment    a mask for each image (`data/maps.py`)              mean intersection over union, at the file's own size
+    detect     boxes for each image (`data/boxes.py`)              average precision (COCO), in the file's own pixels
+
+Test images are a fifth that is held out, or others. A classifier sees them as a probe does (the centred crop); for
+masks and boxes the whole image is squeezed or stretched to the size the method sees, so that every pixel counts, and
+what is found is brought back to the size of the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from unmask.config import Config, ConfigError
+from unmask.console import Console
+from unmask.data.boxes import Boxes, find_files, open_boxes
+from unmask.data.maps import Maps, open_maps
+from unmask.data.sources import Source, open_source, require_labels
+from unmask.evals import detection, segmentation
+from unmask.evals.linear import HOLD_OUT_FOR_TEST, hold_out
+from unmask.evals.probe import few_shots, require_classes
+from unmask.evals.scores import wilson
+from unmask.method import Method
+from unmask.plan import Plan
+from unmask.tasks import classify, detect, linear_probe, segment
+from unmask.use import Readable, read, with_classes
+
+TASKS = ("classify", "segment", "detect")
+LABELLED = ("classify", "linear_probe")
+HEADLINES = {
+    "classify": ("accuracy",), "linear_probe": ("accuracy",), "segment": ("mean_iou", "pixel_accuracy"),
+    "detect": ("ap50", "ap"),
+}  # fmt: skip
+"""What is measured on test images, the first the one that counts."""
+IN_WORDS = {
+    "accuracy": "right", "mean_iou": "mean IoU", "pixel_accuracy": "of all pixels right", "ap50": "AP50", "ap": "AP",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Lessons:
+    """Images and what people said of them. `rows`: of the source, those of which something was said."""
+
+    source: Source
+    classes: tuple[str, ...]
+    rows: np.ndarray
+    annotations: Maps | Boxes | None = None
+
+    @property
+    def place(self) -> str | None:
+        """Where masks or boxes lie, to open them again."""
+        if isinstance(self.annotations, Maps):
+            return self.annotations.masks.location
+        return None
+
+    @property
+    def labels(self) -> np.ndarray:
+        """(all rows,) the class of each image; where there are masks or boxes all are alike."""
+        if self.annotations is not None or self.source.labels is None:
+            return np.zeros(len(self.source), np.int64)
+        return self.source.labels
+
+
+def open_lessons(
+    task: str,
+    data: str,
+    annotations: str | None = None,
+    *,
+    split: str | None = None,
+    ignored: Sequence[int] = (),
+    classes: Sequence[str] | None = None,
+    look: bool = True,
+    console: Console | None = None,
+) -> Lessons:
+    """Images with what the task learns from. classes: names in order, where a model has them already; else found here.
+
+    Raises ValueError when there is nothing of that kind, or something that cannot be used, or would be ignored.
+    """
+    if split is not None and task != "detect":
+        raise ConfigError(f"--split {split} came, but only boxes have lists of images; leave it out")
+    if task in LABELLED:
+        if annotations is not None:
+            raise ConfigError("--annotations came, but classes are read from sub-folders; leave it out, or give --task")
+        source = require_labels(open_source(data))
+        if classes is not None:
+            source = with_classes(source, classes, "the run")
+        require_classes(source.classes)
+        return Lessons(source, tuple(source.classes), np.arange(len(source)))
+    if task == "segment":
+        maps = open_maps(data, annotations, ignored=ignored, classes=classes, look=look, console=console)
+        return Lessons(maps.source, maps.classes, maps.rows, maps)
+    boxes = open_boxes(data, annotations, split=split, classes=classes, console=console)
+    return Lessons(boxes.source, boxes.classes, boxes.rows, boxes)
+
+
+def annotations_of(task: str, data: str, annotations: str | None, lessons: Lessons) -> str | None:
+    """Where what was found lies, so that a resumed run opens the same."""
+    if task == "detect":
+        return str(find_files(Path(data), None if annotations is None else Path(annotations))[1])
+    return lessons.place
+
+
+def split_rows(lessons: Lessons, shots: int | None, *, hold: bool, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """(training rows, held-out rows): with `hold` a fifth is kept for tests.
+
+    shots: labels per class, or so many images where masks or boxes are learnt; None for all. The same fifth and the
+    same shots as in a probe with this seed.
+    """
+    labels, rows, held = lessons.labels, lessons.rows, np.zeros(0, np.int64)
+    if hold:
+        kept, left = hold_out(labels[rows], rows, seed, HOLD_OUT_FOR_TEST)
+        rows, held = rows[kept], rows[left]
+        if not len(held):
+            raise ConfigError(f"{lessons.source.name} has too few images to hold some out; give others with --test")
+    if shots is not None:
+        names = lessons.classes if lessons.annotations is None else ("annotated images",)
+        rows = few_shots(rows, labels[rows], names, shots, seed)
+    return rows, held
+
+
+# ---------------------------------------------------------------------------------------------------------- the exam
+
+
+@dataclass
+class Exam:
+    """The test images of a run, and what is true of them."""
+
+    images: Readable
+    rows: np.ndarray
+    classes: tuple[str, ...]
+    annotations: Maps | Boxes | None
+    device: str
+    console: Console
+
+    def headlines(self, method: Method) -> dict[str, float]:
+        """The numbers that are followed while it trains."""
+        found = self.measure(method)
+        return {name: float(found[name]) for name in HEADLINES[task_of(method)]}
+
+    def measure(self, method: Method) -> dict[str, Any]:
+        """Everything that is known of the result; the method in eval mode, gradients off, autocast set."""
+        if isinstance(method, classify.Classifier | linear_probe.LinearProbe):
+            return self._classes(method)
+        if isinstance(method, segment.Segmenter):
+            assert isinstance(self.annotations, Maps)
+            batches = read(self.images, self.rows, 0, self.console)
+            scores = segmentation.measure(
+                method.logits, batches, self.annotations.read, self.classes, device=self.device
+            )
+            return scores.as_json()
+        assert isinstance(method, detect.Detector)
+        return self._boxes(method)
+
+    def _classes(self, method: classify.Classifier | linear_probe.LinearProbe) -> dict[str, Any]:
+        correct, total = torch.zeros((), dtype=torch.int64, device=self.device), 0
+        for batch in read(self.images, self.rows, 0, self.console):
+            labels = classify.require_labels(batch).to(self.device)
+            correct += (method.logits(batch.images.to(self.device)).argmax(1) == labels).sum()
+            total += len(batch)
+        low, high = wilson(int(correct), total)
+        return {"accuracy": int(correct) / total, "low": low, "high": high, "correct": int(correct), "total": total}
+
+    def _boxes(self, method: detect.Detector) -> dict[str, Any]:
+        assert isinstance(self.annotations, Boxes)
+        truth, found = [], []
+        for batch in read(self.images, self.rows, 0, self.console):
+            for row, one in zip(batch.index.tolist(), method.predict(batch.images.to(self.device)), strict=True):
+                truth.append(detection.Boxes(self.annotations.boxes[row], self.annotations.labels[row]))
+                found.append(as_numpy(one, self.images.spec.size, self.annotations.sizes[row]))
+        precision = detection.average_precision(truth, found, self.classes)
+        numbers = {"ap": precision.ap, "ap50": precision.ap50, "ap75": precision.ap75}
+        return {**numbers, "ap50_of_class": precision.classes, "images": len(truth)}
+
+
+def as_numpy(found: detect.Found, seen: tuple[int, int], size: tuple[int, int]) -> detection.Boxes:
+    """Boxes found in an image seen at one size (H, W), in the pixels of the file, whose size is another."""
+    scale = np.array([size[1] / seen[1], size[0] / seen[0]] * 2)
+    boxes = found.boxes.float().cpu().numpy() * scale
+    return detection.Boxes(boxes, found.labels.cpu().numpy(), found.scores.float().cpu().numpy())
+
+
+def task_of(method: Method) -> str:
+    return type(method).__module__.rpartition(".")[2]
+
+
+def open_exam(config: Config, plan: Plan, lessons: Lessons, console: Console) -> Exam:
+    """The images a run is tested on: those held out of `lessons`, or `data.test`."""
+    rows, of, data = np.array(plan.test_rows, np.int64), lessons, config.data
+    task = config.method.name
+    if data.test is not None:
+        ignored = getattr(config.method, "ignored", ())
+        of = open_lessons(
+            task, data.test, data.test_annotations, split=data.test_split, ignored=ignored, classes=lessons.classes,
+            console=console,
+        )  # fmt: skip
+        rows = of.rows
+    images = Readable(of.source, rows, plan.images, data.crop, training=False, whole=task not in LABELLED)
+    if plan.cached:
+        images.keep_decoded()
+    return Exam(images, rows, lessons.classes, of.annotations, plan.device, console)

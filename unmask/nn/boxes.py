@@ -1,0 +1,88 @@
+"""Rectangles in images: how much two of them overlap, which of many are the same thing found twice, and their outlines.
+
+A box is (x1, y1, x2, y2) in pixels, x to the right and y down, with x1 <= x2 and y1 <= y2; the pixel in the corner
+covers (0, 0, 1, 1). Plain torch: torchvision is not asked for.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+TINY = 1e-9  # keeps a box without area from dividing zero by zero
+
+
+def area(boxes: Float[Tensor, "*n 4"]) -> Float[Tensor, "*n"]:
+    """In square pixels; 0 for a box turned inside out."""
+    return (boxes[..., 2:] - boxes[..., :2]).clamp(min=0).prod(-1)
+
+
+def shared_area(a: Float[Tensor, "*n 4"], b: Float[Tensor, "*m 4"]) -> Float[Tensor, "*k"]:
+    """Of each box in `a` with its counterpart in `b`; the two broadcast."""
+    top_left, bottom_right = torch.maximum(a[..., :2], b[..., :2]), torch.minimum(a[..., 2:], b[..., 2:])
+    return area(torch.cat([top_left, bottom_right], -1))
+
+
+def pairwise_iou(a: Float[Tensor, "n 4"], b: Float[Tensor, "m 4"]) -> Float[Tensor, "n m"]:
+    """Intersection over union of every box in `a` with every one in `b`, 0 to 1."""
+    both = shared_area(a[:, None], b[None])
+    return both / (area(a)[:, None] + area(b)[None] - both).clamp(min=TINY)
+
+
+def giou(a: Float[Tensor, "*n 4"], b: Float[Tensor, "*n 4"]) -> Float[Tensor, "*n"]:
+    """Generalised intersection over union of each box in `a` with its counterpart in `b` (Rezatofighi et al. 2019).
+
+    1 for equal boxes; without overlap below 0 and down to -1 with the distance, so that there is a gradient. The same
+    in any unit, also in one for x and another for y.
+    """
+    both = shared_area(a, b)
+    union = area(a) + area(b) - both
+    hull = area(torch.cat([torch.minimum(a[..., :2], b[..., :2]), torch.maximum(a[..., 2:], b[..., 2:])], -1))
+    return both / union.clamp(min=TINY) - (hull - union) / hull.clamp(min=TINY)
+
+
+def suppress(
+    boxes: Float[Tensor, "n 4"], scores: Float[Tensor, "n"], labels: Int[Tensor, "n"], threshold: float
+) -> Int[Tensor, "k"]:
+    """Greedy non-maximum suppression within each class: the rows that stay, best score first.
+
+    A box goes when a better one of the same class that itself stays overlaps it by an IoU above `threshold`. Waits for
+    the device once.
+    """
+    order = scores.argsort(descending=True, stable=True)
+    boxes, labels = boxes[order], labels[order]
+    rivals = ((pairwise_iou(boxes, boxes) > threshold) & (labels[:, None] == labels[None])).cpu()
+    gone = torch.zeros(len(boxes), dtype=torch.bool)
+    stays = []
+    for row, is_gone in enumerate(gone.numpy()):  # a view: what is ruled out below is seen here
+        if not is_gone:
+            stays.append(row)
+            gone |= rivals[row]
+    return order[torch.tensor(stays, dtype=torch.int64, device=order.device)]
+
+
+def clip(boxes: Float[Tensor, "*n 4"], size: tuple[int, int]) -> Float[Tensor, "*n 4"]:
+    """Without what lies outside an image of `size` = (H, W) pixels."""
+    high, wide = size
+    x1, y1, x2, y2 = boxes.unbind(-1)
+    return torch.stack([x1.clamp(0, wide), y1.clamp(0, high), x2.clamp(0, wide), y2.clamp(0, high)], -1)
+
+
+def outline(
+    image: Float[Tensor, "C H W"], boxes: Float[Tensor, "n 4"], colours: Float[Tensor, "n C"]
+) -> Float[Tensor, "C H W"]:
+    """A copy of the image with the rim of each box painted in its colour; lines as wide as 1 % of the shorter side."""
+    image, (high, wide) = image.clone(), image.shape[1:]
+    line = max(1, round(min(high, wide) / 100))
+    for (x1, y1, x2, y2), colour in zip(clip(boxes, (high, wide)).round().int().tolist(), colours, strict=True):
+        x1, y1 = min(x1, wide - 1), min(y1, high - 1)
+        x2, y2 = max(x2, x1 + 1), max(y2, y1 + 1)
+        for rows, cols in (
+            (slice(y1, min(y1 + line, y2)), slice(x1, x2)),
+            (slice(max(y2 - line, y1), y2), slice(x1, x2)),
+            (slice(y1, y2), slice(x1, min(x1 + line, x2))),
+            (slice(y1, y2), slice(max(x2 - line, x1), x2)),
+        ):
+            image[:, rows, cols] = colour[:, None, None]
+    return image

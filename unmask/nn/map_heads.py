@@ -1,0 +1,110 @@
+"""From the tokens of a vision transformer to a class for every place: a linear layer, or UPerNet.
+
+UPerNet (Xiao et al. 2018, "Unified perceptual parsing for scene understanding") as BEiT and MAE put it on a plain
+transformer: four evenly spaced blocks give one map each, brought to 4, 2, 1 and 1/2 cells a patch by transposed
+convolutions and pooling; pyramid pooling on the coarsest; a top-down path that adds each level to the next finer one;
+all levels fused at the finest.
+
+Differs from it: LayerNorm over channels where it has BatchNorm, so that a batch of one image works and none needs to
+know of the others; a LayerNorm on every block's tokens first, which grow from block to block; no dropout and no
+auxiliary head; no level finer than a pixel, or coarser than the grid has patches for.
+
+Letters: B images, D width of a token, R x C grid of patches, W width of the head, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from unmask.nn.pyramid import SCALES, ChannelNorm
+
+POOLS = (1, 2, 3, 6)  # cells along each side that pyramid pooling sees
+CLASS_STD = 0.01
+
+
+def resize(x: Float[Tensor, "B W _ _"], size: Sequence[int]) -> Float[Tensor, "B W _ _"]:
+    """Bilinear, corners not aligned."""
+    return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
+
+
+class LinearHead(nn.Module):
+    """A LayerNorm and one linear layer for each patch, from the last block alone."""
+
+    def __init__(self, before: int, classes: int) -> None:
+        super().__init__()
+        self.norm = ChannelNorm(before)
+        self.to_classes = class_layer(before, classes)
+
+    def blocks(self, depth: int) -> tuple[int, ...]:
+        """The blocks, counted from 1, whose maps `forward` takes."""
+        return (depth,)
+
+    def forward(self, maps: Sequence[Float[Tensor, "B D R C"]]) -> Float[Tensor, "B K R C"]:
+        return self.to_classes(self.norm(maps[-1]))
+
+
+class UPerNet(nn.Module):
+    """See the module docstring. `patch` and `grid` say which levels there are, finest first."""
+
+    def __init__(self, before: int, width: int, classes: int, patch: tuple[int, int], grid: tuple[int, int]) -> None:
+        super().__init__()
+        self.scales = levels_of(patch, grid)
+        self.norms = nn.ModuleList(ChannelNorm(before) for _ in self.scales)
+        self.levels = nn.ModuleList(rescale(scale, before) for scale in self.scales)
+        self.pooled = nn.ModuleList(conv(before, width, 1) for _ in POOLS)
+        self.coarsest = conv(before + len(POOLS) * width, width, 3)
+        self.lateral = nn.ModuleList(conv(before, width, 1) for _ in self.scales[:-1])
+        self.smooth = nn.ModuleList(conv(width, width, 3) for _ in self.scales[:-1])
+        self.fuse = conv(len(self.scales) * width, width, 3)
+        self.to_classes = class_layer(width, classes)
+
+    def blocks(self, depth: int) -> tuple[int, ...]:
+        """The blocks, counted from 1, whose maps `forward` takes: as many as there are levels, the last among them."""
+        count = len(self.scales)
+        return tuple(-(-depth * number // count) for number in range(1, count + 1))
+
+    def forward(self, maps: Sequence[Float[Tensor, "B D R C"]]) -> Float[Tensor, "B K _ _"]:
+        """(B, K, rows, cols) of the finest level."""
+        levels = [change(norm(x)) for x, norm, change in zip(maps, self.norms, self.levels, strict=True)]
+        top = levels[-1]
+        pools = [part(F.adaptive_avg_pool2d(top, cells)) for part, cells in zip(self.pooled, POOLS, strict=True)]
+        path = [self.coarsest(torch.cat([top, *(resize(x, top.shape[2:]) for x in pools)], 1))]
+        for x, part in zip(levels[-2::-1], reversed(self.lateral), strict=True):  # type: ignore[call-overload]
+            path.insert(0, part(x) + resize(path[0], x.shape[2:]))
+        smooth = [part(x) for x, part in zip(path, self.smooth, strict=False)] + path[-1:]
+        return self.to_classes(self.fuse(torch.cat([resize(x, smooth[0].shape[2:]) for x in smooth], 1)))
+
+
+def levels_of(patch: tuple[int, int], grid: tuple[int, int]) -> tuple[float, ...]:
+    """Cells a patch, along one side, of each level: those of SCALES that pixels and patches allow, finest first."""
+    return tuple(scale for scale in SCALES if scale <= min(patch) and min(grid) * scale >= 1)
+
+
+def rescale(scale: float, width: int) -> nn.Module:
+    """(B, D, R, C) -> (B, D, R x scale, C x scale), as in BEiT's segmentation code."""
+    if scale == 4.0:
+        return nn.Sequential(up(width), ChannelNorm(width), nn.GELU(), up(width))
+    if scale == 2.0:
+        return up(width)
+    return nn.Identity() if scale == 1.0 else nn.MaxPool2d(2, ceil_mode=True)
+
+
+def up(width: int) -> nn.ConvTranspose2d:
+    return nn.ConvTranspose2d(width, width, 2, stride=2)
+
+
+def conv(before: int, after: int, side: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(before, after, side, padding=side // 2, bias=False), ChannelNorm(after), nn.ReLU())
+
+
+def class_layer(width: int, classes: int) -> nn.Conv2d:
+    """A 1x1 convolution that at first says nearly nothing."""
+    layer = nn.Conv2d(width, classes, 1)
+    nn.init.normal_(layer.weight, std=CLASS_STD)
+    nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+    return layer

@@ -1,0 +1,67 @@
+"""Mixup and cutmix: each image of a batch mixed with its mirror in the batch, and its target alike.
+
+Zhang et al. 2018, "mixup: Beyond empirical risk minimization"; Yun et al. 2019, "CutMix". As in MAE's fine-tuning one
+of the two is used for a whole (micro-)batch, and one share of mixture. The draws come from the host, so a GPU is not
+waited for.
+
+Letters: B images, C channels, H x W pixels, K classes.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch.nn.functional as F
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor
+
+MIX_DRAWS = 4
+
+
+def soft_targets(labels: Int[Tensor, "B"], classes: int, smoothing: float) -> Float[Tensor, "B K"]:
+    """1 - s + s / K for the right class and s / K for each other (Szegedy et al. 2016)."""
+    return F.one_hot(labels, classes).float() * (1 - smoothing) + smoothing / classes
+
+
+def mix(
+    images: Shaped[Tensor, "B C H W"],
+    targets: Float[Tensor, "B K"],
+    draws: Float[np.ndarray, "4"],
+    *,
+    mixup: float,
+    cutmix: float,
+) -> tuple[Shaped[Tensor, "B C H W"], Float[Tensor, "B K"]]:
+    """Images and targets mixed with those of the batch in reverse. draws: uniform in [0, 1), for this batch.
+
+    mixup, cutmix: parameter alpha of the Beta distribution of the share that an image keeps, 0 for none; with both, one
+    is tossed for. A cut keeps the images' dtype, a mixture is float32.
+    """
+    toss, share, down, across = (float(draw) for draw in draws)
+    if not mixup and not cutmix:
+        return images, targets
+    cuts = bool(cutmix) and (not mixup or toss < 0.5)
+    kept = beta_quantile(share, cutmix if cuts else mixup)
+    if cuts:
+        rows, cols = cut_box((images.shape[2], images.shape[3]), kept, down, across)
+        mixed = images.clone()
+        mixed[:, :, rows, cols] = images.flip(0)[:, :, rows, cols]
+        cut = (rows.stop - rows.start) * (cols.stop - cols.start)
+        kept = 1 - cut / (images.shape[2] * images.shape[3])
+    else:
+        mixed = images.float().lerp(images.flip(0).float(), 1 - kept)
+    return mixed, targets.lerp(targets.flip(0), 1 - kept)
+
+
+def beta_quantile(share: float, alpha: float) -> float:
+    """A draw of Beta(alpha, alpha) from a uniform one."""
+    from scipy.special import betaincinv
+
+    return float(betaincinv(alpha, alpha, share))
+
+
+def cut_box(size: tuple[int, int], kept: float, down: float, across: float) -> tuple[slice, slice]:
+    """Rows and columns of a box: the image's shape, 1 - `kept` of its area, around a point, cut off at the edges."""
+    spans = []
+    for length, at in zip(size, (down, across), strict=True):
+        half, middle = int(length * (1 - kept) ** 0.5) // 2, int(at * length)
+        spans.append(slice(max(0, middle - half), min(length, middle + half)))
+    return spans[0], spans[1]

@@ -1,0 +1,213 @@
+"""RandAugment and random erasing on the device, for training with labels.
+
+Cubuk et al. 2020, "RandAugment", in the form that MAE's fine-tuning uses (timm's `rand-m9-mstd0.5-inc1`): of each image
+two of fifteen operations, each done with probability one half, at a strength around `magnitude`. Zhong et al. 2020,
+"Random erasing": a box of noise. The operations themselves are kornia's where it has them.
+
+What is done to which image is drawn on the host, by the image's place in the global batch and the step: a resumed run
+repeats it, and a GPU is not waited for. Colours are changed between the values that stand for 0 and 1
+(`ImageSpec.value_range`); what an operation moves in from outside is the data set's mean colour. Images of another
+number of channels than three have no saturation to change.
+
+Letters: B images, C channels, H x W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+OPERATIONS = 2  # to an image
+PROBABILITY = 0.5  # that one of them is done
+SPREAD = 0.5  # standard deviation of the magnitude
+MOST = 10.0  # a magnitude's end of scale
+DRAWS = 4 * OPERATIONS  # which, whether, how strong, which way
+ERASE_DRAWS = 5  # whether, area, aspect, down, across
+ERASED_AREA, ERASED_ASPECT = (0.02, 1 / 3), (0.3, 1 / 0.3)
+
+Unit = Float[Tensor, "B C H W"]
+Operation = Callable[[Unit, np.ndarray, np.ndarray, Tensor], Tensor]
+"""(images in [0, 1], strengths in [0, 1], signs, colour that fills) -> images."""
+
+
+def rand_augment(unit: Unit, draws: Float[np.ndarray, "B 8"], magnitude: float, fill: Float[Tensor, "C 1 1"]) -> Unit:
+    """Images between 0 and 1 in and out. draws: uniform in [0, 1), eight for each image. fill: colour of outside."""
+    from scipy.special import ndtri
+
+    operations = [op for name, op in ALL.items() if unit.shape[1] == 3 or name != "saturation"]
+    unit = unit.clone()
+    for which, whether, strong, way in draws.reshape(len(draws), OPERATIONS, 4).transpose(1, 2, 0):
+        chosen = np.minimum((which * len(operations)).astype(int), len(operations) - 1)
+        strength = (magnitude + SPREAD * ndtri(np.clip(strong, 1e-6, 1 - 1e-6))).clip(0, MOST) / MOST
+        for number, operation in enumerate(operations):
+            rows = np.flatnonzero((chosen == number) & (whether < PROBABILITY))
+            if len(rows):
+                at = torch.from_numpy(rows).to(unit.device, non_blocking=True)
+                signs = np.where(way[rows] < 0.5, -1.0, 1.0)
+                unit[at] = operation(unit[at], strength[rows], signs, fill).clamp(0, 1)
+    return unit
+
+
+def erase(
+    images: Float[Tensor, "B C H W"],
+    draws: Float[np.ndarray, "B 5"],
+    probability: float,
+    mean: Float[Tensor, "C"],
+    std: Float[Tensor, "C"],
+    seed: int,
+) -> Float[Tensor, "B C H W"]:
+    """A box of normal noise in some of the images. seed: of the noise, which lies around `mean` with spread `std`."""
+    height, width = images.shape[2:]
+    generator = torch.Generator(images.device).manual_seed(seed)
+    images = images.clone()
+    logs = np.log(ERASED_ASPECT)
+    for row, (whether, area, aspect, down, across) in enumerate(draws.tolist()):
+        area = (ERASED_AREA[0] + area * (ERASED_AREA[1] - ERASED_AREA[0])) * height * width
+        aspect = float(np.exp(logs[0] + aspect * (logs[1] - logs[0])))
+        tall, wide = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
+        if whether >= probability or not (0 < tall < height and 0 < wide < width):
+            continue
+        top, left = int(down * (height - tall + 1)), int(across * (width - wide + 1))
+        noise = torch.randn(len(mean), tall, wide, generator=generator, device=images.device)
+        images[row, :, top : top + tall, left : left + wide] = noise * std[:, None, None] + mean[:, None, None]
+    return images
+
+
+# ------------------------------------------------------------------------------------------------------- operations
+
+
+def _tensor(values: np.ndarray, like: Tensor) -> Tensor:
+    return torch.as_tensor(values, dtype=like.dtype).to(like.device, non_blocking=True)
+
+
+def _factors(x: Tensor, strength: np.ndarray, signs: np.ndarray) -> Tensor:
+    """1 +- 0.9 x strength, not below 0.1: (B, 1, 1, 1)."""
+    return _tensor(np.maximum(0.1, 1 + signs * 0.9 * strength), x)[:, None, None, None]
+
+
+def _blend(lesser: Tensor, x: Tensor, factors: Tensor) -> Tensor:
+    """Away from the lesser image (factor above 1) or towards it."""
+    return lesser + (x - lesser) * factors
+
+
+def _gray(x: Tensor) -> Tensor:
+    weights = [0.299, 0.587, 0.114] if x.shape[1] == 3 else [1 / x.shape[1]] * x.shape[1]
+    return (x * x.new_tensor(weights)[:, None, None]).sum(1, keepdim=True)
+
+
+def _brightness(x: Tensor, strength: np.ndarray, signs: np.ndarray, fill: Tensor) -> Tensor:
+    return _blend(torch.zeros_like(x), x, _factors(x, strength, signs))
+
+
+def _contrast(x: Tensor, strength: np.ndarray, signs: np.ndarray, fill: Tensor) -> Tensor:
+    return _blend(_gray(x).mean((2, 3), keepdim=True), x, _factors(x, strength, signs))
+
+
+def _saturation(x: Tensor, strength: np.ndarray, signs: np.ndarray, fill: Tensor) -> Tensor:
+    return _blend(_gray(x), x, _factors(x, strength, signs))
+
+
+def _sharpness(x: Tensor, strength: np.ndarray, signs: np.ndarray, fill: Tensor) -> Tensor:
+    from kornia.filters import box_blur
+
+    return _blend(box_blur(x, (3, 3)), x, _factors(x, strength, signs))
+
+
+def _auto_contrast(x: Tensor, strength: np.ndarray, signs: np.ndarray, fill: Tensor) -> Tensor:
+    least, most = x.amin((2, 3), keepdim=True), x.amax((2, 3), keepdim=True)
+    return torch.where(most > least, (x - least) / (most - least).clamp(min=1e-6), x)
+
+
+def _equalise(x: Tensor, strength: np.ndarray, signs: np.ndarray, fill: Tensor) -> Tensor:
+    from kornia.enhance import equalize
+
+    return equalize(x)
+
+
+def _invert(x: Tensor, strength: np.ndarray, signs: np.ndarray, fill: Tensor) -> Tensor:
+    return 1 - x
+
+
+def _posterise(x: Tensor, strength: np.ndarray, signs: np.ndarray, fill: Tensor) -> Tensor:
+    """8-bit steps, of which the lowest 4 + 4 x strength bits are cleared."""
+    step = 2.0 ** (4 + (4 * strength).astype(int))
+    steps = _tensor(step, x)[:, None, None, None]
+    return ((x * 255).round() / steps).floor() * steps / 255
+
+
+def _solarise(x: Tensor, strength: np.ndarray, signs: np.ndarray, fill: Tensor) -> Tensor:
+    return torch.where(x >= _tensor(1 - strength, x)[:, None, None, None], 1 - x, x)
+
+
+def _solarise_add(x: Tensor, strength: np.ndarray, signs: np.ndarray, fill: Tensor) -> Tensor:
+    added = x + _tensor(strength * 110 / 255, x)[:, None, None, None]
+    return torch.where(x < 128 / 255, added.clamp(max=1), x)
+
+
+def _warp(x: Tensor, matrices: np.ndarray, fill: Tensor) -> Tensor:
+    """Affine maps (B, 2, 2) about the centre and shifts (B, 2) in pixels, as one (B, 2, 3) array."""
+    from kornia.geometry.transform import warp_affine
+
+    size = (x.shape[2], x.shape[3])
+    middle = np.array([(size[1] - 1) / 2, (size[0] - 1) / 2])
+    matrices = matrices.copy()
+    matrices[:, :, 2] += middle - matrices[:, :, :2] @ middle
+    moved = warp_affine(x - fill, _tensor(matrices, x), size, mode="bilinear", padding_mode="zeros", align_corners=True)
+    return moved + fill
+
+
+def _affine(linear: Any = None, shift: Any = None, count: int = 1) -> np.ndarray:
+    matrices = np.tile(np.array([[1.0, 0, 0], [0, 1, 0]]), (count, 1, 1))
+    if linear is not None:
+        matrices[:, :, :2] = linear
+    if shift is not None:
+        matrices[:, :, 2] = shift
+    return matrices
+
+
+def _rotate(x: Tensor, strength: np.ndarray, signs: np.ndarray, fill: Tensor) -> Tensor:
+    angle = np.deg2rad(30 * strength * signs)
+    turn = np.stack([np.cos(angle), -np.sin(angle), np.sin(angle), np.cos(angle)], 1).reshape(-1, 2, 2)
+    return _warp(x, _affine(turn, count=len(x)), fill)
+
+
+def _shear(axis: int) -> Operation:
+    def shear(x: Tensor, strength: np.ndarray, signs: np.ndarray, fill: Tensor) -> Tensor:
+        matrices = _affine(count=len(x))
+        matrices[:, axis, 1 - axis] = 0.3 * strength * signs
+        return _warp(x, matrices, fill)
+
+    return shear
+
+
+def _translate(axis: int) -> Operation:
+    def translate(x: Tensor, strength: np.ndarray, signs: np.ndarray, fill: Tensor) -> Tensor:
+        shift = np.zeros((len(x), 2))
+        shift[:, axis] = 0.45 * strength * signs * x.shape[3 - axis]
+        return _warp(x, _affine(shift=shift, count=len(x)), fill)
+
+    return translate
+
+
+ALL: dict[str, Operation] = {
+    "auto contrast": _auto_contrast,
+    "equalise": _equalise,
+    "invert": _invert,
+    "rotate": _rotate,
+    "posterise": _posterise,
+    "solarise": _solarise,
+    "solarise add": _solarise_add,
+    "saturation": _saturation,
+    "contrast": _contrast,
+    "brightness": _brightness,
+    "sharpness": _sharpness,
+    "shear x": _shear(0),
+    "shear y": _shear(1),
+    "translate x": _translate(0),
+    "translate y": _translate(1),
+}

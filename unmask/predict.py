@@ -1,0 +1,175 @@
+"""`unmask predict RUN IMAGES --out`: what a fine-tuned Run says of images, with the names that it learnt.
+
+Classes: one row for each image, in a .csv, .json or .parquet file: `path`, `class`, `probability` of it, and the
+probability of every class. Masks: a folder with a palette PNG for each image, of its own size, whose stored numbers are
+the ids of the masks it learnt from, and `classes.txt`. Boxes: one .json in COCO's format (`images`, `categories`, and
+`annotations` with a `score`), in pixels of the file.
+
+Images are seen as in the tests, with nothing random. What cannot be read is named and left out.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from unmask.console import Console
+from unmask.data import decode
+from unmask.data.maps import CLASSES_FILE, first_ids
+from unmask.data.sources import Source
+from unmask.errors import UserError
+from unmask.evals.segmentation import classes_at
+from unmask.lessons import as_numpy
+from unmask.plan import autocast, choose_device
+from unmask.run import replace_file
+from unmask.saved import Loaded, load
+from unmask.tasks import classify, detect, segment
+from unmask.use import Readable, eval_precision, open_images, read
+
+TABLES = (".csv", ".json", ".parquet")
+
+
+def predict(
+    run: Path, images: Sequence[str], out: Path, *, step: int | None, device: str, console: Console
+) -> dict[str, Any]:
+    """Write `out` and return what --json prints. Raises ValueError for a Run that has not been fine-tuned."""
+    loaded = load(run, device=choose_device(device), step=step)
+    if not isinstance(loaded.method, classify.Classifier | segment.Segmenter | detect.Detector):
+        raise UserError(
+            f"{run} is a run of {loaded.config.method.name}, which knows no classes; fine-tune it first: unmask "
+            f"finetune {run} DATA"
+        )
+    endings = {classify.Classifier: TABLES, detect.Detector: (".json",)}.get(type(loaded.method), ())
+    if endings and out.suffix not in endings:
+        raise UserError(f"output file {out} came; a name that ends in {', '.join(endings)} was expected")
+    if not endings and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"output folder {out} is not empty; name a new folder for the masks")
+    if not out.resolve().parent.is_dir():
+        raise UserError(f"the folder {out.resolve().parent} does not exist; make it first, or choose another --out")
+    source = open_images(images)
+    whole = not isinstance(loaded.method, classify.Classifier)
+    seen = Readable(
+        source, np.arange(len(source)), loaded.plan.images, loaded.config.data.crop, training=False, whole=whole
+    )
+    with (
+        torch.inference_mode(),
+        autocast(eval_precision(loaded), loaded.device),
+        console.progress("predicting", len(source)) as bar,
+    ):
+        batches = read(seen, np.arange(len(source)), 0, console, bar)
+        write = {classify.Classifier: classes, segment.Segmenter: masks, detect.Detector: boxes}[type(loaded.method)]
+        done, found = write(loaded, source, batches, out)
+    commonest = sorted(found.items(), key=lambda pair: -pair[1])[:6]
+    what = {classify.Classifier: "", segment.Segmenter: "pixels of ", detect.Detector: "boxes: "}[type(loaded.method)]
+    console.say(f"{out}: {done} images, {what}" + ", ".join(f"{number:,} {label}" for label, number in commonest))
+    return {"out": str(out), "images": done, "left_out": len(source) - done, "classes": found}
+
+
+def names_of(loaded: Loaded) -> list[str]:
+    return list(loaded.config.method.model_dump()["classes"])
+
+
+def classes(loaded: Loaded, source: Source, batches: Any, out: Path) -> tuple[int, dict[str, int]]:
+    """A table of probabilities; returns how many images, and how many of each class."""
+    assert isinstance(loaded.method, classify.Classifier)
+    names, rows, counts = names_of(loaded), [], Counter[str]()
+    for batch in batches:
+        shares = loaded.method.logits(batch.images.to(loaded.device)).softmax(1).cpu().numpy()
+        for row, share in zip(batch.index.tolist(), shares, strict=True):
+            best = names[int(share.argmax())]
+            each = {f"p({name})": float(value) for name, value in zip(names, share, strict=True)}
+            rows.append({"path": source.names[row], "class": best, "probability": float(share.max()), **each})
+            counts[best] += 1
+    write_rows(out, rows)
+    return len(rows), dict(counts)
+
+
+def masks(loaded: Loaded, source: Source, batches: Any, out: Path) -> tuple[int, dict[str, int]]:
+    """A mask for each image; returns how many images, and how many pixels of each class."""
+    assert isinstance(loaded.method, segment.Segmenter)
+    names, settings = names_of(loaded), loaded.config.method.model_dump()
+    ids = np.array(first_ids(len(names), settings["ignored"]), np.uint8)
+    palette = np.zeros((256, 3), np.uint8)
+    palette[ids] = (255 * segment.colour_table(len(names)).numpy()).round().astype(np.uint8)
+    done, counts = 0, np.zeros(len(names), np.int64)
+    out.mkdir(exist_ok=True)
+    for batch in batches:
+        for row, scores in zip(batch.index.tolist(), loaded.method.logits(batch.images.to(loaded.device)), strict=True):
+            found = classes_at(scores, size_of(source, row)).cpu().numpy()
+            picture = Image.fromarray(ids[found])
+            picture.putpalette(palette.tobytes())
+            place = mask_file(out, source.names[row])
+            place.parent.mkdir(parents=True, exist_ok=True)
+            picture.save(place)
+            counts += np.bincount(found.ravel(), minlength=len(names))
+            done += 1
+    lines = ["(no class)"] * (int(ids.max()) + 1)
+    for number, name in zip(ids.tolist(), names, strict=True):
+        lines[number] = name
+    (out / CLASSES_FILE).write_text("\n".join(lines) + "\n", "utf-8")
+    return done, {name: int(count) for name, count in zip(names, counts, strict=True) if count}
+
+
+def mask_file(out: Path, name: str) -> Path:
+    """Where the mask of an image goes: its name in `out`, ending in .png; never outside, and never another's place."""
+    inside = Path(*(part for part in PurePosixPath(name).parts if part not in ("/", "..")))
+    place = out / inside.with_suffix(".png")
+    return place if not place.exists() else out / inside.with_name(inside.name + ".png")
+
+
+def boxes(loaded: Loaded, source: Source, batches: Any, out: Path) -> tuple[int, dict[str, int]]:
+    """COCO's format; returns how many images, and how many boxes of each class."""
+    assert isinstance(loaded.method, detect.Detector)
+    names, counts = names_of(loaded), Counter[str]()
+    images, annotations = [], []
+    for batch in batches:
+        for row, one in zip(batch.index.tolist(), loaded.method.predict(batch.images.to(loaded.device)), strict=True):
+            height, width = size_of(source, row)
+            images.append({"id": row, "file_name": source.names[row], "height": height, "width": width})
+            found = as_numpy(one, loaded.plan.images.size, (height, width))
+            assert found.scores is not None
+            for (x1, y1, x2, y2), label, score in zip(
+                found.boxes.tolist(), found.labels.tolist(), found.scores.tolist(), strict=True
+            ):
+                box = {"id": len(annotations), "image_id": row, "category_id": label, "score": score}
+                annotations.append(box | {"bbox": [x1, y1, x2 - x1, y2 - y1], "area": (x2 - x1) * (y2 - y1)})
+                counts[names[label]] += 1
+    categories = [{"id": number, "name": name} for number, name in enumerate(names)]
+    content = {"images": images, "categories": categories, "annotations": annotations}
+    replace_file(out, json.dumps(content).encode())
+    return len(images), dict(counts)
+
+
+def size_of(source: Source, row: int) -> tuple[int, int]:
+    """(H, W) of an image file that has been read."""
+    header = decode.header(source.read(row))
+    return header.height, header.width
+
+
+def write_rows(out: Path, rows: list[dict[str, Any]]) -> None:
+    """A table in the format that the name says; the final name only ever holds a whole file."""
+    if out.suffix == ".json":
+        content = json.dumps(rows, indent=1).encode()
+    elif out.suffix == ".csv":
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+        content = text.getvalue().encode("utf-8", "backslashreplace")
+    else:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        sink = pa.BufferOutputStream()
+        pq.write_table(pa.Table.from_pylist(rows), sink, compression="zstd")
+        content = sink.getvalue().to_pybytes()
+    replace_file(out, content)

@@ -1,0 +1,335 @@
+"""Object detection by an encoder and its feature pyramid: ViTDet's (Li et al. 2022) under an FCOS head (Tian et al.
+2019, 2020), so without anchors, proposals or a second stage.
+
+Every cell of every level of the pyramid says by itself: how likely each class is here, how far it is to the four sides
+of the box around my centre, and how near to the middle of that box I am. A cell learns a box when its centre lies in
+the box and within 1.5 cells of the box's middle, and when the farthest side is as far as its level is for: up to 8
+cells, and more than the finer level sees; the finest level takes all that is small and the coarsest all that is large.
+A box that no level has such a cell for, being long and thin, is learned by the cells of any level near its middle.
+Between two boxes the smaller one wins. All other cells are background, and a box so small that it lies between the
+centres of all cells is not learned. The encoder's weights are grafted.
+
+Loss: focal loss of the classes (Lin et al. 2017, alpha 0.25, gamma 2) over the number of cells with a box; 1 - GIoU of
+the boxes, averaged with the true centreness as weight; cross-entropy of the centreness. All with fixed shapes and
+without waiting for the device: boxes come padded.
+
+Differs from FCOS: LayerNorm over channels where it has GroupNorm; distances in cells of the level; long, thin boxes, of
+which FCOS learns none, are learned. Differs from ViTDet: this head and not Mask R-CNN's; global attention in every
+block, no windows; no large-scale jitter. The number of cells with a box is that of the micro-batch. Layer-wise decay of
+the learning rate is a setting of the optimiser (`optim.py`).
+
+Not here: reading boxes from files (`data/`), how long and on which images, and mAP (`evals/detection.py`).
+
+Letters: L cells of all levels together, K classes, M boxes an image is padded to, W width of the pyramid and head.
+"""
+
+from __future__ import annotations
+
+from math import log
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int, Shaped
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from unmask.batch import Batch, ImageSpec
+from unmask.errors import UserError
+from unmask.method import Clock, Loss, Method, MethodConfig, Picture
+from unmask.nn.blocks import draw_paths
+from unmask.nn.boxes import area, clip, giou, outline, suppress
+from unmask.nn.freeze import check_blocks, freeze
+from unmask.nn.patches import grid_of
+from unmask.nn.pyramid import ChannelNorm, Pyramid
+from unmask.nn.vit import ViT, ViTConfig
+from unmask.rng import Stream
+
+ALPHA, GAMMA = 0.25, 2.0  # of the focal loss
+PRIOR = 0.01  # what every class score starts at: nearly all cells are background
+RADIUS = 1.5  # cells around a box's middle that learn it
+REACH = 8.0  # cells to the farthest side of a box, at most
+LARGEST = 8.0  # of a distance's logarithm in cells, so that it stays finite: 3000 cells
+LEAST_SCORE, OVERLAP, NUM_BEFORE, NUM_FOUND = 0.05, 0.6, 1000, 100  # FCOS's
+DRAWN_SCORE = 0.4
+COLOURS = ((1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (1, 0, 1), (0, 1, 1))
+
+
+class Config(MethodConfig):
+    """classes: names, in the order of the labels. width, convs: of the pyramid, and of the head's two branches.
+
+    last_blocks: how many of the encoder's last blocks are trained with the head; None for the whole encoder, which as
+    many blocks as it has means too. 0 trains pyramid and head alone, 0.5 with them the MLP of the last block.
+    drop_path: probability that what the last block adds is left out (ViTDet: 0.1 for ViT-B, 0.4 for ViT-L).
+    """
+
+    name: Literal["detect"] = "detect"
+    encoder: ViTConfig
+    classes: tuple[str, ...] = Field(min_length=1)
+    last_blocks: float | None = None
+    width: int = Field(default=256, gt=0)
+    convs: int = Field(default=4, ge=0)
+    drop_path: float = Field(default=0.0, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _blocks_that_there_are(self) -> Config:
+        check_blocks(self.last_blocks, self.encoder.depth)
+        return self
+
+
+class Cells(NamedTuple):
+    """All cells of all levels, finest level first, row-major. `centre` and `stride` are (x, y) in pixels.
+
+    `reach`: the least and the most cells to the farthest side of a box that is learned here.
+    """
+
+    centre: Float[Tensor, "L 2"]
+    stride: Float[Tensor, "L 2"]
+    reach: Float[Tensor, "L 2"]
+
+
+class Guess(NamedTuple):
+    """What every cell says: class and centreness as logits, `sides` the distances left, up, right, down in cells."""
+
+    classes: Float[Tensor, "B L K"]
+    sides: Float[Tensor, "B L 4"]
+    centreness: Float[Tensor, "B L"]
+
+
+class Truth(NamedTuple):
+    """What every cell should say: `label` is -1 for background, where `sides` are 1 and `centreness` is 0."""
+
+    label: Int[Tensor, "B L"]
+    sides: Float[Tensor, "B L 4"]
+    centreness: Float[Tensor, "B L"]
+
+
+class Found(NamedTuple):
+    """What was found in one image, best first. `boxes` are (x1, y1, x2, y2) in its pixels, `scores` 0 to 1."""
+
+    boxes: Float[Tensor, "k 4"]
+    scores: Float[Tensor, "k"]
+    labels: Int[Tensor, "k"]
+
+
+class Head(nn.Module):
+    """The part all levels share: two branches of 3x3 convolutions, one for classes, one for sides and centreness."""
+
+    def __init__(self, width: int, convs: int, classes: int, levels: int) -> None:
+        super().__init__()
+        self.class_branch, self.side_branch = branch(width, convs), branch(width, convs)
+        self.to_classes = nn.Conv2d(width, classes, 3, padding=1)
+        self.to_sides = nn.Conv2d(width, 4, 3, padding=1)
+        self.to_centreness = nn.Conv2d(width, 1, 3, padding=1)
+        self.scales = nn.Parameter(torch.ones(levels))
+        for part in self.modules():
+            if isinstance(part, nn.Conv2d):
+                nn.init.normal_(part.weight, std=0.01)
+                if part.bias is not None:
+                    nn.init.zeros_(part.bias)
+        nn.init.constant_(self.to_classes.bias, -log((1 - PRIOR) / PRIOR))  # type: ignore[arg-type]
+
+    def forward(self, maps: list[Float[Tensor, "B W _ _"]]) -> Guess:
+        found = []
+        for x, scale in zip(maps, self.scales, strict=True):
+            about_class, about_side = self.class_branch(x), self.side_branch(x)
+            parts = self.to_classes(about_class), self.to_sides(about_side), self.to_centreness(about_side)
+            classes, sides, centreness = (part.flatten(2).transpose(1, 2).float() for part in parts)
+            found.append((classes, (scale * sides).clamp(max=LARGEST).exp(), centreness[..., 0]))
+        return Guess(*(torch.cat(level, 1) for level in zip(*found, strict=True)))
+
+
+def branch(width: int, convs: int) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for _ in range(convs):
+        layers += [nn.Conv2d(width, width, 3, padding=1, bias=False), ChannelNorm(width), nn.ReLU()]
+    return nn.Sequential(*layers)
+
+
+class Detector(Method):
+    """See the module docstring. Images of other sizes than in training may come, in whole patches."""
+
+    encoder: ViT
+    undecayed = ("encoder.cls_token", "encoder.pos_embed")
+
+    def __init__(self, config: Config, images: ImageSpec) -> None:
+        super().__init__()
+        self.drop_path = config.drop_path
+        self.encoder = ViT(config.encoder, images)
+        self.pyramid = Pyramid(self.encoder.width, config.width, self.encoder.patch, self.encoder.grid)
+        self.head = Head(config.width, config.convs, len(config.classes), len(self.pyramid.strides))
+        freeze(self.encoder, config.last_blocks)
+
+    def loss(self, batch: Batch, clock: Clock) -> Loss:
+        """Focal loss + GIoU loss + centreness loss; logs the three. Raises UserError without boxes.
+
+        An image in which there are none is all background.
+        """
+        boxes, labels = require_boxes(batch)
+        paths = None
+        if self.drop_path:
+            paths = draw_paths(clock.rng.uniform(2 * len(self.encoder.blocks), Stream.PATHS), self.drop_path)
+        guess, cells = self.guess(batch.images, paths)
+        return error(guess, assign(cells, boxes, labels))
+
+    def guess(
+        self, images: Shaped[Tensor, "B C H W"], paths: Float[Tensor, "depth 2 B 1 1"] | None = None
+    ) -> tuple[Guess, Cells]:
+        """What every cell says of images in the files' units, and where the cells are. paths: see `draw_paths`."""
+        grid = grid_of((images.shape[2], images.shape[3]), self.encoder.patch)
+        tokens = self.encoder.embed(self.encoder.patches(images), grid=grid)
+        *_, last = self.encoder.layers(tokens, grid=grid, paths=paths)
+        maps = self.pyramid(last[:, 1:].transpose(1, 2).unflatten(2, grid))
+        return self.head(maps), make_cells(self.pyramid.strides, [x.shape[2:] for x in maps], images.device)
+
+    @torch.no_grad()
+    def predict(self, images: Shaped[Tensor, "B C H W"]) -> list[Found]:
+        """(B, C, H, W) in the files' units -> what is in each, at most 100 things, in pixels of these images.
+
+        A thing's score is the root of class times centreness; those below 0.05 are left out.
+        """
+        guess, cells = self.guess(images)
+        size = (images.shape[2], images.shape[3])
+        return [select(Guess(*one), cells, size) for one in zip(*guess, strict=True)]
+
+    def picture(self, batch: Batch, clock: Clock) -> Picture:
+        """Original; its true boxes; and the boxes found with some certainty, one colour for each class."""
+        boxes, labels = require_boxes(batch)
+        guess, cells = self.guess(batch.images)
+        truth, size = assign(cells, boxes, labels), (batch.images.shape[2], batch.images.shape[3])
+        found = [select(Guess(*one), cells, size) for one in zip(*guess, strict=True)]
+        sure = [(one.boxes[s], one.labels[s]) for one in found for s in [one.scores > DRAWN_SCORE]]
+        true = [(b[y >= 0], y[y >= 0]) for b, y in zip(boxes, labels, strict=True)]
+        images = batch.images.float()
+        panels = {"original": images, "true boxes": self.draw(images, true), "found boxes": self.draw(images, sure)}
+        return Picture(
+            panels,
+            f"{sum(len(y) for _, y in true)} boxes there are, {sum(len(y) for _, y in sure)} were found with a score "
+            f"above {DRAWN_SCORE}; each class has its colour, so far as there are colours.",
+            {"loss": error(guess, truth).value, "same_everywhere": same_everywhere(truth, guess.classes.shape[2])},
+        )
+
+    def draw(
+        self, images: Float[Tensor, "B C H W"], boxes: list[tuple[Float[Tensor, "_ 4"], Int[Tensor, "_"]]]
+    ) -> Float[Tensor, "B C H W"]:
+        """The images with boxes outlined in the colours of their labels, between the images' least and greatest."""
+        spec = self.encoder.spec
+        low, high = (images.new_tensor(value) for value in spec.value_range)
+        on = [[colour[c % 3] if spec.channels > 1 else 1 for c in range(spec.channels)] for colour in COLOURS]
+        palette = low + images.new_tensor(on) * (high - low)
+        return torch.stack([outline(x, b, palette[y % len(palette)]) for x, (b, y) in zip(images, boxes, strict=True)])
+
+
+def make_cells(strides: tuple[tuple[float, float], ...], shapes: list[torch.Size], device: torch.device) -> Cells:
+    """Where the cells of levels with these strides, (height, width) in pixels, and (rows, cols) are."""
+    centres, sizes, reaches = [], [], []
+    for number, ((high, wide), (rows, cols)) in enumerate(zip(strides, shapes, strict=True)):
+        y, x = ((torch.arange(n, device=device) + 0.5) * step for n, step in ((rows, high), (cols, wide)))
+        centres.append(torch.stack([x.repeat(rows), y.repeat_interleave(cols)], 1))
+        # A finer level's cells are half as large: its most is half as many of ours.
+        pairs = (wide, high), (REACH / 2 if number else 0.0, REACH if number < len(strides) - 1 else float("inf"))
+        for into, (first, second) in zip((sizes, reaches), pairs, strict=True):
+            value = torch.full((rows * cols, 2), float(first), device=device)
+            value[:, 1] = second
+            into.append(value)
+    return Cells(torch.cat(centres), torch.cat(sizes), torch.cat(reaches))
+
+
+def assign(cells: Cells, boxes: Float[Tensor, "B M 4"], labels: Int[Tensor, "B M"]) -> Truth:
+    """What every cell should say of images with these boxes; see the module docstring for who learns what."""
+    if boxes.shape[1] == 0:
+        boxes, labels = F.pad(boxes, (0, 0, 0, 1)), F.pad(labels, (0, 1), value=-1)
+    each = [assign_one(cells, *one) for one in zip(boxes, labels, strict=True)]
+    return Truth(*(torch.stack(part) for part in zip(*each, strict=True)))
+
+
+def assign_one(cells: Cells, boxes: Float[Tensor, "M 4"], labels: Int[Tensor, "M"]) -> Truth:
+    """`assign` for one image, so that only L x M distances are kept at a time; the result has no batch dimension."""
+    sides = sides_from(cells, boxes)  # (L, M, 4), in cells
+    off_middle = (sides[..., :2] - sides[..., 2:]).abs().amax(2) / 2
+    farthest = sides.amax(2)
+    near = (sides.amin(2) > 0) & (off_middle < RADIUS) & (labels >= 0)
+    mine = near & (farthest > cells.reach[:, :1]) & (farthest <= cells.reach[:, 1:])
+    mine |= near & ~mine.any(0)
+    least, which = area(boxes).expand(len(sides), -1).masked_fill(~mine, float("inf")).min(1)
+    found = least.isfinite()
+    chosen = sides.gather(1, which[:, None, None].expand(-1, 1, 4))[:, 0]
+    chosen = torch.where(found[:, None], chosen, 1.0)
+    pairs = torch.stack([chosen[:, :2], chosen[:, 2:]], 1)  # (L, opposite, axis)
+    centreness = (pairs.amin(1) / pairs.amax(1)).prod(1).sqrt()
+    return Truth(torch.where(found, labels[which], -1), chosen, torch.where(found, centreness, 0.0))
+
+
+def sides_from(cells: Cells, boxes: Float[Tensor, "M 4"]) -> Float[Tensor, "L M 4"]:
+    """From each cell's centre to each box's left, upper, right and lower side, in cells; negative outside."""
+    centre, stride = cells.centre[:, None], cells.stride[:, None]
+    return torch.cat([(centre - boxes[:, :2]) / stride, (boxes[:, 2:] - centre) / stride], 2)
+
+
+def around(sides: Float[Tensor, "*n 4"]) -> Float[Tensor, "*n 4"]:
+    """The boxes with these sides, in cells from the cell's centre."""
+    return torch.cat([-sides[..., :2], sides[..., 2:]], -1)
+
+
+def error(guess: Guess, truth: Truth) -> Loss:
+    """The loss of the module docstring, and its three parts."""
+    found = (truth.label >= 0).float()
+    count = found.sum().clamp(min=1)
+    right = truth.label[..., None] == torch.arange(guess.classes.shape[2], device=truth.label.device)
+    classes = focal(guess.classes, right.float()).sum() / count
+    off = (1 - giou(around(guess.sides), around(truth.sides))) * truth.centreness
+    sides = off.sum() / truth.centreness.sum().clamp(min=1e-6)
+    off_centre = F.binary_cross_entropy_with_logits(guess.centreness, truth.centreness, reduction="none") * found
+    centreness = off_centre.sum() / count
+    logs = {"classes": classes.detach(), "boxes": sides.detach(), "centreness": centreness.detach()}
+    return Loss(classes + sides + centreness, logs)
+
+
+def focal(logits: Float[Tensor, "*n"], truth: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+    """Binary cross-entropy in which what is already right counts little: times (1 - p of the truth)^2, and alpha."""
+    p = logits.sigmoid()
+    wrong = p * (1 - truth) + (1 - p) * truth
+    weight = ALPHA * truth + (1 - ALPHA) * (1 - truth)
+    return weight * wrong**GAMMA * F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
+
+
+def same_everywhere(truth: Truth, num_classes: int) -> Float[Tensor, ""]:
+    """The loss of a guess that does not look: in every cell the same best class scores, the mean sides and centreness.
+
+    Mean and best over the cells of these very images.
+    """
+    found, device = (truth.label >= 0).float(), truth.label.device
+    count = found.sum().clamp(min=1)
+    logits = torch.linspace(-12, 12, 241, device=device)
+    right = (truth.label[..., None] == torch.arange(num_classes, device=device)).flatten(0, 1).sum(0)[:, None]  # (K, 1)
+    one, none = torch.ones_like(logits), torch.zeros_like(logits)
+    costs = right * focal(logits, one) + (truth.label.numel() - right) * focal(logits, none)  # (K, 241)
+    sides = (truth.sides * found[..., None]).sum((0, 1)) / count
+    centreness = (truth.centreness.sum() / count).clamp(1e-6, 1 - 1e-6).logit()
+    shape = truth.label.shape
+    alike = Guess(
+        logits[costs.argmin(1)].expand(*shape, -1), sides.expand(*shape, 4).clamp(min=1e-6), centreness.expand(shape)
+    )
+    return error(alike, truth).value
+
+
+def select(guess: Guess, cells: Cells, size: tuple[int, int]) -> Found:
+    """What is found in one image of `size` = (H, W) pixels: the best boxes, each thing once. `guess` has no batch."""
+    scores = (guess.classes.sigmoid() * guess.centreness.sigmoid()[:, None]).sqrt().flatten()
+    scores, where = scores.topk(min(NUM_BEFORE, len(scores)))
+    where, scores = where[scores > LEAST_SCORE], scores[scores > LEAST_SCORE]
+    cell, label = where // guess.classes.shape[1], where % guess.classes.shape[1]
+    boxes = cells.centre[cell].repeat(1, 2) + around(guess.sides[cell]) * cells.stride[cell].repeat(1, 2)
+    boxes = clip(boxes, size)
+    stays = suppress(boxes, scores, label, OVERLAP)[:NUM_FOUND]
+    return Found(boxes[stays], scores[stays], label[stays])
+
+
+def require_boxes(batch: Batch) -> tuple[Tensor, Tensor]:
+    """Boxes (B, M, 4) in pixels and their labels (B, M). Raises UserError when the images came without."""
+    if batch.boxes is None or batch.box_labels is None:
+        raise UserError(
+            "images without boxes came, and a detector learns from boxes; give the file that holds them beside the "
+            "images (COCO's JSON, or VOC's XML); an image in which there is nothing is welcome among others"
+        )
+    return batch.boxes, batch.box_labels

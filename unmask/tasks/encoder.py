@@ -1,0 +1,50 @@
+"""An encoder and nothing else: weights from elsewhere (`unmask import`) whose training task did not come with them.
+
+It can be looked through (`embed`, `probe`) and built upon (`finetune`, `pretrain --recipe NAME --from RUN`). It has no
+loss and no picture of its own, and none is made up.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NoReturn
+
+from unmask.batch import Batch, ImageSpec
+from unmask.errors import UserError
+from unmask.method import Clock, Loss, Method, MethodConfig, Picture
+from unmask.nn.gpt import GPT, GPTConfig
+from unmask.nn.vit import ViT, ViTConfig
+
+
+class Config(MethodConfig):
+    """origin: the name of the file or folder that the weights came from."""
+
+    name: Literal["encoder"] = "encoder"
+    encoder: ViTConfig | GPTConfig
+    origin: str = ""
+
+
+class EncoderOnly(Method):
+    """See the module docstring. An encoder of iGPT is a causal one, with the start token: so are the published."""
+
+    encoder: ViT | GPT
+
+    def __init__(self, config: Config, images: ImageSpec) -> None:
+        super().__init__()
+        self.origin = config.origin
+        if isinstance(config.encoder, GPTConfig):
+            self.encoder, self.fixed = GPT(config.encoder, images, causal=True), ("encoder.palette",)
+        else:
+            self.encoder = ViT(config.encoder, images)
+
+    def loss(self, batch: Batch, clock: Clock) -> Loss:
+        self._refuse()
+
+    def picture(self, batch: Batch, clock: Clock) -> Picture:
+        self._refuse()
+
+    def _refuse(self) -> NoReturn:
+        origin = f" (imported from {self.origin})" if self.origin else ""
+        raise UserError(
+            f"this run holds an encoder only{origin}: it can be neither trained nor drawn as it is; name the task with "
+            "`unmask pretrain DATA --from RUN --recipe NAME`, or use embed, probe or finetune"
+        )

@@ -1,0 +1,78 @@
+"""MAE's linear probe by its own protocol: He et al. 2021, Table 10, and `main_linprobe.py`.
+
+The class token behind the encoder's final norm goes through a BatchNorm without gain and bias and one linear layer,
+which alone is trained, with LARS, large batches and augmented images. Cheaper probes on features that are computed once
+are in `evals/`; this one is there to be compared with published numbers.
+
+As published the batch is 16384, the learning rate 6.4 (0.1 x batch / 256), 90 epochs, 10 of them warm-up, no weight
+decay. BatchNorm's statistics are those of the micro-batch while it trains, and their running average when it is tested.
+An encoder without a class token is probed on the mean of its patch tokens.
+"""
+
+from __future__ import annotations
+
+from math import log
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from unmask.batch import Batch, ImageSpec
+from unmask.errors import UserError
+from unmask.method import Clock, Loss, Method, MethodConfig, Picture
+from unmask.nn.vit import ViT, ViTConfig
+
+BATCH_NORM_EPS = 1e-6
+HEAD_STD = 0.01
+
+
+class Config(MethodConfig):
+    """classes: names, in the order of the labels."""
+
+    name: Literal["linear_probe"] = "linear_probe"
+    encoder: ViTConfig
+    classes: tuple[str, ...] = Field(min_length=2)
+
+
+class LinearProbe(Method):
+    """See the module docstring."""
+
+    encoder: ViT
+
+    def __init__(self, config: Config, images: ImageSpec) -> None:
+        super().__init__()
+        self.encoder = ViT(config.encoder, images)
+        self.encoder.requires_grad_(False)
+        self.norm = nn.BatchNorm1d(self.encoder.width, eps=BATCH_NORM_EPS, affine=False)
+        self.head = nn.Linear(self.encoder.width, len(config.classes))
+        nn.init.trunc_normal_(self.head.weight, std=HEAD_STD)
+        nn.init.zeros_(self.head.bias)
+
+    def loss(self, batch: Batch, clock: Clock) -> Loss:
+        """Cross-entropy; logs the share of this batch that is right. Raises UserError for images without labels."""
+        if batch.labels is None:
+            raise UserError("images without labels came; put each class into a sub-folder of its own")
+        logits = self.logits(batch.images)
+        right = (logits.detach().argmax(1) == batch.labels).float().mean()
+        return Loss(F.cross_entropy(logits, batch.labels), {"accuracy": right})
+
+    def logits(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) in the files' units -> (B, classes), float32."""
+        with torch.no_grad():
+            features = self.encoder(images)
+        token = features.pooled if features.cls is None else features.cls
+        return self.head(self.norm(token.float())).float()
+
+    def picture(self, batch: Batch, clock: Clock) -> Picture:
+        """The images; beside the loss that of calling all classes alike."""
+        assert batch.labels is not None, "`loss` came first"
+        logits = self.logits(batch.images)
+        right = int((logits.argmax(1) == batch.labels).sum())
+        numbers = {
+            "loss": F.cross_entropy(logits, batch.labels),
+            "all_classes_alike": logits.new_tensor(log(logits.shape[1])),
+        }
+        note = f"{right} of {len(logits)} of these images are given the right class."
+        return Picture({"original": batch.images.float()}, note, numbers)

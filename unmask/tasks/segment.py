@@ -1,0 +1,178 @@
+"""Semantic segmentation, a class for every pixel, by an encoder under a linear layer or UPerNet (`nn/map_heads.py`).
+
+As MAE and BEiT are measured on ADE20K (He et al. 2021, A.4): the whole encoder learns with the head, positions too, and
+stochastic depth and layer-wise decay of the learning rate (`optim.py`) are theirs. Cross-entropy over all pixels but
+those that are IGNORED, at the images' own resolution: scores are enlarged bilinearly before the softmax. The encoder's
+weights are grafted, or none are and the same is training from scratch.
+
+Differs from the paper: no auxiliary head, no relative position bias but what the encoder was trained with, one scale of
+images; and `map_heads.py` says how its UPerNet differs. The encoder's own final norm is not used, as in `classify.py`.
+
+Not here: reading masks (`data/maps.py`), how long and on which images (`finetune.py`), mIoU (`evals/segmentation.py`).
+
+Letters: B images, C channels, H x W pixels, K classes, L blocks.
+"""
+
+from __future__ import annotations
+
+import colorsys
+from math import log
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int, Shaped
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from unmask.batch import IGNORED, Batch, ImageSpec
+from unmask.errors import UserError
+from unmask.method import Clock, Loss, Method, MethodConfig, Picture
+from unmask.nn.blocks import draw_paths
+from unmask.nn.freeze import check_blocks, freeze
+from unmask.nn.map_heads import LinearHead, UPerNet, resize
+from unmask.nn.patches import grid_of
+from unmask.nn.vit import ViT, ViTConfig
+from unmask.rng import Stream
+
+COLOURS = {  # of the first classes, as far apart as twelve can be
+    "red": (230, 25, 75), "green": (60, 180, 75), "yellow": (255, 225, 25), "blue": (0, 90, 220),
+    "orange": (245, 130, 48), "purple": (145, 30, 180), "cyan": (70, 240, 240), "pink": (250, 150, 200),
+    "lime": (190, 245, 60), "brown": (150, 95, 35), "teal": (0, 130, 130), "white": (255, 255, 255),
+}  # fmt: skip
+TURN = 0.618034  # of the colour circle between two further classes: never the same again
+
+
+class Config(MethodConfig):
+    """classes: names, in the order of the numbers in `Batch.maps`.
+
+    ignored: ids in the mask files that are no class (`data/maps.py`), kept so that other masks are read alike. head:
+    "upernet", of `width` channels, or "linear", which has no width. last_blocks: how many of the encoder's last blocks
+    are trained with the head; None for the whole encoder, which as many blocks as it has means too. 0 trains the head
+    alone, 0.5 with it the MLP of the last block. drop_path: probability that what the last block adds is left out.
+    """
+
+    name: Literal["segment"] = "segment"
+    encoder: ViTConfig
+    classes: tuple[str, ...] = Field(min_length=2, max_length=IGNORED - 1)
+    ignored: tuple[int, ...] = (IGNORED,)
+    head: Literal["upernet", "linear"] = "upernet"
+    width: int = Field(default=256, gt=0)
+    last_blocks: float | None = None
+    drop_path: float = Field(default=0.0, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _blocks_that_there_are(self) -> Config:
+        check_blocks(self.last_blocks, self.encoder.depth)
+        return self
+
+
+class Segmenter(Method):
+    """See the module docstring. Images of other sizes than in training may come, in whole patches."""
+
+    encoder: ViT
+    undecayed = ("encoder.cls_token", "encoder.pos_embed")
+
+    def __init__(self, config: Config, images: ImageSpec) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = ViT(config.encoder, images)
+        width, count = self.encoder.width, len(config.classes)
+        if config.head == "linear":
+            self.head: LinearHead | UPerNet = LinearHead(width, count)
+        else:
+            self.head = UPerNet(width, config.width, count, self.encoder.patch, self.encoder.grid)
+        freeze(self.encoder, config.last_blocks)
+
+    def loss(self, batch: Batch, clock: Clock) -> Loss:
+        """Mean cross-entropy of the pixels that are judged; logs the share of them that is right. 0 if there are none.
+
+        Raises UserError without maps.
+        """
+        maps, paths = require_maps(batch), None
+        if self.config.drop_path:
+            draws = clock.rng.uniform(2 * len(self.encoder.blocks), Stream.PATHS)
+            paths = draw_paths(draws, self.config.drop_path)
+        logits = self.logits(batch.images, paths)
+        return Loss(error(logits, maps), {"pixel_accuracy": right_share(logits.detach().argmax(1), maps)})
+
+    def logits(
+        self, images: Shaped[Tensor, "B C H W"], paths: Float[Tensor, "L 2 B 1 1"] | None = None
+    ) -> Float[Tensor, "B K H W"]:
+        """Scores of each class for each pixel of images in the files' units. paths: see `draw_paths`."""
+        size = (images.shape[2], images.shape[3])
+        grid = grid_of(size, self.encoder.patch)
+        wanted, maps = self.head.blocks(len(self.encoder.blocks)), []
+        tokens = self.encoder.embed(self.encoder.patches(images), grid=grid)
+        for number, x in enumerate(self.encoder.layers(tokens, grid=grid, paths=paths)):
+            maps += [x[:, 1:].transpose(1, 2).unflatten(2, grid)] * wanted.count(number)  # (B, D, R, C)
+        return resize(self.head(maps).float(), size)
+
+    @torch.no_grad()
+    def predict(self, images: Shaped[Tensor, "B C H W"]) -> Int[Tensor, "B H W"]:
+        """The class of each pixel of images in the files' units."""
+        return self.logits(images).argmax(1)
+
+    def picture(self, batch: Batch, clock: Clock) -> Picture:
+        """Original, true map and predicted map, a colour for each class; pixels that are not judged are black."""
+        maps, logits = require_maps(batch), self.logits(batch.images)
+        guess = logits.argmax(1)
+        panels = {
+            "original": batch.images.float(),
+            "true map": self.draw(maps),
+            "predicted map": self.draw(torch.where(maps == IGNORED, maps, guess)),
+        }
+        there = [int(one) for one in maps.unique() if int(one) != IGNORED]
+        named = [f"{colour} is {self.config.classes[one]}" for one, colour in enumerate(COLOURS) if one in there]
+        legend = f" Here {', '.join(named)}." if self.encoder.spec.channels == 3 and named else ""
+        shares = torch.stack([(maps == one).sum() for one in there] or [maps.new_ones(())])
+        shares = shares / shares.sum()
+        return Picture(
+            panels,
+            f"{float(right_share(guess, maps)):.1%} of the judged pixels are given the right class.{legend}",
+            {
+                "loss": error(logits, maps),
+                "all_classes_alike": logits.new_tensor(log(logits.shape[1])),
+                "shares_of_classes": -(shares * shares.log()).sum(),
+            },
+        )
+
+    def draw(self, maps: Int[Tensor, "B H W"]) -> Float[Tensor, "B C H W"]:
+        """Maps in colour, in the files' units; steps of gray where images have not three channels."""
+        spec, count = self.encoder.spec, len(self.config.classes)
+        if spec.channels == 3:
+            table = colour_table(count)
+        else:
+            table = (torch.arange(1, count + 1) / count)[:, None].expand(count, spec.channels)
+        table = torch.cat([table, table.new_zeros(1, spec.channels)]).to(maps.device)  # the last is for what is ignored
+        low, high = (torch.tensor(value, device=maps.device) for value in spec.value_range)
+        drawn = table[torch.where(maps == IGNORED, count, maps)]  # (B, H, W, C)
+        return (low + drawn * (high - low)).movedim(3, 1)
+
+
+def colour_table(count: int) -> Float[Tensor, "K 3"]:
+    """The colour of each class, always the same, 0 to 1: the named ones, then turns of the circle."""
+    known = [tuple(value / 255 for value in colour) for colour in COLOURS.values()]
+    more = [colorsys.hsv_to_rgb(i * TURN % 1, 0.35 + 0.3 * (i % 3), 0.95 - 0.2 * (i % 4)) for i in range(count)]
+    return torch.tensor([*known, *more][:count])
+
+
+def error(logits: Float[Tensor, "B K H W"], maps: Int[Tensor, "B H W"]) -> Float[Tensor, ""]:
+    """Mean cross-entropy of the pixels that are judged, 0 where there are none."""
+    judged = (maps != IGNORED).sum().clamp(min=1)
+    return F.cross_entropy(logits, maps, ignore_index=IGNORED, reduction="sum") / judged
+
+
+def right_share(guess: Int[Tensor, "B H W"], maps: Int[Tensor, "B H W"]) -> Float[Tensor, ""]:
+    """Share of the judged pixels whose class is right."""
+    return (guess == maps).sum() / (maps != IGNORED).sum().clamp(min=1)
+
+
+def require_maps(batch: Batch) -> Int[Tensor, "B H W"]:
+    """The class of each pixel. Raises UserError when the images came without."""
+    if batch.maps is None:
+        raise UserError(
+            "images without maps came, and a segmenter learns from the class of every pixel; give the folder of masks "
+            "with --masks-dir, each named as its image"
+        )
+    return batch.maps
