@@ -224,6 +224,16 @@ def test_test_images_of_other_classes_are_refused(pretrained, data, tmp_path):
         tune(pretrained, data, tmp_path / "a", test=str(other))
 
 
+def test_what_learns_from_labels_is_no_pre_training(tuned, data, tmp_path):
+    with pytest.raises(ConfigError, match="finetune_few learns from labels"):
+        pretrain(data, recipe="finetune_few", out=tmp_path / "a")
+    with pytest.raises(ConfigError, match="is a run of classify, which learns from labels"):
+        pretrain(data, from_run=tuned.path, out=tmp_path / "a")
+    small = [setting for setting in SMALL if not setting.startswith("data.size")]
+    again = pretrain(data, from_run=tuned.path, recipe="mae_nano", out=tmp_path / "a", settings=small)
+    assert read_config(again).graft[0].source == "encoder."
+
+
 def test_pre_training_is_not_tested(data, tmp_path):
     with pytest.raises(ConfigError, match="nothing to test"):
         pretrain(data, recipe="mae_nano", out=tmp_path / "a", settings=["train.test_every=3"])

@@ -448,7 +448,13 @@ def probe(
     test: Annotated[
         str | None, typer.Option(metavar="DATA", help="Test images; default a fifth of DATA.", show_default=False)
     ] = None,
-    kind: Annotated[str, typer.Option(help="knn, linear or attentive (a learned query over all tokens).")] = "knn",
+    kind: Annotated[
+        str,
+        typer.Option(
+            help="knn, linear, attentive (a learned query over all tokens), or paper-linear (MAE's own protocol: LARS "
+            "on augmented images, a training of its own)."
+        ),
+    ] = "knn",
     shots: Annotated[
         str | None,
         typer.Option(
@@ -505,12 +511,42 @@ def probe(
             show_default=False,
         ),
     ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="paper-linear: any setting of its training; repeatable."),
+    ] = None,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
     """How good are the features? A frozen encoder measured on your labels: sub-folder names, or a table."""
     from unmask.probing import probe_run, shots_of
 
+    if kind == "paper-linear":
+        _paper_linear(
+            run,
+            data,
+            test,
+            shots,
+            {
+                "--draws": draws,
+                "--controls": controls,
+                "--against": against,
+                "--targets": targets,
+                "--columns": columns,
+                "--task": task,
+                "--test-targets": test_targets,
+                "--seed": seed,
+                "--step": step,
+                "--layer": layer,
+                "--masks": masks,
+                "--device": None if device == "auto" else device,
+            },
+            settings or (),
+            as_json,
+        )
+        return
+    if settings:
+        raise UserError(f"--set {settings[0]} came, but a probe of kind {kind} is no training; leave it out")
     summary = probe_run(
         run,
         data,
@@ -531,6 +567,26 @@ def probe(
         masks=masks,
         console=Console(),
     )
+    if as_json:
+        _print_json(summary)
+
+
+def _paper_linear(
+    run: Path, data: str, test: str | None, shots: str | None, others: dict[str, Any], settings: Any, as_json: bool
+) -> None:
+    """The probe that is a training; `others` are options that mean nothing to it, with what came for them."""
+    from unmask.finetune import paper_linear
+    from unmask.probing import shots_of
+    from unmask.report import write_report
+
+    if came := [option for option, value in others.items() if value]:
+        raise UserError(f"{came[0]} came, which --kind paper-linear has no use for; leave it out")
+    number = shots_of(shots)
+    if isinstance(number, tuple | list):
+        raise UserError(f"--shots {shots} came; a probe of kind paper-linear takes one number")
+    console = Console()
+    summary = paper_linear(run, data, test=test, shots=number, settings=settings, console=console)
+    console.say(f"report: {write_report(run)}")
     if as_json:
         _print_json(summary)
 

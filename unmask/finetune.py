@@ -310,7 +310,9 @@ def paper_linear(
         "layer": None, "masks": None, "step": checkpoint.newest_step(outer), "classes": found["classes"],
         "train_images": found["train_images"], "test_images": found["test_images"], "chance": 1 / len(found["classes"]),
         "rows": [{"features": "pre-trained", "pool": "cls", "c": None, **row}], "best": found["best"],
-        "run": run.path.name, "verdict": "Whether pre-training helped is not known from this: there are no controls.",
+        "run": run.path.name, "task": "classes", "metric": "accuracy",
+        "protocol": "Class token, BatchNorm without gain, one linear layer; LARS on augmented images (He et al. 2021).",
+        "verdict": "Whether pre-training helped is not known from this: there are no controls.",
     }  # fmt: skip
     outer.write(f"evals/probe-{name}.json", summary)
     return summary

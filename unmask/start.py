@@ -80,6 +80,7 @@ def pretrain(
     base = None if from_run is None else grafts.continued(from_run, recipe)
     settings = with_options(base, recipe, list(settings), tokenizer=tokenizer, palette=palette, masks=masks)
     draft = drafted(base, recipe, settings, budget)
+    refuse_labels(draft, from_run)
     device = choose_device(draft.train.device)
     if out is not None:
         Run.check_free(out)
@@ -308,6 +309,21 @@ def _as_auto_would(config: Config, settings: list[str]) -> Config:
         height, width = config.model_dump()["method"]["encoder"]["patch"]
         return override(config, [f"data.size=[{height * 16},{width * 16}]"])
     return config
+
+
+def refuse_labels(config: Config, from_run: str | Path | None) -> None:
+    """Raises ConfigError for a method that learns from labels: those belong to `unmask finetune`."""
+    if config.method.name not in task_names():
+        return
+    if from_run is None:
+        raise ConfigError(
+            f"recipe {config.recipe} learns from labels, and this is pre-training; use it with `unmask finetune RUN "
+            f"DATA --recipe {config.recipe}`"
+        )
+    raise ConfigError(
+        f"--from {from_run} is a run of {config.method.name}, which learns from labels; give `unmask finetune "
+        f"{from_run} DATA` to train on, or name a --recipe to pre-train its encoder"
+    )
 
 
 def require_method(config: Config) -> None:

@@ -17,7 +17,10 @@ from unmask.tasks import classify, detect, linear_probe, segment
 PAPER_CROP = CropConfig(scale=(0.08, 1.0), eval_share=0.875)
 SMALL_CROP = CropConfig(scale=(0.4, 1.0))
 DENSE_CROP = CropConfig(scale=(0.25, 1.0))
-SMALL_ENCODER = ViTConfig(width=192, depth=12, heads=3, patch=(4, 4))
+NANO = ViTConfig(width=192, depth=12, heads=3, patch=(4, 4))
+BASE = ViTConfig(width=768, depth=12, heads=12)
+LARGE = ViTConfig(width=1024, depth=24, heads=16)
+HUGE = ViTConfig(width=1280, depth=32, heads=16, patch=(14, 14))
 
 
 def finetune_few() -> Config:
@@ -51,7 +54,7 @@ def finetune_base() -> Config:
 
     7 h 11 min on 32 V100 GPUs (published).
     """
-    return _paper("finetune_base", epochs=100, base_lr=5e-4, layer_decay=0.65, drop_path=0.1)
+    return _paper("finetune_base", BASE, epochs=100, base_lr=5e-4, layer_decay=0.65, drop_path=0.1)
 
 
 def finetune_large() -> Config:
@@ -61,7 +64,7 @@ def finetune_large() -> Config:
 
     8 h 52 min on 32 V100 GPUs (published).
     """
-    return _paper("finetune_large", epochs=50, base_lr=1e-3, layer_decay=0.75, drop_path=0.2)
+    return _paper("finetune_large", LARGE, epochs=50, base_lr=1e-3, layer_decay=0.75, drop_path=0.2)
 
 
 def finetune_huge() -> Config:
@@ -71,7 +74,7 @@ def finetune_huge() -> Config:
 
     13 h 9 min on 64 V100 GPUs (published).
     """
-    return _paper("finetune_huge", epochs=50, base_lr=1e-3, layer_decay=0.75, drop_path=0.3)
+    return _paper("finetune_huge", HUGE, epochs=50, base_lr=1e-3, layer_decay=0.75, drop_path=0.3)
 
 
 def scratch_few() -> Config:
@@ -103,7 +106,7 @@ def scratch_base() -> Config:
 
     unmask finetune RUN DATA --from-scratch
     """
-    return _from_scratch("scratch_base", epochs=300, drop_path=0.1)
+    return _from_scratch("scratch_base", BASE, epochs=300, drop_path=0.1)
 
 
 def scratch_large() -> Config:
@@ -111,7 +114,7 @@ def scratch_large() -> Config:
 
     unmask finetune RUN DATA --from-scratch
     """
-    return _from_scratch("scratch_large", epochs=200, drop_path=0.2)
+    return _from_scratch("scratch_large", LARGE, epochs=200, drop_path=0.2)
 
 
 def segment_nano() -> Config:
@@ -119,7 +122,7 @@ def segment_nano() -> Config:
 
     unmask finetune RUN DATA --task segment [--annotations MASKS] [--ignore ID] --set data.size=[96,128]
     """
-    return _dense("segment_nano", segment, base_lr=8e-3, head=128, epochs=100)
+    return _dense("segment_nano", segment, NANO, size=(96, 128), base_lr=8e-3, head=128, epochs=100)
 
 
 def segment_base() -> Config:
@@ -129,7 +132,7 @@ def segment_base() -> Config:
 
     Published on ADE20K, 160,000 steps: 48.1 (ViT-B) and 53.6 (ViT-L) mIoU.
     """
-    return _dense("segment_base", segment, base_lr=1.6e-3, head=256, epochs=130)
+    return _dense("segment_base", segment, BASE, size=(512, 512), base_lr=1.6e-3, head=256, epochs=130)
 
 
 def detect_nano() -> Config:
@@ -137,7 +140,7 @@ def detect_nano() -> Config:
 
     unmask finetune RUN DATA --task detect [--annotations FILE] [--split train] --set data.size=[192,256]
     """
-    return _dense("detect_nano", detect, base_lr=8e-3, head=96, epochs=100)
+    return _dense("detect_nano", detect, NANO, size=(192, 256), base_lr=8e-3, head=96, epochs=100)
 
 
 def detect_base() -> Config:
@@ -147,7 +150,7 @@ def detect_base() -> Config:
 
     Published for Mask R-CNN heads on COCO: 50.3 (ViT-B) and 53.3 (ViT-L) box AP; another head here.
     """
-    return _dense("detect_base", detect, base_lr=1.6e-3, head=256, epochs=50)
+    return _dense("detect_base", detect, BASE, size=(1024, 1024), base_lr=1.6e-3, head=256, epochs=50)
 
 
 def linear_paper() -> Config:
@@ -159,19 +162,21 @@ def linear_paper() -> Config:
     """
     return Config(
         recipe="linear_paper",
-        method=linear_probe.Config(encoder=SMALL_ENCODER, classes=("one", "other")),
+        method=linear_probe.Config(encoder=BASE, classes=("one", "other")),
         data=DataConfig(crop=PAPER_CROP),
         optim=OptimConfig(name="lars", base_lr=0.1, betas=(0.9, 0.999), weight_decay=0, warmup=10 / 90),
         train=TrainConfig(batch_size=16384, epochs=90),
     )
 
 
-def _dense(name: str, task: ModuleType, *, base_lr: float, head: int, epochs: float) -> Config:
-    method = {"encoder": SMALL_ENCODER, "classes": ("one", "other"), "drop_path": 0.1, "width": head}
+def _dense(
+    name: str, task: ModuleType, encoder: ViTConfig, *, size: tuple[int, int], base_lr: float, head: int, epochs: float
+) -> Config:
+    method = {"encoder": encoder, "classes": ("one", "other"), "drop_path": 0.1, "width": head}
     return Config(
         recipe=name,
         method=task.Config.model_validate(method),
-        data=DataConfig(crop=DENSE_CROP),
+        data=DataConfig(size=size, crop=DENSE_CROP),
         optim=OptimConfig(
             base_lr=base_lr, betas=(0.9, 0.999), weight_decay=0.05, warmup=0.05, layer_decay=0.75, clip=1.0
         ),
@@ -179,8 +184,8 @@ def _dense(name: str, task: ModuleType, *, base_lr: float, head: int, epochs: fl
     )
 
 
-def _method(**settings: float) -> classify.Config:
-    return classify.Config.model_validate({"encoder": SMALL_ENCODER, "classes": ("one", "other"), **settings})
+def _method(encoder: ViTConfig, **settings: float) -> classify.Config:
+    return classify.Config.model_validate({"encoder": encoder, "classes": ("one", "other"), **settings})
 
 
 def _small(
@@ -190,8 +195,8 @@ def _small(
     scratch: dict[str, float] = {"warmup": 0.1, "average": 0.999}
     return Config(
         recipe=name,
-        method=_method(drop_path=0.1, **mixing),
-        data=DataConfig(crop=SMALL_CROP),
+        method=_method(NANO, drop_path=0.1, **mixing),
+        data=DataConfig(size=(32, 32), crop=SMALL_CROP),
         optim=OptimConfig.model_validate(
             {"base_lr": base_lr, "betas": (0.9, 0.999), "weight_decay": 0.05}
             | (scratch if layer_decay is None else {"layer_decay": layer_decay})
@@ -200,10 +205,12 @@ def _small(
     )
 
 
-def _paper(name: str, *, epochs: float, base_lr: float, layer_decay: float, drop_path: float) -> Config:
+def _paper(
+    name: str, encoder: ViTConfig, *, epochs: float, base_lr: float, layer_decay: float, drop_path: float
+) -> Config:
     return Config(
         recipe=name,
-        method=_method(drop_path=drop_path, mixup=0.8, cutmix=1.0, rand_augment=9, erasing=0.25),
+        method=_method(encoder, drop_path=drop_path, mixup=0.8, cutmix=1.0, rand_augment=9, erasing=0.25),
         data=DataConfig(crop=PAPER_CROP),
         optim=OptimConfig(
             base_lr=base_lr,
@@ -217,10 +224,10 @@ def _paper(name: str, *, epochs: float, base_lr: float, layer_decay: float, drop
     )
 
 
-def _from_scratch(name: str, *, epochs: float, drop_path: float) -> Config:
+def _from_scratch(name: str, encoder: ViTConfig, *, epochs: float, drop_path: float) -> Config:
     return Config(
         recipe=name,
-        method=_method(drop_path=drop_path, mixup=0.8, cutmix=1.0, rand_augment=9),
+        method=_method(encoder, drop_path=drop_path, mixup=0.8, cutmix=1.0, rand_augment=9),
         data=DataConfig(crop=PAPER_CROP),
         optim=OptimConfig(base_lr=1e-4, weight_decay=0.3, warmup=20 / epochs, average=0.9999),
         train=TrainConfig(batch_size=4096, epochs=epochs),
