@@ -41,6 +41,20 @@ Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change any setting, e.g. train.steps=1000; repeatable."),
 ]
+TestData = Annotated[
+    str | None, typer.Option(metavar="DATA", help="Test images; default a fifth of DATA.", show_default=False)
+]
+Step = Annotated[int | None, typer.Option(help="An earlier checkpoint; default the newest.", show_default=False)]
+Budget = Annotated[
+    str | None, typer.Option(metavar="TIME", help="Plan the steps that fit, e.g. 30m, 2h.", show_default=False)
+]
+NewRun = Annotated[
+    Path | None,
+    typer.Option(metavar="RUN", help="New run folder; default runs/<data>-<recipe>.", show_default=False),
+]
+ImageFiles = Annotated[
+    list[str], typer.Argument(metavar="IMAGE...", help="Image files, or one DATA.", show_default=False)
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N, mps.")]
 
 
@@ -162,13 +176,8 @@ def check(
 def pretrain(
     data: Data,
     recipe: Annotated[str, typer.Option(help="A name from `unmask recipes`, or auto.")] = "auto",
-    out: Annotated[
-        Path | None,
-        typer.Option(metavar="RUN", help="New run folder; default runs/<data>-<recipe>.", show_default=False),
-    ] = None,
-    budget: Annotated[
-        str | None, typer.Option(metavar="TIME", help="Plan the steps that fit, e.g. 30m, 2h.", show_default=False)
-    ] = None,
+    out: NewRun = None,
+    budget: Budget = None,
     from_run: Annotated[
         Path | None,
         typer.Option(
@@ -261,9 +270,7 @@ def export(
             show_default=False,
         ),
     ],
-    step: Annotated[
-        int | None, typer.Option(help="An earlier checkpoint; default the newest.", show_default=False)
-    ] = None,
+    step: Step = None,
     as_json: AsJson = False,
 ) -> None:
     """A run's weights for timm, transformers (hf), the official MAE code or ONNX, tested there, with a model card."""
@@ -317,9 +324,7 @@ def finetune(
     run: RunFolder,
     data: Data,
     task: Annotated[str, typer.Option(help="classify (sub-folders), segment (masks) or detect (boxes).")] = "classify",
-    test: Annotated[
-        str | None, typer.Option(metavar="DATA", help="Test images; default a fifth of DATA.", show_default=False)
-    ] = None,
+    test: TestData = None,
     annotations: Annotated[
         str | None,
         typer.Option(
@@ -345,10 +350,7 @@ def finetune(
     recipe: Annotated[
         str, typer.Option(help="finetune_..., scratch_..., segment_..., detect_... of `unmask recipes`, or auto.")
     ] = "auto",
-    out: Annotated[
-        Path | None,
-        typer.Option(metavar="RUN", help="New run folder; default runs/<data>-<recipe>.", show_default=False),
-    ] = None,
+    out: NewRun = None,
     last_blocks: Annotated[
         float | None,
         typer.Option(
@@ -361,9 +363,7 @@ def finetune(
         int | None,
         typer.Option(help="Labels per class (segment, detect: images); default all.", show_default=False),
     ] = None,
-    budget: Annotated[
-        str | None, typer.Option(metavar="TIME", help="Plan the steps that fit, e.g. 30m, 2h.", show_default=False)
-    ] = None,
+    budget: Budget = None,
     settings: Settings = None,
     as_json: AsJson = False,
 ) -> None:
@@ -396,18 +396,14 @@ def finetune(
 @app.command()
 def predict(
     run: RunFolder,
-    images: Annotated[
-        list[str], typer.Argument(metavar="IMAGE...", help="Image files, or one DATA.", show_default=False)
-    ],
+    images: ImageFiles,
     out: Annotated[
         Path,
         typer.Option(
             metavar="PATH", help="FILE.csv, .json or .parquet; masks: a folder; boxes: FILE.json.", show_default=False
         ),
     ],
-    step: Annotated[
-        int | None, typer.Option(help="An earlier checkpoint; default the newest.", show_default=False)
-    ] = None,
+    step: Step = None,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
@@ -422,13 +418,9 @@ def predict(
 @app.command()
 def reconstruct(
     run: RunFolder,
-    images: Annotated[
-        list[str], typer.Argument(metavar="IMAGE...", help="Image files, or one DATA.", show_default=False)
-    ],
+    images: ImageFiles,
     out: Annotated[Path, typer.Option(metavar="PNG", help="The picture to write.")] = Path("reconstruction.png"),
-    step: Annotated[
-        int | None, typer.Option(help="An earlier checkpoint; default the newest.", show_default=False)
-    ] = None,
+    step: Step = None,
     seed: Annotated[int, typer.Option(help="Another seed hides other patches.")] = 0,
     device: Device = "auto",
     as_json: AsJson = False,
@@ -445,9 +437,7 @@ def reconstruct(
 def probe(
     run: RunFolder,
     data: Data,
-    test: Annotated[
-        str | None, typer.Option(metavar="DATA", help="Test images; default a fifth of DATA.", show_default=False)
-    ] = None,
+    test: TestData = None,
     kind: Annotated[
         str,
         typer.Option(
@@ -491,9 +481,7 @@ def probe(
         typer.Option(metavar="FILE", help="The table of --test; default the same one.", show_default=False),
     ] = None,
     seed: Annotated[int, typer.Option(help="Chooses the shots and the default test part.")] = 0,
-    step: Annotated[
-        int | None, typer.Option(help="An earlier checkpoint; default the newest.", show_default=False)
-    ] = None,
+    step: Step = None,
     layer: Annotated[
         str | None,
         typer.Option(
@@ -596,9 +584,7 @@ def embed(
     run: RunFolder,
     data: Data,
     out: Annotated[Path, typer.Option(metavar="FILE", help="FILE.parquet or FILE.npz.", show_default=False)],
-    step: Annotated[
-        int | None, typer.Option(help="An earlier checkpoint; default the newest.", show_default=False)
-    ] = None,
+    step: Step = None,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
@@ -621,9 +607,7 @@ def ablate(
         ),
     ],
     data: Data,
-    test: Annotated[
-        str | None, typer.Option(metavar="DATA", help="Test images; default a fifth of DATA.", show_default=False)
-    ] = None,
+    test: TestData = None,
     recipe: Annotated[
         str | None, typer.Option(help="Base of every cell; default mae_nano.", show_default=False)
     ] = None,
@@ -678,9 +662,7 @@ def compare(
     data: Annotated[
         str | None, typer.Option(metavar="DATA", help="Probe those that lack it on these.", show_default=False)
     ] = None,
-    test: Annotated[
-        str | None, typer.Option(metavar="DATA", help="Test images; default a fifth of DATA.", show_default=False)
-    ] = None,
+    test: TestData = None,
     kind: Annotated[str, typer.Option(help="knn or linear.")] = "linear",
     shots: Annotated[int | None, typer.Option(help="Labels per class; default all.", show_default=False)] = None,
     out: Annotated[Path, typer.Option(metavar="FILE", help="FILE.html; FILE.json comes with it.")] = Path(
