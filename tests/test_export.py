@@ -9,15 +9,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from unmask import checkpoint, export
+from unmask import checkpoint, export, outbound
 from unmask.batch import ImageSpec
 from unmask.config import Config, parse_method
 from unmask.console import Console
 from unmask.errors import UserError
-from unmask.export import ExportError, ExportFailed, export_run, open_safetensors
+from unmask.export import export_run
+from unmask.exportable import ExportError, ExportFailed, quietly
 from unmask.importing import import_weights, plan_of
+from unmask.nn.masks import Mask
+from unmask.one_file import open_safetensors
 from unmask.run import Run
 from unmask.saved import load
 
@@ -31,6 +35,8 @@ METHODS = {
     "beit": {"name": "beit", "encoder": BEIT, "mask": "random", "tokenizer": TOKENIZER},
     "igpt": {"name": "igpt", "encoder": GPT},
     "classify": {"name": "classify", "encoder": ENCODER, "classes": ["cat", "dog", "owl"]},
+    "segment": {"name": "segment", "encoder": ENCODER, "classes": ["sky", "sea"]},
+    "detect": {"name": "detect", "encoder": ENCODER, "classes": ["car", "bus"]},
     "simmim": {"name": "simmim", "encoder": ENCODER},
     "mpp": {"name": "mpp", "encoder": ENCODER, "target": "pixels"},
     "encoder": {"name": "encoder", "encoder": ENCODER},
@@ -340,7 +346,7 @@ def test_official_mae_has_the_same_prediction_and_loss_under_the_same_mask(tmp_p
     order = mask.argsort(dim=1, stable=True)
     keep, drop = order[:, :4], order[:, 4:]
     patches = method.encoder.patches(images)
-    ours = method.guess(patches, export.Mask(keep=keep, drop=drop))
+    ours = method.guess(patches, Mask(keep=keep, drop=drop))
     assert far(guess.gather(1, drop[..., None].expand(-1, -1, 48)), ours) < 1e-5
     truth = method.target(patches, images).gather(1, drop[..., None].expand(-1, -1, 48))
     assert float(method.target.loss(ours, truth)) == pytest.approx(float(loss), rel=1e-5)
@@ -435,7 +441,7 @@ def test_the_classes_and_codes_of_transformers_are_ours(tmp_path):
     hidden = torch.zeros(2, 16, dtype=torch.bool)
     hidden[:, 4:10] = True
     order = hidden.int().argsort(dim=1, stable=True)
-    guess = ours.guess(ours.encoder.patches(images), export.Mask(keep=order[:, :10], drop=order[:, 10:]))
+    guess = ours.guess(ours.encoder.patches(images), Mask(keep=order[:, :10], drop=order[:, 10:]))
     logits = model(normalised(images, ours.encoder), bool_masked_pos=hidden).logits
     assert far(logits[hidden].unflatten(0, (2, 6)), guess) < 1e-5
     out, _ = exported(tmp_path / "g", "hf", "igpt")
@@ -458,7 +464,7 @@ def test_the_preprocessor_of_transformers_makes_what_the_encoder_makes_itself(tm
     encoder = load(tmp_path / "run").method.encoder
     images = some_images(1, channels, 16, 16)
     picture = Image.fromarray(images[0].permute(1, 2, 0).numpy().squeeze(), mode)
-    with export.quietly():
+    with quietly():
         processor = transformers.AutoImageProcessor.from_pretrained(out)
     found = torch.from_numpy(np.asarray(processor(picture, return_tensors="np")["pixel_values"]))
     assert far(found, normalised(images, encoder)) < 1e-5
@@ -491,7 +497,9 @@ def test_images_that_are_not_of_8_bits_get_no_preprocessor(tmp_path):
 def test_the_graph_takes_the_files_own_units_and_any_number_of_images(tmp_path, method, changes, names):
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    _, summary = exported(tmp_path, "onnx", method, **changes)
+    out, summary = exported(tmp_path, "onnx", method, **changes)
+    for place in (export.__file__, torch.__file__):  # whose lines the graph was traced from
+        assert str(Path(place).parent).encode() not in out.read_bytes()
     method = load(tmp_path / "run").method
     spec = method.encoder.spec
     for count in (1, 5):
@@ -522,13 +530,50 @@ def test_our_own_file_gives_back_the_whole_method(tmp_path, method):
     assert b"/secret" not in out.read_bytes()
 
 
+def test_neither_header_nor_card_says_where_anything_lay_on_this_machine(tmp_path):
+    path, here = make(tmp_path / "run", "segment"), str(tmp_path)
+    run, labelled, test = Run(path), f"{here}/images/train", f"{here}/images/val"
+    config = run.read("config.json")
+    config["data"] |= {
+        "source": labelled, "annotations": f"{here}/masks/train", "test": test,
+        "test_annotations": f"{here}/masks/val/", "test_split": f"{here}/lists/val.txt",
+    }  # fmt: skip
+    config["graft"] = [
+        {"run": f"{here}/runs/pretrained", "source": "encoder.", "target": "encoder.", "step": 7},
+        {"run": f"{here}/runs/tokenizer", "source": "", "target": "target.tokenizer.", "step": None},
+    ]
+    run.write("config.json", config)
+    row = {"features": f"{here}/runs/other", "pool": "mean", "value": 0.41, "low": 0.3, "high": 0.5}
+    for first in ("probe", "attentive", "targets", "curve"):
+        probe = {"kind": "linear", "data": labelled, "test": test, "step": 20, "metric": "R2", "task": "regression",
+                 "targets": f"{here}/table.csv", "rows": [row]}  # fmt: skip
+        run.write(f"evals/{first}-linear-train.json", probe)
+    tuned = {"task": "segment", "metric": "mean_iou", "mean_iou": 0.5, "data": labelled,
+             "test": f"a held-out fifth of {labelled}", "step": 20, "from": f"{here}/runs/pretrained"}  # fmt: skip
+    run.write("evals/fine-tuned.json", tuned)
+    export_run(path, "safetensors", out := tmp_path / "out.safetensors")
+    with safe_open(out, "pt") as opened:
+        header = json.loads(opened.metadata()["unmask"])
+    places = {key: header["config"]["data"][key] for key in config["data"] if "test" in key or "anno" in key}
+    assert places | {"source": header["config"]["data"]["source"]} == {
+        "source": "train", "annotations": "train", "test": "val", "test_annotations": "val", "test_split": "val.txt",
+    }  # fmt: skip
+    assert [entry["run"] for entry in header["config"]["graft"]] == ["pretrained", "tokenizer"]
+    assert [entry["target"] for entry in header["config"]["graft"]] == ["encoder.", "target.tokenizer."]
+    assert here.encode() not in out.read_bytes()
+    card = Path(f"{out}.md").read_text()
+    assert here not in card
+    assert card.count("regression of table.csv | other, mean | 20 | R2 | 0.410 (0.300 to 0.500) |") == 4
+    assert type(open_safetensors(out)).__name__ == "Segmenter"
+
+
 def test_a_file_that_is_not_ours_is_not_opened(tmp_path):
     save_file({"a": torch.zeros(2)}, tmp_path / "other.safetensors")
     (tmp_path / "text.safetensors").write_text("hello")
     for name in ("other", "text"):
-        with pytest.raises(ExportError, match="is no file of `unmask export --to safetensors`"):
+        with pytest.raises(UserError, match="is no file of `unmask export --to safetensors`"):
             open_safetensors(tmp_path / f"{name}.safetensors")
-    with pytest.raises(ExportError, match="is not a file"):
+    with pytest.raises(UserError, match="is not a file"):
         open_safetensors(tmp_path / "none.safetensors")
 
 
@@ -586,12 +631,12 @@ def test_a_name_that_is_taken_or_of_another_kind_is_refused(tmp_path):
 
 @pytest.mark.parametrize("fault", ["swapped", "nan"])
 def test_what_computes_something_else_is_removed(tmp_path, others, monkeypatch, fault):
-    def broken(weights, right=export.foreign.to_official):
+    def broken(weights, right=outbound.to_official):
         state = right(weights)
         name = "blocks.0.mlp.fc1.bias"
         return state | {name: state[name].flip(0) if fault == "swapped" else state[name] * float("nan")}
 
-    monkeypatch.setattr(export.foreign, "to_official", broken)
+    monkeypatch.setattr(outbound, "to_official", broken)
     run = make(tmp_path / "run", "mae")
     with pytest.raises(ExportFailed, match=r"loaded by timm, differs by up to .* it has been removed"):
         export_run(run, "timm", tmp_path / "out.safetensors")
@@ -664,6 +709,68 @@ def test_the_card_says_what_it_is_and_no_path_of_this_machine(tmp_path):
         "Checked: unmask computes the same from it, up to 0.0e+00",
     ):  # fmt: skip
         assert said in card, said
+
+
+def results(tmp_path: Path, method: str, files: dict[str, dict]) -> list[str]:
+    """The table of results in the card of a Run whose `evals` hold these files, row by row."""
+    run = make(tmp_path / "run", method)
+    for name, content in files.items():
+        Run(run).write(f"evals/{name}.json", content)
+    summary = export_run(run, "safetensors", tmp_path / "out.safetensors")
+    section = Path(summary["card"]).read_text().split("## Results\n\n")[1].split("\n\n##")[0]
+    return section.splitlines()[2:]
+
+
+TUNED = {"step": 20, "data": "/a/labelled", "test": "/a/test", "low": 0.41, "high": 0.61, "ap75": 0.1, "images": 9}
+PROBED = {"data": "/a/labelled", "test": "a held-out fifth of /a/labelled", "step": 20, "task": "classes"}
+HELD = "on labelled, tested on a held-out fifth of labelled"
+
+
+@pytest.mark.parametrize(
+    ("task", "numbers", "rows"),
+    [
+        ("classify", {"metric": "accuracy", "accuracy": 0.51},
+         ["for classification, tested on test | this model | 20 | accuracy | 51.0% (41.0% to 61.0%) |"]),
+        ("segment", {"metric": "mean_iou", "mean_iou": 0.51, "pixel_accuracy": 0.8},
+         ["for segmentation, tested on test | this model | 20 | mean IoU | 51.0% (41.0% to 61.0%) |",
+          "for segmentation, tested on test | this model | 20 | pixel accuracy | 80.0% |"]),
+        ("detect", {"metric": "ap50", "ap50": 0.51, "ap": 0.3, "low": None},
+         ["for detection, tested on test | this model | 20 | AP50 | 51.0% |",
+          "for detection, tested on test | this model | 20 | AP | 30.0% |"]),
+    ],
+)  # fmt: skip
+def test_the_card_of_a_supervised_run_has_the_measure_of_its_task(tmp_path, task, numbers, rows):
+    found = results(tmp_path, task, {"fine-tuned": TUNED | {"task": task} | numbers})
+    assert found == [f"| Fine-tuned on labelled {row}" for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "rows"),
+    [
+        ("probe-knn-labelled",
+         {"kind": "knn", "metric": "accuracy", "shots": 5,
+          "rows": [{"features": "raw pixels", "pool": "pixels", "accuracy": 0.25, "low": 0.2, "high": 0.3}]},
+         [f"k nearest neighbours {HELD}, 5 labels per class | raw pixels, pixels | 20 | accuracy | 25.0% (20.0% to "
+          "30.0%) |"]),
+        ("attentive-labelled",
+         {"kind": "attentive", "metric": "accuracy", "layer": "best",
+          "rows": [{"features": "pre-trained", "pool": "attentive", "accuracy": 0.0, "low": 0.0, "high": 0.1}]},
+         [f"Attentive probe {HELD}, layer best | pre-trained, attentive | 20 | accuracy | 0.0% (0.0% to 10.0%) |"]),
+        ("targets-linear-labelled-by-table-multilabel",
+         {"kind": "linear", "metric": "mean average precision", "task": "multilabel", "targets": "/a/table.csv",
+          "rows": [{"features": "/a/runs/other", "pool": "mean", "value": 0.41, "low": 0.3, "high": 0.5}]},
+         [f"Linear probe {HELD}, multilabel of table.csv | other, mean | 20 | mean average precision | 0.410 (0.300 to "
+          "0.500) |"]),
+        ("curve-linear-labelled-1-5-shots",
+         {"kind": "linear", "metric": "accuracy", "shots": [1, 5], "draws": 3, "rows": [
+             {"features": "pre-trained", "pool": "cls", "points": [
+                 {"shots": count, "mean": count / 10, "low": 0.1, "high": 0.5} for count in (1, 5)]}]},
+         [f"Linear probe {HELD}, {count} | pre-trained, cls | 20 | accuracy, mean of 3 draws | {mean}.0% (10.0% to "
+          "50.0%) |" for count, mean in (("1 label per class", 10), ("5 labels per class", 50))]),
+    ],
+)  # fmt: skip
+def test_the_card_shows_every_kind_of_probe(tmp_path, name, content, rows):
+    assert results(tmp_path, "mae", {name: PROBED | content}) == [f"| {row}" for row in rows]
 
 
 def test_the_card_of_imported_weights_has_their_licence_and_where_they_came_from(tmp_path, others):

@@ -366,3 +366,74 @@ def test_the_papers_linear_probe_is_a_run_within_the_run(pretrained, data, tests
     assert all(torch.equal(after[name], before[name]) for name in after if name.startswith("encoder."))
     assert after["norm.running_mean"].abs().sum() > 0
     assert (run / "evals/probe-paper-linear-train.json").exists()
+
+
+def test_test_images_that_are_training_images_are_said_or_refused(pretrained, data, tests, tmp_path, capsys):
+    import shutil
+
+    with pytest.raises(ConfigError, match="all 24 test images are also training images"):
+        tune(pretrained, data, tmp_path / "a", test=str(data))
+    mixed = tmp_path / "mixed"
+    shutil.copytree(tests, mixed)
+    shutil.copy(data / "red" / "3.png", mixed / "red" / "leaked.png")
+    run = tune(pretrained, data, tmp_path / "a", "train.steps=1", test=str(mixed))
+    assert any("1 test images are also training images" in reason for reason in read_plan(run).reasons)
+    assert "red/leaked.png" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("key", ["method.classes=[1,2]", "data.mean=[1,2,3]", "data.std=[1,2,3]"])
+def test_what_the_data_or_the_weights_know_cannot_be_set(pretrained, data, tmp_path, key):
+    with pytest.raises(ConfigError, match="cannot be set"):
+        tune(pretrained, data, tmp_path / "a", key)
+
+
+def test_masks_that_change_stop_a_resumed_run(pretrained, street, tmp_path, monkeypatch):
+    import shutil
+
+    from unmask import train as loop
+
+    root, real = tmp_path / "street", loop.step
+    shutil.copytree(street, root)
+
+    def stops(job, stream, at):
+        if at.step == 3:
+            raise KeyboardInterrupt
+        return real(job, stream, at)
+
+    more = [
+        "method.head=linear",
+        "train.steps=6",
+        "train.test_every=6",
+        "data.size=[16,24]",
+        "train.checkpoint_every=2",
+    ]
+    monkeypatch.setattr(loop, "step", stops)
+    with pytest.raises(KeyboardInterrupt):
+        tune(pretrained, root / "images" / "train", tmp_path / "run", *more, task="segment", ignored=(7,))
+    monkeypatch.setattr(loop, "step", real)
+    mask = np.zeros((20, 24), np.uint8)
+    mask[5] = 1
+    Image.fromarray(mask).save(root / "labels" / "train" / "0.png")
+    with pytest.raises(UserError, match=r"masks or boxes .* have changed"):
+        finetune.resume(tmp_path / "run")
+    shutil.copy(street / "labels" / "train" / "0.png", root / "labels" / "train" / "0.png")
+    assert finetune.resume(tmp_path / "run").read(SCORE)["step"] == 6
+
+
+def test_a_class_that_occurs_outside_the_split_only_does_not_matter(pretrained, cells, tmp_path):
+    pytest.importorskip("pycocotools", reason="average precision is pycocotools'")
+    root = tmp_path / "voc"
+    for folder in ("JPEGImages", "Annotations", "ImageSets/Main"):
+        (root / folder).mkdir(parents=True)
+    for number in range(6):
+        Image.open(cells / f"{number}.png").save(root / "JPEGImages" / f"{number}.png")
+        name = "other" if number == 5 else "square"
+        (root / "Annotations" / f"{number}.xml").write_text(
+            f"<annotation><filename>{number}.png</filename><size><width>64</width><height>48</height></size><object>"
+            f"<name>{name}</name><bndbox><xmin>3</xmin><ymin>3</ymin><xmax>20</xmax><ymax>20</ymax></bndbox></object>"
+            "</annotation>"
+        )
+    (root / "ImageSets/Main/train.txt").write_text("0\n1\n2\n3\n4\n")
+    more = ["method.width=16", "method.convs=1", "train.steps=1", "data.size=[32,32]"]
+    run = tune(pretrained, root, tmp_path / "run", *more, task="detect", split="train")
+    assert run.read(SCORE)["classes"] == ["square"]

@@ -8,19 +8,21 @@ import torch
 from unmask import plan as planning
 from unmask.batch import ImageSpec
 from unmask.config import ConfigError, keys, override
+from unmask.flops import typical_images
 from unmask.plan import (
     BUDGET_SHARE,
     MEMORY_SHARE,
     Plan,
     autocast,
+    bytes_per_image,
     choose_device,
     choose_micro_batch,
     choose_precision,
     choose_steps,
     example_batch,
+    fresh_method,
     make_plan,
     measure_step_seconds,
-    saved_bytes_per_image,
 )
 from unmask.recipes.catalogue import AUTO as AUTO_RECIPES
 from unmask.recipes.catalogue import choose, find
@@ -144,8 +146,8 @@ def test_bytes_of_an_image_do_not_count_what_is_kept_once():
     torch.manual_seed(0)
     method = small("method.encoder.width=256", "method.encoder.depth=2").build(SPEC)
     weights = sum(p.numel() for p in method.parameters()) * 2
-    in_bf16 = saved_bytes_per_image(method, SPEC, "bf16", "cpu")
-    assert 0 < in_bf16 < saved_bytes_per_image(method, SPEC, "fp32", "cpu")
+    in_bf16 = bytes_per_image(method, SPEC, "bf16", "cpu")
+    assert 0 < in_bf16 < bytes_per_image(method, SPEC, "fp32", "cpu")
     assert in_bf16 < weights / 4, "the copies alone would be half of that an image"
 
 
@@ -308,3 +310,11 @@ def test_every_proposal_is_a_setting():
     for images, median, device, *_ in AUTO.values():
         name, overrides, _ = choose(images, median, device)
         assert {item.split("=")[0] for item in overrides} <= set(keys(find(name)))
+
+
+def test_a_frozen_encoder_takes_memory_too():
+    config = override(find("finetune_nano"), ["method.last_blocks=0"])
+    images = typical_images(config)
+    found = bytes_per_image(fresh_method(config, images), images, "fp32", "cpu")
+    hidden = 64 * 4 * 192 * 4  # of one MLP, in float32
+    assert hidden < found < 20 * hidden

@@ -13,12 +13,17 @@ from typing import Any
 
 from unmask.config import Config, method_module, task_names
 from unmask.plan import Plan
-from unmask.report import probe_title
+from unmask.report import PROBES, probe_title
 from unmask.run import Run
 
 LIBRARIES = {"timm": "timm", "hf": "transformers", "official": "pytorch", "onnx": "onnx", "safetensors": "unmask"}
 OTHER_TASKS = ("ae", "dae", "dvae", "igpt")  # that hide no patches
 NOT_STATED = "not stated"
+LEARNT = {"classify": "classification", "segment": "segmentation", "detect": "detection"}
+MEASURES = {
+    "accuracy": "accuracy", "mean_iou": "mean IoU", "pixel_accuracy": "pixel accuracy", "ap50": "AP50", "ap": "AP",
+}  # fmt: skip
+"""What `evals/fine-tuned.json` may hold, all shares of one; the interval is of its `metric` only."""
 
 
 def model_card(
@@ -101,11 +106,11 @@ def what_it_is(config: Config, what: str, made: dict[str, Any]) -> str:
         said.append(f"Recipe: `{config.recipe}`.")
     for entry in config.graft:
         part = "the encoder" if entry.target == "encoder." else "all weights" if not entry.target else entry.target
-        said.append(f"It started with {part} of the run `{last(entry.run)}`, step {entry.step}.")
+        said.append(f"It started with {part} of the run `{last_name(entry.run)}`, step {entry.step}.")
     return " ".join(said) + "\n"
 
 
-def last(path: str) -> str:
+def last_name(path: str) -> str:
     """The last name of a path, of this system or another."""
     return PurePath(path.replace("\\", "/")).name or path
 
@@ -141,8 +146,8 @@ def data(config: Config, plan: Plan, made: dict[str, Any]) -> str:
         return f"Not known here: the weights came from {files}. See the page they came from."
     images = plan.images
     lines = [
-        f"`{last(config.data.source)}`: {plan.num_images:,} images, as {images.size[0]} x {images.size[1]} pixels, "
-        f"{channels(images.channels)}, {images.dtype}.",
+        f"`{last_name(config.data.source)}`: {plan.num_images:,} images, as {images.size[0]} x {images.size[1]} "
+        f"pixels, {channels(images.channels)}, {images.dtype}.",
     ]
     settings = config.method.model_dump()
     if config.method.name in task_names() and settings.get("classes"):
@@ -174,13 +179,10 @@ def training(config: Config, plan: Plan, made: dict[str, Any], step: int) -> str
 
 def results(run: Run) -> str:
     """What `evals/` holds, as one table with 95 % intervals."""
-    rows = [
-        row for file in sorted(run.evals.glob("probe-*.json")) for row in probe_rows(run.read(f"evals/{file.name}"))
-    ]
-    tuned = run.read("evals/fine-tuned.json") if (run.evals / "fine-tuned.json").exists() else {}
-    if "accuracy" in tuned:
-        title = f"Fine-tuned on {last(tuned['data'])}, tested on {tested_on(tuned)}"
-        rows.insert(0, (title, "this model", tuned.get("step"), "accuracy", interval(tuned, "accuracy")))
+    files = [file for first in PROBES for file in sorted(run.evals.glob(f"{first}.json"), reverse=True)]
+    rows = [row for file in files for row in probe_rows(run.read(f"evals/{file.name}"))]  # linear before knn
+    if (run.evals / "fine-tuned.json").exists():
+        rows = [*tuned_rows(run.read("evals/fine-tuned.json")), *rows]
     if not rows:
         return "Nothing was measured."
     head = ("measured", "features", "step", "measure", "value (95 % interval)")
@@ -188,18 +190,38 @@ def results(run: Run) -> str:
     return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
+def tuned_rows(tuned: dict[str, Any]) -> list[tuple[Any, ...]]:
+    """(title, features, step, measure, value) of a supervised run on its test images, what counts first."""
+    metric, task = tuned.get("metric", "accuracy"), LEARNT.get(tuned.get("task", ""), "")
+    title = (
+        f"Fine-tuned on {last_name(tuned['data'])}" + f" for {task}" * bool(task) + f", tested on {tested_on(tuned)}"
+    )
+    names = [metric, *(name for name in MEASURES if name != metric and name in tuned)]
+    return [
+        (
+            title, "this model", tuned.get("step"), MEASURES.get(name, name),
+            interval(tuned.get(name), tuned if name == metric else {}, share=name in MEASURES),
+        )
+        for name in names
+    ]  # fmt: skip
+
+
 def probe_rows(probe: dict[str, Any]) -> list[tuple[Any, ...]]:
-    """(title, features, step, measure, value with its interval) of a probe; a curve over labels has a row a point."""
+    """(title, features, step, measure, value) of a probe; a curve over labels has a row a point."""
     if not {"kind", "data", "test", "rows"} <= probe.keys():
         return []
-    named = probe | {"data": last(probe["data"]), "test": tested_on(probe)}
     metric, found = probe.get("metric") or "accuracy", []
+    named = probe | {"data": last_name(probe["data"]), "test": tested_on(probe)}
+    if probe.get("targets") is not None:
+        named["targets"] = last_name(probe["targets"])
+    measure = f"{metric}, mean of {probe['draws']} draws" if "draws" in probe else metric
     for row in probe["rows"]:
-        features = f"{last(row['features'])}, {row['pool']}"
+        features = f"{last_name(row['features'])}, {row['pool']}"
         for point in row.get("points", [row]):
-            budget = named if "points" not in row else named | {"shots": point.get("shots")}
-            said = interval(point | {"value": point.get("value", point.get("mean"))}, metric)
-            found.append((probe_title(budget), features, probe.get("step"), metric, said))
+            title = probe_title(named if "points" not in row else named | {"shots": point["shots"]})
+            value = next((point[key] for key in ("accuracy", "value", "mean") if point.get(key) is not None), None)
+            said = interval(value, point, share=metric == "accuracy")
+            found.append((title, features, probe.get("step"), measure, said))
     return found
 
 
@@ -207,15 +229,15 @@ def tested_on(measured: dict[str, Any]) -> str:
     """The test images by their last name; a held-out part of the training data keeps its words."""
     data, test = str(measured["data"]), str(measured["test"])
     if test.endswith(data) and test != data:
-        return test.removesuffix(data) + last(data)
-    return last(test)
+        return test.removesuffix(data) + last_name(data)
+    return last_name(test)
 
 
-def interval(row: dict[str, Any], metric: str) -> str:
-    value = row["accuracy"] if row.get("accuracy") is not None else row.get("value")
+def interval(value: float | None, limits: dict[str, Any], *, share: bool) -> str:
+    """The value, and its limits where there are any; shares in per cent."""
     if value is None:
         return "?"
-    show = "{:.1%}".format if metric == "accuracy" else "{:.3f}".format
-    if row.get("low") is None:
+    show = "{:.1%}".format if share else "{:.3f}".format
+    if limits.get("low") is None:
         return show(value)
-    return f"{show(value)} ({show(row['low'])} to {show(row['high'])})"
+    return f"{show(value)} ({show(limits['low'])} to {show(limits['high'])})"

@@ -24,9 +24,20 @@ from unmask import checkpoint, start
 from unmask.beside import SCORE
 from unmask.config import Config, ConfigError, Graft, parse, task_names
 from unmask.console import Console
-from unmask.data.sources import Source
+from unmask.data.sources import Source, open_source
 from unmask.evals.collect import eval_mode
-from unmask.lessons import HEADLINES, IN_WORDS, TASKS, annotations_of, open_exam, open_lessons, split_rows
+from unmask.lessons import (
+    HEADLINES,
+    IN_WORDS,
+    TASKS,
+    annotations_of,
+    digest,
+    open_exam,
+    open_lessons,
+    reopen,
+    shared_files,
+    split_rows,
+)
 from unmask.nn.vit import ViTConfig
 from unmask.optim import OptimConfig
 from unmask.plan import Plan, autocast, choose_device
@@ -40,7 +51,14 @@ from unmask.use import eval_precision
 PLAIN = "classify"
 PLAIN_OPTIM = OptimConfig(base_lr=1e-3, betas=(0.9, 0.999), weight_decay=0.05, warmup=0.05)
 """Learning rate, betas and weight decay of MAE's Table 9, and nothing else of it: for `ablate fig9`."""
+PROBE = "linear_probe"  # a task like the others, which `paper_linear` asks for
 PAPER_BATCH, PAPER_PEAK = 16_384, 6.4  # of the paper's linear probe
+UNSETTABLE = {
+    "method.classes": "classes are found in the data; name them by sub-folders, in classes.txt or in the annotations",
+    "method.ignored": "it must be known when the masks are read; give --ignore ID",
+    "data.mean": "the weights know their normalisation",
+    "data.std": "the weights know their normalisation",
+}
 FEW, SOME = 1_000, 10_000
 BASE, LARGE, HUGE = 700, 1_000, 1_200  # width of an encoder from which on it counts as such
 
@@ -135,27 +153,38 @@ def fine_tune(
     console = console or Console(quiet=True)
     if out is not None:
         Run.check_free(out)
-    if task not in HEADLINES:
+    if task not in (*TASKS, PROBE):
         raise ConfigError(f"task {task!r} came; {', '.join(TASKS)} was expected")
     if ignored and task != "segment":
         raise ConfigError(f"--ignore {ignored[0]} came, but only masks have ids to ignore; leave it out")
     if test is None and (test_annotations is not None or test_split is not None):
         raise ConfigError("--test-annotations or --test-split came without --test; give the test images too")
+    asked = parse(settings)
+    for key, why in UNSETTABLE.items():
+        if key in asked:
+            raise ConfigError(f"{key} cannot be set: {why}")
     run = Run.open(from_run)
     fine_tuning(read_config(run), ("one", "other"))  # refuses an encoder that cannot be tuned before anything is read
     lessons = open_lessons(task, data, annotations, split=split, ignored=ignored, console=console)
     rows, held = split_rows(lessons, shots, hold=test is None)
+    other, shared = None, list[str]()
     if test is not None:
-        open_lessons(
+        other = open_lessons(
             task, test, test_annotations, split=test_split, ignored=ignored, classes=lessons.classes, console=console
         )
+        shared = shared_files(lessons.source, rows, other.source, other.rows)
+        if len(shared) == len(other.rows):
+            raise ConfigError(
+                f"all {len(shared)} test images are also training images; give others, or leave --test out to hold a "
+                "fifth out"
+            )
     why = f"recipe {recipe}: asked for"
     if recipe == "auto":
         pretrained: Any = read_config(run).method
         recipe, why = choose_recipe(task, pretrained.encoder, len(rows), from_scratch=from_scratch)
     settings = list(settings)
     if last_blocks is not None:
-        if "method.last_blocks" in parse(settings):
+        if "method.last_blocks" in asked:
             raise ConfigError("both --last-blocks and method.last_blocks were given; leave one of them out")
         settings.append(f"method.last_blocks={last_blocks}")
     config = from_weights(run, lessons.classes, recipe, ignored=ignored, from_scratch=from_scratch)
@@ -176,6 +205,10 @@ def fine_tune(
     config = config.model_copy(update={"data": config.data.model_copy(update=where)})
     for line in lessons.annotations.lines() if lessons.annotations is not None else ():
         console.say(line)
+    reasons = [f"{len(rows)} images of {len(lessons.classes)} classes to learn from"]
+    if shared:
+        reasons.append(f"{len(shared)} test images are also training images, byte for byte: the result flatters")
+        console.warn(f"{reasons[-1]} ({', '.join(shared[:3])}{', ...' if len(shared) > 3 else ''})")
     source, origin = lessons.source, "random weights, from scratch" if from_scratch else f"weights of {from_run}"
     done = start.start_run(
         source,
@@ -184,10 +217,11 @@ def fine_tune(
         choose_device(config.train.device),
         out=out if out is not None else start.free_name(source, config),
         budget=budget,
-        reasons=(why, origin, f"{len(rows)} images of {len(lessons.classes)} classes to learn from"),
+        reasons=(why, origin, *reasons),
         console=console,
         held_out=np.setdiff1d(np.arange(len(source)), rows),
         test_rows=held if test is None else None,
+        taught=digest(lessons, np.union1d(rows, held)) + ("" if other is None else digest(other, other.rows)),
         supervise=partial(supervise, console=console),
     )
     report(done, console)
@@ -212,16 +246,15 @@ def resume(run_folder: str | Path, *, allow_dataset_change: bool = False, consol
 
 def supervise(config: Config, plan: Plan, source: Source, *, console: Console) -> Supervision:
     """The masks or boxes of a run that begins or goes on, and its tests."""
-    settings: Any = config.method
-    lessons = open_lessons(
-        settings.name,
-        source.location,
-        config.data.annotations,
-        ignored=getattr(settings, "ignored", ()),
-        classes=settings.classes,
-        look=False,
-    )
+    lessons = reopen(config, plan, source)
     exam = open_exam(config, plan, lessons, console)
+    wanted = np.setdiff1d(np.arange(len(source)), np.setdiff1d(plan.excluded, plan.test_rows)).astype(np.int64)
+    now = digest(lessons, wanted) + ("" if config.data.test is None else exam.digest)
+    if plan.taught and plan.taught != now:
+        raise start.DataError(
+            f"the masks or boxes of {source.name}, or the test images, have changed since this run began, so it could "
+            "not go on exactly; bring the old files back, or begin anew"
+        )
     return Supervision(lessons.annotations, exam.headlines)
 
 
@@ -231,10 +264,7 @@ def score(run: Run, *, console: Console | None = None) -> dict[str, Any]:
     loaded = load(run.path, device=choose_device(read_plan(run).device))
     data, settings = loaded.config.data, loaded.config.method
     found: dict[str, Any] = settings.model_dump()
-    lessons = open_lessons(
-        settings.name, data.source, data.annotations, ignored=found.get("ignored", ()), classes=found["classes"],
-        look=False,
-    )  # fmt: skip
+    lessons = reopen(loaded.config, loaded.plan, open_source(data.source), tests_only=data.test is None)
     exam = open_exam(loaded.config, loaded.plan, lessons, console)
     with torch.inference_mode(), eval_mode(loaded.method), autocast(eval_precision(loaded), loaded.device):
         measured = exam.measure(loaded.method)
@@ -246,7 +276,8 @@ def score(run: Run, *, console: Console | None = None) -> dict[str, Any]:
         "best": None if best is None else {headline: best[f"test_{headline}"], "step": best["step"]},
         "averaged": tested[-1].get(f"test_averaged_{headline}") if tested else None,
         "data": data.source, "test": data.test or f"a held-out fifth of {data.source}",
-        "test_images": len(exam.rows), "train_images": loaded.plan.num_images, "recipe": loaded.config.recipe,
+        "test_images": measured.get("total", measured.get("images", len(exam.rows))),
+        "train_images": loaded.plan.num_images, "recipe": loaded.config.recipe,
         "last_blocks": found.get("last_blocks"), "from": loaded.config.graft[0].run if loaded.config.graft else None,
     }  # fmt: skip
     run.write(SCORE, summary)
@@ -287,22 +318,27 @@ def paper_linear(
     """
     console = console or Console(quiet=True)
     outer, name = Run.open(from_run), "paper-linear-" + (Path(data).name or "data").replace(".", "-")
-    lessons = open_lessons("linear_probe", data)
+    name += "" if shots is None else f"-{shots}-shots"
+    lessons = open_lessons(PROBE, data)
     rows, _ = split_rows(lessons, shots, hold=test is None)
     settings = list(settings)
     if "train.batch_size" not in parse(settings) and len(rows) < 8 * PAPER_BATCH:
         batch = 2 ** int(math.log2(max(16, len(rows) // 8)))
         settings.append(f"train.batch_size={batch}")
+        rate = "the rate that was set"
         if "optim.base_lr" not in parse(settings):
             settings.append(f"optim.base_lr={PAPER_PEAK * 256 / batch}")
+            rate = f"the paper's peak rate of {PAPER_PEAK}"
         console.say(
-            f"a batch of {batch} at the paper's peak rate of {PAPER_PEAK}: its batch of {PAPER_BATCH} is for data sets "
-            f"larger than these {len(rows)} images"
+            f"a batch of {batch} at {rate}: the paper's batch of {PAPER_BATCH} is for data sets larger than these "
+            f"{len(rows)} images"
         )
     run = fine_tune(
-        outer.path, data, task="linear_probe", out=outer.path / name, test=test, shots=shots, recipe="linear_paper",
+        outer.path, data, task=PROBE, out=outer.path / name, test=test, shots=shots, recipe="linear_paper",
         settings=settings, console=console,
     )  # fmt: skip
+    if run.read("status.json")["state"] != "finished":
+        raise ConfigError(f"the probe was stopped; finish it with `unmask resume {run.path}`, its result is kept there")
     found = run.read(SCORE)
     row = {key: found[key] for key in ("accuracy", "low", "high", "correct", "total")}
     summary = {

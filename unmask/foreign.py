@@ -176,7 +176,10 @@ BLOCK_NAMES = {
     "attention.attention.relative_position_bias": "attn",
     "relative_position_bias": "attn",
 }
-"""What stands in a block of transformers' models before the last point, in files and in memory (release 5)."""
+"""What stands in a block of transformers' models before the last point, in files and in memory (release 5).
+
+Of several names for one thing that in files comes first, here and below: `outbound.py` writes it.
+"""
 
 OTHER_NAMES = {
     "embeddings.cls_token": "cls_token",
@@ -524,33 +527,53 @@ def _official(kind: str, encoder: Mapping[str, Any], licence: str, *, beit: bool
     return f"timm ViT, {kind}", licence
 
 
-OURS = [
-    (r"(cls_token|pos_embed|patch_embed\.proj\.\w+|norm\.\w+)", r"encoder.\1"),
-    (r"(blocks\.\d+\.(norm1|norm2|attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2)\.\w+)", r"encoder.\1"),
-    (r"blocks\.(\d+)\.(?:gamma_|ls)([12])(?:\.gamma)?", r"encoder.blocks.\1.ls\2.gamma"),
-    (r"blocks\.(\d+)\.attn\.relative_position_bias_table", r"encoder.blocks.\1.relative_bias.table"),
-    (r"rel_pos_bias\.relative_position_bias_table", r"encoder.relative_bias.table"),
-    (r"((?:fc_norm|head)\.\w+)", r"\1"),
-    (r"lm_head\.(\w+)", r"head.\1"),
-    (r"decoder_pos_embed", r"decoder.pos_embed"),
-    (r"decoder_(embed|norm|pred)\.(\w+)", r"decoder.\1.\2"),
-    (r"decoder_(blocks\.\d+\.(?:norm1|norm2|attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2)\.\w+)", r"decoder.\1"),
-]
-"""Official names, and what they are here."""
+PARTS = ("norm1", "norm2", "attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+"""Of every block, under official names and here."""
+
+OFFICIAL = {
+    "cls_token": "encoder.cls_token",
+    "pos_embed": "encoder.pos_embed",
+    "patch_embed.proj.*": "encoder.patch_embed.proj.*",
+    **{f"blocks.#.{part}.*": f"encoder.blocks.#.{part}.*" for part in PARTS},
+    "blocks.#.ls1.gamma": "encoder.blocks.#.ls1.gamma",
+    "blocks.#.ls2.gamma": "encoder.blocks.#.ls2.gamma",
+    "blocks.#.attn.relative_position_bias_table": "encoder.blocks.#.relative_bias.table",
+    "rel_pos_bias.relative_position_bias_table": "encoder.relative_bias.table",
+    "norm.*": "encoder.norm.*",
+    "fc_norm.*": "fc_norm.*",
+    "head.*": "head.*",
+    "decoder_pos_embed": "decoder.pos_embed",
+    **{f"decoder_{part}.*": f"decoder.{part}.*" for part in ("embed", "norm", "pred")},
+    **{f"decoder_blocks.#.{part}.*": f"decoder.blocks.#.{part}.*" for part in PARTS},
+}
+"""Names of official MAE and of timm, and what they are here; # is the number of a block, * a weight or a bias."""
+
+BEIT_SCALES = {f"blocks.#.gamma_{number}": f"encoder.blocks.#.ls{number}.gamma" for number in (1, 2)}
+OURS = OFFICIAL | BEIT_SCALES | {"lm_head.*": "head.*"}
+
+
+def renamed(name: str, table: Mapping[str, str]) -> str | None:
+    """The name that `table` has for one, with its number of a block and its weight or bias; None where it has none."""
+    number, (stem, dot, leaf) = re.search(r"(?<=blocks\.)\d+(?=\.)", name), name.rpartition(".")
+    pattern = f"{stem}.*" if dot and leaf in ("weight", "bias") else name
+    if number is not None:
+        pattern = pattern.replace(f"blocks.{number[0]}.", "blocks.#.", 1)
+    if pattern not in table:
+        return None
+    return table[pattern].replace("#", number[0] if number is not None else "#").replace("*", leaf)
 
 
 def _to_ours(names: _Names, method: str) -> dict[str, Tensor]:
     """Official names -> ours. Raises ForeignError for what has none."""
     ours, left = {}, []
     for name, value in names.tensors.items():
+        place = renamed(name, OURS)
         if name == "mask_token":
             ours["decoder.mask_token" if method == "mae" else "mask_token"] = value
-            continue
-        match = next(((pattern, to) for pattern, to in OURS if re.fullmatch(pattern, name)), None)
-        if match is None:
+        elif place is None:
             left.append(names.origin.get(name, name))
         else:
-            ours[re.sub(*match, name)] = value
+            ours[place] = value
     require_nothing_left(left)
     return ours
 
@@ -698,135 +721,3 @@ def _dalle_place(name: str) -> str | None:
     return (
         f"{layers}.{number}.around.{leaf}" if block[3] else f"{layers}.{number}.layers.{2 * int(block[4]) - 1}.{leaf}"
     )
-
-
-# ------------------------------------------------------------------------------------------- the other direction
-
-OFFICIAL = [
-    (r"encoder\.((?:cls_token|pos_embed|patch_embed|norm|blocks)\b.*)", r"\1"),
-    (r"encoder\.relative_bias\.table", "rel_pos_bias.relative_position_bias_table"),
-    (r"(mask_token|(?:fc_norm|head)\.\w+)", r"\1"),
-    (r"decoder\.mask_token", "mask_token"),
-    (r"decoder\.(pos_embed|(?:embed|norm|pred|blocks)\..+)", r"decoder_\1"),
-]
-"""Our names, and what official MAE and timm's plain vision transformer call the same."""
-
-BEIT = [
-    (r"(blocks\.\d+)\.ls([12])\.gamma", r"\1.gamma_\2"),
-    (r"(blocks\.\d+)\.relative_bias\.table", r"\1.attn.relative_position_bias_table"),
-]
-"""What BEiT calls otherwise than those."""
-
-TRANSFORMERS = [
-    (r"(?:blocks\.(\d+)\.)gamma_([12])", r"encoder.layer.\1.lambda_\2"),
-    (r"blocks\.(\d+)\.attn\.(relative_position_bias_table)",
-     r"encoder.layer.\1.attention.attention.relative_position_bias.\2"),
-    (r"rel_pos_bias\.(relative_position_bias_table)", r"encoder.relative_position_bias.\1"),
-    (r"(cls_token|mask_token)", r"embeddings.\1"),
-    (r"pos_embed", "embeddings.position_embeddings"),
-    (r"patch_embed\.proj\.(\w+)", r"embeddings.patch_embeddings.projection.\1"),
-    (r"norm\.(\w+)", r"layernorm.\1"),
-    (r"fc_norm\.(\w+)", r"pooler.layernorm.\1"),
-    (r"(decoder_(?:pos_embed|embed|norm|pred).*)", r"decoder.\1"),
-]  # fmt: skip
-"""Official names, and what transformers calls the same in files. Blocks besides: BLOCKS."""
-
-BLOCKS = {
-    "norm1": "layernorm_before",
-    "norm2": "layernorm_after",
-    "attn.query": "attention.attention.query",
-    "attn.key": "attention.attention.key",
-    "attn.value": "attention.attention.value",
-    "attn.proj": "attention.output.dense",
-    "mlp.fc1": "intermediate.dense",
-    "mlp.fc2": "output.dense",
-}
-
-
-def to_official(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our tensors under the names of official MAE. Those that are no parameters (mean and std) have none there."""
-    return {
-        _renamed(name, OFFICIAL): value
-        for name, value in weights.items()
-        if name not in ("encoder.mean", "encoder.std")
-    }
-
-
-def to_beit(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our tensors under the names of official BEiT, which are those of timm's.
-
-    Keys have no bias there, and none is needed: it adds the same to the scores that a query has for all keys, which
-    the softmax takes out again.
-    """
-    found = {}
-    for name, value in to_official(weights).items():
-        if name.endswith(".attn.qkv.bias"):
-            queries, _, values = value.chunk(3)
-            stem = name.removesuffix("qkv.bias")
-            found |= {f"{stem}q_bias": queries.clone(), f"{stem}v_bias": values.clone()}
-        else:
-            found[next((re.sub(*each, name) for each in BEIT if re.fullmatch(each[0], name)), name)] = value
-    return found
-
-
-def to_transformers(weights: Mapping[str, Tensor], *, beit: bool, prefix: str = "") -> dict[str, Tensor]:
-    """Our tensors under the names that transformers has in files: of BEiT, or of ViT and ViTMAE.
-
-    prefix: of the encoder, where it is a part of a larger model ("vit.", "beit.").
-    """
-    found = {}
-    for name, value in (to_beit if beit else to_official)(weights).items():
-        for plain, part in _apart(name, value).items():
-            new = _transformers_name(plain)
-            if plain == "mask_token" and not beit:
-                new = "decoder.mask_token"
-            elif not new.startswith(("decoder.", "head.")):
-                new = prefix + new
-            found[new] = part
-    return found
-
-
-def _apart(name: str, value: Tensor) -> dict[str, Tensor]:
-    """queries, keys and values one by one."""
-    stem, short = re.sub(r"(qkv|[qv]_bias).*", "", name), {"q_bias": "query.bias", "v_bias": "value.bias"}
-    if ".attn.qkv." in name:
-        leaf = name.rpartition(".")[2]
-        parts = zip(("query", "key", "value"), value.chunk(3), strict=True)
-        return {f"{stem}{part}.{leaf}": piece.clone() for part, piece in parts}
-    leaf = name.rpartition(".")[2]
-    return {f"{stem}{short[leaf]}": value} if leaf in short else {name: value}
-
-
-def _transformers_name(name: str) -> str:
-    match = re.fullmatch(r"(decoder_)?blocks\.(\d+)\.(.+)\.(weight|bias)", name)
-    if match and match[3] in BLOCKS:
-        layers = "decoder.decoder_layers" if match[1] else "encoder.layer"
-        return f"{layers}.{match[2]}.{BLOCKS[match[3]]}.{match[4]}"
-    return name if name.startswith("head.") else _renamed(name, TRANSFORMERS)
-
-
-def _renamed(name: str, rules: Iterable[tuple[str, str]]) -> str:
-    new = next((re.sub(pattern, to, name) for pattern, to in rules if re.fullmatch(pattern, name)), None)
-    assert new is not None, f"{name} has no name there, and should not have been asked for"
-    return new
-
-
-def to_image_gpt(weights: Mapping[str, Tensor], *, prefix: str = "") -> dict[str, Tensor]:
-    """An iGPT's tensors under the names of transformers' ImageGPT; see `_image_gpt`. Biases there are zeros."""
-    ours = {new: old for old, new in GPT_NAMES.items()}
-    plain = {"encoder.positions": "wpe.weight", "encoder.norm.weight": "ln_f.weight"}
-    table = torch.cat([weights["encoder.tokens"], weights["encoder.sos"][None]])
-    found = {f"{prefix}wte.weight": table}
-    for name, value in weights.items():
-        if match := re.fullmatch(r"encoder\.blocks\.(\d+)\.(.+)", name):
-            new = f"{prefix}h.{match[1]}.{ours[match[2]]}"
-            found[new] = value.T.contiguous() if value.ndim == 2 else value
-            if value.ndim == 2:
-                found[new.removesuffix("weight") + "bias"] = torch.zeros(len(value))
-        elif name in plain:
-            found[prefix + plain[name]] = value
-        elif name == "head.weight":
-            found["lm_head.weight"] = value
-        else:
-            assert name in ("encoder.tokens", "encoder.sos", "encoder.palette"), f"{name} has no name there"
-    return found

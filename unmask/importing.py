@@ -368,9 +368,10 @@ def fitted(
             f"{found.places} and nothing says of which rectangle; give the size that the weights were trained at"
         )
     if old != new:
-        resized = [name for name in weights if resize(weights, name, old, new)]
-        if resized:
+        moved = {name: positions.fitted(name, value, old, new) for name, value in weights.items()}
+        if any(moved[name] is not weights[name] for name in weights):
             said.append(f"positions are interpolated from {old[0]} x {old[1]} to {new[0]} x {new[1]} patches")
+        weights = moved
     return weights, said
 
 
@@ -390,21 +391,6 @@ def other_channels(
     mean, std = (torch.tensor(values, dtype=torch.float64)[:, None, None] for values in norms)
     shift = ((images.mean[0] - mean) / std * weight.double()).sum((1, 2, 3))
     return (weight.double() * images.std[0] / std).sum(1, keepdim=True).float(), (bias.double() + shift).float()
-
-
-def resize(weights: dict[str, Tensor], name: str, old: tuple[int, int], new: tuple[int, int]) -> bool:
-    """Interpolate in place what belongs to the old grid; whether this tensor does."""
-    value, places = weights[name], old[0] * old[1]
-    spans = [(2 * rows - 1, 2 * cols - 1) for rows, cols in (old, new)]
-    if name in ("encoder.pos_embed", "decoder.pos_embed") and value.shape[1] == 1 + places:
-        weights[name] = torch.cat([value[:, :1], positions.resize(value[:, 1:], old, new)], 1)
-    elif name == "encoder.positions" and len(value) == places:
-        weights[name] = positions.resize(value[None], old, new)[0]
-    elif name.endswith("relative_bias.table") and len(value) == spans[0][0] * spans[0][1] + 3:
-        weights[name] = torch.cat([positions.resize(value[None, :-3], *spans)[0], value[-3:]])
-    else:
-        return False
-    return True
 
 
 def require_whole(wanted: Mapping[str, Tensor], weights: Mapping[str, Tensor], what: str) -> None:

@@ -11,8 +11,10 @@ what is found is brought back to the size of the file.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,8 @@ import torch
 from unmask.config import Config, ConfigError
 from unmask.console import Console
 from unmask.data.boxes import Boxes, find_files, open_boxes
+from unmask.data.decode import BadImage
+from unmask.data.loader import choose_workers
 from unmask.data.maps import Maps, open_maps
 from unmask.data.sources import Source, open_source, require_labels
 from unmask.evals import detection, segmentation
@@ -31,7 +35,7 @@ from unmask.evals.scores import wilson
 from unmask.method import Method
 from unmask.plan import Plan
 from unmask.tasks import classify, detect, linear_probe, segment
-from unmask.use import Readable, read, with_classes
+from unmask.use import MANY_IMAGES, Readable, read, with_classes
 
 TASKS = ("classify", "segment", "detect")
 LABELLED = ("classify", "linear_probe")
@@ -77,11 +81,13 @@ def open_lessons(
     split: str | None = None,
     ignored: Sequence[int] = (),
     classes: Sequence[str] | None = None,
+    only: Collection[int] | None = None,
     look: bool = True,
     console: Console | None = None,
 ) -> Lessons:
     """Images with what the task learns from. classes: names in order, where a model has them already; else found here.
 
+    only: the rows that are wanted, None for all. look: at every mask, which finds what is wrong with it.
     Raises ValueError when there is nothing of that kind, or something that cannot be used, or would be ignored.
     """
     if split is not None and task != "detect":
@@ -97,7 +103,7 @@ def open_lessons(
     if task == "segment":
         maps = open_maps(data, annotations, ignored=ignored, classes=classes, look=look, console=console)
         return Lessons(maps.source, maps.classes, maps.rows, maps)
-    boxes = open_boxes(data, annotations, split=split, classes=classes, console=console)
+    boxes = open_boxes(data, annotations, split=split, classes=classes, only=only, console=console)
     return Lessons(boxes.source, boxes.classes, boxes.rows, boxes)
 
 
@@ -126,6 +132,46 @@ def split_rows(lessons: Lessons, shots: int | None, *, hold: bool, seed: int = 0
     return rows, held
 
 
+def reopen(config: Config, plan: Plan, source: Source, *, tests_only: bool = False) -> Lessons:
+    """What a Run learns from, or the part of it that it is tested on, opened once more."""
+    settings: Any = config.method
+    wanted = set(plan.test_rows)
+    if not tests_only:
+        wanted |= set(range(len(source))) - set(plan.excluded)
+    return open_lessons(
+        settings.name, source.location, config.data.annotations, ignored=getattr(settings, "ignored", ()),
+        classes=settings.classes, only=wanted, look=False,
+    )  # fmt: skip
+
+
+def digest(lessons: Lessons, rows: np.ndarray) -> str:
+    """Changes when the images, or what is said of these rows of them, become others (of masks: names and sizes)."""
+    found = blake2b("\n".join(lessons.classes).encode("utf-8", "surrogateescape"), digest_size=16)
+    found.update(lessons.source.fingerprint().encode())
+    if isinstance(lessons.annotations, Maps):
+        found.update(lessons.annotations.masks.fingerprint().encode())
+    elif isinstance(lessons.annotations, Boxes):
+        for row in rows.tolist():
+            found.update(np.int64(row).tobytes() + lessons.annotations.boxes[row].tobytes())
+            found.update(lessons.annotations.labels[row].tobytes())
+    return found.hexdigest()
+
+
+def shared_files(train: Source, train_rows: np.ndarray, test: Source, test_rows: np.ndarray) -> list[str]:
+    """Names of the test images that are byte for byte also training images: only files of equal size are read."""
+    both = np.intersect1d(train.sizes[train_rows], test.sizes[test_rows])
+
+    def digests(source: Source, rows: np.ndarray) -> dict[int, bytes]:
+        found = {}
+        for row in rows[np.isin(source.sizes[rows], both)].tolist():
+            with suppress(BadImage):
+                found[row] = blake2b(source.read(row), digest_size=16).digest()
+        return found
+
+    known = set(digests(train, train_rows).values())
+    return [test.names[row] for row, digest in digests(test, test_rows).items() if digest in known]
+
+
 # ---------------------------------------------------------------------------------------------------------- the exam
 
 
@@ -139,6 +185,8 @@ class Exam:
     annotations: Maps | Boxes | None
     device: str
     console: Console
+    workers: int = 0
+    digest: str = ""
 
     def headlines(self, method: Method) -> dict[str, float]:
         """The numbers that are followed while it trains."""
@@ -151,7 +199,7 @@ class Exam:
             return self._classes(method)
         if isinstance(method, segment.Segmenter):
             assert isinstance(self.annotations, Maps)
-            batches = read(self.images, self.rows, 0, self.console)
+            batches = read(self.images, self.rows, self.workers, self.console)
             scores = segmentation.measure(
                 method.logits, batches, self.annotations.read, self.classes, device=self.device
             )
@@ -161,7 +209,7 @@ class Exam:
 
     def _classes(self, method: classify.Classifier | linear_probe.LinearProbe) -> dict[str, Any]:
         correct, total = torch.zeros((), dtype=torch.int64, device=self.device), 0
-        for batch in read(self.images, self.rows, 0, self.console):
+        for batch in read(self.images, self.rows, self.workers, self.console):
             labels = classify.require_labels(batch).to(self.device)
             correct += (method.logits(batch.images.to(self.device)).argmax(1) == labels).sum()
             total += len(batch)
@@ -171,7 +219,7 @@ class Exam:
     def _boxes(self, method: detect.Detector) -> dict[str, Any]:
         assert isinstance(self.annotations, Boxes)
         truth, found = [], []
-        for batch in read(self.images, self.rows, 0, self.console):
+        for batch in read(self.images, self.rows, self.workers, self.console):
             for row, one in zip(batch.index.tolist(), method.predict(batch.images.to(self.device)), strict=True):
                 truth.append(detection.Boxes(self.annotations.boxes[row], self.annotations.labels[row]))
                 found.append(as_numpy(one, self.images.spec.size, self.annotations.sizes[row]))
@@ -192,17 +240,26 @@ def task_of(method: Method) -> str:
 
 
 def open_exam(config: Config, plan: Plan, lessons: Lessons, console: Console) -> Exam:
-    """The images a run is tested on: those held out of `lessons`, or `data.test`."""
+    """The images a run is tested on: those held out of `lessons`, or `data.test`.
+
+    Raises ValueError when they cannot be judged, which had better be known before the training.
+    """
     rows, of, data = np.array(plan.test_rows, np.int64), lessons, config.data
     task = config.method.name
     if data.test is not None:
-        ignored = getattr(config.method, "ignored", ())
         of = open_lessons(
-            task, data.test, data.test_annotations, split=data.test_split, ignored=ignored, classes=lessons.classes,
-            console=console,
+            task, data.test, data.test_annotations, split=data.test_split,
+            ignored=getattr(config.method, "ignored", ()), classes=lessons.classes, look=False, console=console,
         )  # fmt: skip
         rows = of.rows
+    if isinstance(of.annotations, Boxes):
+        detection.tools()
+        if not any(len(of.annotations.boxes[row]) for row in rows.tolist()):
+            raise ConfigError(f"the {len(rows)} test images have no box, so nothing can be judged; give others")
     images = Readable(of.source, rows, plan.images, data.crop, training=False, whole=task not in LABELLED)
-    if plan.cached:
+    workers = 0
+    if plan.cached and len(rows) <= plan.num_images:  # what is known to fit in memory once fits twice
         images.keep_decoded()
-    return Exam(images, rows, lessons.classes, of.annotations, plan.device, console)
+    elif len(rows) >= MANY_IMAGES:
+        workers = choose_workers(plan.device, cached=False)[0]
+    return Exam(images, rows, lessons.classes, of.annotations, plan.device, console, workers, digest(of, rows))

@@ -11,8 +11,10 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from unmask.batch import DTYPES, Batch, ImageSpec
 from unmask.config import Config, ConfigError
@@ -23,6 +25,7 @@ from unmask.settings import Settings
 
 DEFAULT_EPOCHS = 100
 MEMORY_SHARE = 0.6
+TENSORS_AT_A_TIME = 4  # of the largest, in the widest place of a network
 BUDGET_SHARE = 0.9  # the rest: pictures, checkpoints, a slow minute
 
 
@@ -30,6 +33,7 @@ class Plan(Settings):
     """What a run will do. `reasons` are sentences for people: why each choice was made.
 
     excluded: rows of the source that are not trained on; test_rows: those of them that a supervised run is tested on.
+    taught: digest of the masks or boxes that it learns from, and of its test images.
     """
 
     steps: int
@@ -45,6 +49,7 @@ class Plan(Settings):
     fingerprint: str
     excluded: tuple[int, ...] = ()
     test_rows: tuple[int, ...] = ()
+    taught: str = ""
     precision: str
     device: str
     workers: int
@@ -116,13 +121,28 @@ def example_batch(images: ImageSpec, count: int, device: str) -> Batch:
     return Batch(pixels, torch.arange(count), zeros, **about, boxes=box, box_labels=zeros[:, None]).to(device)
 
 
-def saved_bytes_per_image(method: Method, images: ImageSpec, precision: str, device: str) -> int:
-    """Bytes that one more image makes a forward pass keep for the backward pass.
+class _Made(TorchDispatchMode):
+    """Notes the bytes of what each operation makes, in their order."""
 
-    The difference between four images and two: what is kept once, such as weights cast to bfloat16, is no image's.
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: list[int] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        several = out if isinstance(out, tuple | list) else (out,)
+        self.bytes.append(sum(tensor.nbytes for tensor in several if isinstance(tensor, torch.Tensor)))
+        return out
+
+
+def bytes_per_image(method: Method, images: ImageSpec, precision: str, device: str) -> int:
+    """Bytes that one more image needs in a step: what is kept for the backward pass, and the widest place on the way.
+
+    The difference between four images and two: what is made once, such as weights cast to bfloat16, is no image's. A
+    frozen encoder keeps nothing; of what passes through it a few tensors as large as the largest are there at a time.
     """
 
-    def kept(count: int) -> int:
+    def needed(count: int) -> tuple[int, list[int]]:
         seen: dict[int, int] = {}
 
         def note(tensor: torch.Tensor) -> torch.Tensor:
@@ -131,12 +151,15 @@ def saved_bytes_per_image(method: Method, images: ImageSpec, precision: str, dev
             return tensor
 
         batch = example_batch(images, count, device)
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), autocast(precision, device):
+        kept = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
+        with kept, autocast(precision, device), _Made() as made:
             loss = method(batch, Clock(0, 1, Draws(0, batch.epoch, batch.index)))
         del loss
-        return sum(seen.values())
+        return sum(seen.values()), made.bytes
 
-    return max(1, (kept(4) - kept(2)) // 2)
+    (kept, made), (kept_of_two, made_of_two) = needed(4), needed(2)
+    widest = max((more - less for more, less in zip(made, made_of_two, strict=False)), default=0)
+    return max(1, (kept - kept_of_two + TENSORS_AT_A_TIME * widest) // 2)
 
 
 def free_memory(device: str) -> int:
@@ -292,7 +315,7 @@ def make_plan(
     """
     precision, why_precision = choose_precision(config.train.precision, device)
     method = fresh_method(config, images).to(device)
-    micro, why_micro = choose_micro_batch(config, saved_bytes_per_image(method, images, precision, device), device)
+    micro, why_micro = choose_micro_batch(config, bytes_per_image(method, images, precision, device), device)
     parameters = sum(p.numel() for p in method.parameters())
     encoder_parameters = sum(p.numel() for p in method.encoder.parameters())
     del method

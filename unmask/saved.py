@@ -6,15 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-import torch
 from pydantic import BaseModel, ValidationError
-from torch import Tensor, nn
+from torch import nn
 
 from unmask import checkpoint
-from unmask.config import Config, Graft, explain
+from unmask.config import Config, explain
 from unmask.method import Method
 from unmask.nn import positions
-from unmask.nn.vit import ViT
 from unmask.plan import Plan, fresh_method
 from unmask.run import Run, RunError
 
@@ -70,29 +68,22 @@ def load(run: str | Path, *, device: str = "cpu", step: int | None = None) -> Lo
 def take_weights(method: Method, config: Config) -> None:
     """Perform the grafts of `config` on a fresh method. Raises ValueError for weights that do not fit.
 
-    Positions that were learnt for, or made for, another grid of patches are resized in two dimensions.
+    Positions that were learnt, or made, for another grid of patches are interpolated to the method's own.
     """
     for entry in config.graft:
         run = Run.open(entry.run)
         _, weights = checkpoint.load_model(run, entry.step)
-        checkpoint.graft(method, [(entry.source, entry.target, resized(method, run, weights, entry))])
+        old, new = _grid(run), getattr(method.encoder, "grid", None)
+        if old is not None and new is not None and old != new:
+            weights = {name: positions.fitted(name, value, old, new) for name, value in weights.items()}
+        checkpoint.graft(method, [(entry.source, entry.target, weights)])
 
 
-def resized(method: Method, run: Run, weights: dict[str, Tensor], entry: Graft) -> dict[str, Tensor]:
-    """`weights` with the position table of a vision transformer for the grid of `method`; the class token's stays."""
-    theirs, ours = f"{entry.source}pos_embed", f"{entry.target}pos_embed"
-    if not entry.source.endswith("encoder."):
-        theirs, ours = f"{entry.source}encoder.pos_embed", f"{entry.target}encoder.pos_embed"
-    own, settings = method.state_dict().get(ours), read_config(run).method.model_dump()
-    if own is None or theirs not in weights or own.shape == weights[theirs].shape:
-        return weights
-    size, encoder = read_plan(run).images.size, method.encoder
-    patch = settings.get("encoder", {}).get("patch")
-    if not isinstance(encoder, ViT) or patch is None:
-        return weights
-    table, grid = weights[theirs], (size[0] // patch[0], size[1] // patch[1])
-    moved = torch.cat([table[:, :1], positions.resize(table[:, 1:], grid, encoder.grid)], 1)
-    return weights | {theirs: moved}
+def _grid(run: Run) -> tuple[int, int] | None:
+    """The grid of patches that a Run's encoder was trained on; None where it has no patches."""
+    patch = read_config(run).method.model_dump()["encoder"].get("patch")
+    size = read_plan(run).images.size
+    return None if patch is None else (size[0] // patch[0], size[1] // patch[1])
 
 
 def load_encoder(run: str | Path, *, device: str = "cpu", step: int | None = None) -> nn.Module:

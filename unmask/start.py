@@ -81,6 +81,8 @@ def pretrain(
     settings = with_options(base, recipe, list(settings), tokenizer=tokenizer, palette=palette, masks=masks)
     draft = drafted(base, recipe, settings, budget)
     refuse_labels(draft, from_run)
+    if base is not None and (own := sorted({"data.mean", "data.std"} & set(parse(settings)))):
+        raise ConfigError(f"{own[0]} cannot be set: the weights of --from know their normalisation; leave it out")
     device = choose_device(draft.train.device)
     if out is not None:
         Run.check_free(out)
@@ -106,16 +108,18 @@ def start_run(
     console: Console,
     held_out: np.ndarray | None = None,
     test_rows: np.ndarray | None = None,
+    taught: str = "",
     supervise: Supervise | None = None,
 ) -> Run:
     """Plan, make the Run, and train it.
 
-    held_out: rows of the source that are kept from the training, test_rows: those of them that it is tested on.
+    held_out: rows of the source that are kept from the training, test_rows: those of them that it is tested on. taught:
+    see `Plan`.
     """
     refuse_absurd_batch(config, found.usable)
     images, plan = prepare(source, found, config, device, budget=budget, reasons=reasons, held_out=held_out)
-    if test_rows is not None:
-        plan = plan.model_copy(update={"test_rows": tuple(np.setdiff1d(test_rows, found.bad_rows).tolist())})
+    tested = () if test_rows is None else tuple(np.setdiff1d(test_rows, found.bad_rows).tolist())
+    plan = plan.model_copy(update={"test_rows": tested, "taught": taught})
     if plan.cached:
         images.keep_decoded()
     grafts.require_grafts(config, plan.images)

@@ -85,3 +85,21 @@ def test_erasing_puts_noise_into_a_box_of_some_images():
     share = (after[changed] != 9).float().mean((1, 2, 3))
     assert share.min() > 0.015
     assert share.max() < 0.36
+
+
+def test_sharpness_is_pillows():
+    from PIL import Image, ImageEnhance
+
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 24, 3), np.uint8)
+    want = np.asarray(ImageEnhance.Sharpness(Image.fromarray(pixels)).enhance(0.55), np.float32)
+    x = torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255
+    got = ALL["sharpness"](x, np.array([0.5]), np.array([-1.0]), FILL)[0].permute(1, 2, 0) * 255
+    assert np.abs(got.numpy()[1:-1, 1:-1] - want[1:-1, 1:-1]).max() < 1.5, "Pillow leaves the edge alone"
+
+
+def test_an_image_outside_the_range_is_cut_off_only_where_it_is_changed():
+    x = unit() * 3 - 1
+    no = draws()
+    no[2, [1, 5]] = 0.9
+    after = rand_augment(x, no, 9.0, FILL)
+    assert torch.equal(after[2], x[2])

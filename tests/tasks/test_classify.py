@@ -170,3 +170,13 @@ def test_a_task_is_found_by_its_name_and_is_no_method_of_pre_training():
     assert "classify" not in method_names()
     root = Root(method=config(1))
     assert Root.model_validate_json(root.model_dump_json()) == root
+
+
+def test_images_are_augmented_in_full_precision_under_autocast():
+    method = make(rand_augment=9.0)
+    seen = []
+    real = method.augment
+    method.augment = lambda *a: seen.append(torch.is_autocast_enabled("cpu")) or real(*a)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss(method, batch())
+    assert seen == [False]

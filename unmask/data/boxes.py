@@ -19,7 +19,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -134,19 +134,22 @@ def open_boxes(
     *,
     split: str | None = None,
     classes: Sequence[str] | None = None,
+    only: Collection[int] | None = None,
     console: Console | None = None,
 ) -> Boxes:
     """The images of DATA and the boxes around their objects; images that are not annotated are left out of `rows`.
 
     annotations: a COCO file or a folder of VOC files, None where DATA is laid out as the module says. split: a list
     of ImageSets/Main. classes: names in order, of a model that is asked about these images; None takes those that
-    occur. Raises BoxError, SourceError.
+    occur. only: the rows that are wanted, None for all. Raises BoxError, SourceError.
     """
     root = Path(data)
     images, found = find_files(root, None if annotations is None else Path(annotations))
     source = open_source(str(images))
     said, names = read_coco(found) if found.is_file() else read_voc(found)
     rows, missing = pair(source, said, found)
+    if only is not None:
+        rows = {row: key for row, key in rows.items() if row in only}
     if split is not None:
         listed = read_split(root / VOC_SPLITS / f"{split}.txt")
         rows = {row: key for row, key in rows.items() if _name(source.names[row]) in listed}

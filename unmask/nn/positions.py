@@ -42,6 +42,21 @@ def resize(positions: Float[Tensor, "1 N D"], old: tuple[int, int], new: tuple[i
     return table.permute(0, 2, 3, 1).reshape(1, new[0] * new[1], -1).to(positions.dtype)
 
 
+def fitted(name: str, value: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """A tensor of a method's state dict for another grid of patches: itself, unless it belongs to the places of a grid.
+
+    Position tables (the class token's row stays), iGPT's positions, and tables of relative positions are interpolated.
+    """
+    spans = [(2 * rows - 1, 2 * cols - 1) for rows, cols in (old, new)]
+    if name in ("encoder.pos_embed", "decoder.pos_embed") and value.shape[1] == 1 + old[0] * old[1]:
+        return torch.cat([value[:, :1], resize(value[:, 1:], old, new)], 1)
+    if name == "encoder.positions" and len(value) == old[0] * old[1]:
+        return resize(value[None], old, new)[0]
+    if name.endswith("relative_bias.table") and len(value) == spans[0][0] * spans[0][1] + 3:
+        return torch.cat([resize(value[None, :-3], *spans)[0], value[-3:]])
+    return value
+
+
 class RelativeBias(nn.Module):
     """What is added to attention scores for how far apart two patches lie (BEiT, Bao et al. 2021, its code).
 

@@ -5,9 +5,9 @@ two of fifteen operations, each done with probability one half, at a strength ar
 "Random erasing": a box of noise. The operations themselves are kornia's where it has them.
 
 What is done to which image is drawn on the host, by the image's place in the global batch and the step: a resumed run
-repeats it, and a GPU is not waited for. Colours are changed between the values that stand for 0 and 1
-(`ImageSpec.value_range`); what an operation moves in from outside is the data set's mean colour. Images of another
-number of channels than three have no saturation to change.
+repeats it, and no number is read back from a GPU. Colours are changed between the values that stand for 0 and 1
+(`ImageSpec.value_range`), beyond which an image that is changed is cut off; what an operation moves in from outside is
+the data set's mean colour. Images of another number of channels than three have no saturation to change.
 
 Letters: B images, C channels, H x W pixels.
 """
@@ -27,6 +27,7 @@ PROBABILITY = 0.5  # that one of them is done
 SPREAD = 0.5  # standard deviation of the magnitude
 MOST = 10.0  # a magnitude's end of scale
 DRAWS = 4 * OPERATIONS  # which, whether, how strong, which way
+SMOOTH = [[1 / 13, 1 / 13, 1 / 13], [1 / 13, 5 / 13, 1 / 13], [1 / 13, 1 / 13, 1 / 13]]  # Pillow's filter of that name
 ERASE_DRAWS = 5  # whether, area, aspect, down, across
 ERASED_AREA, ERASED_ASPECT = (0.02, 1 / 3), (0.3, 1 / 0.3)
 
@@ -36,7 +37,7 @@ Operation = Callable[[Unit, np.ndarray, np.ndarray, Tensor], Tensor]
 
 
 def rand_augment(unit: Unit, draws: Float[np.ndarray, "B 8"], magnitude: float, fill: Float[Tensor, "C 1 1"]) -> Unit:
-    """Images between 0 and 1 in and out. draws: uniform in [0, 1), eight for each image. fill: colour of outside."""
+    """Images of colours about 0 to 1. draws: uniform in [0, 1), eight for each image. fill: colour of outside."""
     from scipy.special import ndtri
 
     operations = [op for name, op in ALL.items() if unit.shape[1] == 3 or name != "saturation"]
@@ -49,7 +50,7 @@ def rand_augment(unit: Unit, draws: Float[np.ndarray, "B 8"], magnitude: float, 
             if len(rows):
                 at = torch.from_numpy(rows).to(unit.device, non_blocking=True)
                 signs = np.where(way[rows] < 0.5, -1.0, 1.0)
-                unit[at] = operation(unit[at], strength[rows], signs, fill).clamp(0, 1)
+                unit[at] = operation(unit[at].clamp(0, 1), strength[rows], signs, fill).clamp(0, 1)
     return unit
 
 
@@ -113,9 +114,10 @@ def _saturation(x: Tensor, strength: np.ndarray, signs: np.ndarray, fill: Tensor
 
 
 def _sharpness(x: Tensor, strength: np.ndarray, signs: np.ndarray, fill: Tensor) -> Tensor:
-    from kornia.filters import box_blur
+    from kornia.filters import filter2d
 
-    return _blend(box_blur(x, (3, 3)), x, _factors(x, strength, signs))
+    smooth = filter2d(x, x.new_tensor(SMOOTH)[None], border_type="replicate")
+    return _blend(smooth, x, _factors(x, strength, signs))
 
 
 def _auto_contrast(x: Tensor, strength: np.ndarray, signs: np.ndarray, fill: Tensor) -> Tensor:

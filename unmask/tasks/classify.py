@@ -33,6 +33,7 @@ from unmask.errors import UserError
 from unmask.method import Clock, Loss, Method, MethodConfig, Picture
 from unmask.nn.blocks import draw_paths, layer_norm
 from unmask.nn.freeze import check_blocks, freeze
+from unmask.nn.losses import full_precision
 from unmask.nn.mixing import MIX_DRAWS, mix, soft_targets
 from unmask.nn.rand_augment import DRAWS, ERASE_DRAWS, MOST, erase, rand_augment
 from unmask.nn.vit import ViT, ViTConfig
@@ -96,7 +97,8 @@ class Classifier(Method):
         have the mixture of both, and count as right where the greater part is.
         """
         labels = require_labels(batch)
-        images, targets = self.augment(batch.images, labels, clock)
+        with full_precision(batch.images.device):  # or a rotation would be rounded to bfloat16
+            images, targets = self.augment(batch.images, labels, clock)
         paths = None
         if self.config.drop_path:
             draws = clock.rng.uniform(2 * len(self.encoder.blocks), Stream.PATHS)
@@ -114,7 +116,7 @@ class Classifier(Method):
         step, place = np.full(count, clock.step), clock.micro * count + np.arange(count)
         targets = soft_targets(labels, len(config.classes), config.smoothing)
         if config.rand_augment is not None:
-            unit = ((images.float() - self.low) / (self.high - self.low)).clamp(0, 1)
+            unit = (images.float() - self.low) / (self.high - self.low)
             fill = (self.encoder.mean[:, None, None] - self.low) / (self.high - self.low)
             unit = rand_augment(unit, uniform(seed, Stream.RAND_AUGMENT, step, place, DRAWS), config.rand_augment, fill)
             images = self.low + unit * (self.high - self.low)

@@ -25,6 +25,7 @@ from unmask.method import Clock, Loss, Method, MethodConfig, Picture
 from unmask.nn.vit import ViT, ViTConfig
 
 BATCH_NORM_EPS = 1e-6
+MOMENTUM = 0.1
 HEAD_STD = 0.01
 
 
@@ -45,7 +46,7 @@ class LinearProbe(Method):
         super().__init__()
         self.encoder = ViT(config.encoder, images)
         self.encoder.requires_grad_(False)
-        self.norm = nn.BatchNorm1d(self.encoder.width, eps=BATCH_NORM_EPS, affine=False)
+        self.norm = nn.BatchNorm1d(self.encoder.width, eps=BATCH_NORM_EPS, momentum=0.0, affine=False)
         self.head = nn.Linear(self.encoder.width, len(config.classes))
         nn.init.trunc_normal_(self.head.weight, std=HEAD_STD)
         nn.init.zeros_(self.head.bias)
@@ -62,12 +63,26 @@ class LinearProbe(Method):
         """(B, C, H, W) in the files' units -> (B, classes), float32."""
         with torch.no_grad():
             features = self.encoder(images)
-        token = features.pooled if features.cls is None else features.cls
-        return self.head(self.norm(token.float())).float()
+        token = (features.pooled if features.cls is None else features.cls).float()
+        if self.training:
+            self.remember(token)
+        return self.head(self.norm(token)).float()
+
+    @torch.no_grad()
+    def remember(self, tokens: Tensor) -> None:
+        """BatchNorm's running statistics, moved by hand: tokens that are not finite leave them as they were."""
+        if len(tokens) < 2:
+            raise UserError("a micro-batch of one image came, BatchNorm needs at least two; set train.micro_batch=2")
+        variance, mean = torch.var_mean(tokens, 0)
+        sound = tokens.isfinite().all()
+        for kept, now in ((self.norm.running_mean, mean), (self.norm.running_var, variance)):
+            assert kept is not None, "BatchNorm tracks them"
+            kept.copy_(torch.where(sound, kept.lerp(now, MOMENTUM), kept))
 
     def picture(self, batch: Batch, clock: Clock) -> Picture:
         """The images; beside the loss that of calling all classes alike."""
-        assert batch.labels is not None, "`loss` came first"
+        if batch.labels is None:
+            raise UserError("images without labels came; put each class into a sub-folder of its own")
         logits = self.logits(batch.images)
         right = int((logits.argmax(1) == batch.labels).sum())
         numbers = {

@@ -173,6 +173,6 @@ def require_maps(batch: Batch) -> Int[Tensor, "B H W"]:
     if batch.maps is None:
         raise UserError(
             "images without maps came, and a segmenter learns from the class of every pixel; give the folder of masks "
-            "with --masks-dir, each named as its image"
+            "with --annotations, each named as its image"
         )
     return batch.maps

@@ -1,0 +1,59 @@
+"""The paper's linear probe trains its head alone, and what its BatchNorm remembers survives bad batches."""
+
+import pytest
+import torch
+
+from unmask.batch import Batch, ImageSpec
+from unmask.errors import UserError
+from unmask.method import Clock
+from unmask.nn.vit import ViTConfig
+from unmask.rng import Draws
+from unmask.tasks.linear_probe import Config, LinearProbe
+
+SPEC = ImageSpec(3, (16, 16), "uint8", (120.0,) * 3, (60.0,) * 3)
+
+
+def make():
+    torch.manual_seed(0)
+    config = Config(encoder=ViTConfig(width=32, depth=2, heads=2, patch=(4, 4)), classes=("a", "b"))
+    return LinearProbe(config, SPEC)
+
+
+def batch(count=8, seed=0):
+    images = torch.randint(0, 256, (count, 3, 16, 16), generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
+    index = torch.arange(count)
+    return Batch(images, index, torch.zeros_like(index), labels=index % 2)
+
+
+def loss(method, of):
+    return method(of, Clock(0, 1, Draws(0, of.epoch, of.index))).value
+
+
+def test_the_head_alone_has_a_gradient():
+    method = make()
+    loss(method, batch()).backward()
+    assert {name for name, p in method.named_parameters() if p.grad is not None} == {"head.weight", "head.bias"}
+
+
+def test_batchnorm_remembers_what_torchs_own_would():
+    method, own = make(), torch.nn.BatchNorm1d(32, eps=1e-6, affine=False)
+    for seed in range(3):
+        loss(method, batch(seed=seed))
+        with torch.no_grad():
+            own(method.encoder(batch(seed=seed).images).cls)
+    torch.testing.assert_close(method.norm.running_mean, own.running_mean)
+    torch.testing.assert_close(method.norm.running_var, own.running_var)
+
+
+def test_tokens_that_are_not_finite_are_not_remembered():
+    method = make()
+    loss(method, batch())
+    before = method.norm.running_mean.clone(), method.norm.running_var.clone()
+    method.remember(torch.full((4, 32), float("nan")))
+    assert torch.equal(method.norm.running_mean, before[0])
+    assert torch.equal(method.norm.running_var, before[1])
+
+
+def test_one_image_at_a_time_is_refused():
+    with pytest.raises(UserError, match="at least two"):
+        loss(make(), batch(1))
