@@ -195,7 +195,7 @@ def test_it_predicts_with_the_names_of_its_classes(tuned, tests, tmp_path, name)
 
 
 def test_a_run_without_classes_does_not_predict(pretrained, tests, tmp_path):
-    with pytest.raises(UserError, match=r"knows no classes; fine-tune it first"):
+    with pytest.raises(UserError, match=r"does not predict; fine-tune it first"):
         predict(pretrained.path, [str(tests)], tmp_path / "x.csv", step=None, device="cpu", console=Console(quiet=True))
 
 

@@ -45,7 +45,7 @@ def predict(
     loaded = load(run, device=choose_device(device), step=step)
     if not isinstance(loaded.method, classify.Classifier | segment.Segmenter | detect.Detector):
         raise UserError(
-            f"{run} is a run of {loaded.config.method.name}, which knows no classes; fine-tune it first: unmask "
+            f"{run} is a run of {loaded.config.method.name}, which does not predict; fine-tune it first: unmask "
             f"finetune {run} DATA"
         )
     endings = {classify.Classifier: TABLES, detect.Detector: (".json",)}.get(type(loaded.method), ())
@@ -75,7 +75,9 @@ def predict(
 
 
 def names_of(loaded: Loaded) -> list[str]:
-    return list(loaded.config.method.model_dump()["classes"])
+    """The classes; what several are called (ImageNet's two cranes) gets its number behind it."""
+    names = list(loaded.config.method.model_dump()["classes"])
+    return [name if names.count(name) == 1 else f"{name} ({number})" for number, name in enumerate(names)]
 
 
 def classes(loaded: Loaded, source: Source, batches: Any, out: Path) -> tuple[int, dict[str, int]]:
@@ -97,8 +99,9 @@ def masks(loaded: Loaded, source: Source, batches: Any, out: Path) -> tuple[int,
     """A mask for each image; returns how many images, and how many pixels of each class."""
     assert isinstance(loaded.method, segment.Segmenter)
     names, settings = names_of(loaded), loaded.config.method.model_dump()
-    ids = np.array(first_ids(len(names), settings["ignored"]), np.uint8)
-    palette = np.zeros((256, 3), np.uint8)
+    numbers = first_ids(len(names), settings["ignored"])
+    ids = np.array(numbers, np.uint8 if max(numbers) < 256 else np.uint16)  # beyond a byte there is no palette
+    palette = np.zeros((max(256, max(numbers) + 1), 3), np.uint8)
     palette[ids] = (255 * segment.colour_table(len(names)).numpy()).round().astype(np.uint8)
     done, counts = 0, np.zeros(len(names), np.int64)
     out.mkdir(exist_ok=True)
@@ -106,7 +109,8 @@ def masks(loaded: Loaded, source: Source, batches: Any, out: Path) -> tuple[int,
         for row, scores in zip(batch.index.tolist(), loaded.method.logits(batch.images.to(loaded.device)), strict=True):
             found = classes_at(scores, size_of(source, row)).cpu().numpy()
             picture = Image.fromarray(ids[found])
-            picture.putpalette(palette.tobytes())
+            if ids.dtype == np.uint8:
+                picture.putpalette(palette.tobytes())
             place = mask_file(out, source.names[row])
             place.parent.mkdir(parents=True, exist_ok=True)
             picture.save(place)
