@@ -235,7 +235,7 @@ def test_nothing_judged_at_all_is_no_error():
 
 def test_images_without_maps_are_refused():
     of = batch()
-    with pytest.raises(UserError, match="--masks-dir"):
+    with pytest.raises(UserError, match="--annotations"):
         make()(Batch(of.images, of.index, of.epoch), clock(of))
 
 
