@@ -11,13 +11,14 @@ from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from unmask import probing
+from unmask import probe_features, probing
 from unmask.console import Console
 from unmask.errors import UserError
 from unmask.evals import attentive
 from unmask.evals.probe import few_shots
 from unmask.evals.scores import PRETRAINED, RANDOM_INIT, RAW_PIXELS
-from unmask.probing import probe_kinds, probe_run, shots_of
+from unmask.probe_labels import shots_of
+from unmask.probing import probe_kinds, probe_run
 from unmask.report import write_report
 from unmask.start import pretrain
 
@@ -86,8 +87,8 @@ def kept(run, name):
 
 def test_a_curve_is_logistic_regression_on_the_same_features_which_are_computed_once(run, data, monkeypatch):
     tables = []
-    real = probing.features
-    monkeypatch.setattr(probing, "features", lambda *a, **more: tables.append(real(*a, **more)) or tables[-1])
+    real = probe_features.features
+    monkeypatch.setattr(probe_features, "features", lambda *a, **more: tables.append(real(*a, **more)) or tables[-1])
     console = Listening()
     found = probe(run, data, shots=[8, 1, 3], draws=3, console=console)
     assert len(tables) == 2, "training and test images, once"

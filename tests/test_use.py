@@ -13,7 +13,7 @@ import torch
 from conftest import SMALL_RUN, write_images
 from PIL import Image
 
-from unmask import probing, use
+from unmask import probe_features, probing, use
 from unmask.console import Console
 from unmask.errors import UserError
 from unmask.evals import attentive
@@ -378,14 +378,14 @@ def test_controls_and_shots_on_test_images_of_their_own(run, labelled, tmp_path)
 def rows_read(monkeypatch):
     """Which rows became features, call by call."""
     seen = []
-    real = probing.features
+    real = probe_features.features
 
     def keep(loaded, encoders, source, rows, **more):
         found = real(loaded, encoders, source, rows, **more)
         seen.append(next(iter(found.values())).index.tolist())
         return found
 
-    monkeypatch.setattr(probing, "features", keep)
+    monkeypatch.setattr(probe_features, "features", keep)
     return seen
 
 

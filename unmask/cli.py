@@ -507,7 +507,8 @@ def probe(
     as_json: AsJson = False,
 ) -> None:
     """How good are the features? A frozen encoder measured on your labels: sub-folder names, or a table."""
-    from unmask.probing import probe_run, shots_of
+    from unmask.probe_labels import shots_of
+    from unmask.probing import probe_run
 
     if kind == "paper-linear":
         _paper_linear(
@@ -564,7 +565,7 @@ def _paper_linear(
 ) -> None:
     """The probe that is a training; `others` are options that mean nothing to it, with what came for them."""
     from unmask.finetune import paper_linear
-    from unmask.probing import shots_of
+    from unmask.probe_labels import shots_of
     from unmask.report import write_report
 
     if came := [option for option, value in others.items() if value]:

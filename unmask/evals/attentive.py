@@ -28,6 +28,7 @@ from unmask.evals.collect import Tokens
 from unmask.evals.linear import HOLD_OUT_FOR_RATE, hold_out
 from unmask.evals.measures import average_precision, by_column
 
+ATTENTIVE = "attentive"  # the kind of probe, by name
 RATES = (1e-3, 3e-3, 1e-2)
 RATE_WITHOUT_CHOICE = 3e-3
 WEIGHT_DECAY, BATCH, EPOCHS, LEAST_STEPS, WARM_UP = 0.1, 256, 30, 300, 0.05
