@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from unmask.foreign import ForeignError, is_sincos, recognise, unwrap
+from unmask.foreign.recognise import recognise
+from unmask.foreign.state_dicts import ForeignError, unwrap
+from unmask.foreign.vit import is_sincos
 from unmask.nn.positions import sincos
 
 

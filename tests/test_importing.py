@@ -13,11 +13,12 @@ import torch
 from conftest import write_images
 from safetensors.torch import save_file
 
-from unmask import foreign, grafts
+from unmask import grafts
 from unmask.batch import ImageSpec
 from unmask.config import ConfigError
 from unmask.console import Console
 from unmask.errors import UserError
+from unmask.foreign.state_dicts import IMAGENET
 from unmask.importing import import_weights
 from unmask.methods.mae import MAE
 from unmask.methods.mae import Config as MAEConfig
@@ -74,7 +75,7 @@ def small_mae(size=(16, 16), channels=3, **changes) -> MAE:
     torch.manual_seed(0)
     encoder = ViTConfig(width=32, depth=2, heads=2, patch=(4, 4))
     config = MAEConfig(encoder=encoder, decoder=DecoderConfig(width=16, depth=1, heads=2), **changes)
-    mean, std = (values[:1] * channels if channels != 3 else values for values in foreign.IMAGENET)
+    mean, std = (values[:1] * channels if channels != 3 else values for values in IMAGENET)
     method = MAE(config, ImageSpec(channels, size, "uint8", mean, std)).eval()
     with torch.no_grad():
         for parameter in method.parameters():
@@ -650,7 +651,7 @@ def test_folders_of_shards_and_of_timm_and_what_they_say_of_the_images(tmp_path)
 
 
 def test_a_preprocessor_that_does_not_normalise_is_believed():
-    from unmask.foreign import _statistics
+    from unmask.foreign.vit import _statistics
 
     look = {"do_normalize": False, "do_rescale": True, "image_mean": [1, 1, 1], "image_std": [1, 1, 1]}
     assert _statistics(look, 3, halves=False)[:2] == ((0.0,) * 3, (255.0,) * 3)

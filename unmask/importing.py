@@ -1,8 +1,7 @@
 """`unmask import FILE --out RUN`: weights that others made become a Run, which every verb then reads like our own.
 
-A file is safetensors or a pickle of plain tensors (opened weights-only: code in it is never run); a folder is
-transformers' or timm's (config.json, weights, preprocessor_config.json), or holds the two halves of DALL-E's dVAE. What
-it is, `foreign.py` recognises. Here it is fitted to the size and channels that were asked for, and written:
+What lies in a file or folder `foreign/files.py` reads, and what it is `foreign/recognise.py` finds. Here it is fitted
+to the size and channels that were asked for, and written:
 
     another size       positions and relative position biases are interpolated in two dimensions, bicubic, corners not
                        aligned; the class token keeps its row
@@ -16,29 +15,23 @@ task `encoder`, and that is said. Images are 8 bits a channel.
 
 from __future__ import annotations
 
-import argparse
-import hashlib
-import json
-import pickle
-import re
-import warnings
-import zipfile
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from unmask import checkpoint, foreign, start
+from unmask import checkpoint, start
 from unmask.batch import ImageSpec
 from unmask.config import Config, ConfigError, DataConfig, explain, override, parse, parse_method
 from unmask.console import Console
 from unmask.data.augment import CropConfig
+from unmask.foreign.files import read_source
+from unmask.foreign.recognise import recognise
+from unmask.foreign.state_dicts import ForeignError, Found, some
 from unmask.nn import positions
 from unmask.nn.patches import grid_of
 from unmask.optim import OptimConfig
@@ -47,9 +40,6 @@ from unmask.run import Run
 from unmask.saved import read_config
 
 RECIPE = "import"
-WHOLE = ("model.safetensors", "pytorch_model.safetensors", "pytorch_model.bin")
-INDEX = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-SAFE, PICKLES = (".safetensors",), (".pth", ".pt", ".bin", ".pkl", ".tar", ".ckpt")
 OPTIMS = {
     "beit": OptimConfig(base_lr=1.5e-3 / 8, betas=(0.9, 0.999), final_lr=1 / 150, clip=3.0),
     "classify": OptimConfig(base_lr=1e-3, betas=(0.9, 0.999)),
@@ -59,158 +49,7 @@ OPTIMS = {
 """What `pretrain --from` goes on with; MAE's where there is none."""
 
 
-@dataclass
-class Read:
-    """What lay in a file or folder: tensors, what describes them, and which files were read, with their SHA-256."""
-
-    state: dict[str, Tensor]
-    about: dict[str, Any] = field(default_factory=dict)
-    look: dict[str, Any] = field(default_factory=dict)
-    files: list[dict[str, str]] = field(default_factory=list)
-
-
-def read_source(path: Path) -> Read:
-    """Raises ForeignError for what is no checkpoint, is damaged, or would have to run code to be opened."""
-    if path.is_file():
-        state, files = _read_files([path])
-        return Read(state, files=files)
-    if not path.is_dir():
-        raise foreign.ForeignError(
-            f"{path} does not exist; a file of weights (.safetensors, .pth, .pt, .bin) or a folder that transformers "
-            "saved was expected"
-        )
-    if (path / "status.json").exists() and (path / "plan.json").exists():
-        raise foreign.ForeignError(f"{path} is a run already; use it as it is, there is nothing to import")
-    about, look = _json(path / "config.json"), _json(path / "preprocessor_config.json")
-    if isinstance(about.get("pretrained_cfg"), dict):  # timm
-        known = about["pretrained_cfg"]
-        look = {f"image_{key}": known[key] for key in ("mean", "std") if key in known}
-        about = {"label_names": about["label_names"]} if "label_names" in about else {}
-    if (halves := _halves(path)) is not None:
-        content, digests = {}, []
-        for side, file in halves.items():
-            part, digest = _read_files([file])
-            content |= {f"{side}.{name.removeprefix(side + '.')}": value for name, value in part.items()}
-            digests += digest
-        return Read(content, files=digests)
-    state, files = _read_files(_weights_of(path))
-    return Read(state, about, look, files)
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """A small file of settings beside the weights; {} where there is none."""
-    try:
-        found = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise foreign.ForeignError(
-            f"{path} cannot be read ({type(error).__name__}); a JSON object was expected"
-        ) from None
-    if not isinstance(found, dict):
-        raise foreign.ForeignError(f"{path} holds a {type(found).__name__}, a JSON object was expected")
-    return found
-
-
-def _halves(folder: Path) -> dict[str, Path] | None:
-    """encoder.* and decoder.* of a folder that holds DALL-E's dVAE."""
-    found = {
-        side: [file for file in sorted(folder.glob(f"{side}.*")) if file.suffix in (*SAFE, *PICKLES)]
-        for side in ("encoder", "decoder")
-    }
-    if not all(found.values()):
-        return None
-    return {side: files[0] for side, files in found.items()}
-
-
-def _weights_of(folder: Path) -> list[Path]:
-    """The files of weights in a folder: one, or all shards that an index names."""
-    for name in WHOLE:
-        if (folder / name).is_file():
-            return [folder / name]
-    for name in INDEX:
-        if (folder / name).is_file():
-            shards = _json(folder / name).get("weight_map", {})
-            return [folder / Path(shard).name for shard in sorted(set(shards.values()))]
-    others = sorted(file for file in folder.iterdir() if file.suffix in (*SAFE, *PICKLES))
-    if len(others) == 1:
-        return others
-    what = f"{len(others)} files of weights: {', '.join(file.name for file in others[:5])}" if others else "no weights"
-    raise foreign.ForeignError(
-        f"{folder} holds {what}; expected were {' or '.join(WHOLE)}, one file of weights, or encoder.pth and "
-        "decoder.pth of a dVAE; name the file itself"
-    )
-
-
-def _read_files(files: list[Path]) -> tuple[dict[str, Tensor], list[dict[str, str]]]:
-    content: dict[str, Tensor] = {}
-    digests = []
-    for file in files:
-        try:
-            loaded = _read_safetensors(file) if file.suffix in SAFE else _read_pickle(file)
-            content |= foreign.unwrap(loaded)
-            with file.open("rb") as opened:
-                digests.append({"name": file.name, "sha256": hashlib.file_digest(opened, "sha256").hexdigest()})
-        except foreign.ForeignError as error:
-            raise foreign.ForeignError(f"{file}: {error}") from None
-        except OSError as error:
-            raise foreign.ForeignError(
-                f"{file} cannot be read: {error.strerror or error}; is it there, and yours to read?"
-            ) from None
-    return content, digests
-
-
-def _read_safetensors(file: Path) -> dict[str, Tensor]:
-    try:
-        return safetensors.torch.load_file(file)
-    except safetensors.SafetensorError as error:
-        raise foreign.ForeignError(
-            f"no safetensors file, or a part of one ({error}); get it again and compare its size"
-        ) from None
-
-
-def _read_pickle(file: Path) -> Any:
-    """What torch.save wrote, as long as it is tensors and plain values (and the arguments of official MAE's training).
-
-    Raises ForeignError for anything else, which is not opened: a pickle with code in it runs that code.
-    """
-    if not file.stat().st_size:
-        raise foreign.ForeignError("the file is empty; get it again")
-    with file.open("rb") as opened:
-        start_of_file = opened.read(4)
-    ours = start_of_file[:2] in (b"PK", b"\x80\x02")
-    try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
-            warnings.simplefilter("ignore")  # about protocols: what matters is an error
-            return torch.load(file, map_location="cpu", weights_only=True) if ours else _not_torch(start_of_file)
-    except pickle.UnpicklingError as error:
-        culprit = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"holds {culprit[1]} beside tensors" if culprit else "holds more than tensors"
-        raise foreign.ForeignError(
-            f"it {what}, and opening that could run code, so it was not opened. If you trust where it comes from, save "
-            "the tensors alone in the environment that made it: torch.save(model.state_dict(), FILE)"
-        ) from None
-    except (RuntimeError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
-        raise foreign.ForeignError(
-            f"it is damaged, cut, or no file of weights ({reason}); get it again and compare its size or checksum with "
-            "what is published"
-        ) from None
-
-
-def _not_torch(start_of_file: bytes) -> Any:
-    if start_of_file[:1] == b"\x80":
-        raise foreign.ForeignError(
-            "a pickle that torch.save did not write; it was not opened, because a pickle can run code: save the "
-            "tensors with torch.save(model.state_dict(), FILE)"
-        )
-    raise foreign.ForeignError(
-        "no file of weights: it begins like neither a pickle of torch.save nor a zip; .safetensors, .pth, .pt or .bin "
-        "was expected"
-    )
-
-
-def require_heads(found: foreign.Found, settings: Iterable[str]) -> foreign.Found:
+def require_heads(found: Found, settings: Iterable[str]) -> Found:
     """The number of heads, which weights do not show: published, or set by hand. Raises ConfigError without one."""
     asked, method = parse(settings), dict(found.method)
     for part in ("encoder", "decoder"):
@@ -228,14 +67,14 @@ def require_heads(found: foreign.Found, settings: Iterable[str]) -> foreign.Foun
     return replace(found, method=method)
 
 
-def as_encoder(found: foreign.Found, why: str) -> foreign.Found:
+def as_encoder(found: Found, why: str) -> Found:
     """The encoder alone, as the task `encoder`; `why` is said."""
     weights = {name: value for name, value in found.weights.items() if name.startswith("encoder.")}
     method = {"name": "encoder", "encoder": found.method["encoder"]}
     return replace(found, method=method, weights=weights, notes=(*found.notes, why))
 
 
-def settled(found: foreign.Found, settings: list[str], tokenizer: Path | None) -> foreign.Found:
+def settled(found: Found, settings: list[str], tokenizer: Path | None) -> Found:
     """What of the method can be had: all, or the encoder alone where something is missing for the rest."""
     asked, name = parse(settings), found.method["name"]
     channels = asked.get("data.channels", found.channels)
@@ -267,7 +106,7 @@ def settled(found: foreign.Found, settings: list[str], tokenizer: Path | None) -
     )
 
 
-def configure(found: foreign.Found, settings: list[str], origin: str) -> tuple[Config, ImageSpec]:
+def configure(found: Found, settings: list[str], origin: str) -> tuple[Config, ImageSpec]:
     """The settings that describe the weights, with a person's over them, and what the images are.
 
     Raises ConfigError for a setting that does not exist, or that the weights decide.
@@ -317,7 +156,7 @@ def require_as_found(base: Config, config: Config) -> None:
                 )
 
 
-def with_statistics(found: foreign.Found, config: Config) -> tuple[Config, ImageSpec]:
+def with_statistics(found: Found, config: Config) -> tuple[Config, ImageSpec]:
     """Channels, mean and standard deviation: by hand, else those of the weights, spread over the channels.
 
     Raises ConfigError where there are none: a normalisation is not made up.
@@ -344,9 +183,7 @@ def spread(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
     return (sum(values) / len(values),) if channels == 1 else tuple(values[i % len(values)] for i in range(channels))
 
 
-def fitted(
-    found: foreign.Found, config: Config, images: ImageSpec, *, by_hand: bool
-) -> tuple[dict[str, Tensor], list[str]]:
+def fitted(found: Found, config: Config, images: ImageSpec, *, by_hand: bool) -> tuple[dict[str, Tensor], list[str]]:
     """The weights for images of this size and so many channels, and what was done to them, in sentences.
 
     by_hand: mean or std were set by a person, so they are not what the weights were trained with.
@@ -403,14 +240,13 @@ def require_whole(wanted: Mapping[str, Tensor], weights: Mapping[str, Tensor], w
     ]
     faults = {"missing": missing, "left over": left, "of another shape": shapes}
     if any(faults.values()):
-        named = "; ".join(f"{len(names)} {how}: {foreign.some(names)}" for how, names in faults.items() if names)
-        raise foreign.ForeignError(
+        named = "; ".join(f"{len(names)} {how}: {some(names)}" for how, names in faults.items() if names)
+        raise ForeignError(
             f"{what} is not whole ({named}); the file is cut, a variant of this network, or two files were mixed"
         )
     if bad := [name for name, value in weights.items() if value.is_floating_point() and not value.isfinite().all()]:
-        raise foreign.ForeignError(
-            f"{what} has numbers that are not finite, in {foreign.some(bad)}; the file is damaged, or its training "
-            "failed"
+        raise ForeignError(
+            f"{what} has numbers that are not finite, in {some(bad)}; the file is damaged, or its training failed"
         )
 
 
@@ -431,9 +267,9 @@ def import_weights(
     run = Run.check_free(out)
     read = read_source(source)
     try:
-        found = foreign.recognise(read.state, read.about, read.look)
-    except foreign.ForeignError as error:
-        raise foreign.ForeignError(f"{source}: {error}") from None
+        found = recognise(read.state, read.about, read.look)
+    except ForeignError as error:
+        raise ForeignError(f"{source}: {error}") from None
     console.say(f"{source}: {found.name}")
     found = require_heads(settled(found, settings, None if tokenizer is None else Path(tokenizer)), settings)
     if tokenizer is not None and found.method["name"] == "beit":
@@ -468,7 +304,7 @@ def import_weights(
     return run
 
 
-def with_tokenizer(found: foreign.Found, path: Path) -> foreign.Found:
+def with_tokenizer(found: Found, path: Path) -> Found:
     """A BEiT and the dVAE whose codes it predicts. Raises ConfigError for a run of another method."""
     run = Run.open(path)
     config: Any = read_config(run).method
@@ -506,7 +342,7 @@ def plan_of(config: Config, images: ImageSpec, counts: list[int], reasons: tuple
 
 def say_imported(
     run: Run,
-    found: foreign.Found,
+    found: Found,
     config: Config,
     images: ImageSpec,
     said: list[str],

@@ -1,4 +1,4 @@
-"""Our weights under the names of others: the way back from `foreign.py`, whose tables it reads right to left. Pure.
+"""Our weights under the names of others: the way back from `foreign/names.py`, whose tables it reads right to left.
 
     official MAE     and timm's plain vision transformers, which have the same names
     BEiT             official, and timm's
@@ -15,7 +15,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from unmask.foreign import BEIT_SCALES, BLOCK_NAMES, GPT_NAMES, OFFICIAL, OTHER_NAMES, renamed
+from unmask.foreign.names import BEIT_SCALES, BLOCK_NAMES, GPT_NAMES, OFFICIAL, OTHER_NAMES, renamed
 
 
 def turned(table: dict[str, str]) -> dict[str, str]:
@@ -96,7 +96,7 @@ def _transformers_name(plain: str) -> str:
 
 
 def to_image_gpt(weights: Mapping[str, Tensor], *, prefix: str = "") -> dict[str, Tensor]:
-    """An iGPT's tensors under the names of transformers' ImageGPT; see `foreign.py`. Biases there are zeros."""
+    """An iGPT's tensors under the names of transformers' ImageGPT; see `foreign/openai.py`. Biases there are zeros."""
     plain = {"encoder.positions": "wpe.weight", "encoder.norm.weight": "ln_f.weight"}
     table = torch.cat([weights["encoder.tokens"], weights["encoder.sos"][None]])
     found = {f"{prefix}wte.weight": table}

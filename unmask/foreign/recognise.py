@@ -1,0 +1,53 @@
+"""Weights that others made: which kind a state dict is, and the same tensors under our names. Pure: nothing is read.
+
+    official MAE     facebookresearch/mae: encoder, encoder and decoder, fine-tuned
+    BEiT             microsoft/unilm: pre-trained, fine-tuned
+    timm             plain vision transformers; its BEiT has the official names
+    transformers     ViTMAE, ViT, BEiT and ImageGPT, under the names in files and those in memory
+    DALL-E           the dVAE of openai/DALL-E, encoder and decoder together
+
+Names are translated in two steps: transformers' to the official ones ("plain" here), and those to ours. Nothing is
+guessed: a tensor that is missing, left over or of another shape is an error, and what is left out on purpose is said.
+What the weights do not show (the number of heads, with few exceptions) comes from a transformers folder's config.json,
+from the sizes that were published, or has to be said.
+
+Letters: D width, C channels, N patches.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from unmask.foreign.names import from_transformers
+from unmask.foreign.openai import dalle, image_gpt
+from unmask.foreign.state_dicts import ForeignError, Found, Names, some
+from unmask.foreign.vit import recognise_vit
+
+
+def recognise(
+    state: Mapping[str, Tensor], about: Mapping[str, Any] | None = None, look: Mapping[str, Any] | None = None
+) -> Found:
+    """What `state` is, and its tensors under our names. Raises ForeignError when it is none of the known kinds.
+
+    about, look: config.json and preprocessor_config.json of a transformers folder, where there is one.
+    """
+    about, look = about or {}, look or {}
+    state = {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
+    names = set(state)
+    if any(re.fullmatch(r"(transformer\.)?wte\.weight", name) for name in names):
+        return image_gpt(state, about, look)
+    if any(name.endswith("blocks.input.w") for name in names):
+        return dalle(state)
+    if any(name.endswith("embeddings.patch_embeddings.projection.weight") for name in names):
+        return recognise_vit(from_transformers(state), about, look)
+    if "patch_embed.proj.weight" in names:
+        return recognise_vit(Names(dict(state), {name: name for name in state}), about, look)
+    raise ForeignError(
+        f"{len(names)} tensors came that are no kind which is known here, among them {some(sorted(names))}; expected "
+        "were weights of official MAE or BEiT, of a plain ViT of timm, of ViTMAE, ViT, BEiT or ImageGPT of "
+        "transformers, or of DALL-E's dVAE"
+    )
