@@ -84,6 +84,25 @@ def test_a_shared_probe_is_set_side_by_side(runs, labelled, tmp_path):
     assert shared["title"] in html.unescape((tmp_path / "both.html").read_text())
 
 
+def test_a_kind_without_a_mean_over_patches_is_compared_by_what_it_has(runs, labelled, tmp_path):
+    accuracies = {}
+    for run, right in zip(runs, (3, 5), strict=True):
+        found = probe(run, labelled, kind="attentive")
+        accuracies[run.name] = found["rows"][0]["accuracy"]
+        row = {"features": "pre-trained", "pool": "cls", "accuracy": right / 8, "low": 0.1, "high": 0.9} | {
+            "correct": right, "total": 8,
+        }  # fmt: skip
+        one = json.loads(next((run / "evals").glob("attentive-*.json")).read_text())
+        by_paper = one | {"kind": "paper-linear", "rows": [row]}
+        (run / "evals/probe-paper-linear-train.json").write_text(json.dumps(by_paper))
+    summary = compare(runs, out=tmp_path / "both.html")
+    found = {shared["kind"]: shared["rows"] for shared in summary["probes"]}
+    assert {row["name"]: row["accuracy"] for row in found["attentive"]} == accuracies
+    assert [(row["name"], row["pool"], row["accuracy"]) for row in found["paper-linear"]] == [
+        ("b", "cls", 5 / 8), ("a", "cls", 3 / 8),
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("change", [{"kind": "linear"}, {"shots": 3}, {"seed": 1}])
 def test_probes_that_differ_are_named_and_not_compared(runs, labelled, tmp_path, change):
     probe(runs[0], labelled)

@@ -366,6 +366,10 @@ def test_the_papers_linear_probe_is_a_run_within_the_run(pretrained, data, tests
     assert all(torch.equal(after[name], before[name]) for name in after if name.startswith("encoder."))
     assert after["norm.running_mean"].abs().sum() > 0
     assert (run / "evals/probe-paper-linear-train.json").exists()
+    assert "60 steps" in summary["protocol"]
+    again = finetune.paper_linear(run, str(data), test=str(tests), settings=["train.steps=2", "data.workers=0"])
+    assert again["run"] == "paper-linear-train-2", "beside the first"
+    assert len(list((run / "evals").glob("probe-paper-linear-*.json"))) == 2
 
 
 def test_test_images_that_are_training_images_are_said_or_refused(pretrained, data, tests, tmp_path, capsys):

@@ -120,12 +120,28 @@ def test_a_curve_is_logistic_regression_on_the_same_features_which_are_computed_
 
 def test_one_number_is_the_first_draw_of_a_curve_and_its_file_is_as_ever(run, data):
     one = probe(run, data, shots=3, controls=True)
-    curve = probe(run, data, shots=[3], draws=2, controls=True)
+    console = Listening()
+    curve = probe(run, data, shots=3, draws=2, controls=True, console=console)
+    assert "intervals over 2 draws of the labels are wide" in console.warned[0]
+    assert curve["shots"] == [3]
+    assert any("mean of 2 draws" in line for line in console.said)
     for key, row in rows_of(curve).items():
         assert row["points"][0]["correct"][0] == rows_of(one)[key]["correct"]
     assert kept(run, "probe-linear-data-3-shots") == one
     assert [row["features"] for row in curve["rows"]] == [RAW_PIXELS, *[RANDOM_INIT] * 2, *[PRETRAINED] * 2]
     assert "Points above raw pixels" in curve["verdict"]
+    assert probe(run, data, shots=[3, 3], controls=True)["rows"] == one["rows"], "twice the same number is one"
+
+
+def test_other_images_in_a_folder_of_the_same_name_take_nobodys_place(run, data, tmp_path):
+    first = probe(run, data)
+    other = write_images(tmp_path / "elsewhere" / "data", 20, classes=2)
+    second = probe(run, other)
+    assert kept(run, "probe-linear-data") == first
+    assert kept(run, "probe-linear-data-2") == second
+    again = probe(run, data, controls=True)
+    assert kept(run, "probe-linear-data") == again
+    assert kept(run, "probe-linear-data-2") == second
 
 
 def test_a_broken_file_gives_its_place_in_every_draw_to_the_next(run, data):
@@ -198,6 +214,9 @@ def test_another_run_is_seen_as_it_wants_and_scored_as_if_alone(run, trained, tm
             assert rows[key]["correct"] == row["correct"]
         assert "Beside other (" in found["verdict"]
     assert found["against"] == [{"name": "other", "run": str(other), "step": 2}]
+    layered = probe(run, data, kind="knn", against=[other, trained / "mae"], layer="0")
+    layers = {row["features"]: row.get("layer", {}).get("number") for row in layered["rows"]}
+    assert layers == {PRETRAINED: 0, "other": None, "mae": 0}, "the same for all that have layers"
     curve = probe(run, data, shots=[2, 4], draws=2, against=[other])
     assert "Points above other:" in curve["verdict"]
 
@@ -285,7 +304,7 @@ def test_quantities_and_labels_are_read_from_the_features(run, data, tmp_path, k
     assert row["low"] <= row["value"] <= row["high"]
     assert kept(run, f"targets-{kind}-data-by-b-light-white-multilabel") == many
     page = write_report(run).read_text()
-    assert f"multilabel of {file}" in page
+    assert f"multilabel of light, white in {file}" in page
     assert "Every target by itself" in page
     assert "positive test images" in page
 
@@ -309,8 +328,8 @@ def test_test_images_have_rows_in_the_same_table_or_in_one_of_their_own(run, dat
 def test_what_would_be_ignored_is_refused(run, data, tmp_path):
     file = table(tmp_path / "t.csv", "path,mean", brightness(data).items())
     for wish, said in (
-        ({"draws": 3}, "--draws 3 came; at least 2 draws of a number of labels"),
-        ({"draws": 1, "shots": [1, 2]}, "at least 2 draws"),
+        ({"draws": 3}, "--draws 3 came without --shots"),
+        ({"draws": 1, "shots": [1, 2]}, "--draws 1 came; at least 2 were expected"),
         ({"shots": []}, "no number of labels per class"),
         ({"task": "classes", "columns": ["a"]}, "--columns, --task came without --targets"),
         ({"targets": file, "test_targets": file}, "--test-targets came without --test"),

@@ -88,6 +88,14 @@ def test_a_run_that_has_only_begun_or_failed_can_be_shown(tmp_path):
     assert "1 steps were skipped" in write_report(run.path).read_text()
 
 
+def test_baselines_in_the_form_of_an_early_version_are_passed_over(tmp_path):
+    run = make_run(tmp_path / "run")
+    run.write("evals/baselines.json", {"step": 40, "images": 8, "loss": 0.5, "patch_mean": 1.0})
+    page = write_report(run.path).read_text()
+    assert "Training loss" in page
+    assert "Dots:" not in page
+
+
 def test_a_run_inside_a_run_is_a_section_of_the_page(tmp_path):
     make_run(tmp_path / "run")
     make_run(tmp_path / "run" / "digits")

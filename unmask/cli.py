@@ -506,10 +506,16 @@ def probe(
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """How good are the features? A frozen encoder measured on your labels: sub-folder names, or a table."""
+    """How good are the features? A frozen encoder measured on your labels: sub-folder names, or a table.
+
+    paper-linear is a training, kept in a folder inside RUN; it takes DATA, --test, one number of --shots, and --set.
+    """
+    from unmask.evals.attentive import ATTENTIVE
+    from unmask.evals.probe import KINDS, require_kind
     from unmask.probe_labels import shots_of
     from unmask.probing import probe_run
 
+    require_kind(kind, (*KINDS, ATTENTIVE, "paper-linear"))
     if kind == "paper-linear":
         _paper_linear(
             run,

@@ -25,7 +25,8 @@ from unmask.beside import difference, last_loss, training_seconds
 from unmask.config import Config, keys
 from unmask.console import Console
 from unmask.errors import UserError
-from unmask.evals.probe import require_kind
+from unmask.evals.attentive import ATTENTIVE
+from unmask.evals.probe import KINDS, require_kind
 from unmask.evals.scores import POOLS, PRETRAINED
 from unmask.flops import build_unallocated, count_flops
 from unmask.plan import Plan, example_batch
@@ -66,7 +67,7 @@ def compare(
         raise UserError(f"the folder {out.resolve().parent} does not exist; make it first, or choose another --out")
     if data is None and (test is not None or shots is not None):
         raise UserError("--test or --shots came without --data, so there is nothing to probe; give --data too")
-    require_kind(kind)
+    require_kind(kind, (*KINDS, ATTENTIVE))
     opened = open_runs(runs)
     if data is not None:
         want = dict(zip(SAME, (kind, data, test or f"a held-out fifth of {data}", shots, 0, None, None), strict=True))
@@ -181,7 +182,7 @@ def _device(run: Run, plan: Plan) -> str:
 def probes(run: Run) -> list[dict[str, Any]]:
     """The Run's probes; of one measurement at several steps only the latest."""
     latest: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for file in sorted(run.evals.glob("probe-*.json")):
+    for file in sorted([*run.evals.glob("probe-*.json"), *run.evals.glob("attentive-*.json")]):
         probe = {"layer": None, "masks": None} | run.read(f"evals/{file.name}")
         if all(key in probe for key in SAME):
             key = tuple(probe[name] for name in SAME)
@@ -195,7 +196,8 @@ def _measurement(probe: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def shared(found: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """The measurements that every Run has, each with one row for a Run: the mean over patches, and all pools.
+    """The measurements that every Run has, each with one row for a Run: the mean over patches (of a kind without it
+    what there is), and all pools.
 
     Ranked is one pool for all: the better of two, chosen on the test images, would favour encoders with a class token.
     """
@@ -208,7 +210,7 @@ def shared(found: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
         rows = []
         for name, each in keyed.items():
             pools = {row["pool"]: row for row in each[key]["rows"] if row["features"] == PRETRAINED}
-            ranked = pools["mean"]
+            ranked = pools.get("mean") or next(iter(pools.values()))
             score = {part: ranked[part] for part in ("accuracy", "low", "high", "correct", "total", "pool")}
             rows.append({"name": name, "step": each[key]["step"], **score, "pools": pools})
         rows.sort(key=lambda row: -row["accuracy"])

@@ -42,7 +42,7 @@ from unmask.nn.vit import ViTConfig
 from unmask.optim import OptimConfig
 from unmask.plan import Plan, autocast, choose_device
 from unmask.recipes import catalogue
-from unmask.run import Run
+from unmask.run import Run, free_path
 from unmask.saved import load, read_config, read_plan
 from unmask.start import Supervision
 from unmask.tasks import classify
@@ -333,13 +333,14 @@ def paper_linear(
             f"a batch of {batch} at {rate}: the paper's batch of {PAPER_BATCH} is for data sets larger than these "
             f"{len(rows)} images"
         )
+    place = free_path(outer.path / name)
     run = fine_tune(
-        outer.path, data, task=PROBE, out=outer.path / name, test=test, shots=shots, recipe="linear_paper",
+        outer.path, data, task=PROBE, out=place, test=test, shots=shots, recipe="linear_paper",
         settings=settings, console=console,
     )  # fmt: skip
     if run.read("status.json")["state"] != "finished":
         raise ConfigError(f"the probe was stopped; finish it with `unmask resume {run.path}`, its result is kept there")
-    found = run.read(SCORE)
+    found, plan = run.read(SCORE), read_plan(run)
     row = {key: found[key] for key in ("accuracy", "low", "high", "correct", "total")}
     summary = {
         "kind": "paper-linear", "data": data, "test": test or f"a held-out fifth of {data}", "shots": shots, "seed": 0,
@@ -347,8 +348,14 @@ def paper_linear(
         "train_images": found["train_images"], "test_images": found["test_images"], "chance": 1 / len(found["classes"]),
         "rows": [{"features": "pre-trained", "pool": "cls", "c": None, **row}], "best": found["best"],
         "run": run.path.name, "task": "classes", "metric": "accuracy",
-        "protocol": "Class token, BatchNorm without gain, one linear layer; LARS on augmented images (He et al. 2021).",
-        "verdict": "Whether pre-training helped is not known from this: there are no controls.",
+        "protocol": (
+            "Class token, BatchNorm without gain, one linear layer; LARS on augmented images (He et al. 2021, Table "
+            f"10), {plan.epochs:.4g} epochs ({plan.steps} steps) of batch {plan.batch_size} at a peak rate of "
+            f"{plan.peak_lr:.3g}."
+        ),
+        "verdict": (
+            "Whether pre-training helped is not known from this, which has no controls; --kind linear --controls has."
+        ),
     }  # fmt: skip
-    outer.write(f"evals/probe-{name}.json", summary)
+    outer.write(f"evals/probe-{run.path.name}.json", summary)
     return summary

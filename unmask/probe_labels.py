@@ -92,11 +92,13 @@ class Pick:
 
 def require_asked(asked: Asked) -> None:
     """Raises UserError for what would be ignored, before anything is read."""
-    if asked.draws is not None and (asked.shots is None or asked.draws < 2):
+    if asked.draws is not None and asked.shots is None:
         raise UserError(
-            f"--draws {asked.draws} came; at least 2 draws of a number of labels were expected, for example "
-            f"--shots 1,5,10 --draws {DRAWS}"
+            f"--draws {asked.draws} came without --shots, so there is nothing to draw; say how many labels per class, "
+            "for example --shots 1,5,10"
         )
+    if asked.draws is not None and asked.draws < 2:
+        raise UserError(f"--draws {asked.draws} came; at least 2 were expected, {DRAWS} or more for a narrow interval")
     if not asked.budgets:
         raise UserError("no number of labels per class came; at least one was expected, for example --shots 1,5,10")
     idle = {"--test-targets": asked.test_targets, "--columns": asked.columns, "--task": asked.task}

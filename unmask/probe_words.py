@@ -28,8 +28,12 @@ def protocol(summary: Mapping[str, Any]) -> str:
         f"least {LEAST_STEPS} steps, learning rate {chosen})",
     )
     pools = " and ".join(dict.fromkeys(POOLS[row["pool"]] for row in rows if row["features"] != RAW_PIXELS))
-    layers = [row["layer"] for row in rows if row["features"] == PRETRAINED and "layer" in row]
-    where = f"layer {layers[0]['number']} of {layers[0]['last']}" if layers else "the encoder's output"
+    layers = {
+        row["features"]: f"layer {row['layer']['number']} of {row['layer']['last']}" for row in rows if "layer" in row
+    }
+    where = layers.get(PRETRAINED, "the encoder's output")
+    if len(set(layers.values())) > 1:
+        where = ", ".join(f"{name}: {layer}" for name, layer in layers.items())
     shots = summary["shots"]
     labels = "" if shots is None else f", {shots} labels per class"
     if not isinstance(shots, int | None):

@@ -87,7 +87,8 @@ def probe_kinds(
 
     layer: "best", "last" or a number; None is what suits the encoder (best for iGPT, else what `forward` gives). masks:
     how many masks the test images are seen under, the majority counts; None is one for a method that hides tokens in
-    its encoder's input and measures so (iGPT's bert), else none. Both are for this run: others are seen as suits them.
+    its encoder's input and measures so (iGPT's bert), else none. The layer is also that of other runs, as far as their
+    encoders have layers; their masks are as suits them.
 
     targets: a table of labels or quantities instead of class folders (`columns` of it, all by default; `task` overrides
     what they are taken for); test_targets: another one for `test`.
@@ -98,11 +99,16 @@ def probe_kinds(
     for kind in kinds:
         require_kind(kind, (*KINDS, ATTENTIVE))
     require_asked(asked)
+    if asked.curve and asked.num_draws < DRAWS:
+        console.warn(f"intervals over {asked.num_draws} draws of the labels are wide; {DRAWS} or more say more")
     loaded = load(run, device=choose_device(device), step=step)
     others = load_others(run, against, device)
     labelled = read_labels(asked, console)
     if shots is not None and labelled.aim.task != CLASSES:
-        raise UserError(f"--shots {shots} came, which are labels per class, but the task is {labelled.aim.task}")
+        numbers = ",".join(str(number) for number in asked.budgets)
+        raise UserError(
+            f"--shots {numbers} came, which are labels per class, but the task is {labelled.aim.task}; leave it out"
+        )
     sets = all_sets(loaded, others, labelled, asked, console)
     train, picks = training_features(sets, labelled, asked, console, tokens=ATTENTIVE in kinds)
     fits: dict[str, list[AttentiveFit]] = {}
@@ -133,7 +139,7 @@ def probe_kinds(
             row |= about_features(sets, row["features"])
         found |= about_asked(asked, loaded, others, labelled)
         found["protocol"] = protocol(found)
-        Run.open(run).write(f"evals/{file_name(found, asked)}.json", found)
+        keep(Run.open(run), file_name(found, asked), found)
         say_probe(found, console)
         summaries[kind] = found
     return summaries
@@ -142,10 +148,11 @@ def probe_kinds(
 def about_asked(asked: Asked, loaded: Loaded, others: Mapping[str, Loaded], labelled: Labelled) -> dict[str, Any]:
     """What every file says of the question."""
     found: dict[str, Any] = {
-        "shots": asked.shots if isinstance(asked.shots, int | None) else asked.budgets,
+        "shots": asked.budgets if asked.curve else asked.budgets[0],
         "seed": asked.seed,
         "data": asked.data,
         "test": asked.test or f"a held-out fifth of {asked.data}",
+        "paths": [None if path is None else str(Path(path).absolute()) for path in (asked.data, asked.test)],
         "layer": asked.layer,  # as asked for: None is the protocol that suits the encoder
         "masks": asked.masks,
         "step": loaded.step,
@@ -178,10 +185,17 @@ def all_sets(
     return [
         own,
         *(
-            feature_sets(other, {name: other.method.encoder}, labelled, rows, None, None, asked.seed, console)
+            feature_sets(
+                other, {name: other.method.encoder}, labelled, rows, _layer_of(other, asked), None, asked.seed, console
+            )
             for name, other in others.items()
         ),
     ]
+
+
+def _layer_of(other: Loaded, asked: Asked) -> str | None:
+    """The layer that was asked for, of another run's encoder too, if it has layers to choose from."""
+    return asked.layer if hasattr(other.method.encoder, "feature_layers") else None
 
 
 def training_features(
@@ -288,6 +302,20 @@ def file_name(summary: Mapping[str, Any], asked: Asked) -> str:
         parts += ["by", _plain(Path(summary["targets"]).stem), *map(_plain, summary["target_columns"] or [])]
         parts += [summary["task"]]
     return "-".join(parts)
+
+
+def keep(run: Run, name: str, summary: dict[str, Any]) -> None:
+    """Write RUN/evals/NAME.json in the place of an earlier result on the same images; beside one on others, numbered.
+
+    Many data sets end in a folder called train.
+    """
+    number, free = 1, name
+    while (run.evals / f"{free}.json").exists():
+        before = run.read(f"evals/{free}.json")
+        if before.get("paths", summary["paths"]) == summary["paths"]:
+            break
+        number, free = number + 1, f"{name}-{number + 1}"
+    run.write(f"evals/{free}.json", summary)
 
 
 def _plain(path: str) -> str:

@@ -27,7 +27,12 @@ from unmask.run import Run, RunError, replace_file
 MOST_PICTURES = 3
 NAMED_BAD_FILES = 50
 INK = "#010203"  # becomes the page's own text colour
-KINDS = {"knn": "k nearest neighbours", "linear": "Linear probe", "attentive": "Attentive probe"}
+KINDS = {
+    "knn": "k nearest neighbours",
+    "linear": "Linear probe",
+    "attentive": "Attentive probe",
+    "paper-linear": "Linear probe by the paper's protocol",
+}
 PROBES = ("probe-*", "attentive-*", "curve-*", "targets-*")  # files in evals, in the order of the page
 LOSS, GUESSES = "#2f7ebc", ("#c0392b", "#d68910", "#7d3c98", "#1e8449")
 MORE = ("#7f8c8d", "#8d5524", "#d6336c")  # colours where the guesses' do not suffice
@@ -71,7 +76,7 @@ def gather(run: Run) -> dict[str, Any]:
     """Everything the page shows of one Run, as plain values."""
     config, plan = run.read("config.json"), _optional(run, "plan.json")
     status, provenance = _optional(run, "status.json"), _optional(run, "provenance.json")
-    metrics, baselines = run.metrics(), _optional(run, "evals/baselines.json")
+    metrics, baselines = run.metrics(), _baselines(run)
     files = [file for first in PROBES for file in sorted(run.evals.glob(f"{first}.json"), reverse=True)]
     probes = [_probe(run, file) for file in files]  # linear before knn
     trained = [row for row in metrics if row.get("loss") is not None]
@@ -101,6 +106,12 @@ def gather(run: Run) -> dict[str, Any]:
 def _optional(run: Run, name: str) -> dict[str, Any]:
     """A file of the Run that may not be there yet: {} then."""
     return run.read(name) if (run.path / name).exists() else {}
+
+
+def _baselines(run: Run) -> dict[str, Any]:
+    """Losses and trivial guesses on the fixed images; {} where there are none, or in the form of an early version."""
+    found = _optional(run, "evals/baselines.json")
+    return found if {"losses", "guesses", "images"} <= found.keys() else {}
 
 
 def _probe(run: Run, file: Path) -> dict[str, Any]:
@@ -171,7 +182,8 @@ def probe_title(probe: dict[str, Any]) -> str:
     elif shots is not None:
         said.append(f"{shots} label{'s' * (shots != 1)} per class")
     if probe.get("targets") is not None:
-        said.append(f"{probe['task']} of {probe['targets']}")
+        columns = probe.get("target_columns")
+        said.append(f"{probe['task']} of {', '.join(columns) + ' in ' if columns else ''}{probe['targets']}")
     if probe.get("seed"):
         said.append(f"seed {probe['seed']}")
     if probe.get("layer") is not None:

@@ -180,6 +180,11 @@ def _require_fit(table: Table, task: str, kinds: dict[str, str]) -> None:
     if task == CLASSES and len(kinds) > 1:
         raise UserError(f"{table.file} has {len(kinds)} target columns; for classes name one with --columns")
     for name, kind in kinds.items():
+        if task == CLASSES and kind == "fractions":
+            raise UserError(
+                f"column {name} of {table.file} holds fractions, which are no classes; texts or whole numbers were "
+                "expected, or --task regression"
+            )
         if task == MULTILABEL and kind != "0 and 1":
             raise UserError(f"column {name} of {table.file} holds {kind}; 0 and 1 were expected for multilabel")
         if task == REGRESSION and kind == "texts":

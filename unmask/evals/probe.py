@@ -1,7 +1,8 @@
 """The evaluator: features of labelled images, and how good they are beside controls.
 
 Gets the tables that `collect.py` made, asks `knn.py` or `linear.py`, judges with `scores.py`. Class token and mean over
-patches are both measured, always. Not here: files, splits and the Run (`probing.py` and what it asks), attentive probes and fine-tuning.
+patches are both measured, always. Not here: files, splits and the Run (`probing.py` and what it asks), attentive probes
+and fine-tuning.
 
 Letters: n training images, m test images, D width of a feature, T target columns.
 """
