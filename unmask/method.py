@@ -19,6 +19,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from unmask.batch import Batch
@@ -60,16 +61,21 @@ class Picture(NamedTuple):
 
     `panels`: drawn side by side, captions as keys, each (B, C, H, W) float32 in the files' units. `note` goes below.
     `numbers`: 0-d tensors to hold the loss against; "loss" is the method's own on these images, the others are what
-    trivial guesses would score in the same units ("true_patch_mean", "nearest_visible", ...).
+    trivial guesses would score in the same units ("true_patch_mean", "nearest_visible", ...). `names`: what is written
+    below each image, if anything.
     """
 
     panels: dict[str, Tensor]
     note: str
     numbers: dict[str, Tensor]
+    names: tuple[str, ...] = ()
 
-    def first(self, count: int) -> Picture:
-        """The same with only the first `count` images drawn."""
-        return self._replace(panels={caption: panel[:count] for caption, panel in self.panels.items()})
+    def spread(self, count: int) -> Picture:
+        """The same with only `count` images drawn, evenly spread: images lie in the order of their folders."""
+        have = len(next(iter(self.panels.values())))
+        rows = torch.linspace(0, have - 1, min(count, have)).long().tolist()
+        panels = {caption: panel[rows] for caption, panel in self.panels.items()}
+        return self._replace(panels=panels, names=tuple(self.names[row] for row in rows) if self.names else ())
 
 
 class Method(nn.Module, ABC):

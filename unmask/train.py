@@ -417,7 +417,7 @@ def look(job: Job, sample: Batch, at: Position) -> None:
     file, title = job.run.pictures / f"step-{at.step:08d}.png", f"step {at.step} of {plan.steps}"
     numbers = {name: float(value) for name, value in picture.numbers.items()}
     try:
-        draw(picture.first(train.picture_images), plan.images.dtype, file, title)
+        draw(picture.spread(train.picture_images), plan.images.dtype, file, title)
         before = [] if at.step == 0 else job.run.read("evals/baselines.json")["losses"]
         losses = [pair for pair in before if pair[0] < at.step] + [[at.step, numbers.pop("loss")]]
         job.run.write("evals/baselines.json", {"images": len(sample), "losses": losses, "guesses": numbers})

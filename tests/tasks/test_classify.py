@@ -141,6 +141,11 @@ def test_it_learns_and_the_picture_shows_it():
     torch.testing.assert_close(first, of.images.float(), atol=1e-3, rtol=0)
     assert second.shape == first.shape
     assert picture.note.startswith("8 of 8")
+    assert len(picture.names) == 8
+    assert all("taken for" not in name and "%" in name for name in picture.names)
+    few = picture.spread(3)
+    assert few.names == tuple(picture.names[row] for row in (0, 3, 7))
+    assert torch.equal(few.panels["original"], first[[0, 3, 7]])
     assert float(picture.numbers["loss"]) == pytest.approx(float(found.value.detach()), rel=1e-5)
     assert float(picture.numbers["all_classes_alike"]) == pytest.approx(np.log(4))
     darker = (second - 120).abs() <= (first - 120).abs() + 1e-3

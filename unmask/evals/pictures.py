@@ -39,7 +39,7 @@ def draw(picture: Picture, dtype: str, path: Path, title: str, names: Sequence[s
     """Write `picture` to `path` as a PNG, whole or not at all.
 
     dtype: of the files ("uint8", "uint16", "float32"), whose units the panels are in. names: one per image, written
-    below its row; none by default. Raises ValueError when the folder does not exist or the name does not end in .png.
+    below its row; by default the picture's own, if it has any. Raises ValueError when the folder does not exist or the name does not end in .png.
     """
     require_png(path)
     file = io.BytesIO()
@@ -69,6 +69,7 @@ def compose(picture: Picture, dtype: str, title: str, names: Sequence[str] = ())
     numbers = wrap(in_numbers(picture.numbers), text, room) if picture.numbers else []
     captions = {name: wrap(name, text, cell_width) for name in columns}
     notes = wrap(" ".join([picture.note, *_about_channels(picture.panels)]), text, room)
+    names = names or picture.names
     name_height = NAME_SIZE + LEADING if names else 0
 
     top_of_captions = MARGIN + len(titles) * (TITLE_SIZE + LEADING) + len(numbers) * line + LEADING

@@ -156,6 +156,13 @@ class Classifier(Method):
         least, most = speaks.aminmax(dim=1, keepdim=True)
         lit = (speaks - least) / (most - least).clamp(min=1e-12)
         panels = {"original": patches, "what speaks for the guess": patches * lit[..., None]}
+        classes, sure = self.config.classes, logits.softmax(1).amax(1).tolist()
+        names = tuple(
+            f"{classes[true]}, taken for {classes[said]} ({share:.0%})"
+            if true != said
+            else f"{classes[true]} ({share:.0%})"
+            for true, said, share in zip(labels.tolist(), guess.tolist(), sure, strict=True)
+        )
         return Picture(
             {caption: self.encoder.images(panel) for caption, panel in panels.items()},
             f"{int((guess == labels).sum())} of {len(guess)} of these images are given the right class.",
@@ -163,6 +170,7 @@ class Classifier(Method):
                 "loss": F.cross_entropy(logits, labels, label_smoothing=self.config.smoothing),
                 "all_classes_alike": logits.new_tensor(log(logits.shape[1])),
             },
+            names,
         )
 
 
