@@ -55,17 +55,35 @@ def planned(*settings, **more):
     ],
 )
 def test_steps_without_a_budget(settings, images, steps):
-    found, why = choose_steps(small(*settings), images, budget=None, step_seconds=pytest.fail)
+    found, every, why = choose_steps(small(*settings), images, budget=None, step_seconds=pytest.fail)
+    assert every == -(-found // 10)
     assert found == steps
     assert str(steps) in why
 
 
 @pytest.mark.parametrize(("budget", "each", "steps"), [(600.0, 0.5, 1080), (1.0, 5.0, 1), (60.0, 0.001, 54_000)])
 def test_a_budget_becomes_steps_with_something_left_over(budget, each, steps):
-    found, why = choose_steps(small("train.steps=3"), 1000, budget=budget, step_seconds=lambda: each)
+    found, _, why = choose_steps(small("train.steps=3"), 1000, budget=budget, step_seconds=lambda: each)
     assert found == steps
     assert found * each <= max(each, budget * BUDGET_SHARE)
     assert "as measured, in a budget of" in why
+
+
+@pytest.mark.parametrize("average", ["none", "0.99"])
+@pytest.mark.parametrize(("num_test", "wanted"), [(10, None), (400, None), (5000, None), (100, 7)])
+def test_tests_count_in_a_budget_and_are_made_rarer_where_they_would_eat_it(num_test, wanted, average):
+    config = small(f"optim.average={average}", *([] if wanted is None else [f"train.test_every={wanted}"]))
+    budget, each = 120.0, 0.2
+    steps, every, why = choose_steps(config, 1000, budget=budget, step_seconds=lambda: each, num_test=num_test)
+    test = 0.5 * each / 12 * num_test * (1 if average == "none" else 2)
+    tests = -(-steps // every) + 1
+    assert steps * each + tests * test <= BUDGET_SHARE * budget + test
+    assert every == (wanted or every)
+    if wanted is None:
+        assert tests <= 11
+        assert tests * test <= 0.25 * budget or tests == 2
+        assert num_test > 10 or tests == 11
+    assert f"tests on {num_test} images take about" in why
 
 
 @pytest.mark.parametrize(("workers", "seconds"), [(0, 0.5), (2, 0.3)])

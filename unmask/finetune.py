@@ -205,10 +205,18 @@ def fine_tune(
     config = config.model_copy(update={"data": config.data.model_copy(update=where)})
     for line in lessons.annotations.lines() if lessons.annotations is not None else ():
         console.say(line)
-    reasons = [f"{len(rows)} images of {len(lessons.classes)} classes to learn from"]
+    num_test = len(held) if other is None else len(other.rows)
+    reasons = [
+        f"{len(rows)} images of {len(lessons.classes)} classes to learn from"
+        + ("" if shots is None else f", {shots} {'of each class' if task in ('classify', PROBE) else 'in all'}"),
+        f"{num_test} images to be tested on: {test or f'a held-out fifth of {data}'}",
+    ]
+    if last_blocks is not None:
+        reasons.append(f"trained are the last {last_blocks:g} blocks and the head, all below them is frozen")
     if shared:
-        reasons.append(f"{len(shared)} test images are also training images, byte for byte: the result flatters")
-        console.warn(f"{reasons[-1]} ({', '.join(shared[:3])}{', ...' if len(shared) > 3 else ''})")
+        flatters = f"{len(shared)} test images are also training images, byte for byte: the result flatters"
+        reasons.append(flatters)
+        console.warn(f"{flatters} ({', '.join(shared[:3])}{', ...' if len(shared) > 3 else ''})")
     source, origin = lessons.source, "random weights, from scratch" if from_scratch else f"weights of {from_run}"
     done = start.start_run(
         source,
@@ -221,6 +229,7 @@ def fine_tune(
         console=console,
         held_out=np.setdiff1d(np.arange(len(source)), rows),
         test_rows=held if test is None else None,
+        num_test=num_test,
         taught=digest(lessons, np.union1d(rows, held)) + ("" if other is None else digest(other, other.rows)),
         supervise=partial(supervise, console=console),
     )

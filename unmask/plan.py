@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from unmask.batch import DTYPES, Batch, ImageSpec
 from unmask.config import Config, ConfigError
+from unmask.console import duration
 from unmask.method import Clock, Method
 from unmask.optim import learning_rate, make_optimizer, peak_lr, update
 from unmask.rng import Draws
@@ -27,13 +28,17 @@ DEFAULT_EPOCHS = 100
 MEMORY_SHARE = 0.6
 TENSORS_AT_A_TIME = 4  # of the largest, in the widest place of a network
 BUDGET_SHARE = 0.9  # the rest: pictures, checkpoints, a slow minute
+TESTS = 10  # of what learns from labels, unless it is said how often
+TEST_IMAGE = 0.5  # time to load and judge an image, as a share of that to learn from it
+TEST_SHARE = 0.25  # of a budget, at most
 
 
 class Plan(Settings):
     """What a run will do. `reasons` are sentences for people: why each choice was made.
 
     excluded: rows of the source that are not trained on; test_rows: those of them that a supervised run is tested on.
-    taught: digest of the masks or boxes that it learns from, and of its test images.
+    test_every: steps after which it is tested, 0 at the end only. taught: digest of the masks or boxes that it learns
+    from, and of its test images.
     """
 
     steps: int
@@ -49,6 +54,7 @@ class Plan(Settings):
     fingerprint: str
     excluded: tuple[int, ...] = ()
     test_rows: tuple[int, ...] = ()
+    test_every: int = 0
     taught: str = ""
     precision: str
     device: str
@@ -277,22 +283,45 @@ def with_loading(compute: float, load: float, workers: int) -> float:
 
 
 def choose_steps(
-    config: Config, num_images: int, *, budget: float | None, step_seconds: Callable[[], float]
-) -> tuple[int, str]:
-    """Total optimiser steps and why: a `budget` in seconds wins over `train.steps`, and that over epochs.
+    config: Config, num_images: int, *, budget: float | None, step_seconds: Callable[[], float], num_test: int = 0
+) -> tuple[int, int, str]:
+    """Total optimiser steps, after how many a supervised run is tested, and why so many.
 
-    So a recipe may have any of them; that a person gives two is refused in `start.py`.
+    A `budget` in seconds wins over `train.steps`, and that over epochs: a recipe may have any of them; that a person
+    gives two is refused in `start.py`. num_test: images of each test.
     """
     train = config.train
     if budget is not None:
-        each = step_seconds()
-        steps = max(1, int(BUDGET_SHARE * budget / each))
-        return steps, f"{steps} steps: {each:.3g} s each as measured, in a budget of {budget / 60:.4g} minutes"
+        return fill_budget(config, budget, step_seconds(), num_test)
     if train.steps is not None:
-        return train.steps, f"{train.steps} steps: asked for"
-    epochs = train.epochs if train.epochs is not None else DEFAULT_EPOCHS
-    steps = max(1, math.ceil(epochs * num_images / train.batch_size))
-    return steps, f"{steps} steps: {epochs:g} epochs of {num_images} images in batches of {train.batch_size}"
+        steps, why = train.steps, f"{train.steps} steps: asked for"
+    else:
+        epochs = train.epochs if train.epochs is not None else DEFAULT_EPOCHS
+        steps = max(1, math.ceil(epochs * num_images / train.batch_size))
+        why = f"{steps} steps: {epochs:g} epochs of {num_images} images in batches of {train.batch_size}"
+    return steps, train.test_every or math.ceil(steps / TESTS), why
+
+
+def fill_budget(config: Config, budget: float, each: float, num_test: int) -> tuple[int, int, str]:
+    """`choose_steps` for a budget and steps of `each` seconds.
+
+    Tests count, with one more at the end; unless it is said how often, there are ten, or as many as a quarter of the
+    budget has room for.
+    """
+    train = config.train
+    test = TEST_IMAGE * each / train.batch_size * num_test * (1 if config.optim.average is None else 2)
+    tests = TESTS if not test else max(1, min(TESTS, int(TEST_SHARE * budget / test) - 1))
+    if train.test_every:
+        steps = (BUDGET_SHARE * budget - test) / (each + test / train.test_every)
+    else:
+        steps = (BUDGET_SHARE * budget - (tests + 1) * test) / each
+    steps = max(1, int(steps))
+    every = train.test_every or math.ceil(steps / tests)
+    why = f"{steps} steps: {each:.3g} s each as measured, in a budget of {duration(budget)}"
+    if test:
+        spent = (1 + math.ceil(steps / every)) * test
+        why += f", of which tests on {num_test} images take about {duration(spent)}"
+    return steps, every, why
 
 
 def make_plan(
@@ -308,10 +337,12 @@ def make_plan(
     budget: float | None = None,
     reasons: tuple[str, ...] = (),
     batch_seconds: Callable[[], float] | None = None,
+    num_test: int = 0,
 ) -> Plan:
     """Decide everything that follows from the configuration; see the module docstring.
 
-    batch_seconds: time to load one global batch, for a budget on a machine that waits on its data.
+    batch_seconds: time to load one global batch, for a budget on a machine that waits on its data. num_test: images
+    that a supervised run is tested on.
     """
     precision, why_precision = choose_precision(config.train.precision, device)
     method = fresh_method(config, images).to(device)
@@ -325,8 +356,10 @@ def make_plan(
         load = batch_seconds() if batch_seconds else 0.0
         return with_loading(compute, load, workers)
 
-    steps, why_steps = choose_steps(config, num_images, budget=budget, step_seconds=step_seconds)
     batch_size = config.train.batch_size
+    steps, test_every, why_steps = choose_steps(
+        config, num_images, budget=budget, step_seconds=step_seconds, num_test=num_test
+    )
     peak = peak_lr(config.optim, batch_size)
     if steps * batch_size < 20 * num_images and num_images >= batch_size:
         reasons += (f"only {steps * batch_size / num_images:.3g} epochs: expect the loss to be far from its floor",)
@@ -348,6 +381,7 @@ def make_plan(
         workers=workers,
         cached=cached,
         picture_every=config.train.picture_every or max(1, math.ceil(steps / 4)),
+        test_every=test_every,
         parameters=parameters,
         encoder_parameters=encoder_parameters,
         reasons=(

@@ -108,16 +108,19 @@ def start_run(
     console: Console,
     held_out: np.ndarray | None = None,
     test_rows: np.ndarray | None = None,
+    num_test: int = 0,
     taught: str = "",
     supervise: Supervise | None = None,
 ) -> Run:
     """Plan, make the Run, and train it.
 
-    held_out: rows of the source that are kept from the training, test_rows: those of them that it is tested on. taught:
-    see `Plan`.
+    held_out: rows of the source that are kept from the training, test_rows: those of them that it is tested on.
+    num_test: images that it is tested on, wherever they lie. taught: see `Plan`.
     """
     refuse_absurd_batch(config, found.usable)
-    images, plan = prepare(source, found, config, device, budget=budget, reasons=reasons, held_out=held_out)
+    images, plan = prepare(
+        source, found, config, device, budget=budget, reasons=reasons, held_out=held_out, num_test=num_test
+    )
     tested = () if test_rows is None else tuple(np.setdiff1d(test_rows, found.bad_rows).tolist())
     plan = plan.model_copy(update={"test_rows": tested, "taught": taught})
     if plan.cached:
@@ -353,6 +356,11 @@ def scan_all(source: Source, draft: Config, console: Console) -> Scan:
     checked = min(len(source), draft.data.scan_sample or len(source))
     with console.progress("checking files", checked) as bar:
         found = scan(source, sample=checked, channels=draft.data.channels, progress=bar.update)
+    if found.known:
+        console.say(
+            f"{found.known} of {found.checked} files are as they were when last looked at, and were not looked at "
+            "again (`unmask check` does)"
+        )
     refuse_bad_data(found, draft)
     return found
 
@@ -415,6 +423,7 @@ def prepare(
     budget: float | None,
     reasons: tuple[str, ...],
     held_out: np.ndarray | None = None,
+    num_test: int = 0,
 ) -> tuple[Images, Plan]:
     """The data set as the loop reads it, and the plan. Nothing is written, and no image is kept in memory yet."""
     spec = image_spec(found, config)
@@ -443,6 +452,7 @@ def prepare(
         budget=budget,
         reasons=(*reasons, why),
         batch_seconds=lambda: batch_seconds(images, config.train.batch_size, workers, cached=cached),
+        num_test=num_test,
     )
     return images, plan
 

@@ -44,7 +44,6 @@ from unmask.saved import take_weights
 
 BAD_STEPS_IN_A_ROW = 3
 SKIP_AHEAD_BATCHES = 50
-TESTS = 10  # of what learns from labels, unless it is said how often
 MOST_ROLLBACKS = 2
 MOST_FAILED_SAVES = 5
 MOST_UNREAD_STEPS = 32
@@ -106,7 +105,6 @@ def train(run: Run, config: Config, plan: Plan, images: Images, console: Console
 
     Goes on from the newest sound checkpoint of the Run when there is one. Raises TrainingFailed.
     """
-    test_every = config.train.test_every or math.ceil(plan.steps / TESTS)
     with stop_requests() as stop, loader_faults(run):
         method = fresh_method(config, plan.images).to(plan.device)
         job = Job(run, config, plan, images, console, method, make_optimizer(method, config.optim))
@@ -133,7 +131,7 @@ def train(run: Run, config: Config, plan: Plan, images: Images, console: Console
                 draw_now = due(at.step, plan.picture_every, plan.steps)
                 save_now = due(at.step, config.train.checkpoint_every, plan.steps) or stopping
                 save_now = save_now or time.monotonic() - last_save >= 60 * config.train.checkpoint_minutes
-                test_now = judge is not None and (at.step % test_every == 0 or at.step == plan.steps)
+                test_now = judge is not None and (at.step % (plan.test_every or plan.steps) == 0 or at.step == plan.steps)
                 if not (log_now or draw_now or save_now or test_now or len(unread) >= MOST_UNREAD_STEPS):
                     continue
 
