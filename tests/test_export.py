@@ -23,7 +23,7 @@ from unmask.importing import import_weights, plan_of
 from unmask.nn.masks import Mask
 from unmask.one_file import open_safetensors
 from unmask.run import Run
-from unmask.saved import load
+from unmask.saved import load, read_config
 
 ENCODER = {"width": 32, "depth": 2, "heads": 2, "patch": (4, 4)}
 DECODER = {"width": 16, "depth": 1, "heads": 2}
@@ -565,6 +565,27 @@ def test_neither_header_nor_card_says_where_anything_lay_on_this_machine(tmp_pat
     assert here not in card
     assert card.count("regression of table.csv | other, mean | 20 | R2 | 0.410 (0.300 to 0.500) |") == 4
     assert type(open_safetensors(out)).__name__ == "Segmenter"
+
+
+@pytest.mark.parametrize("method", ["mae", "beit", "igpt", "segment"])
+def test_our_own_file_becomes_a_run_again_with_all_its_settings(tmp_path, method):
+    out, _ = exported(tmp_path, "safetensors", method)
+    run = import_weights(out, tmp_path / "again")
+    before, after = open_safetensors(out), load(run.path).method
+    assert type(after) is type(before)
+    assert after.state_dict().keys() == before.state_dict().keys()
+    assert all(torch.equal(value, before.state_dict()[name]) for name, value in after.state_dict().items())
+    assert read_config(run).method == read_config(Run(tmp_path / "run")).method
+    with pytest.raises(UserError, match="has its settings; import it as it is"):
+        import_weights(out, tmp_path / "other", settings=["data.mean=[0,0,0]"])
+    weights = load_file(out)
+    with safe_open(out, "pt") as opened:
+        header = opened.metadata()
+    gone, _ = weights.popitem()
+    save_file(weights, tmp_path / "cut.safetensors", header)
+    with pytest.raises(UserError, match=f"1 missing: {re.escape(gone)}"):
+        import_weights(tmp_path / "cut.safetensors", tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_file_that_is_not_ours_is_not_opened(tmp_path):

@@ -163,6 +163,8 @@ def fine_tune(
     for key, why in UNSETTABLE.items():
         if key in asked:
             raise ConfigError(f"{key} cannot be set: {why}")
+    if asked.get("method.head") == "linear" and "method.width" in asked:
+        raise ConfigError("method.width came with method.head=linear, which has no width; leave one of them out")
     run = Run.open(from_run)
     fine_tuning(read_config(run), ("one", "other"))  # refuses an encoder that cannot be tuned before anything is read
     lessons = open_lessons(task, data, annotations, split=split, ignored=ignored, console=console)

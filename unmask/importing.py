@@ -22,18 +22,21 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from unmask import checkpoint, start
 from unmask.batch import ImageSpec
-from unmask.config import Config, ConfigError, DataConfig, explain, override, parse, parse_method
+from unmask.config import Config, ConfigError, DataConfig, explain, override, parse, parse_method, task_names
 from unmask.console import Console
 from unmask.data.augment import CropConfig
-from unmask.foreign.files import read_source
+from unmask.foreign.files import SAFE, fingerprint, read_source
 from unmask.foreign.recognise import recognise
 from unmask.foreign.state_dicts import ForeignError, Found, some
+from unmask.method import Method
 from unmask.nn import positions
 from unmask.nn.patches import grid_of
+from unmask.one_file import read_header
 from unmask.optim import OptimConfig
 from unmask.plan import Plan
 from unmask.run import Run
@@ -264,7 +267,10 @@ def import_weights(
     """
     console = console or Console(quiet=True)
     source, settings = Path(source), list(settings)
-    run = Run.check_free(out)
+    Run.check_free(out)
+    if source.suffix in SAFE and (own := read_header(source)) is not None:
+        given = [*settings, *([] if tokenizer is None else ["--tokenizer"])]
+        return import_own(source, *own, out=out, given=given, console=console)
     read = read_source(source)
     try:
         found = recognise(read.state, read.about, read.look)
@@ -285,8 +291,48 @@ def import_weights(
     require_whole(wanted, weights, f"{source}: {found.kind}")
     checkpoint.require_fit(method, weights, str(source))
 
+    about = {"source": str(source.absolute()), "files": read.files, "kind": found.name, "licence": found.licence}
+    reasons = (f"weights of {source.resolve().name}: {found.name}", *found.notes, *said)
+    run = write_run(out, config, images, method, weights, reasons, about)
+    say_imported(run, found, config, images, said, by_hand=by_hand, console=console)
+    return run
+
+
+def import_own(
+    source: Path, config: Config, images: ImageSpec, *, out: str | Path, given: list[str], console: Console
+) -> Run:
+    """A Run of a file that `unmask export --to safetensors` wrote, which says itself what it is."""
+    if given:
+        raise ConfigError(
+            f"{given[0]} came, but {source} is an export of unmask and has its settings; import it as it is, finetune "
+            "and `pretrain --from` can change them"
+        )
+    weights = load_file(source)  # under our own names, of which no prefix is to be taken off
+    with torch.device("meta"):
+        method = config.build(images)
+    require_whole(method.state_dict(), weights, f"{source}: an export of unmask")
+    name = f"an export of unmask: {config.method.name}, recipe {config.recipe}"
+    files = [fingerprint(source)]
+    about = {"source": str(source.absolute()), "files": files, "kind": name, "licence": "that of the run"}
+    config = config.model_copy(update={"graft": ()})
+    run = write_run(out, config, images, method, weights, (f"weights of {source.name}: {name}",), about)
+    console.say(f"{source}: {name}")
+    console.say(f"{run.path}: {use_of(config.method.name)}")
+    return run
+
+
+def write_run(
+    out: str | Path,
+    config: Config,
+    images: ImageSpec,
+    method: Method,
+    weights: dict[str, Tensor],
+    reasons: tuple[str, ...],
+    about: dict[str, Any],
+) -> Run:
+    """The Run of a method whose weights are all there; `about` says where they came from."""
     counts = [sum(p.numel() for p in part.parameters()) for part in (method, method.encoder)]
-    plan = plan_of(config, images, counts, (f"weights of {source.resolve().name}: {found.name}", *found.notes, *said))
+    plan = plan_of(config, images, counts, reasons)
     run = Run.create(out)
     with run.lock():
         checkpoint.check_space(run, sum(value.nbytes for value in weights.values()))
@@ -295,12 +341,10 @@ def import_weights(
             checkpoint.save_fixed(run, fixed)
         changing = {name: value.clone() for name, value in weights.items() if name not in fixed}
         checkpoint.save(run, 0, changing, {}, {"step": 0})
-        about = {"source": str(source.absolute()), "files": read.files, "kind": found.name, "licence": found.licence}
         run.write("provenance.json", start.provenance(plan) | {"imported": about})
         run.write("plan.json", plan.model_dump(mode="json"))
         run.write("config.json", config.model_dump(mode="json"))
         run.set_status("finished", 0, total=0)
-    say_imported(run, found, config, images, said, by_hand=by_hand, console=console)
     return run
 
 
@@ -362,10 +406,13 @@ def say_imported(
             "again with --set data.mean=[...] --set data.std=[...]"
         )
     console.say(f"  licence of the weights: {found.licence}")
-    if name == "encoder":
-        use = "embed, probe and finetune take it; to train on, name a --recipe with `unmask pretrain DATA --from`"
-    elif name == "classify":
-        use = "a classifier: embed, probe and finetune take it"
-    else:
-        use = f"a whole {name}: embed, probe, reconstruct, finetune and `unmask pretrain DATA --from` take it"
-    console.say(f"{run.path}: {use}")
+    console.say(f"{run.path}: {use_of(name)}")
+
+
+def use_of(method: str) -> str:
+    """What one can do with a Run of this method."""
+    if method == "encoder":
+        return "embed, probe and finetune take it; to train on, name a --recipe with `unmask pretrain DATA --from`"
+    if method in task_names():
+        return f"fine-tuned to {method}: embed, predict, probe and finetune take it"
+    return f"a whole {method}: embed, probe, reconstruct, finetune and `unmask pretrain DATA --from` take it"

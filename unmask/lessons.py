@@ -154,6 +154,8 @@ def digest(lessons: Lessons, rows: np.ndarray) -> str:
         for row in rows.tolist():
             found.update(np.int64(row).tobytes() + lessons.annotations.boxes[row].tobytes())
             found.update(lessons.annotations.labels[row].tobytes())
+            for part in lessons.annotations.aside.get(row, ()):
+                found.update(part.tobytes())
     return found.hexdigest()
 
 
@@ -221,11 +223,19 @@ class Exam:
         truth, found = [], []
         for batch in read(self.images, self.rows, self.workers, self.console):
             for row, one in zip(batch.index.tolist(), method.predict(batch.images.to(self.device)), strict=True):
-                truth.append(detection.Boxes(self.annotations.boxes[row], self.annotations.labels[row]))
+                truth.append(truth_of(self.annotations, row))
                 found.append(as_numpy(one, self.images.spec.size, self.annotations.sizes[row]))
         precision = detection.average_precision(truth, found, self.classes)
         numbers = {"ap": precision.ap, "ap50": precision.ap50, "ap75": precision.ap75}
         return {**numbers, "ap50_of_class": precision.classes, "images": len(truth)}
+
+
+def truth_of(annotations: Boxes, row: int) -> detection.Boxes:
+    """The true boxes of an image; those set aside count as crowds, which cost nothing and gain nothing."""
+    boxes, labels = annotations.boxes[row], annotations.labels[row]
+    more, theirs = annotations.aside.get(row, (boxes[:0], labels[:0]))
+    crowd = np.arange(len(boxes) + len(more)) >= len(boxes)
+    return detection.Boxes(np.concatenate([boxes, more]), np.concatenate([labels, theirs]), crowd=crowd)
 
 
 def as_numpy(found: detect.Found, seen: tuple[int, int], size: tuple[int, int]) -> detection.Boxes:

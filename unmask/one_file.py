@@ -25,18 +25,26 @@ def open_safetensors(path: str | Path) -> Method:
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path} is not a file; one that `unmask export --to safetensors` wrote was expected")
-    try:
-        with safe_open(path, "pt") as opened:
-            header = json.loads((opened.metadata() or {})[HEADER])
-    except (SafetensorError, KeyError):
+    if (described := read_header(path)) is None:
         raise UserError(
             f"{path} is no file of `unmask export --to safetensors`; weights of others become a run with `unmask "
             "import`"
-        ) from None
-    images = header["images"]
-    spec = ImageSpec(**images | {key: tuple(images[key]) for key in ("size", "mean", "std")})
-    method = Config.model_validate(header["config"]).build(spec)
+        )
+    config, images = described
+    method = config.build(images)
     weights = load_file(path)
     checkpoint.require_fit(method, weights, str(path))
     method.load_state_dict(weights)
     return method.eval()
+
+
+def read_header(path: Path) -> tuple[Config, ImageSpec] | None:
+    """What the header of our own file says, None for any other file."""
+    try:
+        with safe_open(path, "pt") as opened:
+            header = json.loads((opened.metadata() or {})[HEADER])
+    except (SafetensorError, KeyError, OSError):
+        return None
+    images = header["images"]
+    spec = ImageSpec(**images | {key: tuple(images[key]) for key in ("size", "mean", "std")})
+    return Config.model_validate(header["config"]), spec

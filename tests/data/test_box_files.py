@@ -12,6 +12,9 @@ from unmask.batch import NO_BOX, ImageSpec
 from unmask.data.augment import CropConfig, cut_boxes
 from unmask.data.boxes import BoxError, open_boxes
 from unmask.data.loader import Images, eval_batches, training_batches
+from unmask.evals import detection
+from unmask.evals.detection import average_precision
+from unmask.lessons import truth_of
 
 BCCD = Path(__file__).parents[2] / "data" / "bccd"
 SPEC = ImageSpec(3, (40, 48), "uint8", (0.0,) * 3, (1.0,) * 3)
@@ -212,7 +215,30 @@ def test_what_is_left_out_is_counted(tmp_path):
     ]
     crowded = open_boxes(coco(tmp_path / "coco", annotations=crowd))
     assert by_name(crowded) == {"a": [], "b": [((0, 0, 9, 9), "dog")], "c": []}
-    assert "1 crowds of objects are left out: a.png" in [line.replace("images/", "") for line in crowded.lines()]
+    assert {row: ([tuple(box) for box in boxes.tolist()], labels.tolist()) for row, (boxes, labels) in
+            crowded.aside.items()} == {0: ([(0, 0, 9, 9)], [0])}  # fmt: skip
+    said = "1 crowds of objects, or difficult ones, are neither learned from nor judged: a.png"
+    assert said in [line.replace("images/", "") for line in crowded.lines()]
+
+
+def test_what_voc_calls_difficult_is_set_aside_and_costs_a_model_nothing(tmp_path):
+    root = voc(tmp_path)
+    file = root / "Annotations" / "a.xml"
+    first, rest = file.read_text().split("</object>", 1)
+    file.write_text(f"{first}<difficult>1</difficult></object>{rest}")
+    found = open_boxes(root)
+    assert by_name(found) == OBJECTS | {"a": OBJECTS["a"][1:]}
+    row = found.source.names.index("a.png")
+    true = truth_of(found, row)
+    assert true.boxes.tolist() == [[50, 5, 70, 15], [10, 20, 34, 44]]
+    assert true.crowd is not None
+    assert true.crowd.tolist() == [False, True]
+    dog, cat = (found.classes.index(name) for name in ("dog", "cat"))
+    assert true.labels.tolist() == [dog, cat]
+    easy = np.array([[50, 5, 70, 15]], float)
+    for boxes, labels in ((easy, [dog]), (true.boxes, [dog, cat])):  # to find the other one, or not
+        answer = detection.Boxes(boxes, np.array(labels), np.linspace(0.5, 0.9, len(labels)))
+        assert average_precision([true], [answer], found.classes).ap == pytest.approx(1.0)
 
 
 def test_a_bad_image_is_left_to_the_scan(tmp_path):

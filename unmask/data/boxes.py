@@ -6,9 +6,10 @@ that DATA/ImageSets/Main/SPLIT.txt lists.
 
 Boxes are (x1, y1, x2, y2) in pixels of the image as it is shown, x1 and y1 at the left and upper edge of the first
 pixel: COCO's (x, y, width, height) as they are, VOC's corners, which count from 1 and are themselves inside, less 1 at
-the upper left. An image that is annotated and has no object stays, for there is something to learn from it; COCO's
-crowds, which are no single object, do not come in, nor does what lies outside its image or has no area. All that is
-left out is counted.
+the upper left. An image that is annotated and has no object stays, for there is something to learn from it. COCO's
+crowds, which are no single object, and what VOC calls difficult are not learned from, and in a test it counts neither
+for nor against a model whether it finds them, as in the published numbers. What lies outside its image or has no area
+does not come in. All of it is counted.
 
 Not here: what is learned from boxes (`tasks/detect.py`) and how well (`evals/`).
 """
@@ -39,12 +40,12 @@ COCO_FOLDERS = ("", "annotations", "images")
 ROUNDING = 1.0  # pixels that a box may stick out of its image without a word
 LEAST_INSIDE = 0.5  # share of a box's area that lies in the image; boxes with less are left out
 NAMED = 3  # files that a sentence names
-OUTSIDE, CUT, EMPTY, CROWD = "outside", "cut", "empty", "crowd"
+OUTSIDE, CUT, EMPTY, ASIDE = "outside", "cut", "empty", "aside"
 REASONS = {
     OUTSIDE: "boxes lie for the most part outside their image and are left out",
     CUT: "boxes stick out of their image and are cut at its edge",
     EMPTY: "boxes without area are left out",
-    CROWD: "crowds of objects are left out",
+    ASIDE: "crowds of objects, or difficult ones, are neither learned from nor judged",
 }
 
 
@@ -53,20 +54,22 @@ class BoxError(UserError):
 
 
 class Objects(NamedTuple):
-    """What the annotations say of one image: its size (H, W), or None; (n, 4) float64 boxes, n names."""
+    """What the annotations say of one image: its size (H, W), or None; (n, 4) float64 boxes, n names; which are set
+    aside, (n,) bool."""
 
     size: tuple[int, int] | None
     boxes: np.ndarray
     names: list[str]
-    crowds: int = 0
+    aside: np.ndarray
 
 
 @dataclass
 class Boxes:
     """The images of `source` that are annotated, and their objects. Keeps the contract of `loader.Annotations`.
 
-    `boxes`: for each such row (n, 4) float32, with `labels` (n,) int64 and `sizes` (H, W). `faults`: how many boxes
-    were met for each of REASONS, and the images they were met in.
+    `boxes`: for each such row (n, 4) float32, with `labels` (n,) int64 and `sizes` (H, W). `aside`: boxes and labels
+    that are neither learned from nor judged, for rows that have such. `faults`: how many boxes were met for each of
+    REASONS, and the images they were met in.
     """
 
     source: Source
@@ -74,6 +77,7 @@ class Boxes:
     boxes: dict[int, np.ndarray] = field(default_factory=dict)
     labels: dict[int, np.ndarray] = field(default_factory=dict)
     sizes: dict[int, tuple[int, int]] = field(default_factory=dict)
+    aside: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
     faults: Counter[str] = field(default_factory=Counter)
     faulty: dict[str, list[str]] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
@@ -276,14 +280,18 @@ def _add(boxes: Boxes, row: int, said: Objects) -> None:
     fault = np.select(
         [area <= 0, left < LEAST_INSIDE * area, out > ROUNDING], [EMPTY, OUTSIDE, CUT], default=""
     )  # (n,) of text
-    met = Counter(fault[fault != ""].tolist()) + Counter({CROWD: said.crowds})
+    keep = (fault == "") | (fault == CUT)
+    aside = keep & said.aside
+    met = Counter(fault[fault != ""].tolist()) + Counter({ASIDE: int(aside.sum())})
     for reason in met:
         boxes.faulty.setdefault(reason, []).append(name)
     boxes.faults.update(met)
-    keep = (fault == "") | (fault == CUT)
     number = {one: i for i, one in enumerate(boxes.classes)}
-    boxes.boxes[row], boxes.sizes[row] = inside[keep].astype(np.float32), size
-    boxes.labels[row] = np.array([number[one] for one in said.names], np.int64)[keep]
+    corners, labels = inside.astype(np.float32), np.array([number[one] for one in said.names], np.int64)
+    learned = keep & ~aside
+    boxes.boxes[row], boxes.labels[row], boxes.sizes[row] = corners[learned], labels[learned], size
+    if aside.any():
+        boxes.aside[row] = corners[aside], labels[aside]
 
 
 def _area(boxes: np.ndarray) -> np.ndarray:
@@ -315,20 +323,20 @@ def read_coco(file: Path) -> tuple[dict[str, Objects], list[str]]:
         raise BoxError(f"{file} lists {double[0]} more than once; one entry for each image was expected")
     boxes: dict[Any, list[tuple[float, float, float, float]]] = {one: [] for one in images}
     names: dict[Any, list[str]] = {one: [] for one in images}
-    crowds: Counter[Any] = Counter()
+    crowds: dict[Any, list[bool]] = {one: [] for one in images}
     for image, category, box, crowd in found:
         if image not in images or category not in categories:
             raise BoxError(
                 f"{file} has an object of image {image}, category {category}, which it does not list; {expected}"
             )
-        if crowd:
-            crowds[image] += 1
-            continue
         x, y, width, height = _four(box, f"{file}: {images[image]['file_name']}")
         boxes[image].append((x, y, x + width, y + height))
         names[image].append(categories[category])
+        crowds[image].append(bool(crowd))
     said = {
-        name: Objects(_size(one.get("height"), one.get("width")), _array(boxes[key]), names[key], crowds[key])
+        name: Objects(
+            _size(one.get("height"), one.get("width")), _array(boxes[key]), names[key], np.array(crowds[key], bool)
+        )
         for name, (key, one) in zip(files, images.items(), strict=True)
     }
     return said, list(categories.values())
@@ -348,7 +356,7 @@ def read_voc(folder: Path) -> tuple[dict[str, Objects], list[str]]:
 
 
 def _voc(root: ElementTree.Element, file: Path) -> Objects:
-    boxes, names = [], []
+    boxes, names, difficult = [], [], []
     for one in root.iter("object"):
         name = (one.findtext("name") or "").strip()
         corners = [one.findtext(f"bndbox/{key}") for key in ("xmin", "ymin", "xmax", "ymax")]
@@ -357,7 +365,9 @@ def _voc(root: ElementTree.Element, file: Path) -> Objects:
         x1, y1, x2, y2 = _four(corners, str(file))
         boxes.append((x1 - 1, y1 - 1, x2, y2))
         names.append(name)
-    return Objects(_size(root.findtext("size/height"), root.findtext("size/width")), _array(boxes), names)
+        difficult.append((one.findtext("difficult") or "0").strip() == "1")
+    size = _size(root.findtext("size/height"), root.findtext("size/width"))
+    return Objects(size, _array(boxes), names, np.array(difficult, bool))
 
 
 def _four(values: Any, where: str) -> tuple[float, float, float, float]:

@@ -117,8 +117,7 @@ def _read_files(files: list[Path]) -> tuple[dict[str, Tensor], list[dict[str, st
         try:
             loaded = _read_safetensors(file) if file.suffix in SAFE else _read_pickle(file)
             content |= unwrap(loaded)
-            with file.open("rb") as opened:
-                digests.append({"name": file.name, "sha256": hashlib.file_digest(opened, "sha256").hexdigest()})
+            digests.append(fingerprint(file))
         except ForeignError as error:
             raise ForeignError(f"{file}: {error}") from None
         except OSError as error:
@@ -126,6 +125,12 @@ def _read_files(files: list[Path]) -> tuple[dict[str, Tensor], list[dict[str, st
                 f"{file} cannot be read: {error.strerror or error}; is it there, and yours to read?"
             ) from None
     return content, digests
+
+
+def fingerprint(file: Path) -> dict[str, str]:
+    """What a Run keeps of a file that it came from."""
+    with file.open("rb") as opened:
+        return {"name": file.name, "sha256": hashlib.file_digest(opened, "sha256").hexdigest()}
 
 
 def _read_safetensors(file: Path) -> dict[str, Tensor]:

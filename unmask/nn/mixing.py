@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
+from unmask.errors import UserError
+
 MIX_DRAWS = 4
 
 
@@ -33,11 +35,16 @@ def mix(
     """Images and targets mixed with those of the batch in reverse. draws: uniform in [0, 1), for this batch.
 
     mixup, cutmix: parameter alpha of the Beta distribution of the share that an image keeps, 0 for none; with both, one
-    is tossed for. A cut keeps the images' dtype, a mixture is float32.
+    is tossed for. A cut keeps the images' dtype, a mixture is float32. Raises UserError for a batch of one image.
     """
     toss, share, down, across = (float(draw) for draw in draws)
     if not mixup and not cutmix:
         return images, targets
+    if len(images) == 1:
+        raise UserError(
+            "mixup and cutmix mix the images of a micro-batch, and there is one image in it; use train.micro_batch=2 or "
+            "more, or method.mixup=0 and method.cutmix=0"
+        )
     cuts = bool(cutmix) and (not mixup or toss < 0.5)
     kept = beta_quantile(share, cutmix if cuts else mixup)
     if cuts:
