@@ -350,7 +350,7 @@ def test_official_mae_has_the_same_prediction_and_loss_under_the_same_mask(tmp_p
     assert far(guess.gather(1, drop[..., None].expand(-1, -1, 48)), ours) < 1e-5
     truth = method.target(patches, images).gather(1, drop[..., None].expand(-1, -1, 48))
     assert float(method.target.loss(ours, truth)) == pytest.approx(float(loss), rel=1e-5)
-    assert set(torch.load(out, weights_only=True)) == {"model"}
+    assert set(torch.load(out, weights_only=True)) == {"model", "unmask_imprint"}
 
 
 @torch.no_grad()
@@ -543,10 +543,11 @@ def test_neither_header_nor_card_says_where_anything_lay_on_this_machine(tmp_pat
         {"run": f"{here}/runs/tokenizer", "source": "", "target": "target.tokenizer.", "step": None},
     ]
     run.write("config.json", config)
-    row = {"features": f"{here}/runs/other", "pool": "mean", "value": 0.41, "low": 0.3, "high": 0.5}
+    row = {"features": "pre-trained", "pool": "mean", "value": 0.41, "low": 0.3, "high": 0.5}
+    other = row | {"features": f"{here}/runs/other"}
     for first in ("probe", "attentive", "targets", "curve"):
         probe = {"kind": "linear", "data": labelled, "test": test, "step": 20, "metric": "R2", "task": "regression",
-                 "targets": f"{here}/table.csv", "rows": [row]}  # fmt: skip
+                 "targets": f"{here}/table.csv", "rows": [row, other], "shared": 3}  # fmt: skip
         run.write(f"evals/{first}-linear-train.json", probe)
     tuned = {"task": "segment", "metric": "mean_iou", "mean_iou": 0.5, "data": labelled,
              "test": f"a held-out fifth of {labelled}", "step": 20, "from": f"{here}/runs/pretrained"}  # fmt: skip
@@ -563,8 +564,49 @@ def test_neither_header_nor_card_says_where_anything_lay_on_this_machine(tmp_pat
     assert here.encode() not in out.read_bytes()
     card = Path(f"{out}.md").read_text()
     assert here not in card
-    assert card.count("regression of table.csv | other, mean | 20 | R2 | 0.410 (0.300 to 0.500) |") == 4
+    careful = "regression of table.csv (careful: 3 test images are also training images)"
+    assert card.count(f"{careful} | pre-trained, mean | 20 | R2 | 0.410 (0.300 to 0.500) |") == 4
+    assert "other, mean" not in card, "what another run got is no result of this one"
     assert type(open_safetensors(out)).__name__ == "Segmenter"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("to", "method"),
+    [
+        ("timm", "mae"),
+        ("official", "mae"),
+        ("hf", "mae"),
+        ("hf", "simmim"),
+        ("timm", "classify"),
+        ("official", "classify"),
+    ],
+)
+def test_what_was_exported_comes_back_with_what_the_format_has_no_place_for(tmp_path, others, to, method):
+    changes = {"encoder": {**ENCODER, "heads": 4}} | ({"target": "pixels"} if method == "mae" else {})
+    run = Run(make(tmp_path / "run", method, **changes))
+    config = run.read("config.json")
+    config["data"]["crop"]["eval_share"] = 0.7
+    run.write("config.json", config)
+    export_run(run.path, to, out := tmp_path / f"out{export.TARGETS[to][0]}")
+    run.write("provenance.json", {"imported": {"licence": "only on Sundays", "kind": "?", "files": []}})
+    again = import_weights(out, tmp_path / "again")
+    before, after = load(tmp_path / "run"), load(again.path)
+    assert after.plan.images == before.plan.images, "mean and std are not ImageNet's"
+    assert after.config.data.crop.eval_share == before.config.data.crop.eval_share == 0.7
+    ours, theirs = (each.config.method.model_dump()["encoder"] for each in (before, after))
+    assert theirs | {"positions": 0} == ours | {"positions": 0}, "the heads too"
+    images = some_images(2, 3, 16, 16)
+    assert far(before.method.encoder(images).patches, after.method.encoder(images).patches) < 1e-6
+    assert after.licence.startswith("your own")
+    if after.config.method.name == "mae":
+        assert after.config.method.target == "pixels"
+    if method == "classify":
+        assert after.config.method.classes == ("cat", "dog", "owl")
+    other = tmp_path / "with licence"
+    other.mkdir()
+    export_run(run.path, to, other / out.name)
+    assert load(import_weights(other / out.name, tmp_path / "third").path).licence == "only on Sundays"
 
 
 @pytest.mark.parametrize("method", ["mae", "beit", "igpt", "segment"])
@@ -723,8 +765,8 @@ def test_the_card_says_what_it_is_and_no_path_of_this_machine(tmp_path):
         "on a processor; seed 0", "Versions: torch 2", "Commit c0ffee.", "mean 100, 120, 140; std 50, 60, 70",
         "| Linear probe on labelled, tested on a held-out fifth of labelled, 5 labels per class | pre-trained, mean "
         "| 20 | accuracy | 62.5% (50.0% to 75.0%) |",
-        "| other, mean |", "1 label per class | pre-trained, cls | 20 | accuracy | 30.0% (20.0% to 40.0%) |",
-        "| R2 | 0.410 (0.300 to 0.500) |", 
+        "1 label per class | pre-trained, cls | 20 | accuracy | 30.0% (20.0% to 40.0%) |",
+        "| R2 | 0.410 (0.300 to 0.500) |",
         "| Fine-tuned on labelled, tested on test | this model | 20 | accuracy | 90.0% (80.0% to 95.0%) |",
         'open_safetensors("out.safetensors")', "## Licence of the weights\n\nNot stated",
         "Checked: unmask computes the same from it, up to 0.0e+00",
@@ -779,9 +821,11 @@ def test_the_card_of_a_supervised_run_has_the_measure_of_its_task(tmp_path, task
          [f"Attentive probe {HELD}, layer best | pre-trained, attentive | 20 | accuracy | 0.0% (0.0% to 10.0%) |"]),
         ("targets-linear-labelled-by-table-multilabel",
          {"kind": "linear", "metric": "mean average precision", "task": "multilabel", "targets": "/a/table.csv",
-          "rows": [{"features": "/a/runs/other", "pool": "mean", "value": 0.41, "low": 0.3, "high": 0.5}]},
-         [f"Linear probe {HELD}, multilabel of table.csv | other, mean | 20 | mean average precision | 0.410 (0.300 to "
-          "0.500) |"]),
+          "train_images": 1234, "test_images": 56,
+          "rows": [{"features": name, "pool": "mean", "value": 0.41, "low": 0.3, "high": 0.5}
+                   for name in ("pre-trained", "/a/runs/other")]},
+         [f"Linear probe {HELD.replace(',', ' (1,234 images),')} (56 images), multilabel of table.csv | pre-trained, "
+          "mean | 20 | mean average precision | 0.410 (0.300 to 0.500) |"]),
         ("curve-linear-labelled-1-5-shots",
          {"kind": "linear", "metric": "accuracy", "shots": [1, 5], "draws": 3, "rows": [
              {"features": "pre-trained", "pool": "cls", "points": [
@@ -797,6 +841,8 @@ def test_the_card_shows_every_kind_of_probe(tmp_path, name, content, rows):
 def test_the_card_of_imported_weights_has_their_licence_and_where_they_came_from(tmp_path, others):
     run = make(tmp_path / "run", "mae")
     export_run(run, "official", tmp_path / "mae.pth")
+    published = torch.load(tmp_path / "mae.pth", weights_only=True)["model"]
+    torch.save({"model": published}, tmp_path / "mae.pth")  # as others make it, without our imprint
     again = import_weights(
         tmp_path / "mae.pth", tmp_path / "again", settings=["method.encoder.heads=2", "method.decoder.heads=2"]
     )

@@ -194,6 +194,16 @@ def test_it_predicts_with_the_names_of_its_classes(tuned, tests, tmp_path, name)
     assert float(rows[0]["p(blue)"]) + float(rows[0]["p(red)"]) == pytest.approx(1, abs=1e-5)
 
 
+def test_what_a_classifier_has_no_use_for_is_refused(tuned, tests, tmp_path):
+    from unmask.use import reconstruct_images
+
+    quiet = Console(quiet=True)
+    with pytest.raises(UserError, match=r"was fine-tuned to classify and rebuilds nothing; use `unmask predict"):
+        reconstruct_images(tuned.path, [str(tests)], tmp_path / "a.png", step=None, seed=0, device="cpu", console=quiet)
+    with pytest.raises(UserError, match=r"--least 0.3 came, but only boxes have scores"):
+        predict(tuned.path, [str(tests)], tmp_path / "a.csv", step=None, device="cpu", console=quiet, least=0.3)
+
+
 def test_a_run_without_classes_does_not_predict(pretrained, tests, tmp_path):
     with pytest.raises(UserError, match=r"does not predict; fine-tune it first"):
         predict(pretrained.path, [str(tests)], tmp_path / "x.csv", step=None, device="cpu", console=Console(quiet=True))
@@ -323,6 +333,10 @@ def test_boxes_are_learnt_tested_and_predicted_in_pixels_of_the_file(pretrained,
     out = tmp_path / "out.json"
     predict(run.path, [str(cells)], out, step=None, device="cpu", console=Console(quiet=True))
     given, truth = json.loads(out.read_text()), json.loads((cells / "boxes.json").read_text())
+    sure = predict(run.path, [str(cells)], out, step=None, device="cpu", console=Console(quiet=True), least=0.5)
+    kept = json.loads(out.read_text())["annotations"]
+    assert kept == [{**a, "id": i} for i, a in enumerate(a for a in given["annotations"] if a["score"] >= 0.5)]
+    assert 0 < sum(sure["classes"].values()) == len(kept) < len(given["annotations"])
     best = max((a for a in given["annotations"] if a["image_id"] == 0), key=lambda a: a["score"])
     name = given["images"][0]["file_name"]
     wanted = truth["annotations"][int(name.removesuffix(".png"))]["bbox"]
@@ -339,9 +353,15 @@ def test_boxes_are_learnt_tested_and_predicted_in_pixels_of_the_file(pretrained,
         ({"ignored": (3,)}, "only masks have ids"),
         ({"test_split": "test"}, "without --test"),
         ({"task": "segment"}, "no masks were found"),
+        ({"task": "detect", "data": "cells", "shots": 100}, "--shots 100 came, but there are .* annotated images"),
         ({"task": "detect"}, "no boxes were found"),
         ({"task": "detect", "recipe": "finetune_few", "data": "cells"}, "is for --task classify"),
-        ({"task": "segment", "data": "cells", "settings": ["method.head=linear", "method.width=8"]}, "linear, which has no width"),
+        (
+            {"task": "segment", "data": "cells", "settings": ["method.head=linear", "method.width=8"]},
+            "linear, which has no width",
+        ),
+        ({"settings": ["data.size=100000"]}, "625,000,000 patches of 4 x 4 pixels; at most 262,144"),
+        ({"settings": ["data.size=33"]}, "patch size 4, which the weights decide; use 32 or 36"),
         ({"settings": ["train.micro_batch=1", "method.mixup=0.8", "train.steps=1"]}, "mix the images of a micro-batch"),
     ],
 )

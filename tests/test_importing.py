@@ -25,7 +25,7 @@ from unmask.methods.mae import Config as MAEConfig
 from unmask.nn.decoders import DecoderConfig
 from unmask.nn.masks import Mask
 from unmask.nn.vit import ViTConfig
-from unmask.saved import load, load_encoder
+from unmask.saved import licence_of, load, load_encoder
 from unmask.start import pretrain
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128,
@@ -504,6 +504,7 @@ def test_training_goes_on_from_an_imported_run(tmp_path, unmask):
     encoder = import_weights(tmp_path / "encoder.pth", tmp_path / "encoder", settings=HEADS[:1]).path
     short = ["train.steps=1", "train.batch_size=4", "data.workers=0", "train.device=cpu"]
     done = pretrain(photos, from_run=whole, out=tmp_path / "on", settings=short)
+    assert licence_of(done).startswith("CC-BY-NC 4.0"), "what is trained from them is bound by it too"
     assert done.read("status.json")["state"] == "finished"
     size = [f"method.encoder.{key}" for key in ("width=32", "depth=2", "heads=2", "patch=4")]
     done = pretrain(photos, from_run=encoder, recipe="mae_nano", out=tmp_path / "on2", settings=[*short, *size])
@@ -546,6 +547,7 @@ def test_a_pickle_with_code_and_what_is_no_checkpoint_are_refused_in_a_sentence(
     Path("cut.safetensors").write_bytes(Path("whole.safetensors").read_bytes()[:-5])
     Path("text.pth").write_text("hello")
     Path("empty.pth").touch()
+    Path("graph.onnx").write_bytes(b"\x08\x07")
     torch.save({"epoch": 3}, "epoch.pth")
     torch.save([1, 2], "list.pth")
     torch.save({"model": {"a": torch.zeros(2)}}, "other.pth")
@@ -553,7 +555,8 @@ def test_a_pickle_with_code_and_what_is_no_checkpoint_are_refused_in_a_sentence(
     for name, match in {
         "code.pth": r"code.pth: it holds posix.system beside tensors, and opening that could run code",
         "old.pth": "could run code",
-        "raw.pkl": "torch.save did not write; it was not opened",
+        "raw.pkl": r"raw.pkl: a pickle that torch.save did not write; it was not opened",
+        "graph.onnx": "a graph of ONNX came",
         "module.pth": "holds torch.nn.modules.linear.Linear",
         "cut.pth": "damaged, cut",
         "cut-old.pth": "damaged, cut",

@@ -104,6 +104,8 @@ def test_from_a_run_ones_own_epochs_go_before_its_steps(images, tmp_path):
     first = start(images, tmp_path / "first", "train.steps=3")
     second = pretrain(images, out=tmp_path / "second", from_run=first.path, settings=["train.epochs=0.5"])
     assert second.read("plan.json")["steps"] == 2
+    with pytest.raises(ConfigError, match="which the weights decide; use"):
+        pretrain(images, out=tmp_path / "third", from_run=first.path, settings=["data.size=33"])
     with pytest.raises(ConfigError, match="both --from and graft"):
         pretrain(images, out=tmp_path / "third", from_run=first.path, settings=["graft=[]"])
 

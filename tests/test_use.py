@@ -109,12 +109,13 @@ def test_the_rows_are_the_encoders_own_features_with_names_and_classes(trained, 
     encoder = load(trained).method.encoder
     for row in (0, 17, 35):
         with Image.open(labelled / table["name"][row]) as image:  # 20 x 24, cut and shrunk to the model's 16 x 16
-            square = image.resize((16, 16), Image.Resampling.BICUBIC, box=(2, 0, 22, 20))
+            square = image.crop((2, 0, 22, 20)).resize((16, 16), Image.Resampling.BICUBIC)
         pixels = torch.from_numpy(np.asarray(square).transpose(2, 0, 1).copy())[None]
         with torch.no_grad():
             features = encoder(pixels)
-        np.testing.assert_allclose(npz["cls"][row], features.cls[0], atol=1e-5)
-        np.testing.assert_allclose(npz["mean"][row], features.patches[0].mean(0), atol=1e-5)
+        # A pixel in some hundreds is a level away from Pillow's; another crop would change everything.
+        np.testing.assert_allclose(npz["cls"][row], features.cls[0], atol=3e-3)
+        np.testing.assert_allclose(npz["mean"][row], features.patches[0].mean(0), atol=3e-3)
     for name in ("cls", "mean"):
         assert npz[name].dtype == np.float32
         np.testing.assert_array_equal(np.array(table[name], np.float32), npz[name])
@@ -175,8 +176,8 @@ def test_broken_files_are_left_out_and_named_and_the_others_unchanged(trained, i
     assert kept.sum() == 23
     np.testing.assert_allclose(found["mean"], whole["mean"][kept], atol=2e-6)
     (warning,) = console.warned
-    assert "7 of 30 files" in warning
-    assert "cannot be used and are left out: 0004.png (TRUNCATED" in warning or "0004.png (CORRUPT" in warning
+    assert "7 of 30 cannot be used" in warning
+    assert "7 of 30 cannot be used and are left out: 0004.png (TRUNCATED" in warning or "0004.png (CORRUPT" in warning
     assert "0009.png" in warning
     assert "and 2 more: `unmask check` lists all" in warning
     assert warning.count("0004.png") == 1
@@ -258,8 +259,8 @@ def test_single_files_are_drawn_in_the_order_given_with_their_names(trained, ima
     assert set(numbers) == {"loss", "true_patch_mean", "visible_mean", "nearest_visible"}
     assert all(np.isfinite(value) for value in numbers.values())
     with Image.open(files[0]) as image:
-        square = np.asarray(image.resize((16, 16), Image.Resampling.BICUBIC, box=(2, 0, 22, 20)))
-    np.testing.assert_allclose(picture.panels["original"][0].permute(1, 2, 0), square, atol=1e-2)
+        square = np.asarray(image.crop((2, 0, 22, 20)).resize((16, 16), Image.Resampling.BICUBIC))
+    np.testing.assert_allclose(picture.panels["original"][0].permute(1, 2, 0), square, atol=1.01)
     assert "TRUE mean and standard deviation" in picture.note, "whose patch statistics are drawn with"
     with Image.open(tmp_path / "a.png") as sheet:
         assert sheet.size[0] > 600
@@ -326,7 +327,7 @@ def test_a_broken_image_is_named_and_nothing_else_is_drawn_in_its_place(trained,
     reconstruct(trained, [images / f"000{i}.png" for i in (1, 2, 3)], tmp_path / "a.png", console=console)
     assert seen[0][3] == ["0001.png", "0003.png"]
     assert len(seen[0][0].panels["original"]) == 2
-    assert "1 of 3 files" in console.warned[0]
+    assert "1 of 3 cannot be used" in console.warned[0]
     assert "0002.png (" in console.warned[0]
     with pytest.raises(ValueError, match=r"none of the 1 files of .*0002.png can be used: 0002.png"):
         reconstruct(trained, [images / "0002.png"], tmp_path / "b.png")
@@ -468,6 +469,27 @@ def test_a_class_of_one_image_is_trained_on_not_tested(run, labelled, monkeypatc
             path.unlink()
     with pytest.raises(ValueError, match="one image per class, so none can be held out; give other images with --test"):
         probe(run, labelled)
+
+
+def test_a_test_set_of_one_known_class_is_labelled_and_what_is_missing_is_said(run, labelled, tmp_path):
+    test = tmp_path / "test"
+    one = sorted(labelled.iterdir())[0]
+    shutil.copytree(one, test / one.name)
+    console = Listening()
+    found = probe(run, labelled, test=str(test), console=console)
+    assert found["test_images"] == len(list(one.iterdir()))
+    others = [folder.name for folder in sorted(labelled.iterdir())[1:]]
+    assert any(all(name in line for name in others) and "not tested" in line for line in console.warned)
+
+
+def test_why_there_are_no_labels_is_said(run, labelled, tmp_path):
+    first = sorted(labelled.iterdir())[0]
+    shutil.copy(sorted(first.iterdir())[0], labelled / "stray.png")
+    with pytest.raises(ValueError, match=r"1 of its images lie beside the sub-folders \(stray.png\)"):
+        probe(run, labelled)
+    shutil.copytree(first, tmp_path / "alone" / "cat")
+    with pytest.raises(ValueError, match="all its images lie in one sub-folder, cat"):
+        probe(run, tmp_path / "alone")
 
 
 def test_what_cannot_be_probed_is_refused(run, images, labelled):

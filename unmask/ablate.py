@@ -37,8 +37,8 @@ from unmask.data.scan import Scan
 from unmask.data.sources import Source, open_source, require_labels
 from unmask.errors import TrainingFailed, UserError
 from unmask.evals.collect import eval_mode
-from unmask.evals.linear import HOLD_OUT_FOR_TEST, hold_out
 from unmask.evals.probe import few_shots, require_classes
+from unmask.evals.splits import HOLD_OUT_FOR_TEST, hold_out
 from unmask.flops import count_flops
 from unmask.method import Method
 from unmask.plan import (
@@ -305,7 +305,7 @@ def require_probe(asked: Asked) -> tuple[Source, int]:
         if not len(held):
             raise UserError(f"{asked.data} has one image per class, so none can be held out; give others with --test")
     else:
-        test = require_labels(open_source(asked.test))
+        test = require_labels(open_source(asked.test), source.classes)
         if unknown := set(test.classes) - set(source.classes):
             raise UserError(
                 f"{test.name} has classes that {asked.data} has not ({', '.join(sorted(unknown)[:6])}); test images "

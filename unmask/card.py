@@ -12,9 +12,11 @@ from pathlib import PurePath
 from typing import Any
 
 from unmask.config import Config, method_module, task_names
+from unmask.evals.scores import PRETRAINED, RANDOM_INIT, RAW_PIXELS
 from unmask.plan import Plan
 from unmask.report import PROBES, probe_title
 from unmask.run import Run
+from unmask.saved import licence_of
 
 LIBRARIES = {"timm": "timm", "hf": "transformers", "official": "pytorch", "onnx": "onnx", "safetensors": "unmask"}
 OTHER_TASKS = ("ae", "dae", "dvae", "igpt")  # that hide no patches
@@ -39,21 +41,25 @@ def model_card(
     notes: Sequence[str],
     tested: str,
     classifies: bool,
+    whole: bool,
 ) -> str:
-    """The card of what was exported of a Run at `step`: Markdown. `load` to `classifies` as in `export.Made`."""
+    """The card of what was exported of a Run at `step`: Markdown. `load` to `classifies` as in `export.Made`.
+
+    whole: what a fine-tuned Run learnt came along, and not its encoder alone.
+    """
     made = run.read("provenance.json") if (run.path / "provenance.json").exists() else {}
     name = run.path.resolve().name
     parts = [
-        front_matter(config, to, licence(made), classifies=classifies),
+        front_matter(config, to, licence(run), classifies=classifies),
         f"# {name}\n",
         what_it_is(config, what, made),
         section("How to load it", f"```python\n{load}\n```\n\n{returns}"),
         section("Preprocessing", preprocessing(config, plan, to)),
         section("Data", data(config, plan, made)),
         section("Training", training(config, plan, made, step)),
-        section("Results", results(run)),
+        section("Results", results(run, whole=whole)),
         section("This export", bullets([*(sentence(note) for note in notes), sentence(tested)])),
-        section("Licence of the weights", sentence(licence(made))),
+        section("Licence of the weights", sentence(licence(run))),
     ]
     return "\n".join(parts)
 
@@ -70,10 +76,9 @@ def sentence(text: str) -> str:
     return text[:1].upper() + text[1:].rstrip(".") + "."
 
 
-def licence(made: dict[str, Any]) -> str:
-    """Of imported weights that of their source, as far as it is known; of others nobody has said."""
-    imported = made.get("imported", {})
-    return str(imported.get("licence") or f"{NOT_STATED}: fill it in before you hand them on")
+def licence(run: Run) -> str:
+    """Of imported weights, and what was trained from them, that of their source; of others nobody has said."""
+    return licence_of(run) or f"{NOT_STATED}: fill it in before you hand them on"
 
 
 def front_matter(config: Config, to: str, rights: str, *, classifies: bool) -> str:
@@ -177,12 +182,13 @@ def training(config: Config, plan: Plan, made: dict[str, Any], step: int) -> str
     return bullets(lines)
 
 
-def results(run: Run) -> str:
+def results(run: Run, *, whole: bool) -> str:
     """What `evals/` holds, as one table with 95 % intervals."""
     files = [file for first in PROBES for file in sorted(run.evals.glob(f"{first}.json"), reverse=True)]
     rows = [row for file in files for row in probe_rows(run.read(f"evals/{file.name}"))]  # linear before knn
     if (run.evals / "fine-tuned.json").exists():
-        rows = [*tuned_rows(run.read("evals/fine-tuned.json")), *rows]
+        name = "this model" if whole else "this encoder, with the head that was left out"
+        rows = [*tuned_rows(run.read("evals/fine-tuned.json"), name), *rows]
     if not rows:
         return "Nothing was measured."
     head = ("measured", "features", "step", "measure", "value (95 % interval)")
@@ -190,7 +196,7 @@ def results(run: Run) -> str:
     return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-def tuned_rows(tuned: dict[str, Any]) -> list[tuple[Any, ...]]:
+def tuned_rows(tuned: dict[str, Any], model: str) -> list[tuple[Any, ...]]:
     """(title, features, step, measure, value) of a supervised run on its test images, what counts first."""
     metric, task = tuned.get("metric", "accuracy"), LEARNT.get(tuned.get("task", ""), "")
     title = (
@@ -199,7 +205,7 @@ def tuned_rows(tuned: dict[str, Any]) -> list[tuple[Any, ...]]:
     names = [metric, *(name for name in MEASURES if name != metric and name in tuned)]
     return [
         (
-            title, "this model", tuned.get("step"), MEASURES.get(name, name),
+            title, model, tuned.get("step"), MEASURES.get(name, name),
             interval(tuned.get(name), tuned if name == metric else {}, share=name in MEASURES),
         )
         for name in names
@@ -207,21 +213,27 @@ def tuned_rows(tuned: dict[str, Any]) -> list[tuple[Any, ...]]:
 
 
 def probe_rows(probe: dict[str, Any]) -> list[tuple[Any, ...]]:
-    """(title, features, step, measure, value) of a probe; a curve over labels has a row a point."""
+    """(title, features, step, measure, value) of a probe, without those of other runs; a curve has a row a point."""
     if not {"kind", "data", "test", "rows"} <= probe.keys():
         return []
     metric, found = probe.get("metric") or "accuracy", []
     named = probe | {"data": last_name(probe["data"]), "test": tested_on(probe)}
+    for part, count in (("data", probe.get("train_images")), ("test", probe.get("test_images"))):
+        named[part] += f" ({count:,} images)" if count else ""  # many folders are called train
     if probe.get("targets") is not None:
         named["targets"] = last_name(probe["targets"])
     measure = f"{metric}, mean of {probe['draws']} draws" if "draws" in probe else metric
+    shared = probe.get("shared") or 0
+    careful = f" (careful: {shared} test images are also training images)" if shared else ""
     for row in probe["rows"]:
-        features = f"{last_name(row['features'])}, {row['pool']}"
+        if row["features"] not in (PRETRAINED, RANDOM_INIT, RAW_PIXELS):
+            continue
+        features = f"{row['features']}, {row['pool']}"
         for point in row.get("points", [row]):
             title = probe_title(named if "points" not in row else named | {"shots": point["shots"]})
             value = next((point[key] for key in ("accuracy", "value", "mean") if point.get(key) is not None), None)
             said = interval(value, point, share=metric == "accuracy")
-            found.append((title, features, probe.get("step"), measure, said))
+            found.append((title + careful, features, probe.get("step"), measure, said))
     return found
 
 

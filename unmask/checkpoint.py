@@ -32,7 +32,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from unmask.errors import UserError
+from unmask.errors import UserError, some
 from unmask.run import Run, replace_file, sync_folder
 
 MODEL, OPTIM, STATE, MANIFEST, LATEST = (
@@ -43,7 +43,6 @@ MODEL, OPTIM, STATE, MANIFEST, LATEST = (
     "LATEST",
 )
 REPLACED = ".old"
-NAMED_FAULTS = 3
 FIXED = "fixed-*.safetensors"
 STEP_FOLDER = re.compile(r"step-(\d{8,})$")
 
@@ -360,7 +359,7 @@ def require_fit(method: nn.Module, weights: Mapping[str, Tensor], what: str) -> 
     missing, extra = sorted(wanted.keys() - weights.keys()), sorted(weights.keys() - wanted.keys())
     if missing and not extra and not any(name.startswith("encoder.") for name in missing):
         raise CheckpointError(
-            f"{what} holds only the encoder: the {len(missing)} tensors of the rest ({_some(missing)}) are missing, "
+            f"{what} holds only the encoder: the {len(missing)} tensors of the rest ({some(missing)}) are missing, "
             "and nothing can be rebuilt without them; use the run or the file that has the decoder too"
         )
     faults = [f"{name} is missing" for name in missing] + [f"{name} is not known" for name in extra]
@@ -371,14 +370,9 @@ def require_fit(method: nn.Module, weights: Mapping[str, Tensor], what: str) -> 
     ]
     if faults:
         raise CheckpointError(
-            f"{what} does not fit the method that its config.json describes: {_some(faults, '; ')}; has config.json "
-            "been changed, or the checkpoint been copied from another run?"
+            f"{what} does not fit the method that its config.json describes: {some(faults, between='; ')}; has "
+            "config.json been changed, or the checkpoint been copied from another run?"
         )
-
-
-def _some(names: list[str], between: str = ", ") -> str:
-    more = len(names) - NAMED_FAULTS
-    return between.join(names[:NAMED_FAULTS]) + (f" and {more} more" if more > 0 else "")
 
 
 def graft(module: nn.Module, entries: Sequence[tuple[str, str, Mapping[str, Tensor]]]) -> None:
@@ -407,7 +401,8 @@ def graft(module: nn.Module, entries: Sequence[tuple[str, str, Mapping[str, Tens
         planned |= given
     if faults:
         raise CheckpointError(
-            f"the weights do not fit: {'; '.join(faults[:12])}" + (" ..." if len(faults) > 12 else "")
+            f"the weights do not fit: {some(faults, between='; ')}; they are of a network of other sizes "
+            "(method.encoder.depth, .width, .patch): set those of the weights, or take a recipe that has them"
         )
     with torch.no_grad():
         for name, value in planned.items():

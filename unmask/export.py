@@ -72,6 +72,7 @@ def export_run(
         text = model_card(
             Run.open(run), config=loaded.config, plan=loaded.plan, step=loaded.step, to=to, what=made.what,
             load=load_it, returns=returns, notes=made.notes, tested=tested, classifies=made.classifies,
+            whole=made.classifies or to == "safetensors",
         )  # fmt: skip
         name.write_text(text, "utf-8")
         for file in sorted(staging.iterdir()):
@@ -92,6 +93,8 @@ def require_free(out: Path, card: Path, suffix: str) -> None:
     """Raises ExportError for a name that is taken, of another ending, or in no folder."""
     if suffix and out.suffix != suffix:
         raise ExportError(f"output file {out} came; a name that ends in {suffix} was expected")
+    if not suffix and out.suffix and out.suffix in {ending for ending, _ in TARGETS.values()}:
+        raise ExportError(f"output {out} came; a folder was expected, without that ending")
     for taken in (out, card, out.with_name(out.name + ".data")):
         if taken.exists() or taken.is_symlink():
             raise ExportError(f"{taken} exists already and is not overwritten; choose another --out, or remove it")
@@ -146,7 +149,7 @@ def to_safetensors(loaded: Loaded) -> Made:
         return largest(*same, *((other[name].float(), value.float()) for name, value in state.items()))
 
     return Made(
-        what=f"the whole {loaded.config.method.name} under its own names",
+        what=f"the whole method ({loaded.config.method.name}) under its own names",
         library="unmask",
         load="from unmask.one_file import open_safetensors\n\nmethod = open_safetensors(PATH)",
         returns="`method.encoder(images)` takes images in the files' own units and gives `.cls` and `.patches`.",

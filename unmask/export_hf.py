@@ -19,6 +19,7 @@ from unmask.exportable import (
     ExportFailed,
     Made,
     encoder_of,
+    imprint,
     is_plain,
     largest,
     left_out,
@@ -33,6 +34,7 @@ from unmask.exportable import (
     what_beit_has,
     write_safetensors,
 )
+from unmask.foreign.state_dicts import IMPRINT
 from unmask.methods.beit import BEiT
 from unmask.methods.igpt import IGPT
 from unmask.methods.mae import MAE
@@ -233,7 +235,7 @@ def folder(
 
     def write(path: Path) -> None:
         path.mkdir()
-        write_safetensors(path / "model.safetensors", weights)
+        write_safetensors(path / "model.safetensors", weights, {IMPRINT: imprint(loaded)})
         for file, content in files.items():
             (path / file).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
 

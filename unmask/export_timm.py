@@ -23,6 +23,7 @@ from unmask.exportable import (
     Made,
     arguments,
     encoder_of,
+    imprint,
     is_plain,
     largest,
     left_out,
@@ -37,6 +38,7 @@ from unmask.exportable import (
     what_beit_has,
     write_safetensors,
 )
+from unmask.foreign.state_dicts import IMPRINT
 from unmask.methods.mae import MAE
 from unmask.nn.masks import Mask
 from unmask.saved import Loaded
@@ -90,7 +92,7 @@ def to_timm(loaded: Loaded) -> Made:
         + f"model = timm.create_model({name!r}, {said})\nmodel.load_state_dict(load_file(PATH))\nmodel.eval()",
         returns="`model(images)` gives logits." if classifier else
         "`model(images)` gives the class token, `model.forward_features(images)` it and all patch tokens.",
-        write=lambda path: write_safetensors(path, state),
+        write=lambda path: write_safetensors(path, state, {IMPRINT: imprint(loaded)}),
         check=check,
         notes=() if classifier else task_left_out(loaded, "timm"),
         classifies=classifier is not None,
@@ -163,7 +165,7 @@ def to_official(loaded: Loaded) -> Made:
             if classifier
             else "`model.forward_features(images)` gives the class token.",
         ),
-        write=lambda path: torch.save({"model": state}, path),
+        write=lambda path: torch.save({"model": state, IMPRINT: imprint(loaded)}, path),
         check=check,
         notes=notes,
         classifies=classifier is not None,

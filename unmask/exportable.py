@@ -5,6 +5,7 @@ Nothing here knows another library. Letters: B images, N patches, D width.
 
 from __future__ import annotations
 
+import json
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -56,6 +57,19 @@ class Made:
     check: Callable[[Path, Tensor], float]
     notes: tuple[str, ...] = ()
     classifies: bool = False
+
+
+def imprint(loaded: Loaded) -> str:
+    """What the formats of others do not keep, as JSON for a corner of the file that they do not read.
+
+    `import` knows by it what it would have to guess: the normalisation and the crop, the number of heads, the names of
+    classes, the licence.
+    """
+    images, settings = loaded.plan.images, loaded.config.method.model_dump()
+    heads = {part: settings[part]["heads"] for part in ("encoder", "decoder") if "heads" in (settings.get(part) or {})}
+    known = {"mean": images.mean, "std": images.std, "heads": heads, "licence": loaded.licence}
+    names = {"target": settings.get("target"), "classes": settings.get("classes")}
+    return json.dumps(known | names | {"eval_share": loaded.config.data.crop.eval_share})
 
 
 def vit_of(loaded: Loaded, target: str) -> ViT:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from unmask import checkpoint, start
+from unmask import checkpoint, grafts, start
 from unmask.beside import SCORE
 from unmask.config import Config, ConfigError, Graft, parse, task_names
 from unmask.console import Console
@@ -197,6 +197,7 @@ def fine_tune(
         raise ConfigError(
             "--from-scratch and --last-blocks came together, but frozen random blocks learn nothing; leave one out"
         )
+    grafts.require_size(config)
     start.require_method(config)
     where = {
         "test": test,

@@ -18,7 +18,7 @@ from unmask.data.mask_file import hidden_share, read_masks
 from unmask.errors import UserError
 from unmask.recipes import catalogue
 from unmask.run import Run
-from unmask.saved import read_config, read_plan, take_weights
+from unmask.saved import licence_of, read_config, read_plan, take_weights
 
 TOKENIZER = "target.tokenizer."  # where methods that predict codes keep the network that makes them
 DVAE = ""  # and where the method that trains it does: it is nothing else
@@ -44,6 +44,27 @@ def continued(from_run: str | Path, recipe: str) -> Config:
     data = {"size": spec.size, "channels": spec.channels, "mean": spec.mean, "std": spec.std}
     taken = Graft(run=str(run.path.absolute()), source=part, target=part, step=step)
     return config.model_copy(update={"data": config.data.model_copy(update=data), "graft": (taken,)})
+
+
+def licence(config: Config) -> dict[str, str]:
+    """What a Run's provenance says of the licence of the weights it starts from; {} where there is none."""
+    runs = [Run(entry.run) for entry in config.graft if not entry.target.startswith(TOKENIZER)]
+    said = dict.fromkeys(words for run in runs if (words := licence_of(run)))
+    return {"licence": "; ".join(said)} if said else {}
+
+
+def require_size(config: Config) -> None:
+    """Raises ConfigError for images that are no whole number of the patches that the weights to come are for."""
+    patch = getattr(getattr(config.method, "encoder", None), "patch", None)
+    if not config.graft or patch is None:
+        return
+    for side, length, step in zip(("height", "width"), config.data.size, patch, strict=True):
+        if length % step:
+            near = [str(n) for n in (length // step * step, (length // step + 1) * step) if n]
+            raise ConfigError(
+                f"image {side} {length} is not a multiple of patch size {step}, which the weights decide; use "
+                f"{' or '.join(near)}"
+            )
 
 
 def with_tokenizer(path: str | Path, others: Iterable[Graft]) -> list[str]:

@@ -30,9 +30,10 @@ from unmask.batch import ImageSpec
 from unmask.config import Config, ConfigError, DataConfig, explain, override, parse, parse_method, task_names
 from unmask.console import Console
 from unmask.data.augment import CropConfig
+from unmask.errors import some
 from unmask.foreign.files import SAFE, fingerprint, read_source
 from unmask.foreign.recognise import recognise
-from unmask.foreign.state_dicts import ForeignError, Found, some
+from unmask.foreign.state_dicts import ForeignError, Recognised
 from unmask.method import Method
 from unmask.nn import positions
 from unmask.nn.patches import grid_of
@@ -52,7 +53,7 @@ OPTIMS = {
 """What `pretrain --from` goes on with; MAE's where there is none."""
 
 
-def require_heads(found: Found, settings: Iterable[str]) -> Found:
+def require_heads(found: Recognised, settings: Iterable[str]) -> Recognised:
     """The number of heads, which weights do not show: published, or set by hand. Raises ConfigError without one."""
     asked, method = parse(settings), dict(found.method)
     for part in ("encoder", "decoder"):
@@ -70,14 +71,32 @@ def require_heads(found: Found, settings: Iterable[str]) -> Found:
     return replace(found, method=method)
 
 
-def as_encoder(found: Found, why: str) -> Found:
+def signed(found: Recognised, imprint: Mapping[str, Any]) -> Recognised:
+    """What `unmask export` said of the Run beside its weights, in place of what would have to be assumed."""
+    method = dict(found.method)
+    for part, heads in imprint["heads"].items():
+        if part in method:
+            method[part] = {**method[part], "heads": heads}
+    notes = found.notes
+    if method["name"] == "classify" and imprint["classes"]:
+        method["classes"] = imprint["classes"]
+    if method["name"] == "mae" and imprint["target"] in ("norm_pixels", "pixels"):
+        method["target"], notes = imprint["target"], ()  # all they say is that the target does not show
+    return replace(
+        found, method=method, notes=notes, kind=f"{found.kind}, exported by unmask", eval_share=imprint["eval_share"],
+        mean=tuple(imprint["mean"]), std=tuple(imprint["std"]), statistics="of the run that it was exported from",
+        licence=imprint["licence"] or "your own, or whoever's run it was exported from; nothing is stated",
+    )  # fmt: skip
+
+
+def as_encoder(found: Recognised, why: str) -> Recognised:
     """The encoder alone, as the task `encoder`; `why` is said."""
     weights = {name: value for name, value in found.weights.items() if name.startswith("encoder.")}
     method = {"name": "encoder", "encoder": found.method["encoder"]}
     return replace(found, method=method, weights=weights, notes=(*found.notes, why))
 
 
-def settled(found: Found, settings: list[str], tokenizer: Path | None) -> Found:
+def settled(found: Recognised, settings: list[str], tokenizer: Path | None) -> Recognised:
     """What of the method can be had: all, or the encoder alone where something is missing for the rest."""
     asked, name = parse(settings), found.method["name"]
     channels = asked.get("data.channels", found.channels)
@@ -109,7 +128,7 @@ def settled(found: Found, settings: list[str], tokenizer: Path | None) -> Found:
     )
 
 
-def configure(found: Found, settings: list[str], origin: str) -> tuple[Config, ImageSpec]:
+def configure(found: Recognised, settings: list[str], origin: str) -> tuple[Config, ImageSpec]:
     """The settings that describe the weights, with a person's over them, and what the images are.
 
     Raises ConfigError for a setting that does not exist, or that the weights decide.
@@ -127,7 +146,7 @@ def configure(found: Found, settings: list[str], origin: str) -> tuple[Config, I
             f"positions for {found.places} patches came, which are no square; say which images they are for with --set "
             "data.size=[HEIGHT,WIDTH]"
         )
-    crop = CropConfig(eval_share=0.875)
+    crop = CropConfig(eval_share=found.eval_share)
     try:
         base = Config(
             recipe=RECIPE,
@@ -159,7 +178,7 @@ def require_as_found(base: Config, config: Config) -> None:
                 )
 
 
-def with_statistics(found: Found, config: Config) -> tuple[Config, ImageSpec]:
+def with_statistics(found: Recognised, config: Config) -> tuple[Config, ImageSpec]:
     """Channels, mean and standard deviation: by hand, else those of the weights, spread over the channels.
 
     Raises ConfigError where there are none: a normalisation is not made up.
@@ -186,7 +205,9 @@ def spread(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
     return (sum(values) / len(values),) if channels == 1 else tuple(values[i % len(values)] for i in range(channels))
 
 
-def fitted(found: Found, config: Config, images: ImageSpec, *, by_hand: bool) -> tuple[dict[str, Tensor], list[str]]:
+def fitted(
+    found: Recognised, config: Config, images: ImageSpec, *, by_hand: bool
+) -> tuple[dict[str, Tensor], list[str]]:
     """The weights for images of this size and so many channels, and what was done to them, in sentences.
 
     by_hand: mean or std were set by a person, so they are not what the weights were trained with.
@@ -277,6 +298,8 @@ def import_weights(
     except ForeignError as error:
         raise ForeignError(f"{source}: {error}") from None
     console.say(f"{source}: {found.name}")
+    if read.imprint:
+        found = signed(found, read.imprint)
     found = require_heads(settled(found, settings, None if tokenizer is None else Path(tokenizer)), settings)
     if tokenizer is not None and found.method["name"] == "beit":
         found = with_tokenizer(found, Path(tokenizer))
@@ -348,7 +371,7 @@ def write_run(
     return run
 
 
-def with_tokenizer(found: Found, path: Path) -> Found:
+def with_tokenizer(found: Recognised, path: Path) -> Recognised:
     """A BEiT and the dVAE whose codes it predicts. Raises ConfigError for a run of another method."""
     run = Run.open(path)
     config: Any = read_config(run).method
@@ -386,7 +409,7 @@ def plan_of(config: Config, images: ImageSpec, counts: list[int], reasons: tuple
 
 def say_imported(
     run: Run,
-    found: Found,
+    found: Recognised,
     config: Config,
     images: ImageSpec,
     said: list[str],
@@ -398,6 +421,15 @@ def say_imported(
     name = config.method.name
     for line in (*found.notes, *said):
         console.say(f"  {line}")
+    share = config.data.crop.eval_share
+    console.say(
+        "  in evaluation it sees "
+        + ("the largest box in the middle" if share == 1 else f"{share:.4g} of the shorter side, in the middle")
+        + ", unless imported with --set data.crop.eval_share=SHARE"
+    )
+    for part, settings in (("encoder", found.method.get("encoder")), ("decoder", found.method.get("decoder"))):
+        if settings and "heads" in settings:
+            console.say(f"  {part}: {settings['heads']} heads of {settings['width'] // settings['heads']} values")
     mean, std = (", ".join(f"{value:.6g}" for value in values) for values in (images.mean, images.std))
     if name != "igpt" and "colours" not in found.method["encoder"]:
         whose = "set by hand" if by_hand else found.statistics

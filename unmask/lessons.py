@@ -29,13 +29,13 @@ from unmask.data.loader import choose_workers
 from unmask.data.maps import Maps, open_maps
 from unmask.data.sources import Source, open_source, require_labels
 from unmask.evals import detection, segmentation
-from unmask.evals.linear import HOLD_OUT_FOR_TEST, hold_out
 from unmask.evals.probe import few_shots, require_classes
 from unmask.evals.scores import wilson
+from unmask.evals.splits import HOLD_OUT_FOR_TEST, hold_out
 from unmask.method import Method
 from unmask.plan import Plan
 from unmask.tasks import classify, detect, linear_probe, segment
-from unmask.use import MANY_IMAGES, Readable, read, with_classes
+from unmask.use import MANY_IMAGES, Readable, absent_classes, labels_of, read, with_classes
 
 TASKS = ("classify", "segment", "detect")
 LABELLED = ("classify", "linear_probe")
@@ -95,9 +95,11 @@ def open_lessons(
     if task in LABELLED:
         if annotations is not None:
             raise ConfigError("--annotations came, but classes are read from sub-folders; leave it out, or give --task")
-        source = require_labels(open_source(data))
+        source = require_labels(open_source(data), classes or ())
         if classes is not None:
             source = with_classes(source, classes, "the run")
+            if console is not None and (absent := absent_classes(labels_of(source), classes)):
+                console.warn(f"{data} has no image of {absent}: those classes are not tested")
         require_classes(source.classes)
         return Lessons(source, tuple(source.classes), np.arange(len(source)))
     if task == "segment":
@@ -127,6 +129,10 @@ def split_rows(lessons: Lessons, shots: int | None, *, hold: bool, seed: int = 0
         if not len(held):
             raise ConfigError(f"{lessons.source.name} has too few images to hold some out; give others with --test")
     if shots is not None:
+        if lessons.annotations is not None and not 0 < shots <= len(rows):
+            raise ConfigError(
+                f"--shots {shots} came, but there are {len(rows)} annotated images to learn from; use 1 to {len(rows)}"
+            )
         names = lessons.classes if lessons.annotations is None else ("annotated images",)
         rows = few_shots(rows, labels[rows], names, shots, seed)
     return rows, held
@@ -230,19 +236,19 @@ class Exam:
         return {**numbers, "ap50_of_class": precision.classes, "images": len(truth)}
 
 
-def truth_of(annotations: Boxes, row: int) -> detection.Boxes:
+def truth_of(annotations: Boxes, row: int) -> detection.ImageBoxes:
     """The true boxes of an image; those set aside count as crowds, which cost nothing and gain nothing."""
     boxes, labels = annotations.boxes[row], annotations.labels[row]
     more, theirs = annotations.aside.get(row, (boxes[:0], labels[:0]))
     crowd = np.arange(len(boxes) + len(more)) >= len(boxes)
-    return detection.Boxes(np.concatenate([boxes, more]), np.concatenate([labels, theirs]), crowd=crowd)
+    return detection.ImageBoxes(np.concatenate([boxes, more]), np.concatenate([labels, theirs]), crowd=crowd)
 
 
-def as_numpy(found: detect.Found, seen: tuple[int, int], size: tuple[int, int]) -> detection.Boxes:
+def as_numpy(found: detect.Found, seen: tuple[int, int], size: tuple[int, int]) -> detection.ImageBoxes:
     """Boxes found in an image seen at one size (H, W), in the pixels of the file, whose size is another."""
     scale = np.array([size[1] / seen[1], size[0] / seen[0]] * 2)
     boxes = found.boxes.float().cpu().numpy() * scale
-    return detection.Boxes(boxes, found.labels.cpu().numpy(), found.scores.float().cpu().numpy())
+    return detection.ImageBoxes(boxes, found.labels.cpu().numpy(), found.scores.float().cpu().numpy())
 
 
 def task_of(method: Method) -> str:

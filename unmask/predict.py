@@ -3,7 +3,8 @@
 Classes: one row for each image, in a .csv, .json or .parquet file: `path`, `class`, `probability` of it, and the
 probability of every class. Masks: a folder with a palette PNG for each image, of its own size, whose stored numbers are
 the ids of the masks it learnt from, and `classes.txt`. Boxes: one .json in COCO's format (`images`, `categories`, and
-`annotations` with a `score`), in pixels of the file.
+`annotations` with a `score`), in pixels of the file; the many with low scores serve to measure precision, for people
+`least` leaves them out.
 
 Images are seen as in the tests, with nothing random. What cannot be read is named and left out.
 """
@@ -15,6 +16,7 @@ import io
 import json
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -33,15 +35,26 @@ from unmask.plan import autocast, choose_device
 from unmask.run import replace_file
 from unmask.saved import Loaded, load
 from unmask.tasks import classify, detect, segment
+from unmask.tasks.detect import LEAST_SCORE
 from unmask.use import Readable, eval_precision, open_images, read
 
 TABLES = (".csv", ".json", ".parquet")
 
 
 def predict(
-    run: Path, images: Sequence[str], out: Path, *, step: int | None, device: str, console: Console
+    run: Path,
+    images: Sequence[str],
+    out: Path,
+    *,
+    step: int | None,
+    device: str,
+    console: Console,
+    least: float = LEAST_SCORE,
 ) -> dict[str, Any]:
-    """Write `out` and return what --json prints. Raises ValueError for a Run that has not been fine-tuned."""
+    """Write `out` and return what --json prints. least: score of a box below which it is left out.
+
+    Raises ValueError for a Run that has not been fine-tuned.
+    """
     loaded = load(run, device=choose_device(device), step=step)
     if not isinstance(loaded.method, classify.Classifier | segment.Segmenter | detect.Detector):
         raise UserError(
@@ -51,6 +64,12 @@ def predict(
     endings = {classify.Classifier: TABLES, detect.Detector: (".json",)}.get(type(loaded.method), ())
     if endings and out.suffix not in endings:
         raise UserError(f"output file {out} came; a name that ends in {', '.join(endings)} was expected")
+    if not endings and out.suffix in (*TABLES, ".png"):
+        raise UserError(f"output {out} came; the name of a folder for the masks was expected")
+    if least != LEAST_SCORE and not isinstance(loaded.method, detect.Detector):
+        raise UserError(f"--least {least:g} came, but only boxes have scores to leave out by; leave it out")
+    if not LEAST_SCORE <= least <= 1:
+        raise UserError(f"--least {least:g} came; a score from {LEAST_SCORE} to 1 was expected")
     if not endings and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"output folder {out} is not empty; name a new folder for the masks")
     if not out.resolve().parent.is_dir():
@@ -66,11 +85,15 @@ def predict(
         console.progress("predicting", len(source)) as bar,
     ):
         batches = read(seen, np.arange(len(source)), 0, console, bar)
-        write = {classify.Classifier: classes, segment.Segmenter: masks, detect.Detector: boxes}[type(loaded.method)]
+        write = {
+            classify.Classifier: classes, segment.Segmenter: masks, detect.Detector: partial(boxes, least=least),
+        }[type(loaded.method)]  # fmt: skip
         done, found = write(loaded, source, batches, out)
     commonest = sorted(found.items(), key=lambda pair: -pair[1])[:6]
     what = {classify.Classifier: "", segment.Segmenter: "pixels of ", detect.Detector: "boxes: "}[type(loaded.method)]
     console.say(f"{out}: {done} images, {what}" + ", ".join(f"{number:,} {label}" for label, number in commonest))
+    if isinstance(loaded.method, detect.Detector) and least == LEAST_SCORE:
+        console.say("  all boxes down to a score of 0.05, as precision needs them; for the sure ones give --least 0.3")
     return {"out": str(out), "images": done, "left_out": len(source) - done, "classes": found}
 
 
@@ -130,8 +153,10 @@ def mask_file(out: Path, name: str) -> Path:
     return place if not place.exists() else out / inside.with_name(inside.name + ".png")
 
 
-def boxes(loaded: Loaded, source: Source, batches: Any, out: Path) -> tuple[int, dict[str, int]]:
-    """COCO's format; returns how many images, and how many boxes of each class."""
+def boxes(
+    loaded: Loaded, source: Source, batches: Any, out: Path, *, least: float = LEAST_SCORE
+) -> tuple[int, dict[str, int]]:
+    """COCO's format; returns how many images, and how many boxes of each class have a score of at least `least`."""
     assert isinstance(loaded.method, detect.Detector)
     names, counts = names_of(loaded), Counter[str]()
     images, annotations = [], []
@@ -144,6 +169,8 @@ def boxes(loaded: Loaded, source: Source, batches: Any, out: Path) -> tuple[int,
             for (x1, y1, x2, y2), label, score in zip(
                 found.boxes.tolist(), found.labels.tolist(), found.scores.tolist(), strict=True
             ):
+                if score < least:
+                    break  # best first
                 box = {"id": len(annotations), "image_id": row, "category_id": label, "score": score}
                 annotations.append(box | {"bbox": [x1, y1, x2 - x1, y2 - y1], "area": (x2 - x1) * (y2 - y1)})
                 counts[names[label]] += 1

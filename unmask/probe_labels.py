@@ -16,15 +16,15 @@ from unmask.console import Console
 from unmask.data.sources import Source, open_source, require_labels
 from unmask.data.targets import CLASSES, Targets, meaning_of, read_table, targets_of
 from unmask.errors import UserError
-from unmask.evals.linear import HOLD_OUT_FOR_TEST, hold_out
 from unmask.evals.probe import (
     Aim,
     few_shots,
     require_classes,
 )
-from unmask.use import labels_of, with_classes
+from unmask.evals.splits import HOLD_OUT_FOR_TEST, hold_out
+from unmask.use import absent_classes, labels_of, with_classes
 
-DRAWS = 5
+DRAWS, MOST_DRAWS = 5, 1000
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,8 @@ def require_asked(asked: Asked) -> None:
         )
     if asked.draws is not None and asked.draws < 2:
         raise UserError(f"--draws {asked.draws} came; at least 2 were expected, {DRAWS} or more for a narrow interval")
+    if asked.num_draws > MOST_DRAWS:
+        raise UserError(f"--draws {asked.draws} came; at most {MOST_DRAWS} were expected, {DRAWS} to 20 is usual")
     if not asked.budgets:
         raise UserError("no number of labels per class came; at least one was expected, for example --shots 1,5,10")
     idle = {"--test-targets": asked.test_targets, "--columns": asked.columns, "--task": asked.task}
@@ -129,7 +131,9 @@ def read_labels(asked: Asked, console: Console) -> Labelled:
     if asked.test is None:
         rows, test_rows = _part(train_y, np.arange(len(train)), asked)
         return Labelled(aim, train, rows, train_y, train, test_rows, train_y)
-    other = with_classes(require_labels(open_source(asked.test)), train.classes, asked.data)
+    other = with_classes(require_labels(open_source(asked.test), train.classes), train.classes, asked.data)
+    if absent := absent_classes(labels_of(other), train.classes):
+        console.warn(f"{asked.test} has no image of {absent}: those classes are not tested")
     return Labelled(aim, train, np.arange(len(train)), train_y, other, np.arange(len(other)), labels_of(other))
 
 

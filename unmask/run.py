@@ -78,6 +78,11 @@ class Run:
             inside = sorted(entry.parent.name for entry in run.path.glob("*/config.json"))[:3]
             hint = f"; did you mean {' or '.join(str(run.path / name) for name in inside)}?" if inside else ""
             raise RunError(f"{path} is not a run: it has no config.json{hint}")
+        if not (run.path / "plan.json").exists() and any(run.path.glob("*.safetensors")):
+            raise RunError(
+                f"{path} is not a run, but a folder of weights for another library; make a run of it first: unmask "
+                f"import {path} --out RUN"
+            )
         return run
 
     def write(self, name: str, value: dict[str, Any]) -> None:

@@ -21,13 +21,23 @@ Read = TypeVar("Read", bound=BaseModel)
 
 @dataclass(frozen=True)
 class Loaded:
-    """A method as a Run holds it, in eval mode on `device`, with the two objects that describe it."""
+    """A method as a Run holds it, in eval mode on `device`, with the two objects that describe it.
+
+    licence: of weights that were imported, or that training began with; "" where nobody has said.
+    """
 
     method: Method
     config: Config
     plan: Plan
     step: int
     device: str
+    licence: str = ""
+
+
+def licence_of(run: Run) -> str:
+    """Of weights that others made: those of an imported Run, and what was trained from them. "" where there is none."""
+    made = run.read("provenance.json") if (run.path / "provenance.json").exists() else {}
+    return str(made.get("imported", {}).get("licence") or made.get("licence") or "")
 
 
 def read_config(run: Run) -> Config:
@@ -62,7 +72,7 @@ def load(run: str | Path, *, device: str = "cpu", step: int | None = None) -> Lo
     method = config.build(plan.images)
     checkpoint.require_fit(method, weights, f"the checkpoint of step {found} of {folder.path}")
     method.load_state_dict(weights)
-    return Loaded(method.to(device).eval(), config, plan, found, device)
+    return Loaded(method.to(device).eval(), config, plan, found, device, licence_of(folder))
 
 
 def take_weights(method: Method, config: Config) -> None:

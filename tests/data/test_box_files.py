@@ -237,7 +237,7 @@ def test_what_voc_calls_difficult_is_set_aside_and_costs_a_model_nothing(tmp_pat
     assert true.labels.tolist() == [dog, cat]
     easy = np.array([[50, 5, 70, 15]], float)
     for boxes, labels in ((easy, [dog]), (true.boxes, [dog, cat])):  # to find the other one, or not
-        answer = detection.Boxes(boxes, np.array(labels), np.linspace(0.5, 0.9, len(labels)))
+        answer = detection.ImageBoxes(boxes, np.array(labels), np.linspace(0.5, 0.9, len(labels)))
         assert average_precision([true], [answer], found.classes).ap == pytest.approx(1.0)
 
 
@@ -254,7 +254,7 @@ CASES = {
     "no box": (lambda root: voc(root, {"c": []}), "has no box for any of 1 images"),
     "no pair": (lambda root: voc(root, {"x": []}), r"none of 1 annotated images .* speaks of x\.xml, there are a\.png"),
     "nothing": (images, "no boxes were found for .*, or a file or folder named with --annotations"),
-    "two files": (lambda root: second(coco(root)), r"2 JSON files .*annotations/x\.json, annotations/y\.json"),
+    "two files": (lambda root: second(coco(root)), r"2 JSON files .*annotations/x\.json, .*annotations/y\.json"),
     "no categories": (lambda root: coco(root, categories=[]), "category 7, which it does not list"),
     "no image": (lambda root: coco(root, images=[]), "has an object of image 0"),
     "no bbox": (lambda root: coco(root, annotations=[{"image_id": 0, "category_id": 3}]), "has no 'bbox'; COCO's"),
@@ -265,6 +265,10 @@ CASES = {
     "a list": (lambda root: text(coco(root), "annotations/x.json", "[1]"), "cannot be read .*TypeError"),
     "no JSON": (lambda root: text(coco(root), "annotations/x.json", "{"), "cannot be read .*JSONDecodeError"),
     "no XML": (lambda root: text(voc(root), "Annotations/a.xml", "<a>"), r"a\.xml cannot be read"),
+    "entities": (
+        lambda root: text(voc(root), "Annotations/a.xml", '<!DOCTYPE a [<!ENTITY b "cat">]><annotation/>'),
+        r"a\.xml declares a document type or entities",
+    ),
     "no name": (
         lambda root: text(voc(root), "Annotations/a.xml", "<annotation><object/></annotation>"),
         r"a\.xml has an object without name or bndbox",
@@ -287,6 +291,13 @@ def test_what_makes_no_sense_is_refused_with_a_sentence(tmp_path, name):
     make, said = CASES[name]
     with pytest.raises(BoxError, match=said):
         open_boxes(make(tmp_path))
+
+
+def test_a_coco_file_beside_the_folder_of_images_is_found(tmp_path):
+    root = coco(tmp_path)
+    assert by_name(open_boxes(root / "images")) == by_name(open_boxes(root))
+    (root / "annotations" / "x.json").rename(root / "instances.json")
+    assert len(open_boxes(root / "images").rows) == 3
 
 
 def test_a_class_that_a_model_does_not_know_is_refused(tmp_path):

@@ -185,8 +185,8 @@ def test_ids_names_and_shares(tmp_path):
     (root / "classes.txt").unlink()
     numbered = open_maps(root, ignored=(0,))
     assert numbered.classes == ("class 1", "class 2", "class 3", "class 4")
-    assert "1 classes occur in no mask: class 2" in numbered.lines()
-    assert not any("occur in no mask" in line for line in open_maps(root, ignored=(0, 2)).lines())
+    assert "1 class in no mask: class 2" in numbered.lines()
+    assert not any("in no mask" in line for line in open_maps(root, ignored=(0, 2)).lines())
     again = open_maps(root, ignored=(3,), classes=maps.classes, look=False)
     assert (again.read(0) == maps.read(0)).all()
 
@@ -245,6 +245,10 @@ def bad(root, name):
     elif name == "binary":
         for i in range(6):
             put(root, red(blobs(40 + i, 60 - i, i)) * 255, f"{i}.png")
+    elif name == "one":
+        (root / "classes.txt").write_text("a\nb\n")
+        for i in range(6):
+            put(root, np.ones((40 + i, 60 - i), np.uint8), f"{i}.png")
     elif name == "empty names":
         (root / "classes.txt").write_text("a\n\nb\n")
     elif name == "same names":
@@ -263,10 +267,11 @@ def bad(root, name):
         ("size", r"has 60 x 40 pixels, but its image a/0\.png is shown with 40 x 60"),
         ("jpeg", r"a JPEG, which does not keep ids"),
         ("twice", r"are both for the image a/0"),
-        ("names", r"none of 6 images .* a/0\.png there, but b/0\.png, b/1\.png, b/2\.png, \.\.\. came"),
+        ("names", r"none of 6 images .* a/0\.png there, but b/0\.png, b/1\.png, .* and 1 more came"),
         ("unknown", r"hold id 9 \(in 1 of 6\), but 2 classes are known, ids 0 to 1; .* --ignore 9"),
         ("many", r"60000 classes came .* at most 254"),
         ("binary", r"hold ids 0, 255, which leaves 1 class; at least two"),
+        ("one", r"hold one class only, id 1, so there is nothing to tell apart"),
         ("empty names", r"more than once or empty"),
         ("same names", r"the name 'a' more than once"),
         ("broken", r"no mask of .* can be read"),

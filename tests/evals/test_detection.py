@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from unmask.errors import UserError
-from unmask.evals.detection import Boxes, average_precision
+from unmask.evals.detection import ImageBoxes, average_precision
 
 NAMES = ("ant", "bee", "cat")
 
@@ -15,7 +15,7 @@ def boxes(*rows, **more):
     """Each row is (x1, y1, x2, y2, label[, score])."""
     table = np.array(rows, np.float64).reshape(len(rows), -1 if rows else 5)
     scores = table[:, 5] if table.shape[1] > 5 else None
-    return Boxes(table[:, :4], table[:, 4].astype(np.int64), scores, **more)
+    return ImageBoxes(table[:, :4], table[:, 4].astype(np.int64), scores, **more)
 
 
 @pytest.fixture(autouse=True)

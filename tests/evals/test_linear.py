@@ -11,13 +11,12 @@ from unmask.evals import linear as module
 from unmask.evals.linear import (
     C_GRID,
     C_WITHOUT_CHOICE,
-    HOLD_OUT_FOR_C,
     PENALTIES,
-    hold_out,
     linear,
     linear_labels,
     ridge,
 )
+from unmask.evals.splits import HOLD_OUT_FOR_C, hold_out
 
 
 def blobs(count, *, classes=3, width=6, spread=1.0, seed=0):

@@ -1,8 +1,8 @@
 """Boxes around objects, for detection: COCO's JSON, or Pascal VOC's XML (one file for each image).
 
 Found by themselves: VOC as DATA/JPEGImages with DATA/Annotations, or an .xml beside each image; COCO as the only .json
-of DATA, DATA/annotations or DATA/images. Otherwise the file or the folder is named. With a split, the images are those
-that DATA/ImageSets/Main/SPLIT.txt lists.
+of DATA, DATA/annotations or DATA/images, or, where DATA is called images, beside it. Otherwise the file or the folder
+is named. With a split, the images are those that DATA/ImageSets/Main/SPLIT.txt lists.
 
 Boxes are (x1, y1, x2, y2) in pixels of the image as it is shown, x1 and y1 at the left and upper edge of the first
 pixel: COCO's (x, y, width, height) as they are, VOC's corners, which count from 1 and are themselves inside, less 1 at
@@ -33,13 +33,13 @@ from unmask.console import Console
 from unmask.data import augment, decode
 from unmask.data.decode import BadImage
 from unmask.data.sources import Source, open_source
-from unmask.errors import UserError
+from unmask.errors import UserError, some
 
 VOC_IMAGES, VOC_BOXES, VOC_SPLITS = "JPEGImages", "Annotations", os.path.join("ImageSets", "Main")
-COCO_FOLDERS = ("", "annotations", "images")
+COCO_IMAGES = "images"
+COCO_FOLDERS, COCO_BESIDE = ("", "annotations", COCO_IMAGES), ("", "annotations")
 ROUNDING = 1.0  # pixels that a box may stick out of its image without a word
 LEAST_INSIDE = 0.5  # share of a box's area that lies in the image; boxes with less are left out
-NAMED = 3  # files that a sentence names
 OUTSIDE, CUT, EMPTY, ASIDE = "outside", "cut", "empty", "aside"
 REASONS = {
     OUTSIDE: "boxes lie for the most part outside their image and are left out",
@@ -111,10 +111,10 @@ class Boxes:
         said = [f"{len(self.boxes)} annotated images, {total} boxes ({self.most} at most), {len(self.classes)} classes"]
         if without := [name for row, name in enumerate(self.source.names) if row not in self.boxes]:
             why = "without annotation" if self.split is None else f"outside the split {self.split!r}, or not annotated,"
-            said.append(f"{len(without)} images {why} are left out: {_some(without)}")
+            said.append(f"{len(without)} images {why} are left out: {some(without)}")
         if self.missing:
-            said.append(f"{len(self.missing)} images that are annotated or listed are not there: {_some(self.missing)}")
-        said += [f"{count} {REASONS[reason]}: {_some(self.faulty[reason])}" for reason, count in self.faults.items()]
+            said.append(f"{len(self.missing)} images that are annotated or listed are not there: {some(self.missing)}")
+        said += [f"{count} {REASONS[reason]}: {some(self.faulty[reason])}" for reason, count in self.faults.items()]
         labels = np.concatenate([np.zeros(0, np.int64), *self.labels.values()])
         number = np.bincount(labels, minlength=len(self.classes))
         images = np.zeros(len(self.classes), np.int64)
@@ -123,10 +123,6 @@ class Boxes:
         for name, boxes, there in zip(self.classes, number.tolist(), images.tolist(), strict=True):
             said.append(f"  {boxes:6d} boxes in {there} images  {name}")
         return said
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:NAMED]) + (", ..." if len(names) > NAMED else "")
 
 
 # ------------------------------------------------------------------------------------------------------------- opening
@@ -160,7 +156,7 @@ def open_boxes(
         missing = sorted(listed - {_name(source.names[row]) for row in rows})
         if not rows:
             raise BoxError(
-                f"no annotated image of {source.name} is in the split {split!r}, which lists {_some(missing)}; names "
+                f"no annotated image of {source.name} is in the split {split!r}, which lists {some(missing)}; names "
                 "without folder and ending were expected"
             )
     if classes is None:
@@ -186,10 +182,12 @@ def find_files(root: Path, annotations: Path | None) -> tuple[Path, Path]:
     if (root / VOC_IMAGES).is_dir() and (root / VOC_BOXES).is_dir():
         return root / VOC_IMAGES, root / VOC_BOXES
     found = [file for folder in COCO_FOLDERS for file in sorted((root / folder).glob("*.json"))]
+    if not found and root.name == COCO_IMAGES:
+        found = [file for folder in COCO_BESIDE for file in sorted((root.parent / folder).glob("*.json"))]
     if len(found) > 1:
         raise BoxError(
-            f"{len(found)} JSON files lie in {root}: {_some([str(file.relative_to(root)) for file in found])}; one was "
-            "expected, name it with --annotations"
+            f"{len(found)} JSON files lie with {root}: {some([str(file) for file in found])}; one was expected, name "
+            "it with --annotations"
         )
     if found:
         return root, found[0]
@@ -197,7 +195,7 @@ def find_files(root: Path, annotations: Path | None) -> tuple[Path, Path]:
         return root, root
     raise BoxError(
         f"no boxes were found for {root}; {root / VOC_BOXES} beside {root / VOC_IMAGES}, an .xml beside each image, or "
-        "one COCO .json was expected, or a file or folder named with --annotations"
+        f"one COCO .json in {root} or its folder annotations was expected, or a file or folder named with --annotations"
     )
 
 
@@ -236,7 +234,7 @@ def pair(source: Source, said: Mapping[str, Objects], where: Path) -> tuple[dict
         if row is None:
             alike = by_name.get(_name(key), [])
             if len(alike) > 1:
-                could = " or ".join(source.names[one] for one in alike[:NAMED])
+                could = some((source.names[one] for one in alike), between=" or ")
                 raise BoxError(
                     f"{key} of {where} could be {could}; point at the folder of one of them, or write their paths into "
                     "the annotations"
@@ -250,8 +248,8 @@ def pair(source: Source, said: Mapping[str, Objects], where: Path) -> tuple[dict
             rows[row] = key
     if not rows:
         raise BoxError(
-            f"none of {len(said)} annotated images of {where} is in {source.name}: it speaks of {_some(list(said))}, "
-            f"there are {_some(source.names)}"
+            f"none of {len(said)} annotated images of {where} is in {source.name}: it speaks of {some(list(said))}, "
+            f"there are {some(source.names)}"
         )
     return dict(sorted(rows.items())), missing
 
@@ -263,7 +261,7 @@ def _add(boxes: Boxes, row: int, said: Objects) -> None:
         head = decode.header(boxes.source.read(row))
     except BadImage:  # for whoever scans the images to say
         return
-    size = (head.height, head.width)
+    size = head.full_size
     if said.size not in (None, size):
         raise BoxError(
             f"{name} is shown with {size[0]} x {size[1]} pixels, but its annotation is for {said.size[0]} x "
@@ -272,7 +270,7 @@ def _add(boxes: Boxes, row: int, said: Objects) -> None:
     if strange := sorted({one for one in said.names if one not in boxes.classes}):
         raise BoxError(
             f"{name} has an object of class {strange[0]!r}, which is not among the {len(boxes.classes)} known "
-            f"({_some(boxes.classes)}); take it out of the annotations, or train on data that have it"
+            f"({some(boxes.classes)}); take it out of the annotations, or train on data that have it"
         )
     inside = said.boxes.clip(0, [size[1], size[0]] * 2)
     out = np.abs(inside - said.boxes).max(1, initial=0)
@@ -347,12 +345,20 @@ def read_voc(folder: Path) -> tuple[dict[str, Objects], list[str]]:
     said: dict[str, Objects] = {}
     for file in sorted(folder.rglob("*.xml")):
         try:
-            said[file.relative_to(folder).as_posix()] = _voc(ElementTree.parse(file).getroot(), file)
+            said[file.relative_to(folder).as_posix()] = _voc(_parse(file), file)
         except (OSError, ElementTree.ParseError, UnicodeDecodeError, LookupError) as error:
             raise BoxError(f"{file} cannot be read: {error}; an XML file of Pascal VOC was expected") from None
     if not said:
         raise BoxError(f"{folder} holds no .xml; a folder of Pascal VOC's XML was expected, a file for each image")
     return said, sorted({name for one in said.values() for name in one.names})
+
+
+def _parse(file: Path) -> ElementTree.Element:
+    """The tree of an XML file. A document type is refused: its entities can make gigabytes of a few lines."""
+    content = file.read_bytes()
+    if b"<!DOCTYPE" in content or b"<!ENTITY" in content:
+        raise BoxError(f"{file} declares a document type or entities, which VOC's files have not; take them out")
+    return ElementTree.fromstring(content)
 
 
 def _voc(root: ElementTree.Element, file: Path) -> Objects:

@@ -29,12 +29,11 @@ from unmask.console import Console
 from unmask.data import augment, decode
 from unmask.data.decode import BadImage
 from unmask.data.sources import Source, open_source
-from unmask.errors import UserError
+from unmask.errors import UserError, some
 
 IMAGE_FOLDER, MASK_FOLDERS = "images", ("labels", "masks", "annotations")
 CLASSES_FILE = "classes.txt"
 UNKNOWN = 254  # stands for an id that is neither a class nor ignored
-NAMED = 3  # files that a sentence names
 
 
 class MaskError(UserError):
@@ -104,12 +103,12 @@ class Maps:
         total = max(1, sum(self.pixels.values()))
         said = [f"{len(self.places)} images with a mask, {len(self.classes)} classes"]
         if without := self.without:
-            said.append(f"{len(without)} images without one are left out: {_some(without)}")
+            said.append(f"{len(without)} images without one are left out: {some(without)}")
         if left := len(self.masks) - len(set(self.places.values())):
             said.append(f"{left} masks belong to no image")
         if self.unreadable:
             said.append(
-                f"{len(self.unreadable)} masks cannot be read, their images are left out: {_some(self.unreadable)}"
+                f"{len(self.unreadable)} masks cannot be read, their images are left out: {some(self.unreadable)}"
             )
         ignored = ", ".join(f"id {one}" for one in self.ignored if self.pixels[one])
         if ignored:
@@ -118,7 +117,7 @@ class Maps:
         if self.pixels and (
             absent := [n for n, one in zip(self.classes, self.ids, strict=True) if not self.pixels[one]]
         ):
-            said.append(f"{len(absent)} classes occur in no mask: {_some(absent)}")
+            said.append(f"{len(absent)} class{'es' * (len(absent) != 1)} in no mask: {some(absent)}")
         for name, one in zip(self.classes, self.ids, strict=True):
             said.append(
                 f"  id {one:3d}  {self.pixels[one] / total:6.2%} of pixels, in {self.images[one]} images  {name}"
@@ -139,10 +138,6 @@ def first_ids(count: int, ignored: Sequence[int]) -> list[int]:
 
 def sides(shape: Sequence[int]) -> str:
     return f"{shape[0]} x {shape[1]}"
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:NAMED]) + (", ..." if len(names) > NAMED else "")
 
 
 # ------------------------------------------------------------------------------------------------------------- opening
@@ -182,7 +177,7 @@ def open_maps(
         assert look, "to number the classes the masks must be looked at"
         top = max((one for one in maps.pixels if one not in no_class), default=-1)
         maps.classes = tuple(f"class {one}" for one in range(top + 1) if one not in no_class)
-    _require_sound(maps)
+    _require_sound(maps, training=classes is None)
     return maps
 
 
@@ -230,7 +225,7 @@ def pair(source: Source, masks: Source) -> dict[int, int]:
     if not places:
         raise MaskError(
             f"none of {len(source)} images of {source.name} has a mask in {masks.name}: {source.names[0]} needs "
-            f"{own[0]}.png there, but {_some(masks.names)} came; name masks as their images, in the same sub-folders"
+            f"{own[0]}.png there, but {some(masks.names)} came; name masks as their images, in the same sub-folders"
         )
     return places
 
@@ -312,7 +307,7 @@ def _look_at_all(maps: Maps, console: Console) -> None:
             maps.pixels.update({one: int(counts[one]) for one in present})
             bar.update(done)
     if not maps.places:
-        raise MaskError(f"no mask of {maps.masks.name} can be read: {_some(maps.unreadable)}; PNG files were expected")
+        raise MaskError(f"no mask of {maps.masks.name} can be read: {some(maps.unreadable)}; PNG files were expected")
 
 
 def _require_size(maps: Maps, row: int, shape: tuple[int, ...]) -> None:
@@ -320,15 +315,15 @@ def _require_size(maps: Maps, row: int, shape: tuple[int, ...]) -> None:
         head = decode.header(maps.source.read(row))
     except BadImage:  # for whoever scans the images to say
         return
-    if shape != (head.height, head.width):
+    if shape != head.full_size:
         raise MaskError(
             f"mask {maps.masks.names[maps.places[row]]} has {sides(shape)} pixels, but its image "
-            f"{maps.source.names[row]} is shown with {sides((head.height, head.width))}; masks of the images' own size "
+            f"{maps.source.names[row]} is shown with {sides(head.full_size)}; masks of the images' own size "
             "were expected: resize them without interpolation (nearest)"
         )
 
 
-def _require_sound(maps: Maps) -> None:
+def _require_sound(maps: Maps, *, training: bool) -> None:
     """Raises MaskError for too few or too many classes, and for ids that are none."""
     count = len(maps.classes)
     if count < 2:
@@ -337,9 +332,14 @@ def _require_sound(maps: Maps) -> None:
             f"the masks of {maps.masks.name} hold ids {found}, which leaves {count} class{'es' * (count != 1)}; at "
             f"least two were expected, numbered from 0 ({IGNORED} is never judged: a class needs another id)"
         )
+    if len(there := [one for one in maps.ids if maps.pixels[one]]) == 1 and training:
+        raise MaskError(
+            f"the masks of {maps.masks.name} hold one class only, id {there[0]}, so there is nothing to tell apart; at "
+            "least two were expected"
+        )
     known = {*maps.ids, *maps.ignored}
     if strange := sorted(one for one in maps.pixels if one not in known):
-        shown = ", ".join(map(str, strange[:NAMED])) + (", ..." if len(strange) > NAMED else "")
+        shown = some(str(one) for one in strange)
         raise MaskError(
             f"the masks of {maps.masks.name} hold id {shown} (in {maps.images[strange[0]]} of {len(maps.places)}), but "
             f"{count} classes are known, ids {maps.ids[0]} to {maps.ids[-1]}; name it in {CLASSES_FILE}, or ignore it "

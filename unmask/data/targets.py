@@ -20,12 +20,11 @@ from typing import Any
 import numpy as np
 
 from unmask.data.sources import Source, printable
-from unmask.errors import UserError
+from unmask.errors import UserError, some
 
-TASKS = ("classes", "multilabel", "regression")
-CLASSES, MULTILABEL, REGRESSION = TASKS
+TARGETS = ("classes", "multilabel", "regression")
+CLASSES, MULTILABEL, REGRESSION = TARGETS
 PATH = "path"
-NAMED = 5
 
 
 @dataclass(frozen=True)
@@ -77,7 +76,7 @@ def read_table(file: str | Path, columns: Sequence[str] | None = None) -> Table:
     paths = found.pop(PATH, None)
     if paths is None:
         raise UserError(
-            f"{file} has no column `path`, only {_some(list(found))}; name each image there, relative to DATA"
+            f"{file} has no column `path`, only {some(list(found))}; name each image there, relative to DATA"
         )
     if columns is not None:
         found = _wanted(file, found, columns)
@@ -91,13 +90,13 @@ def read_table(file: str | Path, columns: Sequence[str] | None = None) -> Table:
         raise UserError(f"{file} has rows without a `path`; each row must name its image, relative to DATA")
     names = [printable(str(path)).removeprefix("./") for path in paths]
     if twice := [name for name, count in Counter(names).items() if count > 1]:
-        raise UserError(f"{file} names {len(twice)} images more than once ({_some(twice)}); give every image one row")
+        raise UserError(f"{file} names {len(twice)} images more than once ({some(twice)}); give every image one row")
     return Table(str(file), names, found)
 
 
 def _wanted(file: Path, found: dict[str, list[Any]], columns: Sequence[str]) -> dict[str, list[Any]]:
     if missing := [name for name in columns if name not in found]:
-        raise UserError(f"{file} has no column {_some(missing)}; it has {_some(list(found))}")
+        raise UserError(f"{file} has no column {some(missing)}; it has {some(list(found))}")
     return {name: found[name] for name in columns}
 
 
@@ -128,7 +127,7 @@ def _read_parquet(file: Path, columns: Sequence[str] | None) -> dict[str, list[A
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{file} cannot be read as a parquet file: {error}") from None
     if PATH not in wanted:
-        raise UserError(f"{file} has no column `path`, only {_some(schema.names)}; name each image there")
+        raise UserError(f"{file} has no column `path`, only {some(schema.names)}; name each image there")
     for name in wanted:
         kind = table.schema.field(name).type
         kind = kind.value_type if pa.types.is_dictionary(kind) else kind
@@ -143,20 +142,14 @@ def _read_parquet(file: Path, columns: Sequence[str] | None) -> dict[str, list[A
     return {name: table.column(name).to_pylist() for name in wanted}
 
 
-def _some(names: Sequence[str]) -> str:
-    """A few of them, for a message."""
-    said = ", ".join(str(name) for name in names[:NAMED])
-    return said + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
-
-
 def meaning_of(table: Table, task: str | None = None) -> Meaning:
     """What the columns are, inferred or as `task` says. Raises UserError where neither is possible."""
-    if task is not None and task not in TASKS:
-        raise UserError(f"task {task!r} came; {', '.join(TASKS)} was expected")
+    if task is not None and task not in TARGETS:
+        raise UserError(f"task {task!r} came; {', '.join(TARGETS)} was expected")
     kinds = {name: _kind(cells) for name, cells in table.columns.items()}
     names = tuple(kinds)
     said = "; ".join(
-        f"{kind}: {_some([n for n in names if kinds[n] == kind])}" for kind in dict.fromkeys(kinds.values())
+        f"{kind}: {some([n for n in names if kinds[n] == kind])}" for kind in dict.fromkeys(kinds.values())
     )
     if task is not None:
         _require_fit(table, task, kinds)
@@ -197,7 +190,7 @@ def targets_of(table: Table, source: Source, meaning: Meaning, *, classes: Seque
     Raises UserError when no row names an image, a target is missing or not a number, or nothing varies.
     """
     if missing := [name for name in meaning.columns if name not in table.columns]:
-        raise UserError(f"{table.file} has no column {_some(missing)}; both tables need the same targets")
+        raise UserError(f"{table.file} has no column {some(missing)}; both tables need the same targets")
     place = {name: row for row, name in enumerate(source.names)}
     pairs = sorted((place[name], line) for line, name in enumerate(table.paths) if name in place)
     if not pairs:
@@ -215,8 +208,8 @@ def targets_of(table: Table, source: Source, meaning: Meaning, *, classes: Seque
         known = list(classes) if classes is not None else _in_order(set(texts))
         if unknown := sorted(set(texts) - set(known)):
             raise UserError(
-                f"{table.file} has test images of classes that no training image has: {_some(unknown)}; the training "
-                f"images have {_some(known)}"
+                f"{table.file} has test images of classes that no training image has: {some(unknown)}; the training "
+                f"images have {some(known)}"
             )
         number = {name: i for i, name in enumerate(known)}
         values = np.array([number[text] for text in texts], np.int64)
@@ -235,7 +228,7 @@ def _require_full(table: Table, name: str, column: list[Any], paths: list[str], 
         bad = [path for path, cell in zip(paths, column, strict=True) if not math.isfinite(float(cell))]
     if bad:
         raise UserError(
-            f"column {name} of {table.file} has no number or text for {len(bad)} images ({_some(bad)}); fill it in, or "
+            f"column {name} of {table.file} has no number or text for {len(bad)} images ({some(bad)}); fill it in, or "
             "remove those rows: images without a row are left out"
         )
 
@@ -248,7 +241,7 @@ def _require_variety(table: Table, meaning: Meaning, classes: Sequence[str], val
     flat = [name for name, column in zip(meaning.columns, values.T, strict=True) if np.ptp(column) == 0]
     if flat:
         raise UserError(
-            f"column {_some(flat)} of {table.file} has one value for all {len(values)} images; there is nothing to "
+            f"column {some(flat)} of {table.file} has one value for all {len(values)} images; there is nothing to "
             "predict: leave it out with --columns"
         )
 

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from unmask.data.targets import CLASSES, MULTILABEL
 from unmask.evals.collect import Tokens
-from unmask.evals.linear import HOLD_OUT_FOR_RATE, hold_out
 from unmask.evals.measures import average_precision, by_column
+from unmask.evals.splits import HOLD_OUT_FOR_RATE, hold_out
 
 ATTENTIVE = "attentive"  # the kind of probe, by name
 RATES = (1e-3, 3e-3, 1e-2)

@@ -21,7 +21,7 @@ import numpy as np
 from unmask.errors import UserError
 
 
-class Boxes(NamedTuple):
+class ImageBoxes(NamedTuple):
     """Of one image: `boxes` (n, 4), (x1, y1, x2, y2) in pixels of the original; `labels` (n,), numbers of classes.
 
     `scores` (n,) belong to what was found. `crowd` (n,) bool belongs to what is true: boxes around many things in one
@@ -44,7 +44,7 @@ class Precision:
     classes: dict[str, float | None]
 
 
-def average_precision(truth: Sequence[Boxes], found: Sequence[Boxes], classes: Sequence[str]) -> Precision:
+def average_precision(truth: Sequence[ImageBoxes], found: Sequence[ImageBoxes], classes: Sequence[str]) -> Precision:
     """How well `found` finds `truth`, both with one entry for each image in the same order.
 
     Raises UserError without pycocotools, and when there is not one true box.
@@ -87,12 +87,12 @@ def tools() -> tuple[Any, Any]:
     return COCO, COCOeval
 
 
-def crowds(image: Boxes) -> np.ndarray:
+def crowds(image: ImageBoxes) -> np.ndarray:
     """(n,) bool."""
     return np.zeros(len(image.boxes), bool) if image.crowd is None else np.asarray(image.crowd, bool)
 
 
-def as_coco(coco: Any, images: Sequence[Boxes], classes: Sequence[str]) -> Any:
+def as_coco(coco: Any, images: Sequence[ImageBoxes], classes: Sequence[str]) -> Any:
     """pycocotools' own object, as from a file; classes and boxes count from 1, for it takes 0 for "not found"."""
     rows: list[dict[str, Any]] = []
     for number, image in enumerate(images):

@@ -19,18 +19,13 @@ from threadpoolctl import threadpool_limits
 
 from unmask.errors import UserError
 from unmask.evals.measures import average_precision, by_column
-from unmask.rng import Stream, words
+from unmask.evals.splits import HOLD_OUT_FOR_C, hold_out
 
 C_GRID = tuple(10.0**power for power in range(-5, 3))
-HELD_OUT = 0.2
 C_WITHOUT_CHOICE = 0.01
 PENALTIES = tuple(10.0**power for power in range(-2, 7))
 PENALTY_WITHOUT_CHOICE = 100.0
 MAX_ITERATIONS = 500
-HOLD_OUT_FOR_TEST, SHOTS, HOLD_OUT_FOR_C, VOTES = 0, 1, 2, 4  # what labels are drawn for; each its own epoch
-HOLD_OUT_FOR_LAYER = (3, 5, 6, 7, 8)  # one for every round
-HOLD_OUT_FOR_RATE = 9
-FIRST_DRAW = 1000  # from here on: further draws of the shots
 
 
 @dataclass(frozen=True)
@@ -149,22 +144,6 @@ def standardised(train_x: np.ndarray, test_x: np.ndarray) -> tuple[np.ndarray, n
     std[std <= 1e-6 * np.abs(mean)] = 1.0  # what varies by float32 rounding alone is constant
     mean, std = mean.astype(np.float32), std.astype(np.float32)
     return (train_x - mean) / std, (test_x - mean) / std
-
-
-def hold_out(labels: np.ndarray, rows: np.ndarray, seed: int, purpose: int) -> tuple[np.ndarray, np.ndarray]:
-    """(fit, held) positions in `labels` (n,): a fifth of every class, at least one image, is held out; of a class of
-    one, none.
-
-    Chosen by `seed` and the images' `rows` (n,) alone; `purpose` is the epoch of the draw, so no two choices agree.
-    """
-    rows = np.asarray(rows, np.int64)
-    order = np.asarray(words(seed, Stream.LABELS, np.full_like(rows, purpose), rows, 1))[:, 0]
-    held = np.zeros(len(labels), bool)
-    for label in np.unique(labels):
-        members = np.flatnonzero(labels == label)
-        count = max(1, round(HELD_OUT * len(members))) if len(members) > 1 else 0
-        held[members[np.argsort(order[members], kind="stable")][:count]] = True
-    return np.flatnonzero(~held), np.flatnonzero(held)
 
 
 def _choose_c(fit_x: np.ndarray, fit_y: np.ndarray, held_x: np.ndarray, held_y: np.ndarray) -> float:

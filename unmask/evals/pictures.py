@@ -39,7 +39,8 @@ def draw(picture: Picture, dtype: str, path: Path, title: str, names: Sequence[s
     """Write `picture` to `path` as a PNG, whole or not at all.
 
     dtype: of the files ("uint8", "uint16", "float32"), whose units the panels are in. names: one per image, written
-    below its row; by default the picture's own, if it has any. Raises ValueError when the folder does not exist or the name does not end in .png.
+    below its row; by default the picture's own, if it has any. Raises ValueError when the folder does not exist
+    or the name does not end in .png.
     """
     require_png(path)
     file = io.BytesIO()

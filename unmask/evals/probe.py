@@ -20,7 +20,7 @@ from unmask.data.targets import CLASSES, MULTILABEL, REGRESSION
 from unmask.errors import UserError
 from unmask.evals.collect import FeatureTable, RawPixels
 from unmask.evals.knn import knn, knn_mean
-from unmask.evals.linear import FIRST_DRAW, HOLD_OUT_FOR_LAYER, SHOTS, hold_out, linear, linear_labels, ridge
+from unmask.evals.linear import linear, linear_labels, ridge
 from unmask.evals.measures import average_precision, by_column, r_squared, resampled
 from unmask.evals.scores import (
     ACCURACY,
@@ -36,6 +36,7 @@ from unmask.evals.scores import (
     show,
     verdict,
 )
+from unmask.evals.splits import FIRST_DRAW, HOLD_OUT_FOR_LAYER, SHOTS, hold_out
 from unmask.evals.views import Layer, best_layer, majority
 from unmask.rng import Stream, words
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from unmask.batch import Batch
 from unmask.errors import UserError
-from unmask.evals.linear import VOTES
+from unmask.evals.splits import VOTES
 from unmask.nn.features import Features
 from unmask.rng import Draws, Stream, words
 

@@ -22,7 +22,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from unmask.foreign.state_dicts import ForeignError, unwrap
+from unmask.foreign.state_dicts import IMPRINT, ForeignError, unwrap
 
 WHOLE = ("model.safetensors", "pytorch_model.safetensors", "pytorch_model.bin")
 INDEX = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -31,19 +31,23 @@ SAFE, PICKLES = (".safetensors",), (".pth", ".pt", ".bin", ".pkl", ".tar", ".ckp
 
 @dataclass
 class Read:
-    """What lay in a file or folder: tensors, what describes them, and which files were read, with their SHA-256."""
+    """What lay in a file or folder: tensors, what describes them, and which files were read, with their SHA-256.
+
+    imprint: of `unmask export`, what the format has no place for; see `exportable.imprint`.
+    """
 
     state: dict[str, Tensor]
     about: dict[str, Any] = field(default_factory=dict)
     look: dict[str, Any] = field(default_factory=dict)
     files: list[dict[str, str]] = field(default_factory=list)
+    imprint: dict[str, Any] = field(default_factory=dict)
 
 
 def read_source(path: Path) -> Read:
     """Raises ForeignError for what is no checkpoint, is damaged, or would have to run code to be opened."""
     if path.is_file():
-        state, files = _read_files([path])
-        return Read(state, files=files)
+        state, files, imprint = _read_files([path])
+        return Read(state, files=files, imprint=imprint)
     if not path.is_dir():
         raise ForeignError(
             f"{path} does not exist; a file of weights (.safetensors, .pth, .pt, .bin) or a folder that transformers "
@@ -55,16 +59,17 @@ def read_source(path: Path) -> Read:
     if isinstance(about.get("pretrained_cfg"), dict):  # timm
         known = about["pretrained_cfg"]
         look = {f"image_{key}": known[key] for key in ("mean", "std") if key in known}
+        look |= {"crop_pct": known["crop_pct"]} if "crop_pct" in known else {}
         about = {"label_names": about["label_names"]} if "label_names" in about else {}
     if (halves := _halves(path)) is not None:
         content, digests = {}, []
         for side, file in halves.items():
-            part, digest = _read_files([file])
+            part, digest, _ = _read_files([file])
             content |= {f"{side}.{name.removeprefix(side + '.')}": value for name, value in part.items()}
             digests += digest
         return Read(content, files=digests)
-    state, files = _read_files(_weights_of(path))
-    return Read(state, about, look, files)
+    state, files, imprint = _read_files(_weights_of(path))
+    return Read(state, about, look, files, imprint)
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -110,12 +115,19 @@ def _weights_of(folder: Path) -> list[Path]:
     )
 
 
-def _read_files(files: list[Path]) -> tuple[dict[str, Tensor], list[dict[str, str]]]:
+def _read_files(files: list[Path]) -> tuple[dict[str, Tensor], list[dict[str, str]], dict[str, Any]]:
+    """(tensors, names and digests of the files, the imprint of our own export)."""
     content: dict[str, Tensor] = {}
-    digests = []
+    digests, imprint = [], {}
     for file in files:
         try:
+            if file.suffix == ".onnx":
+                raise ForeignError(
+                    "a graph of ONNX came, which is for running and has lost the names of its weights; import what it "
+                    "was exported from"
+                )
             loaded = _read_safetensors(file) if file.suffix in SAFE else _read_pickle(file)
+            imprint |= _imprint(file, loaded)
             content |= unwrap(loaded)
             digests.append(fingerprint(file))
         except ForeignError as error:
@@ -124,7 +136,17 @@ def _read_files(files: list[Path]) -> tuple[dict[str, Tensor], list[dict[str, st
             raise ForeignError(
                 f"{file} cannot be read: {error.strerror or error}; is it there, and yours to read?"
             ) from None
-    return content, digests
+    return content, digests, imprint
+
+
+def _imprint(file: Path, loaded: Any) -> dict[str, Any]:
+    """What our own export left in a corner of the file; {} for the files of others."""
+    if file.suffix in SAFE:
+        with safetensors.safe_open(file, "pt") as opened:
+            text = (opened.metadata() or {}).get(IMPRINT)
+    else:
+        text = loaded.get(IMPRINT) if isinstance(loaded, dict) else None
+    return json.loads(text) if isinstance(text, str) else {}
 
 
 def fingerprint(file: Path) -> dict[str, str]:
@@ -163,8 +185,10 @@ def _read_pickle(file: Path) -> Any:
             f"it {what}, and opening that could run code, so it was not opened. If you trust where it comes from, save "
             "the tensors alone in the environment that made it: torch.save(model.state_dict(), FILE)"
         ) from None
+    except ForeignError:
+        raise
     except (RuntimeError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
+        reason = str(error).splitlines()[0].partition(". ")[0] if str(error) else type(error).__name__
         raise ForeignError(
             f"it is damaged, cut, or no file of weights ({reason}); get it again and compare its size or checksum with "
             "what is published"

@@ -13,8 +13,8 @@ from unmask.foreign.names import GPT_NAMES
 from unmask.foreign.state_dicts import (
     IMAGENET,
     ForeignError,
-    Found,
     Names,
+    Recognised,
     count_blocks,
     need,
     require_nothing_left,
@@ -26,7 +26,7 @@ GPT_HEADS = {512: 8, 1024: 8, 1536: 16}
 OPENAI_LICENCE = "modified MIT (openai)"
 
 
-def image_gpt(state: Mapping[str, Tensor], about: Mapping[str, Any], look: Mapping[str, Any]) -> Found:
+def image_gpt(state: Mapping[str, Tensor], about: Mapping[str, Any], look: Mapping[str, Any]) -> Recognised:
     """transformers' ImageGPT: matrices are transposed, the start token is the last row of the token table."""
     names = Names({}, {})
     for name, value in state.items():
@@ -75,7 +75,7 @@ def image_gpt(state: Mapping[str, Tensor], about: Mapping[str, Any], look: Mappi
         method |= {"palette": palette.tolist(), "palette_dtype": "uint8"}
     side = root(places)
     kind = "transformers ImageGPT" + ("" if whole else ", encoder only")
-    return Found(
+    return Recognised(
         kind, OPENAI_LICENCE, method, ours, channels, (1, 1), (side, side) if side else None, places,
         (127.5,) * channels, (127.5,) * channels, "-1 to 1, as iGPT; only the palette counts", tuple(names.notes),
     )  # fmt: skip
@@ -100,7 +100,7 @@ def _clusters(look: Mapping[str, Any], colours: int) -> Tensor:
 DALLE_LAYERS = {"group_1": 1, "group_2": 4, "group_3": 7, "group_4": 10}  # of the first of two blocks
 
 
-def dalle(state: Mapping[str, Tensor]) -> Found:
+def dalle(state: Mapping[str, Tensor]) -> Recognised:
     """OpenAI's dVAE, `encoder.` and `decoder.` before the published names."""
     parts = {name.split(".")[0] for name in state}
     if parts != {"encoder", "decoder"}:
@@ -120,7 +120,7 @@ def dalle(state: Mapping[str, Tensor]) -> Found:
     encoder = {
         "arch": "dalle", "codes": len(last), "width": len(first), "patch": (8, 8), "loss": "logit_laplace",
     }  # fmt: skip
-    return Found(
+    return Recognised(
         "DALL-E dVAE", OPENAI_LICENCE, {"name": "dvae", "encoder": encoder}, ours, first.shape[1], (8, 8), (32, 32), 0,
         *(IMAGENET if first.shape[1] == 3 else (None, None)), "ImageNet's; the network itself takes 0 to 255",
     )  # fmt: skip

@@ -18,24 +18,43 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
+from unmask.errors import some
 from unmask.foreign.names import from_transformers
 from unmask.foreign.openai import dalle, image_gpt
-from unmask.foreign.state_dicts import ForeignError, Found, Names, some
+from unmask.foreign.state_dicts import PUBLISHED_SHARE, ForeignError, Names, Recognised
 from unmask.foreign.vit import recognise_vit
 
 
 def recognise(
     state: Mapping[str, Tensor], about: Mapping[str, Any] | None = None, look: Mapping[str, Any] | None = None
-) -> Found:
+) -> Recognised:
     """What `state` is, and its tensors under our names. Raises ForeignError when it is none of the known kinds.
 
     about, look: config.json and preprocessor_config.json of a transformers folder, where there is one.
     """
-    about, look = about or {}, look or {}
+    return replace(_kind_of(state, about or {}, look or {}), eval_share=share_of(look or {}))
+
+
+def share_of(look: Mapping[str, Any]) -> float:
+    """Of the shorter side of an image, what preprocessor_config.json (or timm's crop_pct) lets the network see.
+
+    A preprocessor that does not crop shows it the whole image.
+    """
+    if "crop_pct" in look:
+        return float(look["crop_pct"])
+    whole, crop = look.get("size"), look.get("crop_size")
+    if look.get("do_center_crop") and isinstance(whole, Mapping) and isinstance(crop, Mapping):
+        shorter, inside = whole.get("shortest_edge"), min(crop.values())
+        return min(1.0, inside / shorter) if shorter else 1.0
+    return 1.0 if whole is not None and not look.get("do_center_crop") else PUBLISHED_SHARE
+
+
+def _kind_of(state: Mapping[str, Tensor], about: Mapping[str, Any], look: Mapping[str, Any]) -> Recognised:
     state = {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
     names = set(state)
     if any(re.fullmatch(r"(transformer\.)?wte\.weight", name) for name in names):

@@ -13,13 +13,14 @@ from typing import Any
 
 from torch import Tensor
 
-from unmask.errors import UserError
+from unmask.errors import UserError, some
 
 IMAGENET = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # mean and standard deviation, in units of 0..255
 HALVES = (127.5, 127.5, 127.5), (127.5, 127.5, 127.5)
 WRAPPERS = ("model", "state_dict", "model_state_dict", "module")
+PUBLISHED_SHARE = 0.875  # 224 of 256 pixels, of all that has no other word
+IMPRINT = "unmask_imprint"  # where our own exports keep what the formats of others do not
 PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "encoder.")
-NAMED = 5
 SIZES = {(192, 12): "Ti", (384, 12): "S", (768, 12): "B", (1024, 24): "L", (1280, 32): "H"}
 UNKNOWN_LICENCE = "not in the file; see the page it came from"
 
@@ -29,13 +30,14 @@ class ForeignError(UserError):
 
 
 @dataclass(frozen=True)
-class Found:
+class Recognised:
     """What a state dict turned out to be.
 
     method: settings of our method; `heads` are left out where nothing shows them. weights: under our names, float32.
     channels, patch, grid: of the images that the network was made for; grid is None where N is no square and nothing
     says what rectangle it is. mean, std: of those images, in units of 0..255; None where nothing was published for so
-    many channels. statistics: whose they are. notes: what was left out or assumed, in sentences.
+    many channels. statistics: whose they are. notes: what was left out or assumed, in sentences. eval_share: of the
+    shorter side of an image that is seen in evaluation.
     """
 
     kind: str
@@ -50,6 +52,7 @@ class Found:
     std: tuple[float, ...] | None
     statistics: str
     notes: tuple[str, ...] = ()
+    eval_share: float = PUBLISHED_SHARE
 
     @property
     def name(self) -> str:
@@ -174,9 +177,3 @@ def require_nothing_left(names: Iterable[str]) -> None:
             f"{len(left)} tensors have no place in the network that the others make: {some(left)}; is it a variant, "
             "or a mixture of two files?"
         )
-
-
-def some(names: Iterable[str], count: int = NAMED) -> str:
-    names = list(names)
-    more = f" and {len(names) - count} more" if len(names) > count else ""
-    return ", ".join(names[:count]) + more

@@ -13,14 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unmask.errors import some
 from unmask.foreign.names import to_ours
 from unmask.foreign.state_dicts import (
     HALVES,
     IMAGENET,
     UNKNOWN_LICENCE,
     ForeignError,
-    Found,
     Names,
+    Recognised,
     count_blocks,
     first_sizes,
     matching,
@@ -28,7 +29,6 @@ from unmask.foreign.state_dicts import (
     pop_first,
     require_same,
     root,
-    some,
 )
 
 HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}  # of the published vision transformers, by width
@@ -49,7 +49,7 @@ FOREIGN_PARTS = {
 """What vision transformers have that ours has not, in words."""
 
 
-def recognise_vit(names: Names, about: Mapping[str, Any], look: Mapping[str, Any]) -> Found:
+def recognise_vit(names: Names, about: Mapping[str, Any], look: Mapping[str, Any]) -> Recognised:
     """Every vision transformer, under official names (or timm's, which are the same)."""
     for pattern, words in FOREIGN_PARTS.items():
         if names.has(pattern):
@@ -100,7 +100,7 @@ def recognise_vit(names: Names, about: Mapping[str, Any], look: Mapping[str, Any
         kind, licence = f"transformers {_family(about, beit=beit, full=full)}, {kind}", UNKNOWN_LICENCE
     else:
         kind, licence = _official(kind, encoder, licence, beit=beit, full=full)
-    return Found(
+    return Recognised(
         kind, licence, method, weights, channels, patch, grid, places, mean, std, statistics, tuple(names.notes)
     )
 

@@ -42,8 +42,8 @@ def mix(
         return images, targets
     if len(images) == 1:
         raise UserError(
-            "mixup and cutmix mix the images of a micro-batch, and there is one image in it; use train.micro_batch=2 or "
-            "more, or method.mixup=0 and method.cutmix=0"
+            "mixup and cutmix mix the images of a micro-batch, and there is one image in it; use train.micro_batch=2 "
+            "or more, or method.mixup=0 and method.cutmix=0"
         )
     cuts = bool(cutmix) and (not mixup or toss < 0.5)
     kept = beta_quantile(share, cutmix if cuts else mixup)
