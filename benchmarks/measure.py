@@ -13,7 +13,7 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,8 @@ import torch
 RESULTS = Path(__file__).parent / "results"
 
 
-def medians(rivals: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int = 1) -> dict[str, float]:
-    """Median seconds of one call of each, timed in turns."""
+def timings(rivals: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int = 1) -> dict[str, list[float]]:
+    """Seconds of every call of each, timed in turns."""
     for _ in range(warmup):
         for call in rivals.values():
             call()
@@ -36,7 +36,17 @@ def medians(rivals: Mapping[str, Callable[[], object]], *, rounds: int, warmup: 
             call()
             _wait()
             times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
+    return times
+
+
+def medians(rivals: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int = 1) -> dict[str, float]:
+    """Median seconds of one call of each, timed in turns."""
+    return {name: statistics.median(values) for name, values in timings(rivals, rounds=rounds, warmup=warmup).items()}
+
+
+def spread(seconds: Sequence[float]) -> dict[str, float]:
+    """Median, fastest and slowest of several measurements."""
+    return {"median": statistics.median(seconds), "fastest": min(seconds), "slowest": max(seconds)}
 
 
 def _wait() -> None:
@@ -55,24 +65,46 @@ def device_name() -> str:
     return f"{model}, {torch.get_num_threads()} threads of {os.cpu_count()}"
 
 
-def write(name: str, rows: list[dict[str, Any]]) -> None:
-    """Write `results/<name>-<cpu|cuda>.json` with device, versions and command, and print the rows."""
-    kind = "cuda" if torch.cuda.is_available() else "cpu"
+def origin(packages: Sequence[str] = ("torch", "transformers", "numpy", "pillow", "simplejpeg")) -> dict[str, Any]:
+    """Date, device, versions and command: where a result comes from."""
     versions = {}
-    for package in ("torch", "transformers", "numpy", "pillow", "simplejpeg"):
+    for package in packages:
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = "not installed"
     command = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
-    origin = {"date": time.strftime("%Y-%m-%d"), "device": device_name(), "versions": versions, "command": command}
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}-{kind}.json"
-    path.write_text(json.dumps({**origin, "rows": rows}, indent=1) + "\n")
+    return {"date": time.strftime("%Y-%m-%d"), "device": device_name(), "versions": versions, "command": command}
+
+
+def write(name: str, rows: list[dict[str, Any]]) -> None:
+    """Write `results/<name>-<cpu|cuda>.json` with device, versions and command, and print the rows."""
+    conclude(name, rows, origin())
+
+
+def conclude(
+    name: str, rows: list[dict[str, Any]], about: dict[str, Any], *, as_json: bool = False, keep: bool = True
+) -> None:
+    """Print the rows, or one JSON object with `about`; `keep`: write that object to `results` too."""
+    found = {**about, "rows": rows}
+    path = RESULTS / f"{name}-{'cuda' if torch.cuda.is_available() else 'cpu'}.json"
+    if keep:
+        RESULTS.mkdir(exist_ok=True)
+        path.write_text(json.dumps(found, indent=1) + "\n")
+    if as_json:
+        print(json.dumps(found))
+        return
+    print(about["device"], *(f"{name} {version}" for name, version in about["versions"].items()), sep="  ")
+    say(rows)
+    if keep:
+        print(f"written to {path}")
+
+
+def say(rows: list[dict[str, Any]]) -> None:
+    """One line a row."""
     for row in rows:
-        print(
-            "  ".join(
-                f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items()
-            )
-        )
-    print(f"written to {path}")
+        print("  ".join(f"{key} {_shown(value)}" for key, value in row.items()))
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; subprocesses inherit it
+os.environ["UNMASK_CACHE"] = "off"  # tests leave no scans behind, and find none
 
 import numpy as np
 import pytest

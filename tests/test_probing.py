@@ -11,7 +11,7 @@ from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from unmask import probe_features, probing
+from unmask import probe_features, probing, use
 from unmask.console import Console
 from unmask.errors import UserError
 from unmask.evals import attentive
@@ -142,6 +142,32 @@ def test_other_images_in_a_folder_of_the_same_name_take_nobodys_place(run, data,
     again = probe(run, data, controls=True)
     assert kept(run, "probe-linear-data") == again
     assert kept(run, "probe-linear-data-2") == second
+
+
+def test_features_are_kept_for_the_next_probe_until_something_changes(run, data, monkeypatch):
+    asked, real = [], use.collect_each
+    monkeypatch.setattr(use, "WORTH_KEEPING", -1.0)
+    monkeypatch.setattr(
+        use, "collect_each", lambda encoders, *a, **more: asked.append(set(encoders)) or real(encoders, *a, **more)
+    )
+    console = Listening()
+    first = probe(run, data, kind="knn", console=console)
+    assert asked == [{PRETRAINED}] * 2
+    assert sum("features kept for the next probe" in line for line in console.said) == 2
+    linear = probe(run, data)
+    assert len(asked) == 2, "nothing was computed"
+    assert linear["rows"] == probe(Path(shutil.copytree(run, run.with_name("bare"))), data)["rows"]
+    assert len(asked) == 2, "they come along in a copy"
+    asked.clear()
+    assert probe(run, data, kind="knn", controls=True)["rows"][-len(first["rows"]) :] == first["rows"]
+    assert asked == [{RAW_PIXELS, RANDOM_INIT}] * 2
+    asked.clear()
+    path = next((data / "class0").iterdir())
+    Image.new("RGB", (16, 16), "green").save(path)
+    probe(run, data, kind="knn")
+    assert asked == [{PRETRAINED}] * 2, "an image has changed"
+    probe(run, data, kind="attentive")
+    assert len(asked) == 4, "tokens are not kept"
 
 
 def test_a_broken_file_gives_its_place_in_every_draw_to_the_next(run, data):

@@ -17,12 +17,14 @@ NAMED_BAD_FILES = 20
 def check_data(data: str, console: Console, *, sample: int | None, workers: int | None) -> tuple[int, dict[str, Any]]:
     """Returns (exit code, summary): 0 when the data can be trained on, 2 when not.
 
+    Every file is looked at, those too that `unmask pretrain` would not look at again; it need not look at them then.
+
     sample: look at this many files, None for all. workers: processes that look; 0 and None leave it to the scan, which
     starts some where that is worth it, as `unmask pretrain` does.
     """
     source = open_source(data)
     with console.progress("checking files", min(len(source), sample or len(source))) as bar:
-        found = scan(source, sample=sample, workers=workers or None, progress=bar.update)
+        found = scan(source, sample=sample, workers=workers or None, anew=True, progress=bar.update)
     summary: dict[str, Any] = {
         "data": source.name,
         "files": found.files,

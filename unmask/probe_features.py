@@ -130,15 +130,20 @@ def tables_of(
     *,
     tokens: bool = False,
     voting: bool = False,
+    folder: Path | None = None,
 ) -> dict[str, FeatureTable]:
-    """The features of every set for the same images: those of `rows` that every encoder could be given."""
+    """The features of every set for the same images: those of `rows` that every encoder could be given.
+
+    voting, tokens, folder: as in `FeatureSets` and `use.features`.
+    """
     found: dict[str, FeatureTable] = {}
     for each in sets:
         encoders = each.voting if voting else each.encoders
         precision = eval_precision(each.loaded)
         found |= features(
-            each.loaded, encoders, source, rows, precision=precision, title=title, console=console, tokens=tokens
-        )
+            each.loaded, encoders, source, rows, precision=precision, title=title, console=console, tokens=tokens,
+            folder=folder,
+        )  # fmt: skip
     both = reduce(np.intersect1d, [table.index for table in found.values()])
     return {
         name: table if len(table) == len(both) else table.at(np.flatnonzero(np.isin(table.index, both)))

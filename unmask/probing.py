@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from unmask.config import task_names
 from unmask.console import Console
 from unmask.data.targets import CLASSES
 from unmask.errors import UserError
@@ -48,6 +49,7 @@ from unmask.run import Run
 from unmask.saved import Loaded, load, untrained_encoder
 from unmask.use import eval_precision
 
+FEATURES = "features"  # of a Run: tables kept for the next probe
 TEST_PIECE = 4096  # test images whose tokens are in memory at a time
 
 
@@ -110,12 +112,13 @@ def probe_kinds(
             f"--shots {numbers} came, which are labels per class, but the task is {labelled.aim.task}; leave it out"
         )
     sets = all_sets(loaded, others, labelled, asked, console)
-    train, picks = training_features(sets, labelled, asked, console, tokens=ATTENTIVE in kinds)
+    folder = Run.open(run).path / FEATURES
+    train, picks = training_features(sets, labelled, asked, console, tokens=ATTENTIVE in kinds, folder=folder)
     fits: dict[str, list[AttentiveFit]] = {}
     if ATTENTIVE in kinds:
         fits = fit_all(train, picks, labelled, seed, loaded.device, console)
         train = {name: replace(table, tokens=None) for name, table in train.items()}
-    measured, answers = tested(sets, labelled, fits, console)
+    measured, answers = tested(sets, labelled, fits, console, folder)
 
     summaries = {}
     for kind in kinds:
@@ -138,6 +141,8 @@ def probe_kinds(
         for row in found["rows"]:
             row |= about_features(sets, row["features"])
         found |= about_asked(asked, loaded, others, labelled)
+        if (tuned := loaded.config.method.name) in task_names() and tuned != "encoder":
+            found["verdict"] += f" This run was fine-tuned to {tuned}: its features are those after that."
         found["protocol"] = protocol(found)
         keep(Run.open(run), file_name(found, asked), found)
         say_probe(found, console)
@@ -199,14 +204,14 @@ def _layer_of(other: Loaded, asked: Asked) -> str | None:
 
 
 def training_features(
-    sets: Sequence[FeatureSets], labelled: Labelled, asked: Asked, console: Console, *, tokens: bool
+    sets: Sequence[FeatureSets], labelled: Labelled, asked: Asked, console: Console, *, tokens: bool, folder: Path
 ) -> tuple[dict[str, FeatureTable], list[Pick]]:
     """The features of all images that any fit is made on, computed once, and which of them each is made on."""
     rows = labelled.train_rows
     while True:
         picks = pick(labelled, rows, asked.budgets, asked.num_draws, asked.seed)
         union = reduce(np.union1d, [each.rows for each in picks])
-        train = tables_of(sets, labelled.train, union, "training images", console, tokens=tokens)
+        train = tables_of(sets, labelled.train, union, "training images", console, tokens=tokens, folder=folder)
         index = train[PRETRAINED].index
         broken = np.setdiff1d(union, index)
         if asked.shots is None:
@@ -240,11 +245,16 @@ def fit_all(
 
 
 def tested(
-    sets: Sequence[FeatureSets], labelled: Labelled, fits: Mapping[str, Sequence[AttentiveFit]], console: Console
+    sets: Sequence[FeatureSets],
+    labelled: Labelled,
+    fits: Mapping[str, Sequence[AttentiveFit]],
+    console: Console,
+    folder: Path,
 ) -> tuple[dict[str, FeatureTable], dict[str, list[np.ndarray]]]:
     """The features of the test images, and what each attentive head makes of them; only of a piece tokens are kept."""
     if not fits:
-        return tables_of(sets, labelled.test, labelled.test_rows, "test images", console, voting=True), {}
+        rows = labelled.test_rows
+        return tables_of(sets, labelled.test, rows, "test images", console, voting=True, folder=folder), {}
     pieces: list[dict[str, FeatureTable]] = []
     answers: dict[str, list[list[np.ndarray]]] = {}
     for start in range(0, len(labelled.test_rows), TEST_PIECE):

@@ -7,6 +7,7 @@ turns out unreadable is named and left out, never replaced by another.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +18,13 @@ import torch
 from torch import nn
 
 from unmask.batch import Batch
+from unmask.config import task_names
 from unmask.console import Bar, Console
 from unmask.data.decode import BadImage
 from unmask.data.loader import Delivery, Images, Taken, choose_workers, eval_batches
 from unmask.data.sources import LISTS, TARS, Source, open_files, open_source
-from unmask.errors import UserError
+from unmask.errors import UserError, some
+from unmask.evals import kept
 from unmask.evals.collect import FeatureTable, collect_each
 from unmask.evals.pictures import draw, require_png
 from unmask.method import Clock
@@ -33,6 +36,7 @@ EVAL_BATCH = 128
 MOST_DRAWN = 16
 MANY_IMAGES = 1024  # from here on, decoding in processes of its own repays starting them
 NAMED_BAD_FILES = 5
+WORTH_KEEPING = 2.0  # seconds; features that are computed as fast need no place on the disk
 IMAGES_FOR_LAYER = 4096  # at most, that layers are compared on
 COLLECTIONS = (*LISTS, *TARS, ".zip", ".parquet", ".pq")  # files that hold images, as against image files
 
@@ -94,9 +98,7 @@ def read(images: Readable, rows: np.ndarray, workers: int, console: Console, bar
     more = "" if len(bad) <= NAMED_BAD_FILES else f"; and {len(bad) - NAMED_BAD_FILES} more: `unmask check` lists all"
     if not seen:
         raise UserError(f"none of the {len(rows)} files of {images.source.name} can be used: {named}{more}")
-    console.warn(
-        f"{len(bad)} of {len(rows)} files of {images.source.name} cannot be used and are left out: {named}{more}"
-    )
+    console.warn(f"{images.source.name}: {len(bad)} of {len(rows)} cannot be used and are left out: {named}{more}")
 
 
 def features(
@@ -109,16 +111,37 @@ def features(
     title: str,
     console: Console,
     tokens: bool = False,
+    folder: Path | None = None,
 ) -> dict[str, FeatureTable]:
     """A table for each encoder, of the rows that can be read; the others are named. The only way to features.
 
-    tokens: with all tokens too, if they fit in memory.
+    tokens: with all tokens too, if they fit in memory. folder: where tables without tokens are kept for the next time.
     """
-    workers = 0 if len(rows) < MANY_IMAGES else choose_workers(loaded.device, cached=False)[0]
-    with console.progress(title, len(rows)) as bar:
-        batches = read(eval_images(loaded, source), rows, workers, console, bar)
-        kept = len(rows) if tokens else 0
-        return collect_each(encoders, batches, device=loaded.device, precision=precision, tokens=kept)
+    keys = {} if folder is None or tokens else keys_of(loaded, encoders, source, rows, precision)
+    found = {name: table for name, key in keys.items() if folder and (table := kept.find(folder, key, source, rows))}
+    began = time.monotonic()
+    if new := {name: encoder for name, encoder in encoders.items() if name not in found}:
+        workers = 0 if len(rows) < MANY_IMAGES else choose_workers(loaded.device, cached=False)[0]
+        with console.progress(title, len(rows)) as bar:
+            batches = read(eval_images(loaded, source), rows, workers, console, bar)
+            num_tokens = len(rows) if tokens else 0
+            found |= collect_each(new, batches, device=loaded.device, precision=precision, tokens=num_tokens)
+        if folder is not None and keys and time.monotonic() - began > WORTH_KEEPING:
+            size = sum(kept.keep(folder, keys[name], found[name], rows) for name in new)
+            console.say(f"{title}: features kept for the next probe, {size / 2**20:.1f} MiB in {folder}")
+    return {name: found[name] for name in encoders}
+
+
+def keys_of(
+    loaded: Loaded, encoders: Mapping[str, nn.Module], source: Source, rows: np.ndarray, precision: str
+) -> dict[str, str]:
+    """What kept tables of these encoders are called; {} for images of which none are kept."""
+    about = {
+        "precision": precision, "device": loaded.device.partition(":")[0], "images": repr(loaded.plan.images),
+        "crop": repr(loaded.config.data.crop), "method": loaded.config.method.model_dump_json(),
+    }  # fmt: skip
+    keys = {name: kept.key_of(encoder, source, rows, about=about) for name, encoder in encoders.items()}
+    return {name: key for name, key in keys.items() if key is not None}
 
 
 @torch.no_grad()
@@ -128,6 +151,11 @@ def reconstruct_images(
     """Draw up to 16 images as the run's method rebuilds them, and return its loss beside those of trivial guesses."""
     require_png(out)
     loaded = load(run, device=choose_device(device), step=step)
+    if (task := loaded.config.method.name) in task_names() and task != "encoder":
+        raise UserError(
+            f"{run} was fine-tuned to {task} and rebuilds nothing; use `unmask predict {run} IMAGES --out PATH`, or "
+            "reconstruct with the run that it came from"
+        )
     source = open_images(images)
     rows = np.arange(len(source))
     if len(rows) > MOST_DRAWN:
@@ -212,6 +240,11 @@ def labels_of(source: Source) -> np.ndarray:
     """The labels (n,) of a source that has them."""
     assert source.labels is not None, "require_labels came first"
     return source.labels
+
+
+def absent_classes(labels: np.ndarray, classes: Sequence[str]) -> str:
+    """The classes that no image has, in words; "" where all occur."""
+    return some([name for number, name in enumerate(classes) if number not in set(labels.tolist())])
 
 
 def with_classes(source: Source, classes: Sequence[str], data: str) -> Source:

@@ -1,11 +1,14 @@
 """Sources: what DATA may be, names and labels, and trees, lists and archives that are hostile or broken."""
 
+import hashlib
 import io
 import os
 import pickle
+import shutil
 import signal
 import sys
 import tarfile
+import tracemalloc
 import warnings
 import zipfile
 from pathlib import Path
@@ -19,6 +22,7 @@ from corpus import file_of, noisy, npy
 
 from unmask.data import sources
 from unmask.data.decode import BadImage, decode
+from unmask.data.names import Names
 from unmask.data.sources import SourceError, open_files, open_source, printable, require_labels
 
 PNG = file_of(noisy(8, 8), "PNG")
@@ -159,6 +163,40 @@ def test_printable_leaves_ordinary_names_alone():
     assert printable("Ünï côdé/日本 (1).jpg") == "Ünï côdé/日本 (1).jpg"
 
 
+ODD = ["a/1.png", "", "Ünï/日本.jpg", "caf\udce9.png", "half\ud800", "\U0001f600", "a/1.png"]
+
+
+@pytest.mark.parametrize("texts", [ODD, ["plain", "text", "x"], []])
+def test_names_read_like_a_list(texts):
+    names = Names(texts)
+    again = pickle.loads(pickle.dumps(names))
+    for one in (names, again, Names.stored(names.blob, names.ends)):
+        assert one == texts
+        assert texts == one
+        assert list(one) == texts
+        assert [one[i] for i in range(-len(texts), len(texts))] == texts * 2
+        assert one[1:] == texts[1:]
+        assert one[::-2] == texts[::-2]
+        assert len(one) == len(texts)
+    for row in (len(texts), -len(texts) - 1):
+        with pytest.raises(IndexError):
+            names[row]
+    assert names != [*texts, "more"]
+    assert Names([*texts[:-1], "other"]) != texts
+
+
+def test_the_index_takes_few_bytes_a_file(tmp_path):
+    put(tmp_path, *(f"class{i % 5}/a-usual-name-{i:06d}.jpg" for i in range(2000)), content=b"")
+    tracemalloc.start()
+    try:
+        source = open_source(tmp_path)
+        taken, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(source) == 2000
+    assert taken / 2000 < 120, "names of 34 letters, sizes, dates and labels; a list of str takes 190 more"
+
+
 def test_very_deep_trees_do_not_exhaust_the_stack(tmp_path):
     here, deep = os.getcwd(), 1500
     try:
@@ -212,7 +250,24 @@ def test_a_file_too_large_is_not_read(tmp_path):
     assert reason(open_source(tmp_path), 1) == "TOO_LARGE_FILE"
 
 
+def test_the_last_change_of_each_file_is_known(tmp_path):
+    put(tmp_path, "a.png", "b.png")
+    source = open_source(tmp_path)
+    times = [os.stat(tmp_path / name) for name in source.names]
+    assert source.changed is not None
+    assert source.changed.tolist() == [max(found.st_mtime_ns, found.st_ctime_ns) for found in times]
+    (tmp_path / "list.txt").write_text("b.png\ngone.png\n")
+    listed = open_source(tmp_path / "list.txt").changed
+    assert listed is not None
+    assert listed.tolist() == [source.changed[1], -1]
+    assert open_source("shapes:2").changed is None
+
+
 def test_the_fingerprint_knows_names_and_sizes(tmp_path):
+    put(tmp_path / "fixed", "a/1.png", "ü.png", content=b"12345")
+    value = open_source(tmp_path / "fixed").fingerprint()
+    assert value == hashlib.sha256("a/1.png\0005\nü.png\0005\n".encode()).hexdigest(), "runs are resumed by it"
+    shutil.rmtree(tmp_path / "fixed")
     first = open_source(put(tmp_path, "a.png", "b.png")).fingerprint()
     assert open_source(tmp_path).fingerprint() == first
     put(tmp_path, "b.png", content=PNG + b"\0")

@@ -1,24 +1,26 @@
 """Looks at every file before training: what can be read, of what size and kind, with which mean and deviation.
 
 Decodes each file in full (or an even sample of them), one at a time, and keeps only sums. It judges nothing: what share
-of bad files is too much is the caller's to say. The result is the same with any number of processes.
+of bad files is too much is the caller's to say. The result is the same with any number of processes, and whether files
+were looked at now or before (`looks.py` remembers).
 """
 
 from __future__ import annotations
 
 import os
+import posixpath
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from pathlib import PurePosixPath
 
 import numpy as np
 
 from unmask.data import decode
 from unmask.data.decode import BadImage
+from unmask.data.looks import Look, Looks, LooksSoFar, joined, recall, remember, worth_keeping
 from unmask.data.sources import Source
 
 STATISTICS_SAMPLE = 10_000
@@ -40,19 +42,6 @@ class BadFile:
     detail: str
 
 
-@dataclass(frozen=True)
-class _Seen:
-    """One readable file; sums per channel are of its values and their squares."""
-
-    size: tuple[int, int]
-    channels: int
-    dtype: str
-    format: str
-    values: int
-    sums: np.ndarray
-    squares: np.ndarray
-
-
 @dataclass
 class Scan:
     """What a source holds. Sizes are (H, W) in pixels as displayed; mean and std per channel in the files' units."""
@@ -60,6 +49,7 @@ class Scan:
     source: str
     files: int
     checked: int
+    known: int = 0  # of those checked, how many had been looked at before and are as they were
     bad: list[BadFile] = field(default_factory=list)
     bad_rows: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
     good_rows: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
@@ -102,34 +92,52 @@ def scan(
     workers: int | None = None,
     channels: int | None = None,
     dtype: str | None = None,
+    anew: bool = False,
     progress: Callable[[int], object] | None = None,
 ) -> Scan:
     """Decode every file, or `sample` of them evenly spread.
 
     workers: processes; 0 is this one; None starts one a core when there turns out to be work for more than a few
     seconds. channels, dtype: what the images must conform to; None means what most of them are. Files that cannot
-    conform are bad.
+    conform are bad. anew: decode files too that could be read before and have not changed since.
     """
-    start = time.monotonic()
+    start, began = time.monotonic(), time.time()
     rows = np.arange(len(source))
     if sample is not None and sample < len(rows):
         rows = np.unique(np.linspace(0, len(rows) - 1, sample).astype(np.int64))
     result = Scan(source.name, files=len(source), checked=len(rows))
-    seen: dict[int, _Seen] = {}
+    known = recall(source)
+    before = [] if known is None or anew else [known.at(np.flatnonzero(np.isin(known.rows, rows)))]
+    result.known = sum(map(len, before))
     faults: dict[int, BadFile] = {}
-    for done, (row, found) in enumerate(_look_at(source, rows, workers), 1):
-        if isinstance(found, BadImage):
-            faults[row] = BadFile(source.names[row], found.code, found.detail)
-        else:
-            seen[row] = found
-        if progress is not None and (done % CHUNK == 0 or done == len(rows)):
-            progress(done)
-    _summarise(result, source, seen, faults, channels, dtype)
+    seen = LooksSoFar()
+    try:
+        todo = np.setdiff1d(rows, before[0].rows) if before else rows
+        for done, (row, found) in enumerate(_look_at(source, todo, workers), result.known + 1):
+            if isinstance(found, BadImage):
+                faults[row] = BadFile(source.names[row], found.code, found.detail)
+            else:
+                seen.add(row, found)
+            if progress is not None and (done % CHUNK == 0 or done == len(rows)):
+                progress(done)
+    finally:  # whoever interrupts a long scan need not begin it again
+        new = seen.looks()
+        if len(new) and worth_keeping(began):
+            remember(source, _all_known(known, new, list(faults)), began)
+    looks = joined([*before, new])
+    _summarise(result, source, looks, faults, channels, dtype)
     result.seconds = time.monotonic() - start
     return result
 
 
-def _look_at(source: Source, rows: np.ndarray, workers: int | None) -> Iterator[tuple[int, _Seen | BadImage]]:
+def _all_known(known: Looks | None, new: Looks, bad: list[int]) -> Looks:
+    """The new ones, and what was known of files that were not looked at now."""
+    if known is None:
+        return new
+    return joined([known.at(np.flatnonzero(~np.isin(known.rows, [*new.rows.tolist(), *bad]))), new])
+
+
+def _look_at(source: Source, rows: np.ndarray, workers: int | None) -> Iterator[tuple[int, Look | BadImage]]:
     start, todo = time.monotonic(), rows.tolist()
     if workers is None:
         workers = os.cpu_count() or 1 if not hasattr(os, "sched_getaffinity") else len(os.sched_getaffinity(0))
@@ -172,12 +180,12 @@ def _begin(source: Source) -> None:
     _source = source
 
 
-def _look_many(rows: list[int]) -> list[_Seen | BadImage]:
+def _look_many(rows: list[int]) -> list[Look | BadImage]:
     assert _source is not None
     return [_look(_source, row) for row in rows]
 
 
-def _look_apart(source: Source, row: int) -> _Seen | BadImage:
+def _look_apart(source: Source, row: int) -> Look | BadImage:
     try:
         with ProcessPoolExecutor(1, initializer=_begin, initargs=(source,)) as pool:
             return pool.submit(_look_many, [row]).result()[0]
@@ -185,7 +193,7 @@ def _look_apart(source: Source, row: int) -> _Seen | BadImage:
         return BadImage("CORRUPT", "decoding it killed the process")
 
 
-def _look(source: Source, row: int, like: tuple[int, str] | None = None) -> _Seen | BadImage:
+def _look(source: Source, row: int, like: tuple[int, str] | None = None) -> Look | BadImage:
     """One file, decoded; as it is, or `like` the data set's channels and dtype."""
     try:
         data = source.read(row)
@@ -206,42 +214,55 @@ def _look(source: Source, row: int, like: tuple[int, str] | None = None) -> _See
         values = flat.astype(np.float64)
         sums, squares = values.sum(0), (values**2).sum(0)
     size = (pixels.shape[0], pixels.shape[1])
-    return _Seen(size, pixels.shape[2], str(pixels.dtype), head.format, len(flat), sums, squares)
+    return Look(size, pixels.shape[2], str(pixels.dtype), head.format, sums, squares)
 
 
 def _summarise(
     result: Scan,
     source: Source,
-    seen: dict[int, _Seen],
+    looks: Looks,
     faults: dict[int, BadFile],
     channels: int | None,
     dtype: str | None,
 ) -> None:
-    result.channels = Counter(found.channels for found in seen.values())
-    result.dtypes = Counter(found.dtype for found in seen.values())
-    result.formats = Counter(found.format for found in seen.values())
-    wanted_channels = channels or (result.channels.most_common(1)[0][0] if seen else 0)
-    wanted_dtype = dtype or (_widest(result.dtypes) if seen else "uint8")
-    for row, found in list(seen.items()):
-        try:
-            decode.conform(np.zeros((1, 1, found.channels), found.dtype), wanted_channels, wanted_dtype)
-        except BadImage as error:
-            faults[row] = BadFile(source.names[row], error.code, error.detail)
-            del seen[row]
-    for row, found in seen.items():
-        suffix = PurePosixPath(source.names[row]).suffix.lower()
-        result.wrong_extensions += bool(suffix) and suffix not in EXTENSION_OF.get(found.format, (suffix,))
+    result.channels = Counter(looks.channels.tolist())
+    result.dtypes = Counter(looks.dtypes.astype(str).tolist())
+    result.formats = Counter(looks.formats.astype(str).tolist())
+    wanted_channels = channels or (result.channels.most_common(1)[0][0] if len(looks) else 0)
+    wanted_dtype = dtype or (_widest(result.dtypes) if len(looks) else "uint8")
+    unlike = _unlike(looks, wanted_channels, wanted_dtype)
+    for place, error in unlike.items():
+        row = int(looks.rows[place])
+        faults[row] = BadFile(source.names[row], error.code, error.detail)
+    if unlike:
+        looks = looks.at(np.setdiff1d(np.arange(len(looks)), list(unlike)))
+    for row, kind in zip(looks.rows.tolist(), looks.formats.astype(str).tolist(), strict=True):
+        suffix = posixpath.splitext(source.names[row])[1].lower()
+        result.wrong_extensions += len(suffix) > 1 and suffix not in EXTENSION_OF.get(kind, (suffix,))
     result.bad_rows = np.array(sorted(faults), np.int64)
     result.bad = [faults[row] for row in sorted(faults)]
-    result.good_rows = np.array(sorted(seen), np.int64)
+    result.good_rows = looks.rows
     result.channels_majority, result.dtype_majority = wanted_channels, wanted_dtype
-    if seen:
-        sizes = np.array([found.size for found in seen.values()])
+    if len(looks):
+        sizes = looks.sizes.astype(np.int64)
         result.min_size, result.max_size = _pair(sizes.min(0)), _pair(sizes.max(0))
         result.median_size = _pair(np.median(sizes, axis=0))
         width = np.dtype(wanted_dtype).itemsize * wanted_channels
         result.decoded_bytes = float(sizes.prod(1).mean()) * width
-        result.mean, result.std = _statistics(source, seen, wanted_channels, wanted_dtype)
+        result.mean, result.std = _statistics(source, looks, wanted_channels, wanted_dtype)
+
+
+def _unlike(looks: Looks, channels: int, dtype: str) -> dict[int, BadImage]:
+    """Places of the looks that cannot be made to conform, and why."""
+    found: dict[int, BadImage] = {}
+    for own_channels in np.unique(looks.channels).tolist():
+        for own_dtype in np.unique(looks.dtypes).tolist():
+            try:
+                decode.conform(np.zeros((1, 1, own_channels), own_dtype.decode()), channels, dtype)
+            except BadImage as error:
+                there = (looks.channels == own_channels) & (looks.dtypes == own_dtype)
+                found |= dict.fromkeys(np.flatnonzero(there).tolist(), error)
+    return found
 
 
 def _widest(dtypes: Counter[str]) -> str:
@@ -254,24 +275,31 @@ def _pair(values: np.ndarray) -> tuple[int, int]:
     return int(values[0]), int(values[1])
 
 
-def _statistics(
-    source: Source, seen: dict[int, _Seen], channels: int, dtype: str
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _statistics(source: Source, looks: Looks, channels: int, dtype: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and deviation per channel, in the data set's channels and units, over an even part of the images."""
-    alike = [found for found in seen.values() if found.channels in (1, channels)]
-    if not alike:  # colour images that are trained on as gray: sums per channel do not tell the deviation of the luma
-        rows = np.array(sorted(seen))[np.unique(np.linspace(0, len(seen) - 1, LOOK_AGAIN).astype(int))]
-        again = [_look(source, row, (channels, dtype)) for row in rows.tolist()]
-        alike = [found for found in again if isinstance(found, _Seen)]
-    if not alike:
+    alike = looks.at(np.flatnonzero((looks.channels == 1) | (looks.channels == channels)))
+    if not len(alike):  # colour images trained on as gray: sums per channel do not tell the deviation of the luma
+        rows = looks.rows[_evenly(len(looks), LOOK_AGAIN)]
+        again = LooksSoFar()
+        for row in rows.tolist():
+            if isinstance(found := _look(source, row, (channels, dtype)), Look):
+                again.add(row, found)
+        alike = again.looks()
+    if not len(alike):
         return (0.0,) * channels, (1.0,) * channels
     count, sums, squares = 0, np.zeros(channels), np.zeros(channels)
-    for place in np.unique(np.linspace(0, len(alike) - 1, STATISTICS_SAMPLE).astype(int)):
-        found = alike[place]
-        scale = 257 if dtype == "uint16" and found.dtype == "uint8" else 1
-        count += found.values
-        sums, squares = sums + found.sums * scale, squares + found.squares * scale**2
+    alike = alike.at(_evenly(len(alike), STATISTICS_SAMPLE))
+    for place, start in enumerate(alike.starts.tolist()):
+        own = slice(start, start + int(alike.channels[place]))  # one channel, or as many as all
+        scale = 257 if dtype == "uint16" and alike.dtypes[place] == b"uint8" else 1
+        count += int(alike.sizes[place].astype(np.int64).prod())
+        sums, squares = sums + alike.sums[own] * scale, squares + alike.squares[own] * scale**2
     mean = sums / count
     std = np.sqrt(np.maximum(squares / count - mean**2, 0))
     std = np.where(std > 1e-6 * np.maximum(1e-6, np.abs(mean)), std, 1.0)  # a constant channel is left as it is
     return tuple(mean.tolist()), tuple(std.tolist())
+
+
+def _evenly(count: int, most: int) -> np.ndarray:
+    """At most so many places of `count`, evenly spread."""
+    return np.unique(np.linspace(0, count - 1, most).astype(int))

@@ -3,7 +3,7 @@
 A `Source` gives names, sizes, labels and the bytes of row i; it decodes nothing. Names are stable and sorted (a list
 keeps its own order), '/'-separated and relative, and safe to print: control characters, and bytes that are no text, are
 escaped. The real path is kept apart. Sources can be pickled and forked: a file handle is opened by the process that
-uses it.
+uses it, and names are one block of bytes (`names.py`), so a million of them cost a worker nothing.
 
 Class labels are the names of the first folder level that has more than one sub-folder, when every image lies in one of
 them; folders that are called train, val or test are splits, not classes.
@@ -25,15 +25,17 @@ import tarfile
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
+from array import array
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from unmask.data.decode import MOST_BYTES, BadImage
-from unmask.errors import UserError
+from unmask.data.names import Names
+from unmask.errors import UserError, some
 
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".npy")
 LISTS = (".txt", ".lst", ".csv", ".tsv")
@@ -50,15 +52,20 @@ class SourceError(UserError):
 
 
 class Source(ABC):
-    """Rows of images. `name` as typed, `location` what opens it again from anywhere, `skipped` what was passed over."""
+    """Rows of images. `name` as typed, `location` what opens it again from anywhere, `skipped` what was passed over.
+
+    `changed` (n,) int64 is when each row's file was last changed, in nanoseconds since 1970, -1 where that is not
+    known; None for images that lie in no file.
+    """
 
     def __init__(
         self, name: str, names: Sequence[str], sizes: Sequence[int] | np.ndarray, *, location: str | None = None
     ) -> None:
         self.name = name
         self.location = location if location is not None else str(Path(name).absolute())
-        self.names = list(names)
+        self.names = names if isinstance(names, Names) else Names(names)
         self.sizes = np.asarray(sizes, np.int64)
+        self.changed: np.ndarray | None = None
         self.skipped: Counter[str] = Counter()
         self.labels: np.ndarray | None = None
         self.classes: list[str] = []
@@ -92,7 +99,9 @@ class Source(ABC):
 
 def classes_of(names: Sequence[str]) -> tuple[list[str], np.ndarray | None, list[str]]:
     """(classes, labels or None, split folders found instead of classes) from '/'-separated names."""
-    folders = [name.split("/")[:-1] for name in names]
+    place: dict[str, int] = {}  # of each folder: many names lie in few
+    where = np.fromiter((place.setdefault(name.rpartition("/")[0], len(place)) for name in names), np.int64, len(names))
+    folders = [folder.split("/") if folder else [] for folder in place]
     depth = min((len(parts) for parts in folders), default=0)
     for level in range(depth):
         here = sorted({parts[level] for parts in folders})
@@ -100,21 +109,35 @@ def classes_of(names: Sequence[str]) -> tuple[list[str], np.ndarray | None, list
             if {name.lower() for name in here} <= SPLITS:
                 return [], None, here
             number = {name: i for i, name in enumerate(here)}
-            return here, np.array([number[parts[level]] for parts in folders], np.int64), []
+            return here, np.array([number[parts[level]] for parts in folders], np.int64)[where], []
     return [], None, []
 
 
-def require_labels(source: Source) -> Source:
-    """The source, if it has labels. Raises SourceError that says how to give some."""
+def require_labels(source: Source, known: Sequence[str] = ()) -> Source:
+    """The source, if it has labels. Raises SourceError that says why not, and how to give some.
+
+    known: the classes of other images, of which these may have a single one.
+    """
+    folders = (
+        {name.partition("/")[0] if "/" in name else "" for name in source.names} if source.labels is None else set()
+    )
+    if len(folders) == 1 and folders <= set(known):
+        source.classes, source.labels = sorted(folders), np.zeros(len(source), np.int64)
     if source.labels is None:
         if source.split_folders:
             raise SourceError(
                 f"{source.name} holds {', '.join(source.split_folders)}, which are splits, not classes; point at "
                 f"one of them, for example {source.name.rstrip('/')}/{source.split_folders[-1]}"
             )
+        why = ""
+        if len(folders) > 1 and "" in folders:
+            stray = [name for name in source.names if "/" not in name]
+            why = f": {len(stray)} of its images lie beside the sub-folders ({some(stray, 3)})"
+        elif len(folders) == 1 and "" not in folders:
+            why = f": all its images lie in one sub-folder, {folders.pop()}"
         raise SourceError(
-            f"{source.name} has no class labels; they come from sub-folder names: put the images of each class into a "
-            "folder of its own (at least two classes)"
+            f"{source.name} has no class labels{why}; they come from sub-folder names: put the images of each class "
+            "into a folder of its own (at least two classes)"
         )
     return source
 
@@ -174,11 +197,22 @@ def _from_file(text: str) -> Source:
 
 
 class Files(Source):
-    """Files on disk: row i is the file root/relative[i]."""
+    """Files on disk: row i is the file root/relative[i]. `changed` as in `Source`, by row."""
 
-    def __init__(self, name: str, root: str, relative: Sequence[str], sizes: Sequence[int], **more: Any) -> None:
-        super().__init__(name, [printable(path) for path in relative], sizes, **more)
-        self.root, self.relative = root, list(relative)
+    def __init__(
+        self,
+        name: str,
+        root: str,
+        relative: Sequence[str],
+        sizes: Sequence[int] | np.ndarray,
+        changed: Sequence[int] | np.ndarray,
+        *,
+        location: str | None = None,
+    ) -> None:
+        self.root = root
+        self.relative = relative if isinstance(relative, Names) else Names(relative)
+        super().__init__(name, _printed(self.relative), sizes, location=location)
+        self.changed = np.array(changed, np.int64)
 
     def read(self, i: int) -> bytes:
         path = os.path.join(self.root, self.relative[i])
@@ -202,17 +236,56 @@ def printable(path: str) -> str:
     return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
+def _printed(paths: Names) -> Names:
+    """`printable` of each; the very same object where that changes nothing, as it nearly always does."""
+    if paths.blob.isascii() and os.sep == "/" and not re.search(rb"[\x00-\x1f\x7f]", paths.blob):
+        return paths
+    printed = Names(printable(path) for path in paths)
+    return paths if printed.same(paths) else printed
+
+
+def _last_change(found: os.stat_result) -> int:
+    """When a file's content, name or mode was last changed: nobody can set back the second of these (on Windows, which
+    has none, it is when the file was made)."""
+    return max(found.st_mtime_ns, found.st_ctime_ns)
+
+
+class _Listing:
+    """Files as they are found: a list of paths and two arrays of plain numbers."""
+
+    def __init__(self) -> None:
+        self.paths: list[str] = []
+        self.sizes, self.changed = array("q"), array("q")
+
+    def add(self, path: str, found: os.stat_result | None) -> None:
+        self.paths.append(path)
+        self.sizes.append(-1 if found is None else found.st_size)  # kept as a row: reading it will say what is wrong
+        self.changed.append(-1 if found is None else _last_change(found))
+
+    def files(self, name: str, root: str, *, ordered: bool, location: str | None = None) -> Files:
+        """All of them as a source: as they came when `ordered`, otherwise sorted by the bytes of their paths."""
+        order = np.arange(len(self.paths))
+        if not ordered:
+            plain = all(map(str.isascii, self.paths))  # then text sorts as its bytes do
+            keys = self.paths if plain else [os.fsencode(path) for path in self.paths]
+            order = np.array(sorted(range(len(keys)), key=keys.__getitem__), np.int64)
+        paths = Names([self.paths[i] for i in order.tolist()])
+        sizes, changed = np.array(self.sizes, np.int64)[order], np.array(self.changed, np.int64)[order]
+        return Files(name, root, paths, sizes, changed, location=location)
+
+
 def _from_tree(text: str) -> Files:
     skipped: Counter[str] = Counter()
-    entries = sorted(_walk(text, skipped), key=lambda entry: os.fsencode(entry[0]))
-    source = Files(text, os.path.abspath(text), [path for path, _ in entries], [size for _, size in entries])
+    listing = _Listing()
+    _walk(text, listing, skipped)
+    source = listing.files(text, os.path.abspath(text), ordered=False)
     source.skipped = skipped
     source.label_by_folder()
     return source
 
 
-def _walk(root: str, skipped: Counter[str], wanted: Callable[[str], bool] = bool) -> Iterator[tuple[str, int]]:
-    """(relative path, size) of every image file whose relative path is `wanted`.
+def _walk(root: str, listing: _Listing, skipped: Counter[str], wanted: Callable[[str], bool] | None = None) -> None:
+    """Add every image file whose relative path is `wanted`.
 
     Each folder once, so a loop of links ends; a folder is taken by its shallowest path; run folders are passed over.
     Nothing but stat is called.
@@ -220,54 +293,55 @@ def _walk(root: str, skipped: Counter[str], wanted: Callable[[str], bool] = bool
     seen: set[tuple[int, int]] = set()
     level = [""]
     while level:
-        below: list[str] = []
-        for folder in level:
-            below += yield from _list_folder(root, folder, seen, skipped, wanted)
-        level = below
+        level = [path for folder in level for path in _list_folder(root, folder, seen, listing, skipped, wanted)]
 
 
 def _list_folder(
-    root: str, folder: str, seen: set[tuple[int, int]], skipped: Counter[str], wanted: Callable[[str], bool]
-) -> Generator[tuple[str, int], None, list[str]]:
-    """The images of one folder; returns its sub-folders."""
-    below: list[str] = []
+    root: str,
+    folder: str,
+    seen: set[tuple[int, int]],
+    listing: _Listing,
+    skipped: Counter[str],
+    wanted: Callable[[str], bool] | None,
+) -> list[str]:
+    """Add the images of one folder; returns its sub-folders, links last."""
     try:
         here = os.stat(os.path.join(root, folder))
         if (here.st_dev, here.st_ino) in seen:
             skipped["folder seen before"] += 1
-            return below
+            return []
         seen.add((here.st_dev, here.st_ino))
         with os.scandir(os.path.join(root, folder)) as entries:
-            listing = sorted(entries, key=lambda entry: (entry.is_symlink(), os.fsencode(entry.name)))
-        if {"config.json", "plan.json"} <= {entry.name for entry in listing}:
+            found = [entry for entry in entries if not _hidden(entry.name)]
+        if {"config.json", "plan.json"} <= {entry.name for entry in found}:
             skipped["run folder"] += 1  # its pictures are no data, and a run made here could not go on
-            return below
+            return []
     except PermissionError:
         skipped["folder without permission"] += 1
-        return below
+        return []
     except OSError:
         skipped["folder that cannot be read"] += 1
-        return below
-    for entry in listing:
-        if _hidden(entry.name):
-            continue
-        path = os.path.join(folder, entry.name)
+        return []
+    below: list[os.DirEntry[str]] = []
+    for entry in found:
+        path = f"{folder}{os.sep}{entry.name}" if folder else entry.name
         try:
             if entry.is_dir():
-                below.append(path)
-            elif not wanted(path.replace(os.sep, "/")):
+                below.append(entry)
+            elif wanted is not None and not wanted(path.replace(os.sep, "/")):
                 continue
             elif not entry.name.lower().endswith(EXTENSIONS):
                 skipped[os.path.splitext(entry.name)[1].lower()] += 1
             elif entry.is_file():
-                yield path, entry.stat().st_size
+                listing.add(path, entry.stat())
             elif entry.is_symlink() and not os.path.exists(entry.path):
                 skipped["broken link"] += 1
             else:
                 skipped["not a regular file"] += 1
         except OSError:
             skipped["broken link"] += 1
-    return below
+    below.sort(key=lambda entry: (entry.is_symlink(), os.fsencode(entry.name)))
+    return [os.path.join(folder, entry.name) for entry in below]
 
 
 def _hidden(name: str) -> bool:
@@ -284,7 +358,9 @@ def _from_glob(text: str) -> Files:
         def wanted(path: str) -> bool:
             return _matches(path.split("/"), parts[plain:])
 
-        found = [os.path.join(root, path) for path, _ in _walk(root or ".", skipped, wanted)]
+        listing = _Listing()
+        _walk(root or ".", listing, skipped, wanted)
+        found = [os.path.join(root, path) for path in listing.paths]
     else:
         found = []
         for path in glob.iglob(text):
@@ -314,15 +390,17 @@ def _absolute_files(text: str, paths: Sequence[str], *, location: str | None = N
     """Files anywhere; names are relative to their longest common folder."""
     absolute = [os.path.abspath(path) for path in paths]
     root = os.path.commonpath([os.path.dirname(path) for path in absolute]) if absolute else os.getcwd()
-    relative, sizes = [os.path.relpath(path, root) for path in absolute], [_size(path) for path in absolute]
-    return Files(text, root, relative, sizes, location=location)
+    listing = _Listing()
+    for path in absolute:
+        listing.add(os.path.relpath(path, root), _stat(path))
+    return listing.files(text, root, ordered=True, location=location)
 
 
-def _size(path: str) -> int:
+def _stat(path: str) -> os.stat_result | None:
     try:
-        return os.stat(path).st_size
+        return os.stat(path)
     except OSError:
-        return -1  # kept as a row: reading it will say what is wrong
+        return None
 
 
 def open_files(paths: Sequence[str | Path]) -> Files:
@@ -350,9 +428,9 @@ def _from_list(text: str) -> Files:
         path, label = _path_and_label(line, folder)
         paths.append(os.path.join(folder, path))
         labels.append(label)
-    if paths and _size(paths[0]) < 0 and not paths[0].lower().endswith(EXTENSIONS):
+    if paths and _stat(paths[0]) is None and not paths[0].lower().endswith(EXTENSIONS):
         paths, labels = paths[1:], labels[1:]  # a heading such as "path,label"
-    if paths and all(_size(path) < 0 for path in paths):
+    if paths and all(_stat(path) is None for path in paths):
         raise SourceError(
             f"none of the {len(paths)} files listed in {text} exists, the first is {paths[0]}; paths are read "
             f"relative to {folder}"
@@ -425,7 +503,8 @@ class TarSource(Source):
         skipped = self.skipped
         super().__init__(text, [printable(name) for name, *_ in members], [size for _, _, size, _ in members])
         self.skipped = skipped
-        self.offsets = [offset for _, offset, _, _ in members]
+        self.changed = _of_archive(text, len(members))
+        self.offsets = np.array([offset for _, offset, _, _ in members], np.int64)
         self.contents = [content for *_, content in members] if compressed else None
         self.label_by_folder()
 
@@ -460,10 +539,16 @@ class TarSource(Source):
             return self.contents[i]
         try:
             with open(self.location, "rb") as file:
-                file.seek(self.offsets[i])
+                file.seek(int(self.offsets[i]))
                 return file.read(int(self.sizes[i]))
         except OSError as error:
             raise BadImage("VANISHED", f"the archive cannot be read any more: {error.strerror}") from None
+
+
+def _of_archive(path: str, rows: int) -> np.ndarray:
+    """`Source.changed` of the members: that of their archive."""
+    found = _stat(path)
+    return np.full(rows, -1 if found is None else _last_change(found), np.int64)
 
 
 def _is_compressed(path: str) -> bool:
@@ -493,8 +578,10 @@ class ZipSource(Source):
         # NotImplementedError is zipfile's word for a version of the format that it does not know.
         except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error) as error:
             raise SourceError(f"{text} cannot be read as a zip file: {error}") from None
-        self.members = sorted(members)
-        super().__init__(text, [printable(name) for name in self.members], [members[name] for name in self.members])
+        ordered = sorted(members)
+        self.members = Names(ordered)
+        super().__init__(text, _printed(self.members), [members[name] for name in ordered])
+        self.changed = _of_archive(text, len(members))
         self.skipped = skipped
         self.label_by_folder()
         self._open: tuple[int, zipfile.ZipFile] | None = None
@@ -542,6 +629,7 @@ class ParquetSource(Source):
             raise SourceError(f"{text} cannot be read as a parquet file: {error}") from None
         self.starts = np.concatenate([[0], np.cumsum(rows)]).astype(np.int64)
         super().__init__(text, names, np.zeros(len(names), np.int64))
+        self.changed = _of_archive(text, len(names))
         self.digest = hashlib.sha256(str((os.path.getsize(text), rows)).encode()).hexdigest()
         if labels is not None:
             self.label_by(labels)

@@ -1,0 +1,61 @@
+"""Seconds until a command answers: `unmask --help` and `import unmask` beside the imports that others wait for.
+
+    python benchmarks/startup.py [--rounds 7] [--json]
+
+Every command is a process of its own, all in turns, with the files in the page cache. `torch` says whether it had
+been imported when the command ended. --tiny is one round of a few, for the test that this script still runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+
+from measure import conclude, origin, spread, timings
+
+LAST_WORD = "import atexit, sys; atexit.register(lambda: print('torch' in sys.modules, file=sys.stderr)); "
+COMMANDS = {
+    "python": "pass",
+    "unmask --help": "from unmask.cli import main; sys.argv = ['unmask', '--help']; main()",
+    "unmask pretrain --help": "from unmask.cli import main; sys.argv = ['unmask', 'pretrain', '--help']; main()",
+    "import unmask": "import unmask",
+    "import unmask.data.sources": "import unmask.data.sources",
+    "import torch": "import torch",
+    "unmask.load_encoder": "import unmask; unmask.load_encoder",
+    "import transformers": "import transformers",
+    "transformers.ViTMAEForPreTraining": "from transformers import ViTMAEForPreTraining",
+}
+TINY = ("python", "unmask --help")
+
+
+def process(code: str) -> Callable[[], str]:
+    """A call that runs the code in a new process and returns the last line of its stderr."""
+
+    def call() -> str:
+        done = subprocess.run([sys.executable, "-c", LAST_WORD + code], check=True, capture_output=True, text=True)
+        return done.stderr.split()[-1]
+
+    return call
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--tiny", action="store_true")
+    options = parser.parse_args()
+    names = [name for name in COMMANDS if "transformers" not in name or find_spec("transformers")]
+    rivals = {name: process(COMMANDS[name]) for name in (TINY if options.tiny else names)}
+    found = timings(rivals, rounds=1 if options.tiny else options.rounds)
+    rows = [
+        {"command": name, **{f"{key}_s": value for key, value in spread(seconds).items()}, "torch": rivals[name]()}
+        for name, seconds in found.items()
+    ]
+    conclude("startup", rows, origin(), as_json=options.json, keep=not options.tiny)
+
+
+if __name__ == "__main__":
+    main()

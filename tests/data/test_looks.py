@@ -1,0 +1,213 @@
+"""What a scan remembers: later scans look only at files that changed, and a memory that is damaged changes nothing."""
+
+import os
+import shutil
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import write_images
+
+from unmask.data import looks as module
+from unmask.data import scan as scanning
+from unmask.data.looks import LooksSoFar, joined, memory_file, recall
+from unmask.data.scan import scan
+from unmask.data.sources import open_source
+
+
+@pytest.fixture(autouse=True)
+def memory(tmp_path, monkeypatch) -> Path:
+    """Whatever takes any time at all is remembered, files made a moment ago too."""
+    monkeypatch.setenv("UNMASK_CACHE", str(tmp_path / "memory"))
+    monkeypatch.setattr(module, "WORTH_KEEPING", -1.0)
+    monkeypatch.setattr(module, "SETTLED", -3600 * 10**9)
+    return tmp_path / "memory"
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    return write_images(tmp_path / "images", 12, classes=3)
+
+
+def plain(result):
+    return {name: str(value) for name, value in vars(result).items() if name not in ("seconds", "known")}
+
+
+def looked_at(monkeypatch) -> list[int]:
+    """The rows that are decoded from now on."""
+    rows: list[int] = []
+    look = scanning._look
+
+    def noting(source, row, like=None):
+        rows.append(row)
+        return look(source, row, like)
+
+    monkeypatch.setattr(scanning, "_look", noting)
+    return rows
+
+
+def test_what_is_unchanged_is_not_looked_at_again(folder, monkeypatch):
+    first = scan(open_source(folder))
+    rows = looked_at(monkeypatch)
+    again = scan(open_source(folder))
+    assert rows == []
+    assert (first.known, again.known) == (0, 12)
+    assert plain(first) == plain(again)
+    assert scan(open_source(folder), anew=True).known == 0
+    assert len(rows) == 12
+
+
+def test_only_new_changed_and_renamed_files_are_looked_at(folder, monkeypatch):
+    scan(open_source(folder))
+    names = open_source(folder).names
+    shutil.copy(folder / names[3], folder / "class0" / "0000a.png")
+    (folder / names[5]).write_bytes((folder / names[6]).read_bytes() + b"\0")
+    (folder / names[8]).rename(folder / "class2" / "9999.png")
+    (folder / names[0]).unlink()
+    source, rows = open_source(folder), looked_at(monkeypatch)
+    found = scan(source)
+    assert sorted(source.names[row] for row in rows) == sorted(["class0/0000a.png", names[5], "class2/9999.png"])
+    assert plain(found) == plain(scan(source, anew=True))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows does not tell when a file was last changed in any way")
+def test_other_bytes_of_the_same_size_with_the_old_time_are_noticed(folder, monkeypatch):
+    scan(open_source(folder))
+    path = folder / open_source(folder).names[4]
+    before, size = path.stat(), path.stat().st_size
+    path.write_bytes(b"x" * size)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    rows = looked_at(monkeypatch)
+    found = scan(open_source(folder))
+    assert rows == [4]
+    assert [bad.code for bad in found.bad] == ["NOT_IMAGE"]
+
+
+def test_bad_files_are_looked_at_every_time(folder, monkeypatch):
+    (folder / "class1" / "bad.png").write_bytes(b"no image")
+    first, rows = scan(open_source(folder)), looked_at(monkeypatch)
+    again = scan(open_source(folder))
+    assert [open_source(folder).names[row] for row in rows] == ["class1/bad.png"]
+    assert plain(first) == plain(again)
+
+
+def test_a_file_that_has_just_changed_is_not_remembered(folder, monkeypatch):
+    monkeypatch.setattr(module, "SETTLED", 2 * 10**9)
+    scan(open_source(folder))
+    assert scan(open_source(folder)).known == 0
+
+
+def test_a_sample_adds_to_what_is_known(folder):
+    scan(open_source(folder), sample=5)
+    assert scan(open_source(folder), sample=2).known == 2
+    found = scan(open_source(folder))
+    assert found.known == 5
+    assert plain(found) == plain(scan(open_source(folder), anew=True))
+    (folder / open_source(folder).names[0]).write_bytes(b"damaged")
+    scan(open_source(folder), sample=2, anew=True)
+    assert scan(open_source(folder)).known == 11
+
+
+def test_an_interrupted_scan_goes_on_where_it_was(tmp_path, monkeypatch):
+    monkeypatch.setattr(scanning, "CHUNK", 4)
+    folder = write_images(tmp_path / "images", 10)
+
+    def stop(done):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        scan(open_source(folder), workers=0, progress=stop)
+    found = scan(open_source(folder), workers=0)
+    assert found.known == 4
+    assert plain(found) == plain(scan(open_source(folder), anew=True))
+
+
+def test_members_of_an_archive_are_remembered_until_it_changes(folder, tmp_path):
+    def pack(level):
+        with tarfile.open(tmp_path / "a.tar", "w") as archive:
+            archive.add(folder / level, level)
+
+    pack("class0")
+    first = scan(open_source(tmp_path / "a.tar"))
+    again = scan(open_source(tmp_path / "a.tar"))
+    assert (again.known, plain(again)) == (4, plain(first))
+    pack("class1")
+    assert scan(open_source(tmp_path / "a.tar")).known == 0
+
+
+def test_images_that_lie_in_no_file_are_not_remembered(memory):
+    scan(open_source("shapes:5"))
+    assert not memory.exists()
+    assert memory_file(open_source("shapes:5")) is None
+
+
+def test_it_can_be_turned_off_and_other_decoders_look_anew(folder, memory, monkeypatch):
+    monkeypatch.setenv("UNMASK_CACHE", "off")
+    scan(open_source(folder))
+    assert not memory.exists()
+    monkeypatch.setenv("UNMASK_CACHE", str(memory))
+    scan(open_source(folder))
+    monkeypatch.setattr(module, "_about", lambda: "another Pillow")
+    assert scan(open_source(folder)).known == 0
+
+
+def test_the_memory_is_in_the_users_cache_folder(tmp_path, monkeypatch):
+    monkeypatch.delenv("UNMASK_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert module.memory_folder() == tmp_path / "unmask"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", lambda: tmp_path / "home")
+    assert module.memory_folder() == tmp_path / "home" / ".cache" / "unmask"
+
+    def homeless():
+        raise RuntimeError
+
+    monkeypatch.setattr(Path, "home", homeless)
+    assert module.memory_folder() is None
+
+
+def test_nowhere_to_write_costs_nothing_but_time(folder, memory):
+    memory.write_bytes(b"a file where the folder should be")
+    found = scan(open_source(folder))
+    assert plain(found) == plain(scan(open_source(folder)))
+    assert memory.read_bytes() == b"a file where the folder should be"
+
+
+def test_a_damaged_memory_is_as_good_as_none(folder):
+    source = open_source(folder)
+    whole = plain(scan(source))
+    file = memory_file(source)
+    assert file is not None
+    content, rng = file.read_bytes(), np.random.default_rng(0)
+    damaged = [content[: int(cut)] for cut in rng.integers(0, len(content), 60)]
+    for place in rng.integers(0, len(content), 240):
+        one = bytearray(content)
+        one[place] ^= 1 << int(rng.integers(8))
+        damaged.append(bytes(one))
+    useless = 0
+    for one in damaged:
+        file.write_bytes(one)
+        useless += recall(source) is None
+        assert plain(scan(source, workers=0)) == whole
+    assert useless == 300
+    file.write_bytes(content)
+    assert scan(source).known == 12
+
+
+def test_columns_are_taken_apart_and_joined(folder):
+    source = open_source(folder)
+    so_far = [LooksSoFar(), LooksSoFar()]
+    for row in range(len(source)):
+        look = scanning._look(source, row)
+        assert isinstance(look, module.Look)
+        so_far[row % 2].add(row, look)
+    both = joined(part.looks() for part in so_far)
+    assert both.rows.tolist() == list(range(12))
+    for row in (0, 7, 11):
+        look = scanning._look(source, row)
+        one = both.at(np.array([row]))
+        assert isinstance(look, module.Look)
+        assert np.array_equal(one.sums, look.sums)
+        assert np.array_equal(one.squares, look.squares)
+        assert tuple(one.sizes[0]) == look.size

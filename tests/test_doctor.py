@@ -1,0 +1,99 @@
+"""`unmask doctor DATA`: what is called the limit is what takes the time, and the advice follows from it."""
+
+import time
+
+import pytest
+from conftest import write_images
+
+from unmask import doctor as module
+from unmask.console import Console
+from unmask.data.sources import Files
+from unmask.doctor import DECODING, STEP, STORAGE, TRANSFORM, Pace, examine_data
+from unmask.errors import UserError
+
+
+def pace(read=0.001, decode=0.002, transform=0.0005, step=0.001, *, workers=1, cores=16, cached=False) -> Pace:
+    load = transform if cached else read + decode + transform
+    return Pace(read, decode, transform, step, workers, cores, cached, loaded=max(1, workers) / load)
+
+
+def test_a_slow_step_is_the_limit_and_needs_nothing():
+    found = pace(step=0.01)
+    assert (found.limit, found.wait, found.advice("d")) == (STEP, 0.0, [])
+    assert found.enough_workers == 1
+
+
+def test_workers_are_advised_where_cores_are_idle():
+    found = pace()
+    assert found.limit == DECODING
+    assert found.wait == pytest.approx(1 - 1 / 3.5)
+    assert found.enough_workers == 5, "3.5 times as slow as the step, and a fifth to spare"
+    assert found.advice("d")[0] == "--set data.workers=5"
+    assert "unmask pack d" in found.advice("d")[1]
+    assert pace(workers=5).advice("d") == []
+    assert pace(workers=5).limit == STEP
+
+
+def test_what_takes_longest_is_named_where_loading_cannot_keep_up():
+    assert pace(read=0.01).limit == STORAGE
+    assert "disk" in " ".join(pace(read=0.01).advice("d"))
+    assert pace(transform=0.01).limit == TRANSFORM
+    assert "data.size" in " ".join(pace(transform=0.01).advice("d"))
+
+
+def test_more_workers_than_cores_are_not_advised():
+    advice = " ".join(pace(cores=2).advice("d"))
+    assert "data.workers" not in advice
+    assert "2 cores" in advice
+
+
+def test_images_in_memory_cost_their_transform_alone():
+    found = pace(read=1.0, decode=1.0, workers=0, cached=True)
+    assert found.load == 0.0005
+    assert found.limit == STEP
+    assert found.wait == pytest.approx(1 / 3), "no worker: in turn with the step"
+    assert pace(transform=0.002, workers=0, cached=True).limit == TRANSFORM
+
+
+@pytest.mark.parametrize("slow", [STORAGE, DECODING])
+def test_what_is_slow_is_found(tmp_path, monkeypatch, slow):
+    monkeypatch.setattr(module, "measure_step_seconds", lambda *_, **__: 0.0001)
+    monkeypatch.setattr(module, "PATIENCE", 0.3)
+    place = (Files, "read") if slow == STORAGE else (module.decode, "decode")
+    usual = getattr(*place)
+
+    def late(*given, **named):
+        time.sleep(0.03)
+        return usual(*given, **named)
+
+    monkeypatch.setattr(*place, late)
+    data = str(write_images(tmp_path / "images", 12))
+    settings = ["data.size=[16,16]", "train.device=cpu", "data.cache=false", "data.workers=0", "train.batch_size=8"]
+    found = examine_data(data, Console(quiet=True), recipe="mae_nano", settings=settings)
+    assert found["limit"] == slow
+    assert found["read" if slow == STORAGE else "decode"] >= 0.03
+    assert found["wait"] > 0.9
+    assert found["enough_workers"] >= 1.2 * 0.03 / (0.0001 / 8)
+
+
+def test_a_quick_loader_is_told_from_a_slow_step(images, monkeypatch):
+    said: list[str] = []
+    monkeypatch.setattr(Console, "say", lambda _, text="": said.append(text))
+    monkeypatch.setattr(module, "measure_step_seconds", lambda *_, **__: 60.0)
+    monkeypatch.setattr(module, "PATIENCE", 0.2)
+    (images / "bad.png").write_bytes(b"no image")
+    settings = ["train.device=cpu", "data.workers=1", "data.cache=false", "data.max_bad_fraction=0.2"]
+    found = examine_data(str(images), Console(), settings=settings)
+    assert (found["limit"], found["advice"], found["workers"]) == (STEP, [], 1)
+    assert [line.split()[0] for line in said[1:5]] == ["read", "decode", "transform", "step"]
+    assert said[-1] == "the limit is the step, and data.workers=1 would suffice"
+
+
+def test_what_cannot_be_trained_on_is_refused(tmp_path, images):
+    with pytest.raises(UserError, match="learns from labels"):
+        examine_data(str(images), Console(quiet=True), recipe="finetune_nano")
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    (bad / "a.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match="none of the 1 files"):
+        examine_data(str(bad), Console(quiet=True))

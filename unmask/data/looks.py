@@ -1,0 +1,220 @@
+"""What was found by looking at files: columns of numbers instead of an object a file, and remembered between commands.
+
+A scan decodes every file, which for a large folder takes longer than anything else before the first step. So what it
+found in the files that could be read is kept in a folder of its own (never among the images), and a later scan looks
+only at files that are new or have changed since, by size or by the time of the last change. It is only ever a
+shortcut: a file that is damaged, of another version, or cannot be written, costs another look and nothing else.
+
+Files that could not be read are not remembered: they may have been mended elsewhere (a mount, a permission, memory).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from array import array
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+
+from unmask.data import decode
+from unmask.data.arrays import read_arrays, write_arrays
+from unmask.data.names import Names
+from unmask.data.sources import Source
+
+LAYOUT = 1
+WORD = np.dtype("S8")
+WORTH_KEEPING = 2.0  # seconds of looking; data that is seen again as fast needs no memory
+SETTLED = 2_000_000_000  # nanoseconds: coarse clocks of file systems give two changes within it the same time
+COLUMNS = ("sizes", "channels", "dtypes", "formats", "sums", "squares")
+DECODERS = ("numpy", "pillow", "simplejpeg", "tifffile")
+
+
+@dataclass(frozen=True)
+class Look:
+    """One readable file; sums per channel are of its values and their squares."""
+
+    size: tuple[int, int]
+    channels: int
+    dtype: str
+    format: str
+    sums: np.ndarray
+    squares: np.ndarray
+
+
+@dataclass(frozen=True)
+class Looks:
+    """Readable files, a row each, ascending: about 80 bytes a colour image.
+
+    `rows` (n,) int64 of the source; `sizes` (n, 2) int32; `channels` (n,) int32; `dtypes` and `formats` (n,) words in
+    ASCII of at most 8 letters; `sums` and `squares` (sum of channels,) float64, one after another.
+    """
+
+    rows: np.ndarray
+    sizes: np.ndarray
+    channels: np.ndarray
+    dtypes: np.ndarray
+    formats: np.ndarray
+    sums: np.ndarray
+    squares: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def starts(self) -> np.ndarray:
+        """(n,) int64: where the sums of each begin."""
+        return np.cumsum(self.channels, dtype=np.int64) - self.channels
+
+    def at(self, places: np.ndarray) -> Looks:
+        """Those at these places only, in this order."""
+        channels = self.channels[places].astype(np.int64)
+        within = np.arange(channels.sum()) - np.repeat(np.cumsum(channels) - channels, channels)
+        inside = np.repeat(self.starts[places], channels) + within
+        return Looks(
+            self.rows[places], self.sizes[places], self.channels[places], self.dtypes[places], self.formats[places],
+            self.sums[inside], self.squares[inside],
+        )  # fmt: skip
+
+    def with_rows(self, rows: np.ndarray) -> Looks:
+        """The same of files that stand in other rows."""
+        return Looks(rows, self.sizes, self.channels, self.dtypes, self.formats, self.sums, self.squares)
+
+
+def joined(several: Iterable[Looks]) -> Looks:
+    """All of them, by row."""
+    columns = zip(*(vars(looks).values() for looks in several), strict=True)
+    both = Looks(*(np.concatenate(column) for column in columns))
+    return both if (np.diff(both.rows) > 0).all() else both.at(np.argsort(both.rows, kind="stable"))
+
+
+class LooksSoFar:
+    """Looks as they come, one after another."""
+
+    def __init__(self) -> None:
+        self.rows, self.sizes, self.channels = array("q"), array("i"), array("i")
+        self.dtypes, self.formats = array("B"), array("B")
+        self.sums, self.squares = array("d"), array("d")
+        self.words: list[str] = []
+
+    def add(self, row: int, look: Look) -> None:
+        self.rows.append(row)
+        self.sizes.extend(look.size)
+        self.channels.append(look.channels)
+        self.dtypes.append(self._code(look.dtype))
+        self.formats.append(self._code(look.format))
+        self.sums.extend(look.sums.tolist())
+        self.squares.extend(look.squares.tolist())
+
+    def _code(self, word: str) -> int:
+        if word not in self.words:
+            self.words.append(word)
+        return self.words.index(word)
+
+    def looks(self) -> Looks:
+        words = np.array(self.words or [""], WORD)
+        return Looks(
+            np.array(self.rows, np.int64),
+            np.array(self.sizes, np.int32).reshape(-1, 2),
+            np.array(self.channels, np.int32),
+            words[np.array(self.dtypes, np.uint8)],
+            words[np.array(self.formats, np.uint8)],
+            np.array(self.sums),
+            np.array(self.squares),
+        )
+
+
+# ----------------------------------------------------------------------------------------------------------- remembered
+
+
+def memory_folder() -> Path | None:
+    """Where scans are remembered: $UNMASK_CACHE, or `unmask` in the user's cache folder; None if UNMASK_CACHE=off."""
+    told = os.environ.get("UNMASK_CACHE")
+    if told:
+        return None if told == "off" else Path(told)
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "unmask"
+    except RuntimeError:  # a user without a home
+        return None
+
+
+def memory_file(source: Source) -> Path | None:
+    """The file for this data; None where nothing is remembered: images that lie in no file, or it is turned off."""
+    folder = memory_folder()
+    if folder is None or source.changed is None:
+        return None
+    place = hashlib.sha256(source.location.encode("utf-8", "surrogateescape")).hexdigest()
+    return folder / f"scan-{place[:32]}.arrays"
+
+
+def recall(source: Source) -> Looks | None:
+    """What is known of the files that are as they were when they were last looked at; None for nothing."""
+    file = memory_file(source)
+    stored = None if file is None else read_arrays(file)
+    if stored is None or source.changed is None or stored["about"].item() != _about():
+        return None
+    names = Names.stored(stored["names"].tobytes(), stored["ends"])
+    kept = Looks(np.arange(len(names)), *(stored[name] for name in COLUMNS))
+    sizes, changed = stored["bytes"], stored["changed"]
+    place = _places(names, source.names)  # of each row of the source among those kept, or -1
+    rows = np.flatnonzero((place >= 0) & (sizes[place] == source.sizes) & (changed[place] == source.changed))
+    return kept.at(place[rows]).with_rows(rows) if len(rows) else None
+
+
+def remember(source: Source, looks: Looks, began: float) -> Path | None:
+    """Keep these for later, all that is known of the source; returns the file, or None where nothing could be kept.
+
+    began: when looking began, in seconds since 1970. Of files that changed just before, or since, nothing is kept.
+    """
+    file = memory_file(source)
+    if file is None or source.changed is None:
+        return None
+    changed = source.changed[looks.rows]
+    settled = np.flatnonzero((changed >= 0) & (changed < int(began * 1e9) - SETTLED))
+    if not len(settled):
+        return None
+    looks, changed = looks.at(settled), changed[settled]
+    names = source.names if len(looks) == len(source) else Names(source.names[row] for row in looks.rows.tolist())
+    arrays = {name: getattr(looks, name) for name in COLUMNS} | {
+        "about": np.array(_about()),
+        "names": np.frombuffer(names.blob, np.uint8),
+        "ends": names.ends,
+        "bytes": source.sizes[looks.rows],
+        "changed": changed,
+    }
+    try:
+        write_arrays(file, arrays)
+    except OSError:  # a full disk, or no place to write: then the next scan looks again
+        return None
+    return file
+
+
+def worth_keeping(began: float) -> bool:
+    """Whether looking took so long, since `began`, that it should not be done again."""
+    return time.time() - began > WORTH_KEEPING
+
+
+def _places(known: Names, names: Names) -> np.ndarray:
+    """(n,) int64: where each of `names` is among the `known`, -1 where it is not, or more than once."""
+    if known.same(names):
+        return np.arange(len(names))
+    places: dict[str, int] = {}
+    for place, name in enumerate(known):
+        places[name] = -1 if name in places else place
+    return np.fromiter((places.get(name, -1) for name in names), np.int64, len(names))
+
+
+def _about() -> str:
+    """What the looks depend on beside the files: the decoders, and how they are used."""
+    versions = {}
+    for package in DECODERS:
+        with suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    how = hashlib.sha256(Path(decode.__file__).read_bytes()).hexdigest()
+    return json.dumps({"layout": LAYOUT, "versions": versions, "how": how}, sort_keys=True)

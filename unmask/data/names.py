@@ -1,0 +1,80 @@
+"""Very many short texts: the names of a data set's files, in one bytes object and one array of where each ends.
+
+A list of as many Python strings takes three to four times the memory, and a forked loader worker copies it page by page
+as it counts references. Reads like a list of str; what it is not is a list that grows.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Iterator, Sequence
+from typing import overload
+
+import numpy as np
+
+CODING = ("utf-8", "surrogatepass")  # any str there and back, file names that are no text too
+
+
+class Names(Sequence[str]):
+    """Texts in a fixed order. Equal to any sequence of the same texts; a slice is a list of str."""
+
+    def __init__(self, texts: Iterable[str] = ()) -> None:
+        texts = texts if isinstance(texts, list | tuple | Names) else list(texts)
+        joined = "".join(texts)
+        if joined.isascii():
+            self.blob, lengths = joined.encode("ascii"), map(len, texts)
+        else:
+            encoded = [text.encode(*CODING) for text in texts]
+            self.blob, lengths = b"".join(encoded), map(len, encoded)
+        ends = np.cumsum(np.fromiter(lengths, np.int64, len(texts)))
+        self.ends = ends if len(self.blob) >= 1 << 32 else ends.astype(np.uint32)
+
+    @classmethod
+    def stored(cls, blob: bytes, ends: np.ndarray) -> Names:
+        """From `blob` and `ends` (n,) of another one."""
+        names = cls()
+        names.blob, names.ends = blob, ends
+        return names
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.blob) + self.ends.nbytes
+
+    def same(self, other: Names) -> bool:
+        """Whether both hold the same texts, without looking at them one by one."""
+        return self.blob == other.blob and np.array_equal(self.ends, other.ends)
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        i = operator.index(index)
+        i = i + len(self) if i < 0 else i
+        if not 0 <= i < len(self):
+            raise IndexError(f"row {index} of {len(self)} names")
+        return self.blob[int(self.ends[i - 1]) if i else 0 : int(self.ends[i])].decode(*CODING)
+
+    def __iter__(self) -> Iterator[str]:
+        blob, start = self.blob, 0
+        for first in range(0, len(self.ends), 4096):  # not all numbers at once: each is an object
+            for end in self.ends[first : first + 4096].tolist():
+                yield blob[start:end].decode(*CODING)
+                start = end
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, Names):
+            return self.same(other)
+        if not isinstance(other, list | tuple):
+            return NotImplemented
+        return len(self) == len(other) and all(mine == theirs for mine, theirs in zip(self, other, strict=True))
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"Names({self[:5]!r}{f' and {len(self) - 5} more' if len(self) > 5 else ''})"
