@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from unmask.errors import UserError
+from unmask.resample import resample
 
 IGNORED = 255  # the class, in `Batch.maps`, of pixels that are not judged
 NO_BOX = -1  # the label, in `Batch.box_labels`, of rows that only fill up
@@ -66,12 +67,16 @@ class ImageSpec:
 class Batch:
     """One (micro-)batch.
 
-    `images` (B, C, H, W) in the files' dtype; `index` (B,) the row of each image in its source and `epoch` (B,) the
-    pass it belongs to, which together name the random draws of that image.
+    `images` (B, C, H, W) in the files' dtype, from the loader with the channels last in memory; `index` (B,) the row of
+    each image in its source and `epoch` (B,) how often it has been drawn before, which together name the random draws
+    of that image.
 
     Where a task needs them: `labels` (B,) int64; `maps` (B, H, W) int64, the class of every pixel, 255 for one that is
     not judged; `boxes` (B, M, 4) float32, (x1, y1, x2, y2) in pixels of `images`, with `box_labels` (B, M) int64, -1
     where an image has fewer than M boxes.
+
+    crops (B, 7) where resampling is left to the device: `images` are then parts of larger images, and `to` makes images
+    of `size` (H, W) of them; see `resample`.
     """
 
     images: Tensor
@@ -81,6 +86,8 @@ class Batch:
     maps: Tensor | None = None
     boxes: Tensor | None = None
     box_labels: Tensor | None = None
+    crops: Tensor | None = None
+    size: tuple[int, int] | None = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -96,14 +103,19 @@ class Batch:
         return replace(parts[0], **{name: torch.cat([getattr(part, name) for part in parts]) for name in filled})
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on another device; copies from pinned memory overlap with computation."""
-        device = torch.device(device)
-        if self.images.device == device:
-            return self
-        moved = {
-            name: value.to(device, non_blocking=True) for name, value in vars(self).items() if isinstance(value, Tensor)
-        }
-        return replace(self, **moved)
+        """The same batch on another device; copies from pinned memory overlap with computation.
+
+        Images whose resampling was left to the device are resampled there, also where that is this one.
+        """
+        device, batch = torch.device(device), self
+        if self.images.device != device:
+            batch = replace(self, **{
+                name: value.to(device, non_blocking=True)
+                for name, value in vars(self).items() if isinstance(value, Tensor)
+            })  # fmt: skip
+        if batch.crops is None or batch.size is None:
+            return batch
+        return replace(batch, images=resample(batch.images, batch.crops, batch.size), crops=None, size=None)
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory (called by torch's DataLoader on CUDA machines)."""

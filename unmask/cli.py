@@ -300,6 +300,23 @@ def palette(
 
 
 @app.command()
+def pack(
+    data: Data,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A new .tar, which is DATA to every command.")],
+    short_side: Annotated[int, typer.Option(metavar="PIXELS", help="Longer ones are shrunk to it.")] = 512,
+    quality: Annotated[int, typer.Option(help="Of the JPEGs, 1 to 100.")] = 90,
+    workers: Annotated[int | None, typer.Option(help="Processes; default one to a core.", show_default=False)] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Copy images into one tar, large ones shrunk, to train faster on the very same crops and masks."""
+    from unmask.pack import pack
+
+    summary = pack(data, out, short_side=short_side, quality=quality, workers=workers, console=Console())
+    if as_json:
+        _print_json(summary)
+
+
+@app.command()
 def resume(
     run: RunFolder,
     allow_dataset_change: Annotated[
@@ -403,14 +420,18 @@ def predict(
             metavar="PATH", help="FILE.csv, .json or .parquet; masks: a folder; boxes: FILE.json.", show_default=False
         ),
     ],
+    least: Annotated[
+        float,
+        typer.Option(metavar="SCORE", help="Boxes: leave out those with a lower score, 0.05 to 1."),
+    ] = 0.05,
     step: Step = None,
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """What a fine-tuned run says of images: classes with probabilities, masks, or boxes."""
+    """What a fine-tuned run says of images: classes with probabilities, masks, or boxes. A file there is replaced."""
     from unmask.predict import predict
 
-    summary = predict(run, images, out, step=step, device=device, console=Console())
+    summary = predict(run, images, out, least=least, step=step, device=device, console=Console())
     if as_json:
         _print_json(summary)
 
@@ -736,10 +757,25 @@ def recipes(
 
 
 @app.command()
-def doctor(as_json: AsJson = False) -> None:
-    """Versions, device, and a ten-second self-test."""
-    from unmask.doctor import examine
+def doctor(
+    data: Annotated[
+        str | None,
+        typer.Argument(metavar="DATA", help="Images: what would limit training on them?", show_default=False),
+    ] = None,
+    recipe: Annotated[str, typer.Option(help="With DATA: a name from `unmask recipes`, or auto.")] = "auto",
+    settings: Settings = None,
+    as_json: AsJson = False,
+) -> None:
+    """Versions, device, and a ten-second self-test; with DATA, where the time goes and what to do about it."""
+    from unmask.doctor import examine, examine_data
 
+    if data is not None:
+        summary = examine_data(data, Console(), recipe=recipe, settings=settings or ())
+        if as_json:
+            _print_json(summary)
+        return
+    if recipe != "auto" or settings:
+        raise UserError("--recipe and --set came without DATA, and would be ignored; name images too")
     good, summary = examine(Console())
     if as_json:
         _print_json(summary)

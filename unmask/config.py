@@ -39,7 +39,12 @@ class DataConfig(Settings):
     workers: decoding processes; None means chosen from the machine. cache: keep decoded images in memory; None means if
     they fit in `cache_gib`. max_bad_fraction: more unreadable files than this stop the run. scan_sample: files that are
     checked before training, evenly spread, None for all; a bad file that was not among them is met, noted and replaced
-    when its turn comes. test: other images that a supervised run is tested on; None where they are held out of source.
+    when its turn comes. repeats: samples that every image gives when it is read, one after the other and each with its
+    own crop and mask, so that files are decoded in one of so many epochs only; train.batch_size is a multiple. resize:
+    who resamples training crops, the loader's processes or the device; the device pays for images that were packed or
+    are large, and not for small ones, of which more bytes travel than the resampling is worth. The crops are the same,
+    and their pixels but for rounding. test: other images that a supervised run is tested on; None where they are held
+    out of source.
     annotations, test_annotations: where the masks or boxes of a segmentation or detection are, None for beside the
     images; test_split: the list of test images.
     """
@@ -59,12 +64,15 @@ class DataConfig(Settings):
     cache_gib: float = Field(default=1.0, ge=0)
     max_bad_fraction: float = Field(default=0.05, ge=0, le=1)
     scan_sample: int | None = Field(default=20_000, gt=0)
+    repeats: int = Field(default=1, gt=0, le=4096)
+    resize: Literal["loader", "device"] = "loader"
 
 
 class TrainConfig(Settings):
     """How long and how often. `steps` are optimiser steps and win over `epochs`; `batch_size` is global.
 
-    micro_batch: images per forward pass; None means as many as fit in memory. checkpoint_every is in steps, and a
+    micro_batch: images per forward pass; None means as many as fit in memory. compile: the transformer blocks, which
+    takes half a minute or more at the start, and on a CPU a C++ compiler. checkpoint_every is in steps, and a
     checkpoint is also written every `checkpoint_minutes`. precision "auto" is bf16 where the processor is fast at it.
     picture_images: images in each picture, at most 64. test_every: steps after which a supervised run is tested, None
     for ten times in all.

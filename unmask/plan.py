@@ -21,6 +21,7 @@ from unmask.config import Config, ConfigError
 from unmask.console import duration
 from unmask.method import Clock, Method
 from unmask.optim import learning_rate, make_optimizer, peak_lr, update
+from unmask.parallel import compile_blocks, memory_kept, why_not_compiled
 from unmask.rng import Draws
 from unmask.settings import Settings
 
@@ -123,7 +124,7 @@ def example_batch(images: ImageSpec, count: int, device: str) -> Batch:
     pixels = mean.to(DTYPES[images.dtype])[None].repeat(count, 1, 1, 1)
     zeros = torch.zeros(count, dtype=torch.int64)
     box = torch.tensor([0.0, 0.0, images.size[1] / 2, images.size[0] / 2]).expand(count, 1, 4)
-    about = {"labels": zeros, "maps": torch.zeros(count, *images.size, dtype=torch.int64)}
+    about: dict[str, Any] = {"labels": zeros, "maps": torch.zeros(count, *images.size, dtype=torch.int64)}
     return Batch(pixels, torch.arange(count), zeros, **about, boxes=box, box_labels=zeros[:, None]).to(device)
 
 
@@ -214,8 +215,14 @@ def _table(file: Path, between: str) -> list[tuple[str, str]]:
 
 
 def require_micro_batch(config: Config) -> None:
-    """Raises ConfigError when the micro-batch that was asked for does not divide the batch."""
-    batch, wanted = config.train.batch_size, config.train.micro_batch
+    """Raises ConfigError when the micro-batch that was asked for does not divide the batch, or splits data.repeats."""
+    batch, wanted, repeats = config.train.batch_size, config.train.micro_batch, config.data.repeats
+    for name, size in (("batch_size", batch), ("micro_batch", wanted)):
+        if size is not None and size % repeats:
+            raise ConfigError(
+                f"train.{name}={size} is not a multiple of data.repeats={repeats}, the samples that each image gives; "
+                f"use {-(-size // repeats) * repeats}, or change data.repeats"
+            )
     if wanted is not None and batch % wanted:
         near = min((d for d in range(1, batch + 1) if batch % d == 0), key=lambda d: abs(d - wanted))
         raise ConfigError(
@@ -225,13 +232,13 @@ def require_micro_batch(config: Config) -> None:
 
 def choose_micro_batch(config: Config, bytes_per_image: int, device: str) -> tuple[int, str]:
     """Largest divisor of the batch that fits, and why. Raises ConfigError when one asked for does not divide."""
-    batch = config.train.batch_size
+    batch, repeats = config.train.batch_size, config.data.repeats
     require_micro_batch(config)
     if (wanted := config.train.micro_batch) is not None:
         return wanted, f"micro-batch {wanted}: asked for"
     room = int(free_memory(device) * MEMORY_SHARE)
     most = max(1, room // max(1, bytes_per_image))
-    micro = max(d for d in range(1, batch + 1) if batch % d == 0 and d <= most)
+    micro = max((d for d in range(repeats, batch + 1, repeats) if batch % d == 0 and d <= most), default=repeats)
     need = f"{bytes_per_image / 2**20:.1f} MiB of activations an image"
     if micro == batch:
         return micro, f"the whole batch of {batch} in one pass: {need}, {room / 2**30:.1f} GiB to use"
@@ -256,24 +263,27 @@ def measure_step_seconds(
     The mean, because a budget is a sum: slow moments of a busy machine count as often as they come.
     """
     method = fresh_method(config, images).to(device)
+    if config.train.compile and why_not_compiled(device) is None:
+        compile_blocks(method)  # the run finds them compiled
     optimizer = make_optimizer(method, config.optim)
     batch = example_batch(images, micro, device)
     clock = Clock(0, 1, Draws(0, batch.epoch, batch.index))
     accumulation = config.train.batch_size // micro
     times: list[float] = []
     begin = time.perf_counter()
-    while len(times) < 3 or time.perf_counter() - begin < seconds:
-        start = time.perf_counter()
-        for _ in range(min(accumulation, 2)):
-            with autocast(precision, device):
-                loss = method(batch, clock)
-            loss.value.backward()
-        if accumulation > 2:
-            wait_for(loss.value)  # or `part` would be the time it takes to launch the work
-        part = time.perf_counter() - start
-        wait_for(update(optimizer, 0.0, loss.value.detach(), config.optim.clip))
-        whole = time.perf_counter() - start
-        times.append(whole + part * max(0, accumulation - 2) / min(accumulation, 2))
+    with memory_kept(device):  # as in training
+        while len(times) < 3 or time.perf_counter() - begin < seconds:
+            start = time.perf_counter()
+            for _ in range(min(accumulation, 2)):
+                with autocast(precision, device):
+                    loss = method(batch, clock)
+                loss.value.backward()
+            if accumulation > 2:
+                wait_for(loss.value)  # or `part` would be the time it takes to launch the work
+            part = time.perf_counter() - start
+            wait_for(update(optimizer, 0.0, loss.value.detach(), config.optim.clip))
+            whole = time.perf_counter() - start
+            times.append(whole + part * max(0, accumulation - 2) / min(accumulation, 2))
     return sum(times[1:]) / len(times[1:])  # the first pass also warms up
 
 

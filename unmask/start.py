@@ -38,6 +38,7 @@ from unmask.train import Judge, train
 
 NAMED_BAD_FILES = 5
 MOST_EPOCHS_A_STEP = 256
+MOST_PATCHES = 1 << 18
 
 
 class Supervision(NamedTuple):
@@ -131,7 +132,7 @@ def start_run(
     with run.lock():
         run.write("config.json", config.model_dump(mode="json"))
         run.write("plan.json", plan.model_dump(mode="json"))
-        run.write("provenance.json", provenance(plan))
+        run.write("provenance.json", provenance(plan) | grafts.licence(config))
         for row, bad in zip(found.bad_rows, found.bad, strict=True):
             run.add_quarantine({"name": bad.name, "code": bad.code, "detail": bad.detail, "row": int(row)})
         checkpoint.check_space(run, (config.train.keep_checkpoints + 1) * 12 * plan.parameters)
@@ -208,7 +209,7 @@ def resume(
             console.warn(f"the images have changed: going on with the {plan.num_images} there are now, not exactly")
         excluded = set(plan.excluded)
         rows = np.array([row for row in range(len(source)) if row not in excluded], np.int64)
-        images = Images(source, rows, plan.images, config.data.crop, config.train.seed)
+        images = training_images(source, rows, plan.images, config)
         if plan.cached:
             images.keep_decoded()
         _train(run, config, plan, images, console, supervise)
@@ -293,6 +294,7 @@ def drafted(base: Config | None, recipe: str, settings: list[str], budget: float
     if base is not None or recipe != "auto":
         config = resolve(base or catalogue.find(recipe), settings, budget=budget)
         require_micro_batch(config)
+        grafts.require_size(config)
         require_method(config)
         return config
     tries = [resolve(catalogue.find(name), settings, budget=budget) for name in catalogue.AUTO]
@@ -336,6 +338,7 @@ def refuse_labels(config: Config, from_run: str | Path | None) -> None:
 def require_method(config: Config) -> None:
     """Build the method for made-up images, without memory for weights: what does not fit together is said now."""
     grafts.require_tokenizer(config)
+    refuse_absurd_size(config)
     channels = config.data.channels or len(config.data.mean or config.data.std or (0, 0, 0))
     mean, std = config.data.mean or (0.0,) * channels, config.data.std or (1.0,) * channels
     require_statistics(channels, mean, std)
@@ -372,6 +375,18 @@ def refuse_absurd_batch(config: Config, num_images: int) -> None:
         raise ConfigError(
             f"train.batch_size={batch} came for {num_images} images: every step would see each of them "
             f"{batch // num_images} times; use at most {MOST_EPOCHS_A_STEP * num_images}, 16 to 256 is usual"
+        )
+
+
+def refuse_absurd_size(config: Config) -> None:
+    """More patches than could be attended to are a slip of the finger, and their positions alone gigabytes."""
+    height, width = config.data.size
+    patch = config.method.model_dump().get("encoder", {}).get("patch") or (1, 1)
+    patches = (height // patch[0]) * (width // patch[1])
+    if patches > MOST_PATCHES:
+        raise ConfigError(
+            f"data.size={[height, width]} came, which is {patches:,} patches of {patch[0]} x {patch[1]} pixels; at "
+            f"most {MOST_PATCHES:,} were expected (196 is usual): use smaller images, or larger patches"
         )
 
 
@@ -429,7 +444,11 @@ def prepare(
     spec = image_spec(found, config)
     excluded = np.union1d(found.bad_rows, [] if held_out is None else held_out).astype(np.int64)
     rows = np.setdiff1d(np.arange(len(source)), excluded)
-    images = Images(source, rows, spec, config.data.crop, config.train.seed)
+    images = training_images(source, rows, spec, config)
+    if images.repeats > 1:
+        reasons += (f"every image gives {images.repeats} samples when it is read: once in {images.repeats} epochs",)
+    if images.on_device:
+        reasons += ("crops are resampled on the device: asked for",)
     cached = config.data.cache
     if cached is None:
         cached = found.decoded_bytes * len(rows) <= config.data.cache_gib * 2**30
@@ -457,9 +476,23 @@ def prepare(
     return images, plan
 
 
+def training_images(source: Source, rows: np.ndarray, spec: ImageSpec, config: Config) -> Images:
+    """The data set as `config` wants it loaded. Raises ConfigError where the device cannot resample what it holds."""
+    data = config.data
+    on_device = data.resize == "device"
+    if on_device and (spec.dtype != "uint8" or spec.channels not in (1, 3) or data.crop.jitter):
+        what = "data.crop.jitter" if data.crop.jitter else f"{spec.dtype} images of {spec.channels} channels"
+        raise ConfigError(
+            f"data.resize=device came with {what}; it is for 8-bit gray or RGB images without jitter, use "
+            "data.resize=loader"
+        )
+    return Images(source, rows, spec, data.crop, config.train.seed, repeats=data.repeats, on_device=on_device)
+
+
 def batch_seconds(images: Images, batch: int, workers: int, *, cached: bool) -> float:
     """Time to load one global batch, measured on the first images of the order; `cached`: when they lie in memory."""
-    taken = Order(images.rows, images.seed).take(0, min(batch, 64))
+    count = max(images.repeats, min(batch, 64) // images.repeats * images.repeats)
+    taken = Order(images.rows, images.seed, images.repeats).take(0, count)
     if cached:
         images = replace(images, rows=np.unique(taken.index), kept={})
         images.keep_decoded()
@@ -507,7 +540,7 @@ def _train(
         raise
     took = duration(time.monotonic() - began)
     if state == "stopped":
-        console.say(f"stopped after {took}; go on with: unmask resume {run.path}")
+        console.say(f"stopped after {took}")
     else:
         console.say(f"finished {plan.steps} steps in {took}: {run.path}")
 

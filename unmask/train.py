@@ -37,6 +37,7 @@ from unmask.evals.collect import eval_mode
 from unmask.evals.pictures import draw
 from unmask.method import Clock, Method
 from unmask.optim import average_weights, averaged, make_optimizer, update
+from unmask.parallel import compile_blocks, memory_kept, uncompiled, why_not_compiled
 from unmask.plan import Plan, autocast, fresh_method
 from unmask.rng import Draws
 from unmask.run import Run
@@ -105,14 +106,14 @@ def train(run: Run, config: Config, plan: Plan, images: Images, console: Console
 
     Goes on from the newest sound checkpoint of the Run when there is one. Raises TrainingFailed.
     """
-    with stop_requests() as stop, loader_faults(run):
+    with stop_requests() as stop, loader_faults(run), memory_kept(plan.device):
         method = fresh_method(config, plan.images).to(plan.device)
         job = Job(run, config, plan, images, console, method, make_optimizer(method, config.optim))
         at = restore(job) or begin(job)
         run.truncate_metrics(at.step)
         images.gone_bad.update(row["name"] for row in run.quarantine() if "step" in row)
         if config.train.compile:
-            method.compile()
+            compile_or_say(job)
         sample = fixed_images(images, plan, PICTURE_SAMPLE)
         if at.step == 0:
             look(job, sample, at)
@@ -131,7 +132,8 @@ def train(run: Run, config: Config, plan: Plan, images: Images, console: Console
                 draw_now = due(at.step, plan.picture_every, plan.steps)
                 save_now = due(at.step, config.train.checkpoint_every, plan.steps) or stopping
                 save_now = save_now or time.monotonic() - last_save >= 60 * config.train.checkpoint_minutes
-                test_now = judge is not None and (at.step % (plan.test_every or plan.steps) == 0 or at.step == plan.steps)
+                test_now = at.step % (plan.test_every or plan.steps) == 0 or at.step == plan.steps
+                test_now = test_now and judge is not None
                 if not (log_now or draw_now or save_now or test_now or len(unread) >= MOST_UNREAD_STEPS):
                     continue
 
@@ -368,6 +370,14 @@ def restore(job: Job) -> Position | None:
     return Position(**found.state["position"])
 
 
+def compile_or_say(job: Job) -> None:
+    """Compile the method's transformer blocks, or say why they run as they are."""
+    if reason := why_not_compiled(job.plan.device):
+        job.console.warn(f"torch.compile does not work here ({reason}); training goes on without train.compile")
+    elif not compile_blocks(job.method):
+        job.console.warn(f"train.compile is for transformer blocks; {job.config.method.name} has none that it knows")
+
+
 def names_of(method: Method) -> dict[Tensor, str]:
     return {parameter: name for name, parameter in method.named_parameters()}
 
@@ -410,7 +420,7 @@ def look(job: Job, sample: Batch, at: Position) -> None:
     """
     plan, train = job.plan, job.config.train
     clock = Clock(at.step, plan.steps, Draws(train.seed, sample.epoch, sample.index))
-    with eval_mode(job.method), autocast(plan.precision, plan.device):
+    with eval_mode(job.method), uncompiled(), autocast(plan.precision, plan.device):
         picture = job.method.picture(sample, clock)
     file, title = job.run.pictures / f"step-{at.step:08d}.png", f"step {at.step} of {plan.steps}"
     numbers = {name: float(value) for name, value in picture.numbers.items()}
@@ -426,7 +436,7 @@ def look(job: Job, sample: Batch, at: Position) -> None:
 def test(job: Job, judge: Judge, at: Position) -> float:
     """Note how good the method is on its test images, and its averaged weights; returns the seconds that it took."""
     began = time.perf_counter()
-    with torch.no_grad(), eval_mode(job.method), autocast(job.plan.precision, job.plan.device):
+    with torch.no_grad(), eval_mode(job.method), uncompiled(), autocast(job.plan.precision, job.plan.device):
         numbers = {f"test_{name}": value for name, value in judge(job.method).items()}
         if job.config.optim.average is not None:
             with averaged(job.optimizer):

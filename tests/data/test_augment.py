@@ -114,6 +114,49 @@ def test_both_resampling_branches_agree():
     assert np.abs(pillow - torch_branch).max() < 2
 
 
+def picture(height: int, width: int, channels: int, seed: int) -> np.ndarray:
+    """Coarse noise made large: edges, and no detail finer than a filter can follow."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (9, 9, 3), dtype=np.uint8)
+    large = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
+    return large[:, :, :channels].copy()
+
+
+def by_pillow(image: np.ndarray, target: tuple[int, int], box=None) -> np.ndarray:
+    shown = Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
+    found = shown.resize((target[1], target[0]), Image.Resampling.BICUBIC, box=box)
+    return np.asarray(found).reshape(*target, -1).astype(int)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("target", [(32, 48), (100, 30), (224, 224)])
+def test_whole_pixels_are_cut_out_and_resampled_as_pillow_does(channels, target):
+    image = picture(301, 203, channels, seed=channels)
+    for top, left, height, width in ((0, 0, 301, 203), (5, 7, 290, 190), (100, 100, 40, 20), (3, 0, 64, 203)):
+        ours = cut(image, np.array([top, left, height, width]), target, False)
+        part = np.ascontiguousarray(image[top : top + height, left : left + width])
+        assert np.abs(ours - by_pillow(part, target)).mean() < 0.3
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_fractions_of_pixels_are_resampled_as_pillow_does_from_the_whole_image(channels):
+    image = picture(301, 203, channels, seed=channels)
+    for top, left, height, width in ((0, 0, 300.5, 202.3), (0.25, 7.5, 290, 190), (100.1, 100.9, 40.2, 20.7)):
+        ours = cut(image, np.array([top, left, height, width]), (64, 48), False)
+        difference = np.abs(ours - by_pillow(image, (64, 48), (left, top, left + width, top + height)))
+        assert difference.max() <= 2  # its boxes are in single precision
+        assert difference.mean() < 0.1
+
+
+@pytest.mark.parametrize("box", [[4, 6, 30, 36], [4.5, 6, 30, 36], [4, 6, 16, 20]])
+@pytest.mark.parametrize(("dtype", "channels"), [("uint8", 3), ("uint8", 1), ("uint8", 5), ("float32", 2)])
+def test_a_crop_is_written_where_it_is_wanted_and_turned_there(box, dtype, channels):
+    image = np.random.default_rng(0).integers(0, 255, (40, 50, channels)).astype(dtype)
+    out = np.zeros((2, 16, 20, channels), dtype)
+    cut(image, np.array(box), (16, 20), True, out[1])
+    assert not out[0].any()
+    assert (out[1] == cut(image, np.array(box), (16, 20), False)[:, ::-1]).all()
+
+
 def test_scaled_decoding_keeps_the_crop_at_full_resolution():
     assert decode_size((3000, 4000), np.array([0, 0, 3000, 4000]), (224, 224)) == (224, 224)
     assert decode_size((3000, 4000), np.array([0, 0, 300, 400]), (224, 224)) == (2240, 2240)

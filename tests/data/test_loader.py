@@ -139,7 +139,7 @@ def test_batches_have_the_shape_and_dtype_of_the_data_set(size):
     delivery = next(training_batches(images(size=size), start=0, batch=4, batches=1, workers=0))
     assert delivery.batch.images.shape == (4, 3, *size)
     assert delivery.batch.images.dtype == torch.uint8
-    assert delivery.batch.images.is_contiguous()
+    assert delivery.batch.images.is_contiguous(memory_format=torch.channels_last)
     assert delivery.bad == ()
 
 
@@ -225,6 +225,64 @@ def test_a_turned_jpeg_is_cropped_as_it_is_shown():
     assert (got[0] - got[1]).abs().max() < 8
 
 
+# ---------------------------------------------------------------------------------------------------- several of each
+
+
+def test_repeats_are_other_crops_of_one_image_and_no_draw_comes_twice():
+    once, twice = drawn(images(), batches=10), drawn(images(repeats=2), batches=10)
+    assert [row for row, _, _, _ in twice[::2]] == [row for row, _, _, _ in twice[1::2]]
+    assert [row for row, _, _, _ in twice[::2]] == [row for row, _, _, _ in once[:40]]
+    assert [epoch for _, epoch, _, _ in twice[:40]] == [0, 1] * 20  # of the first pass
+    assert [epoch for _, epoch, _, _ in twice[40:]] == [2, 3] * 20
+    assert all(a[3] != b[3] for a, b in zip(twice[::2], twice[1::2], strict=True))
+    assert len({(row, epoch) for row, epoch, _, _ in twice}) == len(twice)
+
+
+def test_a_repeat_is_the_same_sample_as_without_repeats():
+    known = {sample[:2]: sample for sample in drawn(images(), batches=10)}
+    shared = [known.get(sample[:2]) == sample for sample in drawn(images(repeats=4), batches=10) if sample[1] < 4]
+    assert len(shared) == 80
+    assert all(shared)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_repeats_do_not_depend_on_workers_nor_on_where_a_run_goes_on(workers):
+    whole = drawn(images(repeats=4), batches=10)
+    assert drawn(images(repeats=4), batches=10, workers=workers) == whole
+    assert drawn(images(repeats=4), start=24, batches=7, workers=workers) == whole[24:]
+    assert drawn(images(repeats=4), batch=4, batches=20, workers=workers) == whole
+
+
+def test_repeats_are_read_and_decoded_once(monkeypatch):
+    count = [0]
+    true_decode = loader.decode.decode
+
+    def decode(*arguments, **more):
+        count[0] += 1
+        return true_decode(*arguments, **more)
+
+    monkeypatch.setattr(loader.decode, "decode", decode)
+    assert len(drawn(images(repeats=4), batch=16, batches=5)) == 80
+    assert count[0] == 20
+
+
+def test_repeats_of_large_jpegs_are_decoded_as_large_as_any_needs():
+    data = images(large_jpegs(), size=(32, 32), repeats=3)
+    together = data[Order(data.rows, 0, 3).take(0, 9)].batch
+    kept = images(large_jpegs(), size=(32, 32), repeats=3)
+    kept.keep_decoded()
+    exact = kept[Order(data.rows, 0, 3).take(0, 9)].batch
+    assert (together.images.float() - exact.images.float()).abs().mean() < 1.0
+
+
+def test_repeats_of_a_bad_file_are_replaced_and_do_not_count_outside_training():
+    got = drawn(images(source(r3=b""), repeats=2), batches=10)
+    assert len(got) == 80
+    assert 3 not in {row for row, _, _, _ in got}
+    looked_at = list(eval_batches(images(repeats=4, training=False), np.arange(3), batch=3))
+    assert looked_at[0].index.tolist() == [0, 1, 2]
+
+
 # ----------------------------------------------------------------------------------------------------------- bad files
 
 
@@ -280,13 +338,13 @@ def test_a_batch_holds_few_files_at_a_time():
             return super().read(i)
 
     data = images(Watched(dict(zip(source().names, source().files, strict=True))))
-    true_cut = data._cut
+    true_take = data._take
 
-    def cut(*arguments):
+    def take(*arguments):
         held[0] -= 1
-        return true_cut(*arguments)
+        return true_take(*arguments)
 
-    data._cut = cut  # type: ignore[method-assign]
+    data._take = take  # type: ignore[method-assign]
     data[Taken(np.tile(np.arange(COUNT), 5), np.zeros(5 * COUNT, np.int64))]
     assert most[0] <= loader.READ_AHEAD
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import io
 import math
+import re
 import struct
 import warnings
 import zlib
@@ -45,6 +46,7 @@ MOST_PIXELS = 100_000_000
 MOST_VALUES = 4 * MOST_PIXELS
 MOST_BYTES = 200_000_000
 MOST_ASPECT = 1000
+PACKED = re.compile(rb"unmask\0packed (\d{1,6})x(\d{1,6}) from (\d{1,6})x(\d{1,6})")
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601
 
 
@@ -61,7 +63,10 @@ class BadImage(UserError):
 
 @dataclass(frozen=True)
 class Header:
-    """What the first bytes say. Height and width are as displayed, after the EXIF `orientation` (1 to 8) is applied."""
+    """What the first bytes say. Height and width are as displayed, after the EXIF `orientation` (1 to 8) is applied.
+
+    packed_from: height and width of the original, if this is a smaller copy of it that says so (`packed_note`).
+    """
 
     height: int
     width: int
@@ -69,6 +74,12 @@ class Header:
     dtype: str
     format: str
     orientation: int = 1
+    packed_from: tuple[int, int] | None = None
+
+    @property
+    def full_size(self) -> tuple[int, int]:
+        """(H, W) of the original that this is a smaller copy of, or its own."""
+        return self.packed_from or (self.height, self.width)
 
 
 def header(data: bytes) -> Header:
@@ -123,6 +134,23 @@ def decode(data: bytes, *, at_least: tuple[int, int] | None = None, found: Heade
     return _oriented(pixels, found.orientation)
 
 
+def packed_note(size: tuple[int, int], full_size: tuple[int, int]) -> bytes:
+    """What a smaller copy says of its original, in a JPEG's comment or a PNG's text: its own size, and the full one.
+
+    Its own, because a program that crops or shrinks the copy once more may carry the note along; then it is not heeded.
+    """
+    return b"unmask\0packed %dx%d from %dx%d" % (*size, *full_size)
+
+
+def _packed_from(note: bytes, size: tuple[int, int]) -> tuple[int, int] | None:
+    """The size of the original of an image of this `size`, both as displayed, where there is one."""
+    found = PACKED.fullmatch(note)
+    if found is None or (int(found[1]), int(found[2])) != size:
+        return None
+    height, width = int(found[3]), int(found[4])
+    return (height, width) if size[0] <= height and size[1] <= width and height * width <= MOST_PIXELS else None
+
+
 def conform(image: np.ndarray, channels: int, dtype: str) -> np.ndarray:
     """The image with the data set's channels and dtype.
 
@@ -147,7 +175,7 @@ def conform(image: np.ndarray, channels: int, dtype: str) -> np.ndarray:
 
 def _jpeg_header(data: bytes) -> Header:
     """Walk the markers to the frame header: a few microseconds, where opening a decoder costs a hundred."""
-    place, orientation, end = 2, 1, len(data)
+    place, orientation, end, note = 2, 1, len(data), b""
     while place + 4 <= end:
         if data[place] != 0xFF:
             raise BadImage("HEADER_BAD", f"no JPEG marker at byte {place}")
@@ -172,11 +200,14 @@ def _jpeg_header(data: bytes) -> Header:
                 raise BadImage("HEADER_BAD", f"a JPEG of {height} x {width} pixels with {components} components")
             if orientation >= 5:
                 height, width = width, height
-            return Header(height, width, 1 if components == 1 else 3, "uint8", "JPEG", orientation)
+            channels, original = 1 if components == 1 else 3, _packed_from(note, (height, width)) if note else None
+            return Header(height, width, channels, "uint8", "JPEG", orientation, original)
         if marker in (0xD9, 0xDA):
             raise BadImage("HEADER_BAD", "a JPEG without a frame header")
         if marker == 0xE1 and data[place + 4 : place + 10] == b"Exif\0\0":
             orientation = _exif_orientation(data[place + 10 : place + 2 + length])
+        elif marker == 0xFE and data[place + 4 : place + 11] == b"unmask\0":
+            note = data[place + 4 : place + 2 + length]
         place += 2 + length
     raise BadImage("TRUNCATED", "the JPEG ends before its frame header")
 
@@ -255,7 +286,9 @@ def _png_header(data: bytes) -> Header:
                 orientation = _exif_orientation(data[start:end])
     if orientation >= 5:
         height, width = width, height
-    return Header(height, width, channels, "uint16" if bits == 16 else "uint8", "PNG", orientation)
+    note = data[41 : 41 + int.from_bytes(data[33:37], "big")] if data[37:48] == b"tEXtunmask\0" else b""
+    dtype = "uint16" if bits == 16 else "uint8"
+    return Header(height, width, channels, dtype, "PNG", orientation, _packed_from(note, (height, width)))
 
 
 def _png(data: bytes, found: Header) -> np.ndarray:

@@ -1,9 +1,13 @@
 """From a source to batches. Position is one integer: how many samples have been taken.
 
-Sample number s belongs to epoch s // n at place s % n of that epoch's order; order, crop, flip and colour jitter are
-pure functions of (seed, epoch, image). Workers are handed explicit lists of images and keep no state, so their number
-cannot change what is drawn, and starting anywhere costs nothing: there is no iterator to wind forward. Epochs follow
-one another without a gap, so no image is left out and a batch may be larger than the data set.
+Sample number s belongs to pass s // n over the n images, at place s % n of that pass's order; order, crop, flip and
+colour jitter are pure functions of (seed, epoch, image). Workers are handed explicit lists of images and keep no state,
+so their number cannot change what is drawn, and starting anywhere costs nothing: there is no iterator to wind forward.
+Passes follow one another without a gap, so no image is left out and a batch may be larger than the data set.
+
+With `repeats` R every image that a pass comes to gives R samples in a row, each with its own crop, flip, jitter and
+mask, for one reading and decoding (Hoffer et al. 2020, "Augment your batch"). The `epoch` of a sample counts how often
+its image has been drawn before, which without repeats is the number of the pass; with them it is R * pass + repeat.
 
 Maps of classes and boxes around objects (`Annotations`) are cut by the very box and flip that cut their image.
 
@@ -46,7 +50,7 @@ WORKER_TIMEOUT = 300
 
 @dataclass(frozen=True)
 class Taken:
-    """The images of one batch: rows of the source, and the epoch each belongs to."""
+    """The images of one batch: rows of the source, and how often each has been drawn before, its epoch."""
 
     index: np.ndarray  # (B,) int64
     epoch: np.ndarray  # (B,) int64
@@ -65,22 +69,23 @@ class Delivery:
 
 @dataclass
 class Order:
-    """Which image sample number s is. `rows` are the usable rows of the source."""
+    """Which image sample number s is. `rows` are the usable rows of the source; see the module for `repeats`."""
 
     rows: np.ndarray
     seed: int
+    repeats: int = 1
     _cache: dict[int, np.ndarray] = field(default_factory=dict)
 
     def take(self, start: int, count: int) -> Taken:
         """Samples start .. start + count."""
-        slots = np.arange(start, start + count, dtype=np.int64)
-        epoch, place = np.divmod(slots, len(self.rows))
+        slots, repeat = np.divmod(np.arange(start, start + count, dtype=np.int64), self.repeats)
+        passes, place = np.divmod(slots, len(self.rows))
         index = np.empty_like(slots)
-        for number in np.unique(epoch):
-            index[epoch == number] = self._epoch(int(number))[place[epoch == number]]
-        return Taken(index, epoch)
+        for number in np.unique(passes):
+            index[passes == number] = self._pass(int(number))[place[passes == number]]
+        return Taken(index, passes * self.repeats + repeat)
 
-    def _epoch(self, number: int) -> np.ndarray:
+    def _pass(self, number: int) -> np.ndarray:
         if number not in self._cache:
             self._cache = {n: order for n, order in self._cache.items() if n >= number - 1}
             self._cache[number] = self.rows[permutation(self.seed, number, len(self.rows))]
@@ -89,7 +94,10 @@ class Order:
 
 @dataclass(frozen=True)
 class _Opened:
-    """One image on its way: its full size, and either its bytes and header, or itself decoded, or what is wrong."""
+    """One image on its way: its full size, and either its bytes and header, or itself decoded, or what is wrong.
+
+    The full size is the one its boxes are drawn in: that of the original where a smaller copy stands for it (pack.py).
+    """
 
     size: tuple[int, int]
     data: bytes = b""
@@ -122,7 +130,9 @@ class Images(Dataset[Delivery]):
 
     training=False means the centred box and no flip; then a bad file raises, because an evaluation must not put
     another image in its place. whole=True: outside training the box is the whole image, squeezed or stretched to the
-    size the method sees, so that every pixel is judged. With `annotations`, `rows` must be among theirs.
+    size the method sees, so that every pixel is judged. repeats: samples in a row that are of one image, in training.
+    on_device: training images are not resampled here but by `Batch.to`; 8-bit gray and RGB only, without jitter.
+    With `annotations`, `rows` must be among theirs.
     """
 
     source: Source
@@ -133,7 +143,9 @@ class Images(Dataset[Delivery]):
     training: bool = True
     annotations: Annotations | None = None
     whole: bool = False
-    kept: dict[int, np.ndarray] = field(default_factory=dict)
+    repeats: int = 1
+    on_device: bool = False
+    kept: dict[int, _Opened] = field(default_factory=dict)
     gone_bad: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -151,80 +163,117 @@ class Images(Dataset[Delivery]):
         """
         for row in self.rows.tolist():
             try:
-                self.kept[row] = self._conform(decode.decode(self.source.read(row)))
+                data = self.source.read(row)
+                header = decode.header(data)
+                image = self._conform(decode.decode(data, found=header))
+                self.kept[row] = _Opened(header.full_size, image=image)
             except BadImage:
                 continue
 
     def __getitem__(self, taken: Taken) -> Delivery:
         index, bad, more = taken.index.copy(), [], []
-        out = np.empty((len(index), *self.spec.size, self.spec.channels), self.spec.dtype)
-        for start in range(0, len(index), READ_AHEAD):
-            part = slice(start, start + READ_AHEAD)
-            opened = [self._open(int(row)) for row in index[part]]
-            boxes, flips = self._boxes(opened, index[part], taken.epoch[part])
-            for place, image, box, flip in zip(range(start, len(index)), opened, boxes, flips, strict=False):
-                try:
-                    out[place], beside = self._take(int(index[place]), image, box, bool(flip))
-                except BadImage as error:
-                    bad.append(BadFile(self.source.names[int(index[place])], error.code, error.detail))
-                    if not self.training:
-                        raise BadImage(error.code, f"{bad[-1].name}: {error.detail}") from None
-                    index[place], out[place], beside = self._replace(int(index[place]), int(taken.epoch[place]))
-                more.append(beside)
+        # Channels last, as decoders write and as a patch vector is laid out: to turn each batch would cost a twentieth.
+        later = self.training and self.on_device
+        room = augment.room_for(self.spec.size) if later else self.spec.size
+        out = np.empty((len(index), *room, self.spec.channels), self.spec.dtype)
+        crops = np.empty((len(index), 7), np.float32) if later else None
+        for place, (image, box, flip) in enumerate(self._samples(taken)):
+            row, crop = int(index[place]), None if crops is None else crops[place]
+            try:
+                beside = self._take(row, image, box, flip, out[place], crop)
+            except BadImage as error:
+                bad.append(BadFile(self.source.names[row], error.code, error.detail))
+                if not self.training:
+                    raise BadImage(error.code, f"{bad[-1].name}: {error.detail}") from None
+                index[place], beside = self._replace(row, int(taken.epoch[place]), out[place], crop)
+            more.append(beside)
         if self.training and self.crop.jitter:
             draws = uniform(self.seed, Stream.JITTER, taken.epoch, index, 3)
             out = augment.jitter_colours(out, self.crop.jitter, draws)
         labels = self.source.labels
         batch = Batch(
-            images=torch.from_numpy(np.ascontiguousarray(out.transpose(0, 3, 1, 2))),
+            images=torch.from_numpy(out).permute(0, 3, 1, 2),
             index=torch.from_numpy(index),
             epoch=torch.from_numpy(taken.epoch.copy()),
             labels=None if labels is None else torch.from_numpy(labels[index]),
+            crops=None if crops is None else torch.from_numpy(crops),
+            size=self.spec.size if later else None,
             **{name: torch.from_numpy(np.stack([one[name] for one in more])) for name in (more[0] if more else ())},
         )
         return Delivery(batch, tuple(bad))
 
+    def _samples(self, taken: Taken) -> Iterator[tuple[_Opened, np.ndarray, bool]]:
+        """Image, box and flip of each: `repeats` in a row are of one image, which is decoded once."""
+        repeats = self.repeats if self.training else 1
+        assert len(taken.index) % repeats == 0, f"{len(taken.index)} samples are not {repeats} of every image"
+        for start in range(0, len(taken.index), READ_AHEAD * repeats):
+            part = slice(start, start + READ_AHEAD * repeats)
+            opened = [self._open(row) for row in taken.index[part][::repeats].tolist()]
+            sizes = np.array([image.size for image in opened], np.int64).repeat(repeats, 0)
+            boxes, flips = self._boxes(sizes, taken.index[part], taken.epoch[part])
+            for number, image in enumerate(opened):
+                own = slice(number * repeats, (number + 1) * repeats)
+                image = self._decoded(image, boxes[own])
+                yield from ((image, box, bool(flip)) for box, flip in zip(boxes[own], flips[own], strict=True))
+
     def _open(self, row: int) -> _Opened:
         """The bytes and the size of one image; a fault is kept until its turn comes."""
         if row in self.kept:
-            return _Opened(self.kept[row].shape[:2], image=self.kept[row])
+            return self.kept[row]
         try:
             data = self.source.read(row)
             header = decode.header(data)
-            return _Opened((header.height, header.width), data, header)
+            return _Opened(header.full_size, data, header)
         except BadImage as error:
             return _Opened((1, 1), fault=error)
 
-    def _take(self, row: int, opened: _Opened, box: np.ndarray, flip: bool) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """The image's crop, and what goes with it. Raises BadImage."""
-        image = self._cut(opened, box, flip)
-        if self.annotations is None:
-            return image, {}
-        return image, self.annotations.cut(row, opened.size, box, self.spec.size, flip)
-
-    def _cut(self, opened: _Opened, box: np.ndarray, flip: bool) -> np.ndarray:
-        """(H, W, C) of the spec's size, channels and dtype. Raises BadImage."""
-        if opened.fault is not None:
-            raise opened.fault
-        image = opened.image
-        if image is None:
-            at_least = augment.decode_size(opened.size, box, self.spec.size)
+    def _decoded(self, opened: _Opened, boxes: np.ndarray) -> _Opened:
+        """The image as large as its boxes need it, or what is wrong with it."""
+        if opened.image is not None or opened.fault is not None:
+            return opened
+        sizes = [augment.decode_size(opened.size, box, self.spec.size) for box in boxes]
+        try:
+            at_least = (max(height for height, _ in sizes), max(width for _, width in sizes))
             image = self._conform(decode.decode(opened.data, at_least=at_least, found=opened.header))
-        scale = np.array(image.shape[:2]) / opened.size  # a scaled decode shrinks the box alike
-        return augment.cut(image, box * np.tile(scale, 2), self.spec.size, flip)
+        except BadImage as error:
+            return _Opened(opened.size, fault=error)
+        return _Opened(opened.size, image=image)
+
+    def _take(
+        self, row: int, opened: _Opened, box: np.ndarray, flip: bool, out: np.ndarray, crop: np.ndarray | None
+    ) -> dict[str, np.ndarray]:
+        """Writes a decoded image's crop to `out` (H, W, C), or with `crop` (7,) what it is made of on the device.
+
+        Returns what goes with it. Raises BadImage.
+        """
+        if opened.image is None:
+            assert opened.fault is not None
+            raise opened.fault
+        y, x = (have / full for have, full in zip(opened.image.shape, opened.size, strict=False))
+        box_here = box * (y, x, y, x)  # an image that is smaller than in full shrinks the box alike
+        if crop is None:
+            augment.cut(opened.image, box_here, self.spec.size, flip, out)
+        else:
+            augment.cut_later(opened.image, box_here, self.spec.size, flip, out, crop)
+        return {} if self.annotations is None else self.annotations.cut(row, opened.size, box, self.spec.size, flip)
 
     def _conform(self, image: np.ndarray) -> np.ndarray:
         return decode.conform(image, self.spec.channels, self.spec.dtype)
 
-    def _replace(self, row: int, epoch: int) -> tuple[int, np.ndarray, dict[str, np.ndarray]]:
-        """The image that stands in for a bad one: the same choice in every run, whatever came before."""
+    def _replace(
+        self, row: int, epoch: int, out: np.ndarray, crop: np.ndarray | None
+    ) -> tuple[int, dict[str, np.ndarray]]:
+        """Writes the image that stands in for a bad one, the same choice in every run whatever came before, to `out`.
+
+        Returns its row and what goes with it.
+        """
         one = np.array([row]), np.array([epoch])
         for word in words(self.seed, Stream.REPLACE, one[1], one[0], REPLACEMENT_TRIES)[0]:
             other = int(self.rows[word % len(self.rows)])
             opened = self._open(other)
-            boxes, flips = self._boxes([opened], np.array([other]), one[1])
+            boxes, flips = self._boxes(np.array([opened.size], np.int64), np.array([other]), one[1])
             try:
-                return other, *self._take(other, opened, boxes[0], bool(flips[0]))
+                return other, self._take(other, self._decoded(opened, boxes), boxes[0], bool(flips[0]), out, crop)
             except BadImage:
                 continue
         raise BadImage(
@@ -233,9 +282,8 @@ class Images(Dataset[Delivery]):
             "seem to have gone; bring them back and resume",
         )
 
-    def _boxes(self, opened: Sequence[_Opened], index: np.ndarray, epoch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(B, 4) boxes and (B,) flips."""
-        sizes = np.array([image.size for image in opened], np.int64)
+    def _boxes(self, sizes: np.ndarray, index: np.ndarray, epoch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(B, 4) boxes and (B,) flips of images of these full sizes, (B, 2)."""
         if not self.training and self.whole:
             return augment.whole_boxes(sizes), np.zeros(len(index), bool)
         if not self.training:
@@ -267,7 +315,7 @@ def training_batches(
 
     Raises BadImage when a bad file cannot even be replaced.
     """
-    order = Order(images.rows, images.seed)
+    order = Order(images.rows, images.seed, images.repeats)
     return Deliveries(_loader(images, _Positions(order, start, batch, batches), workers, pin))
 
 

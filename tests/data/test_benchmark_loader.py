@@ -1,0 +1,29 @@
+"""The loader's benchmark, once, on a few small images: whether it runs and what it says, not how fast anything is."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "loader.py"
+
+
+def test_it_runs_and_compares_the_same_crops():
+    command = [sys.executable, str(SCRIPT), "--tiny", "--workers", "1", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert {"torch", "pillow", "simplejpeg"} <= set(found["versions"])
+    assert found["device"]
+    alone = {row["images"]: row for row in found["rows"] if row["workers"] == 0}
+    assert list(alone) == ["as they are", "0.012288 megapixels, noise 4", "0.012288 megapixels, noise 4, packed"]
+    for row in alone.values():
+        assert row["unmask_per_s"] > 0
+        assert row["over_reference"] == row["unmask_per_s"] / row["reference_per_s"]
+        assert row["of_bare_decode"] == row["unmask_per_s"] / row["bare_decode_per_s"]
+    assert alone["as they are"]["pixel_difference"] < 0.5  # other crops, or flips, would be tens of levels away
+    assert all(row["pixel_difference"] < 3 for row in alone.values())
+    packed = alone["0.012288 megapixels, noise 4, packed"]
+    assert packed["full_size"] == [96, 128]
+    assert packed["bytes"] < alone["0.012288 megapixels, noise 4"]["bytes"]
+    assert len([row for row in found["rows"] if row["workers"] == 1 and 0 <= row["waiting"] < 1]) == 3

@@ -1,0 +1,255 @@
+"""Packing: the copy is drawn from as the originals are, keeps what must not change, and is whole or not there."""
+
+import hashlib
+import io
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from data.corpus import file_of, noisy, npy, png16, smooth
+from PIL import Image
+
+from unmask import pack as packing
+from unmask.batch import ImageSpec
+from unmask.cli import main
+from unmask.data import decode
+from unmask.data.augment import CropConfig
+from unmask.data.loader import Images, Order, training_batches
+from unmask.data.scan import scan
+from unmask.data.sources import open_source
+from unmask.nn.masks import random_mask
+from unmask.pack import PackError, pack
+from unmask.rng import Draws
+
+SPEC = ImageSpec(3, (16, 16), "uint8", (0.0,) * 3, (1.0,) * 3)
+
+
+def turned(pixels: np.ndarray) -> bytes:
+    """A JPEG stored on its side, with the orientation that puts it right."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return file_of(Image.fromarray(pixels).transpose(Image.Transpose.ROTATE_90), "JPEG", exif=exif, quality=95)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Large and small files of many kinds in two classes, two of them bad."""
+    files = {
+        "cats/0.jpg": file_of(smooth(180, 240), "JPEG", quality=95),
+        "cats/1.png": file_of(noisy(120, 90), "PNG"),
+        "cats/2.jpg": turned(smooth(200, 150)),
+        "cats/3.jpg": file_of(smooth(40, 50), "JPEG"),
+        "cats/4.jpg": file_of(smooth(300, 300), "JPEG")[:2000],
+        "dogs/0.bmp": file_of(smooth(130, 131), "BMP"),
+        "dogs/1.jpg": file_of(smooth(170, 190, 1), "JPEG", quality=95),
+        "dogs/2.png": b"",
+        "dogs/3.jpg": file_of(smooth(400, 64), "JPEG", quality=95),
+    }
+    for name, data in files.items():
+        path = tmp_path / "images" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    return tmp_path / "images"
+
+
+@pytest.fixture
+def copy(folder: Path, tmp_path: Path) -> Path:
+    pack(folder, tmp_path / "copy.tar", short_side=64, workers=0)
+    return tmp_path / "copy.tar"
+
+
+def digests(data: Path, monkeypatch: pytest.MonkeyPatch, *, workers: int = 0, cached: bool = False) -> list[str]:
+    """One for each sample: its row, box in pixels of the original, flip, and mask."""
+    source = open_source(data)
+    images = Images(source, scan(source, workers=0).good_rows, SPEC, CropConfig())
+    if cached:
+        images.keep_decoded()
+    found = []
+    true_boxes = Images._boxes
+    if workers == 0:  # what is drawn is seen where it is drawn
+        seen: list[np.ndarray] = []
+
+        def boxes(self, sizes, index, epoch):
+            drawn, flips = true_boxes(self, sizes, index, epoch)
+            seen.extend(np.append(box, flip) for box, flip in zip(drawn, flips, strict=True))
+            return drawn, flips
+
+        monkeypatch.setattr(Images, "_boxes", boxes)
+    for delivery in training_batches(images, start=0, batch=7, batches=4, workers=workers):
+        batch = delivery.batch
+        mask = random_mask(len(batch), (4, 4), 0.75, Draws(0, batch.epoch, batch.index))
+        found += [(index, keep) for index, keep in zip(batch.index.tolist(), mask.keep.tolist(), strict=True)]
+    monkeypatch.setattr(Images, "_boxes", true_boxes)
+    drawn = seen if workers == 0 else [np.zeros(0)] * len(found)
+    return [
+        hashlib.sha256(str((index, box.tolist(), keep)).encode()).hexdigest()
+        for (index, keep), box in zip(found, drawn, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_order_boxes_flips_and_masks_are_those_of_the_originals(folder, copy, monkeypatch, cached):
+    assert digests(copy, monkeypatch, cached=cached) == digests(folder, monkeypatch)
+
+
+def test_the_pixels_are_nearly_those_of_the_originals(folder, copy):
+    rows = scan(open_source(folder), workers=0).good_rows
+    smooth_rows = rows[rows != 1]  # of noise nothing is left when it is shrunk
+    one, two = (
+        Images(open_source(data), smooth_rows, SPEC, CropConfig())[Order(smooth_rows, 0).take(0, 24)].batch
+        for data in (folder, copy)
+    )
+    assert torch.equal(one.index, two.index)
+    assert (one.images.float() - two.images.float()).abs().mean() < 2.0
+
+
+def test_names_labels_and_what_is_bad_stay_in_their_places(folder, copy):
+    before, after = open_source(folder), open_source(copy)
+    assert list(after.names) == list(before.names)
+    assert after.classes == before.classes == ["cats", "dogs"]
+    assert np.array_equal(after.labels, before.labels)  # type: ignore[arg-type]
+    one, two = scan(before, workers=0), scan(after, workers=0)
+    assert one.bad == two.bad
+    assert len(one.bad) == 2
+    assert np.array_equal(one.good_rows, two.good_rows)
+    assert np.allclose(one.mean, two.mean, atol=3)
+
+
+def test_large_images_are_shrunk_in_their_format_and_say_from_what(folder, copy):
+    source = open_source(copy)
+    heads = {name: decode.header(source.read(i)) for i, name in enumerate(source.names) if i not in (4, 7)}
+    shown = {name: ((head.height, head.width), head.packed_from, head.format, head.channels)
+             for name, head in heads.items()}  # fmt: skip
+    assert shown == {
+        "cats/0.jpg": ((64, 85), (180, 240), "JPEG", 3),
+        "cats/1.png": ((85, 64), (120, 90), "PNG", 3),
+        "cats/2.jpg": ((85, 64), (200, 150), "JPEG", 3),
+        "cats/3.jpg": ((40, 50), None, "JPEG", 3),
+        "dogs/0.bmp": ((64, 64), (130, 131), "PNG", 3),
+        "dogs/1.jpg": ((64, 72), (170, 190), "JPEG", 1),
+        "dogs/3.jpg": ((400, 64), None, "JPEG", 3),
+    }
+    for i in (3, 4, 7, 8):
+        assert source.read(i) == (folder / source.names[i]).read_bytes()
+    for i, name in enumerate(source.names):
+        if name in heads:
+            with Image.open(io.BytesIO(source.read(i))) as other:  # any program reads it
+                assert other.size == (heads[name].width, heads[name].height)
+                other.load()
+
+
+def test_packing_again_remembers_the_first_original(copy, tmp_path):
+    pack(copy, tmp_path / "again.tar", short_side=32, workers=0)
+    assert decode.header(open_source(tmp_path / "again.tar").read(0)).full_size == (180, 240)
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("a.png", png16(smooth(200, 150, 3, top=65535))),
+        ("a.npy", npy(smooth(200, 150).astype(np.float32))),
+        ("b.npy", npy(smooth(200, 150, 5))),
+        ("a.jpg", file_of(smooth(200, 150), "JPEG", quality=1)),  # shrunk it would be a larger file
+    ],
+)
+def test_what_would_lose_is_copied_byte_for_byte(tmp_path, name, data):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / name).write_bytes(data)
+    found = pack(tmp_path / "images", tmp_path / "copy.tar", short_side=128, workers=0)
+    assert (found["shrunk"], found["copied"], found["bad"]) == (0, 1, [])
+    assert open_source(tmp_path / "copy.tar").read(0) == data
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_number_of_processes_changes_nothing(folder, copy, tmp_path, workers):
+    pack(folder, tmp_path / "other.tar", short_side=64, workers=workers)
+    assert (tmp_path / "other.tar").read_bytes() == copy.read_bytes()
+
+
+def test_a_note_that_does_not_fit_is_not_heeded():
+    plain = file_of(smooth(30, 40), "JPEG")
+    for note, heeded in (
+        (decode.packed_note((30, 40), (300, 400)), (300, 400)),
+        (decode.packed_note((60, 80), (300, 400)), None),  # of the image that this one was cut out of
+        (decode.packed_note((30, 40), (20, 30)), None),
+        (decode.packed_note((30, 40), (30_000, 40_000)), None),
+        (b"unmask\0packed by hand", None),
+        (b"a holiday", None),
+    ):
+        comment = b"\xff\xfe" + (len(note) + 2).to_bytes(2, "big") + note
+        head = decode.header(plain[:2] + comment + plain[2:])
+        assert head.packed_from == heeded
+        assert head.full_size == (heeded or (30, 40))
+
+
+def test_masks_beside_packed_images_are_held_against_the_originals(tmp_path):
+    from unmask.data.maps import open_maps
+
+    for kind, pixels in (("images", smooth(100, 120)), ("masks", np.tile(np.arange(2, dtype=np.uint8), (100, 60)))):
+        (tmp_path / kind).mkdir()
+        Image.fromarray(pixels).save(tmp_path / kind / "a.png")
+    pack(tmp_path / "images", tmp_path / "copy.tar", short_side=32, workers=0)
+    maps = open_maps(tmp_path / "copy.tar", masks=tmp_path / "masks")
+    got = Images(maps.source, np.arange(1), SPEC, CropConfig(), annotations=maps)[Order(np.arange(1), 0).take(0, 1)]
+    assert got.batch.maps is not None
+    assert set(got.batch.maps.unique().tolist()) == {0, 1}
+
+
+# ------------------------------------------------------------------------------------------------- whole, or not there
+
+
+@pytest.mark.parametrize("fault", [KeyboardInterrupt, OSError(28, "No space left on device")])
+def test_what_stops_halfway_leaves_nothing(folder, tmp_path, monkeypatch, fault):
+    true_image = packing.pack_image
+
+    def image(source, row, *more):
+        if row == 5:
+            raise fault
+        return true_image(source, row, *more)
+
+    monkeypatch.setattr(packing, "pack_image", image)
+    with pytest.raises((KeyboardInterrupt, PackError)):
+        pack(folder, tmp_path / "copy.tar", short_side=64, workers=0)
+    assert not list(tmp_path.glob("copy.tar*"))
+
+
+def test_a_file_that_is_there_is_left_alone(folder, copy):
+    before = copy.read_bytes()
+    with pytest.raises(PackError, match="exists already"):
+        pack(folder, copy)
+    assert copy.read_bytes() == before
+
+
+def test_what_a_tar_cannot_keep_is_refused(folder, tmp_path):
+    (tmp_path / "order.txt").write_text("images/dogs/0.bmp\nimages/cats/0.jpg\n")
+    (tmp_path / "labels.csv").write_text("images/cats/0.jpg,zebra\nimages/dogs/0.bmp,ant\n")
+    for data, message in (
+        (tmp_path / "order.txt", "order of its own"),
+        (tmp_path / "labels.csv", "not those of folders"),
+        ("shapes:10", "no file names to pack under"),
+    ):
+        with pytest.raises(PackError, match=message):
+            pack(data, tmp_path / "copy.tar", workers=0)
+    with pytest.raises(PackError, match=r"ends in \.tar"):
+        pack(folder, tmp_path / "copy.zip")
+    with pytest.raises(PackError, match="quality 0"):
+        pack(folder, tmp_path / "copy.tar", quality=0)
+    assert not list(tmp_path.glob("copy*"))
+
+
+def test_on_the_command_line(folder, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "new" / "copy.tar"
+    monkeypatch.setattr(sys, "argv", ["unmask", "pack", str(folder), str(out), "--short-side", "64", "--json"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 0
+    said = capsys.readouterr()
+    found = json.loads(said.out)
+    assert (found["images"], found["shrunk"], found["copied"]) == (9, 5, 4)
+    assert [bad["name"] for bad in found["bad"]] == ["cats/4.jpg", "dogs/2.png"]
+    assert "2 cannot be read and are copied as they are" in said.err
+    assert found["bytes_after"] < found["bytes_before"]
+    assert len(open_source(out)) == 9

@@ -1,0 +1,180 @@
+"""Compiled blocks compute the same and are compiled once; memory that is kept is given back."""
+
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from unmask import parallel, train
+from unmask.batch import ImageSpec
+from unmask.console import Console
+from unmask.parallel import compile_blocks, memory_kept, why_not_compiled
+from unmask.recipes.catalogue import find
+
+COMPILED = """
+import json, torch
+from unmask.batch import Batch, ImageSpec
+from unmask.method import Clock
+from unmask.parallel import compile_blocks, uncompiled
+from unmask.recipes.catalogue import find
+from unmask.rng import Draws
+
+def build(name):
+    torch.manual_seed(0)
+    return find(name).build(ImageSpec(3, (32, 32), "uint8", (120.0,) * 3, (60.0,) * 3))
+
+def batch_of(count):
+    images = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return Batch(images, torch.arange(count), torch.zeros(count, dtype=torch.int64))
+
+def step(method, number):
+    batch = batch_of(4)
+    method.zero_grad()
+    loss = method(batch, Clock(0, 1, Draws(number, batch.epoch, batch.index))).value
+    loss.backward()
+    return loss.detach(), method.encoder.patch_embed.proj.weight.grad.clone()
+
+def backend(graph, inputs):
+    graphs.append(graph)
+    return graph.forward
+
+found = {}
+for name in ("mae_nano", "crossmae_nano", "simmim_nano"):
+    torch.compiler.reset()
+    graphs, written, compiled = [], build(name), build(name)
+    blocks, differ = compile_blocks(compiled, backend), 0.0
+    for number in range(3):
+        for ours, theirs in zip(step(written, number), step(compiled, number)):
+            differ = max(differ, float((ours - theirs).abs().max() / ours.abs().max()))
+    after_steps, batch = len(graphs), batch_of(7)
+    clock = Clock(0, 1, Draws(0, batch.epoch, batch.index))
+    with torch.no_grad(), uncompiled():
+        compiled.picture(batch, clock)
+    after_picture = len(graphs)
+    with torch.no_grad():
+        compiled.picture(batch, clock)
+    found[name] = [blocks, differ, after_steps, after_picture, len(graphs)]
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+def test_blocks_alike_are_compiled_once_no_mask_compiles_them_again_and_they_compute_the_same():
+    """In a process of its own, because pytest has types checked and torch would compile the checks."""
+    done = subprocess.run([sys.executable, "-c", COMPILED], check=True, capture_output=True, text=True)
+    found = json.loads(done.stdout)
+    for name, (_, differ, after_steps, after_picture, with_pictures_compiled) in found.items():
+        assert differ < 1e-5, name
+        assert after_steps == after_picture < with_pictures_compiled, name
+    # MAE: the encoder's blocks, the decoder's, and its last one, which goes on with the hidden patches alone.
+    assert {name: (blocks, graphs) for name, (blocks, _, graphs, *_) in found.items()} == {
+        "mae_nano": (8, 3), "crossmae_nano": (10, 2), "simmim_nano": (6, 1)
+    }  # fmt: skip
+
+
+def test_a_method_without_blocks_has_nothing_to_compile():
+    assert compile_blocks(find("dvae_nano").build(ImageSpec(3, (32, 32), "uint8", (120.0,) * 3, (60.0,) * 3))) == 0
+
+
+def test_why_it_does_not_compile_is_one_line(monkeypatch):
+    def broken(*args, **settings):
+        raise RuntimeError("\n  InvalidCxxCompiler: No working C++ compiler found\n  more of it")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    assert why_not_compiled("cpu") == "InvalidCxxCompiler: No working C++ compiler found"
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.:DeprecationWarning")  # of torch's own import
+def test_training_says_why_it_goes_on_without_compiling(monkeypatch, capsys):
+    def job(recipe: str):
+        config = find(recipe)
+        method = config.build(ImageSpec(3, (32, 32), "uint8", (120.0,) * 3, (60.0,) * 3))
+        return SimpleNamespace(plan=SimpleNamespace(device="cpu"), console=Console(), method=method, config=config)
+
+    monkeypatch.setattr(train, "why_not_compiled", lambda device: "no compiler")
+    nano = job("mae_nano")
+    train.compile_or_say(nano)
+    assert "torch.compile does not work here (no compiler)" in capsys.readouterr().err
+    assert all(block._compiled_call_impl is None for block in nano.method.encoder.blocks)
+    monkeypatch.setattr(train, "why_not_compiled", lambda device: None)
+    train.compile_or_say(job("dvae_nano"))
+    assert "dvae has none" in capsys.readouterr().err
+    train.compile_or_say(nano)
+    assert capsys.readouterr().err == ""
+    assert all(block._compiled_call_impl is not None for block in nano.method.encoder.blocks)
+
+
+class Libc:
+    """Notes what it is told."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[int, ...]] = []
+
+    def mallopt(self, number: int, value: int) -> None:
+        self.told.append((number, value))
+
+    def malloc_trim(self, pad: int) -> None:
+        self.told.append((pad,))
+
+
+@pytest.mark.parametrize(
+    "environment", [{}, {"MALLOC_TRIM_THRESHOLD_": "1"}, {"GLIBC_TUNABLES": "glibc.malloc.arena_max=1"}]
+)
+def test_memory_is_given_back_and_a_user_who_has_set_malloc_is_left_alone(environment, monkeypatch):
+    for name in ("MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    libc = Libc()
+    monkeypatch.setattr(parallel, "_glibc", lambda: libc)
+    with memory_kept("cpu"):
+        before = list(libc.told)
+    assert before == ([] if environment else [(-1, -1), (-4, 0)])
+    assert libc.told[len(before) :] == ([] if environment else [(-1, 131072), (-4, 65536), (0,)])
+
+
+def test_on_a_gpu_nothing_is_set(monkeypatch):
+    monkeypatch.setattr(parallel, "_glibc", lambda: pytest.fail("asked for"))
+    with memory_kept("cuda"):
+        pass
+
+
+KEPT = """
+import resource, sys, torch
+from unmask.parallel import memory_kept
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1])
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        torch.ones(12 << 20)  # 48 MiB, 12,288 pages
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+before = resident()
+with memory_kept(sys.argv[1]):
+    torch.ones(12 << 20)
+    print(faults(), resident() - before)
+print(resident() - before)
+"""
+
+
+def kept(device: str) -> list[int]:
+    """Page faults while twenty tensors come and go, pages held when they have gone, and afterwards."""
+    command = [sys.executable, "-c", KEPT, device]
+    environment = {"OMP_NUM_THREADS": "1", "PATH": ""}
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+    return [int(number) for number in done.stdout.split()]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux") or parallel._glibc() is None, reason="this is glibc's")
+def test_kept_memory_costs_no_page_faults_and_is_given_back():
+    (faults, held, afterwards), (usual, *_) = kept("cpu"), kept("cuda")
+    assert usual > 20 * 12_000
+    assert faults < 5 * 12_288, "a few times for the pages of a tensor, not twenty"
+    assert held > 12_000
+    assert afterwards < held - 12_000
