@@ -16,6 +16,7 @@ from unmask.config import Config, ConfigError, override
 from unmask.console import Console
 from unmask.flops import Flops, blocks_flops, build_unallocated, count_flops, typical_images
 from unmask.method import Method
+from unmask.methods.mae import MAE
 from unmask.nn.decoders import LightDecoder
 from unmask.nn.masks import num_kept
 from unmask.nn.vit import ViT
@@ -51,6 +52,7 @@ def recipe_costs(recipe: str, *, settings: Sequence[str] = (), gpus: int | None 
             "rest": flops.rest,
             "forward": flops.forward,
             "training": flops.training,
+            **with_idle_work(method, flops),
         },
         "ratios": ratios(config, method, flops),
         **batches,
@@ -71,6 +73,28 @@ def promised_tokenizer(recipe: str, settings: Sequence[str], dvae: str | None = 
     network = catalogue.find(name).method.model_dump(mode="json")["encoder"]
     promise = {"run": name, "source": grafts.DVAE, "target": grafts.TOKENIZER}
     return name, [f"method.tokenizer={json.dumps(network)}", f"graft={json.dumps([promise])}"]
+
+
+def with_idle_work(method: Method, flops: Flops) -> dict[str, int]:
+    """FLOPs of an image with the work that MAE's published code does for nothing; {} where there is no such thing.
+
+    It embeds the hidden patches too, and takes every token through the decoder's last block and the prediction layer.
+    """
+    if not isinstance(method, MAE) or not flops.masked or method.everywhere:
+        return {}
+    encoder, decoder = method.encoder, method.decoder
+    patches = encoder.grid[0] * encoder.grid[1]
+    kept = num_kept(patches, method.mask_ratio)
+    hidden, width = patches - kept, decoder.embed.out_features
+    embedding = 2 * hidden * encoder.patch_embed.proj.weight.numel()
+    block = decoder.blocks[-1:]
+    block = blocks_flops(block, 1 + patches, width) - blocks_flops(block, 1 + patches, width, last=hidden)
+    prediction = 2 * (1 + kept) * decoder.pred.weight.numel()
+    return {
+        "forward_with_idle_work": flops.forward + embedding + block + prediction,
+        # No gradient is asked of the pixels.
+        "training_with_idle_work": flops.training + 2 * embedding + 3 * (block + prediction),
+    }
 
 
 def ratios(config: Config, method: Method, flops: Flops) -> dict[str, float]:
@@ -150,6 +174,12 @@ def say_costs(found: dict[str, Any], console: Console) -> None:
         if number:
             more = f"  = {number / flops['forward']:.2f} x forward" if name.startswith("training") else ""
             console.say(f"  {name:29s}{_billions(number / 2):>9s} GMACs {_billions(number):>9s} GFLOPs{more}")
+    if "training_with_idle_work" in flops:
+        idle = flops["training_with_idle_work"]
+        console.say(
+            f"  as published it would be {_billions(idle)} GFLOPs to train, {idle / flops['training']:.3f} x: hidden "
+            "patches embedded, visible ones in the decoder's last block and predicted"
+        )
     if share:
         console.say(
             f"mask tokens left out of the encoder save {share['everything']:.2f} x of the forward pass, everything "

@@ -66,12 +66,16 @@ def typical_images(config: Config) -> ImageSpec:
     return ImageSpec(channels, config.data.size, "uint8", (127.5,) * channels, (64.0,) * channels)
 
 
-def blocks_flops(blocks: Iterable[nn.Module], tokens: int, width: int) -> int:
-    """Transformer blocks alone on one sequence of so many tokens, class token included or not as you count."""
-    with torch.device("meta"), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+def blocks_flops(blocks: Iterable[nn.Module], tokens: int, width: int, *, last: int | None = None) -> int:
+    """Transformer blocks alone on one sequence of so many tokens, class token included or not as you count.
+
+    last: only so many tokens at the end are wanted of each (see `nn.blocks.Block`).
+    """
+    with torch.device("meta"), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _counter() as counter:
         x = torch.empty(1, tokens, width)
         for block in blocks:
-            x = block.to("meta")(x)
+            block = block.to("meta")
+            x = block(x) if last is None else block(x, last=last)
     return counter.get_total_flops()
 
 
@@ -87,17 +91,28 @@ def _count(config: Config, images: ImageSpec, device: str) -> Flops:
     batch = example_batch(images, COUNTED, device)
     clock = Clock(0, 1, Draws(0, batch.epoch, batch.index))
     with sdpa_kernel(SDPBackend.MATH):
-        with FlopCounterMode(display=False) as counter:
+        with _counter() as counter:
             value: Tensor = method(batch, clock).value
             forward, parts = counter.get_total_flops(), counter.get_flop_counts()
             encoder, decoder = (_under(parts, f"{type(method).__name__}.{part}") for part in ("encoder", "decoder"))
             value.backward()
-        with torch.no_grad(), FlopCounterMode(display=False) as alone:
+        with torch.no_grad(), _counter() as alone:
             method.encoder(batch.images)
     rest = forward - encoder - decoder
     assert rest >= 0, "a part was counted twice"
     each = (encoder, decoder, rest, counter.get_total_flops(), alone.get_total_flops())
     return Flops(*(number // COUNTED for number in each))
+
+
+def _counter() -> FlopCounterMode:
+    """Counts also what `nn.linear` takes elsewhere, where a CPU computes it."""
+
+    def flops(x: torch.Size, weight: torch.Size, *rest: object, out_shape: object = None) -> int:
+        return 2 * x.numel() * weight[0]
+
+    name = "_linear_pointwise"
+    more = {getattr(torch.ops.mkldnn, name): flops} if hasattr(torch.ops.mkldnn, name) else {}
+    return FlopCounterMode(display=False, custom_mapping=more)
 
 
 def _under(counts: dict[str, dict[object, int]], part: str) -> int:

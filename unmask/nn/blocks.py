@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from unmask.errors import UserError
+from unmask.nn.linear import Linear, linear
 
 LAYER_NORM_EPS = 1e-6
 LONGEST_PLAIN = 256  # tokens; beyond, keeping the scores would cost more memory than the time is worth
@@ -58,23 +59,32 @@ class Attention(nn.Module):
             near = min(fits, key=lambda h: abs(h - heads))
             raise UserError(f"{heads} heads do not divide a token width of {width}; use {near} heads")
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width)
+        self.proj = Linear(width, width)
 
     def forward(
-        self, x: Float[Tensor, "B N D"], bias: Float[Tensor, "*B heads N N"] | None = None
-    ) -> Float[Tensor, "B N D"]:
-        b, n, d = x.shape
-        q, k, v = self.qkv(x).reshape(b, n, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
-        out = attend(q, k, v, bias)  # (B, heads, N, D / heads)
-        return self.proj(out.transpose(1, 2).reshape(b, n, d))
+        self, x: Float[Tensor, "B N D"], bias: Float[Tensor, "*B heads Q N"] | None = None, last: int | None = None
+    ) -> Float[Tensor, "B Q D"]:
+        """last: so many tokens at the end look at all the others, and Q is this number; None: all do, Q = N."""
+        if last is None:
+            q, k, v = self._by_head(self.qkv(x), 3)
+        else:
+            width = x.shape[2]
+            weights, biases = (part.split([width, 2 * width]) for part in (self.qkv.weight, self.qkv.bias))
+            (q,) = self._by_head(linear(x[:, -last:], weights[0], biases[0]), 1)
+            k, v = self._by_head(linear(x, weights[1], biases[1]), 2)
+        return self.proj(attend(q, k, v, bias).transpose(1, 2).flatten(2))
+
+    def _by_head(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
+        """(B, N, parts D) -> so many times (B, heads, N, D / heads)."""
+        return x.unflatten(2, (parts, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
 
 class MLP(nn.Module):
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
+        self.fc1 = Linear(width, hidden)
+        self.fc2 = Linear(hidden, width)
 
     def forward(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
         return self.fc2(F.gelu(self.fc1(x)))
@@ -106,11 +116,17 @@ class Block(nn.Module):
     def forward(
         self,
         x: Float[Tensor, "B N D"],
-        bias: Float[Tensor, "*B heads N N"] | None = None,
+        bias: Float[Tensor, "*B heads Q N"] | None = None,
         paths: Float[Tensor, "2 B 1 1"] | None = None,
-    ) -> Float[Tensor, "B N D"]:
-        """paths: a factor for each addend of each image, as `draw_paths` makes them; None takes both as they are."""
-        attended = self.ls1(self.attn(self.norm1(x), bias))
+        last: int | None = None,
+    ) -> Float[Tensor, "B Q D"]:
+        """paths: a factor for each addend of each image, as `draw_paths` makes them; None takes both as they are.
+
+        last: only so many tokens at the end are wanted (None: all, Q = N). They come out as they would with the others,
+        which are looked at and spared the rest.
+        """
+        attended = self.ls1(self.attn(self.norm1(x), bias, last))
+        x = x if last is None else x[:, -last:]
         x = x + (attended if paths is None else attended * paths[0].to(attended.dtype))
         mapped = self.ls2(self.mlp(self.norm2(x)))
         return x + (mapped if paths is None else mapped * paths[1].to(mapped.dtype))

@@ -22,6 +22,7 @@ from unmask.errors import UserError
 from unmask.nn import positions
 from unmask.nn.blocks import MLP, attend, init_linears, layer_norm
 from unmask.nn.decoders import DecoderConfig
+from unmask.nn.linear import Linear
 from unmask.nn.patches import take
 
 
@@ -33,9 +34,9 @@ class CrossAttention(nn.Module):
         if width % heads:
             raise UserError(f"{heads} heads do not divide a decoder width of {width}; use a divisor of {width}")
         self.heads = heads
-        self.q = nn.Linear(width, width)
-        self.kv = nn.Linear(seen_width, 2 * width)
-        self.proj = nn.Linear(width, width)
+        self.q = Linear(width, width)
+        self.kv = Linear(seen_width, 2 * width)
+        self.proj = Linear(width, width)
 
     def forward(self, x: Float[Tensor, "B M d"], seen: Float[Tensor, "B K1 D"]) -> Float[Tensor, "B M d"]:
         q = self.q(x).unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, heads, M, d / heads)
@@ -91,7 +92,7 @@ class CrossDecoder(nn.Module):
         self.pos_embed = nn.Parameter(positions.sincos(config.width, grid)[None], requires_grad=False)  # (1, N, d)
         self.blocks = nn.ModuleList(CrossBlock(config.width, config.heads, seen_width) for _ in range(config.depth))
         self.norm = layer_norm(config.width)
-        self.pred = nn.Linear(config.width, out)
+        self.pred = Linear(config.width, out)
         self.inter_block = None if sources is None else InterBlock(sources, config.depth, seen_width)
         nn.init.normal_(self.mask_token, std=0.02)
         init_linears(self)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from unmask.nn import positions
 from unmask.nn.blocks import Block, init_linears, layer_norm
+from unmask.nn.linear import Linear
 from unmask.nn.masks import Mask
 from unmask.nn.patches import take
 from unmask.settings import Settings
@@ -26,7 +27,8 @@ class LightDecoder(nn.Module):
     """MAE's decoder (section 3): narrow transformer over the visible tokens and one shared mask token per hidden patch.
 
     Equal to the official one, less the idle work: tokens are not shuffled back to raster order (attention does not mind
-    the order, each token carries its position), and only patches that are asked for pass the prediction layer.
+    the order, each token carries its position), and in the last block only the patches that are asked for ask and go
+    on, to the prediction layer.
 
     out: numbers predicted for a patch. fills: False when the encoder saw mask tokens itself and hands on all N tokens.
     """
@@ -35,14 +37,14 @@ class LightDecoder(nn.Module):
         self, config: DecoderConfig, *, seen_width: int, grid: tuple[int, int], out: int, fills: bool = True
     ) -> None:
         super().__init__()
-        self.embed = nn.Linear(seen_width, config.width)
+        self.embed = Linear(seen_width, config.width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, config.width)) if fills else None
         table = positions.sincos(config.width, grid)
         table = torch.cat([torch.zeros(1, config.width), table])[None]
         self.pos_embed = nn.Parameter(table, requires_grad=False)  # (1, 1 + N, D)
         self.blocks = nn.ModuleList(Block(config.width, config.heads) for _ in range(config.depth))
         self.norm = layer_norm(config.width)
-        self.pred = nn.Linear(config.width, out)
+        self.pred = Linear(config.width, out)
         if self.mask_token is not None:
             nn.init.normal_(self.mask_token, std=0.02)
         init_linears(self)
@@ -61,6 +63,8 @@ class LightDecoder(nn.Module):
         # Under autocast the sum is float32, as the positions are.
         tokens = tokens + take(self.pos_embed[:, 1:].expand(b, -1, -1), mask.order)
         x = torch.cat([x[:, :1] + self.pos_embed[:, :1], tokens], 1)  # (B, 1 + N, d)
-        for block in self.blocks:
+        *all_but_last, last = self.blocks
+        for block in all_but_last:
             x = block(x)
-        return self.pred(self.norm(x[:, 1:] if everywhere else x[:, -hidden:]))
+        asked = mask.order.shape[1] if everywhere else hidden  # at the end of x, behind the class token or all visible
+        return self.pred(self.norm(last(x, last=asked)))

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int, Shaped
 from pydantic import BeforeValidator, Field, PositiveInt
 from torch import Tensor, nn
@@ -23,6 +22,7 @@ from unmask.errors import UserError
 from unmask.nn import positions
 from unmask.nn.blocks import Block, init_linears, layer_norm
 from unmask.nn.features import Features
+from unmask.nn.linear import linear
 from unmask.nn.patches import grid_of, normalise, patchify, take, unpatchify
 from unmask.settings import Settings
 
@@ -67,7 +67,7 @@ class PatchEmbed(nn.Module):
 
     def forward(self, patches: Float[Tensor, "B K P"]) -> Float[Tensor, "B K D"]:
         weight = self.proj.weight.permute(0, 2, 3, 1).flatten(1)  # (D, P): the patch vector is (h, w, C)
-        return F.linear(patches, weight, self.proj.bias)
+        return linear(patches, weight, self.proj.bias)
 
 
 class ViT(nn.Module):

@@ -1,0 +1,369 @@
+"""One MAE pre-training step (forward, backward, AdamW): unmask beside the others, and beside bare matrix products.
+
+    python benchmarks/step.py [--recipes mae_base mae_large] [--batch 16] [--rounds 5] [--official FOLDER] [--json]
+
+Rivals: transformers' ViTMAE, the modules of lightly where it can be imported, and the published code where --official
+names a checkout of facebookresearch/mae (with a timm it works with). "compiled" is train.compile here and torch.compile
+there. Every measurement is a process of its own, so that its peak memory is its own; the processes take turns, and what
+is reported is the median step of each and how far the rounds lie apart.
+
+All have the same sizes, 75 % masked, normalised pixels as targets and a fused AdamW, but the published code in float32,
+which is as shipped. The rivals are given normalised images on the device; unmask has uint8 ones, draws its masks, looks
+for non-finite numbers and computes the gradient's norm, as in training. `products`: the forward and backward products
+of all linear layers alone, in the same shapes and precision; `share` is the model's FLOPs per second over the rate that
+these reach. `loss`: largest relative difference in float32 from ours, same weights, images and masks.
+
+--tiny is one step of a small model, for the test that this script still runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from measure import conclude, origin
+from rivals import RIVALS, renamed
+from torch import Tensor, nn
+
+from unmask.batch import Batch, ImageSpec
+from unmask.config import Config, override
+from unmask.flops import count_flops
+from unmask.method import Clock
+from unmask.nn.masks import mask_from_noise
+from unmask.nn.patches import normalise, take
+from unmask.optim import make_optimizer, update
+from unmask.parallel import compile_blocks, memory_kept
+from unmask.plan import autocast, choose_device, choose_precision
+from unmask.recipes.catalogue import find
+from unmask.rng import Draws
+
+MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+TINY = ["data.size=[32,32]", "method.encoder.depth=2", "method.encoder.width=48"]
+SQUARE = 4096  # side of the large product that shows what the device can do at best
+
+Step = Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One measurement: which rival takes how many steps of what."""
+
+    rival: str
+    recipe: str
+    batch: int
+    precision: str
+    device: str
+    steps: int
+    official: str | None
+    tiny: bool
+
+    @property
+    def config(self) -> Config:
+        config = find(self.recipe)
+        return override(config, TINY) if self.tiny else config
+
+    @property
+    def spec(self) -> ImageSpec:
+        return ImageSpec(3, self.config.data.size, "uint8", MEAN, STD)
+
+    def images(self) -> Tensor:
+        torch.manual_seed(0)
+        return torch.randint(0, 256, (self.batch, 3, *self.config.data.size), dtype=torch.uint8).to(self.device)
+
+    def normalised(self) -> Tensor:
+        return normalise(self.images(), *(torch.tensor(part, device=self.device) for part in (MEAN, STD)))
+
+
+# What a child process does.
+
+
+def our_step(task: Task, *, compiled: bool) -> Step:
+    config = task.config
+    method = config.build(task.spec).to(task.device)
+    if compiled:
+        compile_blocks(method)
+    optimizer = make_optimizer(method, config.optim)
+    index = torch.arange(task.batch, device=task.device)
+    batch = Batch(task.images(), index, index * 0)
+
+    def step() -> Tensor:
+        with autocast(task.precision, task.device):
+            loss = method(batch, Clock(0, 1, Draws(0, batch.epoch, batch.index))).value
+        loss.backward()
+        update(optimizer, 1e-4, loss.detach(), config.optim.clip)
+        return loss
+
+    return step
+
+
+def their_step(task: Task, name: str, *, compiled: bool) -> Step:
+    model, loss_of = RIVALS[name](task.config, task.official)
+    model.to(task.device).train()
+    if compiled:
+        model.compile()
+    shipped = name == "official" and task.precision == "fp32"
+    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(learned, lr=1e-4, betas=(0.9, 0.95), fused=None if shipped else True)
+    images = task.normalised()
+
+    def step() -> Tensor:
+        with autocast(task.precision, task.device):
+            loss = loss_of(images)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss
+
+    return step
+
+
+def linear_shapes(task: Task) -> list[tuple[int, int, int]]:
+    """(rows, in, out) of every linear layer of our method as it is called, for the whole batch."""
+    seen: list[tuple[int, int, int]] = []
+    linear = nn.functional.linear
+
+    def note(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        seen.append((x.shape[:-1].numel(), weight.shape[1], weight.shape[0]))
+        return linear(x, weight, bias)
+
+    with torch.device("meta"):
+        method = task.config.build(task.spec)
+        images = torch.empty(task.batch, 3, *task.config.data.size, dtype=torch.uint8)
+        noise = torch.empty(task.batch, method.encoder.grid[0] * method.encoder.grid[1])
+        with patch.object(nn.functional, "linear", note):
+            method.guess(method.encoder.patches(images), mask_from_noise(noise, 0.75))  # type: ignore[operator]
+    return seen
+
+
+def products(task: Task) -> tuple[Step, float]:
+    """All products of the linear layers, forward and both ways back, and how many FLOPs they are."""
+    shapes = linear_shapes(task)
+    dtype = torch.bfloat16 if task.precision == "bf16" else torch.float32
+    made = {shape: torch.randn(shape[0] * shape[1]).to(task.device, dtype).view(shape[:2]) for shape in set(shapes)}
+    held = {
+        (rows, inside, outside): (
+            x,
+            torch.randn(outside, inside).to(task.device, dtype),
+            torch.randn(rows, outside).to(task.device, dtype),
+        )
+        for (rows, inside, outside), x in made.items()
+    }
+
+    def step() -> Tensor:
+        for shape in shapes:
+            x, weight, gradient = held[shape]
+            done = x @ weight.T, gradient @ weight, gradient.T @ x
+        return done[0].flatten()[0]
+
+    return step, 6.0 * sum(rows * inside * outside for rows, inside, outside in shapes)
+
+
+def square(task: Task) -> tuple[Step, float]:
+    """One large product: the best rate of the device, more or less."""
+    side = 256 if task.tiny else SQUARE
+    a, b = torch.randn(2, side, side).to(task.device, torch.bfloat16 if task.precision == "bf16" else torch.float32)
+    return lambda: (a @ b)[0, 0], 2.0 * side**3
+
+
+def measured(task: Task) -> dict[str, Any]:
+    """Seconds of each step after two to warm up, those two together, page faults of a step, and the peak memory.
+
+    On a CPU memory is counted above what imports take. A GPU gets all its steps before anybody waits for it, and what
+    is reported is their mean.
+    """
+    name, _, compiled = task.rival.partition(" ")
+    before, flops = resident(), 0.0
+    with memory_kept("not asked for" if name in RIVALS else task.device):
+        if name in ("products", "square"):
+            step, flops = products(task) if name == "products" else square(task)
+        elif name == "unmask":
+            step = our_step(task, compiled=bool(compiled))
+        else:
+            step = their_step(task, name, compiled=bool(compiled))
+        warm_up, faults, used = timed(step, 2), page_faults(), time.process_time()
+        if task.device == "cpu":
+            seconds = [timed(step, 1) for _ in range(task.steps)]
+        else:
+            seconds = [timed(step, task.steps) / task.steps]
+        faults, used = (page_faults() - faults) / task.steps, (time.process_time() - used) / task.steps
+    peak = torch.cuda.max_memory_allocated() if task.device.startswith("cuda") else peak_resident() - before
+    return {"seconds": seconds, "warm_up": warm_up, "peak": peak, "flops": flops, "page_faults": faults, "cpu": used}
+
+
+def timed(step: Step, times: int) -> float:
+    start = time.perf_counter()
+    for _ in range(times):
+        last = step()
+    last.item()  # waits for the device
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def page_faults() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+
+def resident() -> int:
+    """Bytes of memory that this process has now."""
+    statm = Path("/proc/self/statm")
+    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0
+
+
+def peak_resident() -> int:
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+@torch.no_grad()
+def agreement(task: Task) -> dict[str, Any]:
+    """Loss in float32 of ours and of a rival with our weights, on the same images and masks."""
+    torch.manual_seed(0)
+    method = task.config.build(task.spec).to(task.device)
+    noise = torch.rand(task.batch, method.encoder.grid[0] * method.encoder.grid[1]).to(task.device)
+    mask = mask_from_noise(noise, 0.75)
+    patches = method.encoder.patches(task.images())
+    truth = take(method.target(patches, task.images()), mask.drop)  # type: ignore[operator]
+    ours = method.target.loss(method.guess(patches, mask), truth)  # type: ignore[operator,union-attr]
+    model, loss_of = RIVALS[task.rival](task.config, task.official)
+    missing = model.to(task.device).load_state_dict(renamed(method.state_dict(), task.rival), strict=False)
+    unknown = [name for name in missing.missing_keys if not name.endswith("mask_token")]
+    assert not unknown, f"{task.rival} keeps weights of its own: {unknown}"
+    theirs = loss_of(task.normalised(), noise)
+    return {"ours": float(ours), "theirs": float(theirs)}
+
+
+# What the parent does.
+
+
+def in_child(task: Task, what: str) -> dict[str, Any]:
+    """Run `what` in a process of its own; a rival that fails says why, and the others go on."""
+    environment = {"GOMP_SPINCOUNT": "2000", **os.environ}  # as the command line sets it; for all of them
+    done = subprocess.run(
+        [sys.executable, __file__, "--child", what, json.dumps(asdict(task))],
+        capture_output=True, text=True, env=environment,
+    )  # fmt: skip
+    if done.returncode:
+        return {"failed": (done.stderr.strip().splitlines() or ["it said nothing"])[-1][:200]}
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def rows_of(task: Task, rivals: list[str], rounds: int) -> list[dict[str, Any]]:
+    """A row for each rival, products first."""
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in rivals}
+    for number in range(rounds):
+        for name in rivals:
+            if number and "failed" in found[name][-1]:
+                continue
+            say(f"{task.recipe} {task.precision}: round {number + 1} of {rounds}, {name}")
+            found[name].append(in_child(replace(task, rival=name), "measured"))
+    model = count_flops(task.config, task.spec).training * task.batch
+    rate, rows = None, []
+    for name, results in found.items():
+        about: dict[str, Any] = {"recipe": task.recipe, "batch": task.batch, "precision": task.precision, "who": name}
+        if "failed" in results[-1]:
+            rows.append({**about, "failed": results[-1]["failed"]})
+            continue
+        each = [statistics.median(result["seconds"]) for result in results]
+        median, flops = statistics.median(each), results[0]["flops"] or model
+        row = {**about, "ms": 1e3 * median, "fastest_ms": 1e3 * min(each), "slowest_ms": 1e3 * max(each)}
+        row["cpu_s"] = min(result["cpu"] for result in results)
+        if results[0]["flops"]:
+            row |= {"tflop_per_s": flops / median / 1e12}
+            rate = row["tflop_per_s"] if name == "products" else rate
+        else:
+            row |= {
+                "images_per_s": task.batch / median,
+                "model_gflop_per_image": model / task.batch / 1e9,
+                "share": model / median / 1e12 / rate if rate else None,
+                "peak_mib": max(result["peak"] for result in results) / 2**20,
+                "page_faults": statistics.median(result["page_faults"] for result in results),
+                "warm_up_s": statistics.median(result["warm_up"] for result in results),
+            }
+        rows.append(row)
+    return rows + ratios(rows)
+
+
+def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """How many times as fast as each rival we are, compiled with compiled."""
+    fast = {row["who"]: row["images_per_s"] for row in rows if "images_per_s" in row}
+    found = []
+    for name in fast:
+        kind, _, compiled = name.partition(" ")
+        mine = "unmask compiled" if compiled and "unmask compiled" in fast else "unmask"
+        if kind != "unmask" and mine in fast:
+            about = {key: rows[0][key] for key in ("recipe", "batch", "precision")}
+            found.append({**about, "who": f"{mine} over {name}", "ratio": fast[mine] / fast[name]})
+    return found
+
+
+def agreements(task: Task, rivals: list[str]) -> list[dict[str, Any]]:
+    rows = []
+    for name in rivals:
+        say(f"{task.recipe}: loss of {name} with the same weights")
+        found = in_child(replace(task, rival=name, precision="fp32", batch=min(task.batch, 8)), "agreement")
+        about = {"recipe": task.recipe, "precision": "fp32", "who": f"loss of {name}", **found}
+        if "failed" not in found:
+            about["loss"] = abs(found["ours"] - found["theirs"]) / abs(found["ours"])
+        rows.append(about)
+    return rows
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--child"]:
+        what, task = {"measured": measured, "agreement": agreement}[sys.argv[2]], Task(**json.loads(sys.argv[3]))
+        print(json.dumps(what(task)))
+        return
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipes", nargs="+", default=["mae_base", "mae_large"])
+    parser.add_argument("--batch", type=int, help="for mae_base; mae_large takes half of it, mae_huge a quarter")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, help="timed steps of each process")
+    parser.add_argument("--precisions", nargs="+", choices=["bf16", "fp32"])
+    parser.add_argument("--rivals", nargs="+", help="default: all that are there")
+    parser.add_argument("--compiled", action="store_true", help="also with torch.compile (always on a GPU)")
+    parser.add_argument("--official", metavar="FOLDER", help="a checkout of facebookresearch/mae")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--tiny", action="store_true")
+    options = parser.parse_args()
+    device = choose_device("auto")
+    there = [name for name in ("transformers", "lightly") if find_spec(name)] + ["official"] * bool(options.official)
+    named = [name for name in there if not options.rivals or name in options.rivals]
+    rivals = ["products", "square", "unmask", *named]
+    if options.compiled or device.startswith("cuda"):
+        rivals += ["unmask compiled", *(f"{name} compiled" for name in named if name != "official")]
+    precisions = options.precisions or list(dict.fromkeys([choose_precision("auto", device)[0], "fp32"]))
+    rounds = 1 if options.tiny else options.rounds
+    batch, steps = (4, 1) if options.tiny else (16, 3) if device == "cpu" else (256, 20)
+    official = str(Path(options.official).resolve()) if options.official else None
+    rows = []
+    for recipe in ["mae_nano"] if options.tiny else options.recipes:
+        smaller = {"mae_large": 2, "mae_huge": 4}.get(recipe, 1)
+        images = max(1, (options.batch or batch) // smaller)
+        task = Task("", recipe, images, "", device, options.steps or steps, official, options.tiny)
+        for precision in precisions[:1] if options.tiny else precisions:
+            rows += rows_of(replace(task, precision=precision), rivals, rounds)
+        rows += agreements(task, named)
+    about = origin(("torch", "transformers", "lightly", "timm", "numpy"))
+    conclude("step", rows, about, as_json=options.json, keep=not options.tiny)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,35 @@
+"""The benchmark of the training step still runs and says all that it should; how fast is not asked here."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.mark.slow
+def test_the_step_benchmark_runs_and_its_numbers_agree():
+    pytest.importorskip("transformers")
+    done = subprocess.run(
+        [sys.executable, "step.py", "--tiny", "--compiled", "--rivals", "transformers", "--json"],
+        cwd=BENCHMARKS, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    found = json.loads(done.stdout)
+    assert {"date", "device", "versions", "command", "rows"} == found.keys()
+    rows = {row["who"]: row for row in found["rows"]}
+    assert rows.keys() == {
+        "products", "square", "unmask", "unmask compiled", "transformers", "transformers compiled",
+        "unmask over transformers", "unmask compiled over transformers compiled", "loss of transformers",
+    }  # fmt: skip
+    assert not [row for row in found["rows"] if "failed" in row]
+    assert rows["loss of transformers"]["loss"] < 1e-5
+    for who in ("unmask", "transformers"):
+        assert rows[who]["fastest_ms"] <= rows[who]["ms"] <= rows[who]["slowest_ms"]
+        assert rows[who]["images_per_s"] == pytest.approx(4 / rows[who]["ms"] * 1e3)
+        assert rows[who]["peak_mib"] > 1
+    assert rows["unmask"]["share"] == pytest.approx(
+        rows["unmask"]["images_per_s"] * rows["unmask"]["model_gflop_per_image"] / 1e3 / rows["products"]["tflop_per_s"]
+    )

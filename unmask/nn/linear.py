@@ -1,0 +1,84 @@
+"""`nn.Linear`, whose float32 products go to oneDNN on AMD processors with AVX-512. The same numbers but for rounding.
+
+torch takes float32 products to MKL, which there reaches less than half of the rate of oneDNN, of which torch's CPU
+builds hold a copy as well (`benchmarks/step.py`; bfloat16 always goes there). Elsewhere, and for small products, it is
+torch's own. Which of the two follows from the processor and the shapes alone, so a resumed run repeats itself.
+
+Letters: rows, inside, outside: what a layer is called on, takes and gives.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+FEWEST = 1 << 20  # multiply-accumulates; below, the call costs more than the product
+
+
+class Linear(nn.Linear):
+    """In parameters, names and initial weights `nn.Linear`."""
+
+    def forward(self, input: Float[Tensor, "*rows inside"]) -> Float[Tensor, "*rows outside"]:
+        return linear(input, self.weight, self.bias)
+
+
+def linear(
+    x: Float[Tensor, "*rows inside"], weight: Float[Tensor, "outside inside"], bias: Float[Tensor, "outside"] | None
+) -> Float[Tensor, "*rows outside"]:
+    """x weight^T + bias, as `F.linear`."""
+    if not _for_onednn(x, weight):
+        return F.linear(x, weight, bias)
+    return _ByOneDNN.apply(x.flatten(0, -2), weight, bias).unflatten(0, x.shape[:-1])  # type: ignore[union-attr]
+
+
+def _for_onednn(x: Tensor, weight: Tensor) -> bool:
+    return (
+        not torch.compiler.is_compiling()  # first: an exported graph has sizes that are not yet numbers
+        and mkl_is_slow()
+        and x.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        and not torch.is_autocast_enabled("cpu")
+        and x.ndim > 1
+        and x.numel() * weight.shape[0] >= FEWEST
+    )
+
+
+@cache
+def mkl_is_slow() -> bool:
+    """Whether this is a processor on which MKL falls far behind oneDNN, and torch has both."""
+    if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
+        return False
+    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    about = Path("/proc/cpuinfo")
+    return about.exists() and "AuthenticAMD" in about.read_text()
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (rows, inside) weight^T + bias by oneDNN; either may be transposed in memory."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+class _ByOneDNN(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return product(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (x, weight), (gradient,) = ctx.saved_tensors, gradients
+        for_x, for_weight, for_bias = ctx.needs_input_grad
+        return (
+            product(gradient, weight.T) if for_x else None,
+            product(gradient.T, x.T) if for_weight else None,
+            gradient.sum(0) if for_bias else None,
+        )
