@@ -89,6 +89,15 @@ def test_a_quick_loader_is_told_from_a_slow_step(images, monkeypatch):
     assert said[-1] == "the limit is the step, and data.workers=1 would suffice"
 
 
+@pytest.mark.parametrize("cache", ["true", "false"])
+def test_repeated_samples_are_timed_too(images, monkeypatch, cache):
+    monkeypatch.setattr(module, "measure_step_seconds", lambda *_, **__: 0.01)
+    monkeypatch.setattr(module, "PATIENCE", 0.3)
+    settings = ["data.size=[16,16]", "train.device=cpu", f"data.cache={cache}", "data.workers=0", "train.batch_size=8"]
+    found = examine_data(str(images), Console(quiet=True), recipe="mae_nano", settings=[*settings, "data.repeats=2"])
+    assert found["transform"] > 0
+
+
 def test_what_cannot_be_trained_on_is_refused(tmp_path, images):
     with pytest.raises(UserError, match="learns from labels"):
         examine_data(str(images), Console(quiet=True), recipe="finetune_nano")

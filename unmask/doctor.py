@@ -241,7 +241,7 @@ def measure(images: Images, plan: Plan, unread: np.ndarray, config: Any) -> Pace
     if plan.cached:
         kept = replace(images, rows=np.unique(taken.index[: len(taken.index) // 4]), kept={})
         kept.keep_decoded()
-        images, transform = kept, _each(kept, Order(kept.rows, images.seed).take(0, len(kept.rows)))
+        images, transform = kept, _each(replace(kept, repeats=1), Order(kept.rows, images.seed).take(0, len(kept.rows)))
     return Pace(
         read=read,
         decode=decoding,

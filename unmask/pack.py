@@ -81,11 +81,13 @@ def pack(
     if workers is None:
         workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     console.say(f"{source.name}: {len(source)} images found")
-    part = out.with_name(out.name + ".part")
+    part = out.with_name(f".{out.name}.{os.getpid()}.part")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         found = _write(source, part, _packed(source, short_side, quality, workers), console)
         _require_same(source, part)
+        if out.exists():
+            raise PackError(f"{out} has appeared meanwhile, by another program; it is left as it is")
         os.replace(part, out)
     except OSError as error:
         raise PackError(f"{out} cannot be written: {error.strerror}; nothing is left of it") from None
@@ -112,6 +114,10 @@ def require_packable(source: Source) -> None:
     if names != sorted(set(names)):
         raise PackError(f"{source.name} has an order of its own, or files twice, which a tar does not keep; {folder}")
     labels = classes_of(names)[1]
+    if source.labels is None and labels is not None:
+        raise PackError(
+            f"{source.name} has no labels, but folders in its names, which a tar would take for classes; {folder}"
+        )
     if source.labels is not None and (labels is None or not np.array_equal(labels, source.labels)):
         raise PackError(f"the labels of {source.name} are not those of folders, which is all a tar keeps; {folder}")
 

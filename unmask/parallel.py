@@ -38,7 +38,7 @@ def compile_blocks(method: nn.Module, backend: str = "inductor") -> int:
 
 
 def why_not_compiled(device: str) -> str | None:
-    """None where torch.compile works, or the reason in one line. Tried on a small function, once a second or more."""
+    """None where torch.compile works, or the reason in one line. It is tried, which takes a second or more."""
     try:
         torch.compile(torch.sin, dynamic=False)(torch.ones(8, device=device))
     except Exception as error:  # a missing compiler, a missing header, a version that does not fit: whatever it finds
@@ -60,20 +60,28 @@ def memory_kept(device: str) -> Iterator[None]:
 
     A step frees and asks for the same large tensors again and again. glibc gives each back at once, so the next one is
     paid for in page faults (`benchmarks/step.py` counts them). Other C libraries, and a user who has set malloc by the
-    environment, are left alone.
+    environment, are left alone. Afterwards the usual limits hold, but no longer the one that glibc moves by itself.
     """
     libc = None if device != "cpu" or _malloc_is_set() else _glibc()
     if libc is None:
         yield
         return
+
+    def usual() -> None:
+        for number, value in USUAL.items():
+            libc.mallopt(number, value)
+        libc.malloc_trim(0)
+
+    inside = True
+    # Loader processes forked meanwhile would each keep as much as the largest image that they ever decode.
+    os.register_at_fork(after_in_child=lambda: usual() if inside else None)
     libc.mallopt(TRIM_THRESHOLD, -1)  # never
     libc.mallopt(MMAP_MAX, 0)
     try:
         yield
     finally:
-        for number, value in USUAL.items():
-            libc.mallopt(number, value)
-        libc.malloc_trim(0)
+        inside = False
+        usual()
 
 
 def _malloc_is_set() -> bool:

@@ -321,8 +321,8 @@ def fill_budget(config: Config, budget: float, each: float, num_test: int) -> tu
     train = config.train
     test = TEST_IMAGE * each / train.batch_size * num_test * (1 if config.optim.average is None else 2)
     tests = TESTS if not test else max(1, min(TESTS, int(TEST_SHARE * budget / test) - 1))
-    if train.test_every:
-        steps = (BUDGET_SHARE * budget - test) / (each + test / train.test_every)
+    if train.test_every:  # one on the way after so many steps, the last of them perhaps sooner, and one at the end
+        steps = (BUDGET_SHARE * budget - 2 * test) / (each + test / train.test_every)
     else:
         steps = (BUDGET_SHARE * budget - (tests + 1) * test) / each
     steps = max(1, int(steps))
@@ -331,6 +331,8 @@ def fill_budget(config: Config, budget: float, each: float, num_test: int) -> tu
     if test:
         spent = (1 + math.ceil(steps / every)) * test
         why += f", of which tests on {num_test} images take about {duration(spent)}"
+        if steps * each + spent > budget:
+            why += ", which is more than there is: give a longer budget, or fewer test images"
     return steps, every, why
 
 

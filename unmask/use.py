@@ -244,7 +244,8 @@ def labels_of(source: Source) -> np.ndarray:
 
 def absent_classes(labels: np.ndarray, classes: Sequence[str]) -> str:
     """The classes that no image has, in words; "" where all occur."""
-    return some([name for number, name in enumerate(classes) if number not in set(labels.tolist())])
+    there = set(np.unique(labels).tolist())
+    return some(name for number, name in enumerate(classes) if number not in there)
 
 
 def with_classes(source: Source, classes: Sequence[str], data: str) -> Source:

@@ -11,6 +11,7 @@ from conftest import write_images
 
 from unmask.data import looks as module
 from unmask.data import scan as scanning
+from unmask.data.decode import BadImage
 from unmask.data.looks import LooksSoFar, joined, memory_file, recall
 from unmask.data.scan import scan
 from unmask.data.sources import open_source
@@ -56,6 +57,22 @@ def test_what_is_unchanged_is_not_looked_at_again(folder, monkeypatch):
     assert plain(first) == plain(again)
     assert scan(open_source(folder), anew=True).known == 0
     assert len(rows) == 12
+
+
+@pytest.mark.parametrize("worth", [-1.0, 1e9])
+def test_what_turns_out_damaged_without_a_change_is_forgotten(folder, monkeypatch, worth):
+    scan(open_source(folder))
+    monkeypatch.setattr(module, "WORTH_KEEPING", worth)
+    look = scanning._look
+    broken = BadImage("TRUNCATED", "a bit has rotted")
+    monkeypatch.setattr(
+        scanning, "_look", lambda source, row, like=None: broken if row == 3 else look(source, row, like)
+    )
+    assert len(scan(open_source(folder), anew=True).bad) == 1
+    assert len(scan(open_source(folder)).bad) == 1, "the memory of a sound file is gone"
+    monkeypatch.setattr(scanning, "_look", lambda source, row, like=None: broken)
+    assert len(scan(open_source(folder), anew=True).bad) == 12
+    assert len(scan(open_source(folder)).bad) == 12
 
 
 def test_only_new_changed_and_renamed_files_are_looked_at(folder, monkeypatch):

@@ -11,7 +11,7 @@ from unmask.batch import Batch, ImageSpec
 from unmask.config import Config as Root
 from unmask.config import method_class, method_names
 from unmask.errors import UserError
-from unmask.evals.detection import Boxes, average_precision
+from unmask.evals.detection import ImageBoxes, average_precision
 from unmask.method import Clock
 from unmask.nn.vit import ViTConfig
 from unmask.optim import OptimConfig, make_optimizer, update
@@ -78,9 +78,9 @@ def learn(method, of, steps, lr=2e-3):
 
 
 def precision(method, of):
-    truth = [Boxes(b[y >= 0].numpy(), y[y >= 0].numpy()) for b, y in zip(of.boxes, of.box_labels, strict=True)]
+    truth = [ImageBoxes(b[y >= 0].numpy(), y[y >= 0].numpy()) for b, y in zip(of.boxes, of.box_labels, strict=True)]
     method.eval()
-    found = [Boxes(one.boxes.numpy(), one.labels.numpy(), one.scores.numpy()) for one in method.predict(of.images)]
+    found = [ImageBoxes(one.boxes.numpy(), one.labels.numpy(), one.scores.numpy()) for one in method.predict(of.images)]
     return average_precision(truth, found, NAMES)
 
 

@@ -31,7 +31,7 @@ def read_arrays(path: Path) -> dict[str, np.ndarray] | None:
     """The arrays; None where there is no such file, or it is not as it was written."""
     try:
         content = path.read_bytes()
-    except OSError:
+    except (OSError, MemoryError):
         return None
     if hashlib.sha256(memoryview(content)[32:]).digest() != content[:32]:
         return None

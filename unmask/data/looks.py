@@ -178,6 +178,8 @@ def remember(source: Source, looks: Looks, began: float) -> Path | None:
     changed = source.changed[looks.rows]
     settled = np.flatnonzero((changed >= 0) & (changed < int(began * 1e9) - SETTLED))
     if not len(settled):
+        with suppress(OSError):  # what was known before is not so any more
+            file.unlink()
         return None
     looks, changed = looks.at(settled), changed[settled]
     names = source.names if len(looks) == len(source) else Names(source.names[row] for row in looks.rows.tolist())
@@ -190,7 +192,7 @@ def remember(source: Source, looks: Looks, began: float) -> Path | None:
     }
     try:
         write_arrays(file, arrays)
-    except OSError:  # a full disk, or no place to write: then the next scan looks again
+    except (OSError, MemoryError):  # a full disk, or no place to write: then the next scan looks again
         return None
     return file
 
@@ -210,11 +212,17 @@ def _places(known: Names, names: Names) -> np.ndarray:
     return np.fromiter((places.get(name, -1) for name in names), np.int64, len(names))
 
 
-def _about() -> str:
-    """What the looks depend on beside the files: the decoders, and how they are used."""
+def decoder_versions() -> dict[str, str]:
+    """Of the packages that pixels come from, those that are installed."""
     versions = {}
     for package in DECODERS:
         with suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
+    return versions
+
+
+def _about() -> str:
+    """What the looks depend on beside the files: the decoders, and how they are used."""
+    versions = decoder_versions()
     how = hashlib.sha256(Path(decode.__file__).read_bytes()).hexdigest()
     return json.dumps({"layout": LAYOUT, "versions": versions, "how": how}, sort_keys=True)

@@ -122,7 +122,8 @@ def scan(
                 progress(done)
     finally:  # whoever interrupts a long scan need not begin it again
         new = seen.looks()
-        if len(new) and worth_keeping(began):
+        stale = known is not None and bool(np.isin(known.rows, list(faults)).any())
+        if stale or (len(new) and worth_keeping(began)):
             remember(source, _all_known(known, new, list(faults)), began)
     looks = joined([*before, new])
     _summarise(result, source, looks, faults, channels, dtype)

@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from unmask.data.arrays import read_arrays, write_arrays
+from unmask.data.looks import decoder_versions
 from unmask.data.sources import Source
 from unmask.evals.collect import FeatureTable
 from unmask.evals.views import View
@@ -72,7 +73,7 @@ def keep(folder: Path, key: str, table: FeatureTable, rows: np.ndarray) -> int:
     try:
         _make_room(folder, MOST_BYTES - size)
         return write_arrays(folder / f"{key}{ENDING}", arrays)
-    except OSError:  # a full disk, or a folder that may not be written to
+    except (OSError, MemoryError):  # a full disk, or a folder that may not be written to
         return 0
 
 
@@ -101,4 +102,4 @@ def _code() -> dict[str, str]:
     package = Path(__file__).resolve().parents[1]
     for file in sorted(package.rglob("*.py")):
         found.update(str(file.relative_to(package)).encode() + b"\0" + file.read_bytes())
-    return {"torch": torch.__version__, "numpy": np.__version__, "code": found.hexdigest()}
+    return {"torch": torch.__version__, "code": found.hexdigest(), **decoder_versions()}

@@ -128,6 +128,10 @@ def _read_files(files: list[Path]) -> tuple[dict[str, Tensor], list[dict[str, st
                 )
             loaded = _read_safetensors(file) if file.suffix in SAFE else _read_pickle(file)
             imprint |= _imprint(file, loaded)
+            if len(files) > 1 and isinstance(loaded, dict):  # what the names have in common shows in all shards only
+                content |= loaded
+                digests.append(fingerprint(file))
+                continue
             content |= unwrap(loaded)
             digests.append(fingerprint(file))
         except ForeignError as error:
@@ -136,7 +140,7 @@ def _read_files(files: list[Path]) -> tuple[dict[str, Tensor], list[dict[str, st
             raise ForeignError(
                 f"{file} cannot be read: {error.strerror or error}; is it there, and yours to read?"
             ) from None
-    return content, digests, imprint
+    return unwrap(content) if len(files) > 1 else content, digests, imprint
 
 
 def _imprint(file: Path, loaded: Any) -> dict[str, Any]:

@@ -233,6 +233,8 @@ def _with_head(names: Names, encoder: dict[str, Any], about: Mapping[str, Any]) 
     labels = about.get("id2label") or about.get("label_names") or {}
     told = [str(labels[key]) for key in sorted(labels, key=int)] if isinstance(labels, Mapping) else list(labels)
     classes = told if len(told) == count else [f"class {number}" for number in range(count)]
+    # ImageNet has two cranes: names that come more than once get their number, or labels could not be told apart.
+    classes = [name if classes.count(name) == 1 else f"{name} ({number})" for number, name in enumerate(classes)]
     names.drop("mask_token")
     _plain_norm(names)
     return "fine-tuned", {"name": "classify", "encoder": encoder, "classes": classes}

@@ -65,7 +65,7 @@ class Attention(nn.Module):
     def forward(
         self, x: Float[Tensor, "B N D"], bias: Float[Tensor, "*B heads Q N"] | None = None, last: int | None = None
     ) -> Float[Tensor, "B Q D"]:
-        """last: so many tokens at the end look at all the others, and Q is this number; None: all do, Q = N."""
+        """last: so many tokens at the end (1 or more) look at all others, and Q is this number; None: all do, Q = N."""
         if last is None:
             q, k, v = self._by_head(self.qkv(x), 3)
         else:
