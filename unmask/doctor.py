@@ -288,7 +288,7 @@ def _each(images: Images, taken: Taken) -> float:
 
 def decode_seconds(images: Images, taken: Taken) -> float:
     """Seconds to decode an image as large as its crop needs it; files that cannot be read are left out."""
-    spent, done = 0.0, 0
+    spent, done, began = 0.0, 0, time.perf_counter()
     draws = uniform(images.seed, Stream.CROP, taken.epoch, taken.index, augment.CROP_DRAWS)
     for row, draw in zip(taken.index.tolist(), draws, strict=True):
         try:
@@ -302,7 +302,7 @@ def decode_seconds(images: Images, taken: Taken) -> float:
         except BadImage:
             continue
         spent, done = spent + time.perf_counter() - start, done + 1
-        if spent > PATIENCE:
+        if spent > PATIENCE or time.perf_counter() - began > 2 * PATIENCE:  # storage may be slower than decoding
             break
     return spent / max(1, done)
 
