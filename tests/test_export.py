@@ -618,6 +618,13 @@ def test_our_own_file_becomes_a_run_again_with_all_its_settings(tmp_path, method
     assert after.state_dict().keys() == before.state_dict().keys()
     assert all(torch.equal(value, before.state_dict()[name]) for name, value in after.state_dict().items())
     assert read_config(run).method == read_config(Run(tmp_path / "run")).method
+    assert load(run.path).licence.startswith("your own")
+    Run(tmp_path / "run").write(
+        "provenance.json", {"imported": {"licence": "only on Sundays", "kind": "?", "files": []}}
+    )
+    (tmp_path / "bound").mkdir()
+    export_run(tmp_path / "run", "safetensors", bound := tmp_path / "bound" / "out.safetensors")
+    assert load(import_weights(bound, tmp_path / "bound" / "run").path).licence == "only on Sundays"
     with pytest.raises(UserError, match="has its settings; import it as it is"):
         import_weights(out, tmp_path / "other", settings=["data.mean=[0,0,0]"])
     weights = load_file(out)

@@ -7,7 +7,6 @@ of them is the limit, and what to do about it. Measured on a sample, with the pl
 from __future__ import annotations
 
 import math
-import os
 import platform
 import shutil
 import tempfile
@@ -25,7 +24,7 @@ from unmask.console import Console
 from unmask.data import augment, decode
 from unmask.data.decode import BadImage
 from unmask.data.loader import Images, Order, Taken, training_batches
-from unmask.data.scan import scan
+from unmask.data.scan import num_cores, scan
 from unmask.data.sources import Source, open_source
 from unmask.plan import Plan, choose_device, choose_precision, measure_step_seconds, with_loading
 from unmask.rng import Stream, philox, uniform
@@ -249,7 +248,7 @@ def measure(images: Images, plan: Plan, unread: np.ndarray, config: Any) -> Pace
         step=measure_step_seconds(config, plan.images, plan.micro_batch, plan.precision, plan.device, seconds=PATIENCE)
         / plan.batch_size,
         workers=plan.workers,
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        cores=num_cores(),
         cached=plan.cached,
         loaded=delivered(images, plan),
         bytes=size,

@@ -139,7 +139,7 @@ def to_safetensors(loaded: Loaded) -> Made:
     spec = loaded.plan.images
     config = loaded.config.model_dump(mode="json")
     config |= {part: without_folders(config[part]) for part in ("data", "graft")}  # where they lay is nobody's business
-    header = {"config": config, "images": vars(spec), "step": loaded.step}
+    header = {"config": config, "images": vars(spec), "step": loaded.step, "licence": loaded.licence}
 
     def check(path: Path, images: Tensor) -> float:
         again = open_safetensors(path)

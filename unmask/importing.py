@@ -44,6 +44,7 @@ from unmask.run import Run
 from unmask.saved import read_config
 
 RECIPE = "import"
+UNSTATED = "your own, or whoever's run it was exported from; nothing is stated"
 OPTIMS = {
     "beit": OptimConfig(base_lr=1.5e-3 / 8, betas=(0.9, 0.999), final_lr=1 / 150, clip=3.0),
     "classify": OptimConfig(base_lr=1e-3, betas=(0.9, 0.999)),
@@ -85,7 +86,7 @@ def signed(found: Recognised, imprint: Mapping[str, Any]) -> Recognised:
     return replace(
         found, method=method, notes=notes, kind=f"{found.kind}, exported by unmask", eval_share=imprint["eval_share"],
         mean=tuple(imprint["mean"]), std=tuple(imprint["std"]), statistics="of the run that it was exported from",
-        licence=imprint["licence"] or "your own, or whoever's run it was exported from; nothing is stated",
+        licence=imprint["licence"] or UNSTATED,
     )  # fmt: skip
 
 
@@ -322,7 +323,14 @@ def import_weights(
 
 
 def import_own(
-    source: Path, config: Config, images: ImageSpec, *, out: str | Path, given: list[str], console: Console
+    source: Path,
+    config: Config,
+    images: ImageSpec,
+    licence: str,
+    *,
+    out: str | Path,
+    given: list[str],
+    console: Console,
 ) -> Run:
     """A Run of a file that `unmask export --to safetensors` wrote, which says itself what it is."""
     if given:
@@ -336,7 +344,7 @@ def import_own(
     require_whole(method.state_dict(), weights, f"{source}: an export of unmask")
     name = f"an export of unmask: {config.method.name}, recipe {config.recipe}"
     files = [fingerprint(source)]
-    about = {"source": str(source.absolute()), "files": files, "kind": name, "licence": "that of the run"}
+    about = {"source": str(source.absolute()), "files": files, "kind": name, "licence": licence or UNSTATED}
     config = config.model_copy(update={"graft": ()})
     run = write_run(out, config, images, method, weights, (f"weights of {source.name}: {name}",), about)
     console.say(f"{source}: {name}")

@@ -30,7 +30,7 @@ def open_safetensors(path: str | Path) -> Method:
             f"{path} is no file of `unmask export --to safetensors`; weights of others become a run with `unmask "
             "import`"
         )
-    config, images = described
+    config, images, _ = described
     method = config.build(images)
     weights = load_file(path)
     checkpoint.require_fit(method, weights, str(path))
@@ -38,8 +38,8 @@ def open_safetensors(path: str | Path) -> Method:
     return method.eval()
 
 
-def read_header(path: Path) -> tuple[Config, ImageSpec] | None:
-    """What the header of our own file says, None for any other file."""
+def read_header(path: Path) -> tuple[Config, ImageSpec, str] | None:
+    """Settings, images and licence ("" where none is stated) of our own file, None for any other file."""
     try:
         with safe_open(path, "pt") as opened:
             header = json.loads((opened.metadata() or {})[HEADER])
@@ -47,4 +47,4 @@ def read_header(path: Path) -> tuple[Config, ImageSpec] | None:
         return None
     images = header["images"]
     spec = ImageSpec(**images | {key: tuple(images[key]) for key in ("size", "mean", "std")})
-    return Config.model_validate(header["config"]), spec
+    return Config.model_validate(header["config"]), spec, header.get("licence", "")

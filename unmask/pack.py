@@ -34,6 +34,7 @@ from PIL import Image, PngImagePlugin
 from unmask.console import Console
 from unmask.data import augment, decode
 from unmask.data.decode import BadImage, Header, packed_note
+from unmask.data.scan import num_cores
 from unmask.data.sources import EXTENSIONS, Source, TarSource, classes_of, open_source
 from unmask.errors import UserError
 
@@ -79,7 +80,7 @@ def pack(
     source = open_source(data)
     require_packable(source)
     if workers is None:
-        workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        workers = num_cores()
     console.say(f"{source.name}: {len(source)} images found")
     part = out.with_name(f".{out.name}.{os.getpid()}.part")
     try:

@@ -1,6 +1,7 @@
 """The loader: what is drawn depends on (seed, epoch, image) alone, and a bad file never passes in silence."""
 
 import hashlib
+import os
 import pickle
 
 import numpy as np
@@ -383,7 +384,7 @@ def test_workers_survive_the_signals_that_stop_a_run_and_a_system_without_usr1(m
     [("cpu", True, 8, 0), ("cpu", False, 1, 0), ("cpu", False, 8, 2), ("cuda", False, 8, 7), ("cuda", True, 64, 12)],
 )
 def test_the_number_of_workers_is_chosen_with_a_reason(monkeypatch, device, cached, cores, expected):
-    monkeypatch.setattr(loader.os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
     workers, why = choose_workers(device, cached=cached)
     assert workers == expected
     assert str(workers) in why

@@ -22,7 +22,6 @@ resumed run does the same.
 
 from __future__ import annotations
 
-import os
 import signal
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
@@ -39,7 +38,7 @@ from unmask.batch import Batch, ImageSpec
 from unmask.data import augment, decode
 from unmask.data.augment import CropConfig
 from unmask.data.decode import BadImage, Header
-from unmask.data.scan import BadFile
+from unmask.data.scan import BadFile, num_cores
 from unmask.data.sources import Source
 from unmask.rng import Stream, permutation, uniform, words
 
@@ -392,7 +391,7 @@ def _deaf_worker(_: int) -> None:
 
 def choose_workers(device: str, *, cached: bool) -> tuple[int, str]:
     """How many decoding processes, and the reason as a sentence."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = num_cores()
     if device == "cpu":
         if cached or cores < 2:
             return 0, "0 loader workers: the images are in memory and the processor is busy training" if cached else (

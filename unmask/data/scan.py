@@ -131,6 +131,11 @@ def scan(
     return result
 
 
+def num_cores() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _all_known(known: Looks | None, new: Looks, bad: list[int]) -> Looks:
     """The new ones, and what was known of files that were not looked at now."""
     if known is None:
@@ -141,7 +146,7 @@ def _all_known(known: Looks | None, new: Looks, bad: list[int]) -> Looks:
 def _look_at(source: Source, rows: np.ndarray, workers: int | None) -> Iterator[tuple[int, Look | BadImage]]:
     start, todo = time.monotonic(), rows.tolist()
     if workers is None:
-        workers = os.cpu_count() or 1 if not hasattr(os, "sched_getaffinity") else len(os.sched_getaffinity(0))
+        workers = num_cores()
         for done, row in enumerate(todo):
             if workers > 1 and done and done % CHUNK == 0:
                 left = (time.monotonic() - start) / done * (len(todo) - done)

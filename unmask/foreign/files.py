@@ -128,11 +128,8 @@ def _read_files(files: list[Path]) -> tuple[dict[str, Tensor], list[dict[str, st
                 )
             loaded = _read_safetensors(file) if file.suffix in SAFE else _read_pickle(file)
             imprint |= _imprint(file, loaded)
-            if len(files) > 1 and isinstance(loaded, dict):  # what the names have in common shows in all shards only
-                content |= loaded
-                digests.append(fingerprint(file))
-                continue
-            content |= unwrap(loaded)
+            # What all names begin with shows in all shards together, so several are joined first.
+            content |= loaded if len(files) > 1 and isinstance(loaded, dict) else unwrap(loaded)
             digests.append(fingerprint(file))
         except ForeignError as error:
             raise ForeignError(f"{file}: {error}") from None
