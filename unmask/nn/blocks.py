@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from unmask.errors import UserError
 from unmask.nn.linear import Linear, linear
+from unmask.nn.recompute import recomputed
 
 LAYER_NORM_EPS = 1e-6
 LONGEST_PLAIN = 256  # tokens; beyond, keeping the scores would cost more memory than the time is worth
@@ -87,7 +88,10 @@ class MLP(nn.Module):
         self.fc2 = Linear(hidden, width)
 
     def forward(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
-        return self.fc2(F.gelu(self.fc1(x)))
+        hidden = self.fc1(x)
+        active = F.gelu(hidden)
+        with recomputed(F.gelu, hidden, active):
+            return self.fc2(active)
 
 
 class LayerScale(nn.Module):

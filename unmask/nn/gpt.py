@@ -24,6 +24,7 @@ from unmask.nn.blocks import attend
 from unmask.nn.features import Features
 from unmask.nn.palette import nearest_colour
 from unmask.nn.patches import grid_of
+from unmask.nn.recompute import recomputed
 from unmask.nn.vit import Pair
 from unmask.settings import Settings
 
@@ -93,7 +94,10 @@ class MLP(nn.Module):
         nn.init.normal_(self.fc2.weight, std=0.02)
 
     def forward(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
-        return self.fc2(F.silu(1.702 * self.fc1(x))) / 1.702  # x sigmoid(1.702 x), the constant taken out of fc2
+        hidden = 1.702 * self.fc1(x)
+        active = F.silu(hidden)  # 1.702 times x sigmoid(1.702 x)
+        with recomputed(F.silu, hidden, active):
+            return self.fc2(active) / 1.702
 
 
 class Block(nn.Module):
