@@ -13,6 +13,7 @@ from sklearn.preprocessing import StandardScaler
 
 from unmask import probe_features, probing, use
 from unmask.console import Console
+from unmask.data import looks
 from unmask.errors import UserError
 from unmask.evals import attentive
 from unmask.evals.probe import few_shots
@@ -146,7 +147,7 @@ def test_other_images_in_a_folder_of_the_same_name_take_nobodys_place(run, data,
 
 def test_features_are_kept_for_the_next_probe_until_something_changes(run, data, monkeypatch):
     asked, real = [], use.collect_each
-    monkeypatch.setattr(use, "WORTH_KEEPING", -1.0)
+    monkeypatch.setattr(looks, "WORTH_KEEPING", -1.0)
     monkeypatch.setattr(
         use, "collect_each", lambda encoders, *a, **more: asked.append(set(encoders)) or real(encoders, *a, **more)
     )

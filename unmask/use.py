@@ -22,6 +22,7 @@ from unmask.config import task_names
 from unmask.console import Bar, Console
 from unmask.data.decode import BadImage
 from unmask.data.loader import Delivery, Images, Taken, choose_workers, eval_batches
+from unmask.data.looks import worth_keeping
 from unmask.data.sources import LISTS, TARS, Source, open_files, open_source
 from unmask.errors import UserError, some
 from unmask.evals import kept
@@ -36,7 +37,6 @@ EVAL_BATCH = 128
 MOST_DRAWN = 16
 MANY_IMAGES = 1024  # from here on, decoding in processes of its own repays starting them
 NAMED_BAD_FILES = 5
-WORTH_KEEPING = 2.0  # seconds; features that are computed as fast need no place on the disk
 IMAGES_FOR_LAYER = 4096  # at most, that layers are compared on
 COLLECTIONS = (*LISTS, *TARS, ".zip", ".parquet", ".pq")  # files that hold images, as against image files
 
@@ -119,14 +119,14 @@ def features(
     """
     keys = {} if folder is None or tokens else keys_of(loaded, encoders, source, rows, precision)
     found = {name: table for name, key in keys.items() if folder and (table := kept.find(folder, key, source, rows))}
-    began = time.monotonic()
+    began = time.time()
     if new := {name: encoder for name, encoder in encoders.items() if name not in found}:
         workers = 0 if len(rows) < MANY_IMAGES else choose_workers(loaded.device, cached=False)[0]
         with console.progress(title, len(rows)) as bar:
             batches = read(eval_images(loaded, source), rows, workers, console, bar)
             num_tokens = len(rows) if tokens else 0
             found |= collect_each(new, batches, device=loaded.device, precision=precision, tokens=num_tokens)
-        if folder is not None and keys and time.monotonic() - began > WORTH_KEEPING:
+        if folder is not None and keys and worth_keeping(began):
             size = sum(kept.keep(folder, keys[name], found[name], rows) for name in new)
             console.say(f"{title}: features kept for the next probe, {size / 2**20:.1f} MiB in {folder}")
     return {name: found[name] for name in encoders}

@@ -30,7 +30,7 @@ from unmask.data.sources import Source
 
 LAYOUT = 1
 WORD = np.dtype("S8")
-WORTH_KEEPING = 2.0  # seconds of looking; data that is seen again as fast needs no memory
+WORTH_KEEPING = 2.0  # seconds of work; what is had again as fast needs no place on the disk
 SETTLED = 2_000_000_000  # nanoseconds: coarse clocks of file systems give two changes within it the same time
 COLUMNS = ("sizes", "channels", "dtypes", "formats", "sums", "squares")
 DECODERS = ("numpy", "pillow", "simplejpeg", "tifffile")
@@ -198,7 +198,7 @@ def remember(source: Source, looks: Looks, began: float) -> Path | None:
 
 
 def worth_keeping(began: float) -> bool:
-    """Whether looking took so long, since `began`, that it should not be done again."""
+    """Whether what has taken since `began`, in seconds since 1970, should not have to be done again."""
     return time.time() - began > WORTH_KEEPING
 
 
