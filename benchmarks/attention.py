@@ -1,15 +1,17 @@
 """Forward and backward of attention: PyTorch's fused kernel beside what `unmask.nn.blocks.attend` does.
 
-    python benchmarks/attention.py
+    python benchmarks/attention.py [--rounds 9] [--json] [--tiny]
 
 The shapes are those that masking leaves: a few visible tokens in the encoder, all of them in the decoder.
 """
 
 from __future__ import annotations
 
+import argparse
+
 import torch
 import torch.nn.functional as F
-from measure import medians, write
+from measure import conclude, medians, origin
 
 from unmask.nn.blocks import attend
 
@@ -24,9 +26,18 @@ SHAPES = [
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument(
+        "--tiny", action="store_true", help="two images of each: whether it runs at all; writes no file"
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    options = parser.parse_args()
+    rounds = 1 if options.tiny else options.rounds
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows = []
     for what, batch, heads, tokens, width in SHAPES:
+        batch = 2 if options.tiny else batch
         qkv = torch.randn(3, batch, heads, tokens, width, dtype=torch.bfloat16, device=device, requires_grad=True)
 
         def run(attention, qkv=qkv):
@@ -34,13 +45,13 @@ def main() -> None:
 
         found = medians(
             {"fused": lambda run=run: run(F.scaled_dot_product_attention), "ours": lambda run=run: run(attend)},
-            rounds=9,
+            rounds=rounds,
         )
         rows.append(
             {"shape": what, "fused_ms": 1e3 * found["fused"], "ours_ms": 1e3 * found["ours"],
              "ratio": found["fused"] / found["ours"]}
         )  # fmt: skip
-    write("attention", rows)
+    conclude("attention", rows, origin(), as_json=options.json, keep=not options.tiny)
 
 
 if __name__ == "__main__":

@@ -9,4 +9,4 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python benchmarks/step.py --recipes mae_large mae_base mae_huge --precisions bf16 --compiled "$@"
-case " $* " in *" --tiny "*) ;; *) python benchmarks/attention.py ;; esac
+case " $* " in *" --tiny "*) python benchmarks/attention.py --tiny ;; *) python benchmarks/attention.py ;; esac

@@ -77,11 +77,6 @@ def origin(packages: Sequence[str] = ("torch", "transformers", "numpy", "pillow"
     return {"date": time.strftime("%Y-%m-%d"), "device": device_name(), "versions": versions, "command": command}
 
 
-def write(name: str, rows: list[dict[str, Any]]) -> None:
-    """Write `results/<name>-<cpu|cuda>.json` with device, versions and command, and print the rows."""
-    conclude(name, rows, origin())
-
-
 def conclude(
     name: str, rows: list[dict[str, Any]], about: dict[str, Any], *, as_json: bool = False, keep: bool = True
 ) -> None:

@@ -1,4 +1,4 @@
-"""The benchmark of the training step still runs and says all that it should; how fast is not asked here."""
+"""The benchmarks of a step and of attention still run and say all that they should; how fast is not asked here."""
 
 import json
 import subprocess
@@ -33,3 +33,14 @@ def test_the_step_benchmark_runs_and_its_numbers_agree():
     assert rows["unmask"]["share"] == pytest.approx(
         rows["unmask"]["images_per_s"] * rows["unmask"]["model_gflop_per_image"] / 1e3 / rows["products"]["tflop_per_s"]
     )
+
+
+def test_the_attention_benchmark_runs_and_writes_nothing_when_tiny():
+    kept = (BENCHMARKS / "results" / "attention-cpu.json").read_bytes()
+    done = subprocess.run(
+        [sys.executable, "attention.py", "--tiny", "--json"], cwd=BENCHMARKS, capture_output=True, text=True, check=True
+    )
+    rows = json.loads(done.stdout)["rows"]
+    assert len(rows) == 6
+    assert all(row["ratio"] == pytest.approx(row["fused_ms"] / row["ours_ms"]) for row in rows)
+    assert (BENCHMARKS / "results" / "attention-cpu.json").read_bytes() == kept

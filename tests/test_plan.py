@@ -4,11 +4,13 @@ import json
 
 import pytest
 import torch
+from torch import nn
 
 from unmask import plan as planning
 from unmask.batch import ImageSpec
 from unmask.config import ConfigError, keys, override
 from unmask.flops import typical_images
+from unmask.method import Loss
 from unmask.plan import (
     BUDGET_SHARE,
     MEMORY_SHARE,
@@ -297,6 +299,31 @@ def test_a_step_with_accumulation_is_measured_with_the_device_waited_for(monkeyp
 
     monkeypatch.setattr(planning, "wait_for", wait)
     assert measure_step_seconds(small(), SPEC, micro, "fp32", "cpu", seconds=0) == pytest.approx(seconds)
+
+
+class Slow(nn.Module):
+    """A second for every image it is given."""
+
+    def __init__(self, now: list[float], seen: set[int]) -> None:
+        super().__init__()
+        self.now, self.seen, self.weight = now, seen, nn.Parameter(torch.ones(()))
+
+    def forward(self, batch, _):
+        self.now[0] += len(batch)
+        self.seen.add(len(batch))
+        return Loss(self.weight * 1.0)
+
+
+@pytest.mark.parametrize(
+    ("micro", "longest", "sizes"), [(6, 0, {6}), (12, 0, {8}), (12, 11, {8, 11}), (12, 99, {8, 12})]
+)
+def test_on_a_cpu_a_pass_is_no_longer_than_it_takes_to_tell(monkeypatch, micro, longest, sizes):
+    now, seen = [0.0], set()
+    monkeypatch.setattr(planning.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(planning, "fresh_method", lambda *_: Slow(now, seen))
+    monkeypatch.setattr(planning, "LONGEST_PASS", longest)
+    assert measure_step_seconds(small(), SPEC, micro, "fp32", "cpu", seconds=0) == pytest.approx(12)
+    assert seen == sizes
 
 
 def test_free_memory_is_what_the_machine_and_its_container_leave(tmp_path, monkeypatch):

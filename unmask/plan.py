@@ -29,6 +29,7 @@ DEFAULT_EPOCHS = 100
 MEMORY_SHARE = 0.6
 TENSORS_AT_A_TIME = 4  # of the largest, in the widest place of a network
 BUDGET_SHARE = 0.9  # the rest: pictures, checkpoints, a slow minute
+FEW_IMAGES, LONGEST_PASS = 8, 2.0  # images, and seconds, of a pass that is long enough to tell what a longer one takes
 TESTS = 10  # of what learns from labels, unless it is said how often
 TEST_IMAGE = 0.5  # time to load and judge an image, as a share of that to learn from it
 TEST_SHARE = 0.25  # of a budget, at most
@@ -266,24 +267,37 @@ def measure_step_seconds(
     if config.train.compile and why_not_compiled(device) is None:
         compile_blocks(method)  # the run finds them compiled
     optimizer = make_optimizer(method, config.optim)
-    batch = example_batch(images, micro, device)
-    clock = Clock(0, 1, Draws(0, batch.epoch, batch.index))
-    accumulation = config.train.batch_size // micro
     times: list[float] = []
-    begin = time.perf_counter()
+
+    def passes(batch: Batch, count: int) -> torch.Tensor:
+        """So many times forward and backward; the last loss."""
+        for _ in range(count):
+            with autocast(precision, device):
+                loss = method(batch, Clock(0, 1, Draws(0, batch.epoch, batch.index))).value
+            loss.backward()
+        return loss.detach()
+
     with memory_kept(device):  # as in training
+        # On a CPU twice as many take twice as long; what is compiled is compiled for a number of images.
+        if device == "cpu" and micro > FEW_IMAGES and not config.train.compile:
+            few = example_batch(images, FEW_IMAGES, device)
+            passes(few, 1)
+            start = time.perf_counter()
+            passes(few, 1)
+            most = LONGEST_PASS * FEW_IMAGES / max(1e-9, time.perf_counter() - start)
+            micro = int(min(micro, max(FEW_IMAGES, most)))
+        batch, needed = example_batch(images, micro, device), config.train.batch_size / micro
+        count = min(2, math.ceil(needed))
+        begin = time.perf_counter()
         while len(times) < 3 or time.perf_counter() - begin < seconds:
             start = time.perf_counter()
-            for _ in range(min(accumulation, 2)):
-                with autocast(precision, device):
-                    loss = method(batch, clock)
-                loss.value.backward()
-            if accumulation > 2:
-                wait_for(loss.value)  # or `part` would be the time it takes to launch the work
+            loss = passes(batch, count)
+            if needed > count:
+                wait_for(loss)  # or `part` would be the time it takes to launch the work
             part = time.perf_counter() - start
-            wait_for(update(optimizer, 0.0, loss.value.detach(), config.optim.clip))
+            wait_for(update(optimizer, 0.0, loss, config.optim.clip))
             whole = time.perf_counter() - start
-            times.append(whole + part * max(0, accumulation - 2) / min(accumulation, 2))
+            times.append(whole + part * (needed - count) / count)
     return sum(times[1:]) / len(times[1:])  # the first pass also warms up
 
 
