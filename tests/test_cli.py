@@ -19,7 +19,7 @@ from unmask.recipes.catalogue import all_recipes, describe
 
 VERBS = [
     "demo", "check", "pretrain", "import", "export", "palette", "resume", "finetune", "predict", "reconstruct", "probe",
-    "embed", "ablate", "compare", "report", "plan", "recipes", "doctor",
+    "embed", "ablate", "compare", "report", "plan", "recipes", "doctor", "pack",
 ]  # fmt: skip
 
 
@@ -63,6 +63,11 @@ def test_help_of_every_verb_says_what_it_does(unmask):
         assert "Usage" in text
         assert not re.search(r"│ --[a-z-]+ +[A-Z]+ +│", text), f"an option of {verb} without a help text"
     assert unmask("--version")[1].strip() == f"unmask {metadata.version('unmask')}"
+
+
+def test_it_is_a_module_that_can_be_run():
+    done = subprocess.run([sys.executable, "-m", "unmask", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["unmask", metadata.version("unmask")]
 
 
 def test_pretrain_prints_json_alone_on_stdout(unmask, images, tmp_path):
