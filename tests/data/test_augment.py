@@ -4,7 +4,17 @@ import numpy as np
 import pytest
 from PIL import Image, ImageEnhance
 
-from unmask.data.augment import CROP_DRAWS, CropConfig, center_boxes, crop_boxes, cut, decode_size, jitter_colours
+from unmask.data.augment import (
+    CROP_DRAWS,
+    CropConfig,
+    _cut_fractions,
+    _cut_from_pixels,
+    center_boxes,
+    crop_boxes,
+    cut,
+    decode_size,
+    jitter_colours,
+)
 from unmask.rng import Stream, uniform
 
 
@@ -145,6 +155,32 @@ def test_fractions_of_pixels_are_resampled_as_pillow_does_from_the_whole_image(c
         difference = np.abs(ours - by_pillow(image, (64, 48), (left, top, left + width, top + height)))
         assert difference.max() <= 2  # its boxes are in single precision
         assert difference.mean() < 0.1
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_most_boxes_with_fractions_go_through_the_fast_kernel_and_come_out_the_same(channels):
+    image, rng, fast, differences = picture(150, 110, channels, seed=channels), np.random.default_rng(0), 0, []
+    for _ in range(300):
+        target = tuple(rng.choice([8, 31, 64, 100], 2).tolist())
+        height, width = rng.uniform(8, 150), rng.uniform(8, 110)
+        box = (rng.uniform(0, 150 - height), rng.uniform(0, 110 - width), height, width)
+        found, wanted = _cut_from_pixels(image, box, target), _cut_fractions(image, box, target)
+        if found is not None:
+            fast += 1
+            differences.append(np.abs(found - wanted.astype(float)).mean())
+    assert 200 < fast < 300
+    assert np.mean(differences) < 0.6
+    assert max(differences) < 2
+
+
+@pytest.mark.parametrize(("first", "height", "width"), [(20.5, 41.5, 38.25), (0.5, 41.0, 38.25)])
+def test_as_many_samples_as_pixels_are_no_copy_of_them(first, height, width):
+    """The kernel leaves an axis alone where input and output are equally long, whatever the step."""
+    image = picture(80, 70, 3, seed=0)
+    for size in range(20, 80):
+        found = _cut_from_pixels(image, (first, 3.0, height, width), (size, 33))
+        wanted = _cut_fractions(image, (first, 3.0, height, width), (size, 33))
+        assert found is None or np.abs(found - wanted.astype(float)).mean() < 2
 
 
 @pytest.mark.parametrize("box", [[4, 6, 30, 36], [4.5, 6, 30, 36], [4, 6, 16, 20]])

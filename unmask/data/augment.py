@@ -23,7 +23,9 @@ from unmask.settings import Settings
 TRIES = 10
 CROP_DRAWS = 2 * TRIES + 2
 SUBPIXELS = 2**16  # boxes lie on this grid, where sums are exact: no corner or edge is outside by a rounding error
+bicubic = torch.ops.aten._upsample_bicubic2d_aa
 Corners = tuple[float, float, float, float]  # top, left, height, width
+NEAR_PIXEL, MOST_SKIPPED = 1 / 16, 32  # of a pixel, and samples: see `_from_a_pixel`
 LEAST_LEFT = 0.2  # share of its area that a box around an object keeps in a crop, or is dropped
 
 
@@ -151,8 +153,9 @@ def cut(
     out: where to write, contiguous; a new array when None. Bicubic with antialiasing in every branch. A box of whole
     pixels is cut out first, as torchvision's resized crop does; of 8-bit gray and RGB it goes through torch's integer
     kernel, which differs from Pillow by 0.05 levels on average. A box with fractions, which a scaled decode makes of
-    it, goes through Pillow, which looks a few pixels beyond its edges. Any other channel count or dtype through torch
-    in float32, clipped to the values present in the image so that bicubic overshoot invents none.
+    it, goes there too where it can begin within 1/16 of a pixel (nine of ten can; 0.3 levels on average), and
+    through Pillow otherwise; of both the filter looks a few pixels beyond the edges. Any other channel count or dtype
+    goes through torch in float32, clipped to the values in the image so that bicubic overshoot invents none.
     """
     if out is None:
         out = np.empty((*target, image.shape[2]), image.dtype)
@@ -165,9 +168,10 @@ def cut(
     elif whole and common:
         part = torch.from_numpy(_inside(image, top, left, height, width).copy())
         # Not F.interpolate: it takes no `out`, and to allocate the result costs a third as much as to compute it.
-        torch.ops.aten._upsample_bicubic2d_aa.out(part.permute(2, 0, 1)[None], target, False, None, None, out=pixels)
+        bicubic.out(part.permute(2, 0, 1)[None], target, False, None, None, out=pixels)
     elif common:
-        out[...] = _cut_fractions(image, (top, left, height, width), target)
+        part = _cut_from_pixels(image, (top, left, height, width), target)
+        out[...] = _cut_fractions(image, (top, left, height, width), target) if part is None else part
     else:
         part = _inside(image, top, left, height, width)
         bands = torch.from_numpy(part.astype(np.float32)).permute(2, 0, 1)[None]
@@ -185,6 +189,43 @@ def _inside(image: np.ndarray, top: float, left: float, height: float, width: fl
     return image[y : max(y + 1, round(top + height)), x : max(x + 1, round(left + width))]
 
 
+def _cut_from_pixels(image: np.ndarray, box: Corners, target: tuple[int, int]) -> np.ndarray | None:
+    """As `_cut_fractions`, by torch's integer kernel, in a quarter of the time; None where the box cannot begin so."""
+    steps = box[2] / target[0], box[3] / target[1]
+    rows, columns = _from_a_pixel(box[0], steps[0]), _from_a_pixel(box[1], steps[1])
+    if rows is None or columns is None:
+        return None
+    (y, above), (x, before) = rows, columns
+    bottom, right = (math.ceil(box[i] + box[i + 2]) + _reach(steps[i]) for i in (0, 1))
+    within = image[max(0, y) : bottom, max(0, x) : right]
+    outside = max(0, -y), max(0, -x)
+    padded = np.pad(within, ((outside[0], 0), (outside[1], 0), (0, 0)), "edge") if any(outside) else within.copy()
+    part = torch.from_numpy(padded)
+    # One sample more where there would be as many as pixels: for then the kernel takes the pixels, whatever the step.
+    size = above + target[0], before + target[1]
+    more = size[0] + (size[0] == part.shape[0]), size[1] + (size[1] == part.shape[1])
+    found = bicubic(part.permute(2, 0, 1)[None], more, False, 1 / steps[0], 1 / steps[1])
+    return found[0, :, above : size[0], before : size[1]].permute(1, 2, 0).numpy()
+
+
+def _from_a_pixel(first: float, step: float) -> tuple[int, int] | None:
+    """Where samples, `step` apart, can begin so that a box begins at `first`: (a whole pixel, so many samples before).
+
+    The kernel begins at a pixel's edge. So it begins some samples before the box, which are thrown away: as many as
+    bring it next to an edge, of a pixel that may lie before the image. None where MOST_SKIPPED do not bring it as near
+    as NEAR_PIXEL.
+    """
+    begins = [first - skipped * step for skipped in range(1 + MOST_SKIPPED)]
+    errors = [abs(begin - round(begin)) for begin in begins]
+    skipped = min(range(len(errors)), key=errors.__getitem__)
+    return (round(begins[skipped]), skipped) if errors[skipped] <= NEAR_PIXEL else None
+
+
+def _reach(step: float) -> int:
+    """How many pixels beyond a box the filter looks, for samples that are so far apart, and one more."""
+    return math.ceil(2 * max(1, step)) + 1
+
+
 def _cut_fractions(image: np.ndarray, box: Corners, target: tuple[int, int]) -> np.ndarray:
     """A box that begins or ends within a pixel, of an 8-bit image in gray or RGB, resampled by Pillow."""
     # Only what the filter reaches is handed over: Pillow first makes a copy, four bytes to a pixel, of all it is given.
@@ -198,7 +239,7 @@ def _cut_fractions(image: np.ndarray, box: Corners, target: tuple[int, int]) -> 
 def _within_reach(image: np.ndarray, box: Corners, target: tuple[int, int]) -> tuple[np.ndarray, Corners]:
     """The pixels that the filter looks at, a view, and where the box lies in them."""
     top, left, height, width = box
-    reach_y, reach_x = math.ceil(2 * max(1, height / target[0])) + 1, math.ceil(2 * max(1, width / target[1])) + 1
+    reach_y, reach_x = _reach(height / target[0]), _reach(width / target[1])
     y, x = max(0, int(top) - reach_y), max(0, int(left) - reach_x)
     part = image[y : math.ceil(top + height) + reach_y, x : math.ceil(left + width) + reach_x]
     return part, (top - y, left - x, height, width)
