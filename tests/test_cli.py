@@ -289,6 +289,16 @@ def test_a_closed_pipe_is_no_fault():
     assert "Traceback" not in done.stderr
 
 
+def test_who_interrupts_a_command_is_told_what_became_of_it(unmask, monkeypatch, images, tmp_path):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("unmask.pack.pack_image", interrupted)
+    code, out, err = unmask("pack", images, tmp_path / "copy.tar", "--workers", 0)
+    assert (code, out) == (130, "")
+    assert "interrupted; no run was begun or changed" in err
+
+
 def test_a_fault_of_ours_says_so_and_fails(unmask, monkeypatch, capfd, tmp_path):
     def broken(*_, **__):
         raise KeyError("something we forgot")

@@ -15,6 +15,7 @@ from PIL import Image
 from unmask import pack as packing
 from unmask.batch import ImageSpec
 from unmask.cli import main
+from unmask.console import Console
 from unmask.data import decode
 from unmask.data.augment import CropConfig
 from unmask.data.loader import Images, Order, training_batches
@@ -147,19 +148,19 @@ def test_packing_again_remembers_the_first_original(copy, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "data"),
+    ("name", "data", "why"),
     [
-        ("a.png", png16(smooth(200, 150, 3, top=65535))),
-        ("a.npy", npy(smooth(200, 150).astype(np.float32))),
-        ("b.npy", npy(smooth(200, 150, 5))),
-        ("a.jpg", file_of(smooth(200, 150), "JPEG", quality=1)),  # shrunk it would be a larger file
+        ("a.png", png16(smooth(200, 150, 3, top=65535)), "not 8-bit gray or RGB"),
+        ("a.npy", npy(smooth(200, 150).astype(np.float32)), "not 8-bit gray or RGB"),
+        ("b.npy", npy(smooth(200, 150, 5)), "not 8-bit gray or RGB"),
+        ("a.jpg", file_of(smooth(200, 150), "JPEG", quality=1), "no smaller then"),
     ],
 )
-def test_what_would_lose_is_copied_byte_for_byte(tmp_path, name, data):
+def test_what_would_lose_is_copied_byte_for_byte(tmp_path, name, data, why):
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / name).write_bytes(data)
     found = pack(tmp_path / "images", tmp_path / "copy.tar", short_side=128, workers=0)
-    assert (found["shrunk"], found["copied"], found["bad"]) == (0, 1, [])
+    assert (found["shrunk"], found["copied_because"], found["bad"]) == (0, {why: 1}, [])
     assert open_source(tmp_path / "copy.tar").read(0) == data
 
 
@@ -216,6 +217,12 @@ def test_what_stops_halfway_leaves_nothing(folder, tmp_path, monkeypatch, fault)
     assert not list(tmp_path.glob("copy.tar*"))
 
 
+def test_what_a_killed_packing_left_is_named(folder, tmp_path, capsys):
+    (tmp_path / ".copy.tar.77.part").write_bytes(b"half")
+    pack(folder, tmp_path / "copy.tar", short_side=64, workers=0, console=Console())
+    assert ".copy.tar.77.part is of a packing that goes on now or was killed" in capsys.readouterr().err
+
+
 def test_a_file_that_is_there_is_left_alone(folder, copy):
     before = copy.read_bytes()
     with pytest.raises(PackError, match="exists already"):
@@ -235,6 +242,8 @@ def test_what_a_tar_cannot_keep_is_refused(folder, tmp_path):
             pack(data, tmp_path / "copy.tar", workers=0)
     with pytest.raises(PackError, match=r"ends in \.tar"):
         pack(folder, tmp_path / "copy.zip")
+    with pytest.raises(PackError, match="-1 workers came"):
+        pack(folder, tmp_path / "copy.tar", workers=-1)
     with pytest.raises(PackError, match="quality 0"):
         pack(folder, tmp_path / "copy.tar", quality=0)
     assert not list(tmp_path.glob("copy*"))
@@ -249,6 +258,8 @@ def test_on_the_command_line(folder, tmp_path, monkeypatch, capsys):
     said = capsys.readouterr()
     found = json.loads(said.out)
     assert (found["images"], found["shrunk"], found["copied"]) == (9, 5, 4)
+    assert found["copied_because"] == {"bad": 2, "small enough": 2}
+    assert "4 copied as they are (2 bad; 2 small enough)" in said.err
     assert [bad["name"] for bad in found["bad"]] == ["cats/4.jpg", "dogs/2.png"]
     assert "2 cannot be read and are copied as they are" in said.err
     assert found["bytes_after"] < found["bytes_before"]

@@ -16,7 +16,7 @@ import typer
 from unmask.console import Console
 from unmask.errors import TrainingFailed, UserError
 
-FAILED, USAGE, STOPPED = 1, 2, 75
+FAILED, USAGE, STOPPED, INTERRUPTED = 1, 2, 75, 130
 
 app = typer.Typer(
     name="unmask",
@@ -66,17 +66,16 @@ def main() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     try:
         code = app(standalone_mode=False)  # what a verb leaves with (typer.Exit) is returned, not raised
-        sys.exit(code if isinstance(code, int) else 0)
-    except typer.Abort:
-        sys.exit(130)
-    except KeyboardInterrupt:
-        print("interrupted; no run was begun or changed by it, so just run the command again", file=sys.stderr)
-        sys.exit(130)
+    except (KeyboardInterrupt, typer.Abort):  # typer makes the exit code of it by itself, unless it comes too soon
+        code = INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(FAILED)
     except Exception as error:
         sys.exit(_explain(error))
+    if code == INTERRUPTED:
+        print("interrupted; no run was begun or changed by it, so just run the command again", file=sys.stderr)
+    sys.exit(code if isinstance(code, int) else 0)
 
 
 def _explain(error: Exception) -> int:
@@ -301,11 +300,18 @@ def palette(
 
 @app.command()
 def pack(
-    data: Data,
+    data: Annotated[
+        str,
+        typer.Argument(
+            metavar="DATA", help="Images with names: a folder, glob, tar, zip or parquet.", show_default=False
+        ),
+    ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A new .tar, which is DATA to every command.")],
     short_side: Annotated[int, typer.Option(metavar="PIXELS", help="Longer ones are shrunk to it.")] = 512,
     quality: Annotated[int, typer.Option(help="Of the JPEGs, 1 to 100.")] = 90,
-    workers: Annotated[int | None, typer.Option(help="Processes; default one to a core.", show_default=False)] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes, 0 for none; default one to a core.", show_default=False)
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Copy images into one tar, large ones shrunk, to train faster on the very same crops and masks."""

@@ -14,11 +14,12 @@ file of, and those that cannot be read: they keep their rows, and training will 
 
 from __future__ import annotations
 
+import glob
 import io
 import os
 import tarfile
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -36,7 +37,7 @@ from unmask.data import augment, decode
 from unmask.data.decode import BadImage, Header, packed_note
 from unmask.data.scan import num_cores
 from unmask.data.sources import EXTENSIONS, Source, TarSource, classes_of, open_source
-from unmask.errors import UserError
+from unmask.errors import UserError, some
 
 CHUNK = 8  # images that a process is given at a time
 AHEAD = 4  # chunks for each process that may wait to be written
@@ -46,12 +47,15 @@ class PackError(UserError):
     """Images that cannot be packed as they are, or a place they cannot be packed to; the message says what to do."""
 
 
+SHRUNK, SMALL, OTHER, NO_SMALLER, BAD = "shrunk", "small enough", "not 8-bit gray or RGB", "no smaller then", "bad"
+
+
 @dataclass(frozen=True)
 class Packed:
-    """One image as it goes into the tar: shrunk, or its own bytes, and then perhaps what is wrong with them."""
+    """One image as it goes into the tar: SHRUNK, or its own bytes and why; `fault` is what is wrong with a BAD one."""
 
     data: bytes
-    shrunk: bool = False
+    what: str
     fault: BadImage | None = None
 
 
@@ -75,8 +79,12 @@ def pack(
         raise PackError(f"short side {short_side} and quality {quality} came; at least 1, and 1 to 100, were expected")
     if out.suffix != ".tar":
         raise PackError(f"{out} came, a new file that ends in .tar was expected")
+    if workers is not None and workers < 0:
+        raise PackError(f"{workers} workers came; 0 (this process shrinks the images itself) or more were expected")
     if out.exists():
         raise PackError(f"{out} exists already; choose another name, or remove it first")
+    if left := [str(path) for path in out.parent.glob(f".{glob.escape(out.name)}.*.part")]:
+        console.warn(f"{some(left)} is of a packing that goes on now or was killed; if it was killed, remove it")
     source = open_source(data)
     require_packable(source)
     if workers is None:
@@ -125,24 +133,24 @@ def require_packable(source: Source) -> None:
 
 def _write(source: Source, part: Path, images: Iterator[Packed], console: Console) -> dict[str, Any]:
     """The tar, flushed to disk; returns counts, bytes, and what is wrong with images that cannot be read."""
-    count, shrunk, before, after, bad = 0, 0, 0, 0, []
-    with open(part, "wb") as file:
+    before, after, bad, kinds = 0, 0, [], Counter[str]()
+    with open(part, "wb") as file, console.progress("packing", len(source)) as bar:
         with tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as archive:
             for name, size, image in zip(source.names, source.sizes.tolist(), images, strict=True):
                 member = tarfile.TarInfo(name)
                 member.size, member.mode = len(image.data), 0o644
                 archive.addfile(member, io.BytesIO(image.data))
-                count, shrunk = count + 1, shrunk + image.shrunk
+                kinds[image.what] += 1
                 before, after = before + max(0, size), after + len(image.data)
                 if image.fault is not None:
                     bad.append({"name": name, "code": image.fault.code, "detail": image.fault.detail})
-                if count % 1000 == 0:
-                    console.say(f"  {count} of {len(source)}, {after / max(1, before):.0%} of the bytes")
+                bar.update(kinds.total(), f"{after / max(1, before):.0%} of the bytes")
         file.flush()
         os.fsync(file.fileno())
+    copied = {what: number for what, number in sorted(kinds.items()) if what != SHRUNK}
     return {
-        "images": count, "shrunk": shrunk, "copied": count - shrunk, "bytes_before": before, "bytes_after": after,
-        "bad": bad,
+        "images": len(source), "shrunk": kinds[SHRUNK], "copied": sum(copied.values()), "copied_because": copied,
+        "bytes_before": before, "bytes_after": after, "bad": bad,
     }  # fmt: skip
 
 
@@ -200,13 +208,13 @@ def pack_image(source: Source, row: int, short_side: int, quality: int) -> Packe
         at_least = None if target is None else (2 * target[0], 2 * target[1])
         pixels = decode.decode(data, at_least=at_least, found=found)
     except BadImage as error:
-        return Packed(data, fault=error)
+        return Packed(data, BAD, error)
     if target is None:
-        return Packed(data)
+        return Packed(data, SMALL if min(found.height, found.width) <= short_side else OTHER)
     small = augment.cut(pixels, np.array([0.0, 0.0, *pixels.shape[:2]]), target, False)
     note = packed_note(target, found.full_size)
     encoded = _jpeg(small, quality, note) if found.format == "JPEG" else _png(small, note)
-    return Packed(encoded, shrunk=True) if len(encoded) < len(data) else Packed(data)
+    return Packed(encoded, SHRUNK) if len(encoded) < len(data) else Packed(data, NO_SMALLER)
 
 
 def _target(found: Header, short_side: int) -> tuple[int, int] | None:
@@ -236,10 +244,12 @@ def _png(pixels: np.ndarray, note: bytes) -> bytes:
 
 def _say(summary: dict[str, Any], console: Console) -> None:
     before, after = summary["bytes_before"], summary["bytes_after"]
+    because = "; ".join(f"{number} {what}" for what, number in summary["copied_because"].items())
     console.say(
         f"{summary['out']}: {summary['shrunk']} images shrunk to a short side of {summary['short_side']} pixels, "
-        f"{summary['copied']} copied as they are; {before / 2**20:.1f} MiB became {after / 2**20:.1f}"
+        f"{summary['copied']} copied as they are{f' ({because})' if because else ''}; {before / 2**20:.1f} MiB became "
+        f"{after / 2**20:.1f}"
     )
     if bad := summary["bad"]:
-        named = "; ".join(f"{one['name']} ({one['code']}: {one['detail']})" for one in bad[:5])
+        named = some([f"{one['name']} ({one['code']}: {one['detail']})" for one in bad])
         console.warn(f"{len(bad)} cannot be read and are copied as they are, to be left out as before: {named}")
