@@ -17,7 +17,7 @@ from unmask.batch import ImageSpec
 from unmask.cli import main
 from unmask.console import Console
 from unmask.data import decode
-from unmask.data.augment import CropConfig
+from unmask.data.augment import CropConfig, cut
 from unmask.data.loader import Images, Order, training_batches
 from unmask.data.scan import scan
 from unmask.data.sources import open_source
@@ -148,20 +148,44 @@ def test_packing_again_remembers_the_first_original(copy, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "data", "why"),
+    ("name", "data"),
     [
-        ("a.png", png16(smooth(200, 150, 3, top=65535)), "not 8-bit gray or RGB"),
-        ("a.npy", npy(smooth(200, 150).astype(np.float32)), "not 8-bit gray or RGB"),
-        ("b.npy", npy(smooth(200, 150, 5)), "not 8-bit gray or RGB"),
-        ("a.jpg", file_of(smooth(200, 150), "JPEG", quality=1), "no smaller then"),
+        ("a.jpg", file_of(smooth(200, 150), "JPEG", quality=1)),  # shrunk it would be a larger file
+        ("a.npy", npy(smooth(131, 1300, 130))),  # 128 x 1270 x 130 would be taken for 128 channels
     ],
 )
-def test_what_would_lose_is_copied_byte_for_byte(tmp_path, name, data, why):
+def test_what_would_lose_is_copied_byte_for_byte(tmp_path, name, data):
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / name).write_bytes(data)
     found = pack(tmp_path / "images", tmp_path / "copy.tar", short_side=128, workers=0)
-    assert (found["shrunk"], found["copied_because"], found["bad"]) == (0, {why: 1}, [])
+    assert (found["shrunk"], found["copied_because"], found["bad"]) == (0, {"cannot be made smaller": 1}, [])
     assert open_source(tmp_path / "copy.tar").read(0) == data
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("rgb.png", png16(smooth(200, 150, 3, top=65535))),
+        ("gray.png", png16(smooth(200, 151, 1, top=65535))),
+        ("float.npy", npy(smooth(200, 150).astype(np.float32) / 7 - 3)),
+        ("bands.npy", npy(smooth(200, 150, 5))),
+        ("bands16.npy", npy(smooth(151, 200, 7, top=65535))),
+        ("first.npy", npy(smooth(200, 150, 5).transpose(2, 0, 1))),
+    ],
+)
+def test_images_of_every_kind_are_shrunk_and_keep_their_kind(tmp_path, name, data):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / name).write_bytes(data)
+    found = pack(tmp_path / "images", tmp_path / "copy.tar", short_side=128, workers=0)
+    assert (found["shrunk"], found["copied"], found["bad"]) == (1, 0, [])
+    copied = open_source(tmp_path / "copy.tar").read(0)
+    before, after = decode.header(data), decode.header(copied)
+    assert after.packed_from == (before.height, before.width)
+    assert min(after.height, after.width) == 128
+    assert (after.channels, after.dtype) == (before.channels, before.dtype)
+    large, small = decode.decode(data), decode.decode(copied)
+    wanted = cut(large, np.array([0.0, 0.0, *large.shape[:2]]), small.shape[:2], False)
+    assert np.array_equal(small, wanted)
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -7,9 +7,9 @@ the pixels, by what shrinking twice and a second compression do to them; the mea
 the fingerprint, so a run begun on one cannot be resumed on the other; and a crop shorter than the method's size, of
 which an original has more detail than the copy.
 
-JPEG stays JPEG; other 8-bit images, gray or RGB, become PNG under their old name. Copied byte for byte are images whose
-short side is no longer, those of 16 bits, floats or other numbers of channels, those that shrinking makes no smaller
-file of, and those that cannot be read: they keep their rows, and training will find and leave them out as before.
+JPEG stays JPEG; under their old name other images in gray or RGB, of 8 or 16 bits, become PNG, and floats and other
+numbers of channels .npy. Copied byte for byte are images whose short side is no longer, those that shrinking makes no
+smaller file of, and those that cannot be read: they keep their rows, and training finds and leaves them out as before.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ from __future__ import annotations
 import glob
 import io
 import os
+import struct
 import tarfile
 import time
+import zlib
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -47,7 +49,7 @@ class PackError(UserError):
     """Images that cannot be packed as they are, or a place they cannot be packed to; the message says what to do."""
 
 
-SHRUNK, SMALL, OTHER, NO_SMALLER, BAD = "shrunk", "small enough", "not 8-bit gray or RGB", "no smaller then", "bad"
+SHRUNK, SMALL, NO_SMALLER, BAD = "shrunk", "small enough", "cannot be made smaller", "bad"
 
 
 @dataclass(frozen=True)
@@ -210,19 +212,32 @@ def pack_image(source: Source, row: int, short_side: int, quality: int) -> Packe
     except BadImage as error:
         return Packed(data, BAD, error)
     if target is None:
-        return Packed(data, SMALL if min(found.height, found.width) <= short_side else OTHER)
+        return Packed(data, SMALL)
     small = augment.cut(pixels, np.array([0.0, 0.0, *pixels.shape[:2]]), target, False)
-    note = packed_note(target, found.full_size)
-    encoded = _jpeg(small, quality, note) if found.format == "JPEG" else _png(small, note)
-    return Packed(encoded, SHRUNK) if len(encoded) < len(data) else Packed(data, NO_SMALLER)
+    encoded = _encoded(small, found, quality)
+    again = decode.header(encoded)  # a .npy of few rows and many channels would be read as if it were turned
+    same = (again.height, again.width, again.channels, again.dtype) == (*small.shape, found.dtype)
+    return Packed(encoded, SHRUNK) if same and len(encoded) < len(data) else Packed(data, NO_SMALLER)
 
 
 def _target(found: Header, short_side: int) -> tuple[int, int] | None:
     """The size to shrink to; None for what stays as it is."""
     short = min(found.height, found.width)
-    if short <= short_side or found.dtype != "uint8" or found.channels not in (1, 3):
+    if short <= short_side:
         return None
     return round(found.height * short_side / short), round(found.width * short_side / short)
+
+
+def _encoded(pixels: np.ndarray, found: Header, quality: int) -> bytes:
+    """The bytes of a smaller copy (H, W, C) of an image with this header."""
+    note = packed_note((pixels.shape[0], pixels.shape[1]), found.full_size)
+    if found.format == "JPEG":
+        return _jpeg(pixels, quality, note)
+    if pixels.shape[2] not in (1, 3) or pixels.dtype == np.float32:
+        file = io.BytesIO()
+        np.save(file, pixels)
+        return file.getvalue() + note  # what lies behind the values is read by nobody else
+    return _png(pixels, note) if pixels.dtype == np.uint8 else _png16(pixels, note)
 
 
 def _jpeg(pixels: np.ndarray, quality: int, note: bytes) -> bytes:
@@ -240,6 +255,24 @@ def _png(pixels: np.ndarray, note: bytes) -> bytes:
     file = io.BytesIO()
     Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).save(file, "PNG", pnginfo=info)
     return file.getvalue()
+
+
+def _png16(pixels: np.ndarray, note: bytes) -> bytes:
+    """16 bits, gray or RGB, which Pillow writes in gray only: each row as its difference from the one above."""
+    height, width, channels = pixels.shape
+    rows = pixels.astype(">u2").view(np.uint8).reshape(height, -1)
+    rows = np.diff(rows, axis=0, prepend=np.zeros_like(rows[:1]))  # modulo 256
+    filtered = np.concatenate([np.full((height, 1), 2, np.uint8), rows], 1)  # 2: "Up"
+    chunks = (
+        (b"IHDR", struct.pack(">IIBBBBB", width, height, 16, 0 if channels == 1 else 2, 0, 0, 0)),
+        (b"tEXt", note),
+        (b"IDAT", zlib.compress(filtered.tobytes())),
+        (b"IEND", b""),
+    )
+    return decode.PNG_START + b"".join(
+        struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        for kind, content in chunks
+    )
 
 
 def _say(summary: dict[str, Any], console: Console) -> None:

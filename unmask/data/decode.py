@@ -47,6 +47,7 @@ MOST_VALUES = 4 * MOST_PIXELS
 MOST_BYTES = 200_000_000
 MOST_ASPECT = 1000
 PACKED = re.compile(rb"unmask\0packed (\d{1,6})x(\d{1,6}) from (\d{1,6})x(\d{1,6})")
+LONGEST_NOTE = 64
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601
 
 
@@ -135,8 +136,9 @@ def decode(data: bytes, *, at_least: tuple[int, int] | None = None, found: Heade
 
 
 def packed_note(size: tuple[int, int], full_size: tuple[int, int]) -> bytes:
-    """What a smaller copy says of its original, in a JPEG's comment or a PNG's text: its own size, and the full one.
+    """What a smaller copy says of its original: its own size, and the full one.
 
+    It stands in a JPEG's comment, in a PNG's text, or behind the values of a .npy.
     Its own, because a program that crops or shrinks the copy once more may carry the note along; then it is not heeded.
     """
     return b"unmask\0packed %dx%d from %dx%d" % (*size, *full_size)
@@ -700,11 +702,19 @@ def _npy_layout(data: bytes) -> tuple[tuple[int, ...], bool, np.dtype, int]:
 
 
 def _npy_header(data: bytes) -> Header:
-    shape, _, dtype, _ = _npy_layout(data)
+    shape, _, dtype, start = _npy_layout(data)
     if len(shape) not in (2, 3) or min(shape) < 1:
         raise BadImage("UNSUPPORTED_MODE", f".npy of shape {shape}; (H, W), (H, W, C) or (C, H, W) is expected")
     height, width, channels = _channels_last(shape)
-    return Header(height, width, channels, _dtype_of(dtype), "NPY")
+    note = data[start + math.prod(shape) * dtype.itemsize :][:LONGEST_NOTE]
+    return Header(
+        height,
+        width,
+        channels,
+        _dtype_of(dtype),
+        "NPY",
+        packed_from=_packed_from(note, (height, width)) if note else None,
+    )
 
 
 def _channels_last(shape: tuple[int, ...]) -> tuple[int, int, int]:
