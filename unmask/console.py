@@ -82,12 +82,16 @@ class Bar:
     """Progress of one long thing; knows the time left from the pace so far."""
 
     def __init__(self, console: Console, title: str, total: int, start: int) -> None:
-        self.console, self.title, self.total = console, title, total
-        self.start, self.began, self.last = start, time.monotonic(), 0.0
+        self.console, self.title, self.total, self.last = console, title, total, 0.0
         self.show = self._plain
+        self.begin(start)
+
+    def begin(self, step: int) -> None:
+        """Count the pace from here on, with so many steps done."""
+        self.start, self.began = step, time.monotonic()
 
     def update(self, step: int, text: str = "") -> None:
-        self.show(step, f"{text}  {self.left(step)}" if text else self.left(step))
+        self.show(step, "  ".join(part for part in (text, self.left(step)) if part))
 
     def left(self, step: int) -> str:
         """'3 min 20 s left', from the mean pace since the start."""

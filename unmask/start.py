@@ -6,6 +6,7 @@ plan is said before the first step. What the loop itself does is in `train.py`.
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import shlex
@@ -414,10 +415,11 @@ def refuse_bad_data(found: Scan, config: Config) -> None:
     if found.good == 0:
         raise DataError(f"none of the {found.files} files of {found.source} can be read, for example {examples}")
     if found.bad_fraction > config.data.max_bad_fraction:
+        enough = math.ceil(20 * found.bad_fraction) / 20
         raise DataError(
             f"{len(found.bad)} of {found.checked} files checked cannot be read ({found.bad_fraction:.1%}; at most "
             f"{config.data.max_bad_fraction:.1%} may be): {examples}. Mend or remove them (`unmask check` lists all), "
-            "or --set data.max_bad_fraction=0.9 to train on the rest"
+            f"or --set data.max_bad_fraction={enough:g} to train on the rest"
         )
 
 

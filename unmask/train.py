@@ -145,6 +145,8 @@ def train(run: Run, config: Config, plan: Plan, images: Images, console: Console
                 if log_now and at.bad_steps == 0:
                     row = {"step": at.step, "lr": unread[-1].lr, "images": at.consumed, **pace.row(at.consumed)}
                     note(job, row | numbers)
+                    if at.step == 1:
+                        bar.begin(1)  # it is slower than all others, and tells nothing of the time left
                     bar.update(at.step, f"loss {numbers['loss']:.4f}  {pace.sentence(at.consumed)}")
                     pace = Pace(at.consumed)
                 if draw_now:
@@ -374,7 +376,9 @@ def compile_or_say(job: Job) -> None:
     """Compile the method's transformer blocks, or say why they run as they are."""
     if reason := why_not_compiled(job.plan.device):
         job.console.warn(f"torch.compile does not work here ({reason}); training goes on without train.compile")
-    elif not compile_blocks(job.method):
+    elif compile_blocks(job.method):
+        job.console.say("compiling the transformer blocks: the first step takes up to a minute more")
+    else:
         job.console.warn(f"train.compile is for transformer blocks; {job.config.method.name} has none that it knows")
 
 
