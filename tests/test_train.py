@@ -286,7 +286,9 @@ def test_images_larger_batches_and_tiny_sets(tmp_path):
     assert len(losses(run)) == 2
 
 
-@pytest.mark.parametrize(("channels", "dtype"), [(1, "uint8"), (2, "uint8"), (5, "uint16"), (3, "float32")])
+@pytest.mark.parametrize(
+    ("channels", "dtype"), [(1, "uint8"), (2, "uint8"), (1, "uint16"), (5, "uint16"), (3, "float32")]
+)
 def test_any_channels_and_dtype_on_a_wide_grid_from_files_to_pictures(tmp_path, channels, dtype):
     folder = tmp_path / "images"
     folder.mkdir()

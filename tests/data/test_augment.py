@@ -184,7 +184,10 @@ def test_as_many_samples_as_pixels_are_no_copy_of_them(first, height, width):
 
 
 @pytest.mark.parametrize("box", [[4, 6, 30, 36], [4.5, 6, 30, 36], [4, 6, 16, 20]])
-@pytest.mark.parametrize(("dtype", "channels"), [("uint8", 3), ("uint8", 1), ("uint8", 5), ("float32", 2)])
+@pytest.mark.parametrize(
+    ("dtype", "channels"),
+    [("uint8", 3), ("uint8", 1), ("uint8", 5), ("uint16", 1), ("uint16", 3), ("uint16", 4), ("float32", 2)],
+)
 def test_a_crop_is_written_where_it_is_wanted_and_turned_there(box, dtype, channels):
     image = np.random.default_rng(0).integers(0, 255, (40, 50, channels)).astype(dtype)
     out = np.zeros((2, 16, 20, channels), dtype)

@@ -159,7 +159,8 @@ def cut(
     """
     if out is None:
         out = np.empty((*target, image.shape[2]), image.dtype)
-    pixels = torch.from_numpy(out).permute(2, 0, 1)[None]
+    numbers = out.view(np.int16) if out.dtype == np.uint16 else out  # torch cannot turn uint16
+    pixels = torch.from_numpy(numbers).permute(2, 0, 1)[None]
     top, left, height, width = (float(value) for value in box)
     whole = all(value.is_integer() for value in (top, left, height, width))
     common = image.dtype == np.uint8 and image.shape[2] in (1, 3)
