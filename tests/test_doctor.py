@@ -12,9 +12,9 @@ from unmask.doctor import DECODING, STEP, STORAGE, TRANSFORM, Pace, examine_data
 from unmask.errors import UserError
 
 
-def pace(read=0.001, decode=0.002, transform=0.0005, step=0.001, *, workers=1, cores=16, cached=False) -> Pace:
+def pace(read=0.001, decode=0.002, transform=0.0005, step=0.001, *, workers=1, cores=16, cached=False, **more) -> Pace:
     load = transform if cached else read + decode + transform
-    return Pace(read, decode, transform, step, workers, cores, cached, loaded=max(1, workers) / load)
+    return Pace(read, decode, transform, step, workers, cores, cached, loaded=max(1, workers) / load, **more)
 
 
 def test_a_slow_step_is_the_limit_and_needs_nothing():
@@ -29,7 +29,8 @@ def test_workers_are_advised_where_cores_are_idle():
     assert found.wait == pytest.approx(1 - 1 / 3.5)
     assert found.enough_workers == 5, "3.5 times as slow as the step, and a fifth to spare"
     assert found.advice("d")[0] == "--set data.workers=5"
-    assert "unmask pack d" in found.advice("d")[1]
+    assert "unmask pack d" not in " ".join(found.advice("d")), "there is nothing to shrink"
+    assert "unmask pack d" in pace(large=True).advice("d")[1]
     assert pace(workers=5).advice("d") == []
     assert pace(workers=5).limit == STEP
 
@@ -39,6 +40,9 @@ def test_what_takes_longest_is_named_where_loading_cannot_keep_up():
     assert "disk" in " ".join(pace(read=0.01).advice("d"))
     assert pace(transform=0.01).limit == TRANSFORM
     assert "data.size" in " ".join(pace(transform=0.01).advice("d"))
+    assert "jitter" not in " ".join(pace(transform=0.01).advice("d"))
+    assert "jitter" in " ".join(pace(transform=0.01, jitter=True).advice("d"))
+    assert "unmask pack d" in " ".join(pace(transform=0.01, cached=True, large=True).advice("d"))
 
 
 def test_more_workers_than_cores_are_not_advised():

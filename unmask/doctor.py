@@ -26,6 +26,7 @@ from unmask.data.decode import BadImage
 from unmask.data.loader import Images, Order, Taken, training_batches
 from unmask.data.scan import num_cores, scan
 from unmask.data.sources import Source, open_source
+from unmask.pack import SHORT_SIDE
 from unmask.plan import Plan, choose_device, choose_precision, measure_step_seconds, with_loading
 from unmask.rng import Stream, philox, uniform
 from unmask.start import drafted, prepare, pretrain, provenance_versions, refuse_bad_data, refuse_labels, settle
@@ -142,6 +143,8 @@ class Pace:
     cached: bool
     loaded: float
     bytes: float = 0.0  # of one file
+    large: bool = False  # whether packing would shrink the images
+    jitter: bool = False
 
     @property
     def load(self) -> float:
@@ -183,15 +186,17 @@ class Pace:
                 "copy the images to a disk of this machine, or put them into one file that is read in order: "
                 f"unmask pack {data} packed.tar"
             )
-        elif self.limit == DECODING:
-            found.append(f"make the files as large as the recipe needs them, once: unmask pack {data} packed.tar")
+        elif self.large:
+            found.append(f"make the images as large as the recipe needs them, once: unmask pack {data} packed.tar")
+        if self.limit == DECODING:
+            found.append("--set data.repeats=2 takes two crops of every image that is decoded")
             found.append("--set data.cache=true keeps decoded images in memory, if they fit")
         elif self.limit == TRANSFORM:
-            found.append("fewer pixels (--set data.size=...), or no --set data.crop.jitter")
+            found.append("fewer pixels: --set data.size=..." + ", or no --set data.crop.jitter" * self.jitter)
         if self.enough_workers > max(1, self.cores - 1):
             found.append(
-                f"{self.enough_workers} workers would keep up, and there are {self.cores} cores: a larger model, or a "
-                "step that uses every image more than once, loses nothing"
+                f"{self.enough_workers} workers would keep up, and there are {self.cores} cores: a larger model loses "
+                "nothing"
             )
         return found
 
@@ -213,6 +218,8 @@ def examine_data(data: str, console: Console, *, recipe: str = "auto", settings:
     )
     seen = set(found.good_rows.tolist()) | set(found.bad_rows.tolist())
     pace = measure(images, plan, np.array([row for row in images.rows.tolist() if row not in seen], np.int64), config)
+    large = min(found.median_size) > max(SHORT_SIDE, *plan.images.size)
+    pace = replace(pace, large=large, jitter=images.crop.jitter > 0)
     advice = pace.advice(data)
     say_pace(pace, plan, advice, console)
     return {

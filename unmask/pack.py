@@ -41,6 +41,7 @@ from unmask.data.scan import num_cores
 from unmask.data.sources import EXTENSIONS, Source, TarSource, classes_of, open_source
 from unmask.errors import UserError, some
 
+SHORT_SIDE = 512  # pixels, unless it is said otherwise
 CHUNK = 8  # images that a process is given at a time
 AHEAD = 4  # chunks for each process that may wait to be written
 
@@ -65,7 +66,7 @@ def pack(
     data: str | Path,
     out: str | Path,
     *,
-    short_side: int = 512,
+    short_side: int = SHORT_SIDE,
     quality: int = 90,
     workers: int | None = None,
     console: Console | None = None,

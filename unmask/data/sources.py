@@ -499,7 +499,10 @@ class TarSource(Source):
             if not members:
                 why = str(error).splitlines()[0]
                 raise SourceError(f"{text} cannot be read as a tar file: {why}") from None
-            self.skipped["lost: the tar is damaged or cut short"] += 1
+            raise SourceError(
+                f"{text} is damaged or cut short behind its {len(members)} first images, the last of them "
+                f"{printable(members[-1][0])}; copy it again, or unpack what is there and give the folder"
+            ) from None
         members.sort(key=lambda member: member[0])
         skipped = self.skipped
         super().__init__(text, [printable(name) for name, *_ in members], [size for _, _, size, _ in members])
@@ -531,9 +534,12 @@ class TarSource(Source):
                 if len(content) < member.size:
                     raise EOFError
             yield member.name.removeprefix("./"), member.offset_data, member.size, content
-        # tarfile takes a damaged header for the end; behind the true end are zeros, or nothing.
-        if archive.fileobj is not None and archive.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):
-            raise tarfile.ReadError("a header in its middle is damaged")
+        # tarfile takes a damaged header for the end, and the end of the file too: the true end is blocks of zeros.
+        if archive.fileobj is not None:
+            archive.fileobj.seek(archive.offset)
+            end = archive.fileobj.read(tarfile.BLOCKSIZE)
+            if len(end) < tarfile.BLOCKSIZE or end.strip(b"\0"):
+                raise tarfile.ReadError("it does not end as a tar does")
 
     def read(self, i: int) -> bytes:
         if self.contents is not None:
