@@ -1,17 +1,15 @@
 """Forward and backward of attention: PyTorch's fused kernel beside what `unmask.nn.blocks.attend` does.
 
-    python benchmarks/attention.py [--rounds 9] [--json] [--tiny]
+    python benchmarks/attention.py [--rounds 9] [--json] [--keep] [--tiny]
 
 The shapes are those that masking leaves: a few visible tokens in the encoder, all of them in the decoder.
 """
 
 from __future__ import annotations
 
-import argparse
-
 import torch
 import torch.nn.functional as F
-from measure import conclude, medians, origin
+from measure import command_line, conclude, medians, origin
 
 from unmask.nn.blocks import attend
 
@@ -26,13 +24,7 @@ SHAPES = [
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument(
-        "--tiny", action="store_true", help="two images of each: whether it runs at all; writes no file"
-    )
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
-    options = parser.parse_args()
+    options = command_line(__doc__, rounds=9, result="attention").parse_args()
     rounds = 1 if options.tiny else options.rounds
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows = []
@@ -51,7 +43,7 @@ def main() -> None:
             {"shape": what, "fused_ms": 1e3 * found["fused"], "ours_ms": 1e3 * found["ours"],
              "ratio": found["fused"] / found["ours"]}
         )  # fmt: skip
-    conclude("attention", rows, origin(), as_json=options.json, keep=not options.tiny)
+    conclude("attention", rows, origin(), as_json=options.json, keep=options.keep)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The probes on kept features: seconds and memory of kNN and of the linear probe, beside scikit-learn on the same rows.
 
-    python benchmarks/evaluator.py [--features TRAIN.npz TEST.npz] [--json]
+    python benchmarks/evaluator.py [--features TRAIN.npz TEST.npz] [--json] [--keep]
 
 Without --features the rows are drawn: ten classes, correlated and ever weaker directions, as features have them; the
 files are those of `unmask embed RUN DATA --out FILE.npz`. kNN: k = 20 by cosine, votes weighted with exp(s / 0.07); the
@@ -12,7 +12,6 @@ its peak of memory, less what it began with, is its own. --tiny is a minute frac
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import os
 import resource
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from measure import conclude, origin, spread
+from measure import command_line, conclude, origin, spread
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
@@ -134,12 +133,9 @@ def measured(probe: str, rows: Rows, rounds: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__, rounds=3, result="evaluator")
     parser.add_argument("--probes", nargs="+", choices=list(SIZES), default=list(SIZES))
     parser.add_argument("--features", type=Path, nargs=2, metavar="FILE.npz")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()
     rows = []
     for probe in options.probes:
@@ -150,7 +146,7 @@ def main() -> None:
             rows.append(measured(probe, drawn(*size), 1 if options.tiny else options.rounds))
     about = {**origin(("torch", "numpy", "scikit-learn", "scipy")), "omp_threads": os.environ.get("OMP_NUM_THREADS")}
     name = "evaluator-features" if options.features else "evaluator"
-    conclude(name, rows, about, as_json=options.json, keep=not options.tiny)
+    conclude(name, rows, about, as_json=options.json, keep=options.keep)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ from typing import Any
 import numpy as np
 import simplejpeg
 import torch
-from measure import conclude, origin
+from measure import command_line, conclude, origin
 from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 
@@ -52,7 +52,7 @@ MEAN, STD = torch.tensor([0.485, 0.456, 0.406])[:, None, None], torch.tensor([0.
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__, rounds=7, result="loader-<size>")
     parser.add_argument("folder", nargs="?")
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--batch", type=int, default=64)
@@ -60,10 +60,6 @@ def main() -> None:
     parser.add_argument("--large", type=int, default=0, help="photographs of 12 megapixels to make and load")
     parser.add_argument("--noise", type=float, default=4.0, help="of those photographs, in levels")
     parser.add_argument("--workers", type=int, default=0, help="processes for the rows in seconds of the clock")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--tiny", action="store_true", help="a few drawn images of 48 pixels: whether it runs at all")
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
-    parser.add_argument("--keep", action="store_true", help="write benchmarks/results/loader-<size>-cpu.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
     sides, short_side = (4000, 3000), 512

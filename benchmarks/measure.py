@@ -6,6 +6,7 @@ each and the ratio of medians.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -21,6 +22,16 @@ from typing import Any
 import torch
 
 RESULTS = Path(__file__).parent / "results"
+
+
+def command_line(doc: str | None, *, rounds: int, result: str) -> argparse.ArgumentParser:
+    """The options that all benchmarks have; `doc` is the help text, `result` what the kept file is called."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=rounds, help=f"turns of all rivals (default {rounds})")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    parser.add_argument("--keep", action="store_true", help=f"write benchmarks/results/{result}-<cpu or cuda>.json")
+    parser.add_argument("--tiny", action="store_true", help="a minute fraction: whether it runs at all")
+    return parser
 
 
 def timings(rivals: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int = 1) -> dict[str, list[float]]:
@@ -77,9 +88,7 @@ def origin(packages: Sequence[str] = ("torch", "transformers", "numpy", "pillow"
     return {"date": time.strftime("%Y-%m-%d"), "device": device_name(), "versions": versions, "command": command}
 
 
-def conclude(
-    name: str, rows: list[dict[str, Any]], about: dict[str, Any], *, as_json: bool = False, keep: bool = True
-) -> None:
+def conclude(name: str, rows: list[dict[str, Any]], about: dict[str, Any], *, as_json: bool, keep: bool) -> None:
     """Print the rows, or one JSON object with `about`; `keep`: write that object to `results` too."""
     found = {**about, "rows": rows}
     path = RESULTS / f"{name}-{'cuda' if torch.cuda.is_available() else 'cpu'}.json"

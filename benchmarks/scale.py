@@ -1,7 +1,7 @@
 """What grows with the number of images, and what does not: the index, the order, loading, memory; and the encoder's
 time with the number of patches it sees.
 
-    python benchmarks/scale.py [--parts index order loading encoder] [--files 1000 10000 100000] [--json]
+    python benchmarks/scale.py [--parts index order loading encoder] [--files 1000 10000 100000] [--json] [--keep]
 
 index: files in class folders, made for the purpose and removed again: opened, scanned (every file decoded), opened and
 scanned again; beside `os.walk` into the sorted list of (path, class) that most data sets keep, in seconds and in bytes
@@ -14,7 +14,6 @@ runs, and writes nothing.
 
 from __future__ import annotations
 
-import argparse
 import gc
 import io
 import os
@@ -30,7 +29,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from measure import conclude, medians, origin, spread, timings
+from measure import command_line, conclude, medians, origin, spread, timings
 from PIL import Image
 
 from unmask.batch import ImageSpec
@@ -268,15 +267,12 @@ def encoder_rows(recipe: str, batch: int, rounds: int) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__, rounds=5, result="scale")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--files", type=int, nargs="+", default=[1000, 10_000, 100_000])
     parser.add_argument("--rows", type=int, nargs="+", default=[1000, 10_000, 100_000, 1_000_000])
     parser.add_argument("--recipe", default="mae_base")
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()
     if options.tiny:
         options.files, options.rows, options.rounds = [20, 40], [50, 100], 1
@@ -290,7 +286,7 @@ def main() -> None:
         rows += loading_rows(options.rows, BATCH if options.tiny else 1024, options.rounds)
     if "encoder" in options.parts:
         rows += encoder_rows(options.recipe, options.batch, options.rounds)
-    conclude("scale", rows, origin(), as_json=options.json, keep=not options.tiny)
+    conclude("scale", rows, origin(), as_json=options.json, keep=options.keep)
 
 
 if __name__ == "__main__":

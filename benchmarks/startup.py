@@ -1,6 +1,6 @@
 """Seconds until a command answers: `unmask --help` and `import unmask` beside the imports that others wait for.
 
-    python benchmarks/startup.py [--rounds 7] [--json]
+    python benchmarks/startup.py [--rounds 7] [--json] [--keep]
 
 Every command is a process of its own, all in turns, with the files in the page cache. `torch` says whether it had
 been imported when the command ended. --tiny is one round of a few, for the test that this script still runs.
@@ -8,13 +8,12 @@ been imported when the command ended. --tiny is one round of a few, for the test
 
 from __future__ import annotations
 
-import argparse
 import subprocess
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 
-from measure import conclude, origin, spread, timings
+from measure import command_line, conclude, origin, spread, timings
 
 LAST_WORD = "import atexit, sys; atexit.register(lambda: print('torch' in sys.modules, file=sys.stderr)); "
 COMMANDS = {
@@ -42,11 +41,7 @@ def process(code: str) -> Callable[[], str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--tiny", action="store_true")
-    options = parser.parse_args()
+    options = command_line(__doc__, rounds=7, result="startup").parse_args()
     names = [name for name in COMMANDS if "transformers" not in name or find_spec("transformers")]
     rivals = {name: process(COMMANDS[name]) for name in (TINY if options.tiny else names)}
     found = timings(rivals, rounds=1 if options.tiny else options.rounds)
@@ -54,7 +49,7 @@ def main() -> None:
         {"command": name, **{f"{key}_s": value for key, value in spread(seconds).items()}, "torch": rivals[name]()}
         for name, seconds in found.items()
     ]
-    conclude("startup", rows, origin(), as_json=options.json, keep=not options.tiny)
+    conclude("startup", rows, origin(), as_json=options.json, keep=options.keep)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """One MAE pre-training step (forward, backward, AdamW): unmask beside the others, and beside bare matrix products.
 
-    python benchmarks/step.py [--recipes mae_base mae_large] [--batch 16] [--rounds 5] [--official FOLDER] [--json]
+    python benchmarks/step.py [--recipes mae_base mae_large] [--batch 16] [--official FOLDER] [--json] [--keep]
 
 Rivals: transformers' ViTMAE, the modules of lightly where it can be imported, and the published code where --official
 names a checkout of facebookresearch/mae (with a timm it works with). "compiled" is train.compile here and torch.compile
@@ -19,7 +19,6 @@ these reach. `loss`: largest relative difference in float32 from ours, same weig
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import resource
@@ -35,7 +34,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from measure import conclude, origin
+from measure import command_line, conclude, origin
 from rivals import RIVALS, renamed
 from torch import Tensor, nn
 
@@ -333,17 +332,14 @@ def main() -> None:
         what, task = {"measured": measured, "agreement": agreement}[sys.argv[2]], Task(**json.loads(sys.argv[3]))
         print(json.dumps(what(task)))
         return
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__, rounds=5, result="step")
     parser.add_argument("--recipes", nargs="+", default=["mae_base", "mae_large"])
     parser.add_argument("--batch", type=int, help="for mae_base; mae_large takes half of it, mae_huge a quarter")
-    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, help="timed steps of each process")
     parser.add_argument("--precisions", nargs="+", choices=["bf16", "fp32"])
     parser.add_argument("--rivals", nargs="+", help="default: all that are there")
     parser.add_argument("--compiled", action="store_true", help="also with torch.compile (always on a GPU)")
     parser.add_argument("--official", metavar="FOLDER", help="a checkout of facebookresearch/mae")
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()
     device = choose_device("auto")
     there = [name for name in ("transformers", "lightly") if find_spec(name)] + ["official"] * bool(options.official)
@@ -366,7 +362,7 @@ def main() -> None:
     about = origin(("torch", "transformers", "lightly", "timm", "numpy"))
     if options.official:
         about["command"] = about["command"].replace(options.official, "FOLDER")
-    conclude("step", rows, about, as_json=options.json, keep=not options.tiny)
+    conclude("step", rows, about, as_json=options.json, keep=options.keep)
 
 
 if __name__ == "__main__":

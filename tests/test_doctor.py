@@ -102,6 +102,17 @@ def test_repeated_samples_are_timed_too(images, monkeypatch, cache):
     assert found["transform"] > 0
 
 
+def test_what_is_decoded_once_counts_once(images, monkeypatch):
+    monkeypatch.setattr(module, "measure_step_seconds", lambda *_, **__: 0.01)
+    monkeypatch.setattr(module, "PATIENCE", 0.3)
+    usual = module.decode.decode
+    monkeypatch.setattr(module.decode, "decode", lambda *a, **more: time.sleep(0.04) or usual(*a, **more))
+    settings = ["data.size=[16,16]", "train.device=cpu", "data.cache=false", "data.workers=0", "train.batch_size=8"]
+    found = examine_data(str(images), Console(quiet=True), recipe="mae_nano", settings=[*settings, "data.repeats=4"])
+    assert 0.01 <= found["decode"] < 0.02
+    assert found["loaded"] < 100
+
+
 def test_what_cannot_be_trained_on_is_refused(tmp_path, images):
     with pytest.raises(UserError, match="learns from labels"):
         examine_data(str(images), Console(quiet=True), recipe="finetune_nano")

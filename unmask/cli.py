@@ -769,19 +769,23 @@ def doctor(
         typer.Argument(metavar="DATA", help="Images: what would limit training on them?", show_default=False),
     ] = None,
     recipe: Annotated[str, typer.Option(help="With DATA: a name from `unmask recipes`, or auto.")] = "auto",
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(metavar="RUN", help="With DATA: a dVAE whose codes are predicted.", show_default=False),
+    ] = None,
     settings: Settings = None,
     as_json: AsJson = False,
 ) -> None:
-    """Versions, device, and a ten-second self-test; with DATA, where the time goes and what to do about it."""
+    """Versions, device, and a self-test of a few seconds; with DATA, where the time goes and what to do about it."""
     from unmask.doctor import examine, examine_data
 
     if data is not None:
-        summary = examine_data(data, Console(), recipe=recipe, settings=settings or ())
+        summary = examine_data(data, Console(), recipe=recipe, settings=settings or (), tokenizer=tokenizer)
         if as_json:
             _print_json(summary)
         return
-    if recipe != "auto" or settings:
-        raise UserError("--recipe and --set came without DATA, and would be ignored; name images too")
+    if recipe != "auto" or settings or tokenizer is not None:
+        raise UserError("--recipe, --set or --tokenizer came without DATA, and would be ignored; name images too")
     good, summary = examine(Console())
     if as_json:
         _print_json(summary)

@@ -20,16 +20,25 @@ import numpy as np
 import torch
 from PIL import Image
 
+from unmask.config import Config
 from unmask.console import Console
-from unmask.data import augment, decode
-from unmask.data.decode import BadImage
-from unmask.data.loader import Images, Order, Taken, training_batches
+from unmask.data import decode
+from unmask.data.loader import Images, Opened, Order, training_batches
 from unmask.data.scan import num_cores, scan
-from unmask.data.sources import Source, open_source
+from unmask.data.sources import open_source
 from unmask.pack import SHORT_SIDE
 from unmask.plan import Plan, choose_device, choose_precision, measure_step_seconds, with_loading
-from unmask.rng import Stream, philox, uniform
-from unmask.start import drafted, prepare, pretrain, provenance_versions, refuse_bad_data, refuse_labels, settle
+from unmask.rng import philox
+from unmask.start import (
+    drafted,
+    prepare,
+    pretrain,
+    provenance_versions,
+    refuse_bad_data,
+    refuse_labels,
+    settle,
+    with_options,
+)
 
 SELF_TEST = (
     "train.steps=8",
@@ -128,10 +137,12 @@ def _train() -> str:
 
 @dataclass(frozen=True)
 class Pace:
-    """What one image costs, in seconds: to read, decode and transform (crop, resize, flip, stack) in one process, and
+    """What one sample costs, in seconds: to read, decode and transform (crop, resize, flip, stack) in one process, and
     its share of a step; `workers` as planned, `cores` there are; `cached`: read and decoded only once, before training.
 
-    loaded: images a second that the planned workers were seen to deliver, or the one process with 0 workers.
+    loaded: samples a second that the planned workers were seen to deliver, or the one process with 0 workers. repeats:
+    samples that are made of an image that was read and decoded once. bytes: of a file. large: whether packing would
+    shrink the images.
     """
 
     read: float
@@ -142,8 +153,9 @@ class Pace:
     cores: int
     cached: bool
     loaded: float
-    bytes: float = 0.0  # of one file
-    large: bool = False  # whether packing would shrink the images
+    repeats: int = 1
+    bytes: float = 0.0
+    large: bool = False
     jitter: bool = False
 
     @property
@@ -189,7 +201,8 @@ class Pace:
         elif self.large:
             found.append(f"make the images as large as the recipe needs them, once: unmask pack {data} packed.tar")
         if self.limit == DECODING:
-            found.append("--set data.repeats=2 takes two crops of every image that is decoded")
+            more = 2 * self.repeats
+            found.append(f"--set data.repeats={more} takes {more} crops of every image that is decoded")
             found.append("--set data.cache=true keeps decoded images in memory, if they fit")
         elif self.limit == TRANSFORM:
             found.append("fewer pixels: --set data.size=..." + ", or no --set data.crop.jitter" * self.jitter)
@@ -201,9 +214,16 @@ class Pace:
         return found
 
 
-def examine_data(data: str, console: Console, *, recipe: str = "auto", settings: Iterable[str] = ()) -> dict[str, Any]:
+def examine_data(
+    data: str,
+    console: Console,
+    *,
+    recipe: str = "auto",
+    settings: Iterable[str] = (),
+    tokenizer: str | Path | None = None,
+) -> dict[str, Any]:
     """Says what limits training on these images, and returns it. Raises UserError where they cannot be trained on."""
-    settings = list(settings)
+    settings = with_options(None, recipe, list(settings), tokenizer=tokenizer, palette=None, masks=None)
     draft = drafted(None, recipe, settings, None)
     refuse_labels(draft, None)
     device = choose_device(draft.train.device)
@@ -219,7 +239,7 @@ def examine_data(data: str, console: Console, *, recipe: str = "auto", settings:
     seen = set(found.good_rows.tolist()) | set(found.bad_rows.tolist())
     pace = measure(images, plan, np.array([row for row in images.rows.tolist() if row not in seen], np.int64), config)
     large = min(found.median_size) > max(SHORT_SIDE, *plan.images.size)
-    pace = replace(pace, large=large, jitter=images.crop.jitter > 0)
+    pace = replace(pace, large=large)
     advice = pace.advice(data)
     say_pace(pace, plan, advice, console)
     return {
@@ -235,19 +255,19 @@ def examine_data(data: str, console: Console, *, recipe: str = "auto", settings:
     }
 
 
-def measure(images: Images, plan: Plan, unread: np.ndarray, config: Any) -> Pace:
+def measure(images: Images, plan: Plan, unread: np.ndarray, config: Config) -> Pace:
     """unread: rows that this command has not read yet, so that they come from the storage if anything does."""
     rows = unread if len(unread) >= min(TIMED, len(images.rows)) // 2 else images.rows
-    taken = Order(rows, images.seed).take(0, TIMED)
-    timed = TimedSource(images.source)
-    whole = _each(replace(images, source=timed, kept={}, repeats=1), taken)
-    read, size = timed.seconds / max(1, timed.files), timed.bytes / max(1, timed.files)
-    decoding = decode_seconds(images, taken)
-    transform = max(0.0, whole - read - decoding)
+    timed = TimedImages(**{**vars(images), "rows": rows, "kept": {}})
+    whole, samples = _loading(timed)
+    read, decoding = timed.reading / samples, timed.decoding / samples
+    transform = whole / samples - read - decoding
     if plan.cached:
-        kept = replace(images, rows=np.unique(taken.index[: len(taken.index) // 4]), kept={})
-        kept.keep_decoded()
-        images, transform = kept, _each(replace(kept, repeats=1), Order(kept.rows, images.seed).take(0, len(kept.rows)))
+        read, decoding = timed.reading / timed.files, timed.decoding / timed.files
+        images = replace(images, rows=np.unique(Order(rows, images.seed).take(0, TIMED // 4).index), kept={})
+        images.keep_decoded()
+        whole, samples = _loading(images)
+        transform = whole / samples
     return Pace(
         read=read,
         decode=decoding,
@@ -258,59 +278,45 @@ def measure(images: Images, plan: Plan, unread: np.ndarray, config: Any) -> Pace
         cores=num_cores(),
         cached=plan.cached,
         loaded=delivered(images, plan),
-        bytes=size,
+        repeats=images.repeats,
+        bytes=timed.bytes / timed.files,
+        jitter=images.crop.jitter > 0,
     )
 
 
-class TimedSource(Source):
-    """Another source, and how long its files took to read."""
+@dataclass
+class TimedImages(Images):
+    """Images, and the seconds that it took to read and to decode so many files of so many bytes."""
 
-    def __init__(self, source: Source) -> None:
-        super().__init__(source.name, source.names, source.sizes, location=source.location)
-        self.source, self.labels = source, source.labels
-        self.seconds, self.files, self.bytes = 0.0, 0, 0
+    reading: float = 0.0
+    decoding: float = 0.0
+    files: int = 0
+    bytes: int = 0
 
-    def read(self, i: int) -> bytes:
+    def opened(self, row: int) -> Opened:
         start = time.perf_counter()
-        data = self.source.read(i)
-        self.seconds += time.perf_counter() - start
-        self.files, self.bytes = self.files + 1, self.bytes + len(data)
-        return data
+        found = super().opened(row)
+        self.reading += time.perf_counter() - start
+        self.files, self.bytes = self.files + 1, self.bytes + len(found.data)
+        return found
+
+    def decoded(self, opened: Opened, boxes: np.ndarray) -> Opened:
+        start = time.perf_counter()
+        found = super().decoded(opened, boxes)
+        self.decoding += time.perf_counter() - start
+        return found
 
 
-def _each(images: Images, taken: Taken) -> float:
-    """Seconds an image, of as many as can be loaded in the time there is."""
-    images[Taken(taken.index[:1], taken.epoch[:1])]  # the first is slower: libraries are loaded
-    if isinstance(images.source, TimedSource):
-        images.source.seconds, images.source.files, images.source.bytes = 0.0, 0, 0
+def _loading(images: Images) -> tuple[float, int]:
+    """Seconds, and as many samples as are loaded in the time there is."""
+    order, count = Order(images.rows, images.seed, images.repeats), 16 * images.repeats
+    images[order.take(0, images.repeats)]  # the first is slower: libraries are loaded
+    if isinstance(images, TimedImages):
+        images.reading, images.decoding, images.files, images.bytes = 0.0, 0.0, 0, 0
     done, start = 0, time.perf_counter()
-    for first in range(0, len(taken.index), 16):
-        part = slice(first, first + 16)
-        done += len(images[Taken(taken.index[part], taken.epoch[part])].batch.index)
-        if time.perf_counter() - start > PATIENCE:
-            break
-    return (time.perf_counter() - start) / done
-
-
-def decode_seconds(images: Images, taken: Taken) -> float:
-    """Seconds to decode an image as large as its crop needs it; files that cannot be read are left out."""
-    spent, done, began = 0.0, 0, time.perf_counter()
-    draws = uniform(images.seed, Stream.CROP, taken.epoch, taken.index, augment.CROP_DRAWS)
-    for row, draw in zip(taken.index.tolist(), draws, strict=True):
-        try:
-            data = images.source.read(row)
-            start = time.perf_counter()
-            head = decode.header(data)
-            size = head.full_size
-            box = augment.crop_boxes(np.array([size]), images.spec.size, images.crop, draw[None])[0]
-            found = decode.decode(data, at_least=augment.decode_size(size, box, images.spec.size), found=head)
-            decode.conform(found, images.spec.channels, images.spec.dtype)
-        except BadImage:
-            continue
-        spent, done = spent + time.perf_counter() - start, done + 1
-        if spent > PATIENCE or time.perf_counter() - began > 2 * PATIENCE:  # storage may be slower than decoding
-            break
-    return spent / max(1, done)
+    while done < TIMED * images.repeats and time.perf_counter() - start < PATIENCE:
+        done += len(images[order.take(done, count)].batch.index)
+    return time.perf_counter() - start, done
 
 
 def delivered(images: Images, plan: Plan) -> float:
@@ -330,8 +336,10 @@ def delivered(images: Images, plan: Plan) -> float:
 
 def say_pace(pace: Pace, plan: Plan, advice: list[str], console: Console) -> None:
     once = " (once, before the first step)" if pace.cached else ""
-    speed = f" ({pace.bytes / max(pace.read, 1e-9) / 1e6:.0f} MB/s)" if pace.bytes else ""
-    console.say(f"read       {1e3 * pace.read:8.3f} ms an image{speed}{once}")
+    files = pace.read * (1 if pace.cached else pace.repeats)  # seconds a file
+    speed = f" ({pace.bytes / max(files, 1e-9) / 1e6:.0f} MB/s)" if pace.bytes else ""
+    sample = "an image" if pace.repeats == 1 or pace.cached else f"a sample, of which an image gives {pace.repeats}"
+    console.say(f"read       {1e3 * pace.read:8.3f} ms {sample}{speed}{once}")
     console.say(f"decode     {1e3 * pace.decode:8.3f} ms{once}")
     console.say(f"transform  {1e3 * pace.transform:8.3f} ms")
     console.say(f"step       {1e3 * pace.step:8.3f} ms: takes {1 / pace.step:.0f} images/s")

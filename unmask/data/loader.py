@@ -92,7 +92,7 @@ class Order:
 
 
 @dataclass(frozen=True)
-class _Opened:
+class Opened:
     """One image on its way: its full size, and either its bytes and header, or itself decoded, or what is wrong.
 
     The full size is the one its boxes are drawn in: that of the original where a smaller copy stands for it (pack.py).
@@ -144,7 +144,7 @@ class Images(Dataset[Delivery]):
     whole: bool = False
     repeats: int = 1
     on_device: bool = False
-    kept: dict[int, _Opened] = field(default_factory=dict)
+    kept: dict[int, Opened] = field(default_factory=dict)
     gone_bad: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -165,7 +165,7 @@ class Images(Dataset[Delivery]):
                 data = self.source.read(row)
                 header = decode.header(data)
                 image = self._conform(decode.decode(data, found=header))
-                self.kept[row] = _Opened(header.full_size, image=image)
+                self.kept[row] = Opened(header.full_size, image=image)
             except BadImage:
                 continue
 
@@ -201,32 +201,32 @@ class Images(Dataset[Delivery]):
         )
         return Delivery(batch, tuple(bad))
 
-    def _samples(self, taken: Taken) -> Iterator[tuple[_Opened, np.ndarray, bool]]:
+    def _samples(self, taken: Taken) -> Iterator[tuple[Opened, np.ndarray, bool]]:
         """Image, box and flip of each: `repeats` in a row are of one image, which is decoded once."""
         repeats = self.repeats if self.training else 1
         assert len(taken.index) % repeats == 0, f"{len(taken.index)} samples are not {repeats} of every image"
         for start in range(0, len(taken.index), READ_AHEAD * repeats):
             part = slice(start, start + READ_AHEAD * repeats)
-            opened = [self._open(row) for row in taken.index[part][::repeats].tolist()]
+            opened = [self.opened(row) for row in taken.index[part][::repeats].tolist()]
             sizes = np.array([image.size for image in opened], np.int64).repeat(repeats, 0)
             boxes, flips = self._boxes(sizes, taken.index[part], taken.epoch[part])
             for number, image in enumerate(opened):
                 own = slice(number * repeats, (number + 1) * repeats)
-                image = self._decoded(image, boxes[own])
+                image = self.decoded(image, boxes[own])
                 yield from ((image, box, bool(flip)) for box, flip in zip(boxes[own], flips[own], strict=True))
 
-    def _open(self, row: int) -> _Opened:
+    def opened(self, row: int) -> Opened:
         """The bytes and the size of one image; a fault is kept until its turn comes."""
         if row in self.kept:
             return self.kept[row]
         try:
             data = self.source.read(row)
             header = decode.header(data)
-            return _Opened(header.full_size, data, header)
+            return Opened(header.full_size, data, header)
         except BadImage as error:
-            return _Opened((1, 1), fault=error)
+            return Opened((1, 1), fault=error)
 
-    def _decoded(self, opened: _Opened, boxes: np.ndarray) -> _Opened:
+    def decoded(self, opened: Opened, boxes: np.ndarray) -> Opened:
         """The image as large as its boxes need it, or what is wrong with it."""
         if opened.image is not None or opened.fault is not None:
             return opened
@@ -235,11 +235,11 @@ class Images(Dataset[Delivery]):
             at_least = (max(height for height, _ in sizes), max(width for _, width in sizes))
             image = self._conform(decode.decode(opened.data, at_least=at_least, found=opened.header))
         except BadImage as error:
-            return _Opened(opened.size, fault=error)
-        return _Opened(opened.size, image=image)
+            return Opened(opened.size, fault=error)
+        return Opened(opened.size, image=image)
 
     def _take(
-        self, row: int, opened: _Opened, box: np.ndarray, flip: bool, out: np.ndarray, crop: np.ndarray | None
+        self, row: int, opened: Opened, box: np.ndarray, flip: bool, out: np.ndarray, crop: np.ndarray | None
     ) -> dict[str, np.ndarray]:
         """Writes a decoded image's crop to `out` (H, W, C), or with `crop` (7,) what it is made of on the device.
 
@@ -269,10 +269,10 @@ class Images(Dataset[Delivery]):
         one = np.array([row]), np.array([epoch])
         for word in words(self.seed, Stream.REPLACE, one[1], one[0], REPLACEMENT_TRIES)[0]:
             other = int(self.rows[word % len(self.rows)])
-            opened = self._open(other)
+            opened = self.opened(other)
             boxes, flips = self._boxes(np.array([opened.size], np.int64), np.array([other]), one[1])
             try:
-                return other, self._take(other, self._decoded(opened, boxes), boxes[0], bool(flips[0]), out, crop)
+                return other, self._take(other, self.decoded(opened, boxes), boxes[0], bool(flips[0]), out, crop)
             except BadImage:
                 continue
         raise BadImage(
