@@ -244,7 +244,9 @@ def test_what_stops_halfway_leaves_nothing(folder, tmp_path, monkeypatch, fault)
 def test_what_a_killed_packing_left_is_named(folder, tmp_path, capsys):
     (tmp_path / ".copy.tar.77.part").write_bytes(b"half")
     pack(folder, tmp_path / "copy.tar", short_side=64, workers=0, console=Console())
-    assert ".copy.tar.77.part is of a packing that goes on now or was killed" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "left over from a packing that was killed, unless one goes on now: " in said
+    assert ".copy.tar.77.part; remove it then" in said
 
 
 def test_a_file_that_is_there_is_left_alone(folder, copy):

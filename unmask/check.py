@@ -9,7 +9,7 @@ from unmask.console import Console, duration
 from unmask.data.scan import Scan, scan
 from unmask.data.sources import Source, open_source
 from unmask.plan import choose_device, measure_step_seconds, with_loading
-from unmask.start import batch_seconds, prepare, say_plan, settle
+from unmask.start import batch_seconds, prepare, say_plan, settle, skipped
 
 NAMED_BAD_FILES = 20
 
@@ -32,7 +32,7 @@ def check_data(data: str, console: Console, *, sample: int | None, workers: int 
         "good": found.good,
         "usable": found.usable,
         "bad": [vars(bad) for bad in found.bad],
-        "passed_over": dict(source.skipped),
+        "passed_over": dict(+source.skipped),
         "classes": list(source.classes),
         "median_size": list(found.median_size),
         "channels": dict(found.channels),
@@ -41,6 +41,8 @@ def check_data(data: str, console: Console, *, sample: int | None, workers: int 
         "mean": list(found.mean),
         "std": list(found.std),
     }
+    if source.skipped:
+        console.say(f"{source.name}: {len(source)} images found{skipped(source)}")
     say_scan(found, source.classes, console)
     if not found.good:
         console.warn("no image can be read, so `unmask pretrain` would refuse this; the reasons stand above")
@@ -60,6 +62,8 @@ def say_scan(found: Scan, classes: list[str], console: Console) -> None:
         f"{found.files} files, {found.checked} checked in {duration(found.seconds)}: {found.good} good, "
         f"{len(found.bad)} bad"
     )
+    if found.forgotten:
+        console.say(f"the next command will look at all files again: {found.forgotten}")
     for bad in found.bad[:NAMED_BAD_FILES]:
         console.say(f"  {bad.code:20s} {bad.name}: {bad.detail}")
     if len(found.bad) > NAMED_BAD_FILES:
@@ -70,6 +74,8 @@ def say_scan(found: Scan, classes: list[str], console: Console) -> None:
     console.say(f"size (height x width): median {mid_h} x {mid_w}, from {low_h} x {low_w} to {top_h} x {top_w}")
     for title, counts in (("channels", found.channels), ("dtype", found.dtypes), ("format", found.formats)):
         console.say(f"{title}: " + ", ".join(f"{key} in {count}" for key, count in counts.most_common()))
+    if found.dtype_majority == "uint16" and "uint8" in found.dtypes:
+        console.say("8-bit images among 16-bit ones have their values multiplied by 257")
     console.say(
         "mean "
         + ", ".join(f"{value:.4g}" for value in found.mean)

@@ -1,12 +1,13 @@
 """The command line. Each verb imports what it needs when it runs, so that `--help` and `report` never load torch.
 
 Human text goes to stderr; with --json one machine-readable object goes to stdout. Exit codes: 0 done, 1 failed, 2 bad
-usage or input, 75 stopped on request and resumable.
+usage or input, 75 stopped on request and resumable, 130 interrupted.
 """
 
 # No `from __future__ import annotations` here: typer reads the annotations as they are.
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -64,6 +65,7 @@ def main() -> None:
         # Torch's threads spin while they wait for one another. When something else needs the cores too, long spinning
         # makes a step up to a hundred times slower; short spinning costs nothing when alone (docs/LOG.md).
         os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # files in the making are removed, as after Ctrl-C
     try:
         code = app(standalone_mode=False)  # what a verb leaves with (typer.Exit) is returned, not raised
     except (KeyboardInterrupt, typer.Abort):  # typer makes the exit code of it by itself, unless it comes too soon
@@ -541,6 +543,7 @@ def probe(
     from unmask.evals.probe import KINDS, require_kind
     from unmask.probe_labels import shots_of
     from unmask.probing import probe_run
+    from unmask.report import write_report
 
     require_kind(kind, (*KINDS, ATTENTIVE, "paper-linear"))
     if kind == "paper-linear":
@@ -569,6 +572,7 @@ def probe(
         return
     if settings:
         raise UserError(f"--set {settings[0]} came, but a probe of kind {kind} is no training; leave it out")
+    console = Console()
     summary = probe_run(
         run,
         data,
@@ -587,8 +591,9 @@ def probe(
         device=device,
         layer=layer,
         masks=masks,
-        console=Console(),
+        console=console,
     )
+    console.say(f"report: {write_report(run)}")
     if as_json:
         _print_json(summary)
 

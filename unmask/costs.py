@@ -130,8 +130,10 @@ def ratios(config: Config, method: Method, flops: Flops) -> dict[str, float]:
 def schedule(config: Config, gpus: int | None) -> dict[str, Any]:
     """Batch, learning rate and, for as many images as ImageNet-1K has, steps."""
     train, batch = config.train, config.train.batch_size
-    if gpus is not None and (gpus < 1 or batch % gpus):
-        near = max(n for n in range(1, batch + 1) if batch % n == 0 and n <= max(1, gpus))
+    if gpus is not None and gpus < 1:
+        raise ConfigError(f"{gpus} GPUs came, 1 or more were expected")
+    if gpus is not None and batch % gpus:
+        near = max(n for n in range(1, batch + 1) if batch % n == 0 and n <= gpus)
         raise ConfigError(
             f"{gpus} GPUs came for a global batch of {batch}, which they do not divide evenly; use {near}, or change "
             "train.batch_size"

@@ -87,7 +87,7 @@ def pack(
     if out.exists():
         raise PackError(f"{out} exists already; choose another name, or remove it first")
     if left := [str(path) for path in out.parent.glob(f".{glob.escape(out.name)}.*.part")]:
-        console.warn(f"{some(left)} is of a packing that goes on now or was killed; if it was killed, remove it")
+        console.warn(f"left over from a packing that was killed, unless one goes on now: {some(left)}; remove it then")
     source = open_source(data)
     require_packable(source)
     if workers is None:
@@ -120,7 +120,7 @@ def pack(
 def require_packable(source: Source) -> None:
     """Raises PackError where a tar could not keep the names, their order, or the labels."""
     names = list(source.names)
-    folder = "give the folder, tar or zip that holds the files"
+    folder = "give the folder, tar or zip that holds the files, or write them into folders, one for each class"
     if bare := [name for name in names if not name.lower().endswith(EXTENSIONS)]:
         raise PackError(f"{source.name} has no file names to pack under, for example {bare[0]}; {folder}")
     if names != sorted(set(names)):
@@ -147,7 +147,7 @@ def _write(source: Source, part: Path, images: Iterator[Packed], console: Consol
                 before, after = before + max(0, size), after + len(image.data)
                 if image.fault is not None:
                     bad.append({"name": name, "code": image.fault.code, "detail": image.fault.detail})
-                bar.update(kinds.total(), f"{after / max(1, before):.0%} of the bytes")
+                bar.update(kinds.total(), f"shrunk to {after / max(1, before):.0%} of their bytes")
         file.flush()
         os.fsync(file.fileno())
     copied = {what: number for what, number in sorted(kinds.items()) if what != SHRUNK}

@@ -89,7 +89,7 @@ def pretrain(
     if out is not None:
         Run.check_free(out)
     source = open_source(data)
-    console.say(f"{source.name}: {len(source)} images found" + _skipped(source))
+    console.say(f"{source.name}: {len(source)} images found" + skipped(source))
     found = scan_all(source, draft, console)
     if base is not None:
         config, reasons = resolve(base, settings, budget=budget, source=source), (f"weights of {from_run}",)
@@ -365,6 +365,8 @@ def scan_all(source: Source, draft: Config, console: Console) -> Scan:
             f"{found.known} of {found.checked} files are as they were when last looked at, and were not looked at "
             "again (`unmask check` does)"
         )
+    if found.forgotten:
+        console.say(f"the next command will look at all files again: {found.forgotten}")
     refuse_bad_data(found, draft)
     return found
 
@@ -598,8 +600,9 @@ def free_name(source: Source, config: Config) -> Path:
     return free_path(Path("runs") / f"{stem or 'images'}-{config.recipe}")
 
 
-def _skipped(source: Source) -> str:
-    if not source.skipped:
+def skipped(source: Source) -> str:
+    """How many files of which kinds were passed over, in brackets; "" for none."""
+    if not (passed_over := +source.skipped):
         return ""
-    kinds = ", ".join(f"{count} {kind or 'without extension'}" for kind, count in source.skipped.most_common(4))
-    return f" ({sum(source.skipped.values())} other files passed over: {kinds})"
+    kinds = ", ".join(f"{count} {kind or 'without extension'}" for kind, count in passed_over.most_common(4))
+    return f" ({passed_over.total()} other files passed over: {kinds})"

@@ -137,7 +137,7 @@ def memory_folder() -> Path | None:
     """Where scans are remembered: $UNMASK_CACHE, or `unmask` in the user's cache folder; None if UNMASK_CACHE=off."""
     told = os.environ.get("UNMASK_CACHE")
     if told:
-        return None if told == "off" else Path(told)
+        return None if told.lower() == "off" else Path(told)
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "unmask"
     except RuntimeError:  # a user without a home
@@ -167,20 +167,20 @@ def recall(source: Source) -> Looks | None:
     return kept.at(place[rows]).with_rows(rows) if len(rows) else None
 
 
-def remember(source: Source, looks: Looks, began: float) -> Path | None:
-    """Keep these for later, all that is known of the source; returns the file, or None where nothing could be kept.
+def remember(source: Source, looks: Looks, began: float) -> str:
+    """Keep these for later, all that is known of the source; returns why it could not be kept, "" where it was.
 
     began: when looking began, in seconds since 1970. Of files that changed just before, or since, nothing is kept.
     """
     file = memory_file(source)
     if file is None or source.changed is None:
-        return None
+        return ""  # nor was it asked for
     changed = source.changed[looks.rows]
     settled = np.flatnonzero((changed >= 0) & (changed < int(began * 1e9) - SETTLED))
     if not len(settled):
         with suppress(OSError):  # what was known before is not so any more
             file.unlink()
-        return None
+        return "the files have only just been written"
     looks, changed = looks.at(settled), changed[settled]
     names = source.names if len(looks) == len(source) else Names(source.names[row] for row in looks.rows.tolist())
     arrays = {name: getattr(looks, name) for name in COLUMNS} | {
@@ -192,9 +192,10 @@ def remember(source: Source, looks: Looks, began: float) -> Path | None:
     }
     try:
         write_arrays(file, arrays)
-    except (OSError, MemoryError):  # a full disk, or no place to write: then the next scan looks again
-        return None
-    return file
+    except (OSError, MemoryError) as error:  # a full disk, or no place to write: then the next scan looks again
+        reason = error.strerror if isinstance(error, OSError) else "not enough memory"
+        return f"{file.parent} takes no file ({reason}); UNMASK_CACHE names another folder"
+    return ""
 
 
 def worth_keeping(began: float) -> bool:

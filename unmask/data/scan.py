@@ -50,6 +50,7 @@ class Scan:
     files: int
     checked: int
     known: int = 0  # of those checked, how many had been looked at before and are as they were
+    forgotten: str = ""  # why the next scan has to look again, where it will
     bad: list[BadFile] = field(default_factory=list)
     bad_rows: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
     good_rows: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
@@ -124,7 +125,7 @@ def scan(
         new = seen.looks()
         stale = known is not None and bool(np.isin(known.rows, list(faults)).any())
         if stale or (len(new) and worth_keeping(began)):
-            remember(source, _all_known(known, new, list(faults)), began)
+            result.forgotten = remember(source, _all_known(known, new, list(faults)), began)
     looks = joined([*before, new])
     _summarise(result, source, looks, faults, channels, dtype)
     result.seconds = time.monotonic() - start
