@@ -22,14 +22,15 @@ def blocks(text: str, language: str) -> list[str]:
 @pytest.mark.slow
 def test_the_method_of_the_guide_is_one_file_and_one_recipe_and_passes_the_contract(tmp_path):
     method, recipe = blocks((ROOT / "docs" / "adding_a_method.md").read_text(), "python")
-    for name in ("unmask", "tests", "pyproject.toml"):
+    for name in ("src", "tests", "pyproject.toml"):
         source = ROOT / name
         copy = shutil.copytree if source.is_dir() else shutil.copy
         copy(source, tmp_path / name)
-    (tmp_path / "unmask" / "methods" / "meancolour.py").write_text(method)
-    (tmp_path / "unmask" / "recipes" / "meancolour.py").write_text(recipe)
+    (tmp_path / "src" / "unmask" / "methods" / "meancolour.py").write_text(method)
+    (tmp_path / "src" / "unmask" / "recipes" / "meancolour.py").write_text(recipe)
     command = [sys.executable, "-m", "pytest", "-q", "tests/methods/test_contract.py", "-k", "meancolour"]
-    environment = {"PYTHONPATH": str(tmp_path), "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", "HOME": str(tmp_path)}
+    path = str(tmp_path / "src")
+    environment = {"PYTHONPATH": path, "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1", "HOME": str(tmp_path)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "passed" in done.stdout
@@ -49,6 +50,6 @@ def test_every_command_and_option_named_in_the_documents_exists(document):
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_every_file_named_in_the_documents_exists(document):
-    for name in re.findall(r"(?:\]\(|`)((?:docs|unmask|tests|benchmarks|scripts)/[\w./-]+)", document.read_text()):
+    for name in re.findall(r"(?:\]\(|`)((?:docs|src|tests|benchmarks|scripts)/[\w./-]+)", document.read_text()):
         if "meancolour" not in name:
             assert (ROOT / name).exists(), f"{document.name} names {name}"

@@ -9,7 +9,7 @@ import pytest
 
 import unmask
 
-ROOT = Path(unmask.__file__).parents[1]
+ROOT = Path(unmask.__file__).parents[1]  # the folder `src`
 HEAVY = ("torch", "numpy", "sklearn", "matplotlib", "pyarrow", "PIL")
 REPORT = "import sys; print(' '.join(name for name in {heavy!r} if name in sys.modules), file=sys.stderr)"
 
@@ -95,6 +95,14 @@ for was, now in zip(before, state(), strict=True):
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
 
 
+def test_the_package_is_found_beside_a_clone_of_its_name(tmp_path):
+    """A folder `unmask` where Python starts, as the clone is to its parent, must not hide the installed package."""
+    (tmp_path / "unmask" / "src" / "unmask").mkdir(parents=True)
+    code = "import unmask; assert unmask.__file__, unmask.__path__; unmask.recipe"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
 def test_packages_are_empty_and_nothing_imports_the_root():
     for path in (ROOT / "unmask").glob("*/__init__.py"):
         assert not path.read_text().strip(), f"{path} should be empty"
@@ -109,7 +117,7 @@ def test_the_floors_hold():
     tool = Path(sys.executable).with_name("lint-imports")
     done = subprocess.run(
         [tool, "--no-cache"],
-        cwd=ROOT,
+        cwd=ROOT.parent,
         capture_output=True,
         text=True,
         timeout=120,
