@@ -23,7 +23,6 @@ app = typer.Typer(
     name="unmask",
     help="Pre-train vision transformers on your own images by hiding most of each image and learning to rebuild it.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -85,6 +84,8 @@ def _explain(error: Exception) -> int:
     show = getattr(error, "show", None)  # click's own usage errors
     if callable(show):
         show()
+        if hint := _hint_for_option(error):
+            print(hint, file=sys.stderr)
         return getattr(error, "exit_code", USAGE)
     if isinstance(error, UserError | FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError):
         message, code = str(error), USAGE
@@ -101,6 +102,21 @@ def _explain(error: Exception) -> int:
         message, code = f"this is a fault in unmask: {type(error).__name__}: {error}", FAILED
     print(f"error: {message}".encode("utf-8", "backslashreplace").decode(), file=sys.stderr)
     return code
+
+
+def _hint_for_option(error: Exception) -> str:
+    """For an unknown option that is a setting, such as --lr or --batch-size: how to give it with --set."""
+    option, context = getattr(error, "option_name", None), getattr(error, "ctx", None)
+    if not option or context is None or not any("--set" in parameter.opts for parameter in context.command.params):
+        return ""
+    from unmask.config import keys, nearest
+    from unmask.recipes.catalogue import find
+
+    found = nearest(str(option).lstrip("-").replace("-", "_"), keys(find("mae_nano")))
+    if not found.startswith("did you mean"):
+        return "Settings are changed with --set KEY=VALUE; `unmask recipes NAME` lists the keys of a recipe."
+    key = found.removeprefix("did you mean ").rstrip("?").split(" or ")[0]
+    return f"{option} is a setting: use --set {key}=VALUE (`unmask recipes NAME` lists all settings)"
 
 
 def _print_json(value: Any) -> None:
@@ -179,6 +195,14 @@ def pretrain(
     recipe: Annotated[str, typer.Option(help="A name from `unmask recipes`, or auto.")] = "auto",
     out: NewRun = None,
     budget: Budget = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Use the settings of another run: its folder or config.json, in place of --recipe.",
+            show_default=False,
+        ),
+    ] = None,
     from_run: Annotated[
         Path | None,
         typer.Option(
@@ -218,6 +242,7 @@ def pretrain(
     run = pretrain(
         data,
         recipe=recipe,
+        config=config,
         out=out,
         budget=_seconds(budget),
         settings=settings or (),
@@ -753,18 +778,20 @@ def recipes(
     as_json: AsJson = False,
 ) -> None:
     """The recipes, or every setting of one."""
-    from unmask.recipes.catalogue import all_recipes, describe, find
+    from unmask.recipes.catalogue import AUTO, all_recipes, describe, find, first_line, grouped
 
     if name is not None:
         print(json.dumps(find(name).model_dump(mode="json")) if as_json else describe(name))
         return
-    first_lines = {key: (function.__doc__ or "").strip().splitlines()[0] for key, function in all_recipes().items()}
     if as_json:
-        _print_json(first_lines)
+        _print_json({key: first_line(function) for key, function in all_recipes().items()})
         return
-    for key, line in first_lines.items():
-        print(f"{key:12s} {line}")
-    print(f"{'auto':12s} Picks one from image count, size and device, and says why.")
+    width = max(map(len, all_recipes()))
+    print(f"{'auto':{width}} Picks one of {', '.join(AUTO)} from image count, size and device, and says why.")
+    for title, group in grouped().items():
+        print(f"\n{title}")
+        for name in group:
+            print(f"{name:{width}} {first_line(all_recipes()[name])}")
 
 
 @app.command()

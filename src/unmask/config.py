@@ -27,6 +27,44 @@ from unmask.optim import OptimConfig
 from unmask.settings import Settings
 
 
+COMMON_NAMES: dict[str, tuple[str, ...]] = {
+    "lr": ("optim.base_lr",),
+    "learning_rate": ("optim.base_lr",),
+    "blr": ("optim.base_lr",),
+    "min_lr": ("optim.final_lr",),
+    "wd": ("optim.weight_decay",),
+    "warmup_epochs": ("optim.warmup",),
+    "warmup_steps": ("optim.warmup",),
+    "clip_grad": ("optim.clip",),
+    "grad_clip": ("optim.clip",),
+    "ema": ("optim.average",),
+    "optimizer": ("optim.name",),
+    "bs": ("train.batch_size",),
+    "batch": ("train.batch_size",),
+    "max_steps": ("train.steps",),
+    "iterations": ("train.steps",),
+    "num_epochs": ("train.epochs",),
+    "max_epochs": ("train.epochs",),
+    "accum_iter": ("train.micro_batch",),
+    "amp": ("train.precision",),
+    "dtype": ("train.precision",),
+    "img_size": ("data.size",),
+    "image_size": ("data.size",),
+    "input_size": ("data.size",),
+    "resolution": ("data.size",),
+    "crop_size": ("data.size",),
+    "num_workers": ("data.workers",),
+    "patch_size": ("method.encoder.patch",),
+    "embed_dim": ("method.encoder.width",),
+    "hidden_size": ("method.encoder.width",),
+    "num_heads": ("method.encoder.heads",),
+    "num_layers": ("method.encoder.depth",),
+    "norm_pix_loss": ("method.target",),
+    "masking_ratio": ("method.mask_ratio",),
+}
+"""What other programs call settings of ours."""
+
+
 class ConfigError(UserError):
     """A setting that does not exist or does not fit; the message names the nearest ones."""
 
@@ -165,8 +203,10 @@ def nearest(wrong: str, names: Iterable[str]) -> str:
     """'did you mean a or b?', or the list of all names when nothing comes close."""
     names = list(names)
     leaves = {name.split(".")[-1]: name for name in names}
-    close = difflib.get_close_matches(wrong, names, 3, 0.6)
-    close += [leaves[leaf] for leaf in difflib.get_close_matches(wrong.split(".")[-1], leaves, 3, 0.75)]
+    leaf = wrong.split(".")[-1].lower().replace("-", "_")
+    close = [name for name in COMMON_NAMES.get(leaf, ()) if name in names]
+    close += difflib.get_close_matches(wrong, names, 3, 0.6)
+    close += [leaves[near] for near in difflib.get_close_matches(leaf, leaves, 3, 0.75)]
     close = list(dict.fromkeys(close))[:3]
     return f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(names)}"
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import shlex
 import statistics
 import time
 from collections.abc import Callable
@@ -83,6 +84,7 @@ def gather(run: Run) -> dict[str, Any]:
     quarantine = run.quarantine()
     return {
         "name": run.path.resolve().name,
+        "folder": shlex.quote(str(run.path)),
         "recipe": config.get("recipe", ""),
         "method": config.get("method", {}).get("name", ""),
         "source": config.get("data", {}).get("source", ""),

@@ -39,6 +39,37 @@ def all_recipes() -> dict[str, Callable[[], Config]]:
     return found
 
 
+GROUPS = {
+    "mae": "MAE: hidden patches are rebuilt from the visible ones",
+    "crossmae": "CrossMAE and SimMIM: relatives of MAE",
+    "simmim": "CrossMAE and SimMIM: relatives of MAE",
+    "beit": "BEiT, and the dVAE tokenizers whose codes it predicts",
+    "dvae": "BEiT, and the dVAE tokenizers whose codes it predicts",
+    "igpt": "iGPT and masked patch prediction",
+    "mpp": "iGPT and masked patch prediction",
+    "ae": "Autoencoders",
+    "dae": "Autoencoders",
+    "finetune": "Supervised training: `unmask finetune` and `unmask probe --kind paper-linear`",
+    "demo": "What `unmask demo` trains",
+}
+"""Title of a group, by the file of `recipes/`, in the order of the list; files without one get a group of their own."""
+
+
+def grouped() -> dict[str, list[str]]:
+    """Names of the recipes by the title of their group, as `unmask recipes` lists them."""
+    files = {name: function.__module__.rpartition(".")[2] for name, function in all_recipes().items()}
+    order = [*GROUPS, *sorted(set(files.values()) - set(GROUPS))]
+    found: dict[str, list[str]] = {}
+    for name in sorted(files, key=lambda name: order.index(files[name])):  # stable: as in the file
+        found.setdefault(GROUPS.get(files[name], files[name]), []).append(name)
+    return found
+
+
+def first_line(function: Callable[[], Config]) -> str:
+    """The first line of a recipe's docstring."""
+    return (function.__doc__ or "").strip().splitlines()[0]
+
+
 def find(name: str) -> Config:
     """The recipe of that name. Raises ConfigError with the nearest names."""
     recipes = all_recipes()
