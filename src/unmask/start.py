@@ -61,6 +61,7 @@ def pretrain(
     data: str | Path,
     *,
     recipe: str = "auto",
+    config: str | Path | None = None,
     out: str | Path | None = None,
     budget: float | None = None,
     settings: Iterable[str] = (),
@@ -72,18 +73,23 @@ def pretrain(
 ) -> Run:
     """Pre-train on the images of `data` and return the Run; `run.read("status.json")["state"]` says how it ended.
 
-    recipe: a name from `unmask recipes`, or "auto". out: a new folder; made up from data and recipe when None. budget:
-    in seconds. settings: KEY=VALUE assignments. from_run: start from the weights of that Run, see `grafts.continued`.
+    recipe: a name from `unmask recipes`, or "auto". config: another Run, or its config.json, whose settings are used in
+    place of a recipe's. out: a new folder; made up from data and recipe when None. budget: in seconds. settings: KEY=VALUE assignments. from_run: start from the weights of that Run, see `grafts.continued`.
     tokenizer: the Run of a dVAE whose codes are predicted. palette: a file of `unmask palette`, or the Run of an iGPT
     whose colours are used. masks: a file of masks to hide patches with. Raises ValueError for anything a person can
     mend, and what can be said without the images before any is opened.
     """
     console = console or Console(quiet=True)
-    base = None if from_run is None else grafts.continued(from_run, recipe)
-    settings = with_options(base, recipe, list(settings), tokenizer=tokenizer, palette=palette, masks=masks)
+    if config is not None:
+        refuse_two_sources_of_settings(recipe, from_run)
+    base = settings_of(config) if config is not None else None
+    base = base if from_run is None else grafts.continued(from_run, recipe)
+    settings = with_options(
+        base, recipe, list(settings), weights=from_run is not None, tokenizer=tokenizer, palette=palette, masks=masks
+    )
     draft = drafted(base, recipe, settings, budget)
     refuse_labels(draft, from_run)
-    if base is not None and (own := sorted({"data.mean", "data.std"} & set(parse(settings)))):
+    if from_run is not None and (own := sorted({"data.mean", "data.std"} & set(parse(settings)))):
         raise ConfigError(f"{own[0]} cannot be set: the weights of --from know their normalisation; leave it out")
     device = choose_device(draft.train.device)
     if out is not None:
@@ -92,10 +98,33 @@ def pretrain(
     console.say(f"{source.name}: {len(source)} images found" + skipped(source))
     found = scan_all(source, draft, console)
     if base is not None:
-        config, reasons = resolve(base, settings, budget=budget, source=source), (f"weights of {from_run}",)
+        chosen = resolve(base, settings, budget=budget, source=source)
+        reasons: tuple[str, ...] = (f"settings of {config}" if from_run is None else f"weights of {from_run}",)
     else:
-        config, reasons, _ = settle(source, found, recipe, settings, device, budget=budget)
-    return start_run(source, found, config, device, out=out, budget=budget, reasons=reasons, console=console)
+        chosen, reasons, _ = settle(source, found, recipe, settings, device, budget=budget)
+    return start_run(source, found, chosen, device, out=out, budget=budget, reasons=reasons, console=console)
+
+
+def refuse_two_sources_of_settings(recipe: str, from_run: str | Path | None) -> None:
+    """Raises ConfigError where --config comes with --recipe or --from, which also say what the settings are."""
+    if recipe != "auto" or from_run is not None:
+        option = f"--recipe {recipe}" if recipe != "auto" else f"--from {from_run}"
+        raise ConfigError(f"got both --config and {option}; each names a run's settings: leave one of them out")
+
+
+def settings_of(path: str | Path) -> Config:
+    """The settings of a Run (its folder, or its config.json) for another run on images that are named anew.
+
+    The steps of a run that was planned for a time budget are taken from its plan. Raises RunError, ConfigError.
+    """
+    file = Path(path)
+    run = Run.open(file.parent if file.name == "config.json" else file)
+    config = read_config(run)
+    refuse_labels(config, None)
+    if config.train.steps is None and config.train.epochs is None and (run.path / "plan.json").exists():
+        train = config.train.model_copy(update={"steps": read_plan(run).steps})
+        config = config.model_copy(update={"train": train})
+    return config.model_copy(update={"data": config.data.model_copy(update={"source": ""})})
 
 
 def start_run(
@@ -148,20 +177,23 @@ def with_options(
     recipe: str,
     settings: list[str],
     *,
+    weights: bool = False,
     tokenizer: str | Path | None,
     palette: str | Path | None,
     masks: str | Path | None,
 ) -> list[str]:
     """What --tokenizer, --palette and --masks stand for, as settings before those set by hand.
 
+    base: settings that stand in for the recipe's; `weights` when they come with weights (--from).
+
     Raises ConfigError where an option and a setting say the same, or an option would be ignored.
     """
-    if "graft" in parse(settings) and (base is not None or tokenizer is not None):
-        option = "--from" if base is not None else "--tokenizer"
+    if "graft" in parse(settings) and (weights or tokenizer is not None):
+        option = "--from" if weights else "--tokenizer"
         raise ConfigError(
             f"both {option} and graft were given, which say where weights come from; leave one of them out"
         )
-    if base is not None and palette is not None:
+    if weights and palette is not None:
         raise ConfigError(
             "both --from and --palette were given, but those weights come with their palette; leave it out"
         )
