@@ -20,6 +20,7 @@ from unmask.recipes.catalogue import all_recipes, describe
 VERBS = [
     "demo", "check", "pretrain", "import", "export", "palette", "resume", "finetune", "predict", "reconstruct", "probe",
     "embed", "ablate", "compare", "report", "plan", "recipes", "doctor", "pack",
+    "ls", "prune",
 ]  # fmt: skip
 
 
@@ -325,3 +326,115 @@ def test_the_demo_from_nothing_to_a_report_with_both_sets(unmask, tmp_path):
     assert html.count("<section>") == 2
     assert html.count("95 % interval</th>") == 4
     assert "before training" in html
+
+
+@pytest.mark.parametrize(
+    ("option", "key"),
+    [
+        ("--lr", "optim.base_lr"), ("--epochs", "train.epochs"), ("--batch-size", "train.batch_size"),
+        ("--num_workers", "data.workers"), ("--img-size", "data.size"), ("--mask-ratio", "method.mask_ratio"),
+    ],
+)  # fmt: skip
+def test_an_option_that_is_a_setting_points_to_set(unmask, option, key):
+    code, out, err = unmask("pretrain", "shapes", option, "1")
+    assert (code, out) == (2, "")
+    assert f"--set {key}=VALUE" in err
+
+
+def test_an_unknown_option_of_a_verb_without_settings_gets_no_such_hint(unmask):
+    code, _, err = unmask("report", "run", "--lr", "1")
+    assert code == 2
+    assert "--set" not in err
+
+
+def test_names_of_other_programs_are_suggested_for_settings(unmask):
+    code, _, err = unmask("pretrain", "shapes", "--set", "lr=1e-3")
+    assert code == 2
+    assert "did you mean optim.base_lr" in err
+    assert "data.crop.ratio" not in err  # not all seventy
+
+
+def test_settings_of_another_run_repeat_it(unmask, run_folder, images):
+    code, _, err = unmask("pretrain", images, "--config", "run", "--out", "again")
+    assert code == 0, err
+    losses = [
+        [json.loads(line).get("loss") for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (run_folder, run_folder.with_name("again"))
+    ]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) > 1
+    code, _, err = unmask("pretrain", images, "--config", "run/config.json", "--out", "more", "--set", "train.steps=2")
+    assert code == 0, err
+    assert "2 steps" in err
+
+
+def test_settings_of_a_budgeted_run_repeat_its_steps(unmask, images, tmp_path):
+    code, _, err = unmask("pretrain", images, "--recipe", "mae_nano", "--out", "a", "--budget", "1s", *small())
+    assert code == 0, err
+    code, _, err = unmask("pretrain", images, "--config", "a", "--out", "b")
+    assert code == 0, err
+    steps = [json.loads((tmp_path / name / "plan.json").read_text())["steps"] for name in "ab"]
+    assert steps[0] == steps[1]
+
+
+@pytest.mark.parametrize("more", [["--recipe", "mae_nano"], ["--from", "run"]], ids=["recipe", "from"])
+def test_two_sources_of_settings_are_refused(unmask, run_folder, images, more):
+    code, _, err = unmask("pretrain", images, "--config", "run", *more)
+    assert code == 2
+    assert "leave one of them out" in err
+
+
+def test_recipes_are_listed_in_groups(unmask):
+    code, out, _ = unmask("recipes")
+    assert code == 0
+    lines = out.splitlines()
+    names = [line.split()[0] for line in lines if line]
+    assert set(all_recipes()) <= set(names)
+    assert names.index("mae_huge") < names.index("crossmae_nano") < names.index("finetune_few")
+    assert all(len(block.splitlines()) > 1 for block in out.strip().split("\n\n")[1:])  # a title and its recipes
+
+
+def test_ls_shows_every_run_and_prune_frees_what_is_not_needed(unmask, run_folder):
+    code, out, _ = unmask("ls")
+    assert code == 0
+    line = next(line for line in out.splitlines() if line.startswith("run  ") and "finished" in line)
+    for part in ("mae_nano", "4/4", "16x16"):
+        assert part in line
+    (record,) = json.loads(unmask("ls", "--json")[1])
+    assert (record["path"], record["state"], record["step"], record["size"]) == ("run", "finished", 4, [16, 16])
+
+    (run_folder / "features").mkdir()
+    (run_folder / "features" / "a.arrays").write_bytes(bytes(1000))
+    before = sorted(path.name for path in (run_folder / "checkpoints").glob("step-*"))
+    assert len(before) == 2
+    code, out, _ = unmask("prune", "run", "--dry-run", "--json")
+    assert code == 0
+    assert len(json.loads(out)["folders"]) == 2
+    assert (run_folder / "features").exists()
+    code, _, err = unmask("prune", "run")
+    assert code == 0, err
+    assert sorted(path.name for path in (run_folder / "checkpoints").glob("step-*")) == before[-1:]
+    assert not (run_folder / "features").exists()
+    assert unmask("embed", "run", "shapes:8", "--out", "e.npz")[0] == 0
+
+
+def test_ls_of_no_runs_and_of_no_folder(unmask, tmp_path):
+    assert "no runs here" in unmask("ls")[1]
+    assert unmask("ls", "nowhere")[0] == 2
+
+
+def test_prune_keeps_a_run_without_a_sound_checkpoint_as_it_is(unmask, run_folder):
+    for folder in (run_folder / "checkpoints").glob("step-*"):
+        (folder / "model.safetensors").write_bytes(b"damaged")
+    code, _, err = unmask("prune", "run")
+    assert code == 2
+    assert "no sound checkpoint" in err
+    assert len(list((run_folder / "checkpoints").glob("step-*"))) == 2
+
+
+def test_ls_shows_damaged_runs_too(unmask, run_folder):
+    (run_folder / "plan.json").write_text("{")
+    (run_folder / "status.json").write_text("[]")
+    code, out, _ = unmask("ls")
+    assert code == 0
+    assert "run " in out

@@ -145,3 +145,11 @@ def test_a_probes_title_says_what_was_asked_for():
     assert probe_title(asked) == (
         "k nearest neighbours on birds, tested on birds-test, 1 label per class, seed 2, layer 0, 0 masks"
     )
+
+
+def test_the_command_it_proposes_names_the_run_as_it_was_given(tmp_path, monkeypatch):
+    run = make_run(tmp_path / "runs" / "a b")
+    for file in run.evals.glob("probe-*"):
+        file.unlink()
+    monkeypatch.chdir(tmp_path)
+    assert "unmask probe &#39;runs/a b&#39; DATA" in write_report("runs/a b").read_text()

@@ -113,7 +113,7 @@ def ablate(
     fine-tunes; None trains one first. State "finished", "stopped" (resumable), or "failed" when a cell could not be
     made. Raises ValueError for what a person can mend, before anything is trained.
     """
-    console = console or Console(quiet=True)
+    console = console or Console()
     which = find_table(table)
     asked = Asked(
         table, str(data), test, choose_recipe(which, recipe, from_run), tuple(settings), budget, seeds, shots,

@@ -743,6 +743,38 @@ def compare(
         _print_json(summary)
 
 
+@app.command("ls")
+def list_(
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="Where to look for runs; default this folder.", show_default=False)
+    ] = Path(),
+    as_json: AsJson = False,
+) -> None:
+    """List runs: state, step, image size, loss, newest probe, and the space they take."""
+    from unmask.list_runs import list_runs, table
+
+    found = list_runs(folder)
+    if as_json:
+        _print_json([vars(each) for each in found])
+        return
+    print("\n".join(table(found)))
+
+
+@app.command()
+def prune(
+    run: RunFolder,
+    keep_checkpoints: Annotated[int, typer.Option(metavar="N", help="Newest checkpoints to keep.")] = 1,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be removed.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Free disk space: remove older checkpoints and stored features; the run stays usable and resumable."""
+    from unmask.prune import prune_run
+
+    found = prune_run(run, keep_checkpoints=keep_checkpoints, dry_run=dry_run, console=Console())
+    if as_json:
+        _print_json(found)
+
+
 @app.command()
 def report(run: RunFolder, as_json: AsJson = False) -> None:
     """Write RUN/report.html: one file that opens offline."""

@@ -59,7 +59,7 @@ def compare(
     data: probe the Runs that lack this probe, on these labelled images, as `unmask probe` would. Raises ValueError for
     fewer than two Runs, one given twice, a folder that is no Run, or nowhere to write.
     """
-    console = console or Console(quiet=True)
+    console = console or Console()
     out = Path(out)
     if out.suffix != ".html":
         raise UserError(f"output file {out} came; a name that ends in .html was expected")

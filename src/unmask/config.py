@@ -26,7 +26,6 @@ from unmask.nn.vit import Pair
 from unmask.optim import OptimConfig
 from unmask.settings import Settings
 
-
 COMMON_NAMES: dict[str, tuple[str, ...]] = {
     "lr": ("optim.base_lr",),
     "learning_rate": ("optim.base_lr",),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console as RichConsole
@@ -63,6 +63,11 @@ class Console:
     @contextmanager
     def progress(self, title: str, total: int, start: int = 0) -> Iterator[Bar]:
         """A `Bar` for `total` steps of which `start` are done; `bar.update(step, text)` moves it."""
+        if not self.quiet and (show := in_notebook()) is not None:
+            bar = Bar(self, title, total, start)
+            bar.show = lambda step, text: show(f"{title} {step}/{total}  {text}")
+            yield bar
+            return
         if not self.live or self.quiet:
             yield Bar(self, title, total, start)
             return
@@ -76,6 +81,14 @@ class Console:
             bar = Bar(self, title, total, start)
             bar.show = lambda step, text: rich.update(task, completed=step, text=escape(text))
             yield bar
+
+
+def in_notebook() -> Callable[[str], None] | None:
+    """In a Jupyter notebook a function that shows a line in place of the one before; None elsewhere."""
+    if (ipython := sys.modules.get("IPython")) is None or not hasattr(ipython.get_ipython(), "kernel"):
+        return None
+    handle = ipython.display.display({"text/plain": ""}, raw=True, display_id=True)
+    return None if handle is None else lambda text: handle.update({"text/plain": text}, raw=True)
 
 
 class Bar:

@@ -51,7 +51,7 @@ def export_run(
     step: of the checkpoint, None for the newest. Raises ValueError for a target that is not known, one that has no form
     for this Run, or an `out` that is taken; ExportFailed when the other library does not compute the same.
     """
-    console = console or Console(quiet=True)
+    console = console or Console()
     if to not in TARGETS:
         raise ExportError(f"target {to!r} is not known; {nearest(to, TARGETS)}")
     out, suffix, make = Path(out), *TARGETS[to]

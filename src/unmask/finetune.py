@@ -150,7 +150,7 @@ def fine_tune(
     from_scratch: the encoder's random start instead of its weights. settings: KEY=VALUE. Stopped, it goes on with
     `finetune.resume`. Raises ValueError for what a person can mend.
     """
-    console = console or Console(quiet=True)
+    console = console or Console()
     if out is not None:
         Run.check_free(out)
     if task not in (*TASKS, PROBE):
@@ -242,7 +242,7 @@ def fine_tune(
 
 def resume(run_folder: str | Path, *, allow_dataset_change: bool = False, console: Console | None = None) -> Run:
     """Go on exactly where a supervised Run stopped; as `start.resume`."""
-    console = console or Console(quiet=True)
+    console = console or Console()
     status = Run.open(run_folder).path / "status.json"
     finished = status.exists() and Run(run_folder).read("status.json").get("state") == "finished"
     done = start.resume(
@@ -272,7 +272,7 @@ def supervise(config: Config, plan: Plan, source: Source, *, console: Console) -
 
 def score(run: Run, *, console: Console | None = None) -> dict[str, Any]:
     """How good the last weights are, with a 95 % interval, beside the best test on the way; kept in `SCORE`."""
-    console = console or Console(quiet=True)
+    console = console or Console()
     loaded = load(run.path, device=choose_device(read_plan(run).device))
     data, settings = loaded.config.data, loaded.config.method
     found: dict[str, Any] = settings.model_dump()
@@ -328,7 +328,7 @@ def paper_linear(
     of a smaller one it is the power of two at or below an eighth of its images, and the peak learning rate stays 6.4:
     by LARS a step moves a matrix by a share of its norm, and at the rate of a small batch nothing would be learnt.
     """
-    console = console or Console(quiet=True)
+    console = console or Console()
     outer, name = Run.open(from_run), "paper-linear-" + (Path(data).name or "data").replace(".", "-")
     name += "" if shots is None else f"-{shots}-shots"
     lessons = open_lessons(PROBE, data)

@@ -287,7 +287,7 @@ def import_weights(
 
     Raises ValueError, before anything is written, for what is no such file, is not whole, or does not fit the settings.
     """
-    console = console or Console(quiet=True)
+    console = console or Console()
     source, settings = Path(source), list(settings)
     Run.check_free(out)
     if source.suffix in SAFE and (own := read_header(source)) is not None:

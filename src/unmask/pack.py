@@ -77,7 +77,7 @@ def pack(
     processes, None for one to a core, 0 for this one. The file appears when it is complete and has been read back; it
     is never there in part. Raises PackError.
     """
-    console, out, start = console or Console(quiet=True), Path(out), time.monotonic()
+    console, out, start = console or Console(), Path(out), time.monotonic()
     if short_side < 1 or not 1 <= quality <= 100:
         raise PackError(f"short side {short_side} and quality {quality} came; at least 1, and 1 to 100, were expected")
     if out.suffix != ".tar":

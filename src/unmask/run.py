@@ -19,6 +19,7 @@ from io import BufferedRandom
 from pathlib import Path
 from typing import Any
 
+from unmask import run_summary
 from unmask.errors import UserError
 
 try:
@@ -85,6 +86,12 @@ class Run:
                 f"import {path} --out RUN"
             )
         return run
+
+    def __repr__(self) -> str:
+        return run_summary.as_text(self)
+
+    def _repr_html_(self) -> str:
+        return run_summary.as_html(self)  # notebooks ask for it
 
     def write(self, name: str, value: dict[str, Any]) -> None:
         """Write `name` (for example "evals/probe.json") as JSON, whole or not at all."""

@@ -31,7 +31,7 @@ from unmask.data.loader import Annotations, Images, Order, choose_workers
 from unmask.data.scan import Scan, scan
 from unmask.data.sources import Source, open_source
 from unmask.errors import UserError
-from unmask.plan import Plan, choose_device, make_plan, require_micro_batch
+from unmask.plan import Plan, choose_device, choose_steps, make_plan, require_micro_batch
 from unmask.recipes import catalogue
 from unmask.run import Run, free_path
 from unmask.saved import read_config, read_plan
@@ -74,12 +74,13 @@ def pretrain(
     """Pre-train on the images of `data` and return the Run; `run.read("status.json")["state"]` says how it ended.
 
     recipe: a name from `unmask recipes`, or "auto". config: another Run, or its config.json, whose settings are used in
-    place of a recipe's. out: a new folder; made up from data and recipe when None. budget: in seconds. settings: KEY=VALUE assignments. from_run: start from the weights of that Run, see `grafts.continued`.
-    tokenizer: the Run of a dVAE whose codes are predicted. palette: a file of `unmask palette`, or the Run of an iGPT
-    whose colours are used. masks: a file of masks to hide patches with. Raises ValueError for anything a person can
-    mend, and what can be said without the images before any is opened.
+    place of a recipe's. out: a new folder; made up from data and recipe when None. budget: in seconds. settings:
+    KEY=VALUE assignments. from_run: start from the weights of that Run, see `grafts.continued`. tokenizer: the Run of a
+    dVAE whose codes are predicted. palette: a file of `unmask palette`, or the Run of an iGPT whose colours are used.
+    masks: a file of masks to hide patches with. console: `Console(quiet=True)` for no progress. Raises UserError for
+    anything a person can mend, and what can be said without the images before any is opened.
     """
-    console = console or Console(quiet=True)
+    console = console or Console()
     if config is not None:
         refuse_two_sources_of_settings(recipe, from_run)
     base = settings_of(config) if config is not None else None
@@ -121,10 +122,12 @@ def settings_of(path: str | Path) -> Config:
     run = Run.open(file.parent if file.name == "config.json" else file)
     config = read_config(run)
     refuse_labels(config, None)
-    if config.train.steps is None and config.train.epochs is None and (run.path / "plan.json").exists():
-        train = config.train.model_copy(update={"steps": read_plan(run).steps})
-        config = config.model_copy(update={"train": train})
-    return config.model_copy(update={"data": config.data.model_copy(update={"source": ""})})
+    train, plan = config.train, read_plan(run)
+    expected, _, _ = choose_steps(config, plan.num_images, budget=None, step_seconds=lambda: 0.0)
+    if plan.steps and plan.steps != expected:
+        train = train.model_copy(update={"steps": plan.steps, "epochs": None})
+    data = config.data.model_copy(update={"source": ""})
+    return config.model_copy(update={"data": data, "train": train})
 
 
 def start_run(
@@ -219,7 +222,7 @@ def resume(
 
     supervise: for a supervised run, which `finetune.resume` goes on with.
     """
-    console = console or Console(quiet=True)
+    console = console or Console()
     run = Run.open(run_folder)
     with run.lock():
         config, plan = read_config(run), read_plan(run)

@@ -1,0 +1,60 @@
+"""`unmask ls`: the runs below a folder, newest last. Loads no torch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from unmask.console import duration
+from unmask.errors import UserError
+from unmask.run import Run
+from unmask.run_summary import RunSummary, summarise
+
+DEEPEST = 4  # levels of folders below the one that is listed
+
+
+def list_runs(folder: Path) -> list[RunSummary]:
+    """The runs in `folder` and below; the last changed comes last. Raises UserError for a folder that is not there."""
+    if not folder.is_dir():
+        raise UserError(f"got {folder}, which is not a folder; give a folder with runs in it, such as runs")
+    return sorted((summarise(run) for run in find_runs(folder)), key=lambda each: each.changed)
+
+
+def find_runs(folder: Path) -> Iterator[Run]:
+    """Every Run in `folder` and below, without the runs inside other runs; links are not followed."""
+    if (folder / "config.json").is_file() and (folder / "checkpoints").is_dir():
+        yield Run(folder)
+        return
+    yield from _below(folder, DEEPEST)
+
+
+def _below(folder: Path, depth: int) -> Iterator[Run]:
+    try:
+        inside = sorted(child for child in folder.iterdir() if child.is_dir() and not child.is_symlink())
+    except OSError:
+        return
+    for child in inside:
+        if child.name.startswith("."):
+            continue
+        if (child / "config.json").is_file() and (child / "checkpoints").is_dir():
+            yield Run(child)
+        elif depth > 1:
+            yield from _below(child, depth - 1)
+
+
+def table(found: list[RunSummary]) -> list[str]:
+    """Lines of a table for a terminal; one sentence where there are no runs."""
+    if not found:
+        return ["no runs here; `unmask pretrain DATA` makes one"]
+    now = time.time()
+    lines = [("run", "state", "recipe", "step", "size", "loss", "newest probe", "disk", "changed")]
+    for each in found:
+        size = "" if each.size is None else f"{each.size[0]}x{each.size[1]}"
+        loss = "" if each.loss is None else f"{each.loss:.4f}"
+        lines.append((
+            each.path, each.state, each.recipe or each.method, each.progress, size, loss, each.probe,
+            f"{each.bytes / 1e6:,.0f} MB", f"{duration(now - each.changed)} ago",
+        ))  # fmt: skip
+    widths = [max(len(line[place]) for line in lines) for place in range(len(lines[0]))]
+    return ["  ".join(f"{cell:{width}}" for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]

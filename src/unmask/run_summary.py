@@ -1,0 +1,117 @@
+"""What a run is and how far it got, in one typed record: for `unmask ls`, and for a Run shown in Python or a notebook.
+
+Reads the Run folder only and loads no torch. A file that is missing or damaged leaves its fields at None: a list of
+runs has to show the broken ones too.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from unmask.errors import UserError
+
+
+class RunFolder(Protocol):
+    """What is read of a `Run`, which imports this module."""
+
+    path: Path
+    evals: Path
+    pictures: Path
+
+    def read(self, name: str) -> dict[str, Any]: ...
+
+    def metrics(self) -> list[dict[str, Any]]: ...
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """One run. `size` (H, W) in pixels; `loss` of the last logged step; `probe` the newest result; `bytes` on disk."""
+
+    path: str
+    state: str
+    recipe: str
+    method: str
+    step: int | None
+    steps: int | None
+    size: tuple[int, int] | None
+    images: int | None
+    loss: float | None
+    probe: str
+    bytes: int
+    changed: float
+
+    @property
+    def progress(self) -> str:
+        """'250/1000', or '' where no plan says how many."""
+        return f"{self.step or 0}/{self.steps}" if self.steps is not None else ""
+
+
+def summarise(run: RunFolder) -> RunSummary:
+    """Describe a Run from its folder. Raises nothing for files that are missing or damaged."""
+    config, plan, status = (_read(run, name) for name in ("config.json", "plan.json", "status.json"))
+    size = (plan.get("images") or {}).get("size") or (config.get("data") or {}).get("size")
+    losses = [row["loss"] for row in run.metrics() if isinstance(row.get("loss"), float)]
+    files = [file for file in run.path.rglob("*") if file.is_file() and file.name != ".lock"]
+    return RunSummary(
+        path=str(run.path),
+        state=str(status.get("state") or ("imported" if (run.path / "checkpoints").is_dir() else "damaged")),
+        recipe=str(config.get("recipe") or ""),
+        method=str((config.get("method") or {}).get("name") or ""),
+        step=status.get("step"),
+        steps=plan.get("steps"),
+        size=(int(size[0]), int(size[1])) if size else None,
+        images=plan.get("num_images"),
+        loss=losses[-1] if losses else None,
+        probe=_newest_probe(run),
+        bytes=sum(file.stat().st_size for file in files),
+        changed=max((file.stat().st_mtime for file in files), default=0.0),
+    )
+
+
+def as_html(run: RunFolder) -> str:
+    """A small table of the Run and its newest picture, for notebooks; it needs no network."""
+    found = summarise(run)
+    size = "" if found.size is None else f"{found.size[0]} x {found.size[1]} pixels"
+    rows = {
+        "run": found.path, "state": found.state, "recipe": found.recipe, "step": found.progress,
+        "images": "" if found.images is None else f"{found.images:,} of {size}",
+        "loss": "" if found.loss is None else f"{found.loss:.4f}", "probe": found.probe,
+    }  # fmt: skip
+    cells = "".join(f"<tr><th>{name}</th><td>{html.escape(text)}</td></tr>" for name, text in rows.items() if text)
+    pictures = sorted(run.pictures.glob("step-*.png"))
+    if not pictures:
+        return f"<table>{cells}</table>"
+    data = base64.b64encode(pictures[-1].read_bytes()).decode("ascii")
+    return f'<table>{cells}</table><img alt="{pictures[-1].name}" src="data:image/png;base64,{data}">'
+
+
+def as_text(run: RunFolder) -> str:
+    """`Run('runs/a', finished, step 250/250, mae_nano, loss 0.4321)`."""
+    found = summarise(run)
+    loss = "" if found.loss is None else f"loss {found.loss:.4f}"
+    parts = [found.state, f"step {found.progress}" if found.progress else "", found.recipe, loss, found.probe]
+    return f"Run({', '.join([repr(found.path), *filter(None, parts)])})"
+
+
+def _read(run: RunFolder, name: str) -> dict[str, Any]:
+    try:
+        return run.read(name)
+    except UserError:
+        return {}
+
+
+def _newest_probe(run: RunFolder) -> str:
+    """'linear 55.8 % on digits', of the run's own features in the newest result in evals; "" where there is none."""
+    for file in sorted(run.evals.glob("*.json"), key=lambda file: file.stat().st_mtime, reverse=True):
+        found = _read(run, f"evals/{file.name}")
+        if "accuracy" in found and "rows" not in found:
+            return f"fine-tuned {100 * found['accuracy']:.1f} %"
+        own = [row for row in found.get("rows", []) if row.get("features") == "pre-trained" and "accuracy" in row]
+        if own and found.get("metric", "accuracy") == "accuracy":
+            best = max(row["accuracy"] for row in own)
+            return f"{found.get('kind')} {100 * best:.1f} % on {Path(str(found.get('data'))).name}"
+    return ""

@@ -1,0 +1,49 @@
+"""What Python and notebooks show of a Run."""
+
+import base64
+import sys
+import types
+
+from test_report import make_run
+
+from unmask.console import Console
+from unmask.run import Run
+
+
+def test_a_run_says_what_it_is_and_how_far_it_got(tmp_path):
+    run = make_run(tmp_path / "run")
+    assert repr(run) == f"Run('{run.path}', finished, step 40/40, mae_nano, loss 0.0500, linear 80.0 % on birds)"
+
+
+def test_a_notebook_gets_a_table_and_the_newest_picture(tmp_path):
+    run = make_run(tmp_path / "<run>")
+    shown = run._repr_html_()
+    assert "<th>state</th><td>finished</td>" in shown
+    assert "30 of 16 x 24 pixels" in shown
+    assert "&lt;run&gt;" in shown
+    assert "<run>" not in shown
+    newest = base64.b64encode((run.pictures / "step-00000040.png").read_bytes()).decode()
+    assert newest in shown
+
+
+def test_a_folder_that_is_no_run_has_a_repr_too(tmp_path):
+    assert repr(Run(tmp_path / "nothing")) == f"Run('{tmp_path / 'nothing'}', damaged)"
+    (tmp_path / "config.json").write_text("{")
+    assert "damaged" in repr(Run(tmp_path))
+
+
+def test_progress_in_a_notebook_replaces_one_line(monkeypatch):
+    shown = []
+    handle = types.SimpleNamespace(update=lambda data, raw: shown.append(data["text/plain"]))
+    ipython = types.SimpleNamespace(
+        get_ipython=lambda: types.SimpleNamespace(kernel=object()),
+        display=types.SimpleNamespace(display=lambda data, raw, display_id: handle),
+    )
+    monkeypatch.setitem(sys.modules, "IPython", ipython)
+    with Console().progress("step", 3) as bar:
+        for step in (1, 2, 3):
+            bar.update(step, "loss 1")
+    assert [line.split("  ")[0] for line in shown] == ["step 1/3", "step 2/3", "step 3/3"]
+    with Console(quiet=True).progress("step", 3) as bar:
+        bar.update(3)
+    assert len(shown) == 3
