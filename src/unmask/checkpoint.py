@@ -32,6 +32,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from unmask.console import escape_controls
 from unmask.errors import UserError, some
 from unmask.run import Run, replace_file, sync_folder
 
@@ -259,7 +260,7 @@ def _set_aside(path: Path) -> Path:
 
 
 def _to_stderr(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr)
+    print(escape_controls(f"warning: {text}"), file=sys.stderr)
 
 
 def load_model(

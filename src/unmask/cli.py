@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from unmask.console import Console
+from unmask.console import Console, escape_controls
 from unmask.errors import TrainingFailed, UserError
 
 FAILED, USAGE, STOPPED, INTERRUPTED = 1, 2, 75, 130
@@ -83,6 +83,8 @@ def _explain(error: Exception) -> int:
     """Says what went wrong and returns the exit code; what we did not foresee keeps its traceback."""
     show = getattr(error, "show", None)  # click's own usage errors
     if callable(show):
+        if isinstance(said := getattr(error, "message", None), str):
+            vars(error)["message"] = escape_controls(said)
         show()
         if hint := _hint_for_option(error):
             print(hint, file=sys.stderr)
@@ -98,9 +100,9 @@ def _explain(error: Exception) -> int:
     else:
         import traceback
 
-        traceback.print_exception(error)
+        print(escape_controls("".join(traceback.format_exception(error))), file=sys.stderr)
         message, code = f"this is a fault in unmask: {type(error).__name__}: {error}", FAILED
-    print(f"error: {message}".encode("utf-8", "backslashreplace").decode(), file=sys.stderr)
+    print(escape_controls(f"error: {message}"), file=sys.stderr)
     return code
 
 

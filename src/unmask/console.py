@@ -6,6 +6,7 @@ On a terminal a live bar (rich); elsewhere one plain line per interval, without 
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +17,9 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 
 PLAIN_INTERVAL = 30.0
+# C0 and C1 controls but tab and line feed, line separators, and the marks that reorder text (Unicode's bidirectional
+# controls): from a file name or a label they would move the cursor, recolour the screen or hide a part of the line.
+CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
 def duration(seconds: float) -> str:
@@ -28,6 +32,12 @@ def duration(seconds: float) -> str:
         return f"{minutes} min {seconds:02d} s"
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min" if hours < 48 else f"{hours / 24:.1f} days"
+
+
+def escape_controls(text: str) -> str:
+    """Text safe to print: control characters as \\xNN or \\uNNNN, bytes that are no text likewise; tabs, newlines stay."""
+    text = text.encode("utf-8", "backslashreplace").decode()
+    return CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
 
 
 class Console:
@@ -53,8 +63,7 @@ class Console:
             self.warn(text)
 
     def _print(self, text: str) -> None:
-        # A file name may hold bytes that are no text; a message about it must not fail.
-        text = text.encode("utf-8", "backslashreplace").decode()
+        text = escape_controls(text)  # a file name or a label in it may hold anything
         if self.live:
             self._rich.print(escape(text))
         else:
@@ -77,9 +86,9 @@ class Console:
             TextColumn("{task.completed}/{task.total} {task.fields[text]}"),
         )
         with Progress(*columns, console=self._rich, transient=True) as rich:
-            task = rich.add_task(escape(title), total=total, completed=start, text="")
+            task = rich.add_task(escape(escape_controls(title)), total=total, completed=start, text="")
             bar = Bar(self, title, total, start)
-            bar.show = lambda step, text: rich.update(task, completed=step, text=escape(text))
+            bar.show = lambda step, text: rich.update(task, completed=step, text=escape(escape_controls(text)))
             yield bar
 
 

@@ -1,4 +1,4 @@
-"""The two errors whose message is all that a person needs: the command line prints them as one line.
+"""The errors whose message is all that a person needs: the command line prints them as one line.
 
 Anything else that is raised is a fault of ours and keeps its traceback. Messages say what came, what was expected, and
 what to do.
@@ -11,6 +11,10 @@ from collections.abc import Iterable
 
 class UserError(ValueError):
     """Something in the input that a person can mend; the command line leaves with exit code 2."""
+
+
+class SourceError(UserError):
+    """DATA that cannot be opened; the message says what came, what was expected, and what to do."""
 
 
 class TrainingFailed(RuntimeError):

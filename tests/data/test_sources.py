@@ -83,11 +83,11 @@ def test_a_tree_is_sorted_and_labelled_by_its_folders(tmp_path):
     assert source.read(2) == PNG
 
 
-def test_what_is_no_image_is_counted_and_what_is_hidden_is_not(tmp_path):
+def test_what_is_no_image_is_counted_and_so_are_system_folders_but_not_what_is_hidden(tmp_path):
     put(tmp_path, "a.png", "b.txt", "c.txt", "noextension", ".hidden.png", ".git/d.png", "__MACOSX/e.png", ".DS_Store")
     source = open_source(tmp_path)
     assert source.names == ["a.png"]
-    assert source.skipped == {".txt": 2, "": 1}
+    assert source.skipped == {".txt": 2, "": 1, "system folder __MACOSX": 1}
 
 
 def test_empty_folders_and_folders_without_images_are_refused(tmp_path):
@@ -570,7 +570,12 @@ def test_odd_zip_members(tmp_path):
     source = open_source(path)
     assert source.names == ["a.png"]
     assert source.read(0) == PNG
-    assert source.skipped == {"not a regular file": 1, "path that leaves the archive": 1, ".txt": 1}
+    assert source.skipped == {
+        "not a regular file": 1,
+        "path that leaves the archive": 1,
+        ".txt": 1,
+        "system folder __MACOSX": 1,
+    }
 
 
 def test_encrypted_and_unknown_zip_members_say_so(tmp_path):

@@ -34,9 +34,13 @@ from typing import Any
 
 import numpy as np
 
+from unmask.data.class_names import are_fractions, class_name, class_order
 from unmask.data.decode import MOST_BYTES, BadImage
+from unmask.data.list_file import read_list
 from unmask.data.names import Names
-from unmask.errors import UserError, some
+from unmask.data.parquet_columns import image_bytes, image_column, is_text, parquet_labels
+from unmask.data.system_folders import is_hidden, is_system
+from unmask.errors import SourceError, some
 
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".npy")
 LISTS = (".txt", ".lst", ".csv", ".tsv")
@@ -46,10 +50,6 @@ EMBEDDED = ("shapes", "shapes-test", "digits", "digits-test")
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "dev", "eval"}
 MOST_UNPACKED = 2 << 30
 WHAT_DATA_IS = "a folder, a list file (.txt, .csv), a glob, a .tar, .zip or .parquet file, or shapes or digits"
-
-
-class SourceError(UserError):
-    """DATA that cannot be opened; the message says what came, what was expected, and what to do."""
 
 
 class Source(ABC):
@@ -69,6 +69,7 @@ class Source(ABC):
         self.changed: np.ndarray | None = None
         self.skipped: Counter[str] = Counter()
         self.labels: np.ndarray | None = None
+        self.unlabelled = ""  # why not, where something looked like labels
         self.classes: list[str] = []
         self.split_folders: list[str] = []
 
@@ -91,11 +92,17 @@ class Source(ABC):
         self.classes, self.labels, self.split_folders = classes_of(self.names)
 
     def label_by(self, values: Sequence[str]) -> None:
-        """Set labels from one text per row; numbers are ordered as numbers."""
-        numbers = all(value.isdecimal() for value in values)
-        self.classes = sorted(set(values), key=(lambda value: (int(value), value)) if numbers else None)
+        """Set labels from one text per row; whole numbers are ordered as numbers, and fractions are no classes."""
+        known = {value: class_name(value) for value in dict.fromkeys(values)}
+        if are_fractions(known):
+            self.unlabelled = (
+                f"its labels are fractions such as {some(known, 3)}, quantities rather than classes: give them to "
+                "`unmask probe --targets`, or write classes as text"
+            )
+            return
+        self.classes = class_order(known.values())
         number = {name: i for i, name in enumerate(self.classes)}
-        self.labels = np.array([number[value] for value in values], np.int64)
+        self.labels = np.array([number[known[value]] for value in values], np.int64)
 
 
 def classes_of(names: Sequence[str]) -> tuple[list[str], np.ndarray | None, list[str]]:
@@ -109,8 +116,12 @@ def classes_of(names: Sequence[str]) -> tuple[list[str], np.ndarray | None, list
         if len(here) > 1:
             if {name.lower() for name in here} <= SPLITS:
                 return [], None, here
-            number = {name: i for i, name in enumerate(here)}
-            return here, np.array([number[parts[level]] for parts in folders], np.int64)[where], []
+            known = {name: class_name(name) for name in here}  # two spellings of one name are one class
+            classes = sorted(set(known.values()))
+            if len(classes) < 2:
+                continue
+            number = {name: i for i, name in enumerate(classes)}
+            return classes, np.array([number[known[parts[level]]] for parts in folders], np.int64)[where], []
     return [], None, []
 
 
@@ -125,6 +136,8 @@ def require_labels(source: Source, known: Sequence[str] = ()) -> Source:
     if len(folders) == 1 and folders <= set(known):
         source.classes, source.labels = sorted(folders), np.zeros(len(source), np.int64)
     if source.labels is None:
+        if source.unlabelled:
+            raise SourceError(f"{source.name} has no class labels: {source.unlabelled}")
         if source.split_folders:
             raise SourceError(
                 f"{source.name} holds {', '.join(source.split_folders)}, which are splits, not classes; point at "
@@ -313,7 +326,7 @@ def _list_folder(
             return []
         seen.add((here.st_dev, here.st_ino))
         with os.scandir(os.path.join(root, folder)) as entries:
-            found = [entry for entry in entries if not _hidden(entry.name)]
+            found = [entry for entry in entries if not _hidden(entry.name, skipped)]
         if {"config.json", "plan.json"} <= {entry.name for entry in found}:
             skipped["run folder"] += 1  # its pictures are no data, and a run made here could not go on
             return []
@@ -345,8 +358,11 @@ def _list_folder(
     return [os.path.join(folder, entry.name) for entry in below]
 
 
-def _hidden(name: str) -> bool:
-    return name.startswith(".") or name == "__MACOSX"
+def _hidden(name: str, skipped: Counter[str]) -> bool:
+    """Whether to skip a file or folder by its name; folders of a system or tool are counted."""
+    if is_system(name):
+        skipped[f"system folder {name}"] += 1
+    return is_hidden(name)
 
 
 def _from_glob(text: str) -> Files:
@@ -365,6 +381,8 @@ def _from_glob(text: str) -> Files:
     else:
         found = []
         for path in glob.iglob(text):
+            if _in_system_folder(path, parts, skipped):
+                continue
             if path.lower().endswith(EXTENSIONS) and os.path.isfile(path):
                 found.append(path)
             elif os.path.isfile(path):
@@ -376,6 +394,13 @@ def _from_glob(text: str) -> Files:
     source.skipped = skipped
     source.label_by_folder()
     return source
+
+
+def _in_system_folder(path: str, parts: Sequence[str], skipped: Counter[str]) -> bool:
+    """Whether a wildcard of the glob, and not a name in it, led into a folder of a system or tool."""
+    names = path.replace(os.sep, "/").split("/")
+    wild = (name for name, part in zip(names, parts, strict=False) if glob.has_magic(part))
+    return any(_hidden(name, skipped) for name in wild if is_system(name))
 
 
 def _matches(names: Sequence[str], parts: Sequence[str]) -> bool:
@@ -415,51 +440,32 @@ def open_files(paths: Sequence[str | Path]) -> Files:
 
 
 def _from_list(text: str) -> Files:
-    """One path a line, relative to the list's folder, perhaps a tab, comma or space and a label. # is a comment."""
+    """The images of a list file, in its order; see `list_file.py`."""
     folder = os.path.dirname(os.path.abspath(text))
-    paths, labels = [], []
     try:
-        lines = Path(text).read_bytes().decode("utf-8", "surrogateescape").removeprefix("\ufeff").split("\n")
+        entries = read_list(text, EXTENSIONS)
     except OSError as error:
         raise SourceError(f"the list {text} cannot be read: {error.strerror}") from None
-    for line in lines:
-        line = line.strip()
-        if not line or line.startswith("#"):
-            continue
-        path, label = _path_and_label(line, folder)
-        paths.append(os.path.join(folder, path))
-        labels.append(label)
-    if paths and _stat(paths[0]) is None and not paths[0].lower().endswith(EXTENSIONS):
-        paths, labels = paths[1:], labels[1:]  # a heading such as "path,label"
+    paths = [os.path.join(folder, entry.path) for entry in entries]
     if paths and all(_stat(path) is None for path in paths):
         raise SourceError(
             f"none of the {len(paths)} files listed in {text} exists, the first is {paths[0]}; paths are read "
             f"relative to {folder}"
         )
     source = _absolute_files(text, paths)
+    labels = [entry.label for entry in entries]
     labelled = [label for label in labels if label is not None]
     if not labelled:
         source.label_by_folder()
     elif len(labelled) == len(labels):
         source.label_by(labelled)
     else:
-        missing = source.names[labels.index(None)]
+        missing = labels.index(None)
         raise SourceError(
-            f"{len(labelled)} of {len(labels)} lines of {text} give a label, and others do not, for example {missing}; "
-            "give every line a label, or none"
+            f"{len(labelled)} of {len(labels)} lines of {text} give a label, and others do not, for example "
+            f"{source.names[missing]} in line {entries[missing].line}; give every line a label, or none"
         )
     return source
-
-
-def _path_and_label(line: str, folder: str) -> tuple[str, str | None]:
-    if os.path.exists(os.path.join(folder, line)):
-        return line, None
-    for separator in ("\t", ",", " "):
-        path, found, label = line.rpartition(separator)
-        path = path.strip().strip('"')
-        if found and path.lower().endswith(EXTENSIONS):
-            return path, label.strip().strip('"')
-    return line.strip('"'), None
 
 
 # ------------------------------------------------------------------------------------------------------------- archives
@@ -471,7 +477,7 @@ def _wanted(name: str, size: int, skipped: Counter[str]) -> bool:
     if ".." in parts:
         skipped["path that leaves the archive"] += 1
         return False
-    if any(_hidden(part) for part in parts if part != "."):  # names such as ./a.jpg are what tar makes of a folder
+    if any(_hidden(part, skipped) for part in parts if part != "."):  # ./a.jpg is what tar makes of a.jpg in a folder
         return False
     if not name.lower().endswith(EXTENSIONS):
         skipped[os.path.splitext(name)[1].lower()] += 1
@@ -627,19 +633,18 @@ class ParquetSource(Source):
         try:
             with pq.ParquetFile(text) as file:
                 schema = file.schema_arrow
-                self.column = _image_column(schema, text)
+                self.column = image_column(schema, text)
                 self.struct = pa.types.is_struct(schema.field(self.column).type)
                 rows = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
                 names = _parquet_names(file, schema, self.column, self.struct)
-                labels = _parquet_labels(file, schema, text)
+                labels = parquet_labels(file, schema, text)
         except (pa.ArrowException, OSError) as error:
             raise SourceError(f"{text} cannot be read as a parquet file: {error}") from None
         self.starts = np.concatenate([[0], np.cumsum(rows)]).astype(np.int64)
         super().__init__(text, names, np.zeros(len(names), np.int64))
         self.changed = _of_archive(text, len(names))
         self.digest = hashlib.sha256(str((os.path.getsize(text), rows)).encode()).hexdigest()
-        if labels is not None:
-            self.label_by(labels)
+        self.classes, self.labels, self.unlabelled = labels.classes, labels.numbers, labels.why
         self._groups: dict[int, Any] = {}  # row groups in memory, the one used last at the end
 
     def __getstate__(self) -> dict[str, Any]:
@@ -655,11 +660,10 @@ class ParquetSource(Source):
         self._groups[group] = column
         while len(self._groups) > 1 and sum(held.nbytes for held in self._groups.values()) > MOST_UNPACKED:
             del self._groups[next(iter(self._groups))]
-        value = column[i - int(self.starts[group])].as_py()
-        value = value.get("bytes") if self.struct and value else value
+        value = image_bytes(column[i - int(self.starts[group])])
         if not value:
             raise BadImage("EMPTY", "the row has no image bytes")
-        return bytes(value)
+        return value
 
     def _read_group(self, group: int) -> Any:
         import pyarrow as pa
@@ -674,37 +678,9 @@ class ParquetSource(Source):
             raise BadImage("CORRUPT", f"row group {group} cannot be read: {error}") from None
 
 
-def _image_column(schema: Any, text: str) -> str:
-    import pyarrow as pa
-
-    def holds_images(kind: Any) -> bool:
-        if pa.types.is_struct(kind):
-            return "bytes" in [kind.field(i).name for i in range(kind.num_fields)]
-        return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
-
-    found = [field.name for field in schema if holds_images(field.type)]
-    for name in ("image", "img", "bytes", "jpg", "png", *found):
-        if name in found:
-            return name
-    raise SourceError(f"{text} has no column of image bytes; its columns are {', '.join(schema.names)}")
-
-
-def _parquet_labels(file: Any, schema: Any, text: str) -> list[str] | None:
-    for name in ("label", "labels", "class", "target"):
-        if name in schema.names:
-            values = file.read([name]).column(name).to_pylist()
-            if None in values:
-                raise SourceError(
-                    f"{text} has no {name} in {values.count(None)} of {len(values)} rows, for example in row "
-                    f"{values.index(None)}; give every row one, or leave the column out"
-                )
-            return [str(value) for value in values]
-    return None
-
-
 def _parquet_names(file: Any, schema: Any, column: str, struct: bool) -> list[str]:
     for name in ("path", "file", "filename", "file_name", "name"):
-        if name in schema.names and name != column:
+        if name in schema.names and name != column and is_text(schema.field(name).type):
             return [printable(str(value)) for value in file.read([name]).column(name).to_pylist()]
     if struct and "path" in [field.name for field in schema.field(column).type]:
         paths = [(value or {}).get("path") for value in file.read([f"{column}.path"]).column(column).to_pylist()]

@@ -1,0 +1,155 @@
+"""List files: a path a line, perhaps with a label; and tables of paths and labels (.csv, .tsv) with a heading.
+
+A path is relative to the list's folder. Between path and label stands a tab, a comma, a semicolon or a space; cells in
+quotes follow the rules of CSV (RFC 4180): a comma in quotes belongs to its cell, and two quotes are one. In a .csv or
+.tsv with a heading the columns are found by their names (PATHS, LABELS). # begins a comment. Text is UTF-8 or UTF-16;
+a path may hold other bytes, as file names may, but a label may not.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from unmask.data.text_files import Line, read_lines, require_text
+from unmask.errors import SourceError
+
+SEPARATORS = ("\t", ",", ";", " ")
+TABLES = (".csv", ".tsv")
+PATHS = ("path", "file", "filename", "file_name", "filepath", "file_path", "image", "image_path", "img", "name")
+LABELS = ("label", "labels", "class", "class_name", "category", "target", "species")
+COMMENT = "#"
+
+
+class ListError(SourceError):
+    """A list file that cannot be used; the message names the line and the fix."""
+
+
+class Entry(NamedTuple):
+    """One image of a list: its path as written, its label or None, and the number of its line, from 1."""
+
+    path: str
+    label: str | None
+    line: int
+
+
+def read_list(file: str, extensions: Sequence[str]) -> list[Entry]:
+    """The entries of a list file, in order. extensions: lower-case endings of images, by which cells are recognised.
+
+    Raises ListError or TextError (both SourceError), naming the line; OSError as reading does.
+    """
+    folder = os.path.dirname(os.path.abspath(file))
+    lines = list(_logical_lines(file))
+    if not lines:
+        return []
+    columns = _columns(lines[0].text, file, tuple(extensions))
+    if columns is not None:
+        return [_from_columns(line, columns, file) for line in lines[1:]]
+    entries = []
+    for place, line in enumerate(lines):
+        path, label = _path_and_label(line, folder, file, tuple(extensions))
+        if place == 0 and not path.lower().endswith(tuple(extensions)) and not _exists(folder, path):
+            continue  # a heading such as "path,label"
+        if line.raw and not _exists(folder, path):
+            require_text(line, file)
+        if label is not None:
+            require_text(line._replace(raw=line.raw and not label.isascii()), file)
+        entries.append(Entry(path, label, line.number))
+    return entries
+
+
+def _logical_lines(file: str) -> Iterator[Line]:
+    """Lines that are not empty and no comment; in a table, those that one pair of quotes spans are joined."""
+    table = Path(file).suffix.lower() in TABLES
+    held: Line | None = None
+    for line in read_lines(file):
+        if held is not None:
+            line = Line(held.number, f"{held.text}\n{line.text}", held.raw or line.raw)
+        elif not line.text.strip() or line.text.lstrip().startswith(COMMENT):
+            continue
+        held = line if table and _opens_quote(line.text) else None
+        if held is None:
+            yield line._replace(text=line.text.strip())
+    if held is not None:
+        raise ListError(f'line {held.number} of {file} opens a quote that is never closed; close it, or write it as ""')
+
+
+def _opens_quote(text: str) -> bool:
+    """Whether a cell that begins with a quote is still open at the end of the text."""
+    inside, begins = False, True  # begins: a quote here would open a cell
+    for letter in text:
+        if letter == '"' and (inside or begins):
+            inside = not inside
+            begins = not inside  # two quotes in a quoted cell are one: closed, and opened again
+        elif not inside:
+            begins = letter in "\t,;"
+    return inside
+
+
+def _columns(heading: str, file: str, extensions: tuple[str, ...]) -> tuple[str, int, int | None] | None:
+    """(separator, column of paths, column of labels or None) when a table begins with a heading that names them."""
+    if Path(file).suffix.lower() not in TABLES:
+        return None
+    for separator in ("\t", ",", ";"):
+        names = [name.strip().lower() for name in _cells(heading, separator) or ()]
+        if len(names) < 2 or any(name.endswith(extensions) for name in names):
+            continue
+        path = next((names.index(name) for name in PATHS if name in names), None)
+        if path is None:
+            return None
+        label = next((names.index(name) for name in LABELS if name in names), None)
+        if label is None and len(names) == 2:
+            label = 1 - path
+        return separator, path, label
+    return None
+
+
+def _from_columns(line: Line, columns: tuple[str, int, int | None], file: str) -> Entry:
+    separator, path, label = columns
+    cells = _cells(line.text, separator)
+    if cells is None or len(cells) <= max(path, label or 0):
+        raise ListError(
+            f"line {line.number} of {file} has {len(cells or ())} cells, fewer than the heading; quote cells that hold "
+            f"{separator!r} or quotes"
+        )
+    require_text(line, file)
+    return Entry(cells[path].strip(), None if label is None else cells[label].strip() or None, line.number)
+
+
+def _path_and_label(line: Line, folder: str, file: str, extensions: tuple[str, ...]) -> tuple[str, str | None]:
+    text = line.text
+    if _exists(folder, text):
+        return text, None
+    if '"' in text:
+        for separator in SEPARATORS:
+            cells = [cell.strip() for cell in _cells(text, separator) or ()]
+            if len(cells) == 2 and cells[0].lower().endswith(extensions):
+                return cells[0], cells[1]
+        if (cells := _cells(text, ",")) and len(cells) == 1:
+            return cells[0], None
+    for separator in SEPARATORS:
+        path, found, label = text.rpartition(separator)
+        if found and path.strip().lower().endswith(extensions):
+            if label.strip().startswith('"'):
+                raise ListError(
+                    f"line {line.number} of {file} has quotes that do not match: {text[:60]!r}; put the whole cell in "
+                    'quotes, and write a quote in it as ""'
+                )
+            return path.strip(), label.strip()
+    return text, None
+
+
+def _cells(text: str, separator: str) -> list[str] | None:
+    """The cells of one record of CSV, or None where its quotes do not match."""
+    try:
+        rows = list(csv.reader([text], delimiter=separator, strict=True, skipinitialspace=separator != " "))
+    except csv.Error:
+        return None
+    return rows[0] if len(rows) == 1 else None
+
+
+def _exists(folder: str, path: str) -> bool:
+    return os.path.exists(os.path.join(folder, path))

@@ -1,0 +1,31 @@
+"""Folders that an operating system, a NAS or a sync program puts among people's files: never classes nor images.
+
+What lies in them (thumbnails, deleted files, snapshots) are copies of the images, or other people's. Names are compared
+without regard to case, as most of the systems that make them do. Not here: names that a person may well give to a class,
+such as "recycled".
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+
+PATTERNS = (
+    "@eadir", "@tmp", "@recycle", "@recently-snapshot", "@sharebin", "@transcode", "@gmt-*",  # Synology, QNAP, Samba
+    "#recycle", "#snapshot", "~snapshot", ".@__thumb", ".snapshot*",  # recycle bins, snapshots and thumbnails of a NAS
+    "$recycle.bin", "system volume information", "found.[0-9][0-9][0-9]", "$windows.~*", "$extend",  # Windows
+    "lost+found", ".trash*", ".thumb*", ".zfs",  # Linux
+    "__macosx", "network trash folder", "temporary items",  # macOS and its file servers
+    ".ipynb_checkpoints", "__pycache__", "_gsdata_", ".stversions", ".picasaoriginals",  # tools
+)  # fmt: skip
+_SYSTEM = re.compile("|".join(fnmatch.translate(pattern) for pattern in PATTERNS))
+
+
+def is_system(name: str) -> bool:
+    """Whether a folder of this name belongs to a system or a tool."""
+    return _SYSTEM.match(name.lower()) is not None
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of this name is skipped: hidden by a leading dot, or a system's own."""
+    return name.startswith(".") or is_system(name)

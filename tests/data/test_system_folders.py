@@ -1,0 +1,60 @@
+"""Folders that systems and tools put among images are neither classes nor images, in trees, globs, tars and zips."""
+
+import tarfile
+import zipfile
+
+import pytest
+from corpus import file_of, noisy
+
+from unmask.data.sources import open_source
+
+PNG = file_of(noisy(8, 8), "PNG")
+SYSTEM = (
+    "@eaDir", "#recycle", "#snapshot", "$RECYCLE.BIN", "System Volume Information", "lost+found",
+    "@Recently-Snapshot", "@Recycle", ".Trash-1000", ".@__thumb", "__MACOSX", ".ipynb_checkpoints", "~snapshot",
+)  # fmt: skip
+
+
+@pytest.fixture
+def photos(tmp_path):
+    root = tmp_path / "photos"
+    for folder in ("cat", "dog", *SYSTEM, *(f"cat/{name}" for name in SYSTEM)):
+        (root / folder).mkdir(parents=True)
+        (root / folder / "a.png").write_bytes(PNG)
+    return root
+
+
+def as_tar(root):
+    with tarfile.open(root.with_suffix(".tar"), "w") as archive:
+        archive.add(root, ".")
+    return root.with_suffix(".tar")
+
+
+def as_zip(root):
+    with zipfile.ZipFile(root.with_suffix(".zip"), "w") as archive:
+        for file in root.rglob("*.png"):
+            archive.write(file, file.relative_to(root).as_posix())
+    return root.with_suffix(".zip")
+
+
+@pytest.mark.parametrize("kind", [lambda root: root, as_tar, as_zip, lambda root: f"{root}/**/*.png",
+                                  lambda root: f"{root}/*/*.png"], ids=["folder", "tar", "zip", "deep", "glob"])  # fmt: skip
+def test_system_folders_are_no_classes_and_are_counted(photos, kind):
+    source = open_source(kind(photos))
+    assert source.names == ["cat/a.png", "dog/a.png"]
+    assert source.classes == ["cat", "dog"]
+    assert source.skipped["system folder @eaDir"] in (1, 2)
+    if kind(photos) == photos:
+        assert source.skipped == {f"system folder {name}": 2 for name in SYSTEM}
+
+
+def test_case_does_not_matter_and_names_that_could_be_classes_stay(tmp_path):
+    for folder in ("@EADIR", "$Recycle.Bin", "recycled", "trash", "thumbs", "found"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.png").write_bytes(PNG)
+    assert set(open_source(tmp_path).classes) == {"found", "recycled", "trash", "thumbs"}
+
+
+def test_a_system_folder_that_is_asked_for_by_name_is_read(photos):
+    assert open_source(photos / "lost+found").names == ["a.png"]
+    assert open_source(f"{photos}/@eaDir/*.png").names == ["a.png"]

@@ -1,0 +1,38 @@
+"""What reaches the terminal: no control characters from file names, labels or artefacts of others."""
+
+import pytest
+
+from unmask import cli
+from unmask.console import Console, escape_controls
+from unmask.errors import UserError
+
+HOSTILE = "\x1b]0;owned\x07\x1b[31mred\x9b2J\u202egnp.exe\r\u2028\udce9"
+
+
+def test_controls_are_escaped_and_text_is_left_alone():
+    assert escape_controls("Vögel 鳥 \t 1 %\nnext") == "Vögel 鳥 \t 1 %\nnext"
+    shown = escape_controls(HOSTILE)
+    assert shown == r"\x1b]0;owned\x07\x1b[31mred\x9b2J\u202egnp.exe\r\u2028\udce9"
+    assert shown.isprintable()
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_nothing_raw_is_printed(capsys, live):
+    console = Console()
+    console.live = live
+    console.say(HOSTILE)
+    console.warn(HOSTILE)
+    with console.progress(HOSTILE, 2) as bar:
+        bar.update(2, HOSTILE)
+    said = capsys.readouterr().err
+    assert "owned" in said
+    for raw in ("\x1b]0", "\x1b[31mred", "\x9b", "\u202e", "\x07"):
+        assert raw not in said
+
+
+@pytest.mark.parametrize("error", [UserError(HOSTILE), RuntimeError(HOSTILE)])
+def test_errors_are_escaped_too(capsys, error):
+    assert cli._explain(error) in (1, 2)
+    said = capsys.readouterr().err
+    assert r"\x1b]0;owned\x07" in said
+    assert "\x1b" not in said
