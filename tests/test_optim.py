@@ -112,6 +112,28 @@ def test_the_average_of_weights_follows_them_and_steps_aside():
     assert torch.equal(weight, before)
 
 
+@pytest.mark.parametrize("name", ["adamw", "lars"])
+def test_a_skipped_step_does_not_move_the_average_of_weights(name):
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(torch.randn(4, 3))
+    optimizer = make_optimizer(torch.nn.ParameterList([weight]), OptimConfig(name=name))
+
+    def take_step(step, gradient):
+        weight.grad = torch.full((4, 3), gradient)
+        update(optimizer, 0.1, torch.zeros(()), None)
+        average_weights(optimizer, 0.9, step)
+
+    for step in range(3):
+        take_step(step, 1.0)
+    before = optimizer.state[weight]["average"].clone()
+    assert not torch.equal(before, weight), "the average lags behind, or nothing could move"
+    for step in range(3, 6):
+        take_step(step, float("nan"))
+    assert torch.equal(optimizer.state[weight]["average"], before)
+    take_step(6, 1.0)
+    assert not torch.equal(optimizer.state[weight]["average"], before)
+
+
 def test_lars_is_the_published_one():
     torch.manual_seed(0)
     matrix, bias = torch.nn.Parameter(torch.randn(4, 3)), torch.nn.Parameter(torch.randn(4))

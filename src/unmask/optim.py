@@ -151,14 +151,17 @@ def update(optimizer: torch.optim.Optimizer, lr: float, loss: Tensor, clip: floa
 def average_weights(optimizer: torch.optim.Optimizer, decay: float, step: int) -> None:
     """Move the running average of the weights, kept with the moments as "average", after step `step` (0-based).
 
-    The share that stays is at most (1 + step) / (10 + step), so that the start is soon forgotten.
+    The share that stays is at most (1 + step) / (10 + step), so that the start is soon forgotten. A step that `update`
+    skipped moves nothing, bit for bit; the device decides, as it does there, and the host does not wait for it.
     """
     stays = min(decay, (1 + step) / (10 + step))
+    skipped: Tensor | None = getattr(optimizer, "found_inf", None)
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p in optimizer.state]
     for parameter in parameters:
         state = optimizer.state[parameter]
         if "average" in state:
-            state["average"].lerp_(parameter, 1 - stays)
+            moved = state["average"].lerp(parameter, 1 - stays)
+            state["average"] = moved if skipped is None else torch.where(skipped > 0, state["average"], moved)
         else:
             state["average"] = parameter.detach().clone()
 
