@@ -25,7 +25,7 @@ def test_recipes_are_documented_round_trip_and_fit_together(name):
 OTHER = {
     "recipe": "mine", "data.source": "x", "data.size": [64, 32], "data.crop.kind": "center",
     "data.crop.scale": [0.5, 1], "data.crop.ratio": [1, 1], "data.crop.flip": 0, "data.crop.eval_share": 0.9,
-    "data.crop.jitter": 0.3,
+    "data.crop.jitter": 0.3, "data.crop.interpolation": "bilinear",
     "data.channels": 4, "data.mean": [1, 2, 3], "data.std": [1, 2, 3], "data.workers": 3, "data.cache": False,
     "data.cache_gib": 2, "data.max_bad_fraction": 0.5, "data.scan_sample": 7,
     "data.repeats": 2, "data.resize": "device", "optim.base_lr": 0.5,

@@ -8,12 +8,13 @@ import pytest
 import torch
 from PIL import Image
 
-from unmask import finetune
+from unmask import finetune, start
 from unmask.beside import SCORE
-from unmask.config import ConfigError
+from unmask.config import ConfigError, override
 from unmask.console import Console
 from unmask.errors import UserError
 from unmask.predict import predict
+from unmask.recipes.catalogue import find
 from unmask.run import Run
 from unmask.saved import load, read_config, read_plan
 from unmask.start import pretrain
@@ -99,6 +100,26 @@ def test_labels_per_class_and_recipe_by_their_number(pretrained, data, tests, tm
     assert read_config(run).optim.layer_decay < 1
 
 
+@pytest.mark.parametrize("recipe", ["scratch_few", "scratch_base", "finetune_few", "finetune_base"])
+def test_the_head_starts_small_on_pre_trained_weights_only(pretrained, recipe):
+    classes = ("one", "other")
+    assert finetune.from_weights(pretrained, classes, recipe, from_scratch=True).method.head_std == 0.02
+    assert finetune.from_weights(pretrained, classes, "finetune_few").method.head_std is None
+
+
+@pytest.mark.parametrize(("size", "share"), [(224, 0.875), (384, 1.0), (448, 1.0)])
+def test_the_evaluation_crop_is_that_of_maes_protocol_at_every_size(size, share):
+    """util/datasets.py: 224 of 256 up to 224 pixels, the whole square above."""
+    tuned = find("finetune_base").model_copy(update={"recipe": "finetune_base"})
+    asked = [f"data.size={size}", "method.encoder.patch=16"]
+    assert start.resolve(tuned, asked).data.crop.eval_share == share
+    assert start.resolve(find("mae_base"), [f"data.size={size}"]).data.crop.eval_share == share
+    assert start.resolve(tuned, [*asked, "data.crop.eval_share=0.9"]).data.crop.eval_share == 0.9
+    larger = override(find("mae_base"), [f"data.size={size}"])
+    assert finetune.fine_tuning(larger, ("one", "other"), "finetune_base").data.crop.eval_share == share
+    assert start.resolve(find("dvae_dalle"), []).data.crop.eval_share == 0.875, "DALL-E's own, at 256"
+
+
 @pytest.mark.parametrize(
     ("width", "labelled", "from_scratch", "name"),
     [
@@ -118,6 +139,7 @@ def test_the_recipe_is_chosen_by_encoder_and_labels(width, labelled, from_scratc
 
 def test_from_scratch_takes_no_weights_and_averages_its_own(pretrained, data, tests, tmp_path):
     run = tune(pretrained, data, tmp_path / "run", "train.steps=2", test=str(tests), from_scratch=True)
+    assert read_config(run).method.head_std == 0.02, "2e-5 is for pre-trained weights"
     assert read_config(run).graft == ()
     found = run.read(SCORE)
     assert found["from"] is None

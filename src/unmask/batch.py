@@ -76,7 +76,7 @@ class Batch:
     where an image has fewer than M boxes.
 
     crops (B, 7) where resampling is left to the device: `images` are then parts of larger images, and `to` makes images
-    of `size` (H, W) of them; see `resample`.
+    of `size` (H, W) of them, by `interpolation`; see `resample`.
     """
 
     images: Tensor
@@ -88,6 +88,7 @@ class Batch:
     box_labels: Tensor | None = None
     crops: Tensor | None = None
     size: tuple[int, int] | None = None
+    interpolation: str = "bicubic"
 
     def __len__(self) -> int:
         return len(self.images)
@@ -115,7 +116,8 @@ class Batch:
             })  # fmt: skip
         if batch.crops is None or batch.size is None:
             return batch
-        return replace(batch, images=resample(batch.images, batch.crops, batch.size), crops=None, size=None)
+        images = resample(batch.images, batch.crops, batch.size, batch.interpolation)
+        return replace(batch, images=images, crops=None, size=None)
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory (called by torch's DataLoader on CUDA machines)."""

@@ -24,6 +24,7 @@ from unmask import checkpoint, grafts, start
 from unmask.beside import SCORE
 from unmask.config import Config, ConfigError, Graft, parse, task_names
 from unmask.console import Console
+from unmask.data.augment import crop_for
 from unmask.data.sources import Source, open_source
 from unmask.evals.collect import eval_mode
 from unmask.lessons import (
@@ -86,7 +87,8 @@ def fine_tuning(
         raise ConfigError(
             f"recipe {recipe} pre-trains without labels; choose one of {', '.join(recipes())}, or leave --recipe out"
         )
-    data = pretrained.data.model_copy(update={"crop": found.data.crop})
+    crop = crop_for(found.data.crop, pretrained.data.size, found.data.size)
+    data = pretrained.data.model_copy(update={"crop": crop})
     changes = {"encoder": encoder, "classes": tuple(classes)} | ({"ignored": tuple(ignored)} if ignored else {})
     return found.model_copy(update={"method": found.method.model_copy(update=changes), "data": data})
 
@@ -119,6 +121,9 @@ def from_weights(
     none = dict.fromkeys(("test", "annotations", "test_annotations", "test_split"))
     taken = Graft(run=str(run.path.absolute()), source="encoder.", target="encoder.", step=step)
     graft = () if from_scratch else (taken,)
+    if from_scratch and isinstance(config.method, classify.Config) and config.method.head_std is None:
+        method = config.method.model_copy(update={"head_std": classify.SCRATCH_STD})
+        config = config.model_copy(update={"method": method})
     return config.model_copy(update={"data": config.data.model_copy(update=data | none), "graft": graft})
 
 

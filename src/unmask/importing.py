@@ -29,7 +29,7 @@ from unmask import checkpoint, start
 from unmask.batch import ImageSpec
 from unmask.config import Config, ConfigError, DataConfig, explain, override, parse, parse_method, task_names
 from unmask.console import Console
-from unmask.data.augment import CropConfig
+from unmask.data.augment import CropConfig, crop_for, protocol_share
 from unmask.errors import some
 from unmask.foreign.files import SAFE, fingerprint, read_source
 from unmask.foreign.recognise import recognise
@@ -147,7 +147,7 @@ def configure(found: Recognised, settings: list[str], origin: str) -> tuple[Conf
             f"positions for {found.places} patches came, which are no square; say which images they are for with --set "
             "data.size=[HEIGHT,WIDTH]"
         )
-    crop = CropConfig(eval_share=found.eval_share)
+    crop = CropConfig(eval_share=found.eval_share or protocol_share(size))
     try:
         base = Config(
             recipe=RECIPE,
@@ -159,6 +159,9 @@ def configure(found: Recognised, settings: list[str], origin: str) -> tuple[Conf
         raise ConfigError(f"weights of {found.name}: {explain(error)}") from None
     config = override(base, settings)
     require_as_found(base, config)
+    if found.eval_share is None and "data.crop.eval_share" not in parse(settings):
+        crop = crop_for(config.data.crop, config.data.size, size)
+        config = config.model_copy(update={"data": config.data.model_copy(update={"crop": crop})})
     return with_statistics(found, config)
 
 

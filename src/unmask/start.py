@@ -27,6 +27,7 @@ from unmask import checkpoint, grafts
 from unmask.batch import ImageSpec
 from unmask.config import Config, ConfigError, override, parse, task_names
 from unmask.console import Console, duration
+from unmask.data.augment import crop_for
 from unmask.data.loader import Annotations, Images, Order, choose_workers
 from unmask.data.scan import Scan, scan
 from unmask.data.sources import Source, open_source
@@ -289,6 +290,9 @@ def resolve(
     refuse_conflicts(asked, budget)
     steps = ["train.steps=none"] if asked.get("train.epochs") is not None else []
     config = override(base, [*proposals, *steps, *settings])
+    if "data.crop.eval_share" not in asked:
+        crop = crop_for(config.data.crop, config.data.size, base.data.size)
+        config = config.model_copy(update={"data": config.data.model_copy(update={"crop": crop})})
     if "train.test_every" in asked and config.method.name not in task_names():
         raise ConfigError(
             f"train.test_every was set, but {config.method.name} learns without labels, so there is nothing to test; "

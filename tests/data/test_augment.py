@@ -2,10 +2,14 @@
 
 import numpy as np
 import pytest
+import torch
+from conftest import write_images
 from PIL import Image, ImageEnhance
 
+from unmask.batch import ImageSpec
 from unmask.data.augment import (
     CROP_DRAWS,
+    PILLOW,
     CropConfig,
     _cut_fractions,
     _cut_from_pixels,
@@ -15,6 +19,8 @@ from unmask.data.augment import (
     decode_size,
     jitter_colours,
 )
+from unmask.data.loader import Images, Taken
+from unmask.data.sources import open_source
 from unmask.rng import Stream, uniform
 
 
@@ -58,6 +64,39 @@ def test_center_boxes_have_the_shape_of_the_target():
     boxes = center_boxes(np.array([[100, 200], [200, 100], [50, 50]]), (50, 50))
     assert boxes.tolist() == [[0, 50, 100, 100], [50, 0, 100, 100], [0, 0, 50, 50]]
     assert center_boxes(np.array([[256, 256]]), (224, 224), 0.875)[0].tolist() == [16, 16, 224, 224]
+
+
+@pytest.mark.parametrize("box", [(3, 5, 50, 61), (0.25, 7.5, 60.3, 41), (5.5, 5.5, 20, 20)])
+@pytest.mark.parametrize("name", ["bicubic", "bilinear"])
+def test_resampling_is_pillows_of_that_name(name, box):
+    image = np.random.default_rng(0).integers(0, 256, (90, 80, 3), np.uint8)
+    top, left, height, width = box
+    picture = Image.fromarray(image)
+    if all(float(edge).is_integer() for edge in box):  # whole pixels are cut out first
+        picture, (top, left) = picture.crop((left, top, left + width, top + height)), (0, 0)
+    want = picture.resize((40, 48), PILLOW[name], box=(left, top, left + width, top + height))
+    other = picture.resize((40, 48), Image.Resampling.NEAREST, box=(left, top, left + width, top + height))
+    found = cut(image, np.array(box), (48, 40), False, interpolation=name).astype(int)
+    assert np.abs(found - np.asarray(want, int)).mean() < 2
+    assert np.abs(found - np.asarray(other, int)).mean() > 5
+    odd = cut(image[:, :, :2].astype(np.float32), np.array(box), (48, 40), False, interpolation=name)
+    if box[0] == int(box[0]):  # other channels and dtypes are cut at whole pixels
+        assert np.abs(odd - np.asarray(want, int)[:, :, :2]).mean() < 2
+
+
+def test_interpolation_counts_in_training_only(tmp_path):
+    write_images(tmp_path, 3, size=(40, 50))
+    source, spec = open_source(tmp_path), ImageSpec(3, (16, 16), "uint8", (0.0,) * 3, (1.0,) * 3)
+    taken = Taken(np.arange(3), np.zeros(3, np.int64))
+
+    def drawn(interpolation, **more):
+        images = Images(source, np.arange(3), spec, CropConfig(interpolation=interpolation), **more)
+        return images[taken].batch.to("cpu").images
+
+    assert not torch.equal(drawn("bicubic"), drawn("bilinear"))
+    assert torch.equal(drawn("bicubic", training=False), drawn("bilinear", training=False))
+    on_device = drawn("bilinear", on_device=True).int()
+    assert (on_device - drawn("bilinear").int()).abs().float().mean() < 0.5, "the device resamples alike"
 
 
 TARGETS = [(28, 28), (32, 32), (64, 64), (96, 96), (112, 112), (224, 224), (224, 304)]

@@ -61,6 +61,62 @@ def test_geometry_goes_where_it_says():
     assert moved[0, 0, 4, 0] == pytest.approx(0.25)
 
 
+def pillow(pixels, matrix):
+    """Pillow's affine transform of (H, W, 3) pixels, bicubic, filled with gray."""
+    from PIL import Image
+
+    picture = Image.fromarray(pixels)
+    moved = picture.transform(
+        picture.size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC, fillcolor=(127, 127, 127)
+    )
+    return np.asarray(moved, np.float32)
+
+
+def pixels_of(x):
+    return (x[0] * 255).clamp(0, 255).permute(1, 2, 0).numpy()
+
+
+def smooth_pixels(height=40, width=56):
+    """(H, W, 3) uint8 without noise, so that a coordinate that is off by a rounding error changes little."""
+    rows, columns = np.mgrid[:height, :width]
+    waves = [np.sin(rows / (4 + n) + n) * np.cos(columns / (5 - n)) for n in range(3)]
+    return (127.5 + 120 * np.stack(waves, 2)).astype(np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("name", "matrix"),
+    [
+        ("shear x", (1, -0.27, 0, 0, 1, 0)),
+        ("shear y", (1, 0, 0, -0.27, 1, 0)),
+        ("translate x", (1, 0, -0.45 * 0.9 * 56, 0, 1, 0)),
+        ("translate y", (1, 0, 0, 0, 1, -0.45 * 0.9 * 40)),
+    ],
+)
+def test_geometry_is_what_timm_asks_of_pillow(name, matrix):
+    pixels, fill = smooth_pixels(), torch.full((3, 1, 1), 127 / 255)
+    x = torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255
+    got = pixels_of(ALL[name](x, np.array([0.9]), np.array([1.0]), fill))
+    assert np.abs(got - pillow(pixels, matrix)).max() < 1.5, "levels, of 255"
+
+
+def test_a_rotation_is_pillows():
+    from PIL import Image
+
+    pixels, fill = smooth_pixels(), torch.full((3, 1, 1), 127 / 255)
+    picture = Image.fromarray(pixels).rotate(27, Image.Resampling.BICUBIC, fillcolor=(127, 127, 127))
+    x = torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255
+    got = pixels_of(ALL["rotate"](x, np.array([0.9]), np.array([-1.0]), fill))
+    assert np.abs(got - np.asarray(picture, np.float32)).max() < 1.5
+
+
+def test_a_shear_leaves_the_corner_where_it_is_and_moves_the_far_edge_most():
+    x = torch.zeros(1, 1, 224, 224)
+    x[0, 0, [2, 221], 100] = 1
+    moved = ALL["shear x"](x, np.array([0.9]), np.array([1.0]), torch.zeros(1, 1, 1))[0, 0]
+    assert int(moved[2].argmax()) == pytest.approx(100, abs=1)
+    assert int(moved[221].argmax()) == pytest.approx(100 + 0.27 * 221.5, abs=1), "60 pixels, about the centre 30"
+
+
 def test_equal_operations_are_those_of_their_definition():
     x, one = unit(), np.ones(6)
     torch.testing.assert_close(ALL["invert"](x, one, one, FILL), 1 - x)

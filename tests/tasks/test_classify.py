@@ -99,6 +99,8 @@ def test_the_head_starts_as_in_the_official_code(last_blocks, std):
     assert float(method.head.weight.detach().std()) == pytest.approx(std, rel=0.03)
     assert not method.head.bias.any()
     assert method.fc_norm.eps == 1e-6
+    scratch = Classifier(many.model_copy(update={"head_std": 0.02}), SPEC)
+    assert float(scratch.head.weight.detach().std()) == pytest.approx(0.02, rel=0.03)
 
 
 def test_the_loss_by_hand():

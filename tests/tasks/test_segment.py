@@ -16,6 +16,7 @@ from unmask.nn.map_heads import UPerNet, levels_of
 from unmask.nn.vit import ViTConfig
 from unmask.optim import OptimConfig, make_optimizer, update
 from unmask.plan import autocast
+from unmask.recipes.catalogue import find
 from unmask.rng import Draws
 from unmask.tasks.segment import COLOURS, Config, Segmenter, colour_table, error
 
@@ -257,8 +258,26 @@ def test_settings_that_cannot_be_are_refused(wrong, said):
 # -------------------------------------------------------------------------------------------------------------- UPerNet
 
 
-def test_the_blocks_are_evenly_spaced_and_the_last_is_among_them():
+def test_the_blocks_are_those_of_beits_code():
     head = UPerNet(8, 8, 3, (16, 16), (14, 14))
+    assert head.blocks(12) == (4, 6, 8, 12)
+    assert head.blocks(24) == (8, 12, 16, 24)
+    assert head.blocks(6) == (2, 3, 4, 6)
+    assert head.blocks(1) == (1, 1, 1, 1)
+    assert UPerNet(8, 8, 3, (16, 16), (1, 4)).blocks(12) == (6, 8, 12), "three levels: the last is the last block"
+
+
+@pytest.mark.parametrize("name", ["segment_nano", "segment_base"])
+def test_recipes_read_the_blocks_of_beits_code_and_older_runs_the_blocks_they_were_trained_with(name):
+    method = find(name).method
+    assert method.feature_blocks == "beit"
+    older = {key: value for key, value in method.model_dump().items() if key != "feature_blocks"}
+    segmenter = Segmenter(Config.model_validate(older), ImageSpec(3, (224, 224), "uint8", (0.0,) * 3, (1.0,) * 3))
+    assert segmenter.head.blocks(12) == (3, 6, 9, 12)
+
+
+def test_the_blocks_are_evenly_spaced_and_the_last_is_among_them():
+    head = UPerNet(8, 8, 3, (16, 16), (14, 14), "even")
     assert head.scales == (4.0, 2.0, 1.0, 0.5)
     assert head.blocks(12) == (3, 6, 9, 12)
     assert head.blocks(24) == (6, 12, 18, 24)

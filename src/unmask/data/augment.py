@@ -23,7 +23,9 @@ from unmask.settings import Settings
 TRIES = 10
 CROP_DRAWS = 2 * TRIES + 2
 SUBPIXELS = 2**16  # boxes lie on this grid, where sums are exact: no corner or edge is outside by a rounding error
-bicubic = torch.ops.aten._upsample_bicubic2d_aa
+KERNELS = {"bicubic": torch.ops.aten._upsample_bicubic2d_aa, "bilinear": torch.ops.aten._upsample_bilinear2d_aa}
+PILLOW = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+PROTOCOL_SHARE, LARGEST_CROPPED = 224 / 256, 224
 Corners = tuple[float, float, float, float]  # top, left, height, width
 NEAR_PIXEL, MOST_SKIPPED = 1 / 16, 32  # of a pixel, and samples: see `_from_a_pixel`
 LEAST_LEFT = 0.2  # share of its area that a box around an object keeps in a crop, or is dropped
@@ -49,7 +51,8 @@ class CropConfig(Settings):
     the middle. scale and ratio count for "random_resized" only. flip: probability of a left-right flip. eval_share:
     side of a box of fixed size, as a share of the largest that fits: of the centre box used outside training, and for
     kind "random" and "center" of the training crops too (the paper's resize 256, crop 224 is 0.875). jitter: strength
-    of `jitter_colours`, 0 for none, which is what MAE trains with (its Table 1e).
+    of `jitter_colours`, 0 for none, which is what MAE trains with (its Table 1e). interpolation: of training crops,
+    "bicubic" or "bilinear", both with antialiasing (SimMIM's pre-training is bilinear); evaluation is always bicubic.
     """
 
     kind: Literal["random_resized", "random", "center"] = "random_resized"
@@ -58,6 +61,24 @@ class CropConfig(Settings):
     flip: float = Field(default=0.5, ge=0, le=1)
     eval_share: float = Field(default=1.0, gt=0, le=1)
     jitter: float = Field(default=0.0, ge=0, le=1)
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+
+
+def protocol_share(size: tuple[int, int]) -> float:
+    """Side of the centre crop over the shorter side of the image in MAE's evaluation: 0.875 up to 224 pixels, then 1.
+
+    So its `util/datasets.py`; size: (height, width) of the crop in pixels.
+    """
+    return PROTOCOL_SHARE if min(size) <= LARGEST_CROPPED else 1.0
+
+
+def crop_for(crop: CropConfig, size: tuple[int, int], designed: tuple[int, int]) -> CropConfig:
+    """`crop` of a recipe made for images of size `designed`, for images of `size`.
+
+    Recipes that evaluate as MAE's protocol does at 224 pixels see the whole square above, as it does there.
+    """
+    follows = crop.eval_share == protocol_share(designed) == PROTOCOL_SHARE
+    return crop.model_copy(update={"eval_share": protocol_share(size)}) if follows else crop
 
 
 def center_boxes(sizes: np.ndarray, target: tuple[int, int], share: float = 1.0) -> np.ndarray:
@@ -146,16 +167,22 @@ def decode_size(size: tuple[int, int], box: np.ndarray, target: tuple[int, int])
 
 
 def cut(
-    image: np.ndarray, box: np.ndarray, target: tuple[int, int], flip: bool, out: np.ndarray | None = None
+    image: np.ndarray,
+    box: np.ndarray,
+    target: tuple[int, int],
+    flip: bool,
+    out: np.ndarray | None = None,
+    interpolation: str = "bicubic",
 ) -> np.ndarray:
     """Resample the box of `image` (H, W, C) to `target` (h, w) and flip: (h, w, C) in the same dtype.
 
-    out: where to write, contiguous; a new array when None. Bicubic with antialiasing in every branch. A box of whole
-    pixels is cut out first, as torchvision's resized crop does; of 8-bit gray and RGB it goes through torch's integer
-    kernel, which differs from Pillow by 0.05 levels on average. A box with fractions, which a scaled decode makes of
-    it, goes there too where it can begin within 1/16 of a pixel (nine of ten can; 0.3 levels on average), and
-    through Pillow otherwise; of both the filter looks a few pixels beyond the edges. Any other channel count or dtype
-    goes through torch in float32, clipped to the values in the image so that bicubic overshoot invents none.
+    out: where to write, contiguous; a new array when None. interpolation: "bicubic" or "bilinear", with antialiasing in
+    every branch. A box of whole pixels is cut out first, as torchvision's resized crop does; of 8-bit gray and RGB it
+    goes through torch's integer kernel, which differs from Pillow by 0.05 levels on average. A box with fractions,
+    which a scaled decode makes of it, goes there too where it can begin within 1/16 of a pixel (nine of ten can; 0.3
+    levels on average), and through Pillow otherwise; of both the filter looks a few pixels beyond the edges. Any other
+    channel count or dtype goes through torch in float32, clipped to the values in the image so that bicubic overshoot
+    invents none.
     """
     if out is None:
         out = np.empty((*target, image.shape[2]), image.dtype)
@@ -169,14 +196,16 @@ def cut(
     elif whole and common:
         part = torch.from_numpy(_inside(image, top, left, height, width).copy())
         # Not F.interpolate: it takes no `out`, and to allocate the result costs a third as much as to compute it.
-        bicubic.out(part.permute(2, 0, 1)[None], target, False, None, None, out=pixels)
+        KERNELS[interpolation].out(part.permute(2, 0, 1)[None], target, False, None, None, out=pixels)
     elif common:
-        part = _cut_from_pixels(image, (top, left, height, width), target)
-        out[...] = _cut_fractions(image, (top, left, height, width), target) if part is None else part
+        part = _cut_from_pixels(image, (top, left, height, width), target, interpolation)
+        if part is None:
+            part = _cut_fractions(image, (top, left, height, width), target, interpolation)
+        out[...] = part
     else:
         part = _inside(image, top, left, height, width)
         bands = torch.from_numpy(part.astype(np.float32)).permute(2, 0, 1)[None]
-        found = F.interpolate(bands, size=target, mode="bicubic", align_corners=False, antialias=True)
+        found = F.interpolate(bands, size=target, mode=interpolation, align_corners=False, antialias=True)
         found = found[0].permute(1, 2, 0).numpy().clip(part.min(), part.max())
         out[...] = found.round() if np.issubdtype(image.dtype, np.integer) else found
     if flip:
@@ -190,7 +219,9 @@ def _inside(image: np.ndarray, top: float, left: float, height: float, width: fl
     return image[y : max(y + 1, round(top + height)), x : max(x + 1, round(left + width))]
 
 
-def _cut_from_pixels(image: np.ndarray, box: Corners, target: tuple[int, int]) -> np.ndarray | None:
+def _cut_from_pixels(
+    image: np.ndarray, box: Corners, target: tuple[int, int], interpolation: str = "bicubic"
+) -> np.ndarray | None:
     """As `_cut_fractions`, by torch's integer kernel, in a quarter of the time; None where the box cannot begin so."""
     steps = box[2] / target[0], box[3] / target[1]
     rows, columns = _from_a_pixel(box[0], steps[0]), _from_a_pixel(box[1], steps[1])
@@ -205,7 +236,7 @@ def _cut_from_pixels(image: np.ndarray, box: Corners, target: tuple[int, int]) -
     # One sample more where there would be as many as pixels: for then the kernel takes the pixels, whatever the step.
     size = above + target[0], before + target[1]
     more = size[0] + (size[0] == part.shape[0]), size[1] + (size[1] == part.shape[1])
-    found = bicubic(part.permute(2, 0, 1)[None], more, False, 1 / steps[0], 1 / steps[1])
+    found = KERNELS[interpolation](part.permute(2, 0, 1)[None], more, False, 1 / steps[0], 1 / steps[1])
     return found[0, :, above : size[0], before : size[1]].permute(1, 2, 0).numpy()
 
 
@@ -227,13 +258,15 @@ def _reach(step: float) -> int:
     return math.ceil(2 * max(1, step)) + 1
 
 
-def _cut_fractions(image: np.ndarray, box: Corners, target: tuple[int, int]) -> np.ndarray:
+def _cut_fractions(
+    image: np.ndarray, box: Corners, target: tuple[int, int], interpolation: str = "bicubic"
+) -> np.ndarray:
     """A box that begins or ends within a pixel, of an 8-bit image in gray or RGB, resampled by Pillow."""
     # Only what the filter reaches is handed over: Pillow first makes a copy, four bytes to a pixel, of all it is given.
     part, (top, left, height, width) = _within_reach(image, box, target)
     picture = Image.fromarray(part[:, :, 0] if image.shape[2] == 1 else part)
     edges = (left, top, min(left + width, part.shape[1]), min(top + height, part.shape[0]))
-    found = picture.resize((target[1], target[0]), Image.Resampling.BICUBIC, box=edges)
+    found = picture.resize((target[1], target[0]), PILLOW[interpolation], box=edges)
     return np.asarray(found).reshape(*target, image.shape[2])
 
 
@@ -252,7 +285,13 @@ def room_for(target: tuple[int, int]) -> tuple[int, int]:
 
 
 def cut_later(
-    image: np.ndarray, box: np.ndarray, target: tuple[int, int], flip: bool, out: np.ndarray, crop: np.ndarray
+    image: np.ndarray,
+    box: np.ndarray,
+    target: tuple[int, int],
+    flip: bool,
+    out: np.ndarray,
+    crop: np.ndarray,
+    interpolation: str = "bicubic",
 ) -> None:
     """`cut` of an 8-bit gray or RGB image, left to `resample`: writes the part it needs, and where its box lies.
 
@@ -265,7 +304,7 @@ def cut_later(
     else:
         part, place = _within_reach(image, (top, left, height, width), target)
     if part.shape[0] > out.shape[0] or part.shape[1] > out.shape[1]:
-        part, place = cut(image, box, target, False), (0.0, 0.0, *target)
+        part, place = cut(image, box, target, False, interpolation=interpolation), (0.0, 0.0, *target)
     out[: part.shape[0], : part.shape[1]] = part
     crop[:] = (*place, *part.shape[:2], flip)
 

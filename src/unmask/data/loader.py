@@ -154,6 +154,11 @@ class Images(Dataset[Delivery]):
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def interpolation(self) -> str:
+        """Of the crops: the setting in training, bicubic in evaluation."""
+        return self.crop.interpolation if self.training else "bicubic"
+
     def keep_decoded(self) -> None:
         """Decode every image once, in full, and keep it, for sets that fit in memory; workers forked later share it.
 
@@ -197,6 +202,7 @@ class Images(Dataset[Delivery]):
             labels=None if labels is None else torch.from_numpy(labels[index]),
             crops=None if crops is None else torch.from_numpy(crops),
             size=self.spec.size if later else None,
+            interpolation=self.interpolation,
             **{name: torch.from_numpy(np.stack([one[name] for one in more])) for name in (more[0] if more else ())},
         )
         return Delivery(batch, tuple(bad))
@@ -251,9 +257,9 @@ class Images(Dataset[Delivery]):
         y, x = (have / full for have, full in zip(opened.image.shape, opened.size, strict=False))
         box_here = box * (y, x, y, x)  # an image that is smaller than in full shrinks the box alike
         if crop is None:
-            augment.cut(opened.image, box_here, self.spec.size, flip, out)
+            augment.cut(opened.image, box_here, self.spec.size, flip, out, self.interpolation)
         else:
-            augment.cut_later(opened.image, box_here, self.spec.size, flip, out, crop)
+            augment.cut_later(opened.image, box_here, self.spec.size, flip, out, crop, self.interpolation)
         return {} if self.annotations is None else self.annotations.cut(row, opened.size, box, self.spec.size, flip)
 
     def _conform(self, image: np.ndarray) -> np.ndarray:

@@ -26,7 +26,7 @@ from torch import Tensor
 from unmask.errors import some
 from unmask.foreign.names import from_transformers
 from unmask.foreign.openai import dalle, image_gpt
-from unmask.foreign.state_dicts import PUBLISHED_SHARE, ForeignError, Names, Recognised
+from unmask.foreign.state_dicts import ForeignError, Names, Recognised
 from unmask.foreign.vit import recognise_vit
 
 
@@ -40,10 +40,10 @@ def recognise(
     return replace(_kind_of(state, about or {}, look or {}), eval_share=share_of(look or {}))
 
 
-def share_of(look: Mapping[str, Any]) -> float:
+def share_of(look: Mapping[str, Any]) -> float | None:
     """Of the shorter side of an image, what preprocessor_config.json (or timm's crop_pct) lets the network see.
 
-    A preprocessor that does not crop shows it the whole image.
+    A preprocessor that does not crop shows it the whole image; None where there is no preprocessor.
     """
     if "crop_pct" in look:
         return float(look["crop_pct"])
@@ -51,7 +51,7 @@ def share_of(look: Mapping[str, Any]) -> float:
     if look.get("do_center_crop") and isinstance(whole, Mapping) and isinstance(crop, Mapping):
         shorter, inside = whole.get("shortest_edge"), min(crop.values())
         return min(1.0, inside / shorter) if shorter else 1.0
-    return 1.0 if whole is not None and not look.get("do_center_crop") else PUBLISHED_SHARE
+    return 1.0 if whole is not None and not look.get("do_center_crop") else None
 
 
 def _kind_of(state: Mapping[str, Tensor], about: Mapping[str, Any], look: Mapping[str, Any]) -> Recognised:

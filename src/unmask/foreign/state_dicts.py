@@ -18,7 +18,6 @@ from unmask.errors import UserError, some
 IMAGENET = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # mean and standard deviation, in units of 0..255
 HALVES = (127.5, 127.5, 127.5), (127.5, 127.5, 127.5)
 WRAPPERS = ("model", "state_dict", "model_state_dict", "module")
-PUBLISHED_SHARE = 0.875  # 224 of 256 pixels, of all that has no other word
 IMPRINT = "unmask_imprint"  # where our own exports keep what the formats of others do not
 PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "encoder.")
 SIZES = {(192, 12): "Ti", (384, 12): "S", (768, 12): "B", (1024, 24): "L", (1280, 32): "H"}
@@ -37,7 +36,7 @@ class Recognised:
     channels, patch, grid: of the images that the network was made for; grid is None where N is no square and nothing
     says what rectangle it is. mean, std: of those images, in units of 0..255; None where nothing was published for so
     many channels. statistics: whose they are. notes: what was left out or assumed, in sentences. eval_share: of the
-    shorter side of an image that is seen in evaluation.
+    shorter side of an image that is seen in evaluation; None where nothing states it.
     """
 
     kind: str
@@ -52,7 +51,7 @@ class Recognised:
     std: tuple[float, ...] | None
     statistics: str
     notes: tuple[str, ...] = ()
-    eval_share: float = PUBLISHED_SHARE
+    eval_share: float | None = None
 
     @property
     def name(self) -> str:

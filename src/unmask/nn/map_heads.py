@@ -1,7 +1,7 @@
 """From the tokens of a vision transformer to a class for every place: a linear layer, or UPerNet.
 
 UPerNet (Xiao et al. 2018, "Unified perceptual parsing for scene understanding") as BEiT and MAE put it on a plain
-transformer: four evenly spaced blocks give one map each, brought to 4, 2, 1 and 1/2 cells a patch by transposed
+transformer: four blocks give one map each, brought to 4, 2, 1 and 1/2 cells a patch by transposed
 convolutions and pooling; pyramid pooling on the coarsest; a top-down path that adds each level to the next finer one;
 all levels fused at the finest.
 
@@ -14,6 +14,7 @@ Letters: B images, D width of a token, R x C grid of patches, W width of the hea
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from unmask.nn.pyramid import SCALES, ChannelNorm
 
+BEIT_SHARES = (1 / 3, 1 / 2, 2 / 3, 1)  # of the depth: blocks 4, 6, 8, 12 of 12 and 8, 12, 16, 24 of 24 in BEiT's code
 POOLS = (1, 2, 3, 6)  # cells along each side that pyramid pooling sees
 CLASS_STD = 0.01
 
@@ -49,10 +51,22 @@ class LinearHead(nn.Module):
 
 
 class UPerNet(nn.Module):
-    """See the module docstring. `patch` and `grid` say which levels there are, finest first."""
+    """See the module docstring. `patch` and `grid` say which levels there are, finest first.
 
-    def __init__(self, before: int, width: int, classes: int, patch: tuple[int, int], grid: tuple[int, int]) -> None:
+    feature_blocks: "beit" reads the blocks that BEiT's code reads, "even" as many evenly spaced ones.
+    """
+
+    def __init__(
+        self,
+        before: int,
+        width: int,
+        classes: int,
+        patch: tuple[int, int],
+        grid: tuple[int, int],
+        feature_blocks: str = "beit",
+    ) -> None:
         super().__init__()
+        self.feature_blocks = feature_blocks
         self.scales = levels_of(patch, grid)
         self.norms = nn.ModuleList(ChannelNorm(before) for _ in self.scales)
         self.levels = nn.ModuleList(rescale(scale, before) for scale in self.scales)
@@ -66,6 +80,8 @@ class UPerNet(nn.Module):
     def blocks(self, depth: int) -> tuple[int, ...]:
         """The blocks, counted from 1, whose maps `forward` takes: as many as there are levels, the last among them."""
         count = len(self.scales)
+        if self.feature_blocks == "beit":
+            return tuple(math.ceil(depth * share - 1e-6) for share in BEIT_SHARES[-count:])
         return tuple(-(-depth * number // count) for number in range(1, count + 1))
 
     def forward(self, maps: Sequence[Float[Tensor, "B D R C"]]) -> Float[Tensor, "B K _ _"]:

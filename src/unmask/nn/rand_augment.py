@@ -2,7 +2,7 @@
 
 Cubuk et al. 2020, "RandAugment", in the form that MAE's fine-tuning uses (timm's `rand-m9-mstd0.5-inc1`): of each image
 two of fifteen operations, each done with probability one half, at a strength around `magnitude`. Zhong et al. 2020,
-"Random erasing": a box of noise. The operations themselves are kornia's where it has them.
+"Random erasing": a box of noise. Shears are about the upper left corner and all geometry is bicubic, as there.
 
 What is done to which image is drawn on the host, by the image's place in the global batch and the step: a resumed run
 repeats it, and no number is read back from a GPU. Colours are changed between the values that stand for 0 and 1
@@ -15,7 +15,6 @@ Letters: B images, C channels, H x W pixels.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
@@ -151,47 +150,62 @@ def _solarise_add(x: Tensor, strength: np.ndarray, signs: np.ndarray, fill: Tens
     return torch.where(x < 128 / 255, added.clamp(max=1), x)
 
 
-def _warp(x: Tensor, matrices: np.ndarray, fill: Tensor) -> Tensor:
-    """Affine maps (B, 2, 2) about the centre and shifts (B, 2) in pixels, as one (B, 2, 3) array."""
-    from kornia.geometry.transform import warp_affine
+def warp(x: Unit, inverse: Float[np.ndarray, "B 2 3"], fill: Float[Tensor, "C 1 1"]) -> Unit:
+    """Affine maps as Pillow's `Image.transform` computes them, bicubic. inverse: pixels of the result -> of `x`.
 
-    size = (x.shape[2], x.shape[3])
-    middle = np.array([(size[1] - 1) / 2, (size[0] - 1) / 2])
-    matrices = matrices.copy()
-    matrices[:, :, 2] += middle - matrices[:, :, :2] @ middle
-    moved = warp_affine(x - fill, _tensor(matrices, x), size, mode="bilinear", padding_mode="zeros", align_corners=True)
-    return moved + fill
+    Coordinates are (x, y) with the origin at the upper left corner of the image and pixel centres at halves. Pillow's
+    kernel is steeper than torch's (a = -1, where `grid_sample` has -0.75). What comes from outside is `fill`.
+    """
+    height, width = x.shape[2:]
+    across, down = (torch.arange(n, device=x.device, dtype=x.dtype) + 0.5 for n in (width, height))
+    matrix = _tensor(inverse, x)[..., None, None]  # (B, 2, 3, 1, 1)
+    at_x, at_y = (matrix[:, i, 0] * across + matrix[:, i, 1] * down[:, None] + matrix[:, i, 2] for i in (0, 1))
+    inside = (at_x >= 0) & (at_x < width) & (at_y >= 0) & (at_y < height)  # (B, H, W)
+    (columns, column_weights), (rows, row_weights) = _taps(at_x, width), _taps(at_y, height)
+    pixels, found = x.flatten(2), torch.zeros_like(x)
+    for row, row_weight in zip(rows, row_weights, strict=True):
+        for column, column_weight in zip(columns, column_weights, strict=True):
+            place = (row * width + column).flatten(1)[:, None].expand(-1, x.shape[1], -1)
+            found += pixels.gather(2, place).view_as(x) * (row_weight * column_weight)[:, None]
+    return torch.where(inside[:, None], found, fill)
 
 
-def _affine(linear: Any = None, shift: Any = None, count: int = 1) -> np.ndarray:
-    matrices = np.tile(np.array([[1.0, 0, 0], [0, 1, 0]]), (count, 1, 1))
-    if linear is not None:
-        matrices[:, :, :2] = linear
-    if shift is not None:
-        matrices[:, :, 2] = shift
-    return matrices
+def _taps(at: Float[Tensor, "B H W"], size: int) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+    """The four pixels around each coordinate along one axis (at the edge the last one again), and their weights."""
+    first = (at - 0.5).floor()
+    d = at - 0.5 - first
+    weights = (-d + 2 * d**2 - d**3, 1 - 2 * d**2 + d**3, d + d**2 - d**3, d**3 - d**2)
+    return [(first.long() + n).clamp(0, size - 1) for n in (-1, 0, 1, 2)], weights
+
+
+def _affine(count: int) -> np.ndarray:
+    return np.tile(np.array([[1.0, 0, 0], [0, 1, 0]]), (count, 1, 1))
 
 
 def _rotate(x: Tensor, strength: np.ndarray, signs: np.ndarray, fill: Tensor) -> Tensor:
-    angle = np.deg2rad(30 * strength * signs)
-    turn = np.stack([np.cos(angle), -np.sin(angle), np.sin(angle), np.cos(angle)], 1).reshape(-1, 2, 2)
-    return _warp(x, _affine(turn, count=len(x)), fill)
+    """About the middle of the image."""
+    angle, middle = np.deg2rad(30 * strength * signs), np.array([x.shape[3] / 2, x.shape[2] / 2])
+    matrices = _affine(len(x))
+    matrices[:, :, :2] = np.stack([np.cos(angle), np.sin(angle), -np.sin(angle), np.cos(angle)], 1).reshape(-1, 2, 2)
+    matrices[:, :, 2] = middle - matrices[:, :, :2] @ middle
+    return warp(x, matrices, fill)
 
 
 def _shear(axis: int) -> Operation:
     def shear(x: Tensor, strength: np.ndarray, signs: np.ndarray, fill: Tensor) -> Tensor:
-        matrices = _affine(count=len(x))
-        matrices[:, axis, 1 - axis] = 0.3 * strength * signs
-        return _warp(x, matrices, fill)
+        """About the upper left corner, which stays where it is."""
+        matrices = _affine(len(x))
+        matrices[:, axis, 1 - axis] = -0.3 * strength * signs
+        return warp(x, matrices, fill)
 
     return shear
 
 
 def _translate(axis: int) -> Operation:
     def translate(x: Tensor, strength: np.ndarray, signs: np.ndarray, fill: Tensor) -> Tensor:
-        shift = np.zeros((len(x), 2))
-        shift[:, axis] = 0.45 * strength * signs * x.shape[3 - axis]
-        return _warp(x, _affine(shift=shift, count=len(x)), fill)
+        matrices = _affine(len(x))
+        matrices[:, axis, 2] = -0.45 * strength * signs * x.shape[3 - axis]
+        return warp(x, matrices, fill)
 
     return translate
 

@@ -14,9 +14,10 @@ from unmask.nn.vit import ViTConfig
 from unmask.optim import OptimConfig
 from unmask.tasks import classify, detect, linear_probe, segment
 
-PAPER_CROP = CropConfig(scale=(0.08, 1.0), eval_share=0.875)
+PAPER_CROP = CropConfig(scale=(0.08, 1.0), eval_share=0.875)  # evaluation at more than 224 pixels: 1, `crop_for`
 SMALL_CROP = CropConfig(scale=(0.4, 1.0))
 DENSE_CROP = CropConfig(scale=(0.25, 1.0))
+FROM_SCRATCH = {"head_std": classify.SCRATCH_STD}  # MAE's 2e-5 is for heads on pre-trained weights
 NANO = ViTConfig(width=192, depth=12, heads=3, patch=(4, 4))
 BASE = ViTConfig(width=768, depth=12, heads=12)
 LARGE = ViTConfig(width=1024, depth=24, heads=16)
@@ -130,7 +131,8 @@ def segment_base() -> Config:
 
     unmask finetune RUN DATA --task segment --set data.size=512
 
-    Published on ADE20K, 160,000 steps: 48.1 (ViT-B) and 53.6 (ViT-L) mIoU.
+    Published on ADE20K, 160,000 steps: 48.1 (ViT-B) and 53.6 (ViT-L) mIoU. As in BEiT's code the head reads blocks 4,
+    6, 8 and 12 of 12 (8, 12, 16 and 24 of 24).
     """
     return _dense("segment_base", segment, BASE, size=(512, 512), base_lr=1.6e-3, head=256, epochs=130)
 
@@ -173,6 +175,7 @@ def _dense(
     name: str, task: ModuleType, encoder: ViTConfig, *, size: tuple[int, int], base_lr: float, head: int, epochs: float
 ) -> Config:
     method = {"encoder": encoder, "classes": ("one", "other"), "drop_path": 0.1, "width": head}
+    method |= {"feature_blocks": "beit"} if task is segment else {}
     return Config(
         recipe=name,
         method=task.Config.model_validate(method),
@@ -195,7 +198,7 @@ def _small(
     scratch: dict[str, float] = {"warmup": 0.1, "average": 0.999}
     return Config(
         recipe=name,
-        method=_method(NANO, drop_path=0.1, **mixing),
+        method=_method(NANO, drop_path=0.1, **mixing, **(FROM_SCRATCH if layer_decay is None else {})),
         data=DataConfig(size=(32, 32), crop=SMALL_CROP),
         optim=OptimConfig.model_validate(
             {"base_lr": base_lr, "betas": (0.9, 0.999), "weight_decay": 0.05}
@@ -227,7 +230,7 @@ def _paper(
 def _from_scratch(name: str, encoder: ViTConfig, *, epochs: float, drop_path: float) -> Config:
     return Config(
         recipe=name,
-        method=_method(encoder, drop_path=drop_path, mixup=0.8, cutmix=1.0, rand_augment=9),
+        method=_method(encoder, drop_path=drop_path, mixup=0.8, cutmix=1.0, rand_augment=9, **FROM_SCRATCH),
         data=DataConfig(crop=PAPER_CROP),
         optim=OptimConfig(base_lr=1e-4, weight_decay=0.3, warmup=20 / epochs, average=0.9999),
         train=TrainConfig(batch_size=4096, epochs=epochs),

@@ -35,7 +35,8 @@ def igpt_s() -> Config:
     Published, linear probe of the best layer: ImageNet 41.9 %. Test likelihood 2.0895 nats per token.
 
     Differs from the paper: see `methods/igpt.py`; warm-up is 1 % of the steps (there one epoch of ImageNet); crops are
-    random-resized (there: the shorter side to 256 to 384 pixels, a crop of 224, all shrunk to 32). Its learning rate
+    squares of 34 to 77 % of the image's area (there: the shorter side to 256 to 384 pixels, a square of 224, shrunk to
+    32, which is this share of the largest square). Its learning rate
     was searched from 0.01, 0.003, ...; the choice is not published, and 0.003 (L: 0.001) is a guess.
     """
     return _paper("igpt_s", width=512, depth=24, heads=8, base_lr=0.006)
@@ -82,7 +83,7 @@ def _paper(name: str, *, width: int, depth: int, heads: int, base_lr: float) -> 
     return Config(
         recipe=name,
         method=igpt.Config(encoder=GPTConfig(width=width, depth=depth, heads=heads)),
-        data=DataConfig(size=(32, 32), crop=CropConfig(scale=(0.34, 0.77), flip=0)),
+        data=DataConfig(size=(32, 32), crop=CropConfig(scale=(0.34, 0.77), ratio=(1, 1), flip=0)),
         optim=OptimConfig(base_lr=base_lr, betas=(0.9, 0.95), weight_decay=0, warmup=0.01),
         train=TrainConfig(batch_size=128, steps=1_000_000),
     )

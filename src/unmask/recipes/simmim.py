@@ -22,7 +22,7 @@ def simmim_nano() -> Config:
     return Config(
         recipe="simmim_nano",
         method=simmim.Config(encoder=ViTConfig(width=192, depth=6, heads=3, patch=(4, 4))),
-        data=DataConfig(size=(32, 32), crop=CropConfig(scale=(0.67, 1.0))),
+        data=DataConfig(size=(32, 32), crop=CropConfig(scale=(0.67, 1.0), interpolation="bilinear")),
         optim=OptimConfig(base_lr=3e-3, clip=5.0),
         train=TrainConfig(batch_size=128, epochs=100),
     )
@@ -44,7 +44,9 @@ def simmim_base() -> Config:
         method=simmim.Config(
             encoder=ViTConfig(width=768, depth=12, heads=12, positions="absent", relative_bias=True, layer_scale=0.1)
         ),
-        data=DataConfig(size=(224, 224), crop=CropConfig(scale=(0.67, 1.0), flip=0.5, eval_share=0.875)),
+        data=DataConfig(
+            size=(224, 224), crop=CropConfig(scale=(0.67, 1.0), flip=0.5, eval_share=0.875, interpolation="bilinear")
+        ),
         optim=OptimConfig(
             base_lr=1e-4 * 256 / 512, betas=(0.9, 0.999), weight_decay=0.05, warmup=10 / 800, clip=5.0
         ),  # their base is for 512 images

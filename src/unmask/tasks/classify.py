@@ -39,7 +39,7 @@ from unmask.nn.rand_augment import DRAWS, ERASE_DRAWS, MOST, erase, rand_augment
 from unmask.nn.vit import ViT, ViTConfig
 from unmask.rng import MASK32, Stream, uniform, words
 
-HEAD_STD, LINEAR_STD = 2e-5, 0.01
+HEAD_STD, LINEAR_STD, SCRATCH_STD = 2e-5, 0.01, 0.02
 
 
 class Config(MethodConfig):
@@ -49,7 +49,9 @@ class Config(MethodConfig):
     many blocks as it has means too. 0 trains the head alone, 0.5 with it the MLP of the last block (and its norm).
     drop_path: probability that what the last block adds is left out. mixup, cutmix: alpha of the Beta distribution of
     the mixture, 0 for none. rand_augment: magnitude of RandAugment, 0 to 10, None for none. erasing: share of the
-    images that lose a box. The paper's values: 0.1 to 0.3, 0.8, 1.0, 9, 0.25.
+    images that lose a box. The paper's values: 0.1 to 0.3, 0.8, 1.0, 9, 0.25. head_std: standard deviation of the
+    head's initial weights; None for MAE's 2e-5 on pre-trained weights, or 0.01 where only the head is trained. From
+    scratch it is 0.02 there.
     """
 
     name: Literal["classify"] = "classify"
@@ -62,6 +64,7 @@ class Config(MethodConfig):
     cutmix: float = Field(default=0.0, ge=0)
     rand_augment: float | None = Field(default=None, ge=0, le=MOST)
     erasing: float = Field(default=0.0, ge=0, le=1)
+    head_std: float | None = Field(default=None, gt=0)
 
     @model_validator(mode="after")
     def _blocks_that_there_are(self) -> Config:
@@ -86,7 +89,8 @@ class Classifier(Method):
         self.fc_norm = layer_norm(self.encoder.width)
         self.fc_norm.eps = config.encoder.norm_eps
         self.head = nn.Linear(self.encoder.width, len(config.classes))
-        nn.init.trunc_normal_(self.head.weight, std=LINEAR_STD if config.last_blocks == 0 else HEAD_STD)
+        usual = LINEAR_STD if config.last_blocks == 0 else HEAD_STD
+        nn.init.trunc_normal_(self.head.weight, std=config.head_std or usual)
         nn.init.zeros_(self.head.bias)
         freeze(self.encoder, config.last_blocks)
 
