@@ -97,10 +97,11 @@ def _grid(run: Run) -> tuple[int, int] | None:
 
 
 def load_encoder(run: str | Path, *, device: str = "cpu", step: int | None = None) -> nn.Module:
-    """The encoder of a Run, in eval mode: `encoder(images)` gives `Features`.
+    """Load the encoder of a Run in eval mode; `encoder(images)` returns `Features`. It never masks.
 
-    images: (B, C, H, W) in the files' own dtype and units (uint8 0..255 nearly always); the encoder carries mean and
-    standard deviation. It never masks.
+    images: (B, C, H, W) of any real dtype, in the files' units (uint8 0..255 nearly always); the encoder holds mean and
+    standard deviation. Float images in another range raise UserError; `encoder(images, scale="unit")` takes 0..1 for
+    8-bit and 16-bit data, and scale="data" takes the values as they are. `.half()` and `.bfloat16()` work.
     """
     return load(run, device=device, step=step).method.encoder
 

@@ -102,5 +102,5 @@ def test_the_code_is_the_embedding_and_another_size_is_refused():
     assert features.patches.shape == (2, 1, 4)
     assert features.grid == (1, 1)
     assert torch.equal(features.pooled, method.encoder.code(method.encoder.pixels(torch.zeros(2, 1, 6, 4))))
-    with pytest.raises(UserError, match=r"\(2, 1, 4, 4\) came, \(B, 1, 6, 4\) was expected: .* one size only"):
+    with pytest.raises(UserError, match=r"\(2, 1, 4, 4\); expected \(B, 1, 6, 4\): .* one weight for each pixel"):
         method.encoder(torch.zeros(2, 1, 4, 4))

@@ -194,7 +194,7 @@ def test_a_network_that_cannot_be_or_other_channels_are_refused():
         dvae(encoder={"patch": 3})
     with pytest.raises(UserError, match="dalle has 8 x 8"):
         dvae(encoder={"arch": "dalle", "depth": None})
-    with pytest.raises(UserError, match="this dVAE was trained on 3-channel images"):
+    with pytest.raises(UserError, match="this encoder was trained on 3-channel images"):
         dvae().encoder(torch.zeros(1, 1, 16, 24))
 
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from unmask.batch import ImageSpec
 from unmask.errors import UserError
 from unmask.nn.features import Features
+from unmask.nn.inputs import ImageEncoder, Scale
 from unmask.nn.losses import full_precision
 from unmask.nn.patches import grid_of, normalise
 from unmask.nn.vit import Pair
@@ -119,7 +120,7 @@ def small_decoder(config: ConvVAEConfig, out: int) -> nn.Sequential:
     return nn.Sequential(*layers, nn.ReLU(), conv(config.width, out, 1))
 
 
-class ConvEncoder(nn.Module):
+class ConvEncoder(ImageEncoder):
     """Images to scores of codes. Raises ValueError when the patch is none that the architecture can make.
 
     mean, std: of the data set, per channel. low, high: the file values that count as 0 and 1.
@@ -129,6 +130,7 @@ class ConvEncoder(nn.Module):
     std: Tensor
     low: Tensor
     high: Tensor
+    exact = ("mean", "std", "low", "high")
 
     def __init__(self, config: ConvVAEConfig, images: ImageSpec) -> None:
         super().__init__()
@@ -151,13 +153,9 @@ class ConvEncoder(nn.Module):
 
     def features(self, images: Shaped[Tensor, "B C H W"]) -> Float[Tensor, "B D R S"]:
         """The last hidden map."""
-        if images.ndim != 4 or images.shape[1] != self.spec.channels:
-            raise UserError(
-                f"images of shape {tuple(images.shape)} came, (B, {self.spec.channels}, H, W) was expected: "
-                f"this dVAE was trained on {self.spec.channels}-channel images"
-            )
+        self.require_shape(images)
         x = squeeze(self.unit(images)) if self.dalle else normalise(images, self.mean, self.std)
-        return self.hidden(x)
+        return self.hidden(x.to(self.head.weight.dtype))
 
     def logits(self, images: Shaped[Tensor, "B C H W"]) -> Float[Tensor, "B V R S"]:
         """A score for every code at every place, float32."""
@@ -172,8 +170,9 @@ class ConvEncoder(nn.Module):
         low, high = self.low[:, None, None], self.high[:, None, None]
         return low + unit.clamp(0, 1) * (high - low)
 
-    def forward(self, images: Shaped[Tensor, "B C H W"]) -> Features:
-        """For probes: the last hidden map, a token for each code."""
+    def forward(self, images: Shaped[Tensor, "B C H W"], scale: Scale | None = None) -> Features:
+        """For probes: the last hidden map, a token for each code. scale: see `ImageEncoder.accept`."""
+        images = self.accept(images, scale)
         grid = grid_of((images.shape[2], images.shape[3]), self.patch)
         return Features(cls=None, patches=self.features(images).flatten(2).transpose(1, 2), grid=grid)
 

@@ -22,9 +22,9 @@ from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from unmask.batch import ImageSpec
-from unmask.errors import UserError
 from unmask.nn.blocks import init_linears
 from unmask.nn.features import Features
+from unmask.nn.inputs import ImageEncoder, Scale
 from unmask.settings import Settings
 
 ACTIVATIONS = {"relu": nn.ReLU, "sigmoid": nn.Sigmoid, "linear": nn.Identity}
@@ -64,13 +64,15 @@ def init_dense(layers: nn.Sequential) -> None:
             nn.init.xavier_uniform_(layer.weight, gain=LOGISTIC_GAIN)
 
 
-class DenseEncoder(nn.Module):
+class DenseEncoder(ImageEncoder):
     """Images to codes. `bottom` and `top` (C, 1, 1): the least and greatest pixel, as the network sees pixels."""
 
     shift: Tensor
     scale: Tensor
     bottom: Tensor
     top: Tensor
+    one_size = "a dense autoencoder has one weight for each pixel"
+    exact = ("shift", "scale", "bottom", "top")
 
     def __init__(self, config: DenseConfig, images: ImageSpec) -> None:
         super().__init__()
@@ -89,12 +91,7 @@ class DenseEncoder(nn.Module):
 
     def pixels(self, images: Shaped[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
         """Images as the network sees them. Raises ValueError unless size and channels are those of training."""
-        wanted = (self.spec.channels, *self.spec.size)
-        if images.ndim != 4 or tuple(images.shape[1:]) != wanted:
-            raise UserError(
-                f"images of shape {tuple(images.shape)} came, (B, {', '.join(map(str, wanted))}) was expected: a dense "
-                "autoencoder knows one size only, that of its training; crop or resize the images to it"
-            )
+        self.require_shape(images)
         pixels = (images.to(torch.float32) - self.shift) / self.scale
         return pixels.clamp(0, 1) if self.clipped else pixels
 
@@ -119,11 +116,13 @@ class DenseEncoder(nn.Module):
         return colour.logit(SURELY_NOT) if self.clipped else colour
 
     def code(self, pixels: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D"]:
-        return self.layers(pixels.flatten(1))
+        first = self.layers[0].weight
+        assert isinstance(first, Tensor), "the first layer is linear"
+        return self.layers(pixels.flatten(1).to(first.dtype))
 
-    def forward(self, images: Shaped[Tensor, "B C H W"]) -> Features:
-        """The code, as the one token of a grid of 1 x 1."""
-        return Features(cls=None, patches=self.code(self.pixels(images))[:, None], grid=(1, 1))
+    def forward(self, images: Shaped[Tensor, "B C H W"], scale: Scale | None = None) -> Features:
+        """The code, as the one token of a grid of 1 x 1. scale: see `ImageEncoder.accept`."""
+        return Features(cls=None, patches=self.code(self.pixels(self.accept(images, scale)))[:, None], grid=(1, 1))
 
     def depth_of(self, name: str) -> int:
         """Depth of a parameter for layer-wise decay: the number of its layer from the image."""

@@ -22,6 +22,7 @@ from unmask.batch import ImageSpec
 from unmask.errors import UserError
 from unmask.nn.blocks import attend
 from unmask.nn.features import Features
+from unmask.nn.inputs import ImageEncoder, Scale
 from unmask.nn.palette import nearest_colour
 from unmask.nn.patches import grid_of
 from unmask.nn.recompute import recomputed
@@ -57,7 +58,8 @@ class Norm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Float[Tensor, "B N D"]) -> Float[Tensor, "B N D"]:
-        return F.rms_norm(x.float(), x.shape[-1:], self.weight, NORM_EPS)
+        normed = F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), NORM_EPS)
+        return normed.to(self.weight.dtype)
 
 
 class Attention(nn.Module):
@@ -111,13 +113,15 @@ class Block(nn.Module):
         self.mlp = MLP(width)
 
 
-class GPT(nn.Module):
+class GPT(ImageEncoder):
     """See the module docstring. causal: token t is predicted from those before it; otherwise tokens see each other.
 
     `palette` (k, C), in the files' units, is zero until it is set.
     """
 
     palette: Tensor
+    one_size = "the positions of an iGPT are those of its training"
+    exact = ("palette",)
 
     def __init__(self, config: GPTConfig, images: ImageSpec, *, causal: bool) -> None:
         super().__init__()
@@ -141,12 +145,7 @@ class GPT(nn.Module):
 
     def shrink(self, images: Shaped[Tensor, "B C H W"]) -> Float[Tensor, "B R S C"]:
         """Cells of `patch` pixels averaged. Raises ValueError for images unlike those of the training."""
-        wanted = (self.spec.channels, *self.spec.size)
-        if images.ndim != 4 or tuple(images.shape[1:]) != wanted:
-            raise UserError(
-                f"images of shape {tuple(images.shape)} came, (B, {', '.join(map(str, wanted))}) was expected: the "
-                "positions of an iGPT are those of its training; crop or resize the images to that size"
-            )
+        self.require_shape(images)
         return F.avg_pool2d(images.float(), self.patch).movedim(1, -1)
 
     @torch.no_grad()
@@ -188,15 +187,19 @@ class GPT(nn.Module):
         return last
 
     def feature_layers(
-        self, images: Shaped[Tensor, "B C H W"], hidden: Bool[Tensor, "B N"] | None = None
+        self, images: Shaped[Tensor, "B C H W"], hidden: Bool[Tensor, "B N"] | None = None, scale: Scale | None = None
     ) -> Iterator[Features]:
-        """The features of every layer, 0 to depth; hidden: tokens whose content is taken away, for evaluation."""
+        """The features of every layer, 0 to depth; hidden: tokens whose content is taken away, for evaluation.
+
+        scale: see `ImageEncoder.accept`.
+        """
+        images = self.accept(images, scale)
         for normed in self.layers(self.ids(images), hidden):
             yield Features(cls=None, patches=normed, grid=self.grid)
 
-    def forward(self, images: Shaped[Tensor, "B C H W"]) -> Features:
-        """The layer that the configuration names; nothing hidden."""
-        return next(islice(self.feature_layers(images), self.layer, None))
+    def forward(self, images: Shaped[Tensor, "B C H W"], scale: Scale | None = None) -> Features:
+        """The layer that the configuration names; nothing hidden. scale: see `ImageEncoder.accept`."""
+        return next(islice(self.feature_layers(images, scale=scale), self.layer, None))
 
     def step(self, tokens: Float[Tensor, "B n D"], place: int, cache: Cache | None) -> tuple[Tensor, Cache]:
         """The output (B, n, D) for n tokens more, the first at `place`; after those in `cache` one at a time."""

@@ -36,16 +36,16 @@ def patchify(images: Shaped[Tensor, "B C H W"], patch: tuple[int, int]) -> Shape
     b, c, h, w = images.shape
     rows, cols = grid_of((h, w), patch)
     x = images.reshape(b, c, rows, patch[0], cols, patch[1])
-    return x.permute(0, 2, 4, 3, 5, 1).reshape(b, rows * cols, -1)
+    return x.permute(0, 2, 4, 3, 5, 1).reshape(b, rows * cols, patch[0] * patch[1] * c)
 
 
 def unpatchify(
     patches: Shaped[Tensor, "B N P"], grid: tuple[int, int], patch: tuple[int, int]
 ) -> Shaped[Tensor, "B C H W"]:
     """The inverse of `patchify`."""
-    b = len(patches)
-    x = patches.reshape(b, grid[0], grid[1], patch[0], patch[1], -1)
-    return x.permute(0, 5, 1, 3, 2, 4).reshape(b, -1, grid[0] * patch[0], grid[1] * patch[1])
+    b, c = patches.shape[0], patches.shape[2] // (patch[0] * patch[1])
+    x = patches.reshape(b, grid[0], grid[1], patch[0], patch[1], c)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(b, c, grid[0] * patch[0], grid[1] * patch[1])
 
 
 def take(tokens: Shaped[Tensor, "B N D"], index: Int[Tensor, "B K"]) -> Shaped[Tensor, "B K D"]:

@@ -18,10 +18,10 @@ from pydantic import BeforeValidator, Field, PositiveInt
 from torch import Tensor, nn
 
 from unmask.batch import ImageSpec
-from unmask.errors import UserError
 from unmask.nn import positions
 from unmask.nn.blocks import Block, init_linears, layer_norm
 from unmask.nn.features import Features
+from unmask.nn.inputs import ImageEncoder, Scale
 from unmask.nn.linear import linear
 from unmask.nn.patches import grid_of, normalise, patchify, take, unpatchify
 from unmask.settings import Settings
@@ -67,10 +67,10 @@ class PatchEmbed(nn.Module):
 
     def forward(self, patches: Float[Tensor, "B K P"]) -> Float[Tensor, "B K D"]:
         weight = self.proj.weight.permute(0, 2, 3, 1).flatten(1)  # (D, P): the patch vector is (h, w, C)
-        return linear(patches, weight, self.proj.bias)
+        return linear(patches.to(weight.dtype), weight, self.proj.bias)
 
 
-class ViT(nn.Module):
+class ViT(ImageEncoder):
     """See the module docstring. Raises ValueError when the patch does not divide the image or the heads the width."""
 
     mean: Tensor
@@ -108,11 +108,7 @@ class ViT(nn.Module):
 
     def patches(self, images: Shaped[Tensor, "B C H W"]) -> Float[Tensor, "B N P"]:
         """Normalised float32 patches, channel fastest; takes the files' own units and dtype."""
-        if images.ndim != 4 or images.shape[1] != self.spec.channels:
-            raise UserError(
-                f"images of shape {tuple(images.shape)} came, (B, {self.spec.channels}, H, W) was expected: "
-                f"this encoder was trained on {self.spec.channels}-channel images"
-            )
+        self.require_shape(images)
         return patchify(normalise(images, self.mean, self.std), self.patch)
 
     def embed(
@@ -136,7 +132,7 @@ class ViT(nn.Module):
     ) -> Float[Tensor, "B K D"]:
         """Tokens plus position, as `embed`: for mask tokens, which stand where a projected patch would."""
         if self.pos_embed is None:
-            return tokens.float()  # as the sum with positions is, also under autocast
+            return tokens.to(self.cls_token.dtype)  # as the sum with positions is, also under autocast
         table = positions.resize(self.pos_embed[:, 1:], self.grid, grid or self.grid)
         return tokens + (table if where is None else take(table.expand(len(tokens), -1, -1), where))
 
@@ -174,14 +170,22 @@ class ViT(nn.Module):
             x = block(x, bias if own is None else own(where, grid), None if paths is None else paths[number])
             yield x
 
-    def forward(self, images: Shaped[Tensor, "B C H W"]) -> Features:
-        """Every patch, nothing masked. Sizes other than the training size get interpolated positions."""
+    def forward(self, images: Shaped[Tensor, "B C H W"], scale: Scale | None = None) -> Features:
+        """Every patch, nothing masked. Sizes other than the training size get interpolated positions.
+
+        scale: see `ImageEncoder.accept`. Raises UserError for images of another kind than the training's.
+        """
+        return self.features(self.accept(images, scale))
+
+    def features(self, images: Shaped[Tensor, "B C H W"]) -> Features:
+        """As `forward`, without a look at the range of the values: for training."""
         grid = grid_of((images.shape[2], images.shape[3]), self.patch)
         tokens = self.run(self.embed(self.patches(images), grid=grid), grid=grid)
         return Features(cls=tokens[:, 0], patches=tokens[:, 1:], grid=grid)
 
-    def feature_layers(self, images: Shaped[Tensor, "B C H W"]) -> Iterator[Features]:
+    def feature_layers(self, images: Shaped[Tensor, "B C H W"], scale: Scale | None = None) -> Iterator[Features]:
         """The features of every layer, 0 (what the first block is given) to depth (with the final norm: `forward`)."""
+        images = self.accept(images, scale)
         grid = grid_of((images.shape[2], images.shape[3]), self.patch)
         for number, x in enumerate(self.layers(self.embed(self.patches(images), grid=grid), grid=grid)):
             tokens = self.norm(x) if number == len(self.blocks) else x

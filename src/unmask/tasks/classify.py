@@ -33,6 +33,7 @@ from unmask.errors import UserError
 from unmask.method import Clock, Loss, Method, MethodConfig, Picture
 from unmask.nn.blocks import draw_paths, layer_norm
 from unmask.nn.freeze import check_blocks, freeze
+from unmask.nn.inputs import Scale
 from unmask.nn.losses import full_precision
 from unmask.nn.mixing import MIX_DRAWS, mix, soft_targets
 from unmask.nn.rand_augment import DRAWS, ERASE_DRAWS, MOST, erase, rand_augment
@@ -107,7 +108,7 @@ class Classifier(Method):
         if self.config.drop_path:
             draws = clock.rng.uniform(2 * len(self.encoder.blocks), Stream.PATHS)
             paths = draw_paths(draws, self.config.drop_path)
-        logits = self.logits(images, paths)
+        logits = self.judge(self.tokens(images, paths).mean(1))
         right = (logits.detach().argmax(1) == targets.argmax(1)).float().mean()
         return Loss(F.cross_entropy(logits, targets), {"accuracy": right})
 
@@ -136,9 +137,9 @@ class Classifier(Method):
         micro = np.array([MASK32 - clock.micro])
         return words(clock.rng.seed, stream, np.array([clock.step]), micro, MIX_DRAWS)[0]
 
-    def logits(self, images: Tensor, paths: Tensor | None = None) -> Tensor:
-        """(B, C, H, W) in the files' units -> (B, K) float32."""
-        return self.judge(self.tokens(images, paths).mean(1))
+    def logits(self, images: Tensor, scale: Scale | None = None) -> Tensor:
+        """(B, C, H, W) in the files' units -> (B, K) float32. scale: see `ImageEncoder.accept`. Raises UserError."""
+        return self.judge(self.tokens(self.encoder.accept(images, scale)).mean(1))
 
     def tokens(self, images: Tensor, paths: Tensor | None = None) -> Tensor:
         """The patch tokens of the last block, before the encoder's own norm: (B, N, D)."""

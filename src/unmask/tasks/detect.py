@@ -40,6 +40,7 @@ from unmask.method import Clock, Loss, Method, MethodConfig, Picture
 from unmask.nn.blocks import draw_paths
 from unmask.nn.boxes import area, clip, giou, outline, suppress
 from unmask.nn.freeze import check_blocks, freeze
+from unmask.nn.inputs import Scale
 from unmask.nn.patches import grid_of
 from unmask.nn.pyramid import ChannelNorm, Pyramid
 from unmask.nn.vit import ViT, ViTConfig
@@ -183,11 +184,13 @@ class Detector(Method):
         return self.head(maps), make_cells(self.pyramid.strides, [x.shape[2:] for x in maps], images.device)
 
     @torch.no_grad()
-    def predict(self, images: Shaped[Tensor, "B C H W"]) -> list[Found]:
+    def predict(self, images: Shaped[Tensor, "B C H W"], scale: Scale | None = None) -> list[Found]:
         """(B, C, H, W) in the files' units -> what is in each, at most 100 things, in pixels of these images.
 
-        A thing's score is the root of class times centreness; those below 0.05 are left out.
+        A thing's score is the root of class times centreness; those below 0.05 are left out. scale: see
+        `ImageEncoder.accept`.
         """
+        images = self.encoder.accept(images, scale)
         guess, cells = self.guess(images)
         size = (images.shape[2], images.shape[3])
         return [select(Guess(*one), cells, size) for one in zip(*guess, strict=True)]

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from unmask.batch import Batch, ImageSpec
 from unmask.errors import UserError
 from unmask.method import Clock, Loss, Method, MethodConfig, Picture
+from unmask.nn.inputs import Scale
 from unmask.nn.vit import ViT, ViTConfig
 
 BATCH_NORM_EPS = 1e-6
@@ -55,14 +56,17 @@ class LinearProbe(Method):
         """Cross-entropy; logs the share of this batch that is right. Raises UserError for images without labels."""
         if batch.labels is None:
             raise UserError("images without labels came; put each class into a sub-folder of its own")
-        logits = self.logits(batch.images)
+        logits = self._scores(batch.images)
         right = (logits.detach().argmax(1) == batch.labels).float().mean()
         return Loss(F.cross_entropy(logits, batch.labels), {"accuracy": right})
 
-    def logits(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) in the files' units -> (B, classes), float32."""
+    def logits(self, images: Tensor, scale: Scale | None = None) -> Tensor:
+        """(B, C, H, W) in the files' units -> (B, classes), float32. scale: see `ImageEncoder.accept`."""
+        return self._scores(self.encoder.accept(images, scale))
+
+    def _scores(self, images: Tensor) -> Tensor:
         with torch.no_grad():
-            features = self.encoder(images)
+            features = self.encoder.features(images)
         token = (features.pooled if features.cls is None else features.cls).float()
         if self.training:
             self.remember(token)

@@ -30,6 +30,7 @@ from unmask.errors import UserError
 from unmask.method import Clock, Loss, Method, MethodConfig, Picture
 from unmask.nn.blocks import draw_paths
 from unmask.nn.freeze import check_blocks, freeze
+from unmask.nn.inputs import Scale
 from unmask.nn.map_heads import LinearHead, UPerNet, resize
 from unmask.nn.patches import grid_of
 from unmask.nn.vit import ViT, ViTConfig
@@ -97,13 +98,17 @@ class Segmenter(Method):
         if self.config.drop_path:
             draws = clock.rng.uniform(2 * len(self.encoder.blocks), Stream.PATHS)
             paths = draw_paths(draws, self.config.drop_path)
-        logits = self.logits(batch.images, paths)
+        logits = self._scores(batch.images, paths)
         return Loss(error(logits, maps), {"pixel_accuracy": right_share(logits.detach().argmax(1), maps)})
 
-    def logits(
+    def logits(self, images: Shaped[Tensor, "B C H W"], scale: Scale | None = None) -> Float[Tensor, "B K H W"]:
+        """Scores of each class for each pixel of images in the files' units. scale: see `ImageEncoder.accept`."""
+        return self._scores(self.encoder.accept(images, scale))
+
+    def _scores(
         self, images: Shaped[Tensor, "B C H W"], paths: Float[Tensor, "L 2 B 1 1"] | None = None
     ) -> Float[Tensor, "B K H W"]:
-        """Scores of each class for each pixel of images in the files' units. paths: see `draw_paths`."""
+        """As `logits`, for training. paths: see `draw_paths`."""
         size = (images.shape[2], images.shape[3])
         grid = grid_of(size, self.encoder.patch)
         wanted, maps = self.head.blocks(len(self.encoder.blocks)), []
@@ -113,9 +118,9 @@ class Segmenter(Method):
         return resize(self.head(maps).float(), size)
 
     @torch.no_grad()
-    def predict(self, images: Shaped[Tensor, "B C H W"]) -> Int[Tensor, "B H W"]:
-        """The class of each pixel of images in the files' units."""
-        return self.logits(images).argmax(1)
+    def predict(self, images: Shaped[Tensor, "B C H W"], scale: Scale | None = None) -> Int[Tensor, "B H W"]:
+        """The class of each pixel of images in the files' units. scale: see `ImageEncoder.accept`."""
+        return self.logits(images, scale).argmax(1)
 
     def picture(self, batch: Batch, clock: Clock) -> Picture:
         """Original, true map and predicted map, a colour for each class; pixels that are not judged are black."""

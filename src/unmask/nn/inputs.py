@@ -1,0 +1,251 @@
+"""Check what a person passes to a trained encoder: type, shape, number of channels, and the units of the values.
+
+An encoder subtracts the mean of its training data and divides by their standard deviation itself, so it expects the
+values of the files. Images in another range (0 to 1 of torchvision's ToTensor, or already normalised) would yield
+plausible, wrong features without any error. The checks run in the public entry points (`encoder(images)`,
+`method.logits(images)`, `method.predict(images)`), not in the training loss: reading the range of float images waits
+for the device. Nothing is read while a graph is traced, compiled or exported.
+
+Letters: B images, C channels, H x W pixels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from unmask.batch import ImageSpec
+from unmask.errors import UserError
+
+Scale = Literal["data", "unit"]
+"""Units of images: "data" are those of the files, taken as they are; "unit" is 0 to 1 for 8-bit and 16-bit data."""
+
+FULL = {"uint8": 255.0, "uint16": 65535.0}  # the greatest value of the files; float files have none
+LEAST_RANGE = 32.0  # of the data: below, values of at most 1 may be the files' own (class maps, counts, dark frames)
+ROUNDING = 1e-3
+OVERSHOOT = 0.25  # share of the range by which resampling may leave it
+FARTHEST = 50.0  # standard deviations that the mean of a batch may lie from the data's (Chebyshev: 1 in 2,500)
+LARGEST_NORMALISED = 16.0
+SHOWN = 4  # channels whose statistics a message shows
+NEAREST = 1.5  # standard deviations of the data's mean from 0, beyond which values near 0 cannot be typical
+
+
+class ImageEncoder(nn.Module):
+    """Base of all encoders: checks their input, and keeps the constants of the data in float32.
+
+    `spec` describes the training data. `exact` names the buffers that are in the files' units: `.half()` and
+    `.bfloat16()` leave these as they are, because 16-bit values do not fit in half precision.
+    """
+
+    spec: ImageSpec
+    patch: tuple[int, int]
+    one_size: str = ""  # why images must have the training size; empty where any whole number of patches will do
+    exact: tuple[str, ...] = ("mean", "std")
+
+    def accept(self, images: Any, scale: Scale | None = None) -> Tensor:
+        """Return `images` (B, C, H, W) in the files' units. Raises UserError for what this encoder cannot take.
+
+        scale: None checks the range of float images; "data" takes the values as they are; "unit" multiplies values
+        between 0 and 1 by 255 (8-bit data) or 65535 (16-bit data).
+        """
+        self.require_shape(images)
+        return in_data_units(images, self.spec, scale)
+
+    def require_shape(self, images: Any) -> None:
+        """Raise UserError unless `images` is a tensor (B, C, H, W) of a size that this encoder takes."""
+        require_images(images, self.spec)
+        size = (images.shape[2], images.shape[3])
+        if self.one_size:
+            if size != self.spec.size:
+                wanted = f"(B, {self.spec.channels}, {self.spec.size[0]}, {self.spec.size[1]})"
+                raise UserError(
+                    f"got images of shape {tuple(images.shape)}; expected {wanted}: {self.one_size}; crop or resize "
+                    "the images to that size"
+                )
+            return
+        for side, length, step in zip(("height", "width"), size, self.patch, strict=True):
+            if length % step or length < step:
+                fits = [str(n) for n in (length // step * step, (length // step + 1) * step) if n]
+                raise UserError(
+                    f"got images of shape {tuple(images.shape)}, {side} {length}; expected a multiple of the patch "
+                    f"size {step}; crop or resize the {side} to {' or '.join(fits)}"
+                )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        before = {name: self._buffers[name] for name in self.exact}
+        super()._apply(fn, recurse)
+        for name, value in before.items():
+            moved = self._buffers[name]
+            if value is not None and moved is not None and moved.dtype != value.dtype:
+                self._buffers[name] = value.to(moved.device)
+        return self
+
+
+def require_images(images: Any, spec: ImageSpec) -> None:
+    """Raise UserError unless `images` is a real tensor (B, C, H, W) with the channels of the data, the fix last."""
+    wanted = f"(B, {spec.channels}, H, W)"
+    if not isinstance(images, Tensor):
+        shape = f" of shape {tuple(images.shape)}" if hasattr(images, "shape") else ""
+        raise UserError(
+            f"got {_type_name(images)}{shape}; expected a torch.Tensor of shape {wanted} with the files' values; "
+            f"use {_conversion(images, spec.channels)}"
+        )
+    if images.dtype == torch.bool or images.is_complex():
+        raise UserError(
+            f"got images of dtype {images.dtype}; expected numbers in the units of the training data ({_about(spec)}); "
+            + ("use images.to(torch.uint8) * 255" if images.dtype == torch.bool else "pass real numbers")
+        )
+    shape, channels = tuple(images.shape), spec.channels
+    if len(shape) == 4 and shape[1] == channels:
+        return
+    last = len(shape) in (3, 4) and shape[-1] == channels
+    if len(shape) == 4 and last:
+        advice = "channels come second: pass images.permute(0, 3, 1, 2)"
+    elif len(shape) == 3 and shape[0] == channels:
+        advice = "a batch is expected: pass images[None] for one image"
+    elif len(shape) == 3 and last:
+        advice = "a batch with the channels second is expected: pass images.permute(2, 0, 1)[None] for one image"
+    elif len(shape) in (2, 3) and channels == 1:
+        advice = "pass images[None, None]" if len(shape) == 2 else "pass images[:, None] for a batch of gray images"
+    elif len(shape) == 4 and channels == 3 and shape[1] == 1:
+        advice = f"this encoder was trained on {channels}-channel images: repeat gray with images.expand(-1, 3, -1, -1)"
+    elif len(shape) == 4 and channels == 3 and shape[1] == 4:
+        advice = "drop the alpha channel with images[:, :3]"
+    else:
+        advice = f"this encoder was trained on {channels}-channel images"
+    raise UserError(f"got images of shape {shape}; expected {wanted}; {advice}")
+
+
+def in_data_units(images: Tensor, spec: ImageSpec, scale: Scale | None = None) -> Tensor:
+    """Images (B, C, H, W) in the files' units; see `ImageEncoder.accept`. Raises UserError."""
+    if scale not in (None, "data", "unit"):
+        raise UserError(f'got scale={scale!r}; expected None, "data" or "unit"')
+    if scale == "unit":
+        return _from_unit(images, spec)
+    if scale is None and not _unambiguous(images, spec) and _readable(images):
+        low, high, away = _range(images, spec)
+        if fault := _fault(low, high, away, spec, str(images.dtype).removeprefix("torch.")):
+            raise UserError(fault)
+    return images
+
+
+def _from_unit(images: Tensor, spec: ImageSpec) -> Tensor:
+    if spec.dtype not in FULL:
+        raise UserError(
+            f'got scale="unit"; expected the files\' units: this encoder was trained on float images ({_about(spec)}), '
+            "which have no full range to scale 0 to 1 to; pass the values as they are in such files"
+        )
+    if not images.is_floating_point():
+        raise UserError(
+            f'got scale="unit" with {images.dtype} images; expected floats between 0 and 1; leave scale out'
+        )
+    if _readable(images):
+        low, high, _ = _range(images, spec)
+        if not (math.isfinite(low) and low >= -2 * OVERSHOOT and high <= 1 + 2 * OVERSHOOT):
+            raise UserError(
+                f'got scale="unit" with values from {low:.4g} to {high:.4g}; expected 0 to 1; leave scale out for '
+                "values in the files' units, and leave normalisation to the encoder"
+            )
+    return images.to(torch.float64 if images.dtype == torch.float64 else torch.float32) * FULL[spec.dtype]
+
+
+def _unambiguous(images: Tensor, spec: ImageSpec) -> bool:
+    """Whether the dtype alone says that these are the files' values."""
+    return str(images.dtype) == f"torch.{spec.dtype}" != "torch.float32"
+
+
+def _readable(images: Tensor) -> bool:
+    """Whether the values can be looked at: not in a graph that is traced or compiled, nor without any."""
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or images.is_meta or isinstance(images, FakeTensor)
+    return not traced and images.shape.numel() > 0
+
+
+@torch.no_grad()
+def _range(images: Tensor, spec: ImageSpec) -> tuple[float, float, float]:
+    """(least, greatest, the farthest channel mean in standard deviations of the data), with one wait for the device."""
+    values = images.detach().float()
+    low, high = values.aminmax()
+    mean, std = (torch.tensor(numbers, device=values.device) for numbers in (spec.mean, spec.std))
+    away = ((values.mean((0, 2, 3)) - mean) / std).abs().max()
+    found = torch.stack([low, high, away]).tolist()
+    return found[0], found[1], found[2]
+
+
+def _fault(low: float, high: float, away: float, spec: ImageSpec, dtype: str) -> str:
+    """What is wrong with values in this range, as a sentence with the fix; "" where they can be the data's."""
+    got, full = f"got {dtype} images with values from {low:.4g} to {high:.4g}", FULL.get(spec.dtype)
+    keep = 'or scale="data" if the values are right as they are'
+    if not (math.isfinite(low) and math.isfinite(high)):
+        return (
+            "got images with values that are not finite (NaN or infinity); expected numbers in every pixel; fill "
+            "absent pixels with the mean of the data: torch.where(images.isfinite(), images, "
+            "torch.tensor(encoder.spec.mean)[:, None, None])"
+        )
+    if full == FULL["uint16"] and dtype == "uint8":
+        return (
+            f"{got}; expected the units of the training data ({_about(spec)}); pass the 16-bit values, or 8-bit images "
+            "times 257 (images.to(torch.int32) * 257), as in training"
+        )
+    if low == high == 0:
+        return ""  # black, in any units
+    near_zero = _near_zero(spec)
+    if near_zero and max(abs(low), abs(high)) <= 1 + ROUNDING:
+        fix = 'scale="unit" for values between 0 and 1 (ToTensor)' if full else "the values as they are in the files"
+        return (
+            f"{got}; expected the units of the training data ({_about(spec)}), in which these would be almost black; "
+            f"pass {fix}, {keep}"
+        )
+    negative = low < -OVERSHOOT * max(abs(high), 1)
+    if negative and (full or (near_zero and max(-low, high) <= LARGEST_NORMALISED)):
+        fix = 'pass scale="unit" after ToTensor alone' if full else "pass the values as they are in the files"
+        return (
+            f"{got}, as after normalisation; expected the units of the training data ({_about(spec)}): the encoder "
+            f"subtracts the mean and divides by the standard deviation itself; leave Normalize out and {fix}, {keep}"
+        )
+    if (full and max(-low, high - full) > OVERSHOOT * full) or (not full and away > FARTHEST):
+        return (
+            f"{got}; expected the units of the training data ({_about(spec)}); convert the values to these units, "
+            f"{keep}"
+        )
+    return ""
+
+
+def _near_zero(spec: ImageSpec) -> bool:
+    """Whether values of at most 1 are a tiny part of the data's range, and not typical of it."""
+    largest = max(mean + 2 * std for mean, std in zip(spec.mean, spec.std, strict=True))
+    if spec.dtype in FULL:
+        return largest >= LEAST_RANGE
+    # Float data may have their mean at 0 (heights above the sea): then values near 0 are as good as any.
+    return largest >= LEAST_RANGE and all(mean > NEAREST * std for mean, std in zip(spec.mean, spec.std, strict=True))
+
+
+def _about(spec: ImageSpec) -> str:
+    """The data's dtype, range and statistics in words."""
+    kind = {"uint8": "uint8, 0 to 255", "uint16": "uint16, 0 to 65535"}.get(spec.dtype, spec.dtype)
+    mean, std = (", ".join(f"{value:.4g}" for value in values[:SHOWN]) for values in (spec.mean, spec.std))
+    more = ", ..." if spec.channels > SHOWN else ""
+    return f"{kind}; mean {mean}{more}, standard deviation {std}{more}"
+
+
+def _type_name(value: Any) -> str:
+    kind = type(value)
+    return kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__.split('.')[0]}.{kind.__name__}"
+
+
+def _conversion(value: Any, channels: int) -> str:
+    """Code that makes a batch of a NumPy array or a Pillow image."""
+    shape = getattr(value, "shape", None)
+    if shape is None:
+        code, shape = "torch.from_numpy(numpy.array(image))", (0, 0) if channels == 1 else (0, 0, channels)
+    else:
+        code = "torch.from_numpy(array)"
+    if len(shape) == 2:
+        return f"{code}[None, None]"
+    last = shape[-1] == channels and shape[-3] != channels
+    order = {3: ".permute(2, 0, 1)", 4: ".permute(0, 3, 1, 2)"}.get(len(shape), "") if last else ""
+    return code + order + "[None]" * (len(shape) == 3)
