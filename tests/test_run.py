@@ -1,5 +1,6 @@
 """The Run folder: files whole or not at all, metrics each step once, one trainer at a time."""
 
+import errno
 import multiprocessing
 import os
 import signal
@@ -112,3 +113,14 @@ def test_one_trainer_at_a_time_and_a_killed_one_leaves_no_lock(run):
 def test_replace_file_writes_the_whole_content(tmp_path):
     replace_file(tmp_path / "a", b"x" * 100_000)
     assert (tmp_path / "a").read_bytes() == b"x" * 100_000
+
+
+def test_a_full_disk_names_the_file(tmp_path, monkeypatch):
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as write and fsync raise it: without a name
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left on device") as raised:
+        replace_file(tmp_path / "a.json", b"{}")
+    assert raised.value.filename == str(tmp_path / "a.json")
+    assert list(tmp_path.iterdir()) == []

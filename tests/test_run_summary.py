@@ -2,10 +2,13 @@
 
 import base64
 import sys
+import threading
+import time
 import types
 
 from test_report import make_run
 
+from unmask import console
 from unmask.console import Console
 from unmask.run import Run
 
@@ -47,3 +50,17 @@ def test_progress_in_a_notebook_replaces_one_line(monkeypatch):
     with Console(quiet=True).progress("step", 3) as bar:
         bar.update(3)
     assert len(shown) == 3
+
+
+def test_long_work_of_unknown_length_reports_that_it_goes_on(monkeypatch, capsys):
+    monkeypatch.setattr(console, "PLAIN_INTERVAL", 0.01)
+    with Console().working("fitting"):
+        time.sleep(0.2)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) > 1
+    assert set(lines) == {"fitting: 0 s so far"}
+    threads = threading.active_count()
+    with Console(quiet=True).working("fitting"):
+        time.sleep(0.05)
+    assert capsys.readouterr().err == ""
+    assert threading.active_count() == threads

@@ -8,13 +8,14 @@ from __future__ import annotations
 import os
 import re
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console as RichConsole
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 PLAIN_INTERVAL = 30.0
 # C0 and C1 controls but tab and line feed, line separators, and the marks that reorder text (Unicode's bidirectional
@@ -90,6 +91,32 @@ class Console:
             bar = Bar(self, title, total, start)
             bar.show = lambda step, text: rich.update(task, completed=step, text=escape(escape_controls(text)))
             yield bar
+
+    @contextmanager
+    def working(self, title: str) -> Iterator[None]:
+        """Show that something is going on whose length is not known, and for how long it has been."""
+        if self.quiet:
+            yield
+            return
+        if self.live:
+            columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+            with Progress(*columns, console=self._rich, transient=True) as rich:
+                rich.add_task(escape(title), total=None)
+                yield
+            return
+        done, began = threading.Event(), time.monotonic()
+
+        def report() -> None:
+            while not done.wait(PLAIN_INTERVAL):
+                self.say(f"{title}: {duration(time.monotonic() - began)} so far")
+
+        reporter = threading.Thread(target=report, daemon=True)
+        reporter.start()
+        try:
+            yield
+        finally:
+            done.set()
+            reporter.join()
 
 
 def in_notebook() -> Callable[[str], None] | None:

@@ -6,7 +6,9 @@ what to do.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 
 class UserError(ValueError):
@@ -19,6 +21,20 @@ class SourceError(UserError):
 
 class TrainingFailed(RuntimeError):
     """Training cannot go on. The Run keeps its last good checkpoint; the command line leaves with exit code 1."""
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Context manager that gives an OSError inside it the file's name, where the system gave none.
+
+    A full disk is met in `write` or `fsync`, whose errors name no file.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
 
 
 def some(names: Iterable[str], count: int = 5, between: str = ", ") -> str:

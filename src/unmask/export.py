@@ -30,6 +30,7 @@ from unmask.batch import DTYPES, ImageSpec
 from unmask.card import last_name, model_card
 from unmask.config import nearest
 from unmask.console import Console
+from unmask.errors import naming
 from unmask.export_hf import to_hf
 from unmask.export_onnx import to_onnx
 from unmask.export_timm import to_official, to_timm
@@ -65,7 +66,8 @@ def export_run(
     staging = Path(tempfile.mkdtemp(prefix=".export-", dir=out.parent))
     try:
         inside = staging / out.name
-        made.write(inside)
+        with naming(out):
+            made.write(inside)
         difference, tested = test(made, inside, loaded, run)
         name = inside / "README.md" if not suffix else inside.with_name(inside.name + ".md")
         load_it, returns = (text.replace("PATH", json.dumps(out.name)) for text in (made.load, made.returns))

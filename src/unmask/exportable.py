@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from unmask.errors import TrainingFailed, UserError
+from unmask.errors import TrainingFailed, UserError, naming
 from unmask.method import Method
 from unmask.methods.mae import MAE
 from unmask.nn.gpt import GPT
@@ -100,7 +100,8 @@ def encoder_of(method: Method) -> dict[str, Tensor]:
 
 def write_safetensors(path: Path, weights: dict[str, Tensor], header: Mapping[str, str] | None = None) -> None:
     """As the library's own `save_file`, which makes a file that nobody else may read."""
-    path.write_bytes(save(weights, {"format": "pt", **(header or {})}))
+    with naming(path):
+        path.write_bytes(save(weights, {"format": "pt", **(header or {})}))
 
 
 def tokens_of(encoder: ViT, images: Tensor) -> Tensor:

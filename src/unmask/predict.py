@@ -28,7 +28,7 @@ from unmask.console import Console
 from unmask.data import decode
 from unmask.data.maps import CLASSES_FILE, first_ids
 from unmask.data.sources import Source
-from unmask.errors import UserError
+from unmask.errors import UserError, naming
 from unmask.evals.segmentation import classes_at
 from unmask.lessons import as_numpy
 from unmask.plan import autocast, choose_device
@@ -136,7 +136,8 @@ def masks(loaded: Loaded, source: Source, batches: Any, out: Path) -> tuple[int,
                 picture.putpalette(palette.tobytes())
             place = mask_file(out, source.names[row])
             place.parent.mkdir(parents=True, exist_ok=True)
-            picture.save(place)
+            with naming(place):
+                picture.save(place)
             counts += np.bincount(found.ravel(), minlength=len(names))
             done += 1
     lines = ["(no class)"] * (int(ids.max()) + 1)

@@ -118,7 +118,8 @@ def pick_layer(
         tables = collect_layers(view, batches, device=loaded.device, precision=eval_precision(loaded))
     y = labelled.train_y[tables[0].index]
     # By a linear probe whatever kind is measured then, so that kinds can be compared.
-    return choose_layer(tables, "linear", seed, y=y, task=labelled.aim.task)
+    with console.working(f"comparing {len(tables)} layers on {len(y):,} images"):
+        return choose_layer(tables, "linear", seed, y=y, task=labelled.aim.task)
 
 
 def tables_of(

@@ -8,7 +8,13 @@ from typing import Any
 from unmask.console import Console
 from unmask.data.targets import CLASSES, MULTILABEL, REGRESSION
 from unmask.evals.attentive import ATTENTIVE, BATCH, EPOCHS, LEAST_STEPS
+from unmask.evals.linear import FINAL_ITERATIONS
 from unmask.evals.scores import ACCURACY, MEAN_AP, POOLS, PRETRAINED, RAW_PIXELS, show
+
+NOT_CONVERGED = (
+    f"; the fit stopped at its limit of {FINAL_ITERATIONS:,} iterations, so the number may be too low: compare it with "
+    "--kind knn, or give more labels"
+)
 
 
 def protocol(summary: Mapping[str, Any]) -> str:
@@ -77,7 +83,7 @@ def say_probe(summary: Mapping[str, Any], console: Console) -> None:
 
 
 def _unusual(row: Mapping[str, Any]) -> str:
-    said = "" if row.get("converged", True) else ", the fit stopped before it converged"
+    said = "" if row.get("converged", True) else NOT_CONVERGED
     if "layer" in row:
         said += f"; layer {row['layer']['number']} of {row['layer']['last']}"
     if "votes" in row:

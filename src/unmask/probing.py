@@ -47,9 +47,8 @@ from unmask.probe_labels import DRAWS, Asked, Labelled, Pick, pick, read_labels,
 from unmask.probe_words import protocol, say_probe
 from unmask.run import Run
 from unmask.saved import Loaded, load, untrained_encoder
-from unmask.use import eval_precision
+from unmask.use import FEATURES, eval_precision
 
-FEATURES = "features"  # of a Run: tables kept for the next probe
 TEST_PIECE = 4096  # test images whose tokens are in memory at a time
 
 
@@ -129,7 +128,9 @@ def probe_kinds(
                 guesses = attentive_guesses(fits, answers, measured, number, labelled.aim, seed)
             else:
                 part = {name: table.at(each.places) for name, table in train.items()}
-                guesses = guess(part, measured, y, kind=kind, aim=labelled.aim, seed=seed)
+                counted = f" {number + 1} of {len(picks)}" if len(picks) > 1 else ""
+                with console.working(f"fitting {kind} probes{counted} on {len(y):,} images"):
+                    guesses = guess(part, measured, y, kind=kind, aim=labelled.aim, seed=seed)
             drawn.append(Draw(each.shots or 0, y, guesses))
         test_y = labelled.test_y[measured[PRETRAINED].index]
         more = {"aim": labelled.aim, "shared": shared_images(train, measured), "runs": list(others)}

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from unmask import run_summary
-from unmask.errors import UserError
+from unmask.errors import UserError, naming
 
 try:
     import fcntl
@@ -179,7 +179,7 @@ def _line(row: dict[str, Any]) -> bytes:
 
 def _append(path: Path, row: dict[str, Any]) -> None:
     # A line torn by a crash must not swallow the next one.
-    with path.open("ab+") as file:
+    with naming(path), path.open("ab+") as file:
         if file.tell():
             file.seek(-1, os.SEEK_END)
             if file.read(1) != b"\n":
@@ -222,7 +222,7 @@ def replacing(path: Path) -> Iterator[BufferedRandom]:
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with partial.open("w+b") as file:
+        with naming(path), partial.open("w+b") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

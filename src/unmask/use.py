@@ -24,16 +24,18 @@ from unmask.data.decode import BadImage
 from unmask.data.loader import Delivery, Images, Taken, choose_workers, eval_batches
 from unmask.data.looks import worth_keeping
 from unmask.data.sources import LISTS, TARS, Source, open_files, open_source
-from unmask.errors import UserError, some
+from unmask.errors import UserError, naming, some
 from unmask.evals import kept
 from unmask.evals.collect import FeatureTable, collect_each
 from unmask.evals.pictures import draw, require_png
 from unmask.method import Clock
 from unmask.plan import autocast, choose_device, choose_precision
 from unmask.rng import Draws
+from unmask.run import Run
 from unmask.saved import Loaded, load
 
 EVAL_BATCH = 128
+FEATURES = "features"  # of a Run: tables stored for the next probe or embed
 MOST_DRAWN = 16
 MANY_IMAGES = 1024  # from here on, decoding in processes of its own repays starting them
 NAMED_BAD_FILES = 5
@@ -196,7 +198,16 @@ def embed_images(run: Path, data: str, out: Path, *, step: int | None, device: s
     rows = np.arange(len(source))
     encoders = {"encoder": loaded.method.encoder}
     # fp32 always: these numbers are kept, and should be the same on a laptop and a server but for rounding.
-    tables = features(loaded, encoders, source, rows, precision="fp32", title="embedding", console=console)
+    tables = features(
+        loaded,
+        encoders,
+        source,
+        rows,
+        precision="fp32",
+        title="embedding",
+        console=console,
+        folder=Run.open(run).path / FEATURES,
+    )
     table = tables["encoder"]
     names = [source.names[row] for row in table.index.tolist()]
     labels = None if table.labels is None else [source.classes[label] for label in table.labels.tolist()]
@@ -221,7 +232,7 @@ def _write_features(
     partial = out.with_name(f".{out.name}.partial")  # the final name only ever holds a complete file
     try:
         if out.suffix == ".npz":
-            with partial.open("wb") as file:  # NumPy dates every member 1980-01-01, so equal arrays are equal bytes
+            with naming(out), partial.open("wb") as file:  # NumPy dates every member 1980-01-01: equal bytes each time
                 np.savez(file, **{name: np.array(text) for name, text in texts.items()}, **vectors)  # type: ignore[arg-type]
         else:
             import pyarrow as pa

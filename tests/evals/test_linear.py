@@ -156,7 +156,7 @@ def test_fewer_than_two_classes_are_refused():
 
 
 def test_a_fit_that_ran_out_of_iterations_says_so(monkeypatch):
-    monkeypatch.setattr(module, "MAX_ITERATIONS", 2)
+    monkeypatch.setattr(module, "FINAL_ITERATIONS", 2)
     train_x, train_y = blobs(200, spread=3)
     assert not linear(train_x, train_y, train_x).converged
 

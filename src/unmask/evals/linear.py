@@ -25,7 +25,8 @@ C_GRID = tuple(10.0**power for power in range(-5, 3))
 C_WITHOUT_CHOICE = 0.01
 PENALTIES = tuple(10.0**power for power in range(-2, 7))
 PENALTY_WITHOUT_CHOICE = 100.0
-MAX_ITERATIONS = 500
+MAX_ITERATIONS = 500  # of the fits among which C is chosen
+FINAL_ITERATIONS = 5_000  # of the fit that is measured: it should converge, whatever the choice may cost
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def linear(
     if chosen:
         c = _choose_c(train_x[fit], train_y[fit], train_x[held], train_y[held])
     c = C_WITHOUT_CHOICE if c is None else c
-    model, converged = _fit(LogisticRegression(max_iter=MAX_ITERATIONS, C=c), train_x, train_y)
+    model, converged = _fit(LogisticRegression(max_iter=FINAL_ITERATIONS, C=c), train_x, train_y)
     return LinearFit(np.asarray(model.predict(test_x), np.int64), c, chosen, converged)
 
 
@@ -94,7 +95,7 @@ def linear_labels(train_x: np.ndarray, train_y: np.ndarray, test_x: np.ndarray, 
             best, c, worse = (score, tried, 0) if score > best else (best, c, worse + 1)
             if worse == 2:
                 break
-    models = [LogisticRegression(max_iter=MAX_ITERATIONS) for _ in train_y.T]
+    models = [LogisticRegression(max_iter=FINAL_ITERATIONS) for _ in train_y.T]
     scores, converged = _each_label(models, c, train_x, train_y, test_x)
     return ScoresFit(scores, c, chosen, converged)
 
@@ -167,4 +168,4 @@ def _fit(model: LogisticRegression, x: np.ndarray, y: np.ndarray) -> tuple[Logis
     with threadpool_limits(1), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # a field of the result, not a line on the screen
         model.fit(x, y)
-    return model, int(np.max(model.n_iter_)) < MAX_ITERATIONS
+    return model, int(np.max(model.n_iter_)) < model.max_iter
