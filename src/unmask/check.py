@@ -6,6 +6,7 @@ from typing import Any
 
 from unmask.config import DataConfig
 from unmask.console import Console, duration
+from unmask.data.findings import findings
 from unmask.data.scan import Scan, scan
 from unmask.data.sources import Source, open_source
 from unmask.plan import choose_device, measure_step_seconds, with_loading
@@ -38,6 +39,7 @@ def check_data(data: str, console: Console, *, sample: int | None, workers: int 
         "channels": dict(found.channels),
         "dtypes": dict(found.dtypes),
         "formats": dict(found.formats),
+        "tolerated": dict(found.tolerated),
         "mean": list(found.mean),
         "std": list(found.std),
     }
@@ -74,6 +76,8 @@ def say_scan(found: Scan, classes: list[str], console: Console) -> None:
     console.say(f"size (height x width): median {mid_h} x {mid_w}, from {low_h} x {low_w} to {top_h} x {top_w}")
     for title, counts in (("channels", found.channels), ("dtype", found.dtypes), ("format", found.formats)):
         console.say(f"{title}: " + ", ".join(f"{key} in {count}" for key, count in counts.most_common()))
+    for sentence in findings(found):
+        console.say(sentence)
     if found.dtype_majority == "uint16" and "uint8" in found.dtypes:
         console.say("8-bit images among 16-bit ones have their values multiplied by 257")
     console.say(

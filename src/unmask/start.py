@@ -28,6 +28,7 @@ from unmask.batch import ImageSpec
 from unmask.config import Config, ConfigError, override, parse, task_names
 from unmask.console import Console, duration
 from unmask.data.augment import crop_for
+from unmask.data.findings import findings
 from unmask.data.loader import Annotations, Images, Order, choose_workers
 from unmask.data.scan import Scan, scan
 from unmask.data.sources import Source, open_source
@@ -488,6 +489,7 @@ def prepare(
     excluded = np.union1d(found.bad_rows, [] if held_out is None else held_out).astype(np.int64)
     rows = np.setdiff1d(np.arange(len(source)), excluded)
     images = training_images(source, rows, spec, config)
+    reasons += findings(found)
     if images.repeats > 1:
         reasons += (f"every image gives {images.repeats} samples when it is read: once in {images.repeats} epochs",)
     if images.on_device:

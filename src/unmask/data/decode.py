@@ -10,6 +10,9 @@ A .npy of three axes is (H, W, C), unless its first axis is smaller than both ot
 
 PNG is checked against its checksums. WebP, GIF, BMP and TIFF carry none: damage that still decodes is not noticed.
 
+JPEGs with junk between segments, before or for the end marker are accepted where all blocks of the image are there;
+see `jpeg_repair.py`.
+
 Reason codes: EMPTY NOT_IMAGE FORMAT_NOT_ALLOWED HEADER_BAD TRUNCATED CORRUPT TOO_MANY_PIXELS TOO_LARGE_FILE
 EXTREME_ASPECT UNSUPPORTED_MODE MISMATCHED_CHANNELS MISMATCHED_DTYPE; and from the sources PERMISSION VANISHED.
 """
@@ -23,7 +26,7 @@ import struct
 import warnings
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import simplejpeg
@@ -37,6 +40,8 @@ from PIL import (
     WebPImagePlugin,  # noqa: F401
 )
 
+from unmask.data.jpeg_repair import NEXT_MARKER, repaired
+from unmask.data.layout import Layout
 from unmask.errors import UserError
 
 FORMATS = ("PNG", "WEBP", "TIFF", "BMP", "GIF")
@@ -67,6 +72,7 @@ class Header:
     """What the first bytes say. Height and width are as displayed, after the EXIF `orientation` (1 to 8) is applied.
 
     packed_from: height and width of the original, if this is a smaller copy of it that says so (`packed_note`).
+    layout: how the file stores this, and what decoding makes of it.
     """
 
     height: int
@@ -76,6 +82,7 @@ class Header:
     format: str
     orientation: int = 1
     packed_from: tuple[int, int] | None = None
+    layout: Layout = field(default=Layout(), compare=False)
 
     @property
     def full_size(self) -> tuple[int, int]:
@@ -111,17 +118,23 @@ def header(data: bytes) -> Header:
     return found
 
 
-def decode(data: bytes, *, at_least: tuple[int, int] | None = None, found: Header | None = None) -> np.ndarray:
+def decode(
+    data: bytes,
+    *,
+    at_least: tuple[int, int] | None = None,
+    found: Header | None = None,
+    tolerated: list[str] | None = None,
+) -> np.ndarray:
     """(H, W, C) uint8, uint16 or float32, contiguous.
 
     at_least: (h, w) in displayed orientation; a JPEG may then be decoded at 1/2, 1/4 or 1/8, the smallest that still
     has that size. The choice depends on nothing but the file and `at_least`. found: what `header` said of these bytes,
-    to spare a second look. Raises BadImage.
+    to spare a second look. tolerated: a list to which faults that lost no pixel are added. Raises BadImage.
     """
     found = found or header(data)
     try:
         if found.format == "JPEG":
-            pixels = _jpeg(data, found, at_least)
+            pixels = _jpeg(data, found, at_least, tolerated)
         elif found.format == "NPY":
             pixels = _npy(data)
         elif found.format == "PNG":
@@ -179,8 +192,12 @@ def _jpeg_header(data: bytes) -> Header:
     """Walk the markers to the frame header: a few microseconds, where opening a decoder costs a hundred."""
     place, orientation, end, note = 2, 1, len(data), b""
     while place + 4 <= end:
-        if data[place] != 0xFF:
-            raise BadImage("HEADER_BAD", f"no JPEG marker at byte {place}")
+        if data[place] != 0xFF or data[place + 1] == 0:
+            junk = NEXT_MARKER.search(data, place)
+            if place == 2 or junk is None:
+                raise BadImage("HEADER_BAD", f"no JPEG marker at byte {place}")
+            place = junk.start()
+            continue
         marker = data[place + 1]
         if marker == 0xFF:  # padding
             place += 1
@@ -231,7 +248,9 @@ def _exif_orientation(tiff: bytes) -> int:
     return 1
 
 
-def _jpeg(data: bytes, found: Header, at_least: tuple[int, int] | None) -> np.ndarray:
+def _jpeg(
+    data: bytes, found: Header, at_least: tuple[int, int] | None, tolerated: list[str] | None = None
+) -> np.ndarray:
     height, width = (found.height, found.width) if found.orientation < 5 else (found.width, found.height)
     if at_least is not None:
         wanted = at_least if found.orientation < 5 else at_least[::-1]
@@ -240,18 +259,22 @@ def _jpeg(data: bytes, found: Header, at_least: tuple[int, int] | None) -> np.nd
             if -(-height // part) >= wanted[0] and -(-width // part) >= wanted[1]:
                 height, width = -(-height // part), -(-width // part)
                 break
+    colours = "GRAY" if found.channels == 1 else "RGB"
     try:
-        return simplejpeg.decode_jpeg(
-            data,
-            "GRAY" if found.channels == 1 else "RGB",
-            min_height=height,
-            min_width=width,
-            min_factor=1,
-            strict=True,
-        )
+        return simplejpeg.decode_jpeg(data, colours, min_height=height, min_width=width, min_factor=1, strict=True)
     except ValueError as error:
         text = str(error)
-        raise BadImage("TRUNCATED" if "premature end of jpeg" in text.lower() else "CORRUPT", f"JPEG: {text}") from None
+
+    def decode_small(candidate: bytes) -> object:
+        return simplejpeg.decode_jpeg(candidate, colours, min_height=1, min_width=1, min_factor=1, strict=True)
+
+    mended = repaired(data, decode_small)
+    if mended is None:
+        code = "TRUNCATED" if "premature end of jpeg" in text.lower() else "CORRUPT"
+        raise BadImage(code, f"JPEG: {text}")
+    if tolerated is not None:
+        tolerated += mended[1]
+    return simplejpeg.decode_jpeg(mended[0], colours, min_height=height, min_width=width, min_factor=1, strict=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------- PNG

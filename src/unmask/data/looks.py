@@ -23,16 +23,18 @@ from pathlib import Path
 
 import numpy as np
 
-from unmask.data import decode
+from unmask.data import decode, jpeg_repair, layout
 from unmask.data.arrays import read_arrays, write_arrays
+from unmask.data.layout import Layout
 from unmask.data.names import Names
 from unmask.data.sources import Source
 
-LAYOUT = 1
+LAYOUT = 2
 WORD = np.dtype("S8")
 WORTH_KEEPING = 2.0  # seconds of work; what is had again as fast needs no place on the disk
 SETTLED = 2_000_000_000  # nanoseconds: coarse clocks of file systems give two changes within it the same time
-COLUMNS = ("sizes", "channels", "dtypes", "formats", "sums", "squares")
+COLUMNS = ("sizes", "channels", "dtypes", "formats", "layouts", "sums", "squares")
+HOW = (decode, jpeg_repair, layout)  # the modules that decide what is found in a file
 DECODERS = ("numpy", "pillow", "simplejpeg", "tifffile")
 
 
@@ -44,16 +46,18 @@ class Look:
     channels: int
     dtype: str
     format: str
+    layout: Layout
     sums: np.ndarray
     squares: np.ndarray
 
 
 @dataclass(frozen=True)
 class Looks:
-    """Readable files, a row each, ascending: about 80 bytes a colour image.
+    """Readable files, a row each, ascending: about 90 bytes a colour image.
 
     `rows` (n,) int64 of the source; `sizes` (n, 2) int32; `channels` (n,) int32; `dtypes` and `formats` (n,) words in
-    ASCII of at most 8 letters; `sums` and `squares` (sum of channels,) float64, one after another.
+    ASCII of at most 8 letters; `layouts` (n,) int64, see `layout.Layout.code`;
+    `sums` and `squares` (sum of channels,) float64, one after another.
     """
 
     rows: np.ndarray
@@ -61,6 +65,7 @@ class Looks:
     channels: np.ndarray
     dtypes: np.ndarray
     formats: np.ndarray
+    layouts: np.ndarray
     sums: np.ndarray
     squares: np.ndarray
 
@@ -79,12 +84,12 @@ class Looks:
         inside = np.repeat(self.starts[places], channels) + within
         return Looks(
             self.rows[places], self.sizes[places], self.channels[places], self.dtypes[places], self.formats[places],
-            self.sums[inside], self.squares[inside],
+            self.layouts[places], self.sums[inside], self.squares[inside],
         )  # fmt: skip
 
     def with_rows(self, rows: np.ndarray) -> Looks:
         """The same of files that stand in other rows."""
-        return Looks(rows, self.sizes, self.channels, self.dtypes, self.formats, self.sums, self.squares)
+        return Looks(rows, self.sizes, self.channels, self.dtypes, self.formats, self.layouts, self.sums, self.squares)
 
 
 def joined(several: Iterable[Looks]) -> Looks:
@@ -99,7 +104,7 @@ class LooksSoFar:
 
     def __init__(self) -> None:
         self.rows, self.sizes, self.channels = array("q"), array("i"), array("i")
-        self.dtypes, self.formats = array("B"), array("B")
+        self.dtypes, self.formats, self.layouts = array("B"), array("B"), array("q")
         self.sums, self.squares = array("d"), array("d")
         self.words: list[str] = []
 
@@ -109,6 +114,7 @@ class LooksSoFar:
         self.channels.append(look.channels)
         self.dtypes.append(self._code(look.dtype))
         self.formats.append(self._code(look.format))
+        self.layouts.append(look.layout.code)
         self.sums.extend(look.sums.tolist())
         self.squares.extend(look.squares.tolist())
 
@@ -125,6 +131,7 @@ class LooksSoFar:
             np.array(self.channels, np.int32),
             words[np.array(self.dtypes, np.uint8)],
             words[np.array(self.formats, np.uint8)],
+            np.array(self.layouts, np.int64),
             np.array(self.sums),
             np.array(self.squares),
         )
@@ -225,5 +232,5 @@ def decoder_versions() -> dict[str, str]:
 def _about() -> str:
     """What the looks depend on beside the files: the decoders, and how they are used."""
     versions = decoder_versions()
-    how = hashlib.sha256(Path(decode.__file__).read_bytes()).hexdigest()
+    how = hashlib.sha256(b"".join(Path(module.__file__ or "").read_bytes() for module in HOW)).hexdigest()
     return json.dumps({"layout": LAYOUT, "versions": versions, "how": how}, sort_keys=True)

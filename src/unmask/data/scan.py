@@ -14,12 +14,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from unmask.data import decode
 from unmask.data.decode import BadImage
+from unmask.data.layout import Layout
 from unmask.data.looks import Look, Looks, LooksSoFar, joined, recall, remember, worth_keeping
 from unmask.data.sources import Source
 
@@ -44,7 +45,10 @@ class BadFile:
 
 @dataclass
 class Scan:
-    """What a source holds. Sizes are (H, W) in pixels as displayed; mean and std per channel in the files' units."""
+    """What a source holds. Sizes are (H, W) in pixels as displayed; mean and std per channel in the files' units.
+
+    layouts: how many files there are by format, channels as decoded, and layout.
+    """
 
     source: str
     files: int
@@ -60,6 +64,7 @@ class Scan:
     channels: Counter[int] = field(default_factory=Counter)
     dtypes: Counter[str] = field(default_factory=Counter)
     formats: Counter[str] = field(default_factory=Counter)
+    layouts: Counter[tuple[str, int, Layout]] = field(default_factory=Counter)
     wrong_extensions: int = 0
     channels_majority: int = 0
     dtype_majority: str = "uint8"
@@ -80,6 +85,14 @@ class Scan:
     @property
     def bad_fraction(self) -> float:
         return len(self.bad) / max(1, self.checked)
+
+    @property
+    def tolerated(self) -> Counter[str]:
+        """How many files have which fault that loses no pixel."""
+        found: Counter[str] = Counter()
+        for (_, _, layout), count in self.layouts.items():
+            found.update(dict.fromkeys(layout.tolerated, count))
+        return found
 
     @property
     def sampled(self) -> bool:
@@ -204,8 +217,8 @@ def _look(source: Source, row: int, like: tuple[int, str] | None = None) -> Look
     """One file, decoded; as it is, or `like` the data set's channels and dtype."""
     try:
         data = source.read(row)
-        head = decode.header(data)
-        pixels = decode.decode(data, found=head)
+        head, tolerated = decode.header(data), []
+        pixels = decode.decode(data, found=head, tolerated=tolerated)
         if like is not None:
             pixels = decode.conform(pixels, *like)
     except BadImage as error:
@@ -221,7 +234,8 @@ def _look(source: Source, row: int, like: tuple[int, str] | None = None) -> Look
         values = flat.astype(np.float64)
         sums, squares = values.sum(0), (values**2).sum(0)
     size = (pixels.shape[0], pixels.shape[1])
-    return Look(size, pixels.shape[2], str(pixels.dtype), head.format, sums, squares)
+    layout = replace(head.layout, tolerated=tuple(tolerated))
+    return Look(size, pixels.shape[2], str(pixels.dtype), head.format, layout, sums, squares)
 
 
 def _summarise(
@@ -235,6 +249,9 @@ def _summarise(
     result.channels = Counter(looks.channels.tolist())
     result.dtypes = Counter(looks.dtypes.astype(str).tolist())
     result.formats = Counter(looks.formats.astype(str).tolist())
+    kinds = zip(looks.formats.astype(str).tolist(), looks.channels.tolist(), looks.layouts.tolist(), strict=True)
+    for (kind, own_channels, code), count in Counter(kinds).items():
+        result.layouts[kind, own_channels, Layout.from_code(code)] = count
     wanted_channels = channels or (result.channels.most_common(1)[0][0] if len(looks) else 0)
     wanted_dtype = dtype or (_widest(result.dtypes) if len(looks) else "uint8")
     unlike = _unlike(looks, wanted_channels, wanted_dtype)

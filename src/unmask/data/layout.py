@@ -1,0 +1,56 @@
+"""How files store their images, and what decoding makes of it: bands, alpha, pages, order of axes, tolerated faults.
+
+A `Layout` is small enough to be kept of every file of a data set (one integer), so that a scan can report what was
+composited, skipped or guessed, also where it did not look at the files again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+ALPHA = ("", "composited", "dropped", "band", "opaque")
+PAGES = ("", "first", "largest", "channels", "samples")
+AXES = ("", "HWC", "CHW", "HWC guessed", "CHW guessed")
+TOLERATED = ("extraneous bytes between segments", "extraneous bytes before the end marker", "no end marker")
+MOST = (1 << 16) - 1
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Of one file.
+
+    bands: samples per pixel as stored, alpha included; 0 where that was not recorded. alpha: what becomes of the alpha
+    channel, "" where there is none. pages: images in the file, levels of lower resolution not counted. page_use: what
+    is read of several pages. axes: the order of a .npy of three axes. tolerated: faults that lose no pixel.
+    """
+
+    bands: int = 0
+    alpha: str = ""
+    pages: int = 1
+    page_use: str = ""
+    axes: str = ""
+    tolerated: tuple[str, ...] = ()
+
+    @property
+    def code(self) -> int:
+        """All of it as one integer; see `from_code`."""
+        faults = sum(1 << TOLERATED.index(fault) for fault in self.tolerated)
+        code = min(self.bands, MOST) | min(self.pages, MOST) << 16
+        return (
+            code
+            | ALPHA.index(self.alpha) << 32
+            | PAGES.index(self.page_use) << 36
+            | (AXES.index(self.axes) << 40 | faults << 44)
+        )
+
+    @classmethod
+    def from_code(cls, code: int) -> Layout:
+        """The layout that `code` stands for."""
+        return cls(
+            bands=code & MOST,
+            pages=code >> 16 & MOST,
+            alpha=ALPHA[code >> 32 & 15],
+            page_use=PAGES[code >> 36 & 15],
+            axes=AXES[code >> 40 & 15],
+            tolerated=tuple(fault for bit, fault in enumerate(TOLERATED) if code >> 44 & 1 << bit),
+        )
