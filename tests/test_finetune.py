@@ -4,6 +4,8 @@ import csv
 import json
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -12,6 +14,7 @@ from unmask import finetune, start
 from unmask.beside import SCORE
 from unmask.config import ConfigError, override
 from unmask.console import Console
+from unmask.data.csv_cells import unmarked
 from unmask.errors import UserError
 from unmask.predict import predict
 from unmask.recipes.catalogue import find
@@ -209,11 +212,31 @@ def test_it_predicts_with_the_names_of_its_classes(tuned, tests, tmp_path, name)
     elif name == "out.json":
         rows = json.loads((tmp_path / name).read_text())
     else:
-        import pyarrow.parquet as pq
-
         rows = pq.read_table(tmp_path / name).to_pylist()
     assert [row["path"].split("/")[0] for row in rows] == [row["class"] for row in rows]
     assert float(rows[0]["p(blue)"]) + float(rows[0]["p(red)"]) == pytest.approx(1, abs=1e-5)
+
+
+def test_a_table_holds_no_formulas(tuned, tests, tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    for number, name in enumerate(("=cmd|'x'!A1.png", "-1.png", "plain.png")):
+        (images / name).write_bytes((tests / "red" / f"{number}.png").read_bytes())
+    predict(tuned.path, [str(images)], tmp_path / "a.csv", step=None, device="cpu", console=Console(quiet=True))
+    rows = list(csv.DictReader((tmp_path / "a.csv").read_text().splitlines()))
+    assert [row["path"] for row in rows] == ["'-1.png", "'=cmd|'x'!A1.png", "plain.png"]
+    assert [unmarked(row["path"]) for row in rows] == ["-1.png", "=cmd|'x'!A1.png", "plain.png"]
+
+
+def test_where_nothing_can_be_written_is_said_before_the_images_are_looked_at(tuned, tests, tmp_path, monkeypatch):
+    monkeypatch.setattr("unmask.predict.open_images", lambda images: pytest.fail("the images were opened"))
+    (tmp_path / "folder.csv").mkdir()
+    with pytest.raises(UserError, match="is a folder; name a file in it"):
+        predict(tuned.path, [str(tests)], tmp_path / "folder.csv", step=None, device="cpu", console=Console(quiet=True))
+    with pytest.raises(UserError, match="does not exist; make it first"):
+        predict(
+            tuned.path, [str(tests)], tmp_path / "no" / "a.csv", step=None, device="cpu", console=Console(quiet=True)
+        )
 
 
 def test_what_a_classifier_has_no_use_for_is_refused(tuned, tests, tmp_path):
@@ -319,6 +342,18 @@ def test_masks_are_learnt_tested_resumed_and_predicted(pretrained, street, tmp_p
         assert picture.mode == "P"
     assert (given == truth)[truth != 7].mean() > 0.9
     assert (tmp_path / "out" / "classes.txt").read_text().split() == ["dark", "bright"]
+    table = {"image": [(street / "images" / "test" / f"{number}.png").read_bytes() for number in range(4)] * 2}
+    table["path"] = ["..", ".", "x" * 300 + ".png", "a:b\\c.png", "/etc/x.png", "a.png/x.png", "a.png", "A.png"]
+    pq.write_table(pa.table(table), tmp_path / "odd.parquet")
+    odd = predict(run.path, [str(tmp_path / "odd.parquet")], tmp_path / "odd", step=None, device="cpu",
+                  console=Console(quiet=True))  # fmt: skip
+    assert odd["images"] == 8
+    files = json.loads((tmp_path / "odd" / "files.json").read_text())
+    assert set(files) == {"..", ".", "x" * 300 + ".png", "a:b\\c.png", "/etc/x.png", "A.png"}
+    written = {file.relative_to(tmp_path / "odd").as_posix() for file in (tmp_path / "odd").rglob("*.png")}
+    written -= {"a.png"}  # a folder
+    assert len(written) == 8
+    assert set(files.values()) <= written
     with pytest.raises(UserError, match="is not empty"):
         predict(run.path, [str(street)], tmp_path / "out", step=None, device="cpu", console=Console(quiet=True))
 

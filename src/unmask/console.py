@@ -36,7 +36,7 @@ def duration(seconds: float) -> str:
 
 
 def escape_controls(text: str) -> str:
-    """Text safe to print: control characters as \\xNN or \\uNNNN, bytes that are no text likewise; tabs, newlines stay."""
+    """Text safe to print: control characters and bytes that are no text as \\xNN or \\uNNNN; tabs and newlines stay."""
     text = text.encode("utf-8", "backslashreplace").decode()
     return CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
 

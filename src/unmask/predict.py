@@ -1,8 +1,10 @@
 """`unmask predict RUN IMAGES --out`: what a fine-tuned Run says of images, with the names that it learnt.
 
 Classes: one row for each image, in a .csv, .json or .parquet file: `path`, `class`, `probability` of it, and the
-probability of every class. Masks: a folder with a palette PNG for each image, of its own size, whose stored numbers are
-the ids of the masks it learnt from, and `classes.txt`. Boxes: one .json in COCO's format (`images`, `categories`, and
+probability of every class. In .csv a text that a spreadsheet would run as a formula is marked with an apostrophe
+(`data/csv_cells.py`). Masks: a folder with a palette PNG for each image, of its own size, whose stored numbers are the
+ids of the masks it learnt from, and `classes.txt`; where a mask cannot have its image's name (`data/safe_names.py`),
+`files.json` says which is whose. Boxes: one .json in COCO's format (`images`, `categories`, and
 `annotations` with a `score`), in pixels of the file; the many with low scores serve to measure precision, for people
 `least` leaves them out.
 
@@ -14,10 +16,11 @@ from __future__ import annotations
 import csv
 import io
 import json
+import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,7 +29,11 @@ from PIL import Image
 
 from unmask.console import Console
 from unmask.data import decode
+from unmask.data.class_names import class_name
+from unmask.data.csv_cells import marked
+from unmask.data.decode import BadImage
 from unmask.data.maps import CLASSES_FILE, first_ids
+from unmask.data.safe_names import safe_names
 from unmask.data.sources import Source
 from unmask.errors import UserError, naming
 from unmask.evals.segmentation import classes_at
@@ -39,6 +46,7 @@ from unmask.tasks.detect import LEAST_SCORE
 from unmask.use import Readable, eval_precision, open_images, read
 
 TABLES = (".csv", ".json", ".parquet")
+FILES_FILE = "files.json"
 
 
 def predict(
@@ -72,8 +80,7 @@ def predict(
         raise UserError(f"--least {least:g} came; a score from {LEAST_SCORE} to 1 was expected")
     if not endings and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"output folder {out} is not empty; name a new folder for the masks")
-    if not out.resolve().parent.is_dir():
-        raise UserError(f"the folder {out.resolve().parent} does not exist; make it first, or choose another --out")
+    require_writable(out, folder=not endings)
     source = open_images(images)
     whole = not isinstance(loaded.method, classify.Classifier)
     seen = Readable(
@@ -98,8 +105,8 @@ def predict(
 
 
 def names_of(loaded: Loaded) -> list[str]:
-    """The classes; what several are called (ImageNet's two cranes) gets its number behind it."""
-    names = list(loaded.config.method.model_dump()["classes"])
+    """The classes, safe to write anywhere; what several are called (ImageNet's two cranes) gets its number behind it."""
+    names = [class_name(name) for name in loaded.config.method.model_dump()["classes"]]
     return [name if names.count(name) == 1 else f"{name} ({number})" for number, name in enumerate(names)]
 
 
@@ -127,14 +134,18 @@ def masks(loaded: Loaded, source: Source, batches: Any, out: Path) -> tuple[int,
     palette = np.zeros((max(256, max(numbers) + 1), 3), np.uint8)
     palette[ids] = (255 * segment.colour_table(len(names)).numpy()).round().astype(np.uint8)
     done, counts = 0, np.zeros(len(names), np.int64)
-    out.mkdir(exist_ok=True)
+    files = safe_names(source.names, ".png")
+    if renamed := {name: file for name, file in zip(source.names, files, strict=True) if not _plain(name, file)}:
+        replace_file(out / FILES_FILE, json.dumps(renamed, indent=1).encode())
     for batch in batches:
         for row, scores in zip(batch.index.tolist(), loaded.method.logits(batch.images.to(loaded.device)), strict=True):
-            found = classes_at(scores, size_of(source, row)).cpu().numpy()
+            if (size := size_of(source, row)) is None:
+                continue
+            found = classes_at(scores, size).cpu().numpy()
             picture = Image.fromarray(ids[found])
             if ids.dtype == np.uint8:
                 picture.putpalette(palette.tobytes())
-            place = mask_file(out, source.names[row])
+            place = out / files[row]
             place.parent.mkdir(parents=True, exist_ok=True)
             with naming(place):
                 picture.save(place)
@@ -147,11 +158,25 @@ def masks(loaded: Loaded, source: Source, batches: Any, out: Path) -> tuple[int,
     return done, {name: int(count) for name, count in zip(names, counts, strict=True) if count}
 
 
-def mask_file(out: Path, name: str) -> Path:
-    """Where the mask of an image goes: its name in `out`, ending in .png; never outside, and never another's place."""
-    inside = Path(*(part for part in PurePosixPath(name).parts if part not in ("/", "..")))
-    place = out / inside.with_suffix(".png")
-    return place if not place.exists() else out / inside.with_name(inside.name + ".png")
+def _plain(name: str, file: str) -> bool:
+    """Whether a mask has its image's name, but for the ending."""
+    return name.rpartition(".")[0] + ".png" == file or name + ".png" == file
+
+
+def require_writable(out: Path, *, folder: bool) -> None:
+    """Raises UserError where nothing can be written to: before the images are looked at, which may take hours."""
+    parent = out.resolve().parent
+    if not parent.is_dir():
+        raise UserError(f"the folder {parent} does not exist; make it first, or choose another --out")
+    if not folder and out.is_dir():
+        raise UserError(f"output file {out} is a folder; name a file in it")
+    try:
+        if folder:
+            out.mkdir(exist_ok=True)
+        with tempfile.TemporaryFile(dir=out if folder else parent):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write to {out}: {error.strerror}; choose another --out") from None
 
 
 def boxes(
@@ -163,7 +188,9 @@ def boxes(
     images, annotations = [], []
     for batch in batches:
         for row, one in zip(batch.index.tolist(), loaded.method.predict(batch.images.to(loaded.device)), strict=True):
-            height, width = size_of(source, row)
+            if (size := size_of(source, row)) is None:
+                continue
+            height, width = size
             images.append({"id": row, "file_name": source.names[row], "height": height, "width": width})
             found = as_numpy(one, loaded.plan.images.size, (height, width))
             assert found.scores is not None
@@ -181,9 +208,12 @@ def boxes(
     return len(images), dict(counts)
 
 
-def size_of(source: Source, row: int) -> tuple[int, int]:
-    """(H, W) of an image file that has been read."""
-    header = decode.header(source.read(row))
+def size_of(source: Source, row: int) -> tuple[int, int] | None:
+    """(H, W) of an image file; None where it can be read no more, though it could a moment ago."""
+    try:
+        header = decode.header(source.read(row))
+    except BadImage:
+        return None
     return header.height, header.width
 
 
@@ -193,9 +223,9 @@ def write_rows(out: Path, rows: list[dict[str, Any]]) -> None:
         content = json.dumps(rows, indent=1).encode()
     elif out.suffix == ".csv":
         text = io.StringIO()
-        writer = csv.DictWriter(text, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+        writer = csv.writer(text)
+        writer.writerow([marked(name) for name in rows[0]])
+        writer.writerows([marked(value) for value in row.values()] for row in rows)
         content = text.getvalue().encode("utf-8", "backslashreplace")
     else:
         import pyarrow as pa

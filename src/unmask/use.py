@@ -20,6 +20,7 @@ from torch import nn
 from unmask.batch import Batch
 from unmask.config import task_names
 from unmask.console import Bar, Console
+from unmask.data.class_names import class_name
 from unmask.data.decode import BadImage
 from unmask.data.loader import Delivery, Images, Taken, choose_workers, eval_batches
 from unmask.data.looks import worth_keeping
@@ -264,7 +265,7 @@ def with_classes(source: Source, classes: Sequence[str], data: str) -> Source:
 
     Images without any class that the training set has are no fault: a test set may lack some.
     """
-    number = {name: i for i, name in enumerate(classes)}
+    number = {class_name(name): i for i, name in enumerate(classes)}  # of runs of earlier versions too
     if unknown := [name for name in source.classes if name not in number]:
         raise UserError(
             f"{source.name} has classes that {data} has not ({', '.join(unknown[:6])}); {data} has "

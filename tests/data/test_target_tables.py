@@ -4,8 +4,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from corpus import file_of, noisy
 
-from unmask.data.sources import Source
+from unmask.data.sources import Source, open_source
 from unmask.data.targets import meaning_of, read_table, targets_of
 from unmask.errors import UserError
 
@@ -112,7 +113,7 @@ GOOD = "a/1.png,1\na/2.png,2\n"
             "none of the 2 paths .* the first path is x/1.png, the first image a/1.p",
         ),
         ("path,k,j\na/1.png,cat,1\na/2.png,owl,2\n", r"the task is not clear \(texts: k; whole numbers: j\)"),
-        ("path,k\na/1.png,\ud800\n".encode("utf-8", "surrogatepass"), "cannot be read as a table in UTF-8"),
+        ("path,k\na/1.png,\ud800\n".encode("utf-8", "surrogatepass"), r"line 2 of .* is not UTF-8: a/1\.png"),
     ],
 )
 def test_what_is_wrong_is_said(tmp_path, text, said):
@@ -144,3 +145,22 @@ def test_wrong_wishes_are_refused(tmp_path):
 def test_rows_without_an_image_may_be_empty(tmp_path):
     file = written(tmp_path, "path,x\na/1.png,1.5\na/2.png,2.5\nelsewhere.png,\n")
     assert targets(file).values.tolist() == [[1.5], [2.5]]
+
+
+def test_tables_in_utf_16_and_marked_paths_are_read(tmp_path):
+    for name in ("a/=1.png", "b/2.png"):
+        write(tmp_path / "data" / name)
+    file = tmp_path / "t.csv"
+    file.write_bytes("path,kind\r\na/=1.png,V\u00f6gel\r\nb/2.png,Vo\u0308gel2\r\n".encode("utf-16"))
+    table = read_table(file)
+    assert targets_of(table, open_source(tmp_path / "data"), meaning_of(table)).classes == ["V\u00f6gel", "V\u00f6gel2"]
+    for name in ("=1.png", "2.png"):
+        write(tmp_path / "flat" / name)
+    file.write_text("path,kind\n'=1.png,cat\n2.png,dog\n")
+    table = read_table(file)
+    assert targets_of(table, open_source(tmp_path / "flat"), meaning_of(table)).unused == ()
+
+
+def write(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(file_of(noisy(8, 8), "PNG"))

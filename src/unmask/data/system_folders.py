@@ -1,8 +1,8 @@
 """Folders that an operating system, a NAS or a sync program puts among people's files: never classes nor images.
 
 What lies in them (thumbnails, deleted files, snapshots) are copies of the images, or other people's. Names are compared
-without regard to case, as most of the systems that make them do. Not here: names that a person may well give to a class,
-such as "recycled".
+without regard to case, as most of the systems that make them do. Not here: names that a person may well give to a
+class, such as "recycled".
 """
 
 from __future__ import annotations

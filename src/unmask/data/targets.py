@@ -10,6 +10,7 @@ Not here: what is fitted to them (`evals/`), and labels by folder or list (`sour
 from __future__ import annotations
 
 import csv
+import io
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -19,7 +20,10 @@ from typing import Any
 
 import numpy as np
 
+from unmask.data.class_names import class_name, class_order
+from unmask.data.csv_cells import unmarked
 from unmask.data.sources import Source, printable
+from unmask.data.text_files import read_text
 from unmask.errors import UserError, some
 
 TARGETS = ("classes", "multilabel", "regression")
@@ -102,12 +106,12 @@ def _wanted(file: Path, found: dict[str, list[Any]], columns: Sequence[str]) -> 
 
 def _read_text(file: Path) -> dict[str, list[Any]]:
     try:
-        with file.open(encoding="utf-8-sig", newline="") as lines:
-            reader = csv.reader(lines, delimiter="\t" if file.name.lower().endswith(".tsv") else ",", strict=True)
-            heading = [name.strip() for name in next(reader, [])]
-            rows = [(reader.line_num, row) for row in reader if row]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{file} cannot be read as a table in UTF-8 with a heading: {error}") from None
+        lines = io.StringIO(read_text(file), newline="")
+        reader = csv.reader(lines, delimiter="\t" if file.name.lower().endswith(".tsv") else ",", strict=True)
+        heading = [name.strip() for name in next(reader, [])]
+        rows = [(reader.line_num, row) for row in reader if row]
+    except (OSError, csv.Error) as error:
+        raise UserError(f"{file} cannot be read as a table with a heading: {error}") from None
     if twice := [name for name, count in Counter(heading).items() if count > 1]:
         raise UserError(f"{file} has two columns called {twice[0]!r}; give each a name of its own")
     for line, row in rows:
@@ -192,7 +196,8 @@ def targets_of(table: Table, source: Source, meaning: Meaning, *, classes: Seque
     if missing := [name for name in meaning.columns if name not in table.columns]:
         raise UserError(f"{table.file} has no column {some(missing)}; both tables need the same targets")
     place = {name: row for row, name in enumerate(source.names)}
-    pairs = sorted((place[name], line) for line, name in enumerate(table.paths) if name in place)
+    paths = [name if name in place else unmarked(name) for name in table.paths]  # as `unmask predict` writes them
+    pairs = sorted((place[name], line) for line, name in enumerate(paths) if name in place)
     if not pairs:
         raise UserError(
             f"none of the {len(table.paths)} paths of {table.file} is an image of {source.name}: the first path is "
@@ -204,8 +209,8 @@ def targets_of(table: Table, source: Source, meaning: Meaning, *, classes: Seque
         _require_full(table, name, column, [table.paths[line] for line in lines], meaning.task)
     known: list[str] = []
     if meaning.task == CLASSES:
-        texts = [str(cell) for cell in cells[meaning.columns[0]]]
-        known = list(classes) if classes is not None else _in_order(set(texts))
+        texts = [class_name(str(cell)) for cell in cells[meaning.columns[0]]]
+        known = list(classes) if classes is not None else class_order(texts)
         if unknown := sorted(set(texts) - set(known)):
             raise UserError(
                 f"{table.file} has test images of classes that no training image has: {some(unknown)}; the training "
@@ -217,7 +222,7 @@ def targets_of(table: Table, source: Source, meaning: Meaning, *, classes: Seque
         values = np.array([[float(cell) for cell in column] for column in cells.values()], np.float64).T
     if classes is None:
         _require_variety(table, meaning, known, values)
-    unused = tuple(name for name in table.paths if name not in place)
+    unused = tuple(name for name in paths if name not in place)
     return Targets(meaning.task, meaning.columns, known, rows, values, meaning.why, len(source) - len(rows), unused)
 
 
@@ -261,9 +266,3 @@ def _kind(cells: Sequence[Any]) -> str:
         return "0 and 1"
     whole = all(str(cell).removeprefix("-").isdecimal() for cell in present)
     return "whole numbers" if whole else "fractions"
-
-
-def _in_order(names: set[str]) -> list[str]:
-    """Sorted; whole numbers as numbers."""
-    numbers = all(name.removeprefix("-").isdecimal() for name in names)
-    return sorted(names, key=(lambda name: (int(name), name)) if numbers else None)

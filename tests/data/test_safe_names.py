@@ -1,0 +1,56 @@
+"""Names for written files: safe everywhere, all different, and ordinary ones as they were."""
+
+import os
+
+import pytest
+
+from unmask.data.csv_cells import marked, unmarked
+from unmask.data.safe_names import safe_names
+
+LONG = "x" * 300
+HOSTILE = [
+    "..", ".", "", "a/../../etc/passwd", "/etc/passwd", "C:\\a\\b.png", "a:b.png", "a?.png", "a*.png", "CON.png",
+    "nul", "\x1b[31mred.png", LONG + ".png", LONG + ".jpg", "/".join([LONG] * 20) + "/a.png", "é" * 200 + ".png",
+    "a/./b.png", "a/b.jpg", "A/B.png", "a.png/b.png", "a.png", "a.jpg", "A.JPG", "folder./x.png", "...", " ", "-2.png",
+    "\udce9.png", "x/a.png", "x", "x.png/deep/y.png",
+]  # fmt: skip
+
+
+def test_ordinary_names_stay():
+    names = ["a/0.jpg", "a/1.png", "b/v1.2.jpg", "b/ü 3.tif", "row-00000000", "a/0.png"]
+    assert safe_names(names, ".png") == [
+        "a/0.png", "a/1.png", "b/v1.2.png", "b/ü 3.png", "row-00000000.png", "a/0.png.png",
+    ]  # fmt: skip
+
+
+def test_no_name_leaves_the_folder_is_too_long_or_another_s(tmp_path):
+    found = safe_names(HOSTILE * 2, ".png")
+    assert len(set(map(str.casefold, found))) == len(found)
+    root = os.path.realpath(tmp_path)
+    for number, name in enumerate(found):
+        assert name.endswith(".png")
+        place = tmp_path / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text(str(number))
+        assert os.path.realpath(place).startswith(root + os.sep)
+        assert max(len(part.encode()) for part in name.split("/")) <= 143
+        assert not set(name) & set('<>:"|?*\\\x1b')
+    for number, name in enumerate(found):
+        assert (tmp_path / name).read_text() == str(number), "none is written over by another"
+
+
+def test_very_many_alike_are_quick():
+    assert len(set(safe_names([".."] * 20_000, ".png"))) == 20_000
+
+
+@pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@x", "\tx", "\rx", "\nx", "'x", "'=x", "''", "＝1"])
+def test_marked_cells_are_no_formula_and_read_back(text):
+    assert marked(text)[0] == "'"
+    assert unmarked(marked(text)) == text
+
+
+def test_other_cells_are_left_alone():
+    for value in ("a", "", "1=2", "it's", -0.5, None):
+        assert marked(value) == value
+    for text in ("a", "it's", "'quoted'", ""):
+        assert unmarked(text) == text
