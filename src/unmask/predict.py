@@ -105,7 +105,7 @@ def predict(
 
 
 def names_of(loaded: Loaded) -> list[str]:
-    """The classes, safe to write anywhere; what several are called (ImageNet's two cranes) gets its number behind it."""
+    """The classes, safe to write anywhere; names of several (ImageNet's two cranes) get their number behind them."""
     names = [class_name(name) for name in loaded.config.method.model_dump()["classes"]]
     return [name if names.count(name) == 1 else f"{name} ({number})" for number, name in enumerate(names)]
 

@@ -1,7 +1,7 @@
 r"""Names for files made from names that others chose: one for each image, different, and safe on any file system.
 
-A name keeps its folders and its letters where it can. Characters that Windows or a shell takes for something else
-(< > : " | ? * \ and controls) become _. Parts that are empty, "." or ".." are left out of folders, and a file called so,
+A name keeps its folders and its letters where it can. Characters that Windows or a shell reads otherwise
+(< > : " | ? * \ and controls) become _. Empty parts, "." and ".." are left out of folders, and a file called so,
 or like a device (CON, NUL), gets an underscore before it. Long parts are cut and end in a digest. Names that would be
 the same, also where case does not count, or a file where another name needs a folder, keep the image's ending or get a
 number.
@@ -40,7 +40,7 @@ def safe_names(names: Sequence[str], suffix: str) -> list[str]:
 
 
 def _candidates(stem: str, ending: str, suffix: str, numbers: Counter[str]) -> Iterator[str]:
-    """Names to try, each another; `numbers` counts how often each stem was numbered, so that many alike cost no more than few."""
+    """Names to try, each different; `numbers` counts how often each stem was numbered, so that many alike stay cheap."""
     yield stem + suffix
     yield stem + ending + suffix
     flat = stem.replace("/", "_")  # for a folder whose name an earlier file has
