@@ -40,7 +40,7 @@ def safe_names(names: Sequence[str], suffix: str) -> list[str]:
 
 
 def _candidates(stem: str, ending: str, suffix: str, numbers: Counter[str]) -> Iterator[str]:
-    """Names to try, each different; `numbers` counts how often each stem was numbered, so that many alike stay cheap."""
+    """Names to try in turn; `numbers` counts how often each stem was numbered, so that many alike stay cheap."""
     yield stem + suffix
     yield stem + ending + suffix
     flat = stem.replace("/", "_")  # for a folder whose name an earlier file has
