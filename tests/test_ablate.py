@@ -555,6 +555,17 @@ def test_training_lengths_are_multiples_of_the_shortest(data, tmp_path, monkeypa
     assert [row["steps"] for row in summary["rows"]] == [3, 6, 12, 24, 48]
 
 
+def test_without_a_length_the_recipe_is_as_long_as_the_papers_base_row(data, tmp_path, monkeypatch):
+    """800 epochs of a recipe are the row of 800 epochs, not that of 100."""
+    monkeypatch.setattr(module, "make", lambda *_: None)
+    free = [setting for setting in SMALL if "steps" not in setting]
+    alone = make(data, tmp_path / "alone", table="1a", settings=free)
+    lengths = make(data, tmp_path / "table", table="fig7", settings=[*free, "method.decoder.depth=1"])
+    recipe = alone["steps"]
+    assert [row["steps"] for row in lengths["rows"]] == pytest.approx([recipe * n / 8 for n in (1, 2, 4, 8, 16)], abs=8)
+    assert "8x, the base row" in lengths["reason"]
+
+
 # --------------------------------------------------------------------------------------- beside the paper, in words
 
 

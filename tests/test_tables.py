@@ -68,6 +68,14 @@ def test_decoder_widths_are_the_papers_shares_of_the_encoder():
         assert found["method.decoder.width"] % 4 == 0
 
 
+def test_published_numbers_of_the_family_are_those_of_the_tables_it_names():
+    """MAE's Table 12, linear: iGPT-L 69.0 (on VQ-VAE codes), BEiT-L 52.1, ViT-L 75.8; its Table 3, fine-tuned."""
+    published = {cell.name: cell.paper for cell in TABLES["family"].cells(NANO)}
+    assert published["igpt-equal-steps"] == (None, 69.0)
+    assert published["beit-equal-steps"] == (85.2, 52.1)
+    assert published["mae-equal-steps"] == (85.9, 75.8)
+
+
 def test_training_lengths_double():
     assert [cell.length for cell in TABLES["fig7"].cells(NANO)] == [1, 2, 4, 8, 16]
 

@@ -396,6 +396,13 @@ def decide(table: Table, asked: Asked, source: Source, shots: int, console: Cons
         share_out(cells, asked, measured)
 
     steps, reason = base["plan_steps"], f"{base['plan_steps']} steps, as the recipe or the settings ask"
+    set_by_hand = any(key in LENGTHS for key in parse(asked.settings))
+    if table.measure == "linear" and base["length"] != 1 and not set_by_hand:
+        # The row that the others are compared with is the one that the paper trains as long as its recipe says.
+        steps = max(1, round(base["plan_steps"] / base["length"]))
+        reason = (
+            f"{steps} steps for 1x: the recipe's {base['plan_steps']} are those of {_base(cells).label}, the base row"
+        )
     if asked.budget is not None:
         many = {cell.name: 1 if cell.name in SHARED else asked.seeds for cell in cells}
         probed = len(cells) * asked.seeds + 2 * sum(_controls(table, cell) for cell in cells)
