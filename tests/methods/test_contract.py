@@ -18,6 +18,7 @@ from unmask.batch import Batch, ImageSpec
 from unmask.checkpoint import load_model
 from unmask.config import Config, keys, method_class, method_names, override
 from unmask.method import Clock, Loss, Method, Picture
+from unmask.nn.positions import fitted
 from unmask.optim import OptimConfig, make_optimizer, update
 from unmask.plan import autocast
 from unmask.recipes.catalogue import all_recipes, find
@@ -271,3 +272,17 @@ def test_it_works_in_bf16_with_a_float32_loss(name):
     assert {panel.dtype for panel in picture.panels.values()} == {torch.float32}
     loss.backward()
     assert all(p.grad.isfinite().all() for p in method.parameters() if p.grad is not None)
+
+
+DENSE = ("ae", "dae")  # one matrix for the whole image, so their weights are for one size
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in DENSE])
+@pytest.mark.parametrize("size", [(24, 16), (32, 32)])
+def test_weights_go_on_at_another_size(name, size):
+    """`pretrain --from RUN --set data.size=...`: whatever belongs to the places of a grid is interpolated."""
+    before, after = make(name), make(name, size=size)
+    grids = [getattr(method.encoder, "grid", (1, 1)) for method in (before, after)]
+    moved = {key: fitted(key, value, *grids) for key, value in before.state_dict().items()}
+    after.load_state_dict(moved)
+    assert np.isfinite(value(after))

@@ -45,12 +45,15 @@ def resize(positions: Float[Tensor, "1 N D"], old: tuple[int, int], new: tuple[i
 def fitted(name: str, value: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
     """A tensor of a method's state dict for another grid of patches: itself, unless it belongs to the places of a grid.
 
-    Position tables (the class token's row stays), iGPT's positions, and tables of relative positions are interpolated.
+    Position tables (with a row for the class token, which stays, or without one, as in CrossMAE's decoder), iGPT's
+    positions, and tables of relative positions are interpolated.
     """
+    places = old[0] * old[1]
     spans = [(2 * rows - 1, 2 * cols - 1) for rows, cols in (old, new)]
-    if name in ("encoder.pos_embed", "decoder.pos_embed") and value.shape[1] == 1 + old[0] * old[1]:
-        return torch.cat([value[:, :1], resize(value[:, 1:], old, new)], 1)
-    if name == "encoder.positions" and len(value) == old[0] * old[1]:
+    if name in ("encoder.pos_embed", "decoder.pos_embed") and value.shape[1] in (places, 1 + places):
+        first = value.shape[1] - places
+        return torch.cat([value[:, :first], resize(value[:, first:], old, new)], 1)
+    if name == "encoder.positions" and len(value) == places:
         return resize(value[None], old, new)[0]
     if name.endswith("relative_bias.table") and len(value) == spans[0][0] * spans[0][1] + 3:
         return torch.cat([resize(value[None, :-3], *spans)[0], value[-3:]])
