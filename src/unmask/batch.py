@@ -120,5 +120,5 @@ class Batch:
         return replace(batch, images=images, crops=None, size=None)
 
     def pin_memory(self) -> Batch:
-        """The same batch in page-locked memory (called by torch's DataLoader on CUDA machines)."""
+        """The same batch in page-locked memory."""
         return replace(self, **{name: v.pin_memory() for name, v in vars(self).items() if isinstance(v, Tensor)})

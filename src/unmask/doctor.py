@@ -324,7 +324,7 @@ def delivered(images: Images, plan: Plan) -> float:
     micro = images.repeats * max(1, min(plan.micro_batch, 64) // images.repeats)
     batches = training_batches(images, start=0, batch=micro, batches=100_000, workers=plan.workers)
     try:
-        for _ in range(max(1, 5 * plan.workers)):  # until what was loaded ahead is used up
+        for _ in range(max(1, 5 * plan.workers + 3 * (plan.workers > 0))):  # until what was loaded ahead is used up
             next(batches)
         done, start = 0, time.perf_counter()
         while done < 16 * micro and time.perf_counter() - start < PATIENCE:

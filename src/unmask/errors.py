@@ -37,6 +37,10 @@ def naming(path: Path) -> Iterator[None]:
         raise
 
 
+class LoadingFailed(TrainingFailed):
+    """Images stopped arriving: a loader worker died, or nothing has arrived for too long."""
+
+
 def some(names: Iterable[str], count: int = 5, between: str = ", ") -> str:
     """The first few of many, for a sentence: 'a, b, c and 4 more'."""
     names = list(names)

@@ -13,12 +13,9 @@ rollback goes to the newest checkpoint, which may have been written by the clock
 from __future__ import annotations
 
 import math
-import os
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
@@ -32,7 +29,7 @@ from unmask.config import Config
 from unmask.console import Console
 from unmask.data.decode import BadImage
 from unmask.data.loader import Delivery, Images, Taken, training_batches
-from unmask.errors import TrainingFailed, UserError
+from unmask.errors import LoadingFailed, TrainingFailed, UserError
 from unmask.evals.collect import eval_mode
 from unmask.evals.pictures import draw
 from unmask.method import Clock, Method
@@ -42,6 +39,8 @@ from unmask.plan import Plan, autocast, fresh_method
 from unmask.rng import Draws
 from unmask.run import Run
 from unmask.saved import take_weights
+from unmask.stalls import VARIABLE, Stalled, Watchdog, stall_seconds, write_stacks
+from unmask.stopping import StopRequest, StopRequested, stop_requests
 
 BAD_STEPS_IN_A_ROW = 3
 SKIP_AHEAD_BATCHES = 50
@@ -49,6 +48,7 @@ MOST_ROLLBACKS = 2
 MOST_FAILED_SAVES = 5
 MOST_UNREAD_STEPS = 32
 PICTURE_SAMPLE = 64
+COMPILING_SECONDS = 1800  # the least limit of a step in which torch.compile works
 
 
 Judge = Callable[[Method], dict[str, float]]
@@ -106,41 +106,67 @@ def train(run: Run, config: Config, plan: Plan, images: Images, console: Console
 
     Goes on from the newest sound checkpoint of the Run when there is one. Raises TrainingFailed.
     """
-    with stop_requests() as stop, loader_faults(run), memory_kept(plan.device):
-        method = fresh_method(config, plan.images).to(plan.device)
-        job = Job(run, config, plan, images, console, method, make_optimizer(method, config.optim))
-        at = restore(job) or begin(job)
-        run.truncate_metrics(at.step)
-        images.gone_bad.update(row["name"] for row in run.quarantine() if "step" in row)
-        if config.train.compile:
-            compile_or_say(job)
-        sample = fixed_images(images, plan, PICTURE_SAMPLE)
-        if at.step == 0:
-            look(job, sample, at)
+    with (
+        stop_requests() as stop,
+        failures_as_sentences(run),
+        memory_kept(plan.device),
+        guarded(run, plan, stop) as guard,
+    ):
+        try:
+            with stop.interruptible():
+                method = fresh_method(config, plan.images).to(plan.device)
+                job = Job(run, config, plan, images, console, method, make_optimizer(method, config.optim))
+                at = restore(job) or begin(job)
+                run.truncate_metrics(at.step)
+                images.gone_bad.update(row["name"] for row in run.quarantine() if "step" in row)
+                if config.train.compile:
+                    compile_or_say(job)
+                sample = fixed_images(images, plan, PICTURE_SAMPLE)
+            if at.step == 0:
+                look(job, sample, at, stop)
+        except StopRequested:  # nothing has been trained yet
+            return stopped_at(run, plan, checkpoint.newest_step(run) or 0)
         run.set_status("running", at.step, total=plan.steps)
+        stop.kept = what_is_kept(run)
 
-        stream, unread, pace = open_stream(job, at), [], Pace(at.consumed)
-        last_save, failed_saves, stopping = time.monotonic(), 0, False
+        stream, unread, pace = open_stream(job, at, guard), [], Pace(at.consumed)
+        last_save, failed_saves, stopping, untested, first = time.monotonic(), 0, False, False, at.step + 1
         with console.progress("step", plan.steps, at.step) as bar:
+            if judge is not None and not_tested(job, at):  # stopped in the middle of it
+                try:
+                    test(job, judge, at, stop)
+                except StopRequested:
+                    return stopped_at(run, plan, at.step)
             while at.step < plan.steps and not stopping:
-                unread.append(step(job, stream, at))
-                at.step, at.consumed = unread[-1].number, unread[-1].consumed
-                pace.waited += unread[-1].waited
+                try:
+                    compiling = config.train.compile and at.step + 1 == first
+                    with guard.step(at.step + 1, compiling=compiling):
+                        unread.append(step(job, stream, at))
+                except StopRequested:  # before the weights were changed
+                    job.optimizer.zero_grad()
+                    stopping = True
+                else:
+                    at.step, at.consumed = unread[-1].number, unread[-1].consumed
+                    pace.waited += unread[-1].waited
+                    stopping = stop.requested
 
-                stopping = stop.requested
-                log_now = due(at.step, config.train.log_every, plan.steps)
-                draw_now = due(at.step, plan.picture_every, plan.steps)
+                judged = not unread  # already, when the wait for the next step was given up
+                log_now = not judged and due(at.step, config.train.log_every, plan.steps)
+                draw_now = not judged and due(at.step, plan.picture_every, plan.steps)
                 save_now = due(at.step, config.train.checkpoint_every, plan.steps) or stopping
                 save_now = save_now or time.monotonic() - last_save >= 60 * config.train.checkpoint_minutes
                 test_now = at.step % (plan.test_every or plan.steps) == 0 or at.step == plan.steps
-                test_now = test_now and judge is not None
+                test_now = test_now and judge is not None and not judged
                 if not (log_now or draw_now or save_now or test_now or len(unread) >= MOST_UNREAD_STEPS):
                     continue
 
-                numbers, fault = read(job, unread, at)  # waits for the device
+                numbers, fault = {}, None
+                if not judged:
+                    with guard.step(at.step):
+                        numbers, fault = read(job, unread, at)  # waits for the device
                 if fault is not None:
                     at = roll_back(job, fault, at)
-                    stream, unread, pace = open_stream(job, at), [], Pace(at.consumed)
+                    stream, unread, pace = open_stream(job, at, guard), [], Pace(at.consumed)
                     continue
                 if log_now and at.bad_steps == 0:
                     row = {"step": at.step, "lr": unread[-1].lr, "images": at.consumed, **pace.row(at.consumed)}
@@ -149,13 +175,17 @@ def train(run: Run, config: Config, plan: Plan, images: Images, console: Console
                         bar.begin(1)  # it is slower than all others, and tells nothing of the time left
                     bar.update(at.step, f"loss {numbers['loss']:.4f}  {pace.sentence(at.consumed)}")
                     pace = Pace(at.consumed)
-                if draw_now:
-                    look(job, sample, at)
-                if judge is not None and test_now:
-                    pace.began += test(job, judge, at)
+                try:
+                    if draw_now:
+                        look(job, sample, at, stop)
+                    if judge is not None and test_now:
+                        pace.began += test(job, judge, at, stop)
+                except StopRequested:
+                    stopping = save_now = untested = True
                 if save_now:
                     trouble = save(job, at)
                     failed_saves, last_save = failed_saves + 1 if trouble else 0, time.monotonic()
+                    stop.kept = what_is_kept(run)
                     if trouble:
                         console.warn(trouble)
                     if failed_saves >= MOST_FAILED_SAVES:
@@ -173,9 +203,76 @@ def train(run: Run, config: Config, plan: Plan, images: Images, console: Console
             f"the last weights (step {at.step}) could not be written; make room and `unmask resume {run.path}`, which "
             f"repeats the steps since step {checkpoint.newest_step(run) or 0}"
         )
-    state = "finished" if at.step >= plan.steps else "stopped"
-    run.set_status(state, at.step, total=plan.steps)
-    return state
+    if at.step < plan.steps or untested:
+        return stopped_at(run, plan, at.step)
+    run.set_status("finished", at.step, total=plan.steps)
+    return "finished"
+
+
+def stopped_at(run: Run, plan: Plan, step: int) -> str:
+    run.set_status("stopped", step, total=plan.steps)
+    return "stopped"
+
+
+def not_tested(job: Job, at: Position) -> bool:
+    """Whether the test that belongs to this step is missing: a stop was requested in the middle of it."""
+    if at.step == 0 or (at.step % (job.plan.test_every or job.plan.steps) and at.step != job.plan.steps):
+        return False
+    rows = [row for row in job.run.metrics() if row.get("step") == at.step]
+    return not any(name.startswith("test_") for row in rows for name in row)
+
+
+def what_is_kept(run: Run) -> str:
+    """What is saved now, as a sentence for whoever ends the training at once."""
+    step = checkpoint.newest_step(run)
+    if step is None:
+        return f"there is no checkpoint yet, and `unmask resume {run.path}` begins anew"
+    return f"the checkpoint of step {step} is kept, and `unmask resume {run.path}` continues from it"
+
+
+class Guard:
+    """What ends a wait or a computation of the loop early: a request to stop, or no progress for too long."""
+
+    def __init__(self, run: Run, plan: Plan, stop: StopRequest) -> None:
+        self.run, self.plan, self.stop = run, plan, stop
+        self.dog = Watchdog(stall_seconds(), self._report, on_cpu=plan.device == "cpu")
+
+    def step(self, number: int, *, compiling: bool = False) -> AbstractContextManager[None]:
+        """Context manager around a step, in which torch.compile may still be at work."""
+        watched = ExitStack()
+        watched.enter_context(self.dog.watching(f"step {number}", at_least=COMPILING_SECONDS if compiling else 0))
+        if compiling:
+            watched.enter_context(self.stop.interruptible())
+        return watched
+
+    @contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        """Context manager around a wait for a micro-batch; loader workers are watched by their own pool."""
+        with self.dog.pausing() if self.plan.workers else nullcontext(), self.stop.interruptible():
+            yield
+        self.dog.progressed()
+
+    def _report(self, what: str) -> str:
+        file = write_stacks(self.run.path)
+        sentence = (
+            f"{what} made no progress for {self.dog.limit:g} s; the stacks of all threads are in {file}. `unmask resume "
+            f"{self.run.path}` continues from the last checkpoint; {VARIABLE} sets another limit"
+        )
+        with suppress(OSError):
+            step = checkpoint.newest_step(self.run) or 0
+            self.run.set_status("failed", step, total=self.plan.steps, error=sentence)
+        return sentence
+
+
+@contextmanager
+def guarded(run: Run, plan: Plan, stop: StopRequest) -> Iterator[Guard]:
+    """Context manager for a `Guard`; a step that stalls raises TrainingFailed."""
+    guard = Guard(run, plan, stop)
+    with guard.dog:
+        try:
+            yield guard
+        except Stalled:
+            raise TrainingFailed(guard.dog.message) from None
 
 
 def step(job: Job, stream: Iterator[Batch], at: Position) -> Step:
@@ -295,8 +392,11 @@ def note(job: Job, row: Mapping[str, object]) -> None:
         job.console.warn_once(f"{file} could not be written: {error.strerror}; training goes on without it")
 
 
-def open_stream(job: Job, at: Position) -> Iterator[Batch]:
-    """The micro-batches from this position to the end of the plan; files gone bad since the scan are noted."""
+def open_stream(job: Job, at: Position, guard: Guard) -> Iterator[Batch]:
+    """The micro-batches from this position to the end of the plan; files gone bad since the scan are noted.
+
+    Raises StopRequested when a stop is requested while waiting for one.
+    """
     plan = job.plan
     deliveries = training_batches(
         job.images,
@@ -305,30 +405,31 @@ def open_stream(job: Job, at: Position) -> Iterator[Batch]:
         batches=(plan.steps - at.step) * plan.accumulation,
         workers=plan.workers,
         pin=plan.device.startswith("cuda"),
+        folder=job.run.path,
     )
-    for delivery in deliveries:
-        quarantine(job, delivery, at)
-        yield delivery.batch
+    try:
+        while True:
+            with guard.waiting_for_data():
+                delivery = next(deliveries, None)
+            if delivery is None:
+                return
+            quarantine(job, delivery, at)
+            yield delivery.batch
+    finally:
+        deliveries.close()
 
 
 @contextmanager
-def loader_faults(run: Run) -> Iterator[None]:
-    """A dead or stuck loader worker, or data that have gone, as a sentence: TrainingFailed.
-
-    Around the whole loop, because torch tells of a killed worker from a signal handler, wherever the loop is then.
-    """
+def failures_as_sentences(run: Run) -> Iterator[None]:
+    """Context manager that raises TrainingFailed for a dead or stalled loader worker and for data that have gone."""
     try:
         yield
     except BadImage as error:
         raise TrainingFailed(str(error)) from error
-    except (RuntimeError, ConnectionError, EOFError) as error:  # the last two: a worker gone in mid-sentence
-        if isinstance(error, RuntimeError) and "DataLoader" not in str(error):
-            raise
-        reason = str(error).strip().splitlines()[-1].removeprefix("unmask.data.decode.BadImage: ")
+    except LoadingFailed as error:
         raise TrainingFailed(
-            f"loading images stopped: {reason}. Unless it says so, a worker was killed (out of memory?) or hung on a "
-            f'file; `unmask resume {run.path}` goes on from the last checkpoint, and with "workers": 0 in '
-            f"{run.path / 'plan.json'} it reads the files itself and shows the cause"
+            f"loading images stopped: {error}. `unmask resume {run.path}` continues from the last checkpoint; with "
+            f'"workers": 0 in {run.path / "plan.json"} it reads the files itself and shows the cause'
         ) from error
 
 
@@ -417,14 +518,14 @@ def fixed_images(images: Images, plan: Plan, count: int) -> Batch:
 
 
 @torch.no_grad()
-def look(job: Job, sample: Batch, at: Position) -> None:
+def look(job: Job, sample: Batch, at: Position, stop: StopRequest) -> None:
     """Draw what the method makes of the sample, and keep its loss on it beside what trivial guesses score there.
 
     `evals/baselines.json`: the guesses by name, and under "losses" one [step, loss] for every look.
     """
     plan, train = job.plan, job.config.train
     clock = Clock(at.step, plan.steps, Draws(train.seed, sample.epoch, sample.index))
-    with eval_mode(job.method), uncompiled(), autocast(plan.precision, plan.device):
+    with eval_mode(job.method), uncompiled(), autocast(plan.precision, plan.device), stop.interruptible():
         picture = job.method.picture(sample, clock)
     file, title = job.run.pictures / f"step-{at.step:08d}.png", f"step {at.step} of {plan.steps}"
     numbers = {name: float(value) for name, value in picture.numbers.items()}
@@ -437,46 +538,18 @@ def look(job: Job, sample: Batch, at: Position) -> None:
         job.console.warn_once(f"{job.run.pictures} takes no picture: {error}; training goes on")
 
 
-def test(job: Job, judge: Judge, at: Position) -> float:
-    """Note how good the method is on its test images, and its averaged weights; returns the seconds that it took."""
+def test(job: Job, judge: Judge, at: Position, stop: StopRequest) -> float:
+    """Note how good the method is on its test images, and its averaged weights; returns the seconds that it took.
+
+    Raises StopRequested, with the weights as they were.
+    """
     began = time.perf_counter()
     with torch.no_grad(), eval_mode(job.method), uncompiled(), autocast(job.plan.precision, job.plan.device):
-        numbers = {f"test_{name}": value for name, value in judge(job.method).items()}
+        with stop.interruptible():
+            numbers = {f"test_{name}": value for name, value in judge(job.method).items()}
         if job.config.optim.average is not None:
-            with averaged(job.optimizer):
+            with averaged(job.optimizer), stop.interruptible():
                 numbers |= {f"test_averaged_{name}": value for name, value in judge(job.method).items()}
     note(job, {"step": at.step, **numbers})
     job.console.say(f"step {at.step}: " + ", ".join(f"{name.replace('_', ' ')} {n:.4f}" for name, n in numbers.items()))
     return time.perf_counter() - began
-
-
-@dataclass
-class StopRequest:
-    """Set by a signal, read between steps."""
-
-    requested: bool = False
-
-
-@contextmanager
-def stop_requests() -> Iterator[StopRequest]:
-    """SIGINT, SIGTERM and SIGUSR1 ask for a checkpoint after the current step; a second SIGINT leaves at once.
-
-    In another thread than the main one Python takes no signals, so there nothing can ask.
-    """
-    stop = StopRequest()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-
-    def on_signal(number: int, frame: object) -> None:
-        if stop.requested and number == signal.SIGINT:
-            os._exit(130)  # the newest complete checkpoint stays as it is
-        stop.requested = True
-
-    names = [name for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
-    before = {name: signal.signal(getattr(signal, name), on_signal) for name in names}
-    try:
-        yield stop
-    finally:
-        for name, handler in before.items():
-            signal.signal(getattr(signal, name), handler)

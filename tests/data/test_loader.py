@@ -367,18 +367,6 @@ def test_closing_a_stream_ends_its_workers():
     assert not [child for child in started if child.is_alive()]
 
 
-def test_workers_survive_the_signals_that_stop_a_run_and_a_system_without_usr1(monkeypatch):
-    import signal
-
-    set_to = {}
-    monkeypatch.setattr(signal, "signal", lambda number, action: set_to.__setitem__(number, action))
-    loader._deaf_worker(0)
-    assert {signal.SIGINT, signal.SIGTERM} <= set(set_to)
-    monkeypatch.delattr(signal, "SIGUSR1", raising=False)
-    loader._deaf_worker(0)
-    assert set(set_to.values()) == {signal.SIG_IGN}
-
-
 @pytest.mark.parametrize(
     ("device", "cached", "cores", "expected"),
     [("cpu", True, 8, 0), ("cpu", False, 1, 0), ("cpu", False, 8, 2), ("cuda", False, 8, 7), ("cuda", True, 64, 12)],

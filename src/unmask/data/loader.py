@@ -22,17 +22,13 @@ resumed run does the same.
 
 from __future__ import annotations
 
-import signal
-import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from multiprocessing import active_children
-from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
 
 from unmask.batch import Batch, ImageSpec
 from unmask.data import augment, decode
@@ -40,11 +36,11 @@ from unmask.data.augment import CropConfig
 from unmask.data.decode import BadImage, Header
 from unmask.data.scan import BadFile, num_cores
 from unmask.data.sources import Source
+from unmask.data.worker_pool import WorkerPool
 from unmask.rng import Stream, permutation, uniform, words
 
 REPLACEMENT_TRIES = 16
 READ_AHEAD = 16  # files of a batch that are held undecoded at a time
-WORKER_TIMEOUT = 300
 
 
 @dataclass(frozen=True)
@@ -124,14 +120,14 @@ class Annotations(Protocol):
 
 
 @dataclass
-class Images(Dataset[Delivery]):
+class Images:
     """Reads, decodes, crops and stacks the images it is asked for. Picklable; everything random comes from `seed`.
 
     training=False means the centred box and no flip; then a bad file raises, because an evaluation must not put
     another image in its place. whole=True: outside training the box is the whole image, squeezed or stretched to the
     size the method sees, so that every pixel is judged. repeats: samples in a row that are of one image, in training.
     on_device: training images are not resampled here but by `Batch.to`; 8-bit gray and RGB only, without jitter.
-    With `annotations`, `rows` must be among theirs.
+    With `annotations`, `rows` must be among theirs. note: called with each row before it is read or decoded.
     """
 
     source: Source
@@ -146,6 +142,7 @@ class Images(Dataset[Delivery]):
     on_device: bool = False
     kept: dict[int, Opened] = field(default_factory=dict)
     gone_bad: set[str] = field(default_factory=set)
+    note: Callable[[int], object] | None = None
 
     def __post_init__(self) -> None:
         bare = [] if self.annotations is None else np.setdiff1d(self.rows, self.annotations.rows)
@@ -218,11 +215,15 @@ class Images(Dataset[Delivery]):
             boxes, flips = self._boxes(sizes, taken.index[part], taken.epoch[part])
             for number, image in enumerate(opened):
                 own = slice(number * repeats, (number + 1) * repeats)
+                if self.note is not None:
+                    self.note(int(taken.index[part][own][0]))
                 image = self.decoded(image, boxes[own])
                 yield from ((image, box, bool(flip)) for box, flip in zip(boxes[own], flips[own], strict=True))
 
     def opened(self, row: int) -> Opened:
         """The bytes and the size of one image; a fault is kept until its turn comes."""
+        if self.note is not None:
+            self.note(row)
         if row in self.kept:
             return self.kept[row]
         try:
@@ -299,100 +300,66 @@ class Images(Dataset[Delivery]):
         return augment.crop_boxes(sizes, self.spec.size, self.crop, draws), flips
 
 
+class Deliveries(Iterator[Delivery], Protocol):
+    """Batches as they are needed; `close` ends the workers that make them."""
+
+    def close(self) -> None: ...
+
+
+@dataclass
 class _Positions:
-    """What DataLoader calls a sampler: the micro-batches from a position on."""
+    """The requests of a training: the micro-batches from a position on."""
 
-    def __init__(self, order: Order, start: int, count: int, batches: int) -> None:
-        self.order, self.start, self.count, self.batches = order, start, count, batches
-
-    def __len__(self) -> int:
-        return self.batches
+    order: Order
+    start: int
+    count: int
+    batches: int
 
     def __iter__(self) -> Iterator[Taken]:
         for number in range(self.batches):
             yield self.order.take(self.start + number * self.count, self.count)
 
 
-def training_batches(
-    images: Images, *, start: int, batch: int, batches: int, workers: int, pin: bool = False
-) -> Deliveries:
-    """`batches` deliveries of `batch` images from sample number `start` on, decoded by `workers` processes.
-
-    Raises BadImage when a bad file cannot even be replaced.
-    """
-    order = Order(images.rows, images.seed, images.repeats)
-    return Deliveries(_loader(images, _Positions(order, start, batch, batches), workers, pin))
-
-
-def eval_batches(images: Images, rows: np.ndarray, *, batch: int, workers: int = 0) -> Iterator[Batch]:
-    """The given rows in order, none of it random; the last batch may be smaller. Raises BadImage."""
-    pieces = [rows[i : i + batch] for i in range(0, len(rows), batch)]
-    taken = [Taken(piece.astype(np.int64), np.zeros(len(piece), np.int64)) for piece in pieces]
-    return (delivery.batch for delivery in Deliveries(_loader(images, taken, workers, pin=False)))
-
-
 @dataclass
-class _Caught(Dataset["Delivery | BadImage"]):
-    """Hands a BadImage over as a value: DataLoader would make a RuntimeError of one that is raised in a worker."""
+class _Batches:
+    """What a worker process runs: one batch per request."""
 
     images: Images
 
-    def __getitem__(self, taken: Taken) -> Delivery | BadImage:
-        try:
-            return self.images[taken]
-        except BadImage as error:
-            return error
+    def make(self, request: Taken, note: Callable[[int], None]) -> Delivery:
+        self.images.note = note
+        return self.images[request]
+
+    def name(self, row: int) -> str:
+        return self.images.source.names[row]
 
 
-class Deliveries(Iterator[Delivery]):
-    """What a DataLoader delivers, from now on: its workers have started. Raises BadImage.
+def training_batches(
+    images: Images, *, start: int, batch: int, batches: int, workers: int, pin: bool = False, folder: Path | None = None
+) -> Deliveries:
+    """`batches` deliveries of `batch` images from sample number `start` on, decoded by `workers` processes.
 
-    `close` ends the workers, and so does forgetting the object, or the end of the program: they do not listen to
-    SIGTERM (`_deaf_worker`), which is all that multiprocessing would send them, and so it would wait for ever.
+    The processes start now and end with the iterator. folder: see `WorkerPool`. Raises BadImage when a bad file cannot
+    even be replaced, and LoadingFailed when a worker dies or stalls.
     """
-
-    def __init__(self, loader: Iterable[Delivery | BadImage]) -> None:
-        before = set(active_children())
-        self._arriving = iter(loader)
-        workers = [child for child in active_children() if child not in before]
-        self.close = weakref.finalize(self, _end, self._arriving, workers)
-
-    def __next__(self) -> Delivery:
-        got = next(self._arriving)
-        if isinstance(got, BadImage):
-            raise got
-        return got
+    order = Order(images.rows, images.seed, images.repeats)
+    return _deliveries(images, _Positions(order, start, batch, batches), workers, pin, folder)
 
 
-def _end(arriving: object, workers: list[BaseProcess]) -> None:
-    if shut_down := getattr(arriving, "_shutdown_workers", None):  # torch's own way, which gives each a few seconds
-        shut_down()
-    for worker in workers:
-        worker.kill()
-        worker.join()
+def eval_batches(images: Images, rows: np.ndarray, *, batch: int, workers: int = 0) -> Iterator[Batch]:
+    """The given rows in order, none of it random; the last batch may be smaller. Raises BadImage, LoadingFailed."""
+    pieces = [rows[i : i + batch] for i in range(0, len(rows), batch)]
+    taken = [Taken(piece.astype(np.int64), np.zeros(len(piece), np.int64)) for piece in pieces]
+    return (delivery.batch for delivery in _deliveries(images, taken, workers))
 
 
-def _loader(
-    images: Images, sampler: Sequence[Taken] | _Positions, workers: int, pin: bool
-) -> DataLoader[Delivery | BadImage]:
-    return DataLoader(
-        _Caught(images),
-        batch_size=None,  # the sampler hands out whole batches
-        sampler=sampler,  # type: ignore[arg-type]
-        num_workers=workers,
-        worker_init_fn=_deaf_worker,
-        pin_memory=pin,
-        timeout=WORKER_TIMEOUT if workers else 0,
-        prefetch_factor=4 if workers else None,
-        generator=torch.Generator(),  # of its own: to start an epoch would draw from torch's global one
-    )
-
-
-def _deaf_worker(_: int) -> None:
-    """Workers ignore the signals that stop a run: the main process finishes its step and then closes them itself."""
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
-        if hasattr(signal, name):  # Windows has no SIGUSR1
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+def _deliveries(
+    images: Images, requests: Iterable[Taken], workers: int, pin: bool = False, folder: Path | None = None
+) -> Deliveries:
+    if workers:
+        return WorkerPool(_Batches(images), requests, workers, caught=BadImage, pin=pin, folder=folder)
+    made = (images[taken] for taken in requests)
+    return (delivery.pin_memory() for delivery in made) if pin else made
 
 
 def choose_workers(device: str, *, cached: bool) -> tuple[int, str]:
