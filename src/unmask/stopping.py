@@ -44,11 +44,11 @@ class StopRequest:
         """
         if self.requested:
             raise StopRequested
-        self._interruptible = True
+        before, self._interruptible = self._interruptible, True
         try:
             yield
         finally:
-            self._interruptible = False
+            self._interruptible = before
 
     def request(self) -> None:
         """Called by a signal handler."""

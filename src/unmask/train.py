@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
@@ -142,8 +142,10 @@ def train(run: Run, config: Config, plan: Plan, images: Images, console: Console
                     compiling = config.train.compile and at.step + 1 == first
                     with guard.step(at.step + 1, compiling=compiling):
                         unread.append(step(job, stream, at))
-                except StopRequested:  # before the weights were changed
-                    job.optimizer.zero_grad()
+                except StopRequested:
+                    if compiling:  # perhaps in the middle of the update: what is on disk counts
+                        return stopped_at(run, plan, checkpoint.newest_step(run) or 0)
+                    job.optimizer.zero_grad()  # while waiting for data: the step has changed nothing yet
                     stopping = True
                 else:
                     at.step, at.consumed = unread[-1].number, unread[-1].consumed
@@ -237,13 +239,15 @@ class Guard:
         self.run, self.plan, self.stop = run, plan, stop
         self.dog = Watchdog(stall_seconds(), self._report, on_cpu=plan.device == "cpu")
 
-    def step(self, number: int, *, compiling: bool = False) -> AbstractContextManager[None]:
+    @contextmanager
+    def step(self, number: int, *, compiling: bool = False) -> Iterator[None]:
         """Context manager around a step, in which torch.compile may still be at work."""
-        watched = ExitStack()
-        watched.enter_context(self.dog.watching(f"step {number}", at_least=COMPILING_SECONDS if compiling else 0))
-        if compiling:
-            watched.enter_context(self.stop.interruptible())
-        return watched
+        least = COMPILING_SECONDS if compiling else 0
+        with (
+            self.dog.watching(f"step {number}", at_least=least),
+            self.stop.interruptible() if compiling else nullcontext(),
+        ):
+            yield
 
     @contextmanager
     def waiting_for_data(self) -> Iterator[None]:
@@ -255,8 +259,8 @@ class Guard:
     def _report(self, what: str) -> str:
         file = write_stacks(self.run.path)
         sentence = (
-            f"{what} made no progress for {self.dog.limit:g} s; the stacks of all threads are in {file}. `unmask resume "
-            f"{self.run.path}` continues from the last checkpoint; {VARIABLE} sets another limit"
+            f"{what} made no progress for {self.dog.limit:g} s; the stacks of all threads are in {file}. "
+            f"`unmask resume {self.run.path}` continues from the last checkpoint; {VARIABLE} sets another limit"
         )
         with suppress(OSError):
             step = checkpoint.newest_step(self.run) or 0
