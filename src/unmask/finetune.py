@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from unmask import checkpoint, grafts, start
+from unmask import checkpoint, dataset_check, grafts, start
 from unmask.beside import SCORE
 from unmask.config import Config, ConfigError, Graft, parse, task_names
 from unmask.console import Console
@@ -33,6 +33,7 @@ from unmask.lessons import (
     TASKS,
     annotations_of,
     digest,
+    masks_of,
     open_exam,
     open_lessons,
     reopen,
@@ -261,17 +262,28 @@ def resume(run_folder: str | Path, *, allow_dataset_change: bool = False, consol
     return done
 
 
-def supervise(config: Config, plan: Plan, source: Source, *, console: Console) -> Supervision:
-    """The masks or boxes of a run that begins or goes on, and its tests."""
+def supervise(run: Run, config: Config, plan: Plan, source: Source, *, console: Console) -> Supervision:
+    """The masks or boxes of a run that begins or goes on, and its tests. Raises DataError when they have changed."""
     lessons = reopen(config, plan, source)
     exam = open_exam(config, plan, lessons, console)
     wanted = np.setdiff1d(np.arange(len(source)), np.setdiff1d(plan.excluded, plan.test_rows)).astype(np.int64)
-    now = digest(lessons, wanted) + ("" if config.data.test is None else exam.digest)
-    if plan.taught and plan.taught != now:
+    known = [
+        digest(lessons, wanted, labels=labels) + ("" if config.data.test is None else exam.digest(labels=labels))
+        for labels in (True, False)  # earlier versions left the labels of images out
+    ]
+    if plan.taught and plan.taught not in known:
         raise start.DataError(
-            f"the masks or boxes of {source.name}, or the test images, have changed since this run began, so it could "
-            "not go on exactly; bring the old files back, or begin anew"
+            f"the labels, masks or boxes of {source.name}, or the test images, have changed since this run began, so "
+            "it could not go on exactly; bring the old files back, or begin anew"
         )
+    test = exam.lessons if config.data.test is not None else None
+    for role, of in ((dataset_check.MASKS, masks_of(lessons)), (dataset_check.TEST, test and test.source),
+                     (dataset_check.TEST_MASKS, test and masks_of(test))):  # fmt: skip
+        if of is not None and (found := dataset_check.require_same(run, of, role, console)):
+            raise start.DataError(
+                f"the {role.replace('-', ' ')} files of {of.name} have changed since this run began, so it could not "
+                f"go on exactly: {found.lines()}. Bring the old files back, or begin anew"
+            )
     return Supervision(lessons.annotations, exam.headlines)
 
 

@@ -150,8 +150,16 @@ def reopen(config: Config, plan: Plan, source: Source, *, tests_only: bool = Fal
     )  # fmt: skip
 
 
-def digest(lessons: Lessons, rows: np.ndarray) -> str:
-    """Changes when the images, or what is said of these rows of them, become others (of masks: names and sizes)."""
+def masks_of(lessons: Lessons) -> Source | None:
+    """The files of masks that belong to the images; None where there are none."""
+    return lessons.annotations.masks if isinstance(lessons.annotations, Maps) else None
+
+
+def digest(lessons: Lessons, rows: np.ndarray, *, labels: bool = True) -> str:
+    """Changes when the images, or what is said of these rows of them, become others (of masks: names and sizes).
+
+    labels: with the class labels of the images.
+    """
     found = blake2b("\n".join(lessons.classes).encode("utf-8", "surrogateescape"), digest_size=16)
     found.update(lessons.source.fingerprint().encode())
     if isinstance(lessons.annotations, Maps):
@@ -162,6 +170,8 @@ def digest(lessons: Lessons, rows: np.ndarray) -> str:
             found.update(lessons.annotations.labels[row].tobytes())
             for part in lessons.annotations.aside.get(row, ()):
                 found.update(part.tobytes())
+    elif labels:
+        found.update(lessons.labels[rows].tobytes())
     return found.hexdigest()
 
 
@@ -193,8 +203,12 @@ class Exam:
     annotations: Maps | Boxes | None
     device: str
     console: Console
+    lessons: Lessons
     workers: int = 0
-    digest: str = ""
+
+    def digest(self, *, labels: bool = True) -> str:
+        """`digest` of the test images."""
+        return digest(self.lessons, self.rows, labels=labels)
 
     def headlines(self, method: Method) -> dict[str, float]:
         """The numbers that are followed while it trains."""
@@ -278,4 +292,4 @@ def open_exam(config: Config, plan: Plan, lessons: Lessons, console: Console) ->
         images.keep_decoded()
     elif len(rows) >= MANY_IMAGES:
         workers = choose_workers(plan.device, cached=False)[0]
-    return Exam(images, rows, lessons.classes, of.annotations, plan.device, console, workers, digest(of, rows))
+    return Exam(images, rows, lessons.classes, of.annotations, plan.device, console, of, workers)

@@ -23,12 +23,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from unmask import checkpoint, grafts
+from unmask import checkpoint, dataset_check, grafts
 from unmask.batch import ImageSpec
 from unmask.config import Config, ConfigError, override, parse, task_names
 from unmask.console import Console, duration
 from unmask.data.augment import crop_for
 from unmask.data.findings import findings
+from unmask.data.identity import Difference
 from unmask.data.loader import Annotations, Images, Order, choose_workers
 from unmask.data.scan import Scan, scan
 from unmask.data.sources import Source, open_source
@@ -51,7 +52,7 @@ class Supervision(NamedTuple):
     judge: Judge
 
 
-Supervise = Callable[[Config, Plan, Source], Supervision]
+Supervise = Callable[[Run, Config, Plan, Source], Supervision]
 """Makes it, once it is known what is trained on what."""
 
 
@@ -168,6 +169,7 @@ def start_run(
         run.write("config.json", config.model_dump(mode="json"))
         run.write("plan.json", plan.model_dump(mode="json"))
         run.write("provenance.json", provenance(plan) | grafts.licence(config))
+        dataset_check.write_record(run, source)
         for row, bad in zip(found.bad_rows, found.bad, strict=True):
             run.add_quarantine({"name": bad.name, "code": bad.code, "detail": bad.detail, "row": int(row)})
         checkpoint.check_space(run, (config.train.keep_checkpoints + 1) * 12 * plan.parameters)
@@ -234,16 +236,15 @@ def resume(
             return run
         choose_device(plan.device)
         source = open_source(config.data.source)
-        if source.fingerprint() != plan.fingerprint:
+        if found := dataset_check.compare(run, plan, source, console):
             if not allow_dataset_change:
                 raise DataError(
                     f"the images of {config.data.source} have changed since this run began "
-                    f"({plan.num_images + len(plan.excluded)} files then, {len(source)} now, or other names or sizes), "
-                    "so it could not go on exactly; bring the old files back, or give --allow-dataset-change to go on "
-                    "all the same"
+                    f"({plan.num_images + len(plan.excluded)} files then, {len(source)} now), so it could not go on "
+                    f"exactly: {found.lines()}. Bring the old files back, or give --allow-dataset-change to go on all "
+                    "the same"
                 )
-            plan = adopt(source, plan, run)
-            run.write("plan.json", plan.model_dump(mode="json"))
+            plan = adopt(source, plan, run, found)
             console.warn(f"the images have changed: going on with the {plan.num_images} there are now, not exactly")
         excluded = set(plan.excluded)
         rows = np.array([row for row in range(len(source)) if row not in excluded], np.int64)
@@ -254,24 +255,33 @@ def resume(
     return run
 
 
-def adopt(source: Source, plan: Plan, run: Run) -> Plan:
-    """The plan for a data set that has changed: what was unreadable is left out by name, because rows have moved."""
+def adopt(source: Source, plan: Plan, run: Run, found: Difference) -> Plan:
+    """Make a data set that has changed the run's own: the new plan, written down with what differed.
+
+    What was unreadable is left out by name, because rows may have moved.
+    """
     if read_config(run).method.name in task_names():
         raise DataError(
             f"the images of {source.name} have changed, and test images may be held out of them for this run, which "
-            "could no longer be told from the others; bring the old files back, or begin anew"
+            f"could no longer be told from the others: {found.lines()}. Bring the old files back, or begin anew"
         )
-    unreadable = {entry["name"] for entry in run.quarantine()}
+    unreadable = {entry["name"] for entry in run.quarantine() if entry.get("code") != "CHANGED"}
     excluded = tuple(row for row, name in enumerate(source.names) if name in unreadable)
     if len(excluded) == len(source):
         raise DataError(f"none of the {len(source)} files of {source.name} could be read before; bring others")
+    summary = f"--allow-dataset-change: {found.lines(3)}"
+    told = dataset_check.note_change(run, "changed", summary=summary, **found.as_json())
     changes = {
         "fingerprint": source.fingerprint(),
         "num_images": len(source) - len(excluded),
         "excluded": excluded,
         "epochs": plan.steps * plan.batch_size / (len(source) - len(excluded)),
+        "reasons": (*plan.reasons, told),
     }
-    return plan.model_copy(update=changes)
+    plan = plan.model_copy(update=changes)
+    run.write("plan.json", plan.model_dump(mode="json"))
+    dataset_check.write_record(run, source)  # last: a run that is killed before this asks again
+    return plan
 
 
 def resolve(
@@ -405,6 +415,7 @@ def scan_all(source: Source, draft: Config, console: Console) -> Scan:
             f"{found.known} of {found.checked} files are as they were when last looked at, and were not looked at "
             "again (`unmask check` does)"
         )
+    source.digests = found.digests
     if found.forgotten:
         console.say(f"the next command will look at all files again: {found.forgotten}")
     refuse_bad_data(found, draft)
@@ -578,7 +589,7 @@ def _train(
     try:
         judge = None
         if supervise is not None:
-            images.annotations, judge = supervise(config, plan, images.source)
+            images.annotations, judge = supervise(run, config, plan, images.source)
         state = train(run, config, plan, images, console, judge)
     except BaseException as error:
         _tell_failed(run, error)

@@ -118,7 +118,8 @@ def train(run: Run, config: Config, plan: Plan, images: Images, console: Console
                 job = Job(run, config, plan, images, console, method, make_optimizer(method, config.optim))
                 at = restore(job) or begin(job)
                 run.truncate_metrics(at.step)
-                images.gone_bad.update(row["name"] for row in run.quarantine() if "step" in row)
+                noted = [row for row in run.quarantine() if "step" in row and row.get("code") != "CHANGED"]
+                images.gone_bad.update(row["name"] for row in noted)
                 if config.train.compile:
                     compile_or_say(job)
                 sample = fixed_images(images, plan, PICTURE_SAMPLE)
@@ -447,8 +448,9 @@ def quarantine(job: Job, delivery: Delivery, at: Position) -> None:
         job.run.add_quarantine({"name": bad.name, "code": bad.code, "detail": bad.detail, "step": at.step})
         if len(images.gone_bad) > max(1, job.config.data.max_bad_fraction * len(images.rows)):
             raise TrainingFailed(
-                f"{len(images.gone_bad)} of {len(images.rows)} images have become unreadable since the scan, the last "
-                f"{bad.name} ({bad.code}); see {job.run.quarantine_file}, bring the files back, then resume"
+                f"{len(images.gone_bad)} of {len(images.rows)} images have become unreadable or changed since the "
+                f"scan, the last {bad.name} ({bad.code}); see {job.run.quarantine_file}, bring the files back, then "
+                "resume"
             )
 
 

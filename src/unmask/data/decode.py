@@ -14,7 +14,8 @@ JPEGs with junk between segments, before or for the end marker are accepted wher
 see `jpeg_repair.py`.
 
 Reason codes: EMPTY NOT_IMAGE FORMAT_NOT_ALLOWED HEADER_BAD TRUNCATED CORRUPT TOO_MANY_PIXELS TOO_LARGE_FILE
-EXTREME_ASPECT UNSUPPORTED_MODE MISMATCHED_CHANNELS MISMATCHED_DTYPE; and from the sources PERMISSION VANISHED.
+EXTREME_ASPECT UNSUPPORTED_MODE MISMATCHED_CHANNELS MISMATCHED_DTYPE; and from the sources PERMISSION VANISHED
+CHANGED.
 """
 
 from __future__ import annotations

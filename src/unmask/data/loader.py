@@ -12,7 +12,8 @@ its image has been drawn before, which without repeats is the number of the pass
 Maps of classes and boxes around objects (`Annotations`) are cut by the very box and flip that cut their image.
 
 A file that has gone bad since the scan is replaced by another image drawn from the same counter-based stream, so every
-run replaces it alike; it is reported with the batch.
+run replaces it alike; it is reported with the batch. So is a file whose content has changed since the source was opened
+(code CHANGED): a run never trains on changed content unnoticed.
 
 Images kept in memory give the same pixels as images decoded anew, but for one case: a JPEG more than twice as large as
 its crop needs is, when it is not kept, decoded at 1/2, 1/4 or 1/8 before it is resampled, which differs by a level or
@@ -164,7 +165,7 @@ class Images:
         """
         for row in self.rows.tolist():
             try:
-                data = self.source.read(row)
+                data = self.source.read_unchanged(row)
                 header = decode.header(data)
                 image = self._conform(decode.decode(data, found=header))
                 self.kept[row] = Opened(header.full_size, image=image)
@@ -227,7 +228,7 @@ class Images:
         if row in self.kept:
             return self.kept[row]
         try:
-            data = self.source.read(row)
+            data = self.source.read_unchanged(row)
             header = decode.header(data)
             return Opened(header.full_size, data, header)
         except BadImage as error:

@@ -17,7 +17,7 @@ import time
 from array import array
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 
@@ -33,14 +33,14 @@ LAYOUT = 2
 WORD = np.dtype("S8")
 WORTH_KEEPING = 2.0  # seconds of work; what is had again as fast needs no place on the disk
 SETTLED = 2_000_000_000  # nanoseconds: coarse clocks of file systems give two changes within it the same time
-COLUMNS = ("sizes", "channels", "dtypes", "formats", "layouts", "sums", "squares")
+COLUMNS = ("sizes", "channels", "dtypes", "formats", "layouts", "sums", "squares", "digests")
 HOW = (decode, jpeg_repair, layout)  # the modules that decide what is found in a file
 DECODERS = ("numpy", "pillow", "simplejpeg", "tifffile")
 
 
 @dataclass(frozen=True)
 class Look:
-    """One readable file; sums per channel are of its values and their squares."""
+    """One readable file; sums per channel are of its values and their squares, digest is `content_digest`."""
 
     size: tuple[int, int]
     channels: int
@@ -49,6 +49,7 @@ class Look:
     layout: Layout
     sums: np.ndarray
     squares: np.ndarray
+    digest: int
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,8 @@ class Looks:
     """Readable files, a row each, ascending: about 90 bytes a colour image.
 
     `rows` (n,) int64 of the source; `sizes` (n, 2) int32; `channels` (n,) int32; `dtypes` and `formats` (n,) words in
-    ASCII of at most 8 letters; `layouts` (n,) int64, see `layout.Layout.code`;
-    `sums` and `squares` (sum of channels,) float64, one after another.
+    ASCII of at most 8 letters; `layouts` (n,) int64, see `layout.Layout.code`; `sums` and `squares` (sum of channels,)
+    float64, one after another; `digests` (n,) uint64, see `sources.content_digest`.
     """
 
     rows: np.ndarray
@@ -68,6 +69,7 @@ class Looks:
     layouts: np.ndarray
     sums: np.ndarray
     squares: np.ndarray
+    digests: np.ndarray
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -84,12 +86,12 @@ class Looks:
         inside = np.repeat(self.starts[places], channels) + within
         return Looks(
             self.rows[places], self.sizes[places], self.channels[places], self.dtypes[places], self.formats[places],
-            self.layouts[places], self.sums[inside], self.squares[inside],
+            self.layouts[places], self.sums[inside], self.squares[inside], self.digests[places],
         )  # fmt: skip
 
     def with_rows(self, rows: np.ndarray) -> Looks:
         """The same of files that stand in other rows."""
-        return Looks(rows, self.sizes, self.channels, self.dtypes, self.formats, self.layouts, self.sums, self.squares)
+        return replace(self, rows=rows)
 
 
 def joined(several: Iterable[Looks]) -> Looks:
@@ -105,7 +107,7 @@ class LooksSoFar:
     def __init__(self) -> None:
         self.rows, self.sizes, self.channels = array("q"), array("i"), array("i")
         self.dtypes, self.formats, self.layouts = array("B"), array("B"), array("q")
-        self.sums, self.squares = array("d"), array("d")
+        self.sums, self.squares, self.digests = array("d"), array("d"), array("Q")
         self.words: list[str] = []
 
     def add(self, row: int, look: Look) -> None:
@@ -117,6 +119,7 @@ class LooksSoFar:
         self.layouts.append(look.layout.code)
         self.sums.extend(look.sums.tolist())
         self.squares.extend(look.squares.tolist())
+        self.digests.append(look.digest)
 
     def _code(self, word: str) -> int:
         if word not in self.words:
@@ -134,6 +137,7 @@ class LooksSoFar:
             np.array(self.layouts, np.int64),
             np.array(self.sums),
             np.array(self.squares),
+            np.array(self.digests, np.uint64),
         )
 
 

@@ -75,7 +75,7 @@ class Maps:
         """(H, W) uint8, the class of each pixel of an image in full, IGNORED where none is judged. Raises BadImage."""
         name = self.masks.names[self.places[row]]
         try:
-            found = self._numbers()[read_ids(self.masks.read(self.places[row]))]
+            found = self._numbers()[read_ids(self.masks.read_unchanged(self.places[row]))]
         except BadImage as error:
             raise BadImage(error.code, f"its mask {name}: {error.detail}") from None
         if (found == UNKNOWN).any():

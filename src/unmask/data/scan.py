@@ -22,7 +22,7 @@ from unmask.data import decode
 from unmask.data.decode import BadImage
 from unmask.data.layout import Layout
 from unmask.data.looks import Look, Looks, LooksSoFar, joined, recall, remember, worth_keeping
-from unmask.data.sources import Source
+from unmask.data.sources import Source, content_digest
 
 STATISTICS_SAMPLE = 10_000
 LOOK_AGAIN = 256
@@ -47,7 +47,8 @@ class BadFile:
 class Scan:
     """What a source holds. Sizes are (H, W) in pixels as displayed; mean and std per channel in the files' units.
 
-    layouts: how many files there are by format, channels as decoded, and layout.
+    layouts: how many files there are by format, channels as decoded, and layout. digests: (files,) uint64, those of the
+    files that could be read, 0 for others; see `sources.content_digest`.
     """
 
     source: str
@@ -58,6 +59,7 @@ class Scan:
     bad: list[BadFile] = field(default_factory=list)
     bad_rows: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
     good_rows: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    digests: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint64))
     min_size: tuple[int, int] = (0, 0)
     median_size: tuple[int, int] = (0, 0)
     max_size: tuple[int, int] = (0, 0)
@@ -140,6 +142,8 @@ def scan(
         if stale or (len(new) and worth_keeping(began)):
             result.forgotten = remember(source, _all_known(known, new, list(faults)), began)
     looks = joined([*before, new])
+    result.digests = np.zeros(len(source), np.uint64)
+    result.digests[looks.rows] = looks.digests
     _summarise(result, source, looks, faults, channels, dtype)
     result.seconds = time.monotonic() - start
     return result
@@ -235,7 +239,8 @@ def _look(source: Source, row: int, like: tuple[int, str] | None = None) -> Look
         sums, squares = values.sum(0), (values**2).sum(0)
     size = (pixels.shape[0], pixels.shape[1])
     layout = replace(head.layout, tolerated=tuple(tolerated))
-    return Look(size, pixels.shape[2], str(pixels.dtype), head.format, layout, sums, squares)
+    digest = content_digest(data)
+    return Look(size, pixels.shape[2], str(pixels.dtype), head.format, layout, sums, squares, digest)
 
 
 def _summarise(

@@ -23,6 +23,7 @@ import re
 import stat
 import struct
 import tarfile
+import time
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
@@ -55,8 +56,11 @@ WHAT_DATA_IS = "a folder, a list file (.txt, .csv), a glob, a .tar, .zip or .par
 class Source(ABC):
     """Rows of images. `name` as typed, `location` what opens it again from anywhere, `skipped` what was passed over.
 
-    `changed` (n,) int64 is when each row's file was last changed, in nanoseconds since 1970, -1 where that is not
-    known; None for images that lie in no file.
+    `changed` (n,) int64 is when each row's file (or the archive it lies in) last changed in content, name or mode,
+    `modified` (n,) int64 when its content was last written, both in nanoseconds since 1970 and -1 where unknown; None
+    for images that lie in no file. `digests` (n,) uint64 are those of `content_digest`, 0 where unknown, for whoever
+    has read the files (a scan, a run's record); None where nobody has. `opened` is when listing
+    began, in seconds since 1970.
     """
 
     def __init__(
@@ -67,6 +71,9 @@ class Source(ABC):
         self.names = names if isinstance(names, Names) else Names(names)
         self.sizes = np.asarray(sizes, np.int64)
         self.changed: np.ndarray | None = None
+        self.modified: np.ndarray | None = None
+        self.digests: np.ndarray | None = None
+        self.opened = time.time()
         self.skipped: Counter[str] = Counter()
         self.labels: np.ndarray | None = None
         self.unlabelled = ""  # why not, where something looked like labels
@@ -79,6 +86,28 @@ class Source(ABC):
     @abstractmethod
     def read(self, i: int) -> bytes:
         """The bytes of row i. Raises BadImage with VANISHED or PERMISSION when the file cannot be read."""
+
+    def path(self, i: int) -> str:
+        """The file on disk that row i lies in."""
+        return self.location
+
+    def read_unchanged(self, i: int) -> bytes:
+        """As `read`. Raises BadImage with CHANGED when the content is not what it was when the source was opened.
+
+        Costs one stat. Only where the time of the last change differs is the content compared, by its digest; where
+        that is unknown, a file of the same size and modification time counts as unchanged.
+        """
+        data = self.read(i)
+        if self.changed is None or self.modified is None or self.changed[i] < 0:
+            return data
+        now = _stat(self.path(i))
+        if now is None or last_change(now) == self.changed[i]:
+            return data
+        known = 0 if self.digests is None else int(self.digests[i])
+        same = content_digest(data) == known if known else now.st_mtime_ns == self.modified[i]
+        if not same:
+            raise BadImage("CHANGED", "the file's content has changed since it was listed")
+        return data
 
     def fingerprint(self) -> str:
         """SHA-256 over names and sizes: changes when files are added, removed, renamed or replaced by others."""
@@ -103,6 +132,11 @@ class Source(ABC):
         self.classes = class_order(known.values())
         number = {name: i for i, name in enumerate(self.classes)}
         self.labels = np.array([number[known[value]] for value in values], np.int64)
+
+
+def content_digest(data: bytes) -> int:
+    """64 bits of BLAKE2b of a file's bytes, never 0: tells changed files from copied, moved or touched ones."""
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") or 1
 
 
 def classes_of(names: Sequence[str]) -> tuple[list[str], np.ndarray | None, list[str]]:
@@ -158,7 +192,7 @@ def require_labels(source: Source, known: Sequence[str] = ()) -> Source:
 
 def open_source(data: str | Path) -> Source:
     """Open DATA, whatever it is. Raises SourceError when it is nothing we know, is empty, or holds no image."""
-    text = str(data)
+    began, text = time.time(), str(data)
     stem, _, count = text.partition(":")
     path = Path(text)
     exists = os.path.exists(text)  # unlike Path.exists, no error for a name that is too long or a closed folder
@@ -179,6 +213,7 @@ def open_source(data: str | Path) -> Source:
         raise SourceError(
             f"{text} holds no image{f' (but {seen})' if seen else ': it is empty'}; known are {' '.join(EXTENSIONS)}"
         )
+    source.opened = began
     return source
 
 
@@ -211,7 +246,7 @@ def _from_file(text: str) -> Source:
 
 
 class Files(Source):
-    """Files on disk: row i is the file root/relative[i]. `changed` as in `Source`, by row."""
+    """Files on disk: row i is the file root/relative[i]. `changed` and `modified` as in `Source`, by row."""
 
     def __init__(
         self,
@@ -220,16 +255,20 @@ class Files(Source):
         relative: Sequence[str],
         sizes: Sequence[int] | np.ndarray,
         changed: Sequence[int] | np.ndarray,
+        modified: Sequence[int] | np.ndarray,
         *,
         location: str | None = None,
     ) -> None:
         self.root = root
         self.relative = relative if isinstance(relative, Names) else Names(relative)
         super().__init__(name, _printed(self.relative), sizes, location=location)
-        self.changed = np.array(changed, np.int64)
+        self.changed, self.modified = np.array(changed, np.int64), np.array(modified, np.int64)
+
+    def path(self, i: int) -> str:
+        return os.path.join(self.root, self.relative[i])
 
     def read(self, i: int) -> bytes:
-        path = os.path.join(self.root, self.relative[i])
+        path = self.path(i)
         try:
             found = os.stat(path)
             if not stat.S_ISREG(found.st_mode):  # opening a pipe would wait for ever
@@ -258,7 +297,7 @@ def _printed(paths: Names) -> Names:
     return paths if printed.same(paths) else printed
 
 
-def _last_change(found: os.stat_result) -> int:
+def last_change(found: os.stat_result) -> int:
     """When a file's content, name or mode was last changed: nobody can set back the second of these (on Windows, which
     has none, it is when the file was made)."""
     return max(found.st_mtime_ns, found.st_ctime_ns)
@@ -269,12 +308,13 @@ class _Listing:
 
     def __init__(self) -> None:
         self.paths: list[str] = []
-        self.sizes, self.changed = array("q"), array("q")
+        self.sizes, self.changed, self.modified = array("q"), array("q"), array("q")
 
     def add(self, path: str, found: os.stat_result | None) -> None:
         self.paths.append(path)
         self.sizes.append(-1 if found is None else found.st_size)  # kept as a row: reading it will say what is wrong
-        self.changed.append(-1 if found is None else _last_change(found))
+        self.changed.append(-1 if found is None else last_change(found))
+        self.modified.append(-1 if found is None else found.st_mtime_ns)
 
     def files(self, name: str, root: str, *, ordered: bool, location: str | None = None) -> Files:
         """All of them as a source: as they came when `ordered`, otherwise sorted by the bytes of their paths."""
@@ -284,8 +324,8 @@ class _Listing:
             keys = self.paths if plain else [os.fsencode(path) for path in self.paths]
             order = np.array(sorted(range(len(keys)), key=keys.__getitem__), np.int64)
         paths = Names([self.paths[i] for i in order.tolist()])
-        sizes, changed = np.array(self.sizes, np.int64)[order], np.array(self.changed, np.int64)[order]
-        return Files(name, root, paths, sizes, changed, location=location)
+        columns = (np.array(column, np.int64)[order] for column in (self.sizes, self.changed, self.modified))
+        return Files(name, root, paths, *columns, location=location)
 
 
 def _from_tree(text: str) -> Files:
@@ -513,7 +553,7 @@ class TarSource(Source):
         skipped = self.skipped
         super().__init__(text, [printable(name) for name, *_ in members], [size for _, _, size, _ in members])
         self.skipped = skipped
-        self.changed = _of_archive(text, len(members))
+        self.changed, self.modified = _times_of_archive(text, len(members))
         self.offsets = np.array([offset for _, offset, _, _ in members], np.int64)
         self.contents = [content for *_, content in members] if compressed else None
         self.label_by_folder()
@@ -547,6 +587,9 @@ class TarSource(Source):
             if len(end) < tarfile.BLOCKSIZE or end.strip(b"\0"):
                 raise tarfile.ReadError("it does not end as a tar does")
 
+    def read_unchanged(self, i: int) -> bytes:
+        return self.read(i) if self.contents is not None else super().read_unchanged(i)  # nothing changes in memory
+
     def read(self, i: int) -> bytes:
         if self.contents is not None:
             return self.contents[i]
@@ -558,10 +601,11 @@ class TarSource(Source):
             raise BadImage("VANISHED", f"the archive cannot be read any more: {error.strerror}") from None
 
 
-def _of_archive(path: str, rows: int) -> np.ndarray:
-    """`Source.changed` of the members: that of their archive."""
+def _times_of_archive(path: str, rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """`Source.changed` and `Source.modified` of the members: those of their archive."""
     found = _stat(path)
-    return np.full(rows, -1 if found is None else _last_change(found), np.int64)
+    times = (-1, -1) if found is None else (last_change(found), found.st_mtime_ns)
+    return np.full(rows, times[0], np.int64), np.full(rows, times[1], np.int64)
 
 
 def _is_compressed(path: str) -> bool:
@@ -594,7 +638,7 @@ class ZipSource(Source):
         ordered = sorted(members)
         self.members = Names(ordered)
         super().__init__(text, _printed(self.members), [members[name] for name in ordered])
-        self.changed = _of_archive(text, len(members))
+        self.changed, self.modified = _times_of_archive(text, len(members))
         self.skipped = skipped
         self.label_by_folder()
         self._open: tuple[int, zipfile.ZipFile] | None = None
@@ -642,7 +686,7 @@ class ParquetSource(Source):
             raise SourceError(f"{text} cannot be read as a parquet file: {error}") from None
         self.starts = np.concatenate([[0], np.cumsum(rows)]).astype(np.int64)
         super().__init__(text, names, np.zeros(len(names), np.int64))
-        self.changed = _of_archive(text, len(names))
+        self.changed, self.modified = _times_of_archive(text, len(names))
         self.digest = hashlib.sha256(str((os.path.getsize(text), rows)).encode()).hexdigest()
         self.classes, self.labels, self.unlabelled = labels.classes, labels.numbers, labels.why
         self._groups: dict[int, Any] = {}  # row groups in memory, the one used last at the end

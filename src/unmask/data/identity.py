@@ -1,0 +1,174 @@
+"""Whether a data set is still the one that was recorded: names, sizes, times and content digests of its files.
+
+A `Record` is a few columns of numbers beside the names, about 60 bytes a file. Files whose time of change is as
+recorded are not read; of the others only the content decides, so that copied, moved or touched files count as the same
+and replaced ones do not, whatever their size.
+
+Not here: where a run keeps its record, and what follows from a difference (`dataset_check.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from unmask.data.arrays import read_arrays, write_arrays
+from unmask.data.decode import BadImage
+from unmask.data.looks import SETTLED
+from unmask.data.names import Names
+from unmask.data.sources import Source, content_digest
+from unmask.errors import some
+
+COLUMNS = ("sizes", "changed", "modified", "digests")
+LAYOUT = 1
+
+
+@dataclass(frozen=True)
+class Record:
+    """What identifies the files of a data set, a row each; columns as in `Source`.
+
+    sizes, changed, modified: (n,) int64, -1 where unknown. digests: (n,) uint64, 0 where unknown.
+    """
+
+    names: Names
+    sizes: np.ndarray
+    changed: np.ndarray
+    modified: np.ndarray
+    digests: np.ndarray
+
+    def write(self, path: Path) -> None:
+        """Raises OSError where the file cannot be written."""
+        write_arrays(path, {
+            "layout": np.array(LAYOUT), "names": np.frombuffer(self.names.blob, np.uint8), "ends": self.names.ends,
+            **{column: getattr(self, column) for column in COLUMNS},
+        })  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How a data set differs from its record; `changed` holds (name, how). False when it does not differ.
+
+    reread: files that were read because their times differ.
+    """
+
+    added: list[str] = field(default_factory=list)
+    removed: list[str] = field(default_factory=list)
+    changed: list[tuple[str, str]] = field(default_factory=list)
+    reordered: bool = False
+    reread: int = 0
+
+    def __bool__(self) -> bool:
+        return bool(self.added or self.removed or self.changed or self.reordered)
+
+    def lines(self, count: int = 5) -> str:
+        """For a sentence: how many files differ, and the first of each kind by name."""
+        kinds = [
+            ("changed", [f"{name} ({how})" for name, how in self.changed]),
+            ("removed", self.removed),
+            ("added", self.added),
+        ]
+        told = [f"{len(names)} {kind}: {some(names, count)}" for kind, names in kinds if names]
+        return "; ".join(told) if told else "the same files in another order"
+
+    def as_json(self, count: int = 20) -> dict[str, object]:
+        """Counts and the first names of each kind, for the run's record."""
+        changed = [{"name": name, "how": how} for name, how in self.changed[:count]]
+        return {
+            "num_added": len(self.added), "num_removed": len(self.removed), "num_changed": len(self.changed),
+            "added": self.added[:count], "removed": self.removed[:count], "changed": changed,
+        }  # fmt: skip
+
+
+def record_of(source: Source) -> Record:
+    """The record of a source as it is listed, with the digests that it knows.
+
+    A file that changed just before it was listed is recorded without a time: coarse clocks of file systems could give
+    its next change the same one.
+    """
+    unknown = np.full(len(source), -1, np.int64)
+    changed = unknown if source.changed is None else source.changed
+    settled = changed < int(source.opened * 1e9) - SETTLED
+    return Record(
+        source.names,
+        source.sizes,
+        np.where(settled, changed, -1),
+        unknown if source.modified is None else source.modified,
+        np.zeros(len(source), np.uint64) if source.digests is None else source.digests,
+    )
+
+
+def read_record(path: Path) -> Record | None:
+    """The record in a file; None where there is none, or it is damaged or of another version."""
+    stored = read_arrays(path)
+    if stored is None or stored["layout"].item() != LAYOUT:
+        return None
+    return Record(Names.stored(stored["names"].tobytes(), stored["ends"]), *(stored[column] for column in COLUMNS))
+
+
+def digest_all(source: Source, progress: Callable[[int], object] = lambda _: None) -> None:
+    """Read every file once and set `source.digests`; 0 for those that cannot be read."""
+    source.digests = np.zeros(len(source), np.uint64)
+    for row in range(len(source)):
+        source.digests[row] = _digest(source, row) or 0
+        progress(row + 1)
+
+
+def compare(
+    record: Record, source: Source, used: np.ndarray, progress: Callable[[int], object] = lambda _: None
+) -> Difference:
+    """How the source differs from its record in the rows `used`, and in names; sets `source.digests`.
+
+    Reads the files whose time of change differs. Of files whose content was never recorded, those count as unchanged
+    that have their size and modification time still.
+    """
+    if not record.names.same(source.names):
+        return _compare_names(record, source)
+    source.digests = record.digests.copy()
+    if source.changed is None or source.modified is None:  # images that lie in no file
+        return Difference()
+    resized = record.sizes[used] != source.sizes[used]
+    changed = [(row, _resized(int(record.sizes[row]), int(source.sizes[row]))) for row in used[resized].tolist()]
+    same_time = (record.changed[used] == source.changed[used]) & (record.changed[used] >= 0)
+    suspects = used[~resized & ~same_time]
+    reread = 0
+    for done, row in enumerate(suspects.tolist(), 1):
+        progress(done)
+        known = int(record.digests[row])
+        if not known:
+            if record.modified[row] != source.modified[row]:
+                changed.append((row, "modified; its content was not recorded"))
+            continue
+        now, reread = _digest(source, row), reread + 1
+        if now != known:
+            source.digests[row] = now or 0
+            changed.append((row, "content" if now else "it cannot be read any more"))
+    return Difference(changed=[(source.names[row], how) for row, how in sorted(changed)], reread=reread)
+
+
+def _compare_names(record: Record, source: Source) -> Difference:
+    """Files added, removed or of another size; carries the digests over to the files of the same name and size."""
+    places = {name: row for row, name in enumerate(record.names)}
+    source.digests, changed, added = np.zeros(len(source), np.uint64), [], []
+    for row, name in enumerate(source.names):
+        old = places.pop(name, None)
+        if old is None:
+            added.append(name)
+        elif record.sizes[old] != source.sizes[row]:
+            changed.append((name, _resized(int(record.sizes[old]), int(source.sizes[row]))))
+        elif source.changed is not None and source.changed[row] == record.changed[old]:
+            source.digests[row] = record.digests[old]
+    return Difference(added, list(places), changed, reordered=not (added or places or changed))
+
+
+def _resized(before: int, now: int) -> str:
+    return "missing" if now < 0 else f"size {before} -> {now} bytes" if before >= 0 else "missing before"
+
+
+def _digest(source: Source, row: int) -> int | None:
+    try:
+        return content_digest(source.read(row))
+    except BadImage:
+        return None

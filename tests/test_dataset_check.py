@@ -1,0 +1,129 @@
+"""A run goes on with the files it began with, or says which changed; an override is kept with the run."""
+
+import io
+import os
+import shutil
+
+import numpy as np
+import pytest
+from test_start import start, stop_at
+
+from unmask.console import Console
+from unmask.dataset_check import file_of
+from unmask.report import write_report
+from unmask.saved import load, read_plan
+from unmask.start import DataError, resume
+
+
+def arrays(folder, seed=0, count=30):
+    """Files of the same size whatever the seed."""
+    folder.mkdir(exist_ok=True)
+    random = np.random.default_rng(seed)
+    for number in range(count):
+        np.save(folder / f"{number:03d}.npy", random.integers(0, 255, (20, 24, 3), dtype=np.uint8))
+    return folder
+
+
+@pytest.fixture
+def stopped(tmp_path, monkeypatch):
+    """A run of six steps that was stopped after two."""
+    arrays(tmp_path / "data")
+    stop_at(monkeypatch, 2)
+    run = start(tmp_path / "data", tmp_path / "run", "train.steps=6")
+    monkeypatch.undo()
+    return run
+
+
+def weights(run):
+    return {name: value.numpy().tobytes() for name, value in load(run.path).method.state_dict().items()}
+
+
+def test_files_replaced_by_others_of_the_same_size_stop_a_resumed_run(stopped, tmp_path):
+    arrays(tmp_path / "data", seed=1)
+    with pytest.raises(DataError, match=r"30 files then, 30 now.*30 changed: 000.npy \(content\), .* and 25 more"):
+        resume(stopped.path)
+    arrays(tmp_path / "data")
+    assert resume(stopped.path).read("status.json")["state"] == "finished"
+
+
+def test_an_override_stands_in_the_run(stopped, tmp_path):
+    other = np.random.default_rng(9).integers(0, 255, (20, 24, 3), dtype=np.uint8)
+    np.save(tmp_path / "data" / "004.npy", other)
+    resume(stopped.path, allow_dataset_change=True)
+    (entry,) = stopped.read("provenance.json")["data_changes"]
+    assert (entry["what"], entry["step"], entry["num_changed"]) == ("changed", 2, 1)
+    assert entry["changed"] == [{"name": "004.npy", "how": "content"}]
+    assert any("step 2" in reason and "004.npy" in reason for reason in read_plan(stopped).reasons)
+    assert "004.npy (content)" in write_report(stopped.path).read_text()
+
+
+def test_a_copy_with_other_times_goes_on_and_its_times_are_recorded(stopped, tmp_path, capsys):
+    for file in (tmp_path / "data").iterdir():
+        os.utime(file)
+    before = file_of(stopped, "data").read_bytes()
+    resume(stopped.path, console=Console())
+    assert "30 files have other times but the same content; going on exactly" in capsys.readouterr().err
+    assert file_of(stopped, "data").read_bytes() != before
+
+
+@pytest.mark.parametrize("trouble", ["missing", "damaged"])
+def test_a_run_of_an_earlier_version_is_held_to_names_and_sizes(stopped, tmp_path, capsys, trouble):
+    if trouble == "missing":
+        file_of(stopped, "data").unlink()
+    else:
+        file_of(stopped, "data").write_bytes(b"not a record")
+    (tmp_path / "data" / "new.npy").write_bytes(b"")
+    with pytest.raises(DataError, match="other names or sizes; this run recorded no more"):
+        resume(stopped.path)
+    (tmp_path / "data" / "new.npy").unlink()
+    assert resume(stopped.path).read("status.json")["state"] == "finished"
+    assert "only names and sizes of the images are compared" in capsys.readouterr().err
+    assert file_of(stopped, "data").exists()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_file_replaced_while_training_is_never_trained_on_as_if_it_were_the_old_one(tmp_path, monkeypatch, workers):
+    data = arrays(tmp_path / "data")
+    from unmask import train
+
+    real = train.step
+
+    def replacing(*arguments):
+        taken = real(*arguments)
+        if taken.number == 1:
+            for number in (3, 4):
+                file = io.BytesIO()
+                np.save(file, np.zeros((20, 24, 3), np.uint8))
+                (data / f"{number:03d}.npy").write_bytes(file.getvalue())
+        return taken
+
+    monkeypatch.setattr(train, "step", replacing)
+    settings = ["train.steps=30", "data.cache=false", f"data.workers={workers}", "data.max_bad_fraction=0.1"]
+    run = start(data, tmp_path / "run", *settings)
+    noted = {(row["name"], row["code"]) for row in run.quarantine()}
+    assert noted == {("003.npy", "CHANGED"), ("004.npy", "CHANGED")}
+
+
+def test_changed_files_that_are_accepted_are_trained_on_again(tmp_path, monkeypatch):
+    data = arrays(tmp_path / "data")
+    from unmask import train
+
+    real = train.step
+
+    def replacing(*arguments):
+        taken = real(*arguments)
+        if taken.number == 1:
+            shutil.copyfile(data / "005.npy", data / "003.npy")
+        if taken.number == 12:
+            os.kill(os.getpid(), 15)
+        return taken
+
+    monkeypatch.setattr(train, "step", replacing)
+    run = start(data, tmp_path / "run", "train.steps=14", "data.cache=false")
+    monkeypatch.undo()
+    assert [row["code"] for row in run.quarantine()] == ["CHANGED"]
+    with pytest.raises(DataError, match=r"1 changed: 003.npy \(content\)"):
+        resume(run.path)
+    resume(run.path, allow_dataset_change=True)
+    assert read_plan(run).excluded == ()
+    assert len(run.quarantine()) == 1
