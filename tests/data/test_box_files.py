@@ -257,12 +257,15 @@ CASES = {
     "two files": (lambda root: second(coco(root)), r"2 JSON files .*annotations/x\.json, .*annotations/y\.json"),
     "no categories": (lambda root: coco(root, categories=[]), "category 7, which it does not list"),
     "no image": (lambda root: coco(root, images=[]), "has an object of image 0"),
-    "no bbox": (lambda root: coco(root, annotations=[{"image_id": 0, "category_id": 3}]), "has no 'bbox'; COCO's"),
+    "no bbox": (
+        lambda root: coco(root, annotations=[{"image_id": 0, "category_id": 3}]),
+        r"annotations\[0\] of .* has no 'bbox'; COCO's",
+    ),
     "not numbers": (
         lambda root: coco(root, annotations=[{"image_id": 0, "category_id": 3, "bbox": [1, 2, None, 4]}]),
-        r"a\.png has the box \[1, 2, None, 4\]; four numbers",
+        r"annotations\[0\] of .*, for a\.png, has the box \[1, 2, None, 4\]; four numbers",
     ),
-    "a list": (lambda root: text(coco(root), "annotations/x.json", "[1]"), "cannot be read .*TypeError"),
+    "a list": (lambda root: text(coco(root), "annotations/x.json", "[1]"), "holds a list, perhaps of predictions"),
     "no JSON": (lambda root: text(coco(root), "annotations/x.json", "{"), "cannot be read .*JSONDecodeError"),
     "no XML": (lambda root: text(voc(root), "Annotations/a.xml", "<a>"), r"a\.xml cannot be read"),
     "entities": (

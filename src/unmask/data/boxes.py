@@ -9,36 +9,38 @@ pixel: COCO's (x, y, width, height) as they are, VOC's corners, which count from
 the upper left. An image that is annotated and has no object stays, for there is something to learn from it. COCO's
 crowds, which are no single object, and what VOC calls difficult are not learned from, and in a test it counts neither
 for nor against a model whether it finds them, as in the published numbers. What lies outside its image or has no area
-does not come in. All of it is counted.
+does not come in. All of it is counted. Boxes that were drawn on the stored pixels of an image that carries an
+orientation are turned with it (`orientation.py`).
 
 Not here: what is learned from boxes (`tasks/detect.py`) and how well (`evals/`).
 """
 
 from __future__ import annotations
 
-import json
-import math
 import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
-from xml.etree import ElementTree
 
 import numpy as np
 
 from unmask.batch import NO_BOX
 from unmask.console import Console
 from unmask.data import augment, decode
-from unmask.data.decode import BadImage
+from unmask.data.box_formats import BoxError, Objects, corners_written_as_sizes, read_coco, read_voc
+from unmask.data.class_names import class_name
+from unmask.data.decode import BadImage, Header
+from unmask.data.orientation import Drawn, drawn_on, turned_boxes
 from unmask.data.sources import Source, open_source
-from unmask.errors import UserError, some
+from unmask.data.text_files import TextError, read_text
+from unmask.errors import some
 
 VOC_IMAGES, VOC_BOXES, VOC_SPLITS = "JPEGImages", "Annotations", os.path.join("ImageSets", "Main")
 COCO_IMAGES = "images"
 COCO_FOLDERS, COCO_BESIDE = ("", "annotations", COCO_IMAGES), ("", "annotations")
 ROUNDING = 1.0  # pixels that a box may stick out of its image without a word
+CORNERS = 0.8  # of the boxes that leave their image: share from which on they are said to look like corners
 LEAST_INSIDE = 0.5  # share of a box's area that lies in the image; boxes with less are left out
 OUTSIDE, CUT, EMPTY, ASIDE = "outside", "cut", "empty", "aside"
 REASONS = {
@@ -47,20 +49,6 @@ REASONS = {
     EMPTY: "boxes without area are left out",
     ASIDE: "crowds of objects, or difficult ones, are neither learned from nor judged",
 }
-
-
-class BoxError(UserError):
-    """Annotations that cannot be used; the message says what came, what was expected, and what to do."""
-
-
-class Objects(NamedTuple):
-    """What the annotations say of one image: its size (H, W), or None; (n, 4) float64 boxes, n names; which are set
-    aside, (n,) bool."""
-
-    size: tuple[int, int] | None
-    boxes: np.ndarray
-    names: list[str]
-    aside: np.ndarray
 
 
 @dataclass
@@ -82,6 +70,7 @@ class Boxes:
     faulty: dict[str, list[str]] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
     split: str | None = None
+    notes: list[str] = field(default_factory=list)
 
     @property
     def rows(self) -> np.ndarray:
@@ -115,6 +104,7 @@ class Boxes:
         if self.missing:
             said.append(f"{len(self.missing)} images that are annotated or listed are not there: {some(self.missing)}")
         said += [f"{count} {REASONS[reason]}: {some(self.faulty[reason])}" for reason, count in self.faults.items()]
+        said += self.notes
         labels = np.concatenate([np.zeros(0, np.int64), *self.labels.values()])
         number = np.bincount(labels, minlength=len(self.classes))
         images = np.zeros(len(self.classes), np.int64)
@@ -148,6 +138,7 @@ def open_boxes(
     source = open_source(str(images))
     said, names = read_coco(found) if found.is_file() else read_voc(found)
     rows, missing = pair(source, said, found)
+    every = rows
     if only is not None:
         rows = {row: key for row, key in rows.items() if row in only}
     if split is not None:
@@ -162,11 +153,22 @@ def open_boxes(
     if classes is None:
         used = {name for key in rows.values() for name in said[key].names}
         names = [name for name in names if name in used] if found.is_dir() else names
-    boxes = Boxes(source, tuple(names if classes is None else classes), missing=missing, split=split)
+    known = names if classes is None else [class_name(name) for name in classes]  # of runs of earlier versions too
+    boxes = Boxes(source, tuple(known), missing=missing, split=split)
+    heads: dict[int, Header] = {}
     with (console or Console(quiet=True)).progress("boxes", len(rows)) as bar:
-        for done, (row, key) in enumerate(rows.items(), 1):
-            _add(boxes, row, said[key])
+        for done, row in enumerate(rows, 1):
+            if (head := _header(source, row)) is not None:  # a bad image is for whoever scans the images to say
+                heads[row] = head
             bar.update(done)
+    stored = _drawn_on_stored(boxes, heads, {row: said[key] for row, key in every.items()})
+    for row, head in heads.items():
+        _add(boxes, row, said[rows[row]], head, turn=row in stored)
+    if corners_written_as_sizes((said[rows[row]], head.full_size) for row, head in heads.items()) > CORNERS:
+        boxes.notes.append(
+            "the boxes that leave their image would fit if they were corners (x1, y1, x2, y2); COCO's bbox is x, y, "
+            "width, height: convert them"
+        )
     if not sum(map(len, boxes.boxes.values())):
         raise BoxError(f"{found} has no box for any of {len(rows)} images of {source.name}; at least one was expected")
     return boxes
@@ -202,8 +204,10 @@ def find_files(root: Path, annotations: Path | None) -> tuple[Path, Path]:
 def read_split(file: Path) -> set[str]:
     """The names, without ending, in a list of ImageSets/Main: the first word of each line. Raises BoxError."""
     try:
-        words = [line.split() for line in file.read_text("utf-8-sig").splitlines()]
-    except (OSError, UnicodeDecodeError):
+        words = [line.split() for line in read_text(file).splitlines()]
+    except TextError as error:
+        raise BoxError(f"the split list cannot be read: {error}") from None
+    except OSError:
         there = sorted(path.stem for path in file.parent.glob("*.txt")) if file.parent.is_dir() else []
         raise BoxError(
             f"the split list {file} does not exist or cannot be read; "
@@ -254,14 +258,62 @@ def pair(source: Source, said: Mapping[str, Objects], where: Path) -> tuple[dict
     return dict(sorted(rows.items())), missing
 
 
-def _add(boxes: Boxes, row: int, said: Objects) -> None:
-    """Take the objects of one image in, or note why not. Raises BoxError for another size or class than there is."""
-    name = boxes.source.names[row]
+def _header(source: Source, row: int) -> Header | None:
     try:
-        head = decode.header(boxes.source.read(row))
-    except BadImage:  # for whoever scans the images to say
-        return
+        return decode.header(source.read(row))
+    except BadImage:
+        return None
+
+
+def _drawn_on(said: Objects, head: Header) -> Drawn | None:
+    return drawn_on(said.size, head, (float(said.boxes[:, 3].max(initial=0)), float(said.boxes[:, 2].max(initial=0))))
+
+
+def _drawn_on_stored(boxes: Boxes, heads: Mapping[int, Header], said: Mapping[int, Objects]) -> set[int]:
+    """Rows whose boxes were drawn on the stored pixels; notes what was found. Raises BoxError where no one can know.
+
+    heads: of the rows that are wanted. said: of all that are annotated, which tell where the wanted ones do not.
+    """
+    found = {row: _drawn_on(said[row], head) for row, head in heads.items()}
+    stored = {row for row, where in found.items() if where is Drawn.STORED}
+    unknown = [row for row, where in found.items() if where is Drawn.UNKNOWN]
+    if unknown:
+        others = (_header(boxes.source, row) for row in said if row not in heads)
+        told = {*found.values()} | {
+            _drawn_on(one, head)
+            for one, head in zip((said[row] for row in said if row not in heads), others, strict=True)
+            if head is not None
+        }
+        if {Drawn.SHOWN, Drawn.STORED} <= told:
+            raise BoxError(
+                f"some boxes of {boxes.source.name} were drawn on images as shown, others on their stored pixels, and "
+                f"of {boxes.source.names[unknown[0]]}, which carries an orientation, it cannot be told; write upright "
+                "images without orientation, and their boxes"
+            )
+        if Drawn.STORED in told:
+            stored |= set(unknown)
+        else:
+            boxes.notes.append(
+                f"{len(unknown)} images carry an orientation that leaves their size as it is; their boxes are taken "
+                f"as drawn on the image as shown: {some(boxes.source.names[row] for row in unknown)}"
+            )
+    if stored:
+        boxes.notes.append(
+            f"{len(stored)} images carry an orientation, and their boxes were drawn on the stored pixels: they are "
+            f"turned with their image: {some(boxes.source.names[row] for row in sorted(stored))}"
+        )
+    return stored
+
+
+def _add(boxes: Boxes, row: int, said: Objects, head: Header, *, turn: bool) -> None:
+    """Take the objects of one image in, or note why not. Raises BoxError for another size or class than there is.
+
+    turn: the boxes are in stored pixels.
+    """
+    name = boxes.source.names[row]
     size = head.full_size
+    if turn:
+        said = said._replace(size=size, boxes=turned_boxes(said.boxes, head.orientation, size))
     if said.size not in (None, size):
         raise BoxError(
             f"{name} is shown with {size[0]} x {size[1]} pixels, but its annotation is for {said.size[0]} x "
@@ -294,106 +346,3 @@ def _add(boxes: Boxes, row: int, said: Objects) -> None:
 
 def _area(boxes: np.ndarray) -> np.ndarray:
     return (boxes[:, 2:] - boxes[:, :2]).clip(min=0).prod(1)
-
-
-# --------------------------------------------------------------------------------------------------------- the formats
-
-
-def read_coco(file: Path) -> tuple[dict[str, Objects], list[str]]:
-    """(objects by the image's file name, names of the categories in the order of their ids). Raises BoxError."""
-    expected = (
-        "COCO's object detection was expected: {images: [{id, file_name}], categories: [{id, name}], annotations: "
-        "[{image_id, category_id, bbox: [x, y, width, height]}]}"
-    )
-    try:
-        read = json.loads(file.read_bytes())
-        images = {one["id"]: one for one in read["images"]}
-        categories = {one["id"]: str(one["name"]) for one in sorted(read["categories"], key=lambda one: one["id"])}
-        found = [(one["image_id"], one["category_id"], one["bbox"], one.get("iscrowd")) for one in read["annotations"]]
-        files = [str(one["file_name"]).replace("\\", "/") for one in images.values()]
-    except KeyError as error:
-        raise BoxError(f"{file} has no {error}; {expected}") from None
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise BoxError(f"{file} cannot be read ({type(error).__name__}: {error}); {expected}") from None
-    if len(set(categories.values())) < len(categories) or len(images) < len(read["images"]):
-        raise BoxError(f"{file} has two categories of one name, or two images of one id; {expected}")
-    if double := [name for name, count in Counter(files).items() if count > 1]:
-        raise BoxError(f"{file} lists {double[0]} more than once; one entry for each image was expected")
-    boxes: dict[Any, list[tuple[float, float, float, float]]] = {one: [] for one in images}
-    names: dict[Any, list[str]] = {one: [] for one in images}
-    crowds: dict[Any, list[bool]] = {one: [] for one in images}
-    for image, category, box, crowd in found:
-        if image not in images or category not in categories:
-            raise BoxError(
-                f"{file} has an object of image {image}, category {category}, which it does not list; {expected}"
-            )
-        x, y, width, height = _four(box, f"{file}: {images[image]['file_name']}")
-        boxes[image].append((x, y, x + width, y + height))
-        names[image].append(categories[category])
-        crowds[image].append(bool(crowd))
-    said = {
-        name: Objects(
-            _size(one.get("height"), one.get("width")), _array(boxes[key]), names[key], np.array(crowds[key], bool)
-        )
-        for name, (key, one) in zip(files, images.items(), strict=True)
-    }
-    return said, list(categories.values())
-
-
-def read_voc(folder: Path) -> tuple[dict[str, Objects], list[str]]:
-    """(objects by the XML file's path in the folder, names of the classes in alphabetical order). Raises BoxError."""
-    said: dict[str, Objects] = {}
-    for file in sorted(folder.rglob("*.xml")):
-        try:
-            said[file.relative_to(folder).as_posix()] = _voc(_parse(file), file)
-        except (OSError, ElementTree.ParseError, UnicodeDecodeError, LookupError) as error:
-            raise BoxError(f"{file} cannot be read: {error}; an XML file of Pascal VOC was expected") from None
-    if not said:
-        raise BoxError(f"{folder} holds no .xml; a folder of Pascal VOC's XML was expected, a file for each image")
-    return said, sorted({name for one in said.values() for name in one.names})
-
-
-def _parse(file: Path) -> ElementTree.Element:
-    """The tree of an XML file. A document type is refused: its entities can make gigabytes of a few lines."""
-    content = file.read_bytes()
-    if b"<!DOCTYPE" in content or b"<!ENTITY" in content:
-        raise BoxError(f"{file} declares a document type or entities, which VOC's files have not; take them out")
-    return ElementTree.fromstring(content)
-
-
-def _voc(root: ElementTree.Element, file: Path) -> Objects:
-    boxes, names, difficult = [], [], []
-    for one in root.iter("object"):
-        name = (one.findtext("name") or "").strip()
-        corners = [one.findtext(f"bndbox/{key}") for key in ("xmin", "ymin", "xmax", "ymax")]
-        if not name or None in corners:
-            raise BoxError(f"{file} has an object without name or bndbox; VOC's xmin, ymin, xmax, ymax were expected")
-        x1, y1, x2, y2 = _four(corners, str(file))
-        boxes.append((x1 - 1, y1 - 1, x2, y2))
-        names.append(name)
-        difficult.append((one.findtext("difficult") or "0").strip() == "1")
-    size = _size(root.findtext("size/height"), root.findtext("size/width"))
-    return Objects(size, _array(boxes), names, np.array(difficult, bool))
-
-
-def _four(values: Any, where: str) -> tuple[float, float, float, float]:
-    try:
-        a, b, c, d = map(float, values)
-    except (TypeError, ValueError):
-        a = b = c = d = math.nan
-    if not all(map(math.isfinite, (a, b, c, d))):
-        raise BoxError(f"{where} has the box {values}; four numbers were expected")
-    return a, b, c, d
-
-
-def _size(height: Any, width: Any) -> tuple[int, int] | None:
-    """(H, W), or None where it is not said: some tools write nothing or zeros."""
-    try:
-        size = int(height), int(width)
-    except (TypeError, ValueError):
-        return None
-    return size if min(size) > 0 else None
-
-
-def _array(boxes: Iterable[tuple[float, float, float, float]]) -> np.ndarray:
-    return np.array(list(boxes), np.float64).reshape(-1, 4)
