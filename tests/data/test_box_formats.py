@@ -156,19 +156,21 @@ WRONG = [None, [], {}, [1], True, 1.5, float("nan"), "", "text", LONG]
 )  # fmt: skip
 def test_any_value_anywhere_is_read_or_refused_with_a_sentence(tmp_path, part, key, wrong):
     root = coco(tmp_path, [1])
-    said = {"images": [IMAGE], "categories": [CATEGORY], "annotations": [OBJECT]}
+    good = {"images": [IMAGE], "categories": [CATEGORY], "annotations": [OBJECT]}
     if key is None:
-        whole = said | {part: wrong}
-        entry = said | {part: [wrong]}
+        whole = good | {part: wrong}
+        entry = good | {part: [wrong]}
     else:
-        whole = entry = said | {part: [said[part][0] | {key: wrong}]}
+        whole = entry = good | {part: [good[part][0] | {key: wrong}]}
     for content in (whole, entry):
         (root / "annotations.json").write_text(json.dumps(content))
+        said = ""
         try:
             open_boxes(root)
         except BoxError as error:
-            assert "annotations.json" in str(error)
-            assert len(str(error)) < 600
+            said = str(error)
+        assert not said or "annotations.json" in said
+        assert len(said) < 600
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,8 @@
 
 Images are read as they are shown. Many tools draw boxes and masks on the pixels as stored, and the two differ by a turn
 or a mirror. Which it is shows where the turn swaps height and width: the annotation has the one size or the other. An
-image that is only turned by 180 degrees or mirrored, or that is square, does not tell; it is treated as the others of its
-set that do, or, when none does, as drawn on the image as shown.
+image that is only turned by 180 degrees or mirrored, or that is square, does not tell; it is treated as the others of
+its set that do, or, when none does, as drawn on the image as shown.
 
 Orientation: EXIF's 1 to 8, as in `decode.Header`; 5 to 8 swap height and width.
 """
