@@ -661,6 +661,6 @@ def test_a_preprocessor_that_does_not_normalise_is_believed():
     from unmask.foreign.vit import _statistics
 
     look = {"do_normalize": False, "do_rescale": True, "image_mean": [1, 1, 1], "image_std": [1, 1, 1]}
-    assert _statistics(look, 3, halves=False)[:2] == ((0.0,) * 3, (255.0,) * 3)
+    assert _statistics(look, 3, halves=False, training={})[:2] == ((0.0,) * 3, (255.0,) * 3)
     look |= {"do_normalize": True, "do_rescale": False}
-    assert _statistics(look, 3, halves=False)[:2] == ((1.0,) * 3, (1.0,) * 3)
+    assert _statistics(look, 3, halves=False, training={})[:2] == ((1.0,) * 3, (1.0,) * 3)

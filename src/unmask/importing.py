@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from unmask import checkpoint, start
@@ -31,13 +30,13 @@ from unmask.config import Config, ConfigError, DataConfig, explain, override, pa
 from unmask.console import Console
 from unmask.data.augment import CropConfig, crop_for, protocol_share
 from unmask.errors import some
-from unmask.foreign.files import SAFE, fingerprint, read_source
+from unmask.foreign.files import SAFE, Read, fingerprint, read_source
 from unmask.foreign.recognise import recognise
 from unmask.foreign.state_dicts import ForeignError, Recognised
 from unmask.method import Method
 from unmask.nn import positions
 from unmask.nn.patches import grid_of
-from unmask.one_file import read_header
+from unmask.one_file import OwnFile, read_header
 from unmask.optim import OptimConfig
 from unmask.plan import Plan
 from unmask.run import Run
@@ -48,6 +47,7 @@ UNSTATED = "your own, or whoever's run it was exported from; nothing is stated"
 OPTIMS = {
     "beit": OptimConfig(base_lr=1.5e-3 / 8, betas=(0.9, 0.999), final_lr=1 / 150, clip=3.0),
     "classify": OptimConfig(base_lr=1e-3, betas=(0.9, 0.999)),
+    "simmim": OptimConfig(base_lr=1e-4 * 256 / 512, betas=(0.9, 0.999), clip=5.0),
     "igpt": OptimConfig(base_lr=0.006, betas=(0.9, 0.95), weight_decay=0),
     "dvae": OptimConfig(base_lr=0.5e-4, betas=(0.9, 0.999), weight_decay=1e-4, warmup=0, final_lr=0.0125),
 }
@@ -82,12 +82,27 @@ def signed(found: Recognised, imprint: Mapping[str, Any]) -> Recognised:
     if method["name"] == "classify" and imprint["classes"]:
         method["classes"] = imprint["classes"]
     if method["name"] == "mae" and imprint["target"] in ("norm_pixels", "pixels"):
-        method["target"], notes = imprint["target"], ()  # all they say is that the target does not show
+        method["target"] = imprint["target"]
+        notes = tuple(note for note in notes if not note.startswith("the decoder is taken to predict"))
     return replace(
         found, method=method, notes=notes, kind=f"{found.kind}, exported by unmask", eval_share=imprint["eval_share"],
         mean=tuple(imprint["mean"]), std=tuple(imprint["std"]), statistics="of the run that it was exported from",
         licence=imprint["licence"] or UNSTATED,
     )  # fmt: skip
+
+
+def arguments_read(read: Read) -> tuple[str, ...]:
+    """Sentences: which arguments of the training were in the file and count, and which made no sense."""
+    said = []
+    if read.training:
+        known = ", ".join(f"{name}={value!r}" for name, value in sorted(read.training.items()))
+        said.append(f"read from the arguments of its training: {known}")
+    if read.unclear:
+        said.append(
+            f"of the arguments of its training {', '.join(read.unclear)} make no sense and do not count; set what "
+            "they decide with --set"
+        )
+    return tuple(said)
 
 
 def as_encoder(found: Recognised, why: str) -> Recognised:
@@ -261,12 +276,18 @@ def other_channels(
 def require_whole(wanted: Mapping[str, Tensor], weights: Mapping[str, Tensor], what: str) -> None:
     """Raises ForeignError, naming tensors, unless these are exactly the ones of the method, and finite."""
     missing, left = sorted(wanted.keys() - weights.keys()), sorted(weights.keys() - wanted.keys())
+    both = [(name, weights[name], value) for name, value in wanted.items() if name in weights]
     shapes = [
-        f"{name} {tuple(weights[name].shape)} instead of {tuple(value.shape)}"
-        for name, value in wanted.items()
-        if name in weights and weights[name].shape != value.shape
+        f"{name} {tuple(found.shape)} instead of {tuple(value.shape)}"
+        for name, found, value in both
+        if found.shape != value.shape
     ]
-    faults = {"missing": missing, "left over": left, "of another shape": shapes}
+    types = [
+        f"{name} {found.dtype} instead of {value.dtype}"
+        for name, found, value in both
+        if found.is_floating_point() != value.is_floating_point()
+    ]
+    faults = {"missing": missing, "left over": left, "of another shape": shapes, "of another type": types}
     if any(faults.values()):
         named = "; ".join(f"{len(names)} {how}: {some(names)}" for how, names in faults.items() if names)
         raise ForeignError(
@@ -295,12 +316,13 @@ def import_weights(
     Run.check_free(out)
     if source.suffix in SAFE and (own := read_header(source)) is not None:
         given = [*settings, *([] if tokenizer is None else ["--tokenizer"])]
-        return import_own(source, *own, out=out, given=given, console=console)
+        return import_own(own, out=out, given=given, console=console)
     read = read_source(source)
     try:
-        found = recognise(read.state, read.about, read.look)
+        found = recognise(read.state, read.about, read.look, read.training)
     except ForeignError as error:
         raise ForeignError(f"{source}: {error}") from None
+    found = replace(found, notes=(*found.notes, *arguments_read(read)))
     console.say(f"{source}: {found.name}")
     if read.imprint:
         found = signed(found, read.imprint)
@@ -325,31 +347,21 @@ def import_weights(
     return run
 
 
-def import_own(
-    source: Path,
-    config: Config,
-    images: ImageSpec,
-    licence: str,
-    *,
-    out: str | Path,
-    given: list[str],
-    console: Console,
-) -> Run:
+def import_own(own: OwnFile, *, out: str | Path, given: list[str], console: Console) -> Run:
     """A Run of a file that `unmask export --to safetensors` wrote, which says itself what it is."""
+    source, config = own.path, own.config
     if given:
         raise ConfigError(
             f"{given[0]} came, but {source} is an export of unmask and has its settings; import it as it is, finetune "
             "and `pretrain --from` can change them"
         )
-    weights = load_file(source)  # under our own names, of which no prefix is to be taken off
-    with torch.device("meta"):
-        method = config.build(images)
+    method, weights = own.read()  # under our own names, of which no prefix is to be taken off
     require_whole(method.state_dict(), weights, f"{source}: an export of unmask")
     name = f"an export of unmask: {config.method.name}, recipe {config.recipe}"
     files = [fingerprint(source)]
-    about = {"source": str(source.absolute()), "files": files, "kind": name, "licence": licence or UNSTATED}
+    about = {"source": str(source.absolute()), "files": files, "kind": name, "licence": own.licence or UNSTATED}
     config = config.model_copy(update={"graft": ()})
-    run = write_run(out, config, images, method, weights, (f"weights of {source.name}: {name}",), about)
+    run = write_run(out, config, own.images, method, weights, (f"weights of {source.name}: {name}",), about)
     console.say(f"{source}: {name}")
     console.say(f"{run.path}: {use_of(config.method.name)}")
     return run

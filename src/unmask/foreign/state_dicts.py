@@ -19,6 +19,7 @@ IMAGENET = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # mean and standa
 HALVES = (127.5, 127.5, 127.5), (127.5, 127.5, 127.5)
 WRAPPERS = ("model", "state_dict", "model_state_dict", "module")
 IMPRINT = "unmask_imprint"  # where our own exports keep what the formats of others do not
+DEEPEST_WRAPPER = 8  # a pickle can hold itself
 PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "encoder.")
 SIZES = {(192, 12): "Ti", (384, 12): "S", (768, 12): "B", (1024, 24): "L", (1280, 32): "H"}
 UNKNOWN_LICENCE = "not in the file; see the page it came from"
@@ -100,7 +101,9 @@ def unwrap(content: Any) -> dict[str, Tensor]:
 
     Raises ForeignError when there is none. What lies beside a state dict (optimiser, epoch, arguments) is left out.
     """
-    while isinstance(content, Mapping) and not any(isinstance(value, Tensor) for value in content.values()):
+    for _ in range(DEEPEST_WRAPPER):
+        if not isinstance(content, Mapping) or any(isinstance(value, Tensor) for value in content.values()):
+            break
         inner = [content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)]
         if not inner:
             break
@@ -146,10 +149,13 @@ def first_sizes(tensors: Mapping[str, Tensor]) -> tuple[int, tuple[int, int], in
 
 def count_blocks(tensors: Mapping[str, Tensor], blocks: str) -> int:
     """How many there are. Raises ForeignError when numbers are missing in between, or there are none."""
-    numbers = {int(match[1]) for name in tensors if (match := re.match(rf"{re.escape(blocks)}\.(\d+)\.", name))}
-    if holes := sorted(set(range(max(numbers, default=0) + 1)) - numbers):
+    numbers = {int(match[1]) for name in tensors if (match := re.match(rf"{re.escape(blocks)}\.(\d{{1,9}})\.", name))}
+    expected = max(numbers, default=0) + 1
+    if len(numbers) != expected:
+        hole = next(number for number in range(expected) if number not in numbers)
+        more = expected - len(numbers) - 1
         raise ForeignError(
-            f"{blocks}.{holes[0]} is missing" + (f" (and {len(holes) - 1} more)" if len(holes) > 1 else "")
+            f"{blocks}.{hole} is missing" + (f" (and {more} more)" if more else "")
             + (f", but there is {blocks}.{max(numbers)}; the file is cut or was put together wrongly" if numbers else
                "; a transformer with at least one block was expected")
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Vision transformers of others: official MAE, BEiT, timm's, and transformers' ViTMAE, ViT and BEiT.
+"""Vision transformers of others: official MAE, BEiT and SimMIM, timm's, and transformers' ViTMAE, ViT and BEiT.
 
 What the weights do not show (the number of heads, with few exceptions) comes from config.json, from the sizes that were
 published, or has to be said.
@@ -35,6 +35,7 @@ HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}  # of the published vision
 DECODER_HEADS = {512: 16}  # of MAE's decoder
 MAE_LICENCE = "CC-BY-NC 4.0 (facebookresearch/mae): not for commercial use"
 BEIT_LICENCE = "MIT (microsoft/unilm)"
+SIMMIM_LICENCE = "MIT (microsoft/SimMIM)"
 FOREIGN_PARTS = {
     r"(reg_token|register_tokens|embeddings\.register_tokens)": "register tokens",
     r"blocks\.\d+\.attn\.(q_norm|k_norm)\..+": "a norm on queries and keys",
@@ -49,7 +50,9 @@ FOREIGN_PARTS = {
 """What vision transformers have that ours has not, in words."""
 
 
-def recognise_vit(names: Names, about: Mapping[str, Any], look: Mapping[str, Any]) -> Recognised:
+def recognise_vit(
+    names: Names, about: Mapping[str, Any], look: Mapping[str, Any], training: Mapping[str, Any]
+) -> Recognised:
     """Every vision transformer, under official names (or timm's, which are the same)."""
     for pattern, words in FOREIGN_PARTS.items():
         if names.has(pattern):
@@ -58,14 +61,16 @@ def recognise_vit(names: Names, about: Mapping[str, Any], look: Mapping[str, Any
                 "not; a plain one was expected"
             )
     transformers = bool(about.get("model_type")) or any("patch_embeddings" in old for old in names.origin.values())
+    tensors, simmim = names.tensors, False
+    if not transformers:
+        simmim = _with_pixel_head(names)
     _prepare(names)
-    tensors = names.tensors
     if "cls_token" not in tensors:
         raise ForeignError("this vision transformer has no class token (cls_token), and one with it was expected")
     width, patch, channels = first_sizes(tensors)
     depth = count_blocks(tensors, "blocks")
     beit = names.has(r"rel_pos_bias\..+|blocks\.\d+\.attn\.relative_position_bias_table|lm_head\..+|blocks\.0\.gamma_1")
-    beit = beit or about.get("model_type") == "beit"
+    beit = (beit or about.get("model_type") == "beit") and not simmim
     full = "decoder_pred.weight" in tensors
 
     encoder: dict[str, Any] = {"width": width, "depth": depth, "patch": patch}
@@ -81,28 +86,61 @@ def recognise_vit(names: Names, about: Mapping[str, Any], look: Mapping[str, Any
     start = about.get("layer_scale_init_value") or (0.1 if depth < 24 else 1e-5)
     encoder["layer_scale"] = start if scaled else None
     encoder["norm_eps"] = float(about.get("layer_norm_eps", 1e-6))
-    bias = tensors.get(table, tensors.get(own))
+    bias = need(tensors, table if table in tensors else own, 2) if {table, own} & tensors.keys() else None
     heads = about.get("num_attention_heads") or (bias.shape[1] if bias is not None else HEADS.get(width))
     if heads is not None:
         encoder["heads"] = int(heads)
     _require_config(about, encoder, channels)
 
-    mean, std, statistics = _statistics(look, channels, halves=beit)
-    if full:
-        kind, method = _with_decoder(names, encoder, about)
+    mean, std, statistics = _statistics(look, channels, halves=beit, training=training)
+    if simmim:
+        kind, method = "pre-trained", {"name": "simmim", "encoder": encoder, **_simmim_masks(names, patch, training)}
+    elif full:
+        kind, method = _with_decoder(names, encoder, about, training)
     elif "head.weight" in tensors and "fc_norm.weight" in tensors and len(tensors["head.weight"]) > 1:
         kind, method = _with_head(names, encoder, about)
     else:
         kind, method = _encoder_only(names, encoder, beit=beit)
+        if method["name"] == "beit" and "num_mask_patches" in training and places and grid is not None:
+            method["mask_ratio"] = training["num_mask_patches"] / (grid[0] * grid[1])
+            names.notes.append(f"the training hid {training['num_mask_patches']} of {grid[0] * grid[1]} patches")
     weights = to_ours(names, method["name"])
     licence = BEIT_LICENCE if beit else MAE_LICENCE if full or encoder["positions"] == "sincos" else UNKNOWN_LICENCE
     if transformers:
         kind, licence = f"transformers {_family(about, beit=beit, full=full)}, {kind}", UNKNOWN_LICENCE
     else:
         kind, licence = _official(kind, encoder, licence, beit=beit, full=full)
+    if simmim:
+        kind, licence = "SimMIM, pre-trained", SIMMIM_LICENCE
     return Recognised(
         kind, licence, method, weights, channels, patch, grid, places, mean, std, statistics, tuple(names.notes)
     )
+
+
+def _with_pixel_head(names: Names) -> bool:
+    """Whether this is official SimMIM; its 1 x 1 convolution before a pixel shuffle becomes the linear layer it is."""
+    tensors = names.tensors
+    weight, projection = tensors.get("decoder.0.weight"), tensors.get("patch_embed.proj.weight")
+    if weight is None or projection is None or "mask_token" not in tensors or projection.ndim != 4:
+        return False
+    width, channels, height, across = projection.shape
+    if weight.shape != (channels * height * across, width, 1, 1) or tensors["decoder.0.bias"].ndim != 1:
+        return False
+    # The shuffle reads (channel, row, column); a patch vector here is (row, column, channel).
+    shape = (channels, height, across)
+    tensors["head.weight"] = tensors.pop("decoder.0.weight").view(*shape, width).permute(1, 2, 0, 3).flatten(0, 2)
+    tensors["head.bias"] = tensors.pop("decoder.0.bias").view(*shape).permute(1, 2, 0).flatten()
+    return True
+
+
+def _simmim_masks(names: Names, patch: tuple[int, int], training: Mapping[str, Any]) -> dict[str, Any]:
+    """Size of the hidden cells, in patches, and share of them that is hidden."""
+    pixels, ratio = training.get("mask_patch_size", 32), training.get("mask_ratio", 0.6)
+    whose = (
+        "read from the training's configuration" if "mask_patch_size" in training else "SimMIM's own, not in the file"
+    )
+    names.notes.append(f"masks of cells of {pixels} pixels, {ratio:g} of them hidden ({whose})")
+    return {"mask_cell": tuple(max(1, pixels // side) for side in patch), "mask_ratio": ratio}
 
 
 def _prepare(names: Names) -> None:
@@ -191,13 +229,29 @@ def _require_config(about: Mapping[str, Any], encoder: Mapping[str, Any], channe
 
 
 def _statistics(
-    look: Mapping[str, Any], channels: int, *, halves: bool
+    look: Mapping[str, Any], channels: int, *, halves: bool, training: Mapping[str, Any]
 ) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None, str]:
-    """(mean, std, whose): what preprocessor_config.json says, in units of 0..255, else what is published."""
+    """(mean, std, whose): what preprocessor_config.json or the training's arguments say, in units of 0..255.
+
+    Else what is published.
+    """
+    for key in ("image_mean", "image_std"):
+        if len(look.get(key, [0] * channels)) != channels:
+            raise ForeignError(
+                f"{key} has {len(look[key])} values and the network {channels} channels; expected one for each: the "
+                "settings and the weights do not go together"
+            )
+    if "imagenet_default_mean_and_std" in training and channels == 3 and "image_mean" not in look:
+        usual = IMAGENET if training["imagenet_default_mean_and_std"] else HALVES
+        return *usual, "of the training's arguments: imagenet_default_mean_and_std"
     if look.get("do_normalize", True) and "image_mean" in look and "image_std" in look:
         scale = 1 / look.get("rescale_factor", 1 / 255) if look.get("do_rescale", True) else 1.0
         mean, std = ([float(value) * scale for value in look[key]] for key in ("image_mean", "image_std"))
-        return tuple(mean), tuple(std), "of preprocessor_config.json"
+        return (
+            tuple(mean),
+            tuple(std),
+            "of the training's arguments" if "mean" in training else "of preprocessor_config.json",
+        )
     if look and not look.get("do_normalize", True):
         return (0.0,) * channels, (255.0,) * channels, "none: preprocessor_config.json says do_normalize=false"
     if channels != 3:
@@ -205,7 +259,9 @@ def _statistics(
     return (*HALVES, "0.5 and 0.5, as BEiT") if halves else (*IMAGENET, "ImageNet's, as MAE")
 
 
-def _with_decoder(names: Names, encoder: dict[str, Any], about: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+def _with_decoder(
+    names: Names, encoder: dict[str, Any], about: Mapping[str, Any], training: Mapping[str, Any]
+) -> tuple[str, dict[str, Any]]:
     """A whole MAE."""
     tensors = names.tensors
     width = len(need(tensors, "decoder_embed.weight", 2))
@@ -219,6 +275,11 @@ def _with_decoder(names: Names, encoder: dict[str, Any], about: Mapping[str, Any
     if "norm_pix_loss" in about:
         method["target"] = "norm_pixels" if about["norm_pix_loss"] else "pixels"
         method["mask_ratio"] = about.get("mask_ratio", 0.75)
+        return "full", method
+    if "mask_ratio" in training:
+        method["mask_ratio"] = training["mask_ratio"]
+    if "norm_pix_loss" in training:
+        method["target"] = "norm_pixels" if training["norm_pix_loss"] else "pixels"
         return "full", method
     names.notes.append(
         "the decoder is taken to predict pixels normalised within each patch, as the full files do; one of the "
