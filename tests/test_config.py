@@ -28,6 +28,7 @@ OTHER = {
     "data.crop.jitter": 0.3, "data.crop.interpolation": "bilinear",
     "data.channels": 4, "data.mean": [1, 2, 3], "data.std": [1, 2, 3], "data.workers": 3, "data.cache": False,
     "data.cache_gib": 2, "data.max_bad_fraction": 0.5, "data.scan_sample": 7,
+    "data.alpha": "band", "data.pages": "samples", "data.axes": "CHW",
     "data.repeats": 2, "data.resize": "device", "optim.base_lr": 0.5,
     "optim.betas": [0.5, 0.6], "optim.eps": 0.001, "optim.weight_decay": 0.4, "optim.warmup": 0.2,
     "optim.final_lr": 0.1, "optim.clip": 2.0, "optim.name": "lars", "optim.layer_decay": 0.7, "optim.average": 0.9,

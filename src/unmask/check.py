@@ -2,30 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from unmask.config import DataConfig
 from unmask.console import Console, duration
-from unmask.data.findings import findings
+from unmask.data.findings import is_plain, table
+from unmask.data.page_source import read_as
 from unmask.data.scan import Scan, scan
 from unmask.data.sources import Source, open_source
 from unmask.plan import choose_device, measure_step_seconds, with_loading
-from unmask.start import batch_seconds, prepare, say_plan, settle, skipped
+from unmask.start import batch_seconds, drafted, prepare, say_plan, settle, skipped
 
 NAMED_BAD_FILES = 20
 
 
-def check_data(data: str, console: Console, *, sample: int | None, workers: int | None) -> tuple[int, dict[str, Any]]:
+def check_data(
+    data: str, console: Console, *, sample: int | None, workers: int | None, settings: Sequence[str] = ()
+) -> tuple[int, dict[str, Any]]:
     """Returns (exit code, summary): 0 when the data can be trained on, 2 when not.
 
     Every file is looked at, those too that `unmask pretrain` would not look at again; it need not look at them then.
 
     sample: look at this many files, None for all. workers: processes that look; 0 and None leave it to the scan, which
-    starts some where that is worth it, as `unmask pretrain` does.
+    starts some where that is worth it, as `unmask pretrain` does. settings: KEY=VALUE assignments, as there.
     """
-    source = open_source(data)
+    draft = drafted(None, "auto", list(settings), None)
+    source = read_as(open_source(data), draft.data.reading)
     with console.progress("checking files", min(len(source), sample or len(source))) as bar:
-        found = scan(source, sample=sample, workers=workers or None, anew=True, progress=bar.update)
+        found = scan(
+            source,
+            sample=sample,
+            workers=workers or None,
+            channels=draft.data.channels,
+            anew=True,
+            progress=bar.update,
+        )
     summary: dict[str, Any] = {
         "data": source.name,
         "files": found.files,
@@ -40,6 +52,8 @@ def check_data(data: str, console: Console, *, sample: int | None, workers: int 
         "dtypes": dict(found.dtypes),
         "formats": dict(found.formats),
         "tolerated": dict(found.tolerated),
+        "kinds": table(found),
+        "reading": found.reading.model_dump(),
         "mean": list(found.mean),
         "std": list(found.std),
     }
@@ -49,7 +63,7 @@ def check_data(data: str, console: Console, *, sample: int | None, workers: int 
     if not found.good:
         console.warn("no image can be read, so `unmask pretrain` would refuse this; the reasons stand above")
         return 2, summary
-    summary |= forecast(source, found, console)
+    summary |= forecast(source, found, console, list(settings))
     most = DataConfig().max_bad_fraction
     if found.bad_fraction > most:
         console.warn(
@@ -76,8 +90,8 @@ def say_scan(found: Scan, classes: list[str], console: Console) -> None:
     console.say(f"size (height x width): median {mid_h} x {mid_w}, from {low_h} x {low_w} to {top_h} x {top_w}")
     for title, counts in (("channels", found.channels), ("dtype", found.dtypes), ("format", found.formats)):
         console.say(f"{title}: " + ", ".join(f"{key} in {count}" for key, count in counts.most_common()))
-    for sentence in findings(found):
-        console.say(sentence)
+    if not is_plain(found):
+        say_table(table(found), console)
     if found.dtype_majority == "uint16" and "uint8" in found.dtypes:
         console.say("8-bit images among 16-bit ones have their values multiplied by 257")
     console.say(
@@ -92,10 +106,20 @@ def say_scan(found: Scan, classes: list[str], console: Console) -> None:
     )
 
 
-def forecast(source: Source, found: Scan, console: Console) -> dict[str, Any]:
+def say_table(rows: list[dict[str, Any]], console: Console) -> None:
+    """Aligned columns: kinds of file, what they hold, and what is made of it."""
+    titles = list(rows[0])
+    lines = [titles, *([str(row[title]) for title in titles] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        cells = (f"{cell:{width}}" for cell, width in zip(line, widths, strict=True))
+        console.say("  " + "  ".join(cells).rstrip())
+
+
+def forecast(source: Source, found: Scan, console: Console, settings: list[str]) -> dict[str, Any]:
     """The plan that `unmask pretrain` would make with the recipe `auto`, a few steps of it measured, and its cost."""
     device = choose_device("auto")
-    config, reasons, proposals = settle(source, found, "auto", [], device, budget=None)
+    config, reasons, proposals = settle(source, found, "auto", settings, device, budget=None)
     images, plan = prepare(source, found, config, device, budget=None, reasons=reasons)
     compute = measure_step_seconds(config, plan.images, plan.micro_batch, plan.precision, device, seconds=3)
     load = batch_seconds(images, plan.batch_size, plan.workers, cached=plan.cached)

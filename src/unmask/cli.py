@@ -180,12 +180,13 @@ def check(
     workers: Annotated[
         int | None, typer.Option(help="Checking processes; chosen when left out.", show_default=False)
     ] = None,
+    settings: Settings = None,
     as_json: AsJson = False,
 ) -> None:
     """Preflight: counts, sizes, channels, statistics, broken files, a recipe and a time forecast."""
     from unmask.check import check_data
 
-    code, summary = check_data(data, Console(), sample=sample, workers=workers or 0)
+    code, summary = check_data(data, Console(), sample=sample, workers=workers or 0, settings=settings or [])
     if as_json:
         _print_json(summary)
     raise typer.Exit(code)

@@ -20,6 +20,7 @@ import unmask.methods
 import unmask.tasks
 from unmask.batch import ImageSpec
 from unmask.data.augment import CropConfig
+from unmask.data.reading import Reading
 from unmask.errors import UserError
 from unmask.method import Method, MethodConfig
 from unmask.nn.vit import Pair
@@ -84,6 +85,10 @@ class DataConfig(Settings):
     out of source.
     annotations, test_annotations: where the masks or boxes of a segmentation or detection are, None for beside the
     images; test_split: the list of test images.
+    alpha: what becomes of an alpha channel: composite it on white, drop it, or keep it as a band; auto composites, but
+    keeps a TIFF's band that is only tagged as alpha. pages: of a TIFF, the first, or its pages as channels of one
+    image, or each page as an image (samples); auto reads the full resolution of a pyramid, and pages as channels where
+    ImageJ or OME metadata says so. axes: the order of the axes of a three-dimensional .npy; auto guesses if it must.
     """
 
     source: str = ""
@@ -103,6 +108,14 @@ class DataConfig(Settings):
     scan_sample: int | None = Field(default=20_000, gt=0)
     repeats: int = Field(default=1, gt=0, le=4096)
     resize: Literal["loader", "device"] = "loader"
+    alpha: Literal["auto", "composite", "drop", "band"] = "auto"
+    pages: Literal["auto", "first", "channels", "samples"] = "auto"
+    axes: Literal["auto", "HWC", "CHW"] = "auto"
+
+    @property
+    def reading(self) -> Reading:
+        """How the files are decoded, as far as the settings say."""
+        return Reading(alpha=self.alpha, pages=self.pages, axes=self.axes)
 
 
 class TrainConfig(Settings):

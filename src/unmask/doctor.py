@@ -24,6 +24,7 @@ from unmask.config import Config
 from unmask.console import Console
 from unmask.data import decode
 from unmask.data.loader import Images, Opened, Order, training_batches
+from unmask.data.page_source import read_as
 from unmask.data.scan import num_cores, scan
 from unmask.data.sources import open_source
 from unmask.pack import SHORT_SIDE
@@ -227,7 +228,7 @@ def examine_data(
     draft = drafted(None, recipe, settings, None)
     refuse_labels(draft, None)
     device = choose_device(draft.train.device)
-    source = open_source(data)
+    source = read_as(open_source(data), draft.data.reading)
     found = scan(source, sample=LOOKED_AT, workers=0, channels=draft.data.channels)
     refuse_bad_data(found, draft)
     config, reasons, _ = settle(source, found, recipe, settings, device, budget=None)

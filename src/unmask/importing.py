@@ -29,6 +29,7 @@ from unmask.batch import ImageSpec
 from unmask.config import Config, ConfigError, DataConfig, explain, override, parse, parse_method, task_names
 from unmask.console import Console
 from unmask.data.augment import CropConfig, crop_for, protocol_share
+from unmask.data.reading import Reading
 from unmask.errors import some
 from unmask.foreign.files import SAFE, Read, fingerprint, read_source
 from unmask.foreign.recognise import recognise
@@ -426,7 +427,7 @@ def plan_of(config: Config, images: ImageSpec, counts: list[int], reasons: tuple
         steps=0, warmup_steps=0, batch_size=config.train.batch_size, micro_batch=config.train.batch_size,
         accumulation=1, peak_lr=0.0, final_lr=0.0, epochs=0.0, num_images=0, images=images, fingerprint="",
         precision="fp32", device="cpu", workers=0, cached=False, picture_every=1, parameters=counts[0],
-        encoder_parameters=counts[1], reasons=reasons,
+        encoder_parameters=counts[1], reasons=reasons, reading=Reading(),
     )  # fmt: skip
 
 

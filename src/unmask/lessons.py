@@ -286,6 +286,7 @@ def open_exam(config: Config, plan: Plan, lessons: Lessons, console: Console) ->
         detection.tools()
         if not any(len(of.annotations.boxes[row]) for row in rows.tolist()):
             raise ConfigError(f"the {len(rows)} test images have no box, so nothing can be judged; give others")
+    of.source.reading = plan.reading
     images = Readable(of.source, rows, plan.images, data.crop, training=False, whole=task not in LABELLED)
     workers = 0
     if plan.cached and len(rows) <= plan.num_images:  # what is known to fit in memory once fits twice

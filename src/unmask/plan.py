@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from unmask.batch import DTYPES, Batch, ImageSpec
 from unmask.config import Config, ConfigError
 from unmask.console import duration
+from unmask.data.reading import EARLIER, Reading
 from unmask.method import Clock, Method
 from unmask.optim import learning_rate, make_optimizer, peak_lr, update
 from unmask.parallel import compile_blocks, memory_kept, why_not_compiled
@@ -40,7 +41,7 @@ class Plan(Settings):
 
     excluded: rows of the source that are not trained on; test_rows: those of them that a supervised run is tested on.
     test_every: steps after which it is tested, 0 at the end only. taught: digest of the masks or boxes that it learns
-    from, and of its test images.
+    from, and of its test images. reading: how image files are decoded, with what was settled for this data set.
     """
 
     steps: int
@@ -62,6 +63,7 @@ class Plan(Settings):
     device: str
     workers: int
     cached: bool
+    reading: Reading = EARLIER
     picture_every: int
     parameters: int
     encoder_parameters: int

@@ -211,7 +211,7 @@ def boxes(
 def size_of(source: Source, row: int) -> tuple[int, int] | None:
     """(H, W) of an image file; None where it can be read no more, though it could a moment ago."""
     try:
-        header = decode.header(source.read(row))
+        header = decode.header(source.read(row), source.reading)
     except BadImage:
         return None
     return header.height, header.width

@@ -31,6 +31,7 @@ from unmask.data.augment import crop_for
 from unmask.data.findings import findings
 from unmask.data.identity import Difference
 from unmask.data.loader import Annotations, Images, Order, choose_workers
+from unmask.data.page_source import read_as
 from unmask.data.scan import Scan, scan
 from unmask.data.sources import Source, open_source
 from unmask.errors import UserError
@@ -98,7 +99,7 @@ def pretrain(
     device = choose_device(draft.train.device)
     if out is not None:
         Run.check_free(out)
-    source = open_source(data)
+    source = read_as(open_source(data), draft.data.reading)
     console.say(f"{source.name}: {len(source)} images found" + skipped(source))
     found = scan_all(source, draft, console)
     if base is not None:
@@ -235,7 +236,7 @@ def resume(
             console.say(f"{run.path} is finished ({plan.steps} steps); nothing to do")
             return run
         choose_device(plan.device)
-        source = open_source(config.data.source)
+        source = read_as(open_source(config.data.source), plan.reading)
         if found := dataset_check.compare(run, plan, source, console):
             if not allow_dataset_change:
                 raise DataError(
@@ -407,6 +408,7 @@ def require_statistics(channels: int, mean: tuple[float, ...], std: tuple[float,
 
 def scan_all(source: Source, draft: Config, console: Console) -> Scan:
     """Look at the files, as many as the settings ask for. Raises DataError when too many cannot be read."""
+    source.reading = draft.data.reading
     checked = min(len(source), draft.data.scan_sample or len(source))
     with console.progress("checking files", checked) as bar:
         found = scan(source, sample=checked, channels=draft.data.channels, progress=bar.update)
@@ -529,7 +531,7 @@ def prepare(
         batch_seconds=lambda: batch_seconds(images, config.train.batch_size, workers, cached=cached),
         num_test=num_test,
     )
-    return images, plan
+    return images, plan.model_copy(update={"reading": source.reading})
 
 
 def training_images(source: Source, rows: np.ndarray, spec: ImageSpec, config: Config) -> Images:

@@ -24,6 +24,7 @@ from unmask.data.class_names import class_name
 from unmask.data.decode import BadImage
 from unmask.data.loader import Delivery, Images, Taken, choose_workers, eval_batches
 from unmask.data.looks import worth_keeping
+from unmask.data.page_source import read_as
 from unmask.data.sources import LISTS, TARS, Source, open_files, open_source
 from unmask.errors import UserError, naming, some
 from unmask.evals import kept
@@ -70,6 +71,7 @@ class Readable(Images):
 def eval_images(loaded: Loaded, source: Source) -> Readable:
     """The source as this run's encoder sees it: its size, channels and dtype, the centred box, no randomness."""
     plan, data = loaded.plan, loaded.config.data
+    source.reading = plan.reading
     return Readable(source, np.arange(len(source)), plan.images, data.crop, training=False)
 
 
@@ -141,6 +143,7 @@ def keys_of(
     """What kept tables of these encoders are called; {} for images of which none are kept."""
     about = {
         "precision": precision, "device": loaded.device.partition(":")[0], "images": repr(loaded.plan.images),
+        "reading": loaded.plan.reading.model_dump_json(),
         "crop": repr(loaded.config.data.crop), "method": loaded.config.method.model_dump_json(),
     }  # fmt: skip
     keys = {name: kept.key_of(encoder, source, rows, about=about) for name, encoder in encoders.items()}
@@ -159,7 +162,7 @@ def reconstruct_images(
             f"{run} was fine-tuned to {task} and rebuilds nothing; use `unmask predict {run} IMAGES --out PATH`, or "
             "reconstruct with the run that it came from"
         )
-    source = open_images(images)
+    source = read_as(open_images(images), loaded.plan.reading)
     rows = np.arange(len(source))
     if len(rows) > MOST_DRAWN:
         console.say(f"drawing {MOST_DRAWN} of {len(rows)} images, evenly spread")
@@ -195,7 +198,7 @@ def embed_images(run: Path, data: str, out: Path, *, step: int | None, device: s
     if not out.resolve().parent.is_dir():
         raise UserError(f"the folder {out.resolve().parent} does not exist; make it first, or choose another --out")
     loaded = load(run, device=choose_device(device), step=step)
-    source = open_source(data)
+    source = read_as(open_source(data), loaded.plan.reading)
     rows = np.arange(len(source))
     encoders = {"encoder": loaded.method.encoder}
     # fp32 always: these numbers are kept, and should be the same on a laptop and a server but for rounding.

@@ -398,7 +398,7 @@ def test_16_bit_rgb_tiff_keeps_every_value():
 def test_a_fourth_band_that_is_not_alpha_is_kept():
     values = noisy(channels=4)
     assert (agreed(tiff(values, photometric="rgb", extrasamples=["unspecified"])) == values).all()
-    assert agreed(tiff(values, photometric="rgb", extrasamples=["unassalpha"])).shape == (48, 64, 3)
+    assert (agreed(tiff(values, photometric="rgb", extrasamples=["unassalpha"])) == values).all()
 
 
 def test_alpha_of_a_16_bit_tiff_is_composited_on_white():

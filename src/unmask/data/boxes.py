@@ -260,7 +260,7 @@ def pair(source: Source, said: Mapping[str, Objects], where: Path) -> tuple[dict
 
 def _header(source: Source, row: int) -> Header | None:
     try:
-        return decode.header(source.read(row))
+        return decode.header(source.read(row), source.reading)
     except BadImage:
         return None
 

@@ -43,6 +43,8 @@ from PIL import (
 
 from unmask.data.jpeg_repair import NEXT_MARKER, repaired
 from unmask.data.layout import Layout
+from unmask.data.reading import DEFAULT, Reading, axes_of, is_alpha
+from unmask.data.tiff_pages import MOST_PAGES, Page, TooManyEntries, choose, read_pages, starting_at
 from unmask.errors import UserError
 
 FORMATS = ("PNG", "WEBP", "TIFF", "BMP", "GIF")
@@ -54,6 +56,7 @@ MOST_BYTES = 200_000_000
 MOST_ASPECT = 1000
 PACKED = re.compile(rb"unmask\0packed (\d{1,6})x(\d{1,6}) from (\d{1,6})x(\d{1,6})")
 LONGEST_NOTE = 64
+WITH_ALPHA = ("LA", "La", "PA", "RGBA", "RGBa")  # modes of Pillow
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601
 
 
@@ -73,7 +76,8 @@ class Header:
     """What the first bytes say. Height and width are as displayed, after the EXIF `orientation` (1 to 8) is applied.
 
     packed_from: height and width of the original, if this is a smaller copy of it that says so (`packed_note`).
-    layout: how the file stores this, and what decoding makes of it.
+    layout: how the file stores this, and what decoding makes of it. pages: of a TIFF, where the directories begin that
+    are read.
     """
 
     height: int
@@ -84,6 +88,7 @@ class Header:
     orientation: int = 1
     packed_from: tuple[int, int] | None = None
     layout: Layout = field(default=Layout(), compare=False)
+    pages: tuple[int, ...] = field(default=(), compare=False)
 
     @property
     def full_size(self) -> tuple[int, int]:
@@ -91,8 +96,11 @@ class Header:
         return self.packed_from or (self.height, self.width)
 
 
-def header(data: bytes) -> Header:
-    """Size, channels and dtype without decoding. Raises BadImage, also for sizes beyond the limits."""
+def header(data: bytes, reading: Reading = DEFAULT) -> Header:
+    """Size, channels and dtype as `reading` wants them, without decoding. Raises BadImage, also beyond the limits.
+
+    Only where nothing but the values tell whether a TIFF's band is alpha, and `reading` does not, the file is decoded.
+    """
     if not data:
         raise BadImage("EMPTY", "the file has no bytes")
     if len(data) > MOST_BYTES:
@@ -100,18 +108,14 @@ def header(data: bytes) -> Header:
     if data[:2] == b"\xff\xd8":
         found = _jpeg_header(data)
     elif data[:6] == b"\x93NUMPY":
-        found = _npy_header(data)
+        found = _npy_header(data, reading)
     elif data.startswith(PNG_START):
-        found = _png_header(data)
+        found = _png_header(data, reading)
     elif data.startswith(TIFF_STARTS):
-        found = _tiff_header(data)
+        found = _tiff_header(data, reading)
     else:
-        found = _pillow_header(data)
-    pixels = found.height * found.width
-    if pixels > MOST_PIXELS:
-        raise BadImage("TOO_MANY_PIXELS", f"{found.height} x {found.width} pixels, at most {MOST_PIXELS} are decoded")
-    if pixels * found.channels > MOST_VALUES:
-        raise BadImage("TOO_MANY_PIXELS", f"{pixels} pixels of {found.channels} channels, at most {MOST_VALUES} values")
+        found = _pillow_header(data, reading)
+    _refuse_large(found.height, found.width, found.channels)
     if max(found.height, found.width) > MOST_ASPECT * min(found.height, found.width):
         raise BadImage(
             "EXTREME_ASPECT", f"{found.height} x {found.width} pixels: sides differ more than {MOST_ASPECT} times"
@@ -124,20 +128,21 @@ def decode(
     *,
     at_least: tuple[int, int] | None = None,
     found: Header | None = None,
+    reading: Reading = DEFAULT,
     tolerated: list[str] | None = None,
 ) -> np.ndarray:
     """(H, W, C) uint8, uint16 or float32, contiguous.
 
     at_least: (h, w) in displayed orientation; a JPEG may then be decoded at 1/2, 1/4 or 1/8, the smallest that still
     has that size. The choice depends on nothing but the file and `at_least`. found: what `header` said of these bytes,
-    to spare a second look. tolerated: a list to which faults that lost no pixel are added. Raises BadImage.
+    which `reading` is part of. tolerated: a list to which faults that lost no pixel are added. Raises BadImage.
     """
-    found = found or header(data)
+    found = found or header(data, reading)
     try:
         if found.format == "JPEG":
             pixels = _jpeg(data, found, at_least, tolerated)
         elif found.format == "NPY":
-            pixels = _npy(data)
+            pixels = _npy(data, found)
         elif found.format == "PNG":
             pixels = _png(data, found)
         elif found.format == "TIFF":
@@ -147,6 +152,14 @@ def decode(
     except MemoryError:
         raise BadImage("TOO_MANY_PIXELS", "not enough memory to decode it") from None
     return _oriented(pixels, found.orientation)
+
+
+def _refuse_large(height: int, width: int, channels: int) -> None:
+    pixels = height * width
+    if pixels > MOST_PIXELS:
+        raise BadImage("TOO_MANY_PIXELS", f"{height} x {width} pixels, at most {MOST_PIXELS} are decoded")
+    if pixels * channels > MOST_VALUES:
+        raise BadImage("TOO_MANY_PIXELS", f"{pixels} pixels of {channels} channels, at most {MOST_VALUES} values")
 
 
 def packed_note(size: tuple[int, int], full_size: tuple[int, int]) -> bytes:
@@ -296,11 +309,12 @@ def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
     raise BadImage("TRUNCATED", f"PNG: it ends after {len(data)} bytes, within a chunk or before the last one")
 
 
-def _png_header(data: bytes) -> Header:
+def _png_header(data: bytes, reading: Reading) -> Header:
     if len(data) < 33:
         raise BadImage("TRUNCATED", f"PNG: it ends after {len(data)} bytes, before its header does")
     width, height, bits, kind = struct.unpack(">IIBB", data[16:26])
     channels = {0: 1, 2: 3, 3: 3, 4: 1, 6: 3}.get(kind)
+    bands = {3: 1, 4: 2, 6: 4}.get(kind, channels or 0)
     if data[12:16] != b"IHDR" or zlib.crc32(data[12:29]) != int.from_bytes(data[29:33], "big"):
         raise BadImage("HEADER_BAD", "a PNG with a damaged header")
     if not width or not height or channels is None or bits not in (1, 2, 4, 8, 16):
@@ -314,7 +328,16 @@ def _png_header(data: bytes) -> Header:
         height, width = width, height
     note = data[41 : 41 + int.from_bytes(data[33:37], "big")] if data[37:48] == b"tEXtunmask\0" else b""
     dtype = "uint16" if bits == 16 else "uint8"
-    return Header(height, width, channels, dtype, "PNG", orientation, _packed_from(note, (height, width)))
+    alpha = _alpha_use(reading) if kind in (4, 6) else ""
+    if not alpha and b"tRNS" in data[33 : data.find(b"IDAT")]:
+        alpha = "composited" if reading.alpha in ("auto", "composite") else "dropped"
+    layout, channels = Layout(bands, alpha), channels + (alpha == "band")
+    return Header(height, width, channels, dtype, "PNG", orientation, _packed_from(note, (height, width)), layout)
+
+
+def _alpha_use(reading: Reading) -> str:
+    """What becomes of a channel that is certainly alpha."""
+    return {"drop": "dropped", "band": "band"}.get(reading.alpha, "composited")
 
 
 def _png(data: bytes, found: Header) -> np.ndarray:
@@ -322,7 +345,7 @@ def _png(data: bytes, found: Header) -> np.ndarray:
         if zlib.crc32(memoryview(data)[start - 4 : end]) != int.from_bytes(data[end : end + 4], "big"):
             raise BadImage("CORRUPT", f"PNG: the chunk {name.decode('latin1')} fails its checksum")
     if found.dtype == "uint16":
-        pixels = stored = _png16(data)
+        pixels = stored = _png16(data, found.layout.alpha)
     else:
         image = _loaded(data, found.format)
         stored, pixels = np.asarray(image), _converted(image, found)
@@ -350,7 +373,7 @@ def _check_rows(data: bytes) -> None:
         raise BadImage("TRUNCATED", f"PNG: {have} bytes of pixels, {needed} are needed: rows are missing")
 
 
-def _png16(data: bytes) -> np.ndarray:
+def _png16(data: bytes, alpha: str) -> np.ndarray:
     """16-bit PNG, which Pillow would cut to 8 bits unless it is gray: its high and its low bytes are decoded apart.
 
     Pillow's raw modes ;16B and ;16L take the first and the second byte of each sample. Gray + alpha has no such pair,
@@ -359,7 +382,7 @@ def _png16(data: bytes) -> np.ndarray:
     kind = data[25]
     if kind == 0:
         values = _number(np.asarray(_loaded(data, "PNG")))
-        key = _transparent(data, 1)
+        key = _transparent(data, 1) if alpha == "composited" else None
         return values if key is None else np.where(values == key, np.uint16(65535), values)
     if kind == 4:
         both = np.asarray(_loaded(data, "PNG", "RGBA", "RGBA"))
@@ -369,8 +392,8 @@ def _png16(data: bytes) -> np.ndarray:
         high, low = (np.asarray(_loaded(data, "PNG", mode, f"{mode};16{part}")) for part in "BL")
     pixels = high.astype(np.uint16) << 8 | low
     if kind in (4, 6):
-        return _on_white(pixels)
-    key = _transparent(data, 3)
+        return _without_alpha(pixels, alpha)
+    key = _transparent(data, 3) if alpha == "composited" else None
     return pixels if key is None else np.where((pixels == key).all(2, keepdims=True), np.uint16(65535), pixels)
 
 
@@ -380,6 +403,17 @@ def _transparent(data: bytes, samples: int) -> np.ndarray | None:
         if name == b"tRNS" and end - start == 2 * samples:
             return np.frombuffer(data, ">u2", samples, start).astype(np.uint16)
     return None
+
+
+def _without_alpha(pixels: np.ndarray, alpha: str, *, premultiplied: bool = False) -> np.ndarray:
+    """(H, W, C + 1) values whose last channel is alpha -> what is made of them, see `Layout.alpha`."""
+    if alpha == "band":
+        return pixels
+    return (
+        np.ascontiguousarray(pixels[:, :, :-1])
+        if alpha == "dropped"
+        else _on_white(pixels, premultiplied=premultiplied)
+    )
 
 
 def _on_white(pixels: np.ndarray, *, premultiplied: bool = False) -> np.ndarray:
@@ -411,6 +445,10 @@ class _Tiff:
         return bool(self.extra) and self.extra[-1] in (1, 2) and self.samples in (2, 4)
 
     @property
+    def premultiplied(self) -> bool:
+        return self.alpha and self.extra[-1] == 1
+
+    @property
     def plain(self) -> bool:
         """Whether Pillow reads it as it is; what it would cut to 8 bits or drop bands of goes to tifffile."""
         if self.samples == 1:
@@ -423,47 +461,26 @@ class _Tiff:
         return (self.samples == 4 and self.photometric == 5) or (self.alpha and self.photometric in (1, 2))
 
 
-def _tiff_tags(data: bytes) -> dict[int, tuple[int, ...]]:
-    """Integer tags of the first directory, classic and BigTIFF."""
-    order = "<" if data[:2] == b"II" else ">"
-    big = data[2:4] in (b"+\0", b"\0+")
-    place_of, count_of, entry_of = ("Q", "Q", "HHQ") if big else ("I", "H", "HHI")
-    tags: dict[int, tuple[int, ...]] = {}
-    (start,) = struct.unpack_from(order + place_of, data, 8 if big else 4)
-    (count,) = struct.unpack_from(order + count_of, data, start)
-    start += struct.calcsize("<" + count_of)
-    for entry in range(count):
-        place = start + entry * (20 if big else 12)
-        tag, kind, number = struct.unpack_from(order + entry_of, data, place)
-        letter = {1: "B", 3: "H", 4: "I", 16: "Q"}.get(kind)
-        if tag not in (256, 257, 258, 262, 274, 277, 338, 339) or letter is None or number > 65535:
-            continue
-        place += struct.calcsize("<" + entry_of)
-        if number * struct.calcsize("<" + letter) > (8 if big else 4):
-            (place,) = struct.unpack_from(order + place_of, data, place)
-        tags[tag] = struct.unpack_from(f"{order}{number}{letter}", data, place)
-    return tags
-
-
-def _tiff_layout(data: bytes) -> _Tiff:
+def _tiff_pages(data: bytes, most: int) -> list[Page]:
     try:
-        tags = _tiff_tags(data)
+        return read_pages(data, most=most)
+    except TooManyEntries as error:
+        raise BadImage("HEADER_BAD", f"TIFF: {error}") from None
     except (struct.error, OverflowError):
         raise BadImage("TRUNCATED", "TIFF: its directory lies beyond the end of the file") from None
 
-    def first(tag: int, default: int) -> int:
-        return (tags.get(tag) or (default,))[0]
 
-    bits, kinds = tags.get(258) or (1,), tags.get(339) or (1,)
-    orientation = first(274, 1)
+def _tiff_layout(page: Page) -> _Tiff:
+    bits, kinds = page.tags.get(258) or (1,), page.tags.get(339) or (1,)
+    orientation = page.first(274, 1)
     found = _Tiff(
-        height=first(257, 0),
-        width=first(256, 0),
-        samples=first(277, 1),
+        height=page.size[0],
+        width=page.size[1],
+        samples=page.first(277, 1),
         bits=bits[0],
         kind=kinds[0],
-        photometric=first(262, 1),
-        extra=tags.get(338, ()),
+        photometric=page.first(262, 1),
+        extra=page.tags.get(338, ()),
         orientation=orientation if 1 <= orientation <= 8 else 1,
     )
     if not found.height or not found.width or not found.samples:
@@ -476,37 +493,85 @@ def _tiff_layout(data: bytes) -> _Tiff:
             f"a TIFF with {found.samples} samples of {found.bits} bits and photometric kind {found.photometric}; "
             "convert it to 8- or 16-bit RGB, or to .npy, which takes any number of channels",
         )
-    if found.alpha and not found.plain and found.kind == 3:
-        raise BadImage(
-            "UNSUPPORTED_MODE", "a float TIFF with alpha: its white is not known; save it without, or as .npy"
-        )
     return found
 
 
-def _tiff_header(data: bytes) -> Header:
-    tiff = _tiff_layout(data)
+def _tiff_header(data: bytes, reading: Reading) -> Header:
+    pages = _tiff_pages(data, 1 if reading.pages == "samples" else MOST_PAGES)
+    chosen = choose(pages, reading)
+    tiff = _tiff_layout(chosen.pages[0])
     height, width = (tiff.height, tiff.width) if tiff.orientation < 5 else (tiff.width, tiff.height)
-    channels = tiff.samples - tiff.alpha
+    alpha = ""
+    if tiff.alpha:
+        _refuse_large(height, width, tiff.samples)  # before any value is looked at
+        alpha = _tiff_alpha_use(data, chosen.pages[0], tiff, reading)
+    channels = tiff.samples - (alpha in ("composited", "dropped"))
     if tiff.plain and (tiff.photometric == 3 or tiff.photometric == 5):
         channels = 3
     dtype = "float32"
     if tiff.kind == 1 and tiff.bits <= 16:
         dtype = "uint8" if tiff.bits <= 8 else "uint16"
+    layout = Layout(tiff.samples, alpha, chosen.count, chosen.use)
     # Pillow turns a TIFF by itself.
-    return Header(height, width, channels, dtype, "TIFF", 1 if tiff.plain else tiff.orientation)
+    orientation = 1 if tiff.plain and not (alpha == "band" and tiff.premultiplied) else tiff.orientation
+    offsets = tuple(page.offset for page in chosen.pages)
+    return Header(height, width, channels * len(offsets), dtype, "TIFF", orientation, None, layout, offsets)
+
+
+def _tiff_alpha_use(data: bytes, page: Page, tiff: _Tiff, reading: Reading) -> str:
+    """What becomes of a last sample that is tagged as alpha, which GDAL and others do to any fourth band."""
+    if reading.alpha != "auto":
+        use = _alpha_use(reading)
+    elif tiff.kind == 3 and tiff.photometric < 2:
+        use = "band"
+    elif reading.tagged != "auto":
+        use = {"alpha": "composited", "band": "band"}[reading.tagged]
+    elif tiff.kind == 3:
+        use = "composited"
+    else:
+        values = _tiff_page(data, page, tiff, "band")[:, :, -1]
+        use = "composited" if is_alpha(values) else "band"
+    if use == "composited" and not tiff.plain and tiff.kind == 3:
+        raise BadImage(
+            "UNSUPPORTED_MODE",
+            "a float TIFF with alpha, whose white is not known; use --set data.alpha=band or data.alpha=drop",
+        )
+    return use
+
+
+def alpha_values(data: bytes) -> np.ndarray | None:
+    """(H, W) values of the last sample of a TIFF that is tagged as alpha and could be either; None for other files."""
+    if not data.startswith(TIFF_STARTS):
+        return None
+    page = choose(_tiff_pages(data, MOST_PAGES), DEFAULT).pages[0]
+    tiff = _tiff_layout(page)
+    if not tiff.alpha or tiff.kind == 3:
+        return None
+    _refuse_large(tiff.height, tiff.width, tiff.samples)
+    return _tiff_page(data, page, tiff, "band")[:, :, -1]
 
 
 def _tiff(data: bytes, found: Header) -> np.ndarray:
-    tiff = _tiff_layout(data)
-    if not tiff.plain:
-        return _tiff_bands(data, tiff)
-    pixels = _pillow(data, found)
-    if tiff.photometric == 0 and found.dtype == "uint16":  # white is zero, which Pillow heeds up to 8 bits only
+    by_offset = {page.offset: page for page in _tiff_pages(data, MOST_PAGES)}
+    pages = [by_offset[offset] for offset in found.pages]
+    parts = [_tiff_page(data, page, _tiff_layout(page), found.layout.alpha) for page in pages]
+    return parts[0] if len(parts) == 1 else np.concatenate(parts, 2)
+
+
+def _tiff_page(data: bytes, page: Page, tiff: _Tiff, alpha: str) -> np.ndarray:
+    data = starting_at(data, page.offset)
+    if not tiff.plain or (alpha == "band" and tiff.premultiplied):
+        return _tiff_bands(data, tiff, alpha)
+    dtype = "uint16" if tiff.kind == 1 and tiff.bits > 8 else "uint8" if tiff.kind == 1 else "float32"
+    pixels = _pixels(_loaded(data, "TIFF"), alpha)
+    if pixels.shape[:2] not in ((tiff.height, tiff.width), (tiff.width, tiff.height)) or pixels.dtype != dtype:
+        raise BadImage("CORRUPT", f"TIFF: decoded to {pixels.shape} {pixels.dtype}, its header says otherwise")
+    if tiff.photometric == 0 and dtype == "uint16":  # white is zero, which Pillow heeds up to 8 bits only
         pixels = np.uint16((1 << tiff.bits) - 1) - pixels
     return pixels
 
 
-def _tiff_bands(data: bytes, tiff: _Tiff) -> np.ndarray:
+def _tiff_bands(data: bytes, tiff: _Tiff, alpha: str) -> np.ndarray:
     """The first page of a TIFF that Pillow would cut to 8 bits or take bands from."""
     what = f"a TIFF with {tiff.samples} samples of {tiff.bits} bits a pixel"
     try:
@@ -534,25 +599,40 @@ def _tiff_bands(data: bytes, tiff: _Tiff) -> np.ndarray:
     if shape != (tiff.height, tiff.width, tiff.samples):
         raise BadImage("UNSUPPORTED_MODE", f"{what} in {tiff.height} x {tiff.width} that decodes to {values.shape}")
     values = _number(values)
-    return _on_white(values, premultiplied=tiff.extra[-1] == 1) if tiff.alpha else values
+    return _without_alpha(values, alpha, premultiplied=tiff.premultiplied) if tiff.alpha else values
 
 
 # ------------------------------------------------------------------------------------------------- everything else
 
 
-def _pillow_header(data: bytes) -> Header:
+def _pillow_header(data: bytes, reading: Reading) -> Header:
     with _open(data) as image:
         channels = _channels_of_mode(image.mode)
-        orientation = 1
+        orientation, alpha = 1, ""
         if image.format == "WEBP":
             orientation = _exif_orientation(bytes(image.info.get("exif", b"")).removeprefix(b"Exif\0\0"))
+        if image.mode in WITH_ALPHA:
+            alpha = _alpha_use(reading)
+            if alpha == "composited" and image.format == "BMP" and image.mode == "RGBA" and _is_clear_bmp(data):
+                alpha = "opaque"
+        elif "transparency" in image.info:
+            alpha = "composited" if reading.alpha in ("auto", "composite") else "dropped"
         width, height = image.size
         if orientation >= 5:
             height, width = width, height
-        return Header(height, width, channels, "uint8", str(image.format), orientation)
+        layout = Layout(len(image.getbands()), alpha)
+        channels += alpha == "band"
+        return Header(height, width, channels, "uint8", str(image.format), orientation, None, layout)
+
+
+def _is_clear_bmp(data: bytes) -> bool:
+    """Whether a BMP of 32 bits has an alpha of zeros only, which no program that shows it takes for transparent."""
+    (start,) = struct.unpack_from("<I", data, 10)
+    return struct.unpack_from("<H", data, 28) == (32,) and not data[start + 3 :: 4].strip(b"\0")
 
 
 def _channels_of_mode(mode: str) -> int:
+    """Without alpha."""
     if mode in ("1", "L", "LA", "La"):
         return 1
     if mode in ("P", "PA", "RGB", "RGBA", "RGBX", "RGBa"):
@@ -645,7 +725,7 @@ def _pillow(data: bytes, found: Header) -> np.ndarray:
 def _converted(image: Image.Image, found: Header) -> np.ndarray:
     """Pillow's image -> pixels as the header promised them, still in the stored orientation."""
     try:
-        pixels = _pixels(image)
+        pixels = _pixels(image, found.layout.alpha)
     except BadImage:
         raise
     except (ValueError, OSError) as error:
@@ -658,12 +738,17 @@ def _converted(image: Image.Image, found: Header) -> np.ndarray:
     return pixels
 
 
-def _pixels(image: Image.Image) -> np.ndarray:
+def _pixels(image: Image.Image, alpha: str) -> np.ndarray:
+    """(H, W, C) of a decoded image; alpha: see `Layout.alpha`."""
     mode = image.mode
     if mode == "F" or mode.startswith("I"):
         return _number(np.asarray(image))
-    if mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
-        gray = mode in ("L", "LA", "La", "1")
+    gray = mode in ("L", "LA", "La", "1")
+    if alpha == "band" and mode in WITH_ALPHA:
+        image = image.convert("LA" if gray else "RGBA")
+    elif alpha in ("dropped", "opaque"):
+        image = image.convert("RGBA" if mode in ("La", "RGBa", "PA") else mode).convert("L" if gray else "RGB")
+    elif mode in WITH_ALPHA or "transparency" in image.info:
         rgba = image.convert("RGBA")
         flat = Image.new("RGBA", rgba.size, "white")
         flat.alpha_composite(rgba)
@@ -725,11 +810,12 @@ def _npy_layout(data: bytes) -> tuple[tuple[int, ...], bool, np.dtype, int]:
     return shape, fortran, dtype, file.tell()
 
 
-def _npy_header(data: bytes) -> Header:
+def _npy_header(data: bytes, reading: Reading) -> Header:
     shape, _, dtype, start = _npy_layout(data)
     if len(shape) not in (2, 3) or min(shape) < 1:
         raise BadImage("UNSUPPORTED_MODE", f".npy of shape {shape}; (H, W), (H, W, C) or (C, H, W) is expected")
-    height, width, channels = _channels_last(shape)
+    axes = axes_of(shape, reading) if len(shape) == 3 else ""
+    height, width, channels = (shape[1], shape[2], shape[0]) if axes == "CHW" else (*shape, 1)[:3]
     note = data[start + math.prod(shape) * dtype.itemsize :][:LONGEST_NOTE]
     return Header(
         height,
@@ -738,24 +824,21 @@ def _npy_header(data: bytes) -> Header:
         _dtype_of(dtype),
         "NPY",
         packed_from=_packed_from(note, (height, width)) if note else None,
+        layout=Layout(channels, axes=axes),
     )
 
 
-def _channels_last(shape: tuple[int, ...]) -> tuple[int, int, int]:
-    """(H, W, C): the channels are last, unless the first axis is smaller than both others."""
-    if len(shape) == 2:
-        return shape[0], shape[1], 1
-    if shape[0] < min(shape[1], shape[2]):
-        return shape[1], shape[2], shape[0]
-    return shape[0], shape[1], shape[2]
+def npy_shape(data: bytes) -> tuple[int, ...]:
+    """The shape that a .npy claims. Raises BadImage for anything else."""
+    return _npy_layout(data)[0] if data[:6] == b"\x93NUMPY" else ()
 
 
-def _npy(data: bytes) -> np.ndarray:
+def _npy(data: bytes, found: Header) -> np.ndarray:
     shape, fortran, dtype, start = _npy_layout(data)
     needed = math.prod(shape) * dtype.itemsize
     if len(data) - start < needed:
         raise BadImage("TRUNCATED", f".npy has {len(data) - start} bytes, {needed} are needed")
     values = np.frombuffer(data, dtype, math.prod(shape), start).reshape(shape, order="F" if fortran else "C")
-    if values.ndim == 3 and shape[0] < min(shape[1], shape[2]):
+    if found.layout.axes == "CHW":
         values = values.transpose(1, 2, 0)
     return _number(values)

@@ -1,13 +1,118 @@
-"""What a scan found that a person should know before training, as sentences: for `unmask check` and for the plan."""
+"""What a scan found that a person should know before training, as sentences and a table: for `check` and the plan."""
 
 from __future__ import annotations
 
+from collections import Counter
+from typing import Any
+
+from unmask.data.layout import Layout
 from unmask.data.scan import Scan
+
+USE_OF_PAGES = {
+    "": "the image",
+    "first": "first page",
+    "largest": "full resolution",
+    "channels": "pages as channels",
+    "samples": "each page",
+}
 
 
 def findings(found: Scan) -> tuple[str, ...]:
     """One sentence for each kind of file that is not read as it stands, with the number of such files."""
-    return tuple(_tolerated(found))
+    return (*found.settled, *_alpha(found), *_pages(found), *_axes(found), *_tolerated(found))
+
+
+def table(found: Scan) -> list[dict[str, Any]]:
+    """A row for each kind of file: how many there are, what they hold, and what is made of it."""
+    return [
+        {
+            "files": count,
+            "format": kind,
+            "bands": layout.bands,
+            "alpha": layout.alpha or "none",
+            "pages": layout.pages,
+            "read": USE_OF_PAGES[layout.page_use],
+            "axes": layout.axes or "-",
+            "channels": channels,
+        }
+        for (kind, channels, layout), count in _without_faults(found).most_common()
+    ]
+
+
+def is_plain(found: Scan) -> bool:
+    """Whether all files are read as they stand, so that a table of them tells nothing."""
+    return all(not (layout.alpha or layout.page_use or layout.axes == "CHW") for _, _, layout in found.layouts)
+
+
+def _without_faults(found: Scan) -> Counter[tuple[str, int, Layout]]:
+    counts: Counter[tuple[str, int, Layout]] = Counter()
+    for (kind, channels, layout), count in found.layouts.items():
+        plain = Layout(layout.bands, layout.alpha, layout.pages, layout.page_use, layout.axes)
+        counts[kind, channels, plain] += count
+    return counts
+
+
+def _counted(found: Scan, what: str) -> dict[tuple[str, str], int]:
+    """(format, value) -> files, of one field of the layouts, where it says anything."""
+    counts: Counter[tuple[str, str]] = Counter()
+    for (kind, _, layout), count in found.layouts.items():
+        if value := getattr(layout, what):
+            counts[kind, value] += count
+    return dict(counts.most_common())
+
+
+def _files(count: int, kind: str) -> str:
+    return f"{count} {kind} file{'s' * (count != 1)}"
+
+
+def _alpha(found: Scan) -> list[str]:
+    words = {
+        "composited": "alpha is composited on white",
+        "dropped": "alpha is dropped",
+        "band": "alpha is kept as a band",
+        "opaque": "alpha is 0 everywhere and ignored",
+    }
+    return [
+        f"{_files(count, kind)}: {words[use]} (data.alpha)" for (kind, use), count in _counted(found, "alpha").items()
+    ]
+
+
+def _pages(found: Scan) -> list[str]:
+    sentences = []
+    for (kind, use), count in _counted(found, "page_use").items():
+        numbers = [layout.pages for (_, _, layout) in found.layouts if layout.page_use == use]
+        most = f"up to {max(numbers)} pages" if len(set(numbers)) > 1 else f"{numbers[0]} pages each"
+        if use == "first":
+            sentences.append(
+                f"{_files(count, kind)} with {most}: only the first page is read; --set data.pages=channels reads all "
+                "as channels of one image, data.pages=samples as images"
+            )
+        elif use == "channels":
+            sentences.append(
+                f"{_files(count, kind)} with {most}: pages are read as channels (data.pages)" + _skipped(found)
+            )
+        elif use == "samples":
+            sentences.append(f"{count} TIFF pages, each an image of its own (data.pages)")
+        elif use == "largest":
+            sentences.append(f"{_files(count, kind)}: pyramids, of which the full resolution is read (data.pages)")
+    return sentences
+
+
+def _skipped(found: Scan) -> str:
+    """How many pages of other depths or times are not read, where pages are channels."""
+    left = sum(
+        count * (layout.pages - channels // max(1, layout.bands))
+        for (_, channels, layout), count in found.layouts.items()
+        if layout.page_use == "channels" and layout.alpha in ("", "band")
+    )
+    return f"; {left} pages of other depths, times or kinds are skipped" if left > 0 else ""
+
+
+def _axes(found: Scan) -> list[str]:
+    if any("data.axes" in sentence for sentence in found.settled):
+        return []
+    turned = sum(count for (kind, use), count in _counted(found, "axes").items() if use == "CHW")
+    return [f"{_files(turned, 'NPY')}: read as (channels, H, W) (data.axes)"] if turned else []
 
 
 def _tolerated(found: Scan) -> list[str]:

@@ -166,7 +166,7 @@ class Images:
         for row in self.rows.tolist():
             try:
                 data = self.source.read_unchanged(row)
-                header = decode.header(data)
+                header = decode.header(data, self.source.reading)
                 image = self._conform(decode.decode(data, found=header))
                 self.kept[row] = Opened(header.full_size, image=image)
             except BadImage:
@@ -229,7 +229,7 @@ class Images:
             return self.kept[row]
         try:
             data = self.source.read_unchanged(row)
-            header = decode.header(data)
+            header = decode.header(data, self.source.reading)
             return Opened(header.full_size, data, header)
         except BadImage as error:
             return Opened((1, 1), fault=error)

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from unmask.data import decode, jpeg_repair, layout
+from unmask.data import decode, jpeg_repair, layout, reading, tiff_pages
 from unmask.data.arrays import read_arrays, write_arrays
 from unmask.data.layout import Layout
 from unmask.data.names import Names
@@ -34,7 +34,7 @@ WORD = np.dtype("S8")
 WORTH_KEEPING = 2.0  # seconds of work; what is had again as fast needs no place on the disk
 SETTLED = 2_000_000_000  # nanoseconds: coarse clocks of file systems give two changes within it the same time
 COLUMNS = ("sizes", "channels", "dtypes", "formats", "layouts", "sums", "squares", "digests")
-HOW = (decode, jpeg_repair, layout)  # the modules that decide what is found in a file
+HOW = (decode, jpeg_repair, layout, reading, tiff_pages)  # the modules that decide what is found in a file
 DECODERS = ("numpy", "pillow", "simplejpeg", "tifffile")
 
 
@@ -160,7 +160,8 @@ def memory_file(source: Source) -> Path | None:
     folder = memory_folder()
     if folder is None or source.changed is None:
         return None
-    place = hashlib.sha256(source.location.encode("utf-8", "surrogateescape")).hexdigest()
+    what = f"{source.location}\0{source.reading.model_dump_json()}"
+    place = hashlib.sha256(what.encode("utf-8", "surrogateescape")).hexdigest()
     return folder / f"scan-{place[:32]}.arrays"
 
 

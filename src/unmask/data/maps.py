@@ -312,7 +312,7 @@ def _look_at_all(maps: Maps, console: Console) -> None:
 
 def _require_size(maps: Maps, row: int, shape: tuple[int, ...]) -> None:
     try:
-        head = decode.header(maps.source.read(row))
+        head = decode.header(maps.source.read(row), maps.source.reading)
     except BadImage:  # for whoever scans the images to say
         return
     if shape != head.full_size:

@@ -22,6 +22,8 @@ from unmask.data import decode
 from unmask.data.decode import BadImage
 from unmask.data.layout import Layout
 from unmask.data.looks import Look, Looks, LooksSoFar, joined, recall, remember, worth_keeping
+from unmask.data.reading import Reading
+from unmask.data.settle import settle
 from unmask.data.sources import Source, content_digest
 
 STATISTICS_SAMPLE = 10_000
@@ -47,7 +49,8 @@ class BadFile:
 class Scan:
     """What a source holds. Sizes are (H, W) in pixels as displayed; mean and std per channel in the files' units.
 
-    layouts: how many files there are by format, channels as decoded, and layout. digests: (files,) uint64, those of the
+    layouts: how many files there are by format, channels as decoded, and layout. reading: how they were decoded, and
+    settled: what of that was decided for this data set, and why. digests: (files,) uint64, those of the
     files that could be read, 0 for others; see `sources.content_digest`.
     """
 
@@ -67,6 +70,8 @@ class Scan:
     dtypes: Counter[str] = field(default_factory=Counter)
     formats: Counter[str] = field(default_factory=Counter)
     layouts: Counter[tuple[str, int, Layout]] = field(default_factory=Counter)
+    reading: Reading = field(default_factory=Reading)
+    settled: tuple[str, ...] = ()
     wrong_extensions: int = 0
     channels_majority: int = 0
     dtype_majority: str = "uint8"
@@ -115,13 +120,16 @@ def scan(
 
     workers: processes; 0 is this one; None starts one a core when there turns out to be work for more than a few
     seconds. channels, dtype: what the images must conform to; None means what most of them are. Files that cannot
-    conform are bad. anew: decode files too that could be read before and have not changed since.
+    conform are bad. What `source.reading` leaves open is settled first, and set there. anew: decode files too that
+    could be read before and have not changed since.
     """
     start, began = time.monotonic(), time.time()
     rows = np.arange(len(source))
     if sample is not None and sample < len(rows):
         rows = np.unique(np.linspace(0, len(rows) - 1, sample).astype(np.int64))
     result = Scan(source.name, files=len(source), checked=len(rows))
+    source.reading, result.settled = settle(source, rows.tolist())
+    result.reading = source.reading
     known = recall(source)
     before = [] if known is None or anew else [known.at(np.flatnonzero(np.isin(known.rows, rows)))]
     result.known = sum(map(len, before))
@@ -221,7 +229,7 @@ def _look(source: Source, row: int, like: tuple[int, str] | None = None) -> Look
     """One file, decoded; as it is, or `like` the data set's channels and dtype."""
     try:
         data = source.read(row)
-        head, tolerated = decode.header(data), []
+        head, tolerated = decode.header(data, source.reading), []
         pixels = decode.decode(data, found=head, tolerated=tolerated)
         if like is not None:
             pixels = decode.conform(pixels, *like)

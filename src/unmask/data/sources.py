@@ -40,6 +40,7 @@ from unmask.data.decode import MOST_BYTES, BadImage
 from unmask.data.list_file import read_list
 from unmask.data.names import Names
 from unmask.data.parquet_columns import image_bytes, image_column, is_text, parquet_labels
+from unmask.data.reading import Reading
 from unmask.data.system_folders import is_hidden, is_system
 from unmask.errors import SourceError, some
 
@@ -60,7 +61,7 @@ class Source(ABC):
     `modified` (n,) int64 when its content was last written, both in nanoseconds since 1970 and -1 where unknown; None
     for images that lie in no file. `digests` (n,) uint64 are those of `content_digest`, 0 where unknown, for whoever
     has read the files (a scan, a run's record); None where nobody has. `opened` is when listing
-    began, in seconds since 1970.
+    began, in seconds since 1970. `reading` is how the files are to be decoded.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class Source(ABC):
         self.modified: np.ndarray | None = None
         self.digests: np.ndarray | None = None
         self.opened = time.time()
+        self.reading = Reading()
         self.skipped: Counter[str] = Counter()
         self.labels: np.ndarray | None = None
         self.unlabelled = ""  # why not, where something looked like labels

@@ -1,0 +1,85 @@
+"""A call in a process of its own, with limits on memory and time: for files that may cost too much, or crash a decoder.
+
+Only where processes can be forked (Linux); elsewhere the call is made here, without limits.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+PATIENCE = 3  # times as long as the processor may work, a call may take: other processes want their share too
+
+
+class TooSlow(Exception):
+    """The call took longer than it may."""
+
+
+class Crashed(Exception):
+    """The process ended without an answer."""
+
+
+def call_apart(function: Callable[..., Any], *arguments: Any, memory: int, seconds: float) -> Any:
+    """`function(*arguments)` in a forked process, which may use `memory` bytes more than this one and `seconds` of
+    processor time.
+
+    The result is pickled, the arguments are not. Raises TooSlow, Crashed, MemoryError, or what the function raises.
+    """
+    if sys.platform != "linux" or multiprocessing.current_process().daemon:
+        return function(*arguments)
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_answer, args=(sender, function, arguments, memory, seconds), daemon=True)
+    process.start()
+    sender.close()
+    try:
+        if not receiver.poll(PATIENCE * seconds):
+            raise TooSlow
+        try:
+            raised, answer = receiver.recv()
+        except EOFError:
+            process.join()
+            raise (TooSlow if process.exitcode == -signal.SIGXCPU else Crashed) from None
+    finally:
+        receiver.close()
+        process.kill()
+        process.join()
+        process.close()
+    if raised:
+        raise answer
+    return answer
+
+
+def _answer(
+    sender: Connection, function: Callable[..., Any], arguments: tuple[Any, ...], memory: int, seconds: float
+) -> None:
+    import resource
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+    with suppress(OSError, ValueError):  # a stricter limit from outside stays
+        limit = _virtual_bytes() + memory
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    used = sum(os.times()[:2])
+    with suppress(OSError, ValueError):
+        limit = max(1, round(used + seconds))
+        resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 1))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    try:
+        answer = False, function(*arguments)
+    except MemoryError:
+        answer = True, MemoryError()
+    except Exception as error:
+        answer = True, error
+    sender.send(answer)
+
+
+def _virtual_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,81 @@
+"""Settings of decoding: what becomes of alpha, of several pages, and of the axes of a .npy; and how `auto` decides.
+
+What cannot be told from one file is decided once for a data set (`settled`), from an even sample of its files, and kept
+in the plan of a run, so that every later command reads images as the training did.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Literal
+
+import numpy as np
+
+from unmask.settings import Settings
+
+AXES_CHANNELS = 16  # an axis of at most so many is taken for the channels
+EDGE_SHARE, OPAQUE_SHARE = 0.5, 0.01  # of an alpha channel: values that are 0 or full, and those that are full
+
+
+class Reading(Settings):
+    """How files become arrays.
+
+    alpha: composite it on white, drop it, or keep it as a band. auto composites, except the alpha of a TIFF whose
+    values are those of a band of data. pages: of a TIFF, the first, or the pages as channels, or each page as an image
+    of its own (samples). auto reads the full resolution of a pyramid, pages as channels where ImageJ or OME metadata
+    says that they are, and otherwise the first. axes: the order of three axes of a .npy.
+
+    tagged: what the alpha tag of a TIFF means under alpha=auto; decided from the values of each file, unless settled
+    for the data set.
+    """
+
+    alpha: Literal["auto", "composite", "drop", "band"] = "auto"
+    pages: Literal["auto", "first", "channels", "samples"] = "auto"
+    axes: Literal["auto", "HWC", "CHW", "smallest-first"] = "auto"
+    tagged: Literal["auto", "alpha", "band"] = "auto"
+
+
+DEFAULT = Reading()
+EARLIER = Reading(alpha="composite", pages="first", axes="smallest-first")
+"""How versions read that had no such settings."""
+
+
+def is_alpha(values: np.ndarray) -> bool:
+    """Whether (H, W) values of a channel tagged as alpha look like one: transparent or opaque, all or mostly."""
+    top = np.iinfo(values.dtype).max if values.dtype.kind in "iu" else 1.0
+    low, high = values.min(), values.max()
+    if low == high:
+        return bool(high == top or high == 0)
+    full = float((values == top).mean())
+    return full >= OPAQUE_SHARE and full + float((values == 0).mean()) >= EDGE_SHARE
+
+
+def axes_of(shape: tuple[int, ...], reading: Reading) -> str:
+    """ "HWC" or "CHW" for a shape of three axes."""
+    if reading.axes in ("HWC", "CHW"):
+        return reading.axes
+    first, middle, last = shape
+    if reading.axes == "smallest-first":
+        return "CHW" if first < min(middle, last) else "HWC"
+    if is_ambiguous(shape):  # many bands: usually last, but patches cut from them are usually square
+        return "CHW" if middle == last != first else "HWC"
+    return "CHW" if first < min(middle, last) else "HWC"
+
+
+def is_ambiguous(shape: tuple[int, ...]) -> bool:
+    """Whether three axes are all so long that each may be that of the channels."""
+    return len(shape) == 3 and min(shape[0], shape[-1]) > AXES_CHANNELS
+
+
+def axes_of_several(shapes: list[tuple[int, ...]]) -> tuple[str, str]:
+    """The order of axes for a data set, and the reason: the channels are the axis that is as long in every file."""
+    first, last = {shape[0] for shape in shapes}, {shape[-1] for shape in shapes}
+    if len(first) > 1 and len(last) == 1:
+        return "HWC", "the last axis is equally long in all of them"
+    if len(last) > 1 and len(first) == 1:
+        return "CHW", "the first axis is equally long in all of them"
+    votes = Counter(axes_of(shape, DEFAULT) for shape in shapes)
+    order = votes.most_common(1)[0][0]
+    return order, "a guess: " + (
+        "the other two axes are equally long" if order == "CHW" else "bands are usually stored last"
+    )

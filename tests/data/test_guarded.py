@@ -1,0 +1,51 @@
+"""Calls in a process of their own: limits hold, and whatever happens there is an exception here."""
+
+import os
+import sys
+import time
+
+import pytest
+
+from unmask.data.guarded import Crashed, TooSlow, call_apart
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux only")
+
+
+def limited(function, *arguments, memory=64 << 20, seconds=1.0):
+    return call_apart(function, *arguments, memory=memory, seconds=seconds)
+
+
+def spin():
+    while True:
+        pass
+
+
+def test_results_and_errors_come_back():
+    assert limited(divmod, 7, 3) == (2, 1)
+    with pytest.raises(ZeroDivisionError):
+        limited(divmod, 7, 0)
+
+
+def test_memory_is_limited():
+    assert limited(lambda: len(bytes(16 << 20))) == 16 << 20
+    with pytest.raises(MemoryError):
+        limited(lambda: len(bytes(512 << 20)))
+
+
+def test_work_is_limited():
+    start = time.monotonic()
+    with pytest.raises(TooSlow):
+        limited(spin)
+    assert time.monotonic() - start < 10
+
+
+def test_waiting_is_limited():
+    with pytest.raises(TooSlow):
+        limited(time.sleep, 60, seconds=0.1)
+
+
+def test_a_crash_is_an_exception():
+    with pytest.raises(Crashed):
+        limited(os._exit, 9)
+    with pytest.raises(Crashed):
+        limited(os.abort)

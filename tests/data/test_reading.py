@@ -1,0 +1,382 @@
+"""Alpha, pages and axes: no channel is lost or mixed without a word, and settings decide."""
+
+import builtins
+import struct
+import sys
+
+import numpy as np
+import pytest
+import tifffile
+from corpus import file_of, noisy, npy, png16, tiff
+from PIL import Image
+
+from unmask import start
+from unmask.check import say_table
+from unmask.config import DataConfig
+from unmask.console import Console
+from unmask.data.decode import BadImage, decode, header
+from unmask.data.findings import findings, is_plain, table
+from unmask.data.layout import ALPHA, AXES, PAGES, TOLERATED, Layout
+from unmask.data.page_source import Pages, read_as
+from unmask.data.reading import EARLIER, Reading
+from unmask.data.scan import scan
+from unmask.data.sources import open_source
+from unmask.data.tiff_pages import MOST_ENTRIES
+
+
+def photo(channels=4, seed=0, height=48, width=64):
+    """Values between 20 and 230: what a band of data has, and an alpha channel has not."""
+    return (noisy(height, width, channels, seed=seed).astype(int) * 210 // 255 + 20).astype(np.uint8)
+
+
+def rgba(seed=0):
+    image = photo(seed=seed)
+    image[..., 3] = 255
+    image[:20, :20, 3] = 0
+    return image
+
+
+def on_white(image):
+    alpha = image[..., 3:] / 255
+    return np.round(image[..., :3] * alpha + 255 * (1 - alpha)).astype(np.uint8)
+
+
+def agreed(data, **settings):
+    reading = Reading(**settings)
+    found, pixels = header(data, reading), decode(data, reading=reading)
+    assert pixels.shape == (found.height, found.width, found.channels)
+    assert pixels.dtype == found.dtype
+    assert (decode(data, found=found) == pixels).all()
+    return pixels
+
+
+def pages_tiff(path, *pages, **options):
+    with tifffile.TiffWriter(path, **options) as file:
+        for values, more in pages:
+            file.write(values, **more)
+    return path.read_bytes()
+
+
+def bmp_with_alpha(image):
+    """A BMP whose header has an alpha mask, as some programs write without filling the alpha."""
+    height, width, _ = image.shape
+    pixels = image[::-1, :, [2, 1, 0, 3]].tobytes()
+    masks = (0xFF0000, 0xFF00, 0xFF, 0xFF000000)
+    head = struct.pack("<IiiHHIIiiII4I", 108, width, height, 1, 32, 3, len(pixels), 0, 0, 0, 0, *masks).ljust(
+        108, b"\0"
+    )
+    return b"BM" + struct.pack("<IHHI", 122 + len(pixels), 0, 0, 122) + head + pixels
+
+
+# -------------------------------------------------------------------------------------------------------------- alpha
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("planar", [False, True])
+def test_a_band_of_data_tagged_as_alpha_is_kept(dtype, planar):
+    values = photo().astype(dtype) * (40 if dtype == np.uint16 else 1)
+    stored = values.transpose(2, 0, 1).copy() if planar else values
+    options = {"planarconfig": "separate" if planar else "contig", "extrasamples": ["unassalpha"]}
+    assert (agreed(tiff(stored, photometric="rgb", **options)) == values).all()
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+def test_two_radar_bands_with_the_tag_stay_two(dtype):
+    values = photo(2).astype(dtype)
+    data = tiff(values, photometric="minisblack", extrasamples=["unassalpha"], planarconfig="contig")
+    assert (agreed(data) == values).all()
+
+
+def test_a_real_alpha_is_composited_as_before():
+    image = rgba()
+    for data in (
+        file_of(image, "PNG"),
+        file_of(image, "TIFF"),
+        file_of(image, "WEBP", lossless=True, exact=True),
+        tiff(image, photometric="rgb", extrasamples=["unassalpha"]),
+    ):
+        pixels = agreed(data)
+        assert (pixels == on_white(image)).all()
+        assert (pixels == agreed(data, **EARLIER.model_dump())).all()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP", "BMP"])
+def test_settings_decide_what_becomes_of_alpha(kind):
+    image = rgba()
+    data = (
+        bmp_with_alpha(image)
+        if kind == "BMP"
+        else file_of(image, kind, **({"lossless": True, "exact": True} if kind == "WEBP" else {}))
+    )
+    assert (agreed(data, alpha="composite") == on_white(image)).all()
+    assert (agreed(data, alpha="drop") == image[..., :3]).all()
+    assert (agreed(data, alpha="band") == image).all()
+    uses = {use: header(data, Reading(alpha=use)).layout.alpha for use in ("composite", "drop", "band")}
+    assert uses == {"composite": "composited", "drop": "dropped", "band": "band"}
+
+
+def test_settings_decide_of_16_bit_and_premultiplied_alpha():
+    values = noisy(channels=4, dtype=np.uint16)
+    for data in (png16(values), tiff(values, photometric="rgb", extrasamples=["unassalpha"])):
+        assert (agreed(data, alpha="drop") == values[..., :3]).all()
+        assert (agreed(data, alpha="band") == values).all()
+    small = tiff(rgba(), photometric="rgb", extrasamples=["assocalpha"])
+    assert (agreed(small, alpha="band") == rgba()).all()
+
+
+def test_gray_with_alpha_obeys_too():
+    both = np.dstack([photo(1)[..., 0], np.where(np.arange(64) < 20, 0, 255).astype(np.uint8)[None].repeat(48, 0)])
+    data = file_of(Image.fromarray(both, "LA"), "PNG")
+    assert agreed(data).shape == (48, 64, 1)
+    assert (agreed(data, alpha="drop") == both[..., :1]).all()
+    assert (agreed(data, alpha="band") == both).all()
+
+
+def test_a_bmp_with_an_alpha_of_zeros_is_opaque():
+    image = photo()
+    image[..., 3] = 0
+    data = bmp_with_alpha(image)
+    assert (agreed(data) == image[..., :3]).all()
+    assert header(data).layout.alpha == "opaque"
+    assert (agreed(bmp_with_alpha(rgba())) == on_white(rgba())).all()
+
+
+def test_float_alpha_is_refused_with_the_settings_that_help():
+    data = tiff(photo().astype(np.float32), photometric="rgb", extrasamples=["unassalpha"])
+    with pytest.raises(BadImage, match=r"data\.alpha=band"):
+        header(data)
+    assert agreed(data, alpha="band").shape == (48, 64, 4)
+
+
+def test_one_meaning_of_the_tag_for_a_whole_data_set(tmp_path):
+    for number in range(5):
+        image = photo(seed=number)
+        if number == 0:  # by itself it looks like alpha
+            image[..., 3] = 255
+        (tmp_path / f"{number}.tif").write_bytes(tiff(image, photometric="rgb", extrasamples=["unassalpha"]))
+    found = scan(open_source(tmp_path))
+    assert (found.good, found.channels, found.reading.tagged) == (5, {4: 5}, "band")
+    assert "kept as a band" in findings(found)[0]
+
+
+# -------------------------------------------------------------------------------------------------------------- pages
+
+
+@pytest.mark.parametrize("kind", ["imagej", "ome"])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_channels_in_pages_are_read_where_metadata_says_so(kind, dtype):
+    values = noisy(channels=5, dtype=np.uint16).astype(dtype)
+    data = tiff(values.transpose(2, 0, 1).copy(), **{kind: True}, metadata={"axes": "CYX"})
+    assert (agreed(data) == values).all()
+    assert header(data).layout == Layout(1, pages=5, page_use="channels")
+    assert (agreed(data, pages="first") == values[..., :1]).all()
+
+
+@pytest.mark.parametrize("order", ["ZCYX", "CZYX"])
+def test_channels_among_depths_are_those_of_the_first_depth(order):
+    volume = noisy(32, 40, 12, np.uint16).transpose(2, 0, 1).reshape(4, 3, 32, 40)  # Z, C
+    stored = volume if order == "ZCYX" else volume.transpose(1, 0, 2, 3).copy()
+    pixels = agreed(tiff(stored, ome=True, metadata={"axes": order}))
+    assert (pixels == volume[0].transpose(1, 2, 0)).all()
+
+
+def test_pages_without_metadata_are_counted_and_settings_decide():
+    values = noisy(channels=4)
+    data = tiff(values.transpose(2, 0, 1).copy(), photometric="minisblack")
+    assert (agreed(data) == values[..., :1]).all()
+    assert header(data).layout == Layout(1, pages=4, page_use="first")
+    assert (agreed(data, pages="channels") == values).all()
+
+
+@pytest.mark.parametrize("reduced", [True, False])
+def test_of_a_pyramid_the_full_resolution_is_read(tmp_path, reduced):
+    full, level = noisy(), {"photometric": "rgb", "subfiletype": int(reduced)}
+    main = {"photometric": "rgb"}
+    data = pages_tiff(tmp_path / "a.tif", (full[::4, ::4].copy(), level), (full, main), (full[::2, ::2].copy(), level))
+    assert (agreed(data) == full).all()
+    assert header(data).layout == Layout(3, pages=1, page_use="largest")
+    assert agreed(data, pages="first").shape == (12, 16, 3)
+    below = pages_tiff(tmp_path / "b.ome.tif", (full, main | {"subifds": 1}), (full[::2, ::2].copy(), level))
+    assert (agreed(below) == full).all()
+    assert header(below).layout == Layout(3)
+
+
+def test_pages_of_other_sizes_are_no_pyramid(tmp_path):
+    data = pages_tiff(tmp_path / "a.tif", (noisy(40, 30), {}), (noisy(50, 30), {}))
+    assert agreed(data).shape == (40, 30, 3)
+    assert header(data).layout.page_use == "first"
+
+
+def test_every_page_can_be_an_image_of_its_own(tmp_path):
+    values = noisy(channels=5)
+    (tmp_path / "stack.tif").write_bytes(tiff(values.transpose(2, 0, 1).copy(), photometric="minisblack"))
+    (tmp_path / "one.png").write_bytes(file_of(values[..., :1], "PNG"))
+    (tmp_path / "bad.tif").write_bytes(b"II*\0")
+    source = read_as(open_source(tmp_path), Reading(pages="samples"))
+    assert isinstance(source, Pages)
+    assert list(source.names) == ["bad.tif", "one.png", *(f"stack.tif#{number}" for number in range(1, 6))]
+    found = scan(source)
+    assert (found.good, len(found.bad)) == (6, 1)
+    for page in range(5):
+        assert (decode(source.read(2 + page), reading=source.reading)[..., 0] == values[..., page]).all()
+
+
+# --------------------------------------------------------------------------------------------------------------- axes
+
+
+@pytest.mark.parametrize(
+    ("shape", "size"),
+    [
+        ((40, 60, 100), (40, 60, 100)),  # hyperspectral, in height smaller than the others
+        ((145, 145, 200), (145, 145, 200)),
+        ((224, 128, 128), (128, 128, 224)),  # square patches of many bands
+        ((64, 200, 200), (200, 200, 64)),
+        ((5, 60, 100), (60, 100, 5)),
+        ((60, 100, 5), (60, 100, 5)),
+        ((12, 64, 64), (64, 64, 12)),
+        ((3, 60, 100), (60, 100, 3)),
+    ],
+)
+def test_the_order_of_axes(shape, size):
+    values = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+    assert agreed(npy(values)).shape == size
+    assert (agreed(npy(values), axes="HWC") == values).all()
+    assert (agreed(npy(values), axes="CHW") == values.transpose(1, 2, 0)).all()
+
+
+def test_the_axis_that_is_equally_long_everywhere_is_that_of_the_channels(tmp_path):
+    for number in range(4):
+        np.save(tmp_path / f"{number}.npy", np.zeros((30, 40 + number, 40 + number), np.float32) + number)
+    found = scan(open_source(tmp_path))
+    assert found.reading.axes == "CHW"
+    assert found.channels == {30: 4}
+    assert "equally long in all" in findings(found)[0]
+
+
+def test_a_guess_is_said(tmp_path):
+    for number in range(3):
+        np.save(tmp_path / f"{number}.npy", np.random.default_rng(number).random((20, 30, 50)))
+    found = scan(open_source(tmp_path))
+    assert (found.channels, found.median_size) == ({50: 3}, (20, 30))
+    assert "a guess" in findings(found)[0]
+    assert "data.axes=CHW" in findings(found)[0]
+
+
+# ------------------------------------------------------------------------------------------ settings reach everything
+
+
+def test_the_plan_keeps_what_was_settled_and_later_commands_obey(tmp_path, monkeypatch, capsys):
+    from conftest import SMALL_RUN
+
+    from unmask import use
+
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number in range(10):
+        values = photo(seed=number)
+        (folder / f"{number}.tif").write_bytes(tiff(values, photometric="rgb", extrasamples=["unassalpha"]))
+    run = start.pretrain(folder, recipe="mae_nano", out=tmp_path / "run", settings=(*SMALL_RUN, "train.steps=1"))
+    plan = run.read("plan.json")
+    assert (plan["images"]["channels"], plan["reading"]["tagged"]) == (4, "band")
+    assert any("10 TIFF files: alpha is kept as a band" in reason for reason in plan["reasons"])
+    one = tmp_path / "one"  # by itself it would be taken for alpha
+    one.mkdir()
+    values = photo()
+    values[..., 3] = 255
+    (one / "a.tif").write_bytes(tiff(values, photometric="rgb", extrasamples=["unassalpha"]))
+    done = use.embed_images(
+        run.path, str(one), tmp_path / "e.npz", step=None, device="cpu", console=Console(quiet=True)
+    )
+    assert (done["images"], done["left_out"]) == (1, 0)
+    with pytest.raises(start.DataError):
+        start.pretrain(folder, recipe="mae_nano", settings=(*SMALL_RUN, "data.alpha=drop", "data.channels=4"))
+
+
+def test_runs_of_earlier_versions_read_as_they_did():
+    from unmask.plan import Plan
+
+    assert Plan.model_fields["reading"].default == EARLIER
+    data = tiff(photo(), photometric="rgb", extrasamples=["unassalpha"])
+    assert agreed(data, **EARLIER.model_dump()).shape == (48, 64, 3)
+    assert agreed(npy(np.zeros((40, 60, 100))), **EARLIER.model_dump()).shape == (60, 100, 40)
+
+
+def test_the_settings_are_those_of_the_configuration():
+    assert DataConfig(alpha="band", pages="samples", axes="CHW").reading == Reading(
+        alpha="band", pages="samples", axes="CHW"
+    )
+
+
+def test_what_is_found_is_tabled_and_ordinary_files_are_not(tmp_path, capsys):
+    (tmp_path / "a.png").write_bytes(file_of(noisy(), "PNG"))
+    assert is_plain(scan(open_source(tmp_path)))
+    for number in range(3):
+        (tmp_path / f"{number}.png").write_bytes(file_of(rgba(number), "PNG"))
+    (tmp_path / "s.tif").write_bytes(tiff(noisy(channels=4).transpose(2, 0, 1).copy(), photometric="minisblack"))
+    found = scan(open_source(tmp_path))
+    rows = table(found)
+    assert [(row["files"], row["bands"], row["alpha"], row["pages"], row["channels"]) for row in rows] == [
+        (3, 4, "composited", 1, 3),
+        (1, 3, "none", 1, 3),
+        (1, 1, "none", 4, 1),
+    ]
+    say_table(rows, Console())
+    assert "composited" in "".join(capsys.readouterr())
+    assert any("only the first page is read" in sentence for sentence in findings(found))
+
+
+def test_a_scan_remembers_layouts_for_each_reading(tmp_path, monkeypatch):
+    monkeypatch.setenv("UNMASK_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("unmask.data.looks.WORTH_KEEPING", 0.0)
+    monkeypatch.setattr("unmask.data.looks.SETTLED", -(10**18))
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number in range(3):
+        (folder / f"{number}.png").write_bytes(file_of(rgba(number), "PNG"))
+    first, again = scan(open_source(folder)), scan(open_source(folder))
+    assert (again.known, again.layouts) == (3, first.layouts)
+    other = scan(read_as(open_source(folder), Reading(alpha="band")))
+    assert (other.known, other.channels) == (0, {4: 3})
+
+
+def test_a_layout_survives_as_a_number():
+    for layout in (
+        Layout(),
+        Layout(7, "band", 12, "channels", "CHW", TOLERATED),
+        *(Layout(3, alpha=alpha, page_use=use, axes=axes) for alpha in ALPHA for use in PAGES for axes in AXES),
+    ):
+        assert Layout.from_code(layout.code) == layout
+    assert Layout.from_code(Layout(10**6, pages=10**6).code) == Layout(65535, pages=65535)
+
+
+# ----------------------------------------------------------------------------------------------------- hostile, absent
+
+
+def test_endless_directories_and_loops_end():
+    data = bytearray(file_of(noisy(), "TIFF"))
+    place = struct.unpack_from("<I", data, 4)[0]
+    entries = struct.unpack_from("<H", data, place)[0]
+    struct.pack_into("<I", data, place + 2 + 12 * entries, place)  # the next directory is this one
+    assert (agreed(bytes(data)) == noisy()).all()
+    struct.pack_into("<H", data, place, MOST_ENTRIES + 1)
+    with pytest.raises(BadImage) as caught:
+        header(bytes(data) + b"\0" * 12 * MOST_ENTRIES)
+    assert caught.value.code == "HEADER_BAD"
+
+
+def test_without_tifffile_the_remedy_is_named(monkeypatch):
+    data = tiff(photo().astype(np.uint16), photometric="rgb", extrasamples=["unassalpha"])
+    true_import = builtins.__import__
+
+    def absent(name, *arguments, **more):
+        if name == "tifffile":
+            raise ImportError(name)
+        return true_import(name, *arguments, **more)
+
+    monkeypatch.delitem(sys.modules, "tifffile", raising=False)
+    monkeypatch.setattr(builtins, "__import__", absent)
+    with pytest.raises(BadImage, match=r"pip install 'unmask\[tiff\]'"):
+        header(data)
+    plain = file_of(rgba(), "TIFF")
+    assert agreed(plain).shape == (48, 64, 3)
+    assert (agreed(plain, alpha="band") == rgba()).all()
