@@ -368,7 +368,9 @@ def test_settings_of_another_run_repeat_it(unmask, run_folder, images):
     assert "2 steps" in err
 
 
-def test_settings_of_a_budgeted_run_repeat_its_steps(unmask, images, tmp_path):
+def test_settings_of_a_budgeted_run_repeat_its_steps(unmask, images, tmp_path, monkeypatch):
+    monkeypatch.setattr("unmask.budget.clock", lambda: cli.started)  # stands still
+    monkeypatch.setattr("unmask.plan.time_steps", lambda *_, **__: [0.1])
     code, _, err = unmask("pretrain", images, "--recipe", "mae_nano", "--out", "a", "--budget", "1s", *small())
     assert code == 0, err
     code, _, err = unmask("pretrain", images, "--config", "a", "--out", "b")

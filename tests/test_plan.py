@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from unmask import budget as budgets
 from unmask import plan as planning
 from unmask.batch import ImageSpec
+from unmask.budget import Budget
 from unmask.config import ConfigError, keys, override
 from unmask.flops import typical_images
 from unmask.method import Loss
@@ -15,6 +17,7 @@ from unmask.plan import (
     BUDGET_SHARE,
     MEMORY_SHARE,
     Plan,
+    Timing,
     autocast,
     bytes_per_image,
     choose_device,
@@ -22,6 +25,7 @@ from unmask.plan import (
     choose_precision,
     choose_steps,
     example_batch,
+    few_steps,
     fresh_method,
     make_plan,
     measure_step_seconds,
@@ -63,35 +67,80 @@ def test_steps_without_a_budget(settings, images, steps):
     assert str(steps) in why
 
 
-@pytest.mark.parametrize(("budget", "each", "steps"), [(600.0, 0.5, 1080), (1.0, 5.0, 1), (60.0, 0.001, 54_000)])
-def test_a_budget_becomes_steps_with_something_left_over(budget, each, steps):
-    found, _, why = choose_steps(small("train.steps=3"), 1000, budget=budget, step_seconds=lambda: each)
+def exactly(seconds):
+    return lambda: Timing(seconds, seconds, seconds)
+
+
+@pytest.fixture
+def still(monkeypatch):
+    """The clock of budgets stands at 0."""
+    monkeypatch.setattr(budgets, "clock", lambda: 0.0)
+
+
+@pytest.mark.parametrize(
+    ("budget", "used", "each", "steps"), [(600.0, 0, 0.5, 1080), (600.0, 100.0, 0.5, 880), (60.0, 0, 0.001, 54_000)]
+)
+@pytest.mark.usefixtures("still")
+def test_a_budget_becomes_steps_with_something_left_over(budget, used, each, steps):
+    left = Budget(budget, -used)
+    found, _, why = choose_steps(small("train.steps=3"), 1000, budget=left, step_seconds=exactly(each))
     assert found == steps
-    assert found * each <= max(each, budget * BUDGET_SHARE)
-    assert "as measured, in a budget of" in why
+    assert "measurements) each, in a budget of" in why
 
 
+@pytest.mark.parametrize(("budget", "used"), [(1.0, 0.0), (60.0, 40.0)])
+@pytest.mark.usefixtures("still")
+def test_a_budget_without_time_to_train_is_refused_with_the_time_that_is_needed(budget, used):
+    with pytest.raises(ConfigError, match=r"got a budget of .* which has time for \d steps.*give a budget of \d+ min"):
+        choose_steps(small(), 1000, budget=Budget(budget, -used), step_seconds=exactly(5.0))
+
+
+def test_a_budget_with_few_steps_is_warned_of_with_the_time_that_more_would_take():
+    found = planned("train.steps=50").model_copy(update={"budget": 110.0, "startup": 10.0})
+    assert few_steps(found) == (
+        "a budget of 1 min 50 s has time for about 50 steps, too few to learn much; 100 steps would take about "
+        "3 min 39 s"
+    )
+    assert few_steps(found.model_copy(update={"steps": 100})) is None
+    assert few_steps(found.model_copy(update={"budget": None})) is None
+
+
+def test_a_time_is_the_median_of_its_measurements_with_their_range():
+    timing = Timing.of([1.0, 1.0, 1.0, 9.0, 2.0, 1.0])
+    assert timing == (1.0, 1.0, 5.0)
+    assert timing.busy
+    assert timing.words() == "1 s (1 to 5 s in 3 measurements)"
+    assert Timing.of([2.0]) == (2.0, 2.0, 2.0)
+    assert not Timing.of([2.0, 3.0]).busy
+    assert timing.with_loading(Timing(2.0, 1.5, 3.0), 2) == (2.0, 1.5, 5.0)
+    assert timing.with_loading(Timing(2.0, 1.5, 3.0), 0) == (3.0, 2.5, 8.0)
+
+
+@pytest.mark.usefixtures("still")
 @pytest.mark.parametrize("average", ["none", "0.99"])
-@pytest.mark.parametrize(("num_test", "wanted"), [(10, None), (400, None), (5000, None), (100, 7)])
+@pytest.mark.parametrize(("num_test", "wanted"), [(10, None), (400, None), (2000, None), (100, 7)])
 def test_tests_count_in_a_budget_and_are_made_rarer_where_they_would_eat_it(num_test, wanted, average):
     config = small(f"optim.average={average}", *([] if wanted is None else [f"train.test_every={wanted}"]))
     budget, each = 120.0, 0.2
-    steps, every, why = choose_steps(config, 1000, budget=budget, step_seconds=lambda: each, num_test=num_test)
+    steps, every, why = choose_steps(
+        config, 1000, budget=Budget(budget, 0.0), step_seconds=exactly(each), num_test=num_test
+    )
     test = 0.5 * each / 12 * num_test * (1 if average == "none" else 2)
     tests = -(-steps // every) + 1
     assert steps * each + tests * test <= BUDGET_SHARE * budget + test
     assert every == (wanted or every)
     if wanted is None:
         assert tests <= 11
-        assert tests * test <= 0.25 * budget or tests == 2
+        assert tests * test <= 0.15 * budget or tests == 2
         assert num_test > 10 or tests == 11
     assert f"tests on {num_test} images take about" in why
 
 
+@pytest.mark.usefixtures("still")
 @pytest.mark.parametrize(("workers", "seconds"), [(0, 0.5), (2, 0.3)])
 def test_loading_counts_in_a_budget_beside_the_step_or_on_top_of_it(monkeypatch, workers, seconds):
-    monkeypatch.setattr(planning, "measure_step_seconds", lambda *_, **__: 0.2)
-    found = planned(workers=workers, budget=100.0, batch_seconds=lambda: 0.3)
+    monkeypatch.setattr(planning, "time_steps", lambda *_, **__: [0.2])
+    found = planned(workers=workers, budget=Budget(100.0, 0.0), batch_seconds=exactly(0.3))
     assert found.steps == int(BUDGET_SHARE * 100 / seconds)
 
 

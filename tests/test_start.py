@@ -127,8 +127,9 @@ def test_a_taken_folder_is_refused_before_a_file_is_read(images, tmp_path, monke
 
 def test_auto_with_a_budget_or_epochs_of_ones_own(images, tmp_path, monkeypatch):
     """`auto` proposes 3000 steps for so few images; a person's own answer to "how long?" goes before."""
-    monkeypatch.setattr("unmask.plan.measure_step_seconds", lambda *_, **__: 0.5)
-    run = start(images, tmp_path / "a", recipe="auto", budget=3.0)
+    monkeypatch.setattr("unmask.plan.time_steps", lambda *_, **__: [0.5])
+    monkeypatch.setattr("unmask.budget.clock", lambda: 0.0)
+    run = start(images, tmp_path / "a", recipe="auto", budget=3.0)  # on a clock that stands still
     assert run.read("plan.json")["steps"] == 5
     assert "3000 steps" not in " ".join(run.read("plan.json")["reasons"])
     run = start(images, tmp_path / "b", "train.epochs=1", recipe="auto")
@@ -142,8 +143,9 @@ def test_a_budget_and_epochs_go_before_the_steps_of_a_recipe(images, tmp_path, m
     steady = catalogue.find("mae_nano").model_copy(update={"train": catalogue.find("mae_nano").train})
     with_steps = module.override(steady, ["train.steps=500"])
     monkeypatch.setattr(catalogue, "find", lambda _: with_steps)
-    monkeypatch.setattr("unmask.plan.measure_step_seconds", lambda *_, **__: 0.5)
-    assert start(images, tmp_path / "a", budget=2.0).read("plan.json")["steps"] == 3
+    monkeypatch.setattr("unmask.plan.time_steps", lambda *_, **__: [0.5])
+    monkeypatch.setattr("unmask.budget.clock", lambda: 0.0)
+    assert start(images, tmp_path / "a", budget=4.0).read("plan.json")["steps"] == 7
     assert start(images, tmp_path / "b", "train.epochs=1").read("plan.json")["steps"] == 4
 
 

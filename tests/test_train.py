@@ -306,7 +306,9 @@ def test_any_channels_and_dtype_on_a_wide_grid_from_files_to_pictures(tmp_path, 
     assert all(np.isfinite(losses(run)))
 
 
-def test_a_budget_plans_the_steps_that_fit(images, tmp_path):
+def test_a_budget_plans_the_steps_that_fit(images, tmp_path, monkeypatch):
+    monkeypatch.setattr("unmask.budget.clock", lambda: 0.0)
+    monkeypatch.setattr("unmask.plan.time_steps", lambda *_, **__: [0.1])
     run = start(images, tmp_path / "run", budget=6.0)
     plan = run.read("plan.json")
     assert 5 <= plan["steps"] <= 20_000

@@ -508,8 +508,8 @@ def measure(
     if asked.budget is None:
         return about
     batch, workers = config.train.batch_size, plan.workers
-    load = start.batch_seconds(images, batch, workers, cached=plan.cached)
-    decode = start.batch_seconds(images, batch, 0, cached=False) / batch
+    load = start.batch_seconds(images, batch, workers, cached=plan.cached).median
+    decode = start.batch_seconds(images, batch, 0, cached=False).median / batch
     compute = measure_step_seconds(
         config, plan.images, plan.micro_batch, plan.precision, device, seconds=MEASURE_SECONDS
     )

@@ -11,10 +11,11 @@ from unmask.data.findings import is_plain, table
 from unmask.data.page_source import read_as
 from unmask.data.scan import Scan, scan
 from unmask.data.sources import Source, open_source
-from unmask.plan import choose_device, measure_step_seconds, with_loading
+from unmask.plan import Timing, choose_device, time_steps
 from unmask.start import batch_seconds, drafted, prepare, say_plan, settle, skipped
 
 NAMED_BAD_FILES = 20
+MEASURE_SECONDS = 6.0
 
 
 def check_data(
@@ -121,22 +122,31 @@ def forecast(source: Source, found: Scan, console: Console, settings: list[str])
     device = choose_device("auto")
     config, reasons, proposals = settle(source, found, "auto", settings, device, budget=None)
     images, plan = prepare(source, found, config, device, budget=None, reasons=reasons)
-    compute = measure_step_seconds(config, plan.images, plan.micro_batch, plan.precision, device, seconds=3)
     load = batch_seconds(images, plan.batch_size, plan.workers, cached=plan.cached)
-    each = with_loading(compute, load, plan.workers)
+    compute = Timing.of(
+        time_steps(config, plan.images, plan.micro_batch, plan.precision, device, seconds=MEASURE_SECONDS)
+    )
+    timing = compute.with_loading(load, plan.workers)
+    each, takes = timing.median, [duration(plan.steps * seconds) for seconds in timing]
     say_plan(plan, config, console)
     console.say(f"recipe: {config.recipe} {' '.join(f'--set {item}' for item in proposals)}".rstrip())
     console.say(
-        f"forecast on {device}: {each:.3g} s a step, {plan.batch_size / each:.0f} images/s; "
-        f"{plan.steps} steps take about {duration(plan.steps * each)}"
-        + ("; loading is the limit" if load > compute else "")
+        f"forecast on {device}: {timing.words()} a step, {plan.batch_size / each:.0f} images/s; {plan.steps} steps "
+        f"take about {takes[0]} ({takes[1]} to {takes[2]})" + ("; loading is the limit" if load > compute else "")
     )
+    if timing.busy:
+        console.warn(
+            "the time of a step differs much between measurements: another program uses this machine, and the forecast "
+            "holds only while it does"
+        )
     return {
         "recipe": config.recipe,
         "settings": proposals,
         "reasons": list(plan.reasons),
         "step_seconds": each,
+        "step_seconds_range": list(timing[1:]),
         "steps": plan.steps,
         "forecast_seconds": plan.steps * each,
+        "forecast_seconds_range": [plan.steps * seconds for seconds in timing[1:]],
         "device": device,
     }

@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +19,9 @@ from unmask.console import Console, escape_controls
 from unmask.errors import TrainingFailed, UserError
 
 FAILED, USAGE, STOPPED, INTERRUPTED = 1, 2, 75, 130
+started = time.monotonic()
+"""When the command started: a time budget counts from here."""
+_first = True
 
 app = typer.Typer(
     name="unmask",
@@ -60,6 +64,10 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N, mps.")]
 
 def main() -> None:
     """Entry point: runs the app and turns errors for people into one clear line and an exit code."""
+    global started, _first
+    if not _first:  # more than one command in this process
+        started = time.monotonic()
+    _first = False
     if "OMP_WAIT_POLICY" not in os.environ:
         # Torch's threads spin while they wait for one another. When something else needs the cores too, long spinning
         # makes a step up to a hundred times slower; short spinning costs nothing when alone (docs/LOG.md).
@@ -139,6 +147,14 @@ def _seconds(text: str | None) -> float | None:
     if not 0 < value < float("inf"):
         raise UserError(f"time budget {text!r} is not a positive time; for example 30m")
     return value
+
+
+def _budget(text: str | None) -> Any:
+    """A time budget that counts from the start of the command."""
+    from unmask.budget import Budget
+
+    seconds = _seconds(text)
+    return None if seconds is None else Budget(seconds, started)
 
 
 def _ended(run: Any, as_json: bool, console: Console) -> None:
@@ -247,7 +263,7 @@ def pretrain(
         recipe=recipe,
         config=config,
         out=out,
-        budget=_seconds(budget),
+        budget=_budget(budget),
         settings=settings or (),
         from_run=from_run,
         tokenizer=tokenizer,
@@ -439,7 +455,7 @@ def finetune(
         recipe=recipe,
         last_blocks=last_blocks,
         from_scratch=from_scratch,
-        budget=_seconds(budget),
+        budget=_budget(budget),
         settings=settings or (),
         console=console,
     )

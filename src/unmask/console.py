@@ -89,7 +89,9 @@ class Console:
         with Progress(*columns, console=self._rich, transient=True) as rich:
             task = rich.add_task(escape(escape_controls(title)), total=total, completed=start, text="")
             bar = Bar(self, title, total, start)
-            bar.show = lambda step, text: rich.update(task, completed=step, text=escape(escape_controls(text)))
+            bar.show = lambda step, text: rich.update(
+                task, completed=step, total=bar.total, text=escape(escape_controls(text))
+            )
             yield bar
 
     @contextmanager

@@ -22,6 +22,7 @@ import torch
 
 from unmask import checkpoint, dataset_check, grafts, start
 from unmask.beside import SCORE
+from unmask.budget import Budget, as_budget
 from unmask.config import Config, ConfigError, Graft, parse, task_names
 from unmask.console import Console
 from unmask.data.augment import crop_for
@@ -144,7 +145,7 @@ def fine_tune(
     recipe: str = "auto",
     last_blocks: float | None = None,
     from_scratch: bool = False,
-    budget: float | None = None,
+    budget: float | Budget | None = None,
     settings: Sequence[str] = (),
     console: Console | None = None,
 ) -> Run:
@@ -156,7 +157,7 @@ def fine_tune(
     from_scratch: the encoder's random start instead of its weights. settings: KEY=VALUE. Stopped, it goes on with
     `finetune.resume`. Raises ValueError for what a person can mend.
     """
-    console = console or Console()
+    console, budget = console or Console(), as_budget(budget)
     if out is not None:
         Run.check_free(out)
     if task not in (*TASKS, PROBE):
@@ -284,7 +285,7 @@ def supervise(run: Run, config: Config, plan: Plan, source: Source, *, console: 
                 f"the {role.replace('-', ' ')} files of {of.name} have changed since this run began, so it could not "
                 f"go on exactly: {found.lines()}. Bring the old files back, or begin anew"
             )
-    return Supervision(lessons.annotations, exam.headlines)
+    return Supervision(lessons.annotations, exam)
 
 
 def score(run: Run, *, console: Console | None = None) -> dict[str, Any]:

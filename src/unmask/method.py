@@ -35,17 +35,21 @@ class MethodConfig(Settings):
 
 @dataclass(frozen=True)
 class Clock:
-    """Where training stands: `step` of `total` optimiser steps, `micro`-batch within it, the draws of this batch."""
+    """Where training stands: `step` of `total` optimiser steps, `micro`-batch within it, the draws of this batch.
+
+    share: of the training done, where the number of steps has changed on the way; None for step / total.
+    """
 
     step: int
     total: int
     rng: Draws
     micro: int = 0
+    share: float | None = None
 
     @property
     def progress(self) -> float:
         """Share of the training done, 0 to 1: for schedules such as a temperature."""
-        return self.step / max(1, self.total)
+        return self.step / max(1, self.total) if self.share is None else self.share
 
 
 @dataclass(frozen=True)

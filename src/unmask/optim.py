@@ -47,7 +47,7 @@ def peak_lr(config: OptimConfig, batch_size: int) -> float:
     return config.base_lr * batch_size / 256
 
 
-def learning_rate(step: int, *, steps: int, warmup_steps: int, peak: float, final: float = 0.0) -> float:
+def learning_rate(step: float, *, steps: int, warmup_steps: int, peak: float, final: float = 0.0) -> float:
     """Learning rate of optimiser step `step` (0-based), per iteration: linear from 0, then half a cosine to `final`."""
     if step < warmup_steps:
         return peak * step / warmup_steps

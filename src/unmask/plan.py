@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import math
 import os
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import torch
+from pydantic import model_validator
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from unmask.batch import DTYPES, Batch, ImageSpec
+from unmask.budget import AIM, FEWEST_STEPS, USEFUL_STEPS, Budget, Replan, place, require_order
 from unmask.config import Config, ConfigError
 from unmask.console import duration
 from unmask.data.reading import EARLIER, Reading
@@ -29,11 +33,14 @@ from unmask.settings import Settings
 DEFAULT_EPOCHS = 100
 MEMORY_SHARE = 0.6
 TENSORS_AT_A_TIME = 4  # of the largest, in the widest place of a network
-BUDGET_SHARE = 0.9  # the rest: pictures, checkpoints, a slow minute
+BUDGET_SHARE = 0.9  # the rest: pictures, checkpoints, the report
 FEW_IMAGES, LONGEST_PASS = 8, 2.0  # images, and seconds, of a pass that is long enough to tell what a longer one takes
 TESTS = 10  # of what learns from labels, unless it is said how often
 TEST_IMAGE = 0.5  # time to load and judge an image, as a share of that to learn from it
-TEST_SHARE = 0.25  # of a budget, at most
+TEST_SHARE = 0.15  # of a budget, at most
+MEASUREMENTS = 3  # of the time of a step, each the mean of several
+MEASURING_SHARE = 0.03  # of a budget
+BUSY = 2.0  # times as long between two measurements of one step: another program uses the machine
 
 
 class Plan(Settings):
@@ -42,6 +49,9 @@ class Plan(Settings):
     excluded: rows of the source that are not trained on; test_rows: those of them that a supervised run is tested on.
     test_every: steps after which it is tested, 0 at the end only. taught: digest of the masks or boxes that it learns
     from, and of its test images. reading: how image files are decoded, with what was settled for this data set.
+    budget: seconds for the whole command, None where the length was set; startup: those of them that were gone when the
+    run began. replans: changes of `steps` while it trained, which a resumed run repeats; `steps` is the newest number.
+    warmup_steps, picture_every and test_every count in the steps that were planned first.
     """
 
     steps: int
@@ -67,13 +77,53 @@ class Plan(Settings):
     picture_every: int
     parameters: int
     encoder_parameters: int
+    budget: float | None = None
+    startup: float = 0.0
+    replans: tuple[Replan, ...] = ()
     reasons: tuple[str, ...] = ()
 
+    @model_validator(mode="after")
+    def _replans_in_order(self) -> Self:
+        require_order(self.replans, self.steps)
+        return self
+
+    @property
+    def first_steps(self) -> int:
+        """The steps that were planned at first."""
+        return self.replans[0].before if self.replans else self.steps
+
+    def place(self, step: int) -> float:
+        """Where `step` stands on the schedule that was planned first; `step` itself where nothing was replanned."""
+        return place(step, self.replans) if self.replans else step
+
     def lr(self, step: int) -> float:
-        """Learning rate of optimiser step `step` (0-based)."""
+        """Learning rate of optimiser step `step` (0-based), a function of the step and of `replans` alone."""
         return learning_rate(
-            step, steps=self.steps, warmup_steps=self.warmup_steps, peak=self.peak_lr, final=self.final_lr
+            self.place(step),
+            steps=self.first_steps,
+            warmup_steps=self.warmup_steps,
+            peak=self.peak_lr,
+            final=self.final_lr,
         )
+
+    def clock(self, step: int, draws: Draws, micro: int = 0) -> Clock:
+        """The clock of optimiser step `step` for a method."""
+        share = self.place(step) / self.first_steps if self.replans else None
+        return Clock(step, self.steps, draws, micro, share)
+
+    def passed(self, step: int, every: int) -> bool:
+        """Whether `step` steps reach a multiple of `every` steps of the schedule that was planned first."""
+        return self.times(step, every) > self.times(step - 1, every)
+
+    def times(self, step: int, every: int) -> int:
+        """How many multiples of `every` steps of the schedule that was planned first lie within `step` steps."""
+        return math.floor(self.place(step) / every + 1e-9)
+
+    def replanned(self, step: int, steps: int) -> Plan:
+        """The plan with `steps` steps in all from optimiser step `step` on."""
+        change = Replan(step=step, before=self.steps, steps=steps)
+        epochs = steps * self.batch_size / self.num_images
+        return self.model_copy(update={"steps": steps, "epochs": epochs, "replans": (*self.replans, change)})
 
 
 def choose_device(wanted: str) -> str:
@@ -258,13 +308,51 @@ def wait_for(value: torch.Tensor) -> None:
     value.item()
 
 
+class Timing(NamedTuple):
+    """Seconds that something takes: the median of several measurements, the fastest and the slowest."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, times: Sequence[float]) -> Timing:
+        """From single times in their order: the median of them, and the range of the means of consecutive parts."""
+        parts = min(MEASUREMENTS, len(times))
+        edges = [round(part * len(times) / parts) for part in range(parts + 1)]
+        means = [sum(times[a:b]) / (b - a) for a, b in pairwise(edges)]
+        median = statistics.median(times)
+        return cls(median, min(median, *means), max(median, *means))
+
+    def with_loading(self, load: Timing, workers: int) -> Timing:
+        """Seconds of a whole step; see `with_loading`."""
+        return Timing(*(with_loading(*pair, workers) for pair in zip(self, load, strict=True)))
+
+    def words(self) -> str:
+        """For people, e.g. "0.2 s (0.18 to 0.31 s)"."""
+        return f"{self.median:.3g} s ({self.low:.3g} to {self.high:.3g} s in {MEASUREMENTS} measurements)"
+
+    @property
+    def busy(self) -> bool:
+        """Whether the measurements differ so much that another program must be using the machine."""
+        return self.high > BUSY * self.low
+
+
+NO_TIME = Timing(0.0, 0.0, 0.0)
+
+
 def measure_step_seconds(
     config: Config, images: ImageSpec, micro: int, precision: str, device: str, *, seconds: float = 5.0
 ) -> float:
-    """Mean time of one optimiser step on a throw-away copy of the method, data waits not included.
+    """Mean time of one optimiser step; see `time_steps`."""
+    times = time_steps(config, images, micro, precision, device, seconds=seconds)
+    return sum(times) / len(times)
 
-    The mean, because a budget is a sum: slow moments of a busy machine count as often as they come.
-    """
+
+def time_steps(
+    config: Config, images: ImageSpec, micro: int, precision: str, device: str, *, seconds: float = 5.0
+) -> list[float]:
+    """Times of single optimiser steps on a throw-away copy of the method, data waits not included."""
     method = fresh_method(config, images).to(device)
     if config.train.compile and why_not_compiled(device) is None:
         compile_blocks(method)  # the run finds them compiled
@@ -300,7 +388,7 @@ def measure_step_seconds(
             wait_for(update(optimizer, 0.0, loss, config.optim.clip))
             whole = time.perf_counter() - start
             times.append(whole + part * (needed - count) / count)
-    return sum(times[1:]) / len(times[1:])  # the first pass also warms up
+    return times[1:]  # the first pass also warms up
 
 
 def with_loading(compute: float, load: float, workers: int) -> float:
@@ -309,16 +397,22 @@ def with_loading(compute: float, load: float, workers: int) -> float:
 
 
 def choose_steps(
-    config: Config, num_images: int, *, budget: float | None, step_seconds: Callable[[], float], num_test: int = 0
+    config: Config,
+    num_images: int,
+    *,
+    budget: Budget | None,
+    step_seconds: Callable[[], Timing],
+    num_test: int = 0,
 ) -> tuple[int, int, str]:
     """Total optimiser steps, after how many a supervised run is tested, and why so many.
 
-    A `budget` in seconds wins over `train.steps`, and that over epochs: a recipe may have any of them; that a person
-    gives two is refused in `start.py`. num_test: images of each test.
+    A `budget` wins over `train.steps`, and that over epochs: a recipe may have any of them; that a person gives two is
+    refused in `start.py`. num_test: images of each test. Raises ConfigError for a budget with no time to train.
     """
     train = config.train
     if budget is not None:
-        return fill_budget(config, budget, step_seconds(), num_test)
+        each = step_seconds()  # before the clock is read, because measuring takes time too
+        return fill_budget(config, budget.seconds, budget.used(), each, num_test)
     if train.steps is not None:
         steps, why = train.steps, f"{train.steps} steps: asked for"
     else:
@@ -328,28 +422,50 @@ def choose_steps(
     return steps, train.test_every or math.ceil(steps / TESTS), why
 
 
-def fill_budget(config: Config, budget: float, each: float, num_test: int) -> tuple[int, int, str]:
-    """`choose_steps` for a budget and steps of `each` seconds.
+def fill_budget(config: Config, budget: float, used: float, timing: Timing, num_test: int) -> tuple[int, int, str]:
+    """`choose_steps` for a budget in seconds, of which `used` are gone.
 
-    Tests count, with one more at the end; unless it is said how often, there are ten, or as many as a quarter of the
-    budget has room for.
+    Tests count, with one more at the end; unless it is set how often, there are ten, or as many as TEST_SHARE of the
+    budget has time for.
     """
-    train = config.train
+    train, each = config.train, timing.median
     test = TEST_IMAGE * each / train.batch_size * num_test * (1 if config.optim.average is None else 2)
     tests = TESTS if not test else max(1, min(TESTS, int(TEST_SHARE * budget / test) - 1))
+    left = BUDGET_SHARE * budget - used
     if train.test_every:  # one on the way after so many steps, the last of them perhaps sooner, and one at the end
-        steps = (BUDGET_SHARE * budget - 2 * test) / (each + test / train.test_every)
+        steps, ends = (left - 2 * test) / (each + test / train.test_every), 2 * test
     else:
-        steps = (BUDGET_SHARE * budget - (tests + 1) * test) / each
-    steps = max(1, int(steps))
+        steps, ends = (left - (tests + 1) * test) / each, (tests + 1) * test
+    if steps < FEWEST_STEPS:
+        need = (used + ends + USEFUL_STEPS * each) / BUDGET_SHARE
+        raise ConfigError(
+            f"got a budget of {duration(budget)}, which has time for {max(0, int(steps))} steps: "
+            f"{duration(used)} were used before training, a step takes {each:.3g} s"
+            + (f", tests on {num_test} images take about {duration(ends)}" if test else "")
+            + f"; expected time for {USEFUL_STEPS} steps or more: give a budget of {duration(need)}, or a smaller "
+            "batch, image size or recipe"
+        )
+    steps = int(steps)
     every = train.test_every or math.ceil(steps / tests)
-    why = f"{steps} steps: {each:.3g} s each as measured, in a budget of {duration(budget)}"
+    why = (
+        f"{steps} steps at first: {timing.words()} each, in a budget of {duration(budget)}, of which "
+        f"{duration(used)} are used; the number follows the pace while training"
+    )
     if test:
         spent = (1 + math.ceil(steps / every)) * test
-        why += f", of which tests on {num_test} images take about {duration(spent)}"
-        if steps * each + spent > budget:
-            why += ", which is more than there is: give a longer budget, or fewer test images"
+        why += f"; tests on {num_test} images take about {duration(spent)}"
     return steps, every, why
+
+
+def few_steps(plan: Plan) -> str | None:
+    """A warning where a budget gives fewer steps than are of use, with the time that these would take."""
+    if plan.budget is None or plan.steps >= USEFUL_STEPS:
+        return None
+    need = plan.startup + (plan.budget - plan.startup) * USEFUL_STEPS / plan.steps
+    return (
+        f"a budget of {duration(plan.budget)} has time for about {plan.steps} steps, too few to learn much; "
+        f"{USEFUL_STEPS} steps would take about {duration(need / AIM)}"
+    )
 
 
 def make_plan(
@@ -362,9 +478,9 @@ def make_plan(
     device: str,
     workers: int,
     cached: bool,
-    budget: float | None = None,
+    budget: Budget | None = None,
     reasons: tuple[str, ...] = (),
-    batch_seconds: Callable[[], float] | None = None,
+    batch_seconds: Callable[[], Timing] | None = None,
     num_test: int = 0,
 ) -> Plan:
     """Decide everything that follows from the configuration; see the module docstring.
@@ -379,10 +495,10 @@ def make_plan(
     encoder_parameters = sum(p.numel() for p in method.encoder.parameters())
     del method
 
-    def step_seconds() -> float:
-        compute = measure_step_seconds(config, images, micro, precision, device)
-        load = batch_seconds() if batch_seconds else 0.0
-        return with_loading(compute, load, workers)
+    def step_seconds() -> Timing:
+        seconds = 5.0 if budget is None else min(5.0, MEASURING_SHARE * budget.seconds)
+        compute = Timing.of(time_steps(config, images, micro, precision, device, seconds=seconds))
+        return compute.with_loading(batch_seconds() if batch_seconds else NO_TIME, workers)
 
     batch_size = config.train.batch_size
     steps, test_every, why_steps = choose_steps(
@@ -412,6 +528,8 @@ def make_plan(
         test_every=test_every,
         parameters=parameters,
         encoder_parameters=encoder_parameters,
+        budget=None if budget is None else budget.seconds,
+        startup=0.0 if budget is None else budget.used(),
         reasons=(
             *reasons,
             why_steps,

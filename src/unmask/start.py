@@ -25,6 +25,7 @@ import torch
 
 from unmask import checkpoint, dataset_check, grafts
 from unmask.batch import ImageSpec
+from unmask.budget import Budget, as_budget, now
 from unmask.config import Config, ConfigError, override, parse, task_names
 from unmask.console import Console, duration
 from unmask.data.augment import crop_for
@@ -35,7 +36,7 @@ from unmask.data.page_source import read_as
 from unmask.data.scan import Scan, scan
 from unmask.data.sources import Source, open_source
 from unmask.errors import UserError
-from unmask.plan import Plan, choose_device, choose_steps, make_plan, require_micro_batch
+from unmask.plan import NO_TIME, Plan, Timing, choose_device, choose_steps, few_steps, make_plan, require_micro_batch
 from unmask.recipes import catalogue
 from unmask.run import Run, free_path
 from unmask.saved import read_config, read_plan
@@ -44,6 +45,7 @@ from unmask.train import Judge, train
 NAMED_BAD_FILES = 5
 MOST_EPOCHS_A_STEP = 256
 MOST_PATCHES = 1 << 18
+LOADED_PARTS = 3  # of the images, each loaded to measure how long that takes
 
 
 class Supervision(NamedTuple):
@@ -67,7 +69,7 @@ def pretrain(
     recipe: str = "auto",
     config: str | Path | None = None,
     out: str | Path | None = None,
-    budget: float | None = None,
+    budget: float | Budget | None = None,
     settings: Iterable[str] = (),
     from_run: str | Path | None = None,
     tokenizer: str | Path | None = None,
@@ -78,13 +80,14 @@ def pretrain(
     """Pre-train on the images of `data` and return the Run; `run.read("status.json")["state"]` says how it ended.
 
     recipe: a name from `unmask recipes`, or "auto". config: another Run, or its config.json, whose settings are used in
-    place of a recipe's. out: a new folder; made up from data and recipe when None. budget: in seconds. settings:
-    KEY=VALUE assignments. from_run: start from the weights of that Run, see `grafts.continued`. tokenizer: the Run of a
-    dVAE whose codes are predicted. palette: a file of `unmask palette`, or the Run of an iGPT whose colours are used.
-    masks: a file of masks to hide patches with. console: `Console(quiet=True)` for no progress. Raises UserError for
-    anything a person can mend, and what can be said without the images before any is opened.
+    place of a recipe's. out: a new folder; made up from data and recipe when None. budget: seconds for everything from
+    this call on; the number of steps follows the pace of training. settings: KEY=VALUE assignments. from_run: start
+    from the weights of that Run, see `grafts.continued`. tokenizer: the Run of a dVAE whose codes are predicted.
+    palette: a file of `unmask palette`, or the Run of an iGPT whose colours are used. masks: a file of masks to hide
+    patches with. console: `Console(quiet=True)` for no progress. Raises UserError for anything a person can mend, and
+    what can be said without the images before any is opened.
     """
-    console = console or Console()
+    console, budget = console or Console(), as_budget(budget)
     if config is not None:
         refuse_two_sources_of_settings(recipe, from_run)
     base = settings_of(config) if config is not None else None
@@ -127,7 +130,7 @@ def settings_of(path: str | Path) -> Config:
     config = read_config(run)
     refuse_labels(config, None)
     train, plan = config.train, read_plan(run)
-    expected, _, _ = choose_steps(config, plan.num_images, budget=None, step_seconds=lambda: 0.0)
+    expected, _, _ = choose_steps(config, plan.num_images, budget=None, step_seconds=lambda: NO_TIME)
     if plan.steps and plan.steps != expected:
         train = train.model_copy(update={"steps": plan.steps, "epochs": None})
     data = config.data.model_copy(update={"source": ""})
@@ -141,7 +144,7 @@ def start_run(
     device: str,
     *,
     out: str | Path | None,
-    budget: float | None,
+    budget: Budget | None,
     reasons: tuple[str, ...],
     console: Console,
     held_out: np.ndarray | None = None,
@@ -167,6 +170,8 @@ def start_run(
 
     run = Run.create(out if out is not None else free_name(source, config))
     with run.lock():
+        if budget is not None:
+            plan = plan.model_copy(update={"startup": budget.used()})
         run.write("config.json", config.model_dump(mode="json"))
         run.write("plan.json", plan.model_dump(mode="json"))
         run.write("provenance.json", provenance(plan) | grafts.licence(config))
@@ -176,6 +181,8 @@ def start_run(
         checkpoint.check_space(run, (config.train.keep_checkpoints + 1) * 12 * plan.parameters)
         say_plan(plan, config, console)
         say_taken(config, console)
+        if (warning := few_steps(plan)) is not None:
+            console.warn(warning)
         _train(run, config, plan, images, console, supervise)
     return run
 
@@ -289,7 +296,7 @@ def resolve(
     base: Config,
     settings: list[str],
     *,
-    budget: float | None = None,
+    budget: Budget | None = None,
     proposals: Iterable[str] = (),
     source: Source | None = None,
 ) -> Config:
@@ -321,7 +328,7 @@ def resolve(
     return config
 
 
-def refuse_conflicts(asked: dict[str, Any], budget: float | None) -> None:
+def refuse_conflicts(asked: dict[str, Any], budget: object) -> None:
     """What cannot be set is refused, and so are two answers to "how long?": one of them would be ignored."""
     if "data.source" in asked:
         raise ConfigError("data.source cannot be set: it is the DATA that the command names; name other images there")
@@ -338,7 +345,7 @@ def refuse_conflicts(asked: dict[str, Any], budget: float | None) -> None:
         raise ConfigError("both train.steps and train.epochs were given; leave one of them out")
 
 
-def drafted(base: Config | None, recipe: str, settings: list[str], budget: float | None) -> Config:
+def drafted(base: Config | None, recipe: str, settings: list[str], budget: Budget | None) -> Config:
     """The configuration as far as it is known without the images, tried out: sizes, patches, heads and ratios agree.
 
     For `auto` it is enough that one of the recipes it chooses from would go with the settings.
@@ -447,7 +454,7 @@ def refuse_absurd_size(config: Config) -> None:
 
 
 def settle(
-    source: Source, found: Scan, recipe: str, settings: list[str], device: str, *, budget: float | None
+    source: Source, found: Scan, recipe: str, settings: list[str], device: str, *, budget: Budget | None
 ) -> tuple[Config, tuple[str, ...], list[str]]:
     """The configuration and, for `auto`, the reasons and what it proposed. What a person set is not chosen for them."""
     if recipe != "auto":
@@ -492,7 +499,7 @@ def prepare(
     config: Config,
     device: str,
     *,
-    budget: float | None,
+    budget: Budget | None,
     reasons: tuple[str, ...],
     held_out: np.ndarray | None = None,
     num_test: int = 0,
@@ -547,17 +554,20 @@ def training_images(source: Source, rows: np.ndarray, spec: ImageSpec, config: C
     return Images(source, rows, spec, data.crop, config.train.seed, repeats=data.repeats, on_device=on_device)
 
 
-def batch_seconds(images: Images, batch: int, workers: int, *, cached: bool) -> float:
+def batch_seconds(images: Images, batch: int, workers: int, *, cached: bool) -> Timing:
     """Time to load one global batch, measured on the first images of the order; `cached`: when they lie in memory."""
-    count = max(images.repeats, min(batch, 64) // images.repeats * images.repeats)
-    taken = Order(images.rows, images.seed, images.repeats).take(0, count)
+    part = max(images.repeats, min(batch, 64) // 2 // images.repeats * images.repeats)
+    parts = [Order(images.rows, images.seed, images.repeats).take(n * part, part) for n in range(LOADED_PARTS)]
     if cached:
-        images = replace(images, rows=np.unique(taken.index), kept={})
+        images = replace(images, rows=np.unique(np.concatenate([taken.index for taken in parts])), kept={})
         images.keep_decoded()
-    images[taken]
-    start = time.perf_counter()
-    images[taken]
-    return (time.perf_counter() - start) * batch / len(taken.index) / max(1, workers)
+    times = []
+    for taken in parts:
+        images[taken]
+        start = time.perf_counter()
+        images[taken]
+        times.append((time.perf_counter() - start) * batch / part / max(1, workers))
+    return Timing.of(times)
 
 
 def say_taken(config: Config, console: Console) -> None:
@@ -586,28 +596,31 @@ def say_plan(plan: Plan, config: Config, console: Console) -> None:
 def _train(
     run: Run, config: Config, plan: Plan, images: Images, console: Console, supervise: Supervise | None = None
 ) -> None:
-    """The loop, with the Run's status told whatever happens."""
-    began = time.monotonic()
+    """Run the training loop, and set the Run's status however it ends."""
+    began = now()
     try:
         judge = None
         if supervise is not None:
             images.annotations, judge = supervise(run, config, plan, images.source)
-        state = train(run, config, plan, images, console, judge)
+        state = train(run, config, plan, images, console, judge, began)
     except BaseException as error:
         _tell_failed(run, error)
         raise
-    took = duration(time.monotonic() - began)
+    status = run.read("status.json")
+    took, now_took = status["seconds"], now() - began
+    said = duration(took) + (f" ({duration(now_took)} of it since it was resumed)" if took > now_took + 1 else "")
     if state == "stopped":
-        console.say(f"stopped after {took}")
+        console.say(f"stopped after {said}")
     else:
-        console.say(f"finished {plan.steps} steps in {took}: {run.path}")
+        console.say(f"finished {status['step']} steps in {said}: {run.path}")
 
 
 def _tell_failed(run: Run, error: BaseException) -> None:
     for _ in range(2):  # torch's signal handler may raise once more for the same dead loader worker
         with suppress(OSError, ValueError, RuntimeError):  # the disk, or the file, may be the very trouble
-            last = run.read("status.json").get("step", 0) if (run.path / "status.json").exists() else 0
-            run.set_status("failed", last, error=f"{type(error).__name__}: {error}")
+            was = run.read("status.json") if (run.path / "status.json").exists() else {}
+            kept = {"seconds": was["seconds"]} if "seconds" in was else {}
+            run.set_status("failed", was.get("step", 0), error=f"{type(error).__name__}: {error}", **kept)
             return
 
 

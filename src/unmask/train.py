@@ -8,31 +8,36 @@ The host does not wait for the device at every step: a step's loss is read when 
 saved. A step with bad numbers leaves the weights alone whether or not anybody has looked yet, and what follows from
 three of them is counted from the step where it happened; so when the host looks never changes what is trained. (A
 rollback goes to the newest checkpoint, which may have been written by the clock: after one, two runs may differ.)
+
+With a time budget the number of steps follows the pace (`budget.py`). That is decided at logged steps only, and stands
+in plan.json before it takes effect, so a resumed run repeats every step as it was.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from unmask import checkpoint
+from unmask import budget, checkpoint
 from unmask.batch import Batch
+from unmask.budget import Pacer
 from unmask.checkpoint import CheckpointFull, CheckpointRefused
 from unmask.config import Config
-from unmask.console import Console
+from unmask.console import Console, duration
 from unmask.data.decode import BadImage
 from unmask.data.loader import Delivery, Images, Taken, training_batches
 from unmask.errors import LoadingFailed, TrainingFailed, UserError
 from unmask.evals.collect import eval_mode
 from unmask.evals.pictures import draw
-from unmask.method import Clock, Method
+from unmask.method import Method
 from unmask.optim import average_weights, averaged, make_optimizer, update
 from unmask.parallel import compile_blocks, memory_kept, uncompiled, why_not_compiled
 from unmask.plan import Plan, autocast, fresh_method
@@ -47,12 +52,23 @@ SKIP_AHEAD_BATCHES = 50
 MOST_ROLLBACKS = 2
 MOST_FAILED_SAVES = 5
 MOST_UNREAD_STEPS = 32
+ENDLESS = 1 << 40  # micro-batches: with a budget the last step is not known
+REPORT_SECONDS = 1.5  # to write the report after the last step, which is part of a budget
+SAID_CHANGE = 1.2  # a number of steps so many times larger or smaller is reported
 PICTURE_SAMPLE = 64
 COMPILING_SECONDS = 1800  # the least limit of a step in which torch.compile works
 
 
-Judge = Callable[[Method], dict[str, float]]
-"""How good a method is on its test images, by name, for `tasks/`; in eval mode, and without gradients."""
+class Judge(Protocol):
+    """The test images of a supervised run (`tasks/`). Both get the method in eval mode, without gradients."""
+
+    def __call__(self, method: Method) -> dict[str, float]:
+        """Return how good the method is, by name."""
+        ...
+
+    def trial(self, method: Method) -> float:
+        """Return the seconds that a test takes, estimated on a few images."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -101,22 +117,33 @@ class Step:
     logs: dict[str, Tensor]
 
 
-def train(run: Run, config: Config, plan: Plan, images: Images, console: Console, judge: Judge | None = None) -> str:
+def train(
+    run: Run,
+    config: Config,
+    plan: Plan,
+    images: Images,
+    console: Console,
+    judge: Judge | None = None,
+    began: float | None = None,
+) -> str:
     """Train until the plan is done or a signal asks to stop; returns "finished" or "stopped".
 
-    Goes on from the newest sound checkpoint of the Run when there is one. Raises TrainingFailed.
+    Goes on from the newest sound checkpoint of the Run when there is one. began: when this leg of the training began,
+    on the clock of `budget.now`; None for now. Raises TrainingFailed.
     """
+    watch = Stopwatch(run, began)
     with (
         stop_requests() as stop,
         failures_as_sentences(run),
         memory_kept(plan.device),
-        guarded(run, plan, stop) as guard,
+        guarded(run, plan, stop, watch) as guard,
     ):
         try:
             with stop.interruptible():
                 method = fresh_method(config, plan.images).to(plan.device)
                 job = Job(run, config, plan, images, console, method, make_optimizer(method, config.optim))
                 at = restore(job) or begin(job)
+                pacer = open_pacer(job, watch, judge)
                 run.truncate_metrics(at.step)
                 noted = [row for row in run.quarantine() if "step" in row and row.get("code") != "CHANGED"]
                 images.gone_bad.update(row["name"] for row in noted)
@@ -124,28 +151,31 @@ def train(run: Run, config: Config, plan: Plan, images: Images, console: Console
                     compile_or_say(job)
                 sample = fixed_images(images, plan, PICTURE_SAMPLE)
             if at.step == 0:
-                look(job, sample, at, stop)
+                with pacer.aside("picture"):
+                    look(job, sample, at, stop)
         except StopRequested:  # nothing has been trained yet
-            return stopped_at(run, plan, checkpoint.newest_step(run) or 0)
-        run.set_status("running", at.step, total=plan.steps)
+            return stopped_at(run, plan, checkpoint.newest_step(run) or 0, watch)
+        run.set_status("running", at.step, total=plan.steps, seconds=watch.seconds())
         stop.kept = what_is_kept(run)
 
         stream, unread, pace = open_stream(job, at, guard), [], Pace(at.consumed)
         last_save, failed_saves, stopping, untested, first = time.monotonic(), 0, False, False, at.step + 1
+        said_steps = plan.steps
         with console.progress("step", plan.steps, at.step) as bar:
-            if judge is not None and not_tested(job, at):  # stopped in the middle of it
+            if judge is not None and not_tested(job, at) and affordable(job, pacer, "test", at):  # stopped within it
                 try:
-                    test(job, judge, at, stop)
+                    with pacer.aside("test"):
+                        test(job, judge, at, stop)
                 except StopRequested:
-                    return stopped_at(run, plan, at.step)
-            while at.step < plan.steps and not stopping:
+                    return stopped_at(run, plan, at.step, watch)
+            while at.step < job.plan.steps and not stopping:
                 try:
                     compiling = config.train.compile and at.step + 1 == first
                     with guard.step(at.step + 1, compiling=compiling):
                         unread.append(step(job, stream, at))
                 except StopRequested:
                     if compiling:  # perhaps in the middle of the update: what is on disk counts
-                        return stopped_at(run, plan, checkpoint.newest_step(run) or 0)
+                        return stopped_at(run, plan, checkpoint.newest_step(run) or 0, watch)
                     job.optimizer.zero_grad()  # while waiting for data: the step has changed nothing yet
                     stopping = True
                 else:
@@ -153,13 +183,13 @@ def train(run: Run, config: Config, plan: Plan, images: Images, console: Console
                     pace.waited += unread[-1].waited
                     stopping = stop.requested
 
+                plan = job.plan
                 judged = not unread  # already, when the wait for the next step was given up
-                log_now = not judged and due(at.step, config.train.log_every, plan.steps)
-                draw_now = not judged and due(at.step, plan.picture_every, plan.steps)
+                log_now = not judged and (due(at.step, config.train.log_every, plan.steps) or pacer.due())
+                draw_now = not judged and draw_due(job, at.step)
                 save_now = due(at.step, config.train.checkpoint_every, plan.steps) or stopping
                 save_now = save_now or time.monotonic() - last_save >= 60 * config.train.checkpoint_minutes
-                test_now = at.step % (plan.test_every or plan.steps) == 0 or at.step == plan.steps
-                test_now = test_now and judge is not None and not judged
+                test_now = judge is not None and not judged and test_due(job, at.step)
                 if not (log_now or draw_now or save_now or test_now or len(unread) >= MOST_UNREAD_STEPS):
                     continue
 
@@ -168,8 +198,9 @@ def train(run: Run, config: Config, plan: Plan, images: Images, console: Console
                     with guard.step(at.step):
                         numbers, fault = read(job, unread, at)  # waits for the device
                 if fault is not None:
-                    at = roll_back(job, fault, at)
+                    at = roll_back(job, fault, at, watch)
                     stream, unread, pace = open_stream(job, at, guard), [], Pace(at.consumed)
+                    pacer.restart(at.step)
                     continue
                 if log_now and at.bad_steps == 0:
                     row = {"step": at.step, "lr": unread[-1].lr, "images": at.consumed, **pace.row(at.consumed)}
@@ -179,14 +210,17 @@ def train(run: Run, config: Config, plan: Plan, images: Images, console: Console
                     bar.update(at.step, f"loss {numbers['loss']:.4f}  {pace.sentence(at.consumed)}")
                     pace = Pace(at.consumed)
                 try:
-                    if draw_now:
-                        look(job, sample, at, stop)
-                    if judge is not None and test_now:
-                        pace.began += test(job, judge, at, stop)
+                    if draw_now and affordable(job, pacer, "picture", at):
+                        with pacer.aside("picture"):
+                            look(job, sample, at, stop)
+                    if judge is not None and test_now and affordable(job, pacer, "test", at):
+                        with pacer.aside("test"):
+                            pace.began += test(job, judge, at, stop)
                 except StopRequested:
                     stopping = save_now = untested = True
                 if save_now:
-                    trouble = save(job, at)
+                    with pacer.aside("save"):
+                        trouble = save(job, at, watch)
                     failed_saves, last_save = failed_saves + 1 if trouble else 0, time.monotonic()
                     stop.kept = what_is_kept(run)
                     if trouble:
@@ -196,9 +230,16 @@ def train(run: Run, config: Config, plan: Plan, images: Images, console: Console
                             f"{failed_saves} checkpoints in a row could not be written, the last: {trouble}. Mend "
                             f"that, then `unmask resume {run.path}`"
                         )
+                if log_now and not stopping:
+                    job = replanned(job, pacer, at)
+                    bar.total = job.plan.steps
+                    if not said_steps / SAID_CHANGE < job.plan.steps < said_steps * SAID_CHANGE:
+                        said_steps = job.plan.steps
+                        console.say(f"step {at.step}: {said_steps} steps in all now, to fit the budget at this pace")
                 unread = []
             del stream  # closes the loader's workers
 
+    plan = job.plan
     if skipped := sum("skipped" in row for row in run.metrics()):
         console.warn(f"{skipped} steps were skipped for non-finite numbers; their images are named in faults.jsonl")
     if checkpoint.newest_step(run) != at.step:
@@ -207,19 +248,19 @@ def train(run: Run, config: Config, plan: Plan, images: Images, console: Console
             f"repeats the steps since step {checkpoint.newest_step(run) or 0}"
         )
     if at.step < plan.steps or untested:
-        return stopped_at(run, plan, at.step)
-    run.set_status("finished", at.step, total=plan.steps)
+        return stopped_at(run, plan, at.step, watch)
+    run.set_status("finished", at.step, total=plan.steps, seconds=watch.seconds())
     return "finished"
 
 
-def stopped_at(run: Run, plan: Plan, step: int) -> str:
-    run.set_status("stopped", step, total=plan.steps)
+def stopped_at(run: Run, plan: Plan, step: int, watch: Stopwatch) -> str:
+    run.set_status("stopped", step, total=plan.steps, seconds=watch.seconds())
     return "stopped"
 
 
 def not_tested(job: Job, at: Position) -> bool:
     """Whether the test that belongs to this step is missing: a stop was requested in the middle of it."""
-    if at.step == 0 or (at.step % (job.plan.test_every or job.plan.steps) and at.step != job.plan.steps):
+    if at.step == 0 or not test_due(job, at.step):
         return False
     rows = [row for row in job.run.metrics() if row.get("step") == at.step]
     return not any(name.startswith("test_") for row in rows for name in row)
@@ -236,8 +277,8 @@ def what_is_kept(run: Run) -> str:
 class Guard:
     """What ends a wait or a computation of the loop early: a request to stop, or no progress for too long."""
 
-    def __init__(self, run: Run, plan: Plan, stop: StopRequest) -> None:
-        self.run, self.plan, self.stop = run, plan, stop
+    def __init__(self, run: Run, plan: Plan, stop: StopRequest, watch: Stopwatch) -> None:
+        self.run, self.plan, self.stop, self.watch = run, plan, stop, watch
         self.dog = Watchdog(stall_seconds(), self._report, on_cpu=plan.device == "cpu")
 
     @contextmanager
@@ -265,19 +306,107 @@ class Guard:
         )
         with suppress(OSError):
             step = checkpoint.newest_step(self.run) or 0
-            self.run.set_status("failed", step, total=self.plan.steps, error=sentence)
+            seconds = self.watch.seconds()
+            self.run.set_status("failed", step, total=self.plan.steps, error=sentence, seconds=seconds)
         return sentence
 
 
 @contextmanager
-def guarded(run: Run, plan: Plan, stop: StopRequest) -> Iterator[Guard]:
+def guarded(run: Run, plan: Plan, stop: StopRequest, watch: Stopwatch) -> Iterator[Guard]:
     """Context manager for a `Guard`; a step that stalls raises TrainingFailed."""
-    guard = Guard(run, plan, stop)
+    guard = Guard(run, plan, stop, watch)
     with guard.dog:
         try:
             yield guard
         except Stalled:
             raise TrainingFailed(guard.dog.message) from None
+
+
+class Stopwatch:
+    """Seconds of training: of the earlier legs of a Run, as its status has them, and of this one."""
+
+    def __init__(self, run: Run, began: float | None = None) -> None:
+        self.began = budget.now() if began is None else began
+        status = run.read("status.json") if (run.path / "status.json").exists() else {}
+        self.before = float(status.get("seconds", 0.0))
+
+    def seconds(self) -> float:
+        return self.before + budget.now() - self.began
+
+
+def open_pacer(job: Job, watch: Stopwatch, judge: Judge | None) -> Pacer:
+    """What counts the time of a budget; without one it never asks for anything.
+
+    The number of steps stays as it is up to the last step that an earlier leg logged or replanned, which this one
+    repeats.
+    """
+    plan = job.plan
+    if plan.budget is None:
+        return Pacer(math.inf, 0.0)
+    known = [row.get("step", 0) for row in job.run.metrics()] + [replan.step for replan in plan.replans]
+    pacer = Pacer(plan.budget, plan.startup + watch.seconds(), fixed=max(known, default=0))
+    if judge is not None:
+        with torch.no_grad(), eval_mode(job.method), uncompiled(), autocast(plan.precision, plan.device):
+            pacer.expect("test", judge.trial(job.method) * (1 if job.config.optim.average is None else 2))
+    return pacer
+
+
+def draw_due(job: Job, step: int) -> bool:
+    """Whether a picture is drawn after this step: an interval that was not set is a share of the training."""
+    plan, wanted = job.plan, job.config.train.picture_every
+    if wanted is None and plan.replans:
+        return plan.passed(step, plan.picture_every) or step in (1, plan.steps)
+    return due(step, plan.picture_every, plan.steps)
+
+
+def test_due(job: Job, step: int) -> bool:
+    """Whether a supervised run is tested after this step; as `draw_due`."""
+    plan = job.plan
+    if step == plan.steps:
+        return True
+    if job.config.train.test_every is None and plan.replans:
+        return plan.passed(step, plan.test_every or plan.first_steps)
+    return step % (plan.test_every or plan.steps) == 0
+
+
+def closing_seconds(pacer: Pacer) -> float:
+    """Seconds from the last step to the end of the command: test, picture, checkpoint, the result and the report."""
+    return 2 * pacer.cost("test") + pacer.cost("picture") + pacer.cost("save") + REPORT_SECONDS
+
+
+def affordable(job: Job, pacer: Pacer, kind: str, at: Position) -> bool:
+    """Whether a picture or a test leaves most of a budget for training; those of the last step are always made."""
+    if job.plan.budget is None or at.step == job.plan.steps or pacer.affords(kind, closing_seconds(pacer)):
+        return True
+    job.console.warn_once(
+        f"no {kind}s before the last step: one takes about {pacer.cost(kind):.2g} s, and most of the budget of "
+        f"{duration(job.plan.budget)} is for training"
+    )
+    return False
+
+
+def replanned(job: Job, pacer: Pacer, at: Position) -> Job:
+    """The job with as many steps as the budget has time for; plan.json says so before the next step is taken."""
+    plan, train = job.plan, job.config.train
+    if plan.budget is None or at.step >= plan.steps:
+        return job
+    closing = closing_seconds(pacer)
+    rest = closing + (plan.steps - at.step) // train.checkpoint_every * pacer.cost("save")
+    for kind, every in (("picture", plan.picture_every), ("test", plan.test_every)):
+        if every and pacer.affords(kind, closing):
+            rest += max(0, plan.times(plan.steps, every) - plan.times(at.step, every) - 1) * pacer.cost(kind)
+    steps = pacer.steps(at.step, plan.steps, rest)
+    if steps == plan.steps:
+        return job
+    plan = plan.replanned(at.step, steps)
+    try:
+        job.run.write("plan.json", plan.model_dump(mode="json"))
+    except OSError as error:
+        job.console.warn_once(
+            f"cannot write {job.run.path / 'plan.json'}: {error.strerror}; the number of steps stays {job.plan.steps}"
+        )
+        return job
+    return replace(job, plan=plan)
 
 
 def step(job: Job, stream: Iterator[Batch], at: Position) -> Step:
@@ -294,7 +423,7 @@ def step(job: Job, stream: Iterator[Batch], at: Position) -> Step:
         waited += time.perf_counter() - start
         rows.append(batch.index)
         batch = batch.to(plan.device)
-        clock = Clock(at.step, plan.steps, Draws(seed, batch.epoch, batch.index), micro)
+        clock = plan.clock(at.step, Draws(seed, batch.epoch, batch.index), micro)
         with autocast(plan.precision, plan.device):
             loss = job.method(batch, clock)
         value = loss.value / plan.accumulation
@@ -336,7 +465,7 @@ def read(job: Job, unread: list[Step], at: Position) -> tuple[dict[str, float], 
     return {name: float(value) for name, value in unread[-1].logs.items()} | {"loss": loss, "grad_norm": norm}, None
 
 
-def roll_back(job: Job, fault: Step, at: Position) -> Position:
+def roll_back(job: Job, fault: Step, at: Position, watch: Stopwatch) -> Position:
     """After several bad steps in a row: the last good checkpoint, with the data moved past where it went wrong."""
     got_past = fault.number - BAD_STEPS_IN_A_ROW >= at.fault_step  # the last good step lies there or beyond
     rollbacks = 1 if got_past else at.rollbacks + 1
@@ -355,7 +484,7 @@ def roll_back(job: Job, fault: Step, at: Position) -> Position:
     back.bad_steps, back.rollbacks, back.fault_step = 0, rollbacks, fault.number
     job.run.truncate_metrics(back.step)
     # Saved at once, so that a run killed now does not forget that it has been here.
-    if trouble := save(job, back):
+    if trouble := save(job, back, watch):
         job.console.warn(trouble)
     job.console.warn(
         f"{BAD_STEPS_IN_A_ROW} non-finite steps in a row: back from step {fault.number} to {back.step}, going on "
@@ -407,7 +536,7 @@ def open_stream(job: Job, at: Position, guard: Guard) -> Iterator[Batch]:
         job.images,
         start=at.consumed,
         batch=plan.micro_batch,
-        batches=(plan.steps - at.step) * plan.accumulation,
+        batches=(plan.steps - at.step) * plan.accumulation if plan.budget is None else ENDLESS,
         workers=plan.workers,
         pin=plan.device.startswith("cuda"),
         folder=job.run.path,
@@ -493,7 +622,7 @@ def names_of(method: Method) -> dict[Tensor, str]:
     return {parameter: name for name, parameter in method.named_parameters()}
 
 
-def save(job: Job, at: Position) -> str | None:
+def save(job: Job, at: Position, watch: Stopwatch) -> str | None:
     """Write a checkpoint and tell the status; returns what was in the way: a full disk, weights that are not finite."""
     run, method, train = job.run, job.method, job.config.train
     tensors, numbers = checkpoint.optimizer_to_tensors(job.optimizer, names_of(method))
@@ -502,7 +631,7 @@ def save(job: Job, at: Position) -> str | None:
     try:
         run.sync_metrics()
         checkpoint.save(run, at.step, weights, tensors, state, keep=train.keep_checkpoints)
-        run.set_status("running", at.step, total=job.plan.steps)
+        run.set_status("running", at.step, total=job.plan.steps, seconds=watch.seconds())
     except (CheckpointFull, CheckpointRefused) as error:
         return str(error)
     except OSError as error:
@@ -530,7 +659,7 @@ def look(job: Job, sample: Batch, at: Position, stop: StopRequest) -> None:
     `evals/baselines.json`: the guesses by name, and under "losses" one [step, loss] for every look.
     """
     plan, train = job.plan, job.config.train
-    clock = Clock(at.step, plan.steps, Draws(train.seed, sample.epoch, sample.index))
+    clock = plan.clock(at.step, Draws(train.seed, sample.epoch, sample.index))
     with eval_mode(job.method), uncompiled(), autocast(plan.precision, plan.device), stop.interruptible():
         picture = job.method.picture(sample, clock)
     file, title = job.run.pictures / f"step-{at.step:08d}.png", f"step {at.step} of {plan.steps}"

@@ -30,7 +30,6 @@ from unmask.errors import UserError, naming, some
 from unmask.evals import kept
 from unmask.evals.collect import FeatureTable, collect_each
 from unmask.evals.pictures import draw, require_png
-from unmask.method import Clock
 from unmask.plan import autocast, choose_device, choose_precision
 from unmask.rng import Draws
 from unmask.run import Run
@@ -169,7 +168,7 @@ def reconstruct_images(
         rows = rows[np.linspace(0, len(rows) - 1, MOST_DRAWN).astype(int)]
     (batch,) = read(eval_images(loaded, source), rows, 0, console)
     batch = batch.to(loaded.device)
-    clock = Clock(loaded.step, loaded.plan.steps, Draws(seed, batch.epoch, batch.index))
+    clock = loaded.plan.clock(loaded.step, Draws(seed, batch.epoch, batch.index))
     with autocast(eval_precision(loaded), loaded.device):
         picture = loaded.method.picture(batch, clock)
     names = [source.names[row] for row in batch.index.tolist()]

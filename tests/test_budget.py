@@ -1,0 +1,303 @@
+"""A time budget: the steps that fit, decided while training, and repeated exactly by a resumed run."""
+
+import json
+import random
+from itertools import pairwise
+
+import pytest
+from conftest import SMALL_RUN
+
+from unmask import budget as budgets
+from unmask import checkpoint
+from unmask import train as loop
+from unmask.batch import ImageSpec
+from unmask.budget import Budget, Pacer, Replan, place, require_order
+from unmask.console import Console
+from unmask.optim import learning_rate
+from unmask.plan import Plan
+from unmask.run import Run, RunError
+from unmask.start import pretrain, resume
+
+STEP = 0.2
+
+
+class FakeClock:
+    """Stands still but when it is told to move."""
+
+    def __init__(self, monkeypatch):
+        self.time = 1000.0
+        monkeypatch.setattr(budgets, "clock", lambda: self.time)
+
+    def wait(self, seconds):
+        self.time += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    return FakeClock(monkeypatch)
+
+
+def plan(**more):
+    about = {
+        "steps": 100, "warmup_steps": 10, "batch_size": 8, "micro_batch": 8, "accumulation": 1, "peak_lr": 1.0,
+        "final_lr": 0.0, "epochs": 1.0, "num_images": 800,
+        "images": ImageSpec(3, (8, 8), "uint8", (0.0,) * 3, (1.0,) * 3),
+        "fingerprint": "f", "precision": "fp32", "device": "cpu", "workers": 0, "cached": True, "picture_every": 25,
+        "parameters": 1, "encoder_parameters": 1,
+    }  # fmt: skip
+    return Plan(**{**about, **more})
+
+
+# -------------------------------------------------------------------------------------------------------- the schedule
+
+
+def test_without_a_replan_the_schedule_is_the_plain_one_bit_for_bit():
+    found = plan()
+    for step in range(101):
+        assert found.lr(step) == learning_rate(step, steps=100, warmup_steps=10, peak=1.0)
+        assert found.clock(step, None).progress == step / 100
+        assert found.passed(step, 7) == (step % 7 == 0)
+
+
+@pytest.mark.parametrize("changes", [((40, 60),), ((40, 400),), ((3, 50), (20, 300), (280, 281)), ((99, 150),)])
+def test_a_replan_keeps_the_place_and_spreads_what_is_left(changes):
+    found = plan()
+    for step, steps in changes:
+        before, found = found, found.replanned(step, steps)
+        for earlier in range(step + 1):
+            assert found.lr(earlier) == pytest.approx(before.lr(earlier), abs=1e-12), (
+                "steps that are done keep their rate"
+            )
+    last = changes[-1][1]
+    assert (found.steps, found.first_steps) == (last, 100)
+    places = [found.place(step) for step in range(last + 1)]
+    assert places[0] == 0
+    assert places[-1] == pytest.approx(100)
+    assert all(one < other for one, other in pairwise(places))
+    assert found.lr(last) == pytest.approx(0.0, abs=1e-9)
+    assert sum(found.passed(step, 25) for step in range(1, last + 1)) == 4, "as many pictures as were planned"
+    assert Plan.model_validate(json.loads(found.model_dump_json())) == found
+
+
+@pytest.mark.parametrize(
+    ("replans", "steps"),
+    [
+        ([(40, 100, 60)], 61),  # leads elsewhere
+        ([(40, 100, 40)], 40),  # no step left
+        ([(40, 100, 60), (40, 60, 80)], 80),  # two at one step
+        ([(40, 100, 60), (50, 70, 80)], 80),  # of another number
+        ([(100, 100, 120)], 120),  # after the end
+    ],
+)
+def test_replans_that_do_not_follow_one_another_are_refused(replans, steps):
+    entries = [Replan(step=step, before=before, steps=after) for step, before, after in replans]
+    with pytest.raises(ValueError, match=r"does not follow|after replans that lead to"):
+        require_order(entries, steps)
+    with pytest.raises(ValueError):
+        plan(steps=steps, replans=tuple(entries))
+
+
+# -------------------------------------------------------------------------------------------------------- the decision
+
+PACES = {
+    "as measured": lambda share, rng: STEP,
+    "four times faster": lambda share, rng: STEP / 4,
+    "five times slower": lambda share, rng: STEP * 5,
+    "slow in the first half": lambda share, rng: STEP * (2 if share < 0.5 else 1),
+    "slow in the second half": lambda share, rng: STEP * (2 if share > 0.5 else 1),
+    "three times slower at the end": lambda share, rng: STEP * (3 if share > 0.9 else 1),
+    "bursts": lambda share, rng: STEP * (5 if int(share * 20) % 2 else 1),
+    "noise": lambda share, rng: STEP * rng.lognormvariate(0, 0.7),
+    "ever slower": lambda share, rng: STEP * (1 + 4 * share),
+}
+
+
+@pytest.mark.parametrize("pace", PACES)
+@pytest.mark.parametrize("seconds", [60.0, 600.0])
+def test_a_budget_is_used_and_never_overrun_whatever_the_pace_does(clock, pace, seconds):
+    budget = Budget(seconds)
+    clock.wait(5.0)
+    rng, step, total = random.Random(0), 0, int((0.9 * seconds - 5) / STEP)
+    pacer, closing, changes = Pacer(seconds, budget.used()), 1.0, []
+    while step < total:
+        clock.wait(PACES[pace](budget.used() / seconds, rng))
+        step += 1
+        if step < total and (step % 10 == 0 or step == 1 or pacer.due()):
+            steps = pacer.steps(step, total, closing)
+            if steps != total:
+                changes.append(Replan(step=step, before=total, steps=steps))
+                total = steps
+    clock.wait(closing)
+    assert 0.9 * seconds <= budget.used() <= 1.05 * seconds
+    assert len(changes) <= 100
+    require_order(changes, total)
+    if changes:
+        assert place(total, changes) == pytest.approx(changes[0].before)
+
+
+def test_interruptions_are_no_pace_but_count_in_the_budget(clock):
+    pacer, step, total = Pacer(100.0, 0.0), 0, 95
+    while step < total:
+        clock.wait(1.0)
+        step += 1
+        if step == 10:
+            with pacer.aside("test"):
+                clock.wait(20.0)
+        if step < total:
+            total = pacer.steps(step, total, 0.0)
+    assert pacer.cost("test") == 20.0
+    assert 93 <= clock.time - 1000 <= 100
+    assert 73 <= total <= 80
+
+
+def test_most_of_a_budget_stays_for_training(clock):
+    pacer = Pacer(100.0, 10.0)
+    assert pacer.affords("test", closing=5.0)
+    pacer.expect("test", 14.0)
+    assert not pacer.affords("test", closing=5.0), "14 + 5 of the 90 seconds that are left are more than a fifth"
+    assert pacer.affords("test", closing=4.0)
+
+
+# --------------------------------------------------------------------------------------------------------- in the loop
+
+
+def timed_steps(monkeypatch, clock, seconds, *, die_at=None):
+    """Every step moves the clock by `seconds(step)`; at step `die_at` the process is killed, so nothing is saved."""
+    real = loop.step
+
+    def step(job, stream, at):
+        if at.step == die_at:
+            raise SystemExit("killed")
+        taken = real(job, stream, at)
+        clock.wait(seconds(at.step))
+        return taken
+
+    monkeypatch.setattr(loop, "step", step)
+    return lambda: monkeypatch.setattr(loop, "step", real)
+
+
+def begin(images, out, monkeypatch, *, budget, console=None, settings=(), each=1.0):
+    monkeypatch.setattr("unmask.plan.time_steps", lambda *_, **__: [each])
+    monkeypatch.setattr("unmask.start.batch_seconds", lambda *_, **__: (0.0, 0.0, 0.0))
+    rare = ("train.log_every=1", "train.checkpoint_every=20")
+    return pretrain(
+        images, recipe="mae_nano", out=out, budget=budget, settings=[*SMALL_RUN, *rare, *settings], console=console
+    )
+
+
+def rows(run):
+    return {row["step"]: (row["loss"], row["lr"]) for row in run.metrics() if row.get("loss") is not None}
+
+
+def test_a_run_follows_its_pace_and_writes_down_how(images, tmp_path, monkeypatch, clock):
+    said = []
+    console = Console(quiet=True)
+    console.say = said.append
+    timed_steps(monkeypatch, clock, lambda step: 0.5 if step < 30 else 2.0)  # planned with 1 s a step
+    run = begin(images, tmp_path / "run", monkeypatch, budget=100.0, console=console)
+    found = run.read("plan.json")
+    assert 90 <= clock.time - 1000 <= 100
+    assert found["budget"] == 100.0
+    assert len(found["replans"]) >= 2
+    assert found["replans"][0]["before"] == 90
+    assert found["steps"] == found["replans"][-1]["steps"] == run.read("status.json")["step"] != 90
+    assert run.read("status.json")["state"] == "finished"
+    assert checkpoint.newest_step(run) == found["steps"]
+    assert len(run.metrics()) == found["steps"], "no step twice"
+    assert run.metrics()[-1]["lr"] < 0.02 * found["peak_lr"], "the schedule comes to its end"
+    assert len(list(run.pictures.iterdir())) == 6, "before, after the first step, and four times as planned"
+    assert any("steps in all now" in line for line in said)
+
+
+@pytest.mark.parametrize("negative_control", [False, True])
+def test_a_killed_run_repeats_its_steps_under_the_written_replans(
+    images, tmp_path, monkeypatch, clock, negative_control
+):
+    """Killed after replans that no checkpoint knows; the next leg is ten times slower and still repeats them exactly.
+
+    Negative control: without the written replans the repeated steps differ.
+    """
+    restored = timed_steps(monkeypatch, clock, lambda step: 0.4, die_at=37)
+    with pytest.raises(SystemExit):
+        begin(images, tmp_path / "run", monkeypatch, budget=60.0)
+    restored()
+    run = Run(tmp_path / "run")
+    before, planned = rows(run), run.read("plan.json")
+    assert checkpoint.newest_step(run) == 20
+    assert max(before) == 37
+    assert planned["replans"][0]["step"] < 37
+    if negative_control:
+        run.write("plan.json", planned | {"replans": [], "steps": planned["replans"][0]["before"]})
+    restored = timed_steps(monkeypatch, clock, lambda step: 4.0)
+    resume(run.path)
+    restored()
+    after = rows(run)
+    repeated = {step: after[step] for step in before if step in after}
+    assert len(repeated) == 37 or negative_control
+    assert (repeated == {step: before[step] for step in repeated}) is not negative_control
+    if not negative_control:
+        assert run.read("plan.json")["replans"][: len(planned["replans"])] == planned["replans"]
+        assert run.read("plan.json")["steps"] < planned["steps"], "what comes after is fitted to the slower pace"
+
+
+def test_a_resumed_run_has_what_is_left_of_its_budget_without_the_time_between(images, tmp_path, monkeypatch, clock):
+    def stop_at(step):
+        if step == 30:
+            import os
+            import signal
+
+            os.kill(os.getpid(), signal.SIGTERM)
+        return 1.0
+
+    said = []
+    console = Console(quiet=True)
+    console.say = said.append
+    restored = timed_steps(monkeypatch, clock, stop_at)
+    run = begin(images, tmp_path / "run", monkeypatch, budget=100.0)
+    restored()
+    assert run.read("status.json")["state"] == "stopped"
+    first = run.read("status.json")["seconds"]
+    assert 30 <= first <= 32
+    clock.wait(10_000.0)
+    began = clock.time
+    restored = timed_steps(monkeypatch, clock, lambda step: 1.0)
+    resume(run.path, console=console)
+    restored()
+    assert 93 <= first + clock.time - began <= 100
+    status = run.read("status.json")
+    assert status["seconds"] == pytest.approx(first + clock.time - began)
+    assert any(line.startswith(f"finished {status['step']} steps in 1 min 3") for line in said), said
+
+
+def test_a_plan_that_cannot_be_written_changes_nothing(images, tmp_path, monkeypatch, clock):
+    real, warned = Run.write, []
+
+    def full(self, name, value):
+        if name == "plan.json" and value["replans"]:
+            raise OSError(28, "No space left on device")
+        real(self, name, value)
+
+    monkeypatch.setattr(Run, "write", full)
+    console = Console(quiet=True)
+    console.warn = warned.append
+    timed_steps(monkeypatch, clock, lambda step: 2.0)
+    run = begin(images, tmp_path / "run", monkeypatch, budget=30.0, console=console)
+    assert run.read("status.json")["step"] == run.read("plan.json")["steps"] == 27
+    assert sum("the number of steps stays 27" in line for line in warned) == 1
+
+
+def test_a_run_without_a_budget_keeps_its_steps(images, tmp_path, monkeypatch, clock):
+    timed_steps(monkeypatch, clock, lambda step: 100.0)
+    run = pretrain(images, recipe="mae_nano", out=tmp_path / "run", settings=[*SMALL_RUN, "train.steps=5"])
+    found = run.read("plan.json")
+    assert (found["steps"], found["replans"], found["budget"]) == (5, [], None)
+
+
+def test_a_damaged_list_of_replans_is_refused_by_name(images, tmp_path, monkeypatch, clock):
+    timed_steps(monkeypatch, clock, lambda step: 0.5)
+    run = begin(images, tmp_path / "run", monkeypatch, budget=20.0)
+    found = run.read("plan.json")
+    found["replans"][0]["steps"] += 1
+    run.write("plan.json", found)
+    with pytest.raises(RunError, match=r"plan\.json is not what"):
+        resume(run.path)
