@@ -157,6 +157,19 @@ def _budget(text: str | None) -> Any:
     return None if seconds is None else Budget(seconds, started)
 
 
+def _mask_options(values: str | None, names: Path | None) -> Any:
+    """What --mask-values and --class-names stand for; None without them."""
+    if values is None and names is None:
+        return None
+    from unmask.data.maps import MaskOptions
+
+    try:
+        ids = () if values is None else tuple(int(value) for value in values.split(","))
+    except ValueError:
+        raise UserError(f"--mask-values {values} came; ids with commas were expected, for example 0,255") from None
+    return MaskOptions(ids, names)
+
+
 def _ended(run: Any, as_json: bool, console: Console) -> None:
     """Writes the report and leaves with the code that the Run's status asks for."""
     from unmask.report import write_report
@@ -416,6 +429,22 @@ def finetune(
         list[int] | None,
         typer.Option(metavar="ID", help="segment: an id in the masks that is no class, besides 255; repeatable."),
     ] = None,
+    mask_values: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ID,ID...",
+            help="segment: the ids in the masks that are classes, in order, e.g. 0,255.",
+            show_default=False,
+        ),
+    ] = None,
+    class_names: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="segment: names of the ids (codes.txt, label_colors.txt, ...); default classes.txt beside the masks.",
+            show_default=False,
+        ),
+    ] = None,
     recipe: Annotated[
         str, typer.Option(help="finetune_..., scratch_..., segment_..., detect_... of `unmask recipes`, or auto.")
     ] = "auto",
@@ -451,6 +480,7 @@ def finetune(
         split=split,
         test_split=test_split,
         ignored=ignore or (),
+        mask_options=_mask_options(mask_values, class_names),
         shots=shots,
         recipe=recipe,
         last_blocks=last_blocks,

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,14 @@ from unmask.budget import Budget, as_budget
 from unmask.config import Config, ConfigError, Graft, parse, task_names
 from unmask.console import Console
 from unmask.data.augment import crop_for
+from unmask.data.maps import Maps, MaskOptions
 from unmask.data.sources import Source, open_source
 from unmask.evals.collect import eval_mode
 from unmask.lessons import (
     HEADLINES,
     IN_WORDS,
     TASKS,
+    Lessons,
     annotations_of,
     digest,
     masks_of,
@@ -59,6 +62,8 @@ PAPER_BATCH, PAPER_PEAK = 16_384, 6.4  # of the paper's linear probe
 UNSETTABLE = {
     "method.classes": "classes are found in the data; name them by sub-folders, in classes.txt or in the annotations",
     "method.ignored": "it must be known when the masks are read; give --ignore ID",
+    "method.values": "it must be known when the masks are read; give --mask-values ID,ID",
+    "method.stored_pixels": "it is found out when the masks are read",
     "data.mean": "the weights know their normalisation",
     "data.std": "the weights know their normalisation",
 }
@@ -141,6 +146,7 @@ def fine_tune(
     split: str | None = None,
     test_split: str | None = None,
     ignored: Sequence[int] = (),
+    mask_options: MaskOptions | None = None,
     shots: int | None = None,
     recipe: str = "auto",
     last_blocks: float | None = None,
@@ -153,9 +159,9 @@ def fine_tune(
 
     test: other images that it is tested on; None holds a fifth of `data` out. annotations: where masks or boxes are,
     split: the list of images, both also for `test`; see `data/maps.py` and `data/boxes.py`. ignored: ids in masks that
-    are no class. shots: labels per class (masks, boxes: images), None for all. last_blocks: as in `classify.Config`.
-    from_scratch: the encoder's random start instead of its weights. settings: KEY=VALUE. Stopped, it goes on with
-    `finetune.resume`. Raises ValueError for what a person can mend.
+    are no class, mask_options: how else masks are read. shots: labels per class (masks, boxes: images), None for all.
+    last_blocks: as in `classify.Config`. from_scratch: the encoder's random start instead of its weights. settings:
+    KEY=VALUE. Stopped, it goes on with `finetune.resume`. Raises ValueError for what a person can mend.
     """
     console, budget = console or Console(), as_budget(budget)
     if out is not None:
@@ -164,6 +170,8 @@ def fine_tune(
         raise ConfigError(f"task {task!r} came; {', '.join(TASKS)} was expected")
     if ignored and task != "segment":
         raise ConfigError(f"--ignore {ignored[0]} came, but only masks have ids to ignore; leave it out")
+    if mask_options is not None and task != "segment":
+        raise ConfigError("--mask-values or --class-names came, but only masks have ids; leave it out")
     if test is None and (test_annotations is not None or test_split is not None):
         raise ConfigError("--test-annotations or --test-split came without --test; give the test images too")
     asked = parse(settings)
@@ -174,13 +182,17 @@ def fine_tune(
         raise ConfigError("method.width came with method.head=linear, which has no width; leave one of them out")
     run = Run.open(from_run)
     fine_tuning(read_config(run), ("one", "other"))  # refuses an encoder that cannot be tuned before anything is read
-    lessons = open_lessons(task, data, annotations, split=split, ignored=ignored, console=console)
+    lessons = open_lessons(
+        task, data, annotations, split=split, ignored=ignored, mask_options=mask_options, console=console
+    )
     rows, held = split_rows(lessons, shots, hold=test is None)
     other, shared = None, list[str]()
     if test is not None:
         other = open_lessons(
-            task, test, test_annotations, split=test_split, ignored=ignored, classes=lessons.classes, console=console
-        )
+            task, test, test_annotations, split=test_split, ignored=ignored,
+            mask_options=None if mask_options is None else replace(mask_options, names=None),
+            classes=lessons.classes, console=console,
+        )  # fmt: skip
         shared = shared_files(lessons.source, rows, other.source, other.rows)
         if len(shared) == len(other.rows):
             raise ConfigError(
@@ -199,7 +211,7 @@ def fine_tune(
     config = from_weights(run, lessons.classes, recipe, ignored=ignored, from_scratch=from_scratch)
     if config.method.name != task:
         raise ConfigError(f"recipe {recipe} is for --task {config.method.name}, but --task {task} came; change one")
-    config = start.resolve(config, settings, budget=budget, source=lessons.source)
+    config = start.resolve(with_masks(config, lessons), settings, budget=budget, source=lessons.source)
     if from_scratch and config.method.model_dump().get("last_blocks") is not None:
         raise ConfigError(
             "--from-scratch and --last-blocks came together, but frozen random blocks learn nothing; leave one out"
@@ -213,8 +225,7 @@ def fine_tune(
         "test_split": test_split,
     }
     config = config.model_copy(update={"data": config.data.model_copy(update=where)})
-    for line in lessons.annotations.lines() if lessons.annotations is not None else ():
-        console.say(line)
+    say_annotations(lessons, config, console)
     num_test = len(held) if other is None else len(other.rows)
     reasons = [
         f"{len(rows)} images of {len(lessons.classes)} classes to learn from"
@@ -245,6 +256,26 @@ def fine_tune(
     )
     report(done, console)
     return done
+
+
+def with_masks(config: Config, lessons: Lessons) -> Config:
+    """The configuration with what was found out about reading the masks, so that a resumed run reads them alike."""
+    if not isinstance(maps := lessons.annotations, Maps):
+        return config
+    changes = {"values": maps.values or None, "stored_pixels": maps.stored}
+    return config.model_copy(update={"method": config.method.model_copy(update=changes)})
+
+
+def say_annotations(lessons: Lessons, config: Config, console: Console) -> None:
+    """What the masks or boxes hold, and what the size that is trained at means for them."""
+    if lessons.annotations is None:
+        return
+    for line in lessons.annotations.lines():
+        console.say(line)
+    if isinstance(lessons.annotations, Maps):
+        encoder: Any = config.method
+        line, costly = lessons.annotations.size_line(config.data.size, encoder.encoder.patch[0])
+        (console.warn if costly else console.say)(line)
 
 
 def resume(run_folder: str | Path, *, allow_dataset_change: bool = False, console: Console | None = None) -> Run:

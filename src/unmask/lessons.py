@@ -27,7 +27,7 @@ from unmask.console import Console
 from unmask.data.boxes import Boxes, find_files, open_boxes
 from unmask.data.decode import BadImage
 from unmask.data.loader import choose_workers
-from unmask.data.maps import Maps, open_maps
+from unmask.data.maps import Maps, MaskOptions, open_maps
 from unmask.data.sources import Source, open_source, require_labels
 from unmask.evals import detection, segmentation
 from unmask.evals.probe import few_shots, require_classes
@@ -82,6 +82,7 @@ def open_lessons(
     *,
     split: str | None = None,
     ignored: Sequence[int] = (),
+    mask_options: MaskOptions | None = None,
     classes: Sequence[str] | None = None,
     only: Collection[int] | None = None,
     look: bool = True,
@@ -105,7 +106,9 @@ def open_lessons(
         require_classes(source.classes)
         return Lessons(source, tuple(source.classes), np.arange(len(source)))
     if task == "segment":
-        maps = open_maps(data, annotations, ignored=ignored, classes=classes, look=look, console=console)
+        maps = open_maps(
+            data, annotations, ignored=ignored, options=mask_options, classes=classes, look=look, console=console
+        )
         return Lessons(maps.source, maps.classes, maps.rows, maps)
     boxes = open_boxes(data, annotations, split=split, classes=classes, only=only, console=console)
     return Lessons(boxes.source, boxes.classes, boxes.rows, boxes)
@@ -140,6 +143,14 @@ def split_rows(lessons: Lessons, shots: int | None, *, hold: bool, seed: int = 0
     return rows, held
 
 
+def mask_options_of(config: Config, *, test: bool = False) -> MaskOptions | None:
+    """How a Run reads masks; None for other tasks. test: for other images, whose masks may be drawn otherwise."""
+    settings = config.method
+    if not isinstance(settings, segment.Config):
+        return None
+    return MaskOptions(settings.values or (), stored=None if test else settings.stored_pixels)
+
+
 def reopen(config: Config, plan: Plan, source: Source, *, tests_only: bool = False) -> Lessons:
     """What a Run learns from, or the part of it that it is tested on, opened once more."""
     settings: Any = config.method
@@ -148,7 +159,7 @@ def reopen(config: Config, plan: Plan, source: Source, *, tests_only: bool = Fal
         wanted |= set(range(len(source))) - set(plan.excluded)
     return open_lessons(
         settings.name, source.location, config.data.annotations, ignored=getattr(settings, "ignored", ()),
-        classes=settings.classes, only=wanted, look=False,
+        mask_options=mask_options_of(config), classes=settings.classes, only=wanted, look=False,
     )  # fmt: skip
 
 
@@ -297,7 +308,8 @@ def open_exam(config: Config, plan: Plan, lessons: Lessons, console: Console) ->
     if data.test is not None:
         of = open_lessons(
             task, data.test, data.test_annotations, split=data.test_split,
-            ignored=getattr(config.method, "ignored", ()), classes=lessons.classes, look=False, console=console,
+            ignored=getattr(config.method, "ignored", ()), mask_options=mask_options_of(config, test=True),
+            classes=lessons.classes, look=False, console=console,
         )  # fmt: skip
         rows = of.rows
     if isinstance(of.annotations, Boxes):

@@ -129,7 +129,7 @@ def masks(loaded: Loaded, source: Source, batches: Any, out: Path) -> tuple[int,
     """A mask for each image; returns how many images, and how many pixels of each class."""
     assert isinstance(loaded.method, segment.Segmenter)
     names, settings = names_of(loaded), loaded.config.method.model_dump()
-    numbers = first_ids(len(names), settings["ignored"])
+    numbers = list(settings["values"] or first_ids(len(names), settings["ignored"]))
     ids = np.array(numbers, np.uint8 if max(numbers) < 256 else np.uint16)  # beyond a byte there is no palette
     palette = np.zeros((max(256, max(numbers) + 1), 3), np.uint8)
     palette[ids] = (255 * segment.colour_table(len(names)).numpy()).round().astype(np.uint8)

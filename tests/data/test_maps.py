@@ -270,7 +270,10 @@ def bad(root, name):
         ("names", r"none of 6 images .* a/0\.png there, but b/0\.png, b/1\.png, .* and 1 more came"),
         ("unknown", r"hold id 9 \(in 1 of 6\), but 2 classes are known, ids 0 to 1; .* --ignore 9"),
         ("many", r"60000 classes came .* at most 254"),
-        ("binary", r"hold ids 0, 255, which leaves 1 class; at least two"),
+        (
+            "binary",
+            r"hold ids 0 and 255 alone, .* which leaves 1 class; at least two were expected: give --mask-values 0,255",
+        ),
         ("one", r"hold one class only, id 1, so there is nothing to tell apart"),
         ("empty names", r"more than once or empty"),
         ("same names", r"the name 'a' more than once"),

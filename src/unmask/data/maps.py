@@ -6,8 +6,11 @@ are found by themselves as DATA/images and DATA/labels (or masks, annotations), 
 .../labels/train; otherwise the mask folder is named.
 
 `classes.txt`, beside the masks or in the folder above, names ids 0, 1, 2 ... one a line; without it they are called
-after their number. Ids that are `ignored` are no class and nobody's mistake: IGNORED (255) always, and others that are
-asked for. Classes are numbered in the order of the ids that remain.
+after their number, and other files that commonly name classes (`class_files.py`) are proposed. Pixels of `ignored` ids
+are left out of loss and metrics: IGNORED (255) always, and others that are asked for. Classes are numbered in the order
+of the ids that remain. `MaskOptions.values` lists the ids that are classes instead; then 255 may be one of them.
+
+Masks of the stored pixels of images that carry an orientation are turned with them (`orientation.py`).
 
 Not here: what is learned from masks (`tasks/segment.py`) and how well (`evals/segmentation.py`).
 """
@@ -26,9 +29,13 @@ from PIL import Image
 
 from unmask.batch import IGNORED
 from unmask.console import Console
-from unmask.data import augment, decode
+from unmask.data import augment, decode, mask_advice
+from unmask.data.class_files import find_class_files, read_class_file
+from unmask.data.class_names import class_name
 from unmask.data.decode import BadImage
+from unmask.data.orientation import Drawn, drawn_on, turned_ids
 from unmask.data.sources import Source, open_source
+from unmask.data.text_files import TextError, read_text
 from unmask.errors import UserError, some
 
 IMAGE_FOLDER, MASK_FOLDERS = "images", ("labels", "masks", "annotations")
@@ -40,12 +47,28 @@ class MaskError(UserError):
     """Masks that cannot be used; the message says what came, what was expected, and what to do."""
 
 
+@dataclass(frozen=True)
+class MaskOptions:
+    """How masks are read, beyond the ids that are ignored.
+
+    values: the ids that are classes, in their order; () for all that are not ignored. names: a file that names them;
+    None for `classes.txt`. stored: whether masks were drawn on the stored pixels of images that carry an orientation;
+    None finds out.
+    """
+
+    values: tuple[int, ...] = ()
+    names: Path | None = None
+    stored: bool | None = None
+
+
 @dataclass
 class Maps:
     """The images of `source` that have a mask, and those masks. Keeps the contract of `loader.Annotations`.
 
     `places`: the row in `masks` that belongs to a row of images. `ids`: what stands in the files for each class.
-    `pixels` and `images`: of how many pixels, in how many masks, each id was found; empty where nobody looked.
+    `pixels` and `images`: of how many pixels, in how many masks, each id was found; empty where nobody looked. `values`
+    and `stored`: as in `MaskOptions`. `notes`: what looks wrong, with the option that settles it. `samples`: some
+    masks, thinned out, and `sizes` (H, W) of all; empty where nobody looked.
     """
 
     source: Source
@@ -56,6 +79,11 @@ class Maps:
     pixels: Counter[int] = field(default_factory=Counter)
     images: Counter[int] = field(default_factory=Counter)
     unreadable: list[str] = field(default_factory=list)
+    values: tuple[int, ...] = ()
+    stored: bool = False
+    notes: list[str] = field(default_factory=list)
+    samples: list[np.ndarray] = field(default_factory=list)
+    sizes: list[tuple[int, int]] = field(default_factory=list)
 
     @property
     def rows(self) -> np.ndarray:
@@ -69,18 +97,23 @@ class Maps:
 
     @property
     def ids(self) -> list[int]:
-        return first_ids(len(self.classes), self.ignored)
+        return list(self.values) or first_ids(len(self.classes), self.ignored)
 
     def read(self, row: int) -> np.ndarray:
         """(H, W) uint8, the class of each pixel of an image in full, IGNORED where none is judged. Raises BadImage."""
         name = self.masks.names[self.places[row]]
         try:
-            found = self._numbers()[read_ids(self.masks.read_unchanged(self.places[row]))]
+            ids = read_ids(self.masks.read_unchanged(self.places[row]))
+            found = self._numbers()[self._turned(row, ids)]
         except BadImage as error:
             raise BadImage(error.code, f"its mask {name}: {error.detail}") from None
         if (found == UNKNOWN).any():
             raise BadImage("CORRUPT", f"its mask {name} holds ids that are neither a class nor ignored")
         return found
+
+    def _turned(self, row: int, ids: np.ndarray) -> np.ndarray:
+        """A mask of stored pixels -> of the image as shown."""
+        return turned_ids(ids, decode.header(self.source.read(row)).orientation) if self.stored else ids
 
     def cut(
         self, row: int, size: tuple[int, int], box: np.ndarray, target: tuple[int, int], flip: bool
@@ -122,7 +155,13 @@ class Maps:
             said.append(
                 f"  id {one:3d}  {self.pixels[one] / total:6.2%} of pixels, in {self.images[one]} images  {name}"
             )
-        return said
+        return said + self.notes
+
+    def size_line(self, size: tuple[int, int], patch: int) -> tuple[str, bool]:
+        """What the size (h, w) that the model sees means for these masks, and whether it costs much."""
+        own = tuple(int(side) for side in np.median(np.array(self.sizes), axis=0))
+        found = [self._numbers()[ids] for ids in self.samples]
+        return mask_advice.size_line(found, size, (own[0], own[1]), self.classes, patch)
 
 
 def first_ids(count: int, ignored: Sequence[int]) -> list[int]:
@@ -149,6 +188,7 @@ def open_maps(
     *,
     classes: Sequence[str] | None = None,
     ignored: Sequence[int] = (),
+    options: MaskOptions | None = None,
     look: bool = True,
     console: Console | None = None,
 ) -> Maps:
@@ -156,29 +196,122 @@ def open_maps(
 
     masks: their folder (or tar, or zip), None where DATA is laid out as the module says. classes: names in order, of a
     model that is asked about these images; None reads `classes.txt`, or numbers them. ignored: ids that are no class,
-    beside IGNORED. look=False reads no mask now, and then `classes` are needed. Raises MaskError, SourceError.
+    beside IGNORED. options: see `MaskOptions`. look=False reads no mask now, and then `classes` are needed.
+    Raises MaskError, SourceError.
     """
     images, folder, beside = find_folders(str(data), None if masks is None else str(masks))
     source, found = open_source(images), open_source(folder)
-    no_class = tuple(sorted({IGNORED, *ignored}))
+    options = options or MaskOptions()
+    _require_values(options.values, ignored)
+    no_class = tuple(sorted({IGNORED, *ignored} - set(options.values)))
     if wrong := [one for one in no_class if not 0 <= one < 1 << 16]:
         raise MaskError(
             f"ignored id {wrong[0]} came; a number from 0 to 65535, as it stands in the masks, was expected"
         )
-    maps = Maps(source, found, pair(source, found), ignored=no_class)
+    maps = Maps(source, found, pair(source, found), ignored=no_class, values=options.values)
     if look:
-        _look_at_all(maps, console or Console(quiet=True))
-    names = named_in(beside) if classes is None else None
+        drawn = _look_at_all(maps, console or Console(quiet=True))
+    else:
+        drawn = {} if options.stored is not None else _look_at_headers(maps)
+    maps.stored = options.stored if options.stored is not None else _drawn_on_stored(maps, drawn)
     if classes is not None:
         maps.classes = tuple(classes)
-    elif names is not None:
-        maps.classes = tuple(name for one, name in enumerate(names) if one not in no_class)
     else:
         assert look, "to number the classes the masks must be looked at"
-        top = max((one for one in maps.pixels if one not in no_class), default=-1)
-        maps.classes = tuple(f"class {one}" for one in range(top + 1) if one not in no_class)
+        names = _names(beside, options, maps)
+        _refuse_levels(maps, named=names is not None)
+        maps.classes = _classes(maps, names)
+        named = dict(enumerate(names or ())) if not maps.values else dict(zip(maps.values, maps.classes, strict=True))
+        maps.notes += mask_advice.likely_void(maps.pixels, named if names else {}, maps.samples, no_class)
+        if names is None:
+            maps.notes += _proposed_names(beside, maps)
     _require_sound(maps, training=classes is None)
     return maps
+
+
+def _require_values(values: Sequence[int], ignored: Sequence[int]) -> None:
+    if wrong := [one for one in values if not 0 <= one < 1 << 16 or values.count(one) > 1 or one in ignored]:
+        raise MaskError(
+            f"mask value {wrong[0]} came; different ids from 0 to 65535 were expected, none of them with --ignore too"
+        )
+    if len(values) == 1:
+        raise MaskError(f"one mask value came, {values[0]}; at least two were expected, such as --mask-values 0,255")
+
+
+def _names(beside: Sequence[Path], options: MaskOptions, maps: Maps) -> list[str] | None:
+    """Names in the order of the ids (or of the values), from the file that was asked for, or `classes.txt`."""
+    if options.names is None:
+        return named_in(beside)
+    found = read_class_file(options.names)
+    if maps.values and not set(found) >= set(maps.values):
+        return [found[one] for one in sorted(found)]
+    if maps.values:
+        return [found[one] for one in maps.values]
+    return [found.get(one, f"class {one}") for one in range(max(found) + 1)]
+
+
+def _classes(maps: Maps, names: Sequence[str] | None) -> tuple[str, ...]:
+    if maps.values:
+        if names is not None and len(names) != len(maps.values):
+            raise MaskError(
+                f"{len(names)} class names came for {len(maps.values)} mask values; give a name for each value, in "
+                "the same order"
+            )
+        return tuple(names or (f"class {one}" for one in maps.values))
+    if names is not None:
+        return tuple(name for one, name in enumerate(names) if one not in maps.ignored)
+    top = max((one for one in maps.pixels if one not in maps.ignored), default=-1)
+    return tuple(f"class {one}" for one in range(top + 1) if one not in maps.ignored)
+
+
+def _refuse_levels(maps: Maps, *, named: bool) -> None:
+    """Raises MaskError for masks of gray levels, whose ids mean something else than they seem to; notes lesser doubts.
+
+    With names, or values, somebody has said what the ids are.
+    """
+    if maps.values:
+        return
+    present = sorted(maps.pixels)
+    listed = ",".join(map(str, present))
+    if mask_advice.are_interpolated(maps.pixels):
+        raise MaskError(
+            f"the masks of {maps.masks.name} hold {len(present)} ids, nearly all pixels being 0 or 255: they look "
+            "resized with interpolation, or compressed; make them again without (nearest), as PNG"
+        )
+    if present == [0, IGNORED]:
+        raise MaskError(
+            f"the masks of {maps.masks.name} hold ids 0 and 255 alone, and 255 is ignored by default, which leaves "
+            "1 class; at least two were expected: give --mask-values 0,255 to learn 255 as the second class"
+        )
+    if named or not mask_advice.look_like_levels([one for one in present if one not in maps.ignored]):
+        return
+    if IGNORED in present:
+        middle = [one for one in present if 0 < one < IGNORED]
+        raise MaskError(
+            f"the masks of {maps.masks.name} hold ids {listed.replace(',', ', ')}, which look like levels of gray: "
+            f"read as they are, 255 is ignored and {max(middle) + 1} classes come of {len(present) - 1} ids; give "
+            f"--mask-values {listed} to learn all of them, or --mask-values 0,255"
+            + "".join(f" --ignore {one}" for one in middle)
+            + " to leave out those between"
+        )
+    maps.notes.append(
+        f"ids {listed.replace(',', ', ')} are far apart, so most of the {max(present) + 1} classes never occur: "
+        f"--mask-values {listed} learns those that do"
+    )
+
+
+def _proposed_names(beside: Sequence[Path], maps: Maps) -> list[str]:
+    """A file beside the masks that could name the ids."""
+    for file in find_class_files(beside):
+        try:
+            names = read_class_file(file)
+        except UserError:
+            continue
+        if len(names) >= 2 and set(maps.ids) <= set(names):
+            return [
+                f"{file} names {len(names)} classes ({some(names.values(), 3)}): take them with --class-names {file}"
+            ]
+    return []
 
 
 def find_folders(data: str, masks: str | None) -> tuple[str, str, list[Path]]:
@@ -236,11 +369,11 @@ def named_in(folders: Sequence[Path]) -> list[str] | None:
     if file is None:
         return None
     try:
-        names = [line.strip() for line in file.read_text("utf-8-sig").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise MaskError(
-            f"{file} cannot be read ({type(error).__name__}); UTF-8 text, a name a line, was expected"
-        ) from None
+        names = [class_name(line.strip()) for line in read_text(file).split("\n")]
+    except TextError as error:
+        raise MaskError(str(error)) from None
+    except OSError as error:
+        raise MaskError(f"{file} cannot be read: {error.strerror}") from None
     while names and not names[-1]:
         names.pop()
     double = [name for name, count in Counter(names).items() if count > 1 or not name]
@@ -280,6 +413,7 @@ def read_ids(data: bytes, *, thorough: bool = False) -> np.ndarray:
         )
     if head.format == "PNG" and data[25] == 0 and data[24] in (2, 4):
         values = values // (255 // (2 ** data[24] - 1))  # gray of few bits, which Pillow stretches to 8
+    values = turned_ids(values, head.orientation)
     if values.dtype == bool:
         return values.astype(np.uint8)
     if values.dtype.kind == "f" or values.min() < 0 or values.max() >= 1 << 16:
@@ -287,8 +421,14 @@ def read_ids(data: bytes, *, thorough: bool = False) -> np.ndarray:
     return values if values.dtype == np.uint8 else values.astype(np.uint16)
 
 
-def _look_at_all(maps: Maps, console: Console) -> None:
-    """Count the ids of every mask, and hold its size against the image's. Raises MaskError for what is no mask."""
+def _look_at_all(maps: Maps, console: Console) -> dict[int, Drawn]:
+    """Count the ids of every mask, and hold its size against the image's; returns what those were drawn on that tell.
+
+    Raises MaskError for what is no mask.
+    """
+    every = max(1, len(maps.places) // mask_advice.SAMPLES)
+    drawn: dict[int, Drawn] = {}
+    whole = 0  # masks of 0 and 255 alone
     with console.progress("masks", len(maps.places)) as bar:
         for done, (row, place) in enumerate(sorted(maps.places.items()), 1):
             name = maps.masks.names[place]
@@ -300,27 +440,79 @@ def _look_at_all(maps: Maps, console: Console) -> None:
                 maps.unreadable.append(f"{name} ({error})")
                 del maps.places[row]
                 continue
-            _require_size(maps, row, ids.shape)
+            if (where := _drawn_on(maps, row, ids.shape)) is not None:
+                drawn[row] = where
             counts = np.bincount(ids.ravel())
             present = counts.nonzero()[0].tolist()
+            whole += present == [0, IGNORED] or present == [IGNORED]
             maps.images.update(present)
             maps.pixels.update({one: int(counts[one]) for one in present})
+            maps.sizes.append((ids.shape[0], ids.shape[1]))
+            if done % every == 0 and len(maps.samples) < mask_advice.SAMPLES:
+                maps.samples.append(mask_advice.thinned(ids))
             bar.update(done)
     if not maps.places:
         raise MaskError(f"no mask of {maps.masks.name} can be read: {some(maps.unreadable)}; PNG files were expected")
+    if 0 < whole < len(maps.places) and whole > len(maps.places) // 10 and not maps.values:
+        maps.notes.append(
+            f"{whole} of {len(maps.places)} masks hold 255 and at most 0 beside it: 255 is ignored, so check that they "
+            "are not masks of another kind (0 and 255 for two classes)"
+        )
+    return drawn
 
 
-def _require_size(maps: Maps, row: int, shape: tuple[int, ...]) -> None:
+def _look_at_headers(maps: Maps) -> dict[int, Drawn]:
+    """As `_look_at_all`, by the sizes of masks alone."""
+    drawn: dict[int, Drawn] = {}
+    for row, place in maps.places.items():
+        try:
+            head = decode.header(maps.masks.read(place))
+        except BadImage:  # said when it is read
+            continue
+        if (where := _drawn_on(maps, row, (head.height, head.width), refuse=False)) is not None:
+            drawn[row] = where
+    return drawn
+
+
+def _drawn_on(maps: Maps, row: int, shape: tuple[int, ...], *, refuse: bool = True) -> Drawn | None:
+    """What a mask of this shape was drawn on; None where there is but one answer. Raises MaskError for another size."""
     try:
         head = decode.header(maps.source.read(row), maps.source.reading)
     except BadImage:  # for whoever scans the images to say
-        return
-    if shape != head.full_size:
+        return None
+    where = drawn_on((shape[0], shape[1]), head)
+    if where is Drawn.NEITHER and refuse:
         raise MaskError(
             f"mask {maps.masks.names[maps.places[row]]} has {sides(shape)} pixels, but its image "
             f"{maps.source.names[row]} is shown with {sides(head.full_size)}; masks of the images' own size "
             "were expected: resize them without interpolation (nearest)"
         )
+    return where
+
+
+def _drawn_on_stored(maps: Maps, drawn: dict[int, Drawn]) -> bool:
+    """Whether the masks are of stored pixels; notes what was found. Raises MaskError where some are and others not."""
+    rows = {where: [row for row, found in drawn.items() if found is where] for where in Drawn}
+    names = maps.source.names
+    if rows[Drawn.STORED] and rows[Drawn.SHOWN]:
+        raise MaskError(
+            f"the mask of {names[rows[Drawn.STORED][0]]} was drawn on its stored pixels, that of "
+            f"{names[rows[Drawn.SHOWN][0]]} on the image as shown (EXIF orientation); one way for all was expected: "
+            "write upright images without orientation, and their masks"
+        )
+    if rows[Drawn.STORED]:
+        turned = [*rows[Drawn.STORED], *rows[Drawn.UNKNOWN]]
+        maps.notes.append(
+            f"{len(turned)} images carry an orientation, and their masks were drawn on the stored pixels: they are "
+            f"turned with their image: {some(names[row] for row in sorted(turned))}"
+        )
+        return True
+    if rows[Drawn.UNKNOWN] and not rows[Drawn.SHOWN]:
+        maps.notes.append(
+            f"{len(rows[Drawn.UNKNOWN])} images carry an orientation that leaves their size as it is; their masks are "
+            f"taken as drawn on the image as shown: {some(names[row] for row in rows[Drawn.UNKNOWN])}"
+        )
+    return False
 
 
 def _require_sound(maps: Maps, *, training: bool) -> None:

@@ -47,7 +47,9 @@ TURN = 0.618034  # of the colour circle between two further classes: never the s
 class Config(MethodConfig):
     """classes: names, in the order of the numbers in `Batch.maps`.
 
-    ignored: ids in the mask files that are no class (`data/maps.py`), kept so that other masks are read alike. head:
+    ignored: ids in the mask files that are no class (`data/maps.py`), kept so that other masks are read alike. values:
+    the id of each class, where they are not all that are not ignored. stored_pixels: whether masks were drawn on the
+    stored pixels of images that carry an orientation. head:
     "upernet", of `width` channels, or "linear", which has no width. last_blocks: how many of the encoder's last blocks
     are trained with the head; None for the whole encoder, which as many blocks as it has means too. 0 trains the head
     alone, 0.5 with it the MLP of the last block. drop_path: probability that what the last block adds is left out.
@@ -59,6 +61,8 @@ class Config(MethodConfig):
     encoder: ViTConfig
     classes: tuple[str, ...] = Field(min_length=2, max_length=IGNORED - 1)
     ignored: tuple[int, ...] = (IGNORED,)
+    values: tuple[int, ...] | None = None
+    stored_pixels: bool = False
     head: Literal["upernet", "linear"] = "upernet"
     width: int = Field(default=256, gt=0)
     feature_blocks: Literal["beit", "even"] = "even"
