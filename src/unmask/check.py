@@ -12,7 +12,7 @@ from unmask.data.page_source import read_as
 from unmask.data.scan import Scan, scan
 from unmask.data.sources import Source, open_source
 from unmask.plan import Timing, choose_device, time_steps
-from unmask.start import batch_seconds, drafted, prepare, say_plan, settle, skipped
+from unmask.start import batch_seconds, drafted, odd_images, prepare, say_plan, settle, skipped
 
 NAMED_BAD_FILES = 20
 MEASURE_SECONDS = 6.0
@@ -64,6 +64,8 @@ def check_data(
     if not found.good:
         console.warn("no image can be read, so `unmask pretrain` would refuse this; the reasons stand above")
         return 2, summary
+    for line in odd_images(source, found):
+        console.warn(line)
     summary |= forecast(source, found, console, list(settings))
     most = DataConfig().max_bad_fraction
     if found.bad_fraction > most:

@@ -270,8 +270,9 @@ def say_annotations(lessons: Lessons, config: Config, console: Console) -> None:
     """What the masks or boxes hold, and what the size that is trained at means for them."""
     if lessons.annotations is None:
         return
+    notes = lessons.annotations.notes
     for line in lessons.annotations.lines():
-        console.say(line)
+        (console.warn if line in notes else console.say)(line)
     if isinstance(lessons.annotations, Maps):
         encoder: Any = config.method
         line, costly = lessons.annotations.size_line(config.data.size, encoder.encoder.patch[0])

@@ -32,6 +32,7 @@ from unmask.data.augment import crop_for
 from unmask.data.findings import findings
 from unmask.data.identity import Difference
 from unmask.data.loader import Annotations, Images, Order, choose_workers
+from unmask.data.odd_images import constant_line, mask_warnings
 from unmask.data.page_source import read_as
 from unmask.data.scan import Scan, scan
 from unmask.data.sources import Source, open_source
@@ -105,6 +106,8 @@ def pretrain(
     source = read_as(open_source(data), draft.data.reading)
     console.say(f"{source.name}: {len(source)} images found" + skipped(source))
     found = scan_all(source, draft, console)
+    for line in odd_images(source, found):
+        console.warn(line)
     if base is not None:
         chosen = resolve(base, settings, budget=budget, source=source)
         reasons: tuple[str, ...] = (f"settings of {config}" if from_run is None else f"weights of {from_run}",)
@@ -429,6 +432,12 @@ def scan_all(source: Source, draft: Config, console: Console) -> Scan:
         console.say(f"the next command will look at all files again: {found.forgotten}")
     refuse_bad_data(found, draft)
     return found
+
+
+def odd_images(source: Source, found: Scan) -> list[str]:
+    """Sentences about images that are probably not meant to be learned from: masks, or images of one value."""
+    constant = [] if found.constant is None else [constant_line(found.constant, found.good)]
+    return mask_warnings(source) + constant
 
 
 def refuse_absurd_batch(config: Config, num_images: int) -> None:

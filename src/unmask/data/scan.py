@@ -22,6 +22,7 @@ from unmask.data import decode
 from unmask.data.decode import BadImage
 from unmask.data.layout import Layout
 from unmask.data.looks import Look, Looks, LooksSoFar, joined, recall, remember, worth_keeping
+from unmask.data.odd_images import Constant, constant_images
 from unmask.data.reading import Reading
 from unmask.data.settle import settle
 from unmask.data.sources import Source, content_digest
@@ -73,6 +74,7 @@ class Scan:
     reading: Reading = field(default_factory=Reading)
     settled: tuple[str, ...] = ()
     wrong_extensions: int = 0
+    constant: Constant | None = None
     channels_majority: int = 0
     dtype_majority: str = "uint8"
     mean: tuple[float, ...] = ()
@@ -276,6 +278,7 @@ def _summarise(
     for row, kind in zip(looks.rows.tolist(), looks.formats.astype(str).tolist(), strict=True):
         suffix = posixpath.splitext(source.names[row])[1].lower()
         result.wrong_extensions += len(suffix) > 1 and suffix not in EXTENSION_OF.get(kind, (suffix,))
+    result.constant = constant_images(source, looks)
     result.bad_rows = np.array(sorted(faults), np.int64)
     result.bad = [faults[row] for row in sorted(faults)]
     result.good_rows = looks.rows

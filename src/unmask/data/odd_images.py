@@ -1,0 +1,195 @@
+"""Images that are probably not meant to be learned from: masks among photographs, and images of one value.
+
+Masks lie in a folder of a telling name or mirror the names of another folder's images, or stand beside their image with
+an ending such as _mask, and hold few colours where the images hold many. A sample of each folder is decoded.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from unmask.data import decode
+from unmask.data.decode import BadImage
+from unmask.data.looks import Looks
+from unmask.data.sources import Source
+from unmask.errors import some
+
+FOLDERS = re.compile(
+    r"(labels?|masks?|annotations?|annots?|segmentations?|segmentation(class|object)(aug)?|segs?|gt(fine|coarse)?|"
+    r"ground_?truths?|targets?|trainannot|valannot|testannot)([_-]\w+)?|\w+[_-](labels?|masks?|gt|annotations?|seg)",
+    re.IGNORECASE,
+)
+ENDINGS = re.compile(
+    r"[_-](masks?|labels?|segs?|segmentations?|gt|groundtruth|annotations?|l|labelids|labeltrainids|instanceids|color|"
+    r"gtfine_\w+)$",
+    re.IGNORECASE,
+)
+SAMPLE = 6  # images of each kind that are decoded
+FEW, LEAST_PIXELS = 40, 400  # colours that a mask holds at most, of images with enough pixels to hold more
+MOST_FOLDERS = 2_000
+MIRRORED = 0.5  # share of a folder's names that another folder has too
+
+
+@dataclass(frozen=True)
+class MaskLike:
+    """Images that look like segmentation masks: `where` they lie (a folder, or an ending), how many, and the rest."""
+
+    where: str
+    count: int
+    images: str
+    pattern: str
+
+
+def mask_like(source: Source) -> list[MaskLike]:
+    """Groups of the source's images that look like masks of the others; [] for none, and for sources of one kind."""
+    folders: dict[str, list[int]] = {}
+    for row, name in enumerate(source.names):
+        folders.setdefault(name.rpartition("/")[0], []).append(row)
+    if len(folders) > MOST_FOLDERS:
+        return []
+    return _by_folder(source, _tops(folders)) + _by_ending(source, folders)
+
+
+def _tops(folders: dict[str, list[int]]) -> dict[str, list[int]]:
+    """Rows by the part of the path that tells masks from images: labels of labels/train, SegmentationClass as it is."""
+    found: dict[str, list[int]] = {}
+    for folder, rows in folders.items():
+        parts = folder.split("/") if folder else [""]
+        place = next((i for i, part in enumerate(parts) if FOLDERS.fullmatch(part)), None)
+        key = "/".join(parts[: place + 1]) if place is not None else folder
+        found.setdefault(key, []).extend(rows)
+    return found
+
+
+def _by_folder(source: Source, folders: dict[str, list[int]]) -> list[MaskLike]:
+    if len(folders) < 2:
+        return []
+    stems = {folder: {_stem(source.names[row]) for row in rows} for folder, rows in folders.items()}
+    told = {folder: FOLDERS.fullmatch(folder.rsplit("/", 1)[-1]) is not None for folder in folders}
+    holders: dict[str, int] = {}
+    for names in stems.values():
+        for name in names:
+            holders[name] = holders.get(name, 0) + 1
+    few: dict[str, bool] = {}
+    for folder, rows in folders.items():
+        shared = sum(holders[name] > 1 for name in stems[folder]) / len(stems[folder])
+        if told[folder] or shared >= MIRRORED:
+            few[folder] = _are_few(source, rows)
+    if not any(few.values()):
+        return []
+    others = [folder for folder in folders if not few.get(folder)]
+    rest = [row for folder in others for row in folders[folder]]
+    if not rest or _are_few(source, rest):  # drawings throughout: nothing tells masks from images
+        return []
+    image = next((folder for folder in others if folder.rsplit("/", 1)[-1] == "images"), others[0])
+    return [
+        MaskLike(f"{folder}/", len(folders[folder]), image, f"{folder}/*") for folder, found in few.items() if found
+    ]
+
+
+def _by_ending(source: Source, folders: dict[str, list[int]]) -> list[MaskLike]:
+    """Masks beside their images: a.jpg and a_mask.png."""
+    found: dict[str, list[int]] = {}
+    for rows in folders.values():
+        stems = {_stem(source.names[row]) for row in rows}
+        for row in rows:
+            stem = _stem(source.names[row])
+            ending = ENDINGS.search(stem)
+            if ending is not None and stem[: ending.start()] in stems:
+                found.setdefault(ending[0] + os.path.splitext(source.names[row])[1], []).append(row)
+    masks = {ending: rows for ending, rows in found.items() if _are_few(source, rows)}
+    taken = {row for rows in masks.values() for row in rows}
+    rest = [row for row in range(len(source)) if row not in taken] if masks else []
+    if not rest or _are_few(source, rest):
+        return []
+    return [MaskLike(f"*{ending}", len(rows), "", f"*{ending}") for ending, rows in masks.items()]
+
+
+def _stem(name: str) -> str:
+    return os.path.splitext(name.rsplit("/", 1)[-1])[0]
+
+
+def _are_few(source: Source, rows: Sequence[int]) -> bool:
+    """Whether nearly all of a sample of images hold few colours."""
+    seen = [few for row in _evenly(rows) if (few := _holds_few(source, row)) is not None]
+    return bool(seen) and sum(seen) >= 0.8 * len(seen)
+
+
+def _evenly(rows: Sequence[int]) -> list[int]:
+    return [rows[i] for i in sorted({round(i) for i in np.linspace(0, len(rows) - 1, min(SAMPLE, len(rows)))})]
+
+
+def _holds_few(source: Source, row: int) -> bool | None:
+    """None where it cannot be told: a file that cannot be read, a photograph's format, or hardly any pixels."""
+    try:
+        data = source.read(row)
+        head = decode.header(data)
+        if head.format == "JPEG":
+            return False
+        pixels = decode.decode(data, found=head)
+    except (BadImage, MemoryError):
+        return None
+    step = max(1, int((pixels.shape[0] * pixels.shape[1] / 250_000) ** 0.5))
+    flat = pixels[::step, ::step].reshape(-1, pixels.shape[2])
+    if len(flat) < LEAST_PIXELS:
+        return None
+    return len(np.unique(flat, axis=0)) <= FEW
+
+
+def mask_warnings(source: Source) -> list[str]:
+    """A sentence with the fix for each group of images that look like masks of the others."""
+    said = []
+    for one in mask_like(source):
+        inside = f"give {source.name.rstrip('/')}/{one.images} alone, or " if one.images else ""
+        said.append(
+            f"{one.count} of {len(source)} images, {one.where}, look like segmentation masks of the others (few "
+            f"colours, the same names): they would be learned from as images; {inside}leave them out with --exclude "
+            f"'{one.pattern}'"
+        )
+    return said
+
+
+# ------------------------------------------------------------------------------------------------------------ one value
+
+
+@dataclass(frozen=True)
+class Constant:
+    """Images of which every pixel is alike, and whether all those have one and the same value (all black, say)."""
+
+    count: int
+    alike: bool
+    names: tuple[str, ...]
+
+
+def constant_images(source: Source, looks: Looks) -> Constant | None:
+    """Images of one value, by the sums that a scan keeps; None for none."""
+    if not len(looks):
+        return None
+    pixels = np.repeat(looks.sizes.astype(np.float64).prod(1), looks.channels)
+    mean = looks.sums / pixels
+    flat = np.abs(looks.squares / pixels - mean**2) <= 1e-9 * np.maximum(1, mean**2)
+    places = np.flatnonzero(np.logical_and.reduceat(flat, looks.starts))
+    if not len(places):
+        return None
+    ends = looks.starts + looks.channels
+    values = {tuple(mean[looks.starts[place] : ends[place]]) for place in places}
+    return Constant(len(places), len(values) == 1, tuple(source.names[row] for row in looks.rows[places[:5]].tolist()))
+
+
+def constant_line(found: Constant, good: int) -> str:
+    """What images of one value mean for training, in a sentence."""
+    if found.count == good:
+        same = "all alike (black, for example)" if found.alike else "each of one value"
+        return (
+            f"every one of the {good} images holds a single value in all its pixels, {same}: there is nothing to learn "
+            "from them; check how they were written or read"
+        )
+    return (
+        f"{found.count} of {good} images hold a single value in all their pixels (all black, for example): "
+        f"{some(found.names, 3)}"
+    )

@@ -1,0 +1,113 @@
+"""Images that are probably not meant to be learned from are pointed out: masks among photographs, and black images."""
+
+import numpy as np
+import pytest
+from corpus import file_of, noisy, smooth
+from PIL import Image
+
+from unmask.check import check_data
+from unmask.console import Console
+from unmask.data.odd_images import constant_line, mask_like, mask_warnings
+from unmask.data.scan import scan
+from unmask.data.sources import open_source
+
+PHOTO, MASK = noisy(32, 40), (smooth(32, 40, 1, top=250)[:, :, 0] // 60).astype(np.uint8)
+
+
+def palette(ids):
+    image = Image.fromarray(ids)
+    image.putpalette(np.random.default_rng(0).integers(0, 256, 768).astype(np.uint8).tobytes())
+    return file_of(image, "PNG")
+
+
+def put(root, name, content):
+    path = root / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+
+
+def streets(root, images="images/train", masks="labels/train", mask=None, count=8):
+    for number in range(count):
+        put(root, f"{images}/{number}.jpg", file_of(PHOTO, "JPEG"))
+        put(root, f"{masks}/{number}.png", mask or palette(MASK))
+    return root
+
+
+@pytest.mark.parametrize(
+    ("images", "masks", "pattern"),
+    [
+        ("images/train", "labels/train", "labels/*"), ("images", "masks", "masks/*"),
+        ("JPEGImages", "SegmentationClass", "SegmentationClass/*"), ("train", "trainannot", "trainannot/*"),
+        ("leftImg8bit/a", "gtFine/a", "gtFine/*"), ("photos", "other", "other/*"),
+        ("a", "ground_truth", "ground_truth/*"),
+    ],
+)  # fmt: skip
+def test_folders_of_masks_are_named_with_the_fix(tmp_path, images, masks, pattern):
+    for mask in (palette(MASK), file_of(MASK, "PNG"), file_of(np.repeat(MASK[..., None] * 50, 3, 2), "PNG")):
+        root = streets(tmp_path, images, masks, mask)
+        (one,) = mask_like(open_source(root))
+        assert (one.pattern, one.count) == (pattern, 8)
+        (line,) = mask_warnings(open_source(root))
+        assert line.startswith(f"8 of 16 images, {pattern[:-1]}, look like segmentation masks of the others")
+        assert f"--exclude '{pattern}'" in line
+
+
+def test_masks_beside_their_images_are_named(tmp_path):
+    for number in range(6):
+        put(tmp_path, f"{number}.jpg", file_of(PHOTO, "JPEG"))
+        put(tmp_path, f"{number}_mask.png", palette(MASK))
+    (line,) = mask_warnings(open_source(tmp_path))
+    assert "6 of 12 images, *_mask.png, look like segmentation masks" in line
+    assert "--exclude '*_mask.png'" in line
+
+
+def test_classes_and_drawings_are_no_masks(tmp_path):
+    for folder in ("cat", "masks", "labels"):  # photographs, whatever their folder is called
+        for number in range(6):
+            put(tmp_path / "photos", f"{folder}/{number}.png", file_of(noisy(32, 40, seed=number), "PNG"))
+    assert mask_warnings(open_source(tmp_path / "photos")) == []
+    for folder in ("0", "1", "2"):  # drawings in two colours, of the same names in every class
+        for number in range(6):
+            put(tmp_path / "drawn", f"{folder}/{number}.png", file_of(MASK % 2 * 255, "PNG"))
+    assert mask_warnings(open_source(tmp_path / "drawn")) == []
+    assert mask_warnings(open_source("shapes:40")) == []
+    assert mask_warnings(open_source(streets(tmp_path / "s") / "labels")) == [], "masks alone"
+
+
+def test_check_warns_before_training(tmp_path, capsys):
+    check_data(str(streets(tmp_path)), Console(), sample=None, workers=0)
+    said = capsys.readouterr().err
+    assert "warning: 8 of 16 images, labels/, look like segmentation masks" in said
+    assert f"give {tmp_path}/images/train alone" in said
+
+
+# ------------------------------------------------------------------------------------------------------------ one value
+
+
+def test_images_of_one_value_are_counted_and_a_set_of_them_is_said(tmp_path):
+    for number in range(3):
+        put(tmp_path / "mixed", f"{number}.png", file_of(noisy(8, 8, seed=number), "PNG"))
+    assert scan(open_source(tmp_path / "mixed")).constant is None
+    put(tmp_path / "mixed", "white.png", file_of(np.full((8, 8, 3), 255, np.uint8), "PNG"))
+    found = scan(open_source(tmp_path / "mixed"))
+    assert found.constant is not None
+    assert constant_line(found.constant, found.good) == (
+        "1 of 4 images hold a single value in all their pixels (all black, for example): white.png"
+    )
+    for number in range(3):
+        put(tmp_path / "black", f"{number}.png", file_of(np.zeros((8, 8, 3), np.uint8), "PNG"))
+    found = scan(open_source(tmp_path / "black"))
+    assert found.constant is not None
+    assert found.constant.alike
+    assert constant_line(found.constant, found.good).startswith("every one of the 3 images holds a single value")
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "float32"])
+def test_large_values_of_little_contrast_are_not_one_value(tmp_path, dtype):
+    values = np.full((16, 16), 60_000, dtype)
+    np.save(tmp_path / "flat.npy", values)
+    values[3, 4] += 40
+    np.save(tmp_path / "one.npy", values)
+    found = scan(open_source(tmp_path))
+    assert found.constant is not None
+    assert found.constant.names == ("flat.npy",)
