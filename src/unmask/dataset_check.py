@@ -42,7 +42,9 @@ def write_record(run: Run, source: Source, role: str = DATA) -> None:
 
 def used_rows(plan: Plan, count: int) -> np.ndarray:
     """The rows that a run trains or is tested on: what it leaves out may change."""
-    return np.setdiff1d(np.arange(count), np.setdiff1d(plan.excluded, plan.test_rows)).astype(np.int64)
+    return np.setdiff1d(np.arange(count), np.setdiff1d(plan.excluded, [*plan.test_rows, *plan.held_out])).astype(
+        np.int64
+    )
 
 
 def compare(run: Run, plan: Plan, source: Source, console: Console) -> Difference:

@@ -46,7 +46,8 @@ BUSY = 2.0  # times as long between two measurements of one step: another progra
 class Plan(Settings):
     """What a run will do. `reasons` are sentences for people: why each choice was made.
 
-    excluded: rows of the source that are not trained on; test_rows: those of them that a supervised run is tested on.
+    excluded: rows of the source that are not trained on; test_rows: those of them that a supervised run is tested on;
+    held_out: those of them on which the loss of a pre-training is reported.
     test_every: steps after which it is tested, 0 at the end only. taught: digest of the masks or boxes that it learns
     from, and of its test images. reading: how image files are decoded, with what was settled for this data set.
     budget: seconds for the whole command, None where the length was set; startup: those of them that were gone when the
@@ -67,6 +68,7 @@ class Plan(Settings):
     fingerprint: str
     excluded: tuple[int, ...] = ()
     test_rows: tuple[int, ...] = ()
+    held_out: tuple[int, ...] = ()
     test_every: int = 0
     taught: str = ""
     precision: str

@@ -36,6 +36,7 @@ KINDS = {
 }
 PROBES = ("probe-*", "attentive-*", "curve-*", "targets-*")  # files in evals, in the order of the page
 LOSS, GUESSES = "#2f7ebc", ("#c0392b", "#d68910", "#7d3c98", "#1e8449")
+HELD_OUT = "#0b7a75"
 MORE = ("#7f8c8d", "#8d5524", "#d6336c")  # colours where the guesses' do not suffice
 IN_WORDS = {
     "true_patch_mean": "the true mean colour of each hidden patch, which the model is not told",
@@ -249,6 +250,8 @@ def curve(trained: list[dict[str, Any]], baselines: dict[str, Any]) -> Markup:
         top = max(losses[len(losses) // 50 :])
         looked = [(step, loss) for step, loss in baselines.get("losses", []) if step > 0]
         axes.plot([step for step, _ in looked], [loss for _, loss in looked], "o", color=LOSS, markersize=4)
+        held_out = [(step, loss) for step, loss in baselines.get("held_out_losses", []) if step > 0]
+        axes.plot(*zip(*held_out, strict=True), "s-", color=HELD_OUT, markersize=4, linewidth=1) if held_out else None
         guesses = baselines.get("guesses", {})
         for (name, value), colour in zip(guesses.items(), GUESSES, strict=False):
             axes.axhline(value, color=colour, linestyle="--", linewidth=1.2)
@@ -350,6 +353,11 @@ def curve_note(trained: list[dict[str, Any]], baselines: dict[str, Any]) -> str:
         f" Dots: the loss on {baselines['images']} fixed images without augmentation, on which the guesses are scored "
         f"too; {loss:.3f} at step {step:,}."
     )
+    if held_out := baselines.get("held_out_losses"):
+        said += (
+            f" Squares: the loss on {baselines['held_out_images']} images that are not trained on; "
+            f"{held_out[-1][1]:.3f} at step {held_out[-1][0]:,}."
+        )
     said += f" Better than: {beaten}." if beaten else ""
     return said + (f" Not better than: {unbeaten}." if unbeaten else "")
 

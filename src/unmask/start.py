@@ -46,6 +46,8 @@ from unmask.train import Judge, train
 NAMED_BAD_FILES = 5
 MOST_EPOCHS_A_STEP = 256
 MOST_PATCHES = 1 << 18
+ENOUGH_TO_HOLD_OUT = 1_000  # images; of fewer, each is worth more in the training
+FEWEST_HELD_OUT, MOST_HELD_OUT = 64, 256
 LOADED_PARTS = 3  # of the images, each loaded to measure how long that takes
 
 
@@ -517,6 +519,10 @@ def prepare(
     spec = image_spec(found, config)
     excluded = np.union1d(found.bad_rows, [] if held_out is None else held_out).astype(np.int64)
     rows = np.setdiff1d(np.arange(len(source)), excluded)
+    held_out_rows = held_out_for_loss(rows, config)
+    if len(held_out_rows):
+        excluded, rows = np.union1d(excluded, held_out_rows), np.setdiff1d(rows, held_out_rows)
+        reasons += (f"{len(held_out_rows)} images held out of the training, for the held-out loss: data.held_out",)
     images = training_images(source, rows, spec, config)
     reasons += findings(found)
     if images.repeats > 1:
@@ -547,7 +553,25 @@ def prepare(
         batch_seconds=lambda: batch_seconds(images, config.train.batch_size, workers, cached=cached),
         num_test=num_test,
     )
-    return images, plan.model_copy(update={"reading": source.reading})
+    return images, plan.model_copy(update={"reading": source.reading, "held_out": tuple(held_out_rows.tolist())})
+
+
+def held_out_for_loss(rows: np.ndarray, config: Config) -> np.ndarray:
+    """Of the rows that could be trained on, those on which a pre-training reports its loss; sorted.
+
+    Raises ConfigError where none would be left to train on, or a supervised run would ignore the setting.
+    """
+    wanted = config.data.held_out
+    if config.method.name in task_names():
+        if wanted:
+            raise ConfigError(f"got data.held_out={wanted}; supervised runs hold out test images instead: leave it out")
+        return rows[:0]
+    if wanted is None:
+        few = len(rows) < ENOUGH_TO_HOLD_OUT
+        wanted = 0 if few else min(MOST_HELD_OUT, max(FEWEST_HELD_OUT, len(rows) // 100))
+    if wanted >= len(rows):
+        raise ConfigError(f"got data.held_out={wanted} of {len(rows)} images; expected fewer than there are")
+    return rows[np.linspace(0, len(rows) - 1, wanted).astype(int)]
 
 
 def training_images(source: Source, rows: np.ndarray, spec: ImageSpec, config: Config) -> Images:

@@ -19,8 +19,8 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, replace
-from typing import Protocol
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -149,10 +149,10 @@ def train(
                 images.gone_bad.update(row["name"] for row in noted)
                 if config.train.compile:
                     compile_or_say(job)
-                sample = fixed_images(images, plan, PICTURE_SAMPLE)
+                samples = Samples.of(images, plan)
             if at.step == 0:
                 with pacer.aside("picture"):
-                    look(job, sample, at, stop)
+                    look(job, samples, at, stop)
         except StopRequested:  # nothing has been trained yet
             return stopped_at(run, plan, checkpoint.newest_step(run) or 0, watch)
         run.set_status("running", at.step, total=plan.steps, seconds=watch.seconds())
@@ -207,12 +207,12 @@ def train(
                     note(job, row | numbers)
                     if at.step == 1:
                         bar.begin(1)  # it is slower than all others, and tells nothing of the time left
-                    bar.update(at.step, f"loss {numbers['loss']:.4f}  {pace.sentence(at.consumed)}")
+                    bar.update(at.step, progress_text(job, samples, at, numbers["loss"], pace, watch))
                     pace = Pace(at.consumed)
                 try:
                     if draw_now and affordable(job, pacer, "picture", at):
                         with pacer.aside("picture"):
-                            look(job, sample, at, stop)
+                            look(job, samples, at, stop)
                     if judge is not None and test_now and affordable(job, pacer, "test", at):
                         with pacer.aside("test"):
                             pace.began += test(job, judge, at, stop)
@@ -589,7 +589,8 @@ def begin(job: Job) -> Position:
     taken = tuple(entry.target for entry in job.config.graft)
     # What came with other weights stays as it was: they mean nothing with another palette, or other components.
     if job.method.num_prepare and not any(prefix.startswith(taken) for prefix in job.method.fixed if taken):
-        job.method.prepare(fixed_images(job.images, job.plan, job.method.num_prepare).images)
+        rows = spread(job.images.rows, job.method.num_prepare)
+        job.method.prepare(fixed_images(job.images, job.plan, rows).images)
     if job.method.fixed:
         state = job.method.state_dict()
         kept = {name: value for name, value in state.items() if name.startswith(job.method.fixed)}
@@ -639,10 +640,33 @@ def save(job: Job, at: Position, watch: Stopwatch) -> str | None:
     return None
 
 
-def fixed_images(images: Images, plan: Plan, count: int) -> Batch:
-    """Up to `count` images, the same in every run: evenly spread over the source, centred; bad ones left out."""
+@dataclass
+class Samples:
+    """Images on which training is looked at, the same in every run.
+
+    pictures: training images, drawn and scored beside what trivial guesses score. held_out: images that are not trained
+    on, None where there are none. `losses` holds the newest numbers for the progress line: of the held-out images, and
+    the best guess that needs no learning and sees only what the model sees.
+    """
+
+    pictures: Batch
+    held_out: Batch | None
+    losses: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, images: Images, plan: Plan) -> Samples:
+        held_out = fixed_images(images, plan, np.array(plan.held_out, np.int64)) if plan.held_out else None
+        return cls(fixed_images(images, plan, spread(images.rows, PICTURE_SAMPLE)), held_out)
+
+
+def spread(rows: np.ndarray, count: int) -> np.ndarray:
+    """Up to `count` of the rows, evenly spread."""
+    return rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)]
+
+
+def fixed_images(images: Images, plan: Plan, rows: np.ndarray) -> Batch:
+    """These images without augmentation; those that cannot be read are left out. Raises TrainingFailed for none."""
     fixed = replace(images, training=False)
-    rows = images.rows[np.linspace(0, len(images.rows) - 1, min(count, len(images.rows))).astype(int)]
     drawn: list[Batch] = []
     for row in rows:
         with suppress(BadImage):  # gone bad since the scan; training meets it, replaces it and notes it
@@ -652,25 +676,58 @@ def fixed_images(images: Images, plan: Plan, count: int) -> Batch:
     return Batch.join(drawn).to(plan.device)
 
 
-@torch.no_grad()
-def look(job: Job, sample: Batch, at: Position, stop: StopRequest) -> None:
-    """Draw what the method makes of the sample, and keep its loss on it beside what trivial guesses score there.
+def progress_text(job: Job, samples: Samples, at: Position, loss: float, pace: Pace, watch: Stopwatch) -> str:
+    """The line beside the progress bar: epoch, losses, speed, time so far."""
+    images = job.plan.num_images
+    losses = [f"loss {loss:.4f}", *(f"{name} {value:.4f}" for name, value in samples.losses.items())]
+    epochs = f"epoch {at.consumed / images:.1f}/{job.plan.steps * job.plan.batch_size / images:.1f}"
+    return "  ".join([epochs, ", ".join(losses), pace.sentence(at.consumed), f"{duration(watch.seconds())} so far"])
 
-    `evals/baselines.json`: the guesses by name, and under "losses" one [step, loss] for every look.
+
+@torch.no_grad()
+def look(job: Job, samples: Samples, at: Position, stop: StopRequest) -> None:
+    """Draw what the method makes of the sample, and note its loss beside what trivial guesses score on the same images.
+
+    `evals/baselines.json`: the guesses by name; under "losses" and "held_out_losses" a [step, loss] for every look.
     """
-    plan, train = job.plan, job.config.train
+    plan, train, sample = job.plan, job.config.train, samples.pictures
     clock = plan.clock(at.step, Draws(train.seed, sample.epoch, sample.index))
     with eval_mode(job.method), uncompiled(), autocast(plan.precision, plan.device), stop.interruptible():
         picture = job.method.picture(sample, clock)
+        held_out = None if samples.held_out is None else mean_loss(job, samples.held_out, at)
     file, title = job.run.pictures / f"step-{at.step:08d}.png", f"step {at.step} of {plan.steps}"
     numbers = {name: float(value) for name, value in picture.numbers.items()}
+    loss = numbers.pop("loss")
+    samples.losses = {} if held_out is None else {"held out": held_out}
+    if fair := {name: value for name, value in numbers.items() if not name.startswith("true_")}:
+        name = min(fair, key=lambda name: fair[name])
+        samples.losses[f"baseline ({name.replace('_', ' ')})"] = fair[name]
+    if held_out is not None:
+        note(job, {"step": at.step, "held_out_loss": held_out})
     try:
         draw(picture.spread(train.picture_images), plan.images.dtype, file, title)
-        before = [] if at.step == 0 else job.run.read("evals/baselines.json")["losses"]
-        losses = [pair for pair in before if pair[0] < at.step] + [[at.step, numbers.pop("loss")]]
-        job.run.write("evals/baselines.json", {"images": len(sample), "losses": losses, "guesses": numbers})
+        before = {} if at.step == 0 else job.run.read("evals/baselines.json")
+        found: dict[str, Any] = {"images": len(sample), "losses": _with(before, "losses", at.step, loss)}
+        if held_out is not None and samples.held_out is not None:
+            found["held_out_images"] = len(samples.held_out)
+            found["held_out_losses"] = _with(before, "held_out_losses", at.step, held_out)
+        job.run.write("evals/baselines.json", found | {"guesses": numbers})
     except (OSError, UserError) as error:  # a full disk, a file or a folder that has gone
-        job.console.warn_once(f"{job.run.pictures} takes no picture: {error}; training goes on")
+        job.console.warn_once(f"cannot write a picture to {job.run.pictures}: {error}; training continues")
+
+
+def _with(before: dict[str, Any], key: str, step: int, loss: float) -> list[list[float]]:
+    return [pair for pair in before.get(key, []) if pair[0] < step] + [[step, loss]]
+
+
+def mean_loss(job: Job, batch: Batch, at: Position) -> float:
+    """Mean loss of the method, in eval mode, on these images in micro-batches; the masks are the same at every step."""
+    plan, total = job.plan, torch.zeros((), device=job.plan.device)
+    for start in range(0, len(batch), plan.micro_batch):
+        part = batch[start : start + plan.micro_batch]
+        clock = plan.clock(at.step, Draws(job.config.train.seed, part.epoch, part.index))
+        total += job.method(part, clock).value.detach() * len(part)
+    return float(total / len(batch))
 
 
 def test(job: Job, judge: Judge, at: Position, stop: StopRequest) -> float:

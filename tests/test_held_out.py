@@ -1,0 +1,111 @@
+"""Images held out of pre-training: which, that they are not trained on, and where their loss is reported."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import SMALL_RUN, write_images
+
+from unmask.config import ConfigError, override
+from unmask.console import Console
+from unmask.recipes.catalogue import find
+from unmask.report import curve_note, write_report
+from unmask.saved import read_plan
+from unmask.start import held_out_for_loss, pretrain, resume
+
+SETTINGS = [*SMALL_RUN, "train.picture_every=2"]
+
+
+def rows_for(count, *settings, recipe="mae_nano"):
+    return held_out_for_loss(np.arange(count), override(find(recipe), list(settings)))
+
+
+@pytest.mark.parametrize(("count", "held"), [(999, 0), (1_000, 64), (20_000, 200), (1_000_000, 256)])
+def test_how_many_are_held_out_by_default(count, held):
+    rows = rows_for(count)
+    assert len(rows) == held == len(set(rows.tolist()))
+    if held:
+        assert (rows[0], rows[-1]) == (0, count - 1)
+
+
+def test_a_number_of_ones_own_and_none_at_all():
+    assert len(rows_for(30, "data.held_out=7")) == 7
+    assert len(rows_for(5_000, "data.held_out=0")) == 0
+    assert len(rows_for(5_000, recipe="finetune_few")) == 0
+    with pytest.raises(ConfigError, match="fewer than there are"):
+        rows_for(30, "data.held_out=30")
+    with pytest.raises(ConfigError, match="supervised runs hold out test images"):
+        rows_for(30, "data.held_out=3", recipe="finetune_few")
+
+
+@pytest.fixture
+def run(images, tmp_path):
+    settings = [*SETTINGS, "train.steps=4", "data.held_out=6"]
+    return pretrain(images, recipe="mae_nano", out=tmp_path / "run", settings=settings, console=Console(quiet=True))
+
+
+def held_out_losses(run):
+    return {row["step"]: row["held_out_loss"] for row in run.metrics() if "held_out_loss" in row}
+
+
+def test_they_are_not_trained_on_and_their_loss_is_reported(run):
+    plan = read_plan(run)
+    assert len(plan.held_out) == 6
+    assert set(plan.held_out) <= set(plan.excluded)
+    assert plan.num_images == 24
+    losses = held_out_losses(run)
+    assert set(losses) == {0, 1, 2, 4}
+    assert losses[4] < losses[0]
+    kept = run.read("evals/baselines.json")
+    assert kept["held_out_images"] == 6
+    assert kept["held_out_losses"] == [[step, loss] for step, loss in losses.items()]
+    trained = [row for row in run.metrics() if row.get("loss") is not None]
+    assert f"{losses[4]:.3f} at step 4" in curve_note(trained, kept)
+    assert "not trained on" in write_report(run.path).read_text()
+
+
+def test_a_changed_held_out_image_changes_its_loss_and_no_training_step(images, tmp_path, run):
+    """Negative control: a changed training image does change the training."""
+    plan, before = read_plan(run), [row["loss"] for row in run.metrics() if "loss" in row]
+    names = sorted(path for path in images.iterdir())
+    others = write_images(tmp_path / "others", 30, seed=1)
+    found = {}
+    for what, row in (("held out", plan.held_out[2]), ("trained on", next(iter({*range(30)} - {*plan.excluded})))):
+        original = names[row].read_bytes()
+        names[row].write_bytes((others / names[row].name).read_bytes())
+        statistics = [f"data.mean={json.dumps(plan.images.mean)}", f"data.std={json.dumps(plan.images.std)}"]
+        settings = [*SETTINGS, *statistics, "train.steps=4", "data.held_out=6"]
+        again = pretrain(images, recipe="mae_nano", out=tmp_path / what, settings=settings, console=Console(quiet=True))
+        found[what] = [row["loss"] for row in again.metrics() if "loss" in row], held_out_losses(again)
+        names[row].write_bytes(original)
+    assert found["held out"][0] == before
+    assert found["held out"][1] != held_out_losses(run)
+    assert found["trained on"][0] != before
+
+
+def test_they_stay_held_out_when_a_run_is_resumed(images, tmp_path, run, monkeypatch):
+    from unmask import train
+
+    settings = [*SETTINGS, "train.steps=4", "data.held_out=6", "train.checkpoint_every=2"]
+    real = train.step
+
+    def stops(job, stream, at):
+        if at.step == 2:
+            raise RuntimeError("stopped here")
+        return real(job, stream, at)
+
+    monkeypatch.setattr(train, "step", stops)
+    with pytest.raises(RuntimeError, match="stopped here"):
+        pretrain(images, recipe="mae_nano", out=tmp_path / "cut", settings=settings, console=Console(quiet=True))
+    monkeypatch.undo()
+    again = resume(tmp_path / "cut", console=Console(quiet=True))
+    assert held_out_losses(again) == held_out_losses(run)
+    assert len(again.read("evals/baselines.json")["held_out_losses"]) == 4
+
+
+def test_the_progress_line_has_epoch_losses_and_time(images, tmp_path, capsys):
+    settings = [*SETTINGS, "train.steps=4", "data.held_out=6"]
+    pretrain(images, recipe="mae_nano", out=tmp_path / "run", settings=settings)
+    line = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("step 4/4"))
+    for part in ("epoch 1.3/1.3", "held out 0.", "baseline (", "so far", "images/s"):
+        assert part in line.replace("held out 1.", "held out 0."), line
