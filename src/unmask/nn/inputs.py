@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from unmask.batch import ImageSpec
 from unmask.errors import UserError
+from unmask.nn.linear import in_transform
 
 Scale = Literal["data", "unit"]
 """Units of images: "data" are those of the files, taken as they are; "unit" is 0 to 1 for 8-bit and 16-bit data."""
@@ -53,6 +54,12 @@ class ImageEncoder(nn.Module):
         scale: None checks the range of float images; "data" takes the values as they are; "unit" multiplies values
         between 0 and 1 by 255 (8-bit data) or 65535 (16-bit data).
         """
+        if torch.jit.is_tracing():
+            raise UserError(
+                "got a call from torch.jit.trace (or torch.onnx.export with dynamo=False), which would fix the size of "
+                "the batch without a word; use torch.export.export(encoder, (images,), dynamic_shapes=...) or "
+                "`unmask export RUN --to onnx`"
+            )
         self.require_shape(images)
         return in_data_units(images, self.spec, scale)
 
@@ -162,7 +169,7 @@ def _unambiguous(images: Tensor, spec: ImageSpec) -> bool:
 def _readable(images: Tensor) -> bool:
     """Whether the values can be looked at: not in a graph that is traced or compiled, nor without any."""
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or images.is_meta or isinstance(images, FakeTensor)
-    return not traced and images.shape.numel() > 0
+    return not traced and not in_transform(images) and images.shape.numel() > 0
 
 
 @torch.no_grad()

@@ -41,6 +41,7 @@ def linear(
 def _for_onednn(x: Tensor, weight: Tensor) -> bool:
     return (
         not torch.compiler.is_compiling()  # first: an exported graph has sizes that are not yet numbers
+        and not in_transform(x)
         and mkl_is_slow()
         and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
@@ -48,6 +49,11 @@ def _for_onednn(x: Tensor, weight: Tensor) -> bool:
         and x.ndim > 1
         and x.numel() * weight.shape[0] >= FEWEST
     )
+
+
+def in_transform(x: Tensor) -> bool:
+    """Whether `torch.func` (vmap, grad, ...) is at work, where a tensor stands for many and has no memory."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
 @cache

@@ -34,12 +34,20 @@ def sincos(width: int, grid: tuple[int, int]) -> Float[Tensor, "N D"]:
 
 
 def resize(positions: Float[Tensor, "1 N D"], old: tuple[int, int], new: tuple[int, int]) -> Float[Tensor, "1 M D"]:
-    """A table for grid `old` interpolated (bicubic, two-dimensional) to grid `new`; itself when they are equal."""
-    if old == new:
+    """A table for grid `old` interpolated (bicubic, two-dimensional) to grid `new`; itself when they are equal.
+
+    In a graph that is exported for any size it is interpolated always: to its own grid that changes no value.
+    """
+    if is_number(new) and old == new:
         return positions
     table = positions.reshape(1, old[0], old[1], -1).permute(0, 3, 1, 2)  # (1, D, rows, cols)
     table = F.interpolate(table.float(), size=new, mode="bicubic", align_corners=False)
     return table.permute(0, 2, 3, 1).reshape(1, new[0] * new[1], -1).to(positions.dtype)
+
+
+def is_number(grid: tuple[int, int]) -> bool:
+    """Whether a grid is known, rather than a symbol of a graph that `torch.export` makes for any size."""
+    return not any(isinstance(side, torch.SymInt) for side in grid)
 
 
 def fitted(name: str, value: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
@@ -83,7 +91,7 @@ class RelativeBias(nn.Module):
         grid: where the images are larger or smaller than in training; the table of offsets is interpolated, bicubic.
         """
         table, index = self.table, self.index
-        if grid is not None and grid != self.grid:
+        if grid is not None and not (is_number(grid) and grid == self.grid):
             old, new = [(2 * rows - 1, 2 * cols - 1) for rows, cols in (self.grid, grid)]
             table = torch.cat([resize(table[None, :-3], old, new)[0], table[-3:]])
             index = _offset_index(grid).to(table.device)

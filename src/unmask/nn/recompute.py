@@ -8,6 +8,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from unmask.nn.linear import in_transform
+
 
 def recomputed(function: Callable[[Tensor], Tensor], x: Tensor, made: Tensor) -> AbstractContextManager[object]:
     """Within, what is kept of `made` = function(x) is x alone; the backward pass computes `made` again.
@@ -15,7 +17,7 @@ def recomputed(function: Callable[[Tensor], Tensor], x: Tensor, made: Tensor) ->
     function: element by element, the same at each call. It saves memory where something else keeps x already.
     Compiled code decides by itself what it computes twice, and is left alone.
     """
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or in_transform(x):
         return nullcontext()
     x, address = x.detach(), made.data_ptr()
 

@@ -134,7 +134,7 @@ class ViT(ImageEncoder):
         if self.pos_embed is None:
             return tokens.to(self.cls_token.dtype)  # as the sum with positions is, also under autocast
         table = positions.resize(self.pos_embed[:, 1:], self.grid, grid or self.grid)
-        return tokens + (table if where is None else take(table.expand(len(tokens), -1, -1), where))
+        return tokens + (table if where is None else take(table.expand(tokens.shape[0], -1, -1), where))
 
     def run(
         self,
@@ -162,7 +162,7 @@ class ViT(ImageEncoder):
         paths: of `blocks.draw_paths`, for training with stochastic depth.
         """
         cls = self.cls_token if self.pos_embed is None else self.cls_token + self.pos_embed[:, :1]
-        x = torch.cat([cls.expand(len(tokens), -1, -1).to(tokens.dtype), tokens], 1)
+        x = torch.cat([cls.expand(tokens.shape[0], -1, -1).to(tokens.dtype), tokens], 1)
         bias = None if self.relative_bias is None else self.relative_bias(where, grid)
         yield x
         for number, block in enumerate(self.blocks):
@@ -181,7 +181,9 @@ class ViT(ImageEncoder):
         """As `forward`, without a look at the range of the values: for training."""
         grid = grid_of((images.shape[2], images.shape[3]), self.patch)
         tokens = self.run(self.embed(self.patches(images), grid=grid), grid=grid)
-        return Features(cls=tokens[:, 0], patches=tokens[:, 1:], grid=grid)
+        # A graph of ONNX has tensors for outputs only, so there the grid is left out.
+        grid = (0, 0)[:0] if torch.onnx.is_in_onnx_export() else grid
+        return Features(cls=tokens[:, 0], patches=tokens[:, 1:], grid=grid)  # type: ignore[arg-type]
 
     def feature_layers(self, images: Shaped[Tensor, "B C H W"], scale: Scale | None = None) -> Iterator[Features]:
         """The features of every layer, 0 (what the first block is given) to depth (with the final norm: `forward`)."""
