@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from unmask import checkpoint, export, outbound
-from unmask.batch import ImageSpec
+from unmask.batch import DTYPES, ImageSpec
 from unmask.config import Config, parse_method
 from unmask.console import Console
 from unmask.errors import UserError
@@ -281,7 +281,11 @@ def exported(tmp_path: Path, to: str, method, **changes) -> tuple[Path, dict]:
     assert summary["tested"].startswith("checked: "), summary["tested"]
     assert summary["difference"] <= 1e-5
     card = Path(summary["card"])
-    assert {path.name for path in tmp_path.iterdir()} == {"run", out.name, out.name if to == "hf" else card.name}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "run",
+        out.name,
+        out.name if to.startswith("hf") else card.name,
+    }
     return out, summary
 
 
@@ -386,15 +390,15 @@ def test_official_mae_takes_encoders_and_classifiers(tmp_path, others):
 @pytest.mark.parametrize(
     ("method", "changes", "kind"),
     [
-        ("mae", {}, "ViTMAEForPreTraining"),
-        ("mae", {"channels": 1, "target": "pixels"}, "ViTMAEForPreTraining"),
+        ("mae", {}, "ViTModel"),
+        ("mae", {"channels": 1, "target": "pixels"}, "ViTModel"),
         ("mae", {"channels": 4, "size": (16, 24)}, "ViTModel"),
         ("mae", {"encoder": {**ENCODER, "norm_eps": 1e-3}}, "ViTModel"),
         ("mpp", {"encoder": {**ENCODER, "patch": (4, 8), "positions": "learned"}}, "ViTModel"),
         ("encoder", {"dtype": "uint16"}, "ViTModel"),
         ("mae", {"encoder": {**ENCODER, "layer_scale": 0.1}}, "BeitModel"),
-        ("beit", {}, "BeitForMaskedImageModeling"),
-        ("beit", {"encoder": {**ENCODER, "positions": "learned"}}, "BeitForMaskedImageModeling"),
+        ("beit", {}, "BeitModel"),
+        ("beit", {"encoder": {**ENCODER, "positions": "learned"}}, "ViTModel"),
         ("beit", {"target": "pixels", "tokenizer": None}, "BeitModel"),
         ("classify", {}, "BeitForImageClassification"),
         ("classify", {"encoder": {**BEIT, "relative_bias": "each_block"}}, "BeitForImageClassification"),
@@ -411,17 +415,68 @@ def test_transformers_computes_the_same(tmp_path, method, changes, kind):
     encoder, images = load(tmp_path / "run").method.encoder, None
     if kind.startswith("ImageGPT"):
         return
+    images = some_images(2, encoder.spec.channels, *encoder.spec.size).to(DTYPES[encoder.spec.dtype])
+    pixels = normalised(images.float(), encoder)
+    if not kind.endswith("Model"):
+        return  # what was compared is another thing: classes
+    named = run_code(summary["load"].replace("AutoImageProcessor, ", "").replace("processor = ", "# "))["model"]
+    with quietly():
+        auto = transformers.AutoModel.from_pretrained(out).eval()
+    for model in (named, auto):
+        first, again = (model(pixels).last_hidden_state for _ in range(2))
+        assert torch.equal(first, again), "nothing is drawn at random"
+        assert far(first, tokens(encoder, images)) < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("method", "changes", "kind"),
+    [
+        ("mae", {}, "ViTMAEForPreTraining"),
+        ("mae", {"channels": 1, "target": "pixels"}, "ViTMAEForPreTraining"),
+        ("beit", {}, "BeitForMaskedImageModeling"),
+        ("igpt", {}, "ImageGPTForCausalImageModeling"),
+    ],
+)
+def test_the_whole_method_is_exported_by_name(tmp_path, method, changes, kind):
+    transformers = pytest.importorskip("transformers")
+    out, summary = exported(tmp_path, "hf-pretraining", method, **changes)
+    assert summary["what"] == f"{kind} of transformers"
+    if kind != "ViTMAEForPreTraining":
+        return
+    encoder = load(tmp_path / "run").method.encoder
     images = some_images(2, encoder.spec.channels, *encoder.spec.size)
-    pixels = normalised(images, encoder)
-    if kind == "ViTMAEForPreTraining":
-        core = transformers.ViTMAEModel.from_pretrained(out, mask_ratio=0.0).eval()
-        found = core(pixels, noise=torch.arange(16.0).expand(2, -1)).last_hidden_state
-    elif kind.endswith("Model"):
-        found = run_code(summary["load"].replace("AutoImageProcessor, ", "").replace("processor = ", "# "))["model"]
-        found = found(pixels).last_hidden_state
-    else:
-        return  # what was compared is another thing: codes, or classes
+    core = transformers.ViTMAEModel.from_pretrained(out, mask_ratio=0.0).eval()
+    found = core(normalised(images, encoder), noise=torch.arange(16.0).expand(2, -1)).last_hidden_state
     assert far(found, tokens(encoder, images)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "said"),
+    [
+        ("simmim", {}, "no pre-training model for this run of simmim; use --to hf"),
+        ("mae", {"channels": 4, "size": (16, 24)}, r"run of mae \(.*square.*\); use --to hf"),
+        ("classify", {}, "no pre-training model"),
+    ],
+)
+def test_what_transformers_cannot_pre_train_is_refused_by_that_name(tmp_path, method, changes, said):
+    with pytest.raises(ExportError, match=said):
+        exported(tmp_path, "hf-pretraining", method, **changes)
+
+
+def test_the_feature_pipeline_of_transformers_gives_all_tokens(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    from PIL import Image
+
+    out, _ = exported(tmp_path, "hf", "mae")
+    encoder = load(tmp_path / "run").method.encoder
+    images = some_images(1, 3, 16, 16)
+    picture = Image.fromarray(images[0].permute(1, 2, 0).numpy())
+    with quietly():
+        pipe = transformers.pipeline("image-feature-extraction", model=str(out), device="cpu")
+        first, again = (torch.tensor(pipe(picture)) for _ in range(2))
+    assert torch.equal(first, again)
+    assert far(first, tokens(encoder, images).detach()) < 1e-5
 
 
 @torch.no_grad()
@@ -435,7 +490,7 @@ def test_the_classes_and_codes_of_transformers_are_ours(tmp_path):
     model = transformers.AutoModelForImageClassification.from_pretrained(out).eval()
     assert far(model(normalised(images, ours.encoder)).logits, ours.logits(images)) < 1e-5
     assert model.config.id2label == {0: "cat", 1: "dog", 2: "owl"}
-    out, _ = exported(tmp_path / "b", "hf", "beit")
+    out, _ = exported(tmp_path / "b", "hf-pretraining", "beit")
     ours = load(tmp_path / "b" / "run").method
     model = transformers.BeitForMaskedImageModeling.from_pretrained(out).eval()
     hidden = torch.zeros(2, 16, dtype=torch.bool)
@@ -504,7 +559,7 @@ def test_the_graph_takes_the_files_own_units_and_any_number_of_images(tmp_path, 
     spec = method.encoder.spec
     for count in (1, 5):
         images = some_images(count, spec.channels, *spec.size)
-        names_there = {"images": images.float().numpy()}
+        names_there = {"images": images.numpy()}
         exec(summary["load"], names_there)
         found = [torch.from_numpy(names_there[name]) for name in names]
         ours = method.encoder(images)
@@ -515,6 +570,21 @@ def test_the_graph_takes_the_files_own_units_and_any_number_of_images(tmp_path, 
     session = names_there["session"]
     assert [each.name for each in session.get_outputs()] == names
     assert session.get_inputs()[0].shape[1:] == [spec.channels, *spec.size]
+    with pytest.raises(Exception, match=r"Unexpected input data type.*float.*uint8"):
+        session.run(names, {"images": (images / 255).numpy()})
+    told = json.loads(session.get_modelmeta().custom_metadata_map["unmask.input"])
+    assert (told["dtype"], told["units"], told["normalised"]) == ("uint8", "0 to 255", False)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("to", "dtype", "taken"), [("onnx-float", "uint8", "float"), ("onnx", "uint16", "uint16")])
+def test_the_input_of_a_graph_is_that_of_the_files_or_float_by_name(tmp_path, to, dtype, taken):
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    out, summary = exported(tmp_path, to, "mae", dtype=dtype)
+    assert summary["difference"] < 1e-4
+    session = onnxruntime.InferenceSession(out, providers=["CPUExecutionProvider"])
+    assert session.get_inputs()[0].type == f"tensor({taken})"
 
 
 @pytest.mark.parametrize("method", ["mae", "beit", "igpt", "dvae", "classify", "encoder"])
@@ -713,6 +783,28 @@ def test_what_computes_something_else_is_removed(tmp_path, others, monkeypatch, 
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
+@pytest.mark.parametrize("to", ["timm", "hf", "onnx"])
+def test_a_library_that_is_there_and_cannot_be_imported_is_not_called_missing(tmp_path, monkeypatch, to):
+    """As with a torchvision of another torch: the reason is said, and what was written stays."""
+    name = {"timm": "timm", "hf": "transformers", "onnx": "onnxruntime"}[to]
+    (tmp_path / "site" / name).mkdir(parents=True)
+    (tmp_path / "site" / name / "__init__.py").write_text(
+        "try:\n    raise RuntimeError('operator torchvision::nms does not exist\\nmore lines')\n"
+        "except RuntimeError as error:\n    raise ImportError('Are the requirements defined?') from error\n"
+    )
+    for module in [one for one in sys.modules if one.split(".")[0] == name]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    run = make(tmp_path / "run", "mae")
+    out = tmp_path / {"timm": "out.safetensors", "hf": "out", "onnx": "out.onnx"}[to]
+    summary = export_run(run, to, out)
+    assert summary["tested"] == (
+        f"not checked: importing {name} failed with RuntimeError: operator torchvision::nms does not exist"
+    )
+    assert summary["difference"] is None
+    assert out.exists()
+
+
 def test_without_the_other_library_it_is_said_that_nothing_was_checked(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "timm", None)
     run = make(tmp_path / "run", "mae")
@@ -903,7 +995,8 @@ def test_the_command_line_exports_and_fails_with_its_codes(tmp_path, others, mon
 @pytest.mark.parametrize(
     ("to", "method", "changes"),
     [
-        ("hf", "mae", {}), ("hf", "beit", {}), ("hf", "igpt", {}), ("hf", "classify", {}), ("timm", "beit", {}),
+        ("hf", "mae", {}), ("hf-pretraining", "mae", {}), ("hf-pretraining", "beit", {}), ("hf", "beit", {}),
+        ("hf", "igpt", {}), ("hf", "classify", {}), ("timm", "beit", {}),
         ("hf", "mpp", {"size": (16, 24)}), ("timm", "classify", {}), ("official", "mae", {}),
         ("official", "mpp", {"size": (16, 24)}),
     ],
@@ -911,8 +1004,9 @@ def test_the_command_line_exports_and_fails_with_its_codes(tmp_path, others, mon
 def test_what_was_exported_comes_back_by_import(tmp_path, others, to, method, changes):
     out, _ = exported(tmp_path, to, method, **changes)
     ours = load(tmp_path / "run")
-    settings = [] if to == "hf" else ["method.encoder.heads=2", *["method.decoder.heads=2"] * (method == "mae")]
-    if to != "hf":
+    hf = to.startswith("hf")
+    settings = [] if hf else ["method.encoder.heads=2", *["method.decoder.heads=2"] * (method == "mae")]
+    if not hf:
         settings += [f"data.{key}={[*getattr(ours.plan.images, key)]}" for key in ("mean", "std", "size")]
     theirs = load(import_weights(out, tmp_path / "again", settings=settings).path)
     images = some_images(2, 3, *ours.plan.images.size)
@@ -921,5 +1015,9 @@ def test_what_was_exported_comes_back_by_import(tmp_path, others, to, method, ch
         assert far(theirs.method.logits(images), ours.method.logits(images)) < 1e-5
     else:
         assert far(tokens(theirs.method.encoder, images), tokens(ours.method.encoder, images)) < 1e-5
-    whole = method == "mae" or (method, to) in (("igpt", "hf"), ("classify", "hf"), ("classify", "timm"))
+    found = theirs.config.method.encoder, ours.config.method.encoder
+    assert method in ("igpt", "classify") or found[0].relative_bias == found[1].relative_bias
+    whole = (method == "mae" and to != "hf") or (method, to) in (
+        ("igpt", "hf"), ("classify", "hf"), ("classify", "timm"),
+    )  # fmt: skip
     assert (theirs.config.method.name == method) == whole

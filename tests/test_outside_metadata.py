@@ -159,9 +159,9 @@ HEADERS = {
     "unknown key": (lambda header: changed(header, *ENCODER, "evil", to=1), "evil"),
     "100,000 wide": (lambda header: changed(header, *ENCODER, "width", to=100_000), "100000"),
     "100,000 deep": (lambda header: changed(header, *ENCODER, "depth", to=100_000), "100000"),
-    "900 deep": (lambda header: changed(header, *ENCODER, "depth", to=900), "tensors differ"),
+    "900 deep": (lambda header: changed(header, *ENCODER, "depth", to=900), "missing: encoder.blocks."),
     "10^30 wide": (lambda header: changed(header, *ENCODER, "width", to=10**30), "1000000000000000000"),
-    "wider": (lambda header: changed(header, *ENCODER, "width", to=48), "tensors differ"),
+    "wider": (lambda header: changed(header, *ENCODER, "width", to=48), "of another shape"),
     "wide decoder": (lambda header: changed(header, "config", "method", "decoder", "width", to=10**6), "1000000"),
     "licence of a list": (lambda header: changed(header, "licence", to=["x"]), "licence"),
 }  # fmt: skip

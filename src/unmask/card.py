@@ -18,7 +18,10 @@ from unmask.report import PROBES, probe_title
 from unmask.run import Run
 from unmask.saved import licence_of
 
-LIBRARIES = {"timm": "timm", "hf": "transformers", "official": "pytorch", "onnx": "onnx", "safetensors": "unmask"}
+LIBRARIES = {
+    "timm": "timm", "hf": "transformers", "hf-pretraining": "transformers", "official": "pytorch", "onnx": "onnx",
+    "onnx-float": "onnx", "safetensors": "unmask",
+}  # fmt: skip
 OTHER_TASKS = ("ae", "dae", "dvae", "igpt")  # that hide no patches
 NOT_STATED = "not stated"
 LEARNT = {"classify": "classification", "segment": "segmentation", "detect": "detection"}
@@ -131,7 +134,7 @@ def preprocessing(config: Config, plan: Plan, to: str) -> str:
     mean, std = (", ".join(f"{value:.6g}" for value in values) for values in (images.mean, images.std))
     if config.method.name == "igpt" or "colours" in config.method.model_dump().get("encoder", {}):
         lines.append("Pixels become the nearest colour of a palette; mean and standard deviation are not used.")
-    elif to in ("onnx", "safetensors"):
+    elif to in ("onnx", "onnx-float", "safetensors"):
         lines.append(f"Give the files' own values: the model normalises them itself (mean {mean}; std {std}).")
     else:
         lines.append(f"Then `(image - mean) / std` per channel, in the files' own units: mean {mean}; std {std}.")

@@ -318,13 +318,19 @@ def import_(
 def export(
     run: RunFolder,
     to: Annotated[
-        str, typer.Option(metavar="TARGET", help="timm, hf, official, onnx or safetensors.", show_default=False)
+        str,
+        typer.Option(
+            metavar="TARGET",
+            help="timm; hf (encoder for transformers), hf-pretraining (with decoder or head); official (MAE's code); "
+            "onnx (input as in the files), onnx-float; safetensors (all of it, for unmask).",
+            show_default=False,
+        ),
     ],
     out: Annotated[
         Path,
         typer.Option(
             metavar="PATH",
-            help="A new .safetensors, .pth or .onnx file, or for hf a new folder.",
+            help="A new .safetensors, .pth or .onnx file, or for hf and hf-pretraining a new folder.",
             show_default=False,
         ),
     ],

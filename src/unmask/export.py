@@ -1,10 +1,14 @@
 """`unmask export RUN --to TARGET --out PATH`: a Run's weights for other libraries, with a model card beside them.
 
-    timm         one .safetensors file for timm's VisionTransformer, or its Beit
-    hf           a folder for transformers: ViTMAE, ViT, BEiT or ImageGPT, and its preprocessing
-    official     {"model": state dict} in a .pth file, under the names of official MAE
-    onnx         the encoder with its normalisation, for any runtime
-    safetensors  the whole method under our own names, its settings in the header; `one_file.py` reads it
+    timm            one .safetensors file for timm's VisionTransformer, or its Beit
+    hf              a folder for transformers: its ViT, BEiT or ImageGPT, and its preprocessing; `AutoModel` gives all
+                    tokens, equal to the features here
+    hf-pretraining  the same with the decoder or the head of the pre-training: ViTMAEForPreTraining (which hides patches
+                    at random whenever it runs), BeitForMaskedImageModeling
+    official        {"model": state dict} in a .pth file, under the names of official MAE
+    onnx            the encoder with its normalisation, for any runtime; its input has the dtype of the files
+    onnx-float      the same with float32 input, in the units of the files
+    safetensors     the whole method under our own names, its settings in the header; `one_file.py` reads it
 
 An export ends with a test: the other library, where it is installed, loads what was written, and its features of random
 images are held against those of the Run. What computes something else is removed. What a target cannot express (a
@@ -31,10 +35,19 @@ from unmask.card import last_name, model_card
 from unmask.config import nearest
 from unmask.console import Console
 from unmask.errors import naming
-from unmask.export_hf import to_hf
-from unmask.export_onnx import to_onnx
+from unmask.export_hf import to_hf, to_hf_pretraining
+from unmask.export_onnx import to_onnx, to_onnx_float
 from unmask.export_timm import to_official, to_timm
-from unmask.exportable import ExportError, ExportFailed, Made, largest, quietly, weights_of, write_safetensors
+from unmask.exportable import (
+    ExportError,
+    ExportFailed,
+    Made,
+    NotChecked,
+    largest,
+    quietly,
+    weights_of,
+    write_safetensors,
+)
 from unmask.one_file import HEADER, open_safetensors
 from unmask.run import Run
 from unmask.saved import Loaded, load
@@ -113,8 +126,8 @@ def test(made: Made, path: Path, loaded: Loaded, run: str | Path) -> tuple[float
     try:
         with torch.inference_mode(), quietly():
             difference = made.check(path, random_images(loaded.plan.images))
-    except ImportError:
-        return None, f"not checked: {made.library} is not installed"
+    except NotChecked as reason:
+        return None, f"not checked: {reason}"
     if not difference <= TOLERANCE:
         raise ExportFailed(
             f"what was exported of {run}, loaded by {made.library}, differs by up to {difference:.3g} from the run on "
@@ -173,8 +186,10 @@ def without_folders(value: Any) -> Any:
 TARGETS: dict[str, tuple[str, Callable[[Loaded], Made]]] = {
     "timm": (".safetensors", to_timm),
     "hf": ("", to_hf),
+    "hf-pretraining": ("", to_hf_pretraining),
     "official": (".pth", to_official),
     "onnx": (".onnx", to_onnx),
+    "onnx-float": (".onnx", to_onnx_float),
     "safetensors": (".safetensors", to_safetensors),
 }
 """By name: the ending of what is written, none for a folder, and what makes it."""

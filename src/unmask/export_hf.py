@@ -1,6 +1,7 @@
-"""A Run as a folder for transformers: ViTMAE, ViT, BEiT or ImageGPT, and the preprocessor that goes with it.
+"""A Run as a folder for transformers: ViT, BEiT, ImageGPT or ViTMAE, and the preprocessor that goes with it.
 
-The whole method where transformers has it, else the encoder.
+The encoder, which `AutoModel` and pipelines then give all tokens of; by another name the whole method where transformers
+has it. Its ViTMAE hides patches at random whenever it runs, so it is no form for features.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from unmask.exportable import (
     ExportFailed,
     Made,
     encoder_of,
+    imported,
     imprint,
     is_plain,
     largest,
@@ -46,7 +48,27 @@ from unmask.tasks.classify import Classifier
 
 
 def to_hf(loaded: Loaded) -> Made:
-    """A folder for transformers: the whole method where it has it, else the encoder."""
+    """A folder for transformers: the encoder, an iGPT, or a classifier.
+
+    `AutoModel` and the feature-extraction pipeline give every token of it, the same at every call.
+    """
+    return make(loaded, whole=False)
+
+
+def to_hf_pretraining(loaded: Loaded) -> Made:
+    """A folder for transformers of the whole pre-training method. Raises ExportError where it has none for it."""
+    made = make(loaded, whole=True)
+    if isinstance(loaded.method, (MAE, BEiT, IGPT)) and made.whole:
+        return made
+    raise ExportError(
+        f"transformers has no pre-training model for this run of {loaded.config.method.name}"
+        + (f" ({made.notes[0]})" if made.notes and isinstance(loaded.method, (MAE, BEiT)) else "")
+        + "; use --to hf for the encoder"
+    )
+
+
+def make(loaded: Loaded, *, whole: bool) -> Made:
+    """whole: with the decoder or the head of the pre-training, where transformers has the method."""
     if isinstance(loaded.method.encoder, GPT):
         return to_image_gpt(loaded)
     encoder, settings = vit_of(loaded, "transformers"), loaded.config.method.model_dump()["encoder"]
@@ -59,15 +81,19 @@ def to_hf(loaded: Loaded) -> Made:
         "num_channels": spec.channels, "qkv_bias": True, "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
     }  # fmt: skip
-    if isinstance(method, MAE) and plain and (why := mae_misses(loaded, "transformers' ViTMAE")) is None:
+    why = mae_misses(loaded, "transformers' ViTMAE") if isinstance(method, MAE) and plain else None
+    if whole and isinstance(method, MAE) and plain and why is None:
         return whole_mae(loaded, method, config)
     if isinstance(method, Classifier) and beit_misses(loaded, encoder) is None:
         return whole_classifier(loaded, method, config)
-    if isinstance(method, BEiT) and method_target(loaded) == "tokens" and beit_misses(loaded, encoder) is None:
+    has_beit = isinstance(method, BEiT) and method_target(loaded) == "tokens" and beit_misses(loaded, encoder) is None
+    if whole and isinstance(method, BEiT) and has_beit:
         return whole_beit(loaded, method, config)
     notes = task_left_out(loaded, "transformers")
-    if isinstance(method, MAE) and plain:
-        notes = (left_out(loaded, str(why)),)
+    if why is not None:
+        notes = (left_out(loaded, why),)
+    elif has_beit or (isinstance(method, MAE) and plain):
+        notes = ("the encoder alone, all patches visible; --to hf-pretraining has the rest of the method",)
     if isinstance(method, Classifier):
         notes = (left_out(loaded, "transformers has a classifier on mean patch tokens for squares only (BEiT's)"),)
     if not plain:
@@ -144,8 +170,8 @@ def whole_mae(loaded: Loaded, method: MAE, config: dict[str, Any]) -> Made:
         config,
         outbound.to_transformers(weights_of(method, "encoder.mean", "encoder.std"), beit=False, prefix="vit."),
         compare,
-        "`model(pixel_values)` gives the loss and the prediction; `ViTMAEModel.from_pretrained(PATH, mask_ratio=0.0)` "
-        "is the encoder alone, which shuffles the patches unless `noise` is in order.",
+        "`model(pixel_values)` gives the loss and the prediction, under masks that are drawn at random at every call; "
+        "for features export with --to hf.",
     )
 
 
@@ -224,7 +250,8 @@ def folder(
     """A folder for `from_pretrained`. compare: (model, images) -> the largest difference. more: other JSON files."""
     files = {"config.json": {"architectures": [name], "dtype": "float32"} | config}
     processor = preprocessor(loaded) if more is None else None
-    bare = ", add_pooling_layer=False" if name == "ViTModel" else ""  # a pooler there would be a random one
+    # A pooler there would be a random one.
+    bare = ", add_pooling_layer=False" if name in ("ViTModel", "BeitModel") else ""
     if processor is not None and not isinstance(sides(loaded.plan.images.size), int):
         notes = (*notes, "the preprocessor makes rectangles of the whole image, where evaluation here takes the "
                  "largest box of their shape in the middle")  # fmt: skip
@@ -240,11 +267,13 @@ def folder(
             (path / file).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
 
     def check(path: Path, images: Tensor) -> float:
-        import transformers
-
-        options = {"add_pooling_layer": False} if name == "ViTModel" else {}
+        transformers = imported("transformers")
+        options = {"add_pooling_layer": False} if name in ("ViTModel", "BeitModel") else {}
         transformers.utils.logging.disable_progress_bar()
-        model, told = getattr(transformers, name).from_pretrained(path, output_loading_info=True, **options)
+        kind = imported("transformers", name)
+        # Whoever names no class gets this one, so it is what is checked where there is nothing but an encoder.
+        kind = imported("transformers", "AutoModel") if name in ("ViTModel", "BeitModel") else kind
+        model, told = kind.from_pretrained(path, output_loading_info=True, **options)
         faults = {key: told[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if told.get(key)}
         if faults:
             raise ExportFailed(f"transformers' {name} does not take these weights: {faults}; they have been removed")
@@ -262,6 +291,7 @@ def folder(
         check=check,
         notes=notes,
         classifies=name == "BeitForImageClassification",
+        whole=name in ("ViTMAEForPreTraining", "BeitForMaskedImageModeling", "ImageGPTForCausalImageModeling"),
     )  # fmt: skip
 
 

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from unmask.batch import ImageSpec
-from unmask.exportable import ExportError, Made, largest, quietly, task_left_out
+from unmask.batch import DTYPES, ImageSpec
+from unmask.exportable import ExportError, Made, imported, largest, quietly, task_left_out
 from unmask.nn.gpt import GPT
 from unmask.nn.gpt import Block as GPTBlock
 from unmask.nn.vit import ViT
@@ -78,8 +78,16 @@ class PlainGraph(nn.Module):
         return (self.encoder(images).patches,)
 
 
-def to_onnx(loaded: Loaded) -> Made:
+def to_onnx_float(loaded: Loaded) -> Made:
+    """`to_onnx` with float32 input, for runtimes and pipelines that have no other."""
+    return to_onnx(loaded, dtype="float32")
+
+
+def to_onnx(loaded: Loaded, dtype: str | None = None) -> Made:
     """The encoder and its normalisation, for any number of images of one size; for a classifier its scores besides.
+
+    dtype: of the input; None for that of the files, so that a runtime refuses floats (which are mostly 0 to 1, and
+    would give other features without a word) where the network wants 0 to 255. The metadata of the graph say it too.
 
     Through torch.export: the older tracer has no RMS norm, and PyTorch is giving it up.
     """
@@ -90,11 +98,12 @@ def to_onnx(loaded: Loaded) -> Made:
     else:
         graph, names = GPTGraph(encoder) if isinstance(encoder, GPT) else PlainGraph(encoder), ["patches"]
     graph = graph.eval()
+    dtype = dtype or spec.dtype
 
     def write(path: Path) -> None:
         require_onnx()
         size = sum(value.nbytes for value in graph.state_dict().values())
-        example = torch.rand(2, spec.channels, *spec.size)
+        example = torch.zeros(2, spec.channels, *spec.size, dtype=DTYPES[dtype])
         with quietly(), torch.no_grad():
             program = torch.onnx.export(
                 graph, (example,), input_names=["images"], output_names=names, opset_version=OPSET, dynamo=True,
@@ -103,11 +112,14 @@ def to_onnx(loaded: Loaded) -> Made:
         assert program is not None, "dynamo was asked for"
         for node in program.model.graph:
             node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)  # it has the paths of our own files
+        program.model.metadata_props["unmask.input"] = json.dumps(
+            {"name": "images", "dtype": dtype, "units": units(spec), "normalised": False, "layout": "BCHW",
+             "size": spec.size, "channels": spec.channels, "mean": spec.mean, "std": spec.std}
+        )  # fmt: skip
         program.save(path, external_data=size > ONE_FILE)
 
     def check(path: Path, images: Tensor) -> float:
-        import onnxruntime
-
+        onnxruntime = imported("onnxruntime")
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
         found = encoder(images)
         ours = {"cls": found.cls, "patches": found.patches}
@@ -115,7 +127,7 @@ def to_onnx(loaded: Loaded) -> Made:
             ours["logits"] = classifier.logits(images)
         pairs = []
         for part in (slice(None), slice(1)):  # three images, and one
-            theirs = session.run(names, {"images": images[part].float().numpy()})
+            theirs = session.run(names, {"images": images[part].to(DTYPES[dtype]).numpy()})
             pairs += [
                 (torch.from_numpy(np.asarray(out)), ours[name][part]) for name, out in zip(names, theirs, strict=True)
             ]
@@ -131,7 +143,7 @@ def to_onnx(loaded: Loaded) -> Made:
         library="onnxruntime",
         load="import onnxruntime\n\nsession = onnxruntime.InferenceSession(PATH)\n"
         f'{", ".join(names)}{"," if len(names) == 1 else ""} = session.run({json.dumps(names)}, {{"images": images}})',
-        returns=f"`images` is float32 (B, {spec.channels}, {height}, {width}) in the files' own units "
+        returns=f"`images` is {dtype} (B, {spec.channels}, {height}, {width}) in the files' own units "
         f"({units(spec)}), not normalised: the graph does that. Outputs: {', '.join(names)}.",
         write=write,
         check=check,

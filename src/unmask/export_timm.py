@@ -8,7 +8,6 @@ Both have positions with a row for the class token, which comes first.
 
 from __future__ import annotations
 
-import importlib
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from unmask.exportable import (
     Made,
     arguments,
     encoder_of,
+    imported,
     imprint,
     is_plain,
     largest,
@@ -62,20 +62,20 @@ def to_timm(loaded: Loaded) -> Made:
         asked["init_values"] = settings["layer_scale"] or 0.0  # timm takes None for: as usual
     if beit:
         asked["use_abs_pos_emb"] = encoder.pos_embed is not None
-        asked["use_rel_pos_bias"] = settings["relative_bias"] == "each_block"
-        asked["use_shared_rel_pos_bias"] = settings["relative_bias"] is True
+        asked["use_rel_pos_bias"] = bool(settings["relative_bias"])
     elif classifier:
         asked["fc_norm"] = True
     name = "beit_base_patch16_224" if beit else "vit_base_patch16_224"
     weights = encoder_of(method)
     if classifier:
         weights = weights_of(method, "encoder.norm.", "encoder.mean", "encoder.std")
+    weights = each_with_its_own(weights, settings["depth"])
     state = (outbound.to_beit if beit else outbound.to_official)(weights)
     eps = settings["norm_eps"]
     said = arguments(asked) + f", norm_layer=partial(nn.LayerNorm, eps={eps!r})" * (eps != 1e-6)
 
     def check(path: Path, images: Tensor) -> float:
-        timm = importlib.import_module("timm")
+        timm = imported("timm")
         layer = {} if eps == 1e-6 else {"norm_layer": lambda width, **more: nn.LayerNorm(width, **{"eps": eps} | more)}
         model = timm.create_model(name, **asked, **layer).eval()
         model.load_state_dict(load_file(path), strict=True)
@@ -97,6 +97,18 @@ def to_timm(loaded: Loaded) -> Made:
         notes=() if classifier else task_left_out(loaded, "timm"),
         classifies=classifier is not None,
     )  # fmt: skip
+
+
+def each_with_its_own(weights: dict[str, Tensor], depth: int) -> dict[str, Tensor]:
+    """The relative position bias that all blocks share, written once for each block, which computes the same.
+
+    timm can share it too, but what its file must hold then depends on its version (before 1.0.24 also an index).
+    """
+    name = "encoder.relative_bias.table"
+    if name not in weights:
+        return weights
+    own = {f"encoder.blocks.{number}.relative_bias.table": weights[name].clone() for number in range(depth)}
+    return {key: value for key, value in weights.items() if key != name} | own
 
 
 def to_official(loaded: Loaded) -> Made:
@@ -141,10 +153,7 @@ def to_official(loaded: Loaded) -> Made:
     state = outbound.to_official(weights)
 
     def check(path: Path, images: Tensor) -> float:
-        try:
-            make = getattr(importlib.import_module(module), name)
-        except AssertionError as error:  # it asks for a version of timm that does not import any more
-            raise ImportError(str(error)) from None
+        make = imported(module, name, f"{module} of facebookresearch/mae")
         layer = partial(nn.LayerNorm, eps=settings["norm_eps"])
         model = make(**asked, norm_layer=layer).eval()
         model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["model"], strict=True)

@@ -5,6 +5,7 @@ Nothing here knows another library. Letters: B images, N patches, D width.
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import warnings
@@ -39,14 +40,39 @@ class ExportFailed(TrainingFailed):
     """The other library computes something else from what was written, which has been removed."""
 
 
+class NotChecked(Exception):
+    """The other library cannot be used here; the message is the reason."""
+
+
+def imported(module: str, attribute: str = "", package: str = "") -> Any:
+    """A module of another library, or something in it. Raises NotChecked with what is in the way.
+
+    Libraries import parts of themselves late, and fail with any error where something they need is of another version.
+    package: how to call it, the name of the module where it is left out.
+    """
+    try:
+        found = importlib.import_module(module)
+        return getattr(found, attribute) if attribute else found
+    except Exception as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        if isinstance(cause, ModuleNotFoundError) and cause.name == module:
+            raise NotChecked(f"{package or module} is not installed") from None
+        said = str(cause).strip().splitlines()
+        raise NotChecked(
+            f"importing {package or module} failed with {type(cause).__name__}: {said[0] if said else 'no reason given'}"
+        ) from None
+
+
 @dataclass(frozen=True)
 class Made:
     """What a target makes of a Run.
 
     what: the model over there. library: which has to be installed for the test. load: code that loads it, with PATH for
-    the place. returns: a sentence, what the code's outputs are. notes: what was left out, in sentences. write: makes
-    the file, or the files of a folder. check: the largest difference between what the library computes from it and what
-    the Run does, on images in the files' units; ImportError without the library.
+    the place. returns: a sentence, what the code's outputs are. notes: what was left out, in sentences. whole: with the
+    rest of the pre-training method. write: makes the file, or the files of a folder. check: the largest difference between what the library computes from it and what
+    the Run does, on images in the files' units; NotChecked without the library.
     """
 
     what: str
@@ -57,6 +83,7 @@ class Made:
     check: Callable[[Path, Tensor], float]
     notes: tuple[str, ...] = ()
     classifies: bool = False
+    whole: bool = False
 
 
 def imprint(loaded: Loaded) -> str:
@@ -69,7 +96,9 @@ def imprint(loaded: Loaded) -> str:
     heads = {part: settings[part]["heads"] for part in ("encoder", "decoder") if "heads" in (settings.get(part) or {})}
     known = {"mean": images.mean, "std": images.std, "heads": heads, "licence": loaded.licence}
     names = {"target": settings.get("target"), "classes": settings.get("classes")}
-    return json.dumps(known | names | {"eval_share": loaded.config.data.crop.eval_share})
+    shared = (settings.get("encoder") or {}).get("relative_bias") is True
+    more = {"eval_share": loaded.config.data.crop.eval_share, "shared_bias": shared}
+    return json.dumps(known | names | more)
 
 
 def vit_of(loaded: Loaded, target: str) -> ViT:

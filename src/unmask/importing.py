@@ -15,6 +15,7 @@ task `encoder`, and that is said. Images are 8 bits a channel.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -44,6 +45,7 @@ from unmask.run import Run
 from unmask.saved import read_config
 
 RECIPE = "import"
+OWN_BIAS = r"encoder\.blocks\.\d+\.relative_bias\.table"
 UNSTATED = "your own, or whoever's run it was exported from; nothing is stated"
 OPTIMS = {
     "beit": OptimConfig(base_lr=1.5e-3 / 8, betas=(0.9, 0.999), final_lr=1 / 150, clip=3.0),
@@ -75,6 +77,8 @@ def require_heads(found: Recognised, settings: Iterable[str]) -> Recognised:
 
 def signed(found: Recognised, imprint: Mapping[str, Any]) -> Recognised:
     """What `unmask export` said of the Run beside its weights, in place of what would have to be assumed."""
+    if imprint["shared_bias"]:
+        found = with_shared_bias(found)
     method = dict(found.method)
     for part, heads in imprint["heads"].items():
         if part in method:
@@ -90,6 +94,18 @@ def signed(found: Recognised, imprint: Mapping[str, Any]) -> Recognised:
         mean=tuple(imprint["mean"]), std=tuple(imprint["std"]), statistics="of the run that it was exported from",
         licence=imprint["licence"] or UNSTATED,
     )  # fmt: skip
+
+
+def with_shared_bias(found: Recognised) -> Recognised:
+    """One relative position bias for all blocks again, where an export wrote the same for each."""
+    tables = {name: value for name, value in found.weights.items() if re.fullmatch(OWN_BIAS, name)}
+    if not tables or not all(torch.equal(value, next(iter(tables.values()))) for value in tables.values()):
+        return found
+    weights = {name: value for name, value in found.weights.items() if name not in tables}
+    weights["encoder.relative_bias.table"] = next(iter(tables.values()))
+    return replace(found, weights=weights, method=found.method | {
+        "encoder": found.method["encoder"] | {"relative_bias": True}
+    })  # fmt: skip
 
 
 def arguments_read(read: Read) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ from torch import Tensor
 from unmask import checkpoint
 from unmask.batch import ImageSpec
 from unmask.config import Config, explain
-from unmask.errors import UserError
+from unmask.errors import UserError, some
 from unmask.foreign.metadata import DEEPEST, Deviations, Numbers, Outside, Size, checked, read_object
 from unmask.foreign.state_dicts import ForeignError
 from unmask.method import Method
@@ -74,12 +74,19 @@ class OwnFile:
             ) from None
         wanted = {name: tuple(value.shape) for name, value in method.state_dict().items()}
         if shapes != wanted:
-            names = sorted(name for name in shapes.keys() | wanted.keys() if shapes.get(name) != wanted.get(name))
-            first = names[0]
+            faults = {
+                "missing": sorted(wanted.keys() - shapes.keys()),
+                "left over": sorted(shapes.keys() - wanted.keys()),
+                "of another shape": [
+                    f"{name} {shapes[name]} instead of {wanted[name]}"
+                    for name in sorted(shapes.keys() & wanted.keys())
+                    if shapes[name] != wanted[name]
+                ],
+            }
+            named = "; ".join(f"{len(names)} {how}: {some(names)}" for how, names in faults.items() if names)
             raise ForeignError(
-                f"{self.path}: got {first} {shapes.get(first, 'missing')}; the settings in its header expect "
-                f"{wanted.get(first, 'none of that name')} ({len(names)} tensors differ): the file is damaged or was "
-                "changed, export the run again"
+                f"{self.path}: its tensors are not those of the network in its header ({named}); the file is damaged "
+                "or was changed, export the run again"
             )
         weights = load_file(self.path)
         for name, value in method.state_dict().items():

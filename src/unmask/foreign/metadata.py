@@ -110,6 +110,7 @@ class Imprint(Outside):
     licence: str = ""
     target: str | None = None
     classes: Annotated[list[str], Field(max_length=LARGEST)] | None = None
+    shared_bias: bool = False
 
 
 class TrainingArguments(Outside):
