@@ -1,7 +1,7 @@
 """A Run as a folder for transformers: ViT, BEiT, ImageGPT or ViTMAE, and the preprocessor that goes with it.
 
-The encoder, which `AutoModel` and pipelines then give all tokens of; by another name the whole method where transformers
-has it. Its ViTMAE hides patches at random whenever it runs, so it is no form for features.
+The encoder, of which `AutoModel` and pipelines then give all tokens; by another name the whole method, where
+transformers has it. Its ViTMAE hides patches at random whenever it runs, so it is no form for features.
 """
 
 from __future__ import annotations

@@ -59,10 +59,8 @@ def imported(module: str, attribute: str = "", package: str = "") -> Any:
             cause = cause.__cause__
         if isinstance(cause, ModuleNotFoundError) and cause.name == module:
             raise NotChecked(f"{package or module} is not installed") from None
-        said = str(cause).strip().splitlines()
-        raise NotChecked(
-            f"importing {package or module} failed with {type(cause).__name__}: {said[0] if said else 'no reason given'}"
-        ) from None
+        said = (str(cause).strip() or "no reason given").splitlines()[0]
+        raise NotChecked(f"importing {package or module} failed with {type(cause).__name__}: {said}") from None
 
 
 @dataclass(frozen=True)
@@ -71,8 +69,9 @@ class Made:
 
     what: the model over there. library: which has to be installed for the test. load: code that loads it, with PATH for
     the place. returns: a sentence, what the code's outputs are. notes: what was left out, in sentences. whole: with the
-    rest of the pre-training method. write: makes the file, or the files of a folder. check: the largest difference between what the library computes from it and what
-    the Run does, on images in the files' units; NotChecked without the library.
+    rest of the pre-training method. write: makes the file, or the files of a folder. check: the largest difference
+    between what the library computes from it and what the Run does, on images in the files' units; NotChecked without
+    the library.
     """
 
     what: str
