@@ -236,7 +236,7 @@ def test_a_file_that_goes_bad_is_replaced_alike_in_every_run_and_quarantined(ima
 
     a, b = train_with_a_broken_file(tmp_path / "a", 0), train_with_a_broken_file(tmp_path / "b", 2)
     assert losses(a) == losses(b)
-    assert [(row["name"], row["code"]) for row in a.quarantine()] == [("0004.png", "EMPTY")]
+    assert [(row["name"], row["code"]) for row in a.quarantine()] == [("0004.png", "CHANGED")]
 
 
 def test_one_broken_file_in_a_hundred_is_quarantined_and_half_stops(tmp_path):
