@@ -11,6 +11,7 @@ from unmask.data.findings import is_plain, table
 from unmask.data.page_source import read_as
 from unmask.data.scan import Scan, scan
 from unmask.data.sources import Source, open_source
+from unmask.errors import some
 from unmask.plan import Timing, choose_device, time_steps
 from unmask.start import batch_seconds, drafted, odd_images, prepare, say_plan, settle, skipped
 
@@ -60,7 +61,7 @@ def check_data(
     }
     if source.skipped:
         console.say(f"{source.name}: {len(source)} images found{skipped(source)}")
-    say_scan(found, source.classes, console)
+    say_scan(found, source, console)
     if not found.good:
         console.warn("no image can be read, so `unmask pretrain` would refuse this; the reasons stand above")
         return 2, summary
@@ -76,7 +77,7 @@ def check_data(
     return 0, summary
 
 
-def say_scan(found: Scan, classes: list[str], console: Console) -> None:
+def say_scan(found: Scan, source: Source, console: Console) -> None:
     console.say(
         f"{found.files} files, {found.checked} checked in {duration(found.seconds)}: {found.good} good, "
         f"{len(found.bad)} bad"
@@ -104,9 +105,16 @@ def say_scan(found: Scan, classes: list[str], console: Console) -> None:
         + ", ".join(f"{value:.4g}" for value in found.std)
         + " (per channel, in the files' units)"
     )
-    console.say(
-        f"labels: {len(classes)} classes from sub-folders" if classes else "labels: none (pre-training needs none)"
-    )
+    console.say(f"labels: {labels_line(source)}")
+
+
+def labels_line(source: Source) -> str:
+    """The classes of a source, or why it has none."""
+    if source.classes:
+        return f"{len(source.classes)} classes ({some(source.classes)})"
+    if source.unlabelled:
+        return f"none, because {source.unlabelled} (pre-training needs none)"
+    return "none (pre-training needs none)"
 
 
 def say_table(rows: list[dict[str, Any]], console: Console) -> None:
