@@ -29,7 +29,7 @@ import zlib
 from abc import ABC, abstractmethod
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +39,10 @@ from unmask.data.class_names import are_fractions, class_name, class_order
 from unmask.data.decode import MOST_BYTES, BadImage
 from unmask.data.list_file import read_list
 from unmask.data.names import Names
-from unmask.data.parquet_columns import image_bytes, image_column, is_text, parquet_labels
+from unmask.data.parquet_columns import LABELS, class_label_names, image_bytes, image_column, is_text, parquet_labels
 from unmask.data.reading import Reading
 from unmask.data.system_folders import is_hidden, is_system
+from unmask.data.tar_index import Member, TarIndex, webdataset_labels
 from unmask.errors import SourceError, some
 
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".npy")
@@ -51,6 +52,9 @@ TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 EMBEDDED = ("shapes", "shapes-test", "digits", "digits-test")
 SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "dev", "eval"}
 MOST_UNPACKED = 2 << 30
+MOST_FILES = 1_000
+SHARD_ENDINGS = (".parquet", ".pq", ".tar", ".gz", ".tgz", ".bz2", ".tbz2", ".xz", ".txz")  # as they are counted
+WINDOWS = (0, 6, 10, 11, 14)  # FAT, HPFS, NTFS by two numbers, VFAT: the systems a zip member may say it was made on
 WHAT_DATA_IS = "a folder, a list file (.txt, .csv), a glob, a .tar, .zip or .parquet file, or shapes or digits"
 
 
@@ -61,7 +65,8 @@ class Source(ABC):
     `modified` (n,) int64 when its content was last written, both in nanoseconds since 1970 and -1 where unknown; None
     for images that lie in no file. `digests` (n,) uint64 are those of `content_digest`, 0 where unknown, for whoever
     has read the files (a scan, a run's record); None where nobody has. `opened` is when listing
-    began, in seconds since 1970. `reading` is how the files are to be decoded.
+    began, in seconds since 1970. `reading` is how the files are to be decoded. `data` and `exclude` are what
+    `open_source` takes to open it again from anywhere, `excluded` how many images each pattern of `exclude` left out.
     """
 
     def __init__(
@@ -76,6 +81,9 @@ class Source(ABC):
         self.digests: np.ndarray | None = None
         self.opened = time.time()
         self.reading = Reading()
+        self.data: str | tuple[str, ...] = self.location
+        self.exclude: tuple[str, ...] = ()
+        self.excluded: dict[str, int] = {}
         self.skipped: Counter[str] = Counter()
         self.labels: np.ndarray | None = None
         self.unlabelled = ""  # why not, where something looked like labels
@@ -89,8 +97,8 @@ class Source(ABC):
     def read(self, i: int) -> bytes:
         """The bytes of row i. Raises BadImage with VANISHED or PERMISSION when the file cannot be read."""
 
-    def path(self, i: int) -> str:
-        """The file on disk that row i lies in."""
+    def path(self, i: int) -> str | None:
+        """The file on disk that row i is read from; None where it lies in memory."""
         return self.location
 
     def read_unchanged(self, i: int) -> bytes:
@@ -102,7 +110,8 @@ class Source(ABC):
         data = self.read(i)
         if self.changed is None or self.modified is None or self.changed[i] < 0:
             return data
-        now = _stat(self.path(i))
+        path = self.path(i)
+        now = None if path is None else _stat(path)
         if now is None or last_change(now) == self.changed[i]:
             return data
         known = 0 if self.digests is None else int(self.digests[i])
@@ -192,16 +201,45 @@ def require_labels(source: Source, known: Sequence[str] = ()) -> Source:
     return source
 
 
-def open_source(data: str | Path) -> Source:
-    """Open DATA, whatever it is. Raises SourceError when it is nothing we know, is empty, or holds no image."""
-    began, text = time.time(), str(data)
+def open_source(data: str | Path | Sequence[str | Path], exclude: Sequence[str] = ()) -> Source:
+    """Open DATA, whatever it is, or several of them as one.
+
+    exclude: patterns of names to leave out, see `joined.matcher`. Raises SourceError when it is nothing we know, is
+    empty, or holds no image.
+    """
+    from unmask.data import joined
+
+    texts = [str(data)] if isinstance(data, str | Path) else [str(one) for one in data]
+    if not texts:
+        raise SourceError(f"got no DATA; expected {WHAT_DATA_IS}")
+    began = time.time()
+    if len(texts) > 1 and all(text.lower().endswith(EXTENSIONS) and os.path.isfile(text) for text in texts):
+        if len(texts) > MOST_FILES:
+            raise SourceError(
+                f"got {len(texts)} image files; at most {MOST_FILES} can be named one by one: put the glob in quotes"
+            )
+        parts: list[Source] = [open_files(texts)]
+        places = tuple(os.path.abspath(text) for text in texts)
+    else:
+        parts = [_open_one(text) for text in texts]
+        places = tuple(part.location for part in parts)
+    left = [joined.exclude(part, exclude) for part in parts]
+    source = left[0] if len(left) == 1 else joined.join(left, texts)
+    source.opened, source.exclude = began, tuple(exclude)
+    source.data = places[0] if len(places) == 1 else places
+    source.excluded = {pattern: sum(part.excluded.get(pattern, 0) for part in left) for pattern in exclude}
+    return source
+
+
+def _open_one(text: str) -> Source:
     stem, _, count = text.partition(":")
     path = Path(text)
     exists = os.path.exists(text)  # unlike Path.exists, no error for a name that is too long or a closed folder
     if not exists and stem in EMBEDDED:
         return _embedded(text, stem, count)
+    source: Source
     if not exists and glob.has_magic(text):
-        source: Source = _from_glob(text)
+        source = _from_glob(text)
     elif not exists:
         raise SourceError(f"{text} does not exist; {WHAT_DATA_IS} was expected{_near(text, stem)}")
     elif path.is_dir():
@@ -215,7 +253,6 @@ def open_source(data: str | Path) -> Source:
         raise SourceError(
             f"{text} holds no image{f' (but {seen})' if seen else ': it is empty'}; known are {' '.join(EXTENSIONS)}"
         )
-    source.opened = began
     return source
 
 
@@ -330,14 +367,34 @@ class _Listing:
         return Files(name, root, paths, *columns, location=location)
 
 
-def _from_tree(text: str) -> Files:
+def _from_tree(text: str) -> Source:
     skipped: Counter[str] = Counter()
     listing = _Listing()
     _walk(text, listing, skipped)
+    if not listing.paths and any(skipped[ending] for ending in SHARD_ENDINGS):
+        return _from_shards(text, os.path.abspath(text), _shards_below(text), location=os.path.abspath(text))
     source = listing.files(text, os.path.abspath(text), ordered=False)
     source.skipped = skipped
     source.label_by_folder()
     return source
+
+
+def _shards_below(root: str) -> list[str]:
+    """Paths of the parquet and tar files in a folder, relative to it; hidden and system folders are passed over."""
+    from unmask.data.joined import SHARDS
+
+    found = []
+    for folder, below, files in os.walk(root):
+        below[:] = sorted(name for name in below if not is_hidden(name) and not is_system(name))
+        found += [os.path.join(folder, name) for name in files if name.lower().endswith(SHARDS) and not is_hidden(name)]
+    return found
+
+
+def _from_shards(text: str, root: str, paths: Sequence[str], *, location: str) -> Source:
+    from unmask.data.joined import open_shards
+
+    relative = [os.path.relpath(path, root).replace(os.sep, "/") for path in paths]
+    return open_shards(text, root, relative, location=location)
 
 
 def _walk(root: str, listing: _Listing, skipped: Counter[str], wanted: Callable[[str], bool] | None = None) -> None:
@@ -407,7 +464,7 @@ def _hidden(name: str, skipped: Counter[str]) -> bool:
     return is_hidden(name)
 
 
-def _from_glob(text: str) -> Files:
+def _from_glob(text: str) -> Source:
     skipped: Counter[str] = Counter()
     parts = text.replace(os.sep, "/").split("/")
     if "**" in parts:  # not by glob: it follows links in circles
@@ -429,9 +486,20 @@ def _from_glob(text: str) -> Files:
                 found.append(path)
             elif os.path.isfile(path):
                 skipped[os.path.splitext(path)[1].lower()] += 1
+    location = text if os.path.isabs(text) else os.path.join(glob.escape(os.getcwd()), text)
+    if not found and any(skipped[ending] for ending in SHARD_ENDINGS):
+        paths = [os.path.abspath(path) for path in glob.glob(text, recursive=True)]
+        shards = [path for path in paths if path.lower().endswith((".parquet", ".pq", *TARS)) and os.path.isfile(path)]
+        if len(shards) == 1:
+            source = _from_file(shards[0])
+            source.name, source.location = text, location
+            return source
+        if shards:
+            return _from_shards(
+                text, os.path.commonpath([os.path.dirname(path) for path in shards]), shards, location=location
+            )
     if not found and not skipped:
         raise SourceError(f"{text} matches no file; put the pattern in quotes, and use ** for any depth")
-    location = text if os.path.isabs(text) else os.path.join(glob.escape(os.getcwd()), text)
     source = _absolute_files(text, sorted(found, key=os.fsencode), location=location)
     source.skipped = skipped
     source.label_by_folder()
@@ -513,6 +581,15 @@ def _from_list(text: str) -> Files:
 # ------------------------------------------------------------------------------------------------------------- archives
 
 
+def _has_image_name(name: str) -> bool:
+    return name.lower().endswith(EXTENSIONS)
+
+
+def _is_kept(name: str) -> bool:
+    """Whether a member of a compressed tar may be needed: an image, or a label of a webdataset."""
+    return name.lower().endswith((*EXTENSIONS, ".cls", ".json"))
+
+
 def _wanted(name: str, size: int, skipped: Counter[str]) -> bool:
     """Whether an archive member is an image we read; nothing is ever unpacked to disk."""
     parts = name.split("/")
@@ -531,66 +608,57 @@ def _wanted(name: str, size: int, skipped: Counter[str]) -> bool:
 
 
 class TarSource(Source):
-    """A tar file. Plain: an index of offsets is made once. Compressed: read into memory once, up to 2 GiB."""
+    """A tar file. Plain: an index of offsets is made once. Compressed: read into memory once, up to 2 GiB.
+
+    Labels are those of a webdataset (`000123.cls` or `000123.json` beside `000123.jpg`), or else the folders' names.
+    """
 
     def __init__(self, text: str) -> None:
-        self.skipped: Counter[str] = Counter()
-        members: list[tuple[str, int, int, bytes]] = []
         compressed = _is_compressed(text)
+        index = TarIndex(_is_kept if compressed else None, MOST_UNPACKED)
         try:
             with tarfile.open(text) as archive:
-                for member in self._index(archive, compressed):
-                    members.append(member)
+                index.read(archive, _has_image_name)
         except SourceError:
             raise
         except (tarfile.TarError, EOFError, OSError, ValueError, zlib.error, lzma.LZMAError) as error:
-            if not members:
+            if not index.images:
                 why = str(error).splitlines()[0]
                 raise SourceError(f"{text} cannot be read as a tar file: {why}") from None
             raise SourceError(
-                f"{text} is damaged or cut short behind its {len(members)} first images, the last of them "
-                f"{printable(members[-1][0])}; copy it again, or unpack what is there and give the folder"
+                f"{text} is damaged or cut short behind its {index.images} first images, the last of them "
+                f"{printable(index.last)}; copy it again, or unpack what is there and give the folder"
             ) from None
-        members.sort(key=lambda member: member[0])
-        skipped = self.skipped
-        super().__init__(text, [printable(name) for name, *_ in members], [size for _, _, size, _ in members])
+        skipped, members = index.skipped, index.members
+        names = sorted(name for name, member in members.items() if _wanted(name, member.size, skipped))
+        images = [members[name] for name in names]
+        super().__init__(text, [printable(name) for name in names], [member.size for member in images])
         self.skipped = skipped
-        self.changed, self.modified = _times_of_archive(text, len(members))
-        self.offsets = np.array([offset for _, offset, _, _ in members], np.int64)
-        self.contents = [content for *_, content in members] if compressed else None
-        self.label_by_folder()
+        self.changed, self.modified = _times_of_archive(text, len(images))
+        self.offsets = np.array([member.offset for member in images], np.int64)
+        self.contents = [member.content or b"" for member in images] if compressed else None
+        self._label(names, members)
 
-    def _index(self, archive: tarfile.TarFile, compressed: bool) -> Iterator[tuple[str, int, int, bytes]]:
-        """(name, offset, size, content if compressed) of each image."""
-        held = 0
-        for member in archive:
-            if not member.isfile() or member.issparse():  # links too: nothing outside the archive is ever looked at
-                self.skipped["not a regular file"] += not member.isdir()
-                continue
-            if not _wanted(member.name, member.size, self.skipped):
-                continue
-            content = b""
-            if compressed:
-                held += member.size
-                if held > MOST_UNPACKED:
-                    raise SourceError(
-                        f"{archive.name} unpacks to more than {MOST_UNPACKED >> 30} GiB, and a compressed tar cannot "
-                        "be read at random places; unpack it, or make an uncompressed .tar"
-                    )
-                file = archive.extractfile(member)
-                content = file.read() if file else b""
-                if len(content) < member.size:
-                    raise EOFError
-            yield member.name.removeprefix("./"), member.offset_data, member.size, content
-        # tarfile takes a damaged header for the end, and the end of the file too: the true end is blocks of zeros.
-        if archive.fileobj is not None:
-            archive.fileobj.seek(archive.offset)
-            end = archive.fileobj.read(tarfile.BLOCKSIZE)
-            if len(end) < tarfile.BLOCKSIZE or end.strip(b"\0"):
-                raise tarfile.ReadError("it does not end as a tar does")
+    def _label(self, names: list[str], members: dict[str, Member]) -> None:
+        with open(self.location, "rb") as file:
 
-    def read_unchanged(self, i: int) -> bytes:
-        return self.read(i) if self.contents is not None else super().read_unchanged(i)  # nothing changes in memory
+            def content(member: Member) -> bytes:
+                if member.content is not None:
+                    return member.content
+                file.seek(member.offset)
+                return file.read(member.size)
+
+            labels, self.unlabelled, ending = webdataset_labels(names, members, content)
+        self.has_label_files = bool(ending)
+        if ending:
+            del self.skipped[ending]  # they were read
+        if labels is not None:
+            self.label_by(labels)
+        elif not self.unlabelled:
+            self.label_by_folder()
+
+    def path(self, i: int) -> str | None:
+        return self.location if self.contents is None else None
 
     def read(self, i: int) -> bytes:
         if self.contents is not None:
@@ -619,27 +687,39 @@ def _is_compressed(path: str) -> bool:
         raise SourceError(f"{path} cannot be read: {error.strerror}") from None
 
 
+def _zip_name(info: zipfile.ZipInfo) -> str:
+    """A member's path. Some tools of Windows separate folders by backslashes, as unzip knows too; elsewhere a backslash
+    is a letter like others."""
+    if info.create_system in WINDOWS and "/" not in info.filename:
+        return info.filename.replace("\\", "/")
+    return info.filename
+
+
 class ZipSource(Source):
     """A zip file; members are read one at a time, checked against their CRC."""
 
     def __init__(self, text: str) -> None:
         skipped: Counter[str] = Counter()
-        members: dict[str, int] = {}  # of members of the same name, the last is what reading gives
+        members: dict[str, tuple[str, int]] = {}  # own name and size; the last of a name is what reading gives
         try:
             with zipfile.ZipFile(text) as archive:
                 for info in archive.infolist():
-                    if info.is_dir():
+                    name = _zip_name(info)
+                    if name.endswith("/"):
                         continue
                     if (info.external_attr >> 28) not in (0, 8):  # a link
                         skipped["not a regular file"] += 1
-                    elif _wanted(info.filename, info.file_size, skipped):
-                        members[info.filename] = info.file_size
+                    elif _wanted(name, info.file_size, skipped):
+                        if name in members:
+                            skipped["replaced by a later member of the same name"] += 1
+                        members[name] = info.filename, info.file_size
         # NotImplementedError is zipfile's word for a version of the format that it does not know.
         except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error) as error:
             raise SourceError(f"{text} cannot be read as a zip file: {error}") from None
         ordered = sorted(members)
-        self.members = Names(ordered)
-        super().__init__(text, _printed(self.members), [members[name] for name in ordered])
+        names, self.members = Names(ordered), Names([members[name][0] for name in ordered])
+        self.members = names if names.same(self.members) else self.members
+        super().__init__(text, _printed(names), [members[name][1] for name in ordered])
         self.changed, self.modified = _times_of_archive(text, len(members))
         self.skipped = skipped
         self.label_by_folder()
@@ -683,6 +763,9 @@ class ParquetSource(Source):
                 self.struct = pa.types.is_struct(schema.field(self.column).type)
                 rows = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
                 names = _parquet_names(file, schema, self.column, self.struct)
+                label = next((name for name in LABELS if name in schema.names), None)
+                self.class_list = [] if label is None else [class_name(n) for n in class_label_names(schema, label)]
+                self.layout = (self.column, label, self.class_list)
                 labels = parquet_labels(file, schema, text)
         except (pa.ArrowException, OSError) as error:
             raise SourceError(f"{text} cannot be read as a parquet file: {error}") from None
@@ -691,10 +774,10 @@ class ParquetSource(Source):
         self.changed, self.modified = _times_of_archive(text, len(names))
         self.digest = hashlib.sha256(str((os.path.getsize(text), rows)).encode()).hexdigest()
         self.classes, self.labels, self.unlabelled = labels.classes, labels.numbers, labels.why
-        self._groups: dict[int, Any] = {}  # row groups in memory, the one used last at the end
+        self.groups: dict[tuple[str, int], Any] = {}  # row groups in memory, the one used last at the end
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_groups": {}}
+        return self.__dict__ | {"groups": {}}
 
     def fingerprint(self) -> str:
         return hashlib.sha256((super().fingerprint() + self.digest).encode()).hexdigest()
@@ -702,10 +785,11 @@ class ParquetSource(Source):
     def read(self, i: int) -> bytes:
         group = int(np.searchsorted(self.starts, i, "right")) - 1
         # Rows are drawn at random, and only whole groups can be read: without keeping them every image would cost one.
-        column = self._groups.pop(group) if group in self._groups else self._read_group(group)
-        self._groups[group] = column
-        while len(self._groups) > 1 and sum(held.nbytes for held in self._groups.values()) > MOST_UNPACKED:
-            del self._groups[next(iter(self._groups))]
+        held, key = self.groups, (self.location, group)
+        column = held.pop(key) if key in held else self._read_group(group)
+        held[key] = column
+        while len(held) > 1 and sum(one.nbytes for one in held.values()) > MOST_UNPACKED:
+            del held[next(iter(held))]
         value = image_bytes(column[i - int(self.starts[group])])
         if not value:
             raise BadImage("EMPTY", "the row has no image bytes")
