@@ -8,6 +8,7 @@ import torch
 from conftest import write_images
 from PIL import Image
 
+from unmask import grafts
 from unmask.checkpoint import load_model
 from unmask.console import Console
 from unmask.errors import UserError
@@ -109,7 +110,7 @@ def test_what_is_no_palette_or_of_other_images_is_refused(images, tmp_path):
     refused = {
         other.path: "is a run of mpp, the run of an iGPT or a file of `unmask palette` was expected",
         tmp_path / "none.json": "does not exist; make one with",
-        tmp_path / "bad.json": r"cannot be read \(TypeError\)",
+        tmp_path / "bad.json": r"got colours = 3; expected: .* list; make one with",
         tmp_path / "float.json": "the palette was made of float32 images, these are uint8",
     }
     for path, message in refused.items():
@@ -153,3 +154,20 @@ def test_nothing_is_overwritten_and_no_image_read_before(tmp_path, there, messag
     with pytest.raises(UserError, match=message):
         make(tmp_path / "no-images", tmp_path / "palette.json")
     assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"] * len(there)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 100_000, "null", "[1]", '{"colours": "abc", "dtype": "uint8"}', '{"colours": [], "dtype": "uint8"}',
+        '{"colours": [[NaN, 1, 2], [1, 2, 3]], "dtype": "uint8"}', '{"colours": [[1], [1, 2]], "dtype": "uint8"}',
+        '{"colours": [[1, 2], [3, 4]], "dtype": "object"}', '{"colours": [[1e999], [2]], "dtype": "uint8"}',
+        json.dumps({"colours": [[1, 2, 3]] * 100_000, "dtype": "uint8"}),
+    ],
+    ids=lambda text: text[:60],
+)  # fmt: skip
+def test_a_palette_file_that_makes_no_sense_is_a_sentence(tmp_path, text):
+    (tmp_path / "bad.json").write_text(text)
+    with pytest.raises(UserError, match=r"bad\.json") as error:
+        grafts.with_palette(tmp_path / "bad.json")
+    assert "\n" not in str(error.value)

@@ -9,16 +9,29 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from unmask import checkpoint
 from unmask.batch import ImageSpec
 from unmask.config import Config, ConfigError, Graft, parse
 from unmask.data.mask_file import hidden_share, read_masks
 from unmask.errors import UserError
+from unmask.foreign.metadata import LARGEST, Outside, checked, read_json
 from unmask.recipes import catalogue
 from unmask.run import Run
 from unmask.saved import licence_of, read_config, read_plan, take_weights
+
+
+class PaletteFile(Outside):
+    """What `unmask palette` writes, as far as it is used: colours (k, C) in units of the files."""
+
+    colours: Annotated[list[Annotated[list[float], Field(min_length=1, max_length=64)]], Field(
+        min_length=2, max_length=LARGEST
+    )]  # fmt: skip
+    dtype: Literal["uint8", "uint16", "float32"]
+
 
 TOKENIZER = "target.tokenizer."  # where methods that predict codes keep the network that makes them
 DVAE = ""  # and where the method that trains it does: it is nothing else
@@ -118,16 +131,13 @@ def with_palette(path: str | Path) -> list[str]:
         colours = checkpoint.load_model(run)[1]["encoder.palette"].tolist()
         dtype = read_plan(run).images.dtype
     else:
-        try:
-            found = json.loads(path.read_text("utf-8"))
-            colours, dtype = [[float(value) for value in colour] for colour in found["colours"]], str(found["dtype"])
-        except FileNotFoundError:
-            raise UserError(f"palette file {path} does not exist; make one with `unmask palette DATA`") from None
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"palette file {path} cannot be read ({type(error).__name__}); a file of `unmask palette DATA` was "
-                "expected"
-            ) from None
+        if not path.exists():
+            raise UserError(f"palette file {path} does not exist; make one with `unmask palette DATA`")
+        where = f"palette file {path}"
+        found = checked(PaletteFile, read_json(path), where, "make one with `unmask palette DATA`")
+        colours, dtype = found.colours, found.dtype
+        if len({len(colour) for colour in colours}) != 1:
+            raise UserError(f"{where}: its colours have different numbers of channels; make one with `unmask palette`")
     return [
         f"method.palette={json.dumps(colours)}",
         f"method.palette_dtype={dtype}",

@@ -1,5 +1,10 @@
 """Drawn masks: every kind of file gives the same text, and what is none is named."""
 
+import re
+import struct
+import warnings
+import zlib
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -50,3 +55,38 @@ def test_arrays_of_another_shape_or_kind_and_missing_files_are_refused(tmp_path)
             read_masks(tmp_path / "a.npy")
     with pytest.raises(UserError, match="does not exist"):
         read_masks(tmp_path / "none.txt")
+
+
+def array_header(shape: str, dtype: str = "'<f4'") -> bytes:
+    """The beginning of a .npy file, without any values behind it."""
+    header = f"{{'descr': {dtype}, 'fortran_order': False, 'shape': {shape}, }}".encode()
+    header += b" " * (63 - (len(header) + 10) % 64) + b"\n"
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that claims a size and holds a few rows of it."""
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    size = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size) + chunk(b"IDAT", zlib.compress(b"\0" * 99)) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("huge.npy", array_header("(100000, 100000)")), ("endless.npy", array_header("(1000000000000,)")),
+        ("code.npy", array_header("(3,)", "'|O'")), ("negative.npy", array_header("(-3, 4)")),
+        ("zip.npy", b"PK\x03\x04abc"), ("pickle.npy", b"\x80\x04K\x01."), ("cut.png", png_header(100, 100)),
+        ("bomb.png", png_header(60_000, 60_000)), ("wide.png", png_header(2**31 - 1, 1)), ("text.txt", b"\xff\xfe"),
+        ("long.txt", b"#" * ((1 << 24) + 1)),
+    ],
+)  # fmt: skip
+def test_a_damaged_or_hostile_mask_file_is_a_sentence(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's, of a large image
+        with pytest.raises(UserError, match=re.escape(name)):
+            read_masks(tmp_path / name)

@@ -7,14 +7,16 @@ said by the method that uses it (`nn/masks.py`).
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from unmask.errors import UserError
 
+MOST_MARKS = 1 << 24
 MOST_PATTERNS = 10_000
 
 Pattern = tuple[str, ...]
@@ -26,19 +28,30 @@ def read_masks(path: str | Path) -> tuple[Pattern, ...]:
     if not path.is_file():
         raise UserError(f"mask file {path} does not exist; a .txt, .npy or .png file was expected")
     try:
-        if path.suffix == ".npy":
-            return _of_array(np.load(path, allow_pickle=False), path)
+        if path.suffix == ".npy":  # mapped, so that a header that claims more than the file has costs nothing
+            return _of_array(np.load(path, allow_pickle=False, mmap_mode="r"), path)
         if path.suffix == ".png":
             with Image.open(path) as picture:
+                _require_few(picture.width * picture.height, path)
                 return _of_array(np.asarray(picture.convert("L")) < 128, path)
+        _require_few(path.stat().st_size, path)
         return _of_text(path.read_text("utf-8"), path)
-    except (ValueError, EOFError, UnidentifiedImageError) as error:
+    except (ValueError, EOFError, OSError, SyntaxError, AttributeError, MemoryError, zipfile.BadZipFile,
+            Image.DecompressionBombError) as error:  # fmt: skip
         if isinstance(error, UserError):
             raise
         raise UserError(
             f"mask file {path} cannot be read ({type(error).__name__}); expected were a .txt file of '#' and '.', an "
             "array in .npy of (rows, cols) or (n, rows, cols), or a .png with a pixel for each patch"
         ) from None
+
+
+def _require_few(marks: int, path: Path) -> None:
+    if marks > MOST_MARKS:
+        raise UserError(
+            f"mask file {path} holds {marks} marks; expected at most {MOST_MARKS}, one for each patch of each pattern: "
+            "give the grid of patches, not the pixels"
+        )
 
 
 def hidden_share(patterns: Sequence[Pattern]) -> float:
@@ -61,6 +74,7 @@ def _of_text(text: str, path: Path) -> tuple[Pattern, ...]:
 
 def _of_array(array: np.ndarray, path: Path) -> tuple[Pattern, ...]:
     array = array[None] if array.ndim == 2 else array
+    _require_few(array.size, path)
     if array.ndim != 3 or not array.size or len(array) > MOST_PATTERNS or array.dtype.kind not in "biuf":
         raise UserError(
             f"mask file {path} holds {array.dtype} of shape {array.shape}; (rows, cols) or (n, rows, cols), n up to "

@@ -130,16 +130,18 @@ class TrainingArguments(Outside):
 Parsed = TypeVar("Parsed", bound=BaseModel)
 
 
-def checked(kind: type[Parsed], value: Any, where: str) -> Parsed:
-    """`value` as a `kind`. Raises ForeignError that names `where`, the key, and what was expected."""
+GET_AGAIN = "get the file again from where it was published, or correct it"
+
+
+def checked(kind: type[Parsed], value: Any, where: str, fix: str = GET_AGAIN) -> Parsed:
+    """`value` as a `kind`. Raises ForeignError that names `where`, the key, what was expected, and the `fix`."""
     try:
         return kind.model_validate(value)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         raise ForeignError(
-            f"{where}: got {key + ' = ' if key else ''}{shortened(first['input'])}; expected: {first['msg']}. Get the "
-            "file again from where it was published, or correct it"
+            f"{where}: got {key + ' = ' if key else ''}{shortened(first['input'])}; expected: {first['msg']}; {fix}"
         ) from None
 
 

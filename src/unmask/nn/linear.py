@@ -53,7 +53,7 @@ def _for_onednn(x: Tensor, weight: Tensor) -> bool:
 
 def in_transform(x: Tensor) -> bool:
     """Whether `torch.func` (vmap, grad, ...) is at work, where a tensor stands for many and has no memory."""
-    return torch._C._functorch.is_functorch_wrapped_tensor(x)
+    return torch._C._functorch.is_functorch_wrapped_tensor(x)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @cache
