@@ -15,6 +15,7 @@ from unmask.beside import SCORE
 from unmask.config import ConfigError, override
 from unmask.console import Console
 from unmask.data.csv_cells import unmarked
+from unmask.data.maps import MaskOptions
 from unmask.errors import UserError
 from unmask.predict import predict
 from unmask.recipes.catalogue import find
@@ -356,6 +357,34 @@ def test_masks_are_learnt_tested_resumed_and_predicted(pretrained, street, tmp_p
     assert set(files.values()) <= written
     with pytest.raises(UserError, match="is not empty"):
         predict(run.path, [str(street)], tmp_path / "out", step=None, device="cpu", console=Console(quiet=True))
+
+
+def test_masks_of_0_and_255_on_stored_pixels_are_learnt_resumed_and_predicted(pretrained, tmp_path):
+    random, root = np.random.default_rng(0), tmp_path / "binary"
+    for part in ("images", "masks"):
+        (root / part).mkdir(parents=True)
+    for number in range(12):
+        mask = np.zeros((20, 28), np.uint8)
+        mask[:, : random.integers(8, 20)] = 255
+        pixels = np.where(mask[..., None] == 255, 200, 50) + random.integers(-20, 20, (20, 28, 3))
+        exif = Image.Exif()
+        exif[0x0112] = (1, 6)[number % 2]
+        Image.fromarray(pixels.astype(np.uint8)).save(root / "images" / f"{number}.png", exif=exif)
+        Image.fromarray(mask).save(root / "masks" / f"{number}.png")
+    more = ["method.head=linear", "train.steps=60", "data.size=16", "optim.base_lr=0.2"]
+    with pytest.raises(UserError, match="--mask-values 0,255"):
+        tune(pretrained, root, tmp_path / "run", *more, task="segment")
+    run = tune(pretrained, root, tmp_path / "run", *more, task="segment", mask_options=MaskOptions((0, 255)))
+    settings = read_config(run).method
+    assert settings.values == (0, 255)
+    assert settings.stored_pixels
+    assert run.read(SCORE)["mean_iou"] > 0.8, "an image turned away from its mask would score far less"
+    assert finetune.score(run)["mean_iou"] == run.read(SCORE)["mean_iou"], "the same when opened again"
+    predict(run.path, [str(root / "images")], tmp_path / "out", step=None, device="cpu", console=Console(quiet=True))
+    with Image.open(tmp_path / "out" / "1.png") as picture:
+        found = np.asarray(picture)
+    assert found.shape == (28, 20)
+    assert set(np.unique(found).tolist()) == {0, 255}
 
 
 @pytest.fixture(scope="module")

@@ -262,7 +262,9 @@ def with_masks(config: Config, lessons: Lessons) -> Config:
     """The configuration with what was found out about reading the masks, so that a resumed run reads them alike."""
     if not isinstance(maps := lessons.annotations, Maps):
         return config
-    changes = {"values": maps.values or None, "stored_pixels": maps.stored}
+    changes: dict[str, Any] = {"stored_pixels": maps.stored}
+    if maps.values:  # 255 may be one of them, and is not ignored then
+        changes |= {"values": maps.values, "ignored": maps.ignored}
     return config.model_copy(update={"method": config.method.model_copy(update=changes)})
 
 
