@@ -17,8 +17,12 @@ import typer
 
 from unmask.console import Console, escape_controls
 from unmask.errors import TrainingFailed, UserError
+from unmask.outputs import install
+from unmask.processes import refuse_several_processes
+from unmask.stopping import INTERRUPTED, interrupts
 
-FAILED, USAGE, STOPPED, INTERRUPTED = 1, 2, 75, 130
+FAILED, USAGE, STOPPED = 1, 2, 75
+TRAINING = ("demo", "pretrain", "resume", "finetune", "probe", "ablate", "compare")  # what trains, if only a probe
 started = time.monotonic()
 """When the command started: a time budget counts from here."""
 _first = True
@@ -72,19 +76,29 @@ def main() -> None:
         # Torch's threads spin while they wait for one another. When something else needs the cores too, long spinning
         # makes a step up to a hundred times slower; short spinning costs nothing when alone (docs/LOG.md).
         os.environ.setdefault("GOMP_SPINCOUNT", "2000")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # files in the making are removed, as after Ctrl-C
+    outputs = install() if sys.stdout in (sys.__stdout__, None) else None  # not where a test captures it
+    with interrupts():
+        code = _run()
+    for name in ("SIGINT", "SIGTERM") if outputs else ():  # from here on they simply end the process
+        signal.signal(getattr(signal, name), signal.SIG_DFL)
+    if outputs and (lost := outputs.finish()) is not None:
+        if lost:
+            print(f"error: {lost}", file=sys.stderr)
+        code = code or FAILED
+    sys.exit(code)
+
+
+def _run() -> int:
+    """Run the verb; returns the exit code."""
     try:
         code = app(standalone_mode=False)  # what a verb leaves with (typer.Exit) is returned, not raised
     except (KeyboardInterrupt, typer.Abort):  # typer makes the exit code of it by itself, unless it comes too soon
         code = INTERRUPTED
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(FAILED)
     except Exception as error:
-        sys.exit(_explain(error))
+        return _explain(error)
     if code == INTERRUPTED:
         print("interrupted; no run was begun or changed by it, so just run the command again", file=sys.stderr)
-    sys.exit(code if isinstance(code, int) else 0)
+    return code if isinstance(code, int) else 0
 
 
 def _explain(error: Exception) -> int:
@@ -913,8 +927,11 @@ def doctor(
 
 @app.callback(invoke_without_command=True)
 def _root(
+    context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
 ) -> None:
+    if context.invoked_subcommand in TRAINING:
+        refuse_several_processes()
     if version:
         from importlib.metadata import version as of
 

@@ -12,10 +12,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import IO, cast
 
 from rich.console import Console as RichConsole
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from unmask.outputs import Words
 
 PLAIN_INTERVAL = 30.0
 # C0 and C1 controls but tab and line feed, line separators, and the marks that reorder text (Unicode's bidirectional
@@ -46,9 +49,10 @@ class Console:
 
     def __init__(self, *, quiet: bool = False) -> None:
         self.quiet = quiet
-        self.live = sys.stderr.isatty() and os.environ.get("TERM") != "dumb" and not os.environ.get("CI")
+        self._words = Words()
+        self.live = self._words.isatty() and os.environ.get("TERM") != "dumb" and not os.environ.get("CI")
         self._warned: set[str] = set()
-        self._rich = RichConsole(stderr=True, highlight=False, soft_wrap=True)
+        self._rich = RichConsole(file=cast(IO[str], self._words), highlight=False, soft_wrap=True)
 
     def say(self, text: str = "") -> None:
         if not self.quiet:
@@ -68,7 +72,7 @@ class Console:
         if self.live:
             self._rich.print(escape(text))
         else:
-            print(text, file=sys.stderr, flush=True)
+            print(text, file=self._words, flush=True)
 
     @contextmanager
     def progress(self, title: str, total: int, start: int = 0) -> Iterator[Bar]:

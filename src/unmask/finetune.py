@@ -29,6 +29,7 @@ from unmask.console import Console
 from unmask.data.augment import crop_for
 from unmask.data.maps import Maps, MaskOptions
 from unmask.data.sources import Source, open_source
+from unmask.default_dtype import float32_default
 from unmask.evals.collect import eval_mode
 from unmask.lessons import (
     HEADLINES,
@@ -47,6 +48,7 @@ from unmask.lessons import (
 from unmask.nn.vit import ViTConfig
 from unmask.optim import OptimConfig
 from unmask.plan import Plan, autocast, choose_device
+from unmask.processes import refuse_several_processes
 from unmask.recipes import catalogue
 from unmask.run import Run, free_path
 from unmask.saved import load, read_config, read_plan
@@ -134,6 +136,7 @@ def from_weights(
     return config.model_copy(update={"data": config.data.model_copy(update=data | none), "graft": graft})
 
 
+@float32_default()
 def fine_tune(
     from_run: str | Path,
     data: str,
@@ -180,6 +183,7 @@ def fine_tune(
             raise ConfigError(f"{key} cannot be set: {why}")
     if asked.get("method.head") == "linear" and "method.width" in asked:
         raise ConfigError("method.width came with method.head=linear, which has no width; leave one of them out")
+    refuse_several_processes()
     run = Run.open(from_run)
     fine_tuning(read_config(run), ("one", "other"))  # refuses an encoder that cannot be tuned before anything is read
     lessons = open_lessons(
@@ -365,6 +369,7 @@ def report(run: Run, console: Console) -> None:
     console.say(said)
 
 
+@float32_default()
 def paper_linear(
     from_run: str | Path,
     data: str,
@@ -380,6 +385,7 @@ def paper_linear(
     of a smaller one it is the power of two at or below an eighth of its images, and the peak learning rate stays 6.4:
     by LARS a step moves a matrix by a share of its norm, and at the rate of a small batch nothing would be learnt.
     """
+    refuse_several_processes()
     console = console or Console()
     outer, name = Run.open(from_run), "paper-linear-" + (Path(data).name or "data").replace(".", "-")
     name += "" if shots is None else f"-{shots}-shots"

@@ -23,7 +23,7 @@ import time
 import zlib
 from collections import Counter, deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass
@@ -40,6 +40,7 @@ from unmask.data.decode import BadImage, Header, packed_note
 from unmask.data.scan import num_cores
 from unmask.data.sources import EXTENSIONS, Source, TarSource, classes_of, open_source
 from unmask.errors import UserError, some
+from unmask.processes import process_pool
 
 SHORT_SIDE = 512  # pixels, unless it is said otherwise
 CHUNK = 8  # images that a process is given at a time
@@ -173,17 +174,14 @@ def _packed(source: Source, short_side: int, quality: int, workers: int) -> Iter
     if workers <= 0:
         yield from (pack_image(source, row, short_side, quality) for row in range(len(source)))
         return
-    pool = ProcessPoolExecutor(workers, initializer=_begin, initargs=(source, short_side, quality))
     waiting: deque[Future[list[Packed]]] = deque()
-    try:
+    with process_pool(workers, _begin, (source, short_side, quality)) as pool:
         for start in range(0, len(source), CHUNK):
             waiting.append(pool.submit(_pack_many, range(start, min(start + CHUNK, len(source)))))
             if len(waiting) >= AHEAD * workers:
                 yield from waiting.popleft().result()
         while waiting:
             yield from waiting.popleft().result()
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
 
 
 _given: tuple[Source, int, int] | None = None  # of a worker process: handed over once

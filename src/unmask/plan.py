@@ -24,6 +24,7 @@ from unmask.budget import AIM, FEWEST_STEPS, USEFUL_STEPS, Budget, Replan, place
 from unmask.config import Config, ConfigError
 from unmask.console import duration
 from unmask.data.reading import EARLIER, Reading
+from unmask.default_dtype import float32_default
 from unmask.method import Clock, Method
 from unmask.optim import learning_rate, make_optimizer, peak_lr, update
 from unmask.parallel import compile_blocks, memory_kept, why_not_compiled
@@ -165,7 +166,7 @@ def fresh_method(config: Config, images: ImageSpec) -> Method:
     Only initialisation uses torch's generator (data order, crops and masks have their own, `rng.py`), and the caller's
     is not touched.
     """
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), float32_default():
         torch.manual_seed(config.train.seed)
         return config.build(images)
 

@@ -11,9 +11,10 @@ from torch import nn
 
 from unmask import checkpoint
 from unmask.config import Config, explain
+from unmask.default_dtype import float32_default
 from unmask.method import Method
 from unmask.nn import positions
-from unmask.plan import Plan, fresh_method
+from unmask.plan import Plan, choose_device, fresh_method
 from unmask.run import Run, RunError
 
 Read = TypeVar("Read", bound=BaseModel)
@@ -64,12 +65,15 @@ def load(run: str | Path, *, device: str = "cpu", step: int | None = None) -> Lo
     """The method of a Run at its newest sound checkpoint, or at `step`.
 
     Raises ValueError when there is none, or when its weights are not those of the whole method that config.json
-    describes: missing ones are never made up.
+    describes: missing ones are never made up. device: "auto", "cpu", "cuda", "cuda:N" or "mps"; ConfigError for one
+    that this machine does not have.
     """
+    device = choose_device(device)
     folder = Run.open(run)
     config, plan = read_config(folder), read_plan(folder)
     found, weights = checkpoint.load_model(folder, step)
-    method = config.build(plan.images)
+    with float32_default():
+        method = config.build(plan.images)
     checkpoint.require_fit(method, weights, f"the checkpoint of step {found} of {folder.path}")
     method.load_state_dict(weights)
     return Loaded(method.to(device).eval(), config, plan, found, device, licence_of(folder))

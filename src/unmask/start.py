@@ -36,8 +36,10 @@ from unmask.data.odd_images import constant_line, mask_warnings
 from unmask.data.page_source import read_as
 from unmask.data.scan import Scan, scan
 from unmask.data.sources import Source, open_source
+from unmask.default_dtype import float32_default
 from unmask.errors import UserError
 from unmask.plan import NO_TIME, Plan, Timing, choose_device, choose_steps, few_steps, make_plan, require_micro_batch
+from unmask.processes import refuse_several_processes, require_main_guard
 from unmask.recipes import catalogue
 from unmask.run import Run, free_path
 from unmask.saved import read_config, read_plan
@@ -66,6 +68,7 @@ class DataError(UserError):
     """The images as a whole cannot be trained on; the message says why and what to do."""
 
 
+@float32_default()
 def pretrain(
     data: str | Path,
     *,
@@ -90,6 +93,7 @@ def pretrain(
     patches with. console: `Console(quiet=True)` for no progress. Raises UserError for anything a person can mend, and
     what can be said without the images before any is opened.
     """
+    refuse_several_processes()
     console, budget = console or Console(), as_budget(budget)
     if config is not None:
         refuse_two_sources_of_settings(recipe, from_run)
@@ -171,6 +175,8 @@ def start_run(
     plan = plan.model_copy(update={"test_rows": tested, "taught": taught})
     if plan.cached:
         images.keep_decoded()
+    if plan.workers:
+        require_main_guard()
     grafts.require_grafts(config, plan.images)
 
     run = Run.create(out if out is not None else free_name(source, config))
@@ -228,6 +234,7 @@ def with_options(
     return [*(text for filled in given.values() for text in filled), *settings]
 
 
+@float32_default()
 def resume(
     run_folder: str | Path,
     *,
@@ -240,6 +247,7 @@ def resume(
     supervise: for a supervised run, which `finetune.resume` goes on with.
     """
     console = console or Console()
+    refuse_several_processes()
     run = Run.open(run_folder)
     with run.lock():
         config, plan = read_config(run), read_plan(run)

@@ -2,6 +2,7 @@
 
 import os
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -165,9 +166,9 @@ def test_processes_change_nothing(workers):
 def test_processes_start_by_themselves_when_there_is_much_to_do(monkeypatch):
     source = Memory({f"{i:03d}.npy": npy(noisy(4, 4, seed=i)) for i in range(200)})
     alone, used = plain(scan(source)), []
-    true_map = scanning.ProcessPoolExecutor.map
+    true_map = ProcessPoolExecutor.map
     monkeypatch.setattr(
-        scanning.ProcessPoolExecutor, "map", lambda *arguments, **more: used.append(1) or true_map(*arguments, **more)
+        ProcessPoolExecutor, "map", lambda *arguments, **more: used.append(1) or true_map(*arguments, **more)
     )
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
     assert plain(scan(source)) == alone

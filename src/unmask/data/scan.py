@@ -12,7 +12,6 @@ import posixpath
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
 
@@ -26,6 +25,7 @@ from unmask.data.odd_images import Constant, constant_images
 from unmask.data.reading import Reading
 from unmask.data.settle import settle
 from unmask.data.sources import Source, content_digest
+from unmask.processes import process_pool
 
 STATISTICS_SAMPLE = 10_000
 LOOK_AGAIN = 256
@@ -190,19 +190,17 @@ def _look_at(source: Source, rows: np.ndarray, workers: int | None) -> Iterator[
     chunks = [todo[i : i + CHUNK] for i in range(0, len(todo), CHUNK)]
     while chunks:
         done = 0
-        pool = ProcessPoolExecutor(workers, initializer=_begin, initargs=(source,))
         try:
-            for chunk, found in zip(chunks, pool.map(_look_many, chunks), strict=True):
-                yield from zip(chunk, found, strict=True)
-                done += 1
+            with process_pool(workers, _begin, (source,)) as pool:
+                for chunk, found in zip(chunks, pool.map(_look_many, chunks), strict=True):
+                    yield from zip(chunk, found, strict=True)
+                    done += 1
         except BrokenProcessPool:
             # A file killed its worker (out of memory, a crash in a decoder). Find it, one process for each file; it may
             # also lie in a later chunk, and then it will break the next pool.
             for row in chunks[done]:
                 yield row, _look_apart(source, row)
             done += 1
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)  # whoever interrupts need not wait for the rest
         chunks = chunks[done:]
 
 
@@ -221,7 +219,7 @@ def _look_many(rows: list[int]) -> list[Look | BadImage]:
 
 def _look_apart(source: Source, row: int) -> Look | BadImage:
     try:
-        with ProcessPoolExecutor(1, initializer=_begin, initargs=(source,)) as pool:
+        with process_pool(1, _begin, (source,)) as pool:
             return pool.submit(_look_many, [row]).result()[0]
     except BrokenProcessPool:
         return BadImage("CORRUPT", "decoding it killed the process")

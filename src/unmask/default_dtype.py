@@ -1,0 +1,19 @@
+"""float32 whatever `torch.set_default_dtype` was called with: weights and optimiser moments are float32 everywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+@contextmanager
+def float32_default() -> Iterator[None]:
+    """Context manager (or decorator) in which new tensors of real numbers are float32 unless they say otherwise."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
