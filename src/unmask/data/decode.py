@@ -13,8 +13,12 @@ PNG is checked against its checksums. WebP, GIF, BMP and TIFF carry none: damage
 JPEGs with junk between segments, before or for the end marker are accepted where all blocks of the image are there;
 see `jpeg_repair.py`.
 
+A file may take 512 MiB in the scan, its own bytes included, by what its header says (`Header.memory`): 100 megapixels
+of 8 bits as JPEG, PNG, BMP, GIF or TIFF in strips, 53 of 16-bit colour, about 30 as WebP. Decoding it into one array,
+as the loader does, takes the memory of that array too.
+
 Reason codes: EMPTY NOT_IMAGE FORMAT_NOT_ALLOWED HEADER_BAD TRUNCATED CORRUPT TOO_MANY_PIXELS TOO_LARGE_FILE
-EXTREME_ASPECT UNSUPPORTED_MODE MISMATCHED_CHANNELS MISMATCHED_DTYPE; and from the sources PERMISSION VANISHED
+EXTREME_ASPECT UNSUPPORTED_MODE MISMATCHED_CHANNELS MISMATCHED_DTYPE TIMEOUT; and from the sources PERMISSION VANISHED
 CHANGED.
 """
 
@@ -27,7 +31,7 @@ import struct
 import warnings
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import simplejpeg
@@ -57,6 +61,10 @@ MOST_ASPECT = 1000
 PACKED = re.compile(rb"unmask\0packed (\d{1,6})x(\d{1,6}) from (\d{1,6})x(\d{1,6})")
 LONGEST_NOTE = 64
 WITH_ALPHA = ("LA", "La", "PA", "RGBA", "RGBa")  # modes of Pillow
+MOST_MEMORY = 512 << 20  # bytes, for a file and the decoding of it piece by piece
+MOST_PIECES = 24 << 20  # bytes that the conversion of a piece takes
+MOST_WORK = 2_000_000_000  # pixels that the scans of a JPEG decode: about ten seconds
+PIECE = 1 << 20  # pixels that are converted at a time
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601
 
 
@@ -77,7 +85,8 @@ class Header:
 
     packed_from: height and width of the original, if this is a smaller copy of it that says so (`packed_note`).
     layout: how the file stores this, and what decoding makes of it. pages: of a TIFF, where the directories begin that
-    are read.
+    are read. memory: bytes that `pieces` needs at its peak, beside the file's own. scans: of a progressive JPEG, each
+    of which takes as long as a decoding.
     """
 
     height: int
@@ -89,6 +98,8 @@ class Header:
     packed_from: tuple[int, int] | None = None
     layout: Layout = field(default=Layout(), compare=False)
     pages: tuple[int, ...] = field(default=(), compare=False)
+    memory: int = field(default=0, compare=False)
+    scans: int = field(default=1, compare=False)
 
     @property
     def full_size(self) -> tuple[int, int]:
@@ -116,6 +127,7 @@ def header(data: bytes, reading: Reading = DEFAULT) -> Header:
     else:
         found = _pillow_header(data, reading)
     _refuse_large(found.height, found.width, found.channels)
+    _refuse_costly(found, len(data))
     if max(found.height, found.width) > MOST_ASPECT * min(found.height, found.width):
         raise BadImage(
             "EXTREME_ASPECT", f"{found.height} x {found.width} pixels: sides differ more than {MOST_ASPECT} times"
@@ -143,12 +155,11 @@ def decode(
             pixels = _jpeg(data, found, at_least, tolerated)
         elif found.format == "NPY":
             pixels = _npy(data, found)
-        elif found.format == "PNG":
-            pixels = _png(data, found)
         elif found.format == "TIFF":
             pixels = _tiff(data, found)
         else:
-            pixels = _pillow(data, found)
+            stored = found.height if found.orientation < 5 else found.width
+            pixels = _joined(_lazily(data, found), stored)
     except MemoryError:
         raise BadImage("TOO_MANY_PIXELS", "not enough memory to decode it") from None
     return _oriented(pixels, found.orientation)
@@ -160,6 +171,57 @@ def _refuse_large(height: int, width: int, channels: int) -> None:
         raise BadImage("TOO_MANY_PIXELS", f"{height} x {width} pixels, at most {MOST_PIXELS} are decoded")
     if pixels * channels > MOST_VALUES:
         raise BadImage("TOO_MANY_PIXELS", f"{pixels} pixels of {channels} channels, at most {MOST_VALUES} values")
+
+
+def _refuse_costly(found: Header, size: int) -> None:
+    """The limits of one file in bytes and, where the header tells, in time."""
+    needed = found.memory + MOST_PIECES + size
+    if needed > MOST_MEMORY:
+        raise BadImage(
+            "TOO_MANY_PIXELS",
+            f"{found.height} x {found.width} pixels of this kind take {needed >> 20} MiB to decode, at most "
+            f"{MOST_MEMORY >> 20} MiB are used for a file; shrink it, or save it with fewer bits or as JPEG",
+        )
+    if found.scans * found.height * found.width > MOST_WORK:
+        raise BadImage(
+            "TIMEOUT",
+            f"a JPEG of {found.scans} scans over {found.height} x {found.width} pixels takes too long to decode; save "
+            "it anew",
+        )
+
+
+def pieces(data: bytes, found: Header, *, tolerated: list[str] | None = None) -> Iterator[np.ndarray]:
+    """The image `decode` would give, in pieces of some rows (h, W, C), as stored: an orientation is not applied.
+
+    For what looks at each pixel once. A large image takes the memory of its decoder, and not that of its pixels again.
+    Raises BadImage, perhaps after some pieces.
+    """
+    lazy = found.format not in ("JPEG", "NPY", "TIFF") or (found.format == "TIFF" and len(found.pages) == 1)
+    try:
+        if lazy and found.height * found.width > PIECE:
+            yield from _lazily(data, found)
+            return
+        height, width = (found.height, found.width) if found.orientation < 5 else (found.width, found.height)
+        stored = replace(found, orientation=1, height=height, width=width)
+        whole = decode(data, found=stored, tolerated=tolerated)
+    except MemoryError:
+        raise BadImage("TOO_MANY_PIXELS", "not enough memory to decode it") from None
+    yield from _slices(whole)
+
+
+def _slices(whole: np.ndarray) -> Iterator[np.ndarray]:
+    rows = max(1, PIECE // whole.shape[1])
+    return (whole[top : top + rows] for top in range(0, len(whole), rows))
+
+
+def _lazily(data: bytes, found: Header) -> Iterator[np.ndarray]:
+    if found.format == "PNG":
+        parts = _png_pieces(data, found)
+    elif found.format == "TIFF":
+        parts = _tiff_pieces(data, found)
+    else:
+        parts = _pillow_pieces(_loaded(data, found.format), found.layout.alpha)
+    return _checked(parts, found)
 
 
 def packed_note(size: tuple[int, int], full_size: tuple[int, int]) -> bytes:
@@ -234,7 +296,14 @@ def _jpeg_header(data: bytes) -> Header:
             if orientation >= 5:
                 height, width = width, height
             channels, original = 1 if components == 1 else 3, _packed_from(note, (height, width)) if note else None
-            return Header(height, width, channels, "uint8", "JPEG", orientation, original)
+            memory, scans = channels * height * width, 1
+            if marker == 0xC2 and place + 10 + 3 * components <= end:  # progressive: all coefficients are kept
+                sampling = data[place + 11 : place + 10 + 3 * components : 3]
+                factors = [(factor >> 4 or 1, factor & 15 or 1) for factor in sampling]
+                most = max(across for across, _ in factors) * max(down for _, down in factors)
+                memory += 2 * height * width * sum(across * down for across, down in factors) // most
+                scans = data.count(b"\xff\xda", place)
+            return Header(height, width, channels, "uint8", "JPEG", orientation, original, memory=memory, scans=scans)
         if marker in (0xD9, 0xDA):
             raise BadImage("HEADER_BAD", "a JPEG without a frame header")
         if marker == 0xE1 and data[place + 4 : place + 10] == b"Exif\0\0":
@@ -332,7 +401,10 @@ def _png_header(data: bytes, reading: Reading) -> Header:
     if not alpha and b"tRNS" in data[33 : data.find(b"IDAT")]:
         alpha = "composited" if reading.alpha in ("auto", "composite") else "dropped"
     layout, channels = Layout(bands, alpha), channels + (alpha == "band")
-    return Header(height, width, channels, dtype, "PNG", orientation, _packed_from(note, (height, width)), layout)
+    each = {0: 1, 3: 1}.get(kind, 4) if bits <= 8 else {0: 2, 4: 4}.get(kind, 8)  # bytes of a pixel in Pillow
+    original = _packed_from(note, (height, width))
+    memory = each * height * width
+    return Header(height, width, channels, dtype, "PNG", orientation, original, layout, memory=memory)
 
 
 def _alpha_use(reading: Reading) -> str:
@@ -340,18 +412,49 @@ def _alpha_use(reading: Reading) -> str:
     return {"drop": "dropped", "band": "band"}.get(reading.alpha, "composited")
 
 
-def _png(data: bytes, found: Header) -> np.ndarray:
+def _png_pieces(data: bytes, found: Header) -> Iterator[np.ndarray]:
     for name, start, end in _png_chunks(data):
         if zlib.crc32(memoryview(data)[start - 4 : end]) != int.from_bytes(data[end : end + 4], "big"):
             raise BadImage("CORRUPT", f"PNG: the chunk {name.decode('latin1')} fails its checksum")
-    if found.dtype == "uint16":
-        pixels = stored = _png16(data, found.layout.alpha)
-    else:
-        image = _loaded(data, found.format)
-        stored, pixels = np.asarray(image), _converted(image, found)
-    if not stored[-2:].any():  # rows that are missing from a stream that is sound otherwise are left black by Pillow
+    images = _png_images(data, found)
+    width, height = images[0].size
+    last = [np.asarray(image.crop((0, max(0, height - 2), width, height))) for image in images]
+    if not any(rows.any() for rows in last):  # missing rows of a stream that is sound otherwise are black in Pillow
         _check_rows(data)
-    return pixels
+    alpha, key = found.layout.alpha, None
+    if found.dtype == "uint16" and data[25] in (0, 2) and alpha == "composited":
+        key = _transparent(data, found.channels)
+    for box in _boxes(images[0].size):
+        parts = [image.crop(box) if box[3] - box[1] < height else image for image in images]
+        if found.dtype == "uint8":
+            yield _piece(parts[0], alpha)
+            continue
+        pixels = _png16(data[25], [np.asarray(part) for part in parts], alpha)
+        yield pixels if key is None else np.where((pixels == key).all(2, keepdims=True), np.uint16(65535), pixels)
+
+
+def _png_images(data: bytes, found: Header) -> list[Image.Image]:
+    """What Pillow makes of a PNG: one image, or for 16-bit colour its high and its low bytes, which are decoded apart.
+
+    Pillow's raw modes ;16B and ;16L take the first and the second byte of each sample. Gray + alpha has no such pair,
+    but its pixels are four bytes wide, as those of 8-bit RGBA are.
+    """
+    kind = data[25]
+    if found.dtype == "uint8" or kind == 0:
+        return [_loaded(data, "PNG")]
+    if kind == 4:
+        return [_loaded(data, "PNG", "RGBA", "RGBA")]
+    mode = "RGBA" if kind == 6 else "RGB"
+    return [_loaded(data, "PNG", mode, f"{mode};16{part}") for part in "BL"]
+
+
+def _png16(kind: int, parts: list[np.ndarray], alpha: str) -> np.ndarray:
+    """Rows of a 16-bit PNG, which Pillow would cut to 8 bits unless it is gray."""
+    if kind == 0:
+        return _number(parts[0])
+    high, low = (parts[0][:, :, 0::2], parts[0][:, :, 1::2]) if kind == 4 else parts
+    pixels = high.astype(np.uint16) << 8 | low
+    return _without_alpha(pixels, alpha) if kind in (4, 6) else pixels
 
 
 def _check_rows(data: bytes) -> None:
@@ -371,30 +474,6 @@ def _check_rows(data: bytes) -> None:
             left_over = inflate.unconsumed_tail
     if have < needed:
         raise BadImage("TRUNCATED", f"PNG: {have} bytes of pixels, {needed} are needed: rows are missing")
-
-
-def _png16(data: bytes, alpha: str) -> np.ndarray:
-    """16-bit PNG, which Pillow would cut to 8 bits unless it is gray: its high and its low bytes are decoded apart.
-
-    Pillow's raw modes ;16B and ;16L take the first and the second byte of each sample. Gray + alpha has no such pair,
-    but its pixels are four bytes wide, as those of 8-bit RGBA are.
-    """
-    kind = data[25]
-    if kind == 0:
-        values = _number(np.asarray(_loaded(data, "PNG")))
-        key = _transparent(data, 1) if alpha == "composited" else None
-        return values if key is None else np.where(values == key, np.uint16(65535), values)
-    if kind == 4:
-        both = np.asarray(_loaded(data, "PNG", "RGBA", "RGBA"))
-        high, low = both[:, :, 0::2], both[:, :, 1::2]
-    else:
-        mode = "RGBA" if kind == 6 else "RGB"
-        high, low = (np.asarray(_loaded(data, "PNG", mode, f"{mode};16{part}")) for part in "BL")
-    pixels = high.astype(np.uint16) << 8 | low
-    if kind in (4, 6):
-        return _without_alpha(pixels, alpha)
-    key = _transparent(data, 3) if alpha == "composited" else None
-    return pixels if key is None else np.where((pixels == key).all(2, keepdims=True), np.uint16(65535), pixels)
 
 
 def _transparent(data: bytes, samples: int) -> np.ndarray | None:
@@ -515,7 +594,25 @@ def _tiff_header(data: bytes, reading: Reading) -> Header:
     # Pillow turns a TIFF by itself.
     orientation = 1 if tiff.plain and not (alpha == "band" and tiff.premultiplied) else tiff.orientation
     offsets = tuple(page.offset for page in chosen.pages)
-    return Header(height, width, channels * len(offsets), dtype, "TIFF", orientation, None, layout, offsets)
+    memory = _tiff_memory(tiff, chosen.pages[0], alpha, len(offsets))
+    return Header(
+        height, width, channels * len(offsets), dtype, "TIFF", orientation, None, layout, offsets, memory=memory
+    )
+
+
+def _tiff_memory(tiff: _Tiff, page: Page, alpha: str, pages: int) -> int:
+    """Bytes that decoding takes, strips or tiles included, which are as large as the file likes."""
+    pixels = tiff.height * tiff.width
+    values = pixels * tiff.samples * -(-tiff.bits // 8)
+    if _needs_tifffile(tiff, alpha):
+        planar = page.first(284, 1) == 2
+        memory = values * 9 // 4 if planar else values * 5 // 4
+        memory += 2 * values if alpha in ("composited", "dropped") or tiff.bits not in (8, 16, 32) else 0
+    else:
+        each = -(-tiff.bits // 8) if tiff.samples == 1 and tiff.photometric != 5 else 4
+        rows = min(page.first(278, tiff.height), tiff.height)
+        memory = each * pixels + values * rows // tiff.height
+    return memory if pages == 1 else memory + 2 * pages * values
 
 
 def _tiff_alpha_use(data: bytes, page: Page, tiff: _Tiff, reading: Reading) -> str:
@@ -560,15 +657,40 @@ def _tiff(data: bytes, found: Header) -> np.ndarray:
 
 def _tiff_page(data: bytes, page: Page, tiff: _Tiff, alpha: str) -> np.ndarray:
     data = starting_at(data, page.offset)
-    if not tiff.plain or (alpha == "band" and tiff.premultiplied):
+    if _needs_tifffile(tiff, alpha):
         return _tiff_bands(data, tiff, alpha)
+    image = _loaded(data, "TIFF")
+    if image.size not in ((tiff.width, tiff.height), (tiff.height, tiff.width)):
+        raise BadImage("CORRUPT", f"TIFF: decoded to {image.size}, its header says otherwise")
+    try:
+        return _joined(_plain_tiff_pieces(image, tiff, alpha), image.height)
+    except BadImage:
+        raise
+    except (ValueError, OSError) as error:
+        raise BadImage("UNSUPPORTED_MODE", f"TIFF: {error}") from None
+
+
+def _tiff_pieces(data: bytes, found: Header) -> Iterator[np.ndarray]:
+    """Of a TIFF of which one page is read."""
+    page = next(page for page in _tiff_pages(data, MOST_PAGES) if page.offset == found.pages[0])
+    tiff, data = _tiff_layout(page), starting_at(data, page.offset)
+    if _needs_tifffile(tiff, found.layout.alpha):
+        yield from _slices(_tiff_bands(data, tiff, found.layout.alpha))
+    else:
+        yield from _plain_tiff_pieces(_loaded(data, "TIFF"), tiff, found.layout.alpha)
+
+
+def _needs_tifffile(tiff: _Tiff, alpha: str) -> bool:
+    return not tiff.plain or (alpha == "band" and tiff.premultiplied)  # Pillow divides by such an alpha
+
+
+def _plain_tiff_pieces(image: Image.Image, tiff: _Tiff, alpha: str) -> Iterator[np.ndarray]:
     dtype = "uint16" if tiff.kind == 1 and tiff.bits > 8 else "uint8" if tiff.kind == 1 else "float32"
-    pixels = _pixels(_loaded(data, "TIFF"), alpha)
-    if pixels.shape[:2] not in ((tiff.height, tiff.width), (tiff.width, tiff.height)) or pixels.dtype != dtype:
-        raise BadImage("CORRUPT", f"TIFF: decoded to {pixels.shape} {pixels.dtype}, its header says otherwise")
-    if tiff.photometric == 0 and dtype == "uint16":  # white is zero, which Pillow heeds up to 8 bits only
-        pixels = np.uint16((1 << tiff.bits) - 1) - pixels
-    return pixels
+    for part in _pillow_pieces(image, alpha):
+        if part.dtype != dtype:
+            raise BadImage("CORRUPT", f"TIFF: decoded to {part.dtype}, its header says otherwise")
+        # White is zero, which Pillow heeds up to 8 bits only.
+        yield np.uint16((1 << tiff.bits) - 1) - part if tiff.photometric == 0 and dtype == "uint16" else part
 
 
 def _tiff_bands(data: bytes, tiff: _Tiff, alpha: str) -> np.ndarray:
@@ -622,7 +744,9 @@ def _pillow_header(data: bytes, reading: Reading) -> Header:
             height, width = width, height
         layout = Layout(len(image.getbands()), alpha)
         channels += alpha == "band"
-        return Header(height, width, channels, "uint8", str(image.format), orientation, None, layout)
+        each = 16 if image.format == "WEBP" else 1 if image.mode in ("1", "L", "P") else 4
+        kind, memory = str(image.format), each * height * width
+        return Header(height, width, channels, "uint8", kind, orientation, None, layout, memory=memory)
 
 
 def _is_clear_bmp(data: bytes) -> bool:
@@ -718,28 +842,54 @@ def _loaded(data: bytes, name: str, mode: str | None = None, raw: str | None = N
         return image
 
 
-def _pillow(data: bytes, found: Header) -> np.ndarray:
-    return _converted(_loaded(data, found.format), found)
+def _pillow_pieces(image: Image.Image, alpha: str) -> Iterator[np.ndarray]:
+    """The pixels of a decoded image, rows by rows: a conversion of all at once would take several times its memory."""
+    for box in _boxes(image.size):
+        yield _piece(image.crop(box) if box[3] - box[1] < image.height else image, alpha)
 
 
-def _converted(image: Image.Image, found: Header) -> np.ndarray:
-    """Pillow's image -> pixels as the header promised them, still in the stored orientation."""
+def _boxes(size: tuple[int, int]) -> Iterator[tuple[int, int, int, int]]:
+    """Pillow's boxes of at most `PIECE` pixels that cover an image of (width, height), from top to bottom."""
+    width, height = size
+    rows = max(1, PIECE // width)
+    return ((0, top, width, min(height, top + rows)) for top in range(0, height, rows))
+
+
+def _checked(parts: Iterator[np.ndarray], found: Header) -> Iterator[np.ndarray]:
+    """The pieces, as the header promised them, in the stored orientation."""
+    height, width = (found.height, found.width) if found.orientation < 5 else (found.width, found.height)
+    rows = 0
     try:
-        pixels = _pixels(image, found.layout.alpha)
+        for part in parts:
+            if part.shape[1:] != (width, found.channels) or part.dtype != found.dtype:
+                shape = f"{part.shape} {part.dtype}"
+                raise BadImage("CORRUPT", f"{found.format}: decoded to {shape}, its header says otherwise")
+            rows += len(part)
+            yield part
     except BadImage:
         raise
     except (ValueError, OSError) as error:
         raise BadImage("UNSUPPORTED_MODE", f"{found.format}: {error}") from None
-    stored = (found.height, found.width) if found.orientation < 5 else (found.width, found.height)
-    if pixels.shape != (*stored, found.channels) or pixels.dtype != found.dtype:
-        raise BadImage(
-            "CORRUPT", f"{found.format}: decoded to {pixels.shape} {pixels.dtype}, its header says otherwise"
-        )
-    return pixels
+    if rows != height:
+        raise BadImage("CORRUPT", f"{found.format}: decoded to {rows} rows, its header says otherwise")
 
 
-def _pixels(image: Image.Image, alpha: str) -> np.ndarray:
-    """(H, W, C) of a decoded image; alpha: see `Layout.alpha`."""
+def _joined(parts: Iterator[np.ndarray], height: int) -> np.ndarray:
+    """All rows in one array, filled as they come."""
+    first = next(parts)
+    if len(first) == height:
+        return first
+    out = np.empty((height, *first.shape[1:]), first.dtype)
+    out[: len(first)] = first
+    row = len(first)
+    for part in parts:
+        out[row : row + len(part)] = part
+        row += len(part)
+    return out
+
+
+def _piece(image: Image.Image, alpha: str) -> np.ndarray:
+    """(H, W, C) of a decoded image, or of some of its rows; alpha: see `Layout.alpha`."""
     mode = image.mode
     if mode == "F" or mode.startswith("I"):
         return _number(np.asarray(image))
@@ -816,7 +966,9 @@ def _npy_header(data: bytes, reading: Reading) -> Header:
         raise BadImage("UNSUPPORTED_MODE", f".npy of shape {shape}; (H, W), (H, W, C) or (C, H, W) is expected")
     axes = axes_of(shape, reading) if len(shape) == 3 else ""
     height, width, channels = (shape[1], shape[2], shape[0]) if axes == "CHW" else (*shape, 1)[:3]
-    note = data[start + math.prod(shape) * dtype.itemsize :][:LONGEST_NOTE]
+    values = math.prod(shape)
+    needed = values * dtype.itemsize
+    note = data[start + needed :][:LONGEST_NOTE]
     return Header(
         height,
         width,
@@ -825,6 +977,7 @@ def _npy_header(data: bytes, reading: Reading) -> Header:
         "NPY",
         packed_from=_packed_from(note, (height, width)) if note else None,
         layout=Layout(channels, axes=axes),
+        memory=0 if len(data) - start < needed else {"uint8": 0, "uint16": 0, "bool": 2}.get(dtype.name, 5) * values,
     )
 
 

@@ -18,7 +18,8 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from unmask.data import decode
-from unmask.data.decode import BadImage
+from unmask.data.decode import BadImage, Header
+from unmask.data.guarded import Crashed, TooSlow, call_apart
 from unmask.data.layout import Layout
 from unmask.data.looks import Look, Looks, LooksSoFar, joined, recall, remember, worth_keeping
 from unmask.data.odd_images import Constant, constant_images
@@ -30,6 +31,10 @@ from unmask.processes import process_pool
 STATISTICS_SAMPLE = 10_000
 LOOK_AGAIN = 256
 CHUNK = 64
+GUARDED_MEMORY = 128 << 20  # bytes; what takes more to decode, gets a process of its own
+GUARDED_PARTS = 64  # scans of a JPEG, or pages of a TIFF; the same holds for them
+SLACK = 256 << 20  # bytes of address space that a process takes beside what it uses
+MOST_SECONDS = 10.0  # of processor time, for a file
 PATIENCE = 5.0  # seconds of work that are worth starting processes for
 EXTENSION_OF = {
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"), "PNG": (".png",), "WEBP": (".webp",),
@@ -226,29 +231,52 @@ def _look_apart(source: Source, row: int) -> Look | BadImage:
 
 
 def _look(source: Source, row: int, like: tuple[int, str] | None = None) -> Look | BadImage:
-    """One file, decoded; as it is, or `like` the data set's channels and dtype."""
+    """One file, decoded; as it is, or `like` the data set's channels and dtype.
+
+    What its header says would take much memory or time is decoded in a process of its own, with limits on both.
+    """
     try:
         data = source.read(row)
-        head, tolerated = decode.header(data, source.reading), []
-        pixels = decode.decode(data, found=head, tolerated=tolerated)
-        if like is not None:
-            pixels = decode.conform(pixels, *like)
+        head = decode.header(data, source.reading)
+        if head.memory > GUARDED_MEMORY or head.scans > GUARDED_PARTS or len(head.pages) > GUARDED_PARTS:
+            limits = {"memory": decode.MOST_MEMORY + SLACK, "seconds": MOST_SECONDS}
+            return call_apart(_decoded, data, head, like, **limits)
+        return _decoded(data, head, like)
     except BadImage as error:
         return error
     except MemoryError:
         return BadImage("TOO_MANY_PIXELS", "not enough memory to decode it")
+    except TooSlow:
+        return BadImage("TIMEOUT", f"it takes longer than {MOST_SECONDS:.0f} s to decode; save it anew, or smaller")
+    except Crashed:
+        return BadImage("CORRUPT", "decoding it killed the process")
+
+
+def _decoded(data: bytes, head: Header, like: tuple[int, str] | None) -> Look:
+    """What there is to know of an image, from pieces of it, so that no second copy of a large one is made."""
+    tolerated: list[str] = []
+    sums = squares = np.zeros(0)
+    channels, dtype = head.channels, head.dtype
+    for number, piece in enumerate(decode.pieces(data, head, tolerated=tolerated)):
+        if like is not None:
+            piece = decode.conform(piece, *like)
+        more, more_squares = _sums(piece)
+        sums, squares = (sums + more, squares + more_squares) if number else (more, more_squares)
+        channels, dtype = piece.shape[2], str(piece.dtype)
+    layout = replace(head.layout, tolerated=tuple(tolerated))
+    digest = content_digest(data)
+    return Look((head.height, head.width), channels, dtype, head.format, layout, sums, squares, digest)
+
+
+def _sums(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(C,) sums of the values and of their squares, of pixels (h, W, C)."""
     flat = pixels.reshape(-1, pixels.shape[2])
     if pixels.dtype == np.uint8:  # exact and fast: sums of a histogram
         counts = np.stack([np.bincount(flat[:, c], minlength=256) for c in range(flat.shape[1])])
         levels = np.arange(256, dtype=np.float64)
-        sums, squares = counts @ levels, counts @ levels**2
-    else:
-        values = flat.astype(np.float64)
-        sums, squares = values.sum(0), (values**2).sum(0)
-    size = (pixels.shape[0], pixels.shape[1])
-    layout = replace(head.layout, tolerated=tuple(tolerated))
-    digest = content_digest(data)
-    return Look(size, pixels.shape[2], str(pixels.dtype), head.format, layout, sums, squares, digest)
+        return counts @ levels, counts @ levels**2
+    values = flat.astype(np.float64)
+    return values.sum(0), (values**2).sum(0)
 
 
 def _summarise(

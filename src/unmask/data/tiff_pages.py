@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from unmask.data.reading import Reading
 
-TAGS = (254, 256, 257, 258, 262, 274, 277, 338, 339)
+TAGS = (254, 256, 257, 258, 262, 274, 277, 278, 284, 338, 339)
 DESCRIPTION, SUB_DIRECTORIES = 270, 330
 MOST_ENTRIES = 4096  # of one directory; a few dozen are usual
 MOST_ENTRIES_IN_ALL = 100_000
