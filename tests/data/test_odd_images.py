@@ -52,6 +52,13 @@ def test_folders_of_masks_are_named_with_the_fix(tmp_path, images, masks, patter
         assert f"--exclude '{pattern}'" in line
 
 
+def test_the_folder_to_give_instead_holds_all_images(tmp_path):
+    for part in ("train", "val"):
+        streets(tmp_path, f"images/{part}", f"labels/{part}")
+    (line,) = mask_warnings(open_source(tmp_path))
+    assert f"give {tmp_path}/images alone" in line
+
+
 def test_masks_beside_their_images_are_named(tmp_path):
     for number in range(6):
         put(tmp_path, f"{number}.jpg", file_of(PHOTO, "JPEG"))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -31,7 +32,7 @@ ENDINGS = re.compile(
 )
 SAMPLE = 6  # images of each kind that are decoded
 FEW, LEAST_PIXELS = 40, 400  # colours that a mask holds at most, of images with enough pixels to hold more
-MOST_FOLDERS = 2_000
+MOST_FOLDERS, MOST_NAMES = 64, 200_000  # beyond which names are not compared: class folders, and many
 MIRRORED = 0.5  # share of a folder's names that another folder has too
 
 
@@ -50,8 +51,6 @@ def mask_like(source: Source) -> list[MaskLike]:
     folders: dict[str, list[int]] = {}
     for row, name in enumerate(source.names):
         folders.setdefault(name.rpartition("/")[0], []).append(row)
-    if len(folders) > MOST_FOLDERS:
-        return []
     return _by_folder(source, _tops(folders)) + _by_ending(source, folders)
 
 
@@ -69,31 +68,35 @@ def _tops(folders: dict[str, list[int]]) -> dict[str, list[int]]:
 def _by_folder(source: Source, folders: dict[str, list[int]]) -> list[MaskLike]:
     if len(folders) < 2:
         return []
-    stems = {folder: {_stem(source.names[row]) for row in rows} for folder, rows in folders.items()}
-    told = {folder: FOLDERS.fullmatch(folder.rsplit("/", 1)[-1]) is not None for folder in folders}
-    holders: dict[str, int] = {}
-    for names in stems.values():
-        for name in names:
-            holders[name] = holders.get(name, 0) + 1
-    few: dict[str, bool] = {}
-    for folder, rows in folders.items():
-        shared = sum(holders[name] > 1 for name in stems[folder]) / len(stems[folder])
-        if told[folder] or shared >= MIRRORED:
-            few[folder] = _are_few(source, rows)
+    told = [folder for folder in folders if FOLDERS.fullmatch(folder.rsplit("/", 1)[-1])]
+    few = {folder: _are_few(source, folders[folder]) for folder in (*told, *_mirrored(source, folders))}
     if not any(few.values()):
         return []
     others = [folder for folder in folders if not few.get(folder)]
     rest = [row for folder in others for row in folders[folder]]
     if not rest or _are_few(source, rest):  # drawings throughout: nothing tells masks from images
         return []
-    image = next((folder for folder in others if folder.rsplit("/", 1)[-1] == "images"), others[0])
+    image = os.path.commonpath(others) if all(others) else ""
     return [
         MaskLike(f"{folder}/", len(folders[folder]), image, f"{folder}/*") for folder, found in few.items() if found
     ]
 
 
+def _mirrored(source: Source, folders: dict[str, list[int]]) -> list[str]:
+    """Folders of which MIRRORED of the names, but for the endings, occur in another folder too."""
+    if len(folders) > MOST_FOLDERS or len(source) > MOST_NAMES:
+        return []
+    stems = {folder: {_stem(source.names[row]) for row in rows} for folder, rows in folders.items()}
+    holders = Counter(name for names in stems.values() for name in names)
+    return [
+        folder for folder, names in stems.items() if sum(holders[name] > 1 for name in names) >= MIRRORED * len(names)
+    ]
+
+
 def _by_ending(source: Source, folders: dict[str, list[int]]) -> list[MaskLike]:
     """Masks beside their images: a.jpg and a_mask.png."""
+    if len(source) > MOST_NAMES:
+        return []
     found: dict[str, list[int]] = {}
     for rows in folders.values():
         stems = {_stem(source.names[row]) for row in rows}
@@ -116,7 +119,12 @@ def _stem(name: str) -> str:
 
 def _are_few(source: Source, rows: Sequence[int]) -> bool:
     """Whether nearly all of a sample of images hold few colours."""
-    seen = [few for row in _evenly(rows) if (few := _holds_few(source, row)) is not None]
+    seen: list[bool] = []
+    for row in _evenly(rows):
+        if (few := _holds_few(source, row)) is not None:
+            seen.append(few)
+        if seen.count(False) > 1:  # most folders hold photographs: two of them are enough
+            return False
     return bool(seen) and sum(seen) >= 0.8 * len(seen)
 
 
