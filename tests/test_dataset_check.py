@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from test_start import start, stop_at
 
+from unmask.config import ConfigError
 from unmask.console import Console
 from unmask.dataset_check import file_of
 from unmask.report import write_report
-from unmask.saved import load, read_plan
-from unmask.start import DataError, resume
+from unmask.saved import load, read_config, read_plan
+from unmask.start import DataError, Places, resume
 
 
 def arrays(folder, seed=0, count=30):
@@ -127,3 +128,43 @@ def test_changed_files_that_are_accepted_are_trained_on_again(tmp_path, monkeypa
     resume(run.path, allow_dataset_change=True)
     assert read_plan(run).excluded == ()
     assert len(run.quarantine()) == 1
+
+
+def test_a_run_whose_data_moved_goes_on_exactly_where_they_are_now(stopped, tmp_path, monkeypatch):
+    whole = start(tmp_path / "data", tmp_path / "whole", "train.steps=6")
+    shutil.copytree(tmp_path / "data", tmp_path / "moved" / "photos", copy_function=shutil.copyfile)
+    shutil.rmtree(tmp_path / "data")
+    moved = Places((str(tmp_path / "moved" / "photos"),))
+    np.save(tmp_path / "moved" / "photos" / "extra.npy", np.zeros((20, 24, 3), np.uint8))
+    with pytest.raises(DataError, match=r"1 added: extra\.npy"):
+        resume(stopped.path, places=moved)
+    assert read_config(stopped).data.source == str(tmp_path / "data"), "a refusal changes nothing"
+    (tmp_path / "moved" / "photos" / "extra.npy").unlink()
+    stop_at(monkeypatch, 4)
+    resume(stopped.path, places=moved)
+    monkeypatch.undo()
+    resume(stopped.path)  # the new place is the run's own now
+    assert weights(stopped) == weights(whole)
+    assert read_config(stopped).data.source == str(tmp_path / "moved" / "photos")
+    (entry,) = stopped.read("provenance.json")["data_changes"]
+    assert (entry["what"], entry["step"]) == ("moved", 2)
+    assert entry["places"]["source"] == [str(tmp_path / "data"), str(tmp_path / "moved" / "photos")]
+    with pytest.raises(ConfigError, match="--test came, but this run has none"):
+        Places(test="x").applied(read_config(stopped))
+
+
+def test_several_data_less_some_images_are_trained_on_and_resumed(tmp_path, monkeypatch, capsys):
+    arrays(tmp_path / "one", seed=0, count=20)
+    arrays(tmp_path / "two", seed=1, count=20)
+    stop_at(monkeypatch, 2)
+    data = [tmp_path / "one", tmp_path / "two"]
+    run = start(data, tmp_path / "run", "train.steps=4", exclude=["01?.npy"], console=Console())
+    monkeypatch.undo()
+    assert "20 images found" in capsys.readouterr().err
+    data = read_config(run).data
+    assert (data.source, data.exclude) == ((str(tmp_path / "one"), str(tmp_path / "two")), ("01?.npy",))
+    assert read_plan(run).num_images == 20
+    assert resume(run.path).read("status.json")["state"] == "finished"
+    assert f"{tmp_path / 'one'}, {tmp_path / 'two'}" in write_report(run.path).read_text()
+    with pytest.raises(ConfigError, match="give --exclude"):
+        start(tmp_path / "one", tmp_path / "other", 'data.exclude=["x"]')

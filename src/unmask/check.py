@@ -20,7 +20,13 @@ MEASURE_SECONDS = 6.0
 
 
 def check_data(
-    data: str, console: Console, *, sample: int | None, workers: int | None, settings: Sequence[str] = ()
+    data: str | Sequence[str],
+    console: Console,
+    *,
+    sample: int | None,
+    workers: int | None,
+    settings: Sequence[str] = (),
+    exclude: Sequence[str] = (),
 ) -> tuple[int, dict[str, Any]]:
     """Returns (exit code, summary): 0 when the data can be trained on, 2 when not.
 
@@ -30,7 +36,7 @@ def check_data(
     starts some where that is worth it, as `unmask pretrain` does. settings: KEY=VALUE assignments, as there.
     """
     draft = drafted(None, "auto", list(settings), None)
-    source = read_as(open_source(data), draft.data.reading)
+    source = read_as(open_source(data, exclude), draft.data.reading)
     with console.progress("checking files", min(len(source), sample or len(source))) as bar:
         found = scan(
             source,
@@ -48,6 +54,7 @@ def check_data(
         "usable": found.usable,
         "bad": [vars(bad) for bad in found.bad],
         "passed_over": dict(+source.skipped),
+        "excluded": source.excluded,
         "classes": list(source.classes),
         "median_size": list(found.median_size),
         "channels": dict(found.channels),

@@ -43,6 +43,23 @@ Data = Annotated[
         show_default=False,
     ),
 ]
+SeveralData = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="DATA...",
+        help="Images: a folder, list file, glob, tar, zip or parquet, a folder or glob of parquet or tar shards; or an "
+        "embedded set: shapes, digits. Several are read as one.",
+        show_default=False,
+    ),
+]
+Exclude = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--exclude",
+        metavar="PATTERN",
+        help="Leave out images whose name, or a folder of it, matches, e.g. thumbs or '*_mask.png'; repeatable.",
+    ),
+]
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Settings = Annotated[
@@ -218,7 +235,8 @@ def demo(
 
 @app.command()
 def check(
-    data: Data,
+    data: SeveralData,
+    exclude: Exclude = None,
     sample: Annotated[int | None, typer.Option(help="Check only this many files, evenly spread.")] = None,
     workers: Annotated[
         int | None, typer.Option(help="Checking processes; chosen when left out.", show_default=False)
@@ -229,7 +247,9 @@ def check(
     """Preflight: counts, sizes, channels, statistics, broken files, a recipe and a time forecast."""
     from unmask.check import check_data
 
-    code, summary = check_data(data, Console(), sample=sample, workers=workers or 0, settings=settings or [])
+    code, summary = check_data(
+        data, Console(), sample=sample, workers=workers or 0, settings=settings or [], exclude=exclude or ()
+    )
     if as_json:
         _print_json(summary)
     raise typer.Exit(code)
@@ -237,7 +257,8 @@ def check(
 
 @app.command()
 def pretrain(
-    data: Data,
+    data: SeveralData,
+    exclude: Exclude = None,
     recipe: Annotated[str, typer.Option(help="A name from `unmask recipes`, or auto.")] = "auto",
     out: NewRun = None,
     budget: Budget = None,
@@ -287,6 +308,7 @@ def pretrain(
     console = Console()
     run = pretrain(
         data,
+        exclude=exclude or (),
         recipe=recipe,
         config=config,
         out=out,
@@ -407,9 +429,25 @@ def resume(
     allow_dataset_change: Annotated[
         bool, typer.Option("--allow-dataset-change", help="Go on although the image files are not the same any more.")
     ] = False,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="DATA", help="Where the images lie now, if they have moved; repeatable.", show_default=False
+        ),
+    ] = None,
+    test: Annotated[
+        str | None,
+        typer.Option(metavar="DATA", help="Fine-tuned runs: where the test images lie now.", show_default=False),
+    ] = None,
+    annotations: Annotated[
+        str | None, typer.Option(metavar="PATH", help="The same for masks or boxes.", show_default=False)
+    ] = None,
+    test_annotations: Annotated[
+        str | None, typer.Option(metavar="PATH", help="The same for those of the test images.", show_default=False)
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Go on exactly where a run stopped."""
+    """Go on exactly where a run stopped; with --data on the same images in another place."""
     from unmask import finetune, start
     from unmask.config import task_names
     from unmask.run import Run
@@ -417,7 +455,13 @@ def resume(
 
     console = Console()
     supervised = read_config(Run.open(run)).method.name in task_names()
-    done = (finetune if supervised else start).resume(run, allow_dataset_change=allow_dataset_change, console=console)
+    places = start.Places(tuple(data or ()), test, annotations, test_annotations)
+    done = (finetune if supervised else start).resume(
+        run,
+        allow_dataset_change=allow_dataset_change,
+        places=None if places == start.Places() else places,
+        console=console,
+    )
     _ended(done, as_json, console)
 
 
@@ -715,8 +759,9 @@ def _paper_linear(
 @app.command()
 def embed(
     run: RunFolder,
-    data: Data,
+    data: SeveralData,
     out: Annotated[Path, typer.Option(metavar="FILE", help="FILE.parquet or FILE.npz.", show_default=False)],
+    exclude: Exclude = None,
     step: Step = None,
     device: Device = "auto",
     as_json: AsJson = False,
@@ -724,7 +769,7 @@ def embed(
     """Features of every image, never masked: columns name, label (where there is one), cls and mean (over patches)."""
     from unmask.use import embed_images
 
-    summary = embed_images(run, data, out, step=step, device=device, console=Console())
+    summary = embed_images(run, data, out, exclude=exclude or (), step=step, device=device, console=Console())
     if as_json:
         _print_json(summary)
 

@@ -124,7 +124,7 @@ def about(name: str, run: Run) -> dict[str, Any]:
         "path": str(run.path),
         "method": config.method.name,
         "recipe": config.recipe,
-        "source": config.data.source,
+        "source": config.data.place,
         "differs": _by_hand(config),
         "image": [plan.images.channels, *plan.images.size],
         "parameters": plan.parameters,

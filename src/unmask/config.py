@@ -72,7 +72,8 @@ class ConfigError(UserError):
 class DataConfig(Settings):
     """Which images, and how they become batches.
 
-    source: folder, list file, glob, tar, zip, parquet or an embedded name. size: (H, W) the method sees, in pixels.
+    source: folder, list file, glob, tar, zip, parquet or an embedded name, or several. exclude: patterns of names that
+    are left out. size: (H, W) the method sees, in pixels.
     channels, mean, std: None means counted and computed on the data (mean and std in the files' own units).
     workers: decoding processes; None means chosen from the machine. cache: keep decoded images in memory; None means if
     they fit in `cache_gib`. max_bad_fraction: more unreadable files than this stop the run. scan_sample: files that are
@@ -93,7 +94,8 @@ class DataConfig(Settings):
     hundred, but 64 to 256, of 1,000 images or more. Supervised runs hold out test images instead.
     """
 
-    source: str = ""
+    source: str | tuple[str, ...] = ""
+    exclude: tuple[str, ...] = ()
     test: str | None = None
     annotations: str | None = None
     test_annotations: str | None = None
@@ -119,6 +121,11 @@ class DataConfig(Settings):
     def reading(self) -> Reading:
         """How the files are decoded, as far as the settings say."""
         return Reading(alpha=self.alpha, pages=self.pages, axes=self.axes)
+
+    @property
+    def place(self) -> str:
+        """`source` as one text, for people."""
+        return self.source if isinstance(self.source, str) else ", ".join(self.source)
 
 
 class TrainConfig(Settings):

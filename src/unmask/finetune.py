@@ -12,6 +12,7 @@ Run; what is learnt from and how it is measured is in `lessons.py`. `unmask abla
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -30,6 +31,7 @@ from unmask.data.augment import crop_for
 from unmask.data.maps import Maps, MaskOptions
 from unmask.data.sources import Source, open_source
 from unmask.default_dtype import float32_default
+from unmask.errors import UserError
 from unmask.evals.collect import eval_mode
 from unmask.lessons import (
     HEADLINES,
@@ -41,6 +43,7 @@ from unmask.lessons import (
     masks_of,
     open_exam,
     open_lessons,
+    place_of_annotations,
     reopen,
     shared_files,
     split_rows,
@@ -285,20 +288,49 @@ def say_annotations(lessons: Lessons, config: Config, console: Console) -> None:
         (console.warn if costly else console.say)(line)
 
 
-def resume(run_folder: str | Path, *, allow_dataset_change: bool = False, console: Console | None = None) -> Run:
-    """Go on exactly where a supervised Run stopped; as `start.resume`."""
+def resume(
+    run_folder: str | Path,
+    *,
+    allow_dataset_change: bool = False,
+    places: start.Places | None = None,
+    console: Console | None = None,
+) -> Run:
+    """Go on exactly where a supervised Run stopped; as `start.resume`.
+
+    places: where its images, test images and annotations lie now, if they have moved.
+    """
     console = console or Console()
     status = Run.open(run_folder).path / "status.json"
     finished = status.exists() and Run(run_folder).read("status.json").get("state") == "finished"
+    if places is not None:
+        places = moved_places(read_config(Run(run_folder)), places)
     done = start.resume(
         run_folder,
         allow_dataset_change=allow_dataset_change,
+        places=places,
         supervise=partial(supervise, console=console),
         console=console,
     )
     if not finished:
         report(done, console)
     return done
+
+
+def moved_places(config: Config, places: start.Places) -> start.Places:
+    """Where masks or boxes lie beside images that have moved, unless that is said. Raises UserError."""
+    task, before = config.method.name, config.data.annotations
+    if task not in ("segment", "detect") or not places.data:
+        return places
+    first, *more = places.data
+    if more:
+        raise ConfigError(f"got {len(places.data)} DATA; a run of task {task} has one")
+    try:
+        images, found = place_of_annotations(task, first, places.annotations)
+    except UserError:
+        if places.annotations is not None or before is None or not os.path.exists(before):
+            raise
+        images, found = first, before
+    return replace(places, data=(images,), annotations=found)
 
 
 def supervise(run: Run, config: Config, plan: Plan, source: Source, *, console: Console) -> Supervision:
@@ -332,7 +364,7 @@ def score(run: Run, *, console: Console | None = None) -> dict[str, Any]:
     loaded = load(run.path, device=choose_device(read_plan(run).device))
     data, settings = loaded.config.data, loaded.config.method
     found: dict[str, Any] = settings.model_dump()
-    lessons = reopen(loaded.config, loaded.plan, open_source(data.source), tests_only=data.test is None)
+    lessons = reopen(loaded.config, loaded.plan, open_source(data.source, data.exclude), tests_only=data.test is None)
     exam = open_exam(loaded.config, loaded.plan, lessons, console)
     with torch.inference_mode(), eval_mode(loaded.method), autocast(eval_precision(loaded), loaded.device):
         measured = exam.measure(loaded.method)
@@ -343,7 +375,7 @@ def score(run: Run, *, console: Console | None = None) -> dict[str, Any]:
         "task": settings.name, "metric": headline, "step": loaded.step, "classes": list(lessons.classes),
         "best": None if best is None else {headline: best[f"test_{headline}"], "step": best["step"]},
         "averaged": tested[-1].get(f"test_averaged_{headline}") if tested else None,
-        "data": data.source, "test": data.test or f"a held-out fifth of {data.source}",
+        "data": data.place, "test": data.test or f"a held-out fifth of {data.place}",
         "test_images": measured.get("total", measured.get("images", len(exam.rows))),
         "train_images": loaded.plan.num_images, "recipe": loaded.config.recipe,
         "last_blocks": found.get("last_blocks"), "from": loaded.config.graft[0].run if loaded.config.graft else None,

@@ -77,10 +77,11 @@ class Lessons:
 
 def open_lessons(
     task: str,
-    data: str,
+    data: str | Sequence[str],
     annotations: str | None = None,
     *,
     split: str | None = None,
+    exclude: Sequence[str] = (),
     ignored: Sequence[int] = (),
     mask_options: MaskOptions | None = None,
     classes: Sequence[str] | None = None,
@@ -98,13 +99,15 @@ def open_lessons(
     if task in LABELLED:
         if annotations is not None:
             raise ConfigError("--annotations came, but classes are read from sub-folders; leave it out, or give --task")
-        source = require_labels(open_source(data), classes or ())
+        source = require_labels(open_source(data, exclude), classes or ())
         if classes is not None:
             source = with_classes(source, classes, "the run")
             if console is not None and (absent := absent_classes(labels_of(source), classes)):
                 console.warn(f"{data} has no image of {absent}: those classes are not tested")
         require_classes(source.classes)
         return Lessons(source, tuple(source.classes), np.arange(len(source)))
+    if exclude or not isinstance(data, str):
+        raise ConfigError(f"several DATA, or --exclude, came for task {task}; they are for classes from sub-folders")
     if task == "segment":
         maps = open_maps(
             data, annotations, ignored=ignored, options=mask_options, classes=classes, look=look, console=console
@@ -158,9 +161,19 @@ def reopen(config: Config, plan: Plan, source: Source, *, tests_only: bool = Fal
     if not tests_only:
         wanted |= set(range(len(source))) - set(plan.excluded)
     return open_lessons(
-        settings.name, source.location, config.data.annotations, ignored=getattr(settings, "ignored", ()),
+        settings.name, config.data.source, config.data.annotations, exclude=config.data.exclude,
+        ignored=getattr(settings, "ignored", ()),
         mask_options=mask_options_of(config), classes=settings.classes, only=wanted, look=False,
     )  # fmt: skip
+
+
+def place_of_annotations(task: str, data: str, annotations: str | None) -> tuple[str, str]:
+    """(images, masks or boxes) of DATA for a segmentation or detection. Raises UserError where there are none."""
+    if task == "segment":
+        images, masks, _ = find_folders(data, annotations)
+        return images, masks
+    images, boxes = find_files(Path(data), None if annotations is None else Path(annotations))
+    return str(images), str(boxes)
 
 
 def masks_of(lessons: Lessons) -> Source | None:

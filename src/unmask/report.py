@@ -88,7 +88,7 @@ def gather(run: Run) -> dict[str, Any]:
         "folder": shlex.quote(str(run.path)),
         "recipe": config.get("recipe", ""),
         "method": config.get("method", {}).get("name", ""),
-        "source": config.get("data", {}).get("source", ""),
+        "source": _place(config.get("data", {}).get("source", "")),
         "plan": plan,
         "status": status,
         "facts": _facts(plan, status, trained),
@@ -104,6 +104,11 @@ def gather(run: Run) -> dict[str, Any]:
         "config": json.dumps(config, indent=2),
         "provenance": provenance,
     }
+
+
+def _place(source: str | list[str]) -> str:
+    """`data.source` as one text: some runs have several."""
+    return source if isinstance(source, str) else ", ".join(source)
 
 
 def _optional(run: Run, name: str) -> dict[str, Any]:

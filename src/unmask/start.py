@@ -13,9 +13,9 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -70,8 +70,9 @@ class DataError(UserError):
 
 @float32_default()
 def pretrain(
-    data: str | Path,
+    data: str | Path | Sequence[str | Path],
     *,
+    exclude: Sequence[str] = (),
     recipe: str = "auto",
     config: str | Path | None = None,
     out: str | Path | None = None,
@@ -85,6 +86,7 @@ def pretrain(
 ) -> Run:
     """Pre-train on the images of `data` and return the Run; `run.read("status.json")["state"]` says how it ended.
 
+    data: one or several. exclude: patterns of names to leave out, see `data.joined.matcher`.
     recipe: a name from `unmask recipes`, or "auto". config: another Run, or its config.json, whose settings are used in
     place of a recipe's. out: a new folder; made up from data and recipe when None. budget: seconds for everything from
     this call on; the number of steps follows the pace of training. settings: KEY=VALUE assignments. from_run: start
@@ -109,7 +111,7 @@ def pretrain(
     device = choose_device(draft.train.device)
     if out is not None:
         Run.check_free(out)
-    source = read_as(open_source(data), draft.data.reading)
+    source = read_as(open_source(data, exclude), draft.data.reading)
     console.say(f"{source.name}: {len(source)} images found" + skipped(source))
     found = scan_all(source, draft, console)
     for line in odd_images(source, found):
@@ -239,12 +241,14 @@ def resume(
     run_folder: str | Path,
     *,
     allow_dataset_change: bool = False,
+    places: Places | None = None,
     supervise: Supervise | None = None,
     console: Console | None = None,
 ) -> Run:
     """Go on exactly where a Run stopped. Raises ValueError when it cannot be the same run any more.
 
-    supervise: for a supervised run, which `finetune.resume` goes on with.
+    places: where its data lie now, if they have moved. supervise: for a supervised run, which `finetune.resume` goes
+    on with.
     """
     console = console or Console()
     refuse_several_processes()
@@ -256,11 +260,15 @@ def resume(
             console.say(f"{run.path} is finished ({plan.steps} steps); nothing to do")
             return run
         choose_device(plan.device)
-        source = read_as(open_source(config.data.source), plan.reading)
+        before = config
+        if places is not None:
+            config = places.applied(config)
+        source = read_as(open_source(config.data.source, config.data.exclude), plan.reading)
+        config = config.model_copy(update={"data": config.data.model_copy(update={"source": source.data})})
         if found := dataset_check.compare(run, plan, source, console):
             if not allow_dataset_change:
                 raise DataError(
-                    f"the images of {config.data.source} have changed since this run began "
+                    f"the images of {config.data.place} have changed since this run began "
                     f"({plan.num_images + len(plan.excluded)} files then, {len(source)} now), so it could not go on "
                     f"exactly: {found.lines()}. Bring the old files back, or give --allow-dataset-change to go on all "
                     "the same"
@@ -272,8 +280,60 @@ def resume(
         images = training_images(source, rows, plan.images, config)
         if plan.cached:
             images.keep_decoded()
+        if places is not None and supervise is None:
+            note_moved(run, before, config, console)
+        elif places is not None and supervise is not None:
+            supervise = _noting_moved(supervise, before, console)
         _train(run, config, plan, images, console, supervise)
     return run
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the data of a run lie now; what is None or empty is where it was."""
+
+    data: tuple[str, ...] = ()
+    test: str | None = None
+    annotations: str | None = None
+    test_annotations: str | None = None
+
+    def applied(self, config: Config) -> Config:
+        """The configuration with these places, as absolute paths. Raises ConfigError for one that would be ignored."""
+        for name in ("test", "annotations", "test_annotations"):
+            if getattr(self, name) is not None and getattr(config.data, name) is None:
+                raise ConfigError(f"--{name.replace('_', '-')} came, but this run has none; leave it out")
+        others = {name: getattr(self, name) for name in ("test", "annotations", "test_annotations")}
+        changes: dict[str, Any] = {
+            name: os.path.abspath(place) if os.path.exists(place) else place
+            for name, place in others.items()
+            if place is not None
+        }
+        if self.data:
+            changes["source"] = self.data[0] if len(self.data) == 1 else self.data
+        return config.model_copy(update={"data": config.data.model_copy(update=changes)})
+
+
+def note_moved(run: Run, before: Config, config: Config, console: Console) -> None:
+    """Write down that a run's data lie elsewhere from now on, and from where they moved."""
+    keys = ("source", "test", "annotations", "test_annotations")
+    old, new = ({key: getattr(each.data, key) for key in keys} for each in (before, config))
+    if old == new:
+        return
+    moved = {key: [old[key], new[key]] for key in keys if old[key] != new[key]}
+    run.write("config.json", config.model_dump(mode="json"))
+    told = "; ".join(f"{key} {then} -> {now}" for key, (then, now) in moved.items())
+    console.say(dataset_check.note_change(run, "moved", summary=told, places=moved))
+
+
+def _noting_moved(supervise: Supervise, before: Config, console: Console) -> Supervise:
+    """`supervise` that notes the new places once it has found everything there."""
+
+    def both(run: Run, config: Config, plan: Plan, source: Source) -> Supervision:
+        made = supervise(run, config, plan, source)
+        note_moved(run, before, config, console)
+        return made
+
+    return both
 
 
 def adopt(source: Source, plan: Plan, run: Run, found: Difference) -> Plan:
@@ -337,12 +397,15 @@ def resolve(
             "data.crop.eval_share, or data.crop.kind=random_resized, or leave it out"
         )
     if source is not None:
-        config = config.model_copy(update={"data": config.data.model_copy(update={"source": source.location})})
+        where = {"source": source.data, "exclude": source.exclude}
+        config = config.model_copy(update={"data": config.data.model_copy(update=where)})
     return config
 
 
 def refuse_conflicts(asked: dict[str, Any], budget: object) -> None:
     """What cannot be set is refused, and so are two answers to "how long?": one of them would be ignored."""
+    if "data.exclude" in asked:
+        raise ConfigError("data.exclude cannot be set: give --exclude PATTERN to the command")
     if "data.source" in asked:
         raise ConfigError("data.source cannot be set: it is the DATA that the command names; name other images there")
     for key in ("data.test", "data.annotations", "data.test_annotations", "data.test_split"):
@@ -709,8 +772,10 @@ def free_name(source: Source, config: Config) -> Path:
 
 
 def skipped(source: Source) -> str:
-    """How many files of which kinds were passed over, in brackets; "" for none."""
+    """How many files of which kinds were passed over or excluded, in brackets; "" for none."""
+    excluded = ", ".join(f"{count} by {pattern}" for pattern, count in source.excluded.items())
+    told = f" (excluded: {excluded})" if excluded else ""
     if not (passed_over := +source.skipped):
-        return ""
+        return told
     kinds = ", ".join(f"{count} {kind or 'without extension'}" for kind, count in passed_over.most_common(4))
-    return f" ({passed_over.total()} other files passed over: {kinds})"
+    return f" ({passed_over.total()} other files passed over: {kinds})" + told

@@ -184,7 +184,16 @@ def open_images(images: Sequence[str]) -> Source:
     return open_files(images) if one_file or len(images) > 1 else open_source(images[0])
 
 
-def embed_images(run: Path, data: str, out: Path, *, step: int | None, device: str, console: Console) -> dict[str, Any]:
+def embed_images(
+    run: Path,
+    data: str | Sequence[str],
+    out: Path,
+    *,
+    exclude: Sequence[str] = (),
+    step: int | None,
+    device: str,
+    console: Console,
+) -> dict[str, Any]:
     """Write the features of every image to .parquet or .npz: nothing masked, and the same bytes every time.
 
     One row per image, in the order of the source: `name` (relative to DATA, '/'-separated), `label` (the class's name;
@@ -197,7 +206,7 @@ def embed_images(run: Path, data: str, out: Path, *, step: int | None, device: s
     if not out.resolve().parent.is_dir():
         raise UserError(f"the folder {out.resolve().parent} does not exist; make it first, or choose another --out")
     loaded = load(run, device=choose_device(device), step=step)
-    source = read_as(open_source(data), loaded.plan.reading)
+    source = read_as(open_source(data, exclude), loaded.plan.reading)
     rows = np.arange(len(source))
     encoders = {"encoder": loaded.method.encoder}
     # fp32 always: these numbers are kept, and should be the same on a laptop and a server but for rounding.

@@ -32,6 +32,7 @@ class Pages(Source):
         super().__init__(of.name, names, of.sizes[self.rows], location=of.location)
         self.reading = of.reading
         self.opened = of.opened
+        self.data, self.exclude, self.excluded = of.data, of.exclude, of.excluded
         self.changed = None if of.changed is None else of.changed[self.rows]
         self.modified = None if of.modified is None else of.modified[self.rows]
         self.skipped = Counter(of.skipped)
@@ -42,7 +43,7 @@ class Pages(Source):
         data, offset = self.of.read(int(self.rows[i])), int(self.offsets[i])
         return starting_at(data, offset) if offset else data
 
-    def path(self, i: int) -> str:
+    def path(self, i: int) -> str | None:
         return self.of.path(int(self.rows[i]))
 
     def fingerprint(self) -> str:
