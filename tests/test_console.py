@@ -36,3 +36,12 @@ def test_errors_are_escaped_too(capsys, error):
     said = capsys.readouterr().err
     assert r"\x1b]0;owned\x07" in said
     assert "\x1b" not in said
+
+
+def test_the_list_of_runs_prints_no_controls(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("unmask.list_runs.list_runs", lambda folder: [])
+    monkeypatch.setattr("unmask.list_runs.table", lambda found: [HOSTILE])
+    cli.list_(tmp_path)
+    said = capsys.readouterr().out
+    assert r"\x1b]0;owned\x07" in said
+    assert "\x1b" not in said

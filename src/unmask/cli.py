@@ -100,7 +100,7 @@ def main() -> None:
         signal.signal(getattr(signal, name), signal.SIG_DFL)
     if outputs and (lost := outputs.finish()) is not None:
         if lost:
-            print(f"error: {lost}", file=sys.stderr)
+            print(escape_controls(f"error: {lost}"), file=sys.stderr)
         code = code or FAILED
     sys.exit(code)
 
@@ -126,7 +126,7 @@ def _explain(error: Exception) -> int:
             vars(error)["message"] = escape_controls(said)
         show()
         if hint := _hint_for_option(error):
-            print(hint, file=sys.stderr)
+            print(escape_controls(hint), file=sys.stderr)
         return getattr(error, "exit_code", USAGE)
     if isinstance(error, UserError | FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError):
         message, code = str(error), USAGE
@@ -871,7 +871,7 @@ def list_(
     if as_json:
         _print_json([vars(each) for each in found])
         return
-    print("\n".join(table(found)))
+    print(escape_controls("\n".join(table(found))))
 
 
 @app.command()
