@@ -243,7 +243,7 @@ def test_all_damaged_is_an_error_and_never_a_fresh_start(run):
     for step in (1, 2):
         (write(run, step) / "model.safetensors").write_bytes(b"")
     for _ in range(2):  # the second time they are all set aside already
-        with pytest.raises(CheckpointError, match=r"every checkpoint of .* is damaged"):
+        with pytest.raises(CheckpointError, match=r"no checkpoint of .* can be used: all are damaged"):
             load_latest(run, say=lambda _: None)
 
 
@@ -437,6 +437,6 @@ def test_reading_past_a_damaged_checkpoint_says_so_and_renames_nothing(run, caps
     file.write_bytes(file.read_bytes()[:-1] + b"?")
     found, weights = checkpoint.load_model(run)
     assert (found, float(weights["weight"][0])) == (1, 1.0)
-    assert "step 1 is used instead" in (err := capsys.readouterr().err)
+    assert "step 1 is used, because a newer checkpoint cannot be" in (err := capsys.readouterr().err)
     assert "model.safetensors has changed" in err
     assert len(checkpoint.steps_on_disk(run)) == 2

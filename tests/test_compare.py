@@ -15,6 +15,7 @@ from unmask.errors import UserError
 from unmask.export import export_run
 from unmask.importing import import_weights
 from unmask.probing import probe_run
+from unmask.run import Run
 from unmask.start import pretrain
 
 
@@ -92,9 +93,9 @@ def test_a_kind_without_a_mean_over_patches_is_compared_by_what_it_has(runs, lab
         row = {"features": "pre-trained", "pool": "cls", "accuracy": right / 8, "low": 0.1, "high": 0.9} | {
             "correct": right, "total": 8,
         }  # fmt: skip
-        one = json.loads(next((run / "evals").glob("attentive-*.json")).read_text())
+        one = Run(run).read(f"evals/{next((run / 'evals').glob('attentive-*.json')).name}")
         by_paper = one | {"kind": "paper-linear", "rows": [row]}
-        (run / "evals/probe-paper-linear-train.json").write_text(json.dumps(by_paper))
+        Run(run).write("evals/probe-paper-linear-train.json", by_paper)
     summary = compare(runs, out=tmp_path / "both.html")
     found = {shared["kind"]: shared["rows"] for shared in summary["probes"]}
     assert {row["name"]: row["accuracy"] for row in found["attentive"]} == accuracies
@@ -144,9 +145,9 @@ def test_with_data_those_are_probed_that_lack_it(runs, labelled, tmp_path, monke
 def test_of_several_checkpoints_the_latest_counts(runs, labelled, tmp_path):
     for run in runs:
         probe(run, labelled)
-    early = json.loads(next(runs[1].glob("evals/probe-knn-*.json")).read_text())
+    early = Run(runs[1]).read(f"evals/{next(runs[1].glob('evals/probe-knn-*.json')).name}")
     early |= {"step": 1, "rows": [row | {"accuracy": 0.0} for row in early["rows"]]}
-    (runs[1] / "evals" / "probe-knn-labelled-step-1.json").write_text(json.dumps(early))
+    Run(runs[1]).write("evals/probe-knn-labelled-step-1.json", early)
     (shared,) = compare(runs, out=tmp_path / "both.html")["probes"]
     assert {row["name"]: row["step"] for row in shared["rows"]} == {"a": 2, "b": 3}
 

@@ -11,6 +11,7 @@ from conftest import SMALL_RUN, write_images
 from unmask import start as module
 from unmask import train as loop
 from unmask.config import ConfigError
+from unmask.edits import set_values
 from unmask.errors import UserError
 from unmask.run import Run, RunError, RunInUse
 from unmask.saved import load
@@ -162,7 +163,7 @@ def test_a_run_in_use_is_refused_and_left_alone(images, tmp_path, monkeypatch):
     run = start(images, tmp_path / "run", "train.steps=4")
     monkeypatch.undo()
     before = run.read("status.json")
-    with run.lock(), pytest.raises(RunInUse, match=f"in use by process {os.getpid()}"):
+    with run.lock(), pytest.raises(RunInUse, match=rf"in use by this very process \({os.getpid()}\)"):
         resume(run.path)
     assert run.read("status.json") == before
     assert resume(run.path).read("status.json")["state"] == "finished"
@@ -216,8 +217,9 @@ def test_a_run_folder_that_vanishes_fails_at_the_end_and_not_before(images, tmp_
         return taken[-1]
 
     monkeypatch.setattr(loop, "step", vanishing)
-    with pytest.raises(TrainingFailed, match="could not be written"):
+    with pytest.raises(TrainingFailed, match=r"was deleted, moved or replaced .*unmask resume"):
         start(images, tmp_path / "run", "train.steps=6", "train.picture_every=2")
+    assert not (tmp_path / "run").exists(), "it does not come back as a lone status.json"
     assert [step.number for step in taken] == [1, 2, 3, 4, 5, 6]
 
 
@@ -232,12 +234,12 @@ def test_a_killed_loader_worker_is_a_sentence_and_the_way_out_that_it_names_is_t
 
     monkeypatch.setattr(loop, "step", killing)
     settings = ("train.steps=40", "train.checkpoint_every=2", "data.workers=1", "data.cache=false")
-    with pytest.raises(TrainingFailed, match=r'killed by signal 9; out of memory.*"workers": 0 in .*plan\.json'):
+    with pytest.raises(TrainingFailed, match=r"killed by signal 9; out of memory.*unmask set .*run data\.workers=0"):
         start(images, tmp_path / "run", *settings)
     monkeypatch.undo()
     run = Run(tmp_path / "run")
     assert run.read("status.json")["state"] == "failed"
-    run.write("plan.json", {**run.read("plan.json"), "workers": 0})
+    set_values(run.path, ["data.workers=0"])
     assert resume(run.path).read("status.json")["state"] == "finished"
     whole = start(images, tmp_path / "whole", "train.steps=40")
     assert [row["loss"] for row in run.metrics()] == [row["loss"] for row in whole.metrics()]

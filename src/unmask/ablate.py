@@ -12,7 +12,6 @@ The tables themselves are in `tables.py`, how numbers are set beside the paper's
 
 from __future__ import annotations
 
-import json
 import shlex
 import shutil
 import signal
@@ -28,7 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from unmask import finetune, start
+from unmask import checkpoint, finetune, start
 from unmask.beside import POOL, find_probe, find_score, write_table
 from unmask.config import Config, ConfigError, parse
 from unmask.console import Console, duration
@@ -55,7 +54,7 @@ from unmask.plan import (
 from unmask.probing import probe_kinds
 from unmask.recipes import catalogue
 from unmask.report import write_report
-from unmask.run import Run, RunError, replace_file
+from unmask.run import Run, RunError
 from unmask.saved import read_config, read_plan
 from unmask.tables import PRETRAINED, SHARED, TOKENIZER, Cell, Table, find_table
 from unmask.use import EVAL_BATCH
@@ -126,7 +125,7 @@ def ablate(
         decided = read_decided(folder, asked, source)
         if decided is None:
             decided = decide(which, asked, source, min(asked.shots or most_shots, most_shots), console)
-            replace_file(folder / "ablation.json", json.dumps(decided, indent=2).encode("ascii") + b"\n")
+            Run(folder).write("ablation.json", decided)
         say_decided(decided, console)
         stopped, said = False, sentences(write_table(folder, "running"))
         try:
@@ -328,7 +327,7 @@ def claim(folder: Path) -> Iterator[None]:
     if folder.exists() and not folder.is_dir():
         raise RunError(f"{folder} is a file; a table needs a folder: choose another --out")
     if folder.is_dir() and not (folder / "ablation.json").exists():
-        inside = [entry.name for entry in folder.iterdir() if entry.name != ".lock"]
+        inside = [entry.name for entry in folder.iterdir() if entry.name != ".lock" and entry.suffix != ".partial"]
         if inside:
             raise RunError(
                 f"{folder} is not empty ({', '.join(sorted(inside)[:3])}) and holds no ablation.json to go on with; "
@@ -366,7 +365,7 @@ def read_decided(folder: Path, asked: Asked, source: Source) -> dict[str, Any] |
         )
     if asked.seeds > was["seeds"]:
         decided["asked"] = asked.saved()
-        replace_file(folder / "ablation.json", json.dumps(decided, indent=2).encode("ascii") + b"\n")
+        Run(folder).write("ablation.json", decided)
     return decided
 
 
@@ -604,7 +603,7 @@ def train_cell(
     """The finished Run of one cell. Raises KeyboardInterrupt when it was asked to stop."""
     if (place / "plan.json").exists():
         run = Run.open(place)
-        if (place / "status.json").exists() and run.read("status.json").get("state") == "finished":
+        if run.finished and checkpoint.is_complete(run, read_plan(run).steps):
             return run
         console.say(f"{place.name}: going on")
         run = (finetune if cell["fine_tunes"] else start).resume(place, console=console)
@@ -632,7 +631,7 @@ def train_cell(
             run = start.pretrain(
                 asked["data"], recipe=cell["recipe"], out=place, settings=settings, console=console, **with_tokenizer
             )
-    if run.read("status.json")["state"] == "stopped":
+    if run.status().get("state") == "stopped":
         raise KeyboardInterrupt
     return run
 
@@ -645,7 +644,7 @@ def without_length(settings: Sequence[str]) -> list[str]:
 def finished(folder: Path, name: str, what: str) -> Path:
     """The Run of a shared cell. Raises TrainingFailed when it has not come to its end."""
     run = Run(folder / name)
-    if not (run.path / "status.json").exists() or run.read("status.json").get("state") != "finished":
+    if not run.finished:
         raise TrainingFailed(f"its {what} could not be trained; see the row of the {what}")
     return run.path
 
@@ -656,6 +655,8 @@ def probe_cell(run: Run, decided: dict[str, Any], cell: dict[str, Any], seed: in
     missing = [kind for kind in KINDS if find_probe(run, kind, decided, controls=controls) is None]
     if not missing:
         return
+    for fault in run.results("probe-*")[1]:
+        console.warn(f"{fault}; it is measured again now")
     console.say(f"{run.path.name}: probing")
     probe_kinds(
         run.path,

@@ -91,8 +91,8 @@ def find_probe(run: Run, kind: str, decided: dict[str, Any], *, controls: bool) 
         "kind": kind, "data": asked["data"], "shots": decided["shots"], "seed": 0, "layer": None, "masks": None,
         "test": asked["test"] or f"a held-out fifth of {asked['data']}", "step": run.read("plan.json")["steps"],
     }  # fmt: skip
-    for file in sorted(run.evals.glob(f"probe-{kind}-*.json")):
-        found = run.read(f"evals/{file.name}")
+    results, _ = run.results(f"probe-{kind}-*")  # a damaged one is no result: the probe is made again
+    for _, found in sorted(results.items()):
         if all(found.get(key) == value for key, value in want.items()):
             if controls and not any(row["features"] == RANDOM_INIT for row in found["rows"]):
                 continue
@@ -102,7 +102,8 @@ def find_probe(run: Run, kind: str, decided: dict[str, Any], *, controls: bool) 
 
 def find_score(run: Run) -> dict[str, Any] | None:
     """A fine-tuned Run's count of its test images, of its last weights; None where it is still to be made."""
-    found = run.read(SCORE) if (run.path / SCORE).exists() else {}
+    results, _ = run.results("fine-tuned")
+    found = results.get("fine-tuned", {})
     return found if found.get("step") == run.read("plan.json")["steps"] else None
 
 
@@ -152,8 +153,7 @@ def _run(
         "images_per_second": None, "seconds": None, "probes": {}, "fine_tuned": None, "controls": [], "how": "",
     }  # fmt: skip
     if (run.path / "plan.json").exists():
-        status = run.read("status.json") if (run.path / "status.json").exists() else {"state": "waiting"}
-        found["state"] = status["state"]
+        found["state"] = run.status().get("state", "waiting")
         trained = [row for row in run.metrics() if row.get("loss") is not None]
         if trained:
             found["loss"] = last_loss(trained)

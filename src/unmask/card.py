@@ -187,11 +187,11 @@ def training(config: Config, plan: Plan, made: dict[str, Any], step: int) -> str
 
 def results(run: Run, *, whole: bool) -> str:
     """What `evals/` holds, as one table with 95 % intervals."""
-    files = [file for first in PROBES for file in sorted(run.evals.glob(f"{first}.json"), reverse=True)]
-    rows = [row for file in files for row in probe_rows(run.read(f"evals/{file.name}"))]  # linear before knn
-    if (run.evals / "fine-tuned.json").exists():
+    probes, _ = run.results(*PROBES)  # linear before knn; a damaged file is no result
+    rows = [row for probe in probes.values() for row in probe_rows(probe)]
+    if tuned := run.results("fine-tuned")[0].get("fine-tuned"):
         name = "this model" if whole else "this encoder, with the head that was left out"
-        rows = [*tuned_rows(run.read("evals/fine-tuned.json"), name), *rows]
+        rows = [*tuned_rows(tuned, name), *rows]
     if not rows:
         return "Nothing was measured."
     head = ("measured", "features", "step", "measure", "value (95 % interval)")

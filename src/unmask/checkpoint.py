@@ -9,6 +9,8 @@
 
 Order of writing: files, each flushed to disk; MANIFEST.json (size and SHA-256 of each) last; rename; flush the folder;
 LATEST; prune. Neither torch, nor safetensors, nor the file system notices a flipped bit, so the digests are ours.
+state.json and MANIFEST.json name the run and the digests of its config.json and plan.json: the checkpoint of another
+run is not used, however well it fits.
 Weights are safetensors only: a pickle in their place is refused by name and never opened.
 """
 
@@ -24,7 +26,7 @@ import sys
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,7 @@ from torch import Tensor, nn
 
 from unmask.console import escape_controls
 from unmask.errors import UserError, some
-from unmask.run import Run, replace_file, sync_folder
+from unmask.run import Identity, Run, replace_file, sync_folder
 
 MODEL, OPTIM, STATE, MANIFEST, LATEST = (
     "model.safetensors",
@@ -61,7 +63,7 @@ class CheckpointFull(CheckpointError):
 
 
 class Damaged(CheckpointError):
-    """One checkpoint folder that fails its own manifest."""
+    """One checkpoint folder that fails its own manifest, or is of another run."""
 
 
 @dataclass(frozen=True)
@@ -86,8 +88,8 @@ def save(
 ) -> Path:
     """Write checkpoint `step` and prune older ones to `keep` (at least 2) verified ones; returns its folder.
 
-    Raises CheckpointRefused for weights that are not finite and CheckpointFull when the disk does not take it; in both
-    cases the older checkpoints stay as they were.
+    Raises CheckpointRefused for weights that are not finite, CheckpointFull when the disk does not take it, and
+    RunGone; then the older checkpoints stay as they were.
     """
     assert keep >= 2, "one checkpoint is none"
     if poisoned := [name for name, value in model.items() if value.is_floating_point() and not value.isfinite().all()]:
@@ -95,6 +97,8 @@ def save(
             f"checkpoint of step {step} not written: {len(poisoned)} tensors hold non-finite numbers, first "
             f"{poisoned[0]}; the one before is kept"
         )
+    run.require_present()
+    whose = asdict(run.identity())
     final = run.checkpoints / f"step-{step:08d}"
     partial = run.checkpoints / f".tmp-{step:08d}-{uuid.uuid4().hex[:8]}"
     try:
@@ -104,13 +108,13 @@ def save(
         files = {
             MODEL: safetensors.torch.save(_on_cpu(model)),
             OPTIM: safetensors.torch.save(_on_cpu(optim)),
-            STATE: json.dumps(dict(state)).encode(),
+            STATE: json.dumps({**state, "run": whose}).encode(),
         }
-        manifest = {}
+        manifest, fixed = {}, sorted(file.name for file in run.checkpoints.glob(FIXED))
         for name, content in files.items():
             _write(partial / name, content)
             manifest[name] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-        _write(partial / MANIFEST, json.dumps({"step": step, "files": manifest}).encode())
+        _write(partial / MANIFEST, json.dumps({"step": step, "run": whose, "fixed": fixed, "files": manifest}).encode())
         sync_folder(partial)
         if final.exists():  # the same step again, after a rollback: a crash between the two renames is mended
             os.rename(final, final.with_name(final.name + REPLACED))
@@ -168,9 +172,9 @@ def _prune(run: Run, keep: int) -> None:
             shutil.rmtree(path, ignore_errors=True)
             continue
         try:
-            verify(path)
+            require_own(run, path, verify(path))
             good += 1
-        except Damaged:
+        except UserError:
             continue
 
 
@@ -200,10 +204,31 @@ def verify(path: Path) -> dict[str, bytes]:
             content = (path / name).read_bytes()
         except OSError as error:
             raise Damaged(f"{path}: {name} cannot be read ({error.strerror})") from None
-        if hashlib.sha256(content).hexdigest() != digest:
+        if len(content) != size or hashlib.sha256(content).hexdigest() != digest:
             raise Damaged(f"{path}: {name} {_what_changed(content, size)}")
         contents[name] = content
     return contents
+
+
+def require_own(run: Run, path: Path, contents: Mapping[str, bytes]) -> None:
+    """Raises Damaged for the checkpoint of another run, or of this one with settings that it has never had.
+
+    Raises CheckpointError when what does not change between its steps is missing.
+    """
+    try:
+        state, manifest = json.loads(contents[STATE]), json.loads((path / MANIFEST).read_bytes())
+        stated, told, fixed = state.get("run"), manifest.get("run"), manifest.get("fixed")
+    except (OSError, ValueError, AttributeError) as error:
+        raise Damaged(f"{path}: {STATE} or {MANIFEST} cannot be read ({type(error).__name__})") from None
+    if stated != told:
+        raise Damaged(f"{path}: {MANIFEST} names another run than {STATE}")
+    if why := run.why_foreign(Identity.of(stated)):
+        raise Damaged(f"{path}: {why}")
+    if missing := [name for name in fixed or () if not (run.checkpoints / str(name)).exists()]:
+        raise CheckpointError(
+            f"{run.checkpoints / missing[0]} is missing, which every checkpoint of this run needs; restore it from a "
+            "backup, or start a new run"
+        )
 
 
 def _what_changed(content: bytes, size: int) -> str:
@@ -214,15 +239,17 @@ def _what_changed(content: bytes, size: int) -> str:
     return "has changed since it was written (its SHA-256 differs)"
 
 
-def _read(path: Path) -> Checkpoint:
-    fixed, contents = load_fixed(path.parent), verify(path)
+def _read(run: Run, path: Path) -> Checkpoint:
+    contents = verify(path)
+    require_own(run, path, contents)
+    fixed = load_fixed(path.parent)
     try:
         return Checkpoint(
             step=int(path.name.removeprefix("step-")),
             path=path,
             model=safetensors.torch.load(contents[MODEL]) | fixed,
             optim=safetensors.torch.load(contents[OPTIM]),
-            state=json.loads(contents[STATE]),
+            state={key: value for key, value in json.loads(contents[STATE]).items() if key != "run"},
         )
     except (safetensors.SafetensorError, ValueError) as error:
         raise Damaged(f"{path}: {error}") from None
@@ -238,15 +265,15 @@ def load_latest(run: Run, *, say: Callable[[str], object] = print) -> Checkpoint
     candidates = steps_on_disk(run)
     for _, path in candidates:
         try:
-            return _read(path)
+            return _read(run, path)
         except Damaged as fault:
             aside = _set_aside(path)
-            say(f"checkpoint damaged, set aside as {aside.name}, the one before is tried: {fault}")
+            say(f"a checkpoint cannot be used and was set aside as {aside.name}; the one before is tried: {fault}")
     damaged = sorted(path.name for path in run.checkpoints.glob("step-*.corrupt*"))
     if candidates or damaged:
         raise CheckpointError(
-            f"every checkpoint of {run.path} is damaged ({', '.join(damaged)}); restore one from a backup, or start a "
-            "new run"
+            f"no checkpoint of {run.path} can be used: all are damaged or of another run ({', '.join(damaged)}); "
+            "restore one from a backup, or start a new run"
         )
     return None
 
@@ -279,12 +306,14 @@ def load_model(
     faults = []
     for found, path in candidates:
         try:
-            weights = safetensors.torch.load(verify(path)[MODEL]) | load_fixed(path.parent)
+            contents = verify(path)
+            require_own(run, path, contents)
+            weights = safetensors.torch.load(contents[MODEL]) | load_fixed(path.parent)
         except (Damaged, safetensors.SafetensorError) as fault:
             faults.append(str(fault))
             continue
         if faults:
-            say(f"checkpoint damaged, step {found} is used instead: {'; '.join(faults)}")
+            say(f"step {found} is used, because a newer checkpoint cannot be: {'; '.join(faults)}")
         return found, weights
     if faults:
         raise CheckpointError(f"no checkpoint of {run.path} can be used: {'; '.join(faults)}")
@@ -408,6 +437,17 @@ def graft(module: nn.Module, entries: Sequence[tuple[str, str, Mapping[str, Tens
     with torch.no_grad():
         for name, value in planned.items():
             own[name].copy_(value)
+
+
+def is_complete(run: Run, step: int) -> bool:
+    """Whether there is a sound checkpoint of this run at `step`."""
+    path = run.checkpoints / f"step-{step:08d}"
+    try:
+        require_own(run, path, verify(path))
+        load_fixed(run.checkpoints)
+    except CheckpointError:
+        return False
+    return True
 
 
 def check_space(run: Run, needed: int) -> None:

@@ -19,6 +19,7 @@ from unmask.console import Console, escape_controls
 from unmask.errors import TrainingFailed, UserError
 from unmask.outputs import install
 from unmask.processes import refuse_several_processes
+from unmask.run import RunInUse, held_here
 from unmask.stopping import INTERRUPTED, interrupts
 
 FAILED, USAGE, STOPPED = 1, 2, 75
@@ -93,6 +94,7 @@ def main() -> None:
         # Torch's threads spin while they wait for one another. When something else needs the cores too, long spinning
         # makes a step up to a hundred times slower; short spinning costs nothing when alone (docs/LOG.md).
         os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+    held_here.clear()
     outputs = install() if sys.stdout in (sys.__stdout__, None) else None  # not where a test captures it
     with interrupts():
         code = _run()
@@ -114,8 +116,16 @@ def _run() -> int:
     except Exception as error:
         return _explain(error)
     if code == INTERRUPTED:
-        print("interrupted; no run was begun or changed by it, so just run the command again", file=sys.stderr)
+        print(_interrupted(), file=sys.stderr)
     return code if isinstance(code, int) else 0
+
+
+def _interrupted() -> str:
+    """What an interruption left behind, as far as runs are concerned."""
+    names = dict.fromkeys(str(run.path) for run in held_here if (run.path / "plan.json").exists())
+    if not names:
+        return "interrupted; no run was begun"
+    return "interrupted; continue with: " + " or ".join(f"unmask resume {name}" for name in names)
 
 
 def _explain(error: Exception) -> int:
@@ -128,7 +138,9 @@ def _explain(error: Exception) -> int:
         if hint := _hint_for_option(error):
             print(escape_controls(hint), file=sys.stderr)
         return getattr(error, "exit_code", USAGE)
-    if isinstance(error, UserError | FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError):
+    if isinstance(error, RunInUse):  # a moment later it may be free: whoever restarts commands should try again
+        message, code = str(error), STOPPED
+    elif isinstance(error, UserError | FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError):
         message, code = str(error), USAGE
     elif isinstance(error, TrainingFailed):
         message, code = str(error), FAILED
@@ -205,11 +217,14 @@ def _ended(run: Any, as_json: bool, console: Console) -> None:
     """Writes the report and leaves with the code that the Run's status asks for."""
     from unmask.report import write_report
 
-    status = run.read("status.json")
-    report = write_report(run.path)
-    console.say(f"report: {report}")
+    status, report = run.status(), None
+    try:
+        report = write_report(run.path, say=console.warn)
+        console.say(f"report: {report}")
+    except (OSError, UserError) as error:  # the training is done, and must not look as if it had failed
+        console.warn(f"no report was written: {error}; mend that, then: unmask report {run.path}")
     if as_json:
-        _print_json({"run": str(run.path), "report": str(report), **status})
+        _print_json({"run": str(run.path), "report": None if report is None else str(report), **status})
     if status["state"] == "stopped":
         console.say(f"stopped at step {status['step']} of {status['total']}; go on with: unmask resume {run.path}")
         raise typer.Exit(STOPPED)
@@ -463,6 +478,23 @@ def resume(
         console=console,
     )
     _ended(done, as_json, console)
+
+
+@app.command("set")
+def set_(
+    run: RunFolder,
+    settings: Annotated[
+        list[str],
+        typer.Argument(metavar="KEY=VALUE...", help="Settings, e.g. train.steps=20000.", show_default=False),
+    ],
+    as_json: AsJson = False,
+) -> None:
+    """Change settings of a run that has begun, such as its length; recorded in the run, then resume it."""
+    from unmask.edits import set_values
+
+    edit = set_values(run, settings, console=Console())
+    if as_json:
+        _print_json({"run": str(run), **edit})
 
 
 @app.command()

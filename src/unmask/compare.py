@@ -11,7 +11,7 @@ import base64
 import json
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +85,7 @@ def compare(
     summary = {
         "runs": [about(name, run) for name, run in opened.items()],
         "probes": shared(found),
-        "not_comparable": not_shared(found),
+        "not_comparable": [*not_shared(found), *damaged(opened.values())],
         "note": LOSSES,
         "written": time.strftime("%Y-%m-%d %H:%M"),
     }
@@ -115,7 +115,7 @@ def open_runs(runs: Sequence[str | Path]) -> dict[str, Run]:
 def about(name: str, run: Run) -> dict[str, Any]:
     """What a Run is and what it cost."""
     config, plan = read_config(run), read_plan(run)
-    status = run.read("status.json") if (run.path / "status.json").exists() else {"state": "waiting", "step": 0}
+    status = {"state": "waiting", "step": 0} | run.status()
     trained = [row for row in run.metrics() if row.get("loss") is not None]
     flops = flops_of(config, plan.images)
     seen = status["step"] * plan.batch_size
@@ -180,15 +180,20 @@ def _device(run: Run, plan: Plan) -> str:
 
 
 def probes(run: Run) -> list[dict[str, Any]]:
-    """The Run's probes; of one measurement at several steps only the latest."""
+    """The Run's probes, but for damaged files; of one measurement at several steps only the latest."""
     latest: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for file in sorted([*run.evals.glob("probe-*.json"), *run.evals.glob("attentive-*.json")]):
-        probe = {"layer": None, "masks": None} | run.read(f"evals/{file.name}")
+    for _, found in sorted(run.results("probe-*", "attentive-*")[0].items()):
+        probe = {"layer": None, "masks": None} | found
         if all(key in probe for key in SAME):
             key = tuple(probe[name] for name in SAME)
             if key not in latest or probe["step"] > latest[key]["step"]:
                 latest[key] = probe
     return list(latest.values())
+
+
+def damaged(runs: Iterable[Run]) -> list[str]:
+    """Results that are not shown because their files have changed since they were written."""
+    return [fault for run in runs for fault in run.results("probe-*", "attentive-*")[1]]
 
 
 def _measurement(probe: dict[str, Any]) -> tuple[Any, ...]:

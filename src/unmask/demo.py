@@ -58,7 +58,7 @@ def run_demo(out: Path | None, console: Console, *, steps: int | None = None) ->
 
 def _stopped(run: Run, console: Console) -> dict[str, Any] | None:
     """The summary of a demo that was asked to stop; None when the run is finished."""
-    status = run.read("status.json")
+    status = run.status()
     if status["state"] != "stopped":
         return None
     console.say(

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from unmask import checkpoint, dataset_check, grafts, start
-from unmask.beside import SCORE
+from unmask.beside import SCORE, find_score
 from unmask.budget import Budget, as_budget
 from unmask.config import Config, ConfigError, Graft, parse, task_names
 from unmask.console import Console
@@ -53,7 +53,7 @@ from unmask.optim import OptimConfig
 from unmask.plan import Plan, autocast, choose_device
 from unmask.processes import refuse_several_processes
 from unmask.recipes import catalogue
-from unmask.run import Run, free_path
+from unmask.run import Run, RunError, free_path
 from unmask.saved import load, read_config, read_plan
 from unmask.start import Supervision
 from unmask.tasks import classify
@@ -300,8 +300,6 @@ def resume(
     places: where its images, test images and annotations lie now, if they have moved.
     """
     console = console or Console()
-    status = Run.open(run_folder).path / "status.json"
-    finished = status.exists() and Run(run_folder).read("status.json").get("state") == "finished"
     if places is not None:
         places = moved_places(read_config(Run(run_folder)), places)
     done = start.resume(
@@ -309,10 +307,10 @@ def resume(
         allow_dataset_change=allow_dataset_change,
         places=places,
         supervise=partial(supervise, console=console),
+        concluded=lambda run: find_score(run) is not None,
         console=console,
     )
-    if not finished:
-        report(done, console)
+    report(done, console)
     return done
 
 
@@ -355,7 +353,7 @@ def supervise(run: Run, config: Config, plan: Plan, source: Source, *, console: 
                 f"the {role.replace('-', ' ')} files of {of.name} have changed since this run began, so it could not "
                 f"go on exactly: {found.lines()}. Bring the old files back, or begin anew"
             )
-    return Supervision(lessons.annotations, exam)
+    return Supervision(lessons.annotations, exam, partial(score, console=console))
 
 
 def score(run: Run, *, console: Console | None = None) -> dict[str, Any]:
@@ -369,7 +367,11 @@ def score(run: Run, *, console: Console | None = None) -> dict[str, Any]:
     with torch.inference_mode(), eval_mode(loaded.method), autocast(eval_precision(loaded), loaded.device):
         measured = exam.measure(loaded.method)
     headline = HEADLINES[settings.name][0]
-    tested = [row for row in run.metrics() if f"test_{headline}" in row]
+    try:
+        tested = [row for row in run.metrics() if f"test_{headline}" in row]
+    except RunError as error:
+        console.warn(f"the best test on the way is not known: {error}")
+        tested = []
     best = max(tested, key=lambda row: row[f"test_{headline}"], default=None)
     summary = measured | {
         "task": settings.name, "metric": headline, "step": loaded.step, "classes": list(lessons.classes),
@@ -386,9 +388,9 @@ def score(run: Run, *, console: Console | None = None) -> dict[str, Any]:
 
 def report(run: Run, console: Console) -> None:
     """The result of a finished Run, for a person."""
-    if run.read("status.json").get("state") != "finished":
+    found = find_score(run) if run.finished else None
+    if found is None:
         return
-    found = score(run, console=console)
     first, *others = HEADLINES[found["task"]]
     said = f"{found[first]:.1%} {IN_WORDS[first]} on {found['test_images']} test images, last weights"
     if "low" in found:
@@ -440,7 +442,7 @@ def paper_linear(
         outer.path, data, task=PROBE, out=place, test=test, shots=shots, recipe="linear_paper",
         settings=settings, console=console,
     )  # fmt: skip
-    if run.read("status.json")["state"] != "finished":
+    if not run.finished:
         raise ConfigError(f"the probe was stopped; finish it with `unmask resume {run.path}`, its result is kept there")
     found, plan = run.read(SCORE), read_plan(run)
     row = {key: found[key] for key in ("accuracy", "low", "high", "correct", "total")}

@@ -41,7 +41,7 @@ from unmask.nn.patches import grid_of
 from unmask.one_file import OwnFile, read_header
 from unmask.optim import OptimConfig
 from unmask.plan import Plan
-from unmask.run import Run
+from unmask.run import CONFIG, PLAN, PROVENANCE, Run
 from unmask.saved import read_config
 
 RECIPE = "import"
@@ -396,17 +396,21 @@ def write_run(
     """The Run of a method whose weights are all there; `about` says where they came from."""
     counts = [sum(p.numel() for p in part.parameters()) for part in (method, method.encoder)]
     plan = plan_of(config, images, counts, reasons)
-    run = Run.create(out)
-    with run.lock():
+    files = {
+        CONFIG: config.model_dump(mode="json"),
+        PROVENANCE: start.provenance(plan) | {"imported": about},
+        PLAN: plan.model_dump(mode="json"),
+    }
+
+    def fill(run: Run) -> None:
         checkpoint.check_space(run, sum(value.nbytes for value in weights.values()))
         fixed = {name: value for name, value in weights.items() if name.startswith(method.fixed)}
         if fixed:
             checkpoint.save_fixed(run, fixed)
         changing = {name: value.clone() for name, value in weights.items() if name not in fixed}
         checkpoint.save(run, 0, changing, {}, {"step": 0})
-        run.write("provenance.json", start.provenance(plan) | {"imported": about})
-        run.write("plan.json", plan.model_dump(mode="json"))
-        run.write("config.json", config.model_dump(mode="json"))
+
+    with Run.begin(out, files, fill=fill) as run:
         run.set_status("finished", 0, total=0)
     return run
 

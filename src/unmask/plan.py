@@ -54,6 +54,8 @@ class Plan(Settings):
     budget: seconds for the whole command, None where the length was set; startup: those of them that were gone when the
     run began. replans: changes of `steps` while it trained, which a resumed run repeats; `steps` is the newest number.
     warmup_steps, picture_every and test_every count in the steps that were planned first.
+    earlier: the plan before a change of the schedule at step `since`, for the steps before it; after the change the
+    learning rate goes linearly, over `ramp` steps, from `from_lr` to the new curve.
     """
 
     steps: int
@@ -84,6 +86,10 @@ class Plan(Settings):
     startup: float = 0.0
     replans: tuple[Replan, ...] = ()
     reasons: tuple[str, ...] = ()
+    earlier: Plan | None = None
+    since: int = 0
+    ramp: int = 0
+    from_lr: float = 0.0
 
     @model_validator(mode="after")
     def _replans_in_order(self) -> Self:
@@ -100,17 +106,23 @@ class Plan(Settings):
         return place(step, self.replans) if self.replans else step
 
     def lr(self, step: int) -> float:
-        """Learning rate of optimiser step `step` (0-based), a function of the step and of `replans` alone."""
-        return learning_rate(
+        """Learning rate of optimiser step `step` (0-based), a function of the step and of the plan alone."""
+        if self.earlier is not None and step < self.since:
+            return self.earlier.lr(step)
+        rate = learning_rate(
             self.place(step),
             steps=self.first_steps,
             warmup_steps=self.warmup_steps,
             peak=self.peak_lr,
             final=self.final_lr,
         )
+        done = (step - self.since + 1) / (self.ramp + 1)
+        return rate if self.earlier is None or done >= 1 else self.from_lr + (rate - self.from_lr) * done
 
     def clock(self, step: int, draws: Draws, micro: int = 0) -> Clock:
         """The clock of optimiser step `step` for a method."""
+        if self.earlier is not None and step < self.since:
+            return self.earlier.clock(step, draws, micro)
         share = self.place(step) / self.first_steps if self.replans else None
         return Clock(step, self.steps, draws, micro, share)
 

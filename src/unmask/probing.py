@@ -322,8 +322,8 @@ def keep(run: Run, name: str, summary: dict[str, Any]) -> None:
     """
     number, free = 1, name
     while (run.evals / f"{free}.json").exists():
-        before = run.read(f"evals/{free}.json")
-        if before.get("paths", summary["paths"]) == summary["paths"]:
+        before = run.results(free)[0].get(free)  # None: damaged, and replaced
+        if before is None or before.get("paths", summary["paths"]) == summary["paths"]:
             break
         number, free = number + 1, f"{name}-{number + 1}"
     run.write(f"evals/{free}.json", summary)

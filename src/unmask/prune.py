@@ -58,7 +58,7 @@ def _old_checkpoints(run: Run, keep: int) -> list[Removable]:
     for _, path in checkpoint.steps_on_disk(run):
         if len(sound) < keep:
             with suppress(checkpoint.Damaged):
-                checkpoint.verify(path)
+                checkpoint.require_own(run, path, checkpoint.verify(path))
                 sound.append(path)
     folders = sorted(folder for folder in run.checkpoints.glob("step-*") if folder.is_dir())
     if folders and not sound:

@@ -12,6 +12,7 @@ import io
 import json
 import shlex
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from typing import Any
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
-from unmask.run import Run, RunError, replace_file
+from unmask.run import EDITS, PROVENANCE, Run, RunError, replace_file
 
 MOST_PICTURES = 3
 NAMED_BAD_FILES = 50
@@ -47,6 +48,10 @@ IN_WORDS = {
 }
 
 
+def _to_stderr(text: str) -> None:
+    print(f"warning: {text}".encode("utf-8", "backslashreplace").decode(), file=sys.stderr)
+
+
 @dataclass(frozen=True)
 class Shown:
     """A picture on the page: its caption and the PNG as a data URL."""
@@ -55,11 +60,16 @@ class Shown:
     url: str
 
 
-def write_report(path: str | Path) -> Path:
-    """Write `report.html` into the Run and return its path. Raises RunError when the folder is not a Run."""
+def write_report(path: str | Path, *, say: Callable[[str], object] = _to_stderr) -> Path:
+    """Write `report.html` into the Run and return its path. Raises RunError when the folder is not a Run.
+
+    say: is told of results whose files are damaged; the page names them in the place of their numbers.
+    """
     run = Run.open(path)
     inner = [Run(folder.parent) for folder in sorted(run.path.glob("*/config.json"))]
     gathered = [gather(each) for each in (run, *inner)]
+    for fault in [fault for each in gathered for fault in each["faults"]]:
+        say(f"not shown: {fault}")
     replace_file(run.report_file, page("report.html.jinja", runs=gathered, written=time.strftime("%Y-%m-%d %H:%M")))
     return run.report_file
 
@@ -77,12 +87,13 @@ def page(template: str, **values: Any) -> bytes:
 def gather(run: Run) -> dict[str, Any]:
     """Everything the page shows of one Run, as plain values."""
     config, plan = run.read("config.json"), _optional(run, "plan.json")
-    status, provenance = _optional(run, "status.json"), _optional(run, "provenance.json")
-    metrics, baselines = run.metrics(), _baselines(run)
-    files = [file for first in PROBES for file in sorted(run.evals.glob(f"{first}.json"), reverse=True)]
-    probes = [_probe(run, file) for file in files]  # linear before knn
+    results, faults = run.results(*PROBES, "fine-tuned", "baselines")  # linear before knn
+    tuned_result, baselines = results.pop("fine-tuned", {}), _baselines(results.pop("baselines", {}))
+    provenance, metrics, quarantine = (
+        _or_fault(read, faults) for read in (lambda: _optional(run, PROVENANCE), run.metrics, run.quarantine)
+    )
     trained = [row for row in metrics if row.get("loss") is not None]
-    quarantine = run.quarantine()
+    status = run.status()
     return {
         "name": run.path.resolve().name,
         "folder": shlex.quote(str(run.path)),
@@ -91,18 +102,20 @@ def gather(run: Run) -> dict[str, Any]:
         "source": _place(config.get("data", {}).get("source", "")),
         "plan": plan,
         "status": status,
+        "faults": faults,
+        "edits": provenance.get(EDITS, []) if provenance else [],
         "facts": _facts(plan, status, trained),
         "pictures": _pictures(run),
         "curve": curve(trained, baselines) if len(trained) > 1 else None,
         "curve_note": curve_note(trained, baselines),
-        "probes": probes,
-        "tuned": tuned(run, metrics),
+        "probes": [_probe(probe) for probe in results.values()],
+        "tuned": tuned(tuned_result, metrics),
         "quarantine": quarantine[:NAMED_BAD_FILES],
         "quarantine_count": len(quarantine),
         "skipped_steps": sum("skipped" in row for row in metrics),
         "reasons": plan.get("reasons", []),
         "config": json.dumps(config, indent=2),
-        "provenance": provenance,
+        "provenance": {key: value for key, value in (provenance or {}).items() if key != EDITS},
     }
 
 
@@ -116,14 +129,21 @@ def _optional(run: Run, name: str) -> dict[str, Any]:
     return run.read(name) if (run.path / name).exists() else {}
 
 
-def _baselines(run: Run) -> dict[str, Any]:
+def _or_fault(read: Callable[[], Any], faults: list[str]) -> Any:
+    """What `read` returns; [] where the file cannot be used, which is added to `faults`."""
+    try:
+        return read()
+    except RunError as error:
+        faults.append(str(error))
+        return []
+
+
+def _baselines(found: dict[str, Any]) -> dict[str, Any]:
     """Losses and trivial guesses on the fixed images; {} where there are none, or in the form of an early version."""
-    found = _optional(run, "evals/baselines.json")
     return found if {"losses", "guesses", "images"} <= found.keys() else {}
 
 
-def _probe(run: Run, file: Path) -> dict[str, Any]:
-    probe = run.read(f"evals/{file.name}")
+def _probe(probe: dict[str, Any]) -> dict[str, Any]:
     title, metric = probe_title(probe), probe.get("metric", "accuracy")
     if "draws" in probe:
         return {**probe, "title": title, "chart": budget_chart(probe)}
@@ -276,10 +296,9 @@ def curve(trained: list[dict[str, Any]], baselines: dict[str, Any]) -> Markup:
     return drawn(draw, size=(8.2, 3.6))
 
 
-def tuned(run: Run, metrics: list[dict[str, Any]]) -> dict[str, Any] | None:
+def tuned(found: dict[str, Any], metrics: list[dict[str, Any]]) -> dict[str, Any] | None:
     """How good a supervised run is on its test images, or None: what to say, each class by itself, the way there."""
     tested = [row for row in metrics if any(key.startswith("test_") for key in row)]
-    found = _optional(run, "evals/fine-tuned.json")
     if not found:
         return None
     metric, names = found["metric"], dict[str, str](mean_iou="mean IoU", ap50="AP50", accuracy="accuracy")

@@ -1,31 +1,47 @@
 """A Run: the folder that a training run is. Everything after training reads this folder, never the trainer's memory.
 
-    config.json  plan.json  provenance.json  status.json
+    config.json  plan.json  provenance.json  status.json       plan.json is written last: without it there is no run
     metrics.jsonl            one line per logged step, each step once
     checkpoints/  pictures/  evals/*.json  report.html  quarantine.jsonl
 
 Standard library only, so that the report and the web page open a Run without loading torch. Files appear whole or not
-at all: written beside their final name, flushed to disk, then renamed.
+at all: written beside their final name, flushed to disk, then renamed. JSON files carry a digest and the id of their
+run (`verified_json.py`), which are checked whenever they are read; checkpoints carry the id and the digests of
+config.json and plan.json. What is changed on purpose goes through `edits.py`.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from io import BufferedRandom
 from pathlib import Path
 from typing import Any
 
-from unmask import run_summary
-from unmask.errors import UserError, naming
+from unmask import folder_lock, run_summary, verified_json
+from unmask.errors import TrainingFailed, UserError, naming
+from unmask.verified_json import ChangedJson, Verified
 
-try:
-    import fcntl
-except ImportError:  # Windows: two trainers in one folder are then not noticed
-    fcntl = None  # type: ignore[assignment]
+CONFIG, PLAN, PROVENANCE, STATUS = "config.json", "plan.json", "provenance.json", "status.json"
+DECIDING = (PROVENANCE, PLAN, CONFIG)
+"""What decides results. The configuration is last: where it has a digest, so have the others."""
+EDITS = "edits"
+"""Key of provenance.json: what was changed after the run began, see `edits.py`."""
+REMEMBERED = (CONFIG, PLAN)
+"""Files that checkpoints name by digest, so each keeps the digests of what it replaced."""
+SHORT = 16  # hexadecimal digits of a digest in a list: a budget may change the plan a thousand times
+UNFINISHED_FILES = re.compile(r"\.lock|config\.json|provenance\.json|quarantine\.jsonl|data\.arrays|\..*\.partial")
+UNFINISHED_CHECKPOINTS = re.compile(r"step-00000000|\.tmp-.*|fixed-.*\.safetensors|LATEST|\..*\.partial")
+
+held_here: list[Run] = []
+"""The runs that this process has locked so far, for whoever has to say what an interruption left."""
 
 
 class RunError(UserError):
@@ -36,8 +52,29 @@ class RunInUse(RunError):
     """Another process trains in this folder."""
 
 
+class RunGone(TrainingFailed):
+    """The folder was deleted, moved or replaced while it was in use; it is not made again for a single file."""
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Whose a checkpoint is: the run's id, and the SHA-256 of its config.json and plan.json at that time."""
+
+    run_id: str | None = None
+    config: str | None = None
+    plan: str | None = None
+
+    @classmethod
+    def of(cls, value: object) -> Identity:
+        """From JSON; anything that is no identity is none."""
+        if not isinstance(value, dict):
+            return cls()
+        found = {key: value.get(key) for key in ("run_id", "config", "plan")}
+        return cls(**{key: entry if isinstance(entry, str) else None for key, entry in found.items()})
+
+
 class Run:
-    """An existing run folder; make one with `Run.create`, open one with `Run.open`."""
+    """An existing run folder; make one with `Run.begin`, open one with `Run.open`."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -48,27 +85,75 @@ class Run:
         self.metrics_file = self.path / "metrics.jsonl"
         self.quarantine_file = self.path / "quarantine.jsonl"
         self.faults_file = self.path / "faults.jsonl"
+        self._new_id: str | None = None  # of a run that this object makes; otherwise config.json has it
+        self._digests: dict[str, str | None] = {}  # of REMEMBERED, as last read or written
+        self._lock: os.stat_result | None = None
+        self._status: dict[str, Any] = {}  # what status.json did not take
 
     @classmethod
     def check_free(cls, path: str | Path) -> Run:
-        """What `create` would make, with nothing made yet. Raises RunError when the folder is taken."""
+        """The run that `create` would make, without making anything. Raises RunError when the folder is taken."""
         run = cls(path)
-        if run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
+        if run.path.is_dir() and (not any(run.path.iterdir()) or run.is_unfinished()):
+            return run
+        if run.path.exists():
             what = "a file" if not run.path.is_dir() else "a folder that is not empty"
-            go_on = f", or go on with it: unmask resume {path}" if (run.path / "config.json").exists() else ""
+            go_on = f", or go on with it: unmask resume {path}" if (run.path / CONFIG).exists() else ""
             raise RunError(f"{path} is {what}; a new run needs a new or empty folder: choose another --out{go_on}")
         return run
 
     @classmethod
     def create(cls, path: str | Path) -> Run:
-        """A new run in a folder that does not exist yet or is empty. Raises RunError otherwise."""
+        """Make the folders of a new run where there is nothing, or an unfinished creation. Raises RunError."""
         run = cls.check_free(path)
         try:
             for folder in (run.path, run.checkpoints, run.pictures, run.evals):
                 folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RunError(f"the run folder {path} cannot be made: {error.strerror}; choose another --out") from error
+        run._new_id = uuid.uuid4().hex
         return run
+
+    @classmethod
+    @contextmanager
+    def begin(
+        cls,
+        path: str | Path,
+        files: Mapping[str, Mapping[str, Any]],
+        *,
+        fill: Callable[[Run], object] = lambda run: None,
+        say: Callable[[str], object] = lambda text: None,
+    ) -> Iterator[Run]:
+        """Context manager that makes a run, locked: all of it, or nothing.
+
+        files: config.json, provenance.json and plan.json. fill: writes whatever else belongs to it from the start. The
+        plan is written last: without one a folder is no run yet, and the next `begin` there takes it over. Raises
+        RunError.
+        """
+        existed = cls.check_free(path).path.exists()
+        run = cls.create(path)
+        with run.lock():
+            try:
+                if run._clear():
+                    say(f"{path}: the creation of a run was cut short here; its remains were removed")
+                for name in REMEMBERED:
+                    run._digests[name] = verified_json.dump(files[name], run.id)[1]
+                for name in (CONFIG, PROVENANCE):
+                    run.write(name, files[name])
+                fill(run)
+                run.write(PLAN, files[PLAN])
+            except BaseException as error:
+                run._clear()
+                if not existed:
+                    shutil.rmtree(run.path, ignore_errors=True)
+                held_here.remove(run)
+                if isinstance(error, OSError):
+                    raise RunError(
+                        f"the run {path} could not be made: {error.filename or path}: {error.strerror or error}; "
+                        "nothing is left of it"
+                    ) from error
+                raise
+            yield run
 
     @classmethod
     def open(cls, path: str | Path) -> Run:
@@ -76,11 +161,16 @@ class Run:
         run = cls(path)
         if not run.path.is_dir():
             raise RunError(f"{path} is not a folder; a run is the folder that `unmask pretrain` made")
-        if not (run.path / "config.json").is_file():
-            inside = sorted(entry.parent.name for entry in run.path.glob("*/config.json"))[:3]
+        if run.is_unfinished():
+            raise RunError(
+                f"{path} is not a run yet: its creation was cut short before the first step. Give the same command "
+                f"with --out {path} again, which takes the folder over, or remove it: rm -r {path}"
+            )
+        if not (run.path / CONFIG).is_file():
+            inside = sorted(entry.parent.name for entry in run.path.glob(f"*/{CONFIG}"))[:3]
             hint = f"; did you mean {' or '.join(str(run.path / name) for name in inside)}?" if inside else ""
             raise RunError(f"{path} is not a run: it has no config.json{hint}")
-        if not (run.path / "plan.json").exists() and any(run.path.glob("*.safetensors")):
+        if not (run.path / PLAN).exists() and any(run.path.glob("*.safetensors")):
             raise RunError(
                 f"{path} is not a run, but a folder of weights for another library; make a run of it first: unmask "
                 f"import {path} --out RUN"
@@ -93,27 +183,150 @@ class Run:
     def _repr_html_(self) -> str:
         return run_summary.as_html(self)  # notebooks ask for it
 
-    def write(self, name: str, value: dict[str, Any]) -> None:
-        """Write `name` (for example "evals/probe.json") as JSON, whole or not at all."""
-        path = self.path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, json.dumps(value, indent=2).encode("ascii") + b"\n")
+    def is_unfinished(self) -> bool:
+        """Whether the folder holds nothing but what `begin` writes before plan.json: no training has begun here."""
+        try:
+            inside = {entry.name: entry for entry in self.path.iterdir()}
+            folders = {name: list(inside.pop(name).iterdir()) for name in ("evals", "pictures") if name in inside}
+            checkpoints = list(inside.pop("checkpoints").iterdir()) if "checkpoints" in inside else []
+        except OSError:
+            return False
+        if not inside or any(folders.values()):
+            return False
+        if not all(UNFINISHED_FILES.fullmatch(name) for name in inside):
+            return False
+        if CONFIG not in inside:
+            return not checkpoints and not inside.keys() & {PROVENANCE, "quarantine.jsonl"}
+        try:
+            config = json.loads(inside[CONFIG].read_bytes())
+        except (OSError, ValueError):
+            return False
+        ours = isinstance(config, dict) and {"recipe", "method", "data", "train"} <= config.keys()
+        return ours and all(UNFINISHED_CHECKPOINTS.fullmatch(entry.name) for entry in checkpoints)
+
+    def _clear(self) -> bool:
+        """Remove what an unfinished creation left, under the lock; whether there was anything but empty folders."""
+        found = False
+        for entry in [*self.checkpoints.iterdir(), *self.path.iterdir()]:
+            if entry.name in (folder_lock.FILE, "checkpoints", "pictures", "evals"):
+                continue
+            found = True
+            if entry.is_dir():
+                shutil.rmtree(entry, ignore_errors=True)
+            else:
+                entry.unlink(missing_ok=True)
+        return found
+
+    @property
+    def id(self) -> str | None:
+        """What was drawn when the run was made; None for runs of earlier versions. Raises RunError."""
+        if self._new_id is None and (self.path / CONFIG).exists():
+            self._new_id = self.verified(CONFIG).run_id
+        return self._new_id
+
+    def identity(self) -> Identity:
+        """What the checkpoints of this run carry. Raises RunError."""
+        for name in REMEMBERED:
+            if name not in self._digests and (self.path / name).exists():
+                self.verified(name)
+        return Identity(self.id, self._digests.get(CONFIG), self._digests.get(PLAN))
+
+    def why_foreign(self, found: Identity) -> str:
+        """Why a checkpoint with this identity does not belong to this run; "" when it does. Raises RunError."""
+        if found.run_id != self.id:
+            return f"it belongs to {_named(found.run_id)}, this is {_named(self.id)}"
+        for name, digest in ((CONFIG, found.config), (PLAN, found.plan)):
+            if digest is None or not (self.path / name).exists():
+                continue
+            now = self.verified(name)
+            if now.sha256 is not None and digest != now.sha256 and digest[:SHORT] not in now.earlier:
+                return f"it was written with another {name} than the one here"
+        return ""
+
+    def write(self, name: str, value: Mapping[str, Any]) -> None:
+        """Write `name` (for example "evals/probe.json") as JSON with its digest, whole or not at all."""
+        self.require_present()
+        path, earlier = self.path / name, tuple[str, ...]()
+        if name in REMEMBERED and path.exists():
+            before = self.verified(name)
+            earlier = before.earlier + (() if before.sha256 is None else (before.sha256[:SHORT],))
+        content, digest = verified_json.dump(value, self.id, earlier)
+        path.parent.mkdir(exist_ok=True)
+        replace_file(path, content)
+        if name in REMEMBERED:
+            self._digests[name] = digest
 
     def read(self, name: str) -> dict[str, Any]:
-        """Raises RunError when the file is missing or is not the JSON object it should be."""
+        """Raises RunError when the file is missing, was changed, or is not the JSON object it should be."""
+        return self.verified(name).value
+
+    def verified(self, name: str) -> Verified:
+        """A JSON file of the run with its digest, which is checked. Raises RunError, as `read`."""
         path = self.path / name
         try:
-            value = json.loads(path.read_bytes())
+            found = verified_json.load(path.read_bytes())
         except FileNotFoundError:
             raise RunError(f"{path} is missing; this run is not complete") from None
-        except (OSError, ValueError) as error:
-            raise RunError(f"{path} cannot be read: {error}; restore the file, or start a new run") from None
-        if not isinstance(value, dict):
-            raise RunError(f"{path} holds a {type(value).__name__}, a JSON object was expected")
-        return value
+        except OSError as error:
+            raise RunError(f"{path} cannot be read: {error.strerror}; {_mend(name, path)}") from None
+        except ChangedJson as fault:
+            raise RunError(f"{path} {fault}; {_mend(name, path)}") from None
+        if found.sha256 is None and self._must_have_digest(name):
+            raise RunError(
+                f"{path} has no digest, but other files of this run have: it was edited by hand, or is of another "
+                f"run; {_mend(name, path)}"
+            )
+        if name != CONFIG and found.sha256 is not None and found.run_id != self.id:
+            raise RunError(f"{path} belongs to {_named(found.run_id)}, this is {_named(self.id)}; {_mend(name, path)}")
+        if name in REMEMBERED:
+            self._digests[name] = found.sha256
+        return found
+
+    def _must_have_digest(self, name: str) -> bool:
+        """Whether something else in the run shows that this file had a digest when it was written."""
+        if name != CONFIG:
+            if self.id is not None:
+                return True
+            return name in DECIDING and (self.path / CONFIG).exists() and self.verified(CONFIG).sha256 is not None
+        manifests = list(self.checkpoints.glob("step-*/MANIFEST.json"))
+        for path in (self.path / PLAN, self.path / PROVENANCE, *manifests):
+            with suppress(OSError):
+                if re.search(rb'"run_id": *"', path.read_bytes()):
+                    return True
+        return False
+
+    def add_digests(self) -> None:
+        """Give the deciding files of a run of an earlier version their digests; from then on edits are noticed."""
+        for name in DECIDING:
+            if (self.path / name).exists() and (found := self.verified(name)).sha256 is None:
+                self.write(name, found.value)
+
+    def results(self, *patterns: str) -> tuple[dict[str, dict[str, Any]], list[str]]:
+        """({name: what it holds}, [why others cannot be shown]) of the files in evals/, last name first."""
+        found, faults = {}, []
+        for file in [file for pattern in patterns for file in sorted(self.evals.glob(f"{pattern}.json"), reverse=True)]:
+            try:
+                found[file.stem] = self.read(f"evals/{file.name}")
+            except RunError as error:
+                faults.append(str(error))
+        return found, faults
+
+    def require_present(self) -> None:
+        """Raises RunGone when the folder is not there any more, or another one is in its place."""
+        there = self.path.is_dir()
+        if there and self._lock is not None:
+            with suppress(OSError):
+                now = os.stat(self.path / folder_lock.FILE)
+                there = (now.st_dev, now.st_ino) == (self._lock.st_dev, self._lock.st_ino)
+        if not there:
+            raise RunGone(
+                f"the run folder {self.path} was deleted, moved or replaced while it was in use, so nothing can be "
+                f"written there; move it back and `unmask resume {self.path}`, or start a new run"
+            )
 
     def log(self, row: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
+        self.require_present()
         _append(self.metrics_file, row)
 
     def metrics(self) -> list[dict[str, Any]]:
@@ -134,7 +347,21 @@ class Run:
 
     def set_status(self, state: str, step: int, **more: Any) -> None:
         """state: "running", "stopped", "finished" or "failed"."""
-        self.write("status.json", {"state": state, "step": step, "time": time.time(), **more})
+        self._status = {"state": state, "step": step, "time": time.time(), **more}
+        self.write(STATUS, self._status)
+        self._status = {}
+
+    def status(self) -> dict[str, Any]:
+        """What status.json holds, or should hold if it could not be written; {} where it is missing or damaged."""
+        if self._status:
+            return self._status
+        with suppress(RunError):
+            return self.read(STATUS)
+        return {}
+
+    @property
+    def finished(self) -> bool:
+        return self.status().get("state") == "finished"
 
     def add_quarantine(self, row: dict[str, Any]) -> None:
         """Note a file that could not be read: {"name", "code", "detail", ...}."""
@@ -149,28 +376,37 @@ class Run:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the folder for one trainer. The system drops the lock when its holder dies, however it dies."""
-        try:
-            opened = (self.path / ".lock").open("a+")
-        except OSError as error:
-            raise RunError(
-                f"{self.path} cannot be written to: {error.strerror}; make it writable, or choose another --out"
-            ) from error
-        with opened as file:
-            if fcntl is not None:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except OSError:
-                    file.seek(0)
-                    holder = file.read().strip() or "unknown"
-                    raise RunInUse(
-                        f"{self.path} is in use by process {holder}; wait for it, stop it, or choose another --out"
-                    ) from None
-            file.seek(0)
-            file.truncate()
-            file.write(str(os.getpid()))
-            file.flush()
+        """Context manager that holds the folder for one trainer; the system drops the lock when that dies, however.
+
+        Raises RunInUse or RunError.
+        """
+        with ExitStack() as stack:
+            try:
+                handle = stack.enter_context(folder_lock.locked(self.path))
+            except folder_lock.Locked as error:
+                raise RunInUse(f"{self.path} {error}") from None
+            except OSError as error:
+                raise RunError(
+                    f"{self.path} cannot be written to: {error.strerror}; make it writable, or choose another --out"
+                ) from error
+            self._lock = os.fstat(handle)
+            held_here.append(self)
             yield
+
+
+def _named(run_id: str | None) -> str:
+    return "a run without an id (of an earlier version)" if run_id is None else f"run {run_id[:8]}"
+
+
+def _mend(name: str, path: Path) -> str:
+    """What to do about a file that cannot be used."""
+    if name == STATUS:
+        return f"delete it and run: unmask resume {path.parent}"
+    if name.startswith("evals/"):
+        return "delete it and measure again"
+    if name in DECIDING:
+        return "restore it from a backup, or start a new run; settings are changed with `unmask set`, not in an editor"
+    return "restore it from a backup, or delete it"
 
 
 def _line(row: dict[str, Any]) -> bytes:
@@ -190,7 +426,11 @@ def _append(path: Path, row: dict[str, Any]) -> None:
 def _read_lines(path: Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     if path.exists():
-        for line in path.read_bytes().splitlines():
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise RunError(f"{path} cannot be read: {error.strerror}; remove it, or make it readable") from None
+        for line in content.splitlines():
             try:
                 row = json.loads(line)
             except ValueError:

@@ -54,7 +54,7 @@ def summarise(run: RunFolder) -> RunSummary:
     """Describe a Run from its folder. Raises nothing for files that are missing or damaged."""
     config, plan, status = (_read(run, name) for name in ("config.json", "plan.json", "status.json"))
     size = (plan.get("images") or {}).get("size") or (config.get("data") or {}).get("size")
-    losses = [row["loss"] for row in run.metrics() if isinstance(row.get("loss"), float)]
+    losses = [row["loss"] for row in _metrics(run) if isinstance(row.get("loss"), float)]
     files = [file for file in run.path.rglob("*") if file.is_file() and file.name != ".lock"]
     return RunSummary(
         path=str(run.path),
@@ -102,6 +102,13 @@ def _read(run: RunFolder, name: str) -> dict[str, Any]:
         return run.read(name)
     except UserError:
         return {}
+
+
+def _metrics(run: RunFolder) -> list[dict[str, Any]]:
+    try:
+        return run.metrics()
+    except UserError:
+        return []
 
 
 def _newest_probe(run: RunFolder) -> str:

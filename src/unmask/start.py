@@ -14,7 +14,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -23,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from unmask import checkpoint, dataset_check, grafts
+from unmask import checkpoint, dataset_check, edits, grafts
 from unmask.batch import ImageSpec
 from unmask.budget import Budget, as_budget, now
 from unmask.config import Config, ConfigError, override, parse, task_names
@@ -41,7 +40,7 @@ from unmask.errors import UserError
 from unmask.plan import NO_TIME, Plan, Timing, choose_device, choose_steps, few_steps, make_plan, require_micro_batch
 from unmask.processes import refuse_several_processes, require_main_guard
 from unmask.recipes import catalogue
-from unmask.run import Run, free_path
+from unmask.run import CONFIG, PLAN, PROVENANCE, STATUS, Run, free_path
 from unmask.saved import read_config, read_plan
 from unmask.train import Judge, train
 
@@ -54,10 +53,14 @@ LOADED_PARTS = 3  # of the images, each loaded to measure how long that takes
 
 
 class Supervision(NamedTuple):
-    """What a supervised run has beside its images: what is learnt from, unless that are labels, and its tests."""
+    """What a supervised run has beside its images: annotations other than labels, its tests, and its result.
+
+    conclude: measures the last weights and writes the result; a run is not finished before.
+    """
 
     annotations: Annotations | None
     judge: Judge
+    conclude: Callable[[Run], object]
 
 
 Supervise = Callable[[Run, Config, Plan, Source], Supervision]
@@ -181,17 +184,22 @@ def start_run(
         require_main_guard()
     grafts.require_grafts(config, plan.images)
 
-    run = Run.create(out if out is not None else free_name(source, config))
-    with run.lock():
-        if budget is not None:
-            plan = plan.model_copy(update={"startup": budget.used()})
-        run.write("config.json", config.model_dump(mode="json"))
-        run.write("plan.json", plan.model_dump(mode="json"))
-        run.write("provenance.json", provenance(plan) | grafts.licence(config))
+    if budget is not None:
+        plan = plan.model_copy(update={"startup": budget.used()})
+
+    def fill(run: Run) -> None:
+        checkpoint.check_space(run, (config.train.keep_checkpoints + 1) * 12 * plan.parameters)
         dataset_check.write_record(run, source)
         for row, bad in zip(found.bad_rows, found.bad, strict=True):
             run.add_quarantine({"name": bad.name, "code": bad.code, "detail": bad.detail, "row": int(row)})
-        checkpoint.check_space(run, (config.train.keep_checkpoints + 1) * 12 * plan.parameters)
+
+    files = {
+        CONFIG: config.model_dump(mode="json"),
+        PROVENANCE: provenance(plan) | grafts.licence(config),
+        PLAN: plan.model_dump(mode="json"),
+    }
+    folder = out if out is not None else free_name(source, config)
+    with Run.begin(folder, files, fill=fill, say=console.say) as run:
         say_plan(plan, config, console)
         say_taken(config, console)
         if (warning := few_steps(plan)) is not None:
@@ -243,22 +251,24 @@ def resume(
     allow_dataset_change: bool = False,
     places: Places | None = None,
     supervise: Supervise | None = None,
+    concluded: Callable[[Run], bool] = lambda run: True,
     console: Console | None = None,
 ) -> Run:
-    """Go on exactly where a Run stopped. Raises ValueError when it cannot be the same run any more.
+    """Continue a Run exactly where it stopped. Raises ValueError when it cannot be the same run any more.
 
-    places: where its data lie now, if they have moved. supervise: for a supervised run, which `finetune.resume` goes
-    on with.
+    A finished run is looked at, too: where its last checkpoint is damaged or missing, the steps since the one before
+    are repeated; where its result is missing (`concluded`), it is measured. supervise: for a supervised run, which
+    `finetune.resume` continues. places: where its data lie now, if they have moved.
     """
     console = console or Console()
     refuse_several_processes()
     run = Run.open(run_folder)
     with run.lock():
+        edits.complete(run)
         config, plan = read_config(run), read_plan(run)
-        status = run.read("status.json") if (run.path / "status.json").exists() else {}
-        if status.get("state") == "finished":
-            console.say(f"{run.path} is finished ({plan.steps} steps); nothing to do")
+        if is_done(run, plan, concluded, console):
             return run
+        run.add_digests()
         choose_device(plan.device)
         before = config
         if places is not None:
@@ -286,6 +296,33 @@ def resume(
             supervise = _noting_moved(supervise, before, console)
         _train(run, config, plan, images, console, supervise)
     return run
+
+
+def is_done(run: Run, plan: Plan, concluded: Callable[[Run], bool], console: Console) -> bool:
+    """Whether nothing is left to do in a run; if so, says so."""
+    if plan.steps == 0:
+        if not checkpoint.is_complete(run, 0):
+            raise checkpoint.CheckpointError(
+                f"{run.path} holds imported weights, and they are damaged: import them again (provenance.json names "
+                "the file they came from)"
+            )
+        if not run.finished:
+            run.set_status("finished", 0, total=0)
+        console.say(f"{run.path} is finished: it holds imported weights, and there is nothing to train")
+        return True
+    if not run.finished:
+        return False
+    if not checkpoint.is_complete(run, plan.steps):
+        console.warn(f"{run.path} was finished, but its last checkpoint cannot be used: the last steps are repeated")
+        return False
+    if not concluded(run):
+        console.say(f"{run.path} has all its {plan.steps} steps, but not its result: measuring it")
+        return False
+    console.say(
+        f"{run.path} is finished ({plan.steps} steps); nothing to do. To train it longer: unmask set {run.path} "
+        f"train.steps={2 * plan.steps}, then unmask resume {run.path}"
+    )
+    return True
 
 
 @dataclass(frozen=True)
@@ -700,18 +737,28 @@ def say_plan(plan: Plan, config: Config, console: Console) -> None:
 def _train(
     run: Run, config: Config, plan: Plan, images: Images, console: Console, supervise: Supervise | None = None
 ) -> None:
-    """Run the training loop, and set the Run's status however it ends."""
+    """Run the loop and what concludes it, and record in the Run how that ended, whatever happens.
+
+    "finished" is recorded after all of the work; a run that was interrupted outside the loop is stopped, not failed.
+    """
     began = now()
     try:
-        judge = None
+        judge = conclude = None
         if supervise is not None:
-            images.annotations, judge = supervise(run, config, plan, images.source)
+            images.annotations, judge, conclude = supervise(run, config, plan, images.source)
         state = train(run, config, plan, images, console, judge, began)
-    except BaseException as error:
-        _tell_failed(run, error)
+        if state == "finished" and conclude is not None:
+            conclude(run)
+    except KeyboardInterrupt:
+        _record(run, "stopped", console, total=plan.steps)
         raise
-    status = run.read("status.json")
-    took, now_took = status["seconds"], now() - began
+    except BaseException as error:
+        _record(run, "failed", console, total=plan.steps, error=f"{type(error).__name__}: {error}")
+        raise
+    status = run.status()
+    now_took = now() - began
+    took = max(now_took, float(status.get("seconds", 0.0)))
+    _record(run, state, console, total=status.get("total", plan.steps), seconds=took)
     said = duration(took) + (f" ({duration(now_took)} of it since it was resumed)" if took > now_took + 1 else "")
     if state == "stopped":
         console.say(f"stopped after {said}")
@@ -719,13 +766,18 @@ def _train(
         console.say(f"finished {status['step']} steps in {said}: {run.path}")
 
 
-def _tell_failed(run: Run, error: BaseException) -> None:
+def _record(run: Run, state: str, console: Console, **more: Any) -> None:
+    """Write the status; the disk, or the file, may be the very trouble."""
     for _ in range(2):  # torch's signal handler may raise once more for the same dead loader worker
-        with suppress(OSError, ValueError, RuntimeError):  # the disk, or the file, may be the very trouble
-            was = run.read("status.json") if (run.path / "status.json").exists() else {}
-            kept = {"seconds": was["seconds"]} if "seconds" in was else {}
-            run.set_status("failed", was.get("step", 0), error=f"{type(error).__name__}: {error}", **kept)
+        try:
+            kept = {"seconds": seconds} if (seconds := run.status().get("seconds")) is not None else {}
+            run.set_status(state, checkpoint.newest_step(run) or 0, **kept | more)
             return
+        except OSError as error:
+            console.warn_once(f"cannot write {run.path / STATUS}: {error.strerror}")
+            return
+        except (ValueError, RuntimeError):
+            continue
 
 
 def provenance(plan: Plan) -> dict[str, Any]:

@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -42,7 +43,7 @@ from unmask.optim import average_weights, averaged, make_optimizer, update
 from unmask.parallel import compile_blocks, memory_kept, uncompiled, why_not_compiled
 from unmask.plan import Plan, autocast, fresh_method
 from unmask.rng import Draws
-from unmask.run import Run
+from unmask.run import STATUS, Run, RunGone
 from unmask.saved import take_weights
 from unmask.stalls import VARIABLE, Stalled, Watchdog, stall_seconds, write_stacks
 from unmask.stopping import StopRequest, StopRequested, stop_requests
@@ -55,6 +56,7 @@ MOST_UNREAD_STEPS = 32
 ENDLESS = 1 << 40  # micro-batches: with a budget the last step is not known
 REPORT_SECONDS = 1.5  # to write the report after the last step, which is part of a budget
 SAID_CHANGE = 1.2  # a number of steps so many times larger or smaller is reported
+BASELINES = "evals/baselines.json"
 PICTURE_SAMPLE = 64
 COMPILING_SECONDS = 1800  # the least limit of a step in which torch.compile works
 
@@ -128,8 +130,9 @@ def train(
 ) -> str:
     """Train until the plan is done or a signal asks to stop; returns "finished" or "stopped".
 
-    Goes on from the newest sound checkpoint of the Run when there is one. began: when this leg of the training began,
-    on the clock of `budget.now`; None for now. Raises TrainingFailed.
+    Goes on from the newest sound checkpoint of the Run when there is one. Whatever cannot be written but a checkpoint
+    is reported once, and training continues. That it is finished is left to the caller to record, who may have more to
+    do. began: when this leg of the training began, on the clock of `budget.now`; None for now. Raises TrainingFailed.
     """
     watch = Stopwatch(run, began)
     with (
@@ -144,9 +147,11 @@ def train(
                 job = Job(run, config, plan, images, console, method, make_optimizer(method, config.optim))
                 at = restore(job) or begin(job)
                 pacer = open_pacer(job, watch, judge)
-                run.truncate_metrics(at.step)
-                noted = [row for row in run.quarantine() if "step" in row and row.get("code") != "CHANGED"]
-                images.gone_bad.update(row["name"] for row in noted)
+                with optional(job, run.metrics_file):
+                    run.truncate_metrics(at.step)
+                with optional(job, run.quarantine_file):
+                    noted = [row for row in run.quarantine() if "step" in row and row.get("code") != "CHANGED"]
+                    images.gone_bad.update(row["name"] for row in noted)
                 if config.train.compile:
                     compile_or_say(job)
                 samples = Samples.of(images, plan)
@@ -155,7 +160,8 @@ def train(
                     look(job, samples, at, stop)
         except StopRequested:  # nothing has been trained yet
             return stopped_at(run, plan, checkpoint.newest_step(run) or 0, watch)
-        run.set_status("running", at.step, total=plan.steps, seconds=watch.seconds())
+        with optional(job, run.path / STATUS):
+            run.set_status("running", at.step, total=plan.steps, seconds=watch.seconds())
         stop.kept = what_is_kept(run)
 
         stream, unread, pace = open_stream(job, at, guard), [], Pace(at.consumed)
@@ -240,8 +246,10 @@ def train(
             del stream  # closes the loader's workers
 
     plan = job.plan
-    if skipped := sum("skipped" in row for row in run.metrics()):
-        console.warn(f"{skipped} steps were skipped for non-finite numbers; their images are named in faults.jsonl")
+    with optional(job, run.metrics_file):
+        if skipped := sum("skipped" in row for row in run.metrics()):
+            console.warn(f"{skipped} steps were skipped for non-finite numbers; their images are named in faults.jsonl")
+    run.require_present()
     if checkpoint.newest_step(run) != at.step:
         raise TrainingFailed(
             f"the last weights (step {at.step}) could not be written; make room and `unmask resume {run.path}`, which "
@@ -249,12 +257,14 @@ def train(
         )
     if at.step < plan.steps or untested:
         return stopped_at(run, plan, at.step, watch)
-    run.set_status("finished", at.step, total=plan.steps, seconds=watch.seconds())
+    with optional(job, run.path / STATUS):
+        run.set_status("running", at.step, total=plan.steps, seconds=watch.seconds())
     return "finished"
 
 
 def stopped_at(run: Run, plan: Plan, step: int, watch: Stopwatch) -> str:
-    run.set_status("stopped", step, total=plan.steps, seconds=watch.seconds())
+    with suppress(OSError, UserError, RunGone):  # the caller tries again, and reports it
+        run.set_status("stopped", step, total=plan.steps, seconds=watch.seconds())
     return "stopped"
 
 
@@ -262,8 +272,10 @@ def not_tested(job: Job, at: Position) -> bool:
     """Whether the test that belongs to this step is missing: a stop was requested in the middle of it."""
     if at.step == 0 or not test_due(job, at.step):
         return False
-    rows = [row for row in job.run.metrics() if row.get("step") == at.step]
-    return not any(name.startswith("test_") for row in rows for name in row)
+    with optional(job, job.run.metrics_file):
+        rows = [row for row in job.run.metrics() if row.get("step") == at.step]
+        return not any(name.startswith("test_") for row in rows for name in row)
+    return False
 
 
 def what_is_kept(run: Run) -> str:
@@ -304,7 +316,7 @@ class Guard:
             f"{what} made no progress for {self.dog.limit:g} s; the stacks of all threads are in {file}. "
             f"`unmask resume {self.run.path}` continues from the last checkpoint; {VARIABLE} sets another limit"
         )
-        with suppress(OSError):
+        with suppress(OSError, UserError, RunGone):
             step = checkpoint.newest_step(self.run) or 0
             seconds = self.watch.seconds()
             self.run.set_status("failed", step, total=self.plan.steps, error=sentence, seconds=seconds)
@@ -327,8 +339,7 @@ class Stopwatch:
 
     def __init__(self, run: Run, began: float | None = None) -> None:
         self.began = budget.now() if began is None else began
-        status = run.read("status.json") if (run.path / "status.json").exists() else {}
-        self.before = float(status.get("seconds", 0.0))
+        self.before = float(run.status().get("seconds", 0.0))
 
     def seconds(self) -> float:
         return self.before + budget.now() - self.began
@@ -343,7 +354,9 @@ def open_pacer(job: Job, watch: Stopwatch, judge: Judge | None) -> Pacer:
     plan = job.plan
     if plan.budget is None:
         return Pacer(math.inf, 0.0)
-    known = [row.get("step", 0) for row in job.run.metrics()] + [replan.step for replan in plan.replans]
+    known = [replan.step for replan in plan.replans]
+    with optional(job, job.run.metrics_file):
+        known += [row.get("step", 0) for row in job.run.metrics()]
     pacer = Pacer(plan.budget, plan.startup + watch.seconds(), fixed=max(known, default=0))
     if judge is not None:
         with torch.no_grad(), eval_mode(job.method), uncompiled(), autocast(plan.precision, plan.device):
@@ -401,9 +414,9 @@ def replanned(job: Job, pacer: Pacer, at: Position) -> Job:
     plan = plan.replanned(at.step, steps)
     try:
         job.run.write("plan.json", plan.model_dump(mode="json"))
-    except OSError as error:
+    except (OSError, UserError, RunGone) as error:
         job.console.warn_once(
-            f"cannot write {job.run.path / 'plan.json'}: {error.strerror}; the number of steps stays {job.plan.steps}"
+            f"cannot write {job.run.path / 'plan.json'}: {error}; the number of steps stays {job.plan.steps}"
         )
         return job
     return replace(job, plan=plan)
@@ -453,7 +466,7 @@ def read(job: Job, unread: list[Step], at: Position) -> tuple[dict[str, float], 
         names = [job.images.source.names[row] for row in taken.rows.tolist()]
         row = {"step": taken.number, "loss": None, "lr": taken.lr, "skipped": names}
         note(job, row)
-        with suppress(OSError):  # said by `note`
+        with optional(job, job.run.faults_file):
             job.run.add_fault({**row, "time": time.time()})
         job.console.warn(
             f"step {taken.number} gave a non-finite loss or gradient and was skipped; its {len(names)} images "
@@ -482,7 +495,8 @@ def roll_back(job: Job, fault: Step, at: Position, watch: Stopwatch) -> Position
         back = begin(job)
     back.consumed = fault.consumed + SKIP_AHEAD_BATCHES * job.plan.batch_size
     back.bad_steps, back.rollbacks, back.fault_step = 0, rollbacks, fault.number
-    job.run.truncate_metrics(back.step)
+    with optional(job, job.run.metrics_file):
+        job.run.truncate_metrics(back.step)
     # Saved at once, so that a run killed now does not forget that it has been here.
     if trouble := save(job, back, watch):
         job.console.warn(trouble)
@@ -517,13 +531,22 @@ class Pace:
         return f"{row['images_per_second']:.0f} images/s  {row['data_wait']:.0%} waiting on data"
 
 
-def note(job: Job, row: Mapping[str, object]) -> None:
-    """A row of metrics.jsonl, and the time; a disk that does not take it is said once, training goes on."""
+@contextmanager
+def optional(job: Job, file: Path) -> Iterator[None]:
+    """Context manager around reading or writing anything but a checkpoint: a failure is reported once, no more."""
     try:
+        yield
+    except RunGone as error:
+        job.console.warn_once(str(error))
+    except (OSError, UserError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        job.console.warn_once(f"cannot use {file}: {reason}; training continues without it")
+
+
+def note(job: Job, row: Mapping[str, object]) -> None:
+    """Append a row, and the time, to metrics.jsonl."""
+    with optional(job, job.run.metrics_file):
         job.run.log({**row, "time": time.time()})
-    except OSError as error:
-        file = job.run.metrics_file
-        job.console.warn_once(f"{file} could not be written: {error.strerror}; training goes on without it")
 
 
 def open_stream(job: Job, at: Position, guard: Guard) -> Iterator[Batch]:
@@ -562,8 +585,8 @@ def failures_as_sentences(run: Run) -> Iterator[None]:
         raise TrainingFailed(str(error)) from error
     except LoadingFailed as error:
         raise TrainingFailed(
-            f"loading images stopped: {error}. `unmask resume {run.path}` continues from the last checkpoint; with "
-            f'"workers": 0 in {run.path / "plan.json"} it reads the files itself and shows the cause'
+            f"loading images stopped: {error}. `unmask resume {run.path}` continues from the last checkpoint; after "
+            f"`unmask set {run.path} data.workers=0` it reads the files itself and shows the cause"
         ) from error
 
 
@@ -574,7 +597,8 @@ def quarantine(job: Job, delivery: Delivery, at: Position) -> None:
         if bad.name in images.gone_bad:
             continue
         images.gone_bad.add(bad.name)
-        job.run.add_quarantine({"name": bad.name, "code": bad.code, "detail": bad.detail, "step": at.step})
+        with optional(job, job.run.quarantine_file):
+            job.run.add_quarantine({"name": bad.name, "code": bad.code, "detail": bad.detail, "step": at.step})
         if len(images.gone_bad) > max(1, job.config.data.max_bad_fraction * len(images.rows)):
             raise TrainingFailed(
                 f"{len(images.gone_bad)} of {len(images.rows)} images have become unreadable or changed since the "
@@ -624,19 +648,19 @@ def names_of(method: Method) -> dict[Tensor, str]:
 
 
 def save(job: Job, at: Position, watch: Stopwatch) -> str | None:
-    """Write a checkpoint and tell the status; returns what was in the way: a full disk, weights that are not finite."""
+    """Write a checkpoint and the status; returns what was in the way: a full disk, weights that are not finite."""
     run, method, train = job.run, job.method, job.config.train
     tensors, numbers = checkpoint.optimizer_to_tensors(job.optimizer, names_of(method))
     state = {"step": at.step, "position": asdict(at), "optimizer": numbers, "seed": train.seed}
     weights = {name: value for name, value in method.state_dict().items() if not name.startswith(method.fixed)}
-    try:
+    with optional(job, run.metrics_file):
         run.sync_metrics()
+    try:
         checkpoint.save(run, at.step, weights, tensors, state, keep=train.keep_checkpoints)
-        run.set_status("running", at.step, total=job.plan.steps, seconds=watch.seconds())
-    except (CheckpointFull, CheckpointRefused) as error:
+    except (CheckpointFull, CheckpointRefused, RunGone) as error:
         return str(error)
-    except OSError as error:
-        return f"{run.path} does not take a file: {error.strerror}"
+    with optional(job, run.path / STATUS):
+        run.set_status("running", at.step, total=job.plan.steps, seconds=watch.seconds())
     return None
 
 
@@ -704,16 +728,18 @@ def look(job: Job, samples: Samples, at: Position, stop: StopRequest) -> None:
         samples.losses[f"baseline ({name.replace('_', ' ')})"] = fair[name]
     if held_out is not None:
         note(job, {"step": at.step, "held_out_loss": held_out})
-    try:
+    with optional(job, job.run.pictures):
         draw(picture.spread(train.picture_images), plan.images.dtype, file, title)
-        before = {} if at.step == 0 else job.run.read("evals/baselines.json")
-        found: dict[str, Any] = {"images": len(sample), "losses": _with(before, "losses", at.step, loss)}
-        if held_out is not None and samples.held_out is not None:
-            found["held_out_images"] = len(samples.held_out)
-            found["held_out_losses"] = _with(before, "held_out_losses", at.step, held_out)
-        job.run.write("evals/baselines.json", found | {"guesses": numbers})
-    except (OSError, UserError) as error:  # a full disk, a file or a folder that has gone
-        job.console.warn_once(f"cannot write a picture to {job.run.pictures}: {error}; training continues")
+    before: dict[str, Any] = {}
+    if at.step > 0:
+        with optional(job, job.run.path / BASELINES):
+            before = job.run.read(BASELINES)
+    found: dict[str, Any] = {"images": len(sample), "losses": _with(before, "losses", at.step, loss)}
+    if held_out is not None and samples.held_out is not None:
+        found["held_out_images"] = len(samples.held_out)
+        found["held_out_losses"] = _with(before, "held_out_losses", at.step, held_out)
+    with optional(job, job.run.path / BASELINES):
+        job.run.write(BASELINES, found | {"guesses": numbers})
 
 
 def _with(before: dict[str, Any], key: str, step: int, loss: float) -> list[list[float]]:

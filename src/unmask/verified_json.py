@@ -1,0 +1,67 @@
+"""JSON files that carry their own SHA-256, so that one changed bit is noticed when they are read.
+
+    {
+      ...,                              the object itself
+      "run_id": "9f0c..." or null,      the run that the file belongs to; null in runs of earlier versions and tables
+      "earlier_sha256": ["5a1e...", ...],   first digits of what it replaced; only where somebody has to know
+      "sha256": "77bd..."               of all bytes before this line, and the closing brace
+    }
+
+The digest is over the bytes of the file, not over the values: a reformatted file counts as changed. `run_id` and
+`sha256` each prove that the other one must be there, so a damaged key does not make a file look like one of an earlier
+version, which had neither.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+RUN_ID, EARLIER, DIGEST = "run_id", "earlier_sha256", "sha256"
+_BEFORE, _AFTER = b',\n  "sha256": "', b'"\n}\n'
+
+
+class ChangedJson(ValueError):
+    """A file that is not what was written; the message says how, and stands behind the name of the file."""
+
+
+@dataclass(frozen=True)
+class Verified:
+    """One JSON object with what its file says about itself; `sha256` None: written by an earlier version."""
+
+    value: dict[str, Any]
+    run_id: str | None = None
+    earlier: tuple[str, ...] = ()
+    sha256: str | None = None
+
+
+def dump(value: Mapping[str, Any], run_id: str | None, earlier: Sequence[str] = ()) -> tuple[bytes, str]:
+    """(content of the file, its SHA-256)."""
+    assert not value.keys() & {RUN_ID, EARLIER, DIGEST}, "these keys are the file's own"
+    about = {RUN_ID: run_id} | ({EARLIER: list(earlier)} if earlier else {})
+    body = json.dumps({**value, **about}, indent=2).encode("ascii")
+    digest = hashlib.sha256(body).hexdigest()
+    return body.removesuffix(b"\n}") + _BEFORE + digest.encode() + _AFTER, digest
+
+
+def load(content: bytes) -> Verified:
+    """The object of a file's content, verified. Raises ChangedJson."""
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise ChangedJson(f"cannot be read: {error}") from None
+    if not isinstance(value, dict):
+        raise ChangedJson(f"holds a {type(value).__name__}; expected a JSON object")
+    if RUN_ID not in value and DIGEST not in value:
+        return Verified(value)
+    if RUN_ID not in value or DIGEST not in value:
+        raise ChangedJson(f"has changed since it was written: {DIGEST if RUN_ID in value else RUN_ID} is missing")
+    body, found, tail = content.rpartition(_BEFORE)
+    digest = hashlib.sha256(body + b"\n}").hexdigest()
+    if not found or tail != digest.encode() + _AFTER:
+        raise ChangedJson("has changed since it was written (its SHA-256 differs)")
+    del value[DIGEST]
+    return Verified(value, value.pop(RUN_ID), tuple(value.pop(EARLIER, ())), digest)

@@ -1,0 +1,352 @@
+"""Runs are made whole or not at all, are finished when all work is, and lose no weights to the files beside them."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import SMALL_RUN, write_images
+
+from unmask import checkpoint, finetune, folder_lock
+from unmask import start as module
+from unmask import train as loop
+from unmask.beside import SCORE
+from unmask.cli import STOPPED, _explain
+from unmask.console import Console
+from unmask.errors import TrainingFailed
+from unmask.run import Run, RunError, RunInUse, held_here
+from unmask.saved import load
+from unmask.start import pretrain, resume
+
+QUIET = Console(quiet=True)
+
+
+def start(data, out, *settings, **more):
+    return pretrain(data, recipe="mae_nano", out=out, settings=[*SMALL_RUN, *settings], console=QUIET, **more)
+
+
+def weights(run):
+    return load(run).method.state_dict()
+
+
+def same(a, b):
+    return all(torch.equal(a[name], value) for name, value in b.items())
+
+
+# ------------------------------------------------------------------------------------------------------------ creation
+
+
+class Killed(BaseException):
+    """Nothing cleans up after it, as after SIGKILL."""
+
+
+def files(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("after", range(5))
+def test_a_creation_that_is_killed_at_any_file_is_taken_over(images, tmp_path, monkeypatch, capsys, after):
+    """The write after so many is cut short by SIGKILL: neither cleaning up nor unlocking happens."""
+    code = f"""
+import os, signal, sys
+from unmask import run as module
+real, written = module.replace_file, []
+def dying(path, content):
+    if len(written) == {after}:
+        path.with_name("." + path.name + ".1.partial").write_bytes(content[:10])
+        os.kill(os.getpid(), signal.SIGKILL)
+    written.append(path.name)
+    real(path, content)
+module.replace_file = dying
+from unmask.start import pretrain
+from unmask.console import Console
+pretrain(sys.argv[1], recipe="mae_nano", out=sys.argv[2], settings=sys.argv[3:], console=Console(quiet=True))
+"""
+    settings = [*SMALL_RUN, "train.steps=2"]
+    done = subprocess.run([sys.executable, "-c", code, str(images), str(tmp_path / "run"), *settings], check=False)
+    assert done.returncode == -signal.SIGKILL
+    run = tmp_path / "run"
+    if (run / "plan.json").exists():
+        assert resume(run, console=QUIET).finished, "it is a run from the moment that it has a plan"
+        return
+    with pytest.raises(RunError, match=r"its creation was cut short .* rm -r|has no config\.json"):
+        resume(run, console=QUIET)
+    assert pretrain(images, recipe="mae_nano", out=run, settings=settings).finished
+    said = capsys.readouterr().err
+    assert ("the creation of a run was cut short here" in said) == (after > 0 or bool(files(run)))
+    assert not [name for name in files(run) if "partial" in name]
+
+
+@pytest.mark.parametrize("fault", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+@pytest.mark.parametrize("name", ["config.json", "provenance.json", "plan.json", "quarantine.jsonl"])
+@pytest.mark.parametrize("existed", [False, True])
+def test_a_creation_that_fails_leaves_nothing(tmp_path, monkeypatch, fault, name, existed):
+    from unmask import run as vocabulary
+
+    real_replace, real_append = vocabulary.replace_file, vocabulary._append
+
+    def failing(real):
+        def write(path, content):
+            if path.name == name:
+                raise fault
+            real(path, content)
+
+        return write
+
+    monkeypatch.setattr(vocabulary, "replace_file", failing(real_replace))
+    monkeypatch.setattr(vocabulary, "_append", failing(real_append))
+    if existed:
+        (tmp_path / "run").mkdir()
+    contents = {key: {"a": 1} for key in ("config.json", "provenance.json", "plan.json")}
+    held_here.clear()
+    with (
+        pytest.raises(RunError if isinstance(fault, OSError) else KeyboardInterrupt),
+        Run.begin(tmp_path / "run", contents, fill=lambda run: run.add_quarantine({"name": "x"})),
+    ):
+        pass
+    assert (tmp_path / "run").exists() == existed
+    assert not existed or not [file for file in files(tmp_path / "run") if file != ".lock"]
+    assert held_here == [], "nothing to go on with"
+    monkeypatch.undo()
+    with Run.begin(tmp_path / "run", contents):
+        pass
+    assert Run.open(tmp_path / "run").read("plan.json") == {"a": 1}
+
+
+def test_a_folder_of_a_person_is_never_taken_over(images, tmp_path):
+    for name, content in (("config.json", '{"mine": 1}'), ("provenance.json", "{}"), ("a.txt", "precious")):
+        folder = tmp_path / name.split(".")[0]
+        folder.mkdir()
+        (folder / name).write_text(content)
+        with pytest.raises(RunError, match="not empty"):
+            start(images, folder, "train.steps=1")
+        assert (folder / name).read_text() == content
+    run = start(images, tmp_path / "run", "train.steps=1")
+    (run.path / "plan.json").unlink()  # lost, but there are weights
+    with pytest.raises(RunError, match="not empty"):
+        start(images, run.path, "train.steps=1")
+    assert checkpoint.newest_step(run) == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------- lock
+
+
+def test_a_child_of_a_killed_holder_does_not_keep_the_folder(tmp_path):
+    """As a loader worker that hangs: forked while the folder is held, it outlives its parent."""
+    run = Run.create(tmp_path / "run")
+    code = """
+import os, sys, time
+from unmask.run import Run
+with Run(sys.argv[1]).lock():
+    child = os.fork()
+    if child == 0:
+        time.sleep(60)
+    print(child, flush=True)
+    time.sleep(60)
+"""
+    holder = subprocess.Popen([sys.executable, "-c", code, str(run.path)], stdout=subprocess.PIPE, text=True)
+    child = int(holder.stdout.readline())
+    try:
+        said = rf"in use by process {holder.pid} on .*wait for it, or stop it"
+        with pytest.raises(RunInUse, match=said) as caught, run.lock():
+            pass
+        assert _explain(caught.value) == STOPPED, "a supervisor tries again"
+        os.kill(child, signal.SIGSTOP)
+        holder.kill()
+        holder.wait()
+        began = time.monotonic()
+        with run.lock():
+            pass
+        assert time.monotonic() - began < 0.5
+    finally:
+        holder.kill()
+        os.kill(child, signal.SIGKILL)
+
+
+def test_what_is_said_of_a_holder():
+    def said(**about):
+        about = {"pid": os.getppid(), "host": socket.gethostname(), "since": "now"} | about
+        return folder_lock._holder(json.dumps(about).encode())
+
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    assert f"process {gone.pid} on" in said(pid=gone.pid)
+    assert "has ended" in said(pid=gone.pid)
+    assert "in use by process" in said()
+    assert "on elsewhere" in said(host="elsewhere")
+    assert "stop it there" in said(host="elsewhere")
+    assert "another process" in folder_lock._holder(b"4711")
+    stopped = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    try:
+        stopped.send_signal(signal.SIGSTOP)
+        time.sleep(0.2)
+        assert f"kill -CONT {stopped.pid}" in said(pid=stopped.pid)
+    finally:
+        stopped.kill()
+        stopped.wait()
+
+
+# -------------------------------------------------------------------------------------------- finished means all of it
+
+
+def classes(folder):
+    return write_images(folder, 24, classes=2)
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pretrained")
+    start(classes(folder / "images"), folder / "run", "train.steps=2")
+    return folder
+
+
+def tune(pretrained, out):
+    quick = ["train.steps=4", "train.batch_size=8", "data.workers=0", "train.test_every=4", "train.device=cpu"]
+    return finetune.fine_tune(pretrained / "run", str(pretrained / "images"), out=out, settings=quick, console=QUIET)
+
+
+@pytest.mark.parametrize("fault", [RuntimeError("out of memory"), KeyboardInterrupt()])
+def test_a_fine_tuning_that_ends_before_its_result_gets_it_on_resume(pretrained, tmp_path, monkeypatch, fault):
+    def failing(*_, **__):
+        raise fault
+
+    monkeypatch.setattr(finetune, "score", failing)
+    with pytest.raises(type(fault)):
+        tune(pretrained, tmp_path / "tuned")
+    run = Run.open(tmp_path / "tuned")
+    assert run.status()["state"] == ("stopped" if isinstance(fault, KeyboardInterrupt) else "failed")
+    assert checkpoint.newest_step(run) == 4
+    assert not run.finished
+    assert not (run.path / SCORE).exists()
+    monkeypatch.undo()
+    assert finetune.resume(run.path, console=QUIET).finished
+    assert run.read(SCORE)["step"] == 4
+
+
+def test_a_finished_fine_tuning_whose_result_was_lost_or_damaged_is_measured_again(pretrained, tmp_path):
+    run = tune(pretrained, tmp_path / "tuned")
+    result = run.read(SCORE)
+    for damage in (lambda file: file.unlink(), lambda file: file.write_bytes(file.read_bytes()[:-40])):
+        damage(run.path / SCORE)
+        assert finetune.resume(run.path, console=QUIET).finished
+        assert run.read(SCORE) == result
+
+
+@pytest.mark.parametrize("damage", ["flip", "missing", "truncated"])
+def test_a_finished_run_whose_last_checkpoint_is_damaged_is_mended(images, tmp_path, damage):
+    run = start(images, tmp_path / "run", "train.steps=6", "train.checkpoint_every=4")
+    before, last = weights(run.path), run.checkpoints / "step-00000006"
+    file = last / "model.safetensors"
+    if damage == "missing":
+        shutil.rmtree(last)
+    else:
+        file.write_bytes(file.read_bytes()[:-1] + (b"" if damage == "truncated" else b"?"))
+    assert resume(run.path, console=QUIET).finished
+    assert checkpoint.is_complete(run, 6)
+    assert same(before, weights(run.path))
+    assert [row["step"] for row in run.metrics()] == [1, 2, 3, 4, 5, 6]
+
+
+# ------------------------------------------------------------------------------------------- weights before side files
+
+
+def block(path):
+    """Make a folder of a file's name, which no user, root neither, can write to as a file."""
+    if path.is_dir():
+        shutil.rmtree(path)
+        path.write_text("in the way")
+    else:
+        path.unlink(missing_ok=True)
+        path.mkdir()
+        (path / "x").touch()
+
+
+@pytest.mark.parametrize(
+    "name", ["metrics.jsonl", "status.json", "pictures", "evals", "quarantine.jsonl", "faults.jsonl", "report.html"]
+)
+@pytest.mark.parametrize("when", ["while it trains", "before it goes on"])
+def test_no_file_beside_the_weights_keeps_them_from_being_saved(images, tmp_path, monkeypatch, capsys, name, when):
+    real, step_of_fault = loop.step, 3
+
+    def blocking(*arguments):
+        if arguments[-1].step == step_of_fault:
+            if when == "while it trains":
+                block(tmp_path / "run" / name)
+            else:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return real(*arguments)
+
+    monkeypatch.setattr(loop, "step", blocking)
+    run = start(images, tmp_path / "run", "train.steps=6", "train.checkpoint_every=2", "train.picture_every=2")
+    monkeypatch.undo()
+    if when != "while it trains":
+        assert run.status()["state"] == "stopped"
+        block(tmp_path / "run" / name)
+        run = resume(run.path, console=QUIET)
+    assert checkpoint.is_complete(run, 6)
+    assert run.status()["state"] == "finished"
+    if name in ("metrics.jsonl", "status.json", "pictures", "evals"):
+        assert name in capsys.readouterr().err
+    whole = start(images, tmp_path / "whole", "train.steps=6")
+    assert same(weights(run.path), weights(whole.path))
+
+
+def test_a_folder_that_is_replaced_while_training_is_left_alone(images, tmp_path, monkeypatch):
+    real = loop.step
+
+    def replacing(*arguments):
+        if arguments[-1].step == 2:
+            (tmp_path / "run").rename(tmp_path / "moved")
+            start(images, tmp_path / "run", "train.steps=1")
+        return real(*arguments)
+
+    def once(*arguments):
+        monkeypatch.setattr(loop, "step", real)
+        result = replacing(*arguments)
+        monkeypatch.setattr(loop, "step", once)
+        return result
+
+    monkeypatch.setattr(loop, "step", once)
+    with pytest.raises(TrainingFailed, match="was deleted, moved or replaced"):
+        start(images, tmp_path / "run", "train.steps=4")
+    monkeypatch.undo()
+    assert Run(tmp_path / "run").status()["step"] == 1, "the other run"
+    assert resume(tmp_path / "moved", console=QUIET).finished
+
+
+# --------------------------------------------------------------------------------------------------------- interrupted
+
+
+@pytest.mark.slow
+def test_an_interruption_says_what_is_there(tmp_path, images):
+    """SIGINT before there is a run, and after."""
+    code = """
+import sys
+from unmask import cli, start
+def interrupted(*_, **__):
+    raise KeyboardInterrupt
+if sys.argv[1] == "before":
+    start.scan_all = interrupted
+else:
+    start.say_plan = interrupted
+del sys.argv[1]
+cli.main()
+"""
+    flags = [flag for setting in [*SMALL_RUN, "train.steps=2"] for flag in ("--set", setting)]
+    for when, expected in (("before", "no run was begun"), ("after", f"continue with: unmask resume {tmp_path}/run")):
+        done = subprocess.run(
+            [sys.executable, "-c", code, when, "pretrain", images, "--recipe", "mae_nano", "--out", tmp_path / "run",
+             *flags],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 130
+        assert done.stderr.endswith(f"interrupted; {expected}\n"), done.stderr
+        assert (tmp_path / "run").exists() == (when == "after")
+    assert module.resume(tmp_path / "run", console=QUIET).finished
