@@ -138,7 +138,7 @@ def changed(header: str, *path: str, to) -> str:
 
 ENCODER = ("config", "method", "encoder")
 HEADERS = {
-    "null": (lambda header: "null", "got None; a JSON object was expected"),
+    "null": (lambda header: "null", "got null; a JSON object was expected"),
     "a list": (lambda header: "[1, 2]", "got a list; a JSON object was expected"),
     "a number": (lambda header: "7", "got 7; a JSON object was expected"),
     "half": (lambda header: header[: len(header) // 2], "cannot be read"),

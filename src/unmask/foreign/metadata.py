@@ -151,7 +151,8 @@ def settings_of(kind: type[BaseModel], value: Any, where: str) -> dict[str, Any]
 
 
 def shortened(value: Any, most: int = 60) -> str:
-    text = repr(value) if isinstance(value, (str, int, float, bool, type(None))) else f"a {type(value).__name__}"
+    text = repr(value) if isinstance(value, (str, int, float, bool)) else f"a {type(value).__name__}"
+    text = "null" if value is None else text
     return text if len(text) <= most else f"{text[:most]}..."
 
 
