@@ -64,6 +64,7 @@ WITH_ALPHA = ("LA", "La", "PA", "RGBA", "RGBa")  # modes of Pillow
 MOST_MEMORY = 512 << 20  # bytes, for a file and the decoding of it piece by piece
 MOST_PIECES = 24 << 20  # bytes that the conversion of a piece takes
 MOST_WORK = 2_000_000_000  # pixels that the scans of a JPEG decode: about ten seconds
+FEW = 1 << 16  # pixels that are computed on in float64 at a time
 PIECE = 1 << 20  # pixels that are converted at a time
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601
 
@@ -498,9 +499,14 @@ def _without_alpha(pixels: np.ndarray, alpha: str, *, premultiplied: bool = Fals
 def _on_white(pixels: np.ndarray, *, premultiplied: bool = False) -> np.ndarray:
     """(H, W, C + 1) integers whose last channel is alpha -> (H, W, C)."""
     top = np.iinfo(pixels.dtype).max
-    colour, alpha = pixels[:, :, :-1].astype(np.float64), pixels[:, :, -1:] / top
-    mixed = colour * (1 if premultiplied else alpha) + top * (1 - alpha)
-    return np.ascontiguousarray(mixed.round().clip(0, top).astype(pixels.dtype))
+    out = np.empty((*pixels.shape[:2], pixels.shape[2] - 1), pixels.dtype)
+    rows = max(1, FEW // pixels.shape[1])
+    for start in range(0, len(pixels), rows):  # in float64, which for a whole image would take gigabytes
+        part = pixels[start : start + rows]
+        colour, alpha = part[:, :, :-1].astype(np.float64), part[:, :, -1:] / top
+        mixed = colour * (1 if premultiplied else alpha) + top * (1 - alpha)
+        out[start : start + rows] = mixed.round().clip(0, top)
+    return out
 
 
 # ---------------------------------------------------------------------------------------------------------------- TIFF
@@ -626,14 +632,22 @@ def _tiff_alpha_use(data: bytes, page: Page, tiff: _Tiff, reading: Reading) -> s
     elif tiff.kind == 3:
         use = "composited"
     else:
-        values = _tiff_page(data, page, tiff, "band")[:, :, -1]
-        use = "composited" if is_alpha(values) else "band"
+        use = "composited" if is_alpha(_tagged_values(data, page, tiff)) else "band"
     if use == "composited" and not tiff.plain and tiff.kind == 3:
         raise BadImage(
             "UNSUPPORTED_MODE",
             "a float TIFF with alpha, whose white is not known; use --set data.alpha=band or data.alpha=drop",
         )
     return use
+
+
+def _tagged_values(data: bytes, page: Page, tiff: _Tiff) -> np.ndarray:
+    """(H, W) values of the last sample."""
+    data = starting_at(data, page.offset)
+    if _needs_tifffile(tiff, "band"):
+        return _tiff_bands(data, tiff, "band")[:, :, -1]
+    image = _loaded(data, "TIFF")
+    return _joined((part[:, :, -1:] for part in _plain_tiff_pieces(image, tiff, "band")), image.height)[:, :, 0]
 
 
 def alpha_values(data: bytes) -> np.ndarray | None:
@@ -645,7 +659,7 @@ def alpha_values(data: bytes) -> np.ndarray | None:
     if not tiff.alpha or tiff.kind == 3:
         return None
     _refuse_large(tiff.height, tiff.width, tiff.samples)
-    return _tiff_page(data, page, tiff, "band")[:, :, -1]
+    return _tagged_values(data, page, tiff)
 
 
 def _tiff(data: bytes, found: Header) -> np.ndarray:

@@ -11,7 +11,7 @@ from unmask.data.guarded import Crashed, TooSlow, call_apart
 from unmask.data.reading import Reading, axes_of_several, is_alpha, is_ambiguous
 from unmask.data.sources import Source
 
-MOST_MEMORY, SECONDS = 512 << 20, 60.0
+MOST_MEMORY, SLACK, SECONDS = 512 << 20, 256 << 20, 60.0
 FILES = 32  # that are looked at, of either kind
 
 
@@ -23,7 +23,7 @@ def settle(source: Source, rows: Sequence[int]) -> tuple[Reading, tuple[str, ...
     if not _named(source, rows, (".tif", ".tiff", ".npy")):
         return source.reading, ()
     try:  # in a process of its own: these are the first files that are looked at, and one of them may crash a decoder
-        return call_apart(_settled, source, rows, memory=2 * MOST_MEMORY, seconds=SECONDS)
+        return call_apart(_settled, source, rows, memory=MOST_MEMORY + SLACK, seconds=SECONDS)
     except (TooSlow, Crashed, MemoryError):
         return source.reading, ()  # then each file decides for itself
 
