@@ -12,9 +12,11 @@ from test_scan import Memory
 
 from unmask.data import decode as decoding
 from unmask.data import scan as scanning
+from unmask.data import sources
 from unmask.data.decode import BadImage, Header, decode, header, pieces
 from unmask.data.guarded import Crashed, TooSlow
 from unmask.data.scan import scan
+from unmask.data.sources import SourceError, open_source
 
 KINDS = {
     "jpeg": file_of(noisy(), "JPEG"),
@@ -179,3 +181,24 @@ def test_limits_are_part_of_the_header_and_not_of_its_meaning():
     assert header(KINDS["png"]) == Header(48, 64, 3, "uint8", "PNG")
     assert header(KINDS["png"]).memory == 4 * 48 * 64
     assert header(KINDS["bands"]).memory == 48 * 64 * 5 * 5 // 4
+
+
+def test_row_groups_of_gigabytes_are_refused_before_they_are_read(tmp_path, monkeypatch):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.table({"image": pa.array([b"\0" * 100_000] * 20, pa.binary()), "label": [0] * 20})
+    pq.write_table(table, tmp_path / "a.parquet", compression="zstd", use_dictionary=False)
+    assert (tmp_path / "a.parquet").stat().st_size < 20_000
+    monkeypatch.setattr(sources, "MOST_UNPACKED", 1_000_000)
+    with pytest.raises(SourceError, match="row_group_size"):
+        open_source(tmp_path / "a.parquet")
+    pq.write_table(table, tmp_path / "b.parquet", compression="zstd", use_dictionary=False, row_group_size=5)
+    assert len(open_source(tmp_path / "b.parquet")) == 20
+
+
+def test_sixteen_bit_alpha_is_composited_in_parts(monkeypatch):
+    values = noisy(channels=4, dtype=np.uint16)
+    whole = decode(png16(values))
+    monkeypatch.setattr(decoding, "FEW", 64 * 5)
+    assert (decode(png16(values)) == whole).all()

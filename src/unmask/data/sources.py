@@ -762,6 +762,7 @@ class ParquetSource(Source):
                 self.column = image_column(schema, text)
                 self.struct = pa.types.is_struct(schema.field(self.column).type)
                 rows = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+                _refuse_large_groups(file, self.column, text)
                 names = _parquet_names(file, schema, self.column, self.struct)
                 label = next((name for name in LABELS if name in schema.names), None)
                 self.class_list = [] if label is None else [class_name(n) for n in class_label_names(schema, label)]
@@ -806,6 +807,22 @@ class ParquetSource(Source):
             raise BadImage("VANISHED", f"the file cannot be read any more: {error.strerror}") from None
         except (pa.ArrowException, OSError, IndexError) as error:
             raise BadImage("CORRUPT", f"row group {group} cannot be read: {error}") from None
+
+
+def _refuse_large_groups(file: Any, column: str, text: str) -> None:
+    """Raises SourceError for row groups, which are read whole, of more bytes than may be held, by the file's count."""
+    for number in range(file.num_row_groups):
+        group = file.metadata.row_group(number)
+        chunks = (group.column(index) for index in range(group.num_columns))
+        size = sum(
+            chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema.partition(".")[0] == column
+        )
+        if size > MOST_UNPACKED:
+            raise SourceError(
+                f"{text}: row group {number} holds {size / 2**30:.1f} GiB of images in {group.num_rows} rows, at most "
+                f"{MOST_UNPACKED / 2**30:.3g} GiB are read at once; write it with smaller groups, for example "
+                'pyarrow.parquet.write_table(table, "smaller.parquet", row_group_size=1000)'
+            )
 
 
 def _parquet_names(file: Any, schema: Any, column: str, struct: bool) -> list[str]:
