@@ -11,6 +11,7 @@ from test_start import start, stop_at
 from unmask.config import ConfigError
 from unmask.console import Console
 from unmask.dataset_check import file_of
+from unmask.errors import UserError
 from unmask.report import write_report
 from unmask.saved import load, read_config, read_plan
 from unmask.start import DataError, Places, resume
@@ -168,3 +169,9 @@ def test_several_data_less_some_images_are_trained_on_and_resumed(tmp_path, monk
     assert f"{tmp_path / 'one'}, {tmp_path / 'two'}" in write_report(run.path).read_text()
     with pytest.raises(ConfigError, match="give --exclude"):
         start(tmp_path / "one", tmp_path / "other", 'data.exclude=["x"]')
+
+
+def test_where_the_images_are_gone_it_is_said_how_to_go_on_elsewhere(stopped, tmp_path):
+    (tmp_path / "data").rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"does not exist.*if the images have moved: unmask resume .*run --data NEW"):
+        resume(stopped.path)

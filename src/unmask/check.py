@@ -66,7 +66,7 @@ def check_data(
         "mean": list(found.mean),
         "std": list(found.std),
     }
-    if source.skipped:
+    if source.skipped or source.excluded:
         console.say(f"{source.name}: {len(source)} images found{skipped(source)}")
     say_scan(found, source, console)
     if not found.good:

@@ -27,7 +27,7 @@ from unmask.console import Console
 from unmask.data.boxes import Boxes, find_files, open_boxes
 from unmask.data.decode import BadImage
 from unmask.data.loader import choose_workers
-from unmask.data.maps import Maps, MaskOptions, open_maps
+from unmask.data.maps import Maps, MaskOptions, find_folders, open_maps
 from unmask.data.sources import Source, open_source, require_labels
 from unmask.evals import detection, segmentation
 from unmask.evals.probe import few_shots, require_classes

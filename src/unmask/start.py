@@ -36,7 +36,7 @@ from unmask.data.page_source import read_as
 from unmask.data.scan import Scan, scan
 from unmask.data.sources import Source, open_source
 from unmask.default_dtype import float32_default
-from unmask.errors import UserError
+from unmask.errors import SourceError, UserError
 from unmask.plan import NO_TIME, Plan, Timing, choose_device, choose_steps, few_steps, make_plan, require_micro_batch
 from unmask.processes import refuse_several_processes, require_main_guard
 from unmask.recipes import catalogue
@@ -273,7 +273,12 @@ def resume(
         before = config
         if places is not None:
             config = places.applied(config)
-        source = read_as(open_source(config.data.source, config.data.exclude), plan.reading)
+        try:
+            source = read_as(open_source(config.data.source, config.data.exclude), plan.reading)
+        except SourceError as error:
+            if places is not None:
+                raise
+            raise SourceError(f"{error}; if the images have moved: unmask resume {run.path} --data NEW") from None
         config = config.model_copy(update={"data": config.data.model_copy(update={"source": source.data})})
         if found := dataset_check.compare(run, plan, source, console):
             if not allow_dataset_change:

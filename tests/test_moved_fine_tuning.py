@@ -1,0 +1,83 @@
+"""A fine-tuned run whose images, masks and test images moved goes on; with others it does not, and says which."""
+
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_finetune import SMALL
+from test_start import stop_at
+
+from unmask import finetune
+from unmask.run import Run
+from unmask.saved import read_config
+from unmask.start import DataError, Places, pretrain
+
+SETTINGS = ["train.steps=4", "train.batch_size=8", "data.workers=0", "train.test_every=4"]
+
+
+def street(root, count=12, seed=0):
+    """Images of two colours, and their masks as BMP, all of one size in bytes."""
+    random = np.random.default_rng(seed)
+    for number in range(count):
+        mask = (random.random((20, 24)) > 0.5).astype(np.uint8)
+        image = mask[:, :, None] * np.array([200, 60, 40], np.uint8) + 20
+        for kind, pixels in (("images", image), ("masks", mask)):
+            (root / kind).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(root / kind / f"{number}.bmp")
+    return root
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("moved")
+    return pretrain(street(folder / "data") / "images", recipe="mae_nano", out=folder / "pre", settings=SMALL)
+
+
+def tuned(pretrained, tmp_path, monkeypatch):
+    """A segmentation that was stopped after two steps, with test images of its own."""
+    stop_at(monkeypatch, 2)
+    run = finetune.fine_tune(
+        pretrained.path, str(street(tmp_path / "old" / "train", seed=1)), task="segment", out=tmp_path / "run",
+        test=str(street(tmp_path / "old" / "test", seed=2)), settings=SETTINGS,
+    )  # fmt: skip
+    monkeypatch.undo()
+    assert run.read("status.json")["state"] == "stopped"
+    return run
+
+
+def test_images_masks_and_test_images_that_moved_are_found_again(pretrained, tmp_path, monkeypatch):
+    run = tuned(pretrained, tmp_path, monkeypatch)
+    shutil.copytree(tmp_path / "old", tmp_path / "new", copy_function=shutil.copyfile)
+    shutil.rmtree(tmp_path / "old")
+    finetune.resume(run.path, places=Places((str(tmp_path / "new" / "train"),), test=str(tmp_path / "new" / "test")))
+    assert Run(run.path).read("status.json")["state"] == "finished"
+    data = read_config(run).data
+    assert data.source == str(tmp_path / "new" / "train" / "images")
+    assert (data.annotations, data.test) == (
+        str(tmp_path / "new" / "train" / "masks"),
+        str(tmp_path / "new" / "test"),
+    )
+
+
+@pytest.mark.parametrize("what", ["train/masks", "test/images", "test/masks"])
+def test_masks_and_test_images_of_the_same_size_are_told_apart(pretrained, tmp_path, monkeypatch, what):
+    run = tuned(pretrained, tmp_path, monkeypatch)
+    other = street(tmp_path / "other", seed=9) / what.partition("/")[2]
+    shutil.copyfile(other / "3.bmp", tmp_path / "old" / what / "3.bmp")
+    role = {"train/masks": "masks", "test/images": "test", "test/masks": "test masks"}[what]
+    with pytest.raises(DataError, match=rf"the {role} files of .* have changed .*1 changed: 3.bmp \(content\)"):
+        finetune.resume(run.path)
+
+
+def test_labels_of_a_list_that_changed_stop_a_classifier(pretrained, tmp_path, monkeypatch):
+    images = street(tmp_path / "d", count=20) / "images"
+    lines = [f"{images}/{number}.bmp,{'ab'[number % 2]}" for number in range(20)]
+    (tmp_path / "list.csv").write_text("\n".join(lines))
+    stop_at(monkeypatch, 2)
+    run = finetune.fine_tune(pretrained.path, str(tmp_path / "list.csv"), out=tmp_path / "run", settings=SETTINGS)
+    monkeypatch.undo()
+    swapped = [line[:-1] + {"a": "b", "b": "a"}[line[-1]] for line in lines]
+    (tmp_path / "list.csv").write_text("\n".join(swapped))
+    with pytest.raises(DataError, match=r"the labels, masks or boxes of .* have changed"):
+        finetune.resume(run.path)
