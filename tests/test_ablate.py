@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 from conftest import SMALL_RUN, write_images
@@ -23,6 +24,7 @@ from unmask.console import Console
 from unmask.data.sources import open_source
 from unmask.errors import TrainingFailed, UserError
 from unmask.lessons import open_lessons, split_rows
+from unmask.plan import Timing
 from unmask.run import Run, RunInUse
 from unmask.saved import load, read_plan
 from unmask.tables import FAMILY, find_table
@@ -412,8 +414,11 @@ def test_test_images_are_not_learnt_from_and_frozen_weights_stay(fine_tuned, dat
 def test_a_classifier_does_not_go_on_with_other_images(fine_tuned, data):
     """Its test images are held out by row, and the rows would be others."""
     run = Run(fine_tuned[0] / "blocks-1-seed-0")
-    with pytest.raises(UserError, match=r"test images may be held out .* bring the old files back, or begin anew"):
-        start.adopt(open_source(data), read_plan(run), run)
+    differ = SimpleNamespace(lines=lambda: "2 files are others")
+    with pytest.raises(
+        UserError, match=r"test images may be held out .*: 2 files are others\. Bring the old files back"
+    ):
+        start.adopt(open_source(data), read_plan(run), run, differ)
 
 
 def test_the_page_of_fine_tuned_cells_says_what_they_are(fine_tuned, data, monkeypatch):
@@ -466,7 +471,7 @@ def test_two_thirds_of_a_budget_go_into_the_pre_training(data, tmp_path, monkeyp
     monkeypatch.setattr(module, "make", lambda *_: None)
     monkeypatch.setattr(module, "measure_step_seconds", lambda *_, **__: 0.1)
     monkeypatch.setattr(module, "encode_seconds", lambda *_: 0.0)
-    monkeypatch.setattr(start, "batch_seconds", lambda *_, **__: 0.0)
+    monkeypatch.setattr(start, "batch_seconds", lambda *_, **__: Timing(0.0, 0.0, 0.0))
     free = [setting for setting in FINE if "steps" not in setting]
     summary = make(data, tmp_path / "table", table="fig9", settings=free, budget=100.0, seeds=2)
     first, *rest = summary["rows"]
@@ -537,7 +542,7 @@ def test_a_budget_is_shared_by_all_cells_and_seeds(data, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "make", lambda *_: None)
     monkeypatch.setattr(module, "measure_step_seconds", lambda config, *_, **__: 0.1 * config.method.decoder.depth)
     monkeypatch.setattr(module, "encode_seconds", lambda *_: 0.0)
-    monkeypatch.setattr(start, "batch_seconds", lambda *_, **__: 0.0)
+    monkeypatch.setattr(start, "batch_seconds", lambda *_, **__: Timing(0.0, 0.0, 0.0))
     free = [setting for setting in SMALL if "steps" not in setting]
     summary = make(data, tmp_path / "table", settings=free, budget=1000.0, seeds=2)
     probing = module.FIT_SECONDS * (2 * 2 + 2)
