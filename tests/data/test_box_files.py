@@ -86,8 +86,9 @@ def by_name(boxes):
 
 @pytest.mark.parametrize("kind", ["random_resized", "random"])
 def test_boxes_stay_around_their_object_in_every_crop(tmp_path, kind):
-    boxes = open_boxes(voc(tmp_path, {"a": OBJECTS["a"][:1]}))
+    voc(tmp_path, {"a": OBJECTS["a"][:1]})
     Image.fromarray(bright(SIZE, OBJECTS["a"][0][0])).save(tmp_path / "JPEGImages" / "a.png")
+    boxes = open_boxes(tmp_path)
     data = Images(boxes.source, boxes.rows, SPEC, CropConfig(kind=kind, eval_share=0.6), annotations=boxes)
     kept = places = 0
     for delivery in training_batches(data, start=0, batch=20, batches=5, workers=0):
