@@ -75,6 +75,9 @@ class Batch:
     not judged; `boxes` (B, M, 4) float32, (x1, y1, x2, y2) in pixels of `images`, with `box_labels` (B, M) int64, -1
     where an image has fewer than M boxes.
 
+    `valid` (B, H, W) bool where some pixels are absent (no data); None where all are there, which is the rule. Absent
+    pixels hold the data's mean. A patch of which less than `min_valid` is valid does not count in a loss.
+
     crops (B, 7) where resampling is left to the device: `images` are then parts of larger images, and `to` makes images
     of `size` (H, W) of them, by `interpolation`; see `resample`.
     """
@@ -89,6 +92,8 @@ class Batch:
     crops: Tensor | None = None
     size: tuple[int, int] | None = None
     interpolation: str = "bicubic"
+    valid: Tensor | None = None
+    min_valid: float = 0.5
 
     def __len__(self) -> int:
         return len(self.images)
@@ -100,8 +105,14 @@ class Batch:
     @staticmethod
     def join(parts: Sequence[Batch]) -> Batch:
         """One batch of several, in this order; all of them have the same fields and, where they have boxes, as many."""
+        if any(part.valid is not None for part in parts):
+            parts = [part if part.valid is not None else part._all_valid() for part in parts]
         filled = [name for name, value in vars(parts[0]).items() if isinstance(value, Tensor)]
         return replace(parts[0], **{name: torch.cat([getattr(part, name) for part in parts]) for name in filled})
+
+    def _all_valid(self) -> Batch:
+        height, width = self.size or self.images.shape[2:]
+        return replace(self, valid=torch.ones(len(self), height, width, dtype=torch.bool, device=self.images.device))
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device; copies from pinned memory overlap with computation.

@@ -63,6 +63,9 @@ def check_data(
         "tolerated": dict(found.tolerated),
         "kinds": table(found),
         "reading": found.reading.model_dump(),
+        "absent_share": found.absent_share,
+        "absent_files": found.absent_files,
+        "empty_files": found.empty_files,
         "mean": list(found.mean),
         "std": list(found.std),
     }

@@ -84,6 +84,10 @@ class DataConfig(Settings):
     are large, and not for small ones, of which more bytes travel than the resampling is worth. The crops are the same,
     and their pixels but for rounding. test: other images that a supervised run is tested on; None where they are held
     out of source.
+    nodata: which pixels are absent: they do not count in mean, std and loss, and images hold the mean there. "auto":
+    those with the value that a TIFF declares (GDAL_NODATA), and NaN or infinity in float images; a number: those with
+    that value as well, for files that declare none; none: no pixel. min_valid: share of valid pixels that a patch needs
+    to count in the loss.
     annotations, test_annotations: where the masks or boxes of a segmentation or detection are, None for beside the
     images; test_split: the list of test images.
     alpha: what becomes of an alpha channel: composite it on white, drop it, or keep it as a band; auto composites, but
@@ -113,6 +117,8 @@ class DataConfig(Settings):
     held_out: int | None = Field(default=None, ge=0)
     repeats: int = Field(default=1, gt=0, le=4096)
     resize: Literal["loader", "device"] = "loader"
+    nodata: Literal["auto"] | float | None = "auto"
+    min_valid: float = Field(default=0.5, gt=0, le=1)
     alpha: Literal["auto", "composite", "drop", "band"] = "auto"
     pages: Literal["auto", "first", "channels", "samples"] = "auto"
     axes: Literal["auto", "HWC", "CHW"] = "auto"
@@ -120,7 +126,7 @@ class DataConfig(Settings):
     @property
     def reading(self) -> Reading:
         """How the files are decoded, as far as the settings say."""
-        return Reading(alpha=self.alpha, pages=self.pages, axes=self.axes)
+        return Reading(alpha=self.alpha, pages=self.pages, axes=self.axes, nodata=self.nodata)
 
     @property
     def place(self) -> str:

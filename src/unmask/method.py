@@ -66,20 +66,25 @@ class Picture(NamedTuple):
     `panels`: drawn side by side, captions as keys, each (B, C, H, W) float32 in the files' units. `note` goes below.
     `numbers`: 0-d tensors to hold the loss against; "loss" is the method's own on these images, the others are what
     trivial guesses would score in the same units ("true_patch_mean", "nearest_visible", ...). `names`: what is written
-    below each image, if anything.
+    below each image, if anything. `valid` (B, H, W) bool: False where a pixel is absent, None where all are there.
     """
 
     panels: dict[str, Tensor]
     note: str
     numbers: dict[str, Tensor]
     names: tuple[str, ...] = ()
+    valid: Tensor | None = None
 
     def spread(self, count: int) -> Picture:
         """The same with only `count` images drawn, evenly spread: images lie in the order of their folders."""
         have = len(next(iter(self.panels.values())))
         rows = torch.linspace(0, have - 1, min(count, have)).long().tolist()
         panels = {caption: panel[rows] for caption, panel in self.panels.items()}
-        return self._replace(panels=panels, names=tuple(self.names[row] for row in rows) if self.names else ())
+        return self._replace(
+            panels=panels,
+            names=tuple(self.names[row] for row in rows) if self.names else (),
+            valid=None if self.valid is None else self.valid[rows],
+        )
 
 
 class Method(nn.Module, ABC):
@@ -93,10 +98,11 @@ class Method(nn.Module, ABC):
     fixed: tuple[str, ...] = ()
     num_prepare: int = 0
 
-    def prepare(self, images: Tensor) -> None:
+    def prepare(self, images: Tensor, valid: Tensor | None = None) -> None:
         """Called once, before step 0 and after grafts, when `num_prepare` > 0: set buffers that depend on the data.
 
         images: (n, C, H, W) in the files' dtype on the method's device, n <= num_prepare, evenly spread over the data.
+        valid: (n, H, W) bool as in `Batch`, None where no pixel is absent.
         """
         raise TypeError(f"{type(self).__name__} asks for {self.num_prepare} images and has no prepare()")
 

@@ -35,7 +35,7 @@ import simplejpeg
 from PIL import Image, PngImagePlugin
 
 from unmask.console import Console
-from unmask.data import augment, decode
+from unmask.data import absent, augment, decode
 from unmask.data.decode import BadImage, Header, packed_note
 from unmask.data.scan import num_cores
 from unmask.data.sources import EXTENSIONS, Source, TarSource, classes_of, open_source
@@ -212,7 +212,16 @@ def pack_image(source: Source, row: int, short_side: int, quality: int) -> Packe
         return Packed(data, BAD, error)
     if target is None:
         return Packed(data, SMALL)
-    small = augment.cut(pixels, np.array([0.0, 0.0, *pixels.shape[:2]]), target, False)
+    box = np.array([0.0, 0.0, *pixels.shape[:2]])
+    valid = absent.valid_pixels(pixels, source.reading.nodata, absent.declared(data))
+    if valid is None:
+        small = augment.cut(pixels, box, target, False)
+    elif pixels.dtype == np.float32 and valid.any():
+        fill = pixels[valid].mean(0)
+        small, there = augment.cut_valid(absent.filled(pixels, valid, fill), valid, fill, box, target, False)
+        small[~there] = np.nan
+    else:
+        return Packed(data, NO_SMALLER)  # integers have no value for absent pixels but in the tag of a TIFF
     encoded = _encoded(small, found, quality)
     again = decode.header(encoded)  # a .npy of few rows and many channels would be read as if it were turned
     same = (again.height, again.width, again.channels, again.dtype) == (*small.shape, found.dtype)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from unmask.batch import ImageSpec
+from unmask.batch import Batch, ImageSpec
 from unmask.console import Console
 from unmask.data.augment import CropConfig
 from unmask.data.loader import eval_batches
@@ -63,10 +63,12 @@ def make_palette(data: str, *, colours: int, size: int, out: Path, console: Cons
     spec = ImageSpec(found.channels_majority, (size, size), found.dtype_majority, tuple(found.mean), tuple(found.std))
     rows = np.linspace(0, len(source) - 1, min(len(source), MOST_IMAGES)).astype(int)
     readable = Readable(source, rows, spec, CropConfig(), training=False)
-    images = torch.cat([batch.images for batch in eval_batches(readable, rows, batch=64, workers=0)]).float()
+    batch = Batch.join(list(eval_batches(readable, rows, batch=64, workers=0)))
+    images = batch.images.float()
 
     pixels = images.movedim(1, -1)  # (n, H, W, C)
-    palette = k_means(pixels.flatten(0, 2), colours)
+    there = None if batch.valid is None or not batch.valid.any() else batch.valid
+    palette = k_means(pixels.flatten(0, 2) if there is None else pixels[there], colours)
     ids = nearest_colour(pixels, palette)
     quantised = palette[ids].movedim(-1, 1)
     error = float((quantised - images).square().mean())

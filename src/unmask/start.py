@@ -697,7 +697,9 @@ def training_images(source: Source, rows: np.ndarray, spec: ImageSpec, config: C
             f"data.resize=device came with {what}; it is for 8-bit gray or RGB images without jitter, use "
             "data.resize=loader"
         )
-    return Images(source, rows, spec, data.crop, config.train.seed, repeats=data.repeats, on_device=on_device)
+    return Images(source, rows, spec, data.crop, config.train.seed, repeats=data.repeats, on_device=on_device,
+        min_valid=data.min_valid,
+    )  # fmt: skip
 
 
 def batch_seconds(images: Images, batch: int, workers: int, *, cached: bool) -> Timing:

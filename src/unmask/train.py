@@ -614,7 +614,8 @@ def begin(job: Job) -> Position:
     # What came with other weights stays as it was: they mean nothing with another palette, or other components.
     if job.method.num_prepare and not any(prefix.startswith(taken) for prefix in job.method.fixed if taken):
         rows = spread(job.images.rows, job.method.num_prepare)
-        job.method.prepare(fixed_images(job.images, job.plan, rows).images)
+        sample = fixed_images(job.images, job.plan, rows)
+        job.method.prepare(sample.images, sample.valid)
     if job.method.fixed:
         state = job.method.state_dict()
         kept = {name: value for name, value in state.items() if name.startswith(job.method.fixed)}
@@ -717,7 +718,7 @@ def look(job: Job, samples: Samples, at: Position, stop: StopRequest) -> None:
     plan, train, sample = job.plan, job.config.train, samples.pictures
     clock = plan.clock(at.step, Draws(train.seed, sample.epoch, sample.index))
     with eval_mode(job.method), uncompiled(), autocast(plan.precision, plan.device), stop.interruptible():
-        picture = job.method.picture(sample, clock)
+        picture = job.method.picture(sample, clock)._replace(valid=sample.valid)
         held_out = None if samples.held_out is None else mean_loss(job, samples.held_out, at)
     file, title = job.run.pictures / f"step-{at.step:08d}.png", f"step {at.step} of {plan.steps}"
     numbers = {name: float(value) for name, value in picture.numbers.items()}

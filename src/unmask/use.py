@@ -70,8 +70,8 @@ class Readable(Images):
 def eval_images(loaded: Loaded, source: Source) -> Readable:
     """The source as this run's encoder sees it: its size, channels and dtype, the centred box, no randomness."""
     plan, data = loaded.plan, loaded.config.data
-    source.reading = plan.reading
-    return Readable(source, np.arange(len(source)), plan.images, data.crop, training=False)
+    source.reading, rows = plan.reading, np.arange(len(source))
+    return Readable(source, rows, plan.images, data.crop, training=False, min_valid=data.min_valid)
 
 
 def eval_precision(loaded: Loaded) -> str:
@@ -88,12 +88,21 @@ def read(images: Readable, rows: np.ndarray, workers: int, console: Console, bar
     Raises ValueError at the end when not one could be read.
     """
     seen: list[np.ndarray] = []
+    share, with_absent = 0.0, 0
     for number, batch in enumerate(eval_batches(images, rows, batch=EVAL_BATCH, workers=workers), 1):
         if len(batch):
             seen.append(batch.index.numpy())
+            if batch.valid is not None:
+                each = 1 - batch.valid.float().mean((1, 2))
+                share, with_absent = share + float(each.sum()), with_absent + int((each > 0).sum())
             yield batch
         if bar is not None:
             bar.update(min(number * EVAL_BATCH, len(rows)))
+    if with_absent:
+        console.say(
+            f"{images.source.name}: {share / len(rows):.1%} of the pixels are absent, in {with_absent} of {len(rows)} "
+            "images; replaced by the mean of the training data"
+        )
     bad = np.setdiff1d(rows, np.concatenate(seen)) if seen else rows
     if not len(bad):
         return
@@ -170,7 +179,7 @@ def reconstruct_images(
     batch = batch.to(loaded.device)
     clock = loaded.plan.clock(loaded.step, Draws(seed, batch.epoch, batch.index))
     with autocast(eval_precision(loaded), loaded.device):
-        picture = loaded.method.picture(batch, clock)
+        picture = loaded.method.picture(batch, clock)._replace(valid=batch.valid)
     names = [source.names[row] for row in batch.index.tolist()]
     draw(picture, loaded.plan.images.dtype, out, f"{Path(run).resolve().name}, step {loaded.step}", names)
     numbers = {name: float(value) for name, value in picture.numbers.items()}

@@ -78,7 +78,7 @@ def test_the_decoder_runs_on_the_patches_asked_for_and_no_more(monkeypatch):
     real_target = method.target.forward
     noise = torch.randn(4, 6, 48)
     for where, counts in ((mask.drop[:, :6], False), (seen[0], True)):
-        changed = lambda patches, images, where=where: put(real_target(patches, images), where, noise)  # noqa: E731
+        changed = lambda patches, images, valid=None, where=where: put(real_target(patches, images), where, noise)  # noqa: E731
         monkeypatch.setattr(method.target, "forward", changed)
         assert (float(method(batch, clock(batch)).value) != float(loss)) == counts
 

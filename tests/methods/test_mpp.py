@@ -121,7 +121,7 @@ def test_the_loss_is_on_the_corrupted_patches_only(target, monkeypatch):
     real = method.target
     for where, counts in ((mask.keep, False), (mask.drop, True)):
 
-        def shifted(images, where=where):
+        def shifted(images, valid=None, where=where):
             truth = real(images)
             return put(truth, where, (take(truth, where) + 1) % 512)
 

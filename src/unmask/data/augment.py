@@ -28,6 +28,7 @@ PILLOW = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILI
 PROTOCOL_SHARE, LARGEST_CROPPED = 224 / 256, 224
 Corners = tuple[float, float, float, float]  # top, left, height, width
 NEAR_PIXEL, MOST_SKIPPED = 1 / 16, 32  # of a pixel, and samples: see `_from_a_pixel`
+LEAST_VALID = 0.5  # share of the filter's weight that lies on valid pixels, where a resampled pixel is valid
 LEAST_LEFT = 0.2  # share of its area that a box around an object keeps in a crop, or is dropped
 
 
@@ -211,6 +212,42 @@ def cut(
     if flip:
         pixels.copy_(pixels.flip(3))  # torch turns rows of three bytes ten times faster than NumPy
     return out
+
+
+def cut_valid(
+    image: np.ndarray,
+    valid: np.ndarray,
+    fill: np.ndarray,
+    box: np.ndarray,
+    target: tuple[int, int],
+    flip: bool,
+    interpolation: str = "bicubic",
+) -> tuple[np.ndarray, np.ndarray]:
+    """`cut` of an image with absent pixels: (h, w, C) pixels and (h, w) bool, where they are valid.
+
+    image: (H, W, C), finite; valid: (H, W) bool; fill: (C,), what stands for absent pixels. A pixel of the result is
+    the filter's mean over the valid pixels that it covers, so no value of an absent one gets into it; it is valid where
+    these have at least half of the filter's weight.
+    """
+    top, left, height, width = (float(value) for value in box)
+    part, known = (_inside(array, top, left, height, width) for array in (image, valid))
+    if part.shape[:2] == target:
+        pixels, there = part.astype(np.float32), known
+    else:
+        weights = known[:, :, None].astype(np.float32)
+        layers = np.concatenate([(part.astype(np.float32) - fill.astype(np.float32)) * weights, weights], 2)
+        found = F.interpolate(
+            torch.from_numpy(layers).permute(2, 0, 1)[None], target, mode=interpolation, antialias=True
+        )[0].permute(1, 2, 0).numpy()  # fmt: skip
+        share = found[:, :, -1:]
+        there = share[:, :, 0] >= LEAST_VALID
+        pixels = fill.astype(np.float32) + found[:, :, :-1] / np.where(there[:, :, None], share, 1)
+        if known.any():
+            pixels = pixels.clip(part[known].min(0), part[known].max(0))
+    if image.dtype != np.float32:
+        pixels = pixels.round()
+    pixels = np.where(there[:, :, None], pixels, fill).astype(image.dtype)
+    return (pixels[:, ::-1], there[:, ::-1]) if flip else (pixels, there)
 
 
 def _inside(image: np.ndarray, top: float, left: float, height: float, width: float) -> np.ndarray:

@@ -931,16 +931,17 @@ def _dtype_of(dtype: np.dtype) -> str:
 
 
 def _number(values: np.ndarray) -> np.ndarray:
-    """Any numeric array (H, W) or (H, W, C) -> (H, W, C) of one of the three dtypes. Integers are exact up to 2^24."""
+    """Any numeric array (H, W) or (H, W, C) -> (H, W, C) of one of the three dtypes. Integers are exact up to 2^24.
+
+    NaN and infinity stay: they mean that a pixel is absent.
+    """
     if values.ndim == 2:
         values = values[:, :, None]
     dtype = _dtype_of(values.dtype)
     if values.dtype.kind == "b":
         return np.ascontiguousarray(values).astype(bool).astype(np.uint8) * 255
-    with np.errstate(over="ignore"):  # what overflows becomes infinite and is refused
+    with np.errstate(over="ignore"):  # what overflows becomes infinite, which counts as absent (absent.py)
         values = np.ascontiguousarray(values.astype(dtype, copy=False))
-    if dtype == "float32" and not np.isfinite(values).all():
-        raise BadImage("CORRUPT", "pixels that are NaN, infinite or beyond float32")
     return values
 
 

@@ -19,7 +19,7 @@ USE_OF_PAGES = {
 
 def findings(found: Scan) -> tuple[str, ...]:
     """One sentence for each kind of file that is not read as it stands, with the number of such files."""
-    return (*found.settled, *_alpha(found), *_pages(found), *_axes(found), *_tolerated(found))
+    return (*found.settled, *_alpha(found), *_pages(found), *_axes(found), *_tolerated(found), *_absent(found))
 
 
 def table(found: Scan) -> list[dict[str, Any]]:
@@ -120,3 +120,17 @@ def _tolerated(found: Scan) -> list[str]:
         f"accepted with a warning: {count} JPEG{'s' * (count != 1)} with {fault}; no pixel is lost"
         for fault, count in found.tolerated.most_common()
     ]
+
+
+def _absent(found: Scan) -> list[str]:
+    if not found.absent_files:
+        return []
+    share = f"{found.absent_share:.1%}" if found.absent_share >= 0.001 else "less than 0.1%"
+    sentences = [
+        f"absent pixels (declared no-data value, NaN): {share} of all, in {found.absent_files} of {found.good} files; "
+        "left out of mean, standard deviation and loss, replaced by the mean in images (data.nodata, data.min_valid)"
+    ]
+    if found.empty_files:
+        s = "s" * (found.empty_files != 1)
+        sentences.append(f"{found.empty_files} file{s} without any valid pixel: nothing of them counts in the loss")
+    return sentences

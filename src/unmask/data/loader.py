@@ -31,8 +31,8 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from unmask.batch import Batch, ImageSpec
-from unmask.data import augment, decode
+from unmask.batch import IGNORED, Batch, ImageSpec
+from unmask.data import absent, augment, decode
 from unmask.data.augment import CropConfig
 from unmask.data.decode import BadImage, Header
 from unmask.data.scan import BadFile, num_cores
@@ -92,6 +92,7 @@ class Order:
 class Opened:
     """One image on its way: its full size, and either its bytes and header, or itself decoded, or what is wrong.
 
+    valid: (H, W) bool, False where a pixel is absent; None where all are there. Absent pixels hold the data's mean.
     The full size is the one its boxes are drawn in: that of the original where a smaller copy stands for it (pack.py).
     """
 
@@ -100,6 +101,7 @@ class Opened:
     header: Header | None = None
     image: np.ndarray | None = None
     fault: BadImage | None = None
+    valid: np.ndarray | None = None
 
 
 class Annotations(Protocol):
@@ -128,7 +130,8 @@ class Images:
     another image in its place. whole=True: outside training the box is the whole image, squeezed or stretched to the
     size the method sees, so that every pixel is judged. repeats: samples in a row that are of one image, in training.
     on_device: training images are not resampled here but by `Batch.to`; 8-bit gray and RGB only, without jitter.
-    With `annotations`, `rows` must be among theirs. note: called with each row before it is read or decoded.
+    With `annotations`, `rows` must be among theirs. note: called with each row before it is read or decoded. min_valid:
+    see `DataConfig`.
     """
 
     source: Source
@@ -141,6 +144,7 @@ class Images:
     whole: bool = False
     repeats: int = 1
     on_device: bool = False
+    min_valid: float = 0.5
     kept: dict[int, Opened] = field(default_factory=dict)
     gone_bad: set[str] = field(default_factory=set)
     note: Callable[[int], object] | None = None
@@ -167,8 +171,8 @@ class Images:
             try:
                 data = self.source.read_unchanged(row)
                 header = decode.header(data, self.source.reading)
-                image = self._conform(decode.decode(data, found=header))
-                self.kept[row] = Opened(header.full_size, image=image)
+                opened = Opened(header.full_size, data, header)
+                self.kept[row] = self._with_absent(opened, decode.decode(data, found=header))
             except BadImage:
                 continue
 
@@ -192,6 +196,13 @@ class Images:
         if self.training and self.crop.jitter:
             draws = uniform(self.seed, Stream.JITTER, taken.epoch, index, 3)
             out = augment.jitter_colours(out, self.crop.jitter, draws)
+        valid = self._all_valid([one.pop("valid", None) for one in more])
+        if valid is not None:
+            if crops is None:
+                out[~valid] = self.fill  # as before the colours were changed
+            for one, there in zip(more, valid, strict=True):
+                if "maps" in one:
+                    one["maps"] = np.where(there, one["maps"], IGNORED).astype(one["maps"].dtype)
         labels = self.source.labels
         batch = Batch(
             images=torch.from_numpy(out).permute(0, 3, 1, 2),
@@ -201,9 +212,17 @@ class Images:
             crops=None if crops is None else torch.from_numpy(crops),
             size=self.spec.size if later else None,
             interpolation=self.interpolation,
+            valid=None if valid is None else torch.from_numpy(valid),
+            min_valid=self.min_valid,
             **{name: torch.from_numpy(np.stack([one[name] for one in more])) for name in (more[0] if more else ())},
         )
         return Delivery(batch, tuple(bad))
+
+    def _all_valid(self, maps: list[np.ndarray | None]) -> np.ndarray | None:
+        """(B, h, w) bool of the maps of single images; None where no pixel of any is absent."""
+        if all(valid is None or valid.all() for valid in maps):
+            return None
+        return np.stack([np.ones(self.spec.size, bool) if valid is None else valid for valid in maps])
 
     def _samples(self, taken: Taken) -> Iterator[tuple[Opened, np.ndarray, bool]]:
         """Image, box and flip of each: `repeats` in a row are of one image, which is decoded once."""
@@ -241,10 +260,22 @@ class Images:
         sizes = [augment.decode_size(opened.size, box, self.spec.size) for box in boxes]
         try:
             at_least = (max(height for height, _ in sizes), max(width for _, width in sizes))
-            image = self._conform(decode.decode(opened.data, at_least=at_least, found=opened.header))
+            return self._with_absent(opened, decode.decode(opened.data, at_least=at_least, found=opened.header))
         except BadImage as error:
             return Opened(opened.size, fault=error)
-        return Opened(opened.size, image=image)
+
+    def _with_absent(self, opened: Opened, pixels: np.ndarray) -> Opened:
+        """The image as the data set has it, and which of its pixels are absent. Raises BadImage."""
+        valid = absent.valid_pixels(pixels, self.source.reading.nodata, absent.declared(opened.data))
+        if valid is None:
+            return Opened(opened.size, image=self._conform(pixels))
+        image = self._conform(absent.filled(pixels, valid))
+        return Opened(opened.size, image=absent.filled(image, valid, self.fill), valid=valid)
+
+    @property
+    def fill(self) -> np.ndarray:
+        """(C,): what stands for an absent pixel."""
+        return absent.fill_values(self.spec.mean, self.spec.dtype)
 
     def _take(
         self, row: int, opened: Opened, box: np.ndarray, flip: bool, out: np.ndarray, crop: np.ndarray | None
@@ -258,11 +289,29 @@ class Images:
             raise opened.fault
         y, x = (have / full for have, full in zip(opened.image.shape, opened.size, strict=False))
         box_here = box * (y, x, y, x)  # an image that is smaller than in full shrinks the box alike
+        beside = {}
+        if self.annotations is not None:
+            beside = self.annotations.cut(row, opened.size, box, self.spec.size, flip)
+        if opened.valid is not None:
+            return beside | {"valid": self._take_valid(opened, box_here, flip, out, crop)}
         if crop is None:
             augment.cut(opened.image, box_here, self.spec.size, flip, out, self.interpolation)
         else:
             augment.cut_later(opened.image, box_here, self.spec.size, flip, out, crop, self.interpolation)
-        return {} if self.annotations is None else self.annotations.cut(row, opened.size, box, self.spec.size, flip)
+        return beside
+
+    def _take_valid(
+        self, opened: Opened, box: np.ndarray, flip: bool, out: np.ndarray, crop: np.ndarray | None
+    ) -> np.ndarray:
+        """As `_take`, for an image with absent pixels, which is resampled here; returns (h, w) bool."""
+        assert opened.image is not None
+        assert opened.valid is not None
+        size = self.spec.size
+        pixels, valid = augment.cut_valid(opened.image, opened.valid, self.fill, box, size, flip, self.interpolation)
+        out[: size[0], : size[1]] = pixels
+        if crop is not None:
+            crop[:] = (0, 0, *size, *size, False)
+        return valid
 
     def _conform(self, image: np.ndarray) -> np.ndarray:
         return decode.conform(image, self.spec.channels, self.spec.dtype)

@@ -23,30 +23,34 @@ from pathlib import Path
 
 import numpy as np
 
-from unmask.data import decode, jpeg_repair, layout, reading, tiff_pages
+from unmask.data import absent, decode, jpeg_repair, layout, reading, tiff_pages
 from unmask.data.arrays import read_arrays, write_arrays
 from unmask.data.layout import Layout
 from unmask.data.names import Names
 from unmask.data.sources import Source
 
-LAYOUT = 2
+LAYOUT = 3
 WORD = np.dtype("S8")
 WORTH_KEEPING = 2.0  # seconds of work; what is had again as fast needs no place on the disk
 SETTLED = 2_000_000_000  # nanoseconds: coarse clocks of file systems give two changes within it the same time
-COLUMNS = ("sizes", "channels", "dtypes", "formats", "layouts", "sums", "squares", "digests")
-HOW = (decode, jpeg_repair, layout, reading, tiff_pages)  # the modules that decide what is found in a file
+COLUMNS = ("sizes", "channels", "dtypes", "formats", "layouts", "valid", "sums", "squares", "digests")
+HOW = (decode, absent, jpeg_repair, layout, reading, tiff_pages)  # the modules that decide what is found in a file
 DECODERS = ("numpy", "pillow", "simplejpeg", "tifffile")
 
 
 @dataclass(frozen=True)
 class Look:
-    """One readable file; sums per channel are of its values and their squares, digest is `content_digest`."""
+    """One readable file; `valid` pixels are not absent, sums per channel are of their values and of the squares.
+
+    digest is `content_digest`.
+    """
 
     size: tuple[int, int]
     channels: int
     dtype: str
     format: str
     layout: Layout
+    valid: int
     sums: np.ndarray
     squares: np.ndarray
     digest: int
@@ -57,8 +61,9 @@ class Looks:
     """Readable files, a row each, ascending: about 90 bytes a colour image.
 
     `rows` (n,) int64 of the source; `sizes` (n, 2) int32; `channels` (n,) int32; `dtypes` and `formats` (n,) words in
-    ASCII of at most 8 letters; `layouts` (n,) int64, see `layout.Layout.code`; `sums` and `squares` (sum of channels,)
-    float64, one after another; `digests` (n,) uint64, see `sources.content_digest`.
+    ASCII of at most 8 letters; `layouts` (n,) int64, see `layout.Layout.code`; `valid` (n,) int64, pixels that are not
+    absent; `sums` and `squares` (sum of channels,) float64, one after another; `digests` (n,) uint64, see
+    `sources.content_digest`.
     """
 
     rows: np.ndarray
@@ -67,6 +72,7 @@ class Looks:
     dtypes: np.ndarray
     formats: np.ndarray
     layouts: np.ndarray
+    valid: np.ndarray
     sums: np.ndarray
     squares: np.ndarray
     digests: np.ndarray
@@ -86,7 +92,7 @@ class Looks:
         inside = np.repeat(self.starts[places], channels) + within
         return Looks(
             self.rows[places], self.sizes[places], self.channels[places], self.dtypes[places], self.formats[places],
-            self.layouts[places], self.sums[inside], self.squares[inside], self.digests[places],
+            self.layouts[places], self.valid[places], self.sums[inside], self.squares[inside], self.digests[places],
         )  # fmt: skip
 
     def with_rows(self, rows: np.ndarray) -> Looks:
@@ -106,7 +112,7 @@ class LooksSoFar:
 
     def __init__(self) -> None:
         self.rows, self.sizes, self.channels = array("q"), array("i"), array("i")
-        self.dtypes, self.formats, self.layouts = array("B"), array("B"), array("q")
+        self.dtypes, self.formats, self.layouts, self.valid = array("B"), array("B"), array("q"), array("q")
         self.sums, self.squares, self.digests = array("d"), array("d"), array("Q")
         self.words: list[str] = []
 
@@ -117,6 +123,7 @@ class LooksSoFar:
         self.dtypes.append(self._code(look.dtype))
         self.formats.append(self._code(look.format))
         self.layouts.append(look.layout.code)
+        self.valid.append(look.valid)
         self.sums.extend(look.sums.tolist())
         self.squares.extend(look.squares.tolist())
         self.digests.append(look.digest)
@@ -135,6 +142,7 @@ class LooksSoFar:
             words[np.array(self.dtypes, np.uint8)],
             words[np.array(self.formats, np.uint8)],
             np.array(self.layouts, np.int64),
+            np.array(self.valid, np.int64),
             np.array(self.sums),
             np.array(self.squares),
             np.array(self.digests, np.uint64),

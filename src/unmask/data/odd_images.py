@@ -178,10 +178,10 @@ def constant_images(source: Source, looks: Looks) -> Constant | None:
     """Images of one value, by the sums that a scan keeps; None for none."""
     if not len(looks):
         return None
-    pixels = np.repeat(looks.sizes.astype(np.float64).prod(1), looks.channels)
+    pixels = np.repeat(np.maximum(1, looks.valid).astype(np.float64), looks.channels)
     mean = looks.sums / pixels
     flat = np.abs(looks.squares / pixels - mean**2) <= 1e-9 * np.maximum(1, mean**2)
-    places = np.flatnonzero(np.logical_and.reduceat(flat, looks.starts))
+    places = np.flatnonzero(np.logical_and.reduceat(flat, looks.starts) & (looks.valid > 0))
     if not len(places):
         return None
     ends = looks.starts + looks.channels

@@ -25,6 +25,9 @@ class Reading(Settings):
     of its own (samples). auto reads the full resolution of a pyramid, pages as channels where ImageJ or OME metadata
     says that they are, and otherwise the first. axes: the order of three axes of a .npy.
 
+    nodata: which pixels are absent (`absent.py`): "auto" those with the value that a TIFF declares, and NaN or infinity
+    in float images; a number, those with that value as well; None, none.
+
     tagged: what the alpha tag of a TIFF means under alpha=auto; decided from the values of each file, unless settled
     for the data set.
     """
@@ -32,11 +35,12 @@ class Reading(Settings):
     alpha: Literal["auto", "composite", "drop", "band"] = "auto"
     pages: Literal["auto", "first", "channels", "samples"] = "auto"
     axes: Literal["auto", "HWC", "CHW", "smallest-first"] = "auto"
+    nodata: Literal["auto"] | float | None = "auto"
     tagged: Literal["auto", "alpha", "band"] = "auto"
 
 
 DEFAULT = Reading()
-EARLIER = Reading(alpha="composite", pages="first", axes="smallest-first")
+EARLIER = Reading(alpha="composite", pages="first", axes="smallest-first", nodata=None)
 """How versions read that had no such settings."""
 
 

@@ -17,7 +17,8 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from unmask.data import decode
+from unmask.data import absent, decode
+from unmask.data.absent import Nodata
 from unmask.data.decode import BadImage, Header
 from unmask.data.guarded import Crashed, TooSlow, call_apart
 from unmask.data.layout import Layout
@@ -56,8 +57,9 @@ class Scan:
     """What a source holds. Sizes are (H, W) in pixels as displayed; mean and std per channel in the files' units.
 
     layouts: how many files there are by format, channels as decoded, and layout. reading: how they were decoded, and
-    settled: what of that was decided for this data set, and why. digests: (files,) uint64, those of the
-    files that could be read, 0 for others; see `sources.content_digest`.
+    settled: what of that was decided for this data set, and why. absent_share: of the pixels of good files, how many
+    hold no data; absent_files: files with such pixels, empty_files: those without any other. digests: (files,) uint64,
+    those of the files that could be read, 0 for others; see `sources.content_digest`.
     """
 
     source: str
@@ -82,6 +84,9 @@ class Scan:
     constant: Constant | None = None
     channels_majority: int = 0
     dtype_majority: str = "uint8"
+    absent_share: float = 0.0
+    absent_files: int = 0
+    empty_files: int = 0
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     decoded_bytes: float = 0.0  # of one image, on average
@@ -240,8 +245,8 @@ def _look(source: Source, row: int, like: tuple[int, str] | None = None) -> Look
         head = decode.header(data, source.reading)
         if head.memory > GUARDED_MEMORY or head.scans > GUARDED_PARTS or len(head.pages) > GUARDED_PARTS:
             limits = {"memory": decode.MOST_MEMORY + SLACK, "seconds": MOST_SECONDS}
-            return call_apart(_decoded, data, head, like, **limits)
-        return _decoded(data, head, like)
+            return call_apart(_decoded, data, head, like, source.reading.nodata, **limits)
+        return _decoded(data, head, like, source.reading.nodata)
     except BadImage as error:
         return error
     except MemoryError:
@@ -252,26 +257,28 @@ def _look(source: Source, row: int, like: tuple[int, str] | None = None) -> Look
         return BadImage("CORRUPT", "decoding it killed the process")
 
 
-def _decoded(data: bytes, head: Header, like: tuple[int, str] | None) -> Look:
+def _decoded(data: bytes, head: Header, like: tuple[int, str] | None, nodata: Nodata) -> Look:
     """What there is to know of an image, from pieces of it, so that no second copy of a large one is made."""
     tolerated: list[str] = []
     sums = squares = np.zeros(0)
-    channels, dtype = head.channels, head.dtype
+    channels, dtype, there, declared = head.channels, head.dtype, 0, absent.declared(data)
     for number, piece in enumerate(decode.pieces(data, head, tolerated=tolerated)):
+        valid = absent.valid_pixels(piece, nodata, declared)
         if like is not None:
-            piece = decode.conform(piece, *like)
-        more, more_squares = _sums(piece)
+            piece = decode.conform(piece if valid is None else absent.filled(piece, valid), *like)
+        flat = piece.reshape(-1, piece.shape[2]) if valid is None else piece[valid]  # (pixels that are there, C)
+        more, more_squares = _sums(flat)
+        there += len(flat)
         sums, squares = (sums + more, squares + more_squares) if number else (more, more_squares)
         channels, dtype = piece.shape[2], str(piece.dtype)
     layout = replace(head.layout, tolerated=tuple(tolerated))
     digest = content_digest(data)
-    return Look((head.height, head.width), channels, dtype, head.format, layout, sums, squares, digest)
+    return Look((head.height, head.width), channels, dtype, head.format, layout, there, sums, squares, digest)
 
 
-def _sums(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(C,) sums of the values and of their squares, of pixels (h, W, C)."""
-    flat = pixels.reshape(-1, pixels.shape[2])
-    if pixels.dtype == np.uint8:  # exact and fast: sums of a histogram
+def _sums(flat: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(C,) sums of the values and of their squares, of pixels (n, C)."""
+    if flat.dtype == np.uint8:  # exact and fast: sums of a histogram
         counts = np.stack([np.bincount(flat[:, c], minlength=256) for c in range(flat.shape[1])])
         levels = np.arange(256, dtype=np.float64)
         return counts @ levels, counts @ levels**2
@@ -315,6 +322,9 @@ def _summarise(
         result.median_size = _pair(np.median(sizes, axis=0))
         width = np.dtype(wanted_dtype).itemsize * wanted_channels
         result.decoded_bytes = float(sizes.prod(1).mean()) * width
+        pixels = sizes.prod(1)
+        result.absent_share = 1 - float(looks.valid.sum() / pixels.sum())
+        result.absent_files, result.empty_files = int((looks.valid < pixels).sum()), int((looks.valid == 0).sum())
         result.mean, result.std = _statistics(source, looks, wanted_channels, wanted_dtype)
 
 
@@ -342,7 +352,10 @@ def _pair(values: np.ndarray) -> tuple[int, int]:
 
 
 def _statistics(source: Source, looks: Looks, channels: int, dtype: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and deviation per channel, in the data set's channels and units, over an even part of the images."""
+    """Mean and standard deviation per channel, in the data set's channels and units, over an even part of the images.
+
+    Absent pixels do not count.
+    """
     alike = looks.at(np.flatnonzero((looks.channels == 1) | (looks.channels == channels)))
     if not len(alike):  # colour images trained on as gray: sums per channel do not tell the deviation of the luma
         rows = looks.rows[_evenly(len(looks), LOOK_AGAIN)]
@@ -351,14 +364,14 @@ def _statistics(source: Source, looks: Looks, channels: int, dtype: str) -> tupl
             if isinstance(found := _look(source, row, (channels, dtype)), Look):
                 again.add(row, found)
         alike = again.looks()
-    if not len(alike):
+    if not alike.valid.any():
         return (0.0,) * channels, (1.0,) * channels
     count, sums, squares = 0, np.zeros(channels), np.zeros(channels)
     alike = alike.at(_evenly(len(alike), STATISTICS_SAMPLE))
     for place, start in enumerate(alike.starts.tolist()):
         own = slice(start, start + int(alike.channels[place]))  # one channel, or as many as all
         scale = 257 if dtype == "uint16" and alike.dtypes[place] == b"uint8" else 1
-        count += int(alike.sizes[place].astype(np.int64).prod())
+        count += int(alike.valid[place])
         sums, squares = sums + alike.sums[own] * scale, squares + alike.squares[own] * scale**2
     mean = sums / count
     std = np.sqrt(np.maximum(squares / count - mean**2, 0))

@@ -4,7 +4,8 @@ Any number of channels and any dtype can be drawn. One channel is gray, three ar
 more than three, the first three stand for them (a missing one is black), and the note says so. Eight-bit images are
 drawn as they are; others are stretched so that the 1st and 99th percentile of the FIRST panel (the original), over all
 images drawn and channel by channel, become black and white, and every other panel is stretched by the same two numbers,
-so that columns can be compared. What is not a finite number is drawn magenta, and the note says that too.
+so that columns can be compared. What is not a finite number is drawn magenta, and the note says that too. Absent pixels
+(no data) are a checkerboard in every panel.
 
 Letters: B images, C channels, H x W pixels.
 """
@@ -29,6 +30,7 @@ NARROWEST_SHEET = 640  # room for a note that can be read
 GAP, MARGIN = 6, 18
 PAPER, INK, FAINT = (255, 255, 255), (30, 30, 30), (105, 105, 105)
 NOT_FINITE = (255, 0, 255)
+SQUARES, SQUARE = (200, 235), 4  # of the checkerboard: its two grays, and pixels of the image along a side
 TITLE_SIZE, TEXT_SIZE, NAME_SIZE = 17, 13, 11
 LEADING = 5
 
@@ -58,7 +60,7 @@ def require_png(path: Path) -> None:
 
 def compose(picture: Picture, dtype: str, title: str, names: Sequence[str] = ()) -> Image.Image:
     """The sheet that `draw` writes."""
-    columns = to_rgb(picture.panels, dtype)
+    columns = to_rgb(picture.panels, dtype, picture.valid)
     count, height, width, _ = next(iter(columns.values())).shape
     cell_height, cell_width = cell_size(height, width)
     heading, text, small = (ImageFont.load_default(size) for size in (TITLE_SIZE, TEXT_SIZE, NAME_SIZE))
@@ -69,7 +71,8 @@ def compose(picture: Picture, dtype: str, title: str, names: Sequence[str] = ())
     titles = wrap(title, heading, room)
     numbers = wrap(in_numbers(picture.numbers), text, room) if picture.numbers else []
     captions = {name: wrap(name, text, cell_width) for name in columns}
-    notes = wrap(" ".join([picture.note, *_about_channels(picture.panels)]), text, room)
+    absent = [] if picture.valid is None else ["The checkerboard marks absent pixels, which do not count in the loss."]
+    notes = wrap(" ".join([picture.note, *_about_channels(picture.panels), *absent]), text, room)
     names = names or picture.names
     name_height = NAME_SIZE + LEADING if names else 0
 
@@ -135,16 +138,24 @@ def resample(before: int, after: int) -> Image.Resampling:
     return Image.Resampling.NEAREST if after >= before else Image.Resampling.LANCZOS
 
 
-def to_rgb(panels: Mapping[str, Tensor], dtype: str) -> dict[str, np.ndarray]:
-    """Panels (B, C, H, W) in the files' units -> (B, H, W, 3) uint8 by the rules of the module docstring."""
+def to_rgb(panels: Mapping[str, Tensor], dtype: str, valid: Tensor | None = None) -> dict[str, np.ndarray]:
+    """Panels (B, C, H, W) in the files' units -> (B, H, W, 3) uint8 by the rules of the module docstring.
+
+    valid: (B, H, W) bool, False where a pixel is absent.
+    """
     arrays = {name: panel.detach().float().cpu().numpy() for name, panel in panels.items()}
-    low, spread = _stretch(next(iter(arrays.values())), dtype)
+    first, absent = next(iter(arrays.values())), None if valid is None else ~valid.cpu().numpy()
+    low, spread = _stretch(first if absent is None else np.where(absent[:, None], np.nan, first), dtype)
     drawn = {}
     for name, panel in arrays.items():
         finite = np.isfinite(panel)
         scaled = (np.where(finite, panel, 0) - low[:, None, None]) / spread[:, None, None] * 255
         rgb = _three(scaled.round().clip(0, 255).astype(np.uint8)).transpose(0, 2, 3, 1).copy()  # (B, H, W, 3)
         rgb[~np.all(finite, axis=1)] = NOT_FINITE
+        if absent is not None and absent.shape == rgb.shape[:3]:
+            rows, cols = np.indices(absent.shape[1:]) // SQUARE
+            board = np.array(SQUARES, np.uint8)[(rows + cols) % 2]  # (H, W)
+            rgb = np.where(absent[..., None], board[None, :, :, None], rgb)
         drawn[name] = rgb
     return drawn
 

@@ -18,6 +18,8 @@ from typing import Literal
 from unmask.batch import Batch, ImageSpec
 from unmask.method import Clock, Loss, Method, MethodConfig, Picture
 from unmask.nn.dense import DenseConfig, DenseDecoder, DenseEncoder
+from unmask.nn.losses import weighted_mean
+from unmask.nn.valid import pixel_weights
 
 
 class Config(MethodConfig):
@@ -40,16 +42,17 @@ class AE(Method):
     def loss(self, batch: Batch, clock: Clock) -> Loss:
         """How far the decoder's image is from the one that was encoded, mean over all pixels and channels."""
         pixels = self.encoder.pixels(batch.images)  # (B, C, H, W)
-        return Loss(self.encoder.errors(self.decoder(self.encoder.code(pixels)), pixels).mean())
+        errors = self.encoder.errors(self.decoder(self.encoder.code(pixels)), pixels)
+        return Loss(weighted_mean(errors, pixel_weights(batch)))
 
     def picture(self, batch: Batch, clock: Clock) -> Picture:
         """Original and reconstruction; beside the loss that of guessing the data set's mean colour for every pixel."""
         encoder = self.encoder
         pixels = encoder.pixels(batch.images)
-        guess = self.decoder(encoder.code(pixels))
+        guess, weights = self.decoder(encoder.code(pixels)), pixel_weights(batch)
         numbers = {
-            "loss": encoder.errors(guess, pixels).mean(),
-            "data_mean_colour": encoder.errors(encoder.mean_colour(pixels), pixels).mean(),
+            "loss": weighted_mean(encoder.errors(guess, pixels), weights),
+            "data_mean_colour": weighted_mean(encoder.errors(encoder.mean_colour(pixels), pixels), weights),
         }
         panels = {"original": batch.images.float(), "from its code": encoder.drawn(guess)}
         note = f"Each image went through a code of {encoder.width} numbers; nothing was hidden from the encoder."

@@ -29,9 +29,11 @@ from unmask.batch import Batch, ImageSpec
 from unmask.method import Clock, Loss, Method, MethodConfig, Picture
 from unmask.nn.blocks import Block
 from unmask.nn.conv_vae import ConvVAEConfig, require_tokenizer
+from unmask.nn.losses import weighted_mean
 from unmask.nn.masks import Mask, block_mask, num_kept, random_mask, require_blocks, smallest_block
 from unmask.nn.patches import take
 from unmask.nn.targets import Pixels, Target, Tokens, masked_panels
+from unmask.nn.valid import valid_patches
 from unmask.nn.vit import ViT, ViTConfig
 
 INIT_STD = 0.02
@@ -84,11 +86,12 @@ class BEiT(Method):
         patches = self.encoder.patches(batch.images)  # (B, N, P), normalised
         mask = self.sample(clock)
         guess = self.guess(patches, mask)
-        truth = take(self.target(patches, batch.images), mask.drop)
-        logs = {}
+        valid = valid_patches(batch, self.encoder.patch)
+        truth = take(self.target(patches, batch.images, valid), mask.drop)
+        weights, logs = self.target.weights(valid, mask.drop), {}
         if self.config.target == "tokens":
-            logs["code_accuracy"] = (guess.argmax(-1, keepdim=True) == truth).float().mean()
-        return Loss(self.target.loss(guess, truth), logs)
+            logs["code_accuracy"] = weighted_mean((guess.argmax(-1, keepdim=True) == truth).float(), weights)
+        return Loss(self.target.loss(guess, truth, weights), logs)
 
     def sample(self, clock: Clock) -> Mask:
         """A mask for each image of the batch that the clock belongs to."""
@@ -108,9 +111,11 @@ class BEiT(Method):
         patches = self.encoder.patches(batch.images)
         mask = self.sample(clock)
         guess = self.guess(patches, mask).float()
-        numbers = {"loss": self.target.loss(guess, take(self.target(patches, batch.images), mask.drop))}
-        numbers |= self.target.trivial(patches, batch.images, mask)
-        panels = masked_panels(patches, mask, self.target.draw(guess, patches, batch.images, mask))
+        valid = valid_patches(batch, self.encoder.patch)
+        truth = take(self.target(patches, batch.images, valid), mask.drop)
+        numbers = {"loss": self.target.loss(guess, truth, self.target.weights(valid, mask.drop))}
+        numbers |= self.target.trivial(patches, batch.images, mask, valid)
+        panels = masked_panels(patches, mask, self.target.draw(guess, patches, batch.images, mask, valid))
         note = "Only hidden patches are predicted, all at once and each on its own." + self.target.note
         return Picture({caption: self.encoder.images(panel) for caption, panel in panels.items()}, note, numbers)
 

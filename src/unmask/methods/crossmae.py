@@ -31,6 +31,7 @@ from unmask.nn.decoders import DecoderConfig
 from unmask.nn.masks import Mask, num_kept, random_mask
 from unmask.nn.patches import take
 from unmask.nn.targets import Pixels, masked_panels
+from unmask.nn.valid import valid_patches
 from unmask.nn.vit import ViT, ViTConfig
 
 
@@ -89,7 +90,9 @@ class CrossMAE(Method):
         mask = random_mask(len(patches), self.encoder.grid, self.mask_ratio, clock.rng)
         asked = mask.drop[:, -self.asked :]  # the draws come in random order, so any part is a random subset
         guess = self.decoder(self.layers(patches, mask), asked)
-        return Loss(self.target.loss(guess, take(self.target(patches, batch.images), asked)))
+        valid = valid_patches(batch, self.encoder.patch)
+        truth = take(self.target(patches, batch.images, valid), asked)
+        return Loss(self.target.loss(guess, truth, self.target.weights(valid, asked)))
 
     def layers(self, patches: Tensor, mask: Mask) -> list[Tensor]:
         """What the decoder reads, each (B, 1 + K, D), class token first: (B, N, P) -> feature maps, earliest first.
@@ -107,11 +110,13 @@ class CrossMAE(Method):
         mask = random_mask(len(patches), self.encoder.grid, self.mask_ratio, clock.rng)
         guess = self.decoder(self.layers(patches, mask), mask.drop).float()
         asked = Mask(mask.keep, mask.drop[:, -self.asked :])
-        truth = take(self.target(patches, batch.images), asked.drop)
-        numbers = {"loss": self.target.loss(guess[:, -self.asked :], truth)}
-        numbers |= self.target.trivial(patches, batch.images, asked)
+        valid = valid_patches(batch, self.encoder.patch)
+        truth = take(self.target(patches, batch.images, valid), asked.drop)
+        weights = self.target.weights(valid, asked.drop)
+        numbers = {"loss": self.target.loss(guess[:, -self.asked :], truth, weights)}
+        numbers |= self.target.trivial(patches, batch.images, asked, valid)
 
-        panels = masked_panels(patches, mask, self.target.draw(guess, patches, batch.images, mask))
+        panels = masked_panels(patches, mask, self.target.draw(guess, patches, batch.images, mask, valid))
         note = (
             f"The decoder predicts {self.asked} of the {guess.shape[1]} hidden patches in training; here it is asked "
             "for all of them, which changes no answer."

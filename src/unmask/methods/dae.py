@@ -29,10 +29,12 @@ from unmask.errors import UserError
 from unmask.method import Clock, Loss, Method, MethodConfig, Picture
 from unmask.nn import corrupt
 from unmask.nn.dense import DenseConfig, DenseDecoder, DenseEncoder, TiedDecoder
+from unmask.nn.valid import pixel_weights
 from unmask.nn.vit import Pair
 from unmask.rng import Draws
 
 SHARE, SIGMA = 0.25, 0.3
+SMALLEST_WEIGHT = 1e-6  # of a batch in which nothing counts, so that its loss is 0
 CHOOSING = ("masking", "salt_and_pepper")
 TOUCHING_ALL = ("gaussian", "gray")
 TAKING_COLOURS = ("gray", "single_channel", "drop_channel")
@@ -89,7 +91,7 @@ class DAE(Method):
         """How far the decoder's image is from the clean one: a mean weighted with alpha and beta."""
         pixels = self.encoder.pixels(batch.images)  # (B, C, H, W)
         corrupted, touched = self.corrupt(pixels, clock.rng)
-        return Loss(self.distance(self.rebuild(corrupted), pixels, touched))
+        return Loss(self.distance(self.rebuild(corrupted), pixels, touched, pixel_weights(batch)))
 
     def rebuild(self, corrupted: Tensor) -> Tensor:
         """The decoder's image, (B, C, H, W) -> the same shape: pixels, or logits of them."""
@@ -114,25 +116,31 @@ class DAE(Method):
         one = corrupt.single_channel if kind == "single_channel" else corrupt.drop_channel
         return one(pixels, rng.uniform(1))
 
-    def distance(self, guess: Tensor, pixels: Tensor, touched: Tensor) -> Tensor:
-        """The errors' mean, weighted with alpha where the input was touched and with beta elsewhere."""
+    def distance(self, guess: Tensor, pixels: Tensor, touched: Tensor, valid: Tensor | None = None) -> Tensor:
+        """The errors' mean, weighted with alpha where the input was touched and with beta elsewhere.
+
+        valid: (B, 1, H, W), 0 for pixels that do not count; None where all do.
+        """
         weights = torch.where(touched, self.config.alpha, self.config.beta)
-        return (self.encoder.errors(guess, pixels) * weights).sum() / weights.sum()
+        if valid is None:
+            return (self.encoder.errors(guess, pixels) * weights).sum() / weights.sum()
+        weights = weights * valid
+        return (self.encoder.errors(guess, pixels) * weights).sum() / weights.sum().clamp(min=SMALLEST_WEIGHT)
 
     def picture(self, batch: Batch, clock: Clock) -> Picture:
         """Original, corrupted, reconstruction; beside the loss those of guessing the mean colour and the input."""
         encoder = self.encoder
         pixels = encoder.pixels(batch.images)
         corrupted, touched = self.corrupt(pixels, clock.rng)
-        guess = self.rebuild(corrupted)
+        guess, valid = self.rebuild(corrupted), pixel_weights(batch)
         numbers = {
-            "loss": self.distance(guess, pixels, touched),
-            "data_mean_colour": self.distance(encoder.mean_colour(pixels), pixels, touched),
+            "loss": self.distance(guess, pixels, touched, valid),
+            "data_mean_colour": self.distance(encoder.mean_colour(pixels), pixels, touched, valid),
         }
         if (
             self.config.encoder.loss == "mse"
         ):  # by cross-entropy the input, certain of its zeros, is wrong without bound
-            numbers["corrupted_input"] = self.distance(corrupted, pixels, touched)
+            numbers["corrupted_input"] = self.distance(corrupted, pixels, touched, valid)
         panels = {
             "original": batch.images.float(),
             "corrupted": encoder.images(corrupted),

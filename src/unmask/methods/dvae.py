@@ -28,8 +28,9 @@ from torch import Tensor
 from unmask.batch import Batch, ImageSpec
 from unmask.method import Clock, Loss, Method, MethodConfig, Picture
 from unmask.nn.conv_vae import ConvDecoder, ConvEncoder, ConvVAEConfig, squeeze
-from unmask.nn.losses import mean_square
+from unmask.nn.losses import mean_square, weighted_mean
 from unmask.nn.patches import normalise
+from unmask.nn.valid import patch_weights, pixel_weights, valid_patches
 from unmask.rng import Draws, Stream
 
 LARGEST_DRAW = 1 - 2.0**-24  # so that no logarithm of a draw is 0
@@ -66,7 +67,9 @@ class DVAE(Method):
         logits = self.encoder.logits(batch.images)  # (B, V, R, S)
         temperature, kl_weight = self.schedules(clock.progress)
         guess = self.decoder(gumbel_softmax(logits, temperature, clock.rng))
-        reconstruction, kl = self.reconstruction(guess, batch.images), kl_to_uniform(logits)
+        codes = patch_weights(valid_patches(batch, self.encoder.patch))
+        reconstruction = self.reconstruction(guess, batch.images, pixel_weights(batch))
+        kl = kl_to_uniform(logits, None if codes is None else codes.unflatten(1, logits.shape[2:]))
         perplexity, used = usage(logits.argmax(1), logits.shape[1])
         logs = {
             "reconstruction": reconstruction.detach(),
@@ -86,11 +89,14 @@ class DVAE(Method):
             half_cosine(0.0, config.kl_weight, progress / config.kl_share),
         )
 
-    def reconstruction(self, guess: Tensor, images: Tensor) -> Tensor:
-        """How far a decoder's output is from the images, float32: mean square error or negative log likelihood."""
+    def reconstruction(self, guess: Tensor, images: Tensor, weights: Tensor | None = None) -> Tensor:
+        """How far a decoder's output is from the images, float32: mean square error or negative log likelihood.
+
+        weights: (B, 1, H, W), 0 for pixels that do not count; None where all do.
+        """
         if self.config.encoder.loss == "mse":
-            return mean_square(guess, normalise(images, self.encoder.mean, self.encoder.std))
-        return logit_laplace(guess, squeeze(self.encoder.unit(images)))
+            return mean_square(guess, normalise(images, self.encoder.mean, self.encoder.std), weights)
+        return logit_laplace(guess, squeeze(self.encoder.unit(images)), weights)
 
     def picture(self, batch: Batch, clock: Clock) -> Picture:
         """Original, what its codes mean, and the codes themselves, each in a colour of its own."""
@@ -104,7 +110,7 @@ class DVAE(Method):
         numbers = {"loss": self.loss(batch, clock).value}
         if self.config.encoder.loss == "mse":
             truth = normalise(batch.images, self.encoder.mean, self.encoder.std)
-            numbers["data_mean_colour"] = mean_square(torch.zeros_like(truth), truth)
+            numbers["data_mean_colour"] = mean_square(torch.zeros_like(truth), truth, pixel_weights(batch))
         these = "this image" if len(ids) == 1 else f"these {len(ids)} images"
         note = (
             f"Each image is {ids.shape[1]} x {ids.shape[2]} codes out of {self.config.encoder.codes}. In {these} "
@@ -144,17 +150,22 @@ def gumbel_softmax(logits: Tensor, temperature: float, rng: Draws) -> Tensor:
     return ((logits - (-draws.log()).log()) / temperature).softmax(1)
 
 
-def kl_to_uniform(logits: Tensor) -> Tensor:
-    """KL divergence of the codes' distribution from the uniform one, in nats, mean over all codes: 0 to log V."""
+def kl_to_uniform(logits: Tensor, weights: Tensor | None = None) -> Tensor:
+    """KL divergence of the codes' distribution from the uniform one, in nats, mean over all codes: 0 to log V.
+
+    weights: (B, R, S), 0 for codes that do not count; None where all do.
+    """
     log_shares = logits.log_softmax(1)
-    return (log_shares.exp() * log_shares).sum(1).mean() + math.log(logits.shape[1])
+    if weights is None:
+        return (log_shares.exp() * log_shares).sum(1).mean() + math.log(logits.shape[1])
+    return weighted_mean((log_shares.exp() * log_shares).sum(1) + math.log(logits.shape[1]), weights)
 
 
-def logit_laplace(guess: Tensor, unit: Tensor) -> Tensor:
+def logit_laplace(guess: Tensor, unit: Tensor, weights: Tensor | None = None) -> Tensor:
     """Negative log density of pixels in (0, 1) whose logit is Laplace: mean of the C means and C logs of scales."""
     center, log_scale = guess.float().chunk(2, 1)
     distance = (unit.logit() - center).abs() * (-log_scale).exp()
-    return (distance + log_scale + math.log(2) + (unit * (1 - unit)).log()).mean()
+    return weighted_mean(distance + log_scale + math.log(2) + (unit * (1 - unit)).log(), weights)
 
 
 def usage(ids: Tensor, codes: int) -> tuple[Tensor, Tensor]:

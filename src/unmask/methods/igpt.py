@@ -32,7 +32,10 @@ from unmask.batch import Batch, ImageSpec
 from unmask.errors import UserError
 from unmask.method import Clock, Loss, Method, MethodConfig, Picture
 from unmask.nn.gpt import GPT, GPTConfig
+from unmask.nn.losses import weighted_mean
 from unmask.nn.palette import k_means
+from unmask.nn.patches import patchify
+from unmask.nn.valid import patch_weights, valid_patches
 from unmask.rng import Draws, Stream
 
 PALETTE_IMAGES = 512
@@ -85,9 +88,11 @@ class IGPT(Method):
             require_palette(config, images)
             self.encoder.palette.copy_(torch.tensor(config.palette))
 
-    def prepare(self, images: Tensor) -> None:
-        """Make the palette."""
+    def prepare(self, images: Tensor, valid: Tensor | None = None) -> None:
+        """Make the palette, of cells without absent pixels."""
         pixels = self.encoder.shrink(images).flatten(0, 2)
+        whole = None if valid is None else patchify(valid[:, None], self.encoder.patch).all(2).flatten()
+        pixels = pixels if whole is None or not whole.any() else pixels[whole]
         self.encoder.palette.copy_(k_means(pixels, len(self.encoder.palette)))
 
     def loss(self, batch: Batch, clock: Clock) -> Loss:
@@ -98,7 +103,11 @@ class IGPT(Method):
         nats = F.cross_entropy(guess.flatten(0, 1), ids.flatten(), reduction="none").view_as(ids)
         right = (guess.argmax(-1) == ids).float()
         used = guess.new_zeros(guess.shape[-1]).index_fill(0, ids.flatten(), 1.0)
-        mean = Tensor.mean if hidden is None else partial(mean_over, hidden=hidden)
+        weights = patch_weights(valid_patches(batch, self.encoder.patch))
+        if hidden is None:
+            mean = partial(weighted_mean, weights=weights)
+        else:
+            mean = partial(mean_over, hidden=hidden if weights is None else hidden & (weights > 0))
         return Loss(mean(nats), {"colour_accuracy": mean(right), "palette_used": used.mean()})
 
     def hide(self, rng: Draws) -> Tensor:
@@ -113,7 +122,9 @@ class IGPT(Method):
     def picture(self, batch: Batch, clock: Clock) -> Picture:
         """What the palette leaves of the images, what is given, and how the method goes on from it."""
         ids, loss = self.encoder.ids(batch.images), self.loss(batch, clock).value
-        shares = torch.bincount(ids.flatten(), minlength=len(self.encoder.palette)) / ids.numel()
+        weights = patch_weights(valid_patches(batch, self.encoder.patch))
+        counted = ids if weights is None or not weights.any() else ids[weights > 0][None]
+        shares = torch.bincount(counted.flatten(), minlength=len(self.encoder.palette)) / counted.numel()
         numbers = {
             "loss": loss,
             "colour_frequencies": torch.special.entr(shares).sum(),

@@ -30,8 +30,9 @@ from unmask.nn import masks
 from unmask.nn.conv_vae import ConvVAEConfig, require_tokenizer
 from unmask.nn.decoders import DecoderConfig, LightDecoder
 from unmask.nn.masks import Mask
-from unmask.nn.patches import take
+from unmask.nn.patches import patchify, take
 from unmask.nn.targets import Pixels, PrincipalComponents, Target, Tokens, masked_panels
+from unmask.nn.valid import valid_patches
 from unmask.nn.vit import ViT, ViTConfig
 
 
@@ -108,17 +109,21 @@ class MAE(Method):
         if self.mask_token is not None:
             nn.init.normal_(self.mask_token, std=0.02)
 
-    def prepare(self, images: Tensor) -> None:
-        """Principal components need the data; see `Target.prepare`."""
-        self.target.prepare(self.encoder.patches(images))
+    def prepare(self, images: Tensor, valid: Tensor | None = None) -> None:
+        """Principal components need the data; see `Target.prepare`. Patches with absent pixels are left out."""
+        patches = self.encoder.patches(images)
+        whole = None if valid is None else patchify(valid[:, None], self.encoder.patch).all(2)
+        self.target.prepare(patches if whole is None or not whole.any() else patches[whole][None])
 
     def loss(self, batch: Batch, clock: Clock) -> Loss:
         """How far the guess is from the target, on the hidden patches or on all, in the target's units."""
         patches = self.encoder.patches(batch.images)  # (B, N, P), normalised
         mask = self.sample(clock)
-        truth = self.target(patches, batch.images)  # (B, N, O)
+        valid = valid_patches(batch, self.encoder.patch)
+        truth = self.target(patches, batch.images, valid)  # (B, N, O)
         where = mask.order if self.everywhere else mask.drop
-        return Loss(self.target.loss(self.guess(patches, mask, everywhere=self.everywhere), take(truth, where)))
+        guess, weights = self.guess(patches, mask, everywhere=self.everywhere), self.target.weights(valid, where)
+        return Loss(self.target.loss(guess, take(truth, where), weights))
 
     def sample(self, clock: Clock) -> Mask:
         """A mask for each image of the batch that the clock belongs to."""
@@ -148,14 +153,15 @@ class MAE(Method):
         patches = self.encoder.patches(batch.images)
         mask = self.sample(clock)
         guess = self.guess(patches, mask, everywhere=True).float()
-        truth = self.target(patches, batch.images)
+        valid = valid_patches(batch, self.encoder.patch)
+        truth = self.target(patches, batch.images, valid)
         hidden = guess[:, mask.keep.shape[1] :]  # what is asked for comes last
-        loss = (guess, take(truth, mask.order)) if self.everywhere else (hidden, take(truth, mask.drop))
-        numbers = {"loss": self.target.loss(*loss)}
+        where, scored = (mask.order, guess) if self.everywhere else (mask.drop, hidden)
+        numbers = {"loss": self.target.loss(scored, take(truth, where), self.target.weights(valid, where))}
         if not self.everywhere:  # or the guesses would be scored on other patches than the loss
-            numbers |= self.target.trivial(patches, batch.images, mask)
+            numbers |= self.target.trivial(patches, batch.images, mask, valid)
 
-        panels = masked_panels(patches, mask, self.target.draw(hidden, patches, batch.images, mask))
+        panels = masked_panels(patches, mask, self.target.draw(hidden, patches, batch.images, mask, valid))
         note = "Only hidden patches are predicted: the loss never asks for the visible ones."
         if self.everywhere:
             note = "The loss asks for all patches; what is drawn are the hidden ones."

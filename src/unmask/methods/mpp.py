@@ -35,9 +35,10 @@ from unmask.errors import UserError
 from unmask.method import Clock, Loss, Method, MethodConfig, Picture
 from unmask.nn.blocks import init_linears
 from unmask.nn.colours import LEVELS, colour_ids, colours_of
-from unmask.nn.losses import mean_square
+from unmask.nn.losses import mean_square, weighted_mean
 from unmask.nn.masks import num_kept, random_mask
 from unmask.nn.patches import patchify, put, take
+from unmask.nn.valid import shrunk_mean, valid_patches, value_weights
 from unmask.nn.vit import ViT, ViTConfig
 from unmask.rng import Draws, Stream
 
@@ -111,11 +112,23 @@ class MPP(Method):
         """Cross-entropy (or mean square error) at the corrupted patches only."""
         change = corrupt(len(batch), self.encoder.grid, self.ratio, clock.rng)
         guess = self.guess(self.encoder.patches(batch.images), change)
-        truth = take(self.target(batch.images), change.where)
+        truth, weights = take(self.target(batch.images, batch.valid), change.where), self.weights(batch, change)
         if self.pixels:
-            return Loss(mean_square(guess, truth))
-        right = (self._logits(guess).argmax(-1) == truth).float().mean()
-        return Loss(self._cross_entropy(guess, truth), {"colour_accuracy": right})
+            return Loss(mean_square(guess, truth, weights))
+        right = weighted_mean((self._logits(guess).argmax(-1) == truth).float(), weights)
+        return Loss(self._cross_entropy(guess, truth, weights), {"colour_accuracy": right})
+
+    def weights(self, batch: Batch, change: Corruption) -> Tensor | None:
+        """What counts at the corrupted patches: (B, M, P) values, or (B, M, S x softmaxes) colours; None for all."""
+        valid = valid_patches(batch, self.encoder.patch)
+        if self.pixels:
+            return value_weights(valid, change.where)
+        if valid is None or batch.valid is None:
+            return None
+        height, width = self.encoder.patch
+        cells = F.max_pool2d(batch.valid[:, None].float(), (height // self.side, width // self.side))
+        colours = patchify(cells, (self.side, self.side)) * valid.patches[..., None]  # (B, N, S)
+        return take(colours.repeat_interleave(self.softmaxes, 2), change.where)
 
     def guess(self, patches: Tensor, change: Corruption) -> Tensor:
         """The head's output at the corrupted patches: (B, N, P) -> (B, M, outputs)."""
@@ -126,13 +139,17 @@ class MPP(Method):
         tokens = encoder.run(encoder.place(torch.where(masked, self.mask_token, tokens)))  # (B, 1 + N, D)
         return self.head(take(tokens[:, 1:], change.where))
 
-    def target(self, images: Tensor) -> Tensor:
-        """What the head is asked for, at every patch: pixels (B, N, P), or class numbers (B, N, S x softmaxes)."""
+    def target(self, images: Tensor, valid: Tensor | None = None) -> Tensor:
+        """What the head is asked for, at every patch: pixels (B, N, P), or class numbers (B, N, S x softmaxes).
+
+        valid: (B, H, W) bool, the pixels that colours are means of; None for all.
+        """
         if self.pixels:
             return self.encoder.patches(images)
         scaled = (images.float() - self.low[:, None, None]) / (self.high - self.low)[:, None, None]
         height, width = self.encoder.patch
-        cells = F.avg_pool2d(scaled, (height // self.side, width // self.side))  # (B, C, rows x side, cols x side)
+        # (B, C, rows x side, cols x side)
+        cells = shrunk_mean(scaled, (height // self.side, width // self.side), valid)
         colours = patchify(cells, (self.side, self.side))  # (B, N, S x C), channel fastest
         return colour_ids(colours.unflatten(2, (self.side**2 * self.softmaxes, -1)))
 
@@ -141,22 +158,26 @@ class MPP(Method):
         patches = self.encoder.patches(batch.images)
         change = corrupt(len(batch), self.encoder.grid, self.ratio, clock.rng)
         guess = self.guess(patches, change).float()
-        truth = take(self.target(batch.images), change.where)
+        truth, weights = take(self.target(batch.images, batch.valid), change.where), self.weights(batch, change)
         shown = torch.where(change.masked[..., None], 0, take(patches, change.source))  # 0: the data set's mean colour
         panels = {"original": patches, "corrupted": put(patches, change.where, shown)}
         note = "Grey is [mask]; one corrupted patch in ten shows another patch of the image, one in ten is left alone. "
         if self.pixels:
             panels["pasted"] = put(patches, change.where, guess)
             numbers = {
-                "loss": mean_square(guess, truth),
-                "data_mean_colour": mean_square(torch.zeros_like(truth), truth),
+                "loss": mean_square(guess, truth, weights),
+                "data_mean_colour": mean_square(torch.zeros_like(truth), truth, weights),
             }
             note += "All the pixels of the corrupted patches are predicted."
         else:
             ids = self._logits(guess).argmax(-1)
             panels["pasted"] = put(patches, change.where, self._paint(ids))
             panels["perfect"] = put(patches, change.where, self._paint(truth))
-            numbers = {"loss": self._cross_entropy(guess, truth), "marginal_colours": self._entropy(truth)}
+            counted = truth if weights is None or not weights.any() else truth[weights.any(2)][None]
+            numbers = {
+                "loss": self._cross_entropy(guess, truth, weights),
+                "marginal_colours": self._entropy(counted),
+            }
             what = "4 x 4 colours" if self.side > 1 else "one mean colour"
             note += f"Predicted: {what} for each corrupted patch, at 3 bits per channel; 'perfect' is the right answer."
         return Picture({caption: self.encoder.images(panel) for caption, panel in panels.items()}, note, numbers)
@@ -165,8 +186,12 @@ class MPP(Method):
         """(B, M, outputs) -> (B, M, S x softmaxes, classes), float32."""
         return guess.float().unflatten(2, (self.side**2 * self.softmaxes, -1))
 
-    def _cross_entropy(self, guess: Tensor, truth: Tensor) -> Tensor:
-        return F.cross_entropy(self._logits(guess).flatten(0, 2), truth.flatten())
+    def _cross_entropy(self, guess: Tensor, truth: Tensor, weights: Tensor | None = None) -> Tensor:
+        logits = self._logits(guess).flatten(0, 2)
+        if weights is None:
+            return F.cross_entropy(logits, truth.flatten())
+        nats = F.cross_entropy(logits, truth.flatten(), reduction="none").view_as(truth)
+        return weighted_mean(nats, weights)
 
     def _entropy(self, truth: Tensor) -> Tensor:
         """The loss of whoever knows only how often each colour occurs in these patches, for each softmax by itself."""

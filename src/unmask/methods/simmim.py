@@ -26,9 +26,11 @@ from torch import Tensor, nn
 from unmask.batch import Batch, ImageSpec
 from unmask.errors import UserError
 from unmask.method import Clock, Loss, Method, MethodConfig, Picture
+from unmask.nn.losses import weighted_mean
 from unmask.nn.masks import Mask
 from unmask.nn.patches import take
 from unmask.nn.targets import flat_guesses, masked_panels
+from unmask.nn.valid import valid_patches, value_weights
 from unmask.nn.vit import Pair, ViT, ViTConfig
 from unmask.rng import Draws
 
@@ -83,9 +85,12 @@ def cell_mask(batch: int, grid: tuple[int, int], cell: tuple[int, int], ratio: f
     return Mask(keep=order[:, :visible], drop=order[:, visible:])
 
 
-def mean_absolute(guess: Tensor, truth: Tensor) -> Tensor:
-    """Mean over values, patches and images, in float32: the official sum over hidden pixels / their number / C."""
-    return (guess.float() - truth.float()).abs().mean()
+def mean_absolute(guess: Tensor, truth: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Mean over values, patches and images, in float32: the official sum over hidden pixels / their number / C.
+
+    weights: see `weighted_mean`.
+    """
+    return weighted_mean((guess.float() - truth.float()).abs(), weights)
 
 
 class SimMIM(Method):
@@ -109,7 +114,8 @@ class SimMIM(Method):
         """Mean absolute error on the hidden pixels, in standard deviations of the data."""
         patches = self.encoder.patches(batch.images)  # (B, N, P), normalised
         mask = cell_mask(len(patches), self.encoder.grid, self.cell, self.ratio, clock.rng)
-        return Loss(mean_absolute(self.guess(patches, mask), take(patches, mask.drop)))
+        weights = value_weights(valid_patches(batch, self.encoder.patch), mask.drop)
+        return Loss(mean_absolute(self.guess(patches, mask), take(patches, mask.drop), weights))
 
     def guess(self, patches: Tensor, mask: Mask) -> Tensor:
         """The prediction for the hidden patches: (B, N, P) -> (B, M, P)."""
@@ -124,8 +130,10 @@ class SimMIM(Method):
         guess = self.guess(patches, mask).float()
         truth = take(patches, mask.drop)
 
-        trivial = flat_guesses(patches, batch.images.shape[1], mask, self.encoder.grid)
-        numbers = {name: mean_absolute(values, truth) for name, values in {"loss": guess, **trivial}.items()}
+        valid = valid_patches(batch, self.encoder.patch)
+        weights = value_weights(valid, mask.drop)
+        trivial = flat_guesses(patches, batch.images.shape[1], mask, self.encoder.grid, valid)
+        numbers = {name: mean_absolute(values, truth, weights) for name, values in {"loss": guess, **trivial}.items()}
         panels = masked_panels(patches, mask, {"pasted": guess})
         note = (
             "Only hidden pixels count in the loss; they are predicted as they are, nothing is borrowed from the truth."

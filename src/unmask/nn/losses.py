@@ -9,9 +9,25 @@ from jaxtyping import Float
 from torch import Tensor
 
 
-def mean_square(guess: Float[Tensor, "*shape"], truth: Float[Tensor, "*shape"]) -> Float[Tensor, ""]:
-    """Mean over all values. With as many hidden patches in every image this is MAE's masked mean."""
-    return (guess.float() - truth.float()).square().mean()
+def mean_square(
+    guess: Float[Tensor, "*shape"], truth: Float[Tensor, "*shape"], weights: Tensor | None = None
+) -> Float[Tensor, ""]:
+    """Mean over all values. With as many hidden patches in every image this is MAE's masked mean.
+
+    weights: see `weighted_mean`.
+    """
+    return weighted_mean((guess.float() - truth.float()).square(), weights)
+
+
+def weighted_mean(values: Float[Tensor, "*shape"], weights: Tensor | None = None) -> Float[Tensor, ""]:
+    """Mean of the values with weight 1, leaving out those with weight 0; 0 (with a graph) where none counts.
+
+    weights: 0 or 1, of a shape that broadcasts to that of `values`; None weighs all alike, as `Tensor.mean`.
+    """
+    if weights is None:
+        return values.mean()
+    weights = weights.to(values.dtype).expand_as(values)
+    return (values * weights).sum() / weights.sum().clamp(min=1)
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[object]:

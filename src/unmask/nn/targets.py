@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from unmask.batch import ImageSpec
 from unmask.errors import UserError
 from unmask.nn.conv_vae import ConvVAEConfig, Tokenizer
-from unmask.nn.losses import full_precision, mean_square
+from unmask.nn.losses import full_precision, mean_square, weighted_mean
 from unmask.nn.masks import Mask, nearest_visible
 from unmask.nn.patches import normalise, patchify, put, take
+from unmask.nn.valid import Valid, patch_weights, value_weights
 
 VARIANCE_EPS = 1e-6
 PCA_PATCHES = 100_000  # that principal components are computed from, at least, where the data have so many
@@ -44,12 +45,17 @@ class PatchStatistics(NamedTuple):
         return PatchStatistics(take(self.mean, where), take(self.std, where))
 
 
-def patch_statistics(patches: Float[Tensor, "B N P"]) -> PatchStatistics:
+def patch_statistics(patches: Float[Tensor, "B N P"], valid: Valid | None = None) -> PatchStatistics:
     """Statistics for MAE's normalised-pixel target: unbiased variance, eps inside the root, always in float32.
 
-    A flat patch (variance 0) becomes an all-zero target.
+    A flat patch (variance 0) becomes an all-zero target. valid: which values they are of; None for all.
     """
     patches = patches.float()
+    if valid is not None:
+        count = valid.values.sum(-1, keepdim=True)
+        mean = (patches * valid.values).sum(-1, keepdim=True) / count.clamp(min=1)
+        squares = ((patches - mean) * valid.values).square().sum(-1, keepdim=True)
+        return PatchStatistics(mean, (squares / (count - 1).clamp(min=1) + VARIANCE_EPS).sqrt())
     mean = patches.mean(-1, keepdim=True)
     squares = (patches - mean).square().sum(-1, keepdim=True)  # torch's own variance is ten times as slow on a CPU
     return PatchStatistics(mean, (squares / (patches.shape[-1] - 1) + VARIANCE_EPS).sqrt())
@@ -58,6 +64,7 @@ def patch_statistics(patches: Float[Tensor, "B N P"]) -> PatchStatistics:
 class Target(nn.Module, ABC):
     """See the module docstring. `patches` (B, N, P) are normalised, `images` (B, C, H, W) in the files' own units.
 
+    valid: what of them counts, None for everything.
     num_prepare: of how many images `prepare` wants the patches, (1, n, P), before the first step; 0 for none.
     note: what a person must know to read the picture.
     """
@@ -67,22 +74,38 @@ class Target(nn.Module, ABC):
     num_prepare: int = 0
 
     @abstractmethod
-    def forward(self, patches: Float[Tensor, "B N P"], images: Tensor) -> Shaped[Tensor, "B N T"]:
+    def forward(
+        self, patches: Float[Tensor, "B N P"], images: Tensor, valid: Valid | None = None
+    ) -> Shaped[Tensor, "B N T"]:
         """The truth at every patch; T is O, or 1 where it is the id of a code."""
 
     @abstractmethod
-    def loss(self, guess: Float[Tensor, "B Q O"], truth: Shaped[Tensor, "B Q T"]) -> Float[Tensor, ""]:
-        """How far `guess` is from `truth`, float32."""
+    def loss(
+        self, guess: Float[Tensor, "B Q O"], truth: Shaped[Tensor, "B Q T"], weights: Tensor | None = None
+    ) -> Float[Tensor, ""]:
+        """How far `guess` is from `truth`, float32: a mean over what counts by `weights`."""
 
     @abstractmethod
     def draw(
-        self, guess: Float[Tensor, "B M O"], patches: Float[Tensor, "B N P"], images: Tensor, mask: Mask
+        self,
+        guess: Float[Tensor, "B M O"],
+        patches: Float[Tensor, "B N P"],
+        images: Tensor,
+        mask: Mask,
+        valid: Valid | None = None,
     ) -> dict[str, Float[Tensor, "B M P"]]:
         """Guesses for mask.drop as normalised patches, by the caption under which they are pasted into the image."""
 
     @abstractmethod
-    def trivial(self, patches: Float[Tensor, "B N P"], images: Tensor, mask: Mask) -> dict[str, Float[Tensor, ""]]:
+    def trivial(
+        self, patches: Float[Tensor, "B N P"], images: Tensor, mask: Mask, valid: Valid | None = None
+    ) -> dict[str, Float[Tensor, ""]]:
         """What guesses for mask.drop that need no learning would score on these images, in the units of `loss`."""
+
+    def weights(self, valid: Valid | None, where: Int[Tensor, "B Q"]) -> Float[Tensor, "B Q W"] | None:
+        """What counts of the patches named, for `loss`: whole patches (W = 1) where a target is not made of pixels."""
+        weights = patch_weights(valid, where)
+        return None if weights is None else weights[..., None]
 
     def prepare(self, patches: Float[Tensor, "1 n P"]) -> None:
         raise TypeError(f"{type(self).__name__} asks for patches of {self.num_prepare} images and has no prepare()")
@@ -101,23 +124,28 @@ class Pixels(Target):
                 "nearest visible patch instead."
             )
 
-    def forward(self, patches: Tensor, images: Tensor) -> Tensor:
-        return patch_statistics(patches).remove(patches) if self.per_patch else patches
+    def forward(self, patches: Tensor, images: Tensor, valid: Valid | None = None) -> Tensor:
+        return patch_statistics(patches, valid).remove(patches) if self.per_patch else patches
 
-    def loss(self, guess: Tensor, truth: Tensor) -> Tensor:
-        return mean_square(guess, truth)
+    def loss(self, guess: Tensor, truth: Tensor, weights: Tensor | None = None) -> Tensor:
+        return mean_square(guess, truth, weights)
 
-    def draw(self, guess: Tensor, patches: Tensor, images: Tensor, mask: Mask) -> dict[str, Tensor]:
+    def weights(self, valid: Valid | None, where: Tensor) -> Tensor | None:
+        return value_weights(valid, where)
+
+    def draw(
+        self, guess: Tensor, patches: Tensor, images: Tensor, mask: Mask, valid: Valid | None = None
+    ) -> dict[str, Tensor]:
         if not self.per_patch:
             return {"pasted": guess}
-        statistics = patch_statistics(patches)
+        statistics = patch_statistics(patches, valid)
         near = statistics.of(nearest_visible(mask, self.grid))
         return {"pasted": statistics.of(mask.drop).restore(guess), "pasted, nearest stats": near.restore(guess)}
 
-    def trivial(self, patches: Tensor, images: Tensor, mask: Mask) -> dict[str, Tensor]:
-        truth = self(patches, images)
-        guesses = flat_guesses(truth, self.channels, mask, self.grid)
-        return {name: self.loss(guess, take(truth, mask.drop)) for name, guess in guesses.items()}
+    def trivial(self, patches: Tensor, images: Tensor, mask: Mask, valid: Valid | None = None) -> dict[str, Tensor]:
+        truth, weights = self(patches, images, valid), self.weights(valid, mask.drop)
+        guesses = flat_guesses(truth, self.channels, mask, self.grid, valid)
+        return {name: self.loss(guess, take(truth, mask.drop), weights) for name, guess in guesses.items()}
 
 
 class PrincipalComponents(Target):
@@ -162,20 +190,22 @@ class PrincipalComponents(Target):
     def project(self, patches: Float[Tensor, "B N P"]) -> Float[Tensor, "B N O"]:
         return (patches - self.center) @ self.basis / self.unit
 
-    def forward(self, patches: Tensor, images: Tensor) -> Tensor:
+    def forward(self, patches: Tensor, images: Tensor, valid: Valid | None = None) -> Tensor:
         with full_precision(patches.device):
             return self.project(patches.float())
 
-    def loss(self, guess: Tensor, truth: Tensor) -> Tensor:
-        return mean_square(guess, truth)
+    def loss(self, guess: Tensor, truth: Tensor, weights: Tensor | None = None) -> Tensor:
+        return mean_square(guess, truth, weights)
 
-    def draw(self, guess: Tensor, patches: Tensor, images: Tensor, mask: Mask) -> dict[str, Tensor]:
+    def draw(
+        self, guess: Tensor, patches: Tensor, images: Tensor, mask: Mask, valid: Valid | None = None
+    ) -> dict[str, Tensor]:
         return {"pasted": (guess * self.unit) @ self.basis.T + self.center}
 
-    def trivial(self, patches: Tensor, images: Tensor, mask: Mask) -> dict[str, Tensor]:
-        truth = take(self(patches, images), mask.drop)
-        guesses = flat_guesses(patches, self.channels, mask, self.grid)
-        return {name: self.loss(self(guess, images), truth) for name, guess in guesses.items()}
+    def trivial(self, patches: Tensor, images: Tensor, mask: Mask, valid: Valid | None = None) -> dict[str, Tensor]:
+        truth, weights = take(self(patches, images), mask.drop), self.weights(valid, mask.drop)
+        guesses = flat_guesses(patches, self.channels, mask, self.grid, valid)
+        return {name: self.loss(self(guess, images), truth, weights) for name, guess in guesses.items()}
 
 
 class Tokens(Target):
@@ -196,13 +226,18 @@ class Tokens(Target):
         self.register_buffer("std", torch.tensor(images.std, dtype=torch.float32), persistent=False)
         self.note = " What is predicted are a dVAE's codes; they are drawn as its decoder paints them."
 
-    def forward(self, patches: Tensor, images: Tensor) -> Tensor:
+    def forward(self, patches: Tensor, images: Tensor, valid: Valid | None = None) -> Tensor:
         return self.tokenizer.ids(images)[..., None]
 
-    def loss(self, guess: Tensor, truth: Tensor) -> Tensor:
-        return F.cross_entropy(guess.float().flatten(0, 1), truth.flatten())
+    def loss(self, guess: Tensor, truth: Tensor, weights: Tensor | None = None) -> Tensor:
+        guess, truth = guess.float().flatten(0, 1), truth.flatten()
+        if weights is None:
+            return F.cross_entropy(guess, truth)
+        return weighted_mean(F.cross_entropy(guess, truth, reduction="none"), weights.flatten())
 
-    def draw(self, guess: Tensor, patches: Tensor, images: Tensor, mask: Mask) -> dict[str, Tensor]:
+    def draw(
+        self, guess: Tensor, patches: Tensor, images: Tensor, mask: Mask, valid: Valid | None = None
+    ) -> dict[str, Tensor]:
         ids = self(patches, images)
         guessed = put(ids, mask.drop, guess.argmax(-1, keepdim=True))
         size = (images.shape[2], images.shape[3])
@@ -213,14 +248,16 @@ class Tokens(Target):
 
         return {"pasted": paint(guessed), "pasted, true codes": paint(ids)}
 
-    def trivial(self, patches: Tensor, images: Tensor, mask: Mask) -> dict[str, Tensor]:
+    def trivial(self, patches: Tensor, images: Tensor, mask: Mask, valid: Valid | None = None) -> dict[str, Tensor]:
         truth = take(self(patches, images), mask.drop).flatten()
+        if (weights := self.weights(valid, mask.drop)) is not None and weights.any():
+            truth = truth[weights.flatten() > 0]
         shares = F.one_hot(truth, self.out).float().mean(0)
         return {"code_frequencies": torch.special.entr(shares).sum()}
 
 
 def flat_guesses(
-    view: Float[Tensor, "B N P"], channels: int, mask: Mask, grid: tuple[int, int]
+    view: Float[Tensor, "B N P"], channels: int, mask: Mask, grid: tuple[int, int], valid: Valid | None = None
 ) -> dict[str, Float[Tensor, "B M P"]]:
     """Guesses of the hidden patches of `view` (patches as a target sees them) that need no learning, by name.
 
@@ -228,6 +265,10 @@ def flat_guesses(
     """
     pixels = view.shape[2] // channels
     colours = view.unflatten(2, (-1, channels)).mean(2)  # (B, N, C)
+    if valid is not None:
+        weights = valid.values.unflatten(2, (-1, channels))
+        known = (view.unflatten(2, (-1, channels)) * weights).sum(2) / weights.sum(2).clamp(min=1)
+        colours = torch.where(valid.patches[..., None], known, colours)
     visible = take(colours, mask.keep).mean(1, keepdim=True).expand(-1, mask.drop.shape[1], -1)  # (B, M, C)
     return {
         "true_patch_mean": take(colours, mask.drop).repeat(1, 1, pixels),

@@ -1,0 +1,67 @@
+"""Which patches and values of a batch count in a loss: those that hold data.
+
+Absent pixels (no data) hold the data's mean, so the encoder sees a neutral value there. The loss must not ask for them:
+patches of which too little is valid do not count, and in the others the absent pixels do not. Where everything is valid
+(`Batch.valid` is None) nothing is computed.
+
+Letters: B images, C channels, H x W pixels, N patches of the grid, P values of one patch, Q patches asked for.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from unmask.batch import Batch
+from unmask.nn.patches import patchify, take
+
+
+class Valid(NamedTuple):
+    """`patches` (B, N) bool, those that count; `values` (B, N, P), 1 for the valid values of these and 0 elsewhere."""
+
+    patches: Bool[Tensor, "B N"]
+    values: Float[Tensor, "B N P"]
+
+
+def valid_patches(batch: Batch, patch: tuple[int, int]) -> Valid | None:
+    """What counts of a batch cut into patches of (height, width) pixels; None where everything does."""
+    if batch.valid is None:
+        return None
+    pixels = patchify(batch.valid[:, None].float(), patch)  # (B, N, height x width)
+    patches = pixels.mean(2) >= batch.min_valid
+    values = (pixels * patches[..., None]).repeat_interleave(batch.images.shape[1], 2)  # channel fastest
+    return Valid(patches, values)
+
+
+def patch_weights(valid: Valid | None, where: Int[Tensor, "B Q"] | None = None) -> Float[Tensor, "B Q"] | None:
+    """1 for each patch that counts and 0 for the others, of all patches or those named; None where all count."""
+    if valid is None:
+        return None
+    weights = valid.patches.float()
+    return weights if where is None else weights.gather(1, where)
+
+
+def value_weights(valid: Valid | None, where: Int[Tensor, "B Q"]) -> Float[Tensor, "B Q P"] | None:
+    """As `patch_weights`, for each value of the patches named."""
+    return None if valid is None else take(valid.values, where)
+
+
+def pixel_weights(batch: Batch) -> Float[Tensor, "B 1 H W"] | None:
+    """1 for each pixel that is there and 0 for the others; None where all are."""
+    return None if batch.valid is None else batch.valid[:, None].float()
+
+
+def shrunk_mean(
+    values: Float[Tensor, "B C H W"], cell: tuple[int, int], valid: Bool[Tensor, "B H W"] | None = None
+) -> Float[Tensor, "B C R S"]:
+    """Mean of each cell of (height, width) pixels over its valid pixels; of a cell without any, over all."""
+    means = F.avg_pool2d(values, cell)
+    if valid is None:
+        return means
+    weights = valid[:, None].to(values.dtype)
+    shares = F.avg_pool2d(weights, cell)
+    return torch.where(shares > 0, F.avg_pool2d(values * weights, cell) / shares.clamp(min=1e-9), means)
