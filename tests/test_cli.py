@@ -20,7 +20,7 @@ from unmask.recipes.catalogue import all_recipes, describe
 VERBS = [
     "demo", "check", "pretrain", "import", "export", "palette", "resume", "finetune", "predict", "reconstruct", "probe",
     "embed", "ablate", "compare", "report", "plan", "recipes", "doctor", "pack",
-    "ls", "prune",
+    "ls", "prune", "set",
 ]  # fmt: skip
 
 

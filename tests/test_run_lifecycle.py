@@ -167,6 +167,7 @@ with Run(sys.argv[1]).lock():
         assert time.monotonic() - began < 0.5
     finally:
         holder.kill()
+        holder.communicate()
         os.kill(child, signal.SIGKILL)
 
 

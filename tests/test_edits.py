@@ -1,0 +1,99 @@
+"""`unmask set`: what can change in a run that has begun, what is refused, and that exact resuming still holds."""
+
+import shutil
+
+import pytest
+import torch
+from conftest import SMALL_RUN, write_images
+
+from unmask import edits
+from unmask.config import ConfigError
+from unmask.console import Console
+from unmask.edits import set_values
+from unmask.report import write_report
+from unmask.run import Run
+from unmask.saved import load, read_config, read_plan
+from unmask.start import pretrain, resume
+
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    settings = [*SMALL_RUN, "train.steps=20", "train.checkpoint_every=4", "optim.warmup=0.2"]
+    pretrain(
+        write_images(folder / "images", 12), recipe="mae_nano", out=folder / "run", settings=settings, console=QUIET
+    )
+    return folder / "run"
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    return shutil.copytree(trained, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("data.size=[32,32]", "the weights were trained with it"), ("method.encoder.heads=1", "trained with it"),
+        ("train.seed=3", "the order of the images"), ("data.source=x", "keeps its images"),
+        ("optim.name=lars", "moments"), ("train.steps=10", "has made 20 already"), ("train.steps=none", "no length"),
+        ("train.stps=30", "did you mean"),
+        ("train.micro_batch=3", "does not divide"), ("train.test_every=2", "to test"),
+    ],
+)  # fmt: skip
+def test_what_cannot_change_is_refused_and_nothing_is_written(run, setting, message):
+    before = {name: (run / name).read_bytes() for name in ("config.json", "plan.json", "provenance.json")}
+    with pytest.raises(ConfigError, match=message):
+        set_values(run, [setting], console=QUIET)
+    assert before == {name: (run / name).read_bytes() for name in before}
+
+
+def test_a_finished_run_is_trained_longer_and_a_stop_on_the_way_changes_nothing(run, tmp_path):
+    set_values(run, ["train.steps=40"], console=QUIET)
+    plan = read_plan(Run(run))
+    assert (plan.steps, plan.since, plan.ramp) == (40, 20, 4)
+    assert [plan.lr(step) for step in range(20)] == [plan.earlier.lr(step) for step in range(20)]
+    assert plan.lr(19) < plan.lr(20) < plan.lr(24), "it rises to the curve"
+    assert plan.lr(24) == pytest.approx(plan.peak_lr / 2, rel=0.3)
+    assert plan.lr(39) < plan.lr(30)
+    assert Run(run).status()["state"] == "stopped"
+    other = shutil.copytree(run, tmp_path / "other")
+    assert resume(run, console=QUIET).finished
+    shutil.rmtree(other / "checkpoints/step-00000020")  # from the one before, step 16: under the old schedule
+    assert resume(other, console=QUIET).finished
+    first, second = (load(folder).method.state_dict() for folder in (run, other))
+    assert all(torch.equal(first[name], value) for name, value in second.items())
+    assert [row["step"] for row in Run(run).metrics() if "loss" in row] == list(range(1, 41))
+
+
+def test_a_change_is_recorded_and_shown(run):
+    set_values(run, ["train.log_every=5", "method.mask_ratio=0.6"], console=QUIET)
+    (edit,) = Run(run).read("provenance.json")["edits"]
+    assert edit["changes"] == {"train.log_every": [1, 5], "method.mask_ratio": [0.75, 0.6]}
+    assert edit["step"] == 20
+    assert "method.mask_ratio from 0.75 to 0.6" in write_report(run).read_text()
+    assert set_values(run, ["train.log_every=5"], console=QUIET) == {}
+    assert load(run).step == 20, "its checkpoints are still its own"
+
+
+@pytest.mark.parametrize("after", [1, 2, 3])
+def test_a_change_that_is_cut_short_is_completed(run, monkeypatch, after):
+    real, written = Run.write, []
+
+    def dying(self, name, value):
+        if len(written) == after:
+            raise KeyboardInterrupt
+        written.append(name)
+        real(self, name, value)
+
+    monkeypatch.setattr(Run, "write", dying)
+    with pytest.raises(KeyboardInterrupt):
+        set_values(run, ["train.steps=24"], console=QUIET)
+    monkeypatch.undo()
+    assert (run / edits.JOURNAL).exists()
+    assert resume(run, console=QUIET).finished
+    assert not (run / edits.JOURNAL).exists()
+    assert read_config(Run(run)).train.steps == read_plan(Run(run)).steps == 24
+    assert len(Run(run).read("provenance.json")["edits"]) == 1
