@@ -13,7 +13,7 @@ from unmask.console import Console
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(module, "measure_step_seconds", lambda *_, **__: 0.5)
+    monkeypatch.setattr(module, "time_steps", lambda *_, **__: [0.5] * 4)
     monkeypatch.setattr("unmask.plan.free_memory", lambda _: 1 << 30)
 
 
@@ -24,7 +24,7 @@ def test_a_sample_is_recommended_for_as_many_images_as_there_are():
     text = " ".join(summary["reasons"])
     assert "about 20000 images of" in text
     assert "batch" not in " ".join(summary["settings"]), "a batch for 20,000 images, not for 100"
-    assert summary["steps"] == -(-100 * 20_000 // 128), "and steps"
+    assert summary["steps"] == -(-100 * 19_800 // 128), "and steps, a hundredth being held out"
     assert summary["forecast_seconds"] >= summary["steps"] * 0.5
 
 
