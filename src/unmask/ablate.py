@@ -56,6 +56,7 @@ from unmask.recipes import catalogue
 from unmask.report import write_report
 from unmask.run import Run, RunError
 from unmask.saved import read_config, read_plan
+from unmask.sizes import consequence
 from unmask.tables import PRETRAINED, SHARED, TOKENIZER, Cell, Table, find_table
 from unmask.use import EVAL_BATCH
 
@@ -379,6 +380,7 @@ def decide(table: Table, asked: Asked, source: Source, shots: int, console: Cons
     first = drafted(table, _base(cells), asked)
     found = start.scan_all(source, first, console)
     scanning = time.perf_counter() - began
+    console.say("all cells: " + consequence(found.median_size, first.data.size, start.patch_of(first)))
     device = choose_device(first.train.device)
     measured: dict[str, dict[str, Any]] = {}
     with console.progress("measuring cells", len(cells)) as bar:
@@ -612,6 +614,8 @@ def train_cell(
         console.say(f"{place.name}: {cell['steps']} steps")
         asked = decided["asked"]
         settings = [*without_length(cell["settings"]), f"train.steps={cell['steps']}", f"train.seed={seed}"]
+        if not cell["fine_tunes"]:  # one size for all cells, whatever the images
+            settings = [*own_size(cell["recipe"], settings), *settings]
         if cell["fine_tunes"]:
             weights = asked["from_run"] or finished(folder, PRETRAINED, "pre-training")
             run = finetune.fine_tune(
@@ -634,6 +638,14 @@ def train_cell(
     if run.status().get("state") == "stopped":
         raise KeyboardInterrupt
     return run
+
+
+def own_size(recipe: str, settings: Sequence[str]) -> list[str]:
+    """The recipe's own size as a setting, where none is set: by name alone it would follow the images."""
+    if "data.size" in parse(settings):
+        return []
+    height, width = catalogue.find(recipe).data.size
+    return [f"data.size=[{height},{width}]"]
 
 
 def without_length(settings: Sequence[str]) -> list[str]:

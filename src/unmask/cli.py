@@ -27,6 +27,7 @@ TRAINING = ("demo", "pretrain", "resume", "finetune", "probe", "ablate", "compar
 started = time.monotonic()
 """When the command started: a time budget counts from here."""
 _first = True
+FOLLOWS = "*"
 
 app = typer.Typer(
     name="unmask",
@@ -957,19 +958,26 @@ def recipes(
 ) -> None:
     """The recipes, or every setting of one."""
     from unmask.recipes.catalogue import AUTO, all_recipes, describe, find, first_line, grouped
+    from unmask.sizes import follows_images
 
     if name is not None:
         print(json.dumps(find(name).model_dump(mode="json")) if as_json else describe(name))
+        if not as_json and follows_images(name):
+            print("\ndata.size and the patch follow your images, unless one of the two is set.")
         return
     if as_json:
         _print_json({key: first_line(function) for key, function in all_recipes().items()})
         return
     width = max(map(len, all_recipes()))
-    print(f"{'auto':{width}} Picks one of {', '.join(AUTO)} from image count, size and device, and says why.")
+    print(f"{'auto':{width}} {FOLLOWS} Picks one of {', '.join(AUTO)} from image count, size and device, and says why.")
     for title, group in grouped().items():
         print(f"\n{title}")
         for name in group:
-            print(f"{name:{width}} {first_line(all_recipes()[name])}")
+            mark = FOLLOWS if follows_images(name) else " "
+            print(f"{name:{width}} {mark} {first_line(all_recipes()[name])}")
+    print(
+        f"\n{FOLLOWS} the image size follows your images, unless data.size or the patch is set; the others keep theirs."
+    )
 
 
 @app.command()

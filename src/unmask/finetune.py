@@ -55,6 +55,7 @@ from unmask.processes import refuse_several_processes
 from unmask.recipes import catalogue
 from unmask.run import Run, RunError, free_path
 from unmask.saved import load, read_config, read_plan
+from unmask.sizes import DENSE_TASKS, dense_size
 from unmask.start import Supervision
 from unmask.tasks import classify
 from unmask.use import eval_precision
@@ -103,6 +104,23 @@ def fine_tuning(
     data = pretrained.data.model_copy(update={"crop": crop})
     changes = {"encoder": encoder, "classes": tuple(classes)} | ({"ignored": tuple(ignored)} if ignored else {})
     return found.model_copy(update={"method": found.method.model_copy(update=changes), "data": data})
+
+
+def enlarged(config: Config, median: tuple[int, int], most: tuple[int, int], console: Console) -> Config:
+    """The configuration with a larger size, where that of the pre-training is too small for masks or boxes."""
+    size, own = dense_size(config, median, most), config.data.size
+    if size == own:
+        return config
+    larger = config.model_copy(update={"data": config.data.model_copy(update={"size": size})})
+    try:
+        start.require_method(larger)
+    except UserError:  # the task wants other steps than whole patches
+        return config
+    console.say(
+        f"size {size[0]} x {size[1]}: the encoder was pre-trained at {own[0]} x {own[1]}, which is small for what is "
+        f"learnt from these images; --set data.size=[{own[0]},{own[1]}] keeps it"
+    )
+    return larger
 
 
 def recipes() -> list[str]:
@@ -219,6 +237,9 @@ def fine_tune(
     if config.method.name != task:
         raise ConfigError(f"recipe {recipe} is for --task {config.method.name}, but --task {task} came; change one")
     config = start.resolve(with_masks(config, lessons), settings, budget=budget, source=lessons.source)
+    found = start.scan_all(lessons.source, config, console)
+    if task in DENSE_TASKS and "data.size" not in asked:
+        config = enlarged(config, found.median_size, catalogue.find(recipe).data.size, console)
     if from_scratch and config.method.model_dump().get("last_blocks") is not None:
         raise ConfigError(
             "--from-scratch and --last-blocks came together, but frozen random blocks learn nothing; leave one out"
@@ -248,7 +269,7 @@ def fine_tune(
     source, origin = lessons.source, "random weights, from scratch" if from_scratch else f"weights of {from_run}"
     done = start.start_run(
         source,
-        start.scan_all(source, config, console),
+        found,
         config,
         choose_device(config.train.device),
         out=out if out is not None else start.free_name(source, config),

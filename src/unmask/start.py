@@ -42,6 +42,7 @@ from unmask.processes import refuse_several_processes, require_main_guard
 from unmask.recipes import catalogue
 from unmask.run import CONFIG, PLAN, PROVENANCE, STATUS, Run, free_path
 from unmask.saved import read_config, read_plan
+from unmask.sizes import candidates, consequence
 from unmask.train import Judge, train
 
 NAMED_BAD_FILES = 5
@@ -49,6 +50,7 @@ MOST_EPOCHS_A_STEP = 256
 MOST_PATCHES = 1 << 18
 ENOUGH_TO_HOLD_OUT = 1_000  # images; of fewer, each is worth more in the training
 FEWEST_HELD_OUT, MOST_HELD_OUT = 64, 256
+SIZE_KEYS = ("data.size", "method.encoder.patch", "method.pattern")
 LOADED_PARTS = 3  # of the images, each loaded to measure how long that takes
 
 
@@ -173,6 +175,8 @@ def start_run(
     num_test: images that it is tested on, wherever they lie. taught: see `Plan`.
     """
     refuse_absurd_batch(config, found.usable)
+    size = consequence(found.median_size, config.data.size, patch_of(config))
+    console.say(size)
     images, plan = prepare(
         source, found, config, device, budget=budget, reasons=reasons, held_out=held_out, num_test=num_test
     )
@@ -193,10 +197,11 @@ def start_run(
         for row, bad in zip(found.bad_rows, found.bad, strict=True):
             run.add_quarantine({"name": bad.name, "code": bad.code, "detail": bad.detail, "row": int(row)})
 
+    recorded = plan.model_copy(update={"reasons": (size, *plan.reasons)})  # the size has been reported already
     files = {
         CONFIG: config.model_dump(mode="json"),
         PROVENANCE: provenance(plan) | grafts.licence(config),
-        PLAN: plan.model_dump(mode="json"),
+        PLAN: recorded.model_dump(mode="json"),
     }
     folder = out if out is not None else free_name(source, config)
     with Run.begin(folder, files, fill=fill, say=console.say) as run:
@@ -204,8 +209,13 @@ def start_run(
         say_taken(config, console)
         if (warning := few_steps(plan)) is not None:
             console.warn(warning)
-        _train(run, config, plan, images, console, supervise)
+        _train(run, config, recorded, images, console, supervise)
     return run
+
+
+def patch_of(config: Config) -> tuple[int, int] | None:
+    """(H, W) of the encoder's patches; None where it has none."""
+    return getattr(getattr(config.method, "encoder", None), "patch", None)
 
 
 def with_options(
@@ -580,9 +590,12 @@ def refuse_absurd_size(config: Config) -> None:
 def settle(
     source: Source, found: Scan, recipe: str, settings: list[str], device: str, *, budget: Budget | None
 ) -> tuple[Config, tuple[str, ...], list[str]]:
-    """The configuration and, for `auto`, the reasons and what it proposed. What a person set is not chosen for them."""
+    """The configuration, the reasons for what was chosen from the images, and that as KEY=VALUE.
+
+    What a person set is not chosen for them.
+    """
     if recipe != "auto":
-        return resolve(catalogue.find(recipe), settings, budget=budget, source=source), (), []
+        return named(source, found, recipe, settings, budget=budget)
     asked = parse(settings)
     fixed = set(asked)
     if budget is not None or asked.get("train.epochs") is not None:
@@ -593,6 +606,22 @@ def settle(
     )
     config = resolve(catalogue.find(name), settings, budget=budget, proposals=proposals, source=source)
     return config, (f"recipe {name}, chosen by auto:", *reasons), proposals
+
+
+def named(
+    source: Source, found: Scan, recipe: str, settings: list[str], *, budget: Budget | None
+) -> tuple[Config, tuple[str, ...], list[str]]:
+    """As `settle` for a recipe by name: size and patch follow the images where no paper and no person fixes them."""
+    plain = resolve(catalogue.find(recipe), settings, budget=budget, source=source)
+    if not set(SIZE_KEYS) & set(parse(settings)):
+        for proposals in candidates(recipe, found.median_size):
+            try:
+                config = resolve(plain, proposals, budget=budget, source=source)
+                require_method(config)
+            except UserError:  # a mask in larger cells, for example
+                continue
+            return config, (f"{' '.join(proposals)}: recipe {recipe} follows the images",), proposals
+    return plain, (), []
 
 
 def refuse_bad_data(found: Scan, config: Config) -> None:

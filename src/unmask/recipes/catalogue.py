@@ -186,13 +186,13 @@ def choose(
 
     whole = patch
     if size is None:
-        patch = _fitting(whole, lambda patch: _shape(median_size, small, patch))
-        shape = _shape(median_size, small, patch)
+        patch = fitting_patch(whole, lambda patch: shape_for(median_size, small, patch))
+        shape = shape_for(median_size, small, patch)
         reason = f"model grid {shape[0]} x {shape[1]}: the images are not square" if shape[0] != shape[1] else None
         propose("data.size", f"[{shape[0]},{shape[1]}]", reason)
     else:
-        patch = _fitting(whole, lambda _: size)
-    height, width = size or _shape(median_size, small, patch)
+        patch = fitting_patch(whole, lambda _: size)
+    height, width = size or shape_for(median_size, small, patch)
     reason = f"patch {patch}: for {height * width // patch**2 // 4} visible patches when three quarters are hidden"
     propose("method.encoder.patch", f"[{patch},{patch}]", reason if patch != whole else None)
     base = find(name)
@@ -208,7 +208,7 @@ def choose(
     return name, overrides, reasons
 
 
-def _shape(median_size: tuple[int, int], small: int, patch: int) -> tuple[int, int]:
+def shape_for(median_size: tuple[int, int], small: int, patch: int) -> tuple[int, int]:
     """The model's (H, W): square, or the shape of wide or tall images in whole patches along the longer side."""
     height, width = median_size
     elongation = max(height, width) / min(height, width)
@@ -218,7 +218,7 @@ def _shape(median_size: tuple[int, int], small: int, patch: int) -> tuple[int, i
     return (longer, small) if height > width else (small, longer)
 
 
-def _fitting(most: int, shape: Callable[[int], tuple[int, int]]) -> int:
+def fitting_patch(most: int, shape: Callable[[int], tuple[int, int]]) -> int:
     """The largest patch, from `most` down to its half, that divides the size it goes with and leaves enough visible.
 
     Where none leaves enough it is the smallest that divides, and where none divides it is `most`.

@@ -1,0 +1,89 @@
+"""The size that a method sees: chosen from the images where no paper fixes it, and reported with its consequence.
+
+Recipes whose name ends in one of `FOLLOWING` are from no paper, so their size and patch follow the images as those of
+the recipe `auto` do, unless one of the two is set. Tokenizers keep theirs: BEiT shows them images of as many codes as
+it has patches, whatever its own size. Masks and boxes need more detail than classes, so segmentation and detection see
+larger images than the encoder was pre-trained on, if there are any.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from unmask.config import Config, task_names
+from unmask.recipes import catalogue
+
+Size = tuple[int, int]
+FOLLOWING = ("nano", "tiny", "small")
+FIXED_METHODS = ("dvae",)
+DENSE_TASKS = ("segment", "detect")
+SMALLEST, SMALL_SIDE, NANO_SIDE = 16, 48, 64  # pixels
+STRETCH = 1.2  # images resampled by less than this lose or gain little
+LARGER = 1.5  # a size that the images exceed by more is not kept for masks and boxes
+
+
+def follows_images(name: str) -> bool:
+    """Whether the size of a pre-training recipe follows the images."""
+    if name.rpartition("_")[2] not in FOLLOWING:
+        return False
+    method = catalogue.find(name).method.name
+    return method not in (*FIXED_METHODS, *task_names())
+
+
+def candidates(name: str, median: Size) -> Iterable[list[str]]:
+    """Yield settings, as KEY=VALUE, that fit the recipe `name` to images of `median` (H, W) pixels, best first.
+
+    A method may need sizes in larger steps than its patch, which only building it tells.
+    """
+    if not follows_images(name):
+        return
+    base: Any = catalogue.find(name)
+    own, patch = base.data.size[0], getattr(base.method.encoder, "patch", None)
+    side, unit = min(median), max(4, patch[0] if patch is not None else 4)
+    if name.endswith("_nano"):
+        enlarged = side >= SMALL_SIDE
+        most, whole = NANO_SIDE if enlarged else side, None if patch is None else patch[0] * (2 if enlarged else 1)
+    else:
+        most, whole = min(own, side), None if patch is None else patch[0]
+    unit *= 2 if most > own else 1
+    for step in (unit, 2 * unit):
+        small = max(SMALLEST, round(most / step) * step)
+        if whole is None:
+            yield [_size(catalogue.shape_for(median, small, step))]
+            continue
+        chosen = catalogue.fitting_patch(whole, lambda patch, small=small: catalogue.shape_for(median, small, patch))
+        yield [_size(catalogue.shape_for(median, small, chosen)), f"method.encoder.patch=[{chosen},{chosen}]"]
+        yield [_size((small, small)), f"method.encoder.patch=[{whole},{whole}]"]
+
+
+def _size(shape: Size) -> str:
+    return f"data.size=[{shape[0]},{shape[1]}]"
+
+
+def dense_size(config: Config, median: Size, most: Size) -> Size:
+    """The size at which masks or boxes are learnt: that of the images, of no more pixels than `most` (H, W) has.
+
+    In whole patches of the encoder. The size of `config` stays where the images are not much larger.
+    """
+    settings: Any = config.method
+    patch, own = settings.encoder.patch, config.data.size
+    scale = min(1.0, math.sqrt(most[0] * most[1] / (median[0] * median[1])))
+    height, width = (max(1, round(side * scale / step)) * step for side, step in zip(median, patch, strict=True))
+    return (height, width) if max(height / own[0], width / own[1]) > LARGER else own
+
+
+def consequence(median: Size, size: Size, patch: Size | None) -> str:
+    """A sentence on what resampling images of `median` (H, W) pixels to `size` means."""
+    factor = math.sqrt(median[0] * median[1] / (size[0] * size[1]))
+    said = f"images of {median[0]} x {median[1]} (median) are resampled to {size[0]} x {size[1]} pixels: "
+    if factor > STRETCH:
+        said += f"{factor:.1f} times smaller, so detail finer than about {math.ceil(factor)} pixels is lost"
+    elif factor < 1 / STRETCH:
+        said += f"{1 / factor:.1f} times larger, which adds no detail"
+    else:
+        said += "about their own size"
+    if patch is not None:
+        said += f"; {size[0] // patch[0]} x {size[1] // patch[1]} patches of {patch[0]} x {patch[1]}"
+    return said + "; --set data.size=[H,W] sets another size"
