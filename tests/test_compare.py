@@ -80,7 +80,7 @@ def test_a_shared_probe_is_set_side_by_side(runs, labelled, tmp_path):
     assert {row["name"]: row["accuracy"] for row in shared["rows"]} == accuracies
     assert shared["rows"][0]["accuracy"] == max(accuracies.values())
     assert set(shared["rows"][0]["pools"]) == {"cls", "mean"}
-    assert summary["not_comparable"] == []
+    assert summary["not_comparable"] == list(module.differences(summary["runs"]).values())
     assert shared["title"] == f"k nearest neighbours on {labelled}, tested on a held-out fifth of {labelled}"
     assert shared["title"] in html.unescape((tmp_path / "both.html").read_text())
 
@@ -206,3 +206,27 @@ def test_fewer_than_two_runs_or_one_twice_are_refused(trained, tmp_path):
         compare([trained[0], trained[0]], out=tmp_path / "both.html")
     with pytest.raises(UserError, match=r"is not a run"):
         compare([trained[0], tmp_path], out=tmp_path / "both.html")
+
+
+def test_what_makes_runs_no_comparison_of_methods_is_named_with_the_numbers(labelled, tmp_path):
+    few = [*SMALL_RUN, "train.picture_images=1", "train.steps=2"]
+    small = pretrain(labelled, recipe="mae_nano", out=tmp_path / "small", settings=few)
+    large = pretrain(
+        labelled, recipe="mae_nano", out=tmp_path / "large",
+        settings=[*few, "data.size=[32,32]", "train.steps=4", "method.encoder.depth=2"],
+    )  # fmt: skip
+    for run in (small, large):
+        probe(run.path, labelled)
+    summary = compare([small.path, large.path], out=tmp_path / "both.html")
+    said = "\n".join(summary["not_comparable"])
+    assert "The image size differs: small 16 x 16, large 32 x 32." in said
+    assert "The steps differ: small 2, large 4." in said
+    assert "The epochs differ: small 0.8, large 1.6." in said
+    assert re.search(r"The training compute differs: small [\d.e+]+ FLOPs, large [\d.e+]+ FLOPs", said)
+    assert "The parameters of the encoder differ: small 0." in said
+    assert "data" not in module.differences(summary["runs"])
+    assert "not a comparison of methods alone: the runs differ in image size, steps" in summary["probes"][0]["sentence"]
+    again = shutil.copytree(small.path, tmp_path / "again")
+    same = compare([small.path, again], out=tmp_path / "same.html")
+    assert same["not_comparable"] == []
+    assert "methods alone" not in same["probes"][0]["sentence"]

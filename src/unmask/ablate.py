@@ -147,6 +147,8 @@ def ablate(
     console.say(summary["agreement"]["sentence"])
     if summary["helped"]:
         console.say(summary["helped"])
+    for line in summary["not_comparable"]:
+        console.warn(line)
     console.say(f"table: {folder / 'table.html'}")
     if stopped:
         console.say(f"stopped; go on with: {shlex.join(['unmask', *sys.argv[1:]])} (the same command)")

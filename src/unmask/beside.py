@@ -76,6 +76,7 @@ def gather(folder: Path, state: str) -> dict[str, Any]:
         "rows": rows,
         "controls": controls,
         "helped": helped(rows, controls),
+        "not_comparable": sizes_differ(rows),
         "agreement": agreement(rows, published=asked["table"] != "family", measure=measure),
         "device": decided["device"],
         "versions": decided["versions"],
@@ -150,9 +151,11 @@ def _run(
     run = Run(folder / name)
     found: dict[str, Any] = {
         "seed": seed, "folder": name, "state": "waiting", "error": failures.get(name), "loss": None,
-        "images_per_second": None, "seconds": None, "probes": {}, "fine_tuned": None, "controls": [], "how": "",
+        "images_per_second": None, "seconds": None, "size": None, "probes": {}, "fine_tuned": None, "controls": [],
+        "how": "",
     }  # fmt: skip
     if (run.path / "plan.json").exists():
+        found["size"] = run.read("plan.json")["images"]["size"]
         found["state"] = run.status().get("state", "waiting")
         trained = [row for row in run.metrics() if row.get("loss") is not None]
         if trained:
@@ -258,6 +261,19 @@ def _sentence(row: dict[str, Any], measure: str) -> str:
 
 def _percent(score: dict[str, Any]) -> str:
     return f"{100 * score['mean']:.1f} % ({100 * score['low']:.1f} to {100 * score['high']:.1f})"
+
+
+def sizes_differ(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """A sentence where cells were trained on images of different sizes, which no table varies."""
+    sizes: dict[tuple[int, ...], list[str]] = {}
+    for row in rows:
+        for run in row["runs"]:
+            if run["size"] is not None and row["name"] not in SHARED:
+                sizes.setdefault(tuple(run["size"]), []).append(run["folder"])
+    if len(sizes) < 2:
+        return []
+    said = "; ".join(f"{' x '.join(map(str, size))}: {', '.join(names)}" for size, names in sizes.items())
+    return [f"The cells were trained on images of different sizes, so they cannot be compared: {said}."]
 
 
 def helped(rows: Sequence[dict[str, Any]], controls: Sequence[dict[str, Any]]) -> str:

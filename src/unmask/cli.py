@@ -559,6 +559,14 @@ def finetune(
         typer.Option(help="Labels per class (segment, detect: images); default all.", show_default=False),
     ] = None,
     budget: Budget = None,
+    steps_of: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="RUN",
+            help="Steps and batch size as in this run, for --from-scratch.",
+            show_default=False,
+        ),
+    ] = None,
     settings: Settings = None,
     as_json: AsJson = False,
 ) -> None:
@@ -583,6 +591,7 @@ def finetune(
         last_blocks=last_blocks,
         from_scratch=from_scratch,
         budget=_budget(budget),
+        steps_of=steps_of,
         settings=settings or (),
         console=console,
     )

@@ -38,6 +38,8 @@ from unmask.saved import read_config, read_plan
 
 # What two probes must have in common to be one measurement.
 SAME = ("kind", "data", "test", "shots", "seed", "layer", "masks")
+SAME_WITHIN = 0.01  # numbers closer than this share are the same
+SINGULAR = ("image size", "training compute", "data")
 LOSSES = (
     "Losses of different targets, masks or normalisations are not comparable, and a lower one is not a better encoder."
 )
@@ -82,10 +84,12 @@ def compare(
                     console=console,
                 )  # fmt: skip
     found = {name: probes(run) for name, run in opened.items()}
+    rows = [about(name, run) for name, run in opened.items()]
+    differing = differences(rows)
     summary = {
-        "runs": [about(name, run) for name, run in opened.items()],
-        "probes": shared(found),
-        "not_comparable": [*not_shared(found), *damaged(opened.values())],
+        "runs": rows,
+        "probes": [probe | {"sentence": probe["sentence"] + caveat(differing)} for probe in shared(found)],
+        "not_comparable": [*not_shared(found), *differing.values(), *damaged(opened.values())],
         "note": LOSSES,
         "written": time.strftime("%Y-%m-%d %H:%M"),
     }
@@ -141,6 +145,46 @@ def about(name: str, run: Run) -> dict[str, Any]:
         "loss": last_loss(trained) if trained else None,
         "device": _device(run, plan),
     }
+
+
+def differences(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """What the runs do not have in common and a comparison of methods needs, by name, as sentences with the numbers."""
+    kinds: dict[str, tuple[list[Any], list[str]]] = {
+        "image size": (sizes := [row["image"][1:] for row in rows], [f"{size[0]} x {size[1]}" for size in sizes]),
+        "channels": (channels := [row["image"][0] for row in rows], [str(number) for number in channels]),
+        "data": (sources := [row["source"] for row in rows], sources),
+        "steps": (steps := [row["step"] for row in rows], [f"{number:,}" for number in steps]),
+        "epochs": (epochs := [row["epochs"] for row in rows], [f"{number:.3g}" for number in epochs]),
+        "images seen": (seen := [row["images_seen"] for row in rows], [f"{number:,}" for number in seen]),
+        "training compute": (flops := [row["training_flops"] for row in rows], [_flops(number) for number in flops]),
+        "parameters of the encoder": (
+            sizes := [row["encoder_parameters"] for row in rows], [f"{number / 1e6:.2f} M" for number in sizes],
+        ),
+    }  # fmt: skip
+    return {
+        kind: f"The {kind} differ{'s' * (kind in SINGULAR)}: "
+        + ", ".join(f"{row['name']} {said}" for row, said in zip(rows, words, strict=True))
+        + "."
+        for kind, (values, words) in kinds.items()
+        if _differ(values)
+    }
+
+
+def _differ(values: Sequence[Any]) -> bool:
+    if None in values:
+        return False
+    if all(isinstance(value, int | float) for value in values):
+        return max(values) - min(values) > SAME_WITHIN * max(values)
+    return any(value != values[0] for value in values)
+
+
+def _flops(number: float | None) -> str:
+    return "unknown" if number is None else f"{number:.3g} FLOPs"
+
+
+def caveat(differing: dict[str, str]) -> str:
+    """What a ranking has to be read with; "" where the runs differ in nothing of that kind."""
+    return f"; not a comparison of methods alone: the runs differ in {', '.join(differing)}" if differing else ""
 
 
 def flops_of(config: Config, images: ImageSpec) -> dict[str, int | None]:

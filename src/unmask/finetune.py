@@ -176,6 +176,7 @@ def fine_tune(
     last_blocks: float | None = None,
     from_scratch: bool = False,
     budget: float | Budget | None = None,
+    steps_of: str | Path | None = None,
     settings: Sequence[str] = (),
     console: Console | None = None,
 ) -> Run:
@@ -198,6 +199,12 @@ def fine_tune(
         raise ConfigError("--mask-values or --class-names came, but only masks have ids; leave it out")
     if test is None and (test_annotations is not None or test_split is not None):
         raise ConfigError("--test-annotations or --test-split came without --test; give the test images too")
+    settings = [*settings, *as_long_as(steps_of, settings, budget)]
+    if from_scratch and budget is not None:
+        console.warn(
+            "with a time budget a run from scratch may take another number of steps than the one it is compared with; "
+            "--steps-of RUN instead of --budget gives it as many"
+        )
     asked = parse(settings)
     for key, why in UNSETTABLE.items():
         if key in asked:
@@ -284,6 +291,18 @@ def fine_tune(
     )
     report(done, console)
     return done
+
+
+def as_long_as(other: str | Path | None, settings: Sequence[str], budget: Budget | None) -> list[str]:
+    """The steps and the batch size of another Run as settings. Raises ConfigError where they were also set."""
+    if other is None:
+        return []
+    plan, asked = read_plan(Run.open(other)), parse(settings)
+    both = [key for key in ("train.steps", "train.epochs", "train.batch_size") if key in asked]
+    if budget is not None or both:
+        option = "--budget" if budget is not None else both[0]
+        raise ConfigError(f"got both --steps-of and {option}, which decide the length; leave one of them out")
+    return [f"train.steps={plan.steps}", f"train.batch_size={plan.batch_size}"]
 
 
 def with_masks(config: Config, lessons: Lessons) -> Config:
