@@ -45,8 +45,9 @@ _BEGUN = "it had its effect when the run began"
 REFUSED = {
     "recipe": "it says where the settings came from",
     "graft": "weights are only taken before the first step",
-    "data.source": "a run keeps its images; start a new run from these weights: unmask pretrain DATA --from {run}",
-    "data.exclude": "a run keeps its images; start a new run",
+    "data.source": "a run keeps its images; if they have moved: unmask resume {run} --data NEW; for others start a new "
+    "run from these weights: unmask pretrain DATA --from {run}",
+    "data.exclude": "a run keeps its images; start a new run from these weights: unmask pretrain DATA --from {run}",
     "data.test": _TESTS, "data.annotations": _TESTS, "data.test_annotations": _TESTS, "data.test_split": _TESTS,
     "data.size": _WEIGHTS, "data.channels": _WEIGHTS, "data.mean": _WEIGHTS, "data.std": _WEIGHTS,
     "data.repeats": _ORDER, "train.batch_size": _ORDER, "train.seed": _ORDER,
