@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 from pathlib import Path
@@ -15,7 +16,7 @@ import psutil
 import pytest
 from conftest import SMALL_RUN
 
-from unmask import stalls
+from unmask import processes, stalls
 from unmask import train as loop
 from unmask.batch import ImageSpec
 from unmask.data.augment import CropConfig
@@ -341,8 +342,6 @@ def test_a_stop_while_waiting_for_data_saves_what_was_trained(images, tmp_path, 
 
 
 def run_script(tmp_path: Path, code: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess:
-    import textwrap
-
     file = tmp_path / "script.py"
     file.write_text(textwrap.dedent(code))
     return subprocess.run(
@@ -352,3 +351,226 @@ def run_script(tmp_path: Path, code: str, *arguments: object, **environment: str
         timeout=120,
         env={**os.environ, **environment},
     )
+
+
+# ------------------------------------------------------------------------------------------------ processes, parents
+
+
+def gone(process: int) -> bool:
+    try:
+        return psutil.Process(process).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def test_pooled_processes_end_with_a_parent_that_is_killed(tmp_path):
+    """One of them is stopped, and both ignore SIGTERM: nothing of a killed scan or packing may stay in memory."""
+    code = """
+        import sys, time
+        from unmask.processes import process_pool
+
+        if __name__ == "__main__":
+            with process_pool(2, int, ()) as pool:
+                waits = [pool.submit(time.sleep, 60) for _ in range(2)]
+                time.sleep(1)
+                print(*[process.pid for process in pool._processes.values()], flush=True)
+                time.sleep(60)
+    """
+    file = tmp_path / "script.py"
+    file.write_text(textwrap.dedent(code))
+    parent = subprocess.Popen([sys.executable, str(file)], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    pooled = [int(word) for word in parent.stdout.readline().split()]
+    os.kill(pooled[0], signal.SIGTERM)
+    os.kill(pooled[0], signal.SIGSTOP)
+    time.sleep(0.2)
+    assert not any(map(gone, pooled))
+    parent.kill()
+    parent.communicate()
+    wait_until(lambda: all(map(gone, pooled)), 10)
+
+
+def test_a_pool_that_is_left_early_does_not_wait_for_its_processes():
+    began = time.monotonic()
+
+    def interrupted():
+        with processes.process_pool(1, int, ()) as pool:
+            pool.submit(time.sleep, 60)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert time.monotonic() - began < 10
+
+
+@pytest.mark.slow
+def test_loader_workers_end_with_a_training_that_is_killed(images, tmp_path):
+    process = endless(images, tmp_path / "run", 2)
+    wait_until(lambda: steps_of(tmp_path / "run") > 3)
+    workers = [child.pid for child in children_of(process.pid)]
+    assert len(workers) == 2
+    os.kill(workers[0], signal.SIGSTOP)
+    process.kill()
+    process.communicate()
+    wait_until(lambda: all(map(gone, workers)), 10)
+
+
+@pytest.mark.slow
+def test_ctrl_z_longer_than_the_limit_ends_nothing_and_hangup_saves(images, tmp_path):
+    run = tmp_path / "run"
+    process = endless(images, run, 1, **{stalls.VARIABLE: "1"})
+    wait_until(lambda: steps_of(run) > 3)
+    os.killpg(process.pid, signal.SIGSTOP)
+    time.sleep(3)
+    before = steps_of(run)
+    os.killpg(process.pid, signal.SIGCONT)
+    wait_until(lambda: steps_of(run) > before + 20)
+    process.send_signal(signal.SIGHUP)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 75, said
+    assert "Traceback" not in said
+    assert Run(run).read("status.json")["state"] == "stopped"
+
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_ends_at_once_and_says_what_is_kept(images, tmp_path):
+    run = tmp_path / "run"
+    process = endless(images, run, 0, "train.checkpoint_every=2")
+    wait_until(lambda: steps_of(run) > 3)
+    process.send_signal(signal.SIGSTOP)  # both arrive while it can do nothing
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGCONT)
+    time.sleep(0.7)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert "Traceback" not in said
+    assert "Ctrl-C again ends at once: the checkpoint of step" in said
+    assert process.returncode in (75, 130), said  # 75 where the report was written before
+    if process.returncode == 130:
+        assert f"ended at once; the checkpoint of step {Run(run).read('status.json')['step']}" in said
+
+
+def test_a_second_ctrl_c_in_a_library_that_does_not_return(tmp_path):
+    code = """
+        import os, signal, threading, time
+        from unmask.stopping import stop_requests
+
+        with stop_requests() as stop:
+            stop.kept = "the checkpoint of step 7 is kept"
+            for delay in (0.2, 1.2):
+                threading.Timer(delay, os.kill, (os.getpid(), signal.SIGINT)).start()
+            while True:
+                try:
+                    signal.pthread_sigmask(signal.SIG_BLOCK, [])
+                    time.sleep(60)
+                finally:
+                    pass
+    """
+    began = time.monotonic()
+    done = run_script(tmp_path, code)
+    assert done.returncode == 130
+    assert "ended at once; the checkpoint of step 7 is kept" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert time.monotonic() - began < 30
+
+
+@pytest.mark.parametrize("guarded", [False, True])
+def test_a_script_without_a_main_guard_is_refused_under_spawn(tmp_path, images, guarded):
+    body = """
+        stream = training_batches(loader_images(pathlib.Path(sys.argv[1])), start=0, batch=2, batches=3, workers=1)
+        print(len(list(stream)))
+    """
+    start = "if __name__ == '__main__':" if guarded else "if True:"
+    code = f"""
+        import multiprocessing, pathlib, sys
+        sys.path.insert(0, sys.argv[2])
+        multiprocessing.set_start_method("spawn", force=True)
+        from test_stopping import loader_images, training_batches
+        {start}
+    """
+    code = textwrap.dedent(code) + textwrap.indent(textwrap.dedent(body), "    ")
+    done = run_script(tmp_path, code, images, Path(__file__).parent)
+    if guarded:
+        assert done.stdout.strip() == "3", done.stderr
+    else:
+        assert "UserError" in done.stderr
+        assert "outside a main guard" in done.stderr
+        assert 'put the call under `if __name__ == "__main__":`' in done.stderr
+
+
+# -------------------------------------------------------------------------------------------------------- the launchers
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"WORLD_SIZE": "2", "RANK": "1"},
+        {"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4"},
+        {"SLURM_NTASKS": "2", "SLURM_PROCID": "1"},
+        {"OMPI_COMM_WORLD_SIZE": "3", "OMPI_COMM_WORLD_RANK": "0"},
+        {"PMI_SIZE": "2", "PMI_RANK": "0"},
+    ],
+)
+def test_several_processes_are_refused(environment):
+    with pytest.raises(UserError, match=r"not supported yet.*start the command once"):
+        processes.refuse_several_processes(environment)
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {},
+        {"WORLD_SIZE": "1", "RANK": "0"},
+        {"SLURM_NTASKS": "4"},  # in an salloc shell
+        {"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "ENVIRONMENT": "BATCH"},  # the script of sbatch
+        {"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_STEP_ID": "4294967291"},
+        {"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_STEP_ID": "1", "SLURM_STEP_NUM_TASKS": "1"},
+    ],
+)
+def test_one_process_is_none_of_several(environment):
+    processes.refuse_several_processes(environment)
+
+
+def test_every_command_that_trains_refuses_a_launcher_before_anything_else(monkeypatch, capsys, tmp_path):
+    from unmask import cli
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for verb in (["demo"], ["pretrain", "nowhere"], ["resume", "nowhere"], ["finetune", "a", "b"], ["probe", "a", "b"]):
+        monkeypatch.setattr(sys, "argv", ["unmask", *verb])
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        assert left.value.code == cli.USAGE
+        assert "got WORLD_SIZE=2" in capsys.readouterr().err
+    with pytest.raises(UserError, match="WORLD_SIZE=2"):
+        pretrain(tmp_path)
+
+
+# -------------------------------------------------------------------------------------------------------------- library
+
+
+def test_float64_as_default_changes_nothing(images, tmp_path):
+    import torch
+
+    from unmask.saved import load_encoder
+
+    settings = [*SMALL_RUN, "train.steps=3"]
+    plain = pretrain(images, recipe="mae_nano", out=tmp_path / "plain", settings=settings)
+    torch.set_default_dtype(torch.float64)
+    try:
+        run = pretrain(images, recipe="mae_nano", out=tmp_path / "run", settings=settings)
+        encoder = load_encoder(run.path)
+        assert {parameter.dtype for parameter in encoder.parameters()} == {torch.float32}
+        assert encoder(torch.zeros(2, 3, 16, 16, dtype=torch.uint8)).patches.dtype == torch.float32
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert [row["loss"] for row in run.metrics()] == [row["loss"] for row in plain.metrics()]
+
+
+@pytest.mark.parametrize("device", ["mps", "cuda:77"])
+def test_a_device_that_is_not_there_is_a_sentence(images, tmp_path, device):
+    from unmask.saved import load_encoder
+
+    run = pretrain(images, recipe="mae_nano", out=tmp_path / "run", settings=[*SMALL_RUN, "train.steps=1"])
+    with pytest.raises(UserError, match=f"device '{device}' is not available here"):
+        load_encoder(run.path, device=device)
