@@ -109,21 +109,26 @@ def install() -> Outputs:
     return Outputs(*sinks)
 
 
+def _stderr() -> Any:
+    """sys.stderr; while rich draws a bar, what lies beneath its stand-in, which would lead back to us."""
+    return getattr(sys.stderr, "rich_proxied_file", sys.stderr)
+
+
 class Words(io.TextIOBase):
     """sys.stderr as it is at each call, with every failure ignored: for words that matter less than the work."""
 
     def write(self, text: str) -> int:
-        self._try(lambda: sys.stderr.write(text))
+        self._try(lambda: _stderr().write(text))
         return len(text)
 
     def flush(self) -> None:
-        self._try(lambda: sys.stderr.flush())
+        self._try(lambda: _stderr().flush())
 
     def isatty(self) -> bool:
-        return bool(self._try(lambda: sys.stderr.isatty()))
+        return bool(self._try(lambda: _stderr().isatty()))
 
     def fileno(self) -> int:
-        return sys.stderr.fileno()
+        return _stderr().fileno()
 
     @property
     def encoding(self) -> str:
