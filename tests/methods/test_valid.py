@@ -166,6 +166,8 @@ def test_statistics_of_a_patch_are_of_its_valid_values():
     known = patch_statistics(values[..., :3])
     assert torch.allclose(found.mean, known.mean)
     assert torch.allclose(found.std, known.std)
+    nothing = patch_statistics(values, valid_patches(replace(batch, min_valid=0.9), (2, 2)))
+    assert torch.equal(nothing.remove(values), values), "not divided by nearly nothing"
 
 
 def test_a_weighted_mean_leaves_out_and_is_zero_of_nothing():

@@ -48,14 +48,16 @@ class PatchStatistics(NamedTuple):
 def patch_statistics(patches: Float[Tensor, "B N P"], valid: Valid | None = None) -> PatchStatistics:
     """Statistics for MAE's normalised-pixel target: unbiased variance, eps inside the root, always in float32.
 
-    A flat patch (variance 0) becomes an all-zero target. valid: which values they are of; None for all.
+    A flat patch (variance 0) becomes an all-zero target. valid: which values they are of; None for all. A patch that does
+    not count has mean 0 and standard deviation 1.
     """
     patches = patches.float()
     if valid is not None:
         count = valid.values.sum(-1, keepdim=True)
         mean = (patches * valid.values).sum(-1, keepdim=True) / count.clamp(min=1)
         squares = ((patches - mean) * valid.values).square().sum(-1, keepdim=True)
-        return PatchStatistics(mean, (squares / (count - 1).clamp(min=1) + VARIANCE_EPS).sqrt())
+        std = (squares / (count - 1).clamp(min=1) + VARIANCE_EPS).sqrt()
+        return PatchStatistics(mean, torch.where(count > 0, std, 1.0))  # or guesses made from others would be huge
     mean = patches.mean(-1, keepdim=True)
     squares = (patches - mean).square().sum(-1, keepdim=True)  # torch's own variance is ten times as slow on a CPU
     return PatchStatistics(mean, (squares / (patches.shape[-1] - 1) + VARIANCE_EPS).sqrt())
