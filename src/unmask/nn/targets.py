@@ -48,8 +48,8 @@ class PatchStatistics(NamedTuple):
 def patch_statistics(patches: Float[Tensor, "B N P"], valid: Valid | None = None) -> PatchStatistics:
     """Statistics for MAE's normalised-pixel target: unbiased variance, eps inside the root, always in float32.
 
-    A flat patch (variance 0) becomes an all-zero target. valid: which values they are of; None for all. A patch that does
-    not count has mean 0 and standard deviation 1.
+    A flat patch (variance 0) becomes an all-zero target. valid: which values they are of; None for all. A patch that
+    does not count has mean 0 and standard deviation 1.
     """
     patches = patches.float()
     if valid is not None:
