@@ -440,3 +440,31 @@ def test_ls_shows_damaged_runs_too(unmask, run_folder):
     code, out, _ = unmask("ls")
     assert code == 0
     assert "run " in out
+
+
+def test_excluded_images_are_left_out_of_probes_finetuning_pack_and_doctor(unmask, run_folder, tmp_path):
+    write_images(tmp_path / "labelled", 40, classes=2)
+    (tmp_path / "labelled" / "thumbs").mkdir()
+    for number in range(8):
+        Image.new("RGB", (20, 24), (number, 0, 0)).save(tmp_path / "labelled" / "thumbs" / f"{number}.png")
+    code, out, err = unmask("probe", "run", "labelled", "--exclude", "thumbs", "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["classes"] == ["class0", "class1"]
+    assert found["data"] == "labelled without thumbs"
+    assert len(json.loads(unmask("probe", "run", "labelled", "--json")[1])["classes"]) == 3
+    assert len(list((run_folder / "evals").glob("probe-knn*"))) == 2, "they are results on other images"
+    code, _, err = unmask(
+        "finetune", "run", "labelled", "--exclude", "thumbs", "--out", "tuned", "--recipe", "finetune_few",
+        "--set", "train.steps=2", "--set", "train.batch_size=8",
+    )  # fmt: skip
+    assert code == 0, err
+    config = json.loads((tmp_path / "tuned" / "config.json").read_text())
+    assert config["data"]["exclude"] == ["thumbs"]
+    assert len(config["method"]["classes"]) == 2
+    code, out, err = unmask("pack", "labelled", "packed.tar", "--exclude", "thumbs", "--workers", "0", "--json")
+    assert code == 0, err
+    assert json.loads(unmask("check", "packed.tar", "--json")[1])["files"] == 40
+    code, _, err = unmask("doctor", "--exclude", "thumbs")
+    assert code == 2
+    assert "name images too" in err

@@ -424,6 +424,7 @@ def pack(
         ),
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A new .tar, which is DATA to every command.")],
+    exclude: Exclude = None,
     short_side: Annotated[int, typer.Option(metavar="PIXELS", help="Longer ones are shrunk to it.")] = 512,
     quality: Annotated[int, typer.Option(help="Of the JPEGs, 1 to 100.")] = 90,
     workers: Annotated[
@@ -434,7 +435,9 @@ def pack(
     """Copy images into one tar, large ones shrunk, to train faster on the very same crops and masks."""
     from unmask.pack import pack
 
-    summary = pack(data, out, short_side=short_side, quality=quality, workers=workers, console=Console())
+    summary = pack(
+        data, out, short_side=short_side, quality=quality, workers=workers, exclude=exclude or (), console=Console()
+    )
     if as_json:
         _print_json(summary)
 
@@ -502,6 +505,7 @@ def set_(
 def finetune(
     run: RunFolder,
     data: Data,
+    exclude: Exclude = None,
     task: Annotated[str, typer.Option(help="classify (sub-folders), segment (masks) or detect (boxes).")] = "classify",
     test: TestData = None,
     annotations: Annotated[
@@ -578,6 +582,7 @@ def finetune(
         run,
         data,
         task=task,
+        exclude=exclude or (),
         out=out,
         test=test,
         annotations=annotations,
@@ -646,6 +651,7 @@ def reconstruct(
 def probe(
     run: RunFolder,
     data: Data,
+    exclude: Exclude = None,
     test: TestData = None,
     kind: Annotated[
         str,
@@ -736,6 +742,7 @@ def probe(
                 "--draws": draws,
                 "--controls": controls,
                 "--against": against,
+                "--exclude": exclude,
                 "--targets": targets,
                 "--columns": columns,
                 "--task": task,
@@ -769,6 +776,7 @@ def probe(
         seed=seed,
         step=step,
         device=device,
+        exclude=exclude or (),
         layer=layer,
         masks=masks,
         console=console,
@@ -995,6 +1003,7 @@ def doctor(
         str | None,
         typer.Argument(metavar="DATA", help="Images: what would limit training on them?", show_default=False),
     ] = None,
+    exclude: Exclude = None,
     recipe: Annotated[str, typer.Option(help="With DATA: a name from `unmask recipes`, or auto.")] = "auto",
     tokenizer: Annotated[
         Path | None,
@@ -1007,12 +1016,16 @@ def doctor(
     from unmask.doctor import examine, examine_data
 
     if data is not None:
-        summary = examine_data(data, Console(), recipe=recipe, settings=settings or (), tokenizer=tokenizer)
+        summary = examine_data(
+            data, Console(), recipe=recipe, exclude=exclude or (), settings=settings or (), tokenizer=tokenizer
+        )
         if as_json:
             _print_json(summary)
         return
-    if recipe != "auto" or settings or tokenizer is not None:
-        raise UserError("--recipe, --set or --tokenizer came without DATA, and would be ignored; name images too")
+    if recipe != "auto" or settings or exclude or tokenizer is not None:
+        raise UserError(
+            "--recipe, --set, --exclude or --tokenizer came without DATA, and would be ignored; name images too"
+        )
     good, summary = examine(Console())
     if as_json:
         _print_json(summary)

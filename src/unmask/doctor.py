@@ -11,7 +11,7 @@ import platform
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -220,6 +220,7 @@ def examine_data(
     console: Console,
     *,
     recipe: str = "auto",
+    exclude: Sequence[str] = (),
     settings: Iterable[str] = (),
     tokenizer: str | Path | None = None,
 ) -> dict[str, Any]:
@@ -228,7 +229,7 @@ def examine_data(
     draft = drafted(None, recipe, settings, None)
     refuse_labels(draft, None)
     device = choose_device(draft.train.device)
-    source = read_as(open_source(data), draft.data.reading)
+    source = read_as(open_source(data, exclude), draft.data.reading)
     found = scan(source, sample=LOOKED_AT, workers=0, channels=draft.data.channels)
     refuse_bad_data(found, draft)
     config, reasons, _ = settle(source, found, recipe, settings, device, budget=None)

@@ -163,6 +163,7 @@ def fine_tune(
     data: str,
     *,
     task: str = "classify",
+    exclude: Sequence[str] = (),
     out: str | Path | None = None,
     test: str | None = None,
     annotations: str | None = None,
@@ -182,7 +183,8 @@ def fine_tune(
 ) -> Run:
     """Train a classifier, segmenter or detector on `data` from the encoder of `from_run`; its Run says how it ended.
 
-    test: other images that it is tested on; None holds a fifth of `data` out. annotations: where masks or boxes are,
+    exclude: patterns of names in `data` to leave out, for classes. test: other images that it is tested on; None holds
+    a fifth of `data` out. annotations: where masks or boxes are,
     split: the list of images, both also for `test`; see `data/maps.py` and `data/boxes.py`. ignored: ids in masks that
     are no class, mask_options: how else masks are read. shots: labels per class (masks, boxes: images), None for all.
     last_blocks: as in `classify.Config`. from_scratch: the encoder's random start instead of its weights. settings:
@@ -215,7 +217,14 @@ def fine_tune(
     run = Run.open(from_run)
     fine_tuning(read_config(run), ("one", "other"))  # refuses an encoder that cannot be tuned before anything is read
     lessons = open_lessons(
-        task, data, annotations, split=split, ignored=ignored, mask_options=mask_options, console=console
+        task,
+        data,
+        annotations,
+        split=split,
+        exclude=exclude,
+        ignored=ignored,
+        mask_options=mask_options,
+        console=console,
     )
     rows, held = split_rows(lessons, shots, hold=test is None)
     other, shared = None, list[str]()

@@ -22,7 +22,7 @@ import tarfile
 import time
 import zlib
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
@@ -70,13 +70,14 @@ def pack(
     short_side: int = SHORT_SIDE,
     quality: int = 90,
     workers: int | None = None,
+    exclude: Sequence[str] = (),
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Write the images of `data` to the new file `out`, a .tar, and return what was done.
 
     short_side: pixels; longer ones are shrunk to it, nothing is enlarged. quality: of JPEGs, 1 to 100. workers:
-    processes, None for one to a core, 0 for this one. The file appears when it is complete and has been read back; it
-    is never there in part. Raises PackError.
+    processes, None for one to a core, 0 for this one. exclude: patterns of names to leave out. The file appears when it
+    is complete and has been read back; it is never there in part. Raises PackError.
     """
     console, out, start = console or Console(), Path(out), time.monotonic()
     if short_side < 1 or not 1 <= quality <= 100:
@@ -89,7 +90,7 @@ def pack(
         raise PackError(f"{out} exists already; choose another name, or remove it first")
     if left := [str(path) for path in out.parent.glob(f".{glob.escape(out.name)}.*.part")]:
         console.warn(f"left over from a packing that was killed, unless one goes on now: {some(left)}; remove it then")
-    source = open_source(data)
+    source = open_source(data, exclude)
     require_packable(source)
     if workers is None:
         workers = num_cores()

@@ -45,6 +45,12 @@ class Asked:
     test_targets: Path | None
     columns: Sequence[str] | None
     task: str | None
+    exclude: tuple[str, ...] = ()
+
+    @property
+    def images(self) -> str:
+        """What the result calls the labelled images: other ones when some are excluded."""
+        return self.data + (f" without {' '.join(self.exclude)}" if self.exclude else "")
 
     @property
     def budgets(self) -> Sequence[int | None]:
@@ -125,13 +131,15 @@ def read_labels(asked: Asked, console: Console) -> Labelled:
     """Open the images with their labels, and part training from test images."""
     if asked.targets is not None:
         return _read_table(asked, asked.targets, console)
-    train = require_labels(open_source(asked.data))
+    train = require_labels(open_source(asked.data, asked.exclude))
     require_classes(train.classes)
     train_y, aim = labels_of(train), Aim(CLASSES, train.classes)
     if asked.test is None:
         rows, test_rows = _part(train_y, np.arange(len(train)), asked)
         return Labelled(aim, train, rows, train_y, train, test_rows, train_y)
-    other = with_classes(require_labels(open_source(asked.test), train.classes), train.classes, asked.data)
+    other = with_classes(
+        require_labels(open_source(asked.test, asked.exclude), train.classes), train.classes, asked.data
+    )
     if absent := absent_classes(labels_of(other), train.classes):
         console.warn(f"{asked.test} has no image of {absent}: those classes are not tested")
     return Labelled(aim, train, np.arange(len(train)), train_y, other, np.arange(len(other)), labels_of(other))
@@ -149,7 +157,7 @@ def _read_table(asked: Asked, targets: Path, console: Console) -> Labelled:
     data, test, test_targets = asked.data, asked.test, asked.test_targets
     table = read_table(targets, asked.columns)
     meaning = meaning_of(table, asked.task)
-    train = open_source(data)
+    train = open_source(data, asked.exclude)
     found = targets_of(table, train, meaning)
     aim, values = Aim(found.task, found.classes or found.columns), _by_row(found, train)
     without, unused = found.left_out, set(found.unused)
@@ -158,7 +166,7 @@ def _read_table(asked: Asked, targets: Path, console: Console) -> Labelled:
         rows, test_rows = _part(strata, found.rows, asked)
         labelled = Labelled(aim, train, rows, values, train, test_rows, values, found.why, without)
     else:
-        other = open_source(test)
+        other = open_source(test, asked.exclude)
         if test_targets is None and (both := sorted(set(other.names) & set(train.names) & set(table.paths))):
             raise UserError(
                 f"{both[0]} is an image of {data} and of {test}, so {targets} does not say which is meant; give the "

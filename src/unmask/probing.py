@@ -77,6 +77,7 @@ def probe_kinds(
     test_targets: Path | None = None,
     columns: Sequence[str] | None = None,
     task: str | None = None,
+    exclude: Sequence[str] = (),
 ) -> dict[str, dict[str, Any]]:
     """Several kinds of probe on the same features; writes one file of each in RUN/evals, returns them all.
 
@@ -91,12 +92,15 @@ def probe_kinds(
     its encoder's input and measures so (iGPT's bert), else none. The layer is also that of other runs, as far as their
     encoders have layers; their masks are as suits them.
 
+    exclude: patterns of names to leave out, of `data` and of `test`.
+
     targets: a table of labels or quantities instead of class folders (`columns` of it, all by default; `task` overrides
     what they are taken for); test_targets: another one for `test`.
     """
     asked = Asked(
-        data, test, shots, controls, seed, step, layer, masks, draws, against, targets, test_targets, columns, task
-    )
+        data, test, shots, controls, seed, step, layer, masks, draws, against, targets, test_targets, columns, task,
+        tuple(exclude),
+    )  # fmt: skip
     for kind in kinds:
         require_kind(kind, (*KINDS, ATTENTIVE))
     require_asked(asked)
@@ -156,8 +160,8 @@ def about_asked(asked: Asked, loaded: Loaded, others: Mapping[str, Loaded], labe
     found: dict[str, Any] = {
         "shots": asked.budgets if asked.curve else asked.budgets[0],
         "seed": asked.seed,
-        "data": asked.data,
-        "test": asked.test or f"a held-out fifth of {asked.data}",
+        "data": asked.images,
+        "test": asked.test or f"a held-out fifth of {asked.images}",
         "paths": [None if path is None else str(Path(path).absolute()) for path in (asked.data, asked.test)],
         "layer": asked.layer,  # as asked for: None is the protocol that suits the encoder
         "masks": asked.masks,
