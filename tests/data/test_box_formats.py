@@ -205,6 +205,20 @@ def test_fractions_of_the_sides_are_refused(tmp_path):
     assert len(open_boxes(coco(tmp_path / "pixels", [1], annotations=pixels)).boxes[0]) == 2
 
 
+def test_fractions_in_voc_files_are_refused_and_boxes_at_the_corner_are_not(tmp_path):
+    for name, corners in (("fractions", (0.25, 0.5, 0.5, 0.75)), ("pixels", (1, 1, 2, 2))):
+        photo(tmp_path / name / "0.jpg")
+        tags = "".join(
+            f"<{tag}>{at}</{tag}>" for tag, at in zip(("xmin", "ymin", "xmax", "ymax"), corners, strict=True)
+        )
+        (tmp_path / name / "0.xml").write_text(
+            f"<annotation><object><name>dog</name><bndbox>{tags}</bndbox></object></annotation>"
+        )
+    with pytest.raises(BoxError, match=r"1 of 1 boxes of .*fractions are fractions .* 0\.xml; pixels were expected"):
+        open_boxes(tmp_path / "fractions")
+    assert open_boxes(tmp_path / "pixels").boxes[0].tolist() == [[0, 0, 2, 2]]
+
+
 def test_corners_in_place_of_sizes_are_pointed_out(tmp_path):
     boxes = [OBJECT | {"bbox": [30, 20, 70, 50]}, OBJECT | {"bbox": [50, 30, 79, 59]}]
     found = open_boxes(coco(tmp_path, [1], annotations=boxes))

@@ -176,7 +176,7 @@ def read_voc(folder: Path) -> tuple[dict[str, Objects], list[str]]:
             raise BoxError(f"{file} cannot be read: {error}; an XML file of Pascal VOC was expected") from None
     if not said:
         raise BoxError(f"{folder} holds no .xml; a folder of Pascal VOC's XML was expected, a file for each image")
-    refuse_fractions(said, folder)
+    refuse_fractions(said, folder, first=1)
     return said, sorted({name for one in said.values() for name in one.names})
 
 
@@ -208,15 +208,19 @@ def _voc(root: ElementTree.Element, file: Path) -> Objects:
 # -------------------------------------------------------------------------------------------------------------- numbers
 
 
-def refuse_fractions(said: dict[str, Objects], where: Path) -> None:
-    """Raises BoxError where boxes are fractions of the image's sides, as YOLO has them, instead of pixels."""
+def refuse_fractions(said: dict[str, Objects], where: Path, *, first: int = 0) -> None:
+    """Raise BoxError where boxes are fractions of the image's sides, as YOLO has them, instead of pixels.
+
+    first: the number of the first pixel in the file, which was taken off x1 and y1.
+    """
     boxes = np.concatenate([np.zeros((0, 4)), *(one.boxes for one in said.values())])
+    boxes[:, :2] += first
     sides = boxes[:, 2:] - boxes[:, :2]
     small = (boxes[:, :2] <= 1).all(1) & (sides <= 1.0 + 1e-6).all(1) & (sides > 0).all(1)
     broken = small & (boxes != boxes.round()).any(1)
     if not len(boxes) or small.mean() < FRACTIONS or not broken.any():
         return
-    name = next(key for key, one in said.items() if len(one.boxes) and (one.boxes[:, :2] <= 1).all(1).any())
+    name = next(key for key, one in said.items() if len(one.boxes) and (one.boxes[:, :2] + first <= 1).all(1).any())
     raise BoxError(
         f"{int(small.sum())} of {len(boxes)} boxes of {where} are fractions of their image's sides, for example in "
         f"{name}; pixels were expected: multiply x and width by the image's width, y and height by its height (YOLO's "
