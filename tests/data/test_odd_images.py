@@ -118,3 +118,12 @@ def test_large_values_of_little_contrast_are_not_one_value(tmp_path, dtype):
     found = scan(open_source(tmp_path))
     assert found.constant is not None
     assert found.constant.names == ("flat.npy",)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+def test_float_images_of_any_unit_are_told_from_images_of_one_value(tmp_path, scale):
+    np.save(tmp_path / "flat.npy", np.full((600, 600), 0.1 * scale, np.float32))
+    np.save(tmp_path / "noise.npy", (noisy(600, 600)[:, :, 0] * (scale / 255)).astype(np.float32))
+    found = scan(open_source(tmp_path))
+    assert found.constant is not None
+    assert found.constant.names == ("flat.npy",)

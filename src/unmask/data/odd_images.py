@@ -33,6 +33,7 @@ ENDINGS = re.compile(
 SAMPLE = 6  # images of each kind that are decoded
 FEW, LEAST_PIXELS = 40, 400  # colours that a mask holds at most, of images with enough pixels to hold more
 MOST_FOLDERS, MOST_NAMES = 64, 200_000  # beyond which names are not compared: class folders, and many
+ROUNDING = 1e-10  # relative error of the sums that a scan keeps, of a float image of one value
 MIRRORED = 0.5  # share of a folder's names that another folder has too
 
 
@@ -180,7 +181,7 @@ def constant_images(source: Source, looks: Looks) -> Constant | None:
         return None
     pixels = np.repeat(np.maximum(1, looks.valid).astype(np.float64), looks.channels)
     mean = looks.sums / pixels
-    flat = np.abs(looks.squares / pixels - mean**2) <= 1e-9 * np.maximum(1, mean**2)
+    flat = np.abs(looks.squares / pixels - mean**2) <= ROUNDING * mean**2
     places = np.flatnonzero(np.logical_and.reduceat(flat, looks.starts) & (looks.valid > 0))
     if not len(places):
         return None
