@@ -111,3 +111,11 @@ def test_two_spellings_of_one_class_are_one_class(root):
 def test_class_names_hold_no_control_characters(root):
     source = listed(root, "a.png,\x1b[31mred\nb.png,plain\n")
     assert sorted(source.classes) == ["\\x1b[31mred", "plain"]
+
+
+@pytest.mark.parametrize("line", ["a.png,", '"a.png",""'])
+def test_an_empty_label_is_none(root, line):
+    with pytest.raises(
+        SourceError, match=r"1 of 2 lines .* give a label, and others do not, for example a\.png in line 1"
+    ):
+        listed(root, f"{line}\nb.png,cat\n")

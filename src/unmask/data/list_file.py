@@ -127,7 +127,7 @@ def _path_and_label(line: Line, folder: str, file: str, extensions: tuple[str, .
         for separator in SEPARATORS:
             cells = [cell.strip() for cell in _cells(text, separator) or ()]
             if len(cells) == 2 and cells[0].lower().endswith(extensions):
-                return cells[0], cells[1]
+                return cells[0], cells[1] or None
         if (cells := _cells(text, ",")) and len(cells) == 1:
             return cells[0], None
     for separator in SEPARATORS:
@@ -138,7 +138,7 @@ def _path_and_label(line: Line, folder: str, file: str, extensions: tuple[str, .
                     f"line {line.number} of {file} has quotes that do not match: {text[:60]!r}; put the whole cell in "
                     'quotes, and write a quote in it as ""'
                 )
-            return path.strip(), label.strip()
+            return path.strip(), label.strip() or None
     return text, None
 
 
