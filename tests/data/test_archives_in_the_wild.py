@@ -228,7 +228,23 @@ def test_images_are_left_out_by_pattern_and_counted(tmp_path):
         ("[!a]*", "abc", False),
         ("im?.png", "x/im1.png", True),
         ("im(1).png", "im(1).png", True),
+        ("im[[]1].png", "im[1].png", True),
+        ("[a[b]", "[", True),
+        ("[a&&b].png", "&.png", True),
     ],
 )
 def test_patterns(pattern, name, matches):
     assert matcher(pattern)(name) is matches
+
+
+@pytest.mark.parametrize("pattern", ["[z-a].png", "[!]"])
+def test_brackets_that_hold_no_set_of_letters_are_refused(tmp_path, pattern):
+    folders(tmp_path, d=["a/0.png", "b/1.png"])
+    with pytest.raises(SourceError, match=r"got the pattern .* expected one such as \[0-9\]"):
+        open_source(tmp_path / "d", exclude=[pattern])
+
+
+def test_a_folder_of_compressed_files_that_are_no_shards_holds_no_image(tmp_path):
+    (tmp_path / "table.csv.gz").write_bytes(b"\x1f\x8b")
+    with pytest.raises(SourceError, match=r"holds no image \(but 1 \.gz\)"):
+        open_source(tmp_path)

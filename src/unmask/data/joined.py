@@ -145,10 +145,6 @@ def _or_unknown(times: np.ndarray | None, part: Source) -> np.ndarray:
 # --------------------------------------------------------------------------------------------------------------- shards
 
 
-def shard_files(paths: Sequence[str]) -> list[str]:
-    return [path for path in paths if path.lower().endswith(SHARDS)]
-
-
 def open_shards(name: str, root: str, relative: Sequence[str], *, location: str) -> Source:
     """These files of parquet or tar, relative to `root` ("/" between folders), as one source.
 
@@ -274,7 +270,7 @@ def matcher(pattern: str) -> Callable[[str], bool]:
     """Whether a pattern matches a '/'-separated name. Case counts; * and ? stop at "/", ** is any number of folders.
 
     Without "/" it matches a file's or a folder's own name anywhere, otherwise the whole path from its beginning; what
-    lies below a folder that matches is matched too.
+    lies below a folder that matches is matched too. Raises SourceError for brackets without a set of letters.
     """
     parts = pattern.strip("/").split("/")
     anywhere = "/" not in pattern.strip("/")
@@ -282,7 +278,14 @@ def matcher(pattern: str) -> Callable[[str], bool]:
         "(?:[^/]+/)*" if part == "**" else _part(part) + ("/" if place < len(parts) - 1 else "")
         for place, part in enumerate(parts)
     )
-    found = re.compile(("(?:^|/)" if anywhere else "^") + text + ("" if parts[-1] == "**" else "(?:/|$)"))
+    whole = ("(?:^|/)" if anywhere else "^") + text + ("" if parts[-1] == "**" else "(?:/|$)")
+    try:
+        found = re.compile(whole)
+    except re.error:
+        raise SourceError(
+            f"got the pattern {pattern!r} to exclude, whose brackets hold no set of letters; expected one such as "
+            "[0-9] or [!a-c]; write [[] for a bracket in a name"
+        ) from None
     return lambda name: found.search(name) is not None
 
 
@@ -292,7 +295,7 @@ def _part(part: str) -> str:
     while place < len(part):
         letter, end = part[place], part.find("]", place + 2)
         if letter == "[" and end > 0:
-            inside = part[place + 1 : end].replace("\\", r"\\")
+            inside = re.sub(r"([\[\\&~|])", r"\\\1", part[place + 1 : end])
             pieces.append(f"[{'^' + inside[1:] if inside[0] in '!^' else inside}]")
             place = end
         else:

@@ -21,7 +21,6 @@ IMAGES = ("image", "img", "bytes", "jpg", "png")
 LABELS = ("label", "labels", "class", "target")
 NAMES = ("path", "file", "filename", "file_name", "name")
 METADATA = b"huggingface"
-MOST_BYTES = 200_000_000
 
 
 class ColumnError(SourceError):

@@ -39,7 +39,15 @@ from unmask.data.class_names import are_fractions, class_name, class_order
 from unmask.data.decode import MOST_BYTES, BadImage
 from unmask.data.list_file import read_list
 from unmask.data.names import Names
-from unmask.data.parquet_columns import LABELS, class_label_names, image_bytes, image_column, is_text, parquet_labels
+from unmask.data.parquet_columns import (
+    LABELS,
+    NAMES,
+    class_label_names,
+    image_bytes,
+    image_column,
+    is_text,
+    parquet_labels,
+)
 from unmask.data.reading import Reading
 from unmask.data.system_folders import is_hidden, is_system
 from unmask.data.tar_index import Member, TarIndex, webdataset_labels
@@ -371,8 +379,8 @@ def _from_tree(text: str) -> Source:
     skipped: Counter[str] = Counter()
     listing = _Listing()
     _walk(text, listing, skipped)
-    if not listing.paths and any(skipped[ending] for ending in SHARD_ENDINGS):
-        return _from_shards(text, os.path.abspath(text), _shards_below(text), location=os.path.abspath(text))
+    if not listing.paths and any(skipped[ending] for ending in SHARD_ENDINGS) and (shards := _shards_below(text)):
+        return _from_shards(text, os.path.abspath(text), shards, location=os.path.abspath(text))
     source = listing.files(text, os.path.abspath(text), ordered=False)
     source.skipped = skipped
     source.label_by_folder()
@@ -826,7 +834,7 @@ def _refuse_large_groups(file: Any, column: str, text: str) -> None:
 
 
 def _parquet_names(file: Any, schema: Any, column: str, struct: bool) -> list[str]:
-    for name in ("path", "file", "filename", "file_name", "name"):
+    for name in NAMES:
         if name in schema.names and name != column and is_text(schema.field(name).type):
             return [printable(str(value)) for value in file.read([name]).column(name).to_pylist()]
     if struct and "path" in [field.name for field in schema.field(column).type]:

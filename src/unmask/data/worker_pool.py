@@ -510,8 +510,3 @@ def _end_open_pools() -> None:
     """Before multiprocessing's own function, which sends its children SIGTERM and waits: workers ignore it."""
     for pool in list(_open_pools):
         pool.close()
-
-
-def end_workers() -> None:
-    """End the workers of every open pool of this process."""
-    _end_open_pools()
