@@ -134,10 +134,10 @@ def test_costly_files_are_decoded_apart_and_ordinary_ones_here(monkeypatch):
 def test_a_file_beyond_its_limits_is_named_and_the_scan_goes_on(fault, code, monkeypatch):
     true_decoded = scanning._decoded
 
-    def decoded(data, head, like):
+    def decoded(data, *settings):
         if data == KINDS["gif"]:
             raise fault
-        return true_decoded(data, head, like)
+        return true_decoded(data, *settings)
 
     monkeypatch.setattr(scanning, "_decoded", decoded)
     found = scan(Memory({"a.png": KINDS["png"], "b.gif": KINDS["gif"], "c.jpg": KINDS["jpeg"]}), workers=0)
