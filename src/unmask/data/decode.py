@@ -65,7 +65,7 @@ MOST_MEMORY = 512 << 20  # bytes, for a file and the decoding of it piece by pie
 MOST_PIECES = 24 << 20  # bytes that the conversion of a piece takes
 MOST_WORK = 2_000_000_000  # pixels that the scans of a JPEG decode: about ten seconds
 FEW = 1 << 16  # pixels that are computed on in float64 at a time
-PIECE = 1 << 20  # pixels that are converted at a time
+PIECE = 1 << 18  # pixels that are converted at a time: few enough to stay in the cache of a core
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601
 
 
