@@ -550,3 +550,45 @@ def test_a_class_that_occurs_outside_the_split_only_does_not_matter(pretrained, 
     more = ["method.width=16", "method.convs=1", "train.steps=1", "data.size=[32,32]"]
     run = tune(pretrained, root, tmp_path / "run", *more, task="detect", split="train")
     assert run.read(SCORE)["classes"] == ["square"]
+
+
+# ------------------------------------------------------------------------------------------ how image files are decoded
+
+
+def banded(folder, pages=0):
+    """Two classes of TIFFs of four bands of data, the last tagged as alpha; or of several gray pages."""
+    tifffile = pytest.importorskip("tifffile")
+    random = np.random.default_rng(0)
+    for name in ("a", "b"):
+        (folder / name).mkdir(parents=True)
+        for number in range(6):
+            values = random.integers(20, 230, (pages, 24, 24) if pages else (24, 24, 4), np.uint8)
+            how = {"photometric": "minisblack"} if pages else {"photometric": "rgb", "extrasamples": ["unassalpha"]}
+            tifffile.imwrite(folder / name / f"{number}.tif", values, **how)
+    return folder
+
+
+def test_predictions_decode_files_as_the_training_did(tmp_path):
+    before = pretrain(banded(tmp_path / "bands"), recipe="mae_nano", out=tmp_path / "pre", settings=[*SMALL])
+    tuned = tune(before, tmp_path / "bands", tmp_path / "tuned", "train.steps=1")
+    assert read_plan(tuned).reading.tagged == "band"
+    one = tmp_path / "one.tif"  # by itself its last band would be taken for alpha, and composited
+    values = np.full((24, 24, 4), 255, np.uint8)
+    pytest.importorskip("tifffile").imwrite(one, values, photometric="rgb", extrasamples=["unassalpha"])
+    done = predict(
+        tuned.path, [str(one)], tmp_path / "classes.csv", step=None, device="cpu", console=Console(quiet=True)
+    )
+    assert (done["images"], done["left_out"]) == (1, 0)
+
+
+def test_labels_belong_to_files_so_pages_are_no_images_of_their_own(tmp_path):
+    data = banded(tmp_path / "pages", pages=3)
+    before = pretrain(data, recipe="mae_nano", out=tmp_path / "pre", settings=[*SMALL, "data.pages=samples"])
+    assert read_plan(before).num_images == 36
+    tuned = tune(before, data, tmp_path / "tuned", "train.steps=2", "train.test_every=2")
+    assert (read_config(tuned).data.pages, read_plan(tuned).reading.pages) == ("first", "first")
+    assert any(
+        "12 TIFF files with 3 pages each: only the first page is read" in why for why in read_plan(tuned).reasons
+    )
+    with pytest.raises(ConfigError, match=r"got data\.pages=samples; expected first or channels"):
+        tune(before, data, tmp_path / "refused", "data.pages=samples")

@@ -148,6 +148,8 @@ def from_weights(
     step, _ = checkpoint.load_model(run)
     config, spec = fine_tuning(read_config(run), classes, recipe, ignored=ignored), read_plan(run).images
     data = {"size": spec.size, "channels": spec.channels, "mean": spec.mean, "std": spec.std}
+    if config.data.pages == "samples":  # labels belong to files
+        data["pages"] = "first"
     none = dict.fromkeys(("test", "annotations", "test_annotations", "test_split"))
     taken = Graft(run=str(run.path.absolute()), source="encoder.", target="encoder.", step=step)
     graft = () if from_scratch else (taken,)
@@ -253,6 +255,10 @@ def fine_tune(
     if config.method.name != task:
         raise ConfigError(f"recipe {recipe} is for --task {config.method.name}, but --task {task} came; change one")
     config = start.resolve(with_masks(config, lessons), settings, budget=budget, source=lessons.source)
+    if config.data.pages == "samples":
+        raise ConfigError(
+            "got data.pages=samples; expected first or channels: labels, masks and boxes belong to files, not to pages"
+        )
     found = start.scan_all(lessons.source, config, console)
     if task in DENSE_TASKS and "data.size" not in asked:
         config = enlarged(config, found.median_size, catalogue.find(recipe).data.size, console)

@@ -33,6 +33,7 @@ from unmask.data.class_names import class_name
 from unmask.data.csv_cells import marked
 from unmask.data.decode import BadImage
 from unmask.data.maps import CLASSES_FILE, first_ids
+from unmask.data.page_source import read_as
 from unmask.data.safe_names import safe_names
 from unmask.data.sources import Source
 from unmask.errors import UserError, naming
@@ -81,7 +82,7 @@ def predict(
     if not endings and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"output folder {out} is not empty; name a new folder for the masks")
     require_writable(out, folder=not endings)
-    source = open_images(images)
+    source = read_as(open_images(images), loaded.plan.reading)
     whole = not isinstance(loaded.method, classify.Classifier)
     seen = Readable(
         source, np.arange(len(source)), loaded.plan.images, loaded.config.data.crop, training=False, whole=whole
