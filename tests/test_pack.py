@@ -290,3 +290,24 @@ def test_on_the_command_line(folder, tmp_path, monkeypatch, capsys):
     assert "2 cannot be read and are copied as they are" in said.err
     assert found["bytes_after"] < found["bytes_before"]
     assert len(open_source(out)) == 9
+
+
+def test_what_is_decided_for_a_data_set_holds_for_every_file(tmp_path):
+    from data.corpus import tiff
+
+    (tmp_path / "bands").mkdir()
+    for number in range(4):
+        values = smooth(160, 200, 4) // 2 + 60
+        if number == 3:  # by itself its last band would be taken for alpha
+            values[..., 3] = 255
+        (tmp_path / "bands" / f"{number}.tif").write_bytes(tiff(values, photometric="rgb", extrasamples=["unassalpha"]))
+    (tmp_path / "cubes").mkdir()
+    for number in range(4):
+        values = smooth(20, 160 + 10 * number, 200 + 10 * number).astype(np.float32)  # rows first, taken by itself
+        np.save(tmp_path / "cubes" / f"{number}.npy", values)
+    for name, kind, shrunk in (("bands", {4: 4}, 4), ("cubes", {20: 4}, 0)):
+        before = scan(open_source(tmp_path / name))
+        done = pack(tmp_path / name, tmp_path / f"{name}.tar", short_side=80, workers=0, console=Console(quiet=True))
+        after = scan(open_source(tmp_path / f"{name}.tar"))
+        assert done["shrunk"] == shrunk
+        assert before.channels == after.channels == kind

@@ -38,6 +38,7 @@ from unmask.console import Console
 from unmask.data import absent, augment, decode
 from unmask.data.decode import BadImage, Header, packed_note
 from unmask.data.scan import num_cores
+from unmask.data.settle import settle
 from unmask.data.sources import EXTENSIONS, Source, TarSource, classes_of, open_source
 from unmask.errors import UserError, some
 from unmask.processes import process_pool
@@ -95,6 +96,9 @@ def pack(
     if workers is None:
         workers = num_cores()
     console.say(f"{source.name}: {len(source)} images found")
+    source.reading, settled = settle(source, range(len(source)))
+    for reason in settled:
+        console.say(f"  {reason}")
     part = out.with_name(f".{out.name}.{os.getpid()}.part")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -204,7 +208,7 @@ def pack_image(source: Source, row: int, short_side: int, quality: int) -> Packe
     data = b""
     try:
         data = source.read(row)
-        found = decode.header(data)
+        found = decode.header(data, source.reading)
         target = _target(found, short_side)
         # Twice as large as needed: scaled decoding is a cruder filter than the bicubic that does the last step.
         at_least = None if target is None else (2 * target[0], 2 * target[1])
@@ -244,7 +248,8 @@ def _encoded(pixels: np.ndarray, found: Header, quality: int) -> bytes:
         return _jpeg(pixels, quality, note)
     if pixels.shape[2] not in (1, 3) or pixels.dtype == np.float32:
         file = io.BytesIO()
-        np.save(file, pixels)
+        # In the order of axes of the original: files that are copied as they are have it too.
+        np.save(file, np.ascontiguousarray(pixels.transpose(2, 0, 1)) if found.layout.axes == "CHW" else pixels)
         return file.getvalue() + note  # what lies behind the values is read by nobody else
     return _png(pixels, note) if pixels.dtype == np.uint8 else _png16(pixels, note)
 
