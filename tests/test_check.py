@@ -34,7 +34,7 @@ def test_without_a_sample_the_number_is_exact(images):
     assert summary["usable"] == 30
     text = " ".join(summary["reasons"])
     assert "30 images of 20 x 24 pixels (median)" in text
-    assert "about" not in text
+    assert "about 30 images" not in text
 
 
 def test_the_forecast_is_of_the_plan_that_pretrain_makes(images, tmp_path, monkeypatch):
@@ -44,6 +44,13 @@ def test_the_forecast_is_of_the_plan_that_pretrain_makes(images, tmp_path, monke
     plan = run.read("plan.json")
     assert (summary["steps"], summary["reasons"]) == (plan["steps"], plan["reasons"])
     assert summary["recipe"] == run.read("config.json")["recipe"]
+    assert summary["reasons"][0].startswith("images of 20 x 24 (median) are resampled to 20 x 20 pixels")
+
+
+def test_the_forecast_is_for_the_device_that_is_set(images, monkeypatch):
+    monkeypatch.setattr("unmask.check.choose_device", lambda asked: "cpu" if asked == "cpu" else pytest.fail(asked))
+    _, summary = check_data(str(images), Console(quiet=True), sample=None, workers=0, settings=["train.device=cpu"])
+    assert summary["device"] == "cpu"
 
 
 def test_nothing_is_kept_or_written_by_a_forecast(images, tmp_path, monkeypatch):

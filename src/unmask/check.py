@@ -13,7 +13,8 @@ from unmask.data.scan import Scan, scan
 from unmask.data.sources import Source, open_source
 from unmask.errors import some
 from unmask.plan import Timing, choose_device, time_steps
-from unmask.start import batch_seconds, drafted, odd_images, prepare, say_plan, settle, skipped
+from unmask.sizes import consequence
+from unmask.start import batch_seconds, drafted, odd_images, patch_of, prepare, say_plan, settle, skipped
 
 NAMED_BAD_FILES = 20
 MEASURE_SECONDS = 6.0
@@ -77,7 +78,7 @@ def check_data(
         return 2, summary
     for line in odd_images(source, found):
         console.warn(line)
-    summary |= forecast(source, found, console, list(settings))
+    summary |= forecast(source, found, console, list(settings), choose_device(draft.train.device))
     most = DataConfig().max_bad_fraction
     if found.bad_fraction > most:
         console.warn(
@@ -137,10 +138,11 @@ def say_table(rows: list[dict[str, Any]], console: Console) -> None:
         console.say("  " + "  ".join(cells).rstrip())
 
 
-def forecast(source: Source, found: Scan, console: Console, settings: list[str]) -> dict[str, Any]:
+def forecast(source: Source, found: Scan, console: Console, settings: list[str], device: str) -> dict[str, Any]:
     """The plan that `unmask pretrain` would make with the recipe `auto`, a few steps of it measured, and its cost."""
-    device = choose_device("auto")
     config, reasons, proposals = settle(source, found, "auto", settings, device, budget=None)
+    size = consequence(found.median_size, config.data.size, patch_of(config))
+    console.say(size)
     images, plan = prepare(source, found, config, device, budget=None, reasons=reasons)
     load = batch_seconds(images, plan.batch_size, plan.workers, cached=plan.cached)
     compute = Timing.of(
@@ -162,7 +164,7 @@ def forecast(source: Source, found: Scan, console: Console, settings: list[str])
     return {
         "recipe": config.recipe,
         "settings": proposals,
-        "reasons": list(plan.reasons),
+        "reasons": [size, *plan.reasons],
         "step_seconds": each,
         "step_seconds_range": list(timing[1:]),
         "steps": plan.steps,

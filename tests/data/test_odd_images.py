@@ -81,7 +81,8 @@ def test_classes_and_drawings_are_no_masks(tmp_path):
     assert mask_warnings(open_source(streets(tmp_path / "s") / "labels")) == [], "masks alone"
 
 
-def test_check_warns_before_training(tmp_path, capsys):
+def test_check_warns_before_training(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("unmask.check.MEASURE_SECONDS", 0.1)
     check_data(str(streets(tmp_path)), Console(), sample=None, workers=0)
     said = capsys.readouterr().err
     assert "warning: 8 of 16 images, labels/, look like segmentation masks" in said
