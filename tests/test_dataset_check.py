@@ -150,7 +150,7 @@ def test_a_run_whose_data_moved_goes_on_exactly_where_they_are_now(stopped, tmp_
     (entry,) = stopped.read("provenance.json")["data_changes"]
     assert (entry["what"], entry["step"]) == ("moved", 2)
     assert entry["places"]["source"] == [str(tmp_path / "data"), str(tmp_path / "moved" / "photos")]
-    with pytest.raises(ConfigError, match="--test came, but this run has none"):
+    with pytest.raises(ConfigError, match="got --test, but this run has none"):
         Places(test="x").applied(read_config(stopped))
 
 

@@ -210,7 +210,7 @@ def _mask_options(values: str | None, names: Path | None) -> Any:
     try:
         ids = () if values is None else tuple(int(value) for value in values.split(","))
     except ValueError:
-        raise UserError(f"--mask-values {values} came; ids with commas were expected, for example 0,255") from None
+        raise UserError(f"got --mask-values {values}; expected ids with commas, for example 0,255") from None
     return MaskOptions(ids, names)
 
 
@@ -1024,7 +1024,7 @@ def doctor(
         return
     if recipe != "auto" or settings or exclude or tokenizer is not None:
         raise UserError(
-            "--recipe, --set, --exclude or --tokenizer came without DATA, and would be ignored; name images too"
+            "got --recipe, --set, --exclude or --tokenizer without DATA, where they have no effect; name images too"
         )
     good, summary = examine(Console())
     if as_json:

@@ -200,7 +200,7 @@ def fine_tune(
     if ignored and task != "segment":
         raise ConfigError(f"--ignore {ignored[0]} came, but only masks have ids to ignore; leave it out")
     if mask_options is not None and task != "segment":
-        raise ConfigError("--mask-values or --class-names came, but only masks have ids; leave it out")
+        raise ConfigError("got --mask-values or --class-names, but only masks have ids; leave it out")
     if test is None and (test_annotations is not None or test_split is not None):
         raise ConfigError("--test-annotations or --test-split came without --test; give the test images too")
     settings = [*settings, *as_long_as(steps_of, settings, budget)]

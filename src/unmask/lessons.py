@@ -107,7 +107,9 @@ def open_lessons(
         require_classes(source.classes)
         return Lessons(source, tuple(source.classes), np.arange(len(source)))
     if exclude or not isinstance(data, str):
-        raise ConfigError(f"several DATA, or --exclude, came for task {task}; they are for classes from sub-folders")
+        raise ConfigError(
+            f"got several DATA, or --exclude, for task {task}; they are for classes from sub-folders only"
+        )
     if task == "segment":
         maps = open_maps(
             data, annotations, ignored=ignored, options=mask_options, classes=classes, look=look, console=console

@@ -353,7 +353,7 @@ class Places:
         """The configuration with these places, as absolute paths. Raises ConfigError for one that would be ignored."""
         for name in ("test", "annotations", "test_annotations"):
             if getattr(self, name) is not None and getattr(config.data, name) is None:
-                raise ConfigError(f"--{name.replace('_', '-')} came, but this run has none; leave it out")
+                raise ConfigError(f"got --{name.replace('_', '-')}, but this run has none; leave it out")
         others = {name: getattr(self, name) for name in ("test", "annotations", "test_annotations")}
         changes: dict[str, Any] = {
             name: os.path.abspath(place) if os.path.exists(place) else place

@@ -232,10 +232,10 @@ def open_maps(
 def _require_values(values: Sequence[int], ignored: Sequence[int]) -> None:
     if wrong := [one for one in values if not 0 <= one < 1 << 16 or values.count(one) > 1 or one in ignored]:
         raise MaskError(
-            f"mask value {wrong[0]} came; different ids from 0 to 65535 were expected, none of them with --ignore too"
+            f"got mask value {wrong[0]}; expected different ids from 0 to 65535, none of them with --ignore too"
         )
     if len(values) == 1:
-        raise MaskError(f"one mask value came, {values[0]}; at least two were expected, such as --mask-values 0,255")
+        raise MaskError(f"got one mask value, {values[0]}; expected at least two, such as --mask-values 0,255")
 
 
 def _names(beside: Sequence[Path], options: MaskOptions, maps: Maps) -> list[str] | None:
@@ -254,7 +254,7 @@ def _classes(maps: Maps, names: Sequence[str] | None) -> tuple[str, ...]:
     if maps.values:
         if names is not None and len(names) != len(maps.values):
             raise MaskError(
-                f"{len(names)} class names came for {len(maps.values)} mask values; give a name for each value, in "
+                f"got {len(names)} class names for {len(maps.values)} mask values; give a name for each value, in "
                 "the same order"
             )
         return tuple(names or (f"class {one}" for one in maps.values))
