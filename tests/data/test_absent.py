@@ -272,3 +272,7 @@ def test_packed_copies_keep_their_holes(tmp_path):
     assert small[valid].mean() == pytest.approx(250, abs=2)
     assert small[valid].min() > 0
     assert pack_image(source, 1, 40, 90).data == source.read(1), "only its own tag says which pixels are absent"
+
+
+def test_a_directory_beyond_what_can_be_addressed_declares_nothing():
+    assert absent.declared(b"II+\0\x08\0\0\0" + b"\xff" * 8 + bytes(16)) is None

@@ -2,6 +2,7 @@
 
 import builtins
 import struct
+import subprocess
 import sys
 
 import numpy as np
@@ -380,3 +381,22 @@ def test_without_tifffile_the_remedy_is_named(monkeypatch):
     plain = file_of(rgba(), "TIFF")
     assert agreed(plain).shape == (48, 64, 3)
     assert (agreed(plain, alpha="band") == rgba()).all()
+
+
+@pytest.mark.parametrize("start", [b"II*\0\0\0\0\0", b"MM\0*\0\0\0\0" + bytes(40), b"II+\0\x08\0\0\0" + bytes(30)])
+@pytest.mark.parametrize("pages", ["auto", "samples"])
+def test_a_tiff_whose_writer_was_killed_is_a_bad_file(tmp_path, start, pages):
+    (tmp_path / "cut.tif").write_bytes(start)
+    (tmp_path / "whole.tif").write_bytes(tiff(photo(3), photometric="rgb"))
+    source = read_as(open_source(tmp_path), Reading(pages=pages))
+    found = scan(source, workers=0)
+    assert [(bad.name, bad.code) for bad in found.bad] == [("cut.tif", "TRUNCATED")]
+    assert found.good == 1
+
+
+def test_remarks_of_tifffile_on_tags_are_not_shown(tmp_path):
+    data = tiff(np.zeros((8, 8, 5), np.uint16), photometric="minisblack", extratags=[(42113, 2, 6, "-9999", True)])
+    (tmp_path / "a.tif").write_bytes(data)
+    code = "import sys; from unmask.data import decode; decode.decode(open(sys.argv[1], 'rb').read())"
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "a.tif"], capture_output=True, text=True, check=True)
+    assert done.stderr == ""

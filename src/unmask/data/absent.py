@@ -54,7 +54,7 @@ def declared(data: bytes) -> float | None:
                 if length > inline:
                     (place,) = struct.unpack_from(order + place_of, data, place)
                 text = data[place : place + min(length, LONGEST_VALUE)]
-    except struct.error:
+    except (struct.error, OverflowError):  # OverflowError: a place beyond 2^63
         return None
     try:
         return float(text.split(b"\0")[0])

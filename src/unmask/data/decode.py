@@ -25,6 +25,7 @@ CHANGED.
 from __future__ import annotations
 
 import io
+import logging
 import math
 import re
 import struct
@@ -66,6 +67,7 @@ MOST_PIECES = 24 << 20  # bytes that the conversion of a piece takes
 MOST_WORK = 2_000_000_000  # pixels that the scans of a JPEG decode: about ten seconds
 FEW = 1 << 16  # pixels that are computed on in float64 at a time
 PIECE = 1 << 18  # pixels that are converted at a time: few enough to stay in the cache of a core
+NO_LOG = logging.NullHandler()  # without any handler tifffile's remarks on tags would go to the screen
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # ITU-R BT.601
 
 
@@ -552,7 +554,9 @@ def _tiff_pages(data: bytes, most: int) -> list[Page]:
     except TooManyEntries as error:
         raise BadImage("HEADER_BAD", f"TIFF: {error}") from None
     except (struct.error, OverflowError):
-        raise BadImage("TRUNCATED", "TIFF: its directory lies beyond the end of the file") from None
+        raise BadImage(
+            "TRUNCATED", "TIFF: it has no directory, or one beyond its end: it was not written to the end"
+        ) from None
 
 
 def _tiff_layout(page: Page) -> _Tiff:
@@ -715,6 +719,7 @@ def _tiff_bands(data: bytes, tiff: _Tiff, alpha: str) -> np.ndarray:
     except ImportError:
         advice = "pip install 'unmask[tiff]', or convert it to .npy"
         raise BadImage("UNSUPPORTED_MODE", f"{what} needs the package tifffile: {advice}") from None
+    logging.getLogger("tifffile").addHandler(NO_LOG)
     try:
         with tifffile.TiffFile(io.BytesIO(data)) as file:
             page = file.pages.first

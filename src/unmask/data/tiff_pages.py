@@ -69,10 +69,15 @@ class _Bounds:
 
 
 def read_pages(data: bytes, *, most: int = MOST_PAGES) -> list[Page]:
-    """The first `most` directories, classic and BigTIFF, and those below the first. Raises struct.error at a cut."""
+    """The first `most` directories, at least one, classic and BigTIFF, and those below the first.
+
+    Raises struct.error at a cut, and where there is no directory: writers fill in its place last.
+    """
     order = "<" if data[:2] == b"II" else ">"
     big = data[2:4] in (b"+\0", b"\0+")
     (start,) = struct.unpack_from(order + ("Q" if big else "I"), data, 8 if big else 4)
+    if not start:
+        raise struct.error("no directory")
     pages: list[Page] = []
     seen: set[int] = set()
     bounds = _Bounds()
