@@ -11,8 +11,9 @@ from unmask import budget as budgets
 from unmask import checkpoint
 from unmask import train as loop
 from unmask.batch import ImageSpec
-from unmask.budget import Budget, Pacer, Replan, place, require_order
+from unmask.budget import Budget, Pacer, Replan, as_budget, place, require_order
 from unmask.console import Console
+from unmask.errors import UserError
 from unmask.optim import learning_rate
 from unmask.plan import Plan
 from unmask.run import Run, RunError
@@ -301,3 +302,14 @@ def test_a_damaged_list_of_replans_is_refused_by_name(images, tmp_path, monkeypa
     run.write("plan.json", found)
     with pytest.raises(RunError, match=r"plan\.json is not what"):
         resume(run.path)
+
+
+@pytest.mark.parametrize(("given", "seconds"), [("90s", 90.0), ("30m", 1800.0), ("1.5h", 5400.0), ("2D", 172800.0)])
+def test_a_budget_may_be_written_as_on_the_command_line(given, seconds):
+    assert as_budget(given).seconds == seconds
+
+
+@pytest.mark.parametrize("given", ["", "1", "10k", "m", "0s", "-5m", "infh", "nanm"])
+def test_a_budget_of_another_form_is_refused_before_images_are_opened(given):
+    with pytest.raises(UserError, match="got a time budget of"):
+        pretrain("no such folder", budget=given)

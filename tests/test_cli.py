@@ -12,8 +12,9 @@ import pytest
 from conftest import SMALL_RUN, write_images
 from PIL import Image
 
-from unmask import cli
+from unmask import cli, demo
 from unmask.config import DataConfig, TrainConfig, keys, override
+from unmask.console import Console
 from unmask.optim import OptimConfig
 from unmask.recipes.catalogue import all_recipes, describe
 
@@ -214,8 +215,11 @@ def bad_inputs(tmp_path):
         (["pretrain", "good", *train, "--set", "train.steps=many"], r"train\.steps='many' does not fit"),
         (["pretrain", "good", *train, "--set", "train.steps=-3"], r"train\.steps=-3 does not fit"),
         (["pretrain", "good", *train, "--set", "train.steps"], "KEY=VALUE was expected"),
-        (["pretrain", "good", *train, "--budget", "soon"], "time budget 'soon' came"),
-        (["pretrain", "good", *train, "--budget", "-5m"], "not a positive time"),
+        (
+            ["pretrain", "good", *train, "--budget", "soon"],
+            "of 'soon'; expected a number with s, m, h or d",
+        ),
+        (["pretrain", "good", *train, "--budget", "-5m"], "got a time budget of '-5m'; expected a positive time"),
         (["pretrain", "good", *train, "--set", "data.size=[30,30]"], "not a multiple of patch size 4; use 28 or 32"),
         (["pretrain", "good", *train, "--set", "method.encoder.heads=5"], "5 heads do not divide"),
         (["pretrain", "good", *train, "--set", "method.mask_ratio=0.99"], "leaves nothing visible"),
@@ -328,6 +332,23 @@ def test_the_demo_from_nothing_to_a_report_with_both_sets(unmask, tmp_path):
     assert "before training" in html
 
 
+@pytest.mark.parametrize(("steps", "weak"), [(387, True), (3200, False)])
+def test_a_demo_that_had_time_for_few_steps_blames_the_steps(monkeypatch, capsys, tmp_path, steps, weak):
+    class Trained:
+        path = tmp_path
+
+        def status(self):
+            return {"state": "finished", "step": steps}
+
+    monkeypatch.setattr(demo, "pretrain", lambda *_, **__: Trained())
+    monkeypatch.setattr(demo, "probe_run", lambda *_, **__: {})
+    monkeypatch.setattr(demo, "write_report", lambda out: out / "report.html")
+    demo.run_demo(tmp_path, Console())
+    err = capsys.readouterr().err
+    assert (f"only {steps} steps fitted" in err) == weak
+    assert (f"unmask set {tmp_path} train.steps=" in err.replace("\n", " ")) == weak
+
+
 @pytest.mark.parametrize(
     ("option", "key"),
     [
@@ -339,6 +360,11 @@ def test_an_option_that_is_a_setting_points_to_set(unmask, option, key):
     code, out, err = unmask("pretrain", "shapes", option, "1")
     assert (code, out) == (2, "")
     assert f"--set {key}=VALUE" in err
+
+
+def test_the_hint_for_lr_names_the_scaling_with_the_batch(unmask):
+    assert "VALUE x batch size / 256" in unmask("pretrain", "shapes", "--lr", "1")[2]
+    assert "/ 256" not in unmask("pretrain", "shapes", "--epochs", "1")[2]
 
 
 def test_an_unknown_option_of_a_verb_without_settings_gets_no_such_hint(unmask):
@@ -393,7 +419,9 @@ def test_recipes_are_listed_in_groups(unmask):
     names = [line.split()[0] for line in lines if line]
     assert set(all_recipes()) <= set(names)
     assert names.index("mae_huge") < names.index("crossmae_nano") < names.index("finetune_few")
-    assert all(len(block.splitlines()) > 1 for block in out.strip().split("\n\n")[1:])  # a title and its recipes
+    *blocks, footnote = out.strip().split("\n\n")[1:]
+    assert all(len(block.splitlines()) > 1 for block in blocks)  # a title and its recipes
+    assert footnote.startswith("* the image size follows your images")
 
 
 def test_ls_shows_every_run_and_prune_frees_what_is_not_needed(unmask, run_folder):

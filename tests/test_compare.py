@@ -208,6 +208,23 @@ def test_fewer_than_two_runs_or_one_twice_are_refused(trained, tmp_path):
         compare([trained[0], tmp_path], out=tmp_path / "both.html")
 
 
+def test_one_folder_spelled_in_two_ways_is_the_same_data(labelled, tmp_path):
+    folder = Path(labelled)
+    link = tmp_path / "link"
+    link.symlink_to(folder)
+    other = tmp_path / "other"
+    other.mkdir()
+    few = [*SMALL_RUN, "train.picture_images=1", "train.steps=1"]
+    places = {"plain": folder, "dotted": folder / ".." / folder.name, "linked": link}
+    for name, place in places.items():
+        pretrain(place, recipe="mae_nano", out=tmp_path / name, settings=few)
+    rows = [module.about(name, Run.open(tmp_path / name)) for name in places]
+    assert len({row["source"] for row in rows}) == 3
+    assert "data" not in module.differences(rows)
+    rows[0]["place"] = module._place(str(other))
+    assert "data" in module.differences(rows)
+
+
 def test_what_makes_runs_no_comparison_of_methods_is_named_with_the_numbers(labelled, tmp_path):
     few = [*SMALL_RUN, "train.picture_images=1", "train.steps=2"]
     small = pretrain(labelled, recipe="mae_nano", out=tmp_path / "small", settings=few)

@@ -97,3 +97,12 @@ def test_a_change_that_is_cut_short_is_completed(run, monkeypatch, after):
     assert not (run / edits.JOURNAL).exists()
     assert read_config(Run(run)).train.steps == read_plan(Run(run)).steps == 24
     assert len(Run(run).read("provenance.json")["edits"]) == 1
+
+
+def test_a_length_that_another_setting_decides_now_is_named(run, capsys):
+    set_values(run, ["train.steps=30"], console=Console())
+    err = capsys.readouterr().err
+    assert "None" not in err
+    assert "train.steps: 20 -> 30" in err
+    set_values(run, ["train.epochs=40"], console=Console())
+    assert "train.steps: 30 -> none (train.epochs decides)" in capsys.readouterr().err

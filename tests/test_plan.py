@@ -248,7 +248,13 @@ def test_a_plan_says_why_and_survives_json():
     found = planned("train.steps=40", excluded=(3, 5), reasons=("because",))
     assert Plan.model_validate(json.loads(found.model_dump_json())) == found
     text = " ".join(found.reasons)
-    for word in ("because", "40 steps: asked for", "the whole batch of 12", "peak learning rate", "only 0.48 epochs"):
+    for word in (
+        "because",
+        "40 steps: the setting train.steps",
+        "the whole batch of 12",
+        "peak learning rate",
+        "only 0.48 epochs",
+    ):
         assert word in text
     assert found.epochs == pytest.approx(0.48)
     assert found.picture_every == 10

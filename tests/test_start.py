@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import re
 import shutil
 
 import numpy as np
@@ -11,6 +12,7 @@ from conftest import SMALL_RUN, write_images
 from unmask import start as module
 from unmask import train as loop
 from unmask.config import ConfigError
+from unmask.console import Console
 from unmask.edits import set_values
 from unmask.errors import UserError
 from unmask.run import Run, RunError, RunInUse
@@ -316,3 +318,28 @@ def test_a_batch_of_absurdly_many_times_the_data_is_refused(images, tmp_path):
     with pytest.raises(ConfigError, match=r"train.batch_size=100000000 came for 30 images: .* use at most 7680"):
         start(images, tmp_path / "run", "train.batch_size=100000000", "train.micro_batch=8")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_that_is_no_better_than_a_baseline_is_reported_at_the_end(images, tmp_path, capsys):
+    run = start(images, tmp_path / "run", "train.steps=2", console=Console())
+    err = " ".join(capsys.readouterr().err.split())
+    assert re.search(r"the loss on the images of the pictures is \d\.\d+; the baseline \(\w+ \w+\)", err)
+    assert f"unmask set {run.path} train.steps=3000" in err
+
+
+@pytest.mark.parametrize(
+    ("guesses", "losses", "warned"),
+    [
+        ({"visible_mean": 0.8, "true_patch_mean": 0.1}, [[2, 0.7]], False),
+        ({"visible_mean": 0.8, "true_patch_mean": 0.1}, [[2, 0.8]], True),
+        ({"visible_mean": 0.8}, [[1, 0.9]], False),  # not the last step
+        ({"true_patch_mean": 0.1}, [[2, 0.9]], False),
+        ({"visible_mean": 0.8}, [], False),
+    ],
+)
+def test_what_counts_as_no_better_than_a_baseline(images, tmp_path, capsys, guesses, losses, warned):
+    run = start(images, tmp_path / "run", "train.steps=2", console=Console(quiet=True))
+    run.write(loop.BASELINES, {"guesses": guesses, "losses": losses})
+    capsys.readouterr()
+    module.warn_above_baseline(run, Console())
+    assert ("the baseline (visible mean)" in capsys.readouterr().err) == warned

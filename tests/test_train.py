@@ -212,6 +212,7 @@ def test_a_disk_that_takes_no_metrics_and_no_pictures_is_said_once(images, tmp_p
     console.warn = said.append
     run = start(images, tmp_path / "run", "train.steps=6", "train.picture_every=2", console=console)
     assert run.read("status.json")["state"] == "finished"
+    said = [text for text in said if "the baseline" not in text]  # six steps are too few, which is reported as well
     assert len(said) == 2
 
 

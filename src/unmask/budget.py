@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 from pydantic import Field
 
+from unmask.errors import UserError
 from unmask.settings import Settings
 
 FEWEST_STEPS = 5  # a budget with fewer is refused
@@ -47,9 +48,25 @@ class Budget:
         return now() - self.began
 
 
-def as_budget(budget: float | Budget | None) -> Budget | None:
-    """Return a number of seconds as a budget that begins now; anything else as it is."""
-    return budget if budget is None or isinstance(budget, Budget) else Budget(budget)
+def seconds_of(text: str) -> float:
+    """Return the seconds of a time such as '30m', '2h', '90s' or '1.5h'. Raises UserError for anything else."""
+    units = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+    try:
+        value = float(text[:-1]) * units[text[-1:].lower()]
+    except (KeyError, ValueError):
+        raise UserError(
+            f"got a time budget of {text!r}; expected a number with s, m, h or d, for example 30m"
+        ) from None
+    if not 0 < value < float("inf"):
+        raise UserError(f"got a time budget of {text!r}; expected a positive time, for example 30m")
+    return value
+
+
+def as_budget(budget: float | str | Budget | None) -> Budget | None:
+    """Return a number of seconds, or a time such as '30m', as a budget that begins now; a Budget or None as it is."""
+    if budget is None or isinstance(budget, Budget):
+        return budget
+    return Budget(seconds_of(budget) if isinstance(budget, str) else budget)
 
 
 class Replan(Settings):

@@ -170,7 +170,8 @@ def _hint_for_option(error: Exception) -> str:
     if not found.startswith("did you mean"):
         return "Settings are changed with --set KEY=VALUE; `unmask recipes NAME` lists the keys of a recipe."
     key = found.removeprefix("did you mean ").rstrip("?").split(" or ")[0]
-    return f"{option} is a setting: use --set {key}=VALUE (`unmask recipes NAME` lists all settings)"
+    scaled = ", the rate for 256 images: training uses VALUE x batch size / 256" if key == "optim.base_lr" else ""
+    return f"{option} is a setting: use --set {key}=VALUE{scaled} (`unmask recipes NAME` lists all settings)"
 
 
 def _print_json(value: Any) -> None:
@@ -181,16 +182,9 @@ def _seconds(text: str | None) -> float | None:
     """'30m', '2h', '90s', '1.5h' -> seconds."""
     if text is None:
         return None
-    units = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-    try:
-        value = float(text[:-1]) * units[text[-1:].lower()]
-    except (KeyError, ValueError):
-        raise UserError(
-            f"time budget {text!r} came; a number with s, m, h or d was expected, for example 30m"
-        ) from None
-    if not 0 < value < float("inf"):
-        raise UserError(f"time budget {text!r} is not a positive time; for example 30m")
-    return value
+    from unmask.budget import seconds_of
+
+    return seconds_of(text)
 
 
 def _budget(text: str | None) -> Any:

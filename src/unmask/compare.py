@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import statistics
 import time
 from collections.abc import Iterable, Sequence
@@ -129,6 +130,7 @@ def about(name: str, run: Run) -> dict[str, Any]:
         "method": config.method.name,
         "recipe": config.recipe,
         "source": config.data.place,
+        "place": _place(config.data.source),
         "differs": _by_hand(config),
         "image": [plan.images.channels, *plan.images.size],
         "parameters": plan.parameters,
@@ -147,12 +149,18 @@ def about(name: str, run: Run) -> dict[str, Any]:
     }
 
 
+def _place(source: str | Sequence[str]) -> list[str]:
+    """Where the images are, spelled alike for every run: '/a/b/../c' and a link to /a/c are /a/c."""
+    each = [source] if isinstance(source, str) else list(source)
+    return [os.path.realpath(text) if os.path.isabs(text) else text for text in each]
+
+
 def differences(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
     """What the runs do not have in common and a comparison of methods needs, by name, as sentences with the numbers."""
     kinds: dict[str, tuple[list[Any], list[str]]] = {
         "image size": (sizes := [row["image"][1:] for row in rows], [f"{size[0]} x {size[1]}" for size in sizes]),
         "channels": (channels := [row["image"][0] for row in rows], [str(number) for number in channels]),
-        "data": (sources := [row["source"] for row in rows], sources),
+        "data": ([row["place"] for row in rows], [row["source"] for row in rows]),
         "steps": (steps := [row["step"] for row in rows], [f"{number:,}" for number in steps]),
         "epochs": (epochs := [row["epochs"] for row in rows], [f"{number:.3g}" for number in epochs]),
         "images seen": (seen := [row["images_seen"] for row in rows], [f"{number:,}" for number in seen]),

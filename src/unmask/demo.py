@@ -17,7 +17,8 @@ from unmask.run import Run, free_path
 from unmask.start import pretrain
 
 SHAPES_SECONDS = 155.0  # what is left of four minutes after drawing, probing and the digits
-SHAPES_LABELS = "shapes:4000"
+SHAPES_LABELS, SHAPES_TEST = "shapes:4000", "shapes-test"
+ENOUGH_STEPS = 3000  # what fits on two free cores; with a few hundred steps the features are near random ones
 
 
 def run_demo(out: Path | None, console: Console, *, steps: int | None = None) -> dict[str, Any]:
@@ -43,7 +44,7 @@ def run_demo(out: Path | None, console: Console, *, steps: int | None = None) ->
     console.say("3 of 3: probing with labels, beside raw pixels and the untrained encoder")
     probes = {}
     for run, name, data, test in (
-        (shapes, "shapes", SHAPES_LABELS, "shapes-test"),
+        (shapes, "shapes", SHAPES_LABELS, SHAPES_TEST),
         (digits, "digits", "digits", "digits-test"),
     ):
         for kind in ("linear", "knn"):
@@ -52,6 +53,13 @@ def run_demo(out: Path | None, console: Console, *, steps: int | None = None) ->
                 console=console,
             )  # fmt: skip
     report = write_report(out)
+    if steps is None and (done := shapes.status()["step"]) < ENOUGH_STEPS:
+        console.warn(
+            f"only {done} steps fitted into the time on this machine, and these results are weak for that reason: "
+            f"{ENOUGH_STEPS} steps are enough to see pre-training help on shapes. Go on with: unmask set {out} "
+            f"train.steps={ENOUGH_STEPS}; unmask resume {out}; unmask probe {out} {SHAPES_LABELS} --test {SHAPES_TEST} "
+            "--kind linear --controls"
+        )
     console.say(f"done in {duration(time.monotonic() - began)}; open {report}")
     return {"run": str(out), "report": str(report), "state": "finished", "probes": probes}
 

@@ -228,7 +228,8 @@ def rescheduled(new: Config, plan: Plan, asked: Mapping[str, Any], step: int) ->
 
 def _say(run: Run, changes: Mapping[str, Any], plan: Plan, new: Plan, step: int, console: Console) -> None:
     for key, (old, now) in changes.items():
-        console.say(f"{key}: {old} -> {now}")
+        other = next((f" ({name} decides)" for name in LENGTH if key in LENGTH and name != key and now is None), "")
+        console.say(f"{key}: {'none' if old is None else old} -> {'none' if now is None else now}{other}")
     for reason in new.reasons[len(plan.reasons) :]:
         console.say(f"  {reason}")
     if inexact := [key for key in INEXACT if key in changes]:

@@ -178,7 +178,7 @@ def fine_tune(
     recipe: str = "auto",
     last_blocks: float | None = None,
     from_scratch: bool = False,
-    budget: float | Budget | None = None,
+    budget: float | str | Budget | None = None,
     steps_of: str | Path | None = None,
     settings: Sequence[str] = (),
     console: Console | None = None,

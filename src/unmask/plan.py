@@ -429,7 +429,7 @@ def choose_steps(
         each = step_seconds()  # before the clock is read, because measuring takes time too
         return fill_budget(config, budget.seconds, budget.used(), each, num_test)
     if train.steps is not None:
-        steps, why = train.steps, f"{train.steps} steps: asked for"
+        steps, why = train.steps, f"{train.steps} steps: the setting train.steps"
     else:
         epochs = train.epochs if train.epochs is not None else DEFAULT_EPOCHS
         steps = max(1, math.ceil(epochs * num_images / train.batch_size))

@@ -98,8 +98,8 @@ def predict(
         }[type(loaded.method)]  # fmt: skip
         done, found = write(loaded, source, batches, out)
     commonest = sorted(found.items(), key=lambda pair: -pair[1])[:6]
-    what = {classify.Classifier: "", segment.Segmenter: "pixels of ", detect.Detector: "boxes: "}[type(loaded.method)]
-    console.say(f"{out}: {done} images, {what}" + ", ".join(f"{number:,} {label}" for label, number in commonest))
+    what = {classify.Classifier: "", segment.Segmenter: "pixels of ", detect.Detector: "boxes of "}[type(loaded.method)]
+    console.say(f"{out}: {done} images: " + ", ".join(f"{number:,} {what}{label}" for label, number in commonest))
     if isinstance(loaded.method, detect.Detector) and least == LEAST_SCORE:
         console.say("  all boxes down to a score of 0.05, as precision needs them; for the sure ones give --least 0.3")
     return {"out": str(out), "images": done, "left_out": len(source) - done, "classes": found}

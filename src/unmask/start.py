@@ -43,7 +43,7 @@ from unmask.recipes import catalogue
 from unmask.run import CONFIG, PLAN, PROVENANCE, STATUS, Run, free_path
 from unmask.saved import read_config, read_plan
 from unmask.sizes import candidates, consequence
-from unmask.train import Judge, train
+from unmask.train import BASELINES, Judge, train
 
 NAMED_BAD_FILES = 5
 MOST_EPOCHS_A_STEP = 256
@@ -81,7 +81,7 @@ def pretrain(
     recipe: str = "auto",
     config: str | Path | None = None,
     out: str | Path | None = None,
-    budget: float | Budget | None = None,
+    budget: float | str | Budget | None = None,
     settings: Iterable[str] = (),
     from_run: str | Path | None = None,
     tokenizer: str | Path | None = None,
@@ -93,12 +93,12 @@ def pretrain(
 
     data: one or several. exclude: patterns of names to leave out, see `data.joined.matcher`.
     recipe: a name from `unmask recipes`, or "auto". config: another Run, or its config.json, whose settings are used in
-    place of a recipe's. out: a new folder; made up from data and recipe when None. budget: seconds for everything from
-    this call on; the number of steps follows the pace of training. settings: KEY=VALUE assignments. from_run: start
-    from the weights of that Run, see `grafts.continued`. tokenizer: the Run of a dVAE whose codes are predicted.
-    palette: a file of `unmask palette`, or the Run of an iGPT whose colours are used. masks: a file of masks to hide
-    patches with. console: `Console(quiet=True)` for no progress. Raises UserError for anything a person can mend, and
-    what can be said without the images before any is opened.
+    place of a recipe's. out: a new folder; made up from data and recipe when None. budget: seconds, or a time such as
+    "30m", for everything from this call on; the number of steps follows the pace of training. settings: KEY=VALUE
+    assignments. from_run: start from the weights of that Run, see `grafts.continued`. tokenizer: the Run of a dVAE
+    whose codes are predicted. palette: a file of `unmask palette`, or the Run of an iGPT whose colours are used. masks:
+    a file of masks to hide patches with. console: `Console(quiet=True)` for no progress. Raises UserError for anything
+    a person can mend, and what can be said without the images before any is opened.
     """
     refuse_several_processes()
     console, budget = console or Console(), as_budget(budget)
@@ -800,6 +800,26 @@ def _train(
         console.say(f"stopped after {said}")
     else:
         console.say(f"finished {status['step']} steps in {said}: {run.path}")
+        if supervise is None:
+            warn_above_baseline(run, console)
+
+
+def warn_above_baseline(run: Run, console: Console) -> None:
+    """Warn when the last loss on the images of the pictures is no better than the best baseline; name what to do."""
+    try:
+        found, step = run.read(BASELINES), run.status()["step"]
+        fair = {name: value for name, value in found["guesses"].items() if not name.startswith("true_")}
+        measured, loss = found["losses"][-1]
+    except (OSError, UserError, KeyError, IndexError):  # no picture was drawn; the weights are there all the same
+        return
+    if measured != step or not fair or loss < min(fair.values()):
+        return
+    name = min(fair, key=lambda name: fair[name])
+    console.warn(
+        f"the loss on the images of the pictures is {loss:.4f}; the baseline ({name.replace('_', ' ')}), which needs "
+        f"no training, scores {fair[name]:.4f}: the features are hardly better than random ones yet. Train longer: "
+        f"unmask set {run.path} train.steps={max(catalogue.FEWEST_STEPS, 2 * step)}; then: unmask resume {run.path}"
+    )
 
 
 def _record(run: Run, state: str, console: Console, **more: Any) -> None:
