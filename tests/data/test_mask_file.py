@@ -39,6 +39,7 @@ def test_several_patterns(tmp_path):
         ("a.txt", b" \n", "is empty; rows of '#'"),
         ("a.txt", b"\xff\xfe", "cannot be read"),
         ("a.npy", b"not an array", "cannot be read"),
+        ("a.npy", b"\x93NUMPY\x01\x00\x14\x00{'descr': '|u1', ((((\n", "cannot be read"),
         ("a.png", b"not a picture", "cannot be read"),
     ],
 )

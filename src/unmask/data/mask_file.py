@@ -7,6 +7,7 @@ said by the method that uses it (`nn/masks.py`).
 
 from __future__ import annotations
 
+import tokenize
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,7 +38,7 @@ def read_masks(path: str | Path) -> tuple[Pattern, ...]:
         _require_few(path.stat().st_size, path)
         return _of_text(path.read_text("utf-8"), path)
     except (ValueError, EOFError, OSError, SyntaxError, AttributeError, MemoryError, zipfile.BadZipFile,
-            Image.DecompressionBombError) as error:  # fmt: skip
+            tokenize.TokenError, Image.DecompressionBombError) as error:  # fmt: skip
         if isinstance(error, UserError):
             raise
         raise UserError(
