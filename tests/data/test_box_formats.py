@@ -7,7 +7,8 @@ import pytest
 from PIL import Image, ImageOps
 
 from unmask.data.boxes import BoxError, open_boxes
-from unmask.data.orientation import turned_boxes, turned_ids
+from unmask.data.decode import oriented
+from unmask.data.orientation import turned_boxes
 
 SIZE = (60, 80)  # as stored
 BOX = (10, 20, 34, 44)
@@ -93,7 +94,7 @@ def test_boxes_and_masks_turn_as_pillow_turns_pixels(orientation):
     image = Image.fromarray(ids)
     image.getexif()[0x0112] = orientation
     wanted = np.asarray(ImageOps.exif_transpose(image))
-    assert (turned_ids(ids, orientation) == wanted).all()
+    assert (oriented(ids, orientation) == wanted).all()
     ((x1, y1, x2, y2),) = turned_boxes(np.array([BOX]), orientation, wanted.shape).tolist()
     assert (wanted[y1:y2, x1:x2] == 7).all()
     assert (wanted == 7).sum() == (y2 - y1) * (x2 - x1)

@@ -165,7 +165,7 @@ def decode(
             pixels = _joined(_lazily(data, found), stored)
     except MemoryError:
         raise BadImage("TOO_MANY_PIXELS", "not enough memory to decode it") from None
-    return _oriented(pixels, found.orientation)
+    return oriented(pixels, found.orientation)
 
 
 def _refuse_large(height: int, width: int, channels: int) -> None:
@@ -950,12 +950,12 @@ def _number(values: np.ndarray) -> np.ndarray:
     return values
 
 
-def _oriented(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """Apply the EXIF orientation: the stored image -> the displayed one."""
+def oriented(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Apply the EXIF orientation: the stored image (H, W, C), or a mask (H, W), -> the displayed one."""
     if orientation == 1:
         return pixels
     if orientation >= 5:
-        pixels = pixels.transpose(1, 0, 2)
+        pixels = pixels.swapaxes(0, 1)
     if orientation in (3, 4, 7, 8):
         pixels = pixels[::-1]
     if orientation in (2, 3, 6, 7):

@@ -15,6 +15,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+SLACK = 256 << 20  # bytes of address space that a process takes beside what it uses
 PATIENCE = 3  # times as long as the processor may work, a call may take: other processes want their share too
 
 

@@ -33,7 +33,7 @@ from unmask.data import augment, decode, mask_advice
 from unmask.data.class_files import find_class_files, read_class_file
 from unmask.data.class_names import class_name
 from unmask.data.decode import BadImage
-from unmask.data.orientation import Drawn, drawn_on, turned_ids
+from unmask.data.orientation import Drawn, drawn_on
 from unmask.data.sources import Source, open_source
 from unmask.data.text_files import TextError, read_text
 from unmask.errors import UserError, some
@@ -113,7 +113,7 @@ class Maps:
 
     def _turned(self, row: int, ids: np.ndarray) -> np.ndarray:
         """A mask of stored pixels -> of the image as shown."""
-        return turned_ids(ids, decode.header(self.source.read(row)).orientation) if self.stored else ids
+        return decode.oriented(ids, decode.header(self.source.read(row)).orientation) if self.stored else ids
 
     def cut(
         self, row: int, size: tuple[int, int], box: np.ndarray, target: tuple[int, int], flip: bool
@@ -413,7 +413,7 @@ def read_ids(data: bytes, *, thorough: bool = False) -> np.ndarray:
         )
     if head.format == "PNG" and data[25] == 0 and data[24] in (2, 4):
         values = values // (255 // (2 ** data[24] - 1))  # gray of few bits, which Pillow stretches to 8
-    values = turned_ids(values, head.orientation)
+    values = decode.oriented(values, head.orientation)
     if values.dtype == bool:
         return values.astype(np.uint8)
     if values.dtype.kind == "f" or values.min() < 0 or values.max() >= 1 << 16:

@@ -57,14 +57,3 @@ def turned_boxes(boxes: np.ndarray, orientation: int, shown: tuple[int, int]) ->
     if orientation in (2, 3, 6, 7):
         x1, x2 = shown[1] - x2, shown[1] - x1
     return np.stack([x1, y1, x2, y2], 1)
-
-
-def turned_ids(ids: np.ndarray, orientation: int) -> np.ndarray:
-    """A segmentation mask (H, W) of stored pixels -> of the image as shown."""
-    if orientation >= 5:
-        ids = ids.T
-    if orientation in (3, 4, 7, 8):
-        ids = ids[::-1]
-    if orientation in (2, 3, 6, 7):
-        ids = ids[:, ::-1]
-    return np.ascontiguousarray(ids)

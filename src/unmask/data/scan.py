@@ -20,7 +20,7 @@ import numpy as np
 from unmask.data import absent, decode
 from unmask.data.absent import Nodata
 from unmask.data.decode import BadImage, Header
-from unmask.data.guarded import Crashed, TooSlow, call_apart
+from unmask.data.guarded import SLACK, Crashed, TooSlow, call_apart
 from unmask.data.layout import Layout
 from unmask.data.looks import Look, Looks, LooksSoFar, joined, recall, remember, worth_keeping
 from unmask.data.odd_images import Constant, constant_images
@@ -34,7 +34,6 @@ LOOK_AGAIN = 256
 CHUNK = 64
 GUARDED_MEMORY = 128 << 20  # bytes; what takes more to decode, gets a process of its own
 GUARDED_PARTS = 64  # scans of a JPEG, or pages of a TIFF; the same holds for them
-SLACK = 256 << 20  # bytes of address space that a process takes beside what it uses
 MOST_SECONDS = 10.0  # of processor time, for a file
 PATIENCE = 5.0  # seconds of work that are worth starting processes for
 EXTENSION_OF = {

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from unmask.data.decode import BadImage, alpha_values, npy_shape
-from unmask.data.guarded import Crashed, TooSlow, call_apart
+from unmask.data.decode import MOST_MEMORY, BadImage, alpha_values, npy_shape
+from unmask.data.guarded import SLACK, Crashed, TooSlow, call_apart
 from unmask.data.reading import Reading, axes_of_several, is_alpha, is_ambiguous
 from unmask.data.sources import Source
 
-MOST_MEMORY, SLACK, SECONDS = 512 << 20, 256 << 20, 60.0
+SECONDS = 60.0  # of processor time, for all files that are looked at
 FILES = 32  # that are looked at, of either kind
 
 
