@@ -151,11 +151,13 @@ def test_a_finished_run_a_changed_data_set_and_a_folder_in_use(unbroken, tmp_pat
     process = pretrain(images, run, wait=False)
     wait_for_step(run, 8, process)
     process.send_signal(signal.SIGSTOP)  # it holds the folder, however fast it is
-    busy = unmask("resume", run)
-    assert busy.returncode == 2
+    try:
+        busy = unmask("resume", run)
+    finally:
+        process.kill()
+        process.communicate()
+    assert busy.returncode == 75, "to be tried again later"
     assert f"in use by process {process.pid}" in busy.stderr
-    process.kill()
-    process.communicate()
     (images / "0003.png").unlink()
     changed = unmask("resume", run)
     assert changed.returncode == 2
