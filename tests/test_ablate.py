@@ -259,7 +259,7 @@ def test_going_on_with_other_images_is_refused(tmp_path):
 
 
 def test_two_at_once_in_one_folder_are_refused(unbroken, data):
-    with Run(unbroken[0]).lock(), pytest.raises(RunInUse, match=r"in use by process"):
+    with Run(unbroken[0]).lock(), pytest.raises(RunInUse, match=r"in use by this very process"):
         make(data, unbroken[0])
 
 
