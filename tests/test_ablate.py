@@ -442,7 +442,7 @@ def test_a_stopped_fine_tuned_table_becomes_that_of_an_unbroken_one(fine_tuned, 
 
     monkeypatch.setattr(finetune, "score", interrupted)
     stopped = make(data, tmp_path / "table", table="fig9", settings=FINE)
-    assert [row["state"] for row in stopped["rows"]] == ["finished", "trained", "waiting", "waiting"]
+    assert [row["state"] for row in stopped["rows"]] == ["finished", "stopped", "waiting", "waiting"]
     again = make(data, tmp_path / "table", table="fig9", settings=FINE)
     assert without_times(again) == without_times(fine_tuned[1])
 
