@@ -8,9 +8,11 @@ import types
 
 from test_report import make_run
 
-from unmask import console
+from unmask import console, folder_lock
 from unmask.console import Console
+from unmask.report import write_report
 from unmask.run import Run
+from unmask.run_summary import summarise
 
 
 def test_a_run_says_what_it_is_and_how_far_it_got(tmp_path):
@@ -64,3 +66,26 @@ def test_long_work_of_unknown_length_reports_that_it_goes_on(monkeypatch, capsys
         time.sleep(0.05)
     assert capsys.readouterr().err == ""
     assert threading.active_count() == threads
+
+
+def test_a_run_that_was_killed_is_not_shown_as_running(tmp_path):
+    run = make_run(tmp_path / "run")
+    run.set_status("running", 7, total=40)
+    assert summarise(run).state == "interrupted"
+    report = write_report(run.path).read_text()
+    assert "interrupted at step 7 of 40" in report
+    with run.lock():
+        assert summarise(run).state == "running"
+    assert summarise(run).state == "interrupted"
+    run.set_status("stopped", 7, total=40)
+    assert summarise(run).state == "stopped"
+
+
+def test_looking_at_a_run_makes_no_lock_file_and_does_not_keep_others_out(tmp_path):
+    assert not folder_lock.is_held(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    with folder_lock.locked(tmp_path, grace=0):
+        assert folder_lock.is_held(tmp_path)
+    assert not folder_lock.is_held(tmp_path)
+    with folder_lock.locked(tmp_path, grace=0):
+        pass

@@ -50,6 +50,25 @@ def locked(folder: Path, *, grace: float = GRACE) -> Iterator[int]:
             os.close(handle)
 
 
+def is_held(folder: Path) -> bool:
+    """Return whether a process holds `folder`; True where the system cannot tell. Creates no file."""
+    if fcntl is None:
+        return True
+    try:
+        handle = os.open(folder / FILE, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)  # for an instant: whoever wants the folder tries for GRACE
+    except OSError:
+        return True
+    finally:
+        os.close(handle)
+    return False
+
+
 @functools.cache
 def _register() -> None:
     if hasattr(os, "register_at_fork"):

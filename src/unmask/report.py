@@ -25,6 +25,7 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
 from unmask.run import EDITS, PROVENANCE, Run, RunError, replace_file
+from unmask.run_summary import state_of
 
 MOST_PICTURES = 3
 NAMED_BAD_FILES = 50
@@ -93,7 +94,8 @@ def gather(run: Run) -> dict[str, Any]:
         _or_fault(read, faults) for read in (lambda: _optional(run, PROVENANCE), run.metrics, run.quarantine)
     )
     trained = [row for row in metrics if row.get("loss") is not None]
-    status = run.status()
+    if status := run.status():
+        status |= {"state": state_of(run.path, status)}
     return {
         "name": run.path.resolve().name,
         "folder": shlex.quote(str(run.path)),

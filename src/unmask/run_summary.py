@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from unmask import folder_lock
 from unmask.errors import UserError
 
 
@@ -50,6 +51,12 @@ class RunSummary:
         return f"{self.step or 0}/{self.steps}" if self.steps is not None else ""
 
 
+def state_of(folder: Path, status: dict[str, Any]) -> str:
+    """Return the state that `status` records; "interrupted" where the process was killed before it could record one."""
+    state = str(status.get("state") or "")
+    return "interrupted" if state == "running" and not folder_lock.is_held(folder) else state
+
+
 def summarise(run: RunFolder) -> RunSummary:
     """Describe a Run from its folder. Raises nothing for files that are missing or damaged."""
     config, plan, status = (_read(run, name) for name in ("config.json", "plan.json", "status.json"))
@@ -58,7 +65,7 @@ def summarise(run: RunFolder) -> RunSummary:
     files = [file for file in run.path.rglob("*") if file.is_file() and file.name != ".lock"]
     return RunSummary(
         path=str(run.path),
-        state=str(status.get("state") or ("imported" if (run.path / "checkpoints").is_dir() else "damaged")),
+        state=state_of(run.path, status) or ("imported" if (run.path / "checkpoints").is_dir() else "damaged"),
         recipe=str(config.get("recipe") or ""),
         method=str((config.get("method") or {}).get("name") or ""),
         step=status.get("step"),
