@@ -571,7 +571,8 @@ def banded(folder, pages=0):
 def test_predictions_decode_files_as_the_training_did(tmp_path):
     before = pretrain(banded(tmp_path / "bands"), recipe="mae_nano", out=tmp_path / "pre", settings=[*SMALL])
     tuned = tune(before, tmp_path / "bands", tmp_path / "tuned", "train.steps=1")
-    assert read_plan(tuned).reading.tagged == "band"
+    assert read_plan(before).reading.tagged == "band"
+    assert read_plan(tuned).reading.alpha == "band", "as the encoder was trained on"
     one = tmp_path / "one.tif"  # by itself its last band would be taken for alpha, and composited
     values = np.full((24, 24, 4), 255, np.uint8)
     pytest.importorskip("tifffile").imwrite(one, values, photometric="rgb", extrasamples=["unassalpha"])

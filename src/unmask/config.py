@@ -128,6 +128,15 @@ class DataConfig(Settings):
         """How the files are decoded, as far as the settings say."""
         return Reading(alpha=self.alpha, pages=self.pages, axes=self.axes, nodata=self.nodata)
 
+    def as_settled(self, reading: Reading) -> dict[str, str]:
+        """Settings for other images that are to be read as those of a run, for what `auto` settled there."""
+        found: dict[str, str] = {}
+        if self.alpha == "auto" and reading.tagged != "auto":
+            found["alpha"] = "band" if reading.tagged == "band" else "composite"
+        if self.axes == "auto" and reading.axes in ("HWC", "CHW"):
+            found["axes"] = reading.axes
+        return found
+
     @property
     def place(self) -> str:
         """`source` as one text, for people."""

@@ -146,8 +146,10 @@ def from_weights(
 ) -> Config:
     """`fine_tuning` of what a Run holds: its newest weights, and the size and normalisation that they know."""
     step, _ = checkpoint.load_model(run)
-    config, spec = fine_tuning(read_config(run), classes, recipe, ignored=ignored), read_plan(run).images
-    data = {"size": spec.size, "channels": spec.channels, "mean": spec.mean, "std": spec.std}
+    plan = read_plan(run)
+    config, spec = fine_tuning(read_config(run), classes, recipe, ignored=ignored), plan.images
+    data: dict[str, Any] = {"size": spec.size, "channels": spec.channels, "mean": spec.mean, "std": spec.std}
+    data |= config.data.as_settled(plan.reading)
     if config.data.pages == "samples":  # labels belong to files
         data["pages"] = "first"
     none = dict.fromkeys(("test", "annotations", "test_annotations", "test_split"))

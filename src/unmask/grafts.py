@@ -54,7 +54,8 @@ def continued(from_run: str | Path, recipe: str) -> Config:
             "--recipe NAME (`unmask recipes` lists them), such as mae_base"
         )
     part = "" if whole else "encoder."
-    data = {"size": spec.size, "channels": spec.channels, "mean": spec.mean, "std": spec.std}
+    data: dict[str, Any] = {"size": spec.size, "channels": spec.channels, "mean": spec.mean, "std": spec.std}
+    data |= config.data.as_settled(read_plan(run).reading)
     taken = Graft(run=str(run.path.absolute()), source=part, target=part, step=step)
     return config.model_copy(update={"data": config.data.model_copy(update=data), "graft": (taken,)})
 

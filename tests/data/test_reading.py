@@ -401,3 +401,12 @@ def test_remarks_of_tifffile_on_tags_are_not_shown(tmp_path):
     code = "import sys; from unmask.data import decode; decode.decode(open(sys.argv[1], 'rb').read())"
     done = subprocess.run([sys.executable, "-c", code, tmp_path / "a.tif"], capture_output=True, text=True, check=True)
     assert done.stderr == ""
+
+
+def test_other_images_are_read_as_a_run_settled_it():
+    auto = DataConfig()
+    assert auto.as_settled(Reading(tagged="band")) == {"alpha": "band"}
+    assert auto.as_settled(Reading(tagged="alpha", axes="HWC")) == {"alpha": "composite", "axes": "HWC"}
+    assert auto.as_settled(Reading()) == auto.as_settled(EARLIER) == {}
+    asked = DataConfig(alpha="drop", axes="CHW")
+    assert asked.as_settled(Reading(tagged="band", axes="HWC")) == {}
