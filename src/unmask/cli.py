@@ -352,7 +352,7 @@ def import_(
     settings: Settings = None,
     as_json: AsJson = False,
 ) -> None:
-    """Make a run of weights that others trained; --set data.size and data.channels fit them to other images."""
+    """Make a run from weights of another library; --set data.size and data.channels fit them to other images."""
     from unmask.importing import import_weights
 
     run = import_weights(weights, out, settings=settings or (), tokenizer=tokenizer, console=Console())
@@ -460,7 +460,7 @@ def resume(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Go on exactly where a run stopped; with --data on the same images in another place."""
+    """Continue a run exactly where it stopped; --data if its images have moved."""
     from unmask import finetune, start
     from unmask.config import task_names
     from unmask.run import Run
@@ -547,7 +547,7 @@ def finetune(
     last_blocks: Annotated[
         float | None,
         typer.Option(
-            help="Train only the last so many blocks: 0 the head alone, 0.5 with the last MLP. Default all.",
+            help="Train only the head and the last N blocks: 0 for the head alone, 0.5 adds the last MLP; default all.",
             show_default=False,
         ),
     ] = None,
@@ -615,7 +615,7 @@ def predict(
     device: Device = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """What a fine-tuned run says of images: classes with probabilities, masks, or boxes. A file there is replaced."""
+    """Predict classes with probabilities, masks or boxes with a fine-tuned run. Overwrites --out."""
     from unmask.predict import predict
 
     summary = predict(run, images, out, least=least, step=step, device=device, console=Console())
