@@ -28,6 +28,12 @@ def test_a_sample_is_recommended_for_as_many_images_as_there_are():
     assert summary["forecast_seconds"] >= summary["steps"] * 0.5
 
 
+def test_the_command_that_trains_on_what_was_checked_is_given(images, capsys):
+    check_data([str(images)], Console(), sample=None, workers=0, settings=["data.alpha=drop"], exclude=["*_mask.png"])
+    said = "".join(capsys.readouterr().err.splitlines())
+    assert f"unmask pretrain {images} --exclude '*_mask.png' --set data.alpha=drop" in said
+
+
 def test_without_a_sample_the_number_is_exact(images):
     (images / "broken.png").write_bytes(b"")
     _, summary = check_data(str(images), Console(quiet=True), sample=None, workers=0)

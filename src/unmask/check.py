@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from typing import Any
 
@@ -85,6 +86,10 @@ def check_data(
             f"{found.bad_fraction:.1%} of the files cannot be read; at more than {most:.0%} `unmask pretrain` stops"
         )
         return 2, summary
+    options = [text for each in exclude for text in ("--exclude", each)]
+    options += [text for each in settings for text in ("--set", each)]
+    named = [data] if isinstance(data, str) else list(data)
+    console.say(f"train on them with: {shlex.join(['unmask', 'pretrain', *named, *options])}")
     return 0, summary
 
 
