@@ -1,6 +1,8 @@
 """A run goes on with the files it began with, or says which changed; an override is kept with the run."""
 
+import hashlib
 import io
+import json
 import os
 import shutil
 
@@ -68,18 +70,53 @@ def test_a_copy_with_other_times_goes_on_and_its_times_are_recorded(stopped, tmp
     assert file_of(stopped, "data").read_bytes() != before
 
 
-@pytest.mark.parametrize("trouble", ["missing", "damaged"])
-def test_a_run_of_an_earlier_version_is_held_to_names_and_sizes(stopped, tmp_path, capsys, trouble):
-    if trouble == "missing":
-        file_of(stopped, "data").unlink()
-    else:
-        file_of(stopped, "data").write_bytes(b"not a record")
+def test_a_run_of_an_earlier_version_is_held_to_names_and_sizes(stopped, tmp_path, capsys, monkeypatch):
+    file_of(stopped, "data").unlink()
+    as_of_an_earlier_version(stopped)
     (tmp_path / "data" / "new.npy").write_bytes(b"")
     with pytest.raises(DataError, match="other names or sizes; this run recorded no more"):
         resume(stopped.path)
     (tmp_path / "data" / "new.npy").unlink()
     assert resume(stopped.path).read("status.json")["state"] == "finished"
     assert "only names and sizes of the images are compared" in capsys.readouterr().err
+    assert file_of(stopped, "data").exists()
+
+
+def as_of_an_earlier_version(run):
+    """Take the digests and ids out of a run's files, which earlier versions did not write."""
+    for path in (*run.path.glob("*.json"), *run.evals.glob("*.json")):
+        value = json.loads(path.read_text())
+        path.write_text(json.dumps({key: value[key] for key in value if key not in ("run_id", "sha256")}))
+    for folder in run.checkpoints.glob("step-*"):
+        state = json.loads((folder / "state.json").read_text())
+        state.pop("run")
+        content = json.dumps(state).encode()
+        (folder / "state.json").write_bytes(content)
+        manifest = json.loads((folder / "MANIFEST.json").read_text())
+        manifest.pop("run")
+        manifest["files"]["state.json"] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        (folder / "MANIFEST.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize("trouble", ["missing", "damaged"])
+def test_a_lost_record_of_the_images_is_no_licence_to_replace_them(stopped, tmp_path, trouble):
+    num_images = read_plan(stopped).num_images
+    record = file_of(stopped, "data")
+    if trouble == "missing":
+        record.unlink()
+    else:
+        content = bytearray(record.read_bytes())
+        content[500] ^= 1
+        record.write_bytes(content)
+    arrays(tmp_path / "data", seed=1)
+    with pytest.raises(DataError, match=f"cannot be compared .*data.arrays is {trouble}.*--allow-dataset-change"):
+        resume(stopped.path)
+    assert resume(stopped.path, allow_dataset_change=True).finished
+    [change] = stopped.read("provenance.json")["data_changes"]
+    assert change["what"] == "recorded anew"
+    assert trouble in change["summary"]
+    assert read_plan(stopped).num_images == num_images
+    assert change["time"] in read_plan(stopped).reasons[-1]
     assert file_of(stopped, "data").exists()
 
 

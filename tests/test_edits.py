@@ -106,3 +106,15 @@ def test_a_length_that_another_setting_decides_now_is_named(run, capsys):
     assert "train.steps: 20 -> 30" in err
     set_values(run, ["train.epochs=40"], console=Console())
     assert "train.steps: 30 -> none (train.epochs decides)" in capsys.readouterr().err
+
+
+def test_setting_the_length_again_and_again_keeps_one_earlier_plan(run):
+    before = read_plan(Run.open(run))
+    for steps in (29, 30, 29, 29, 30):
+        set_values(run, [f"train.steps={steps}"], console=QUIET)
+    assert set_values(run, ["train.steps=30"], console=QUIET) == {}
+    plan = read_plan(Run.open(run))
+    assert plan.steps == 30
+    assert plan.earlier is not None
+    assert plan.earlier.earlier is None
+    assert [plan.lr(step) for step in range(before.steps)] == [before.lr(step) for step in range(before.steps)]

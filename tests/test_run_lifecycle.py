@@ -255,6 +255,20 @@ def test_a_finished_run_whose_last_checkpoint_is_damaged_is_mended(images, tmp_p
     assert [row["step"] for row in run.metrics()] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.parametrize("state", ["finished", "stopped"])
+@pytest.mark.parametrize("lost", ["the folder", "what is in it"])
+def test_a_run_whose_checkpoints_are_gone_does_not_begin_anew(images, tmp_path, state, lost):
+    run = start(images, tmp_path / "run", "train.steps=6", "train.checkpoint_every=4")
+    run.set_status(state, 6, total=6)
+    shutil.rmtree(run.checkpoints)
+    if lost == "what is in it":
+        run.checkpoints.mkdir()
+    rows = run.metrics_file.read_bytes()
+    with pytest.raises(checkpoint.CheckpointError, match="no checkpoint any more, although this run had one of step 6"):
+        resume(run.path, console=QUIET)
+    assert run.metrics_file.read_bytes() == rows
+
+
 # ------------------------------------------------------------------------------------------- weights before side files
 
 

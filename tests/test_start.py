@@ -343,3 +343,12 @@ def test_what_counts_as_no_better_than_a_baseline(images, tmp_path, capsys, gues
     capsys.readouterr()
     module.warn_above_baseline(run, Console())
     assert ("the baseline (visible mean)" in capsys.readouterr().err) == warned
+
+
+def test_images_without_any_valid_pixel_are_refused(tmp_path):
+    (tmp_path / "images").mkdir()
+    for number in range(12):
+        np.save(tmp_path / "images" / f"{number}.npy", np.full((16, 16, 3), np.nan, np.float32))
+    with pytest.raises(DataError, match=r"all pixels of the 12 images .* are absent"):
+        start(tmp_path / "images", tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -275,7 +275,18 @@ def load_latest(run: Run, *, say: Callable[[str], object] = print) -> Checkpoint
             f"no checkpoint of {run.path} can be used: all are damaged or of another run ({', '.join(damaged)}); "
             "restore one from a backup, or start a new run"
         )
+    require_any(run)
     return None
+
+
+def require_any(run: Run) -> None:
+    """Raises CheckpointError for a run that had checkpoints, by its status, and has none any more."""
+    step = run.status().get("step", 0)
+    if step and not any(run.checkpoints.glob("step-*")):
+        raise CheckpointError(
+            f"{run.checkpoints} has no checkpoint any more, although this run had one of step {step}: restore it from "
+            "a backup, or start a new run"
+        )
 
 
 def _set_aside(path: Path) -> Path:

@@ -1,8 +1,9 @@
 """Checks that a run's images, masks and test images are still the ones it began with, and records when they are not.
 
 A run keeps a record of each data set that it reads (`data/identity.py`): RUN/data.arrays for its training images, and
-for a supervised run also masks.arrays, test.arrays and test-masks.arrays. A run without one, which an earlier version
-began, is held to the names and sizes in its plan, and gets a record then.
+for a supervised run also masks.arrays, test.arrays and test-masks.arrays. A run that an
+earlier version began has none; it is held to the names and sizes in its plan, and gets a record then. A record that was
+lost or damaged since counts as a difference: replaced files of the same size could not be told from the old ones.
 """
 
 from __future__ import annotations
@@ -52,13 +53,16 @@ def compare(run: Run, plan: Plan, source: Source, console: Console) -> Differenc
 
     Only files with another time of change are read. Where they turn out the same their new times are recorded.
     """
-    path = file_of(run, DATA)
-    record = identity.read_record(path)
+    record = identity.read_record(file_of(run, DATA))
     if record is None:
-        why = "is damaged" if path.exists() else "was not kept by the version that began this run"
-        console.warn(f"the record of file contents {why}: only names and sizes of the images are compared")
         if source.fingerprint() != plan.fingerprint:
             return ONLY_NAMED
+        if run.id is not None:
+            return Difference(unknown=_trouble(run, DATA))
+        console.warn(
+            "the record of file contents was not kept by the version that began this run: only names and sizes of the "
+            "images are compared"
+        )
         write_record(run, source)
         return Difference()
     found = _compared(record, source, used_rows(plan, len(source)), console)
@@ -72,6 +76,12 @@ def require_same(run: Run, source: Source, role: str, console: Console) -> Diffe
     """As `compare` for all files of masks or of test images; the first time they are recorded instead."""
     record = identity.read_record(file_of(run, role))
     if record is None:
+        if file_of(run, role).exists():
+            return Difference(
+                unknown=f"{_trouble(run, role)}; if they are the same as before, remove it, and they are recorded anew"
+            )
+        if checkpoint.newest_step(run):
+            console.warn(f"{_trouble(run, role)}: the files there are now are recorded")
         with console.progress(f"recording {role}", len(source)) as bar:
             identity.digest_all(source, bar.update)
         write_record(run, source, role)
@@ -80,6 +90,11 @@ def require_same(run: Run, source: Source, role: str, console: Console) -> Diffe
     if not found and found.reread:
         write_record(run, source, role)
     return found
+
+
+def _trouble(run: Run, role: str) -> str:
+    path = file_of(run, role)
+    return f"{path} {'is damaged' if path.exists() else 'is missing'}, which tells unchanged files from replaced ones"
 
 
 def _compared(record: identity.Record, source: Source, used: np.ndarray, console: Console) -> Difference:

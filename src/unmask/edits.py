@@ -215,13 +215,17 @@ def rescheduled(new: Config, plan: Plan, asked: Mapping[str, Any], step: int) ->
         "replans": (),
         "budget": None if set(LENGTH) & asked.keys() else plan.budget,
     }
+    if all(getattr(plan, key) == value for key, value in changes.items() if key != "replans"):
+        return plan
     if step == 0:
         return plan.model_copy(update=changes)
     ramp, last = round(new.optim.warmup * (steps - step)), plan.lr(step - 1)
     why = f"changed at step {step}: {steps} steps in all, {plan.steps} were planned"
     if steps > step:
         why += f"; the learning rate goes from {last:.3g} to the curve of the new length over {ramp} steps"
-    earlier = plan.model_copy(update={"excluded": (), "test_rows": (), "reasons": ()})
+    # Of a change at the same step no step was trained, so the plan before that one is what there is to keep.
+    before = plan.earlier if plan.earlier is not None and plan.since == step else plan
+    earlier = before.model_copy(update={"excluded": (), "test_rows": (), "reasons": ()})
     begun = {"earlier": earlier, "since": step, "ramp": ramp, "from_lr": last, "reasons": (*plan.reasons, why)}
     return plan.model_copy(update=changes | begun)
 

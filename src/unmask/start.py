@@ -292,14 +292,13 @@ def resume(
         config = config.model_copy(update={"data": config.data.model_copy(update={"source": source.data})})
         if found := dataset_check.compare(run, plan, source, console):
             if not allow_dataset_change:
-                raise DataError(
-                    f"the images of {config.data.place} have changed since this run began "
-                    f"({plan.num_images + len(plan.excluded)} files then, {len(source)} now), so it could not go on "
-                    f"exactly: {found.lines()}. Bring the old files back, or give --allow-dataset-change to go on all "
-                    "the same"
-                )
-            plan = adopt(source, plan, run, found)
-            console.warn(f"the images have changed: going on with the {plan.num_images} there are now, not exactly")
+                raise DataError(refusal(config, plan, source, found))
+            if found.unknown:
+                plan = accept_unverified(plan, source, run, found)
+                console.warn("the images are taken for those the run began with: their names and sizes are the same")
+            else:
+                plan = adopt(source, plan, run, found)
+                console.warn(f"the images have changed: going on with the {plan.num_images} there are now, not exactly")
         excluded = set(plan.excluded)
         rows = np.array([row for row in range(len(source)) if row not in excluded], np.int64)
         images = training_images(source, rows, plan.images, config)
@@ -328,6 +327,7 @@ def is_done(run: Run, plan: Plan, concluded: Callable[[Run], bool], console: Con
     if not run.finished:
         return False
     if not checkpoint.is_complete(run, plan.steps):
+        checkpoint.require_any(run)
         console.warn(f"{run.path} was finished, but its last checkpoint cannot be used: the last steps are repeated")
         return False
     if not concluded(run):
@@ -386,6 +386,30 @@ def _noting_moved(supervise: Supervise, before: Config, console: Console) -> Sup
         return made
 
     return both
+
+
+def refusal(config: Config, plan: Plan, source: Source, found: Difference) -> str:
+    """Why a run does not go on with these images as they are, and what to do."""
+    if found.unknown:
+        return (
+            f"the images of {config.data.place} cannot be compared with those this run began with: {found.unknown}. "
+            "Restore it from a backup, or, if they are the same, give --allow-dataset-change to record them anew"
+        )
+    return (
+        f"the images of {config.data.place} have changed since this run began "
+        f"({plan.num_images + len(plan.excluded)} files then, {len(source)} now), so it could not go on "
+        f"exactly: {found.lines()}. Bring the old files back, or give --allow-dataset-change to go on all "
+        "the same"
+    )
+
+
+def accept_unverified(plan: Plan, source: Source, run: Run, found: Difference) -> Plan:
+    """Record images of the same names and sizes anew, whose contents cannot be compared; returns the plan."""
+    told = dataset_check.note_change(run, "recorded anew", summary=f"--allow-dataset-change: {found.lines()}")
+    plan = plan.model_copy(update={"reasons": (*plan.reasons, told)})
+    run.write("plan.json", plan.model_dump(mode="json"))
+    dataset_check.write_record(run, source)  # last: a run that is killed before this asks again
+    return plan
 
 
 def adopt(source: Source, plan: Plan, run: Run, found: Difference) -> Plan:
@@ -629,6 +653,11 @@ def refuse_bad_data(found: Scan, config: Config) -> None:
     examples = "; ".join(f"{bad.name} ({bad.code}: {bad.detail})" for bad in found.bad[:NAMED_BAD_FILES])
     if found.good == 0:
         raise DataError(f"none of the {found.files} files of {found.source} can be read, for example {examples}")
+    if found.empty_files == found.good:
+        raise DataError(
+            f"all pixels of the {found.good} images of {found.source} are absent (NaN, or the declared no-data value), "
+            "so there is nothing to learn from; if they are data after all: --set data.nodata=none"
+        )
     if found.bad_fraction > config.data.max_bad_fraction:
         enough = math.ceil(20 * found.bad_fraction) / 20
         raise DataError(

@@ -51,7 +51,7 @@ class Record:
 class Difference:
     """How a data set differs from its record; `changed` holds (name, how). False when it does not differ.
 
-    reread: files that were read because their times differ.
+    reread: files that were read because their times differ. unknown: why files could not be compared by content.
     """
 
     added: list[str] = field(default_factory=list)
@@ -59,12 +59,15 @@ class Difference:
     changed: list[tuple[str, str]] = field(default_factory=list)
     reordered: bool = False
     reread: int = 0
+    unknown: str = ""
 
     def __bool__(self) -> bool:
-        return bool(self.added or self.removed or self.changed or self.reordered)
+        return bool(self.added or self.removed or self.changed or self.reordered or self.unknown)
 
     def lines(self, count: int = 5) -> str:
         """For a sentence: how many files differ, and the first of each kind by name."""
+        if self.unknown:
+            return self.unknown
         kinds = [
             ("changed", [f"{name} ({how})" for name, how in self.changed]),
             ("removed", self.removed),

@@ -424,8 +424,11 @@ class _Parts:
                 with self.progress:
                     self.sent += 1
                     self.progress.notify()
-        except OSError:
-            return  # a dead worker, of which `_receive` reports
+        except OSError:  # a dead worker, of which `_receive` reports as soon as it awaits this request
+            with self.progress:
+                self.sent += 1
+                self.progress.notify()
+            return
         except BaseException as error:
             self._hand_over(_Raised(error))
         with self.progress:
