@@ -1,5 +1,6 @@
 """Shared by all tests: one compute thread, small folders of images, real data where it can be found."""
 
+import json
 import os
 from pathlib import Path
 
@@ -33,6 +34,11 @@ def write_images(
         image = Image.fromarray(coarse.astype(np.uint8)).resize((size[1], size[0]), Image.Resampling.BICUBIC)
         image.save(place / f"{number:04d}.png")
     return folder
+
+
+def stored(path: Path) -> dict:
+    """A JSON file of a run without what proves that it is whole: its digest, and the run it belongs to."""
+    return {key: value for key, value in json.loads(path.read_text()).items() if key not in ("run_id", "sha256")}
 
 
 @pytest.fixture

@@ -1,12 +1,11 @@
 """`unmask probe` beyond one number: curves, attention, other runs, tables of targets; on real files and real runs."""
 
-import json
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SMALL_RUN, write_images
+from conftest import SMALL_RUN, stored, write_images
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
@@ -80,7 +79,7 @@ def rows_of(summary):
 
 
 def kept(run, name):
-    return json.loads((run / "evals" / f"{name}.json").read_text())
+    return stored(run / "evals" / f"{name}.json")
 
 
 # ------------------------------------------------------------------------------------------------------- label budgets

@@ -1,6 +1,5 @@
 """What one does with a trained run, on real files: reconstruct, embed, probe; and what is said when files are bad."""
 
-import json
 import shutil
 import time
 import zipfile
@@ -10,7 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import SMALL_RUN, write_images
+from conftest import SMALL_RUN, stored, write_images
 from PIL import Image
 
 from unmask import probe_features, probing, use
@@ -353,8 +352,7 @@ def test_wrong_arguments_are_refused_early(trained, images, tmp_path):
 def test_a_folder_is_split_by_class_and_the_result_is_kept_and_said(run, labelled, kind):
     console = Listening()
     found = probe(run, labelled, kind=kind, console=console)
-    written = json.loads((run / f"evals/probe-{kind}-labelled.json").read_text())
-    assert {key: value for key, value in written.items() if key not in ("run_id", "sha256")} == found
+    assert stored(run / f"evals/probe-{kind}-labelled.json") == found
     assert (found["train_images"], found["test_images"], found["shared"]) == (30, 6, 0)
     assert found["classes"] == ["class0", "class1", "class2"]
     assert found["test"] == f"a held-out fifth of {labelled}"
