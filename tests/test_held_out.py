@@ -8,6 +8,7 @@ from conftest import SMALL_RUN, write_images
 
 from unmask.config import ConfigError, override
 from unmask.console import Console
+from unmask.edits import set_values
 from unmask.recipes.catalogue import find
 from unmask.report import curve_note, write_report
 from unmask.saved import read_plan
@@ -109,3 +110,18 @@ def test_the_progress_line_has_epoch_losses_and_time(images, tmp_path, capsys):
     line = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("step 4/4"))
     for part in ("epoch 1.3/1.3", "held out 0.", "baseline (", "so far", "images/s"):
         assert part in line.replace("held out 1.", "held out 0."), line
+
+
+def test_held_out_images_stay_held_out_by_name_when_the_data_are_changed(images, tmp_path, run):
+    names = sorted(path.name for path in images.iterdir())
+    held = [names[row] for row in read_plan(run).held_out]
+    gone = [name for name in names if name not in held][:3] + held[-1:]  # the last held-out row is out of range then
+    for name in gone:
+        (images / name).unlink()
+    set_values(run.path, ["train.steps=6"])
+    resume(run.path, allow_dataset_change=True, console=Console(quiet=True))
+    plan, left = read_plan(run), sorted(path.name for path in images.iterdir())
+    assert [left[row] for row in plan.held_out] == held[:-1]
+    assert set(plan.held_out) <= set(plan.excluded)
+    assert plan.num_images == len(names) - 3 - len(held)
+    assert run.read("evals/baselines.json")["held_out_images"] == len(held) - 1

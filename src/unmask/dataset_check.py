@@ -9,6 +9,7 @@ lost or damaged since counts as a difference: replaced files of the same size co
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,18 @@ def used_rows(plan: Plan, count: int) -> np.ndarray:
     return np.setdiff1d(np.arange(count), np.setdiff1d(plan.excluded, [*plan.test_rows, *plan.held_out])).astype(
         np.int64
     )
+
+
+def rows_now(run: Run, rows: Sequence[int], source: Source) -> tuple[int, ...]:
+    """Where the images of these recorded rows are in a changed data set, sorted; those that have gone are left out.
+
+    None of them is found where a run has no record, as in those of earlier versions.
+    """
+    record = identity.read_record(file_of(run, DATA))
+    if record is None or not rows:
+        return ()
+    names = {record.names[row] for row in rows if row < len(record.names)}
+    return tuple(row for row, name in enumerate(source.names) if name in names)
 
 
 def compare(run: Run, plan: Plan, source: Source, console: Console) -> Difference:

@@ -415,7 +415,7 @@ def accept_unverified(plan: Plan, source: Source, run: Run, found: Difference) -
 def adopt(source: Source, plan: Plan, run: Run, found: Difference) -> Plan:
     """Make a data set that has changed the run's own: the new plan, written down with what differed.
 
-    What was unreadable is left out by name, because rows may have moved.
+    What was unreadable or held out is left out by name, because rows may have moved.
     """
     if read_config(run).method.name in task_names():
         raise DataError(
@@ -423,15 +423,24 @@ def adopt(source: Source, plan: Plan, run: Run, found: Difference) -> Plan:
             f"could no longer be told from the others: {found.lines()}. Bring the old files back, or begin anew"
         )
     unreadable = {entry["name"] for entry in run.quarantine() if entry.get("code") != "CHANGED"}
-    excluded = tuple(row for row, name in enumerate(source.names) if name in unreadable)
-    if len(excluded) == len(source):
+    bad = [row for row, name in enumerate(source.names) if name in unreadable]
+    if len(bad) == len(source):
         raise DataError(f"none of the {len(source)} files of {source.name} could be read before; bring others")
+    known = source.fingerprint() == plan.fingerprint  # the rows are the plan's already
+    held_out = plan.held_out if known else dataset_check.rows_now(run, plan.held_out, source)
+    excluded = tuple(sorted({*bad, *held_out}))
+    if len(excluded) == len(source):
+        raise DataError(
+            f"only images that this run does not train on are left of {source.name}: {len(held_out)} held out, "
+            f"{len(bad)} unreadable; bring others"
+        )
     summary = f"--allow-dataset-change: {found.lines(3)}"
     told = dataset_check.note_change(run, "changed", summary=summary, **found.as_json())
     changes = {
         "fingerprint": source.fingerprint(),
         "num_images": len(source) - len(excluded),
         "excluded": excluded,
+        "held_out": held_out,
         "epochs": plan.steps * plan.batch_size / (len(source) - len(excluded)),
         "reasons": (*plan.reasons, told),
     }
