@@ -120,6 +120,28 @@ def test_a_creation_that_fails_leaves_nothing(tmp_path, monkeypatch, fault, name
     assert Run.open(tmp_path / "run").read("plan.json") == {"a": 1}
 
 
+def test_a_run_that_was_made_while_waiting_for_the_lock_is_left_alone(tmp_path, monkeypatch):
+    contents = {name: {"a": 1} for name in ("config.json", "provenance.json", "plan.json")}
+    create = Run.create
+
+    def overtaken(path):
+        monkeypatch.undo()
+        with Run.begin(path, contents):
+            pass
+        return create.__func__(_Lax, path)
+
+    monkeypatch.setattr(Run, "create", overtaken)
+    with pytest.raises(RunError, match="not empty"), Run.begin(tmp_path / "run", {**contents, "plan.json": {"a": 2}}):
+        pass
+    assert Run.open(tmp_path / "run").read("plan.json") == {"a": 1}
+
+
+class _Lax(Run):
+    @classmethod
+    def check_free(cls, path):
+        return cls(path)
+
+
 def test_a_folder_of_a_person_is_never_taken_over(images, tmp_path):
     for name, content in (("config.json", '{"mine": 1}'), ("provenance.json", "{}"), ("a.txt", "precious")):
         folder = tmp_path / name.split(".")[0]

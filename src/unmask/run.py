@@ -133,6 +133,7 @@ class Run:
         existed = cls.check_free(path).path.exists()
         run = cls.create(path)
         with run.lock():
+            cls.check_free(path)  # whoever held the lock until now may have made, and finished, a run here
             try:
                 if run._clear():
                     say(f"{path}: the creation of a run was cut short here; its remains were removed")
@@ -143,7 +144,8 @@ class Run:
                 fill(run)
                 run.write(PLAN, files[PLAN])
             except BaseException as error:
-                run._clear()
+                with suppress(OSError):
+                    run._clear()
                 if not existed:
                     shutil.rmtree(run.path, ignore_errors=True)
                 held_here.remove(run)
