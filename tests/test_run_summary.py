@@ -1,6 +1,7 @@
 """What Python and notebooks show of a Run."""
 
 import base64
+import os
 import sys
 import threading
 import time
@@ -35,6 +36,19 @@ def test_a_folder_that_is_no_run_has_a_repr_too(tmp_path):
     assert repr(Run(tmp_path / "nothing")) == f"Run('{tmp_path / 'nothing'}', damaged)"
     (tmp_path / "config.json").write_text("{")
     assert "damaged" in repr(Run(tmp_path))
+
+
+def test_files_that_go_while_a_run_is_described_are_passed_over(tmp_path, monkeypatch):
+    run = make_run(tmp_path / "run")
+    before, walk = summarise(run), os.walk
+
+    def with_one_that_is_gone(folder):
+        for inside, folders, names in walk(folder):
+            yield inside, folders, [*names, ".plan.json.7.partial"]
+
+    monkeypatch.setattr(os, "walk", with_one_that_is_gone)
+    assert summarise(run) == before
+    assert before.bytes == sum(file.stat().st_size for file in run.path.rglob("*") if file.is_file())
 
 
 def test_progress_in_a_notebook_replaces_one_line(monkeypatch):

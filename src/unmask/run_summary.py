@@ -8,6 +8,10 @@ from __future__ import annotations
 
 import base64
 import html
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -62,7 +66,7 @@ def summarise(run: RunFolder) -> RunSummary:
     config, plan, status = (_read(run, name) for name in ("config.json", "plan.json", "status.json"))
     size = (plan.get("images") or {}).get("size") or (config.get("data") or {}).get("size")
     losses = [row["loss"] for row in _metrics(run) if isinstance(row.get("loss"), float)]
-    files = [file for file in run.path.rglob("*") if file.is_file() and file.name != ".lock"]
+    files = list(_files(run.path))
     return RunSummary(
         path=str(run.path),
         state=state_of(run.path, status) or ("imported" if (run.path / "checkpoints").is_dir() else "damaged"),
@@ -74,9 +78,19 @@ def summarise(run: RunFolder) -> RunSummary:
         images=plan.get("num_images"),
         loss=losses[-1] if losses else None,
         probe=_newest_probe(run),
-        bytes=sum(file.stat().st_size for file in files),
-        changed=max((file.stat().st_mtime for file in files), default=0.0),
+        bytes=sum(file.st_size for file in files),
+        changed=max((file.st_mtime for file in files), default=0.0),
     )
+
+
+def _files(folder: Path) -> Iterator[os.stat_result]:
+    """The files in a folder and below; those that go while it is read, as in a run that trains, are passed over."""
+    for inside, _, names in os.walk(folder):
+        for name in names:
+            with suppress(OSError):
+                found = os.stat(os.path.join(inside, name))
+                if stat.S_ISREG(found.st_mode) and name != folder_lock.FILE:
+                    yield found
 
 
 def as_html(run: RunFolder) -> str:
