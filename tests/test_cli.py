@@ -496,3 +496,14 @@ def test_excluded_images_are_left_out_of_probes_finetuning_pack_and_doctor(unmas
     code, _, err = unmask("doctor", "--exclude", "thumbs")
     assert code == 2
     assert "name images too" in err
+
+
+def test_prune_keeps_the_only_copy_of_a_checkpoint_that_was_being_written_again(unmask, run_folder):
+    """A crash between the two renames of `checkpoint.save` leaves it under another name until the run is resumed."""
+    newest = max((run_folder / "checkpoints").glob("step-*"))
+    aside = newest.with_name(f"{newest.name}.old")
+    newest.rename(aside)
+    assert unmask("prune", "run")[0] == 0
+    assert aside.is_dir()
+    assert unmask("resume", "run")[0] == 0
+    assert newest.is_dir()

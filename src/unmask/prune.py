@@ -66,8 +66,13 @@ def _old_checkpoints(run: Run, keep: int) -> list[Removable]:
     return [
         Removable(str(folder), "an older checkpoint" if folder.suffix == "" else "a damaged checkpoint", _bytes(folder))
         for folder in folders
-        if folder not in sound
+        if folder not in sound and not _awaits_resume(folder)
     ]
+
+
+def _awaits_resume(folder: Path) -> bool:
+    """Whether this is the only copy of a checkpoint, left by a crash while its step was written again."""
+    return folder.suffix == checkpoint.REPLACED and not folder.with_suffix("").exists()
 
 
 def _bytes(folder: Path) -> int:
