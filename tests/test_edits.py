@@ -1,15 +1,19 @@
 """`unmask set`: what can change in a run that has begun, what is refused, and that exact resuming still holds."""
 
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import SMALL_RUN, write_images
 
 from unmask import edits
-from unmask.config import ConfigError
+from unmask.batch import ImageSpec
+from unmask.config import ConfigError, override
 from unmask.console import Console
-from unmask.edits import set_values
+from unmask.edits import require_same_weights, set_values
+from unmask.finetune import fine_tuning
+from unmask.recipes.catalogue import find
 from unmask.report import write_report
 from unmask.run import Run
 from unmask.saved import load, read_config, read_plan
@@ -38,7 +42,10 @@ def run(trained, tmp_path):
     [
         ("data.size=[32,32]", "the weights were trained with it"), ("method.encoder.heads=1", "trained with it"),
         ("train.seed=3", "the order of the images"), ("data.source=x", "keeps its images"),
-        ("optim.name=lars", "moments"), ("train.steps=10", "has made 20 already"), ("train.steps=none", "no length"),
+        ("data.nodata=0", "trained with it"), ("data.alpha=drop", "trained with it"),
+        ("data.pages=first", "trained with it"), ("data.axes=CHW", "trained with it"),
+        ("data.held_out=3", "when the run began"), ("optim.name=lars", "moments"),
+        ("train.steps=10", "has made 20 already"), ("train.steps=none", "no length"),
         ("train.stps=30", "did you mean"),
         ("train.micro_batch=3", "does not divide"), ("train.test_every=2", "to test"),
     ],
@@ -48,6 +55,16 @@ def test_what_cannot_change_is_refused_and_nothing_is_written(run, setting, mess
     with pytest.raises(ConfigError, match=message):
         set_values(run, [setting], console=QUIET)
     assert before == {name: (run / name).read_bytes() for name in before}
+
+
+@pytest.mark.parametrize("setting", ["method.last_blocks=1", "method.last_blocks=0"])
+def test_other_weights_cannot_be_trained_than_those_with_moments(setting):
+    """The shapes of all weights stay as they are; `resume` would refuse the optimiser's moments."""
+    config = fine_tuning(find("mae_nano"), ("one", "other"), "finetune_few")
+    plan = SimpleNamespace(images=ImageSpec(3, config.data.size, "uint8", (0.0,) * 3, (1.0,) * 3))
+    require_same_weights(config, override(config, ["method.mixup=0"]), plan)
+    with pytest.raises(ConfigError, match=r"encoder\..* would be trained no longer"):
+        require_same_weights(config, override(config, [setting]), plan)
 
 
 def test_a_finished_run_is_trained_longer_and_a_stop_on_the_way_changes_nothing(run, tmp_path):

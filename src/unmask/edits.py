@@ -51,9 +51,11 @@ REFUSED = {
     "data.test": _TESTS, "data.annotations": _TESTS, "data.test_annotations": _TESTS, "data.test_split": _TESTS,
     "data.size": _WEIGHTS, "data.channels": _WEIGHTS, "data.mean": _WEIGHTS, "data.std": _WEIGHTS,
     "data.repeats": _ORDER, "train.batch_size": _ORDER, "train.seed": _ORDER,
-    "data.scan_sample": _BEGUN, "data.cache_gib": f"{_BEGUN}; set data.cache",
+    "data.nodata": _WEIGHTS, "data.alpha": _WEIGHTS, "data.pages": _WEIGHTS, "data.axes": _WEIGHTS,
+    "data.held_out": _BEGUN, "data.scan_sample": _BEGUN, "data.cache_gib": f"{_BEGUN}; set data.cache",
     "method.name": _WEIGHTS, "method.encoder": _WEIGHTS, "method.decoder": _WEIGHTS, "method.tokenizer": _WEIGHTS,
     "method.palette": _WEIGHTS, "method.classes": _WEIGHTS, "method.ignored": _WEIGHTS,
+    "method.values": _WEIGHTS, "method.stored_pixels": _WEIGHTS,
     "optim.name": "the optimiser's moments are of the one before",
 }  # fmt: skip
 """Settings, or whole branches of them, that cannot change after the first step, and why."""
@@ -161,7 +163,8 @@ def _checked(run: Run, config: Config, plan: Plan, asked: Mapping[str, Any], ste
 def require_same_weights(config: Config, new: Config, plan: Plan) -> None:
     """Raises ConfigError when the checkpoints of `config` would not fit `new`."""
     with torch.device("meta"):
-        before, after = (each.build(plan.images).state_dict() for each in (config, new))
+        methods = [each.build(plan.images) for each in (config, new)]
+    before, after = (method.state_dict() for method in methods)
     shapes = {name: (before.get(name), after.get(name)) for name in [*before, *after]}
     for name, (old, now) in shapes.items():
         if old is None or now is None or old.shape != now.shape:
@@ -170,6 +173,14 @@ def require_same_weights(config: Config, new: Config, plan: Plan) -> None:
                 f"this cannot be changed in a run that has begun: its weights would not fit ({name}: {sizes[0]} would "
                 f"become {sizes[1]}); start a new run"
             )
+    own, other = ({n for n, value in method.named_parameters() if value.requires_grad} for method in methods)
+    if own != other:
+        name = min(own ^ other)
+        raise ConfigError(
+            f"this cannot be changed in a run that has begun: {name} would be trained "
+            f"{'no longer' if name in own else 'from now on'}, and the optimiser's moments are those of other weights; "
+            "start a new run"
+        )
 
 
 def replanned(config: Config, new: Config, plan: Plan, asked: Mapping[str, Any], step: int) -> Plan:
