@@ -274,9 +274,26 @@ def test_a_slow_processor_is_no_hang_but_a_waiting_one_is():
         with dog.watching("paused"), dog.pausing():
             time.sleep(1.5)
         assert not told
-        with pytest.raises(stalls.Stalled), dog.watching("waiting"):
+        with pytest.raises(stalls.Stalled), dog.watching("waiting", at_least=1.25):
             naps(200)
     assert told == ["waiting"]
+    assert dog.waited == 1.25, "which the report states"
+
+
+def test_what_ends_while_its_stall_is_reported_is_not_ended():
+    """A report writes files, which takes a moment."""
+    reported, ended = threading.Event(), threading.Event()
+
+    def report(what):
+        reported.set()
+        ended.wait(10)
+        return what
+
+    with stalls.Watchdog(0.3, report, on_cpu=False) as dog, dog.watching("waiting"):
+        assert reported.wait(10)
+    ended.set()
+    dog._thread.join(10)
+    naps(2)
 
 
 # ------------------------------------------------------------------------------------------------------ stop requests

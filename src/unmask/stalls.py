@@ -75,6 +75,7 @@ class Watchdog:
     def __init__(self, limit: float, report: Callable[[str], str], *, on_cpu: bool) -> None:
         self.limit, self.report, self.on_cpu = limit, report, on_cpu
         self.message = ""
+        self.waited = limit  # seconds without progress, once a computation is given up
         self._thread_id = threading.get_ident()
         self._watched: tuple[str, Patience] | None = None
         self._closed = threading.Event()
@@ -122,11 +123,14 @@ class Watchdog:
             if self.on_cpu and computed - before > BUSY * TICK:
                 patience.waited = 0.0
             if patience.tick():
+                self.waited = patience.limit
                 self._give_up(what)
                 return
 
     def _give_up(self, what: str) -> None:
         self.message = self.report(what)
+        if self._closed.is_set():  # it came to its end after all
+            return
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self._thread_id), ctypes.py_object(Stalled))
         if not self._closed.wait(GRACE):
             write_now(f"error: {self.message}\n")

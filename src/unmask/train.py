@@ -313,7 +313,7 @@ class Guard:
     def _report(self, what: str) -> str:
         file = write_stacks(self.run.path)
         sentence = (
-            f"{what} made no progress for {self.dog.limit:g} s; the stacks of all threads are in {file}. "
+            f"{what} made no progress for {self.dog.waited:g} s; the stacks of all threads are in {file}. "
             f"`unmask resume {self.run.path}` continues from the last checkpoint; {VARIABLE} sets another limit"
         )
         with suppress(OSError, UserError, RunGone):
