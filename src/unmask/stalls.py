@@ -57,8 +57,8 @@ class Patience:
     def tick(self) -> bool:
         """Whether the limit has been reached."""
         now = time.monotonic()
-        self.waited += min(now - self.last, 4 * TICK)
-        self.last = now
+        passed, self.last = now - self.last, now
+        self.waited += passed if passed <= 4 * TICK else TICK  # a longer gap: this process did not run in it
         return self.waited >= self.limit
 
 
