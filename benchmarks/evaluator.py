@@ -25,9 +25,9 @@ from measure import command_line, conclude, origin, spread
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
-from unmask.evals.knn import TEMPERATURE, knn
-from unmask.evals.linear import C_GRID, MAX_ITERATIONS, linear, standardised
-from unmask.evals.splits import HOLD_OUT_FOR_C, hold_out
+from unmask.data.splits import HOLD_OUT_FOR_C, hold_out
+from unmask.evals.probes.knn import TEMPERATURE, knn
+from unmask.evals.probes.linear import C_GRID, MAX_ITERATIONS, linear, standardised
 
 CLASSES = 10
 SIZES = {"knn": [(10_000, 2_000, 192), (50_000, 10_000, 768)], "linear": [(10_000, 2_000, 192), (50_000, 10_000, 192)]}

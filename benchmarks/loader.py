@@ -42,10 +42,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from unmask.batch import ImageSpec
 from unmask.data.augment import CROP_DRAWS, CropConfig, crop_boxes
-from unmask.data.decode import header
+from unmask.data.decode.decode import header
 from unmask.data.loader import Images, Order, training_batches
-from unmask.data.sources import Source, open_source
-from unmask.pack import pack
+from unmask.data.pack import pack
+from unmask.data.sources.open_source import Source, open_source
 from unmask.rng import Stream, uniform
 
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406])[:, None, None], torch.tensor([0.229, 0.224, 0.225])[:, None, None]

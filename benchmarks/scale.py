@@ -35,11 +35,11 @@ from PIL import Image
 from unmask.batch import ImageSpec
 from unmask.data.augment import CropConfig
 from unmask.data.loader import Images, Order, training_batches
-from unmask.data.looks import memory_file
 from unmask.data.scan import scan
-from unmask.data.sources import Source, open_source
+from unmask.data.scan_cache import memory_file
+from unmask.data.sources.open_source import Source, open_source
+from unmask.engine.device import autocast, choose_device, choose_precision
 from unmask.nn.patches import take
-from unmask.plan import autocast, choose_device, choose_precision
 from unmask.recipes.catalogue import find
 from unmask.rng import Draws, permutation
 

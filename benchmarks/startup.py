@@ -21,7 +21,7 @@ COMMANDS = {
     "unmask --help": "from unmask.cli import main; sys.argv = ['unmask', '--help']; main()",
     "unmask pretrain --help": "from unmask.cli import main; sys.argv = ['unmask', 'pretrain', '--help']; main()",
     "import unmask": "import unmask",
-    "import unmask.data.sources": "import unmask.data.sources",
+    "import unmask.data.sources.open_source": "import unmask.data.sources.open_source",
     "import torch": "import torch",
     "unmask.load_encoder": "import unmask; unmask.load_encoder",
     "import transformers": "import transformers",

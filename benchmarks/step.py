@@ -40,13 +40,14 @@ from torch import Tensor, nn
 
 from unmask.batch import Batch, ImageSpec
 from unmask.config import Config, override
-from unmask.flops import count_flops
+from unmask.engine.compile import compile_blocks
+from unmask.engine.device import autocast, choose_device, choose_precision
+from unmask.engine.flops import count_flops
+from unmask.engine.host_memory import memory_kept
 from unmask.method import Clock
 from unmask.nn.masks import mask_from_noise
 from unmask.nn.patches import normalise, take
 from unmask.optim import make_optimizer, update
-from unmask.parallel import compile_blocks, memory_kept
-from unmask.plan import autocast, choose_device, choose_precision
 from unmask.recipes.catalogue import find
 from unmask.rng import Draws
 

@@ -15,19 +15,21 @@ from types import SimpleNamespace
 import pytest
 from conftest import SMALL_RUN, write_images
 
-from unmask import ablate as module
-from unmask import beside, finetune, start
-from unmask.ablate import ablate
-from unmask.beside import agreement, difference, find_probe, write_table
+from unmask.comparison import ablate as module
+from unmask.comparison import table_page
+from unmask.comparison.ablate import ablate
+from unmask.comparison.paper_tables import FAMILY, find_table
+from unmask.comparison.table_page import agreement, difference, find_probe, write_table
 from unmask.config import ConfigError
 from unmask.console import Console
-from unmask.data.sources import open_source
+from unmask.data.sources.open_source import open_source
+from unmask.engine import pretrain
+from unmask.engine.load import load, read_plan
+from unmask.engine.plan import Timing
 from unmask.errors import TrainingFailed, UserError
-from unmask.lessons import open_lessons, split_rows
-from unmask.plan import Timing
+from unmask.finetuning import finetune
+from unmask.finetuning.annotated import open_annotated, split_rows
 from unmask.run import Run, RunInUse
-from unmask.saved import load, read_plan
-from unmask.tables import FAMILY, find_table
 
 SMALL = [setting for setting in SMALL_RUN if not setting.startswith("method.decoder")]
 SMALL += [
@@ -59,7 +61,7 @@ def few_cells(monkeypatch):
     """And drawing the same pages again and again tells nothing; that of `unbroken` is whole."""
     two_depths(monkeypatch)
     monkeypatch.setattr(module, "write_report", lambda path: path)
-    monkeypatch.setattr(beside, "picture", lambda summary: None)
+    monkeypatch.setattr(table_page, "picture", lambda summary: None)
 
 
 def make(data, out, *, table="1a", settings=SMALL, **more):
@@ -146,7 +148,7 @@ def test_what_was_decided_is_kept(unbroken, data):
 
 def test_a_finished_table_is_left_alone_and_said_once(unbroken, data, monkeypatch, capsys):
     folder, summary = unbroken
-    monkeypatch.setattr(start, "pretrain", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr(pretrain, "pretrain", lambda *_, **__: pytest.fail("trained again"))
     monkeypatch.setattr(module, "probe_kinds", lambda *_, **__: pytest.fail("probed again"))
     assert without_times(make(data, folder, console=Console())) == without_times(summary)
     said = capsys.readouterr().err
@@ -158,7 +160,7 @@ def test_a_table_that_was_stopped_while_training_becomes_that_of_an_unbroken_one
     unbroken, data, tmp_path, monkeypatch, stopped_in
 ):
     """A real signal in the middle of a cell: the loop saves and stops, the table says so, and the rest follows."""
-    real, left = start.train, [1 if stopped_in == "first cell" else 2]
+    real, left = pretrain.train, [1 if stopped_in == "first cell" else 2]
 
     def signalled(run, config, plan, images, console, *judge):
         left[0] -= 1
@@ -176,7 +178,7 @@ def test_a_table_that_was_stopped_while_training_becomes_that_of_an_unbroken_one
                 monkeypatch.setattr(Run, "log", logged)
         return real(run, config, plan, images, console)
 
-    monkeypatch.setattr(start, "train", signalled)
+    monkeypatch.setattr(pretrain, "train", signalled)
     before = signal.getsignal(signal.SIGTERM)
     stopped = make(data, tmp_path / "table")
     assert signal.getsignal(signal.SIGTERM) is before
@@ -205,15 +207,15 @@ def test_a_table_that_was_stopped_between_trainings_goes_on(unbroken, data, tmp_
 
 
 def test_a_run_that_never_got_a_plan_is_begun_anew(unbroken, data, tmp_path, monkeypatch):
-    real = start.pretrain
+    real = pretrain.pretrain
 
     def cut(*arguments, out, **more):
         (out / "checkpoints").mkdir(parents=True)
         (out / "config.json").write_text("{}")
-        monkeypatch.setattr(start, "pretrain", real)
+        monkeypatch.setattr(pretrain, "pretrain", real)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(start, "pretrain", cut)
+    monkeypatch.setattr(pretrain, "pretrain", cut)
     assert make(data, tmp_path / "table")["state"] == "stopped"
     assert without_times(make(data, tmp_path / "table")) == without_times(unbroken[1])
 
@@ -267,20 +269,20 @@ def test_two_at_once_in_one_folder_are_refused(unbroken, data):
 
 
 def test_a_cell_that_fails_is_shown_with_its_sentence_and_the_others_go_on(data, tmp_path, monkeypatch):
-    real = start.train
+    real = pretrain.train
 
     def fails(run, config, plan, images, console, *judge):
         if config.method.decoder.depth == 1:
             raise TrainingFailed("the loss went up in smoke")
         return real(run, config, plan, images, console)
 
-    monkeypatch.setattr(start, "train", fails)
+    monkeypatch.setattr(pretrain, "train", fails)
     summary = make(data, tmp_path / "table")
     assert summary["state"] == "failed"
     assert [row["state"] for row in summary["rows"]] == ["failed", "finished"]
     assert summary["rows"][0]["sentence"] == "1: failed: the loss went up in smoke"
     assert "depth-1-seed-0 failed: the loss went up in smoke" in (tmp_path / "table" / "table.html").read_text()
-    monkeypatch.setattr(start, "train", real)
+    monkeypatch.setattr(pretrain, "train", real)
     mended = make(data, tmp_path / "table")
     assert mended["state"] == "finished", "the same command tries it again"
     assert mended["rows"][0]["runs"][0]["error"] is None
@@ -311,7 +313,7 @@ def test_cells_that_predict_tokens_get_a_tokenizer_that_is_trained_first(data, t
 def test_a_tokenizer_that_is_given_is_used_and_none_is_trained(data, tmp_path, monkeypatch):
     two_targets(monkeypatch)
     settings = [setting for setting in SMALL if not setting.startswith("method.")]
-    start.pretrain(data, recipe="dvae_nano", out=tmp_path / "mine", settings=settings)
+    pretrain.pretrain(data, recipe="dvae_nano", out=tmp_path / "mine", settings=settings)
     table = make(
         data, tmp_path / "table", table="1d", settings=[*SMALL, "method.decoder.depth=1"], tokenizer=tmp_path / "mine"
     )
@@ -323,14 +325,14 @@ def test_a_tokenizer_that_is_given_is_used_and_none_is_trained(data, tmp_path, m
 
 def test_without_its_tokenizer_a_cell_fails_and_says_so(data, tmp_path, monkeypatch):
     two_targets(monkeypatch)
-    real = start.train
+    real = pretrain.train
 
     def fails(run, config, plan, images, console, *judge):
         if config.method.name == "dvae":
             raise TrainingFailed("no codes")
         return real(run, config, plan, images, console)
 
-    monkeypatch.setattr(start, "train", fails)
+    monkeypatch.setattr(pretrain, "train", fails)
     summary = make(data, tmp_path / "table", table="1d", settings=[*SMALL, "method.decoder.depth=1"])
     assert [row["state"] for row in summary["rows"]] == ["failed", "finished", "failed"]
     assert "its tokenizer could not be trained" in summary["rows"][2]["sentence"]
@@ -398,17 +400,17 @@ def test_every_number_of_blocks_is_fine_tuned_from_one_pre_training(fine_tuned, 
 
 def test_test_images_are_not_learnt_from_and_frozen_weights_stay(fine_tuned, data):
     folder, _ = fine_tuned
-    lessons = open_lessons("classify", data)
-    rows, held = split_rows(lessons, None, hold=True)
+    annotated = open_annotated("classify", data)
+    rows, held = split_rows(annotated, None, hold=True)
     assert read_plan(Run(folder / "blocks-1-seed-0")).excluded == tuple(held.tolist())
     assert len(rows) == 20
     before = load(folder / "pretrained").method.encoder.state_dict()
     same = load(folder / "blocks-0-seed-0").method.encoder.state_dict()
     assert all((before[name] == same[name]).all() for name in before)
-    few, held = split_rows(lessons, 3, hold=True)
+    few, held = split_rows(annotated, 3, hold=True)
     assert (len(few), len(held)) == (6, 4)
     assert not set(few) & set(held)
-    assert split_rows(lessons, None, hold=False)[1].size == 0
+    assert split_rows(annotated, None, hold=False)[1].size == 0
 
 
 def test_a_classifier_does_not_go_on_with_other_images(fine_tuned, data):
@@ -418,7 +420,7 @@ def test_a_classifier_does_not_go_on_with_other_images(fine_tuned, data):
     with pytest.raises(
         UserError, match=r"test images may be held out .*: 2 files are others\. Bring the old files back"
     ):
-        start.adopt(open_source(data), read_plan(run), run, differ)
+        pretrain.adopt(open_source(data), read_plan(run), run, differ)
 
 
 def test_the_page_of_fine_tuned_cells_says_what_they_are(fine_tuned, data, monkeypatch):
@@ -471,7 +473,7 @@ def test_two_thirds_of_a_budget_go_into_the_pre_training(data, tmp_path, monkeyp
     monkeypatch.setattr(module, "make", lambda *_: None)
     monkeypatch.setattr(module, "measure_step_seconds", lambda *_, **__: 0.1)
     monkeypatch.setattr(module, "encode_seconds", lambda *_: 0.0)
-    monkeypatch.setattr(start, "batch_seconds", lambda *_, **__: Timing(0.0, 0.0, 0.0))
+    monkeypatch.setattr(pretrain, "batch_seconds", lambda *_, **__: Timing(0.0, 0.0, 0.0))
     free = [setting for setting in FINE if "steps" not in setting]
     summary = make(data, tmp_path / "table", table="fig9", settings=free, budget=100.0, seeds=2)
     first, *rest = summary["rows"]
@@ -507,7 +509,7 @@ def test_two_thirds_of_a_budget_go_into_the_pre_training(data, tmp_path, monkeyp
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_is_trained(data, tmp_path, monkeypatch, change, message):
-    monkeypatch.setattr(start, "pretrain", lambda *_, **__: pytest.fail("trained"))
+    monkeypatch.setattr(pretrain, "pretrain", lambda *_, **__: pytest.fail("trained"))
     with pytest.raises(UserError, match=message):
         make(data, tmp_path / "table", **change)
     assert not (tmp_path / "table" / "ablation.json").exists()
@@ -542,7 +544,7 @@ def test_a_budget_is_shared_by_all_cells_and_seeds(data, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "make", lambda *_: None)
     monkeypatch.setattr(module, "measure_step_seconds", lambda config, *_, **__: 0.1 * config.method.decoder.depth)
     monkeypatch.setattr(module, "encode_seconds", lambda *_: 0.0)
-    monkeypatch.setattr(start, "batch_seconds", lambda *_, **__: Timing(0.0, 0.0, 0.0))
+    monkeypatch.setattr(pretrain, "batch_seconds", lambda *_, **__: Timing(0.0, 0.0, 0.0))
     free = [setting for setting in SMALL if "steps" not in setting]
     summary = make(data, tmp_path / "table", settings=free, budget=1000.0, seeds=2)
     probing = module.FIT_SECONDS * (2 * 2 + 2)
@@ -582,7 +584,7 @@ def row(label, paper, *accuracies, total=1000):
     return {
         "label": label,
         "equal": "steps",
-        "linear": beside._score(scores),
+        "linear": table_page._score(scores),
         "paper": {"linear": paper, "fine_tuned": None},
     }
 
@@ -668,8 +670,8 @@ def test_the_page_says_when_no_cell_is_above_the_controls():
 
     controls = [{"features": name, "linear": {"accuracy": value}} for name, value in (("raw", 0.4), ("random", 0.3))]
     assert (
-        beside.helped([cell(0.5), cell(0.35), cell(None)], controls)
+        table_page.helped([cell(0.5), cell(0.35), cell(None)], controls)
         == "1 of 2 cells are above raw (40.0%, linear probe)."
     )
-    assert "pre-training has not helped in any cell" in beside.helped([cell(0.35)], controls)
-    assert beside.helped([cell(None)], controls) == beside.helped([cell(0.5)], []) == ""
+    assert "pre-training has not helped in any cell" in table_page.helped([cell(0.35)], controls)
+    assert table_page.helped([cell(None)], controls) == table_page.helped([cell(0.5)], []) == ""

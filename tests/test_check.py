@@ -5,16 +5,16 @@ import json
 import pytest
 from conftest import write_images
 
-from unmask import check as module
-from unmask import start
-from unmask.check import check_data
 from unmask.console import Console
+from unmask.engine import preflight as module
+from unmask.engine import pretrain
+from unmask.engine.preflight import check_data
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     monkeypatch.setattr(module, "time_steps", lambda *_, **__: [0.5] * 4)
-    monkeypatch.setattr("unmask.plan.free_memory", lambda _: 1 << 30)
+    monkeypatch.setattr("unmask.engine.plan.free_memory", lambda _: 1 << 30)
 
 
 def test_a_sample_is_recommended_for_as_many_images_as_there_are():
@@ -45,8 +45,8 @@ def test_without_a_sample_the_number_is_exact(images):
 
 def test_the_forecast_is_of_the_plan_that_pretrain_makes(images, tmp_path, monkeypatch):
     _, summary = check_data(str(images), Console(quiet=True), sample=None, workers=0)
-    monkeypatch.setattr(start, "_train", lambda *_: None)
-    run = start.pretrain(images, out=tmp_path / "run")
+    monkeypatch.setattr(pretrain, "_train", lambda *_: None)
+    run = pretrain.pretrain(images, out=tmp_path / "run")
     plan = run.read("plan.json")
     assert (summary["steps"], summary["reasons"]) == (plan["steps"], plan["reasons"])
     assert summary["recipe"] == run.read("config.json")["recipe"]
@@ -54,7 +54,9 @@ def test_the_forecast_is_of_the_plan_that_pretrain_makes(images, tmp_path, monke
 
 
 def test_the_forecast_is_for_the_device_that_is_set(images, monkeypatch):
-    monkeypatch.setattr("unmask.check.choose_device", lambda asked: "cpu" if asked == "cpu" else pytest.fail(asked))
+    monkeypatch.setattr(
+        "unmask.engine.preflight.choose_device", lambda asked: "cpu" if asked == "cpu" else pytest.fail(asked)
+    )
     _, summary = check_data(str(images), Console(quiet=True), sample=None, workers=0, settings=["train.device=cpu"])
     assert summary["device"] == "cpu"
 
@@ -62,7 +64,7 @@ def test_the_forecast_is_for_the_device_that_is_set(images, monkeypatch):
 def test_nothing_is_kept_or_written_by_a_forecast(images, tmp_path, monkeypatch):
     before = sorted(tmp_path.rglob("*"))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(start.Run, "create", pytest.fail)
+    monkeypatch.setattr(pretrain.Run, "create", pytest.fail)
     code, summary = check_data(str(images), Console(quiet=True), sample=None, workers=2)
     assert code == 0
     assert sorted(tmp_path.rglob("*")) == before

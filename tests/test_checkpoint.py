@@ -13,8 +13,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from unmask import checkpoint
-from unmask.checkpoint import (
+from unmask.engine import checkpoint
+from unmask.engine.checkpoint import (
     CheckpointError,
     CheckpointFull,
     CheckpointRefused,

@@ -298,7 +298,7 @@ def test_who_interrupts_a_command_is_told_what_became_of_it(unmask, monkeypatch,
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("unmask.pack.pack_image", interrupted)
+    monkeypatch.setattr("unmask.data.pack.pack_image", interrupted)
     code, out, err = unmask("pack", images, tmp_path / "copy.tar", "--workers", 0)
     assert (code, out) == (130, "")
     assert err.endswith("interrupted; no run was begun\n")
@@ -308,7 +308,7 @@ def test_a_fault_of_ours_says_so_and_fails(unmask, monkeypatch, capfd, tmp_path)
     def broken(*_, **__):
         raise KeyError("something we forgot")
 
-    monkeypatch.setattr("unmask.check.check_data", broken)
+    monkeypatch.setattr("unmask.engine.preflight.check_data", broken)
     monkeypatch.setattr(sys, "argv", ["unmask", "check", str(tmp_path)])
     with pytest.raises(SystemExit) as stop:
         cli.main()
@@ -395,8 +395,8 @@ def test_settings_of_another_run_repeat_it(unmask, run_folder, images):
 
 
 def test_settings_of_a_budgeted_run_repeat_its_steps(unmask, images, tmp_path, monkeypatch):
-    monkeypatch.setattr("unmask.budget.clock", lambda: cli.started)  # stands still
-    monkeypatch.setattr("unmask.plan.time_steps", lambda *_, **__: [0.1])
+    monkeypatch.setattr("unmask.engine.time_budget.clock", lambda: cli.started)  # stands still
+    monkeypatch.setattr("unmask.engine.plan.time_steps", lambda *_, **__: [0.1])
     code, _, err = unmask("pretrain", images, "--recipe", "mae_nano", "--out", "a", "--budget", "1s", *small())
     assert code == 0, err
     code, _, err = unmask("pretrain", images, "--config", "a", "--out", "b")

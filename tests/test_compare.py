@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 from conftest import SMALL_RUN, write_images
 
-from unmask import compare as module
-from unmask.compare import compare
+from unmask.comparison import compare as module
+from unmask.comparison.compare import compare
+from unmask.engine.pretrain import pretrain
 from unmask.errors import UserError
-from unmask.export import export_run
-from unmask.importing import import_weights
-from unmask.probing import probe_run
+from unmask.evals.run_probe import probe_run
+from unmask.interop.export import export_run
+from unmask.interop.import_weights import import_weights
 from unmask.run import Run
-from unmask.start import pretrain
 
 
 @pytest.fixture(scope="module")

@@ -12,11 +12,11 @@ from test_start import start, stop_at
 
 from unmask.config import ConfigError
 from unmask.console import Console
-from unmask.dataset_check import file_of
+from unmask.engine.dataset_check import file_of
+from unmask.engine.load import load, read_config, read_plan
+from unmask.engine.pretrain import DataError, Places, resume
 from unmask.errors import UserError
-from unmask.report import write_report
-from unmask.saved import load, read_config, read_plan
-from unmask.start import DataError, Places, resume
+from unmask.report.run_page import write_report
 
 
 def arrays(folder, seed=0, count=30):
@@ -123,7 +123,7 @@ def test_a_lost_record_of_the_images_is_no_licence_to_replace_them(stopped, tmp_
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_file_replaced_while_training_is_never_trained_on_as_if_it_were_the_old_one(tmp_path, monkeypatch, workers):
     data = arrays(tmp_path / "data")
-    from unmask import train
+    from unmask.engine import train
 
     real = train.step
 
@@ -145,7 +145,7 @@ def test_a_file_replaced_while_training_is_never_trained_on_as_if_it_were_the_ol
 
 def test_changed_files_that_are_accepted_are_trained_on_again(tmp_path, monkeypatch):
     data = arrays(tmp_path / "data")
-    from unmask import train
+    from unmask.engine import train
 
     real = train.step
 

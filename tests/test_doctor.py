@@ -5,10 +5,10 @@ import time
 import pytest
 from conftest import write_images
 
-from unmask import doctor as module
 from unmask.console import Console
-from unmask.data.sources import Files
-from unmask.doctor import DECODING, STEP, STORAGE, TRANSFORM, Pace, examine_data
+from unmask.data.sources.open_source import Files
+from unmask.engine import diagnose as module
+from unmask.engine.diagnose import DECODING, STEP, STORAGE, TRANSFORM, Pace, examine_data
 from unmask.errors import UserError
 
 

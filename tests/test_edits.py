@@ -7,17 +7,17 @@ import pytest
 import torch
 from conftest import SMALL_RUN, write_images
 
-from unmask import edits
 from unmask.batch import ImageSpec
 from unmask.config import ConfigError, override
 from unmask.console import Console
-from unmask.edits import require_same_weights, set_values
-from unmask.finetune import fine_tuning
+from unmask.engine import edit_run
+from unmask.engine.edit_run import require_same_weights, set_values
+from unmask.engine.load import load, read_config, read_plan
+from unmask.engine.pretrain import pretrain, resume
+from unmask.finetuning.finetune import fine_tuning
 from unmask.recipes.catalogue import find
-from unmask.report import write_report
+from unmask.report.run_page import write_report
 from unmask.run import Run
-from unmask.saved import load, read_config, read_plan
-from unmask.start import pretrain, resume
 
 QUIET = Console(quiet=True)
 
@@ -109,9 +109,9 @@ def test_a_change_that_is_cut_short_is_completed(run, monkeypatch, after):
     with pytest.raises(KeyboardInterrupt):
         set_values(run, ["train.steps=24"], console=QUIET)
     monkeypatch.undo()
-    assert (run / edits.JOURNAL).exists()
+    assert (run / edit_run.JOURNAL).exists()
     assert resume(run, console=QUIET).finished
-    assert not (run / edits.JOURNAL).exists()
+    assert not (run / edit_run.JOURNAL).exists()
     assert read_config(Run(run)).train.steps == read_plan(Run(run)).steps == 24
     assert len(Run(run).read("provenance.json")["edits"]) == 1
 

@@ -12,18 +12,19 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from unmask import checkpoint, export, outbound
 from unmask.batch import DTYPES, ImageSpec
 from unmask.config import Config, parse_method
 from unmask.console import Console
+from unmask.engine import checkpoint
+from unmask.engine.load import load, read_config
 from unmask.errors import UserError
-from unmask.export import export_run
-from unmask.exportable import ExportError, ExportFailed, quietly
-from unmask.importing import import_weights, plan_of
+from unmask.interop import export, export_names
+from unmask.interop.export import export_run
+from unmask.interop.import_weights import import_weights, plan_of
+from unmask.interop.safetensors_file import open_safetensors
+from unmask.interop.targets.common import ExportError, ExportFailed, quietly
 from unmask.nn.masks import Mask
-from unmask.one_file import open_safetensors
 from unmask.run import Run
-from unmask.saved import load, read_config
 
 ENCODER = {"width": 32, "depth": 2, "heads": 2, "patch": (4, 4)}
 DECODER = {"width": 16, "depth": 1, "heads": 2}
@@ -771,12 +772,12 @@ def test_a_name_that_is_taken_or_of_another_kind_is_refused(tmp_path):
 
 @pytest.mark.parametrize("fault", ["swapped", "nan"])
 def test_what_computes_something_else_is_removed(tmp_path, others, monkeypatch, fault):
-    def broken(weights, right=outbound.to_official):
+    def broken(weights, right=export_names.to_official):
         state = right(weights)
         name = "blocks.0.mlp.fc1.bias"
         return state | {name: state[name].flip(0) if fault == "swapped" else state[name] * float("nan")}
 
-    monkeypatch.setattr(outbound, "to_official", broken)
+    monkeypatch.setattr(export_names, "to_official", broken)
     run = make(tmp_path / "run", "mae")
     with pytest.raises(ExportFailed, match=r"loaded by timm, differs by up to .* it has been removed"):
         export_run(run, "timm", tmp_path / "out.safetensors")

@@ -10,18 +10,19 @@ import pytest
 import torch
 from PIL import Image
 
-from unmask import finetune, start
-from unmask.beside import SCORE
 from unmask.config import ConfigError, override
 from unmask.console import Console
 from unmask.data.csv_cells import unmarked
-from unmask.data.maps import MaskOptions
+from unmask.data.segmentation_masks import MaskOptions
+from unmask.engine import pretrain as pretrain_module
+from unmask.engine.load import load, read_config, read_plan
+from unmask.engine.pretrain import pretrain
 from unmask.errors import UserError
-from unmask.predict import predict
+from unmask.finetuning import finetune, paper_linear_probe
+from unmask.finetuning.predict import predict
 from unmask.recipes.catalogue import find
+from unmask.results import SCORE
 from unmask.run import Run
-from unmask.saved import load, read_config, read_plan
-from unmask.start import pretrain
 
 SIZE = 16
 SMALL = [
@@ -80,7 +81,7 @@ def test_it_learns_and_says_how_good_it_is_on_other_images(tuned, tests):
 
 
 def test_the_report_says_how_good_it_is(tuned):
-    from unmask.report import write_report
+    from unmask.report.run_page import write_report
 
     page = write_report(tuned.path).read_text("utf-8")
     assert "accuracy 100.0 % on 12 test images" in page
@@ -116,12 +117,12 @@ def test_the_evaluation_crop_is_that_of_maes_protocol_at_every_size(size, share)
     """util/datasets.py: 224 of 256 up to 224 pixels, the whole square above."""
     tuned = find("finetune_base").model_copy(update={"recipe": "finetune_base"})
     asked = [f"data.size={size}", "method.encoder.patch=16"]
-    assert start.resolve(tuned, asked).data.crop.eval_share == share
-    assert start.resolve(find("mae_base"), [f"data.size={size}"]).data.crop.eval_share == share
-    assert start.resolve(tuned, [*asked, "data.crop.eval_share=0.9"]).data.crop.eval_share == 0.9
+    assert pretrain_module.resolve(tuned, asked).data.crop.eval_share == share
+    assert pretrain_module.resolve(find("mae_base"), [f"data.size={size}"]).data.crop.eval_share == share
+    assert pretrain_module.resolve(tuned, [*asked, "data.crop.eval_share=0.9"]).data.crop.eval_share == 0.9
     larger = override(find("mae_base"), [f"data.size={size}"])
     assert finetune.fine_tuning(larger, ("one", "other"), "finetune_base").data.crop.eval_share == share
-    assert start.resolve(find("dvae_dalle"), []).data.crop.eval_share == 0.875, "DALL-E's own, at 256"
+    assert pretrain_module.resolve(find("dvae_dalle"), []).data.crop.eval_share == 0.875, "DALL-E's own, at 256"
 
 
 @pytest.mark.parametrize(
@@ -159,7 +160,7 @@ def test_last_blocks_alone_are_trained(pretrained, data, tests, tmp_path):
 
 
 def test_a_stopped_run_becomes_the_unbroken_one(tuned, pretrained, data, tests, tmp_path, monkeypatch):
-    from unmask import train as loop
+    from unmask.engine import train as loop
 
     real = loop.step
 
@@ -179,7 +180,7 @@ def test_a_stopped_run_becomes_the_unbroken_one(tuned, pretrained, data, tests, 
 
 
 def test_every_kind_of_augmentation_repeats_itself_after_a_stop(pretrained, data, tests, tmp_path, monkeypatch):
-    from unmask import train as loop
+    from unmask.engine import train as loop
 
     everything = [
         "method.mixup=0.8", "method.cutmix=1", "method.rand_augment=9", "method.erasing=0.5", "method.drop_path=0.3",
@@ -230,7 +231,7 @@ def test_a_table_holds_no_formulas(tuned, tests, tmp_path):
 
 
 def test_where_nothing_can_be_written_is_said_before_the_images_are_looked_at(tuned, tests, tmp_path, monkeypatch):
-    monkeypatch.setattr("unmask.predict.open_images", lambda images: pytest.fail("the images were opened"))
+    monkeypatch.setattr("unmask.finetuning.predict.open_images", lambda images: pytest.fail("the images were opened"))
     (tmp_path / "folder.csv").mkdir()
     with pytest.raises(UserError, match="is a folder; name a file in it"):
         predict(tuned.path, [str(tests)], tmp_path / "folder.csv", step=None, device="cpu", console=Console(quiet=True))
@@ -241,7 +242,7 @@ def test_where_nothing_can_be_written_is_said_before_the_images_are_looked_at(tu
 
 
 def test_what_a_classifier_has_no_use_for_is_refused(tuned, tests, tmp_path):
-    from unmask.use import reconstruct_images
+    from unmask.evals.reconstruct import reconstruct_images
 
     quiet = Console(quiet=True)
     with pytest.raises(UserError, match=r"was fine-tuned to classify and rebuilds nothing; use `unmask predict"):
@@ -465,7 +466,9 @@ def test_the_papers_linear_probe_is_a_run_within_the_run(pretrained, data, tests
 
     run = tmp_path / "pre"
     shutil.copytree(pretrained.path, run)
-    summary = finetune.paper_linear(run, str(data), test=str(tests), settings=["train.steps=60", "data.workers=0"])
+    summary = paper_linear_probe.paper_linear(
+        run, str(data), test=str(tests), settings=["train.steps=60", "data.workers=0"]
+    )
     assert summary["rows"][0]["accuracy"] == 1.0
     assert summary["rows"][0]["pool"] == "cls"
     inner = Run(run / summary["run"])
@@ -476,7 +479,9 @@ def test_the_papers_linear_probe_is_a_run_within_the_run(pretrained, data, tests
     assert after["norm.running_mean"].abs().sum() > 0
     assert (run / "evals/probe-paper-linear-train.json").exists()
     assert "60 steps" in summary["protocol"]
-    again = finetune.paper_linear(run, str(data), test=str(tests), settings=["train.steps=2", "data.workers=0"])
+    again = paper_linear_probe.paper_linear(
+        run, str(data), test=str(tests), settings=["train.steps=2", "data.workers=0"]
+    )
     assert again["run"] == "paper-linear-train-2", "beside the first"
     assert len(list((run / "evals").glob("probe-paper-linear-*.json"))) == 2
 
@@ -503,7 +508,7 @@ def test_what_the_data_or_the_weights_know_cannot_be_set(pretrained, data, tmp_p
 def test_masks_that_change_stop_a_resumed_run(pretrained, street, tmp_path, monkeypatch):
     import shutil
 
-    from unmask import train as loop
+    from unmask.engine import train as loop
 
     root, real = tmp_path / "street", loop.step
     shutil.copytree(street, root)

@@ -5,16 +5,16 @@ import dataclasses
 import pytest
 import torch
 
-from unmask import flops as flops_module
 from unmask.batch import ImageSpec
 from unmask.config import override
 from unmask.console import Console
-from unmask.costs import IMAGENET, recipe_costs, say_costs
+from unmask.engine import flops as flops_module
+from unmask.engine.costs import IMAGENET, recipe_costs, say_costs
+from unmask.engine.flops import COUNTED, blocks_flops, build_unallocated, count_flops, typical_images
+from unmask.engine.plan import example_batch
 from unmask.errors import UserError
-from unmask.flops import COUNTED, blocks_flops, build_unallocated, count_flops, typical_images
 from unmask.method import Loss
 from unmask.nn.blocks import Block
-from unmask.plan import example_batch
 from unmask.recipes.catalogue import all_recipes, find
 
 GIGA = 1e9

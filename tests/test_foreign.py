@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from unmask.foreign.recognise import recognise
-from unmask.foreign.state_dicts import ForeignError, unwrap
-from unmask.foreign.vit import is_sincos
+from unmask.errors import ForeignError
+from unmask.interop.foreign.recognise import recognise
+from unmask.interop.foreign.state_dicts import unwrap
+from unmask.interop.foreign.vit_checkpoints import is_sincos
 from unmask.nn.positions import sincos
 
 

@@ -4,9 +4,9 @@ import pytest
 from conftest import write_images
 
 from unmask.config import ConfigError
+from unmask.engine.load import read_config
+from unmask.engine.pretrain import pretrain
 from unmask.errors import UserError
-from unmask.saved import read_config
-from unmask.start import pretrain
 
 SMALL = (
     *("method.encoder.width=32", "method.encoder.depth=1", "method.encoder.heads=2", "data.size=[16,16]"),

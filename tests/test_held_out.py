@@ -8,11 +8,11 @@ from conftest import SMALL_RUN, write_images
 
 from unmask.config import ConfigError, override
 from unmask.console import Console
-from unmask.edits import set_values
+from unmask.engine.edit_run import set_values
+from unmask.engine.load import read_plan
+from unmask.engine.pretrain import held_out_for_loss, pretrain, resume
 from unmask.recipes.catalogue import find
-from unmask.report import curve_note, write_report
-from unmask.saved import read_plan
-from unmask.start import held_out_for_loss, pretrain, resume
+from unmask.report.run_page import curve_note, write_report
 
 SETTINGS = [*SMALL_RUN, "train.picture_every=2"]
 
@@ -85,7 +85,7 @@ def test_a_changed_held_out_image_changes_its_loss_and_no_training_step(images, 
 
 
 def test_they_stay_held_out_when_a_run_is_resumed(images, tmp_path, run, monkeypatch):
-    from unmask import train
+    from unmask.engine import train
 
     settings = [*SETTINGS, "train.steps=4", "data.held_out=6", "train.checkpoint_every=2"]
     real = train.step

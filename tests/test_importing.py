@@ -13,20 +13,20 @@ import torch
 from conftest import write_images
 from safetensors.torch import save_file
 
-from unmask import grafts
 from unmask.batch import ImageSpec
 from unmask.config import ConfigError
 from unmask.console import Console
+from unmask.engine import initial_weights
+from unmask.engine.load import licence_of, load, load_encoder
+from unmask.engine.pretrain import pretrain
 from unmask.errors import UserError
-from unmask.foreign.state_dicts import IMAGENET
-from unmask.importing import import_weights
+from unmask.interop.foreign.state_dicts import IMAGENET
+from unmask.interop.import_weights import import_weights
 from unmask.methods.mae import MAE
 from unmask.methods.mae import Config as MAEConfig
 from unmask.nn.decoders import DecoderConfig
 from unmask.nn.masks import Mask
 from unmask.nn.vit import ViTConfig
-from unmask.saved import licence_of, load, load_encoder
-from unmask.start import pretrain
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128,
          "image_size": 16, "patch_size": 4}  # fmt: skip
@@ -140,8 +140,8 @@ def test_encoders_of_transformers_give_the_same_features(transformers, tmp_path,
     with pytest.raises(UserError, match=r"an encoder only \(imported from vit\)"):
         load(run.path).method.picture(batch_of(images), clock_of(images))
     with pytest.raises(ConfigError, match="name the task with --recipe"):
-        grafts.continued(run.path, "auto")
-    taken = grafts.continued(run.path, "mae_base")
+        initial_weights.continued(run.path, "auto")
+    taken = initial_weights.continued(run.path, "mae_base")
     assert (taken.graft[0].source, taken.data.size) == ("encoder.", (16, 16))
 
 
@@ -204,7 +204,7 @@ def test_imagegpt_of_transformers_and_its_palette(transformers, tmp_path, head):
     else:
         assert far(method.encoder.run(ids), out.last_hidden_state) < CLOSE
         with pytest.raises(ConfigError, match="encoder only"):
-            grafts.continued(run.path, "auto")
+            initial_weights.continued(run.path, "auto")
 
 
 def saved_gpt(model: torch.nn.Module, folder: Path, preprocessor: dict) -> Path:
@@ -658,7 +658,7 @@ def test_folders_of_shards_and_of_timm_and_what_they_say_of_the_images(tmp_path)
 
 
 def test_a_preprocessor_that_does_not_normalise_is_believed():
-    from unmask.foreign.vit import _statistics
+    from unmask.interop.foreign.vit_checkpoints import _statistics
 
     look = {"do_normalize": False, "do_rescale": True, "image_mean": [1, 1, 1], "image_std": [1, 1, 1]}
     assert _statistics(look, 3, halves=False, training={})[:2] == ((0.0,) * 3, (255.0,) * 3)

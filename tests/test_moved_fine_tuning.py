@@ -8,10 +8,10 @@ from PIL import Image
 from test_finetune import SMALL
 from test_start import stop_at
 
-from unmask import finetune
+from unmask.engine.load import read_config
+from unmask.engine.pretrain import DataError, Places, pretrain
+from unmask.finetuning import finetune
 from unmask.run import Run
-from unmask.saved import read_config
-from unmask.start import DataError, Places, pretrain
 
 SETTINGS = ["train.steps=4", "train.batch_size=8", "data.workers=0", "train.test_every=4"]
 

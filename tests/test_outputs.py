@@ -9,7 +9,7 @@ import time
 import pytest
 
 from unmask.console import Console
-from unmask.outputs import Outputs, Sink
+from unmask.system.output_sinks import Outputs, Sink
 
 CODE = """
 import sys
@@ -62,7 +62,7 @@ def test_a_closed_stderr_is_not_taken_for_the_next_file(tmp_path):
     """Descriptor 2 would otherwise be that of the next file opened, and warnings of C code would land in it."""
     script = tmp_path / "script.py"
     script.write_text(
-        "import os, sys\nfrom unmask.outputs import install\ninstall()\n"
+        "import os, sys\nfrom unmask.system.output_sinks import install\ninstall()\n"
         f"file = open({str(tmp_path / 'data')!r}, 'wb')\nassert file.fileno() > 2, file.fileno()\n"
         "os.write(2, b'words')\nprint('more', file=sys.stderr)\n"
     )
@@ -72,7 +72,7 @@ def test_a_closed_stderr_is_not_taken_for_the_next_file(tmp_path):
 
 
 def test_a_reader_that_never_reads_delays_words_once(monkeypatch):
-    monkeypatch.setattr("unmask.outputs.PATIENCE", 0.3)
+    monkeypatch.setattr("unmask.system.output_sinks.PATIENCE", 0.3)
     here, there = os.pipe()
     sink = Sink(there, may_drop=True)
     began = time.monotonic()

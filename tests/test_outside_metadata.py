@@ -14,15 +14,16 @@ import safetensors.torch
 import torch
 from test_importing import HEADS, batch_of, clock_of, official, official_beit, small_mae, some_images
 
-from unmask import grafts, outbound
 from unmask.batch import ImageSpec
 from unmask.console import Console
+from unmask.engine import initial_weights
+from unmask.engine.load import load, load_encoder, read_config
 from unmask.errors import UserError
-from unmask.export import export_run
-from unmask.importing import import_weights
+from unmask.interop import export_names
+from unmask.interop.export import export_run
+from unmask.interop.import_weights import import_weights
+from unmask.interop.safetensors_file import open_safetensors
 from unmask.nn.patches import unpatchify
-from unmask.one_file import open_safetensors
-from unmask.saved import load, load_encoder, read_config
 
 # -------------------------------------------------- arguments of the training that wrote a checkpoint
 
@@ -47,7 +48,7 @@ def test_the_target_and_the_ratio_of_an_official_training_are_those_of_its_argum
     assert f"norm_pix_loss={target == 'norm_pixels'}" in said
     assert "mask_ratio=0.5" in said
     assert "is taken to predict" not in said
-    going_on = grafts.continued(run.path, "auto")
+    going_on = initial_weights.continued(run.path, "auto")
     assert (going_on.method.target, going_on.method.mask_ratio) == (target, 0.5)
 
 
@@ -82,7 +83,7 @@ def test_an_official_simmim_training_comes_back_whole(tmp_path, capsys, monkeypa
     for block in ours.encoder.blocks:
         block.attn.qkv.bias[32:64] = 0  # there is no bias of the keys over there
     weights = {name: value for name, value in ours.state_dict().items() if not name.startswith("head.")}
-    theirs = {f"encoder.{name}": value for name, value in outbound.to_beit(weights).items()}
+    theirs = {f"encoder.{name}": value for name, value in export_names.to_beit(weights).items()}
     shuffle = ours.head.weight.view(4, 4, 3, 32).permute(2, 0, 1, 3).reshape(48, 32, 1, 1)
     theirs |= {"decoder.0.weight": shuffle, "decoder.0.bias": ours.head.bias.view(4, 4, 3).permute(2, 0, 1).flatten()}
 

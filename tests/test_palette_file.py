@@ -8,13 +8,13 @@ import torch
 from conftest import write_images
 from PIL import Image
 
-from unmask import grafts
-from unmask.checkpoint import load_model
 from unmask.console import Console
+from unmask.engine import initial_weights
+from unmask.engine.checkpoint import load_model
+from unmask.engine.load import read_config
+from unmask.engine.pretrain import pretrain
 from unmask.errors import UserError
-from unmask.palette import _swatches, make_palette
-from unmask.saved import read_config
-from unmask.start import pretrain
+from unmask.evals.palette_file import _swatches, make_palette
 
 SMALL = (
     *("method.encoder.width=16", "method.encoder.depth=1", "method.encoder.heads=2", "data.size=[16,16]"),
@@ -169,5 +169,5 @@ def test_nothing_is_overwritten_and_no_image_read_before(tmp_path, there, messag
 def test_a_palette_file_that_makes_no_sense_is_a_sentence(tmp_path, text):
     (tmp_path / "bad.json").write_text(text)
     with pytest.raises(UserError, match=r"bad\.json") as error:
-        grafts.with_palette(tmp_path / "bad.json")
+        initial_weights.with_palette(tmp_path / "bad.json")
     assert "\n" not in str(error.value)

@@ -8,17 +8,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from unmask import parallel, train
 from unmask.batch import ImageSpec
 from unmask.console import Console
-from unmask.parallel import compile_blocks, memory_kept, why_not_compiled
+from unmask.engine import host_memory, train
+from unmask.engine.compile import compile_blocks, why_not_compiled
+from unmask.engine.host_memory import memory_kept
 from unmask.recipes.catalogue import find
 
 COMPILED = """
 import json, torch
 from unmask.batch import Batch, ImageSpec
 from unmask.method import Clock
-from unmask.parallel import compile_blocks, uncompiled
+from unmask.engine.compile import compile_blocks, uncompiled
 from unmask.recipes.catalogue import find
 from unmask.rng import Draws
 
@@ -129,7 +130,7 @@ def test_memory_is_given_back_and_a_user_who_has_set_malloc_is_left_alone(enviro
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     libc = Libc()
-    monkeypatch.setattr(parallel, "_glibc", lambda: libc)
+    monkeypatch.setattr(host_memory, "_glibc", lambda: libc)
     with memory_kept("cpu"):
         before = list(libc.told)
     assert before == ([] if environment else [(-1, -1), (-4, 0)])
@@ -137,14 +138,14 @@ def test_memory_is_given_back_and_a_user_who_has_set_malloc_is_left_alone(enviro
 
 
 def test_on_a_gpu_nothing_is_set(monkeypatch):
-    monkeypatch.setattr(parallel, "_glibc", lambda: pytest.fail("asked for"))
+    monkeypatch.setattr(host_memory, "_glibc", lambda: pytest.fail("asked for"))
     with memory_kept("cuda"):
         pass
 
 
 KEPT = """
 import resource, sys, torch
-from unmask.parallel import memory_kept
+from unmask.engine.host_memory import memory_kept
 
 def resident():
     return int(open("/proc/self/statm").read().split()[1])
@@ -171,7 +172,7 @@ def kept(device: str) -> list[int]:
     return [int(number) for number in done.stdout.split()]
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux") or parallel._glibc() is None, reason="this is glibc's")
+@pytest.mark.skipif(not sys.platform.startswith("linux") or host_memory._glibc() is None, reason="this is glibc's")
 def test_kept_memory_costs_no_page_faults_and_is_given_back():
     (faults, held, afterwards), (usual, *_) = kept("cpu"), kept("cuda")
     assert usual > 20 * 12_000

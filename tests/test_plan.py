@@ -6,23 +6,20 @@ import pytest
 import torch
 from torch import nn
 
-from unmask import budget as budgets
-from unmask import plan as planning
 from unmask.batch import ImageSpec
-from unmask.budget import Budget
 from unmask.config import ConfigError, keys, override
-from unmask.flops import typical_images
-from unmask.method import Loss
-from unmask.plan import (
+from unmask.engine import device as device_module
+from unmask.engine import plan
+from unmask.engine import time_budget as budgets
+from unmask.engine.device import autocast, choose_device, choose_precision
+from unmask.engine.flops import typical_images
+from unmask.engine.plan import (
     BUDGET_SHARE,
     MEMORY_SHARE,
     Plan,
     Timing,
-    autocast,
     bytes_per_image,
-    choose_device,
     choose_micro_batch,
-    choose_precision,
     choose_steps,
     example_batch,
     few_steps,
@@ -30,6 +27,8 @@ from unmask.plan import (
     make_plan,
     measure_step_seconds,
 )
+from unmask.engine.time_budget import Budget
+from unmask.method import Loss
 from unmask.recipes.catalogue import AUTO as AUTO_RECIPES
 from unmask.recipes.catalogue import choose, find
 
@@ -139,7 +138,7 @@ def test_tests_count_in_a_budget_and_are_made_rarer_where_they_would_eat_it(num_
 @pytest.mark.usefixtures("still")
 @pytest.mark.parametrize(("workers", "seconds"), [(0, 0.5), (2, 0.3)])
 def test_loading_counts_in_a_budget_beside_the_step_or_on_top_of_it(monkeypatch, workers, seconds):
-    monkeypatch.setattr(planning, "time_steps", lambda *_, **__: [0.2])
+    monkeypatch.setattr(plan, "time_steps", lambda *_, **__: [0.2])
     found = planned(workers=workers, budget=Budget(100.0, 0.0), batch_seconds=exactly(0.3))
     assert found.steps == int(BUDGET_SHARE * 100 / seconds)
 
@@ -197,7 +196,7 @@ def test_a_device_that_is_not_there_is_refused():
     ("images_that_fit", "micro"), [(100, 12), (12, 12), (11, 6), (5, 4), (4, 4), (3, 3), (1, 1), (0.2, 1)]
 )
 def test_the_micro_batch_is_the_largest_divisor_that_fits(monkeypatch, images_that_fit, micro):
-    monkeypatch.setattr(planning, "free_memory", lambda _: int(images_that_fit * 1000 / MEMORY_SHARE) + 1)
+    monkeypatch.setattr(plan, "free_memory", lambda _: int(images_that_fit * 1000 / MEMORY_SHARE) + 1)
     found, why = choose_micro_batch(small(), 1000, "cpu")
     assert found == micro
     assert str(micro) in why
@@ -346,13 +345,13 @@ def test_a_device_number_that_is_not_there_is_refused(device):
 def test_a_step_with_accumulation_is_measured_with_the_device_waited_for(monkeypatch, micro, seconds):
     """A device on which everything is launched at once and two micro-batches take a second to wait for."""
     now = [0.0]
-    monkeypatch.setattr(planning.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(planning, "update", lambda *_: None)
+    monkeypatch.setattr(plan.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(plan, "update", lambda *_: None)
 
     def wait(loss):
         now[0] += loss is not None  # the update itself costs nothing here
 
-    monkeypatch.setattr(planning, "wait_for", wait)
+    monkeypatch.setattr(plan, "wait_for", wait)
     assert measure_step_seconds(small(), SPEC, micro, "fp32", "cpu", seconds=0) == pytest.approx(seconds)
 
 
@@ -374,36 +373,36 @@ class Slow(nn.Module):
 )
 def test_on_a_cpu_a_pass_is_no_longer_than_it_takes_to_tell(monkeypatch, micro, longest, sizes):
     now, seen = [0.0], set()
-    monkeypatch.setattr(planning.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(planning, "fresh_method", lambda *_: Slow(now, seen))
-    monkeypatch.setattr(planning, "LONGEST_PASS", longest)
+    monkeypatch.setattr(plan.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(plan, "fresh_method", lambda *_: Slow(now, seen))
+    monkeypatch.setattr(plan, "LONGEST_PASS", longest)
     assert measure_step_seconds(small(), SPEC, micro, "fp32", "cpu", seconds=0) == pytest.approx(12)
     assert seen == sizes
 
 
 def test_free_memory_is_what_the_machine_and_its_container_leave(tmp_path, monkeypatch):
     (tmp_path / "meminfo").write_text("MemTotal: 900 kB\nMemFree: 10 kB\nMemAvailable:     500 kB\n")
-    assert planning._machine_room(tmp_path / "meminfo") == 500 * 1024
-    assert planning._machine_room(tmp_path / "none") is None
+    assert device_module._machine_room(tmp_path / "meminfo") == 500 * 1024
+    assert device_module._machine_room(tmp_path / "none") is None
     groups, inner = tmp_path / "cgroup", tmp_path / "cgroup" / "outer" / "inner"
     inner.mkdir(parents=True)
     (tmp_path / "self").write_text("4:memory:/elsewhere\n0::/outer/inner\n")
-    assert planning._container_room(groups, tmp_path / "self") is None
+    assert device_module._container_room(groups, tmp_path / "self") is None
     for folder, limit, used in ((inner, "max", 10), (inner.parent, "1000", 700), (groups, "5000", 100)):
         (folder / "memory.max").write_text(f"{limit}\n")
         (folder / "memory.current").write_text(f"{used}\n")
-    assert planning._container_room(groups, tmp_path / "self") == 300
+    assert device_module._container_room(groups, tmp_path / "self") == 300
     (inner.parent / "memory.stat").write_text("anon 5\ninactive_file 50\n")
-    assert planning._container_room(groups, tmp_path / "self") == 350
+    assert device_module._container_room(groups, tmp_path / "self") == 350
     (tmp_path / "self").write_text("0::/\n")
-    assert planning._container_room(groups, tmp_path / "self") == 4900
-    monkeypatch.setattr(planning, "_machine_room", lambda: 7)
-    monkeypatch.setattr(planning, "_container_room", lambda: 5)
-    assert planning.free_memory("cpu") == 5
-    monkeypatch.setattr(planning, "_container_room", lambda: None)
-    assert planning.free_memory("cpu") == 7
-    monkeypatch.setattr(planning, "_machine_room", lambda: None)
-    assert planning.free_memory("cpu") > 2**20
+    assert device_module._container_room(groups, tmp_path / "self") == 4900
+    monkeypatch.setattr(device_module, "_machine_room", lambda: 7)
+    monkeypatch.setattr(device_module, "_container_room", lambda: 5)
+    assert device_module.free_memory("cpu") == 5
+    monkeypatch.setattr(device_module, "_container_room", lambda: None)
+    assert device_module.free_memory("cpu") == 7
+    monkeypatch.setattr(device_module, "_machine_room", lambda: None)
+    assert device_module.free_memory("cpu") > 2**20
 
 
 def test_every_proposal_is_a_setting():

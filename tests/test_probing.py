@@ -10,17 +10,18 @@ from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from unmask import probe_features, probing, use
 from unmask.console import Console
-from unmask.data import looks
+from unmask.data import scan_cache
+from unmask.engine.pretrain import pretrain
 from unmask.errors import UserError
-from unmask.evals import attentive
+from unmask.evals import feature_sets, run_probe
+from unmask.evals import images as images_module
 from unmask.evals.probe import few_shots
-from unmask.evals.scores import PRETRAINED, RANDOM_INIT, RAW_PIXELS
-from unmask.probe_labels import shots_of
-from unmask.probing import probe_kinds, probe_run
-from unmask.report import write_report
-from unmask.start import pretrain
+from unmask.evals.probe_labels import shots_of
+from unmask.evals.probes import attentive
+from unmask.evals.run_probe import probe_kinds, probe_run
+from unmask.evals.statistics import PRETRAINED, RANDOM_INIT, RAW_PIXELS
+from unmask.report.run_page import write_report
 
 
 class Listening(Console):
@@ -87,8 +88,8 @@ def kept(run, name):
 
 def test_a_curve_is_logistic_regression_on_the_same_features_which_are_computed_once(run, data, monkeypatch):
     tables = []
-    real = probe_features.features
-    monkeypatch.setattr(probe_features, "features", lambda *a, **more: tables.append(real(*a, **more)) or tables[-1])
+    real = feature_sets.features
+    monkeypatch.setattr(feature_sets, "features", lambda *a, **more: tables.append(real(*a, **more)) or tables[-1])
     console = Listening()
     found = probe(run, data, shots=[8, 1, 3], draws=3, console=console)
     assert len(tables) == 2, "training and test images, once"
@@ -145,10 +146,12 @@ def test_other_images_in_a_folder_of_the_same_name_take_nobodys_place(run, data,
 
 
 def test_features_are_kept_for_the_next_probe_until_something_changes(run, data, monkeypatch):
-    asked, real = [], use.collect_each
-    monkeypatch.setattr(looks, "WORTH_KEEPING", -1.0)
+    asked, real = [], images_module.collect_each
+    monkeypatch.setattr(scan_cache, "WORTH_KEEPING", -1.0)
     monkeypatch.setattr(
-        use, "collect_each", lambda encoders, *a, **more: asked.append(set(encoders)) or real(encoders, *a, **more)
+        images_module,
+        "collect_each",
+        lambda encoders, *a, **more: asked.append(set(encoders)) or real(encoders, *a, **more),
     )
     console = Listening()
     first = probe(run, data, kind="knn", console=console)
@@ -204,7 +207,7 @@ def test_an_attentive_probe_reads_all_tokens_and_keeps_few_test_tokens(run, data
     assert "one learned query that attends to all tokens" in found["protocol"]
     assert "an attentive probe" in found["verdict"].lower()
     assert rows_of(found)[RAW_PIXELS, "pixels"]["accuracy"] > 0.5, "brightness is a class"
-    monkeypatch.setattr(probing, "TEST_PIECE", 5)
+    monkeypatch.setattr(run_probe, "TEST_PIECE", 5)
     again = probe(run, data, kind="attentive", controls=True)
     assert [row["correct"] for row in again["rows"]] == [row["correct"] for row in found["rows"]]
     both = probe_kinds(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from unmask.report import curve_note, probe_title, smooth, write_report
+from unmask.report.run_page import curve_note, probe_title, smooth, write_report
 from unmask.run import Run, RunError
 
 PROBE = {
@@ -133,7 +133,7 @@ def test_smoothing_keeps_the_mean():
 def test_the_report_is_written_without_torch(tmp_path):
     run = make_run(tmp_path / "run")
     code = (
-        "import sys; from unmask.report import write_report; write_report(sys.argv[1]); "
+        "import sys; from unmask.report.run_page import write_report; write_report(sys.argv[1]); "
         "sys.exit(any(name.split('.')[0] == 'torch' for name in sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", code, str(run.path)], check=False).returncode == 0

@@ -9,10 +9,10 @@ from PIL import Image
 from unmask.batch import Batch, ImageSpec
 from unmask.config import ConfigError
 from unmask.data.augment import CropConfig, cut, cut_later, room_for
+from unmask.data.device_crops import resample, to_device, weights
 from unmask.data.loader import Images, Order, training_batches
-from unmask.data.sources import open_source
-from unmask.resample import resample, weights
-from unmask.start import pretrain, resume
+from unmask.data.sources.open_source import open_source
+from unmask.engine.pretrain import pretrain, resume
 
 
 def picture(height: int, width: int, channels: int) -> np.ndarray:
@@ -67,7 +67,7 @@ def drawn(folder, *, workers=0, on_device=True, repeats=1, batch=8, start=0) -> 
     spec = ImageSpec(3, (16, 16), "uint8", (0.0,) * 3, (1.0,) * 3)
     images = Images(source, np.arange(len(source)), spec, CropConfig(), repeats=repeats, on_device=on_device)
     stream = training_batches(images, start=start, batch=batch, batches=(64 - start) // batch, workers=workers)
-    return [delivery.batch.to("cpu") for delivery in stream]
+    return [to_device(delivery.batch, "cpu") for delivery in stream]
 
 
 def test_draws_are_the_same_and_workers_batches_and_starts_change_no_pixel(images):
@@ -97,7 +97,7 @@ def test_outside_training_nothing_is_left_to_the_device(images):
     batch = data[Order(data.rows, 0).take(0, 4)].batch
     assert batch.crops is None
     assert batch.images.shape == (4, 3, 16, 16)
-    assert batch.to("cpu") is batch
+    assert to_device(batch, "cpu") is batch
 
 
 def test_a_run_that_resamples_on_the_device_goes_on_exactly(images, tmp_path, monkeypatch):

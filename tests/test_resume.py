@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from conftest import SMALL_RUN, write_images
 
-from unmask.checkpoint import load_model
+from unmask.engine.checkpoint import load_model
 from unmask.run import Run
 
 STEPS = 60  # 16 epochs of 30 images in batches of 8: no checkpoint falls on the end of an epoch

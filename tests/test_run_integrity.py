@@ -8,15 +8,15 @@ import pytest
 import torch
 from conftest import SMALL_RUN, write_images
 
-from unmask import checkpoint
-from unmask.compare import compare
+from unmask.comparison.compare import compare
 from unmask.console import Console
-from unmask.report import write_report
+from unmask.engine import checkpoint
+from unmask.engine.load import load, read_config, read_plan
+from unmask.engine.pretrain import pretrain, resume
+from unmask.report.run_page import write_report
 from unmask.run import Run, RunError
-from unmask.saved import load, read_config, read_plan
-from unmask.start import pretrain, resume
-from unmask.verified_json import ChangedJson, dump
-from unmask.verified_json import load as parse
+from unmask.system.verified_json import ChangedJson, dump
+from unmask.system.verified_json import load as parse
 
 PROBE = {
     "kind": "knn", "data": "d", "test": "t", "shots": None, "seed": 0, "layer": None, "masks": None, "step": 4,

@@ -13,16 +13,18 @@ import pytest
 import torch
 from conftest import SMALL_RUN, write_images
 
-from unmask import checkpoint, finetune, folder_lock
-from unmask import start as module
-from unmask import train as loop
-from unmask.beside import SCORE
 from unmask.cli import STOPPED, _explain
 from unmask.console import Console
+from unmask.engine import checkpoint
+from unmask.engine import pretrain as module
+from unmask.engine import train as loop
+from unmask.engine.load import load
+from unmask.engine.pretrain import pretrain, resume
 from unmask.errors import TrainingFailed
+from unmask.finetuning import finetune
+from unmask.results import SCORE
 from unmask.run import Run, RunError, RunInUse, held_here
-from unmask.saved import load
-from unmask.start import pretrain, resume
+from unmask.system import folder_lock
 
 QUIET = Console(quiet=True)
 
@@ -65,7 +67,7 @@ def dying(path, content):
     written.append(path.name)
     real(path, content)
 module.replace_file = dying
-from unmask.start import pretrain
+from unmask.engine.pretrain import pretrain
 from unmask.console import Console
 pretrain(sys.argv[1], recipe="mae_nano", out=sys.argv[2], settings=sys.argv[3:], console=Console(quiet=True))
 """
@@ -366,7 +368,8 @@ def test_an_interruption_says_what_is_there(tmp_path, images):
     """SIGINT before there is a run, and after."""
     code = """
 import sys
-from unmask import cli, start
+from unmask import cli
+from unmask.engine import pretrain as start
 def interrupted(*_, **__):
     raise KeyboardInterrupt
 if sys.argv[1] == "before":

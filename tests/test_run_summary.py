@@ -9,11 +9,12 @@ import types
 
 from test_report import make_run
 
-from unmask import console, folder_lock
+from unmask import console
 from unmask.console import Console
-from unmask.report import write_report
+from unmask.report.run_page import write_report
 from unmask.run import Run
 from unmask.run_summary import summarise
+from unmask.system import folder_lock
 
 
 def test_a_run_says_what_it_is_and_how_far_it_got(tmp_path):

@@ -12,10 +12,10 @@ import safetensors.torch
 import torch
 from conftest import SMALL_RUN, write_images
 
-from unmask.checkpoint import CheckpointError
+from unmask.engine.checkpoint import CheckpointError
+from unmask.engine.load import load, load_encoder, read_config, read_plan, untrained_encoder
+from unmask.engine.pretrain import pretrain
 from unmask.run import Run, RunError
-from unmask.saved import load, load_encoder, read_config, read_plan, untrained_encoder
-from unmask.start import pretrain
 
 
 @pytest.fixture(scope="module")

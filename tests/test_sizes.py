@@ -5,10 +5,10 @@ from conftest import SMALL_RUN, write_images
 
 from unmask.config import Config, override
 from unmask.console import Console
-from unmask.finetune import fine_tuning
+from unmask.engine.image_size import candidates, consequence, dense_size, follows_images
+from unmask.engine.pretrain import patch_of, pretrain
+from unmask.finetuning.finetune import fine_tuning
 from unmask.recipes import catalogue
-from unmask.sizes import candidates, consequence, dense_size, follows_images
-from unmask.start import patch_of, pretrain
 
 PHOTO = (375, 500)
 TINY = [setting for setting in SMALL_RUN if not setting.startswith("data.size")]

@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 from conftest import SMALL_RUN, write_images
 
-from unmask import start as module
-from unmask import train as loop
 from unmask.config import ConfigError
 from unmask.console import Console
-from unmask.edits import set_values
+from unmask.engine import pretrain as module
+from unmask.engine import train as loop
+from unmask.engine.edit_run import set_values
+from unmask.engine.load import load
+from unmask.engine.pretrain import DataError, pretrain, resume
+from unmask.engine.train import TrainingFailed
 from unmask.errors import UserError
 from unmask.run import Run, RunError, RunInUse
-from unmask.saved import load
-from unmask.start import DataError, pretrain, resume
-from unmask.train import TrainingFailed
 
 
 def start(data, out, *settings, recipe="mae_nano", **more):
@@ -130,8 +130,8 @@ def test_a_taken_folder_is_refused_before_a_file_is_read(images, tmp_path, monke
 
 def test_auto_with_a_budget_or_epochs_of_ones_own(images, tmp_path, monkeypatch):
     """`auto` proposes 3000 steps for so few images; a person's own answer to "how long?" goes before."""
-    monkeypatch.setattr("unmask.plan.time_steps", lambda *_, **__: [0.5])
-    monkeypatch.setattr("unmask.budget.clock", lambda: 0.0)
+    monkeypatch.setattr("unmask.engine.plan.time_steps", lambda *_, **__: [0.5])
+    monkeypatch.setattr("unmask.engine.time_budget.clock", lambda: 0.0)
     run = start(images, tmp_path / "a", recipe="auto", budget=3.0)  # on a clock that stands still
     assert run.read("plan.json")["steps"] == 5
     assert "3000 steps" not in " ".join(run.read("plan.json")["reasons"])
@@ -146,8 +146,8 @@ def test_a_budget_and_epochs_go_before_the_steps_of_a_recipe(images, tmp_path, m
     steady = catalogue.find("mae_nano").model_copy(update={"train": catalogue.find("mae_nano").train})
     with_steps = module.override(steady, ["train.steps=500"])
     monkeypatch.setattr(catalogue, "find", lambda _: with_steps)
-    monkeypatch.setattr("unmask.plan.time_steps", lambda *_, **__: [0.5])
-    monkeypatch.setattr("unmask.budget.clock", lambda: 0.0)
+    monkeypatch.setattr("unmask.engine.plan.time_steps", lambda *_, **__: [0.5])
+    monkeypatch.setattr("unmask.engine.time_budget.clock", lambda: 0.0)
     assert start(images, tmp_path / "a", budget=4.0).read("plan.json")["steps"] == 7
     assert start(images, tmp_path / "b", "train.epochs=1").read("plan.json")["steps"] == 4
 

@@ -16,17 +16,17 @@ import psutil
 import pytest
 from conftest import SMALL_RUN
 
-from unmask import processes, stalls
-from unmask import train as loop
 from unmask.batch import ImageSpec
 from unmask.data.augment import CropConfig
-from unmask.data.decode import BadImage
+from unmask.data.decode.decode import BadImage
 from unmask.data.loader import Images, eval_batches, training_batches
-from unmask.data.sources import open_source
+from unmask.data.sources.open_source import open_source
+from unmask.engine import train as loop
+from unmask.engine.pretrain import pretrain, resume
 from unmask.errors import LoadingFailed, TrainingFailed, UserError
 from unmask.run import Run
-from unmask.start import pretrain, resume
-from unmask.stopping import StopRequest, StopRequested, stop_requests
+from unmask.system import processes, stalls
+from unmask.system.stop_requests import StopRequest, StopRequested, stop_requests
 
 ENDLESS = ("train.steps=100000", "data.cache=false", "train.picture_every=1000000", "train.log_every=1")
 
@@ -383,7 +383,7 @@ def test_pooled_processes_end_with_a_parent_that_is_killed(tmp_path):
     """One of them is stopped, and both ignore SIGTERM: nothing of a killed scan or packing may stay in memory."""
     code = """
         import sys, time
-        from unmask.processes import process_pool
+        from unmask.system.processes import process_pool
 
         if __name__ == "__main__":
             with process_pool(2, int, ()) as pool:
@@ -471,7 +471,7 @@ def test_a_second_ctrl_c_ends_at_once_and_says_what_is_kept(images, tmp_path):
 def test_a_second_ctrl_c_in_a_library_that_does_not_return(tmp_path):
     code = """
         import os, signal, threading, time
-        from unmask.stopping import stop_requests
+        from unmask.system.stop_requests import stop_requests
 
         with stop_requests() as stop:
             stop.kept = "the checkpoint of step 7 is kept"
@@ -569,7 +569,7 @@ def test_every_command_that_trains_refuses_a_launcher_before_anything_else(monke
 def test_float64_as_default_changes_nothing(images, tmp_path):
     import torch
 
-    from unmask.saved import load_encoder
+    from unmask.engine.load import load_encoder
 
     settings = [*SMALL_RUN, "train.steps=3"]
     plain = pretrain(images, recipe="mae_nano", out=tmp_path / "plain", settings=settings)
@@ -587,7 +587,7 @@ def test_float64_as_default_changes_nothing(images, tmp_path):
 
 @pytest.mark.parametrize("device", ["mps", "cuda:77"])
 def test_a_device_that_is_not_there_is_a_sentence(images, tmp_path, device):
-    from unmask.saved import load_encoder
+    from unmask.engine.load import load_encoder
 
     run = pretrain(images, recipe="mae_nano", out=tmp_path / "run", settings=[*SMALL_RUN, "train.steps=1"])
     with pytest.raises(UserError, match=f"device '{device}' is not available here"):

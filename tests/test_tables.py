@@ -2,12 +2,12 @@
 
 import pytest
 
+from unmask.comparison.paper_tables import FAMILY, TABLES, find_table
 from unmask.config import override, parse
+from unmask.engine.pretrain import require_method
 from unmask.errors import UserError
-from unmask.finetune import fine_tuning
+from unmask.finetuning.finetune import fine_tuning
 from unmask.recipes.catalogue import all_recipes, find
-from unmask.start import require_method
-from unmask.tables import FAMILY, TABLES, find_table
 
 NANO = find("mae_nano")
 

@@ -7,17 +7,17 @@ from itertools import pairwise
 import pytest
 from conftest import SMALL_RUN
 
-from unmask import budget as budgets
-from unmask import checkpoint
-from unmask import train as loop
 from unmask.batch import ImageSpec
-from unmask.budget import Budget, Pacer, Replan, as_budget, place, require_order
 from unmask.console import Console
+from unmask.engine import checkpoint
+from unmask.engine import time_budget as budgets
+from unmask.engine import train as loop
+from unmask.engine.plan import Plan
+from unmask.engine.pretrain import pretrain, resume
+from unmask.engine.time_budget import Budget, Pacer, Replan, as_budget, place, require_order
 from unmask.errors import UserError
 from unmask.optim import learning_rate
-from unmask.plan import Plan
 from unmask.run import Run, RunError
-from unmask.start import pretrain, resume
 
 STEP = 0.2
 
@@ -178,8 +178,8 @@ def timed_steps(monkeypatch, clock, seconds, *, die_at=None):
 
 
 def begin(images, out, monkeypatch, *, budget, console=None, settings=(), each=1.0):
-    monkeypatch.setattr("unmask.plan.time_steps", lambda *_, **__: [each])
-    monkeypatch.setattr("unmask.start.batch_seconds", lambda *_, **__: (0.0, 0.0, 0.0))
+    monkeypatch.setattr("unmask.engine.plan.time_steps", lambda *_, **__: [each])
+    monkeypatch.setattr("unmask.engine.pretrain.batch_seconds", lambda *_, **__: (0.0, 0.0, 0.0))
     rare = ("train.log_every=1", "train.checkpoint_every=20")
     return pretrain(
         images, recipe="mae_nano", out=out, budget=budget, settings=[*SMALL_RUN, *rare, *settings], console=console

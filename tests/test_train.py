@@ -10,14 +10,14 @@ import pytest
 import torch
 from conftest import SMALL_RUN, write_images
 
-from unmask import checkpoint
-from unmask import train as loop
 from unmask.console import Console
+from unmask.engine import checkpoint
+from unmask.engine import train as loop
+from unmask.engine.load import load, load_encoder
+from unmask.engine.pretrain import DataError, pretrain, resume
+from unmask.engine.train import TrainingFailed, due
 from unmask.methods.mae import MAE
 from unmask.run import Run
-from unmask.saved import load, load_encoder
-from unmask.start import DataError, pretrain, resume
-from unmask.train import TrainingFailed, due
 
 
 def start(data, out, *settings, **more):
@@ -225,7 +225,7 @@ def test_a_file_that_goes_bad_is_replaced_alike_in_every_run_and_quarantined(ima
             return real(run, config, plan, loaded, console)
 
         try:
-            import unmask.start as module
+            import unmask.engine.pretrain as module
 
             module.train = breaking
             return start(
@@ -308,8 +308,8 @@ def test_any_channels_and_dtype_on_a_wide_grid_from_files_to_pictures(tmp_path, 
 
 
 def test_a_budget_plans_the_steps_that_fit(images, tmp_path, monkeypatch):
-    monkeypatch.setattr("unmask.budget.clock", lambda: 0.0)
-    monkeypatch.setattr("unmask.plan.time_steps", lambda *_, **__: [0.1])
+    monkeypatch.setattr("unmask.engine.time_budget.clock", lambda: 0.0)
+    monkeypatch.setattr("unmask.engine.plan.time_steps", lambda *_, **__: [0.1])
     run = start(images, tmp_path / "run", budget=6.0)
     plan = run.read("plan.json")
     assert 5 <= plan["steps"] <= 20_000

@@ -12,15 +12,18 @@ import torch
 from conftest import SMALL_RUN, stored, write_images
 from PIL import Image
 
-from unmask import probe_features, probing, use
 from unmask.console import Console
+from unmask.engine.load import load
+from unmask.engine.pretrain import pretrain
 from unmask.errors import UserError
-from unmask.evals import attentive
-from unmask.evals.scores import PRETRAINED, RANDOM_INIT, RAW_PIXELS
-from unmask.probing import probe_run
-from unmask.saved import load
-from unmask.start import pretrain
-from unmask.use import MOST_DRAWN, embed_images, reconstruct_images
+from unmask.evals import feature_sets, run_probe
+from unmask.evals import images as images_module
+from unmask.evals import reconstruct as reconstruct_module
+from unmask.evals.embed import embed_images
+from unmask.evals.probes import attentive
+from unmask.evals.reconstruct import MOST_DRAWN, reconstruct_images
+from unmask.evals.run_probe import probe_run
+from unmask.evals.statistics import PRETRAINED, RANDOM_INIT, RAW_PIXELS
 
 
 class Listening(Console):
@@ -124,14 +127,14 @@ def test_batch_size_and_workers_do_not_matter(trained, images, tmp_path, monkeyp
     embed(trained, images, tmp_path / "a.npz")
     want = np.load(tmp_path / "a.npz")
     for size in (1, 7, 256):
-        monkeypatch.setattr(use, "EVAL_BATCH", size)
+        monkeypatch.setattr(images_module, "EVAL_BATCH", size)
         embed(trained, images, tmp_path / f"{size}.npz")
         for name in ("cls", "mean"):
             np.testing.assert_allclose(np.load(tmp_path / f"{size}.npz")[name], want[name], atol=2e-6)
     monkeypatch.undo()
-    monkeypatch.setattr(use, "MANY_IMAGES", 1)
+    monkeypatch.setattr(images_module, "MANY_IMAGES", 1)
     asked = []
-    monkeypatch.setattr(use, "choose_workers", lambda device, cached: asked.append(cached) or (2, "two"))
+    monkeypatch.setattr(images_module, "choose_workers", lambda device, cached: asked.append(cached) or (2, "two"))
     embed(trained, images, tmp_path / "workers.npz")
     assert asked == [False]
     assert (tmp_path / "workers.npz").read_bytes() == (tmp_path / "a.npz").read_bytes()
@@ -140,15 +143,17 @@ def test_batch_size_and_workers_do_not_matter(trained, images, tmp_path, monkeyp
 def test_kept_features_are_fp32_and_measured_ones_as_in_training(tmp_path, labelled, monkeypatch):
     run = train(labelled, tmp_path / "run", "train.precision=bf16")
     asked = []
-    real = use.collect_each
-    monkeypatch.setattr(use, "collect_each", lambda *a, **more: asked.append(more["precision"]) or real(*a, **more))
+    real = images_module.collect_each
+    monkeypatch.setattr(
+        images_module, "collect_each", lambda *a, **more: asked.append(more["precision"]) or real(*a, **more)
+    )
     embed(run, labelled, tmp_path / "a.npz")
     assert probe(run, labelled)["precision"] == "bf16"
     assert asked == ["fp32", "bf16", "bf16"]
 
 
 def test_few_images_start_no_workers(trained, images, tmp_path, monkeypatch):
-    monkeypatch.setattr(use, "choose_workers", lambda *_, **__: pytest.fail("asked for workers"))
+    monkeypatch.setattr(images_module, "choose_workers", lambda *_, **__: pytest.fail("asked for workers"))
     embed(trained, images, tmp_path / "a.npz")
 
 
@@ -159,14 +164,14 @@ def test_unlabelled_images_have_no_label_column(trained, images, tmp_path):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_broken_files_are_left_out_and_named_and_the_others_unchanged(trained, images, tmp_path, monkeypatch, workers):
-    monkeypatch.setattr(use, "EVAL_BATCH", 4)
+    monkeypatch.setattr(images_module, "EVAL_BATCH", 4)
     embed(trained, images, tmp_path / "whole.npz")
     whole = np.load(tmp_path / "whole.npz")
     for number in (4, 5, 6, 7, 9, 21, 29):  # a whole batch, and some of others
         break_file(images / f"{number:04d}.png")
     if workers:
-        monkeypatch.setattr(use, "MANY_IMAGES", 1)
-        monkeypatch.setattr(use, "choose_workers", lambda *_, **__: (workers, ""))
+        monkeypatch.setattr(images_module, "MANY_IMAGES", 1)
+        monkeypatch.setattr(images_module, "choose_workers", lambda *_, **__: (workers, ""))
     console = Listening()
     summary = embed(trained, images, tmp_path / "a.npz", console=console)
     assert (summary["images"], summary["left_out"]) == (23, 7)
@@ -183,7 +188,7 @@ def test_broken_files_are_left_out_and_named_and_the_others_unchanged(trained, i
 
 
 def test_every_file_is_decoded_once(trained, images, tmp_path, monkeypatch):
-    from unmask.data import decode
+    from unmask.data.decode import decode
 
     calls = []
     real = decode.decode
@@ -237,13 +242,13 @@ def test_bad_outputs_are_refused_before_the_run_is_read(tmp_path):
 def pictured(monkeypatch):
     """What is handed to `draw`: (picture, dtype, title, names)."""
     seen = []
-    real = use.draw
+    real = reconstruct_module.draw
 
     def keep(picture, dtype, path, title, names):
         seen.append((picture, dtype, title, names))
         real(picture, dtype, path, title, names)
 
-    monkeypatch.setattr(use, "draw", keep)
+    monkeypatch.setattr(reconstruct_module, "draw", keep)
     return seen
 
 
@@ -378,14 +383,14 @@ def test_controls_and_shots_on_test_images_of_their_own(run, labelled, tmp_path)
 def rows_read(monkeypatch):
     """Which rows became features, call by call."""
     seen = []
-    real = probe_features.features
+    real = feature_sets.features
 
     def keep(loaded, encoders, source, rows, **more):
         found = real(loaded, encoders, source, rows, **more)
         seen.append(next(iter(found.values())).index.tolist())
         return found
 
-    monkeypatch.setattr(probe_features, "features", keep)
+    monkeypatch.setattr(feature_sets, "features", keep)
     return seen
 
 
@@ -536,9 +541,9 @@ def igpt(igpts, tmp_path):
 def measured(run, data, monkeypatch, **more):
     """What was fitted and tested: (training features, test features) by name; and what came of it."""
     seen = []
-    real = probing.guess
+    real = run_probe.guess
     monkeypatch.setattr(
-        probing, "guess", lambda train, test, y, **more: seen.append((train, test)) or real(train, test, y, **more)
+        run_probe, "guess", lambda train, test, y, **more: seen.append((train, test)) or real(train, test, y, **more)
     )
     found = probe(run, data, **more)
     monkeypatch.undo()

@@ -5,6 +5,7 @@ else:
 
     load_encoder(run)          the encoder of a run: encoder(images) gives Features(cls, patches, grid)
     load(run)                  the whole method, with its config and plan
+    open_safetensors(file)     the method of a file that `unmask export --to safetensors` wrote
     pretrain(data, ...)        what `unmask pretrain` does; resume(run) goes on with it
     recipe(name)               a Config to look at or to change
 """
@@ -13,20 +14,22 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for editors and type checkers only
+    from unmask.engine.load import load, load_encoder
+    from unmask.engine.pretrain import pretrain, resume
+    from unmask.interop.safetensors_file import open_safetensors
     from unmask.recipes.catalogue import find as recipe
-    from unmask.saved import load, load_encoder
-    from unmask.start import pretrain, resume
 
     __version__: str
 
-__all__ = ["__version__", "load", "load_encoder", "pretrain", "recipe", "resume"]
+__all__ = ["__version__", "load", "load_encoder", "open_safetensors", "pretrain", "recipe", "resume"]
 
 _PLACES = {
-    "load": "unmask.saved:load",
-    "load_encoder": "unmask.saved:load_encoder",
-    "pretrain": "unmask.start:pretrain",
+    "load": "unmask.engine.load:load",
+    "load_encoder": "unmask.engine.load:load_encoder",
+    "open_safetensors": "unmask.interop.safetensors_file:open_safetensors",
+    "pretrain": "unmask.engine.pretrain:pretrain",
     "recipe": "unmask.recipes.catalogue:find",
-    "resume": "unmask.start:resume",
+    "resume": "unmask.engine.pretrain:resume",
 }
 
 

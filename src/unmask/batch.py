@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from unmask.errors import UserError
-from unmask.resample import resample
 
 IGNORED = 255  # the class, in `Batch.maps`, of pixels that are not judged
 NO_BOX = -1  # the label, in `Batch.box_labels`, of rows that only fill up
@@ -78,8 +77,8 @@ class Batch:
     `valid` (B, H, W) bool where some pixels are absent (no data); None where all are there, which is the rule. Absent
     pixels hold the data's mean. A patch of which less than `min_valid` is valid does not count in a loss.
 
-    crops (B, 7) where resampling is left to the device: `images` are then parts of larger images, and `to` makes images
-    of `size` (H, W) of them, by `interpolation`; see `resample`.
+    crops (B, 7) where resampling is left to the device: `images` are then parts of larger images, from which
+    `data.device_crops.to_device` makes images of `size` (H, W) by `interpolation`.
     """
 
     images: Tensor
@@ -115,20 +114,12 @@ class Batch:
         return replace(self, valid=torch.ones(len(self), height, width, dtype=torch.bool, device=self.images.device))
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on another device; copies from pinned memory overlap with computation.
-
-        Images whose resampling was left to the device are resampled there, also where that is this one.
-        """
-        device, batch = torch.device(device), self
-        if self.images.device != device:
-            batch = replace(self, **{
-                name: value.to(device, non_blocking=True)
-                for name, value in vars(self).items() if isinstance(value, Tensor)
-            })  # fmt: skip
-        if batch.crops is None or batch.size is None:
-            return batch
-        images = resample(batch.images, batch.crops, batch.size, batch.interpolation)
-        return replace(batch, images=images, crops=None, size=None)
+        """The same batch on another device; copies from pinned memory overlap with computation."""
+        device = torch.device(device)
+        if self.images.device == device:
+            return self
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **{name: value.to(device, non_blocking=True) for name, value in tensors.items()})
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory."""

@@ -17,10 +17,10 @@ import typer
 
 from unmask.console import Console, escape_controls
 from unmask.errors import TrainingFailed, UserError
-from unmask.outputs import install
-from unmask.processes import refuse_several_processes
 from unmask.run import RunInUse, held_here
-from unmask.stopping import INTERRUPTED, interrupts
+from unmask.system.output_sinks import install
+from unmask.system.processes import refuse_several_processes
+from unmask.system.stop_requests import INTERRUPTED, interrupts
 
 FAILED, USAGE, STOPPED = 1, 2, 75
 TRAINING = ("demo", "pretrain", "resume", "finetune", "probe", "ablate", "compare")  # what trains, if only a probe
@@ -182,14 +182,14 @@ def _seconds(text: str | None) -> float | None:
     """'30m', '2h', '90s', '1.5h' -> seconds."""
     if text is None:
         return None
-    from unmask.budget import seconds_of
+    from unmask.engine.time_budget import seconds_of
 
     return seconds_of(text)
 
 
 def _budget(text: str | None) -> Any:
     """A time budget that counts from the start of the command."""
-    from unmask.budget import Budget
+    from unmask.engine.time_budget import Budget
 
     seconds = _seconds(text)
     return None if seconds is None else Budget(seconds, started)
@@ -199,7 +199,7 @@ def _mask_options(values: str | None, names: Path | None) -> Any:
     """What --mask-values and --class-names stand for; None without them."""
     if values is None and names is None:
         return None
-    from unmask.data.maps import MaskOptions
+    from unmask.data.segmentation_masks import MaskOptions
 
     try:
         ids = () if values is None else tuple(int(value) for value in values.split(","))
@@ -210,7 +210,7 @@ def _mask_options(values: str | None, names: Path | None) -> Any:
 
 def _ended(run: Any, as_json: bool, console: Console) -> None:
     """Writes the report and leaves with the code that the Run's status asks for."""
-    from unmask.report import write_report
+    from unmask.report.run_page import write_report
 
     status, report = run.status(), None
     try:
@@ -255,7 +255,7 @@ def check(
     as_json: AsJson = False,
 ) -> None:
     """Preflight: counts, sizes, channels, statistics, broken files, a recipe and a time forecast."""
-    from unmask.check import check_data
+    from unmask.engine.preflight import check_data
 
     code, summary = check_data(
         data, Console(), sample=sample, workers=workers or 0, settings=settings or [], exclude=exclude or ()
@@ -313,7 +313,7 @@ def pretrain(
     as_json: AsJson = False,
 ) -> None:
     """Pre-train an encoder on your images. Labels are not used."""
-    from unmask.start import pretrain
+    from unmask.engine.pretrain import pretrain
 
     console = Console()
     run = pretrain(
@@ -353,7 +353,7 @@ def import_(
     as_json: AsJson = False,
 ) -> None:
     """Make a run from weights of another library; --set data.size and data.channels fit them to other images."""
-    from unmask.importing import import_weights
+    from unmask.interop.import_weights import import_weights
 
     run = import_weights(weights, out, settings=settings or (), tokenizer=tokenizer, console=Console())
     if as_json:
@@ -384,7 +384,7 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """A run's weights for timm, transformers (hf), the official MAE code or ONNX, tested there, with a model card."""
-    from unmask.export import export_run
+    from unmask.interop.export import export_run
 
     summary = export_run(run, to, out, step=step, console=Console())
     if as_json:
@@ -402,7 +402,7 @@ def palette(
     as_json: AsJson = False,
 ) -> None:
     """The colours an iGPT would make for these images, as a file that several runs can share."""
-    from unmask.palette import make_palette
+    from unmask.evals.palette_file import make_palette
 
     summary = make_palette(data, colours=colours, size=size, out=out, console=Console())
     if as_json:
@@ -427,7 +427,7 @@ def pack(
     as_json: AsJson = False,
 ) -> None:
     """Copy images into one tar, large ones shrunk, to train faster on the very same crops and masks."""
-    from unmask.pack import pack
+    from unmask.data.pack import pack
 
     summary = pack(
         data, out, short_side=short_side, quality=quality, workers=workers, exclude=exclude or (), console=Console()
@@ -461,18 +461,19 @@ def resume(
     as_json: AsJson = False,
 ) -> None:
     """Continue a run exactly where it stopped; --data if its images have moved."""
-    from unmask import finetune, start
     from unmask.config import task_names
+    from unmask.engine import pretrain as pretrain_module
+    from unmask.engine.load import read_config
+    from unmask.finetuning import finetune
     from unmask.run import Run
-    from unmask.saved import read_config
 
     console = Console()
     supervised = read_config(Run.open(run)).method.name in task_names()
-    places = start.Places(tuple(data or ()), test, annotations, test_annotations)
-    done = (finetune if supervised else start).resume(
+    places = pretrain_module.Places(tuple(data or ()), test, annotations, test_annotations)
+    done = (finetune if supervised else pretrain_module).resume(
         run,
         allow_dataset_change=allow_dataset_change,
-        places=None if places == start.Places() else places,
+        places=None if places == pretrain_module.Places() else places,
         console=console,
     )
     _ended(done, as_json, console)
@@ -488,7 +489,7 @@ def set_(
     as_json: AsJson = False,
 ) -> None:
     """Change settings of a run that has begun, such as its length; recorded in the run, then resume it."""
-    from unmask.edits import set_values
+    from unmask.engine.edit_run import set_values
 
     edit = set_values(run, settings, console=Console())
     if as_json:
@@ -569,7 +570,7 @@ def finetune(
     as_json: AsJson = False,
 ) -> None:
     """Train your task from a run's encoder and test it: classes, masks or boxes."""
-    from unmask.finetune import fine_tune
+    from unmask.finetuning.finetune import fine_tune
 
     console = Console()
     done = fine_tune(
@@ -616,7 +617,7 @@ def predict(
     as_json: AsJson = False,
 ) -> None:
     """Predict classes with probabilities, masks or boxes with a fine-tuned run. Overwrites --out."""
-    from unmask.predict import predict
+    from unmask.finetuning.predict import predict
 
     summary = predict(run, images, out, least=least, step=step, device=device, console=Console())
     if as_json:
@@ -634,7 +635,7 @@ def reconstruct(
     as_json: AsJson = False,
 ) -> None:
     """Draw what a run makes of images: original, masked, prediction, pasted."""
-    from unmask.use import reconstruct_images
+    from unmask.evals.reconstruct import reconstruct_images
 
     numbers = reconstruct_images(run, images, out, step=step, seed=seed, device=device, console=Console())
     if as_json:
@@ -719,11 +720,11 @@ def probe(
 
     paper-linear is a training, kept in a folder inside RUN; it takes DATA, --test, one number of --shots, and --set.
     """
-    from unmask.evals.attentive import ATTENTIVE
     from unmask.evals.probe import KINDS, require_kind
-    from unmask.probe_labels import shots_of
-    from unmask.probing import probe_run
-    from unmask.report import write_report
+    from unmask.evals.probe_labels import shots_of
+    from unmask.evals.probes.attentive import ATTENTIVE
+    from unmask.evals.run_probe import probe_run
+    from unmask.report.run_page import write_report
 
     require_kind(kind, (*KINDS, ATTENTIVE, "paper-linear"))
     if kind == "paper-linear":
@@ -784,9 +785,9 @@ def _paper_linear(
     run: Path, data: str, test: str | None, shots: str | None, others: dict[str, Any], settings: Any, as_json: bool
 ) -> None:
     """The probe that is a training; `others` are options that mean nothing to it, with what came for them."""
-    from unmask.finetune import paper_linear
-    from unmask.probe_labels import shots_of
-    from unmask.report import write_report
+    from unmask.evals.probe_labels import shots_of
+    from unmask.finetuning.paper_linear_probe import paper_linear
+    from unmask.report.run_page import write_report
 
     if came := [option for option, value in others.items() if value]:
         raise UserError(f"{came[0]} came, which --kind paper-linear has no use for; leave it out")
@@ -811,7 +812,7 @@ def embed(
     as_json: AsJson = False,
 ) -> None:
     """Features of every image, never masked: columns name, label (where there is one), cls and mean (over patches)."""
-    from unmask.use import embed_images
+    from unmask.evals.embed import embed_images
 
     summary = embed_images(run, data, out, exclude=exclude or (), step=step, device=device, console=Console())
     if as_json:
@@ -856,7 +857,7 @@ def ablate(
     as_json: AsJson = False,
 ) -> None:
     """Train and probe every cell of a table of the paper, beside the paper's numbers. Run again to go on with it."""
-    from unmask.ablate import ablate
+    from unmask.comparison.ablate import ablate
 
     summary = ablate(
         table,
@@ -894,7 +895,7 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Several runs beside one another: what they are, what they cost, and the probes that they share."""
-    from unmask.compare import compare
+    from unmask.comparison.compare import compare
 
     summary = compare(runs, data=data, test=test, kind=kind, shots=shots, out=out, device=device, console=Console())
     if as_json:
@@ -926,7 +927,7 @@ def prune(
     as_json: AsJson = False,
 ) -> None:
     """Free disk space: remove older checkpoints and stored features; the run stays usable and resumable."""
-    from unmask.prune import prune_run
+    from unmask.engine.prune import prune_run
 
     found = prune_run(run, keep_checkpoints=keep_checkpoints, dry_run=dry_run, console=Console())
     if as_json:
@@ -936,7 +937,7 @@ def prune(
 @app.command()
 def report(run: RunFolder, as_json: AsJson = False) -> None:
     """Write RUN/report.html: one file that opens offline."""
-    from unmask.report import write_report
+    from unmask.report.run_page import write_report
 
     path = write_report(run)
     Console().say(f"report: {path}")
@@ -954,7 +955,7 @@ def plan(
     as_json: AsJson = False,
 ) -> None:
     """What a recipe costs, counted without data: parameters, FLOPs, learning rate, steps."""
-    from unmask.costs import recipe_costs, say_costs
+    from unmask.engine.costs import recipe_costs, say_costs
 
     found = recipe_costs(recipe, settings=settings or (), gpus=gpus)
     say_costs(found, Console())
@@ -968,8 +969,8 @@ def recipes(
     as_json: AsJson = False,
 ) -> None:
     """The recipes, or every setting of one."""
+    from unmask.engine.image_size import follows_images
     from unmask.recipes.catalogue import AUTO, all_recipes, describe, find, first_line, grouped
-    from unmask.sizes import follows_images
 
     if name is not None:
         print(json.dumps(find(name).model_dump(mode="json")) if as_json else describe(name))
@@ -1007,7 +1008,7 @@ def doctor(
     as_json: AsJson = False,
 ) -> None:
     """Versions, device, and a self-test of a few seconds; with DATA, where the time goes and what to do about it."""
-    from unmask.doctor import examine, examine_data
+    from unmask.engine.diagnose import examine, examine_data
 
     if data is not None:
         summary = examine_data(

@@ -20,7 +20,7 @@ import unmask.methods
 import unmask.tasks
 from unmask.batch import ImageSpec
 from unmask.data.augment import CropConfig
-from unmask.data.reading import Reading
+from unmask.data.decode.reading import Reading
 from unmask.errors import UserError
 from unmask.method import Method, MethodConfig
 from unmask.nn.vit import Pair

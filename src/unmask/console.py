@@ -18,7 +18,7 @@ from rich.console import Console as RichConsole
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from unmask.outputs import Words
+from unmask.system.output_sinks import Words
 
 PLAIN_INTERVAL = 30.0
 # C0 and C1 controls but tab and line feed, line separators, and the marks that reorder text (Unicode's bidirectional

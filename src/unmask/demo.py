@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from unmask.console import Console, duration
-from unmask.probing import probe_run
-from unmask.report import write_report
+from unmask.engine.pretrain import pretrain
+from unmask.evals.run_probe import probe_run
+from unmask.report.run_page import write_report
 from unmask.run import Run, free_path
-from unmask.start import pretrain
 
 SHAPES_SECONDS = 155.0  # what is left of four minutes after drawing, probing and the digits
 SHAPES_LABELS, SHAPES_TEST = "shapes:4000", "shapes-test"

@@ -15,6 +15,10 @@ class UserError(ValueError):
     """Something in the input that a person can mend; the command line leaves with exit code 2."""
 
 
+class ForeignError(UserError):
+    """Weights of a kind that is not known, or not whole; the message names tensors and says what to do."""
+
+
 class SourceError(UserError):
     """DATA that cannot be opened; the message says what came, what was expected, and what to do."""
 

@@ -1,4 +1,4 @@
-"""THE CONTRACT: what `train.py` trains. A method is an encoder, a loss and a picture.
+"""THE CONTRACT: what `engine/train.py` trains. A method is an encoder, a loss and a picture.
 
     encoder                      what is kept: anything whose forward(images) returns `Features`
     loss(batch, clock) -> Loss   one scalar to lower, and detached numbers to log

@@ -6,8 +6,8 @@
 
 Standard library only, so that the report and the web page open a Run without loading torch. Files appear whole or not
 at all: written beside their final name, flushed to disk, then renamed. JSON files carry a digest and the id of their
-run (`verified_json.py`), which are checked whenever they are read; checkpoints carry the id and the digests of
-config.json and plan.json. What is changed on purpose goes through `edits.py`.
+run (`system/verified_json.py`), which are checked whenever they are read; checkpoints carry the id and the digests of
+config.json and plan.json. What is changed on purpose goes through `engine/edit_run.py`.
 """
 
 from __future__ import annotations
@@ -25,15 +25,16 @@ from io import BufferedRandom
 from pathlib import Path
 from typing import Any
 
-from unmask import folder_lock, run_summary, verified_json
+from unmask import run_summary
 from unmask.errors import TrainingFailed, UserError, naming
-from unmask.verified_json import ChangedJson, Verified
+from unmask.system import folder_lock, verified_json
+from unmask.system.verified_json import ChangedJson, Verified
 
 CONFIG, PLAN, PROVENANCE, STATUS = "config.json", "plan.json", "provenance.json", "status.json"
 DECIDING = (PROVENANCE, PLAN, CONFIG)
 """What decides results. The configuration is last: where it has a digest, so have the others."""
 EDITS = "edits"
-"""Key of provenance.json: what was changed after the run began, see `edits.py`."""
+"""Key of provenance.json: what was changed after the run began, see `engine/edit_run.py`."""
 REMEMBERED = (CONFIG, PLAN)
 """Files that checkpoints name by digest, so each keeps the digests of what it replaced."""
 SHORT = 16  # hexadecimal digits of a digest in a list: a budget may change the plan a thousand times

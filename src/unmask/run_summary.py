@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from unmask import folder_lock
 from unmask.errors import UserError
+from unmask.system import folder_lock
 
 
 class RunFolder(Protocol):

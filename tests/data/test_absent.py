@@ -8,17 +8,20 @@ import tifffile
 import torch
 
 from unmask.batch import IGNORED, Batch, ImageSpec
-from unmask.data import absent, augment, decode, looks
-from unmask.data.absent import Nodata
+from unmask.data import augment, scan_cache
 from unmask.data.augment import CropConfig
-from unmask.data.decode import BadImage
+from unmask.data.decode import decode
+from unmask.data.decode import nodata as nodata_module
+from unmask.data.decode.decode import BadImage
+from unmask.data.decode.nodata import Nodata
+from unmask.data.decode.reading import EARLIER, Reading
+from unmask.data.device_crops import to_device
 from unmask.data.findings import findings
 from unmask.data.loader import Images, Taken
-from unmask.data.page_source import read_as
-from unmask.data.reading import EARLIER, Reading
+from unmask.data.pack import pack_image
 from unmask.data.scan import scan
-from unmask.data.sources import open_source
-from unmask.pack import pack_image
+from unmask.data.sources.open_source import open_source
+from unmask.data.sources.pages import read_as
 
 SPEC = ImageSpec(1, (16, 16), "float32", (250.0,), (60.0,))
 
@@ -48,18 +51,18 @@ def write(folder: Path, count: int = 10, **given) -> Path:
 @pytest.mark.parametrize("value", ["-9999", "0", "-3.4028234663852886e+38", "65535 ", "nan"])
 def test_the_tag_is_read(tmp_path, given, value):
     tifffile.imwrite(tmp_path / "a.tif", terrain(0), **tag(value), **given)
-    found = absent.declared((tmp_path / "a.tif").read_bytes())
+    found = nodata_module.declared((tmp_path / "a.tif").read_bytes())
     assert found == float(value) or (value == "nan" and np.isnan(found))
 
 
 def test_no_tag_a_tag_that_is_no_number_and_other_files_declare_nothing(tmp_path):
     tifffile.imwrite(tmp_path / "a.tif", terrain(0))
-    assert absent.declared((tmp_path / "a.tif").read_bytes()) is None
+    assert nodata_module.declared((tmp_path / "a.tif").read_bytes()) is None
     tifffile.imwrite(tmp_path / "b.tif", terrain(0), **tag("none of these"))
     data = (tmp_path / "b.tif").read_bytes()
-    assert absent.declared(data) is None
-    assert all(absent.declared(data[:length]) is None for length in range(0, len(data), 97))
-    assert absent.declared(b"\x89PNG") is None
+    assert nodata_module.declared(data) is None
+    assert all(nodata_module.declared(data[:length]) is None for length in range(0, len(data), 97))
+    assert nodata_module.declared(b"\x89PNG") is None
 
 
 @pytest.mark.parametrize(
@@ -73,19 +76,19 @@ def test_integers_of_every_width(tmp_path, dtype, value, channels):
     tifffile.imwrite(tmp_path / "a.tif", pixels.squeeze(), photometric="rgb" if channels == 3 else "minisblack",
                      planarconfig="contig" if channels > 1 else None, **tag(str(value)))  # fmt: skip
     data = (tmp_path / "a.tif").read_bytes()
-    valid = absent.valid_pixels(decode.decode(data), "auto", absent.declared(data))
+    valid = nodata_module.valid_pixels(decode.decode(data), "auto", nodata_module.declared(data))
     assert (~valid).sum() == 3 * 7 + (channels == 1)
     assert not valid[3:6, 2:9].any()
 
 
 def test_nan_counts_unless_nothing_may_be_absent():
     pixels = terrain(0, missing=np.nan)[:, :, None]
-    assert (~absent.valid_pixels(pixels, "auto", None)).sum() == 22 * 24
+    assert (~nodata_module.valid_pixels(pixels, "auto", None)).sum() == 22 * 24
     with pytest.raises(BadImage, match=r"NaN.*data\.nodata=auto"):
-        absent.valid_pixels(pixels, None, None)
+        nodata_module.valid_pixels(pixels, None, None)
     whole = terrain(0, hole=False)[:, :, None]
-    assert absent.valid_pixels(whole, "auto", None) is None
-    assert absent.valid_pixels(whole, "auto", -9999) is None
+    assert nodata_module.valid_pixels(whole, "auto", None) is None
+    assert nodata_module.valid_pixels(whole, "auto", -9999) is None
 
 
 def test_values_beyond_float32_are_absent(tmp_path):
@@ -93,15 +96,15 @@ def test_values_beyond_float32_are_absent(tmp_path):
     heights[:4] = -1.7976931348623157e308  # what float64 rasters declare
     np.save(tmp_path / "a.npy", heights)
     pixels = decode.decode((tmp_path / "a.npy").read_bytes())
-    assert (~absent.valid_pixels(pixels, "auto", None)).sum() == 4 * 48
+    assert (~nodata_module.valid_pixels(pixels, "auto", None)).sum() == 4 * 48
 
 
 def test_the_setting_is_for_files_without_a_tag_and_none_turns_it_off():
     pixels = terrain(0)[:, :, None]
-    assert absent.valid_pixels(pixels, "auto", None) is None
-    assert (~absent.valid_pixels(pixels, -9999, None)).sum() == 22 * 24
-    assert absent.valid_pixels(pixels, None, -9999) is None
-    assert absent.valid_pixels(np.zeros((2, 2, 1), np.uint8), -9999, 1e40) is None
+    assert nodata_module.valid_pixels(pixels, "auto", None) is None
+    assert (~nodata_module.valid_pixels(pixels, -9999, None)).sum() == 22 * 24
+    assert nodata_module.valid_pixels(pixels, None, -9999) is None
+    assert nodata_module.valid_pixels(np.zeros((2, 2, 1), np.uint8), -9999, 1e40) is None
 
 
 @pytest.mark.parametrize("kind", ["tag", "nan", "setting"])
@@ -132,8 +135,8 @@ def test_without_the_tag_the_values_are_taken_as_they_are(tmp_path):
 def test_a_scan_is_remembered_by_setting(tmp_path, monkeypatch):
     folder = write(tmp_path / "terrain")
     monkeypatch.setenv("UNMASK_CACHE", str(tmp_path / "memory"))
-    monkeypatch.setattr(looks, "WORTH_KEEPING", -1.0)
-    monkeypatch.setattr(looks, "SETTLED", -3600 * 10**9)
+    monkeypatch.setattr(scan_cache, "WORTH_KEEPING", -1.0)
+    monkeypatch.setattr(scan_cache, "SETTLED", -3600 * 10**9)
     with_value, without = (read_as(open_source(str(folder)), Reading(nodata=value)) for value in (-9999, "auto"))
     first, again = scan(with_value, workers=0), scan(with_value, workers=0)
     assert (again.known, again.mean, again.absent_share) == (10, first.mean, first.absent_share)
@@ -238,7 +241,7 @@ def test_colours_and_crops_left_to_the_device_agree_with_the_loaders(tmp_path):
         pixels[8:30, 12:36] = 0
         tifffile.imwrite(folder / f"{number}.tif", pixels, photometric="rgb", **(tag("0") if number % 2 else {}))
     spec = ImageSpec(3, (16, 16), "uint8", (100.4, 110.0, 120.0), (50.0, 50.0, 50.0))
-    here, there = batch_of(folder, spec=spec), batch_of(folder, spec=spec, on_device=True).to("cpu")
+    here, there = batch_of(folder, spec=spec), to_device(batch_of(folder, spec=spec, on_device=True), "cpu")
     assert torch.equal(here.valid, there.valid)
     assert torch.equal(here.images[1::2], there.images[1::2])
     assert (here.images.movedim(1, -1)[~here.valid] == torch.tensor([100, 110, 120])).all()
@@ -267,7 +270,7 @@ def test_packed_copies_keep_their_holes(tmp_path):
     tifffile.imwrite(folder / "b.tif", (large + 20_000).astype(np.uint16), **tag("10001"))
     source = open_source(str(folder))
     small = decode.decode(pack_image(source, 0, 40, 90).data)
-    valid = absent.valid_pixels(small, "auto", None)
+    valid = nodata_module.valid_pixels(small, "auto", None)
     assert valid.mean() == pytest.approx(1 - 22 * 24 / (40 * 48), abs=0.03)
     assert small[valid].mean() == pytest.approx(250, abs=2)
     assert small[valid].min() > 0
@@ -275,4 +278,4 @@ def test_packed_copies_keep_their_holes(tmp_path):
 
 
 def test_a_directory_beyond_what_can_be_addressed_declares_nothing():
-    assert absent.declared(b"II+\0\x08\0\0\0" + b"\xff" * 8 + bytes(16)) is None
+    assert nodata_module.declared(b"II+\0\x08\0\0\0" + b"\xff" * 8 + bytes(16)) is None

@@ -19,8 +19,9 @@ from unmask.data.augment import (
     decode_size,
     jitter_colours,
 )
+from unmask.data.device_crops import to_device
 from unmask.data.loader import Images, Taken
-from unmask.data.sources import open_source
+from unmask.data.sources.open_source import open_source
 from unmask.rng import Stream, uniform
 
 
@@ -91,7 +92,7 @@ def test_interpolation_counts_in_training_only(tmp_path):
 
     def drawn(interpolation, **more):
         images = Images(source, np.arange(3), spec, CropConfig(interpolation=interpolation), **more)
-        return images[taken].batch.to("cpu").images
+        return to_device(images[taken].batch, "cpu").images
 
     assert not torch.equal(drawn("bicubic"), drawn("bilinear"))
     assert torch.equal(drawn("bicubic", training=False), drawn("bilinear", training=False))

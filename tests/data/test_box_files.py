@@ -10,11 +10,11 @@ from PIL import Image
 
 from unmask.batch import NO_BOX, ImageSpec
 from unmask.data.augment import CropConfig, cut_boxes
-from unmask.data.boxes import BoxError, open_boxes
+from unmask.data.box_annotations import BoxError, open_boxes
 from unmask.data.loader import Images, eval_batches, training_batches
 from unmask.evals import detection
 from unmask.evals.detection import average_precision
-from unmask.lessons import truth_of
+from unmask.finetuning.test_set import truth_of
 
 BCCD = Path(__file__).parents[2] / "data" / "bccd"
 SPEC = ImageSpec(3, (40, 48), "uint8", (0.0,) * 3, (1.0,) * 3)

@@ -26,8 +26,8 @@ from corpus import (
 )
 from PIL import Image
 
-from unmask.data import decode as decoding
-from unmask.data.decode import BadImage, Header, conform, decode, header
+from unmask.data.decode import decode as decoding
+from unmask.data.decode.decode import BadImage, Header, conform, decode, header
 
 BAD = bad_files()
 

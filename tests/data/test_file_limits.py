@@ -10,13 +10,13 @@ from corpus import file_of, noisy, npy, png, png16, smooth, tiff
 from PIL import Image
 from test_scan import Memory
 
-from unmask.data import decode as decoding
 from unmask.data import scan as scanning
-from unmask.data import sources
-from unmask.data.decode import BadImage, Header, decode, header, pieces
-from unmask.data.guarded import Crashed, TooSlow
+from unmask.data.decode import decode as decoding
+from unmask.data.decode.decode import BadImage, Header, decode, header, pieces
+from unmask.data.decode.guarded import Crashed, TooSlow
 from unmask.data.scan import scan
-from unmask.data.sources import SourceError, open_source
+from unmask.data.sources import open_source as open_source_module
+from unmask.data.sources.open_source import SourceError, open_source
 
 KINDS = {
     "jpeg": file_of(noisy(), "JPEG"),
@@ -190,7 +190,7 @@ def test_row_groups_of_gigabytes_are_refused_before_they_are_read(tmp_path, monk
     table = pa.table({"image": pa.array([b"\0" * 100_000] * 20, pa.binary()), "label": [0] * 20})
     pq.write_table(table, tmp_path / "a.parquet", compression="zstd", use_dictionary=False)
     assert (tmp_path / "a.parquet").stat().st_size < 20_000
-    monkeypatch.setattr(sources, "MOST_UNPACKED", 1_000_000)
+    monkeypatch.setattr(open_source_module, "MOST_UNPACKED", 1_000_000)
     with pytest.raises(SourceError, match="row_group_size"):
         open_source(tmp_path / "a.parquet")
     pq.write_table(table, tmp_path / "b.parquet", compression="zstd", use_dictionary=False, row_group_size=5)

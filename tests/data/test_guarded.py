@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from unmask.data.guarded import Crashed, TooSlow, call_apart
+from unmask.data.decode.guarded import Crashed, TooSlow, call_apart
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux only")
 

@@ -9,11 +9,11 @@ import time
 import numpy as np
 import pytest
 
-from unmask.data.decode import BadImage
+from unmask.data.decode.decode import BadImage
 from unmask.data.identity import compare, digest_all, read_record, record_of
-from unmask.data.names import Names
 from unmask.data.scan import scan
-from unmask.data.sources import content_digest, open_source
+from unmask.data.sources.open_source import content_digest, open_source
+from unmask.data.string_table import Names
 
 OLD = time.time() - 1000
 

@@ -5,7 +5,7 @@ import unicodedata
 import pytest
 from corpus import file_of, noisy
 
-from unmask.data.sources import SourceError, open_source, require_labels
+from unmask.data.sources.open_source import SourceError, open_source, require_labels
 
 PNG = file_of(noisy(8, 8), "PNG")
 

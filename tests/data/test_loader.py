@@ -14,7 +14,7 @@ from test_scan import Memory
 from unmask.batch import ImageSpec
 from unmask.data import loader
 from unmask.data.augment import CropConfig
-from unmask.data.decode import BadImage
+from unmask.data.decode.decode import BadImage
 from unmask.data.loader import Images, Order, Taken, choose_workers, eval_batches, training_batches
 
 COUNT = 20

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from conftest import write_images
 
-from unmask.data import looks as module
 from unmask.data import scan as scanning
-from unmask.data.decode import BadImage
-from unmask.data.looks import LooksSoFar, joined, memory_file, recall
+from unmask.data import scan_cache as module
+from unmask.data.decode.decode import BadImage
 from unmask.data.scan import scan
-from unmask.data.sources import open_source
+from unmask.data.scan_cache import LooksSoFar, joined, memory_file, recall
+from unmask.data.sources.open_source import open_source
 
 
 @pytest.fixture(autouse=True)

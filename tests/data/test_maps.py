@@ -10,9 +10,9 @@ from PIL import Image
 
 from unmask.batch import IGNORED, ImageSpec
 from unmask.data.augment import CropConfig, cut, cut_map
-from unmask.data.decode import BadImage
+from unmask.data.decode.decode import BadImage
 from unmask.data.loader import Images, Order, eval_batches, training_batches
-from unmask.data.maps import MaskError, open_maps, read_ids
+from unmask.data.segmentation_masks import MaskError, open_maps, read_ids
 
 CAMVID = Path(__file__).parents[2] / "data" / "camvid"
 SPEC = ImageSpec(3, (16, 24), "uint8", (0.0,) * 3, (1.0,) * 3)

@@ -6,7 +6,7 @@ from PIL import Image, ImageOps
 
 from unmask.data import mask_advice
 from unmask.data.class_files import find_class_files, read_class_file
-from unmask.data.maps import MaskError, MaskOptions, open_maps
+from unmask.data.segmentation_masks import MaskError, MaskOptions, open_maps
 from unmask.errors import UserError
 
 SIZE = (40, 60)

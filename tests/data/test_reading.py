@@ -11,18 +11,18 @@ import tifffile
 from corpus import file_of, noisy, npy, png16, tiff
 from PIL import Image
 
-from unmask import start
-from unmask.check import say_table
 from unmask.config import DataConfig
 from unmask.console import Console
-from unmask.data.decode import BadImage, decode, header
+from unmask.data.decode.decode import BadImage, decode, header
+from unmask.data.decode.layout import ALPHA, AXES, PAGES, TOLERATED, Layout
+from unmask.data.decode.reading import EARLIER, Reading
+from unmask.data.decode.tiff_pages import MOST_ENTRIES
 from unmask.data.findings import findings, is_plain, table
-from unmask.data.layout import ALPHA, AXES, PAGES, TOLERATED, Layout
-from unmask.data.page_source import Pages, read_as
-from unmask.data.reading import EARLIER, Reading
 from unmask.data.scan import scan
-from unmask.data.sources import open_source
-from unmask.data.tiff_pages import MOST_ENTRIES
+from unmask.data.sources.open_source import open_source
+from unmask.data.sources.pages import Pages, read_as
+from unmask.engine import pretrain
+from unmask.engine.preflight import say_table
 
 
 def photo(channels=4, seed=0, height=48, width=64):
@@ -269,14 +269,14 @@ def test_a_guess_is_said(tmp_path):
 def test_the_plan_keeps_what_was_settled_and_later_commands_obey(tmp_path, monkeypatch, capsys):
     from conftest import SMALL_RUN
 
-    from unmask import use
+    from unmask.evals import embed
 
     folder = tmp_path / "images"
     folder.mkdir()
     for number in range(10):
         values = photo(seed=number)
         (folder / f"{number}.tif").write_bytes(tiff(values, photometric="rgb", extrasamples=["unassalpha"]))
-    run = start.pretrain(folder, recipe="mae_nano", out=tmp_path / "run", settings=(*SMALL_RUN, "train.steps=1"))
+    run = pretrain.pretrain(folder, recipe="mae_nano", out=tmp_path / "run", settings=(*SMALL_RUN, "train.steps=1"))
     plan = run.read("plan.json")
     assert (plan["images"]["channels"], plan["reading"]["tagged"]) == (4, "band")
     assert any("10 TIFF files: alpha is kept as a band" in reason for reason in plan["reasons"])
@@ -285,16 +285,16 @@ def test_the_plan_keeps_what_was_settled_and_later_commands_obey(tmp_path, monke
     values = photo()
     values[..., 3] = 255
     (one / "a.tif").write_bytes(tiff(values, photometric="rgb", extrasamples=["unassalpha"]))
-    done = use.embed_images(
+    done = embed.embed_images(
         run.path, str(one), tmp_path / "e.npz", step=None, device="cpu", console=Console(quiet=True)
     )
     assert (done["images"], done["left_out"]) == (1, 0)
-    with pytest.raises(start.DataError):
-        start.pretrain(folder, recipe="mae_nano", settings=(*SMALL_RUN, "data.alpha=drop", "data.channels=4"))
+    with pytest.raises(pretrain.DataError):
+        pretrain.pretrain(folder, recipe="mae_nano", settings=(*SMALL_RUN, "data.alpha=drop", "data.channels=4"))
 
 
 def test_runs_of_earlier_versions_read_as_they_did():
-    from unmask.plan import Plan
+    from unmask.engine.plan import Plan
 
     assert Plan.model_fields["reading"].default == EARLIER
     data = tiff(photo(), photometric="rgb", extrasamples=["unassalpha"])
@@ -328,8 +328,8 @@ def test_what_is_found_is_tabled_and_ordinary_files_are_not(tmp_path, capsys):
 
 def test_a_scan_remembers_layouts_for_each_reading(tmp_path, monkeypatch):
     monkeypatch.setenv("UNMASK_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("unmask.data.looks.WORTH_KEEPING", 0.0)
-    monkeypatch.setattr("unmask.data.looks.SETTLED", -(10**18))
+    monkeypatch.setattr("unmask.data.scan_cache.WORTH_KEEPING", 0.0)
+    monkeypatch.setattr("unmask.data.scan_cache.SETTLED", -(10**18))
     folder = tmp_path / "images"
     folder.mkdir()
     for number in range(3):
@@ -344,7 +344,7 @@ def test_a_layout_survives_as_a_number():
     for layout in (
         Layout(),
         Layout(7, "band", 12, "channels", "CHW", TOLERATED),
-        *(Layout(3, alpha=alpha, page_use=use, axes=axes) for alpha in ALPHA for use in PAGES for axes in AXES),
+        *(Layout(3, alpha=alpha, page_use=embed, axes=axes) for alpha in ALPHA for embed in PAGES for axes in AXES),
     ):
         assert Layout.from_code(layout.code) == layout
     assert Layout.from_code(Layout(10**6, pages=10**6).code) == Layout(65535, pages=65535)
@@ -398,7 +398,7 @@ def test_remarks_of_tifffile_on_tags_are_not_shown(tmp_path):
     data = tiff(np.zeros((8, 8, 5), np.uint16), photometric="minisblack", planarconfig="contig", software="a")
     assert struct.pack("<HH", 305, 2) in data
     (tmp_path / "a.tif").write_bytes(data.replace(struct.pack("<HH", 305, 2), struct.pack("<HH", 305, 999)))
-    code = "import sys; from unmask.data import decode; decode.decode(open(sys.argv[1], 'rb').read())"
+    code = "import sys; from unmask.data.decode import decode; decode.decode(open(sys.argv[1], 'rb').read())"
     done = subprocess.run([sys.executable, "-c", code, tmp_path / "a.tif"], capture_output=True, text=True, check=True)
     assert done.stderr == ""
 

@@ -11,9 +11,9 @@ from conftest import write_images
 from corpus import bad_files, file_of, noisy, npy, png16, tiff
 
 from unmask.data import scan as scanning
-from unmask.data.decode import conform, decode
+from unmask.data.decode.decode import conform, decode
 from unmask.data.scan import scan
-from unmask.data.sources import Source, open_source
+from unmask.data.sources.open_source import Source, open_source
 
 
 class Memory(Source):

@@ -5,8 +5,8 @@ import hashlib
 import numpy as np
 
 from unmask.data import shapes
-from unmask.data.sources import open_source
-from unmask.evals.knn import knn
+from unmask.data.sources.open_source import open_source
+from unmask.evals.probes.knn import knn
 
 
 def test_an_image_depends_on_its_index_alone():

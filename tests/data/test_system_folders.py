@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from corpus import file_of, noisy
 
-from unmask.data.sources import open_source
+from unmask.data.sources.open_source import open_source
 
 PNG = file_of(noisy(8, 8), "PNG")
 SYSTEM = (

@@ -6,8 +6,8 @@ import pyarrow.parquet as pq
 import pytest
 from corpus import file_of, noisy
 
-from unmask.data.sources import Source, open_source
-from unmask.data.targets import meaning_of, read_table, targets_of
+from unmask.data.label_tables import meaning_of, read_table, targets_of
+from unmask.data.sources.open_source import Source, open_source
 from unmask.errors import UserError
 
 

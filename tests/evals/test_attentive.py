@@ -7,11 +7,11 @@ from sklearn.datasets import load_digits
 
 from unmask.batch import Batch
 from unmask.errors import UserError
-from unmask.evals import attentive as module
-from unmask.evals import collect as collect_module
-from unmask.evals.attentive import RATES, AttentiveHead, fit_attentive
-from unmask.evals.collect import Tokens, collect_each
-from unmask.evals.linear import linear
+from unmask.evals import frozen_features as collect_module
+from unmask.evals.frozen_features import Tokens, collect_each
+from unmask.evals.probes import attentive as module
+from unmask.evals.probes.attentive import RATES, AttentiveHead, fit_attentive
+from unmask.evals.probes.linear import linear
 from unmask.nn.features import Features
 
 

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from unmask.evals.budget import Draw, budget_curve
+from unmask.evals.label_budget import Draw, budget_curve
 from unmask.evals.probe import Aim, Guess
-from unmask.evals.scores import PRETRAINED, RANDOM_INIT, RAW_PIXELS, t_interval
+from unmask.evals.statistics import PRETRAINED, RANDOM_INIT, RAW_PIXELS, t_interval
 
 TEST_Y = np.arange(100) % 2
 

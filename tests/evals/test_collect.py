@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from unmask.batch import Batch, ImageSpec
-from unmask.evals.collect import LARGEST_PIXEL_SIDE, RawPixels, collect, collect_each
+from unmask.evals.frozen_features import LARGEST_PIXEL_SIDE, RawPixels, collect, collect_each
 from unmask.nn.features import Features
 from unmask.nn.vit import ViT, ViTConfig
 

@@ -10,11 +10,11 @@ import torch
 from conftest import write_images
 from torch import nn
 
-from unmask.data.sources import Source, open_source
-from unmask.evals import kept as module
-from unmask.evals.collect import FeatureTable, Tokens
-from unmask.evals.kept import find, keep, key_of
-from unmask.evals.views import View
+from unmask.data.sources.open_source import Source, open_source
+from unmask.evals import feature_cache as module
+from unmask.evals.encoder_views import View
+from unmask.evals.feature_cache import find, keep, key_of
+from unmask.evals.frozen_features import FeatureTable, Tokens
 
 ABOUT = {"precision": "bf16", "device": "cpu", "crop": "{}"}
 ROWS = np.arange(10)

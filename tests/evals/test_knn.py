@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from unmask.evals import knn as module
-from unmask.evals.knn import TEMPERATURE, knn, knn_mean
+from unmask.evals.probes import knn as module
+from unmask.evals.probes.knn import TEMPERATURE, knn, knn_mean
 
 
 def by_hand(train_x, train_y, test_x, k):

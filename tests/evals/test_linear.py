@@ -7,16 +7,9 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import average_precision_score
 from sklearn.preprocessing import StandardScaler
 
-from unmask.evals import linear as module
-from unmask.evals.linear import (
-    C_GRID,
-    C_WITHOUT_CHOICE,
-    PENALTIES,
-    linear,
-    linear_labels,
-    ridge,
-)
-from unmask.evals.splits import HOLD_OUT_FOR_C, hold_out
+from unmask.data.splits import HOLD_OUT_FOR_C, hold_out
+from unmask.evals.probes import linear as module
+from unmask.evals.probes.linear import C_GRID, C_WITHOUT_CHOICE, PENALTIES, linear, linear_labels, ridge
 
 
 def blobs(count, *, classes=3, width=6, spread=1.0, seed=0):

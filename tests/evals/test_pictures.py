@@ -7,7 +7,8 @@ import pytest
 import torch
 from PIL import Image, ImageFont
 
-from unmask.evals.pictures import (
+from unmask.method import Picture
+from unmask.report.pictures import (
     GAP,
     LARGEST_CELL,
     MARGIN,
@@ -23,7 +24,6 @@ from unmask.evals.pictures import (
     to_rgb,
     wrap,
 )
-from unmask.method import Picture
 
 PANELS = ("original", "masked 75%", "prediction", "pasted")
 NUMBERS = {"loss": torch.tensor(0.5), "true_patch_mean": torch.tensor(1.0)}

@@ -9,7 +9,7 @@ from sklearn.metrics import r2_score
 
 from unmask.batch import Batch
 from unmask.evals import probe as module
-from unmask.evals.collect import FeatureTable, collect_each
+from unmask.evals.frozen_features import FeatureTable, collect_each
 from unmask.evals.probe import (
     Aim,
     chance_level,
@@ -21,7 +21,7 @@ from unmask.evals.probe import (
     shared_images,
     summary,
 )
-from unmask.evals.scores import PRETRAINED, RANDOM_INIT, RAW_PIXELS, wilson
+from unmask.evals.statistics import PRETRAINED, RANDOM_INIT, RAW_PIXELS, wilson
 from unmask.nn.features import Features
 
 CLASSES = ("ant", "bee", "cow")

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from unmask.evals.scores import (
+from unmask.evals.statistics import (
     PRETRAINED,
     RANDOM_INIT,
     RAW_PIXELS,

@@ -7,9 +7,9 @@ import torch
 from unmask.batch import Batch, ImageSpec
 from unmask.errors import UserError
 from unmask.evals import probe as module
-from unmask.evals.collect import FeatureTable, collect, collect_each, collect_layers
+from unmask.evals.encoder_views import View, best_layer, majority, wanted_layer
+from unmask.evals.frozen_features import FeatureTable, collect, collect_each, collect_layers
 from unmask.evals.probe import VOTE, Aim, choose_layer, guess, summary
-from unmask.evals.views import View, best_layer, majority, wanted_layer
 from unmask.nn.gpt import GPT, GPTConfig
 from unmask.nn.vit import ViT, ViTConfig
 

@@ -5,8 +5,10 @@ import torch
 from conftest import write_images
 
 from unmask.batch import Batch, ImageSpec
-from unmask.checkpoint import load_model
 from unmask.config import ConfigError
+from unmask.engine.checkpoint import load_model
+from unmask.engine.load import load
+from unmask.engine.pretrain import pretrain
 from unmask.errors import UserError
 from unmask.method import Clock
 from unmask.methods.beit import BEiT, Config
@@ -18,8 +20,6 @@ from unmask.nn.vit import ViTConfig
 from unmask.optim import OptimConfig, make_optimizer
 from unmask.recipes.beit import beit_base, beit_large
 from unmask.rng import Draws
-from unmask.saved import load
-from unmask.start import pretrain
 
 SMALL = ImageSpec(3, (16, 24), "uint8", (120.0, 110.0, 100.0), (60.0, 60.0, 60.0))
 SQUARE = ImageSpec(3, (16, 16), "uint8", (120.0, 110.0, 100.0), (60.0, 60.0, 60.0))

@@ -13,17 +13,17 @@ import pytest
 import torch
 from conftest import write_images
 
-from unmask import train as loop
 from unmask.batch import Batch, ImageSpec
-from unmask.checkpoint import load_model
 from unmask.config import Config, keys, method_class, method_names, override
+from unmask.engine import train as loop
+from unmask.engine.checkpoint import load_model
+from unmask.engine.device import autocast
+from unmask.engine.pretrain import pretrain, resume
 from unmask.method import Clock, Loss, Method, Picture
 from unmask.nn.positions import fitted
 from unmask.optim import OptimConfig, make_optimizer, update
-from unmask.plan import autocast
 from unmask.recipes.catalogue import all_recipes, find
 from unmask.rng import Draws
-from unmask.start import pretrain, resume
 
 METHODS = method_names()
 SHRUNK = {"width": "32", "depth": "1", "heads": "2", "patch": "[4,4]"}

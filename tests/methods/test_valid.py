@@ -11,14 +11,14 @@ from test_contract import METHODS, batch_for, clock, make, shrunk, warm
 
 from unmask.batch import Batch
 from unmask.config import override
-from unmask.evals.pictures import compose
+from unmask.engine.pretrain import pretrain, resume
 from unmask.method import Method
 from unmask.nn.losses import weighted_mean
 from unmask.nn.patches import patchify
 from unmask.nn.targets import PrincipalComponents, Tokens, patch_statistics
 from unmask.nn.valid import valid_patches
 from unmask.recipes.catalogue import find
-from unmask.start import pretrain, resume
+from unmask.report.pictures import compose
 
 VARIANTS = [
     *METHODS,

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from unmask.nn import linear as products
-from unmask.nn.linear import Linear, linear
+from unmask.nn import linear_layer as products
+from unmask.nn.linear_layer import Linear, linear
 
 
 @pytest.fixture

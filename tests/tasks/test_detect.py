@@ -10,12 +10,12 @@ from pydantic import ValidationError
 from unmask.batch import Batch, ImageSpec
 from unmask.config import Config as Root
 from unmask.config import method_class, method_names
+from unmask.engine.device import autocast
 from unmask.errors import UserError
 from unmask.evals.detection import ImageBoxes, average_precision
 from unmask.method import Clock
 from unmask.nn.vit import ViTConfig
 from unmask.optim import OptimConfig, make_optimizer, update
-from unmask.plan import autocast
 from unmask.rng import Draws
 from unmask.tasks import detect
 from unmask.tasks.detect import Config, Detector, Found, Guess

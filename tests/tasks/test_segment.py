@@ -10,12 +10,12 @@ from pydantic import ValidationError
 
 from unmask.batch import IGNORED, Batch, ImageSpec
 from unmask.config import method_class
+from unmask.engine.device import autocast
 from unmask.errors import UserError
 from unmask.method import Clock
 from unmask.nn.map_heads import UPerNet, levels_of
 from unmask.nn.vit import ViTConfig
 from unmask.optim import OptimConfig, make_optimizer, update
-from unmask.plan import autocast
 from unmask.recipes.catalogue import find
 from unmask.rng import Draws
 from unmask.tasks.segment import COLOURS, Config, Segmenter, colour_table, error

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from unmask.data.layout import Layout
+from unmask.data.decode.layout import Layout
 from unmask.data.scan import Scan
 
 USE_OF_PAGES = {

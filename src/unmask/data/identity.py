@@ -4,7 +4,7 @@ A `Record` is a few columns of numbers beside the names, about 60 bytes a file. 
 recorded are not read; of the others only the content decides, so that copied, moved or touched files count as the same
 and replaced ones do not, whatever their size.
 
-Not here: where a run keeps its record, and what follows from a difference (`dataset_check.py`).
+Not here: where a run keeps its record, and what follows from a difference (`engine/dataset_check.py`).
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from pathlib import Path
 
 import numpy as np
 
-from unmask.data.arrays import read_arrays, write_arrays
-from unmask.data.decode import BadImage
-from unmask.data.looks import SETTLED
-from unmask.data.names import Names
-from unmask.data.sources import Source, content_digest
+from unmask.data.decode.decode import BadImage
+from unmask.data.npz_file import read_arrays, write_arrays
+from unmask.data.scan_cache import SETTLED
+from unmask.data.sources.open_source import Source, content_digest
+from unmask.data.string_table import Names
 from unmask.errors import some
 
 COLUMNS = ("sizes", "changed", "modified", "digests")

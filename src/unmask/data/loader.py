@@ -32,11 +32,12 @@ import numpy as np
 import torch
 
 from unmask.batch import IGNORED, Batch, ImageSpec
-from unmask.data import absent, augment, decode
+from unmask.data import augment
 from unmask.data.augment import CropConfig
-from unmask.data.decode import BadImage, Header
+from unmask.data.decode import decode, nodata
+from unmask.data.decode.decode import BadImage, Header
 from unmask.data.scan import BadFile, num_cores
-from unmask.data.sources import Source
+from unmask.data.sources.open_source import Source
 from unmask.data.worker_pool import WorkerPool
 from unmask.rng import Stream, permutation, uniform, words
 
@@ -93,7 +94,8 @@ class Opened:
     """One image on its way: its full size, and either its bytes and header, or itself decoded, or what is wrong.
 
     valid: (H, W) bool, False where a pixel is absent; None where all are there. Absent pixels hold the data's mean.
-    The full size is the one its boxes are drawn in: that of the original where a smaller copy stands for it (pack.py).
+    The full size is the one its boxes are drawn in: that of the original where a smaller copy stands for it
+    (data/pack.py).
     """
 
     size: tuple[int, int]
@@ -266,16 +268,16 @@ class Images:
 
     def _with_absent(self, opened: Opened, pixels: np.ndarray) -> Opened:
         """The image as the data set has it, and which of its pixels are absent. Raises BadImage."""
-        valid = absent.valid_pixels(pixels, self.source.reading.nodata, absent.declared(opened.data))
+        valid = nodata.valid_pixels(pixels, self.source.reading.nodata, nodata.declared(opened.data))
         if valid is None:
             return Opened(opened.size, image=self._conform(pixels))
-        image = self._conform(absent.filled(pixels, valid))
-        return Opened(opened.size, image=absent.filled(image, valid, self.fill), valid=valid)
+        image = self._conform(nodata.filled(pixels, valid))
+        return Opened(opened.size, image=nodata.filled(image, valid, self.fill), valid=valid)
 
     @property
     def fill(self) -> np.ndarray:
         """(C,): what stands for an absent pixel."""
-        return absent.fill_values(self.spec.mean, self.spec.dtype)
+        return nodata.fill_values(self.spec.mean, self.spec.dtype)
 
     def _take(
         self, row: int, opened: Opened, box: np.ndarray, flip: bool, out: np.ndarray, crop: np.ndarray | None

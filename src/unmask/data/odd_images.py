@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from unmask.data import decode
-from unmask.data.decode import BadImage
-from unmask.data.looks import Looks
-from unmask.data.sources import Source
+from unmask.data.decode import decode
+from unmask.data.decode.decode import BadImage
+from unmask.data.scan_cache import Looks
+from unmask.data.sources.open_source import Source
 from unmask.errors import some
 
 FOLDERS = re.compile(

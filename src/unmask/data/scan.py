@@ -17,17 +17,18 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from unmask.data import absent, decode
-from unmask.data.absent import Nodata
-from unmask.data.decode import BadImage, Header
-from unmask.data.guarded import SLACK, Crashed, TooSlow, call_apart
-from unmask.data.layout import Layout
-from unmask.data.looks import Look, Looks, LooksSoFar, joined, recall, remember, worth_keeping
+from unmask.data.choose_reading import settle
+from unmask.data.decode import decode
+from unmask.data.decode import nodata as nodata_module
+from unmask.data.decode.decode import BadImage, Header
+from unmask.data.decode.guarded import SLACK, Crashed, TooSlow, call_apart
+from unmask.data.decode.layout import Layout
+from unmask.data.decode.nodata import Nodata
+from unmask.data.decode.reading import Reading
 from unmask.data.odd_images import Constant, constant_images
-from unmask.data.reading import Reading
-from unmask.data.settle import settle
-from unmask.data.sources import Source, content_digest
-from unmask.processes import process_pool
+from unmask.data.scan_cache import Look, Looks, LooksSoFar, joined, recall, remember, worth_keeping
+from unmask.data.sources.open_source import Source, content_digest
+from unmask.system.processes import process_pool
 
 STATISTICS_SAMPLE = 10_000
 LOOK_AGAIN = 256
@@ -58,7 +59,7 @@ class Scan:
     layouts: how many files there are by format, channels as decoded, and layout. reading: how they were decoded, and
     settled: what of that was decided for this data set, and why. absent_share: of the pixels of good files, how many
     hold no data; absent_files: files with such pixels, empty_files: those without any other. digests: (files,) uint64,
-    those of the files that could be read, 0 for others; see `sources.content_digest`.
+    those of the files that could be read, 0 for others; see `open_source.content_digest`.
     """
 
     source: str
@@ -260,11 +261,11 @@ def _decoded(data: bytes, head: Header, like: tuple[int, str] | None, nodata: No
     """What there is to know of an image, from pieces of it, so that no second copy of a large one is made."""
     tolerated: list[str] = []
     sums = squares = np.zeros(0)
-    channels, dtype, there, declared = head.channels, head.dtype, 0, absent.declared(data)
+    channels, dtype, there, declared = head.channels, head.dtype, 0, nodata_module.declared(data)
     for number, piece in enumerate(decode.pieces(data, head, tolerated=tolerated)):
-        valid = absent.valid_pixels(piece, nodata, declared)
+        valid = nodata_module.valid_pixels(piece, nodata, declared)
         if like is not None:
-            piece = decode.conform(piece if valid is None else absent.filled(piece, valid), *like)
+            piece = decode.conform(piece if valid is None else nodata_module.filled(piece, valid), *like)
         flat = piece.reshape(-1, piece.shape[2]) if valid is None else piece[valid]  # (pixels that are there, C)
         more, more_squares = _sums(flat)
         there += len(flat)

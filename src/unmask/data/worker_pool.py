@@ -38,9 +38,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unmask import processes
 from unmask.errors import LoadingFailed
-from unmask.stalls import TICK, VARIABLE, Patience, stall_seconds, write_stacks
+from unmask.system import processes
+from unmask.system.stalls import TICK, VARIABLE, Patience, stall_seconds, write_stacks
 
 AHEAD = 4  # requests of each worker that are being made, or wait to be used
 READY = 2  # results on this side of the queue

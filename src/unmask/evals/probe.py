@@ -1,8 +1,8 @@
 """The evaluator: features of labelled images, and how good they are beside controls.
 
 Gets the tables that `collect.py` made, asks `knn.py` or `linear.py`, judges with `scores.py`. Class token and mean over
-patches are both measured, always. Not here: files, splits and the Run (`probing.py` and what it asks), attentive probes
-and fine-tuning.
+patches are both measured, always. Not here: files, splits and the Run (`evals/run_probe.py` and what it asks),
+attentive probes and fine-tuning.
 
 Letters: n training images, m test images, D width of a feature, T target columns.
 """
@@ -16,13 +16,15 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from unmask.data.targets import CLASSES, MULTILABEL, REGRESSION
+from unmask.data.label_tables import CLASSES, MULTILABEL, REGRESSION
+from unmask.data.splits import FIRST_DRAW, HOLD_OUT_FOR_LAYER, SHOTS, hold_out
 from unmask.errors import UserError
-from unmask.evals.collect import FeatureTable, RawPixels
-from unmask.evals.knn import knn, knn_mean
-from unmask.evals.linear import linear, linear_labels, ridge
+from unmask.evals.encoder_views import Layer, best_layer, majority
+from unmask.evals.frozen_features import FeatureTable, RawPixels
 from unmask.evals.measures import average_precision, by_column, r_squared, resampled
-from unmask.evals.scores import (
+from unmask.evals.probes.knn import knn, knn_mean
+from unmask.evals.probes.linear import linear, linear_labels, ridge
+from unmask.evals.statistics import (
     ACCURACY,
     MEAN_AP,
     PRETRAINED,
@@ -36,8 +38,6 @@ from unmask.evals.scores import (
     show,
     verdict,
 )
-from unmask.evals.splits import FIRST_DRAW, HOLD_OUT_FOR_LAYER, SHOTS, hold_out
-from unmask.evals.views import Layer, best_layer, majority
 from unmask.rng import Stream, words
 
 KINDS = ("knn", "linear")  # on pooled features; an attentive probe needs the tokens (`attentive.py`)
@@ -65,7 +65,7 @@ def encoders_of(encoder: nn.Module, untrained: nn.Module | None) -> dict[str, nn
 
 @dataclass(frozen=True)
 class Aim:
-    """What images are labelled with: a task of `data/targets.py`, and the names of its classes or columns."""
+    """What images are labelled with: a task of `data/label_tables.py`, and the names of its classes or columns."""
 
     task: str
     names: Sequence[str]

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from unmask.errors import UserError
-from unmask.nn.linear import Linear, linear
+from unmask.nn.linear_layer import Linear, linear
 from unmask.nn.recompute import recomputed
 
 LAYER_NORM_EPS = 1e-6

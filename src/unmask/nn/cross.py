@@ -22,7 +22,7 @@ from unmask.errors import UserError
 from unmask.nn import positions
 from unmask.nn.blocks import MLP, attend, init_linears, layer_norm
 from unmask.nn.decoders import DecoderConfig
-from unmask.nn.linear import Linear
+from unmask.nn.linear_layer import Linear
 from unmask.nn.patches import take
 
 

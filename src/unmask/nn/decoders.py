@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from unmask.nn import positions
 from unmask.nn.blocks import Block, init_linears, layer_norm
-from unmask.nn.linear import Linear
+from unmask.nn.linear_layer import Linear
 from unmask.nn.masks import Mask
 from unmask.nn.patches import take
 from unmask.settings import Settings

@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from unmask.batch import ImageSpec
 from unmask.errors import UserError
-from unmask.nn.linear import in_transform
+from unmask.nn.linear_layer import in_transform
 
 Scale = Literal["data", "unit"]
 """Units of images: "data" are those of the files, taken as they are; "unit" is 0 to 1 for 8-bit and 16-bit data."""

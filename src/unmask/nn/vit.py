@@ -22,7 +22,7 @@ from unmask.nn import positions
 from unmask.nn.blocks import Block, init_linears, layer_norm
 from unmask.nn.features import Features
 from unmask.nn.inputs import ImageEncoder, Scale
-from unmask.nn.linear import linear
+from unmask.nn.linear_layer import linear
 from unmask.nn.patches import grid_of, normalise, patchify, take, unpatchify
 from unmask.settings import Settings
 

@@ -49,7 +49,7 @@ GROUPS = {
     "mpp": "iGPT and masked patch prediction",
     "ae": "Autoencoders",
     "dae": "Autoencoders",
-    "finetune": "Supervised training: `unmask finetune` and `unmask probe --kind paper-linear`",
+    "fine_tuning": "Supervised training: `unmask finetune` and `unmask probe --kind paper-linear`",
     "demo": "What `unmask demo` trains",
 }
 """Title of a group, by the file of `recipes/`, in the order of the list; files without one get a group of their own."""

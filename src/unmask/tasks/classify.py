@@ -12,7 +12,7 @@ Differs from the paper: draws for mixing belong to the micro-batch (there the GP
 head is trained like every other, on mean tokens and a LayerNorm, where the paper's linear probe has the class token and
 a BatchNorm (`linear_probe.py`).
 
-Not here: how long and on which labels (`finetune.py`), and how good it is on test images.
+Not here: how long and on which labels (`finetuning/finetune.py`), and how good it is on test images.
 
 Letters: B images, C channels, N patches, K classes, L blocks.
 """

@@ -8,7 +8,8 @@ weights are grafted, or none are and the same is training from scratch.
 Differs from the paper: no auxiliary head, no relative position bias but what the encoder was trained with, one scale of
 images; and `map_heads.py` says how its UPerNet differs. The encoder's own final norm is not used, as in `classify.py`.
 
-Not here: reading masks (`data/maps.py`), how long and on which images (`finetune.py`), mIoU (`evals/segmentation.py`).
+Not here: reading masks (`data/segmentation_masks.py`), how long and on which images (`finetuning/finetune.py`), mIoU
+(`evals/segmentation.py`).
 
 Letters: B images, C channels, H x W pixels, K classes, L blocks.
 """
@@ -47,12 +48,12 @@ TURN = 0.618034  # of the colour circle between two further classes: never the s
 class Config(MethodConfig):
     """classes: names, in the order of the numbers in `Batch.maps`.
 
-    ignored: ids in the mask files that are no class (`data/maps.py`), kept so that other masks are read alike. values:
-    the id of each class, where they are not all that are not ignored. stored_pixels: whether masks were drawn on the
-    stored pixels of images that carry an orientation. head:
-    "upernet", of `width` channels, or "linear", which has no width. last_blocks: how many of the encoder's last blocks
-    are trained with the head; None for the whole encoder, which as many blocks as it has means too. 0 trains the head
-    alone, 0.5 with it the MLP of the last block. drop_path: probability that what the last block adds is left out.
+    ignored: ids in the mask files that are no class (`data/segmentation_masks.py`), kept so that other masks are read
+    alike. values: the id of each class, where they are not all that are not ignored. stored_pixels: whether masks were
+    drawn on the stored pixels of images that carry an orientation. head: "upernet", of `width` channels, or "linear",
+    which has no width. last_blocks: how many of the encoder's last blocks are trained with the head; None for the whole
+    encoder, which as many blocks as it has means too. 0 trains the head alone, 0.5 with it the MLP of the last block.
+    drop_path: probability that what the last block adds is left out.
     feature_blocks: which blocks UPerNet reads: "beit" those of BEiT's code (4, 6, 8 and 12 of 12; 8, 12, 16 and 24 of
     24), as the recipes have it, "even" evenly spaced ones (3, 6, 9, 12), as runs without this setting were trained.
     """

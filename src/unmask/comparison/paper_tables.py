@@ -1,0 +1,307 @@
+"""The tables of the paper as data: for each cell its name, its settings over a base recipe, and the paper's numbers.
+
+He et al. 2021, "Masked Autoencoders Are Scalable Vision Learners": Table 1 a-f, Figures 5, 7 and 9. Their cells are a
+ViT-L trained for 800 epochs on ImageNet-1K (decoder 8 x 512, plain pixels, random-resized crops, 75 % hidden at random)
+unless the cell says otherwise; `paper` holds ImageNet top-1 in percent, fine-tuned and linear probe. Their base row
+predicts plain pixels, not normalised ones, and so does the base of every table here. `family` is not in the paper as
+one table; the few published linear probes that stand beside it are of very different sizes.
+
+Not here: training the cells and writing the page (`comparison/ablate.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from unmask.config import Config, nearest
+from unmask.errors import UserError
+
+PLAIN_PIXELS = "method.target=pixels"
+TOKENIZER, PRETRAINED = "tokenizer", "pretrained"
+SHARED = (TOKENIZER, PRETRAINED)  # runs that are no rows of the comparison: other cells are made from them
+
+
+class Paper(NamedTuple):
+    """Top-1 accuracy on ImageNet-1K in percent as published; None where it was not."""
+
+    fine_tuned: float | None
+    linear: float | None
+
+
+UNPUBLISHED = Paper(None, None)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One row of a table: `settings` over the base, and what the paper got.
+
+    name: of its folder. label: on the page; `theirs` is the paper's own where ours is scaled. at: where it stands on
+    the picture's axis, None for a category. length: its steps in units of the table's. base: the row the others are
+    compared with, the one that is probed beside controls. recipe: another than the table's. tokenizer: trains with the
+    dVAE of the cell TOKENIZER. equal: "steps", or "compute" for as many FLOPs as the base instead.
+    """
+
+    name: str
+    label: str
+    settings: tuple[str, ...] = ()
+    paper: Paper = UNPUBLISHED
+    theirs: str = ""
+    at: float | None = None
+    length: float = 1.0
+    base: bool = False
+    recipe: str | None = None
+    tokenizer: bool = False
+    equal: str = "steps"
+
+
+@dataclass(frozen=True)
+class Table:
+    """`varies`: the keys that its cells set, which nobody else may. `base`: settings of every cell.
+
+    `axis`: what varies. `cells` gets the base configuration, because some cells are shares of it. log: the axis of the
+    picture is logarithmic. measure: which accuracy the cells are compared by. "fine_tuned": they are no pre-trainings,
+    but classifiers, all made from the one Run PRETRAINED.
+    """
+
+    name: str
+    title: str
+    axis: str
+    varies: tuple[str, ...]
+    cells: Callable[[Config], tuple[Cell, ...]]
+    note: str = ""
+    base: tuple[str, ...] = (PLAIN_PIXELS,)
+    log: bool = False
+    measure: Literal["linear", "fine_tuned"] = "linear"
+
+
+def find_table(name: str) -> Table:
+    """The table of that name. Raises UserError for one that there is not."""
+    if name not in TABLES:
+        raise UserError(f"table {name!r} is not known; {nearest(name, TABLES)}")
+    return TABLES[name]
+
+
+def _depths(base: Config) -> tuple[Cell, ...]:
+    published = {1: (84.8, 65.5), 2: (84.9, 70.0), 4: (84.9, 71.9), 8: (84.9, 73.5), 12: (84.4, 73.3)}
+    return tuple(
+        Cell(f"depth-{n}", str(n), (f"method.decoder.depth={n}",), Paper(*both), str(n), n, base=n == 8)
+        for n, both in published.items()
+    )
+
+
+def _widths(base: Config) -> tuple[Cell, ...]:
+    """The paper's 128 to 1024 are 1/8 to 1 of a ViT-L's width, and so here of the recipe's encoder."""
+    published = {128: (84.9, 69.1), 256: (84.8, 71.3), 512: (84.9, 73.5), 768: (84.4, 73.1), 1024: (84.3, 73.1)}
+    settings: Any = base.method
+    full, one_head = settings.encoder.width, settings.decoder.width / settings.decoder.heads
+    cells = []
+    for theirs, both in published.items():
+        width = max(8, round(full * theirs / 1024 / 8) * 8)
+        heads = min((n for n in range(1, width + 1) if width % n == 0), key=lambda n: (abs(n - width / one_head), -n))
+        chosen = (f"method.decoder.width={width}", f"method.decoder.heads={heads}")
+        label = f"{width} ({heads} head{'s' * (heads > 1)})"
+        cells.append(
+            Cell(f"width-{width}", label, chosen, Paper(*both), str(theirs), theirs / 1024, base=theirs == 512)
+        )
+    return tuple(cells)
+
+
+def _mask_tokens(base: Config) -> tuple[Cell, ...]:
+    return (
+        Cell("encoder-with-mask-tokens", "encoder with [M]", ("method.mask_tokens=encoder",), Paper(84.2, 59.6)),
+        Cell("encoder-without", "encoder without [M]", ("method.mask_tokens=decoder",), Paper(84.9, 73.5), base=True),
+    )
+
+
+def _targets(base: Config) -> tuple[Cell, ...]:
+    return (
+        Cell("pixels", "pixels", ("method.target=pixels",), Paper(84.9, 73.5), base=True),
+        Cell("norm-pixels", "pixels, normalised", ("method.target=norm_pixels",), Paper(85.4, 73.9)),
+        Cell("pca", "PCA coefficients", ("method.target=pca",), Paper(84.6, 72.3)),
+        Cell("tokens", "dVAE tokens", ("method.target=tokens",), Paper(85.3, 71.6), tokenizer=True),
+    )
+
+
+def _augmentations(base: Config) -> tuple[Cell, ...]:
+    def crop(kind: str, flip: float, jitter: float) -> tuple[str, ...]:
+        return f"data.crop.kind={kind}", f"data.crop.flip={flip}", f"data.crop.jitter={jitter}"
+
+    return (
+        Cell("none", "none: centre crop, no flip", crop("center", 0, 0), Paper(84.0, 65.7)),
+        Cell("fixed-size", "crop of fixed size", crop("random", 0.5, 0), Paper(84.7, 73.1)),
+        Cell("random-size", "crop of random size", crop("random_resized", 0.5, 0), Paper(84.9, 73.5), base=True),
+        Cell("jitter", "crop of random size + colour jitter", crop("random_resized", 0.5, 0.4), Paper(84.3, 71.9)),
+    )
+
+
+def _samplings(base: Config) -> tuple[Cell, ...]:
+    published = {
+        ("random", 75): (84.9, 73.5), ("block", 50): (83.9, 72.3), ("block", 75): (82.8, 63.9),
+        ("grid", 75): (84.0, 66.0),
+    }  # fmt: skip
+    return tuple(
+        Cell(
+            f"{kind}-{percent}",
+            f"{kind}, {percent} %",
+            (f"method.mask={kind}", f"method.mask_ratio={percent / 100}"),
+            Paper(*both),
+            base=kind == "random",
+        )
+        for (kind, percent), both in published.items()
+    )
+
+
+def _ratios(base: Config) -> tuple[Cell, ...]:
+    published = {
+        10: (83.2, 54.6), 20: (83.4, 58.9), 30: (83.4, 61.7), 40: (84.7, 67.0), 50: (84.9, 69.9), 60: (85.0, 71.8),
+        70: (84.9, 73.2), 75: (84.9, 73.5), 80: (84.5, 71.8), 90: (83.0, 66.1),
+    }  # fmt: skip
+    return tuple(
+        Cell(
+            f"ratio-{percent}", f"{percent} %", (f"method.mask_ratio={percent / 100}",), Paper(*both), f"{percent} %",
+            percent, base=percent == 75,
+        )
+        for percent, both in published.items()
+    )  # fmt: skip
+
+
+def _lengths(base: Config) -> tuple[Cell, ...]:
+    published = {100: (82.3, 57.3), 200: (83.3, 64.4), 400: (84.3, 69.7), 800: (84.9, 73.5), 1600: (85.1, 75.1)}
+    return tuple(
+        Cell(
+            f"length-{epochs // 100}x", f"{epochs // 100}x", (), Paper(*both), f"{epochs} epochs", epochs / 100,
+            epochs / 100, base=epochs == 800,
+        )
+        for epochs, both in published.items()
+    )  # fmt: skip
+
+
+PARTIAL = {0: 73.5, 0.5: 79.1, 1: 81.0, 2: 83.1, 4: 84.2, 6: 84.4, 12: 84.6, 18: 84.7, 24: 84.9}
+PARTIAL_DEPTH = 24
+FINE_TUNING_LENGTH = 1 / 8  # of the pre-training, where nobody says how long: 100 of the paper's 800 epochs
+
+
+def _last_blocks(base: Config) -> tuple[Cell, ...]:
+    """0, the MLP of the last block, and 1, 2, 4, ... blocks up to all; for 24 blocks the paper's own numbers."""
+    settings: Any = base.method
+    depth = settings.encoder.depth
+    whole = [1 << n for n in range(depth.bit_length()) if 1 << n < depth] + [depth]
+    cells = []
+    for place, blocks in enumerate(list(PARTIAL) if depth == PARTIAL_DEPTH else [0, 0.5, *whole]):
+        theirs = like_paper(blocks, depth)
+        label = {0: "0: the head alone", 0.5: "1/2: the MLP of the last block", depth: f"{depth}: all"}.get(blocks)
+        name = "half" if blocks == 0.5 else str(blocks)
+        same = " of 24" if theirs > 0.5 else ""
+        cells.append(
+            Cell(
+                f"blocks-{name}", label or str(blocks), (f"method.last_blocks={blocks}",),
+                Paper(PARTIAL[theirs], None), f"{'1/2' if theirs == 0.5 else theirs}{same}", place, FINE_TUNING_LENGTH,
+                base=blocks == depth,
+            )
+        )  # fmt: skip
+    return tuple(cells)
+
+
+def like_paper(blocks: float, depth: int) -> float:
+    """The number of the paper's 24 blocks that is nearest as a share of the depth; 0 and 1/2 are themselves."""
+    if blocks < 1:
+        return blocks
+    return min((n for n in PARTIAL if n >= 1), key=lambda n: abs(n / PARTIAL_DEPTH - blocks / depth))
+
+
+FAMILY = {
+    "ae": "ae_nano",
+    "dae": "dae_nano",
+    "igpt": "igpt_nano",
+    "igpt_bert": "igpt_bert_nano",
+    "mpp": "mpp_nano",
+    "beit": "beit_nano",
+    "simmim": "simmim_nano",
+    "crossmae": "crossmae_nano",
+    "mae": "mae_nano",
+}
+IN_WORDS = {
+    "ae": "autoencoder", "dae": "denoising autoencoder", "igpt": "iGPT, next pixel", "igpt_bert": "iGPT, hidden pixels",
+    "mpp": "ViT masked patch prediction", "beit": "BEiT", "simmim": "SimMIM", "crossmae": "CrossMAE", "mae": "MAE",
+}  # fmt: skip
+PUBLISHED = {"igpt": Paper(None, 69.0), "beit": Paper(85.2, 52.1), "mae": Paper(85.9, 75.8)}
+
+
+def _family(base: Config) -> tuple[Cell, ...]:
+    """Every method twice: for as many steps as MAE, and for as many FLOPs; MAE's own run is both."""
+    by_steps = [
+        Cell(
+            f"{name}-equal-steps", IN_WORDS[name], (), PUBLISHED.get(name, UNPUBLISHED), base=name == "mae",
+            recipe=recipe, tokenizer=name == "beit",
+        )
+        for name, recipe in FAMILY.items()
+    ]  # fmt: skip
+    by_compute = [
+        Cell(f"{name}-equal-compute", IN_WORDS[name], (), recipe=recipe, tokenizer=name == "beit", equal="compute")
+        for name, recipe in FAMILY.items()
+        if name != "mae"
+    ]
+    return *by_steps, *by_compute
+
+
+TABLES = {
+    table.name: table
+    for table in (
+        Table(
+            "1a", "Table 1a: decoder depth", "decoder blocks", ("method.decoder.depth",), _depths, log=True,
+            note="The depths are the paper's own, though its encoder has 24 blocks.",
+        ),
+        Table(
+            "1b", "Table 1b: decoder width", "decoder width as a share of the encoder's",
+            ("method.decoder.width", "method.decoder.heads"), _widths, log=True,
+            note="Widths are the paper's 128 to 1024 as shares of the encoder's width (1024 there); the heads keep "
+            "about the width that they have in the recipe.",
+        ),
+        Table(
+            "1c", "Table 1c: mask tokens in the encoder", "encoder", ("method.mask_tokens",), _mask_tokens,
+            note="The paper counts 3.3 times the FLOPs with mask tokens in the encoder (ViT-L, decoder 8 x 512), and "
+            "measures 2.8 times the hours (Table 2).",
+        ),
+        Table(
+            "1d", "Table 1d: reconstruction target", "target", ("method.target",), _targets, base=(),
+            note="The paper's tokens come from a dVAE trained on 250 million images; these from one trained on the "
+            "same images as everything else.",
+        ),
+        Table(
+            "1e", "Table 1e: data augmentation", "augmentation",
+            ("data.crop.kind", "data.crop.flip", "data.crop.jitter", "data.crop.eval_share"), _augmentations,
+            base=(PLAIN_PIXELS, "data.crop.eval_share=0.875"),
+            note="Crops of fixed size, and the centre that every cell is probed on, are 7/8 of the image's side (the "
+            "paper's 224 of 256).",
+        ),
+        Table(
+            "1f", "Table 1f: mask sampling", "sampling", ("method.mask", "method.mask_ratio"), _samplings,
+        ),
+        Table("fig5", "Figure 5: masking ratio", "hidden patches, %", ("method.mask_ratio",), _ratios),
+        Table(
+            "fig7", "Figure 7: training length", "training length", ("train.steps",), _lengths, log=True,
+            note="1x is the paper's 100 epochs and here the shortest run. The recipe's own length is that of 8x, as "
+            "800 epochs are in the paper, unless there is a budget; a length that is set by hand is that of 1x. "
+            "Warm-up is the same share of every run, and each has its own whole schedule.",
+        ),
+        Table(
+            "fig9", "Figure 9: partial fine-tuning", "fine-tuned blocks", ("method.last_blocks",), _last_blocks,
+            measure="fine_tuned",
+            note="0, 1/2 and all blocks stand beside the paper's; another number beside the one of the paper's 24 that "
+            "is nearest as a share of the depth. MoCo v3 there: 77.6 with 0, 79.9, 80.8, 81.6, 81.9, 83.2, 83.8 and "
+            "84.1 with 1, 2, 4, 6, 12, 18 and 24 blocks: better than MAE frozen, worse as soon as one block is "
+            "tuned. The paper's 0 is its linear probe (LARS, BatchNorm); here every cell has the same head, optimiser "
+            "and steps, where the paper takes the best of 50, 100 and 200 epochs. No mixup, cutmix, random "
+            "augmentation, drop path or layer-wise decay here.",
+        ),
+        Table(
+            "family", "The family, from autoencoder to MAE", "method", ("method.name",), _family, base=(),
+            note="Every method from its own recipe, once for as many steps as MAE and once for as many FLOPs as MAE "
+            "(forward and backward, counted). The published numbers are those of MAE's Tables 3 and 12, models of very "
+            "different sizes: iGPT-L 1362 M parameters on VQ-VAE codes (on 48 x 48 pixels its own paper has 65.2), "
+            "BEiT-L and MAE ViT-L 304 M.",
+        ),
+    )
+}  # fmt: skip

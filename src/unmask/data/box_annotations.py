@@ -1,0 +1,349 @@
+"""Boxes around objects, for detection: COCO's JSON, or Pascal VOC's XML (one file for each image).
+
+Found by themselves: VOC as DATA/JPEGImages with DATA/Annotations, or an .xml beside each image; COCO as the only .json
+of DATA, DATA/annotations or DATA/images, or, where DATA is called images, beside it. Otherwise the file or the folder
+is named. With a split, the images are those that DATA/ImageSets/Main/SPLIT.txt lists.
+
+Boxes are (x1, y1, x2, y2) in pixels of the image as it is shown, x1 and y1 at the left and upper edge of the first
+pixel: COCO's (x, y, width, height) as they are, VOC's corners, which count from 1 and are themselves inside, less 1 at
+the upper left. An image that is annotated and has no object stays, for there is something to learn from it. COCO's
+crowds, which are no single object, and what VOC calls difficult are not learned from, and in a test it counts neither
+for nor against a model whether it finds them, as in the published numbers. What lies outside its image or has no area
+does not come in. All of it is counted. Boxes that were drawn on the stored pixels of an image that carries an
+orientation are turned with it (`orientation.py`).
+
+Not here: what is learned from boxes (`tasks/detect.py`) and how well (`evals/`).
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from unmask.batch import NO_BOX
+from unmask.console import Console
+from unmask.data import augment
+from unmask.data.box_formats import BoxError, Objects, corners_written_as_sizes, read_coco, read_voc
+from unmask.data.class_names import class_name
+from unmask.data.decode import decode
+from unmask.data.decode.decode import BadImage, Header
+from unmask.data.decode.orientation import Drawn, drawn_on, turned_boxes
+from unmask.data.sources.open_source import Source, open_source
+from unmask.data.text_files import TextError, read_text
+from unmask.errors import some
+
+VOC_IMAGES, VOC_BOXES, VOC_SPLITS = "JPEGImages", "Annotations", os.path.join("ImageSets", "Main")
+COCO_IMAGES = "images"
+COCO_FOLDERS, COCO_BESIDE = ("", "annotations", COCO_IMAGES), ("", "annotations")
+ROUNDING = 1.0  # pixels that a box may stick out of its image without a word
+CORNERS = 0.8  # of the boxes that leave their image: share from which on they are said to look like corners
+LEAST_INSIDE = 0.5  # share of a box's area that lies in the image; boxes with less are left out
+OUTSIDE, CUT, EMPTY, ASIDE = "outside", "cut", "empty", "aside"
+REASONS = {
+    OUTSIDE: "boxes lie for the most part outside their image and are left out",
+    CUT: "boxes stick out of their image and are cut at its edge",
+    EMPTY: "boxes without area are left out",
+    ASIDE: "crowds of objects, or difficult ones, are neither learned from nor judged",
+}
+
+
+@dataclass
+class Boxes:
+    """The images of `source` that are annotated, and their objects. Keeps the contract of `loader.Annotations`.
+
+    `boxes`: for each such row (n, 4) float32, with `labels` (n,) int64 and `sizes` (H, W). `aside`: boxes and labels
+    that are neither learned from nor judged, for rows that have such. `faults`: how many boxes were met for each of
+    REASONS, and the images they were met in.
+    """
+
+    source: Source
+    classes: tuple[str, ...]
+    boxes: dict[int, np.ndarray] = field(default_factory=dict)
+    labels: dict[int, np.ndarray] = field(default_factory=dict)
+    sizes: dict[int, tuple[int, int]] = field(default_factory=dict)
+    aside: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
+    faults: Counter[str] = field(default_factory=Counter)
+    faulty: dict[str, list[str]] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+    split: str | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def rows(self) -> np.ndarray:
+        """Rows of images that are annotated, sorted."""
+        return np.array(sorted(self.boxes), np.int64)
+
+    @property
+    def most(self) -> int:
+        """Boxes of the image that has most; at least 1. What all are padded to."""
+        return max(1, *map(len, self.boxes.values()))
+
+    def cut(
+        self, row: int, size: tuple[int, int], box: np.ndarray, target: tuple[int, int], flip: bool
+    ) -> dict[str, np.ndarray]:
+        """`boxes` (most, 4) and `box_labels` (most,) of one image; see `loader.Annotations`."""
+        if tuple(size) != self.sizes[row]:
+            raise BadImage("CORRUPT", f"{size[0]} x {size[1]} pixels, its boxes are for {self.sizes[row]}")
+        moved, keep = augment.cut_boxes(self.boxes[row], box, target, flip)
+        count = int(keep.sum())
+        boxes, labels = np.zeros((self.most, 4), np.float32), np.full(self.most, NO_BOX, np.int64)
+        boxes[:count], labels[:count] = moved[keep], self.labels[row][keep]
+        return {"boxes": boxes, "box_labels": labels}
+
+    def lines(self) -> list[str]:
+        """What was found, for people: counts, what was left out, and one line for each class."""
+        total = sum(map(len, self.boxes.values()))
+        said = [f"{len(self.boxes)} annotated images, {total} boxes ({self.most} at most), {len(self.classes)} classes"]
+        if without := [name for row, name in enumerate(self.source.names) if row not in self.boxes]:
+            why = "without annotation" if self.split is None else f"outside the split {self.split!r}, or not annotated,"
+            said.append(f"{len(without)} images {why} are left out: {some(without)}")
+        if self.missing:
+            said.append(f"{len(self.missing)} images that are annotated or listed are not there: {some(self.missing)}")
+        said += [f"{count} {REASONS[reason]}: {some(self.faulty[reason])}" for reason, count in self.faults.items()]
+        said += self.notes
+        labels = np.concatenate([np.zeros(0, np.int64), *self.labels.values()])
+        number = np.bincount(labels, minlength=len(self.classes))
+        images = np.zeros(len(self.classes), np.int64)
+        for one in self.labels.values():
+            images[np.unique(one)] += 1
+        for name, boxes, there in zip(self.classes, number.tolist(), images.tolist(), strict=True):
+            said.append(f"  {boxes:6d} boxes in {there} images  {name}")
+        return said
+
+
+# ------------------------------------------------------------------------------------------------------------- opening
+
+
+def open_boxes(
+    data: str | Path,
+    annotations: str | Path | None = None,
+    *,
+    split: str | None = None,
+    classes: Sequence[str] | None = None,
+    only: Collection[int] | None = None,
+    console: Console | None = None,
+) -> Boxes:
+    """The images of DATA and the boxes around their objects; images that are not annotated are left out of `rows`.
+
+    annotations: a COCO file or a folder of VOC files, None where DATA is laid out as the module says. split: a list
+    of ImageSets/Main. classes: names in order, of a model that is asked about these images; None takes those that
+    occur. only: the rows that are wanted, None for all. Raises BoxError, SourceError.
+    """
+    root = Path(data)
+    images, found = find_files(root, None if annotations is None else Path(annotations))
+    source = open_source(str(images))
+    said, names = read_coco(found) if found.is_file() else read_voc(found)
+    rows, missing = pair(source, said, found)
+    every = rows
+    if only is not None:
+        rows = {row: key for row, key in rows.items() if row in only}
+    if split is not None:
+        listed = read_split(root / VOC_SPLITS / f"{split}.txt")
+        rows = {row: key for row, key in rows.items() if _name(source.names[row]) in listed}
+        missing = sorted(listed - {_name(source.names[row]) for row in rows})
+        if not rows:
+            raise BoxError(
+                f"no annotated image of {source.name} is in the split {split!r}, which lists {some(missing)}; names "
+                "without folder and ending were expected"
+            )
+    if classes is None:
+        used = {name for key in rows.values() for name in said[key].names}
+        names = [name for name in names if name in used] if found.is_dir() else names
+    known = names if classes is None else [class_name(name) for name in classes]  # of runs of earlier versions too
+    boxes = Boxes(source, tuple(known), missing=missing, split=split)
+    heads: dict[int, Header] = {}
+    with (console or Console(quiet=True)).progress("boxes", len(rows)) as bar:
+        for done, row in enumerate(rows, 1):
+            if (head := _header(source, row)) is not None:  # a bad image is for whoever scans the images to say
+                heads[row] = head
+            bar.update(done)
+    stored = _drawn_on_stored(boxes, heads, {row: said[key] for row, key in every.items()})
+    for row, head in heads.items():
+        _add(boxes, row, said[rows[row]], head, turn=row in stored)
+    if corners_written_as_sizes((said[rows[row]], head.full_size) for row, head in heads.items()) > CORNERS:
+        boxes.notes.append(
+            "the boxes that leave their image would fit if they were corners (x1, y1, x2, y2); COCO's bbox is x, y, "
+            "width, height: convert them"
+        )
+    if not sum(map(len, boxes.boxes.values())):
+        raise BoxError(f"{found} has no box for any of {len(rows)} images of {source.name}; at least one was expected")
+    return boxes
+
+
+def find_files(root: Path, annotations: Path | None) -> tuple[Path, Path]:
+    """(images, COCO file or folder of XML). Raises BoxError where there is none, or more than one to choose from."""
+    if annotations is not None:
+        if not annotations.exists():
+            raise BoxError(f"annotations {annotations} do not exist; a COCO .json or a folder of VOC .xml was expected")
+        inside = root / VOC_IMAGES
+        return inside if inside.is_dir() else root, annotations
+    if (root / VOC_IMAGES).is_dir() and (root / VOC_BOXES).is_dir():
+        return root / VOC_IMAGES, root / VOC_BOXES
+    found = [file for folder in COCO_FOLDERS for file in sorted((root / folder).glob("*.json"))]
+    if not found and root.name == COCO_IMAGES:
+        found = [file for folder in COCO_BESIDE for file in sorted((root.parent / folder).glob("*.json"))]
+    if len(found) > 1:
+        raise BoxError(
+            f"{len(found)} JSON files lie with {root}: {some([str(file) for file in found])}; one was expected, name "
+            "it with --annotations"
+        )
+    if found:
+        return root, found[0]
+    if root.is_dir() and next(root.rglob("*.xml"), None) is not None:
+        return root, root
+    raise BoxError(
+        f"no boxes were found for {root}; {root / VOC_BOXES} beside {root / VOC_IMAGES}, an .xml beside each image, or "
+        f"one COCO .json in {root} or its folder annotations was expected, or a file or folder named with --annotations"
+    )
+
+
+def read_split(file: Path) -> set[str]:
+    """The names, without ending, in a list of ImageSets/Main: the first word of each line. Raises BoxError."""
+    try:
+        words = [line.split() for line in read_text(file).splitlines()]
+    except TextError as error:
+        raise BoxError(f"the split list cannot be read: {error}") from None
+    except OSError:
+        there = sorted(path.stem for path in file.parent.glob("*.txt")) if file.parent.is_dir() else []
+        raise BoxError(
+            f"the split list {file} does not exist or cannot be read; "
+            + (f"choose one of {', '.join(there)}" if there else "a text file with an image name a line was expected")
+        ) from None
+    return {line[0] for line in words if line and line[1:] != ["-1"]}  # -1: VOC's word for images without that class
+
+
+def _stem(path: str) -> str:
+    return os.path.splitext(path)[0]
+
+
+def _name(path: str) -> str:
+    """Without folders and ending."""
+    return _stem(path).rsplit("/", 1)[-1]
+
+
+def pair(source: Source, said: Mapping[str, Objects], where: Path) -> tuple[dict[int, str], list[str]]:
+    """(row of images -> key in `said`, keys without an image); by path, or else by name alone. Raises BoxError."""
+    by_path = {_stem(name): row for row, name in enumerate(source.names)}
+    by_name: dict[str, list[int]] = {}
+    for row, name in enumerate(source.names):
+        by_name.setdefault(_name(name), []).append(row)
+    rows: dict[int, str] = {}
+    missing: list[str] = []
+    for key in said:
+        row = by_path.get(_stem(key))
+        if row is None:
+            alike = by_name.get(_name(key), [])
+            if len(alike) > 1:
+                could = some((source.names[one] for one in alike), between=" or ")
+                raise BoxError(
+                    f"{key} of {where} could be {could}; point at the folder of one of them, or write their paths into "
+                    "the annotations"
+                )
+            row = alike[0] if alike else None
+        if row is None:
+            missing.append(key)
+        elif row in rows:
+            raise BoxError(f"{rows[row]} and {key} of {where} are both for {source.names[row]}; take one away")
+        else:
+            rows[row] = key
+    if not rows:
+        raise BoxError(
+            f"none of {len(said)} annotated images of {where} is in {source.name}: it speaks of {some(list(said))}, "
+            f"there are {some(source.names)}"
+        )
+    return dict(sorted(rows.items())), missing
+
+
+def _header(source: Source, row: int) -> Header | None:
+    try:
+        return decode.header(source.read(row), source.reading)
+    except BadImage:
+        return None
+
+
+def _drawn_on(said: Objects, head: Header) -> Drawn | None:
+    return drawn_on(said.size, head, (float(said.boxes[:, 3].max(initial=0)), float(said.boxes[:, 2].max(initial=0))))
+
+
+def _drawn_on_stored(boxes: Boxes, heads: Mapping[int, Header], said: Mapping[int, Objects]) -> set[int]:
+    """Rows whose boxes were drawn on the stored pixels; notes what was found. Raises BoxError where no one can know.
+
+    heads: of the rows that are wanted. said: of all that are annotated, which tell where the wanted ones do not.
+    """
+    found = {row: _drawn_on(said[row], head) for row, head in heads.items()}
+    stored = {row for row, where in found.items() if where is Drawn.STORED}
+    unknown = [row for row, where in found.items() if where is Drawn.UNKNOWN]
+    if unknown:
+        others = (_header(boxes.source, row) for row in said if row not in heads)
+        told = {*found.values()} | {
+            _drawn_on(one, head)
+            for one, head in zip((said[row] for row in said if row not in heads), others, strict=True)
+            if head is not None
+        }
+        if {Drawn.SHOWN, Drawn.STORED} <= told:
+            raise BoxError(
+                f"some boxes of {boxes.source.name} were drawn on images as shown, others on their stored pixels, and "
+                f"of {boxes.source.names[unknown[0]]}, which carries an orientation, it cannot be told; write upright "
+                "images without orientation, and their boxes"
+            )
+        if Drawn.STORED in told:
+            stored |= set(unknown)
+        else:
+            boxes.notes.append(
+                f"{len(unknown)} images carry an orientation that leaves their size as it is; their boxes are taken "
+                f"as drawn on the image as shown: {some(boxes.source.names[row] for row in unknown)}"
+            )
+    if stored:
+        boxes.notes.append(
+            f"{len(stored)} images carry an orientation, and their boxes were drawn on the stored pixels: they are "
+            f"turned with their image: {some(boxes.source.names[row] for row in sorted(stored))}"
+        )
+    return stored
+
+
+def _add(boxes: Boxes, row: int, said: Objects, head: Header, *, turn: bool) -> None:
+    """Take the objects of one image in, or note why not. Raises BoxError for another size or class than there is.
+
+    turn: the boxes are in stored pixels.
+    """
+    name = boxes.source.names[row]
+    size = head.full_size
+    if turn:
+        said = said._replace(size=size, boxes=turned_boxes(said.boxes, head.orientation, size))
+    if said.size not in (None, size):
+        raise BoxError(
+            f"{name} is shown with {size[0]} x {size[1]} pixels, but its annotation is for {said.size[0]} x "
+            f"{said.size[1]}; the images that were annotated were expected, not resized or turned"
+        )
+    if strange := sorted({one for one in said.names if one not in boxes.classes}):
+        raise BoxError(
+            f"{name} has an object of class {strange[0]!r}, which is not among the {len(boxes.classes)} known "
+            f"({some(boxes.classes)}); take it out of the annotations, or train on data that have it"
+        )
+    inside = said.boxes.clip(0, [size[1], size[0]] * 2)
+    out = np.abs(inside - said.boxes).max(1, initial=0)
+    area, left = _area(said.boxes), _area(inside)
+    fault = np.select(
+        [area <= 0, left < LEAST_INSIDE * area, out > ROUNDING], [EMPTY, OUTSIDE, CUT], default=""
+    )  # (n,) of text
+    keep = (fault == "") | (fault == CUT)
+    aside = keep & said.aside
+    met = Counter(fault[fault != ""].tolist()) + Counter({ASIDE: int(aside.sum())})
+    for reason in met:
+        boxes.faulty.setdefault(reason, []).append(name)
+    boxes.faults.update(met)
+    number = {one: i for i, one in enumerate(boxes.classes)}
+    corners, labels = inside.astype(np.float32), np.array([number[one] for one in said.names], np.int64)
+    learned = keep & ~aside
+    boxes.boxes[row], boxes.labels[row], boxes.sizes[row] = corners[learned], labels[learned], size
+    if aside.any():
+        boxes.aside[row] = corners[aside], labels[aside]
+
+
+def _area(boxes: np.ndarray) -> np.ndarray:
+    return (boxes[:, 2:] - boxes[:, :2]).clip(min=0).prod(1)

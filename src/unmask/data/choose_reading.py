@@ -1,0 +1,87 @@
+"""Decide for a whole data set what one file cannot tell: whether tagged bands are alpha, and the order of axes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from unmask.data.decode.decode import MOST_MEMORY, BadImage, alpha_values, npy_shape
+from unmask.data.decode.guarded import SLACK, Crashed, TooSlow, call_apart
+from unmask.data.decode.reading import Reading, axes_of_several, is_alpha, is_ambiguous
+from unmask.data.sources.open_source import Source
+
+SECONDS = 60.0  # of processor time, for all files that are looked at
+FILES = 32  # that are looked at, of either kind
+
+
+def settle(source: Source, rows: Sequence[int]) -> tuple[Reading, tuple[str, ...]]:
+    """What `source.reading` becomes for this data set, and why: a sentence for each thing that was decided.
+
+    rows: those of the source that may be looked at.
+    """
+    if not _named(source, rows, (".tif", ".tiff", ".npy")):
+        return source.reading, ()
+    try:  # in a process of its own: these are the first files that are looked at, and one of them may crash a decoder
+        return call_apart(_settled, source, rows, memory=MOST_MEMORY + SLACK, seconds=SECONDS)
+    except (TooSlow, Crashed, MemoryError):
+        return source.reading, ()  # then each file decides for itself
+
+
+def _settled(source: Source, rows: Sequence[int]) -> tuple[Reading, tuple[str, ...]]:
+    reading, reasons = source.reading, []
+    if reading.alpha == "auto" and reading.tagged == "auto":
+        reading, reason = _tagged(source, _named(source, rows, (".tif", ".tiff")), reading)
+        reasons += [reason] * bool(reason)
+    if reading.axes == "auto":
+        reading, reason = _axes(source, _named(source, rows, (".npy",)), reading)
+        reasons += [reason] * bool(reason)
+    return reading, tuple(reasons)
+
+
+def _named(source: Source, rows: Sequence[int], endings: tuple[str, ...]) -> list[int]:
+    """At most `FILES` of the rows whose names end so, evenly spread."""
+    fitting = [int(row) for row in rows if source.names[int(row)].lower().endswith(endings)]
+    return (
+        [fitting[place] for place in np.unique(np.linspace(0, len(fitting) - 1, FILES).astype(int))] if fitting else []
+    )
+
+
+def _tagged(source: Source, rows: list[int], reading: Reading) -> tuple[Reading, str]:
+    real, bands = 0, 0
+    for row in rows:
+        try:
+            values = alpha_values(source.read(row))
+        except (BadImage, MemoryError):  # for the scan to report
+            continue
+        if values is not None and values.any():
+            real, bands = (real + 1, bands) if is_alpha(values) else (real, bands + 1)
+    if not real + bands:
+        return reading, ""
+    if real >= bands:
+        return reading.model_copy(update={"tagged": "alpha"}), ""
+    reason = (
+        f"the last band of the TIFFs is tagged as alpha, but its values are data in {bands} of {real + bands} files "
+        "looked at: it is kept as a band (data.alpha=composite, drop or band decides otherwise)"
+    )
+    return reading.model_copy(update={"tagged": "band"}), reason
+
+
+def _axes(source: Source, rows: list[int], reading: Reading) -> tuple[Reading, str]:
+    shapes: list[tuple[int, ...]] = []
+    for row in rows:
+        try:
+            shape = npy_shape(source.read(row))
+        except (BadImage, MemoryError):
+            continue
+        if len(shape) == 3:
+            shapes.append(shape)
+    ambiguous = [shape for shape in shapes if is_ambiguous(shape)]
+    if not ambiguous:
+        return reading, ""
+    order, why = axes_of_several(shapes)
+    first = ambiguous[0]
+    return reading.model_copy(update={"axes": order}), (
+        f"arrays such as {first} are read as {'(H, W, bands)' if order == 'HWC' else '(bands, H, W)'}: {why}; "
+        f"--set data.axes={'CHW' if order == 'HWC' else 'HWC'} if that is wrong"
+    )

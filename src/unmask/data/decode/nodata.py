@@ -1,0 +1,111 @@
+"""Absent pixels: where an image holds no data, and what stands there instead.
+
+A GeoTIFF declares the value of such pixels in a tag (GDAL_NODATA, for example -9999, -32768 or 65535); in float images
+NaN and infinity mean the same. Taken for data they ruin the mean and the standard deviation that an encoder keeps for
+good, and most of the loss. So they are left out of both; in the images they are replaced by the data's mean, which is 0
+after normalisation.
+
+A float pixel is absent where any channel is; an integer pixel where all channels have the declared value, because 0 or
+255 in one channel is an ordinary colour.
+
+Letters: H x W pixels, C channels.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+
+from unmask.data.decode.decode import TIFF_STARTS, BadImage
+
+Nodata = Literal["auto"] | float | None
+"""Which pixels are absent: "auto", as the file declares, and NaN or infinity; a number, that value as well; or None."""
+
+GDAL_NODATA = 42113
+PALETTE = 3
+MOST_ENTRIES = 4096  # of a directory; real ones have dozens
+LONGEST_VALUE = 64
+
+
+def declared(data: bytes) -> float | None:
+    """The value of absent pixels that a TIFF's GDAL_NODATA tag declares; None for other files or without the tag.
+
+    A value that is no number, and one for palette indices, counts as none.
+    """
+    if not data.startswith(TIFF_STARTS):
+        return None
+    order = "<" if data[:2] == b"II" else ">"
+    big = data[2:4] in (b"+\0", b"\0+")
+    place_of, count_of, entry_of, step, inline = ("Q", "Q", "HHQ", 20, 8) if big else ("I", "H", "HHI", 12, 4)
+    text = b""
+    try:
+        (start,) = struct.unpack_from(order + place_of, data, 8 if big else 4)
+        (count,) = struct.unpack_from(order + count_of, data, start)
+        start += struct.calcsize("<" + count_of)
+        for entry in range(min(count, MOST_ENTRIES)):
+            tag, kind, length = struct.unpack_from(order + entry_of, data, start + entry * step)
+            place = start + entry * step + struct.calcsize("<" + entry_of)
+            if tag == 262 and kind == 3 and struct.unpack_from(order + "H", data, place)[0] == PALETTE:
+                return None
+            if tag == GDAL_NODATA and kind == 2:
+                if length > inline:
+                    (place,) = struct.unpack_from(order + place_of, data, place)
+                text = data[place : place + min(length, LONGEST_VALUE)]
+    except (struct.error, OverflowError):  # OverflowError: a place beyond 2^63
+        return None
+    try:
+        return float(text.split(b"\0")[0])
+    except ValueError:
+        return None
+
+
+def valid_pixels(pixels: np.ndarray, nodata: Nodata, declared: float | None) -> np.ndarray | None:
+    """(H, W, C) decoded pixels -> (H, W) bool, False where a pixel is absent; None where all are there.
+
+    declared: by the file. Raises BadImage for NaN or infinity where nothing may be absent.
+    """
+    is_float = pixels.dtype == np.float32
+    absent = ~np.isfinite(pixels) if is_float else None
+    if absent is not None and not absent.any():
+        absent = None
+    if nodata is None:
+        if absent is not None:
+            raise BadImage(
+                "CORRUPT", "pixels that are NaN, infinite or beyond float32; data.nodata=auto treats them as absent"
+            )
+        return None
+    for value in {declared, None if nodata == "auto" else nodata} - {None}:
+        assert isinstance(value, float | int)
+        same = _equal(pixels, float(value))
+        if same is not None:
+            absent = same if absent is None else absent | same
+    if absent is None:
+        return None
+    missing: np.ndarray = np.any(absent, axis=2) if is_float else np.all(absent, axis=2)
+    return np.logical_not(missing) if missing.any() else None
+
+
+def _equal(pixels: np.ndarray, value: float) -> np.ndarray | None:
+    """Where the pixels have this value in their own dtype; None where nothing does."""
+    if pixels.dtype != np.float32:
+        if not value.is_integer() or not 0 <= value <= np.iinfo(pixels.dtype).max:
+            return None
+    elif not np.isfinite(value):
+        return None
+    with np.errstate(over="ignore"):
+        same = pixels == pixels.dtype.type(value)
+    return same if same.any() else None
+
+
+def fill_values(mean: Sequence[float], dtype: str) -> np.ndarray:
+    """(C,): what stands for an absent pixel, the data's mean in the dtype of the images."""
+    values = np.array(mean)
+    return (values if dtype == "float32" else values.round().clip(0, np.iinfo(dtype).max)).astype(dtype)
+
+
+def filled(pixels: np.ndarray, valid: np.ndarray, fill: np.ndarray | int = 0) -> np.ndarray:
+    """A copy of the pixels (H, W, C) with absent ones replaced by `fill` (C,)."""
+    return np.where(valid[:, :, None], pixels, np.asarray(fill, pixels.dtype))

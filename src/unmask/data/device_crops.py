@@ -1,0 +1,71 @@
+"""Resampling of image parts on any device: what the loader leaves undone under `data.resize=device`.
+
+Pillow's BICUBIC (a = -0.5) or BILINEAR, both with antialiasing, written as two products with small matrices, one for
+each axis, rounded to whole levels in between as Pillow does. It agrees with Pillow but for rounding. Not for 16-bit or
+float images.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from unmask.batch import Batch
+
+AT_A_TIME = 64  # images: their parts are held in float32 while they are computed
+
+
+def to_device(batch: Batch, device: torch.device | str) -> Batch:
+    """Move a batch to a device and resample the images whose resampling the loader left to it."""
+    batch = batch.to(device)
+    if batch.crops is None or batch.size is None:
+        return batch
+    images = resample(batch.images, batch.crops, batch.size, batch.interpolation)
+    return replace(batch, images=images, crops=None, size=None)
+
+
+def resample(images: Tensor, crops: Tensor, size: tuple[int, int], interpolation: str = "bicubic") -> Tensor:
+    """(B, C, H, W) uint8 parts -> (B, C, h, w) uint8, size (h, w), channels last in memory.
+
+    interpolation: "bicubic" or "bilinear".
+
+    crops: (B, 7) float32: top, left, height, width of the box to resample, in pixels of the part; height and width of
+    the part, beyond which `images` is filling; and whether to flip, 0 or 1.
+    """
+    some = [
+        _resample(images[i : i + AT_A_TIME], crops[i : i + AT_A_TIME], size, interpolation)
+        for i in range(0, len(images), AT_A_TIME)
+    ]
+    return torch.cat(some).contiguous(memory_format=torch.channels_last)
+
+
+def _resample(images: Tensor, crops: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:
+    top, left, height, width, rows, columns, flip = crops.unbind(1)
+    down = weights(top, height, rows, size[0], images.shape[2], interpolation)  # (B, h, H)
+    across = weights(left, width, columns, size[1], images.shape[3], interpolation)  # (B, w, W)
+    x = (images.to(torch.float32) @ across.mT[:, None]).round().clamp(0, 255)  # (B, C, H, w)
+    x = (down[:, None] @ x).round().clamp(0, 255).to(torch.uint8)  # (B, C, h, w)
+    return torch.where(flip[:, None, None, None] > 0, x.flip(3), x)
+
+
+def weights(
+    start: Tensor, length: Tensor, end: Tensor, count: int, side: int, interpolation: str = "bicubic"
+) -> Tensor:
+    """(B, count, side) float32: how much of each of `side` pixels is in each of `count` samples, along one axis.
+
+    start, length: (B,) of the box; end: (B,) the pixels there are, the others have no weight.
+    """
+    scale = (length / count)[:, None, None]  # (B, 1, 1)
+    pixel = torch.arange(side, device=start.device, dtype=torch.float32)  # (side,)
+    sample = torch.arange(count, device=start.device, dtype=torch.float32)[:, None]  # (count, 1)
+    centre = start[:, None, None] + (sample + 0.5) * scale  # (B, count, 1)
+    x = ((pixel + 0.5 - centre) / scale.clamp(min=1)).abs()  # (B, count, side)
+    if interpolation == "bilinear":
+        found = (1 - x).clamp(min=0)
+    else:
+        near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
+        found = torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
+    found = found * (pixel < end[:, None, None])
+    return found / found.sum(2, keepdim=True)

@@ -1,0 +1,303 @@
+"""A copy of a data set to train on faster: one tar in which large images are shrunk once, instead of in every epoch.
+
+Nothing that is drawn changes. Names, their order and so the rows, and the labels that folders give, stay as they are;
+every smaller copy notes the size of its original (`decode.packed_note`), and crop boxes are drawn in pixels of that. So
+the order, boxes, flips and masks of a run on the copy are those of a run on the originals, bit for bit. What differs:
+the pixels, by what shrinking twice and a second compression do to them; the mean and deviation that the scan counts;
+the fingerprint, so a run begun on one cannot be resumed on the other; and a crop shorter than the method's size, of
+which an original has more detail than the copy.
+
+JPEG stays JPEG; under their old name other images in gray or RGB, of 8 or 16 bits, become PNG, and floats and other
+numbers of channels .npy. Copied byte for byte are images whose short side is no longer, those that shrinking makes no
+smaller file of, and those that cannot be read: they keep their rows, and training finds and leaves them out as before.
+"""
+
+from __future__ import annotations
+
+import glob
+import io
+import os
+import struct
+import tarfile
+import time
+import zlib
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import simplejpeg
+from PIL import Image, PngImagePlugin
+
+from unmask.console import Console
+from unmask.data import augment
+from unmask.data.choose_reading import settle
+from unmask.data.decode import decode, nodata
+from unmask.data.decode.decode import BadImage, Header, packed_note
+from unmask.data.scan import num_cores
+from unmask.data.sources.open_source import EXTENSIONS, Source, TarSource, classes_of, open_source
+from unmask.errors import UserError, some
+from unmask.system.processes import process_pool
+
+SHORT_SIDE = 512  # pixels, unless it is said otherwise
+CHUNK = 8  # images that a process is given at a time
+AHEAD = 4  # chunks for each process that may wait to be written
+
+
+class PackError(UserError):
+    """Images that cannot be packed as they are, or a place they cannot be packed to; the message says what to do."""
+
+
+SHRUNK, SMALL, NO_SMALLER, BAD = "shrunk", "small enough", "cannot be made smaller", "bad"
+
+
+@dataclass(frozen=True)
+class Packed:
+    """One image as it goes into the tar: SHRUNK, or its own bytes and why; `fault` is what is wrong with a BAD one."""
+
+    data: bytes
+    what: str
+    fault: BadImage | None = None
+
+
+def pack(
+    data: str | Path,
+    out: str | Path,
+    *,
+    short_side: int = SHORT_SIDE,
+    quality: int = 90,
+    workers: int | None = None,
+    exclude: Sequence[str] = (),
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Write the images of `data` to the new file `out`, a .tar, and return what was done.
+
+    short_side: pixels; longer ones are shrunk to it, nothing is enlarged. quality: of JPEGs, 1 to 100. workers:
+    processes, None for one to a core, 0 for this one. exclude: patterns of names to leave out. The file appears when it
+    is complete and has been read back; it is never there in part. Raises PackError.
+    """
+    console, out, start = console or Console(), Path(out), time.monotonic()
+    if short_side < 1 or not 1 <= quality <= 100:
+        raise PackError(f"short side {short_side} and quality {quality} came; at least 1, and 1 to 100, were expected")
+    if out.suffix != ".tar":
+        raise PackError(f"{out} came, a new file that ends in .tar was expected")
+    if workers is not None and workers < 0:
+        raise PackError(f"{workers} workers came; 0 (this process shrinks the images itself) or more were expected")
+    if out.exists():
+        raise PackError(f"{out} exists already; choose another name, or remove it first")
+    if left := [str(path) for path in out.parent.glob(f".{glob.escape(out.name)}.*.part")]:
+        console.warn(f"left over from a packing that was killed, unless one goes on now: {some(left)}; remove it then")
+    source = open_source(data, exclude)
+    require_packable(source)
+    if workers is None:
+        workers = num_cores()
+    console.say(f"{source.name}: {len(source)} images found")
+    source.reading, settled = settle(source, range(len(source)))
+    for reason in settled:
+        console.say(f"  {reason}")
+    part = out.with_name(f".{out.name}.{os.getpid()}.part")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        found = _write(source, part, _packed(source, short_side, quality, workers), console)
+        _require_same(source, part)
+        if out.exists():
+            raise PackError(f"{out} has appeared meanwhile, by another program; it is left as it is")
+        os.replace(part, out)
+    except OSError as error:
+        raise PackError(f"{out} cannot be written: {error.strerror}; nothing is left of it") from None
+    except BrokenProcessPool:
+        raise PackError(
+            "a process was killed while it shrank images (out of memory, or a crash in a decoder); give --workers 0 to "
+            "see where, or fewer workers"
+        ) from None
+    finally:
+        with suppress(OSError):
+            part.unlink()
+    summary = {"data": source.name, "out": str(out), "short_side": short_side, "quality": quality, **found}
+    summary["seconds"] = round(time.monotonic() - start, 1)
+    _say(summary, console)
+    return summary
+
+
+def require_packable(source: Source) -> None:
+    """Raises PackError where a tar could not keep the names, their order, or the labels."""
+    names = list(source.names)
+    folder = "give the folder, tar or zip that holds the files, or write them into folders, one for each class"
+    if bare := [name for name in names if not name.lower().endswith(EXTENSIONS)]:
+        raise PackError(f"{source.name} has no file names to pack under, for example {bare[0]}; {folder}")
+    if names != sorted(set(names)):
+        raise PackError(f"{source.name} has an order of its own, or files twice, which a tar does not keep; {folder}")
+    labels = classes_of(names)[1]
+    if source.labels is None and labels is not None:
+        raise PackError(
+            f"{source.name} has no labels, but folders in its names, which a tar would take for classes; {folder}"
+        )
+    if source.labels is not None and (labels is None or not np.array_equal(labels, source.labels)):
+        raise PackError(f"the labels of {source.name} are not those of folders, which is all a tar keeps; {folder}")
+
+
+def _write(source: Source, part: Path, images: Iterator[Packed], console: Console) -> dict[str, Any]:
+    """The tar, flushed to disk; returns counts, bytes, and what is wrong with images that cannot be read."""
+    before, after, bad, kinds = 0, 0, [], Counter[str]()
+    with open(part, "wb") as file, console.progress("packing", len(source)) as bar:
+        with tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as archive:
+            for name, size, image in zip(source.names, source.sizes.tolist(), images, strict=True):
+                member = tarfile.TarInfo(name)
+                member.size, member.mode = len(image.data), 0o644
+                archive.addfile(member, io.BytesIO(image.data))
+                kinds[image.what] += 1
+                before, after = before + max(0, size), after + len(image.data)
+                if image.fault is not None:
+                    bad.append({"name": name, "code": image.fault.code, "detail": image.fault.detail})
+                bar.update(kinds.total(), f"shrunk to {after / max(1, before):.0%} of their bytes")
+        file.flush()
+        os.fsync(file.fileno())
+    copied = {what: number for what, number in sorted(kinds.items()) if what != SHRUNK}
+    return {
+        "images": len(source), "shrunk": kinds[SHRUNK], "copied": sum(copied.values()), "copied_because": copied,
+        "bytes_before": before, "bytes_after": after, "bad": bad,
+    }  # fmt: skip
+
+
+def _require_same(source: Source, part: Path) -> None:
+    """What was written is read back as the images it was made of."""
+    written = TarSource(str(part))
+    same = list(written.names) == list(source.names)
+    if not same or not np.array_equal(written.labels, source.labels):  # type: ignore[arg-type]
+        raise PackError(
+            f"the tar does not come back as {source.name}: it has {len(written)} of {len(source)} images, or other "
+            "names, for example of hidden folders; rename what is unusual and pack again"
+        )
+
+
+def _packed(source: Source, short_side: int, quality: int, workers: int) -> Iterator[Packed]:
+    """Every image in its order."""
+    if workers <= 0:
+        yield from (pack_image(source, row, short_side, quality) for row in range(len(source)))
+        return
+    waiting: deque[Future[list[Packed]]] = deque()
+    with process_pool(workers, _begin, (source, short_side, quality)) as pool:
+        for start in range(0, len(source), CHUNK):
+            waiting.append(pool.submit(_pack_many, range(start, min(start + CHUNK, len(source)))))
+            if len(waiting) >= AHEAD * workers:
+                yield from waiting.popleft().result()
+        while waiting:
+            yield from waiting.popleft().result()
+
+
+_given: tuple[Source, int, int] | None = None  # of a worker process: handed over once
+
+
+def _begin(source: Source, short_side: int, quality: int) -> None:
+    global _given
+    _given = source, short_side, quality
+
+
+def _pack_many(rows: range) -> list[Packed]:
+    assert _given is not None
+    source, short_side, quality = _given
+    return [pack_image(source, row, short_side, quality) for row in rows]
+
+
+def pack_image(source: Source, row: int, short_side: int, quality: int) -> Packed:
+    """One image; see the module docstring. What cannot be opened at all has no bytes, and is bad for that."""
+    data = b""
+    try:
+        data = source.read(row)
+        found = decode.header(data, source.reading)
+        target = _target(found, short_side)
+        # Twice as large as needed: scaled decoding is a cruder filter than the bicubic that does the last step.
+        at_least = None if target is None else (2 * target[0], 2 * target[1])
+        pixels = decode.decode(data, at_least=at_least, found=found)
+    except BadImage as error:
+        return Packed(data, BAD, error)
+    if target is None:
+        return Packed(data, SMALL)
+    box = np.array([0.0, 0.0, *pixels.shape[:2]])
+    valid = nodata.valid_pixels(pixels, source.reading.nodata, nodata.declared(data))
+    if valid is None:
+        small = augment.cut(pixels, box, target, False)
+    elif pixels.dtype == np.float32 and valid.any():
+        fill = pixels[valid].mean(0)
+        small, there = augment.cut_valid(nodata.filled(pixels, valid, fill), valid, fill, box, target, False)
+        small[~there] = np.nan
+    else:
+        return Packed(data, NO_SMALLER)  # integers have no value for absent pixels but in the tag of a TIFF
+    encoded = _encoded(small, found, quality)
+    again = decode.header(encoded)  # a .npy of few rows and many channels would be read as if it were turned
+    same = (again.height, again.width, again.channels, again.dtype) == (*small.shape, found.dtype)
+    return Packed(encoded, SHRUNK) if same and len(encoded) < len(data) else Packed(data, NO_SMALLER)
+
+
+def _target(found: Header, short_side: int) -> tuple[int, int] | None:
+    """The size to shrink to; None for what stays as it is."""
+    short = min(found.height, found.width)
+    if short <= short_side:
+        return None
+    return round(found.height * short_side / short), round(found.width * short_side / short)
+
+
+def _encoded(pixels: np.ndarray, found: Header, quality: int) -> bytes:
+    """The bytes of a smaller copy (H, W, C) of an image with this header."""
+    note = packed_note((pixels.shape[0], pixels.shape[1]), found.full_size)
+    if found.format == "JPEG":
+        return _jpeg(pixels, quality, note)
+    if pixels.shape[2] not in (1, 3) or pixels.dtype == np.float32:
+        file = io.BytesIO()
+        # In the order of axes of the original: files that are copied as they are have it too.
+        np.save(file, np.ascontiguousarray(pixels.transpose(2, 0, 1)) if found.layout.axes == "CHW" else pixels)
+        return file.getvalue() + note  # what lies behind the values is read by nobody else
+    return _png(pixels, note) if pixels.dtype == np.uint8 else _png16(pixels, note)
+
+
+def _jpeg(pixels: np.ndarray, quality: int, note: bytes) -> bytes:
+    kind = "GRAY" if pixels.shape[2] == 1 else "RGB"
+    data = simplejpeg.encode_jpeg(pixels, quality=quality, colorspace=kind, colorsubsampling="420")
+    place = 4 + int.from_bytes(data[4:6], "big")  # behind the JFIF segment, which must be the first
+    comment = b"\xff\xfe" + (len(note) + 2).to_bytes(2, "big") + note
+    return data[:place] + comment + data[place:]
+
+
+def _png(pixels: np.ndarray, note: bytes) -> bytes:
+    info = PngImagePlugin.PngInfo()
+    keyword, _, text = note.partition(b"\0")
+    info.add_text(keyword.decode(), text.decode())
+    file = io.BytesIO()
+    Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).save(file, "PNG", pnginfo=info)
+    return file.getvalue()
+
+
+def _png16(pixels: np.ndarray, note: bytes) -> bytes:
+    """16 bits, gray or RGB, which Pillow writes in gray only: each row as its difference from the one above."""
+    height, width, channels = pixels.shape
+    rows = pixels.astype(">u2").view(np.uint8).reshape(height, -1)
+    rows = np.diff(rows, axis=0, prepend=np.zeros_like(rows[:1]))  # modulo 256
+    filtered = np.concatenate([np.full((height, 1), 2, np.uint8), rows], 1)  # 2: "Up"
+    chunks = (
+        (b"IHDR", struct.pack(">IIBBBBB", width, height, 16, 0 if channels == 1 else 2, 0, 0, 0)),
+        (b"tEXt", note),
+        (b"IDAT", zlib.compress(filtered.tobytes())),
+        (b"IEND", b""),
+    )
+    return decode.PNG_START + b"".join(
+        struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        for kind, content in chunks
+    )
+
+
+def _say(summary: dict[str, Any], console: Console) -> None:
+    before, after = summary["bytes_before"], summary["bytes_after"]
+    because = "; ".join(f"{number} {what}" for what, number in summary["copied_because"].items())
+    console.say(
+        f"{summary['out']}: {summary['shrunk']} images shrunk to a short side of {summary['short_side']} pixels, "
+        f"{summary['copied']} copied as they are{f' ({because})' if because else ''}; {before / 2**20:.1f} MiB became "
+        f"{after / 2**20:.1f}"
+    )
+    if bad := summary["bad"]:
+        named = some([f"{one['name']} ({one['code']}: {one['detail']})" for one in bad])
+        console.warn(f"{len(bad)} cannot be read and are copied as they are, to be left out as before: {named}")

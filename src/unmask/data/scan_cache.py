@@ -1,0 +1,249 @@
+"""What was found by looking at files: columns of numbers instead of an object a file, and remembered between commands.
+
+A scan decodes every file, which for a large folder takes longer than anything else before the first step. So what it
+found in the files that could be read is kept in a folder of its own (never among the images), and a later scan looks
+only at files that are new or have changed since, by size or by the time of the last change. It is only ever a
+shortcut: a file that is damaged, of another version, or cannot be written, costs another look and nothing else.
+
+Files that could not be read are not remembered: they may have been mended elsewhere (a mount, a permission, memory).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from array import array
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+
+from unmask.data.decode import decode, jpeg_repair, layout, nodata, reading, tiff_pages
+from unmask.data.decode.layout import Layout
+from unmask.data.npz_file import read_arrays, write_arrays
+from unmask.data.sources.open_source import Source
+from unmask.data.string_table import Names
+
+LAYOUT = 3
+WORD = np.dtype("S8")
+WORTH_KEEPING = 2.0  # seconds of work; what is had again as fast needs no place on the disk
+SETTLED = 2_000_000_000  # nanoseconds: coarse clocks of file systems give two changes within it the same time
+COLUMNS = ("sizes", "channels", "dtypes", "formats", "layouts", "valid", "sums", "squares", "digests")
+HOW = (decode, nodata, jpeg_repair, layout, reading, tiff_pages)  # the modules that decide what is found in a file
+DECODERS = ("numpy", "pillow", "simplejpeg", "tifffile")
+
+
+@dataclass(frozen=True)
+class Look:
+    """One readable file; `valid` pixels are not absent, sums per channel are of their values and of the squares.
+
+    digest is `content_digest`.
+    """
+
+    size: tuple[int, int]
+    channels: int
+    dtype: str
+    format: str
+    layout: Layout
+    valid: int
+    sums: np.ndarray
+    squares: np.ndarray
+    digest: int
+
+
+@dataclass(frozen=True)
+class Looks:
+    """Readable files, a row each, ascending: about 90 bytes a colour image.
+
+    `rows` (n,) int64 of the source; `sizes` (n, 2) int32; `channels` (n,) int32; `dtypes` and `formats` (n,) words in
+    ASCII of at most 8 letters; `layouts` (n,) int64, see `layout.Layout.code`; `valid` (n,) int64, pixels that are not
+    absent; `sums` and `squares` (sum of channels,) float64, one after another; `digests` (n,) uint64, see
+    `open_source.content_digest`.
+    """
+
+    rows: np.ndarray
+    sizes: np.ndarray
+    channels: np.ndarray
+    dtypes: np.ndarray
+    formats: np.ndarray
+    layouts: np.ndarray
+    valid: np.ndarray
+    sums: np.ndarray
+    squares: np.ndarray
+    digests: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def starts(self) -> np.ndarray:
+        """(n,) int64: where the sums of each begin."""
+        return np.cumsum(self.channels, dtype=np.int64) - self.channels
+
+    def at(self, places: np.ndarray) -> Looks:
+        """Those at these places only, in this order."""
+        channels = self.channels[places].astype(np.int64)
+        within = np.arange(channels.sum()) - np.repeat(np.cumsum(channels) - channels, channels)
+        inside = np.repeat(self.starts[places], channels) + within
+        return Looks(
+            self.rows[places], self.sizes[places], self.channels[places], self.dtypes[places], self.formats[places],
+            self.layouts[places], self.valid[places], self.sums[inside], self.squares[inside], self.digests[places],
+        )  # fmt: skip
+
+    def with_rows(self, rows: np.ndarray) -> Looks:
+        """The same of files that stand in other rows."""
+        return replace(self, rows=rows)
+
+
+def joined(several: Iterable[Looks]) -> Looks:
+    """All of them, by row."""
+    columns = zip(*(vars(looks).values() for looks in several), strict=True)
+    both = Looks(*(np.concatenate(column) for column in columns))
+    return both if (np.diff(both.rows) > 0).all() else both.at(np.argsort(both.rows, kind="stable"))
+
+
+class LooksSoFar:
+    """Looks as they come, one after another."""
+
+    def __init__(self) -> None:
+        self.rows, self.sizes, self.channels = array("q"), array("i"), array("i")
+        self.dtypes, self.formats, self.layouts, self.valid = array("B"), array("B"), array("q"), array("q")
+        self.sums, self.squares, self.digests = array("d"), array("d"), array("Q")
+        self.words: list[str] = []
+
+    def add(self, row: int, look: Look) -> None:
+        self.rows.append(row)
+        self.sizes.extend(look.size)
+        self.channels.append(look.channels)
+        self.dtypes.append(self._code(look.dtype))
+        self.formats.append(self._code(look.format))
+        self.layouts.append(look.layout.code)
+        self.valid.append(look.valid)
+        self.sums.extend(look.sums.tolist())
+        self.squares.extend(look.squares.tolist())
+        self.digests.append(look.digest)
+
+    def _code(self, word: str) -> int:
+        if word not in self.words:
+            self.words.append(word)
+        return self.words.index(word)
+
+    def looks(self) -> Looks:
+        words = np.array(self.words or [""], WORD)
+        return Looks(
+            np.array(self.rows, np.int64),
+            np.array(self.sizes, np.int32).reshape(-1, 2),
+            np.array(self.channels, np.int32),
+            words[np.array(self.dtypes, np.uint8)],
+            words[np.array(self.formats, np.uint8)],
+            np.array(self.layouts, np.int64),
+            np.array(self.valid, np.int64),
+            np.array(self.sums),
+            np.array(self.squares),
+            np.array(self.digests, np.uint64),
+        )
+
+
+# ----------------------------------------------------------------------------------------------------------- remembered
+
+
+def memory_folder() -> Path | None:
+    """Where scans are remembered: $UNMASK_CACHE, or `unmask` in the user's cache folder; None if UNMASK_CACHE=off."""
+    told = os.environ.get("UNMASK_CACHE")
+    if told:
+        return None if told.lower() == "off" else Path(told)
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "unmask"
+    except RuntimeError:  # a user without a home
+        return None
+
+
+def memory_file(source: Source) -> Path | None:
+    """The file for this data; None where nothing is remembered: images that lie in no file, or it is turned off."""
+    folder = memory_folder()
+    if folder is None or source.changed is None:
+        return None
+    what = f"{source.location}\0{source.reading.model_dump_json()}"
+    place = hashlib.sha256(what.encode("utf-8", "surrogateescape")).hexdigest()
+    return folder / f"scan-{place[:32]}.arrays"
+
+
+def recall(source: Source) -> Looks | None:
+    """What is known of the files that are as they were when they were last looked at; None for nothing."""
+    file = memory_file(source)
+    stored = None if file is None else read_arrays(file)
+    if stored is None or source.changed is None or stored["about"].item() != _about():
+        return None
+    names = Names.stored(stored["names"].tobytes(), stored["ends"])
+    kept = Looks(np.arange(len(names)), *(stored[name] for name in COLUMNS))
+    sizes, changed = stored["bytes"], stored["changed"]
+    place = _places(names, source.names)  # of each row of the source among those kept, or -1
+    rows = np.flatnonzero((place >= 0) & (sizes[place] == source.sizes) & (changed[place] == source.changed))
+    return kept.at(place[rows]).with_rows(rows) if len(rows) else None
+
+
+def remember(source: Source, looks: Looks, began: float) -> str:
+    """Keep these for later, all that is known of the source; returns why it could not be kept, "" where it was.
+
+    began: when looking began, in seconds since 1970. Of files that changed just before, or since, nothing is kept.
+    """
+    file = memory_file(source)
+    if file is None or source.changed is None:
+        return ""  # nor was it asked for
+    changed = source.changed[looks.rows]
+    settled = np.flatnonzero((changed >= 0) & (changed < int(began * 1e9) - SETTLED))
+    if not len(settled):
+        with suppress(OSError):  # what was known before is not so any more
+            file.unlink()
+        return "the files have only just been written"
+    looks, changed = looks.at(settled), changed[settled]
+    names = source.names if len(looks) == len(source) else Names(source.names[row] for row in looks.rows.tolist())
+    arrays = {name: getattr(looks, name) for name in COLUMNS} | {
+        "about": np.array(_about()),
+        "names": np.frombuffer(names.blob, np.uint8),
+        "ends": names.ends,
+        "bytes": source.sizes[looks.rows],
+        "changed": changed,
+    }
+    try:
+        write_arrays(file, arrays)
+    except (OSError, MemoryError) as error:  # a full disk, or no place to write: then the next scan looks again
+        reason = error.strerror if isinstance(error, OSError) else "not enough memory"
+        return f"{file.parent} takes no file ({reason}); UNMASK_CACHE names another folder"
+    return ""
+
+
+def worth_keeping(began: float) -> bool:
+    """Whether what has taken since `began`, in seconds since 1970, should not have to be done again."""
+    return time.time() - began > WORTH_KEEPING
+
+
+def _places(known: Names, names: Names) -> np.ndarray:
+    """(n,) int64: where each of `names` is among the `known`, -1 where it is not, or more than once."""
+    if known.same(names):
+        return np.arange(len(names))
+    places: dict[str, int] = {}
+    for place, name in enumerate(known):
+        places[name] = -1 if name in places else place
+    return np.fromiter((places.get(name, -1) for name in names), np.int64, len(names))
+
+
+def decoder_versions() -> dict[str, str]:
+    """Of the packages that pixels come from, those that are installed."""
+    versions = {}
+    for package in DECODERS:
+        with suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    return versions
+
+
+def _about() -> str:
+    """What the looks depend on beside the files: the decoders, and how they are used."""
+    versions = decoder_versions()
+    how = hashlib.sha256(b"".join(Path(module.__file__ or "").read_bytes() for module in HOW)).hexdigest()
+    return json.dumps({"layout": LAYOUT, "versions": versions, "how": how}, sort_keys=True)

@@ -1,0 +1,68 @@
+"""Every page of the TIFFs of a source as an image of its own: `data.pages=samples`."""
+
+from __future__ import annotations
+
+import struct
+from collections import Counter
+
+import numpy as np
+
+from unmask.data.decode.decode import TIFF_STARTS, BadImage
+from unmask.data.decode.reading import Reading
+from unmask.data.decode.tiff_pages import TooManyEntries, image_pages, read_pages, starting_at
+from unmask.data.sources.open_source import Source
+
+
+class Pages(Source):
+    """The rows of another source, those of a TIFF of n pages n times; their names end in #1 to #n.
+
+    Levels of pyramids and masks are no pages. Every TIFF is read once to count them.
+    """
+
+    def __init__(self, of: Source) -> None:
+        names: list[str] = []
+        rows: list[int] = []
+        offsets: list[int] = []
+        for row, name in enumerate(of.names):
+            pages = _offsets(of, row) if name.lower().endswith((".tif", ".tiff")) else [0]
+            names += [f"{name}#{number}" for number in range(1, len(pages) + 1)] if len(pages) > 1 else [name]
+            rows += [row] * len(pages)
+            offsets += pages
+        self.of, self.rows, self.offsets = of, np.array(rows, np.int64), np.array(offsets, np.int64)
+        super().__init__(of.name, names, of.sizes[self.rows], location=of.location)
+        self.reading = of.reading
+        self.opened = of.opened
+        self.data, self.exclude, self.excluded = of.data, of.exclude, of.excluded
+        self.changed = None if of.changed is None else of.changed[self.rows]
+        self.modified = None if of.modified is None else of.modified[self.rows]
+        self.skipped = Counter(of.skipped)
+        self.labels = None if of.labels is None else of.labels[self.rows]
+        self.classes, self.split_folders, self.unlabelled = of.classes, of.split_folders, of.unlabelled
+
+    def read(self, i: int) -> bytes:
+        data, offset = self.of.read(int(self.rows[i])), int(self.offsets[i])
+        return starting_at(data, offset) if offset else data
+
+    def path(self, i: int) -> str | None:
+        return self.of.path(int(self.rows[i]))
+
+    def fingerprint(self) -> str:
+        return self.of.fingerprint()
+
+
+def read_as(source: Source, reading: Reading) -> Source:
+    """The source, its files decoded as `reading` says; with data.pages=samples a row for every page."""
+    source = Pages(source) if reading.pages == "samples" else source
+    source.reading = reading
+    return source
+
+
+def _offsets(source: Source, row: int) -> list[int]:
+    """Where the directories of a TIFF's pages begin; [0] for whatever has one page, or cannot be read."""
+    try:
+        data = source.read(row)
+        if data.startswith(TIFF_STARTS):
+            return [page.offset for page in image_pages(read_pages(data))]
+    except (BadImage, struct.error, OverflowError, TooManyEntries):
+        pass
+    return [0]

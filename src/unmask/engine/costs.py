@@ -1,0 +1,218 @@
+"""`unmask plan RECIPE`: what a recipe costs before anybody has an image: parameters, FLOPs, steps, images for each GPU.
+
+Everything is counted on the method itself (`engine/flops.py`), nothing is looked up. Published numbers come in two
+coins, multiply-accumulates ("G MACs", often called FLOPs) and FLOPs, two for each; both are printed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from unmask.config import Config, ConfigError, override
+from unmask.console import Console
+from unmask.engine import initial_weights
+from unmask.engine.flops import Flops, blocks_flops, build_unallocated, count_flops, typical_images
+from unmask.engine.plan import DEFAULT_EPOCHS
+from unmask.engine.pretrain import drafted
+from unmask.method import Method
+from unmask.methods.mae import MAE
+from unmask.nn.decoders import LightDecoder
+from unmask.nn.masks import num_kept
+from unmask.nn.vit import ViT
+from unmask.optim import peak_lr
+from unmask.recipes import catalogue
+
+IMAGENET = 1_281_167
+
+
+def recipe_costs(recipe: str, *, settings: Sequence[str] = (), gpus: int | None = None) -> dict[str, Any]:
+    """The object that --json prints. Raises ValueError for settings that do not fit, or GPUs that do not divide."""
+    tokenizer, promised = promised_tokenizer(recipe, settings)
+    config = drafted(None, recipe, [*promised, *settings], None)
+    batches = schedule(config, gpus)
+    images = typical_images(config)
+    method = build_unallocated(config, images)
+    flops = count_flops(config, images)
+    parts = {name: sum(p.numel() for p in part.parameters()) for name, part in method.named_children()}
+    whole = sum(p.numel() for p in method.parameters())
+    encoder, decoder = parts.get("encoder", 0), parts.get("decoder", 0)
+    return {
+        "recipe": config.recipe,
+        "method": config.method.name,
+        "tokenizer": tokenizer,
+        "image": [images.channels, *images.size],
+        "parameters": {"all": whole, "encoder": encoder, "decoder": decoder, "rest": whole - encoder - decoder},
+        "flops": {
+            "encoder_all_patches": flops.whole,
+            "encoder": flops.encoder,
+            "decoder": flops.decoder,
+            "rest": flops.rest,
+            "forward": flops.forward,
+            "training": flops.training,
+            **with_idle_work(method, flops),
+        },
+        "ratios": ratios(config, method, flops),
+        **batches,
+    }
+
+
+def promised_tokenizer(recipe: str, settings: Sequence[str], dvae: str | None = None) -> tuple[str | None, list[str]]:
+    """(recipe of a dVAE, settings as KEY=VALUE) for a method that predicts codes while there is no tokenizer yet.
+
+    They give its size, and promise weights without saying whose. (None, []) for a method that needs none. dvae: its
+    recipe; None is DALL-E's for patches of photographs, else the small one.
+    """
+    chosen = [text for text in settings if text.strip().startswith("method.")]
+    method: Any = override(catalogue.find(recipe), chosen).method
+    if getattr(method, "target", None) != "tokens" or method.tokenizer is not None:
+        return None, []
+    name = dvae or ("dvae_dalle" if min(method.encoder.patch) >= 14 else "dvae_nano")
+    network = catalogue.find(name).method.model_dump(mode="json")["encoder"]
+    promise = {"run": name, "source": initial_weights.DVAE, "target": initial_weights.TOKENIZER}
+    return name, [f"method.tokenizer={json.dumps(network)}", f"graft={json.dumps([promise])}"]
+
+
+def with_idle_work(method: Method, flops: Flops) -> dict[str, int]:
+    """FLOPs of an image with the work that MAE's published code does for nothing; {} where there is no such thing.
+
+    It embeds the hidden patches too, and takes every token through the decoder's last block and the prediction layer.
+    """
+    if not isinstance(method, MAE) or not flops.masked or method.everywhere:
+        return {}
+    encoder, decoder = method.encoder, method.decoder
+    patches = encoder.grid[0] * encoder.grid[1]
+    kept = num_kept(patches, method.mask_ratio)
+    hidden, width = patches - kept, decoder.embed.out_features
+    embedding = 2 * hidden * encoder.patch_embed.proj.weight.numel()
+    block = decoder.blocks[-1:]
+    block = blocks_flops(block, 1 + patches, width) - blocks_flops(block, 1 + patches, width, last=hidden)
+    prediction = 2 * (1 + kept) * decoder.pred.weight.numel()
+    return {
+        "forward_with_idle_work": flops.forward + embedding + block + prediction,
+        # No gradient is asked of the pixels.
+        "training_with_idle_work": flops.training + 2 * embedding + 3 * (block + prediction),
+    }
+
+
+def ratios(config: Config, method: Method, flops: Flops) -> dict[str, float]:
+    """What masking saves; {} for a method whose encoder sees every patch, or that has no decoder.
+
+    "everything": the encoder on every patch, as with mask tokens, and the decoder, over the real forward pass. The
+    others count transformer blocks only and no class token, as the arithmetic is usually done, and are there for a
+    decoder of such blocks over all patches: "blocks" is the same ratio (the paper's 3.3 for ViT-L), "encoder" that of
+    the encoder alone, "decoder_per_token" what a token costs in the decoder as a share of what it costs in the encoder
+    (the paper's 9 %).
+    """
+    encoder, decoder = method.encoder, getattr(method, "decoder", None)
+    if not flops.decoder or not flops.masked:
+        return {}
+    found = {"everything": (flops.whole + flops.decoder + flops.rest) / flops.forward}
+    ratio = getattr(config.method, "mask_ratio", None)
+    if not isinstance(encoder, ViT) or not isinstance(decoder, LightDecoder) or ratio is None:
+        return found
+    patches = encoder.grid[0] * encoder.grid[1]
+    full = blocks_flops(encoder.blocks, patches, encoder.width)
+    seen = blocks_flops(encoder.blocks, num_kept(patches, ratio), encoder.width)
+    light = blocks_flops(decoder.blocks, patches, decoder.embed.out_features)
+    return found | {
+        "encoder_blocks_all_patches": full,
+        "encoder_blocks_visible": seen,
+        "decoder_blocks": light,
+        "blocks": (full + light) / (seen + light),
+        "encoder": full / seen,
+        "decoder_per_token": light / full,
+    }
+
+
+def schedule(config: Config, gpus: int | None) -> dict[str, Any]:
+    """Batch, learning rate and, for as many images as ImageNet-1K has, steps."""
+    train, batch = config.train, config.train.batch_size
+    if gpus is not None and gpus < 1:
+        raise ConfigError(f"{gpus} GPUs came, 1 or more were expected")
+    if gpus is not None and batch % gpus:
+        near = max(n for n in range(1, batch + 1) if batch % n == 0 and n <= gpus)
+        raise ConfigError(
+            f"{gpus} GPUs came for a global batch of {batch}, which they do not divide evenly; use {near}, or change "
+            "train.batch_size"
+        )
+    epochs = train.epochs if train.epochs is not None else DEFAULT_EPOCHS
+    steps = train.steps if train.steps is not None else math.ceil(epochs * IMAGENET / batch)
+    found = {
+        "batch_size": batch,
+        "peak_lr": peak_lr(config.optim, batch),
+        "base_lr": config.optim.base_lr,
+        "imagenet_steps": steps,
+        "imagenet_epochs": steps * batch / IMAGENET,
+        "warmup_steps": round(config.optim.warmup * steps),
+    }
+    return found if gpus is None else found | {"gpus": gpus, "images_per_gpu": batch // gpus}
+
+
+def say_costs(found: dict[str, Any], console: Console) -> None:
+    """The same for a person."""
+    parameters, flops, share = found["parameters"], found["flops"], found["ratios"]
+    channels, height, width = found["image"]
+    console.say(f"{found['recipe']}: {found['method']} on images of {height} x {width} pixels, {channels} channels")
+    if found["tokenizer"]:
+        console.say(f"its tokenizer, frozen and counted under the rest, is that of recipe {found['tokenizer']}")
+    rest = f", the rest {_millions(parameters['rest'])}" if parameters["rest"] else ""
+    decoder = f", decoder {_millions(parameters['decoder'])}" if parameters["decoder"] else ""
+    console.say(
+        f"parameters: {_millions(parameters['all'])} (encoder {_millions(parameters['encoder'])}{decoder}{rest})"
+    )
+    console.say("for one image, counted (matrix products and convolutions; 1 multiply-accumulate = 2 FLOPs):")
+    lines = [
+        ("encoder, every patch" if share else "encoder, as probes use it", flops["encoder_all_patches"]),
+        ("encoder, visible patches" if share else "encoder, in the loss", flops["encoder"]),
+        ("decoder", flops["decoder"]),
+        ("the rest of the loss", flops["rest"]),
+        ("forward pass", flops["forward"]),
+        ("training, forward + backward", flops["training"]),
+    ]
+    for name, number in lines:
+        if number:
+            more = f"  = {number / flops['forward']:.2f} x forward" if name.startswith("training") else ""
+            console.say(f"  {name:29s}{_billions(number / 2):>9s} GMACs {_billions(number):>9s} GFLOPs{more}")
+    if "training_with_idle_work" in flops:
+        idle = flops["training_with_idle_work"]
+        console.say(
+            f"  as published it would be {_billions(idle)} GFLOPs to train, {idle / flops['training']:.3f} x: hidden "
+            "patches embedded, visible ones in the decoder's last block and predicted"
+        )
+    if share:
+        console.say(
+            f"mask tokens left out of the encoder save {share['everything']:.2f} x of the forward pass, everything "
+            "counted (only hidden patches are predicted)"
+        )
+    if "blocks" in share:
+        console.say(
+            f"  blocks only, no class token: {share['blocks']:.2f} x, from "
+            f"{_billions(share['encoder_blocks_all_patches'] / 2)} + {_billions(share['decoder_blocks'] / 2)} to "
+            f"{_billions(share['encoder_blocks_visible'] / 2)} + {_billions(share['decoder_blocks'] / 2)} GMACs; of "
+            f"the encoder alone {share['encoder']:.2f} x"
+        )
+        console.say(f"  a token costs in the decoder {share['decoder_per_token']:.1%} of what it costs in the encoder")
+    gpus = f"; on {found['gpus']} GPUs {found['images_per_gpu']} images each per step" if "gpus" in found else ""
+    console.say(
+        f"batch {found['batch_size']}, peak learning rate {found['peak_lr']:.3g} (base {found['base_lr']:.3g} x batch "
+        f"/ 256){gpus}"
+    )
+    console.say(
+        f"for ImageNet-1K's {IMAGENET:,} images: {found['imagenet_steps']:,} steps = {found['imagenet_epochs']:.4g} "
+        f"epochs, {found['warmup_steps']:,} of them warm-up, {_training(found)} FLOPs in all"
+    )
+
+
+def _training(found: dict[str, Any]) -> str:
+    return f"{found['flops']['training'] * found['batch_size'] * found['imagenet_steps']:.2e}"
+
+
+def _millions(number: float) -> str:
+    return f"{number / 1e6:.2f} M"
+
+
+def _billions(number: float) -> str:
+    return f"{number / 1e9:.2f}" if number >= 1e9 else f"{number / 1e9:.4f}"

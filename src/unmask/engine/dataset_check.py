@@ -1,0 +1,127 @@
+"""Checks that a run's images, masks and test images are still the ones it began with, and records when they are not.
+
+A run keeps a record of each data set that it reads (`data/identity.py`): RUN/data.arrays for its training images, and
+for a supervised run also masks.arrays, test.arrays and test-masks.arrays. A run that an
+earlier version began has none; it is held to the names and sizes in its plan, and gets a record then. A record that was
+lost or damaged since counts as a difference: replaced files of the same size could not be told from the old ones.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from unmask.console import Console
+from unmask.data import identity
+from unmask.data.identity import Difference, record_of
+from unmask.data.sources.open_source import Source
+from unmask.engine import checkpoint
+from unmask.engine.plan import Plan
+from unmask.run import Run, RunError
+
+DATA, MASKS, TEST, TEST_MASKS = "data", "masks", "test", "test-masks"
+ONLY_NAMED = Difference(changed=[("some files", "other names or sizes; this run recorded no more of them")])
+
+
+def file_of(run: Run, role: str) -> Path:
+    return run.path / f"{role}.arrays"
+
+
+def write_record(run: Run, source: Source, role: str = DATA) -> None:
+    """Record what identifies the files of `source`. Raises RunError where the run's folder takes no file."""
+    path = file_of(run, role)
+    try:
+        record_of(source).write(path)
+    except OSError as error:
+        raise RunError(
+            f"{path} cannot be written: {error.strerror}; free some space, or choose another --out"
+        ) from None
+
+
+def used_rows(plan: Plan, count: int) -> np.ndarray:
+    """The rows that a run trains or is tested on: what it leaves out may change."""
+    return np.setdiff1d(np.arange(count), np.setdiff1d(plan.excluded, [*plan.test_rows, *plan.held_out])).astype(
+        np.int64
+    )
+
+
+def rows_now(run: Run, rows: Sequence[int], source: Source) -> tuple[int, ...]:
+    """Where the images of these recorded rows are in a changed data set, sorted; those that have gone are left out.
+
+    None of them is found where a run has no record, as in those of earlier versions.
+    """
+    record = identity.read_record(file_of(run, DATA))
+    if record is None or not rows:
+        return ()
+    names = {record.names[row] for row in rows if row < len(record.names)}
+    return tuple(row for row, name in enumerate(source.names) if name in names)
+
+
+def compare(run: Run, plan: Plan, source: Source, console: Console) -> Difference:
+    """How the training images differ from those the run began with; sets `source.digests`.
+
+    Only files with another time of change are read. Where they turn out the same their new times are recorded.
+    """
+    record = identity.read_record(file_of(run, DATA))
+    if record is None:
+        if source.fingerprint() != plan.fingerprint:
+            return ONLY_NAMED
+        if run.id is not None:
+            return Difference(unknown=_trouble(run, DATA))
+        console.warn(
+            "the record of file contents was not kept by the version that began this run: only names and sizes of the "
+            "images are compared"
+        )
+        write_record(run, source)
+        return Difference()
+    found = _compared(record, source, used_rows(plan, len(source)), console)
+    if not found and found.reread:
+        console.say(f"{found.reread} files have other times but the same content; going on exactly")
+        write_record(run, source)
+    return found
+
+
+def require_same(run: Run, source: Source, role: str, console: Console) -> Difference:
+    """As `compare` for all files of masks or of test images; the first time they are recorded instead."""
+    record = identity.read_record(file_of(run, role))
+    if record is None:
+        if file_of(run, role).exists():
+            return Difference(
+                unknown=f"{_trouble(run, role)}; if they are the same as before, remove it, and they are recorded anew"
+            )
+        if checkpoint.newest_step(run):
+            console.warn(f"{_trouble(run, role)}: the files there are now are recorded")
+        with console.progress(f"recording {role}", len(source)) as bar:
+            identity.digest_all(source, bar.update)
+        write_record(run, source, role)
+        return Difference()
+    found = _compared(record, source, np.arange(len(source)), console)
+    if not found and found.reread:
+        write_record(run, source, role)
+    return found
+
+
+def _trouble(run: Run, role: str) -> str:
+    path = file_of(run, role)
+    return f"{path} {'is damaged' if path.exists() else 'is missing'}, which tells unchanged files from replaced ones"
+
+
+def _compared(record: identity.Record, source: Source, used: np.ndarray, console: Console) -> Difference:
+    with console.progress("comparing files", len(used)) as bar:
+        return identity.compare(record, source, used, bar.update)
+
+
+def note_change(run: Run, what: str, **about: Any) -> str:
+    """Add a change of the data to provenance.json, with the time and the step; returns a sentence for people.
+
+    what: "changed" (--allow-dataset-change) or "moved" (`resume --data`).
+    """
+    step, when = checkpoint.newest_step(run) or 0, time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    made = run.read("provenance.json") if (run.path / "provenance.json").exists() else {}
+    entry = {"what": what, "time": when, "step": step, **about}
+    run.write("provenance.json", {**made, "data_changes": [*made.get("data_changes", []), entry]})
+    return f"step {step}, {when}: the images were {what}" + (f" ({about['summary']})" if about.get("summary") else "")

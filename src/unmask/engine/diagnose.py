@@ -1,0 +1,360 @@
+"""`unmask doctor`: versions, device, and a self-test that runs the real path from files to a checkpoint.
+
+`unmask doctor DATA`: where the time of training on these images would go (reading, decoding, cropping, the step), which
+of them is the limit, and what to do about it. Measured on a sample, with the plan that `unmask pretrain` would make.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from unmask.config import Config
+from unmask.console import Console
+from unmask.data.decode import decode
+from unmask.data.loader import Images, Opened, Order, training_batches
+from unmask.data.pack import SHORT_SIDE
+from unmask.data.scan import num_cores, scan
+from unmask.data.sources.open_source import open_source
+from unmask.data.sources.pages import read_as
+from unmask.engine.device import choose_device, choose_precision
+from unmask.engine.plan import Plan, measure_step_seconds, with_loading
+from unmask.engine.pretrain import (
+    drafted,
+    prepare,
+    pretrain,
+    provenance_versions,
+    refuse_bad_data,
+    refuse_labels,
+    settle,
+    with_options,
+)
+from unmask.rng import philox
+
+SELF_TEST = (
+    "train.steps=8",
+    "train.batch_size=8",
+    "train.log_every=1",
+    "data.size=[16,16]",
+    "data.workers=0",
+    "method.encoder.width=32",
+    "method.encoder.depth=1",
+    "method.encoder.heads=2",
+    "method.decoder.width=16",
+    "method.decoder.depth=1",
+    "method.decoder.heads=2",
+    "train.device=cpu",
+)
+LOOKED_AT = 128  # files that the recipe is chosen by
+TIMED = 256  # images that are timed; fewer where they are slow
+PATIENCE = 4.0  # seconds for each measurement
+MARGIN = 1.2  # how much faster than the step loading should be, so that a slow moment leaves no gap
+STORAGE, DECODING, TRANSFORM, STEP = "storage", "decoding", "transform", "step"
+
+
+def examine(console: Console) -> tuple[bool, dict[str, Any]]:
+    """Prints what a person would paste into a bug report. Returns (everything works, summary)."""
+    device = choose_device("auto")
+    precision, why = choose_precision("auto", device)
+    summary: dict[str, Any] = {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": provenance_versions(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else f"{device}, {torch.get_num_threads()} threads",
+        "precision": precision,
+        "free_disk_gib": round(shutil.disk_usage(".").free / 2**30, 1),
+    }
+    console.say(f"python {summary['python']} on {summary['platform']}")
+    console.say("  ".join(f"{name} {version}" for name, version in summary["versions"].items()))
+    console.say(f"device: {summary['device']}; {why}; {summary['free_disk_gib']} GiB of disk free here")
+    tests: dict[str, Callable[[], str]] = {
+        "random numbers": _random_numbers,
+        "decode": _decode,
+        "train": _train,
+    }
+    summary["tests"] = {}
+    for name, test in tests.items():
+        start = time.perf_counter()
+        try:
+            outcome, good = test(), True
+        except Exception as error:
+            outcome, good = f"{type(error).__name__}: {error}", False
+        summary["tests"][name] = {"ok": good, "outcome": outcome, "seconds": round(time.perf_counter() - start, 2)}
+        console.say(f"{'ok    ' if good else 'FAILED'} {name}: {outcome} ({summary['tests'][name]['seconds']} s)")
+    good = all(test["ok"] for test in summary["tests"].values())
+    console.say("everything works" if good else "something does not work: please report the lines above")
+    return good, summary
+
+
+def _random_numbers() -> str:
+    zero = np.zeros(1, np.int64)
+    got = [int(word[0]) for word in philox((zero, zero, zero, zero), (0, 0))]
+    assert got == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8], f"Philox gives {got}"
+    return "the counter-based generator gives its published values"
+
+
+def _decode() -> str:
+    import io
+
+    rng = np.random.default_rng(0)
+    smooth = np.asarray(Image.fromarray(rng.integers(0, 255, (6, 8, 3), np.uint8)).resize((256, 192)))
+    file = io.BytesIO()
+    Image.fromarray(smooth).save(file, "JPEG", quality=95)
+    start, count = time.perf_counter(), 50
+    for _ in range(count):
+        image = decode.decode(file.getvalue())
+    error = np.abs(image.astype(float) - smooth).mean()
+    assert error < 4, f"a decoded JPEG differs by {error:.1f} levels on average"
+    return f"JPEG at {count / (time.perf_counter() - start):.0f} images of 256 x 192 a second"
+
+
+def _train() -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        images = Path(folder, "images")
+        images.mkdir()
+        rng = np.random.default_rng(0)
+        for number in range(16):
+            small = Image.fromarray(rng.integers(0, 255, (3, 3, 3), np.uint8))
+            small.resize((20, 20), Image.Resampling.BICUBIC).save(images / f"{number}.png")
+        run = pretrain(images, recipe="mae_nano", out=Path(folder, "run"), settings=SELF_TEST)
+        losses = [row["loss"] for row in run.metrics()]
+    assert len(losses) == 8, f"losses {losses}"
+    assert np.isfinite(losses).all(), f"losses {losses}"
+    return f"8 steps from files to checkpoint, loss {losses[0]:.3f} to {losses[-1]:.3f}"
+
+
+# -------------------------------------------------------------------------------------------------- where the time goes
+
+
+@dataclass(frozen=True)
+class Pace:
+    """What one sample costs, in seconds: to read, decode and transform (crop, resize, flip, stack) in one process, and
+    its share of a step; `workers` as planned, `cores` there are; `cached`: read and decoded only once, before training.
+
+    loaded: samples a second that the planned workers were seen to deliver, or the one process with 0 workers. repeats:
+    samples that are made of an image that was read and decoded once. bytes: of a file. large: whether packing would
+    shrink the images.
+    """
+
+    read: float
+    decode: float
+    transform: float
+    step: float
+    workers: int
+    cores: int
+    cached: bool
+    loaded: float
+    repeats: int = 1
+    bytes: float = 0.0
+    large: bool = False
+    jitter: bool = False
+
+    @property
+    def load(self) -> float:
+        """Of one process, for every image of a step."""
+        return self.transform if self.cached else self.read + self.decode + self.transform
+
+    @property
+    def wait(self) -> float:
+        """The share of a step that is spent on waiting for images."""
+        whole = with_loading(self.step, 1 / self.loaded, self.workers)
+        return max(0.0, 1 - self.step / whole)
+
+    @property
+    def limit(self) -> str:
+        """STEP, or what takes longest where loading cannot keep up."""
+        if 1 / self.loaded <= self.step:
+            return STEP
+        costs = {TRANSFORM: self.transform} if self.cached else self.costs
+        return max(costs, key=costs.__getitem__)
+
+    @property
+    def costs(self) -> dict[str, float]:
+        return {STORAGE: self.read, DECODING: self.decode, TRANSFORM: self.transform}
+
+    @property
+    def enough_workers(self) -> int:
+        """How many load as fast as the step takes images, and a fifth faster."""
+        return max(1, math.ceil(MARGIN * self.load / self.step))
+
+    def advice(self, data: str) -> list[str]:
+        """What to do, the simplest first; nothing where the step is the limit and is not kept waiting."""
+        if self.wait <= 0.05:
+            return []
+        found = []
+        if self.workers < self.enough_workers <= max(1, self.cores - 1):
+            found.append(f"--set data.workers={self.enough_workers}")
+        if self.limit == STORAGE:
+            found.append(
+                "copy the images to a disk of this machine, or put them into one file that is read in order: "
+                f"unmask pack {data} packed.tar"
+            )
+        elif self.large:
+            found.append(f"make the images as large as the recipe needs them, once: unmask pack {data} packed.tar")
+        if self.limit == DECODING:
+            more = 2 * self.repeats
+            found.append(f"--set data.repeats={more} takes {more} crops of every image that is decoded")
+            found.append("--set data.cache=true keeps decoded images in memory, if they fit")
+        elif self.limit == TRANSFORM:
+            found.append("fewer pixels: --set data.size=..." + ", or no --set data.crop.jitter" * self.jitter)
+        if self.enough_workers > max(1, self.cores - 1):
+            found.append(
+                f"{self.enough_workers} workers would keep up, and there are {self.cores} cores: a larger model loses "
+                "nothing"
+            )
+        return found
+
+
+def examine_data(
+    data: str,
+    console: Console,
+    *,
+    recipe: str = "auto",
+    exclude: Sequence[str] = (),
+    settings: Iterable[str] = (),
+    tokenizer: str | Path | None = None,
+) -> dict[str, Any]:
+    """Says what limits training on these images, and returns it. Raises UserError where they cannot be trained on."""
+    settings = with_options(None, recipe, list(settings), tokenizer=tokenizer, palette=None, masks=None)
+    draft = drafted(None, recipe, settings, None)
+    refuse_labels(draft, None)
+    device = choose_device(draft.train.device)
+    source = read_as(open_source(data, exclude), draft.data.reading)
+    found = scan(source, sample=LOOKED_AT, workers=0, channels=draft.data.channels)
+    refuse_bad_data(found, draft)
+    config, reasons, _ = settle(source, found, recipe, settings, device, budget=None)
+    images, plan = prepare(source, found, config, device, budget=None, reasons=reasons)
+    console.say(
+        f"{source.name}: {len(source)} images, recipe {config.recipe}, batches of {plan.batch_size} on {device}, "
+        f"images {'kept in memory' if plan.cached else 'read anew in every epoch'}"
+    )
+    seen = set(found.good_rows.tolist()) | set(found.bad_rows.tolist())
+    pace = measure(images, plan, np.array([row for row in images.rows.tolist() if row not in seen], np.int64), config)
+    large = min(found.median_size) > max(SHORT_SIDE, *plan.images.size)
+    pace = replace(pace, large=large)
+    advice = pace.advice(data)
+    say_pace(pace, plan, advice, console)
+    return {
+        "data": source.name,
+        "recipe": config.recipe,
+        "device": device,
+        "batch_size": plan.batch_size,
+        **asdict(pace),
+        "limit": pace.limit,
+        "wait": pace.wait,
+        "enough_workers": pace.enough_workers,
+        "advice": advice,
+    }
+
+
+def measure(images: Images, plan: Plan, unread: np.ndarray, config: Config) -> Pace:
+    """unread: rows that this command has not read yet, so that they come from the storage if anything does."""
+    rows = unread if len(unread) >= min(TIMED, len(images.rows)) // 2 else images.rows
+    timed = TimedImages(**{**vars(images), "rows": rows, "kept": {}})
+    whole, samples = _loading(timed)
+    read, decoding = timed.reading / samples, timed.decoding / samples
+    transform = whole / samples - read - decoding
+    if plan.cached:
+        read, decoding = timed.reading / timed.files, timed.decoding / timed.files
+        images = replace(images, rows=np.unique(Order(rows, images.seed).take(0, TIMED // 4).index), kept={})
+        images.keep_decoded()
+        whole, samples = _loading(images)
+        transform = whole / samples
+    return Pace(
+        read=read,
+        decode=decoding,
+        transform=transform,
+        step=measure_step_seconds(config, plan.images, plan.micro_batch, plan.precision, plan.device, seconds=PATIENCE)
+        / plan.batch_size,
+        workers=plan.workers,
+        cores=num_cores(),
+        cached=plan.cached,
+        loaded=delivered(images, plan),
+        repeats=images.repeats,
+        bytes=timed.bytes / timed.files,
+        jitter=images.crop.jitter > 0,
+    )
+
+
+@dataclass
+class TimedImages(Images):
+    """Images, and the seconds that it took to read and to decode so many files of so many bytes."""
+
+    reading: float = 0.0
+    decoding: float = 0.0
+    files: int = 0
+    bytes: int = 0
+
+    def opened(self, row: int) -> Opened:
+        start = time.perf_counter()
+        found = super().opened(row)
+        self.reading += time.perf_counter() - start
+        self.files, self.bytes = self.files + 1, self.bytes + len(found.data)
+        return found
+
+    def decoded(self, opened: Opened, boxes: np.ndarray) -> Opened:
+        start = time.perf_counter()
+        found = super().decoded(opened, boxes)
+        self.decoding += time.perf_counter() - start
+        return found
+
+
+def _loading(images: Images) -> tuple[float, int]:
+    """Seconds, and as many samples as are loaded in the time there is."""
+    order, count = Order(images.rows, images.seed, images.repeats), 16 * images.repeats
+    images[order.take(0, images.repeats)]  # the first is slower: libraries are loaded
+    if isinstance(images, TimedImages):
+        images.reading, images.decoding, images.files, images.bytes = 0.0, 0.0, 0, 0
+    done, start = 0, time.perf_counter()
+    while done < TIMED * images.repeats and time.perf_counter() - start < PATIENCE:
+        done += len(images[order.take(done, count)].batch.index)
+    return time.perf_counter() - start, done
+
+
+def delivered(images: Images, plan: Plan) -> float:
+    """Images a second from the loader with the planned workers; the time they take to start does not count."""
+    micro = images.repeats * max(1, min(plan.micro_batch, 64) // images.repeats)
+    batches = training_batches(images, start=0, batch=micro, batches=100_000, workers=plan.workers)
+    try:
+        for _ in range(max(1, 5 * plan.workers + 3 * (plan.workers > 0))):  # until what was loaded ahead is used up
+            next(batches)
+        done, start = 0, time.perf_counter()
+        while done < 16 * micro and time.perf_counter() - start < PATIENCE:
+            done += len(next(batches).batch.index)
+        return done / (time.perf_counter() - start)
+    finally:
+        batches.close()
+
+
+def say_pace(pace: Pace, plan: Plan, advice: list[str], console: Console) -> None:
+    once = " (once, before the first step)" if pace.cached else ""
+    files = pace.read * (1 if pace.cached else pace.repeats)  # seconds a file
+    speed = f" ({pace.bytes / max(files, 1e-9) / 1e6:.0f} MB/s)" if pace.bytes else ""
+    sample = "an image" if pace.repeats == 1 or pace.cached else f"a sample, of which an image gives {pace.repeats}"
+    console.say(f"read       {1e3 * pace.read:8.3f} ms {sample}{speed}{once}")
+    console.say(f"decode     {1e3 * pace.decode:8.3f} ms{once}")
+    console.say(f"transform  {1e3 * pace.transform:8.3f} ms")
+    console.say(f"step       {1e3 * pace.step:8.3f} ms: takes {1 / pace.step:.0f} images/s")
+    console.say(
+        f"{plan.workers or 'no'} loader worker{'s' * (plan.workers != 1)}: {pace.loaded:.0f} images/s, "
+        f"{pace.loaded * pace.step:.3g} times what the step takes; "
+        + (f"{pace.wait:.0%} of the time is spent on waiting for images" if pace.wait > 0.005 else "no waiting")
+    )
+    if pace.limit == STEP:
+        also = f", and data.workers={pace.enough_workers} would suffice" if plan.workers else ""
+        console.say(f"the limit is the step{also}")
+    else:
+        console.say(f"the limit is {pace.limit}: data.workers={pace.enough_workers} would keep up with the step")
+    for text in advice:
+        console.say(f"  {text}")

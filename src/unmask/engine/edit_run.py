@@ -1,0 +1,269 @@
+"""`unmask set RUN KEY=VALUE...`: change settings of a run that has begun, and keep a record of it.
+
+The files of a run carry digests, so that nobody changes them unnoticed; this is the way to change them. It refuses what
+would make the weights mean something else, derives the plan anew where it has to, and appends what was changed, by
+whom, when and at which step to `provenance.json` ("edits"), which the report shows.
+
+A run is made longer (or shorter) with `train.steps` or `train.epochs`. From the step of the change on, the learning
+rate follows the curve of a run of the new length; it goes there from its last value in a straight line, over the share
+of the remaining steps that `optim.warmup` says. Earlier steps keep the schedule they had (`Plan.earlier`), so the run
+can still be repeated exactly from any of its checkpoints.
+
+The change is written to a file of its own first and then applied, so that after a crash it is there completely or, once
+somebody resumes or sets something, completed.
+"""
+
+from __future__ import annotations
+
+import getpass
+import json
+import math
+import socket
+import time
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from unmask.config import Config, ConfigError, keys, override, parse, task_names
+from unmask.console import Console
+from unmask.engine import checkpoint
+from unmask.engine.device import choose_device, choose_precision
+from unmask.engine.load import read_config, read_plan
+from unmask.engine.plan import Plan, require_micro_batch
+from unmask.run import CONFIG, EDITS, PLAN, PROVENANCE, Run
+
+JOURNAL = ".edit.json"
+LENGTH = ("train.steps", "train.epochs")
+SCHEDULE = (*LENGTH, "optim.base_lr", "optim.final_lr", "optim.warmup")
+
+_WEIGHTS = "the weights were trained with it; start a new run from them: unmask pretrain DATA --from {run}"
+_ORDER = "the order of the images follows from it; start a new run from these weights: unmask pretrain --from {run}"
+_TESTS = "what a run is tested on must stay the same; fine-tune anew: unmask finetune"
+_BEGUN = "it had its effect when the run began"
+REFUSED = {
+    "recipe": "it says where the settings came from",
+    "graft": "weights are only taken before the first step",
+    "data.source": "a run keeps its images; if they have moved: unmask resume {run} --data NEW; for others start a new "
+    "run from these weights: unmask pretrain DATA --from {run}",
+    "data.exclude": "a run keeps its images; start a new run from these weights: unmask pretrain DATA --from {run}",
+    "data.test": _TESTS, "data.annotations": _TESTS, "data.test_annotations": _TESTS, "data.test_split": _TESTS,
+    "data.size": _WEIGHTS, "data.channels": _WEIGHTS, "data.mean": _WEIGHTS, "data.std": _WEIGHTS,
+    "data.repeats": _ORDER, "train.batch_size": _ORDER, "train.seed": _ORDER,
+    "data.nodata": _WEIGHTS, "data.alpha": _WEIGHTS, "data.pages": _WEIGHTS, "data.axes": _WEIGHTS,
+    "data.held_out": _BEGUN, "data.scan_sample": _BEGUN, "data.cache_gib": f"{_BEGUN}; set data.cache",
+    "method.name": _WEIGHTS, "method.encoder": _WEIGHTS, "method.decoder": _WEIGHTS, "method.tokenizer": _WEIGHTS,
+    "method.palette": _WEIGHTS, "method.classes": _WEIGHTS, "method.ignored": _WEIGHTS,
+    "method.values": _WEIGHTS, "method.stored_pixels": _WEIGHTS,
+    "optim.name": "the optimiser's moments are of the one before",
+}  # fmt: skip
+"""Settings, or whole branches of them, that cannot change after the first step, and why."""
+INEXACT = ("train.precision", "train.device", "train.micro_batch", "train.compile", "data.cache", "data.resize")
+"""They change results by rounding only."""
+
+
+def set_values(run_folder: str | Path, assignments: Iterable[str], *, console: Console | None = None) -> dict[str, Any]:
+    """Change settings of a run that no process trains now; returns the record of it, {} when nothing changes.
+
+    assignments: KEY=VALUE, as for `--set`. Raises ConfigError for a setting that does not exist, does not fit or cannot
+    change, RunInUse, and RunError.
+    """
+    console = console or Console(quiet=True)
+    asked = parse(assignments)
+    if not asked:
+        raise ConfigError("got no settings; expected KEY=VALUE, for example train.steps=20000")
+    run = Run.open(run_folder)
+    with run.lock():
+        complete(run)
+        config, plan = read_config(run), read_plan(run)
+        run.add_digests()
+        step = checkpoint.newest_step(run) or 0
+        new = _checked(run, config, plan, asked, step)
+        new_plan = replanned(config, new, plan, asked, step)
+        changes = {key: [_value(config, key), _value(new, key)] for key in keys(new)}
+        changes = {key: pair for key, pair in changes.items() if pair[0] != pair[1]}
+        if not changes and new_plan == plan:
+            console.say(f"{run.path}: these are its settings already; nothing was changed")
+            return {}
+        edit = _record(step, changes or {key: [value, value] for key, value in asked.items()})
+        tree = {"config": new.model_dump(mode="json"), "plan": new_plan.model_dump(mode="json"), "edit": edit}
+        run.write(JOURNAL, tree)
+        complete(run)
+        _say(run, changes, plan, new_plan, step, console)
+    return edit
+
+
+def complete(run: Run) -> None:
+    """Apply a change that was written down and perhaps cut short. The caller holds the run's lock."""
+    if not (run.path / JOURNAL).exists():
+        return
+    found = run.read(JOURNAL)
+    for name, value in ((PLAN, found["plan"]), (CONFIG, found["config"])):
+        if run.read(name) != value:
+            run.write(name, value)
+    add_edit(run, found["edit"])
+    step, steps = found["edit"]["step"], found["plan"]["steps"]
+    if (run.path / "status.json").exists() and steps:
+        state = run.status().get("state", "stopped")
+        longer = state == "finished" and steps > step
+        run.set_status("stopped" if longer else state, step, total=steps)
+    (run.path / JOURNAL).unlink()
+
+
+def add_edit(run: Run, edit: Mapping[str, Any]) -> None:
+    """Append to the record of changes in provenance.json, once."""
+    made = run.read(PROVENANCE) if (run.path / PROVENANCE).exists() else {}
+    if edit not in made.get(EDITS, []):
+        run.write(PROVENANCE, made | {EDITS: [*made.get(EDITS, []), dict(edit)]})
+
+
+def _record(step: int, changes: Mapping[str, list[Any]]) -> dict[str, Any]:
+    try:
+        user = getpass.getuser()
+    except (OSError, KeyError, ImportError):  # a container's user without a name
+        user = "unknown"
+    now = time.strftime("%Y-%m-%d %H:%M:%S%z")
+    return {"time": now, "by": f"{user}@{socket.gethostname()}", "step": step, "changes": dict(changes), "note": ""}
+
+
+def _checked(run: Run, config: Config, plan: Plan, asked: Mapping[str, Any], step: int) -> Config:
+    """The new configuration. Raises ConfigError for what cannot be."""
+    for key in asked:
+        for refused, why in REFUSED.items():
+            if key == refused or key.startswith(f"{refused}."):
+                raise ConfigError(f"{key} cannot be changed in a run that has begun: {why.format(run=run.path)}")
+    wanted = [key for key in LENGTH if key in asked]
+    if len(wanted) > 1:
+        raise ConfigError("both train.steps and train.epochs were given; leave one of them out")
+    if wanted and asked[wanted[0]] is None:
+        raise ConfigError(f"{wanted[0]}=none says no length; give a number")
+    if wanted and plan.steps == 0:
+        raise ConfigError(
+            f"{wanted[0]} cannot be set: {run.path} holds imported weights, which were not trained here; train on from "
+            f"them with: unmask pretrain DATA --from {run.path}"
+        )
+    other = [f"{key}=none" for key in LENGTH if wanted and key not in wanted]
+    new = override(config, [*other, *(f"{key}={_text(value)}" for key, value in asked.items())])
+    supervised = config.method.name in task_names()
+    if "train.test_every" in asked and not supervised:
+        raise ConfigError(
+            f"train.test_every was set, but {config.method.name} learns without labels, so there is nothing to test; "
+            "leave it out"
+        )
+    if (new.optim.average is None) != (config.optim.average is None) and step:
+        raise ConfigError(
+            "optim.average can be changed, but neither begun nor dropped after the first step; start a new run"
+        )
+    require_micro_batch(new)
+    require_same_weights(config, new, plan)
+    return new
+
+
+def require_same_weights(config: Config, new: Config, plan: Plan) -> None:
+    """Raises ConfigError when the checkpoints of `config` would not fit `new`."""
+    with torch.device("meta"):
+        methods = [each.build(plan.images) for each in (config, new)]
+    before, after = (method.state_dict() for method in methods)
+    shapes = {name: (before.get(name), after.get(name)) for name in [*before, *after]}
+    for name, (old, now) in shapes.items():
+        if old is None or now is None or old.shape != now.shape:
+            sizes = [None if tensor is None else tuple(tensor.shape) for tensor in (old, now)]
+            raise ConfigError(
+                f"this cannot be changed in a run that has begun: its weights would not fit ({name}: {sizes[0]} would "
+                f"become {sizes[1]}); start a new run"
+            )
+    own, other = ({n for n, value in method.named_parameters() if value.requires_grad} for method in methods)
+    if own != other:
+        name = min(own ^ other)
+        raise ConfigError(
+            f"this cannot be changed in a run that has begun: {name} would be trained "
+            f"{'no longer' if name in own else 'from now on'}, and the optimiser's moments are those of other weights; "
+            "start a new run"
+        )
+
+
+def replanned(config: Config, new: Config, plan: Plan, asked: Mapping[str, Any], step: int) -> Plan:
+    """The plan for changed settings; what does not follow from them stays as it is."""
+    train, changes = new.train, dict[str, Any]()
+    if new.data.workers is not None:
+        changes["workers"] = new.data.workers
+    if new.data.cache is not None:
+        changes["cached"] = new.data.cache
+    if "train.device" in asked:
+        changes["device"] = choose_device(train.device)
+    if {"train.device", "train.precision"} & asked.keys():
+        changes["precision"] = choose_precision(train.precision, changes.get("device", plan.device))[0]
+    if train.micro_batch is not None:
+        changes |= {"micro_batch": train.micro_batch, "accumulation": train.batch_size // train.micro_batch}
+    if train.picture_every is not None:
+        changes["picture_every"] = train.picture_every
+    if train.test_every is not None and config.method.name in task_names():
+        changes["test_every"] = train.test_every
+    plan = plan.model_copy(update=changes)
+    return rescheduled(new, plan, asked, step) if set(SCHEDULE) & asked.keys() else plan
+
+
+def rescheduled(new: Config, plan: Plan, asked: Mapping[str, Any], step: int) -> Plan:
+    """The plan with another length or learning rate from `step` on; see the module docstring."""
+    steps = plan.steps
+    if "train.steps" in asked and new.train.steps is not None:
+        steps = new.train.steps
+    elif "train.epochs" in asked and new.train.epochs is not None:
+        steps = max(1, math.ceil(new.train.epochs * plan.num_images / plan.batch_size))
+    if steps < max(1, step):
+        raise ConfigError(
+            f"got {steps} steps in all, but this run has made {step} already; give {step} to end it here, or more"
+        )
+    peak = plan.peak_lr if "optim.base_lr" not in asked else new.optim.base_lr * plan.batch_size / 256
+    warmup = round(new.optim.warmup * steps) if "optim.warmup" in asked or step <= plan.warmup_steps else None
+    changes = {
+        "steps": steps,
+        "warmup_steps": plan.warmup_steps if warmup is None else warmup,
+        "peak_lr": peak,
+        "final_lr": new.optim.final_lr * peak,
+        "epochs": steps * plan.batch_size / plan.num_images,
+        "replans": (),
+        "budget": None if set(LENGTH) & asked.keys() else plan.budget,
+    }
+    if all(getattr(plan, key) == value for key, value in changes.items() if key != "replans"):
+        return plan
+    if step == 0:
+        return plan.model_copy(update=changes)
+    ramp, last = round(new.optim.warmup * (steps - step)), plan.lr(step - 1)
+    why = f"changed at step {step}: {steps} steps in all, {plan.steps} were planned"
+    if steps > step:
+        why += f"; the learning rate goes from {last:.3g} to the curve of the new length over {ramp} steps"
+    # Of a change at the same step no step was trained, so the plan before that one is what there is to keep.
+    before = plan.earlier if plan.earlier is not None and plan.since == step else plan
+    earlier = before.model_copy(update={"excluded": (), "test_rows": (), "reasons": ()})
+    begun = {"earlier": earlier, "since": step, "ramp": ramp, "from_lr": last, "reasons": (*plan.reasons, why)}
+    return plan.model_copy(update=changes | begun)
+
+
+def _say(run: Run, changes: Mapping[str, Any], plan: Plan, new: Plan, step: int, console: Console) -> None:
+    for key, (old, now) in changes.items():
+        other = next((f" ({name} decides)" for name in LENGTH if key in LENGTH and name != key and now is None), "")
+        console.say(f"{key}: {'none' if old is None else old} -> {'none' if now is None else now}{other}")
+    for reason in new.reasons[len(plan.reasons) :]:
+        console.say(f"  {reason}")
+    if inexact := [key for key in INEXACT if key in changes]:
+        console.say(f"  {', '.join(inexact)}: results may differ in rounding from an unchanged run from here on")
+    if new.steps > step:
+        console.say(f"{run.path}: recorded; continue with: unmask resume {run.path}")
+    else:
+        console.say(f"{run.path}: recorded")
+
+
+def _text(value: Any) -> str:
+    return "none" if value is None else value if isinstance(value, str) else json.dumps(value)
+
+
+def _value(config: Config, key: str) -> Any:
+    tree: Any = config.model_dump(mode="json")
+    with suppress(KeyError):
+        for part in key.split("."):
+            tree = tree[part]
+        return tree
+    return None

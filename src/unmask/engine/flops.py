@@ -1,0 +1,122 @@
+"""FLOPs, counted: what torch dispatches in a method's real forward and backward pass, on the meta device.
+
+Matrix products and convolutions are counted, 2 FLOPs to a multiply-accumulate; sums, norms, softmax and look-ups are
+not, as in every published number. Attention counts with its two products, a causal mask does not make it cheaper.
+Nothing is computed and no memory for weights is needed, so a ViT-H is counted as fast as a small one; a method that
+looks at values in its loss is counted on the CPU instead.
+
+Letters: n tokens, d width. A block is 12 n d^2 + 2 n^2 d multiply-accumulates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from unmask.batch import ImageSpec
+from unmask.config import Config
+from unmask.engine.plan import example_batch
+from unmask.method import Clock, Method
+from unmask.rng import Draws
+
+COUNTED = 2  # images: what is done once for a whole batch, and a BatchNorm, want more than one
+
+
+@dataclass(frozen=True)
+class Flops:
+    """FLOPs of one image. `encoder`, `decoder` and `rest` are the forward pass of the loss, `training` is forward and
+    backward as counted (about three times that), `whole` the encoder on every patch, nothing masked."""
+
+    encoder: int
+    decoder: int
+    rest: int
+    training: int
+    whole: int
+
+    @property
+    def forward(self) -> int:
+        return self.encoder + self.decoder + self.rest
+
+    @property
+    def masked(self) -> bool:
+        """Whether the encoder is spared the hidden patches; embedding the visible ones alone saves next to nothing."""
+        return self.encoder < 0.98 * self.whole
+
+
+def count_flops(config: Config, images: ImageSpec) -> Flops:
+    """Of one image of this shape, for this method with these settings.
+
+    A method of your own may look at values in its loss, which meta tensors have not: torch then raises one of two
+    errors with whatever words, and the same pass is counted on the CPU, where a true fault shows itself once more.
+    """
+    try:
+        return _count(config, images, "meta")
+    except (RuntimeError, NotImplementedError):
+        return _count(config, images, "cpu")
+
+
+def typical_images(config: Config) -> ImageSpec:
+    """Images as the configuration expects them where there are none to look at: RGB unless it says otherwise."""
+    channels = config.data.channels or len(config.data.mean or config.data.std or (0, 0, 0))
+    return ImageSpec(channels, config.data.size, "uint8", (127.5,) * channels, (64.0,) * channels)
+
+
+def blocks_flops(blocks: Iterable[nn.Module], tokens: int, width: int, *, last: int | None = None) -> int:
+    """Transformer blocks alone on one sequence of so many tokens, class token included or not as you count.
+
+    last: only so many tokens at the end are wanted of each (see `nn.blocks.Block`).
+    """
+    with torch.device("meta"), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _counter() as counter:
+        x = torch.empty(1, tokens, width)
+        for block in blocks:
+            block = block.to("meta")
+            x = block(x) if last is None else block(x, last=last)
+    return counter.get_total_flops()
+
+
+def build_unallocated(config: Config, images: ImageSpec) -> Method:
+    """The method without memory for its weights."""
+    with torch.device("meta"):
+        return config.build(images)
+
+
+def _count(config: Config, images: ImageSpec, device: str) -> Flops:
+    with torch.random.fork_rng(devices=[]), torch.device(device):
+        method = config.build(images)
+    batch = example_batch(images, COUNTED, device)
+    clock = Clock(0, 1, Draws(0, batch.epoch, batch.index))
+    with sdpa_kernel(SDPBackend.MATH):
+        with _counter() as counter:
+            value: Tensor = method(batch, clock).value
+            forward, parts = counter.get_total_flops(), counter.get_flop_counts()
+            encoder, decoder = (_under(parts, f"{type(method).__name__}.{part}") for part in ("encoder", "decoder"))
+            value.backward()
+        with torch.no_grad(), _counter() as alone:
+            method.encoder(batch.images)
+    rest = forward - encoder - decoder
+    assert rest >= 0, "a part was counted twice"
+    each = (encoder, decoder, rest, counter.get_total_flops(), alone.get_total_flops())
+    return Flops(*(number // COUNTED for number in each))
+
+
+def _counter() -> FlopCounterMode:
+    """Counts also what `nn.linear` takes elsewhere, where a CPU computes it."""
+
+    def flops(x: torch.Size, weight: torch.Size, *rest: object, out_shape: object = None) -> int:
+        return 2 * x.numel() * weight[0]
+
+    name = "_linear_pointwise"
+    more = {getattr(torch.ops.mkldnn, name): flops} if hasattr(torch.ops.mkldnn, name) else {}
+    return FlopCounterMode(display=False, custom_mapping=more)
+
+
+def _under(counts: dict[str, dict[object, int]], part: str) -> int:
+    """What was counted in `part` or, where only pieces of it were called, in the largest pieces."""
+    inside = [name for name in counts if name == part or name.startswith(part + ".")]
+    largest = [name for name in inside if not any(name.startswith(other + ".") for other in inside)]
+    return sum(sum(counts[name].values()) for name in largest)

@@ -1,0 +1,191 @@
+"""What a new run takes from other runs and from files: weights to start from, a tokenizer, a palette, drawn masks.
+
+All of it becomes settings (and `Graft` entries, which `train.begin` performs before step 0), so that the Run's
+config.json says where everything came from. Nothing is taken that is of the wrong kind, and nothing is made up.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from unmask.batch import ImageSpec
+from unmask.config import Config, ConfigError, Graft, parse
+from unmask.data.patch_mask_file import hidden_share, read_masks
+from unmask.engine import checkpoint
+from unmask.engine.load import licence_of, read_config, read_plan, take_weights
+from unmask.errors import UserError
+from unmask.recipes import catalogue
+from unmask.run import Run
+from unmask.system.json_input import LARGEST, Outside, checked, read_json
+
+
+class PaletteFile(Outside):
+    """What `unmask palette` writes, as far as it is used: colours (k, C) in units of the files."""
+
+    colours: Annotated[list[Annotated[list[float], Field(min_length=1, max_length=64)]], Field(
+        min_length=2, max_length=LARGEST
+    )]  # fmt: skip
+    dtype: Literal["uint8", "uint16", "float32"]
+
+
+TOKENIZER = "target.tokenizer."  # where methods that predict codes keep the network that makes them
+DVAE = ""  # and where the method that trains it does: it is nothing else
+
+
+def continued(from_run: str | Path, recipe: str) -> Config:
+    """The configuration of a run that starts from the weights of another Run.
+
+    With recipe "auto" it is that Run's own, and the whole method goes on; with a named recipe only the encoder is
+    taken. The normalisation stays that of the weights. Raises ValueError for a folder that is no Run, or has no
+    checkpoint.
+    """
+    run = Run.open(from_run)
+    step, _ = checkpoint.load_model(run)
+    spec, whole = read_plan(run).images, recipe == "auto"
+    config = read_config(run) if whole else catalogue.find(recipe)
+    if config.method.name == "encoder":
+        raise ConfigError(
+            f"--from {from_run} is the run of an encoder only, which says not what to train it for; name the task with "
+            "--recipe NAME (`unmask recipes` lists them), such as mae_base"
+        )
+    part = "" if whole else "encoder."
+    data: dict[str, Any] = {"size": spec.size, "channels": spec.channels, "mean": spec.mean, "std": spec.std}
+    data |= config.data.as_settled(read_plan(run).reading)
+    taken = Graft(run=str(run.path.absolute()), source=part, target=part, step=step)
+    return config.model_copy(update={"data": config.data.model_copy(update=data), "graft": (taken,)})
+
+
+def licence(config: Config) -> dict[str, str]:
+    """What a Run's provenance says of the licence of the weights it starts from; {} where there is none."""
+    runs = [Run(entry.run) for entry in config.graft if not entry.target.startswith(TOKENIZER)]
+    said = dict.fromkeys(words for run in runs if (words := licence_of(run)))
+    return {"licence": "; ".join(said)} if said else {}
+
+
+def require_size(config: Config) -> None:
+    """Raises ConfigError for images that are no whole number of the patches that the weights to come are for."""
+    patch = getattr(getattr(config.method, "encoder", None), "patch", None)
+    if not config.graft or patch is None:
+        return
+    for side, length, step in zip(("height", "width"), config.data.size, patch, strict=True):
+        if length % step:
+            near = [str(n) for n in (length // step * step, (length // step + 1) * step) if n]
+            raise ConfigError(
+                f"image {side} {length} is not a multiple of patch size {step}, which the weights decide; use "
+                f"{' or '.join(near)}"
+            )
+
+
+def with_tokenizer(path: str | Path, others: Iterable[Graft]) -> list[str]:
+    """The settings, as KEY=VALUE, of a run that predicts the codes of the dVAE run `path`, beside `others` it takes.
+
+    Raises ValueError for a run of another method, one without a checkpoint, or a second tokenizer.
+    """
+    run = Run.open(path)
+    config = read_config(run)
+    if config.method.name != "dvae":
+        raise ConfigError(
+            f"--tokenizer {path} is a run of {config.method.name}, the run of a dVAE was expected: train one with "
+            "`unmask pretrain DATA --recipe dvae_nano --out runs/tokenizer` and give --tokenizer runs/tokenizer"
+        )
+    if any(TOKENIZER.startswith(entry.target) for entry in others):
+        raise ConfigError(
+            "both --from and --tokenizer came, but the run of --from goes on with the tokenizer it has; leave "
+            "--tokenizer out, or name a --recipe to take the encoder only"
+        )
+    step, _ = checkpoint.load_model(run)
+    network = config.method.model_dump(mode="json")["encoder"]
+    graft = Graft(run=str(run.path.absolute()), source=DVAE, target=TOKENIZER, step=step)
+    grafts = [entry.model_dump(mode="json") for entry in (*others, graft)]
+    return [f"method.tokenizer={json.dumps(network)}", f"graft={json.dumps(grafts)}"]
+
+
+def with_masks(path: str | Path) -> list[str]:
+    """The settings, as KEY=VALUE, of a run whose masks are drawn in a file. Raises ValueError when it holds none."""
+    patterns = read_masks(path)
+    return [
+        "method.mask=pattern",
+        f"method.pattern={json.dumps(patterns)}",
+        f"method.mask_ratio={hidden_share(patterns)!r}",
+    ]
+
+
+def with_palette(path: str | Path) -> list[str]:
+    """The settings, as KEY=VALUE, of an iGPT with the colours of a file of `unmask palette`, or of another iGPT's Run.
+
+    Raises ValueError for a run of another method, or a file that holds no palette.
+    """
+    path = Path(path)
+    if path.is_dir():
+        run = Run.open(path)
+        method = read_config(run).method.name
+        if method != "igpt":
+            raise ConfigError(
+                f"--palette {path} is a run of {method}, the run of an iGPT or a file of `unmask palette` was "
+                "expected: make one with `unmask palette DATA`"
+            )
+        colours = checkpoint.load_model(run)[1]["encoder.palette"].tolist()
+        dtype = read_plan(run).images.dtype
+    else:
+        if not path.exists():
+            raise UserError(f"palette file {path} does not exist; make one with `unmask palette DATA`")
+        where = f"palette file {path}"
+        found = checked(PaletteFile, read_json(path), where, "make one with `unmask palette DATA`")
+        colours, dtype = found.colours, found.dtype
+        if len({len(colour) for colour in colours}) != 1:
+            raise UserError(f"{where}: its colours have different numbers of channels; make one with `unmask palette`")
+    return [
+        f"method.palette={json.dumps(colours)}",
+        f"method.palette_dtype={dtype}",
+        f"method.encoder.colours={len(colours)}",
+    ]
+
+
+def require_own_settings(option: str, filled: Iterable[str], settings: Iterable[str], config: Config) -> None:
+    """Raises ConfigError when what an option fills in was also set by hand, or is nothing that the method has."""
+    asked, keys = parse(settings), [key for key in parse(filled) if key != "graft"]
+    if both := sorted(set(asked) & set(keys)):
+        raise ConfigError(f"both {option} and {both[0]} were given, which say the same; leave one of them out")
+    known = config.model_dump()["method"]
+    if missing := [key.removeprefix("method.") for key in keys if key.split(".")[1] not in known]:
+        raise ConfigError(
+            f"{option} was given, but {config.method.name} has no setting {missing[0]}, so it would be ignored; leave "
+            "it out, or choose another --recipe"
+        )
+
+
+def require_tokenizer(config: Config) -> None:
+    """Raises ConfigError when the tokenizer's weights would come from nowhere."""
+    settings: Any = config.method
+    if getattr(settings, "tokenizer", None) is None:
+        return
+    if not any(TOKENIZER.startswith(entry.target) for entry in config.graft):
+        raise ConfigError(
+            "method.tokenizer is set, but its weights come from nowhere; give the run of a trained dVAE instead: "
+            "--tokenizer RUN"
+        )
+
+
+def require_grafts(config: Config, images: ImageSpec) -> None:
+    """Try the grafts on a throw-away method, so that what does not fit is said before there is a Run."""
+    for entry in config.graft:
+        run = Run.open(entry.run)
+        theirs = read_plan(run).images
+        option = "--tokenizer" if entry.target == TOKENIZER else "--from"
+        if theirs.dtype != images.dtype:
+            raise UserError(
+                f"these images are {images.dtype}, the run {entry.run} was trained on {theirs.dtype}: its "
+                f"normalisation does not fit them; convert the images, or train without {option}"
+            )
+        if theirs.channels != images.channels:
+            raise UserError(
+                f"these images have {images.channels} channels, the run {entry.run} was trained on {theirs.channels}; "
+                f"convert the images, set data.channels={theirs.channels}, or train without {option}"
+            )
+    if config.graft:
+        take_weights(config.build(images), config)

@@ -1,0 +1,180 @@
+"""`unmask check DATA`: what is in a folder of images, what is broken, which recipe fits, and how long it would take."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from typing import Any
+
+from unmask.config import DataConfig
+from unmask.console import Console, duration
+from unmask.data.findings import is_plain, table
+from unmask.data.scan import Scan, scan
+from unmask.data.sources.open_source import Source, open_source
+from unmask.data.sources.pages import read_as
+from unmask.engine.device import choose_device
+from unmask.engine.image_size import consequence
+from unmask.engine.plan import Timing, time_steps
+from unmask.engine.pretrain import batch_seconds, drafted, odd_images, patch_of, prepare, say_plan, settle, skipped
+from unmask.errors import some
+
+NAMED_BAD_FILES = 20
+MEASURE_SECONDS = 6.0
+
+
+def check_data(
+    data: str | Sequence[str],
+    console: Console,
+    *,
+    sample: int | None,
+    workers: int | None,
+    settings: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+) -> tuple[int, dict[str, Any]]:
+    """Returns (exit code, summary): 0 when the data can be trained on, 2 when not.
+
+    Every file is looked at, those too that `unmask pretrain` would not look at again; it need not look at them then.
+
+    sample: look at this many files, None for all. workers: processes that look; 0 and None leave it to the scan, which
+    starts some where that is worth it, as `unmask pretrain` does. settings: KEY=VALUE assignments, as there.
+    """
+    draft = drafted(None, "auto", list(settings), None)
+    source = read_as(open_source(data, exclude), draft.data.reading)
+    with console.progress("checking files", min(len(source), sample or len(source))) as bar:
+        found = scan(
+            source,
+            sample=sample,
+            workers=workers or None,
+            channels=draft.data.channels,
+            anew=True,
+            progress=bar.update,
+        )
+    summary: dict[str, Any] = {
+        "data": source.name,
+        "files": found.files,
+        "checked": found.checked,
+        "good": found.good,
+        "usable": found.usable,
+        "bad": [vars(bad) for bad in found.bad],
+        "passed_over": dict(+source.skipped),
+        "excluded": source.excluded,
+        "classes": list(source.classes),
+        "median_size": list(found.median_size),
+        "channels": dict(found.channels),
+        "dtypes": dict(found.dtypes),
+        "formats": dict(found.formats),
+        "tolerated": dict(found.tolerated),
+        "kinds": table(found),
+        "reading": found.reading.model_dump(),
+        "absent_share": found.absent_share,
+        "absent_files": found.absent_files,
+        "empty_files": found.empty_files,
+        "mean": list(found.mean),
+        "std": list(found.std),
+    }
+    if source.skipped or source.excluded:
+        console.say(f"{source.name}: {len(source)} images found{skipped(source)}")
+    say_scan(found, source, console)
+    if not found.good:
+        console.warn("no image can be read, so `unmask pretrain` would refuse this; the reasons stand above")
+        return 2, summary
+    for line in odd_images(source, found):
+        console.warn(line)
+    summary |= forecast(source, found, console, list(settings), choose_device(draft.train.device))
+    most = DataConfig().max_bad_fraction
+    if found.bad_fraction > most:
+        console.warn(
+            f"{found.bad_fraction:.1%} of the files cannot be read; at more than {most:.0%} `unmask pretrain` stops"
+        )
+        return 2, summary
+    options = [text for each in exclude for text in ("--exclude", each)]
+    options += [text for each in settings for text in ("--set", each)]
+    named = [data] if isinstance(data, str) else list(data)
+    console.say(f"train on them with: {shlex.join(['unmask', 'pretrain', *named, *options])}")
+    return 0, summary
+
+
+def say_scan(found: Scan, source: Source, console: Console) -> None:
+    console.say(
+        f"{found.files} files, {found.checked} checked in {duration(found.seconds)}: {found.good} good, "
+        f"{len(found.bad)} bad"
+    )
+    if found.forgotten:
+        console.say(f"the next command will look at all files again: {found.forgotten}")
+    for bad in found.bad[:NAMED_BAD_FILES]:
+        console.say(f"  {bad.code:20s} {bad.name}: {bad.detail}")
+    if len(found.bad) > NAMED_BAD_FILES:
+        console.say(f"  ... and {len(found.bad) - NAMED_BAD_FILES} more (all of them with --json)")
+    if not found.good:
+        return
+    (low_h, low_w), (mid_h, mid_w), (top_h, top_w) = found.min_size, found.median_size, found.max_size
+    console.say(f"size (height x width): median {mid_h} x {mid_w}, from {low_h} x {low_w} to {top_h} x {top_w}")
+    for title, counts in (("channels", found.channels), ("dtype", found.dtypes), ("format", found.formats)):
+        console.say(f"{title}: " + ", ".join(f"{key} in {count}" for key, count in counts.most_common()))
+    if not is_plain(found):
+        say_table(table(found), console)
+    if found.dtype_majority == "uint16" and "uint8" in found.dtypes:
+        console.say("8-bit images among 16-bit ones have their values multiplied by 257")
+    console.say(
+        "mean "
+        + ", ".join(f"{value:.4g}" for value in found.mean)
+        + "; std "
+        + ", ".join(f"{value:.4g}" for value in found.std)
+        + " (per channel, in the files' units)"
+    )
+    console.say(f"labels: {labels_line(source)}")
+
+
+def labels_line(source: Source) -> str:
+    """The classes of a source, or why it has none."""
+    if source.classes:
+        return f"{len(source.classes)} classes ({some(source.classes)})"
+    if source.unlabelled:
+        return f"none, because {source.unlabelled} (pre-training needs none)"
+    return "none (pre-training needs none)"
+
+
+def say_table(rows: list[dict[str, Any]], console: Console) -> None:
+    """Aligned columns: kinds of file, what they hold, and what is made of it."""
+    titles = list(rows[0])
+    lines = [titles, *([str(row[title]) for title in titles] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        cells = (f"{cell:{width}}" for cell, width in zip(line, widths, strict=True))
+        console.say("  " + "  ".join(cells).rstrip())
+
+
+def forecast(source: Source, found: Scan, console: Console, settings: list[str], device: str) -> dict[str, Any]:
+    """The plan that `unmask pretrain` would make with the recipe `auto`, a few steps of it measured, and its cost."""
+    config, reasons, proposals = settle(source, found, "auto", settings, device, budget=None)
+    size = consequence(found.median_size, config.data.size, patch_of(config))
+    console.say(size)
+    images, plan = prepare(source, found, config, device, budget=None, reasons=reasons)
+    load = batch_seconds(images, plan.batch_size, plan.workers, cached=plan.cached)
+    compute = Timing.of(
+        time_steps(config, plan.images, plan.micro_batch, plan.precision, device, seconds=MEASURE_SECONDS)
+    )
+    timing = compute.with_loading(load, plan.workers)
+    each, takes = timing.median, [duration(plan.steps * seconds) for seconds in timing]
+    say_plan(plan, config, console)
+    console.say(f"recipe: {config.recipe} {' '.join(f'--set {item}' for item in proposals)}".rstrip())
+    console.say(
+        f"forecast on {device}: {timing.words()} a step, {plan.batch_size / each:.0f} images/s; {plan.steps} steps "
+        f"take about {takes[0]} ({takes[1]} to {takes[2]})" + ("; loading is the limit" if load > compute else "")
+    )
+    if timing.busy:
+        console.warn(
+            "the time of a step differs much between measurements: another program uses this machine, and the forecast "
+            "holds only while it does"
+        )
+    return {
+        "recipe": config.recipe,
+        "settings": proposals,
+        "reasons": [size, *plan.reasons],
+        "step_seconds": each,
+        "step_seconds_range": list(timing[1:]),
+        "steps": plan.steps,
+        "forecast_seconds": plan.steps * each,
+        "forecast_seconds_range": [plan.steps * seconds for seconds in timing[1:]],
+        "device": device,
+    }

@@ -1,0 +1,79 @@
+"""`unmask prune`: free disk space in a run folder without losing what the run is for.
+
+Removed are features that probes stored for the next time (they are computed again when needed) and checkpoints but the
+newest sound ones. The weights that a run is used with, its results, pictures and logs always stay.
+"""
+
+from __future__ import annotations
+
+import shutil
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from unmask.console import Console
+from unmask.engine import checkpoint
+from unmask.errors import UserError
+from unmask.run import Run
+
+
+@dataclass(frozen=True)
+class Removable:
+    """A folder inside a run that is not needed: `what` for a person, `bytes` on disk."""
+
+    path: str
+    what: str
+    bytes: int
+
+
+def prune_run(path: Path, *, keep_checkpoints: int, dry_run: bool, console: Console) -> dict[str, Any]:
+    """Remove what a run does not need, or only report it, and return the list.
+
+    keep_checkpoints: newest sound ones to keep, at least 1. Raises RunInUse while the run trains, UserError for a run
+    without a sound checkpoint, of which nothing is removed.
+    """
+    if keep_checkpoints < 1:
+        raise UserError(f"got --keep-checkpoints {keep_checkpoints}; expected 1 or more: a run without weights is lost")
+    run = Run.open(path)
+    with run.lock():
+        found = [*_stored_features(run), *_old_checkpoints(run, keep_checkpoints)]
+        for each in found if not dry_run else []:
+            shutil.rmtree(each.path)
+    total = sum(each.bytes for each in found)
+    for each in found:
+        console.say(f"{'would remove' if dry_run else 'removed'} {each.path}: {each.what}, {each.bytes / 1e6:,.1f} MB")
+    console.say(f"{total / 1e6:,.1f} MB {'would be freed' if dry_run else 'freed'} in {run.path}")
+    return {"run": str(run.path), "bytes": total, "removed": not dry_run, "folders": [asdict(each) for each in found]}
+
+
+def _stored_features(run: Run) -> list[Removable]:
+    folders = [folder for folder in (run.path / "features", *run.path.glob("*/features")) if folder.is_dir()]
+    return [Removable(str(folder), "features stored by probes", _bytes(folder)) for folder in folders]
+
+
+def _old_checkpoints(run: Run, keep: int) -> list[Removable]:
+    """All checkpoints but the `keep` newest sound ones; damaged ones that were set aside are removed too."""
+    sound: list[Path] = []
+    for _, path in checkpoint.steps_on_disk(run):
+        if len(sound) < keep:
+            with suppress(checkpoint.Damaged):
+                checkpoint.require_own(run, path, checkpoint.verify(path))
+                sound.append(path)
+    folders = sorted(folder for folder in run.checkpoints.glob("step-*") if folder.is_dir())
+    if folders and not sound:
+        raise UserError(f"{run.path} has no sound checkpoint; nothing is removed, so that no weights are lost")
+    return [
+        Removable(str(folder), "an older checkpoint" if folder.suffix == "" else "a damaged checkpoint", _bytes(folder))
+        for folder in folders
+        if folder not in sound and not _awaits_resume(folder)
+    ]
+
+
+def _awaits_resume(folder: Path) -> bool:
+    """Whether this is the only copy of a checkpoint, left by a crash while its step was written again."""
+    return folder.suffix == checkpoint.REPLACED and not folder.with_suffix("").exists()
+
+
+def _bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

@@ -1,0 +1,95 @@
+"""Write the features of every image to a table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from unmask.console import Console
+from unmask.data.sources.open_source import open_source
+from unmask.data.sources.pages import read_as
+from unmask.engine.device import choose_device
+from unmask.engine.load import load
+from unmask.errors import UserError, naming
+from unmask.evals.images import features
+from unmask.run import Run
+
+FEATURES = "features"  # of a Run: tables stored for the next probe or embed
+
+
+def embed_images(
+    run: Path,
+    data: str | Sequence[str],
+    out: Path,
+    *,
+    exclude: Sequence[str] = (),
+    step: int | None,
+    device: str,
+    console: Console,
+) -> dict[str, Any]:
+    """Write the features of every image to .parquet or .npz: nothing masked, and the same bytes every time.
+
+    One row per image, in the order of the source: `name` (relative to DATA, '/'-separated), `label` (the class's name;
+    only where DATA has classes), `cls` (the class token, only where the encoder has one) and `mean` (over patch
+    tokens), float32 vectors of the encoder's width. In .npz each is an array of that name. Returns the object that
+    --json prints. Raises ValueError when there is nothing to embed or nowhere to write.
+    """
+    if out.suffix not in (".parquet", ".npz"):
+        raise UserError(f"output file {out} came; a name that ends in .parquet or .npz was expected")
+    if not out.resolve().parent.is_dir():
+        raise UserError(f"the folder {out.resolve().parent} does not exist; make it first, or choose another --out")
+    loaded = load(run, device=choose_device(device), step=step)
+    source = read_as(open_source(data, exclude), loaded.plan.reading)
+    rows = np.arange(len(source))
+    encoders = {"encoder": loaded.method.encoder}
+    # fp32 always: these numbers are kept, and should be the same on a laptop and a server but for rounding.
+    tables = features(
+        loaded,
+        encoders,
+        source,
+        rows,
+        precision="fp32",
+        title="embedding",
+        console=console,
+        folder=Run.open(run).path / FEATURES,
+    )
+    table = tables["encoder"]
+    names = [source.names[row] for row in table.index.tolist()]
+    labels = None if table.labels is None else [source.classes[label] for label in table.labels.tolist()]
+    _write_features(out, names, labels, table.cls, table.mean)
+    console.say(f"{out}: {len(names)} images, width {table.mean.shape[1]}, from step {loaded.step} of {run}")
+    columns = ["name", *["label"] * (labels is not None), *["cls"] * (table.cls is not None), "mean"]
+    return {
+        "out": str(out),
+        "images": len(names),
+        "left_out": len(source) - len(names),
+        "columns": columns,
+        "width": int(table.mean.shape[1]),
+        "step": loaded.step,
+    }
+
+
+def _write_features(
+    out: Path, names: list[str], labels: list[str] | None, cls: np.ndarray | None, mean: np.ndarray
+) -> None:
+    texts = {"name": names} | ({"label": labels} if labels is not None else {})
+    vectors = {name: value for name, value in (("cls", cls), ("mean", mean)) if value is not None}
+    partial = out.with_name(f".{out.name}.partial")  # the final name only ever holds a complete file
+    try:
+        if out.suffix == ".npz":
+            with naming(out), partial.open("wb") as file:  # NumPy dates every member 1980-01-01: equal bytes each time
+                np.savez(file, **{name: np.array(text) for name, text in texts.items()}, **vectors)  # type: ignore[arg-type]
+        else:
+            import pyarrow as pa
+            import pyarrow.parquet as pq
+
+            columns: dict[str, Any] = dict(texts)
+            for name, value in vectors.items():
+                columns[name] = pa.FixedSizeListArray.from_arrays(pa.array(value.reshape(-1)), value.shape[1])
+            pq.write_table(pa.table(columns), partial, compression="zstd")
+        partial.replace(out)
+    finally:
+        partial.unlink(missing_ok=True)

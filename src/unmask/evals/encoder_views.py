@@ -1,0 +1,98 @@
+"""Which features of an encoder are measured: of its `forward`, of one layer, or with tokens hidden as in training.
+
+iGPT's features are best in the middle, so its probe takes the best layer (Chen et al. 2020, section 4.1); and an
+encoder that was trained with hidden tokens is out of its depth without them, so its BERT form is measured with a mask,
+or with the majority over several (section 4.6). Layers are compared on a part of the TRAINING images only.
+
+Letters: n training images, m test images, D width of a feature.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from unmask.batch import Batch
+from unmask.data.splits import VOTES
+from unmask.errors import UserError
+from unmask.nn.features import Features
+from unmask.rng import Draws, Stream, words
+
+EVALUATION_EPOCH = 2**31 - 1  # none of training's, so that no mask is one that was trained with
+
+Hide = Callable[[Draws], Tensor]
+"""Draws of B images -> (B, N) bool: the tokens to hide."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Which layer a probe measures, 0 to `last`, and how it was chosen, in words."""
+
+    number: int
+    last: int
+    why: str
+
+
+class View(nn.Module):
+    """An encoder seen in one way. layer: None for what its `forward` gives. hide: None hides nothing; mask: which one.
+
+    The mask of an image depends on `mask` and the image's row alone.
+    """
+
+    def __init__(self, encoder: nn.Module, layer: int | None = None, hide: Hide | None = None, mask: int = 0) -> None:
+        super().__init__()
+        self.encoder, self.layer, self.hide, self.mask = encoder, layer, hide, mask
+
+    def see(self, batch: Batch) -> Features:
+        """The features of one batch, its images on the encoder's device."""
+        if self.layer is None and self.hide is None:
+            return self.encoder(batch.images)
+        number = self.encoder.layer if self.layer is None else self.layer
+        return next(islice(self.every_layer(batch), number, None))  # type: ignore[arg-type]
+
+    def every_layer(self, batch: Batch) -> Iterator[Features]:
+        """The features of all layers, one after the other."""
+        if self.hide is None:
+            return self.encoder.feature_layers(batch.images)  # type: ignore[operator]
+        epoch = torch.full_like(batch.index, EVALUATION_EPOCH)
+        hidden = self.hide(Draws(self.mask, epoch, batch.index))
+        return self.encoder.feature_layers(batch.images, hidden)  # type: ignore[operator]
+
+
+def wanted_layer(encoder: nn.Module, layer: str | None) -> str | None:
+    """As asked for ("best", "last" or a number), or what suits the encoder; None is what its `forward` gives.
+
+    Raises ValueError for a layer that is none of these, or that this encoder does not offer.
+    """
+    if layer is None:
+        return getattr(encoder, "probe_layer", None)
+    if layer not in ("best", "last") and not layer.isdecimal():
+        raise UserError(f"layer {layer!r} came; best, last or a number was expected")
+    if not hasattr(encoder, "feature_layers"):
+        if layer == "last":
+            return None
+        raise UserError(f"layer {layer} came, but this encoder has no layers to choose from; leave --layer out")
+    last = len(encoder.blocks)  # type: ignore[arg-type]
+    if layer.isdecimal() and int(layer) > last:
+        raise UserError(f"layer {layer} came for an encoder of {last} blocks; use 0 to {last}")
+    return layer
+
+
+def majority(predictions: np.ndarray, index: np.ndarray, seed: int) -> np.ndarray:
+    """The class that most votes are for: (votes, m) -> (m,) int64. Ties are broken at random, by seed and image row."""
+    votes = np.stack([(predictions == label).sum(0) for label in range(predictions.max() + 1)], 1)  # (m, K)
+    leads = votes == votes.max(1, keepdims=True)
+    draws = words(seed, Stream.LABELS, np.full_like(index, VOTES), np.asarray(index, np.int64), 1)[:, 0]
+    place = draws % leads.sum(1)  # which of the leaders
+    return (np.cumsum(leads, 1) > place[:, None]).argmax(1).astype(np.int64)
+
+
+def best_layer(accuracies: Sequence[float]) -> int:
+    """The most accurate; of equals the one nearest to the middle, then the lower."""
+    middle = (len(accuracies) - 1) / 2
+    return min(range(len(accuracies)), key=lambda n: (-accuracies[n], abs(n - middle), n))

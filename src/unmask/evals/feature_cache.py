@@ -1,0 +1,105 @@
+"""Feature tables kept on disk, so that a second probe of the same encoder on the same images need not compute them.
+
+A table is found by what decides every number in it (`key_of`): the encoder's tensors, how it is seen, the images and
+how they are cut, precision, device, and the code. It is only ever a shortcut: a file that is damaged or cannot be
+written costs the time of computing the features, and nothing else. Tables with tokens, or of which an image could not
+be read (it would have to be named again), are not kept; neither are those of images that lie in no file, which cost
+nothing to draw. Not here: which features, and of which images (the caller's).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from unmask.data.npz_file import read_arrays, write_arrays
+from unmask.data.scan_cache import decoder_versions
+from unmask.data.sources.open_source import Source
+from unmask.evals.encoder_views import View
+from unmask.evals.frozen_features import FeatureTable
+
+MOST_BYTES = 2 << 30  # of all tables in a folder; the ones used longest ago go first
+ENDING = ".arrays"
+ARRAYS = ("cls", "mean", "digest")
+
+
+def key_of(encoder: nn.Module, source: Source, rows: np.ndarray, *, about: Mapping[str, str]) -> str | None:
+    """Names the table of this encoder for these rows; None where none is kept.
+
+    about: everything else that decides a number: precision, device, size and crop of the images, the method's settings.
+    """
+    if source.changed is None or (source.changed < 0).any():
+        return None
+    found = hashlib.sha256(json.dumps({**about, **_code()}, sort_keys=True).encode())
+    for text in (source.fingerprint(), _view(encoder)):
+        found.update(text.encode() + b"\0")
+    for array in (source.changed, np.asarray(rows, np.int64)):
+        found.update(np.ascontiguousarray(array).data)
+    for name, tensor in [*encoder.named_parameters(), *encoder.named_buffers()]:
+        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\0".encode())
+        found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()[:32]
+
+
+def find(folder: Path, key: str, source: Source, rows: np.ndarray) -> FeatureTable | None:
+    """The table of that key, with the labels of its source; None where there is none, or none that is whole."""
+    file = folder / f"{key}{ENDING}"
+    stored = read_arrays(file)
+    if stored is None:
+        return None
+    with suppress(OSError):  # of a folder that may only be read
+        os.utime(file)
+    labels = None if source.labels is None else source.labels[rows]
+    return FeatureTable(np.asarray(rows, np.int64), labels, stored.get("cls"), stored["mean"], stored["digest"])
+
+
+def keep(folder: Path, key: str, table: FeatureTable, rows: np.ndarray) -> int:
+    """Keep a table that has all of these rows, and make room for it. Returns its bytes, 0 where it was not kept."""
+    if table.tokens is not None or not np.array_equal(table.index, rows):
+        return 0
+    arrays = {name: value for name in ARRAYS if (value := getattr(table, name)) is not None}
+    size = sum(value.nbytes for value in arrays.values())
+    if size > MOST_BYTES:
+        return 0
+    try:
+        _make_room(folder, MOST_BYTES - size)
+        return write_arrays(folder / f"{key}{ENDING}", arrays)
+    except (OSError, MemoryError):  # a full disk, or a folder that may not be written to
+        return 0
+
+
+def _make_room(folder: Path, most: int) -> None:
+    """Remove the tables used longest ago, until the others take at most so many bytes."""
+    tables = sorted(folder.glob(f"*{ENDING}"), key=lambda file: file.stat().st_mtime_ns)
+    taken = sum(file.stat().st_size for file in tables)
+    while taken > most:
+        taken -= tables[0].stat().st_size
+        tables.pop(0).unlink()
+
+
+def _view(encoder: nn.Module) -> str:
+    """How an encoder is seen, beside its tensors and its settings."""
+    inner = encoder.encoder if isinstance(encoder, View) else encoder
+    told = {"type": type(inner).__name__, "own layer": getattr(inner, "layer", None)}
+    if isinstance(encoder, View):
+        told |= {"layer": encoder.layer, "hidden": encoder.hide is not None, "mask": encoder.mask}
+    return json.dumps(told, default=str, sort_keys=True)
+
+
+@cache
+def _code() -> dict[str, str]:
+    """Versions and a digest of this package: features are only as old as the code that made them."""
+    found = hashlib.sha256()
+    package = Path(__file__).resolve().parents[1]
+    for file in sorted(package.rglob("*.py")):
+        found.update(str(file.relative_to(package)).encode() + b"\0" + file.read_bytes())
+    return {"torch": torch.__version__, "code": found.hexdigest(), **decoder_versions()}

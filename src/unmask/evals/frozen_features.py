@@ -1,0 +1,253 @@
+"""Images to feature tables: the one function through which training and test images go, whatever the probe.
+
+Not here: which images (the caller's batches say), what is made of the features (`knn.py`, `linear.py`), masking (an
+encoder's `forward` never masks). Letters: n images in all, D width of a feature.
+
+There is one way in because two cost others dearly: a probe trained on one definition of a feature and tested on another
+gives numbers that look merely disappointing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from unmask.batch import Batch
+from unmask.data.device_crops import to_device
+from unmask.engine.device import autocast, free_memory
+from unmask.errors import UserError
+from unmask.evals.encoder_views import View
+from unmask.nn.features import Features
+from unmask.nn.modes import eval_mode
+
+LARGEST_PIXEL_SIDE = 32
+
+
+@dataclass(frozen=True)
+class FeatureTable:
+    """Features of n images, one row each, in the order in which the batches brought them.
+
+    `index` (n,) int64 the row of each image in its source; `labels` (n,) int64, or None where the batches have none;
+    `cls` (n, D) float32, or None where the encoder has no class token; `mean` (n, D) float32, the mean over patch
+    tokens (for `RawPixels`: the pixels); `digest` (n,) uint64, equal for images that are equal in every pixel;
+    `tokens` all of them, or None where they were not asked for.
+    """
+
+    index: np.ndarray
+    labels: np.ndarray | None
+    cls: np.ndarray | None
+    mean: np.ndarray
+    digest: np.ndarray
+    tokens: Tokens | None = None
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def at(self, places: np.ndarray) -> FeatureTable:
+        """The images at these places only, in this order."""
+        return FeatureTable(
+            self.index[places],
+            None if self.labels is None else self.labels[places],
+            None if self.cls is None else self.cls[places],
+            self.mean[places],
+            self.digest[places],
+            None if self.tokens is None else self.tokens.at(places),
+        )
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The class token, where there is one, and all patch tokens of n images, in half precision.
+
+    `values` (n, T, D) float16 are the tokens less `middle` (D,) over `scale` (D,), float32 both, which come from the
+    first images: tokens with a large common part, or numbers beyond float16, keep their digits.
+    """
+
+    values: Tensor
+    middle: Tensor
+    scale: Tensor
+
+    def at(self, places: np.ndarray) -> Tokens:
+        return Tokens(self.values[torch.from_numpy(np.asarray(places))], self.middle, self.scale)
+
+
+def joined_tables(tables: Sequence[FeatureTable]) -> FeatureTable:
+    """One table of several without tokens, one after another."""
+    return FeatureTable(
+        np.concatenate([table.index for table in tables]),
+        _joined([table.labels for table in tables]),
+        _joined([table.cls for table in tables]),
+        np.concatenate([table.mean for table in tables]),
+        np.concatenate([table.digest for table in tables]),
+    )
+
+
+class RawPixels(nn.Module):
+    """The control that is no encoder at all: the pixels, as one patch of C * H * W float32 numbers in the files' units.
+
+    Images larger than 32 pixels on their longer side are first averaged down to it, or a table of photographs would not
+    fit in memory; small differences within such a cell say little about a class.
+    """
+
+    def forward(self, images: Tensor) -> Features:
+        images = images.to(torch.float32)  # (B, C, H, W)
+        longer = max(images.shape[2:])
+        if longer > LARGEST_PIXEL_SIDE:
+            rows, columns = (max(1, round(side * LARGEST_PIXEL_SIDE / longer)) for side in images.shape[2:])
+            images = F.adaptive_avg_pool2d(images, (rows, columns))
+        return Features(None, images.flatten(1)[:, None], (1, 1))
+
+
+def collect(encoder: nn.Module, batches: Iterable[Batch], *, device: str, precision: str) -> FeatureTable:
+    """Features of all images under a frozen encoder: eval mode, no gradients, nothing masked.
+
+    encoder: on `device`; its forward maps images (B, C, H, W) in the files' dtype to `Features`. It is left in the
+    mode (train or eval) in which it came, module by module. precision: "fp32", or "bf16" for autocast; rows are float32
+    either way. Raises ValueError when there is no image, or when a feature is not finite.
+    """
+    return collect_each({"features": encoder}, batches, device=device, precision=precision)["features"]
+
+
+def collect_each(
+    encoders: Mapping[str, nn.Module],
+    batches: Iterable[Batch],
+    *,
+    device: str,
+    precision: str,
+    tokens: int = 0,
+) -> dict[str, FeatureTable]:
+    """As `collect`, for several encoders while reading the images once. Raises ValueError like it.
+
+    tokens: keep the tokens too, of at most so many images: more than fit in memory are refused after the first batch.
+    """
+    rows: dict[str, _Rows] = {name: _Rows(tokens) for name in encoders}
+    shared = _Shared()
+    with eval_mode(*encoders.values()), torch.inference_mode(), autocast(precision, device):
+        for batch in batches:
+            shared.add(batch)
+            moved = to_device(batch, device)
+            for name, encoder in encoders.items():
+                features = encoder.see(moved) if isinstance(encoder, View) else encoder(moved.images)
+                rows[name].add(features, shared.index[-1])
+            if tokens and len(shared.index) == 1:
+                _require_room([kept.tokens[0] for kept in rows.values()], tokens)
+    if not shared.index:
+        raise UserError(
+            "no images came to compute features of; at least one was expected: look at the data with `unmask check`"
+        )
+    return {name: shared.table(rows[name]) for name in encoders}
+
+
+def collect_layers(view: View, batches: Iterable[Batch], *, device: str, precision: str) -> list[FeatureTable]:
+    """As `collect`, for every layer of one encoder, from the first block's input on."""
+    rows: list[_Rows] = []
+    shared = _Shared()
+    with eval_mode(view), torch.inference_mode(), autocast(precision, device):
+        for batch in batches:
+            shared.add(batch)
+            for number, features in enumerate(view.every_layer(to_device(batch, device))):
+                if number == len(rows):
+                    rows.append(_Rows(0))
+                rows[number].add(features, shared.index[-1])
+    return [shared.table(layer) for layer in rows]
+
+
+class _Rows:
+    """What one encoder makes of the batches so far."""
+
+    def __init__(self, keep: int) -> None:
+        self.cls: list[np.ndarray | None] = []
+        self.mean: list[np.ndarray] = []
+        self.keep = keep
+        self.tokens: list[Tensor] = []
+        self.middle, self.scale = torch.zeros(0), torch.ones(0)
+
+    def add(self, features: Features, index: np.ndarray) -> None:
+        self.cls.append(None if features.cls is None else _finite(features.cls, index))
+        self.mean.append(_finite(features.pooled, index))
+        if self.keep:
+            first = [] if features.cls is None else [features.cls[:, None]]
+            tokens = torch.cat([*first, features.patches], 1).to(torch.float32)  # (B, T, D)
+            if not self.tokens:
+                self.middle, self.scale = tokens.mean((0, 1)), tokens.std((0, 1), correction=0)
+                self.scale[self.scale <= 1e-6 * self.middle.abs()] = 1.0
+            largest = torch.finfo(torch.float16).max
+            self.tokens.append(((tokens - self.middle) / self.scale).clamp(-largest, largest).half().cpu())
+
+    def all_tokens(self) -> Tokens | None:
+        return (
+            Tokens(torch.cat(self.tokens), self.middle.cpu().clone(), self.scale.cpu().clone()) if self.keep else None
+        )
+
+
+class _Shared:
+    """What is the same for every encoder."""
+
+    def __init__(self) -> None:
+        self.index: list[np.ndarray] = []
+        self.labels: list[np.ndarray | None] = []
+        self.digest: list[np.ndarray] = []
+
+    def add(self, batch: Batch) -> None:
+        self.index.append(_array(batch.index))
+        self.labels.append(None if batch.labels is None else _array(batch.labels))
+        self.digest.append(_digests(batch.images))
+
+    def table(self, rows: _Rows) -> FeatureTable:
+        return FeatureTable(
+            np.concatenate(self.index),
+            _joined(self.labels),
+            _joined(rows.cls),
+            np.concatenate(rows.mean),
+            np.concatenate(self.digest),
+            rows.all_tokens(),
+        )
+
+
+def _require_room(firsts: list[Tensor], images: int) -> None:
+    """Raises ValueError when the tokens of so many images would take more than half of the free memory."""
+    needed = sum(first[0].nbytes for first in firsts) * images
+    room = free_memory("cpu") // 2
+    if needed > room:
+        shapes = " and ".join(sorted({f"{first.shape[1]} x {first.shape[2]}" for first in firsts}))
+        raise UserError(
+            f"the tokens of {images} training images ({shapes} numbers each in half precision, {len(firsts)} feature "
+            f"set{'s' * (len(firsts) > 1)}) would take {needed / 2**30:.1f} GiB; at most half of the free memory, "
+            f"{room / 2**30:.1f} GiB, is used for them: train on fewer images with --shots N, or use --kind linear"
+        )
+
+
+def _finite(features: Tensor, index: np.ndarray) -> np.ndarray:
+    """As float32 on the host. Raises ValueError when a number is not finite: no probe could make sense of it."""
+    rows = features.to(torch.float32).cpu().numpy()  # (B, D)
+    bad = ~np.isfinite(rows).all(1)
+    if bad.any():
+        raise UserError(
+            f"the features of {bad.sum()} of {len(rows)} images are not finite (the first is row "
+            f"{index[bad.argmax()]} of the source): the weights are damaged, or the images hold numbers that are far "
+            "from those of training; try an earlier checkpoint with --step, and look at the images with `unmask check`"
+        )
+    return rows
+
+
+def _digests(images: Tensor) -> np.ndarray:
+    rows = images.cpu().contiguous().flatten(1).view(torch.uint8).numpy()  # (B, bytes)
+    return np.array(
+        [int.from_bytes(blake2b(row.tobytes(), digest_size=8).digest(), "little") for row in rows], np.uint64
+    )
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    return tensor.cpu().numpy()
+
+
+def _joined(parts: list[np.ndarray | None]) -> np.ndarray | None:
+    """One array; None when any batch had none."""
+    present = [part for part in parts if part is not None]
+    return np.concatenate(present) if present and len(present) == len(parts) else None

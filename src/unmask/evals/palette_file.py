@@ -1,0 +1,109 @@
+"""`unmask palette DATA`: the colours an iGPT would make for these images, as a file that several runs can share.
+
+The file is JSON: `colours` (k lists of C numbers in the files' units), `dtype` and `channels` of the images, where they
+came from, the mean square error per channel that they leave, and how many of them are used: with fewer different pixels
+than k some colours come twice. A picture beside it shows what the images become.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from unmask.batch import Batch, ImageSpec
+from unmask.console import Console
+from unmask.data.augment import CropConfig
+from unmask.data.loader import eval_batches
+from unmask.data.scan import scan
+from unmask.data.sources.open_source import open_source
+from unmask.engine.pretrain import DataError
+from unmask.errors import UserError
+from unmask.evals.images import Readable
+from unmask.method import Picture
+from unmask.nn.palette import k_means, nearest_colour
+from unmask.report.pictures import draw, require_png
+from unmask.run import replace_file
+
+MOST_IMAGES = 512
+MOST_COLOURS = 4096  # k-means of more takes minutes, and a head of more colours than pixels in an image makes no sense
+DRAWN = 8
+
+
+def make_palette(data: str, *, colours: int, size: int, out: Path, console: Console) -> dict[str, Any]:
+    """Write `out` (.json) and a .png beside it, and return what the file holds.
+
+    Of up to 512 images, evenly spread over the data, the largest centred square is shrunk to `size` pixels. Raises
+    ValueError when nothing can be read, nowhere be written, or one of the two exists already.
+    """
+    if out.suffix != ".json":
+        raise UserError(f"palette file {out} came; a name that ends in .json was expected")
+    require_png(picture := out.with_suffix(".png"))
+    if taken := [str(path) for path in (out, picture) if path.exists()]:
+        one = len(taken) == 1
+        raise UserError(
+            f"palette file {' and '.join(taken)} exist{'s' * one} already; choose another --out, or remove "
+            f"{'it' if one else 'both'}"
+        )
+    if not 2 <= colours <= MOST_COLOURS or size < 1:
+        raise UserError(
+            f"{colours} colours at {size} pixels came; 2 to {MOST_COLOURS} colours and at least 1 pixel were expected"
+        )
+    source = open_source(data)
+    with console.progress("checking files", min(len(source), MOST_IMAGES)) as bar:
+        found = scan(source, sample=MOST_IMAGES, progress=bar.update)
+    if not found.good:
+        raise DataError(f"none of the {found.checked} files of {source.name} that were tried can be read")
+    spec = ImageSpec(found.channels_majority, (size, size), found.dtype_majority, tuple(found.mean), tuple(found.std))
+    rows = np.linspace(0, len(source) - 1, min(len(source), MOST_IMAGES)).astype(int)
+    readable = Readable(source, rows, spec, CropConfig(), training=False)
+    batch = Batch.join(list(eval_batches(readable, rows, batch=64, workers=0)))
+    images = batch.images.float()
+
+    pixels = images.movedim(1, -1)  # (n, H, W, C)
+    there = None if batch.valid is None or not batch.valid.any() else batch.valid
+    palette = k_means(pixels.flatten(0, 2) if there is None else pixels[there], colours)
+    ids = nearest_colour(pixels, palette)
+    quantised = palette[ids].movedim(-1, 1)
+    error = float((quantised - images).square().mean())
+    used = int(ids.unique().numel())
+    summary: dict[str, Any] = {
+        "colours": palette.tolist(),
+        "dtype": spec.dtype,
+        "channels": spec.channels,
+        "source": source.name,
+        "images": len(images),
+        "pixels": ids.numel(),
+        "used": used,
+        "mean_square_error": error,
+        "version": version("unmask"),
+    }
+    replace_file(out, json.dumps(summary, indent=1).encode("ascii") + b"\n")
+    note = (
+        f"{colours} colours from {len(images)} images of {size} x {size} pixels; {used} of them are the nearest of a "
+        f"pixel. Mean square error per channel {error:.4g}, in the files' units."
+    )
+    side = size * math.ceil(math.ceil(colours**0.5) / size)  # of a panel: at least a pixel for every colour
+    panels = {
+        "original": F.interpolate(images[:DRAWN], (side, side)),
+        f"in {colours} colours": F.interpolate(quantised[:DRAWN], (side, side)),
+        "the palette": _swatches(palette, side).expand(len(images[:DRAWN]), -1, -1, -1),
+    }
+    draw(Picture(panels, note, {}), spec.dtype, picture, f"palette of {source.name}")
+    console.say(f"{out}: {note}")
+    console.say(f"picture: {picture}; use it with: unmask pretrain {data} --recipe igpt_nano --palette {out}")
+    return summary
+
+
+def _swatches(palette: torch.Tensor, size: int) -> torch.Tensor:
+    """(1, C, size, size): the colours from dark to bright, as a square of squares."""
+    side = math.ceil(len(palette) ** 0.5)
+    order = palette.mean(1).argsort()
+    padded = torch.cat([palette[order], palette[order][-1:].expand(side * side - len(palette), -1)])
+    return F.interpolate(padded.T.reshape(1, -1, side, side), (size, size), mode="nearest")

@@ -1,0 +1,198 @@
+"""What a supervised run learns from, and how it is examined: labels, masks or boxes of images, by the name of its task.
+
+    classify   a class for each image, from its sub-folder         accuracy (and so `linear_probe`)
+    segment    a mask for each image (`segmentation_masks.py`)      mean intersection over union, at the file's own size
+    detect     boxes for each image (`box_annotations.py`)         average precision (COCO), in the file's own pixels
+
+Test images are a fifth that is held out, or others. A classifier sees them as a probe does (the centred crop); for
+masks and boxes the whole image is squeezed or stretched to the size the method sees, so that every pixel counts, and
+what is found is brought back to the size of the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from unmask.config import Config, ConfigError
+from unmask.console import Console
+from unmask.data.box_annotations import Boxes, find_files, open_boxes
+from unmask.data.labels import absent_classes, labels_of, with_classes
+from unmask.data.segmentation_masks import Maps, MaskOptions, find_folders, open_maps
+from unmask.data.sources.open_source import Source, open_source, require_labels
+from unmask.data.splits import HOLD_OUT_FOR_TEST, hold_out
+from unmask.engine.plan import Plan
+from unmask.evals.probe import few_shots, require_classes
+from unmask.method import Method
+from unmask.tasks import segment
+
+TASKS = ("classify", "segment", "detect")
+LABELLED = ("classify", "linear_probe")
+"""What is measured on test images, the first the one that counts."""
+TRIAL_IMAGES = (4, 16)
+IN_WORDS = {
+    "accuracy": "right", "mean_iou": "mean IoU", "pixel_accuracy": "of all pixels right", "ap50": "AP50", "ap": "AP",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class AnnotatedImages:
+    """Images and what people said of them. `rows`: of the source, those of which something was said."""
+
+    source: Source
+    classes: tuple[str, ...]
+    rows: np.ndarray
+    annotations: Maps | Boxes | None = None
+
+    @property
+    def place(self) -> str | None:
+        """Where masks or boxes lie, to open them again."""
+        if isinstance(self.annotations, Maps):
+            return self.annotations.masks.location
+        return None
+
+    @property
+    def labels(self) -> np.ndarray:
+        """(all rows,) the class of each image; where there are masks or boxes all are alike."""
+        if self.annotations is not None or self.source.labels is None:
+            return np.zeros(len(self.source), np.int64)
+        return self.source.labels
+
+
+def open_annotated(
+    task: str,
+    data: str | Sequence[str],
+    annotations: str | None = None,
+    *,
+    split: str | None = None,
+    exclude: Sequence[str] = (),
+    ignored: Sequence[int] = (),
+    mask_options: MaskOptions | None = None,
+    classes: Sequence[str] | None = None,
+    only: Collection[int] | None = None,
+    look: bool = True,
+    console: Console | None = None,
+) -> AnnotatedImages:
+    """Images with what the task learns from. classes: names in order, where a model has them already; else found here.
+
+    only: the rows that are wanted, None for all. look: at every mask, which finds what is wrong with it.
+    Raises ValueError when there is nothing of that kind, or something that cannot be used, or would be ignored.
+    """
+    if split is not None and task != "detect":
+        raise ConfigError(f"--split {split} came, but only boxes have lists of images; leave it out")
+    if task in LABELLED:
+        if annotations is not None:
+            raise ConfigError("--annotations came, but classes are read from sub-folders; leave it out, or give --task")
+        source = require_labels(open_source(data, exclude), classes or ())
+        if classes is not None:
+            source = with_classes(source, classes, "the run")
+            if console is not None and (absent := absent_classes(labels_of(source), classes)):
+                console.warn(f"{data} has no image of {absent}: those classes are not tested")
+        require_classes(source.classes)
+        return AnnotatedImages(source, tuple(source.classes), np.arange(len(source)))
+    if exclude or not isinstance(data, str):
+        raise ConfigError(
+            f"got several DATA, or --exclude, for task {task}; they are for classes from sub-folders only"
+        )
+    if task == "segment":
+        maps = open_maps(
+            data, annotations, ignored=ignored, options=mask_options, classes=classes, look=look, console=console
+        )
+        return AnnotatedImages(maps.source, maps.classes, maps.rows, maps)
+    boxes = open_boxes(data, annotations, split=split, classes=classes, only=only, console=console)
+    return AnnotatedImages(boxes.source, boxes.classes, boxes.rows, boxes)
+
+
+def annotations_of(task: str, data: str, annotations: str | None, annotated: AnnotatedImages) -> str | None:
+    """Where what was found lies, so that a resumed run opens the same."""
+    if task == "detect":
+        return str(find_files(Path(data), None if annotations is None else Path(annotations))[1])
+    return annotated.place
+
+
+def split_rows(
+    annotated: AnnotatedImages, shots: int | None, *, hold: bool, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """(training rows, held-out rows): with `hold` a fifth is kept for tests.
+
+    shots: labels per class, or so many images where masks or boxes are learnt; None for all. The same fifth and the
+    same shots as in a probe with this seed.
+    """
+    labels, rows, held = annotated.labels, annotated.rows, np.zeros(0, np.int64)
+    if hold:
+        kept, left = hold_out(labels[rows], rows, seed, HOLD_OUT_FOR_TEST)
+        rows, held = rows[kept], rows[left]
+        if not len(held):
+            raise ConfigError(f"{annotated.source.name} has too few images to hold some out; give others with --test")
+    if shots is not None:
+        if annotated.annotations is not None and not 0 < shots <= len(rows):
+            raise ConfigError(
+                f"--shots {shots} came, but there are {len(rows)} annotated images to learn from; use 1 to {len(rows)}"
+            )
+        names = annotated.classes if annotated.annotations is None else ("annotated images",)
+        rows = few_shots(rows, labels[rows], names, shots, seed)
+    return rows, held
+
+
+def mask_options_of(config: Config, *, test: bool = False) -> MaskOptions | None:
+    """How a Run reads masks; None for other tasks. test: for other images, whose masks may be drawn otherwise."""
+    settings = config.method
+    if not isinstance(settings, segment.Config):
+        return None
+    return MaskOptions(settings.values or (), stored=None if test else settings.stored_pixels)
+
+
+def reopen(config: Config, plan: Plan, source: Source, *, tests_only: bool = False) -> AnnotatedImages:
+    """What a Run learns from, or the part of it that it is tested on, opened once more."""
+    settings: Any = config.method
+    wanted = set(plan.test_rows)
+    if not tests_only:
+        wanted |= set(range(len(source))) - set(plan.excluded)
+    return open_annotated(
+        settings.name, config.data.source, config.data.annotations, exclude=config.data.exclude,
+        ignored=getattr(settings, "ignored", ()),
+        mask_options=mask_options_of(config), classes=settings.classes, only=wanted, look=False,
+    )  # fmt: skip
+
+
+def place_of_annotations(task: str, data: str, annotations: str | None) -> tuple[str, str]:
+    """(images, masks or boxes) of DATA for a segmentation or detection. Raises UserError where there are none."""
+    if task == "segment":
+        images, masks, _ = find_folders(data, annotations)
+        return images, masks
+    images, boxes = find_files(Path(data), None if annotations is None else Path(annotations))
+    return str(images), str(boxes)
+
+
+def masks_of(annotated: AnnotatedImages) -> Source | None:
+    """The files of masks that belong to the images; None where there are none."""
+    return annotated.annotations.masks if isinstance(annotated.annotations, Maps) else None
+
+
+def digest(annotated: AnnotatedImages, rows: np.ndarray, *, labels: bool = True) -> str:
+    """Changes when the images, or what is said of these rows of them, become others (of masks: names and sizes).
+
+    labels: with the class labels of the images.
+    """
+    found = blake2b("\n".join(annotated.classes).encode("utf-8", "surrogateescape"), digest_size=16)
+    found.update(annotated.source.fingerprint().encode())
+    if isinstance(annotated.annotations, Maps):
+        found.update(annotated.annotations.masks.fingerprint().encode())
+    elif isinstance(annotated.annotations, Boxes):
+        for row in rows.tolist():
+            found.update(np.int64(row).tobytes() + annotated.annotations.boxes[row].tobytes())
+            found.update(annotated.annotations.labels[row].tobytes())
+            for part in annotated.annotations.aside.get(row, ()):
+                found.update(part.tobytes())
+    elif labels:
+        found.update(annotated.labels[rows].tobytes())
+    return found.hexdigest()
+
+
+def task_of(method: Method) -> str:
+    return type(method).__module__.rpartition(".")[2]

@@ -1,0 +1,84 @@
+"""MAE's linear probe by the paper's protocol: a training of a linear head (He et al. 2021, Table 10)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from unmask.config import ConfigError, parse
+from unmask.console import Console
+from unmask.engine import checkpoint
+from unmask.engine.load import read_plan
+from unmask.finetuning.annotated import (
+    open_annotated,
+    split_rows,
+)
+from unmask.finetuning.finetune import PAPER_BATCH, PAPER_PEAK, PROBE, fine_tune
+from unmask.nn.default_dtype import float32_default
+from unmask.results import SCORE
+from unmask.run import Run, free_path
+from unmask.system.processes import refuse_several_processes
+
+
+@float32_default()
+def paper_linear(
+    from_run: str | Path,
+    data: str,
+    *,
+    test: str | None = None,
+    shots: int | None = None,
+    settings: Sequence[str] = (),
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """MAE's linear probe by its own protocol (`tasks/linear_probe.py`); what `evals/probe-paper-linear-*.json` holds.
+
+    It is a training, in a Run of its own inside `from_run`. The batch of 16384 is for data sets as large as ImageNet;
+    of a smaller one it is the power of two at or below an eighth of its images, and the peak learning rate stays 6.4:
+    by LARS a step moves a matrix by a share of its norm, and at the rate of a small batch nothing would be learnt.
+    """
+    refuse_several_processes()
+    console = console or Console()
+    outer, name = Run.open(from_run), "paper-linear-" + (Path(data).name or "data").replace(".", "-")
+    name += "" if shots is None else f"-{shots}-shots"
+    annotated = open_annotated(PROBE, data)
+    rows, _ = split_rows(annotated, shots, hold=test is None)
+    settings = list(settings)
+    if "train.batch_size" not in parse(settings) and len(rows) < 8 * PAPER_BATCH:
+        batch = 2 ** int(math.log2(max(16, len(rows) // 8)))
+        settings.append(f"train.batch_size={batch}")
+        rate = "the rate that was set"
+        if "optim.base_lr" not in parse(settings):
+            settings.append(f"optim.base_lr={PAPER_PEAK * 256 / batch}")
+            rate = f"the paper's peak rate of {PAPER_PEAK}"
+        console.say(
+            f"a batch of {batch} at {rate}: the paper's batch of {PAPER_BATCH} is for data sets larger than these "
+            f"{len(rows)} images"
+        )
+    place = free_path(outer.path / name)
+    run = fine_tune(
+        outer.path, data, task=PROBE, out=place, test=test, shots=shots, recipe="linear_paper",
+        settings=settings, console=console,
+    )  # fmt: skip
+    if not run.finished:
+        raise ConfigError(f"the probe was stopped; finish it with `unmask resume {run.path}`, its result is kept there")
+    found, plan = run.read(SCORE), read_plan(run)
+    row = {key: found[key] for key in ("accuracy", "low", "high", "correct", "total")}
+    summary = {
+        "kind": "paper-linear", "data": data, "test": test or f"a held-out fifth of {data}", "shots": shots, "seed": 0,
+        "layer": None, "masks": None, "step": checkpoint.newest_step(outer), "classes": found["classes"],
+        "train_images": found["train_images"], "test_images": found["test_images"], "chance": 1 / len(found["classes"]),
+        "rows": [{"features": "pre-trained", "pool": "cls", "c": None, **row}], "best": found["best"],
+        "run": run.path.name, "task": "classes", "metric": "accuracy",
+        "protocol": (
+            "Class token, BatchNorm without gain, one linear layer; LARS on augmented images (He et al. 2021, Table "
+            f"10), {plan.epochs:.4g} epochs ({plan.steps} steps) of batch {plan.batch_size} at a peak rate of "
+            f"{plan.peak_lr:.3g}."
+        ),
+        "verdict": (
+            "Whether pre-training helped is not known from this, which has no controls; --kind linear --controls has."
+        ),
+    }  # fmt: skip
+    outer.write(f"evals/probe-{run.path.name}.json", summary)
+    return summary

@@ -1,0 +1,279 @@
+"""Files of weights that others made, opened without ever running what lies in them.
+
+A file is safetensors or a pickle of plain tensors (opened weights-only); a folder is transformers' or timm's
+(config.json, weights, preprocessor_config.json), or holds the two halves of DALL-E's dVAE.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import pickle
+import re
+import warnings
+import zipfile
+from collections import OrderedDict
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from unmask.errors import ForeignError
+from unmask.interop.foreign.metadata import (
+    Imprint,
+    NetworkConfig,
+    Preprocessor,
+    ShardIndex,
+    TimmConfig,
+    training_arguments,
+)
+from unmask.interop.foreign.state_dicts import IMPRINT, unwrap
+from unmask.system.json_input import checked, read_json, read_object, settings_of
+
+WHOLE = ("model.safetensors", "pytorch_model.safetensors", "pytorch_model.bin")
+INDEX = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+SAFE, PICKLES = (".safetensors",), (".pth", ".pt", ".bin", ".pkl", ".tar", ".ckpt")
+MOST_TENSORS = 100_000
+MOST_SHARED = 8  # bytes of tensors to a byte of the file: tied weights are views of the same numbers
+
+
+class Opaque:
+    """Stands for a path among the arguments of a training; nothing of it is kept."""
+
+    def __init__(self, *_: Any) -> None: ...
+
+
+PLAIN_CLASSES: list[Any] = [
+    argparse.Namespace,
+    (OrderedDict, "yacs.config.CfgNode"),  # SimMIM's settings; torch fills no other class of mapping
+    *((Opaque, f"pathlib.{name}") for name in ("PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath")),
+    *((Opaque, f"pathlib._local.{name}") for name in ("PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath")),
+]
+"""What else a checkpoint of a training may hold; all of it is replaced by the harmless classes above."""
+
+
+@dataclass
+class Read:
+    """What lay in a file or folder: tensors, what describes them, and which files were read, with their SHA-256.
+
+    imprint: of `unmask export`, what the format has no place for; see `common.imprint`. training: the arguments of
+    the training that wrote the file, where it has them; unclear: the names of arguments that make no sense.
+    """
+
+    state: dict[str, Tensor]
+    about: dict[str, Any] = field(default_factory=dict)
+    look: dict[str, Any] = field(default_factory=dict)
+    files: list[dict[str, str]] = field(default_factory=list)
+    imprint: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    unclear: tuple[str, ...] = ()
+
+
+def read_source(path: Path) -> Read:
+    """Raises ForeignError for what is no checkpoint, is damaged, or would have to run code to be opened."""
+    if path.is_file():
+        return _read_files([path])
+    if not path.is_dir():
+        raise ForeignError(
+            f"{path} does not exist; a file of weights (.safetensors, .pth, .pt, .bin) or a folder that transformers "
+            "saved was expected"
+        )
+    if (path / "status.json").exists() and (path / "plan.json").exists():
+        raise ForeignError(f"{path} is a run already; use it as it is, there is nothing to import")
+    about, look = _described(path)
+    if (halves := _halves(path)) is not None:
+        content, digests = {}, []
+        for side, file in halves.items():
+            part = _read_files([file])
+            content |= {f"{side}.{name.removeprefix(side + '.')}": value for name, value in part.state.items()}
+            digests += part.files
+        return Read(content, files=digests)
+    return replace(_read_files(_weights_of(path)), about=about, look=look)
+
+
+def _described(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What config.json and preprocessor_config.json say, in transformers' words; {} where there is none."""
+    file, other = folder / "config.json", folder / "preprocessor_config.json"
+    about, look = read_json(file), settings_of(Preprocessor, read_json(other), str(other))
+    if not isinstance(about.get("pretrained_cfg"), dict):
+        return settings_of(NetworkConfig, about, str(file)), look
+    about = settings_of(TimmConfig, about, str(file))
+    known = about.pop("pretrained_cfg")
+    look = {f"image_{key}": known[key] for key in ("mean", "std") if key in known}
+    return about, look | ({"crop_pct": known["crop_pct"]} if "crop_pct" in known else {})
+
+
+def _halves(folder: Path) -> dict[str, Path] | None:
+    """encoder.* and decoder.* of a folder that holds DALL-E's dVAE."""
+    found = {
+        side: [file for file in sorted(folder.glob(f"{side}.*")) if file.suffix in (*SAFE, *PICKLES)]
+        for side in ("encoder", "decoder")
+    }
+    if not all(found.values()):
+        return None
+    return {side: files[0] for side, files in found.items()}
+
+
+def _weights_of(folder: Path) -> list[Path]:
+    """The files of weights in a folder: one, or all shards that an index names."""
+    for name in WHOLE:
+        if (folder / name).is_file():
+            return [folder / name]
+    for name in INDEX:
+        if (folder / name).is_file():
+            index = settings_of(ShardIndex, read_json(folder / name), str(folder / name))
+            return [folder / Path(shard).name for shard in sorted(set(index["weight_map"].values()))]
+    others = sorted(file for file in folder.iterdir() if file.suffix in (*SAFE, *PICKLES))
+    if len(others) == 1:
+        return others
+    what = f"{len(others)} files of weights: {', '.join(file.name for file in others[:5])}" if others else "no weights"
+    raise ForeignError(
+        f"{folder} holds {what}; expected were {' or '.join(WHOLE)}, one file of weights, or encoder.pth and "
+        "decoder.pth of a dVAE; name the file itself"
+    )
+
+
+def _read_files(files: list[Path]) -> Read:
+    """Tensors, names and digests of the files, the imprint of our own export, and the arguments of the training."""
+    content: dict[str, Tensor] = {}
+    digests, imprint, training, unclear = [], {}, {}, ()
+    for file in files:
+        try:
+            if file.suffix == ".onnx":
+                raise ForeignError(
+                    "a graph of ONNX came, which is for running and has lost the names of its weights; import what it "
+                    "was exported from"
+                )
+            loaded = _read_safetensors(file) if file.suffix in SAFE else _read_pickle(file)
+            imprint |= _imprint(file, loaded)
+            if file.suffix not in SAFE:
+                training, unclear = training_arguments(loaded)
+            # What all names begin with shows in all shards together, so several are joined first.
+            found = loaded if len(files) > 1 and isinstance(loaded, dict) else unwrap(loaded)
+            _require_plain(found, file)
+            content |= found
+            digests.append(fingerprint(file))
+        except ForeignError as error:
+            raise ForeignError(f"{file}: {error}") from None
+        except OSError as error:
+            raise ForeignError(
+                f"{file} cannot be read: {error.strerror or error}; is it there, and yours to read?"
+            ) from None
+    state = unwrap(content) if len(files) > 1 else content
+    return Read(state, files=digests, imprint=imprint, training=training, unclear=unclear)
+
+
+def _require_plain(tensors: dict[str, Any], file: Path) -> None:
+    """Raises ForeignError for tensors that a file of this size cannot hold, or that are no plain arrays of numbers.
+
+    A pickle can describe a tensor of any size over a few bytes; nothing is computed with one before this.
+    """
+    if len(tensors) > MOST_TENSORS:
+        raise ForeignError(
+            f"got {len(tensors)} tensors; expected at most {MOST_TENSORS}: this is no network known here"
+        )
+    room, total = file.stat().st_size, 0
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor):
+            continue
+        if value.layout != torch.strided or value.device.type == "meta" or value.is_quantized:
+            raise ForeignError(
+                f"{name} is a sparse, quantised or empty tensor; expected plain numbers: convert it first"
+            )
+        if not value.numel():
+            raise ForeignError(f"{name} has the shape {tuple(value.shape)}, which is empty; the file is damaged")
+        total += value.numel() * value.element_size()
+        if total > MOST_SHARED * room + (1 << 20):
+            raise ForeignError(
+                f"its tensors have {total} bytes up to {name}, and the file {room}; they are views of fewer numbers: "
+                "save them with .contiguous(), or get the file again"
+            )
+
+
+def _imprint(file: Path, loaded: Any) -> dict[str, Any]:
+    """What our own export left in a corner of the file; {} for the files of others."""
+    if file.suffix in SAFE:
+        with safetensors.safe_open(file, "pt") as opened:
+            text = (opened.metadata() or {}).get(IMPRINT)
+    else:
+        text = loaded.get(IMPRINT) if isinstance(loaded, dict) else None
+    if not isinstance(text, str):
+        return {}
+    where = f"the metadata {IMPRINT!r} in its header"
+    return checked(Imprint, read_object(text, where), where).model_dump()
+
+
+def fingerprint(file: Path) -> dict[str, str]:
+    """What a Run keeps of a file that it came from."""
+    with file.open("rb") as opened:
+        return {"name": file.name, "sha256": hashlib.file_digest(opened, "sha256").hexdigest()}
+
+
+def _read_safetensors(file: Path) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load_file(file)
+    except (safetensors.SafetensorError, RuntimeError, ValueError, TypeError, KeyError) as error:
+        raise ForeignError(
+            f"no safetensors file, or a part of one ({error}); get it again and compare its size"
+        ) from None
+
+
+def _read_pickle(file: Path) -> Any:
+    """What torch.save wrote, as long as it is tensors and plain values (and the arguments of official MAE's training).
+
+    Raises ForeignError for anything else, which is not opened: a pickle with code in it runs that code.
+    """
+    if not file.stat().st_size:
+        raise ForeignError("the file is empty; get it again")
+    with file.open("rb") as opened:
+        start_of_file = opened.read(4)
+    ours = start_of_file[:2] in (b"PK", b"\x80\x02")
+    try:
+        if start_of_file[:2] == b"PK":
+            _require_not_inflated(file)
+        with warnings.catch_warnings(), torch.serialization.safe_globals(PLAIN_CLASSES):
+            warnings.simplefilter("ignore")  # about protocols: what matters is an error
+            return torch.load(file, map_location="cpu", weights_only=True) if ours else _not_torch(start_of_file)
+    except pickle.UnpicklingError as error:
+        culprit = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"holds {culprit[1]} beside tensors" if culprit else "holds more than tensors"
+        raise ForeignError(
+            f"it {what}, and opening that could run code, so it was not opened. If you trust where it comes from, save "
+            "the tensors alone in the environment that made it: torch.save(model.state_dict(), FILE)"
+        ) from None
+    except ForeignError:
+        raise
+    except (RuntimeError, EOFError, KeyError, ValueError, TypeError, IndexError, AttributeError, AssertionError,
+            MemoryError, OverflowError, NotImplementedError, zipfile.BadZipFile) as error:  # fmt: skip
+        reason = str(error).splitlines()[0].partition(". ")[0] if str(error) else type(error).__name__
+        raise ForeignError(
+            f"it is damaged, cut, or no file of weights ({reason}); get it again and compare its size or checksum with "
+            "what is published"
+        ) from None
+
+
+def _require_not_inflated(file: Path) -> None:
+    """Raises ForeignError for a zip that would unpack to many times its size; torch.save compresses nothing."""
+    with zipfile.ZipFile(file) as opened:
+        unpacked = sum(entry.file_size for entry in opened.infolist())
+    if unpacked > MOST_SHARED * file.stat().st_size + (1 << 20):
+        raise ForeignError(
+            f"it unpacks to {unpacked} bytes and has {file.stat().st_size}; torch.save compresses nothing, so this is "
+            "no file of weights: get it again from where it was published"
+        )
+
+
+def _not_torch(start_of_file: bytes) -> Any:
+    if start_of_file[:1] == b"\x80":
+        raise ForeignError(
+            "a pickle that torch.save did not write; it was not opened, because a pickle can run code: save the "
+            "tensors with torch.save(model.state_dict(), FILE)"
+        )
+    raise ForeignError(
+        "no file of weights: it begins like neither a pickle of torch.save nor a zip; .safetensors, .pth, .pt or .bin "
+        "was expected"
+    )

@@ -1,0 +1,141 @@
+"""Metadata that others wrote, checked before it decides anything: JSON beside weights, headers, training arguments.
+
+Nothing is believed because it parses: every value that is used has a type and a range here, and what does not fit is an
+error that names the file, the key and what was expected. Not here: tensors (`files.py`), and what they mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import Field, ValidationError
+
+from unmask.system.json_input import LARGEST, Outside
+
+DEEPEST = 1_000  # blocks
+
+Size = Annotated[int, Field(gt=0, le=LARGEST)]
+Depth = Annotated[int, Field(gt=0, le=DEEPEST)]
+Sides = Size | tuple[Size, Size]
+Share = Annotated[float, Field(gt=0, le=1)]
+Numbers = Annotated[list[float], Field(min_length=1, max_length=LARGEST)]
+Deviations = Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=1, max_length=LARGEST)]
+ClassNumber = Annotated[str, Field(pattern=r"^\d{1,9}$")]
+Classes = Annotated[list[str], Field(max_length=LARGEST)]
+
+
+class NetworkConfig(Outside):
+    """config.json of transformers, as far as it is used."""
+
+    model_type: str | None = None
+    hidden_size: Size | None = None
+    num_hidden_layers: Depth | None = None
+    num_attention_heads: Size | None = None
+    intermediate_size: Annotated[int, Field(gt=0, le=8 * LARGEST)] | None = None
+    patch_size: Sides | None = None
+    image_size: Sides | None = None
+    num_channels: Size | None = None
+    hidden_act: str | None = None
+    layer_norm_eps: Annotated[float, Field(gt=0, lt=1)] | None = None
+    layer_scale_init_value: float | None = None
+    decoder_hidden_size: Size | None = None
+    decoder_num_hidden_layers: Depth | None = None
+    decoder_num_attention_heads: Size | None = None
+    norm_pix_loss: bool | None = None
+    mask_ratio: Annotated[float, Field(ge=0, lt=1)] | None = None
+    id2label: dict[ClassNumber, str] | None = None
+    label_names: Classes | None = None
+    n_embd: Size | None = None
+    n_layer: Depth | None = None
+    n_head: Size | None = None
+    vocab_size: Annotated[int, Field(gt=0, le=1 << 24)] | None = None
+    activation_function: str | None = None
+    scale_attn_by_inverse_layer_idx: bool | None = None
+
+
+class TimmData(Outside):
+    """`pretrained_cfg` in timm's config.json, and the same among the arguments of timm's training."""
+
+    mean: Numbers | None = None
+    std: Deviations | None = None
+    crop_pct: Share | None = None
+
+
+class TimmConfig(Outside):
+    """config.json of timm."""
+
+    pretrained_cfg: TimmData
+    label_names: Classes | None = None
+
+
+class Preprocessor(Outside):
+    """preprocessor_config.json of transformers."""
+
+    do_normalize: bool | None = None
+    do_rescale: bool | None = None
+    do_center_crop: bool | None = None
+    rescale_factor: Annotated[float, Field(gt=0)] | None = None
+    image_mean: Numbers | None = None
+    image_std: Deviations | None = None
+    size: Size | dict[str, Size | None] | None = None
+    crop_size: Size | Annotated[dict[str, Size], Field(min_length=1)] | None = None
+    crop_pct: Share | None = None
+    clusters: Annotated[list[Annotated[list[float], Field(max_length=64)]], Field(max_length=LARGEST)] | None = None
+
+
+class ShardIndex(Outside):
+    """model.safetensors.index.json."""
+
+    weight_map: Annotated[dict[str, str], Field(min_length=1)]
+
+
+class Imprint(Outside):
+    """What `unmask export` leaves in the files of other formats; see `common.imprint`."""
+
+    mean: Numbers
+    std: Deviations
+    heads: dict[str, Size]
+    eval_share: Share
+    licence: str = ""
+    target: str | None = None
+    classes: Annotated[list[str], Field(max_length=LARGEST)] | None = None
+    shared_bias: bool = False
+
+
+class TrainingArguments(Outside):
+    """Arguments of the training that wrote a checkpoint: official MAE's and BEiT's, SimMIM's, timm's."""
+
+    norm_pix_loss: bool | None = None
+    mask_ratio: Annotated[float, Field(gt=0, lt=1)] | None = None
+    input_size: Size | None = None
+    num_mask_patches: Size | None = None
+    imagenet_default_mean_and_std: bool | None = None
+    mask_patch_size: Size | None = None
+    mean: Numbers | None = None
+    std: Deviations | None = None
+    crop_pct: Share | None = None
+
+
+def training_arguments(content: Any) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """(known arguments of the training that wrote a checkpoint, names of those whose value makes no sense).
+
+    content: what the file held. Of SimMIM's configuration the keys are those that MAE has for the same.
+    """
+    if not isinstance(content, Mapping):
+        return {}, ()
+    given = content.get("args", {})
+    raw = dict(given) if isinstance(given, Mapping) else dict(getattr(given, "__dict__", {}))
+    config = content.get("config")
+    if isinstance(config, Mapping) and isinstance(data := config.get("DATA"), Mapping):
+        renamed = {"MASK_RATIO": "mask_ratio", "MASK_PATCH_SIZE": "mask_patch_size", "IMG_SIZE": "input_size"}
+        raw |= {new: data[old] for old, new in renamed.items() if old in data}
+    found, wrong = {}, []
+    for name in TrainingArguments.model_fields:
+        if raw.get(name) is None:
+            continue
+        try:
+            found |= TrainingArguments.model_validate({name: raw[name]}).model_dump(exclude_none=True)
+        except ValidationError:
+            wrong.append(name)
+    return found, tuple(wrong)

@@ -1,0 +1,146 @@
+"""OpenAI's networks: ImageGPT as transformers keeps it, and DALL-E's dVAE."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unmask.errors import ForeignError
+from unmask.interop.foreign.names import GPT_NAMES
+from unmask.interop.foreign.state_dicts import (
+    IMAGENET,
+    Names,
+    Recognised,
+    count_blocks,
+    need,
+    require_nothing_left,
+    require_same,
+    root,
+)
+
+GPT_HEADS = {512: 8, 1024: 8, 1536: 16}
+OPENAI_LICENCE = "modified MIT (openai)"
+
+
+def image_gpt(state: Mapping[str, Tensor], about: Mapping[str, Any], look: Mapping[str, Any]) -> Recognised:
+    """transformers' ImageGPT: matrices are transposed, the start token is the last row of the token table."""
+    names = Names({}, {})
+    for name, value in state.items():
+        short = name.removeprefix("transformer.")
+        names.tensors[short], names.origin[short] = value, name
+    names.drop(r"h\.\d+\.attn\.(bias|masked_bias)")  # the causal mask, in older files
+    names.drop(r"score\.weight", "the classifier is left out: it is the linear layer of a probe")
+    tensors, ours, left = names.tensors, {}, []
+    table = need(tensors, "wte.weight", 2)
+    colours, width, depth = len(table) - 1, table.shape[1], count_blocks(tensors, "h")
+    require_same(about, "n_embd", width)
+    require_same(about, "n_layer", depth)
+    require_same(about, "vocab_size", colours + 1)
+    for key, expected in {"activation_function": "quick_gelu", "scale_attn_by_inverse_layer_idx": False}.items():
+        if about.get(key, expected) != expected:
+            raise ForeignError(f"config.json says {key}={about[key]!r}; the published networks have {expected!r}")
+    for name, value in tensors.items():
+        match = re.fullmatch(r"h\.(\d+)\.(.+)", name)
+        if match and match[2] in GPT_NAMES:
+            matrix = value.T.contiguous() if value.ndim == 2 else value
+            ours[f"encoder.blocks.{match[1]}.{GPT_NAMES[match[2]]}"] = matrix
+        elif match and match[2].endswith("bias") and match[2].removesuffix("bias") + "weight" in GPT_NAMES:
+            if value.any():
+                raise ForeignError(
+                    f"{names.origin[name]} is not zero; the published networks have no biases, and this package's "
+                    "iGPT has none"
+                )
+        elif name == "wte.weight":
+            ours |= {"encoder.tokens": table[:-1].clone(), "encoder.sos": table[-1].clone()}
+        elif simple := {"wpe.weight": "encoder.positions", "ln_f.weight": "encoder.norm.weight",
+                        "lm_head.weight": "head.weight"}.get(name):  # fmt: skip
+            ours[simple] = value
+        else:
+            left.append(names.origin[name])
+    require_nothing_left(left)
+    encoder: dict[str, Any] = {"width": width, "depth": depth, "colours": colours}
+    heads = about.get("n_head", GPT_HEADS.get(width))
+    if heads is not None:
+        encoder["heads"] = heads
+    palette = _clusters(look, colours)
+    ours["encoder.palette"] = palette
+    channels, places = palette.shape[1], len(need(tensors, "wpe.weight", 2))
+    whole = "head.weight" in ours
+    method: dict[str, Any] = {"name": "igpt" if whole else "encoder", "encoder": encoder}
+    if whole:
+        method |= {"palette": palette.tolist(), "palette_dtype": "uint8"}
+    side = root(places)
+    kind = "transformers ImageGPT" + ("" if whole else ", encoder only")
+    return Recognised(
+        kind, OPENAI_LICENCE, method, ours, channels, (1, 1), (side, side) if side else None, places,
+        (127.5,) * channels, (127.5,) * channels, "-1 to 1, as iGPT; only the palette counts", tuple(names.notes),
+    )  # fmt: skip
+
+
+def _clusters(look: Mapping[str, Any], colours: int) -> Tensor:
+    """The palette (k, C) in units of 0..255, from the 'clusters' of preprocessor_config.json, which are in [-1, 1]."""
+    if "clusters" not in look:
+        raise ForeignError(
+            "an ImageGPT without its palette came: its tokens mean nothing without the 'clusters' of "
+            "preprocessor_config.json; put that file beside the weights and name the folder"
+        )
+    palette = 127.5 * (torch.tensor(look["clusters"], dtype=torch.float64) + 1)
+    if palette.ndim != 2 or len(palette) != colours:
+        raise ForeignError(
+            f"the palette of preprocessor_config.json has the shape {tuple(palette.shape)}, {colours} colours were "
+            "expected; the two files do not go together"
+        )
+    return palette.float()
+
+
+DALLE_LAYERS = {"group_1": 1, "group_2": 4, "group_3": 7, "group_4": 10}  # of the first of two blocks
+
+
+def dalle(state: Mapping[str, Tensor]) -> Recognised:
+    """OpenAI's dVAE, `encoder.` and `decoder.` before the published names."""
+    parts = {name.split(".")[0] for name in state}
+    if parts != {"encoder", "decoder"}:
+        raise ForeignError(
+            "one half of DALL-E's dVAE came; encoder and decoder were expected: put both into one folder, as "
+            "encoder.pth and decoder.pth, and name the folder"
+        )
+    ours, left = {}, []
+    for name, value in state.items():
+        place = _dalle_place(name)
+        if place is None:
+            left.append(name)
+        else:
+            ours[place] = value
+    require_nothing_left(left)
+    first, last = need(ours, "encoder.hidden.0.weight", 4), need(ours, "encoder.head.weight", 4)
+    encoder = {
+        "arch": "dalle", "codes": len(last), "width": len(first), "patch": (8, 8), "loss": "logit_laplace",
+    }  # fmt: skip
+    return Recognised(
+        "DALL-E dVAE", OPENAI_LICENCE, {"name": "dvae", "encoder": encoder}, ours, first.shape[1], (8, 8), (32, 32), 0,
+        *(IMAGENET if first.shape[1] == 3 else (None, None)), "ImageNet's; the network itself takes 0 to 255",
+    )  # fmt: skip
+
+
+def _dalle_place(name: str) -> str | None:
+    """encoder.blocks.group_2.block_1.res_path.conv_3.w -> encoder.hidden.4.layers.5.weight; None for the unknown."""
+    match = re.fullmatch(r"(encoder|decoder)\.blocks\.(.+)\.([wb])", name)
+    if match is None:
+        return None
+    side, rest, leaf = match[1], match[2], {"w": "weight", "b": "bias"}[match[3]]
+    layers = "encoder.hidden" if side == "encoder" else "decoder.layers"
+    if rest == "input":
+        return f"{layers}.0.{leaf}"
+    if rest == "output.conv":
+        return f"encoder.head.{leaf}" if side == "encoder" else f"{layers}.13.{leaf}"
+    block = re.fullmatch(r"(group_[1-4])\.block_([12])\.(?:(id_path)|res_path\.conv_([1-4]))", rest)
+    if block is None:
+        return None
+    number = DALLE_LAYERS[block[1]] + int(block[2]) - 1
+    return (
+        f"{layers}.{number}.around.{leaf}" if block[3] else f"{layers}.{number}.layers.{2 * int(block[4]) - 1}.{leaf}"
+    )

@@ -1,0 +1,180 @@
+"""What a state dict of others is read with: out of its wrapping, tensor by tensor, and what it turned out to be.
+
+Letters: D width, C channels, N patches.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from unmask.errors import ForeignError, some
+
+IMAGENET = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # mean and standard deviation, in units of 0..255
+HALVES = (127.5, 127.5, 127.5), (127.5, 127.5, 127.5)
+WRAPPERS = ("model", "state_dict", "model_state_dict", "module")
+IMPRINT = "unmask_imprint"  # where our own exports keep what the formats of others do not
+DEEPEST_WRAPPER = 8  # a pickle can hold itself
+PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "encoder.")
+SIZES = {(192, 12): "Ti", (384, 12): "S", (768, 12): "B", (1024, 24): "L", (1280, 32): "H"}
+UNKNOWN_LICENCE = "not in the file; see the page it came from"
+
+
+@dataclass(frozen=True)
+class Recognised:
+    """What a state dict turned out to be.
+
+    method: settings of our method; `heads` are left out where nothing shows them. weights: under our names, float32.
+    channels, patch, grid: of the images that the network was made for; grid is None where N is no square and nothing
+    says what rectangle it is. mean, std: of those images, in units of 0..255; None where nothing was published for so
+    many channels. statistics: whose they are. notes: what was left out or assumed, in sentences. eval_share: of the
+    shorter side of an image that is seen in evaluation; None where nothing states it.
+    """
+
+    kind: str
+    licence: str
+    method: dict[str, Any]
+    weights: dict[str, Tensor]
+    channels: int
+    patch: tuple[int, int]
+    grid: tuple[int, int] | None
+    places: int
+    mean: tuple[float, ...] | None
+    std: tuple[float, ...] | None
+    statistics: str
+    notes: tuple[str, ...] = ()
+    eval_share: float | None = None
+
+    @property
+    def name(self) -> str:
+        """The kind and the sizes: 'official MAE, full or visualise: ViT-B/16 at 224, decoder 8 x 512'."""
+        encoder, size = self.method["encoder"], ""
+        if self.grid is not None:
+            height, width = (cells * side for cells, side in zip(self.grid, self.patch, strict=True))
+            size = f" at {height}" if height == width else f" at {height} x {width}"
+        if "codes" in encoder:
+            return f"{self.kind}: {encoder['codes']} codes, width {encoder['width']}"
+        if "colours" in encoder:
+            return f"{self.kind}: {encoder['depth']} x {encoder['width']}, {encoder['colours']} colours{size}"
+        patch = f"{self.patch[0]}" if self.patch[0] == self.patch[1] else f"{self.patch[0]}x{self.patch[1]}"
+        known = SIZES.get((encoder["width"], encoder["depth"]))
+        model = f"ViT-{known}/{patch}" if known else f"ViT {encoder['depth']} x {encoder['width']}, patch {patch},"
+        decoder = self.method.get("decoder")
+        more = f", decoder {decoder['depth']} x {decoder['width']}" if decoder else ""
+        if classes := self.method.get("classes"):
+            more = f", {len(classes)} classes"
+        return f"{self.kind}: {model}{size}{more}"
+
+
+@dataclass
+class Names:
+    """A state dict whose names have been translated to official ones; knows what each was called in the file."""
+
+    tensors: dict[str, Tensor]
+    origin: dict[str, str]
+    notes: list[str] = field(default_factory=list)
+
+    def drop(self, pattern: str, note: str = "") -> bool:
+        """Leave out what fully matches; whether there was anything. A note says why, where that may surprise."""
+        gone = [name for name in self.tensors if re.fullmatch(pattern, name)]
+        for name in gone:
+            del self.tensors[name]
+        if gone and note:
+            self.notes.append(note)
+        return bool(gone)
+
+    def has(self, pattern: str) -> bool:
+        return any(re.fullmatch(pattern, name) for name in self.tensors)
+
+
+def unwrap(content: Any) -> dict[str, Tensor]:
+    """The state dict in what a checkpoint file held: out of 'model' and the like, without 'module.' and the like.
+
+    Raises ForeignError when there is none. What lies beside a state dict (optimiser, epoch, arguments) is left out.
+    """
+    for _ in range(DEEPEST_WRAPPER):
+        if not isinstance(content, Mapping) or any(isinstance(value, Tensor) for value in content.values()):
+            break
+        inner = [content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)]
+        if not inner:
+            break
+        content = inner[0]
+    if not isinstance(content, Mapping) or not any(isinstance(value, Tensor) for value in content.values()):
+        what = f"with {some(map(str, content))}" if isinstance(content, Mapping) and content else "without any weights"
+        raise ForeignError(
+            f"a {type(content).__name__} {what} came; a state dict (names and tensors) was expected, bare or under "
+            f"{', '.join(map(repr, WRAPPERS))}"
+        )
+    state = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+    while prefix := next((each for each in PREFIXES if all(name.startswith(each) for name in state)), None):
+        state = {name.removeprefix(prefix): value for name, value in state.items()}
+    return state
+
+
+def pop_first(tensors: dict[str, Tensor], *names: str) -> Tensor | None:
+    return next((tensors.pop(name) for name in names if name in tensors), None)
+
+
+def matching(names: Names, pattern: str) -> list[str]:
+    return [names.origin.get(name, name) for name in names.tensors if re.fullmatch(pattern, name)]
+
+
+def need(tensors: Mapping[str, Tensor], name: str, dims: int | None = None) -> Tensor:
+    if name not in tensors:
+        raise ForeignError(f"{name} is missing among {len(tensors)} tensors; the file is cut, or of another kind")
+    if dims is not None and tensors[name].ndim != dims:
+        raise ForeignError(f"{name} has the shape {tuple(tensors[name].shape)}, {dims} dimensions were expected")
+    return tensors[name]
+
+
+def first_sizes(tensors: Mapping[str, Tensor]) -> tuple[int, tuple[int, int], int]:
+    """(width, patch, channels)."""
+    width, channels, height, across = need(tensors, "patch_embed.proj.weight", 4).shape
+    if tensors["cls_token"].shape[-1] != width:
+        raise ForeignError(
+            f"the class token has {tensors['cls_token'].shape[-1]} values and the patch projection makes {width}; the "
+            "tensors are not of one network"
+        )
+    return width, (height, across), channels
+
+
+def count_blocks(tensors: Mapping[str, Tensor], blocks: str) -> int:
+    """How many there are. Raises ForeignError when numbers are missing in between, or there are none."""
+    numbers = {int(match[1]) for name in tensors if (match := re.match(rf"{re.escape(blocks)}\.(\d{{1,9}})\.", name))}
+    expected = max(numbers, default=0) + 1
+    if len(numbers) != expected:
+        hole = next(number for number in range(expected) if number not in numbers)
+        more = expected - len(numbers) - 1
+        raise ForeignError(
+            f"{blocks}.{hole} is missing" + (f" (and {more} more)" if more else "")
+            + (f", but there is {blocks}.{max(numbers)}; the file is cut or was put together wrongly" if numbers else
+               "; a transformer with at least one block was expected")
+        )  # fmt: skip
+    return len(numbers)
+
+
+def root(number: int) -> int:
+    """The square root, or 0 where it is not whole."""
+    root = math.isqrt(max(0, number))
+    return root if root * root == number else 0
+
+
+def require_same(about: Mapping[str, Any], key: str, found: Any) -> None:
+    if key in about and about[key] != found:
+        raise ForeignError(
+            f"config.json says {key}={about[key]}, but the tensors have {found}; the two files do not go together"
+        )
+
+
+def require_nothing_left(names: Iterable[str]) -> None:
+    """Raises ForeignError that names tensors nobody asked for."""
+    if left := sorted(names):
+        raise ForeignError(
+            f"{len(left)} tensors have no place in the network that the others make: {some(left)}; is it a variant, "
+            "or a mixture of two files?"
+        )

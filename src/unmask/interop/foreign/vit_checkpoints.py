@@ -1,0 +1,344 @@
+"""Vision transformers of others: official MAE, BEiT and SimMIM, timm's, and transformers' ViTMAE, ViT and BEiT.
+
+What the weights do not show (the number of heads, with few exceptions) comes from config.json, from the sizes that were
+published, or has to be said.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unmask.errors import ForeignError, some
+from unmask.interop.foreign.names import to_ours
+from unmask.interop.foreign.state_dicts import (
+    HALVES,
+    IMAGENET,
+    UNKNOWN_LICENCE,
+    Names,
+    Recognised,
+    count_blocks,
+    first_sizes,
+    matching,
+    need,
+    pop_first,
+    require_same,
+    root,
+)
+
+HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}  # of the published vision transformers, by width
+DECODER_HEADS = {512: 16}  # of MAE's decoder
+MAE_LICENCE = "CC-BY-NC 4.0 (facebookresearch/mae): not for commercial use"
+BEIT_LICENCE = "MIT (microsoft/unilm)"
+SIMMIM_LICENCE = "MIT (microsoft/SimMIM)"
+FOREIGN_PARTS = {
+    r"(reg_token|register_tokens|embeddings\.register_tokens)": "register tokens",
+    r"blocks\.\d+\.attn\.(q_norm|k_norm)\..+": "a norm on queries and keys",
+    r"blocks\.\d+\.mlp\.(fc1_g|fc1_x|w1|w2|w3|w12|weights_in)\..+": "a gated MLP",
+    r"blocks\.\d+\.(attn\.norm|mlp\.norm)\..+": "a norm inside attention or MLP",
+    r"blocks\.\d+\.(norm3|cross_attn|adaLN.*|conv.*)\..+": "blocks of another make",
+    r"(dist_token|head_dist\..+)": "a distillation token",
+    r"norm_pre\..+": "a norm before the first block",
+    r"attn_pool\..+": "attention pooling",
+    r"patch_embed\.(backbone|norm|proj\.\d+)\..+": "a stem that is no single convolution",
+}
+"""What vision transformers have that ours has not, in words."""
+
+
+def recognise_vit(
+    names: Names, about: Mapping[str, Any], look: Mapping[str, Any], training: Mapping[str, Any]
+) -> Recognised:
+    """Every vision transformer, under official names (or timm's, which are the same)."""
+    for pattern, words in FOREIGN_PARTS.items():
+        if names.has(pattern):
+            raise ForeignError(
+                f"this vision transformer has {words} ({some(matching(names, pattern))}), which this package's has "
+                "not; a plain one was expected"
+            )
+    transformers = bool(about.get("model_type")) or any("patch_embeddings" in old for old in names.origin.values())
+    tensors, simmim = names.tensors, False
+    if not transformers:
+        simmim = _with_pixel_head(names)
+    _prepare(names)
+    if "cls_token" not in tensors:
+        raise ForeignError("this vision transformer has no class token (cls_token), and one with it was expected")
+    width, patch, channels = first_sizes(tensors)
+    depth = count_blocks(tensors, "blocks")
+    beit = names.has(r"rel_pos_bias\..+|blocks\.\d+\.attn\.relative_position_bias_table|lm_head\..+|blocks\.0\.gamma_1")
+    beit = (beit or about.get("model_type") == "beit") and not simmim
+    full = "decoder_pred.weight" in tensors
+
+    encoder: dict[str, Any] = {"width": width, "depth": depth, "patch": patch}
+    encoder["mlp_ratio"] = _ratio(tensors, "blocks.0.mlp", width)
+    encoder["positions"] = "absent"
+    places, grid = _places(names, about, patch)
+    if "pos_embed" in tensors:
+        encoder["positions"] = "sincos" if is_sincos(tensors["pos_embed"]) else "learned"
+    table = "rel_pos_bias.relative_position_bias_table"
+    own = "blocks.0.attn.relative_position_bias_table"
+    encoder["relative_bias"] = table in tensors or ("each_block" if own in tensors else False)
+    scaled = any(f"blocks.0.{name}" in tensors for name in ("gamma_1", "ls1.gamma"))
+    start = about.get("layer_scale_init_value") or (0.1 if depth < 24 else 1e-5)
+    encoder["layer_scale"] = start if scaled else None
+    encoder["norm_eps"] = float(about.get("layer_norm_eps", 1e-6))
+    bias = need(tensors, table if table in tensors else own, 2) if {table, own} & tensors.keys() else None
+    heads = about.get("num_attention_heads") or (bias.shape[1] if bias is not None else HEADS.get(width))
+    if heads is not None:
+        encoder["heads"] = int(heads)
+    _require_config(about, encoder, channels)
+
+    mean, std, statistics = _statistics(look, channels, halves=beit, training=training)
+    if simmim:
+        kind, method = "pre-trained", {"name": "simmim", "encoder": encoder, **_simmim_masks(names, patch, training)}
+    elif full:
+        kind, method = _with_decoder(names, encoder, about, training)
+    elif "head.weight" in tensors and "fc_norm.weight" in tensors and len(tensors["head.weight"]) > 1:
+        kind, method = _with_head(names, encoder, about)
+    else:
+        kind, method = _encoder_only(names, encoder, beit=beit)
+        if method["name"] == "beit" and "num_mask_patches" in training and places and grid is not None:
+            method["mask_ratio"] = training["num_mask_patches"] / (grid[0] * grid[1])
+            names.notes.append(f"the training hid {training['num_mask_patches']} of {grid[0] * grid[1]} patches")
+    weights = to_ours(names, method["name"])
+    licence = BEIT_LICENCE if beit else MAE_LICENCE if full or encoder["positions"] == "sincos" else UNKNOWN_LICENCE
+    if transformers:
+        kind, licence = f"transformers {_family(about, beit=beit, full=full)}, {kind}", UNKNOWN_LICENCE
+    else:
+        kind, licence = _official(kind, encoder, licence, beit=beit, full=full)
+    if simmim:
+        kind, licence = "SimMIM, pre-trained", SIMMIM_LICENCE
+    return Recognised(
+        kind, licence, method, weights, channels, patch, grid, places, mean, std, statistics, tuple(names.notes)
+    )
+
+
+def _with_pixel_head(names: Names) -> bool:
+    """Whether this is official SimMIM; its 1 x 1 convolution before a pixel shuffle becomes the linear layer it is."""
+    tensors = names.tensors
+    weight, projection = tensors.get("decoder.0.weight"), tensors.get("patch_embed.proj.weight")
+    if weight is None or projection is None or "mask_token" not in tensors or projection.ndim != 4:
+        return False
+    width, channels, height, across = projection.shape
+    if weight.shape != (channels * height * across, width, 1, 1) or tensors["decoder.0.bias"].ndim != 1:
+        return False
+    # The shuffle reads (channel, row, column); a patch vector here is (row, column, channel).
+    shape = (channels, height, across)
+    tensors["head.weight"] = tensors.pop("decoder.0.weight").view(*shape, width).permute(1, 2, 0, 3).flatten(0, 2)
+    tensors["head.bias"] = tensors.pop("decoder.0.bias").view(*shape).permute(1, 2, 0).flatten()
+    return True
+
+
+def _simmim_masks(names: Names, patch: tuple[int, int], training: Mapping[str, Any]) -> dict[str, Any]:
+    """Size of the hidden cells, in patches, and share of them that is hidden."""
+    pixels, ratio = training.get("mask_patch_size", 32), training.get("mask_ratio", 0.6)
+    whose = (
+        "read from the training's configuration" if "mask_patch_size" in training else "SimMIM's own, not in the file"
+    )
+    names.notes.append(f"masks of cells of {pixels} pixels, {ratio:g} of them hidden ({whose})")
+    return {"mask_cell": tuple(max(1, pixels // side) for side in patch), "mask_ratio": ratio}
+
+
+def _prepare(names: Names) -> None:
+    """Leave out what counts for nothing here, and make one qkv of what was apart."""
+    names.drop(r".*relative_position_index")
+    names.drop(r"pooler\.dense\..+", "the pooler (a layer on the class token) is left out")
+    names.drop(r"decoder\.0\..+", "the pixel head of masked image modelling is left out")
+    tensors = names.tensors
+    for prefix in sorted({match[1] for name in tensors if (match := re.match(r"(.*blocks\.\d+\.attn\.)", name))}):
+        apart = [tensors.pop(f"{prefix}{part}.weight", None) for part in "qkv"]
+        fused = f"{prefix}qkv.weight"
+        if all(part is not None for part in apart):
+            tensors[fused] = torch.cat([part for part in apart if part is not None])
+        if fused not in tensors:
+            continue  # said with the others that are missing
+        third = len(tensors[fused]) // 3
+        parts = [pop_first(tensors, f"{prefix}{part}.bias", f"{prefix}{part}_bias") for part in "qkv"]
+        if any(part is not None for part in parts) or f"{prefix}qkv.bias" not in tensors:
+            # Without a bias of its own a projection has a bias of zero; that of the keys cancels in the softmax.
+            tensors[f"{prefix}qkv.bias"] = torch.cat([torch.zeros(third) if part is None else part for part in parts])
+
+
+def _ratio(tensors: Mapping[str, Tensor], mlp: str, width: int) -> float:
+    """The hidden width over the width, such that multiplied and cut off it is the hidden width again."""
+    hidden, back = len(need(tensors, f"{mlp}.fc1.weight", 2)), need(tensors, f"{mlp}.fc2.weight", 2).shape[1]
+    if hidden != back:
+        raise ForeignError(
+            f"{mlp} makes {hidden} values of which {back} go on: a gated MLP, which this package's vision transformer "
+            "has not; a plain one was expected"
+        )
+    return hidden / width if int(width * (hidden / width)) == hidden else (hidden + 0.5) / width
+
+
+def _places(names: Names, about: Mapping[str, Any], patch: tuple[int, int]) -> tuple[int, tuple[int, int] | None]:
+    """(N, grid) of the images that positions were made for; N is 0 where only a relative bias knows, grid may be None.
+
+    Positions without a row for the class token (timm's no_embed_class) get one of zeros.
+    """
+    tensors, stated = names.tensors, None
+    if "image_size" in about:
+        sides = about["image_size"]
+        height, width = (sides, sides) if isinstance(sides, int) else sides
+        stated = height // patch[0], width // patch[1]
+    if "pos_embed" in tensors:
+        table = need(tensors, "pos_embed", 3)
+        rows = table.shape[1]
+        with_class = is_sincos(table) or (stated is not None and stated[0] * stated[1] == rows - 1)
+        if root(rows) and not with_class:  # 25 are 5 x 5, unless they are 4 x 6 and the class token's
+            tensors["pos_embed"] = table = torch.cat([torch.zeros_like(table[:, :1]), table], 1)
+        places = table.shape[1] - 1
+        if stated is not None and stated[0] * stated[1] != places:
+            raise ForeignError(
+                f"config.json says images of {about['image_size']} pixels, which are {stated[0]} x {stated[1]} patches "
+                f"of {patch[0]} x {patch[1]}, but there are positions for {places}; the two files do not go together"
+            )
+        side = root(places)
+        return places, stated or ((side, side) if side else None)
+    tables = [value for name, value in tensors.items() if name.endswith("relative_position_bias_table")]
+    if not tables and stated is None:
+        raise ForeignError("neither pos_embed nor a relative position bias came; one of them was expected")
+    side = root(len(tables[0]) - 3) if tables else 0
+    return 0, stated or (((side + 1) // 2, (side + 1) // 2) if side % 2 else None)
+
+
+def is_sincos(table: Tensor) -> bool:
+    """Whether positions (1, 1 + N, D) are a fixed table of sines and cosines: squares of each pair sum to 1."""
+    quarters = table[0, 1:].unflatten(-1, (2, 2, -1)) if table.shape[-1] % 4 == 0 else None
+    if quarters is None or table[0, 0].abs().max() > 1e-3:
+        return False
+    return bool((quarters.square().sum(2) - 1).abs().max() < 1e-2)
+
+
+def _require_config(about: Mapping[str, Any], encoder: Mapping[str, Any], channels: int) -> None:
+    """Raises ForeignError when config.json says another size than the tensors have, or asks for what ours has not."""
+    patch = encoder["patch"]
+    for key, found in {
+        "hidden_size": encoder["width"],
+        "num_hidden_layers": encoder["depth"],
+        "intermediate_size": int(encoder["width"] * encoder["mlp_ratio"]),
+        "patch_size": patch[0] if patch[0] == patch[1] else list(patch),
+        "num_channels": channels,
+    }.items():
+        require_same(about, key, found)
+    if (act := about.get("hidden_act", "gelu")) != "gelu":
+        raise ForeignError(f"config.json says hidden_act={act!r}; this package's vision transformer has the exact GELU")
+
+
+def _statistics(
+    look: Mapping[str, Any], channels: int, *, halves: bool, training: Mapping[str, Any]
+) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None, str]:
+    """(mean, std, whose): what preprocessor_config.json or the training's arguments say, in units of 0..255.
+
+    Else what is published.
+    """
+    for key in ("image_mean", "image_std"):
+        if len(look.get(key, [0] * channels)) != channels:
+            raise ForeignError(
+                f"{key} has {len(look[key])} values and the network {channels} channels; expected one for each: the "
+                "settings and the weights do not go together"
+            )
+    if "imagenet_default_mean_and_std" in training and channels == 3 and "image_mean" not in look:
+        usual = IMAGENET if training["imagenet_default_mean_and_std"] else HALVES
+        return *usual, "of the training's arguments: imagenet_default_mean_and_std"
+    if look.get("do_normalize", True) and "image_mean" in look and "image_std" in look:
+        scale = 1 / look.get("rescale_factor", 1 / 255) if look.get("do_rescale", True) else 1.0
+        mean, std = ([float(value) * scale for value in look[key]] for key in ("image_mean", "image_std"))
+        return (
+            tuple(mean),
+            tuple(std),
+            "of the training's arguments" if "mean" in training else "of preprocessor_config.json",
+        )
+    if look and not look.get("do_normalize", True):
+        return (0.0,) * channels, (255.0,) * channels, "none: preprocessor_config.json says do_normalize=false"
+    if channels != 3:
+        return None, None, ""
+    return (*HALVES, "0.5 and 0.5, as BEiT") if halves else (*IMAGENET, "ImageNet's, as MAE")
+
+
+def _with_decoder(
+    names: Names, encoder: dict[str, Any], about: Mapping[str, Any], training: Mapping[str, Any]
+) -> tuple[str, dict[str, Any]]:
+    """A whole MAE."""
+    tensors = names.tensors
+    width = len(need(tensors, "decoder_embed.weight", 2))
+    decoder: dict[str, Any] = {"width": width, "depth": count_blocks(tensors, "decoder_blocks")}
+    require_same(about, "decoder_hidden_size", width)
+    require_same(about, "decoder_num_hidden_layers", decoder["depth"])
+    heads = about.get("decoder_num_attention_heads", DECODER_HEADS.get(width))
+    if heads is not None:
+        decoder["heads"] = heads
+    method = {"name": "mae", "encoder": encoder, "decoder": decoder}
+    if "norm_pix_loss" in about:
+        method["target"] = "norm_pixels" if about["norm_pix_loss"] else "pixels"
+        method["mask_ratio"] = about.get("mask_ratio", 0.75)
+        return "full", method
+    if "mask_ratio" in training:
+        method["mask_ratio"] = training["mask_ratio"]
+    if "norm_pix_loss" in training:
+        method["target"] = "norm_pixels" if training["norm_pix_loss"] else "pixels"
+        return "full", method
+    names.notes.append(
+        "the decoder is taken to predict pixels normalised within each patch, as the full files do; one of the "
+        "visualise files predicts plain pixels, which does not show: for it give --set method.target=pixels"
+    )
+    return "full or visualise", method
+
+
+def _with_head(names: Names, encoder: dict[str, Any], about: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """A classifier on the mean of the patch tokens."""
+    count = len(names.tensors["head.weight"])
+    labels = about.get("id2label") or about.get("label_names") or {}
+    told = [str(labels[key]) for key in sorted(labels, key=int)] if isinstance(labels, Mapping) else list(labels)
+    classes = told if len(told) == count else [f"class {number}" for number in range(count)]
+    # ImageNet has two cranes: names that come more than once get their number, or labels could not be told apart.
+    classes = [name if classes.count(name) == 1 else f"{name} ({number})" for number, name in enumerate(classes)]
+    names.drop("mask_token")
+    _plain_norm(names)
+    return "fine-tuned", {"name": "classify", "encoder": encoder, "classes": classes}
+
+
+def _encoder_only(names: Names, encoder: dict[str, Any], *, beit: bool) -> tuple[str, dict[str, Any]]:
+    """What has no task that is known here; BEiT's own needs a tokenizer besides."""
+    if beit and "lm_head.weight" in names.tensors and "mask_token" in names.tensors:
+        names.drop(r"(fc_norm|head)\..+")
+        return "pre-trained", {"name": "beit", "encoder": encoder}
+    names.drop(r"lm_head\..+", "the head for codes is left out")
+    if names.has(r"head\..+"):
+        words = "on the class token" if "norm.weight" in names.tensors else "of one output, or of several layers"
+        names.drop(r"head\..+", f"the classifier {words} is left out: the one here is linear, on the mean of patches")
+    _plain_norm(names)
+    names.drop(r"fc_norm\..+", "the norm of the mean of patch tokens is left out")
+    names.drop("mask_token")
+    return "encoder only", {"name": "encoder", "encoder": encoder}
+
+
+def _plain_norm(names: Names) -> None:
+    """The norm after the last block, where the network pools first and normalises then: gain 1, bias 0."""
+    tensors = names.tensors
+    if "norm.weight" in tensors or "fc_norm.weight" not in tensors:
+        return
+    width = len(tensors["fc_norm.weight"])
+    tensors |= {"norm.weight": torch.ones(width), "norm.bias": torch.zeros(width)}
+    names.notes.append(
+        "it has no norm of its own after the last block, so embed and probe see tokens normalised with gain 1 and "
+        "bias 0"
+    )
+
+
+def _family(about: Mapping[str, Any], *, beit: bool, full: bool) -> str:
+    named = {"vit_mae": "ViTMAE", "vit": "ViT", "beit": "BEiT"}.get(str(about.get("model_type")))
+    return named or ("BEiT" if beit else "ViTMAE" if full else "ViT")
+
+
+def _official(kind: str, encoder: Mapping[str, Any], licence: str, *, beit: bool, full: bool) -> tuple[str, str]:
+    """(kind, licence) under official names, which several have in common."""
+    if beit:
+        return f"BEiT, {kind}", licence
+    if full or encoder["positions"] == "sincos":
+        return f"official MAE, {kind}", licence
+    if kind == "fine-tuned":
+        return "official MAE or timm ViT, fine-tuned", f"of official MAE {MAE_LICENCE}; of others {UNKNOWN_LICENCE}"
+    return f"timm ViT, {kind}", licence

@@ -1,0 +1,176 @@
+"""Reads a method back out of one file, as `unmask export --to safetensors` writes it: no Run is needed.
+
+The weights are under our own names; the header of the file has the settings and what the images are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from unmask.batch import ImageSpec
+from unmask.config import Config, explain
+from unmask.engine import checkpoint
+from unmask.errors import ForeignError, UserError, some
+from unmask.interop.foreign.metadata import DEEPEST, Deviations, Numbers, Size
+from unmask.method import Method
+from unmask.system.json_input import Outside, checked, read_object
+
+HEADER = "unmask"  # where our own file has its settings
+
+
+class Images(Outside):
+    """`ImageSpec`, as JSON has it."""
+
+    channels: Size
+    size: tuple[Size, Size]
+    dtype: str
+    mean: Numbers
+    std: Deviations
+
+
+class Header(Outside):
+    """What `unmask export --to safetensors` writes into the header of the file."""
+
+    config: dict[str, Any]
+    images: Images
+    licence: str = ""
+
+
+@dataclass(frozen=True)
+class OwnFile:
+    """A file that `unmask export --to safetensors` wrote: what its header says, with nothing of the weights read."""
+
+    path: Path
+    config: Config
+    images: ImageSpec
+    licence: str
+
+    def read(self) -> tuple[Method, dict[str, Tensor]]:
+        """The method on the meta device, where it has no memory, and its weights.
+
+        Raises ForeignError before any weight is read unless the tensors of the file are those that the settings in its
+        header describe.
+        """
+        with safe_open(self.path, "pt") as opened:
+            shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+        require_plausible(self.config, self.images, shapes, self.path)
+        try:
+            with torch.device("meta"):
+                method = self.config.build(self.images)
+        except (RuntimeError, TypeError, OverflowError, MemoryError, AssertionError) as error:
+            raise ForeignError(
+                f"{self.path}: the settings in its header describe no network ({type(error).__name__}); get the file "
+                "again, or export the run again"
+            ) from None
+        wanted = {name: tuple(value.shape) for name, value in method.state_dict().items()}
+        if shapes != wanted:
+            faults = {
+                "missing": sorted(wanted.keys() - shapes.keys()),
+                "left over": sorted(shapes.keys() - wanted.keys()),
+                "of another shape": [
+                    f"{name} {shapes[name]} instead of {wanted[name]}"
+                    for name in sorted(shapes.keys() & wanted.keys())
+                    if shapes[name] != wanted[name]
+                ],
+            }
+            named = "; ".join(f"{len(names)} {how}: {some(names)}" for how, names in faults.items() if names)
+            raise ForeignError(
+                f"{self.path}: its tensors are not those of the network in its header ({named}); the file is damaged "
+                "or was changed, export the run again"
+            )
+        weights = load_file(self.path)
+        for name, value in method.state_dict().items():
+            if weights[name].is_floating_point() != value.is_floating_point():
+                raise ForeignError(
+                    f"{self.path}: {name} is {weights[name].dtype}; expected {value.dtype}: export the run again"
+                )
+        return method, weights
+
+
+def require_plausible(config: Config, images: ImageSpec, shapes: Mapping[str, tuple[int, ...]], path: Path) -> None:
+    """Raises ForeignError for a network that cannot be the one whose tensors have these shapes.
+
+    What it would take to make it, even without memory for its weights, is bounded by what the file has: sizes by the
+    values of its tensors, blocks by their number, and tables of positions by both.
+    """
+    values = sum(math.prod(shape) for shape in shapes.values())
+    for key, number in numbers_in(config.method.model_dump()):
+        most = DEEPEST if key.endswith("depth") else max(values, 1024)
+        if number > most:
+            raise ForeignError(
+                f"{path}: got method.{key}={number} in its header; expected at most {most}, for the file has "
+                f"{values} values in {len(shapes)} tensors: it is damaged or was changed, export the run again"
+            )
+    method: Any = config.method.model_dump()
+    patch = (method.get("encoder") or {}).get("patch") or (1, 1)
+    places = (images.size[0] // patch[0]) * (images.size[1] // patch[1])
+    widest = max([1, *(part["width"] for part in method.values() if isinstance(part, dict) and "width" in part)])
+    if places > max(values, 1024) or (places * widest > 4 * max(values, 1 << 20)):
+        raise ForeignError(
+            f"{path}: got images of {images.size[0]} x {images.size[1]} in its header, {places} patches {widest} wide; "
+            f"the file has {values} values, too few for that: it is damaged or was changed, export the run again"
+        )
+
+
+def numbers_in(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, int]]:
+    """Every whole number in a tree of settings, with its key."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from numbers_in(value, f"{prefix}{key}.")
+        for each in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(each, int) and not isinstance(each, bool):
+                yield f"{prefix}{key}", each
+
+
+def open_safetensors(path: str | Path) -> Method:
+    """The method of a file that `unmask export --to safetensors` wrote, in eval mode. Raises ValueError for another."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path} is not a file; one that `unmask export --to safetensors` wrote was expected")
+    if (own := read_header(path)) is None:
+        raise UserError(
+            f"{path} is no file of `unmask export --to safetensors`; weights of others become a run with `unmask "
+            "import`"
+        )
+    _, weights = own.read()
+    method = own.config.build(own.images)
+    checkpoint.require_fit(method, weights, str(path))
+    method.load_state_dict(weights)
+    return method.eval()
+
+
+def read_header(path: Path) -> OwnFile | None:
+    """What our own file says of itself; None for any other file.
+
+    Raises ForeignError for metadata of ours that is damaged: such a file is never taken for one of others.
+    """
+    try:
+        with safe_open(path, "pt") as opened:
+            text = (opened.metadata() or {}).get(HEADER)
+    except (SafetensorError, OSError):
+        return None
+    if text is None:
+        return None
+    where = f"{path}: the metadata {HEADER!r} in its header"
+    header = checked(Header, read_object(text, where), where)
+    try:
+        told = header.images
+        images = ImageSpec(told.channels, told.size, told.dtype, tuple(told.mean), tuple(told.std))
+        config = Config.model_validate(header.config)
+    except ValidationError as error:
+        raise ForeignError(f"{where}: {explain(error)}; export the run again") from None
+    except UserError as error:
+        raise ForeignError(f"{where}: {error}") from None
+    except RecursionError:
+        raise ForeignError(f"{where}: its settings are nested too deeply; export the run again") from None
+    return OwnFile(path, config, images, header.licence)

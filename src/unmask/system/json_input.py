@@ -1,0 +1,77 @@
+"""JSON written by others, checked before it decides anything."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from unmask.errors import ForeignError
+
+MOST_BYTES = 64 << 20  # of a JSON file or header; the largest published ones have a few MiB
+LARGEST = 65_536  # of any size in a network, or of an image's side in pixels
+
+
+class Outside(BaseModel):
+    """Keys that nobody asks for are left out; null is as good as absent."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True, allow_inf_nan=False)
+
+
+Parsed = TypeVar("Parsed", bound=BaseModel)
+
+
+GET_AGAIN = "get the file again from where it was published, or correct it"
+
+
+def checked(kind: type[Parsed], value: Any, where: str, fix: str = GET_AGAIN) -> Parsed:
+    """`value` as a `kind`. Raises ForeignError that names `where`, the key, what was expected, and the `fix`."""
+    try:
+        return kind.model_validate(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise ForeignError(
+            f"{where}: got {key + ' = ' if key else ''}{shortened(first['input'])}; expected: {first['msg']}; {fix}"
+        ) from None
+
+
+def settings_of(kind: type[BaseModel], value: Any, where: str) -> dict[str, Any]:
+    """The keys that `value` has a usable value for."""
+    return checked(kind, value, where).model_dump(exclude_none=True)
+
+
+def shortened(value: Any, most: int = 60) -> str:
+    text = repr(value) if isinstance(value, (str, int, float, bool)) else f"a {type(value).__name__}"
+    text = "null" if value is None else text
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
+def read_object(text: str | bytes, where: str) -> dict[str, Any]:
+    """A JSON object. Raises ForeignError for anything else, and for more than MOST_BYTES."""
+    if len(text) > MOST_BYTES:
+        raise ForeignError(f"{where}: got {len(text) >> 20} MiB of JSON; expected at most {MOST_BYTES >> 20}")
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ForeignError(
+            f"{where} cannot be read ({type(error).__name__}); a JSON object was expected: get the file again"
+        ) from None
+    if not isinstance(found, dict):
+        raise ForeignError(
+            f"{where}: got {shortened(found)}; a JSON object was expected: get the file again, it is damaged"
+        )
+    return found
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A file that holds a JSON object; {} where there is none."""
+    try:
+        with path.open("rb") as file:
+            return read_object(file.read(MOST_BYTES + 1), str(path))
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise ForeignError(f"{path} cannot be read ({type(error).__name__}); a JSON object was expected") from None

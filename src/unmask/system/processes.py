@@ -1,0 +1,188 @@
+"""Processes beside this one: workers that it starts, which end with it, and copies that a launcher started.
+
+Not here: what the workers do (`data/worker_pool.py` for training batches, `data/scan.py` and `data/pack.py` for whole
+files). Standard library only.
+"""
+
+from __future__ import annotations
+
+import ast
+import ctypes
+import faulthandler
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager, suppress
+from multiprocessing import connection
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from unmask.errors import UserError
+
+STOP_SIGNALS = tuple(name for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name))
+STACKS_SIGNAL = getattr(signal, "SIGUSR2", None)  # a worker answers it with the stacks of its threads
+_PR_SET_PDEATHSIG = 1
+
+
+# ---------------------------------------------------------------------------------------------- inside a worker process
+
+
+def begin_worker() -> None:
+    """Set up a worker process: it leaves the signals that stop a run to its parent, and ends when its parent does."""
+    for name in STOP_SIGNALS:
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    signal.set_wakeup_fd(-1)  # a forked child has that of its parent
+    end_with_parent()
+
+
+def end_with_parent() -> None:
+    """End this worker when its parent process dies, however it dies, and whatever the worker is doing.
+
+    On Linux the kernel kills it, also when it is stopped or busy in C code. Everywhere a thread watches the pipe that
+    multiprocessing keeps between parent and child.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if multiprocessing.get_start_method() == "fork" and os.getppid() != parent.pid:
+            os._exit(1)  # the parent died before the line above
+    threading.Thread(target=_exit_after, args=(parent.sentinel,), daemon=True, name="parent watch").start()
+
+
+def _exit_after(sentinel: int) -> None:
+    connection.wait([sentinel])
+    os._exit(1)
+
+
+def answer_with_stacks(file: int) -> None:
+    """Write the stacks of all threads to this file descriptor whenever `STACKS_SIGNAL` arrives."""
+    if STACKS_SIGNAL is not None and hasattr(faulthandler, "register"):
+        faulthandler.register(STACKS_SIGNAL, file=file, all_threads=True)
+
+
+# ------------------------------------------------------------------------------------------------- for the main process
+
+
+@contextmanager
+def process_pool(
+    workers: int, initializer: Callable[..., object], arguments: tuple[Any, ...]
+) -> Iterator[ProcessPoolExecutor]:
+    """Context manager for a pool whose processes are killed when its body is left early, by an error or Ctrl-C.
+
+    The executor by itself would wait for what its processes are working on, which may take for ever.
+    """
+    require_main_guard()
+    pool = ProcessPoolExecutor(workers, initializer=_begin_pooled, initargs=(initializer, arguments))
+    try:
+        yield pool
+    except BaseException:
+        started = list((getattr(pool, "_processes", None) or {}).values())
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in started:
+            process.kill()
+        raise
+    pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _begin_pooled(initializer: Callable[..., object], arguments: tuple[Any, ...]) -> None:
+    begin_worker()
+    initializer(*arguments)
+
+
+def state_of(process: int) -> str:
+    """What the kernel says about a process, as words for a message: 'stopped', 'waiting for a disk or network file'."""
+    try:
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return "in an unknown state"
+    states = {
+        "T": f"stopped by a signal (`kill -CONT {process}` continues it)",
+        "t": "stopped by a debugger",
+        "D": "waiting for a disk or network file system that does not answer",
+        "R": "computing",
+        "S": "waiting",
+        "Z": "dead",
+        "X": "dead",
+    }
+    return states.get(fields[0], f"in state {fields[0]}")
+
+
+def require_main_guard() -> None:
+    """Reject a script that would be run again by every worker process it starts.
+
+    With the start methods spawn and forkserver (macOS, Windows; Linux from Python 3.14) a new process imports the main
+    script first. Raises UserError.
+    """
+    advice = 'put the call under `if __name__ == "__main__":`'
+    if getattr(multiprocessing.current_process(), "_inheriting", False):  # a worker that is importing the main script
+        raise UserError(f"unmask was called while a worker process imported the main script: {advice}")
+    if multiprocessing.get_start_method() == "fork":
+        return
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_name == "<module>" and frame.f_globals.get("__name__") == "__main__":
+            file = frame.f_globals.get("__file__")
+            if file is not None and not _guarded(Path(file), frame.f_lineno):
+                raise UserError(
+                    f"{file}, line {frame.f_lineno}, calls unmask outside a main guard, and every worker process "
+                    f"would run the script again: {advice}"
+                )
+        frame = frame.f_back
+
+
+def _guarded(script: Path, line: int) -> bool:
+    """Whether this line stands in an `if` on `__name__`; a script that cannot be read counts as guarded."""
+    try:
+        tree = ast.parse(script.read_bytes())
+    except (OSError, ValueError, SyntaxError):
+        return True
+    return any(
+        isinstance(node, ast.If)
+        and node.lineno <= line <= (node.end_lineno or line)
+        and "__name__" in ast.dump(node.test)
+        for node in ast.walk(tree)
+    )
+
+
+# --------------------------------------------------------------------------------------------------------- launchers
+
+
+_LAUNCHERS = {
+    "torchrun": "WORLD_SIZE",
+    "srun": "SLURM_NTASKS",
+    "mpirun": "OMPI_COMM_WORLD_SIZE",
+    "mpiexec": "PMI_SIZE",
+}
+
+
+def refuse_several_processes(environment: Mapping[str, str] | None = None) -> None:
+    """Reject a launcher that started several copies of this command: each would train by itself. Raises UserError."""
+    environment = os.environ if environment is None else environment
+    for launcher, size in _LAUNCHERS.items():
+        count = environment.get(size, "")
+        if not count.isdecimal() or int(count) <= 1 or (launcher == "srun" and not _under_srun(environment)):
+            continue
+        raise UserError(
+            f"got {size}={count}, as {launcher} sets it for {count} processes; expected one process: training with "
+            f"several is not supported yet, and each would train by itself; start the command once, without {launcher} "
+            "or with one task"
+        )
+
+
+def _under_srun(environment: Mapping[str, str]) -> bool:
+    """Whether srun started several tasks, of which this is one.
+
+    The script of an sbatch job has SLURM_NTASKS and SLURM_PROCID as well, but runs once.
+    """
+    step = environment.get("SLURM_STEP_ID")
+    batch_script = step == "4294967291" or (step is None and environment.get("ENVIRONMENT") == "BATCH")
+    return "SLURM_PROCID" in environment and not batch_script and environment.get("SLURM_STEP_NUM_TASKS", "many") != "1"
