@@ -1,9 +1,11 @@
-"""The documents are true: the method in the guide passes the contract, and every command named exists."""
+"""The documents are true: commands, files, links and messages that they name exist, and the example method works."""
 
+import ast
 import re
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -12,16 +14,31 @@ from typer.main import get_command
 from unmask.cli import app
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md"]
+PAGES = sorted((ROOT / "docs").rglob("*.md"))
+DOCUMENTS = [ROOT / "README.md", *PAGES, ROOT / "CONTRIBUTING.md"]
+GAP = "…"  # in a quoted message: what differs from one time to the next
 
 
 def blocks(text: str, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 
+def without_code(text: str) -> str:
+    return re.sub(r"```.*?```|`[^`\n]*`", "", text, flags=re.DOTALL)
+
+
+@cache
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub and MyST make them."""
+    headings = re.findall(
+        r"^#+ (.*)$", re.sub(r"```.*?```", "", page.read_text("utf-8"), flags=re.DOTALL), re.MULTILINE
+    )
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 @pytest.mark.slow
 def test_the_method_of_the_guide_is_one_file_and_one_recipe_and_passes_the_contract(tmp_path):
-    method, recipe = blocks((ROOT / "docs" / "adding_a_method.md").read_text(), "python")
+    method, recipe = blocks((ROOT / "docs" / "write-a-method.md").read_text("utf-8"), "python")
     for name in ("src", "tests", "pyproject.toml"):
         source = ROOT / name
         copy = shutil.copytree if source.is_dir() else shutil.copy
@@ -39,7 +56,10 @@ def test_the_method_of_the_guide_is_one_file_and_one_recipe_and_passes_the_contr
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_every_command_and_option_named_in_the_documents_exists(document):
     verbs = get_command(app).commands  # type: ignore[attr-defined]
-    for line in re.findall(r"(?:^|`)\s*(unmask [a-z][^`\n]*)", document.read_text(), re.MULTILINE):
+    text = document.read_text("utf-8")
+    in_blocks = re.findall(r"^unmask [a-z].*$", "\n".join(blocks(text, r"\w*")).replace("\\\n", " "), re.MULTILINE)
+    in_sentences = re.findall(r"`(unmask [a-z][^`]*)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+    for line in [*in_blocks, *in_sentences]:
         words = line.split("#")[0].split()
         assert words[1] in verbs, line
         known = {name for parameter in verbs[words[1]].params for name in parameter.opts} | {"--help"}
@@ -50,6 +70,86 @@ def test_every_command_and_option_named_in_the_documents_exists(document):
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_every_file_named_in_the_documents_exists(document):
-    for name in re.findall(r"(?:\]\(|`)((?:docs|src|tests|benchmarks|scripts)/[\w./-]+)", document.read_text()):
+    for name in re.findall(r"(?:\]\(|`)((?:docs|src|tests|benchmarks|scripts)/[\w./-]+)", document.read_text("utf-8")):
         if "meancolour" not in name:
             assert (ROOT / name).exists(), f"{document.name} names {name}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_link_leads_to_a_file_and_a_heading(document):
+    for link in re.findall(r"\]\(([^)\s]+)\)", without_code(document.read_text("utf-8"))):
+        if re.match(r"https?://", link):
+            continue
+        name, _, anchor = link.partition("#")
+        target = (document.parent / name).resolve() if name else document
+        assert target.exists(), f"{document.name} links to {link}"
+        assert not anchor or anchor in anchors(target), f"{document.name} links to {link}"
+
+
+def literals() -> list[str]:
+    """Every text in the source, f-strings included, with a gap for what is formatted into it."""
+    found = []
+    for path in (ROOT / "src").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                parts = (part.value if isinstance(part, ast.Constant) else GAP for part in node.values)
+                found.append("".join(map(str, parts)))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return found
+
+
+def test_every_quoted_message_is_a_message_of_the_code():
+    page = (ROOT / "docs" / "troubleshooting.md").read_text("utf-8")
+    texts = literals()
+    quoted = blocks(page, "text")
+    assert len(quoted) > 20
+    for message in quoted:
+        pieces = [re.escape(piece.strip()) for piece in message.split(GAP) if piece.strip()]
+        pattern = re.compile(".*".join(pieces), re.DOTALL)
+        assert any(pattern.search(text) for text in texts), f"no message of the code reads: {message}"
+
+
+def test_every_page_is_in_the_contents():
+    index = (ROOT / "docs" / "index.md").read_text("utf-8")
+    listed = {line for block in blocks(index, "{toctree}") for line in block.splitlines() if line and line[0] != ":"}
+    assert listed == {str(page.relative_to(ROOT / "docs").with_suffix("")) for page in PAGES} - {"index"}
+
+
+def test_the_tree_in_the_readme_is_the_tree_of_the_package():
+    (tree,) = blocks((ROOT / "README.md").read_text("utf-8"), "text")
+    first, *lines = tree.splitlines()
+    inside = {line.split()[0] for line in lines if line.startswith("  ")}
+    outside = {line.split()[0] for line in lines if not line.startswith("  ")}
+    package = ROOT / first.split()[0]
+    for name in inside:
+        assert (package / name).exists(), f"README names {name}"
+    for name in outside:
+        assert (ROOT / name).exists(), f"README names {name}"
+    folders = {f"{path.name}/" for path in package.iterdir() if (path / "__init__.py").exists()}
+    assert folders <= inside, f"the tree in README leaves out {folders - inside}"
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text("utf-8").split()) < 700
+
+
+@pytest.mark.slow
+def test_the_site_has_every_command_and_every_public_name(tmp_path):
+    pytest.importorskip("sphinx", reason="pip install '.[docs]'")
+    pytest.importorskip("myst_parser", reason="pip install '.[docs]'")
+    pytest.importorskip("furo", reason="pip install '.[docs]'")
+    import unmask
+
+    build = [sys.executable, "-m", "sphinx", "--fail-on-warning", "--quiet", "--builder", "html"]
+    command = [*build, "-d", str(tmp_path / "doctrees"), str(ROOT / "docs"), str(tmp_path / "site")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    pages = tmp_path / "site" / "reference"
+    commands, api = (pages / "commands.html").read_text("utf-8"), (pages / "api.html").read_text("utf-8")
+    for verb, command in get_command(app).commands.items():  # type: ignore[attr-defined]
+        assert f'<section id="{verb}">' in commands
+        for option in (name for parameter in command.params for name in parameter.opts if name.startswith("--")):
+            assert f">{option}" in commands, f"{verb} {option}"
+    for name in unmask.__all__:
+        assert f'id="unmask.{name}"' in api

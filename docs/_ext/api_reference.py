@@ -1,0 +1,104 @@
+"""Sphinx directive that writes the API reference from `unmask.__all__`.
+
+    ```{api-reference}
+    ```
+
+Every public name is documented by its own docstring, which autodoc reads. Docstrings of this project are plain text
+with arguments as `name: meaning`. `plain_docstring` writes them as reStructuredText before Sphinx parses them, so that
+no character of a docstring is taken for markup.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from docutils import nodes
+from sphinx.application import Sphinx
+from sphinx.util.docutils import SphinxDirective
+
+import unmask
+
+
+def reference() -> str:
+    """Return Markdown with one autodoc entry for each public name, in alphabetical order."""
+    entries = []
+    for name in sorted(unmask.__all__):
+        value = getattr(unmask, name)
+        if inspect.isclass(value):
+            entries.append(f".. autoclass:: unmask.{name}\n   :members:\n")
+        elif callable(value):
+            entries.append(f".. autofunction:: unmask.{name}\n")
+        else:
+            entries.append(f".. py:data:: unmask.{name}\n   :type: {type(value).__name__}\n")
+    return "\n".join(["```{eval-rst}", *entries, "```"])
+
+
+def plain_docstring(lines: list[str], parameters: Iterable[str] = ()) -> list[str]:
+    """Return the lines of a plain docstring as reStructuredText.
+
+    lines: as autodoc passes them, without the indentation of the source. parameters: the names whose `name: meaning`
+    becomes an entry of a list.
+    """
+    text = "\n".join(lines).strip("\n")
+    result: list[str] = []
+    for block in re.split(r"\n\s*\n", text):
+        body = block.split("\n")
+        if _is_code(body):
+            result += ["::", "", *("    " + line for line in body), ""]
+        else:
+            for part in _split_arguments(" ".join(line.strip() for line in body), parameters):
+                result += [part, ""]
+    return result
+
+
+def _split_arguments(text: str, parameters: Iterable[str]) -> Iterator[str]:
+    """Yield a paragraph as running text followed by one list entry for each `name: meaning`."""
+    names = "|".join(sorted(map(re.escape, parameters), key=len, reverse=True)) or "(?!)"
+    starts = list(re.finditer(rf"(?:^|(?<=[.;] ))(?:((?:{names})(?:, (?:{names}))*): |(?=Raises [A-Z]))", text))
+    ends = [*(start.start() for start in starts), len(text)]
+    if before := text[: ends[0]].strip():
+        yield _escape(before)
+    for start, end in zip(starts, ends[1:], strict=True):
+        body = _escape(text[start.end() : end].strip())
+        yield f"* **{start[1]}**: {body}" if start[1] else body
+
+
+def _is_code(body: list[str]) -> bool:
+    """Whether a block shows code or output rather than sentences."""
+    indented = all(line.startswith("  ") for line in body if line)
+    return indented and any(
+        re.match(r"\s*(>>> |unmask |python |import |from )|\s*\S.*\S {3,}\S", line) for line in body
+    )
+
+
+def _escape(text: str) -> str:
+    parts = re.split(r"(`+[^`]+`+)", text)
+    plain = (re.sub(r"([\\*_|])", r"\\\1", part) for part in parts[::2])
+    code = (f"``{part.strip('`')}``" for part in parts[1::2])
+    return "".join(piece for pair in zip(plain, [*code, ""], strict=True) for piece in pair)
+
+
+def _process(app: Sphinx, what: str, name: str, value: Any, options: Any, lines: list[str]) -> None:
+    try:
+        parameters = list(inspect.signature(value).parameters)
+    except (TypeError, ValueError):
+        parameters = []
+    lines[:] = plain_docstring(lines, parameters)
+
+
+class ApiReference(SphinxDirective):
+    """Directive `api-reference`: one entry for each public name of the package."""
+
+    def run(self) -> list[nodes.Node]:
+        """Return the entries of all public names."""
+        return self.parse_text_to_nodes(reference())
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    """Register the directive and the treatment of docstrings with Sphinx."""
+    app.add_directive("api-reference", ApiReference)
+    app.connect("autodoc-process-docstring", _process)
+    return {"parallel_read_safe": True}
