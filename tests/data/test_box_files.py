@@ -12,9 +12,9 @@ from unmask.batch import NO_BOX, ImageSpec
 from unmask.data.augment import CropConfig, cut_boxes
 from unmask.data.box_annotations import BoxError, open_boxes
 from unmask.data.loader import Images, eval_batches, training_batches
-from unmask.evals import detection
-from unmask.evals.detection import average_precision
 from unmask.finetuning.test_set import truth_of
+from unmask.metrics import average_precision as average_precision_module
+from unmask.metrics.average_precision import average_precision
 
 BCCD = Path(__file__).parents[2] / "data" / "bccd"
 SPEC = ImageSpec(3, (40, 48), "uint8", (0.0,) * 3, (1.0,) * 3)
@@ -238,7 +238,7 @@ def test_what_voc_calls_difficult_is_set_aside_and_costs_a_model_nothing(tmp_pat
     assert true.labels.tolist() == [dog, cat]
     easy = np.array([[50, 5, 70, 15]], float)
     for boxes, labels in ((easy, [dog]), (true.boxes, [dog, cat])):  # to find the other one, or not
-        answer = detection.ImageBoxes(boxes, np.array(labels), np.linspace(0.5, 0.9, len(labels)))
+        answer = average_precision_module.ImageBoxes(boxes, np.array(labels), np.linspace(0.5, 0.9, len(labels)))
         assert average_precision([true], [answer], found.classes).ap == pytest.approx(1.0)
 
 

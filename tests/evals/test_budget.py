@@ -5,7 +5,8 @@ import pytest
 
 from unmask.evals.label_budget import Draw, budget_curve
 from unmask.evals.probe import Aim, Guess
-from unmask.evals.statistics import PRETRAINED, RANDOM_INIT, RAW_PIXELS, t_interval
+from unmask.evals.statistics import PRETRAINED, RANDOM_INIT, RAW_PIXELS
+from unmask.metrics.intervals import t_interval
 
 TEST_Y = np.arange(100) % 2
 

@@ -6,7 +6,8 @@ from sklearn.metrics import average_precision_score, r2_score
 
 from unmask.evals import measures
 from unmask.evals.measures import average_precision, by_column, r_squared, resampled
-from unmask.evals.statistics import MEAN_AP, PRETRAINED, RAW_PIXELS, Sampled, t_interval, verdict
+from unmask.evals.statistics import MEAN_AP, PRETRAINED, RAW_PIXELS, Sampled, verdict
+from unmask.metrics.intervals import t_interval
 
 
 @pytest.mark.parametrize("ties", [False, True])

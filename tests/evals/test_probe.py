@@ -21,7 +21,8 @@ from unmask.evals.probe import (
     shared_images,
     summary,
 )
-from unmask.evals.statistics import PRETRAINED, RANDOM_INIT, RAW_PIXELS, wilson
+from unmask.evals.statistics import PRETRAINED, RANDOM_INIT, RAW_PIXELS
+from unmask.metrics.intervals import wilson
 from unmask.nn.features import Features
 
 CLASSES = ("ant", "bee", "cow")

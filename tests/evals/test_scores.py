@@ -3,16 +3,8 @@
 import numpy as np
 import pytest
 
-from unmask.evals.statistics import (
-    PRETRAINED,
-    RANDOM_INIT,
-    RAW_PIXELS,
-    Answers,
-    best_of,
-    paired_difference,
-    verdict,
-    wilson,
-)
+from unmask.evals.statistics import PRETRAINED, RANDOM_INIT, RAW_PIXELS, Answers, best_of, verdict
+from unmask.metrics.intervals import paired_difference, wilson
 
 
 def pair(both, first, second, neither):

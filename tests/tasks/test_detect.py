@@ -12,8 +12,8 @@ from unmask.config import Config as Root
 from unmask.config import method_class, method_names
 from unmask.engine.device import autocast
 from unmask.errors import UserError
-from unmask.evals.detection import ImageBoxes, average_precision
 from unmask.method import Clock
+from unmask.metrics.average_precision import ImageBoxes, average_precision
 from unmask.nn.vit import ViTConfig
 from unmask.optim import OptimConfig, make_optimizer, update
 from unmask.rng import Draws

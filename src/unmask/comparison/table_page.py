@@ -20,7 +20,8 @@ from typing import Any
 from markupsafe import Markup
 
 from unmask.comparison.paper_tables import SHARED
-from unmask.evals.statistics import PRETRAINED, RANDOM_INIT, RAW_PIXELS, wilson
+from unmask.evals.statistics import PRETRAINED, RANDOM_INIT, RAW_PIXELS
+from unmask.metrics.intervals import wilson
 from unmask.report.run_page import GUESSES, LOSS, drawn, page
 from unmask.results import find_score
 from unmask.run import Run, replace_file

@@ -12,7 +12,7 @@ of the ids that remain. `MaskOptions.values` lists the ids that are classes inst
 
 Masks of the stored pixels of images that carry an orientation are turned with them (`orientation.py`).
 
-Not here: what is learned from masks (`tasks/segment.py`) and how well (`evals/segmentation.py`).
+Not here: what is learned from masks (`tasks/segment.py`) and how well (`metrics/mean_iou.py`).
 """
 
 from __future__ import annotations

@@ -15,16 +15,8 @@ from typing import Any
 import numpy as np
 
 from unmask.evals.probe import Aim, Guess, chance_level
-from unmask.evals.statistics import (
-    ACCURACY,
-    IN_WORDS,
-    POOLS,
-    PRETRAINED,
-    RANDOM_INIT,
-    RAW_PIXELS,
-    Difference,
-    t_interval,
-)
+from unmask.evals.statistics import ACCURACY, IN_WORDS, POOLS, PRETRAINED, RANDOM_INIT, RAW_PIXELS
+from unmask.metrics.intervals import Difference, t_interval
 
 INTERVAL = "Student's t, over the draws of training labels"
 

@@ -12,34 +12,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import sqrt
-from statistics import mean, stdev
-from typing import NamedTuple
 
 import numpy as np
 
-Z95 = 1.959963984540054  # the 97.5 % quantile of the normal distribution
+from unmask.metrics.intervals import Difference, Interval, paired_difference, wilson
 
 PRETRAINED, RANDOM_INIT, RAW_PIXELS = "pre-trained", "random init", "raw pixels"
 IN_WORDS = {RAW_PIXELS: "raw pixels", RANDOM_INIT: "the same encoder untrained"}
 PROBES = {"knn": "kNN", "linear": "a linear probe", "attentive": "an attentive probe"}
 POOLS = {"cls": "class token", "mean": "mean over patches", "pixels": "pixels", "attentive": "attention over tokens"}
 ACCURACY, MEAN_AP, R2 = "accuracy", "mean average precision", "R2"
-
-
-class Interval(NamedTuple):
-    """95 % limits."""
-
-    low: float
-    high: float
-
-
-class Difference(NamedTuple):
-    """`value` with its 95 % limits."""
-
-    value: float
-    low: float
-    high: float
 
 
 @dataclass(frozen=True)
@@ -127,55 +109,6 @@ def _percentiles(draws: np.ndarray) -> Interval:
 def show(value: float, metric: str) -> str:
     """'61.0%' for an accuracy, '0.412' for the others."""
     return f"{value:.1%}" if metric == ACCURACY else f"{value:.3f}"
-
-
-def t_interval(values: Sequence[float]) -> Interval:
-    """95 % Student limits of the mean of n >= 2 values: mean +- t_(n-1) s / sqrt(n)."""
-    from scipy.stats import t
-
-    half = float(t.ppf(0.975, len(values) - 1)) * stdev(values) / sqrt(len(values))
-    return Interval(mean(values) - half, mean(values) + half)
-
-
-def wilson(correct: int, total: int) -> Interval:
-    """95 % Wilson score interval of a proportion: (p + z^2/2n +- z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n)."""
-    if not 0 <= correct <= total or total < 1:
-        raise ValueError(f"{correct} correct of {total} came; a count between 0 and a positive total was expected")
-    p, z2 = correct / total, Z95**2 / total
-    center, half = p + z2 / 2, Z95 * sqrt(p * (1 - p) / total + z2 / (4 * total))
-    return Interval(
-        0.0 if correct == 0 else (center - half) / (1 + z2),  # exact at the ends, where rounding would show
-        1.0 if correct == total else (center + half) / (1 + z2),
-    )
-
-
-def paired_difference(first: np.ndarray, second: np.ndarray) -> Difference:
-    """Share right in `first` minus share right in `second`, both (m,) bool on the same test images, with 95 % limits.
-
-    With a images right in both, b only in the first, c only in the second, d in neither, p1, p2 the two shares and
-    (l1, u1), (l2, u2) their Wilson limits, the limits are (p1 - p2) - sqrt(x^2 - 2 phi x y + y^2) with x = p1 - l1,
-    y = u2 - p2, and (p1 - p2) + the same with x = u1 - p1, y = p2 - l2. phi is the correlation of the two,
-    (ad - bc) / sqrt((a+b)(c+d)(a+c)(b+d)), its numerator lowered by m/2, but not below 0, where it is positive.
-    """
-    first, second = np.asarray(first, bool), np.asarray(second, bool)
-    if first.shape != second.shape:
-        raise ValueError(f"{len(first)} and {len(second)} answers came; both must be on the same test images")
-    m = len(first)
-    a, b = int((first & second).sum()), int((first & ~second).sum())
-    c, d = int((~first & second).sum()), int((~first & ~second).sum())
-    (l1, u1), (l2, u2) = wilson(a + b, m), wilson(a + c, m)
-    p1, p2 = (a + b) / m, (a + c) / m
-    margins = (a + b) * (c + d) * (a + c) * (b + d)
-    together = a * d - b * c
-    if together > 0:
-        together = max(together - m / 2, 0)
-    phi = together / sqrt(margins) if margins else 0.0
-
-    def reach(x: float, y: float) -> float:
-        return sqrt(max(0.0, x * x - 2 * phi * x * y + y * y))
-
-    value = p1 - p2
-    return Difference(value, value - reach(p1 - l1, u2 - p2), value + reach(u1 - p1, p2 - l2))
 
 
 def best_of(answers: Sequence[Score], features: str) -> Score | None:

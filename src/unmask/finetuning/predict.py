@@ -41,8 +41,8 @@ from unmask.engine.load import Loaded, load
 from unmask.errors import UserError, naming
 from unmask.evals.images import Readable, eval_precision, read
 from unmask.evals.reconstruct import open_images
-from unmask.evals.segmentation import classes_at
 from unmask.finetuning.test_set import as_numpy
+from unmask.metrics.mean_iou import classes_at
 from unmask.run import replace_file
 from unmask.tasks import classify, detect, segment
 from unmask.tasks.detect import LEAST_SCORE

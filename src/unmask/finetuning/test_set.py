@@ -19,9 +19,7 @@ from unmask.data.segmentation_masks import Maps
 from unmask.data.sources.open_source import Source
 from unmask.engine.plan import Plan
 from unmask.engine.time_budget import now
-from unmask.evals import detection, segmentation
 from unmask.evals.images import MANY_IMAGES, Readable, read
-from unmask.evals.statistics import wilson
 from unmask.finetuning.annotated import (
     LABELLED,
     TRIAL_IMAGES,
@@ -32,6 +30,8 @@ from unmask.finetuning.annotated import (
     task_of,
 )
 from unmask.method import Method
+from unmask.metrics import average_precision, mean_iou
+from unmask.metrics.intervals import wilson
 from unmask.tasks import classify, detect, linear_probe, segment
 
 HEADLINES = {
@@ -104,9 +104,7 @@ class TestSet:
         if isinstance(method, segment.Segmenter):
             assert isinstance(self.annotations, Maps)
             batches = read(self.images, self.rows, self.workers, self.console)
-            scores = segmentation.measure(
-                method.logits, batches, self.annotations.read, self.classes, device=self.device
-            )
+            scores = mean_iou.measure(method.logits, batches, self.annotations.read, self.classes, device=self.device)
             return scores.as_json()
         assert isinstance(method, detect.Detector)
         return self._boxes(method)
@@ -127,24 +125,24 @@ class TestSet:
             for row, one in zip(batch.index.tolist(), method.predict(batch.images.to(self.device)), strict=True):
                 truth.append(truth_of(self.annotations, row))
                 found.append(as_numpy(one, self.images.spec.size, self.annotations.sizes[row]))
-        precision = detection.average_precision(truth, found, self.classes)
+        precision = average_precision.average_precision(truth, found, self.classes)
         numbers = {"ap": precision.ap, "ap50": precision.ap50, "ap75": precision.ap75}
         return {**numbers, "ap50_of_class": precision.classes, "images": len(truth)}
 
 
-def truth_of(annotations: Boxes, row: int) -> detection.ImageBoxes:
+def truth_of(annotations: Boxes, row: int) -> average_precision.ImageBoxes:
     """The true boxes of an image; those set aside count as crowds, which cost nothing and gain nothing."""
     boxes, labels = annotations.boxes[row], annotations.labels[row]
     more, theirs = annotations.aside.get(row, (boxes[:0], labels[:0]))
     crowd = np.arange(len(boxes) + len(more)) >= len(boxes)
-    return detection.ImageBoxes(np.concatenate([boxes, more]), np.concatenate([labels, theirs]), crowd=crowd)
+    return average_precision.ImageBoxes(np.concatenate([boxes, more]), np.concatenate([labels, theirs]), crowd=crowd)
 
 
-def as_numpy(found: detect.Found, seen: tuple[int, int], size: tuple[int, int]) -> detection.ImageBoxes:
+def as_numpy(found: detect.Found, seen: tuple[int, int], size: tuple[int, int]) -> average_precision.ImageBoxes:
     """Boxes found in an image seen at one size (H, W), in the pixels of the file, whose size is another."""
     scale = np.array([size[1] / seen[1], size[0] / seen[0]] * 2)
     boxes = found.boxes.float().cpu().numpy() * scale
-    return detection.ImageBoxes(boxes, found.labels.cpu().numpy(), found.scores.float().cpu().numpy())
+    return average_precision.ImageBoxes(boxes, found.labels.cpu().numpy(), found.scores.float().cpu().numpy())
 
 
 def open_test_set(config: Config, plan: Plan, annotated: AnnotatedImages, console: Console) -> TestSet:
@@ -162,7 +160,7 @@ def open_test_set(config: Config, plan: Plan, annotated: AnnotatedImages, consol
         )  # fmt: skip
         rows = of.rows
     if isinstance(of.annotations, Boxes):
-        detection.tools()
+        average_precision.tools()
         if not any(len(of.annotations.boxes[row]) for row in rows.tolist()):
             raise ConfigError(f"the {len(rows)} test images have no box, so nothing can be judged; give others")
     of.source.reading = plan.reading

@@ -18,7 +18,7 @@ which FCOS learns none, are learned. Differs from ViTDet: this head and not Mask
 block, no windows; no large-scale jitter. The number of cells with a box is that of the micro-batch. Layer-wise decay of
 the learning rate is a setting of the optimiser (`optim.py`).
 
-Not here: reading boxes from files (`data/`), how long and on which images, and mAP (`evals/detection.py`).
+Not here: reading boxes from files (`data/`), how long and on which images, and mAP (`metrics/average_precision.py`).
 
 Letters: L cells of all levels together, K classes, M boxes an image is padded to, W width of the pyramid and head.
 """

@@ -9,7 +9,7 @@ Differs from the paper: no auxiliary head, no relative position bias but what th
 images; and `map_heads.py` says how its UPerNet differs. The encoder's own final norm is not used, as in `classify.py`.
 
 Not here: reading masks (`data/segmentation_masks.py`), how long and on which images (`finetuning/finetune.py`), mIoU
-(`evals/segmentation.py`).
+(`metrics/mean_iou.py`).
 
 Letters: B images, C channels, H x W pixels, K classes, L blocks.
 """

@@ -9,8 +9,8 @@ from sklearn.metrics import jaccard_score
 
 from unmask.batch import IGNORED, Batch
 from unmask.errors import UserError
-from unmask.evals import segmentation
-from unmask.evals.segmentation import Tally, classes_at, measure, score
+from unmask.metrics import mean_iou
+from unmask.metrics.mean_iou import Tally, classes_at, measure, score
 
 NAMES = ("road", "sky", "tree", "never")
 X = IGNORED
@@ -79,7 +79,7 @@ def test_scores_are_enlarged_and_not_ids(monkeypatch):
     many = torch.randn(23, 5, 6, generator=torch.Generator().manual_seed(0))
     whole = classes_at(many, (40, 30))
     assert len(whole.unique()) > 10
-    monkeypatch.setattr(segmentation, "MOST_VALUES", 40 * 30 * 4)
+    monkeypatch.setattr(mean_iou, "MOST_VALUES", 40 * 30 * 4)
     assert torch.equal(classes_at(many, (40, 30)), whole), "a few classes at a time"
 
 

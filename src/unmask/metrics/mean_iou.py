@@ -25,7 +25,7 @@ from torch import Tensor
 
 from unmask.batch import IGNORED, Batch
 from unmask.errors import UserError
-from unmask.evals.statistics import Interval
+from unmask.metrics.intervals import Interval
 from unmask.nn.map_heads import resize
 
 RESAMPLES = 1000

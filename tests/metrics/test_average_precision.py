@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from unmask.errors import UserError
-from unmask.evals.detection import ImageBoxes, average_precision
+from unmask.metrics.average_precision import ImageBoxes, average_precision
 
 NAMES = ("ant", "bee", "cat")
 
