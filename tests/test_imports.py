@@ -125,3 +125,11 @@ def test_the_floors_hold():
         env={**os.environ, "COLUMNS": "120"},
     )
     assert done.returncode == 0, done.stdout
+
+
+def test_the_tests_lie_in_the_folders_of_the_package():
+    tests = Path(__file__).parent
+    files = [path for path in tests.rglob("*.py") if "__pycache__" not in path.parts]
+    folders = {path.parent.relative_to(tests) for path in files} - {Path("benchmarks")}
+    assert not [folder for folder in folders if not (ROOT / "unmask" / folder).is_dir()]
+    assert len({path.name for path in files}) == len(files), "pytest imports test files by their base name"

@@ -7,7 +7,7 @@ import threading
 import time
 import types
 
-from test_report import make_run
+from sample_run import make_run
 
 from unmask import console
 from unmask.console import Console

@@ -7,9 +7,8 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from corpus import file_of, noisy, npy, smooth
+from corpus import Memory, file_of, noisy, npy, smooth
 from PIL import Image
-from test_scan import Memory
 
 from unmask.batch import ImageSpec
 from unmask.data import loader

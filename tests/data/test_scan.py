@@ -8,23 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import write_images
-from corpus import bad_files, file_of, noisy, npy, png16, tiff
+from corpus import Memory, bad_files, file_of, noisy, npy, png16, tiff
 
 from unmask.data import scan as scanning
 from unmask.data.decode.decode import conform, decode
 from unmask.data.scan import scan
-from unmask.data.sources.open_source import Source, open_source
-
-
-class Memory(Source):
-    """Rows that are bytes already."""
-
-    def __init__(self, files):
-        super().__init__("memory", list(files), [len(data) for data in files.values()])
-        self.files = list(files.values())
-
-    def read(self, i):
-        return self.files[i]
+from unmask.data.sources.open_source import open_source
 
 
 class Deadly(Memory):

@@ -8,6 +8,7 @@ import shutil
 import numpy as np
 import pytest
 from conftest import SMALL_RUN, write_images
+from stops import stop_at
 
 from unmask.config import ConfigError
 from unmask.console import Console
@@ -23,18 +24,6 @@ from unmask.run import Run, RunError, RunInUse
 
 def start(data, out, *settings, recipe="mae_nano", **more):
     return pretrain(data, recipe=recipe, out=out, settings=[*SMALL_RUN, *settings], **more)
-
-
-def stop_at(monkeypatch, number, sign=15):
-    real = loop.step
-
-    def stopping(*arguments):
-        taken = real(*arguments)
-        if taken.number == number:
-            os.kill(os.getpid(), sign)
-        return taken
-
-    monkeypatch.setattr(loop, "step", stopping)
 
 
 @pytest.mark.parametrize(

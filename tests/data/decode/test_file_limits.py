@@ -6,9 +6,8 @@ import sys
 
 import numpy as np
 import pytest
-from corpus import file_of, noisy, npy, png, png16, smooth, tiff
+from corpus import Memory, file_of, noisy, npy, png, png16, smooth, tiff
 from PIL import Image
-from test_scan import Memory
 
 from unmask.data import scan as scanning
 from unmask.data.decode import decode as decoding

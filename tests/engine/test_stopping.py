@@ -193,14 +193,14 @@ def test_no_shared_memory_is_used_beside_the_anonymous_file(images, monkeypatch)
 def test_too_few_open_files_are_a_sentence(images, tmp_path):
     code = """
         import resource, sys
-        sys.path.insert(0, sys.argv[2])
+        sys.path[:0] = sys.argv[2:]
         from test_stopping import loader_images, training_batches
         import pathlib
         used = len(list(pathlib.Path("/proc/self/fd").iterdir()))
         resource.setrlimit(resource.RLIMIT_NOFILE, (used + 8, used + 8))
         training_batches(loader_images(pathlib.Path(sys.argv[1])), start=0, batch=2, batches=9, workers=8)
     """
-    done = run_script(tmp_path, code, images, Path(__file__).parent)
+    done = run_script(tmp_path, code, images, *Path(__file__).parents[:2])
     assert "LoadingFailed: 8 loader workers could not be started (Too many open files)" in done.stderr
     assert "ulimit -n 4096" in done.stderr
 
@@ -501,13 +501,13 @@ def test_a_script_without_a_main_guard_is_refused_under_spawn(tmp_path, images, 
     start = "if __name__ == '__main__':" if guarded else "if True:"
     code = f"""
         import multiprocessing, pathlib, sys
-        sys.path.insert(0, sys.argv[2])
+        sys.path[:0] = sys.argv[2:]
         multiprocessing.set_start_method("spawn", force=True)
         from test_stopping import loader_images, training_batches
         {start}
     """
     code = textwrap.dedent(code) + textwrap.indent(textwrap.dedent(body), "    ")
-    done = run_script(tmp_path, code, images, Path(__file__).parent)
+    done = run_script(tmp_path, code, images, *Path(__file__).parents[:2])
     if guarded:
         assert done.stdout.strip() == "3", done.stderr
     else:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from data.corpus import file_of, noisy, npy, png16, smooth
+from corpus import file_of, noisy, npy, png16, smooth
 from PIL import Image
 
 from unmask.batch import ImageSpec
@@ -293,7 +293,7 @@ def test_on_the_command_line(folder, tmp_path, monkeypatch, capsys):
 
 
 def test_what_is_decided_for_a_data_set_holds_for_every_file(tmp_path):
-    from data.corpus import tiff
+    from corpus import tiff
 
     (tmp_path / "bands").mkdir()
     for number in range(4):

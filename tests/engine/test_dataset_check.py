@@ -8,7 +8,8 @@ import shutil
 
 import numpy as np
 import pytest
-from test_start import start, stop_at
+from stops import stop_at
+from test_pretrain import start
 
 from unmask.config import ConfigError
 from unmask.console import Console

@@ -5,8 +5,8 @@ import shutil
 import numpy as np
 import pytest
 from PIL import Image
+from stops import stop_at
 from test_finetune import SMALL
-from test_start import stop_at
 
 from unmask.engine.load import read_config
 from unmask.engine.pretrain import DataError, Places, pretrain

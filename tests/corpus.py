@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from unmask.data.sources.open_source import Source
+
 
 def smooth(height: int = 48, width: int = 64, channels: int = 3, *, top: int = 255) -> np.ndarray:
     """(H, W, C) a ramp that differs along both axes and between channels, so that every turn and swap shows."""
@@ -211,3 +213,14 @@ def bad_files() -> dict[str, tuple[bytes, str]]:
         "icon.png": (file_of(noisy(32, 32), "ICO"), "FORMAT_NOT_ALLOWED"),
         "scan.png": (b"\0" * 128 + b"DICM" + b"\0" * 100, "FORMAT_NOT_ALLOWED"),
     }
+
+
+class Memory(Source):
+    """Rows that are bytes already."""
+
+    def __init__(self, files):
+        super().__init__("memory", list(files), [len(data) for data in files.values()])
+        self.files = list(files.values())
+
+    def read(self, i):
+        return self.files[i]

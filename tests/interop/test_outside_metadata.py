@@ -12,7 +12,7 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
-from test_importing import HEADS, batch_of, clock_of, official, official_beit, small_mae, some_images
+from test_import_weights import HEADS, batch_of, clock_of, official, official_beit, small_mae, some_images
 
 from unmask.batch import ImageSpec
 from unmask.console import Console
