@@ -155,6 +155,7 @@ def test_probes_of_earlier_versions_are_converted():
     probe = from_json(EARLIER["probe-linear-img"])
     assert isinstance(probe, ProbeResult)
     assert (probe.kind, probe.metric, probe.names, probe.shots) == ("linear", "accuracy", ("dark", "light"), None)
+    assert probe.title == "Linear probe"
     assert probe.test == TestIdentity(held_out=0.2, seed=0)
     assert probe.data == ImageSet(name="img", path="/data/img")
     assert [(row.features, row.pool) for row in probe.rows][-1] == (PRETRAINED, "mean")
@@ -236,7 +237,7 @@ def test_images_are_the_same_by_content_and_by_name_only_where_a_digest_is_unkno
 def test_scores_are_comparable_where_everything_but_the_encoder_is_the_same():
     assert PROBE.same_measurement(replace(PROBE, step=80, rows=PROBE.rows[:1], verdict="other words"))
     for change in (
-        {"kind": "knn"}, {"shots": 5}, {"seed": 1}, {"layer": "last"}, {"masks": 2}, {"names": ("a", "c")},
+        {"kind": "knn"}, {"shots": 5}, {"seed": 1}, {"layer": "last"}, {"mask_votes": 2}, {"names": ("a", "c")},
         {"train_images": 161}, {"test": TestIdentity(held_out=0.2, seed=1)}, {"data": replace(BIRDS, digest="bb")},
     ):  # fmt: skip
         assert not PROBE.same_measurement(replace(PROBE, **change)), change

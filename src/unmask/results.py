@@ -220,20 +220,22 @@ class TestOnTheWay:
 class Measurement:
     """What the results of all frozen-feature probes have in common.
 
-    step: of the checkpoint. seed: of the split and of what a probe draws. layer, masks: as asked for; None is the
-    protocol that suits the encoder. task: CLASSES, MULTILABEL, REGRESSION or UNLABELLED. names: of the classes, or of
-    the target columns. chance: the score without looking at the images; None where there is no such thing. interval:
-    how the 95 % intervals were made. shared: test images that are also training images, pixel for pixel. protocol,
-    verdict: in words. caveats: what makes the numbers mean less than they seem to.
+    kind: the name for --kind; title: the same for a heading, "Linear probe". step: of the checkpoint. seed: of the
+    split and of every random choice. layer, mask_votes: as asked for; None is the protocol that suits the encoder.
+    task: CLASSES, MULTILABEL, REGRESSION or UNLABELLED. names: of the classes, or of the target columns. chance: the
+    score without looking at the images; None where there is none. interval: how the 95 % intervals were made. shared:
+    test images that are also training images, pixel for pixel. differences: to the other feature sets. protocol,
+    verdict: in words. caveats: sentences that limit what the numbers mean.
     """
 
     kind: str
+    title: str = ""
     data: ImageSet
     test: TestIdentity
     step: int | None = None
     seed: int = 0
     layer: str | None = None
-    masks: int | None = None
+    mask_votes: int | None = None
     task: str = CLASSES
     metric: str = ACCURACY
     names: tuple[str, ...] = ()
@@ -269,7 +271,7 @@ class Measurement:
 
     @property
     def _protocol(self) -> tuple[Any, ...]:
-        return (self.kind, self.budgets, self.seed, self.layer, self.masks, self.task, self.metric, self.targets)
+        return (self.kind, self.budgets, self.seed, self.layer, self.mask_votes, self.task, self.metric, self.targets)
 
 
 @dataclass(frozen=True, kw_only=True)

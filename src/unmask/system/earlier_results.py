@@ -10,6 +10,10 @@ from typing import Any
 
 from unmask.errors import UserError
 
+TITLES = {
+    "knn": "k nearest neighbours", "linear": "Linear probe", "attentive": "Attentive probe",
+    "paper-linear": "Linear probe by the paper's protocol",
+}  # fmt: skip
 HELD_OUT_SENTENCE = "a held-out fifth of "
 SHARES = ("accuracy", "mean_iou", "pixel_accuracy", "ap", "ap50", "ap75")  # keys of fine-tuned.json
 
@@ -45,11 +49,12 @@ def _earlier_images(found: Mapping[str, Any], seed: int | None) -> dict[str, Any
 
 
 def _earlier_probe(found: Mapping[str, Any]) -> dict[str, Any]:
-    same = ("kind", "shots", "draws", "step", "layer", "masks", "task", "metric", "train_images", "test_images",
+    same = ("kind", "shots", "draws", "step", "layer", "task", "metric", "train_images", "test_images",
             "chance", "interval", "shared", "verdict", "protocol", "precision", "command", "run")  # fmt: skip
     kept = {key: found[key] for key in same if found.get(key) is not None}
     curve = "draws" in found
     about = {"record": "curve" if curve else "probe", "seed": found.get("seed", 0)}
+    about |= {"title": TITLES.get(found["kind"], found["kind"]), "mask_votes": found.get("masks")}
     about |= {"names": found.get("classes", found.get("columns", ()))}
     about |= {"against": found.get("against", ()), "rows": [_earlier_row(row) for row in found["rows"]]}
     if found.get("targets") is not None:
