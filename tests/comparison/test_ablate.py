@@ -15,11 +15,13 @@ from types import SimpleNamespace
 import pytest
 from conftest import SMALL_RUN, write_images
 
-from unmask.comparison import ablate as module
-from unmask.comparison import table_page
+from unmask.comparison import ablate as ablate_module
+from unmask.comparison import schedule, table_page, table_results, train_cells
 from unmask.comparison.ablate import ablate
+from unmask.comparison.agreement import agreement, difference
 from unmask.comparison.paper_tables import FAMILY, find_table
-from unmask.comparison.table_page import agreement, difference, find_probe, write_table
+from unmask.comparison.table_page import write_table
+from unmask.comparison.table_results import find_probe
 from unmask.config import ConfigError
 from unmask.console import Console
 from unmask.data.sources.open_source import open_source
@@ -53,14 +55,14 @@ def two_depths(patch):
     table = find_table("1a")
     cells = [cell for cell in table.cells(None) if cell.name in ("depth-1", "depth-8")]
     short = dataclasses.replace(table, cells=lambda base: tuple(cells))
-    patch.setattr(module, "find_table", lambda name: short if name == "1a" else find_table(name))
+    patch.setattr(ablate_module, "find_table", lambda name: short if name == "1a" else find_table(name))
 
 
 @pytest.fixture(autouse=True)
 def few_cells(monkeypatch):
     """And drawing the same pages again and again tells nothing; that of `unbroken` is whole."""
     two_depths(monkeypatch)
-    monkeypatch.setattr(module, "write_report", lambda path: path)
+    monkeypatch.setattr(train_cells, "write_report", lambda path: path)
     monkeypatch.setattr(table_page, "picture", lambda summary: None)
 
 
@@ -149,7 +151,7 @@ def test_what_was_decided_is_kept(unbroken, data):
 def test_a_finished_table_is_left_alone_and_said_once(unbroken, data, monkeypatch, capsys):
     folder, summary = unbroken
     monkeypatch.setattr(pretrain, "pretrain", lambda *_, **__: pytest.fail("trained again"))
-    monkeypatch.setattr(module, "probe_kinds", lambda *_, **__: pytest.fail("probed again"))
+    monkeypatch.setattr(train_cells, "probe_kinds", lambda *_, **__: pytest.fail("probed again"))
     assert without_times(make(data, folder, console=Console())) == without_times(summary)
     said = capsys.readouterr().err
     assert [said.count(row["sentence"]) for row in summary["rows"]] == [1, 1]
@@ -191,14 +193,14 @@ def test_a_table_that_was_stopped_while_training_becomes_that_of_an_unbroken_one
 
 
 def test_a_table_that_was_stopped_between_trainings_goes_on(unbroken, data, tmp_path, monkeypatch):
-    real = module.probe_kinds
+    real = train_cells.probe_kinds
 
     def interrupted(*_, **__):
-        monkeypatch.setattr(module, "probe_kinds", real)
+        monkeypatch.setattr(train_cells, "probe_kinds", real)
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(5)
 
-    monkeypatch.setattr(module, "probe_kinds", interrupted)
+    monkeypatch.setattr(train_cells, "probe_kinds", interrupted)
     stopped = make(data, tmp_path / "table")
     assert stopped["state"] == "stopped"
     assert [row["state"] for row in stopped["rows"]] == ["trained", "waiting"]
@@ -291,7 +293,7 @@ def test_a_cell_that_fails_is_shown_with_its_sentence_and_the_others_go_on(data,
 def two_targets(patch):
     table = find_table("1d")
     cells = tuple(cell for cell in table.cells(None) if cell.name in ("pixels", "tokens"))
-    patch.setattr(module, "find_table", lambda name: dataclasses.replace(table, cells=lambda base: cells))
+    patch.setattr(ablate_module, "find_table", lambda name: dataclasses.replace(table, cells=lambda base: cells))
 
 
 def test_cells_that_predict_tokens_get_a_tokenizer_that_is_trained_first(data, tmp_path, monkeypatch):
@@ -340,7 +342,7 @@ def test_without_its_tokenizer_a_cell_fails_and_says_so(data, tmp_path, monkeypa
 
 def test_the_family_is_equal_in_steps_and_in_compute(data, tmp_path, monkeypatch):
     """Counted, not trained: every method is there, with its own tokenizer's cost as a row of its own."""
-    monkeypatch.setattr(module, "make", lambda *_: None)
+    monkeypatch.setattr(ablate_module, "make", lambda *_: None)
     settings = ["data.size=[16,16]", "data.workers=0", "train.batch_size=8", "train.steps=100", "train.device=cpu"]
     summary = make(data, tmp_path / "table", table="family", settings=settings)
     rows = {row["name"]: row for row in summary["rows"]}
@@ -369,7 +371,7 @@ def fine_tuned(data, tmp_path_factory):
     """Figure 9 of an encoder of one block: (folder, what ablate returned)."""
     folder = tmp_path_factory.mktemp("ablate") / "fig9"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "write_report", lambda path: path)
+        patch.setattr(train_cells, "write_report", lambda path: path)
         return folder, make(data, folder, table="fig9", settings=FINE)
 
 
@@ -470,9 +472,9 @@ def test_a_run_that_is_given_is_fine_tuned_on_other_test_images_with_seeds(fine_
 
 
 def test_two_thirds_of_a_budget_go_into_the_pre_training(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "make", lambda *_: None)
-    monkeypatch.setattr(module, "measure_step_seconds", lambda *_, **__: 0.1)
-    monkeypatch.setattr(module, "encode_seconds", lambda *_: 0.0)
+    monkeypatch.setattr(ablate_module, "make", lambda *_: None)
+    monkeypatch.setattr(schedule, "measure_step_seconds", lambda *_, **__: 0.1)
+    monkeypatch.setattr(schedule, "encode_seconds", lambda *_: 0.0)
     monkeypatch.setattr(pretrain, "batch_seconds", lambda *_, **__: Timing(0.0, 0.0, 0.0))
     free = [setting for setting in FINE if "steps" not in setting]
     summary = make(data, tmp_path / "table", table="fig9", settings=free, budget=100.0, seeds=2)
@@ -541,13 +543,13 @@ def test_a_folder_with_something_else_in_it_is_refused(data, tmp_path):
 
 def test_a_budget_is_shared_by_all_cells_and_seeds(data, tmp_path, monkeypatch):
     """Steps x (what the cells take together) and the probes fill nine tenths of the budget."""
-    monkeypatch.setattr(module, "make", lambda *_: None)
-    monkeypatch.setattr(module, "measure_step_seconds", lambda config, *_, **__: 0.1 * config.method.decoder.depth)
-    monkeypatch.setattr(module, "encode_seconds", lambda *_: 0.0)
+    monkeypatch.setattr(ablate_module, "make", lambda *_: None)
+    monkeypatch.setattr(schedule, "measure_step_seconds", lambda config, *_, **__: 0.1 * config.method.decoder.depth)
+    monkeypatch.setattr(schedule, "encode_seconds", lambda *_: 0.0)
     monkeypatch.setattr(pretrain, "batch_seconds", lambda *_, **__: Timing(0.0, 0.0, 0.0))
     free = [setting for setting in SMALL if "steps" not in setting]
     summary = make(data, tmp_path / "table", settings=free, budget=1000.0, seeds=2)
-    probing = module.FIT_SECONDS * (2 * 2 + 2)
+    probing = schedule.FIT_SECONDS * (2 * 2 + 2)
     assert summary["steps"] == pytest.approx((900 - probing) / (2 * 0.9), abs=5)
     assert "2 cells" not in summary["reason"]
     assert "4 runs in 16 min 40 s" in summary["reason"]
@@ -557,14 +559,14 @@ def test_a_budget_is_shared_by_all_cells_and_seeds(data, tmp_path, monkeypatch):
 
 
 def test_training_lengths_are_multiples_of_the_shortest(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "make", lambda *_: None)
+    monkeypatch.setattr(ablate_module, "make", lambda *_: None)
     summary = make(data, tmp_path / "table", table="fig7", settings=[*SMALL, "method.decoder.depth=1"])
     assert [row["steps"] for row in summary["rows"]] == [3, 6, 12, 24, 48]
 
 
 def test_without_a_length_the_recipe_is_as_long_as_the_papers_base_row(data, tmp_path, monkeypatch):
     """800 epochs of a recipe are the row of 800 epochs, not that of 100."""
-    monkeypatch.setattr(module, "make", lambda *_: None)
+    monkeypatch.setattr(ablate_module, "make", lambda *_: None)
     free = [setting for setting in SMALL if "steps" not in setting]
     alone = make(data, tmp_path / "alone", table="1a", settings=free)
     lengths = make(data, tmp_path / "table", table="fig7", settings=[*free, "method.decoder.depth=1"])
@@ -584,7 +586,7 @@ def row(label, paper, *accuracies, total=1000):
     return {
         "label": label,
         "equal": "steps",
-        "linear": table_page._score(scores),
+        "linear": table_results._score(scores),
         "paper": {"linear": paper, "fine_tuned": None},
     }
 
@@ -670,8 +672,8 @@ def test_the_page_says_when_no_cell_is_above_the_controls():
 
     controls = [{"features": name, "linear": {"accuracy": value}} for name, value in (("raw", 0.4), ("random", 0.3))]
     assert (
-        table_page.helped([cell(0.5), cell(0.35), cell(None)], controls)
+        table_results.helped([cell(0.5), cell(0.35), cell(None)], controls)
         == "1 of 2 cells are above raw (40.0%, linear probe)."
     )
-    assert "pre-training has not helped in any cell" in table_page.helped([cell(0.35)], controls)
-    assert table_page.helped([cell(None)], controls) == table_page.helped([cell(0.5)], []) == ""
+    assert "pre-training has not helped in any cell" in table_results.helped([cell(0.35)], controls)
+    assert table_results.helped([cell(None)], controls) == table_results.helped([cell(0.5)], []) == ""

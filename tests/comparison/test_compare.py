@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from conftest import SMALL_RUN, write_images
 
-from unmask.comparison import compare as module
+from unmask.comparison import compare as compare_module
+from unmask.comparison import run_facts, shared_probes
 from unmask.comparison.compare import compare
 from unmask.engine.pretrain import pretrain
 from unmask.errors import UserError
@@ -42,7 +43,7 @@ def runs(trained, tmp_path):
 
 def probe(run, data, **more):
     options = {"test": None, "kind": "knn", "shots": None, "controls": False, "seed": 0, "step": None} | more
-    return probe_run(run, data, device="cpu", console=module.Console(quiet=True), **options)
+    return probe_run(run, data, device="cpu", console=compare_module.Console(quiet=True), **options)
 
 
 def test_what_they_are_and_what_they_cost(runs, labelled, tmp_path):
@@ -80,7 +81,7 @@ def test_a_shared_probe_is_set_side_by_side(runs, labelled, tmp_path):
     assert {row["name"]: row["accuracy"] for row in shared["rows"]} == accuracies
     assert shared["rows"][0]["accuracy"] == max(accuracies.values())
     assert set(shared["rows"][0]["pools"]) == {"cls", "mean"}
-    assert summary["not_comparable"] == list(module.differences(summary["runs"]).values())
+    assert summary["not_comparable"] == list(run_facts.differences(summary["runs"]).values())
     assert shared["title"] == f"k nearest neighbours on {labelled}, tested on a held-out fifth of {labelled}"
     assert shared["title"] in html.unescape((tmp_path / "both.html").read_text())
 
@@ -131,8 +132,10 @@ def test_other_test_images_are_another_measurement(runs, labelled, tmp_path):
 
 def test_with_data_those_are_probed_that_lack_it(runs, labelled, tmp_path, monkeypatch):
     probe(runs[0], labelled, kind="linear", shots=4)
-    asked, real = [], module.probe_run
-    monkeypatch.setattr(module, "probe_run", lambda run, *a, **more: asked.append(run.name) or real(run, *a, **more))
+    asked, real = [], compare_module.probe_run
+    monkeypatch.setattr(
+        compare_module, "probe_run", lambda run, *a, **more: asked.append(run.name) or real(run, *a, **more)
+    )
     options = {"data": labelled, "shots": 4, "out": tmp_path / "both.html", "device": "cpu"}
     (shared,) = compare(runs, **options)["probes"]
     assert asked == ["b"]
@@ -156,11 +159,11 @@ def test_who_leads_and_whether_it_is_noise():
     def row(name, correct, total):
         return {"name": name, "accuracy": correct / total, "correct": correct, "total": total, "pool": "cls"}
 
-    assert module._sentence([row("a", 800, 1000), row("b", 500, 1000)]) == (
+    assert shared_probes._sentence([row("a", 800, 1000), row("b", 500, 1000)]) == (
         "a leads with 80.0% (class token), by more than the choice of test images would explain; another seed of the "
         "training may differ"
     )
-    assert module._sentence([row("a", 510, 1000), row("b", 500, 1000), row("c", 100, 1000)]) == (
+    assert shared_probes._sentence([row("a", 510, 1000), row("b", 500, 1000), row("c", 100, 1000)]) == (
         "a leads with 51.0% (class token), but within the noise of the test images lie b"
     )
 
@@ -218,11 +221,11 @@ def test_one_folder_spelled_in_two_ways_is_the_same_data(labelled, tmp_path):
     places = {"plain": folder, "dotted": folder / ".." / folder.name, "linked": link}
     for name, place in places.items():
         pretrain(place, recipe="mae_nano", out=tmp_path / name, settings=few)
-    rows = [module.about(name, Run.open(tmp_path / name)) for name in places]
+    rows = [run_facts.about(name, Run.open(tmp_path / name)) for name in places]
     assert len({row["source"] for row in rows}) == 3
-    assert "data" not in module.differences(rows)
-    rows[0]["place"] = module._place(str(other))
-    assert "data" in module.differences(rows)
+    assert "data" not in run_facts.differences(rows)
+    rows[0]["place"] = run_facts._place(str(other))
+    assert "data" in run_facts.differences(rows)
 
 
 def test_what_makes_runs_no_comparison_of_methods_is_named_with_the_numbers(labelled, tmp_path):
@@ -241,7 +244,7 @@ def test_what_makes_runs_no_comparison_of_methods_is_named_with_the_numbers(labe
     assert "The epochs differ: small 0.8, large 1.6." in said
     assert re.search(r"The training compute differs: small [\d.e+]+ FLOPs, large [\d.e+]+ FLOPs", said)
     assert "The parameters of the encoder differ: small 0." in said
-    assert "data" not in module.differences(summary["runs"])
+    assert "data" not in run_facts.differences(summary["runs"])
     assert "not a comparison of methods alone: the runs differ in image size, steps" in summary["probes"][0]["sentence"]
     again = shutil.copytree(small.path, tmp_path / "again")
     same = compare([small.path, again], out=tmp_path / "same.html")

@@ -19,7 +19,7 @@ from unmask.console import Console
 from unmask.engine import initial_weights
 from unmask.engine.load import load, load_encoder, read_config
 from unmask.errors import UserError
-from unmask.interop import export_names
+from unmask.interop import names
 from unmask.interop.export import export_run
 from unmask.interop.import_weights import import_weights
 from unmask.interop.safetensors_file import open_safetensors
@@ -83,7 +83,7 @@ def test_an_official_simmim_training_comes_back_whole(tmp_path, capsys, monkeypa
     for block in ours.encoder.blocks:
         block.attn.qkv.bias[32:64] = 0  # there is no bias of the keys over there
     weights = {name: value for name, value in ours.state_dict().items() if not name.startswith("head.")}
-    theirs = {f"encoder.{name}": value for name, value in export_names.to_beit(weights).items()}
+    theirs = {f"encoder.{name}": value for name, value in names.to_beit(weights).items()}
     shuffle = ours.head.weight.view(4, 4, 3, 32).permute(2, 0, 1, 3).reshape(48, 32, 1, 1)
     theirs |= {"decoder.0.weight": shuffle, "decoder.0.bias": ours.head.bias.view(4, 4, 3).permute(2, 0, 1).flatten()}
 

@@ -7,7 +7,9 @@ import sys
 import pytest
 from sample_run import BASELINES, PROBE, make_run
 
-from unmask.report.run_page import curve_note, probe_title, smooth, write_report
+from unmask.report.charts import smooth
+from unmask.report.probe_titles import probe_title
+from unmask.report.run_page import curve_note, write_report
 from unmask.run import RunError
 
 

@@ -7,21 +7,19 @@ of the weights) is said to be not stated. Of where things lay on this machine on
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import PurePath
 from typing import Any
 
 from unmask.config import Config, method_module, task_names
-from unmask.engine.load import licence_of
+from unmask.engine.load import Loaded, licence_of
 from unmask.engine.plan import Plan
 from unmask.evals.statistics import PRETRAINED, RANDOM_INIT, RAW_PIXELS
-from unmask.report.run_page import PROBES, probe_title
+from unmask.interop.export_target import ExportedModel, ExportTarget
+from unmask.report.probe_titles import probe_title
+from unmask.report.run_page import PROBES
 from unmask.run import Run
 
-LIBRARIES = {
-    "timm": "timm", "hf": "transformers", "hf-pretraining": "transformers", "official": "pytorch", "onnx": "onnx",
-    "onnx-float": "onnx", "safetensors": "unmask",
-}  # fmt: skip
 OTHER_TASKS = ("ae", "dae", "dvae", "igpt")  # that hide no patches
 NOT_STATED = "not stated"
 LEARNT = {"classify": "classification", "segment": "segmentation", "detect": "detection"}
@@ -31,37 +29,23 @@ MEASURES = {
 """What `evals/fine-tuned.json` may hold, all shares of one; the interval is of its `metric` only."""
 
 
-def model_card(
-    run: Run,
-    *,
-    config: Config,
-    plan: Plan,
-    step: int,
-    to: str,
-    what: str,
-    load: str,
-    returns: str,
-    notes: Sequence[str],
-    tested: str,
-    classifies: bool,
-    whole: bool,
-) -> str:
-    """The card of what was exported of a Run at `step`: Markdown. `load` to `classifies` as in `export.Made`.
+def model_card(run: Run, loaded: Loaded, target: ExportTarget, exported: ExportedModel, tested: str) -> str:
+    """Write the Markdown of the card of an exported run.
 
-    whole: what a fine-tuned Run learnt came along, and not its encoder alone.
+    exported: with the path filled into its code. tested: a sentence about the check of the export.
     """
-    made = run.read("provenance.json") if (run.path / "provenance.json").exists() else {}
-    name = run.path.resolve().name
+    config, plan = loaded.config, loaded.plan
+    provenance = run.read("provenance.json") if (run.path / "provenance.json").exists() else {}
     parts = [
-        front_matter(config, to, licence(run), classifies=classifies),
-        f"# {name}\n",
-        what_it_is(config, what, made),
-        section("How to load it", f"```python\n{load}\n```\n\n{returns}"),
-        section("Preprocessing", preprocessing(config, plan, to)),
-        section("Data", data(config, plan, made)),
-        section("Training", training(config, plan, made, step)),
-        section("Results", results(run, whole=whole)),
-        section("This export", bullets([*(sentence(note) for note in notes), sentence(tested)])),
+        front_matter(config, target.library_name, licence(run), classifies=exported.classifies),
+        f"# {run.path.resolve().name}\n",
+        what_it_is(config, exported.what, provenance),
+        section("How to load it", f"```python\n{exported.load}\n```\n\n{exported.returns}"),
+        section("Preprocessing", preprocessing(config, plan, normalises=target.normalises)),
+        section("Data", data(config, plan, provenance)),
+        section("Training", training(config, plan, provenance, loaded.step)),
+        section("Results", results(run, whole=exported.classifies or target.keeps_task)),
+        section("This export", bullets([*(sentence(note) for note in exported.notes), sentence(tested)])),
         section("Licence of the weights", sentence(licence(run))),
     ]
     return "\n".join(parts)
@@ -84,13 +68,13 @@ def licence(run: Run) -> str:
     return licence_of(run) or f"{NOT_STATED}: fill it in before you hand them on"
 
 
-def front_matter(config: Config, to: str, rights: str, *, classifies: bool) -> str:
+def front_matter(config: Config, library: str, rights: str, *, classifies: bool) -> str:
     """YAML between dashes. Only letters that need no quoting beyond those of JSON."""
     tags = ["vision", "self-supervised-learning", "masked-image-modelling", config.method.name, "unmask"]
     if config.method.name in OTHER_TASKS:
         tags.remove("masked-image-modelling")
     lines = [
-        f"library_name: {LIBRARIES[to]}",
+        f"library_name: {library}",
         "license: unknown" if rights.startswith(NOT_STATED) else "license: other",
         *([] if rights.startswith(NOT_STATED) else [f"license_name: {quoted(rights)}"]),
         f"pipeline_tag: {'image-classification' if classifies else 'image-feature-extraction'}",
@@ -123,7 +107,7 @@ def last_name(path: str) -> str:
     return PurePath(path.replace("\\", "/")).name or path
 
 
-def preprocessing(config: Config, plan: Plan, to: str) -> str:
+def preprocessing(config: Config, plan: Plan, *, normalises: bool) -> str:
     images, share = plan.images, config.data.crop.eval_share
     height, width = images.size
     crop = "the largest centred box of that shape" + (f", {share:g} of its sides" if share < 1 else "")
@@ -134,7 +118,7 @@ def preprocessing(config: Config, plan: Plan, to: str) -> str:
     mean, std = (", ".join(f"{value:.6g}" for value in values) for values in (images.mean, images.std))
     if config.method.name == "igpt" or "colours" in config.method.model_dump().get("encoder", {}):
         lines.append("Pixels become the nearest colour of a palette; mean and standard deviation are not used.")
-    elif to in ("onnx", "onnx-float", "safetensors"):
+    elif normalises:
         lines.append(f"Give the files' own values: the model normalises them itself (mean {mean}; std {std}).")
     else:
         lines.append(f"Then `(image - mean) / std` per channel, in the files' own units: mean {mean}; std {std}.")

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from unmask.errors import ForeignError
-from unmask.interop.foreign.names import GPT_NAMES
 from unmask.interop.foreign.state_dicts import (
     IMAGENET,
     Names,
@@ -21,6 +20,7 @@ from unmask.interop.foreign.state_dicts import (
     require_same,
     root,
 )
+from unmask.interop.names import GPT_NAMES
 
 GPT_HEADS = {512: 8, 1024: 8, 1536: 16}
 OPENAI_LICENCE = "modified MIT (openai)"

@@ -25,10 +25,10 @@ from typing import Any
 from torch import Tensor
 
 from unmask.errors import ForeignError, UserError, some
-from unmask.interop.foreign.names import from_transformers
 from unmask.interop.foreign.openai import dalle, image_gpt
 from unmask.interop.foreign.state_dicts import Names, Recognised
 from unmask.interop.foreign.vit_checkpoints import recognise_vit
+from unmask.interop.names import from_transformers
 
 
 def recognise(

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from unmask.errors import ForeignError, some
-from unmask.interop.foreign.names import to_ours
 from unmask.interop.foreign.state_dicts import (
     HALVES,
     IMAGENET,
@@ -29,6 +28,7 @@ from unmask.interop.foreign.state_dicts import (
     require_same,
     root,
 )
+from unmask.interop.names import to_ours
 
 HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}  # of the published vision transformers, by width
 DECODER_HEADS = {512: 16}  # of MAE's decoder

@@ -1,164 +1,18 @@
-"""A Run's encoder with its normalisation as an ONNX graph, for any runtime; for a classifier its scores besides."""
+"""The encoder with its normalisation as an ONNX graph (.onnx); input in the dtype of the image files."""
 
 from __future__ import annotations
 
-import importlib.util
-import json
-from pathlib import Path
-
-import numpy as np
-import torch
-from torch import Tensor, nn
-
-from unmask.batch import DTYPES, ImageSpec
 from unmask.engine.load import Loaded
-from unmask.interop.targets.common import ExportError, Made, imported, largest, quietly, task_left_out
-from unmask.nn.gpt import GPT
-from unmask.nn.gpt import Block as GPTBlock
-from unmask.nn.vit import ViT
-from unmask.tasks.classify import Classifier
-
-OPSET = 18
-ONE_FILE = 1 << 30  # bytes of weights; an ONNX file must stay below 2 GiB, beyond this its weights lie beside it
+from unmask.interop.export_target import ExportedModel, ExportTarget
+from unmask.interop.onnx_graph import encoder_graph
 
 
-class ViTGraph(nn.Module):
-    """`ViT.forward` for one size of images, without Python numbers that would fix how many images there are."""
+def to_onnx(loaded: Loaded) -> ExportedModel:
+    """Convert the encoder to a graph that takes the dtype of the image files.
 
-    def __init__(self, encoder: ViT, classifier: Classifier | None) -> None:
-        super().__init__()
-        self.encoder, self.classifier = encoder, classifier
-
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        encoder = self.encoder
-        patches = encoder.embed(encoder.patches(images))
-        cls = encoder.cls_token if encoder.pos_embed is None else encoder.cls_token + encoder.pos_embed[:, :1]
-        x = torch.cat([cls.expand(patches.shape[0], -1, -1), patches], 1)
-        shared = None if encoder.relative_bias is None else encoder.relative_bias()
-        for block in encoder.blocks:
-            own = getattr(block, "relative_bias", None)
-            x = block(x, shared if own is None else own())
-        tokens = encoder.norm(x)
-        if self.classifier is None:
-            return tokens[:, 0], tokens[:, 1:]
-        return tokens[:, 0], tokens[:, 1:], self.classifier.judge(x[:, 1:].mean(1))
-
-
-class GPTGraph(nn.Module):
-    """`GPT.forward`; distances to colours are written out, because ONNX has no cdist."""
-
-    def __init__(self, encoder: GPT) -> None:
-        super().__init__()
-        self.encoder = encoder
-
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        encoder = self.encoder
-        pixels = encoder.shrink(images).flatten(1, 2)
-        x = encoder.tokens[(pixels[:, :, None] - encoder.palette).square().sum(-1).argmin(-1)]
-        if encoder.sos is not None:
-            x = torch.cat([encoder.sos.expand(x.shape[0], 1, -1), x[:, :-1]], 1)
-        x = x + encoder.positions
-        for number, block in enumerate(encoder.blocks):
-            assert isinstance(block, GPTBlock)
-            if number == encoder.layer:
-                return (block.norm1(x),)
-            x = x + block.attn(block.norm1(x))[0]
-            x = x + block.mlp(block.norm2(x))
-        return (encoder.norm(x),)
-
-
-class PlainGraph(nn.Module):
-    """Encoders that are graphs as they stand, without a class token."""
-
-    def __init__(self, encoder: nn.Module) -> None:
-        super().__init__()
-        self.encoder = encoder
-
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        return (self.encoder(images).patches,)
-
-
-def to_onnx_float(loaded: Loaded) -> Made:
-    """`to_onnx` with float32 input, for runtimes and pipelines that have no other."""
-    return to_onnx(loaded, dtype="float32")
-
-
-def to_onnx(loaded: Loaded, dtype: str | None = None) -> Made:
-    """The encoder and its normalisation, for any number of images of one size; for a classifier its scores besides.
-
-    dtype: of the input; None for that of the files, so that a runtime refuses floats (which are mostly 0 to 1, and
-    would give other features without a word) where the network wants 0 to 255. The metadata of the graph say it too.
-
-    Through torch.export: the older tracer has no RMS norm, and PyTorch is giving it up.
+    A runtime then rejects float input, which is usually scaled to 0..1 and would silently give other features.
     """
-    method, encoder, spec = loaded.method, loaded.method.encoder, loaded.plan.images
-    classifier = method if isinstance(method, Classifier) else None
-    if isinstance(encoder, ViT):
-        graph, names = ViTGraph(encoder, classifier), ["cls", "patches", *["logits"] * (classifier is not None)]
-    else:
-        graph, names = GPTGraph(encoder) if isinstance(encoder, GPT) else PlainGraph(encoder), ["patches"]
-    graph = graph.eval()
-    dtype = dtype or spec.dtype
-
-    def write(path: Path) -> None:
-        require_onnx()
-        size = sum(value.nbytes for value in graph.state_dict().values())
-        example = torch.zeros(2, spec.channels, *spec.size, dtype=DTYPES[dtype])
-        with quietly(), torch.no_grad():
-            program = torch.onnx.export(
-                graph, (example,), input_names=["images"], output_names=names, opset_version=OPSET, dynamo=True,
-                dynamic_shapes={"images": {0: torch.export.Dim("batch")}}, verbose=False,
-            )  # fmt: skip
-        assert program is not None, "dynamo was asked for"
-        for node in program.model.graph:
-            node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)  # it has the paths of our own files
-        program.model.metadata_props["unmask.input"] = json.dumps(
-            {"name": "images", "dtype": dtype, "units": units(spec), "normalised": False, "layout": "BCHW",
-             "size": spec.size, "channels": spec.channels, "mean": spec.mean, "std": spec.std}
-        )  # fmt: skip
-        program.save(path, external_data=size > ONE_FILE)
-
-    def check(path: Path, images: Tensor) -> float:
-        onnxruntime = imported("onnxruntime")
-        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-        found = encoder(images)
-        ours = {"cls": found.cls, "patches": found.patches}
-        if classifier is not None:
-            ours["logits"] = classifier.logits(images)
-        pairs = []
-        for part in (slice(None), slice(1)):  # three images, and one
-            theirs = session.run(names, {"images": images[part].to(DTYPES[dtype]).numpy()})
-            pairs += [
-                (torch.from_numpy(np.asarray(out)), ours[name][part]) for name, out in zip(names, theirs, strict=True)
-            ]
-        return largest(*pairs)
-
-    height, width = spec.size
-    notes = () if classifier else task_left_out(loaded, "a graph that takes images to features")
-    if sum(value.nbytes for value in graph.state_dict().values()) > ONE_FILE:
-        notes = (*notes, "the weights are too many for one file: they lie beside it in a file that ends in .data; keep "
-                 "the two together")  # fmt: skip
-    return Made(
-        what="the encoder as an ONNX graph" + (", with its classifier" if classifier else ""),
-        library="onnxruntime",
-        load="import onnxruntime\n\nsession = onnxruntime.InferenceSession(PATH)\n"
-        f'{", ".join(names)}{"," if len(names) == 1 else ""} = session.run({json.dumps(names)}, {{"images": images}})',
-        returns=f"`images` is {dtype} (B, {spec.channels}, {height}, {width}) in the files' own units "
-        f"({units(spec)}), not normalised: the graph does that. Outputs: {', '.join(names)}.",
-        write=write,
-        check=check,
-        notes=notes,
-        classifies=classifier is not None,
-    )
+    return encoder_graph(loaded, loaded.plan.images.dtype)
 
 
-def units(images: ImageSpec) -> str:
-    return {"uint8": "0 to 255", "uint16": "0 to 65535"}.get(images.dtype, "those of the files")
-
-
-def require_onnx() -> None:
-    """Raises ExportError where what writes ONNX is not installed."""
-    for name in ("onnx", "onnxscript"):
-        if importlib.util.find_spec(name) is None:
-            raise ExportError(f"--to onnx needs {name}, which is not installed; install it with: pip install "
-                              "'unmask[onnx]'")  # fmt: skip
+TARGET = ExportTarget(to_onnx, suffix=".onnx", library_name="onnx", normalises=True)

@@ -1,6 +1,6 @@
-"""What of a Run other libraries can take, and what `unmask export` makes of it: `Made`. All targets are built of this.
+"""What the export targets share: tensors and metadata of a run, comparisons, and what other MAEs do not support.
 
-Nothing here knows another library. Letters: B images, N patches, D width.
+Letters: B images, N patches, D width.
 """
 
 from __future__ import annotations
@@ -9,9 +9,8 @@ import importlib
 import json
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from unmask.engine.load import Loaded
-from unmask.errors import TrainingFailed, UserError, naming
+from unmask.errors import naming
+from unmask.interop.export_target import ExportError, NotChecked
 from unmask.method import Method
 from unmask.methods.mae import MAE
 from unmask.nn.gpt import GPT
@@ -30,18 +30,6 @@ from unmask.nn.vit import ViT
 HEADLESS = {
     "classify": "the classifier", "segment": "the head that draws maps", "detect": "the pyramid and its head",
 }  # fmt: skip
-
-
-class ExportError(UserError):
-    """A Run that the target has no form for, or nowhere to write; the message says which target or name would do."""
-
-
-class ExportFailed(TrainingFailed):
-    """The other library computes something else from what was written, which has been removed."""
-
-
-class NotChecked(Exception):
-    """The other library cannot be used here; the message is the reason."""
 
 
 def imported(module: str, attribute: str = "", package: str = "") -> Any:
@@ -63,29 +51,7 @@ def imported(module: str, attribute: str = "", package: str = "") -> Any:
         raise NotChecked(f"importing {package or module} failed with {type(cause).__name__}: {said}") from None
 
 
-@dataclass(frozen=True)
-class Made:
-    """What a target makes of a Run.
-
-    what: the model over there. library: which has to be installed for the test. load: code that loads it, with PATH for
-    the place. returns: a sentence, what the code's outputs are. notes: what was left out, in sentences. whole: with the
-    rest of the pre-training method. write: makes the file, or the files of a folder. check: the largest difference
-    between what the library computes from it and what the Run does, on images in the files' units; NotChecked without
-    the library.
-    """
-
-    what: str
-    library: str
-    load: str
-    returns: str
-    write: Callable[[Path], None]
-    check: Callable[[Path, Tensor], float]
-    notes: tuple[str, ...] = ()
-    classifies: bool = False
-    whole: bool = False
-
-
-def imprint(loaded: Loaded) -> str:
+def export_metadata(loaded: Loaded) -> str:
     """What the formats of others do not keep, as JSON for a corner of the file that they do not read.
 
     `import` knows by it what it would have to guess: the normalisation and the crop, the number of heads, the names of
@@ -139,7 +105,7 @@ def tokens_of(encoder: ViT, images: Tensor) -> Tensor:
     return torch.cat([found.cls[:, None], found.patches], 1)
 
 
-def seen(encoder: ViT, images: Tensor) -> Tensor:
+def normalised(encoder: ViT, images: Tensor) -> Tensor:
     """Images as other libraries want them: normalised by whoever calls."""
     return normalise(images, encoder.mean, encoder.std)
 
@@ -161,7 +127,7 @@ def largest(*pairs: tuple[Tensor, Tensor]) -> float:
 
 
 @contextmanager
-def quietly() -> Iterator[None]:
+def silence_libraries() -> Iterator[None]:
     """Without what other libraries say about their own future; what is wrong raises."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "transformers")]
     levels = [logger.level for logger in loggers]

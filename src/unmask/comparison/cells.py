@@ -1,0 +1,172 @@
+"""The cells of a table: recipe and settings of each, checked before anything is trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from unmask.comparison.paper_tables import PRETRAINED, TOKENIZER, Cell, Table
+from unmask.config import Config, ConfigError, parse
+from unmask.data.sources.open_source import Source
+from unmask.engine import pretrain
+from unmask.engine.costs import promised_tokenizer
+from unmask.engine.load import read_config, read_plan
+from unmask.finetuning import finetune
+from unmask.recipes import catalogue
+from unmask.run import Run
+
+LENGTHS = ("train.steps", "train.epochs")
+
+
+@dataclass(frozen=True)
+class AblationRequest:
+    """What a person asked for; a table is one experiment, so none of it may change while it is made (but `seeds`)."""
+
+    table: str
+    data: str
+    test: str | None
+    recipe: str
+    settings: tuple[str, ...]
+    budget: float | None
+    seeds: int
+    shots: int | None
+    tokenizer: str | None
+    from_run: str | None
+
+    def saved(self) -> dict[str, Any]:
+        return vars(self) | {"settings": list(self.settings)}
+
+
+# ------------------------------------------------------------------------------------------- before anything is trained
+
+
+def choose_recipe(table: Table, recipe: str | None, from_run: str | Path | None = None) -> str:
+    """The base recipe. Raises ConfigError for one, or for a run, that the table cannot be made from."""
+    if from_run is not None:
+        if table.measure != "fine_tuned":
+            raise ConfigError(
+                f"--from was given, but every cell of table {table.name} is a pre-training of its own; leave it out"
+            )
+        if recipe is not None:
+            raise ConfigError(
+                f"both --from and --recipe {recipe} came; the run of --from has its recipe: leave one out"
+            )
+        return read_config(Run.open(from_run)).recipe
+    if table.name == "family":
+        if recipe is not None:
+            raise ConfigError(
+                f"recipe {recipe!r} came, but every method of the family has its own recipe; leave --recipe out"
+            )
+        return "mae_nano"
+    method = catalogue.find(recipe or "mae_nano").method.name
+    if method != "mae":
+        raise ConfigError(
+            f"recipe {recipe!r} trains {method}, but table {table.name} varies settings of mae; choose one of "
+            f"{', '.join(name for name in catalogue.all_recipes() if name.startswith('mae'))}"
+        )
+    return recipe or "mae_nano"
+
+
+def refuse_settings(table: Table, asked: AblationRequest) -> None:
+    """Settings that the table itself varies, or that belong to an option, would be ignored without a word."""
+    keys = parse(asked.settings)
+    if asked.seeds < 1:
+        raise ConfigError(f"{asked.seeds} seeds came; at least 1 was expected")
+    if "train.seed" in keys:
+        raise ConfigError("train.seed cannot be set: the cells are trained with seeds 0, 1, ...; say how many: --seeds")
+    if clash := [key for key in table.varies if key in keys and not (key in LENGTHS and asked.budget is None)]:
+        what = f"the budget decides {clash[0]}" if clash[0] in LENGTHS else f"table {table.name} varies {clash[0]}"
+        raise ConfigError(f"{clash[0]} cannot be set: {what}; leave it out")
+    pretrain.refuse_conflicts(keys, asked.budget)
+    if asked.from_run is not None and (learnt := [key for key in keys if not key.startswith(("data.", "train."))]):
+        raise ConfigError(
+            f"{learnt[0]} was set, but the run of --from is trained already, and a fine-tuned cell takes only settings "
+            "of data and train; leave it out"
+        )
+    for cell in all_cells(table, asked):
+        draft_config(table, cell, asked)
+
+
+def all_cells(table: Table, asked: AblationRequest) -> tuple[Cell, ...]:
+    """The cells that this version can make, first what they are all made from where that has to be trained."""
+    known = catalogue.all_recipes()
+    cells = tuple(
+        cell for cell in table.cells(base_config(table, asked)) if cell.recipe is None or cell.recipe in known
+    )
+    if asked.tokenizer is None and any(cell.tokenizer for cell in cells):
+        return Cell(TOKENIZER, "the tokenizer (dVAE)", recipe=tokenizer_recipe(table, asked)[0]), *cells
+    if asked.tokenizer is not None and not any(cell.tokenizer for cell in cells):
+        raise ConfigError(f"--tokenizer was given, but no cell of table {table.name} needs one; leave it out")
+    if table.measure == "fine_tuned" and asked.from_run is None:
+        return Cell(PRETRAINED, "the pre-training (MAE)"), *cells
+    return cells
+
+
+def base_config(table: Table, asked: AblationRequest) -> Config:
+    """What the cells are variations of: the recipe or, where all are fine-tuned from one Run, that Run's own."""
+    if table.measure != "fine_tuned":
+        return catalogue.find(asked.recipe)
+    if asked.from_run is None:
+        return pretrain.resolve(catalogue.find(asked.recipe), [*table.base, *asked.settings])
+    run = Run.open(asked.from_run)
+    config, spec = read_config(run), read_plan(run).images
+    data = config.data.model_copy(update={"size": spec.size, "channels": spec.channels})
+    train = config.train.model_copy(update={"steps": read_plan(run).steps})
+    return pretrain.resolve(config.model_copy(update={"data": data, "train": train}), list(asked.settings))
+
+
+def tokenizer_recipe(table: Table, asked: AblationRequest) -> tuple[str, str]:
+    """The recipe of the dVAE that is trained first, and the size, as KEY=VALUE, at which each patch has a code."""
+    settings = [text for text in asked.settings if table.name != "family" or not text.strip().startswith("method.")]
+    config: Any = pretrain.resolve(catalogue.find(asked.recipe), [*table.base, *settings])
+    patch, size = config.method.encoder.patch, config.data.size
+    name = "dvae_small" if min(patch) >= 8 else "dvae_nano"
+    dvae: Any = catalogue.find(name)
+    code = dvae.method.encoder.patch
+    return name, f"data.size=[{size[0] // patch[0] * code[0]},{size[1] // patch[1] * code[1]}]"
+
+
+def fine_tunes(table: Table, cell: Cell) -> bool:
+    return table.measure == "fine_tuned" and cell.name != PRETRAINED
+
+
+def recipe_of(table: Table, cell: Cell, asked: AblationRequest) -> str:
+    return finetune.PLAIN if fine_tunes(table, cell) else cell.recipe or asked.recipe
+
+
+def cell_settings(table: Table, cell: Cell, asked: AblationRequest) -> list[str]:
+    """Of one cell but for its length and seed: the table's base, then what was asked for, then what the cell varies.
+
+    The dVAE that cells are tokenized with is no cell of the comparison: of what was asked for it gets the part that is
+    not about the method. A fine-tuned cell has what its pre-training has, which is known from that.
+    """
+    if fine_tunes(table, cell):
+        return [*(asked.settings if asked.from_run is not None else ()), *cell.settings]
+    if cell.name == TOKENIZER:
+        own = ("method.", "data.size")
+        kept = [setting for setting in asked.settings if not setting.strip().startswith(own)]
+        return [*kept, tokenizer_recipe(table, asked)[1]]
+    return [*table.base, *asked.settings, *cell.settings]
+
+
+def draft_settings(table: Table, cell: Cell, asked: AblationRequest) -> list[str]:
+    """`cell_settings` as far as they are known before the tokenizer is trained: its size, and a promise of weights."""
+    settings, recipe = cell_settings(table, cell, asked), recipe_of(table, cell, asked)
+    if not cell.tokenizer:
+        return settings
+    if asked.tokenizer is not None:
+        return pretrain.with_options(None, recipe, settings, tokenizer=asked.tokenizer, palette=None, masks=None)
+    return [*promised_tokenizer(recipe, settings, tokenizer_recipe(table, asked)[0])[1], *settings]
+
+
+def draft_config(table: Table, cell: Cell, asked: AblationRequest, source: Source | None = None) -> Config:
+    """The configuration of a cell as far as it is known before anything is trained, tried out."""
+    settings = draft_settings(table, cell, asked)
+    if not fine_tunes(table, cell):
+        pretrain.drafted(None, recipe_of(table, cell, asked), settings, None)
+        return pretrain.resolve(catalogue.find(recipe_of(table, cell, asked)), settings, source=source)
+    classes = ["one", "other"] if source is None else source.classes
+    config = pretrain.resolve(finetune.fine_tuning(base_config(table, asked), classes), settings, source=source)
+    pretrain.require_method(config)
+    return config

@@ -1,0 +1,105 @@
+"""Fit imported weights to another image size and number of channels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unmask.batch import ImageSpec
+from unmask.config import Config, ConfigError
+from unmask.errors import ForeignError, some
+from unmask.interop.foreign.state_dicts import Recognised
+from unmask.nn import positions
+from unmask.nn.patches import grid_of
+
+
+def per_channel(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
+    """A number per channel for other channels: the mean of all for one, else repeated in turn."""
+    if channels == len(values):
+        return values
+    return (sum(values) / len(values),) if channels == 1 else tuple(values[i % len(values)] for i in range(channels))
+
+
+def fitted(
+    found: Recognised, config: Config, images: ImageSpec, *, by_hand: bool
+) -> tuple[dict[str, Tensor], list[str]]:
+    """The weights for images of this size and so many channels, and what was done to them, in sentences.
+
+    by_hand: mean or std were set by a person, so they are not what the weights were trained with.
+    """
+    weights, said = dict(found.weights), []
+    if images.channels != found.channels:
+        weight, bias = (weights[f"encoder.patch_embed.proj.{leaf}"] for leaf in ("weight", "bias"))
+        norms = None if by_hand or found.mean is None or found.std is None else (found.mean, found.std)
+        weight, bias = other_channels(weight, bias, images, norms)
+        weights |= {"encoder.patch_embed.proj.weight": weight, "encoder.patch_embed.proj.bias": bias}
+        how = "summed over them" if images.channels == 1 else "repeated in turn and scaled"
+        said.append(f"the projection of patches of {found.channels} channels is {how}, for {images.channels}")
+    encoder: Any = config.method
+    new = grid_of(images.size, encoder.encoder.patch)
+    old = found.grid or new
+    if found.places and old[0] * old[1] != found.places:
+        raise ConfigError(
+            f"data.size={list(images.size)} has {new[0]} x {new[1]} patches, but there are positions for "
+            f"{found.places} and nothing says of which rectangle; give the size that the weights were trained at"
+        )
+    if old != new:
+        moved = {name: positions.fitted(name, value, old, new) for name, value in weights.items()}
+        if any(moved[name] is not weights[name] for name in weights):
+            said.append(f"positions are interpolated from {old[0]} x {old[1]} to {new[0]} x {new[1]} patches")
+        weights = moved
+    return weights, said
+
+
+def other_channels(
+    weight: Tensor, bias: Tensor, images: ImageSpec, norms: tuple[tuple[float, ...], tuple[float, ...]] | None
+) -> tuple[Tensor, Tensor]:
+    """A patch projection (D, C, h, w) and its bias for other channels; see the module docstring.
+
+    norms: mean and standard deviation per channel that the weights know; with them a gray image gives exactly what it
+    gave with equal channels, although its one mean is another number.
+    """
+    before, after = weight.shape[1], images.channels
+    if after > 1:
+        return weight[:, [number % before for number in range(after)]] * (before / after), bias
+    if norms is None:
+        return weight.sum(1, keepdim=True), bias
+    mean, std = (torch.tensor(values, dtype=torch.float64)[:, None, None] for values in norms)
+    shift = ((images.mean[0] - mean) / std * weight.double()).sum((1, 2, 3))
+    return (weight.double() * images.std[0] / std).sum(1, keepdim=True).float(), (bias.double() + shift).float()
+
+
+def require_whole(wanted: Mapping[str, Tensor], weights: Mapping[str, Tensor], what: str) -> None:
+    """Raises ForeignError, naming tensors, unless these are exactly the ones of the method, and finite."""
+    missing, left = sorted(wanted.keys() - weights.keys()), sorted(weights.keys() - wanted.keys())
+    both = [(name, weights[name], value) for name, value in wanted.items() if name in weights]
+    shapes = [
+        f"{name} {tuple(found.shape)} instead of {tuple(value.shape)}"
+        for name, found, value in both
+        if found.shape != value.shape
+    ]
+    types = [
+        f"{name} {found.dtype} instead of {value.dtype}"
+        for name, found, value in both
+        if found.is_floating_point() != value.is_floating_point()
+    ]
+    faults = {"missing": missing, "left over": left, "of another shape": shapes, "of another type": types}
+    if any(faults.values()):
+        named = "; ".join(f"{len(names)} {how}: {some(names)}" for how, names in faults.items() if names)
+        raise ForeignError(
+            f"{what} is not whole ({named}); the file is cut, a variant of this network, or two files were mixed"
+        )
+    if bad := [name for name, value in weights.items() if value.is_floating_point() and not value.isfinite().all()]:
+        raise ForeignError(
+            f"{what} has numbers that are not finite, in {some(bad)}; the file is damaged, or its training failed"
+        )
+
+
+def described(images: ImageSpec) -> dict[str, Tensor]:
+    """What encoders keep of the images that they are for, by name."""
+    low, high = images.value_range
+    values = {"mean": images.mean, "std": images.std, "low": low, "high": high}
+    return {f"encoder.{name}": torch.tensor(value, dtype=torch.float32) for name, value in values.items()}

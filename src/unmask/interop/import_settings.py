@@ -1,0 +1,194 @@
+"""The settings of a run of imported weights."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+
+from unmask.batch import ImageSpec
+from unmask.config import Config, ConfigError, DataConfig, explain, override, parse, parse_method
+from unmask.data.augment import CropConfig, crop_for, protocol_share
+from unmask.engine import pretrain
+from unmask.interop.fit_weights import per_channel
+from unmask.interop.foreign.state_dicts import Recognised
+from unmask.optim import OptimConfig
+
+RECIPE = "import"
+OWN_BIAS = r"encoder\.blocks\.\d+\.relative_bias\.table"
+UNSTATED = "your own, or whoever's run it was exported from; nothing is stated"
+OPTIMS = {
+    "beit": OptimConfig(base_lr=1.5e-3 / 8, betas=(0.9, 0.999), final_lr=1 / 150, clip=3.0),
+    "classify": OptimConfig(base_lr=1e-3, betas=(0.9, 0.999)),
+    "simmim": OptimConfig(base_lr=1e-4 * 256 / 512, betas=(0.9, 0.999), clip=5.0),
+    "igpt": OptimConfig(base_lr=0.006, betas=(0.9, 0.95), weight_decay=0),
+    "dvae": OptimConfig(base_lr=0.5e-4, betas=(0.9, 0.999), weight_decay=1e-4, warmup=0, final_lr=0.0125),
+}
+
+
+def require_heads(found: Recognised, settings: Iterable[str]) -> Recognised:
+    """The number of heads, which weights do not show: published, or set by hand. Raises ConfigError without one."""
+    asked, method = parse(settings), dict(found.method)
+    for part in ("encoder", "decoder"):
+        if part not in method or (part == "encoder" and method["name"] == "dvae") or "heads" in method[part]:
+            continue
+        key, width = f"method.{part}.heads", method[part]["width"]
+        heads = asked.get(key)
+        if not isinstance(heads, int) or heads < 1 or width % heads:
+            came = f"{key}={heads} came for" if key in asked else "nothing says how many heads share"
+            raise ConfigError(
+                f"{came} the width {width} of this {part}, and weights do not show it; give a divisor of {width} with "
+                f"--set {key}=N (published networks have 64 values to a head, or 32)"
+            )
+        method[part] = {**method[part], "heads": heads}
+    return replace(found, method=method)
+
+
+def with_export_metadata(found: Recognised, imprint: Mapping[str, Any]) -> Recognised:
+    """What `unmask export` said of the Run beside its weights, in place of what would have to be assumed."""
+    if imprint["shared_bias"]:
+        found = with_shared_bias(found)
+    method = dict(found.method)
+    for part, heads in imprint["heads"].items():
+        if part in method:
+            method[part] = {**method[part], "heads": heads}
+    notes = found.notes
+    if method["name"] == "classify" and imprint["classes"]:
+        method["classes"] = imprint["classes"]
+    if method["name"] == "mae" and imprint["target"] in ("norm_pixels", "pixels"):
+        method["target"] = imprint["target"]
+        notes = tuple(note for note in notes if not note.startswith("the decoder is taken to predict"))
+    return replace(
+        found, method=method, notes=notes, kind=f"{found.kind}, exported by unmask", eval_share=imprint["eval_share"],
+        mean=tuple(imprint["mean"]), std=tuple(imprint["std"]), statistics="of the run that it was exported from",
+        licence=imprint["licence"] or UNSTATED,
+    )  # fmt: skip
+
+
+def with_shared_bias(found: Recognised) -> Recognised:
+    """One relative position bias for all blocks again, where an export wrote the same for each."""
+    tables = {name: value for name, value in found.weights.items() if re.fullmatch(OWN_BIAS, name)}
+    if not tables or not all(torch.equal(value, next(iter(tables.values()))) for value in tables.values()):
+        return found
+    weights = {name: value for name, value in found.weights.items() if name not in tables}
+    weights["encoder.relative_bias.table"] = next(iter(tables.values()))
+    return replace(found, weights=weights, method=found.method | {
+        "encoder": found.method["encoder"] | {"relative_bias": True}
+    })  # fmt: skip
+
+
+def as_encoder(found: Recognised, why: str) -> Recognised:
+    """The encoder alone, as the task `encoder`; `why` is said."""
+    weights = {name: value for name, value in found.weights.items() if name.startswith("encoder.")}
+    method = {"name": "encoder", "encoder": found.method["encoder"]}
+    return replace(found, method=method, weights=weights, notes=(*found.notes, why))
+
+
+def choose_method(found: Recognised, settings: list[str], tokenizer: Path | None) -> Recognised:
+    """What of the method can be had: all, or the encoder alone where something is missing for the rest."""
+    asked, name = parse(settings), found.method["name"]
+    channels = asked.get("data.channels", found.channels)
+    if tokenizer is not None and name != "beit":
+        raise ConfigError(
+            f"--tokenizer {tokenizer} came, but this is {found.kind}, which predicts no codes; leave it out"
+        )
+    if name == "beit" and tokenizer is None:
+        return as_encoder(
+            found,
+            "its head predicts the codes of a dVAE that is not in the file, so it is imported as an encoder only; for "
+            "the whole method import that dVAE first and give --tokenizer RUN",
+        )
+    if channels == found.channels or not isinstance(channels, int) or name in ("encoder", "classify"):
+        return found
+    if name == "igpt":
+        raise ConfigError(
+            f"data.channels={channels} came, but the palette has colours of {found.channels} channels; leave it out"
+        )
+    if name == "dvae":
+        raise ConfigError(
+            f"data.channels={channels} came, but this dVAE draws {found.channels} channels; leave it out, or train one "
+            "with `unmask pretrain DATA --recipe dvae_small`"
+        )
+    return as_encoder(
+        found,
+        f"the rest of the method is made for {found.channels} channels and not for {channels}, so the encoder alone is "
+        "imported",
+    )
+
+
+def configure(found: Recognised, settings: list[str], origin: str) -> tuple[Config, ImageSpec]:
+    """The settings that describe the weights, with a person's over them, and what the images are.
+
+    Raises ConfigError for a setting that does not exist, or that the weights decide.
+    """
+    pretrain.refuse_conflicts(parse(settings), None)
+    if "graft" in parse(settings):
+        raise ConfigError("graft cannot be set: all weights come from what is imported; leave it out")
+    method = {**found.method, "origin": origin} if found.method["name"] == "encoder" else found.method
+    if found.grid is not None:
+        size = found.grid[0] * found.patch[0], found.grid[1] * found.patch[1]
+    elif "data.size" in parse(settings):
+        size = DataConfig().size
+    else:
+        raise ConfigError(
+            f"positions for {found.places} patches came, which are no square; say which images they are for with --set "
+            "data.size=[HEIGHT,WIDTH]"
+        )
+    crop = CropConfig(eval_share=found.eval_share or protocol_share(size))
+    try:
+        base = Config(
+            recipe=RECIPE,
+            method=parse_method(method),
+            data=DataConfig(size=size, crop=crop),
+            optim=OPTIMS.get(found.method["name"], OptimConfig()),
+        )
+    except ValidationError as error:
+        raise ConfigError(f"weights of {found.name}: {explain(error)}") from None
+    config = override(base, settings)
+    require_as_found(base, config)
+    if found.eval_share is None and "data.crop.eval_share" not in parse(settings):
+        crop = crop_for(config.data.crop, config.data.size, size)
+        config = config.model_copy(update={"data": config.data.model_copy(update={"crop": crop})})
+    return with_statistics(found, config)
+
+
+def require_as_found(base: Config, config: Config) -> None:
+    """Raises ConfigError for a setting of the network other than what the weights are."""
+    before, after = (tree.model_dump()["method"] for tree in (base, config))
+    free = {"heads", "feature_layer", "norm_eps"} | ({"patch"} if "colours" in before["encoder"] else set())
+    given = ("palette", "palette_dtype", "origin", "tokenizer")
+    if changed := [key for key in given if before.get(key) != after.get(key)]:
+        raise ConfigError(f"method.{changed[0]} cannot be set: it comes with the weights; leave it out")
+    for part in ("encoder", "decoder"):
+        theirs, ours = before.get(part) or {}, after.get(part) or {}
+        for key, value in theirs.items():
+            if ours.get(key) != value and key not in free:
+                raise ConfigError(
+                    f"method.{part}.{key}={ours.get(key)} was set, but the weights have {value}; leave it out: what is "
+                    "imported cannot change its shape"
+                )
+
+
+def with_statistics(found: Recognised, config: Config) -> tuple[Config, ImageSpec]:
+    """Channels, mean and standard deviation: by hand, else those of the weights, spread over the channels.
+
+    Raises ConfigError where there are none: a normalisation is not made up.
+    """
+    channels = config.data.channels or found.channels
+    mean, std = config.data.mean, config.data.std
+    if found.mean is not None and found.std is not None:
+        mean, std = mean or per_channel(found.mean, channels), std or per_channel(found.std, channels)
+    if mean is None or std is None:
+        raise ConfigError(
+            f"these weights are for {found.channels} channels, for which no normalisation is published; give that of "
+            "their training with --set data.mean=[...] and --set data.std=[...], in the files' units (0 to 255)"
+        )
+    pretrain.require_statistics(channels, mean, std)
+    images = ImageSpec(channels, config.data.size, "uint8", tuple(mean), tuple(std))
+    data = {"channels": channels, "mean": images.mean, "std": images.std}
+    return config.model_copy(update={"data": config.data.model_copy(update=data)}), images

@@ -1,0 +1,102 @@
+"""Write a run of imported weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from unmask.batch import ImageSpec
+from unmask.config import Config, task_names
+from unmask.console import Console
+from unmask.data.decode.reading import Reading
+from unmask.engine import checkpoint, pretrain
+from unmask.engine.plan import Plan
+from unmask.interop.foreign.state_dicts import Recognised
+from unmask.method import Method
+from unmask.run import CONFIG, PLAN, PROVENANCE, Run
+
+
+def write_run(
+    out: str | Path,
+    config: Config,
+    images: ImageSpec,
+    method: Method,
+    weights: dict[str, Tensor],
+    reasons: tuple[str, ...],
+    about: dict[str, Any],
+) -> Run:
+    """The Run of a method whose weights are all there; `about` says where they came from."""
+    counts = [sum(p.numel() for p in part.parameters()) for part in (method, method.encoder)]
+    plan = plan_of(config, images, counts, reasons)
+    files = {
+        CONFIG: config.model_dump(mode="json"),
+        PROVENANCE: pretrain.provenance(plan) | {"imported": about},
+        PLAN: plan.model_dump(mode="json"),
+    }
+
+    def fill(run: Run) -> None:
+        checkpoint.check_space(run, sum(value.nbytes for value in weights.values()))
+        fixed = {name: value for name, value in weights.items() if name.startswith(method.fixed)}
+        if fixed:
+            checkpoint.save_fixed(run, fixed)
+        changing = {name: value.clone() for name, value in weights.items() if name not in fixed}
+        checkpoint.save(run, 0, changing, {}, {"step": 0})
+
+    with Run.begin(out, files, fill=fill) as run:
+        run.set_status("finished", 0, total=0)
+    return run
+
+
+def plan_of(config: Config, images: ImageSpec, counts: list[int], reasons: tuple[str, ...]) -> Plan:
+    """The plan of a run that is finished at step 0: nothing was trained here, on no images."""
+    return Plan(
+        steps=0, warmup_steps=0, batch_size=config.train.batch_size, micro_batch=config.train.batch_size,
+        accumulation=1, peak_lr=0.0, final_lr=0.0, epochs=0.0, num_images=0, images=images, fingerprint="",
+        precision="fp32", device="cpu", workers=0, cached=False, picture_every=1, parameters=counts[0],
+        encoder_parameters=counts[1], reasons=reasons, reading=Reading(),
+    )  # fmt: skip
+
+
+def say_imported(
+    run: Run,
+    found: Recognised,
+    config: Config,
+    images: ImageSpec,
+    said: list[str],
+    *,
+    by_hand: bool,
+    console: Console,
+) -> None:
+    """What it became, what was done to it, which normalisation was taken, and what one can do with it."""
+    name = config.method.name
+    for line in (*found.notes, *said):
+        console.say(f"  {line}")
+    share = config.data.crop.eval_share
+    console.say(
+        "  in evaluation it sees "
+        + ("the largest box in the middle" if share == 1 else f"{share:.4g} of the shorter side, in the middle")
+        + ", unless imported with --set data.crop.eval_share=SHARE"
+    )
+    for part, settings in (("encoder", found.method.get("encoder")), ("decoder", found.method.get("decoder"))):
+        if settings and "heads" in settings:
+            console.say(f"  {part}: {settings['heads']} heads of {settings['width'] // settings['heads']} values")
+    mean, std = (", ".join(f"{value:.6g}" for value in values) for values in (images.mean, images.std))
+    if name != "igpt" and "colours" not in found.method["encoder"]:
+        whose = "set by hand" if by_hand else found.statistics
+        console.say(
+            f"  normalisation: mean {mean}, std {std} ({whose}); if the weights were trained with another, import "
+            "again with --set data.mean=[...] --set data.std=[...]"
+        )
+    console.say(f"  licence of the weights: {found.licence}")
+    console.say(f"{run.path}: {use_of(name)}")
+
+
+def use_of(method: str) -> str:
+    """What one can do with a Run of this method."""
+    if method == "encoder":
+        return "embed, probe and finetune take it; to train on, name a --recipe with `unmask pretrain DATA --from`"
+    if method in task_names():
+        return f"fine-tuned to {method}: embed, predict, probe and finetune take it"
+    return f"a whole {method}: embed, probe, reconstruct, finetune and `unmask pretrain DATA --from` take it"

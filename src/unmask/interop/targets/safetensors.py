@@ -1,0 +1,53 @@
+"""The whole method in one .safetensors file under unmask's own names; `unmask.open_safetensors` reads it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from unmask.engine.load import Loaded
+from unmask.interop.export_common import largest, weights_of, write_safetensors
+from unmask.interop.export_target import ExportedModel, ExportTarget
+from unmask.interop.model_card import last_name
+from unmask.interop.safetensors_file import HEADER, open_safetensors
+from unmask.tasks.classify import Classifier
+
+
+def to_safetensors(loaded: Loaded) -> ExportedModel:
+    """The whole method under our own names; settings and images in the header of the file."""
+    spec = loaded.plan.images
+    config = loaded.config.model_dump(mode="json")
+    config |= {part: without_folders(config[part]) for part in ("data", "graft")}  # where they lay is nobody's business
+    header = {"config": config, "images": vars(spec), "step": loaded.step, "licence": loaded.licence}
+
+    def check(path: Path, images: Tensor) -> float:
+        again = open_safetensors(path)
+        ours, theirs = loaded.method.encoder(images), again.encoder(images)
+        same = [(theirs.patches, ours.patches)]
+        state, other = loaded.method.state_dict(), again.state_dict()
+        return largest(*same, *((other[name].float(), value.float()) for name, value in state.items()))
+
+    return ExportedModel(
+        what=f"the whole method ({loaded.config.method.name}) under its own names",
+        library="unmask",
+        load="from unmask.one_file import open_safetensors\n\nmethod = open_safetensors(PATH)",
+        returns="`method.encoder(images)` takes images in the files' own units and gives `.cls` and `.patches`.",
+        write=lambda path: write_safetensors(path, weights_of(loaded.method), {HEADER: json.dumps(header)}),
+        check=check,
+        classifies=isinstance(loaded.method, Classifier),
+    )
+
+
+def without_folders(value: Any) -> Any:
+    """Settings with only the last name of every path in them."""
+    if isinstance(value, dict):
+        return {key: without_folders(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [without_folders(each) for each in value]
+    return last_name(value) if isinstance(value, str) else value
+
+
+TARGET = ExportTarget(to_safetensors, suffix=".safetensors", library_name="unmask", normalises=True, keeps_task=True)

@@ -1,0 +1,101 @@
+"""A folder for `from_pretrained`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from unmask.engine.load import Loaded
+from unmask.interop.export_common import (
+    export_metadata,
+    imported,
+    sides,
+    write_safetensors,
+)
+from unmask.interop.export_target import ExportedModel, ExportFailed
+from unmask.interop.foreign.state_dicts import IMPRINT
+
+
+def folder(
+    loaded: Loaded,
+    name: str,
+    config: dict[str, Any],
+    weights: dict[str, Tensor],
+    compare: Callable[[Any, Tensor], float],
+    returns: str,
+    notes: tuple[str, ...] = (),
+    more: Mapping[str, dict[str, Any]] | None = None,
+) -> ExportedModel:
+    """A folder for `from_pretrained`. compare: (model, images) -> the largest difference. more: other JSON files."""
+    files = {"config.json": {"architectures": [name], "dtype": "float32"} | config}
+    processor = preprocessor(loaded) if more is None else None
+    # A pooler there would be a random one.
+    bare = ", add_pooling_layer=False" if name in ("ViTModel", "BeitModel") else ""
+    if processor is not None and not isinstance(sides(loaded.plan.images.size), int):
+        notes = (*notes, "the preprocessor makes rectangles of the whole image, where evaluation here takes the "
+                 "largest box of their shape in the middle")  # fmt: skip
+    files |= more or ({} if processor is None else {"preprocessor_config.json": processor})
+    if more is None and processor is None:
+        notes = (*notes, f"no preprocessor: transformers' are for 8-bit images, and these are "
+                 f"{loaded.plan.images.dtype}; the card says how to normalise")  # fmt: skip
+
+    def write(path: Path) -> None:
+        path.mkdir()
+        write_safetensors(path / "model.safetensors", weights, {IMPRINT: export_metadata(loaded)})
+        for file, content in files.items():
+            (path / file).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+
+    def check(path: Path, images: Tensor) -> float:
+        transformers = imported("transformers")
+        options = {"add_pooling_layer": False} if name in ("ViTModel", "BeitModel") else {}
+        transformers.utils.logging.disable_progress_bar()
+        kind = imported("transformers", name)
+        # Whoever names no class gets this one, so it is what is checked where there is nothing but an encoder.
+        kind = imported("transformers", "AutoModel") if name in ("ViTModel", "BeitModel") else kind
+        model, told = kind.from_pretrained(path, output_loading_info=True, **options)
+        faults = {key: told[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if told.get(key)}
+        if faults:
+            raise ExportFailed(f"transformers' {name} does not take these weights: {faults}; they have been removed")
+        return compare(model.eval(), images)
+
+    return ExportedModel(
+        what=f"{name} of transformers",
+        library="transformers",
+        load=f"from transformers import {name}\n\nmodel = {name}.from_pretrained(PATH{bare}).eval()"
+        if "preprocessor_config.json" not in files else
+        f"from transformers import AutoImageProcessor, {name}\n\nprocessor = AutoImageProcessor.from_pretrained(PATH)"
+        f"\nmodel = {name}.from_pretrained(PATH{bare}).eval()",
+        returns=returns,
+        write=write,
+        check=check,
+        notes=notes,
+        classifies=name == "BeitForImageClassification",
+        whole=name in ("ViTMAEForPreTraining", "BeitForMaskedImageModeling", "ImageGPTForCausalImageModeling"),
+    )  # fmt: skip
+
+
+def preprocessor(loaded: Loaded) -> dict[str, Any] | None:
+    """preprocessor_config.json; None for images that are not 8 bits a channel.
+
+    As in evaluation here: of squares the largest in the middle (or the share of it that the settings say). Rectangles
+    are made of the whole image over there, which changes their aspect.
+    """
+    spec = loaded.plan.images
+    if spec.dtype != "uint8":
+        return None
+    height, width = spec.size
+    square = height == width
+    size = (
+        {"size": {"shortest_edge": round(height / loaded.config.data.crop.eval_share)}, "do_center_crop": True,
+         "crop_size": {"height": height, "width": width}} if square else {"size": {"height": height, "width": width}}
+    )  # fmt: skip
+    return {
+        "image_processor_type": "BitImageProcessor" if square else "ViTImageProcessor", "do_resize": True, **size,
+        "resample": 3, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
+        "image_mean": [value / 255 for value in spec.mean], "image_std": [value / 255 for value in spec.std],
+        "do_convert_rgb": spec.channels == 3,
+    }  # fmt: skip
