@@ -18,8 +18,8 @@ from measure import command_line, conclude, origin, spread, timings
 LAST_WORD = "import atexit, sys; atexit.register(lambda: print('torch' in sys.modules, file=sys.stderr)); "
 COMMANDS = {
     "python": "pass",
-    "unmask --help": "from unmask.cli import main; sys.argv = ['unmask', '--help']; main()",
-    "unmask pretrain --help": "from unmask.cli import main; sys.argv = ['unmask', 'pretrain', '--help']; main()",
+    "unmask --help": "from unmask.commands import main; sys.argv = ['unmask', '--help']; main()",
+    "unmask pretrain --help": "from unmask.commands import main; sys.argv = ['unmask', 'pretrain', '--help']; main()",
     "import unmask": "import unmask",
     "import unmask.data.sources.open_source": "import unmask.data.sources.open_source",
     "import torch": "import torch",

@@ -12,9 +12,10 @@ import pytest
 from conftest import SMALL_RUN, write_images
 from PIL import Image
 
-from unmask import cli, demo
+from unmask import commands
+from unmask.commands import options
+from unmask.commands.demo import demo
 from unmask.config import DataConfig, TrainConfig, keys, override
-from unmask.console import Console
 from unmask.optim import OptimConfig
 from unmask.recipes.catalogue import all_recipes, describe
 
@@ -33,7 +34,7 @@ def unmask(monkeypatch, capfd, tmp_path):
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["unmask", *map(str, arguments)])
         try:
-            cli.main()
+            commands.main()
             code = 0
         except SystemExit as stop:
             code = stop.code
@@ -311,7 +312,7 @@ def test_a_fault_of_ours_says_so_and_fails(unmask, monkeypatch, capfd, tmp_path)
     monkeypatch.setattr("unmask.engine.preflight.check_data", broken)
     monkeypatch.setattr(sys, "argv", ["unmask", "check", str(tmp_path)])
     with pytest.raises(SystemExit) as stop:
-        cli.main()
+        commands.main()
     assert stop.value.code == 1
     assert "this is a fault in unmask: KeyError" in capfd.readouterr().err
 
@@ -340,10 +341,10 @@ def test_a_demo_that_had_time_for_few_steps_blames_the_steps(monkeypatch, capsys
         def status(self):
             return {"state": "finished", "step": steps}
 
-    monkeypatch.setattr(demo, "pretrain", lambda *_, **__: Trained())
-    monkeypatch.setattr(demo, "probe_run", lambda *_, **__: {})
-    monkeypatch.setattr(demo, "write_report", lambda out: out / "report.html")
-    demo.run_demo(tmp_path, Console())
+    monkeypatch.setattr("unmask.engine.pretrain.pretrain", lambda *_, **__: Trained())
+    monkeypatch.setattr("unmask.evals.run_probe.probe_run", lambda *_, **__: {})
+    monkeypatch.setattr("unmask.report.run_page.write_report", lambda out: out / "report.html")
+    demo(out=tmp_path)
     err = capsys.readouterr().err
     assert (f"only {steps} steps fitted" in err) == weak
     assert (f"unmask set {tmp_path} train.steps=" in err.replace("\n", " ")) == weak
@@ -395,7 +396,7 @@ def test_settings_of_another_run_repeat_it(unmask, run_folder, images):
 
 
 def test_settings_of_a_budgeted_run_repeat_its_steps(unmask, images, tmp_path, monkeypatch):
-    monkeypatch.setattr("unmask.engine.time_budget.clock", lambda: cli.started)  # stands still
+    monkeypatch.setattr("unmask.engine.time_budget.clock", lambda: options.started())  # stands still
     monkeypatch.setattr("unmask.engine.plan.time_steps", lambda *_, **__: [0.1])
     code, _, err = unmask("pretrain", images, "--recipe", "mae_nano", "--out", "a", "--budget", "1s", *small())
     assert code == 0, err

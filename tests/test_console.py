@@ -1,8 +1,10 @@
 """What reaches the terminal: no control characters from file names, labels or artefacts of others."""
 
+import sys
+
 import pytest
 
-from unmask import cli
+from unmask import commands
 from unmask.console import Console, escape_controls
 from unmask.errors import UserError
 
@@ -32,16 +34,17 @@ def test_nothing_raw_is_printed(capsys, live):
 
 @pytest.mark.parametrize("error", [UserError(HOSTILE), RuntimeError(HOSTILE)])
 def test_errors_are_escaped_too(capsys, error):
-    assert cli._explain(error) in (1, 2)
+    assert commands.explain(error) in (1, 2)
     said = capsys.readouterr().err
     assert r"\x1b]0;owned\x07" in said
     assert "\x1b" not in said
 
 
 def test_the_list_of_runs_prints_no_controls(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr("unmask.list_runs.list_runs", lambda folder: [])
-    monkeypatch.setattr("unmask.list_runs.table", lambda found: [HOSTILE])
-    cli.list_(tmp_path)
+    monkeypatch.setattr("unmask.commands.ls.table", lambda found: [HOSTILE])
+    monkeypatch.setattr(sys, "argv", ["unmask", "ls", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        commands.main()
     said = capsys.readouterr().out
     assert r"\x1b]0;owned\x07" in said
     assert "\x1b" not in said

@@ -19,7 +19,7 @@ from conftest import SMALL_RUN, write_images
 from PIL import Image
 
 import unmask
-from unmask.cli import main
+from unmask.commands import main
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -13,7 +13,7 @@ from corpus import file_of, noisy, npy, png16, smooth
 from PIL import Image
 
 from unmask.batch import ImageSpec
-from unmask.cli import main
+from unmask.commands import main
 from unmask.console import Console
 from unmask.data import pack as packing
 from unmask.data.augment import CropConfig, cut

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import SMALL_RUN, write_images
 
-from unmask.cli import STOPPED, _explain
+from unmask.commands import STOPPED, explain
 from unmask.console import Console
 from unmask.engine import checkpoint
 from unmask.engine import pretrain as module
@@ -181,7 +181,7 @@ with Run(sys.argv[1]).lock():
         said = rf"in use by process {holder.pid} on .*wait for it, or stop it"
         with pytest.raises(RunInUse, match=said) as caught, run.lock():
             pass
-        assert _explain(caught.value) == STOPPED, "a supervisor tries again"
+        assert explain(caught.value) == STOPPED, "a supervisor tries again"
         os.kill(child, signal.SIGSTOP)
         holder.kill()
         holder.wait()
@@ -368,7 +368,7 @@ def test_an_interruption_says_what_is_there(tmp_path, images):
     """SIGINT before there is a run, and after."""
     code = """
 import sys
-from unmask import cli
+from unmask import commands
 from unmask.engine import pretrain as start
 def interrupted(*_, **__):
     raise KeyboardInterrupt
@@ -377,7 +377,7 @@ if sys.argv[1] == "before":
 else:
     start.say_plan = interrupted
 del sys.argv[1]
-cli.main()
+commands.main()
 """
     flags = [flag for setting in [*SMALL_RUN, "train.steps=2"] for flag in ("--set", setting)]
     for when, expected in (("before", "no run was begun"), ("after", f"continue with: unmask resume {tmp_path}/run")):

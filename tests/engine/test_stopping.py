@@ -550,14 +550,14 @@ def test_one_process_is_none_of_several(environment):
 
 
 def test_every_command_that_trains_refuses_a_launcher_before_anything_else(monkeypatch, capsys, tmp_path):
-    from unmask import cli
+    from unmask import commands
 
     monkeypatch.setenv("WORLD_SIZE", "2")
     for verb in (["demo"], ["pretrain", "nowhere"], ["resume", "nowhere"], ["finetune", "a", "b"], ["probe", "a", "b"]):
         monkeypatch.setattr(sys, "argv", ["unmask", *verb])
         with pytest.raises(SystemExit) as left:
-            cli.main()
-        assert left.value.code == cli.USAGE
+            commands.main()
+        assert left.value.code == commands.USAGE
         assert "got WORLD_SIZE=2" in capsys.readouterr().err
     with pytest.raises(UserError, match="WORLD_SIZE=2"):
         pretrain(tmp_path)

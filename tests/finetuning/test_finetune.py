@@ -247,7 +247,7 @@ def test_what_a_classifier_has_no_use_for_is_refused(tuned, tests, tmp_path):
     quiet = Console(quiet=True)
     with pytest.raises(UserError, match=r"was fine-tuned to classify and rebuilds nothing; use `unmask predict"):
         reconstruct_images(tuned.path, [str(tests)], tmp_path / "a.png", step=None, seed=0, device="cpu", console=quiet)
-    with pytest.raises(UserError, match=r"--least 0.3 came, but only boxes have scores"):
+    with pytest.raises(UserError, match=r"--min-score 0.3 came, but only boxes have scores"):
         predict(tuned.path, [str(tests)], tmp_path / "a.csv", step=None, device="cpu", console=quiet, least=0.3)
 
 

@@ -970,14 +970,14 @@ def test_what_a_card_says_to_type_works_beside_the_file(tmp_path, others, monkey
 
 
 def test_the_command_line_exports_and_fails_with_its_codes(tmp_path, others, monkeypatch, capsys):
-    from unmask import cli
+    from unmask import commands
 
     run = make(tmp_path / "run", "mae")
 
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["unmask", "export", *map(str, arguments)])
         with pytest.raises(SystemExit) as stop:
-            cli.main()
+            commands.main()
         return stop.value.code or 0, *capsys.readouterr()
 
     code, out, err = call(run, "--to", "timm", "--out", tmp_path / "a.safetensors", "--json")

@@ -516,12 +516,12 @@ def test_training_goes_on_from_an_imported_run(tmp_path, unmask):
 @pytest.fixture
 def unmask(capsys, monkeypatch):
     """Runs the command line in this process: (exit code, stdout, stderr)."""
-    from unmask import cli
+    from unmask import commands
 
     def call(*arguments) -> tuple[int, str, str]:
         monkeypatch.setattr("sys.argv", ["unmask", *map(str, arguments)])
         with pytest.raises(SystemExit) as exit_:
-            cli.main()
+            commands.main()
         return exit_.value.code or 0, *capsys.readouterr()
 
     return call

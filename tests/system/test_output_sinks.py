@@ -14,8 +14,8 @@ from unmask.system.output_sinks import Outputs, Sink
 CODE = """
 import sys
 sys.argv = ["unmask", *{arguments!r}]
-from unmask import cli
-cli.main()
+from unmask import commands
+commands.main()
 """
 
 

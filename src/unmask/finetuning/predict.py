@@ -77,9 +77,9 @@ def predict(
     if not endings and out.suffix in (*TABLES, ".png"):
         raise UserError(f"output {out} came; the name of a folder for the masks was expected")
     if least != LEAST_SCORE and not isinstance(loaded.method, detect.Detector):
-        raise UserError(f"--least {least:g} came, but only boxes have scores to leave out by; leave it out")
+        raise UserError(f"--min-score {least:g} came, but only boxes have scores to leave out by; leave it out")
     if not LEAST_SCORE <= least <= 1:
-        raise UserError(f"--least {least:g} came; a score from {LEAST_SCORE} to 1 was expected")
+        raise UserError(f"--min-score {least:g} came; a score from {LEAST_SCORE} to 1 was expected")
     if not endings and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"output folder {out} is not empty; name a new folder for the masks")
     require_writable(out, folder=not endings)
@@ -102,7 +102,9 @@ def predict(
     what = {classify.Classifier: "", segment.Segmenter: "pixels of ", detect.Detector: "boxes of "}[type(loaded.method)]
     console.say(f"{out}: {done} images: " + ", ".join(f"{number:,} {what}{label}" for label, number in commonest))
     if isinstance(loaded.method, detect.Detector) and least == LEAST_SCORE:
-        console.say("  all boxes down to a score of 0.05, as precision needs them; for the sure ones give --least 0.3")
+        console.say(
+            "  all boxes down to a score of 0.05, as average precision needs them; for the surest: --min-score 0.3"
+        )
     return {"out": str(out), "images": done, "left_out": len(source) - done, "classes": found}
 
 

@@ -4,27 +4,46 @@ Pre-trains on `shapes` without their labels, draws, probes with labels beside tw
 `digits`, and writes one report. Everything goes through the same functions as a run on somebody's own images.
 """
 
-from __future__ import annotations
-
 import time
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+from unmask.commands.declare import DONE, STOPPED, Option, Panel, Request, command
 from unmask.console import Console, duration
-from unmask.engine.pretrain import pretrain
-from unmask.evals.run_probe import probe_run
-from unmask.report.run_page import write_report
-from unmask.run import Run, free_path
+
+if TYPE_CHECKING:
+    from unmask.run import Run
 
 SHAPES_SECONDS = 155.0  # what is left of four minutes after drawing, probing and the digits
 SHAPES_LABELS, SHAPES_TEST = "shapes:4000", "shapes-test"
 ENOUGH_STEPS = 3000  # what fits on two free cores; with a few hundred steps the features are near random ones
 
 
-def run_demo(out: Path | None, console: Console, *, steps: int | None = None) -> dict[str, Any]:
-    """Run the demo into `out` (made up when None) and return its summary. `steps` instead of a time budget."""
-    began = time.monotonic()
-    out = out if out is not None else free_path(Path("demo-run"))
+@dataclass(frozen=True)
+class DemoRequest(Request):
+    """No data needed: pre-train on drawn shapes, look, probe, report. About four minutes on two cores."""
+
+    _: KW_ONLY
+    out: Annotated[str | Path | None, Option("New run folder.", metavar="RUN", default="demo-run")] = None
+    steps: Annotated[int | None, Option("Train for fewer steps, for a quick look; the features will be weaker.")] = None
+
+
+@command(
+    DemoRequest,
+    panel=Panel.START,
+    trains=True,
+    exit_code=lambda summary: STOPPED if summary["state"] == "stopped" else DONE,
+)
+def demo(request: DemoRequest, console: Console) -> dict[str, Any]:
+    """Return the run, its report, and what the probes measured."""
+    from unmask.engine.pretrain import pretrain
+    from unmask.evals.run_probe import probe_run
+    from unmask.report.run_page import write_report
+    from unmask.run import free_path
+
+    steps, began = request.steps, time.monotonic()
+    out = Path(request.out) if request.out is not None else free_path(Path("demo-run"))
     console.say("1 of 3: pre-training on drawn shapes, without their labels")
     shapes = pretrain(
         "shapes",
@@ -64,8 +83,8 @@ def run_demo(out: Path | None, console: Console, *, steps: int | None = None) ->
     return {"run": str(out), "report": str(report), "state": "finished", "probes": probes}
 
 
-def _stopped(run: Run, console: Console) -> dict[str, Any] | None:
-    """The summary of a demo that was asked to stop; None when the run is finished."""
+def _stopped(run: "Run", console: Console) -> dict[str, Any] | None:
+    """Return the summary of a demo that was asked to stop; None when the run is finished."""
     status = run.status()
     if status["state"] != "stopped":
         return None

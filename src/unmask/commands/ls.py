@@ -1,32 +1,59 @@
 """`unmask ls`: the runs below a folder, newest last. Loads no torch."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
-from unmask.console import duration
+from unmask.commands.declare import Option, Panel, Request, command
+from unmask.console import Console, duration
 from unmask.errors import UserError
 from unmask.run import Run
-from unmask.run_summary import RunSummary, summarise
+
+if TYPE_CHECKING:
+    from unmask.run_summary import RunSummary
 
 DEEPEST = 4  # levels of folders below the one that is listed
 
 
-def list_runs(folder: Path) -> list[RunSummary]:
-    """The runs in `folder` and below; the last changed comes last. Raises UserError for a folder that is not there."""
+@dataclass(frozen=True)
+class LsRequest(Request):
+    """List runs: state, step, image size, loss, newest probe, and the space they take."""
+
+    folder: Annotated[str | Path, Option("Where to look for runs.", metavar="FOLDER", default="this folder")] = "."
+
+
+@command(
+    LsRequest,
+    panel=Panel.FILES,
+    to_json=lambda found: [asdict(each) for each in found],
+    text=lambda found: "\n".join(table(found)),
+)
+def ls(request: LsRequest, console: Console) -> "list[RunSummary]":
+    """Return a record of every run; the last changed comes last."""
+    return list_runs(Path(request.folder))
+
+
+def list_runs(folder: Path) -> "list[RunSummary]":
+    """Return the runs in `folder` and below; the last changed comes last. Raises UserError for a missing folder."""
+    from unmask.run_summary import summarise
+
     if not folder.is_dir():
         raise UserError(f"got {folder}, which is not a folder; give a folder with runs in it, such as runs")
     return sorted((summarise(run) for run in find_runs(folder)), key=lambda each: each.changed)
 
 
 def find_runs(folder: Path) -> Iterator[Run]:
-    """Every Run in `folder` and below, without the runs inside other runs; links are not followed."""
-    if (folder / "config.json").is_file() and (folder / "checkpoints").is_dir():
+    """Yield every Run in `folder` and below, without the runs inside other runs; links are not followed."""
+    if _is_run(folder):
         yield Run(folder)
         return
     yield from _below(folder, DEEPEST)
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / "config.json").is_file() and (folder / "checkpoints").is_dir()
 
 
 def _below(folder: Path, depth: int) -> Iterator[Run]:
@@ -37,14 +64,14 @@ def _below(folder: Path, depth: int) -> Iterator[Run]:
     for child in inside:
         if child.name.startswith("."):
             continue
-        if (child / "config.json").is_file() and (child / "checkpoints").is_dir():
+        if _is_run(child):
             yield Run(child)
         elif depth > 1:
             yield from _below(child, depth - 1)
 
 
-def table(found: list[RunSummary]) -> list[str]:
-    """Lines of a table for a terminal; one sentence where there are no runs."""
+def table(found: "list[RunSummary]") -> list[str]:
+    """Return the lines of a table for a terminal; one sentence where there are no runs."""
     if not found:
         return ["no runs here; `unmask pretrain DATA` makes one"]
     now = time.time()

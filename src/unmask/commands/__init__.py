@@ -1,0 +1,186 @@
+"""The command line: every file of this folder that declares a verb is one, found by listing the folder.
+
+A verb's file is imported when the verb is asked for, and what the verb needs when it runs, so that `--help` and
+`report` never load torch. Human text goes to stderr; with --json one machine-readable object goes to stdout. Exit
+codes: 0 done, 1 failed, 2 bad usage or input, 75 stopped on request and resumable, 130 interrupted.
+"""
+
+# No `from __future__ import annotations` here: typer reads the annotations as they are.
+import importlib
+import os
+import pkgutil
+import signal
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from unmask.commands import options
+from unmask.commands.command_line import build
+from unmask.commands.declare import FAILED, STOPPED, USAGE, Command, Panel
+from unmask.console import escape_controls
+from unmask.errors import TrainingFailed, UserError
+from unmask.run import RunInUse, held_here
+from unmask.system.output_sinks import install
+from unmask.system.stop_requests import INTERRUPTED, interrupts
+
+NOT_VERBS = ("command_line", "declare", "options", "trained_run")  # files of this folder that verbs share
+
+
+class Verbs(Mapping[str, Any]):
+    """The commands by name, from a listing of this folder; a verb's file is imported when its command is asked for."""
+
+    def __init__(self) -> None:
+        self._built: dict[str, Any] = {}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(verb_files())
+
+    def __len__(self) -> int:
+        return len(verb_files())
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._built:
+            self._built[name] = build(name, declared(name))
+        return self._built[name]
+
+
+def verb_files() -> dict[str, str]:
+    """Return the names of the verbs with those of their files; `import_` is `import`, which Python reserves."""
+    stems = (module.name for module in pkgutil.iter_modules(__path__))
+    return {stem.removesuffix("_"): stem for stem in stems if stem not in NOT_VERBS}
+
+
+def declared(name: str) -> Command:
+    """Return the declaration of a verb. Raises KeyError for an unknown name."""
+    module = importlib.import_module(f"{__name__}.{verb_files()[name]}")
+    found = (getattr(value, "command", None) for value in vars(module).values())
+    return next(each for each in found if isinstance(each, Command))
+
+
+VERBS = Verbs()
+
+
+class _Group(TyperGroup):
+    """The program: lists the verbs by panel."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.commands = VERBS  # type: ignore[assignment]
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        panels = list(Panel)
+        return sorted(VERBS, key=lambda name: panels.index(declared(name).panel))
+
+
+app = typer.Typer(
+    name="unmask",
+    help="Pre-train vision transformers on your own images by hiding most of each image and learning to rebuild it.",
+    cls=_Group,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    if version:
+        from importlib.metadata import version as of
+
+        print(f"unmask {of('unmask')}")
+        raise typer.Exit
+
+
+_first = True
+
+
+def main() -> None:
+    """Run the program and exit: an error that a person can correct is one clear line and an exit code."""
+    global _first
+    if not _first:  # more than one command in this process
+        options.restart_clock()
+    _first = False
+    if "OMP_WAIT_POLICY" not in os.environ:
+        # Torch's threads spin while they wait for one another. When something else needs the cores too, long spinning
+        # makes a step up to a hundred times slower; short spinning costs nothing when alone (docs/LOG.md).
+        os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+    held_here.clear()
+    outputs = install() if sys.stdout in (sys.__stdout__, None) else None  # not where a test captures it
+    with interrupts():
+        code = _run()
+    for name in ("SIGINT", "SIGTERM") if outputs else ():  # from here on they simply end the process
+        signal.signal(getattr(signal, name), signal.SIG_DFL)
+    if outputs and (lost := outputs.finish()) is not None:
+        if lost:
+            print(escape_controls(f"error: {lost}"), file=sys.stderr)
+        code = code or FAILED
+    sys.exit(code)
+
+
+def _run() -> int:
+    """Run the verb; returns the exit code."""
+    try:
+        code = app(standalone_mode=False)  # what a verb leaves with (typer.Exit) is returned, not raised
+    except (KeyboardInterrupt, typer.Abort):  # typer makes the exit code of it by itself, unless it comes too soon
+        code = INTERRUPTED
+    except Exception as error:
+        return explain(error)
+    if code == INTERRUPTED:
+        print(_interrupted(), file=sys.stderr)
+    return code if isinstance(code, int) else 0
+
+
+def _interrupted() -> str:
+    """What an interruption left behind, as far as runs are concerned."""
+    names = dict.fromkeys(str(run.path) for run in held_here if (run.path / "plan.json").exists())
+    if not names:
+        return "interrupted; no run was begun"
+    return "interrupted; continue with: " + " or ".join(f"unmask resume {name}" for name in names)
+
+
+def explain(error: Exception) -> int:
+    """Print what went wrong and return the exit code; an error that was not foreseen keeps its traceback."""
+    show = getattr(error, "show", None)  # click's own usage errors
+    if callable(show):
+        if isinstance(said := getattr(error, "message", None), str):
+            vars(error)["message"] = escape_controls(said)
+        show()
+        if hint := _hint_for_option(error):
+            print(escape_controls(hint), file=sys.stderr)
+        return getattr(error, "exit_code", USAGE)
+    if isinstance(error, RunInUse):  # a moment later it may be free: whoever restarts commands should try again
+        message, code = str(error), STOPPED
+    elif isinstance(error, UserError | FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError):
+        message, code = str(error), USAGE
+    elif isinstance(error, TrainingFailed):
+        message, code = str(error), FAILED
+    elif type(error).__name__ == "OutOfMemoryError":
+        message, code = f"{error}. Try --set train.micro_batch=N with a smaller N, or a smaller recipe", FAILED
+    elif isinstance(error, OSError):
+        message, code = f"{error.strerror or error} ({error.filename or 'no file named'})", FAILED
+    else:
+        import traceback
+
+        print(escape_controls("".join(traceback.format_exception(error))), file=sys.stderr)
+        message, code = f"this is a fault in unmask: {type(error).__name__}: {error}", FAILED
+    print(escape_controls(f"error: {message}"), file=sys.stderr)
+    return code
+
+
+def _hint_for_option(error: Exception) -> str:
+    """For an unknown option that is a setting, such as --lr or --batch-size: how to give it with --set."""
+    option, context = getattr(error, "option_name", None), getattr(error, "ctx", None)
+    if not option or context is None or not any("--set" in parameter.opts for parameter in context.command.params):
+        return ""
+    from unmask.config import keys, nearest
+    from unmask.recipes.catalogue import find
+
+    found = nearest(str(option).lstrip("-").replace("-", "_"), keys(find("mae_nano")))
+    if not found.startswith("did you mean"):
+        return "Settings are changed with --set KEY=VALUE; `unmask recipes NAME` lists the keys of a recipe."
+    key = found.removeprefix("did you mean ").rstrip("?").split(" or ")[0]
+    scaled = ", the rate for 256 images: training uses VALUE x batch size / 256" if key == "optim.base_lr" else ""
+    return f"{option} is a setting: use --set {key}=VALUE{scaled} (`unmask recipes NAME` lists all settings)"

@@ -1,0 +1,73 @@
+"""`unmask ablate`: make a table of the paper on one's own images."""
+
+from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from unmask.commands.declare import DONE, FAILED, STOPPED, Option, Panel, Request, command
+from unmask.commands.options import Data, Settings, TestData
+from unmask.console import Console
+
+
+def _seconds(text: str) -> float:
+    from unmask.engine.time_budget import seconds_of
+
+    return seconds_of(text)
+
+
+@dataclass(frozen=True)
+class AblateRequest(Request):
+    """Train and probe every cell of a table of the paper, beside the paper's numbers. Run again to continue it."""
+
+    table: Annotated[
+        str, Option("1a, 1b, 1c, 1d, 1e, 1f, fig5, fig7, fig9 of the MAE paper, or family.", metavar="TABLE")
+    ]
+    data: Data
+    _: KW_ONLY
+    test: TestData = None
+    recipe: Annotated[str | None, Option("Base of every cell.", default="mae_nano")] = None
+    out: Annotated[
+        str | Path | None,
+        Option(
+            "Folder of the table; an unfinished table in it is continued.",
+            metavar="FOLDER",
+            default="runs/DATA-table-TABLE",
+        ),
+    ] = None
+    budget: Annotated[
+        float | None, Option("Time for the whole table, e.g. 1h.", metavar="TIME", command_line=str, from_text=_seconds)
+    ] = None
+    seeds: Annotated[int, Option("Number of seeds to train every cell with.")] = 1
+    shots: Annotated[int | None, Option("Labels per class for the probes.", default="5000 in all")] = None
+    tokenizer: Annotated[
+        str | Path | None, Option("A dVAE for the cells that need one.", metavar="RUN", default="trains one")
+    ] = None
+    from_run: Annotated[
+        str | Path | None, Option("The run that fig9 fine-tunes.", metavar="RUN", flag="--from", default="trains one")
+    ] = None
+    settings: Settings = ()
+
+
+def _exit_code(summary: dict[str, Any]) -> int:
+    return {"finished": DONE, "stopped": STOPPED}.get(summary["state"], FAILED)
+
+
+@command(AblateRequest, panel=Panel.MEASURE, trains=True, exit_code=_exit_code)
+def ablate(request: AblateRequest, console: Console) -> dict[str, Any]:
+    """Return what table.json holds; "state" is finished, stopped or failed."""
+    from unmask.comparison.ablate import ablate
+
+    return ablate(
+        request.table,
+        request.data,
+        test=request.test,
+        recipe=request.recipe,
+        out=request.out,
+        budget=request.budget,
+        seeds=request.seeds,
+        shots=request.shots,
+        tokenizer=request.tokenizer,
+        from_run=request.from_run,
+        settings=request.settings,
+        console=console,
+    )

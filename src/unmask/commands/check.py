@@ -1,0 +1,46 @@
+"""`unmask check`: what is in a folder of images, and what training on it would take."""
+
+from dataclasses import KW_ONLY, dataclass
+from typing import Annotated, Any
+
+from unmask.commands.declare import Option, Panel, Request, command
+from unmask.commands.options import Exclude, Settings, SeveralData, texts
+from unmask.console import Console
+
+
+@dataclass(frozen=True)
+class CheckRequest(Request):
+    """Preflight: counts, sizes, channels, statistics, broken files, a recipe and a time forecast."""
+
+    data: SeveralData
+    _: KW_ONLY
+    exclude: Exclude = ()
+    sample: Annotated[int | None, Option("Check only this many files, evenly spread.", default="all")] = None
+    workers: Annotated[int | None, Option("Number of checking processes.", default="chosen")] = None
+    settings: Settings = ()
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What was found; exit code 2 when these images cannot be trained on."""
+
+    code: int
+    summary: dict[str, Any]
+
+
+@command(
+    CheckRequest, panel=Panel.START, to_json=lambda checked: checked.summary, exit_code=lambda checked: checked.code
+)
+def check(request: CheckRequest, console: Console) -> Checked:
+    """Return what was found, and the exit code."""
+    from unmask.engine.preflight import check_data
+
+    code, summary = check_data(
+        texts(request.data),
+        console,
+        sample=request.sample,
+        workers=request.workers or 0,
+        settings=request.settings,
+        exclude=request.exclude,
+    )
+    return Checked(code, summary)

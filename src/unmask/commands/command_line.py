@@ -1,0 +1,69 @@
+"""Build the command of a verb for the command line, with typer, from its declaration."""
+
+import inspect
+import json
+from typing import Annotated, Any
+
+import typer
+from typer.main import get_command
+
+from unmask.commands.declare import DONE, Command, DeclaredOption, options_of
+from unmask.console import Console, escape_controls
+from unmask.system.processes import refuse_several_processes
+
+AS_JSON = typer.Option("--json", help="Print one JSON object on stdout.")
+
+
+def build(name: str, verb: Command) -> Any:
+    """Return the click command of a verb: it parses the options, runs the verb and leaves with its exit code."""
+
+    def run(as_json: bool, **values: Any) -> None:
+        if verb.trains:
+            refuse_several_processes()
+        request = verb.request(**_given(verb, values))
+        result = verb.call(request, Console())
+        if as_json:
+            print(json.dumps(result if verb.to_json is None else verb.to_json(result), ensure_ascii=True))
+        elif verb.text is not None:
+            print(escape_controls(verb.text(result)))
+        raise typer.Exit(DONE if verb.exit_code is None else verb.exit_code(result))
+
+    parameters = [_parameter(each) for each in options_of(verb.request)]
+    parameters.append(_keyword("as_json", Annotated[bool, AS_JSON], False))
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {each.name: each.annotation for each in parameters}
+    app = typer.Typer(add_completion=False, rich_markup_mode="rich")
+    app.command(name, help=verb.help, rich_help_panel=verb.panel.value)(run)
+    return get_command(app)
+
+
+def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _parameter(each: DeclaredOption) -> inspect.Parameter:
+    """Return a parameter as typer reads it: its type on the command line, help and default."""
+    option, default = each.option, each.field.default
+    required = each.field.default is each.field.default_factory  # both are MISSING
+    shown = option.default or not (required or default in (None, ()))
+    common: dict[str, Any] = {"help": option.help, "metavar": option.metavar, "show_default": shown}
+    if (choices := option.choices) is not None:
+        common["autocompletion"] = lambda incomplete: [word for word in choices() if word.startswith(incomplete)]
+    declared = typer.Argument(**common) if each.positional else typer.Option(each.flag, **common)
+    value = inspect.Parameter.empty if required else None if default == () else default
+    return _keyword(each.name, Annotated[_or_none(each.command_line_type(), value), declared], value)
+
+
+def _or_none(kind: Any, default: Any) -> Any:
+    return kind | None if default is None else kind
+
+
+def _given(verb: Command, values: dict[str, Any]) -> dict[str, Any]:
+    """Return what was given, converted; what was left out keeps the default of its field."""
+    given = {}
+    for each in options_of(verb.request):
+        value = values[each.name]
+        if value is None or value == []:
+            continue
+        given[each.name] = value if each.option.from_text is None else each.option.from_text(value)
+    return given

@@ -1,0 +1,45 @@
+"""`unmask compare`: several runs in one page."""
+
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from unmask.commands.declare import Option, Panel, Request, command
+from unmask.commands.options import Device, TestData
+from unmask.console import Console
+
+
+@dataclass(frozen=True)
+class CompareRequest(Request):
+    """Compare several runs: what they are, what they cost, and the probes that they share."""
+
+    runs: Annotated[Sequence[str | Path], Option("Two or more run folders.", metavar="RUN...")]
+    _: KW_ONLY
+    data: Annotated[
+        str | None, Option("Labelled images: probe the runs that lack this probe on them.", metavar="DATA")
+    ] = None
+    test: TestData = None
+    kind: Annotated[str, Option("knn or linear.")] = "linear"
+    shots: Annotated[int | None, Option("Labels per class.", default="all")] = None
+    out: Annotated[
+        str | Path, Option("FILE.html; the same as data is written beside it as FILE.json.", metavar="FILE")
+    ] = "comparison.html"
+    device: Device = "auto"
+
+
+@command(CompareRequest, panel=Panel.MEASURE, trains=True)
+def compare(request: CompareRequest, console: Console) -> dict[str, Any]:
+    """Return what FILE.json holds."""
+    from unmask.comparison.compare import compare
+
+    return compare(
+        request.runs,
+        data=request.data,
+        test=request.test,
+        kind=request.kind,
+        shots=request.shots,
+        out=request.out,
+        device=request.device,
+        console=console,
+    )

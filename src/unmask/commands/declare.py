@@ -1,0 +1,221 @@
+"""Declare a verb once: its options on the command line, its keywords in Python and its JSON come from one class.
+
+A verb is one file of this folder. It holds a frozen dataclass, whose fields are the options, and one function:
+
+    @dataclass(frozen=True)
+    class ReportRequest(Request):
+        '''Write RUN/report.html: one file that opens offline.'''
+
+        run: RunFolder                      # fields before KW_ONLY are positional arguments
+        _: KW_ONLY
+        step: Annotated[int | None, Option("Checkpoint to use.", default="the newest")] = None
+
+    @command(ReportRequest, panel=Panel.MEASURE)
+    def report(request: ReportRequest, console: Console) -> Path: ...
+
+`report` is then a function `report(run, *, step=None, console=None)` that type checkers understand, and `unmask report
+RUN --step N --json` is built from the same fields (`command_line.py`). What a verb needs besides the standard library
+is imported inside its function, so that `--help` loads none of it.
+"""
+
+# No `from __future__ import annotations` here or in a verb's file: the annotations are read as they are.
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import KW_ONLY, Field, dataclass, field, fields
+from enum import StrEnum
+from functools import update_wrapper
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, ParamSpec, TypeVar, get_args, get_origin
+
+from unmask.console import Console
+
+DONE, FAILED, USAGE, STOPPED = 0, 1, 2, 75
+"""Exit codes: done; failed; bad usage or input; stopped on request and resumable. Interrupted is 130."""
+
+
+class Panel(StrEnum):
+    """Titles under which `unmask --help` lists the verbs, in this order."""
+
+    START = "Start"
+    TRAIN = "Train"
+    MEASURE = "Look and measure"
+    EXCHANGE = "Exchange weights"
+    FILES = "Files"
+
+
+@dataclass(frozen=True)
+class Option:
+    """What is declared of a field besides its type and its default.
+
+    help: a phrase for `--help` and for Python's `help`. metavar: what stands for the value. flag: its name on the
+    command line, where that is not the field's. default: in words, where the default is None. command_line: the type
+    that is read from the command line, where it does not follow from the field's. from_text: converts what was read.
+    check: raises UserError for a value that is not possible. choices: the words that are possible, listed when needed.
+    """
+
+    help: str
+    metavar: str | None = None
+    flag: str | None = None
+    default: str | None = None
+    command_line: Any = None
+    from_text: Callable[[Any], Any] | None = None
+    check: Callable[[Any], None] | None = None
+    choices: Callable[[], Sequence[str]] | None = None
+
+
+@dataclass(frozen=True)
+class Request:
+    """Base class of the requests: everything that one call of a verb is asked for.
+
+    console: where progress and sentences go; stderr when None. Only for Python: it has no option.
+    """
+
+    _: KW_ONLY
+    console: Console | None = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Make one value of a repeatable option a sequence of one, and check every value. Raises UserError."""
+        for each in options_of(type(self)):
+            value = getattr(self, each.name)
+            if each.repeatable and isinstance(value, str | Path):
+                value = (value,)
+                object.__setattr__(self, each.name, value)
+            if value is not None:
+                each.check(value)
+
+
+@dataclass(frozen=True)
+class DeclaredOption:
+    """One option of a request class: the field, its type without None, and its `Option`."""
+
+    field: Field[Any]
+    type: Any
+    option: Option
+
+    @property
+    def name(self) -> str:
+        return self.field.name
+
+    @property
+    def flag(self) -> str:
+        """Return the name on the command line, such as --test-split."""
+        return self.option.flag or "--" + self.name.replace("_", "-")
+
+    @property
+    def repeatable(self) -> bool:
+        return _sequence(self.type) is not None
+
+    @property
+    def positional(self) -> bool:
+        return not self.field.kw_only
+
+    def check(self, value: Any) -> None:
+        """Raise UserError when the value is not possible."""
+        if self.option.check is not None:
+            self.option.check(value)
+        if self.option.choices is not None and value not in (known := self.option.choices()):
+            from unmask.errors import UserError
+
+            raise UserError(f"got {self.flag} {value}; expected {' or '.join((', '.join(known[:-1]), known[-1]))}")
+
+    def command_line_type(self) -> Any:
+        """Return the type that is read from the command line: `str | Path` is a path, a sequence is repeated."""
+        if self.option.command_line is not None:
+            return self.option.command_line
+        if (sequence := _sequence(self.type)) is not None:
+            return list[_scalar(get_args(sequence)[0])]
+        return _scalar(self.type)
+
+
+def _members(kind: Any) -> list[Any]:
+    """Return the members of a union but None; of anything else itself."""
+    members = get_args(kind) if isinstance(kind, UnionType) else (kind,)
+    return [each for each in members if each is not type(None)]
+
+
+def _sequence(kind: Any) -> Any:
+    return next((each for each in _members(kind) if get_origin(each) is Sequence), None)
+
+
+def _scalar(kind: Any) -> Any:
+    members = _members(kind)
+    return Path if Path in members else members[0]
+
+
+def options_of(request: type[Request]) -> list[DeclaredOption]:
+    """Return the options of a request class, in the order of its fields. Raises TypeError for a field without one."""
+    found = []
+    for each in fields(request):
+        if each.name == "console":
+            continue
+        if get_origin(each.type) is not Annotated:
+            raise TypeError(f"{request.__name__}.{each.name} is no option; annotate it: Annotated[type, Option(help)]")
+        kind, option = get_args(each.type)
+        found.append(DeclaredOption(each, kind, option))
+    return found
+
+
+@dataclass(frozen=True)
+class Command:
+    """One verb. `call` takes the request and a Console; the other functions take what it returns.
+
+    trains: refuses several processes of one launcher. renamed: options of earlier versions, with what to write instead.
+    to_json: the object that --json prints, the result itself when None. text: what is printed on stdout without --json,
+    nothing when None. exit_code: 0 when None.
+    """
+
+    request: type[Request]
+    call: Callable[[Any, Console], Any]
+    panel: Panel
+    trains: bool = False
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    to_json: Callable[[Any], Any] | None = None
+    text: Callable[[Any], str] | None = None
+    exit_code: Callable[[Any], int] | None = None
+
+    @property
+    def help(self) -> str:
+        return inspect.cleandoc(self.request.__doc__ or "")
+
+
+P = ParamSpec("P")
+R = TypeVar("R", bound=Request)
+T = TypeVar("T")
+
+
+def command(
+    request: Callable[P, R], *, panel: Panel, **more: Any
+) -> Callable[[Callable[[R, Console], T]], Callable[P, T]]:
+    """Decorator that makes a function of (request, console) a verb, and returns it as a function of the options.
+
+    request: the class, a frozen dataclass. more: see `Command`.
+    """
+
+    def declared(call: Callable[[R, Console], T]) -> Callable[P, T]:
+        verb = Command(request, call, panel, **more)  # type: ignore[arg-type]
+
+        def with_keywords(*args: P.args, **kwargs: P.kwargs) -> T:
+            asked = request(*args, **kwargs)
+            return call(asked, asked.console or Console())
+
+        update_wrapper(with_keywords, call)
+        del with_keywords.__wrapped__
+        result = inspect.signature(call).return_annotation
+        with_keywords.__signature__ = inspect.signature(request).replace(return_annotation=result)  # type: ignore[attr-defined]
+        with_keywords.__annotations__ = {each.name: each.type for each in fields(verb.request)} | {"return": result}
+        with_keywords.__doc__ = _documentation(verb)
+        with_keywords.command = verb  # type: ignore[attr-defined]
+        return with_keywords
+
+    return declared
+
+
+def _documentation(verb: Command) -> str:
+    """Return the docstring of the Python function: the help text, the options, and what is returned."""
+    lines = [verb.help, "", "Args:"]
+    for each in options_of(verb.request):
+        default = f" Default: {each.option.default}." if each.option.default else ""
+        lines.append(f"    {each.name}: {each.option.help}{default}")
+    lines.append("    console: Where progress and sentences go, stderr when None; `Console(quiet=True)` only warns.")
+    return "\n".join([*lines, "", inspect.cleandoc(verb.call.__doc__ or "")])

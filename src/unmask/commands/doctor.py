@@ -1,0 +1,60 @@
+"""`unmask doctor`: test this machine, and with DATA measure where the time of training goes."""
+
+from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from unmask.commands.declare import DONE, FAILED, Option, Panel, Request, command
+from unmask.commands.options import Exclude, Settings
+from unmask.console import Console
+from unmask.errors import UserError
+
+
+@dataclass(frozen=True)
+class DoctorRequest(Request):
+    """Versions, device, and a self-test of a few seconds; with DATA, where the time goes and what to do about it."""
+
+    data: Annotated[str | None, Option("Images: what would limit training on them?", metavar="DATA")] = None
+    _: KW_ONLY
+    exclude: Exclude = ()
+    recipe: Annotated[str, Option("With DATA: a name from `unmask recipes`, or auto.")] = "auto"
+    tokenizer: Annotated[str | Path | None, Option("With DATA: a dVAE whose codes are predicted.", metavar="RUN")] = (
+        None
+    )
+    settings: Settings = ()
+
+
+@dataclass(frozen=True)
+class Examined:
+    """What was measured; exit code 1 when the self-test failed."""
+
+    good: bool
+    summary: dict[str, Any]
+
+
+@command(
+    DoctorRequest,
+    panel=Panel.START,
+    to_json=lambda examined: examined.summary,
+    exit_code=lambda examined: DONE if examined.good else FAILED,
+)
+def doctor(request: DoctorRequest, console: Console) -> Examined:
+    """Return what was measured, and whether the self-test passed."""
+    from unmask.engine.diagnose import examine, examine_data
+
+    if request.data is not None:
+        tokenizer = None if request.tokenizer is None else Path(request.tokenizer)
+        summary = examine_data(
+            request.data,
+            console,
+            recipe=request.recipe,
+            exclude=request.exclude,
+            settings=request.settings,
+            tokenizer=tokenizer,
+        )
+        return Examined(True, summary)
+    if request.recipe != "auto" or request.settings or request.exclude or request.tokenizer is not None:
+        raise UserError(
+            "got --recipe, --set, --exclude or --tokenizer without DATA, where they have no effect; name images too"
+        )
+    return Examined(*examine(console))

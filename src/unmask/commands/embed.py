@@ -1,0 +1,38 @@
+"""`unmask embed`: write the features of every image to a table."""
+
+from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from unmask.commands.declare import Option, Panel, Request, command
+from unmask.commands.options import Device, Exclude, RunFolder, SeveralData, Step, texts
+from unmask.console import Console
+
+
+@dataclass(frozen=True)
+class EmbedRequest(Request):
+    """Features of every image, never masked: columns name, label (where there is one), cls and mean (over patches)."""
+
+    run: RunFolder
+    data: SeveralData
+    _: KW_ONLY
+    out: Annotated[str | Path, Option("FILE.parquet or FILE.npz.", metavar="FILE")]
+    exclude: Exclude = ()
+    step: Step = None
+    device: Device = "auto"
+
+
+@command(EmbedRequest, panel=Panel.MEASURE)
+def embed(request: EmbedRequest, console: Console) -> dict[str, Any]:
+    """Return the file that was written, the number of images, and the columns."""
+    from unmask.evals.embed import embed_images
+
+    return embed_images(
+        Path(request.run),
+        texts(request.data),
+        Path(request.out),
+        exclude=request.exclude,
+        step=request.step,
+        device=request.device,
+        console=console,
+    )

@@ -1,0 +1,133 @@
+"""`unmask finetune`: train a task from the encoder of a run."""
+
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from unmask.commands.declare import Option, Panel, Request, command
+from unmask.commands.options import Budget, Data, Exclude, NewRun, RunFolder, Settings, TestData
+from unmask.commands.trained_run import conclude, run_exit_code, run_json
+from unmask.console import Console
+from unmask.errors import UserError
+
+if TYPE_CHECKING:
+    from unmask.data.segmentation_masks import MaskOptions
+    from unmask.run import Run
+
+
+def ids_from_text(text: str) -> tuple[int, ...]:
+    """Return '0,255' as numbers. Raises UserError for anything else."""
+    try:
+        return tuple(int(value) for value in text.split(","))
+    except ValueError:
+        raise UserError(f"got --mask-values {text}; expected ids with commas, for example 0,255") from None
+
+
+@dataclass(frozen=True)
+class FinetuneRequest(Request):
+    """Train your task from a run's encoder and test it: classes, masks or boxes."""
+
+    run: RunFolder
+    data: Data
+    _: KW_ONLY
+    exclude: Exclude = ()
+    task: Annotated[str, Option("What is learnt: classify (sub-folders), segment (masks) or detect (boxes).")] = (
+        "classify"
+    )
+    test: TestData = None
+    annotations: Annotated[
+        str | None,
+        Option(
+            "segment: a folder of masks; detect: a COCO .json or a folder of VOC .xml.",
+            metavar="PATH",
+            default="beside the images",
+        ),
+    ] = None
+    test_annotations: Annotated[
+        str | None, Option("Masks or boxes of the test images.", metavar="PATH", default="beside the images")
+    ] = None
+    split: Annotated[
+        str | None, Option("detect: only the images listed in ImageSets/Main/NAME.txt.", metavar="NAME")
+    ] = None
+    test_split: Annotated[
+        str | None, Option("detect: only the test images listed in ImageSets/Main/NAME.txt.", metavar="NAME")
+    ] = None
+    ignore: Annotated[
+        Sequence[int],
+        Option("segment: an id in the masks to ignore, besides 255; repeatable.", metavar="ID"),
+    ] = ()
+    mask_values: Annotated[
+        Sequence[int] | None,
+        Option(
+            "segment: the ids in the masks that are classes, in order, e.g. 0,255.",
+            metavar="ID,ID...",
+            command_line=str,
+            from_text=ids_from_text,
+        ),
+    ] = None
+    class_names: Annotated[
+        str | Path | None,
+        Option(
+            "segment: names of the ids (codes.txt, label_colors.txt, ...).",
+            metavar="FILE",
+            default="classes.txt beside the masks",
+        ),
+    ] = None
+    recipe: Annotated[
+        str, Option("finetune_..., scratch_..., segment_..., detect_... of `unmask recipes`, or auto.")
+    ] = "auto"
+    out: NewRun = None
+    last_blocks: Annotated[
+        float | None,
+        Option(
+            "Train only the head and the last N blocks: 0 for the head alone, 0.5 adds the last MLP.", default="all"
+        ),
+    ] = None
+    from_scratch: Annotated[bool, Option("Start from random weights, as a baseline.")] = False
+    shots: Annotated[int | None, Option("Labels per class (segment, detect: images).", default="all")] = None
+    budget: Budget = None
+    steps_of: Annotated[
+        str | Path | None, Option("Use the steps and batch size of this run, for --from-scratch.", metavar="RUN")
+    ] = None
+    settings: Settings = ()
+
+
+def mask_options(request: FinetuneRequest) -> "MaskOptions | None":
+    """Return how segmentation masks are read; None where nothing was said of it."""
+    if request.mask_values is None and request.class_names is None:
+        return None
+    from unmask.data.segmentation_masks import MaskOptions
+
+    names = None if request.class_names is None else Path(request.class_names)
+    return MaskOptions(tuple(request.mask_values or ()), names)
+
+
+@command(FinetuneRequest, panel=Panel.TRAIN, trains=True, to_json=run_json, exit_code=run_exit_code)
+def finetune(request: FinetuneRequest, console: Console) -> "Run":
+    """Return the new run; `run.status()` says whether it finished or was stopped."""
+    from unmask.finetuning.finetune import fine_tune
+
+    run = fine_tune(
+        request.run,
+        request.data,
+        task=request.task,
+        exclude=request.exclude,
+        out=request.out,
+        test=request.test,
+        annotations=request.annotations,
+        test_annotations=request.test_annotations,
+        split=request.split,
+        test_split=request.test_split,
+        ignored=request.ignore,
+        mask_options=mask_options(request),
+        shots=request.shots,
+        recipe=request.recipe,
+        last_blocks=request.last_blocks,
+        from_scratch=request.from_scratch,
+        budget=request.budget,
+        steps_of=request.steps_of,
+        settings=request.settings,
+        console=console,
+    )
+    return conclude(run, console)

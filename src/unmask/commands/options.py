@@ -1,0 +1,93 @@
+"""The options that several verbs share, and the checks and conversions of their values."""
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from unmask.commands.declare import Option
+from unmask.errors import UserError
+
+
+class _Start:
+    """When the command started, on the clock of `time.monotonic`: a time budget counts from here."""
+
+    seconds = time.monotonic()
+
+
+def restart_clock() -> None:
+    """Count time budgets from now on; for a second command in one process."""
+    _Start.seconds = time.monotonic()
+
+
+def started() -> float:
+    """Return when the command started, on the clock of `time.monotonic`."""
+    return _Start.seconds
+
+
+def budget_from_text(text: str) -> Any:
+    """Return '30m', '2h', '90s' or '1.5h' as a budget that counts from the start of the command."""
+    from unmask.engine.time_budget import Budget, seconds_of
+
+    return Budget(seconds_of(text), started())
+
+
+def texts(values: str | Path | Sequence[str | Path]) -> list[str]:
+    """Return one or several paths or names as a list of strings."""
+    return [str(values)] if isinstance(values, str | Path) else [str(each) for each in values]
+
+
+def at_least(least: float, flag: str) -> Callable[[Any], None]:
+    """Return a check that a number is not below `least`."""
+
+    def check(value: Any) -> None:
+        if value < least:
+            raise UserError(f"got {flag} {value}; expected {least} or more")
+
+    return check
+
+
+RunFolder = Annotated[str | Path, Option("A run folder.", metavar="RUN")]
+Data = Annotated[
+    str,
+    Option(
+        "Images: a folder, list file, glob, tar, zip or parquet; or an embedded set: shapes, digits.", metavar="DATA"
+    ),
+]
+SeveralData = Annotated[
+    str | Path | Sequence[str | Path],
+    Option(
+        "Images: a folder, list file, glob, tar, zip or parquet, a folder or glob of parquet or tar shards; or an "
+        "embedded set: shapes, digits. Several are read as one.",
+        metavar="DATA...",
+        command_line=list[str],
+    ),
+]
+Images = Annotated[
+    str | Path | Sequence[str | Path], Option("Image files, or one DATA.", metavar="IMAGE...", command_line=list[str])
+]
+Exclude = Annotated[
+    Sequence[str],
+    Option(
+        "Leave out images whose name, or a folder in it, matches, e.g. thumbs or '*_mask.png'; repeatable.",
+        metavar="PATTERN",
+    ),
+]
+Settings = Annotated[
+    Sequence[str],
+    Option("Change any setting, e.g. train.steps=1000; repeatable.", metavar="KEY=VALUE", flag="--set"),
+]
+TestData = Annotated[str | None, Option("Test images.", metavar="DATA", default="a fifth of DATA")]
+Step = Annotated[int | None, Option("Step of the checkpoint to use.", default="the newest")]
+Budget = Annotated[
+    float | str | None,
+    Option(
+        "Plan as many steps as fit into this time, e.g. 30m, 2h.",
+        metavar="TIME",
+        command_line=str,
+        from_text=budget_from_text,
+    ),
+]
+NewRun = Annotated[str | Path | None, Option("New run folder.", metavar="RUN", default="runs/DATA-RECIPE")]
+Device = Annotated[str, Option("auto, cpu, cuda, cuda:N or mps.")]
+Recipe = Annotated[str, Option("A name from `unmask recipes`, or auto.")]

@@ -1,0 +1,38 @@
+"""`unmask pack`: copy images into one tar."""
+
+from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from unmask.commands.declare import Option, Panel, Request, command
+from unmask.commands.options import Exclude
+from unmask.console import Console
+
+
+@dataclass(frozen=True)
+class PackRequest(Request):
+    """Copy images into one tar, large ones shrunk, to train faster on the very same crops and masks."""
+
+    data: Annotated[str, Option("Images with names: a folder, glob, tar, zip or parquet.", metavar="DATA")]
+    out: Annotated[str | Path, Option("A new .tar, which every command accepts as DATA.", metavar="OUT")]
+    _: KW_ONLY
+    exclude: Exclude = ()
+    short_side: Annotated[int, Option("Shrink images whose shorter side is longer than this.", metavar="PIXELS")] = 512
+    quality: Annotated[int, Option("JPEG quality, 1 to 100.")] = 90
+    workers: Annotated[int | None, Option("Number of processes; 0 for none.", default="one per core")] = None
+
+
+@command(PackRequest, panel=Panel.FILES)
+def pack(request: PackRequest, console: Console) -> dict[str, Any]:
+    """Return how many images were copied, shrunk and left out."""
+    from unmask.data.pack import pack
+
+    return pack(
+        request.data,
+        Path(request.out),
+        short_side=request.short_side,
+        quality=request.quality,
+        workers=request.workers,
+        exclude=request.exclude,
+        console=console,
+    )

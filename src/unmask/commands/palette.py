@@ -1,0 +1,30 @@
+"""`unmask palette`: choose the colours of an iGPT."""
+
+from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from unmask.commands.declare import Option, Panel, Request, command
+from unmask.commands.options import Data
+from unmask.console import Console
+
+
+@dataclass(frozen=True)
+class PaletteRequest(Request):
+    """The colours an iGPT would make for these images, as a file that several runs can share."""
+
+    data: Data
+    _: KW_ONLY
+    colours: Annotated[int, Option("Number of colours.")] = 512
+    size: Annotated[int, Option("Shrink images to this many pixels a side first.")] = 32
+    out: Annotated[str | Path, Option("FILE.json; a picture is drawn beside it.", metavar="FILE")] = "palette.json"
+
+
+@command(PaletteRequest, panel=Panel.FILES)
+def palette(request: PaletteRequest, console: Console) -> dict[str, Any]:
+    """Return what the file holds."""
+    from unmask.evals.palette_file import make_palette
+
+    return make_palette(
+        request.data, colours=request.colours, size=request.size, out=Path(request.out), console=console
+    )

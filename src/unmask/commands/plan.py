@@ -1,0 +1,28 @@
+"""`unmask plan`: what a recipe costs."""
+
+from dataclasses import KW_ONLY, dataclass
+from typing import Annotated, Any
+
+from unmask.commands.declare import Option, Panel, Request, command
+from unmask.commands.options import Settings
+from unmask.console import Console
+
+
+@dataclass(frozen=True)
+class PlanRequest(Request):
+    """What a recipe costs, counted without data: parameters, FLOPs, learning rate, steps."""
+
+    recipe: Annotated[str, Option("A name from `unmask recipes`.", metavar="RECIPE")]
+    _: KW_ONLY
+    gpus: Annotated[int | None, Option("Also print how many images each of this many GPUs gets.")] = None
+    settings: Settings = ()
+
+
+@command(PlanRequest, panel=Panel.START)
+def plan(request: PlanRequest, console: Console) -> dict[str, Any]:
+    """Return the costs."""
+    from unmask.engine.costs import recipe_costs, say_costs
+
+    found = recipe_costs(request.recipe, settings=request.settings, gpus=request.gpus)
+    say_costs(found, console)
+    return found

@@ -1,0 +1,40 @@
+"""`unmask predict`: apply a fine-tuned run to images."""
+
+from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from unmask.commands.declare import Option, Panel, Request, command
+from unmask.commands.options import Device, Images, RunFolder, Step, texts
+from unmask.console import Console
+
+
+@dataclass(frozen=True)
+class PredictRequest(Request):
+    """Predict classes with probabilities, masks or boxes with a fine-tuned run. Overwrites --out."""
+
+    run: RunFolder
+    images: Images
+    _: KW_ONLY
+    out: Annotated[
+        str | Path, Option("FILE.csv, .json or .parquet; masks: a folder; boxes: FILE.json.", metavar="PATH")
+    ]
+    min_score: Annotated[float, Option("Boxes: drop predictions below this score, 0.05 to 1.", metavar="SCORE")] = 0.05
+    step: Step = None
+    device: Device = "auto"
+
+
+@command(PredictRequest, panel=Panel.MEASURE, renamed={"--least": "--min-score"})
+def predict(request: PredictRequest, console: Console) -> dict[str, Any]:
+    """Return the file that was written, and how many images it covers."""
+    from unmask.finetuning.predict import predict
+
+    return predict(
+        Path(request.run),
+        texts(request.images),
+        Path(request.out),
+        least=request.min_score,
+        step=request.step,
+        device=request.device,
+        console=console,
+    )

@@ -1,0 +1,72 @@
+"""`unmask pretrain`: pre-train an encoder on images."""
+
+from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from unmask.commands.declare import Option, Panel, Request, command
+from unmask.commands.options import Budget, Exclude, NewRun, Recipe, Settings, SeveralData
+from unmask.commands.trained_run import conclude, run_exit_code, run_json
+from unmask.console import Console
+
+if TYPE_CHECKING:
+    from unmask.run import Run
+
+
+@dataclass(frozen=True)
+class PretrainRequest(Request):
+    """Pre-train an encoder on your images. Labels are not used."""
+
+    data: SeveralData
+    _: KW_ONLY
+    exclude: Exclude = ()
+    recipe: Recipe = "auto"
+    out: NewRun = None
+    budget: Budget = None
+    config: Annotated[
+        str | Path | None,
+        Option("Use the settings of another run: its folder or config.json, in place of --recipe.", metavar="FILE"),
+    ] = None
+    from_run: Annotated[
+        str | Path | None,
+        Option(
+            "Start from these weights, with that run's settings; with --recipe only the encoder is used.",
+            metavar="RUN",
+            flag="--from",
+        ),
+    ] = None
+    tokenizer: Annotated[
+        str | Path | None,
+        Option("The dVAE whose codes beit, or mae with target=tokens, predict.", metavar="RUN"),
+    ] = None
+    palette: Annotated[
+        str | Path | None,
+        Option("igpt: the colours in a file of `unmask palette`, or of a run.", metavar="PATH"),
+    ] = None
+    masks: Annotated[
+        str | Path | None,
+        Option("mae: a FILE of patches to hide: # in .txt, true in .npy, black in .png.", metavar="FILE"),
+    ] = None
+    settings: Settings = ()
+
+
+@command(PretrainRequest, panel=Panel.TRAIN, trains=True, to_json=run_json, exit_code=run_exit_code)
+def pretrain(request: PretrainRequest, console: Console) -> "Run":
+    """Return the run; `run.status()` says whether it finished or was stopped."""
+    from unmask.engine.pretrain import pretrain as train
+
+    run = train(
+        request.data,
+        exclude=request.exclude,
+        recipe=request.recipe,
+        config=request.config,
+        out=request.out,
+        budget=request.budget,
+        settings=request.settings,
+        from_run=request.from_run,
+        tokenizer=request.tokenizer,
+        palette=request.palette,
+        masks=request.masks,
+        console=console,
+    )
+    return conclude(run, console)

@@ -1,0 +1,29 @@
+"""`unmask prune`: free disk space in a run folder."""
+
+from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from unmask.commands.declare import Option, Panel, Request, command
+from unmask.commands.options import RunFolder
+from unmask.console import Console
+
+
+@dataclass(frozen=True)
+class PruneRequest(Request):
+    """Free disk space: remove older checkpoints and stored features; the run stays usable and resumable."""
+
+    run: RunFolder
+    _: KW_ONLY
+    keep_checkpoints: Annotated[int, Option("Newest checkpoints to keep.", metavar="N")] = 1
+    dry_run: Annotated[bool, Option("Only list what would be removed.")] = False
+
+
+@command(PruneRequest, panel=Panel.FILES)
+def prune(request: PruneRequest, console: Console) -> dict[str, Any]:
+    """Return what was removed, in bytes."""
+    from unmask.engine.prune import prune_run
+
+    return prune_run(
+        Path(request.run), keep_checkpoints=request.keep_checkpoints, dry_run=request.dry_run, console=console
+    )

@@ -1,0 +1,60 @@
+"""`unmask recipes`: list the recipes, or every setting of one."""
+
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from unmask.commands.declare import Option, Panel, Request, command
+from unmask.console import Console
+
+FOLLOWS = "*"
+
+
+@dataclass(frozen=True)
+class RecipesRequest(Request):
+    """The recipes, or every setting of one."""
+
+    name: Annotated[str | None, Option("Show every setting of this recipe.", metavar="NAME")] = None
+
+
+@dataclass(frozen=True)
+class Listed:
+    """What is printed: `data` with --json, else `text`."""
+
+    text: str
+    data: dict[str, Any]
+
+
+@command(RecipesRequest, panel=Panel.START, to_json=lambda listed: listed.data, text=lambda listed: listed.text)
+def recipes(request: RecipesRequest, console: Console) -> Listed:
+    """Return the recipes with their first lines, or the settings of one."""
+    return _all() if request.name is None else _one(request.name)
+
+
+def _one(name: str) -> Listed:
+    from unmask.engine.image_size import follows_images
+    from unmask.recipes.catalogue import describe, find
+
+    text = describe(name)
+    if follows_images(name):
+        text += "\n\ndata.size and the patch follow your images, unless one of the two is set."
+    return Listed(text, find(name).model_dump(mode="json"))
+
+
+def _all() -> Listed:
+    from unmask.engine.image_size import follows_images
+    from unmask.recipes.catalogue import AUTO, all_recipes, first_line, grouped
+
+    found = all_recipes()
+    width = max(map(len, found))
+    lines = [
+        f"{'auto':{width}} {FOLLOWS} Picks one of {', '.join(AUTO)} from image count, size and device, and says why."
+    ]
+    for title, group in grouped().items():
+        lines += ["", title]
+        for name in group:
+            lines.append(f"{name:{width}} {FOLLOWS if follows_images(name) else ' '} {first_line(found[name])}")
+    lines += [
+        "",
+        f"{FOLLOWS} the image size follows your images, unless data.size or the patch is set; the others keep theirs.",
+    ]
+    return Listed("\n".join(lines), {name: first_line(function) for name, function in found.items()})

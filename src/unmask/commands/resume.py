@@ -1,0 +1,55 @@
+"""`unmask resume`: continue a run where it stopped."""
+
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from unmask.commands.declare import Option, Panel, Request, command
+from unmask.commands.options import RunFolder, texts
+from unmask.commands.trained_run import conclude, run_exit_code, run_json
+from unmask.console import Console
+
+if TYPE_CHECKING:
+    from unmask.run import Run
+
+
+@dataclass(frozen=True)
+class ResumeRequest(Request):
+    """Continue a run exactly where it stopped; --data if its images have moved."""
+
+    run: RunFolder
+    _: KW_ONLY
+    allow_dataset_change: Annotated[bool, Option("Continue although the image files have changed.")] = False
+    data: Annotated[
+        str | Path | Sequence[str | Path],
+        Option("Where the images are now, if they have moved; repeatable.", metavar="DATA", command_line=list[str]),
+    ] = ()
+    test: Annotated[str | None, Option("Fine-tuned runs: where the test images are now.", metavar="DATA")] = None
+    annotations: Annotated[str | None, Option("Fine-tuned runs: where the masks or boxes are now.", metavar="PATH")] = (
+        None
+    )
+    test_annotations: Annotated[
+        str | None, Option("Fine-tuned runs: where the masks or boxes of the test images are now.", metavar="PATH")
+    ] = None
+
+
+@command(ResumeRequest, panel=Panel.TRAIN, trains=True, to_json=run_json, exit_code=run_exit_code)
+def resume(request: ResumeRequest, console: Console) -> "Run":
+    """Return the run; `run.status()` says whether it finished or was stopped."""
+    from unmask.config import task_names
+    from unmask.engine import pretrain
+    from unmask.engine.load import read_config
+    from unmask.finetuning import finetune
+    from unmask.run import Run
+
+    supervised = read_config(Run.open(request.run)).method.name in task_names()
+    data = tuple(texts(request.data))
+    places = pretrain.Places(data, request.test, request.annotations, request.test_annotations)
+    run = (finetune if supervised else pretrain).resume(
+        request.run,
+        allow_dataset_change=request.allow_dataset_change,
+        places=None if places == pretrain.Places() else places,
+        console=console,
+    )
+    return conclude(run, console)

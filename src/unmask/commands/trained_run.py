@@ -1,0 +1,36 @@
+"""What every verb that trains does with its run: write the report, say how to continue, choose the exit code."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from unmask.commands.declare import DONE, STOPPED
+from unmask.console import Console
+from unmask.errors import UserError
+
+if TYPE_CHECKING:
+    from unmask.run import Run
+
+
+def conclude(run: "Run", console: Console) -> "Run":
+    """Write the report of a run that was trained, and say how to continue one that was stopped."""
+    from unmask.report.run_page import write_report
+
+    try:
+        console.say(f"report: {write_report(run.path, say=console.warn)}")
+    except (OSError, UserError) as error:  # the training is done, and must not look as if it had failed
+        console.warn(f"no report was written: {error}; fix that, then: unmask report {run.path}")
+    status = run.status()
+    if status["state"] == "stopped":
+        console.say(f"stopped at step {status['step']} of {status['total']}; continue with: unmask resume {run.path}")
+    return run
+
+
+def run_json(run: "Run") -> dict[str, Any]:
+    """Return the object that --json prints of a run: its folder, its report and its status."""
+    report = Path(run.path) / "report.html"
+    return {"run": str(run.path), "report": str(report) if report.exists() else None, **run.status()}
+
+
+def run_exit_code(run: "Run") -> int:
+    """Return 75 for a run that was stopped and can be resumed, else 0."""
+    return STOPPED if run.status()["state"] == "stopped" else DONE
