@@ -109,6 +109,15 @@ class Batch:
         filled = [name for name, value in vars(parts[0]).items() if isinstance(value, Tensor)]
         return replace(parts[0], **{name: torch.cat([getattr(part, name) for part in parts]) for name in filled})
 
+    def require_labels(self) -> Tensor:
+        """(B,) int64. Raises UserError where the images have no class."""
+        if self.labels is None:
+            raise UserError(
+                "got images without labels; a classifier learns from labels; put the images of each class into a "
+                "sub-folder of its own"
+            )
+        return self.labels
+
     def _all_valid(self) -> Batch:
         height, width = self.size or self.images.shape[2:]
         return replace(self, valid=torch.ones(len(self), height, width, dtype=torch.bool, device=self.images.device))

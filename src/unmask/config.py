@@ -26,6 +26,7 @@ from unmask.method import Method, MethodConfig
 from unmask.nn.vit import Pair
 from unmask.optim import OptimConfig
 from unmask.settings import Settings
+from unmask.task import Task
 
 COMMON_NAMES: dict[str, tuple[str, ...]] = {
     "lr": ("optim.base_lr",),
@@ -227,6 +228,19 @@ def method_class(name: str) -> type[Method]:
     ]
     assert len(found) == 1, f"{module.__name__} must define one Method, it defines {len(found)}"
     return found[0]
+
+
+def task_class(name: str) -> type[Task[Any, Any]]:
+    """The task that the file `tasks/<name>.py` defines. Raises ConfigError where there is none."""
+    found = method_class(name) if name in task_names() else None
+    if found is None or not issubclass(found, Task):
+        raise ConfigError(f"got task {name!r}; expected one of {', '.join(supervised_names())}")
+    return found
+
+
+def supervised_names() -> list[str]:
+    """The names of all tasks that can be learnt from annotations."""
+    return [name for name in task_names() if issubclass(method_class(name), Task)]
 
 
 def parse_method(value: Any) -> Any:

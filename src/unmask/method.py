@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -87,6 +87,20 @@ class Picture(NamedTuple):
         )
 
 
+class MeanTokenClassifier(Protocol):
+    """A method that classifies the mean of the patch tokens before the encoder's final norm, as other libraries can."""
+
+    head: nn.Linear
+
+    def logits(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) in the files' units -> (B, K) float32."""
+        ...
+
+    def classify_tokens(self, tokens: Tensor) -> Tensor:
+        """(..., D) -> (..., K) float32."""
+        ...
+
+
 class Method(nn.Module, ABC):
     """A trainable method; see the module docstring. Its tensors may live on any device; it does no I/O.
 
@@ -95,6 +109,7 @@ class Method(nn.Module, ABC):
     """
 
     encoder: nn.Module
+    head_name: ClassVar[str] = ""
     fixed: tuple[str, ...] = ()
     num_prepare: int = 0
 
@@ -105,6 +120,16 @@ class Method(nn.Module, ABC):
         valid: (n, H, W) bool as in `Batch`, None where no pixel is absent.
         """
         raise TypeError(f"{type(self).__name__} asks for {self.num_prepare} images and has no prepare()")
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(self.parameters()).device
+
+    @property
+    def mean_token_classifier(self) -> MeanTokenClassifier | None:
+        """The method itself where its head can be exported as a classifier of other libraries; else None."""
+        return None
 
     @abstractmethod
     def loss(self, batch: Batch, clock: Clock) -> Loss:

@@ -29,7 +29,7 @@ from unmask.engine import pretrain
 from unmask.engine.load import load, read_plan
 from unmask.engine.plan import Timing
 from unmask.errors import TrainingFailed, UserError
-from unmask.finetuning import finetune
+from unmask.finetuning import final_test
 from unmask.finetuning.annotated import open_annotated, split_rows
 from unmask.run import Run, RunInUse
 
@@ -438,13 +438,13 @@ def test_the_page_of_fine_tuned_cells_says_what_they_are(fine_tuned, data, monke
 
 
 def test_a_stopped_fine_tuned_table_becomes_that_of_an_unbroken_one(fine_tuned, data, tmp_path, monkeypatch):
-    real = finetune.score
+    real = final_test.measure_run
 
     def interrupted(*_, **__):
-        monkeypatch.setattr(finetune, "score", real)
+        monkeypatch.setattr(final_test, "measure_run", real)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(finetune, "score", interrupted)
+    monkeypatch.setattr(final_test, "measure_run", interrupted)
     stopped = make(data, tmp_path / "table", table="fig9", settings=FINE)
     assert [row["state"] for row in stopped["rows"]] == ["finished", "stopped", "waiting", "waiting"]
     again = make(data, tmp_path / "table", table="fig9", settings=FINE)

@@ -6,7 +6,7 @@ from unmask.comparison.paper_tables import FAMILY, TABLES, find_table
 from unmask.config import override, parse
 from unmask.engine.pretrain import require_method
 from unmask.errors import UserError
-from unmask.finetuning.finetune import fine_tuning
+from unmask.finetuning.configure import finetuning_config
 from unmask.recipes.catalogue import all_recipes, find
 
 NANO = find("mae_nano")
@@ -108,9 +108,9 @@ def test_fine_tuned_blocks_stand_beside_the_nearest_share_of_the_papers_depth():
 
 def test_every_fine_tuned_cell_can_be_trained():
     for cell in TABLES["fig9"].cells(NANO):
-        require_method(override(fine_tuning(NANO, ["ant", "bee"]), cell.settings))
+        require_method(override(finetuning_config(NANO, ["ant", "bee"]), cell.settings))
     with pytest.raises(UserError, match=r"the encoder of dvae came"):
-        fine_tuning(find("dvae_nano"), ["ant", "bee"])
+        finetuning_config(find("dvae_nano"), ["ant", "bee"])
 
 
 def test_a_wrong_name_is_refused():

@@ -12,9 +12,8 @@ from unmask.batch import NO_BOX, ImageSpec
 from unmask.data.augment import CropConfig, cut_boxes
 from unmask.data.box_annotations import BoxError, open_boxes
 from unmask.data.loader import Images, eval_batches, training_batches
-from unmask.finetuning.test_set import truth_of
 from unmask.metrics import average_precision as average_precision_module
-from unmask.metrics.average_precision import average_precision
+from unmask.metrics.average_precision import average_precision, true_boxes
 
 BCCD = Path(__file__).parents[2] / "data" / "bccd"
 SPEC = ImageSpec(3, (40, 48), "uint8", (0.0,) * 3, (1.0,) * 3)
@@ -230,7 +229,7 @@ def test_what_voc_calls_difficult_is_set_aside_and_costs_a_model_nothing(tmp_pat
     found = open_boxes(root)
     assert by_name(found) == OBJECTS | {"a": OBJECTS["a"][1:]}
     row = found.source.names.index("a.png")
-    true = truth_of(found, row)
+    true = true_boxes(found, row)
     assert true.boxes.tolist() == [[50, 5, 70, 15], [10, 20, 34, 44]]
     assert true.crowd is not None
     assert true.crowd.tolist() == [False, True]

@@ -14,7 +14,7 @@ from unmask.engine import edit_run
 from unmask.engine.edit_run import require_same_weights, set_values
 from unmask.engine.load import load, read_config, read_plan
 from unmask.engine.pretrain import pretrain, resume
-from unmask.finetuning.finetune import fine_tuning
+from unmask.finetuning.configure import finetuning_config
 from unmask.recipes.catalogue import find
 from unmask.report.run_page import write_report
 from unmask.run import Run
@@ -60,7 +60,7 @@ def test_what_cannot_change_is_refused_and_nothing_is_written(run, setting, mess
 @pytest.mark.parametrize("setting", ["method.last_blocks=1", "method.last_blocks=0"])
 def test_other_weights_cannot_be_trained_than_those_with_moments(setting):
     """The shapes of all weights stay as they are; `resume` would refuse the optimiser's moments."""
-    config = fine_tuning(find("mae_nano"), ("one", "other"), "finetune_few")
+    config = finetuning_config(find("mae_nano"), ("one", "other"), "finetune_few")
     plan = SimpleNamespace(images=ImageSpec(3, config.data.size, "uint8", (0.0,) * 3, (1.0,) * 3))
     require_same_weights(config, override(config, ["method.mixup=0"]), plan)
     with pytest.raises(ConfigError, match=r"encoder\..* would be trained no longer"):

@@ -7,7 +7,7 @@ from unmask.config import Config, override
 from unmask.console import Console
 from unmask.engine.image_size import candidates, consequence, dense_size, follows_images
 from unmask.engine.pretrain import patch_of, pretrain
-from unmask.finetuning.finetune import fine_tuning
+from unmask.finetuning.configure import finetuning_config
 from unmask.recipes import catalogue
 
 PHOTO = (375, 500)
@@ -86,5 +86,5 @@ def test_the_consequence_of_a_size(size, words):
 )
 def test_masks_and_boxes_are_learnt_at_the_size_of_the_images_up_to_that_of_the_recipe(median, size):
     base = override(catalogue.find("mae_nano"), ["data.size=[64,64]", "method.encoder.patch=[8,8]"])
-    config: Config = fine_tuning(base, ("one", "other"), "segment_nano")
+    config: Config = finetuning_config(base, ("one", "other"), "segment_nano")
     assert dense_size(config, median, catalogue.find("segment_nano").data.size) == size

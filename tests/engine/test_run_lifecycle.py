@@ -21,7 +21,7 @@ from unmask.engine import train as loop
 from unmask.engine.load import load
 from unmask.engine.pretrain import pretrain, resume
 from unmask.errors import TrainingFailed
-from unmask.finetuning import finetune
+from unmask.finetuning import final_test, finetune
 from unmask.results import SCORE
 from unmask.run import Run, RunError, RunInUse, held_here
 from unmask.system import folder_lock
@@ -234,7 +234,9 @@ def pretrained(tmp_path_factory):
 
 def tune(pretrained, out):
     quick = ["train.steps=4", "train.batch_size=8", "data.workers=0", "train.test_every=4", "train.device=cpu"]
-    return finetune.fine_tune(pretrained / "run", str(pretrained / "images"), out=out, settings=quick, console=QUIET)
+    return finetune.finetune(
+        pretrained / "run", str(pretrained / "images"), finetune.FinetuneOptions(settings=quick), out=out, console=QUIET
+    )
 
 
 @pytest.mark.parametrize("fault", [RuntimeError("out of memory"), KeyboardInterrupt()])
@@ -242,7 +244,7 @@ def test_a_fine_tuning_that_ends_before_its_result_gets_it_on_resume(pretrained,
     def failing(*_, **__):
         raise fault
 
-    monkeypatch.setattr(finetune, "score", failing)
+    monkeypatch.setattr(final_test, "measure_run", failing)
     with pytest.raises(type(fault)):
         tune(pretrained, tmp_path / "tuned")
     run = Run.open(tmp_path / "tuned")

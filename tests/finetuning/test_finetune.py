@@ -18,8 +18,9 @@ from unmask.engine import pretrain as pretrain_module
 from unmask.engine.load import load, read_config, read_plan
 from unmask.engine.pretrain import pretrain
 from unmask.errors import UserError
-from unmask.finetuning import finetune, paper_linear_probe
-from unmask.finetuning.predict import predict
+from unmask.finetuning import choose_recipe, configure, final_test, finetune, paper_linear_probe
+from unmask.finetuning.finetune import FinetuneOptions
+from unmask.finetuning.predict import PredictOptions, predict
 from unmask.recipes.catalogue import find
 from unmask.results import SCORE
 from unmask.run import Run
@@ -31,6 +32,9 @@ SMALL = [
     "train.batch_size=8", "data.workers=0",
 ]  # fmt: skip
 QUICK = ["train.steps=40", "train.batch_size=16", "data.workers=0", "train.test_every=20", "optim.base_lr=0.05"]
+
+ON_CPU = PredictOptions(device="cpu")
+QUIET = Console(quiet=True)
 
 
 def coloured(folder, each=12, seed=0):
@@ -62,7 +66,9 @@ def pretrained(data, tmp_path_factory):
 
 
 def tune(pretrained, data, out, *more, **options):
-    return finetune.fine_tune(pretrained.path, str(data), out=out, settings=[*QUICK, *more], **options)
+    options, how = dict(options), {name: options.pop(name) for name in ("budget", "console") if name in options}
+    asked = FinetuneOptions(settings=[*QUICK, *more], **options)
+    return finetune.finetune(pretrained.path, str(data), asked, out=out, **how)
 
 
 @pytest.fixture(scope="module")
@@ -108,8 +114,8 @@ def test_labels_per_class_and_recipe_by_their_number(pretrained, data, tests, tm
 @pytest.mark.parametrize("recipe", ["scratch_few", "scratch_base", "finetune_few", "finetune_base"])
 def test_the_head_starts_small_on_pre_trained_weights_only(pretrained, recipe):
     classes = ("one", "other")
-    assert finetune.from_weights(pretrained, classes, recipe, from_scratch=True).method.head_std == 0.02
-    assert finetune.from_weights(pretrained, classes, "finetune_few").method.head_std is None
+    assert configure.config_from_run(pretrained, classes, recipe, from_scratch=True).method.head_std == 0.02
+    assert configure.config_from_run(pretrained, classes, "finetune_few").method.head_std is None
 
 
 @pytest.mark.parametrize(("size", "share"), [(224, 0.875), (384, 1.0), (448, 1.0)])
@@ -121,7 +127,7 @@ def test_the_evaluation_crop_is_that_of_maes_protocol_at_every_size(size, share)
     assert pretrain_module.resolve(find("mae_base"), [f"data.size={size}"]).data.crop.eval_share == share
     assert pretrain_module.resolve(tuned, [*asked, "data.crop.eval_share=0.9"]).data.crop.eval_share == 0.9
     larger = override(find("mae_base"), [f"data.size={size}"])
-    assert finetune.fine_tuning(larger, ("one", "other"), "finetune_base").data.crop.eval_share == share
+    assert configure.finetuning_config(larger, ("one", "other"), "finetune_base").data.crop.eval_share == share
     assert pretrain_module.resolve(find("dvae_dalle"), []).data.crop.eval_share == 0.875, "DALL-E's own, at 256"
 
 
@@ -138,8 +144,8 @@ def test_the_recipe_is_chosen_by_encoder_and_labels(width, labelled, from_scratc
     from unmask.nn.vit import ViTConfig
 
     encoder = ViTConfig(width=width, depth=1, heads=1)
-    assert finetune.choose_recipe("classify", encoder, labelled, from_scratch=from_scratch)[0] == name
-    assert name in finetune.recipes()
+    assert choose_recipe.choose_recipe("classify", encoder, labelled, from_scratch=from_scratch)[0] == name
+    assert name in choose_recipe.finetuning_recipes()
 
 
 def test_from_scratch_takes_no_weights_and_averages_its_own(pretrained, data, tests, tmp_path):
@@ -206,7 +212,7 @@ def test_every_kind_of_augmentation_repeats_itself_after_a_stop(pretrained, data
 
 @pytest.mark.parametrize("name", ["out.csv", "out.json", "out.parquet"])
 def test_it_predicts_with_the_names_of_its_classes(tuned, tests, tmp_path, name):
-    summary = predict(tuned.path, [str(tests)], tmp_path / name, step=None, device="cpu", console=Console(quiet=True))
+    summary = predict(tuned.path, [str(tests)], tmp_path / name, options=ON_CPU, console=QUIET)
     assert summary["images"] == 12
     assert summary["classes"] == {"blue": 6, "red": 6}
     if name == "out.csv":
@@ -224,7 +230,7 @@ def test_a_table_holds_no_formulas(tuned, tests, tmp_path):
     images.mkdir()
     for number, name in enumerate(("=cmd|'x'!A1.png", "-1.png", "plain.png")):
         (images / name).write_bytes((tests / "red" / f"{number}.png").read_bytes())
-    predict(tuned.path, [str(images)], tmp_path / "a.csv", step=None, device="cpu", console=Console(quiet=True))
+    predict(tuned.path, [str(images)], tmp_path / "a.csv", options=ON_CPU, console=QUIET)
     rows = list(csv.DictReader((tmp_path / "a.csv").read_text().splitlines()))
     assert [row["path"] for row in rows] == ["'-1.png", "'=cmd|'x'!A1.png", "plain.png"]
     assert [unmarked(row["path"]) for row in rows] == ["-1.png", "=cmd|'x'!A1.png", "plain.png"]
@@ -234,11 +240,9 @@ def test_where_nothing_can_be_written_is_said_before_the_images_are_looked_at(tu
     monkeypatch.setattr("unmask.finetuning.predict.open_images", lambda images: pytest.fail("the images were opened"))
     (tmp_path / "folder.csv").mkdir()
     with pytest.raises(UserError, match="is a folder; name a file in it"):
-        predict(tuned.path, [str(tests)], tmp_path / "folder.csv", step=None, device="cpu", console=Console(quiet=True))
+        predict(tuned.path, [str(tests)], tmp_path / "folder.csv", options=ON_CPU, console=QUIET)
     with pytest.raises(UserError, match="does not exist; make it first"):
-        predict(
-            tuned.path, [str(tests)], tmp_path / "no" / "a.csv", step=None, device="cpu", console=Console(quiet=True)
-        )
+        predict(tuned.path, [str(tests)], tmp_path / "no" / "a.csv", options=ON_CPU, console=QUIET)
 
 
 def test_what_a_classifier_has_no_use_for_is_refused(tuned, tests, tmp_path):
@@ -247,13 +251,13 @@ def test_what_a_classifier_has_no_use_for_is_refused(tuned, tests, tmp_path):
     quiet = Console(quiet=True)
     with pytest.raises(UserError, match=r"was fine-tuned to classify and rebuilds nothing; use `unmask predict"):
         reconstruct_images(tuned.path, [str(tests)], tmp_path / "a.png", step=None, seed=0, device="cpu", console=quiet)
-    with pytest.raises(UserError, match=r"--min-score 0.3 came, but only boxes have scores"):
-        predict(tuned.path, [str(tests)], tmp_path / "a.csv", step=None, device="cpu", console=quiet, least=0.3)
+    with pytest.raises(UserError, match=r"got --min-score 0.3; only boxes have scores"):
+        predict(tuned.path, [str(tests)], tmp_path / "a.csv", PredictOptions(device="cpu", min_score=0.3), quiet)
 
 
 def test_a_run_without_classes_does_not_predict(pretrained, tests, tmp_path):
     with pytest.raises(UserError, match=r"does not predict; fine-tune it first"):
-        predict(pretrained.path, [str(tests)], tmp_path / "x.csv", step=None, device="cpu", console=Console(quiet=True))
+        predict(pretrained.path, [str(tests)], tmp_path / "x.csv", options=ON_CPU, console=QUIET)
 
 
 def test_what_does_not_fit_is_refused_before_training(pretrained, data, tests, tmp_path):
@@ -269,7 +273,7 @@ def test_what_does_not_fit_is_refused_before_training(pretrained, data, tests, t
         tune(pretrained, data / "red", tmp_path / "a")
     with pytest.raises(ConfigError, match="give --test"):
         tune(pretrained, data, tmp_path / "a", "data.test=elsewhere")
-    with pytest.raises(ConfigError, match="last_blocks were given"):
+    with pytest.raises(ConfigError, match=r"got both --last-blocks and method.last_blocks"):
         tune(pretrained, data, tmp_path / "a", "method.last_blocks=1", last_blocks=1)
     assert not (tmp_path / "a").exists()
 
@@ -329,14 +333,7 @@ def test_masks_are_learnt_tested_resumed_and_predicted(pretrained, street, tmp_p
     assert set(found["ious"]) == {"dark", "bright"}
     assert found["metric"] == "mean_iou"
     assert load(run.path).method.encoder.grid == (4, 6), "positions were resized from 4 x 4"
-    summary = predict(
-        run.path,
-        [str(street / "images" / "test")],
-        tmp_path / "out",
-        step=None,
-        device="cpu",
-        console=Console(quiet=True),
-    )
+    summary = predict(run.path, [str(street / "images" / "test")], tmp_path / "out", options=ON_CPU, console=QUIET)
     assert summary["images"] == 4
     truth = np.array(Image.open(street / "labels" / "test" / "0.png"))
     with Image.open(tmp_path / "out" / "0.png") as picture:
@@ -347,8 +344,7 @@ def test_masks_are_learnt_tested_resumed_and_predicted(pretrained, street, tmp_p
     table = {"image": [(street / "images" / "test" / f"{number}.png").read_bytes() for number in range(4)] * 2}
     table["path"] = ["..", ".", "x" * 300 + ".png", "a:b\\c.png", "/etc/x.png", "a.png/x.png", "a.png", "A.png"]
     pq.write_table(pa.table(table), tmp_path / "odd.parquet")
-    odd = predict(run.path, [str(tmp_path / "odd.parquet")], tmp_path / "odd", step=None, device="cpu",
-                  console=Console(quiet=True))  # fmt: skip
+    odd = predict(run.path, [str(tmp_path / "odd.parquet")], tmp_path / "odd", options=ON_CPU, console=QUIET)
     assert odd["images"] == 8
     files = json.loads((tmp_path / "odd" / "files.json").read_text())
     assert set(files) == {"..", ".", "x" * 300 + ".png", "a:b\\c.png", "/etc/x.png", "A.png"}
@@ -357,7 +353,7 @@ def test_masks_are_learnt_tested_resumed_and_predicted(pretrained, street, tmp_p
     assert len(written) == 8
     assert set(files.values()) <= written
     with pytest.raises(UserError, match="is not empty"):
-        predict(run.path, [str(street)], tmp_path / "out", step=None, device="cpu", console=Console(quiet=True))
+        predict(run.path, [str(street)], tmp_path / "out", options=ON_CPU, console=QUIET)
 
 
 def test_masks_of_0_and_255_on_stored_pixels_are_learnt_resumed_and_predicted(pretrained, tmp_path):
@@ -380,8 +376,8 @@ def test_masks_of_0_and_255_on_stored_pixels_are_learnt_resumed_and_predicted(pr
     assert settings.values == (0, 255)
     assert settings.stored_pixels
     assert run.read(SCORE)["mean_iou"] > 0.8, "an image turned away from its mask would score far less"
-    assert finetune.score(run)["mean_iou"] == run.read(SCORE)["mean_iou"], "the same when opened again"
-    predict(run.path, [str(root / "images")], tmp_path / "out", step=None, device="cpu", console=Console(quiet=True))
+    assert final_test.measure_run(run)["mean_iou"] == run.read(SCORE)["mean_iou"], "the same when opened again"
+    predict(run.path, [str(root / "images")], tmp_path / "out", options=ON_CPU, console=QUIET)
     with Image.open(tmp_path / "out" / "1.png") as picture:
         found = np.asarray(picture)
     assert found.shape == (28, 20)
@@ -418,9 +414,9 @@ def test_boxes_are_learnt_tested_and_predicted_in_pixels_of_the_file(pretrained,
     assert found["test_images"] == 2
     assert found["ap50_of_class"] == {"square": found["ap50"]}
     out = tmp_path / "out.json"
-    predict(run.path, [str(cells)], out, step=None, device="cpu", console=Console(quiet=True))
+    predict(run.path, [str(cells)], out, options=ON_CPU, console=QUIET)
     given, truth = json.loads(out.read_text()), json.loads((cells / "boxes.json").read_text())
-    sure = predict(run.path, [str(cells)], out, step=None, device="cpu", console=Console(quiet=True), least=0.5)
+    sure = predict(run.path, [str(cells)], out, PredictOptions(device="cpu", min_score=0.5), QUIET)
     kept = json.loads(out.read_text())["annotations"]
     assert kept == [{**a, "id": i} for i, a in enumerate(a for a in given["annotations"] if a["score"] >= 0.5)]
     assert 0 < sum(sure["classes"].values()) == len(kept) < len(given["annotations"])
@@ -434,7 +430,7 @@ def test_boxes_are_learnt_tested_and_predicted_in_pixels_of_the_file(pretrained,
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"task": "describe"}, "classify, segment, detect was expected"),
+        ({"task": "describe"}, "expected one of classify, detect, linear_probe, segment"),
         ({"split": "train"}, "only boxes have lists"),
         ({"annotations": "x"}, "read from sub-folders"),
         ({"ignored": (3,)}, "only masks have ids"),
@@ -581,9 +577,7 @@ def test_predictions_decode_files_as_the_training_did(tmp_path):
     one = tmp_path / "one.tif"  # by itself its last band would be taken for alpha, and composited
     values = np.full((24, 24, 4), 255, np.uint8)
     pytest.importorskip("tifffile").imwrite(one, values, photometric="rgb", extrasamples=["unassalpha"])
-    done = predict(
-        tuned.path, [str(one)], tmp_path / "classes.csv", step=None, device="cpu", console=Console(quiet=True)
-    )
+    done = predict(tuned.path, [str(one)], tmp_path / "classes.csv", options=ON_CPU, console=QUIET)
     assert (done["images"], done["left_out"]) == (1, 0)
 
 

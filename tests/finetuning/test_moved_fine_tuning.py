@@ -37,10 +37,11 @@ def pretrained(tmp_path_factory):
 def tuned(pretrained, tmp_path, monkeypatch):
     """A segmentation that was stopped after two steps, with test images of its own."""
     stop_at(monkeypatch, 2)
-    run = finetune.fine_tune(
-        pretrained.path, str(street(tmp_path / "old" / "train", seed=1)), task="segment", out=tmp_path / "run",
-        test=str(street(tmp_path / "old" / "test", seed=2)), settings=SETTINGS,
-    )  # fmt: skip
+    test = str(street(tmp_path / "old" / "test", seed=2))
+    options = finetune.FinetuneOptions(task="segment", test=test, settings=SETTINGS)
+    run = finetune.finetune(
+        pretrained.path, str(street(tmp_path / "old" / "train", seed=1)), options, out=tmp_path / "run"
+    )
     monkeypatch.undo()
     assert run.read("status.json")["state"] == "stopped"
     return run
@@ -75,7 +76,9 @@ def test_labels_of_a_list_that_changed_stop_a_classifier(pretrained, tmp_path, m
     lines = [f"{images}/{number}.bmp,{'ab'[number % 2]}" for number in range(20)]
     (tmp_path / "list.csv").write_text("\n".join(lines))
     stop_at(monkeypatch, 2)
-    run = finetune.fine_tune(pretrained.path, str(tmp_path / "list.csv"), out=tmp_path / "run", settings=SETTINGS)
+    run = finetune.finetune(
+        pretrained.path, str(tmp_path / "list.csv"), finetune.FinetuneOptions(settings=SETTINGS), out=tmp_path / "run"
+    )
     monkeypatch.undo()
     swapped = [line[:-1] + {"a": "b", "b": "a"}[line[-1]] for line in lines]
     (tmp_path / "list.csv").write_text("\n".join(swapped))

@@ -157,7 +157,7 @@ def test_it_learns_and_the_picture_shows_it():
 def test_images_without_labels_are_refused():
     bare = batch()
     bare = Batch(bare.images, bare.index, bare.epoch)
-    with pytest.raises(UserError, match=r"images without labels came.*sub-folder"):
+    with pytest.raises(UserError, match=r"got images without labels.*sub-folder"):
         loss(make(), bare)
 
 

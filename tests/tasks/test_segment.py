@@ -99,7 +99,7 @@ def test_it_learns_and_predicts_what_it_learned(head):
     found = method(of, clock(of))
     assert float(found.value.detach()) < 0.3 * first
     judged = of.maps != IGNORED
-    guess = method.predict(of.images)
+    guess = torch.stack(method.predict(of.images))
     share = float((guess == of.maps)[judged].float().mean())
     assert share > 0.93
     assert float(found.logs["pixel_accuracy"]) == pytest.approx(share)
@@ -144,7 +144,7 @@ def test_any_channels_dtype_and_shape(head, channels, dtype, size):
         assert panel.shape == of.images.shape
         assert panel.dtype == torch.float32
     larger = F.interpolate(of.images.float(), scale_factor=2)
-    assert method.predict(larger).shape == (4, size[0] * 2, size[1] * 2)
+    assert torch.stack(method.predict(larger)).shape == (4, size[0] * 2, size[1] * 2)
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -162,7 +162,7 @@ def test_drop_path_is_drawn_by_the_image_and_for_training_only():
     torch.nn.init.normal_(method.head.to_classes.weight)
     one, again, other = (float(method(of, clock(of, seed=seed)).value.detach()) for seed in (0, 0, 1))
     assert one == again != other
-    assert torch.equal(method.predict(of.images), method.predict(of.images))
+    assert torch.equal(torch.stack(method.predict(of.images)), torch.stack(method.predict(of.images)))
     still = make("linear")
     still.load_state_dict(method.state_dict())
     assert torch.equal(method.logits(of.images), still.logits(of.images))
@@ -201,7 +201,7 @@ def test_the_picture_shows_maps_in_fixed_colours():
     assert list(picture.panels) == ["original", "true map", "predicted map"]
     assert torch.equal(original, of.images.float())
     red, green = (torch.tensor(COLOURS[name]).float() for name in ("red", "green"))
-    predicted = method.predict(of.images)
+    predicted = torch.stack(method.predict(of.images))
     for panel, maps in ((true, of.maps), (guess, torch.where(of.maps == IGNORED, of.maps, predicted))):
         pixels = panel.movedim(1, 3)
         for one, colour in ((0, red), (1, green), (IGNORED, torch.zeros(3))):

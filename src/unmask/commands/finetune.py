@@ -106,18 +106,16 @@ def mask_options(request: FinetuneRequest) -> "MaskOptions | None":
 @command(FinetuneRequest, panel=Panel.TRAIN, trains=True, to_json=run_json, exit_code=run_exit_code)
 def finetune(request: FinetuneRequest, console: Console) -> "Run":
     """Return the new run; `run.status()` says whether it finished or was stopped."""
-    from unmask.finetuning.finetune import fine_tune
+    from unmask.finetuning.finetune import FinetuneOptions
+    from unmask.finetuning.finetune import finetune as run_finetune
 
-    run = fine_tune(
-        request.run,
-        request.data,
+    options = FinetuneOptions(
         task=request.task,
         exclude=request.exclude,
-        out=request.out,
-        test=request.test,
         annotations=request.annotations,
-        test_annotations=request.test_annotations,
         split=request.split,
+        test=request.test,
+        test_annotations=request.test_annotations,
         test_split=request.test_split,
         ignored=request.ignore,
         mask_options=mask_options(request),
@@ -125,9 +123,8 @@ def finetune(request: FinetuneRequest, console: Console) -> "Run":
         recipe=request.recipe,
         last_blocks=request.last_blocks,
         from_scratch=request.from_scratch,
-        budget=request.budget,
         steps_of=request.steps_of,
         settings=request.settings,
-        console=console,
     )
+    run = run_finetune(request.run, request.data, options, out=request.out, budget=request.budget, console=console)
     return conclude(run, console)

@@ -27,14 +27,8 @@ class PredictRequest(Request):
 @command(PredictRequest, panel=Panel.MEASURE, renamed={"--least": "--min-score"})
 def predict(request: PredictRequest, console: Console) -> dict[str, Any]:
     """Return the file that was written, and how many images it covers."""
-    from unmask.finetuning.predict import predict
+    from unmask.finetuning.predict import PredictOptions
+    from unmask.finetuning.predict import predict as run_predict
 
-    return predict(
-        Path(request.run),
-        texts(request.images),
-        Path(request.out),
-        least=request.min_score,
-        step=request.step,
-        device=request.device,
-        console=console,
-    )
+    options = PredictOptions(request.step, request.device, request.min_score)
+    return run_predict(Path(request.run), texts(request.images), Path(request.out), options, console)

@@ -12,7 +12,7 @@ from unmask.data.sources.open_source import Source
 from unmask.engine import pretrain
 from unmask.engine.costs import promised_tokenizer
 from unmask.engine.load import read_config, read_plan
-from unmask.finetuning import finetune
+from unmask.finetuning import configure
 from unmask.recipes import catalogue
 from unmask.run import Run
 
@@ -132,7 +132,7 @@ def fine_tunes(table: Table, cell: Cell) -> bool:
 
 
 def recipe_of(table: Table, cell: Cell, asked: AblationRequest) -> str:
-    return finetune.PLAIN if fine_tunes(table, cell) else cell.recipe or asked.recipe
+    return configure.PLAIN if fine_tunes(table, cell) else cell.recipe or asked.recipe
 
 
 def cell_settings(table: Table, cell: Cell, asked: AblationRequest) -> list[str]:
@@ -167,6 +167,6 @@ def draft_config(table: Table, cell: Cell, asked: AblationRequest, source: Sourc
         pretrain.drafted(None, recipe_of(table, cell, asked), settings, None)
         return pretrain.resolve(catalogue.find(recipe_of(table, cell, asked)), settings, source=source)
     classes = ["one", "other"] if source is None else source.classes
-    config = pretrain.resolve(finetune.fine_tuning(base_config(table, asked), classes), settings, source=source)
+    config = pretrain.resolve(configure.finetuning_config(base_config(table, asked), classes), settings, source=source)
     pretrain.require_method(config)
     return config

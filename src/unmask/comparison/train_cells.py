@@ -21,7 +21,7 @@ from unmask.engine import checkpoint, pretrain
 from unmask.engine.load import read_plan
 from unmask.errors import TrainingFailed, UserError
 from unmask.evals.run_probe import probe_kinds
-from unmask.finetuning import finetune
+from unmask.finetuning import configure, final_test, finetune
 from unmask.recipes import catalogue
 from unmask.report.run_page import write_report
 from unmask.results import find_score
@@ -66,7 +66,7 @@ def make(folder: Path, decided: dict[str, Any], cell: dict[str, Any], seed: int,
         if cell["fine_tunes"]:
             if find_score(run) is None:
                 console.say(f"{place.name}: testing")
-                finetune.score(run)
+                final_test.measure_run(run)
         elif cell["name"] not in SHARED:
             probe_cell(run, decided, cell, seed, console)
         if not run.report_file.exists():
@@ -99,16 +99,13 @@ def train_cell(
             settings = [*own_size(cell["recipe"], settings), *settings]
         if cell["fine_tunes"]:
             weights = asked["from_run"] or finished_run(folder, PRETRAINED, "pre-training")
-            run = finetune.fine_tune(
-                weights,
-                asked["data"],
-                out=place,
+            options = finetune.FinetuneOptions(
                 test=asked["test"],
                 shots=asked["shots"],
-                recipe=finetune.PLAIN,
+                recipe=configure.PLAIN,
                 settings=[*settings, f"train.test_every={cell['steps']}"],
-                console=console,
             )
+            run = finetune.finetune(weights, asked["data"], options, out=place, console=console)
         else:
             with_tokenizer = {}
             if cell["tokenizer"]:

@@ -15,11 +15,10 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from unmask.config import Config, ConfigError
+from unmask.config import Config, ConfigError, task_class
 from unmask.console import Console
 from unmask.data.box_annotations import Boxes, find_files, open_boxes
 from unmask.data.labels import absent_classes, labels_of, with_classes
@@ -28,16 +27,7 @@ from unmask.data.sources.open_source import Source, open_source, require_labels
 from unmask.data.splits import HOLD_OUT_FOR_TEST, hold_out
 from unmask.engine.plan import Plan
 from unmask.evals.probe import few_shots, require_classes
-from unmask.method import Method
-from unmask.tasks import segment
-
-TASKS = ("classify", "segment", "detect")
-LABELLED = ("classify", "linear_probe")
-"""What is measured on test images, the first the one that counts."""
-TRIAL_IMAGES = (4, 16)
-IN_WORDS = {
-    "accuracy": "right", "mean_iou": "mean IoU", "pixel_accuracy": "of all pixels right", "ap50": "AP50", "ap": "AP",
-}  # fmt: skip
+from unmask.task import TaskConfig
 
 
 @dataclass(frozen=True)
@@ -64,53 +54,86 @@ class AnnotatedImages:
         return self.source.labels
 
 
+@dataclass(frozen=True)
+class AnnotationOptions:
+    """Where annotations lie and how they are read; a task rejects what it has no use for.
+
+    path: of masks or boxes, None beside the images. split: the list of images in a VOC folder, for boxes. exclude:
+    patterns of names to leave out, for classes. ignored: ids in masks that are no class. mask_options: how else masks
+    are read. classes: names in order, where a model has them already; None finds them.
+    """
+
+    path: str | None = None
+    split: str | None = None
+    exclude: tuple[str, ...] = ()
+    ignored: tuple[int, ...] = ()
+    mask_options: MaskOptions | None = None
+    classes: tuple[str, ...] | None = None
+
+
 def open_annotated(
     task: str,
     data: str | Sequence[str],
-    annotations: str | None = None,
+    options: AnnotationOptions | None = None,
     *,
-    split: str | None = None,
-    exclude: Sequence[str] = (),
-    ignored: Sequence[int] = (),
-    mask_options: MaskOptions | None = None,
-    classes: Sequence[str] | None = None,
     only: Collection[int] | None = None,
     look: bool = True,
     console: Console | None = None,
 ) -> AnnotatedImages:
-    """Images with what the task learns from. classes: names in order, where a model has them already; else found here.
+    """Open images with the annotations that a task learns from.
 
-    only: the rows that are wanted, None for all. look: at every mask, which finds what is wrong with it.
-    Raises ValueError when there is nothing of that kind, or something that cannot be used, or would be ignored.
+    only: the rows that are wanted, None for all. look: at every mask, which finds what is wrong with it. Raises
+    UserError where there are no annotations, where they cannot be used, or for an option that would have no effect.
     """
-    if split is not None and task != "detect":
-        raise ConfigError(f"--split {split} came, but only boxes have lists of images; leave it out")
-    if task in LABELLED:
-        if annotations is not None:
-            raise ConfigError("--annotations came, but classes are read from sub-folders; leave it out, or give --task")
-        source = require_labels(open_source(data, exclude), classes or ())
-        if classes is not None:
-            source = with_classes(source, classes, "the run")
-            if console is not None and (absent := absent_classes(labels_of(source), classes)):
-                console.warn(f"{data} has no image of {absent}: those classes are not tested")
-        require_classes(source.classes)
-        return AnnotatedImages(source, tuple(source.classes), np.arange(len(source)))
-    if exclude or not isinstance(data, str):
+    options, kind = options or AnnotationOptions(), task_class(task).annotation
+    if options.split is not None and kind != "boxes":
+        raise ConfigError(f"got --split {options.split}; only boxes have lists of images; leave it out")
+    if options.ignored and kind != "masks":
+        raise ConfigError(f"got --ignore {options.ignored[0]}; only masks have ids to ignore; leave it out")
+    if options.mask_options is not None and kind != "masks":
+        raise ConfigError("got --mask-values or --class-names, but only masks have ids; leave it out")
+    if kind == "classes":
+        if options.path is not None:
+            raise ConfigError(
+                "got --annotations; the classes of a classification are read from sub-folders; leave it out, or give "
+                "--task"
+            )
+        return _open_classes(data, options, console)
+    if options.exclude or not isinstance(data, str):
         raise ConfigError(
             f"got several DATA, or --exclude, for task {task}; they are for classes from sub-folders only"
         )
-    if task == "segment":
+    if kind == "masks":
         maps = open_maps(
-            data, annotations, ignored=ignored, options=mask_options, classes=classes, look=look, console=console
+            data,
+            options.path,
+            ignored=options.ignored,
+            options=options.mask_options,
+            classes=options.classes,
+            look=look,
+            console=console,
         )
         return AnnotatedImages(maps.source, maps.classes, maps.rows, maps)
-    boxes = open_boxes(data, annotations, split=split, classes=classes, only=only, console=console)
+    boxes = open_boxes(data, options.path, split=options.split, classes=options.classes, only=only, console=console)
     return AnnotatedImages(boxes.source, boxes.classes, boxes.rows, boxes)
 
 
+def _open_classes(
+    data: str | Sequence[str], options: AnnotationOptions, console: Console | None = None
+) -> AnnotatedImages:
+    """Images of which each has the class of its sub-folder."""
+    source = require_labels(open_source(data, options.exclude), options.classes or ())
+    if options.classes is not None:
+        source = with_classes(source, options.classes, "the run")
+        if console is not None and (absent := absent_classes(labels_of(source), options.classes)):
+            console.warn(f"{data} has no image of {absent}: those classes are not tested")
+    require_classes(source.classes)
+    return AnnotatedImages(source, tuple(source.classes), np.arange(len(source)))
+
+
 def annotations_of(task: str, data: str, annotations: str | None, annotated: AnnotatedImages) -> str | None:
-    """Where what was found lies, so that a resumed run opens the same."""
-    if task == "detect":
+    """Where the annotations were found, so that a resumed run opens the same."""
+    if task_class(task).annotation == "boxes":
         return str(find_files(Path(data), None if annotations is None else Path(annotations))[1])
     return annotated.place
 
@@ -139,30 +162,31 @@ def split_rows(
     return rows, held
 
 
-def mask_options_of(config: Config, *, test: bool = False) -> MaskOptions | None:
-    """How a Run reads masks; None for other tasks. test: for other images, whose masks may be drawn otherwise."""
-    settings = config.method
-    if not isinstance(settings, segment.Config):
-        return None
-    return MaskOptions(settings.values or (), stored=None if test else settings.stored_pixels)
+def options_of(config: Config, *, test: bool = False) -> AnnotationOptions:
+    """How a Run reads its annotations, or those of its other test images."""
+    settings, data = config.method, config.data
+    assert isinstance(settings, TaskConfig), "only supervised runs have annotations"
+    return AnnotationOptions(
+        path=data.test_annotations if test else data.annotations,
+        split=data.test_split if test else None,
+        exclude=() if test else tuple(data.exclude),
+        ignored=settings.ignored_ids,
+        mask_options=settings.mask_options(of_training_images=not test),
+        classes=settings.classes,
+    )
 
 
 def reopen(config: Config, plan: Plan, source: Source, *, tests_only: bool = False) -> AnnotatedImages:
-    """What a Run learns from, or the part of it that it is tested on, opened once more."""
-    settings: Any = config.method
+    """Open again what a Run learns from, or the part of it that it is tested on."""
     wanted = set(plan.test_rows)
     if not tests_only:
         wanted |= set(range(len(source))) - set(plan.excluded)
-    return open_annotated(
-        settings.name, config.data.source, config.data.annotations, exclude=config.data.exclude,
-        ignored=getattr(settings, "ignored", ()),
-        mask_options=mask_options_of(config), classes=settings.classes, only=wanted, look=False,
-    )  # fmt: skip
+    return open_annotated(config.method.name, config.data.source, options_of(config), only=wanted, look=False)
 
 
 def place_of_annotations(task: str, data: str, annotations: str | None) -> tuple[str, str]:
     """(images, masks or boxes) of DATA for a segmentation or detection. Raises UserError where there are none."""
-    if task == "segment":
+    if task_class(task).annotation == "masks":
         images, masks, _ = find_folders(data, annotations)
         return images, masks
     images, boxes = find_files(Path(data), None if annotations is None else Path(annotations))
@@ -192,7 +216,3 @@ def digest(annotated: AnnotatedImages, rows: np.ndarray, *, labels: bool = True)
     elif labels:
         found.update(annotated.labels[rows].tobytes())
     return found.hexdigest()
-
-
-def task_of(method: Method) -> str:
-    return type(method).__module__.rpartition(".")[2]

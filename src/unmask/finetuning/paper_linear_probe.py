@@ -15,11 +15,14 @@ from unmask.finetuning.annotated import (
     open_annotated,
     split_rows,
 )
-from unmask.finetuning.finetune import PAPER_BATCH, PAPER_PEAK, PROBE, fine_tune
+from unmask.finetuning.finetune import FinetuneOptions, finetune
 from unmask.nn.default_dtype import float32_default
 from unmask.results import SCORE
 from unmask.run import Run, free_path
 from unmask.system.processes import refuse_several_processes
+
+PROBE = "linear_probe"
+PAPER_BATCH, PAPER_PEAK = 16_384, 6.4
 
 
 @float32_default()
@@ -57,10 +60,8 @@ def paper_linear(
             f"{len(rows)} images"
         )
     place = free_path(outer.path / name)
-    run = fine_tune(
-        outer.path, data, task=PROBE, out=place, test=test, shots=shots, recipe="linear_paper",
-        settings=settings, console=console,
-    )  # fmt: skip
+    options = FinetuneOptions(task=PROBE, test=test, shots=shots, recipe="linear_paper", settings=settings)
+    run = finetune(outer.path, data, options, out=place, console=console)
     if not run.finished:
         raise ConfigError(f"the probe was stopped; finish it with `unmask resume {run.path}`, its result is kept there")
     found, plan = run.read(SCORE), read_plan(run)

@@ -27,10 +27,6 @@ from unmask.nn.gpt import GPT
 from unmask.nn.patches import normalise
 from unmask.nn.vit import ViT
 
-HEADLESS = {
-    "classify": "the classifier", "segment": "the head that draws maps", "detect": "the pyramid and its head",
-}  # fmt: skip
-
 
 def imported(module: str, attribute: str = "", package: str = "") -> Any:
     """A module of another library, or something in it. Raises NotChecked with what is in the way.
@@ -145,7 +141,7 @@ def silence_libraries() -> Iterator[None]:
 def left_out(loaded: Loaded, why: str) -> str:
     """A sentence: of this method the encoder is exported alone."""
     name = loaded.config.method.name
-    return f"the encoder alone is exported, without {HEADLESS.get(name, f'the rest of {name}')}: {why}"
+    return f"the encoder alone is exported, without {loaded.method.head_name or f'the rest of {name}'}: {why}"
 
 
 def task_left_out(loaded: Loaded, target: str) -> tuple[str, ...]:

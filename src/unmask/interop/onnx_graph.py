@@ -14,10 +14,10 @@ from unmask.batch import DTYPES, ImageSpec
 from unmask.engine.load import Loaded
 from unmask.interop.export_common import imported, largest, silence_libraries, task_left_out
 from unmask.interop.export_target import ExportedModel, ExportError
+from unmask.method import MeanTokenClassifier
 from unmask.nn.gpt import GPT
 from unmask.nn.gpt import Block as GPTBlock
 from unmask.nn.vit import ViT
-from unmask.tasks.classify import Classifier
 
 OPSET = 18
 ONE_FILE = 1 << 30  # bytes of weights; an ONNX file must stay below 2 GiB, beyond this its weights lie beside it
@@ -26,7 +26,7 @@ ONE_FILE = 1 << 30  # bytes of weights; an ONNX file must stay below 2 GiB, beyo
 class ViTGraph(nn.Module):
     """`ViT.forward` for one size of images, without Python numbers that would fix how many images there are."""
 
-    def __init__(self, encoder: ViT, classifier: Classifier | None) -> None:
+    def __init__(self, encoder: ViT, classifier: MeanTokenClassifier | None) -> None:
         super().__init__()
         self.encoder, self.classifier = encoder, classifier
 
@@ -42,7 +42,7 @@ class ViTGraph(nn.Module):
         tokens = encoder.norm(x)
         if self.classifier is None:
             return tokens[:, 0], tokens[:, 1:]
-        return tokens[:, 0], tokens[:, 1:], self.classifier.judge(x[:, 1:].mean(1))
+        return tokens[:, 0], tokens[:, 1:], self.classifier.classify_tokens(x[:, 1:].mean(1))
 
 
 class GPTGraph(nn.Module):
@@ -88,7 +88,7 @@ def encoder_graph(loaded: Loaded, dtype: str) -> ExportedModel:
     Through torch.export: the older tracer has no RMS norm, and PyTorch is giving it up.
     """
     method, encoder, spec = loaded.method, loaded.method.encoder, loaded.plan.images
-    classifier = method if isinstance(method, Classifier) else None
+    classifier = method.mean_token_classifier
     if isinstance(encoder, ViT):
         graph, names = ViTGraph(encoder, classifier), ["cls", "patches", *["logits"] * (classifier is not None)]
     else:

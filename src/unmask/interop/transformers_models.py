@@ -28,12 +28,12 @@ from unmask.interop.export_common import (
 from unmask.interop.export_target import ExportedModel, ExportError
 from unmask.interop.transformers_folder import folder
 from unmask.interop.transformers_gpt import to_image_gpt
+from unmask.method import MeanTokenClassifier
 from unmask.methods.beit import BEiT
 from unmask.methods.mae import MAE
 from unmask.nn.gpt import GPT
 from unmask.nn.masks import Mask
 from unmask.nn.vit import ViT
-from unmask.tasks.classify import Classifier
 
 
 def to_transformers(loaded: Loaded, *, whole: bool) -> ExportedModel:
@@ -53,8 +53,8 @@ def to_transformers(loaded: Loaded, *, whole: bool) -> ExportedModel:
     why = mae_misses(loaded, "transformers' ViTMAE") if isinstance(method, MAE) and plain else None
     if whole and isinstance(method, MAE) and plain and why is None:
         return whole_mae(loaded, method, config)
-    if isinstance(method, Classifier) and beit_misses(loaded, encoder) is None:
-        return whole_classifier(loaded, method, config)
+    if (classifier := method.mean_token_classifier) and beit_misses(loaded, encoder) is None:
+        return whole_classifier(loaded, encoder, classifier, config)
     has_beit = isinstance(method, BEiT) and method_target(loaded) == "tokens" and beit_misses(loaded, encoder) is None
     if whole and isinstance(method, BEiT) and has_beit:
         return whole_beit(loaded, method, config)
@@ -63,7 +63,7 @@ def to_transformers(loaded: Loaded, *, whole: bool) -> ExportedModel:
         notes = (left_out(loaded, why),)
     elif has_beit or (isinstance(method, MAE) and plain):
         notes = ("the encoder alone, all patches visible; --to hf-pretraining has the rest of the method",)
-    if isinstance(method, Classifier):
+    if classifier:
         notes = (left_out(loaded, "transformers has a classifier on mean patch tokens for squares only (BEiT's)"),)
     if not plain:
         require_beit(loaded, encoder)
@@ -144,15 +144,17 @@ def whole_mae(loaded: Loaded, method: MAE, config: dict[str, Any]) -> ExportedMo
     )
 
 
-def whole_classifier(loaded: Loaded, method: Classifier, config: dict[str, Any]) -> ExportedModel:
+def whole_classifier(
+    loaded: Loaded, encoder: ViT, classifier: MeanTokenClassifier, config: dict[str, Any]
+) -> ExportedModel:
     """BEiT's, which like ours judges the mean of the patch tokens; ViT's judges the class token."""
     settings = loaded.config.method.model_dump()
-    config |= beit_config(method.encoder, settings["encoder"]) | {
+    config |= beit_config(encoder, settings["encoder"]) | {
         "use_mean_pooling": True, "id2label": {str(number): name for number, name in enumerate(settings["classes"])},
         "label2id": {name: number for number, name in enumerate(settings["classes"])},
     }  # fmt: skip
     weights = names.to_transformers(
-        weights_of(method, "encoder.norm.", "encoder.mean", "encoder.std"), beit=True, prefix="beit."
+        weights_of(loaded.method, "encoder.norm.", "encoder.mean", "encoder.std"), beit=True, prefix="beit."
     )
     return folder(
         loaded,
@@ -160,7 +162,7 @@ def whole_classifier(loaded: Loaded, method: Classifier, config: dict[str, Any])
         config,
         weights,
         lambda model, images: largest(
-            (model(pixel_values=normalised(method.encoder, images)).logits, method.logits(images))
+            (model(pixel_values=normalised(encoder, images)).logits, classifier.logits(images))
         ),
         "`model(pixel_values).logits` has a score for each class of `model.config.id2label`.",
         (

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from unmask.data.box_annotations import Boxes
 from unmask.errors import UserError
 
 
@@ -32,6 +33,14 @@ class ImageBoxes(NamedTuple):
     labels: np.ndarray
     scores: np.ndarray | None = None
     crowd: np.ndarray | None = None
+
+
+def true_boxes(annotations: Boxes, row: int) -> ImageBoxes:
+    """The true boxes of an image; those that are set aside count as crowds: neither a hit nor a miss."""
+    boxes, labels = annotations.boxes[row], annotations.labels[row]
+    more, theirs = annotations.aside.get(row, (boxes[:0], labels[:0]))
+    crowd = np.arange(len(boxes) + len(more)) >= len(boxes)
+    return ImageBoxes(np.concatenate([boxes, more]), np.concatenate([labels, theirs]), crowd=crowd)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +25,7 @@ from torch import Tensor
 from unmask.batch import IGNORED, Batch
 from unmask.errors import UserError
 from unmask.metrics.intervals import Interval
+from unmask.metrics.measurement import Measurement
 from unmask.nn.map_heads import resize
 
 RESAMPLES = 1000
@@ -68,24 +68,15 @@ class Scores:
     confusion: np.ndarray
     num_images: int
 
-    def as_json(self) -> dict[str, Any]:
-        """For an `evals/*.json`; None for a class that does not occur."""
+    def as_measurement(self) -> Measurement:
+        """With the intersection over union of each class, None for one that does not occur."""
         ious = {name: None if np.isnan(iou) else float(iou) for name, iou in zip(self.classes, self.ious, strict=True)}
-        return {
-            "mean_iou": self.mean_iou, "low": self.interval.low, "high": self.interval.high, "ious": ious,
-            "pixel_accuracy": self.pixel_accuracy, "images": self.num_images, "confusion": self.confusion.tolist(),
-        }  # fmt: skip
-
-    def lines(self) -> list[str]:
-        """For people: the two numbers, then a line for each class."""
-        low, high = self.interval
-        said = [
-            f"mIoU {self.mean_iou:.1%} (95 % interval {low:.1%} to {high:.1%}), {self.pixel_accuracy:.1%} of all "
-            f"pixels right, on {self.num_images} images"
-        ]
-        for name, iou in zip(self.classes, self.ious, strict=True):
-            said.append(f"  {'does not occur' if np.isnan(iou) else f'{iou:6.1%}'}  {name}")
-        return said
+        return Measurement(
+            {"mean_iou": self.mean_iou, "pixel_accuracy": self.pixel_accuracy},
+            self.interval.low,
+            self.interval.high,
+            {"ious": ious, "images": self.num_images, "confusion": self.confusion.tolist()},
+        )
 
 
 def measure(

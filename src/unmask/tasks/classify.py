@@ -19,6 +19,7 @@ Letters: B images, C channels, N patches, K classes, L blocks.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from math import log
 from typing import Literal
 
@@ -29,21 +30,23 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from unmask.batch import Batch, ImageSpec
-from unmask.errors import UserError
-from unmask.method import Clock, Loss, Method, MethodConfig, Picture
+from unmask.method import Clock, Loss, Picture
+from unmask.metrics.accuracy import measure_accuracy
+from unmask.metrics.measurement import Measurement, Metric
 from unmask.nn.blocks import draw_paths, layer_norm
 from unmask.nn.freeze import check_blocks, freeze
 from unmask.nn.inputs import Scale
 from unmask.nn.losses import full_precision
 from unmask.nn.mixing import MIX_DRAWS, mix, soft_targets
 from unmask.nn.rand_augment import DRAWS, ERASE_DRAWS, MOST, erase, rand_augment
-from unmask.nn.vit import ViT, ViTConfig
+from unmask.nn.vit import ViT
 from unmask.rng import MASK32, Stream, uniform, words
+from unmask.task import Task, TaskConfig
 
 HEAD_STD, LINEAR_STD, SCRATCH_STD = 2e-5, 0.01, 0.02
 
 
-class Config(MethodConfig):
+class Config(TaskConfig):
     """classes: names, in the order of the labels. smoothing: share of the target that goes evenly to all classes.
 
     last_blocks: how many of the encoder's last blocks are trained with the head; None for the whole encoder, which as
@@ -56,7 +59,6 @@ class Config(MethodConfig):
     """
 
     name: Literal["classify"] = "classify"
-    encoder: ViTConfig
     classes: tuple[str, ...] = Field(min_length=2)
     last_blocks: float | None = None
     smoothing: float = Field(default=0.1, ge=0, lt=1)
@@ -73,17 +75,20 @@ class Config(MethodConfig):
         return self
 
 
-class Classifier(Method):
-    """See the module docstring. `trained` says what of the encoder is; the rest has no gradient."""
+class Classifier(Task[Tensor, None]):
+    """See the module docstring. A prediction is (K,) float32, the probability of each class."""
 
-    encoder: ViT
+    annotation = "classes"
+    headline = (Metric("accuracy", "right"),)
+    title = "classification"
+    head_name = "the classifier"
     low: Tensor
     high: Tensor
     undecayed = ("encoder.cls_token", "encoder.pos_embed")
 
     def __init__(self, config: Config, images: ImageSpec) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.classes = config, config.classes
         self.encoder = ViT(config.encoder, images)
         for name, values in zip(("low", "high"), images.value_range, strict=True):
             self.register_buffer(name, torch.tensor(values, dtype=torch.float32)[:, None, None], persistent=False)
@@ -95,20 +100,24 @@ class Classifier(Method):
         nn.init.zeros_(self.head.bias)
         freeze(self.encoder, config.last_blocks)
 
+    @property
+    def mean_token_classifier(self) -> Classifier:
+        return self
+
     def loss(self, batch: Batch, clock: Clock) -> Loss:
         """Cross-entropy with soft labels; logs the share of this batch that is right. Raises UserError unlabelled.
 
         With smoothing s the target is 1 - s + s / K for the right class and s / K for each other; images that are mixed
         have the mixture of both, and count as right where the greater part is.
         """
-        labels = require_labels(batch)
+        labels = batch.require_labels()
         with full_precision(batch.images.device):  # or a rotation would be rounded to bfloat16
             images, targets = self.augment(batch.images, labels, clock)
         paths = None
         if self.config.drop_path:
             draws = clock.rng.uniform(2 * len(self.encoder.blocks), Stream.PATHS)
             paths = draw_paths(draws, self.config.drop_path)
-        logits = self.judge(self.tokens(images, paths).mean(1))
+        logits = self.classify_tokens(self.tokens(images, paths).mean(1))
         right = (logits.detach().argmax(1) == targets.argmax(1)).float().mean()
         return Loss(F.cross_entropy(logits, targets), {"accuracy": right})
 
@@ -139,7 +148,17 @@ class Classifier(Method):
 
     def logits(self, images: Tensor, scale: Scale | None = None) -> Tensor:
         """(B, C, H, W) in the files' units -> (B, K) float32. scale: see `ImageEncoder.accept`. Raises UserError."""
-        return self.judge(self.tokens(self.encoder.accept(images, scale)).mean(1))
+        return self.classify_tokens(self.tokens(self.encoder.accept(images, scale)).mean(1))
+
+    @torch.no_grad()
+    def predict(
+        self, images: Tensor, sizes: Sequence[tuple[int, int]] | None = None, *, scale: Scale | None = None
+    ) -> list[Tensor]:
+        return list(self.logits(images, scale).softmax(1))
+
+    def measure(self, batches: Iterable[Batch], truth: None) -> Measurement:
+        """Count the images whose most probable class is right, with a Wilson interval. Raises UserError unlabelled."""
+        return measure_accuracy(self.logits, batches, self.device)
 
     def tokens(self, images: Tensor, paths: Tensor | None = None) -> Tensor:
         """The patch tokens of the last block, before the encoder's own norm: (B, N, D)."""
@@ -147,17 +166,17 @@ class Classifier(Method):
         *_, last = self.encoder.layers(tokens, paths=paths)
         return last[:, 1:]
 
-    def judge(self, tokens: Tensor) -> Tensor:
+    def classify_tokens(self, tokens: Tensor) -> Tensor:
         """(..., D) -> (..., classes), float32."""
         return self.head(self.fc_norm(tokens)).float()
 
     def picture(self, batch: Batch, clock: Clock) -> Picture:
         """Original, and the same with those patches lit that by themselves speak for the class that was predicted."""
-        labels = require_labels(batch)
+        labels = batch.require_labels()
         patches, tokens = self.encoder.patches(batch.images), self.tokens(batch.images)
-        logits = self.judge(tokens.mean(1))
+        logits = self.classify_tokens(tokens.mean(1))
         guess = logits.argmax(1)
-        speaks = self.judge(tokens)[torch.arange(len(guess)), :, guess]  # (B, N)
+        speaks = self.classify_tokens(tokens)[torch.arange(len(guess)), :, guess]  # (B, N)
         least, most = speaks.aminmax(dim=1, keepdim=True)
         lit = (speaks - least) / (most - least).clamp(min=1e-12)
         panels = {"original": patches, "what speaks for the guess": patches * lit[..., None]}
@@ -177,13 +196,3 @@ class Classifier(Method):
             },
             names,
         )
-
-
-def require_labels(batch: Batch) -> Tensor:
-    """(B,) int64. Raises UserError when the images came without classes."""
-    if batch.labels is None:
-        raise UserError(
-            "images without labels came, and a classifier learns from labels; put each class into a sub-folder of its "
-            "own"
-        )
-    return batch.labels

@@ -25,6 +25,7 @@ Letters: L cells of all levels together, K classes, M boxes an image is padded t
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from math import log
 from typing import Literal, NamedTuple
 
@@ -35,16 +36,20 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from unmask.batch import Batch, ImageSpec
+from unmask.data.box_annotations import Boxes
 from unmask.errors import UserError
-from unmask.method import Clock, Loss, Method, MethodConfig, Picture
+from unmask.method import Clock, Loss, Picture
+from unmask.metrics.average_precision import ImageBoxes, average_precision, true_boxes
+from unmask.metrics.measurement import Measurement, Metric
 from unmask.nn.blocks import draw_paths
 from unmask.nn.boxes import area, clip, giou, outline, suppress
 from unmask.nn.freeze import check_blocks, freeze
 from unmask.nn.inputs import Scale
 from unmask.nn.patches import grid_of
 from unmask.nn.pyramid import ChannelNorm, Pyramid
-from unmask.nn.vit import ViT, ViTConfig
+from unmask.nn.vit import ViT
 from unmask.rng import Stream
+from unmask.task import Task, TaskConfig
 
 ALPHA, GAMMA = 0.25, 2.0  # of the focal loss
 PRIOR = 0.01  # what every class score starts at: nearly all cells are background
@@ -56,7 +61,7 @@ DRAWN_SCORE = 0.4
 COLOURS = ((1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (1, 0, 1), (0, 1, 1))
 
 
-class Config(MethodConfig):
+class Config(TaskConfig):
     """classes: names, in the order of the labels. width, convs: of the pyramid, and of the head's two branches.
 
     last_blocks: how many of the encoder's last blocks are trained with the head; None for the whole encoder, which as
@@ -65,7 +70,6 @@ class Config(MethodConfig):
     """
 
     name: Literal["detect"] = "detect"
-    encoder: ViTConfig
     classes: tuple[str, ...] = Field(min_length=1)
     last_blocks: float | None = None
     width: int = Field(default=256, gt=0)
@@ -112,6 +116,11 @@ class Found(NamedTuple):
     scores: Float[Tensor, "k"]
     labels: Int[Tensor, "k"]
 
+    def resized(self, seen: tuple[int, int], size: tuple[int, int]) -> Found:
+        """The boxes of an image that was seen at one size (H, W), in pixels of another; in float64 on the host."""
+        scale = torch.tensor([size[1] / seen[1], size[0] / seen[0]] * 2, dtype=torch.float64)
+        return Found(self.boxes.float().cpu().double() * scale, self.scores.float().cpu(), self.labels.cpu())
+
 
 class Head(nn.Module):
     """The part all levels share: two branches of 3x3 convolutions, one for classes, one for sides and centreness."""
@@ -147,15 +156,18 @@ def branch(width: int, convs: int) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-class Detector(Method):
-    """See the module docstring. Images of other sizes than in training may come, in whole patches."""
+class Detector(Task[Found, Boxes]):
+    """See the module docstring. Accepts images of other sizes than in training, in whole patches."""
 
-    encoder: ViT
+    annotation = "boxes"
+    headline = (Metric("ap50", "AP50"), Metric("ap", "AP"))
+    title = "detection"
+    head_name = "the feature pyramid and its head"
     undecayed = ("encoder.cls_token", "encoder.pos_embed")
 
     def __init__(self, config: Config, images: ImageSpec) -> None:
         super().__init__()
-        self.drop_path = config.drop_path
+        self.drop_path, self.classes = config.drop_path, config.classes
         self.encoder = ViT(config.encoder, images)
         self.pyramid = Pyramid(self.encoder.width, config.width, self.encoder.patch, self.encoder.grid)
         self.head = Head(config.width, config.convs, len(config.classes), len(self.pyramid.strides))
@@ -184,16 +196,36 @@ class Detector(Method):
         return self.head(maps), make_cells(self.pyramid.strides, [x.shape[2:] for x in maps], images.device)
 
     @torch.no_grad()
-    def predict(self, images: Shaped[Tensor, "B C H W"], scale: Scale | None = None) -> list[Found]:
-        """(B, C, H, W) in the files' units -> what is in each, at most 100 things, in pixels of these images.
+    def predict(
+        self,
+        images: Shaped[Tensor, "B C H W"],
+        sizes: Sequence[tuple[int, int]] | None = None,
+        *,
+        scale: Scale | None = None,
+    ) -> list[Found]:
+        """Find at most 100 objects in each image; see `Task.predict`.
 
-        A thing's score is the root of class times centreness; those below 0.05 are left out. scale: see
-        `ImageEncoder.accept`.
+        The score of an object is the root of class probability times centreness; scores below 0.05 are dropped.
         """
         images = self.encoder.accept(images, scale)
         guess, cells = self.guess(images)
-        size = (images.shape[2], images.shape[3])
-        return [select(Guess(*one), cells, size) for one in zip(*guess, strict=True)]
+        seen = (images.shape[2], images.shape[3])
+        found = [select(Guess(*one), cells, seen) for one in zip(*guess, strict=True)]
+        return found if sizes is None else [one.resized(seen, size) for one, size in zip(found, sizes, strict=True)]
+
+    def measure(self, batches: Iterable[Batch], truth: Boxes) -> Measurement:
+        """COCO's average precision in pixels of the files. Raises UserError without pycocotools or true boxes."""
+        true, found = [], []
+        for batch in batches:
+            rows = batch.index.tolist()
+            true += [true_boxes(truth, row) for row in rows]
+            found += [
+                ImageBoxes(one.boxes.numpy(), one.labels.numpy(), one.scores.numpy())
+                for one in self.predict(batch.images.to(self.device), [truth.sizes[row] for row in rows])
+            ]
+        precision = average_precision(true, found, self.classes)
+        values = {"ap": precision.ap, "ap50": precision.ap50, "ap75": precision.ap75}
+        return Measurement(values, details={"ap50_of_class": precision.classes, "images": len(true)})
 
     def picture(self, batch: Batch, clock: Clock) -> Picture:
         """Original; its true boxes; and the boxes found with some certainty, one colour for each class."""

@@ -11,6 +11,7 @@ An encoder without a class token is probed on the mean of its patch tokens.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from math import log
 from typing import Literal
 
@@ -21,30 +22,36 @@ from torch import Tensor, nn
 
 from unmask.batch import Batch, ImageSpec
 from unmask.errors import UserError
-from unmask.method import Clock, Loss, Method, MethodConfig, Picture
+from unmask.method import Clock, Loss, Picture
+from unmask.metrics.accuracy import measure_accuracy
+from unmask.metrics.measurement import Measurement, Metric
 from unmask.nn.inputs import Scale
-from unmask.nn.vit import ViT, ViTConfig
+from unmask.nn.vit import ViT
+from unmask.task import Task, TaskConfig
 
 BATCH_NORM_EPS = 1e-6
 MOMENTUM = 0.1
 HEAD_STD = 0.01
 
 
-class Config(MethodConfig):
+class Config(TaskConfig):
     """classes: names, in the order of the labels."""
 
     name: Literal["linear_probe"] = "linear_probe"
-    encoder: ViTConfig
     classes: tuple[str, ...] = Field(min_length=2)
 
 
-class LinearProbe(Method):
-    """See the module docstring."""
+class LinearProbe(Task[Tensor, None]):
+    """See the module docstring. A prediction is (K,) float32, the probability of each class."""
 
-    encoder: ViT
+    annotation = "classes"
+    headline = (Metric("accuracy", "right"),)
+    title = "classification"
+    head_name = "the linear classifier"
 
     def __init__(self, config: Config, images: ImageSpec) -> None:
         super().__init__()
+        self.classes = config.classes
         self.encoder = ViT(config.encoder, images)
         self.encoder.requires_grad_(False)
         self.norm = nn.BatchNorm1d(self.encoder.width, eps=BATCH_NORM_EPS, momentum=0.0, affine=False)
@@ -54,15 +61,24 @@ class LinearProbe(Method):
 
     def loss(self, batch: Batch, clock: Clock) -> Loss:
         """Cross-entropy; logs the share of this batch that is right. Raises UserError for images without labels."""
-        if batch.labels is None:
-            raise UserError("images without labels came; put each class into a sub-folder of its own")
+        labels = batch.require_labels()
         logits = self._scores(batch.images)
-        right = (logits.detach().argmax(1) == batch.labels).float().mean()
-        return Loss(F.cross_entropy(logits, batch.labels), {"accuracy": right})
+        right = (logits.detach().argmax(1) == labels).float().mean()
+        return Loss(F.cross_entropy(logits, labels), {"accuracy": right})
 
     def logits(self, images: Tensor, scale: Scale | None = None) -> Tensor:
         """(B, C, H, W) in the files' units -> (B, classes), float32. scale: see `ImageEncoder.accept`."""
         return self._scores(self.encoder.accept(images, scale))
+
+    @torch.no_grad()
+    def predict(
+        self, images: Tensor, sizes: Sequence[tuple[int, int]] | None = None, *, scale: Scale | None = None
+    ) -> list[Tensor]:
+        return list(self.logits(images, scale).softmax(1))
+
+    def measure(self, batches: Iterable[Batch], truth: None) -> Measurement:
+        """Count the images whose most probable class is right, with a Wilson interval. Raises UserError unlabelled."""
+        return measure_accuracy(self.logits, batches, self.device)
 
     def _scores(self, images: Tensor) -> Tensor:
         with torch.no_grad():
@@ -85,12 +101,11 @@ class LinearProbe(Method):
 
     def picture(self, batch: Batch, clock: Clock) -> Picture:
         """The images; beside the loss that of calling all classes alike."""
-        if batch.labels is None:
-            raise UserError("images without labels came; put each class into a sub-folder of its own")
+        labels = batch.require_labels()
         logits = self.logits(batch.images)
-        right = int((logits.argmax(1) == batch.labels).sum())
+        right = int((logits.argmax(1) == labels).sum())
         numbers = {
-            "loss": F.cross_entropy(logits, batch.labels),
+            "loss": F.cross_entropy(logits, labels),
             "all_classes_alike": logits.new_tensor(log(logits.shape[1])),
         }
         note = f"{right} of {len(logits)} of these images are given the right class."

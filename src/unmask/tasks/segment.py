@@ -17,6 +17,7 @@ Letters: B images, C channels, H x W pixels, K classes, L blocks.
 from __future__ import annotations
 
 import colorsys
+from collections.abc import Iterable, Sequence
 from math import log
 from typing import Literal
 
@@ -27,15 +28,19 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from unmask.batch import IGNORED, Batch, ImageSpec
+from unmask.data.segmentation_masks import Maps, MaskOptions
 from unmask.errors import UserError
-from unmask.method import Clock, Loss, Method, MethodConfig, Picture
+from unmask.method import Clock, Loss, Picture
+from unmask.metrics import mean_iou
+from unmask.metrics.measurement import Measurement, Metric
 from unmask.nn.blocks import draw_paths
 from unmask.nn.freeze import check_blocks, freeze
 from unmask.nn.inputs import Scale
 from unmask.nn.map_heads import LinearHead, UPerNet, resize
 from unmask.nn.patches import grid_of
-from unmask.nn.vit import ViT, ViTConfig
+from unmask.nn.vit import ViT
 from unmask.rng import Stream
+from unmask.task import Task, TaskConfig
 
 COLOURS = {  # of the first classes, as far apart as twelve can be
     "red": (230, 25, 75), "green": (60, 180, 75), "yellow": (255, 225, 25), "blue": (0, 90, 220),
@@ -45,7 +50,7 @@ COLOURS = {  # of the first classes, as far apart as twelve can be
 TURN = 0.618034  # of the colour circle between two further classes: never the same again
 
 
-class Config(MethodConfig):
+class Config(TaskConfig):
     """classes: names, in the order of the numbers in `Batch.maps`.
 
     ignored: ids in the mask files that are no class (`data/segmentation_masks.py`), kept so that other masks are read
@@ -59,7 +64,6 @@ class Config(MethodConfig):
     """
 
     name: Literal["segment"] = "segment"
-    encoder: ViTConfig
     classes: tuple[str, ...] = Field(min_length=2, max_length=IGNORED - 1)
     ignored: tuple[int, ...] = (IGNORED,)
     values: tuple[int, ...] | None = None
@@ -75,16 +79,29 @@ class Config(MethodConfig):
         check_blocks(self.last_blocks, self.encoder.depth)
         return self
 
+    @property
+    def ignored_ids(self) -> tuple[int, ...]:
+        return self.ignored
 
-class Segmenter(Method):
-    """See the module docstring. Images of other sizes than in training may come, in whole patches."""
+    def mask_options(self, *, of_training_images: bool) -> MaskOptions:
+        return MaskOptions(self.values or (), stored=self.stored_pixels if of_training_images else None)
 
-    encoder: ViT
+
+class Segmenter(Task[Tensor, Maps]):
+    """See the module docstring. Accepts images of other sizes than in training, in whole patches.
+
+    A prediction is (H, W) int64, the class of each pixel.
+    """
+
+    annotation = "masks"
+    headline = (Metric("mean_iou", "mean IoU"), Metric("pixel_accuracy", "of all pixels right"))
+    title = "segmentation"
+    head_name = "the segmentation head"
     undecayed = ("encoder.cls_token", "encoder.pos_embed")
 
     def __init__(self, config: Config, images: ImageSpec) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.classes = config, config.classes
         self.encoder = ViT(config.encoder, images)
         width, count = self.encoder.width, len(config.classes)
         if config.head == "linear":
@@ -123,9 +140,24 @@ class Segmenter(Method):
         return resize(self.head(maps).float(), size)
 
     @torch.no_grad()
-    def predict(self, images: Shaped[Tensor, "B C H W"], scale: Scale | None = None) -> Int[Tensor, "B H W"]:
-        """The class of each pixel of images in the files' units. scale: see `ImageEncoder.accept`."""
-        return self.logits(images, scale).argmax(1)
+    def predict(
+        self,
+        images: Shaped[Tensor, "B C H W"],
+        sizes: Sequence[tuple[int, int]] | None = None,
+        *,
+        scale: Scale | None = None,
+    ) -> list[Int[Tensor, "_ _"]]:
+        logits = self.logits(images, scale)
+        if sizes is None:
+            return list(logits.argmax(1))
+        return [mean_iou.classes_at(one, size) for one, size in zip(logits, sizes, strict=True)]
+
+    def measure(self, batches: Iterable[Batch], truth: Maps) -> Measurement:
+        """Mean intersection over union at the size of each file, with a bootstrap interval over the images.
+
+        Raises UserError where no pixel counts.
+        """
+        return mean_iou.measure(self.logits, batches, truth.read, self.classes, device=self.device).as_measurement()
 
     def picture(self, batch: Batch, clock: Clock) -> Picture:
         """Original, true map and predicted map, a colour for each class; pixels that are not judged are black."""

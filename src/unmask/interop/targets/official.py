@@ -37,7 +37,6 @@ from unmask.interop.export_target import ExportedModel, ExportError, ExportTarge
 from unmask.interop.foreign.state_dicts import IMPRINT
 from unmask.methods.mae import MAE
 from unmask.nn.masks import Mask
-from unmask.tasks.classify import Classifier
 
 
 def to_official(loaded: Loaded) -> ExportedModel:
@@ -56,7 +55,7 @@ def to_official(loaded: Loaded) -> ExportedModel:
     }  # fmt: skip
     norm = f"norm_layer=partial(nn.LayerNorm, eps={settings['norm_eps']!r})"
     why = mae_misses(loaded, "official MAE")
-    classifier = method if isinstance(method, Classifier) else None
+    classifier = method.mean_token_classifier
     if isinstance(method, MAE) and spec.channels != 3:
         why = why or f"official MAE's decoder draws 3 channels, and there are {spec.channels}"
     if isinstance(method, MAE) and settings["mlp_ratio"] != 4:

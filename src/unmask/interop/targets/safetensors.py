@@ -13,7 +13,6 @@ from unmask.interop.export_common import largest, weights_of, write_safetensors
 from unmask.interop.export_target import ExportedModel, ExportTarget
 from unmask.interop.model_card import last_name
 from unmask.interop.safetensors_file import HEADER, open_safetensors
-from unmask.tasks.classify import Classifier
 
 
 def to_safetensors(loaded: Loaded) -> ExportedModel:
@@ -37,7 +36,7 @@ def to_safetensors(loaded: Loaded) -> ExportedModel:
         returns="`method.encoder(images)` takes images in the files' own units and gives `.cls` and `.patches`.",
         write=lambda path: write_safetensors(path, weights_of(loaded.method), {HEADER: json.dumps(header)}),
         check=check,
-        classifies=isinstance(loaded.method, Classifier),
+        classifies=loaded.method.mean_token_classifier is not None,
     )
 
 

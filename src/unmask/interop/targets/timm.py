@@ -30,7 +30,6 @@ from unmask.interop.export_common import (
 )
 from unmask.interop.export_target import ExportedModel, ExportTarget
 from unmask.interop.foreign.state_dicts import IMPRINT
-from unmask.tasks.classify import Classifier
 
 
 def to_timm(loaded: Loaded) -> ExportedModel:
@@ -38,7 +37,7 @@ def to_timm(loaded: Loaded) -> ExportedModel:
     encoder, settings = vit_of(loaded, "timm"), loaded.config.method.model_dump()["encoder"]
     method, spec = loaded.method, loaded.plan.images
     beit = bool(settings["relative_bias"]) or encoder.pos_embed is None
-    classifier = method if isinstance(method, Classifier) else None
+    classifier = method.mean_token_classifier
     asked: dict[str, Any] = {
         "pretrained": False, "img_size": sides(spec.size), "patch_size": sides(encoder.patch),
         "in_chans": spec.channels, "embed_dim": encoder.width, "depth": settings["depth"],

@@ -1,0 +1,30 @@
+"""Choose the recipe of a fine-tuning by the task, the width of the encoder and the number of labels."""
+
+from __future__ import annotations
+
+from unmask.config import task_names
+from unmask.nn.vit import ViTConfig
+from unmask.recipes import catalogue
+
+FEW, SOME = 1_000, 10_000
+BASE, LARGE, HUGE = 700, 1_000, 1_200  # width of an encoder from which on it counts as such
+
+
+def finetuning_recipes() -> list[str]:
+    """The names of those that fine-tune."""
+    return [name for name, make in catalogue.all_recipes().items() if make().method.name in task_names()]
+
+
+def choose_recipe(task: str, encoder: ViTConfig, labelled: int, *, from_scratch: bool) -> tuple[str, str]:
+    """(recipe, why), by the task, the width of the encoder and the number of labelled images."""
+    if task == "linear_probe":
+        return "linear_paper", "recipe linear_paper: MAE's linear probe"
+    if task != "classify":
+        name = f"{task}_{'base' if encoder.width >= BASE else 'nano'}"
+        return name, f"recipe {name}: an encoder {encoder.width} wide"
+    amount = "few" if labelled <= FEW else "some" if labelled <= SOME else "nano"
+    if encoder.width >= BASE and labelled > SOME:
+        amount = "huge" if encoder.width >= HUGE else "large" if encoder.width >= LARGE else "base"
+        amount = "large" if from_scratch and amount == "huge" else amount
+    name = f"{'scratch' if from_scratch else 'finetune'}_{amount}"
+    return name, f"recipe {name}: an encoder {encoder.width} wide and {labelled} labelled images"

@@ -1,0 +1,135 @@
+"""The configuration of a supervised run: a recipe, the encoder of a Run and its images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from unmask.config import Config, ConfigError, Graft, parse, task_names
+from unmask.console import Console
+from unmask.data.augment import crop_for
+from unmask.data.segmentation_masks import Maps
+from unmask.engine import checkpoint, pretrain
+from unmask.engine.image_size import dense_size
+from unmask.engine.load import read_config, read_plan
+from unmask.engine.time_budget import Budget
+from unmask.errors import UserError
+from unmask.finetuning.annotated import (
+    AnnotatedImages,
+)
+from unmask.finetuning.choose_recipe import finetuning_recipes
+from unmask.nn.vit import ViTConfig
+from unmask.optim import OptimConfig
+from unmask.recipes import catalogue
+from unmask.run import Run
+from unmask.tasks import classify
+
+PLAIN = "classify"
+PLAIN_OPTIM = OptimConfig(base_lr=1e-3, betas=(0.9, 0.999), weight_decay=0.05, warmup=0.05)
+UNSETTABLE = {
+    "method.classes": "classes are found in the data; name them by sub-folders, in classes.txt or in the annotations",
+    "method.ignored": "it must be known when the masks are read; give --ignore ID",
+    "method.values": "it must be known when the masks are read; give --mask-values ID,ID",
+    "method.stored_pixels": "it is found out when the masks are read",
+    "data.mean": "the weights know their normalisation",
+    "data.std": "the weights know their normalisation",
+}
+
+
+def finetuning_config(
+    pretrained: Config, classes: Sequence[str], recipe: str = PLAIN, *, ignored: Sequence[int] = ()
+) -> Config:
+    """The configuration of a supervised run with the encoder of `pretrained` and its images, without weights.
+
+    recipe: of `recipes/fine_tuning.py`; PLAIN has the length of `pretrained`. ignored: ids in masks that are no class.
+    Raises ConfigError for an encoder that is no plain vision transformer, or a recipe that does not fine-tune.
+    """
+    settings: Any = pretrained.method
+    encoder = getattr(settings, "encoder", None)
+    if not isinstance(encoder, ViTConfig):
+        raise ConfigError(
+            f"the encoder of {pretrained.method.name} came, and only a vision transformer's last blocks can be "
+            "fine-tuned; choose a run or a recipe that has one, such as mae_nano"
+        )
+    if recipe == PLAIN:
+        method = classify.Config(encoder=encoder, classes=tuple(classes))
+        return Config(recipe=PLAIN, method=method, data=pretrained.data, optim=PLAIN_OPTIM, train=pretrained.train)
+    found = catalogue.find(recipe)
+    if found.method.name not in task_names():
+        raise ConfigError(
+            f"recipe {recipe} pre-trains without labels; choose one of {', '.join(finetuning_recipes())}, or leave "
+            "--recipe out"
+        )
+    crop = crop_for(found.data.crop, pretrained.data.size, found.data.size)
+    data = pretrained.data.model_copy(update={"crop": crop})
+    changes = {"encoder": encoder, "classes": tuple(classes)} | ({"ignored": tuple(ignored)} if ignored else {})
+    return found.model_copy(update={"method": found.method.model_copy(update=changes), "data": data})
+
+
+def require_settable(asked: Mapping[str, Any]) -> None:
+    """Raise ConfigError for settings KEY=VALUE that a fine-tuning decides by itself, or that would have no effect."""
+    for key, why in UNSETTABLE.items():
+        if key in asked:
+            raise ConfigError(f"{key} cannot be set: {why}")
+    if asked.get("method.head") == "linear" and "method.width" in asked:
+        raise ConfigError("got method.width with method.head=linear, which has no width; leave one of them out")
+
+
+def enlarged(config: Config, median: tuple[int, int], most: tuple[int, int], console: Console) -> Config:
+    """The configuration with a larger size, where that of the pre-training is too small for masks or boxes."""
+    size, own = dense_size(config, median, most), config.data.size
+    if size == own:
+        return config
+    larger = config.model_copy(update={"data": config.data.model_copy(update={"size": size})})
+    try:
+        pretrain.require_method(larger)
+    except UserError:  # the task wants other steps than whole patches
+        return config
+    console.say(
+        f"size {size[0]} x {size[1]}: the encoder was pre-trained at {own[0]} x {own[1]}, which is small for what is "
+        f"learnt from these images; --set data.size=[{own[0]},{own[1]}] keeps it"
+    )
+    return larger
+
+
+def config_from_run(
+    run: Run, classes: Sequence[str], recipe: str = PLAIN, *, ignored: Sequence[int] = (), from_scratch: bool = False
+) -> Config:
+    """`finetuning_config` of what a Run holds: its newest weights, and the size and normalisation that they know."""
+    step, _ = checkpoint.load_model(run)
+    plan = read_plan(run)
+    config, spec = finetuning_config(read_config(run), classes, recipe, ignored=ignored), plan.images
+    data: dict[str, Any] = {"size": spec.size, "channels": spec.channels, "mean": spec.mean, "std": spec.std}
+    data |= config.data.as_settled(plan.reading)
+    if config.data.pages == "samples":  # labels belong to files
+        data["pages"] = "first"
+    none = dict.fromkeys(("test", "annotations", "test_annotations", "test_split"))
+    taken = Graft(run=str(run.path.absolute()), source="encoder.", target="encoder.", step=step)
+    graft = () if from_scratch else (taken,)
+    if from_scratch and isinstance(config.method, classify.Config) and config.method.head_std is None:
+        method = config.method.model_copy(update={"head_std": classify.SCRATCH_STD})
+        config = config.model_copy(update={"method": method})
+    return config.model_copy(update={"data": config.data.model_copy(update=data | none), "graft": graft})
+
+
+def steps_like(other: str | Path | None, settings: Sequence[str], budget: Budget | None) -> list[str]:
+    """The steps and the batch size of another Run as settings. Raises ConfigError where they were also set."""
+    if other is None:
+        return []
+    plan, asked = read_plan(Run.open(other)), parse(settings)
+    both = [key for key in ("train.steps", "train.epochs", "train.batch_size") if key in asked]
+    if budget is not None or both:
+        option = "--budget" if budget is not None else both[0]
+        raise ConfigError(f"got both --steps-of and {option}, which decide the length; leave one of them out")
+    return [f"train.steps={plan.steps}", f"train.batch_size={plan.batch_size}"]
+
+
+def with_masks(config: Config, annotated: AnnotatedImages) -> Config:
+    """The configuration with what was found out about reading the masks, so that a resumed run reads them alike."""
+    if not isinstance(maps := annotated.annotations, Maps):
+        return config
+    changes: dict[str, Any] = {"stored_pixels": maps.stored}
+    if maps.values:  # 255 may be one of them, and is not ignored then
+        changes |= {"values": maps.values, "ignored": maps.ignored}
+    return config.model_copy(update={"method": config.method.model_copy(update=changes)})

@@ -1,0 +1,223 @@
+"""Write predictions to files: a table of classes, a folder of masks, or boxes in COCO's format.
+
+A writer is chosen by what a task predicts (`Task.annotation`). Table: `path`, `class`, `probability` of that class and
+of every class, as .csv, .json or .parquet; in .csv a text that a spreadsheet would run as a formula is marked with an
+apostrophe (`data/csv_cells.py`). Masks: a palette PNG of the image's own size per image, whose stored numbers are the
+ids of the training masks, and `classes.txt`; where a mask cannot have its image's name (`data/safe_names.py`),
+`files.json` maps images to masks. Boxes: COCO's `images`, `categories` and `annotations` with a `score`, in pixels of
+the file.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import numpy as np
+from PIL import Image
+
+from unmask.data.csv_cells import marked
+from unmask.data.safe_names import safe_names
+from unmask.data.segmentation_masks import CLASSES_FILE, first_ids
+from unmask.errors import UserError, naming
+from unmask.run import replace_file
+from unmask.task import Annotation
+from unmask.tasks.detect import LEAST_SCORE, Found
+from unmask.tasks.segment import colour_table
+
+TABLES = (".csv", ".json", ".parquet")
+FILES_FILE = "files.json"
+
+
+class Predicted(NamedTuple):
+    """One image of the source: its row, its name, (H, W) of its file, and what was predicted."""
+
+    row: int
+    name: str
+    size: tuple[int, int]
+    prediction: Any
+
+
+class Written(NamedTuple):
+    """How many images were written, and how many of them, of pixels or of boxes each class has."""
+
+    images: int
+    classes: dict[str, int]
+
+
+@dataclass(frozen=True)
+class PredictionFile:
+    """Where predictions go: `out`, the names of the classes, and the settings of the task that predicts.
+
+    images: the names of all images of the source. min_score: of a box, below which it is left out.
+    """
+
+    out: Path
+    classes: list[str]
+    settings: dict[str, Any]
+    images: list[str]
+    min_score: float = LEAST_SCORE
+
+
+class Writer(Protocol):
+    """One form of predictions. unit: what the counts of classes are of. folder: whether `out` is one."""
+
+    unit: ClassVar[str]
+    folder: ClassVar[bool]
+    endings: ClassVar[tuple[str, ...]]
+
+    def write(self, file: PredictionFile, predictions: Iterable[Predicted]) -> Written:
+        """Write all of them; a file under its final name is always whole."""
+        ...
+
+
+@dataclass(frozen=True)
+class ClassTable:
+    """A row per image; see the module docstring. A prediction is (K,) probabilities."""
+
+    unit: ClassVar[str] = ""
+    folder: ClassVar[bool] = False
+    endings: ClassVar[tuple[str, ...]] = TABLES
+
+    def write(self, file: PredictionFile, predictions: Iterable[Predicted]) -> Written:
+        rows, counts = [], Counter[str]()
+        for one in predictions:
+            share = one.prediction.cpu().numpy()
+            best = file.classes[int(share.argmax())]
+            each = {f"p({name})": float(value) for name, value in zip(file.classes, share, strict=True)}
+            rows.append({"path": one.name, "class": best, "probability": float(share.max()), **each})
+            counts[best] += 1
+        write_rows(file.out, rows)
+        return Written(len(rows), dict(counts))
+
+
+@dataclass(frozen=True)
+class MaskFolder:
+    """A PNG per image; see the module docstring. A prediction is (H, W) class numbers."""
+
+    unit: ClassVar[str] = "pixels of "
+    folder: ClassVar[bool] = True
+    endings: ClassVar[tuple[str, ...]] = ()
+
+    def write(self, file: PredictionFile, predictions: Iterable[Predicted]) -> Written:
+        names = file.classes
+        numbers = list(file.settings["values"] or first_ids(len(names), file.settings["ignored"]))
+        ids = np.array(numbers, np.uint8 if max(numbers) < 256 else np.uint16)  # beyond a byte there is no palette
+        palette = mask_palette(ids)
+        done, counts = 0, np.zeros(len(names), np.int64)
+        places = safe_names(file.images, ".png")
+        if renamed := {name: to for name, to in zip(file.images, places, strict=True) if not _plain(name, to)}:
+            replace_file(file.out / FILES_FILE, json.dumps(renamed, indent=1).encode())
+        for one in predictions:
+            found = one.prediction.cpu().numpy()
+            picture = Image.fromarray(ids[found])
+            if ids.dtype == np.uint8:
+                picture.putpalette(palette)
+            place = file.out / places[one.row]
+            place.parent.mkdir(parents=True, exist_ok=True)
+            with naming(place):
+                picture.save(place)
+            counts += np.bincount(found.ravel(), minlength=len(names))
+            done += 1
+        lines = ["(no class)"] * (int(ids.max()) + 1)
+        for number, name in zip(ids.tolist(), names, strict=True):
+            lines[number] = name
+        (file.out / CLASSES_FILE).write_text("\n".join(lines) + "\n", "utf-8")
+        return Written(done, {name: int(count) for name, count in zip(names, counts, strict=True) if count})
+
+
+@dataclass(frozen=True)
+class BoxFile:
+    """COCO's JSON; see the module docstring. A prediction is `tasks.detect.Found`, best first."""
+
+    unit: ClassVar[str] = "boxes of "
+    folder: ClassVar[bool] = False
+    endings: ClassVar[tuple[str, ...]] = (".json",)
+
+    def write(self, file: PredictionFile, predictions: Iterable[Predicted]) -> Written:
+        counts, images, annotations = Counter[str](), [], list[dict[str, Any]]()
+        for one in predictions:
+            height, width = one.size
+            images.append({"id": one.row, "file_name": one.name, "height": height, "width": width})
+            found: Found = one.prediction
+            for (x1, y1, x2, y2), label, score in zip(
+                *(part.tolist() for part in (found.boxes, found.labels, found.scores)), strict=True
+            ):
+                if score < file.min_score:
+                    break  # best first
+                box = {"id": len(annotations), "image_id": one.row, "category_id": label, "score": score}
+                annotations.append(box | {"bbox": [x1, y1, x2 - x1, y2 - y1], "area": (x2 - x1) * (y2 - y1)})
+                counts[file.classes[label]] += 1
+        categories = [{"id": number, "name": name} for number, name in enumerate(file.classes)]
+        content = {"images": images, "categories": categories, "annotations": annotations}
+        replace_file(file.out, json.dumps(content).encode())
+        return Written(len(images), dict(counts))
+
+
+WRITERS: dict[Annotation, Writer] = {"classes": ClassTable(), "masks": MaskFolder(), "boxes": BoxFile()}
+
+
+def mask_palette(ids: np.ndarray) -> bytes:
+    """RGB of every number that a PNG can hold: a colour for each class id, black for the others."""
+    palette = np.zeros((max(256, int(ids.max()) + 1), 3), np.uint8)
+    palette[ids] = (255 * colour_table(len(ids)).numpy()).round().astype(np.uint8)
+    return palette.tobytes()
+
+
+def _plain(name: str, file: str) -> bool:
+    """Whether a mask has its image's name, but for the ending."""
+    return name.rpartition(".")[0] + ".png" == file or name + ".png" == file
+
+
+def require_out(out: Path, writer: Writer) -> None:
+    """Raise UserError where `out` does not fit the predictions or cannot be written to.
+
+    Called before any image is read, which may take hours.
+    """
+    if not writer.folder and out.suffix not in writer.endings:
+        raise UserError(
+            f"got output file {out}; expected a name that ends in {', '.join(writer.endings)}; choose another --out"
+        )
+    if writer.folder and out.suffix in (*TABLES, ".png"):
+        raise UserError(f"got output {out}; expected the name of a folder for the masks; choose another --out")
+    if writer.folder and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"output folder {out} is not empty; name a new folder for the masks")
+    parent = out.resolve().parent
+    if not parent.is_dir():
+        raise UserError(f"the folder {parent} does not exist; make it first, or choose another --out")
+    if not writer.folder and out.is_dir():
+        raise UserError(f"output file {out} is a folder; name a file in it")
+    try:
+        if writer.folder:
+            out.mkdir(exist_ok=True)
+        with tempfile.TemporaryFile(dir=out if writer.folder else parent):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write to {out}: {error.strerror}; choose another --out") from None
+
+
+def write_rows(out: Path, rows: list[dict[str, Any]]) -> None:
+    """Write a table in the format of the file name; a file under its final name is always whole."""
+    if out.suffix == ".json":
+        content = json.dumps(rows, indent=1).encode()
+    elif out.suffix == ".csv":
+        text = io.StringIO()
+        writer = csv.writer(text)
+        writer.writerow([marked(name) for name in rows[0]])
+        writer.writerows([marked(value) for value in row.values()] for row in rows)
+        content = text.getvalue().encode("utf-8", "backslashreplace")
+    else:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        sink = pa.BufferOutputStream()
+        pq.write_table(pa.Table.from_pylist(rows), sink, compression="zstd")
+        content = sink.getvalue().to_pybytes()
+    replace_file(out, content)

@@ -1,0 +1,26 @@
+"""The share of images whose most probable class is right, with its Wilson interval."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from unmask.batch import Batch
+from unmask.metrics.intervals import wilson
+from unmask.metrics.measurement import Measurement
+
+
+def measure_accuracy(logits: Callable[[Tensor], Tensor], batches: Iterable[Batch], device: torch.device) -> Measurement:
+    """Compare the highest of the scores (B, K) that `logits` gives for images (B, C, H, W) with the labels.
+
+    Raises UserError for images without labels.
+    """
+    correct, total = torch.zeros((), dtype=torch.int64, device=device), 0
+    for batch in batches:
+        labels = batch.require_labels().to(device)
+        correct += (logits(batch.images.to(device)).argmax(1) == labels).sum()
+        total += len(batch)
+    low, high = wilson(int(correct), total)
+    return Measurement({"accuracy": int(correct) / total}, low, high, {"correct": int(correct), "total": total})
