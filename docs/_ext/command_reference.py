@@ -20,25 +20,25 @@ from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 from typer.main import get_command
 
+from unmask.commands import app
+
 PARAGRAPH = re.compile(r"\n\s*\n")
 
 
-def find_app() -> Any:
-    """Return the Typer application: `unmask.commands:app`, or `unmask.cli:app` where the verbs lie in one file."""
-    try:
-        from unmask.commands import app
-    except ImportError:
-        from unmask.cli import app
-    return app
-
-
 def reference(app: Any) -> str:
-    """Return the reference of all verbs of `app` as Markdown, in the order of `unmask --help`."""
+    """Return the reference of all verbs of `app` as Markdown: a section for each panel of `unmask --help`."""
     command = get_command(app)
     context = command.make_context("unmask", [], resilient_parsing=True)
-    names = command.list_commands(context)  # type: ignore[attr-defined]
-    verbs = {name: command.get_command(context, name) for name in names}  # type: ignore[attr-defined]
-    return "\n".join(line for name, verb in verbs.items() if not verb.hidden for line in verb_lines(name, verb))
+    lines, panel = [], None
+    for name in command.list_commands(context):  # type: ignore[attr-defined]
+        verb = command.get_command(context, name)  # type: ignore[attr-defined]
+        if verb.hidden:
+            continue
+        if verb.rich_help_panel != panel:
+            panel = verb.rich_help_panel
+            lines += [f"## {panel}", ""]
+        lines += verb_lines(name, verb)
+    return "\n".join(lines)
 
 
 def verb_lines(name: str, verb: Any) -> Iterator[str]:
@@ -46,12 +46,12 @@ def verb_lines(name: str, verb: Any) -> Iterator[str]:
     arguments = [each for each in verb.params if each.param_type_name == "argument"]
     options = [each for each in verb.params if each.param_type_name == "option" and not each.hidden]
     usage = " ".join(["unmask", name, *(_usage(each) for each in arguments), "[OPTIONS]"])
-    yield from (f"## `{name}`", "", "```bash", usage, "```", "")
+    yield from (f"### `{name}`", "", "```bash", usage, "```", "")
     for paragraph in PARAGRAPH.split(inspect.cleandoc(verb.help or "")):
         yield from (escape(" ".join(paragraph.split())), "")
     rows = [(_argument_name(each), each) for each in arguments] + [(_option_name(each), each) for each in options]
     if rows:
-        yield from ("| argument or option | meaning | default |", "|---|---|---|")
+        yield from ("| name | meaning | default |", "|---|---|---|")
         for label, parameter in rows:
             text = escape(" ".join((getattr(parameter, "help", None) or "").split()))
             yield f"| {label} | {text} | {_default(parameter)} |"
@@ -90,10 +90,12 @@ def _type_name(option: Any) -> str:
 
 
 def _default(parameter: Any) -> str:
-    """The default as one types it; nothing for flags, required parameters and defaults that depend on the rest."""
+    """Return the default as one types it, or in words where it depends on the rest; nothing for flags."""
     value = parameter.default
     if parameter.required:
         return "required"
+    if isinstance(parameter.show_default, str):
+        return escape(parameter.show_default)
     plain = isinstance(value, str | int | float | Path) and value is not False
     return f"`{value}`" if plain and str(value) not in ("", ".") else ""
 
@@ -103,10 +105,10 @@ class CommandReference(SphinxDirective):
 
     def run(self) -> list[nodes.Node]:
         """Return the sections of all verbs."""
-        return self.parse_text_to_nodes(reference(find_app()), allow_section_headings=True)
+        return self.parse_text_to_nodes(reference(app), allow_section_headings=True)
 
 
-def setup(app: Sphinx) -> dict[str, bool]:
+def setup(sphinx: Sphinx) -> dict[str, bool]:
     """Register the directive with Sphinx."""
-    app.add_directive("command-reference", CommandReference)
+    sphinx.add_directive("command-reference", CommandReference)
     return {"parallel_read_safe": True}
