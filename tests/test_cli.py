@@ -309,7 +309,7 @@ def test_a_fault_of_ours_says_so_and_fails(unmask, monkeypatch, capfd, tmp_path)
     def broken(*_, **__):
         raise KeyError("something we forgot")
 
-    monkeypatch.setattr("unmask.engine.preflight.check_data", broken)
+    monkeypatch.setattr("unmask.engine.check.check_data", broken)
     monkeypatch.setattr(sys, "argv", ["unmask", "check", str(tmp_path)])
     with pytest.raises(SystemExit) as stop:
         commands.main()
@@ -397,7 +397,7 @@ def test_settings_of_another_run_repeat_it(unmask, run_folder, images):
 
 def test_settings_of_a_budgeted_run_repeat_its_steps(unmask, images, tmp_path, monkeypatch):
     monkeypatch.setattr("unmask.engine.time_budget.clock", lambda: options.started())  # stands still
-    monkeypatch.setattr("unmask.engine.plan.time_steps", lambda *_, **__: [0.1])
+    monkeypatch.setattr("unmask.engine.make_plan.time_steps", lambda *_, **__: [0.1])
     code, _, err = unmask("pretrain", images, "--recipe", "mae_nano", "--out", "a", "--budget", "1s", *small())
     assert code == 0, err
     code, _, err = unmask("pretrain", images, "--config", "a", "--out", "b")

@@ -9,7 +9,8 @@ import time
 
 import pytest
 
-from unmask.run import Run, RunError, RunInUse, replace_file
+from unmask.run import Run, RunError, RunInUse
+from unmask.system.atomic_files import replace_file
 
 
 @pytest.fixture

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for editors and type checkers only
     from unmask.engine.load import load, load_encoder
-    from unmask.engine.pretrain import pretrain, resume
+    from unmask.engine.pretrain import pretrain
+    from unmask.engine.resume import resume
     from unmask.interop.safetensors_file import open_safetensors
     from unmask.recipes.catalogue import find as recipe
 
@@ -29,7 +30,7 @@ _PLACES = {
     "open_safetensors": "unmask.interop.safetensors_file:open_safetensors",
     "pretrain": "unmask.engine.pretrain:pretrain",
     "recipe": "unmask.recipes.catalogue:find",
-    "resume": "unmask.engine.pretrain:resume",
+    "resume": "unmask.engine.resume:resume",
 }
 
 

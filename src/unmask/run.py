@@ -21,13 +21,13 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from io import BufferedRandom
 from pathlib import Path
 from typing import Any
 
 from unmask import run_summary
-from unmask.errors import TrainingFailed, UserError, naming
-from unmask.system import folder_lock, verified_json
+from unmask.errors import TrainingFailed, UserError
+from unmask.system import folder_lock, json_lines, verified_json
+from unmask.system.atomic_files import replace_file
 from unmask.system.verified_json import ChangedJson, Verified
 
 CONFIG, PLAN, PROVENANCE, STATUS = "config.json", "plan.json", "provenance.json", "status.json"
@@ -330,17 +330,17 @@ class Run:
     def log(self, row: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
         self.require_present()
-        _append(self.metrics_file, row)
+        json_lines.append(self.metrics_file, row)
 
     def metrics(self) -> list[dict[str, Any]]:
         """The logged rows; a line torn by a crash is left out."""
-        return _read_lines(self.metrics_file)
+        return _rows(self.metrics_file)
 
     def truncate_metrics(self, step: int) -> None:
         """Keep the rows up to this step, so that after a resume each step stands there exactly once."""
         if self.metrics_file.exists():
             rows = [row for row in self.metrics() if row.get("step", 0) <= step]
-            replace_file(self.metrics_file, b"".join(_line(row) for row in rows))
+            replace_file(self.metrics_file, b"".join(json_lines.to_line(row) for row in rows))
 
     def sync_metrics(self) -> None:
         """Flush metrics.jsonl to disk: before a checkpoint, so that a power cut loses no row from before it."""
@@ -368,14 +368,14 @@ class Run:
 
     def add_quarantine(self, row: dict[str, Any]) -> None:
         """Note a file that could not be read: {"name", "code", "detail", ...}."""
-        _append(self.quarantine_file, row)
+        json_lines.append(self.quarantine_file, row)
 
     def add_fault(self, row: dict[str, Any]) -> None:
         """Note a skipped step and its images, for good: a rollback takes it out of metrics.jsonl, not out of here."""
-        _append(self.faults_file, row)
+        json_lines.append(self.faults_file, row)
 
     def quarantine(self) -> list[dict[str, Any]]:
-        return _read_lines(self.quarantine_file)
+        return _rows(self.quarantine_file)
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -397,6 +397,16 @@ class Run:
             yield
 
 
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """The objects of a file of JSON lines; [] where there is no such file. Raises RunError."""
+    try:
+        return json_lines.parse(path.read_bytes())
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise RunError(f"{path} cannot be read: {error.strerror}; remove it, or make it readable") from None
+
+
 def _named(run_id: str | None) -> str:
     return "a run without an id (of an earlier version)" if run_id is None else f"run {run_id[:8]}"
 
@@ -410,81 +420,3 @@ def _mend(name: str, path: Path) -> str:
     if name in DECIDING:
         return "restore it from a backup, or start a new run; settings are changed with `unmask set`, not in an editor"
     return "restore it from a backup, or delete it"
-
-
-def _line(row: dict[str, Any]) -> bytes:
-    return json.dumps(row).encode("ascii") + b"\n"  # ASCII: file names may hold bytes that are no text
-
-
-def _append(path: Path, row: dict[str, Any]) -> None:
-    # A line torn by a crash must not swallow the next one.
-    with naming(path), path.open("ab+") as file:
-        if file.tell():
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":
-                file.write(b"\n")
-        file.write(_line(row))
-
-
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
-    if path.exists():
-        try:
-            content = path.read_bytes()
-        except OSError as error:
-            raise RunError(f"{path} cannot be read: {error.strerror}; remove it, or make it readable") from None
-        for line in content.splitlines():
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(row, dict):
-                rows.append(row)
-    return rows
-
-
-def free_path(path: Path) -> Path:
-    """`path`, or with the first number from 2 on at its end that is not taken."""
-    number, free = 2, path
-    while free.exists():
-        free, number = path.with_name(f"{path.name}-{number}"), number + 1
-    return free
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all; see `replacing`."""
-    with replacing(path) as file:
-        file.write(content)
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[BufferedRandom]:
-    """A file to write and read that becomes `path` when all is well, and is not there otherwise.
-
-    It lies beside its name, is flushed to disk and renamed; the folder entry is flushed too.
-    """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with naming(path), partial.open("w+b") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
-
-
-def sync_folder(path: Path) -> None:
-    """Flush a folder's entries to disk, where the system can."""
-    try:
-        handle = os.open(path, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(handle)
-    except OSError:
-        pass
-    finally:
-        os.close(handle)

@@ -25,9 +25,9 @@ from unmask.comparison.table_results import find_probe
 from unmask.config import ConfigError
 from unmask.console import Console
 from unmask.data.sources.open_source import open_source
-from unmask.engine import pretrain
+from unmask.engine import changed_data, pretrain, run_training, training_data
 from unmask.engine.load import load, read_plan
-from unmask.engine.plan import Timing
+from unmask.engine.measure import Timing
 from unmask.errors import TrainingFailed, UserError
 from unmask.finetuning import final_test
 from unmask.finetuning.annotated import open_annotated, split_rows
@@ -162,7 +162,7 @@ def test_a_table_that_was_stopped_while_training_becomes_that_of_an_unbroken_one
     unbroken, data, tmp_path, monkeypatch, stopped_in
 ):
     """A real signal in the middle of a cell: the loop saves and stops, the table says so, and the rest follows."""
-    real, left = pretrain.train, [1 if stopped_in == "first cell" else 2]
+    real, left = run_training.train, [1 if stopped_in == "first cell" else 2]
 
     def signalled(run, config, plan, images, console, *judge):
         left[0] -= 1
@@ -180,7 +180,7 @@ def test_a_table_that_was_stopped_while_training_becomes_that_of_an_unbroken_one
                 monkeypatch.setattr(Run, "log", logged)
         return real(run, config, plan, images, console)
 
-    monkeypatch.setattr(pretrain, "train", signalled)
+    monkeypatch.setattr(run_training, "train", signalled)
     before = signal.getsignal(signal.SIGTERM)
     stopped = make(data, tmp_path / "table")
     assert signal.getsignal(signal.SIGTERM) is before
@@ -271,20 +271,20 @@ def test_two_at_once_in_one_folder_are_refused(unbroken, data):
 
 
 def test_a_cell_that_fails_is_shown_with_its_sentence_and_the_others_go_on(data, tmp_path, monkeypatch):
-    real = pretrain.train
+    real = run_training.train
 
     def fails(run, config, plan, images, console, *judge):
         if config.method.decoder.depth == 1:
             raise TrainingFailed("the loss went up in smoke")
         return real(run, config, plan, images, console)
 
-    monkeypatch.setattr(pretrain, "train", fails)
+    monkeypatch.setattr(run_training, "train", fails)
     summary = make(data, tmp_path / "table")
     assert summary["state"] == "failed"
     assert [row["state"] for row in summary["rows"]] == ["failed", "finished"]
     assert summary["rows"][0]["sentence"] == "1: failed: the loss went up in smoke"
     assert "depth-1-seed-0 failed: the loss went up in smoke" in (tmp_path / "table" / "table.html").read_text()
-    monkeypatch.setattr(pretrain, "train", real)
+    monkeypatch.setattr(run_training, "train", real)
     mended = make(data, tmp_path / "table")
     assert mended["state"] == "finished", "the same command tries it again"
     assert mended["rows"][0]["runs"][0]["error"] is None
@@ -327,14 +327,14 @@ def test_a_tokenizer_that_is_given_is_used_and_none_is_trained(data, tmp_path, m
 
 def test_without_its_tokenizer_a_cell_fails_and_says_so(data, tmp_path, monkeypatch):
     two_targets(monkeypatch)
-    real = pretrain.train
+    real = run_training.train
 
     def fails(run, config, plan, images, console, *judge):
         if config.method.name == "dvae":
             raise TrainingFailed("no codes")
         return real(run, config, plan, images, console)
 
-    monkeypatch.setattr(pretrain, "train", fails)
+    monkeypatch.setattr(run_training, "train", fails)
     summary = make(data, tmp_path / "table", table="1d", settings=[*SMALL, "method.decoder.depth=1"])
     assert [row["state"] for row in summary["rows"]] == ["failed", "finished", "failed"]
     assert "its tokenizer could not be trained" in summary["rows"][2]["sentence"]
@@ -422,7 +422,7 @@ def test_a_classifier_does_not_go_on_with_other_images(fine_tuned, data):
     with pytest.raises(
         UserError, match=r"test images may be held out .*: 2 files are others\. Bring the old files back"
     ):
-        pretrain.adopt(open_source(data), read_plan(run), run, differ)
+        changed_data.adopt(open_source(data), read_plan(run), run, differ)
 
 
 def test_the_page_of_fine_tuned_cells_says_what_they_are(fine_tuned, data, monkeypatch):
@@ -475,7 +475,7 @@ def test_two_thirds_of_a_budget_go_into_the_pre_training(data, tmp_path, monkeyp
     monkeypatch.setattr(ablate_module, "make", lambda *_: None)
     monkeypatch.setattr(schedule, "measure_step_seconds", lambda *_, **__: 0.1)
     monkeypatch.setattr(schedule, "encode_seconds", lambda *_: 0.0)
-    monkeypatch.setattr(pretrain, "batch_seconds", lambda *_, **__: Timing(0.0, 0.0, 0.0))
+    monkeypatch.setattr(training_data, "batch_seconds", lambda *_, **__: Timing(0.0, 0.0, 0.0))
     free = [setting for setting in FINE if "steps" not in setting]
     summary = make(data, tmp_path / "table", table="fig9", settings=free, budget=100.0, seeds=2)
     first, *rest = summary["rows"]
@@ -546,7 +546,7 @@ def test_a_budget_is_shared_by_all_cells_and_seeds(data, tmp_path, monkeypatch):
     monkeypatch.setattr(ablate_module, "make", lambda *_: None)
     monkeypatch.setattr(schedule, "measure_step_seconds", lambda config, *_, **__: 0.1 * config.method.decoder.depth)
     monkeypatch.setattr(schedule, "encode_seconds", lambda *_: 0.0)
-    monkeypatch.setattr(pretrain, "batch_seconds", lambda *_, **__: Timing(0.0, 0.0, 0.0))
+    monkeypatch.setattr(training_data, "batch_seconds", lambda *_, **__: Timing(0.0, 0.0, 0.0))
     free = [setting for setting in SMALL if "steps" not in setting]
     summary = make(data, tmp_path / "table", settings=free, budget=1000.0, seeds=2)
     probing = schedule.FIT_SECONDS * (2 * 2 + 2)

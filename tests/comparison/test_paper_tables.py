@@ -4,7 +4,7 @@ import pytest
 
 from unmask.comparison.paper_tables import FAMILY, TABLES, find_table
 from unmask.config import override, parse
-from unmask.engine.pretrain import require_method
+from unmask.engine.resolve import require_method
 from unmask.errors import UserError
 from unmask.finetuning.configure import finetuning_config
 from unmask.recipes.catalogue import all_recipes, find

@@ -12,7 +12,8 @@ from unmask.data.augment import CropConfig, cut, cut_later, room_for
 from unmask.data.device_crops import resample, to_device, weights
 from unmask.data.loader import Images, Order, training_batches
 from unmask.data.sources.open_source import open_source
-from unmask.engine.pretrain import pretrain, resume
+from unmask.engine.pretrain import pretrain
+from unmask.engine.resume import resume
 
 
 def picture(height: int, width: int, channels: int) -> np.ndarray:

@@ -19,13 +19,12 @@ from unmask.engine.checkpoint import (
     CheckpointFull,
     CheckpointRefused,
     Damaged,
-    graft,
     load_latest,
     load_model,
-    optimizer_to_tensors,
     save,
-    tensors_to_optimizer,
 )
+from unmask.engine.copy_weights import graft
+from unmask.engine.optimizer_state import optimizer_to_tensors, tensors_to_optimizer
 from unmask.run import Run
 
 FILES = ["model.safetensors", "optim.safetensors", "state.json", "MANIFEST.json"]

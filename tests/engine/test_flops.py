@@ -11,7 +11,7 @@ from unmask.console import Console
 from unmask.engine import flops as flops_module
 from unmask.engine.costs import IMAGENET, recipe_costs, say_costs
 from unmask.engine.flops import COUNTED, blocks_flops, build_unallocated, count_flops, typical_images
-from unmask.engine.plan import example_batch
+from unmask.engine.measure import example_batch
 from unmask.errors import UserError
 from unmask.method import Loss
 from unmask.nn.blocks import Block

@@ -6,7 +6,8 @@ from conftest import SMALL_RUN, write_images
 from unmask.config import Config, override
 from unmask.console import Console
 from unmask.engine.image_size import candidates, consequence, dense_size, follows_images
-from unmask.engine.pretrain import patch_of, pretrain
+from unmask.engine.pretrain import pretrain
+from unmask.engine.resolve import patch_of
 from unmask.finetuning.configure import finetuning_config
 from unmask.recipes import catalogue
 

@@ -9,24 +9,14 @@ from torch import nn
 from unmask.batch import ImageSpec
 from unmask.config import ConfigError, keys, override
 from unmask.engine import device as device_module
-from unmask.engine import plan
+from unmask.engine import measure
 from unmask.engine import time_budget as budgets
+from unmask.engine.build import fresh_method
 from unmask.engine.device import autocast, choose_device, choose_precision
 from unmask.engine.flops import typical_images
-from unmask.engine.plan import (
-    BUDGET_SHARE,
-    MEMORY_SHARE,
-    Plan,
-    Timing,
-    bytes_per_image,
-    choose_micro_batch,
-    choose_steps,
-    example_batch,
-    few_steps,
-    fresh_method,
-    make_plan,
-    measure_step_seconds,
-)
+from unmask.engine.make_plan import BUDGET_SHARE, MEMORY_SHARE, choose_micro_batch, choose_steps, few_steps, make_plan
+from unmask.engine.measure import Timing, bytes_per_image, example_batch, measure_step_seconds
+from unmask.engine.plan import Plan
 from unmask.engine.time_budget import Budget
 from unmask.method import Loss
 from unmask.recipes.catalogue import AUTO as AUTO_RECIPES
@@ -138,7 +128,7 @@ def test_tests_count_in_a_budget_and_are_made_rarer_where_they_would_eat_it(num_
 @pytest.mark.usefixtures("still")
 @pytest.mark.parametrize(("workers", "seconds"), [(0, 0.5), (2, 0.3)])
 def test_loading_counts_in_a_budget_beside_the_step_or_on_top_of_it(monkeypatch, workers, seconds):
-    monkeypatch.setattr(plan, "time_steps", lambda *_, **__: [0.2])
+    monkeypatch.setattr("unmask.engine.make_plan.time_steps", lambda *_, **__: [0.2])
     found = planned(workers=workers, budget=Budget(100.0, 0.0), batch_seconds=exactly(0.3))
     assert found.steps == int(BUDGET_SHARE * 100 / seconds)
 
@@ -196,7 +186,7 @@ def test_a_device_that_is_not_there_is_refused():
     ("images_that_fit", "micro"), [(100, 12), (12, 12), (11, 6), (5, 4), (4, 4), (3, 3), (1, 1), (0.2, 1)]
 )
 def test_the_micro_batch_is_the_largest_divisor_that_fits(monkeypatch, images_that_fit, micro):
-    monkeypatch.setattr(plan, "free_memory", lambda _: int(images_that_fit * 1000 / MEMORY_SHARE) + 1)
+    monkeypatch.setattr("unmask.engine.make_plan.free_memory", lambda _: int(images_that_fit * 1000 / MEMORY_SHARE) + 1)
     found, why = choose_micro_batch(small(), 1000, "cpu")
     assert found == micro
     assert str(micro) in why
@@ -345,13 +335,13 @@ def test_a_device_number_that_is_not_there_is_refused(device):
 def test_a_step_with_accumulation_is_measured_with_the_device_waited_for(monkeypatch, micro, seconds):
     """A device on which everything is launched at once and two micro-batches take a second to wait for."""
     now = [0.0]
-    monkeypatch.setattr(plan.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(plan, "update", lambda *_: None)
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(measure, "update", lambda *_: None)
 
     def wait(loss):
         now[0] += loss is not None  # the update itself costs nothing here
 
-    monkeypatch.setattr(plan, "wait_for", wait)
+    monkeypatch.setattr(measure, "wait_for", wait)
     assert measure_step_seconds(small(), SPEC, micro, "fp32", "cpu", seconds=0) == pytest.approx(seconds)
 
 
@@ -373,9 +363,9 @@ class Slow(nn.Module):
 )
 def test_on_a_cpu_a_pass_is_no_longer_than_it_takes_to_tell(monkeypatch, micro, longest, sizes):
     now, seen = [0.0], set()
-    monkeypatch.setattr(plan.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(plan, "fresh_method", lambda *_: Slow(now, seen))
-    monkeypatch.setattr(plan, "LONGEST_PASS", longest)
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(measure, "fresh_method", lambda *_: Slow(now, seen))
+    monkeypatch.setattr(measure, "LONGEST_PASS", longest)
     assert measure_step_seconds(small(), SPEC, micro, "fp32", "cpu", seconds=0) == pytest.approx(12)
     assert seen == sizes
 

@@ -12,12 +12,14 @@ from stops import stop_at
 
 from unmask.config import ConfigError
 from unmask.console import Console
-from unmask.engine import pretrain as module
-from unmask.engine import train as loop
+from unmask.engine import pretrain as pretrain_module
+from unmask.engine import resolve, run_training, samples, train
 from unmask.engine.edit_run import set_values
 from unmask.engine.load import load
-from unmask.engine.pretrain import DataError, pretrain, resume
+from unmask.engine.pretrain import pretrain
+from unmask.engine.resume import resume
 from unmask.engine.train import TrainingFailed
+from unmask.engine.training_data import DataError
 from unmask.errors import UserError
 from unmask.run import Run, RunError, RunInUse
 
@@ -55,7 +57,7 @@ def start(data, out, *settings, recipe="mae_nano", **more):
     ],
 )
 def test_wrong_settings_are_refused_before_a_file_is_read(images, tmp_path, monkeypatch, arguments, message):
-    monkeypatch.setattr(module, "open_source", pytest.fail)
+    monkeypatch.setattr(pretrain_module, "open_source", pytest.fail)
     with pytest.raises(UserError, match=message):
         pretrain(images, out=tmp_path / "run", **arguments)
 
@@ -68,25 +70,25 @@ def test_wrong_settings_are_refused_before_a_file_is_read(images, tmp_path, monk
     ],
 )  # fmt: skip
 def test_what_auto_may_yet_make_fit_is_not_refused_beforehand(settings):
-    assert module.drafted(None, "auto", settings, None).recipe == "mae_nano"
+    assert resolve.drafted(None, "auto", settings, None).recipe == "mae_nano"
 
 
 def test_a_base_is_resolved_alike_whether_it_is_a_recipe_or_another_run():
-    base = module.override(module.catalogue.find("mae_nano"), ["train.steps=500"])
-    assert module.resolve(base, []).train.steps == 500
-    epochs = module.resolve(base, ["train.epochs=3"])
+    base = pretrain_module.override(pretrain_module.catalogue.find("mae_nano"), ["train.steps=500"])
+    assert resolve.resolve(base, []).train.steps == 500
+    epochs = resolve.resolve(base, ["train.epochs=3"])
     assert (epochs.train.steps, epochs.train.epochs) == (None, 3)
     for nothing in ("none", "null", "None"):
-        kept = module.resolve(base, [f"train.epochs={nothing}", "train.steps=7"], proposals=["train.steps=9"])
+        kept = resolve.resolve(base, [f"train.epochs={nothing}", "train.steps=7"], proposals=["train.steps=9"])
         assert (kept.train.steps, kept.train.epochs) == (7, None)
-        assert module.resolve(base, [f"train.steps={nothing}"], budget=3.0).train.steps is None
+        assert resolve.resolve(base, [f"train.steps={nothing}"], budget=3.0).train.steps is None
 
 
 @pytest.mark.parametrize("nothing", ["none", "null"])
 def test_auto_does_not_propose_steps_that_a_person_has_cleared(images, monkeypatch, nothing):
-    source = module.open_source(images)
-    found = module.scan(source)
-    config, reasons, proposals = module.settle(source, found, "auto", [f"train.steps={nothing}"], "cpu", budget=None)
+    source = pretrain_module.open_source(images)
+    found = pretrain_module.scan(source)
+    config, reasons, proposals = resolve.settle(source, found, "auto", [f"train.steps={nothing}"], "cpu", budget=None)
     assert config.train.steps is None
     assert "3000 steps" not in " ".join(reasons)
     assert not [item for item in proposals if item.startswith("train.steps")]
@@ -110,7 +112,7 @@ def test_a_folder_with_a_number_for_a_name(tmp_path, monkeypatch):
 
 
 def test_a_taken_folder_is_refused_before_a_file_is_read(images, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "open_source", pytest.fail)
+    monkeypatch.setattr(pretrain_module, "open_source", pytest.fail)
     with pytest.raises(RunError, match=r"not empty.*another --out"):
         start(images, images)
     with pytest.raises(RunError, match=r"cannot be made|is a file"):
@@ -119,7 +121,7 @@ def test_a_taken_folder_is_refused_before_a_file_is_read(images, tmp_path, monke
 
 def test_auto_with_a_budget_or_epochs_of_ones_own(images, tmp_path, monkeypatch):
     """`auto` proposes 3000 steps for so few images; a person's own answer to "how long?" goes before."""
-    monkeypatch.setattr("unmask.engine.plan.time_steps", lambda *_, **__: [0.5])
+    monkeypatch.setattr("unmask.engine.make_plan.time_steps", lambda *_, **__: [0.5])
     monkeypatch.setattr("unmask.engine.time_budget.clock", lambda: 0.0)
     run = start(images, tmp_path / "a", recipe="auto", budget=3.0)  # on a clock that stands still
     assert run.read("plan.json")["steps"] == 5
@@ -133,9 +135,9 @@ def test_a_budget_and_epochs_go_before_the_steps_of_a_recipe(images, tmp_path, m
     from unmask.recipes import catalogue
 
     steady = catalogue.find("mae_nano").model_copy(update={"train": catalogue.find("mae_nano").train})
-    with_steps = module.override(steady, ["train.steps=500"])
+    with_steps = pretrain_module.override(steady, ["train.steps=500"])
     monkeypatch.setattr(catalogue, "find", lambda _: with_steps)
-    monkeypatch.setattr("unmask.engine.plan.time_steps", lambda *_, **__: [0.5])
+    monkeypatch.setattr("unmask.engine.make_plan.time_steps", lambda *_, **__: [0.5])
     monkeypatch.setattr("unmask.engine.time_budget.clock", lambda: 0.0)
     assert start(images, tmp_path / "a", budget=4.0).read("plan.json")["steps"] == 7
     assert start(images, tmp_path / "b", "train.epochs=1").read("plan.json")["steps"] == 4
@@ -183,7 +185,7 @@ def test_a_device_that_has_gone_is_said(images, tmp_path, monkeypatch):
     run = start(images, tmp_path / "run", "train.steps=4")
     monkeypatch.undo()
     run.write("plan.json", {**run.read("plan.json"), "device": "cuda:0"})
-    if not module.torch.cuda.is_available():
+    if not pretrain_module.torch.cuda.is_available():
         with pytest.raises(ConfigError, match="'cuda:0' is not available here"):
             resume(run.path)
 
@@ -199,7 +201,7 @@ def test_a_folder_that_cannot_be_written_to_is_said(images, tmp_path, monkeypatc
 
 
 def test_a_run_folder_that_vanishes_fails_at_the_end_and_not_before(images, tmp_path, monkeypatch):
-    real, taken = loop.step, []
+    real, taken = train.step, []
 
     def vanishing(*arguments):
         taken.append(real(*arguments))
@@ -207,7 +209,7 @@ def test_a_run_folder_that_vanishes_fails_at_the_end_and_not_before(images, tmp_
             shutil.rmtree(tmp_path / "run")
         return taken[-1]
 
-    monkeypatch.setattr(loop, "step", vanishing)
+    monkeypatch.setattr(train, "step", vanishing)
     with pytest.raises(TrainingFailed, match=r"was deleted, moved or replaced .*unmask resume"):
         start(images, tmp_path / "run", "train.steps=6", "train.picture_every=2")
     assert not (tmp_path / "run").exists(), "it does not come back as a lone status.json"
@@ -215,7 +217,7 @@ def test_a_run_folder_that_vanishes_fails_at_the_end_and_not_before(images, tmp_
 
 
 def test_a_killed_loader_worker_is_a_sentence_and_the_way_out_that_it_names_is_true(images, tmp_path, monkeypatch):
-    real = loop.step
+    real = train.step
 
     def killing(*arguments):
         if arguments[-1].step == 3:
@@ -223,7 +225,7 @@ def test_a_killed_loader_worker_is_a_sentence_and_the_way_out_that_it_names_is_t
                 worker.kill()
         return real(*arguments)
 
-    monkeypatch.setattr(loop, "step", killing)
+    monkeypatch.setattr(train, "step", killing)
     settings = ("train.steps=40", "train.checkpoint_every=2", "data.workers=1", "data.cache=false")
     with pytest.raises(TrainingFailed, match=r"killed by signal 9; out of memory.*unmask set .*run data\.workers=0"):
         start(images, tmp_path / "run", *settings)
@@ -238,7 +240,7 @@ def test_a_killed_loader_worker_is_a_sentence_and_the_way_out_that_it_names_is_t
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_data_that_have_gone_are_a_sentence(images, tmp_path, monkeypatch, workers):
-    real = loop.step
+    real = train.step
 
     def emptying(*arguments):
         if arguments[-1].step == 1:
@@ -246,7 +248,7 @@ def test_data_that_have_gone_are_a_sentence(images, tmp_path, monkeypatch, worke
                 path.write_bytes(b"")
         return real(*arguments)
 
-    monkeypatch.setattr(loop, "step", emptying)
+    monkeypatch.setattr(train, "step", emptying)
     settings = ("train.steps=60", "data.cache=false", f"data.workers={workers}", "data.max_bad_fraction=1")
     with pytest.raises(TrainingFailed, match="the data seem to have gone") as caught:
         start(images, tmp_path / "run", *settings)
@@ -328,9 +330,9 @@ def test_a_loss_that_is_no_better_than_a_baseline_is_reported_at_the_end(images,
 )
 def test_what_counts_as_no_better_than_a_baseline(images, tmp_path, capsys, guesses, losses, warned):
     run = start(images, tmp_path / "run", "train.steps=2", console=Console(quiet=True))
-    run.write(loop.BASELINES, {"guesses": guesses, "losses": losses})
+    run.write(samples.BASELINES, {"guesses": guesses, "losses": losses})
     capsys.readouterr()
-    module.warn_above_baseline(run, Console())
+    run_training.warn_above_baseline(run, Console())
     assert ("the baseline (visible mean)" in capsys.readouterr().err) == warned
 
 

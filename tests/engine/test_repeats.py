@@ -4,8 +4,9 @@ import pytest
 from conftest import SMALL_RUN
 
 from unmask.config import ConfigError, override
-from unmask.engine.plan import choose_micro_batch
-from unmask.engine.pretrain import pretrain, resume
+from unmask.engine.make_plan import choose_micro_batch
+from unmask.engine.pretrain import pretrain
+from unmask.engine.resume import resume
 from unmask.recipes.catalogue import find
 
 
@@ -15,7 +16,7 @@ def config(*settings):
 
 @pytest.mark.parametrize(("fit", "micro"), [(100, 12), (11, 6), (5, 3), (1, 3)])
 def test_repeats_are_never_split_between_micro_batches(monkeypatch, fit, micro):
-    monkeypatch.setattr("unmask.engine.plan.free_memory", lambda device: 1000 * fit / 0.6)
+    monkeypatch.setattr("unmask.engine.make_plan.free_memory", lambda device: 1000 * fit / 0.6)
     assert choose_micro_batch(config("data.repeats=3"), 1000, "cpu")[0] == micro
 
 

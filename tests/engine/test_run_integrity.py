@@ -12,7 +12,8 @@ from unmask.comparison.compare import compare
 from unmask.console import Console
 from unmask.engine import checkpoint
 from unmask.engine.load import load, read_config, read_plan
-from unmask.engine.pretrain import pretrain, resume
+from unmask.engine.pretrain import pretrain
+from unmask.engine.resume import resume
 from unmask.report.run_page import write_report
 from unmask.run import Run, RunError
 from unmask.system.verified_json import ChangedJson, dump

@@ -16,10 +16,11 @@ from conftest import SMALL_RUN, write_images
 from unmask.commands import STOPPED, explain
 from unmask.console import Console
 from unmask.engine import checkpoint
-from unmask.engine import pretrain as module
+from unmask.engine import resume as module
 from unmask.engine import train as loop
 from unmask.engine.load import load
-from unmask.engine.pretrain import pretrain, resume
+from unmask.engine.pretrain import pretrain
+from unmask.engine.resume import resume
 from unmask.errors import TrainingFailed
 from unmask.finetuning import final_test, finetune
 from unmask.results import SCORE
@@ -90,9 +91,9 @@ pretrain(sys.argv[1], recipe="mae_nano", out=sys.argv[2], settings=sys.argv[3:],
 @pytest.mark.parametrize("name", ["config.json", "provenance.json", "plan.json", "quarantine.jsonl"])
 @pytest.mark.parametrize("existed", [False, True])
 def test_a_creation_that_fails_leaves_nothing(tmp_path, monkeypatch, fault, name, existed):
-    from unmask import run as vocabulary
+    from unmask.system import atomic_files, json_lines
 
-    real_replace, real_append = vocabulary.replace_file, vocabulary._append
+    real_replace, real_append = atomic_files.replace_file, json_lines.append
 
     def failing(real):
         def write(path, content):
@@ -102,8 +103,8 @@ def test_a_creation_that_fails_leaves_nothing(tmp_path, monkeypatch, fault, name
 
         return write
 
-    monkeypatch.setattr(vocabulary, "replace_file", failing(real_replace))
-    monkeypatch.setattr(vocabulary, "_append", failing(real_append))
+    monkeypatch.setattr("unmask.run.replace_file", failing(real_replace))
+    monkeypatch.setattr(json_lines, "append", failing(real_append))
     if existed:
         (tmp_path / "run").mkdir()
     contents = {key: {"a": 1} for key in ("config.json", "provenance.json", "plan.json")}

@@ -22,7 +22,8 @@ from unmask.data.decode.decode import BadImage
 from unmask.data.loader import Images, eval_batches, training_batches
 from unmask.data.sources.open_source import open_source
 from unmask.engine import train as loop
-from unmask.engine.pretrain import pretrain, resume
+from unmask.engine.pretrain import pretrain
+from unmask.engine.resume import resume
 from unmask.errors import LoadingFailed, TrainingFailed, UserError
 from unmask.run import Run
 from unmask.system import processes, stalls

@@ -13,7 +13,8 @@ from unmask.engine import checkpoint
 from unmask.engine import time_budget as budgets
 from unmask.engine import train as loop
 from unmask.engine.plan import Plan
-from unmask.engine.pretrain import pretrain, resume
+from unmask.engine.pretrain import pretrain
+from unmask.engine.resume import resume
 from unmask.engine.time_budget import Budget, Pacer, Replan, as_budget, place, require_order
 from unmask.errors import UserError
 from unmask.optim import learning_rate
@@ -178,8 +179,8 @@ def timed_steps(monkeypatch, clock, seconds, *, die_at=None):
 
 
 def begin(images, out, monkeypatch, *, budget, console=None, settings=(), each=1.0):
-    monkeypatch.setattr("unmask.engine.plan.time_steps", lambda *_, **__: [each])
-    monkeypatch.setattr("unmask.engine.pretrain.batch_seconds", lambda *_, **__: (0.0, 0.0, 0.0))
+    monkeypatch.setattr("unmask.engine.make_plan.time_steps", lambda *_, **__: [each])
+    monkeypatch.setattr("unmask.engine.training_data.batch_seconds", lambda *_, **__: (0.0, 0.0, 0.0))
     rare = ("train.log_every=1", "train.checkpoint_every=20")
     return pretrain(
         images, recipe="mae_nano", out=out, budget=budget, settings=[*SMALL_RUN, *rare, *settings], console=console

@@ -14,8 +14,11 @@ from unmask.console import Console
 from unmask.engine import checkpoint
 from unmask.engine import train as loop
 from unmask.engine.load import load, load_encoder
-from unmask.engine.pretrain import DataError, pretrain, resume
-from unmask.engine.train import TrainingFailed, due
+from unmask.engine.pacing import due
+from unmask.engine.pretrain import pretrain
+from unmask.engine.resume import resume
+from unmask.engine.train import TrainingFailed
+from unmask.engine.training_data import DataError
 from unmask.methods.mae import MAE
 from unmask.run import Run
 
@@ -206,7 +209,7 @@ def test_a_disk_that_takes_no_metrics_and_no_pictures_is_said_once(images, tmp_p
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(Run, "log", full)
-    monkeypatch.setattr(loop, "draw", full)
+    monkeypatch.setattr("unmask.engine.samples.draw", full)
     said = []
     console = Console(quiet=True)
     console.warn = said.append
@@ -225,7 +228,7 @@ def test_a_file_that_goes_bad_is_replaced_alike_in_every_run_and_quarantined(ima
             return real(run, config, plan, loaded, console)
 
         try:
-            import unmask.engine.pretrain as module
+            import unmask.engine.run_training as module
 
             module.train = breaking
             return start(
@@ -309,7 +312,7 @@ def test_any_channels_and_dtype_on_a_wide_grid_from_files_to_pictures(tmp_path, 
 
 def test_a_budget_plans_the_steps_that_fit(images, tmp_path, monkeypatch):
     monkeypatch.setattr("unmask.engine.time_budget.clock", lambda: 0.0)
-    monkeypatch.setattr("unmask.engine.plan.time_steps", lambda *_, **__: [0.1])
+    monkeypatch.setattr("unmask.engine.make_plan.time_steps", lambda *_, **__: [0.1])
     run = start(images, tmp_path / "run", budget=6.0)
     plan = run.read("plan.json")
     assert 5 <= plan["steps"] <= 20_000

@@ -14,7 +14,7 @@ from unmask.config import ConfigError, override
 from unmask.console import Console
 from unmask.data.csv_cells import unmarked
 from unmask.data.segmentation_masks import MaskOptions
-from unmask.engine import pretrain as pretrain_module
+from unmask.engine import resolve as pretrain_module
 from unmask.engine.load import load, read_config, read_plan
 from unmask.engine.pretrain import pretrain
 from unmask.errors import UserError

@@ -8,8 +8,10 @@ from PIL import Image
 from stops import stop_at
 from test_finetune import SMALL
 
+from unmask.engine.changed_data import Places
 from unmask.engine.load import read_config
-from unmask.engine.pretrain import DataError, Places, pretrain
+from unmask.engine.pretrain import pretrain
+from unmask.engine.training_data import DataError
 from unmask.finetuning import finetune
 from unmask.run import Run
 

@@ -18,7 +18,8 @@ from unmask.config import Config, keys, method_class, method_names, override
 from unmask.engine import train as loop
 from unmask.engine.checkpoint import load_model
 from unmask.engine.device import autocast
-from unmask.engine.pretrain import pretrain, resume
+from unmask.engine.pretrain import pretrain
+from unmask.engine.resume import resume
 from unmask.method import Clock, Loss, Method, Picture
 from unmask.nn.positions import fitted
 from unmask.optim import OptimConfig, make_optimizer, update

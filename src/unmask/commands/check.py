@@ -33,7 +33,7 @@ class Checked:
 )
 def check(request: CheckRequest, console: Console) -> Checked:
     """Return what was found, and the exit code."""
-    from unmask.engine.preflight import check_data
+    from unmask.engine.check import check_data
 
     code, summary = check_data(
         texts(request.data),

@@ -40,7 +40,7 @@ def demo(request: DemoRequest, console: Console) -> dict[str, Any]:
     from unmask.engine.pretrain import pretrain
     from unmask.evals.run_probe import probe_run
     from unmask.report.run_page import write_report
-    from unmask.run import free_path
+    from unmask.system.atomic_files import free_path
 
     steps, began = request.steps, time.monotonic()
     out = Path(request.out) if request.out is not None else free_path(Path("demo-run"))

@@ -40,7 +40,8 @@ class Examined:
 )
 def doctor(request: DoctorRequest, console: Console) -> Examined:
     """Return what was measured, and whether the self-test passed."""
-    from unmask.engine.diagnose import examine, examine_data
+    from unmask.engine.bottleneck import examine_data
+    from unmask.engine.self_test import examine
 
     if request.data is not None:
         tokenizer = None if request.tokenizer is None else Path(request.tokenizer)

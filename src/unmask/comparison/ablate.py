@@ -28,7 +28,7 @@ from unmask.comparison.train_cells import make, sigterm_as_interrupt
 from unmask.config import ConfigError
 from unmask.console import Console
 from unmask.data.sources.open_source import Source
-from unmask.engine import pretrain
+from unmask.engine import training_data
 from unmask.run import Run, RunError
 
 
@@ -145,7 +145,7 @@ def read_table_plan(folder: Path, asked: AblationRequest, source: Source) -> dic
     if asked.seeds < was["seeds"]:
         raise ConfigError(f"{folder} was begun with {was['seeds']} seeds, now {asked.seeds} came; give as many or more")
     if source.fingerprint() != decided["fingerprint"]:
-        raise pretrain.DataError(
+        raise training_data.DataError(
             f"the images of {asked.data} have changed since this table was begun, so its cells could not be compared; "
             "bring the old files back, or choose another --out"
         )

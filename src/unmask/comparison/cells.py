@@ -9,7 +9,7 @@ from typing import Any
 from unmask.comparison.paper_tables import PRETRAINED, TOKENIZER, Cell, Table
 from unmask.config import Config, ConfigError, parse
 from unmask.data.sources.open_source import Source
-from unmask.engine import pretrain
+from unmask.engine import resolve
 from unmask.engine.costs import promised_tokenizer
 from unmask.engine.load import read_config, read_plan
 from unmask.finetuning import configure
@@ -78,7 +78,7 @@ def refuse_settings(table: Table, asked: AblationRequest) -> None:
     if clash := [key for key in table.varies if key in keys and not (key in LENGTHS and asked.budget is None)]:
         what = f"the budget decides {clash[0]}" if clash[0] in LENGTHS else f"table {table.name} varies {clash[0]}"
         raise ConfigError(f"{clash[0]} cannot be set: {what}; leave it out")
-    pretrain.refuse_conflicts(keys, asked.budget)
+    resolve.refuse_conflicts(keys, asked.budget)
     if asked.from_run is not None and (learnt := [key for key in keys if not key.startswith(("data.", "train."))]):
         raise ConfigError(
             f"{learnt[0]} was set, but the run of --from is trained already, and a fine-tuned cell takes only settings "
@@ -108,18 +108,18 @@ def base_config(table: Table, asked: AblationRequest) -> Config:
     if table.measure != "fine_tuned":
         return catalogue.find(asked.recipe)
     if asked.from_run is None:
-        return pretrain.resolve(catalogue.find(asked.recipe), [*table.base, *asked.settings])
+        return resolve.resolve(catalogue.find(asked.recipe), [*table.base, *asked.settings])
     run = Run.open(asked.from_run)
     config, spec = read_config(run), read_plan(run).images
     data = config.data.model_copy(update={"size": spec.size, "channels": spec.channels})
     train = config.train.model_copy(update={"steps": read_plan(run).steps})
-    return pretrain.resolve(config.model_copy(update={"data": data, "train": train}), list(asked.settings))
+    return resolve.resolve(config.model_copy(update={"data": data, "train": train}), list(asked.settings))
 
 
 def tokenizer_recipe(table: Table, asked: AblationRequest) -> tuple[str, str]:
     """The recipe of the dVAE that is trained first, and the size, as KEY=VALUE, at which each patch has a code."""
     settings = [text for text in asked.settings if table.name != "family" or not text.strip().startswith("method.")]
-    config: Any = pretrain.resolve(catalogue.find(asked.recipe), [*table.base, *settings])
+    config: Any = resolve.resolve(catalogue.find(asked.recipe), [*table.base, *settings])
     patch, size = config.method.encoder.patch, config.data.size
     name = "dvae_small" if min(patch) >= 8 else "dvae_nano"
     dvae: Any = catalogue.find(name)
@@ -156,7 +156,7 @@ def draft_settings(table: Table, cell: Cell, asked: AblationRequest) -> list[str
     if not cell.tokenizer:
         return settings
     if asked.tokenizer is not None:
-        return pretrain.with_options(None, recipe, settings, tokenizer=asked.tokenizer, palette=None, masks=None)
+        return resolve.with_options(None, recipe, settings, tokenizer=asked.tokenizer, palette=None, masks=None)
     return [*promised_tokenizer(recipe, settings, tokenizer_recipe(table, asked)[0])[1], *settings]
 
 
@@ -164,9 +164,9 @@ def draft_config(table: Table, cell: Cell, asked: AblationRequest, source: Sourc
     """The configuration of a cell as far as it is known before anything is trained, tried out."""
     settings = draft_settings(table, cell, asked)
     if not fine_tunes(table, cell):
-        pretrain.drafted(None, recipe_of(table, cell, asked), settings, None)
-        return pretrain.resolve(catalogue.find(recipe_of(table, cell, asked)), settings, source=source)
+        resolve.drafted(None, recipe_of(table, cell, asked), settings, None)
+        return resolve.resolve(catalogue.find(recipe_of(table, cell, asked)), settings, source=source)
     classes = ["one", "other"] if source is None else source.classes
-    config = pretrain.resolve(configure.finetuning_config(base_config(table, asked), classes), settings, source=source)
-    pretrain.require_method(config)
+    config = resolve.resolve(configure.finetuning_config(base_config(table, asked), classes), settings, source=source)
+    resolve.require_method(config)
     return config

@@ -23,7 +23,8 @@ from unmask.evals.probe import KINDS, require_kind
 from unmask.evals.probes.attentive import ATTENTIVE
 from unmask.evals.run_probe import probe_run
 from unmask.report.page import page
-from unmask.run import Run, replace_file
+from unmask.run import Run
+from unmask.system.atomic_files import replace_file
 
 LOSSES = (
     "Losses of different targets, masks or normalisations are not comparable, and a lower one is not a better encoder."

@@ -15,7 +15,8 @@ from unmask.batch import ImageSpec
 from unmask.config import Config, keys
 from unmask.engine.flops import build_unallocated, count_flops
 from unmask.engine.load import read_config, read_plan
-from unmask.engine.plan import Plan, example_batch
+from unmask.engine.measure import example_batch
+from unmask.engine.plan import Plan
 from unmask.recipes.catalogue import all_recipes
 from unmask.report.training_log import last_loss, training_seconds
 from unmask.run import Run

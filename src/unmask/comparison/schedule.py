@@ -28,11 +28,14 @@ from unmask.console import Console, duration
 from unmask.data.scan import Scan
 from unmask.data.sources.open_source import Source, open_source, require_labels
 from unmask.data.splits import HOLD_OUT_FOR_TEST, hold_out
-from unmask.engine import pretrain
+from unmask.engine import provenance, resolve, training_data
+from unmask.engine.build import fresh_method
 from unmask.engine.device import autocast, choose_device, wait_for
 from unmask.engine.flops import count_flops
 from unmask.engine.image_size import consequence
-from unmask.engine.plan import BUDGET_SHARE, Plan, example_batch, fresh_method, measure_step_seconds, with_loading
+from unmask.engine.make_plan import BUDGET_SHARE
+from unmask.engine.measure import example_batch, measure_step_seconds, with_loading
+from unmask.engine.plan import Plan
 from unmask.errors import UserError
 from unmask.evals.images import EVAL_BATCH
 from unmask.evals.probe import few_shots, require_classes
@@ -81,9 +84,9 @@ def plan_table(table: Table, asked: AblationRequest, source: Source, shots: int,
     began = time.perf_counter()
     cells = all_cells(table, asked)
     first = draft_config(table, _base(cells), asked)
-    found = pretrain.scan_all(source, first, console)
+    found = training_data.scan_all(source, first, console)
     scanning = time.perf_counter() - began
-    console.say("all cells: " + consequence(found.median_size, first.data.size, pretrain.patch_of(first)))
+    console.say("all cells: " + consequence(found.median_size, first.data.size, resolve.patch_of(first)))
     device = choose_device(first.train.device)
     measured: dict[str, dict[str, Any]] = {}
     with console.progress("measuring cells", len(cells)) as bar:
@@ -164,8 +167,8 @@ def plan_table(table: Table, asked: AblationRequest, source: Source, shots: int,
             }
             for cell in cells
         ],
-        "versions": pretrain.provenance_versions(),
-        "git": pretrain.git_state(),
+        "versions": provenance.provenance_versions(),
+        "git": provenance.git_state(),
         "command": shlex.join(["unmask", *sys.argv[1:]]),
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
@@ -200,7 +203,7 @@ def measure(
 ) -> dict[str, Any]:
     """What one cell costs: FLOPs as counted, parameters and, for a budget, seconds as measured."""
     config = draft_config(table, cell, asked, source)
-    images, plan = pretrain.prepare(source, found, config, device, budget=None, reasons=())
+    images, plan = training_data.prepare(source, found, config, device, budget=None, reasons=())
     about: dict[str, Any] = {
         "plan_steps": plan.steps,
         "batch_size": plan.batch_size,
@@ -212,8 +215,8 @@ def measure(
     if asked.budget is None:
         return about
     batch, workers = config.train.batch_size, plan.workers
-    load = pretrain.batch_seconds(images, batch, workers, cached=plan.cached).median
-    decode = pretrain.batch_seconds(images, batch, 0, cached=False).median / batch
+    load = training_data.batch_seconds(images, batch, workers, cached=plan.cached).median
+    decode = training_data.batch_seconds(images, batch, 0, cached=False).median / batch
     compute = measure_step_seconds(
         config, plan.images, plan.micro_batch, plan.precision, device, seconds=MEASURE_SECONDS
     )

@@ -18,7 +18,7 @@ from unmask.comparison.agreement import IN_WORDS
 from unmask.comparison.table_results import KINDS, gather
 from unmask.report.charts import GUESSES, LOSS, to_svg
 from unmask.report.page import page
-from unmask.run import replace_file
+from unmask.system.atomic_files import replace_file
 
 TABLE_JSON, TABLE_HTML = "table.json", "table.html"
 

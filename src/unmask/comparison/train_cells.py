@@ -18,6 +18,7 @@ from unmask.comparison.table_results import find_probe
 from unmask.config import parse
 from unmask.console import Console
 from unmask.engine import checkpoint, pretrain
+from unmask.engine import resume as pretraining
 from unmask.engine.load import read_plan
 from unmask.errors import TrainingFailed, UserError
 from unmask.evals.run_probe import probe_kinds
@@ -89,7 +90,7 @@ def train_cell(
         if run.finished and checkpoint.is_complete(run, read_plan(run).steps):
             return run
         console.say(f"{place.name}: going on")
-        run = (finetune if cell["fine_tunes"] else pretrain).resume(place, console=console)
+        run = (finetune if cell["fine_tunes"] else pretraining).resume(place, console=console)
     else:
         shutil.rmtree(place, ignore_errors=True)  # begun, and ended before there was anything to go on with
         console.say(f"{place.name}: {cell['steps']} steps")

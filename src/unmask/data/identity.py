@@ -4,7 +4,7 @@ A `Record` is a few columns of numbers beside the names, about 60 bytes a file. 
 recorded are not read; of the others only the content decides, so that copied, moved or touched files count as the same
 and replaced ones do not, whatever their size.
 
-Not here: where a run keeps its record, and what follows from a difference (`engine/dataset_check.py`).
+Not here: where a run keeps its record, and what follows from a difference (`engine/dataset_record.py`).
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from unmask.run import replacing
+from unmask.system.atomic_files import replacing
 
 DIGEST = 32  # bytes
 

@@ -24,19 +24,19 @@ import re
 import shutil
 import sys
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from unmask.console import escape_controls
-from unmask.errors import UserError, some
-from unmask.run import Identity, Run, replace_file, sync_folder
+from unmask.errors import UserError
+from unmask.run import Identity, Run
+from unmask.system.atomic_files import replace_file, sync_folder
 
 MODEL, OPTIM, STATE, MANIFEST, LATEST = (
     "model.safetensors",
@@ -355,99 +355,6 @@ def load_fixed(checkpoints: Path) -> dict[str, Tensor]:
             )
         return safetensors.torch.load(content)
     return {}
-
-
-def optimizer_to_tensors(
-    optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimiser's state as (tensors, numbers), keyed "<parameter name>/<state name>"."""
-    tensors: dict[str, Tensor] = {}
-    numbers: dict[str, Any] = {}
-    for parameter, entries in optimizer.state.items():
-        for key, value in entries.items():
-            place = tensors if isinstance(value, Tensor) else numbers
-            place[f"{names[parameter]}/{key}"] = value
-    return tensors, numbers
-
-
-def tensors_to_optimizer(
-    optimizer: torch.optim.Optimizer,
-    names: Mapping[Tensor, str],
-    tensors: Mapping[str, Tensor],
-    numbers: Mapping[str, Any],
-) -> None:
-    """The inverse of `optimizer_to_tensors`, bit for bit. Raises CheckpointError when the two do not fit."""
-    by_name = {name: parameter for parameter, name in names.items()}
-    managed = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    optimizer.state.clear()
-    for entry, value in [*tensors.items(), *numbers.items()]:
-        name, _, key = entry.rpartition("/")
-        if name not in by_name or id(by_name[name]) not in managed:
-            raise CheckpointError(f"the checkpoint has optimiser state for {name!r}, which this model does not train")
-        parameter = by_name[name]
-        if isinstance(value, Tensor):
-            if value.ndim and value.shape != parameter.shape:
-                raise CheckpointError(
-                    f"optimiser state {entry} has shape {tuple(value.shape)}, the parameter {tuple(parameter.shape)}"
-                )
-            value = value.to(parameter.device, copy=True)
-        optimizer.state[parameter][key] = value
-
-
-def require_fit(method: nn.Module, weights: Mapping[str, Tensor], what: str) -> None:
-    """Raises CheckpointError, in one sentence, unless `weights` are exactly the tensors of `method`."""
-    wanted = method.state_dict()
-    missing, extra = sorted(wanted.keys() - weights.keys()), sorted(weights.keys() - wanted.keys())
-    if missing and not extra and not any(name.startswith("encoder.") for name in missing):
-        raise CheckpointError(
-            f"{what} holds only the encoder: the {len(missing)} tensors of the rest ({some(missing)}) are missing, "
-            "and nothing can be rebuilt without them; use the run or the file that has the decoder too"
-        )
-    faults = [f"{name} is missing" for name in missing] + [f"{name} is not known" for name in extra]
-    faults += [
-        f"{name} is {tuple(weights[name].shape)}, {tuple(tensor.shape)} was expected"
-        for name, tensor in wanted.items()
-        if name in weights and weights[name].shape != tensor.shape
-    ]
-    if faults:
-        raise CheckpointError(
-            f"{what} does not fit the method that its config.json describes: {some(faults, between='; ')}; has "
-            "config.json been changed, or the checkpoint been copied from another run?"
-        )
-
-
-def graft(module: nn.Module, entries: Sequence[tuple[str, str, Mapping[str, Tensor]]]) -> None:
-    """Start from other weights: for each (from prefix, to prefix, state dict) copy what is under one to the other.
-
-    Strict: raises CheckpointError that names every missing, unexpected or mis-shaped tensor, before anything is copied.
-    """
-    own = dict(module.state_dict())
-    planned: dict[str, Tensor] = {}
-    faults: list[str] = []
-    for source, target, state in entries:
-        given = {target + name.removeprefix(source): value for name, value in state.items() if name.startswith(source)}
-        wanted = {name for name in own if name.startswith(target)}
-        if not given or not wanted:
-            empty = (
-                f"the source has nothing under {source!r}" if not given else f"the model has nothing under {target!r}"
-            )
-            raise CheckpointError(f"cannot graft {source!r} onto {target!r}: {empty}")
-        faults += [f"missing {name}" for name in sorted(wanted - set(given))]
-        faults += [f"unexpected {name}" for name in sorted(set(given) - wanted)]
-        faults += [
-            f"{name} is {tuple(given[name].shape)}, {tuple(own[name].shape)} is needed"
-            for name in sorted(wanted & set(given))
-            if given[name].shape != own[name].shape
-        ]
-        planned |= given
-    if faults:
-        raise CheckpointError(
-            f"the weights do not fit: {some(faults, between='; ')}; they are of a network of other sizes "
-            "(method.encoder.depth, .width, .patch): set those of the weights, or take a recipe that has them"
-        )
-    with torch.no_grad():
-        for name, value in planned.items():
-            own[name].copy_(value)
 
 
 def is_complete(run: Run, step: int) -> bool:

@@ -15,8 +15,8 @@ from unmask.config import Config, ConfigError, override
 from unmask.console import Console
 from unmask.engine import initial_weights
 from unmask.engine.flops import Flops, blocks_flops, build_unallocated, count_flops, typical_images
-from unmask.engine.plan import DEFAULT_EPOCHS
-from unmask.engine.pretrain import drafted
+from unmask.engine.make_plan import DEFAULT_EPOCHS
+from unmask.engine.resolve import drafted
 from unmask.method import Method
 from unmask.methods.mae import MAE
 from unmask.nn.decoders import LightDecoder

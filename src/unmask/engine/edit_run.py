@@ -32,7 +32,8 @@ from unmask.console import Console
 from unmask.engine import checkpoint
 from unmask.engine.device import choose_device, choose_precision
 from unmask.engine.load import read_config, read_plan
-from unmask.engine.plan import Plan, require_micro_batch
+from unmask.engine.make_plan import require_micro_batch
+from unmask.engine.plan import Plan
 from unmask.run import CONFIG, EDITS, PLAN, PROVENANCE, Run
 
 JOURNAL = ".edit.json"

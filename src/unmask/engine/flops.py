@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from unmask.batch import ImageSpec
 from unmask.config import Config
-from unmask.engine.plan import example_batch
+from unmask.engine.measure import example_batch
 from unmask.method import Clock, Method
 from unmask.rng import Draws
 

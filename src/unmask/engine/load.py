@@ -10,9 +10,10 @@ from pydantic import BaseModel, ValidationError
 from torch import nn
 
 from unmask.config import Config, explain
-from unmask.engine import checkpoint
+from unmask.engine import checkpoint, copy_weights
+from unmask.engine.build import fresh_method
 from unmask.engine.device import choose_device
-from unmask.engine.plan import Plan, fresh_method
+from unmask.engine.plan import Plan
 from unmask.method import Method
 from unmask.nn import positions
 from unmask.nn.default_dtype import float32_default
@@ -75,7 +76,7 @@ def load(run: str | Path, *, device: str = "cpu", step: int | None = None) -> Lo
     found, weights = checkpoint.load_model(folder, step)
     with float32_default():
         method = config.build(plan.images)
-    checkpoint.require_fit(method, weights, f"the checkpoint of step {found} of {folder.path}")
+    copy_weights.require_fit(method, weights, f"the checkpoint of step {found} of {folder.path}")
     method.load_state_dict(weights)
     return Loaded(method.to(device).eval(), config, plan, found, device, licence_of(folder))
 
@@ -91,7 +92,7 @@ def take_weights(method: Method, config: Config) -> None:
         old, new = _grid(run), getattr(method.encoder, "grid", None)
         if old is not None and new is not None and old != new:
             weights = {name: positions.fitted(name, value, old, new) for name, value in weights.items()}
-        checkpoint.graft(method, [(entry.source, entry.target, weights)])
+        copy_weights.graft(method, [(entry.source, entry.target, weights)])
 
 
 def _grid(run: Run) -> tuple[int, int] | None:

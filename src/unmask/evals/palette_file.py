@@ -23,13 +23,13 @@ from unmask.data.augment import CropConfig
 from unmask.data.loader import eval_batches
 from unmask.data.scan import scan
 from unmask.data.sources.open_source import open_source
-from unmask.engine.pretrain import DataError
+from unmask.engine.training_data import DataError
 from unmask.errors import UserError
 from unmask.evals.images import Readable
 from unmask.method import Picture
 from unmask.nn.palette import k_means, nearest_colour
 from unmask.report.pictures import draw, require_png
-from unmask.run import replace_file
+from unmask.system.atomic_files import replace_file
 
 MOST_IMAGES = 512
 MOST_COLOURS = 4096  # k-means of more takes minutes, and a head of more colours than pixels in an image makes no sense

@@ -10,7 +10,7 @@ from unmask.config import Config, ConfigError, Graft, parse, task_names
 from unmask.console import Console
 from unmask.data.augment import crop_for
 from unmask.data.segmentation_masks import Maps
-from unmask.engine import checkpoint, pretrain
+from unmask.engine import checkpoint, resolve
 from unmask.engine.image_size import dense_size
 from unmask.engine.load import read_config, read_plan
 from unmask.engine.time_budget import Budget
@@ -83,7 +83,7 @@ def enlarged(config: Config, median: tuple[int, int], most: tuple[int, int], con
         return config
     larger = config.model_copy(update={"data": config.data.model_copy(update={"size": size})})
     try:
-        pretrain.require_method(larger)
+        resolve.require_method(larger)
     except UserError:  # the task wants other steps than whole patches
         return config
     console.say(

@@ -26,11 +26,12 @@ from unmask.console import Console
 from unmask.data.scan import Scan
 from unmask.data.segmentation_masks import Maps, MaskOptions
 from unmask.data.sources.open_source import Source
-from unmask.engine import dataset_check, initial_weights, pretrain
+from unmask.engine import changed_data, dataset_record, initial_weights, pretrain, resolve, training_data
+from unmask.engine import resume as resume_module
 from unmask.engine.device import choose_device
 from unmask.engine.load import read_config
 from unmask.engine.plan import Plan
-from unmask.engine.pretrain import Supervision
+from unmask.engine.supervision import Supervision
 from unmask.engine.time_budget import Budget, as_budget
 from unmask.errors import UserError
 from unmask.finetuning.annotated import (
@@ -232,14 +233,14 @@ def configure(
         raise ConfigError(
             f"got recipe {recipe}, which is for --task {config.method.name}, and --task {task}; change one"
         )
-    config = pretrain.resolve(
+    config = resolve.resolve(
         with_masks(config, annotated), list(options.settings), budget=budget, source=annotated.source
     )
     if config.data.pages == "samples":
         raise ConfigError(
             "got data.pages=samples; expected first or channels: labels, masks and boxes belong to files, not to pages"
         )
-    found = pretrain.scan_all(annotated.source, config, console)
+    found = training_data.scan_all(annotated.source, config, console)
     if task_class(task).whole_images() and "data.size" not in parse(options.settings):
         config = enlarged(config, found.median_size, catalogue.find(recipe).data.size, console)
     if options.from_scratch and config.method.model_dump().get("last_blocks") is not None:
@@ -247,7 +248,7 @@ def configure(
             "got --from-scratch and --last-blocks together; frozen random blocks learn nothing; leave one of them out"
         )
     initial_weights.require_size(config)
-    pretrain.require_method(config)
+    resolve.require_method(config)
     return config, found
 
 
@@ -288,7 +289,7 @@ def resume(
     run_folder: str | Path,
     *,
     allow_dataset_change: bool = False,
-    places: pretrain.Places | None = None,
+    places: changed_data.Places | None = None,
     console: Console | None = None,
 ) -> Run:
     """Continue a supervised Run exactly where it stopped; as `pretrain.resume`.
@@ -298,7 +299,7 @@ def resume(
     console = console or Console()
     if places is not None:
         places = moved_places(read_config(Run(run_folder)), places)
-    done = pretrain.resume(
+    done = resume_module.resume(
         run_folder,
         allow_dataset_change=allow_dataset_change,
         places=places,
@@ -310,7 +311,7 @@ def resume(
     return done
 
 
-def moved_places(config: Config, places: pretrain.Places) -> pretrain.Places:
+def moved_places(config: Config, places: changed_data.Places) -> changed_data.Places:
     """Add where masks or boxes are beside images that have moved, unless that is given. Raises UserError."""
     task, before = config.method.name, config.data.annotations
     if not places.data or task_class(task).annotation == "classes":
@@ -337,15 +338,15 @@ def supervise(run: Run, config: Config, plan: Plan, source: Source, *, console: 
         for labels in (True, False)  # earlier versions left the labels of images out
     ]
     if plan.taught and plan.taught not in known:
-        raise pretrain.DataError(
+        raise training_data.DataError(
             f"the labels, masks or boxes of {source.name}, or the test images, have changed since this run began, so "
             "it cannot continue exactly; restore the old files, or start a new run"
         )
     test = test_set.annotated if config.data.test is not None else None
-    for role, of in ((dataset_check.MASKS, masks_of(annotated)), (dataset_check.TEST, test and test.source),
-                     (dataset_check.TEST_MASKS, test and masks_of(test))):  # fmt: skip
-        if of is not None and (found := dataset_check.require_same(run, of, role, console)):
-            raise pretrain.DataError(
+    for role, of in ((dataset_record.MASKS, masks_of(annotated)), (dataset_record.TEST, test and test.source),
+                     (dataset_record.TEST_MASKS, test and masks_of(test))):  # fmt: skip
+        if of is not None and (found := dataset_record.require_same(run, of, role, console)):
+            raise training_data.DataError(
                 f"the {role.replace('-', ' ')} files of {of.name} have changed since this run began, so it cannot "
                 f"continue exactly: {found.lines()}; restore the old files, or start a new run"
             )

@@ -18,7 +18,8 @@ from unmask.finetuning.annotated import (
 from unmask.finetuning.finetune import FinetuneOptions, finetune
 from unmask.nn.default_dtype import float32_default
 from unmask.results import SCORE
-from unmask.run import Run, free_path
+from unmask.run import Run
+from unmask.system.atomic_files import free_path
 from unmask.system.processes import refuse_several_processes
 
 PROBE = "linear_probe"

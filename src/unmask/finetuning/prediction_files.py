@@ -27,7 +27,7 @@ from unmask.data.csv_cells import marked
 from unmask.data.safe_names import safe_names
 from unmask.data.segmentation_masks import CLASSES_FILE, first_ids
 from unmask.errors import UserError, naming
-from unmask.run import replace_file
+from unmask.system.atomic_files import replace_file
 from unmask.task import Annotation
 from unmask.tasks.detect import LEAST_SCORE, Found
 from unmask.tasks.segment import colour_table

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from unmask.batch import ImageSpec
 from unmask.config import Config, ConfigError, DataConfig, explain, override, parse, parse_method
 from unmask.data.augment import CropConfig, crop_for, protocol_share
-from unmask.engine import pretrain
+from unmask.engine import resolve
 from unmask.interop.fit_weights import per_channel
 from unmask.interop.foreign.state_dicts import Recognised
 from unmask.optim import OptimConfig
@@ -126,7 +126,7 @@ def configure(found: Recognised, settings: list[str], origin: str) -> tuple[Conf
 
     Raises ConfigError for a setting that does not exist, or that the weights decide.
     """
-    pretrain.refuse_conflicts(parse(settings), None)
+    resolve.refuse_conflicts(parse(settings), None)
     if "graft" in parse(settings):
         raise ConfigError("graft cannot be set: all weights come from what is imported; leave it out")
     method = {**found.method, "origin": origin} if found.method["name"] == "encoder" else found.method
@@ -188,7 +188,7 @@ def with_statistics(found: Recognised, config: Config) -> tuple[Config, ImageSpe
             f"these weights are for {found.channels} channels, for which no normalisation is published; give that of "
             "their training with --set data.mean=[...] and --set data.std=[...], in the files' units (0 to 255)"
         )
-    pretrain.require_statistics(channels, mean, std)
+    resolve.require_statistics(channels, mean, std)
     images = ImageSpec(channels, config.data.size, "uint8", tuple(mean), tuple(std))
     data = {"channels": channels, "mean": images.mean, "std": images.std}
     return config.model_copy(update={"data": config.data.model_copy(update=data)}), images

@@ -24,7 +24,7 @@ import torch
 
 from unmask.config import ConfigError, parse
 from unmask.console import Console
-from unmask.engine import checkpoint
+from unmask.engine import checkpoint, copy_weights
 from unmask.engine.load import read_config
 from unmask.errors import ForeignError
 from unmask.interop.fit_weights import described, fitted, require_whole
@@ -92,7 +92,7 @@ def import_weights(
     wanted = method.state_dict()
     weights |= {name: value for name, value in described(images).items() if name in wanted}
     require_whole(wanted, weights, f"{source}: {found.kind}")
-    checkpoint.require_fit(method, weights, str(source))
+    copy_weights.require_fit(method, weights, str(source))
 
     about = {"source": str(source.absolute()), "files": read.files, "kind": found.name, "licence": found.licence}
     reasons = (f"weights of {source.resolve().name}: {found.name}", *found.notes, *said)

@@ -11,7 +11,7 @@ from unmask.batch import ImageSpec
 from unmask.config import Config, task_names
 from unmask.console import Console
 from unmask.data.decode.reading import Reading
-from unmask.engine import checkpoint, pretrain
+from unmask.engine import checkpoint, provenance
 from unmask.engine.plan import Plan
 from unmask.interop.foreign.state_dicts import Recognised
 from unmask.method import Method
@@ -32,7 +32,7 @@ def write_run(
     plan = plan_of(config, images, counts, reasons)
     files = {
         CONFIG: config.model_dump(mode="json"),
-        PROVENANCE: pretrain.provenance(plan) | {"imported": about},
+        PROVENANCE: provenance.provenance(plan) | {"imported": about},
         PLAN: plan.model_dump(mode="json"),
     }
 

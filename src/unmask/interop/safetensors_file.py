@@ -19,7 +19,7 @@ from torch import Tensor
 
 from unmask.batch import ImageSpec
 from unmask.config import Config, explain
-from unmask.engine import checkpoint
+from unmask.engine import copy_weights
 from unmask.errors import ForeignError, UserError, some
 from unmask.interop.foreign.metadata import DEEPEST, Deviations, Numbers, Size
 from unmask.method import Method
@@ -144,7 +144,7 @@ def open_safetensors(path: str | Path) -> Method:
         )
     _, weights = own.read()
     method = own.config.build(own.images)
-    checkpoint.require_fit(method, weights, str(path))
+    copy_weights.require_fit(method, weights, str(path))
     method.load_state_dict(weights)
     return method.eval()
 

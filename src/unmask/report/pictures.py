@@ -22,7 +22,7 @@ from torch import Tensor
 
 from unmask.errors import UserError
 from unmask.method import Picture
-from unmask.run import replace_file
+from unmask.system.atomic_files import replace_file
 
 SMALLEST_CELL = 112  # pixels of the shorter side on paper: small images are enlarged by a whole factor
 LARGEST_CELL = 320

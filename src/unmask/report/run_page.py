@@ -21,8 +21,9 @@ from typing import Any
 from unmask.report.charts import IN_WORDS, budget_chart, loss_chart, tests_chart
 from unmask.report.page import page
 from unmask.report.probe_titles import probe_title
-from unmask.run import EDITS, PROVENANCE, Run, RunError, replace_file
+from unmask.run import EDITS, PROVENANCE, Run, RunError
 from unmask.run_summary import state_of
+from unmask.system.atomic_files import replace_file
 
 MOST_PICTURES = 3
 NAMED_BAD_FILES = 50

@@ -21,8 +21,8 @@ from unmask.data.findings import findings, is_plain, table
 from unmask.data.scan import scan
 from unmask.data.sources.open_source import open_source
 from unmask.data.sources.pages import Pages, read_as
-from unmask.engine import pretrain
-from unmask.engine.preflight import say_table
+from unmask.engine import pretrain, training_data
+from unmask.engine.check import say_table
 
 
 def photo(channels=4, seed=0, height=48, width=64):
@@ -289,7 +289,7 @@ def test_the_plan_keeps_what_was_settled_and_later_commands_obey(tmp_path, monke
         run.path, str(one), tmp_path / "e.npz", step=None, device="cpu", console=Console(quiet=True)
     )
     assert (done["images"], done["left_out"]) == (1, 0)
-    with pytest.raises(pretrain.DataError):
+    with pytest.raises(training_data.DataError):
         pretrain.pretrain(folder, recipe="mae_nano", settings=(*SMALL_RUN, "data.alpha=drop", "data.channels=4"))
 
 

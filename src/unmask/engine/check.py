@@ -14,8 +14,10 @@ from unmask.data.sources.open_source import Source, open_source
 from unmask.data.sources.pages import read_as
 from unmask.engine.device import choose_device
 from unmask.engine.image_size import consequence
-from unmask.engine.plan import Timing, time_steps
-from unmask.engine.pretrain import batch_seconds, drafted, odd_images, patch_of, prepare, say_plan, settle, skipped
+from unmask.engine.measure import Timing, time_steps
+from unmask.engine.plan_text import say_plan
+from unmask.engine.resolve import drafted, patch_of, settle
+from unmask.engine.training_data import batch_seconds, odd_images, prepare, skipped
 from unmask.errors import some
 
 NAMED_BAD_FILES = 20

@@ -1,137 +1,34 @@
-"""`unmask doctor`: versions, device, and a self-test that runs the real path from files to a checkpoint.
-
-`unmask doctor DATA`: where the time of training on these images would go (reading, decoding, cropping, the step), which
-of them is the limit, and what to do about it. Measured on a sample, with the plan that `unmask pretrain` would make.
-"""
+"""`unmask doctor DATA`: measure where the time of a training step goes: reading, decoding, cropping or computing."""
 
 from __future__ import annotations
 
 import math
-import platform
-import shutil
-import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from PIL import Image
 
 from unmask.config import Config
 from unmask.console import Console
-from unmask.data.decode import decode
 from unmask.data.loader import Images, Opened, Order, training_batches
 from unmask.data.pack import SHORT_SIDE
 from unmask.data.scan import num_cores, scan
 from unmask.data.sources.open_source import open_source
 from unmask.data.sources.pages import read_as
-from unmask.engine.device import choose_device, choose_precision
-from unmask.engine.plan import Plan, measure_step_seconds, with_loading
-from unmask.engine.pretrain import (
-    drafted,
-    prepare,
-    pretrain,
-    provenance_versions,
-    refuse_bad_data,
-    refuse_labels,
-    settle,
-    with_options,
-)
-from unmask.rng import philox
+from unmask.engine.device import choose_device
+from unmask.engine.measure import measure_step_seconds, with_loading
+from unmask.engine.plan import Plan
+from unmask.engine.resolve import drafted, refuse_labels, settle, with_options
+from unmask.engine.training_data import prepare, refuse_bad_data
 
-SELF_TEST = (
-    "train.steps=8",
-    "train.batch_size=8",
-    "train.log_every=1",
-    "data.size=[16,16]",
-    "data.workers=0",
-    "method.encoder.width=32",
-    "method.encoder.depth=1",
-    "method.encoder.heads=2",
-    "method.decoder.width=16",
-    "method.decoder.depth=1",
-    "method.decoder.heads=2",
-    "train.device=cpu",
-)
 LOOKED_AT = 128  # files that the recipe is chosen by
 TIMED = 256  # images that are timed; fewer where they are slow
 PATIENCE = 4.0  # seconds for each measurement
 MARGIN = 1.2  # how much faster than the step loading should be, so that a slow moment leaves no gap
 STORAGE, DECODING, TRANSFORM, STEP = "storage", "decoding", "transform", "step"
-
-
-def examine(console: Console) -> tuple[bool, dict[str, Any]]:
-    """Prints what a person would paste into a bug report. Returns (everything works, summary)."""
-    device = choose_device("auto")
-    precision, why = choose_precision("auto", device)
-    summary: dict[str, Any] = {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "versions": provenance_versions(),
-        "device": torch.cuda.get_device_name() if device == "cuda" else f"{device}, {torch.get_num_threads()} threads",
-        "precision": precision,
-        "free_disk_gib": round(shutil.disk_usage(".").free / 2**30, 1),
-    }
-    console.say(f"python {summary['python']} on {summary['platform']}")
-    console.say("  ".join(f"{name} {version}" for name, version in summary["versions"].items()))
-    console.say(f"device: {summary['device']}; {why}; {summary['free_disk_gib']} GiB of disk free here")
-    tests: dict[str, Callable[[], str]] = {
-        "random numbers": _random_numbers,
-        "decode": _decode,
-        "train": _train,
-    }
-    summary["tests"] = {}
-    for name, test in tests.items():
-        start = time.perf_counter()
-        try:
-            outcome, good = test(), True
-        except Exception as error:
-            outcome, good = f"{type(error).__name__}: {error}", False
-        summary["tests"][name] = {"ok": good, "outcome": outcome, "seconds": round(time.perf_counter() - start, 2)}
-        console.say(f"{'ok    ' if good else 'FAILED'} {name}: {outcome} ({summary['tests'][name]['seconds']} s)")
-    good = all(test["ok"] for test in summary["tests"].values())
-    console.say("everything works" if good else "something does not work: please report the lines above")
-    return good, summary
-
-
-def _random_numbers() -> str:
-    zero = np.zeros(1, np.int64)
-    got = [int(word[0]) for word in philox((zero, zero, zero, zero), (0, 0))]
-    assert got == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8], f"Philox gives {got}"
-    return "the counter-based generator gives its published values"
-
-
-def _decode() -> str:
-    import io
-
-    rng = np.random.default_rng(0)
-    smooth = np.asarray(Image.fromarray(rng.integers(0, 255, (6, 8, 3), np.uint8)).resize((256, 192)))
-    file = io.BytesIO()
-    Image.fromarray(smooth).save(file, "JPEG", quality=95)
-    start, count = time.perf_counter(), 50
-    for _ in range(count):
-        image = decode.decode(file.getvalue())
-    error = np.abs(image.astype(float) - smooth).mean()
-    assert error < 4, f"a decoded JPEG differs by {error:.1f} levels on average"
-    return f"JPEG at {count / (time.perf_counter() - start):.0f} images of 256 x 192 a second"
-
-
-def _train() -> str:
-    with tempfile.TemporaryDirectory() as folder:
-        images = Path(folder, "images")
-        images.mkdir()
-        rng = np.random.default_rng(0)
-        for number in range(16):
-            small = Image.fromarray(rng.integers(0, 255, (3, 3, 3), np.uint8))
-            small.resize((20, 20), Image.Resampling.BICUBIC).save(images / f"{number}.png")
-        run = pretrain(images, recipe="mae_nano", out=Path(folder, "run"), settings=SELF_TEST)
-        losses = [row["loss"] for row in run.metrics()]
-    assert len(losses) == 8, f"losses {losses}"
-    assert np.isfinite(losses).all(), f"losses {losses}"
-    return f"8 steps from files to checkpoint, loss {losses[0]:.3f} to {losses[-1]:.3f}"
 
 
 # -------------------------------------------------------------------------------------------------- where the time goes

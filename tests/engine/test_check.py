@@ -6,15 +6,15 @@ import pytest
 from conftest import write_images
 
 from unmask.console import Console
-from unmask.engine import preflight as module
+from unmask.engine import check as module
 from unmask.engine import pretrain
-from unmask.engine.preflight import check_data
+from unmask.engine.check import check_data
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     monkeypatch.setattr(module, "time_steps", lambda *_, **__: [0.5] * 4)
-    monkeypatch.setattr("unmask.engine.plan.free_memory", lambda _: 1 << 30)
+    monkeypatch.setattr("unmask.engine.make_plan.free_memory", lambda _: 1 << 30)
 
 
 def test_a_sample_is_recommended_for_as_many_images_as_there_are():
@@ -45,7 +45,7 @@ def test_without_a_sample_the_number_is_exact(images):
 
 def test_the_forecast_is_of_the_plan_that_pretrain_makes(images, tmp_path, monkeypatch):
     _, summary = check_data(str(images), Console(quiet=True), sample=None, workers=0)
-    monkeypatch.setattr(pretrain, "_train", lambda *_: None)
+    monkeypatch.setattr(pretrain, "train_and_record", lambda *_: None)
     run = pretrain.pretrain(images, out=tmp_path / "run")
     plan = run.read("plan.json")
     assert (summary["steps"], summary["reasons"]) == (plan["steps"], plan["reasons"])
@@ -55,7 +55,7 @@ def test_the_forecast_is_of_the_plan_that_pretrain_makes(images, tmp_path, monke
 
 def test_the_forecast_is_for_the_device_that_is_set(images, monkeypatch):
     monkeypatch.setattr(
-        "unmask.engine.preflight.choose_device", lambda asked: "cpu" if asked == "cpu" else pytest.fail(asked)
+        "unmask.engine.check.choose_device", lambda asked: "cpu" if asked == "cpu" else pytest.fail(asked)
     )
     _, summary = check_data(str(images), Console(quiet=True), sample=None, workers=0, settings=["train.device=cpu"])
     assert summary["device"] == "cpu"

@@ -13,9 +13,11 @@ from test_pretrain import start
 
 from unmask.config import ConfigError
 from unmask.console import Console
-from unmask.engine.dataset_check import file_of
+from unmask.engine.changed_data import Places
+from unmask.engine.dataset_record import file_of
 from unmask.engine.load import load, read_config, read_plan
-from unmask.engine.pretrain import DataError, Places, resume
+from unmask.engine.resume import resume
+from unmask.engine.training_data import DataError
 from unmask.errors import UserError
 from unmask.report.run_page import write_report
 

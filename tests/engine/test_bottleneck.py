@@ -6,9 +6,10 @@ import pytest
 from conftest import write_images
 
 from unmask.console import Console
+from unmask.data.decode import decode
 from unmask.data.sources.open_source import Files
-from unmask.engine import diagnose as module
-from unmask.engine.diagnose import DECODING, STEP, STORAGE, TRANSFORM, Pace, examine_data
+from unmask.engine import bottleneck
+from unmask.engine.bottleneck import DECODING, STEP, STORAGE, TRANSFORM, Pace, examine_data
 from unmask.errors import UserError
 
 
@@ -61,9 +62,9 @@ def test_images_in_memory_cost_their_transform_alone():
 
 @pytest.mark.parametrize("slow", [STORAGE, DECODING])
 def test_what_is_slow_is_found(tmp_path, monkeypatch, slow):
-    monkeypatch.setattr(module, "measure_step_seconds", lambda *_, **__: 0.0001)
-    monkeypatch.setattr(module, "PATIENCE", 0.3)
-    place = (Files, "read") if slow == STORAGE else (module.decode, "decode")
+    monkeypatch.setattr(bottleneck, "measure_step_seconds", lambda *_, **__: 0.0001)
+    monkeypatch.setattr(bottleneck, "PATIENCE", 0.3)
+    place = (Files, "read") if slow == STORAGE else (decode, "decode")
     usual = getattr(*place)
 
     def late(*given, **named):
@@ -83,8 +84,8 @@ def test_what_is_slow_is_found(tmp_path, monkeypatch, slow):
 def test_a_quick_loader_is_told_from_a_slow_step(images, monkeypatch):
     said: list[str] = []
     monkeypatch.setattr(Console, "say", lambda _, text="": said.append(text))
-    monkeypatch.setattr(module, "measure_step_seconds", lambda *_, **__: 60.0)
-    monkeypatch.setattr(module, "PATIENCE", 0.2)
+    monkeypatch.setattr(bottleneck, "measure_step_seconds", lambda *_, **__: 60.0)
+    monkeypatch.setattr(bottleneck, "PATIENCE", 0.2)
     (images / "bad.png").write_bytes(b"no image")
     settings = ["train.device=cpu", "data.workers=1", "data.cache=false", "data.max_bad_fraction=0.2"]
     found = examine_data(str(images), Console(), settings=settings)
@@ -95,18 +96,18 @@ def test_a_quick_loader_is_told_from_a_slow_step(images, monkeypatch):
 
 @pytest.mark.parametrize("cache", ["true", "false"])
 def test_repeated_samples_are_timed_too(images, monkeypatch, cache):
-    monkeypatch.setattr(module, "measure_step_seconds", lambda *_, **__: 0.01)
-    monkeypatch.setattr(module, "PATIENCE", 0.3)
+    monkeypatch.setattr(bottleneck, "measure_step_seconds", lambda *_, **__: 0.01)
+    monkeypatch.setattr(bottleneck, "PATIENCE", 0.3)
     settings = ["data.size=[16,16]", "train.device=cpu", f"data.cache={cache}", "data.workers=0", "train.batch_size=8"]
     found = examine_data(str(images), Console(quiet=True), recipe="mae_nano", settings=[*settings, "data.repeats=2"])
     assert found["transform"] > 0
 
 
 def test_what_is_decoded_once_counts_once(images, monkeypatch):
-    monkeypatch.setattr(module, "measure_step_seconds", lambda *_, **__: 0.01)
-    monkeypatch.setattr(module, "PATIENCE", 0.3)
-    usual = module.decode.decode
-    monkeypatch.setattr(module.decode, "decode", lambda *a, **more: time.sleep(0.04) or usual(*a, **more))
+    monkeypatch.setattr(bottleneck, "measure_step_seconds", lambda *_, **__: 0.01)
+    monkeypatch.setattr(bottleneck, "PATIENCE", 0.3)
+    usual = decode.decode
+    monkeypatch.setattr(decode, "decode", lambda *a, **more: time.sleep(0.04) or usual(*a, **more))
     settings = ["data.size=[16,16]", "train.device=cpu", "data.cache=false", "data.workers=0", "train.batch_size=8"]
     found = examine_data(str(images), Console(quiet=True), recipe="mae_nano", settings=[*settings, "data.repeats=4"])
     assert 0.01 <= found["decode"] < 0.02

@@ -1,0 +1,21 @@
+"""Build a method from its configuration."""
+
+from __future__ import annotations
+
+import torch
+
+from unmask.batch import ImageSpec
+from unmask.config import Config
+from unmask.method import Method
+from unmask.nn.default_dtype import float32_default
+
+
+def fresh_method(config: Config, images: ImageSpec) -> Method:
+    """The method at its random start, from `train.seed`, on the CPU.
+
+    Only initialisation uses torch's generator (data order, crops and masks have their own, `rng.py`), and the caller's
+    is not touched.
+    """
+    with torch.random.fork_rng(devices=[]), float32_default():
+        torch.manual_seed(config.train.seed)
+        return config.build(images)

@@ -1,0 +1,128 @@
+"""Data that moved or changed since a run began: where they are now, and what a resumed run does about it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from unmask.config import Config, ConfigError, task_names
+from unmask.console import Console
+from unmask.data.identity import Difference
+from unmask.data.sources.open_source import Source
+from unmask.engine import dataset_record
+from unmask.engine.load import read_config
+from unmask.engine.plan import Plan
+from unmask.engine.supervision import Supervise, Supervision
+from unmask.engine.training_data import DataError
+from unmask.run import Run
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the data of a run lie now; what is None or empty is where it was."""
+
+    data: tuple[str, ...] = ()
+    test: str | None = None
+    annotations: str | None = None
+    test_annotations: str | None = None
+
+    def applied(self, config: Config) -> Config:
+        """The configuration with these places, as absolute paths. Raises ConfigError for one that would be ignored."""
+        for name in ("test", "annotations", "test_annotations"):
+            if getattr(self, name) is not None and getattr(config.data, name) is None:
+                raise ConfigError(f"got --{name.replace('_', '-')}, but this run has none; leave it out")
+        others = {name: getattr(self, name) for name in ("test", "annotations", "test_annotations")}
+        changes: dict[str, Any] = {
+            name: os.path.abspath(place) if os.path.exists(place) else place
+            for name, place in others.items()
+            if place is not None
+        }
+        if self.data:
+            changes["source"] = self.data[0] if len(self.data) == 1 else self.data
+        return config.model_copy(update={"data": config.data.model_copy(update=changes)})
+
+
+def note_moved(run: Run, before: Config, config: Config, console: Console) -> None:
+    """Write down that a run's data lie elsewhere from now on, and from where they moved."""
+    keys = ("source", "test", "annotations", "test_annotations")
+    old, new = ({key: getattr(each.data, key) for key in keys} for each in (before, config))
+    if old == new:
+        return
+    moved = {key: [old[key], new[key]] for key in keys if old[key] != new[key]}
+    run.write("config.json", config.model_dump(mode="json"))
+    told = "; ".join(f"{key} {then} -> {now}" for key, (then, now) in moved.items())
+    console.say(dataset_record.note_change(run, "moved", summary=told, places=moved))
+
+
+def noting_moved(supervise: Supervise, before: Config, console: Console) -> Supervise:
+    """`supervise` that notes the new places once it has found everything there."""
+
+    def both(run: Run, config: Config, plan: Plan, source: Source) -> Supervision:
+        made = supervise(run, config, plan, source)
+        note_moved(run, before, config, console)
+        return made
+
+    return both
+
+
+def refusal(config: Config, plan: Plan, source: Source, found: Difference) -> str:
+    """Why a run does not go on with these images as they are, and what to do."""
+    if found.unknown:
+        return (
+            f"the images of {config.data.place} cannot be compared with those this run began with: {found.unknown}. "
+            "Restore it from a backup, or, if they are the same, give --allow-dataset-change to record them anew"
+        )
+    return (
+        f"the images of {config.data.place} have changed since this run began "
+        f"({plan.num_images + len(plan.excluded)} files then, {len(source)} now), so it could not go on "
+        f"exactly: {found.lines()}. Bring the old files back, or give --allow-dataset-change to go on all "
+        "the same"
+    )
+
+
+def accept_unverified(plan: Plan, source: Source, run: Run, found: Difference) -> Plan:
+    """Record images of the same names and sizes anew, whose contents cannot be compared; returns the plan."""
+    told = dataset_record.note_change(run, "recorded anew", summary=f"--allow-dataset-change: {found.lines()}")
+    plan = plan.model_copy(update={"reasons": (*plan.reasons, told)})
+    run.write("plan.json", plan.model_dump(mode="json"))
+    dataset_record.write_record(run, source)  # last: a run that is killed before this asks again
+    return plan
+
+
+def adopt(source: Source, plan: Plan, run: Run, found: Difference) -> Plan:
+    """Make a data set that has changed the run's own: the new plan, written down with what differed.
+
+    What was unreadable or held out is left out by name, because rows may have moved.
+    """
+    if read_config(run).method.name in task_names():
+        raise DataError(
+            f"the images of {source.name} have changed, and test images may be held out of them for this run, which "
+            f"could no longer be told from the others: {found.lines()}. Bring the old files back, or begin anew"
+        )
+    unreadable = {entry["name"] for entry in run.quarantine() if entry.get("code") != "CHANGED"}
+    bad = [row for row, name in enumerate(source.names) if name in unreadable]
+    if len(bad) == len(source):
+        raise DataError(f"none of the {len(source)} files of {source.name} could be read before; bring others")
+    known = source.fingerprint() == plan.fingerprint  # the rows are the plan's already
+    held_out = plan.held_out if known else dataset_record.rows_now(run, plan.held_out, source)
+    excluded = tuple(sorted({*bad, *held_out}))
+    if len(excluded) == len(source):
+        raise DataError(
+            f"only images that this run does not train on are left of {source.name}: {len(held_out)} held out, "
+            f"{len(bad)} unreadable; bring others"
+        )
+    summary = f"--allow-dataset-change: {found.lines(3)}"
+    told = dataset_record.note_change(run, "changed", summary=summary, **found.as_json())
+    changes = {
+        "fingerprint": source.fingerprint(),
+        "num_images": len(source) - len(excluded),
+        "excluded": excluded,
+        "held_out": held_out,
+        "epochs": plan.steps * plan.batch_size / (len(source) - len(excluded)),
+        "reasons": (*plan.reasons, told),
+    }
+    plan = plan.model_copy(update=changes)
+    run.write("plan.json", plan.model_dump(mode="json"))
+    dataset_record.write_record(run, source)  # last: a run that is killed before this asks again
+    return plan

@@ -1,0 +1,67 @@
+"""Check that weights fit a module, and copy them from one module into another."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from unmask.engine.checkpoint import CheckpointError
+from unmask.errors import some
+
+
+def require_fit(method: nn.Module, weights: Mapping[str, Tensor], what: str) -> None:
+    """Raises CheckpointError, in one sentence, unless `weights` are exactly the tensors of `method`."""
+    wanted = method.state_dict()
+    missing, extra = sorted(wanted.keys() - weights.keys()), sorted(weights.keys() - wanted.keys())
+    if missing and not extra and not any(name.startswith("encoder.") for name in missing):
+        raise CheckpointError(
+            f"{what} holds only the encoder: the {len(missing)} tensors of the rest ({some(missing)}) are missing, "
+            "and nothing can be rebuilt without them; use the run or the file that has the decoder too"
+        )
+    faults = [f"{name} is missing" for name in missing] + [f"{name} is not known" for name in extra]
+    faults += [
+        f"{name} is {tuple(weights[name].shape)}, {tuple(tensor.shape)} was expected"
+        for name, tensor in wanted.items()
+        if name in weights and weights[name].shape != tensor.shape
+    ]
+    if faults:
+        raise CheckpointError(
+            f"{what} does not fit the method that its config.json describes: {some(faults, between='; ')}; has "
+            "config.json been changed, or the checkpoint been copied from another run?"
+        )
+
+
+def graft(module: nn.Module, entries: Sequence[tuple[str, str, Mapping[str, Tensor]]]) -> None:
+    """Start from other weights: for each (from prefix, to prefix, state dict) copy what is under one to the other.
+
+    Strict: raises CheckpointError that names every missing, unexpected or mis-shaped tensor, before anything is copied.
+    """
+    own = dict(module.state_dict())
+    planned: dict[str, Tensor] = {}
+    faults: list[str] = []
+    for source, target, state in entries:
+        given = {target + name.removeprefix(source): value for name, value in state.items() if name.startswith(source)}
+        wanted = {name for name in own if name.startswith(target)}
+        if not given or not wanted:
+            empty = (
+                f"the source has nothing under {source!r}" if not given else f"the model has nothing under {target!r}"
+            )
+            raise CheckpointError(f"cannot graft {source!r} onto {target!r}: {empty}")
+        faults += [f"missing {name}" for name in sorted(wanted - set(given))]
+        faults += [f"unexpected {name}" for name in sorted(set(given) - wanted)]
+        faults += [
+            f"{name} is {tuple(given[name].shape)}, {tuple(own[name].shape)} is needed"
+            for name in sorted(wanted & set(given))
+            if given[name].shape != own[name].shape
+        ]
+        planned |= given
+    if faults:
+        raise CheckpointError(
+            f"the weights do not fit: {some(faults, between='; ')}; they are of a network of other sizes "
+            "(method.encoder.depth, .width, .patch): set those of the weights, or take a recipe that has them"
+        )
+    with torch.no_grad():
+        for name, value in planned.items():
+            own[name].copy_(value)

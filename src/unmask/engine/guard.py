@@ -1,0 +1,64 @@
+"""Interrupt a wait or a step of the loop: on a stop request, or after a time without progress."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
+
+from unmask.engine import checkpoint
+from unmask.engine.pacing import Stopwatch
+from unmask.engine.plan import Plan
+from unmask.errors import TrainingFailed, UserError
+from unmask.run import Run, RunGone
+from unmask.system.stalls import VARIABLE, Stalled, Watchdog, stall_seconds, write_stacks
+from unmask.system.stop_requests import StopRequest
+
+COMPILING_SECONDS = 1800  # the least limit of a step in which torch.compile works
+
+
+class Guard:
+    """What ends a wait or a computation of the loop early: a request to stop, or no progress for too long."""
+
+    def __init__(self, run: Run, plan: Plan, stop: StopRequest, watch: Stopwatch) -> None:
+        self.run, self.plan, self.stop, self.watch = run, plan, stop, watch
+        self.dog = Watchdog(stall_seconds(), self._report, on_cpu=plan.device == "cpu")
+
+    @contextmanager
+    def step(self, number: int, *, compiling: bool = False) -> Iterator[None]:
+        """Context manager around a step, in which torch.compile may still be at work."""
+        least = COMPILING_SECONDS if compiling else 0
+        with (
+            self.dog.watching(f"step {number}", at_least=least),
+            self.stop.interruptible() if compiling else nullcontext(),
+        ):
+            yield
+
+    @contextmanager
+    def waiting_for_data(self) -> Iterator[None]:
+        """Context manager around a wait for a micro-batch; loader workers are watched by their own pool."""
+        with self.dog.pausing() if self.plan.workers else nullcontext(), self.stop.interruptible():
+            yield
+        self.dog.progressed()
+
+    def _report(self, what: str) -> str:
+        file = write_stacks(self.run.path)
+        sentence = (
+            f"{what} made no progress for {self.dog.waited:g} s; the stacks of all threads are in {file}. "
+            f"`unmask resume {self.run.path}` continues from the last checkpoint; {VARIABLE} sets another limit"
+        )
+        with suppress(OSError, UserError, RunGone):
+            step = checkpoint.newest_step(self.run) or 0
+            seconds = self.watch.seconds()
+            self.run.set_status("failed", step, total=self.plan.steps, error=sentence, seconds=seconds)
+        return sentence
+
+
+@contextmanager
+def guarded(run: Run, plan: Plan, stop: StopRequest, watch: Stopwatch) -> Iterator[Guard]:
+    """Context manager for a `Guard`; a step that stalls raises TrainingFailed."""
+    guard = Guard(run, plan, stop, watch)
+    with guard.dog:
+        try:
+            yield guard
+        except Stalled:
+            raise TrainingFailed(guard.dog.message) from None

@@ -1,0 +1,200 @@
+"""Derive the `Plan` from a configuration, the scan, the device and the time budget."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from unmask.batch import ImageSpec
+from unmask.config import Config, ConfigError
+from unmask.console import duration
+from unmask.engine.build import fresh_method
+from unmask.engine.device import choose_precision, free_memory
+from unmask.engine.measure import NO_TIME, Timing, bytes_per_image, time_steps
+from unmask.engine.plan import Plan
+from unmask.engine.time_budget import AIM, FEWEST_STEPS, USEFUL_STEPS, Budget
+from unmask.optim import peak_lr
+
+DEFAULT_EPOCHS = 100
+MEMORY_SHARE = 0.6
+BUDGET_SHARE = 0.9  # the rest: pictures, checkpoints, the report
+TESTS = 10  # of what learns from labels, unless it is said how often
+TEST_IMAGE = 0.5  # time to load and judge an image, as a share of that to learn from it
+TEST_SHARE = 0.15  # of a budget, at most
+MEASURING_SHARE = 0.03  # of a budget
+
+
+def require_micro_batch(config: Config) -> None:
+    """Raises ConfigError when the micro-batch that was asked for does not divide the batch, or splits data.repeats."""
+    batch, wanted, repeats = config.train.batch_size, config.train.micro_batch, config.data.repeats
+    for name, size in (("batch_size", batch), ("micro_batch", wanted)):
+        if size is not None and size % repeats:
+            raise ConfigError(
+                f"train.{name}={size} is not a multiple of data.repeats={repeats}, the samples that each image gives; "
+                f"use {-(-size // repeats) * repeats}, or change data.repeats"
+            )
+    if wanted is not None and batch % wanted:
+        near = min((d for d in range(1, batch + 1) if batch % d == 0), key=lambda d: abs(d - wanted))
+        raise ConfigError(
+            f"train.micro_batch={wanted} does not divide train.batch_size={batch}; use {near}, or change the batch"
+        )
+
+
+def choose_micro_batch(config: Config, bytes_per_image: int, device: str) -> tuple[int, str]:
+    """Largest divisor of the batch that fits, and why. Raises ConfigError when one asked for does not divide."""
+    batch, repeats = config.train.batch_size, config.data.repeats
+    require_micro_batch(config)
+    if (wanted := config.train.micro_batch) is not None:
+        return wanted, f"micro-batch {wanted}: asked for"
+    room = int(free_memory(device) * MEMORY_SHARE)
+    most = max(1, room // max(1, bytes_per_image))
+    micro = max((d for d in range(repeats, batch + 1, repeats) if batch % d == 0 and d <= most), default=repeats)
+    need = f"{bytes_per_image / 2**20:.1f} MiB of activations an image"
+    if micro == batch:
+        return micro, f"the whole batch of {batch} in one pass: {need}, {room / 2**30:.1f} GiB to use"
+    return micro, f"micro-batches of {micro}, {batch // micro} to a step: {need}, {room / 2**30:.1f} GiB to use"
+
+
+def choose_steps(
+    config: Config,
+    num_images: int,
+    *,
+    budget: Budget | None,
+    step_seconds: Callable[[], Timing],
+    num_test: int = 0,
+) -> tuple[int, int, str]:
+    """Total optimiser steps, after how many a supervised run is tested, and why so many.
+
+    A `budget` wins over `train.steps`, and that over epochs: a recipe may have any of them; that a person gives two is
+    refused in `engine/pretrain.py`. num_test: images of each test. Raises ConfigError for a budget with no time to
+    train.
+    """
+    train = config.train
+    if budget is not None:
+        each = step_seconds()  # before the clock is read, because measuring takes time too
+        return fill_budget(config, budget.seconds, budget.used(), each, num_test)
+    if train.steps is not None:
+        steps, why = train.steps, f"{train.steps} steps: the setting train.steps"
+    else:
+        epochs = train.epochs if train.epochs is not None else DEFAULT_EPOCHS
+        steps = max(1, math.ceil(epochs * num_images / train.batch_size))
+        why = f"{steps} steps: {epochs:g} epochs of {num_images} images in batches of {train.batch_size}"
+    return steps, train.test_every or math.ceil(steps / TESTS), why
+
+
+def fill_budget(config: Config, budget: float, used: float, timing: Timing, num_test: int) -> tuple[int, int, str]:
+    """`choose_steps` for a budget in seconds, of which `used` are gone.
+
+    Tests count, with one more at the end; unless it is set how often, there are ten, or as many as TEST_SHARE of the
+    budget has time for.
+    """
+    train, each = config.train, timing.median
+    test = TEST_IMAGE * each / train.batch_size * num_test * (1 if config.optim.average is None else 2)
+    tests = TESTS if not test else max(1, min(TESTS, int(TEST_SHARE * budget / test) - 1))
+    left = BUDGET_SHARE * budget - used
+    if train.test_every:  # one on the way after so many steps, the last of them perhaps sooner, and one at the end
+        steps, ends = (left - 2 * test) / (each + test / train.test_every), 2 * test
+    else:
+        steps, ends = (left - (tests + 1) * test) / each, (tests + 1) * test
+    if steps < FEWEST_STEPS:
+        need = (used + ends + USEFUL_STEPS * each) / BUDGET_SHARE
+        raise ConfigError(
+            f"got a budget of {duration(budget)}, which has time for {max(0, int(steps))} steps: "
+            f"{duration(used)} were used before training, a step takes {each:.3g} s"
+            + (f", tests on {num_test} images take about {duration(ends)}" if test else "")
+            + f"; expected time for {USEFUL_STEPS} steps or more: give a budget of {duration(need)}, or a smaller "
+            "batch, image size or recipe"
+        )
+    steps = int(steps)
+    every = train.test_every or math.ceil(steps / tests)
+    why = (
+        f"{steps} steps at first: {timing.words()} each, in a budget of {duration(budget)}, of which "
+        f"{duration(used)} are used; the number follows the pace while training"
+    )
+    if test:
+        spent = (1 + math.ceil(steps / every)) * test
+        why += f"; tests on {num_test} images take about {duration(spent)}"
+    return steps, every, why
+
+
+def few_steps(plan: Plan) -> str | None:
+    """A warning where a budget gives fewer steps than are of use, with the time that these would take."""
+    if plan.budget is None or plan.steps >= USEFUL_STEPS:
+        return None
+    need = plan.startup + (plan.budget - plan.startup) * USEFUL_STEPS / plan.steps
+    return (
+        f"a budget of {duration(plan.budget)} has time for about {plan.steps} steps, too few to learn much; "
+        f"{USEFUL_STEPS} steps would take about {duration(need / AIM)}"
+    )
+
+
+def make_plan(
+    config: Config,
+    images: ImageSpec,
+    *,
+    num_images: int,
+    fingerprint: str,
+    excluded: tuple[int, ...] = (),
+    device: str,
+    workers: int,
+    cached: bool,
+    budget: Budget | None = None,
+    reasons: tuple[str, ...] = (),
+    batch_seconds: Callable[[], Timing] | None = None,
+    num_test: int = 0,
+) -> Plan:
+    """Decide everything that follows from the configuration; see the module docstring.
+
+    batch_seconds: time to load one global batch, for a budget on a machine that waits on its data. num_test: images
+    that a supervised run is tested on.
+    """
+    precision, why_precision = choose_precision(config.train.precision, device)
+    method = fresh_method(config, images).to(device)
+    micro, why_micro = choose_micro_batch(config, bytes_per_image(method, images, precision, device), device)
+    parameters = sum(p.numel() for p in method.parameters())
+    encoder_parameters = sum(p.numel() for p in method.encoder.parameters())
+    del method
+
+    def step_seconds() -> Timing:
+        seconds = 5.0 if budget is None else min(5.0, MEASURING_SHARE * budget.seconds)
+        compute = Timing.of(time_steps(config, images, micro, precision, device, seconds=seconds))
+        return compute.with_loading(batch_seconds() if batch_seconds else NO_TIME, workers)
+
+    batch_size = config.train.batch_size
+    steps, test_every, why_steps = choose_steps(
+        config, num_images, budget=budget, step_seconds=step_seconds, num_test=num_test
+    )
+    peak = peak_lr(config.optim, batch_size)
+    if steps * batch_size < 20 * num_images and num_images >= batch_size:
+        reasons += (f"only {steps * batch_size / num_images:.3g} epochs: expect the loss to be far from its floor",)
+    return Plan(
+        steps=steps,
+        warmup_steps=round(config.optim.warmup * steps),
+        batch_size=batch_size,
+        micro_batch=micro,
+        accumulation=batch_size // micro,
+        peak_lr=peak,
+        final_lr=config.optim.final_lr * peak,
+        epochs=steps * batch_size / num_images,
+        num_images=num_images,
+        images=images,
+        fingerprint=fingerprint,
+        excluded=excluded,
+        precision=precision,
+        device=device,
+        workers=workers,
+        cached=cached,
+        picture_every=config.train.picture_every or max(1, math.ceil(steps / 4)),
+        test_every=test_every,
+        parameters=parameters,
+        encoder_parameters=encoder_parameters,
+        budget=None if budget is None else budget.seconds,
+        startup=0.0 if budget is None else budget.used(),
+        reasons=(
+            *reasons,
+            why_steps,
+            why_micro,
+            why_precision,
+            f"peak learning rate {peak:.3g}: base {config.optim.base_lr:.3g} x batch {batch_size} / 256",
+        ),
+    )

@@ -1,0 +1,134 @@
+"""When the loop logs, draws, evaluates and saves, and how many steps fit a time budget."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, replace
+
+import torch
+
+from unmask.console import duration
+from unmask.engine import time_budget
+from unmask.engine.compile import uncompiled
+from unmask.engine.device import autocast
+from unmask.engine.job import Job, Position, optional
+from unmask.engine.supervision import Judge
+from unmask.engine.time_budget import Pacer
+from unmask.errors import UserError
+from unmask.nn.modes import eval_mode
+from unmask.run import Run, RunGone
+
+REPORT_SECONDS = 1.5  # to write the report after the last step, which is part of a budget
+
+
+class Stopwatch:
+    """Seconds of training: of the earlier legs of a Run, as its status has them, and of this one."""
+
+    def __init__(self, run: Run, began: float | None = None) -> None:
+        self.began = time_budget.now() if began is None else began
+        self.before = float(run.status().get("seconds", 0.0))
+
+    def seconds(self) -> float:
+        return self.before + time_budget.now() - self.began
+
+
+def open_pacer(job: Job, watch: Stopwatch, judge: Judge | None) -> Pacer:
+    """What counts the time of a budget; without one it never asks for anything.
+
+    The number of steps stays as it is up to the last step that an earlier leg logged or replanned, which this one
+    repeats.
+    """
+    plan = job.plan
+    if plan.budget is None:
+        return Pacer(math.inf, 0.0)
+    known = [replan.step for replan in plan.replans]
+    with optional(job, job.run.metrics_file):
+        known += [row.get("step", 0) for row in job.run.metrics()]
+    pacer = Pacer(plan.budget, plan.startup + watch.seconds(), fixed=max(known, default=0))
+    if judge is not None:
+        with torch.no_grad(), eval_mode(job.method), uncompiled(), autocast(plan.precision, plan.device):
+            pacer.expect("test", judge.trial(job.method) * (1 if job.config.optim.average is None else 2))
+    return pacer
+
+
+def draw_due(job: Job, step: int) -> bool:
+    """Whether a picture is drawn after this step: an interval that was not set is a share of the training."""
+    plan, wanted = job.plan, job.config.train.picture_every
+    if wanted is None and plan.replans:
+        return plan.passed(step, plan.picture_every) or step in (1, plan.steps)
+    return due(step, plan.picture_every, plan.steps)
+
+
+def test_due(job: Job, step: int) -> bool:
+    """Whether a supervised run is tested after this step; as `draw_due`."""
+    plan = job.plan
+    if step == plan.steps:
+        return True
+    if job.config.train.test_every is None and plan.replans:
+        return plan.passed(step, plan.test_every or plan.first_steps)
+    return step % (plan.test_every or plan.steps) == 0
+
+
+def closing_seconds(pacer: Pacer) -> float:
+    """Seconds from the last step to the end of the command: test, picture, checkpoint, the result and the report."""
+    return 2 * pacer.cost("test") + pacer.cost("picture") + pacer.cost("save") + REPORT_SECONDS
+
+
+def affordable(job: Job, pacer: Pacer, kind: str, at: Position) -> bool:
+    """Whether a picture or a test leaves most of a budget for training; those of the last step are always made."""
+    if job.plan.budget is None or at.step == job.plan.steps or pacer.affords(kind, closing_seconds(pacer)):
+        return True
+    job.console.warn_once(
+        f"no {kind}s before the last step: one takes about {pacer.cost(kind):.2g} s, and most of the budget of "
+        f"{duration(job.plan.budget)} is for training"
+    )
+    return False
+
+
+def replanned(job: Job, pacer: Pacer, at: Position) -> Job:
+    """The job with as many steps as the budget has time for; plan.json says so before the next step is taken."""
+    plan, train = job.plan, job.config.train
+    if plan.budget is None or at.step >= plan.steps:
+        return job
+    closing = closing_seconds(pacer)
+    rest = closing + (plan.steps - at.step) // train.checkpoint_every * pacer.cost("save")
+    for kind, every in (("picture", plan.picture_every), ("test", plan.test_every)):
+        if every and pacer.affords(kind, closing):
+            rest += max(0, plan.times(plan.steps, every) - plan.times(at.step, every) - 1) * pacer.cost(kind)
+    steps = pacer.steps(at.step, plan.steps, rest)
+    if steps == plan.steps:
+        return job
+    plan = plan.replanned(at.step, steps)
+    try:
+        job.run.write("plan.json", plan.model_dump(mode="json"))
+    except (OSError, UserError, RunGone) as error:
+        job.console.warn_once(
+            f"cannot write {job.run.path / 'plan.json'}: {error}; the number of steps stays {job.plan.steps}"
+        )
+        return job
+    return replace(job, plan=plan)
+
+
+def due(step: int, every: int, last: int) -> bool:
+    """Whether something periodic happens after this step: at the first, every so many, and at the last."""
+    return step % every == 0 or step in (1, last)
+
+
+@dataclass
+class Pace:
+    """Images and seconds since the last logged step, when `start` samples had been consumed."""
+
+    start: int
+    waited: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.began = time.perf_counter()
+
+    def row(self, consumed: int) -> dict[str, float]:
+        seconds = max(1e-9, time.perf_counter() - self.began)
+        return {"images_per_second": (consumed - self.start) / seconds, "data_wait": self.waited / seconds}
+
+    def sentence(self, consumed: int) -> str:
+        row = self.row(consumed)
+        return f"{row['images_per_second']:.0f} images/s  {row['data_wait']:.0%} waiting on data"

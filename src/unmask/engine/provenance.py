@@ -1,0 +1,54 @@
+"""Where a run came from: versions, device, git state and command line."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from unmask.engine.plan import Plan
+
+
+def provenance(plan: Plan) -> dict[str, Any]:
+    """Versions, device, git state of the working folder, and the command: for whoever asks where a run came from."""
+    device = torch.cuda.get_device_name(plan.device) if plan.device.startswith("cuda") else platform.processor()
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": device or platform.machine(),
+        "cores": os.cpu_count(),
+        "versions": provenance_versions(),
+        "git": git_state(),
+    }
+
+
+def provenance_versions() -> dict[str, str]:
+    """Installed versions of this package and of those that decide numbers."""
+    found = {}
+    for name in ("unmask", "torch", "numpy", "pillow", "simplejpeg", "safetensors"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def git_state() -> dict[str, Any] | None:
+    """Commit of the working folder and whether it has uncommitted changes; None outside a repository."""
+    try:
+        ask = {"capture_output": True, "text": True, "timeout": 5, "check": True}
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], **ask).stdout.strip()
+        changed = subprocess.run(["git", "status", "--porcelain", "-uno"], **ask).stdout.strip()
+        return {"commit": commit, "changed": bool(changed)}
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,276 @@
+"""Settings of a run: combine a recipe with settings and options, and reject contradictions before any image is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from unmask.batch import ImageSpec
+from unmask.config import Config, ConfigError, override, parse, task_names
+from unmask.data.augment import crop_for
+from unmask.data.scan import Scan
+from unmask.data.sources.open_source import Source
+from unmask.engine import initial_weights
+from unmask.engine.image_size import candidates
+from unmask.engine.load import read_config, read_plan
+from unmask.engine.make_plan import choose_steps, require_micro_batch
+from unmask.engine.measure import NO_TIME
+from unmask.engine.time_budget import Budget
+from unmask.errors import UserError
+from unmask.recipes import catalogue
+from unmask.run import Run
+
+MOST_EPOCHS_A_STEP = 256
+MOST_PATCHES = 1 << 18
+SIZE_KEYS = ("data.size", "method.encoder.patch", "method.pattern")
+
+
+def refuse_two_sources_of_settings(recipe: str, from_run: str | Path | None) -> None:
+    """Raises ConfigError where --config comes with --recipe or --from, which also say what the settings are."""
+    if recipe != "auto" or from_run is not None:
+        option = f"--recipe {recipe}" if recipe != "auto" else f"--from {from_run}"
+        raise ConfigError(f"got both --config and {option}; each names a run's settings: leave one of them out")
+
+
+def settings_of(path: str | Path) -> Config:
+    """The settings of a Run (its folder, or its config.json) for another run on images that are named anew.
+
+    The steps of a run that was planned for a time budget are taken from its plan. Raises RunError, ConfigError.
+    """
+    file = Path(path)
+    run = Run.open(file.parent if file.name == "config.json" else file)
+    config = read_config(run)
+    refuse_labels(config, None)
+    train, plan = config.train, read_plan(run)
+    expected, _, _ = choose_steps(config, plan.num_images, budget=None, step_seconds=lambda: NO_TIME)
+    if plan.steps and plan.steps != expected:
+        train = train.model_copy(update={"steps": plan.steps, "epochs": None})
+    data = config.data.model_copy(update={"source": ""})
+    return config.model_copy(update={"data": data, "train": train})
+
+
+def patch_of(config: Config) -> tuple[int, int] | None:
+    """(H, W) of the encoder's patches; None where it has none."""
+    return getattr(getattr(config.method, "encoder", None), "patch", None)
+
+
+def with_options(
+    base: Config | None,
+    recipe: str,
+    settings: list[str],
+    *,
+    weights: bool = False,
+    tokenizer: str | Path | None,
+    palette: str | Path | None,
+    masks: str | Path | None,
+) -> list[str]:
+    """What --tokenizer, --palette and --masks stand for, as settings before those set by hand.
+
+    base: settings that stand in for the recipe's; `weights` when they come with weights (--from).
+
+    Raises ConfigError where an option and a setting say the same, or an option would be ignored.
+    """
+    if "graft" in parse(settings) and (weights or tokenizer is not None):
+        option = "--from" if weights else "--tokenizer"
+        raise ConfigError(
+            f"both {option} and graft were given, which say where weights come from; leave one of them out"
+        )
+    if weights and palette is not None:
+        raise ConfigError(
+            "both --from and --palette were given, but those weights come with their palette; leave it out"
+        )
+    config = base or catalogue.find(catalogue.AUTO[0] if recipe == "auto" else recipe)
+    given = {
+        "--masks": [] if masks is None else initial_weights.with_masks(masks),
+        "--palette": [] if palette is None else initial_weights.with_palette(palette),
+        "--tokenizer": [] if tokenizer is None else initial_weights.with_tokenizer(tokenizer, config.graft),
+    }
+    for option, filled in given.items():
+        initial_weights.require_own_settings(option, filled, settings, config)
+    return [*(text for filled in given.values() for text in filled), *settings]
+
+
+def resolve(
+    base: Config,
+    settings: list[str],
+    *,
+    budget: Budget | None = None,
+    proposals: Iterable[str] = (),
+    source: Source | None = None,
+) -> Config:
+    """`base`, over it what `auto` proposes, and over both what a person has set; and which images it is for.
+
+    Whose answer to "how long?" counts: a person's epochs go before the steps of a base or a proposal, as a budget goes
+    before all. Raises ConfigError for a setting that does not fit, or that would be ignored without a word.
+    """
+    asked = parse(settings)
+    refuse_conflicts(asked, budget)
+    steps = ["train.steps=none"] if asked.get("train.epochs") is not None else []
+    config = override(base, [*proposals, *steps, *settings])
+    if "data.crop.eval_share" not in asked:
+        crop = crop_for(config.data.crop, config.data.size, base.data.size)
+        config = config.model_copy(update={"data": config.data.model_copy(update={"crop": crop})})
+    if "train.test_every" in asked and config.method.name not in task_names():
+        raise ConfigError(
+            f"train.test_every was set, but {config.method.name} learns without labels, so there is nothing to test; "
+            "leave it out"
+        )
+    ignored = sorted({"data.crop.scale", "data.crop.ratio"} & set(asked))
+    if ignored and config.data.crop.kind != "random_resized":
+        raise ConfigError(
+            f"{ignored[0]} was set, but crops of kind {config.data.crop.kind!r} have a fixed size; set "
+            "data.crop.eval_share, or data.crop.kind=random_resized, or leave it out"
+        )
+    if source is not None:
+        where = {"source": source.data, "exclude": source.exclude}
+        config = config.model_copy(update={"data": config.data.model_copy(update=where)})
+    return config
+
+
+def refuse_conflicts(asked: dict[str, Any], budget: object) -> None:
+    """What cannot be set is refused, and so are two answers to "how long?": one of them would be ignored."""
+    if "data.exclude" in asked:
+        raise ConfigError("data.exclude cannot be set: give --exclude PATTERN to the command")
+    if "data.source" in asked:
+        raise ConfigError("data.source cannot be set: it is the DATA that the command names; name other images there")
+    for key in ("data.test", "data.annotations", "data.test_annotations", "data.test_split"):
+        if key in asked:
+            option = key.removeprefix("data.").replace("_", "-")
+            raise ConfigError(f"{key} cannot be set: give --{option} to `unmask finetune` instead")
+    if "recipe" in asked:
+        raise ConfigError("recipe cannot be set: it says where the settings came from; choose one with --recipe NAME")
+    wanted = [key for key in ("train.epochs", "train.steps") if asked.get(key) is not None]
+    if budget is not None and wanted:
+        raise ConfigError(f"both a time budget and {wanted[0]} were given; leave one of them out")
+    if len(wanted) > 1:
+        raise ConfigError("both train.steps and train.epochs were given; leave one of them out")
+
+
+def drafted(base: Config | None, recipe: str, settings: list[str], budget: Budget | None) -> Config:
+    """The configuration as far as it is known without the images, tried out: sizes, patches, heads and ratios agree.
+
+    For `auto` it is enough that one of the recipes it chooses from would go with the settings.
+    """
+    if base is not None or recipe != "auto":
+        config = resolve(base or catalogue.find(recipe), settings, budget=budget)
+        require_micro_batch(config)
+        initial_weights.require_size(config)
+        require_method(config)
+        return config
+    tries = [resolve(catalogue.find(name), settings, budget=budget) for name in catalogue.AUTO]
+    faults = []
+    for config in tries:
+        try:
+            require_method(_as_auto_would(config, settings))
+            return tries[0]
+        except UserError as error:
+            faults.append(error)
+    raise faults[0]
+
+
+def _as_auto_would(config: Config, settings: list[str]) -> Config:
+    """Of size and patch the one that was not set, chosen to fit the other; `auto` will look at the images for it."""
+    asked = parse(settings)
+    if "data.size" in asked and "method.encoder.patch" not in asked:
+        divisors = [side for side in range(2, 17) if all(length % side == 0 for length in config.data.size)]
+        return override(config, [f"method.encoder.patch={side}" for side in divisors[:1]])
+    if "method.encoder.patch" in asked and "data.size" not in asked:
+        height, width = config.model_dump()["method"]["encoder"]["patch"]
+        return override(config, [f"data.size=[{height * 16},{width * 16}]"])
+    return config
+
+
+def refuse_labels(config: Config, from_run: str | Path | None) -> None:
+    """Raises ConfigError for a method that learns from labels: those belong to `unmask finetune`."""
+    if config.method.name not in task_names():
+        return
+    if from_run is None:
+        raise ConfigError(
+            f"recipe {config.recipe} learns from labels, and this is pre-training; use it with `unmask finetune RUN "
+            f"DATA --recipe {config.recipe}`"
+        )
+    raise ConfigError(
+        f"--from {from_run} is a run of {config.method.name}, which learns from labels; give `unmask finetune "
+        f"{from_run} DATA` to train on, or name a --recipe to pre-train its encoder"
+    )
+
+
+def require_method(config: Config) -> None:
+    """Build the method for made-up images, without memory for weights: what does not fit together is said now."""
+    initial_weights.require_tokenizer(config)
+    refuse_absurd_size(config)
+    channels = config.data.channels or len(config.data.mean or config.data.std or (0, 0, 0))
+    mean, std = config.data.mean or (0.0,) * channels, config.data.std or (1.0,) * channels
+    require_statistics(channels, mean, std)
+    with torch.device("meta"):
+        config.build(ImageSpec(channels, config.data.size, "uint8", mean, std))
+
+
+def require_statistics(channels: int, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    if len(mean) != channels or len(std) != channels:
+        raise ConfigError(
+            f"{len(mean)} means and {len(std)} standard deviations for {channels} channels; give --set data.mean=[...] "
+            "and --set data.std=[...] with one number per channel, or leave both out"
+        )
+
+
+def refuse_absurd_batch(config: Config, num_images: int) -> None:
+    """A batch of very many times the data set is a slip of the finger, and one step of it would take for ever."""
+    batch = config.train.batch_size
+    if batch > MOST_EPOCHS_A_STEP * num_images:
+        raise ConfigError(
+            f"train.batch_size={batch} came for {num_images} images: every step would see each of them "
+            f"{batch // num_images} times; use at most {MOST_EPOCHS_A_STEP * num_images}, 16 to 256 is usual"
+        )
+
+
+def refuse_absurd_size(config: Config) -> None:
+    """More patches than could be attended to are a slip of the finger, and their positions alone gigabytes."""
+    height, width = config.data.size
+    patch = config.method.model_dump().get("encoder", {}).get("patch") or (1, 1)
+    patches = (height // patch[0]) * (width // patch[1])
+    if patches > MOST_PATCHES:
+        raise ConfigError(
+            f"data.size={[height, width]} came, which is {patches:,} patches of {patch[0]} x {patch[1]} pixels; at "
+            f"most {MOST_PATCHES:,} were expected (196 is usual): use smaller images, or larger patches"
+        )
+
+
+def settle(
+    source: Source, found: Scan, recipe: str, settings: list[str], device: str, *, budget: Budget | None
+) -> tuple[Config, tuple[str, ...], list[str]]:
+    """The configuration, the reasons for what was chosen from the images, and that as KEY=VALUE.
+
+    What a person set is not chosen for them.
+    """
+    if recipe != "auto":
+        return named(source, found, recipe, settings, budget=budget)
+    asked = parse(settings)
+    fixed = set(asked)
+    if budget is not None or asked.get("train.epochs") is not None:
+        fixed.add("train.steps")
+    size = resolve(catalogue.find(catalogue.AUTO[0]), settings).data.size if "data.size" in fixed else None
+    name, proposals, reasons = catalogue.choose(
+        found.usable, found.median_size, device, fixed=fixed, size=size, about=found.sampled
+    )
+    config = resolve(catalogue.find(name), settings, budget=budget, proposals=proposals, source=source)
+    return config, (f"recipe {name}, chosen by auto:", *reasons), proposals
+
+
+def named(
+    source: Source, found: Scan, recipe: str, settings: list[str], *, budget: Budget | None
+) -> tuple[Config, tuple[str, ...], list[str]]:
+    """As `settle` for a recipe by name: size and patch follow the images where no paper and no person fixes them."""
+    plain = resolve(catalogue.find(recipe), settings, budget=budget, source=source)
+    if not set(SIZE_KEYS) & set(parse(settings)):
+        for proposals in candidates(recipe, found.median_size):
+            try:
+                config = resolve(plain, proposals, budget=budget, source=source)
+                require_method(config)
+            except UserError:  # a mask in larger cells, for example
+                continue
+            return config, (f"{' '.join(proposals)}: recipe {recipe} follows the images",), proposals
+    return plain, (), []

@@ -1,0 +1,110 @@
+"""Continue a Run from its newest checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from unmask.console import Console
+from unmask.data.sources.open_source import open_source
+from unmask.data.sources.pages import read_as
+from unmask.engine import checkpoint, dataset_record, edit_run
+from unmask.engine.changed_data import Places, accept_unverified, adopt, note_moved, noting_moved, refusal
+from unmask.engine.device import choose_device
+from unmask.engine.load import read_config, read_plan
+from unmask.engine.plan import Plan
+from unmask.engine.run_training import train_and_record
+from unmask.engine.supervision import Supervise
+from unmask.engine.training_data import DataError, training_images
+from unmask.errors import SourceError
+from unmask.nn.default_dtype import float32_default
+from unmask.run import Run
+from unmask.system.processes import refuse_several_processes
+
+
+@float32_default()
+def resume(
+    run_folder: str | Path,
+    *,
+    allow_dataset_change: bool = False,
+    places: Places | None = None,
+    supervise: Supervise | None = None,
+    concluded: Callable[[Run], bool] = lambda run: True,
+    console: Console | None = None,
+) -> Run:
+    """Continue a Run exactly where it stopped. Raises ValueError when it cannot be the same run any more.
+
+    A finished run is looked at, too: where its last checkpoint is damaged or missing, the steps since the one before
+    are repeated; where its result is missing (`concluded`), it is measured. supervise: for a supervised run, which
+    `finetune.resume` continues. places: where its data lie now, if they have moved.
+    """
+    console = console or Console()
+    refuse_several_processes()
+    run = Run.open(run_folder)
+    with run.lock():
+        edit_run.complete(run)
+        config, plan = read_config(run), read_plan(run)
+        if is_done(run, plan, concluded, console):
+            return run
+        run.add_digests()
+        choose_device(plan.device)
+        before = config
+        if places is not None:
+            config = places.applied(config)
+        try:
+            source = read_as(open_source(config.data.source, config.data.exclude), plan.reading)
+        except SourceError as error:
+            if places is not None:
+                raise
+            raise SourceError(f"{error}; if the images have moved: unmask resume {run.path} --data NEW") from None
+        config = config.model_copy(update={"data": config.data.model_copy(update={"source": source.data})})
+        if found := dataset_record.compare(run, plan, source, console):
+            if not allow_dataset_change:
+                raise DataError(refusal(config, plan, source, found))
+            if found.unknown:
+                plan = accept_unverified(plan, source, run, found)
+                console.warn("the images are taken for those the run began with: their names and sizes are the same")
+            else:
+                plan = adopt(source, plan, run, found)
+                console.warn(f"the images have changed: going on with the {plan.num_images} there are now, not exactly")
+        excluded = set(plan.excluded)
+        rows = np.array([row for row in range(len(source)) if row not in excluded], np.int64)
+        images = training_images(source, rows, plan.images, config)
+        if plan.cached:
+            images.keep_decoded()
+        if places is not None and supervise is None:
+            note_moved(run, before, config, console)
+        elif places is not None and supervise is not None:
+            supervise = noting_moved(supervise, before, console)
+        train_and_record(run, config, plan, images, console, supervise)
+    return run
+
+
+def is_done(run: Run, plan: Plan, concluded: Callable[[Run], bool], console: Console) -> bool:
+    """Whether nothing is left to do in a run; if so, says so."""
+    if plan.steps == 0:
+        if not checkpoint.is_complete(run, 0):
+            raise checkpoint.CheckpointError(
+                f"{run.path} holds imported weights, and they are damaged: import them again (provenance.json names "
+                "the file they came from)"
+            )
+        if not run.finished:
+            run.set_status("finished", 0, total=0)
+        console.say(f"{run.path} is finished: it holds imported weights, and there is nothing to train")
+        return True
+    if not run.finished:
+        return False
+    if not checkpoint.is_complete(run, plan.steps):
+        checkpoint.require_any(run)
+        console.warn(f"{run.path} was finished, but its last checkpoint cannot be used: the last steps are repeated")
+        return False
+    if not concluded(run):
+        console.say(f"{run.path} has all its {plan.steps} steps, but not its result: measuring it")
+        return False
+    console.say(
+        f"{run.path} is finished ({plan.steps} steps); nothing to do. To train it longer: unmask set {run.path} "
+        f"train.steps={2 * plan.steps}, then unmask resume {run.path}"
+    )
+    return True

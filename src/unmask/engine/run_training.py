@@ -1,0 +1,84 @@
+"""Run the training loop and record in the Run how it ended."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from unmask.config import Config
+from unmask.console import Console, duration
+from unmask.data.loader import Images
+from unmask.engine import checkpoint
+from unmask.engine.plan import Plan
+from unmask.engine.samples import BASELINES
+from unmask.engine.supervision import Supervise
+from unmask.engine.time_budget import now
+from unmask.engine.train import train
+from unmask.errors import UserError
+from unmask.recipes import catalogue
+from unmask.run import STATUS, Run
+
+
+def train_and_record(
+    run: Run, config: Config, plan: Plan, images: Images, console: Console, supervise: Supervise | None = None
+) -> None:
+    """Run the loop and what concludes it, and record in the Run how that ended, whatever happens.
+
+    "finished" is recorded after all of the work; a run that was interrupted outside the loop is stopped, not failed.
+    """
+    began = now()
+    try:
+        judge = conclude = None
+        if supervise is not None:
+            images.annotations, judge, conclude = supervise(run, config, plan, images.source)
+        state = train(run, config, plan, images, console, judge, began)
+        if state == "finished" and conclude is not None:
+            conclude(run)
+    except KeyboardInterrupt:
+        record_state(run, "stopped", console, total=plan.steps)
+        raise
+    except BaseException as error:
+        record_state(run, "failed", console, total=plan.steps, error=f"{type(error).__name__}: {error}")
+        raise
+    status = run.status()
+    now_took = now() - began
+    took = max(now_took, float(status.get("seconds", 0.0)))
+    record_state(run, state, console, total=status.get("total", plan.steps), seconds=took)
+    said = duration(took) + (f" ({duration(now_took)} of it since it was resumed)" if took > now_took + 1 else "")
+    if state == "stopped":
+        console.say(f"stopped after {said}")
+    else:
+        console.say(f"finished {status['step']} steps in {said}: {run.path}")
+        if supervise is None:
+            warn_above_baseline(run, console)
+
+
+def warn_above_baseline(run: Run, console: Console) -> None:
+    """Warn when the last loss on the images of the pictures is no better than the best baseline; name what to do."""
+    try:
+        found, step = run.read(BASELINES), run.status()["step"]
+        fair = {name: value for name, value in found["guesses"].items() if not name.startswith("true_")}
+        measured, loss = found["losses"][-1]
+    except (OSError, UserError, KeyError, IndexError):  # no picture was drawn; the weights are there all the same
+        return
+    if measured != step or not fair or loss < min(fair.values()):
+        return
+    name = min(fair, key=lambda name: fair[name])
+    console.warn(
+        f"the loss on the images of the pictures is {loss:.4f}; the baseline ({name.replace('_', ' ')}), which needs "
+        f"no training, scores {fair[name]:.4f}: the features are hardly better than random ones yet. Train longer: "
+        f"unmask set {run.path} train.steps={max(catalogue.FEWEST_STEPS, 2 * step)}; then: unmask resume {run.path}"
+    )
+
+
+def record_state(run: Run, state: str, console: Console, **more: Any) -> None:
+    """Write the status; the disk, or the file, may be the very trouble."""
+    for _ in range(2):  # torch's signal handler may raise once more for the same dead loader worker
+        try:
+            kept = {"seconds": seconds} if (seconds := run.status().get("seconds")) is not None else {}
+            run.set_status(state, checkpoint.newest_step(run) or 0, **kept | more)
+            return
+        except OSError as error:
+            console.warn_once(f"cannot write {run.path / STATUS}: {error.strerror}")
+            return
+        except (ValueError, RuntimeError):
+            continue

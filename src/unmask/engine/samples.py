@@ -1,0 +1,111 @@
+"""Pictures and losses on fixed images while a method trains."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from unmask.batch import Batch
+from unmask.data.decode.decode import BadImage
+from unmask.data.device_crops import to_device
+from unmask.data.loader import Images, Taken
+from unmask.engine.compile import uncompiled
+from unmask.engine.device import autocast
+from unmask.engine.job import Job, Position, note, optional
+from unmask.engine.plan import Plan
+from unmask.errors import TrainingFailed
+from unmask.nn.modes import eval_mode
+from unmask.report.pictures import draw
+from unmask.rng import Draws
+from unmask.system.stop_requests import StopRequest
+
+BASELINES = "evals/baselines.json"
+PICTURE_SAMPLE = 64
+
+
+@dataclass
+class Samples:
+    """Images on which training is looked at, the same in every run.
+
+    pictures: training images, drawn and scored beside what trivial guesses score. held_out: images that are not trained
+    on, None where there are none. `losses` holds the newest numbers for the progress line: of the held-out images, and
+    the best guess that needs no learning and sees only what the model sees.
+    """
+
+    pictures: Batch
+    held_out: Batch | None
+    losses: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, images: Images, plan: Plan) -> Samples:
+        held_out = fixed_images(images, plan, np.array(plan.held_out, np.int64)) if plan.held_out else None
+        return cls(fixed_images(images, plan, spread(images.rows, PICTURE_SAMPLE)), held_out)
+
+
+def spread(rows: np.ndarray, count: int) -> np.ndarray:
+    """Up to `count` of the rows, evenly spread."""
+    return rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)]
+
+
+def fixed_images(images: Images, plan: Plan, rows: np.ndarray) -> Batch:
+    """These images without augmentation; those that cannot be read are left out. Raises TrainingFailed for none."""
+    fixed = replace(images, training=False)
+    drawn: list[Batch] = []
+    for row in rows:
+        with suppress(BadImage):  # gone bad since the scan; training meets it, replaces it and notes it
+            drawn.append(fixed[Taken(np.array([row]), np.zeros(1, np.int64))].batch)
+    if not drawn:
+        raise TrainingFailed(f"none of {len(rows)} images of {images.source.name} can be read; bring them back, resume")
+    return to_device(Batch.join(drawn), plan.device)
+
+
+@torch.no_grad()
+def look(job: Job, samples: Samples, at: Position, stop: StopRequest) -> None:
+    """Draw what the method makes of the sample, and note its loss beside what trivial guesses score on the same images.
+
+    `evals/baselines.json`: the guesses by name; under "losses" and "held_out_losses" a [step, loss] for every look.
+    """
+    plan, train, sample = job.plan, job.config.train, samples.pictures
+    clock = plan.clock(at.step, Draws(train.seed, sample.epoch, sample.index))
+    with eval_mode(job.method), uncompiled(), autocast(plan.precision, plan.device), stop.interruptible():
+        picture = job.method.picture(sample, clock)._replace(valid=sample.valid)
+        held_out = None if samples.held_out is None else mean_loss(job, samples.held_out, at)
+    file, title = job.run.pictures / f"step-{at.step:08d}.png", f"step {at.step} of {plan.steps}"
+    numbers = {name: float(value) for name, value in picture.numbers.items()}
+    loss = numbers.pop("loss")
+    samples.losses = {} if held_out is None else {"held out": held_out}
+    if fair := {name: value for name, value in numbers.items() if not name.startswith("true_")}:
+        name = min(fair, key=lambda name: fair[name])
+        samples.losses[f"baseline ({name.replace('_', ' ')})"] = fair[name]
+    if held_out is not None:
+        note(job, {"step": at.step, "held_out_loss": held_out})
+    with optional(job, job.run.pictures):
+        draw(picture.spread(train.picture_images), plan.images.dtype, file, title)
+    before: dict[str, Any] = {}
+    if at.step > 0:
+        with optional(job, job.run.path / BASELINES):
+            before = job.run.read(BASELINES)
+    found: dict[str, Any] = {"images": len(sample), "losses": _with(before, "losses", at.step, loss)}
+    if held_out is not None and samples.held_out is not None:
+        found["held_out_images"] = len(samples.held_out)
+        found["held_out_losses"] = _with(before, "held_out_losses", at.step, held_out)
+    with optional(job, job.run.path / BASELINES):
+        job.run.write(BASELINES, found | {"guesses": numbers})
+
+
+def _with(before: dict[str, Any], key: str, step: int, loss: float) -> list[list[float]]:
+    return [pair for pair in before.get(key, []) if pair[0] < step] + [[step, loss]]
+
+
+def mean_loss(job: Job, batch: Batch, at: Position) -> float:
+    """Mean loss of the method, in eval mode, on these images in micro-batches; the masks are the same at every step."""
+    plan, total = job.plan, torch.zeros((), device=job.plan.device)
+    for start in range(0, len(batch), plan.micro_batch):
+        part = batch[start : start + plan.micro_batch]
+        clock = plan.clock(at.step, Draws(job.config.train.seed, part.epoch, part.index))
+        total += job.method(part, clock).value.detach() * len(part)
+    return float(total / len(batch))

@@ -1,0 +1,74 @@
+"""The stream of micro-batches that the loop trains on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from unmask.batch import Batch
+from unmask.data.decode.decode import BadImage
+from unmask.data.loader import Delivery, training_batches
+from unmask.engine.guard import Guard
+from unmask.engine.job import Job, Position, optional
+from unmask.errors import LoadingFailed, TrainingFailed
+from unmask.run import Run
+
+ENDLESS = 1 << 40  # micro-batches: with a budget the last step is not known
+
+
+def open_stream(job: Job, at: Position, guard: Guard) -> Iterator[Batch]:
+    """The micro-batches from this position to the end of the plan; files gone bad since the scan are noted.
+
+    Raises StopRequested when a stop is requested while waiting for one.
+    """
+    plan = job.plan
+    deliveries = training_batches(
+        job.images,
+        start=at.consumed,
+        batch=plan.micro_batch,
+        batches=(plan.steps - at.step) * plan.accumulation if plan.budget is None else ENDLESS,
+        workers=plan.workers,
+        pin=plan.device.startswith("cuda"),
+        folder=job.run.path,
+    )
+    try:
+        while True:
+            with guard.waiting_for_data():
+                delivery = next(deliveries, None)
+            if delivery is None:
+                return
+            quarantine(job, delivery, at)
+            yield delivery.batch
+    finally:
+        deliveries.close()
+
+
+@contextmanager
+def failures_as_sentences(run: Run) -> Iterator[None]:
+    """Context manager that raises TrainingFailed for a dead or stalled loader worker and for data that have gone."""
+    try:
+        yield
+    except BadImage as error:
+        raise TrainingFailed(str(error)) from error
+    except LoadingFailed as error:
+        raise TrainingFailed(
+            f"loading images stopped: {error}. `unmask resume {run.path}` continues from the last checkpoint; after "
+            f"`unmask set {run.path} data.workers=0` it reads the files itself and shows the cause"
+        ) from error
+
+
+def quarantine(job: Job, delivery: Delivery, at: Position) -> None:
+    """Write files that went bad since the scan to quarantine.jsonl, once each; stop when there are too many."""
+    images = job.images
+    for bad in delivery.bad:
+        if bad.name in images.gone_bad:
+            continue
+        images.gone_bad.add(bad.name)
+        with optional(job, job.run.quarantine_file):
+            job.run.add_quarantine({"name": bad.name, "code": bad.code, "detail": bad.detail, "step": at.step})
+        if len(images.gone_bad) > max(1, job.config.data.max_bad_fraction * len(images.rows)):
+            raise TrainingFailed(
+                f"{len(images.gone_bad)} of {len(images.rows)} images have become unreadable or changed since the "
+                f"scan, the last {bad.name} ({bad.code}); see {job.run.quarantine_file}, bring the files back, then "
+                "resume"
+            )

@@ -1,0 +1,195 @@
+"""The images of a run: scan the source, hold images out, choose how they are loaded, and make the plan."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import replace
+
+import numpy as np
+
+from unmask.batch import ImageSpec
+from unmask.config import Config, ConfigError, task_names
+from unmask.console import Console
+from unmask.data.findings import findings
+from unmask.data.loader import Images, Order, choose_workers
+from unmask.data.odd_images import constant_line, mask_warnings
+from unmask.data.scan import Scan, scan
+from unmask.data.sources.open_source import Source
+from unmask.engine.make_plan import make_plan
+from unmask.engine.measure import Timing
+from unmask.engine.plan import Plan
+from unmask.engine.resolve import require_statistics
+from unmask.engine.time_budget import Budget
+from unmask.errors import UserError
+
+NAMED_BAD_FILES = 5
+ENOUGH_TO_HOLD_OUT = 1_000  # images; of fewer, each is worth more in the training
+FEWEST_HELD_OUT, MOST_HELD_OUT = 64, 256
+LOADED_PARTS = 3  # of the images, each loaded to measure how long that takes
+
+
+class DataError(UserError):
+    """The images as a whole cannot be trained on; the message says why and what to do."""
+
+
+def scan_all(source: Source, draft: Config, console: Console) -> Scan:
+    """Look at the files, as many as the settings ask for. Raises DataError when too many cannot be read."""
+    source.reading = draft.data.reading
+    checked = min(len(source), draft.data.scan_sample or len(source))
+    with console.progress("checking files", checked) as bar:
+        found = scan(source, sample=checked, channels=draft.data.channels, progress=bar.update)
+    if found.known:
+        console.say(
+            f"{found.known} of {found.checked} files are as they were when last looked at, and were not looked at "
+            "again (`unmask check` does)"
+        )
+    source.digests = found.digests
+    if found.forgotten:
+        console.say(f"the next command will look at all files again: {found.forgotten}")
+    refuse_bad_data(found, draft)
+    return found
+
+
+def odd_images(source: Source, found: Scan) -> list[str]:
+    """Sentences about images that are probably not meant to be learned from: masks, or images of one value."""
+    constant = [] if found.constant is None else [constant_line(found.constant, found.good)]
+    return mask_warnings(source) + constant
+
+
+def refuse_bad_data(found: Scan, config: Config) -> None:
+    """Stop before training when nothing, or too little, of the data can be read."""
+    examples = "; ".join(f"{bad.name} ({bad.code}: {bad.detail})" for bad in found.bad[:NAMED_BAD_FILES])
+    if found.good == 0:
+        raise DataError(f"none of the {found.files} files of {found.source} can be read, for example {examples}")
+    if found.empty_files == found.good:
+        raise DataError(
+            f"all pixels of the {found.good} images of {found.source} are absent (NaN, or the declared no-data value), "
+            "so there is nothing to learn from; if they are data after all: --set data.nodata=none"
+        )
+    if found.bad_fraction > config.data.max_bad_fraction:
+        enough = math.ceil(20 * found.bad_fraction) / 20
+        raise DataError(
+            f"{len(found.bad)} of {found.checked} files checked cannot be read ({found.bad_fraction:.1%}; at most "
+            f"{config.data.max_bad_fraction:.1%} may be): {examples}. Mend or remove them (`unmask check` lists all), "
+            f"or --set data.max_bad_fraction={enough:g} to train on the rest"
+        )
+
+
+def image_spec(found: Scan, config: Config) -> ImageSpec:
+    """What the scan found, with what the person fixed by hand."""
+    channels = config.data.channels or found.channels_majority
+    mean, std = config.data.mean or found.mean, config.data.std or found.std
+    require_statistics(channels, mean, std)
+    return ImageSpec(channels, config.data.size, found.dtype_majority, tuple(mean), tuple(std))
+
+
+def prepare(
+    source: Source,
+    found: Scan,
+    config: Config,
+    device: str,
+    *,
+    budget: Budget | None,
+    reasons: tuple[str, ...],
+    held_out: np.ndarray | None = None,
+    num_test: int = 0,
+) -> tuple[Images, Plan]:
+    """The data set as the loop reads it, and the plan. Nothing is written, and no image is kept in memory yet."""
+    spec = image_spec(found, config)
+    excluded = np.union1d(found.bad_rows, [] if held_out is None else held_out).astype(np.int64)
+    rows = np.setdiff1d(np.arange(len(source)), excluded)
+    held_out_rows = held_out_for_loss(rows, config)
+    if len(held_out_rows):
+        excluded, rows = np.union1d(excluded, held_out_rows), np.setdiff1d(rows, held_out_rows)
+        reasons += (f"{len(held_out_rows)} images held out of the training, for the held-out loss: data.held_out",)
+    images = training_images(source, rows, spec, config)
+    reasons += findings(found)
+    if images.repeats > 1:
+        reasons += (f"every image gives {images.repeats} samples when it is read: once in {images.repeats} epochs",)
+    if images.on_device:
+        reasons += ("crops are resampled on the device: asked for",)
+    cached = config.data.cache
+    if cached is None:
+        cached = found.decoded_bytes * len(rows) <= config.data.cache_gib * 2**30
+    if cached:
+        reasons += (f"decoded images kept in memory: {found.decoded_bytes * len(rows) / 2**20:.0f} MiB",)
+    workers, why = choose_workers(device, cached=cached)
+    if config.data.workers is not None:
+        workers, why = config.data.workers, f"{config.data.workers} loader workers: asked for"
+    if found.median_size[0] < spec.size[0] or found.median_size[1] < spec.size[1]:
+        reasons += (f"most images are smaller than the model's {spec.size[0]} x {spec.size[1]} and will be enlarged",)
+    plan = make_plan(
+        config,
+        spec,
+        num_images=len(rows),
+        fingerprint=source.fingerprint(),
+        excluded=tuple(excluded.tolist()),
+        device=device,
+        workers=workers,
+        cached=cached,
+        budget=budget,
+        reasons=(*reasons, why),
+        batch_seconds=lambda: batch_seconds(images, config.train.batch_size, workers, cached=cached),
+        num_test=num_test,
+    )
+    return images, plan.model_copy(update={"reading": source.reading, "held_out": tuple(held_out_rows.tolist())})
+
+
+def held_out_for_loss(rows: np.ndarray, config: Config) -> np.ndarray:
+    """Of the rows that could be trained on, those on which a pre-training reports its loss; sorted.
+
+    Raises ConfigError where none would be left to train on, or a supervised run would ignore the setting.
+    """
+    wanted = config.data.held_out
+    if config.method.name in task_names():
+        if wanted:
+            raise ConfigError(f"got data.held_out={wanted}; supervised runs hold out test images instead: leave it out")
+        return rows[:0]
+    if wanted is None:
+        few = len(rows) < ENOUGH_TO_HOLD_OUT
+        wanted = 0 if few else min(MOST_HELD_OUT, max(FEWEST_HELD_OUT, len(rows) // 100))
+    if wanted >= len(rows):
+        raise ConfigError(f"got data.held_out={wanted} of {len(rows)} images; expected fewer than there are")
+    return rows[np.linspace(0, len(rows) - 1, wanted).astype(int)]
+
+
+def training_images(source: Source, rows: np.ndarray, spec: ImageSpec, config: Config) -> Images:
+    """The data set as `config` wants it loaded. Raises ConfigError where the device cannot resample what it holds."""
+    data = config.data
+    on_device = data.resize == "device"
+    if on_device and (spec.dtype != "uint8" or spec.channels not in (1, 3) or data.crop.jitter):
+        what = "data.crop.jitter" if data.crop.jitter else f"{spec.dtype} images of {spec.channels} channels"
+        raise ConfigError(
+            f"data.resize=device came with {what}; it is for 8-bit gray or RGB images without jitter, use "
+            "data.resize=loader"
+        )
+    return Images(source, rows, spec, data.crop, config.train.seed, repeats=data.repeats, on_device=on_device,
+        min_valid=data.min_valid,
+    )  # fmt: skip
+
+
+def batch_seconds(images: Images, batch: int, workers: int, *, cached: bool) -> Timing:
+    """Time to load one global batch, measured on the first images of the order; `cached`: when they lie in memory."""
+    part = max(images.repeats, min(batch, 64) // 2 // images.repeats * images.repeats)
+    parts = [Order(images.rows, images.seed, images.repeats).take(n * part, part) for n in range(LOADED_PARTS)]
+    if cached:
+        images = replace(images, rows=np.unique(np.concatenate([taken.index for taken in parts])), kept={})
+        images.keep_decoded()
+    times = []
+    for taken in parts:
+        images[taken]
+        start = time.perf_counter()
+        images[taken]
+        times.append((time.perf_counter() - start) * batch / part / max(1, workers))
+    return Timing.of(times)
+
+
+def skipped(source: Source) -> str:
+    """How many files of which kinds were passed over or excluded, in brackets; "" for none."""
+    excluded = ", ".join(f"{count} by {pattern}" for pattern, count in source.excluded.items())
+    told = f" (excluded: {excluded})" if excluded else ""
+    if not (passed_over := +source.skipped):
+        return told
+    kinds = ", ".join(f"{count} {kind or 'without extension'}" for kind, count in passed_over.most_common(4))
+    return f" ({passed_over.total()} other files passed over: {kinds})" + told
