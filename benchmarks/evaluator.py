@@ -25,7 +25,7 @@ from measure import command_line, conclude, origin, spread
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
-from unmask.data.splits import HOLD_OUT_FOR_C, hold_out
+from unmask.data.annotations.splits import HOLD_OUT_FOR_C, hold_out
 from unmask.evals.probes.knn import TEMPERATURE, knn
 from unmask.evals.probes.linear import C_GRID, MAX_ITERATIONS, linear, standardised
 

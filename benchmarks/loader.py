@@ -43,9 +43,12 @@ from torch.utils.data import DataLoader, Dataset
 from unmask.batch import ImageSpec
 from unmask.data.augment import CROP_DRAWS, CropConfig, crop_boxes
 from unmask.data.decode.decode import header
-from unmask.data.loader import Images, Order, training_batches
+from unmask.data.image_reader import Images
+from unmask.data.loader import training_batches
+from unmask.data.order import Order
 from unmask.data.pack import pack
-from unmask.data.sources.open_source import Source, open_source
+from unmask.data.sources.open_source import open_source
+from unmask.data.sources.source import Source
 from unmask.rng import Stream, uniform
 
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406])[:, None, None], torch.tensor([0.229, 0.224, 0.225])[:, None, None]

@@ -34,10 +34,13 @@ from PIL import Image
 
 from unmask.batch import ImageSpec
 from unmask.data.augment import CropConfig
-from unmask.data.loader import Images, Order, training_batches
-from unmask.data.scan import scan
-from unmask.data.scan_cache import memory_file
-from unmask.data.sources.open_source import Source, open_source
+from unmask.data.image_reader import Images
+from unmask.data.loader import training_batches
+from unmask.data.order import Order
+from unmask.data.scan.scan import scan
+from unmask.data.scan.scan_cache import memory_file
+from unmask.data.sources.open_source import open_source
+from unmask.data.sources.source import Source
 from unmask.engine.device import autocast, choose_device, choose_precision
 from unmask.nn.patches import take
 from unmask.recipes.catalogue import find

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from unmask.data.sources.open_source import Source
+from unmask.data.sources.source import Source
 
 
 def smooth(height: int = 48, width: int = 64, channels: int = 3, *, top: int = 255) -> np.ndarray:

@@ -25,7 +25,7 @@ from unmask.nn.inputs import Scale
 from unmask.nn.vit import ViT, ViTConfig
 
 if TYPE_CHECKING:
-    from unmask.data.segmentation_masks import MaskOptions
+    from unmask.data.annotations.segmentation_masks import MaskOptions
 
 Annotation = Literal["classes", "masks", "boxes"]
 """One class per image, one class per pixel, or boxes with a class each."""

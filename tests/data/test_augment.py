@@ -20,7 +20,8 @@ from unmask.data.augment import (
     jitter_colours,
 )
 from unmask.data.device_crops import to_device
-from unmask.data.loader import Images, Taken
+from unmask.data.image_reader import Images
+from unmask.data.order import Taken
 from unmask.data.sources.open_source import open_source
 from unmask.rng import Stream, uniform
 

@@ -9,9 +9,10 @@ import torch
 from PIL import Image
 
 from unmask.batch import NO_BOX, ImageSpec
+from unmask.data.annotations.box_annotations import BoxError, open_boxes
 from unmask.data.augment import CropConfig, cut_boxes
-from unmask.data.box_annotations import BoxError, open_boxes
-from unmask.data.loader import Images, eval_batches, training_batches
+from unmask.data.image_reader import Images
+from unmask.data.loader import eval_batches, training_batches
 from unmask.metrics import average_precision as average_precision_module
 from unmask.metrics.average_precision import average_precision, true_boxes
 

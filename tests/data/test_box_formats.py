@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from unmask.data.box_annotations import BoxError, open_boxes
-from unmask.data.decode.decode import oriented
-from unmask.data.decode.orientation import turned_boxes
+from unmask.data.annotations.box_annotations import BoxError, open_boxes
+from unmask.data.annotations.orientation import turned_boxes
+from unmask.data.decode.exif import oriented
 
 SIZE = (60, 80)  # as stored
 BOX = (10, 20, 34, 44)

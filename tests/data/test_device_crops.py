@@ -10,7 +10,9 @@ from unmask.batch import Batch, ImageSpec
 from unmask.config import ConfigError
 from unmask.data.augment import CropConfig, cut, cut_later, room_for
 from unmask.data.device_crops import resample, to_device, weights
-from unmask.data.loader import Images, Order, training_batches
+from unmask.data.image_reader import Images
+from unmask.data.loader import training_batches
+from unmask.data.order import Order
 from unmask.data.sources.open_source import open_source
 from unmask.engine.pretrain import pretrain
 from unmask.engine.resume import resume

@@ -9,11 +9,12 @@ import time
 import numpy as np
 import pytest
 
-from unmask.data.decode.decode import BadImage
-from unmask.data.identity import compare, digest_all, read_record, record_of
-from unmask.data.scan import scan
-from unmask.data.sources.open_source import content_digest, open_source
-from unmask.data.string_table import Names
+from unmask.data.decode.bad_image import BadImage
+from unmask.data.files.string_table import Names
+from unmask.data.scan.identity import compare, digest_all, read_record, record_of
+from unmask.data.scan.scan import scan
+from unmask.data.sources.open_source import open_source
+from unmask.data.sources.source import content_digest
 
 OLD = time.time() - 1000
 

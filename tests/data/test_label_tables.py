@@ -6,8 +6,9 @@ import pyarrow.parquet as pq
 import pytest
 from corpus import file_of, noisy
 
-from unmask.data.label_tables import meaning_of, read_table, targets_of
-from unmask.data.sources.open_source import Source, open_source
+from unmask.data.annotations.label_tables import meaning_of, read_table, targets_of
+from unmask.data.sources.open_source import open_source
+from unmask.data.sources.source import Source
 from unmask.errors import UserError
 
 

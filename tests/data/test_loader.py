@@ -11,10 +11,12 @@ from corpus import Memory, file_of, noisy, npy, smooth
 from PIL import Image
 
 from unmask.batch import ImageSpec
-from unmask.data import loader
+from unmask.data import image_reader
 from unmask.data.augment import CropConfig
-from unmask.data.decode.decode import BadImage
-from unmask.data.loader import Images, Order, Taken, choose_workers, eval_batches, training_batches
+from unmask.data.decode.bad_image import BadImage
+from unmask.data.image_reader import Images
+from unmask.data.loader import choose_workers, eval_batches, training_batches
+from unmask.data.order import Order, Taken
 
 COUNT = 20
 
@@ -186,8 +188,8 @@ def large_jpegs(size=(600, 800)):
 
 def test_scaled_decoding_agrees_with_full_decoding(monkeypatch):
     seen = []
-    true_decode = loader.decode.decode
-    monkeypatch.setattr(loader.decode, "decode", lambda *a, **k: seen.append(true_decode(*a, **k)) or seen[-1])
+    true_decode = image_reader.decode.decode
+    monkeypatch.setattr(image_reader.decode, "decode", lambda *a, **k: seen.append(true_decode(*a, **k)) or seen[-1])
     scaled = images(large_jpegs(), size=(32, 32))
     cached = images(large_jpegs(), size=(32, 32))
     cached.keep_decoded()
@@ -255,13 +257,13 @@ def test_repeats_do_not_depend_on_workers_nor_on_where_a_run_goes_on(workers):
 
 def test_repeats_are_read_and_decoded_once(monkeypatch):
     count = [0]
-    true_decode = loader.decode.decode
+    true_decode = image_reader.decode.decode
 
     def decode(*arguments, **more):
         count[0] += 1
         return true_decode(*arguments, **more)
 
-    monkeypatch.setattr(loader.decode, "decode", decode)
+    monkeypatch.setattr(image_reader.decode, "decode", decode)
     assert len(drawn(images(repeats=4), batch=16, batches=5)) == 80
     assert count[0] == 20
 
@@ -346,7 +348,7 @@ def test_a_batch_holds_few_files_at_a_time():
 
     data._take = take  # type: ignore[method-assign]
     data[Taken(np.tile(np.arange(COUNT), 5), np.zeros(5 * COUNT, np.int64))]
-    assert most[0] <= loader.READ_AHEAD
+    assert most[0] <= image_reader.READ_AHEAD
 
 
 # ------------------------------------------------------------------------------------------------------------- workers

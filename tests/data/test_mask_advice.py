@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from unmask.data import mask_advice
-from unmask.data.class_files import find_class_files, read_class_file
-from unmask.data.segmentation_masks import MaskError, MaskOptions, open_maps
+from unmask.data.annotations import mask_advice
+from unmask.data.annotations.class_files import find_class_files, read_class_file
+from unmask.data.annotations.mask_folders import MaskError
+from unmask.data.annotations.open_masks import open_maps
+from unmask.data.annotations.segmentation_masks import MaskOptions
 from unmask.errors import UserError
 
 SIZE = (40, 60)

@@ -6,8 +6,8 @@ from corpus import file_of, noisy, smooth
 from PIL import Image
 
 from unmask.console import Console
-from unmask.data.odd_images import constant_line, mask_like, mask_warnings
-from unmask.data.scan import scan
+from unmask.data.scan.odd_images import constant_line, mask_like, mask_warnings
+from unmask.data.scan.scan import scan
 from unmask.data.sources.open_source import open_source
 from unmask.engine.check import check_data
 

@@ -18,9 +18,11 @@ from unmask.console import Console
 from unmask.data import pack as packing
 from unmask.data.augment import CropConfig, cut
 from unmask.data.decode.decode import decode
-from unmask.data.loader import Images, Order, training_batches
+from unmask.data.image_reader import Images
+from unmask.data.loader import training_batches
+from unmask.data.order import Order
 from unmask.data.pack import PackError, pack
-from unmask.data.scan import scan
+from unmask.data.scan.scan import scan
 from unmask.data.sources.open_source import open_source
 from unmask.nn.masks import random_mask
 from unmask.rng import Draws
@@ -211,7 +213,7 @@ def test_a_note_that_does_not_fit_is_not_heeded():
 
 
 def test_masks_beside_packed_images_are_held_against_the_originals(tmp_path):
-    from unmask.data.segmentation_masks import open_maps
+    from unmask.data.annotations.open_masks import open_maps
 
     for kind, pixels in (("images", smooth(100, 120)), ("masks", np.tile(np.arange(2, dtype=np.uint8), (100, 60)))):
         (tmp_path / kind).mkdir()

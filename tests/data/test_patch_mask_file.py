@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from unmask.data.patch_mask_file import hidden_share, read_masks
+from unmask.data.files.patch_mask_file import hidden_share, read_masks
 from unmask.errors import UserError
 
 HIDDEN = np.array([[1, 1, 0], [0, 1, 0]], bool)

@@ -4,8 +4,8 @@ import os
 
 import pytest
 
-from unmask.data.csv_cells import marked, unmarked
-from unmask.data.safe_names import safe_names
+from unmask.data.files.csv_cells import marked, unmarked
+from unmask.data.files.safe_names import safe_names
 
 LONG = "x" * 300
 HOSTILE = [

@@ -10,9 +10,10 @@ import pytest
 from conftest import write_images
 from corpus import Memory, bad_files, file_of, noisy, npy, png16, tiff
 
-from unmask.data import scan as scanning
-from unmask.data.decode.decode import conform, decode
-from unmask.data.scan import scan
+from unmask.data.decode.decode import decode
+from unmask.data.decode.pixels import conform
+from unmask.data.scan import scan as scanning
+from unmask.data.scan.scan import scan
 from unmask.data.sources.open_source import open_source
 
 

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from conftest import write_images
 
-from unmask.data import scan as scanning
-from unmask.data import scan_cache as module
-from unmask.data.decode.decode import BadImage
-from unmask.data.scan import scan
-from unmask.data.scan_cache import LooksSoFar, joined, memory_file, recall
+from unmask.data.decode.bad_image import BadImage
+from unmask.data.scan import scan as scanning
+from unmask.data.scan import scan_cache as module
+from unmask.data.scan.scan import scan
+from unmask.data.scan.scan_cache import LooksSoFar, joined, memory_file, recall
 from unmask.data.sources.open_source import open_source
 
 

@@ -9,10 +9,14 @@ from corpus import damaged, file_of, noisy, png
 from PIL import Image
 
 from unmask.batch import IGNORED, ImageSpec
+from unmask.data.annotations.mask_folders import MaskError
+from unmask.data.annotations.open_masks import open_maps
+from unmask.data.annotations.segmentation_masks import read_ids
 from unmask.data.augment import CropConfig, cut, cut_map
-from unmask.data.decode.decode import BadImage
-from unmask.data.loader import Images, Order, eval_batches, training_batches
-from unmask.data.segmentation_masks import MaskError, open_maps, read_ids
+from unmask.data.decode.bad_image import BadImage
+from unmask.data.image_reader import Images
+from unmask.data.loader import eval_batches, training_batches
+from unmask.data.order import Order
 
 CAMVID = Path(__file__).parents[2] / "data" / "camvid"
 SPEC = ImageSpec(3, (16, 24), "uint8", (0.0,) * 3, (1.0,) * 3)

@@ -4,7 +4,7 @@ import hashlib
 
 import numpy as np
 
-from unmask.data import shapes
+from unmask.data.sources import shapes
 from unmask.data.sources.open_source import open_source
 from unmask.evals.probes.knn import knn
 

@@ -7,7 +7,7 @@ from conftest import write_images
 
 from unmask.console import Console
 from unmask.data.decode import decode
-from unmask.data.sources.open_source import Files
+from unmask.data.sources.image_files import Files
 from unmask.engine import bottleneck
 from unmask.engine.bottleneck import DECODING, STEP, STORAGE, TRANSFORM, Pace, examine_data
 from unmask.errors import UserError

@@ -18,8 +18,9 @@ from conftest import SMALL_RUN
 
 from unmask.batch import ImageSpec
 from unmask.data.augment import CropConfig
-from unmask.data.decode.decode import BadImage
-from unmask.data.loader import Images, eval_batches, training_batches
+from unmask.data.decode.bad_image import BadImage
+from unmask.data.image_reader import Images
+from unmask.data.loader import eval_batches, training_batches
 from unmask.data.sources.open_source import open_source
 from unmask.engine import train as loop
 from unmask.engine.pretrain import pretrain
@@ -155,10 +156,10 @@ class Shaped:
 def test_tensors_arrive_as_they_were_also_larger_ones_than_the_first(monkeypatch, memory_file):
     import torch
 
-    from unmask.data import worker_pool
+    from unmask.data import worker_pool, worker_transport
 
     if not memory_file:
-        monkeypatch.setattr(worker_pool, "_memory_file", lambda: None)
+        monkeypatch.setattr(worker_transport, "memory_file", lambda: None)
     requests = [1, 1, 2, 2000, 3, 0, 1, 2, 3, 4, 5, 6, 7, 8, 900, 9, 10]
     got = list(worker_pool.WorkerPool(Shaped(), requests, 2, caught=BadImage))
     assert [one["number"] for one in got] == requests

@@ -10,7 +10,8 @@ import torch
 from conftest import write_images
 from torch import nn
 
-from unmask.data.sources.open_source import Source, open_source
+from unmask.data.sources.open_source import open_source
+from unmask.data.sources.source import Source
 from unmask.evals import feature_cache as module
 from unmask.evals.encoder_views import View
 from unmask.evals.feature_cache import find, keep, key_of

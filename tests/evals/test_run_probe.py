@@ -11,7 +11,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from unmask.console import Console
-from unmask.data import scan_cache
+from unmask.data.scan import scan_cache
 from unmask.engine.pretrain import pretrain
 from unmask.errors import UserError
 from unmask.evals import feature_sets, run_probe

@@ -12,8 +12,8 @@ from PIL import Image
 
 from unmask.config import ConfigError, override
 from unmask.console import Console
-from unmask.data.csv_cells import unmarked
-from unmask.data.segmentation_masks import MaskOptions
+from unmask.data.annotations.segmentation_masks import MaskOptions
+from unmask.data.files.csv_cells import unmarked
 from unmask.engine import resolve as pretrain_module
 from unmask.engine.load import load, read_config, read_plan
 from unmask.engine.pretrain import pretrain

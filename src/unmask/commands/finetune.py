@@ -12,7 +12,7 @@ from unmask.console import Console
 from unmask.errors import UserError
 
 if TYPE_CHECKING:
-    from unmask.data.segmentation_masks import MaskOptions
+    from unmask.data.annotations.segmentation_masks import MaskOptions
     from unmask.run import Run
 
 
@@ -97,7 +97,7 @@ def mask_options(request: FinetuneRequest) -> "MaskOptions | None":
     """Return how segmentation masks are read; None where nothing was said of it."""
     if request.mask_values is None and request.class_names is None:
         return None
-    from unmask.data.segmentation_masks import MaskOptions
+    from unmask.data.annotations.segmentation_masks import MaskOptions
 
     names = None if request.class_names is None else Path(request.class_names)
     return MaskOptions(tuple(request.mask_values or ()), names)

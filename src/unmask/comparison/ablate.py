@@ -27,7 +27,7 @@ from unmask.comparison.table_page import write_table
 from unmask.comparison.train_cells import make, sigterm_as_interrupt
 from unmask.config import ConfigError
 from unmask.console import Console
-from unmask.data.sources.open_source import Source
+from unmask.data.sources.source import Source
 from unmask.engine import training_data
 from unmask.run import Run, RunError
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from unmask.comparison.paper_tables import PRETRAINED, TOKENIZER, Cell, Table
 from unmask.config import Config, ConfigError, parse
-from unmask.data.sources.open_source import Source
+from unmask.data.sources.source import Source
 from unmask.engine import resolve
 from unmask.engine.costs import promised_tokenizer
 from unmask.engine.load import read_config, read_plan

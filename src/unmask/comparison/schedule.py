@@ -25,9 +25,11 @@ from unmask.comparison.paper_tables import PRETRAINED, SHARED, Cell, Table
 from unmask.comparison.table_results import POOL
 from unmask.config import Config, parse
 from unmask.console import Console, duration
-from unmask.data.scan import Scan
-from unmask.data.sources.open_source import Source, open_source, require_labels
-from unmask.data.splits import HOLD_OUT_FOR_TEST, hold_out
+from unmask.data.annotations.labels import require_labels
+from unmask.data.annotations.splits import HOLD_OUT_FOR_TEST, hold_out
+from unmask.data.scan.scan import Scan
+from unmask.data.sources.open_source import open_source
+from unmask.data.sources.source import Source
 from unmask.engine import provenance, resolve, training_data
 from unmask.engine.build import fresh_method
 from unmask.engine.device import autocast, choose_device, wait_for

@@ -36,11 +36,16 @@ from PIL import Image, PngImagePlugin
 
 from unmask.console import Console
 from unmask.data import augment
-from unmask.data.choose_reading import settle
-from unmask.data.decode import decode, nodata
-from unmask.data.decode.decode import BadImage, Header, packed_note
-from unmask.data.scan import num_cores
-from unmask.data.sources.open_source import EXTENSIONS, Source, TarSource, classes_of, open_source
+from unmask.data.decode import decode, nodata, png
+from unmask.data.decode.bad_image import BadImage
+from unmask.data.decode.choose_reading import settle
+from unmask.data.decode.image_header import Header, packed_note
+from unmask.data.scan.scan import num_cores
+from unmask.data.sources.class_folders import classes_of
+from unmask.data.sources.image_files import EXTENSIONS
+from unmask.data.sources.open_source import open_source
+from unmask.data.sources.source import Source
+from unmask.data.sources.tar_file import TarSource
 from unmask.errors import UserError, some
 from unmask.system.processes import process_pool
 
@@ -284,7 +289,7 @@ def _png16(pixels: np.ndarray, note: bytes) -> bytes:
         (b"IDAT", zlib.compress(filtered.tobytes())),
         (b"IEND", b""),
     )
-    return decode.PNG_START + b"".join(
+    return png.PNG_START + b"".join(
         struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
         for kind, content in chunks
     )

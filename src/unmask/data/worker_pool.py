@@ -14,292 +14,25 @@ Not here: what a batch is and which images it has (`loader.py`).
 from __future__ import annotations
 
 import atexit
-import io
-import mmap
-import multiprocessing
 import os
-import pickle
 import queue
 import tempfile
 import threading
 import time
-import traceback
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing import connection, reduction
-from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic
 
-import numpy as np
-import torch
-from torch import Tensor
-
+from unmask.data.worker_process import GRACE, Failure, Maker, Request, Result, WorkerProcess
+from unmask.data.worker_transport import AHEAD, Descriptor
 from unmask.errors import LoadingFailed
 from unmask.system import processes
 from unmask.system.stalls import TICK, VARIABLE, Patience, stall_seconds, write_stacks
 
-AHEAD = 4  # requests of each worker that are being made, or wait to be used
 READY = 2  # results on this side of the queue
-GRACE = 3.0  # seconds for a killed process or a thread to end
-PAGE = mmap.PAGESIZE
-ALIGNMENT = 64  # of every tensor in a slot, in bytes
-
-Request = TypeVar("Request", contravariant=True)
-Result = TypeVar("Result", covariant=True)
-
-
-class Maker(Protocol[Request, Result]):
-    """What a worker runs. Picklable where processes are spawned."""
-
-    def make(self, request: Request, note: Callable[[int], None]) -> Result:
-        """One result; `note` is called with the row of the source that is read or decoded from now on."""
-        ...
-
-    def name(self, row: int) -> str:
-        """The file of a row, for messages."""
-        ...
-
-
-# ------------------------------------------------------------------------------------------------------- the transport
-
-
-class _Descriptor:
-    """A file descriptor that a forked child inherits and a spawned one is given."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _received, (reduction.DupFd(self.number),)
-
-
-def _received(duplicate: Any) -> _Descriptor:
-    return _Descriptor(duplicate.detach())
-
-
-def _memory_file() -> int | None:
-    """A new anonymous file in memory; None where the system has none."""
-    if not hasattr(os, "memfd_create"):
-        return None
-    try:
-        number = os.memfd_create("unmask-batches", os.MFD_CLOEXEC)
-        os.ftruncate(number, PAGE)
-    except OSError:
-        return None
-    return number
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """Where a tensor lies: its bytes from `offset` on, and what makes a tensor of them again."""
-
-    offset: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def count(self) -> int:
-        """Elements in memory."""
-        return int(np.prod(self.shape, dtype=np.int64))
-
-    @property
-    def nbytes(self) -> int:
-        return self.count * self.dtype.itemsize
-
-
-class _Packer(pickle.Pickler):
-    """Pickles everything but tensors, which it collects; `size` is the room they need."""
-
-    def __init__(self, file: io.BytesIO) -> None:
-        super().__init__(file, protocol=pickle.HIGHEST_PROTOCOL)
-        self.tensors: list[tuple[_Layout, np.ndarray]] = []
-        self.size = 0
-
-    def persistent_id(self, obj: object) -> _Layout | None:
-        if not isinstance(obj, Tensor):
-            return None
-        extent = 1 + sum((size - 1) * stride for size, stride in zip(obj.shape, obj.stride(), strict=True))
-        if obj.numel() and extent != obj.numel():
-            obj = obj.contiguous()
-        layout = _Layout(self.size, tuple(obj.shape), obj.stride(), obj.dtype)
-        self.tensors.append((layout, _bytes_of(obj)))
-        self.size += -(-layout.nbytes // ALIGNMENT) * ALIGNMENT
-        return layout
-
-
-class _Unpacker(pickle.Unpickler):
-    """Undoes `_Packer`: every tensor gets memory of its own, page-locked on request, and the strides it had."""
-
-    def __init__(self, file: io.BytesIO, content: Any, pin: bool) -> None:
-        super().__init__(file)
-        self.content, self.pin = content, pin
-
-    def persistent_load(self, pid: _Layout) -> Tensor:
-        tensor = torch.empty_strided(pid.shape, pid.stride, dtype=pid.dtype, pin_memory=self.pin)
-        _bytes_of(tensor)[:] = np.frombuffer(self.content, np.uint8, pid.nbytes, pid.offset)
-        return tensor
-
-
-def _bytes_of(tensor: Tensor) -> np.ndarray:
-    """The memory of a dense tensor, (bytes,) uint8, whatever the order of its dimensions."""
-    return tensor.detach().as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy()
-
-
-class _Outbox:
-    """A worker's side of the transport: results, and on the first page of the file the row that it works on."""
-
-    def __init__(self, pipe: Connection, file: _Descriptor | None) -> None:
-        self.pipe, self.file = pipe, file
-        self.page = None if file is None else mmap.mmap(file.number, PAGE)
-        self.slots: mmap.mmap | None = None
-        self.slot_size, self.sent = 0, 0
-
-    def note(self, row: int) -> None:
-        if self.page is not None:
-            self.page[:8] = (row + 1).to_bytes(8, "little")
-
-    def send(self, result: object) -> None:
-        header = io.BytesIO()
-        packer = _Packer(header)
-        packer.dump(result)
-        if self.file is not None and self.slots is None and packer.size:
-            self.slot_size = -(-packer.size // PAGE) * PAGE  # all batches of a loader but its last are of one size
-            os.ftruncate(self.file.number, PAGE + AHEAD * self.slot_size)
-            self.slots = mmap.mmap(self.file.number, AHEAD * self.slot_size, offset=PAGE)
-        slot = self.sent % AHEAD
-        self.sent += 1
-        if self.slots is not None and packer.size <= self.slot_size:
-            _lay(packer, np.frombuffer(self.slots, np.uint8, self.slot_size, slot * self.slot_size))
-            self.pipe.send((slot, self.slot_size))
-            self.pipe.send_bytes(header.getbuffer())
-            return
-        content = np.empty(packer.size, np.uint8)
-        _lay(packer, content)
-        self.pipe.send((None, packer.size))
-        self.pipe.send_bytes(header.getbuffer())
-        if packer.size:
-            self.pipe.send_bytes(content.data)
-
-
-def _lay(packer: _Packer, room: np.ndarray) -> None:
-    for layout, content in packer.tensors:
-        room[layout.offset : layout.offset + layout.nbytes] = content
-
-
-# ----------------------------------------------------------------------------------------------------------- a worker
-
-
-@dataclass(frozen=True)
-class _Failure:
-    """What a worker raised that it should not have."""
-
-    sentence: str
-    traceback: str
-
-
-def _work(
-    maker: Maker[Any, Any],
-    caught: type[Exception],
-    pipe: Connection,
-    file: _Descriptor | None,
-    stacks: _Descriptor | None,
-) -> None:
-    """The life of a worker: requests in, results out. Ends when the pipe does."""
-    processes.begin_worker()
-    if stacks is not None:
-        processes.answer_with_stacks(stacks.number)
-    torch.set_num_threads(1)
-    outbox = _Outbox(pipe, file)
-    while True:
-        try:
-            request = pipe.recv()
-        except (EOFError, OSError):
-            return
-        try:
-            result = maker.make(request, outbox.note)
-        except caught as error:
-            result = error
-        except MemoryError as error:
-            result = _Failure(f"out of memory: {error}", traceback.format_exc())
-        except Exception as error:
-            result = _Failure(f"{type(error).__name__}: {error}", traceback.format_exc())
-        try:
-            outbox.send(result)
-        except (BrokenPipeError, ConnectionError):
-            return
-
-
-class _Worker:
-    """The main process's side of one worker."""
-
-    def __init__(
-        self, maker: Maker[Any, Any], caught: type[Exception], number: int, stacks: _Descriptor | None
-    ) -> None:
-        self.number, self.received = number, 0
-        descriptor = _memory_file()
-        file = None if descriptor is None else _Descriptor(descriptor)
-        try:
-            self.pipe, theirs = multiprocessing.Pipe()
-            self.process: BaseProcess = multiprocessing.get_context().Process(
-                target=_work,
-                args=(maker, caught, theirs, file, stacks),
-                daemon=True,
-                name=f"unmask loader {number + 1}",
-            )
-            self.process.start()
-            theirs.close()
-            self.page = None if descriptor is None else mmap.mmap(descriptor, PAGE, prot=mmap.PROT_READ)
-        except BaseException:
-            if descriptor is not None:
-                os.close(descriptor)
-            raise
-        self.descriptor, self.slots = descriptor, None
-
-    def receive(self, pin: bool) -> Any:
-        """The next result. Raises EOFError or OSError when the worker has died."""
-        self._wait()
-        slot, size = self.pipe.recv()
-        header = io.BytesIO(self.pipe.recv_bytes())
-        if slot is None:
-            content: Any = self.pipe.recv_bytes() if size else b""
-        else:
-            if self.slots is None:
-                assert self.descriptor is not None
-                self.slots = mmap.mmap(self.descriptor, AHEAD * size, prot=mmap.PROT_READ, offset=PAGE)
-            content = memoryview(self.slots)[slot * size : (slot + 1) * size]
-        return _Unpacker(header, content, pin).load()
-
-    def _wait(self) -> None:
-        """Until something is there to receive. A dead worker is noticed although others have its pipe open, by fork."""
-        ready = connection.wait([self.pipe, self.process.sentinel])
-        if self.pipe not in ready and not self.pipe.poll():
-            raise EOFError
-
-    @property
-    def row(self) -> int | None:
-        """The row of the source that it reads or decodes; None where that is not known."""
-        if self.page is None:
-            return None
-        row = int.from_bytes(self.page[:8], "little")
-        return row - 1 if row else None
-
-    def end(self) -> None:
-        self.process.kill()
-        self.process.join(GRACE)
-        if self.process.is_alive():  # in a system call that cannot be interrupted: multiprocessing must not wait for it
-            multiprocessing.process._children.discard(self.process)  # type: ignore[attr-defined]
-        self.pipe.close()
-        if self.descriptor is not None:
-            os.close(self.descriptor)
-            self.descriptor = None
-
-
-# ------------------------------------------------------------------------------------------------------------ the pool
 
 
 _END = object()
@@ -370,7 +103,7 @@ class WorkerPool(Iterator[Result], Generic[Request, Result]):
         if isinstance(item, _Raised):
             self.close()
             raise item.error
-        if isinstance(item, _Failure):
+        if isinstance(item, Failure):
             self.close()
             raise LoadingFailed(f"a loader worker failed: {item.sentence}\n{item.traceback}".rstrip())
         if isinstance(item, Exception):
@@ -395,7 +128,7 @@ class _Parts:
 
     def __init__(self, requests: Iterable[Any], pin: bool) -> None:
         self.requests, self.pin = requests, pin
-        self.workers: list[_Worker] = []
+        self.workers: list[WorkerProcess] = []
         self.ready: queue.Queue[Any] = queue.Queue(READY)
         self.room = threading.Semaphore(0)
         self.ending = threading.Event()
@@ -406,9 +139,9 @@ class _Parts:
         self.threads: list[threading.Thread] = []
 
     def start(self, maker: Maker[Any, Any], caught: type[Exception], workers: int) -> None:
-        stacks = _Descriptor(self.stacks.fileno())
+        stacks = Descriptor(self.stacks.fileno())
         for number in range(workers):
-            self.workers.append(_Worker(maker, caught, number, stacks))
+            self.workers.append(WorkerProcess(maker, caught, number, stacks))
         self.room = threading.Semaphore(AHEAD * workers)
         for run in (self._send, self._receive):
             self.threads.append(threading.Thread(target=run, daemon=True, name=f"unmask {run.__name__[1:]} batches"))
@@ -456,7 +189,7 @@ class _Parts:
                 return
         self._hand_over(_END)
 
-    def awaited(self) -> _Worker:
+    def awaited(self) -> WorkerProcess:
         """The worker whose result is the next one."""
         return self.workers[self.received % len(self.workers)]
 
@@ -466,7 +199,7 @@ class _Parts:
                 self.ready.put(item, timeout=TICK)
                 return
 
-    def _death(self, worker: _Worker) -> LoadingFailed:
+    def _death(self, worker: WorkerProcess) -> LoadingFailed:
         worker.process.join(1)
         code = worker.process.exitcode
         how = f"ended with exit code {code}" if code is None or code >= 0 else f"was killed by signal {-code}"

@@ -13,11 +13,13 @@ import numpy as np
 
 from unmask.config import Config
 from unmask.console import Console
-from unmask.data.loader import Images, Opened, Order, training_batches
+from unmask.data.image_reader import Images, Opened
+from unmask.data.loader import training_batches
+from unmask.data.order import Order
 from unmask.data.pack import SHORT_SIDE
-from unmask.data.scan import num_cores, scan
+from unmask.data.scan.scan import num_cores, scan
 from unmask.data.sources.open_source import open_source
-from unmask.data.sources.pages import read_as
+from unmask.data.sources.tiff_samples import read_as
 from unmask.engine.device import choose_device
 from unmask.engine.measure import measure_step_seconds, with_loading
 from unmask.engine.plan import Plan

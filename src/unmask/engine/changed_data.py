@@ -8,8 +8,8 @@ from typing import Any
 
 from unmask.config import Config, ConfigError, task_names
 from unmask.console import Console
-from unmask.data.identity import Difference
-from unmask.data.sources.open_source import Source
+from unmask.data.scan.identity import Difference
+from unmask.data.sources.source import Source
 from unmask.engine import dataset_record
 from unmask.engine.load import read_config
 from unmask.engine.plan import Plan

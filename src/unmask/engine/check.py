@@ -8,10 +8,11 @@ from typing import Any
 
 from unmask.config import DataConfig
 from unmask.console import Console, duration
-from unmask.data.findings import is_plain, table
-from unmask.data.scan import Scan, scan
-from unmask.data.sources.open_source import Source, open_source
-from unmask.data.sources.pages import read_as
+from unmask.data.scan.findings import is_plain, table
+from unmask.data.scan.scan import Scan, scan
+from unmask.data.sources.open_source import open_source
+from unmask.data.sources.source import Source
+from unmask.data.sources.tiff_samples import read_as
 from unmask.engine.device import choose_device
 from unmask.engine.image_size import consequence
 from unmask.engine.measure import Timing, time_steps

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from unmask.console import Console
-from unmask.data import identity
-from unmask.data.identity import Difference, record_of
-from unmask.data.sources.open_source import Source
+from unmask.data.scan import identity
+from unmask.data.scan.identity import Difference, record_of
+from unmask.data.sources.source import Source
 from unmask.engine import checkpoint
 from unmask.engine.plan import Plan
 from unmask.run import Run, RunError

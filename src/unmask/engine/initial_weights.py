@@ -15,7 +15,7 @@ from pydantic import Field
 
 from unmask.batch import ImageSpec
 from unmask.config import Config, ConfigError, Graft, parse
-from unmask.data.patch_mask_file import hidden_share, read_masks
+from unmask.data.files.patch_mask_file import hidden_share, read_masks
 from unmask.engine import checkpoint
 from unmask.engine.load import licence_of, read_config, read_plan, take_weights
 from unmask.errors import UserError

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from unmask.config import Config
 from unmask.console import Console
-from unmask.data.loader import Images
+from unmask.data.image_reader import Images
 from unmask.engine.plan import Plan
 from unmask.errors import UserError
 from unmask.method import Method

@@ -13,9 +13,10 @@ import numpy as np
 
 from unmask.config import Config, ConfigError, parse
 from unmask.console import Console
-from unmask.data.scan import Scan
-from unmask.data.sources.open_source import Source, open_source
-from unmask.data.sources.pages import read_as
+from unmask.data.scan.scan import Scan
+from unmask.data.sources.open_source import open_source
+from unmask.data.sources.source import Source
+from unmask.data.sources.tiff_samples import read_as
 from unmask.engine import checkpoint, dataset_record, initial_weights
 from unmask.engine.device import choose_device
 from unmask.engine.image_size import consequence

@@ -11,8 +11,8 @@ import torch
 from unmask.batch import ImageSpec
 from unmask.config import Config, ConfigError, override, parse, task_names
 from unmask.data.augment import crop_for
-from unmask.data.scan import Scan
-from unmask.data.sources.open_source import Source
+from unmask.data.scan.scan import Scan
+from unmask.data.sources.source import Source
 from unmask.engine import initial_weights
 from unmask.engine.image_size import candidates
 from unmask.engine.load import read_config, read_plan

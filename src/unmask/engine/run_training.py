@@ -6,7 +6,7 @@ from typing import Any
 
 from unmask.config import Config
 from unmask.console import Console, duration
-from unmask.data.loader import Images
+from unmask.data.image_reader import Images
 from unmask.engine import checkpoint
 from unmask.engine.plan import Plan
 from unmask.engine.samples import BASELINES

@@ -10,9 +10,10 @@ import numpy as np
 import torch
 
 from unmask.batch import Batch
-from unmask.data.decode.decode import BadImage
+from unmask.data.decode.bad_image import BadImage
 from unmask.data.device_crops import to_device
-from unmask.data.loader import Images, Taken
+from unmask.data.image_reader import Images
+from unmask.data.order import Taken
 from unmask.engine.compile import uncompiled
 from unmask.engine.device import autocast
 from unmask.engine.job import Job, Position, note, optional

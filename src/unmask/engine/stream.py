@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from unmask.batch import Batch
-from unmask.data.decode.decode import BadImage
-from unmask.data.loader import Delivery, training_batches
+from unmask.data.decode.bad_image import BadImage
+from unmask.data.image_reader import Delivery
+from unmask.data.loader import training_batches
 from unmask.engine.guard import Guard
 from unmask.engine.job import Job, Position, optional
 from unmask.errors import LoadingFailed, TrainingFailed

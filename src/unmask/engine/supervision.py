@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 from unmask.config import Config
-from unmask.data.loader import Annotations
-from unmask.data.sources.open_source import Source
+from unmask.data.image_reader import Annotations
+from unmask.data.sources.source import Source
 from unmask.engine.plan import Plan
 from unmask.method import Method
 from unmask.run import Run

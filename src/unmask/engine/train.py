@@ -27,7 +27,7 @@ from unmask.batch import Batch
 from unmask.config import Config
 from unmask.console import Console, duration
 from unmask.data.device_crops import to_device
-from unmask.data.loader import Images
+from unmask.data.image_reader import Images
 from unmask.engine import checkpoint
 from unmask.engine.build import fresh_method
 from unmask.engine.compile import compile_blocks, uncompiled, why_not_compiled

@@ -11,11 +11,13 @@ import numpy as np
 from unmask.batch import ImageSpec
 from unmask.config import Config, ConfigError, task_names
 from unmask.console import Console
-from unmask.data.findings import findings
-from unmask.data.loader import Images, Order, choose_workers
-from unmask.data.odd_images import constant_line, mask_warnings
-from unmask.data.scan import Scan, scan
-from unmask.data.sources.open_source import Source
+from unmask.data.image_reader import Images
+from unmask.data.loader import choose_workers
+from unmask.data.order import Order
+from unmask.data.scan.findings import findings
+from unmask.data.scan.odd_images import constant_line, mask_warnings
+from unmask.data.scan.scan import Scan, scan
+from unmask.data.sources.source import Source
 from unmask.engine.make_plan import make_plan
 from unmask.engine.measure import Timing
 from unmask.engine.plan import Plan

@@ -10,7 +10,7 @@ import numpy as np
 
 from unmask.console import Console
 from unmask.data.sources.open_source import open_source
-from unmask.data.sources.pages import read_as
+from unmask.data.sources.tiff_samples import read_as
 from unmask.engine.device import choose_device
 from unmask.engine.load import load
 from unmask.errors import UserError, naming

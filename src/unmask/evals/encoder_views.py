@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from unmask.batch import Batch
-from unmask.data.splits import VOTES
+from unmask.data.annotations.splits import VOTES
 from unmask.errors import UserError
 from unmask.nn.features import Features
 from unmask.rng import Draws, Stream, words

@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from unmask.data.npz_file import read_arrays, write_arrays
-from unmask.data.scan_cache import decoder_versions
-from unmask.data.sources.open_source import Source
+from unmask.data.files.npz_file import read_arrays, write_arrays
+from unmask.data.scan.scan_cache import decoder_versions
+from unmask.data.sources.source import Source
 from unmask.evals.encoder_views import View
 from unmask.evals.frozen_features import FeatureTable
 

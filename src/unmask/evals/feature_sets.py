@@ -16,7 +16,7 @@ import numpy as np
 from torch import nn
 
 from unmask.console import Console
-from unmask.data.sources.open_source import Source
+from unmask.data.sources.source import Source
 from unmask.engine.device import choose_device
 from unmask.engine.load import Loaded, load
 from unmask.errors import UserError

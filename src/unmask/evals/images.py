@@ -17,10 +17,14 @@ from torch import nn
 
 from unmask.batch import Batch
 from unmask.console import Bar, Console
-from unmask.data.decode.decode import BadImage
-from unmask.data.loader import Delivery, Images, Taken, choose_workers, eval_batches
-from unmask.data.scan_cache import worth_keeping
-from unmask.data.sources.open_source import LISTS, TARS, Source
+from unmask.data.decode.bad_image import BadImage
+from unmask.data.image_reader import Delivery, Images
+from unmask.data.loader import choose_workers, eval_batches
+from unmask.data.order import Taken
+from unmask.data.scan.scan_cache import worth_keeping
+from unmask.data.sources.list_file import LISTS
+from unmask.data.sources.source import Source
+from unmask.data.sources.tar_file import TARS
 from unmask.engine.device import choose_precision
 from unmask.engine.load import Loaded
 from unmask.errors import UserError

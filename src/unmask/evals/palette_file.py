@@ -21,7 +21,7 @@ from unmask.batch import Batch, ImageSpec
 from unmask.console import Console
 from unmask.data.augment import CropConfig
 from unmask.data.loader import eval_batches
-from unmask.data.scan import scan
+from unmask.data.scan.scan import scan
 from unmask.data.sources.open_source import open_source
 from unmask.engine.training_data import DataError
 from unmask.errors import UserError

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from unmask.data.label_tables import CLASSES, MULTILABEL, REGRESSION
-from unmask.data.splits import FIRST_DRAW, HOLD_OUT_FOR_LAYER, SHOTS, hold_out
+from unmask.data.annotations.label_tables import CLASSES, MULTILABEL, REGRESSION
+from unmask.data.annotations.splits import FIRST_DRAW, HOLD_OUT_FOR_LAYER, SHOTS, hold_out
 from unmask.errors import UserError
 from unmask.evals.encoder_views import Layer, best_layer, majority
 from unmask.evals.frozen_features import FeatureTable, RawPixels

@@ -13,10 +13,11 @@ from pathlib import Path
 import numpy as np
 
 from unmask.console import Console
-from unmask.data.label_tables import CLASSES, Targets, meaning_of, read_table, targets_of
-from unmask.data.labels import absent_classes, labels_of, with_classes
-from unmask.data.sources.open_source import Source, open_source, require_labels
-from unmask.data.splits import HOLD_OUT_FOR_TEST, hold_out
+from unmask.data.annotations.label_tables import CLASSES, Targets, meaning_of, read_table, targets_of
+from unmask.data.annotations.labels import absent_classes, labels_of, require_labels, with_classes
+from unmask.data.annotations.splits import HOLD_OUT_FOR_TEST, hold_out
+from unmask.data.sources.open_source import open_source
+from unmask.data.sources.source import Source
 from unmask.errors import UserError
 from unmask.evals.probe import (
     Aim,

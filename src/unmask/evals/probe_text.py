@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from unmask.console import Console
-from unmask.data.label_tables import CLASSES, MULTILABEL, REGRESSION
+from unmask.data.annotations.label_tables import CLASSES, MULTILABEL, REGRESSION
 from unmask.evals.probes.attentive import ATTENTIVE, BATCH, EPOCHS, LEAST_STEPS
 from unmask.evals.probes.linear import FINAL_ITERATIONS
 from unmask.evals.statistics import ACCURACY, MEAN_AP, POOLS, PRETRAINED, RAW_PIXELS, show

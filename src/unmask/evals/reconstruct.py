@@ -12,8 +12,10 @@ import torch
 from unmask.config import task_names
 from unmask.console import Console
 from unmask.data.device_crops import to_device
-from unmask.data.sources.open_source import Source, open_files, open_source
-from unmask.data.sources.pages import read_as
+from unmask.data.sources.image_files import open_files
+from unmask.data.sources.open_source import open_source
+from unmask.data.sources.source import Source
+from unmask.data.sources.tiff_samples import read_as
 from unmask.engine.device import autocast, choose_device
 from unmask.engine.load import load
 from unmask.errors import UserError

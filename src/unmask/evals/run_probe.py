@@ -21,7 +21,7 @@ import numpy as np
 
 from unmask.config import task_names
 from unmask.console import Console
-from unmask.data.label_tables import CLASSES
+from unmask.data.annotations.label_tables import CLASSES
 from unmask.engine.device import choose_device
 from unmask.engine.load import Loaded, load, untrained_encoder
 from unmask.errors import UserError

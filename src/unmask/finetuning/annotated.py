@@ -20,11 +20,14 @@ import numpy as np
 
 from unmask.config import Config, ConfigError, task_class
 from unmask.console import Console
-from unmask.data.box_annotations import Boxes, find_files, open_boxes
-from unmask.data.labels import absent_classes, labels_of, with_classes
-from unmask.data.segmentation_masks import Maps, MaskOptions, find_folders, open_maps
-from unmask.data.sources.open_source import Source, open_source, require_labels
-from unmask.data.splits import HOLD_OUT_FOR_TEST, hold_out
+from unmask.data.annotations.box_annotations import Boxes, find_files, open_boxes
+from unmask.data.annotations.labels import absent_classes, labels_of, require_labels, with_classes
+from unmask.data.annotations.mask_folders import find_folders
+from unmask.data.annotations.open_masks import open_maps
+from unmask.data.annotations.segmentation_masks import Maps, MaskOptions
+from unmask.data.annotations.splits import HOLD_OUT_FOR_TEST, hold_out
+from unmask.data.sources.open_source import open_source
+from unmask.data.sources.source import Source
 from unmask.engine.plan import Plan
 from unmask.evals.probe import few_shots, require_classes
 from unmask.task import TaskConfig

@@ -8,8 +8,8 @@ from typing import Any
 
 from unmask.config import Config, ConfigError, Graft, parse, task_names
 from unmask.console import Console
+from unmask.data.annotations.segmentation_masks import Maps
 from unmask.data.augment import crop_for
-from unmask.data.segmentation_masks import Maps
 from unmask.engine import checkpoint, resolve
 from unmask.engine.image_size import dense_size
 from unmask.engine.load import read_config, read_plan

@@ -23,9 +23,9 @@ import numpy as np
 
 from unmask.config import Config, ConfigError, parse, task_class
 from unmask.console import Console
-from unmask.data.scan import Scan
-from unmask.data.segmentation_masks import Maps, MaskOptions
-from unmask.data.sources.open_source import Source
+from unmask.data.annotations.segmentation_masks import Maps, MaskOptions
+from unmask.data.scan.scan import Scan
+from unmask.data.sources.source import Source
 from unmask.engine import changed_data, dataset_record, initial_weights, pretrain, resolve, training_data
 from unmask.engine import resume as resume_module
 from unmask.engine.device import choose_device

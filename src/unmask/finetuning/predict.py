@@ -15,11 +15,11 @@ import numpy as np
 import torch
 
 from unmask.console import Bar, Console
-from unmask.data.class_names import class_name
+from unmask.data.annotations.class_names import class_name
 from unmask.data.decode import decode
-from unmask.data.decode.decode import BadImage
-from unmask.data.sources.open_source import Source
-from unmask.data.sources.pages import read_as
+from unmask.data.decode.bad_image import BadImage
+from unmask.data.sources.source import Source
+from unmask.data.sources.tiff_samples import read_as
 from unmask.engine.device import autocast, choose_device
 from unmask.engine.load import Loaded, load
 from unmask.errors import UserError

@@ -23,9 +23,10 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import numpy as np
 from PIL import Image
 
-from unmask.data.csv_cells import marked
-from unmask.data.safe_names import safe_names
-from unmask.data.segmentation_masks import CLASSES_FILE, first_ids
+from unmask.data.annotations.mask_folders import CLASSES_FILE
+from unmask.data.annotations.segmentation_masks import first_ids
+from unmask.data.files.csv_cells import marked
+from unmask.data.files.safe_names import safe_names
 from unmask.errors import UserError, naming
 from unmask.system.atomic_files import replace_file
 from unmask.task import Annotation

@@ -11,10 +11,10 @@ import numpy as np
 
 from unmask.config import Config, ConfigError, task_class
 from unmask.console import Console
-from unmask.data.box_annotations import Boxes
-from unmask.data.decode.decode import BadImage
+from unmask.data.annotations.box_annotations import Boxes
+from unmask.data.decode.bad_image import BadImage
 from unmask.data.loader import choose_workers
-from unmask.data.sources.open_source import Source
+from unmask.data.sources.source import Source
 from unmask.engine.plan import Plan
 from unmask.engine.time_budget import now
 from unmask.errors import UserError

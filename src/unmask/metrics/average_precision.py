@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from unmask.data.box_annotations import Boxes
+from unmask.data.annotations.box_annotations import Boxes
 from unmask.errors import UserError
 
 

@@ -36,7 +36,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from unmask.batch import Batch, ImageSpec
-from unmask.data.box_annotations import Boxes
+from unmask.data.annotations.box_annotations import Boxes
 from unmask.errors import UserError
 from unmask.method import Clock, Loss, Picture
 from unmask.metrics.average_precision import ImageBoxes, average_precision, true_boxes

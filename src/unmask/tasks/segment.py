@@ -28,7 +28,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from unmask.batch import IGNORED, Batch, ImageSpec
-from unmask.data.segmentation_masks import Maps, MaskOptions
+from unmask.data.annotations.segmentation_masks import Maps, MaskOptions
 from unmask.errors import UserError
 from unmask.method import Clock, Loss, Picture
 from unmask.metrics import mean_iou

@@ -26,8 +26,13 @@ from corpus import (
 )
 from PIL import Image
 
-from unmask.data.decode import decode as decoding
-from unmask.data.decode.decode import BadImage, Header, conform, decode, header
+from unmask.data import limits
+from unmask.data.decode import decode as decode_module
+from unmask.data.decode import jpeg
+from unmask.data.decode.bad_image import BadImage
+from unmask.data.decode.decode import decode, header
+from unmask.data.decode.image_header import Header
+from unmask.data.decode.pixels import conform
 
 BAD = bad_files()
 
@@ -67,7 +72,7 @@ def test_a_bad_file_gets_its_reason_code(name):
 
 def test_every_reason_code_is_documented():
     for _, code in BAD.values():
-        assert code in (decoding.__doc__ or "")
+        assert code in (decode_module.__doc__ or "")
 
 
 def test_the_bombs_take_no_memory():
@@ -86,7 +91,7 @@ def test_objects_in_an_npy_are_refused_unexecuted():
 
 
 def test_a_file_beyond_the_byte_limit_is_refused(monkeypatch):
-    monkeypatch.setattr(decoding, "MOST_BYTES", 100)
+    monkeypatch.setattr(limits, "MAX_FILE_BYTES", 100)
     assert code_of(b"\xff\xd8" + b"\0" * 99) == "TOO_LARGE_FILE"
 
 
@@ -99,7 +104,7 @@ def test_no_memory_is_a_reason_and_no_crash(monkeypatch):
     def full(*_, **__):
         raise MemoryError
 
-    monkeypatch.setattr(decoding.simplejpeg, "decode_jpeg", full)
+    monkeypatch.setattr(jpeg.simplejpeg, "decode_jpeg", full)
     assert code_of(file_of(smooth(), "JPEG")) == "TOO_MANY_PIXELS"
 
 
@@ -136,7 +141,7 @@ def test_random_damage_is_a_reason_or_an_image_as_promised_and_never_a_crash(kin
         except BadImage as error:
             codes.add(error.code)
     assert codes
-    assert all(code in (decoding.__doc__ or "") for code in codes)
+    assert all(code in (decode_module.__doc__ or "") for code in codes)
 
 
 @pytest.mark.parametrize("kind", ["png", "palette", "png16"])

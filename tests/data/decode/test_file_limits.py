@@ -9,13 +9,17 @@ import pytest
 from corpus import Memory, file_of, noisy, npy, png, png16, smooth, tiff
 from PIL import Image
 
-from unmask.data import scan as scanning
-from unmask.data.decode import decode as decoding
-from unmask.data.decode.decode import BadImage, Header, decode, header, pieces
+from unmask.data import limits
+from unmask.data.decode import decode as decode_module
+from unmask.data.decode import tiff_pages
+from unmask.data.decode.bad_image import BadImage
+from unmask.data.decode.decode import decode, header, pieces
 from unmask.data.decode.guarded import Crashed, TooSlow
-from unmask.data.scan import scan
-from unmask.data.sources import open_source as open_source_module
-from unmask.data.sources.open_source import SourceError, open_source
+from unmask.data.decode.image_header import Header
+from unmask.data.scan import scan as scanning
+from unmask.data.scan.scan import scan
+from unmask.data.sources.open_source import open_source
+from unmask.errors import SourceError
 
 KINDS = {
     "jpeg": file_of(noisy(), "JPEG"),
@@ -43,7 +47,7 @@ KINDS = {
 def test_pieces_are_the_image(kind, monkeypatch):
     data = KINDS[kind]
     whole = decode(data)
-    monkeypatch.setattr(decoding, "PIECE", 64 * 7)  # of seven rows
+    monkeypatch.setattr(limits, "PIECE_PIXELS", 64 * 7)  # of seven rows
     parts = list(pieces(data, header(data)))
     assert len(parts) == 7
     assert (np.concatenate(parts) == whole).all()
@@ -54,7 +58,7 @@ def test_pieces_are_the_image(kind, monkeypatch):
 def test_pieces_are_as_stored(orientation, monkeypatch):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    monkeypatch.setattr(decoding, "PIECE", 64 * 7)
+    monkeypatch.setattr(limits, "PIECE_PIXELS", 64 * 7)
     for kind in ("JPEG", "PNG", "WEBP"):
         data = file_of(smooth(), kind, exif=exif)
         assert np.concatenate(list(pieces(data, header(data)))).shape == (48, 64, 3)
@@ -64,7 +68,7 @@ def test_pieces_are_as_stored(orientation, monkeypatch):
 def test_statistics_and_the_rest_of_a_look_do_not_depend_on_pieces(monkeypatch):
     files = {f"{number}.png": data for number, data in enumerate(KINDS.values())}
     whole = scan(Memory(files), workers=0)
-    monkeypatch.setattr(decoding, "PIECE", 64 * 7)
+    monkeypatch.setattr(limits, "PIECE_PIXELS", 64 * 7)
     again = scan(Memory(files), workers=0)
     assert again.mean == pytest.approx(whole.mean)
     assert again.std == pytest.approx(whole.std)
@@ -72,7 +76,7 @@ def test_statistics_and_the_rest_of_a_look_do_not_depend_on_pieces(monkeypatch):
 
 
 def test_missing_rows_are_noticed_in_pieces_too(monkeypatch):
-    monkeypatch.setattr(decoding, "PIECE", 64 * 7)
+    monkeypatch.setattr(limits, "PIECE_PIXELS", 64 * 7)
     for data in (png(30, 40, 8, 2, (b"\0" + b"\x80" * 90) * 9), png(15, 40, 16, 2, (b"\0" + b"\x80" * 90) * 9)):
         with pytest.raises(BadImage) as caught:
             list(pieces(data, header(data)))
@@ -87,7 +91,7 @@ def test_what_takes_too_much_memory_is_refused_by_its_header():
     ):
         if data.startswith(b"II"):
             data = bytearray(data)
-            page = decoding.read_pages(bytes(data))[0]
+            page = tiff_pages.read_pages(bytes(data))[0]
             for entry in range(struct.unpack_from("<H", data, page.offset)[0]):
                 place = page.offset + 2 + 12 * entry
                 if struct.unpack_from("<H", data, place)[0] in (256, 257):
@@ -149,12 +153,12 @@ def test_limits_hold_where_a_header_lies(monkeypatch):
     """A decoder that takes far more than its header predicts."""
     monkeypatch.setattr(scanning, "GUARDED_MEMORY", 0)
     monkeypatch.setattr(scanning, "SLACK", 64 << 20)
-    monkeypatch.setattr(decoding, "MOST_MEMORY", 64 << 20)
+    monkeypatch.setattr(limits, "MAX_DECODE_BYTES", 64 << 20)
 
     def greedy(data, found, **_):
         yield np.zeros((1, 1, 3), np.uint8) if len(bytes(1 << 30)) else None
 
-    monkeypatch.setattr(decoding, "pieces", greedy)
+    monkeypatch.setattr(decode_module, "pieces", greedy)
     found = scan(Memory({"a.png": KINDS["png"]}), workers=0)
     assert [bad.code for bad in found.bad] == ["TOO_MANY_PIXELS"]
 
@@ -189,7 +193,7 @@ def test_row_groups_of_gigabytes_are_refused_before_they_are_read(tmp_path, monk
     table = pa.table({"image": pa.array([b"\0" * 100_000] * 20, pa.binary()), "label": [0] * 20})
     pq.write_table(table, tmp_path / "a.parquet", compression="zstd", use_dictionary=False)
     assert (tmp_path / "a.parquet").stat().st_size < 20_000
-    monkeypatch.setattr(open_source_module, "MOST_UNPACKED", 1_000_000)
+    monkeypatch.setattr(limits, "MAX_UNPACKED_BYTES", 1_000_000)
     with pytest.raises(SourceError, match="row_group_size"):
         open_source(tmp_path / "a.parquet")
     pq.write_table(table, tmp_path / "b.parquet", compression="zstd", use_dictionary=False, row_group_size=5)
@@ -199,5 +203,5 @@ def test_row_groups_of_gigabytes_are_refused_before_they_are_read(tmp_path, monk
 def test_sixteen_bit_alpha_is_composited_in_parts(monkeypatch):
     values = noisy(channels=4, dtype=np.uint16)
     whole = decode(png16(values))
-    monkeypatch.setattr(decoding, "FEW", 64 * 5)
+    monkeypatch.setattr(limits, "FLOAT64_PIXELS", 64 * 5)
     assert (decode(png16(values)) == whole).all()

@@ -7,9 +7,10 @@ import pytest
 from corpus import damaged, file_of, noisy, smooth
 from PIL import Image
 
-from unmask.data.decode.decode import BadImage, decode, header
+from unmask.data.decode.bad_image import BadImage
+from unmask.data.decode.decode import decode, header
 from unmask.data.decode.layout import TOLERATED
-from unmask.data.scan import scan
+from unmask.data.scan.scan import scan
 from unmask.data.sources.open_source import open_source
 
 BETWEEN, BEFORE_END, NO_END = TOLERATED
@@ -110,8 +111,8 @@ def test_damage_is_no_junk():
 
 def test_the_scan_counts_them_and_keeps_them(tmp_path, monkeypatch):
     monkeypatch.setenv("UNMASK_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("unmask.data.scan_cache.WORTH_KEEPING", 0.0)
-    monkeypatch.setattr("unmask.data.scan_cache.SETTLED", -(10**18))
+    monkeypatch.setattr("unmask.data.scan.scan_cache.WORTH_KEEPING", 0.0)
+    monkeypatch.setattr("unmask.data.scan.scan_cache.SETTLED", -(10**18))
     folder = tmp_path / "images"
     folder.mkdir()
     for number in range(6):

@@ -8,20 +8,22 @@ import tifffile
 import torch
 
 from unmask.batch import IGNORED, Batch, ImageSpec
-from unmask.data import augment, scan_cache
+from unmask.data import augment
 from unmask.data.augment import CropConfig
 from unmask.data.decode import decode
 from unmask.data.decode import nodata as nodata_module
-from unmask.data.decode.decode import BadImage
+from unmask.data.decode.bad_image import BadImage
 from unmask.data.decode.nodata import Nodata
 from unmask.data.decode.reading import EARLIER, Reading
 from unmask.data.device_crops import to_device
-from unmask.data.findings import findings
-from unmask.data.loader import Images, Taken
+from unmask.data.image_reader import Images
+from unmask.data.order import Taken
 from unmask.data.pack import pack_image
-from unmask.data.scan import scan
+from unmask.data.scan import scan_cache
+from unmask.data.scan.findings import findings
+from unmask.data.scan.scan import scan
 from unmask.data.sources.open_source import open_source
-from unmask.data.sources.pages import read_as
+from unmask.data.sources.tiff_samples import read_as
 
 SPEC = ImageSpec(1, (16, 16), "float32", (250.0,), (60.0,))
 

@@ -13,14 +13,15 @@ from PIL import Image
 
 from unmask.config import DataConfig
 from unmask.console import Console
-from unmask.data.decode.decode import BadImage, decode, header
+from unmask.data.decode.bad_image import BadImage
+from unmask.data.decode.decode import decode, header
 from unmask.data.decode.layout import ALPHA, AXES, PAGES, TOLERATED, Layout
 from unmask.data.decode.reading import EARLIER, Reading
 from unmask.data.decode.tiff_pages import MOST_ENTRIES
-from unmask.data.findings import findings, is_plain, table
-from unmask.data.scan import scan
+from unmask.data.scan.findings import findings, is_plain, table
+from unmask.data.scan.scan import scan
 from unmask.data.sources.open_source import open_source
-from unmask.data.sources.pages import Pages, read_as
+from unmask.data.sources.tiff_samples import Pages, read_as
 from unmask.engine import pretrain, training_data
 from unmask.engine.check import say_table
 
@@ -328,8 +329,8 @@ def test_what_is_found_is_tabled_and_ordinary_files_are_not(tmp_path, capsys):
 
 def test_a_scan_remembers_layouts_for_each_reading(tmp_path, monkeypatch):
     monkeypatch.setenv("UNMASK_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("unmask.data.scan_cache.WORTH_KEEPING", 0.0)
-    monkeypatch.setattr("unmask.data.scan_cache.SETTLED", -(10**18))
+    monkeypatch.setattr("unmask.data.scan.scan_cache.WORTH_KEEPING", 0.0)
+    monkeypatch.setattr("unmask.data.scan.scan_cache.SETTLED", -(10**18))
     folder = tmp_path / "images"
     folder.mkdir()
     for number in range(3):

@@ -12,8 +12,10 @@ import pyarrow.parquet as pq
 import pytest
 from corpus import file_of, noisy
 
-from unmask.data.sources.joined import matcher
-from unmask.data.sources.open_source import SourceError, open_source, require_labels
+from unmask.data.annotations.labels import require_labels
+from unmask.data.sources.exclude import matcher
+from unmask.data.sources.open_source import open_source
+from unmask.errors import SourceError
 
 
 def png(seed):
@@ -148,7 +150,7 @@ def test_a_folder_or_glob_of_parquet_files_is_one_source(tmp_path, monkeypatch):
         assert [source.classes[label] for label in source.labels] == ["c0", "c2", "c1", "c0", "c2", "c1"]
         assert source.names[0].endswith("train-00000-of-00003/0.png")
         read_all(source)
-    monkeypatch.setattr("unmask.data.sources.open_source.MOST_UNPACKED", 1)
+    monkeypatch.setattr("unmask.data.limits.MAX_UNPACKED_BYTES", 1)
     source = pickle.loads(pickle.dumps(source))
     for row in range(6):
         source.read(row)

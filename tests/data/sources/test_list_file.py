@@ -5,7 +5,9 @@ import unicodedata
 import pytest
 from corpus import file_of, noisy
 
-from unmask.data.sources.open_source import SourceError, open_source, require_labels
+from unmask.data.annotations.labels import require_labels
+from unmask.data.sources.open_source import open_source
+from unmask.errors import SourceError
 
 PNG = file_of(noisy(8, 8), "PNG")
 

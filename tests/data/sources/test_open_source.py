@@ -21,10 +21,15 @@ import pytest
 from conftest import write_images
 from corpus import file_of, noisy, npy
 
-from unmask.data.decode.decode import BadImage, decode
-from unmask.data.sources import open_source as open_source_module
-from unmask.data.sources.open_source import SourceError, open_files, open_source, printable, require_labels
-from unmask.data.string_table import Names
+from unmask.data import limits
+from unmask.data.annotations.labels import require_labels
+from unmask.data.decode.bad_image import BadImage
+from unmask.data.decode.decode import decode
+from unmask.data.files.string_table import Names
+from unmask.data.sources.image_files import open_files
+from unmask.data.sources.open_source import open_source
+from unmask.data.sources.source import printable
+from unmask.errors import SourceError
 
 PNG = file_of(noisy(8, 8), "PNG")
 
@@ -247,7 +252,7 @@ def test_files_that_may_not_be_read_or_have_gone_say_so(tmp_path, monkeypatch):
 def test_a_file_too_large_is_not_read(tmp_path):
     put(tmp_path, "a.png")
     with (tmp_path / "b.png").open("wb") as file:
-        file.truncate(open_source_module.MOST_BYTES + 1)
+        file.truncate(limits.MAX_FILE_BYTES + 1)
     assert reason(open_source(tmp_path), 1) == "TOO_LARGE_FILE"
 
 
@@ -520,7 +525,7 @@ def test_what_is_no_archive_is_refused(tmp_path, name):
 
 
 def test_a_compressed_tar_too_large_for_memory_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(open_source_module, "MOST_UNPACKED", 1000)
+    monkeypatch.setattr(limits, "MAX_UNPACKED_BYTES", 1000)
     assert "unpack it" in refusal(make_tar(tmp_path / "d.tar.gz", TEN, "w:gz"))
 
 
@@ -596,7 +601,7 @@ def test_encrypted_and_unknown_zip_members_say_so(tmp_path):
 
 
 def test_members_too_large_are_counted(tmp_path, monkeypatch):
-    monkeypatch.setattr(open_source_module, "MOST_BYTES", 1000)
+    monkeypatch.setattr(limits, "MAX_FILE_BYTES", 1000)
     big = b"\0" * 1001
     assert "1 member too large" in refusal(make_zip(tmp_path / "d.zip", [("a.png", big)]))
     assert "1 member too large" in refusal(make_tar(tmp_path / "d.tar", [("a.png", big)]))
@@ -631,7 +636,7 @@ def test_parquet_groups_are_kept_within_a_limit(tmp_path, monkeypatch):
     for row in (0, 39, 1, 38, 15, 25, 2):
         assert source.read(row) == images[row]
     assert reads == [0, 3, 1, 2]
-    monkeypatch.setattr(open_source_module, "MOST_UNPACKED", 25_000)
+    monkeypatch.setattr(limits, "MAX_UNPACKED_BYTES", 25_000)
     for row in (0, 39, 1, 15, 39):
         assert source.read(row) == images[row]
     assert len(source.groups) == 2  # type: ignore[attr-defined]

@@ -7,7 +7,9 @@ import pyarrow.parquet as pq
 import pytest
 from corpus import file_of, noisy
 
-from unmask.data.sources.open_source import SourceError, open_source, require_labels
+from unmask.data.annotations.labels import require_labels
+from unmask.data.sources.open_source import open_source
+from unmask.errors import SourceError
 
 FILES = [file_of(noisy(8, 8, seed=i), "PNG") for i in range(4)]
 SAME_LENGTH = [data.ljust(max(map(len, FILES)), b"\0") for data in FILES]

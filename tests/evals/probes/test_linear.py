@@ -7,7 +7,7 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import average_precision_score
 from sklearn.preprocessing import StandardScaler
 
-from unmask.data.splits import HOLD_OUT_FOR_C, hold_out
+from unmask.data.annotations.splits import HOLD_OUT_FOR_C, hold_out
 from unmask.evals.probes import linear as module
 from unmask.evals.probes.linear import C_GRID, C_WITHOUT_CHOICE, PENALTIES, linear, linear_labels, ridge
 

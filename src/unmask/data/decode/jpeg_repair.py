@@ -138,9 +138,6 @@ def _end_of_image(parts: _Parts, at_most: int, decode: Decode) -> int | None:
     return high
 
 
-# --------------------------------------------------------------------------------------- parsing a leftover as blocks
-
-
 @dataclass
 class _Tables:
     """What is needed to parse sequential Huffman-coded blocks: (length, code) -> symbol of each table, and the tables

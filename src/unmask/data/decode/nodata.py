@@ -19,7 +19,8 @@ from typing import Literal
 
 import numpy as np
 
-from unmask.data.decode.decode import TIFF_STARTS, BadImage
+from unmask.data.decode.bad_image import BadImage
+from unmask.data.decode.tiff_pages import TIFF_STARTS
 
 Nodata = Literal["auto"] | float | None
 """Which pixels are absent: "auto", as the file declares, and NaN or infinity; a number, that value as well; or None."""

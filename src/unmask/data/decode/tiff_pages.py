@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from unmask.data.decode.reading import Reading
 
+TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # classic and BigTIFF, in both byte orders
 TAGS = (254, 256, 257, 258, 262, 274, 277, 278, 284, 338, 339)
 DESCRIPTION, SUB_DIRECTORIES = 270, 330
 MOST_ENTRIES = 4096  # of one directory; a few dozen are usual

@@ -14,9 +14,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from unmask.data.text_files import Line, read_lines, require_text
+from unmask.data.files.text_files import Line, read_lines, require_text
+from unmask.data.sources.image_files import EXTENSIONS, Files, absolute_files
+from unmask.data.sources.source import Opener, stat_or_none
 from unmask.errors import SourceError
 
+LISTS = (".txt", ".lst", ".csv", ".tsv")
 SEPARATORS = ("\t", ",", ";", " ")
 TABLES = (".csv", ".tsv")
 PATHS = ("path", "file", "filename", "file_name", "filepath", "file_path", "image", "image_path", "img", "name")
@@ -153,3 +156,35 @@ def _cells(text: str, separator: str) -> list[str] | None:
 
 def _exists(folder: str, path: str) -> bool:
     return os.path.exists(os.path.join(folder, path))
+
+
+def open_list(text: str) -> Files:
+    """The images of a list file, in its order."""
+    folder = os.path.dirname(os.path.abspath(text))
+    try:
+        entries = read_list(text, EXTENSIONS)
+    except OSError as error:
+        raise SourceError(f"the list {text} cannot be read: {error.strerror}") from None
+    paths = [os.path.join(folder, entry.path) for entry in entries]
+    if paths and all(stat_or_none(path) is None for path in paths):
+        raise SourceError(
+            f"none of the {len(paths)} files listed in {text} exists, the first is {paths[0]}; paths are read "
+            f"relative to {folder}"
+        )
+    source = absolute_files(text, paths)
+    labels = [entry.label for entry in entries]
+    labelled = [label for label in labels if label is not None]
+    if not labelled:
+        source.label_by_folder()
+    elif len(labelled) == len(labels):
+        source.label_by(labelled)
+    else:
+        missing = labels.index(None)
+        raise SourceError(
+            f"{len(labelled)} of {len(labels)} lines of {text} give a label, and others do not, for example "
+            f"{source.names[missing]} in line {entries[missing].line}; give every line a label, or none"
+        )
+    return source
+
+
+OPENER = Opener("a list file (.txt, .csv)", lambda text: text.lower().endswith(LISTS), open_list)

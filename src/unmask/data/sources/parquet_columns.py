@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from unmask.data.class_names import class_name, class_order
+from unmask.data.annotations.class_names import class_name, class_order
 from unmask.errors import SourceError, some
 
 IMAGES = ("image", "img", "bytes", "jpg", "png")
@@ -34,9 +34,6 @@ class Labels:
     classes: list[str] = field(default_factory=list)
     numbers: np.ndarray | None = None
     why: str = ""
-
-
-# ------------------------------------------------------------------------------------------------------------- images
 
 
 def image_column(schema: Any, text: str) -> str:
@@ -103,9 +100,6 @@ def image_bytes(value: Any) -> bytes:
         # no list of Python ints: a photograph would make 200 MB of them
         return b"" if value.values.null_count else value.values.to_numpy().astype(np.uint8).tobytes()
     return bytes(value.as_py())
-
-
-# ------------------------------------------------------------------------------------------------------------- labels
 
 
 def parquet_labels(file: Any, schema: Any, text: str) -> Labels:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
+from collections import Counter
 
 PATTERNS = (
     "@eadir", "@tmp", "@recycle", "@recently-snapshot", "@sharebin", "@transcode", "@gmt-*",  # Synology, QNAP, Samba
@@ -27,5 +28,12 @@ def is_system(name: str) -> bool:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder of this name is skipped: hidden by a leading dot, or a system's own."""
+    """Whether a file or folder of this name is skipped: is_skipped by a leading dot, or a system's own."""
     return name.startswith(".") or is_system(name)
+
+
+def is_skipped(name: str, skipped: Counter[str]) -> bool:
+    """Whether to skip a file or folder by its name; folders of a system or tool are counted."""
+    if is_system(name):
+        skipped[f"system folder {name}"] += 1
+    return is_hidden(name)

@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unmask.data.label_tables import CLASSES, MULTILABEL
-from unmask.data.splits import HOLD_OUT_FOR_RATE, hold_out
+from unmask.data.annotations.label_tables import CLASSES, MULTILABEL
+from unmask.data.annotations.splits import HOLD_OUT_FOR_RATE, hold_out
 from unmask.evals.frozen_features import Tokens
 from unmask.evals.measures import average_precision, by_column
 

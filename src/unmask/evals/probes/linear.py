@@ -17,7 +17,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression, Ridge
 from threadpoolctl import threadpool_limits
 
-from unmask.data.splits import HOLD_OUT_FOR_C, hold_out
+from unmask.data.annotations.splits import HOLD_OUT_FOR_C, hold_out
 from unmask.errors import UserError
 from unmask.evals.measures import average_precision, by_column
 

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import numpy as np
 
-from unmask.data.decode.decode import BadImage
-from unmask.data.npz_file import read_arrays, write_arrays
-from unmask.data.scan_cache import SETTLED
-from unmask.data.sources.open_source import Source, content_digest
-from unmask.data.string_table import Names
+from unmask.data.decode.bad_image import BadImage
+from unmask.data.files.npz_file import read_arrays, write_arrays
+from unmask.data.files.string_table import Names
+from unmask.data.scan.scan_cache import SETTLED
+from unmask.data.sources.source import Source, content_digest
 from unmask.errors import some
 
 COLUMNS = ("sizes", "changed", "modified", "digests")

@@ -17,17 +17,19 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from unmask.data.choose_reading import settle
-from unmask.data.decode import decode
+from unmask.data.decode import bad_image, decode
 from unmask.data.decode import nodata as nodata_module
-from unmask.data.decode.decode import BadImage, Header
+from unmask.data.decode import pixels as pixels_module
+from unmask.data.decode.bad_image import BadImage
+from unmask.data.decode.choose_reading import settle
 from unmask.data.decode.guarded import SLACK, Crashed, TooSlow, call_apart
+from unmask.data.decode.image_header import Header
 from unmask.data.decode.layout import Layout
 from unmask.data.decode.nodata import Nodata
 from unmask.data.decode.reading import Reading
-from unmask.data.odd_images import Constant, constant_images
-from unmask.data.scan_cache import Look, Looks, LooksSoFar, joined, recall, remember, worth_keeping
-from unmask.data.sources.open_source import Source, content_digest
+from unmask.data.scan.odd_images import Constant, constant_images
+from unmask.data.scan.scan_cache import Look, Looks, LooksSoFar, joined, recall, remember, worth_keeping
+from unmask.data.sources.source import Source, content_digest
 from unmask.system.processes import process_pool
 
 STATISTICS_SAMPLE = 10_000
@@ -244,7 +246,7 @@ def _look(source: Source, row: int, like: tuple[int, str] | None = None) -> Look
         data = source.read(row)
         head = decode.header(data, source.reading)
         if head.memory > GUARDED_MEMORY or head.scans > GUARDED_PARTS or len(head.pages) > GUARDED_PARTS:
-            limits = {"memory": decode.MOST_MEMORY + SLACK, "seconds": MOST_SECONDS}
+            limits = {"memory": bad_image.limits.MAX_DECODE_BYTES + SLACK, "seconds": MOST_SECONDS}
             return call_apart(_decoded, data, head, like, source.reading.nodata, **limits)
         return _decoded(data, head, like, source.reading.nodata)
     except BadImage as error:
@@ -265,7 +267,7 @@ def _decoded(data: bytes, head: Header, like: tuple[int, str] | None, nodata: No
     for number, piece in enumerate(decode.pieces(data, head, tolerated=tolerated)):
         valid = nodata_module.valid_pixels(piece, nodata, declared)
         if like is not None:
-            piece = decode.conform(piece if valid is None else nodata_module.filled(piece, valid), *like)
+            piece = pixels_module.conform(piece if valid is None else nodata_module.filled(piece, valid), *like)
         flat = piece.reshape(-1, piece.shape[2]) if valid is None else piece[valid]  # (pixels that are there, C)
         more, more_squares = _sums(flat)
         there += len(flat)
@@ -334,7 +336,7 @@ def _unlike(looks: Looks, channels: int, dtype: str) -> dict[int, BadImage]:
     for own_channels in np.unique(looks.channels).tolist():
         for own_dtype in np.unique(looks.dtypes).tolist():
             try:
-                decode.conform(np.zeros((1, 1, own_channels), own_dtype.decode()), channels, dtype)
+                pixels_module.conform(np.zeros((1, 1, own_channels), own_dtype.decode()), channels, dtype)
             except BadImage as error:
                 there = (looks.channels == own_channels) & (looks.dtypes == own_dtype)
                 found |= dict.fromkeys(np.flatnonzero(there).tolist(), error)

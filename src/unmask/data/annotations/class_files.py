@@ -13,11 +13,11 @@ import csv
 import io
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from unmask.data.class_names import class_name
-from unmask.data.text_files import TextError, read_text
+from unmask.data.annotations.class_names import class_name
+from unmask.data.files.text_files import TextError, read_text
 from unmask.errors import UserError
 
 NAMES = (
@@ -38,24 +38,39 @@ def find_class_files(folders: Sequence[Path]) -> list[Path]:
     return list(dict.fromkeys(found))
 
 
+def read_class_list(file: Path) -> list[str]:
+    """Read the names of ids 0, 1, 2 ... from a file of one name a line. Raises UserError for an unusable file."""
+    names = [class_name(line.strip()) for line in _read(file).split("\n")]
+    while names and not names[-1]:
+        names.pop()
+    _require_distinct(names, file)
+    return names
+
+
 def read_class_file(file: Path) -> dict[int, str]:
-    """The name of each id. Raises UserError for a file that names none, or two ids alike."""
-    try:
-        text = read_text(file)
-    except TextError as error:
-        raise UserError(f"{file} cannot be used for names of classes: {error}") from None
-    except OSError as error:
-        raise UserError(f"{file} cannot be read: {error.strerror}") from None
+    """Read the name of each id from a file in any of the formats above. Raises UserError for an unusable file."""
+    text = _read(file)
     names = _from_table(text) if file.suffix.lower() == ".csv" else None
     if names is None:
         names = _from_lines([line.strip() for line in text.split("\n")])
-    double = [name for name, count in Counter(names.values()).items() if count > 1 or not name]
+    _require_distinct(names.values(), file)
+    return dict(sorted(names.items()))
+
+
+def _read(file: Path) -> str:
+    try:
+        return read_text(file)
+    except TextError as error:
+        raise UserError(f"{file} cannot be used for class names: {error}") from None
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror}") from None
+
+
+def _require_distinct(names: Collection[str], file: Path) -> None:
+    double = [name for name, count in Counter(names).items() if count > 1 or not name]
     if double or not names:
         what = f"the name {double[0]!r} more than once or empty" if double else "no name"
-        raise UserError(
-            f"{file} holds {what}; a name for each of ids 0, 1, 2 ... was expected, one a line, all different"
-        )
-    return dict(sorted(names.items()))
+        raise UserError(f"{file} holds {what}; expected a different name for each of ids 0, 1, 2 ..., one a line")
 
 
 def _from_lines(lines: list[str]) -> dict[int, str]:

@@ -23,18 +23,17 @@ from pathlib import Path
 
 import numpy as np
 
-from unmask.data.decode import decode, jpeg_repair, layout, nodata, reading, tiff_pages
+from unmask.data.decode import decode
 from unmask.data.decode.layout import Layout
-from unmask.data.npz_file import read_arrays, write_arrays
-from unmask.data.sources.open_source import Source
-from unmask.data.string_table import Names
+from unmask.data.files.npz_file import read_arrays, write_arrays
+from unmask.data.files.string_table import Names
+from unmask.data.sources.source import Source
 
 LAYOUT = 3
 WORD = np.dtype("S8")
 WORTH_KEEPING = 2.0  # seconds of work; what is had again as fast needs no place on the disk
 SETTLED = 2_000_000_000  # nanoseconds: coarse clocks of file systems give two changes within it the same time
 COLUMNS = ("sizes", "channels", "dtypes", "formats", "layouts", "valid", "sums", "squares", "digests")
-HOW = (decode, nodata, jpeg_repair, layout, reading, tiff_pages)  # the modules that decide what is found in a file
 DECODERS = ("numpy", "pillow", "simplejpeg", "tifffile")
 
 
@@ -149,9 +148,6 @@ class LooksSoFar:
         )
 
 
-# ----------------------------------------------------------------------------------------------------------- remembered
-
-
 def memory_folder() -> Path | None:
     """Where scans are remembered: $UNMASK_CACHE, or `unmask` in the user's cache folder; None if UNMASK_CACHE=off."""
     told = os.environ.get("UNMASK_CACHE")
@@ -245,5 +241,6 @@ def decoder_versions() -> dict[str, str]:
 def _about() -> str:
     """What the looks depend on beside the files: the decoders, and how they are used."""
     versions = decoder_versions()
-    how = hashlib.sha256(b"".join(Path(module.__file__ or "").read_bytes() for module in HOW)).hexdigest()
+    modules = sorted(Path(decode.__file__ or "").parent.glob("*.py"))
+    how = hashlib.sha256(b"".join(module.read_bytes() for module in modules)).hexdigest()
     return json.dumps({"layout": LAYOUT, "versions": versions, "how": how}, sort_keys=True)

@@ -20,10 +20,10 @@ from typing import Any
 
 import numpy as np
 
-from unmask.data.class_names import class_name, class_order
-from unmask.data.csv_cells import unmarked
-from unmask.data.sources.open_source import Source, printable
-from unmask.data.text_files import read_text
+from unmask.data.annotations.class_names import class_name, class_order
+from unmask.data.files.csv_cells import unmarked
+from unmask.data.files.text_files import read_text
+from unmask.data.sources.source import Source, printable
 from unmask.errors import UserError, some
 
 TARGETS = ("classes", "multilabel", "regression")

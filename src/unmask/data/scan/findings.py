@@ -6,7 +6,7 @@ from collections import Counter
 from typing import Any
 
 from unmask.data.decode.layout import Layout
-from unmask.data.scan import Scan
+from unmask.data.scan.scan import Scan
 
 USE_OF_PAGES = {
     "": "the image",

@@ -7,10 +7,10 @@ from collections import Counter
 
 import numpy as np
 
-from unmask.data.decode.decode import TIFF_STARTS, BadImage
+from unmask.data.decode.bad_image import BadImage
 from unmask.data.decode.reading import Reading
-from unmask.data.decode.tiff_pages import TooManyEntries, image_pages, read_pages, starting_at
-from unmask.data.sources.open_source import Source
+from unmask.data.decode.tiff_pages import TIFF_STARTS, TooManyEntries, image_pages, read_pages, starting_at
+from unmask.data.sources.source import Source
 
 
 class Pages(Source):

@@ -28,13 +28,15 @@ import numpy as np
 from unmask.batch import NO_BOX
 from unmask.console import Console
 from unmask.data import augment
-from unmask.data.box_formats import BoxError, Objects, corners_written_as_sizes, read_coco, read_voc
-from unmask.data.class_names import class_name
+from unmask.data.annotations.box_formats import BoxError, Objects, corners_written_as_sizes, read_coco, read_voc
+from unmask.data.annotations.class_names import class_name
+from unmask.data.annotations.orientation import Drawn, drawn_on, turned_boxes
 from unmask.data.decode import decode
-from unmask.data.decode.decode import BadImage, Header
-from unmask.data.decode.orientation import Drawn, drawn_on, turned_boxes
-from unmask.data.sources.open_source import Source, open_source
-from unmask.data.text_files import TextError, read_text
+from unmask.data.decode.bad_image import BadImage
+from unmask.data.decode.image_header import Header
+from unmask.data.files.text_files import TextError, read_text
+from unmask.data.sources.open_source import open_source
+from unmask.data.sources.source import Source
 from unmask.errors import some
 
 VOC_IMAGES, VOC_BOXES, VOC_SPLITS = "JPEGImages", "Annotations", os.path.join("ImageSets", "Main")
@@ -114,9 +116,6 @@ class Boxes:
         for name, boxes, there in zip(self.classes, number.tolist(), images.tolist(), strict=True):
             said.append(f"  {boxes:6d} boxes in {there} images  {name}")
         return said
-
-
-# ------------------------------------------------------------------------------------------------------------- opening
 
 
 def open_boxes(

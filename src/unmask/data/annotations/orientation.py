@@ -14,7 +14,7 @@ from enum import Enum
 
 import numpy as np
 
-from unmask.data.decode.decode import Header
+from unmask.data.decode.image_header import Header
 
 
 class Drawn(Enum):

@@ -18,8 +18,8 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from unmask.data.class_names import class_name
-from unmask.data.text_files import TextError, decode_xml
+from unmask.data.annotations.class_names import class_name
+from unmask.data.files.text_files import TextError, decode_xml
 from unmask.errors import UserError
 
 EXPECTED = (
@@ -58,9 +58,6 @@ class _Found(NamedTuple):
 def _shown(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= LONGEST_SHOWN else text[: LONGEST_SHOWN - 3] + "..."
-
-
-# --------------------------------------------------------------------------------------------------------------- COCO
 
 
 def read_coco(file: Path) -> tuple[dict[str, Objects], list[str]]:
@@ -159,9 +156,6 @@ def _id(one: dict[str, Any], key: str, where: str) -> int | str:
     return value
 
 
-# ---------------------------------------------------------------------------------------------------------- Pascal VOC
-
-
 def read_voc(folder: Path) -> tuple[dict[str, Objects], list[str]]:
     """(objects by the XML file's path in the folder, names of the classes in alphabetical order). Raises BoxError."""
     said: dict[str, Objects] = {}
@@ -203,9 +197,6 @@ def _voc(root: ElementTree.Element, file: Path) -> Objects:
         found.names.append(class_name(name))
         found.aside.append((one.findtext("difficult") or "0").strip() == "1")
     return found.objects(_size(root.findtext("size/height"), root.findtext("size/width")))
-
-
-# -------------------------------------------------------------------------------------------------------------- numbers
 
 
 def refuse_fractions(said: dict[str, Objects], where: Path, *, first: int = 0) -> None:

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from unmask.data.decode import decode
-from unmask.data.decode.decode import BadImage
-from unmask.data.scan_cache import Looks
-from unmask.data.sources.open_source import Source
+from unmask.data.decode.bad_image import BadImage
+from unmask.data.scan.scan_cache import Looks
+from unmask.data.sources.source import Source
 from unmask.errors import some
 
 FOLDERS = re.compile(
@@ -161,9 +161,6 @@ def mask_warnings(source: Source) -> list[str]:
             f"'{one.pattern}'"
         )
     return said
-
-
-# ------------------------------------------------------------------------------------------------------------ one value
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,65 @@
+"""Find the segmentation masks of images."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from unmask.data.sources.source import Source
+from unmask.errors import UserError, some
+
+IMAGE_FOLDER, MASK_FOLDERS = "images", ("labels", "masks", "annotations")
+CLASSES_FILE = "classes.txt"
+
+
+class MaskError(UserError):
+    """Masks that cannot be used; the message says what came, what was expected, and what to do."""
+
+
+def find_folders(data: str, masks: str | None) -> tuple[str, str, list[Path]]:
+    """(images, masks, folders in which `classes.txt` may lie). Raises MaskError where no masks are to be found."""
+    root = Path(data)
+    inside = root / IMAGE_FOLDER
+    has_images = inside.is_dir()
+    if masks is not None:
+        if not os.path.exists(masks):
+            raise MaskError(f"mask folder {masks} does not exist; a folder of masks named as their images was expected")
+        return (
+            str(inside) if has_images and Path(masks).parent == root else data,
+            masks,
+            [Path(masks), Path(masks).parent],
+        )
+    for name in MASK_FOLDERS:
+        if has_images and (root / name).is_dir():
+            return str(inside), str(root / name), [root / name, root]
+    parts = root.absolute().parts
+    for place in [i for i, part in enumerate(parts) if part == IMAGE_FOLDER][::-1]:
+        for name in MASK_FOLDERS:
+            other = Path(*parts[:place], name, *parts[place + 1 :])
+            if other.is_dir():
+                return data, str(other), [other, Path(*parts[:place], name), Path(*parts[:place])]
+    raise MaskError(
+        f"no masks were found for {data}; {data.rstrip('/')}/{IMAGE_FOLDER} beside {data.rstrip('/')}/"
+        f"{{{','.join(MASK_FOLDERS)}}} was expected, or a folder named with --annotations"
+    )
+
+
+def pair(source: Source, masks: Source) -> dict[int, int]:
+    """Row of images -> row of masks, by name without its ending. Raises MaskError."""
+    stems: dict[str, int] = {}
+    for place, name in enumerate(masks.names):
+        stem = os.path.splitext(name)[0]
+        if stem in stems:
+            raise MaskError(
+                f"masks {masks.names[stems[stem]]} and {name} of {masks.name} are both for the image {stem}; one mask "
+                "for each image was expected: take one away"
+            )
+        stems[stem] = place
+    own = [os.path.splitext(name)[0] for name in source.names]
+    places = {row: stems[stem] for row, stem in enumerate(own) if stem in stems}
+    if not places:
+        raise MaskError(
+            f"none of {len(source)} images of {source.name} has a mask in {masks.name}: {source.names[0]} needs "
+            f"{own[0]}.png there, but {some(masks.names)} came; name masks as their images, in the same sub-folders"
+        )
+    return places

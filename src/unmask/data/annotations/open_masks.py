@@ -1,0 +1,279 @@
+"""Open segmentation masks and check them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from unmask.batch import IGNORED
+from unmask.console import Console
+from unmask.data.annotations import mask_advice
+from unmask.data.annotations.class_files import find_class_files, read_class_file, read_class_list
+from unmask.data.annotations.mask_folders import CLASSES_FILE, MaskError, find_folders, pair
+from unmask.data.annotations.orientation import Drawn, drawn_on
+from unmask.data.annotations.segmentation_masks import UNKNOWN, Maps, MaskOptions, read_ids, sides
+from unmask.data.decode import decode
+from unmask.data.decode.bad_image import BadImage
+from unmask.data.sources.open_source import open_source
+from unmask.errors import UserError, some
+
+
+def open_maps(
+    data: str | Path,
+    masks: str | Path | None = None,
+    *,
+    classes: Sequence[str] | None = None,
+    ignored: Sequence[int] = (),
+    options: MaskOptions | None = None,
+    look: bool = True,
+    console: Console | None = None,
+) -> Maps:
+    """The images of DATA and their masks; images without one are left out of `rows`.
+
+    masks: their folder (or tar, or zip), None where DATA is laid out as the module says. classes: names in order, of a
+    model that is asked about these images; None reads `classes.txt`, or numbers them. ignored: ids that are no class,
+    beside IGNORED. options: see `MaskOptions`. look=False reads no mask now, and then `classes` are needed.
+    Raises MaskError, SourceError.
+    """
+    images, folder, beside = find_folders(str(data), None if masks is None else str(masks))
+    source, found = open_source(images), open_source(folder)
+    options = options or MaskOptions()
+    _require_values(options.values, ignored)
+    no_class = tuple(sorted({IGNORED, *ignored} - set(options.values)))
+    if wrong := [one for one in no_class if not 0 <= one < 1 << 16]:
+        raise MaskError(
+            f"ignored id {wrong[0]} came; a number from 0 to 65535, as it stands in the masks, was expected"
+        )
+    maps = Maps(source, found, pair(source, found), ignored=no_class, values=options.values)
+    if look:
+        drawn = _look_at_all(maps, console or Console(quiet=True))
+    else:
+        drawn = {} if options.stored is not None else _look_at_headers(maps)
+    maps.stored = options.stored if options.stored is not None else _drawn_on_stored(maps, drawn)
+    if classes is not None:
+        maps.classes = tuple(classes)
+    else:
+        assert look, "to number the classes the masks must be looked at"
+        names = _names(beside, options, maps)
+        _refuse_levels(maps, named=names is not None)
+        maps.classes = _classes(maps, names)
+        named = dict(enumerate(names or ())) if not maps.values else dict(zip(maps.values, maps.classes, strict=True))
+        maps.notes += mask_advice.likely_void(maps.pixels, named if names else {}, maps.samples, no_class)
+        if names is None:
+            maps.notes += _proposed_names(beside, maps)
+    _require_sound(maps, training=classes is None)
+    return maps
+
+
+def _require_values(values: Sequence[int], ignored: Sequence[int]) -> None:
+    if wrong := [one for one in values if not 0 <= one < 1 << 16 or values.count(one) > 1 or one in ignored]:
+        raise MaskError(
+            f"got mask value {wrong[0]}; expected different ids from 0 to 65535, none of them with --ignore too"
+        )
+    if len(values) == 1:
+        raise MaskError(f"got one mask value, {values[0]}; expected at least two, such as --mask-values 0,255")
+
+
+def _names(beside: Sequence[Path], options: MaskOptions, maps: Maps) -> list[str] | None:
+    """Names in the order of the ids (or of the values), from the file that was asked for, or `classes.txt`."""
+    if options.names is None:
+        file = next((folder / CLASSES_FILE for folder in beside if (folder / CLASSES_FILE).is_file()), None)
+        try:
+            return None if file is None else read_class_list(file)
+        except UserError as error:
+            raise MaskError(str(error)) from None
+    found = read_class_file(options.names)
+    if maps.values and not set(found) >= set(maps.values):
+        return [found[one] for one in sorted(found)]
+    if maps.values:
+        return [found[one] for one in maps.values]
+    return [found.get(one, f"class {one}") for one in range(max(found) + 1)]
+
+
+def _classes(maps: Maps, names: Sequence[str] | None) -> tuple[str, ...]:
+    if maps.values:
+        if names is not None and len(names) != len(maps.values):
+            raise MaskError(
+                f"got {len(names)} class names for {len(maps.values)} mask values; give a name for each value, in "
+                "the same order"
+            )
+        return tuple(names or (f"class {one}" for one in maps.values))
+    if names is not None:
+        return tuple(name for one, name in enumerate(names) if one not in maps.ignored)
+    top = max((one for one in maps.pixels if one not in maps.ignored), default=-1)
+    return tuple(f"class {one}" for one in range(top + 1) if one not in maps.ignored)
+
+
+def _refuse_levels(maps: Maps, *, named: bool) -> None:
+    """Raises MaskError for masks of gray levels, whose ids mean something else than they seem to; notes lesser doubts.
+
+    With names, or values, somebody has said what the ids are.
+    """
+    if maps.values:
+        return
+    present = sorted(maps.pixels)
+    listed = ",".join(map(str, present))
+    if mask_advice.are_interpolated(maps.pixels):
+        raise MaskError(
+            f"the masks of {maps.masks.name} hold {len(present)} ids, nearly all pixels being 0 or 255: they look "
+            "resized with interpolation, or compressed; make them again without (nearest), as PNG"
+        )
+    if present == [0, IGNORED]:
+        raise MaskError(
+            f"the masks of {maps.masks.name} hold ids 0 and 255 alone, and 255 is ignored by default, which leaves "
+            "1 class; at least two were expected: give --mask-values 0,255 to learn 255 as the second class"
+        )
+    if named or not mask_advice.look_like_levels([one for one in present if one not in maps.ignored]):
+        return
+    if IGNORED in present:
+        middle = [one for one in present if 0 < one < IGNORED]
+        raise MaskError(
+            f"the masks of {maps.masks.name} hold ids {listed.replace(',', ', ')}, which look like levels of gray: "
+            f"read as they are, 255 is ignored and {max(middle) + 1} classes come of {len(present) - 1} ids; give "
+            f"--mask-values {listed} to learn all of them, or --mask-values 0,255"
+            + "".join(f" --ignore {one}" for one in middle)
+            + " to leave out those between"
+        )
+    maps.notes.append(
+        f"ids {listed.replace(',', ', ')} are far apart, so most of the {max(present) + 1} classes never occur: "
+        f"--mask-values {listed} learns those that do"
+    )
+
+
+def _proposed_names(beside: Sequence[Path], maps: Maps) -> list[str]:
+    """A file beside the masks that could name the ids."""
+    for file in find_class_files(beside):
+        try:
+            names = read_class_file(file)
+        except UserError:
+            continue
+        if len(names) >= 2 and set(maps.ids) <= set(names):
+            return [
+                f"{file} names {len(names)} classes ({some(names.values(), 3)}): take them with --class-names {file}"
+            ]
+    return []
+
+
+def _look_at_all(maps: Maps, console: Console) -> dict[int, Drawn]:
+    """Count the ids of every mask, and hold its size against the image's; returns what those were drawn on that tell.
+
+    Raises MaskError for what is no mask.
+    """
+    every = max(1, len(maps.places) // mask_advice.SAMPLES)
+    drawn: dict[int, Drawn] = {}
+    whole = 0  # masks of 0 and 255 alone
+    with console.progress("masks", len(maps.places)) as bar:
+        for done, (row, place) in enumerate(sorted(maps.places.items()), 1):
+            name = maps.masks.names[place]
+            try:
+                ids = read_ids(maps.masks.read(place), thorough=True)
+            except BadImage as error:
+                if error.code == "UNSUPPORTED_MODE":
+                    raise MaskError(f"mask {name} of {maps.masks.name} is {error.detail}") from None
+                maps.unreadable.append(f"{name} ({error})")
+                del maps.places[row]
+                continue
+            if (where := _drawn_on(maps, row, ids.shape)) is not None:
+                drawn[row] = where
+            counts = np.bincount(ids.ravel())
+            present = counts.nonzero()[0].tolist()
+            whole += present == [0, IGNORED] or present == [IGNORED]
+            maps.images.update(present)
+            maps.pixels.update({one: int(counts[one]) for one in present})
+            maps.sizes.append((ids.shape[0], ids.shape[1]))
+            if done % every == 0 and len(maps.samples) < mask_advice.SAMPLES:
+                maps.samples.append(mask_advice.thinned(ids))
+            bar.update(done)
+    if not maps.places:
+        raise MaskError(f"no mask of {maps.masks.name} can be read: {some(maps.unreadable)}; PNG files were expected")
+    if 0 < whole < len(maps.places) and whole > len(maps.places) // 10 and not maps.values:
+        maps.notes.append(
+            f"{whole} of {len(maps.places)} masks hold 255 and at most 0 beside it: 255 is ignored, so check that they "
+            "are not masks of another kind (0 and 255 for two classes)"
+        )
+    return drawn
+
+
+def _look_at_headers(maps: Maps) -> dict[int, Drawn]:
+    """As `_look_at_all`, by the sizes of masks alone."""
+    drawn: dict[int, Drawn] = {}
+    for row, place in maps.places.items():
+        try:
+            head = decode.header(maps.masks.read(place))
+        except BadImage:  # said when it is read
+            continue
+        if (where := _drawn_on(maps, row, (head.height, head.width), refuse=False)) is not None:
+            drawn[row] = where
+    return drawn
+
+
+def _drawn_on(maps: Maps, row: int, shape: tuple[int, ...], *, refuse: bool = True) -> Drawn | None:
+    """What a mask of this shape was drawn on; None where there is but one answer. Raises MaskError for another size."""
+    try:
+        head = decode.header(maps.source.read(row), maps.source.reading)
+    except BadImage:  # for whoever scans the images to say
+        return None
+    where = drawn_on((shape[0], shape[1]), head)
+    if where is Drawn.NEITHER and refuse:
+        raise MaskError(
+            f"mask {maps.masks.names[maps.places[row]]} has {sides(shape)} pixels, but its image "
+            f"{maps.source.names[row]} is shown with {sides(head.full_size)}; masks of the images' own size "
+            "were expected: resize them without interpolation (nearest)"
+        )
+    return where
+
+
+def _drawn_on_stored(maps: Maps, drawn: dict[int, Drawn]) -> bool:
+    """Whether the masks are of stored pixels; notes what was found. Raises MaskError where some are and others not."""
+    rows = {where: [row for row, found in drawn.items() if found is where] for where in Drawn}
+    names = maps.source.names
+    if rows[Drawn.STORED] and rows[Drawn.SHOWN]:
+        raise MaskError(
+            f"the mask of {names[rows[Drawn.STORED][0]]} was drawn on its stored pixels, that of "
+            f"{names[rows[Drawn.SHOWN][0]]} on the image as shown (EXIF orientation); one way for all was expected: "
+            "write upright images without orientation, and their masks"
+        )
+    if rows[Drawn.STORED]:
+        turned = [*rows[Drawn.STORED], *rows[Drawn.UNKNOWN]]
+        maps.notes.append(
+            f"{len(turned)} images carry an orientation, and their masks were drawn on the stored pixels: they are "
+            f"turned with their image: {some(names[row] for row in sorted(turned))}"
+        )
+        return True
+    if rows[Drawn.UNKNOWN] and not rows[Drawn.SHOWN]:
+        maps.notes.append(
+            f"{len(rows[Drawn.UNKNOWN])} images carry an orientation that leaves their size as it is; their masks are "
+            f"taken as drawn on the image as shown: {some(names[row] for row in rows[Drawn.UNKNOWN])}"
+        )
+    return False
+
+
+def _require_sound(maps: Maps, *, training: bool) -> None:
+    """Raises MaskError for too few or too many classes, and for ids that are none."""
+    count = len(maps.classes)
+    if count < 2:
+        found = ", ".join(map(str, sorted(maps.pixels)))
+        raise MaskError(
+            f"the masks of {maps.masks.name} hold ids {found}, which leaves {count} class{'es' * (count != 1)}; at "
+            f"least two were expected, numbered from 0 ({IGNORED} is never judged: a class needs another id)"
+        )
+    if len(there := [one for one in maps.ids if maps.pixels[one]]) == 1 and training:
+        raise MaskError(
+            f"the masks of {maps.masks.name} hold one class only, id {there[0]}, so there is nothing to tell apart; at "
+            "least two were expected"
+        )
+    known = {*maps.ids, *maps.ignored}
+    if strange := sorted(one for one in maps.pixels if one not in known):
+        shown = some(str(one) for one in strange)
+        raise MaskError(
+            f"the masks of {maps.masks.name} hold id {shown} (in {maps.images[strange[0]]} of {len(maps.places)}), but "
+            f"{count} classes are known, ids {maps.ids[0]} to {maps.ids[-1]}; name it in {CLASSES_FILE}, or ignore it "
+            f"with --ignore {strange[0]}"
+        )
+    if count > UNKNOWN:
+        raise MaskError(
+            f"{count} classes came (the masks of {maps.masks.name} hold ids up to {max(maps.pixels, default=count)}), "
+            f"at most {UNKNOWN} were expected; number classes from 0 without gaps"
+        )

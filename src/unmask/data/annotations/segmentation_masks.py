@@ -1,0 +1,202 @@
+"""Masks for segmentation: beside each image a picture of the same size that holds the class of every pixel.
+
+A mask is a gray or a palette image (PNG best) whose stored numbers are ids; its colours, if it has any, are of no
+account. It belongs to the image of the same name, but for the ending, in the same sub-folder. Image and mask folders
+are found by themselves as DATA/images and DATA/labels (or masks, annotations), and so are DATA = .../images/train and
+.../labels/train; otherwise the mask folder is named.
+
+`classes.txt`, beside the masks or in the folder above, names ids 0, 1, 2 ... one a line; without it they are called
+after their number, and other files that commonly name classes (`class_files.py`) are proposed. Pixels of `ignored` ids
+are left out of loss and metrics: IGNORED (255) always, and others that are asked for. Classes are numbered in the order
+of the ids that remain. `MaskOptions.values` lists the ids that are classes instead; then 255 may be one of them.
+
+Masks of the stored pixels of images that carry an orientation are turned with them (`orientation.py`).
+
+Not here: what is learned from masks (`tasks/segment.py`) and how well (`metrics/mean_iou.py`).
+"""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from unmask.batch import IGNORED
+from unmask.data import augment
+from unmask.data.annotations import mask_advice
+from unmask.data.decode import decode, exif
+from unmask.data.decode.bad_image import BadImage
+from unmask.data.sources.source import Source
+from unmask.errors import some
+
+UNKNOWN = 254  # stands for an id that is neither a class nor ignored
+
+
+@dataclass(frozen=True)
+class MaskOptions:
+    """How masks are read, beyond the ids that are ignored.
+
+    values: the ids that are classes, in their order; () for all that are not ignored. names: a file that names them;
+    None for `classes.txt`. stored: whether masks were drawn on the stored pixels of images that carry an orientation;
+    None finds out.
+    """
+
+    values: tuple[int, ...] = ()
+    names: Path | None = None
+    stored: bool | None = None
+
+
+@dataclass
+class Maps:
+    """The images of `source` that have a mask, and those masks. Keeps the contract of `loader.Annotations`.
+
+    `places`: the row in `masks` that belongs to a row of images. `ids`: what stands in the files for each class.
+    `pixels` and `images`: of how many pixels, in how many masks, each id was found; empty where nobody looked. `values`
+    and `stored`: as in `MaskOptions`. `notes`: what looks wrong, with the option that settles it. `samples`: some
+    masks, thinned out, and `sizes` (H, W) of all; empty where nobody looked.
+    """
+
+    source: Source
+    masks: Source
+    places: dict[int, int]
+    classes: tuple[str, ...] = ()
+    ignored: tuple[int, ...] = (IGNORED,)
+    pixels: Counter[int] = field(default_factory=Counter)
+    images: Counter[int] = field(default_factory=Counter)
+    unreadable: list[str] = field(default_factory=list)
+    values: tuple[int, ...] = ()
+    stored: bool = False
+    notes: list[str] = field(default_factory=list)
+    samples: list[np.ndarray] = field(default_factory=list)
+    sizes: list[tuple[int, int]] = field(default_factory=list)
+
+    @property
+    def rows(self) -> np.ndarray:
+        """Rows of images that have a mask, sorted."""
+        return np.array(sorted(self.places), np.int64)
+
+    @property
+    def without(self) -> list[str]:
+        """Names of the images that have none."""
+        return [name for row, name in enumerate(self.source.names) if row not in self.places]
+
+    @property
+    def ids(self) -> list[int]:
+        return list(self.values) or first_ids(len(self.classes), self.ignored)
+
+    def read(self, row: int) -> np.ndarray:
+        """(H, W) uint8, the class of each pixel of an image in full, IGNORED where none is judged. Raises BadImage."""
+        name = self.masks.names[self.places[row]]
+        try:
+            ids = read_ids(self.masks.read_unchanged(self.places[row]))
+            found = self._numbers()[self._turned(row, ids)]
+        except BadImage as error:
+            raise BadImage(error.code, f"its mask {name}: {error.detail}") from None
+        if (found == UNKNOWN).any():
+            raise BadImage("CORRUPT", f"its mask {name} holds ids that are neither a class nor ignored")
+        return found
+
+    def _turned(self, row: int, ids: np.ndarray) -> np.ndarray:
+        """A mask of stored pixels -> of the image as shown."""
+        return exif.oriented(ids, decode.header(self.source.read(row)).orientation) if self.stored else ids
+
+    def cut(
+        self, row: int, size: tuple[int, int], box: np.ndarray, target: tuple[int, int], flip: bool
+    ) -> dict[str, np.ndarray]:
+        """`maps` of one image, (h, w) int64; see `loader.Annotations`."""
+        found = self.read(row)
+        if found.shape != tuple(size):
+            raise BadImage("CORRUPT", f"its mask has {sides(found.shape)} pixels, the image {sides(size)}")
+        return {"maps": augment.cut_map(found, box, target, flip).astype(np.int64)}
+
+    def _numbers(self) -> np.ndarray:
+        """(65536,) uint8: the class of each id that a file can hold."""
+        table = np.full(1 << 16, UNKNOWN, np.uint8)
+        table[list(self.ignored)] = IGNORED
+        table[self.ids] = np.arange(len(self.ids))
+        return table
+
+    def lines(self) -> list[str]:
+        """What was found, for people: counts, then one line for each class with its share of all pixels."""
+        total = max(1, sum(self.pixels.values()))
+        said = [f"{len(self.places)} images with a mask, {len(self.classes)} classes"]
+        if without := self.without:
+            said.append(f"{len(without)} images without one are left out: {some(without)}")
+        if left := len(self.masks) - len(set(self.places.values())):
+            said.append(f"{left} masks belong to no image")
+        if self.unreadable:
+            said.append(
+                f"{len(self.unreadable)} masks cannot be read, their images are left out: {some(self.unreadable)}"
+            )
+        ignored = ", ".join(f"id {one}" for one in self.ignored if self.pixels[one])
+        if ignored:
+            share = sum(self.pixels[one] for one in self.ignored) / total
+            said.append(f"{share:.1%} of all pixels are not judged ({ignored})")
+        if self.pixels and (
+            absent := [n for n, one in zip(self.classes, self.ids, strict=True) if not self.pixels[one]]
+        ):
+            said.append(f"{len(absent)} class{'es' * (len(absent) != 1)} in no mask: {some(absent)}")
+        for name, one in zip(self.classes, self.ids, strict=True):
+            said.append(
+                f"  id {one:3d}  {self.pixels[one] / total:6.2%} of pixels, in {self.images[one]} images  {name}"
+            )
+        return said + self.notes
+
+    def size_line(self, size: tuple[int, int], patch: int) -> tuple[str, bool]:
+        """What the size (h, w) that the model sees means for these masks, and whether it costs much."""
+        own = tuple(int(side) for side in np.median(np.array(self.sizes), axis=0))
+        found = [self._numbers()[ids] for ids in self.samples]
+        return mask_advice.size_line(found, size, (own[0], own[1]), self.classes, patch)
+
+
+def first_ids(count: int, ignored: Sequence[int]) -> list[int]:
+    """The lowest `count` ids that are not ignored: those of classes 0, 1, 2 ..."""
+    ids: list[int] = []
+    one = 0
+    while len(ids) < count:
+        if one not in ignored:
+            ids.append(one)
+        one += 1
+    return ids
+
+
+def sides(shape: Sequence[int]) -> str:
+    return f"{shape[0]} x {shape[1]}"
+
+
+def read_ids(data: bytes, *, thorough: bool = False) -> np.ndarray:
+    """(H, W) uint8 or uint16, the numbers that a mask holds: gray levels, or indices of a palette. Raises BadImage.
+
+    thorough: find also such damage as Pillow alone does not notice, at twice the cost.
+    """
+    head = decode.header(data)
+    if head.format == "JPEG":
+        raise BadImage("UNSUPPORTED_MODE", "a JPEG, which does not keep ids as they are; save masks as PNG")
+    if head.format == "NPY":
+        raise BadImage("UNSUPPORTED_MODE", "a NumPy array; save masks as PNG")
+    if thorough:
+        decode.decode(data, found=head)
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            mode, values = image.mode, np.asarray(image)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise BadImage("CORRUPT", f"it cannot be decoded: {error}") from None
+    if values.ndim != 2:
+        raise BadImage(
+            "UNSUPPORTED_MODE",
+            f"a colour picture (mode {mode}); one number for each pixel was expected, a gray or palette PNG: turn each "
+            "colour into the id of its class first",
+        )
+    if head.format == "PNG" and data[25] == 0 and data[24] in (2, 4):
+        values = values // (255 // (2 ** data[24] - 1))  # gray of few bits, which Pillow stretches to 8
+    values = exif.oriented(values, head.orientation)
+    if values.dtype == bool:
+        return values.astype(np.uint8)
+    if values.dtype.kind == "f" or values.min() < 0 or values.max() >= 1 << 16:
+        raise BadImage("UNSUPPORTED_MODE", f"{values.dtype} pixels; whole numbers from 0 to 65535 were expected")
+    return values if values.dtype == np.uint8 else values.astype(np.uint16)

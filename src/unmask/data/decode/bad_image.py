@@ -1,0 +1,25 @@
+"""An image that cannot be used, with a reason code."""
+
+from __future__ import annotations
+
+from unmask.data import limits
+from unmask.errors import UserError
+
+
+class BadImage(UserError):
+    """One image that cannot be used: `code` for machines, `detail` for people."""
+
+    def __init__(self, code: str, detail: str) -> None:
+        super().__init__(code, detail)
+        self.code, self.detail = code, detail
+
+    def __str__(self) -> str:
+        return f"{self.code}: {self.detail}"
+
+
+def refuse_large(height: int, width: int, channels: int) -> None:
+    pixels = height * width
+    if pixels > limits.MAX_PIXELS:
+        raise BadImage("TOO_MANY_PIXELS", f"{height} x {width} pixels, at most {limits.MAX_PIXELS} are decoded")
+    if pixels * channels > limits.MAX_VALUES:
+        raise BadImage("TOO_MANY_PIXELS", f"{pixels} pixels of {channels} channels, at most {limits.MAX_VALUES} values")

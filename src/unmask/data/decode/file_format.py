@@ -1,0 +1,35 @@
+"""What a module of this folder declares of the file format it reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from unmask.data.decode.image_header import Header
+from unmask.data.decode.reading import Reading
+
+ReadHeader = Callable[[bytes, Reading], Header]
+Pieces = Callable[[bytes, Header], Iterator[np.ndarray]]
+Decode = Callable[[bytes, Header, tuple[int, int] | None, list[str] | None], np.ndarray]
+
+
+@dataclass(frozen=True)
+class FileFormat:
+    """One file format, or several that are read alike.
+
+    names: values of `Header.format`. starts: first bytes of a file; () accepts any. read_header: see `decode.header`.
+    pieces: yields the stored image in pieces of some rows, for large images; None where the decoder cannot. decode:
+    takes the arguments of `decode.decode`, returns the stored image; None joins the pieces.
+    """
+
+    names: tuple[str, ...]
+    starts: tuple[bytes, ...]
+    read_header: ReadHeader
+    pieces: Pieces | None = None
+    decode: Decode | None = None
+
+    def can_read_pieces(self, header: Header) -> bool:
+        """Whether `pieces` reads a file with this header: of a TIFF only one page."""
+        return self.pieces is not None and len(header.pages) <= 1

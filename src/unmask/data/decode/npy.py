@@ -1,0 +1,74 @@
+"""NumPy arrays."""
+
+from __future__ import annotations
+
+import io
+import math
+
+import numpy as np
+
+from unmask.data.decode.bad_image import BadImage
+from unmask.data.decode.file_format import FileFormat
+from unmask.data.decode.image_header import LONGEST_NOTE, Header, original_size
+from unmask.data.decode.layout import Layout
+from unmask.data.decode.pixels import as_pixels, dtype_of
+from unmask.data.decode.reading import Reading, axes_of
+
+
+def _npy_layout(data: bytes) -> tuple[tuple[int, ...], bool, np.dtype, int]:
+    """(shape, whether Fortran's order, dtype, where the values begin)."""
+    file = io.BytesIO(data)
+    try:
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = read(file)
+    except Exception as error:  # the header is a Python literal, and its parser raises many things
+        raise BadImage("HEADER_BAD", f".npy: {str(error) or type(error).__name__}") from None
+    if dtype.hasobject:
+        raise BadImage("UNSUPPORTED_MODE", ".npy with Python objects, which can run code; save plain numbers")
+    return shape, fortran, dtype, file.tell()
+
+
+NPY_START = b"\x93NUMPY"
+
+
+def read_header(data: bytes, reading: Reading) -> Header:
+    shape, _, dtype, start = _npy_layout(data)
+    if len(shape) not in (2, 3) or min(shape) < 1:
+        raise BadImage("UNSUPPORTED_MODE", f".npy of shape {shape}; (H, W), (H, W, C) or (C, H, W) is expected")
+    axes = axes_of(shape, reading) if len(shape) == 3 else ""
+    height, width, channels = (shape[1], shape[2], shape[0]) if axes == "CHW" else (*shape, 1)[:3]
+    values = math.prod(shape)
+    needed = values * dtype.itemsize
+    note = data[start + needed :][:LONGEST_NOTE]
+    return Header(
+        height,
+        width,
+        channels,
+        dtype_of(dtype),
+        "NPY",
+        packed_from=original_size(note, (height, width)) if note else None,
+        layout=Layout(channels, axes=axes),
+        memory=0 if len(data) - start < needed else {"uint8": 0, "uint16": 0, "bool": 2}.get(dtype.name, 5) * values,
+    )
+
+
+def npy_shape(data: bytes) -> tuple[int, ...]:
+    """The shape that a .npy claims. Raises BadImage for anything else."""
+    return _npy_layout(data)[0] if data[:6] == NPY_START else ()
+
+
+def decode(
+    data: bytes, found: Header, at_least: tuple[int, int] | None = None, tolerated: list[str] | None = None
+) -> np.ndarray:
+    shape, fortran, dtype, start = _npy_layout(data)
+    needed = math.prod(shape) * dtype.itemsize
+    if len(data) - start < needed:
+        raise BadImage("TRUNCATED", f".npy has {len(data) - start} bytes, {needed} are needed")
+    values = np.frombuffer(data, dtype, math.prod(shape), start).reshape(shape, order="F" if fortran else "C")
+    if found.layout.axes == "CHW":
+        values = values.transpose(1, 2, 0)
+    return as_pixels(values)
+
+
+FORMAT = FileFormat(("NPY",), (NPY_START,), read_header, decode=decode)

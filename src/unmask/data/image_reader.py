@@ -1,0 +1,299 @@
+"""Read, decode and crop images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from unmask.batch import IGNORED, Batch, ImageSpec
+from unmask.data import augment
+from unmask.data.augment import CropConfig
+from unmask.data.decode import decode, nodata
+from unmask.data.decode import pixels as pixels_module
+from unmask.data.decode.bad_image import BadImage
+from unmask.data.decode.image_header import Header
+from unmask.data.order import Taken
+from unmask.data.scan.scan import BadFile
+from unmask.data.sources.source import Source
+from unmask.rng import Stream, uniform, words
+
+REPLACEMENT_TRIES = 16
+READ_AHEAD = 16  # files of a batch that are held undecoded at a time
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """A batch, and the files that could not be read for it (each was replaced)."""
+
+    batch: Batch
+    bad: tuple[BadFile, ...] = ()
+
+    def pin_memory(self) -> Delivery:
+        return Delivery(self.batch.pin_memory(), self.bad)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """One image on its way: its full size, and either its bytes and header, or itself decoded, or what is wrong.
+
+    valid: (H, W) bool, False where a pixel is absent; None where all are there. Absent pixels hold the data's mean.
+    The full size is the one its boxes are drawn in: that of the original where a smaller copy stands for it
+    (data/pack.py).
+    """
+
+    size: tuple[int, int]
+    data: bytes = b""
+    header: Header | None = None
+    image: np.ndarray | None = None
+    fault: BadImage | None = None
+    valid: np.ndarray | None = None
+
+
+class Annotations(Protocol):
+    """What belongs to the pixels of an image and is cropped and flipped with it. Picklable; see maps.py, boxes.py."""
+
+    @property
+    def rows(self) -> np.ndarray:
+        """Those of the source that have any, sorted."""
+        ...
+
+    def cut(
+        self, row: int, size: tuple[int, int], box: np.ndarray, target: tuple[int, int], flip: bool
+    ) -> dict[str, np.ndarray]:
+        """Arrays of `Batch`'s fields for one image, always of the same shapes, from the arguments of `augment.cut`.
+
+        size: that of the image in full, to hold against what was annotated. Raises BadImage.
+        """
+        ...
+
+
+@dataclass
+class Images:
+    """Reads, decodes, crops and stacks the images it is asked for. Picklable; everything random comes from `seed`.
+
+    training=False means the centred box and no flip; then a bad file raises, because an evaluation must not put
+    another image in its place. whole=True: outside training the box is the whole image, squeezed or stretched to the
+    size the method sees, so that every pixel is judged. repeats: samples in a row that are of one image, in training.
+    on_device: training images are not resampled here but by `Batch.to`; 8-bit gray and RGB only, without jitter.
+    With `annotations`, `rows` must be among theirs. note: called with each row before it is read or decoded. min_valid:
+    see `DataConfig`.
+    """
+
+    source: Source
+    rows: np.ndarray
+    spec: ImageSpec
+    crop: CropConfig
+    seed: int = 0
+    training: bool = True
+    annotations: Annotations | None = None
+    whole: bool = False
+    repeats: int = 1
+    on_device: bool = False
+    min_valid: float = 0.5
+    kept: dict[int, Opened] = field(default_factory=dict)
+    gone_bad: set[str] = field(default_factory=set)
+    note: Callable[[int], object] | None = None
+
+    def __post_init__(self) -> None:
+        bare = [] if self.annotations is None else np.setdiff1d(self.rows, self.annotations.rows)
+        assert not len(bare), f"images without annotations are among the rows: {bare[:5]}"
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def interpolation(self) -> str:
+        """Of the crops: the setting in training, bicubic in evaluation."""
+        return self.crop.interpolation if self.training else "bicubic"
+
+    def keep_decoded(self) -> None:
+        """Decode every image once, in full, and keep it, for sets that fit in memory; workers forked later share it.
+
+        It takes rows x H x W x C values of the data set's dtype; the scan tells whether they fit. What cannot be
+        decoded now is met again, and reported, when its turn comes.
+        """
+        for row in self.rows.tolist():
+            try:
+                data = self.source.read_unchanged(row)
+                header = decode.header(data, self.source.reading)
+                opened = Opened(header.full_size, data, header)
+                self.kept[row] = self._with_absent(opened, decode.decode(data, found=header))
+            except BadImage:
+                continue
+
+    def __getitem__(self, taken: Taken) -> Delivery:
+        index, bad, more = taken.index.copy(), [], []
+        # Channels last, as decoders write and as a patch vector is laid out: to turn each batch would cost a twentieth.
+        later = self.training and self.on_device
+        room = augment.room_for(self.spec.size) if later else self.spec.size
+        out = np.empty((len(index), *room, self.spec.channels), self.spec.dtype)
+        crops = np.empty((len(index), 7), np.float32) if later else None
+        for place, (image, box, flip) in enumerate(self._samples(taken)):
+            row, crop = int(index[place]), None if crops is None else crops[place]
+            try:
+                beside = self._take(row, image, box, flip, out[place], crop)
+            except BadImage as error:
+                bad.append(BadFile(self.source.names[row], error.code, error.detail))
+                if not self.training:
+                    raise BadImage(error.code, f"{bad[-1].name}: {error.detail}") from None
+                index[place], beside = self._replace(row, int(taken.epoch[place]), out[place], crop)
+            more.append(beside)
+        if self.training and self.crop.jitter:
+            draws = uniform(self.seed, Stream.JITTER, taken.epoch, index, 3)
+            out = augment.jitter_colours(out, self.crop.jitter, draws)
+        valid = self._all_valid([one.pop("valid", None) for one in more])
+        if valid is not None:
+            if crops is None:
+                out[~valid] = self.fill  # as before the colours were changed
+            for one, there in zip(more, valid, strict=True):
+                if "maps" in one:
+                    one["maps"] = np.where(there, one["maps"], IGNORED).astype(one["maps"].dtype)
+        labels = self.source.labels
+        batch = Batch(
+            images=torch.from_numpy(out).permute(0, 3, 1, 2),
+            index=torch.from_numpy(index),
+            epoch=torch.from_numpy(taken.epoch.copy()),
+            labels=None if labels is None else torch.from_numpy(labels[index]),
+            crops=None if crops is None else torch.from_numpy(crops),
+            size=self.spec.size if later else None,
+            interpolation=self.interpolation,
+            valid=None if valid is None else torch.from_numpy(valid),
+            min_valid=self.min_valid,
+            **{name: torch.from_numpy(np.stack([one[name] for one in more])) for name in (more[0] if more else ())},
+        )
+        return Delivery(batch, tuple(bad))
+
+    def _all_valid(self, maps: list[np.ndarray | None]) -> np.ndarray | None:
+        """(B, h, w) bool of the maps of single images; None where no pixel of any is absent."""
+        if all(valid is None or valid.all() for valid in maps):
+            return None
+        return np.stack([np.ones(self.spec.size, bool) if valid is None else valid for valid in maps])
+
+    def _samples(self, taken: Taken) -> Iterator[tuple[Opened, np.ndarray, bool]]:
+        """Image, box and flip of each: `repeats` in a row are of one image, which is decoded once."""
+        repeats = self.repeats if self.training else 1
+        assert len(taken.index) % repeats == 0, f"{len(taken.index)} samples are not {repeats} of every image"
+        for start in range(0, len(taken.index), READ_AHEAD * repeats):
+            part = slice(start, start + READ_AHEAD * repeats)
+            opened = [self.opened(row) for row in taken.index[part][::repeats].tolist()]
+            sizes = np.array([image.size for image in opened], np.int64).repeat(repeats, 0)
+            boxes, flips = self._boxes(sizes, taken.index[part], taken.epoch[part])
+            for number, image in enumerate(opened):
+                own = slice(number * repeats, (number + 1) * repeats)
+                if self.note is not None:
+                    self.note(int(taken.index[part][own][0]))
+                image = self.decoded(image, boxes[own])
+                yield from ((image, box, bool(flip)) for box, flip in zip(boxes[own], flips[own], strict=True))
+
+    def opened(self, row: int) -> Opened:
+        """The bytes and the size of one image; a fault is kept until its turn comes."""
+        if self.note is not None:
+            self.note(row)
+        if row in self.kept:
+            return self.kept[row]
+        try:
+            data = self.source.read_unchanged(row)
+            header = decode.header(data, self.source.reading)
+            return Opened(header.full_size, data, header)
+        except BadImage as error:
+            return Opened((1, 1), fault=error)
+
+    def decoded(self, opened: Opened, boxes: np.ndarray) -> Opened:
+        """The image as large as its boxes need it, or what is wrong with it."""
+        if opened.image is not None or opened.fault is not None:
+            return opened
+        sizes = [augment.decode_size(opened.size, box, self.spec.size) for box in boxes]
+        try:
+            at_least = (max(height for height, _ in sizes), max(width for _, width in sizes))
+            return self._with_absent(opened, decode.decode(opened.data, at_least=at_least, found=opened.header))
+        except BadImage as error:
+            return Opened(opened.size, fault=error)
+
+    def _with_absent(self, opened: Opened, pixels: np.ndarray) -> Opened:
+        """The image as the data set has it, and which of its pixels are absent. Raises BadImage."""
+        valid = nodata.valid_pixels(pixels, self.source.reading.nodata, nodata.declared(opened.data))
+        if valid is None:
+            return Opened(opened.size, image=self._conform(pixels))
+        image = self._conform(nodata.filled(pixels, valid))
+        return Opened(opened.size, image=nodata.filled(image, valid, self.fill), valid=valid)
+
+    @property
+    def fill(self) -> np.ndarray:
+        """(C,): what stands for an absent pixel."""
+        return nodata.fill_values(self.spec.mean, self.spec.dtype)
+
+    def _take(
+        self, row: int, opened: Opened, box: np.ndarray, flip: bool, out: np.ndarray, crop: np.ndarray | None
+    ) -> dict[str, np.ndarray]:
+        """Writes a decoded image's crop to `out` (H, W, C), or with `crop` (7,) what it is made of on the device.
+
+        Returns what goes with it. Raises BadImage.
+        """
+        if opened.image is None:
+            assert opened.fault is not None
+            raise opened.fault
+        y, x = (have / full for have, full in zip(opened.image.shape, opened.size, strict=False))
+        box_here = box * (y, x, y, x)  # an image that is smaller than in full shrinks the box alike
+        beside = {}
+        if self.annotations is not None:
+            beside = self.annotations.cut(row, opened.size, box, self.spec.size, flip)
+        if opened.valid is not None:
+            return beside | {"valid": self._take_valid(opened, box_here, flip, out, crop)}
+        if crop is None:
+            augment.cut(opened.image, box_here, self.spec.size, flip, out, self.interpolation)
+        else:
+            augment.cut_later(opened.image, box_here, self.spec.size, flip, out, crop, self.interpolation)
+        return beside
+
+    def _take_valid(
+        self, opened: Opened, box: np.ndarray, flip: bool, out: np.ndarray, crop: np.ndarray | None
+    ) -> np.ndarray:
+        """As `_take`, for an image with absent pixels, which is resampled here; returns (h, w) bool."""
+        assert opened.image is not None
+        assert opened.valid is not None
+        size = self.spec.size
+        pixels, valid = augment.cut_valid(opened.image, opened.valid, self.fill, box, size, flip, self.interpolation)
+        out[: size[0], : size[1]] = pixels
+        if crop is not None:
+            crop[:] = (0, 0, *size, *size, False)
+        return valid
+
+    def _conform(self, image: np.ndarray) -> np.ndarray:
+        return pixels_module.conform(image, self.spec.channels, self.spec.dtype)
+
+    def _replace(
+        self, row: int, epoch: int, out: np.ndarray, crop: np.ndarray | None
+    ) -> tuple[int, dict[str, np.ndarray]]:
+        """Writes the image that stands in for a bad one, the same choice in every run whatever came before, to `out`.
+
+        Returns its row and what goes with it.
+        """
+        one = np.array([row]), np.array([epoch])
+        for word in words(self.seed, Stream.REPLACE, one[1], one[0], REPLACEMENT_TRIES)[0]:
+            other = int(self.rows[word % len(self.rows)])
+            opened = self.opened(other)
+            boxes, flips = self._boxes(np.array([opened.size], np.int64), np.array([other]), one[1])
+            try:
+                return other, self._take(other, self.decoded(opened, boxes), boxes[0], bool(flips[0]), out, crop)
+            except BadImage:
+                continue
+        raise BadImage(
+            "VANISHED",
+            f"{self.source.names[row]} and {REPLACEMENT_TRIES} others drawn to replace it cannot be read: the data "
+            "seem to have gone; bring them back and resume",
+        )
+
+    def _boxes(self, sizes: np.ndarray, index: np.ndarray, epoch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(B, 4) boxes and (B,) flips of images of these full sizes, (B, 2)."""
+        if not self.training and self.whole:
+            return augment.whole_boxes(sizes), np.zeros(len(index), bool)
+        if not self.training:
+            boxes = augment.center_boxes(sizes, self.spec.size, self.crop.eval_share)
+            return boxes, np.zeros(len(index), bool)
+        draws = uniform(self.seed, Stream.CROP, epoch, index, augment.CROP_DRAWS)
+        flips = uniform(self.seed, Stream.FLIP, epoch, index, 1)[:, 0] < self.crop.flip
+        return augment.crop_boxes(sizes, self.spec.size, self.crop, draws), flips

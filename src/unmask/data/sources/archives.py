@@ -1,0 +1,42 @@
+"""What tar, zip and parquet files have in common."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+
+import numpy as np
+
+from unmask.data import limits
+from unmask.data.sources.image_files import EXTENSIONS
+from unmask.data.sources.source import last_change, stat_or_none
+from unmask.data.sources.system_folders import is_skipped
+
+
+def has_image_name(name: str) -> bool:
+    return name.lower().endswith(EXTENSIONS)
+
+
+def is_wanted(name: str, size: int, skipped: Counter[str]) -> bool:
+    """Whether an archive member is an image we read; nothing is ever unpacked to disk."""
+    parts = name.split("/")
+    if ".." in parts:
+        skipped["path that leaves the archive"] += 1
+        return False
+    # tar may store a.jpg of a folder as ./a.jpg
+    if any(is_skipped(part, skipped) for part in parts if part != "."):
+        return False
+    if not name.lower().endswith(EXTENSIONS):
+        skipped[os.path.splitext(name)[1].lower()] += 1
+        return False
+    if size > limits.MAX_FILE_BYTES:
+        skipped["member too large"] += 1
+        return False
+    return True
+
+
+def times_of_archive(path: str, rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """`Source.changed` and `Source.modified` of the members: those of their archive."""
+    found = stat_or_none(path)
+    times = (-1, -1) if found is None else (last_change(found), found.st_mtime_ns)
+    return np.full(rows, times[0], np.int64), np.full(rows, times[1], np.int64)

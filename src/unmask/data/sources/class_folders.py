@@ -1,0 +1,31 @@
+"""Class labels from the names of folders."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from unmask.data.annotations.class_names import class_name
+
+SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", "dev", "eval"}
+
+
+def classes_of(names: Sequence[str]) -> tuple[list[str], np.ndarray | None, list[str]]:
+    """(classes, labels or None, split folders found instead of classes) from '/'-separated names."""
+    place: dict[str, int] = {}  # of each folder: many names lie in few
+    where = np.fromiter((place.setdefault(name.rpartition("/")[0], len(place)) for name in names), np.int64, len(names))
+    folders = [folder.split("/") if folder else [] for folder in place]
+    depth = min((len(parts) for parts in folders), default=0)
+    for level in range(depth):
+        here = sorted({parts[level] for parts in folders})
+        if len(here) > 1:
+            if {name.lower() for name in here} <= SPLITS:
+                return [], None, here
+            known = {name: class_name(name) for name in here}  # two spellings of one name are one class
+            classes = sorted(set(known.values()))
+            if len(classes) < 2:
+                continue
+            number = {name: i for i, name in enumerate(classes)}
+            return classes, np.array([number[known[parts[level]]] for parts in folders], np.int64)[where], []
+    return [], None, []

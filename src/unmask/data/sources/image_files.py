@@ -1,0 +1,105 @@
+"""Image files on disk, named one by one or found by a listing."""
+
+from __future__ import annotations
+
+import os
+import stat
+from array import array
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from unmask.data import limits
+from unmask.data.decode.bad_image import BadImage
+from unmask.data.files.string_table import Names
+from unmask.data.sources.source import Opener, Source, last_change, printable_names, stat_or_none
+from unmask.errors import SourceError
+
+EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".npy")
+
+
+class Files(Source):
+    """Files on disk: row i is the file root/relative[i]. `changed` and `modified` as in `Source`, by row."""
+
+    def __init__(
+        self,
+        name: str,
+        root: str,
+        relative: Sequence[str],
+        sizes: Sequence[int] | np.ndarray,
+        changed: Sequence[int] | np.ndarray,
+        modified: Sequence[int] | np.ndarray,
+        *,
+        location: str | None = None,
+    ) -> None:
+        self.root = root
+        self.relative = relative if isinstance(relative, Names) else Names(relative)
+        super().__init__(name, printable_names(self.relative), sizes, location=location)
+        self.changed, self.modified = np.array(changed, np.int64), np.array(modified, np.int64)
+
+    def path(self, i: int) -> str:
+        return os.path.join(self.root, self.relative[i])
+
+    def read(self, i: int) -> bytes:
+        path = self.path(i)
+        try:
+            found = os.stat(path)
+            if not stat.S_ISREG(found.st_mode):  # opening a pipe would wait for ever
+                raise BadImage("NOT_IMAGE", "it is a folder, a pipe or a device, not a regular file")
+            if found.st_size > limits.MAX_FILE_BYTES:
+                raise BadImage("TOO_LARGE_FILE", f"{found.st_size} bytes, at most {limits.MAX_FILE_BYTES} are read")
+            with open(path, "rb") as file:
+                return file.read(found.st_size)  # no more, should it be growing
+        except PermissionError:
+            raise BadImage("PERMISSION", "the file may not be read; check its owner and mode") from None
+        except OSError as error:
+            raise BadImage("VANISHED", f"the file cannot be read: {error.strerror}") from None
+
+
+class Listing:
+    """Files as they are found: a list of paths and two arrays of plain numbers."""
+
+    def __init__(self) -> None:
+        self.paths: list[str] = []
+        self.sizes, self.changed, self.modified = array("q"), array("q"), array("q")
+
+    def add(self, path: str, found: os.stat_result | None) -> None:
+        self.paths.append(path)
+        self.sizes.append(-1 if found is None else found.st_size)  # kept as a row: reading it will say what is wrong
+        self.changed.append(-1 if found is None else last_change(found))
+        self.modified.append(-1 if found is None else found.st_mtime_ns)
+
+    def files(self, name: str, root: str, *, ordered: bool, location: str | None = None) -> Files:
+        """All of them as a source: as they came when `ordered`, otherwise sorted by the bytes of their paths."""
+        order = np.arange(len(self.paths))
+        if not ordered:
+            plain = all(map(str.isascii, self.paths))  # then text sorts as its bytes do
+            keys = self.paths if plain else [os.fsencode(path) for path in self.paths]
+            order = np.array(sorted(range(len(keys)), key=keys.__getitem__), np.int64)
+        paths = Names([self.paths[i] for i in order.tolist()])
+        columns = (np.array(column, np.int64)[order] for column in (self.sizes, self.changed, self.modified))
+        return Files(name, root, paths, *columns, location=location)
+
+
+def absolute_files(text: str, paths: Sequence[str], *, location: str | None = None) -> Files:
+    """Files anywhere; names are relative to their longest common folder."""
+    absolute = [os.path.abspath(path) for path in paths]
+    root = os.path.commonpath([os.path.dirname(path) for path in absolute]) if absolute else os.getcwd()
+    listing = Listing()
+    for path in absolute:
+        listing.add(os.path.relpath(path, root), stat_or_none(path))
+    return listing.files(text, root, ordered=True, location=location)
+
+
+def open_files(paths: Sequence[str | Path]) -> Files:
+    """Exactly these files, in this order. Raises SourceError when one is missing."""
+    for path in paths:
+        if not os.path.isfile(path):
+            raise SourceError(f"{path} is not a file; image files were expected")
+    texts = [str(path) for path in paths]
+    name = texts[0] if len(texts) == 1 else f"{len(texts)} files"
+    return absolute_files(name, texts, location=os.path.abspath(texts[0]))
+
+
+OPENER = Opener("an image file", lambda text: text.lower().endswith(EXTENSIONS), lambda text: open_files([text]))

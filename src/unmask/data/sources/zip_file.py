@@ -1,0 +1,85 @@
+"""A zip file of images."""
+
+from __future__ import annotations
+
+import lzma
+import os
+import struct
+import zipfile
+import zlib
+from collections import Counter
+from typing import Any
+
+from unmask.data import limits
+from unmask.data.decode.bad_image import BadImage
+from unmask.data.files.string_table import Names
+from unmask.data.sources.archives import is_wanted, times_of_archive
+from unmask.data.sources.source import Opener, Source, printable_names
+from unmask.errors import SourceError
+
+WINDOWS = (0, 6, 10, 11, 14)  # FAT, HPFS, NTFS by two numbers, VFAT: the systems a zip member may say it was made on
+
+
+def _zip_name(info: zipfile.ZipInfo) -> str:
+    """A member's path. Some tools of Windows separate folders by backslashes, as unzip knows too; elsewhere a backslash
+    is a letter like others."""
+    if info.create_system in WINDOWS and "/" not in info.filename:
+        return info.filename.replace("\\", "/")
+    return info.filename
+
+
+class ZipSource(Source):
+    """A zip file; members are read one at a time, checked against their CRC."""
+
+    def __init__(self, text: str) -> None:
+        skipped: Counter[str] = Counter()
+        members: dict[str, tuple[str, int]] = {}  # own name and size; the last of a name is what reading gives
+        try:
+            with zipfile.ZipFile(text) as archive:
+                for info in archive.infolist():
+                    name = _zip_name(info)
+                    if name.endswith("/"):
+                        continue
+                    if (info.external_attr >> 28) not in (0, 8):  # a link
+                        skipped["not a regular file"] += 1
+                    elif is_wanted(name, info.file_size, skipped):
+                        if name in members:
+                            skipped["replaced by a later member of the same name"] += 1
+                        members[name] = info.filename, info.file_size
+        # NotImplementedError is zipfile's word for a version of the format that it does not know.
+        except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error) as error:
+            raise SourceError(f"{text} cannot be read as a zip file: {error}") from None
+        ordered = sorted(members)
+        names, self.members = Names(ordered), Names([members[name][0] for name in ordered])
+        self.members = names if names.same(self.members) else self.members
+        super().__init__(text, printable_names(names), [members[name][1] for name in ordered])
+        self.changed, self.modified = times_of_archive(text, len(members))
+        self.skipped = skipped
+        self.label_by_folder()
+        self._open: tuple[int, zipfile.ZipFile] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_open": None}
+
+    def read(self, i: int) -> bytes:
+        try:
+            if self._open is None or self._open[0] != os.getpid():  # one handle a process
+                self._open = os.getpid(), zipfile.ZipFile(self.location)
+            archive = self._open[1]
+            if archive.getinfo(self.members[i]).flag_bits & 1:
+                raise BadImage("PERMISSION", "the zip member is encrypted; unpack the archive with its password")
+            with archive.open(self.members[i]) as file:
+                return file.read(limits.MAX_FILE_BYTES + 1)
+        except NotImplementedError as error:  # zipfile's word for a compression it does not know
+            raise BadImage("FORMAT_NOT_ALLOWED", f"zip member: {error}") from None
+        except (KeyError, FileNotFoundError, PermissionError) as error:
+            raise BadImage("VANISHED", f"the archive cannot be read any more: {error}") from None
+        except EOFError:
+            raise BadImage("TRUNCATED", "the zip member ends early") from None
+        except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, OSError, ValueError, RuntimeError) as error:
+            if isinstance(error, BadImage):
+                raise
+            raise BadImage("CORRUPT", f"zip member: {error}") from None
+
+
+OPENER = Opener("a .zip file", lambda text: text.lower().endswith(".zip"), ZipSource)

@@ -1,0 +1,146 @@
+"""One worker process."""
+
+from __future__ import annotations
+
+import io
+import mmap
+import multiprocessing
+import os
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing import connection
+from multiprocessing import process as process_module
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from typing import Any, Protocol, TypeVar
+
+import torch
+
+from unmask.data.worker_transport import AHEAD, PAGE, Descriptor, Outbox, Unpacker, memory_file
+from unmask.system import processes
+
+GRACE = 3.0  # seconds for a killed process or a thread to end
+
+Request = TypeVar("Request", contravariant=True)
+Result = TypeVar("Result", covariant=True)
+
+
+class Maker(Protocol[Request, Result]):
+    """What a worker runs. Picklable where processes are spawned."""
+
+    def make(self, request: Request, note: Callable[[int], None]) -> Result:
+        """One result; `note` is called with the row of the source that is read or decoded from now on."""
+        ...
+
+    def name(self, row: int) -> str:
+        """The file of a row, for messages."""
+        ...
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What a worker raised that it should not have."""
+
+    sentence: str
+    traceback: str
+
+
+def _work(
+    maker: Maker[Any, Any],
+    caught: type[Exception],
+    pipe: Connection,
+    file: Descriptor | None,
+    stacks: Descriptor | None,
+) -> None:
+    """The life of a worker: requests in, results out. Ends when the pipe does."""
+    processes.begin_worker()
+    if stacks is not None:
+        processes.answer_with_stacks(stacks.number)
+    torch.set_num_threads(1)
+    outbox = Outbox(pipe, file)
+    while True:
+        try:
+            request = pipe.recv()
+        except (EOFError, OSError):
+            return
+        try:
+            result = maker.make(request, outbox.note)
+        except caught as error:
+            result = error
+        except MemoryError as error:
+            result = Failure(f"out of memory: {error}", traceback.format_exc())
+        except Exception as error:
+            result = Failure(f"{type(error).__name__}: {error}", traceback.format_exc())
+        try:
+            outbox.send(result)
+        except (BrokenPipeError, ConnectionError):
+            return
+
+
+class WorkerProcess:
+    """The main process's side of one worker."""
+
+    def __init__(self, maker: Maker[Any, Any], caught: type[Exception], number: int, stacks: Descriptor | None) -> None:
+        self.number, self.received = number, 0
+        descriptor = memory_file()
+        file = None if descriptor is None else Descriptor(descriptor)
+        try:
+            self.pipe, theirs = multiprocessing.Pipe()
+            self.process: BaseProcess = multiprocessing.get_context().Process(
+                target=_work,
+                args=(maker, caught, theirs, file, stacks),
+                daemon=True,
+                name=f"unmask loader {number + 1}",
+            )
+            self.process.start()
+            theirs.close()
+            self.page = None if descriptor is None else mmap.mmap(descriptor, PAGE, prot=mmap.PROT_READ)
+        except BaseException:
+            if descriptor is not None:
+                os.close(descriptor)
+            raise
+        self.descriptor, self.slots = descriptor, None
+
+    def receive(self, pin: bool) -> Any:
+        """The next result. Raises EOFError or OSError when the worker has died."""
+        self._wait()
+        slot, size = self.pipe.recv()
+        header = io.BytesIO(self.pipe.recv_bytes())
+        if slot is None:
+            content: Any = self.pipe.recv_bytes() if size else b""
+        else:
+            if self.slots is None:
+                assert self.descriptor is not None
+                self.slots = mmap.mmap(self.descriptor, AHEAD * size, prot=mmap.PROT_READ, offset=PAGE)
+            content = memoryview(self.slots)[slot * size : (slot + 1) * size]
+        return Unpacker(header, content, pin).load()
+
+    def _wait(self) -> None:
+        """Until something is there to receive. A dead worker is noticed although others have its pipe open, by fork."""
+        ready = connection.wait([self.pipe, self.process.sentinel])
+        if self.pipe not in ready and not self.pipe.poll():
+            raise EOFError
+
+    @property
+    def row(self) -> int | None:
+        """The row of the source that it reads or decodes; None where that is not known."""
+        if self.page is None:
+            return None
+        row = int.from_bytes(self.page[:8], "little")
+        return row - 1 if row else None
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.join(GRACE)
+        if self.process.is_alive():  # in a system call that cannot be interrupted: multiprocessing must not wait for it
+            _forget(self.process)
+        self.pipe.close()
+        if self.descriptor is not None:
+            os.close(self.descriptor)
+            self.descriptor = None
+
+
+def _forget(process: BaseProcess) -> None:
+    """Take a process off multiprocessing's private list of children; without the list, exit waits for the process."""
+    getattr(process_module, "_children", set()).discard(process)

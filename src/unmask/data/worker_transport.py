@@ -1,0 +1,144 @@
+"""Send tensors from worker processes to the main process."""
+
+from __future__ import annotations
+
+import io
+import mmap
+import os
+import pickle
+from dataclasses import dataclass
+from multiprocessing import reduction
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+AHEAD = 4  # requests of each worker that are being made, or wait to be used
+PAGE = mmap.PAGESIZE
+ALIGNMENT = 64  # of every tensor in a slot, in bytes
+
+
+class Descriptor:
+    """A file descriptor that a forked child inherits and a spawned one is given."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _received, (reduction.DupFd(self.number),)
+
+
+def _received(duplicate: Any) -> Descriptor:
+    return Descriptor(duplicate.detach())
+
+
+def memory_file() -> int | None:
+    """A new anonymous file in memory; None where the system has none."""
+    if not hasattr(os, "memfd_create"):
+        return None
+    try:
+        number = os.memfd_create("unmask-batches", os.MFD_CLOEXEC)
+        os.ftruncate(number, PAGE)
+    except OSError:
+        return None
+    return number
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Where a tensor lies: its bytes from `offset` on, and what makes a tensor of them again."""
+
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def count(self) -> int:
+        """Elements in memory."""
+        return int(np.prod(self.shape, dtype=np.int64))
+
+    @property
+    def nbytes(self) -> int:
+        return self.count * self.dtype.itemsize
+
+
+class _Packer(pickle.Pickler):
+    """Pickles everything but tensors, which it collects; `size` is the room they need."""
+
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file, protocol=pickle.HIGHEST_PROTOCOL)
+        self.tensors: list[tuple[_Layout, np.ndarray]] = []
+        self.size = 0
+
+    def persistent_id(self, obj: object) -> _Layout | None:
+        if not isinstance(obj, Tensor):
+            return None
+        extent = 1 + sum((size - 1) * stride for size, stride in zip(obj.shape, obj.stride(), strict=True))
+        if obj.numel() and extent != obj.numel():
+            obj = obj.contiguous()
+        layout = _Layout(self.size, tuple(obj.shape), obj.stride(), obj.dtype)
+        self.tensors.append((layout, _bytes_of(obj)))
+        self.size += -(-layout.nbytes // ALIGNMENT) * ALIGNMENT
+        return layout
+
+
+class Unpacker(pickle.Unpickler):
+    """Undoes `_Packer`: every tensor gets memory of its own, page-locked on request, and the strides it had."""
+
+    def __init__(self, file: io.BytesIO, content: Any, pin: bool) -> None:
+        super().__init__(file)
+        self.content, self.pin = content, pin
+
+    def persistent_load(self, pid: _Layout) -> Tensor:
+        tensor = torch.empty_strided(pid.shape, pid.stride, dtype=pid.dtype, pin_memory=self.pin)
+        _bytes_of(tensor)[:] = np.frombuffer(self.content, np.uint8, pid.nbytes, pid.offset)
+        return tensor
+
+
+def _bytes_of(tensor: Tensor) -> np.ndarray:
+    """The memory of a dense tensor, (bytes,) uint8, whatever the order of its dimensions."""
+    return tensor.detach().as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy()
+
+
+class Outbox:
+    """A worker's side of the transport: results, and on the first page of the file the row that it works on."""
+
+    def __init__(self, pipe: Connection, file: Descriptor | None) -> None:
+        self.pipe, self.file = pipe, file
+        self.page = None if file is None else mmap.mmap(file.number, PAGE)
+        self.slots: mmap.mmap | None = None
+        self.slot_size, self.sent = 0, 0
+
+    def note(self, row: int) -> None:
+        if self.page is not None:
+            self.page[:8] = (row + 1).to_bytes(8, "little")
+
+    def send(self, result: object) -> None:
+        header = io.BytesIO()
+        packer = _Packer(header)
+        packer.dump(result)
+        if self.file is not None and self.slots is None and packer.size:
+            self.slot_size = -(-packer.size // PAGE) * PAGE  # all batches of a loader but its last are of one size
+            os.ftruncate(self.file.number, PAGE + AHEAD * self.slot_size)
+            self.slots = mmap.mmap(self.file.number, AHEAD * self.slot_size, offset=PAGE)
+        slot = self.sent % AHEAD
+        self.sent += 1
+        if self.slots is not None and packer.size <= self.slot_size:
+            _lay(packer, np.frombuffer(self.slots, np.uint8, self.slot_size, slot * self.slot_size))
+            self.pipe.send((slot, self.slot_size))
+            self.pipe.send_bytes(header.getbuffer())
+            return
+        content = np.empty(packer.size, np.uint8)
+        _lay(packer, content)
+        self.pipe.send((None, packer.size))
+        self.pipe.send_bytes(header.getbuffer())
+        if packer.size:
+            self.pipe.send_bytes(content.data)
+
+
+def _lay(packer: _Packer, room: np.ndarray) -> None:
+    for layout, content in packer.tensors:
+        room[layout.offset : layout.offset + layout.nbytes] = content
