@@ -17,7 +17,8 @@ from unmask.commands import main
 from unmask.console import Console
 from unmask.data import pack as packing
 from unmask.data.augment import CropConfig, cut
-from unmask.data.decode.decode import decode
+from unmask.data.decode.decode import decode, header
+from unmask.data.decode.image_header import packed_note
 from unmask.data.image_reader import Images
 from unmask.data.loader import training_batches
 from unmask.data.order import Order
@@ -123,7 +124,7 @@ def test_names_labels_and_what_is_bad_stay_in_their_places(folder, copy):
 
 def test_large_images_are_shrunk_in_their_format_and_say_from_what(folder, copy):
     source = open_source(copy)
-    heads = {name: decode.header(source.read(i)) for i, name in enumerate(source.names) if i not in (4, 7)}
+    heads = {name: header(source.read(i)) for i, name in enumerate(source.names) if i not in (4, 7)}
     shown = {name: ((head.height, head.width), head.packed_from, head.format, head.channels)
              for name, head in heads.items()}  # fmt: skip
     assert shown == {
@@ -146,7 +147,7 @@ def test_large_images_are_shrunk_in_their_format_and_say_from_what(folder, copy)
 
 def test_packing_again_remembers_the_first_original(copy, tmp_path):
     pack(copy, tmp_path / "again.tar", short_side=32, workers=0)
-    assert decode.header(open_source(tmp_path / "again.tar").read(0)).full_size == (180, 240)
+    assert header(open_source(tmp_path / "again.tar").read(0)).full_size == (180, 240)
 
 
 @pytest.mark.parametrize(
@@ -181,11 +182,11 @@ def test_images_of_every_kind_are_shrunk_and_keep_their_kind(tmp_path, name, dat
     found = pack(tmp_path / "images", tmp_path / "copy.tar", short_side=128, workers=0)
     assert (found["shrunk"], found["copied"], found["bad"]) == (1, 0, [])
     copied = open_source(tmp_path / "copy.tar").read(0)
-    before, after = decode.header(data), decode.header(copied)
+    before, after = header(data), header(copied)
     assert after.packed_from == (before.height, before.width)
     assert min(after.height, after.width) == 128
     assert (after.channels, after.dtype) == (before.channels, before.dtype)
-    large, small = decode.decode(data), decode.decode(copied)
+    large, small = decode(data), decode(copied)
     wanted = cut(large, np.array([0.0, 0.0, *large.shape[:2]]), small.shape[:2], False)
     assert np.array_equal(small, wanted)
 
@@ -199,15 +200,15 @@ def test_the_number_of_processes_changes_nothing(folder, copy, tmp_path, workers
 def test_a_note_that_does_not_fit_is_not_heeded():
     plain = file_of(smooth(30, 40), "JPEG")
     for note, heeded in (
-        (decode.packed_note((30, 40), (300, 400)), (300, 400)),
-        (decode.packed_note((60, 80), (300, 400)), None),  # of the image that this one was cut out of
-        (decode.packed_note((30, 40), (20, 30)), None),
-        (decode.packed_note((30, 40), (30_000, 40_000)), None),
+        (packed_note((30, 40), (300, 400)), (300, 400)),
+        (packed_note((60, 80), (300, 400)), None),  # of the image that this one was cut out of
+        (packed_note((30, 40), (20, 30)), None),
+        (packed_note((30, 40), (30_000, 40_000)), None),
         (b"unmask\0packed by hand", None),
         (b"a holiday", None),
     ):
         comment = b"\xff\xfe" + (len(note) + 2).to_bytes(2, "big") + note
-        head = decode.header(plain[:2] + comment + plain[2:])
+        head = header(plain[:2] + comment + plain[2:])
         assert head.packed_from == heeded
         assert head.full_size == (heeded or (30, 40))
 
