@@ -302,7 +302,7 @@ def test_who_interrupts_a_command_is_told_what_became_of_it(unmask, monkeypatch,
     monkeypatch.setattr("unmask.data.pack.pack_image", interrupted)
     code, out, err = unmask("pack", images, tmp_path / "copy.tar", "--workers", 0)
     assert (code, out) == (130, "")
-    assert err.endswith("interrupted; no run was begun\n")
+    assert err.endswith("\nInterrupted.\n")
 
 
 def test_a_fault_of_ours_says_so_and_fails(unmask, monkeypatch, capfd, tmp_path):

@@ -383,13 +383,13 @@ del sys.argv[1]
 commands.main()
 """
     flags = [flag for setting in [*SMALL_RUN, "train.steps=2"] for flag in ("--set", setting)]
-    for when, expected in (("before", "no run was begun"), ("after", f"continue with: unmask resume {tmp_path}/run")):
+    for when, expected in (("before", ""), ("after", f" Continue with: unmask resume {tmp_path}/run")):
         done = subprocess.run(
             [sys.executable, "-c", code, when, "pretrain", images, "--recipe", "mae_nano", "--out", tmp_path / "run",
              *flags],
             capture_output=True, text=True, check=False,
         )  # fmt: skip
         assert done.returncode == 130
-        assert done.stderr.endswith(f"interrupted; {expected}\n"), done.stderr
+        assert done.stderr.endswith(f"Interrupted.{expected}\n"), done.stderr
         assert (tmp_path / "run").exists() == (when == "after")
     assert module.resume(tmp_path / "run", console=QUIET).finished

@@ -467,7 +467,7 @@ def test_a_second_ctrl_c_ends_at_once_and_says_what_is_kept(images, tmp_path):
     assert process.returncode in (75, 130, -signal.SIGINT), said
     if process.returncode == 130:  # in the loop, or after it, while the report was written
         kept = f"ended at once; the checkpoint of step {Run(run).read('status.json')['step']}"
-        assert kept in said or f"interrupted; continue with: unmask resume {run}" in said
+        assert kept in said or f"Interrupted. Continue with: unmask resume {run}" in said
 
 
 def test_a_second_ctrl_c_in_a_library_that_does_not_return(tmp_path):

@@ -20,6 +20,7 @@ from typer.core import TyperGroup
 from unmask.commands import options
 from unmask.commands.command_line import build
 from unmask.commands.declare import FAILED, STOPPED, USAGE, Command, Panel
+from unmask.commands.trained_run import is_unfinished
 from unmask.console import escape_controls
 from unmask.errors import TrainingFailed, UserError
 from unmask.run import RunInUse, held_here
@@ -134,23 +135,17 @@ def _run() -> int:
 
 
 def _interrupted() -> str:
-    """What an interruption left behind, as far as runs are concerned."""
-    names = dict.fromkeys(str(run.path) for run in held_here if (run.path / "plan.json").exists())
+    """Return what to print after Ctrl-C: which runs of this process are unfinished, if any."""
+    names = dict.fromkeys(str(run.path) for run in held_here if is_unfinished(run))
     if not names:
-        return "interrupted; no run was begun"
-    return "interrupted; continue with: " + " or ".join(f"unmask resume {name}" for name in names)
+        return "Interrupted."
+    return "Interrupted. Continue with: " + " or ".join(f"unmask resume {name}" for name in names)
 
 
 def explain(error: Exception) -> int:
     """Print what went wrong and return the exit code; an error that was not foreseen keeps its traceback."""
-    show = getattr(error, "show", None)  # click's own usage errors
-    if callable(show):
-        if isinstance(said := getattr(error, "message", None), str):
-            vars(error)["message"] = escape_controls(said)
-        show()
-        if hint := _hint_for_option(error):
-            print(escape_controls(hint), file=sys.stderr)
-        return getattr(error, "exit_code", USAGE)
+    if callable(getattr(error, "show", None)):
+        return _explain_usage(error)
     if isinstance(error, RunInUse):  # a moment later it may be free: whoever restarts commands should try again
         message, code = str(error), STOPPED
     elif isinstance(error, UserError | FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError):
@@ -168,6 +163,28 @@ def explain(error: Exception) -> int:
         message, code = f"this is a fault in unmask: {type(error).__name__}: {error}", FAILED
     print(escape_controls(f"error: {message}"), file=sys.stderr)
     return code
+
+
+def _explain_usage(error: Any) -> int:
+    """Print one of click's usage errors; for an unknown option, the option or setting that it is now."""
+    if isinstance(said := getattr(error, "message", None), str):
+        error.message = escape_controls(said)
+    hint = _renamed_option(error) or _hint_for_option(error)
+    if hint and hasattr(error, "possibilities"):
+        error.possibilities = None  # names that merely look alike
+    error.show()
+    if hint:
+        print(escape_controls(hint), file=sys.stderr)
+    return getattr(error, "exit_code", USAGE)
+
+
+def _renamed_option(error: Any) -> str:
+    """For an option of an earlier version: its name in this one."""
+    option, context = getattr(error, "option_name", None), getattr(error, "ctx", None)
+    if context is None or context.info_name not in verb_files():
+        return ""
+    now = declared(context.info_name).renamed.get(str(option))
+    return "" if now is None else f"got {option}; expected {now}, its new name"
 
 
 def _hint_for_option(error: Exception) -> str:

@@ -59,7 +59,7 @@ def ablate(request: AblateRequest, console: Console) -> dict[str, Any]:
 
     return ablate(
         request.table,
-        request.data,
+        str(request.data),
         test=request.test,
         recipe=request.recipe,
         out=request.out,

@@ -202,8 +202,11 @@ def command(
         update_wrapper(with_keywords, call)
         del with_keywords.__wrapped__
         result = inspect.signature(call).return_annotation
-        with_keywords.__signature__ = inspect.signature(request).replace(return_annotation=result)  # type: ignore[attr-defined]
-        with_keywords.__annotations__ = {each.name: each.type for each in fields(verb.request)} | {"return": result}
+        with_keywords.__signature__ = signature(verb.request, result)  # type: ignore[attr-defined]
+        with_keywords.__annotations__ = {
+            **{each.name: each.annotation for each in with_keywords.__signature__.parameters.values()},  # type: ignore[attr-defined]
+            "return": result,
+        }
         with_keywords.__doc__ = _documentation(verb)
         with_keywords.command = verb  # type: ignore[attr-defined]
         return with_keywords
@@ -211,11 +214,18 @@ def command(
     return declared
 
 
+def signature(request: type[Request], result: Any) -> inspect.Signature:
+    """Return the signature of the Python function: the plain types of the options, `console` last."""
+    constructor = inspect.signature(request).parameters
+    parameters = [constructor[each.name].replace(annotation=each.type) for each in options_of(request)]
+    return inspect.Signature([*parameters, constructor["console"]], return_annotation=result)
+
+
 def _documentation(verb: Command) -> str:
-    """Return the docstring of the Python function: the help text, the options, and what is returned."""
-    lines = [verb.help, "", "Args:"]
+    """Return the docstring of the Python function: the help text, what is returned, and the options."""
+    lines = [verb.help, "", inspect.cleandoc(verb.call.__doc__ or ""), ""]
     for each in options_of(verb.request):
         default = f" Default: {each.option.default}." if each.option.default else ""
-        lines.append(f"    {each.name}: {each.option.help}{default}")
-    lines.append("    console: Where progress and sentences go, stderr when None; `Console(quiet=True)` only warns.")
-    return "\n".join([*lines, "", inspect.cleandoc(verb.call.__doc__ or "")])
+        lines.append(f"{each.name}: {each.option.help}{default}")
+    lines.append("console: Where sentences and progress are printed, stderr when None; `Console(quiet=True)` only warns.")
+    return "\n".join([*lines, "", "Raises UserError for input that the caller can correct."])

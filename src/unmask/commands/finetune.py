@@ -126,5 +126,6 @@ def finetune(request: FinetuneRequest, console: Console) -> "Run":
         steps_of=request.steps_of,
         settings=request.settings,
     )
-    run = run_finetune(request.run, request.data, options, out=request.out, budget=request.budget, console=console)
+    data = str(request.data)
+    run = run_finetune(request.run, data, options, out=request.out, budget=request.budget, console=console)
     return conclude(run, console)

@@ -49,9 +49,11 @@ def at_least(least: float, flag: str) -> Callable[[Any], None]:
 
 RunFolder = Annotated[str | Path, Option("A run folder.", metavar="RUN")]
 Data = Annotated[
-    str,
+    str | Path,
     Option(
-        "Images: a folder, list file, glob, tar, zip or parquet; or an embedded set: shapes, digits.", metavar="DATA"
+        "Images: a folder, list file, glob, tar, zip or parquet; or an embedded set: shapes, digits.",
+        metavar="DATA",
+        command_line=str,
     ),
 ]
 SeveralData = Annotated[

@@ -26,5 +26,5 @@ def palette(request: PaletteRequest, console: Console) -> dict[str, Any]:
     from unmask.evals.palette_file import make_palette
 
     return make_palette(
-        request.data, colours=request.colours, size=request.size, out=Path(request.out), console=console
+        str(request.data), colours=request.colours, size=request.size, out=Path(request.out), console=console
     )

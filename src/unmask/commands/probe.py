@@ -125,7 +125,7 @@ def _frozen(request: ProbeRequest, console: Console) -> dict[str, Any]:
         raise UserError(f"--set applies only to --kind {PAPER_LINEAR}; got --kind {request.kind}; leave --set out")
     return probe_run(
         Path(request.run),
-        request.data,
+        str(request.data),
         test=request.test,
         kind=request.kind,
         shots=request.shots,
@@ -159,7 +159,7 @@ def _paper_linear(request: ProbeRequest, console: Console) -> dict[str, Any]:
         raise UserError(f"got --shots {several}; expected one number for a probe of kind {PAPER_LINEAR}")
     return paper_linear(
         request.run,
-        request.data,
+        str(request.data),
         test=request.test,
         shots=request.shots,
         settings=request.settings,

@@ -25,6 +25,21 @@ def conclude(run: "Run", console: Console) -> "Run":
     return run
 
 
+def is_unfinished(run: "Run") -> bool:
+    """Whether `unmask resume` has something to do: steps to train, or the test of a fine-tuned run."""
+    if not (run.path / "plan.json").exists():
+        return False
+    if not run.finished:
+        return True
+    from unmask.config import task_names
+    from unmask.results import read_score
+
+    try:
+        return run.read("config.json")["method"]["name"] in task_names() and read_score(run) is None
+    except UserError:
+        return False
+
+
 def run_json(run: "Run") -> dict[str, Any]:
     """Return the object that --json prints of a run: its folder, its report and its status."""
     report = Path(run.path) / "report.html"
