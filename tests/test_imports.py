@@ -39,6 +39,8 @@ except SystemExit as end:
         "import unmask",
         "import unmask; unmask.__version__",
         "import unmask; dir(unmask)",
+        "import unmask; [getattr(unmask, name) for name in unmask.__all__ if 'load' not in name and name != 'recipe'"
+        " and name != 'open_safetensors']",
         "import unmask.run",
         "import unmask.console",
         "import unmask.cli",
@@ -46,8 +48,24 @@ except SystemExit as end:
         HELP.format(arguments=["--help"]),
         HELP.format(arguments=["--version"]),
         HELP.format(arguments=["pretrain", "--help"]),
+        HELP.format(arguments=["probe", "--help"]),
+        HELP.format(arguments=["ls", "--help"]),
     ],
-    ids=["unmask", "version", "dir", "run", "console", "cli", "verbs", "help", "--version", "pretrain --help"],
+    ids=[
+        "unmask",
+        "version",
+        "dir",
+        "api",
+        "run",
+        "console",
+        "cli",
+        "verbs",
+        "help",
+        "--version",
+        "pretrain --help",
+        "probe --help",
+        "ls --help",
+    ],
 )
 def test_nothing_heavy_is_loaded(code):
     assert loaded_by(code) == set()
@@ -62,7 +80,10 @@ def test_negative_control_the_loop_does_load_torch():
 
 
 def test_public_names_are_the_documented_ones_and_all_lead_somewhere():
-    names = {"__version__", "load", "load_encoder", "open_safetensors", "pretrain", "recipe", "resume"}
+    names = {
+        "__version__", "compare", "embed", "export", "finetune", "import_weights", "load", "load_encoder",
+        "open_safetensors", "predict", "pretrain", "probe", "recipe", "reconstruct", "resume",
+    }  # fmt: skip
     assert set(unmask.__all__) == names
     assert set(unmask.__all__) <= set(dir(unmask))
     for name in unmask.__all__:

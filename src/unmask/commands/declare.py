@@ -227,5 +227,5 @@ def _documentation(verb: Command) -> str:
     for each in options_of(verb.request):
         default = f" Default: {each.option.default}." if each.option.default else ""
         lines.append(f"{each.name}: {each.option.help}{default}")
-    lines.append("console: Where sentences and progress are printed, stderr when None; `Console(quiet=True)` only warns.")
+    lines.append("console: Where text and progress are printed, stderr when None; `Console(quiet=True)` only warns.")
     return "\n".join([*lines, "", "Raises UserError for input that the caller can correct."])

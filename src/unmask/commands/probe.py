@@ -78,7 +78,7 @@ class ProbeRequest(Request):
     test_targets: Annotated[
         str | Path | None, Option("The table of --test.", metavar="FILE", default="the same one")
     ] = None
-    seed: Annotated[int, Option("Chooses the shots and the default test part.")] = 0
+    seed: Annotated[int, Option("Random seed of the held-out fifth and of the labels that --shots leaves.")] = 0
     step: Step = None
     layer: Annotated[
         str | None,

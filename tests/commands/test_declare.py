@@ -1,0 +1,279 @@
+"""One declaration of a verb gives its options, its Python function and its JSON; a new verb is one new file."""
+
+import inspect
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import pytest
+from typer.main import get_command
+
+import unmask
+from unmask import commands
+from unmask.commands.declare import Option, Panel, Request, command, options_of
+from unmask.console import Console
+from unmask.errors import UserError
+
+GREET = '''
+"""`unmask greet`: a verb for a test."""
+
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
+from typing import Annotated
+
+from unmask.commands.declare import Option, Panel, Request, command
+from unmask.console import Console
+from unmask.errors import UserError
+
+
+def positive(value):
+    if value < 1:
+        raise UserError(f"got --times {value}; expected 1 or more")
+
+
+@dataclass(frozen=True)
+class GreetRequest(Request):
+    """Greet somebody.
+
+    Only for tests.
+    """
+
+    name: Annotated[str, Option("Whom to greet.", metavar="NAME")]
+    _: KW_ONLY
+    times: Annotated[int, Option("How often.", check=positive)] = 1
+    mood: Annotated[str, Option("How.", choices=lambda: ["kindly", "loudly"])] = "kindly"
+    others: Annotated[Sequence[str], Option("More people; repeatable.", flag="--and", metavar="NAME")] = ()
+    card: Annotated[str | Path | None, Option("A card to bring.", default="none")] = None
+    numbers: Annotated[
+        Sequence[int] | None,
+        Option("Numbers.", command_line=str, from_text=lambda text: [int(each) for each in text.split(",")]),
+    ] = None
+    hat: Annotated[bool, Option("Raise the hat.")] = False
+
+
+@command(
+    GreetRequest,
+    panel=Panel.START,
+    renamed={"--often": "--times"},
+    to_json=vars,
+    text=lambda request: f"hello {request.name}",
+    exit_code=lambda request: 1 if request.mood == "loudly" else 0,
+)
+def greet(request: GreetRequest, console: Console) -> GreetRequest:
+    """Return the request."""
+    console.say("greeting")
+    return request
+'''
+
+
+@pytest.fixture
+def greet(tmp_path, monkeypatch):
+    """Put one more verb's file where the package looks for verbs."""
+    (tmp_path / "greet.py").write_text(GREET)
+    monkeypatch.setattr(commands, "__path__", [*commands.__path__, str(tmp_path)])
+    yield
+    sys.modules.pop("unmask.commands.greet", None)
+    commands.VERBS._built.pop("greet", None)
+
+
+@pytest.fixture
+def run(monkeypatch, capfd):
+    """Run a command in this process: (exit code, stdout, stderr)."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["unmask", *arguments])
+        with pytest.raises(SystemExit) as stop:
+            commands.main()
+        return stop.value.code, *capfd.readouterr()
+
+    return run
+
+
+def test_one_more_file_is_one_more_verb(greet, run):
+    code, out, _ = run("--help")
+    assert code == 0
+    assert "greet" in out
+    code, out, _ = run("greet", "--help")
+    words = " ".join(out.replace("│", " ").split())
+    for part in (
+        "Greet somebody.",
+        "Only for tests.",
+        "Whom to greet.",
+        "How often.",
+        "[default: 1]",
+        "(none)",
+        "--and",
+    ):
+        assert part in words
+    assert run("greet", "Ada") == (0, "hello Ada\n", "greeting\n")
+
+
+def test_the_command_line_fills_the_request_and_json_prints_the_result(greet, run):
+    given = ["Ada", "--times", "2", "--mood", "loudly", "--and", "Bo", "--and", "Cy", "--numbers", "1,2", "--hat"]
+    code, out, _ = run("greet", *given, "--json")
+    assert code == 1, "the exit code follows from the result"
+    found = json.loads(out)
+    del found["console"]
+    assert found == {
+        "name": "Ada", "times": 2, "mood": "loudly", "others": ["Bo", "Cy"], "card": None, "numbers": [1, 2],
+        "hat": True,
+    }  # fmt: skip
+
+
+def test_the_python_function_takes_the_same_options(greet):
+    from unmask.commands.greet import GreetRequest, greet  # type: ignore[import-not-found]
+
+    quiet = Console(quiet=True)
+    assert greet("Ada", times=3, others="Bo", console=quiet) == GreetRequest("Ada", times=3, others=("Bo",))
+    assert str(inspect.signature(greet)).startswith("(name: str, *, times: int = 1, mood: str = 'kindly', others:")
+    assert list(inspect.signature(greet).parameters)[-1] == "console"
+    for part in (
+        "Greet somebody.",
+        "Return the request.",
+        "times: How often.",
+        "card: A card to bring. Default: none.",
+    ):
+        assert part in greet.__doc__
+    with pytest.raises(TypeError, match="tims"):
+        greet("Ada", tims=3)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "expected"),
+    [
+        ("times", 0, "got --times 0; expected 1 or more"),
+        ("mood", "angrily", "got --mood angrily; expected kindly or loudly"),
+    ],
+)
+def test_a_check_is_declared_once_for_both(greet, run, option, value, expected):
+    from unmask.commands.greet import greet  # type: ignore[import-not-found]
+
+    with pytest.raises(UserError, match=expected):
+        greet("Ada", **{option: value})
+    code, out, err = run("greet", "Ada", f"--{option}", str(value))
+    assert (code, out, err) == (2, "", f"error: {expected}\n")
+
+
+def test_mistakes_on_the_command_line_are_usage_errors(greet, run):
+    for arguments, expected in [
+        (["greet"], "Missing argument"),
+        (["greet", "Ada", "--times", "often"], "valid int"),
+        (["greet", "Ada", "--tims", "3"], "No such option: --tims (Possible options: --times)"),
+        (["greet", "Ada", "--often", "3"], "got --often; expected --times, its new name"),
+        (["gret"], "No such command 'gret'"),
+    ]:
+        code, out, err = run(*arguments)
+        assert (code, out) == (2, "")
+        assert expected in " ".join(err.replace("│", " ").split()), err
+
+
+def test_a_field_without_an_option_is_a_fault():
+    @dataclass(frozen=True)
+    class Broken(Request):
+        """No option."""
+
+        name: str
+
+    with pytest.raises(TypeError, match=r"Broken\.name is no option; annotate it"):
+        options_of(Broken)
+
+
+def test_a_union_of_one_and_several_is_repeatable():
+    @dataclass(frozen=True)
+    class Several(Request):
+        """Runs."""
+
+        runs: Annotated[str | Path | Sequence[str | Path], Option("Runs.")]
+        _: KW_ONLY
+        size: Annotated[int | None, Option("Size.")] = None
+
+    @command(Several, panel=Panel.START)
+    def several(request: Several, console: Console) -> Several:
+        """Return the request."""
+        return request
+
+    assert several("a").runs == ("a",)
+    assert several(["a", Path("b")]).runs == ["a", Path("b")]
+    assert [each.command_line_type() for each in options_of(Several)] == [list[Path], int]
+
+
+# ------------------------------------------------------------------------------------- every verb, and the public names
+
+
+@pytest.fixture(scope="module")
+def verbs():
+    return dict(get_command(commands.app).commands)  # type: ignore[attr-defined]
+
+
+def test_the_verbs_are_the_files_of_the_folder(verbs):
+    files = {path.stem for path in Path(commands.__file__).parent.glob("*.py")} - {"__init__", *commands.NOT_VERBS}
+    assert set(verbs) == {stem.removesuffix("_") for stem in files}
+    assert len(verbs) >= 22
+
+
+def test_every_option_has_a_help_that_ends_in_a_full_stop(verbs):
+    for name, verb in verbs.items():
+        assert verb.help, name
+        for parameter in verb.params:
+            assert parameter.help.endswith((".", "?")), f"{name}: {parameter.name}: {parameter.help}"
+            assert "default" not in parameter.help.lower().replace("defaults", ""), f"{name}: {parameter.name}"
+
+
+PUBLIC = {"import_weights": "import", **{name: name for name in unmask.__all__ if name in commands.verb_files()}}
+KEYWORDS = {"set": "settings", "from": "from_run"}  # not named after their options: a built-in, a reserved word
+
+
+def test_the_public_functions_include_these_verbs():
+    assert set(PUBLIC) >= {
+        "pretrain", "resume", "reconstruct", "embed", "probe", "finetune", "predict", "import_weights", "export",
+        "compare",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(PUBLIC))
+def test_a_public_function_and_its_verb_have_the_same_options_and_defaults(verbs, name):
+    keywords = dict(inspect.signature(getattr(unmask, name)).parameters)
+    assert keywords.pop("console").default is None
+    parsed = {}
+    for parameter in verbs[PUBLIC[name]].params:
+        (flag,) = (flag for flag in parameter.opts if len(flag) > 2)
+        option = flag.removeprefix("--").replace("-", "_")
+        parsed[KEYWORDS.get(option, option)] = parameter
+    for own in ("json", "help"):
+        parsed.pop(own, None)
+    assert list(parsed) == list(keywords)
+    for keyword, parameter in parsed.items():
+        positional = parameter.param_type_name == "argument"
+        assert positional == (keywords[keyword].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        required = keywords[keyword].default is inspect.Parameter.empty
+        assert parameter.required == required
+        if not required:
+            assert (parameter.default or None) == (keywords[keyword].default or None), keyword
+
+
+@pytest.mark.parametrize("name", sorted(PUBLIC))
+def test_a_public_function_is_documented(name):
+    function = getattr(unmask, name)
+    assert function.__doc__ == inspect.getdoc(function)
+    for parameter in inspect.signature(function).parameters:
+        assert f"\n{parameter}: " in function.__doc__
+    assert "\nReturn " in function.__doc__
+
+
+def test_completion_lists_verbs_and_choices(greet):
+    completer = "import sys; sys.argv = ['unmask']; from unmask.commands import main; main()"
+    for words, expected in (("unmask pre", {"pretrain", "predict"}), ("unmask ls --js", {"--json"})):
+        environment = {"_UNMASK_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+        done = subprocess.run(
+            [sys.executable, "-c", completer],
+            env={"PATH": "/usr/bin", "PYTHONPATH": str(Path(unmask.__file__).parents[1]), **environment},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert expected <= set(done.stdout.split()), (words, done.stdout, done.stderr)
