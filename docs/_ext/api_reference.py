@@ -13,11 +13,12 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Annotated, Any, get_args, get_origin
 
 from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
+from sphinx.util.inspect import stringify_signature
 
 import unmask
 
@@ -45,13 +46,24 @@ def plain_docstring(lines: list[str], parameters: Iterable[str] = ()) -> list[st
     text = "\n".join(lines).strip("\n")
     result: list[str] = []
     for block in re.split(r"\n\s*\n", text):
-        body = block.split("\n")
-        if _is_code(body):
-            result += ["::", "", *("    " + line for line in body), ""]
+        heading, *body = block.split("\n")
+        if heading in ("Args:", "Raises:") and body:
+            result += [*([f"{heading}", ""] if heading == "Raises:" else []), *_entries(body), ""]
+        elif _is_code([heading, *body]):
+            result += ["::", "", *("    " + line for line in (heading, *body)), ""]
         else:
-            for part in _split_arguments(" ".join(line.strip() for line in body), parameters):
+            sentence = " ".join(line.strip() for line in (heading, *body))
+            for part in _split_arguments(sentence, parameters):
                 result += [part, ""]
     return result
+
+
+def _entries(body: list[str]) -> Iterator[str]:
+    """Yield a list entry for each `name: meaning` of an `Args:` block; a deeper line continues the one before."""
+    text = inspect.cleandoc("\n" + "\n".join(body))
+    for entry in re.split(r"\n(?=\S)", text):
+        name, _, meaning = " ".join(entry.split()).partition(": ")
+        yield f"* **{name}**: {_escape(meaning)}"
 
 
 def _split_arguments(text: str, parameters: Iterable[str]) -> Iterator[str]:
@@ -81,12 +93,28 @@ def _escape(text: str) -> str:
     return "".join(piece for pair in zip(plain, [*code, ""], strict=True) for piece in pair)
 
 
-def _process(app: Sphinx, what: str, name: str, value: Any, options: Any, lines: list[str]) -> None:
-    try:
-        parameters = list(inspect.signature(value).parameters)
-    except (TypeError, ValueError):
-        parameters = []
+def plain_signature(value: Any) -> inspect.Signature:
+    """Return the signature of a callable without the metadata of `Annotated` types."""
+    signature = inspect.signature(value)
+    parameters = [each.replace(annotation=_plain_type(each.annotation)) for each in signature.parameters.values()]
+    return signature.replace(parameters=parameters, return_annotation=_plain_type(signature.return_annotation))
+
+
+def _plain_type(annotation: Any) -> Any:
+    return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
+
+
+def _process_docstring(app: Sphinx, what: str, name: str, value: Any, options: Any, lines: list[str]) -> None:
+    parameters = inspect.signature(value).parameters if callable(value) and not inspect.isclass(value) else ()
     lines[:] = plain_docstring(lines, parameters)
+
+
+def _process_signature(app: Sphinx, what: str, name: str, value: Any, *_: Any) -> tuple[str, str] | None:
+    if what != "function":
+        return None
+    text = stringify_signature(plain_signature(value), unqualified_typehints=True)
+    arguments, _, result = text.rpartition(") -> ")
+    return (arguments + ")", result) if arguments else (text, "")
 
 
 class ApiReference(SphinxDirective):
@@ -100,5 +128,6 @@ class ApiReference(SphinxDirective):
 def setup(app: Sphinx) -> dict[str, bool]:
     """Register the directive and the treatment of docstrings with Sphinx."""
     app.add_directive("api-reference", ApiReference)
-    app.connect("autodoc-process-docstring", _process)
+    app.connect("autodoc-process-docstring", _process_docstring)
+    app.connect("autodoc-process-signature", _process_signature)
     return {"parallel_read_safe": True}
