@@ -7,7 +7,7 @@ import torch
 
 from unmask.batch import ImageSpec
 from unmask.config import override
-from unmask.optim import Lars, OptimConfig, average_weights, averaged, learning_rate, make_optimizer, peak_lr, update
+from unmask.optim import Lars, OptimConfig, learning_rate, make_optimizer, peak_lr, update
 from unmask.recipes.catalogue import find
 
 
@@ -93,45 +93,6 @@ def test_positions_and_class_token_of_a_classifier_are_not_decayed():
     plain = {names[id(p)] for group in optimizer.param_groups if not group["weight_decay"] for p in group["params"]}
     assert {"encoder.cls_token", "encoder.pos_embed"} <= plain
     assert "encoder.blocks.0.mlp.fc1.weight" not in plain
-
-
-def test_the_average_of_weights_follows_them_and_steps_aside():
-    weight = torch.nn.Parameter(torch.zeros(3))
-    optimizer = torch.optim.AdamW([{"params": [weight], "lr_scale": 1.0}], lr=0.0, fused=True)
-    want = None
-    for step in range(30):
-        weight.grad = torch.ones(3)
-        update(optimizer, 0.1, torch.zeros(()), None)
-        average_weights(optimizer, 0.9, step)
-        stays = min(0.9, (1 + step) / (10 + step))
-        want = weight.detach().clone() if want is None else stays * want + (1 - stays) * weight.detach()
-    torch.testing.assert_close(optimizer.state[weight]["average"], want)
-    before = weight.detach().clone()
-    with averaged(optimizer):
-        torch.testing.assert_close(weight.detach(), want)
-    assert torch.equal(weight, before)
-
-
-@pytest.mark.parametrize("name", ["adamw", "lars"])
-def test_a_skipped_step_does_not_move_the_average_of_weights(name):
-    torch.manual_seed(0)
-    weight = torch.nn.Parameter(torch.randn(4, 3))
-    optimizer = make_optimizer(torch.nn.ParameterList([weight]), OptimConfig(name=name))
-
-    def take_step(step, gradient):
-        weight.grad = torch.full((4, 3), gradient)
-        update(optimizer, 0.1, torch.zeros(()), None)
-        average_weights(optimizer, 0.9, step)
-
-    for step in range(3):
-        take_step(step, 1.0)
-    before = optimizer.state[weight]["average"].clone()
-    assert not torch.equal(before, weight), "the average lags behind, or nothing could move"
-    for step in range(3, 6):
-        take_step(step, float("nan"))
-    assert torch.equal(optimizer.state[weight]["average"], before)
-    take_step(6, 1.0)
-    assert not torch.equal(optimizer.state[weight]["average"], before)
 
 
 def test_lars_is_the_published_one():

@@ -37,7 +37,8 @@ class MethodConfig(Settings):
 class Clock:
     """Where training stands: `step` of `total` optimiser steps, `micro`-batch within it, the draws of this batch.
 
-    share: of the training done, where the number of steps has changed on the way; None for step / total.
+    share: of the training done, where the number of steps has changed during it; None for step / total. counted: only
+    in `Method.after_step`, a 0-d bool on the device, False where the step was skipped for non-finite numbers.
     """
 
     step: int
@@ -45,6 +46,7 @@ class Clock:
     rng: Draws
     micro: int = 0
     share: float | None = None
+    counted: Tensor | None = None
 
     @property
     def progress(self) -> float:
@@ -138,6 +140,13 @@ class Method(nn.Module, ABC):
     @abstractmethod
     def picture(self, batch: Batch, clock: Clock) -> Picture:
         """What the method makes of these images; called without gradients, in eval mode."""
+
+    def after_step(self, clock: Clock) -> None:
+        """Update what follows the weights, such as a teacher; called once after each optimiser step.
+
+        A step with non-finite numbers leaves the weights as they are, and `clock.counted` is False on the device; every
+        change must then leave its tensor bit for bit as it was, as `nn.ema.moved` does. Does nothing by default.
+        """
 
     def forward(self, batch: Batch, clock: Clock) -> Loss:
         return self.loss(batch, clock)

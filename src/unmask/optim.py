@@ -6,8 +6,7 @@ There is no scheduler object: `learning_rate(step, ...)` is pure, so a resumed r
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import torch
@@ -25,9 +24,8 @@ class OptimConfig(Settings):
     betas: of AdamW; the first is LARS's momentum.
     warmup: share of all steps with a linear rise from 0 (MAE: 40 of 800 epochs). After it half a cosine down to
     final_lr x peak. clip: greatest gradient norm, None for no clipping. layer_decay: for fine-tuning, the learning rate
-    of each layer of the encoder over that of the layer above it; the head has the full rate. average: keep also a
-    running average of the weights, of which so much stays at each step (0.9999 in MAE's training from scratch, less in
-    its first steps).
+    of each layer of the encoder over that of the layer above it; the head has the full rate. average: also keep a
+    moving average of the weights (`nn/ema.py`) with this decay, smaller in the first steps (MAE from scratch: 0.9999).
     """
 
     name: Literal["adamw", "lars"] = "adamw"
@@ -145,37 +143,3 @@ def update(optimizer: torch.optim.Optimizer, lr: float, loss: Tensor, clip: floa
     optimizer.step()
     optimizer.zero_grad()
     return norm
-
-
-@torch.no_grad()
-def average_weights(optimizer: torch.optim.Optimizer, decay: float, step: int) -> None:
-    """Move the running average of the weights, kept with the moments as "average", after step `step` (0-based).
-
-    The share that stays is at most (1 + step) / (10 + step), so that the start is soon forgotten. A step that `update`
-    skipped moves nothing, bit for bit; the device decides, as it does there, and the host does not wait for it.
-    """
-    stays = min(decay, (1 + step) / (10 + step))
-    skipped: Tensor | None = getattr(optimizer, "found_inf", None)
-    parameters = [p for group in optimizer.param_groups for p in group["params"] if p in optimizer.state]
-    for parameter in parameters:
-        state = optimizer.state[parameter]
-        if "average" in state:
-            moved = state["average"].lerp(parameter, 1 - stays)
-            state["average"] = moved if skipped is None else torch.where(skipped > 0, state["average"], moved)
-        else:
-            state["average"] = parameter.detach().clone()
-
-
-@contextmanager
-@torch.no_grad()
-def averaged(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Within, the parameters are their running averages; afterwards, bit for bit, what they were."""
-    both = [(parameter, state["average"]) for parameter, state in optimizer.state.items() if "average" in state]
-    before = [parameter.detach().clone() for parameter, _ in both]
-    for parameter, average in both:
-        parameter.copy_(average)
-    try:
-        yield
-    finally:
-        for (parameter, _), kept in zip(both, before, strict=True):
-            parameter.copy_(kept)

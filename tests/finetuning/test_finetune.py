@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from unmask.config import ConfigError, override
 from unmask.console import Console
@@ -208,6 +209,8 @@ def test_every_kind_of_augmentation_repeats_itself_after_a_stop(pretrained, data
     want, got = load(whole.path).method.state_dict(), load(run.path).method.state_dict()
     assert all(torch.equal(want[name], got[name]) for name in want)
     assert whole.read(SCORE)["averaged"] == run.read(SCORE)["averaged"]
+    kept = load_file(run.checkpoints / "step-00000006" / "optim.safetensors")
+    assert {"head.weight/average", "head.weight/exp_avg"} <= kept.keys(), "where earlier versions look for them"
 
 
 @pytest.mark.parametrize("name", ["out.csv", "out.json", "out.parquet"])

@@ -17,6 +17,7 @@ from unmask.data.image_reader import Images
 from unmask.engine.plan import Plan
 from unmask.errors import UserError
 from unmask.method import Method
+from unmask.nn.ema import MovingAverage
 from unmask.run import Run, RunGone
 
 
@@ -31,6 +32,7 @@ class Job:
     console: Console
     method: Method
     optimizer: torch.optim.Optimizer
+    average: MovingAverage | None = None
 
 
 @dataclass

@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -42,8 +43,9 @@ from unmask.engine.stream import failures_as_sentences, open_stream
 from unmask.engine.supervision import Judge
 from unmask.engine.training_state import begin, restore, save, stopped_at, what_is_kept
 from unmask.errors import TrainingFailed
+from unmask.nn.ema import MovingAverage
 from unmask.nn.modes import eval_mode
-from unmask.optim import average_weights, averaged, make_optimizer, update
+from unmask.optim import make_optimizer, update
 from unmask.rng import Draws
 from unmask.run import STATUS, Run
 from unmask.system.stop_requests import StopRequest, StopRequested, stop_requests
@@ -82,7 +84,9 @@ def train(
         try:
             with stop.interruptible():
                 method = fresh_method(config, plan.images).to(plan.device)
-                job = Job(run, config, plan, images, console, method, make_optimizer(method, config.optim))
+                decay = config.optim.average
+                average = None if decay is None else MovingAverage(method, decay)
+                job = Job(run, config, plan, images, console, method, make_optimizer(method, config.optim), average)
                 at = restore(job) or begin(job)
                 pacer = open_pacer(job, watch, judge)
                 with optional(job, run.metrics_file):
@@ -234,8 +238,10 @@ def step(job: Job, stream: Iterator[Batch], at: Position) -> Step:
             logs[name] = logs.get(name, 0) + number.detach() / plan.accumulation
     lr = plan.lr(at.step)
     norm = update(job.optimizer, lr, total, job.config.optim.clip)
-    if job.config.optim.average is not None:
-        average_weights(job.optimizer, job.config.optim.average, at.step)
+    counted = total.isfinite() & norm.isfinite()
+    if job.average is not None:
+        job.average.update(at.step, counted)
+    job.method.after_step(replace(clock, counted=counted))
     return Step(at.step + 1, at.consumed + plan.batch_size, lr, torch.cat(rows), waited, total, norm, logs)
 
 
@@ -280,6 +286,8 @@ def roll_back(job: Job, fault: Step, at: Position, watch: Stopwatch) -> Position
     if back is None:
         job.method.load_state_dict(fresh_method(job.config, job.plan.images).state_dict())
         job.optimizer.state.clear()
+        if job.average is not None:
+            job.average.load({})
         back = begin(job)
     back.consumed = fault.consumed + SKIP_AHEAD_BATCHES * job.plan.batch_size
     back.bad_steps, back.rollbacks, back.fault_step = 0, rollbacks, fault.number
@@ -322,8 +330,8 @@ def test(job: Job, judge: Judge, at: Position, stop: StopRequest) -> float:
     with torch.no_grad(), eval_mode(job.method), uncompiled(), autocast(job.plan.precision, job.plan.device):
         with stop.interruptible():
             numbers = {f"test_{name}": value for name, value in judge(job.method).items()}
-        if job.config.optim.average is not None:
-            with averaged(job.optimizer), stop.interruptible():
+        if job.average is not None:
+            with job.average.applied(), stop.interruptible():
                 numbers |= {f"test_averaged_{name}": value for name, value in judge(job.method).items()}
     note(job, {"step": at.step, **numbers})
     job.console.say(f"step {at.step}: " + ", ".join(f"{name.replace('_', ' ')} {n:.4f}" for name, n in numbers.items()))

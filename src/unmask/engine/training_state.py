@@ -18,6 +18,8 @@ from unmask.errors import UserError
 from unmask.method import Method
 from unmask.run import STATUS, Run, RunGone
 
+AVERAGE = "/average"  # of the name of an averaged parameter, among the tensors of the optimiser in a checkpoint
+
 
 def stopped_at(run: Run, plan: Plan, step: int, watch: Stopwatch) -> str:
     with suppress(OSError, UserError, RunGone):  # the caller tries again, and reports it
@@ -56,7 +58,11 @@ def restore(job: Job) -> Position | None:
         return None
     copy_weights.require_fit(job.method, found.model, f"the checkpoint of step {found.step} of {job.run.path}")
     job.method.load_state_dict(found.model)
-    optimizer_state.tensors_to_optimizer(job.optimizer, names_of(job.method), found.optim, found.state["optimizer"])
+    moments = {entry: value for entry, value in found.optim.items() if not entry.endswith(AVERAGE)}
+    optimizer_state.tensors_to_optimizer(job.optimizer, names_of(job.method), moments, found.state["optimizer"])
+    if job.average is not None:
+        averages = {entry: value for entry, value in found.optim.items() if entry.endswith(AVERAGE)}
+        job.average.load({entry.removesuffix(AVERAGE): value for entry, value in averages.items()})
     return Position(**found.state["position"])
 
 
@@ -68,6 +74,8 @@ def save(job: Job, at: Position, watch: Stopwatch) -> str | None:
     """Write a checkpoint and the status; returns what was in the way: a full disk, weights that are not finite."""
     run, method, train = job.run, job.method, job.config.train
     tensors, numbers = optimizer_state.optimizer_to_tensors(job.optimizer, names_of(method))
+    if job.average is not None:
+        tensors |= {name + AVERAGE: value for name, value in job.average.values.items()}
     state = {"step": at.step, "position": asdict(at), "optimizer": numbers, "seed": train.seed}
     weights = {name: value for name, value in method.state_dict().items() if not name.startswith(method.fixed)}
     with optional(job, run.metrics_file):
