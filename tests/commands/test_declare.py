@@ -261,7 +261,7 @@ def test_a_public_function_is_documented(name):
     function = getattr(unmask, name)
     assert function.__doc__ == inspect.getdoc(function)
     for parameter in inspect.signature(function).parameters:
-        assert f"\n{parameter}: " in function.__doc__
+        assert f"\n    {parameter}: " in function.__doc__
     assert "\nReturn " in function.__doc__
 
 

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import SMALL_RUN, write_images
+from conftest import SMALL_RUN, stored, write_images
 
 from unmask.comparison import compare as compare_module
 from unmask.comparison import run_facts, shared_probes
@@ -62,6 +62,12 @@ def test_what_they_are_and_what_they_cost(runs, labelled, tmp_path):
     assert a["images_per_second"] > 0
     assert summary["probes"] == []
     assert "No probe is shared by all of these runs" in summary["not_comparable"][0]
+
+
+def test_a_run_that_was_killed_is_not_shown_as_running(runs, tmp_path):
+    Run(runs[0]).write("status.json", stored(runs[0] / "status.json") | {"state": "running"})
+    rows = compare(runs, out=tmp_path / "both.html")["runs"]
+    assert [row["state"] for row in rows] == ["interrupted", "finished"]
 
 
 def test_the_page_is_one_file_with_both_pictures(runs, tmp_path):

@@ -17,7 +17,7 @@ from unmask.engine.load import load, load_encoder
 from unmask.engine.pacing import due
 from unmask.engine.pretrain import pretrain
 from unmask.engine.resume import resume
-from unmask.engine.train import TrainingFailed
+from unmask.engine.train import TrainingFailed, epoch_text
 from unmask.engine.training_data import DataError
 from unmask.methods.mae import MAE
 from unmask.run import Run
@@ -363,3 +363,16 @@ def test_training_works_in_another_thread_and_leaves_the_callers_random_numbers_
     assert found[0].read("status.json")["state"] == "finished"
     assert losses(start(images, tmp_path / "again", "train.steps=2")) == losses(found[0])
     assert torch.equal(torch.rand(1), expected)
+
+
+@pytest.mark.parametrize(
+    ("done", "total", "expected"),
+    [
+        (0, 20, "epoch 0.0/20.0"),
+        (1.54, 3, "epoch 1.5/3.0"),
+        (0.002, 0.006, "epoch 0.0020/0.0060"),
+        (0, 0.5, "epoch 0.00/0.50"),
+    ],
+)
+def test_the_epochs_of_a_short_run_are_shown_with_enough_decimals(done, total, expected):
+    assert epoch_text(done, total) == expected

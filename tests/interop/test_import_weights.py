@@ -511,6 +511,9 @@ def test_training_goes_on_from_an_imported_run(tmp_path, unmask):
     assert done.read("config.json")["graft"][0]["source"] == "encoder."
     code, _, err = unmask("resume", whole)
     assert (code, "is finished" in err) == (0, True)
+    code, _, err = unmask("pretrain", photos, "--config", encoder)
+    assert (code, "of an imported encoder, which has no training task of its own" in err) == (2, True), err
+    assert "learns from labels" not in err
 
 
 @pytest.fixture

@@ -223,9 +223,11 @@ def signature(request: type[Request], result: Any) -> inspect.Signature:
 
 def _documentation(verb: Command) -> str:
     """Return the docstring of the Python function: the help text, what is returned, and the options."""
-    lines = [verb.help, "", inspect.cleandoc(verb.call.__doc__ or ""), ""]
+    lines = [verb.help, "", inspect.cleandoc(verb.call.__doc__ or ""), "", "Args:"]
     for each in options_of(verb.request):
         default = f" Default: {each.option.default}." if each.option.default else ""
-        lines.append(f"{each.name}: {each.option.help}{default}")
-    lines.append("console: Where text and progress are printed, stderr when None; `Console(quiet=True)` only warns.")
+        lines.append(f"    {each.name}: {each.option.help}{default}")
+    lines.append(
+        "    console: Where text and progress are printed, stderr when None; `Console(quiet=True)` only warns."
+    )
     return "\n".join([*lines, "", "Raises UserError for input that the caller can correct."])

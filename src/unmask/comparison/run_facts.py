@@ -20,6 +20,7 @@ from unmask.engine.plan import Plan
 from unmask.recipes.catalogue import all_recipes
 from unmask.report.training_log import last_loss, training_seconds
 from unmask.run import Run
+from unmask.run_summary import state_of
 
 SAME_WITHIN = 0.01  # numbers closer than this share are the same
 SINGULAR = ("image size", "training compute", "data")
@@ -44,7 +45,7 @@ def about(name: str, run: Run) -> dict[str, Any]:
         "parameters": plan.parameters,
         "encoder_parameters": plan.encoder_parameters,
         "flops": flops,
-        "state": status["state"],
+        "state": state_of(run.path, status),
         "step": status["step"],
         "steps": plan.steps,
         "images_seen": seen,

@@ -184,9 +184,14 @@ def _as_auto_would(config: Config, settings: list[str]) -> Config:
 
 
 def refuse_labels(config: Config, from_run: str | Path | None) -> None:
-    """Raises ConfigError for a method that learns from labels: those belong to `unmask finetune`."""
+    """Raise ConfigError for a method that does not pre-train: one that learns from labels, or an imported encoder."""
     if config.method.name not in task_names():
         return
+    if config.method.name == "encoder":
+        raise ConfigError(
+            "got the settings of an imported encoder, which has no training task of its own; expected those of a "
+            "pre-training; to start from its weights: unmask pretrain DATA --from RUN --recipe mae_base"
+        )
     if from_run is None:
         raise ConfigError(
             f"recipe {config.recipe} learns from labels, and this is pre-training; use it with `unmask finetune RUN "

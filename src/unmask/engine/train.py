@@ -313,11 +313,17 @@ def compile_or_say(job: Job) -> None:
         job.console.warn(f"train.compile is for transformer blocks; {job.config.method.name} has none that it knows")
 
 
+def epoch_text(done: float, total: float) -> str:
+    """Return 'epoch 1.5/20.0', with more decimals for a run that is shorter than an epoch."""
+    decimals = 1 if total >= 1 else 1 - math.floor(math.log10(total))
+    return f"epoch {done:.{decimals}f}/{total:.{decimals}f}"
+
+
 def progress_text(job: Job, samples: Samples, at: Position, loss: float, pace: Pace, watch: Stopwatch) -> str:
     """The line beside the progress bar: epoch, losses, speed, time so far."""
     images = job.plan.num_images
     losses = [f"loss {loss:.4f}", *(f"{name} {value:.4f}" for name, value in samples.losses.items())]
-    epochs = f"epoch {at.consumed / images:.1f}/{job.plan.steps * job.plan.batch_size / images:.1f}"
+    epochs = epoch_text(at.consumed / images, job.plan.steps * job.plan.batch_size / images)
     return "  ".join([epochs, ", ".join(losses), pace.sentence(at.consumed), f"{duration(watch.seconds())} so far"])
 
 
