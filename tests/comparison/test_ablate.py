@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import SMALL_RUN, write_images
+from faults import faults
 
 from unmask.comparison import ablate as ablate_module
 from unmask.comparison import schedule, table_page, table_results, train_cells
@@ -25,7 +26,7 @@ from unmask.comparison.table_results import find_probe
 from unmask.config import ConfigError
 from unmask.console import Console
 from unmask.data.sources.open_source import open_source
-from unmask.engine import changed_data, pretrain, run_training, training_data
+from unmask.engine import changed_data, pretrain, training_data
 from unmask.engine.load import load, read_plan
 from unmask.engine.measure import Timing
 from unmask.errors import TrainingFailed, UserError
@@ -158,31 +159,19 @@ def test_a_finished_table_is_left_alone_and_said_once(unbroken, data, monkeypatc
 
 
 @pytest.mark.parametrize("stopped_in", ["first cell", "second cell"])
-def test_a_table_that_was_stopped_while_training_becomes_that_of_an_unbroken_one(
-    unbroken, data, tmp_path, monkeypatch, stopped_in
-):
+def test_a_table_that_was_stopped_while_training_becomes_that_of_an_unbroken_one(unbroken, data, tmp_path, stopped_in):
     """A real signal in the middle of a cell: the loop saves and stops, the table says so, and the rest follows."""
-    real, left = run_training.train, [1 if stopped_in == "first cell" else 2]
+    trained, stops_at = [], 1 if stopped_in == "first cell" else 2
 
-    def signalled(run, config, plan, images, console, *judge):
-        left[0] -= 1
-        if left[0] == 0:
-            logged = Run.log
+    def signalled(job, step):
+        trained.append(job.run.path)
+        if len(set(trained)) == stops_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step
 
-            def log(self, row):
-                logged(self, row)
-                os.kill(os.getpid(), signal.SIGTERM)
-
-            monkeypatch.setattr(Run, "log", log)
-            try:
-                return real(run, config, plan, images, console)
-            finally:
-                monkeypatch.setattr(Run, "log", logged)
-        return real(run, config, plan, images, console)
-
-    monkeypatch.setattr(run_training, "train", signalled)
     before = signal.getsignal(signal.SIGTERM)
-    stopped = make(data, tmp_path / "table")
+    with faults(after_step=signalled):
+        stopped = make(data, tmp_path / "table")
     assert signal.getsignal(signal.SIGTERM) is before
     assert stopped["state"] == "stopped"
     cell = 0 if stopped_in == "first cell" else 1
@@ -270,21 +259,17 @@ def test_two_at_once_in_one_folder_are_refused(unbroken, data):
 # ------------------------------------------------------------------------------------------------------------- failures
 
 
-def test_a_cell_that_fails_is_shown_with_its_sentence_and_the_others_go_on(data, tmp_path, monkeypatch):
-    real = run_training.train
-
-    def fails(run, config, plan, images, console, *judge):
-        if config.method.decoder.depth == 1:
+def test_a_cell_that_fails_is_shown_with_its_sentence_and_the_others_go_on(data, tmp_path):
+    def fails(job, at):
+        if job.config.method.decoder.depth == 1:
             raise TrainingFailed("the loss went up in smoke")
-        return real(run, config, plan, images, console)
 
-    monkeypatch.setattr(run_training, "train", fails)
-    summary = make(data, tmp_path / "table")
+    with faults(before_step=fails):
+        summary = make(data, tmp_path / "table")
     assert summary["state"] == "failed"
     assert [row["state"] for row in summary["rows"]] == ["failed", "finished"]
     assert summary["rows"][0]["sentence"] == "1: failed: the loss went up in smoke"
     assert "depth-1-seed-0 failed: the loss went up in smoke" in (tmp_path / "table" / "table.html").read_text()
-    monkeypatch.setattr(run_training, "train", real)
     mended = make(data, tmp_path / "table")
     assert mended["state"] == "finished", "the same command tries it again"
     assert mended["rows"][0]["runs"][0]["error"] is None
@@ -327,15 +312,13 @@ def test_a_tokenizer_that_is_given_is_used_and_none_is_trained(data, tmp_path, m
 
 def test_without_its_tokenizer_a_cell_fails_and_says_so(data, tmp_path, monkeypatch):
     two_targets(monkeypatch)
-    real = run_training.train
 
-    def fails(run, config, plan, images, console, *judge):
-        if config.method.name == "dvae":
+    def fails(job, at):
+        if job.config.method.name == "dvae":
             raise TrainingFailed("no codes")
-        return real(run, config, plan, images, console)
 
-    monkeypatch.setattr(run_training, "train", fails)
-    summary = make(data, tmp_path / "table", table="1d", settings=[*SMALL, "method.decoder.depth=1"])
+    with faults(before_step=fails):
+        summary = make(data, tmp_path / "table", table="1d", settings=[*SMALL, "method.decoder.depth=1"])
     assert [row["state"] for row in summary["rows"]] == ["failed", "finished", "failed"]
     assert "its tokenizer could not be trained" in summary["rows"][2]["sentence"]
 

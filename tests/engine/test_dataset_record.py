@@ -8,7 +8,7 @@ import shutil
 
 import numpy as np
 import pytest
-from stops import stop_at
+from faults import faults, signal_after
 from test_pretrain import start
 
 from unmask.config import ConfigError
@@ -32,12 +32,11 @@ def arrays(folder, seed=0, count=30):
 
 
 @pytest.fixture
-def stopped(tmp_path, monkeypatch):
+def stopped(tmp_path):
     """A run of six steps that was stopped after two."""
     arrays(tmp_path / "data")
-    stop_at(monkeypatch, 2)
-    run = start(tmp_path / "data", tmp_path / "run", "train.steps=6")
-    monkeypatch.undo()
+    with signal_after(2):
+        run = start(tmp_path / "data", tmp_path / "run", "train.steps=6")
     return run
 
 
@@ -73,7 +72,7 @@ def test_a_copy_with_other_times_goes_on_and_its_times_are_recorded(stopped, tmp
     assert file_of(stopped, "data").read_bytes() != before
 
 
-def test_a_run_of_an_earlier_version_is_held_to_names_and_sizes(stopped, tmp_path, capsys, monkeypatch):
+def test_a_run_of_an_earlier_version_is_held_to_names_and_sizes(stopped, tmp_path, capsys):
     file_of(stopped, "data").unlink()
     as_of_an_earlier_version(stopped)
     (tmp_path / "data" / "new.npy").write_bytes(b"")
@@ -124,45 +123,36 @@ def test_a_lost_record_of_the_images_is_no_licence_to_replace_them(stopped, tmp_
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_file_replaced_while_training_is_never_trained_on_as_if_it_were_the_old_one(tmp_path, monkeypatch, workers):
+def test_a_file_replaced_while_training_is_never_trained_on_as_if_it_were_the_old_one(tmp_path, workers):
     data = arrays(tmp_path / "data")
-    from unmask.engine import train
 
-    real = train.step
-
-    def replacing(*arguments):
-        taken = real(*arguments)
-        if taken.number == 1:
+    def replacing(job, step):
+        if step.number == 1:
             for number in (3, 4):
                 file = io.BytesIO()
                 np.save(file, np.zeros((20, 24, 3), np.uint8))
                 (data / f"{number:03d}.npy").write_bytes(file.getvalue())
-        return taken
+        return step
 
-    monkeypatch.setattr(train, "step", replacing)
     settings = ["train.steps=30", "data.cache=false", f"data.workers={workers}", "data.max_bad_fraction=0.1"]
-    run = start(data, tmp_path / "run", *settings)
+    with faults(after_step=replacing):
+        run = start(data, tmp_path / "run", *settings)
     noted = {(row["name"], row["code"]) for row in run.quarantine()}
     assert noted == {("003.npy", "CHANGED"), ("004.npy", "CHANGED")}
 
 
-def test_changed_files_that_are_accepted_are_trained_on_again(tmp_path, monkeypatch):
+def test_changed_files_that_are_accepted_are_trained_on_again(tmp_path):
     data = arrays(tmp_path / "data")
-    from unmask.engine import train
 
-    real = train.step
-
-    def replacing(*arguments):
-        taken = real(*arguments)
-        if taken.number == 1:
+    def replacing(job, step):
+        if step.number == 1:
             shutil.copyfile(data / "005.npy", data / "003.npy")
-        if taken.number == 12:
+        if step.number == 12:
             os.kill(os.getpid(), 15)
-        return taken
+        return step
 
-    monkeypatch.setattr(train, "step", replacing)
-    run = start(data, tmp_path / "run", "train.steps=14", "data.cache=false")
-    monkeypatch.undo()
+    with faults(after_step=replacing):
+        run = start(data, tmp_path / "run", "train.steps=14", "data.cache=false")
     assert [row["code"] for row in run.quarantine()] == ["CHANGED"]
     with pytest.raises(DataError, match=r"1 changed: 003.npy \(content\)"):
         resume(run.path)
@@ -171,7 +161,7 @@ def test_changed_files_that_are_accepted_are_trained_on_again(tmp_path, monkeypa
     assert len(run.quarantine()) == 1
 
 
-def test_a_run_whose_data_moved_goes_on_exactly_where_they_are_now(stopped, tmp_path, monkeypatch):
+def test_a_run_whose_data_moved_goes_on_exactly_where_they_are_now(stopped, tmp_path):
     whole = start(tmp_path / "data", tmp_path / "whole", "train.steps=6")
     shutil.copytree(tmp_path / "data", tmp_path / "moved" / "photos", copy_function=shutil.copyfile)
     shutil.rmtree(tmp_path / "data")
@@ -181,9 +171,8 @@ def test_a_run_whose_data_moved_goes_on_exactly_where_they_are_now(stopped, tmp_
         resume(stopped.path, places=moved)
     assert read_config(stopped).data.source == str(tmp_path / "data"), "a refusal changes nothing"
     (tmp_path / "moved" / "photos" / "extra.npy").unlink()
-    stop_at(monkeypatch, 4)
-    resume(stopped.path, places=moved)
-    monkeypatch.undo()
+    with signal_after(4):
+        resume(stopped.path, places=moved)
     resume(stopped.path)  # the new place is the run's own now
     assert weights(stopped) == weights(whole)
     assert read_config(stopped).data.source == str(tmp_path / "moved" / "photos")
@@ -194,13 +183,12 @@ def test_a_run_whose_data_moved_goes_on_exactly_where_they_are_now(stopped, tmp_
         Places(test="x").applied(read_config(stopped))
 
 
-def test_several_data_less_some_images_are_trained_on_and_resumed(tmp_path, monkeypatch, capsys):
+def test_several_data_less_some_images_are_trained_on_and_resumed(tmp_path, capsys):
     arrays(tmp_path / "one", seed=0, count=20)
     arrays(tmp_path / "two", seed=1, count=20)
-    stop_at(monkeypatch, 2)
-    data = [tmp_path / "one", tmp_path / "two"]
-    run = start(data, tmp_path / "run", "train.steps=4", exclude=["01?.npy"], console=Console())
-    monkeypatch.undo()
+    with signal_after(2):
+        data = [tmp_path / "one", tmp_path / "two"]
+        run = start(data, tmp_path / "run", "train.steps=4", exclude=["01?.npy"], console=Console())
     assert "20 images found" in capsys.readouterr().err
     data = read_config(run).data
     assert (data.source, data.exclude) == ((str(tmp_path / "one"), str(tmp_path / "two")), ("01?.npy",))

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 from conftest import SMALL_RUN, write_images
+from faults import error_before
 
 from unmask.config import ConfigError, override
 from unmask.console import Console
@@ -86,21 +87,10 @@ def test_a_changed_held_out_image_changes_its_loss_and_no_training_step(images, 
     assert found["trained on"][0] != before
 
 
-def test_they_stay_held_out_when_a_run_is_resumed(images, tmp_path, run, monkeypatch):
-    from unmask.engine import train
-
+def test_they_stay_held_out_when_a_run_is_resumed(images, tmp_path, run):
     settings = [*SETTINGS, "train.steps=4", "data.held_out=6", "train.checkpoint_every=2"]
-    real = train.step
-
-    def stops(job, stream, at):
-        if at.step == 2:
-            raise RuntimeError("stopped here")
-        return real(job, stream, at)
-
-    monkeypatch.setattr(train, "step", stops)
-    with pytest.raises(RuntimeError, match="stopped here"):
+    with error_before(3, RuntimeError("stopped here")), pytest.raises(RuntimeError, match="stopped here"):
         pretrain(images, recipe="mae_nano", out=tmp_path / "cut", settings=settings, console=Console(quiet=True))
-    monkeypatch.undo()
     again = resume(tmp_path / "cut", console=Console(quiet=True))
     assert held_out_losses(again) == held_out_losses(run)
     assert len(again.read("evals/baselines.json")["held_out_losses"]) == 4

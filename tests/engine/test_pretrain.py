@@ -7,20 +7,23 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from conftest import SMALL_RUN, write_images
-from stops import stop_at
+from faults import faults, signal_after
 
-from unmask.config import ConfigError
+from unmask.config import ConfigError, override
 from unmask.console import Console
 from unmask.engine import pretrain as pretrain_module
-from unmask.engine import resolve, run_training, samples, train
+from unmask.engine import resolve, run_training
 from unmask.engine.edit_run import set_values
 from unmask.engine.load import load
 from unmask.engine.pretrain import pretrain
 from unmask.engine.resume import resume
+from unmask.engine.samples import BASELINES
 from unmask.engine.train import TrainingFailed
 from unmask.engine.training_data import DataError
 from unmask.errors import UserError
+from unmask.recipes.catalogue import find
 from unmask.run import Run, RunError, RunInUse
 
 
@@ -74,7 +77,7 @@ def test_what_auto_may_yet_make_fit_is_not_refused_beforehand(settings):
 
 
 def test_a_base_is_resolved_alike_whether_it_is_a_recipe_or_another_run():
-    base = pretrain_module.override(pretrain_module.catalogue.find("mae_nano"), ["train.steps=500"])
+    base = override(find("mae_nano"), ["train.steps=500"])
     assert resolve.resolve(base, []).train.steps == 500
     epochs = resolve.resolve(base, ["train.epochs=3"])
     assert (epochs.train.steps, epochs.train.epochs) == (None, 3)
@@ -85,7 +88,7 @@ def test_a_base_is_resolved_alike_whether_it_is_a_recipe_or_another_run():
 
 
 @pytest.mark.parametrize("nothing", ["none", "null"])
-def test_auto_does_not_propose_steps_that_a_person_has_cleared(images, monkeypatch, nothing):
+def test_auto_does_not_propose_steps_that_a_person_has_cleared(images, nothing):
     source = pretrain_module.open_source(images)
     found = pretrain_module.scan(source)
     config, reasons, proposals = resolve.settle(source, found, "auto", [f"train.steps={nothing}"], "cpu", budget=None)
@@ -135,7 +138,7 @@ def test_a_budget_and_epochs_go_before_the_steps_of_a_recipe(images, tmp_path, m
     from unmask.recipes import catalogue
 
     steady = catalogue.find("mae_nano").model_copy(update={"train": catalogue.find("mae_nano").train})
-    with_steps = pretrain_module.override(steady, ["train.steps=500"])
+    with_steps = override(steady, ["train.steps=500"])
     monkeypatch.setattr(catalogue, "find", lambda _: with_steps)
     monkeypatch.setattr("unmask.engine.make_plan.time_steps", lambda *_, **__: [0.5])
     monkeypatch.setattr("unmask.engine.time_budget.clock", lambda: 0.0)
@@ -151,10 +154,9 @@ def test_channels_asked_for_are_counted_and_measured(images, tmp_path):
         start(images, tmp_path / "run2", "train.steps=1", "data.mean=[1,2]")
 
 
-def test_a_run_in_use_is_refused_and_left_alone(images, tmp_path, monkeypatch):
-    stop_at(monkeypatch, 2)
-    run = start(images, tmp_path / "run", "train.steps=4")
-    monkeypatch.undo()
+def test_a_run_in_use_is_refused_and_left_alone(images, tmp_path):
+    with signal_after(2):
+        run = start(images, tmp_path / "run", "train.steps=4")
     before = run.read("status.json")
     with run.lock(), pytest.raises(RunInUse, match=rf"in use by this very process \({os.getpid()}\)"):
         resume(run.path)
@@ -162,74 +164,68 @@ def test_a_run_in_use_is_refused_and_left_alone(images, tmp_path, monkeypatch):
     assert resume(run.path).read("status.json")["state"] == "finished"
 
 
-def test_changed_data_are_refused_or_adopted_for_good(images, tmp_path, monkeypatch):
+def test_changed_data_are_refused_or_adopted_for_good(images, tmp_path):
     (images / "0000x.png").write_bytes(b"\x89PNG\r\n\x1a\n")
-    stop_at(monkeypatch, 2)
-    run = start(images, tmp_path / "run", "train.steps=6")
-    monkeypatch.undo()
+    with signal_after(2):
+        run = start(images, tmp_path / "run", "train.steps=6")
     assert run.read("plan.json")["excluded"] == [1]
     (images / "0000.png").unlink()  # now the broken file is row 0
     shutil.copy(images / "0007.png", images / "new.png")
     with pytest.raises(DataError, match=r"have changed.*31 files then, 31 now.*--allow-dataset-change"):
         resume(run.path)
-    stop_at(monkeypatch, 4)
-    resume(run.path, allow_dataset_change=True)
-    monkeypatch.undo()
+    with signal_after(4):
+        resume(run.path, allow_dataset_change=True)
     assert (run.read("plan.json")["excluded"], run.read("plan.json")["num_images"]) == ([0], 30)
     resume(run.path)  # the new files are the run's own now
     assert [row["step"] for row in run.metrics()] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_device_that_has_gone_is_said(images, tmp_path, monkeypatch):
-    stop_at(monkeypatch, 1)
-    run = start(images, tmp_path / "run", "train.steps=4")
-    monkeypatch.undo()
+def test_a_device_that_has_gone_is_said(images, tmp_path):
+    with signal_after(1):
+        run = start(images, tmp_path / "run", "train.steps=4")
     run.write("plan.json", {**run.read("plan.json"), "device": "cuda:0"})
-    if not pretrain_module.torch.cuda.is_available():
+    if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match="'cuda:0' is not available here"):
             resume(run.path)
 
 
-def test_a_folder_that_cannot_be_written_to_is_said(images, tmp_path, monkeypatch):
-    stop_at(monkeypatch, 1)
-    run = start(images, tmp_path / "run", "train.steps=4")
-    monkeypatch.undo()
+def test_a_folder_that_cannot_be_written_to_is_said(images, tmp_path):
+    with signal_after(1):
+        run = start(images, tmp_path / "run", "train.steps=4")
     (run.path / ".lock").unlink()
     (run.path / ".lock").mkdir()  # what chmod would do, for the superuser too
     with pytest.raises(RunError, match=r"cannot be written to: .*make it writable"):
         resume(run.path)
 
 
-def test_a_run_folder_that_vanishes_fails_at_the_end_and_not_before(images, tmp_path, monkeypatch):
-    real, taken = train.step, []
+def test_a_run_folder_that_vanishes_fails_at_the_end_and_not_before(images, tmp_path):
+    taken = []
 
-    def vanishing(*arguments):
-        taken.append(real(*arguments))
-        if taken[-1].number == 3:
+    def vanishing(job, step):
+        taken.append(step.number)
+        if step.number == 3:
             shutil.rmtree(tmp_path / "run")
-        return taken[-1]
+        return step
 
-    monkeypatch.setattr(train, "step", vanishing)
-    with pytest.raises(TrainingFailed, match=r"was deleted, moved or replaced .*unmask resume"):
+    with (
+        faults(after_step=vanishing),
+        pytest.raises(TrainingFailed, match=r"was deleted, moved or replaced .*unmask resume"),
+    ):
         start(images, tmp_path / "run", "train.steps=6", "train.picture_every=2")
     assert not (tmp_path / "run").exists(), "it does not come back as a lone status.json"
-    assert [step.number for step in taken] == [1, 2, 3, 4, 5, 6]
+    assert taken == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_killed_loader_worker_is_a_sentence_and_the_way_out_that_it_names_is_true(images, tmp_path, monkeypatch):
-    real = train.step
-
-    def killing(*arguments):
-        if arguments[-1].step == 3:
+def test_a_killed_loader_worker_is_a_sentence_and_the_way_out_that_it_names_is_true(images, tmp_path):
+    def killing(job, at):
+        if at.step == 3:
             for worker in multiprocessing.active_children():
                 worker.kill()
-        return real(*arguments)
 
-    monkeypatch.setattr(train, "step", killing)
     settings = ("train.steps=40", "train.checkpoint_every=2", "data.workers=1", "data.cache=false")
-    with pytest.raises(TrainingFailed, match=r"killed by signal 9; out of memory.*unmask set .*run data\.workers=0"):
+    message = r"killed by signal 9; out of memory.*unmask set .*run data\.workers=0"
+    with faults(before_step=killing), pytest.raises(TrainingFailed, match=message):
         start(images, tmp_path / "run", *settings)
-    monkeypatch.undo()
     run = Run(tmp_path / "run")
     assert run.read("status.json")["state"] == "failed"
     set_values(run.path, ["data.workers=0"])
@@ -239,18 +235,15 @@ def test_a_killed_loader_worker_is_a_sentence_and_the_way_out_that_it_names_is_t
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_data_that_have_gone_are_a_sentence(images, tmp_path, monkeypatch, workers):
-    real = train.step
-
-    def emptying(*arguments):
-        if arguments[-1].step == 1:
+def test_data_that_have_gone_are_a_sentence(images, tmp_path, workers):
+    def emptying(job, at):
+        if at.step == 1:
             for path in images.iterdir():
                 path.write_bytes(b"")
-        return real(*arguments)
 
-    monkeypatch.setattr(train, "step", emptying)
     settings = ("train.steps=60", "data.cache=false", f"data.workers={workers}", "data.max_bad_fraction=1")
-    with pytest.raises(TrainingFailed, match="the data seem to have gone") as caught:
+    gone = pytest.raises(TrainingFailed, match="the data seem to have gone")
+    with faults(before_step=emptying), gone as caught:
         start(images, tmp_path / "run", *settings)
     assert "Traceback" not in str(caught.value)
 
@@ -330,7 +323,7 @@ def test_a_loss_that_is_no_better_than_a_baseline_is_reported_at_the_end(images,
 )
 def test_what_counts_as_no_better_than_a_baseline(images, tmp_path, capsys, guesses, losses, warned):
     run = start(images, tmp_path / "run", "train.steps=2", console=Console(quiet=True))
-    run.write(samples.BASELINES, {"guesses": guesses, "losses": losses})
+    run.write(BASELINES, {"guesses": guesses, "losses": losses})
     capsys.readouterr()
     run_training.warn_above_baseline(run, Console())
     assert ("the baseline (visible mean)" in capsys.readouterr().err) == warned

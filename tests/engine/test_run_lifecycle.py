@@ -12,12 +12,12 @@ import time
 import pytest
 import torch
 from conftest import SMALL_RUN, write_images
+from faults import faults
 
 from unmask.commands import STOPPED, explain
 from unmask.console import Console
 from unmask.engine import checkpoint
 from unmask.engine import resume as module
-from unmask.engine import train as loop
 from unmask.engine.load import load
 from unmask.engine.pretrain import pretrain
 from unmask.engine.resume import resume
@@ -55,7 +55,7 @@ def files(folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("after", range(5))
-def test_a_creation_that_is_killed_at_any_file_is_taken_over(images, tmp_path, monkeypatch, capsys, after):
+def test_a_creation_that_is_killed_at_any_file_is_taken_over(images, tmp_path, capsys, after):
     """The write after so many is cut short by SIGKILL: neither cleaning up nor unlocking happens."""
     code = f"""
 import os, signal, sys
@@ -314,20 +314,16 @@ def block(path):
     "name", ["metrics.jsonl", "status.json", "pictures", "evals", "quarantine.jsonl", "faults.jsonl", "report.html"]
 )
 @pytest.mark.parametrize("when", ["while it trains", "before it goes on"])
-def test_no_file_beside_the_weights_keeps_them_from_being_saved(images, tmp_path, monkeypatch, capsys, name, when):
-    real, step_of_fault = loop.step, 3
-
-    def blocking(*arguments):
-        if arguments[-1].step == step_of_fault:
+def test_no_file_beside_the_weights_keeps_them_from_being_saved(images, tmp_path, capsys, name, when):
+    def blocking(job, at):
+        if at.step == 3:
             if when == "while it trains":
                 block(tmp_path / "run" / name)
             else:
                 os.kill(os.getpid(), signal.SIGTERM)
-        return real(*arguments)
 
-    monkeypatch.setattr(loop, "step", blocking)
-    run = start(images, tmp_path / "run", "train.steps=6", "train.checkpoint_every=2", "train.picture_every=2")
-    monkeypatch.undo()
+    with faults(before_step=blocking):
+        run = start(images, tmp_path / "run", "train.steps=6", "train.checkpoint_every=2", "train.picture_every=2")
     if when != "while it trains":
         assert run.status()["state"] == "stopped"
         block(tmp_path / "run" / name)
@@ -340,25 +336,15 @@ def test_no_file_beside_the_weights_keeps_them_from_being_saved(images, tmp_path
     assert same(weights(run.path), weights(whole.path))
 
 
-def test_a_folder_that_is_replaced_while_training_is_left_alone(images, tmp_path, monkeypatch):
-    real = loop.step
-
-    def replacing(*arguments):
-        if arguments[-1].step == 2:
+def test_a_folder_that_is_replaced_while_training_is_left_alone(images, tmp_path):
+    def replacing(job, at):
+        if at.step == 2:
             (tmp_path / "run").rename(tmp_path / "moved")
-            start(images, tmp_path / "run", "train.steps=1")
-        return real(*arguments)
+            with faults():  # none in the other run
+                start(images, tmp_path / "run", "train.steps=1")
 
-    def once(*arguments):
-        monkeypatch.setattr(loop, "step", real)
-        result = replacing(*arguments)
-        monkeypatch.setattr(loop, "step", once)
-        return result
-
-    monkeypatch.setattr(loop, "step", once)
-    with pytest.raises(TrainingFailed, match="was deleted, moved or replaced"):
+    with faults(before_step=replacing), pytest.raises(TrainingFailed, match="was deleted, moved or replaced"):
         start(images, tmp_path / "run", "train.steps=4")
-    monkeypatch.undo()
     assert Run(tmp_path / "run").status()["step"] == 1, "the other run"
     assert resume(tmp_path / "moved", console=QUIET).finished
 

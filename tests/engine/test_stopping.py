@@ -15,6 +15,7 @@ import numpy as np
 import psutil
 import pytest
 from conftest import SMALL_RUN
+from faults import faults
 
 from unmask.batch import ImageSpec
 from unmask.data.augment import CropConfig
@@ -22,7 +23,6 @@ from unmask.data.decode.bad_image import BadImage
 from unmask.data.image_reader import Images
 from unmask.data.loader import eval_batches, training_batches
 from unmask.data.sources.open_source import open_source
-from unmask.engine import train as loop
 from unmask.engine.pretrain import pretrain
 from unmask.engine.resume import resume
 from unmask.errors import LoadingFailed, TrainingFailed, UserError
@@ -182,7 +182,7 @@ def test_what_a_worker_raises_comes_out_as_a_sentence_or_as_it_was():
         next(pool)
 
 
-def test_no_shared_memory_is_used_beside_the_anonymous_file(images, monkeypatch):
+def test_no_shared_memory_is_used_beside_the_anonymous_file(images):
     """Docker gives /dev/shm 64 MB: nothing of ours may lie there."""
     before = set(os.listdir("/dev/shm"))
     pool = training_batches(loader_images(images), start=0, batch=30, batches=50, workers=2)
@@ -238,16 +238,16 @@ def test_a_limit_that_is_no_number_is_refused(monkeypatch, text):
 
 def test_a_step_that_never_ends_fails_with_stacks(images, tmp_path, monkeypatch):
     monkeypatch.setenv(stalls.VARIABLE, "1")
-    real = loop.step
 
-    def hanging(*arguments):
-        if arguments[-1].step == 2:
+    def hanging(job, at):
+        if at.step == 2:
             while True:
                 time.sleep(0.05)
-        return real(*arguments)
 
-    monkeypatch.setattr(loop, "step", hanging)
-    with pytest.raises(TrainingFailed, match=r"step 3 made no progress for 1 s.*stalled\.txt.*unmask resume"):
+    with (
+        faults(before_step=hanging),
+        pytest.raises(TrainingFailed, match=r"step 3 made no progress for 1 s.*stalled\.txt.*unmask resume"),
+    ):
         pretrain(images, recipe="mae_nano", out=tmp_path / "run", settings=[*SMALL_RUN, "train.steps=5"])
     assert "in hanging" in (tmp_path / "run" / "stalled.txt").read_text()
     assert Run(tmp_path / "run").read("status.json")["state"] == "failed"

@@ -6,12 +6,12 @@ from itertools import pairwise
 
 import pytest
 from conftest import SMALL_RUN
+from faults import faults
 
 from unmask.batch import ImageSpec
 from unmask.console import Console
 from unmask.engine import checkpoint
 from unmask.engine import time_budget as budgets
-from unmask.engine import train as loop
 from unmask.engine.plan import Plan
 from unmask.engine.pretrain import pretrain
 from unmask.engine.resume import resume
@@ -163,19 +163,21 @@ def test_most_of_a_budget_stays_for_training(clock):
 # --------------------------------------------------------------------------------------------------------- in the loop
 
 
-def timed_steps(monkeypatch, clock, seconds, *, die_at=None):
-    """Every step moves the clock by `seconds(step)`; at step `die_at` the process is killed, so nothing is saved."""
-    real = loop.step
+def timed_steps(clock, seconds, *, die_at=None):
+    """Context manager in which every step moves the clock by `seconds(steps before it)`.
 
-    def step(job, stream, at):
+    With `die_at` steps done the process is killed, so that nothing is saved.
+    """
+
+    def before_step(job, at):
         if at.step == die_at:
             raise SystemExit("killed")
-        taken = real(job, stream, at)
-        clock.wait(seconds(at.step))
-        return taken
 
-    monkeypatch.setattr(loop, "step", step)
-    return lambda: monkeypatch.setattr(loop, "step", real)
+    def after_step(job, step):
+        clock.wait(seconds(step.number - 1))
+        return step
+
+    return faults(before_step=before_step, after_step=after_step)
 
 
 def begin(images, out, monkeypatch, *, budget, console=None, settings=(), each=1.0):
@@ -195,8 +197,8 @@ def test_a_run_follows_its_pace_and_writes_down_how(images, tmp_path, monkeypatc
     said = []
     console = Console(quiet=True)
     console.say = said.append
-    timed_steps(monkeypatch, clock, lambda step: 0.5 if step < 30 else 2.0)  # planned with 1 s a step
-    run = begin(images, tmp_path / "run", monkeypatch, budget=100.0, console=console)
+    with timed_steps(clock, lambda step: 0.5 if step < 30 else 2.0):  # planned with 1 s a step
+        run = begin(images, tmp_path / "run", monkeypatch, budget=100.0, console=console)
     found = run.read("plan.json")
     assert 90 <= clock.time - 1000 <= 100
     assert found["budget"] == 100.0
@@ -219,10 +221,8 @@ def test_a_killed_run_repeats_its_steps_under_the_written_replans(
 
     Negative control: without the written replans the repeated steps differ.
     """
-    restored = timed_steps(monkeypatch, clock, lambda step: 0.4, die_at=37)
-    with pytest.raises(SystemExit):
+    with timed_steps(clock, lambda step: 0.4, die_at=37), pytest.raises(SystemExit):
         begin(images, tmp_path / "run", monkeypatch, budget=60.0)
-    restored()
     run = Run(tmp_path / "run")
     before, planned = rows(run), run.read("plan.json")
     assert checkpoint.newest_step(run) == 20
@@ -230,9 +230,8 @@ def test_a_killed_run_repeats_its_steps_under_the_written_replans(
     assert planned["replans"][0]["step"] < 37
     if negative_control:
         run.write("plan.json", planned | {"replans": [], "steps": planned["replans"][0]["before"]})
-    restored = timed_steps(monkeypatch, clock, lambda step: 4.0)
-    resume(run.path)
-    restored()
+    with timed_steps(clock, lambda step: 4.0):
+        resume(run.path)
     after = rows(run)
     repeated = {step: after[step] for step in before if step in after}
     assert len(repeated) == 37 or negative_control
@@ -254,17 +253,15 @@ def test_a_resumed_run_has_what_is_left_of_its_budget_without_the_time_between(i
     said = []
     console = Console(quiet=True)
     console.say = said.append
-    restored = timed_steps(monkeypatch, clock, stop_at)
-    run = begin(images, tmp_path / "run", monkeypatch, budget=100.0)
-    restored()
+    with timed_steps(clock, stop_at):
+        run = begin(images, tmp_path / "run", monkeypatch, budget=100.0)
     assert run.read("status.json")["state"] == "stopped"
     first = run.read("status.json")["seconds"]
     assert 30 <= first <= 32
     clock.wait(10_000.0)
     began = clock.time
-    restored = timed_steps(monkeypatch, clock, lambda step: 1.0)
-    resume(run.path, console=console)
-    restored()
+    with timed_steps(clock, lambda step: 1.0):
+        resume(run.path, console=console)
     assert 93 <= first + clock.time - began <= 100
     status = run.read("status.json")
     assert status["seconds"] == pytest.approx(first + clock.time - began)
@@ -282,22 +279,22 @@ def test_a_plan_that_cannot_be_written_changes_nothing(images, tmp_path, monkeyp
     monkeypatch.setattr(Run, "write", full)
     console = Console(quiet=True)
     console.warn = warned.append
-    timed_steps(monkeypatch, clock, lambda step: 2.0)
-    run = begin(images, tmp_path / "run", monkeypatch, budget=30.0, console=console)
+    with timed_steps(clock, lambda step: 2.0):
+        run = begin(images, tmp_path / "run", monkeypatch, budget=30.0, console=console)
     assert run.read("status.json")["step"] == run.read("plan.json")["steps"] == 27
     assert sum("the number of steps stays 27" in line for line in warned) == 1
 
 
-def test_a_run_without_a_budget_keeps_its_steps(images, tmp_path, monkeypatch, clock):
-    timed_steps(monkeypatch, clock, lambda step: 100.0)
-    run = pretrain(images, recipe="mae_nano", out=tmp_path / "run", settings=[*SMALL_RUN, "train.steps=5"])
+def test_a_run_without_a_budget_keeps_its_steps(images, tmp_path, clock):
+    with timed_steps(clock, lambda step: 100.0):
+        run = pretrain(images, recipe="mae_nano", out=tmp_path / "run", settings=[*SMALL_RUN, "train.steps=5"])
     found = run.read("plan.json")
     assert (found["steps"], found["replans"], found["budget"]) == (5, [], None)
 
 
 def test_a_damaged_list_of_replans_is_refused_by_name(images, tmp_path, monkeypatch, clock):
-    timed_steps(monkeypatch, clock, lambda step: 0.5)
-    run = begin(images, tmp_path / "run", monkeypatch, budget=20.0)
+    with timed_steps(clock, lambda step: 0.5):
+        run = begin(images, tmp_path / "run", monkeypatch, budget=20.0)
     found = run.read("plan.json")
     found["replans"][0]["steps"] += 1
     run.write("plan.json", found)

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from faults import error_before
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -166,45 +167,23 @@ def test_last_blocks_alone_are_trained(pretrained, data, tests, tmp_path):
     assert "encoder.blocks.1.attn.qkv.weight" not in same
 
 
-def test_a_stopped_run_becomes_the_unbroken_one(tuned, pretrained, data, tests, tmp_path, monkeypatch):
-    from unmask.engine import train as loop
-
-    real = loop.step
-
-    def stops(job, stream, at):
-        if at.step == 24:
-            raise KeyboardInterrupt
-        return real(job, stream, at)
-
-    monkeypatch.setattr(loop, "step", stops)
-    with pytest.raises(KeyboardInterrupt):
+def test_a_stopped_run_becomes_the_unbroken_one(tuned, pretrained, data, tests, tmp_path):
+    with error_before(25, KeyboardInterrupt()), pytest.raises(KeyboardInterrupt):
         tune(pretrained, data, tmp_path / "run", "train.checkpoint_every=10", test=str(tests))
-    monkeypatch.setattr(loop, "step", real)
     run = finetune.resume(tmp_path / "run")
     whole, again = load(tuned.path).method.state_dict(), load(run.path).method.state_dict()
     assert all(torch.equal(whole[name], again[name]) for name in whole)
     assert [row["step"] for row in run.metrics() if "test_accuracy" in row] == [20, 40]
 
 
-def test_every_kind_of_augmentation_repeats_itself_after_a_stop(pretrained, data, tests, tmp_path, monkeypatch):
-    from unmask.engine import train as loop
-
+def test_every_kind_of_augmentation_repeats_itself_after_a_stop(pretrained, data, tests, tmp_path):
     everything = [
         "method.mixup=0.8", "method.cutmix=1", "method.rand_augment=9", "method.erasing=0.5", "method.drop_path=0.3",
         "optim.average=0.9", "train.steps=6", "train.checkpoint_every=3", "train.test_every=6",
     ]  # fmt: skip
     whole = tune(pretrained, data, tmp_path / "whole", *everything, test=str(tests))
-    real = loop.step
-
-    def stops(job, stream, at):
-        if at.step == 4:
-            raise KeyboardInterrupt
-        return real(job, stream, at)
-
-    monkeypatch.setattr(loop, "step", stops)
-    with pytest.raises(KeyboardInterrupt):
+    with error_before(5, KeyboardInterrupt()), pytest.raises(KeyboardInterrupt):
         tune(pretrained, data, tmp_path / "run", *everything, test=str(tests))
-    monkeypatch.setattr(loop, "step", real)
     run = finetune.resume(tmp_path / "run")
     want, got = load(whole.path).method.state_dict(), load(run.path).method.state_dict()
     assert all(torch.equal(want[name], got[name]) for name in want)
@@ -504,19 +483,11 @@ def test_what_the_data_or_the_weights_know_cannot_be_set(pretrained, data, tmp_p
         tune(pretrained, data, tmp_path / "a", key)
 
 
-def test_masks_that_change_stop_a_resumed_run(pretrained, street, tmp_path, monkeypatch):
+def test_masks_that_change_stop_a_resumed_run(pretrained, street, tmp_path):
     import shutil
 
-    from unmask.engine import train as loop
-
-    root, real = tmp_path / "street", loop.step
+    root = tmp_path / "street"
     shutil.copytree(street, root)
-
-    def stops(job, stream, at):
-        if at.step == 3:
-            raise KeyboardInterrupt
-        return real(job, stream, at)
-
     more = [
         "method.head=linear",
         "train.steps=6",
@@ -524,10 +495,8 @@ def test_masks_that_change_stop_a_resumed_run(pretrained, street, tmp_path, monk
         "data.size=[16,24]",
         "train.checkpoint_every=2",
     ]
-    monkeypatch.setattr(loop, "step", stops)
-    with pytest.raises(KeyboardInterrupt):
+    with error_before(4, KeyboardInterrupt()), pytest.raises(KeyboardInterrupt):
         tune(pretrained, root / "images" / "train", tmp_path / "run", *more, task="segment", ignored=(7,))
-    monkeypatch.setattr(loop, "step", real)
     mask = np.zeros((20, 24), np.uint8)
     mask[5] = 1
     Image.fromarray(mask).save(root / "labels" / "train" / "0.png")

@@ -4,8 +4,8 @@ import shutil
 
 import numpy as np
 import pytest
+from faults import signal_after
 from PIL import Image
-from stops import stop_at
 from test_finetune import SMALL
 
 from unmask.engine.changed_data import Places
@@ -36,15 +36,13 @@ def pretrained(tmp_path_factory):
     return pretrain(street(folder / "data") / "images", recipe="mae_nano", out=folder / "pre", settings=SMALL)
 
 
-def tuned(pretrained, tmp_path, monkeypatch):
+def tuned(pretrained, tmp_path):
     """A segmentation that was stopped after two steps, with test images of its own."""
-    stop_at(monkeypatch, 2)
-    test = str(street(tmp_path / "old" / "test", seed=2))
-    options = finetune.FinetuneOptions(task="segment", test=test, settings=SETTINGS)
-    run = finetune.finetune(
-        pretrained.path, str(street(tmp_path / "old" / "train", seed=1)), options, out=tmp_path / "run"
-    )
-    monkeypatch.undo()
+    with signal_after(2):
+        run = finetune.fine_tune(
+            pretrained.path, str(street(tmp_path / "old" / "train", seed=1)), task="segment", out=tmp_path / "run",
+            test=str(street(tmp_path / "old" / "test", seed=2)), settings=SETTINGS,
+        )  # fmt: skip
     assert run.read("status.json")["state"] == "stopped"
     return run
 
@@ -73,15 +71,12 @@ def test_masks_and_test_images_of_the_same_size_are_told_apart(pretrained, tmp_p
         finetune.resume(run.path)
 
 
-def test_labels_of_a_list_that_changed_stop_a_classifier(pretrained, tmp_path, monkeypatch):
+def test_labels_of_a_list_that_changed_stop_a_classifier(pretrained, tmp_path):
     images = street(tmp_path / "d", count=20) / "images"
     lines = [f"{images}/{number}.bmp,{'ab'[number % 2]}" for number in range(20)]
     (tmp_path / "list.csv").write_text("\n".join(lines))
-    stop_at(monkeypatch, 2)
-    run = finetune.finetune(
-        pretrained.path, str(tmp_path / "list.csv"), finetune.FinetuneOptions(settings=SETTINGS), out=tmp_path / "run"
-    )
-    monkeypatch.undo()
+    with signal_after(2):
+        run = finetune.fine_tune(pretrained.path, str(tmp_path / "list.csv"), out=tmp_path / "run", settings=SETTINGS)
     swapped = [line[:-1] + {"a": "b", "b": "a"}[line[-1]] for line in lines]
     (tmp_path / "list.csv").write_text("\n".join(swapped))
     with pytest.raises(DataError, match=r"the labels, masks or boxes of .* have changed"):

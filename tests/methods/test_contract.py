@@ -5,17 +5,16 @@ A method is tried through its `<method>_nano` recipe, shrunk, so a new method ne
 
 import inspect
 import json
-import os
 from collections.abc import Iterable
 
 import numpy as np
 import pytest
 import torch
 from conftest import write_images
+from faults import signal_after
 
 from unmask.batch import Batch, ImageSpec
 from unmask.config import Config, keys, method_class, method_names, override
-from unmask.engine import train as loop
 from unmask.engine.checkpoint import load_model
 from unmask.engine.device import autocast
 from unmask.engine.pretrain import pretrain
@@ -180,7 +179,7 @@ def test_a_state_dict_round_trip_is_strict_and_exact(name):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_three_steps_and_three_more_are_six_steps(name, tmp_path, monkeypatch):
+def test_three_steps_and_three_more_are_six_steps(name, tmp_path):
     images = write_images(tmp_path / "images", 20)
     settings = [
         *shrunk(name)[1],
@@ -193,17 +192,8 @@ def test_three_steps_and_three_more_are_six_steps(name, tmp_path, monkeypatch):
         dvae = pretrain(images, recipe="dvae_nano", out=tmp_path / "dvae", settings=briefly)
         more = {"tokenizer": dvae.path}
     whole = pretrain(images, recipe=f"{name}_nano", out=tmp_path / "whole", settings=settings, **more)
-    real = loop.step
-
-    def stop_after_three(*arguments):
-        taken = real(*arguments)
-        if taken.number == 3:
-            os.kill(os.getpid(), 15)
-        return taken
-
-    monkeypatch.setattr(loop, "step", stop_after_three)
-    parts = pretrain(images, recipe=f"{name}_nano", out=tmp_path / "parts", settings=settings, **more)
-    monkeypatch.undo()
+    with signal_after(3):
+        parts = pretrain(images, recipe=f"{name}_nano", out=tmp_path / "parts", settings=settings, **more)
     assert load_model(parts)[0] == 3
     resume(parts.path)
     assert [row["loss"] for row in parts.metrics()] == [row["loss"] for row in whole.metrics()]

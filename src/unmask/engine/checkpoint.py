@@ -34,6 +34,7 @@ import safetensors.torch
 from torch import Tensor
 
 from unmask.console import escape_controls
+from unmask.engine.fault_points import fault_points
 from unmask.errors import UserError
 from unmask.run import Identity, Run
 from unmask.system.atomic_files import replace_file, sync_folder
@@ -142,6 +143,7 @@ def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _write(path: Path, content: bytes) -> None:
+    fault_points().before_write(path)
     with path.open("wb") as file:
         file.write(content)
         file.flush()

@@ -33,6 +33,7 @@ from unmask.engine import checkpoint
 from unmask.engine.build import fresh_method
 from unmask.engine.compile import compile_blocks, uncompiled, why_not_compiled
 from unmask.engine.device import autocast
+from unmask.engine.fault_points import fault_points
 from unmask.engine.guard import guarded
 from unmask.engine.host_memory import memory_kept
 from unmask.engine.job import Job, Position, Step, note, optional
@@ -74,6 +75,7 @@ def train(
     do. began: when this leg of the training began, on the clock of `time_budget.now`; None for now. Raises
     TrainingFailed.
     """
+    fault_points().before_training(run)
     watch = Stopwatch(run, began)
     with (
         stop_requests() as stop,
@@ -120,7 +122,8 @@ def train(
                 try:
                     compiling = config.train.compile and at.step + 1 == first
                     with guard.step(at.step + 1, compiling=compiling):
-                        unread.append(step(job, stream, at))
+                        fault_points().before_step(job, at)
+                        unread.append(fault_points().after_step(job, step(job, stream, at)))
                 except StopRequested:
                     if compiling:  # perhaps in the middle of the update: what is on disk counts
                         return stopped_at(run, plan, checkpoint.newest_step(run) or 0, watch)

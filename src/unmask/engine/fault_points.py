@@ -1,0 +1,65 @@
+"""Points of training at which tests inject faults.
+
+Nothing in the package sets them. A test that needs a non-finite loss, a signal, a stall or a full disk at a certain
+step sets a function for the time of a `with` block (`injected`), instead of replacing functions of the loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from unmask.engine.job import Job, Position, Step
+    from unmask.run import Run
+
+
+def _nothing_at_start(run: Run) -> None: ...
+
+
+def _nothing_before(job: Job, at: Position) -> None: ...
+
+
+def _unchanged(job: Job, step: Step) -> Step:
+    return step
+
+
+def _nothing_written(path: Path) -> None: ...
+
+
+@dataclass(frozen=True)
+class FaultPoints:
+    """What is called during training; by default nothing happens.
+
+    before_training: once, when the images have been scanned and the run folder has been written.
+    before_step: before each optimiser step, with the position before it.
+    after_step: after each; returns the step that the loop continues with.
+    before_write: before each file of a checkpoint is written; an OSError raised here stands for one of the disk.
+    """
+
+    before_training: Callable[[Run], None] = _nothing_at_start
+    before_step: Callable[[Job, Position], None] = _nothing_before
+    after_step: Callable[[Job, Step], Step] = _unchanged
+    before_write: Callable[[Path], None] = _nothing_written
+
+
+_current: ContextVar[FaultPoints] = ContextVar("fault_points", default=FaultPoints())  # noqa: B039 (it is immutable)
+
+
+def fault_points() -> FaultPoints:
+    """Return the points that are set in this context."""
+    return _current.get()
+
+
+@contextmanager
+def injected(points: FaultPoints) -> Iterator[None]:
+    """Context manager within which training calls `points`, in place of any that were set before."""
+    token = _current.set(points)
+    try:
+        yield
+    finally:
+        _current.reset(token)
