@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; subprocesses inherit it
@@ -54,3 +55,37 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("no real data beside the checkout")
     return folder
+
+
+def small(*settings: str) -> list[str]:
+    """The options of the command line that make a run small."""
+    return [flag for setting in [*SMALL_RUN, *settings] for flag in ("--set", setting)]
+
+
+@pytest.fixture
+def unmask(monkeypatch, capfd, tmp_path):
+    """Run a command in this process, in `tmp_path`: (exit code, stdout, stderr)."""
+    from unmask import commands
+
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["unmask", *map(str, arguments)])
+        try:
+            commands.main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+        out, err = capfd.readouterr()
+        assert "Traceback" not in err, err
+        return code, out, err
+
+    return run
+
+
+@pytest.fixture
+def run_folder(unmask, images, tmp_path):
+    """The folder `run` of a finished run of four steps on `images`."""
+    code, _, err = unmask("pretrain", images, "--recipe", "mae_nano", "--out", "run", *small("train.steps=4"))
+    assert code == 0, err
+    return tmp_path / "run"

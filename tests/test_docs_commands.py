@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 NOT_RUN = {"LOG.md": "a lab notebook: its commands took hours", "index.md": "its commands are those of other pages"}
 ELSEWHERE = {
-    "demo": "tests/test_cli.py runs it",
+    "demo": "tests/commands/test_demo.py runs it",
     "ablate": "tests/test_ablate.py runs every table",
 }
 MODEL = [*SMALL_RUN, "method.encoder.patch=[4,4]"]

@@ -18,7 +18,6 @@ from unmask.recipes import catalogue
 Size = tuple[int, int]
 FOLLOWING = ("nano", "tiny", "small")
 FIXED_METHODS = ("dvae",)
-DENSE_TASKS = ("segment", "detect")
 SMALLEST, SMALL_SIDE, NANO_SIDE = 16, 48, 64  # pixels
 STRETCH = 1.2  # images resampled by less than this lose or gain little
 LARGER = 1.5  # a size that the images exceed by more is not kept for masks and boxes

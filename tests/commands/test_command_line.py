@@ -1,0 +1,219 @@
+"""The command line as a person meets it: one clear line for every mistake, exit codes, JSON alone on stdout."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from importlib import metadata
+
+import pytest
+from conftest import small, write_images
+
+from unmask import commands
+
+VERBS = [
+    "demo", "check", "pretrain", "import", "export", "palette", "resume", "finetune", "predict", "reconstruct", "probe",
+    "embed", "ablate", "compare", "report", "plan", "recipes", "doctor", "pack",
+    "ls", "prune", "set",
+]  # fmt: skip
+
+
+def test_help_of_every_verb_says_what_it_does(unmask):
+    code, out, _ = unmask("--help")
+    assert code == 0
+    listed = re.findall(r"^│ ([a-z]+) ", out, re.MULTILINE)
+    assert sorted(listed) == sorted(VERBS)
+    for verb in VERBS:
+        code, text, _ = unmask(verb, "--help")
+        assert code == 0
+        assert "Usage" in text
+        assert not re.search(r"│ --[a-z-]+ +[A-Z]+ +│", text), f"an option of {verb} without a help text"
+    assert unmask("--version")[1].strip() == f"unmask {metadata.version('unmask')}"
+
+
+def test_it_is_a_module_that_can_be_run():
+    done = subprocess.run([sys.executable, "-m", "unmask", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["unmask", metadata.version("unmask")]
+
+
+def test_the_two_kinds_of_masks_and_the_layers_are_told_apart_in_the_help(unmask):
+    pretrain, probe = (" ".join(unmask(verb, "--help")[1].replace("│", " ").split()) for verb in ("pretrain", "probe"))
+    assert "a FILE" in pretrain
+    assert "a NUMBER of random masks" in probe
+    assert "0 hides nothing" in probe
+    assert "0 is what the first block is given" in probe
+
+
+def bad_inputs(tmp_path):
+    """(name, arguments, what the one line must say)."""
+    for folder in ("empty", "texts", "broken", "taken"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("no image")
+    for number in range(4):
+        (tmp_path / "broken" / f"{number}.jpg").write_bytes(b"no image")
+    (tmp_path / "taken" / "file").write_text("something of somebody")
+    (tmp_path / "file.xyz").write_text("?")
+    write_images(tmp_path / "good", 12)
+    for number in range(12):
+        (tmp_path / "half").mkdir(exist_ok=True)
+        (tmp_path / "half" / f"bad{number}.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    write_images(tmp_path / "half", 12)
+    train = ["--recipe", "mae_nano", *small("train.steps=1")]
+    return [
+        (["pretrain", "empty", *train], "holds no image: it is empty; known are .jpg"),
+        (["pretrain", "texts", *train], r"holds no image \(but 1 \.txt\)"),
+        (["pretrain", "broken", *train], "none of the 4 files .* can be read"),
+        (["pretrain", "half", *train], "12 of 24 files checked cannot be read"),
+        (["pretrain", "goood", *train], "does not exist; .* did you mean good"),
+        (["pretrain", "file.xyz", *train], "a file of no known kind"),
+        (["pretrain", "none*.jpg", *train], "matches no file"),
+        (["pretrain", "good", "--out", "taken", *train], "a folder that is not empty; .* choose another --out"),
+        (["pretrain", "good", "--recipe", "mae_nan"], "recipe 'mae_nan' is not known; did you mean mae_nano"),
+        (
+            ["pretrain", "good", *train, "--set", "train.stepz=5"],
+            "'train.stepz' is not a setting; did you mean train.steps",
+        ),
+        (["pretrain", "good", *train, "--set", "train.steps=many"], r"train\.steps='many' does not fit"),
+        (["pretrain", "good", *train, "--set", "train.steps=-3"], r"train\.steps=-3 does not fit"),
+        (["pretrain", "good", *train, "--set", "train.steps"], "KEY=VALUE was expected"),
+        (
+            ["pretrain", "good", *train, "--budget", "soon"],
+            "of 'soon'; expected a number with s, m, h or d",
+        ),
+        (["pretrain", "good", *train, "--budget", "-5m"], "got a time budget of '-5m'; expected a positive time"),
+        (["pretrain", "good", *train, "--set", "data.size=[30,30]"], "not a multiple of patch size 4; use 28 or 32"),
+        (["pretrain", "good", *train, "--set", "method.encoder.heads=5"], "5 heads do not divide"),
+        (["pretrain", "good", *train, "--set", "method.mask_ratio=0.99"], "leaves nothing visible"),
+        (["pretrain", "good", *train, "--set", "train.device=cuda:7"], "is not available here|not available"),
+        (["pretrain", "good", *train, "--set", "data.mean=[1]"], "1 means and 3 standard deviations"),
+        (["pretrain", "good", *train, "--set", "data.channels=5"], "can be read|channels"),
+        (["resume", "good"], "is not a run: it has no config.json"),
+        (["resume", "nowhere"], "is not a folder"),
+        (["report", "good"], "is not a run"),
+        (["reconstruct", "good", "good/0000.png"], "is not a run"),
+        (["check", "empty"], "holds no image"),
+        (["check", "nowhere"], "does not exist"),
+    ]
+
+
+def test_every_mistake_gets_one_clear_line_and_exit_code_2(unmask, tmp_path):
+    for arguments, expected in bad_inputs(tmp_path):
+        code, out, err = unmask(*arguments)
+        last = err.strip().splitlines()[-1]
+        assert code == 2, (arguments, code, err)
+        assert re.search(expected, last), (arguments, last)
+        assert out == ""
+    assert (tmp_path / "taken" / "file").read_text() == "something of somebody"
+    assert not (tmp_path / "runs").exists(), "a refusal leaves no folder behind"
+
+
+def test_mistakes_with_a_run(unmask, run_folder, images, tmp_path):
+    unlabelled, labelled = images, write_images(tmp_path / "labelled", 12, classes=3)
+    write_images(tmp_path / "two", 12, classes=2)
+    weights = next(run_folder.glob("checkpoints/step-*/model.safetensors"))
+    cases = [
+        (["reconstruct", "run", "nowhere.png"], "does not exist|is not a file"),
+        (["reconstruct", "run", unlabelled, "--out", "picture.txt"], "ends in .png"),
+        (["reconstruct", "run", unlabelled, "--step", "99"], "has no checkpoint of step 99; it has "),
+        (["embed", "run", unlabelled, "--out", "f.csv"], "ends in .parquet or .npz"),
+        (["embed", "run", unlabelled, "--out", "nofolder/f.npz"], "does not exist; make it first"),
+        (["probe", "run", unlabelled], "has no class labels; they come from sub-folder names"),
+        (["probe", "run", labelled, "--kind", "forest"], "'forest' came; knn or linear"),
+        (["probe", "run", labelled, "--shots", "500"], "has only"),
+        (["probe", "run", "two", "--test", labelled], "class2"),
+        (["pretrain", unlabelled, "--out", "run", *small()], "go on with it: unmask resume"),
+    ]
+    for arguments, expected in cases:
+        code, _, err = unmask(*arguments)
+        last = err.strip().splitlines()[-1]
+        assert code == 2, (arguments, code, err)
+        assert re.search(expected, last), (arguments, last)
+    weights.write_bytes(b"\x80\x04\x95" + b"cposix\nsystem\n")
+    for checkpoint in run_folder.glob("checkpoints/step-*"):
+        if checkpoint != weights.parent:
+            (checkpoint / "model.safetensors").write_bytes(b"")
+    code, _, err = unmask("embed", "run", unlabelled, "--out", "f.npz")
+    assert code == 2
+    assert "is a pickle, not safetensors; it was not opened" in err
+
+
+def test_a_name_that_is_no_utf8_and_a_loop_of_links_train_and_print(unmask, images):
+    raw = os.path.join(os.fsencode(images), b"na\xefve.png")
+    os.rename(images / "0003.png", raw)
+    (images / "loop").symlink_to(images, target_is_directory=True)
+    code, _, err = unmask("pretrain", images, "--recipe", "mae_nano", "--out", "run", *small("train.steps=2"))
+    assert code == 0, err
+    assert "30 images found" in err
+    code, out, err = unmask("embed", "run", images, "--out", "f.npz", "--json")
+    assert code == 0, err
+    assert json.loads(out)["images"] == 30
+
+
+def test_a_closed_pipe_ends_the_command_without_a_message(tmp_path):
+    """`unmask ls --json | head -c 100`, of more than the 64 KiB that a pipe holds."""
+    for number in range(500):
+        (tmp_path / f"run{number}" / "checkpoints").mkdir(parents=True)
+        (tmp_path / f"run{number}" / "config.json").write_text("{}")
+    command = [sys.executable, "-m", "unmask", "ls", str(tmp_path), "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.read(100).startswith('[{"path": ')
+        process.stdout.close()
+        err = process.stderr.read()
+    assert (process.returncode, err) == (1, ""), "output was lost, which a script must see; a person needs no message"
+    whole = subprocess.run(command, capture_output=True, check=True).stdout
+    assert len(whole) > 64 * 1024
+    assert len(json.loads(whole)) == 500
+
+
+def test_who_interrupts_a_command_is_told_what_became_of_it(unmask, monkeypatch, images, tmp_path):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("unmask.data.pack.pack_image", interrupted)
+    code, out, err = unmask("pack", images, tmp_path / "copy.tar", "--workers", 0)
+    assert (code, out) == (130, "")
+    assert err.endswith("\nInterrupted.\n")
+
+
+def test_a_fault_of_ours_says_so_and_fails(unmask, monkeypatch, capfd, tmp_path):
+    def broken(*_, **__):
+        raise KeyError("something we forgot")
+
+    monkeypatch.setattr("unmask.engine.check.check_data", broken)
+    monkeypatch.setattr(sys, "argv", ["unmask", "check", str(tmp_path)])
+    with pytest.raises(SystemExit) as stop:
+        commands.main()
+    assert stop.value.code == 1
+    assert "this is a fault in unmask: KeyError" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "key"),
+    [
+        ("--lr", "optim.base_lr"), ("--epochs", "train.epochs"), ("--batch-size", "train.batch_size"),
+        ("--num_workers", "data.workers"), ("--img-size", "data.size"), ("--mask-ratio", "method.mask_ratio"),
+    ],
+)  # fmt: skip
+def test_an_option_that_is_a_setting_points_to_set(unmask, option, key):
+    code, out, err = unmask("pretrain", "shapes", option, "1")
+    assert (code, out) == (2, "")
+    assert f"--set {key}=VALUE" in err
+
+
+def test_the_hint_for_lr_names_the_scaling_with_the_batch(unmask):
+    assert "VALUE x batch size / 256" in unmask("pretrain", "shapes", "--lr", "1")[2]
+    assert "/ 256" not in unmask("pretrain", "shapes", "--epochs", "1")[2]
+
+
+def test_an_unknown_option_of_a_verb_without_settings_gets_no_such_hint(unmask):
+    code, _, err = unmask("report", "run", "--lr", "1")
+    assert code == 2
+    assert "--set" not in err
+
+
+def test_names_of_other_programs_are_suggested_for_settings(unmask):
+    code, _, err = unmask("pretrain", "shapes", "--set", "lr=1e-3")
+    assert code == 2
+    assert "did you mean optim.base_lr" in err
+    assert "data.crop.ratio" not in err  # not all seventy

@@ -1,0 +1,60 @@
+"""`unmask ls` and `unmask prune`: which runs there are, and the space they take."""
+
+import json
+
+
+def test_ls_shows_every_run_and_prune_frees_what_is_not_needed(unmask, run_folder):
+    code, out, _ = unmask("ls")
+    assert code == 0
+    line = next(line for line in out.splitlines() if line.startswith("run  ") and "finished" in line)
+    for part in ("mae_nano", "4/4", "16x16"):
+        assert part in line
+    (record,) = json.loads(unmask("ls", "--json")[1])
+    assert (record["path"], record["state"], record["step"], record["size"]) == ("run", "finished", 4, [16, 16])
+
+    (run_folder / "features").mkdir()
+    (run_folder / "features" / "a.arrays").write_bytes(bytes(1000))
+    before = sorted(path.name for path in (run_folder / "checkpoints").glob("step-*"))
+    assert len(before) == 2
+    code, out, _ = unmask("prune", "run", "--dry-run", "--json")
+    assert code == 0
+    assert len(json.loads(out)["folders"]) == 2
+    assert (run_folder / "features").exists()
+    code, _, err = unmask("prune", "run")
+    assert code == 0, err
+    assert sorted(path.name for path in (run_folder / "checkpoints").glob("step-*")) == before[-1:]
+    assert not (run_folder / "features").exists()
+    assert unmask("embed", "run", "shapes:8", "--out", "e.npz")[0] == 0
+
+
+def test_ls_of_no_runs_and_of_no_folder(unmask, tmp_path):
+    assert "no runs here" in unmask("ls")[1]
+    assert unmask("ls", "nowhere")[0] == 2
+
+
+def test_prune_keeps_a_run_without_a_sound_checkpoint_as_it_is(unmask, run_folder):
+    for folder in (run_folder / "checkpoints").glob("step-*"):
+        (folder / "model.safetensors").write_bytes(b"damaged")
+    code, _, err = unmask("prune", "run")
+    assert code == 2
+    assert "no sound checkpoint" in err
+    assert len(list((run_folder / "checkpoints").glob("step-*"))) == 2
+
+
+def test_ls_shows_damaged_runs_too(unmask, run_folder):
+    (run_folder / "plan.json").write_text("{")
+    (run_folder / "status.json").write_text("[]")
+    code, out, _ = unmask("ls")
+    assert code == 0
+    assert "run " in out
+
+
+def test_prune_keeps_the_only_copy_of_a_checkpoint_that_was_being_written_again(unmask, run_folder):
+    """A crash between the two renames of `checkpoint.save` leaves it under another name until the run is resumed."""
+    newest = max((run_folder / "checkpoints").glob("step-*"))
+    aside = newest.with_name(f"{newest.name}.old")
+    newest.rename(aside)
+    assert unmask("prune", "run")[0] == 0
+    assert aside.is_dir()
+    assert unmask("resume", "run")[0] == 0
+    assert newest.is_dir()
