@@ -1,7 +1,13 @@
 """Points of training at which tests inject faults.
 
 Nothing in the package sets them. A test that needs a non-finite loss, a signal, a stall or a full disk at a certain
-step sets a function for the time of a `with` block (`injected`), instead of replacing functions of the loop.
+step sets a function for the time of a `with` block, instead of replacing functions of the loop:
+
+    def spoil(job, step):
+        return replace(step, loss=torch.tensor(float("nan"))) if step.number == 4 else step
+
+    with injected(FaultPoints(after_step=spoil)):
+        pretrain(images, out=folder)
 """
 
 from __future__ import annotations
@@ -33,12 +39,12 @@ def _nothing_written(path: Path) -> None: ...
 
 @dataclass(frozen=True)
 class FaultPoints:
-    """What is called during training; by default nothing happens.
+    """Functions that training calls; by default they do nothing.
 
     before_training: once, when the images have been scanned and the run folder has been written.
-    before_step: before each optimiser step, with the position before it.
+    before_step: before each optimiser step, with the position before it; under the watchdog, so a hang is a stall.
     after_step: after each; returns the step that the loop continues with.
-    before_write: before each file of a checkpoint is written; an OSError raised here stands for one of the disk.
+    before_write: before each file of a checkpoint is written; an OSError raised here is handled as one of the disk.
     """
 
     before_training: Callable[[Run], None] = _nothing_at_start

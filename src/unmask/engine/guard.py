@@ -17,18 +17,18 @@ COMPILING_SECONDS = 1800  # the least limit of a step in which torch.compile wor
 
 
 class Guard:
-    """What ends a wait or a computation of the loop early: a request to stop, or no progress for too long."""
+    """Ends a wait or a computation of the loop early: on a stop request, or after a time without progress."""
 
-    def __init__(self, run: Run, plan: Plan, stop: StopRequest, watch: Stopwatch) -> None:
-        self.run, self.plan, self.stop, self.watch = run, plan, stop, watch
-        self.dog = Watchdog(stall_seconds(), self._report, on_cpu=plan.device == "cpu")
+    def __init__(self, run: Run, plan: Plan, stop: StopRequest, stopwatch: Stopwatch) -> None:
+        self.run, self.plan, self.stop, self.stopwatch = run, plan, stop, stopwatch
+        self.watchdog = Watchdog(stall_seconds(), self._report, on_cpu=plan.device == "cpu")
 
     @contextmanager
     def step(self, number: int, *, compiling: bool = False) -> Iterator[None]:
-        """Context manager around a step, in which torch.compile may still be at work."""
+        """Context manager around a step. compiling: torch.compile runs in it; it may take long and be interrupted."""
         least = COMPILING_SECONDS if compiling else 0
         with (
-            self.dog.watching(f"step {number}", at_least=least),
+            self.watchdog.watching(f"step {number}", at_least=least),
             self.stop.interruptible() if compiling else nullcontext(),
         ):
             yield
@@ -36,29 +36,29 @@ class Guard:
     @contextmanager
     def waiting_for_data(self) -> Iterator[None]:
         """Context manager around a wait for a micro-batch; loader workers are watched by their own pool."""
-        with self.dog.pausing() if self.plan.workers else nullcontext(), self.stop.interruptible():
+        with self.watchdog.pausing() if self.plan.workers else nullcontext(), self.stop.interruptible():
             yield
-        self.dog.progressed()
+        self.watchdog.progressed()
 
     def _report(self, what: str) -> str:
         file = write_stacks(self.run.path)
         sentence = (
-            f"{what} made no progress for {self.dog.waited:g} s; the stacks of all threads are in {file}. "
+            f"{what} made no progress for {self.watchdog.waited:g} s; the stacks of all threads are in {file}. "
             f"`unmask resume {self.run.path}` continues from the last checkpoint; {VARIABLE} sets another limit"
         )
         with suppress(OSError, UserError, RunGone):
             step = checkpoint.newest_step(self.run) or 0
-            seconds = self.watch.seconds()
+            seconds = self.stopwatch.seconds()
             self.run.set_status("failed", step, total=self.plan.steps, error=sentence, seconds=seconds)
         return sentence
 
 
 @contextmanager
-def guarded(run: Run, plan: Plan, stop: StopRequest, watch: Stopwatch) -> Iterator[Guard]:
+def guarded(run: Run, plan: Plan, stop: StopRequest, stopwatch: Stopwatch) -> Iterator[Guard]:
     """Context manager for a `Guard`; a step that stalls raises TrainingFailed."""
-    guard = Guard(run, plan, stop, watch)
-    with guard.dog:
+    guard = Guard(run, plan, stop, stopwatch)
+    with guard.watchdog:
         try:
             yield guard
         except Stalled:
-            raise TrainingFailed(guard.dog.message) from None
+            raise TrainingFailed(guard.watchdog.message) from None

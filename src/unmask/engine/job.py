@@ -1,4 +1,4 @@
-"""What the training loop works on: the job, which is fixed, and the position, which moves."""
+"""Records of the training loop: its inputs, the job made from them, the position, and one step."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from unmask.config import Config
 from unmask.console import Console
 from unmask.data.image_reader import Images
 from unmask.engine.plan import Plan
+from unmask.engine.supervision import Evaluator
 from unmask.errors import UserError
 from unmask.method import Method
 from unmask.nn.ema import MovingAverage
@@ -22,8 +23,25 @@ from unmask.run import Run, RunGone
 
 
 @dataclass(frozen=True)
+class TrainingInputs:
+    """What `train` needs.
+
+    evaluator: measures a supervised method on its test images. began: when this part of the training began, on the
+    clock of `time_budget.now`; None for now.
+    """
+
+    run: Run
+    config: Config
+    plan: Plan
+    images: Images
+    console: Console
+    evaluator: Evaluator | None = None
+    began: float | None = None
+
+
+@dataclass(frozen=True)
 class Job:
-    """What is trained on what, and where to: the same from the first step to the last."""
+    """What is trained, on which images, into which Run. Only the number of steps in `plan` changes, with a budget."""
 
     run: Run
     config: Config
@@ -37,10 +55,11 @@ class Job:
 
 @dataclass
 class Position:
-    """Where training stands; saved with every checkpoint.
+    """How far training is; saved with every checkpoint.
 
-    `step` optimiser steps done, `consumed` samples taken from the order. `bad_steps` in a row until now gave non-finite
-    numbers. `rollbacks` since the run last got past `fault_step`, the step where bad numbers last forced one.
+    step: optimiser steps done. consumed: samples taken from the order of the data set. bad_steps: the newest steps in a
+    row that gave non-finite numbers. fault_step: the step at which such numbers last forced a rollback. rollbacks:
+    how often since training last got past that step.
     """
 
     step: int = 0
@@ -52,10 +71,10 @@ class Position:
 
 @dataclass(frozen=True)
 class Step:
-    """One optimiser step, perhaps still being computed: reading `loss` or `norm` (0-d tensors) waits for the device.
+    """One optimiser step, which the device may still be computing: reading a tensor waits for it.
 
-    `number` and `consumed` are the position after it, `rows` (B,) its images, `waited` seconds it waited for data,
-    `logs` what the method wants logged.
+    number, consumed: the position after the step. lr: its learning rate. rows: (B,) int64, its images. waited: seconds
+    spent waiting for data. loss, norm: 0-d tensors, the mean loss and the gradient norm. logs: 0-d tensors to log.
     """
 
     number: int
@@ -69,8 +88,8 @@ class Step:
 
 
 @contextmanager
-def optional(job: Job, file: Path) -> Iterator[None]:
-    """Context manager around reading or writing anything but a checkpoint: a failure is reported once, no more."""
+def report_failure(job: Job, file: Path) -> Iterator[None]:
+    """Context manager around the use of any file but a checkpoint: a failure is reported once, training continues."""
     try:
         yield
     except RunGone as error:
@@ -80,7 +99,7 @@ def optional(job: Job, file: Path) -> Iterator[None]:
         job.console.warn_once(f"cannot use {file}: {reason}; training continues without it")
 
 
-def note(job: Job, row: Mapping[str, object]) -> None:
+def log_row(job: Job, row: Mapping[str, object]) -> None:
     """Append a row, and the time, to metrics.jsonl."""
-    with optional(job, job.run.metrics_file):
+    with report_failure(job, job.run.metrics_file):
         job.run.log({**row, "time": time.time()})

@@ -12,8 +12,8 @@ from unmask.console import duration
 from unmask.engine import time_budget
 from unmask.engine.compile import uncompiled
 from unmask.engine.device import autocast
-from unmask.engine.job import Job, Position, optional
-from unmask.engine.supervision import Judge
+from unmask.engine.job import Job, Position, report_failure
+from unmask.engine.supervision import Evaluator
 from unmask.engine.time_budget import Pacer
 from unmask.errors import UserError
 from unmask.nn.modes import eval_mode
@@ -23,7 +23,7 @@ REPORT_SECONDS = 1.5  # to write the report after the last step, which is part o
 
 
 class Stopwatch:
-    """Seconds of training: of the earlier legs of a Run, as its status has them, and of this one."""
+    """Seconds of training: those before a resume, from the status of the Run, and those since."""
 
     def __init__(self, run: Run, began: float | None = None) -> None:
         self.began = time_budget.now() if began is None else began
@@ -33,35 +33,37 @@ class Stopwatch:
         return self.before + time_budget.now() - self.began
 
 
-def open_pacer(job: Job, watch: Stopwatch, judge: Judge | None) -> Pacer:
-    """What counts the time of a budget; without one it never asks for anything.
+def open_pacer(job: Job, stopwatch: Stopwatch, evaluator: Evaluator | None) -> Pacer:
+    """Return the `Pacer` of a job; without a time budget it never changes anything.
 
-    The number of steps stays as it is up to the last step that an earlier leg logged or replanned, which this one
-    repeats.
+    Up to the last step that was logged, or at which the number of steps changed, before a resume, the number of steps
+    stays as recorded, because these steps are repeated.
     """
     plan = job.plan
     if plan.budget is None:
         return Pacer(math.inf, 0.0)
     known = [replan.step for replan in plan.replans]
-    with optional(job, job.run.metrics_file):
+    with report_failure(job, job.run.metrics_file):
         known += [row.get("step", 0) for row in job.run.metrics()]
-    pacer = Pacer(plan.budget, plan.startup + watch.seconds(), fixed=max(known, default=0))
-    if judge is not None:
+    pacer = Pacer(plan.budget, plan.startup + stopwatch.seconds(), fixed=max(known, default=0))
+    if evaluator is not None:
         with torch.no_grad(), eval_mode(job.method), uncompiled(), autocast(plan.precision, plan.device):
-            pacer.expect("test", judge.trial(job.method) * (1 if job.config.optim.average is None else 2))
+            pacer.expect(
+                "evaluation", evaluator.estimate_seconds(job.method) * (1 if job.config.optim.average is None else 2)
+            )
     return pacer
 
 
-def draw_due(job: Job, step: int) -> bool:
-    """Whether a picture is drawn after this step: an interval that was not set is a share of the training."""
+def picture_due(job: Job, step: int) -> bool:
+    """Return whether a picture is drawn after `step`; by default the interval is a fixed share of the training."""
     plan, wanted = job.plan, job.config.train.picture_every
     if wanted is None and plan.replans:
         return plan.passed(step, plan.picture_every) or step in (1, plan.steps)
     return due(step, plan.picture_every, plan.steps)
 
 
-def test_due(job: Job, step: int) -> bool:
-    """Whether a supervised run is tested after this step; as `draw_due`."""
+def evaluation_due(job: Job, step: int) -> bool:
+    """Return whether a supervised run is evaluated after `step`; the default interval as in `picture_due`."""
     plan = job.plan
     if step == plan.steps:
         return True
@@ -71,12 +73,15 @@ def test_due(job: Job, step: int) -> bool:
 
 
 def closing_seconds(pacer: Pacer) -> float:
-    """Seconds from the last step to the end of the command: test, picture, checkpoint, the result and the report."""
-    return 2 * pacer.cost("test") + pacer.cost("picture") + pacer.cost("save") + REPORT_SECONDS
+    """Return the seconds from the last step to the end of the command.
+
+    They are for an evaluation, a picture, a checkpoint, the final result and the report.
+    """
+    return 2 * pacer.cost("evaluation") + pacer.cost("picture") + pacer.cost("save") + REPORT_SECONDS
 
 
 def affordable(job: Job, pacer: Pacer, kind: str, at: Position) -> bool:
-    """Whether a picture or a test leaves most of a budget for training; those of the last step are always made."""
+    """Return whether a picture or an evaluation leaves most of a budget for training; always True at the last step."""
     if job.plan.budget is None or at.step == job.plan.steps or pacer.affords(kind, closing_seconds(pacer)):
         return True
     job.console.warn_once(
@@ -86,14 +91,14 @@ def affordable(job: Job, pacer: Pacer, kind: str, at: Position) -> bool:
     return False
 
 
-def replanned(job: Job, pacer: Pacer, at: Position) -> Job:
-    """The job with as many steps as the budget has time for; plan.json says so before the next step is taken."""
+def adjust_steps(job: Job, pacer: Pacer, at: Position) -> Job:
+    """Return the job with the number of steps that fits the budget, after writing it to plan.json."""
     plan, train = job.plan, job.config.train
     if plan.budget is None or at.step >= plan.steps:
         return job
     closing = closing_seconds(pacer)
     rest = closing + (plan.steps - at.step) // train.checkpoint_every * pacer.cost("save")
-    for kind, every in (("picture", plan.picture_every), ("test", plan.test_every)):
+    for kind, every in (("picture", plan.picture_every), ("evaluation", plan.test_every)):
         if every and pacer.affords(kind, closing):
             rest += max(0, plan.times(plan.steps, every) - plan.times(at.step, every) - 1) * pacer.cost(kind)
     steps = pacer.steps(at.step, plan.steps, rest)
@@ -111,13 +116,13 @@ def replanned(job: Job, pacer: Pacer, at: Position) -> Job:
 
 
 def due(step: int, every: int, last: int) -> bool:
-    """Whether something periodic happens after this step: at the first, every so many, and at the last."""
+    """Return whether something periodic happens after `step`: at the first, each multiple of `every`, and the last."""
     return step % every == 0 or step in (1, last)
 
 
 @dataclass
 class Pace:
-    """Images and seconds since the last logged step, when `start` samples had been consumed."""
+    """Throughput since the last logged step. start: samples consumed then. waited: seconds spent waiting for data."""
 
     start: int
     waited: float = 0.0
@@ -126,9 +131,11 @@ class Pace:
         self.began = time.perf_counter()
 
     def row(self, consumed: int) -> dict[str, float]:
+        """Return images per second and the share of time spent waiting, with `consumed` samples done now."""
         seconds = max(1e-9, time.perf_counter() - self.began)
         return {"images_per_second": (consumed - self.start) / seconds, "data_wait": self.waited / seconds}
 
-    def sentence(self, consumed: int) -> str:
+    def text(self, consumed: int) -> str:
+        """Return the same for the progress line."""
         row = self.row(consumed)
         return f"{row['images_per_second']:.0f} images/s  {row['data_wait']:.0%} waiting on data"

@@ -8,6 +8,7 @@ from unmask.config import Config
 from unmask.console import Console, duration
 from unmask.data.image_reader import Images
 from unmask.engine import checkpoint
+from unmask.engine.job import TrainingInputs
 from unmask.engine.plan import Plan
 from unmask.engine.samples import BASELINES
 from unmask.engine.supervision import Supervise
@@ -27,12 +28,12 @@ def train_and_record(
     """
     began = now()
     try:
-        judge = conclude = None
+        evaluator = write_result = None
         if supervise is not None:
-            images.annotations, judge, conclude = supervise(run, config, plan, images.source)
-        state = train(run, config, plan, images, console, judge, began)
-        if state == "finished" and conclude is not None:
-            conclude(run)
+            images.annotations, evaluator, write_result = supervise(run, config, plan, images.source)
+        state = train(TrainingInputs(run, config, plan, images, console, evaluator, began))
+        if state == "finished" and write_result is not None:
+            write_result(run)
     except KeyboardInterrupt:
         record_state(run, "stopped", console, total=plan.steps)
         raise

@@ -16,7 +16,7 @@ from unmask.data.image_reader import Images
 from unmask.data.order import Taken
 from unmask.engine.compile import uncompiled
 from unmask.engine.device import autocast
-from unmask.engine.job import Job, Position, note, optional
+from unmask.engine.job import Job, Position, log_row, report_failure
 from unmask.engine.plan import Plan
 from unmask.errors import TrainingFailed
 from unmask.nn.modes import eval_mode
@@ -30,11 +30,11 @@ PICTURE_SAMPLE = 64
 
 @dataclass
 class Samples:
-    """Images on which training is looked at, the same in every run.
+    """Fixed images that show how training proceeds; the same in every run on the same data.
 
-    pictures: training images, drawn and scored beside what trivial guesses score. held_out: images that are not trained
-    on, None where there are none. `losses` holds the newest numbers for the progress line: of the held-out images, and
-    the best guess that needs no learning and sees only what the model sees.
+    pictures: training images, which are drawn and whose loss is compared with baselines. held_out: images that are not
+    trained on, None where there are none. losses: the newest numbers for the progress line, namely the loss on the
+    held-out images and the best baseline that sees only what the model sees.
     """
 
     pictures: Batch
@@ -44,20 +44,23 @@ class Samples:
     @classmethod
     def of(cls, images: Images, plan: Plan) -> Samples:
         held_out = fixed_images(images, plan, np.array(plan.held_out, np.int64)) if plan.held_out else None
-        return cls(fixed_images(images, plan, spread(images.rows, PICTURE_SAMPLE)), held_out)
+        return cls(fixed_images(images, plan, evenly_spaced(images.rows, PICTURE_SAMPLE)), held_out)
 
 
-def spread(rows: np.ndarray, count: int) -> np.ndarray:
-    """Up to `count` of the rows, evenly spread."""
+def evenly_spaced(rows: np.ndarray, count: int) -> np.ndarray:
+    """Return up to `count` of the rows (N,), evenly spaced."""
     return rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)]
 
 
 def fixed_images(images: Images, plan: Plan, rows: np.ndarray) -> Batch:
-    """These images without augmentation; those that cannot be read are left out. Raises TrainingFailed for none."""
+    """Load images without augmentation onto the device of `plan`; unreadable ones are left out.
+
+    Raises TrainingFailed if none can be read.
+    """
     fixed = replace(images, training=False)
     drawn: list[Batch] = []
     for row in rows:
-        with suppress(BadImage):  # gone bad since the scan; training meets it, replaces it and notes it
+        with suppress(BadImage):  # training replaces and records it when it reaches it
             drawn.append(fixed[Taken(np.array([row]), np.zeros(1, np.int64))].batch)
     if not drawn:
         raise TrainingFailed(f"none of {len(rows)} images of {images.source.name} can be read; bring them back, resume")
@@ -65,10 +68,11 @@ def fixed_images(images: Images, plan: Plan, rows: np.ndarray) -> Batch:
 
 
 @torch.no_grad()
-def look(job: Job, samples: Samples, at: Position, stop: StopRequest) -> None:
-    """Draw what the method makes of the sample, and note its loss beside what trivial guesses score on the same images.
+def draw_and_score(job: Job, samples: Samples, at: Position, stop: StopRequest) -> None:
+    """Draw the picture of the method, and record its loss beside the baselines on the same images.
 
-    `evals/baselines.json`: the guesses by name; under "losses" and "held_out_losses" a [step, loss] for every look.
+    evals/baselines.json holds the baselines by name, and under "losses" and "held_out_losses" a [step, loss] per call.
+    Raises StopRequested before anything is written.
     """
     plan, train, sample = job.plan, job.config.train, samples.pictures
     clock = plan.clock(at.step, Draws(train.seed, sample.epoch, sample.index))
@@ -83,27 +87,27 @@ def look(job: Job, samples: Samples, at: Position, stop: StopRequest) -> None:
         name = min(fair, key=lambda name: fair[name])
         samples.losses[f"baseline ({name.replace('_', ' ')})"] = fair[name]
     if held_out is not None:
-        note(job, {"step": at.step, "held_out_loss": held_out})
-    with optional(job, job.run.pictures):
+        log_row(job, {"step": at.step, "held_out_loss": held_out})
+    with report_failure(job, job.run.pictures):
         draw(picture.spread(train.picture_images), plan.images.dtype, file, title)
     before: dict[str, Any] = {}
     if at.step > 0:
-        with optional(job, job.run.path / BASELINES):
+        with report_failure(job, job.run.path / BASELINES):
             before = job.run.read(BASELINES)
-    found: dict[str, Any] = {"images": len(sample), "losses": _with(before, "losses", at.step, loss)}
+    found: dict[str, Any] = {"images": len(sample), "losses": _append_loss(before, "losses", at.step, loss)}
     if held_out is not None and samples.held_out is not None:
         found["held_out_images"] = len(samples.held_out)
-        found["held_out_losses"] = _with(before, "held_out_losses", at.step, held_out)
-    with optional(job, job.run.path / BASELINES):
+        found["held_out_losses"] = _append_loss(before, "held_out_losses", at.step, held_out)
+    with report_failure(job, job.run.path / BASELINES):
         job.run.write(BASELINES, found | {"guesses": numbers})
 
 
-def _with(before: dict[str, Any], key: str, step: int, loss: float) -> list[list[float]]:
+def _append_loss(before: dict[str, Any], key: str, step: int, loss: float) -> list[list[float]]:
     return [pair for pair in before.get(key, []) if pair[0] < step] + [[step, loss]]
 
 
 def mean_loss(job: Job, batch: Batch, at: Position) -> float:
-    """Mean loss of the method, in eval mode, on these images in micro-batches; the masks are the same at every step."""
+    """Return the mean loss of the method in evaluation mode; the patch masks are the same at every step."""
     plan, total = job.plan, torch.zeros((), device=job.plan.device)
     for start in range(0, len(batch), plan.micro_batch):
         part = batch[start : start + plan.micro_batch]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 
 from unmask.batch import Batch
@@ -10,17 +10,17 @@ from unmask.data.decode.bad_image import BadImage
 from unmask.data.image_reader import Delivery
 from unmask.data.loader import training_batches
 from unmask.engine.guard import Guard
-from unmask.engine.job import Job, Position, optional
+from unmask.engine.job import Job, Position, report_failure
 from unmask.errors import LoadingFailed, TrainingFailed
 from unmask.run import Run
 
 ENDLESS = 1 << 40  # micro-batches: with a budget the last step is not known
 
 
-def open_stream(job: Job, at: Position, guard: Guard) -> Iterator[Batch]:
-    """The micro-batches from this position to the end of the plan; files gone bad since the scan are noted.
+def open_stream(job: Job, at: Position, guard: Guard) -> Generator[Batch, None, None]:
+    """Yield the micro-batches from a position to the end of the plan; record files that changed since the scan.
 
-    Raises StopRequested when a stop is requested while waiting for one.
+    Raises StopRequested for a stop request during a wait, and TrainingFailed where too many files have changed.
     """
     plan = job.plan
     deliveries = training_batches(
@@ -45,8 +45,8 @@ def open_stream(job: Job, at: Position, guard: Guard) -> Iterator[Batch]:
 
 
 @contextmanager
-def failures_as_sentences(run: Run) -> Iterator[None]:
-    """Context manager that raises TrainingFailed for a dead or stalled loader worker and for data that have gone."""
+def loading_failures(run: Run) -> Iterator[None]:
+    """Context manager that raises TrainingFailed for a dead or stalled loader worker and for missing data."""
     try:
         yield
     except BadImage as error:
@@ -59,17 +59,20 @@ def failures_as_sentences(run: Run) -> Iterator[None]:
 
 
 def quarantine(job: Job, delivery: Delivery, at: Position) -> None:
-    """Write files that went bad since the scan to quarantine.jsonl, once each; stop when there are too many."""
+    """Write files that became unreadable since the scan to quarantine.jsonl, once each.
+
+    Raises TrainingFailed where more than `data.max_bad_fraction` of the images are concerned.
+    """
     images = job.images
     for bad in delivery.bad:
         if bad.name in images.gone_bad:
             continue
         images.gone_bad.add(bad.name)
-        with optional(job, job.run.quarantine_file):
+        with report_failure(job, job.run.quarantine_file):
             job.run.add_quarantine({"name": bad.name, "code": bad.code, "detail": bad.detail, "step": at.step})
         if len(images.gone_bad) > max(1, job.config.data.max_bad_fraction * len(images.rows)):
             raise TrainingFailed(
                 f"{len(images.gone_bad)} of {len(images.rows)} images have become unreadable or changed since the "
-                f"scan, the last {bad.name} ({bad.code}); see {job.run.quarantine_file}, bring the files back, then "
-                "resume"
+                f"scan, the last {bad.name} ({bad.code}); see {job.run.quarantine_file}, restore the files, then "
+                f"`unmask resume {job.run.path}`"
             )

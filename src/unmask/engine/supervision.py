@@ -13,27 +13,31 @@ from unmask.method import Method
 from unmask.run import Run
 
 
-class Judge(Protocol):
-    """The test images of a supervised run (`tasks/`). Both get the method in eval mode, without gradients."""
+class Evaluator(Protocol):
+    """Measures a supervised method on its test images.
+
+    Both functions are called with the method in evaluation mode and without gradients.
+    """
 
     def __call__(self, method: Method) -> dict[str, float]:
-        """Return how good the method is, by name."""
+        """Return the metrics by name."""
         ...
 
-    def trial(self, method: Method) -> float:
-        """Return the seconds that a test takes, estimated on a few images."""
+    def estimate_seconds(self, method: Method) -> float:
+        """Return how long one evaluation takes, estimated from a few images."""
         ...
 
 
 class Supervision(NamedTuple):
-    """What a supervised run has beside its images: annotations other than labels, its tests, and its result.
+    """What a supervised run adds to its images.
 
-    conclude: measures the last weights and writes the result; a run is not finished before.
+    annotations: other than class labels, such as segmentation masks; None where labels suffice. evaluator: the test
+    set. write_result: evaluates the final weights and writes the result; the run is finished only after it.
     """
 
     annotations: Annotations | None
-    judge: Judge
-    conclude: Callable[[Run], object]
+    evaluator: Evaluator
+    write_result: Callable[[Run], object]
 
 
 Supervise = Callable[[Run, Config, Plan, Source], Supervision]

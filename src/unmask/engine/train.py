@@ -1,17 +1,17 @@
-"""THE LOOP: trains any `Method`, from a plan, into a Run. Reads top to bottom; there are no callbacks.
+"""THE LOOP: trains any `Method`, from a plan, into a Run. Reads top to bottom, from `train` over `Loop.run` to `step`.
 
-Where training stands is `Position`: optimiser steps done and samples consumed. Everything random follows from it (see
-`rng.py`), so a checkpoint holds weights, optimiser moments and these numbers, and a resumed run repeats the unbroken
+The state of training is `Position`: optimiser steps done and samples consumed. Everything random follows from it (see
+`rng.py`), so a checkpoint holds weights, optimiser state and these numbers, and a resumed run repeats the uninterrupted
 one bit for bit on the same device. Not here: what a method computes (`methods/`), what a run will do
 (`engine/plan.py`).
 
-The host does not wait for the device at every step: a step's loss is read when something has to be logged, drawn or
-saved. A step with bad numbers leaves the weights alone whether or not anybody has looked yet, and what follows from
-three of them is counted from the step where it happened; so when the host looks never changes what is trained. (A
-rollback goes to the newest checkpoint, which may have been written by the clock: after one, two runs may differ.)
+The host does not wait for the device at every step: the loss of a step is read when something has to be logged, drawn,
+evaluated or saved. A step with non-finite numbers leaves the weights unchanged whether or not it has been read, and
+rollbacks are counted from the step where the numbers occurred; so when the host reads never changes what is trained.
+(A rollback returns to the newest checkpoint, which may depend on the clock: after one, two runs may differ.)
 
-With a time budget the number of steps follows the pace (`engine/time_budget.py`). That is decided at logged steps only,
-and stands in plan.json before it takes effect, so a resumed run repeats every step as it was.
+With a time budget the number of steps follows the pace (`engine/time_budget.py`). It changes at logged steps only, and
+is written to plan.json before it takes effect, so a resumed run repeats every step as it was.
 """
 
 from __future__ import annotations
@@ -19,209 +19,317 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from unmask.batch import Batch
-from unmask.config import Config
-from unmask.console import Console, duration
+from unmask.console import Bar, duration
 from unmask.data.device_crops import to_device
-from unmask.data.image_reader import Images
 from unmask.engine import checkpoint
 from unmask.engine.build import fresh_method
-from unmask.engine.compile import compile_blocks, uncompiled, why_not_compiled
+from unmask.engine.compile import compile_blocks, why_not_compiled
 from unmask.engine.device import autocast
+from unmask.engine.evaluation import evaluate, evaluation_missing
 from unmask.engine.fault_points import fault_points
-from unmask.engine.guard import guarded
+from unmask.engine.guard import Guard, guarded
 from unmask.engine.host_memory import memory_kept
-from unmask.engine.job import Job, Position, Step, note, optional
-from unmask.engine.pacing import Pace, Stopwatch, affordable, draw_due, due, open_pacer, replanned, test_due
-from unmask.engine.plan import Plan
-from unmask.engine.samples import Samples, look
-from unmask.engine.stream import failures_as_sentences, open_stream
-from unmask.engine.supervision import Judge
-from unmask.engine.training_state import begin, restore, save, stopped_at, what_is_kept
+from unmask.engine.job import Job, Position, Step, TrainingInputs, log_row, report_failure
+from unmask.engine.pacing import (
+    Pace,
+    Stopwatch,
+    adjust_steps,
+    affordable,
+    due,
+    evaluation_due,
+    open_pacer,
+    picture_due,
+)
+from unmask.engine.samples import Samples, draw_and_score
+from unmask.engine.stream import loading_failures, open_stream
+from unmask.engine.supervision import Evaluator
+from unmask.engine.time_budget import Pacer
+from unmask.engine.training_state import (
+    BAD_STEPS_IN_A_ROW,
+    describe_saved,
+    initialise,
+    record_stop,
+    restore,
+    roll_back,
+    save,
+)
 from unmask.errors import TrainingFailed
 from unmask.nn.ema import MovingAverage
-from unmask.nn.modes import eval_mode
 from unmask.optim import make_optimizer, update
 from unmask.rng import Draws
-from unmask.run import STATUS, Run
+from unmask.run import STATUS
 from unmask.system.stop_requests import StopRequest, StopRequested, stop_requests
 
-BAD_STEPS_IN_A_ROW = 3
-SKIP_AHEAD_BATCHES = 50
-MOST_ROLLBACKS = 2
 MOST_FAILED_SAVES = 5
 MOST_UNREAD_STEPS = 32
-SAID_CHANGE = 1.2  # a number of steps so many times larger or smaller is reported
+REPORTED_CHANGE = 1.2  # report the number of steps when it has changed by this factor
+
+Outcome = Literal["finished", "stopped"]
 
 
-def train(
-    run: Run,
-    config: Config,
-    plan: Plan,
-    images: Images,
-    console: Console,
-    judge: Judge | None = None,
-    began: float | None = None,
-) -> str:
-    """Train until the plan is done or a signal asks to stop; returns "finished" or "stopped".
+def train(inputs: TrainingInputs) -> Outcome:
+    """Train until the plan is done or a signal asks to stop.
 
-    Goes on from the newest sound checkpoint of the Run when there is one. Whatever cannot be written but a checkpoint
-    is reported once, and training continues. That it is finished is left to the caller to record, who may have more to
-    do. began: when this leg of the training began, on the clock of `time_budget.now`; None for now. Raises
-    TrainingFailed.
+    Continues from the newest sound checkpoint of the Run if there is one. A file other than a checkpoint that cannot be
+    written is reported once, and training continues. The caller records "finished", because it may have more to do.
+    Raises TrainingFailed.
     """
-    fault_points().before_training(run)
-    watch = Stopwatch(run, began)
+    run, plan, stopwatch = inputs.run, inputs.plan, Stopwatch(inputs.run, inputs.began)
     with (
         stop_requests() as stop,
-        failures_as_sentences(run),
+        loading_failures(run),
         memory_kept(plan.device),
-        guarded(run, plan, stop, watch) as guard,
+        guarded(run, plan, stop, stopwatch) as guard,
     ):
         try:
-            with stop.interruptible():
-                method = fresh_method(config, plan.images).to(plan.device)
-                decay = config.optim.average
-                average = None if decay is None else MovingAverage(method, decay)
-                job = Job(run, config, plan, images, console, method, make_optimizer(method, config.optim), average)
-                at = restore(job) or begin(job)
-                pacer = open_pacer(job, watch, judge)
-                with optional(job, run.metrics_file):
-                    run.truncate_metrics(at.step)
-                with optional(job, run.quarantine_file):
-                    noted = [row for row in run.quarantine() if "step" in row and row.get("code") != "CHANGED"]
-                    images.gone_bad.update(row["name"] for row in noted)
-                if config.train.compile:
-                    compile_or_say(job)
-                samples = Samples.of(images, plan)
-            if at.step == 0:
-                with pacer.aside("picture"):
-                    look(job, samples, at, stop)
-        except StopRequested:  # nothing has been trained yet
-            return stopped_at(run, plan, checkpoint.newest_step(run) or 0, watch)
-        with optional(job, run.path / STATUS):
-            run.set_status("running", at.step, total=plan.steps, seconds=watch.seconds())
-        stop.kept = what_is_kept(run)
+            loop = Loop.start(inputs, stop, guard, stopwatch)
+            loop.run()
+        except (
+            StopRequested
+        ):  # before the first step, or within one that cannot be continued: the last checkpoint counts
+            record_stop(run, plan, checkpoint.newest_step(run) or 0, stopwatch)
+            return "stopped"
+    return loop.finish()
 
-        stream, unread, pace = open_stream(job, at, guard), [], Pace(at.consumed)
-        last_save, failed_saves, stopping, untested, first = time.monotonic(), 0, False, False, at.step + 1
-        said_steps = plan.steps
-        with console.progress("step", plan.steps, at.step) as bar:
-            if judge is not None and not_tested(job, at) and affordable(job, pacer, "test", at):  # stopped within it
-                try:
-                    with pacer.aside("test"):
-                        test(job, judge, at, stop)
-                except StopRequested:
-                    return stopped_at(run, plan, at.step, watch)
-            while at.step < job.plan.steps and not stopping:
-                try:
-                    compiling = config.train.compile and at.step + 1 == first
-                    with guard.step(at.step + 1, compiling=compiling):
-                        fault_points().before_step(job, at)
-                        unread.append(fault_points().after_step(job, step(job, stream, at)))
-                except StopRequested:
-                    if compiling:  # perhaps in the middle of the update: what is on disk counts
-                        return stopped_at(run, plan, checkpoint.newest_step(run) or 0, watch)
-                    job.optimizer.zero_grad()  # while waiting for data: the step has changed nothing yet
-                    stopping = True
-                else:
-                    at.step, at.consumed = unread[-1].number, unread[-1].consumed
-                    pace.waited += unread[-1].waited
-                    stopping = stop.requested
 
-                plan = job.plan
-                judged = not unread  # already, when the wait for the next step was given up
-                log_now = not judged and (due(at.step, config.train.log_every, plan.steps) or pacer.due())
-                draw_now = not judged and draw_due(job, at.step)
-                save_now = due(at.step, config.train.checkpoint_every, plan.steps) or stopping
-                save_now = save_now or time.monotonic() - last_save >= 60 * config.train.checkpoint_minutes
-                test_now = judge is not None and not judged and test_due(job, at.step)
-                if not (log_now or draw_now or save_now or test_now or len(unread) >= MOST_UNREAD_STEPS):
-                    continue
+@dataclass(frozen=True)
+class Due:
+    """What happens after a step. read: wait for the device, although nothing else is due."""
 
-                numbers, fault = {}, None
-                if not judged:
-                    with guard.step(at.step):
-                        numbers, fault = read(job, unread, at)  # waits for the device
-                if fault is not None:
-                    at = roll_back(job, fault, at, watch)
-                    stream, unread, pace = open_stream(job, at, guard), [], Pace(at.consumed)
-                    pacer.restart(at.step)
-                    continue
-                if log_now and at.bad_steps == 0:
-                    row = {"step": at.step, "lr": unread[-1].lr, "images": at.consumed, **pace.row(at.consumed)}
-                    note(job, row | numbers)
-                    if at.step == 1:
-                        bar.begin(1)  # it is slower than all others, and tells nothing of the time left
-                    bar.update(at.step, progress_text(job, samples, at, numbers["loss"], pace, watch))
-                    pace = Pace(at.consumed)
-                try:
-                    if draw_now and affordable(job, pacer, "picture", at):
-                        with pacer.aside("picture"):
-                            look(job, samples, at, stop)
-                    if judge is not None and test_now and affordable(job, pacer, "test", at):
-                        with pacer.aside("test"):
-                            pace.began += test(job, judge, at, stop)
-                except StopRequested:
-                    stopping = save_now = untested = True
-                if save_now:
-                    with pacer.aside("save"):
-                        trouble = save(job, at, watch)
-                    failed_saves, last_save = failed_saves + 1 if trouble else 0, time.monotonic()
-                    stop.kept = what_is_kept(run)
-                    if trouble:
-                        console.warn(trouble)
-                    if failed_saves >= MOST_FAILED_SAVES:
-                        raise TrainingFailed(
-                            f"{failed_saves} checkpoints in a row could not be written, the last: {trouble}. Mend "
-                            f"that, then `unmask resume {run.path}`"
-                        )
-                if log_now and not stopping:
-                    job = replanned(job, pacer, at)
-                    bar.total = job.plan.steps
-                    if not said_steps / SAID_CHANGE < job.plan.steps < said_steps * SAID_CHANGE:
-                        said_steps = job.plan.steps
-                        console.say(f"step {at.step}: {said_steps} steps in all now, to fit the budget at this pace")
-                unread = []
-            del stream  # closes the loader's workers
+    log: bool
+    picture: bool
+    evaluation: bool
+    save: bool
+    read: bool
 
-    plan = job.plan
-    with optional(job, run.metrics_file):
-        if skipped := sum("skipped" in row for row in run.metrics()):
-            console.warn(f"{skipped} steps were skipped for non-finite numbers; their images are named in faults.jsonl")
-    run.require_present()
-    if checkpoint.newest_step(run) != at.step:
-        raise TrainingFailed(
-            f"the last weights (step {at.step}) could not be written; make room and `unmask resume {run.path}`, which "
-            f"repeats the steps since step {checkpoint.newest_step(run) or 0}"
+    @property
+    def anything(self) -> bool:
+        return self.log or self.picture or self.evaluation or self.save or self.read
+
+
+@dataclass
+class Loop:
+    """The training loop: what it works on, where it is, and the steps that have not been read from the device."""
+
+    job: Job
+    position: Position
+    evaluator: Evaluator | None
+    pacer: Pacer
+    samples: Samples
+    stop: StopRequest
+    guard: Guard
+    stopwatch: Stopwatch
+    unread: list[Step] = field(default_factory=list)
+    stopping: bool = False
+    evaluation_interrupted: bool = False
+    failed_saves: int = 0
+
+    def __post_init__(self) -> None:
+        self.stream = open_stream(self.job, self.position, self.guard)
+        self.pace = Pace(self.position.consumed)
+        self.first_step = self.position.step + 1
+        self.reported_steps = self.job.plan.steps
+        self.last_save = time.monotonic()
+
+    @classmethod
+    def start(cls, inputs: TrainingInputs, stop: StopRequest, guard: Guard, stopwatch: Stopwatch) -> Loop:
+        """Build the method, restore or initialise its state, and draw the picture of step 0. Raises StopRequested."""
+        run, config, plan, images = inputs.run, inputs.config, inputs.plan, inputs.images
+        fault_points().before_training(run)
+        with stop.interruptible():
+            method = fresh_method(config, plan.images).to(plan.device)
+            decay = config.optim.average
+            average = None if decay is None else MovingAverage(method, decay)
+            optimizer = make_optimizer(method, config.optim)
+            job = Job(run, config, plan, images, inputs.console, method, optimizer, average)
+            position = restore(job) or initialise(job)
+            pacer = open_pacer(job, stopwatch, inputs.evaluator)
+            with report_failure(job, run.metrics_file):
+                run.truncate_metrics(position.step)
+            with report_failure(job, run.quarantine_file):
+                earlier = [row for row in run.quarantine() if "step" in row and row.get("code") != "CHANGED"]
+                images.gone_bad.update(row["name"] for row in earlier)
+            if config.train.compile:
+                compile_or_explain(job)
+            samples = Samples.of(images, plan)
+        if position.step == 0:
+            with pacer.aside("picture"):
+                draw_and_score(job, samples, position, stop)
+        with report_failure(job, run.path / STATUS):
+            run.set_status("running", position.step, total=plan.steps, seconds=stopwatch.seconds())
+        stop.kept = describe_saved(run)
+        return cls(job, position, inputs.evaluator, pacer, samples, stop, guard, stopwatch)
+
+    def run(self) -> None:
+        """Train to the last step of the plan or a stop request, and save. Raises StopRequested, TrainingFailed."""
+        try:
+            with self.job.console.progress("step", self.job.plan.steps, self.position.step) as bar:
+                self.repeat_interrupted_evaluation()
+                while self.position.step < self.job.plan.steps and not self.stopping:
+                    self.take_step()
+                    now = self.what_is_due()
+                    if not now.anything:
+                        continue
+                    numbers, fault = self.read_steps()
+                    if fault is not None:
+                        self.roll_back(fault)
+                        continue
+                    if now.log and self.position.bad_steps == 0:
+                        self.log(numbers, bar)
+                    interrupted = self.draw_and_evaluate(now)
+                    if now.save or interrupted:
+                        self.save()
+                    if now.log and not self.stopping:
+                        self.adjust_steps(bar)
+                    self.unread = []
+        finally:
+            self.stream.close()  # ends the loader's workers
+
+    def repeat_interrupted_evaluation(self) -> None:
+        """Evaluate before the first step if the run was stopped within the evaluation. Raises StopRequested."""
+        if self.evaluator is None or not evaluation_missing(self.job, self.position):
+            return
+        if affordable(self.job, self.pacer, "evaluation", self.position):
+            with self.pacer.aside("evaluation"):
+                evaluate(self.job, self.evaluator, self.position, self.stop)
+
+    def take_step(self) -> None:
+        """Launch one optimiser step, unless a stop is requested while it waits for data.
+
+        Raises StopRequested for a stop request while torch.compile works, which may be in the middle of the update.
+        """
+        compiling = self.job.config.train.compile and self.position.step + 1 == self.first_step
+        try:
+            with self.guard.step(self.position.step + 1, compiling=compiling):
+                fault_points().before_step(self.job, self.position)
+                taken = fault_points().after_step(self.job, step(self.job, self.stream, self.position))
+        except StopRequested:
+            if compiling:
+                raise
+            self.job.optimizer.zero_grad()  # while waiting for data: the step has changed nothing yet
+            self.stopping = True
+            return
+        self.unread.append(taken)
+        self.position.step, self.position.consumed = taken.number, taken.consumed
+        self.pace.waited += taken.waited
+        self.stopping = self.stop.requested
+
+    def what_is_due(self) -> Due:
+        """Return what happens after the newest step."""
+        number, train, last = self.position.step, self.job.config.train, self.job.plan.steps
+        is_new = bool(self.unread)  # otherwise it was read before, and the wait for the next one was interrupted
+        minutes = (time.monotonic() - self.last_save) / 60
+        return Due(
+            log=is_new and (due(number, train.log_every, last) or self.pacer.due()),
+            picture=is_new and picture_due(self.job, number),
+            evaluation=is_new and self.evaluator is not None and evaluation_due(self.job, number),
+            save=due(number, train.checkpoint_every, last) or self.stopping or minutes >= train.checkpoint_minutes,
+            read=len(self.unread) >= MOST_UNREAD_STEPS,
         )
-    if at.step < plan.steps or untested:
-        return stopped_at(run, plan, at.step, watch)
-    with optional(job, run.path / STATUS):
-        run.set_status("running", at.step, total=plan.steps, seconds=watch.seconds())
-    return "finished"
 
+    def read_steps(self) -> tuple[dict[str, float], Step | None]:
+        """Wait for the device; see `read`."""
+        if not self.unread:
+            return {}, None
+        with self.guard.step(self.position.step):
+            return read(self.job, self.unread, self.position)
 
-def not_tested(job: Job, at: Position) -> bool:
-    """Whether the test that belongs to this step is missing: a stop was requested in the middle of it."""
-    if at.step == 0 or not test_due(job, at.step):
+    def roll_back(self, fault: Step) -> None:
+        """Continue from the newest checkpoint; see `training_state.roll_back`. Raises TrainingFailed."""
+        self.stream.close()
+        self.position = roll_back(self.job, fault, self.position, self.stopwatch)
+        self.stream = open_stream(self.job, self.position, self.guard)
+        self.unread, self.pace = [], Pace(self.position.consumed)
+        self.pacer.restart(self.position.step)
+
+    def log(self, numbers: dict[str, float], bar: Bar) -> None:
+        """Append the newest step to metrics.jsonl and move the progress bar."""
+        at = self.position
+        row = {"step": at.step, "lr": self.unread[-1].lr, "images": at.consumed, **self.pace.row(at.consumed)}
+        log_row(self.job, row | numbers)
+        if at.step == 1:
+            bar.begin(1)  # the first step is slower than all others, so it does not count for the time left
+        bar.update(at.step, self.progress_text(numbers["loss"]))
+        self.pace = Pace(at.consumed)
+
+    def progress_text(self, loss: float) -> str:
+        """Return the text beside the progress bar: epoch, losses, speed, time so far."""
+        images, consumed = self.job.plan.num_images, self.position.consumed
+        losses = [f"loss {loss:.4f}", *(f"{name} {value:.4f}" for name, value in self.samples.losses.items())]
+        epochs = epoch_text(consumed / images, self.job.plan.steps * self.job.plan.batch_size / images)
+        so_far = f"{duration(self.stopwatch.seconds())} so far"
+        return "  ".join([epochs, ", ".join(losses), self.pace.text(consumed), so_far])
+
+    def draw_and_evaluate(self, now: Due) -> bool:
+        """Draw and evaluate where that is due; return whether a stop request interrupted it."""
+        job, at = self.job, self.position
+        try:
+            if now.picture and affordable(job, self.pacer, "picture", at):
+                with self.pacer.aside("picture"):
+                    draw_and_score(job, self.samples, at, self.stop)
+            if self.evaluator is not None and now.evaluation and affordable(job, self.pacer, "evaluation", at):
+                with self.pacer.aside("evaluation"):
+                    self.pace.began += evaluate(job, self.evaluator, at, self.stop)
+        except StopRequested:
+            self.stopping = self.evaluation_interrupted = True
+            return True
         return False
-    with optional(job, job.run.metrics_file):
-        rows = [row for row in job.run.metrics() if row.get("step") == at.step]
-        return not any(name.startswith("test_") for row in rows for name in row)
-    return False
+
+    def save(self) -> None:
+        """Write a checkpoint. Raises TrainingFailed when several in a row could not be written."""
+        run = self.job.run
+        with self.pacer.aside("save"):
+            reason = save(self.job, self.position, self.stopwatch)
+        self.failed_saves, self.last_save = self.failed_saves + 1 if reason else 0, time.monotonic()
+        self.stop.kept = describe_saved(run)
+        if reason:
+            self.job.console.warn(reason)
+        if self.failed_saves >= MOST_FAILED_SAVES:
+            raise TrainingFailed(
+                f"{self.failed_saves} checkpoints in a row could not be written, the last: {reason}. Fix that, then "
+                f"`unmask resume {run.path}`"
+            )
+
+    def adjust_steps(self, bar: Bar) -> None:
+        """Adapt the number of steps to the time budget, and report a large change."""
+        self.job = adjust_steps(self.job, self.pacer, self.position)
+        bar.total = steps = self.job.plan.steps
+        if not self.reported_steps / REPORTED_CHANGE < steps < self.reported_steps * REPORTED_CHANGE:
+            self.reported_steps = steps
+            self.job.console.say(f"step {self.position.step}: {steps} steps in all now, to fit the budget at this pace")
+
+    def finish(self) -> Outcome:
+        """Check that the last weights are saved, and record a stop. Raises TrainingFailed, RunGone."""
+        run, plan, at, console = self.job.run, self.job.plan, self.position, self.job.console
+        with report_failure(self.job, run.metrics_file):
+            if skipped := sum("skipped" in row for row in run.metrics()):
+                console.warn(f"{skipped} steps were skipped for non-finite numbers; faults.jsonl names their images")
+        run.require_present()
+        if (saved := checkpoint.newest_step(run)) != at.step:
+            raise TrainingFailed(
+                f"the last weights (step {at.step}) could not be written; free disk space, then `unmask resume "
+                f"{run.path}`, which repeats the steps since step {saved or 0}"
+            )
+        if at.step < plan.steps or self.evaluation_interrupted:
+            record_stop(run, plan, at.step, self.stopwatch)
+            return "stopped"
+        with report_failure(self.job, run.path / STATUS):
+            run.set_status("running", at.step, total=plan.steps, seconds=self.stopwatch.seconds())
+        return "finished"
 
 
 def step(job: Job, stream: Iterator[Batch], at: Position) -> Step:
-    """One optimiser step over `plan.accumulation` micro-batches, from `at`, which is not moved.
+    """Launch one optimiser step over `plan.accumulation` micro-batches from position `at`, which does not change.
 
-    When the mean loss or the gradient is not finite, weights and moments stay as they were; that is decided on the
-    device, and whoever reads the step learns of it.
+    When the mean loss or the gradient is not finite, the device leaves weights and optimiser state unchanged; `read`
+    reports it.
     """
     plan, seed = job.plan, job.config.train.seed
     waited, rows, total, logs = 0.0, [], torch.zeros((), device=plan.device), dict[str, Tensor]()
@@ -249,10 +357,10 @@ def step(job: Job, stream: Iterator[Batch], at: Position) -> Step:
 
 
 def read(job: Job, unread: list[Step], at: Position) -> tuple[dict[str, float], Step | None]:
-    """Wait for the device and judge the steps taken since the last time: (numbers of the last step, fault).
+    """Wait for the device and check the steps since the last call; return (numbers of the newest step, fault).
 
-    Names the images of skipped steps in metrics.jsonl and faults.jsonl. `fault` is the step at which too many in a
-    row were bad; what was trained after it is not judged, and is to be taken back.
+    fault: the step at which too many in a row were non-finite, None usually; later steps are not checked, because a
+    rollback undoes them. The images of skipped steps are written to metrics.jsonl and faults.jsonl.
     """
     found = torch.stack([torch.stack([taken.loss, taken.norm]) for taken in unread]).tolist()
     for taken, (loss, norm) in zip(unread, found, strict=True):
@@ -262,8 +370,8 @@ def read(job: Job, unread: list[Step], at: Position) -> tuple[dict[str, float], 
         at.bad_steps += 1
         names = [job.images.source.names[row] for row in taken.rows.tolist()]
         row = {"step": taken.number, "loss": None, "lr": taken.lr, "skipped": names}
-        note(job, row)
-        with optional(job, job.run.faults_file):
+        log_row(job, row)
+        with report_failure(job, job.run.faults_file):
             job.run.add_fault({**row, "time": time.time()})
         job.console.warn(
             f"step {taken.number} gave a non-finite loss or gradient and was skipped; its {len(names)} images "
@@ -275,73 +383,17 @@ def read(job: Job, unread: list[Step], at: Position) -> tuple[dict[str, float], 
     return {name: float(value) for name, value in unread[-1].logs.items()} | {"loss": loss, "grad_norm": norm}, None
 
 
-def roll_back(job: Job, fault: Step, at: Position, watch: Stopwatch) -> Position:
-    """After several bad steps in a row: the last good checkpoint, with the data moved past where it went wrong."""
-    got_past = fault.number - BAD_STEPS_IN_A_ROW >= at.fault_step  # the last good step lies there or beyond
-    rollbacks = 1 if got_past else at.rollbacks + 1
-    if rollbacks > MOST_ROLLBACKS:
-        raise TrainingFailed(
-            f"{BAD_STEPS_IN_A_ROW} non-finite steps in a row at step {fault.number}, after {MOST_ROLLBACKS} rollbacks "
-            f"without getting past it; the images are named in {job.run.faults_file}. Lower optim.base_lr, set "
-            "optim.clip=1, or use train.precision=fp32, and start again"
-        )
-    back = restore(job)
-    if back is None:
-        job.method.load_state_dict(fresh_method(job.config, job.plan.images).state_dict())
-        job.optimizer.state.clear()
-        if job.average is not None:
-            job.average.load({})
-        back = begin(job)
-    back.consumed = fault.consumed + SKIP_AHEAD_BATCHES * job.plan.batch_size
-    back.bad_steps, back.rollbacks, back.fault_step = 0, rollbacks, fault.number
-    with optional(job, job.run.metrics_file):
-        job.run.truncate_metrics(back.step)
-    # Saved at once, so that a run killed now does not forget that it has been here.
-    if trouble := save(job, back, watch):
-        job.console.warn(trouble)
-    job.console.warn(
-        f"{BAD_STEPS_IN_A_ROW} non-finite steps in a row: back from step {fault.number} to {back.step}, going on "
-        f"{SKIP_AHEAD_BATCHES} batches further in the data"
-    )
-    return back
-
-
-def compile_or_say(job: Job) -> None:
-    """Compile the method's transformer blocks, or say why they run as they are."""
-    if reason := why_not_compiled(job.plan.device):
-        job.console.warn(f"torch.compile does not work here ({reason}); training goes on without train.compile")
-    elif compile_blocks(job.method):
-        job.console.say("compiling the transformer blocks: the first step takes up to a minute more")
-    else:
-        job.console.warn(f"train.compile is for transformer blocks; {job.config.method.name} has none that it knows")
-
-
 def epoch_text(done: float, total: float) -> str:
     """Return 'epoch 1.5/20.0', with more decimals for a run that is shorter than an epoch."""
     decimals = 1 if total >= 1 else 1 - math.floor(math.log10(total))
     return f"epoch {done:.{decimals}f}/{total:.{decimals}f}"
 
 
-def progress_text(job: Job, samples: Samples, at: Position, loss: float, pace: Pace, watch: Stopwatch) -> str:
-    """The line beside the progress bar: epoch, losses, speed, time so far."""
-    images = job.plan.num_images
-    losses = [f"loss {loss:.4f}", *(f"{name} {value:.4f}" for name, value in samples.losses.items())]
-    epochs = epoch_text(at.consumed / images, job.plan.steps * job.plan.batch_size / images)
-    return "  ".join([epochs, ", ".join(losses), pace.sentence(at.consumed), f"{duration(watch.seconds())} so far"])
-
-
-def test(job: Job, judge: Judge, at: Position, stop: StopRequest) -> float:
-    """Note how good the method is on its test images, and its averaged weights; returns the seconds that it took.
-
-    Raises StopRequested, with the weights as they were.
-    """
-    began = time.perf_counter()
-    with torch.no_grad(), eval_mode(job.method), uncompiled(), autocast(job.plan.precision, job.plan.device):
-        with stop.interruptible():
-            numbers = {f"test_{name}": value for name, value in judge(job.method).items()}
-        if job.average is not None:
-            with job.average.applied(), stop.interruptible():
-                numbers |= {f"test_averaged_{name}": value for name, value in judge(job.method).items()}
-    note(job, {"step": at.step, **numbers})
-    job.console.say(f"step {at.step}: " + ", ".join(f"{name.replace('_', ' ')} {n:.4f}" for name, n in numbers.items()))
-    return time.perf_counter() - began
+def compile_or_explain(job: Job) -> None:
+    """Compile the transformer blocks of the method, or warn why they run uncompiled."""
+    if reason := why_not_compiled(job.plan.device):
+        job.console.warn(f"torch.compile does not work here ({reason}); training continues without train.compile")
+    elif compile_blocks(job.method):
+        job.console.say("compiling the transformer blocks: the first step takes up to a minute more")
+    else:
+        job.console.warn(f"train.compile is for transformer blocks; {job.config.method.name} has none that it knows")

@@ -1,4 +1,4 @@
-"""The state that checkpoints hold: initialise it, save it, restore it."""
+"""The state that checkpoints hold: initialise it, save it, restore it, and roll back to it."""
 
 from __future__ import annotations
 
@@ -8,82 +8,125 @@ from dataclasses import asdict
 from torch import Tensor
 
 from unmask.engine import checkpoint, copy_weights, optimizer_state
+from unmask.engine.build import fresh_method
 from unmask.engine.checkpoint import CheckpointFull, CheckpointRefused
-from unmask.engine.job import Job, Position, optional
+from unmask.engine.job import Job, Position, Step, report_failure
 from unmask.engine.load import take_weights
 from unmask.engine.pacing import Stopwatch
 from unmask.engine.plan import Plan
-from unmask.engine.samples import fixed_images, spread
-from unmask.errors import UserError
+from unmask.engine.samples import evenly_spaced, fixed_images
+from unmask.errors import TrainingFailed, UserError
 from unmask.method import Method
 from unmask.run import STATUS, Run, RunGone
 
-AVERAGE = "/average"  # of the name of an averaged parameter, among the tensors of the optimiser in a checkpoint
+BAD_STEPS_IN_A_ROW = 3
+SKIP_AHEAD_BATCHES = 50
+MOST_ROLLBACKS = 2
+AVERAGE = "/average"  # suffix of averaged parameters among the tensors of the optimiser in a checkpoint
 
 
-def stopped_at(run: Run, plan: Plan, step: int, watch: Stopwatch) -> str:
-    with suppress(OSError, UserError, RunGone):  # the caller tries again, and reports it
-        run.set_status("stopped", step, total=plan.steps, seconds=watch.seconds())
-    return "stopped"
-
-
-def what_is_kept(run: Run) -> str:
-    """What is saved now, as a sentence for whoever ends the training at once."""
-    step = checkpoint.newest_step(run)
-    if step is None:
-        return f"there is no checkpoint yet, and `unmask resume {run.path}` begins anew"
-    return f"the checkpoint of step {step} is kept, and `unmask resume {run.path}` continues from it"
-
-
-def begin(job: Job) -> Position:
-    """Step 0: other weights grafted on, buffers that depend on the data set, and what is fixed from now on saved."""
+def initialise(job: Job) -> Position:
+    """Prepare step 0: graft weights, set buffers that depend on the data, save the tensors that never change."""
     take_weights(job.method, job.config)
-    taken = tuple(entry.target for entry in job.config.graft)
-    # What came with other weights stays as it was: they mean nothing with another palette, or other components.
-    if job.method.num_prepare and not any(prefix.startswith(taken) for prefix in job.method.fixed if taken):
-        rows = spread(job.images.rows, job.method.num_prepare)
+    grafted = tuple(entry.target for entry in job.config.graft)
+    # Do not recompute grafted palettes or PCA bases: the grafted weights depend on them.
+    if job.method.num_prepare and not any(prefix.startswith(grafted) for prefix in job.method.fixed if grafted):
+        rows = evenly_spaced(job.images.rows, job.method.num_prepare)
         sample = fixed_images(job.images, job.plan, rows)
         job.method.prepare(sample.images, sample.valid)
     if job.method.fixed:
         state = job.method.state_dict()
-        kept = {name: value for name, value in state.items() if name.startswith(job.method.fixed)}
-        checkpoint.save_fixed(job.run, kept)
+        fixed = {name: value for name, value in state.items() if name.startswith(job.method.fixed)}
+        checkpoint.save_fixed(job.run, fixed)
     return Position()
 
 
 def restore(job: Job) -> Position | None:
-    """Weights, moments and position of the newest sound checkpoint; None when there is none."""
+    """Load weights, optimiser state and position from the newest sound checkpoint; return None when there is none.
+
+    Raises CheckpointError where all checkpoints are damaged, or one does not fit the method.
+    """
     found = checkpoint.load_latest(job.run, say=job.console.warn)
     if found is None:
         return None
     copy_weights.require_fit(job.method, found.model, f"the checkpoint of step {found.step} of {job.run.path}")
     job.method.load_state_dict(found.model)
+    names = parameter_names(job.method)
     moments = {entry: value for entry, value in found.optim.items() if not entry.endswith(AVERAGE)}
-    optimizer_state.tensors_to_optimizer(job.optimizer, names_of(job.method), moments, found.state["optimizer"])
+    optimizer_state.tensors_to_optimizer(job.optimizer, names, moments, found.state["optimizer"])
     if job.average is not None:
         averages = {entry: value for entry, value in found.optim.items() if entry.endswith(AVERAGE)}
         job.average.load({entry.removesuffix(AVERAGE): value for entry, value in averages.items()})
     return Position(**found.state["position"])
 
 
-def names_of(method: Method) -> dict[Tensor, str]:
+def parameter_names(method: Method) -> dict[Tensor, str]:
+    """Return the name of each parameter."""
     return {parameter: name for name, parameter in method.named_parameters()}
 
 
-def save(job: Job, at: Position, watch: Stopwatch) -> str | None:
-    """Write a checkpoint and the status; returns what was in the way: a full disk, weights that are not finite."""
+def save(job: Job, at: Position, stopwatch: Stopwatch) -> str | None:
+    """Write a checkpoint and the status; return None, or why there is no checkpoint (full disk, non-finite weights)."""
     run, method, train = job.run, job.method, job.config.train
-    tensors, numbers = optimizer_state.optimizer_to_tensors(job.optimizer, names_of(method))
+    tensors, numbers = optimizer_state.optimizer_to_tensors(job.optimizer, parameter_names(method))
     if job.average is not None:
         tensors |= {name + AVERAGE: value for name, value in job.average.values.items()}
     state = {"step": at.step, "position": asdict(at), "optimizer": numbers, "seed": train.seed}
     weights = {name: value for name, value in method.state_dict().items() if not name.startswith(method.fixed)}
-    with optional(job, run.metrics_file):
+    with report_failure(job, run.metrics_file):
         run.sync_metrics()
     try:
         checkpoint.save(run, at.step, weights, tensors, state, keep=train.keep_checkpoints)
     except (CheckpointFull, CheckpointRefused, RunGone) as error:
         return str(error)
-    with optional(job, run.path / STATUS):
-        run.set_status("running", at.step, total=job.plan.steps, seconds=watch.seconds())
+    with report_failure(job, run.path / STATUS):
+        run.set_status("running", at.step, total=job.plan.steps, seconds=stopwatch.seconds())
     return None
+
+
+def roll_back(job: Job, fault: Step, at: Position, stopwatch: Stopwatch) -> Position:
+    """Return to the newest checkpoint after several bad steps in a row, and skip the data that led to them.
+
+    Raises TrainingFailed after `MOST_ROLLBACKS` rollbacks without getting past the same step.
+    """
+    got_past = fault.number - BAD_STEPS_IN_A_ROW >= at.fault_step  # the last good step is there or beyond
+    rollbacks = 1 if got_past else at.rollbacks + 1
+    if rollbacks > MOST_ROLLBACKS:
+        raise TrainingFailed(
+            f"{BAD_STEPS_IN_A_ROW} non-finite steps in a row at step {fault.number}, after {MOST_ROLLBACKS} rollbacks "
+            f"without getting past it; the images are named in {job.run.faults_file}. Lower optim.base_lr, set "
+            "optim.clip=1, or use train.precision=fp32, and start again"
+        )
+    back = restore(job)
+    if back is None:
+        job.method.load_state_dict(fresh_method(job.config, job.plan.images).state_dict())
+        job.optimizer.state.clear()
+        if job.average is not None:
+            job.average.load({})
+        back = initialise(job)
+    back.consumed = fault.consumed + SKIP_AHEAD_BATCHES * job.plan.batch_size
+    back.bad_steps, back.rollbacks, back.fault_step = 0, rollbacks, fault.number
+    with report_failure(job, job.run.metrics_file):
+        job.run.truncate_metrics(back.step)
+    # Saved at once, so that the rollback still counts if the process is killed now.
+    if reason := save(job, back, stopwatch):
+        job.console.warn(reason)
+    job.console.warn(
+        f"{BAD_STEPS_IN_A_ROW} non-finite steps in a row: back from step {fault.number} to {back.step}, going on "
+        f"{SKIP_AHEAD_BATCHES} batches further in the data"
+    )
+    return back
+
+
+def record_stop(run: Run, plan: Plan, step: int, stopwatch: Stopwatch) -> None:
+    """Set the status to stopped; a failure is ignored, because the caller writes the status again and reports it."""
+    with suppress(OSError, UserError, RunGone):
+        run.set_status("stopped", step, total=plan.steps, seconds=stopwatch.seconds())
+
+
+def describe_saved(run: Run) -> str:
+    """Return what is saved now, as a sentence to print when the process is ended at once."""
+    step = checkpoint.newest_step(run)
+    if step is None:
+        return f"there is no checkpoint yet, and `unmask resume {run.path}` begins anew"
+    return f"the checkpoint of step {step} is kept, and `unmask resume {run.path}` continues from it"

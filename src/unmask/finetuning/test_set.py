@@ -60,7 +60,7 @@ class TestSet:
     def __call__(self, method: Method) -> dict[str, float]:
         return self.headlines(method)
 
-    def trial(self, method: Method) -> float:
+    def estimate_seconds(self, method: Method) -> float:
         """Return the seconds that a test takes, estimated on a few of its images."""
         took, few = 0.0, self
         for count in TRIAL_IMAGES:  # the first pass warms up
