@@ -39,7 +39,7 @@ def test_it_is_a_module_that_can_be_run():
 
 def test_the_two_kinds_of_masks_and_the_layers_are_told_apart_in_the_help(unmask):
     pretrain, probe = (" ".join(unmask(verb, "--help")[1].replace("│", " ").split()) for verb in ("pretrain", "probe"))
-    assert "a FILE" in pretrain
+    assert "file of a patch mask" in pretrain
     assert "a NUMBER of random masks" in probe
     assert "0 hides nothing" in probe
     assert "0 is what the first block is given" in probe

@@ -46,7 +46,7 @@ class GreetRequest(Request):
     name: Annotated[str, Option("Whom to greet.", metavar="NAME")]
     _: KW_ONLY
     times: Annotated[int, Option("How often.", check=positive)] = 1
-    mood: Annotated[str, Option("How.", choices=lambda: ["kindly", "loudly"])] = "kindly"
+    mood: Annotated[str, Option("How.", choices=lambda: {"kindly": "", "loudly": "in a loud voice"})] = "kindly"
     others: Annotated[Sequence[str], Option("More people; repeatable.", flag="--and", metavar="NAME")] = ()
     card: Annotated[str | Path | None, Option("A card to bring.", default="none")] = None
     numbers: Annotated[

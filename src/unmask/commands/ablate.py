@@ -17,15 +17,16 @@ def _seconds(text: str) -> float:
 
 @dataclass(frozen=True)
 class AblateRequest(Request):
-    """Train and probe every cell of a table of the paper, beside the paper's numbers. Run again to continue it."""
+    """Train and probe every cell of a table of the MAE paper, and show the paper's numbers beside the results.
 
-    table: Annotated[
-        str, Option("1a, 1b, 1c, 1d, 1e, 1f, fig5, fig7, fig9 of the MAE paper, or family.", metavar="TABLE")
-    ]
+    The same command again continues an unfinished table.
+    """
+
+    table: Annotated[str, Option("Table 1a to 1f, fig5, fig7 or fig9 of the MAE paper, or family.", metavar="TABLE")]
     data: Data
     _: KW_ONLY
     test: TestData = None
-    recipe: Annotated[str | None, Option("Base of every cell.", default="mae_nano")] = None
+    recipe: Annotated[str | None, Option("Recipe that every cell varies.", default="mae_nano")] = None
     out: Annotated[
         str | Path | None,
         Option(
@@ -37,13 +38,15 @@ class AblateRequest(Request):
     budget: Annotated[
         float | None, Option("Time for the whole table, e.g. 1h.", metavar="TIME", command_line=str, from_text=_seconds)
     ] = None
-    seeds: Annotated[int, Option("Number of seeds to train every cell with.")] = 1
-    shots: Annotated[int | None, Option("Labels per class for the probes.", default="5000 in all")] = None
+    seeds: Annotated[int, Option("Train every cell this many times, with different seeds.", metavar="N")] = 1
+    shots: Annotated[
+        int | None, Option("Training labels per class for the probes.", metavar="N", default="5000 in all")
+    ] = None
     tokenizer: Annotated[
-        str | Path | None, Option("A dVAE for the cells that need one.", metavar="RUN", default="trains one")
+        str | Path | None, Option("Run of a dVAE, for the cells that need one.", metavar="RUN", default="train one")
     ] = None
     from_run: Annotated[
-        str | Path | None, Option("The run that fig9 fine-tunes.", metavar="RUN", flag="--from", default="trains one")
+        str | Path | None, Option("Run that fig9 fine-tunes.", metavar="RUN", flag="--from", default="train one")
     ] = None
     settings: Settings = ()
 

@@ -10,13 +10,17 @@ from unmask.console import Console
 
 @dataclass(frozen=True)
 class CheckRequest(Request):
-    """Preflight: counts, sizes, channels, statistics, broken files, a recipe and a time forecast."""
+    """Check images before training: counts, sizes, channels, broken files, and a recipe with a forecast of its time."""
 
     data: SeveralData
     _: KW_ONLY
     exclude: Exclude = ()
-    sample: Annotated[int | None, Option("Check only this many files, evenly spread.", default="all")] = None
-    workers: Annotated[int | None, Option("Number of checking processes.", default="chosen")] = None
+    sample: Annotated[int | None, Option("Check only this many files, evenly spread.", metavar="N", default="all")] = (
+        None
+    )
+    workers: Annotated[
+        int | None, Option("Number of processes that check.", metavar="N", default="chosen by number of files")
+    ] = None
     settings: Settings = ()
 
 

@@ -46,7 +46,7 @@ def _parameter(each: DeclaredOption) -> inspect.Parameter:
     option, default = each.option, each.field.default
     required = each.field.default is each.field.default_factory  # both are MISSING
     shown = option.default or not (required or default in (None, ()))
-    common: dict[str, Any] = {"help": option.help, "metavar": option.metavar, "show_default": shown}
+    common: dict[str, Any] = {"help": each.help(), "metavar": option.metavar, "show_default": shown}
     if (choices := option.choices) is not None:
         common["autocompletion"] = lambda incomplete: [word for word in choices() if word.startswith(incomplete)]
     declared = typer.Argument(**common) if each.positional else typer.Option(each.flag, **common)

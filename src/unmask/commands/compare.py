@@ -12,18 +12,18 @@ from unmask.console import Console
 
 @dataclass(frozen=True)
 class CompareRequest(Request):
-    """Compare several runs: what they are, what they cost, and the probes that they share."""
+    """Compare several runs on one page: settings, compute, and the probes that all of them have."""
 
     runs: Annotated[Sequence[str | Path], Option("Two or more run folders.", metavar="RUN...")]
     _: KW_ONLY
     data: Annotated[
-        str | None, Option("Labelled images: probe the runs that lack this probe on them.", metavar="DATA")
+        str | None, Option("Labelled images, on which runs are probed that lack this probe.", metavar="DATA")
     ] = None
     test: TestData = None
     kind: Annotated[str, Option("knn or linear.")] = "linear"
     shots: Annotated[int | None, Option("Labels per class.", default="all")] = None
     out: Annotated[
-        str | Path, Option("FILE.html; the same as data is written beside it as FILE.json.", metavar="FILE")
+        str | Path, Option("Page to write, FILE.html; FILE.json beside it has the same numbers.", metavar="FILE")
     ] = "comparison.html"
     device: Device = "auto"
 

@@ -51,7 +51,8 @@ class Option:
     help: a phrase for `--help` and for Python's `help`. metavar: what stands for the value. flag: its name on the
     command line, where that is not the field's. default: in words, where the default is None. command_line: the type
     that is read from the command line, where it does not follow from the field's. from_text: converts what was read.
-    check: raises UserError for a value that is not possible. choices: the words that are possible, listed when needed.
+    check: raises UserError for a value that is not possible. choices: the words that are possible, with what they mean
+    or "", listed when they are needed.
     """
 
     help: str
@@ -61,7 +62,7 @@ class Option:
     command_line: Any = None
     from_text: Callable[[Any], Any] | None = None
     check: Callable[[Any], None] | None = None
-    choices: Callable[[], Sequence[str]] | None = None
+    choices: Callable[[], Mapping[str, str]] | None = None
 
 
 @dataclass(frozen=True)
@@ -114,10 +115,17 @@ class DeclaredOption:
         """Raise UserError when the value is not possible."""
         if self.option.check is not None:
             self.option.check(value)
-        if self.option.choices is not None and value not in (known := self.option.choices()):
+        if self.option.choices is not None and value not in (known := list(self.option.choices())):
             from unmask.errors import UserError
 
-            raise UserError(f"got {self.flag} {value}; expected {' or '.join((', '.join(known[:-1]), known[-1]))}")
+            raise UserError(f"got {self.flag} {value}; expected {', '.join(known[:-1])} or {known[-1]}")
+
+    def help(self) -> str:
+        """Return the help text with the choices, if any."""
+        if self.option.choices is None:
+            return self.option.help
+        choices = [f"{name}: {meaning}" if meaning else name for name, meaning in self.option.choices().items()]
+        return f"{self.option.help.removesuffix('.')}: {'; '.join(choices)}."
 
     def command_line_type(self) -> Any:
         """Return the type that is read from the command line: `str | Path` is a path, a sequence is repeated."""
@@ -226,7 +234,7 @@ def _documentation(verb: Command) -> str:
     lines = [verb.help, "", inspect.cleandoc(verb.call.__doc__ or ""), "", "Args:"]
     for each in options_of(verb.request):
         default = f" Default: {each.option.default}." if each.option.default else ""
-        lines.append(f"    {each.name}: {each.option.help}{default}")
+        lines.append(f"    {each.name}: {each.help()}{default}")
     lines.append(
         "    console: Where text and progress are printed, stderr when None; `Console(quiet=True)` only warns."
     )

@@ -12,15 +12,15 @@ from unmask.errors import UserError
 
 @dataclass(frozen=True)
 class DoctorRequest(Request):
-    """Versions, device, and a self-test of a few seconds; with DATA, where the time goes and what to do about it."""
+    """Print versions and devices, and run a short self-test; with DATA, measure what limits the speed of training."""
 
-    data: Annotated[str | None, Option("Images: what would limit training on them?", metavar="DATA")] = None
+    data: Annotated[str | None, Option("Images to measure the training speed on.", metavar="DATA")] = None
     _: KW_ONLY
     exclude: Exclude = ()
-    recipe: Annotated[str, Option("With DATA: a name from `unmask recipes`, or auto.")] = "auto"
-    tokenizer: Annotated[str | Path | None, Option("With DATA: a dVAE whose codes are predicted.", metavar="RUN")] = (
-        None
-    )
+    recipe: Annotated[str, Option("With DATA: recipe from `unmask recipes`, or auto.")] = "auto"
+    tokenizer: Annotated[
+        str | Path | None, Option("With DATA: run of a dVAE whose codes are predicted.", metavar="RUN")
+    ] = None
     settings: Settings = ()
 
 

@@ -11,12 +11,15 @@ from unmask.console import Console
 
 @dataclass(frozen=True)
 class EmbedRequest(Request):
-    """Features of every image, never masked: columns name, label (where there is one), cls and mean (over patches)."""
+    """Write the features of every image, unmasked, to a table.
+
+    Its columns are name, label (of labelled images), cls (the class token) and mean (over the patch tokens).
+    """
 
     run: RunFolder
     data: SeveralData
     _: KW_ONLY
-    out: Annotated[str | Path, Option("FILE.parquet or FILE.npz.", metavar="FILE")]
+    out: Annotated[str | Path, Option("Table to write: FILE.parquet or FILE.npz.", metavar="FILE")]
     exclude: Exclude = ()
     step: Step = None
     device: Device = "auto"

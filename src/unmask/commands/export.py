@@ -9,23 +9,26 @@ from unmask.commands.options import RunFolder, Step
 from unmask.console import Console
 
 
+def targets() -> dict[str, str]:
+    """Return the export targets with what each writes."""
+    from unmask.interop.find_target import target_names, target_summary
+
+    return {name: target_summary(name).removesuffix(".") for name in target_names()}
+
+
 @dataclass(frozen=True)
 class ExportRequest(Request):
-    """A run's weights for timm, transformers (hf), the official MAE code or ONNX, tested there, with a model card."""
+    """Write a run's weights and a model card for timm, transformers, the official MAE code or ONNX, and test them."""
 
     run: RunFolder
     _: KW_ONLY
     to: Annotated[
         str,
-        Option(
-            "timm; hf (encoder for transformers), hf-pretraining (with decoder or head); official (MAE's code); onnx "
-            "(input as in the files), onnx-float; safetensors (the whole method, for unmask).",
-            metavar="TARGET",
-        ),
+        Option("What to write.", metavar="TARGET", choices=targets),
     ]
     out: Annotated[
         str | Path,
-        Option("A new .safetensors, .pth or .onnx file, or for hf and hf-pretraining a new folder.", metavar="PATH"),
+        Option("New .safetensors, .pth or .onnx file; for hf and hf-pretraining a new folder.", metavar="PATH"),
     ]
     step: Step = None
 

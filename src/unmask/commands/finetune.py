@@ -26,7 +26,7 @@ def ids_from_text(text: str) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class FinetuneRequest(Request):
-    """Train your task from a run's encoder and test it: classes, masks or boxes."""
+    """Fine-tune a run's encoder on labelled images and test it: classification, segmentation or detection."""
 
     run: RunFolder
     data: Data
@@ -39,28 +39,28 @@ class FinetuneRequest(Request):
     annotations: Annotated[
         str | None,
         Option(
-            "segment: a folder of masks; detect: a COCO .json or a folder of VOC .xml.",
+            "segment: folder of segmentation masks; detect: COCO .json file or folder of VOC .xml files.",
             metavar="PATH",
             default="beside the images",
         ),
     ] = None
     test_annotations: Annotated[
-        str | None, Option("Masks or boxes of the test images.", metavar="PATH", default="beside the images")
+        str | None, Option("The same for the test images.", metavar="PATH", default="beside the images")
     ] = None
     split: Annotated[
-        str | None, Option("detect: only the images listed in ImageSets/Main/NAME.txt.", metavar="NAME")
+        str | None, Option("detect: use only the images listed in ImageSets/Main/NAME.txt.", metavar="NAME")
     ] = None
     test_split: Annotated[
-        str | None, Option("detect: only the test images listed in ImageSets/Main/NAME.txt.", metavar="NAME")
+        str | None, Option("detect: use only the test images listed in ImageSets/Main/NAME.txt.", metavar="NAME")
     ] = None
     ignore: Annotated[
         Sequence[int],
-        Option("segment: an id in the masks to ignore, besides 255; repeatable.", metavar="ID"),
+        Option("segment: ignore pixels with this id in the segmentation masks, besides 255; repeatable.", metavar="ID"),
     ] = ()
     mask_values: Annotated[
         Sequence[int] | None,
         Option(
-            "segment: the ids in the masks that are classes, in order, e.g. 0,255.",
+            "segment: ids in the segmentation masks that are classes, in order, e.g. 0,255.",
             metavar="ID,ID...",
             command_line=str,
             from_text=ids_from_text,
@@ -69,26 +69,30 @@ class FinetuneRequest(Request):
     class_names: Annotated[
         str | Path | None,
         Option(
-            "segment: names of the ids (codes.txt, label_colors.txt, ...).",
+            "segment: file with the names of the ids (codes.txt, label_colors.txt, ...).",
             metavar="FILE",
             default="classes.txt beside the masks",
         ),
     ] = None
     recipe: Annotated[
-        str, Option("finetune_..., scratch_..., segment_..., detect_... of `unmask recipes`, or auto.")
+        str, Option("Recipe finetune_..., scratch_..., segment_... or detect_... of `unmask recipes`, or auto.")
     ] = "auto"
     out: NewRun = None
     last_blocks: Annotated[
         float | None,
         Option(
-            "Train only the head and the last N blocks: 0 for the head alone, 0.5 adds the last MLP.", default="all"
+            "Train only the head and the last N blocks: 0 is the head alone, 0.5 adds the last MLP.",
+            metavar="N",
+            default="all",
         ),
     ] = None
     from_scratch: Annotated[bool, Option("Start from random weights, as a baseline.")] = False
-    shots: Annotated[int | None, Option("Labels per class (segment, detect: images).", default="all")] = None
+    shots: Annotated[
+        int | None, Option("Training labels per class (segment, detect: images).", metavar="N", default="all")
+    ] = None
     budget: Budget = None
     steps_of: Annotated[
-        str | Path | None, Option("Use the steps and batch size of this run, for --from-scratch.", metavar="RUN")
+        str | Path | None, Option("With --from-scratch: use the steps and batch size of this run.", metavar="RUN")
     ] = None
     settings: Settings = ()
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ImportRequest(Request):
-    """Make a run from weights of another library; --set data.size and data.channels fit them to other images."""
+    """Make a run from weights of another library; --set data.size and data.channels adapt them to other images."""
 
     weights: Annotated[
         str | Path,
@@ -27,7 +27,7 @@ class ImportRequest(Request):
     _: KW_ONLY
     out: Annotated[str | Path, Option("New run folder.", metavar="RUN")]
     tokenizer: Annotated[
-        str | Path | None, Option("For a pre-trained BEiT: the run of its dVAE, imported before.", metavar="RUN")
+        str | Path | None, Option("Run of the imported dVAE, for a pre-trained BEiT.", metavar="RUN")
     ] = None
     settings: Settings = ()
 

@@ -19,9 +19,9 @@ DEEPEST = 4  # levels of folders below the one that is listed
 
 @dataclass(frozen=True)
 class LsRequest(Request):
-    """List runs: state, step, image size, loss, newest probe, and the space they take."""
+    """List runs with state, step, image size, loss, newest probe and size on disk."""
 
-    folder: Annotated[str | Path, Option("Where to look for runs.", metavar="FOLDER", default="this folder")] = "."
+    folder: Annotated[str | Path, Option("Folder to list the runs of.", metavar="FOLDER", default="this folder")] = "."
 
 
 @command(

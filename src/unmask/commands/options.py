@@ -51,7 +51,7 @@ RunFolder = Annotated[str | Path, Option("A run folder.", metavar="RUN")]
 Data = Annotated[
     str | Path,
     Option(
-        "Images: a folder, list file, glob, tar, zip or parquet; or an embedded set: shapes, digits.",
+        "Images: a folder, list file, glob, tar, zip or parquet file, or a built-in set: shapes, digits.",
         metavar="DATA",
         command_line=str,
     ),
@@ -59,28 +59,29 @@ Data = Annotated[
 SeveralData = Annotated[
     str | Path | Sequence[str | Path],
     Option(
-        "Images: a folder, list file, glob, tar, zip or parquet, a folder or glob of parquet or tar shards; or an "
-        "embedded set: shapes, digits. Several are read as one.",
+        "Images: a folder, list file, glob, tar, zip or parquet file, a folder or glob of tar or parquet shards, or a "
+        "built-in set: shapes, digits. Several are read as one.",
         metavar="DATA...",
         command_line=list[str],
     ),
 ]
 Images = Annotated[
-    str | Path | Sequence[str | Path], Option("Image files, or one DATA.", metavar="IMAGE...", command_line=list[str])
+    str | Path | Sequence[str | Path],
+    Option("Image files, or one folder or other DATA.", metavar="IMAGE...", command_line=list[str]),
 ]
 Exclude = Annotated[
     Sequence[str],
     Option(
-        "Leave out images whose name, or a folder in it, matches, e.g. thumbs or '*_mask.png'; repeatable.",
+        "Exclude images whose file name or a folder of whose path matches, e.g. thumbs or '*_mask.png'; repeatable.",
         metavar="PATTERN",
     ),
 ]
 Settings = Annotated[
     Sequence[str],
-    Option("Change any setting, e.g. train.steps=1000; repeatable.", metavar="KEY=VALUE", flag="--set"),
+    Option("Set any setting of the recipe, e.g. train.steps=1000; repeatable.", metavar="KEY=VALUE", flag="--set"),
 ]
 TestData = Annotated[str | None, Option("Test images.", metavar="DATA", default="a fifth of DATA")]
-Step = Annotated[int | None, Option("Step of the checkpoint to use.", default="the newest")]
+Step = Annotated[int | None, Option("Step of the checkpoint to use.", metavar="N", default="the newest")]
 Budget = Annotated[
     float | str | None,
     Option(
@@ -91,5 +92,5 @@ Budget = Annotated[
     ),
 ]
 NewRun = Annotated[str | Path | None, Option("New run folder.", metavar="RUN", default="runs/DATA-RECIPE")]
-Device = Annotated[str, Option("auto, cpu, cuda, cuda:N or mps.")]
-Recipe = Annotated[str, Option("A name from `unmask recipes`, or auto.")]
+Device = Annotated[str, Option("Device: auto, cpu, cuda, cuda:N or mps.")]
+Recipe = Annotated[str, Option("Recipe from `unmask recipes`, or auto, which chooses one for the images.")]

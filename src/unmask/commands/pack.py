@@ -11,15 +11,19 @@ from unmask.console import Console
 
 @dataclass(frozen=True)
 class PackRequest(Request):
-    """Copy images into one tar, large ones shrunk, to train faster on the very same crops and masks."""
+    """Copy images into one tar file, large ones shrunk, to train faster with the same crops and patch masks."""
 
-    data: Annotated[str, Option("Images with names: a folder, glob, tar, zip or parquet.", metavar="DATA")]
-    out: Annotated[str | Path, Option("A new .tar, which every command accepts as DATA.", metavar="OUT")]
+    data: Annotated[str, Option("Image files: a folder, glob, tar, zip or parquet file.", metavar="DATA")]
+    out: Annotated[str | Path, Option("New .tar file, which every command accepts as DATA.", metavar="OUT")]
     _: KW_ONLY
     exclude: Exclude = ()
-    short_side: Annotated[int, Option("Shrink images whose shorter side is longer than this.", metavar="PIXELS")] = 512
+    short_side: Annotated[
+        int, Option("Shrink larger images until their shorter side has this length.", metavar="PIXELS")
+    ] = 512
     quality: Annotated[int, Option("JPEG quality, 1 to 100.")] = 90
-    workers: Annotated[int | None, Option("Number of processes; 0 for none.", default="one per core")] = None
+    workers: Annotated[
+        int | None, Option("Number of processes; 0 packs in this one.", metavar="N", default="one per core")
+    ] = None
 
 
 @command(PackRequest, panel=Panel.FILES)

@@ -11,13 +11,18 @@ from unmask.console import Console
 
 @dataclass(frozen=True)
 class PaletteRequest(Request):
-    """The colours an iGPT would make for these images, as a file that several runs can share."""
+    """Write the colours that an iGPT would choose for these images to a file that several runs can share."""
 
     data: Data
     _: KW_ONLY
-    colours: Annotated[int, Option("Number of colours.")] = 512
-    size: Annotated[int, Option("Shrink images to this many pixels a side first.")] = 32
-    out: Annotated[str | Path, Option("FILE.json; a picture is drawn beside it.", metavar="FILE")] = "palette.json"
+    colours: Annotated[int, Option("Number of colours.", metavar="N")] = 512
+    size: Annotated[int, Option("Shrink images to this many pixels on a side first.", metavar="PIXELS")] = 32
+    out: Annotated[
+        str | Path,
+        Option(
+            "File to write, FILE.json; a picture of the images in these colours is drawn beside it.", metavar="FILE"
+        ),
+    ] = "palette.json"
 
 
 @command(PaletteRequest, panel=Panel.FILES)

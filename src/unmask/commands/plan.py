@@ -10,11 +10,13 @@ from unmask.console import Console
 
 @dataclass(frozen=True)
 class PlanRequest(Request):
-    """What a recipe costs, counted without data: parameters, FLOPs, learning rate, steps."""
+    """Print what a recipe costs, without data: parameters, FLOPs, learning rate, steps."""
 
-    recipe: Annotated[str, Option("A name from `unmask recipes`.", metavar="RECIPE")]
+    recipe: Annotated[str, Option("Recipe from `unmask recipes`.", metavar="RECIPE")]
     _: KW_ONLY
-    gpus: Annotated[int | None, Option("Also print how many images each of this many GPUs gets.")] = None
+    gpus: Annotated[
+        int | None, Option("Also print how many images each of this many GPUs would process.", metavar="N")
+    ] = None
     settings: Settings = ()
 
 

@@ -11,15 +11,21 @@ from unmask.console import Console
 
 @dataclass(frozen=True)
 class PredictRequest(Request):
-    """Predict classes with probabilities, masks or boxes with a fine-tuned run. Overwrites --out."""
+    """Predict classes with probabilities, segmentation masks or boxes with a fine-tuned run. Overwrites --out."""
 
     run: RunFolder
     images: Images
     _: KW_ONLY
     out: Annotated[
-        str | Path, Option("FILE.csv, .json or .parquet; masks: a folder; boxes: FILE.json.", metavar="PATH")
+        str | Path,
+        Option(
+            "File to write: .csv, .json or .parquet for classes, .json for boxes; a folder for segmentation masks.",
+            metavar="PATH",
+        ),
     ]
-    min_score: Annotated[float, Option("Boxes: drop predictions below this score, 0.05 to 1.", metavar="SCORE")] = 0.05
+    min_score: Annotated[
+        float, Option("Boxes: drop predictions below this score, from 0.05 to 1.", metavar="SCORE")
+    ] = 0.05
     step: Step = None
     device: Device = "auto"
 

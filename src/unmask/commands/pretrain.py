@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PretrainRequest(Request):
-    """Pre-train an encoder on your images. Labels are not used."""
+    """Pre-train an encoder on images, without labels."""
 
     data: SeveralData
     _: KW_ONLY
@@ -25,27 +25,27 @@ class PretrainRequest(Request):
     budget: Budget = None
     config: Annotated[
         str | Path | None,
-        Option("Use the settings of another run: its folder or config.json, in place of --recipe.", metavar="FILE"),
+        Option("Use the settings of another run (its folder or config.json) instead of a recipe.", metavar="FILE"),
     ] = None
     from_run: Annotated[
         str | Path | None,
         Option(
-            "Start from these weights, with that run's settings; with --recipe only the encoder is used.",
+            "Start from the weights of this run, with its settings; with --recipe, from its encoder alone.",
             metavar="RUN",
             flag="--from",
         ),
     ] = None
     tokenizer: Annotated[
         str | Path | None,
-        Option("The dVAE whose codes beit, or mae with target=tokens, predict.", metavar="RUN"),
+        Option("Run of the dVAE whose codes beit, or mae with target=tokens, predicts.", metavar="RUN"),
     ] = None
     palette: Annotated[
         str | Path | None,
-        Option("igpt: the colours in a file of `unmask palette`, or of a run.", metavar="PATH"),
+        Option("igpt: use the colours of a file of `unmask palette`, or of a run.", metavar="PATH"),
     ] = None
     masks: Annotated[
         str | Path | None,
-        Option("mae: a FILE of patches to hide: # in .txt, true in .npy, black in .png.", metavar="FILE"),
+        Option("mae: file of a patch mask; hidden patches are # in .txt, true in .npy, black in .png.", metavar="FILE"),
     ] = None
     settings: Settings = ()
 

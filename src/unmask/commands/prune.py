@@ -11,12 +11,12 @@ from unmask.console import Console
 
 @dataclass(frozen=True)
 class PruneRequest(Request):
-    """Free disk space: remove older checkpoints and stored features; the run stays usable and resumable."""
+    """Delete older checkpoints and cached features of a run; it stays usable and resumable."""
 
     run: RunFolder
     _: KW_ONLY
-    keep_checkpoints: Annotated[int, Option("Newest checkpoints to keep.", metavar="N")] = 1
-    dry_run: Annotated[bool, Option("Only list what would be removed.")] = False
+    keep_checkpoints: Annotated[int, Option("Number of newest checkpoints to keep.", metavar="N")] = 1
+    dry_run: Annotated[bool, Option("Only list what would be deleted.")] = False
 
 
 @command(PruneRequest, panel=Panel.FILES)

@@ -11,9 +11,9 @@ FOLLOWS = "*"
 
 @dataclass(frozen=True)
 class RecipesRequest(Request):
-    """The recipes, or every setting of one."""
+    """List the recipes, or all settings of one."""
 
-    name: Annotated[str | None, Option("Show every setting of this recipe.", metavar="NAME")] = None
+    name: Annotated[str | None, Option("Recipe whose settings to show.", metavar="NAME")] = None
 
 
 @dataclass(frozen=True)

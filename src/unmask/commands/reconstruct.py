@@ -11,14 +11,14 @@ from unmask.console import Console
 
 @dataclass(frozen=True)
 class ReconstructRequest(Request):
-    """Draw images as a run reconstructs them: original, masked, prediction, pasted."""
+    """Draw images beside their reconstructions by a run: original, masked, predicted, and both combined."""
 
     run: RunFolder
     images: Images
     _: KW_ONLY
-    out: Annotated[str | Path, Option("The picture to write.", metavar="PNG")] = "reconstruction.png"
+    out: Annotated[str | Path, Option("Picture to write.", metavar="PNG")] = "reconstruction.png"
     step: Step = None
-    seed: Annotated[int, Option("Another seed hides other patches.")] = 0
+    seed: Annotated[int, Option("Random seed of the patch masks.", metavar="N")] = 0
     device: Device = "auto"
 
 

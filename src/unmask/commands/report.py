@@ -10,7 +10,7 @@ from unmask.console import Console
 
 @dataclass(frozen=True)
 class ReportRequest(Request):
-    """Write RUN/report.html: one file that opens offline."""
+    """Write RUN/report.html, one file that opens offline."""
 
     run: RunFolder
 

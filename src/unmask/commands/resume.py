@@ -16,21 +16,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ResumeRequest(Request):
-    """Continue a run exactly where it stopped; --data if its images have moved."""
+    """Continue a run exactly where it stopped."""
 
     run: RunFolder
     _: KW_ONLY
-    allow_dataset_change: Annotated[bool, Option("Continue although the image files have changed.")] = False
+    allow_dataset_change: Annotated[bool, Option("Continue even if the image files have changed.")] = False
     data: Annotated[
         str | Path | Sequence[str | Path],
-        Option("Where the images are now, if they have moved; repeatable.", metavar="DATA", command_line=list[str]),
+        Option("New place of the images, if they have moved; repeatable.", metavar="DATA", command_line=list[str]),
     ] = ()
-    test: Annotated[str | None, Option("Fine-tuned runs: where the test images are now.", metavar="DATA")] = None
-    annotations: Annotated[str | None, Option("Fine-tuned runs: where the masks or boxes are now.", metavar="PATH")] = (
-        None
-    )
+    test: Annotated[str | None, Option("Fine-tuned runs: new place of the test images.", metavar="DATA")] = None
+    annotations: Annotated[str | None, Option("Fine-tuned runs: new place of the annotations.", metavar="PATH")] = None
     test_annotations: Annotated[
-        str | None, Option("Fine-tuned runs: where the masks or boxes of the test images are now.", metavar="PATH")
+        str | None, Option("Fine-tuned runs: new place of the annotations of the test images.", metavar="PATH")
     ] = None
 
 

@@ -12,7 +12,7 @@ from unmask.console import Console
 
 @dataclass(frozen=True)
 class SetRequest(Request):
-    """Change settings of a run that has begun, such as its length; recorded in the run, then resume it."""
+    """Change settings of an existing run, such as its length, and record the change; then resume the run."""
 
     run: RunFolder
     settings: Annotated[Sequence[str], Option("Settings, e.g. train.steps=20000.", metavar="KEY=VALUE...")]
