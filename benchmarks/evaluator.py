@@ -27,7 +27,7 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from unmask.data.annotations.splits import HOLD_OUT_FOR_C, hold_out
 from unmask.evals.probes.knn import TEMPERATURE, knn
-from unmask.evals.probes.linear import C_GRID, MAX_ITERATIONS, linear, standardised
+from unmask.evals.probes.linear import C_GRID, MAX_ITERATIONS, Standardise, fit_classes
 
 CLASSES = 10
 SIZES = {"knn": [(10_000, 2_000, 192), (50_000, 10_000, 768)], "linear": [(10_000, 2_000, 192), (50_000, 10_000, 192)]}
@@ -70,11 +70,12 @@ def their_knn(train_x: np.ndarray, train_y: np.ndarray, test_x: np.ndarray) -> n
 
 
 def our_linear(train_x: np.ndarray, train_y: np.ndarray, test_x: np.ndarray) -> np.ndarray:
-    return linear(train_x, train_y, test_x).predictions
+    return fit_classes(train_x, train_y).predict(test_x)
 
 
 def their_linear(train_x: np.ndarray, train_y: np.ndarray, test_x: np.ndarray) -> np.ndarray:
-    train_x, test_x = standardised(train_x, test_x)
+    standardise = Standardise(train_x)
+    train_x, test_x = standardise(train_x), standardise(test_x)
     fit, held = hold_out(train_y, np.arange(len(train_y)), 0, HOLD_OUT_FOR_C)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -31,6 +31,9 @@ PRETRAINED, RANDOM_INIT, RAW_PIXELS = "pre-trained", "random init", "raw pixels"
 CONTROLS = (RAW_PIXELS, RANDOM_INIT)
 ACCURACY, MEAN_AP, R2 = "accuracy", "mean average precision", "R2"
 CLASSES, MULTILABEL, REGRESSION, UNLABELLED = "classes", "multilabel", "regression", "unlabelled"
+METRICS = {CLASSES: ACCURACY, MULTILABEL: MEAN_AP, REGRESSION: R2}
+POOLS = {"cls": "class token", "mean": "mean over patches", "pixels": "pixels", "attentive": "attention over tokens"}
+"""Poolings in words."""
 
 
 class RunFolder(Protocol):

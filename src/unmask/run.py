@@ -28,6 +28,7 @@ from unmask import run_summary
 from unmask.errors import TrainingFailed, UserError
 from unmask.system import folder_lock, json_lines, verified_json
 from unmask.system.atomic_files import replace_file
+from unmask.system.earlier_results import to_earlier_version
 from unmask.system.verified_json import ChangedJson, Verified
 
 CONFIG, PLAN, PROVENANCE, STATUS = "config.json", "plan.json", "provenance.json", "status.json"
@@ -309,7 +310,9 @@ class Run:
         found, faults = {}, []
         for file in [file for pattern in patterns for file in sorted(self.evals.glob(f"{pattern}.json"), reverse=True)]:
             try:
-                found[file.stem] = self.read(f"evals/{file.name}")
+                content = self.read(f"evals/{file.name}")
+                if content.get("task") != "unlabelled":
+                    found[file.stem] = to_earlier_version(content) if "record" in content else content
             except RunError as error:
                 faults.append(str(error))
         return found, faults

@@ -40,7 +40,7 @@ def test_it_is_a_module_that_can_be_run():
 def test_the_two_kinds_of_masks_and_the_layers_are_told_apart_in_the_help(unmask):
     pretrain, probe = (" ".join(unmask(verb, "--help")[1].replace("│", " ").split()) for verb in ("pretrain", "probe"))
     assert "file of a patch mask" in pretrain
-    assert "a NUMBER of random masks" in probe
+    assert "random patch masks" in probe
     assert "0 hides nothing" in probe
     assert "0 is what the first block is given" in probe
 
@@ -119,7 +119,7 @@ def test_mistakes_with_a_run(unmask, run_folder, images, tmp_path):
         (["embed", "run", unlabelled, "--out", "f.csv"], "ends in .parquet or .npz"),
         (["embed", "run", unlabelled, "--out", "nofolder/f.npz"], "does not exist; make it first"),
         (["probe", "run", unlabelled], "has no class labels; they come from sub-folder names"),
-        (["probe", "run", labelled, "--kind", "forest"], "'forest' came; knn or linear"),
+        (["probe", "run", labelled, "--kind", "forest"], "'forest'; expected attentive, knn, linear, rankme or paper-linear"),
         (["probe", "run", labelled, "--shots", "500"], "has only"),
         (["probe", "run", "two", "--test", labelled], "class2"),
         (["pretrain", unlabelled, "--out", "run", *small()], "go on with it: unmask resume"),

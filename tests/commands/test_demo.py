@@ -32,7 +32,7 @@ def test_a_demo_that_had_time_for_few_steps_blames_the_steps(monkeypatch, capsys
             return {"state": "finished", "step": steps}
 
     monkeypatch.setattr("unmask.engine.pretrain.pretrain", lambda *_, **__: Trained())
-    monkeypatch.setattr("unmask.evals.run_probe.probe_run", lambda *_, **__: {})
+    monkeypatch.setattr("unmask.evals.run_probe.run_probes", lambda *_: {})
     monkeypatch.setattr("unmask.report.run_page.write_report", lambda out: out / "report.html")
     demo(out=tmp_path)
     err = capsys.readouterr().err

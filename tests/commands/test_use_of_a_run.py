@@ -29,7 +29,7 @@ def test_everything_one_does_with_a_run(unmask, run_folder, images, tmp_path):
             ("raw pixels", "pixels"), ("random init", "cls"), ("random init", "mean"), ("pre-trained", "cls"),
             ("pre-trained", "mean"),
         }  # fmt: skip
-        assert all(row["low"] <= row["accuracy"] <= row["high"] for row in rows)
+        assert all(row["low"] <= row["value"] <= row["high"] for row in rows)
     code, out, err = unmask("report", "run", "--json")
     assert code == 0, err
     page = (run_folder / "report.html").read_text()
@@ -58,9 +58,9 @@ def test_excluded_images_are_left_out_of_probes_finetuning_pack_and_doctor(unmas
     code, out, err = unmask("probe", "run", "labelled", "--exclude", "thumbs", "--json")
     assert code == 0, err
     found = json.loads(out)
-    assert found["classes"] == ["class0", "class1"]
-    assert found["data"] == "labelled without thumbs"
-    assert len(json.loads(unmask("probe", "run", "labelled", "--json")[1])["classes"]) == 3
+    assert found["names"] == ["class0", "class1"]
+    assert (found["data"]["name"], found["data"]["excluded"]) == ("labelled", ["thumbs"])
+    assert len(json.loads(unmask("probe", "run", "labelled", "--json")[1])["names"]) == 3
     assert len(list((run_folder / "evals").glob("probe-knn*"))) == 2, "they are results on other images"
     code, _, err = unmask(
         "finetune", "run", "labelled", "--exclude", "thumbs", "--out", "tuned", "--recipe", "finetune_few",

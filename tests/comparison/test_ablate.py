@@ -152,7 +152,7 @@ def test_what_was_decided_is_kept(unbroken, data):
 def test_a_finished_table_is_left_alone_and_said_once(unbroken, data, monkeypatch, capsys):
     folder, summary = unbroken
     monkeypatch.setattr(pretrain, "pretrain", lambda *_, **__: pytest.fail("trained again"))
-    monkeypatch.setattr(train_cells, "probe_kinds", lambda *_, **__: pytest.fail("probed again"))
+    monkeypatch.setattr(train_cells, "run_probes", lambda *_, **__: pytest.fail("probed again"))
     assert without_times(make(data, folder, console=Console())) == without_times(summary)
     said = capsys.readouterr().err
     assert [said.count(row["sentence"]) for row in summary["rows"]] == [1, 1]
@@ -182,14 +182,14 @@ def test_a_table_that_was_stopped_while_training_becomes_that_of_an_unbroken_one
 
 
 def test_a_table_that_was_stopped_between_trainings_goes_on(unbroken, data, tmp_path, monkeypatch):
-    real = train_cells.probe_kinds
+    real = train_cells.run_probes
 
     def interrupted(*_, **__):
-        monkeypatch.setattr(train_cells, "probe_kinds", real)
+        monkeypatch.setattr(train_cells, "run_probes", real)
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(5)
 
-    monkeypatch.setattr(train_cells, "probe_kinds", interrupted)
+    monkeypatch.setattr(train_cells, "run_probes", interrupted)
     stopped = make(data, tmp_path / "table")
     assert stopped["state"] == "stopped"
     assert [row["state"] for row in stopped["rows"]] == ["trained", "waiting"]

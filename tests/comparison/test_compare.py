@@ -4,6 +4,7 @@ import html
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,11 @@ from unmask.comparison import run_facts, shared_probes
 from unmask.comparison.compare import compare
 from unmask.engine.pretrain import pretrain
 from unmask.errors import UserError
-from unmask.evals.run_probe import probe_run
+from unmask.evals.probe_options import ProbeOptions
+from unmask.evals.run_probe import run_probe
 from unmask.interop.export import export_run
 from unmask.interop.import_weights import import_weights
+from unmask.results import PRETRAINED, FeatureScore, read_results, to_json
 from unmask.run import Run
 
 
@@ -42,8 +45,9 @@ def runs(trained, tmp_path):
 
 
 def probe(run, data, **more):
-    options = {"test": None, "kind": "knn", "shots": None, "controls": False, "seed": 0, "step": None} | more
-    return probe_run(run, data, device="cpu", console=compare_module.Console(quiet=True), **options)
+    kind = more.pop("kind", "knn")
+    options = ProbeOptions(data=data, device="cpu", **more)
+    return run_probe(run, kind, options, compare_module.Console(quiet=True))
 
 
 def test_what_they_are_and_what_they_cost(runs, labelled, tmp_path):
@@ -81,7 +85,7 @@ def test_the_page_is_one_file_with_both_pictures(runs, tmp_path):
 
 
 def test_a_shared_probe_is_set_side_by_side(runs, labelled, tmp_path):
-    accuracies = {run.name: max(row["accuracy"] for row in probe(run, labelled)["rows"]) for run in runs}
+    accuracies = {run.name: max(row.value for row in probe(run, labelled).rows) for run in runs}
     summary = compare(runs, out=tmp_path / "both.html")
     (shared,) = summary["probes"]
     assert {row["name"]: row["accuracy"] for row in shared["rows"]} == accuracies
@@ -96,13 +100,10 @@ def test_a_kind_without_a_mean_over_patches_is_compared_by_what_it_has(runs, lab
     accuracies = {}
     for run, right in zip(runs, (3, 5), strict=True):
         found = probe(run, labelled, kind="attentive")
-        accuracies[run.name] = found["rows"][0]["accuracy"]
-        row = {"features": "pre-trained", "pool": "cls", "accuracy": right / 8, "low": 0.1, "high": 0.9} | {
-            "correct": right, "total": 8,
-        }  # fmt: skip
-        one = Run(run).read(f"evals/{next((run / 'evals').glob('attentive-*.json')).name}")
-        by_paper = one | {"kind": "paper-linear", "rows": [row]}
-        Run(run).write("evals/probe-paper-linear-train.json", by_paper)
+        accuracies[run.name] = found.rows[0].value
+        row = FeatureScore(features=PRETRAINED, pool="cls", value=right / 8, low=0.1, high=0.9, correct=right, total=8)
+        by_paper = replace(found, kind="paper-linear", rows=(row,))
+        Run(run).write("evals/probe-paper-linear-train.json", to_json(by_paper))
     summary = compare(runs, out=tmp_path / "both.html")
     found = {shared["kind"]: shared["rows"] for shared in summary["probes"]}
     assert {row["name"]: row["accuracy"] for row in found["attentive"]} == accuracies
@@ -138,10 +139,8 @@ def test_other_test_images_are_another_measurement(runs, labelled, tmp_path):
 
 def test_with_data_those_are_probed_that_lack_it(runs, labelled, tmp_path, monkeypatch):
     probe(runs[0], labelled, kind="linear", shots=4)
-    asked, real = [], compare_module.probe_run
-    monkeypatch.setattr(
-        compare_module, "probe_run", lambda run, *a, **more: asked.append(run.name) or real(run, *a, **more)
-    )
+    asked, real = [], compare_module.run_probe
+    monkeypatch.setattr(compare_module, "run_probe", lambda run, *more: asked.append(run.name) or real(run, *more))
     options = {"data": labelled, "shots": 4, "out": tmp_path / "both.html", "device": "cpu"}
     (shared,) = compare(runs, **options)["probes"]
     assert asked == ["b"]
@@ -154,9 +153,9 @@ def test_with_data_those_are_probed_that_lack_it(runs, labelled, tmp_path, monke
 def test_of_several_checkpoints_the_latest_counts(runs, labelled, tmp_path):
     for run in runs:
         probe(run, labelled)
-    early = Run(runs[1]).read(f"evals/{next(runs[1].glob('evals/probe-knn-*.json')).name}")
-    early |= {"step": 1, "rows": [row | {"accuracy": 0.0} for row in early["rows"]]}
-    Run(runs[1]).write("evals/probe-knn-labelled-step-1.json", early)
+    (latest,) = read_results(Run(runs[1])).probes
+    early = replace(latest, step=1, rows=tuple(replace(row, value=0.0) for row in latest.rows))
+    Run(runs[1]).write("evals/probe-knn-labelled-step-1.json", to_json(early))
     (shared,) = compare(runs, out=tmp_path / "both.html")["probes"]
     assert {row["name"]: row["step"] for row in shared["rows"]} == {"a": 2, "b": 3}
 
@@ -186,7 +185,7 @@ def test_runs_of_the_same_name_are_told_apart(runs, tmp_path):
         ({"out": "both.txt"}, r"both.txt came; a name that ends in .html"),
         ({"out": "nowhere/both.html"}, r"does not exist; make it first"),
         ({"test": "shapes-test"}, r"came without --data"),
-        ({"kind": "nearest"}, r"probe kind 'nearest' came"),
+        ({"kind": "nearest"}, r"got probe kind 'nearest'"),
     ],
 )
 def test_what_does_not_fit_is_refused(trained, change, message):

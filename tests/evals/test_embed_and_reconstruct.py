@@ -13,17 +13,20 @@ from conftest import SMALL_RUN, stored, write_images
 from PIL import Image
 
 from unmask.console import Console
+from unmask.data.sources.open_source import open_source
 from unmask.engine.load import load
 from unmask.engine.pretrain import pretrain
 from unmask.errors import UserError
-from unmask.evals import feature_sets, run_probe
+from unmask.evals import feature_sets
 from unmask.evals import images as images_module
 from unmask.evals import reconstruct as reconstruct_module
+from unmask.evals import run_probe as run_probe_module
 from unmask.evals.embed import embed_images
+from unmask.evals.probe_options import ProbeOptions
 from unmask.evals.probes import attentive
 from unmask.evals.reconstruct import MOST_DRAWN, reconstruct_images
-from unmask.evals.run_probe import probe_run
-from unmask.evals.statistics import PRETRAINED, RANDOM_INIT, RAW_PIXELS
+from unmask.evals.run_probe import run_probe
+from unmask.results import PRETRAINED, RANDOM_INIT, RAW_PIXELS, LayerChoice, TestIdentity, from_json
 
 
 class Listening(Console):
@@ -70,8 +73,8 @@ def embed(run, data, out, **more):
 
 
 def probe(run, data, *, console=None, **more):
-    options = {"test": None, "kind": "knn", "shots": None, "controls": False, "seed": 0, "step": None} | more
-    return probe_run(run, str(data), device="cpu", console=console or Listening(), **options)
+    kind = more.pop("kind", "knn")
+    return run_probe(run, kind, ProbeOptions(data=str(data), device="cpu", **more), console or Listening())
 
 
 def reconstruct(run, images, out, *, console=None, seed=0):
@@ -148,7 +151,7 @@ def test_kept_features_are_fp32_and_measured_ones_as_in_training(tmp_path, label
         images_module, "collect_each", lambda *a, **more: asked.append(more["precision"]) or real(*a, **more)
     )
     embed(run, labelled, tmp_path / "a.npz")
-    assert probe(run, labelled)["precision"] == "bf16"
+    assert probe(run, labelled).precision == "bf16"
     assert asked == ["fp32", "bf16", "bf16"]
 
 
@@ -357,15 +360,16 @@ def test_wrong_arguments_are_refused_early(trained, images, tmp_path):
 def test_a_folder_is_split_by_class_and_the_result_is_kept_and_said(run, labelled, kind):
     console = Listening()
     found = probe(run, labelled, kind=kind, console=console)
-    assert stored(run / f"evals/probe-{kind}-labelled.json") == found
-    assert (found["train_images"], found["test_images"], found["shared"]) == (30, 6, 0)
-    assert found["classes"] == ["class0", "class1", "class2"]
-    assert found["test"] == f"a held-out fifth of {labelled}"
-    assert found["step"] == 2
-    assert [(row["features"], row["pool"]) for row in found["rows"]] == [(PRETRAINED, "cls"), (PRETRAINED, "mean")]
-    assert all(row["low"] <= row["accuracy"] <= row["high"] for row in found["rows"])
+    assert from_json(stored(run / f"evals/probe-{kind}-labelled.json")) == found
+    assert (found.train_images, found.test_images, found.shared) == (30, 6, 0)
+    assert found.names == ("class0", "class1", "class2")
+    assert found.test == TestIdentity(held_out=0.2, seed=0)
+    assert (found.data.name, found.data.digest) == (str(labelled), open_source(labelled).fingerprint())
+    assert found.step == 2
+    assert [(row.features, row.pool) for row in found.rows] == [(PRETRAINED, "cls"), (PRETRAINED, "mean")]
+    assert all(row.low <= row.value <= row.high for row in found.rows)
     assert any("95% interval" in line and "cls" in line for line in console.said)
-    assert found["verdict"] in console.said[-1]
+    assert found.verdict in console.said[-1]
     again = probe(run, labelled, kind=kind)
     assert again == found
 
@@ -373,11 +377,12 @@ def test_a_folder_is_split_by_class_and_the_result_is_kept_and_said(run, labelle
 def test_controls_and_shots_on_test_images_of_their_own(run, labelled, tmp_path):
     test = write_images(tmp_path / "test", 30, classes=3, seed=1)
     found = probe(run, labelled, test=str(test), kind="linear", shots=3, controls=True)
-    assert (found["train_images"], found["test_images"]) == (9, 30)
-    assert (found["shots"], found["test"]) == (3, str(test))
-    assert [row["features"] for row in found["rows"]] == [RAW_PIXELS, *[RANDOM_INIT] * 2, *[PRETRAINED] * 2]
+    assert (found.train_images, found.test_images) == (9, 30)
+    assert found.shots == 3
+    assert found.test.images.name == found.test.images.path == str(test)
+    assert [row.features for row in found.rows] == [RAW_PIXELS, *[RANDOM_INIT] * 2, *[PRETRAINED] * 2]
     assert (run / "evals/probe-linear-labelled-3-shots-on-test.json").is_file()
-    assert found["rows"][0]["accuracy"] > 0.5, "brightness is a class"
+    assert found.rows[0].value > 0.5, "brightness is a class"
 
 
 def rows_read(monkeypatch):
@@ -413,7 +418,7 @@ def test_a_broken_file_among_the_shots_gives_its_place_to_the_next_of_its_class(
     break_file(labelled / names[seen[0][0]])
     console = Listening()
     found = probe(run, labelled, shots=3, console=console)
-    assert found["train_images"] == 9
+    assert found.train_images == 9
     assert len(set(seen[0]) - set(seen[-2])) == 1
     assert str(names[seen[0][0]]) in console.warned[0]
     assert seen[-1] == seen[1], "the test images are the same"
@@ -425,7 +430,7 @@ def test_a_broken_file_moves_no_other_image_between_train_and_test(run, labelled
     names = sorted(path.relative_to(labelled) for path in labelled.rglob("*.png"))
     break_file(labelled / names[0])
     found = probe(run, labelled)
-    assert found["train_images"] + found["test_images"] == 35
+    assert found.train_images + found.test_images == 35
     assert set(seen[2]) <= set(seen[0])
     assert set(seen[3]) <= set(seen[1])
 
@@ -445,12 +450,12 @@ def test_a_test_folder_may_lack_a_class_and_labels_go_by_name(run, labelled, tmp
     for name in ("class1", "class2"):
         shutil.copytree(labelled / name, test / name)
     found = probe(run, labelled, test=str(test))
-    assert found["test_images"] == 24
-    assert found["shared"] == 24
-    assert "24 of the 24 test images are also training images" in found["verdict"]
-    assert found["classes"] == ["class0", "class1", "class2"]
+    assert found.test_images == 24
+    assert found.shared == 24
+    assert "24 of the 24 test images are also training images" in found.caveats[0]
+    assert found.names == ("class0", "class1", "class2")
     one = probe(run, labelled, test=str(test), kind="linear")
-    assert one["rows"][0]["accuracy"] > 0.6, "numbered by the training classes, not afresh"
+    assert one.rows[0].value > 0.6, "numbered by the training classes, not afresh"
 
 
 def test_a_test_class_without_training_images_is_refused_by_name(run, labelled, tmp_path):
@@ -466,12 +471,12 @@ def test_a_class_of_one_image_is_trained_on_not_tested(run, labelled, monkeypatc
     for path in sorted((labelled / "class2").iterdir())[1:]:
         path.unlink()
     found = probe(run, labelled)
-    assert found["train_images"] == 10 + 10 + 1
-    assert "without any training image" not in found["verdict"]
+    assert found.train_images == 10 + 10 + 1
+    assert found.caveats == ()
     for folder in labelled.iterdir():
         for path in sorted(folder.iterdir())[1:]:
             path.unlink()
-    with pytest.raises(ValueError, match="one image per class, so none can be held out; give other images with --test"):
+    with pytest.raises(ValueError, match=r"got one image per class in .*, so none .* give other images with --test"):
         probe(run, labelled)
 
 
@@ -481,7 +486,7 @@ def test_a_test_set_of_one_known_class_is_labelled_and_what_is_missing_is_said(r
     shutil.copytree(one, test / one.name)
     console = Listening()
     found = probe(run, labelled, test=str(test), console=console)
-    assert found["test_images"] == len(list(one.iterdir()))
+    assert found.test_images == len(list(one.iterdir()))
     others = [folder.name for folder in sorted(labelled.iterdir())[1:]]
     assert any(all(name in line for name in others) and "not tested" in line for line in console.warned)
 
@@ -501,7 +506,7 @@ def test_what_cannot_be_probed_is_refused(run, images, labelled):
         probe(run, images)
     with pytest.raises(ValueError, match="has no class labels"):
         probe(run, labelled, test=str(images))
-    with pytest.raises(ValueError, match="knn or linear or attentive was expected"):
+    with pytest.raises(ValueError, match="expected attentive, knn, linear or rankme"):
         probe(run / "nothing", labelled, kind="forest")
     with pytest.raises(ValueError, match="has only 10 training images; use --shots 10 or fewer"):
         probe(run, labelled, shots=11)
@@ -541,9 +546,11 @@ def igpt(igpts, tmp_path):
 def measured(run, data, monkeypatch, **more):
     """What was fitted and tested: (training features, test features) by name; and what came of it."""
     seen = []
-    real = run_probe.guess
+    real = run_probe_module.predict_pooled
     monkeypatch.setattr(
-        run_probe, "guess", lambda train, test, y, **more: seen.append((train, test)) or real(train, test, y, **more)
+        run_probe_module,
+        "predict_pooled",
+        lambda probe, train, test, targets: seen.append((train, test)) or real(probe, train, test, targets),
     )
     found = probe(run, data, **more)
     monkeypatch.undo()
@@ -555,11 +562,7 @@ def test_the_last_layer_is_the_end_of_all_and_the_middle_what_forward_gives(igpt
     for layer in ("0", "1", "last"):
         _, test, found = measured(igpt["ar"], labelled, monkeypatch, layer=layer)
         tables[layer] = test[PRETRAINED]
-        assert found["rows"][0]["layer"] == {
-            "number": 3 if layer == "last" else int(layer),
-            "last": 3,
-            "why": "asked for",
-        }
+        assert found.rows[0].layer == LayerChoice(3 if layer == "last" else int(layer), 3, "asked for")
     encoder = load(igpt["ar"]).method.encoder
     embed(igpt["ar"], labelled, igpt["ar"].parent / "a.npz")
     middle = np.load(igpt["ar"].parent / "a.npz")["mean"][tables["1"].index]
@@ -575,26 +578,26 @@ def test_the_best_layer_is_chosen_without_the_test_images(igpt, labelled, tmp_pa
     test = write_images(tmp_path / "test", 12, classes=3, seed=5)
     console = Listening()
     first = probe(igpt["ar"], labelled, test=str(test), controls=True, console=console)
-    rows = {row["features"]: row for row in first["rows"]}
-    assert "layer" not in rows[RAW_PIXELS]
-    assert "best linear probe of layers 0 to 3" in rows[PRETRAINED]["layer"]["why"]
-    assert rows[RANDOM_INIT]["layer"]["last"] == 3, "the control has the same choice"
-    assert any(f"layer {rows[PRETRAINED]['layer']['number']} of 3" in line for line in console.said)
+    rows = {row.features: row for row in first.rows}
+    assert rows[RAW_PIXELS].layer is None
+    assert "best linear probe of layers 0 to 3" in rows[PRETRAINED].layer.why
+    assert rows[RANDOM_INIT].layer.last == 3, "the control has the same choice"
+    assert any(f"layer {rows[PRETRAINED].layer.number} of 3" in line for line in console.said)
     (test / "class0").rename(tmp_path / "aside")  # other labels, fewer images
     (test / "class1").rename(test / "class0")
     (tmp_path / "aside").rename(test / "class1")
     (test / "class2" / "0002.png").unlink()
     second = probe(igpt["ar"], labelled, test=str(test), controls=True)
-    assert [row.get("layer") for row in second["rows"]] == [row.get("layer") for row in first["rows"]]
-    assert [row["accuracy"] for row in second["rows"]] != [row["accuracy"] for row in first["rows"]]
+    assert [row.layer for row in second.rows] == [row.layer for row in first.rows]
+    assert [row.value for row in second.rows] != [row.value for row in first.rows]
 
 
 def test_bert_is_measured_under_a_mask_and_votes_are_other_masks(igpt, labelled, monkeypatch):
     train, test, once = measured(igpt["bert"], labelled, monkeypatch, layer="1")
-    whole = measured(igpt["bert"], labelled, monkeypatch, layer="1", masks=0)[1]
-    _, five, found = measured(igpt["bert"], labelled, monkeypatch, layer="1", masks=5)
-    again = measured(igpt["bert"], labelled, monkeypatch, layer="1", masks=5)[1]
-    assert (once["rows"][0]["votes"], found["rows"][0]["votes"], once["masks"], found["masks"]) == (1, 5, None, 5)
+    whole = measured(igpt["bert"], labelled, monkeypatch, layer="1", mask_votes=0)[1]
+    _, five, found = measured(igpt["bert"], labelled, monkeypatch, layer="1", mask_votes=5)
+    again = measured(igpt["bert"], labelled, monkeypatch, layer="1", mask_votes=5)[1]
+    assert (once.rows[0].votes, found.rows[0].votes, once.mask_votes, found.mask_votes) == (1, 5, None, 5)
     assert set(train) == set(test) == {PRETRAINED}
     assert len(five) == 5
     assert np.array_equal(five[PRETRAINED].mean, test[PRETRAINED].mean)
@@ -607,25 +610,25 @@ def test_bert_is_measured_under_a_mask_and_votes_are_other_masks(igpt, labelled,
 
 def test_masks_are_refused_where_nothing_was_hidden(igpt, run, labelled):
     for whole in (igpt["ar"], run):
-        with pytest.raises(UserError, match=r"--masks 5 came, but this run's encoder is measured on whole images"):
-            probe(whole, labelled, masks=5)
-    with pytest.raises(UserError, match=r"--masks -1 came; 0 \(nothing hidden\), 1 or more"):
-        probe(igpt["bert"], labelled, masks=-1)
+        with pytest.raises(UserError, match=r"got --mask-votes 5, but this run's encoder is measured on whole images"):
+            probe(whole, labelled, mask_votes=5)
+    with pytest.raises(UserError, match=r"got --mask-votes -1; expected 0 \(nothing hidden\), 1 or more"):
+        probe(igpt["bert"], labelled, mask_votes=-1)
 
 
 def test_layers_of_a_vit_can_be_chosen_too(run, labelled):
     usual = probe(run, labelled)
-    assert "layer" not in usual["rows"][0]
+    assert usual.rows[0].layer is None
     last = probe(run, labelled, layer="last")
-    assert [row["accuracy"] for row in last["rows"]] == [row["accuracy"] for row in usual["rows"]]
-    assert probe(run, labelled, layer="best")["rows"][0]["layer"]["last"] == 1
+    assert [row.value for row in last.rows] == [row.value for row in usual.rows]
+    assert probe(run, labelled, layer="best").rows[0].layer.last == 1
 
 
 def test_an_attentive_probe_of_bert_is_measured_under_masks_too(igpt, labelled, monkeypatch):
-    monkeypatch.setattr(attentive, "LEAST_STEPS", 5)
+    monkeypatch.setattr(attentive, "MIN_STEPS", 5)
     monkeypatch.setattr(attentive, "EPOCHS", 1)
-    found = probe(igpt["bert"], labelled, kind="attentive", layer="1", masks=3, controls=True)
-    assert [row["features"] for row in found["rows"]] == [RAW_PIXELS, RANDOM_INIT, PRETRAINED]
-    assert [row.get("votes") for row in found["rows"]] == [None, 3, 3]
-    assert found["rows"][2]["layer"]["number"] == 1
-    assert "layer 1 of 3" in found["protocol"]
+    found = probe(igpt["bert"], labelled, kind="attentive", layer="1", mask_votes=3, controls=True)
+    assert [row.features for row in found.rows] == [RAW_PIXELS, RANDOM_INIT, PRETRAINED]
+    assert [row.votes for row in found.rows] == [None, 3, 3]
+    assert found.rows[2].layer.number == 1
+    assert "layer 1 of 3" in found.protocol

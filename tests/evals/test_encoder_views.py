@@ -3,13 +3,16 @@
 import numpy as np
 import pytest
 import torch
+from feature_tables import measure
 
 from unmask.batch import Batch, ImageSpec
 from unmask.errors import UserError
-from unmask.evals import probe as module
+from unmask.evals import choose_layer as module
+from unmask.evals.choose_layer import choose_layer
 from unmask.evals.encoder_views import View, best_layer, majority, wanted_layer
-from unmask.evals.frozen_features import FeatureTable, collect, collect_each, collect_layers
-from unmask.evals.probe import VOTE, Aim, choose_layer, guess, summary
+from unmask.evals.feature_sets import VOTE
+from unmask.evals.frozen_features import FeatureTable, collect_each, collect_layers
+from unmask.evals.labelled_images import Labelling
 from unmask.nn.gpt import GPT, GPTConfig
 from unmask.nn.vit import ViT, ViTConfig
 
@@ -45,7 +48,7 @@ def test_layers_in_one_pass_are_those_seen_one_by_one(encoder):
         alone = collect_each({"x": View(encoder, number)}, batches(), device="cpu", precision="fp32")["x"]
         assert np.array_equal(alone.mean, table.mean)
         assert table.labels.tolist() == [0, 1] * 3
-    forward = collect(encoder, batches(), device="cpu", precision="fp32")
+    forward = collect_each({"x": encoder}, batches(), device="cpu", precision="fp32")["x"]
     usual = 1 if isinstance(encoder, GPT) else 3
     assert np.allclose(forward.mean, tables[usual].mean, atol=1e-6)
     assert not np.allclose(tables[1].mean, tables[2].mean, atol=1e-3)
@@ -91,13 +94,13 @@ def layers_of(labels: np.ndarray, informative: int, seed: int = 0) -> list[Featu
     return [table(x, labels) for x in noise]
 
 
-@pytest.mark.parametrize("kind", ["linear", "knn"])
-def test_the_informative_layer_is_chosen_and_the_choice_is_explained(kind):
+def test_the_informative_layer_is_chosen_and_the_choice_is_explained():
     labels = np.arange(200) % 2
-    chosen = choose_layer(layers_of(labels, 3), kind, 0)
+    chosen = choose_layer(layers_of(labels, 3), labels, task="classes", seed=0)
     assert (chosen.number, chosen.last) == (3, 4)
     assert "on 40 training images held out, 5 times" in chosen.why
-    assert choose_layer(layers_of(np.arange(2500) % 2, 3), kind, 0).why.count("times") == 0
+    many = np.arange(2500) % 2
+    assert choose_layer(layers_of(many, 3), many, task="classes", seed=0).why.count("times") == 0
 
 
 def test_few_images_are_held_out_in_turn_so_that_chance_does_not_choose(monkeypatch):
@@ -111,9 +114,9 @@ def test_few_images_are_held_out_in_turn_so_that_chance_does_not_choose(monkeypa
             x[:, 0] += labels * (1.8 if number == 3 else 0.9)
         return [table(x, labels) for x in noise]
 
-    found = [choose_layer(layers(seed), "knn", 0).number for seed in range(40)]
-    monkeypatch.setattr(module, "ANSWERS_FOR_LAYER", 1)
-    once = [choose_layer(layers(seed), "knn", 0).number for seed in range(40)]
+    found = [choose_layer(layers(seed), labels, task="classes", seed=0).number for seed in range(40)]
+    monkeypatch.setattr(module, "ENOUGH_PREDICTIONS", 1)
+    once = [choose_layer(layers(seed), labels, task="classes", seed=0).number for seed in range(40)]
     assert found.count(3) > once.count(3) + 4
 
 
@@ -124,7 +127,7 @@ def test_of_equals_the_middle_is_taken():
 
 def test_too_few_images_to_choose_with_are_refused():
     with pytest.raises(UserError, match="too few to choose a layer with"):
-        choose_layer(layers_of(np.arange(2), 0), "knn", 0)
+        choose_layer(layers_of(np.arange(2), 0), np.arange(2), task="classes", seed=0)
 
 
 @pytest.mark.parametrize("kind", ["linear", "knn"])
@@ -140,18 +143,12 @@ def test_votes_count_as_one_answer(kind):
         x[:, 0] += 4 * np.where(wrong, 1 - labels, labels)
         views.append(table(x, labels))
     names = ["pre-trained", *(f"pre-trained{VOTE}{number}" for number in range(1, 5))]
-    aim = Aim("classes", ["a", "b"])
-
-    def asked(test):
-        guesses = guess({"pre-trained": train}, test, train.labels, kind=kind, aim=aim, seed=0)
-        return summary(guesses, train.labels, views[0].labels, kind=kind, aim=aim, shared=0)
-
-    voted, single = asked(dict(zip(names, views, strict=True))), asked({"pre-trained": views[0]})
-    assert len(voted["rows"]) == 1
-    assert voted["rows"][0]["votes"] == 5
-    assert voted["rows"][0]["total"] == 300
-    assert voted["rows"][0]["accuracy"] > single["rows"][0]["accuracy"] + 0.08
-    assert "votes" not in single["rows"][0]
+    labelling = Labelling("classes", ("a", "b"))
+    voted = measure(train, dict(zip(names, views, strict=True)), kind=kind, labelling=labelling)
+    single = measure(train, views[0], kind=kind, labelling=labelling)
+    assert len(voted.rows) == 1
+    assert voted.rows[0].total == 300
+    assert voted.rows[0].value > single.rows[0].value + 0.08
 
 
 def test_without_a_wish_it_is_what_suits_the_encoder():

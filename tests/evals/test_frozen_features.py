@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from unmask.batch import Batch, ImageSpec
-from unmask.evals.frozen_features import LARGEST_PIXEL_SIDE, RawPixels, collect, collect_each
+from unmask.evals.frozen_features import LARGEST_PIXEL_SIDE, RawPixels, collect_each
 from unmask.nn.features import Features
 from unmask.nn.vit import ViT, ViTConfig
 
@@ -25,6 +25,10 @@ def pixels(count=COUNT, size=(8, 12), channels=3):
     )
 
 
+def collect(encoder, batches, precision="fp32"):
+    return collect_each({"x": encoder}, batches, device="cpu", precision=precision)["x"]
+
+
 def batches(images, size, labels=True, first=100):
     for i in range(0, len(images), size):
         part = images[i : i + size]
@@ -33,7 +37,7 @@ def batches(images, size, labels=True, first=100):
 
 
 def table(encoder, images, size=8, **more):
-    return collect(encoder, batches(images, size, **more), device="cpu", precision="fp32")
+    return collect(encoder, batches(images, size, **more))
 
 
 def test_rows_are_the_class_token_and_the_mean_of_the_patch_tokens_in_order():
@@ -86,7 +90,7 @@ def test_the_encoder_runs_in_eval_mode_without_gradients_and_is_left_as_it_came(
     assert not encoder.frozen.training
     assert found.cls is None
     assert found.labels is None
-    collect(encoder, batches(pixels(), 8), device="cpu", precision="bf16")
+    collect(encoder, batches(pixels(), 8), precision="bf16")
     assert encoder.seen[-1] == (False, False, True)
 
 
@@ -102,7 +106,7 @@ def test_the_modes_are_restored_after_a_failure_too():
 
 
 def test_reduced_precision_still_gives_float32_rows():
-    found = collect(vit(), batches(pixels(), 8), device="cpu", precision="bf16")
+    found = collect(vit(), batches(pixels(), 8), precision="bf16")
     exact = table(vit(), pixels())
     assert found.mean.dtype == np.float32
     assert 0 < np.abs(found.mean - exact.mean).max() < 0.1
@@ -171,4 +175,4 @@ def test_no_images_are_refused():
 
 def test_labels_must_come_with_every_batch_or_count_as_none():
     mixed = [*batches(pixels(4), 4), *batches(pixels(4), 4, labels=False)]
-    assert collect(RawPixels(), mixed, device="cpu", precision="fp32").labels is None
+    assert collect(RawPixels(), mixed).labels is None

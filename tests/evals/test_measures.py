@@ -2,12 +2,13 @@
 
 import numpy as np
 import pytest
+from feature_tables import result_of
 from sklearn.metrics import average_precision_score, r2_score
 
 from unmask.evals import measures
 from unmask.evals.measures import average_precision, by_column, r_squared, resampled
-from unmask.evals.statistics import MEAN_AP, PRETRAINED, RAW_PIXELS, Sampled, verdict
-from unmask.metrics.intervals import t_interval
+from unmask.evals.scores import Scored
+from unmask.results import MEAN_AP, PRETRAINED, RAW_PIXELS, FeatureScore
 
 
 @pytest.mark.parametrize("ties", [False, True])
@@ -71,20 +72,17 @@ def test_two_feature_sets_are_compared_draw_by_draw():
     def sampled(features, strength):
         guess = strength * truth + noise  # the same noise: nearly all of it cancels in the difference
         value = by_column(average_precision, truth, guess).mean()
-        return Sampled(features, "mean", MEAN_AP, value, resampled(average_precision, truth, guess), 300)
+        resamples = resampled(average_precision, truth, guess)
+        low, high = np.percentile(resamples, [2.5, 97.5])
+        row = FeatureScore(features=features, pool="mean", value=value, low=low, high=high, total=300)
+        return Scored(row, resamples=resamples)
 
-    better, worse = sampled(PRETRAINED, 1.3), sampled(RAW_PIXELS, 1.2)
-    assert better.interval.low < worse.value < better.value
-    gap = better.minus(worse)
+    result = result_of([sampled(RAW_PIXELS, 1.2), sampled(PRETRAINED, 1.3)], kind="linear", chance=0.3, metric=MEAN_AP)
+    worse, better = result.rows
+    assert better.low < worse.value < better.value
+    (gap,) = result.differences
     assert 0 < gap.low < gap.value < gap.high
-    said = verdict([worse, better], kind="linear", chance=0.3)
+    said = result.verdict
     assert said.startswith("Better than raw pixels. A linear probe on the pre-trained features (mean over patches) ")
     assert f"reaches a mean average precision of {better.value:.3f} on 300 test images" in said
     assert f"{gap.value:.3f} more than raw pixels ({worse.value:.3f}), 95% interval {gap.low:+.3f}" in said
-
-
-def test_t_limits_are_the_textbooks():
-    low, high = t_interval([0.5, 0.6, 0.7])  # s = 0.1, t_2 = 4.3027
-    assert low == pytest.approx(0.6 - 4.3027 * 0.1 / 3**0.5, abs=1e-5)
-    assert high == pytest.approx(0.6 + 4.3027 * 0.1 / 3**0.5, abs=1e-5)
-    assert t_interval([0.5, 0.5]) == (0.5, 0.5)

@@ -14,14 +14,15 @@ from unmask.console import Console
 from unmask.data.scan import scan_cache
 from unmask.engine.pretrain import pretrain
 from unmask.errors import UserError
-from unmask.evals import feature_sets, run_probe
+from unmask.evals import feature_sets
 from unmask.evals import images as images_module
-from unmask.evals.probe import few_shots
-from unmask.evals.probe_labels import shots_of
+from unmask.evals import run_probe as run_probe_module
+from unmask.evals.labelled_images import few_shots
+from unmask.evals.probe_options import ProbeOptions, parse_shots
 from unmask.evals.probes import attentive
-from unmask.evals.run_probe import probe_kinds, probe_run
-from unmask.evals.statistics import PRETRAINED, RANDOM_INIT, RAW_PIXELS
+from unmask.evals.run_probe import run_probe, run_probes
 from unmask.report.run_page import write_report
+from unmask.results import PRETRAINED, RANDOM_INIT, RAW_PIXELS, OtherRun, from_json
 
 
 class Listening(Console):
@@ -66,21 +67,20 @@ def data(tmp_path):
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
     """An attentive head of few steps."""
-    monkeypatch.setattr(attentive, "LEAST_STEPS", 40)
+    monkeypatch.setattr(attentive, "MIN_STEPS", 40)
     monkeypatch.setattr(attentive, "EPOCHS", 1)
 
 
 def probe(run, data, *, console=None, kind="linear", **more):
-    options = {"test": None, "shots": None, "controls": False, "seed": 0, "step": None} | more
-    return probe_run(run, str(data), kind=kind, device="cpu", console=console or Listening(), **options)
+    return run_probe(run, kind, ProbeOptions(data=str(data), device="cpu", **more), console or Listening())
 
 
 def rows_of(summary):
-    return {(row["features"], row["pool"]): row for row in summary["rows"]}
+    return {(row.features, row.pool): row for row in summary.rows}
 
 
 def kept(run, name):
-    return stored(run / "evals" / f"{name}.json")
+    return from_json(stored(run / "evals" / f"{name}.json"))
 
 
 # ------------------------------------------------------------------------------------------------------- label budgets
@@ -91,28 +91,28 @@ def test_a_curve_is_logistic_regression_on_the_same_features_which_are_computed_
     real = feature_sets.features
     monkeypatch.setattr(feature_sets, "features", lambda *a, **more: tables.append(real(*a, **more)) or tables[-1])
     console = Listening()
-    found = probe(run, data, shots=[8, 1, 3], draws=3, console=console)
+    found = probe(run, data, shots=(8, 1, 3), draws=3, console=console)
     assert len(tables) == 2, "training and test images, once"
     train, test = (each[PRETRAINED] for each in tables)
     labels = np.repeat(np.arange(3), 20)
     index = np.setdiff1d(np.arange(60), test.index)
     picks = {
-        (shots, draw): few_shots(index, labels[index], found["classes"], shots, 0, draw=draw)
+        (shots, draw): few_shots(index, labels[index], found.names, shots, 0, draw=draw)
         for shots in (1, 3, 8)
         for draw in range(3)
     }
     assert train.index.tolist() == sorted(set().union(*(set(rows) for rows in picks.values())))
-    points = {point["shots"]: point for point in rows_of(found)[PRETRAINED, "mean"]["points"]}
-    assert list(points) == found["shots"] == [1, 3, 8]
+    points = {point.shots: point for point in rows_of(found)[PRETRAINED, "mean"].points}
+    assert tuple(points) == found.shots == (1, 3, 8)
     for (shots, draw), rows in picks.items():
         x = train.mean[np.searchsorted(train.index, rows)]
         scaler = StandardScaler().fit(x)
-        model = LogisticRegression(C=points[shots]["fits"][draw]["c"], max_iter=5000, tol=1e-8)
+        model = LogisticRegression(C=points[shots].fits[draw]["c"], max_iter=5000, tol=1e-8)
         right = model.fit(scaler.transform(x), labels[rows]).predict(scaler.transform(test.mean)) == labels[test.index]
-        assert abs(int(right.sum()) - points[shots]["correct"][draw]) <= 1
+        assert abs(int(right.sum()) - points[shots].correct[draw]) <= 1
     assert kept(run, "curve-linear-data-1-3-8-shots-3-draws") == found
-    assert found["train_images"] == 24
-    assert "1, 3, 8 labels per class, 3 draws of each" in found["protocol"]
+    assert found.train_images == 24
+    assert "1, 3, 8 labels per class, 3 draws of each" in found.protocol
     assert any("labels per class" in line and "8" in line for line in console.said)
     page = write_report(run).read_text()
     assert "1, 3, 8 labels per class" in page
@@ -124,14 +124,14 @@ def test_one_number_is_the_first_draw_of_a_curve_and_its_file_is_as_ever(run, da
     console = Listening()
     curve = probe(run, data, shots=3, draws=2, controls=True, console=console)
     assert "intervals over 2 draws of the labels are wide" in console.warned[0]
-    assert curve["shots"] == [3]
+    assert curve.shots == (3,)
     assert any("mean of 2 draws" in line for line in console.said)
     for key, row in rows_of(curve).items():
-        assert row["points"][0]["correct"][0] == rows_of(one)[key]["correct"]
+        assert row.points[0].correct[0] == rows_of(one)[key].correct
     assert kept(run, "probe-linear-data-3-shots") == one
-    assert [row["features"] for row in curve["rows"]] == [RAW_PIXELS, *[RANDOM_INIT] * 2, *[PRETRAINED] * 2]
-    assert "Points above raw pixels" in curve["verdict"]
-    assert probe(run, data, shots=[3, 3], controls=True)["rows"] == one["rows"], "twice the same number is one"
+    assert [row.features for row in curve.rows] == [RAW_PIXELS, *[RANDOM_INIT] * 2, *[PRETRAINED] * 2]
+    assert "Points above raw pixels" in curve.verdict
+    assert probe(run, data, shots=(3, 3), controls=True).rows == one.rows, "twice the same number is one"
 
 
 def test_other_images_in_a_folder_of_the_same_name_take_nobodys_place(run, data, tmp_path):
@@ -159,10 +159,10 @@ def test_features_are_kept_for_the_next_probe_until_something_changes(run, data,
     assert sum("features kept for the next probe" in line for line in console.said) == 2
     linear = probe(run, data)
     assert len(asked) == 2, "nothing was computed"
-    assert linear["rows"] == probe(Path(shutil.copytree(run, run.with_name("bare"))), data)["rows"]
+    assert linear.rows == probe(Path(shutil.copytree(run, run.with_name("bare"))), data).rows
     assert len(asked) == 2, "they come along in a copy"
     asked.clear()
-    assert probe(run, data, kind="knn", controls=True)["rows"][-len(first["rows"]) :] == first["rows"]
+    assert probe(run, data, kind="knn", controls=True).rows[-len(first.rows) :] == first.rows
     assert asked == [{RAW_PIXELS, RANDOM_INIT}] * 2
     asked.clear()
     path = next((data / "class0").iterdir())
@@ -174,24 +174,24 @@ def test_features_are_kept_for_the_next_probe_until_something_changes(run, data,
 
 
 def test_a_broken_file_gives_its_place_in_every_draw_to_the_next(run, data):
-    whole = probe(run, data, shots=[2, 4], draws=2)
+    whole = probe(run, data, shots=(2, 4), draws=2)
     for path in sorted((data / "class1").iterdir())[:6]:
         path.write_bytes(b"no image")
     console = Listening()
-    found = probe(run, data, shots=[2, 4], draws=2, console=console)
-    assert found["train_images"] == whole["train_images"] == 12
+    found = probe(run, data, shots=(2, 4), draws=2, console=console)
+    assert found.train_images == whole.train_images == 12
     assert any("cannot be used" in line for line in console.warned)
     with pytest.raises(UserError, match="class 'class0' has only 16 training images; use --shots 16 or fewer"):
-        probe(run, data, shots=[2, 17])
+        probe(run, data, shots=(2, 17))
 
 
 def test_what_shots_says():
-    assert shots_of(None) is None
-    assert shots_of("5") == 5
-    assert shots_of("1, 5,10") == [1, 5, 10]
+    assert parse_shots(None) is None
+    assert parse_shots("5") == 5
+    assert parse_shots("1, 5,10") == (1, 5, 10)
     for text in ("", "1,", "a", "1.5", "-1"):
-        with pytest.raises(UserError, match="or several as 1,5,10 was expected"):
-            shots_of(text)
+        with pytest.raises(UserError, match="or several as 1,5,10"):
+            parse_shots(text)
 
 
 # ----------------------------------------------------------------------------------------------------------- attention
@@ -199,31 +199,29 @@ def test_what_shots_says():
 
 def test_an_attentive_probe_reads_all_tokens_and_keeps_few_test_tokens(run, data, monkeypatch):
     found = probe(run, data, kind="attentive", controls=True)
-    assert kept(run, "attentive-data") == found
-    assert [(row["features"], row["pool"]) for row in found["rows"]] == [
+    assert kept(run, "probe-attentive-data") == found
+    assert [(row.features, row.pool) for row in found.rows] == [
         (RAW_PIXELS, "pixels"), (RANDOM_INIT, "attentive"), (PRETRAINED, "attentive"),
     ]  # fmt: skip
-    assert all(row["rate"] in attentive.RATES for row in found["rows"])
-    assert "one learned query that attends to all tokens" in found["protocol"]
-    assert "an attentive probe" in found["verdict"].lower()
-    assert rows_of(found)[RAW_PIXELS, "pixels"]["accuracy"] > 0.5, "brightness is a class"
-    monkeypatch.setattr(run_probe, "TEST_PIECE", 5)
+    assert all(row.fit["rate"] in attentive.RATES for row in found.rows)
+    assert "one learned query that attends to all tokens" in found.protocol
+    assert "an attentive probe" in found.verdict.lower()
+    assert rows_of(found)[RAW_PIXELS, "pixels"].value > 0.5, "brightness is a class"
+    monkeypatch.setattr(run_probe_module, "TEST_PIECE", 5)
     again = probe(run, data, kind="attentive", controls=True)
-    assert [row["correct"] for row in again["rows"]] == [row["correct"] for row in found["rows"]]
-    both = probe_kinds(
-        run, str(data), kinds=("linear", "attentive"), test=None, shots=[2, 4], draws=2, controls=False, seed=0,
-        step=None, device="cpu", console=Listening(),
-    )  # fmt: skip
-    alone = probe(run, data, shots=[2, 4], draws=2)
-    assert both["linear"]["rows"] == alone["rows"]
-    assert both["attentive"]["rows"][0]["points"][0]["fits"][0]["rate"] in attentive.RATES
+    assert [row.correct for row in again.rows] == [row.correct for row in found.rows]
+    options = ProbeOptions(data=str(data), shots=(2, 4), draws=2, device="cpu")
+    both = run_probes(run, ("linear", "attentive"), options, Listening())
+    alone = probe(run, data, shots=(2, 4), draws=2)
+    assert both["linear"].rows == alone.rows
+    assert both["attentive"].rows[0].points[0].fits[0]["rate"] in attentive.RATES
 
 
 def test_an_encoder_with_one_token_has_a_head_on_it(trained, tmp_path, data):
     run = Path(shutil.copytree(trained / "ae", tmp_path / "ae"))
     found = probe(run, data, kind="attentive")
-    (row,) = found["rows"]
-    assert row["total"] == 12
+    (row,) = found.rows
+    assert row.total == 12
 
 
 # ----------------------------------------------------------------------------------------------------------- other runs
@@ -232,30 +230,30 @@ def test_an_encoder_with_one_token_has_a_head_on_it(trained, tmp_path, data):
 def test_another_run_is_seen_as_it_wants_and_scored_as_if_alone(run, trained, tmp_path, data):
     other = Path(shutil.copytree(trained / "ae", tmp_path / "other"))
     for kind in ("knn", "linear", "attentive"):
-        found = probe(run, data, kind=kind, against=[other])
+        found = probe(run, data, kind=kind, against=(other,))
         alone = probe(other, data, kind=kind)
         mine = probe(run, data, kind=kind)
         rows = rows_of(found)
         for (features, pool), row in rows_of(alone).items():
             assert features == PRETRAINED
-            assert rows["other", pool]["correct"] == row["correct"]
+            assert rows["other", pool].correct == row.correct
         for key, row in rows_of(mine).items():
-            assert rows[key]["correct"] == row["correct"]
-        assert "Beside other (" in found["verdict"]
-    assert found["against"] == [{"name": "other", "run": str(other), "step": 2}]
-    layered = probe(run, data, kind="knn", against=[other, trained / "mae"], layer="0")
-    layers = {row["features"]: row.get("layer", {}).get("number") for row in layered["rows"]}
+            assert rows[key].correct == row.correct
+        assert "Beside other (" in found.verdict
+    assert found.against == (OtherRun(name="other", run=str(other), step=2),)
+    layered = probe(run, data, kind="knn", against=(other, trained / "mae"), layer="0")
+    layers = {row.features: row.layer and row.layer.number for row in layered.rows}
     assert layers == {PRETRAINED: 0, "other": None, "mae": 0}, "the same for all that have layers"
-    curve = probe(run, data, shots=[2, 4], draws=2, against=[other])
-    assert "Points above other:" in curve["verdict"]
+    curve = probe(run, data, shots=(2, 4), draws=2, against=(other,))
+    assert "Points above other:" in curve.verdict
 
 
 def test_other_runs_have_names_of_their_own(run, trained, tmp_path, data):
     second = Path(shutil.copytree(trained / "ae", tmp_path / "deep" / "run"))
-    found = probe(run, data, kind="knn", against=[second])
-    assert found["rows"][-1]["features"] == str(second)
+    found = probe(run, data, kind="knn", against=(second,))
+    assert found.rows[-1].features == str(second)
     for against in ([run], [second, second], [run / ".." / "run"]):
-        with pytest.raises(UserError, match="is the run itself, or came twice"):
+        with pytest.raises(UserError, match="is the run itself or was given twice"):
             probe(run, data, against=against)
 
 
@@ -287,11 +285,11 @@ def test_classes_of_a_table_are_measured_like_those_of_folders(run, data, tmp_pa
     for kind in ("knn", "linear"):
         found = probe(run, flat, kind=kind, targets=file, controls=True)
         folders = probe(run, data, kind=kind, controls=True)
-        assert found["rows"] == folders["rows"]
-        assert (found["classes"], found["task"], found["metric"]) == (folders["classes"], "classes", "accuracy")
+        assert found.rows == folders.rows
+        assert (found.names, found.task, found.metric) == (folders.names, "classes", "accuracy")
         assert kept(run, f"targets-{kind}-flat-by-t-classes") == found
-    curve = probe(run, flat, targets=file, shots=[1, 4], draws=2)
-    assert curve["rows"] == probe(run, data, shots=[1, 4], draws=2)["rows"]
+    curve = probe(run, flat, targets=file, shots=(1, 4), draws=2)
+    assert curve.rows == probe(run, data, shots=(1, 4), draws=2).rows
     assert kept(run, "curve-linear-flat-1-4-shots-2-draws-by-t-classes") == curve
 
 
@@ -301,15 +299,15 @@ def test_folders_do_not_matter_where_a_table_is_given_and_images_without_a_row_a
     console = Listening()
     file = table(tmp_path / "t.csv", "path,odd", [*rows, ("gone.png", 1), ("away.png", 0)])
     found = probe(run, data, targets=file, console=console)
-    assert found["train_images"] + found["test_images"] == 50
-    assert found["classes"] == ["0", "1"]
-    assert found["without_target"] == 10
+    assert found.train_images + found.test_images == 50
+    assert found.names == ("0", "1")
+    assert found.targets.images_without_row == 10
     assert console.warned == [
         f"10 images have no row in {file} and are left out",
         f"2 rows of {file} name no image and are not used, for example away.png",
     ]
     assert any("classes, from the columns (0 and 1: odd); 50 rows have an image" in line for line in console.said)
-    assert str(file) in found["protocol"]
+    assert str(file) in found.protocol
 
 
 @pytest.mark.parametrize("kind", ["knn", "linear", "attentive"])
@@ -318,19 +316,19 @@ def test_quantities_and_labels_are_read_from_the_features(run, data, tmp_path, k
     file = table(tmp_path / "t.csv", "path,mean,half", [(name, value, value / 2 + 3) for name, value in bright.items()])
     console = Listening()
     found = probe(run, data, kind=kind, targets=file, controls=True, console=console)
-    assert (found["task"], found["metric"], found["columns"]) == ("regression", "R2", ["mean", "half"])
-    assert found["train_images"] == 48
-    best = max(row["value"] for row in found["rows"] if row["features"] == PRETRAINED)
+    assert (found.task, found.metric, found.names) == ("regression", "R2", ("mean", "half"))
+    assert found.train_images == 48
+    best = max(row.value for row in found.rows if row.features == PRETRAINED)
     assert best > (0.3 if kind == "attentive" else 0.6)  # 40 steps of it
     assert any("mean absolute error" in line for line in console.said)
     assert kept(run, f"targets-{kind}-data-by-t-regression") == found
     bits = [(name, int(value > 100), int(value > 160), int(value > 60)) for name, value in bright.items()]
     file = table(tmp_path / "b.csv", "path,light,white,gray", bits)
-    many = probe(run, data, kind=kind, targets=file, columns=["light", "white"])
-    assert (many["task"], many["metric"]) == ("multilabel", "mean average precision")
-    row = many["rows"][-1]
-    assert row["value"] > many["chance"] + 0.2
-    assert row["low"] <= row["value"] <= row["high"]
+    many = probe(run, data, kind=kind, targets=file, columns=("light", "white"))
+    assert (many.task, many.metric) == ("multilabel", "mean average precision")
+    row = many.rows[-1]
+    assert row.value > many.chance + 0.2
+    assert row.low <= row.value <= row.high
     assert kept(run, f"targets-{kind}-data-by-b-light-white-multilabel") == many
     page = write_report(run).read_text()
     assert f"multilabel of light, white in {file}" in page
@@ -344,25 +342,25 @@ def test_test_images_have_rows_in_the_same_table_or_in_one_of_their_own(run, dat
     file = table(tmp_path / "t.csv", "path,mean", bright.items())
     other = table(tmp_path / "u.csv", "path,extra,mean", [(name, "x", value) for name, value in there.items()])
     found = probe(run, data, test=str(test), targets=file, test_targets=other)
-    assert (found["train_images"], found["test_images"]) == (60, 12)
+    assert (found.train_images, found.test_images) == (60, 12)
     with pytest.raises(UserError, match=r"0000.png is an image of .*data and of .*test, so .* with --test-targets"):
         probe(run, data, test=str(test), targets=file)
     for path in sorted(test.rglob("*.png")):
         path.rename(path.with_name(f"t{path.name}"))
     joint = table(tmp_path / "j.csv", "path,mean", [*bright.items(), *brightness(test).items()])
     again = probe(run, data, test=str(test), targets=joint)
-    assert [row["value"] for row in again["rows"]] == pytest.approx([row["value"] for row in found["rows"]])
+    assert [row.value for row in again.rows] == pytest.approx([row.value for row in found.rows])
 
 
 def test_what_would_be_ignored_is_refused(run, data, tmp_path):
     file = table(tmp_path / "t.csv", "path,mean", brightness(data).items())
     for wish, said in (
-        ({"draws": 3}, "--draws 3 came without --shots"),
-        ({"draws": 1, "shots": [1, 2]}, "--draws 1 came; at least 2 were expected"),
-        ({"shots": []}, "no number of labels per class"),
-        ({"task": "classes", "columns": ["a"]}, "--columns, --task came without --targets"),
-        ({"targets": file, "test_targets": file}, "--test-targets came without --test"),
-        ({"targets": file, "shots": 3}, "--shots 3 came, which are labels per class, but the task is regression"),
+        ({"draws": 3}, "got --draws 3 without --shots"),
+        ({"draws": 1, "shots": (1, 2)}, "got --draws 1; expected at least 2"),
+        ({"shots": ()}, "got no number of labels per class"),
+        ({"task": "classes", "columns": ("a",)}, "got --columns, --task without --targets"),
+        ({"targets": file, "test_targets": file}, "got --test-targets without --test"),
+        ({"targets": file, "shots": 3}, "got --shots 3, which are labels per class, but the task is regression"),
         ({"targets": tmp_path / "no.csv"}, "does not exist"),
     ):
         with pytest.raises(UserError, match=said):

@@ -38,8 +38,10 @@ class DemoRequest(Request):
 def demo(request: DemoRequest, console: Console) -> dict[str, Any]:
     """Return the run, its report, and what the probes measured."""
     from unmask.engine.pretrain import pretrain
-    from unmask.evals.run_probe import probe_run
+    from unmask.evals.probe_options import ProbeOptions
+    from unmask.evals.run_probe import run_probes
     from unmask.report.run_page import write_report
+    from unmask.results import to_json
     from unmask.system.atomic_files import free_path
 
     steps, began = request.steps, time.monotonic()
@@ -66,11 +68,9 @@ def demo(request: DemoRequest, console: Console) -> dict[str, Any]:
         (shapes, "shapes", SHAPES_LABELS, SHAPES_TEST),
         (digits, "digits", "digits", "digits-test"),
     ):
-        for kind in ("linear", "knn"):
-            probes[f"{name}-{kind}"] = probe_run(
-                run.path, data, test=test, kind=kind, shots=None, controls=True, seed=0, step=None, device="auto",
-                console=console,
-            )  # fmt: skip
+        options = ProbeOptions(data=data, test=test, controls=True)
+        for kind, result in run_probes(run.path, ("linear", "knn"), options, console).items():
+            probes[f"{name}-{kind}"] = to_json(result)
     report = write_report(out)
     if steps is None and (done := shapes.status()["step"]) < ENOUGH_STEPS:
         console.warn(

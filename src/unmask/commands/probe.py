@@ -9,15 +9,10 @@ from unmask.commands.declare import Option, Panel, Request, command, options_of
 from unmask.commands.options import Data, Device, Exclude, RunFolder, Step, TestData, texts
 from unmask.console import Console
 from unmask.errors import UserError
+from unmask.evals.probe_kind import kind_names, require_kind
+from unmask.evals.probe_options import ProbeOptions, parse_shots
 
 PAPER_LINEAR = "paper-linear"
-
-
-def shots_from_text(text: str) -> Any:
-    """Return '5' as a number and '1,5,10' as a list of numbers."""
-    from unmask.evals.probe_labels import shots_of
-
-    return shots_of(text)
 
 
 def names_from_text(text: str) -> list[str]:
@@ -40,8 +35,8 @@ class ProbeRequest(Request):
     kind: Annotated[
         str,
         Option(
-            "knn, linear, attentive (a learned query over all tokens), or paper-linear (MAE's own protocol: LARS on "
-            "augmented images, a training of its own)."
+            f"{', '.join(kind_names())}, or {PAPER_LINEAR} (MAE's own protocol: LARS on augmented images, a training "
+            "of its own)."
         ),
     ] = "knn"
     shots: Annotated[
@@ -51,7 +46,7 @@ class ProbeRequest(Request):
             metavar="N[,N...]",
             default="all",
             command_line=str,
-            from_text=shots_from_text,
+            from_text=parse_shots,
         ),
     ] = None
     draws: Annotated[int | None, Option("Choices of labels for each point of a curve.", default="5")] = None
@@ -88,11 +83,10 @@ class ProbeRequest(Request):
             default="best for igpt, else last",
         ),
     ] = None
-    masks: Annotated[
+    mask_votes: Annotated[
         int | None,
         Option(
-            "igpt bert: a NUMBER of random masks under which each test image is seen, the majority counts; 0 hides "
-            "nothing.",
+            "igpt bert: random patch masks under which each test image is seen, the majority counts; 0 hides nothing.",
             metavar="NUMBER",
             default="1",
         ),
@@ -104,14 +98,12 @@ class ProbeRequest(Request):
     device: Device = "auto"
 
 
-@command(ProbeRequest, panel=Panel.MEASURE, trains=True)
+@command(ProbeRequest, panel=Panel.MEASURE, trains=True, renamed={"--masks": "--mask-votes"})
 def probe(request: ProbeRequest, console: Console) -> dict[str, Any]:
     """Return what was written to RUN/evals."""
-    from unmask.evals.probe import KINDS, require_kind
-    from unmask.evals.probes.attentive import ATTENTIVE
     from unmask.report.run_page import write_report
 
-    require_kind(request.kind, (*KINDS, ATTENTIVE, PAPER_LINEAR))
+    require_kind(request.kind, (PAPER_LINEAR,))
     summary = _paper_linear(request, console) if request.kind == PAPER_LINEAR else _frozen(request, console)
     console.say(f"report: {write_report(Path(request.run))}")
     return summary
@@ -119,31 +111,31 @@ def probe(request: ProbeRequest, console: Console) -> dict[str, Any]:
 
 def _frozen(request: ProbeRequest, console: Console) -> dict[str, Any]:
     """Probe features of a frozen encoder."""
-    from unmask.evals.run_probe import probe_run
+    from unmask.evals.run_probe import run_probe
+    from unmask.results import to_json
 
     if request.settings:
         raise UserError(f"--set applies only to --kind {PAPER_LINEAR}; got --kind {request.kind}; leave --set out")
-    return probe_run(
-        Path(request.run),
-        str(request.data),
-        test=request.test,
-        kind=request.kind,
-        shots=request.shots,
+    shots = request.shots
+    options = ProbeOptions(
+        data=str(request.data),
+        test=None if request.test is None else str(request.test),
+        exclude=tuple(request.exclude),
+        shots=shots if shots is None or isinstance(shots, int) else tuple(shots),
         draws=request.draws,
         controls=request.controls,
-        against=[Path(run) for run in texts(request.against)],
+        against=tuple(Path(run) for run in texts(request.against)),
         targets=_path(request.targets),
-        columns=request.columns,
-        task=request.task,
         test_targets=_path(request.test_targets),
+        columns=None if request.columns is None else tuple(request.columns),
+        task=request.task,
         seed=request.seed,
         step=request.step,
-        device=request.device,
-        exclude=request.exclude,
         layer=request.layer,
-        masks=request.masks,
-        console=console,
+        mask_votes=request.mask_votes,
+        device=request.device,
     )
+    return to_json(run_probe(request.run, request.kind, options, console))
 
 
 def _paper_linear(request: ProbeRequest, console: Console) -> dict[str, Any]:

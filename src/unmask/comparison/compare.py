@@ -19,9 +19,9 @@ from unmask.comparison.shared_probes import SAME, damaged, not_shared, probes, s
 from unmask.console import Console
 from unmask.engine import checkpoint
 from unmask.errors import UserError
-from unmask.evals.probe import KINDS, require_kind
-from unmask.evals.probes.attentive import ATTENTIVE
-from unmask.evals.run_probe import probe_run
+from unmask.evals.probe_kind import require_kind
+from unmask.evals.probe_options import ProbeOptions
+from unmask.evals.run_probe import run_probe
 from unmask.report.page import page
 from unmask.run import Run
 from unmask.system.atomic_files import replace_file
@@ -55,7 +55,7 @@ def compare(
         raise UserError(f"the folder {out.resolve().parent} does not exist; make it first, or choose another --out")
     if data is None and (test is not None or shots is not None):
         raise UserError("--test or --shots came without --data, so there is nothing to probe; give --data too")
-    require_kind(kind, (*KINDS, ATTENTIVE))
+    require_kind(kind)
     opened = open_runs(runs)
     if data is not None:
         want = dict(zip(SAME, (kind, data, test or f"a held-out fifth of {data}", shots, 0, None, None), strict=True))
@@ -65,10 +65,7 @@ def compare(
                 probe["step"] == newest and all(probe[key] == value for key, value in want.items())
                 for probe in probes(run)
             ):
-                probe_run(
-                    run.path, data, test=test, kind=kind, shots=shots, controls=False, seed=0, step=None, device=device,
-                    console=console,
-                )  # fmt: skip
+                run_probe(run.path, kind, ProbeOptions(data=data, test=test, shots=shots, device=device), console)
     found = {name: probes(run) for name, run in opened.items()}
     rows = [about(name, run) for name, run in opened.items()]
     differing = differences(rows)

@@ -40,7 +40,7 @@ from unmask.engine.measure import example_batch, measure_step_seconds, with_load
 from unmask.engine.plan import Plan
 from unmask.errors import UserError
 from unmask.evals.images import EVAL_BATCH
-from unmask.evals.probe import few_shots, require_classes
+from unmask.evals.labelled_images import few_shots, require_classes
 from unmask.method import Method
 from unmask.nn.modes import eval_mode
 

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from unmask.comparison.agreement import difference
-from unmask.evals.statistics import POOLS, PRETRAINED
 from unmask.report.probe_titles import probe_title
+from unmask.results import POOLS, PRETRAINED
 from unmask.run import Run
 
 # What two probes must have in common to be one measurement.

@@ -10,9 +10,8 @@ from typing import Any
 
 from unmask.comparison.agreement import IN_WORDS, agreement, t_half_width
 from unmask.comparison.paper_tables import SHARED
-from unmask.evals.statistics import PRETRAINED, RANDOM_INIT, RAW_PIXELS
 from unmask.report.training_log import last_loss, training_seconds
-from unmask.results import find_score
+from unmask.results import PRETRAINED, RANDOM_INIT, RAW_PIXELS, find_score
 from unmask.run import Run
 
 POOL = "mean"  # over patches: every encoder has it, and one pool for all cells leaves nothing to choose on test images

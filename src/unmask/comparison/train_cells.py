@@ -21,7 +21,8 @@ from unmask.engine import checkpoint, pretrain
 from unmask.engine import resume as pretraining
 from unmask.engine.load import read_plan
 from unmask.errors import TrainingFailed, UserError
-from unmask.evals.run_probe import probe_kinds
+from unmask.evals.probe_options import ProbeOptions
+from unmask.evals.run_probe import run_probes
 from unmask.finetuning import configure, final_test, finetune
 from unmask.recipes import catalogue
 from unmask.report.run_page import write_report
@@ -149,15 +150,8 @@ def probe_cell(run: Run, decided: dict[str, Any], cell: dict[str, Any], seed: in
     for fault in run.results("probe-*")[1]:
         console.warn(f"{fault}; it is measured again now")
     console.say(f"{run.path.name}: probing")
-    probe_kinds(
-        run.path,
-        decided["asked"]["data"],
-        test=decided["asked"]["test"],
-        kinds=missing,
-        shots=decided["shots"],
-        controls=controls,
-        seed=0,
-        step=None,
-        device=decided["device"],
-        console=Console(quiet=True),  # the row of the table says it all
+    asked = decided["asked"]
+    options = ProbeOptions(
+        data=asked["data"], test=asked["test"], shots=decided["shots"], controls=controls, device=decided["device"]
     )
+    run_probes(run.path, missing, options, Console(quiet=True))  # the row of the table shows the results

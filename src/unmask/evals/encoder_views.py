@@ -10,7 +10,6 @@ Letters: n training images, m test images, D width of a feature.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
@@ -27,15 +26,6 @@ EVALUATION_EPOCH = 2**31 - 1  # none of training's, so that no mask is one that 
 
 Hide = Callable[[Draws], Tensor]
 """Draws of B images -> (B, N) bool: the tokens to hide."""
-
-
-@dataclass(frozen=True)
-class Layer:
-    """Which layer a probe measures, 0 to `last`, and how it was chosen, in words."""
-
-    number: int
-    last: int
-    why: str
 
 
 class View(nn.Module):

@@ -1,16 +1,16 @@
-"""The features a probe measures: of a run, of its controls, of other runs, each as its own encoder sees images.
+"""The feature sets that a probe measures: of a run, its controls and other runs, each as its own encoder sees images.
 
-Which layer is read and which tokens are hidden is decided once for an encoder (`feature_sets`), on training images;
-training and test features then come from one function (`tables_of`).
+Which layer is read and which tokens are hidden is decided once for an encoder (`make_feature_sets`), on training
+images; training and test features then come from one function (`tables_of`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 from torch import nn
@@ -20,38 +20,49 @@ from unmask.data.sources.source import Source
 from unmask.engine.device import choose_device
 from unmask.engine.load import Loaded, load
 from unmask.errors import UserError
-from unmask.evals.encoder_views import Hide, Layer, View, wanted_layer
-from unmask.evals.frozen_features import FeatureTable, collect_layers
+from unmask.evals.choose_layer import choose_layer
+from unmask.evals.encoder_views import Hide, View, wanted_layer
+from unmask.evals.frozen_features import FeatureTable, RawPixels, collect_layers
 from unmask.evals.images import IMAGES_FOR_LAYER, eval_images, eval_precision, features, read
-from unmask.evals.probe import (
-    VOTE,
-    choose_layer,
-)
-from unmask.evals.probe_labels import Labelled
-from unmask.evals.statistics import PRETRAINED, RANDOM_INIT, RAW_PIXELS
+from unmask.evals.labelled_images import LabelledImages
+from unmask.evals.probe_options import ProbeOptions
 from unmask.method import Method
+from unmask.results import PRETRAINED, RANDOM_INIT, RAW_PIXELS, CurveRow, FeatureScore, LayerChoice
+
+Row = TypeVar("Row", FeatureScore, CurveRow)
+VOTE = " mask "  # between the name of a feature set and the number of the patch mask that the images are seen under
 
 
 @dataclass
 class FeatureSets:
-    """Encoders that see images in one way (size, channels), that of the run `loaded`.
+    """The encoders of one run, by the names of their feature sets; all see images in the way of the run `loaded`.
 
-    `voting` holds them under every mask that counts for the test images; `chosen` the layers; `votes` how many masks,
-    0 where nothing is hidden.
+    test_encoders: the same under every patch mask that votes on the test images, named NAME + VOTE + number from the
+    second mask on. layers: the layer of each, where one was chosen. votes: the number of masks; None where no token is
+    hidden.
     """
 
     loaded: Loaded
     encoders: dict[str, nn.Module]
-    voting: dict[str, nn.Module]
-    chosen: dict[str, Layer] = field(default_factory=dict)
+    test_encoders: dict[str, nn.Module]
+    layers: dict[str, LayerChoice] = field(default_factory=dict)
     votes: int | None = None
 
 
+def with_controls(encoder: nn.Module, untrained: nn.Module | None) -> dict[str, nn.Module]:
+    """Name the encoder, and the controls: the same encoder at its random start and raw pixels; None for no controls."""
+    if untrained is None:
+        return {PRETRAINED: encoder}
+    return {RAW_PIXELS: RawPixels(), RANDOM_INIT: untrained, PRETRAINED: encoder}
+
+
 def load_others(run: Path, against: Sequence[Path], device: str) -> dict[str, Loaded]:
-    """The other runs, named by their folders, or by whole paths where that would not tell them apart."""
+    """Load the other runs, named by their folders, or by whole paths where folder names are not unique."""
     places = [Path(other).resolve() for other in (run, *against)]
     if twice := [str(path) for path, place in zip(against, places[1:], strict=True) if places.count(place) > 1]:
-        raise UserError(f"--against {twice[0]} is the run itself, or came twice; name every other run once")
+        raise UserError(
+            f"got --against {twice[0]}, which is the run itself or was given twice; give every other run once"
+        )
     taken = [PRETRAINED, RANDOM_INIT, RAW_PIXELS, *(place.name for place in places)]
     return {
         place.name if taken.count(place.name) == 1 else str(path): load(path, device=choose_device(device))
@@ -59,67 +70,79 @@ def load_others(run: Path, against: Sequence[Path], device: str) -> dict[str, Lo
     }
 
 
-def feature_sets(
+def make_feature_sets(
     loaded: Loaded,
     encoders: dict[str, nn.Module],
-    labelled: Labelled,
+    images: LabelledImages | None,
     rows: np.ndarray,
-    layer: str | None,
-    masks: int | None,
-    seed: int,
+    options: ProbeOptions,
     console: Console,
 ) -> FeatureSets:
-    """How these encoders of one run are seen: which layer, and with which tokens hidden; layers compared on `rows`."""
-    hide, votes = evaluation_masks(loaded.method, masks)
-    wanted = wanted_layer(loaded.method.encoder, layer)
+    """Decide how the encoders of one run are seen: which layer, and with which tokens hidden.
+
+    images, rows: the training images that layers are compared on; None where there are no labels.
+    """
+    hide, votes = evaluation_masks(loaded.method, options.mask_votes)
+    layer = wanted_layer(loaded.method.encoder, options.layer)
     found = FeatureSets(loaded, dict(encoders), {}, votes=None if hide is None else votes)
-    if wanted is not None or hide is not None:
+    if layer == "best" and images is None:
+        layer = None  # nothing to compare layers by, so the one that `forward` returns
+    if layer is not None or hide is not None:
         rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), IMAGES_FOR_LAYER)).astype(int)]
         for name in [name for name in encoders if name != RAW_PIXELS]:
             view = View(encoders[name], hide=hide)
-            if wanted is not None:
-                found.chosen[name] = pick_layer(loaded, view, wanted, labelled, rows, seed, console)
-                view.layer = found.chosen[name].number
+            if layer is not None:
+                found.layers[name] = _layer_of(loaded, view, layer, images, rows, options.seed, console)
+                view.layer = found.layers[name].number
             found.encoders[name] = view
-    found.voting = dict(found.encoders)
+    found.test_encoders = dict(found.encoders)
     for name, view in found.encoders.items():
         if isinstance(view, View) and view.hide is not None:
-            found.voting |= {
+            found.test_encoders |= {
                 f"{name}{VOTE}{number}": View(view.encoder, view.layer, view.hide, number) for number in range(1, votes)
             }
     return found
 
 
-def evaluation_masks(method: Method, masks: int | None) -> tuple[Hide | None, int]:
-    """How tokens are hidden when features are measured, and under how many masks; (None, 0) where nothing is."""
+def evaluation_masks(method: Method, votes: int | None) -> tuple[Hide | None, int]:
+    """Return how tokens are hidden when features are measured, and under how many masks; (None, 0) for none.
+
+    Raises UserError for votes of an encoder that is measured on whole images.
+    """
     hide: Hide | None = getattr(method, "evaluation_mask", None)
     if hide is None:
-        if masks:
+        if votes:
             raise UserError(
-                f"--masks {masks} came, but this run's encoder is measured on whole images; masks are for iGPT trained "
-                "with objective=bert: leave them out"
+                f"got --mask-votes {votes}, but this run's encoder is measured on whole images; masks are for iGPT "
+                "trained with objective=bert: leave it out"
             )
         return None, 0
-    masks = 1 if masks is None else masks
-    if masks < 0:
-        raise UserError(f"--masks {masks} came; 0 (nothing hidden), 1 or more was expected")
-    return (hide if masks else None), masks
+    votes = 1 if votes is None else votes
+    if votes < 0:
+        raise UserError(f"got --mask-votes {votes}; expected 0 (nothing hidden), 1 or more")
+    return (hide if votes else None), votes
 
 
-def pick_layer(
-    loaded: Loaded, view: View, layer: str, labelled: Labelled, rows: np.ndarray, seed: int, console: Console
-) -> Layer:
-    """The layer that was named, or the best one by a linear probe on a part of these training images."""
+def _layer_of(
+    loaded: Loaded,
+    view: View,
+    layer: str,
+    images: LabelledImages | None,
+    rows: np.ndarray,
+    seed: int,
+    console: Console,
+) -> LayerChoice:
+    """Return the layer that was named, or the best one on these training images."""
     last = len(view.encoder.blocks)  # type: ignore[arg-type]
     if layer != "best":
-        return Layer(last if layer == "last" else int(layer), last, "asked for")
+        return LayerChoice(last if layer == "last" else int(layer), last, "asked for")
+    assert images is not None, "the best layer is chosen on labelled images"
     with console.progress("comparing layers", len(rows)) as bar:
-        batches = read(eval_images(loaded, labelled.train), rows, 0, console, bar)
+        batches = read(eval_images(loaded, images.train), rows, 0, console, bar)
         tables = collect_layers(view, batches, device=loaded.device, precision=eval_precision(loaded))
-    y = labelled.train_y[tables[0].index]
-    # By a linear probe whatever kind is measured then, so that kinds can be compared.
+    y = images.train_y[tables[0].index]
     with console.working(f"comparing {len(tables)} layers on {len(y):,} images"):
-        return choose_layer(tables, "linear", seed, y=y, task=labelled.aim.task)
+        return choose_layer(tables, y, task=images.labelling.task, seed=seed)
 
 
 def tables_of(
@@ -130,16 +153,16 @@ def tables_of(
     console: Console,
     *,
     tokens: bool = False,
-    voting: bool = False,
+    test: bool = False,
     folder: Path | None = None,
 ) -> dict[str, FeatureTable]:
-    """The features of every set for the same images: those of `rows` that every encoder could be given.
+    """Return the features of every set for the same images: those of `rows` that every encoder can read.
 
-    voting, tokens, folder: as in `FeatureSets` and `images.features`.
+    test: of the encoders for test images. tokens, folder: as in `images.features`.
     """
     found: dict[str, FeatureTable] = {}
     for each in sets:
-        encoders = each.voting if voting else each.encoders
+        encoders = each.test_encoders if test else each.encoders
         precision = eval_precision(each.loaded)
         found |= features(
             each.loaded, encoders, source, rows, precision=precision, title=title, console=console, tokens=tokens,
@@ -152,10 +175,10 @@ def tables_of(
     }
 
 
-def about_features(sets: Sequence[FeatureSets], name: str) -> dict[str, Any]:
-    """What is unusual about the features of a row: the layer, the masks."""
+def describe_view(sets: Sequence[FeatureSets], row: Row) -> Row:
+    """Return a row of a result with the layer and the mask votes of its feature set."""
     for each in sets:
-        if name in each.encoders:
-            layer = {"layer": vars(each.chosen[name])} if name in each.chosen else {}
-            return layer | ({"votes": each.votes} if each.votes is not None and name != RAW_PIXELS else {})
-    return {}
+        if row.features in each.encoders:
+            votes = None if row.features == RAW_PIXELS else each.votes
+            return replace(row, layer=each.layers.get(row.features), votes=votes)
+    return row

@@ -104,16 +104,6 @@ class RawPixels(nn.Module):
         return Features(None, images.flatten(1)[:, None], (1, 1))
 
 
-def collect(encoder: nn.Module, batches: Iterable[Batch], *, device: str, precision: str) -> FeatureTable:
-    """Features of all images under a frozen encoder: eval mode, no gradients, nothing masked.
-
-    encoder: on `device`; its forward maps images (B, C, H, W) in the files' dtype to `Features`. It is left in the
-    mode (train or eval) in which it came, module by module. precision: "fp32", or "bf16" for autocast; rows are float32
-    either way. Raises ValueError when there is no image, or when a feature is not finite.
-    """
-    return collect_each({"features": encoder}, batches, device=device, precision=precision)["features"]
-
-
 def collect_each(
     encoders: Mapping[str, nn.Module],
     batches: Iterable[Batch],
@@ -122,9 +112,13 @@ def collect_each(
     precision: str,
     tokens: int = 0,
 ) -> dict[str, FeatureTable]:
-    """As `collect`, for several encoders while reading the images once. Raises ValueError like it.
+    """Compute the features of all images with frozen encoders, reading the images once.
 
-    tokens: keep the tokens too, of at most so many images: more than fit in memory are refused after the first batch.
+    In eval mode, without gradients, nothing masked. encoders: by name, on `device`; their forward maps images (B, C, H,
+    W) in the files' dtype to `Features`. Every module is left in the mode (train or eval) in which it was. precision:
+    "fp32", or "bf16" for autocast; features are float32 either way. tokens: also return all tokens, of at most so many
+    images. Raises UserError when there is no image, when a feature is not finite, and, after the first batch, for more
+    tokens than fit in memory.
     """
     rows: dict[str, _Rows] = {name: _Rows(tokens) for name in encoders}
     shared = _Shared()
@@ -145,7 +139,7 @@ def collect_each(
 
 
 def collect_layers(view: View, batches: Iterable[Batch], *, device: str, precision: str) -> list[FeatureTable]:
-    """As `collect`, for every layer of one encoder, from the first block's input on."""
+    """As `collect_each`, for every layer of one encoder: the first block's input, then the output of every block."""
     rows: list[_Rows] = []
     shared = _Shared()
     with eval_mode(view), torch.inference_mode(), autocast(precision, device):

@@ -1,8 +1,8 @@
-"""Label-budget curve: how many labels a probe needs, with the luck of the labels shown.
+"""Label-budget curve: how many labels a probe needs.
 
-For each budget of labels per class a probe is fitted to several draws of them, always on the same test images. The
-interval of a mean is Student's over the draws; differences between feature sets are taken draw by draw, because each
-draw is the same labels for all. Both cover the choice of training labels, not of test images.
+For each number of labels per class a probe is fitted to several random choices of them, always on the same test images.
+The interval of a mean is Student's t over the choices; differences between feature sets are taken choice by choice,
+because each choice is the same labels for all. Both cover the choice of the training labels, not of the test images.
 """
 
 from __future__ import annotations
@@ -10,100 +10,66 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean
-from typing import Any
 
 import numpy as np
 
-from unmask.evals.probe import Aim, Guess, chance_level
-from unmask.evals.statistics import ACCURACY, IN_WORDS, POOLS, PRETRAINED, RANDOM_INIT, RAW_PIXELS
-from unmask.metrics.intervals import Difference, t_interval
+from unmask.evals.predictions import Prediction
+from unmask.metrics.intervals import t_interval
+from unmask.results import CONTROLS, PRETRAINED, CurvePoint, CurveRow, Difference
 
 INTERVAL = "Student's t, over the draws of training labels"
 
 
 @dataclass(frozen=True)
 class Draw:
-    """One draw of `shots` training labels per class: the training labels, and what every feature set made of them."""
+    """One random choice of `shots` training labels per class: the labels, and the predictions of all feature sets."""
 
     shots: int
     train_y: np.ndarray
-    guesses: Sequence[Guess]
+    predictions: Sequence[Prediction]
 
 
-def budget_curve(
-    drawn: Sequence[Draw], test_y: np.ndarray, *, kind: str, aim: Aim, shared: int, runs: Sequence[str] = ()
-) -> dict[str, Any]:
-    """The object that `evals/curve-*.json` holds: `rows` of feature sets with a point for each budget.
-
-    A point has the mean accuracy, its 95 % limits, and what each draw got (`accuracies`, `correct`). runs: the feature
-    sets that are other runs' encoders.
-    """
-    budgets = sorted({draw.shots for draw in drawn})
-    places = {(guess.features, guess.pool): i for i, guess in enumerate(drawn[0].guesses)}
+def curve_rows(draws: Sequence[Draw], test_y: np.ndarray) -> tuple[CurveRow, ...]:
+    """Return the curve of every feature set and pooling: a point for each number of labels."""
+    budgets = sorted({draw.shots for draw in draws})
     rows = []
-    for (features, pool), place in places.items():
-        points = [_point(n, [d.guesses[place] for d in drawn if d.shots == n], test_y) for n in budgets]
-        rows.append({"features": features, "pool": pool, "points": points})
-    return {
-        "kind": kind,
-        "task": aim.task,
-        "metric": ACCURACY,
-        "shots": budgets,
-        "draws": len(drawn) // len(budgets),
-        "train_images": max(len(draw.train_y) for draw in drawn),
-        "test_images": len(test_y),
-        "classes": list(aim.names),
-        "chance": chance_level(drawn[0].train_y, test_y, len(aim.names)),
-        "rows": rows,
-        "interval": INTERVAL,
-        "shared": shared,
-        "verdict": " ".join(_verdict(rows, budgets, runs)),
-    }
+    for place, first in enumerate(draws[0].predictions):
+        points = [_point(n, [draw.predictions[place] for draw in draws if draw.shots == n], test_y) for n in budgets]
+        rows.append(CurveRow(features=first.features, pool=first.pool, points=tuple(points)))
+    return tuple(rows)
 
 
-def _point(shots: int, guesses: Sequence[Guess], test_y: np.ndarray) -> dict[str, Any]:
-    correct = [int((guess.values == test_y).sum()) for guess in guesses]
+def _point(shots: int, predictions: Sequence[Prediction], test_y: np.ndarray) -> CurvePoint:
+    correct = [int((prediction.values == test_y).sum()) for prediction in predictions]
     accuracies = [count / len(test_y) for count in correct]
     low, high = t_interval(accuracies)
-    return {
-        "shots": shots, "mean": mean(accuracies), "low": max(0.0, low), "high": min(1.0, high),
-        "accuracies": accuracies, "correct": correct, "fits": [guess.about for guess in guesses],
-    }  # fmt: skip
+    return CurvePoint(
+        shots=shots,
+        mean=mean(accuracies),
+        low=max(0.0, low),
+        high=min(1.0, high),
+        values=tuple(accuracies),
+        correct=tuple(correct),
+        fits=tuple(prediction.chosen for prediction in predictions),
+    )
 
 
-def _verdict(rows: Sequence[dict[str, Any]], budgets: Sequence[int], runs: Sequence[str]) -> list[str]:
-    """Where the pre-trained features are above each control and each other run: one pool for all, which all have."""
-    own = next(row for row in rows if row["features"] == PRETRAINED and row["pool"] != "cls")
-    curve = ", ".join(f"{point['mean']:.1%} with {point['shots']}" for point in own["points"])
-    said = [f"The pre-trained features ({POOLS[own['pool']]}) get {curve} labels per class."]
-    others = {row["features"]: row for row in rows if row["features"] != PRETRAINED and row["pool"] != "cls"}
-    controls = [name for name in (RAW_PIXELS, RANDOM_INIT) if name in others]
-    differences = {name: [_difference(own, row, i) for i in range(len(budgets))] for name, row in others.items()}
-    if controls:
-        ahead = [n for i, n in enumerate(budgets) if all(differences[name][i].low > 0 for name in controls)]
-        words = " and ".join(IN_WORDS[name] for name in controls)
-        if ahead:
-            said.insert(0, f"Pre-training helps with {_listed(ahead)} labels per class: better there than {words}.")
-        else:
-            said.insert(0, f"Pre-training is not shown to help at any of these budgets: not clearly above {words}.")
-    else:
-        said.append("Whether pre-training helped is not known from this: probe again with --controls.")
-    for name in [*controls, *runs]:
-        steps = [
-            f"{100 * value:+.1f} ({100 * low:+.1f} to {100 * high:+.1f}) with {n}"
-            for n, (value, low, high) in zip(budgets, differences[name], strict=True)
-        ]
-        said.append(f"Points above {IN_WORDS.get(name, name)}: {', '.join(steps)}.")
-    return said
+def curve_differences(rows: Sequence[CurveRow], runs: Sequence[str]) -> tuple[Difference, ...]:
+    """Compare the run's own features with each control and each of the other `runs`, at every number of labels.
 
-
-def _difference(own: dict[str, Any], other: dict[str, Any], i: int) -> Difference:
-    """Mean over draws of one accuracy less the other, with 95 % limits."""
-    pairs = zip(own["points"][i]["accuracies"], other["points"][i]["accuracies"], strict=True)
-    values = [first - second for first, second in pairs]
-    return Difference(mean(values), *t_interval(values))
-
-
-def _listed(numbers: Sequence[int]) -> str:
-    *first, last = (str(number) for number in numbers)
-    return f"{', '.join(first)} and {last}" if first else last
+    One pooling for all, which every encoder has (not the class token).
+    """
+    own = next(row for row in rows if row.features == PRETRAINED and row.pool != "cls")
+    others = {row.features: row for row in rows if row.features != PRETRAINED and row.pool != "cls"}
+    found = []
+    for name in [*(name for name in CONTROLS if name in others), *runs]:
+        for mine, theirs in zip(own.points, others[name].points, strict=True):
+            values = [first - second for first, second in zip(mine.values, theirs.values, strict=True)]
+            low, high = t_interval(values)
+            found.append(
+                Difference(
+                    features=name, pool=others[name].pool, own_pool=own.pool, value=mean(values), low=low, high=high,
+                    shots=mine.shots,
+                )
+            )  # fmt: skip
+    return tuple(found)

@@ -1,108 +1,252 @@
-"""The result of a probe for people: its protocol in a sentence, and the table on the screen."""
+"""The result of a probe in words, made from its record: verdict, protocol, and the table on the screen."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 from unmask.console import Console
-from unmask.data.annotations.label_tables import CLASSES, MULTILABEL, REGRESSION
-from unmask.evals.probes.attentive import ATTENTIVE, BATCH, EPOCHS, LEAST_STEPS
-from unmask.evals.probes.linear import FINAL_ITERATIONS
-from unmask.evals.statistics import ACCURACY, MEAN_AP, POOLS, PRETRAINED, RAW_PIXELS, show
-
-NOT_CONVERGED = (
-    f"; the fit stopped at its limit of {FINAL_ITERATIONS:,} iterations, so the number may be too low: compare it with "
-    "--kind knn, or give more labels"
+from unmask.results import (
+    ACCURACY,
+    CLASSES,
+    CONTROLS,
+    MEAN_AP,
+    POOLS,
+    PRETRAINED,
+    R2,
+    RANDOM_INIT,
+    RAW_PIXELS,
+    REGRESSION,
+    CurveResult,
+    Difference,
+    FeatureScore,
+    Measurement,
+    ProbeResult,
+    TargetScore,
 )
 
+PHRASES = {RAW_PIXELS: "raw pixels", RANDOM_INIT: "the same encoder untrained"}
+UNKNOWN_HELP = "Whether pre-training helped is not known from this: probe again with --controls."
 
-def protocol(summary: Mapping[str, Any]) -> str:
-    """One sentence: the features, what is fitted to them, the images, and what the intervals cover."""
-    kind, task, rows = summary["kind"], summary["task"], summary["rows"]
-    chosen = "chosen on a fifth of the training images"
-    how = {
-        ("knn", CLASSES): "the 20 nearest training images by cosine vote with weight exp(s / 0.07)",
-        ("knn", MULTILABEL): "share of the votes of the 20 nearest training images by cosine, weight exp(s / 0.07)",
-        ("knn", REGRESSION): "mean of the 20 nearest training images by cosine, weight exp(s / 0.07)",
-        ("linear", CLASSES): f"logistic regression (L-BFGS) on standardised features, C {chosen}",
-        ("linear", MULTILABEL): f"a logistic regression for each label on standardised features, one C {chosen}",
-        ("linear", REGRESSION): f"ridge regression on standardised features, its penalty {chosen}",
-    }.get(
-        (kind, task),
-        f"one learned query that attends to all tokens and a linear head (AdamW, batch {BATCH}, {EPOCHS} epochs but at "
-        f"least {LEAST_STEPS} steps, learning rate {chosen})",
-    )
-    pools = " and ".join(dict.fromkeys(POOLS[row["pool"]] for row in rows if row["features"] != RAW_PIXELS))
-    layers = {
-        row["features"]: f"layer {row['layer']['number']} of {row['layer']['last']}" for row in rows if "layer" in row
-    }
+
+def show(value: float, metric: str) -> str:
+    """Format a score: '61.0%' for an accuracy, '0.412' for average precision and R2, '31.2' for other metrics."""
+    if metric == ACCURACY:
+        return f"{value:.1%}"
+    return f"{value:.3f}" if metric in (MEAN_AP, R2) else f"{value:.3g}"
+
+
+# ------------------------------------------------------------------------------------------------------------ protocol
+
+
+def protocol(result: Measurement, fitted: str) -> str:
+    """Return one sentence: the features, what is fitted to them, the images, and what the intervals cover.
+
+    fitted: what this kind of probe fits, in words (`probe_kind.py`).
+    """
+    assert isinstance(result, ProbeResult | CurveResult)
+    rows = result.rows
+    pools = " and ".join(dict.fromkeys(POOLS[row.pool] for row in rows if row.features != RAW_PIXELS))
+    layers = {row.features: f"layer {row.layer.number} of {row.layer.last}" for row in rows if row.layer is not None}
     where = layers.get(PRETRAINED, "the encoder's output")
     if len(set(layers.values())) > 1:
         where = ", ".join(f"{name}: {layer}" for name, layer in layers.items())
-    shots = summary["shots"]
-    labels = "" if shots is None else f", {shots} labels per class"
-    if not isinstance(shots, int | None):
-        labels = f", {', '.join(str(n) for n in shots)} labels per class, {summary['draws']} draws of each"
-    train = f"{summary['train_images']} training images of {summary['data']}{labels}"
-    test = f"{summary['test_images']} test images: {summary['test']}"
-    table = f", targets of {summary['targets']}" if "targets" in summary else ""
-    return (
-        f"Frozen features ({pools}; {where}), {how}; {train}; {test}{table}; seed {summary['seed']}; 95 % intervals: "
-        f"{summary['interval']}."
-    )
+    features = f"Frozen features ({pools}; {where}), {fitted}"
+    if not result.train_images:
+        return f"{features}; {result.test_images} images of {result.data}."
+    labels = "" if result.budgets is None else f", {', '.join(str(n) for n in result.budgets)} labels per class"
+    if isinstance(result, CurveResult):
+        labels += f", {result.draws} draws of each"
+    train = f"{result.train_images} training images of {result.data}{labels}"
+    test = f"{result.test_images} test images: {result.test.describe(str(result.data))}"
+    table = "" if result.targets is None else f", targets of {result.targets.path}"
+    return f"{features}; {train}; {test}{table}; seed {result.seed}; 95 % intervals: {result.interval}."
 
 
-def say_probe(summary: Mapping[str, Any], console: Console) -> None:
-    """The table and the verdict, for a person."""
-    what = {"knn": "k nearest neighbours", "linear": "linear probe", ATTENTIVE: "attentive probe"}[summary["kind"]]
-    metric, task = summary["metric"], summary["task"]
-    shots = f" ({summary['shots']} per class)" if isinstance(summary["shots"], int) else ""
-    named = (
-        f"{len(summary['classes'])} classes" if task == CLASSES else f"{task} of {', '.join(summary['columns'][:6])}"
-    )
-    up_to = "up to " if "draws" in summary else ""
-    console.say(
-        f"{what} on {summary['data']}: {up_to}{summary['train_images']} training images{shots}, "
-        f"{summary['test_images']} test images, {named}"
-        + (f", chance {show(summary['chance'], metric)}" if metric in (ACCURACY, MEAN_AP) else "")
-    )
-    if "draws" in summary:
-        _say_curve(summary, console)
-        return
-    for row in summary["rows"]:
-        value = row["accuracy"] if metric == ACCURACY else row["value"]
-        low, high = show(row["low"], metric), show(row["high"], metric)
-        console.say(
-            f"  {row['features']:12s} {row['pool']:9s} {show(value, metric):>6s}  "
-            f"(95% interval {low} to {high}{_unusual(row)})"
+# ------------------------------------------------------------------------------------------------------------- verdict
+
+
+def verdict(result: ProbeResult, phrase: str) -> str:
+    """Say whether pre-training helps, by how much, and whether that could be noise.
+
+    phrase: the kind of probe in a sentence ("a linear probe"). Each feature set is represented by its better pooling.
+    """
+    assert result.chance is not None, "only scores of labelled images have a verdict"
+    own = result.row(PRETRAINED)
+    if own is None:
+        raise ValueError("got no score of the pre-trained features; expected one, since the verdict is about them")
+    controls = [row for name in CONTROLS if (row := result.row(name)) is not None]
+    pool = POOLS.get(own.pool, own.pool)
+    score = f"{phrase} on the pre-trained features ({pool}) {_reached(own, result.metric, result.chance)}"
+    if not controls:
+        unclear = "" if _is_above(own, result.chance) else ", which cannot be told from chance"
+        said = [f"{_capitalised(score)}{unclear}. {UNKNOWN_HELP}"]
+    elif not any(_is_above(row, result.chance) for row in (own, *controls)):
+        others = " and ".join(f"{PHRASES[row.features]} {show(row.value, result.metric)}" for row in controls)
+        said = [
+            f"No verdict: everything is near chance level. {_capitalised(score)}, {others}. Either the labels are not "
+            "visible in such images, or there are too few of them."
+        ]
+    else:
+        found = {each.features: each for each in result.differences}
+        compared = [found[row.features] for row in controls]
+        clauses = [_clause(row, each, result.metric) for row, each in zip(controls, compared, strict=True)]
+        said = [f"{_lead(compared)} {_capitalised(score)}: {'; '.join(clauses)}."]
+    return " ".join([*said, *_against(result)])
+
+
+def _is_above(row: FeatureScore, chance: float) -> bool:
+    return row.low is not None and row.low > chance
+
+
+def _reached(row: FeatureScore, metric: str, chance: float) -> str:
+    assert row.low is not None, "scores of labelled images have intervals"
+    assert row.high is not None, "scores of labelled images have intervals"
+    if metric == ACCURACY:
+        return (
+            f"gets {row.value:.1%} of {row.total} test images right (95% interval {100 * row.low:.1f} to "
+            f"{row.high:.1%}; chance {chance:.1%})"
         )
-        for column in row.get("columns", []) if len(row.get("columns", [])) > 1 or task == REGRESSION else []:
-            console.say(f"      {column['name']}: {_column(column)}")
-    console.say(f"  {summary['verdict']}")
+    article, nothing = ("a", "chance") if metric == MEAN_AP else ("an", "a constant prediction")
+    return (
+        f"reaches {article} {metric} of {row.value:.3f} on {row.total} test images (95% interval {row.low:.3f} to "
+        f"{row.high:.3f}; {nothing} {chance:.3f})"
+    )
 
 
-def _unusual(row: Mapping[str, Any]) -> str:
-    said = "" if row.get("converged", True) else NOT_CONVERGED
-    if "layer" in row:
-        said += f"; layer {row['layer']['number']} of {row['layer']['last']}"
-    if "votes" in row:
-        said += "; under one mask" if row["votes"] == 1 else f"; majority over {row['votes']} masks"
-    return said
+def _lead(differences: Sequence[Difference]) -> str:
+    if all(each.low > 0 for each in differences):
+        if len(differences) < 2:
+            return f"Better than {PHRASES[differences[0].features]}."
+        return "Pre-training helps."
+    if any(each.high < 0 for each in differences):
+        return "Pre-training does not help here."
+    if any(each.low > 0 for each in differences):
+        return "Pre-training is not shown to help: it beats one control, not both."
+    return "Pre-training is not shown to help: the differences lie within the noise."
 
 
-def _column(column: Mapping[str, Any]) -> str:
-    if "positives" in column:
-        value = column["average_precision"]
-        return f"{'not defined' if value is None else f'{value:.3f}'} ({column['positives']} positive test images)"
-    value = "not defined" if column["r2"] is None else f"{column['r2']:.3f}"
-    return f"R2 {value}, mean absolute error {column['mean_absolute_error']:.4g}"
+def _clause(other: FeatureScore, difference: Difference, metric: str) -> str:
+    name = f"{PHRASES.get(other.features, other.features)} ({show(other.value, metric)})"
+    scale, digits, unit = (100, 1, " points") if metric == ACCURACY else (1, 3, "")
+    points, low, high = (scale * value for value in (difference.value, difference.low, difference.high))
+    span = f"95% interval {low:+.{digits}f} to {high:+.{digits}f}"
+    if difference.low > 0:
+        return f"{points:.{digits}f}{unit} more than {name}, {span}"
+    if difference.high < 0:
+        return f"{-points:.{digits}f}{unit} {'fewer' if unit else 'less'} than {name}, {span}"
+    return f"no clear difference from {name}: {points:+.{digits}f}{unit}, {span}"
 
 
-def _say_curve(summary: Mapping[str, Any], console: Console) -> None:
-    console.say(f"  {'labels per class':22s} " + " ".join(f"{number:>13d}" for number in summary["shots"]))
-    for row in summary["rows"]:
-        cells = [f"{p['mean']:.1%} ±{100 * (p['high'] - p['low']) / 2:.1f}" for p in row["points"]]
-        console.say(f"  {row['features']:12s} {row['pool']:9s} " + " ".join(f"{cell:>13s}" for cell in cells))
-    console.say(f"  mean of {summary['draws']} draws of the labels ± half of its 95% interval over them")
-    console.say(f"  {summary['verdict']}")
+def _against(result: ProbeResult) -> Iterator[str]:
+    """Yield a sentence for each other run: how this run compares with it on the same test images."""
+    for difference in result.differences:
+        if difference.features in CONTROLS:
+            continue
+        own = result.row(PRETRAINED, difference.own_pool)
+        other = result.row(difference.features, difference.pool)
+        assert own is not None, "it was compared"
+        assert other is not None, "it was compared"
+        yield (
+            f"Beside {other.features} ({POOLS[other.pool]} of both), {show(own.value, result.metric)}: "
+            f"{_clause(other, difference, result.metric)}."
+        )
+
+
+def curve_verdict(result: CurveResult) -> str:
+    """Say with how many labels the pre-trained features are above each control and each other run."""
+    own = next(row for row in result.rows if row.features == PRETRAINED and row.pool != "cls")
+    curve = ", ".join(f"{point.mean:.1%} with {point.shots}" for point in own.points)
+    said = [f"The pre-trained features ({POOLS[own.pool]}) get {curve} labels per class."]
+    by_name: dict[str, list[Difference]] = {}
+    for difference in result.differences:
+        by_name.setdefault(difference.features, []).append(difference)
+    controls = [name for name in by_name if name in CONTROLS]
+    if controls:
+        ahead = [n for i, n in enumerate(result.shots) if all(by_name[name][i].low > 0 for name in controls)]
+        phrases = " and ".join(PHRASES[name] for name in controls)
+        if ahead:
+            said.insert(0, f"Pre-training helps with {_listed(ahead)} labels per class: better there than {phrases}.")
+        else:
+            said.insert(0, f"Pre-training is not shown to help at any of these budgets: not clearly above {phrases}.")
+    else:
+        said.append(UNKNOWN_HELP)
+    for name, steps in by_name.items():
+        points = [
+            f"{100 * each.value:+.1f} ({100 * each.low:+.1f} to {100 * each.high:+.1f}) with {each.shots}"
+            for each in steps
+        ]
+        said.append(f"Points above {PHRASES.get(name, name)}: {', '.join(points)}.")
+    return " ".join(said)
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    *first, last = (str(number) for number in numbers)
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def _capitalised(text: str) -> str:
+    return text[0].upper() + text[1:] if not text.startswith("kNN") else text
+
+
+# -------------------------------------------------------------------------------------------------------- on the screen
+
+
+def print_result(result: ProbeResult | CurveResult, console: Console) -> None:
+    """Print the scores, the verdict and the caveats."""
+    console.say(_headline(result))
+    if isinstance(result, CurveResult):
+        _print_curve(result, console)
+    else:
+        for row in result.rows:
+            interval = ""
+            if row.low is not None and row.high is not None:
+                interval = f"95% interval {show(row.low, result.metric)} to {show(row.high, result.metric)}"
+            notes = "; ".join(filter(None, [interval, *_notes(row)]))
+            value = f"  {row.features:12s} {row.pool:9s} {show(row.value, result.metric):>6s}"
+            console.say(value + (f"  ({notes})" if notes else ""))
+            if len(row.targets) > 1 or result.task == REGRESSION:
+                for target in row.targets:
+                    console.say(f"      {target.name}: {_target(target)}")
+    console.say(f"  {' '.join([result.verdict, *result.caveats])}")
+
+
+def _headline(result: ProbeResult | CurveResult) -> str:
+    if not result.train_images:
+        return f"{result.title} of {result.test_images} images of {result.data}"
+    shots = f" ({result.shots} per class)" if isinstance(result.shots, int) else ""
+    up_to = "up to " if isinstance(result, CurveResult) else ""
+    named = f"{len(result.names)} classes" if result.task == CLASSES else f"{result.task} of "
+    if result.task != CLASSES:
+        named += ", ".join(result.names[:6])
+    chance = f", chance {show(result.chance or 0.0, result.metric)}" if result.metric in (ACCURACY, MEAN_AP) else ""
+    return (
+        f"{result.title} on {result.data}: {up_to}{result.train_images} training images{shots}, {result.test_images} "
+        f"test images, {named}{chance}"
+    )
+
+
+def _notes(row: FeatureScore) -> Iterator[str]:
+    if not row.converged:
+        yield (
+            "the fit stopped at its limit of iterations, so the number may be too low: compare it with --kind knn, or "
+            "give more labels"
+        )
+    if row.layer is not None:
+        yield f"layer {row.layer.number} of {row.layer.last}"
+    if row.votes is not None:
+        yield "under one mask" if row.votes == 1 else f"majority over {row.votes} masks"
+
+
+def _target(target: TargetScore) -> str:
+    value = "not defined" if target.value is None else f"{target.value:.3f}"
+    if target.mean_absolute_error is None:
+        return f"{value} ({target.positives} positive test images)"
+    return f"R2 {value}, mean absolute error {target.mean_absolute_error:.4g}"
+
+
+def _print_curve(result: CurveResult, console: Console) -> None:
+    console.say(f"  {'labels per class':22s} " + " ".join(f"{number:>13d}" for number in result.shots))
+    for row in result.rows:
+        cells = [f"{point.mean:.1%} ±{100 * (point.high - point.low) / 2:.1f}" for point in row.points]
+        console.say(f"  {row.features:12s} {row.pool:9s} " + " ".join(f"{cell:>13s}" for cell in cells))
+    console.say(f"  mean of {result.draws} draws of the labels ± half of its 95% interval over them")

@@ -1,8 +1,8 @@
-"""`unmask probe`: how good are the frozen features of a run? Reads the images and labels, asks the evaluator, keeps it.
+"""`unmask probe`: measure the frozen features of a run on labelled images, or their rank on any images.
 
-The labels are folder names, or columns of a table (`data/label_tables.py`). The features of this run, of the controls
-and of other runs are measured on the same test images, each as its own encoder wants them. Every result is one JSON
-file in RUN/evals. Nothing is ever chosen on a test image.
+The features of this run, of the controls and of other runs are measured on the same test images, each as its own
+encoder sees images. Every result is a record of `results.py` in one JSON file of RUN/evals. Nothing is ever chosen on a
+test image.
 
 Letters: n training images, m test images, T target columns.
 """
@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -21,318 +21,342 @@ import numpy as np
 
 from unmask.config import task_names
 from unmask.console import Console
-from unmask.data.annotations.label_tables import CLASSES
+from unmask.data.sources.open_source import open_source
 from unmask.engine.device import choose_device
 from unmask.engine.load import Loaded, load, untrained_encoder
 from unmask.errors import UserError
 from unmask.evals.embed import FEATURES
-from unmask.evals.feature_sets import FeatureSets, about_features, feature_sets, load_others, tables_of
+from unmask.evals.feature_sets import (
+    VOTE,
+    FeatureSets,
+    describe_view,
+    load_others,
+    make_feature_sets,
+    tables_of,
+    with_controls,
+)
 from unmask.evals.frozen_features import FeatureTable, joined_tables
 from unmask.evals.images import eval_precision
-from unmask.evals.label_budget import Draw, budget_curve
-from unmask.evals.probe import (
-    KINDS,
-    VOTE,
-    Aim,
-    Guess,
-    encoders_of,
-    guess,
-    masks_of,
-    require_kind,
+from unmask.evals.label_budget import INTERVAL, Draw, curve_differences, curve_rows
+from unmask.evals.labelled_images import (
+    LabelledImages,
+    TrainingSet,
+    identity_of_test,
+    image_set,
+    open_labelled_images,
     require_two,
-    shared_images,
-    summary,
-    voted,
+    training_sets,
 )
-from unmask.evals.probe_labels import DRAWS, Asked, Labelled, Pick, pick, read_labels, require_asked
-from unmask.evals.probe_text import protocol, say_probe
-from unmask.evals.probes.attentive import ATTENTIVE, AttentiveFit, fit_attentive
-from unmask.evals.statistics import PRETRAINED, RAW_PIXELS
+from unmask.evals.predictions import images_in_both, predict_pooled, predictions_from_tokens
+from unmask.evals.probe_kind import Fitted, LabelFreeMeasure, PooledProbe, TokenProbe, TrainingTargets, find_kind
+from unmask.evals.probe_options import DEFAULT_DRAWS, ProbeOptions
+from unmask.evals.probe_text import curve_verdict, print_result, protocol, verdict
+from unmask.evals.result_files import save_result
+from unmask.evals.scores import INTERVALS, caveats_of, chance_of, differences, require_defined, score
+from unmask.results import (
+    CLASSES,
+    METRICS,
+    PRETRAINED,
+    RAW_PIXELS,
+    UNLABELLED,
+    CurveResult,
+    FeatureScore,
+    OtherRun,
+    ProbeResult,
+    TestIdentity,
+)
 from unmask.run import Run
 
 TEST_PIECE = 4096  # test images whose tokens are in memory at a time
 
 
-def probe_run(run: Path, data: str, *, kind: str, **more: Any) -> dict[str, Any]:
-    """Probe a run on labelled images; writes one JSON file in RUN/evals and returns it. As `probe_kinds`."""
-    return probe_kinds(run, data, kinds=(kind,), **more)[kind]
+@dataclass(frozen=True)
+class ProbeJob:
+    """What a probe works with: the run, its loaded checkpoint, the other runs by their names, and the options."""
+
+    run: Run
+    loaded: Loaded
+    others: Mapping[str, Loaded]
+    options: ProbeOptions
+    console: Console
+
+    @property
+    def cache(self) -> Path:
+        """Where features are stored for the next probe."""
+        return self.run.path / FEATURES
 
 
-def probe_kinds(
-    run: Path,
-    data: str,
-    *,
-    test: str | None,
-    kinds: Sequence[str],
-    shots: int | Sequence[int] | None,
-    controls: bool,
-    seed: int,
-    step: int | None,
-    device: str,
-    console: Console,
-    layer: str | None = None,
-    masks: int | None = None,
-    draws: int | None = None,
-    against: Sequence[Path] = (),
-    targets: Path | None = None,
-    test_targets: Path | None = None,
-    columns: Sequence[str] | None = None,
-    task: str | None = None,
-    exclude: Sequence[str] = (),
-) -> dict[str, dict[str, Any]]:
-    """Several kinds of probe on the same features; writes one file of each in RUN/evals, returns them all.
+def run_probe(run: str | Path, kind: str, options: ProbeOptions, console: Console) -> ProbeResult | CurveResult:
+    """Measure the features of a run with one kind of probe. See `run_probes`."""
+    return run_probes(run, (kind,), options, console)[kind]
 
-    test: labelled images to be measured on; None holds out a fifth of every class of `data`. shots: train on so many
-    images per class only; several numbers make a label-budget curve, for which `draws` choices of labels are fitted
-    each. controls: also raw pixels and the untrained encoder. against: also the encoders of these runs. seed: chooses
-    the held-out fifth, the shots, and the part on which a probe chooses its settings. The split and the shots depend on
-    the seed and on the images' rows alone, not on the kind, the encoder, or which files are broken.
 
-    layer: "best", "last" or a number; None is what suits the encoder (best for iGPT, else what `forward` gives). masks:
-    how many masks the test images are seen under, the majority counts; None is one for a method that hides tokens in
-    its encoder's input and measures so (iGPT's bert), else none. The layer is also that of other runs, as far as their
-    encoders have layers; their masks are as suits them.
+def run_probes(
+    run: str | Path, kinds: Sequence[str], options: ProbeOptions, console: Console
+) -> dict[str, ProbeResult | CurveResult]:
+    """Measure the features of a run with several kinds of probe, and write each result to RUN/evals.
 
-    exclude: patterns of names to leave out, of `data` and of `test`.
-
-    targets: a table of labels or quantities instead of class folders (`columns` of it, all by default; `task` overrides
-    what they are taken for); test_targets: another one for `test`.
+    The split and the choice of labels depend on the seed and on the images' rows alone: not on the kind, the encoder,
+    or which files are broken. Raises UserError for options that do not go together, and for data that cannot be used.
     """
-    asked = Asked(
-        data, test, shots, controls, seed, step, layer, masks, draws, against, targets, test_targets, columns, task,
-        tuple(exclude),
-    )  # fmt: skip
-    for kind in kinds:
-        require_kind(kind, (*KINDS, ATTENTIVE))
-    require_asked(asked)
-    if asked.curve and asked.num_draws < DRAWS:
-        console.warn(f"intervals over {asked.num_draws} draws of the labels are wide; {DRAWS} or more say more")
-    loaded = load(run, device=choose_device(device), step=step)
-    others = load_others(run, against, device)
-    labelled = read_labels(asked, console)
-    if shots is not None and labelled.aim.task != CLASSES:
-        numbers = ",".join(str(number) for number in asked.budgets)
+    probes = {name: find_kind(name) for name in kinds}
+    options.check()
+    label_free = {name: probe for name, probe in probes.items() if isinstance(probe, LabelFreeMeasure)}
+    labelled = {name: probe for name, probe in probes.items() if not isinstance(probe, LabelFreeMeasure)}
+    for name in label_free:
+        options.check_label_free(name)
+    if labelled and options.is_curve and options.num_draws < DEFAULT_DRAWS:
+        console.warn(f"intervals over {options.num_draws} draws of the labels are wide; use {DEFAULT_DRAWS} or more")
+    opened = Run.open(run)
+    loaded = load(opened.path, device=choose_device(options.device), step=options.step)
+    job = ProbeJob(opened, loaded, load_others(opened.path, options.against, options.device), options, console)
+    results = probe_with_labels(job, labelled) if labelled else {}
+    results |= measure_without_labels(job, label_free) if label_free else {}
+    for result in results.values():
+        save_result(job.run, result, options)
+        print_result(result, console)
+    return results
+
+
+# --------------------------------------------------------------------------------------------------------- with labels
+
+
+def probe_with_labels(
+    job: ProbeJob, probes: Mapping[str, PooledProbe | TokenProbe]
+) -> dict[str, ProbeResult | CurveResult]:
+    """Fit probes of several kinds to the same features, and score them on the same test images."""
+    images = open_labelled_images(job.options, job.console)
+    if job.options.shots is not None and images.labelling.task != CLASSES:
+        numbers = ",".join(str(number) for number in job.options.budgets)
         raise UserError(
-            f"--shots {numbers} came, which are labels per class, but the task is {labelled.aim.task}; leave it out"
+            f"got --shots {numbers}, which are labels per class, but the task is {images.labelling.task}; leave it out"
         )
-    sets = all_sets(loaded, others, labelled, asked, console)
-    folder = Run.open(run).path / FEATURES
-    train, picks = training_features(sets, labelled, asked, console, tokens=ATTENTIVE in kinds, folder=folder)
-    fits: dict[str, list[AttentiveFit]] = {}
-    if ATTENTIVE in kinds:
-        fits = fit_all(train, picks, labelled, seed, loaded.device, console)
-        train = {name: replace(table, tokens=None) for name, table in train.items()}
-    measured, answers = tested(sets, labelled, fits, console, folder)
+    rows = training_sets(images, images.train_rows, job.options, draws=1)[-1].rows
+    sets = all_feature_sets(job, images, rows, controls=job.options.controls)
+    on_tokens = {name: probe for name, probe in probes.items() if isinstance(probe, TokenProbe)}
+    train, chosen = training_features(job, sets, images, tokens=bool(on_tokens))
+    fits = {name: fit_to_tokens(job, probe, train, chosen, images) for name, probe in on_tokens.items()}
+    train = {name: replace(table, tokens=None) for name, table in train.items()}
+    test, values = test_features(job, sets, images, fits)
+    test_y = images.test_y[test[PRETRAINED].index]
+    shared = images_in_both(train[PRETRAINED], test[PRETRAINED])
 
-    summaries = {}
-    for kind in kinds:
-        drawn = []
-        for number, each in enumerate(picks):
-            y = labelled.train_y[each.rows]
-            if kind == ATTENTIVE:
-                guesses = attentive_guesses(fits, answers, measured, number, labelled.aim, seed)
+    results: dict[str, ProbeResult | CurveResult] = {}
+    for name, probe in probes.items():
+        draws = []
+        for number, each in enumerate(chosen):
+            y = images.train_y[each.rows]
+            targets = _targets(job, images, y)
+            if isinstance(probe, TokenProbe):
+                fitted = {features: heads[number] for features, heads in fits[name].items()}
+                answers = {features: each[number] for features, each in values[name].items()}
+                predictions = predictions_from_tokens(fitted, answers, test, targets)
             else:
-                part = {name: table.at(each.places) for name, table in train.items()}
-                counted = f" {number + 1} of {len(picks)}" if len(picks) > 1 else ""
-                with console.working(f"fitting {kind} probes{counted} on {len(y):,} images"):
-                    guesses = guess(part, measured, y, kind=kind, aim=labelled.aim, seed=seed)
-            drawn.append(Draw(each.shots or 0, y, guesses))
-        test_y = labelled.test_y[measured[PRETRAINED].index]
-        more = {"aim": labelled.aim, "shared": shared_images(train, measured), "runs": list(others)}
-        found = (
-            budget_curve(drawn, test_y, kind=kind, **more)
-            if asked.curve
-            else summary(drawn[0].guesses, drawn[0].train_y, test_y, kind=kind, **more)
-        )
-        for row in found["rows"]:
-            row |= about_features(sets, row["features"])
-        found |= about_asked(asked, loaded, others, labelled)
-        if (tuned := loaded.config.method.name) in task_names() and tuned != "encoder":
-            found["verdict"] += f" This run was fine-tuned to {tuned}: its features are those after that."
-        found["protocol"] = protocol(found)
-        keep(Run.open(run), file_name(found, asked), found)
-        say_probe(found, console)
-        summaries[kind] = found
-    return summaries
+                part = {features: table.at(each.positions) for features, table in train.items()}
+                counted = f" {number + 1} of {len(chosen)}" if len(chosen) > 1 else ""
+                with job.console.working(f"fitting {name} probes{counted} on {len(y):,} images"):
+                    predictions = predict_pooled(probe, part, test, targets)
+            draws.append(Draw(each.shots or 0, y, predictions))
+        results[name] = make_result(job, name, probe, images, sets, draws, test_y, shared)
+    return results
 
 
-def about_asked(asked: Asked, loaded: Loaded, others: Mapping[str, Loaded], labelled: Labelled) -> dict[str, Any]:
-    """What every file says of the question."""
-    found: dict[str, Any] = {
-        "shots": asked.budgets if asked.curve else asked.budgets[0],
-        "seed": asked.seed,
-        "data": asked.images,
-        "test": asked.test or f"a held-out fifth of {asked.images}",
-        "paths": [None if path is None else str(Path(path).absolute()) for path in (asked.data, asked.test)],
-        "layer": asked.layer,  # as asked for: None is the protocol that suits the encoder
-        "masks": asked.masks,
-        "step": loaded.step,
-        "precision": eval_precision(loaded),
-        "command": shlex.join(["unmask", *sys.argv[1:]]),
-    }
-    if asked.against:
-        found["against"] = [
-            {"name": name, "run": str(path), "step": other.step}
-            for (name, other), path in zip(others.items(), asked.against, strict=True)
-        ]
-    if asked.targets is not None:
-        found |= {
-            "targets": str(asked.targets),
-            "test_targets": None if asked.test_targets is None else str(asked.test_targets),
-            "target_columns": None if asked.columns is None else list(asked.columns),
-            "why": labelled.why,
-            "without_target": labelled.without,
-        }
+def _targets(job: ProbeJob, images: LabelledImages, y: np.ndarray) -> TrainingTargets:
+    return TrainingTargets(y=y, task=images.labelling.task, seed=job.options.seed, device=job.loaded.device)
+
+
+def all_feature_sets(
+    job: ProbeJob, images: LabelledImages | None, rows: np.ndarray, *, controls: bool
+) -> list[FeatureSets]:
+    """Return this run's encoder with its controls, then every other run's. rows: layers are compared on these."""
+    untrained = untrained_encoder(job.loaded) if controls else None
+    encoders = with_controls(job.loaded.method.encoder, untrained)
+    found = [make_feature_sets(job.loaded, encoders, images, rows, job.options, job.console)]
+    for name, other in job.others.items():
+        layer = job.options.layer if hasattr(other.method.encoder, "feature_layers") else None
+        options = replace(job.options, layer=layer, mask_votes=None)
+        found.append(make_feature_sets(other, {name: other.method.encoder}, images, rows, options, job.console))
     return found
 
 
-def all_sets(
-    loaded: Loaded, others: Mapping[str, Loaded], labelled: Labelled, asked: Asked, console: Console
-) -> list[FeatureSets]:
-    """This run's encoder with its controls, then every other run's."""
-    rows = pick(labelled, labelled.train_rows, asked.budgets, 1, asked.seed)[-1].rows  # that layers are compared on
-    encoders = encoders_of(loaded.method.encoder, untrained_encoder(loaded) if asked.controls else None)
-    own = feature_sets(loaded, encoders, labelled, rows, asked.layer, asked.masks, asked.seed, console)
-    return [
-        own,
-        *(
-            feature_sets(
-                other, {name: other.method.encoder}, labelled, rows, _layer_of(other, asked), None, asked.seed, console
-            )
-            for name, other in others.items()
-        ),
-    ]
-
-
-def _layer_of(other: Loaded, asked: Asked) -> str | None:
-    """The layer that was asked for, of another run's encoder too, if it has layers to choose from."""
-    return asked.layer if hasattr(other.method.encoder, "feature_layers") else None
-
-
 def training_features(
-    sets: Sequence[FeatureSets], labelled: Labelled, asked: Asked, console: Console, *, tokens: bool, folder: Path
-) -> tuple[dict[str, FeatureTable], list[Pick]]:
-    """The features of all images that any fit is made on, computed once, and which of them each is made on."""
-    rows = labelled.train_rows
+    job: ProbeJob, sets: Sequence[FeatureSets], images: LabelledImages, *, tokens: bool
+) -> tuple[dict[str, FeatureTable], list[TrainingSet]]:
+    """Return the features of all images that any probe is fitted to, computed once, and the images of each fit."""
+    rows = images.train_rows
     while True:
-        picks = pick(labelled, rows, asked.budgets, asked.num_draws, asked.seed)
-        union = reduce(np.union1d, [each.rows for each in picks])
-        train = tables_of(sets, labelled.train, union, "training images", console, tokens=tokens, folder=folder)
+        chosen = training_sets(images, rows, job.options, draws=job.options.num_draws)
+        union = reduce(np.union1d, [each.rows for each in chosen])
+        train = tables_of(sets, images.train, union, "training images", job.console, tokens=tokens, folder=job.cache)
         index = train[PRETRAINED].index
         broken = np.setdiff1d(union, index)
-        if asked.shots is None:
-            return train, [Pick(None, index, np.arange(len(index)))]
+        if job.options.shots is None:
+            return train, [TrainingSet(None, index, np.arange(len(index)))]
         if not len(broken):
-            return train, [replace(each, places=np.searchsorted(index, each.rows)) for each in picks]
-        rows = np.setdiff1d(rows, broken)  # the next in line of the same class takes the place
+            return train, [replace(each, positions=np.searchsorted(index, each.rows)) for each in chosen]
+        rows = np.setdiff1d(rows, broken)  # the next image of the same class replaces a broken one
 
 
-def fit_all(
+def fit_to_tokens(
+    job: ProbeJob,
+    probe: TokenProbe,
     train: Mapping[str, FeatureTable],
-    picks: Sequence[Pick],
-    labelled: Labelled,
-    seed: int,
-    device: str,
-    console: Console,
-) -> dict[str, list[AttentiveFit]]:
-    """An attentive head for every feature set and every choice of training images."""
-    found: dict[str, list[AttentiveFit]] = {name: [] for name in train}
-    task = labelled.aim.task
-    with console.progress("fitting attentive probes", len(train) * len(picks)) as bar:
-        for number, each in enumerate(picks):
-            y = labelled.train_y[each.rows]
-            if task == CLASSES:
-                require_two(y)
+    chosen: Sequence[TrainingSet],
+    images: LabelledImages,
+) -> dict[str, list[Fitted]]:
+    """Fit a probe of all tokens to every feature set and every choice of training images."""
+    found: dict[str, list[Fitted]] = {name: [] for name in train}
+    with job.console.progress(f"fitting {probe.title.lower()}s", len(train) * len(chosen)) as bar:
+        for number, each in enumerate(chosen):
+            targets = _targets(job, images, images.train_y[each.rows])
+            if targets.task == CLASSES:
+                require_two(targets.y)
             for place, (name, table) in enumerate(train.items(), 1):
                 assert table.tokens is not None, "asked for"
-                found[name].append(fit_attentive(table.tokens, each.places, y, task=task, seed=seed, device=device))
+                found[name].append(probe.fit(table.tokens, each.positions, targets))
                 bar.update(number * len(train) + place)
     return found
 
 
-def tested(
+def test_features(
+    job: ProbeJob,
     sets: Sequence[FeatureSets],
-    labelled: Labelled,
-    fits: Mapping[str, Sequence[AttentiveFit]],
-    console: Console,
-    folder: Path,
-) -> tuple[dict[str, FeatureTable], dict[str, list[np.ndarray]]]:
-    """The features of the test images, and what each attentive head makes of them; only of a piece tokens are kept."""
+    images: LabelledImages,
+    fits: Mapping[str, Mapping[str, Sequence[Fitted]]],
+) -> tuple[dict[str, FeatureTable], dict[str, dict[str, list[np.ndarray]]]]:
+    """Return the features of the test images, and the predictions of the probes of all tokens.
+
+    fits: kind -> feature set -> the fits. The predictions are by kind and name of the test table, one for each fit.
+    Tokens are in memory for TEST_PIECE images at a time.
+    """
+    rows = images.test_rows
     if not fits:
-        rows = labelled.test_rows
-        return tables_of(sets, labelled.test, rows, "test images", console, voting=True, folder=folder), {}
+        return tables_of(sets, images.test, rows, "test images", job.console, test=True, folder=job.cache), {}
     pieces: list[dict[str, FeatureTable]] = []
-    answers: dict[str, list[list[np.ndarray]]] = {}
-    for start in range(0, len(labelled.test_rows), TEST_PIECE):
-        rows = labelled.test_rows[start : start + TEST_PIECE]
-        piece = tables_of(sets, labelled.test, rows, "test images", console, tokens=True, voting=True)
-        for name, table in piece.items():
-            assert table.tokens is not None, "asked for"
-            heads = fits[name] if name in fits else fits[name.rpartition(VOTE)[0]]
-            answers.setdefault(name, []).append([head.predict(table.tokens) for head in heads])
+    answers: dict[str, dict[str, list[list[np.ndarray]]]] = {kind: {} for kind in fits}
+    for start in range(0, len(rows), TEST_PIECE):
+        part = rows[start : start + TEST_PIECE]
+        piece = tables_of(sets, images.test, part, "test images", job.console, tokens=True, test=True)
+        for kind, fitted in fits.items():
+            for name, table in piece.items():
+                heads = fitted[name] if name in fitted else fitted[name.rpartition(VOTE)[0]]
+                answers[kind].setdefault(name, []).append([head.predict(table.tokens) for head in heads])
         pieces.append({name: replace(table, tokens=None) for name, table in piece.items()})
-    joined = {name: [np.concatenate(parts) for parts in zip(*each, strict=True)] for name, each in answers.items()}
+    joined = {
+        kind: {name: [np.concatenate(parts) for parts in zip(*each, strict=True)] for name, each in found.items()}
+        for kind, found in answers.items()
+    }
     return {name: joined_tables([piece[name] for piece in pieces]) for name in pieces[0]}, joined
 
 
-def attentive_guesses(
-    fits: Mapping[str, Sequence[AttentiveFit]],
-    answers: Mapping[str, Sequence[np.ndarray]],
-    measured: Mapping[str, FeatureTable],
-    number: int,
-    aim: Aim,
-    seed: int,
-) -> list[Guess]:
-    """What the heads of one choice of training images say."""
-    found = []
-    for features_name, heads in fits.items():
-        names = masks_of(measured, features_name)
-        values = np.concatenate([answers[name][number] for name in names])
-        pool = "pixels" if features_name == RAW_PIXELS else ATTENTIVE
-        about = {"c": None, "rate": heads[number].rate}
-        found.append(voted(features_name, pool, values, about, [measured[name] for name in names], aim, seed))
-    return found
+def make_result(
+    job: ProbeJob,
+    kind: str,
+    probe: PooledProbe | TokenProbe,
+    images: LabelledImages,
+    sets: Sequence[FeatureSets],
+    draws: Sequence[Draw],
+    test_y: np.ndarray,
+    shared: int,
+) -> ProbeResult | CurveResult:
+    """Score the predictions of one kind of probe, and describe them."""
+    labelling, options = images.labelling, job.options
+    require_defined(test_y, labelling)
+    about: dict[str, Any] = _about(job, images) | {
+        "kind": kind,
+        "title": probe.title,
+        "task": labelling.task,
+        "metric": METRICS[labelling.task],
+        "names": labelling.names,
+        "train_images": max(len(draw.train_y) for draw in draws),
+        "test_images": len(test_y),
+        "chance": chance_of(draws[0].train_y, test_y, labelling),
+        "shared": shared,
+    }
+    about["caveats"] = (
+        *caveats_of(draws[0].train_y, test_y, labelling, shared),
+        *_caveat_of_finetuning(job.loaded),
+    )
+    if options.is_curve:
+        rows = curve_rows(draws, test_y)
+        about["rows"] = tuple(describe_view(sets, row) for row in rows)
+        about["differences"] = curve_differences(rows, list(job.others))
+        shots = tuple(number for number in options.budgets if number is not None)
+        curve = CurveResult(interval=INTERVAL, shots=shots, draws=options.num_draws, **about)
+        return replace(curve, verdict=curve_verdict(curve), protocol=protocol(curve, probe.protocol(labelling.task)))
+    scored = [score(each, test_y, labelling) for each in draws[0].predictions]
+    about["rows"] = tuple(describe_view(sets, each.score) for each in scored)
+    about["differences"] = differences(scored, list(job.others))
+    result = ProbeResult(interval=INTERVALS[labelling.task], shots=options.budgets[0], **about)
+    return replace(
+        result, verdict=verdict(result, probe.phrase), protocol=protocol(result, probe.protocol(labelling.task))
+    )
 
 
-def file_name(summary: Mapping[str, Any], asked: Asked) -> str:
-    """Without .json. Its beginning says what shape the file has: `probe-`, `attentive-`, `targets-` or `curve-`."""
-    kind, shots = summary["kind"], summary["shots"]
-    if asked.curve:
-        first = f"curve-{kind}"
-    elif "targets" in summary:
-        first = f"targets-{kind}"
-    else:
-        first = kind if kind == ATTENTIVE else f"probe-{kind}"
-    parts = [first, _plain(summary["data"]) or "data"]
-    if shots is not None:
-        parts += [*(str(number) for number in ([shots] if isinstance(shots, int) else shots)), "shots"]
-    if asked.curve and asked.num_draws != DRAWS:
-        parts += [str(asked.num_draws), "draws"]
-    for key, value in (("step", asked.step), ("layer", summary["layer"]), ("masks", summary["masks"])):
-        parts += [] if value is None else [key, str(value)]
-        if key == "step" and summary["seed"]:
-            parts += ["seed", str(summary["seed"])]
-    if asked.test is not None:
-        parts += ["on", _plain(asked.test)]
-    if "targets" in summary:
-        parts += ["by", _plain(Path(summary["targets"]).stem), *map(_plain, summary["target_columns"] or [])]
-        parts += [summary["task"]]
-    return "-".join(parts)
+def _about(job: ProbeJob, images: LabelledImages) -> dict[str, Any]:
+    """Return the fields of a record that say what was asked for."""
+    return _about_run(job) | {
+        "data": image_set(job.options.data, images.train, job.options.exclude),
+        "test": identity_of_test(job.options, images.test),
+        "targets": images.table,
+    }
 
 
-def keep(run: Run, name: str, summary: dict[str, Any]) -> None:
-    """Write RUN/evals/NAME.json in the place of an earlier result on the same images; beside one on others, numbered.
+def _about_run(job: ProbeJob) -> dict[str, Any]:
+    others = zip(job.others.items(), job.options.against, strict=True)
+    return {
+        "seed": job.options.seed,
+        "step": job.loaded.step,
+        "layer": job.options.layer,
+        "mask_votes": job.options.mask_votes,
+        "precision": eval_precision(job.loaded),
+        "command": shlex.join(["unmask", *sys.argv[1:]]),
+        "against": tuple(OtherRun(name=name, run=str(path), step=other.step) for (name, other), path in others),
+    }
 
-    Many data sets end in a folder called train.
-    """
-    number, free = 1, name
-    while (run.evals / f"{free}.json").exists():
-        before = run.results(free)[0].get(free)  # None: damaged, and replaced
-        if before is None or before.get("paths", summary["paths"]) == summary["paths"]:
-            break
-        number, free = number + 1, f"{name}-{number + 1}"
-    run.write(f"evals/{free}.json", summary)
+
+def _caveat_of_finetuning(loaded: Loaded) -> Iterable[str]:
+    task = loaded.config.method.name
+    if task in task_names() and task != "encoder":
+        yield f"This run was fine-tuned to {task}: its features are those after that."
 
 
-def _plain(path: str) -> str:
-    return "".join(letter if letter.isalnum() else "-" for letter in Path(path).name).strip("-")
+# ------------------------------------------------------------------------------------------------------ without labels
+
+
+def measure_without_labels(job: ProbeJob, kinds: Mapping[str, LabelFreeMeasure]) -> dict[str, ProbeResult]:
+    """Compute numbers of the features of any images, of the controls too: alone such a number says little."""
+    source = open_source(job.options.data, job.options.exclude)
+    rows = np.arange(len(source))
+    sets = all_feature_sets(job, None, rows, controls=True)
+    tables = tables_of(sets, source, rows, "images", job.console, folder=job.cache)
+    data = image_set(job.options.data, source, job.options.exclude)
+    results = {}
+    for kind, measure in kinds.items():
+        with job.console.working(f"computing the {measure.metric} of {len(tables[PRETRAINED]):,} images"):
+            scores = [row for name, table in tables.items() for row in _measure(measure, name, table)]
+        result = ProbeResult(
+            kind=kind,
+            title=measure.title,
+            data=data,
+            test=TestIdentity(images=data),
+            task=UNLABELLED,
+            metric=measure.metric,
+            test_images=len(tables[PRETRAINED]),
+            rows=tuple(describe_view(sets, row) for row in scores),
+            caveats=tuple(_caveat_of_finetuning(job.loaded)),
+            **_about_run(job),
+        )
+        limit = min(tables[PRETRAINED].mean.shape)
+        results[kind] = replace(
+            result, verdict=measure.verdict(scores, limit), protocol=protocol(result, measure.protocol)
+        )
+    return results
+
+
+def _measure(measure: LabelFreeMeasure, features: str, table: FeatureTable) -> Iterable[FeatureScore]:
+    """Yield the number of every pooling of one feature set."""
+    if table.cls is not None:
+        yield FeatureScore(features=features, pool="cls", value=measure.measure(table.cls), total=len(table))
+    pool = "pixels" if features == RAW_PIXELS else "mean"
+    yield FeatureScore(features=features, pool=pool, value=measure.measure(table.mean), total=len(table))

@@ -14,10 +14,10 @@ from typing import Any
 from unmask.config import Config, method_module, task_names
 from unmask.engine.load import Loaded, licence_of
 from unmask.engine.plan import Plan
-from unmask.evals.statistics import PRETRAINED, RANDOM_INIT, RAW_PIXELS
 from unmask.interop.export_target import ExportedModel, ExportTarget
 from unmask.report.probe_titles import probe_title
 from unmask.report.run_page import PROBES
+from unmask.results import PRETRAINED, RANDOM_INIT, RAW_PIXELS
 from unmask.run import Run
 
 OTHER_TASKS = ("ae", "dae", "dvae", "igpt")  # that hide no patches

@@ -98,3 +98,42 @@ def _earlier_score(found: Mapping[str, Any]) -> dict[str, Any]:
         "best": None if best is None else {"step": best["step"], "value": best[metric]},
         "initial_run": found.get("from"),
     }
+
+
+def to_earlier_version(result: Mapping[str, Any]) -> dict[str, Any]:
+    """The object that earlier versions wrote for a probe or curve of this one, for code that does not read records."""
+    if result["record"] not in ("probe", "curve"):
+        return dict(result)
+    data = result["data"]["name"] + "".join(f" without {' '.join(e)}" for e in [result["data"]["excluded"]] if e)
+    other = result["test"]["images"]
+    test = f"{HELD_OUT_SENTENCE}{data}" if other is None else other["name"]
+    names = "classes" if result["task"] == "classes" else "columns"
+    found = {
+        key: result[key]
+        for key in ("kind", "task", "metric", "train_images", "test_images", "chance", "interval", "shared", "shots",
+                    "seed", "layer", "step", "precision", "command", "protocol", "draws", "against")
+        if key in result
+    }  # fmt: skip
+    found |= {
+        names: result["names"], "verdict": " ".join([result["verdict"], *result["caveats"]]), "data": data,
+        "test": test, "paths": [result["data"]["path"], None if other is None else other["path"]],
+        "masks": result["mask_votes"], "rows": [_row_before(row, result["metric"]) for row in result["rows"]],
+    }  # fmt: skip
+    if (table := result["targets"]) is not None:
+        found |= {
+            "targets": table["path"], "test_targets": table["test_path"], "target_columns": table["columns"],
+            "why": table["reason"], "without_target": table["images_without_row"],
+        }  # fmt: skip
+    return found
+
+
+def _row_before(row: Mapping[str, Any], metric: str) -> dict[str, Any]:
+    found = {key: row[key] for key in ("features", "pool")}
+    found |= {key: row[key] for key in ("layer", "votes") if row.get(key) is not None}
+    if "points" in row:
+        return found | {"points": [{**point, "accuracies": point["values"]} for point in row["points"]]}
+    found |= {key: row[key] for key in ("low", "high", "total", "converged")} | {"c": None, **row["fit"]}
+    if metric == "accuracy":
+        return found | {"accuracy": row["value"], "correct": row["correct"]}
+    key = "r2" if metric == "R2" else "average_precision"
+    return found | {"value": row["value"], "columns": [{**each, key: each["value"]} for each in row["targets"]]}

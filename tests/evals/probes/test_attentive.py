@@ -9,9 +9,10 @@ from unmask.batch import Batch
 from unmask.errors import UserError
 from unmask.evals import frozen_features as collect_module
 from unmask.evals.frozen_features import Tokens, collect_each
+from unmask.evals.probe_kind import TrainingTargets
 from unmask.evals.probes import attentive as module
-from unmask.evals.probes.attentive import RATES, AttentiveHead, fit_attentive
-from unmask.evals.probes.linear import linear
+from unmask.evals.probes.attentive import RATES, AttentiveHead
+from unmask.evals.probes.linear import fit_classes
 from unmask.nn.features import Features
 
 
@@ -30,6 +31,15 @@ def kept(x):
     return Tokens(torch.from_numpy(x).half(), torch.zeros(x.shape[2]), torch.ones(x.shape[2]))
 
 
+def fit_attentive(tokens, positions, y, *, task, seed=0):
+    return module.fit_attentive(tokens, positions, TrainingTargets(y=y, task=task, seed=seed))
+
+
+def head_of(tokens, positions, y, *, task="classes", seed=0, rate=module.RATE_WITHOUT_CHOICE):
+    """The fitted head at one learning rate."""
+    return module._train(tokens, positions, module._goal(y, task)[0], task, rate, seed, "cpu")
+
+
 @pytest.fixture(scope="module")
 def found():
     (x, y), (test_x, test_y) = needles(400), needles(400, seed=1)
@@ -39,42 +49,44 @@ def found():
 def test_it_finds_what_the_mean_hides(found):
     x, y, test_x, test_y, fit = found
     assert (fit.predict(kept(test_x)) == test_y).mean() > 0.9
-    assert (linear(x.mean(1), y, test_x.mean(1)).predictions == test_y).mean() < 0.35, "chance is 0.25"
-    assert fit.chosen
-    assert fit.rate in RATES
+    assert (fit_classes(x.mean(1), y).predict(test_x.mean(1)) == test_y).mean() < 0.35, "chance is 0.25"
+    assert fit.chosen["rate"] in RATES
 
 
 def test_the_same_seed_gives_the_same_answers_and_labels_may_skip_numbers(found, monkeypatch):
     x, y, test_x, _, fit = found
-    monkeypatch.setattr(module, "RATES", (fit.rate,))
+    monkeypatch.setattr(module, "RATES", (fit.chosen["rate"],))
     torch.manual_seed(5)
     again = fit_attentive(kept(x), np.arange(400), 10 * y + 3, task="classes")
     np.testing.assert_array_equal(again.predict(kept(test_x)), 10 * fit.predict(kept(test_x)) + 3)
-    other = fit_attentive(kept(x), np.arange(400), y, task="classes", seed=1)
-    assert not torch.equal(other.head.weight, fit.head.weight)
+    monkeypatch.setattr(module, "MIN_STEPS", 2)
+    monkeypatch.setattr(module, "EPOCHS", 1)
+    first, other = (head_of(kept(x), np.arange(400), y, seed=seed) for seed in (0, 1))
+    assert not torch.equal(other.weight, first.weight)
 
 
 def test_only_the_images_at_the_places_are_fitted_and_encoding_does_not_matter(monkeypatch):
-    monkeypatch.setattr(module, "LEAST_STEPS", 30)
+    monkeypatch.setattr(module, "MIN_STEPS", 30)
     x, y = needles(60)
     places = np.arange(0, 60, 2)
-    plain = fit_attentive(kept(x[places]), np.arange(30), y[places], task="classes")
+    plain = head_of(kept(x[places]), np.arange(30), y[places])
     x[1::2] = 1e4
-    part = fit_attentive(kept(x), places, y[places], task="classes")
-    torch.testing.assert_close(part.head.weight, plain.head.weight)
+    part = head_of(kept(x), places, y[places])
+    torch.testing.assert_close(part.weight, plain.weight)
     shifted = Tokens(kept((x - 3) / 2).values, torch.full((16,), 3.0), torch.full((16,), 2.0))
-    same = fit_attentive(shifted, places, y[places], task="classes")
-    torch.testing.assert_close(same.head.weight, plain.head.weight, atol=5e-3, rtol=0.05)
+    same = head_of(shifted, places, y[places])
+    torch.testing.assert_close(same.weight, plain.weight, atol=5e-3, rtol=0.05)
 
 
-def test_one_token_is_read_by_a_linear_head_as_well_as_by_logistic_regression():
+def test_one_token_is_read_by_a_linear_head_as_well_as_by_logistic_regression(monkeypatch):
     x, y = load_digits(return_X_y=True)
     x = x.astype(np.float32)[:, None]
     places = np.arange(600)
     fit = fit_attentive(kept(x), places, y[:600], task="classes")
-    assert not hasattr(fit.head, "query")
+    monkeypatch.setattr(module, "MIN_STEPS", 1)
+    assert not hasattr(head_of(kept(x), places[:8], y[:8]), "query")
     mine = (fit.predict(kept(x[600:])) == y[600:]).mean()
-    assert mine > (linear(x[:600, 0], y[:600], x[600:, 0]).predictions == y[600:]).mean() - 0.02
+    assert mine > (fit_classes(x[:600, 0], y[:600]).predict(x[600:, 0]) == y[600:]).mean() - 0.02
 
 
 def test_the_head_is_ordinary_cross_attention():
@@ -111,11 +123,10 @@ def test_labels_and_quantities_can_be_hidden_in_one_token_too(monkeypatch):
 
 
 def test_one_image_of_a_class_leaves_nothing_to_choose_with(monkeypatch):
-    monkeypatch.setattr(module, "LEAST_STEPS", 5)
+    monkeypatch.setattr(module, "MIN_STEPS", 5)
     x, _ = needles(3)
     fit = fit_attentive(kept(x), np.arange(3), np.arange(3), task="classes")
-    assert not fit.chosen
-    assert fit.rate == module.RATE_WITHOUT_CHOICE
+    assert fit.chosen == {"rate": module.RATE_WITHOUT_CHOICE}
 
 
 class Encoder(torch.nn.Module):

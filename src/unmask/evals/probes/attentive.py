@@ -1,13 +1,13 @@
-"""Attentive probe: what a small attention layer can read out of the frozen tokens, where their mean may hide it.
+"""Attentive probe: fit a small attention layer to all frozen tokens, which can use what their mean averages out.
 
-One learned query looks at all tokens by cross-attention (keys and values projected, several heads), and a linear map
-reads what it gathers. From Chen et al. 2022, "Context autoencoder for self-supervised representation learning", section
-4.2; used since for I-JEPA, V-JEPA and AIM, whose features lie in the patch tokens. The encoder stays frozen and the
-tokens are as they were without augmentation: computed once, kept in half precision.
+One learned query attends to all tokens by cross-attention (projected keys and values, several heads), and a linear
+layer maps the result to the outputs. From Chen et al. 2022, "Context autoencoder for self-supervised representation
+learning", section 4.2; used since for I-JEPA, V-JEPA and AIM, whose features lie in the patch tokens. The tokens are
+computed once, without augmentation, and stored in half precision.
 
-The recipe is fixed: AdamW (weight decay 0.1), batches of 256, 30 epochs but at least 300 steps, cosine decay to 0 after
-a twentieth of warm-up; the learning rate is that of 0.001, 0.003 and 0.01 which is best on a fifth of the training
-images, and then all of them are fitted. Differs from the paper: no transformer MLP after the attention, as in AIM.
+The settings are fixed: AdamW (weight decay 0.1), batches of 256, 30 epochs but at least 300 steps, warm-up over a
+twentieth of the steps, then cosine decay to 0. The learning rate is the best of 0.001, 0.003 and 0.01 on a fifth of the
+training images; then all of them are fitted. Differs from the paper: no MLP after the attention, as in AIM.
 
 Letters: B batch, T tokens, D width, H heads, K outputs, n training images, m test images.
 """
@@ -16,100 +16,90 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unmask.data.annotations.label_tables import CLASSES, MULTILABEL
 from unmask.data.annotations.splits import HOLD_OUT_FOR_RATE, hold_out
 from unmask.evals.frozen_features import Tokens
 from unmask.evals.measures import average_precision, by_column
+from unmask.evals.probe_kind import Fitted, TokenProbe, TrainingTargets
+from unmask.results import CLASSES, MULTILABEL
 
-ATTENTIVE = "attentive"  # the kind of probe, by name
 RATES = (1e-3, 3e-3, 1e-2)
 RATE_WITHOUT_CHOICE = 3e-3
-WEIGHT_DECAY, BATCH, EPOCHS, LEAST_STEPS, WARM_UP = 0.1, 256, 30, 300, 0.05
-MOST_HEADS = 12
+WEIGHT_DECAY, BATCH, EPOCHS, MIN_STEPS, WARM_UP = 0.1, 256, 30, 300, 0.05
+MAX_HEADS = 12
 INIT_STD = 0.02
-PIECE = 1024  # images at a time when nothing is learnt
+PIECE = 1024  # images at a time without gradients
 
 
 class AttentiveHead(nn.Module):
-    """(B, T, D) tokens -> (B, K). With one token there is nothing to choose: a linear head on it.
+    """Map (B, T, D) tokens to (B, K) outputs; with a single token, a linear layer.
 
-    Query and keys act on a token as one vector for each head, and values are projected after the weighted sum, which is
-    the same because both are linear, and several times cheaper. `middle` and `spread` (D,) standardise the tokens.
+    Query and keys are one vector for each head, and values are projected after the weighted sum: the same numbers,
+    because both maps are linear, several times cheaper. `mean` and `std` (D,) standardise the tokens.
     """
 
-    def __init__(self, middle: Tensor, spread: Tensor, tokens: int, outputs: int, generator: torch.Generator) -> None:
+    def __init__(self, mean: Tensor, std: Tensor, tokens: int, outputs: int, generator: torch.Generator) -> None:
         super().__init__()
-        width = len(middle)
-        self.heads = max(h for h in range(1, MOST_HEADS + 1) if width % h == 0)
-        self.middle, self.spread = nn.Buffer(middle), nn.Buffer(spread)
+        width = len(mean)
+        self.heads = max(h for h in range(1, MAX_HEADS + 1) if width % h == 0)
+        self.mean, self.std = nn.Buffer(mean), nn.Buffer(std)
         self.attends = tokens > 1
 
-        def drawn(*shape: int, std: float = INIT_STD) -> nn.Parameter:
-            return nn.Parameter(std * torch.randn(*shape, generator=generator))
+        def normal(*shape: int, scale: float = INIT_STD) -> nn.Parameter:
+            return nn.Parameter(scale * torch.randn(*shape, generator=generator))
 
         if self.attends:
-            self.query = drawn(self.heads, width // self.heads)
-            self.key = drawn(self.heads, width // self.heads, width, std=width**-0.5)
-            self.value = drawn(self.heads, width // self.heads, width, std=width**-0.5)
+            self.query = normal(self.heads, width // self.heads)
+            self.key = normal(self.heads, width // self.heads, width, scale=width**-0.5)
+            self.value = normal(self.heads, width // self.heads, width, scale=width**-0.5)
             self.value_bias = nn.Parameter(torch.zeros(width))
-        self.weight, self.bias = drawn(outputs, width), nn.Parameter(torch.zeros(outputs))
+        self.weight, self.bias = normal(outputs, width), nn.Parameter(torch.zeros(outputs))
 
     def forward(self, tokens: Tensor) -> Tensor:
         if not self.attends:
-            return F.linear((tokens[:, 0] - self.middle) / self.spread, self.weight, self.bias)
-        looks = torch.einsum("hd,hdw->hw", self.query, self.key) / math.sqrt(self.query.shape[1])
-        attention = (tokens @ (looks / self.spread).T).softmax(1)  # (B, T, H); `middle` would move all tokens alike
+            return F.linear((tokens[:, 0] - self.mean) / self.std, self.weight, self.bias)
+        queries = torch.einsum("hd,hdw->hw", self.query, self.key) / math.sqrt(self.query.shape[1])
+        attention = (tokens @ (queries / self.std).T).softmax(1)  # (B, T, H); `mean` would shift all tokens alike
         gathered = attention.transpose(1, 2) @ tokens  # (B, H, D)
-        gathered = (gathered - self.middle) / self.spread
+        gathered = (gathered - self.mean) / self.std
         values = torch.einsum("bhw,hdw->bhd", gathered, self.value).flatten(1) + self.value_bias
         return F.linear(values, self.weight, self.bias)
 
 
-@dataclass(frozen=True)
-class AttentiveFit:
-    """A fitted head. `rate` is the learning rate; `chosen` is False where too few labels were given to choose it."""
+def fit_attentive(tokens: Tokens, positions: np.ndarray, targets: TrainingTargets) -> Fitted:
+    """Fit a head to the images at `positions` (n,) of `tokens`, whose targets are in the same order.
 
-    head: AttentiveHead
-    answer: Callable[[Tensor], np.ndarray]
-    rate: float
-    chosen: bool
-
-    @torch.no_grad()
-    def predict(self, tokens: Tokens) -> np.ndarray:
-        """Classes (m,) int64, or scores or quantities (m, K) float64."""
-        device = self.head.bias.device
-        places = torch.arange(len(tokens.values)).split(PIECE)
-        return np.concatenate([self.answer(self.head(_take(tokens, place, device)).cpu()) for place in places])
-
-
-def fit_attentive(
-    tokens: Tokens, places: np.ndarray, y: np.ndarray, *, task: str, seed: int = 0, device: str = "cpu"
-) -> AttentiveFit:
-    """Fit on the images at `places` (n,) of `tokens`: `y` (n,) classes, or (n, K) of 0 and 1, or (n, K) quantities.
-
-    Everything that is drawn depends on `seed`. With one image per class the learning rate is 0.003, unchosen.
+    Every random choice depends on the seed alone. With one image per class nothing can be held out, and the learning
+    rate is 0.003.
     """
-    goal, answer = _goal(y, task)
+    y, task, seed, device = targets.y, targets.task, targets.seed, targets.device
+    goal, decode = _goal(y, task)
     strata = np.asarray(y, np.int64) if task == CLASSES else np.zeros(len(y), np.int64)
     fit, held = hold_out(strata, np.arange(len(y)), seed, HOLD_OUT_FOR_RATE)
     rate = RATE_WITHOUT_CHOICE
     if len(held):
-        trials = [_train(tokens, places[fit], goal[fit], task, tried, seed, device) for tried in RATES]
-        scores = [_score(head, tokens, places[held], goal[held], task, device) for head in trials]
+        trials = [_train(tokens, positions[fit], goal[fit], task, tried, seed, device) for tried in RATES]
+        scores = [_score(head, tokens, positions[held], goal[held], task, device) for head in trials]
         rate = RATES[max(range(len(RATES)), key=lambda i: scores[i])]
-    head = _train(tokens, places, goal, task, rate, seed, device)
-    return AttentiveFit(head, answer, rate, len(held) > 0)
+    head = _train(tokens, positions, goal, task, rate, seed, device)
+    return Fitted(predict=lambda test: _outputs(head, test, decode), chosen={"rate": rate})
+
+
+@torch.no_grad()
+def _outputs(head: AttentiveHead, tokens: Tokens, decode: Callable[[Tensor], np.ndarray]) -> np.ndarray:
+    """Return classes (m,) int64, or scores or quantities (m, K) float64."""
+    device = head.bias.device
+    pieces = torch.arange(len(tokens.values)).split(PIECE)
+    return np.concatenate([decode(head(_take(tokens, piece, device)).cpu()) for piece in pieces])
 
 
 def _goal(y: np.ndarray, task: str) -> tuple[Tensor, Callable[[Tensor], np.ndarray]]:
-    """What the head is fitted to, and what its outputs (m, K) mean."""
+    """Return what the head is fitted to, and the function that maps its outputs (m, K) to predictions."""
     if task == CLASSES:
         known, place = np.unique(y, return_inverse=True)
         return torch.from_numpy(place), lambda out: known[out.argmax(1).numpy()].astype(np.int64)
@@ -127,15 +117,15 @@ def _loss(out: Tensor, goal: Tensor, task: str) -> Tensor:
 
 
 def _train(
-    tokens: Tokens, places: np.ndarray, goal: Tensor, task: str, rate: float, seed: int, device: str
+    tokens: Tokens, positions: np.ndarray, goal: Tensor, task: str, rate: float, seed: int, device: str
 ) -> AttentiveHead:
     generator = torch.Generator().manual_seed(seed)
     outputs = int(goal.max()) + 1 if task == CLASSES else goal.shape[1]
-    where = torch.from_numpy(np.asarray(places, np.int64))
-    head = AttentiveHead(*_spread(tokens, where), tokens.values.shape[1], outputs, generator).to(device)
+    where = torch.from_numpy(np.asarray(positions, np.int64))
+    head = AttentiveHead(*_statistics(tokens, where), tokens.values.shape[1], outputs, generator).to(device)
     goal = goal.to(device)
     batch = min(BATCH, len(where))
-    steps = max(LEAST_STEPS, EPOCHS * math.ceil(len(where) / batch))
+    steps = max(MIN_STEPS, EPOCHS * math.ceil(len(where) / batch))
     matrices = [p for p in head.parameters() if p.ndim > 1]
     rest = [p for p in head.parameters() if p.ndim == 1]
     groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": rest, "weight_decay": 0.0}]
@@ -153,16 +143,16 @@ def _train(
 
 
 def _batches(count: int, batch: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Places, in a new order every epoch; what does not fill a batch waits for another epoch."""
+    """Yield positions, in a new order every epoch; the last incomplete batch of an epoch is dropped."""
     while True:
         order = torch.randperm(count, generator=generator)
         yield from order[: count // batch * batch].split(batch)
 
 
-def _spread(tokens: Tokens, places: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (D,) over all tokens of these images."""
+def _statistics(tokens: Tokens, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean and standard deviation (D,) over all tokens of these images."""
     count, total, square = 0, 0.0, 0.0
-    for part in places.split(PIECE):
+    for part in positions.split(PIECE):
         flat = tokens.values[part].double().flatten(0, 1)
         count, total, square = count + len(flat), total + flat.sum(0), square + flat.square().sum(0)
     mean = torch.as_tensor(total) / count
@@ -171,18 +161,18 @@ def _spread(tokens: Tokens, places: Tensor) -> tuple[Tensor, Tensor]:
     return mean.float() * tokens.scale + tokens.middle, std.float() * tokens.scale
 
 
-def _take(tokens: Tokens, places: Tensor, device: str | torch.device) -> Tensor:
-    """(B, T, D) float32 tokens of these images."""
-    values = tokens.values[places].to(device).float()
+def _take(tokens: Tokens, positions: Tensor, device: str | torch.device) -> Tensor:
+    """Return the tokens of these images, (B, T, D) float32."""
+    values = tokens.values[positions].to(device).float()
     return values * tokens.scale.to(device) + tokens.middle.to(device)
 
 
 @torch.no_grad()
 def _score(
-    head: AttentiveHead, tokens: Tokens, places: np.ndarray, goal: Tensor, task: str, device: str
+    head: AttentiveHead, tokens: Tokens, positions: np.ndarray, goal: Tensor, task: str, device: str
 ) -> tuple[float, float]:
-    """How good a head is on held-out images, the larger the better: the measure of the task, then the loss."""
-    where = torch.from_numpy(np.asarray(places, np.int64))
+    """Score a head on held-out images, the larger the better: the metric of the task, then the negative loss."""
+    where = torch.from_numpy(np.asarray(positions, np.int64))
     out = torch.cat([head(_take(tokens, part, device)).cpu() for part in where.split(PIECE)])
     loss = -float(_loss(out, goal, task))
     if task == CLASSES:
@@ -191,3 +181,13 @@ def _score(
         precision = by_column(average_precision, goal.double().numpy(), out.double().numpy())
         return (-1.0 if np.isnan(precision).all() else float(np.nanmean(precision))), loss
     return loss, loss
+
+
+def _protocol(task: str) -> str:
+    return (
+        f"one learned query that attends to all tokens and a linear head (AdamW, batch {BATCH}, {EPOCHS} epochs but at "
+        f"least {MIN_STEPS} steps, learning rate chosen on a fifth of the training images)"
+    )
+
+
+PROBE = TokenProbe(title="Attentive probe", phrase="an attentive probe", protocol=_protocol, fit=fit_attentive)

@@ -1,16 +1,18 @@
-"""Linear probe: how much of the classes can one linear map read out of frozen features?
+"""Linear probe: fit a linear classifier, or linear regression, to frozen features.
 
-Multinomial logistic regression (scikit-learn, L-BFGS) on standardised features. This is the cheap cousin of the paper's
-probe (SGD with augmentation on the class token under a BatchNorm, He et al. 2021, A.1), which is a Method here and runs
-in the loop; numbers of the two are close, not equal. Differs from "maximum over epochs on the test set": nothing of a
-fit is chosen on test images. Labels of which an image may have several, and quantities, have their own linear maps:
-one logistic regression a label, and ridge regression.
+Classes: multinomial logistic regression (scikit-learn, L-BFGS) on standardised features. Labels of which an image can
+have several: one logistic regression per label. Quantities: ridge regression.
+
+This is a cheaper relative of the paper's probe (SGD with augmentation on the class token after BatchNorm, He et al.
+2021, A.1), which is a training (`--kind paper-linear`); their numbers are close, not equal. Nothing is chosen on test
+images: the regularisation is chosen on a fifth of the training images.
+
+Letters: n training images, m test images, D width, T target columns.
 """
 
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
 
 import numpy as np
 from sklearn.exceptions import ConvergenceWarning
@@ -20,140 +22,153 @@ from threadpoolctl import threadpool_limits
 from unmask.data.annotations.splits import HOLD_OUT_FOR_C, hold_out
 from unmask.errors import UserError
 from unmask.evals.measures import average_precision, by_column
+from unmask.evals.probe_kind import Fitted, PooledProbe, TrainingTargets
+from unmask.results import CLASSES, MULTILABEL
 
 C_GRID = tuple(10.0**power for power in range(-5, 3))
 C_WITHOUT_CHOICE = 0.01
 PENALTIES = tuple(10.0**power for power in range(-2, 7))
 PENALTY_WITHOUT_CHOICE = 100.0
-MAX_ITERATIONS = 500  # of the fits among which C is chosen
-FINAL_ITERATIONS = 5_000  # of the fit that is measured: it should converge, whatever the choice may cost
+MAX_ITERATIONS = 500  # of the fits that C is chosen by
+FINAL_ITERATIONS = 5_000  # of the fit that is measured, which should converge
 
 
-@dataclass(frozen=True)
-class LinearFit:
-    """`predictions` (m,) int64 on the test images; `c` the inverse regularisation used; `chosen` False where too few
-    labels were given to choose it; `converged` False where L-BFGS stopped at its limit of iterations."""
+class Standardise:
+    """Map features to mean 0 and standard deviation 1 of the training features (n, D); a constant one becomes zero.
 
-    predictions: np.ndarray
-    c: float
-    chosen: bool
-    converged: bool
-
-
-@dataclass(frozen=True)
-class ScoresFit:
-    """As `LinearFit`, where the answers are no classes: `predictions` (m, T) float64, a score or a number a column."""
-
-    predictions: np.ndarray
-    c: float
-    chosen: bool
-    converged: bool
-
-
-def linear(
-    train_x: np.ndarray, train_y: np.ndarray, test_x: np.ndarray, *, seed: int = 0, c: float | None = None
-) -> LinearFit:
-    """Fit on `train_x` (n, D) with labels `train_y` (n,), predict `test_x` (m, D).
-
-    Features are standardised with the training set's mean and standard deviation (a constant feature stays zero). C is
-    the decade from 1e-5 to 1e2 with the best accuracy on a fifth of every class of the training set, picked by `seed`
-    (equal accuracies: the best log-loss). The path goes from strong to weak regularisation, each fit starting from the
-    one before, and ends early after two values in a row that are no better. Then all training images are fitted with
-    that C. With one image per class there is nothing to hold out: C = 0.01. c: this C and no choice. Raises ValueError
-    for fewer than two classes.
+    Not scikit-learn's StandardScaler: it treats a feature as constant only within float64 rounding, so features that
+    vary by float32 rounding alone would be scaled up to noise of variance 1.
     """
-    train_y = np.asarray(train_y, np.int64)
-    if len(np.unique(train_y)) < 2:
-        raise UserError("labels of fewer than two classes came; a linear probe needs at least two classes")
-    train_x, test_x = standardised(train_x, test_x)
 
-    fit, held = hold_out(train_y, np.arange(len(train_y)), seed, HOLD_OUT_FOR_C)
-    chosen = c is None and len(held) > 0
-    if chosen:
-        c = _choose_c(train_x[fit], train_y[fit], train_x[held], train_y[held])
-    c = C_WITHOUT_CHOICE if c is None else c
-    model, converged = _fit(LogisticRegression(max_iter=FINAL_ITERATIONS, C=c), train_x, train_y)
-    return LinearFit(np.asarray(model.predict(test_x), np.int64), c, chosen, converged)
+    def __init__(self, x: np.ndarray) -> None:
+        mean, std = x.mean(0, dtype=np.float64), x.std(0, dtype=np.float64)
+        std[std <= 1e-6 * np.abs(mean)] = 1.0
+        self.mean, self.std = mean.astype(np.float32), std.astype(np.float32)
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        return (x - self.mean) / self.std
 
 
-def linear_labels(train_x: np.ndarray, train_y: np.ndarray, test_x: np.ndarray, *, seed: int = 0) -> ScoresFit:
-    """As `linear`, for labels of which an image may have any number: `train_y` (n, L) of 0 and 1, one against the rest.
+def fit_linear(x: np.ndarray, targets: TrainingTargets, *, c: float | None = None) -> Fitted:
+    """Fit the linear probe of a task to features (n, D). c: the inverse regularisation of classes; None chooses it.
 
-    One C for all labels, the decade with the best mean average precision on a fifth of the training images. A label
-    that no training image has, or every one, gets the same score for all images.
+    Raises UserError for classes of which there are fewer than two.
     """
-    train_x, test_x = standardised(train_x, test_x)
-    fit, held = hold_out(np.zeros(len(train_y), np.int64), np.arange(len(train_y)), seed, HOLD_OUT_FOR_C)
-    chosen, c, worse = len(held) > 0, C_WITHOUT_CHOICE, 0
-    if chosen:
-        best = -np.inf
-        models = [LogisticRegression(max_iter=MAX_ITERATIONS, warm_start=True) for _ in train_y.T]
-        for tried in C_GRID:
-            scores, _ = _each_label(models, tried, train_x[fit], train_y[fit], train_x[held])
-            precision = by_column(average_precision, train_y[held], scores)
-            score = -1.0 if np.isnan(precision).all() else float(np.nanmean(precision))
-            best, c, worse = (score, tried, 0) if score > best else (best, c, worse + 1)
-            if worse == 2:
-                break
-    models = [LogisticRegression(max_iter=FINAL_ITERATIONS) for _ in train_y.T]
-    scores, converged = _each_label(models, c, train_x, train_y, test_x)
-    return ScoresFit(scores, c, chosen, converged)
+    if targets.task == CLASSES:
+        return fit_classes(x, targets.y, seed=targets.seed, c=c)
+    fit = fit_labels if targets.task == MULTILABEL else fit_quantities
+    return fit(x, targets.y, seed=targets.seed)
 
 
-def _each_label(
-    models: list[LogisticRegression], c: float, x: np.ndarray, y: np.ndarray, test_x: np.ndarray
-) -> tuple[np.ndarray, bool]:
-    scores, converged = np.zeros((len(test_x), y.shape[1])), True
+def fit_classes(x: np.ndarray, y: np.ndarray, *, seed: int = 0, c: float | None = None) -> Fitted:
+    """Fit logistic regression to features (n, D) with labels `y` (n,); predicts classes (m,) int64.
+
+    C is the decade from 1e-5 to 1e2 with the best accuracy on a fifth of every class of the training images, selected
+    by `seed` (equal accuracies: the best log-loss). The path goes from strong to weak regularisation, each fit starting
+    from the previous one, and ends after two values in a row that are no better. Then all training images are fitted
+    with that C. With one image per class nothing can be held out: C = 0.01. c: use this C. Raises UserError for fewer
+    than two classes.
+    """
+    y = np.asarray(y, np.int64)
+    if len(np.unique(y)) < 2:
+        raise UserError("got labels of fewer than two classes; expected at least two; give images of another class too")
+    standardise = Standardise(x)
+    x = standardise(x)
+    fit, held = hold_out(y, np.arange(len(y)), seed, HOLD_OUT_FOR_C)
+    if c is None:
+        c = _choose_c(x[fit], y[fit], x[held], y[held]) if len(held) else C_WITHOUT_CHOICE
+    model, converged = _fit(LogisticRegression(max_iter=FINAL_ITERATIONS, C=c), x, y)
+    return Fitted(
+        predict=lambda test_x: np.asarray(model.predict(standardise(test_x)), np.int64),
+        chosen={"c": c},
+        converged=converged,
+    )
+
+
+def fit_labels(x: np.ndarray, y: np.ndarray, *, seed: int = 0) -> Fitted:
+    """Fit one logistic regression per label to `y` (n, T) of 0 and 1; predicts scores (m, T) float64.
+
+    One C for all labels: the decade with the best mean average precision on a fifth of the training images. A label
+    that no training image has, or every one, gets score 0 for all images.
+    """
+    standardise = Standardise(x)
+    x = standardise(x)
+    fit, held = hold_out(np.zeros(len(y), np.int64), np.arange(len(y)), seed, HOLD_OUT_FOR_C)
+    c, worse, best = C_WITHOUT_CHOICE, 0, -np.inf
+    models = [LogisticRegression(max_iter=MAX_ITERATIONS, warm_start=True) for _ in y.T]
+    for tried in C_GRID if len(held) else ():
+        _fit_each(models, tried, x[fit], y[fit])
+        precision = by_column(average_precision, y[held], _scores(models, y[fit], x[held]))
+        score = -1.0 if np.isnan(precision).all() else float(np.nanmean(precision))
+        best, c, worse = (score, tried, 0) if score > best else (best, c, worse + 1)
+        if worse == 2:
+            break
+    models = [LogisticRegression(max_iter=FINAL_ITERATIONS) for _ in y.T]
+    converged = _fit_each(models, c, x, y)
+    return Fitted(predict=lambda test_x: _scores(models, y, standardise(test_x)), chosen={"c": c}, converged=converged)
+
+
+def _fit_each(models: list[LogisticRegression], c: float, x: np.ndarray, y: np.ndarray) -> bool:
+    """Fit the model of every label that varies; return whether all of them converged."""
+    varying = [(model, column) for model, column in zip(models, y.T, strict=True) if np.ptp(column)]
+    converged = [_fit(model.set_params(C=c), x, column)[1] for model, column in varying]
+    return all(converged)
+
+
+def _scores(models: list[LogisticRegression], y: np.ndarray, test_x: np.ndarray) -> np.ndarray:
+    """Return scores (m, T) float64 of models that were fitted to `y` (n, T)."""
+    scores = np.zeros((len(test_x), y.shape[1]))
     for place, model in enumerate(models):
         if np.ptp(y[:, place]):
-            model, done = _fit(model.set_params(C=c), x, y[:, place])
-            scores[:, place], converged = model.decision_function(test_x), converged and done
-    return scores, converged
+            scores[:, place] = model.decision_function(test_x)
+    return scores
 
 
-def ridge(train_x: np.ndarray, train_y: np.ndarray, test_x: np.ndarray, *, seed: int = 0) -> ScoresFit:
-    """Least squares with a penalty on standardised features: `train_y` (n, T) float64 -> predictions (m, T).
+def fit_quantities(x: np.ndarray, y: np.ndarray, *, seed: int = 0) -> Fitted:
+    """Fit ridge regression to `y` (n, T) float64; predicts quantities (m, T).
 
-    One penalty for all columns (each in units of its own standard deviation), the decade from 1e-2 to 1e6 with the
-    smallest square error on a fifth of the training images; `c` is 1 / penalty.
+    One penalty for all columns (each in units of its own standard deviation): the decade from 1e-2 to 1e6 with the
+    smallest squared error on a fifth of the training images. The chosen `c` is 1 / penalty.
     """
-    train_x, test_x = standardised(train_x, test_x)
-    middle, scale = train_y.mean(0), train_y.std(0)
+    standardise = Standardise(x)
+    x = standardise(x)
+    middle, scale = y.mean(0), y.std(0)
     scale[scale == 0] = 1.0
-    y = (train_y - middle) / scale
+    y = (y - middle) / scale
     fit, held = hold_out(np.zeros(len(y), np.int64), np.arange(len(y)), seed, HOLD_OUT_FOR_C)
-    chosen, penalty = len(held) > 1, PENALTY_WITHOUT_CHOICE
+    penalty = PENALTY_WITHOUT_CHOICE
     with threadpool_limits(1):
-        if chosen:
+        if len(held) > 1:
             errors = [
-                float(np.square(_ridge(alpha, train_x[fit], y[fit], train_x[held]) - y[held]).mean())
+                float(np.square(_predict(_ridge(alpha, x[fit], y[fit]), x[held]) - y[held]).mean())
                 for alpha in PENALTIES
             ]
             penalty = PENALTIES[int(np.argmin(errors))]
-        guess = _ridge(penalty, train_x, y, test_x)
-    return ScoresFit(guess * scale + middle, 1 / penalty, chosen, True)
+        model = _ridge(penalty, x, y)
+
+    def predict(test_x: np.ndarray) -> np.ndarray:
+        with threadpool_limits(1):
+            return _predict(model, standardise(test_x)) * scale + middle
+
+    return Fitted(predict=predict, chosen={"c": 1 / penalty})
 
 
-def _ridge(alpha: float, x: np.ndarray, y: np.ndarray, test_x: np.ndarray) -> np.ndarray:
-    model = Ridge(alpha=alpha).fit(x.astype(np.float64), y)
-    return np.asarray(model.predict(test_x.astype(np.float64))).reshape(len(test_x), -1)
+def _ridge(alpha: float, x: np.ndarray, y: np.ndarray) -> Ridge:
+    return Ridge(alpha=alpha).fit(x.astype(np.float64), y)
 
 
-def standardised(train_x: np.ndarray, test_x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Both with the training set's mean 0 and standard deviation 1; a constant feature stays zero."""
-    mean, std = train_x.mean(0, dtype=np.float64), train_x.std(0, dtype=np.float64)
-    std[std <= 1e-6 * np.abs(mean)] = 1.0  # what varies by float32 rounding alone is constant
-    mean, std = mean.astype(np.float32), std.astype(np.float32)
-    return (train_x - mean) / std, (test_x - mean) / std
+def _predict(model: Ridge, x: np.ndarray) -> np.ndarray:
+    return np.asarray(model.predict(x.astype(np.float64))).reshape(len(x), -1)
 
 
 def _choose_c(fit_x: np.ndarray, fit_y: np.ndarray, held_x: np.ndarray, held_y: np.ndarray) -> float:
+    # LOGISTIC_CV_REASON
     model = LogisticRegression(max_iter=MAX_ITERATIONS, warm_start=True)
     best, best_c, worse = (-1.0, -np.inf), C_GRID[0], 0
     for c in C_GRID:
         model, _ = _fit(model.set_params(C=c), fit_x, fit_y)
         chances = model.predict_proba(held_x)
-        place = np.searchsorted(model.classes_, held_y)  # every class keeps an image to be fitted on
+        place = np.searchsorted(model.classes_, held_y)  # every class has images in the fitted part
         right = float((chances.argmax(1) == place).mean())
         score = right, float(np.log(chances[np.arange(len(place)), place] + 1e-12).mean())
         best, best_c, worse = (score, c, 0) if score > best else (best, best_c, worse + 1)
@@ -163,9 +178,21 @@ def _choose_c(fit_x: np.ndarray, fit_y: np.ndarray, held_x: np.ndarray, held_y: 
 
 
 def _fit(model: LogisticRegression, x: np.ndarray, y: np.ndarray) -> tuple[LogisticRegression, bool]:
-    """Fitted, and whether L-BFGS reached its tolerance."""
+    """Fit in place; return the model, and whether L-BFGS reached its tolerance."""
     # One thread: L-BFGS is many short products, and threads that wait for a busy core made it forty times slower.
     with threadpool_limits(1), warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # a field of the result, not a line on the screen
+        warnings.simplefilter("ignore", ConvergenceWarning)  # reported in the result instead
         model.fit(x, y)
     return model, int(np.max(model.n_iter_)) < model.max_iter
+
+
+def _protocol(task: str) -> str:
+    chosen = "chosen on a fifth of the training images"
+    if task == CLASSES:
+        return f"logistic regression (L-BFGS) on standardised features, C {chosen}"
+    if task == MULTILABEL:
+        return f"a logistic regression for each label on standardised features, one C {chosen}"
+    return f"ridge regression on standardised features, its penalty {chosen}"
+
+
+PROBE = PooledProbe(title="Linear probe", phrase="a linear probe", protocol=_protocol, fit=fit_linear)

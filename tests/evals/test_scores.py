@@ -1,29 +1,24 @@
-"""The evaluator on made tables: pools, controls, shots, and what it warns of."""
+"""Probes of made-up features: poolings, controls, scores of every task, differences and caveats."""
 
 from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
+from feature_tables import measure, predictions_of
 from sklearn.metrics import r2_score
 
 from unmask.batch import Batch
-from unmask.evals import probe as module
+from unmask.evals.feature_sets import with_controls
 from unmask.evals.frozen_features import FeatureTable, collect_each
-from unmask.evals.probe import (
-    Aim,
-    chance_level,
-    encoders_of,
-    few_shots,
-    guess,
-    require_classes,
-    require_kind,
-    shared_images,
-    summary,
-)
-from unmask.evals.statistics import PRETRAINED, RANDOM_INIT, RAW_PIXELS
+from unmask.evals.labelled_images import Labelling, few_shots, require_classes
+from unmask.evals.probe_kind import kind_names, require_kind
+from unmask.evals.probes import knn as knn_module
+from unmask.evals.probes import linear as linear_module
+from unmask.evals.scores import chance_level
 from unmask.metrics.intervals import wilson
 from unmask.nn.features import Features
+from unmask.results import PRETRAINED, RANDOM_INIT, RAW_PIXELS
 
 CLASSES = ("ant", "bee", "cow")
 
@@ -50,13 +45,8 @@ def balanced(count):
     return np.arange(count) % 3
 
 
-def run(train, test, *, kind="knn", classes=CLASSES, seed=0, aim=None, targets=None, runs=()):
-    """Fit, ask and judge, as `unmask probe` does. targets: (training, test) ones that are no classes."""
-    train, test = (t if isinstance(t, dict) else {PRETRAINED: t} for t in (train, test))
-    aim = aim or Aim("classes", classes)
-    train_y, test_y = targets or (train[PRETRAINED].labels, test[PRETRAINED].labels)
-    guesses = guess(train, test, train_y, kind=kind, aim=aim, seed=seed)
-    return summary(guesses, train_y, test_y, kind=kind, aim=aim, shared=shared_images(train, test), runs=runs)
+def run(train, test, *, labelling=None, **more):
+    return measure(train, test, labelling=labelling or Labelling("classes", CLASSES), **more)
 
 
 @pytest.mark.parametrize("kind", ["knn", "linear"])
@@ -66,23 +56,23 @@ def test_class_token_and_mean_are_both_measured_with_their_intervals(kind):
         table(balanced(60), cls_noise=0.7, seed=1, mean_noise=0.05, digest_from=500),
         kind=kind,
     )
-    assert [(row["features"], row["pool"]) for row in found["rows"]] == [(PRETRAINED, "cls"), (PRETRAINED, "mean")]
-    for row in found["rows"]:
-        assert row["accuracy"] == row["correct"] / row["total"]
-        assert (row["low"], row["high"]) == wilson(row["correct"], 60)
-        assert (row["c"] is None) == (kind == "knn")
-    assert found["rows"][1]["accuracy"] == 1.0
-    assert found["rows"][1]["accuracy"] > found["rows"][0]["accuracy"] > 0.6
-    assert found["train_images"] == 90
-    assert found["test_images"] == 60
-    assert found["classes"] == list(CLASSES)
-    assert found["shared"] == 0
-    assert "mean over patches" in found["verdict"], "the better pool speaks"
+    assert [(row.features, row.pool) for row in found.rows] == [(PRETRAINED, "cls"), (PRETRAINED, "mean")]
+    for row in found.rows:
+        assert row.value == row.correct / row.total
+        assert (row.low, row.high) == wilson(row.correct, 60)
+        assert row.fit.keys() == ({"c"} if kind == "linear" else set())
+    assert found.rows[1].value == 1.0
+    assert found.rows[1].value > found.rows[0].value > 0.6
+    assert found.train_images == 90
+    assert found.test_images == 60
+    assert found.names == CLASSES
+    assert found.shared == 0
+    assert "mean over patches" in found.verdict, "the better pool speaks"
 
 
 def test_an_encoder_without_class_token_has_one_row():
     found = run(table(balanced(30), cls=False), table(balanced(30), cls=False, seed=1, digest_from=500))
-    assert [row["pool"] for row in found["rows"]] == ["mean"]
+    assert [row.pool for row in found.rows] == ["mean"]
 
 
 @pytest.mark.parametrize("kind", ["knn", "linear"])
@@ -96,14 +86,14 @@ def test_controls_are_measured_on_the_same_images_and_judged(kind):
         }
 
     found = run(tables(300, 0, 0), tables(300, 1, 1000), kind=kind)
-    assert [(row["features"], row["pool"]) for row in found["rows"]] == [
+    assert [(row.features, row.pool) for row in found.rows] == [
         (RAW_PIXELS, "pixels"),
         (RANDOM_INIT, "cls"),
         (RANDOM_INIT, "mean"),
         (PRETRAINED, "cls"),
         (PRETRAINED, "mean"),
     ]
-    assert found["verdict"].startswith("Pre-training helps.")
+    assert found.verdict.startswith("Pre-training helps.")
 
 
 class Encoder(torch.nn.Module):
@@ -113,15 +103,15 @@ class Encoder(torch.nn.Module):
 
 def test_raw_pixels_come_with_the_untrained_encoder_and_lose_their_mean(monkeypatch):
     encoder, untrained = Encoder(), Encoder()
-    assert encoders_of(encoder, None) == {PRETRAINED: encoder}
-    assert list(encoders_of(encoder, untrained)) == [RAW_PIXELS, RANDOM_INIT, PRETRAINED]
+    assert with_controls(encoder, None) == {PRETRAINED: encoder}
+    assert list(with_controls(encoder, untrained)) == [RAW_PIXELS, RANDOM_INIT, PRETRAINED]
     # Bright images whose classes differ a little around a large common mean: without it the angle tells them apart.
     rng = np.random.default_rng(0)
     labels = torch.from_numpy(balanced(90))
     pixels = torch.full((90, 3, 4, 4), 200.0) + torch.from_numpy(rng.normal(size=(90, 3, 4, 4)))
     pixels[torch.arange(90), labels] += 2
     batch = Batch(pixels.float(), torch.arange(90), torch.zeros(90, dtype=torch.int64), labels)
-    tables = collect_each(encoders_of(encoder, untrained), [batch], device="cpu", precision="fp32")
+    tables = collect_each(with_controls(encoder, untrained), [batch], device="cpu", precision="fp32")
     train = {
         name: FeatureTable(t.index[:60], t.labels[:60], None, t.mean[:60], t.digest[:60]) for name, t in tables.items()
     }
@@ -129,11 +119,11 @@ def test_raw_pixels_come_with_the_untrained_encoder_and_lose_their_mean(monkeypa
         name: FeatureTable(t.index[60:], t.labels[60:], None, t.mean[60:], t.digest[60:]) for name, t in tables.items()
     }
     seen = []
-    real = module.knn
-    monkeypatch.setattr(module, "knn", lambda *parts: seen.append((parts[0], parts[2])) or real(*parts))
-    raw = run(train, test)["rows"][0]
-    assert raw["features"] == RAW_PIXELS
-    assert raw["accuracy"] > 0.9
+    real = knn_module.knn
+    monkeypatch.setattr(knn_module, "knn", lambda *parts: seen.append((parts[0], parts[2])) or real(*parts))
+    raw = run(train, test).rows[0]
+    assert raw.features == RAW_PIXELS
+    assert raw.value > 0.9
     (train_x, test_x), (own_train, own_test) = seen[0], seen[1]
     mean = tables[RAW_PIXELS].mean[:60].mean(0)
     np.testing.assert_allclose(train_x + mean, tables[RAW_PIXELS].mean[:60], rtol=1e-5)
@@ -170,7 +160,7 @@ def test_more_shots_than_a_class_has_are_refused_with_the_number_that_fits():
     labels = np.array([0] * 5 + [1] * 2 + [2] * 5)
     with pytest.raises(ValueError, match=r"class 'bee' has only 2 training images; use --shots 2 or fewer"):
         few_shots(np.arange(12), labels, CLASSES, 3, 0)
-    with pytest.raises(ValueError, match="at least 1"):
+    with pytest.raises(ValueError, match="expected at least 1"):
         few_shots(np.arange(12), labels, CLASSES, 0, 0)
     with pytest.raises(ValueError, match="'dog' has only 0"):
         few_shots(np.arange(12), labels, (*CLASSES, "dog"), 1, 0)
@@ -178,9 +168,9 @@ def test_more_shots_than_a_class_has_are_refused_with_the_number_that_fits():
 
 def test_test_images_that_are_training_images_are_counted_and_said():
     found = run(table(balanced(30)), table(balanced(30), digest_from=26))
-    assert found["shared"] == 4
-    assert "Careful: 4 of the 30 test images are also training images" in found["verdict"]
-    assert "Careful" not in run(table(balanced(30)), table(balanced(30), digest_from=30))["verdict"]
+    assert found.shared == 4
+    assert "Careful: 4 of the 30 test images are also training images" in found.caveats[0]
+    assert run(table(balanced(30)), table(balanced(30), digest_from=30)).caveats == ()
 
 
 @pytest.mark.parametrize("kind", ["knn", "linear"])
@@ -188,8 +178,8 @@ def test_classes_without_training_images_count_as_wrong_and_are_said(kind):
     found = run(
         table(balanced(30) % 2, mean_noise=0.01), table(balanced(30), digest_from=500, mean_noise=0.01), kind=kind
     )
-    assert "10 test images are of classes without any training image (cow)" in found["verdict"]
-    assert found["rows"][1]["accuracy"] == pytest.approx(2 / 3)
+    assert found.caveats == ("10 test images are of classes without any training image (cow) and count as wrong.",)
+    assert found.rows[1].value == pytest.approx(2 / 3)
 
 
 def test_chance_is_one_in_so_many_classes_or_the_commonest_training_class():
@@ -200,20 +190,22 @@ def test_chance_is_one_in_so_many_classes_or_the_commonest_training_class():
 
 def test_what_cannot_be_probed_is_refused():
     good = table(balanced(12))
-    with pytest.raises(ValueError, match="all 6 training images are of one class"):
+    with pytest.raises(ValueError, match="got 6 training images, all of one class"):
         run(table([1] * 6), good)
-    with pytest.raises(ValueError, match="1 classes came"):
+    with pytest.raises(ValueError, match="got 1 classes"):
         require_classes(CLASSES[:1])
-    with pytest.raises(ValueError, match="probe kind 'attentive' came; knn or linear"):
-        require_kind("attentive")
-    with pytest.raises(ValueError, match="probe kind"):
-        run(good, good, kind="Knn")
+    with pytest.raises(ValueError, match="got probe kind 'Knn'; expected attentive, knn, linear or rankme"):
+        require_kind("Knn")
+    require_kind("paper-linear", ("paper-linear",))
+    assert kind_names() == ["attentive", "knn", "linear", "rankme"]
 
 
 def test_the_seed_of_a_linear_probe_is_passed_on(monkeypatch):
     seeds = []
-    real = module.linear
-    monkeypatch.setattr(module, "linear", lambda *parts, seed, c: seeds.append(seed) or real(*parts, seed=seed, c=c))
+    real = linear_module.fit_classes
+    monkeypatch.setattr(
+        linear_module, "fit_classes", lambda *parts, seed, c: seeds.append(seed) or real(*parts, seed=seed, c=c)
+    )
     run(table(balanced(30)), table(balanced(30), digest_from=500), kind="linear", seed=7)
     assert seeds == [7, 7]
 
@@ -230,39 +222,40 @@ def values(count, seed=0):
 @pytest.mark.parametrize("kind", ["knn", "linear"])
 def test_quantities_are_judged_by_r2_and_absolute_error(kind):
     (train, train_y), (test, test_y) = values(400), values(200, seed=1)
-    aim = Aim("regression", ("size", "age"))
-    found = run(train, test, kind=kind, aim=aim, targets=(train_y, test_y))
-    (row,) = found["rows"]
-    guessed = guess({PRETRAINED: train}, {PRETRAINED: test}, train_y, kind=kind, aim=aim, seed=0)[0].values
-    for place, column in enumerate(row["columns"]):
-        assert column["name"] == aim.names[place]
-        assert column["r2"] == pytest.approx(r2_score(test_y[:, place], guessed[:, place]))
-        error = np.abs(test_y[:, place] - guessed[:, place]).mean()
-        assert column["mean_absolute_error"] == pytest.approx(error)
-    assert row["value"] == pytest.approx(np.mean([column["r2"] for column in row["columns"]]))
-    assert row["columns"][0]["r2"] > 0.7 > row["columns"][1]["r2"]
-    assert row["low"] < row["value"] < row["high"]
-    assert (found["metric"], found["task"], found["chance"]) == ("R2", "regression", 0.0)
-    assert "R2 of" in found["verdict"]
-    assert "a constant guess 0.000" in found["verdict"]
-    assert found["columns"] == ["size", "age"]
+    labelling = Labelling("regression", ("size", "age"))
+    found = run(train, test, kind=kind, labelling=labelling, targets=(train_y, test_y))
+    (row,) = found.rows
+    tables = {PRETRAINED: train}, {PRETRAINED: test}
+    predicted = predictions_of(*tables, train_y, kind=kind, labelling=labelling)[0].values
+    for place, target in enumerate(row.targets):
+        assert target.name == labelling.names[place]
+        assert target.value == pytest.approx(r2_score(test_y[:, place], predicted[:, place]))
+        error = np.abs(test_y[:, place] - predicted[:, place]).mean()
+        assert target.mean_absolute_error == pytest.approx(error)
+    assert row.value == pytest.approx(np.mean([target.value for target in row.targets]))
+    assert row.targets[0].value > 0.7 > row.targets[1].value
+    assert row.low < row.value < row.high
+    assert (found.metric, found.task, found.chance) == ("R2", "regression", 0.0)
+    assert "R2 of" in found.verdict
+    assert "a constant prediction 0.000" in found.verdict
+    assert found.names == ("size", "age")
 
 
 @pytest.mark.parametrize("kind", ["knn", "linear"])
 def test_labels_are_judged_by_average_precision_without_those_that_nobody_has(kind):
     train, test = table(balanced(300), cls=False), table(balanced(150), cls=False, seed=1, digest_from=500)
     truths = [np.stack([t.labels == 0, t.labels > 0, t.labels == 9], 1).astype(float) for t in (train, test)]
-    found = run(train, test, kind=kind, aim=Aim("multilabel", ("ant", "other", "owl")), targets=truths)
-    (row,) = found["rows"]
-    assert [column["positives"] for column in row["columns"]] == [50, 100, 0]
-    assert row["columns"][2]["average_precision"] is None
-    assert row["value"] == pytest.approx(np.mean([c["average_precision"] for c in row["columns"][:2]]))
-    assert row["value"] > 0.9
-    assert found["chance"] == pytest.approx(0.5), "the mean share of positives"
-    assert "owl has no positive image among the test images" in found["verdict"]
+    found = run(train, test, kind=kind, labelling=Labelling("multilabel", ("ant", "other", "owl")), targets=truths)
+    (row,) = found.rows
+    assert [target.positives for target in row.targets] == [50, 100, 0]
+    assert row.targets[2].value is None
+    assert row.value == pytest.approx(np.mean([target.value for target in row.targets[:2]]))
+    assert row.value > 0.9
+    assert found.chance == pytest.approx(0.5), "the mean share of positives"
+    assert "owl has no positive image among the test images" in found.caveats[0]
     truths[1][:] = 0
-    with pytest.raises(ValueError, match="of which none differs from the others"):
-        run(train, test, kind=kind, aim=Aim("multilabel", ("ant", "other", "owl")), targets=truths)
+    with pytest.raises(ValueError, match="that do not differ in ant, other, owl"):
+        run(train, test, kind=kind, labelling=Labelling("multilabel", ("ant", "other", "owl")), targets=truths)
 
 
 def test_another_run_is_compared_by_a_pool_that_both_have():
@@ -274,14 +267,14 @@ def test_another_run_is_compared_by_a_pool_that_both_have():
         }
 
     found = run(tables(300, 0, 0), tables(300, 1, 1000), kind="linear", runs=["b mask run"])
-    rows = {(row["features"], row["pool"]): row["accuracy"] for row in found["rows"]}
+    rows = {(row.features, row.pool): row.value for row in found.rows}
     own, other = rows[PRETRAINED, "mean"], rows["b mask run", "mean"]
     assert rows[PRETRAINED, "cls"] > other > own
     assert (
         f"Beside b mask run (mean over patches of both), {own:.1%}: {100 * (other - own):.1f} points fewer than b "
-        in (found["verdict"])
+        in (found.verdict)
     )
-    assert f"b mask run ({other:.1%}), 95% interval -" in found["verdict"]
+    assert f"b mask run ({other:.1%}), 95% interval -" in found.verdict
 
 
 def test_a_draw_is_another_choice_and_the_first_is_what_one_number_takes():

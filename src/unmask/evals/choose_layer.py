@@ -1,0 +1,65 @@
+"""Choose the layer of an encoder whose features are best, on training images alone.
+
+iGPT's features are best in the middle of the network, so its probe measures the best layer (Chen et al. 2020,
+"Generative pretraining from pixels", section 4.1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from unmask.data.annotations.splits import HOLD_OUT_FOR_LAYER, hold_out
+from unmask.errors import UserError
+from unmask.evals.encoder_views import best_layer
+from unmask.evals.frozen_features import FeatureTable
+from unmask.evals.measures import average_precision, by_column, r_squared
+from unmask.evals.probe_kind import TrainingTargets
+from unmask.evals.probe_text import show
+from unmask.evals.probes.linear import fit_linear
+from unmask.results import CLASSES, METRICS, MULTILABEL, LayerChoice
+
+C_FOR_LAYERS = 0.1
+ENOUGH_PREDICTIONS = 500  # with so many held-out predictions no further round is needed
+
+
+def choose_layer(tables: Sequence[FeatureTable], y: np.ndarray, *, task: str, seed: int) -> LayerChoice:
+    """Return the layer whose mean over patches is best: fitted on four fifths of the images, scored on the rest.
+
+    tables: the features of every layer for the same images, whose targets are `y`. A linear probe compares the layers,
+    whatever kind is measured then, so that results of different kinds are of the same layer. With few images the
+    comparison is repeated up to five times, each with another held-out fifth; for classes C is the same for all layers,
+    because a C chosen on so few images would add more noise than the layers differ by. Raises UserError for too few
+    images.
+    """
+    strata = y if task == CLASSES else np.zeros(len(y), np.int64)
+    rounds: list[list[float]] = []
+    counts: list[int] = []
+    for purpose in HOLD_OUT_FOR_LAYER:
+        fit, held = hold_out(strata, tables[0].index, seed, purpose)
+        if not len(held) or (task == CLASSES and len(np.unique(y[fit])) < 2):
+            raise UserError(
+                f"got {len(y)} training images, too few to choose a layer with; give more with --shots, or name one "
+                "with --layer"
+            )
+        targets = TrainingTargets(y=y[fit], task=task, seed=seed)
+        probes = [fit_linear(table.mean[fit], targets, c=C_FOR_LAYERS) for table in tables]
+        predictions = [probe.predict(table.mean[held]) for probe, table in zip(probes, tables, strict=True)]
+        rounds.append([_total(each, y[held], task) for each in predictions])
+        counts.append(len(held))
+        if sum(counts) >= ENOUGH_PREDICTIONS:
+            break
+    values = (np.sum(rounds, 0) / sum(counts)).tolist()
+    scores = ", ".join(show(value, METRICS[task]) for value in values)
+    images = f"{counts[0]} training images held out" + (f", {len(rounds)} times" if len(rounds) > 1 else "")
+    why = f"best linear probe of layers 0 to {len(tables) - 1} on {images}: {scores}"
+    return LayerChoice(best_layer(values), len(tables) - 1, why)
+
+
+def _total(predicted: np.ndarray, truth: np.ndarray, task: str) -> float:
+    """Return accuracy, mean average precision or R2 on these images, times their number; 0 where it is undefined."""
+    if task == CLASSES:
+        return float((predicted == truth).sum())  # whole numbers, so that equal layers are equal
+    columns = by_column(average_precision if task == MULTILABEL else r_squared, truth, predicted)
+    return 0.0 if np.isnan(columns).all() else float(np.nanmean(columns)) * len(truth)

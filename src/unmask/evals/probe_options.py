@@ -1,0 +1,110 @@
+"""What a person asks of a probe, and which combinations of options are rejected. Loads no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from unmask.errors import UserError
+
+DEFAULT_DRAWS, MAX_DRAWS = 5, 1000
+"""Random choices of training labels for each point of a label-budget curve."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeOptions:
+    """The options of a probe, as of `unmask probe`.
+
+    data: the labelled images (any source). test: other labelled images to measure on; None holds out a fifth of every
+    class of `data`. exclude: patterns of file names to leave out of both. shots: labels per class to train on; several
+    make a label-budget curve, with `draws` random choices of labels for each. controls: also measure raw pixels and the
+    untrained encoder. against: other runs whose encoders are measured on the same images. seed: of the split, of the
+    choice of labels, and of the part of the training images on which a probe chooses its hyperparameters.
+
+    targets: a table of labels or quantities instead of class folders, `columns` of it (all by default); task overrides
+    what they are read as; test_targets: another table for `test`.
+
+    layer: "best", "last" or a number; None is the layer that suits the encoder. mask_votes: random patch masks under
+    which each test image is seen, the majority counts; None is one for encoders that were trained with hidden tokens
+    and are measured so (iGPT's bert objective), else none. Other runs are measured at the same layer, where their
+    encoders have layers to choose from, and with the masks that suit them.
+    """
+
+    data: str
+    test: str | None = None
+    exclude: tuple[str, ...] = ()
+    shots: int | tuple[int, ...] | None = None
+    draws: int | None = None
+    controls: bool = False
+    against: tuple[Path, ...] = ()
+    targets: Path | None = None
+    test_targets: Path | None = None
+    columns: tuple[str, ...] | None = None
+    task: str | None = None
+    seed: int = 0
+    step: int | None = None
+    layer: str | None = None
+    mask_votes: int | None = None
+    device: str = "auto"
+
+    @property
+    def budgets(self) -> Sequence[int | None]:
+        """Labels per class, ascending; [None] for all of them."""
+        if self.shots is None or isinstance(self.shots, int):
+            return [self.shots]
+        return sorted(set(self.shots))
+
+    @property
+    def is_curve(self) -> bool:
+        """Whether the result is a label-budget curve."""
+        return self.draws is not None or len(self.budgets) > 1
+
+    @property
+    def num_draws(self) -> int:
+        """Random choices of labels for each number of labels per class."""
+        if not self.is_curve:
+            return 1
+        return DEFAULT_DRAWS if self.draws is None else self.draws
+
+    def check(self) -> None:
+        """Raise UserError for options that would be ignored or cannot be met, before anything is read."""
+        if self.draws is not None and self.shots is None:
+            raise UserError(
+                f"got --draws {self.draws} without --shots, so there is nothing to draw; give the labels per class "
+                "too, for example --shots 1,5,10"
+            )
+        if self.draws is not None and self.draws < 2:
+            raise UserError(
+                f"got --draws {self.draws}; expected at least 2, and {DEFAULT_DRAWS} or more for a narrow interval"
+            )
+        if self.num_draws > MAX_DRAWS:
+            raise UserError(f"got --draws {self.draws}; expected at most {MAX_DRAWS}, {DEFAULT_DRAWS} to 20 is usual")
+        if not self.budgets:
+            raise UserError("got no number of labels per class; expected at least one, for example --shots 1,5,10")
+        table_only = {"--test-targets": self.test_targets, "--columns": self.columns, "--task": self.task}
+        if self.targets is None and (given := [name for name, value in table_only.items() if value is not None]):
+            raise UserError(f"got {', '.join(given)} without --targets, so it would be ignored; give the table too")
+        if self.test_targets is not None and self.test is None:
+            raise UserError("got --test-targets without --test, so it would be ignored; give the test images too")
+
+    def check_label_free(self, kind: str) -> None:
+        """Raise UserError for options about labels, which a kind without labels would ignore."""
+        labels = {"--test": self.test, "--shots": self.shots, "--draws": self.draws, "--targets": self.targets}
+        if given := [name for name, value in labels.items() if value is not None]:
+            raise UserError(f"got {', '.join(given)}, but --kind {kind} uses no labels; leave it out")
+        if self.layer == "best":
+            raise UserError(
+                f"got --layer best, which is chosen with labels, but --kind {kind} uses none; give a number or last"
+            )
+
+
+def parse_shots(text: str | None) -> int | tuple[int, ...] | None:
+    """Parse --shots: "5" is one number of labels per class, "1,5,10" a curve. Raises UserError for anything else."""
+    if text is None:
+        return None
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise UserError(f"got --shots {text}; expected a number of labels per class, or several as 1,5,10")
+    numbers = tuple(int(part) for part in parts)
+    return numbers[0] if len(numbers) == 1 else numbers

@@ -1,0 +1,69 @@
+"""Where the result of a probe is written: RUN/evals/NAME.json, a name that says what was measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from unmask.errors import UserError
+from unmask.evals.probe_options import DEFAULT_DRAWS, ProbeOptions
+from unmask.results import CurveResult, Measurement, ProbeResult, from_json, to_json
+from unmask.run import Run
+
+
+def save_result(run: Run, result: ProbeResult | CurveResult, options: ProbeOptions) -> str:
+    """Write a result; it replaces an earlier one of the same images. Returns the name of its file, without .json.
+
+    A result of other images of the same name (many data sets end in a folder called train) gets a number.
+    """
+    name = file_name(result, options)
+    number, free = 1, name
+    while (run.evals / f"{free}.json").exists() and not _is_replaceable(run, free, result):
+        number, free = number + 1, f"{name}-{number + 1}"
+    run.write(f"evals/{free}.json", to_json(result))
+    return free
+
+
+def _is_replaceable(run: Run, name: str, result: ProbeResult | CurveResult) -> bool:
+    """Whether the file is damaged, or a result of images at the same places."""
+    try:
+        before = from_json(run.read(f"evals/{name}.json"))
+    except UserError:
+        return True
+    return isinstance(before, Measurement) and _places(before) == _places(result)
+
+
+def _places(result: Measurement) -> tuple[str | None, ...]:
+    images = (result.data, result.test.images)
+    return tuple(None if each is None else each.path or each.name for each in images)
+
+
+def file_name(result: ProbeResult | CurveResult, options: ProbeOptions) -> str:
+    """Return the name of a result's file: its kind, its images, and every option that differs from the default."""
+    first = "probe"
+    if isinstance(result, CurveResult):
+        first = "curve"
+    elif result.targets is not None:
+        first = "targets"
+    parts = [first, result.kind, _plain(str(result.data)) or "data"]
+    if result.budgets is not None:
+        parts += [*(str(number) for number in result.budgets), "shots"]
+    if isinstance(result, CurveResult) and result.draws != DEFAULT_DRAWS:
+        parts += [str(result.draws), "draws"]
+    if options.step is not None:
+        parts += ["step", str(options.step)]
+    if result.seed:
+        parts += ["seed", str(result.seed)]
+    if result.layer is not None:
+        parts += ["layer", result.layer]
+    if result.mask_votes is not None:
+        parts += ["masks", str(result.mask_votes)]
+    if options.test is not None:
+        parts += ["on", _plain(options.test)]
+    if result.targets is not None:
+        columns = result.targets.columns or ()
+        parts += ["by", _plain(Path(result.targets.path).stem), *map(_plain, columns), result.task]
+    return "-".join(parts)
+
+
+def _plain(path: str) -> str:
+    return "".join(letter if letter.isalnum() else "-" for letter in Path(path).name).strip("-")
