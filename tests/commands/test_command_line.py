@@ -119,7 +119,10 @@ def test_mistakes_with_a_run(unmask, run_folder, images, tmp_path):
         (["embed", "run", unlabelled, "--out", "f.csv"], "ends in .parquet or .npz"),
         (["embed", "run", unlabelled, "--out", "nofolder/f.npz"], "does not exist; make it first"),
         (["probe", "run", unlabelled], "has no class labels; they come from sub-folder names"),
-        (["probe", "run", labelled, "--kind", "forest"], "'forest'; expected attentive, knn, linear, rankme or paper-linear"),
+        (
+            ["probe", "run", labelled, "--kind", "forest"],
+            "'forest'; expected attentive, knn, linear, rankme or paper",
+        ),
         (["probe", "run", labelled, "--shots", "500"], "has only"),
         (["probe", "run", "two", "--test", labelled], "class2"),
         (["pretrain", unlabelled, "--out", "run", *small()], "go on with it: unmask resume"),

@@ -17,9 +17,9 @@ import numpy as np
 from unmask.console import Console
 from unmask.data.annotations.label_tables import Targets, meaning_of, read_table, targets_of
 from unmask.data.annotations.labels import absent_classes, labels_of, require_labels, with_classes
+from unmask.data.annotations.splits import FIRST_DRAW, HELD_OUT, HOLD_OUT_FOR_TEST, SHOTS, hold_out
 from unmask.data.sources.open_source import open_source
 from unmask.data.sources.source import Source
-from unmask.data.annotations.splits import FIRST_DRAW, HELD_OUT, HOLD_OUT_FOR_TEST, SHOTS, hold_out
 from unmask.errors import UserError
 from unmask.evals.probe_options import ProbeOptions
 from unmask.results import CLASSES, ImageSet, TargetTable, TestIdentity

@@ -42,8 +42,8 @@ def _verdict(rows: Sequence[FeatureScore], limit: int) -> str:
     others = "".join(f"; {name}: {rank}" for name, rank in ranks.items())
     return (
         f"The effective rank of the pre-trained features is {own}, of at most {limit}{others}. Compare it between runs "
-        "of one method on the same images: a higher rank usually goes with a better linear probe. By itself it does not "
-        "show that pre-training helped."
+        "of one method on the same images: a higher rank usually goes with a better linear probe. By itself it does "
+        "not show that pre-training helped."
     )
 
 
