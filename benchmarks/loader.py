@@ -43,7 +43,7 @@ from torch.utils.data import DataLoader, Dataset
 from unmask.batch import ImageSpec
 from unmask.data.augment import CROP_DRAWS, CropConfig, crop_boxes
 from unmask.data.decode.decode import header
-from unmask.data.image_reader import Images
+from unmask.data.image_reader import ImageReader
 from unmask.data.loader import training_batches
 from unmask.data.order import Order
 from unmask.data.pack import pack
@@ -89,13 +89,13 @@ def measured(source: Source, what: str, most: int, options: argparse.Namespace) 
     batch = min(options.batch, len(source), most)
     count = min(len(source), most) // batch * batch
     spec = ImageSpec(3, (options.size,) * 2, "uint8", (0.0,) * 3, (1.0,) * 3)
-    images = Images(source, np.arange(count), spec, CropConfig())
+    images = ImageReader(source, np.arange(count), spec, CropConfig())
     order = Order(images.rows, images.seed).take(0, count)
     repeats = math.gcd(4, batch)
     several, for_device = replace(images, repeats=repeats), replace(images, on_device=True)
     boxes, flips = drawn(source, order.index, images)
 
-    def run(data: Images) -> None:
+    def run(data: ImageReader) -> None:
         for _ in training_batches(data, start=0, batch=batch, batches=count // batch, workers=0):
             pass
 
@@ -150,7 +150,7 @@ def bare_decode(source: Source, rows: np.ndarray) -> None:
 # -------------------------------------------------------------------------------------------------------- the reference
 
 
-def drawn(source: Source, rows: np.ndarray, images: Images) -> tuple[np.ndarray, np.ndarray]:
+def drawn(source: Source, rows: np.ndarray, images: ImageReader) -> tuple[np.ndarray, np.ndarray]:
     """The boxes (n, 4) and flips (n,) that unmask draws for these rows of the first epoch, in pixels of the file."""
     first = np.zeros(len(rows), np.int64)
     heads = [header(source.read(int(row))) for row in rows]
@@ -188,7 +188,9 @@ def reference(
     return batches
 
 
-def pixel_difference(images: Images, order: Any, boxes: np.ndarray, flips: np.ndarray, size: int) -> dict[str, float]:
+def pixel_difference(
+    images: ImageReader, order: Any, boxes: np.ndarray, flips: np.ndarray, size: int
+) -> dict[str, float]:
     """Mean absolute difference in levels from Pillow's full decode and bicubic resize, over all and the worst image."""
     differences = []
     for start in range(0, len(order.index), 16):
@@ -225,12 +227,12 @@ class Bare(Dataset[int]):
 
 
 def with_workers(
-    images: Images, what: str, count: int, batch: int, rows: np.ndarray, options: argparse.Namespace
+    images: ImageReader, what: str, count: int, batch: int, rows: np.ndarray, options: argparse.Namespace
 ) -> dict[str, Any]:
     """Rates by the clock, and what a step of computation elsewhere waits where loading is 1.2 times as fast as it."""
     workers, batches = options.workers, max(6 * options.workers, (1 if options.tiny else 1536) // batch)
 
-    def stream(data: Images) -> Iterator[Any]:
+    def stream(data: ImageReader) -> Iterator[Any]:
         return training_batches(data, start=0, batch=batch, batches=batches, workers=workers)
 
     rivals: dict[str, Callable[[], Iterator[Any]]] = {

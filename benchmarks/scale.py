@@ -34,11 +34,11 @@ from PIL import Image
 
 from unmask.batch import ImageSpec
 from unmask.data.augment import CropConfig
-from unmask.data.image_reader import Images
+from unmask.data.image_reader import ImageReader
 from unmask.data.loader import training_batches
 from unmask.data.order import Order
 from unmask.data.scan.scan import scan
-from unmask.data.scan.scan_cache import memory_file
+from unmask.data.scan.scan_cache import cache_file
 from unmask.data.sources.open_source import open_source
 from unmask.data.sources.source import Source
 from unmask.engine.device import autocast, choose_device, choose_precision
@@ -79,7 +79,7 @@ def index_row(count: int, rounds: int) -> dict[str, Any]:
             "open_and_scan_again": lambda: scan(open_source(root)),
         }
         found = medians(rivals, rounds=rounds)
-        kept = memory_file(open_source(root))
+        kept = cache_file(open_source(root))
         return {
             "part": "index",
             "files": count,
@@ -205,7 +205,7 @@ def loading_rows(counts: list[int], images: int, rounds: int) -> list[dict[str, 
     """Milliseconds an image from bytes to a batch, after the first one of the epoch."""
     content = picture((40, 48), "JPEG")
     spec = ImageSpec(3, (32, 32), "uint8", (0.0,) * 3, (1.0,) * 3)
-    sets = {count: Images(OneFile(count, content), np.arange(count), spec, CropConfig()) for count in counts}
+    sets = {count: ImageReader(OneFile(count, content), np.arange(count), spec, CropConfig()) for count in counts}
     first: dict[int, list[float]] = {count: [] for count in counts}
     rest: dict[int, list[float]] = {count: [] for count in counts}
     for _ in range(rounds):

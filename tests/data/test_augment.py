@@ -20,8 +20,8 @@ from unmask.data.augment import (
     jitter_colours,
 )
 from unmask.data.device_crops import to_device
-from unmask.data.image_reader import Images
-from unmask.data.order import Taken
+from unmask.data.image_reader import ImageReader
+from unmask.data.order import SampleIndices
 from unmask.data.sources.open_source import open_source
 from unmask.rng import Stream, uniform
 
@@ -89,10 +89,10 @@ def test_resampling_is_pillows_of_that_name(name, box):
 def test_interpolation_counts_in_training_only(tmp_path):
     write_images(tmp_path, 3, size=(40, 50))
     source, spec = open_source(tmp_path), ImageSpec(3, (16, 16), "uint8", (0.0,) * 3, (1.0,) * 3)
-    taken = Taken(np.arange(3), np.zeros(3, np.int64))
+    taken = SampleIndices(np.arange(3), np.zeros(3, np.int64))
 
     def drawn(interpolation, **more):
-        images = Images(source, np.arange(3), spec, CropConfig(interpolation=interpolation), **more)
+        images = ImageReader(source, np.arange(3), spec, CropConfig(interpolation=interpolation), **more)
         return to_device(images[taken].batch, "cpu").images
 
     assert not torch.equal(drawn("bicubic"), drawn("bilinear"))

@@ -11,7 +11,7 @@ from PIL import Image
 from unmask.batch import NO_BOX, ImageSpec
 from unmask.data.annotations.box_annotations import BoxError, open_boxes
 from unmask.data.augment import CropConfig, cut_boxes
-from unmask.data.image_reader import Images
+from unmask.data.image_reader import ImageReader
 from unmask.data.loader import eval_batches, training_batches
 from unmask.metrics import average_precision as average_precision_module
 from unmask.metrics.average_precision import average_precision, true_boxes
@@ -89,7 +89,7 @@ def test_boxes_stay_around_their_object_in_every_crop(tmp_path, kind):
     voc(tmp_path, {"a": OBJECTS["a"][:1]})
     Image.fromarray(bright(SIZE, OBJECTS["a"][0][0])).save(tmp_path / "JPEGImages" / "a.png")
     boxes = open_boxes(tmp_path)
-    data = Images(boxes.source, boxes.rows, SPEC, CropConfig(kind=kind, eval_share=0.6), annotations=boxes)
+    data = ImageReader(boxes.source, boxes.rows, SPEC, CropConfig(kind=kind, eval_share=0.6), annotations=boxes)
     kept = places = 0
     for delivery in training_batches(data, start=0, batch=20, batches=5, workers=0):
         batch = delivery.batch
@@ -137,7 +137,7 @@ def test_cutting_boxes_by_hand():
 
 def test_an_evaluation_sees_the_whole_image_and_all_boxes(tmp_path):
     boxes = open_boxes(coco(tmp_path))
-    data = Images(boxes.source, boxes.rows, SPEC, CropConfig(), training=False, annotations=boxes, whole=True)
+    data = ImageReader(boxes.source, boxes.rows, SPEC, CropConfig(), training=False, annotations=boxes, whole=True)
     (batch,) = eval_batches(data, boxes.rows, batch=3)
     assert batch.boxes is not None
     assert batch.box_labels is not None

@@ -8,7 +8,7 @@ from PIL import Image, ImageOps
 
 from unmask.data.annotations.box_annotations import BoxError, open_boxes
 from unmask.data.annotations.orientation import turned_boxes
-from unmask.data.decode.exif import oriented
+from unmask.data.decode.exif import apply_orientation
 
 SIZE = (60, 80)  # as stored
 BOX = (10, 20, 34, 44)
@@ -94,7 +94,7 @@ def test_boxes_and_masks_turn_as_pillow_turns_pixels(orientation):
     image = Image.fromarray(ids)
     image.getexif()[0x0112] = orientation
     wanted = np.asarray(ImageOps.exif_transpose(image))
-    assert (oriented(ids, orientation) == wanted).all()
+    assert (apply_orientation(ids, orientation) == wanted).all()
     ((x1, y1, x2, y2),) = turned_boxes(np.array([BOX]), orientation, wanted.shape).tolist()
     assert (wanted[y1:y2, x1:x2] == 7).all()
     assert (wanted == 7).sum() == (y2 - y1) * (x2 - x1)

@@ -10,7 +10,7 @@ from unmask.batch import Batch, ImageSpec
 from unmask.config import ConfigError
 from unmask.data.augment import CropConfig, cut, cut_later, room_for
 from unmask.data.device_crops import resample, to_device, weights
-from unmask.data.image_reader import Images
+from unmask.data.image_reader import ImageReader
 from unmask.data.loader import training_batches
 from unmask.data.order import Order
 from unmask.data.sources.open_source import open_source
@@ -68,7 +68,7 @@ def test_weights_sum_to_one_and_look_at_nothing_beyond_the_part():
 def drawn(folder, *, workers=0, on_device=True, repeats=1, batch=8, start=0) -> list[Batch]:
     source = open_source(folder)
     spec = ImageSpec(3, (16, 16), "uint8", (0.0,) * 3, (1.0,) * 3)
-    images = Images(source, np.arange(len(source)), spec, CropConfig(), repeats=repeats, on_device=on_device)
+    images = ImageReader(source, np.arange(len(source)), spec, CropConfig(), repeats=repeats, on_device=on_device)
     stream = training_batches(images, start=start, batch=batch, batches=(64 - start) // batch, workers=workers)
     return [to_device(delivery.batch, "cpu") for delivery in stream]
 
@@ -96,7 +96,7 @@ def test_bad_files_are_replaced_and_repeats_go_along(images):
 def test_outside_training_nothing_is_left_to_the_device(images):
     source = open_source(images)
     spec = ImageSpec(3, (16, 16), "uint8", (0.0,) * 3, (1.0,) * 3)
-    data = Images(source, np.arange(30), spec, CropConfig(), training=False, on_device=True)
+    data = ImageReader(source, np.arange(30), spec, CropConfig(), training=False, on_device=True)
     batch = data[Order(data.rows, 0).take(0, 4)].batch
     assert batch.crops is None
     assert batch.images.shape == (4, 3, 16, 16)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from unmask.data.decode.bad_image import BadImage
-from unmask.data.files.string_table import Names
+from unmask.data.files.string_table import StringTable
 from unmask.data.scan.identity import compare, digest_all, read_record, record_of
 from unmask.data.scan.scan import scan
 from unmask.data.sources.open_source import open_source
@@ -145,7 +145,7 @@ def test_a_damaged_record_is_no_record(tmp_path):
 def test_a_record_of_many_files_is_small(tmp_path):
     source = open_source(folder(tmp_path / "a", 2))
     count = 20_000
-    source.names = Names(f"n{number % 100:03d}/{number:08d}.JPEG" for number in range(count))
+    source.names = StringTable(f"n{number % 100:03d}/{number:08d}.JPEG" for number in range(count))
     source.sizes = source.changed = source.modified = np.arange(count)
     source.digests = np.arange(count, dtype=np.uint64)
     record_of(source).write(tmp_path / "record")

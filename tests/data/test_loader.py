@@ -14,9 +14,9 @@ from unmask.batch import ImageSpec
 from unmask.data import image_reader
 from unmask.data.augment import CropConfig
 from unmask.data.decode.bad_image import BadImage
-from unmask.data.image_reader import Images
+from unmask.data.image_reader import ImageReader
 from unmask.data.loader import choose_workers, eval_batches, training_batches
-from unmask.data.order import Order, Taken
+from unmask.data.order import Order, SampleIndices
 
 COUNT = 20
 
@@ -37,7 +37,7 @@ def source(count=COUNT, **bad):
 
 def images(origin=None, *, size=(8, 8), seed=0, **more):
     origin = origin if origin is not None else source()
-    return Images(origin, np.arange(len(origin)), spec(size), CropConfig(), seed, **more)
+    return ImageReader(origin, np.arange(len(origin)), spec(size), CropConfig(), seed, **more)
 
 
 def drawn(data, *, start=0, batch=8, batches=5, workers=0):
@@ -70,7 +70,7 @@ def test_jitter_belongs_to_the_image_and_is_for_training_only():
     jittered.crop = CropConfig(jitter=0.4)
     assert drawn(jittered, batch=4, batches=10, workers=2) == drawn(jittered)
     assert drawn(jittered) != drawn(images())
-    taken = Taken(np.arange(4), np.zeros(4, np.int64))
+    taken = SampleIndices(np.arange(4), np.zeros(4, np.int64))
     jittered.training = False
     assert torch.equal(jittered[taken].batch.images, images(training=False)[taken].batch.images)
 
@@ -155,14 +155,14 @@ def test_gray_and_colour_mix():
     origin = Memory({"a.png": file_of(np.full((9, 9, 1), 50, np.uint8), "PNG"), "b.png": file_of(noisy(9, 9), "PNG")})
     got = next(eval_batches(images(origin, training=False), np.array([0, 1]), batch=2))
     assert (got.images[0] == 50).all()
-    gray = Images(origin, np.arange(2), spec(channels=1), CropConfig(), training=False)
+    gray = ImageReader(origin, np.arange(2), spec(channels=1), CropConfig(), training=False)
     assert next(eval_batches(gray, np.array([0, 1]), batch=2)).images.shape == (2, 1, 8, 8)
 
 
 @pytest.mark.parametrize(("dtype", "channels"), [("uint16", 1), ("uint16", 3), ("float32", 1), ("float32", 6)])
 def test_other_dtypes_and_channels_travel_as_they_are(dtype, channels):
     values = noisy(8, 8, channels).astype(dtype) * 3
-    data = Images(
+    data = ImageReader(
         Memory({"a.npy": npy(values)}), np.arange(1), spec((8, 8), channels, dtype), CropConfig(), training=False
     )
     got = next(eval_batches(data, np.array([0]), batch=1)).images
@@ -347,7 +347,7 @@ def test_a_batch_holds_few_files_at_a_time():
         return true_take(*arguments)
 
     data._take = take  # type: ignore[method-assign]
-    data[Taken(np.tile(np.arange(COUNT), 5), np.zeros(5 * COUNT, np.int64))]
+    data[SampleIndices(np.tile(np.arange(COUNT), 5), np.zeros(5 * COUNT, np.int64))]
     assert most[0] <= image_reader.READ_AHEAD
 
 

@@ -7,7 +7,7 @@ from PIL import Image, ImageOps
 from unmask.data.annotations import mask_advice
 from unmask.data.annotations.class_files import find_class_files, read_class_file
 from unmask.data.annotations.mask_folders import MaskError
-from unmask.data.annotations.open_masks import open_maps
+from unmask.data.annotations.open_masks import open_masks
 from unmask.data.annotations.segmentation_masks import MaskOptions
 from unmask.errors import UserError
 
@@ -43,27 +43,27 @@ def notes(maps):
 def test_levels_of_gray_are_refused_with_the_options_that_settle_them(tmp_path):
     two, three = folder(tmp_path / "2", [halves(0, 255)] * 3), folder(tmp_path / "3", [halves(0, 128, 255)] * 3)
     with pytest.raises(MaskError, match=r"0 and 255 alone, .* give --mask-values 0,255 to learn 255"):
-        open_maps(two)
+        open_masks(two)
     with pytest.raises(
         MaskError, match=r"129 classes come .* --mask-values 0,128,255 .* --mask-values 0,255 --ignore 128"
     ):
-        open_maps(three)
-    found = open_maps(two, options=MaskOptions((0, 255)))
+        open_masks(three)
+    found = open_masks(two, options=MaskOptions((0, 255)))
     assert found.classes == ("class 0", "class 255")
     assert found.read(0)[0, ::30].tolist() == [0, 1]
-    assert open_maps(three, options=MaskOptions((0, 128, 255))).read(0)[0, ::20].tolist() == [0, 1, 2]
-    trimap = open_maps(three, ignored=(128,), options=MaskOptions((255, 0)))
+    assert open_masks(three, options=MaskOptions((0, 128, 255))).read(0)[0, ::20].tolist() == [0, 1, 2]
+    trimap = open_masks(three, ignored=(128,), options=MaskOptions((255, 0)))
     assert trimap.read(0)[0, ::20].tolist() == [1, 255, 0], "in the order of the values, 128 ignored"
-    again = open_maps(three, ignored=(128,), options=MaskOptions((255, 0)), classes=trimap.classes, look=False)
+    again = open_masks(three, ignored=(128,), options=MaskOptions((255, 0)), classes=trimap.classes, look=False)
     assert (again.read(0) == trimap.read(0)).all()
     (three / "masks" / "classes.txt").write_text("fore\nback\n")
-    assert open_maps(three, ignored=(128,), options=MaskOptions((255, 0))).classes == ("fore", "back")
+    assert open_masks(three, ignored=(128,), options=MaskOptions((255, 0))).classes == ("fore", "back")
 
 
 @pytest.mark.parametrize("values", [(0, 0), (0, 70_000), (0,), (7, 0)])
 def test_wrong_values_are_refused(tmp_path, values):
     with pytest.raises(MaskError, match="mask value"):
-        open_maps(folder(tmp_path, [halves(0, 1)]), ignored=(7,), options=MaskOptions(values))
+        open_masks(folder(tmp_path, [halves(0, 1)]), ignored=(7,), options=MaskOptions(values))
 
 
 def test_interpolated_masks_are_refused(tmp_path):
@@ -71,15 +71,15 @@ def test_interpolated_masks_are_refused(tmp_path):
     blurred = ids.copy()
     blurred[:1] = np.linspace(0, 255, 60).astype(np.uint8)
     with pytest.raises(MaskError, match=r"nearly all pixels being 0 or 255: they look resized with interpolation"):
-        open_maps(folder(tmp_path, [blurred]))
+        open_masks(folder(tmp_path, [blurred]))
 
 
 def test_ids_far_apart_and_masks_of_another_kind_are_pointed_out(tmp_path):
-    apart = open_maps(folder(tmp_path / "a", [halves(0, 40, 80)]))
+    apart = open_masks(folder(tmp_path / "a", [halves(0, 40, 80)]))
     assert "--mask-values 0,40,80 learns those that do" in notes(apart)
-    mixed = open_maps(folder(tmp_path / "b", [halves(0, 1), halves(0, 1), halves(0, 255)]))
+    mixed = open_masks(folder(tmp_path / "b", [halves(0, 1), halves(0, 1), halves(0, 255)]))
     assert "1 of 3 masks hold 255 and at most 0 beside it" in notes(mixed)
-    assert "1 of 3" not in notes(open_maps(folder(tmp_path / "c", [halves(0, 1), halves(0, 1, 255)])))
+    assert "1 of 3" not in notes(open_masks(folder(tmp_path / "c", [halves(0, 1), halves(0, 1, 255)])))
 
 
 # ----------------------------------------------------------------------------------------------------------------- void
@@ -99,16 +99,16 @@ def streets(void):
 
 def test_void_is_proposed_by_its_name_or_its_borders(tmp_path):
     unnamed = folder(tmp_path / "a", streets(4))
-    assert "if it is no class, give --ignore 4" in notes(open_maps(unnamed))
-    assert "--ignore" not in notes(open_maps(unnamed, ignored=(4,)))
+    assert "if it is no class, give --ignore 4" in notes(open_masks(unnamed))
+    assert "--ignore" not in notes(open_masks(unnamed, ignored=(4,)))
     (unnamed / "classes.txt").write_text("road\nsky\ntree\ncar\nVoid\n")
     assert "id 4 is called 'Void', which is rarely a class: leave it out of loss and metrics with --ignore 4" in notes(
-        open_maps(unnamed)
+        open_masks(unnamed)
     )
     (unnamed / "classes.txt").write_text("road\nsky\ntree\ncar\nfence\n")
-    assert "--ignore" not in notes(open_maps(unnamed))
+    assert "--ignore" not in notes(open_masks(unnamed))
     plain = [halves(*np.random.default_rng(i).permutation(6)) for i in range(6)]
-    assert "--ignore" not in notes(open_maps(folder(tmp_path / "b", plain)))
+    assert "--ignore" not in notes(open_masks(folder(tmp_path / "b", plain)))
     assert not mask_advice.VOID.search("avoidable border collie".replace("border", "boarder"))
 
 
@@ -132,10 +132,10 @@ def test_files_of_names_are_found_proposed_and_read(tmp_path, name):
     file.write_text(FILES[name], encoding="utf-8")
     assert read_class_file(file) == {0: "road", 1: "sky", 2: "V\u00f6gel"}
     assert find_class_files([root / "masks", root]) == [file]
-    proposed = open_maps(root)
+    proposed = open_masks(root)
     assert proposed.classes == ("class 0", "class 1", "class 2")
     assert f"names 3 classes (road, sky, V\u00f6gel): take them with --class-names {file}" in notes(proposed)
-    taken = open_maps(root, options=MaskOptions(names=file))
+    taken = open_masks(root, options=MaskOptions(names=file))
     assert taken.classes == ("road", "sky", "V\u00f6gel")
     assert "--class-names" not in notes(taken)
 
@@ -143,13 +143,13 @@ def test_files_of_names_are_found_proposed_and_read(tmp_path, name):
 def test_names_that_do_not_fit_are_not_proposed_and_broken_files_refused(tmp_path):
     root = folder(tmp_path, [halves(0, 1, 2)])
     (root / "codes.txt").write_text("road\nsky\n")
-    assert "--class-names" not in notes(open_maps(root))
+    assert "--class-names" not in notes(open_masks(root))
     (root / "codes.txt").write_bytes("Stra\u00dfe\nHimmel\nB\u00e4ume\n".encode("cp1252"))
-    assert "--class-names" not in notes(open_maps(root))
+    assert "--class-names" not in notes(open_masks(root))
     with pytest.raises(UserError, match=r"line 1 of .*codes\.txt is not UTF-8"):
-        open_maps(root, options=MaskOptions(names=root / "codes.txt"))
+        open_masks(root, options=MaskOptions(names=root / "codes.txt"))
     (root / "classes.txt").write_bytes("a\nb\nc\n".encode("utf-16"))
-    assert open_maps(root).classes == ("a", "b", "c")
+    assert open_masks(root).classes == ("a", "b", "c")
 
 
 # ---------------------------------------------------------------------------------------------------------- orientation
@@ -159,7 +159,7 @@ def test_masks_of_stored_pixels_are_turned_with_their_image(tmp_path):
     ids = halves(0, 1, 2)
     ids[:10] = 3
     root = folder(tmp_path, [ids] * 8, orientation=range(1, 9))
-    found = open_maps(root)
+    found = open_masks(root)
     assert found.stored
     for row in found.rows.tolist():
         with Image.open(root / "images" / f"{row}.png") as image:
@@ -167,7 +167,7 @@ def test_masks_of_stored_pixels_are_turned_with_their_image(tmp_path):
         assert (found.read(row) == wanted).all(), f"orientation {row + 1}"
     assert "7 images carry an orientation, and their masks were drawn on the stored pixels" in notes(found)
     for options in (MaskOptions(stored=True), None):  # as a resumed run opens them, and as test images are
-        again = open_maps(root, classes=found.classes, look=False, options=options)
+        again = open_masks(root, classes=found.classes, look=False, options=options)
         assert (again.read(5) == found.read(5)).all()
 
 
@@ -175,14 +175,14 @@ def test_masks_of_images_as_shown_stay_and_mixtures_are_refused(tmp_path):
     ids = halves(0, 1)
     root = folder(tmp_path, [ids, ids], orientation=(6, 3))
     Image.fromarray(ids.T.astype(np.uint8)).save(root / "masks" / "0.png")
-    found = open_maps(root)
+    found = open_masks(root)
     assert not found.stored
     assert (found.read(0) == ids.T).all()
     assert (found.read(1) == ids).all()
     folder(root, [ids, ids, ids], orientation=(6, 6, 1))
     Image.fromarray(ids.T.astype(np.uint8)).save(root / "masks" / "0.png")
     with pytest.raises(MaskError, match=r"mask of 1\.png was drawn on its stored pixels, that of 0\.png on"):
-        open_maps(root)
+        open_masks(root)
 
 
 # ----------------------------------------------------------------------------------------------------------------- size
@@ -191,7 +191,7 @@ def test_masks_of_images_as_shown_stay_and_mixtures_are_refused(tmp_path):
 def test_what_a_size_costs_is_said(tmp_path):
     ids = halves(0, 1)
     ids[:, ::9] = 2  # poles one pixel wide
-    found = open_maps(folder(tmp_path, [ids] * 3))
+    found = open_masks(folder(tmp_path, [ids] * 3))
     line, costly = found.size_line((8, 8), 4)
     assert costly
     assert line.startswith("masks are learned at 8 x 8 pixels, and the files have 40 x 60: a perfect answer")

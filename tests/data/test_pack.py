@@ -19,7 +19,7 @@ from unmask.data import pack as packing
 from unmask.data.augment import CropConfig, cut
 from unmask.data.decode.decode import decode, header
 from unmask.data.decode.image_header import packed_note
-from unmask.data.image_reader import Images
+from unmask.data.image_reader import ImageReader
 from unmask.data.loader import training_batches
 from unmask.data.order import Order
 from unmask.data.pack import PackError, pack
@@ -68,11 +68,11 @@ def copy(folder: Path, tmp_path: Path) -> Path:
 def digests(data: Path, monkeypatch: pytest.MonkeyPatch, *, workers: int = 0, cached: bool = False) -> list[str]:
     """One for each sample: its row, box in pixels of the original, flip, and mask."""
     source = open_source(data)
-    images = Images(source, scan(source, workers=0).good_rows, SPEC, CropConfig())
+    images = ImageReader(source, scan(source, workers=0).good_rows, SPEC, CropConfig())
     if cached:
         images.keep_decoded()
     found = []
-    true_boxes = Images._boxes
+    true_boxes = ImageReader._boxes
     if workers == 0:  # what is drawn is seen where it is drawn
         seen: list[np.ndarray] = []
 
@@ -81,12 +81,12 @@ def digests(data: Path, monkeypatch: pytest.MonkeyPatch, *, workers: int = 0, ca
             seen.extend(np.append(box, flip) for box, flip in zip(drawn, flips, strict=True))
             return drawn, flips
 
-        monkeypatch.setattr(Images, "_boxes", boxes)
+        monkeypatch.setattr(ImageReader, "_boxes", boxes)
     for delivery in training_batches(images, start=0, batch=7, batches=4, workers=workers):
         batch = delivery.batch
         mask = random_mask(len(batch), (4, 4), 0.75, Draws(0, batch.epoch, batch.index))
         found += [(index, keep) for index, keep in zip(batch.index.tolist(), mask.keep.tolist(), strict=True)]
-    monkeypatch.setattr(Images, "_boxes", true_boxes)
+    monkeypatch.setattr(ImageReader, "_boxes", true_boxes)
     drawn = seen if workers == 0 else [np.zeros(0)] * len(found)
     return [
         hashlib.sha256(str((index, box.tolist(), keep)).encode()).hexdigest()
@@ -103,7 +103,7 @@ def test_the_pixels_are_nearly_those_of_the_originals(folder, copy):
     rows = scan(open_source(folder), workers=0).good_rows
     smooth_rows = rows[rows != 1]  # of noise nothing is left when it is shrunk
     one, two = (
-        Images(open_source(data), smooth_rows, SPEC, CropConfig())[Order(smooth_rows, 0).take(0, 24)].batch
+        ImageReader(open_source(data), smooth_rows, SPEC, CropConfig())[Order(smooth_rows, 0).take(0, 24)].batch
         for data in (folder, copy)
     )
     assert torch.equal(one.index, two.index)
@@ -214,14 +214,16 @@ def test_a_note_that_does_not_fit_is_not_heeded():
 
 
 def test_masks_beside_packed_images_are_held_against_the_originals(tmp_path):
-    from unmask.data.annotations.open_masks import open_maps
+    from unmask.data.annotations.open_masks import open_masks
 
     for kind, pixels in (("images", smooth(100, 120)), ("masks", np.tile(np.arange(2, dtype=np.uint8), (100, 60)))):
         (tmp_path / kind).mkdir()
         Image.fromarray(pixels).save(tmp_path / kind / "a.png")
     pack(tmp_path / "images", tmp_path / "copy.tar", short_side=32, workers=0)
-    maps = open_maps(tmp_path / "copy.tar", masks=tmp_path / "masks")
-    got = Images(maps.source, np.arange(1), SPEC, CropConfig(), annotations=maps)[Order(np.arange(1), 0).take(0, 1)]
+    maps = open_masks(tmp_path / "copy.tar", masks=tmp_path / "masks")
+    got = ImageReader(maps.source, np.arange(1), SPEC, CropConfig(), annotations=maps)[
+        Order(np.arange(1), 0).take(0, 1)
+    ]
     assert got.batch.maps is not None
     assert set(got.batch.maps.unique().tolist()) == {0, 1}
 

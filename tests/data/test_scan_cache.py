@@ -13,7 +13,7 @@ from unmask.data.decode.bad_image import BadImage
 from unmask.data.scan import scan as scanning
 from unmask.data.scan import scan_cache as module
 from unmask.data.scan.scan import scan
-from unmask.data.scan.scan_cache import LooksSoFar, joined, memory_file, recall
+from unmask.data.scan.scan_cache import FileRecordsBuilder, cache_file, joined, load_records
 from unmask.data.sources.open_source import open_source
 
 
@@ -164,7 +164,7 @@ def test_where_nothing_can_be_kept_it_is_said(folder, tmp_path, monkeypatch):
 def test_images_that_lie_in_no_file_are_not_remembered(memory):
     scan(open_source("shapes:5"))
     assert not memory.exists()
-    assert memory_file(open_source("shapes:5")) is None
+    assert cache_file(open_source("shapes:5")) is None
 
 
 def test_it_can_be_turned_off_and_other_decoders_look_anew(folder, memory, monkeypatch):
@@ -180,16 +180,16 @@ def test_it_can_be_turned_off_and_other_decoders_look_anew(folder, memory, monke
 def test_the_memory_is_in_the_users_cache_folder(tmp_path, monkeypatch):
     monkeypatch.delenv("UNMASK_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert module.memory_folder() == tmp_path / "unmask"
+    assert module.cache_folder() == tmp_path / "unmask"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setattr(Path, "home", lambda: tmp_path / "home")
-    assert module.memory_folder() == tmp_path / "home" / ".cache" / "unmask"
+    assert module.cache_folder() == tmp_path / "home" / ".cache" / "unmask"
 
     def homeless():
         raise RuntimeError
 
     monkeypatch.setattr(Path, "home", homeless)
-    assert module.memory_folder() is None
+    assert module.cache_folder() is None
 
 
 def test_nowhere_to_write_costs_nothing_but_time(folder, memory):
@@ -202,7 +202,7 @@ def test_nowhere_to_write_costs_nothing_but_time(folder, memory):
 def test_a_damaged_memory_is_as_good_as_none(folder):
     source = open_source(folder)
     whole = plain(scan(source))
-    file = memory_file(source)
+    file = cache_file(source)
     assert file is not None
     content, rng = file.read_bytes(), np.random.default_rng(0)
     damaged = [content[: int(cut)] for cut in rng.integers(0, len(content), 60)]
@@ -213,7 +213,7 @@ def test_a_damaged_memory_is_as_good_as_none(folder):
     useless = 0
     for one in damaged:
         file.write_bytes(one)
-        useless += recall(source) is None
+        useless += load_records(source) is None
         assert plain(scan(source, workers=0)) == whole
     assert useless == 300
     file.write_bytes(content)
@@ -222,7 +222,7 @@ def test_a_damaged_memory_is_as_good_as_none(folder):
 
 def test_columns_are_taken_apart_and_joined(folder):
     source = open_source(folder)
-    so_far = [LooksSoFar(), LooksSoFar()]
+    so_far = [FileRecordsBuilder(), FileRecordsBuilder()]
     for row in range(len(source)):
         look = scanning._look(source, row)
         assert isinstance(look, module.Look)

@@ -10,11 +10,11 @@ from PIL import Image
 
 from unmask.batch import IGNORED, ImageSpec
 from unmask.data.annotations.mask_folders import MaskError
-from unmask.data.annotations.open_masks import open_maps
+from unmask.data.annotations.open_masks import open_masks
 from unmask.data.annotations.segmentation_masks import read_ids
 from unmask.data.augment import CropConfig, cut, cut_map
 from unmask.data.decode.bad_image import BadImage
-from unmask.data.image_reader import Images
+from unmask.data.image_reader import ImageReader
 from unmask.data.loader import eval_batches, training_batches
 from unmask.data.order import Order
 
@@ -52,9 +52,9 @@ def put(root, pixels, name="0.png", masks="labels"):
 
 @pytest.mark.parametrize("kind", ["random_resized", "random", "center"])
 def test_a_mask_that_is_a_function_of_its_image_stays_it_in_every_crop(tmp_path, kind):
-    maps = open_maps(folder(tmp_path))
-    images = Images(maps.source, maps.rows, SPEC, CropConfig(kind=kind, eval_share=0.8), annotations=maps)
-    flipped = Images(maps.source, maps.rows, SPEC, CropConfig(kind=kind, eval_share=0.8))
+    maps = open_masks(folder(tmp_path))
+    images = ImageReader(maps.source, maps.rows, SPEC, CropConfig(kind=kind, eval_share=0.8), annotations=maps)
+    flipped = ImageReader(maps.source, maps.rows, SPEC, CropConfig(kind=kind, eval_share=0.8))
     wrong = mirrored = total = 0
     for got, bare in zip(*(training_batches(one, start=0, batch=12, batches=5, workers=0) for one in (images, flipped)),
                          strict=True):  # fmt: skip
@@ -72,8 +72,8 @@ def test_a_mask_that_is_a_function_of_its_image_stays_it_in_every_crop(tmp_path,
 
 
 def test_an_evaluation_sees_the_whole_image(tmp_path):
-    maps = open_maps(folder(tmp_path, size=(40, 90)))
-    whole = Images(maps.source, maps.rows, SPEC, CropConfig(), training=False, annotations=maps, whole=True)
+    maps = open_masks(folder(tmp_path, size=(40, 90)))
+    whole = ImageReader(maps.source, maps.rows, SPEC, CropConfig(), training=False, annotations=maps, whole=True)
     (batch,) = eval_batches(whole, maps.rows, batch=6)
     assert batch.maps is not None
     for row, found, image in zip(maps.rows.tolist(), batch.maps, batch.images, strict=True):
@@ -85,7 +85,7 @@ def test_an_evaluation_sees_the_whole_image(tmp_path):
         xs = ((torch.arange(24) + 0.5) * shape[1] / 24).long()
         assert torch.equal(found, ids[ys][:, xs])
         assert ((image[0] > 128).long() != found).float().mean() < 0.1
-    centred = Images(maps.source, maps.rows, SPEC, CropConfig(), training=False, annotations=maps)
+    centred = ImageReader(maps.source, maps.rows, SPEC, CropConfig(), training=False, annotations=maps)
     assert not torch.equal(next(eval_batches(centred, maps.rows, batch=6)).images, batch.images)
 
 
@@ -110,8 +110,8 @@ def test_the_map_of_a_pixel_is_under_it_in_a_fine_stripe():
 
 
 def test_workers_and_divisions_change_no_map(tmp_path):
-    maps = open_maps(folder(tmp_path))
-    images = Images(maps.source, maps.rows, SPEC, CropConfig(), annotations=maps)
+    maps = open_masks(folder(tmp_path))
+    images = ImageReader(maps.source, maps.rows, SPEC, CropConfig(), annotations=maps)
     one = torch.cat([d.batch.maps for d in training_batches(images, start=0, batch=4, batches=3, workers=0)])
     two = torch.cat([d.batch.maps for d in training_batches(images, start=0, batch=12, batches=1, workers=1)])
     assert torch.equal(one, two)
@@ -120,9 +120,9 @@ def test_workers_and_divisions_change_no_map(tmp_path):
 
 
 def test_a_mask_that_goes_bad_replaces_its_image(tmp_path):
-    maps = open_maps(folder(tmp_path))
+    maps = open_masks(folder(tmp_path))
     put(tmp_path, b"gone", "3.png")
-    images = Images(maps.source, maps.rows, SPEC, CropConfig(), annotations=maps)
+    images = ImageReader(maps.source, maps.rows, SPEC, CropConfig(), annotations=maps)
     (got,) = training_batches(images, start=0, batch=6, batches=1, workers=0)
     assert 3 not in got.batch.index.tolist()
     assert [bad.name for bad in got.bad] == ["a/3.png"]
@@ -130,7 +130,7 @@ def test_a_mask_that_goes_bad_replaces_its_image(tmp_path):
     for pixels in (noisy(8, 8, 1), np.full((43, 57), 7, np.uint8)):
         put(tmp_path, pixels, "3.png")
         with pytest.raises(BadImage, match="mask"):
-            list(eval_batches(Images(**(vars(images) | {"training": False})), np.array([3]), batch=1))
+            list(eval_batches(ImageReader(**(vars(images) | {"training": False})), np.array([3]), batch=1))
 
 
 # -------------------------------------------------------------------------------------------------------- what is found
@@ -138,20 +138,20 @@ def test_a_mask_that_goes_bad_replaces_its_image(tmp_path):
 
 def test_folders_are_found_by_themselves(tmp_path):
     root = folder(tmp_path / "x")
-    wanted = open_maps(root)
+    wanted = open_masks(root)
     for data in (root / "images", root / "images" / "a"):
-        found = open_maps(data)
+        found = open_masks(data)
         assert [(found.read(row) == wanted.read(row)).all() for row in range(6)] == [True] * 6
     for name in ("masks", "annotations"):
         other = folder(tmp_path / name, masks=name)
-        assert open_maps(other).masks.name == str(other / name)
+        assert open_masks(other).masks.name == str(other / name)
     named = folder(tmp_path / "named", images="photos", masks="ids")
-    assert len(open_maps(named / "photos", named / "ids").rows) == 6
-    assert len(open_maps(root, root / "labels").source) == 6, "its images alone"
+    assert len(open_masks(named / "photos", named / "ids").rows) == 6
+    assert len(open_masks(root, root / "labels").source) == 6, "its images alone"
     with pytest.raises(MaskError, match="no masks were found"):
-        open_maps(named)
+        open_masks(named)
     with pytest.raises(MaskError, match="does not exist"):
-        open_maps(named / "photos", named / "none")
+        open_masks(named / "photos", named / "none")
 
 
 def test_images_without_mask_are_left_out_and_named(tmp_path):
@@ -159,14 +159,14 @@ def test_images_without_mask_are_left_out_and_named(tmp_path):
     (root / "labels" / "a" / "2.png").unlink()
     put(root, red(noisy()), "other.png")
     put(root, damaged((root / "labels" / "a" / "5.png").read_bytes()), "5.png")
-    maps = open_maps(root)
+    maps = open_masks(root)
     assert maps.rows.tolist() == [0, 1, 3, 4]
     said = "\n".join(maps.lines())
     assert maps.without == ["a/2.png", "a/5.png"]
     assert "2 images without one are left out: a/2.png, a/5.png" in said
     assert "1 masks cannot be read" in said
     with pytest.raises(AssertionError, match="without annotations"):
-        Images(maps.source, np.arange(6), SPEC, CropConfig(), annotations=maps)
+        ImageReader(maps.source, np.arange(6), SPEC, CropConfig(), annotations=maps)
 
 
 def test_ids_names_and_shares(tmp_path):
@@ -177,7 +177,7 @@ def test_ids_names_and_shares(tmp_path):
     ids[:] = 4
     put(root, ids.repeat(2, 0)[:11, :10], "1.png")
     (root / "classes.txt").write_text("road\nsky\n\nvoid\ntree\n".replace("\n\n", "\npole\n") + "\n")
-    maps = open_maps(root, ignored=(3,))
+    maps = open_masks(root, ignored=(3,))
     assert maps.classes == ("road", "sky", "pole", "tree")
     assert maps.ids == [0, 1, 2, 4]
     assert maps.ignored == (3, 255)
@@ -187,11 +187,11 @@ def test_ids_names_and_shares(tmp_path):
     assert "10.0% of all pixels are not judged (id 3, id 255)" in maps.lines()[1]
     assert "55.00% of pixels, in 2 images  tree" in "\n".join(maps.lines())
     (root / "classes.txt").unlink()
-    numbered = open_maps(root, ignored=(0,))
+    numbered = open_masks(root, ignored=(0,))
     assert numbered.classes == ("class 1", "class 2", "class 3", "class 4")
     assert "1 class in no mask: class 2" in numbered.lines()
-    assert not any("in no mask" in line for line in open_maps(root, ignored=(0, 2)).lines())
-    again = open_maps(root, ignored=(3,), classes=maps.classes, look=False)
+    assert not any("in no mask" in line for line in open_masks(root, ignored=(0, 2)).lines())
+    again = open_masks(root, ignored=(3,), classes=maps.classes, look=False)
     assert (again.read(0) == maps.read(0)).all()
 
 
@@ -286,27 +286,27 @@ def bad(root, name):
 )
 def test_what_is_no_mask_is_refused_with_a_sentence(tmp_path, name, said):
     root = folder(tmp_path)
-    open_maps(root)
+    open_masks(root)
     bad(root, name)
     with pytest.raises(MaskError, match=said):
-        open_maps(root)
+        open_masks(root)
 
 
 def test_rows_that_are_missing_are_noticed(tmp_path):
     """Pillow alone would leave them black, which is a class."""
     root = folder(tmp_path)
     put(root, png(60, 40, 8, 0, (b"\0" + b"\1" * 60) * 30))
-    assert open_maps(root).rows.tolist() == [1, 2, 3, 4, 5]
+    assert open_masks(root).rows.tolist() == [1, 2, 3, 4, 5]
 
 
 def test_a_wrong_ignored_id_is_refused(tmp_path):
     with pytest.raises(MaskError, match="ignored id 70000 came"):
-        open_maps(folder(tmp_path), ignored=(70_000,))
+        open_masks(folder(tmp_path), ignored=(70_000,))
 
 
 @pytest.mark.skipif(not CAMVID.is_dir(), reason="data/camvid is absent: tar xf ../shared/data/camvid-half.tar -C data")
 def test_camvid_is_read_whole():
-    maps = open_maps(CAMVID / "images" / "val", ignored=(11,))
+    maps = open_masks(CAMVID / "images" / "val", ignored=(11,))
     assert len(maps.rows) == 101
     assert len(maps.classes) == 11
     assert sum(maps.pixels.values()) == 101 * 180 * 240

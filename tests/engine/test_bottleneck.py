@@ -7,7 +7,7 @@ from conftest import write_images
 
 from unmask.console import Console
 from unmask.data.decode import decode
-from unmask.data.sources.image_files import Files
+from unmask.data.sources.image_files import FilesSource
 from unmask.engine import bottleneck
 from unmask.engine.bottleneck import DECODING, STEP, STORAGE, TRANSFORM, Pace, examine_data
 from unmask.errors import UserError
@@ -64,7 +64,7 @@ def test_images_in_memory_cost_their_transform_alone():
 def test_what_is_slow_is_found(tmp_path, monkeypatch, slow):
     monkeypatch.setattr(bottleneck, "measure_step_seconds", lambda *_, **__: 0.0001)
     monkeypatch.setattr(bottleneck, "PATIENCE", 0.3)
-    place = (Files, "read") if slow == STORAGE else (decode, "decode")
+    place = (FilesSource, "read") if slow == STORAGE else (decode, "decode")
     usual = getattr(*place)
 
     def late(*given, **named):

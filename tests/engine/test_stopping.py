@@ -20,7 +20,7 @@ from faults import faults
 from unmask.batch import ImageSpec
 from unmask.data.augment import CropConfig
 from unmask.data.decode.bad_image import BadImage
-from unmask.data.image_reader import Images
+from unmask.data.image_reader import ImageReader
 from unmask.data.loader import eval_batches, training_batches
 from unmask.data.sources.open_source import open_source
 from unmask.engine.pretrain import pretrain
@@ -36,7 +36,7 @@ ENDLESS = ("train.steps=100000", "data.cache=false", "train.picture_every=100000
 def loader_images(folder: Path, **more):
     source = open_source(str(folder))
     spec = ImageSpec(3, (8, 8), "uint8", (0.0,) * 3, (1.0,) * 3)
-    return Images(source, np.arange(len(source)), spec, CropConfig(), **more)
+    return ImageReader(source, np.arange(len(source)), spec, CropConfig(), **more)
 
 
 def children_of(process: int) -> list[psutil.Process]:
@@ -338,14 +338,14 @@ def test_a_stop_while_waiting_for_data_saves_what_was_trained(images, tmp_path, 
     """A file that never ends: SIGTERM in the middle of the wait leaves a checkpoint, and nothing is trained twice."""
     plain = [*SMALL_RUN, "train.steps=12", "data.cache=false", f"data.workers={workers}"]
     whole = pretrain(images, recipe="mae_nano", out=tmp_path / "whole", settings=plain)
-    real = Images.__getitem__
+    real = ImageReader.__getitem__
 
     def waiting(self, taken):
         if self.training and taken.epoch[0] > 0:
             time.sleep(60)
         return real(self, taken)
 
-    monkeypatch.setattr(Images, "__getitem__", waiting)
+    monkeypatch.setattr(ImageReader, "__getitem__", waiting)
     threading.Timer(4, os.kill, (os.getpid(), signal.SIGTERM)).start()
     began = time.monotonic()
     run = pretrain(images, recipe="mae_nano", out=tmp_path / "run", settings=plain)

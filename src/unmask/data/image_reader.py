@@ -16,7 +16,7 @@ from unmask.data.decode import decode, nodata
 from unmask.data.decode import pixels as pixels_module
 from unmask.data.decode.bad_image import BadImage
 from unmask.data.decode.image_header import Header
-from unmask.data.order import Taken
+from unmask.data.order import SampleIndices
 from unmask.data.scan.scan import BadFile
 from unmask.data.sources.source import Source
 from unmask.rng import Stream, uniform, words
@@ -26,18 +26,18 @@ READ_AHEAD = 16  # files of a batch that are held undecoded at a time
 
 
 @dataclass(frozen=True)
-class Delivery:
+class LoadedBatch:
     """A batch, and the files that could not be read for it (each was replaced)."""
 
     batch: Batch
     bad: tuple[BadFile, ...] = ()
 
-    def pin_memory(self) -> Delivery:
-        return Delivery(self.batch.pin_memory(), self.bad)
+    def pin_memory(self) -> LoadedBatch:
+        return LoadedBatch(self.batch.pin_memory(), self.bad)
 
 
 @dataclass(frozen=True)
-class Opened:
+class OpenedImage:
     """One image on its way: its full size, and either its bytes and header, or itself decoded, or what is wrong.
 
     valid: (H, W) bool, False where a pixel is absent; None where all are there. Absent pixels hold the data's mean.
@@ -72,7 +72,7 @@ class Annotations(Protocol):
 
 
 @dataclass
-class Images:
+class ImageReader:
     """Reads, decodes, crops and stacks the images it is asked for. Picklable; everything random comes from `seed`.
 
     training=False means the centred box and no flip; then a bad file raises, because an evaluation must not put
@@ -94,7 +94,7 @@ class Images:
     repeats: int = 1
     on_device: bool = False
     min_valid: float = 0.5
-    kept: dict[int, Opened] = field(default_factory=dict)
+    kept: dict[int, OpenedImage] = field(default_factory=dict)
     gone_bad: set[str] = field(default_factory=set)
     note: Callable[[int], object] | None = None
 
@@ -120,12 +120,12 @@ class Images:
             try:
                 data = self.source.read_unchanged(row)
                 header = decode.header(data, self.source.reading)
-                opened = Opened(header.full_size, data, header)
+                opened = OpenedImage(header.full_size, data, header)
                 self.kept[row] = self._with_absent(opened, decode.decode(data, found=header))
             except BadImage:
                 continue
 
-    def __getitem__(self, taken: Taken) -> Delivery:
+    def __getitem__(self, taken: SampleIndices) -> LoadedBatch:
         index, bad, more = taken.index.copy(), [], []
         # Channels last, as decoders write and as a patch vector is laid out: to turn each batch would cost a twentieth.
         later = self.training and self.on_device
@@ -165,7 +165,7 @@ class Images:
             min_valid=self.min_valid,
             **{name: torch.from_numpy(np.stack([one[name] for one in more])) for name in (more[0] if more else ())},
         )
-        return Delivery(batch, tuple(bad))
+        return LoadedBatch(batch, tuple(bad))
 
     def _all_valid(self, maps: list[np.ndarray | None]) -> np.ndarray | None:
         """(B, h, w) bool of the maps of single images; None where no pixel of any is absent."""
@@ -173,7 +173,7 @@ class Images:
             return None
         return np.stack([np.ones(self.spec.size, bool) if valid is None else valid for valid in maps])
 
-    def _samples(self, taken: Taken) -> Iterator[tuple[Opened, np.ndarray, bool]]:
+    def _samples(self, taken: SampleIndices) -> Iterator[tuple[OpenedImage, np.ndarray, bool]]:
         """Image, box and flip of each: `repeats` in a row are of one image, which is decoded once."""
         repeats = self.repeats if self.training else 1
         assert len(taken.index) % repeats == 0, f"{len(taken.index)} samples are not {repeats} of every image"
@@ -189,7 +189,7 @@ class Images:
                 image = self.decoded(image, boxes[own])
                 yield from ((image, box, bool(flip)) for box, flip in zip(boxes[own], flips[own], strict=True))
 
-    def opened(self, row: int) -> Opened:
+    def opened(self, row: int) -> OpenedImage:
         """The bytes and the size of one image; a fault is kept until its turn comes."""
         if self.note is not None:
             self.note(row)
@@ -198,11 +198,11 @@ class Images:
         try:
             data = self.source.read_unchanged(row)
             header = decode.header(data, self.source.reading)
-            return Opened(header.full_size, data, header)
+            return OpenedImage(header.full_size, data, header)
         except BadImage as error:
-            return Opened((1, 1), fault=error)
+            return OpenedImage((1, 1), fault=error)
 
-    def decoded(self, opened: Opened, boxes: np.ndarray) -> Opened:
+    def decoded(self, opened: OpenedImage, boxes: np.ndarray) -> OpenedImage:
         """The image as large as its boxes need it, or what is wrong with it."""
         if opened.image is not None or opened.fault is not None:
             return opened
@@ -211,15 +211,15 @@ class Images:
             at_least = (max(height for height, _ in sizes), max(width for _, width in sizes))
             return self._with_absent(opened, decode.decode(opened.data, at_least=at_least, found=opened.header))
         except BadImage as error:
-            return Opened(opened.size, fault=error)
+            return OpenedImage(opened.size, fault=error)
 
-    def _with_absent(self, opened: Opened, pixels: np.ndarray) -> Opened:
+    def _with_absent(self, opened: OpenedImage, pixels: np.ndarray) -> OpenedImage:
         """The image as the data set has it, and which of its pixels are absent. Raises BadImage."""
         valid = nodata.valid_pixels(pixels, self.source.reading.nodata, nodata.declared(opened.data))
         if valid is None:
-            return Opened(opened.size, image=self._conform(pixels))
+            return OpenedImage(opened.size, image=self._conform(pixels))
         image = self._conform(nodata.filled(pixels, valid))
-        return Opened(opened.size, image=nodata.filled(image, valid, self.fill), valid=valid)
+        return OpenedImage(opened.size, image=nodata.filled(image, valid, self.fill), valid=valid)
 
     @property
     def fill(self) -> np.ndarray:
@@ -227,7 +227,7 @@ class Images:
         return nodata.fill_values(self.spec.mean, self.spec.dtype)
 
     def _take(
-        self, row: int, opened: Opened, box: np.ndarray, flip: bool, out: np.ndarray, crop: np.ndarray | None
+        self, row: int, opened: OpenedImage, box: np.ndarray, flip: bool, out: np.ndarray, crop: np.ndarray | None
     ) -> dict[str, np.ndarray]:
         """Writes a decoded image's crop to `out` (H, W, C), or with `crop` (7,) what it is made of on the device.
 
@@ -250,7 +250,7 @@ class Images:
         return beside
 
     def _take_valid(
-        self, opened: Opened, box: np.ndarray, flip: bool, out: np.ndarray, crop: np.ndarray | None
+        self, opened: OpenedImage, box: np.ndarray, flip: bool, out: np.ndarray, crop: np.ndarray | None
     ) -> np.ndarray:
         """As `_take`, for an image with absent pixels, which is resampled here; returns (h, w) bool."""
         assert opened.image is not None

@@ -32,13 +32,13 @@ import numpy as np
 
 from unmask.batch import Batch
 from unmask.data.decode.bad_image import BadImage
-from unmask.data.image_reader import Delivery, Images
-from unmask.data.order import Order, Taken
+from unmask.data.image_reader import ImageReader, LoadedBatch
+from unmask.data.order import Order, SampleIndices
 from unmask.data.scan.scan import num_cores
 from unmask.data.worker_pool import WorkerPool
 
 
-class Deliveries(Iterator[Delivery], Protocol):
+class BatchIterator(Iterator[LoadedBatch], Protocol):
     """Batches as they are needed; `close` ends the workers that make them."""
 
     def close(self) -> None: ...
@@ -53,7 +53,7 @@ class _Positions:
     count: int
     batches: int
 
-    def __iter__(self) -> Iterator[Taken]:
+    def __iter__(self) -> Iterator[SampleIndices]:
         for number in range(self.batches):
             yield self.order.take(self.start + number * self.count, self.count)
 
@@ -62,9 +62,9 @@ class _Positions:
 class _Batches:
     """What a worker process runs: one batch per request."""
 
-    images: Images
+    images: ImageReader
 
-    def make(self, request: Taken, note: Callable[[int], None]) -> Delivery:
+    def make(self, request: SampleIndices, note: Callable[[int], None]) -> LoadedBatch:
         self.images.note = note
         return self.images[request]
 
@@ -73,8 +73,15 @@ class _Batches:
 
 
 def training_batches(
-    images: Images, *, start: int, batch: int, batches: int, workers: int, pin: bool = False, folder: Path | None = None
-) -> Deliveries:
+    images: ImageReader,
+    *,
+    start: int,
+    batch: int,
+    batches: int,
+    workers: int,
+    pin: bool = False,
+    folder: Path | None = None,
+) -> BatchIterator:
     """`batches` deliveries of `batch` images from sample number `start` on, decoded by `workers` processes.
 
     The processes start now and end with the iterator. folder: see `WorkerPool`. Raises BadImage when a bad file cannot
@@ -84,16 +91,16 @@ def training_batches(
     return _deliveries(images, _Positions(order, start, batch, batches), workers, pin, folder)
 
 
-def eval_batches(images: Images, rows: np.ndarray, *, batch: int, workers: int = 0) -> Iterator[Batch]:
+def eval_batches(images: ImageReader, rows: np.ndarray, *, batch: int, workers: int = 0) -> Iterator[Batch]:
     """The given rows in order, none of it random; the last batch may be smaller. Raises BadImage, LoadingFailed."""
     pieces = [rows[i : i + batch] for i in range(0, len(rows), batch)]
-    taken = [Taken(piece.astype(np.int64), np.zeros(len(piece), np.int64)) for piece in pieces]
+    taken = [SampleIndices(piece.astype(np.int64), np.zeros(len(piece), np.int64)) for piece in pieces]
     return (delivery.batch for delivery in _deliveries(images, taken, workers))
 
 
 def _deliveries(
-    images: Images, requests: Iterable[Taken], workers: int, pin: bool = False, folder: Path | None = None
-) -> Deliveries:
+    images: ImageReader, requests: Iterable[SampleIndices], workers: int, pin: bool = False, folder: Path | None = None
+) -> BatchIterator:
     if workers:
         return WorkerPool(_Batches(images), requests, workers, caught=BadImage, pin=pin, folder=folder)
     made = (images[taken] for taken in requests)

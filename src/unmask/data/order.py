@@ -10,7 +10,7 @@ from unmask.rng import permutation
 
 
 @dataclass(frozen=True)
-class Taken:
+class SampleIndices:
     """The images of one batch: rows of the source, and how often each has been drawn before, its epoch."""
 
     index: np.ndarray  # (B,) int64
@@ -26,14 +26,14 @@ class Order:
     repeats: int = 1
     _cache: dict[int, np.ndarray] = field(default_factory=dict)
 
-    def take(self, start: int, count: int) -> Taken:
+    def take(self, start: int, count: int) -> SampleIndices:
         """Samples start .. start + count."""
         slots, repeat = np.divmod(np.arange(start, start + count, dtype=np.int64), self.repeats)
         passes, place = np.divmod(slots, len(self.rows))
         index = np.empty_like(slots)
         for number in np.unique(passes):
             index[passes == number] = self._pass(int(number))[place[passes == number]]
-        return Taken(index, passes * self.repeats + repeat)
+        return SampleIndices(index, passes * self.repeats + repeat)
 
     def _pass(self, number: int) -> np.ndarray:
         if number not in self._cache:

@@ -38,7 +38,7 @@ from unmask.console import Console
 from unmask.data import augment
 from unmask.data.decode import decode, nodata, png
 from unmask.data.decode.bad_image import BadImage
-from unmask.data.decode.choose_reading import settle
+from unmask.data.decode.choose_reading import choose_reading
 from unmask.data.decode.image_header import Header, packed_note
 from unmask.data.scan.scan import num_cores
 from unmask.data.sources.class_folders import classes_of
@@ -102,7 +102,7 @@ def pack(
     if workers is None:
         workers = num_cores()
     console.say(f"{source.name}: {len(source)} images found")
-    source.reading, settled = settle(source, range(len(source)))
+    source.reading, settled = choose_reading(source, range(len(source)))
     for reason in settled:
         console.say(f"  {reason}")
     part = out.with_name(f".{out.name}.{os.getpid()}.part")

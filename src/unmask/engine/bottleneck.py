@@ -13,13 +13,13 @@ import numpy as np
 
 from unmask.config import Config
 from unmask.console import Console
-from unmask.data.image_reader import Images, Opened
+from unmask.data.image_reader import ImageReader, OpenedImage
 from unmask.data.loader import training_batches
 from unmask.data.order import Order
 from unmask.data.pack import SHORT_SIDE
 from unmask.data.scan.scan import num_cores, scan
 from unmask.data.sources.open_source import open_source
-from unmask.data.sources.tiff_samples import read_as
+from unmask.data.sources.tiff_samples import apply_reading
 from unmask.engine.device import choose_device
 from unmask.engine.measure import measure_step_seconds, with_loading
 from unmask.engine.plan import Plan
@@ -129,7 +129,7 @@ def examine_data(
     draft = drafted(None, recipe, settings, None)
     refuse_labels(draft, None)
     device = choose_device(draft.train.device)
-    source = read_as(open_source(data, exclude), draft.data.reading)
+    source = apply_reading(open_source(data, exclude), draft.data.reading)
     found = scan(source, sample=LOOKED_AT, workers=0, channels=draft.data.channels)
     refuse_bad_data(found, draft)
     config, reasons, _ = settle(source, found, recipe, settings, device, budget=None)
@@ -157,7 +157,7 @@ def examine_data(
     }
 
 
-def measure(images: Images, plan: Plan, unread: np.ndarray, config: Config) -> Pace:
+def measure(images: ImageReader, plan: Plan, unread: np.ndarray, config: Config) -> Pace:
     """unread: rows that this command has not read yet, so that they come from the storage if anything does."""
     rows = unread if len(unread) >= min(TIMED, len(images.rows)) // 2 else images.rows
     timed = TimedImages(**{**vars(images), "rows": rows, "kept": {}})
@@ -187,7 +187,7 @@ def measure(images: Images, plan: Plan, unread: np.ndarray, config: Config) -> P
 
 
 @dataclass
-class TimedImages(Images):
+class TimedImages(ImageReader):
     """Images, and the seconds that it took to read and to decode so many files of so many bytes."""
 
     reading: float = 0.0
@@ -195,21 +195,21 @@ class TimedImages(Images):
     files: int = 0
     bytes: int = 0
 
-    def opened(self, row: int) -> Opened:
+    def opened(self, row: int) -> OpenedImage:
         start = time.perf_counter()
         found = super().opened(row)
         self.reading += time.perf_counter() - start
         self.files, self.bytes = self.files + 1, self.bytes + len(found.data)
         return found
 
-    def decoded(self, opened: Opened, boxes: np.ndarray) -> Opened:
+    def decoded(self, opened: OpenedImage, boxes: np.ndarray) -> OpenedImage:
         start = time.perf_counter()
         found = super().decoded(opened, boxes)
         self.decoding += time.perf_counter() - start
         return found
 
 
-def _loading(images: Images) -> tuple[float, int]:
+def _loading(images: ImageReader) -> tuple[float, int]:
     """Seconds, and as many samples as are loaded in the time there is."""
     order, count = Order(images.rows, images.seed, images.repeats), 16 * images.repeats
     images[order.take(0, images.repeats)]  # the first is slower: libraries are loaded
@@ -221,7 +221,7 @@ def _loading(images: Images) -> tuple[float, int]:
     return time.perf_counter() - start, done
 
 
-def delivered(images: Images, plan: Plan) -> float:
+def delivered(images: ImageReader, plan: Plan) -> float:
     """Images a second from the loader with the planned workers; the time they take to start does not count."""
     micro = images.repeats * max(1, min(plan.micro_batch, 64) // images.repeats)
     batches = training_batches(images, start=0, batch=micro, batches=100_000, workers=plan.workers)

@@ -8,11 +8,11 @@ from typing import Any
 
 from unmask.config import DataConfig
 from unmask.console import Console, duration
-from unmask.data.scan.findings import is_plain, table
+from unmask.data.scan.findings import file_kinds, is_plain
 from unmask.data.scan.scan import Scan, scan
 from unmask.data.sources.open_source import open_source
 from unmask.data.sources.source import Source
-from unmask.data.sources.tiff_samples import read_as
+from unmask.data.sources.tiff_samples import apply_reading
 from unmask.engine.device import choose_device
 from unmask.engine.image_size import consequence
 from unmask.engine.measure import Timing, time_steps
@@ -42,7 +42,7 @@ def check_data(
     starts some where that is worth it, as `unmask pretrain` does. settings: KEY=VALUE assignments, as there.
     """
     draft = drafted(None, "auto", list(settings), None)
-    source = read_as(open_source(data, exclude), draft.data.reading)
+    source = apply_reading(open_source(data, exclude), draft.data.reading)
     with console.progress("checking files", min(len(source), sample or len(source))) as bar:
         found = scan(
             source,
@@ -67,7 +67,7 @@ def check_data(
         "dtypes": dict(found.dtypes),
         "formats": dict(found.formats),
         "tolerated": dict(found.tolerated),
-        "kinds": table(found),
+        "kinds": file_kinds(found),
         "reading": found.reading.model_dump(),
         "absent_share": found.absent_share,
         "absent_files": found.absent_files,
@@ -115,7 +115,7 @@ def say_scan(found: Scan, source: Source, console: Console) -> None:
     for title, counts in (("channels", found.channels), ("dtype", found.dtypes), ("format", found.formats)):
         console.say(f"{title}: " + ", ".join(f"{key} in {count}" for key, count in counts.most_common()))
     if not is_plain(found):
-        say_table(table(found), console)
+        say_table(file_kinds(found), console)
     if found.dtype_majority == "uint16" and "uint8" in found.dtypes:
         console.say("8-bit images among 16-bit ones have their values multiplied by 257")
     console.say(

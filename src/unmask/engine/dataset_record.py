@@ -110,7 +110,7 @@ def _trouble(run: Run, role: str) -> str:
     return f"{path} {'is damaged' if path.exists() else 'is missing'}, which tells unchanged files from replaced ones"
 
 
-def _compared(record: identity.Record, source: Source, used: np.ndarray, console: Console) -> Difference:
+def _compared(record: identity.DatasetRecord, source: Source, used: np.ndarray, console: Console) -> Difference:
     with console.progress("comparing files", len(used)) as bar:
         return identity.compare(record, source, used, bar.update)
 

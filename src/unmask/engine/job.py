@@ -13,7 +13,7 @@ from torch import Tensor
 
 from unmask.config import Config
 from unmask.console import Console
-from unmask.data.image_reader import Images
+from unmask.data.image_reader import ImageReader
 from unmask.engine.plan import Plan
 from unmask.engine.supervision import Evaluator
 from unmask.errors import UserError
@@ -33,7 +33,7 @@ class TrainingInputs:
     run: Run
     config: Config
     plan: Plan
-    images: Images
+    images: ImageReader
     console: Console
     evaluator: Evaluator | None = None
     began: float | None = None
@@ -46,7 +46,7 @@ class Job:
     run: Run
     config: Config
     plan: Plan
-    images: Images
+    images: ImageReader
     console: Console
     method: Method
     optimizer: torch.optim.Optimizer

@@ -16,7 +16,7 @@ from unmask.console import Console
 from unmask.data.scan.scan import Scan
 from unmask.data.sources.open_source import open_source
 from unmask.data.sources.source import Source
-from unmask.data.sources.tiff_samples import read_as
+from unmask.data.sources.tiff_samples import apply_reading
 from unmask.engine import checkpoint, dataset_record, initial_weights
 from unmask.engine.device import choose_device
 from unmask.engine.image_size import consequence
@@ -87,7 +87,7 @@ def pretrain(
     device = choose_device(draft.train.device)
     if out is not None:
         Run.check_free(out)
-    source = read_as(open_source(data, exclude), draft.data.reading)
+    source = apply_reading(open_source(data, exclude), draft.data.reading)
     console.say(f"{source.name}: {len(source)} images found" + skipped(source))
     found = scan_all(source, draft, console)
     for line in odd_images(source, found):

@@ -9,7 +9,7 @@ import numpy as np
 
 from unmask.console import Console
 from unmask.data.sources.open_source import open_source
-from unmask.data.sources.tiff_samples import read_as
+from unmask.data.sources.tiff_samples import apply_reading
 from unmask.engine import checkpoint, dataset_record, edit_run
 from unmask.engine.changed_data import Places, accept_unverified, adopt, note_moved, noting_moved, refusal
 from unmask.engine.device import choose_device
@@ -54,7 +54,7 @@ def resume(
         if places is not None:
             config = places.applied(config)
         try:
-            source = read_as(open_source(config.data.source, config.data.exclude), plan.reading)
+            source = apply_reading(open_source(config.data.source, config.data.exclude), plan.reading)
         except SourceError as error:
             if places is not None:
                 raise

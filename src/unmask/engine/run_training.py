@@ -6,7 +6,7 @@ from typing import Any
 
 from unmask.config import Config
 from unmask.console import Console, duration
-from unmask.data.image_reader import Images
+from unmask.data.image_reader import ImageReader
 from unmask.engine import checkpoint
 from unmask.engine.job import TrainingInputs
 from unmask.engine.plan import Plan
@@ -20,7 +20,7 @@ from unmask.run import STATUS, Run
 
 
 def train_and_record(
-    run: Run, config: Config, plan: Plan, images: Images, console: Console, supervise: Supervise | None = None
+    run: Run, config: Config, plan: Plan, images: ImageReader, console: Console, supervise: Supervise | None = None
 ) -> None:
     """Run the loop and what concludes it, and record in the Run how that ended, whatever happens.
 

@@ -12,8 +12,8 @@ import torch
 from unmask.batch import Batch
 from unmask.data.decode.bad_image import BadImage
 from unmask.data.device_crops import to_device
-from unmask.data.image_reader import Images
-from unmask.data.order import Taken
+from unmask.data.image_reader import ImageReader
+from unmask.data.order import SampleIndices
 from unmask.engine.compile import uncompiled
 from unmask.engine.device import autocast
 from unmask.engine.job import Job, Position, log_row, report_failure
@@ -42,7 +42,7 @@ class Samples:
     losses: dict[str, float] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, images: Images, plan: Plan) -> Samples:
+    def of(cls, images: ImageReader, plan: Plan) -> Samples:
         held_out = fixed_images(images, plan, np.array(plan.held_out, np.int64)) if plan.held_out else None
         return cls(fixed_images(images, plan, evenly_spaced(images.rows, PICTURE_SAMPLE)), held_out)
 
@@ -52,7 +52,7 @@ def evenly_spaced(rows: np.ndarray, count: int) -> np.ndarray:
     return rows[np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)]
 
 
-def fixed_images(images: Images, plan: Plan, rows: np.ndarray) -> Batch:
+def fixed_images(images: ImageReader, plan: Plan, rows: np.ndarray) -> Batch:
     """Load images without augmentation onto the device of `plan`; unreadable ones are left out.
 
     Raises TrainingFailed if none can be read.
@@ -61,7 +61,7 @@ def fixed_images(images: Images, plan: Plan, rows: np.ndarray) -> Batch:
     drawn: list[Batch] = []
     for row in rows:
         with suppress(BadImage):  # training replaces and records it when it reaches it
-            drawn.append(fixed[Taken(np.array([row]), np.zeros(1, np.int64))].batch)
+            drawn.append(fixed[SampleIndices(np.array([row]), np.zeros(1, np.int64))].batch)
     if not drawn:
         raise TrainingFailed(f"none of {len(rows)} images of {images.source.name} can be read; bring them back, resume")
     return to_device(Batch.join(drawn), plan.device)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from unmask.batch import Batch
 from unmask.data.decode.bad_image import BadImage
-from unmask.data.image_reader import Delivery
+from unmask.data.image_reader import LoadedBatch
 from unmask.data.loader import training_batches
 from unmask.engine.guard import Guard
 from unmask.engine.job import Job, Position, report_failure
@@ -58,7 +58,7 @@ def loading_failures(run: Run) -> Iterator[None]:
         ) from error
 
 
-def quarantine(job: Job, delivery: Delivery, at: Position) -> None:
+def quarantine(job: Job, delivery: LoadedBatch, at: Position) -> None:
     """Write files that became unreadable since the scan to quarantine.jsonl, once each.
 
     Raises TrainingFailed where more than `data.max_bad_fraction` of the images are concerned.

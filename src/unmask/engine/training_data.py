@@ -11,7 +11,7 @@ import numpy as np
 from unmask.batch import ImageSpec
 from unmask.config import Config, ConfigError, task_names
 from unmask.console import Console
-from unmask.data.image_reader import Images
+from unmask.data.image_reader import ImageReader
 from unmask.data.loader import choose_workers
 from unmask.data.order import Order
 from unmask.data.scan.findings import findings
@@ -96,7 +96,7 @@ def prepare(
     reasons: tuple[str, ...],
     held_out: np.ndarray | None = None,
     num_test: int = 0,
-) -> tuple[Images, Plan]:
+) -> tuple[ImageReader, Plan]:
     """The data set as the loop reads it, and the plan. Nothing is written, and no image is kept in memory yet."""
     spec = image_spec(found, config)
     excluded = np.union1d(found.bad_rows, [] if held_out is None else held_out).astype(np.int64)
@@ -156,7 +156,7 @@ def held_out_for_loss(rows: np.ndarray, config: Config) -> np.ndarray:
     return rows[np.linspace(0, len(rows) - 1, wanted).astype(int)]
 
 
-def training_images(source: Source, rows: np.ndarray, spec: ImageSpec, config: Config) -> Images:
+def training_images(source: Source, rows: np.ndarray, spec: ImageSpec, config: Config) -> ImageReader:
     """The data set as `config` wants it loaded. Raises ConfigError where the device cannot resample what it holds."""
     data = config.data
     on_device = data.resize == "device"
@@ -166,12 +166,12 @@ def training_images(source: Source, rows: np.ndarray, spec: ImageSpec, config: C
             f"data.resize=device came with {what}; it is for 8-bit gray or RGB images without jitter, use "
             "data.resize=loader"
         )
-    return Images(source, rows, spec, data.crop, config.train.seed, repeats=data.repeats, on_device=on_device,
+    return ImageReader(source, rows, spec, data.crop, config.train.seed, repeats=data.repeats, on_device=on_device,
         min_valid=data.min_valid,
     )  # fmt: skip
 
 
-def batch_seconds(images: Images, batch: int, workers: int, *, cached: bool) -> Timing:
+def batch_seconds(images: ImageReader, batch: int, workers: int, *, cached: bool) -> Timing:
     """Time to load one global batch, measured on the first images of the order; `cached`: when they lie in memory."""
     part = max(images.repeats, min(batch, 64) // 2 // images.repeats * images.repeats)
     parts = [Order(images.rows, images.seed, images.repeats).take(n * part, part) for n in range(LOADED_PARTS)]

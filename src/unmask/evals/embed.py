@@ -10,7 +10,7 @@ import numpy as np
 
 from unmask.console import Console
 from unmask.data.sources.open_source import open_source
-from unmask.data.sources.tiff_samples import read_as
+from unmask.data.sources.tiff_samples import apply_reading
 from unmask.engine.device import choose_device
 from unmask.engine.load import load
 from unmask.errors import UserError, naming
@@ -42,7 +42,7 @@ def embed_images(
     if not out.resolve().parent.is_dir():
         raise UserError(f"the folder {out.resolve().parent} does not exist; make it first, or choose another --out")
     loaded = load(run, device=choose_device(device), step=step)
-    source = read_as(open_source(data, exclude), loaded.plan.reading)
+    source = apply_reading(open_source(data, exclude), loaded.plan.reading)
     rows = np.arange(len(source))
     encoders = {"encoder": loaded.method.encoder}
     # fp32 always: these numbers are kept, and should be the same on a laptop and a server but for rounding.

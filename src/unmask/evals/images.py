@@ -18,10 +18,10 @@ from torch import nn
 from unmask.batch import Batch
 from unmask.console import Bar, Console
 from unmask.data.decode.bad_image import BadImage
-from unmask.data.image_reader import Delivery, Images
+from unmask.data.image_reader import ImageReader, LoadedBatch
 from unmask.data.loader import choose_workers, eval_batches
-from unmask.data.order import Taken
-from unmask.data.scan.scan_cache import worth_keeping
+from unmask.data.order import SampleIndices
+from unmask.data.scan.scan_cache import is_worth_storing
 from unmask.data.sources.list_file import LISTS
 from unmask.data.sources.source import Source
 from unmask.data.sources.tar_file import TARS
@@ -39,23 +39,23 @@ COLLECTIONS = (*LISTS, *TARS, ".zip", ".parquet", ".pq")  # files that hold imag
 
 
 @dataclass
-class Readable(Images):
+class Readable(ImageReader):
     """Images of an evaluation. A file that cannot be read is left out of its batch, where `Images` would stop.
 
     A batch of such files alone is empty.
     """
 
-    def __getitem__(self, taken: Taken) -> Delivery:
+    def __getitem__(self, taken: SampleIndices) -> LoadedBatch:
         try:
             return super().__getitem__(taken)
         except BadImage:
             sound = np.array([self.fault(int(row)) is None for row in taken.index])
-            return super().__getitem__(Taken(taken.index[sound], taken.epoch[sound]))
+            return super().__getitem__(SampleIndices(taken.index[sound], taken.epoch[sound]))
 
     def fault(self, row: int) -> BadImage | None:
         """What is wrong with one image, or None."""
         try:
-            super().__getitem__(Taken(np.array([row]), np.zeros(1, np.int64)))
+            super().__getitem__(SampleIndices(np.array([row]), np.zeros(1, np.int64)))
         except BadImage as error:
             return BadImage(error.code, error.detail.removeprefix(f"{self.source.names[row]}: "))
         return None
@@ -135,7 +135,7 @@ def features(
             batches = read(eval_images(loaded, source), rows, workers, console, bar)
             num_tokens = len(rows) if tokens else 0
             found |= collect_each(new, batches, device=loaded.device, precision=precision, tokens=num_tokens)
-        if folder is not None and keys and worth_keeping(began):
+        if folder is not None and keys and is_worth_storing(began):
             size = sum(feature_cache.keep(folder, keys[name], found[name], rows) for name in new)
             console.say(f"{title}: features kept for the next probe, {size / 2**20:.1f} MiB in {folder}")
     return {name: found[name] for name in encoders}

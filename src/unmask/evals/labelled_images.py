@@ -16,7 +16,7 @@ import numpy as np
 
 from unmask.console import Console
 from unmask.data.annotations.label_tables import Targets, meaning_of, read_table, targets_of
-from unmask.data.annotations.labels import absent_classes, labels_of, require_labels, with_classes
+from unmask.data.annotations.labels import absent_classes, labels_of, renumber_labels, require_labels
 from unmask.data.annotations.splits import FIRST_DRAW, HELD_OUT, HOLD_OUT_FOR_TEST, SHOTS, hold_out
 from unmask.data.sources.open_source import open_source
 from unmask.data.sources.source import Source
@@ -75,7 +75,7 @@ def open_labelled_images(options: ProbeOptions, console: Console) -> LabelledIma
         rows, test_rows = _split(train_y, np.arange(len(train)), options)
         return LabelledImages(labelling, train, rows, train_y, train, test_rows, train_y)
     test = require_labels(open_source(options.test, options.exclude), train.classes)
-    test = with_classes(test, train.classes, options.data)
+    test = renumber_labels(test, train.classes, options.data)
     if absent := absent_classes(labels_of(test), train.classes):
         console.warn(f"{options.test} has no image of {absent}: those classes are not tested")
     return LabelledImages(labelling, train, np.arange(len(train)), train_y, test, np.arange(len(test)), labels_of(test))

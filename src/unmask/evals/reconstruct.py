@@ -15,7 +15,7 @@ from unmask.data.device_crops import to_device
 from unmask.data.sources.image_files import open_files
 from unmask.data.sources.open_source import open_source
 from unmask.data.sources.source import Source
-from unmask.data.sources.tiff_samples import read_as
+from unmask.data.sources.tiff_samples import apply_reading
 from unmask.engine.device import autocast, choose_device
 from unmask.engine.load import load
 from unmask.errors import UserError
@@ -38,7 +38,7 @@ def reconstruct_images(
             f"{run} was fine-tuned to {task} and rebuilds nothing; use `unmask predict {run} IMAGES --out PATH`, or "
             "reconstruct with the run that it came from"
         )
-    source = read_as(open_images(images), loaded.plan.reading)
+    source = apply_reading(open_images(images), loaded.plan.reading)
     rows = np.arange(len(source))
     if len(rows) > MOST_DRAWN:
         console.say(f"drawing {MOST_DRAWN} of {len(rows)} images, evenly spread")

@@ -20,11 +20,12 @@ import numpy as np
 
 from unmask.config import Config, ConfigError, task_class
 from unmask.console import Console
-from unmask.data.annotations.box_annotations import Boxes, find_files, open_boxes
-from unmask.data.annotations.labels import absent_classes, labels_of, require_labels, with_classes
+from unmask.data.annotations.box_annotations import BoxAnnotations, open_boxes
+from unmask.data.annotations.box_files import find_files
+from unmask.data.annotations.labels import absent_classes, labels_of, renumber_labels, require_labels
 from unmask.data.annotations.mask_folders import find_folders
-from unmask.data.annotations.open_masks import open_maps
-from unmask.data.annotations.segmentation_masks import Maps, MaskOptions
+from unmask.data.annotations.open_masks import open_masks
+from unmask.data.annotations.segmentation_masks import MaskOptions, SegmentationMasks
 from unmask.data.annotations.splits import HOLD_OUT_FOR_TEST, hold_out
 from unmask.data.sources.open_source import open_source
 from unmask.data.sources.source import Source
@@ -40,12 +41,12 @@ class AnnotatedImages:
     source: Source
     classes: tuple[str, ...]
     rows: np.ndarray
-    annotations: Maps | Boxes | None = None
+    annotations: SegmentationMasks | BoxAnnotations | None = None
 
     @property
     def place(self) -> str | None:
         """Where masks or boxes lie, to open them again."""
-        if isinstance(self.annotations, Maps):
+        if isinstance(self.annotations, SegmentationMasks):
             return self.annotations.masks.location
         return None
 
@@ -107,7 +108,7 @@ def open_annotated(
             f"got several DATA, or --exclude, for task {task}; they are for classes from sub-folders only"
         )
     if kind == "masks":
-        maps = open_maps(
+        maps = open_masks(
             data,
             options.path,
             ignored=options.ignored,
@@ -127,7 +128,7 @@ def _open_classes(
     """Images of which each has the class of its sub-folder."""
     source = require_labels(open_source(data, options.exclude), options.classes or ())
     if options.classes is not None:
-        source = with_classes(source, options.classes, "the run")
+        source = renumber_labels(source, options.classes, "the run")
         if console is not None and (absent := absent_classes(labels_of(source), options.classes)):
             console.warn(f"{data} has no image of {absent}: those classes are not tested")
     require_classes(source.classes)
@@ -198,7 +199,7 @@ def place_of_annotations(task: str, data: str, annotations: str | None) -> tuple
 
 def masks_of(annotated: AnnotatedImages) -> Source | None:
     """The files of masks that belong to the images; None where there are none."""
-    return annotated.annotations.masks if isinstance(annotated.annotations, Maps) else None
+    return annotated.annotations.masks if isinstance(annotated.annotations, SegmentationMasks) else None
 
 
 def digest(annotated: AnnotatedImages, rows: np.ndarray, *, labels: bool = True) -> str:
@@ -208,9 +209,9 @@ def digest(annotated: AnnotatedImages, rows: np.ndarray, *, labels: bool = True)
     """
     found = blake2b("\n".join(annotated.classes).encode("utf-8", "surrogateescape"), digest_size=16)
     found.update(annotated.source.fingerprint().encode())
-    if isinstance(annotated.annotations, Maps):
+    if isinstance(annotated.annotations, SegmentationMasks):
         found.update(annotated.annotations.masks.fingerprint().encode())
-    elif isinstance(annotated.annotations, Boxes):
+    elif isinstance(annotated.annotations, BoxAnnotations):
         for row in rows.tolist():
             found.update(np.int64(row).tobytes() + annotated.annotations.boxes[row].tobytes())
             found.update(annotated.annotations.labels[row].tobytes())

@@ -8,7 +8,7 @@ from typing import Any
 
 from unmask.config import Config, ConfigError, Graft, parse, task_names
 from unmask.console import Console
-from unmask.data.annotations.segmentation_masks import Maps
+from unmask.data.annotations.segmentation_masks import SegmentationMasks
 from unmask.data.augment import crop_for
 from unmask.engine import checkpoint, resolve
 from unmask.engine.image_size import dense_size
@@ -127,7 +127,7 @@ def steps_like(other: str | Path | None, settings: Sequence[str], budget: Budget
 
 def with_masks(config: Config, annotated: AnnotatedImages) -> Config:
     """The configuration with what was found out about reading the masks, so that a resumed run reads them alike."""
-    if not isinstance(maps := annotated.annotations, Maps):
+    if not isinstance(maps := annotated.annotations, SegmentationMasks):
         return config
     changes: dict[str, Any] = {"stored_pixels": maps.stored}
     if maps.values:  # 255 may be one of them, and is not ignored then

@@ -23,7 +23,7 @@ import numpy as np
 
 from unmask.config import Config, ConfigError, parse, task_class
 from unmask.console import Console
-from unmask.data.annotations.segmentation_masks import Maps, MaskOptions
+from unmask.data.annotations.segmentation_masks import MaskOptions, SegmentationMasks
 from unmask.data.scan.scan import Scan
 from unmask.data.sources.source import Source
 from unmask.engine import changed_data, dataset_record, initial_weights, pretrain, resolve, training_data
@@ -279,7 +279,7 @@ def report_annotations(annotated: AnnotatedImages, config: Config, console: Cons
     notes = annotated.annotations.notes
     for line in annotated.annotations.lines():
         (console.warn if line in notes else console.say)(line)
-    if isinstance(annotated.annotations, Maps):
+    if isinstance(annotated.annotations, SegmentationMasks):
         settings: Any = config.method
         line, costly = annotated.annotations.size_line(config.data.size, settings.encoder.patch[0])
         (console.warn if costly else console.say)(line)

@@ -19,7 +19,7 @@ from unmask.data.annotations.class_names import class_name
 from unmask.data.decode import decode
 from unmask.data.decode.bad_image import BadImage
 from unmask.data.sources.source import Source
-from unmask.data.sources.tiff_samples import read_as
+from unmask.data.sources.tiff_samples import apply_reading
 from unmask.engine.device import autocast, choose_device
 from unmask.engine.load import Loaded, load
 from unmask.errors import UserError
@@ -59,7 +59,7 @@ def predict(
     writer = WRITERS[task.annotation]
     require_score(task, options.min_score)
     require_out(out, writer)
-    source = read_as(open_images(images), loaded.plan.reading)
+    source = apply_reading(open_images(images), loaded.plan.reading)
     file = PredictionFile(out, names_of(task), loaded.config.method.model_dump(), list(source.names), options.min_score)
     with (
         torch.inference_mode(),

@@ -11,7 +11,7 @@ import numpy as np
 
 from unmask.config import Config, ConfigError, task_class
 from unmask.console import Console
-from unmask.data.annotations.box_annotations import Boxes
+from unmask.data.annotations.box_annotations import BoxAnnotations
 from unmask.data.decode.bad_image import BadImage
 from unmask.data.loader import choose_workers
 from unmask.data.sources.source import Source
@@ -99,7 +99,7 @@ def open_test_set(config: Config, plan: Plan, annotated: AnnotatedImages, consol
     if data.test is not None:
         of = open_annotated(task, data.test, options_of(config, test=True), look=False, console=console)
         rows = of.rows
-    if isinstance(of.annotations, Boxes):
+    if isinstance(of.annotations, BoxAnnotations):
         average_precision.tools()
         if not any(len(of.annotations.boxes[row]) for row in rows.tolist()):
             raise ConfigError(f"the {len(rows)} test images have no box, so nothing can be judged; give others")

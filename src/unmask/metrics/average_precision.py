@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from unmask.data.annotations.box_annotations import Boxes
+from unmask.data.annotations.box_annotations import BoxAnnotations
 from unmask.errors import UserError
 
 
@@ -35,7 +35,7 @@ class ImageBoxes(NamedTuple):
     crowd: np.ndarray | None = None
 
 
-def true_boxes(annotations: Boxes, row: int) -> ImageBoxes:
+def true_boxes(annotations: BoxAnnotations, row: int) -> ImageBoxes:
     """The true boxes of an image; those that are set aside count as crowds: neither a hit nor a miss."""
     boxes, labels = annotations.boxes[row], annotations.labels[row]
     more, theirs = annotations.aside.get(row, (boxes[:0], labels[:0]))

@@ -36,7 +36,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from unmask.batch import Batch, ImageSpec
-from unmask.data.annotations.box_annotations import Boxes
+from unmask.data.annotations.box_annotations import BoxAnnotations
 from unmask.errors import UserError
 from unmask.method import Clock, Loss, Picture
 from unmask.metrics.average_precision import ImageBoxes, average_precision, true_boxes
@@ -156,7 +156,7 @@ def branch(width: int, convs: int) -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
-class Detector(Task[Found, Boxes]):
+class Detector(Task[Found, BoxAnnotations]):
     """See the module docstring. Accepts images of other sizes than in training, in whole patches."""
 
     annotation = "boxes"
@@ -213,7 +213,7 @@ class Detector(Task[Found, Boxes]):
         found = [select(Guess(*one), cells, seen) for one in zip(*guess, strict=True)]
         return found if sizes is None else [one.resized(seen, size) for one, size in zip(found, sizes, strict=True)]
 
-    def measure(self, batches: Iterable[Batch], truth: Boxes) -> Measurement:
+    def measure(self, batches: Iterable[Batch], truth: BoxAnnotations) -> Measurement:
         """COCO's average precision in pixels of the files. Raises UserError without pycocotools or true boxes."""
         true, found = [], []
         for batch in batches:

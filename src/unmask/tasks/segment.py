@@ -28,7 +28,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from unmask.batch import IGNORED, Batch, ImageSpec
-from unmask.data.annotations.segmentation_masks import Maps, MaskOptions
+from unmask.data.annotations.segmentation_masks import MaskOptions, SegmentationMasks
 from unmask.errors import UserError
 from unmask.method import Clock, Loss, Picture
 from unmask.metrics import mean_iou
@@ -87,7 +87,7 @@ class Config(TaskConfig):
         return MaskOptions(self.values or (), stored=self.stored_pixels if of_training_images else None)
 
 
-class Segmenter(Task[Tensor, Maps]):
+class Segmenter(Task[Tensor, SegmentationMasks]):
     """See the module docstring. Accepts images of other sizes than in training, in whole patches.
 
     A prediction is (H, W) int64, the class of each pixel.
@@ -152,7 +152,7 @@ class Segmenter(Task[Tensor, Maps]):
             return list(logits.argmax(1))
         return [mean_iou.classes_at(one, size) for one, size in zip(logits, sizes, strict=True)]
 
-    def measure(self, batches: Iterable[Batch], truth: Maps) -> Measurement:
+    def measure(self, batches: Iterable[Batch], truth: SegmentationMasks) -> Measurement:
         """Mean intersection over union at the size of each file, with a bootstrap interval over the images.
 
         Raises UserError where no pixel counts.

@@ -14,8 +14,8 @@ from unmask.data.decode import decode as decode_module
 from unmask.data.decode import tiff_pages
 from unmask.data.decode.bad_image import BadImage
 from unmask.data.decode.decode import decode, header, pieces
-from unmask.data.decode.guarded import Crashed, TooSlow
 from unmask.data.decode.image_header import Header
+from unmask.data.decode.limited_process import Crashed, TooSlow
 from unmask.data.scan import scan as scanning
 from unmask.data.scan.scan import scan
 from unmask.data.sources.open_source import open_source
@@ -122,7 +122,7 @@ def test_a_progressive_jpeg_keeps_all_coefficients_and_its_scans_take_time():
 
 def test_costly_files_are_decoded_apart_and_ordinary_ones_here(monkeypatch):
     apart = []
-    monkeypatch.setattr(scanning, "call_apart", lambda function, *args, **_: apart.append(1) or function(*args))
+    monkeypatch.setattr(scanning, "call_in_process", lambda function, *args, **_: apart.append(1) or function(*args))
     files = {"a.png": KINDS["png"], "b.jpg": KINDS["jpeg"]}
     assert scan(Memory(files), workers=0).good == 2
     assert not apart

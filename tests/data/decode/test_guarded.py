@@ -6,13 +6,13 @@ import time
 
 import pytest
 
-from unmask.data.decode.guarded import Crashed, TooSlow, call_apart
+from unmask.data.decode.limited_process import Crashed, TooSlow, call_in_process
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are forked on Linux only")
 
 
 def limited(function, *arguments, memory=64 << 20, seconds=1.0):
-    return call_apart(function, *arguments, memory=memory, seconds=seconds)
+    return call_in_process(function, *arguments, memory=memory, seconds=seconds)
 
 
 def spin():

@@ -16,14 +16,14 @@ from unmask.data.decode.bad_image import BadImage
 from unmask.data.decode.nodata import Nodata
 from unmask.data.decode.reading import EARLIER, Reading
 from unmask.data.device_crops import to_device
-from unmask.data.image_reader import Images
-from unmask.data.order import Taken
+from unmask.data.image_reader import ImageReader
+from unmask.data.order import SampleIndices
 from unmask.data.pack import pack_image
 from unmask.data.scan import scan_cache
 from unmask.data.scan.findings import findings
 from unmask.data.scan.scan import scan
 from unmask.data.sources.open_source import open_source
-from unmask.data.sources.tiff_samples import read_as
+from unmask.data.sources.tiff_samples import apply_reading
 
 SPEC = ImageSpec(1, (16, 16), "float32", (250.0,), (60.0,))
 
@@ -118,7 +118,7 @@ def test_statistics_are_those_of_the_terrain(tmp_path, kind, workers):
         folder = tmp_path
     else:
         folder = write(tmp_path / "terrain", **(tag("-9999") if kind == "tag" else {}))
-    source = read_as(open_source(str(folder)), Reading(nodata=-9999 if kind == "setting" else "auto"))
+    source = apply_reading(open_source(str(folder)), Reading(nodata=-9999 if kind == "setting" else "auto"))
     found = scan(source, workers=workers)
     assert found.mean == pytest.approx([250], abs=1)
     assert found.std == pytest.approx([60], abs=1)
@@ -139,7 +139,7 @@ def test_a_scan_is_remembered_by_setting(tmp_path, monkeypatch):
     monkeypatch.setenv("UNMASK_CACHE", str(tmp_path / "memory"))
     monkeypatch.setattr(scan_cache, "WORTH_KEEPING", -1.0)
     monkeypatch.setattr(scan_cache, "SETTLED", -3600 * 10**9)
-    with_value, without = (read_as(open_source(str(folder)), Reading(nodata=value)) for value in (-9999, "auto"))
+    with_value, without = (apply_reading(open_source(str(folder)), Reading(nodata=value)) for value in (-9999, "auto"))
     first, again = scan(with_value, workers=0), scan(with_value, workers=0)
     assert (again.known, again.mean, again.absent_share) == (10, first.mean, first.absent_share)
     other = scan(without, workers=0)
@@ -149,7 +149,7 @@ def test_a_scan_is_remembered_by_setting(tmp_path, monkeypatch):
 
 def test_runs_of_earlier_versions_go_on_as_they_were(tmp_path):
     folder = write(tmp_path / "terrain", **tag("-9999"))
-    found = scan(read_as(open_source(str(folder)), EARLIER), workers=0)
+    found = scan(apply_reading(open_source(str(folder)), EARLIER), workers=0)
     assert found.mean[0] < -500
     assert found.absent_files == 0
 
@@ -196,9 +196,9 @@ def test_resampling_an_image_that_is_all_there_is_that_of_other_images():
 
 
 def batch_of(folder: Path, *, spec: ImageSpec = SPEC, epoch: int = 0, nodata: Nodata = "auto", **given) -> Batch:
-    source = read_as(open_source(str(folder)), Reading(nodata=nodata))
-    images = Images(source, np.arange(10), spec, CropConfig(), **given)
-    return images[Taken(np.arange(10), np.full(10, epoch))].batch
+    source = apply_reading(open_source(str(folder)), Reading(nodata=nodata))
+    images = ImageReader(source, np.arange(10), spec, CropConfig(), **given)
+    return images[SampleIndices(np.arange(10), np.full(10, epoch))].batch
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -218,9 +218,9 @@ def test_the_loader_fills_with_the_mean_and_says_where(tmp_path, training):
 
 def test_kept_images_give_the_same_batches(tmp_path):
     source = open_source(str(write(tmp_path / "terrain", **tag("-9999"))))
-    fresh, kept = (Images(source, np.arange(10), SPEC, CropConfig()) for _ in range(2))
+    fresh, kept = (ImageReader(source, np.arange(10), SPEC, CropConfig()) for _ in range(2))
     kept.keep_decoded()
-    taken = Taken(np.arange(10), np.full(10, 3))
+    taken = SampleIndices(np.arange(10), np.full(10, 3))
     one, other = fresh[taken].batch, kept[taken].batch
     assert torch.equal(one.images, other.images)
     assert torch.equal(one.valid, other.valid)
@@ -247,8 +247,8 @@ def test_colours_and_crops_left_to_the_device_agree_with_the_loaders(tmp_path):
     assert torch.equal(here.valid, there.valid)
     assert torch.equal(here.images[1::2], there.images[1::2])
     assert (here.images.movedim(1, -1)[~here.valid] == torch.tensor([100, 110, 120])).all()
-    images = Images(open_source(str(folder)), np.arange(10), spec, CropConfig(jitter=0.5))
-    jittered = images[Taken(np.arange(10), np.zeros(10, np.int64))].batch
+    images = ImageReader(open_source(str(folder)), np.arange(10), spec, CropConfig(jitter=0.5))
+    jittered = images[SampleIndices(np.arange(10), np.zeros(10, np.int64))].batch
     assert (jittered.images.movedim(1, -1)[~jittered.valid] == torch.tensor([100, 110, 120])).all()
 
 

@@ -18,10 +18,10 @@ from unmask.data.decode.decode import decode, header
 from unmask.data.decode.layout import ALPHA, AXES, PAGES, TOLERATED, Layout
 from unmask.data.decode.reading import EARLIER, Reading
 from unmask.data.decode.tiff_pages import MOST_ENTRIES
-from unmask.data.scan.findings import findings, is_plain, table
+from unmask.data.scan.findings import file_kinds, findings, is_plain
 from unmask.data.scan.scan import scan
 from unmask.data.sources.open_source import open_source
-from unmask.data.sources.tiff_samples import Pages, read_as
+from unmask.data.sources.tiff_samples import TiffPagesSource, apply_reading
 from unmask.engine import pretrain, training_data
 from unmask.engine.check import say_table
 
@@ -214,8 +214,8 @@ def test_every_page_can_be_an_image_of_its_own(tmp_path):
     (tmp_path / "stack.tif").write_bytes(tiff(values.transpose(2, 0, 1).copy(), photometric="minisblack"))
     (tmp_path / "one.png").write_bytes(file_of(values[..., :1], "PNG"))
     (tmp_path / "bad.tif").write_bytes(b"II*\0")
-    source = read_as(open_source(tmp_path), Reading(pages="samples"))
-    assert isinstance(source, Pages)
+    source = apply_reading(open_source(tmp_path), Reading(pages="samples"))
+    assert isinstance(source, TiffPagesSource)
     assert list(source.names) == ["bad.tif", "one.png", *(f"stack.tif#{number}" for number in range(1, 6))]
     found = scan(source)
     assert (found.good, len(found.bad)) == (6, 1)
@@ -316,7 +316,7 @@ def test_what_is_found_is_tabled_and_ordinary_files_are_not(tmp_path, capsys):
         (tmp_path / f"{number}.png").write_bytes(file_of(rgba(number), "PNG"))
     (tmp_path / "s.tif").write_bytes(tiff(noisy(channels=4).transpose(2, 0, 1).copy(), photometric="minisblack"))
     found = scan(open_source(tmp_path))
-    rows = table(found)
+    rows = file_kinds(found)
     assert [(row["files"], row["bands"], row["alpha"], row["pages"], row["channels"]) for row in rows] == [
         (3, 4, "composited", 1, 3),
         (1, 3, "none", 1, 3),
@@ -337,7 +337,7 @@ def test_a_scan_remembers_layouts_for_each_reading(tmp_path, monkeypatch):
         (folder / f"{number}.png").write_bytes(file_of(rgba(number), "PNG"))
     first, again = scan(open_source(folder)), scan(open_source(folder))
     assert (again.known, again.layouts) == (3, first.layouts)
-    other = scan(read_as(open_source(folder), Reading(alpha="band")))
+    other = scan(apply_reading(open_source(folder), Reading(alpha="band")))
     assert (other.known, other.channels) == (0, {4: 3})
 
 
@@ -389,7 +389,7 @@ def test_without_tifffile_the_remedy_is_named(monkeypatch):
 def test_a_tiff_whose_writer_was_killed_is_a_bad_file(tmp_path, start, pages):
     (tmp_path / "cut.tif").write_bytes(start)
     (tmp_path / "whole.tif").write_bytes(tiff(photo(3), photometric="rgb"))
-    source = read_as(open_source(tmp_path), Reading(pages=pages))
+    source = apply_reading(open_source(tmp_path), Reading(pages=pages))
     found = scan(source, workers=0)
     assert [(bad.name, bad.code) for bad in found.bad] == [("cut.tif", "TRUNCATED")]
     assert found.good == 1

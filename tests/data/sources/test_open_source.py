@@ -25,7 +25,7 @@ from unmask.data import limits
 from unmask.data.annotations.labels import require_labels
 from unmask.data.decode.bad_image import BadImage
 from unmask.data.decode.decode import decode
-from unmask.data.files.string_table import Names
+from unmask.data.files.string_table import StringTable
 from unmask.data.sources.image_files import open_files
 from unmask.data.sources.open_source import open_source
 from unmask.data.sources.source import printable
@@ -174,9 +174,9 @@ ODD = ["a/1.png", "", "Ünï/日本.jpg", "caf\udce9.png", "half\ud800", "\U0001
 
 @pytest.mark.parametrize("texts", [ODD, ["plain", "text", "x"], []])
 def test_names_read_like_a_list(texts):
-    names = Names(texts)
+    names = StringTable(texts)
     again = pickle.loads(pickle.dumps(names))
-    for one in (names, again, Names.stored(names.blob, names.ends)):
+    for one in (names, again, StringTable.stored(names.blob, names.ends)):
         assert one == texts
         assert texts == one
         assert list(one) == texts
@@ -188,7 +188,7 @@ def test_names_read_like_a_list(texts):
         with pytest.raises(IndexError):
             names[row]
     assert names != [*texts, "more"]
-    assert Names([*texts[:-1], "other"]) != texts
+    assert StringTable([*texts[:-1], "other"]) != texts
 
 
 def test_the_index_takes_few_bytes_a_file(tmp_path):

@@ -9,7 +9,7 @@ pixel: COCO's (x, y, width, height) as they are, VOC's corners, which count from
 the upper left. An image that is annotated and has no object stays, for there is something to learn from it. COCO's
 crowds, which are no single object, and what VOC calls difficult are not learned from, and in a test it counts neither
 for nor against a model whether it finds them, as in the published numbers. What lies outside its image or has no area
-does not come in. All of it is counted. Boxes that were drawn on the stored pixels of an image that carries an
+does not come in. All of it is counted. BoxAnnotations that were drawn on the stored pixels of an image that carries an
 orientation are turned with it (`orientation.py`).
 
 Not here: what is learned from boxes (`tasks/detect.py`) and how well (`evals/`).
@@ -17,7 +17,6 @@ Not here: what is learned from boxes (`tasks/detect.py`) and how well (`evals/`)
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,20 +27,19 @@ import numpy as np
 from unmask.batch import NO_BOX
 from unmask.console import Console
 from unmask.data import augment
-from unmask.data.annotations.box_formats import BoxError, Objects, corners_written_as_sizes, read_coco, read_voc
+from unmask.data.annotations.box_files import VOC_SPLITS, find_files, pair, read_split, stem_name
+from unmask.data.annotations.box_objects import BoxError, Objects, corners_written_as_sizes
 from unmask.data.annotations.class_names import class_name
-from unmask.data.annotations.orientation import Drawn, drawn_on, turned_boxes
+from unmask.data.annotations.coco import read_coco
+from unmask.data.annotations.orientation import DrawnOn, drawn_on, turned_boxes
+from unmask.data.annotations.voc import read_voc
 from unmask.data.decode import decode
 from unmask.data.decode.bad_image import BadImage
 from unmask.data.decode.image_header import Header
-from unmask.data.files.text_files import TextError, read_text
 from unmask.data.sources.open_source import open_source
 from unmask.data.sources.source import Source
 from unmask.errors import some
 
-VOC_IMAGES, VOC_BOXES, VOC_SPLITS = "JPEGImages", "Annotations", os.path.join("ImageSets", "Main")
-COCO_IMAGES = "images"
-COCO_FOLDERS, COCO_BESIDE = ("", "annotations", COCO_IMAGES), ("", "annotations")
 ROUNDING = 1.0  # pixels that a box may stick out of its image without a word
 CORNERS = 0.8  # of the boxes that leave their image: share from which on they are said to look like corners
 LEAST_INSIDE = 0.5  # share of a box's area that lies in the image; boxes with less are left out
@@ -55,7 +53,7 @@ REASONS = {
 
 
 @dataclass
-class Boxes:
+class BoxAnnotations:
     """The images of `source` that are annotated, and their objects. Keeps the contract of `loader.Annotations`.
 
     `boxes`: for each such row (n, 4) float32, with `labels` (n,) int64 and `sizes` (H, W). `aside`: boxes and labels
@@ -126,7 +124,7 @@ def open_boxes(
     classes: Sequence[str] | None = None,
     only: Collection[int] | None = None,
     console: Console | None = None,
-) -> Boxes:
+) -> BoxAnnotations:
     """The images of DATA and the boxes around their objects; images that are not annotated are left out of `rows`.
 
     annotations: a COCO file or a folder of VOC files, None where DATA is laid out as the module says. split: a list
@@ -143,8 +141,8 @@ def open_boxes(
         rows = {row: key for row, key in rows.items() if row in only}
     if split is not None:
         listed = read_split(root / VOC_SPLITS / f"{split}.txt")
-        rows = {row: key for row, key in rows.items() if _name(source.names[row]) in listed}
-        missing = sorted(listed - {_name(source.names[row]) for row in rows})
+        rows = {row: key for row, key in rows.items() if stem_name(source.names[row]) in listed}
+        missing = sorted(listed - {stem_name(source.names[row]) for row in rows})
         if not rows:
             raise BoxError(
                 f"no annotated image of {source.name} is in the split {split!r}, which lists {some(missing)}; names "
@@ -154,7 +152,7 @@ def open_boxes(
         used = {name for key in rows.values() for name in said[key].names}
         names = [name for name in names if name in used] if found.is_dir() else names
     known = names if classes is None else [class_name(name) for name in classes]  # of runs of earlier versions too
-    boxes = Boxes(source, tuple(known), missing=missing, split=split)
+    boxes = BoxAnnotations(source, tuple(known), missing=missing, split=split)
     heads: dict[int, Header] = {}
     with (console or Console(quiet=True)).progress("boxes", len(rows)) as bar:
         for done, row in enumerate(rows, 1):
@@ -174,90 +172,6 @@ def open_boxes(
     return boxes
 
 
-def find_files(root: Path, annotations: Path | None) -> tuple[Path, Path]:
-    """(images, COCO file or folder of XML). Raises BoxError where there is none, or more than one to choose from."""
-    if annotations is not None:
-        if not annotations.exists():
-            raise BoxError(f"annotations {annotations} do not exist; a COCO .json or a folder of VOC .xml was expected")
-        inside = root / VOC_IMAGES
-        return inside if inside.is_dir() else root, annotations
-    if (root / VOC_IMAGES).is_dir() and (root / VOC_BOXES).is_dir():
-        return root / VOC_IMAGES, root / VOC_BOXES
-    found = [file for folder in COCO_FOLDERS for file in sorted((root / folder).glob("*.json"))]
-    if not found and root.name == COCO_IMAGES:
-        found = [file for folder in COCO_BESIDE for file in sorted((root.parent / folder).glob("*.json"))]
-    if len(found) > 1:
-        raise BoxError(
-            f"{len(found)} JSON files lie with {root}: {some([str(file) for file in found])}; one was expected, name "
-            "it with --annotations"
-        )
-    if found:
-        return root, found[0]
-    if root.is_dir() and next(root.rglob("*.xml"), None) is not None:
-        return root, root
-    raise BoxError(
-        f"no boxes were found for {root}; {root / VOC_BOXES} beside {root / VOC_IMAGES}, an .xml beside each image, or "
-        f"one COCO .json in {root} or its folder annotations was expected, or a file or folder named with --annotations"
-    )
-
-
-def read_split(file: Path) -> set[str]:
-    """The names, without ending, in a list of ImageSets/Main: the first word of each line. Raises BoxError."""
-    try:
-        words = [line.split() for line in read_text(file).splitlines()]
-    except TextError as error:
-        raise BoxError(f"the split list cannot be read: {error}") from None
-    except OSError:
-        there = sorted(path.stem for path in file.parent.glob("*.txt")) if file.parent.is_dir() else []
-        raise BoxError(
-            f"the split list {file} does not exist or cannot be read; "
-            + (f"choose one of {', '.join(there)}" if there else "a text file with an image name a line was expected")
-        ) from None
-    return {line[0] for line in words if line and line[1:] != ["-1"]}  # -1: VOC's word for images without that class
-
-
-def _stem(path: str) -> str:
-    return os.path.splitext(path)[0]
-
-
-def _name(path: str) -> str:
-    """Without folders and ending."""
-    return _stem(path).rsplit("/", 1)[-1]
-
-
-def pair(source: Source, said: Mapping[str, Objects], where: Path) -> tuple[dict[int, str], list[str]]:
-    """(row of images -> key in `said`, keys without an image); by path, or else by name alone. Raises BoxError."""
-    by_path = {_stem(name): row for row, name in enumerate(source.names)}
-    by_name: dict[str, list[int]] = {}
-    for row, name in enumerate(source.names):
-        by_name.setdefault(_name(name), []).append(row)
-    rows: dict[int, str] = {}
-    missing: list[str] = []
-    for key in said:
-        row = by_path.get(_stem(key))
-        if row is None:
-            alike = by_name.get(_name(key), [])
-            if len(alike) > 1:
-                could = some((source.names[one] for one in alike), between=" or ")
-                raise BoxError(
-                    f"{key} of {where} could be {could}; point at the folder of one of them, or write their paths into "
-                    "the annotations"
-                )
-            row = alike[0] if alike else None
-        if row is None:
-            missing.append(key)
-        elif row in rows:
-            raise BoxError(f"{rows[row]} and {key} of {where} are both for {source.names[row]}; take one away")
-        else:
-            rows[row] = key
-    if not rows:
-        raise BoxError(
-            f"none of {len(said)} annotated images of {where} is in {source.name}: it speaks of {some(list(said))}, "
-            f"there are {some(source.names)}"
-        )
-    return dict(sorted(rows.items())), missing
-
-
 def _header(source: Source, row: int) -> Header | None:
     try:
         return decode.header(source.read(row), source.reading)
@@ -265,18 +179,18 @@ def _header(source: Source, row: int) -> Header | None:
         return None
 
 
-def _drawn_on(said: Objects, head: Header) -> Drawn | None:
+def _drawn_on(said: Objects, head: Header) -> DrawnOn | None:
     return drawn_on(said.size, head, (float(said.boxes[:, 3].max(initial=0)), float(said.boxes[:, 2].max(initial=0))))
 
 
-def _drawn_on_stored(boxes: Boxes, heads: Mapping[int, Header], said: Mapping[int, Objects]) -> set[int]:
+def _drawn_on_stored(boxes: BoxAnnotations, heads: Mapping[int, Header], said: Mapping[int, Objects]) -> set[int]:
     """Rows whose boxes were drawn on the stored pixels; notes what was found. Raises BoxError where no one can know.
 
     heads: of the rows that are wanted. said: of all that are annotated, which tell where the wanted ones do not.
     """
     found = {row: _drawn_on(said[row], head) for row, head in heads.items()}
-    stored = {row for row, where in found.items() if where is Drawn.STORED}
-    unknown = [row for row, where in found.items() if where is Drawn.UNKNOWN]
+    stored = {row for row, where in found.items() if where is DrawnOn.STORED}
+    unknown = [row for row, where in found.items() if where is DrawnOn.UNKNOWN]
     if unknown:
         others = (_header(boxes.source, row) for row in said if row not in heads)
         told = {*found.values()} | {
@@ -284,13 +198,13 @@ def _drawn_on_stored(boxes: Boxes, heads: Mapping[int, Header], said: Mapping[in
             for one, head in zip((said[row] for row in said if row not in heads), others, strict=True)
             if head is not None
         }
-        if {Drawn.SHOWN, Drawn.STORED} <= told:
+        if {DrawnOn.SHOWN, DrawnOn.STORED} <= told:
             raise BoxError(
                 f"some boxes of {boxes.source.name} were drawn on images as shown, others on their stored pixels, and "
                 f"of {boxes.source.names[unknown[0]]}, which carries an orientation, it cannot be told; write upright "
                 "images without orientation, and their boxes"
             )
-        if Drawn.STORED in told:
+        if DrawnOn.STORED in told:
             stored |= set(unknown)
         else:
             boxes.notes.append(
@@ -305,7 +219,7 @@ def _drawn_on_stored(boxes: Boxes, heads: Mapping[int, Header], said: Mapping[in
     return stored
 
 
-def _add(boxes: Boxes, row: int, said: Objects, head: Header, *, turn: bool) -> None:
+def _add(boxes: BoxAnnotations, row: int, said: Objects, head: Header, *, turn: bool) -> None:
     """Take the objects of one image in, or note why not. Raises BoxError for another size or class than there is.
 
     turn: the boxes are in stored pixels.

@@ -54,7 +54,7 @@ def absent_classes(labels: np.ndarray, classes: Sequence[str]) -> str:
     return some(name for number, name in enumerate(classes) if number not in there)
 
 
-def with_classes(source: Source, classes: Sequence[str], data: str) -> Source:
+def renumber_labels(source: Source, classes: Sequence[str], data: str) -> Source:
     """The test source with its labels numbered like the training classes. Raises ValueError for a class not among them.
 
     Images without any class that the training set has are no fault: a test set may lack some.

@@ -12,15 +12,15 @@ from unmask.console import Console
 from unmask.data.annotations import mask_advice
 from unmask.data.annotations.class_files import find_class_files, read_class_file, read_class_list
 from unmask.data.annotations.mask_folders import CLASSES_FILE, MaskError, find_folders, pair
-from unmask.data.annotations.orientation import Drawn, drawn_on
-from unmask.data.annotations.segmentation_masks import UNKNOWN, Maps, MaskOptions, read_ids, sides
+from unmask.data.annotations.orientation import DrawnOn, drawn_on
+from unmask.data.annotations.segmentation_masks import UNKNOWN, MaskOptions, SegmentationMasks, read_ids, sides
 from unmask.data.decode import decode
 from unmask.data.decode.bad_image import BadImage
 from unmask.data.sources.open_source import open_source
 from unmask.errors import UserError, some
 
 
-def open_maps(
+def open_masks(
     data: str | Path,
     masks: str | Path | None = None,
     *,
@@ -29,7 +29,7 @@ def open_maps(
     options: MaskOptions | None = None,
     look: bool = True,
     console: Console | None = None,
-) -> Maps:
+) -> SegmentationMasks:
     """The images of DATA and their masks; images without one are left out of `rows`.
 
     masks: their folder (or tar, or zip), None where DATA is laid out as the module says. classes: names in order, of a
@@ -46,7 +46,7 @@ def open_maps(
         raise MaskError(
             f"ignored id {wrong[0]} came; a number from 0 to 65535, as it stands in the masks, was expected"
         )
-    maps = Maps(source, found, pair(source, found), ignored=no_class, values=options.values)
+    maps = SegmentationMasks(source, found, pair(source, found), ignored=no_class, values=options.values)
     if look:
         drawn = _look_at_all(maps, console or Console(quiet=True))
     else:
@@ -76,7 +76,7 @@ def _require_values(values: Sequence[int], ignored: Sequence[int]) -> None:
         raise MaskError(f"got one mask value, {values[0]}; expected at least two, such as --mask-values 0,255")
 
 
-def _names(beside: Sequence[Path], options: MaskOptions, maps: Maps) -> list[str] | None:
+def _names(beside: Sequence[Path], options: MaskOptions, maps: SegmentationMasks) -> list[str] | None:
     """Names in the order of the ids (or of the values), from the file that was asked for, or `classes.txt`."""
     if options.names is None:
         file = next((folder / CLASSES_FILE for folder in beside if (folder / CLASSES_FILE).is_file()), None)
@@ -92,7 +92,7 @@ def _names(beside: Sequence[Path], options: MaskOptions, maps: Maps) -> list[str
     return [found.get(one, f"class {one}") for one in range(max(found) + 1)]
 
 
-def _classes(maps: Maps, names: Sequence[str] | None) -> tuple[str, ...]:
+def _classes(maps: SegmentationMasks, names: Sequence[str] | None) -> tuple[str, ...]:
     if maps.values:
         if names is not None and len(names) != len(maps.values):
             raise MaskError(
@@ -106,7 +106,7 @@ def _classes(maps: Maps, names: Sequence[str] | None) -> tuple[str, ...]:
     return tuple(f"class {one}" for one in range(top + 1) if one not in maps.ignored)
 
 
-def _refuse_levels(maps: Maps, *, named: bool) -> None:
+def _refuse_levels(maps: SegmentationMasks, *, named: bool) -> None:
     """Raises MaskError for masks of gray levels, whose ids mean something else than they seem to; notes lesser doubts.
 
     With names, or values, somebody has said what the ids are.
@@ -142,7 +142,7 @@ def _refuse_levels(maps: Maps, *, named: bool) -> None:
     )
 
 
-def _proposed_names(beside: Sequence[Path], maps: Maps) -> list[str]:
+def _proposed_names(beside: Sequence[Path], maps: SegmentationMasks) -> list[str]:
     """A file beside the masks that could name the ids."""
     for file in find_class_files(beside):
         try:
@@ -156,13 +156,13 @@ def _proposed_names(beside: Sequence[Path], maps: Maps) -> list[str]:
     return []
 
 
-def _look_at_all(maps: Maps, console: Console) -> dict[int, Drawn]:
+def _look_at_all(maps: SegmentationMasks, console: Console) -> dict[int, DrawnOn]:
     """Count the ids of every mask, and hold its size against the image's; returns what those were drawn on that tell.
 
     Raises MaskError for what is no mask.
     """
     every = max(1, len(maps.places) // mask_advice.SAMPLES)
-    drawn: dict[int, Drawn] = {}
+    drawn: dict[int, DrawnOn] = {}
     whole = 0  # masks of 0 and 255 alone
     with console.progress("masks", len(maps.places)) as bar:
         for done, (row, place) in enumerate(sorted(maps.places.items()), 1):
@@ -196,9 +196,9 @@ def _look_at_all(maps: Maps, console: Console) -> dict[int, Drawn]:
     return drawn
 
 
-def _look_at_headers(maps: Maps) -> dict[int, Drawn]:
+def _look_at_headers(maps: SegmentationMasks) -> dict[int, DrawnOn]:
     """As `_look_at_all`, by the sizes of masks alone."""
-    drawn: dict[int, Drawn] = {}
+    drawn: dict[int, DrawnOn] = {}
     for row, place in maps.places.items():
         try:
             head = decode.header(maps.masks.read(place))
@@ -209,14 +209,14 @@ def _look_at_headers(maps: Maps) -> dict[int, Drawn]:
     return drawn
 
 
-def _drawn_on(maps: Maps, row: int, shape: tuple[int, ...], *, refuse: bool = True) -> Drawn | None:
+def _drawn_on(maps: SegmentationMasks, row: int, shape: tuple[int, ...], *, refuse: bool = True) -> DrawnOn | None:
     """What a mask of this shape was drawn on; None where there is but one answer. Raises MaskError for another size."""
     try:
         head = decode.header(maps.source.read(row), maps.source.reading)
     except BadImage:  # for whoever scans the images to say
         return None
     where = drawn_on((shape[0], shape[1]), head)
-    if where is Drawn.NEITHER and refuse:
+    if where is DrawnOn.NEITHER and refuse:
         raise MaskError(
             f"mask {maps.masks.names[maps.places[row]]} has {sides(shape)} pixels, but its image "
             f"{maps.source.names[row]} is shown with {sides(head.full_size)}; masks of the images' own size "
@@ -225,32 +225,32 @@ def _drawn_on(maps: Maps, row: int, shape: tuple[int, ...], *, refuse: bool = Tr
     return where
 
 
-def _drawn_on_stored(maps: Maps, drawn: dict[int, Drawn]) -> bool:
+def _drawn_on_stored(maps: SegmentationMasks, drawn: dict[int, DrawnOn]) -> bool:
     """Whether the masks are of stored pixels; notes what was found. Raises MaskError where some are and others not."""
-    rows = {where: [row for row, found in drawn.items() if found is where] for where in Drawn}
+    rows = {where: [row for row, found in drawn.items() if found is where] for where in DrawnOn}
     names = maps.source.names
-    if rows[Drawn.STORED] and rows[Drawn.SHOWN]:
+    if rows[DrawnOn.STORED] and rows[DrawnOn.SHOWN]:
         raise MaskError(
-            f"the mask of {names[rows[Drawn.STORED][0]]} was drawn on its stored pixels, that of "
-            f"{names[rows[Drawn.SHOWN][0]]} on the image as shown (EXIF orientation); one way for all was expected: "
+            f"the mask of {names[rows[DrawnOn.STORED][0]]} was drawn on its stored pixels, that of "
+            f"{names[rows[DrawnOn.SHOWN][0]]} on the image as shown (EXIF orientation); one way for all was expected: "
             "write upright images without orientation, and their masks"
         )
-    if rows[Drawn.STORED]:
-        turned = [*rows[Drawn.STORED], *rows[Drawn.UNKNOWN]]
+    if rows[DrawnOn.STORED]:
+        turned = [*rows[DrawnOn.STORED], *rows[DrawnOn.UNKNOWN]]
         maps.notes.append(
             f"{len(turned)} images carry an orientation, and their masks were drawn on the stored pixels: they are "
             f"turned with their image: {some(names[row] for row in sorted(turned))}"
         )
         return True
-    if rows[Drawn.UNKNOWN] and not rows[Drawn.SHOWN]:
+    if rows[DrawnOn.UNKNOWN] and not rows[DrawnOn.SHOWN]:
         maps.notes.append(
-            f"{len(rows[Drawn.UNKNOWN])} images carry an orientation that leaves their size as it is; their masks are "
-            f"taken as drawn on the image as shown: {some(names[row] for row in rows[Drawn.UNKNOWN])}"
+            f"{len(rows[DrawnOn.UNKNOWN])} images carry an orientation that leaves their size as it is; their masks "
+            f"are taken as drawn on the image as shown: {some(names[row] for row in rows[DrawnOn.UNKNOWN])}"
         )
     return False
 
 
-def _require_sound(maps: Maps, *, training: bool) -> None:
+def _require_sound(maps: SegmentationMasks, *, training: bool) -> None:
     """Raises MaskError for too few or too many classes, and for ids that are none."""
     count = len(maps.classes)
     if count < 2:

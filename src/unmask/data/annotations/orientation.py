@@ -17,7 +17,7 @@ import numpy as np
 from unmask.data.decode.image_header import Header
 
 
-class Drawn(Enum):
+class DrawnOn(Enum):
     """What an annotation was drawn on."""
 
     SHOWN = "the image as shown"
@@ -26,25 +26,25 @@ class Drawn(Enum):
     NEITHER = "neither"  # the annotation is for another size
 
 
-def drawn_on(size: tuple[int, int] | None, head: Header, reach: tuple[float, float] = (0, 0)) -> Drawn | None:
+def drawn_on(size: tuple[int, int] | None, head: Header, reach: tuple[float, float] = (0, 0)) -> DrawnOn | None:
     """What an annotation for an image of `size` (H, W), or None, was drawn on; None where there is no orientation.
 
     reach: how far down and to the right its boxes go; it tells where no size is given.
     """
     shown = head.full_size
     if head.orientation == 1:
-        return None if size in (None, shown) else Drawn.NEITHER
+        return None if size in (None, shown) else DrawnOn.NEITHER
     stored = shown[::-1] if head.orientation >= 5 else shown
     if stored == shown:
-        return Drawn.UNKNOWN if size in (None, shown) else Drawn.NEITHER
+        return DrawnOn.UNKNOWN if size in (None, shown) else DrawnOn.NEITHER
     if size is not None:
-        return Drawn.SHOWN if size == shown else Drawn.STORED if size == stored else Drawn.NEITHER
+        return DrawnOn.SHOWN if size == shown else DrawnOn.STORED if size == stored else DrawnOn.NEITHER
     inside_shown, inside_stored = (
         reach[0] <= side[0] + 1 and reach[1] <= side[1] + 1 for side in (shown, stored)
     )  # fmt: skip
     if inside_shown == inside_stored:
-        return Drawn.UNKNOWN
-    return Drawn.SHOWN if inside_shown else Drawn.STORED
+        return DrawnOn.UNKNOWN
+    return DrawnOn.SHOWN if inside_shown else DrawnOn.STORED
 
 
 def turned_boxes(boxes: np.ndarray, orientation: int, shown: tuple[int, int]) -> np.ndarray:

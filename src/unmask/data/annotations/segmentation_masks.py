@@ -52,7 +52,7 @@ class MaskOptions:
 
 
 @dataclass
-class Maps:
+class SegmentationMasks:
     """The images of `source` that have a mask, and those masks. Keeps the contract of `loader.Annotations`.
 
     `places`: the row in `masks` that belongs to a row of images. `ids`: what stands in the files for each class.
@@ -103,7 +103,7 @@ class Maps:
 
     def _turned(self, row: int, ids: np.ndarray) -> np.ndarray:
         """A mask of stored pixels -> of the image as shown."""
-        return exif.oriented(ids, decode.header(self.source.read(row)).orientation) if self.stored else ids
+        return exif.apply_orientation(ids, decode.header(self.source.read(row)).orientation) if self.stored else ids
 
     def cut(
         self, row: int, size: tuple[int, int], box: np.ndarray, target: tuple[int, int], flip: bool
@@ -194,7 +194,7 @@ def read_ids(data: bytes, *, thorough: bool = False) -> np.ndarray:
         )
     if head.format == "PNG" and data[25] == 0 and data[24] in (2, 4):
         values = values // (255 // (2 ** data[24] - 1))  # gray of few bits, which Pillow stretches to 8
-    values = exif.oriented(values, head.orientation)
+    values = exif.apply_orientation(values, head.orientation)
     if values.dtype == bool:
         return values.astype(np.uint8)
     if values.dtype.kind == "f" or values.min() < 0 or values.max() >= 1 << 16:

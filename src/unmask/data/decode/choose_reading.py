@@ -8,7 +8,7 @@ import numpy as np
 
 from unmask.data import limits
 from unmask.data.decode.bad_image import BadImage
-from unmask.data.decode.guarded import SLACK, Crashed, TooSlow, call_apart
+from unmask.data.decode.limited_process import SLACK, Crashed, TooSlow, call_in_process
 from unmask.data.decode.npy import npy_shape
 from unmask.data.decode.reading import Reading, axes_of_several, is_alpha, is_ambiguous
 from unmask.data.decode.tiff import alpha_values
@@ -18,7 +18,7 @@ SECONDS = 60.0  # of processor time, for all files that are looked at
 FILES = 32  # that are looked at, of either kind
 
 
-def settle(source: Source, rows: Sequence[int]) -> tuple[Reading, tuple[str, ...]]:
+def choose_reading(source: Source, rows: Sequence[int]) -> tuple[Reading, tuple[str, ...]]:
     """What `source.reading` becomes for this data set, and why: a sentence for each thing that was decided.
 
     rows: those of the source that may be looked at.
@@ -26,7 +26,7 @@ def settle(source: Source, rows: Sequence[int]) -> tuple[Reading, tuple[str, ...
     if not _named(source, rows, (".tif", ".tiff", ".npy")):
         return source.reading, ()
     try:  # in a process of its own: these are the first files that are looked at, and one of them may crash a decoder
-        return call_apart(_settled, source, rows, memory=limits.MAX_DECODE_BYTES + SLACK, seconds=SECONDS)
+        return call_in_process(_settled, source, rows, memory=limits.MAX_DECODE_BYTES + SLACK, seconds=SECONDS)
     except (TooSlow, Crashed, MemoryError):
         return source.reading, ()  # then each file decides for itself
 

@@ -32,7 +32,7 @@ import numpy as np
 from unmask.data import limits
 from unmask.data.decode import jpeg, npy, pillow_formats, png, tiff
 from unmask.data.decode.bad_image import BadImage, refuse_large
-from unmask.data.decode.exif import oriented
+from unmask.data.decode.exif import apply_orientation
 from unmask.data.decode.file_format import FileFormat
 from unmask.data.decode.image_header import Header
 from unmask.data.decode.pixels import check_pieces, join_pieces, slice_rows
@@ -85,7 +85,7 @@ def decode(
             pixels = join_pieces(_checked_pieces(format, data, found), stored)
     except MemoryError:
         raise BadImage("TOO_MANY_PIXELS", "not enough memory to decode it") from None
-    return oriented(pixels, found.orientation)
+    return apply_orientation(pixels, found.orientation)
 
 
 def _refuse_costly(found: Header, size: int) -> None:

@@ -24,7 +24,7 @@ def exif_orientation(tiff: bytes) -> int:
     return 1
 
 
-def oriented(pixels: np.ndarray, orientation: int) -> np.ndarray:
+def apply_orientation(pixels: np.ndarray, orientation: int) -> np.ndarray:
     """Apply the EXIF orientation: the stored image (H, W, C), or a mask (H, W), -> the displayed one."""
     if orientation == 1:
         return pixels

@@ -15,11 +15,11 @@ import numpy as np
 CODING = ("utf-8", "surrogatepass")  # any str there and back, file names that are no text too
 
 
-class Names(Sequence[str]):
+class StringTable(Sequence[str]):
     """Texts in a fixed order. Equal to any sequence of the same texts; a slice is a list of str."""
 
     def __init__(self, texts: Iterable[str] = ()) -> None:
-        texts = texts if isinstance(texts, list | tuple | Names) else list(texts)
+        texts = texts if isinstance(texts, list | tuple | StringTable) else list(texts)
         joined = "".join(texts)
         if joined.isascii():
             self.blob, lengths = joined.encode("ascii"), map(len, texts)
@@ -30,7 +30,7 @@ class Names(Sequence[str]):
         self.ends = ends if len(self.blob) >= 1 << 32 else ends.astype(np.uint32)
 
     @classmethod
-    def stored(cls, blob: bytes, ends: np.ndarray) -> Names:
+    def stored(cls, blob: bytes, ends: np.ndarray) -> StringTable:
         """From `blob` and `ends` (n,) of another one."""
         names = cls()
         names.blob, names.ends = blob, ends
@@ -40,7 +40,7 @@ class Names(Sequence[str]):
     def nbytes(self) -> int:
         return len(self.blob) + self.ends.nbytes
 
-    def same(self, other: Names) -> bool:
+    def same(self, other: StringTable) -> bool:
         """Whether both hold the same texts, without looking at them one by one."""
         return self.blob == other.blob and np.array_equal(self.ends, other.ends)
 
@@ -68,7 +68,7 @@ class Names(Sequence[str]):
                 start = end
 
     def __eq__(self, other: object) -> bool:
-        if isinstance(other, Names):
+        if isinstance(other, StringTable):
             return self.same(other)
         if not isinstance(other, list | tuple):
             return NotImplemented

@@ -22,7 +22,7 @@ def findings(found: Scan) -> tuple[str, ...]:
     return (*found.settled, *_alpha(found), *_pages(found), *_axes(found), *_tolerated(found), *_absent(found))
 
 
-def table(found: Scan) -> list[dict[str, Any]]:
+def file_kinds(found: Scan) -> list[dict[str, Any]]:
     """A row for each kind of file: how many there are, what they hold, and what is made of it."""
     return [
         {
@@ -40,7 +40,7 @@ def table(found: Scan) -> list[dict[str, Any]]:
 
 
 def is_plain(found: Scan) -> bool:
-    """Whether all files are read as they stand, so that a table of them tells nothing."""
+    """Whether all files are read as they stand, so that a file_kinds of them tells nothing."""
     return all(not (layout.alpha or layout.page_use or layout.axes == "CHW") for _, _, layout in found.layouts)
 
 

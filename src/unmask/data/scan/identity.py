@@ -1,6 +1,6 @@
 """Whether a data set is still the one that was recorded: names, sizes, times and content digests of its files.
 
-A `Record` is a few columns of numbers beside the names, about 60 bytes a file. Files whose time of change is as
+A `DatasetRecord` is a few columns of numbers beside the names, about 60 bytes a file. Files whose time of change is as
 recorded are not read; of the others only the content decides, so that copied, moved or touched files count as the same
 and replaced ones do not, whatever their size.
 
@@ -17,7 +17,7 @@ import numpy as np
 
 from unmask.data.decode.bad_image import BadImage
 from unmask.data.files.npz_file import read_arrays, write_arrays
-from unmask.data.files.string_table import Names
+from unmask.data.files.string_table import StringTable
 from unmask.data.scan.scan_cache import SETTLED
 from unmask.data.sources.source import Source, content_digest
 from unmask.errors import some
@@ -27,13 +27,13 @@ LAYOUT = 1
 
 
 @dataclass(frozen=True)
-class Record:
+class DatasetRecord:
     """What identifies the files of a data set, a row each; columns as in `Source`.
 
     sizes, changed, modified: (n,) int64, -1 where unknown. digests: (n,) uint64, 0 where unknown.
     """
 
-    names: Names
+    names: StringTable
     sizes: np.ndarray
     changed: np.ndarray
     modified: np.ndarray
@@ -85,7 +85,7 @@ class Difference:
         }  # fmt: skip
 
 
-def record_of(source: Source) -> Record:
+def record_of(source: Source) -> DatasetRecord:
     """The record of a source as it is listed, with the digests that it knows.
 
     A file that changed just before it was listed is recorded without a time: coarse clocks of file systems could give
@@ -94,7 +94,7 @@ def record_of(source: Source) -> Record:
     unknown = np.full(len(source), -1, np.int64)
     changed = unknown if source.changed is None else source.changed
     settled = changed < int(source.opened * 1e9) - SETTLED
-    return Record(
+    return DatasetRecord(
         source.names,
         source.sizes,
         np.where(settled, changed, -1),
@@ -103,12 +103,14 @@ def record_of(source: Source) -> Record:
     )
 
 
-def read_record(path: Path) -> Record | None:
+def read_record(path: Path) -> DatasetRecord | None:
     """The record in a file; None where there is none, or it is damaged or of another version."""
     stored = read_arrays(path)
     if stored is None or stored["layout"].item() != LAYOUT:
         return None
-    return Record(Names.stored(stored["names"].tobytes(), stored["ends"]), *(stored[column] for column in COLUMNS))
+    return DatasetRecord(
+        StringTable.stored(stored["names"].tobytes(), stored["ends"]), *(stored[column] for column in COLUMNS)
+    )
 
 
 def digest_all(source: Source, progress: Callable[[int], object] = lambda _: None) -> None:
@@ -120,7 +122,7 @@ def digest_all(source: Source, progress: Callable[[int], object] = lambda _: Non
 
 
 def compare(
-    record: Record, source: Source, used: np.ndarray, progress: Callable[[int], object] = lambda _: None
+    record: DatasetRecord, source: Source, used: np.ndarray, progress: Callable[[int], object] = lambda _: None
 ) -> Difference:
     """How the source differs from its record in the rows `used`, and in names; sets `source.digests`.
 
@@ -151,7 +153,7 @@ def compare(
     return Difference(changed=[(source.names[row], how) for row, how in sorted(changed)], reread=reread)
 
 
-def _compare_names(record: Record, source: Source) -> Difference:
+def _compare_names(record: DatasetRecord, source: Source) -> Difference:
     """Files added, removed or of another size; carries the digests over to the files of the same name and size."""
     places = {name: row for row, name in enumerate(record.names)}
     source.digests, changed, added = np.zeros(len(source), np.uint64), [], []

@@ -16,7 +16,7 @@ import numpy as np
 
 from unmask.data.decode import decode
 from unmask.data.decode.bad_image import BadImage
-from unmask.data.scan.scan_cache import Looks
+from unmask.data.scan.scan_cache import FileRecords
 from unmask.data.sources.source import Source
 from unmask.errors import some
 
@@ -172,7 +172,7 @@ class Constant:
     names: tuple[str, ...]
 
 
-def constant_images(source: Source, looks: Looks) -> Constant | None:
+def constant_images(source: Source, looks: FileRecords) -> Constant | None:
     """Images of one value, by the sums that a scan keeps; None for none."""
     if not len(looks):
         return None

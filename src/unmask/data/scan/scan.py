@@ -21,14 +21,22 @@ from unmask.data.decode import bad_image, decode
 from unmask.data.decode import nodata as nodata_module
 from unmask.data.decode import pixels as pixels_module
 from unmask.data.decode.bad_image import BadImage
-from unmask.data.decode.choose_reading import settle
-from unmask.data.decode.guarded import SLACK, Crashed, TooSlow, call_apart
+from unmask.data.decode.choose_reading import choose_reading
 from unmask.data.decode.image_header import Header
 from unmask.data.decode.layout import Layout
+from unmask.data.decode.limited_process import SLACK, Crashed, TooSlow, call_in_process
 from unmask.data.decode.nodata import Nodata
 from unmask.data.decode.reading import Reading
 from unmask.data.scan.odd_images import Constant, constant_images
-from unmask.data.scan.scan_cache import Look, Looks, LooksSoFar, joined, recall, remember, worth_keeping
+from unmask.data.scan.scan_cache import (
+    FileRecord,
+    FileRecords,
+    FileRecordsBuilder,
+    is_worth_storing,
+    joined,
+    load_records,
+    store_records,
+)
 from unmask.data.sources.source import Source, content_digest
 from unmask.system.processes import process_pool
 
@@ -142,13 +150,13 @@ def scan(
     if sample is not None and sample < len(rows):
         rows = np.unique(np.linspace(0, len(rows) - 1, sample).astype(np.int64))
     result = Scan(source.name, files=len(source), checked=len(rows))
-    source.reading, result.settled = settle(source, rows.tolist())
+    source.reading, result.settled = choose_reading(source, rows.tolist())
     result.reading = source.reading
-    known = recall(source)
+    known = load_records(source)
     before = [] if known is None or anew else [known.at(np.flatnonzero(np.isin(known.rows, rows)))]
     result.known = sum(map(len, before))
     faults: dict[int, BadFile] = {}
-    seen = LooksSoFar()
+    seen = FileRecordsBuilder()
     try:
         todo = np.setdiff1d(rows, before[0].rows) if before else rows
         for done, (row, found) in enumerate(_look_at(source, todo, workers), result.known + 1):
@@ -161,8 +169,8 @@ def scan(
     finally:  # whoever interrupts a long scan need not begin it again
         new = seen.looks()
         stale = known is not None and bool(np.isin(known.rows, list(faults)).any())
-        if stale or (len(new) and worth_keeping(began)):
-            result.forgotten = remember(source, _all_known(known, new, list(faults)), began)
+        if stale or (len(new) and is_worth_storing(began)):
+            result.forgotten = store_records(source, _all_known(known, new, list(faults)), began)
     looks = joined([*before, new])
     result.digests = np.zeros(len(source), np.uint64)
     result.digests[looks.rows] = looks.digests
@@ -176,14 +184,14 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _all_known(known: Looks | None, new: Looks, bad: list[int]) -> Looks:
+def _all_known(known: FileRecords | None, new: FileRecords, bad: list[int]) -> FileRecords:
     """The new ones, and what was known of files that were not looked at now."""
     if known is None:
         return new
     return joined([known.at(np.flatnonzero(~np.isin(known.rows, [*new.rows.tolist(), *bad]))), new])
 
 
-def _look_at(source: Source, rows: np.ndarray, workers: int | None) -> Iterator[tuple[int, Look | BadImage]]:
+def _look_at(source: Source, rows: np.ndarray, workers: int | None) -> Iterator[tuple[int, FileRecord | BadImage]]:
     start, todo = time.monotonic(), rows.tolist()
     if workers is None:
         workers = num_cores()
@@ -224,12 +232,12 @@ def _begin(source: Source) -> None:
     _source = source
 
 
-def _look_many(rows: list[int]) -> list[Look | BadImage]:
+def _look_many(rows: list[int]) -> list[FileRecord | BadImage]:
     assert _source is not None
     return [_look(_source, row) for row in rows]
 
 
-def _look_apart(source: Source, row: int) -> Look | BadImage:
+def _look_apart(source: Source, row: int) -> FileRecord | BadImage:
     try:
         with process_pool(1, _begin, (source,)) as pool:
             return pool.submit(_look_many, [row]).result()[0]
@@ -237,7 +245,7 @@ def _look_apart(source: Source, row: int) -> Look | BadImage:
         return BadImage("CORRUPT", "decoding it killed the process")
 
 
-def _look(source: Source, row: int, like: tuple[int, str] | None = None) -> Look | BadImage:
+def _look(source: Source, row: int, like: tuple[int, str] | None = None) -> FileRecord | BadImage:
     """One file, decoded; as it is, or `like` the data set's channels and dtype.
 
     What its header says would take much memory or time is decoded in a process of its own, with limits on both.
@@ -247,7 +255,7 @@ def _look(source: Source, row: int, like: tuple[int, str] | None = None) -> Look
         head = decode.header(data, source.reading)
         if head.memory > GUARDED_MEMORY or head.scans > GUARDED_PARTS or len(head.pages) > GUARDED_PARTS:
             limits = {"memory": bad_image.limits.MAX_DECODE_BYTES + SLACK, "seconds": MOST_SECONDS}
-            return call_apart(_decoded, data, head, like, source.reading.nodata, **limits)
+            return call_in_process(_decoded, data, head, like, source.reading.nodata, **limits)
         return _decoded(data, head, like, source.reading.nodata)
     except BadImage as error:
         return error
@@ -259,7 +267,7 @@ def _look(source: Source, row: int, like: tuple[int, str] | None = None) -> Look
         return BadImage("CORRUPT", "decoding it killed the process")
 
 
-def _decoded(data: bytes, head: Header, like: tuple[int, str] | None, nodata: Nodata) -> Look:
+def _decoded(data: bytes, head: Header, like: tuple[int, str] | None, nodata: Nodata) -> FileRecord:
     """What there is to know of an image, from pieces of it, so that no second copy of a large one is made."""
     tolerated: list[str] = []
     sums = squares = np.zeros(0)
@@ -275,7 +283,7 @@ def _decoded(data: bytes, head: Header, like: tuple[int, str] | None, nodata: No
         channels, dtype = piece.shape[2], str(piece.dtype)
     layout = replace(head.layout, tolerated=tuple(tolerated))
     digest = content_digest(data)
-    return Look((head.height, head.width), channels, dtype, head.format, layout, there, sums, squares, digest)
+    return FileRecord((head.height, head.width), channels, dtype, head.format, layout, there, sums, squares, digest)
 
 
 def _sums(flat: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -291,7 +299,7 @@ def _sums(flat: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _summarise(
     result: Scan,
     source: Source,
-    looks: Looks,
+    looks: FileRecords,
     faults: dict[int, BadFile],
     channels: int | None,
     dtype: str | None,
@@ -330,7 +338,7 @@ def _summarise(
         result.mean, result.std = _statistics(source, looks, wanted_channels, wanted_dtype)
 
 
-def _unlike(looks: Looks, channels: int, dtype: str) -> dict[int, BadImage]:
+def _unlike(looks: FileRecords, channels: int, dtype: str) -> dict[int, BadImage]:
     """Places of the looks that cannot be made to conform, and why."""
     found: dict[int, BadImage] = {}
     for own_channels in np.unique(looks.channels).tolist():
@@ -353,7 +361,9 @@ def _pair(values: np.ndarray) -> tuple[int, int]:
     return int(values[0]), int(values[1])
 
 
-def _statistics(source: Source, looks: Looks, channels: int, dtype: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def _statistics(
+    source: Source, looks: FileRecords, channels: int, dtype: str
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation per channel, in the data set's channels and units, over an even part of the images.
 
     Absent pixels do not count.
@@ -361,9 +371,9 @@ def _statistics(source: Source, looks: Looks, channels: int, dtype: str) -> tupl
     alike = looks.at(np.flatnonzero((looks.channels == 1) | (looks.channels == channels)))
     if not len(alike):  # colour images trained on as gray: sums per channel do not tell the deviation of the luma
         rows = looks.rows[_evenly(len(looks), LOOK_AGAIN)]
-        again = LooksSoFar()
+        again = FileRecordsBuilder()
         for row in rows.tolist():
-            if isinstance(found := _look(source, row, (channels, dtype)), Look):
+            if isinstance(found := _look(source, row, (channels, dtype)), FileRecord):
                 again.add(row, found)
         alike = again.looks()
     if not alike.valid.any():

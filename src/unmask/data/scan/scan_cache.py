@@ -26,7 +26,7 @@ import numpy as np
 from unmask.data.decode import decode
 from unmask.data.decode.layout import Layout
 from unmask.data.files.npz_file import read_arrays, write_arrays
-from unmask.data.files.string_table import Names
+from unmask.data.files.string_table import StringTable
 from unmask.data.sources.source import Source
 
 LAYOUT = 3
@@ -38,7 +38,7 @@ DECODERS = ("numpy", "pillow", "simplejpeg", "tifffile")
 
 
 @dataclass(frozen=True)
-class Look:
+class FileRecord:
     """One readable file; `valid` pixels are not absent, sums per channel are of their values and of the squares.
 
     digest is `content_digest`.
@@ -56,7 +56,7 @@ class Look:
 
 
 @dataclass(frozen=True)
-class Looks:
+class FileRecords:
     """Readable files, a row each, ascending: about 90 bytes a colour image.
 
     `rows` (n,) int64 of the source; `sizes` (n, 2) int32; `channels` (n,) int32; `dtypes` and `formats` (n,) words in
@@ -84,29 +84,29 @@ class Looks:
         """(n,) int64: where the sums of each begin."""
         return np.cumsum(self.channels, dtype=np.int64) - self.channels
 
-    def at(self, places: np.ndarray) -> Looks:
+    def at(self, places: np.ndarray) -> FileRecords:
         """Those at these places only, in this order."""
         channels = self.channels[places].astype(np.int64)
         within = np.arange(channels.sum()) - np.repeat(np.cumsum(channels) - channels, channels)
         inside = np.repeat(self.starts[places], channels) + within
-        return Looks(
+        return FileRecords(
             self.rows[places], self.sizes[places], self.channels[places], self.dtypes[places], self.formats[places],
             self.layouts[places], self.valid[places], self.sums[inside], self.squares[inside], self.digests[places],
         )  # fmt: skip
 
-    def with_rows(self, rows: np.ndarray) -> Looks:
+    def with_rows(self, rows: np.ndarray) -> FileRecords:
         """The same of files that stand in other rows."""
         return replace(self, rows=rows)
 
 
-def joined(several: Iterable[Looks]) -> Looks:
+def joined(several: Iterable[FileRecords]) -> FileRecords:
     """All of them, by row."""
     columns = zip(*(vars(looks).values() for looks in several), strict=True)
-    both = Looks(*(np.concatenate(column) for column in columns))
+    both = FileRecords(*(np.concatenate(column) for column in columns))
     return both if (np.diff(both.rows) > 0).all() else both.at(np.argsort(both.rows, kind="stable"))
 
 
-class LooksSoFar:
+class FileRecordsBuilder:
     """Looks as they come, one after another."""
 
     def __init__(self) -> None:
@@ -115,7 +115,7 @@ class LooksSoFar:
         self.sums, self.squares, self.digests = array("d"), array("d"), array("Q")
         self.words: list[str] = []
 
-    def add(self, row: int, look: Look) -> None:
+    def add(self, row: int, look: FileRecord) -> None:
         self.rows.append(row)
         self.sizes.extend(look.size)
         self.channels.append(look.channels)
@@ -132,9 +132,9 @@ class LooksSoFar:
             self.words.append(word)
         return self.words.index(word)
 
-    def looks(self) -> Looks:
+    def looks(self) -> FileRecords:
         words = np.array(self.words or [""], WORD)
-        return Looks(
+        return FileRecords(
             np.array(self.rows, np.int64),
             np.array(self.sizes, np.int32).reshape(-1, 2),
             np.array(self.channels, np.int32),
@@ -148,7 +148,7 @@ class LooksSoFar:
         )
 
 
-def memory_folder() -> Path | None:
+def cache_folder() -> Path | None:
     """Where scans are remembered: $UNMASK_CACHE, or `unmask` in the user's cache folder; None if UNMASK_CACHE=off."""
     told = os.environ.get("UNMASK_CACHE")
     if told:
@@ -159,9 +159,9 @@ def memory_folder() -> Path | None:
         return None
 
 
-def memory_file(source: Source) -> Path | None:
+def cache_file(source: Source) -> Path | None:
     """The file for this data; None where nothing is remembered: images that lie in no file, or it is turned off."""
-    folder = memory_folder()
+    folder = cache_folder()
     if folder is None or source.changed is None:
         return None
     what = f"{source.location}\0{source.reading.model_dump_json()}"
@@ -169,26 +169,26 @@ def memory_file(source: Source) -> Path | None:
     return folder / f"scan-{place[:32]}.arrays"
 
 
-def recall(source: Source) -> Looks | None:
+def load_records(source: Source) -> FileRecords | None:
     """What is known of the files that are as they were when they were last looked at; None for nothing."""
-    file = memory_file(source)
+    file = cache_file(source)
     stored = None if file is None else read_arrays(file)
     if stored is None or source.changed is None or stored["about"].item() != _about():
         return None
-    names = Names.stored(stored["names"].tobytes(), stored["ends"])
-    kept = Looks(np.arange(len(names)), *(stored[name] for name in COLUMNS))
+    names = StringTable.stored(stored["names"].tobytes(), stored["ends"])
+    kept = FileRecords(np.arange(len(names)), *(stored[name] for name in COLUMNS))
     sizes, changed = stored["bytes"], stored["changed"]
     place = _places(names, source.names)  # of each row of the source among those kept, or -1
     rows = np.flatnonzero((place >= 0) & (sizes[place] == source.sizes) & (changed[place] == source.changed))
     return kept.at(place[rows]).with_rows(rows) if len(rows) else None
 
 
-def remember(source: Source, looks: Looks, began: float) -> str:
+def store_records(source: Source, looks: FileRecords, began: float) -> str:
     """Keep these for later, all that is known of the source; returns why it could not be kept, "" where it was.
 
     began: when looking began, in seconds since 1970. Of files that changed just before, or since, nothing is kept.
     """
-    file = memory_file(source)
+    file = cache_file(source)
     if file is None or source.changed is None:
         return ""  # nor was it asked for
     changed = source.changed[looks.rows]
@@ -198,7 +198,7 @@ def remember(source: Source, looks: Looks, began: float) -> str:
             file.unlink()
         return "the files have only just been written"
     looks, changed = looks.at(settled), changed[settled]
-    names = source.names if len(looks) == len(source) else Names(source.names[row] for row in looks.rows.tolist())
+    names = source.names if len(looks) == len(source) else StringTable(source.names[row] for row in looks.rows.tolist())
     arrays = {name: getattr(looks, name) for name in COLUMNS} | {
         "about": np.array(_about()),
         "names": np.frombuffer(names.blob, np.uint8),
@@ -214,12 +214,12 @@ def remember(source: Source, looks: Looks, began: float) -> str:
     return ""
 
 
-def worth_keeping(began: float) -> bool:
+def is_worth_storing(began: float) -> bool:
     """Whether what has taken since `began`, in seconds since 1970, should not have to be done again."""
     return time.time() - began > WORTH_KEEPING
 
 
-def _places(known: Names, names: Names) -> np.ndarray:
+def _places(known: StringTable, names: StringTable) -> np.ndarray:
     """(n,) int64: where each of `names` is among the `known`, -1 where it is not, or more than once."""
     if known.same(names):
         return np.arange(len(names))

@@ -7,26 +7,26 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from unmask.data.files.string_table import Names
+from unmask.data.files.string_table import StringTable
 from unmask.data.sources.class_folders import classes_of
-from unmask.data.sources.joined import Joined, digest
+from unmask.data.sources.joined import JoinedSource, digest
 from unmask.data.sources.source import Source
 from unmask.errors import SourceError
 
 
-class Selected(Source):
+class SelectedSource(Source):
     """Some rows of a source, in its order. by_folder: whether classes are to be found anew in the names that remain."""
 
     def __init__(self, inner: Source, rows: np.ndarray) -> None:
         self.inner, self.rows = inner, np.asarray(rows, np.int64)
-        names = Names([inner.names[row] for row in self.rows.tolist()])
+        names = StringTable([inner.names[row] for row in self.rows.tolist()])
         super().__init__(inner.name, names, inner.sizes[self.rows], location=inner.location)
         self.changed = None if inner.changed is None else inner.changed[self.rows]
         self.modified = None if inner.modified is None else inner.modified[self.rows]
         self.skipped.update(inner.skipped)
         self.unlabelled = inner.unlabelled
         before = classes_of(inner.names)
-        if isinstance(inner, Joined):
+        if isinstance(inner, JoinedSource):
             by_folder = False
         elif inner.labels is None:
             by_folder = not inner.unlabelled
@@ -65,7 +65,7 @@ def exclude_names(source: Source, patterns: Sequence[str]) -> Source:
         raise SourceError(
             f"--exclude {' '.join(patterns)} leaves none of the {len(source)} images of {source.name}; leave one out"
         )
-    left = Selected(source, np.flatnonzero(~out)) if out.any() else source
+    left = SelectedSource(source, np.flatnonzero(~out)) if out.any() else source
     left.excluded = counts
     return left
 

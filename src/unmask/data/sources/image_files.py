@@ -12,14 +12,14 @@ import numpy as np
 
 from unmask.data import limits
 from unmask.data.decode.bad_image import BadImage
-from unmask.data.files.string_table import Names
+from unmask.data.files.string_table import StringTable
 from unmask.data.sources.source import Opener, Source, last_change, printable_names, stat_or_none
 from unmask.errors import SourceError
 
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".tif", ".tiff", ".bmp", ".gif", ".npy")
 
 
-class Files(Source):
+class FilesSource(Source):
     """Files on disk: row i is the file root/relative[i]. `changed` and `modified` as in `Source`, by row."""
 
     def __init__(
@@ -34,7 +34,7 @@ class Files(Source):
         location: str | None = None,
     ) -> None:
         self.root = root
-        self.relative = relative if isinstance(relative, Names) else Names(relative)
+        self.relative = relative if isinstance(relative, StringTable) else StringTable(relative)
         super().__init__(name, printable_names(self.relative), sizes, location=location)
         self.changed, self.modified = np.array(changed, np.int64), np.array(modified, np.int64)
 
@@ -70,19 +70,19 @@ class Listing:
         self.changed.append(-1 if found is None else last_change(found))
         self.modified.append(-1 if found is None else found.st_mtime_ns)
 
-    def files(self, name: str, root: str, *, ordered: bool, location: str | None = None) -> Files:
+    def files(self, name: str, root: str, *, ordered: bool, location: str | None = None) -> FilesSource:
         """All of them as a source: as they came when `ordered`, otherwise sorted by the bytes of their paths."""
         order = np.arange(len(self.paths))
         if not ordered:
             plain = all(map(str.isascii, self.paths))  # then text sorts as its bytes do
             keys = self.paths if plain else [os.fsencode(path) for path in self.paths]
             order = np.array(sorted(range(len(keys)), key=keys.__getitem__), np.int64)
-        paths = Names([self.paths[i] for i in order.tolist()])
+        paths = StringTable([self.paths[i] for i in order.tolist()])
         columns = (np.array(column, np.int64)[order] for column in (self.sizes, self.changed, self.modified))
-        return Files(name, root, paths, *columns, location=location)
+        return FilesSource(name, root, paths, *columns, location=location)
 
 
-def absolute_files(text: str, paths: Sequence[str], *, location: str | None = None) -> Files:
+def absolute_files(text: str, paths: Sequence[str], *, location: str | None = None) -> FilesSource:
     """Files anywhere; names are relative to their longest common folder."""
     absolute = [os.path.abspath(path) for path in paths]
     root = os.path.commonpath([os.path.dirname(path) for path in absolute]) if absolute else os.getcwd()
@@ -92,7 +92,7 @@ def absolute_files(text: str, paths: Sequence[str], *, location: str | None = No
     return listing.files(text, root, ordered=True, location=location)
 
 
-def open_files(paths: Sequence[str | Path]) -> Files:
+def open_files(paths: Sequence[str | Path]) -> FilesSource:
     """Exactly these files, in this order. Raises SourceError when one is missing."""
     for path in paths:
         if not os.path.isfile(path):

@@ -18,13 +18,13 @@ from typing import Any
 import numpy as np
 
 from unmask.data.annotations.class_names import class_order
-from unmask.data.files.string_table import Names
+from unmask.data.files.string_table import StringTable
 from unmask.data.sources.parquet_file import ParquetSource
 from unmask.data.sources.source import Source, printable
 from unmask.errors import some
 
 
-class Joined(Source):
+class JoinedSource(Source):
     """The rows of several sources, one after another. prefixes: a folder for the names of each, None for none."""
 
     def __init__(
@@ -33,7 +33,7 @@ class Joined(Source):
         self.parts = list(parts)
         self.starts = np.cumsum([0, *(len(part) for part in self.parts)]).astype(np.int64)
         folders = [f"{folder}/" for folder in prefixes] if prefixes is not None else [""] * len(self.parts)
-        names = Names(
+        names = StringTable(
             f"{folder}{name}" for folder, part in zip(folders, self.parts, strict=True) for name in part.names
         )
         super().__init__(name, names, np.concatenate([part.sizes for part in self.parts]), location=location)
@@ -113,4 +113,4 @@ def join(parts: Sequence[Source], texts: Sequence[str]) -> Source:
             base = printable(posixpath.basename(text.replace(os.sep, "/").rstrip("/"))) or "data"
             taken[base] += 1
             prefixes.append(base if taken[base] == 1 else f"{base}-{taken[base]}")
-    return Joined(f"{some(texts, 3)}", parts, prefixes, location="\n".join(part.location for part in parts))
+    return JoinedSource(f"{some(texts, 3)}", parts, prefixes, location="\n".join(part.location for part in parts))

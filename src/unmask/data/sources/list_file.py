@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from unmask.data.files.text_files import Line, read_lines, require_text
-from unmask.data.sources.image_files import EXTENSIONS, Files, absolute_files
+from unmask.data.sources.image_files import EXTENSIONS, FilesSource, absolute_files
 from unmask.data.sources.source import Opener, stat_or_none
 from unmask.errors import SourceError
 
@@ -158,7 +158,7 @@ def _exists(folder: str, path: str) -> bool:
     return os.path.exists(os.path.join(folder, path))
 
 
-def open_list(text: str) -> Files:
+def open_list(text: str) -> FilesSource:
     """The images of a list file, in its order."""
     folder = os.path.dirname(os.path.abspath(text))
     try:

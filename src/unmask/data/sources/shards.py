@@ -12,7 +12,7 @@ import numpy as np
 
 from unmask.data.annotations.class_names import class_name, class_order
 from unmask.data.sources.class_folders import SPLITS, classes_of
-from unmask.data.sources.joined import Joined
+from unmask.data.sources.joined import JoinedSource
 from unmask.data.sources.parquet_file import ParquetSource
 from unmask.data.sources.source import Source, printable
 from unmask.data.sources.tar_file import TARS, TarSource
@@ -61,7 +61,7 @@ def open_shards(name: str, root: str, relative: Sequence[str], *, location: str)
     if tables:
         _require_alike(name, relative, parts)
     stems = [printable(_stem(path)) for path in relative]
-    source = Joined(name, parts, stems, location=location)
+    source = JoinedSource(name, parts, stems, location=location)
     if splits := _splits(relative):
         source.classes, source.labels = [], None
         source.unlabelled = (
@@ -104,7 +104,7 @@ def _splits(relative: Sequence[str]) -> list[str]:
     return sorted(found) if len(found) > 1 and "" not in found else []  # one split, or shards that are none
 
 
-def _label_tars(source: Joined, stems: Sequence[str]) -> None:
+def _label_tars(source: JoinedSource, stems: Sequence[str]) -> None:
     """Label by the folders within all tars, or else by the tar an image lies in, where each is called after a class.
 
     Numbered shards hold anything; a class of numbers (n01440764.tar) shows in the names of its files too.

@@ -17,7 +17,7 @@ import numpy as np
 from unmask.data.annotations.class_names import are_fractions, class_name, class_order
 from unmask.data.decode.bad_image import BadImage
 from unmask.data.decode.reading import Reading
-from unmask.data.files.string_table import Names
+from unmask.data.files.string_table import StringTable
 from unmask.data.sources.class_folders import classes_of
 from unmask.errors import some
 
@@ -48,7 +48,7 @@ class Source(ABC):
     ) -> None:
         self.name = name
         self.location = location if location is not None else str(Path(name).absolute())
-        self.names = names if isinstance(names, Names) else Names(names)
+        self.names = names if isinstance(names, StringTable) else StringTable(names)
         self.sizes = np.asarray(sizes, np.int64)
         self.changed: np.ndarray | None = None
         self.modified: np.ndarray | None = None
@@ -131,11 +131,11 @@ def printable(path: str) -> str:
     return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
-def printable_names(paths: Names) -> Names:
+def printable_names(paths: StringTable) -> StringTable:
     """`printable` of each; the very same object where that changes nothing, as it nearly always does."""
     if paths.blob.isascii() and os.sep == "/" and not re.search(rb"[\x00-\x1f\x7f]", paths.blob):
         return paths
-    printed = Names(printable(path) for path in paths)
+    printed = StringTable(printable(path) for path in paths)
     return paths if printed.same(paths) else printed
 
 

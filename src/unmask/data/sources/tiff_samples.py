@@ -13,7 +13,7 @@ from unmask.data.decode.tiff_pages import TIFF_STARTS, TooManyEntries, image_pag
 from unmask.data.sources.source import Source
 
 
-class Pages(Source):
+class TiffPagesSource(Source):
     """The rows of another source, those of a TIFF of n pages n times; their names end in #1 to #n.
 
     Levels of pyramids and masks are no pages. Every TIFF is read once to count them.
@@ -50,9 +50,9 @@ class Pages(Source):
         return self.of.fingerprint()
 
 
-def read_as(source: Source, reading: Reading) -> Source:
+def apply_reading(source: Source, reading: Reading) -> Source:
     """The source, its files decoded as `reading` says; with data.pages=samples a row for every page."""
-    source = Pages(source) if reading.pages == "samples" else source
+    source = TiffPagesSource(source) if reading.pages == "samples" else source
     source.reading = reading
     return source
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from unmask.data import limits
 from unmask.data.decode.bad_image import BadImage
-from unmask.data.files.string_table import Names
+from unmask.data.files.string_table import StringTable
 from unmask.data.sources.archives import is_wanted, times_of_archive
 from unmask.data.sources.source import Opener, Source, printable_names
 from unmask.errors import SourceError
@@ -50,7 +50,7 @@ class ZipSource(Source):
         except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error) as error:
             raise SourceError(f"{text} cannot be read as a zip file: {error}") from None
         ordered = sorted(members)
-        names, self.members = Names(ordered), Names([members[name][0] for name in ordered])
+        names, self.members = StringTable(ordered), StringTable([members[name][0] for name in ordered])
         self.members = names if names.same(self.members) else self.members
         super().__init__(text, printable_names(names), [members[name][1] for name in ordered])
         self.changed, self.modified = times_of_archive(text, len(members))

@@ -27,7 +27,7 @@ class Crashed(Exception):
     """The process ended without an answer."""
 
 
-def call_apart(function: Callable[..., Any], *arguments: Any, memory: int, seconds: float) -> Any:
+def call_in_process(function: Callable[..., Any], *arguments: Any, memory: int, seconds: float) -> Any:
     """`function(*arguments)` in a forked process, which may use `memory` bytes more than this one and `seconds` of
     processor time.
 

@@ -1,0 +1,100 @@
+"""Find the files of box annotations and pair them with images."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from unmask.data.annotations.box_objects import BoxError, Objects
+from unmask.data.files.text_files import TextError, read_text
+from unmask.data.sources.source import Source
+from unmask.errors import some
+
+VOC_IMAGES, VOC_BOXES, VOC_SPLITS = "JPEGImages", "Annotations", os.path.join("ImageSets", "Main")
+COCO_IMAGES = "images"
+COCO_FOLDERS, COCO_BESIDE = ("", "annotations", COCO_IMAGES), ("", "annotations")
+
+
+def find_files(root: Path, annotations: Path | None) -> tuple[Path, Path]:
+    """(images, COCO file or folder of XML). Raises BoxError where there is none, or more than one to choose from."""
+    if annotations is not None:
+        if not annotations.exists():
+            raise BoxError(f"annotations {annotations} do not exist; a COCO .json or a folder of VOC .xml was expected")
+        inside = root / VOC_IMAGES
+        return inside if inside.is_dir() else root, annotations
+    if (root / VOC_IMAGES).is_dir() and (root / VOC_BOXES).is_dir():
+        return root / VOC_IMAGES, root / VOC_BOXES
+    found = [file for folder in COCO_FOLDERS for file in sorted((root / folder).glob("*.json"))]
+    if not found and root.name == COCO_IMAGES:
+        found = [file for folder in COCO_BESIDE for file in sorted((root.parent / folder).glob("*.json"))]
+    if len(found) > 1:
+        raise BoxError(
+            f"{len(found)} JSON files lie with {root}: {some([str(file) for file in found])}; one was expected, name "
+            "it with --annotations"
+        )
+    if found:
+        return root, found[0]
+    if root.is_dir() and next(root.rglob("*.xml"), None) is not None:
+        return root, root
+    raise BoxError(
+        f"no boxes were found for {root}; {root / VOC_BOXES} beside {root / VOC_IMAGES}, an .xml beside each image, or "
+        f"one COCO .json in {root} or its folder annotations was expected, or a file or folder named with --annotations"
+    )
+
+
+def read_split(file: Path) -> set[str]:
+    """The names, without ending, in a list of ImageSets/Main: the first word of each line. Raises BoxError."""
+    try:
+        words = [line.split() for line in read_text(file).splitlines()]
+    except TextError as error:
+        raise BoxError(f"the split list cannot be read: {error}") from None
+    except OSError:
+        there = sorted(path.stem for path in file.parent.glob("*.txt")) if file.parent.is_dir() else []
+        raise BoxError(
+            f"the split list {file} does not exist or cannot be read; "
+            + (f"choose one of {', '.join(there)}" if there else "a text file with an image name a line was expected")
+        ) from None
+    return {line[0] for line in words if line and line[1:] != ["-1"]}  # -1: VOC's word for images without that class
+
+
+def _stem(path: str) -> str:
+    return os.path.splitext(path)[0]
+
+
+def stem_name(path: str) -> str:
+    """Without folders and ending."""
+    return _stem(path).rsplit("/", 1)[-1]
+
+
+def pair(source: Source, said: Mapping[str, Objects], where: Path) -> tuple[dict[int, str], list[str]]:
+    """(row of images -> key in `said`, keys without an image); by path, or else by name alone. Raises BoxError."""
+    by_path = {_stem(name): row for row, name in enumerate(source.names)}
+    by_name: dict[str, list[int]] = {}
+    for row, name in enumerate(source.names):
+        by_name.setdefault(stem_name(name), []).append(row)
+    rows: dict[int, str] = {}
+    missing: list[str] = []
+    for key in said:
+        row = by_path.get(_stem(key))
+        if row is None:
+            alike = by_name.get(stem_name(key), [])
+            if len(alike) > 1:
+                could = some((source.names[one] for one in alike), between=" or ")
+                raise BoxError(
+                    f"{key} of {where} could be {could}; point at the folder of one of them, or write their paths into "
+                    "the annotations"
+                )
+            row = alike[0] if alike else None
+        if row is None:
+            missing.append(key)
+        elif row in rows:
+            raise BoxError(f"{rows[row]} and {key} of {where} are both for {source.names[row]}; take one away")
+        else:
+            rows[row] = key
+    if not rows:
+        raise BoxError(
+            f"none of {len(said)} annotated images of {where} is in {source.name}: it speaks of {some(list(said))}, "
+            f"there are {some(source.names)}"
+        )
+    return dict(sorted(rows.items())), missing

@@ -1,0 +1,53 @@
+"""Pascal VOC's XML, one file for each image."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from xml.etree import ElementTree
+
+from unmask.data.annotations.box_objects import BoxError, Found, Objects, four, refuse_fractions, size_or_none
+from unmask.data.annotations.class_names import class_name
+from unmask.data.files.text_files import TextError, decode_xml
+
+
+def read_voc(folder: Path) -> tuple[dict[str, Objects], list[str]]:
+    """(objects by the XML file's path in the folder, names of the classes in alphabetical order). Raises BoxError."""
+    said: dict[str, Objects] = {}
+    for file in sorted(folder.rglob("*.xml")):
+        try:
+            said[file.relative_to(folder).as_posix()] = _voc(_parse(file), file)
+        except TextError as error:
+            raise BoxError(str(error)) from None
+        except (OSError, ElementTree.ParseError, ValueError, LookupError, RecursionError) as error:
+            if isinstance(error, BoxError):
+                raise
+            raise BoxError(f"{file} cannot be read: {error}; an XML file of Pascal VOC was expected") from None
+    if not said:
+        raise BoxError(f"{folder} holds no .xml; a folder of Pascal VOC's XML was expected, a file for each image")
+    refuse_fractions(said, folder, first=1)
+    return said, sorted({name for one in said.values() for name in one.names})
+
+
+def _parse(file: Path) -> ElementTree.Element:
+    """The tree of an XML file. A document type is refused: its entities can make gigabytes of a few lines."""
+    text = decode_xml(file.read_bytes(), file)
+    if "<!DOCTYPE" in text or "<!ENTITY" in text:
+        raise BoxError(f"{file} declares a document type or entities, which VOC's files have not; take them out")
+    return ElementTree.fromstring(text)
+
+
+def _voc(root: ElementTree.Element, file: Path) -> Objects:
+    found = Found([], [], [])
+    for place, one in enumerate(root.iter("object"), 1):
+        name = (one.findtext("name") or "").strip()
+        corners = [one.findtext(f"bndbox/{key}") for key in ("xmin", "ymin", "xmax", "ymax")]
+        if not name or None in corners:
+            raise BoxError(
+                f"{file} has an object without name or bndbox (object {place}); VOC's xmin, ymin, xmax, ymax were "
+                "expected"
+            )
+        x1, y1, x2, y2 = four(corners, f"object {place} of {file}")
+        found.boxes.append((x1 - 1, y1 - 1, x2, y2))
+        found.names.append(class_name(name))
+        found.aside.append((one.findtext("difficult") or "0").strip() == "1")
+    return found.objects(size_or_none(root.findtext("size/height"), root.findtext("size/width")))
