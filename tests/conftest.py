@@ -1,4 +1,4 @@
-"""Shared by all tests: one compute thread, small folders of images, real data where it can be found."""
+"""Shared by all tests: one compute thread, small folders of images."""
 
 import json
 import os
@@ -46,15 +46,6 @@ def stored(path: Path) -> dict:
 def images(tmp_path: Path) -> Path:
     """A folder of 30 unlabelled images of 20 x 24 pixels."""
     return write_images(tmp_path / "images", 30)
-
-
-@pytest.fixture(scope="session")
-def shared_data() -> Path:
-    """Archives of real images beside the checkout; tests that want them are skipped where there are none."""
-    folder = Path(__file__).resolve().parents[2] / "shared" / "data"
-    if not folder.is_dir():
-        pytest.skip("no real data beside the checkout")
-    return folder
 
 
 def small(*settings: str) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from importlib.resources import files
 from typing import Any
 
 import numpy as np
@@ -224,3 +225,20 @@ class Memory(Source):
 
     def read(self, i):
         return self.files[i]
+
+
+def photographs() -> list[bytes]:
+    """JPEG files of real photographs, which scikit-learn ships: as they are, and written again in other ways."""
+    found = []
+    for name in ("china.jpg", "flower.jpg"):
+        data = files("sklearn.datasets").joinpath("images", name).read_bytes()
+        image = Image.open(io.BytesIO(data))
+        found.append(data)
+        for options in (
+            {"quality": 30, "subsampling": 2}, {"quality": 95, "subsampling": 0}, {"quality": 75, "subsampling": 1},
+            {"quality": 85, "progressive": True}, {"quality": 90, "restart_marker_blocks": 3},
+        ):  # fmt: skip
+            found.append(file_of(image, "JPEG", **options))
+        found.append(file_of(image.convert("L"), "JPEG", quality=90))
+        found.append(file_of(image.crop((100, 50, 361, 304)), "JPEG", quality=80))
+    return found

@@ -133,7 +133,7 @@ def test_the_workflows_run_scripts_that_exist():
     commands = "\n".join(command for workflow in WORKFLOWS.values() for command in steps(workflow))
     called = set(re.findall(r"bash (scripts/\w+)", commands))
     assert {"scripts/check", "scripts/docs", "scripts/test"} <= called
-    assert not [script for script in called - {"scripts/docs"} if not (ROOT / script).is_file()]
+    assert not [script for script in called if not (ROOT / script).is_file()]
     hook = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"][0]
     assert hook["entry"] == "bash scripts/check"
 

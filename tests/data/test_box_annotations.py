@@ -1,7 +1,6 @@
 """Boxes follow their object through every crop; COCO and VOC say the same; nonsense is refused or counted."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +15,6 @@ from unmask.data.loader import eval_batches, training_batches
 from unmask.metrics import average_precision as average_precision_module
 from unmask.metrics.average_precision import average_precision, true_boxes
 
-BCCD = Path(__file__).parents[2] / "data" / "bccd"
 SPEC = ImageSpec(3, (40, 48), "uint8", (0.0,) * 3, (1.0,) * 3)
 SIZE = (60, 80)
 OBJECTS = {  # (x1, y1, x2, y2), class
@@ -313,10 +311,23 @@ def test_a_class_that_a_model_does_not_know_is_refused(tmp_path):
         open_boxes(root, root / "none.json")
 
 
-@pytest.mark.skipif(not BCCD.is_dir(), reason="data/bccd is absent: tar xf ../shared/data/bccd.tar -C data")
-def test_bccd_is_read_whole():
-    train, test = open_boxes(BCCD, split="train"), open_boxes(BCCD, split="test")
-    assert train.classes == test.classes == ("Platelets", "RBC", "WBC")
-    assert len(train.rows) == 205
+def test_blood_cells_in_splits_of_voc(tmp_path):
+    """In BCCD's layout: Annotations, JPEGImages and the lists of ImageSets/Main."""
+    classes, rng = ("Platelets", "RBC", "WBC"), np.random.default_rng(0)
+    cells = {
+        f"BloodImage_{number:05d}": [
+            ((x, y, x + 12, y + 10), classes[kind])
+            for kind, (x, y) in enumerate(rng.integers(0, 45, (3, 2)).tolist())
+        ]
+        for number in range(15)
+    }  # fmt: skip
+    root, names = voc(tmp_path, cells), sorted(cells)
+    images(root, cells)
+    (root / "ImageSets" / "Main").mkdir(parents=True)
+    for split, part in {"train": names[:9], "val": names[9:11], "test": names[11:]}.items():
+        (root / "ImageSets" / "Main" / f"{split}.txt").write_text("\n".join(part) + "\n")
+    train, test = open_boxes(root, split="train"), open_boxes(root, split="test")
+    assert train.classes == test.classes == classes
+    assert (len(train.rows), len(test.rows)) == (9, 4)
     assert not set(train.rows) & set(test.rows)
     assert not train.faults

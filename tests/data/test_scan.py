@@ -1,14 +1,15 @@
 """The scan: every bad file listed with its reason, and statistics that are those of the pixels."""
 
+import io
 import os
+import tarfile
 import time
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import write_images
-from corpus import Memory, bad_files, file_of, noisy, npy, png16, tiff
+from corpus import Memory, bad_files, file_of, noisy, npy, photographs, png16, tiff
 
 from unmask.data.decode.decode import decode
 from unmask.data.decode.pixels import conform
@@ -176,13 +177,17 @@ def test_a_file_that_kills_its_process_is_found_and_the_rest_is_scanned():
     assert [(fault.name, fault.code) for fault in found.bad] == [("066.npy", "CORRUPT")]
 
 
-def test_real_pictures(shared_data: Path):
-    archive = shared_data / "imagenet-sample-250.tar"
-    if not archive.exists():
-        pytest.skip(f"{archive.name} is not beside the checkout")
+def test_photographs_in_a_tar_are_scanned_and_decoded(tmp_path):
+    archive = tmp_path / "photographs.tar"
+    with tarfile.open(archive, "w") as tar:
+        for number, data in enumerate(photographs()):
+            member = tarfile.TarInfo(f"photographs/{number:02d}.JPEG")
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
     source = open_source(archive)
-    found = scan(source, sample=30)
-    assert (found.good, found.bad) == (30, [])
+    found = scan(source)
+    assert (found.good, found.bad) == (len(source), [])
+    assert len(source) >= 12
     assert found.channels_majority == 3
     assert all(60 < mean < 160 for mean in found.mean)
     assert decode(source.read(0)).shape[2] == 3

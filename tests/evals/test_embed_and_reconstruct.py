@@ -29,6 +29,12 @@ from unmask.evals.run_probe import run_probe
 from unmask.results import PRETRAINED, RANDOM_INIT, RAW_PIXELS, LayerChoice, TestIdentity, from_json
 
 
+def arrays_of(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of an .npz file, which is closed again."""
+    with np.load(path, allow_pickle=False) as file:
+        return dict(file)
+
+
 class Listening(Console):
     """A console that keeps what it is told."""
 
@@ -106,9 +112,9 @@ def test_the_rows_are_the_encoders_own_features_with_names_and_classes(trained, 
         "out": str(tmp_path / "a.npz"), "images": 36, "left_out": 0,
         "columns": ["name", "label", "cls", "mean"], "width": 32, "step": 2,
     }  # fmt: skip
-    npz = np.load(tmp_path / "a.npz", allow_pickle=False)
+    npz = arrays_of(tmp_path / "a.npz")
     table = pq.read_table(tmp_path / "a.parquet").to_pydict()
-    assert set(npz.files) == set(table) == {"name", "label", "cls", "mean"}
+    assert set(npz) == set(table) == {"name", "label", "cls", "mean"}
     assert npz["name"].tolist() == table["name"] == sorted(table["name"])
     assert table["label"] == npz["label"].tolist() == [name.split("/")[0] for name in table["name"]]
     encoder = load(trained).method.encoder
@@ -128,12 +134,12 @@ def test_the_rows_are_the_encoders_own_features_with_names_and_classes(trained, 
 
 def test_batch_size_and_workers_do_not_matter(trained, images, tmp_path, monkeypatch):
     embed(trained, images, tmp_path / "a.npz")
-    want = np.load(tmp_path / "a.npz")
+    want = arrays_of(tmp_path / "a.npz")
     for size in (1, 7, 256):
         monkeypatch.setattr(images_module, "EVAL_BATCH", size)
         embed(trained, images, tmp_path / f"{size}.npz")
         for name in ("cls", "mean"):
-            np.testing.assert_allclose(np.load(tmp_path / f"{size}.npz")[name], want[name], atol=2e-6)
+            np.testing.assert_allclose(arrays_of(tmp_path / f"{size}.npz")[name], want[name], atol=2e-6)
     monkeypatch.undo()
     monkeypatch.setattr(images_module, "MANY_IMAGES", 1)
     asked = []
@@ -169,7 +175,7 @@ def test_unlabelled_images_have_no_label_column(trained, images, tmp_path):
 def test_broken_files_are_left_out_and_named_and_the_others_unchanged(trained, images, tmp_path, monkeypatch, workers):
     monkeypatch.setattr(images_module, "EVAL_BATCH", 4)
     embed(trained, images, tmp_path / "whole.npz")
-    whole = np.load(tmp_path / "whole.npz")
+    whole = arrays_of(tmp_path / "whole.npz")
     for number in (4, 5, 6, 7, 9, 21, 29):  # a whole batch, and some of others
         break_file(images / f"{number:04d}.png")
     if workers:
@@ -178,7 +184,7 @@ def test_broken_files_are_left_out_and_named_and_the_others_unchanged(trained, i
     console = Listening()
     summary = embed(trained, images, tmp_path / "a.npz", console=console)
     assert (summary["images"], summary["left_out"]) == (23, 7)
-    found = np.load(tmp_path / "a.npz")
+    found = arrays_of(tmp_path / "a.npz")
     kept = np.isin(whole["name"], found["name"])
     assert kept.sum() == 23
     np.testing.assert_allclose(found["mean"], whole["mean"][kept], atol=2e-6)
@@ -565,7 +571,7 @@ def test_the_last_layer_is_the_end_of_all_and_the_middle_what_forward_gives(igpt
         assert found.rows[0].layer == LayerChoice(3 if layer == "last" else int(layer), 3, "asked for")
     encoder = load(igpt["ar"]).method.encoder
     embed(igpt["ar"], labelled, igpt["ar"].parent / "a.npz")
-    middle = np.load(igpt["ar"].parent / "a.npz")["mean"][tables["1"].index]
+    middle = arrays_of(igpt["ar"].parent / "a.npz")["mean"][tables["1"].index]
     np.testing.assert_allclose(tables["1"].mean, middle, atol=1e-5)
     assert encoder.layer == 1
     assert np.abs(tables["last"].mean - middle).max() > 1e-2
