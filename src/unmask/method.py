@@ -16,6 +16,7 @@ takes `(config, images: ImageSpec)`, and a recipe. There is no registry: the fil
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple, Protocol
 
@@ -23,14 +24,30 @@ import torch
 from torch import Tensor, nn
 
 from unmask.batch import Batch
+from unmask.nn.image_encoder import EncoderConfig, ImageEncoder
 from unmask.rng import Draws
 from unmask.settings import Settings
 
 
 class MethodConfig(Settings):
-    """Base of every method's settings. `name` is the file in `methods/`."""
+    """Base of every method's settings. name: the file in `methods/` or `tasks/`."""
 
     name: str
+    encoder: EncoderConfig
+
+    @property
+    def needs_tokenizer(self) -> bool:
+        """Whether the method predicts the codes of a tokenizer that is not given yet."""
+        return False
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether the method contains the network of a tokenizer, whose weights come from another Run."""
+        return False
+
+    def from_files(self) -> list[str]:
+        """Sentences on settings that were read from files, such as masks or a palette, so that a mix-up is seen."""
+        return []
 
 
 @dataclass(frozen=True)
@@ -106,14 +123,22 @@ class MeanTokenClassifier(Protocol):
 class Method(nn.Module, ABC):
     """A trainable method; see the module docstring. Its tensors may live on any device; it does no I/O.
 
-    `fixed`: prefixes of the state dict under which nothing changes after `prepare` (a frozen tokenizer, a palette): a
-    Run keeps those tensors once, not in every checkpoint. `num_prepare`: how many images `prepare` wants to see.
+    encoder: what a Run is kept for. fixed: prefixes of the state dict under which nothing changes after `prepare` (a
+    frozen tokenizer, a palette): a Run stores those tensors once, not in every checkpoint. num_prepare: how many images
+    `prepare` uses. undecayed: names of parameters without weight decay although they are no vectors. head_name: the
+    part beside the encoder, for messages of exports.
     """
 
-    encoder: nn.Module
+    encoder: ImageEncoder
     head_name: ClassVar[str] = ""
+    undecayed: ClassVar[tuple[str, ...]] = ()
     fixed: tuple[str, ...] = ()
     num_prepare: int = 0
+
+    @property
+    def evaluation_mask(self) -> Callable[[Draws], Tensor] | None:
+        """Draws of B images -> (B, N) bool, the tokens that are hidden when features are measured; None hides none."""
+        return None
 
     def prepare(self, images: Tensor, valid: Tensor | None = None) -> None:
         """Called once, before step 0 and after grafts, when `num_prepare` > 0: set buffers that depend on the data.

@@ -13,6 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from unmask.method import Method
 from unmask.settings import Settings
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -95,7 +96,7 @@ def make_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW 
     cls and mask tokens are 3-D and therefore are decayed, as upstream; parameters that the method names as `undecayed`
     are not. Fused, because that kernel can skip a non-finite step on the device, without waiting for the host to look.
     """
-    undecayed: tuple[str, ...] = getattr(module, "undecayed", ())
+    undecayed = module.undecayed if isinstance(module, Method) else ()
     scales = layer_scales(module, config.layer_decay)
     groups: dict[tuple[float, bool], dict] = {}
     for decayed in (True, False):
@@ -119,8 +120,9 @@ def layer_scales(module: nn.Module, decay: float) -> Mapping[str, float]:
     """
     if decay == 1:
         return {}
+    assert isinstance(module, Method), "only methods have an encoder"
     encoder = module.encoder
-    depths = {name: encoder.depth_of(name) for name, _ in encoder.named_parameters()}  # type: ignore[operator,union-attr]
+    depths = {name: encoder.depth_of(name) for name, _ in encoder.named_parameters()}
     last = max(depths.values())
     return {f"encoder.{name}": decay ** (last - depth) for name, depth in depths.items()}
 

@@ -14,6 +14,7 @@ from unmask.evals.feature_sets import VOTE
 from unmask.evals.frozen_features import FeatureTable, collect_each, collect_layers
 from unmask.evals.labelled_images import Labelling
 from unmask.nn.gpt import GPT, GPTConfig
+from unmask.nn.image_encoder import ImageEncoder
 from unmask.nn.vit import ViT, ViTConfig
 
 SPEC = ImageSpec(3, (8, 8), "uint8", (120.0,) * 3, (60.0,) * 3)
@@ -156,13 +157,13 @@ def test_without_a_wish_it_is_what_suits_the_encoder():
     assert wanted_layer(gpt(causal=True, feature_layer=3), None) == "3", "what a person set is not overruled"
     assert wanted_layer(vit(), None) is None
     assert wanted_layer(vit(), "last") == "last"
-    assert wanted_layer(torch.nn.Identity(), "last") is None
+    assert wanted_layer(ImageEncoder(), "last") is None
 
 
 def test_choices_of_layer_that_cannot_be_are_refused():
     with pytest.raises(UserError, match="'middle' came; best, last or a number"):
         wanted_layer(vit(), "middle")
-    with pytest.raises(UserError, match="layer 4 came for an encoder of 3 blocks; use 0 to 3"):
+    with pytest.raises(UserError, match="got layer 4 for an encoder of 3 blocks; use 0 to 3"):
         wanted_layer(vit(), "4")
     with pytest.raises(UserError, match="no layers to choose from"):
-        wanted_layer(torch.nn.Identity(), "best")
+        wanted_layer(ImageEncoder(), "best")

@@ -6,6 +6,7 @@ A method is tried through its `<method>_nano` recipe, shrunk, so a new method ne
 import inspect
 import json
 from collections.abc import Iterable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,7 +20,9 @@ from unmask.engine.checkpoint import load_model
 from unmask.engine.device import autocast
 from unmask.engine.pretrain import pretrain
 from unmask.engine.resume import resume
+from unmask.errors import UserError
 from unmask.method import Clock, Loss, Method, Picture
+from unmask.nn.image_encoder import EncoderConfig, ImageEncoder
 from unmask.nn.positions import fitted
 from unmask.optim import OptimConfig, make_optimizer, update
 from unmask.recipes.catalogue import all_recipes, find
@@ -50,7 +53,7 @@ def shrunk(name: str) -> tuple[Config, list[str]]:
 
 def needs_tokenizer(name: str) -> bool:
     """Whether what the method predicts are a dVAE's codes; here those of a dVAE with random weights."""
-    return getattr(find(f"{name}_nano").method, "target", None) == "tokens"
+    return find(f"{name}_nano").method.needs_tokenizer
 
 
 def make(
@@ -120,6 +123,60 @@ def test_it_is_documented_and_named_after_its_file(name):
     assert list(inspect.signature(found).parameters) == ["config", "images"]
     assert found.__doc__
     assert len(inspect.getmodule(found).__doc__.splitlines()) > 3
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_others_may_ask_of_it_is_declared(name):
+    method, settings = make(name), shrunk(name)[0].method
+    assert isinstance(settings.encoder, EncoderConfig)
+    assert settings.encoder.patch_size in (None, (4, 4))
+    assert settings.has_tokenizer == needs_tokenizer(name), "the shrunken method was given one where it needs one"
+    assert not settings.needs_tokenizer
+    assert settings.from_files() == []
+    assert set(method.undecayed) <= dict(method.named_parameters()).keys()
+    assert method.evaluation_mask is None, "no smallest recipe is trained with removed tokens"
+    assert method.mean_token_classifier is None
+    assert method.device == torch.device("cpu")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_encoder_declares_its_layers(name):
+    method = make(name)
+    encoder, batch = method.encoder, batch_for(method)
+    assert isinstance(encoder, ImageEncoder)
+    features = encoder(batch.images)
+    assert features.grid == encoder.grid
+    assert features.patches.shape == (4, encoder.grid[0] * encoder.grid[1], encoder.width)
+    if encoder.depth is None:
+        with pytest.raises(UserError, match="no layers to choose from"):
+            encoder.feature_layers(batch.images)
+        assert encoder.layer is None
+        assert encoder.probe_layer is None
+        return
+    layers = list(encoder.feature_layers(batch.images))
+    assert len(layers) == encoder.depth + 1
+    assert torch.equal(layers[encoder.depth if encoder.layer is None else encoder.layer].patches, features.patches)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_layer_wise_decay_orders_every_parameter_of_the_encoder_or_is_refused(name):
+    encoder = make(name).encoder
+    if type(encoder).depth_of is ImageEncoder.depth_of:
+        with pytest.raises(UserError, match=r"optim.layer_decay=1"):
+            encoder.depth_of("anything")
+        return
+    depths = {key: encoder.depth_of(key) for key, _ in encoder.named_parameters()}
+    assert min(depths.values()) == 0
+    assert len(set(depths.values())) > 1
+    assert depths[next(iter(depths))] < max(depths.values())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_follows_the_weights_does_not_move_at_a_skipped_step(name):
+    method = warm(name)
+    before = {key: value.clone() for key, value in method.state_dict().items()}
+    method.after_step(replace(clock(batch_for(method)), counted=torch.tensor(False)))
+    assert all(torch.equal(value, before[key]) for key, value in method.state_dict().items())
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -273,7 +330,7 @@ DENSE = ("ae", "dae")  # one matrix for the whole image, so their weights are fo
 def test_weights_go_on_at_another_size(name, size):
     """`pretrain --from RUN --set data.size=...`: whatever belongs to the places of a grid is interpolated."""
     before, after = make(name), make(name, size=size)
-    grids = [getattr(method.encoder, "grid", (1, 1)) for method in (before, after)]
+    grids = [method.encoder.grid for method in (before, after)]
     moved = {key: fitted(key, value, *grids) for key, value in before.state_dict().items()}
     after.load_state_dict(moved)
     assert np.isfinite(value(after))

@@ -19,9 +19,7 @@ from unmask.engine.make_plan import DEFAULT_EPOCHS
 from unmask.engine.resolve import drafted
 from unmask.method import Method
 from unmask.methods.mae import MAE
-from unmask.nn.decoders import LightDecoder
 from unmask.nn.masks import num_kept
-from unmask.nn.vit import ViT
 from unmask.optim import peak_lr
 from unmask.recipes import catalogue
 
@@ -67,7 +65,7 @@ def promised_tokenizer(recipe: str, settings: Sequence[str], dvae: str | None = 
     """
     chosen = [text for text in settings if text.strip().startswith("method.")]
     method: Any = override(catalogue.find(recipe), chosen).method
-    if getattr(method, "target", None) != "tokens" or method.tokenizer is not None:
+    if not method.needs_tokenizer:
         return None, []
     name = dvae or ("dvae_dalle" if min(method.encoder.patch) >= 14 else "dvae_nano")
     network = catalogue.find(name).method.model_dump(mode="json")["encoder"]
@@ -106,13 +104,12 @@ def ratios(config: Config, method: Method, flops: Flops) -> dict[str, float]:
     the encoder alone, "decoder_per_token" what a token costs in the decoder as a share of what it costs in the encoder
     (the paper's 9 %).
     """
-    encoder, decoder = method.encoder, getattr(method, "decoder", None)
     if not flops.decoder or not flops.masked:
         return {}
     found = {"everything": (flops.whole + flops.decoder + flops.rest) / flops.forward}
-    ratio = getattr(config.method, "mask_ratio", None)
-    if not isinstance(encoder, ViT) or not isinstance(decoder, LightDecoder) or ratio is None:
+    if not isinstance(method, MAE):
         return found
+    encoder, decoder, ratio = method.encoder, method.decoder, method.mask_ratio
     patches = encoder.grid[0] * encoder.grid[1]
     full = blocks_flops(encoder.blocks, patches, encoder.width)
     seen = blocks_flops(encoder.blocks, num_kept(patches, ratio), encoder.width)

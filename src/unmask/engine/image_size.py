@@ -39,7 +39,7 @@ def candidates(name: str, median: Size) -> Iterable[list[str]]:
     if not follows_images(name):
         return
     base: Any = catalogue.find(name)
-    own, patch = base.data.size[0], getattr(base.method.encoder, "patch", None)
+    own, patch = base.data.size[0], base.method.encoder.patch_size
     side, unit = min(median), max(4, patch[0] if patch is not None else 4)
     if name.endswith("_nano"):
         enlarged = side >= SMALL_SIDE

@@ -69,7 +69,7 @@ def licence(config: Config) -> dict[str, str]:
 
 def require_size(config: Config) -> None:
     """Raises ConfigError for images that are no whole number of the patches that the weights to come are for."""
-    patch = getattr(getattr(config.method, "encoder", None), "patch", None)
+    patch = config.method.encoder.patch_size
     if not config.graft or patch is None:
         return
     for side, length, step in zip(("height", "width"), config.data.size, patch, strict=True):
@@ -161,8 +161,7 @@ def require_own_settings(option: str, filled: Iterable[str], settings: Iterable[
 
 def require_tokenizer(config: Config) -> None:
     """Raises ConfigError when the tokenizer's weights would come from nowhere."""
-    settings: Any = config.method
-    if getattr(settings, "tokenizer", None) is None:
+    if not config.method.has_tokenizer:
         return
     if not any(TOKENIZER.startswith(entry.target) for entry in config.graft):
         raise ConfigError(

@@ -89,8 +89,8 @@ def take_weights(method: Method, config: Config) -> None:
     for entry in config.graft:
         run = Run.open(entry.run)
         _, weights = checkpoint.load_model(run, entry.step)
-        old, new = _grid(run), getattr(method.encoder, "grid", None)
-        if old is not None and new is not None and old != new:
+        old, new = _grid(run), method.encoder.grid
+        if old is not None and old != new:
             weights = {name: positions.fitted(name, value, old, new) for name, value in weights.items()}
         copy_weights.graft(method, [(entry.source, entry.target, weights)])
 

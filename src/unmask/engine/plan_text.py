@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from unmask.config import Config
 from unmask.console import Console
 from unmask.engine.plan import Plan
 
 
 def say_taken(config: Config, console: Console) -> None:
-    """What came from files, in numbers, so that a mask upside down or another palette is seen at once."""
-    method: Any = config.method
-    if (patterns := getattr(method, "pattern", None)) is not None:
-        marks = "".join(patterns[0])
-        console.say(f"masks: {len(patterns)} drawn, {marks.count('#')} of {len(marks)} patches hidden")
-    if (palette := getattr(method, "palette", None)) is not None:
-        console.say(f"palette: {len(palette)} colours, given")
+    """Report settings that were read from files, in numbers, so that an upside-down mask or a wrong palette is seen."""
+    for line in config.method.from_files():
+        console.say(line)
 
 
 def say_plan(plan: Plan, config: Config, console: Console) -> None:

@@ -54,7 +54,7 @@ def settings_of(path: str | Path) -> Config:
 
 def patch_of(config: Config) -> tuple[int, int] | None:
     """(H, W) of the encoder's patches; None where it has none."""
-    return getattr(getattr(config.method, "encoder", None), "patch", None)
+    return config.method.encoder.patch_size
 
 
 def with_options(

@@ -20,6 +20,7 @@ from unmask.batch import Batch
 from unmask.data.annotations.splits import VOTES
 from unmask.errors import UserError
 from unmask.nn.features import Features
+from unmask.nn.image_encoder import ImageEncoder
 from unmask.rng import Draws, Stream, words
 
 EVALUATION_EPOCH = 2**31 - 1  # none of training's, so that no mask is one that was trained with
@@ -54,22 +55,21 @@ class View(nn.Module):
         return self.encoder.feature_layers(batch.images, hidden)  # type: ignore[operator]
 
 
-def wanted_layer(encoder: nn.Module, layer: str | None) -> str | None:
+def wanted_layer(encoder: ImageEncoder, layer: str | None) -> str | None:
     """As asked for ("best", "last" or a number), or what suits the encoder; None is what its `forward` gives.
 
     Raises ValueError for a layer that is none of these, or that this encoder does not offer.
     """
     if layer is None:
-        return getattr(encoder, "probe_layer", None)
+        return encoder.probe_layer
     if layer not in ("best", "last") and not layer.isdecimal():
         raise UserError(f"layer {layer!r} came; best, last or a number was expected")
-    if not hasattr(encoder, "feature_layers"):
+    if encoder.depth is None:
         if layer == "last":
             return None
         raise UserError(f"layer {layer} came, but this encoder has no layers to choose from; leave --layer out")
-    last = len(encoder.blocks)  # type: ignore[arg-type]
-    if layer.isdecimal() and int(layer) > last:
-        raise UserError(f"layer {layer} came for an encoder of {last} blocks; use 0 to {last}")
+    if layer.isdecimal() and int(layer) > encoder.depth:
+        raise UserError(f"got layer {layer} for an encoder of {encoder.depth} blocks; use 0 to {encoder.depth}")
     return layer
 
 

@@ -26,6 +26,7 @@ from unmask.data.scan.scan_cache import decoder_versions
 from unmask.data.sources.source import Source
 from unmask.evals.encoder_views import View
 from unmask.evals.frozen_features import FeatureTable
+from unmask.nn.image_encoder import ImageEncoder
 
 MOST_BYTES = 2 << 30  # of all tables in a folder; the ones used longest ago go first
 ENDING = ".arrays"
@@ -89,7 +90,7 @@ def _make_room(folder: Path, most: int) -> None:
 def _view(encoder: nn.Module) -> str:
     """How an encoder is seen, beside its tensors and its settings."""
     inner = encoder.encoder if isinstance(encoder, View) else encoder
-    told = {"type": type(inner).__name__, "own layer": getattr(inner, "layer", None)}
+    told = {"type": type(inner).__name__, "own layer": inner.layer if isinstance(inner, ImageEncoder) else None}
     if isinstance(encoder, View):
         told |= {"layer": encoder.layer, "hidden": encoder.hide is not None, "mask": encoder.mask}
     return json.dumps(told, default=str, sort_keys=True)

@@ -109,7 +109,7 @@ def evaluation_masks(method: Method, votes: int | None) -> tuple[Hide | None, in
 
     Raises UserError for votes of an encoder that is measured on whole images.
     """
-    hide: Hide | None = getattr(method, "evaluation_mask", None)
+    hide = method.evaluation_mask
     if hide is None:
         if votes:
             raise UserError(
@@ -133,7 +133,8 @@ def _layer_of(
     console: Console,
 ) -> LayerChoice:
     """Return the layer that was named, or the best one on these training images."""
-    last = len(view.encoder.blocks)  # type: ignore[arg-type]
+    last = loaded.method.encoder.depth
+    assert last is not None, "`wanted_layer` rejects encoders without layers"
     if layer != "best":
         return LayerChoice(last if layer == "last" else int(layer), last, "asked for")
     assert images is not None, "the best layer is chosen on labelled images"

@@ -173,7 +173,7 @@ def all_feature_sets(
     encoders = with_controls(job.loaded.method.encoder, untrained)
     found = [make_feature_sets(job.loaded, encoders, images, rows, job.options, job.console)]
     for name, other in job.others.items():
-        layer = job.options.layer if hasattr(other.method.encoder, "feature_layers") else None
+        layer = job.options.layer if other.method.encoder.depth is not None else None
         options = replace(job.options, layer=layer, mask_votes=None)
         found.append(make_feature_sets(other, {name: other.method.encoder}, images, rows, options, job.console))
     return found

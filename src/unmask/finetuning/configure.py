@@ -45,12 +45,11 @@ def finetuning_config(
     recipe: of `recipes/fine_tuning.py`; PLAIN has the length of `pretrained`. ignored: ids in masks that are no class.
     Raises ConfigError for an encoder that is no plain vision transformer, or a recipe that does not fine-tune.
     """
-    settings: Any = pretrained.method
-    encoder = getattr(settings, "encoder", None)
+    encoder = pretrained.method.encoder
     if not isinstance(encoder, ViTConfig):
         raise ConfigError(
-            f"the encoder of {pretrained.method.name} came, and only a vision transformer's last blocks can be "
-            "fine-tuned; choose a run or a recipe that has one, such as mae_nano"
+            f"got a run of {pretrained.method.name}; only vision transformers can be fine-tuned; choose a run or a "
+            "recipe that has one, such as mae_nano"
         )
     if recipe == PLAIN:
         method = classify.Config(encoder=encoder, classes=tuple(classes))

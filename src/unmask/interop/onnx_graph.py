@@ -15,6 +15,7 @@ from unmask.engine.load import Loaded
 from unmask.interop.export_common import imported, largest, silence_libraries, task_left_out
 from unmask.interop.export_target import ExportedModel, ExportError
 from unmask.method import MeanTokenClassifier
+from unmask.nn.blocks import Block
 from unmask.nn.gpt import GPT
 from unmask.nn.gpt import Block as GPTBlock
 from unmask.nn.vit import ViT
@@ -37,7 +38,8 @@ class ViTGraph(nn.Module):
         x = torch.cat([cls.expand(patches.shape[0], -1, -1), patches], 1)
         shared = None if encoder.relative_bias is None else encoder.relative_bias()
         for block in encoder.blocks:
-            own = getattr(block, "relative_bias", None)
+            assert isinstance(block, Block)
+            own = block.relative_bias
             x = block(x, shared if own is None else own())
         tokens = encoder.norm(x)
         if self.classifier is None:

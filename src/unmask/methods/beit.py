@@ -61,6 +61,14 @@ class Config(MethodConfig):
             raise ValueError(f"a tokenizer is for target=tokens, but target={self.target}; leave it out")
         return self
 
+    @property
+    def needs_tokenizer(self) -> bool:
+        return self.target == "tokens" and self.tokenizer is None
+
+    @property
+    def has_tokenizer(self) -> bool:
+        return self.tokenizer is not None
+
 
 class BEiT(Method):
     """See the module docstring. Raises ValueError without a tokenizer, or when its codes do not fit the patches."""

@@ -69,6 +69,9 @@ class Config(MethodConfig):
             )
         return self
 
+    def from_files(self) -> list[str]:
+        return [] if self.palette is None else [f"palette: {len(self.palette)} colours, given"]
+
 
 class IGPT(Method):
     """See the module docstring. Raises ValueError when the given palette is not one for such images."""
@@ -116,7 +119,7 @@ class IGPT(Method):
 
     @property
     def evaluation_mask(self) -> Callable[[Draws], Tensor] | None:
-        """How tokens are hidden when features are measured; None where nothing was hidden in training."""
+        """As in training; None where nothing was hidden then."""
         return None if self.causal else self.hide
 
     def picture(self, batch: Batch, clock: Clock) -> Picture:

@@ -75,6 +75,20 @@ class Config(MethodConfig):
             raise ValueError(f"a tokenizer is for target=tokens, but target={self.target}; leave it out, or set tokens")
         return self
 
+    @property
+    def needs_tokenizer(self) -> bool:
+        return self.target == "tokens" and self.tokenizer is None
+
+    @property
+    def has_tokenizer(self) -> bool:
+        return self.tokenizer is not None
+
+    def from_files(self) -> list[str]:
+        if self.pattern is None:
+            return []
+        marks = "".join(self.pattern[0])
+        return [f"masks: {len(self.pattern)} drawn, {marks.count('#')} of {len(marks)} patches hidden"]
+
 
 class MAE(Method):
     """See the module docstring. Raises ValueError when sizes or choices do not fit together, saying which would."""

@@ -116,6 +116,7 @@ class Block(nn.Module):
         self.norm2 = layer_norm(width)
         self.mlp = MLP(width, int(width * mlp_ratio))
         self.ls2 = nn.Identity() if layer_scale is None else LayerScale(width, layer_scale)
+        self.relative_bias: RelativeBias | None = None  # of an encoder with one bias per block, which assigns it
 
     def forward(
         self,

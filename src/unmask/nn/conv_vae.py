@@ -24,11 +24,11 @@ from torch import Tensor, nn
 from unmask.batch import ImageSpec
 from unmask.errors import UserError
 from unmask.nn.features import Features
-from unmask.nn.inputs import ImageEncoder, Scale
+from unmask.nn.image_encoder import EncoderConfig, ImageEncoder
+from unmask.nn.inputs import Scale
 from unmask.nn.losses import full_precision
 from unmask.nn.patches import grid_of, normalise
 from unmask.nn.vit import Pair
-from unmask.settings import Settings
 
 LOGIT_LAPLACE_EPS = 0.1  # pixels are mapped into [0.1, 0.9], where the logit is tame
 DALLE_BLOCKS = 2  # of each of the four groups
@@ -37,7 +37,7 @@ DALLE_EMBEDDING = 128
 SMALL_BLOCKS = 2  # residual blocks on either side, unless another depth is asked for
 
 
-class ConvVAEConfig(Settings):
+class ConvVAEConfig(EncoderConfig):
     """Size of a discrete VAE. `patch`: pixels of one code, (height, width); `codes`: size of the codebook.
 
     arch "dalle": `width` of the first group (256 in the paper), patch 8 x 8, and a depth of its own. arch "small":
@@ -52,6 +52,10 @@ class ConvVAEConfig(Settings):
     depth: int | None = Field(default=None, ge=0)
     patch: Pair = (4, 4)
     loss: Literal["mse", "logit_laplace"] = "mse"
+
+    @property
+    def patch_size(self) -> tuple[int, int]:
+        return self.patch
 
 
 class Residual(nn.Module):

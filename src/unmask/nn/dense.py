@@ -24,15 +24,15 @@ from torch import Tensor, nn
 from unmask.batch import ImageSpec
 from unmask.nn.blocks import init_linears
 from unmask.nn.features import Features
-from unmask.nn.inputs import ImageEncoder, Scale
-from unmask.settings import Settings
+from unmask.nn.image_encoder import EncoderConfig, ImageEncoder
+from unmask.nn.inputs import Scale
 
 ACTIVATIONS = {"relu": nn.ReLU, "sigmoid": nn.Sigmoid, "linear": nn.Identity}
 LOGISTIC_GAIN = 4.0  # the logistic function's slope at 0 is a quarter
 SURELY_NOT = 1e-6  # the least probability that a trivial guess gives, so that its cross-entropy stays finite
 
 
-class DenseConfig(Settings):
+class DenseConfig(EncoderConfig):
     """Sizes of the hidden layers from the image inwards, and of the code.
 
     activation: of the hidden layers; "linear" makes the autoencoder affine, which then learns principal components.
@@ -76,7 +76,7 @@ class DenseEncoder(ImageEncoder):
 
     def __init__(self, config: DenseConfig, images: ImageSpec) -> None:
         super().__init__()
-        self.spec, self.width = images, config.code
+        self.spec, self.width, self.grid = images, config.code, (1, 1)
         low, high = (torch.tensor(values)[:, None, None] for values in images.value_range)
         mean, std = (torch.tensor(values)[:, None, None] for values in (images.mean, images.std))
         self.clipped = config.loss == "bce"

@@ -22,12 +22,12 @@ from unmask.batch import ImageSpec
 from unmask.errors import UserError
 from unmask.nn.blocks import attend
 from unmask.nn.features import Features
-from unmask.nn.inputs import ImageEncoder, Scale
+from unmask.nn.image_encoder import EncoderConfig, ImageEncoder
+from unmask.nn.inputs import Scale
 from unmask.nn.palette import nearest_colour
 from unmask.nn.patches import grid_of
 from unmask.nn.recompute import recomputed
 from unmask.nn.vit import Pair
-from unmask.settings import Settings
 
 NORM_EPS = 1e-5
 
@@ -35,7 +35,7 @@ Cache = list[tuple[Tensor, Tensor]]
 """For each block the keys and values of the tokens so far, (B, heads, tokens, D / heads)."""
 
 
-class GPTConfig(Settings):
+class GPTConfig(EncoderConfig):
     """Size of an iGPT. `patch`: pixels that are averaged into one token, (height, width). `colours`: of the palette.
 
     feature_layer: whose normalised input is what the encoder returns, 0 for the first block's, depth for the end of
@@ -48,6 +48,10 @@ class GPTConfig(Settings):
     patch: Pair = (1, 1)
     colours: int = Field(default=512, gt=1)
     feature_layer: int | None = Field(default=None, ge=0)
+
+    @property
+    def patch_size(self) -> tuple[int, int]:
+        return self.patch
 
 
 class Norm(nn.Module):
@@ -120,12 +124,14 @@ class GPT(ImageEncoder):
     """
 
     palette: Tensor
+    depth: int
+    layer: int
     one_size = "the positions of an iGPT are those of its training"
     exact = ("palette",)
 
     def __init__(self, config: GPTConfig, images: ImageSpec, *, causal: bool) -> None:
         super().__init__()
-        self.spec, self.patch, self.width = images, config.patch, config.width
+        self.spec, self.patch, self.width, self.depth = images, config.patch, config.width, config.depth
         self.grid = grid_of(images.size, config.patch)
         self.layer = config.depth // 2 if config.feature_layer is None else config.feature_layer
         # What a probe takes unless it is told otherwise; the paper's protocol is the best.
@@ -189,10 +195,7 @@ class GPT(ImageEncoder):
     def feature_layers(
         self, images: Shaped[Tensor, "B C H W"], hidden: Bool[Tensor, "B N"] | None = None, scale: Scale | None = None
     ) -> Iterator[Features]:
-        """The features of every layer, 0 to depth; hidden: tokens whose content is taken away, for evaluation.
-
-        scale: see `ImageEncoder.accept`.
-        """
+        """As `ImageEncoder.feature_layers`."""
         images = self.accept(images, scale)
         for normed in self.layers(self.ids(images), hidden):
             yield Features(cls=None, patches=normed, grid=self.grid)

@@ -12,11 +12,10 @@ Letters: B images, C channels, H x W pixels.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from unmask.batch import ImageSpec
@@ -34,63 +33,6 @@ FARTHEST = 50.0  # standard deviations that the mean of a batch may lie from the
 LARGEST_NORMALISED = 16.0
 SHOWN = 4  # channels whose statistics a message shows
 NEAREST = 1.5  # standard deviations of the data's mean from 0, beyond which values near 0 cannot be typical
-
-
-class ImageEncoder(nn.Module):
-    """Base of all encoders: checks their input, and keeps the constants of the data in float32.
-
-    `spec` describes the training data. `exact` names the buffers that are in the files' units: `.half()` and
-    `.bfloat16()` leave these as they are, because 16-bit values do not fit in half precision.
-    """
-
-    spec: ImageSpec
-    patch: tuple[int, int]
-    one_size: str = ""  # why images must have the training size; empty where any whole number of patches will do
-    exact: tuple[str, ...] = ("mean", "std")
-
-    def accept(self, images: Any, scale: Scale | None = None) -> Tensor:
-        """Return `images` (B, C, H, W) in the files' units. Raises UserError for what this encoder cannot take.
-
-        scale: None checks the range of float images; "data" takes the values as they are; "unit" multiplies values
-        between 0 and 1 by 255 (8-bit data) or 65535 (16-bit data).
-        """
-        if torch.jit.is_tracing():
-            raise UserError(
-                "got a call from torch.jit.trace (or torch.onnx.export with dynamo=False), which would fix the size of "
-                "the batch without a word; use torch.export.export(encoder, (images,), dynamic_shapes=...) or "
-                "`unmask export RUN --to onnx`"
-            )
-        self.require_shape(images)
-        return in_data_units(images, self.spec, scale)
-
-    def require_shape(self, images: Any) -> None:
-        """Raise UserError unless `images` is a tensor (B, C, H, W) of a size that this encoder takes."""
-        require_images(images, self.spec)
-        size = (images.shape[2], images.shape[3])
-        if self.one_size:
-            if size != self.spec.size:
-                wanted = f"(B, {self.spec.channels}, {self.spec.size[0]}, {self.spec.size[1]})"
-                raise UserError(
-                    f"got images of shape {tuple(images.shape)}; expected {wanted}: {self.one_size}; crop or resize "
-                    "the images to that size"
-                )
-            return
-        for side, length, step in zip(("height", "width"), size, self.patch, strict=True):
-            if length % step or length < step:
-                fits = [str(n) for n in (length // step * step, (length // step + 1) * step) if n]
-                raise UserError(
-                    f"got images of shape {tuple(images.shape)}, {side} {length}; expected a multiple of the patch "
-                    f"size {step}; crop or resize the {side} to {' or '.join(fits)}"
-                )
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        before = {name: self._buffers[name] for name in self.exact}
-        super()._apply(fn, recurse)
-        for name, value in before.items():
-            moved = self._buffers[name]
-            if value is not None and moved is not None and moved.dtype != value.dtype:
-                self._buffers[name] = value.to(moved.device)
-        return self
 
 
 def require_images(images: Any, spec: ImageSpec) -> None:

@@ -13,18 +13,19 @@ from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from pydantic import BeforeValidator, Field, PositiveInt
 from torch import Tensor, nn
 
 from unmask.batch import ImageSpec
+from unmask.errors import UserError
 from unmask.nn import positions
 from unmask.nn.blocks import Block, init_linears, layer_norm
 from unmask.nn.features import Features
-from unmask.nn.inputs import ImageEncoder, Scale
+from unmask.nn.image_encoder import EncoderConfig, ImageEncoder
+from unmask.nn.inputs import Scale
 from unmask.nn.linear_layer import linear
 from unmask.nn.patches import grid_of, normalise, patchify, take, unpatchify
-from unmask.settings import Settings
 
 
 def _pair(value: Any) -> Any:
@@ -35,7 +36,7 @@ Pair = Annotated[tuple[PositiveInt, PositiveInt], BeforeValidator(_pair)]
 """(height, width) in pixels, both above 0; a single number means a square."""
 
 
-class ViTConfig(Settings):
+class ViTConfig(EncoderConfig):
     """Size of a vision transformer. `patch` is (height, width) in pixels; heads must divide width.
 
     positions: MAE's fixed sine-cosine table, a learned one (ViT, BEiT's paper), or absent. relative_bias: one relative
@@ -52,6 +53,10 @@ class ViTConfig(Settings):
     relative_bias: bool | Literal["each_block"] = False
     layer_scale: float | None = Field(default=None, gt=0)
     norm_eps: float = Field(default=1e-6, gt=0)
+
+    @property
+    def patch_size(self) -> tuple[int, int]:
+        return self.patch
 
 
 class PatchEmbed(nn.Module):
@@ -75,13 +80,14 @@ class ViT(ImageEncoder):
 
     mean: Tensor
     std: Tensor
+    depth: int
 
     def __init__(self, config: ViTConfig, images: ImageSpec) -> None:
         super().__init__()
         self.spec = images
         self.patch = config.patch
         self.grid = grid_of(images.size, config.patch)
-        self.width = config.width
+        self.width, self.depth = config.width, config.depth
         self.register_buffer("mean", torch.tensor(images.mean, dtype=torch.float32))
         self.register_buffer("std", torch.tensor(images.std, dtype=torch.float32))
         self.patch_embed = PatchEmbed(images.channels, config.width, config.patch)
@@ -94,7 +100,8 @@ class ViT(ImageEncoder):
         self.norm = layer_norm(config.width)
         if config.relative_bias == "each_block":
             for block in self.blocks:
-                block.add_module("relative_bias", positions.RelativeBias(self.grid, config.heads))
+                assert isinstance(block, Block)
+                block.relative_bias = positions.RelativeBias(self.grid, config.heads)
         for part in self.modules():
             if isinstance(part, nn.LayerNorm):
                 part.eps = config.norm_eps
@@ -166,7 +173,8 @@ class ViT(ImageEncoder):
         bias = None if self.relative_bias is None else self.relative_bias(where, grid)
         yield x
         for number, block in enumerate(self.blocks):
-            own = getattr(block, "relative_bias", None)
+            assert isinstance(block, Block)
+            own = block.relative_bias
             x = block(x, bias if own is None else own(where, grid), None if paths is None else paths[number])
             yield x
 
@@ -185,8 +193,12 @@ class ViT(ImageEncoder):
         grid = (0, 0)[:0] if torch.onnx.is_in_onnx_export() else grid
         return Features(cls=tokens[:, 0], patches=tokens[:, 1:], grid=grid)  # type: ignore[arg-type]
 
-    def feature_layers(self, images: Shaped[Tensor, "B C H W"], scale: Scale | None = None) -> Iterator[Features]:
-        """The features of every layer, 0 (what the first block is given) to depth (with the final norm: `forward`)."""
+    def feature_layers(
+        self, images: Shaped[Tensor, "B C H W"], hidden: Bool[Tensor, "B N"] | None = None, scale: Scale | None = None
+    ) -> Iterator[Features]:
+        """As `ImageEncoder.feature_layers`; the last has the final norm. Raises UserError for `hidden`."""
+        if hidden is not None:
+            raise UserError("got hidden tokens; a ViT is evaluated on whole images; leave hidden out")
         images = self.accept(images, scale)
         grid = grid_of((images.shape[2], images.shape[3]), self.patch)
         for number, x in enumerate(self.layers(self.embed(self.patches(images), grid=grid), grid=grid)):
