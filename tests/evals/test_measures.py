@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from feature_tables import result_of
+from scipy.stats import bootstrap
 from sklearn.metrics import average_precision_score, r2_score
 
 from unmask.evals import measures
@@ -86,3 +87,18 @@ def test_two_feature_sets_are_compared_draw_by_draw():
     assert said.startswith("Better than raw pixels. A linear probe on the pre-trained features (mean over patches) ")
     assert f"reaches a mean average precision of {better.value:.3f} on 300 test images" in said
     assert f"{gap.value:.3f} more than raw pixels ({worse.value:.3f}), 95% interval {gap.low:+.3f}" in said
+
+
+def test_resamples_are_those_of_scipys_bootstrap():
+    rng = np.random.default_rng(0)
+    truth = (rng.random((60, 2)) < 0.4).astype(float)
+    guess = truth + rng.normal(size=truth.shape)
+
+    def mean_precision(rows):
+        return np.mean([average_precision_score(truth[rows, t], guess[rows, t]) for t in range(2)])
+
+    want = bootstrap(
+        (np.arange(60),), mean_precision, n_resamples=50, method="percentile", vectorized=False,
+        rng=np.random.default_rng(measures.SEED),
+    )  # fmt: skip
+    np.testing.assert_allclose(resampled(average_precision, truth, guess)[:50], want.bootstrap_distribution, rtol=1e-12)

@@ -27,7 +27,7 @@ def test_wilson_limits_are_exact_at_the_ends_and_refuse_impossible_counts():
     assert wilson(0, 7).low == 0
     assert wilson(7, 7).high == 1
     for correct, total in ((-1, 5), (6, 5), (0, 0)):
-        with pytest.raises(ValueError, match="between 0 and a positive total"):
+        with pytest.raises(ValueError, match="expected a count between 0 and a positive total"):
             wilson(correct, total)
 
 
@@ -65,12 +65,12 @@ def test_answers_that_go_together_make_the_interval_narrower_and_none_makes_it_f
 def test_intervals_cover_what_they_promise():
     rng = np.random.default_rng(0)
     covered = 0
-    for _ in range(2000):
+    for _ in range(400):
         common = rng.random(200)
         first, second = common < 0.7, (common + 0.15 * rng.normal(size=200)) < 0.6
         low, high = paired_difference(first, second)[1:]
         covered += low <= 0.7 - 0.5998 <= high  # the mean of 0.6 - 0.15 z, cut to 0..1, over normal z
-    assert 0.93 < covered / 2000 < 0.985
+    assert 0.92 < covered / 400 < 0.99
 
 
 def test_t_limits_are_the_textbooks():

@@ -28,7 +28,7 @@ class PaletteRequest(Request):
 @command(PaletteRequest, panel=Panel.FILES)
 def palette(request: PaletteRequest, console: Console) -> dict[str, Any]:
     """Return what the file holds."""
-    from unmask.evals.palette_file import make_palette
+    from unmask.engine.palette_file import make_palette
 
     return make_palette(
         str(request.data), colours=request.colours, size=request.size, out=Path(request.out), console=console

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +16,8 @@ from torch import nn
 
 from unmask.batch import Batch
 from unmask.console import Bar, Console
-from unmask.data.decode.bad_image import BadImage
-from unmask.data.image_reader import ImageReader, LoadedBatch
 from unmask.data.loader import choose_workers, eval_batches
-from unmask.data.order import SampleIndices
+from unmask.data.readable_images import ReadableImages
 from unmask.data.scan.scan_cache import is_worth_storing
 from unmask.data.sources.list_file import LISTS
 from unmask.data.sources.source import Source
@@ -38,34 +35,11 @@ IMAGES_FOR_LAYER = 4096  # at most, that layers are compared on
 COLLECTIONS = (*LISTS, *TARS, ".zip", ".parquet", ".pq")  # files that hold images, as against image files
 
 
-@dataclass
-class Readable(ImageReader):
-    """Images of an evaluation. A file that cannot be read is left out of its batch, where `Images` would stop.
-
-    A batch of such files alone is empty.
-    """
-
-    def __getitem__(self, taken: SampleIndices) -> LoadedBatch:
-        try:
-            return super().__getitem__(taken)
-        except BadImage:
-            sound = np.array([self.fault(int(row)) is None for row in taken.index])
-            return super().__getitem__(SampleIndices(taken.index[sound], taken.epoch[sound]))
-
-    def fault(self, row: int) -> BadImage | None:
-        """What is wrong with one image, or None."""
-        try:
-            super().__getitem__(SampleIndices(np.array([row]), np.zeros(1, np.int64)))
-        except BadImage as error:
-            return BadImage(error.code, error.detail.removeprefix(f"{self.source.names[row]}: "))
-        return None
-
-
-def eval_images(loaded: Loaded, source: Source) -> Readable:
+def eval_images(loaded: Loaded, source: Source) -> ReadableImages:
     """The source as this run's encoder sees it: its size, channels and dtype, the centred box, no randomness."""
     plan, data = loaded.plan, loaded.config.data
     source.reading, rows = plan.reading, np.arange(len(source))
-    return Readable(source, rows, plan.images, data.crop, training=False, min_valid=data.min_valid)
+    return ReadableImages(source, rows, plan.images, data.crop, training=False, min_valid=data.min_valid)
 
 
 def eval_precision(loaded: Loaded) -> str:
@@ -76,7 +50,9 @@ def eval_precision(loaded: Loaded) -> str:
     return choose_precision(loaded.config.train.precision, loaded.device)[0]
 
 
-def read(images: Readable, rows: np.ndarray, workers: int, console: Console, bar: Bar | None = None) -> Iterator[Batch]:
+def read(
+    images: ReadableImages, rows: np.ndarray, workers: int, console: Console, bar: Bar | None = None
+) -> Iterator[Batch]:
     """Batches of all these rows that can be read, in order; then names the others.
 
     Raises ValueError at the end when not one could be read.

@@ -18,12 +18,13 @@ from unmask.console import Bar, Console
 from unmask.data.annotations.class_names import class_name
 from unmask.data.decode import decode
 from unmask.data.decode.bad_image import BadImage
+from unmask.data.readable_images import ReadableImages
 from unmask.data.sources.source import Source
 from unmask.data.sources.tiff_samples import apply_reading
 from unmask.engine.device import autocast, choose_device
 from unmask.engine.load import Loaded, load
 from unmask.errors import UserError
-from unmask.evals.images import Readable, eval_precision, read
+from unmask.evals.images import eval_precision, read
 from unmask.evals.reconstruct import open_images
 from unmask.finetuning.prediction_files import WRITERS, Predicted, PredictionFile, require_out
 from unmask.task import Task
@@ -93,7 +94,7 @@ def predictions(
     rows = np.arange(len(source))
     plan, crop = loaded.plan, loaded.config.data.crop
     whole = task.whole_images()
-    seen = Readable(source, rows, plan.images, crop, training=False, whole=whole)
+    seen = ReadableImages(source, rows, plan.images, crop, training=False, whole=whole)
     for batch in read(seen, rows, 0, console, bar):
         numbers = batch.index.tolist()
         sizes = [size_of(source, row) if whole else plan.images.size for row in numbers]

@@ -14,11 +14,12 @@ from unmask.console import Console
 from unmask.data.annotations.box_annotations import BoxAnnotations
 from unmask.data.decode.bad_image import BadImage
 from unmask.data.loader import choose_workers
+from unmask.data.readable_images import ReadableImages
 from unmask.data.sources.source import Source
 from unmask.engine.plan import Plan
 from unmask.engine.time_budget import now
 from unmask.errors import UserError
-from unmask.evals.images import MANY_IMAGES, Readable, read
+from unmask.evals.images import MANY_IMAGES, read
 from unmask.finetuning.annotated import AnnotatedImages, digest, open_annotated, options_of
 from unmask.method import Method
 from unmask.metrics import average_precision
@@ -47,7 +48,7 @@ def shared_files(train: Source, train_rows: np.ndarray, test: Source, test_rows:
 class TestSet:
     """The test images of a run: `rows` of `images`, with the annotations they are compared with."""
 
-    images: Readable
+    images: ReadableImages
     rows: np.ndarray
     annotated: AnnotatedImages
     console: Console
@@ -104,7 +105,9 @@ def open_test_set(config: Config, plan: Plan, annotated: AnnotatedImages, consol
         if not any(len(of.annotations.boxes[row]) for row in rows.tolist()):
             raise ConfigError(f"the {len(rows)} test images have no box, so nothing can be judged; give others")
     of.source.reading = plan.reading
-    images = Readable(of.source, rows, plan.images, data.crop, training=False, whole=task_class(task).whole_images())
+    images = ReadableImages(
+        of.source, rows, plan.images, data.crop, training=False, whole=task_class(task).whole_images()
+    )
     workers = 0
     if plan.cached and len(rows) <= plan.num_images:  # what is known to fit in memory once fits twice
         images.keep_decoded()

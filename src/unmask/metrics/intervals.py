@@ -15,8 +15,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-Z95 = 1.959963984540054  # the 97.5 % quantile of the normal distribution
-
 
 class Interval(NamedTuple):
     """95 % limits."""
@@ -34,7 +32,7 @@ class Difference(NamedTuple):
 
 
 def t_interval(values: Sequence[float]) -> Interval:
-    """95 % Student limits of the mean of n >= 2 values: mean +- t_(n-1) s / sqrt(n)."""
+    """Return the 95 % Student interval of the mean of n >= 2 values: mean +- t_(n-1) s / sqrt(n)."""
     from scipy.stats import t
 
     half = float(t.ppf(0.975, len(values) - 1)) * stdev(values) / sqrt(len(values))
@@ -42,19 +40,17 @@ def t_interval(values: Sequence[float]) -> Interval:
 
 
 def wilson(correct: int, total: int) -> Interval:
-    """95 % Wilson score interval of a proportion: (p + z^2/2n +- z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n)."""
+    """Return the 95 % Wilson score interval of a proportion. Raises ValueError for impossible counts."""
+    from scipy.stats import binomtest
+
     if not 0 <= correct <= total or total < 1:
-        raise ValueError(f"{correct} correct of {total} came; a count between 0 and a positive total was expected")
-    p, z2 = correct / total, Z95**2 / total
-    center, half = p + z2 / 2, Z95 * sqrt(p * (1 - p) / total + z2 / (4 * total))
-    return Interval(
-        0.0 if correct == 0 else (center - half) / (1 + z2),  # exact at the ends, where rounding would show
-        1.0 if correct == total else (center + half) / (1 + z2),
-    )
+        raise ValueError(f"got {correct} correct of {total}; expected a count between 0 and a positive total")
+    found = binomtest(correct, total).proportion_ci(confidence_level=0.95, method="wilson")
+    return Interval(float(found.low), float(found.high))
 
 
 def paired_difference(first: np.ndarray, second: np.ndarray) -> Difference:
-    """Share right in `first` minus share right in `second`, both (m,) bool on the same test images, with 95 % limits.
+    """Return the share right in `first` minus that in `second`, both (m,) bool on the same images, with 95 % limits.
 
     With a images right in both, b only in the first, c only in the second, d in neither, p1, p2 the two shares and
     (l1, u1), (l2, u2) their Wilson limits, the limits are (p1 - p2) - sqrt(x^2 - 2 phi x y + y^2) with x = p1 - l1,
@@ -63,7 +59,7 @@ def paired_difference(first: np.ndarray, second: np.ndarray) -> Difference:
     """
     first, second = np.asarray(first, bool), np.asarray(second, bool)
     if first.shape != second.shape:
-        raise ValueError(f"{len(first)} and {len(second)} answers came; both must be on the same test images")
+        raise ValueError(f"got {len(first)} and {len(second)} answers; expected both on the same test images")
     m = len(first)
     a, b = int((first & second).sum()), int((first & ~second).sum())
     c, d = int((~first & second).sum()), int((~first & ~second).sum())

@@ -162,7 +162,9 @@ def _predict(model: Ridge, x: np.ndarray) -> np.ndarray:
 
 
 def _choose_c(fit_x: np.ndarray, fit_y: np.ndarray, held_x: np.ndarray, held_y: np.ndarray) -> float:
-    # LOGISTIC_CV_REASON
+    # Not LogisticRegressionCV: it is as fast, but of values of C with equal accuracy it takes the smallest. On 100
+    # images it chose another C than the log-loss in 2 of 3 data sets (test accuracy 4 points lower in one, 1 point
+    # higher in the other), so published results would change.
     model = LogisticRegression(max_iter=MAX_ITERATIONS, warm_start=True)
     best, best_c, worse = (-1.0, -np.inf), C_GRID[0], 0
     for c in C_GRID:

@@ -12,9 +12,9 @@ from unmask.console import Console
 from unmask.engine import initial_weights
 from unmask.engine.checkpoint import load_model
 from unmask.engine.load import read_config
+from unmask.engine.palette_file import _swatches, make_palette
 from unmask.engine.pretrain import pretrain
 from unmask.errors import UserError
-from unmask.evals.palette_file import _swatches, make_palette
 
 SMALL = (
     *("method.encoder.width=16", "method.encoder.depth=1", "method.encoder.heads=2", "data.size=[16,16]"),
