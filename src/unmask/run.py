@@ -2,6 +2,7 @@
 
     config.json  plan.json  provenance.json  status.json       plan.json is written last: without it there is no run
     metrics.jsonl            one line per logged step, each step once
+    heartbeat.json           while it trains: the newest step and when it was taken
     checkpoints/  pictures/  evals/*.json  report.html  quarantine.jsonl
 
 Standard library only, so that the report and the web page open a Run without loading torch. Files appear whole or not
@@ -16,16 +17,18 @@ import json
 import os
 import re
 import shutil
+import socket
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from unmask import run_summary
 from unmask.errors import TrainingFailed, UserError
+from unmask.run_status import RunStatus
 from unmask.system import folder_lock, json_lines, verified_json
 from unmask.system.atomic_files import replace_file
 from unmask.system.earlier_results import to_earlier_version
@@ -75,6 +78,21 @@ class Identity:
         return cls(**{key: entry if isinstance(entry, str) else None for key, entry in found.items()})
 
 
+class MetricsOffset(NamedTuple):
+    """Position in metrics.jsonl up to which rows were read. file: tells it from the one that replaced it."""
+
+    file: int
+    byte: int
+
+
+class MetricRows(list[dict[str, Any]]):
+    """Logged rows. offset: to read only newer ones next time. restarted: discard the rows that were read before."""
+
+    def __init__(self, rows: list[dict[str, Any]], offset: MetricsOffset, *, restarted: bool) -> None:
+        super().__init__(rows)
+        self.offset, self.restarted = offset, restarted
+
+
 class Run:
     """An existing run folder; make one with `Run.begin`, open one with `Run.open`."""
 
@@ -87,6 +105,7 @@ class Run:
         self.metrics_file = self.path / "metrics.jsonl"
         self.quarantine_file = self.path / "quarantine.jsonl"
         self.faults_file = self.path / "faults.jsonl"
+        self.heartbeat_file = self.path / "heartbeat.json"
         self._new_id: str | None = None  # of a run that this object makes; otherwise config.json has it
         self._digests: dict[str, str | None] = {}  # of REMEMBERED, as last read or written
         self._lock: os.stat_result | None = None
@@ -335,9 +354,26 @@ class Run:
         self.require_present()
         json_lines.append(self.metrics_file, row)
 
-    def metrics(self) -> list[dict[str, Any]]:
-        """The logged rows; a line torn by a crash is left out."""
-        return _rows(self.metrics_file)
+    def metrics(self, since: MetricsOffset | None = None) -> MetricRows:
+        """Return the logged rows, without a line torn by a crash. Raises RunError.
+
+        since: `offset` of the rows read before; only newer ones are read. Where the file was cut back in between, as
+        by a resume or a rollback, all rows are returned and `restarted` is True.
+        """
+        try:
+            with self.metrics_file.open("rb") as file:
+                about = os.fstat(file.fileno())
+                known = since is not None and since.file == about.st_ino and since.byte <= about.st_size
+                start = since.byte if since is not None and known else 0
+                file.seek(start)
+                content = file.read()
+        except FileNotFoundError:
+            return MetricRows([], MetricsOffset(0, 0), restarted=since is not None and since.byte > 0)
+        except OSError as error:
+            raise _unreadable(self.metrics_file, error) from None
+        complete = len(content) if json_lines.parse(content[(end := content.rfind(b"\n") + 1) :]) else end
+        restarted = since is not None and since.byte > 0 and not known
+        return MetricRows(json_lines.parse(content), MetricsOffset(about.st_ino, start + complete), restarted=restarted)
 
     def truncate_metrics(self, step: int) -> None:
         """Keep the rows up to this step, so that after a resume each step stands there exactly once."""
@@ -351,23 +387,56 @@ class Run:
             with self.metrics_file.open("r+b") as file:
                 os.fsync(file.fileno())
 
-    def set_status(self, state: str, step: int, **more: Any) -> None:
-        """state: "running", "stopped", "finished" or "failed"."""
-        self._status = {"state": state, "step": step, "time": time.time(), **more}
+    def set_status(
+        self,
+        state: str,
+        step: int,
+        *,
+        total: int | None = None,
+        seconds: float | None = None,
+        error: str | None = None,
+    ) -> None:
+        """Record the state, "running", "stopped", "finished" or "failed", and the process that is in it.
+
+        total: steps in all. seconds: training time. error: why it failed. Raises OSError, RunError, RunGone; `status`
+        returns the new state all the same.
+        """
+        told = {"total": total, "seconds": seconds, "error": error}
+        process = {"pid": os.getpid(), "host": socket.gethostname()}
+        self._status = {"state": state, "step": step, "time": time.time(), **told, **process}
+        self._status = {key: value for key, value in self._status.items() if value is not None}
+        if state != "running":
+            with suppress(OSError):
+                self.heartbeat_file.unlink(missing_ok=True)
         self.write(STATUS, self._status)
         self._status = {}
 
-    def status(self) -> dict[str, Any]:
-        """What status.json holds, or should hold if it could not be written; {} where it is missing or damaged."""
-        if self._status:
-            return self._status
-        with suppress(RunError):
-            return self.read(STATUS)
-        return {}
+    def status(self) -> RunStatus:
+        """Return the recorded state, or what could not be recorded; an empty one where the file is missing or damaged.
+
+        `status().health()` tells a slow run from a dead one.
+        """
+        recorded, heartbeat = self._status, {}
+        if not recorded:
+            with suppress(RunError):
+                recorded = self.read(STATUS)
+        if recorded.get("state") == "running":
+            with suppress(OSError, ValueError):
+                heartbeat = json.loads(self.heartbeat_file.read_bytes())
+        locked = recorded.get("state") == "running" and folder_lock.is_held(self.path)
+        return RunStatus.of(recorded, heartbeat if isinstance(heartbeat, dict) else {}, locked=locked)
+
+    def write_heartbeat(self, step: int) -> None:
+        """Record that the loop has taken `step` steps by now. Not flushed to disk. Raises OSError, RunGone."""
+        self.require_present()
+        partial = self.path / f".{self.heartbeat_file.name}.partial"
+        partial.write_text(json.dumps({"time": time.time(), "step": step}))
+        os.replace(partial, self.heartbeat_file)
 
     @property
     def finished(self) -> bool:
-        return self.status().get("state") == "finished"
+        """Whether all steps are done and the result, if there is one, is written."""
+        return self.status().state == "finished"
 
     def add_quarantine(self, row: dict[str, Any]) -> None:
         """Note a file that could not be read: {"name", "code", "detail", ...}."""
@@ -407,7 +476,11 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise RunError(f"{path} cannot be read: {error.strerror}; remove it, or make it readable") from None
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: OSError) -> RunError:
+    return RunError(f"{path} cannot be read: {error.strerror}; remove it, or make it readable")
 
 
 def _named(run_id: str | None) -> str:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from unmask.errors import UserError
+from unmask.run_status import RunStatus
 from unmask.system import folder_lock
 
 
@@ -30,6 +31,8 @@ class RunFolder(Protocol):
     def read(self, name: str) -> dict[str, Any]: ...
 
     def metrics(self) -> list[dict[str, Any]]: ...
+
+    def status(self) -> RunStatus: ...
 
 
 @dataclass(frozen=True)
@@ -55,24 +58,19 @@ class RunSummary:
         return f"{self.step or 0}/{self.steps}" if self.steps is not None else ""
 
 
-def state_of(folder: Path, status: dict[str, Any]) -> str:
-    """Return the state that `status` records; "interrupted" where the process was killed before it could record one."""
-    state = str(status.get("state") or "")
-    return "interrupted" if state == "running" and not folder_lock.is_held(folder) else state
-
-
 def summarise(run: RunFolder) -> RunSummary:
     """Describe a Run from its folder. Raises nothing for files that are missing or damaged."""
-    config, plan, status = (_read(run, name) for name in ("config.json", "plan.json", "status.json"))
+    config, plan = (_read(run, name) for name in ("config.json", "plan.json"))
+    status = run.status()
     size = (plan.get("images") or {}).get("size") or (config.get("data") or {}).get("size")
     losses = [row["loss"] for row in _metrics(run) if isinstance(row.get("loss"), float)]
     files = list(_files(run.path))
     return RunSummary(
         path=str(run.path),
-        state=state_of(run.path, status) or ("imported" if (run.path / "checkpoints").is_dir() else "damaged"),
+        state=status.shown_state or ("imported" if (run.path / "checkpoints").is_dir() else "damaged"),
         recipe=str(config.get("recipe") or ""),
         method=str((config.get("method") or {}).get("name") or ""),
-        step=status.get("step"),
+        step=status.step if status.state else None,
         steps=plan.get("steps"),
         size=(int(size[0]), int(size[1])) if size else None,
         images=plan.get("num_images"),

@@ -64,7 +64,7 @@ def test_pretrain_trains_the_same_run_and_writes_its_report(folder, cli):
 def test_resume_continues_a_run_that_was_made_longer(folder, cli):
     cli("set", "other", "train.steps=5")
     run = unmask.resume(folder / "other", console=QUIET)
-    assert (run.finished, run.status()["step"]) == (True, 5)
+    assert (run.finished, run.status().step) == (True, 5)
     assert cli("resume", "other")["step"] == 5
 
 

@@ -76,7 +76,7 @@ def test_a_finished_run_is_trained_longer_and_a_stop_on_the_way_changes_nothing(
     assert plan.lr(19) < plan.lr(20) < plan.lr(24), "it rises to the curve"
     assert plan.lr(24) == pytest.approx(plan.peak_lr / 2, rel=0.3)
     assert plan.lr(39) < plan.lr(30)
-    assert Run(run).status()["state"] == "stopped"
+    assert Run(run).status().state == "stopped"
     other = shutil.copytree(run, tmp_path / "other")
     assert resume(run, console=QUIET).finished
     shutil.rmtree(other / "checkpoints/step-00000020")  # from the one before, step 16: under the old schedule

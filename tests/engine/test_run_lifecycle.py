@@ -249,7 +249,7 @@ def test_a_fine_tuning_that_ends_before_its_result_gets_it_on_resume(pretrained,
     with pytest.raises(type(fault)):
         tune(pretrained, tmp_path / "tuned")
     run = Run.open(tmp_path / "tuned")
-    assert run.status()["state"] == ("stopped" if isinstance(fault, KeyboardInterrupt) else "failed")
+    assert run.status().state == ("stopped" if isinstance(fault, KeyboardInterrupt) else "failed")
     assert checkpoint.newest_step(run) == 4
     assert not run.finished
     assert not (run.path / SCORE).exists()
@@ -325,11 +325,11 @@ def test_no_file_beside_the_weights_keeps_them_from_being_saved(images, tmp_path
     with faults(before_step=blocking):
         run = start(images, tmp_path / "run", "train.steps=6", "train.checkpoint_every=2", "train.picture_every=2")
     if when != "while it trains":
-        assert run.status()["state"] == "stopped"
+        assert run.status().state == "stopped"
         block(tmp_path / "run" / name)
         run = resume(run.path, console=QUIET)
     assert checkpoint.is_complete(run, 6)
-    assert run.status()["state"] == "finished"
+    assert run.status().state == "finished"
     if name in ("metrics.jsonl", "status.json", "pictures", "evals"):
         assert name in capsys.readouterr().err
     whole = start(images, tmp_path / "whole", "train.steps=6")
@@ -345,7 +345,7 @@ def test_a_folder_that_is_replaced_while_training_is_left_alone(images, tmp_path
 
     with faults(before_step=replacing), pytest.raises(TrainingFailed, match="was deleted, moved or replaced"):
         start(images, tmp_path / "run", "train.steps=4")
-    assert Run(tmp_path / "run").status()["step"] == 1, "the other run"
+    assert Run(tmp_path / "run").status().step == 1, "the other run"
     assert resume(tmp_path / "moved", console=QUIET).finished
 
 

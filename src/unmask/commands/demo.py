@@ -72,7 +72,7 @@ def demo(request: DemoRequest, console: Console) -> dict[str, Any]:
         for kind, result in run_probes(run.path, ("linear", "knn"), options, console).items():
             probes[f"{name}-{kind}"] = to_json(result)
     report = write_report(out)
-    if steps is None and (done := shapes.status()["step"]) < ENOUGH_STEPS:
+    if steps is None and (done := shapes.status().step) < ENOUGH_STEPS:
         console.warn(
             f"only {done} steps fitted into the time on this machine, and these results are weak for that reason: "
             f"{ENOUGH_STEPS} steps are enough to see pre-training help on shapes. Go on with: unmask set {out} "
@@ -86,10 +86,10 @@ def demo(request: DemoRequest, console: Console) -> dict[str, Any]:
 def _stopped(run: "Run", console: Console) -> dict[str, Any] | None:
     """Return the summary of a demo that was asked to stop; None when the run is finished."""
     status = run.status()
-    if status["state"] != "stopped":
+    if status.state != "stopped":
         return None
     console.say(
-        f"stopped at step {status['step']}; this run goes on with: unmask resume {run.path}; the demo as a whole "
+        f"stopped at step {status.step}; this run goes on with: unmask resume {run.path}; the demo as a whole "
         "starts again with: unmask demo"
     )
-    return {"run": str(run.path), "state": "stopped", "step": status["step"]}
+    return {"run": str(run.path), "state": "stopped", "step": status.step}

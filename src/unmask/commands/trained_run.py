@@ -20,8 +20,8 @@ def conclude(run: "Run", console: Console) -> "Run":
     except (OSError, UserError) as error:  # the training is done, and must not look as if it had failed
         console.warn(f"no report was written: {error}; fix that, then: unmask report {run.path}")
     status = run.status()
-    if status["state"] == "stopped":
-        console.say(f"stopped at step {status['step']} of {status['total']}; continue with: unmask resume {run.path}")
+    if status.state == "stopped":
+        console.say(f"stopped at step {status.step} of {status.steps}; continue with: unmask resume {run.path}")
     return run
 
 
@@ -43,9 +43,9 @@ def is_unfinished(run: "Run") -> bool:
 def run_json(run: "Run") -> dict[str, Any]:
     """Return the object that --json prints of a run: its folder, its report and its status."""
     report = Path(run.path) / "report.html"
-    return {"run": str(run.path), "report": str(report) if report.exists() else None, **run.status()}
+    return {"run": str(run.path), "report": str(report) if report.exists() else None, **run.status().to_json()}
 
 
 def run_exit_code(run: "Run") -> int:
     """Return 75 for a run that was stopped and can be resumed, else 0."""
-    return STOPPED if run.status()["state"] == "stopped" else DONE
+    return STOPPED if run.status().state == "stopped" else DONE

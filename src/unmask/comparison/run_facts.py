@@ -20,7 +20,6 @@ from unmask.engine.plan import Plan
 from unmask.recipes.catalogue import all_recipes
 from unmask.report.training_log import last_loss, training_seconds
 from unmask.run import Run
-from unmask.run_summary import state_of
 
 SAME_WITHIN = 0.01  # numbers closer than this share are the same
 SINGULAR = ("image size", "training compute", "data")
@@ -29,10 +28,10 @@ SINGULAR = ("image size", "training compute", "data")
 def about(name: str, run: Run) -> dict[str, Any]:
     """What a Run is and what it cost."""
     config, plan = read_config(run), read_plan(run)
-    status = {"state": "waiting", "step": 0} | run.status()
+    status = run.status()
     trained = [row for row in run.metrics() if row.get("loss") is not None]
     flops = flops_of(config, plan.images)
-    seen = status["step"] * plan.batch_size
+    seen = status.step * plan.batch_size
     return {
         "name": name,
         "path": str(run.path),
@@ -45,8 +44,8 @@ def about(name: str, run: Run) -> dict[str, Any]:
         "parameters": plan.parameters,
         "encoder_parameters": plan.encoder_parameters,
         "flops": flops,
-        "state": state_of(run.path, status),
-        "step": status["step"],
+        "state": status.shown_state or "waiting",
+        "step": status.step,
         "steps": plan.steps,
         "images_seen": seen,
         "epochs": seen / plan.num_images if plan.num_images else 0.0,  # imported weights have seen none here

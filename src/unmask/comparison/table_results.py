@@ -126,7 +126,7 @@ def _run(
     }  # fmt: skip
     if (run.path / "plan.json").exists():
         found["size"] = run.read("plan.json")["images"]["size"]
-        found["state"] = run.status().get("state", "waiting")
+        found["state"] = run.status().state or "waiting"
         trained = [row for row in run.metrics() if row.get("loss") is not None]
         if trained:
             found["loss"] = last_loss(trained)

@@ -115,7 +115,7 @@ def train_cell(
             run = pretrain.pretrain(
                 asked["data"], recipe=cell["recipe"], out=place, settings=settings, console=console, **with_tokenizer
             )
-    if run.status().get("state") == "stopped":
+    if run.status().state == "stopped":
         raise KeyboardInterrupt
     return run
 

@@ -283,7 +283,7 @@ def load_latest(run: Run, *, say: Callable[[str], object] = print) -> Checkpoint
 
 def require_any(run: Run) -> None:
     """Raises CheckpointError for a run that had checkpoints, by its status, and has none any more."""
-    step = run.status().get("step", 0)
+    step = run.status().step
     if step and not any(run.checkpoints.glob("step-*")):
         raise CheckpointError(
             f"{run.checkpoints} has no checkpoint any more, although this run had one of step {step}: restore it from "

@@ -107,7 +107,7 @@ def complete(run: Run) -> None:
     add_edit(run, found["edit"])
     step, steps = found["edit"]["step"], found["plan"]["steps"]
     if (run.path / "status.json").exists() and steps:
-        state = run.status().get("state", "stopped")
+        state = run.status().state or "stopped"
         longer = state == "finished" and steps > step
         run.set_status("stopped" if longer else state, step, total=steps)
     (run.path / JOURNAL).unlink()

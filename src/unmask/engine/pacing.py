@@ -27,7 +27,7 @@ class Stopwatch:
 
     def __init__(self, run: Run, began: float | None = None) -> None:
         self.began = time_budget.now() if began is None else began
-        self.before = float(run.status().get("seconds", 0.0))
+        self.before = run.status().seconds
 
     def seconds(self) -> float:
         return self.before + time_budget.now() - self.began

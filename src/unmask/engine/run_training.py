@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from unmask.config import Config
 from unmask.console import Console, duration
 from unmask.data.image_reader import ImageReader
@@ -22,9 +20,10 @@ from unmask.run import STATUS, Run
 def train_and_record(
     run: Run, config: Config, plan: Plan, images: ImageReader, console: Console, supervise: Supervise | None = None
 ) -> None:
-    """Run the loop and what concludes it, and record in the Run how that ended, whatever happens.
+    """Run the loop, write the result of a supervised run, and record in the Run how that ended.
 
-    "finished" is recorded after all of the work; a run that was interrupted outside the loop is stopped, not failed.
+    "finished" is recorded after all of the work; a run that is interrupted outside the loop is stopped, not failed.
+    Raises what the loop raises.
     """
     began = now()
     try:
@@ -42,13 +41,13 @@ def train_and_record(
         raise
     status = run.status()
     now_took = now() - began
-    took = max(now_took, float(status.get("seconds", 0.0)))
-    record_state(run, state, console, total=status.get("total", plan.steps), seconds=took)
+    took = max(now_took, status.seconds)
+    record_state(run, state, console, total=status.steps or plan.steps, seconds=took)
     said = duration(took) + (f" ({duration(now_took)} of it since it was resumed)" if took > now_took + 1 else "")
     if state == "stopped":
         console.say(f"stopped after {said}")
     else:
-        console.say(f"finished {status['step']} steps in {said}: {run.path}")
+        console.say(f"finished {status.step} steps in {said}: {run.path}")
         if supervise is None:
             warn_above_baseline(run, console)
 
@@ -56,10 +55,10 @@ def train_and_record(
 def warn_above_baseline(run: Run, console: Console) -> None:
     """Warn when the last loss on the images of the pictures is no better than the best baseline; name what to do."""
     try:
-        found, step = run.read(BASELINES), run.status()["step"]
+        found, step = run.read(BASELINES), run.status().step
         fair = {name: value for name, value in found["guesses"].items() if not name.startswith("true_")}
         measured, loss = found["losses"][-1]
-    except (OSError, UserError, KeyError, IndexError):  # no picture was drawn; the weights are there all the same
+    except (OSError, UserError, KeyError, IndexError):  # no picture was drawn
         return
     if measured != step or not fair or loss < min(fair.values()):
         return
@@ -71,15 +70,17 @@ def warn_above_baseline(run: Run, console: Console) -> None:
     )
 
 
-def record_state(run: Run, state: str, console: Console, **more: Any) -> None:
-    """Write the status; the disk, or the file, may be the very trouble."""
+def record_state(
+    run: Run, state: str, console: Console, *, total: int, seconds: float | None = None, error: str | None = None
+) -> None:
+    """Write the status; a failure is reported, not raised, because the disk may be what ended the training."""
     for _ in range(2):  # torch's signal handler may raise once more for the same dead loader worker
         try:
-            kept = {"seconds": seconds} if (seconds := run.status().get("seconds")) is not None else {}
-            run.set_status(state, checkpoint.newest_step(run) or 0, **kept | more)
+            step, so_far = checkpoint.newest_step(run) or 0, run.status().seconds or None
+            run.set_status(state, step, total=total, seconds=seconds or so_far, error=error)
             return
-        except OSError as error:
-            console.warn_once(f"cannot write {run.path / STATUS}: {error.strerror}")
+        except OSError as fault:
+            console.warn_once(f"cannot write {run.path / STATUS}: {fault.strerror}")
             return
         except (ValueError, RuntimeError):
             continue

@@ -35,6 +35,7 @@ from unmask.engine.device import autocast
 from unmask.engine.evaluation import evaluate, evaluation_missing
 from unmask.engine.fault_points import fault_points
 from unmask.engine.guard import Guard, guarded
+from unmask.engine.heartbeat import Heartbeat
 from unmask.engine.host_memory import memory_kept
 from unmask.engine.job import Job, Position, Step, TrainingInputs, log_row, report_failure
 from unmask.engine.pacing import (
@@ -137,6 +138,8 @@ class Loop:
         self.first_step = self.position.step + 1
         self.reported_steps = self.job.plan.steps
         self.last_save = time.monotonic()
+        self.heartbeat = Heartbeat(self.job.run)
+        self.heartbeat.beat(self.position.step)
 
     @classmethod
     def start(cls, inputs: TrainingInputs, stop: StopRequest, guard: Guard, stopwatch: Stopwatch) -> Loop:
@@ -219,6 +222,7 @@ class Loop:
         self.unread.append(taken)
         self.position.step, self.position.consumed = taken.number, taken.consumed
         self.pace.waited += taken.waited
+        self.heartbeat.beat(self.position.step)
         self.stopping = self.stop.requested
 
     def what_is_due(self) -> Due:

@@ -22,7 +22,6 @@ from unmask.report.charts import IN_WORDS, budget_chart, loss_chart, tests_chart
 from unmask.report.page import page
 from unmask.report.probe_titles import probe_title
 from unmask.run import EDITS, PROVENANCE, Run, RunError
-from unmask.run_summary import state_of
 from unmask.system.atomic_files import replace_file
 
 MOST_PICTURES = 3
@@ -65,8 +64,8 @@ def gather(run: Run) -> dict[str, Any]:
         _or_fault(read, faults) for read in (lambda: _optional(run, PROVENANCE), run.metrics, run.quarantine)
     )
     trained = [row for row in metrics if row.get("loss") is not None]
-    if status := run.status():
-        status |= {"state": state_of(run.path, status)}
+    status = run.status()
+    shown = status.to_json() | {"state": status.shown_state} if status.state else {}
     return {
         "name": run.path.resolve().name,
         "folder": shlex.quote(str(run.path)),
@@ -74,10 +73,10 @@ def gather(run: Run) -> dict[str, Any]:
         "method": config.get("method", {}).get("name", ""),
         "source": _place(config.get("data", {}).get("source", "")),
         "plan": plan,
-        "status": status,
+        "status": shown,
         "faults": faults,
         "edits": provenance.get(EDITS, []) if provenance else [],
-        "facts": _facts(plan, status, trained),
+        "facts": _facts(plan, shown, trained),
         "pictures": _pictures(run),
         "curve": loss_chart(trained, baselines) if len(trained) > 1 else None,
         "curve_note": curve_note(trained, baselines),

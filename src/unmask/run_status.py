@@ -1,0 +1,91 @@
+"""How far a run is and whether its process is alive: the record behind `Run.status()`. Standard library only."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+SLOW_AFTER = 60.0  # seconds without a heartbeat
+
+Health = Literal["ended", "training", "slow", "dead"]
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """Status of a run, from status.json and heartbeat.json.
+
+    state: "running", "stopped", "finished" or "failed"; "" where none is recorded, as for a run that has not begun.
+    step: optimiser steps done, of `steps` in all. time: when the state was recorded, seconds since 1970. seconds:
+    training time. error: why it failed. pid, host: the process that recorded it. heartbeat: when the training loop last
+    took a step, seconds since 1970, None when it does not run. locked: whether a process holds the run's lock. Fields
+    that runs of earlier versions did not record are None.
+    """
+
+    state: str = ""
+    step: int = 0
+    steps: int | None = None
+    time: float | None = None
+    seconds: float = 0.0
+    error: str | None = None
+    pid: int | None = None
+    host: str | None = None
+    heartbeat: float | None = None
+    locked: bool = False
+
+    @classmethod
+    def of(cls, status: Mapping[str, Any], heartbeat: Mapping[str, Any], *, locked: bool) -> RunStatus:
+        """Return the record of two JSON objects; entries of another type than expected are ignored."""
+        state, error, host = (status.get(key) for key in ("state", "error", "host"))
+        running = state == "running"
+        step = _number(status.get("step")) or 0
+        if running:
+            step = max(step, _number(heartbeat.get("step")) or 0)
+        steps, pid = _number(status.get("total")), _number(status.get("pid"))
+        return cls(
+            state=state if isinstance(state, str) else "",
+            step=int(step),
+            steps=None if steps is None else int(steps),
+            time=_number(status.get("time")),
+            seconds=_number(status.get("seconds")) or 0.0,
+            error=error if isinstance(error, str) else None,
+            pid=None if pid is None else int(pid),
+            host=host if isinstance(host, str) else None,
+            heartbeat=_number(heartbeat.get("time")) if running else None,
+            locked=locked,
+        )
+
+    @property
+    def shown_state(self) -> str:
+        """The state; "interrupted" where the process was killed before it could record one."""
+        return "interrupted" if self.state == "running" and not self.locked else self.state
+
+    def health(self, now: float | None = None) -> Health:
+        """Return whether training goes on.
+
+        "ended": it was stopped, finished or failed. "training": the last heartbeat is recent. "slow": the process is
+        there, or may be on another machine, but has taken no step for `SLOW_AFTER` seconds; a large picture, an
+        evaluation or a checkpoint can take that long. "dead": the process is gone. now: seconds since 1970.
+        """
+        if self.state != "running":
+            return "ended"
+        latest = max(self.heartbeat or 0.0, self.time or 0.0)
+        recent = (time.time() if now is None else now) - latest <= SLOW_AFTER
+        elsewhere = self.host is not None and self.host != socket.gethostname()  # its lock may not be visible here
+        if not self.locked and not elsewhere:
+            return "dead"
+        return "training" if recent else "slow"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the entries of status.json, without those that are not recorded."""
+        found = {
+            "state": self.state, "step": self.step, "time": self.time, "total": self.steps, "seconds": self.seconds,
+            "error": self.error, "pid": self.pid, "host": self.host, "heartbeat": self.heartbeat,
+        }  # fmt: skip
+        return {key: value for key, value in found.items() if value is not None}
+
+
+def _number(value: object) -> float | None:
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
