@@ -24,7 +24,7 @@ from unmask.evals import run_probe as run_probe_module
 from unmask.evals.embed import embed_images
 from unmask.evals.probe_options import ProbeOptions
 from unmask.evals.probes import attentive
-from unmask.evals.reconstruct import MOST_DRAWN, reconstruct_images
+from unmask.evals.reconstruct import MAX_DRAWN, reconstruct_images
 from unmask.evals.run_probe import run_probe
 from unmask.results import PRETRAINED, RANDOM_INIT, RAW_PIXELS, LayerChoice, TestIdentity, from_json
 
@@ -292,7 +292,7 @@ def test_a_folder_is_drawn_evenly_spread(trained, images, tmp_path, monkeypatch)
     seen, console = pictured(monkeypatch), Listening()
     reconstruct(trained, [images], tmp_path / "a.png", console=console)
     names = seen[0][3]
-    assert len(names) == MOST_DRAWN
+    assert len(names) == MAX_DRAWN
     assert (names[0], names[-1]) == ("0000.png", "0029.png")
     assert console.said[0] == "drawing 16 of 30 images, evenly spread"
 

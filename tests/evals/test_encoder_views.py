@@ -161,7 +161,7 @@ def test_without_a_wish_it_is_what_suits_the_encoder():
 
 
 def test_choices_of_layer_that_cannot_be_are_refused():
-    with pytest.raises(UserError, match="'middle' came; best, last or a number"):
+    with pytest.raises(UserError, match="got layer 'middle'; expected best, last or a number"):
         wanted_layer(vit(), "middle")
     with pytest.raises(UserError, match="got layer 4 for an encoder of 3 blocks; use 0 to 3"):
         wanted_layer(vit(), "4")

@@ -14,7 +14,7 @@ from unmask.data.sources.open_source import open_source
 from unmask.data.sources.source import Source
 from unmask.evals import feature_cache as module
 from unmask.evals.encoder_views import View
-from unmask.evals.feature_cache import find, keep, key_of
+from unmask.evals.feature_cache import find, key_of, store
 from unmask.evals.frozen_features import FeatureTable, Tokens
 
 ABOUT = {"precision": "bf16", "device": "cpu", "crop": "{}"}
@@ -50,7 +50,7 @@ def test_a_table_is_found_again_as_it_was(source, tmp_path, cls):
     assert key is not None
     assert find(tmp_path / "features", key, source, ROWS) is None
     made = table(source, cls=cls)
-    size = keep(tmp_path / "features", key, made, ROWS)
+    size = store(tmp_path / "features", key, made, ROWS)
     assert size == sum(file.stat().st_size for file in (tmp_path / "features").iterdir()) > 0
     assert same(find(tmp_path / "features", key, source, ROWS), made)
     source.labels = None
@@ -87,19 +87,19 @@ def test_images_that_lie_in_no_file_are_not_kept():
 
 def test_what_is_not_whole_is_not_kept(source, tmp_path):
     some = table(source, ROWS[:-1])
-    assert keep(tmp_path / "features", "a", some, ROWS) == 0, "an image could not be read"
+    assert store(tmp_path / "features", "a", some, ROWS) == 0, "an image could not be read"
     whole = table(source)
     tokens = Tokens(torch.zeros(10, 1, 6), torch.zeros(6), torch.ones(6))
     with_tokens = FeatureTable(whole.index, whole.labels, whole.cls, whole.mean, whole.digest, tokens)
-    assert keep(tmp_path / "features", "a", with_tokens, ROWS) == 0
+    assert store(tmp_path / "features", "a", with_tokens, ROWS) == 0
     (tmp_path / "file").write_bytes(b"")
-    assert keep(tmp_path / "file", "a", whole, ROWS) == 0, "nowhere to write"
+    assert store(tmp_path / "file", "a", whole, ROWS) == 0, "nowhere to write"
     assert not (tmp_path / "features").exists()
 
 
 def test_a_damaged_table_is_as_good_as_none(source, tmp_path):
     made = table(source)
-    keep(tmp_path, "a", made, ROWS)
+    store(tmp_path, "a", made, ROWS)
     file = tmp_path / "a.arrays"
     content, rng, useless = file.read_bytes(), np.random.default_rng(0), 0
     for place in rng.integers(0, len(content), 200).tolist():
@@ -115,14 +115,14 @@ def test_a_damaged_table_is_as_good_as_none(source, tmp_path):
 
 
 def test_the_ones_used_longest_ago_make_room(source, tmp_path, monkeypatch):
-    size = keep(tmp_path, "a", table(source), ROWS)
-    monkeypatch.setattr(module, "MOST_BYTES", 2 * size + 100)
-    keep(tmp_path, "b", table(source), ROWS)
+    size = store(tmp_path, "a", table(source), ROWS)
+    monkeypatch.setattr(module, "MAX_BYTES", 2 * size + 100)
+    store(tmp_path, "b", table(source), ROWS)
     for number, name in enumerate("ab"):
         os.utime(tmp_path / f"{name}.arrays", (number, number))
     assert find(tmp_path, "a", source, ROWS) is not None  # used just now
-    keep(tmp_path, "c", table(source), ROWS)
+    store(tmp_path, "c", table(source), ROWS)
     assert sorted(file.name for file in tmp_path.glob("*.arrays")) == ["a.arrays", "c.arrays"]
-    monkeypatch.setattr(module, "MOST_BYTES", 100)
-    assert keep(tmp_path, "d", table(source), ROWS) == 0
+    monkeypatch.setattr(module, "MAX_BYTES", 100)
+    assert store(tmp_path, "d", table(source), ROWS) == 0
     assert not (tmp_path / "d.arrays").exists()

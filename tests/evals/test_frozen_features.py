@@ -169,7 +169,7 @@ def test_features_that_are_no_numbers_are_refused_by_row():
 
 
 def test_no_images_are_refused():
-    with pytest.raises(ValueError, match="no images came"):
+    with pytest.raises(ValueError, match="got no images"):
         table(vit(), pixels(0))
 
 

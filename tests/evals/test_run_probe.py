@@ -156,7 +156,7 @@ def test_features_are_kept_for_the_next_probe_until_something_changes(run, data,
     console = Listening()
     first = probe(run, data, kind="knn", console=console)
     assert asked == [{PRETRAINED}] * 2
-    assert sum("features kept for the next probe" in line for line in console.said) == 2
+    assert sum("features stored for the next probe" in line for line in console.said) == 2
     linear = probe(run, data)
     assert len(asked) == 2, "nothing was computed"
     assert linear.rows == probe(Path(shutil.copytree(run, run.with_name("bare"))), data).rows

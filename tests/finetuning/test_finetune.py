@@ -231,7 +231,7 @@ def test_what_a_classifier_has_no_use_for_is_refused(tuned, tests, tmp_path):
     from unmask.evals.reconstruct import reconstruct_images
 
     quiet = Console(quiet=True)
-    with pytest.raises(UserError, match=r"was fine-tuned to classify and rebuilds nothing; use `unmask predict"):
+    with pytest.raises(UserError, match=r"was fine-tuned to classify and reconstructs nothing; use `unmask predict"):
         reconstruct_images(tuned.path, [str(tests)], tmp_path / "a.png", step=None, seed=0, device="cpu", console=quiet)
     with pytest.raises(UserError, match=r"got --min-score 0.3; only boxes have scores"):
         predict(tuned.path, [str(tests)], tmp_path / "a.csv", PredictOptions(device="cpu", min_score=0.3), quiet)

@@ -1,4 +1,4 @@
-"""Write the features of every image to a table."""
+"""`unmask embed`: write the features of every image to a table."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from unmask.errors import UserError, naming
 from unmask.evals.images import features
 from unmask.run import Run
 
-FEATURES = "features"  # of a Run: tables stored for the next probe or embed
+FEATURES = "features"  # folder of a run: features stored for the next probe or embed
 
 
 def embed_images(
@@ -30,22 +30,22 @@ def embed_images(
     device: str,
     console: Console,
 ) -> dict[str, Any]:
-    """Write the features of every image to .parquet or .npz: nothing masked, and the same bytes every time.
+    """Write the features of every image to .parquet or .npz, nothing masked; the same images give the same bytes.
 
     One row per image, in the order of the source: `name` (relative to DATA, '/'-separated), `label` (the class's name;
     only where DATA has classes), `cls` (the class token, only where the encoder has one) and `mean` (over patch
     tokens), float32 vectors of the encoder's width. In .npz each is an array of that name. Returns the object that
-    --json prints. Raises ValueError when there is nothing to embed or nowhere to write.
+    --json prints. Raises UserError when there is no image that can be read, or `out` cannot be written.
     """
     if out.suffix not in (".parquet", ".npz"):
-        raise UserError(f"output file {out} came; a name that ends in .parquet or .npz was expected")
+        raise UserError(f"got output file {out}; expected a name that ends in .parquet or .npz")
     if not out.resolve().parent.is_dir():
         raise UserError(f"the folder {out.resolve().parent} does not exist; make it first, or choose another --out")
     loaded = load(run, device=choose_device(device), step=step)
     source = apply_reading(open_source(data, exclude), loaded.plan.reading)
     rows = np.arange(len(source))
     encoders = {"encoder": loaded.method.encoder}
-    # fp32 always: these numbers are kept, and should be the same on a laptop and a server but for rounding.
+    # Always fp32: these numbers are stored, and should be the same on every machine but for rounding.
     tables = features(
         loaded,
         encoders,
@@ -80,7 +80,10 @@ def _write_features(
     partial = out.with_name(f".{out.name}.partial")  # the final name only ever holds a complete file
     try:
         if out.suffix == ".npz":
-            with naming(out), partial.open("wb") as file:  # NumPy dates every member 1980-01-01: equal bytes each time
+            with (
+                naming(out),
+                partial.open("wb") as file,
+            ):  # NumPy dates every member 1980-01-01: same bytes
                 np.savez(file, **{name: np.array(text) for name, text in texts.items()}, **vectors)  # type: ignore[arg-type]
         else:
             import pyarrow as pa

@@ -1,8 +1,8 @@
-"""Which features of an encoder are measured: of its `forward`, of one layer, or with tokens hidden as in training.
+"""Which features of an encoder are measured: those of its `forward`, of one layer, or with tokens hidden.
 
-iGPT's features are best in the middle, so its probe takes the best layer (Chen et al. 2020, section 4.1); and an
-encoder that was trained with hidden tokens is out of its depth without them, so its BERT form is measured with a mask,
-or with the majority over several (section 4.6). Layers are compared on a part of the TRAINING images only.
+iGPT's features are best in the middle of the network, so its probe measures the best layer (Chen et al. 2020,
+"Generative pretraining from pixels", section 4.1). iGPT-BERT was pre-trained on masked input, so it is evaluated with
+masks by default: one, or the majority over several (section 4.6).
 
 Letters: n training images, m test images, D width of a feature.
 """
@@ -23,16 +23,17 @@ from unmask.nn.features import Features
 from unmask.nn.image_encoder import ImageEncoder
 from unmask.rng import Draws, Stream, words
 
-EVALUATION_EPOCH = 2**31 - 1  # none of training's, so that no mask is one that was trained with
+EVALUATION_EPOCH = 2**31 - 1  # no epoch of training, so that no mask was used in training
 
 Hide = Callable[[Draws], Tensor]
-"""Draws of B images -> (B, N) bool: the tokens to hide."""
+"""Random numbers of B images -> (B, N) bool: the tokens to hide."""
 
 
 class View(nn.Module):
-    """An encoder seen in one way. layer: None for what its `forward` gives. hide: None hides nothing; mask: which one.
+    """An encoder with one choice of layer and hidden tokens.
 
-    The mask of an image depends on `mask` and the image's row alone.
+    layer: None for the output of `forward`. hide: None hides nothing. mask: the number of the patch mask; the mask of
+    an image depends on it and on the image's row alone.
     """
 
     def __init__(self, encoder: nn.Module, layer: int | None = None, hide: Hide | None = None, mask: int = 0) -> None:
@@ -40,14 +41,14 @@ class View(nn.Module):
         self.encoder, self.layer, self.hide, self.mask = encoder, layer, hide, mask
 
     def see(self, batch: Batch) -> Features:
-        """The features of one batch, its images on the encoder's device."""
+        """Return the features of one batch, whose images are on the encoder's device."""
         if self.layer is None and self.hide is None:
             return self.encoder(batch.images)
         number = self.encoder.layer if self.layer is None else self.layer
         return next(islice(self.every_layer(batch), number, None))  # type: ignore[arg-type]
 
     def every_layer(self, batch: Batch) -> Iterator[Features]:
-        """The features of all layers, one after the other."""
+        """Yield the features of all layers, in order."""
         if self.hide is None:
             return self.encoder.feature_layers(batch.images)  # type: ignore[operator]
         epoch = torch.full_like(batch.index, EVALUATION_EPOCH)
@@ -56,33 +57,33 @@ class View(nn.Module):
 
 
 def wanted_layer(encoder: ImageEncoder, layer: str | None) -> str | None:
-    """As asked for ("best", "last" or a number), or what suits the encoder; None is what its `forward` gives.
+    """Return the layer to measure ("best", "last" or a number), by default the one that suits the encoder.
 
-    Raises ValueError for a layer that is none of these, or that this encoder does not offer.
+    None is the output of `forward`. Raises UserError for a layer that this encoder does not have.
     """
     if layer is None:
         return encoder.probe_layer
     if layer not in ("best", "last") and not layer.isdecimal():
-        raise UserError(f"layer {layer!r} came; best, last or a number was expected")
+        raise UserError(f"got layer {layer!r}; expected best, last or a number")
     if encoder.depth is None:
         if layer == "last":
             return None
-        raise UserError(f"layer {layer} came, but this encoder has no layers to choose from; leave --layer out")
+        raise UserError(f"got layer {layer}, but this encoder has no layers to choose from; leave --layer out")
     if layer.isdecimal() and int(layer) > encoder.depth:
         raise UserError(f"got layer {layer} for an encoder of {encoder.depth} blocks; use 0 to {encoder.depth}")
     return layer
 
 
 def majority(predictions: np.ndarray, index: np.ndarray, seed: int) -> np.ndarray:
-    """The class that most votes are for: (votes, m) -> (m,) int64. Ties are broken at random, by seed and image row."""
+    """Return the class with most votes: (votes, m) -> (m,) int64. Ties are broken at random, by seed and image row."""
     votes = np.stack([(predictions == label).sum(0) for label in range(predictions.max() + 1)], 1)  # (m, K)
     leads = votes == votes.max(1, keepdims=True)
     draws = words(seed, Stream.LABELS, np.full_like(index, VOTES), np.asarray(index, np.int64), 1)[:, 0]
-    place = draws % leads.sum(1)  # which of the leaders
+    place = draws % leads.sum(1)  # which of the tied classes
     return (np.cumsum(leads, 1) > place[:, None]).argmax(1).astype(np.int64)
 
 
 def best_layer(accuracies: Sequence[float]) -> int:
-    """The most accurate; of equals the one nearest to the middle, then the lower."""
+    """Return the most accurate layer; of equals the one nearest to the middle, then the lower."""
     middle = (len(accuracies) - 1) / 2
     return min(range(len(accuracies)), key=lambda n: (-accuracies[n], abs(n - middle), n))

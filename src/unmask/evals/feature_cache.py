@@ -1,10 +1,9 @@
-"""Feature tables kept on disk, so that a second probe of the same encoder on the same images need not compute them.
+"""Cache of features on disk, so that a second probe of the same encoder on the same images need not compute them.
 
-A table is found by what decides every number in it (`key_of`): the encoder's tensors, how it is seen, the images and
-how they are cut, precision, device, and the code. It is only ever a shortcut: a file that is damaged or cannot be
-written costs the time of computing the features, and nothing else. Tables with tokens, or of which an image could not
-be read (it would have to be named again), are not kept; neither are those of images that lie in no file, which cost
-nothing to draw. Not here: which features, and of which images (the caller's).
+The key of a table is a digest of everything that decides a number in it (`key_of`): the encoder's tensors, the layer
+and mask, the images and their crop, precision, device, and the code. A file that is damaged or cannot be written is
+treated as missing. Not cached: tables with tokens; tables of which an image could not be read, since it has to be named
+again; images that lie in no file, which are quick to draw.
 """
 
 from __future__ import annotations
@@ -28,13 +27,13 @@ from unmask.evals.encoder_views import View
 from unmask.evals.frozen_features import FeatureTable
 from unmask.nn.image_encoder import ImageEncoder
 
-MOST_BYTES = 2 << 30  # of all tables in a folder; the ones used longest ago go first
+MAX_BYTES = 2 << 30  # of all tables in a folder; the least recently used are removed first
 ENDING = ".arrays"
 ARRAYS = ("cls", "mean", "digest")
 
 
 def key_of(encoder: nn.Module, source: Source, rows: np.ndarray, *, about: Mapping[str, str]) -> str | None:
-    """Names the table of this encoder for these rows; None where none is kept.
+    """Return the key of this encoder's features for these rows; None where they are not cached.
 
     about: everything else that decides a number: precision, device, size and crop of the images, the method's settings.
     """
@@ -52,34 +51,34 @@ def key_of(encoder: nn.Module, source: Source, rows: np.ndarray, *, about: Mappi
 
 
 def find(folder: Path, key: str, source: Source, rows: np.ndarray) -> FeatureTable | None:
-    """The table of that key, with the labels of its source; None where there is none, or none that is whole."""
+    """Return the table of a key, with the labels of its source; None where it is missing or damaged."""
     file = folder / f"{key}{ENDING}"
     stored = read_arrays(file)
     if stored is None:
         return None
-    with suppress(OSError):  # of a folder that may only be read
+    with suppress(OSError):  # a read-only folder
         os.utime(file)
     labels = None if source.labels is None else source.labels[rows]
     return FeatureTable(np.asarray(rows, np.int64), labels, stored.get("cls"), stored["mean"], stored["digest"])
 
 
-def keep(folder: Path, key: str, table: FeatureTable, rows: np.ndarray) -> int:
-    """Keep a table that has all of these rows, and make room for it. Returns its bytes, 0 where it was not kept."""
+def store(folder: Path, key: str, table: FeatureTable, rows: np.ndarray) -> int:
+    """Store a table that has all of these rows, and free space for it. Returns its bytes, 0 where it was not stored."""
     if table.tokens is not None or not np.array_equal(table.index, rows):
         return 0
     arrays = {name: value for name in ARRAYS if (value := getattr(table, name)) is not None}
     size = sum(value.nbytes for value in arrays.values())
-    if size > MOST_BYTES:
+    if size > MAX_BYTES:
         return 0
     try:
-        _make_room(folder, MOST_BYTES - size)
+        _free_space(folder, MAX_BYTES - size)
         return write_arrays(folder / f"{key}{ENDING}", arrays)
-    except (OSError, MemoryError):  # a full disk, or a folder that may not be written to
+    except (OSError, MemoryError):  # a full disk or a read-only folder
         return 0
 
 
-def _make_room(folder: Path, most: int) -> None:
-    """Remove the tables used longest ago, until the others take at most so many bytes."""
+def _free_space(folder: Path, most: int) -> None:
+    """Remove the least recently used tables until the others take at most so many bytes."""
     tables = sorted(folder.glob(f"*{ENDING}"), key=lambda file: file.stat().st_mtime_ns)
     taken = sum(file.stat().st_size for file in tables)
     while taken > most:
@@ -88,17 +87,17 @@ def _make_room(folder: Path, most: int) -> None:
 
 
 def _view(encoder: nn.Module) -> str:
-    """How an encoder is seen, beside its tensors and its settings."""
+    """Return the layer and the mask of an encoder, as text."""
     inner = encoder.encoder if isinstance(encoder, View) else encoder
-    told = {"type": type(inner).__name__, "own layer": inner.layer if isinstance(inner, ImageEncoder) else None}
+    about = {"type": type(inner).__name__, "own layer": inner.layer if isinstance(inner, ImageEncoder) else None}
     if isinstance(encoder, View):
-        told |= {"layer": encoder.layer, "hidden": encoder.hide is not None, "mask": encoder.mask}
-    return json.dumps(told, default=str, sort_keys=True)
+        about |= {"layer": encoder.layer, "hidden": encoder.hide is not None, "mask": encoder.mask}
+    return json.dumps(about, default=str, sort_keys=True)
 
 
 @cache
 def _code() -> dict[str, str]:
-    """Versions and a digest of this package: features are only as old as the code that made them."""
+    """Return versions and a digest of this package, so that a change of the code invalidates its features."""
     found = hashlib.sha256()
     package = Path(__file__).resolve().parents[1]
     for file in sorted(package.rglob("*.py")):

@@ -1,10 +1,9 @@
-"""Images to feature tables: the one function through which training and test images go, whatever the probe.
+"""Compute the features of images with frozen encoders.
 
-Not here: which images (the caller's batches say), what is made of the features (`knn.py`, `linear.py`), masking (an
-encoder's `forward` never masks). Letters: n images in all, D width of a feature.
+Training and test images go through the same function, whatever the probe: a probe that is trained on one definition of
+a feature and tested on another gives low numbers and no error.
 
-There is one way in because two cost others dearly: a probe trained on one definition of a feature and tested on another
-gives numbers that look merely disappointing.
+Letters: n images, D width of a feature, T tokens.
 """
 
 from __future__ import annotations
@@ -31,12 +30,12 @@ LARGEST_PIXEL_SIDE = 32
 
 @dataclass(frozen=True)
 class FeatureTable:
-    """Features of n images, one row each, in the order in which the batches brought them.
+    """Features of n images, one row each, in the order of the batches.
 
-    `index` (n,) int64 the row of each image in its source; `labels` (n,) int64, or None where the batches have none;
-    `cls` (n, D) float32, or None where the encoder has no class token; `mean` (n, D) float32, the mean over patch
-    tokens (for `RawPixels`: the pixels); `digest` (n,) uint64, equal for images that are equal in every pixel;
-    `tokens` all of them, or None where they were not asked for.
+    index: (n,) int64, the row of each image in its source. labels: (n,) int64, None where the batches have none. cls:
+    (n, D) float32, None where the encoder has no class token. mean: (n, D) float32, the mean over patch tokens (for
+    `RawPixels`: the pixels). digest: (n,) uint64, equal for images that are equal in every pixel. tokens: all of them,
+    None where they were not asked for.
     """
 
     index: np.ndarray
@@ -50,7 +49,7 @@ class FeatureTable:
         return len(self.index)
 
     def at(self, places: np.ndarray) -> FeatureTable:
-        """The images at these places only, in this order."""
+        """Return the images at these positions, in this order."""
         return FeatureTable(
             self.index[places],
             None if self.labels is None else self.labels[places],
@@ -65,8 +64,8 @@ class FeatureTable:
 class Tokens:
     """The class token, where there is one, and all patch tokens of n images, in half precision.
 
-    `values` (n, T, D) float16 are the tokens less `middle` (D,) over `scale` (D,), float32 both, which come from the
-    first images: tokens with a large common part, or numbers beyond float16, keep their digits.
+    `values` (n, T, D) float16 are (tokens - middle) / scale. `middle` and `scale` (D,) float32 are statistics of the
+    first batch, so that tokens with a large mean, or outside the range of float16, keep their precision.
     """
 
     values: Tensor
@@ -78,7 +77,7 @@ class Tokens:
 
 
 def joined_tables(tables: Sequence[FeatureTable]) -> FeatureTable:
-    """One table of several without tokens, one after another."""
+    """Concatenate tables without tokens."""
     return FeatureTable(
         np.concatenate([table.index for table in tables]),
         _joined([table.labels for table in tables]),
@@ -89,10 +88,10 @@ def joined_tables(tables: Sequence[FeatureTable]) -> FeatureTable:
 
 
 class RawPixels(nn.Module):
-    """The control that is no encoder at all: the pixels, as one patch of C * H * W float32 numbers in the files' units.
+    """A control without an encoder: the pixels, as one patch of C * H * W float32 numbers in the files' units.
 
-    Images larger than 32 pixels on their longer side are first averaged down to it, or a table of photographs would not
-    fit in memory; small differences within such a cell say little about a class.
+    Images larger than 32 pixels on their longer side are averaged down to it, so that a table of photographs fits in
+    memory.
     """
 
     def forward(self, images: Tensor) -> Features:
@@ -130,10 +129,10 @@ def collect_each(
                 features = encoder.see(moved) if isinstance(encoder, View) else encoder(moved.images)
                 rows[name].add(features, shared.index[-1])
             if tokens and len(shared.index) == 1:
-                _require_room([kept.tokens[0] for kept in rows.values()], tokens)
+                _require_memory([kept.tokens[0] for kept in rows.values()], tokens)
     if not shared.index:
         raise UserError(
-            "no images came to compute features of; at least one was expected: look at the data with `unmask check`"
+            "got no images to compute features of; expected at least one; look at the data with `unmask check`"
         )
     return {name: shared.table(rows[name]) for name in encoders}
 
@@ -153,7 +152,7 @@ def collect_layers(view: View, batches: Iterable[Batch], *, device: str, precisi
 
 
 class _Rows:
-    """What one encoder makes of the batches so far."""
+    """The features of one encoder for the batches so far."""
 
     def __init__(self, keep: int) -> None:
         self.cls: list[np.ndarray | None] = []
@@ -181,7 +180,7 @@ class _Rows:
 
 
 class _Shared:
-    """What is the same for every encoder."""
+    """What is the same for every encoder: indices, labels and digests of the images."""
 
     def __init__(self) -> None:
         self.index: list[np.ndarray] = []
@@ -204,28 +203,29 @@ class _Shared:
         )
 
 
-def _require_room(firsts: list[Tensor], images: int) -> None:
-    """Raises ValueError when the tokens of so many images would take more than half of the free memory."""
+def _require_memory(firsts: list[Tensor], images: int) -> None:
+    """Raise UserError when the tokens of so many images would take more than half of the free memory."""
     needed = sum(first[0].nbytes for first in firsts) * images
-    room = free_memory("cpu") // 2
-    if needed > room:
+    limit = free_memory("cpu") // 2
+    if needed > limit:
         shapes = " and ".join(sorted({f"{first.shape[1]} x {first.shape[2]}" for first in firsts}))
         raise UserError(
             f"the tokens of {images} training images ({shapes} numbers each in half precision, {len(firsts)} feature "
             f"set{'s' * (len(firsts) > 1)}) would take {needed / 2**30:.1f} GiB; at most half of the free memory, "
-            f"{room / 2**30:.1f} GiB, is used for them: train on fewer images with --shots N, or use --kind linear"
+            f"{limit / 2**30:.1f} GiB, is used for them: train on fewer images with --shots N, or use --kind linear"
         )
 
 
 def _finite(features: Tensor, index: np.ndarray) -> np.ndarray:
-    """As float32 on the host. Raises ValueError when a number is not finite: no probe could make sense of it."""
+    """Return the features as float32 on the host. Raises UserError when a number is not finite."""
     rows = features.to(torch.float32).cpu().numpy()  # (B, D)
     bad = ~np.isfinite(rows).all(1)
     if bad.any():
         raise UserError(
             f"the features of {bad.sum()} of {len(rows)} images are not finite (the first is row "
-            f"{index[bad.argmax()]} of the source): the weights are damaged, or the images hold numbers that are far "
-            "from those of training; try an earlier checkpoint with --step, and look at the images with `unmask check`"
+            f"{index[bad.argmax()]} of the source): the weights are damaged, or pixel values are far outside "
+            "the range of the training data; try an earlier checkpoint with --step, and look at the images with "
+            "`unmask check`"
         )
     return rows
 
@@ -242,6 +242,6 @@ def _array(tensor: Tensor) -> np.ndarray:
 
 
 def _joined(parts: list[np.ndarray | None]) -> np.ndarray | None:
-    """One array; None when any batch had none."""
+    """Concatenate; None when any batch had none."""
     present = [part for part in parts if part is not None]
     return np.concatenate(present) if present and len(present) == len(parts) else None

@@ -1,8 +1,7 @@
-"""What one does with a trained run: draw reconstructions, embed images, probe the features.
+"""Read images for evaluation as an encoder sees them, and compute their features.
 
-Everything here reads the Run folder. Test and train features come from the same code path. Images are never masked but
-in `reconstruct_images`, and where a probe is asked to (`evals/encoder_views.py`). There is no scan beforehand: a file
-that turns out unreadable is named and left out, never replaced by another.
+Features of training and test images come from the same function. Images are not scanned beforehand: an unreadable file
+is named in a warning and left out, never replaced by another.
 """
 
 from __future__ import annotations
@@ -29,33 +28,30 @@ from unmask.evals import feature_cache
 from unmask.evals.frozen_features import FeatureTable, collect_each
 
 EVAL_BATCH = 128
-MANY_IMAGES = 1024  # from here on, decoding in processes of its own repays starting them
+MANY_IMAGES = 1024  # from here on, decoding in worker processes is faster, starting them included
 NAMED_BAD_FILES = 5
-IMAGES_FOR_LAYER = 4096  # at most, that layers are compared on
-COLLECTIONS = (*LISTS, *TARS, ".zip", ".parquet", ".pq")  # files that hold images, as against image files
+IMAGES_FOR_LAYER = 4096  # layers are compared on at most so many
+COLLECTIONS = (*LISTS, *TARS, ".zip", ".parquet", ".pq")  # endings of files that hold many images
 
 
 def eval_images(loaded: Loaded, source: Source) -> ReadableImages:
-    """The source as this run's encoder sees it: its size, channels and dtype, the centred box, no randomness."""
+    """Return the source as this run's encoder sees it: its size, channels and dtype, the centre crop, not augmented."""
     plan, data = loaded.plan, loaded.config.data
     source.reading, rows = plan.reading, np.arange(len(source))
     return ReadableImages(source, rows, plan.images, data.crop, training=False, min_valid=data.min_valid)
 
 
 def eval_precision(loaded: Loaded) -> str:
-    """That of the training, unless this device would have to emulate it: for what is measured or looked at.
-
-    On a processor that computes in bf16 natively a probe is three times faster for it.
-    """
+    """Return the precision of the training, or fp32 where this device would have to emulate it."""
     return choose_precision(loaded.config.train.precision, loaded.device)[0]
 
 
 def read(
     images: ReadableImages, rows: np.ndarray, workers: int, console: Console, bar: Bar | None = None
 ) -> Iterator[Batch]:
-    """Batches of all these rows that can be read, in order; then names the others.
+    """Yield batches of these rows in order, without those that cannot be read; then warn and name them.
 
-    Raises ValueError at the end when not one could be read.
+    Raises UserError at the end when none could be read.
     """
     seen: list[np.ndarray] = []
     share, with_absent = 0.0, 0
@@ -96,9 +92,10 @@ def features(
     tokens: bool = False,
     folder: Path | None = None,
 ) -> dict[str, FeatureTable]:
-    """A table for each encoder, of the rows that can be read; the others are named. The only way to features.
+    """Return a table of features for each encoder, of the rows that can be read; a warning names the others.
 
-    tokens: with all tokens too, if they fit in memory. folder: where tables without tokens are kept for the next time.
+    Every feature is computed here. tokens: with all tokens, if they fit in memory. folder: a cache for tables without
+    tokens (`feature_cache.py`); the tables of one probe are found again by another with the same rows and precision.
     """
     keys = {} if folder is None or tokens else keys_of(loaded, encoders, source, rows, precision)
     found = {
@@ -112,15 +109,15 @@ def features(
             num_tokens = len(rows) if tokens else 0
             found |= collect_each(new, batches, device=loaded.device, precision=precision, tokens=num_tokens)
         if folder is not None and keys and is_worth_storing(began):
-            size = sum(feature_cache.keep(folder, keys[name], found[name], rows) for name in new)
-            console.say(f"{title}: features kept for the next probe, {size / 2**20:.1f} MiB in {folder}")
+            size = sum(feature_cache.store(folder, keys[name], found[name], rows) for name in new)
+            console.say(f"{title}: features stored for the next probe, {size / 2**20:.1f} MiB in {folder}")
     return {name: found[name] for name in encoders}
 
 
 def keys_of(
     loaded: Loaded, encoders: Mapping[str, nn.Module], source: Source, rows: np.ndarray, precision: str
 ) -> dict[str, str]:
-    """What kept tables of these encoders are called; {} for images of which none are kept."""
+    """Return the cache keys of these encoders; {} for images whose features are not cached."""
     about = {
         "precision": precision, "device": loaded.device.partition(":")[0], "images": repr(loaded.plan.images),
         "reading": loaded.plan.reading.model_dump_json(),

@@ -1,4 +1,4 @@
-"""Draw what the method of a run makes of images."""
+"""`unmask reconstruct`: draw images as the method of a run reconstructs them."""
 
 from __future__ import annotations
 
@@ -23,26 +23,29 @@ from unmask.evals.images import COLLECTIONS, eval_images, eval_precision, read
 from unmask.report.pictures import draw, require_png
 from unmask.rng import Draws
 
-MOST_DRAWN = 16
+MAX_DRAWN = 16
 
 
 @torch.no_grad()
 def reconstruct_images(
     run: Path, images: Sequence[str], out: Path, *, step: int | None, seed: int, device: str, console: Console
 ) -> dict[str, Any]:
-    """Draw up to 16 images as the run's method rebuilds them, and return its loss beside those of trivial guesses."""
+    """Draw up to 16 images as the run's method reconstructs them; return its loss, and those of trivial predictions.
+
+    Raises UserError for a fine-tuned run, which reconstructs nothing, and when no image can be read.
+    """
     require_png(out)
     loaded = load(run, device=choose_device(device), step=step)
     if (task := loaded.config.method.name) in task_names() and task != "encoder":
         raise UserError(
-            f"{run} was fine-tuned to {task} and rebuilds nothing; use `unmask predict {run} IMAGES --out PATH`, or "
-            "reconstruct with the run that it came from"
+            f"{run} was fine-tuned to {task} and reconstructs nothing; use `unmask predict {run} IMAGES --out PATH`, "
+            "or reconstruct with the run that it came from"
         )
     source = apply_reading(open_images(images), loaded.plan.reading)
     rows = np.arange(len(source))
-    if len(rows) > MOST_DRAWN:
-        console.say(f"drawing {MOST_DRAWN} of {len(rows)} images, evenly spread")
-        rows = rows[np.linspace(0, len(rows) - 1, MOST_DRAWN).astype(int)]
+    if len(rows) > MAX_DRAWN:
+        console.say(f"drawing {MAX_DRAWN} of {len(rows)} images, evenly spread")
+        rows = rows[np.linspace(0, len(rows) - 1, MAX_DRAWN).astype(int)]
     (batch,) = read(eval_images(loaded, source), rows, 0, console)
     batch = to_device(batch, loaded.device)
     clock = loaded.plan.clock(loaded.step, Draws(seed, batch.epoch, batch.index))
@@ -56,6 +59,6 @@ def reconstruct_images(
 
 
 def open_images(images: Sequence[str]) -> Source:
-    """Image files in the order given, or one DATA."""
+    """Open image files in the order given, or one DATA."""
     one_file = len(images) == 1 and Path(images[0]).is_file() and not images[0].lower().endswith(COLLECTIONS)
     return open_files(images) if one_file or len(images) > 1 else open_source(images[0])
