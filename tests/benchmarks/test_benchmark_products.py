@@ -14,4 +14,4 @@ def test_it_reports_the_rates_of_both_libraries():
     assert len(rows) == 3
     for row in rows:
         assert row["torch_gflops"] > 0
-        assert row["ratio"] == row["onednn_gflops"] / row["torch_gflops"]
+        assert row["onednn_gflops"] > 0
