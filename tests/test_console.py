@@ -48,3 +48,23 @@ def test_the_list_of_runs_prints_no_controls(capsys, tmp_path, monkeypatch):
     said = capsys.readouterr().out
     assert r"\x1b]0;owned\x07" in said
     assert "\x1b" not in said
+
+
+def test_the_time_left_is_shown_for_steps_of_any_length(monkeypatch, capsys):
+    """Steps of 40 seconds: rich's own estimate, over the last 30 seconds, would show nothing."""
+    now = 1000.0
+    monkeypatch.setattr("unmask.console.time.monotonic", lambda: now)
+    with Console().progress("training", 10, start=4) as bar:
+        bar.update(4)
+        for step in (5, 6):
+            now += 40
+            bar.update(step, "loss 1")
+        bar.begin(6)
+        now += 60
+        bar.update(7)
+    assert capsys.readouterr().err.splitlines() == [
+        "training 4/10  ",
+        "training 5/10  loss 1  3 min 20 s left",
+        "training 6/10  loss 1  2 min 40 s left",
+        "training 7/10  3 min 00 s left",
+    ]

@@ -1,6 +1,7 @@
-"""What people read while a command runs: sentences and progress, always on stderr, so that stdout stays for `--json`.
+"""Messages and progress of a command, always on stderr, so that stdout is left to `--json`.
 
-On a terminal a live bar (rich); elsewhere one plain line per interval, without carriage returns or colours.
+On a terminal progress is a live bar (rich); elsewhere it is one plain line per interval, without carriage returns or
+colours.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from unmask.system.output_sinks import Words
 
 PLAIN_INTERVAL = 30.0
-# C0 and C1 controls but tab and line feed, line separators, and the marks that reorder text (Unicode's bidirectional
-# controls): from a file name or a label they would move the cursor, recolour the screen or hide a part of the line.
+# C0 and C1 controls except tab and line feed, line separators, and Unicode's bidirectional controls. In a file name or
+# a label they would move the cursor, recolour the screen or hide part of the line.
 CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 
 def duration(seconds: float) -> str:
-    """90 -> '1 min 30 s', in the two largest units that matter."""
+    """Format seconds in the two largest units: 90 -> '1 min 30 s'."""
     seconds = max(0, round(seconds))
     if seconds < 60:
         return f"{seconds} s"
@@ -39,13 +40,16 @@ def duration(seconds: float) -> str:
 
 
 def escape_controls(text: str) -> str:
-    """Text safe to print: control characters and bytes that are no text as \\xNN or \\uNNNN; tabs and newlines stay."""
+    """Return text that is safe to print: control characters and undecodable bytes as \\xNN or \\uNNNN.
+
+    Tabs and newlines stay.
+    """
     text = text.encode("utf-8", "backslashreplace").decode()
     return CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
 
 
 class Console:
-    """Says things to a person. `quiet` keeps only warnings."""
+    """Prints messages and progress to stderr. quiet: print warnings only."""
 
     def __init__(self, *, quiet: bool = False) -> None:
         self.quiet = quiet
@@ -55,14 +59,16 @@ class Console:
         self._rich = RichConsole(file=cast(IO[str], self._words), highlight=False, soft_wrap=True)
 
     def say(self, text: str = "") -> None:
+        """Print a message, unless the console is quiet."""
         if not self.quiet:
             self._print(text)
 
     def warn(self, text: str) -> None:
+        """Print a warning, also when the console is quiet."""
         self._print(f"warning: {text}")
 
     def warn_once(self, text: str) -> None:
-        """Warn, unless the very same was said before."""
+        """Print a warning, unless this console has printed the same text before."""
         if text not in self._warned:
             self._warned.add(text)
             self.warn(text)
@@ -76,7 +82,7 @@ class Console:
 
     @contextmanager
     def progress(self, title: str, total: int, start: int = 0) -> Iterator[Bar]:
-        """A `Bar` for `total` steps of which `start` are done; `bar.update(step, text)` moves it."""
+        """Context manager that shows a `Bar` of `total` steps, `start` of them done; `bar.update` moves it."""
         if not self.quiet and (show := in_notebook()) is not None:
             bar = Bar(self, title, total, start)
             bar.show = lambda step, text: show(f"{title} {step}/{total}  {text}")
@@ -100,7 +106,7 @@ class Console:
 
     @contextmanager
     def working(self, title: str) -> Iterator[None]:
-        """Show that something is going on whose length is not known, and for how long it has been."""
+        """Context manager that shows how long a task of unknown length has been running."""
         if self.quiet:
             yield
             return
@@ -126,7 +132,7 @@ class Console:
 
 
 def in_notebook() -> Callable[[str], None] | None:
-    """In a Jupyter notebook a function that shows a line in place of the one before; None elsewhere."""
+    """Return, in a Jupyter notebook, a function that replaces the line that it showed before; None elsewhere."""
     if (ipython := sys.modules.get("IPython")) is None or not hasattr(ipython.get_ipython(), "kernel"):
         return None
     handle = ipython.display.display({"text/plain": ""}, raw=True, display_id=True)
@@ -134,7 +140,11 @@ def in_notebook() -> Callable[[str], None] | None:
 
 
 class Bar:
-    """Progress of one long thing; knows the time left from the pace so far."""
+    """Progress of one task, with the time left by its mean pace so far.
+
+    Not rich's TimeRemainingColumn: plain lines and notebooks show the time left too, and rich's estimate uses the last
+    30 seconds of updates, so that it shows nothing for steps that take longer.
+    """
 
     def __init__(self, console: Console, title: str, total: int, start: int) -> None:
         self.console, self.title, self.total, self.last = console, title, total, 0.0
@@ -142,14 +152,15 @@ class Bar:
         self.begin(start)
 
     def begin(self, step: int) -> None:
-        """Count the pace from here on, with so many steps done."""
+        """Measure the pace from now on, with `step` steps done."""
         self.start, self.began = step, time.monotonic()
 
     def update(self, step: int, text: str = "") -> None:
+        """Show that `step` steps are done. text: shown beside the bar."""
         self.show(step, "  ".join(part for part in (text, self.left(step)) if part))
 
     def left(self, step: int) -> str:
-        """'3 min 20 s left', from the mean pace since the start."""
+        """Return '3 min 20 s left', by the mean pace since `begin`; "" before the first step."""
         done = step - self.start
         if done <= 0:
             return ""
