@@ -41,8 +41,23 @@ def test_the_two_kinds_of_masks_and_the_layers_are_told_apart_in_the_help(unmask
     pretrain, probe = (" ".join(unmask(verb, "--help")[1].replace("│", " ").split()) for verb in ("pretrain", "probe"))
     assert "file of a patch mask" in pretrain
     assert "random patch masks" in probe
-    assert "0 hides nothing" in probe
-    assert "0 is what the first block is given" in probe
+    assert "0 uses no mask" in probe
+    assert "0 is the input of the first block" in probe
+
+
+@pytest.mark.parametrize(
+    ("arguments", "old", "new"),
+    [
+        (["probe", "run", "data", "--masks", "5"], "--masks", "--mask-votes"),
+        (["probe", "run", "data", "--draws=3"], "--draws", "--label-draws"),
+        (["probe", "run", "data", "--task", "regression"], "--task", "--target-type"),
+        (["predict", "run", "data", "--out", "a.json", "--least", "0.3"], "--least", "--min-score"),
+    ],
+)
+def test_an_option_of_an_earlier_version_names_the_new_one(unmask, arguments, old, new):
+    code, out, err = unmask(*arguments)
+    assert (code, out) == (2, "")
+    assert err.strip().splitlines()[-1] == f"got {old}; expected {new}, its new name"
 
 
 def bad_inputs(tmp_path):
@@ -121,7 +136,7 @@ def test_mistakes_with_a_run(unmask, run_folder, images, tmp_path):
         (["probe", "run", unlabelled], "has no class labels; they come from sub-folder names"),
         (
             ["probe", "run", labelled, "--kind", "forest"],
-            "'forest'; expected attentive, knn, linear, rankme or paper",
+            "got --kind forest; expected attentive, knn, linear, rankme or paper-linear",
         ),
         (["probe", "run", labelled, "--shots", "500"], "has only"),
         (["probe", "run", "two", "--test", labelled], "class2"),

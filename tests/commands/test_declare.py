@@ -106,6 +106,7 @@ def test_one_more_file_is_one_more_verb(greet, run):
         "Whom to greet.",
         "How often.",
         "[default: 1]",
+        "kindly or loudly (in a loud voice).",
         "(none)",
         "--and",
     ):

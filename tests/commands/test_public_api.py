@@ -73,7 +73,7 @@ def test_probe_measures_the_same(folder, cli, monkeypatch):
     theirs = cli("probe", "run", "labelled", "--kind", "knn", "--shots", "5", "--controls")
     assert as_json(ours)["rows"] == theirs["rows"]
     assert len(theirs["rows"]) == 5
-    assert as_json(unmask.probe("run", "labelled", shots=[1, 2], draws=2, console=QUIET))["shots"] == [1, 2]
+    assert as_json(unmask.probe("run", "labelled", shots=[1, 2], label_draws=2, console=QUIET))["shots"] == [1, 2]
 
 
 def as_json(result):

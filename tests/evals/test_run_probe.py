@@ -355,10 +355,10 @@ def test_test_images_have_rows_in_the_same_table_or_in_one_of_their_own(run, dat
 def test_what_would_be_ignored_is_refused(run, data, tmp_path):
     file = table(tmp_path / "t.csv", "path,mean", brightness(data).items())
     for wish, said in (
-        ({"draws": 3}, "got --draws 3 without --shots"),
-        ({"draws": 1, "shots": (1, 2)}, "got --draws 1; expected at least 2"),
+        ({"draws": 3}, "got --label-draws 3 without --shots"),
+        ({"draws": 1, "shots": (1, 2)}, "got --label-draws 1; expected at least 2"),
         ({"shots": ()}, "got no number of labels per class"),
-        ({"task": "classes", "columns": ("a",)}, "got --columns, --task without --targets"),
+        ({"task": "classes", "columns": ("a",)}, "got --columns, --target-type without --targets"),
         ({"targets": file, "test_targets": file}, "got --test-targets without --test"),
         ({"targets": file, "shots": 3}, "got --shots 3, which are labels per class, but the task is regression"),
         ({"targets": tmp_path / "no.csv"}, "does not exist"),

@@ -8,6 +8,12 @@ from typing import Annotated, Any
 from unmask.commands.declare import Option, Panel, Request, command
 from unmask.commands.options import Device, TestData
 from unmask.console import Console
+from unmask.evals.probe_kind import kind_names
+
+
+def kinds() -> dict[str, str]:
+    """Return the kinds of probe: the files of `evals/probes/`."""
+    return dict.fromkeys(kind_names(), "")
 
 
 @dataclass(frozen=True)
@@ -20,8 +26,8 @@ class CompareRequest(Request):
         str | None, Option("Labelled images, on which runs are probed that lack this probe.", metavar="DATA")
     ] = None
     test: TestData = None
-    kind: Annotated[str, Option("knn or linear.")] = "linear"
-    shots: Annotated[int | None, Option("Labels per class.", default="all")] = None
+    kind: Annotated[str, Option("Kind of probe.", metavar="KIND", choices=kinds)] = "linear"
+    shots: Annotated[int | None, Option("Training labels per class.", metavar="N", default="all")] = None
     out: Annotated[
         str | Path, Option("Page to write, FILE.html; FILE.json beside it has the same numbers.", metavar="FILE")
     ] = "comparison.html"

@@ -124,8 +124,8 @@ class DeclaredOption:
         """Return the help text with the choices, if any."""
         if self.option.choices is None:
             return self.option.help
-        choices = [f"{name}: {meaning}" if meaning else name for name, meaning in self.option.choices().items()]
-        return f"{self.option.help.removesuffix('.')}: {'; '.join(choices)}."
+        words = [f"{name} ({meaning})" if meaning else name for name, meaning in self.option.choices().items()]
+        return f"{self.option.help.removesuffix('.')}: {', '.join(words[:-1])} or {words[-1]}."
 
     def command_line_type(self) -> Any:
         """Return the type that is read from the command line: `str | Path` is a path, a sequence is repeated."""

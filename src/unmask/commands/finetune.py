@@ -1,10 +1,12 @@
 """`unmask finetune`: train a task from the encoder of a run."""
 
+import pkgutil
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+import unmask.tasks
 from unmask.commands.declare import Option, Panel, Request, command
 from unmask.commands.options import Budget, Data, Exclude, NewRun, RunFolder, Settings, TestData
 from unmask.commands.trained_run import conclude, run_exit_code, run_json
@@ -14,6 +16,16 @@ from unmask.errors import UserError
 if TYPE_CHECKING:
     from unmask.data.annotations.segmentation_masks import MaskOptions
     from unmask.run import Run
+
+
+NOT_FINE_TUNED = ("encoder", "linear_probe")  # imported weights without a task, and a task of `unmask probe`
+ANNOTATIONS = {"classify": "one sub-folder per class", "segment": "segmentation masks", "detect": "boxes"}
+
+
+def tasks() -> dict[str, str]:
+    """Return the tasks, which are the files of `tasks/`, with the annotations that they learn from."""
+    names = (module.name for module in pkgutil.iter_modules(unmask.tasks.__path__))
+    return {name: ANNOTATIONS.get(name, "") for name in names if name not in NOT_FINE_TUNED}
 
 
 def ids_from_text(text: str) -> tuple[int, ...]:
@@ -32,9 +44,7 @@ class FinetuneRequest(Request):
     data: Data
     _: KW_ONLY
     exclude: Exclude = ()
-    task: Annotated[str, Option("What is learnt: classify (sub-folders), segment (masks) or detect (boxes).")] = (
-        "classify"
-    )
+    task: Annotated[str, Option("What is learnt.", metavar="TASK", choices=tasks)] = "classify"
     test: TestData = None
     annotations: Annotated[
         str | None,

@@ -3,16 +3,29 @@
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 from unmask.commands.declare import Option, Panel, Request, command, options_of
 from unmask.commands.options import Data, Device, Exclude, RunFolder, Step, TestData, texts
 from unmask.console import Console
 from unmask.errors import UserError
-from unmask.evals.probe_kind import kind_names, require_kind
+from unmask.evals.probe_kind import kind_names
 from unmask.evals.probe_options import ProbeOptions, parse_shots
 
+if TYPE_CHECKING:
+    from unmask.results import CurveResult, ProbeResult
+
 PAPER_LINEAR = "paper-linear"
+
+
+def kinds() -> dict[str, str]:
+    """Return the kinds of probe: the files of `evals/probes/`, and MAE's own protocol."""
+    return {**dict.fromkeys(kind_names(), ""), PAPER_LINEAR: "MAE's own protocol, LARS on augmented images"}
+
+
+def target_types() -> dict[str, str]:
+    """Return what the columns of a table of targets can be."""
+    return {"classes": "one class per image", "multilabel": "columns of 0 and 1", "regression": "numbers"}
 
 
 def names_from_text(text: str) -> list[str]:
@@ -22,9 +35,9 @@ def names_from_text(text: str) -> list[str]:
 
 @dataclass(frozen=True)
 class ProbeRequest(Request):
-    """How good are the features? A frozen encoder measured on your labels: sub-folder names, or a table.
+    """Measure the features of a frozen encoder on labelled images: one sub-folder per class, or a table of targets.
 
-    paper-linear is a training, kept in a folder inside RUN; it takes DATA, --test, one number of --shots, and --set.
+    paper-linear is a training, written to a folder inside RUN; its options are --test, --shots N and --set.
     """
 
     run: RunFolder
@@ -32,87 +45,98 @@ class ProbeRequest(Request):
     _: KW_ONLY
     exclude: Exclude = ()
     test: TestData = None
-    kind: Annotated[
-        str,
-        Option(
-            f"{', '.join(kind_names())}, or {PAPER_LINEAR} (MAE's own protocol: LARS on augmented images, a training "
-            "of its own)."
-        ),
-    ] = "knn"
+    kind: Annotated[str, Option("Kind of probe.", metavar="KIND", choices=kinds)] = "knn"
     shots: Annotated[
         int | Sequence[int] | None,
         Option(
-            "Labels per class. Several, as 1,5,10, make a label-budget curve.",
+            "Training labels per class; several numbers, as 1,5,10, measure a label-budget curve.",
             metavar="N[,N...]",
             default="all",
             command_line=str,
             from_text=parse_shots,
         ),
     ] = None
-    draws: Annotated[int | None, Option("Choices of labels for each point of a curve.", default="5")] = None
-    controls: Annotated[bool, Option("Also probe raw pixels and an untrained encoder.")] = False
+    label_draws: Annotated[
+        int | None,
+        Option("Random draws of the labels for each point of a label-budget curve.", metavar="N", default="5"),
+    ] = None
+    controls: Annotated[bool, Option("Also probe two baselines: raw pixels and the untrained encoder.")] = False
     against: Annotated[
-        str | Path | Sequence[str | Path], Option("Also probe another run's encoder; repeatable.", metavar="RUN")
+        str | Path | Sequence[str | Path], Option("Also probe the encoder of this run; repeatable.", metavar="RUN")
     ] = ()
     targets: Annotated[
         str | Path | None,
         Option(
-            "A .csv or .parquet with a column path (relative to DATA) and targets, instead of class folders.",
+            "Table (.csv or .parquet) of targets instead of class folders; its column path is relative to DATA.",
             metavar="FILE",
         ),
     ] = None
     columns: Annotated[
         Sequence[str] | None,
         Option(
-            "Target columns of the table.", metavar="A,B", default="all", command_line=str, from_text=names_from_text
+            "Target columns of the table.",
+            metavar="A,B,...",
+            default="all",
+            command_line=str,
+            from_text=names_from_text,
         ),
     ] = None
-    task: Annotated[str | None, Option("classes, multilabel or regression.", default="what the columns look like")] = (
-        None
-    )
-    test_targets: Annotated[
-        str | Path | None, Option("The table of --test.", metavar="FILE", default="the same one")
+    target_type: Annotated[
+        str | None, Option("What the targets are.", metavar="TYPE", default="inferred", choices=target_types)
     ] = None
-    seed: Annotated[int, Option("Random seed of the held-out fifth and of the labels that --shots leaves.")] = 0
+    test_targets: Annotated[
+        str | Path | None, Option("Table of the images of --test.", metavar="FILE", default="the same table")
+    ] = None
+    seed: Annotated[int, Option("Random seed of the held-out fifth and of the choice of labels.", metavar="N")] = 0
     step: Step = None
     layer: Annotated[
         str | None,
         Option(
-            "best, last or a number: 0 is what the first block is given, the embedded patches (igpt: tokens), 1 what "
-            "the second is given, and so on.",
+            "Layer to take features from: best, last or a number; 0 is the input of the first block, 1 that of the "
+            "second, and so on.",
+            metavar="LAYER",
             default="best for igpt, else last",
         ),
     ] = None
     mask_votes: Annotated[
         int | None,
         Option(
-            "igpt bert: random patch masks under which each test image is seen, the majority counts; 0 hides nothing.",
-            metavar="NUMBER",
+            "igpt bert: classify each test image under this many random patch masks, and take the majority; 0 uses no "
+            "mask.",
+            metavar="N",
             default="1",
         ),
     ] = None
     settings: Annotated[
         Sequence[str],
-        Option("paper-linear: any setting of its training; repeatable.", metavar="KEY=VALUE", flag="--set"),
+        Option("paper-linear: set any setting of its training; repeatable.", metavar="KEY=VALUE", flag="--set"),
     ] = ()
     device: Device = "auto"
 
 
-@command(ProbeRequest, panel=Panel.MEASURE, trains=True, renamed={"--masks": "--mask-votes"})
-def probe(request: ProbeRequest, console: Console) -> dict[str, Any]:
-    """Return what was written to RUN/evals."""
+def result_json(result: "ProbeResult | CurveResult") -> dict[str, Any]:
+    """Return the JSON object of a result."""
+    from unmask.results import to_json
+
+    return to_json(result)
+
+
+RENAMED = {"--masks": "--mask-votes", "--draws": "--label-draws", "--task": "--target-type"}
+
+
+@command(ProbeRequest, panel=Panel.MEASURE, trains=True, renamed=RENAMED, to_json=result_json)
+def probe(request: ProbeRequest, console: Console) -> "ProbeResult | CurveResult":
+    """Return the result, which is also written to RUN/evals."""
     from unmask.report.run_page import write_report
 
-    require_kind(request.kind, (PAPER_LINEAR,))
-    summary = _paper_linear(request, console) if request.kind == PAPER_LINEAR else _frozen(request, console)
+    result = _paper_linear(request, console) if request.kind == PAPER_LINEAR else _frozen(request, console)
     console.say(f"report: {write_report(Path(request.run))}")
-    return summary
+    return result
 
 
-def _frozen(request: ProbeRequest, console: Console) -> dict[str, Any]:
+def _frozen(request: ProbeRequest, console: Console) -> "ProbeResult | CurveResult":
     """Probe features of a frozen encoder."""
     from unmask.evals.run_probe import run_probe
-    from unmask.results import to_json
 
     if request.settings:
         raise UserError(f"--set applies only to --kind {PAPER_LINEAR}; got --kind {request.kind}; leave --set out")
@@ -122,25 +146,26 @@ def _frozen(request: ProbeRequest, console: Console) -> dict[str, Any]:
         test=None if request.test is None else str(request.test),
         exclude=tuple(request.exclude),
         shots=shots if shots is None or isinstance(shots, int) else tuple(shots),
-        draws=request.draws,
+        draws=request.label_draws,
         controls=request.controls,
         against=tuple(Path(run) for run in texts(request.against)),
         targets=_path(request.targets),
         test_targets=_path(request.test_targets),
         columns=None if request.columns is None else tuple(request.columns),
-        task=request.task,
+        task=request.target_type,
         seed=request.seed,
         step=request.step,
         layer=request.layer,
         mask_votes=request.mask_votes,
         device=request.device,
     )
-    return to_json(run_probe(request.run, request.kind, options, console))
+    return run_probe(request.run, request.kind, options, console)
 
 
-def _paper_linear(request: ProbeRequest, console: Console) -> dict[str, Any]:
+def _paper_linear(request: ProbeRequest, console: Console) -> "ProbeResult | CurveResult":
     """Train MAE's linear probe. Raises UserError for an option that has no effect on it."""
     from unmask.finetuning.paper_linear_probe import paper_linear
+    from unmask.results import from_json
 
     for each in options_of(ProbeRequest):
         used = each.name in ("run", "data", "test", "kind", "shots", "settings")
@@ -149,14 +174,11 @@ def _paper_linear(request: ProbeRequest, console: Console) -> dict[str, Any]:
     if request.shots is not None and not isinstance(request.shots, int):
         several = ",".join(map(str, request.shots))
         raise UserError(f"got --shots {several}; expected one number for a probe of kind {PAPER_LINEAR}")
-    return paper_linear(
-        request.run,
-        str(request.data),
-        test=request.test,
-        shots=request.shots,
-        settings=request.settings,
-        console=console,
+    data, settings = str(request.data), request.settings
+    written = paper_linear(
+        request.run, data, test=request.test, shots=request.shots, settings=settings, console=console
     )
+    return cast("ProbeResult", from_json(written))
 
 
 def _path(path: str | Path | None) -> Path | None:

@@ -71,18 +71,21 @@ class ProbeOptions:
         """Raise UserError for options that would be ignored or cannot be met, before anything is read."""
         if self.draws is not None and self.shots is None:
             raise UserError(
-                f"got --draws {self.draws} without --shots, so there is nothing to draw; give the labels per class "
-                "too, for example --shots 1,5,10"
+                f"got --label-draws {self.draws} without --shots, so there is nothing to draw; give the labels per "
+                "class too, for example --shots 1,5,10"
             )
         if self.draws is not None and self.draws < 2:
             raise UserError(
-                f"got --draws {self.draws}; expected at least 2, and {DEFAULT_DRAWS} or more for a narrow interval"
+                f"got --label-draws {self.draws}; expected at least 2, and {DEFAULT_DRAWS} or more for a narrow "
+                "interval"
             )
         if self.num_draws > MAX_DRAWS:
-            raise UserError(f"got --draws {self.draws}; expected at most {MAX_DRAWS}, {DEFAULT_DRAWS} to 20 is usual")
+            raise UserError(
+                f"got --label-draws {self.draws}; expected at most {MAX_DRAWS}, {DEFAULT_DRAWS} to 20 is usual"
+            )
         if not self.budgets:
             raise UserError("got no number of labels per class; expected at least one, for example --shots 1,5,10")
-        table_only = {"--test-targets": self.test_targets, "--columns": self.columns, "--task": self.task}
+        table_only = {"--test-targets": self.test_targets, "--columns": self.columns, "--target-type": self.task}
         if self.targets is None and (given := [name for name, value in table_only.items() if value is not None]):
             raise UserError(f"got {', '.join(given)} without --targets, so it would be ignored; give the table too")
         if self.test_targets is not None and self.test is None:
@@ -90,7 +93,7 @@ class ProbeOptions:
 
     def check_label_free(self, kind: str) -> None:
         """Raise UserError for options about labels, which a kind without labels would ignore."""
-        labels = {"--test": self.test, "--shots": self.shots, "--draws": self.draws, "--targets": self.targets}
+        labels = {"--test": self.test, "--shots": self.shots, "--label-draws": self.draws, "--targets": self.targets}
         if given := [name for name, value in labels.items() if value is not None]:
             raise UserError(f"got {', '.join(given)}, but --kind {kind} uses no labels; leave it out")
         if self.layer == "best":

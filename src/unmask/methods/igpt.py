@@ -11,7 +11,7 @@ The palette is made from the data by k-means before the first step and kept in t
 Differs from the paper: a token is the mean of `patch` pixels of the crop, where the paper resamples whole images to 32,
 48 or 64 pixels; the palette is that of the data at hand; positions are not resized, so images of one size only; an
 image without a hidden token (rare, but for short sequences) does not count. As in the paper a probe sees `bert` under
-one mask, or lets several vote (`unmask probe --masks`); `embed` hides nothing.
+one mask, or lets several vote (`unmask probe --mask-votes`); `embed` hides nothing.
 
 Letters: B images, N tokens, k colours of the palette, D width.
 """

@@ -167,7 +167,7 @@ def meaning_of(table: Table, task: str | None = None) -> Meaning:
     else:
         raise UserError(
             f"{table.file} has {len(names)} target columns of which the task is not clear ({said}); choose among them "
-            "with --columns A,B, or say it with --task: one column for classes, 0 and 1 for multilabel, numbers for "
+            "with --columns A,B, or give --target-type: one column for classes, 0 and 1 for multilabel, numbers for "
             "regression"
         )
     return Meaning(found, names, f"{found}, from the columns ({said})")
@@ -180,7 +180,7 @@ def _require_fit(table: Table, task: str, kinds: dict[str, str]) -> None:
         if task == CLASSES and kind == "fractions":
             raise UserError(
                 f"column {name} of {table.file} holds fractions, which are no classes; texts or whole numbers were "
-                "expected, or --task regression"
+                "expected, or --target-type regression"
             )
         if task == MULTILABEL and kind != "0 and 1":
             raise UserError(f"column {name} of {table.file} holds {kind}; 0 and 1 were expected for multilabel")
