@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from measure import command_line, conclude, origin
 
-from unmask.nn.linear_layer import product
+from unmask.nn.torch_internals import multiply_by_onednn
 
 SHAPES = [  # rows, inside, outside
     ("ViT-B encoder, 16 images of 50 tokens", 800, 768, 3072),
@@ -47,7 +47,7 @@ def main() -> None:
         flops = 2 * x.shape[0] * x.shape[1] * weight.shape[0]
         rounds = 1 if options.tiny else options.rounds
         torchs = rate(lambda x=x, weight=weight: F.linear(x, weight), flops, rounds)
-        onednn = rate(lambda x=x, weight=weight: product(x, weight), flops, rounds)
+        onednn = rate(lambda x=x, weight=weight: multiply_by_onednn(x, weight), flops, rounds)
         rows.append({"shape": name, "torch_gflops": torchs, "onednn_gflops": onednn, "ratio": onednn / torchs})
     conclude("products", rows, origin(("torch",)), as_json=options.json, keep=options.keep)
 

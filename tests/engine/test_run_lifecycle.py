@@ -22,7 +22,7 @@ from unmask.engine.load import load
 from unmask.engine.pretrain import pretrain
 from unmask.engine.resume import resume
 from unmask.errors import TrainingFailed
-from unmask.finetuning import final_test, finetune
+from unmask.finetuning import finetune
 from unmask.results import SCORE
 from unmask.run import Run, RunError, RunInUse, held_here
 from unmask.system import folder_lock
@@ -245,7 +245,7 @@ def test_a_fine_tuning_that_ends_before_its_result_gets_it_on_resume(pretrained,
     def failing(*_, **__):
         raise fault
 
-    monkeypatch.setattr(final_test, "measure_run", failing)
+    monkeypatch.setattr(finetune, "measure_run", failing)
     with pytest.raises(type(fault)):
         tune(pretrained, tmp_path / "tuned")
     run = Run.open(tmp_path / "tuned")

@@ -4,18 +4,24 @@ import pytest
 import torch
 
 from unmask.nn import linear_layer as products
+from unmask.nn import torch_internals
 from unmask.nn.linear_layer import Linear, linear
 
 
 @pytest.fixture
 def asked(monkeypatch) -> list[tuple[int, ...]]:
     """Shapes of what goes to oneDNN; on every processor whose torch has it."""
-    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    if torch_internals.onednn_linear() is None:
         pytest.skip("this torch has no oneDNN")
-    seen, real = [], products.product
+    seen, real = [], torch_internals.multiply_by_onednn
     monkeypatch.setattr(products, "mkl_is_slow", lambda: True)
     monkeypatch.setattr(products, "FEWEST", 1000)
-    monkeypatch.setattr(products, "product", lambda x, *rest: seen.append(tuple(x.shape)) or real(x, *rest))
+
+    def watched(x, *rest):
+        seen.append(tuple(x.shape))
+        return real(x, *rest)
+
+    monkeypatch.setattr(torch_internals, "multiply_by_onednn", watched)
     return seen
 
 

@@ -22,6 +22,7 @@ from unmask.batch import ImageSpec
 from unmask.config import Config
 from unmask.engine.measure import example_batch
 from unmask.method import Clock, Method
+from unmask.nn.torch_internals import onednn_linear
 from unmask.rng import Draws
 
 COUNTED = 2  # images: what is done once for a whole batch, and a BatchNorm, want more than one
@@ -110,9 +111,8 @@ def _counter() -> FlopCounterMode:
     def flops(x: torch.Size, weight: torch.Size, *rest: object, out_shape: object = None) -> int:
         return 2 * x.numel() * weight[0]
 
-    name = "_linear_pointwise"
-    more = {getattr(torch.ops.mkldnn, name): flops} if hasattr(torch.ops.mkldnn, name) else {}
-    return FlopCounterMode(display=False, custom_mapping=more)
+    operator = onednn_linear()
+    return FlopCounterMode(display=False, custom_mapping={} if operator is None else {operator: flops})
 
 
 def _under(counts: dict[str, dict[object, int]], part: str) -> int:

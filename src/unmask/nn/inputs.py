@@ -16,11 +16,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from unmask.batch import ImageSpec
 from unmask.errors import UserError
-from unmask.nn.linear_layer import in_transform
+from unmask.nn.torch_internals import has_no_values, in_transform
 
 Scale = Literal["data", "unit"]
 """Units of images: "data" are those of the files, taken as they are; "unit" is 0 to 1 for 8-bit and 16-bit data."""
@@ -110,7 +109,7 @@ def _unambiguous(images: Tensor, spec: ImageSpec) -> bool:
 
 def _readable(images: Tensor) -> bool:
     """Whether the values can be looked at: not in a graph that is traced or compiled, nor without any."""
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or images.is_meta or isinstance(images, FakeTensor)
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or has_no_values(images)
     return not traced and not in_transform(images) and images.shape.numel() > 0
 
 

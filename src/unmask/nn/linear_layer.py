@@ -19,6 +19,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from unmask.nn import torch_internals
+
 FEWEST = 1 << 20  # multiply-accumulates; below, the call costs more than the product
 
 
@@ -41,7 +43,7 @@ def linear(
 def _for_onednn(x: Tensor, weight: Tensor) -> bool:
     return (
         not torch.compiler.is_compiling()  # first: an exported graph has sizes that are not yet numbers
-        and not in_transform(x)
+        and not torch_internals.in_transform(x)
         and mkl_is_slow()
         and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
@@ -51,32 +53,22 @@ def _for_onednn(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def in_transform(x: Tensor) -> bool:
-    """Whether `torch.func` (vmap, grad, ...) is at work, where a tensor stands for many and has no memory."""
-    return torch._C._functorch.is_functorch_wrapped_tensor(x)  # pyright: ignore[reportAttributeAccessIssue]
-
-
 @cache
 def mkl_is_slow() -> bool:
     """Whether this is a processor on which MKL falls far behind oneDNN, and torch has both."""
     if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
         return False
-    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    if torch.backends.cpu.get_cpu_capability() != "AVX512" or torch_internals.onednn_linear() is None:
         return False
     about = Path("/proc/cpuinfo")
     return about.exists() and "AuthenticAMD" in about.read_text()
-
-
-def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (rows, inside) weight^T + bias by oneDNN; either may be transposed in memory."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 class _ByOneDNN(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return product(x, weight, bias)
+        return torch_internals.multiply_by_onednn(x, weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -84,7 +76,7 @@ class _ByOneDNN(torch.autograd.Function):
         (x, weight), (gradient,) = ctx.saved_tensors, gradients
         for_x, for_weight, for_bias = ctx.needs_input_grad
         return (
-            product(gradient, weight.T) if for_x else None,
-            product(gradient.T, x.T) if for_weight else None,
+            torch_internals.multiply_by_onednn(gradient, weight.T) if for_x else None,
+            torch_internals.multiply_by_onednn(gradient.T, x.T) if for_weight else None,
             gradient.sum(0) if for_bias else None,
         )

@@ -1,0 +1,41 @@
+"""Parts of torch that are not public: each behind one function, with a fall-back where a torch does not have it.
+
+`tests/nn/test_torch_internals.py` fails when an installed torch has changed one of them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+try:
+    from torch._subclasses.fake_tensor import FakeTensor
+except ImportError:  # pragma: no cover
+    FakeTensor = None
+
+
+def onednn_linear() -> Any:
+    """The operator x weight^T + bias of oneDNN, which torch.compile uses on CPUs; None where torch does not have it."""
+    return getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+
+
+def multiply_by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (rows, inside) weight^T + bias by oneDNN; either may be transposed in memory. Needs `onednn_linear()`."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def in_transform(x: Tensor) -> bool:
+    """Whether `torch.func` (vmap, grad, ...) is at work, where a tensor stands for many and has no memory.
+
+    False where torch cannot tell.
+    """
+    functorch = getattr(torch._C, "_functorch", None)
+    check = getattr(functorch, "is_functorch_wrapped_tensor", None)
+    return False if check is None else check(x)
+
+
+def has_no_values(x: Tensor) -> bool:
+    """Whether a tensor has a shape but no values, as those that torch.export traces with."""
+    return x.is_meta or (FakeTensor is not None and isinstance(x, FakeTensor))
