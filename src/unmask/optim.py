@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import cache
 from typing import Annotated, Any, Literal
 
 import torch
@@ -42,12 +43,12 @@ class OptimConfig(Settings):
 
 
 def peak_lr(config: OptimConfig, batch_size: int) -> float:
-    """The base-lr rule: scaled by the GLOBAL batch (accumulation and ranks included) over 256."""
+    """Return base_lr x batch size / 256, where the batch is that of an optimiser step, over all its micro-batches."""
     return config.base_lr * batch_size / 256
 
 
 def learning_rate(step: float, *, steps: int, warmup_steps: int, peak: float, final: float = 0.0) -> float:
-    """Learning rate of optimiser step `step` (0-based), per iteration: linear from 0, then half a cosine to `final`."""
+    """Return the learning rate of optimiser step `step` (0-based): linear from 0, then half a cosine to `final`."""
     if step < warmup_steps:
         return peak * step / warmup_steps
     done = (step - warmup_steps) / max(1, steps - warmup_steps)
@@ -127,6 +128,34 @@ def layer_scales(module: nn.Module, decay: float) -> Mapping[str, float]:
     return {f"encoder.{name}": decay ** (last - depth) for name, depth in depths.items()}
 
 
+def step_if(optimizer: torch.optim.Optimizer, good: Tensor) -> None:
+    """Step the optimiser where `good` (0-d bool) is True; otherwise leave weights and state as they are, bit for bit.
+
+    The device decides: `found_inf` is the gate of torch's fused kernels, which gradient scalers use. Where a version of
+    torch ignores it, the host waits for `good`.
+    """
+    if isinstance(optimizer, Lars) or fused_kernel_has_gate():
+        optimizer.found_inf = (~good).float()  # type: ignore[attr-defined]
+        optimizer.grad_scale = None  # type: ignore[attr-defined]
+        optimizer.step()
+    elif bool(good):
+        optimizer.step()
+
+
+@cache
+def fused_kernel_has_gate() -> bool:
+    """Return whether a fused AdamW step with `found_inf` changes nothing; tried once, on one number."""
+    weight = nn.Parameter(torch.ones(1))
+    weight.grad = torch.ones(1)
+    optimizer = torch.optim.AdamW([weight], lr=0.5, fused=True)
+    optimizer.found_inf, optimizer.grad_scale = torch.ones(()), None  # type: ignore[attr-defined]
+    try:
+        optimizer.step()
+    except Exception:  # whatever a later version raises, the host can decide
+        return False
+    return weight.item() == 1.0
+
+
 def update(optimizer: torch.optim.Optimizer, lr: float, loss: Tensor, clip: float | None) -> Tensor:
     """One step with the gradients as they are, which are then cleared; returns their norm before clipping (0-d).
 
@@ -139,9 +168,6 @@ def update(optimizer: torch.optim.Optimizer, lr: float, loss: Tensor, clip: floa
         torch.nn.utils.clip_grads_with_norm_(parameters, clip, norm)
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_scale"]
-    # The fused kernel's own gate, the one gradient scalers use: 1 means "leave everything as it is".
-    optimizer.found_inf = (~(loss.isfinite() & norm.isfinite())).float()  # type: ignore[attr-defined]
-    optimizer.grad_scale = None  # type: ignore[attr-defined]
-    optimizer.step()
+    step_if(optimizer, loss.isfinite() & norm.isfinite())
     optimizer.zero_grad()
     return norm

@@ -1,7 +1,7 @@
 """Randomness without state: every draw is a pure function of (seed, stream, epoch, dataset index).
 
 Each of the four stands in its own word of Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as
-1, 2, 3"), and nothing is ever added together. So any number of loader workers or ranks draws the same order, crops and
+1, 2, 3"), and nothing is ever added together. So any number of loader workers draws the same order, crops and
 masks; a resumed run needs no generator state; and a mask is the same on CPU and GPU, because the arithmetic is on
 integers and written once for NumPy arrays and torch tensors alike.
 

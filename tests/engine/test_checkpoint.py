@@ -25,6 +25,7 @@ from unmask.engine.checkpoint import (
 )
 from unmask.engine.copy_weights import graft
 from unmask.engine.optimizer_state import optimizer_to_tensors, tensors_to_optimizer
+from unmask.engine.prune import _old_checkpoints
 from unmask.run import Run
 
 FILES = ["model.safetensors", "optim.safetensors", "state.json", "MANIFEST.json"]
@@ -439,3 +440,33 @@ def test_reading_past_a_damaged_checkpoint_says_so_and_renames_nothing(run, caps
     assert "step 1 is used, because a newer checkpoint cannot be" in (err := capsys.readouterr().err)
     assert "model.safetensors has changed" in err
     assert len(checkpoint.steps_on_disk(run)) == 2
+
+
+@pytest.mark.parametrize("step", ['"2"', "2.5", "null", "[]"])
+def test_a_manifest_whose_step_is_no_integer_is_damage(run, step):
+    write(run, 2)
+    manifest = run.checkpoints / "step-00000002" / "MANIFEST.json"
+    manifest.write_text(manifest.read_text().replace('"step": 2', f'"step": {step}'))
+    with pytest.raises(checkpoint.Damaged, match=r"MANIFEST\.json cannot be read"):
+        checkpoint.verify(manifest.parent)
+
+
+def test_unreadable_fixed_tensors_are_a_sentence(run):
+    checkpoint.save_fixed(run, {"a": torch.ones(2)})
+    file = next(run.checkpoints.glob("fixed-*"))
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(checkpoint.CheckpointError, match=r"fixed-.* cannot be read .*restore it from a backup"):
+        checkpoint.load_fixed(run.checkpoints)
+
+
+def test_pruning_keeps_a_checkpoint_of_another_run_that_was_set_aside(run, tmp_path):
+    other = Run.create(tmp_path / "other")
+    foreign, damaged = write(other, 2), write(run, 3)
+    write(run, 1)
+    shutil.copytree(foreign, run.checkpoints / foreign.name)
+    (damaged / "state.json").unlink()
+    assert load_latest(run, say=lambda _: None).step == 1
+    removable = [Path(found.path).name for found in _old_checkpoints(run, 1)]
+    assert removable == ["step-00000003.corrupt"]
+    assert (run.checkpoints / "step-00000002.corrupt").is_dir()

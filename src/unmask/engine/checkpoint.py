@@ -189,16 +189,19 @@ def steps_on_disk(run: Run) -> list[tuple[int, Path]]:
 
 
 def verify(path: Path) -> dict[str, bytes]:
-    """The files of a checkpoint, checked against its manifest. Raises Damaged, naming the file and the fault."""
+    """Return the files of a checkpoint, checked against its manifest. Raises Damaged, naming the file and the fault.
+
+    A suffix of the folder's name, as of one that was set aside, does not count.
+    """
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
-        step, entries = manifest["step"], dict(manifest["files"])
+        name, entries = f"step-{manifest['step']:08d}", dict(manifest["files"])
         sizes = {name: (int(entry["size"]), str(entry["sha256"])) for name, entry in entries.items()}
     except FileNotFoundError:
         raise Damaged(f"{path}: {MANIFEST} is missing") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise Damaged(f"{path}: {MANIFEST} cannot be read ({type(error).__name__})") from None
-    if path.name != f"step-{step:08d}" or set(sizes) != {MODEL, OPTIM, STATE}:
+    if path.name.partition(".")[0] != name or set(sizes) != {MODEL, OPTIM, STATE}:
         raise Damaged(f"{path}: {MANIFEST} belongs to another checkpoint")
     contents = {}
     for name, (size, digest) in sizes.items():
@@ -349,7 +352,13 @@ def save_fixed(run: Run, tensors: Mapping[str, Tensor]) -> None:
 def load_fixed(checkpoints: Path) -> dict[str, Tensor]:
     """What `save_fixed` kept; {} when nothing was. Raises CheckpointError when it is damaged."""
     for file in checkpoints.glob(FIXED):
-        content = file.read_bytes()
+        try:
+            content = file.read_bytes()
+        except OSError as error:
+            raise CheckpointError(
+                f"{file} cannot be read ({error.strerror}), and every checkpoint of this run needs it; make it "
+                "readable, restore it from a backup, or start a new run"
+            ) from None
         if file.stem.removeprefix("fixed-") != hashlib.sha256(content).hexdigest():
             raise CheckpointError(
                 f"{file} is damaged: its SHA-256 is not the one in its name. Every checkpoint of this run needs it; "

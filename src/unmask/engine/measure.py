@@ -10,7 +10,6 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from unmask.batch import DTYPES, Batch, ImageSpec
 from unmask.config import Config
@@ -18,6 +17,7 @@ from unmask.engine.build import fresh_method
 from unmask.engine.compile import compile_blocks, why_not_compiled
 from unmask.engine.device import autocast, wait_for
 from unmask.engine.host_memory import memory_kept
+from unmask.engine.operation_sizes import recorder
 from unmask.method import Clock, Method
 from unmask.optim import make_optimizer, update
 from unmask.rng import Draws
@@ -41,25 +41,11 @@ def example_batch(images: ImageSpec, count: int, device: str) -> Batch:
     return Batch(pixels, torch.arange(count), zeros, **about, boxes=box, box_labels=zeros[:, None]).to(device)
 
 
-class _Made(TorchDispatchMode):
-    """Notes the bytes of what each operation makes, in their order."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes: list[int] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        several = out if isinstance(out, tuple | list) else (out,)
-        self.bytes.append(sum(tensor.nbytes for tensor in several if isinstance(tensor, torch.Tensor)))
-        return out
-
-
 def bytes_per_image(method: Method, images: ImageSpec, precision: str, device: str) -> int:
-    """Bytes that one more image needs in a step: what is kept for the backward pass, and the widest place on the way.
+    """Return the bytes that one more image needs in a step: activations kept for backward, and the largest in passing.
 
-    The difference between four images and two: what is made once, such as weights cast to bfloat16, is no image's. A
-    frozen encoder keeps nothing; of what passes through it a few tensors as large as the largest are there at a time.
+    Measured as the difference between four images and two, so one-off allocations such as weights cast to bfloat16
+    cancel. A frozen encoder keeps no activations; a few tensors of the largest size exist in it at a time.
     """
 
     def needed(count: int) -> tuple[int, list[int]]:
@@ -72,7 +58,7 @@ def bytes_per_image(method: Method, images: ImageSpec, precision: str, device: s
 
         batch = example_batch(images, count, device)
         kept = torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor)
-        with kept, autocast(precision, device), _Made() as made:
+        with kept, autocast(precision, device), recorder() as made:
             loss = method(batch, Clock(0, 1, Draws(0, batch.epoch, batch.index)))
         del loss
         return sum(seen.values()), made.bytes

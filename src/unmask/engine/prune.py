@@ -53,7 +53,10 @@ def _stored_features(run: Run) -> list[Removable]:
 
 
 def _old_checkpoints(run: Run, keep: int) -> list[Removable]:
-    """All checkpoints but the `keep` newest sound ones; damaged ones that were set aside are removed too."""
+    """Return all checkpoints but the `keep` newest sound ones.
+
+    Of those that were set aside, the damaged ones are removed and intact ones stay: they belong to another run.
+    """
     sound: list[Path] = []
     for _, path in checkpoint.steps_on_disk(run):
         if len(sound) < keep:
@@ -66,8 +69,19 @@ def _old_checkpoints(run: Run, keep: int) -> list[Removable]:
     return [
         Removable(str(folder), "an older checkpoint" if folder.suffix == "" else "a damaged checkpoint", _bytes(folder))
         for folder in folders
-        if folder not in sound and not _awaits_resume(folder)
+        if folder not in sound and not _awaits_resume(folder) and not _is_foreign(folder)
     ]
+
+
+def _is_foreign(folder: Path) -> bool:
+    """Return whether a checkpoint was set aside although it is intact, because it belongs to another run."""
+    if ".corrupt" not in folder.name:
+        return False
+    try:
+        checkpoint.verify(folder)
+    except checkpoint.Damaged:
+        return False
+    return True
 
 
 def _awaits_resume(folder: Path) -> bool:
