@@ -343,7 +343,7 @@ class FinetuneResult:
     best: TestOnTheWay | None = None
     averaged: float | None = None
     recipe: str = ""
-    last_blocks: int | None = None
+    last_blocks: float | None = None
     initial_run: str | None = None
 
     @property

@@ -17,12 +17,13 @@ from conftest import SMALL_RUN, write_images
 from faults import faults
 
 from unmask.comparison import ablate as ablate_module
-from unmask.comparison import schedule, table_page, table_results, train_cells
+from unmask.comparison import schedule, table_page, train_cells
 from unmask.comparison.ablate import ablate
-from unmask.comparison.agreement import agreement, difference
+from unmask.comparison.agreement import ComparedCell, RunAccuracy, agreement, cell_score, difference
 from unmask.comparison.paper_tables import FAMILY, find_table
 from unmask.comparison.table_page import write_table
-from unmask.comparison.table_results import find_probe
+from unmask.comparison.table_plan import TableRequest, load_plan
+from unmask.comparison.table_results import ControlRow, above_controls, find_probe
 from unmask.config import ConfigError
 from unmask.console import Console
 from unmask.data.sources.open_source import open_source
@@ -30,7 +31,7 @@ from unmask.engine import changed_data, pretrain, training_data
 from unmask.engine.load import load, read_plan
 from unmask.engine.measure import Timing
 from unmask.errors import TrainingFailed, UserError
-from unmask.finetuning import final_test
+from unmask.finetuning import finetune
 from unmask.finetuning.annotated import open_annotated, split_rows
 from unmask.run import Run, RunInUse
 
@@ -64,11 +65,14 @@ def few_cells(monkeypatch):
     """And drawing the same pages again and again tells nothing; that of `unbroken` is whole."""
     two_depths(monkeypatch)
     monkeypatch.setattr(train_cells, "write_report", lambda path: path)
-    monkeypatch.setattr(table_page, "picture", lambda summary: None)
+    monkeypatch.setattr(table_page, "chart", lambda table: None)
 
 
-def make(data, out, *, table="1a", settings=SMALL, **more):
-    return ablate(table, data, out=out, settings=settings, **more)
+def make(data, out, *, table="1a", settings=SMALL, console=None, **more):
+    paths = {key: str(more[key]) for key in ("tokenizer", "from_run") if more.get(key) is not None}
+    return ablate(
+        TableRequest(table=table, data=data, settings=tuple(settings), **more | paths), out=out, console=console
+    )
 
 
 def without_times(value):
@@ -224,16 +228,16 @@ def test_more_seeds_can_be_added_and_then_intervals_are_over_seeds(data, tmp_pat
         assert two["linear"]["high"] - two["linear"]["mean"] == pytest.approx(half, rel=1e-3)
         seeds = [Run(tmp_path / "table" / run["folder"]).read("config.json")["train"]["seed"] for run in two["runs"]]
         assert seeds == [0, 1]
-    with pytest.raises(ConfigError, match=r"was begun with 2 seeds, now 1 came"):
+    with pytest.raises(ConfigError, match=r"was begun with 2 seeds, got 1"):
         make(data, tmp_path / "table", settings=settings)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"settings": [*SMALL, "optim.base_lr=1e-3"]}, r"was begun with settings .*, now .*base_lr"),
-        ({"shots": 3}, r"was begun with shots None, now 3 came"),
-        ({"table": "fig5"}, r"was begun with table '1a', now 'fig5' came"),
+        ({"settings": [*SMALL, "optim.base_lr=1e-3"]}, r"was begun with settings .*, got .*base_lr"),
+        ({"shots": 3}, r"was begun with shots None, got 3"),
+        ({"table": "fig5"}, r"was begun with table '1a', got 'fig5'"),
         ({"budget": 3600.0, "settings": [s for s in SMALL if "steps" not in s]}, r"was begun with settings"),
     ],
 )
@@ -325,7 +329,7 @@ def test_without_its_tokenizer_a_cell_fails_and_says_so(data, tmp_path, monkeypa
 
 def test_the_family_is_equal_in_steps_and_in_compute(data, tmp_path, monkeypatch):
     """Counted, not trained: every method is there, with its own tokenizer's cost as a row of its own."""
-    monkeypatch.setattr(ablate_module, "make", lambda *_: None)
+    monkeypatch.setattr(ablate_module, "make_cell", lambda *_: None)
     settings = ["data.size=[16,16]", "data.workers=0", "train.batch_size=8", "train.steps=100", "train.device=cpu"]
     summary = make(data, tmp_path / "table", table="family", settings=settings)
     rows = {row["name"]: row for row in summary["rows"]}
@@ -421,13 +425,13 @@ def test_the_page_of_fine_tuned_cells_says_what_they_are(fine_tuned, data, monke
 
 
 def test_a_stopped_fine_tuned_table_becomes_that_of_an_unbroken_one(fine_tuned, data, tmp_path, monkeypatch):
-    real = final_test.measure_run
+    real = finetune.measure_run
 
     def interrupted(*_, **__):
-        monkeypatch.setattr(final_test, "measure_run", real)
+        monkeypatch.setattr(finetune, "measure_run", real)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(final_test, "measure_run", interrupted)
+    monkeypatch.setattr(finetune, "measure_run", interrupted)
     stopped = make(data, tmp_path / "table", table="fig9", settings=FINE)
     assert [row["state"] for row in stopped["rows"]] == ["finished", "stopped", "waiting", "waiting"]
     again = make(data, tmp_path / "table", table="fig9", settings=FINE)
@@ -455,7 +459,7 @@ def test_a_run_that_is_given_is_fine_tuned_on_other_test_images_with_seeds(fine_
 
 
 def test_two_thirds_of_a_budget_go_into_the_pre_training(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(ablate_module, "make", lambda *_: None)
+    monkeypatch.setattr(ablate_module, "make_cell", lambda *_: None)
     monkeypatch.setattr(schedule, "measure_step_seconds", lambda *_, **__: 0.1)
     monkeypatch.setattr(schedule, "encode_seconds", lambda *_: 0.0)
     monkeypatch.setattr(training_data, "batch_seconds", lambda *_, **__: Timing(0.0, 0.0, 0.0))
@@ -511,13 +515,13 @@ def test_images_without_labels_are_refused_before_anything_is_trained(images, da
     with pytest.raises(UserError, match=r"label|sub-folder"):
         make(data, tmp_path / "table", test=str(images))
     other = write_images(tmp_path / "other", 6, classes=3)
-    with pytest.raises(UserError, match=r"has classes that .* has not \(class2\)"):
+    with pytest.raises(UserError, match=r"has classes that .* does not have \(class2\)"):
         make(data, tmp_path / "table", test=str(other))
 
 
 def test_a_folder_with_something_else_in_it_is_refused(data, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match=r"is not empty \(notes.txt\) and holds no ablation.json"):
+    with pytest.raises(UserError, match=r"is not empty \(notes.txt\) and has no ablation.json"):
         make(data, tmp_path)
 
 
@@ -526,7 +530,7 @@ def test_a_folder_with_something_else_in_it_is_refused(data, tmp_path):
 
 def test_a_budget_is_shared_by_all_cells_and_seeds(data, tmp_path, monkeypatch):
     """Steps x (what the cells take together) and the probes fill nine tenths of the budget."""
-    monkeypatch.setattr(ablate_module, "make", lambda *_: None)
+    monkeypatch.setattr(ablate_module, "make_cell", lambda *_: None)
     monkeypatch.setattr(schedule, "measure_step_seconds", lambda config, *_, **__: 0.1 * config.method.decoder.depth)
     monkeypatch.setattr(schedule, "encode_seconds", lambda *_: 0.0)
     monkeypatch.setattr(training_data, "batch_seconds", lambda *_, **__: Timing(0.0, 0.0, 0.0))
@@ -542,14 +546,14 @@ def test_a_budget_is_shared_by_all_cells_and_seeds(data, tmp_path, monkeypatch):
 
 
 def test_training_lengths_are_multiples_of_the_shortest(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(ablate_module, "make", lambda *_: None)
+    monkeypatch.setattr(ablate_module, "make_cell", lambda *_: None)
     summary = make(data, tmp_path / "table", table="fig7", settings=[*SMALL, "method.decoder.depth=1"])
     assert [row["steps"] for row in summary["rows"]] == [3, 6, 12, 24, 48]
 
 
 def test_without_a_length_the_recipe_is_as_long_as_the_papers_base_row(data, tmp_path, monkeypatch):
     """800 epochs of a recipe are the row of 800 epochs, not that of 100."""
-    monkeypatch.setattr(ablate_module, "make", lambda *_: None)
+    monkeypatch.setattr(ablate_module, "make_cell", lambda *_: None)
     free = [setting for setting in SMALL if "steps" not in setting]
     alone = make(data, tmp_path / "alone", table="1a", settings=free)
     lengths = make(data, tmp_path / "table", table="fig7", settings=[*free, "method.decoder.depth=1"])
@@ -561,67 +565,60 @@ def test_without_a_length_the_recipe_is_as_long_as_the_papers_base_row(data, tmp
 # --------------------------------------------------------------------------------------- beside the paper, in words
 
 
-def row(label, paper, *accuracies, total=1000):
-    scores = [
-        {"accuracy": share, "low": share - 0.03, "high": share + 0.03, "correct": round(share * total), "total": total}
+def cell(label, paper, *accuracies, total=1000):
+    runs = [
+        RunAccuracy(accuracy=share, low=share - 0.03, high=share + 0.03, correct=round(share * total), total=total)
         for share in accuracies
     ]
-    return {
-        "label": label,
-        "equal": "steps",
-        "linear": table_results._score(scores),
-        "paper": {"linear": paper, "fine_tuned": None},
-    }
+    return ComparedCell(label, cell_score(runs), paper)
 
 
 def test_agreement_counts_pairs_and_names_those_within_the_noise():
-    rows = [row("a", 50.0, 0.3), row("b", 60.0, 0.4), row("c", 70.0, 0.41), row("d", 55, 0.5)]
-    found = agreement(rows, published=True)
-    assert (found["pairs"], found["agree"], found["clear"], found["clear_agree"]) == (6, 4, 5, 3)
-    assert found["within_noise"] == ["c over b"]
-    assert found["against"] == ["b over d", "c over d"]
-    assert found["sentence"] == (
-        "4 of 6 pairs of cells stand in the paper's order (linear probe). Of the 5 whose difference is larger than the "
-        "noise, 3 do. Clearly against the paper, which has b over d; c over d. Within the noise, in the paper's order: "
-        "c over b."
+    cells = [cell("a", 50.0, 0.3), cell("b", 60.0, 0.4), cell("c", 70.0, 0.41), cell("d", 55, 0.5)]
+    found = agreement(cells, "linear")
+    assert (found.pairs, found.agree, found.clear, found.clear_agree) == (6, 4, 5, 3)
+    assert found.within_noise == ("c over b",)
+    assert found.against == ("b over d", "c over d")
+    assert found.sentence == (
+        "4 of 6 pairs of cells are in the paper's order (linear probe). Of the 5 pairs whose difference is larger than "
+        "the noise, 3 are. Clearly in the opposite order (the paper has b over d; c over d). Within the noise, in the "
+        "paper's order: c over b."
     )
 
 
-def test_agreement_of_equals_in_the_paper_and_of_unmeasured_cells_is_not_counted():
-    unmeasured = {**row("x", 10.0, 0.1), "linear": None}
-    assert agreement([row("a", 50.0, 0.3), row("b", 50.0, 0.4), unmeasured], published=True)["pairs"] == 0
-    assert (
-        "every difference lies within the noise"
-        in (agreement([row("a", 50.0, 0.3), row("b", 60.0, 0.3)], published=True)["sentence"])
-    )
-    assert "no order is compared" in agreement([row("a", 50.0, 0.3)], published=False)["sentence"]
+def test_pairs_that_are_equal_in_the_paper_or_not_measured_are_not_counted():
+    unmeasured = ComparedCell("x", None, 10.0)
+    equal = [cell("a", 50.0, 0.3), cell("b", 50.0, 0.4), unmeasured]
+    assert agreement(equal, "linear").sentence == "No two cells have been measured yet."
+    same = agreement([cell("a", 50.0, 0.3), cell("b", 60.0, 0.3)], "linear")
+    assert "every difference is within the noise" in same.sentence
 
 
-def test_with_seeds_in_common_noise_is_that_of_the_seeds():
-    steady, other = row("a", 1, 0.30, 0.40, 0.50), row("b", 2, 0.31, 0.41, 0.51)
-    value, low, high = difference(other["linear"], steady["linear"])
+def test_the_noise_of_several_seeds_is_that_of_their_differences():
+    steady, other = cell("a", 1, 0.30, 0.40, 0.50).score, cell("b", 2, 0.31, 0.41, 0.51).score
+    value, low, high = difference(other, steady)
     assert value == pytest.approx(0.01)
-    assert 0 < low <= value <= high, "every seed says the same, though the seeds themselves differ by ten points"
-    wide = difference(row("c", 1, 0.30, 0.50)["linear"], row("d", 1, 0.50, 0.30)["linear"])
-    assert wide[1] < 0 < wide[2]
-    one = difference(row("e", 1, 0.40)["linear"], row("f", 1, 0.30)["linear"])
-    assert one[0] == pytest.approx(0.1)
-    assert one[1] == pytest.approx(0.1 - 0.0415, abs=2e-3), "Newcombe's interval of two shares of 1000"
+    assert 0 < low <= value <= high, "every seed agrees, though the seeds themselves differ by ten points"
+    wide = difference(cell("c", 1, 0.30, 0.50).score, cell("d", 1, 0.50, 0.30).score)
+    assert wide.low < 0 < wide.high
+    one = difference(cell("e", 1, 0.40).score, cell("f", 1, 0.30).score)
+    assert one.value == pytest.approx(0.1)
+    assert one.low == pytest.approx(0.1 - 0.0415, abs=2e-3), "Newcombe's interval of two proportions of 1000"
 
 
 def test_only_the_probe_of_this_table_counts(unbroken):
     folder, _ = unbroken
-    decided = Run(folder).read("ablation.json")
+    plan = load_plan(folder)
     run = Run.open(folder / "depth-8-seed-0")
-    assert find_probe(run, "knn", decided, controls=True) is not None
-    assert find_probe(Run.open(folder / "depth-1-seed-0"), "knn", decided, controls=True) is None
-    assert find_probe(run, "knn", decided | {"shots": 9}, controls=False) is None
+    assert find_probe(run, "knn", plan, controls=True) is not None
+    assert find_probe(Run.open(folder / "depth-1-seed-0"), "knn", plan, controls=True) is None
+    assert find_probe(run, "knn", dataclasses.replace(plan, shots=9), controls=False) is None
 
 
 def test_the_table_is_made_from_the_folder_alone(unbroken):
     folder, summary = unbroken
     (folder / "table.json").unlink()
-    assert without_times(write_table(folder, "finished")) == without_times(summary)
+    assert without_times(write_table(folder, "finished").to_json()) == without_times(summary)
 
 
 # --------------------------------------------------------------------------------------------------------- command line
@@ -642,21 +639,49 @@ def test_the_command_leaves_with_75_when_stopped_and_goes_on_with_the_same_comma
     out, err = running.communicate(timeout=60)
     assert running.returncode == 75, err
     assert json.loads(out)["state"] == "stopped"
-    assert re.search(r"stopped; go on with: unmask ablate 1c .* \(the same command\)", err)
+    assert re.search(r"stopped; continue with: unmask ablate 1c .* \(the same command\)", err)
     done = subprocess.run([*command, *settings], capture_output=True, text=True, check=False, timeout=240)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["state"] == "finished"
-    assert "encoder-with-mask-tokens-seed-0: going on" in done.stderr
+    assert "encoder-with-mask-tokens-seed-0: resuming" in done.stderr
 
 
-def test_the_page_says_when_no_cell_is_above_the_controls():
-    def cell(accuracy):
-        return {"linear": None if accuracy is None else {"mean": accuracy}}
+def test_the_page_reports_when_no_cell_is_above_the_controls():
+    def row(accuracy):
+        return SimpleNamespace(linear=None if accuracy is None else SimpleNamespace(mean=accuracy))
 
-    controls = [{"features": name, "linear": {"accuracy": value}} for name, value in (("raw", 0.4), ("random", 0.3))]
+    controls = [
+        ControlRow(features=name, cell="", linear=RunAccuracy(accuracy=value, low=0.0, high=1.0))
+        for name, value in (("raw", 0.4), ("random", 0.3))
+    ]
     assert (
-        table_results.helped([cell(0.5), cell(0.35), cell(None)], controls)
+        above_controls([row(0.5), row(0.35), row(None)], controls)
         == "1 of 2 cells are above raw (40.0%, linear probe)."
     )
-    assert "pre-training has not helped in any cell" in table_results.helped([cell(0.35)], controls)
-    assert table_results.helped([cell(None)], controls) == table_results.helped([cell(0.5)], []) == ""
+    assert "pre-training did not help in any cell" in above_controls([row(0.35)], controls)
+    assert above_controls([row(None)], controls) == above_controls([row(0.5)], []) == ""
+
+
+def test_a_plan_of_an_earlier_version_is_read(tmp_path):
+    """ablation.json as versions before 0.2 wrote it: no measured times, no git, a `paper` of two keys."""
+    cell = {
+        "name": "depth-8", "label": "8", "theirs": "8", "at": 8, "recipe": "mae_nano", "settings": ["a=1"],
+        "varied": ["a=1"], "steps": 3, "equal": "steps", "base": True, "controls": True, "tokenizer": False,
+        "fine_tunes": False, "paper": {"fine_tuned": 84.9, "linear": 73.5}, "batch_size": 8, "parameters": 10,
+        "encoder_parameters": 5, "precision": "fp32",
+        "flops": {"encoder": 1, "decoder": 2, "rest": 0, "training": 9, "whole": 4, "forward": 3},
+    }  # fmt: skip
+    asked = {"table": "1a", "data": "birds", "test": None, "recipe": "mae_nano", "settings": [], "budget": None,
+             "seeds": 1, "shots": None, "tokenizer": None, "from_run": None}  # fmt: skip
+    plan = {
+        "asked": asked, "title": "Table 1a", "axis": "decoder blocks", "note": "", "log": True, "base": [],
+        "missing": [], "measure": "linear", "steps": 3, "reason": "3 steps", "shots": 10, "pool": "mean",
+        "device": "cpu", "fingerprint": "f", "cells": [cell], "versions": {"torch": "2"}, "git": None, "command": "c",
+        "time": "2025-01-01",
+    }  # fmt: skip
+    Run(tmp_path).write("ablation.json", plan)
+    found = load_plan(tmp_path)
+    assert found.asked == TableRequest(table="1a", data="birds", recipe="mae_nano")
+    assert found.base_cell.paper.linear == 73.5
+    assert found.base_cell.training_flops == 9
+    assert found.base_cell.run_name(1) == "depth-8-seed-1"

@@ -11,8 +11,9 @@ import pytest
 from conftest import SMALL_RUN, stored, write_images
 
 from unmask.comparison import compare as compare_module
-from unmask.comparison import run_facts, shared_probes
+from unmask.comparison import run_facts
 from unmask.comparison.compare import compare
+from unmask.comparison.shared_probes import RankedRun, ranking
 from unmask.engine.pretrain import pretrain
 from unmask.errors import UserError
 from unmask.evals.probe_options import ProbeOptions
@@ -48,6 +49,10 @@ def probe(run, data, **more):
     kind = more.pop("kind", "knn")
     options = ProbeOptions(data=data, device="cpu", **more)
     return run_probe(run, kind, options, compare_module.Console(quiet=True))
+
+
+def facts(runs):
+    return [run_facts.run_facts(Path(run).name, Run.open(run)) for run in runs]
 
 
 def test_what_they_are_and_what_they_cost(runs, labelled, tmp_path):
@@ -88,10 +93,10 @@ def test_a_shared_probe_is_set_side_by_side(runs, labelled, tmp_path):
     accuracies = {run.name: max(row.value for row in probe(run, labelled).rows) for run in runs}
     summary = compare(runs, out=tmp_path / "both.html")
     (shared,) = summary["probes"]
-    assert {row["name"]: row["accuracy"] for row in shared["rows"]} == accuracies
-    assert shared["rows"][0]["accuracy"] == max(accuracies.values())
+    assert {row["name"]: row["score"]["value"] for row in shared["rows"]} == accuracies
+    assert shared["rows"][0]["score"]["value"] == max(accuracies.values())
     assert set(shared["rows"][0]["pools"]) == {"cls", "mean"}
-    assert summary["not_comparable"] == list(run_facts.differences(summary["runs"]).values())
+    assert summary["not_comparable"] == list(run_facts.differences(facts(runs)).values())
     assert shared["title"] == f"k nearest neighbours on {labelled}, tested on a held-out fifth of {labelled}"
     assert shared["title"] in html.unescape((tmp_path / "both.html").read_text())
 
@@ -106,8 +111,8 @@ def test_a_kind_without_a_mean_over_patches_is_compared_by_what_it_has(runs, lab
         Run(run).write("evals/probe-paper-linear-train.json", to_json(by_paper))
     summary = compare(runs, out=tmp_path / "both.html")
     found = {shared["kind"]: shared["rows"] for shared in summary["probes"]}
-    assert {row["name"]: row["accuracy"] for row in found["attentive"]} == accuracies
-    assert [(row["name"], row["pool"], row["accuracy"]) for row in found["paper-linear"]] == [
+    assert {row["name"]: row["score"]["value"] for row in found["attentive"]} == accuracies
+    assert [(row["name"], row["score"]["pool"], row["score"]["value"]) for row in found["paper-linear"]] == [
         ("b", "cls", 5 / 8), ("a", "cls", 3 / 8),
     ]  # fmt: skip
 
@@ -160,16 +165,21 @@ def test_of_several_checkpoints_the_latest_counts(runs, labelled, tmp_path):
     assert {row["name"]: row["step"] for row in shared["rows"]} == {"a": 2, "b": 3}
 
 
-def test_who_leads_and_whether_it_is_noise():
+def test_the_ranking_names_the_best_run_and_those_within_the_noise():
     def row(name, correct, total):
-        return {"name": name, "accuracy": correct / total, "correct": correct, "total": total, "pool": "cls"}
+        value = correct / total
+        score = FeatureScore(
+            features="pre-trained", pool="cls", value=value, low=value - 0.03, high=value + 0.03, correct=correct,
+            total=total,
+        )  # fmt: skip
+        return RankedRun(name, 2, score, {"cls": score})
 
-    assert shared_probes._sentence([row("a", 800, 1000), row("b", 500, 1000)]) == (
-        "a leads with 80.0% (class token), by more than the choice of test images would explain; another seed of the "
-        "training may differ"
+    assert ranking([row("a", 800, 1000), row("b", 500, 1000)]) == (
+        "a scores highest with 80.0% (class token); the margin is larger than the noise of the test images, but "
+        "another training seed may differ"
     )
-    assert shared_probes._sentence([row("a", 510, 1000), row("b", 500, 1000), row("c", 100, 1000)]) == (
-        "a leads with 51.0% (class token), but within the noise of the test images lie b"
+    assert ranking([row("a", 510, 1000), row("b", 500, 1000), row("c", 100, 1000)]) == (
+        "a scores highest with 51.0% (class token), but the difference to b is within the noise of the test images"
     )
 
 
@@ -182,9 +192,9 @@ def test_runs_of_the_same_name_are_told_apart(runs, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"out": "both.txt"}, r"both.txt came; a name that ends in .html"),
-        ({"out": "nowhere/both.html"}, r"does not exist; make it first"),
-        ({"test": "shapes-test"}, r"came without --data"),
+        ({"out": "both.txt"}, r"got output file .*both.txt; expected a name that ends in .html"),
+        ({"out": "nowhere/both.html"}, r"does not exist; create it"),
+        ({"test": "shapes-test"}, r"--test or --shots without --data"),
         ({"kind": "nearest"}, r"got probe kind 'nearest'"),
     ],
 )
@@ -208,9 +218,9 @@ def test_imported_weights_that_have_seen_no_image_here_are_compared_by_what_they
 
 
 def test_fewer_than_two_runs_or_one_twice_are_refused(trained, tmp_path):
-    with pytest.raises(UserError, match=r"1 run came; at least two"):
+    with pytest.raises(UserError, match=r"got 1 run; expected at least two"):
         compare(trained[:1], out=tmp_path / "both.html")
-    with pytest.raises(UserError, match=r"came twice"):
+    with pytest.raises(UserError, match=r"got .* twice"):
         compare([trained[0], trained[0]], out=tmp_path / "both.html")
     with pytest.raises(UserError, match=r"is not a run"):
         compare([trained[0], tmp_path], out=tmp_path / "both.html")
@@ -226,11 +236,11 @@ def test_one_folder_spelled_in_two_ways_is_the_same_data(labelled, tmp_path):
     places = {"plain": folder, "dotted": folder / ".." / folder.name, "linked": link}
     for name, place in places.items():
         pretrain(place, recipe="mae_nano", out=tmp_path / name, settings=few)
-    rows = [run_facts.about(name, Run.open(tmp_path / name)) for name in places]
-    assert len({row["source"] for row in rows}) == 3
+    rows = [run_facts.run_facts(name, Run.open(tmp_path / name)) for name in places]
+    assert len({row.source for row in rows}) == 3
     assert "data" not in run_facts.differences(rows)
-    rows[0]["place"] = run_facts._place(str(other))
-    assert "data" in run_facts.differences(rows)
+    moved = replace(rows[0], place=run_facts.absolute_places(str(other)))
+    assert "data" in run_facts.differences([moved, *rows[1:]])
 
 
 def test_what_makes_runs_no_comparison_of_methods_is_named_with_the_numbers(labelled, tmp_path):
@@ -249,7 +259,7 @@ def test_what_makes_runs_no_comparison_of_methods_is_named_with_the_numbers(labe
     assert "The epochs differ: small 0.8, large 1.6." in said
     assert re.search(r"The training compute differs: small [\d.e+]+ FLOPs, large [\d.e+]+ FLOPs", said)
     assert "The parameters of the encoder differ: small 0." in said
-    assert "data" not in run_facts.differences(summary["runs"])
+    assert "data" not in run_facts.differences(facts([small.path, large.path]))
     assert "not a comparison of methods alone: the runs differ in image size, steps" in summary["probes"][0]["sentence"]
     again = shutil.copytree(small.path, tmp_path / "again")
     same = compare([small.path, again], out=tmp_path / "same.html")

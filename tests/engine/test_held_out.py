@@ -15,7 +15,8 @@ from unmask.engine.pretrain import pretrain
 from unmask.engine.resume import resume
 from unmask.engine.training_data import held_out_for_loss
 from unmask.recipes.catalogue import find
-from unmask.report.run_page import curve_note, write_report
+from unmask.report.run_page import loss_note, write_report
+from unmask.results import from_json
 
 SETTINGS = [*SMALL_RUN, "train.picture_every=2"]
 
@@ -64,7 +65,7 @@ def test_they_are_not_trained_on_and_their_loss_is_reported(run):
     assert kept["held_out_images"] == 6
     assert kept["held_out_losses"] == [[step, loss] for step, loss in losses.items()]
     trained = [row for row in run.metrics() if row.get("loss") is not None]
-    assert f"{losses[4]:.3f} at step 4" in curve_note(trained, kept)
+    assert f"{losses[4]:.3f} at step 4" in loss_note(trained, from_json(kept))
     assert "not trained on" in write_report(run.path).read_text()
 
 

@@ -24,7 +24,7 @@ PROBE = {
     "classes": ["a", "b"], "train_images": 8, "test_images": 8, "chance": 0.5, "task": "classes", "metric": "accuracy",
     "rows": [{"features": "pre-trained", "pool": "mean", "accuracy": 0.5, "low": 0.2, "high": 0.8, "correct": 4,
               "total": 8, "c": None}],
-    "verdict": "", "protocol": "", "paths": [],
+    "verdict": "", "protocol": "", "paths": ["d", "t"],
 }  # fmt: skip
 
 

@@ -116,7 +116,7 @@ def test_a_curve_is_logistic_regression_on_the_same_features_which_are_computed_
     assert any("labels per class" in line and "8" in line for line in console.said)
     page = write_report(run).read_text()
     assert "1, 3, 8 labels per class" in page
-    assert "<svg" in page[page.index("What pre-training gave") : page.index("<h2>Loss")]
+    assert "<svg" in page[page.index("Quality of the features") : page.index("<h2>Loss")]
 
 
 def test_one_number_is_the_first_draw_of_a_curve_and_its_file_is_as_ever(run, data):
@@ -332,7 +332,7 @@ def test_quantities_and_labels_are_read_from_the_features(run, data, tmp_path, k
     assert kept(run, f"targets-{kind}-data-by-b-light-white-multilabel") == many
     page = write_report(run).read_text()
     assert f"multilabel of light, white in {file}" in page
-    assert "Every target by itself" in page
+    assert "Score of each target" in page
     assert "positive test images" in page
 
 

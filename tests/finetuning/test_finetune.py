@@ -93,7 +93,7 @@ def test_the_report_says_how_good_it_is(tuned):
 
     page = write_report(tuned.path).read_text("utf-8")
     assert "accuracy 100.0 % on 12 test images" in page
-    assert "What pre-training gave" not in page
+    assert "Quality of the features" not in page
     assert page.count("<svg") == 2, "the loss, and the tests on the way"
 
 

@@ -7,9 +7,10 @@ import sys
 import pytest
 from sample_run import BASELINES, PROBE, make_run
 
-from unmask.report.charts import smooth
-from unmask.report.probe_titles import probe_title
-from unmask.report.run_page import curve_note, write_report
+from unmask.report.probe_section import probe_section, probe_title
+from unmask.report.run_page import loss_note, write_report
+from unmask.report.training_log import smooth
+from unmask.results import FeatureScore, ImageSet, ProbeResult, TestIdentity, from_json
 from unmask.run import RunError
 
 
@@ -26,7 +27,7 @@ def test_a_finished_run_shows_pictures_curve_table_and_verdict(tmp_path):
     ]
     assert html.count("data:image/png;base64,") == 3
     assert "<svg" in html
-    assert "copy the nearest visible patch: 1.500" in html
+    assert "a copy of the nearest visible patch: 1.500" in html
     assert "unmask pretrain birds" in html
 
 
@@ -47,15 +48,18 @@ def test_a_run_that_has_only_begun_or_failed_can_be_shown(tmp_path):
     run.set_status("failed", 3, error="TrainingFailed: the disk is full")
     assert "the disk is full" in write_report(run.path).read_text()
     run.log({"step": 1, "loss": None, "skipped": ["a.png"]})
-    assert "1 steps were skipped" in write_report(run.path).read_text()
+    assert "1 step was skipped" in write_report(run.path).read_text()
 
 
-def test_baselines_in_the_form_of_an_early_version_are_passed_over(tmp_path):
+def test_a_result_that_no_supported_version_writes_is_named(tmp_path):
     run = make_run(tmp_path / "run")
     run.write("evals/baselines.json", {"step": 40, "images": 8, "loss": 0.5, "patch_mean": 1.0})
-    page = write_report(run.path).read_text()
+    warnings = []
+    page = write_report(run.path, say=warnings.append).read_text()
     assert "Training loss" in page
     assert "Dots:" not in page
+    assert "Not shown: " in page
+    assert "baselines.json: got a result without" in warnings[0]
 
 
 def test_a_run_inside_a_run_is_a_section_of_the_page(tmp_path):
@@ -77,13 +81,13 @@ def test_what_is_not_a_run_is_refused(tmp_path):
 
 def test_the_note_says_which_guesses_are_beaten():
     rows = [{"step": step, "loss": 0.25} for step in range(1, 41)]
-    note = curve_note(rows, BASELINES)
+    note = loss_note(rows, from_json(BASELINES))
     assert "Training loss 0.250" in note
     assert "64 fixed images" in note
     assert "0.400 at step 40" in note
-    assert "Better than: copy the nearest visible patch (1.500)" in note
-    assert "Not better than: guess the mean of all visible patches (0.300)" in note, "judged on the same images"
-    assert curve_note(rows, {}) == "Training loss 0.250 at the end (mean of the last twentieth)."
+    assert "Better than: a copy of the nearest visible patch (1.500)" in note
+    assert "Not better than: the mean of all visible patches (0.300)" in note, "judged on the same images"
+    assert loss_note(rows, None) == "Training loss 0.250 at the end (mean of the last twentieth)."
 
 
 def test_smoothing_keeps_the_mean():
@@ -101,12 +105,27 @@ def test_the_report_is_written_without_torch(tmp_path):
     assert subprocess.run([sys.executable, "-c", code, str(run.path)], check=False).returncode == 0
 
 
-def test_a_probes_title_says_what_was_asked_for():
-    assert probe_title(PROBE) == "Linear probe on birds, tested on birds-test"
-    asked = PROBE | {"kind": "knn", "shots": 1, "seed": 2, "layer": "0", "masks": 0}
+def test_the_title_of_a_probe_names_the_options_that_differ_from_the_defaults():
+    assert probe_title(from_json(PROBE)) == "Linear probe on birds, tested on birds-test"
+    asked = from_json(PROBE | {"kind": "knn", "shots": 1, "seed": 2, "layer": "0", "masks": 0})
     assert probe_title(asked) == (
         "k nearest neighbours on birds, tested on birds-test, 1 label per class, seed 2, layer 0, 0 masks"
     )
+
+
+def test_scores_beyond_one_and_without_interval_fill_bars_relative_to_the_highest():
+    rows = tuple(
+        FeatureScore(features=name, pool="mean", value=value)
+        for name, value in (("pre-trained", 40.0), ("random", 10.0))
+    )
+    record = ProbeResult(
+        kind="rank", data=ImageSet(name="birds"), test=TestIdentity(held_out=0.2), task="unlabelled", metric="rank",
+        rows=rows,
+    )  # fmt: skip
+    section = probe_section(record)
+    assert [row.bar.length for row in section.rows] == [1.0, 0.25]
+    assert [row.interval for row in section.rows] == ["", ""]
+    assert (section.reference, section.reference_at) == ("", None)
 
 
 def test_the_command_it_proposes_names_the_run_as_it_was_given(tmp_path, monkeypatch):

@@ -59,18 +59,18 @@ def _exit_code(summary: dict[str, Any]) -> int:
 def ablate(request: AblateRequest, console: Console) -> dict[str, Any]:
     """Return what table.json holds; "state" is finished, stopped or failed."""
     from unmask.comparison.ablate import ablate
+    from unmask.comparison.table_plan import TableRequest
 
-    return ablate(
-        request.table,
-        str(request.data),
+    wanted = TableRequest(
+        table=request.table,
+        data=str(request.data),
         test=request.test,
         recipe=request.recipe,
-        out=request.out,
+        settings=tuple(request.settings),
         budget=request.budget,
         seeds=request.seeds,
         shots=request.shots,
-        tokenizer=request.tokenizer,
-        from_run=request.from_run,
-        settings=request.settings,
-        console=console,
+        tokenizer=None if request.tokenizer is None else str(request.tokenizer),
+        from_run=None if request.from_run is None else str(request.from_run),
     )
+    return ablate(wanted, out=request.out, console=console)

@@ -1,98 +1,172 @@
-"""Whether the cells of a table rank as in the paper, and which differences are noise."""
+"""Whether the cells of a table rank as in the paper, and which differences are within the noise."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import combinations
 from math import sqrt
-from typing import Any
 
-from unmask.metrics.intervals import wilson
+from unmask.metrics.intervals import Difference, t_interval, wilson
+from unmask.results import FeatureScore
 
-IN_WORDS = {"linear": "linear probe", "fine_tuned": "fine-tuned"}  # what cells can be compared by
+SEEDS, TEST_IMAGES = "seeds", "test images"
+MEASURES = {"linear": "linear probe", "fine_tuned": "fine-tuned"}  # by what cells are compared
 MOST_PAIRS = 8
 
 
-def t_half_width(values: Sequence[float]) -> float:
-    """Half the 95 % t-interval of the mean of two or more values."""
-    from scipy.stats import t
+@dataclass(frozen=True, kw_only=True)
+class RunAccuracy:
+    """The accuracy of one run on the test images, with its 95 % interval over the choice of test images."""
 
-    return float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / sqrt(len(values))
+    accuracy: float
+    low: float
+    high: float
+    correct: int | None = None
+    total: int | None = None
 
 
-# ---------------------------------------------------------------------------------------------------------- agreement
+@dataclass(frozen=True, kw_only=True)
+class CellScore:
+    """The mean accuracy over the seeds of a cell, with its 95 % interval.
+
+    interval: SEEDS, a t-interval over two or more seeds, or TEST_IMAGES, that of the only seed. by_seed: the accuracy
+    of every measured seed.
+    """
+
+    mean: float
+    low: float
+    high: float
+    interval: str
+    by_seed: Mapping[str, float]
+    correct: int | None = None
+    total: int | None = None
+
+    def __str__(self) -> str:
+        return f"{100 * self.mean:.1f} % ({100 * self.low:.1f} to {100 * self.high:.1f})"
 
 
-def agreement(rows: Sequence[dict[str, Any]], *, published: bool, measure: str = "linear") -> dict[str, Any]:
-    """In how many pairs of cells ours differ in the direction of the paper's, and which are noise."""
-    if not published:
-        return {
-            "pairs": 0, "agree": 0, "within_noise": [],
-            "sentence": "The published numbers are of models of very different sizes, so no order is compared.",
-        }  # fmt: skip
-    known = [row for row in rows if row[measure] is not None and row["paper"][measure] is not None]
-    agree, against, noise, pairs = [], [], [], 0
-    for one, other in combinations(known, 2):
-        paper = one["paper"][measure] - other["paper"][measure]
-        if paper == 0:
+def cell_score(runs: Sequence[RunAccuracy | None]) -> CellScore | None:
+    """Average over seeds; None where nothing has been measured. runs: by seed, None for one that is not measured."""
+    known = {str(seed): run for seed, run in enumerate(runs) if run is not None}
+    if not known:
+        return None
+    by_seed = {seed: run.accuracy for seed, run in known.items()}
+    if len(known) == 1:
+        only = next(iter(known.values()))
+        return CellScore(
+            mean=only.accuracy, low=only.low, high=only.high, interval=TEST_IMAGES, by_seed=by_seed,
+            correct=only.correct, total=only.total,
+        )  # fmt: skip
+    low, high = t_interval(list(by_seed.values()))
+    return CellScore(mean=statistics.mean(by_seed.values()), low=low, high=high, interval=SEEDS, by_seed=by_seed)
+
+
+def single_run(score: FeatureScore) -> CellScore:
+    """Return the score of one run as that of a cell with one seed."""
+    low, high = score.value if score.low is None else score.low, score.value if score.high is None else score.high
+    return CellScore(
+        mean=score.value, low=low, high=high, interval=TEST_IMAGES, by_seed={"0": score.value}, correct=score.correct,
+        total=score.total,
+    )  # fmt: skip
+
+
+def difference(one: CellScore, other: CellScore) -> Difference:
+    """Subtract the other score from the first, with the 95 % interval.
+
+    With two or more seeds in common it is a t-interval of the differences seed by seed. With one it is Newcombe's
+    interval (1998, method 10) for two proportions on different test images, because the results do not keep which
+    images were correct: on the same images the true interval is a little narrower.
+    """
+    common = sorted(set(one.by_seed) & set(other.by_seed))
+    if len(common) > 1:
+        values = [one.by_seed[seed] - other.by_seed[seed] for seed in common]
+        return Difference(statistics.mean(values), *t_interval(values))
+    (l1, u1), (l2, u2) = _test_interval(one), _test_interval(other)
+    p1, p2 = one.mean, other.mean
+    low, high = sqrt((p1 - l1) ** 2 + (u2 - p2) ** 2), sqrt((u1 - p1) ** 2 + (p2 - l2) ** 2)
+    return Difference(p1 - p2, p1 - p2 - low, p1 - p2 + high)
+
+
+def _test_interval(score: CellScore) -> tuple[float, float]:
+    """Return the Wilson interval of one run's count of correct images; its own interval where there is no count."""
+    if score.interval == TEST_IMAGES and score.correct is not None and score.total:
+        return wilson(score.correct, score.total)
+    return score.low, score.high
+
+
+@dataclass(frozen=True)
+class ComparedCell:
+    """A cell whose accuracy here (None before it is measured) and in the paper (percent, None) can be compared."""
+
+    label: str
+    score: CellScore | None
+    paper: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Agreement:
+    """In how many pairs of cells the order here is that of the paper.
+
+    clear: pairs whose difference is larger than the noise, and clear_agree those of them in the paper's order.
+    within_noise, against: the other pairs, and clear ones in the opposite order, as 'A over B' in the paper's order.
+    """
+
+    pairs: int = 0
+    agree: int = 0
+    clear: int = 0
+    clear_agree: int = 0
+    within_noise: tuple[str, ...] = ()
+    against: tuple[str, ...] = ()
+    sentence: str
+
+
+def agreement(cells: Sequence[ComparedCell], measure: str) -> Agreement:
+    """Compare the order of every two cells with the paper's. measure: a key of MEASURES."""
+    known = [
+        (cell.label, cell.score, cell.paper) for cell in cells if cell.score is not None and cell.paper is not None
+    ]
+    agree, against, noise, pairs = 0, [], [], 0
+    for (one, score, paper), (other, other_score, other_paper) in combinations(known, 2):
+        if paper == other_paper:
             continue
         pairs += 1
-        value, low, high = difference(one[measure], other[measure])
-        better, worse = (one, other) if paper > 0 else (other, one)
-        named = f"{better['label']} over {worse['label']}"
-        if value * paper > 0:
-            agree.append(named)
+        value, low, high = difference(score, other_score)
+        same_order = value * (paper - other_paper) > 0
+        agree += same_order
+        named = f"{one} over {other}" if paper > other_paper else f"{other} over {one}"
         if low <= 0 <= high:
             noise.append(named)
-        elif value * paper < 0:
+        elif not same_order:
             against.append(named)
-    return {
-        "pairs": pairs,
-        "agree": len(agree),
-        "clear": pairs - len(noise),
-        "clear_agree": pairs - len(noise) - len(against),
-        "within_noise": noise,
-        "against": against,
-        "sentence": _agreement_sentence(pairs, len(agree), noise, against, IN_WORDS[measure]),
-    }
-
-
-def _agreement_sentence(pairs: int, agree: int, noise: list[str], against: list[str], measured: str) -> str:
-    if not pairs:
-        return "No two cells are measured yet."
-    said = f"{agree} of {pairs} pairs of cells stand in the paper's order ({measured}). "
     clear = pairs - len(noise)
-    if not clear:
-        return said + "But every difference lies within the noise: this table shows no order."
-    said += f"Of the {clear} whose difference is larger than the noise, {clear - len(against)} do. "
-    if against:
-        said += f"Clearly against the paper, which has {_listed(against)}. "
-    if noise:
-        said += f"Within the noise, in the paper's order: {_listed(noise)}."
-    return said.strip()
+    found = Agreement(
+        pairs=pairs, agree=agree, clear=clear, clear_agree=clear - len(against), within_noise=tuple(noise),
+        against=tuple(against), sentence="",
+    )  # fmt: skip
+    return Agreement(**{**vars(found), "sentence": _sentence(found, MEASURES[measure])})
+
+
+def no_agreement() -> Agreement:
+    """Return what stands in place of an agreement where the published numbers are of models of different sizes."""
+    return Agreement(sentence="The published numbers are of models of very different sizes, so no order is compared.")
+
+
+def _sentence(found: Agreement, measured: str) -> str:
+    if not found.pairs:
+        return "No two cells have been measured yet."
+    text = f"{found.agree} of {found.pairs} pairs of cells are in the paper's order ({measured}). "
+    if not found.clear:
+        return text + "But every difference is within the noise: this table shows no order."
+    text += f"Of the {found.clear} pairs whose difference is larger than the noise, {found.clear_agree} are. "
+    if found.against:
+        text += f"Clearly in the opposite order (the paper has {_listed(found.against)}). "
+    if found.within_noise:
+        text += f"Within the noise, in the paper's order: {_listed(found.within_noise)}."
+    return text.strip()
 
 
 def _listed(pairs: Sequence[str]) -> str:
     more = f"; and {len(pairs) - MOST_PAIRS} more" if len(pairs) > MOST_PAIRS else ""
     return "; ".join(pairs[:MOST_PAIRS]) + more
-
-
-def difference(one: dict[str, Any], other: dict[str, Any]) -> tuple[float, float, float]:
-    """(one - other, low, high). With two or more seeds in common a t-interval of their differences seed by seed.
-
-    With one it is Newcombe's interval (1998, method 10) for two shares as if on different test images, because which
-    images each got right is not kept: on the same images the true one is a little narrower.
-    """
-    common = sorted(set(one["by_seed"]) & set(other["by_seed"]))
-    if len(common) > 1:
-        values = [one["by_seed"][seed] - other["by_seed"][seed] for seed in common]
-        mean, half = statistics.mean(values), t_half_width(values)
-        return mean, mean - half, mean + half
-    value = one["mean"] - other["mean"]
-    if one["interval"] == other["interval"] == "test images":
-        (l1, u1), (l2, u2) = (wilson(score["correct"], score["total"]) for score in (one, other))
-    else:  # one of the two lacks its second seed
-        (l1, u1), (l2, u2) = ((score["low"], score["high"]) for score in (one, other))
-    p1, p2 = one["mean"], other["mean"]
-    return value, value - sqrt((p1 - l1) ** 2 + (u2 - p2) ** 2), value + sqrt((u1 - p1) ** 2 + (p2 - l2) ** 2)

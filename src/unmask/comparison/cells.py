@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from unmask.comparison.paper_tables import PRETRAINED, TOKENIZER, Cell, Table
+from unmask.comparison.table_plan import TableRequest
 from unmask.config import Config, ConfigError, parse
 from unmask.data.sources.source import Source
 from unmask.engine import resolve
@@ -17,28 +17,6 @@ from unmask.recipes import catalogue
 from unmask.run import Run
 
 LENGTHS = ("train.steps", "train.epochs")
-
-
-@dataclass(frozen=True)
-class AblationRequest:
-    """What a person asked for; a table is one experiment, so none of it may change while it is made (but `seeds`)."""
-
-    table: str
-    data: str
-    test: str | None
-    recipe: str
-    settings: tuple[str, ...]
-    budget: float | None
-    seeds: int
-    shots: int | None
-    tokenizer: str | None
-    from_run: str | None
-
-    def saved(self) -> dict[str, Any]:
-        return vars(self) | {"settings": list(self.settings)}
-
-
-# ------------------------------------------------------------------------------------------- before anything is trained
 
 
 def choose_recipe(table: Table, recipe: str | None, from_run: str | Path | None = None) -> str:
@@ -68,7 +46,7 @@ def choose_recipe(table: Table, recipe: str | None, from_run: str | Path | None 
     return recipe or "mae_nano"
 
 
-def refuse_settings(table: Table, asked: AblationRequest) -> None:
+def refuse_settings(table: Table, asked: TableRequest) -> None:
     """Settings that the table itself varies, or that belong to an option, would be ignored without a word."""
     keys = parse(asked.settings)
     if asked.seeds < 1:
@@ -88,7 +66,7 @@ def refuse_settings(table: Table, asked: AblationRequest) -> None:
         draft_config(table, cell, asked)
 
 
-def all_cells(table: Table, asked: AblationRequest) -> tuple[Cell, ...]:
+def all_cells(table: Table, asked: TableRequest) -> tuple[Cell, ...]:
     """The cells that this version can make, first what they are all made from where that has to be trained."""
     known = catalogue.all_recipes()
     cells = tuple(
@@ -103,12 +81,12 @@ def all_cells(table: Table, asked: AblationRequest) -> tuple[Cell, ...]:
     return cells
 
 
-def base_config(table: Table, asked: AblationRequest) -> Config:
+def base_config(table: Table, asked: TableRequest) -> Config:
     """What the cells are variations of: the recipe or, where all are fine-tuned from one Run, that Run's own."""
     if table.measure != "fine_tuned":
-        return catalogue.find(asked.recipe)
+        return catalogue.find(asked.base_recipe)
     if asked.from_run is None:
-        return resolve.resolve(catalogue.find(asked.recipe), [*table.base, *asked.settings])
+        return resolve.resolve(catalogue.find(asked.base_recipe), [*table.base, *asked.settings])
     run = Run.open(asked.from_run)
     config, spec = read_config(run), read_plan(run).images
     data = config.data.model_copy(update={"size": spec.size, "channels": spec.channels})
@@ -116,10 +94,10 @@ def base_config(table: Table, asked: AblationRequest) -> Config:
     return resolve.resolve(config.model_copy(update={"data": data, "train": train}), list(asked.settings))
 
 
-def tokenizer_recipe(table: Table, asked: AblationRequest) -> tuple[str, str]:
+def tokenizer_recipe(table: Table, asked: TableRequest) -> tuple[str, str]:
     """The recipe of the dVAE that is trained first, and the size, as KEY=VALUE, at which each patch has a code."""
     settings = [text for text in asked.settings if table.name != "family" or not text.strip().startswith("method.")]
-    config: Any = resolve.resolve(catalogue.find(asked.recipe), [*table.base, *settings])
+    config: Any = resolve.resolve(catalogue.find(asked.base_recipe), [*table.base, *settings])
     patch, size = config.method.encoder.patch, config.data.size
     name = "dvae_small" if min(patch) >= 8 else "dvae_nano"
     dvae: Any = catalogue.find(name)
@@ -131,11 +109,11 @@ def fine_tunes(table: Table, cell: Cell) -> bool:
     return table.measure == "fine_tuned" and cell.name != PRETRAINED
 
 
-def recipe_of(table: Table, cell: Cell, asked: AblationRequest) -> str:
-    return configure.PLAIN if fine_tunes(table, cell) else cell.recipe or asked.recipe
+def recipe_of(table: Table, cell: Cell, asked: TableRequest) -> str:
+    return configure.PLAIN if fine_tunes(table, cell) else cell.recipe or asked.base_recipe
 
 
-def cell_settings(table: Table, cell: Cell, asked: AblationRequest) -> list[str]:
+def cell_settings(table: Table, cell: Cell, asked: TableRequest) -> list[str]:
     """Of one cell but for its length and seed: the table's base, then what was asked for, then what the cell varies.
 
     The dVAE that cells are tokenized with is no cell of the comparison: of what was asked for it gets the part that is
@@ -150,7 +128,7 @@ def cell_settings(table: Table, cell: Cell, asked: AblationRequest) -> list[str]
     return [*table.base, *asked.settings, *cell.settings]
 
 
-def draft_settings(table: Table, cell: Cell, asked: AblationRequest) -> list[str]:
+def draft_settings(table: Table, cell: Cell, asked: TableRequest) -> list[str]:
     """`cell_settings` as far as they are known before the tokenizer is trained: its size, and a promise of weights."""
     settings, recipe = cell_settings(table, cell, asked), recipe_of(table, cell, asked)
     if not cell.tokenizer:
@@ -160,7 +138,7 @@ def draft_settings(table: Table, cell: Cell, asked: AblationRequest) -> list[str
     return [*promised_tokenizer(recipe, settings, tokenizer_recipe(table, asked)[0])[1], *settings]
 
 
-def draft_config(table: Table, cell: Cell, asked: AblationRequest, source: Source | None = None) -> Config:
+def draft_config(table: Table, cell: Cell, asked: TableRequest, source: Source | None = None) -> Config:
     """The configuration of a cell as far as it is known before anything is trained, tried out."""
     settings = draft_settings(table, cell, asked)
     if not fine_tunes(table, cell):

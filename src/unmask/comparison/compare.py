@@ -1,34 +1,77 @@
-"""`unmask compare`: several Runs beside one another, as one page and one JSON file.
+"""`unmask compare`: several runs side by side, as one page and one JSON file.
 
-Shows what each is and costs, and those probes that all of them share: the same labelled images, split, kind, labels per
-class and seed. Numbers that are not of one measurement are named and not set beside one another. Reads the Run folders;
-only with `data` does it measure, those Runs that lack the probe.
+Shows what each run is and what it cost, and the probes that all of them share: same images, split, kind, labels per
+class and seed. Measurements that are not shared are listed, not compared. Reads the run folders; measures only with
+`data`, and only the runs that lack the probe.
 """
 
 from __future__ import annotations
 
-import base64
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from unmask.comparison.run_facts import about, caveat, differences
-from unmask.comparison.shared_probes import SAME, damaged, not_shared, probes, shared
+from pydantic import TypeAdapter
+
+from unmask.comparison.run_facts import RunFacts, caveat, differences, run_facts
+from unmask.comparison.shared_probes import SharedProbe, latest_probes, not_shared, shared_probes
 from unmask.console import Console
+from unmask.data.annotations.splits import HELD_OUT
 from unmask.engine import checkpoint
 from unmask.errors import UserError
 from unmask.evals.probe_kind import require_kind
 from unmask.evals.probe_options import ProbeOptions
 from unmask.evals.run_probe import run_probe
-from unmask.report.page import page
+from unmask.report.page import png_url, render
+from unmask.results import CLASSES, ImageSet, ProbeResult, TestIdentity, read_results
 from unmask.run import Run
 from unmask.system.atomic_files import replace_file
 
 LOSSES = (
     "Losses of different targets, masks or normalisations are not comparable, and a lower one is not a better encoder."
 )
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What the page and the JSON file hold. not_comparable: sentences about what the runs do not have in common."""
+
+    runs: tuple[RunFacts, ...]
+    probes: tuple[SharedProbe, ...]
+    not_comparable: tuple[str, ...]
+    note: str
+    written: str
+
+    def to_json(self) -> dict[str, Any]:
+        return TypeAdapter(Comparison).dump_python(self, mode="json")
+
+
+@dataclass(frozen=True)
+class ProbeWanted:
+    """The probe that every run should have: of its newest checkpoint, without controls, with seed 0."""
+
+    data: str
+    test: str | None
+    kind: str
+    shots: int | None
+
+    def is_in(self, probes: Sequence[ProbeResult], step: int | None) -> bool:
+        """Whether one of these results is that probe, of this step."""
+        test = (
+            TestIdentity(held_out=HELD_OUT, seed=0)
+            if self.test is None
+            else TestIdentity(images=ImageSet(name=self.test))
+        )
+        return any(
+            (probe.kind, probe.shots, probe.seed, probe.step) == (self.kind, self.shots, 0, step)
+            and (probe.layer, probe.mask_votes, probe.targets, probe.task) == (None, None, None, CLASSES)
+            and probe.data.matches(ImageSet(name=self.data))
+            and probe.test.matches(test)
+            for probe in probes
+        )
 
 
 def compare(
@@ -42,64 +85,78 @@ def compare(
     device: str = "auto",
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Write `out` and the same as data beside it (.json), and return that.
+    """Compare runs, write the page to `out` and the same as JSON beside it, and return the JSON object.
 
-    data: probe the Runs that lack this probe, on these labelled images, as `unmask probe` would. Raises ValueError for
-    fewer than two Runs, one given twice, a folder that is no Run, or nowhere to write.
+    data: labelled images; the runs that lack this probe on them are probed. Raises UserError for fewer than two runs,
+    one given twice, a folder that is not a run, or an `out` that cannot be written.
     """
     console = console or Console()
     out = Path(out)
-    if out.suffix != ".html":
-        raise UserError(f"output file {out} came; a name that ends in .html was expected")
-    if not out.resolve().parent.is_dir():
-        raise UserError(f"the folder {out.resolve().parent} does not exist; make it first, or choose another --out")
+    require_page(out)
     if data is None and (test is not None or shots is not None):
-        raise UserError("--test or --shots came without --data, so there is nothing to probe; give --data too")
+        raise UserError("got --test or --shots without --data, so there is nothing to probe; add --data")
     require_kind(kind)
     opened = open_runs(runs)
     if data is not None:
-        want = dict(zip(SAME, (kind, data, test or f"a held-out fifth of {data}", shots, 0, None, None), strict=True))
-        for run in opened.values():
-            newest = checkpoint.newest_step(run)  # a probe from before more training measured another encoder
-            if not any(
-                probe["step"] == newest and all(probe[key] == value for key, value in want.items())
-                for probe in probes(run)
-            ):
-                run_probe(run.path, kind, ProbeOptions(data=data, test=test, shots=shots, device=device), console)
-    found = {name: probes(run) for name, run in opened.items()}
-    rows = [about(name, run) for name, run in opened.items()]
-    differing = differences(rows)
-    summary = {
-        "runs": rows,
-        "probes": [probe | {"sentence": probe["sentence"] + caveat(differing)} for probe in shared(found)],
-        "not_comparable": [*not_shared(found), *differing.values(), *damaged(opened.values())],
-        "note": LOSSES,
-        "written": time.strftime("%Y-%m-%d %H:%M"),
-    }
+        add_missing_probes(opened.values(), ProbeWanted(data, test, kind, shots), device, console)
+    comparison = compare_folders(opened)
     pictures = {name: url for name, run in opened.items() if (url := last_picture(run)) is not None}
+    summary = comparison.to_json()
     replace_file(out.with_suffix(".json"), json.dumps(summary, indent=2).encode("ascii") + b"\n")
-    replace_file(out, page("compare.html.jinja", **summary, pictures=pictures))
-    for probe in summary["probes"]:
-        console.say(f"{probe['title']}: {probe['sentence']}")
-    for line in summary["not_comparable"]:
+    replace_file(out, render("compare.html.jinja", comparison=comparison, pictures=pictures))
+    for probe in comparison.probes:
+        console.say(f"{probe.title}: {probe.sentence}")
+    for line in comparison.not_comparable:
         console.say(f"not comparable: {line}")
     console.say(f"comparison: {out}")
     return summary
 
 
+def compare_folders(runs: Mapping[str, Run]) -> Comparison:
+    """Compare runs by what their folders hold. runs: by the name each has on the page."""
+    results = {name: read_results(run) for name, run in runs.items()}
+    probes = {name: latest_probes(found) for name, found in results.items()}
+    facts = tuple(run_facts(name, run) for name, run in runs.items())
+    differing = differences(facts)
+    damaged = [fault for found in results.values() for fault in found.damaged]
+    return Comparison(
+        runs=facts,
+        probes=tuple(shared_probes(probes, caveat(differing))),
+        not_comparable=(*not_shared(probes), *differing.values(), *damaged),
+        note=LOSSES,
+        written=time.strftime("%Y-%m-%d %H:%M"),
+    )
+
+
+def add_missing_probes(runs: Iterable[Run], wanted: ProbeWanted, device: str, console: Console) -> None:
+    """Probe the runs that lack this probe of their newest checkpoint."""
+    for run in runs:
+        if not wanted.is_in(read_results(run).probes, checkpoint.newest_step(run)):
+            options = ProbeOptions(data=wanted.data, test=wanted.test, shots=wanted.shots, device=device)
+            run_probe(run.path, wanted.kind, options, console)
+
+
+def require_page(out: Path) -> None:
+    """Raise UserError unless `out` is an .html file in an existing folder."""
+    if out.suffix != ".html":
+        raise UserError(f"got output file {out}; expected a name that ends in .html; change --out")
+    if not out.resolve().parent.is_dir():
+        raise UserError(f"the folder {out.resolve().parent} does not exist; create it, or choose another --out")
+
+
 def open_runs(runs: Sequence[str | Path]) -> dict[str, Run]:
-    """By the name each has on the page: of its folder, or the whole path where two have the same."""
+    """Open the runs, by the name of the folder, or by the whole path where two folders have the same name."""
     if len(runs) < 2:
-        raise UserError(f"{len(runs)} run came; at least two were expected: unmask compare RUN RUN ...")
+        raise UserError(f"got {len(runs)} run; expected at least two: unmask compare RUN RUN ...")
     opened = [Run.open(run) for run in runs]
     places = [run.path.resolve() for run in opened]
     if twice := [str(run.path) for run, place in zip(opened, places, strict=True) if places.count(place) > 1]:
-        raise UserError(f"{twice[0]} came twice; name every run once")
+        raise UserError(f"got {twice[0]} twice; name every run once")
     names = [place.name for place in places]
     return {name if names.count(name) == 1 else str(run.path): run for name, run in zip(names, opened, strict=True)}
 
 
 def last_picture(run: Run) -> str | None:
-    """The newest picture as a data URL."""
+    """Return the newest picture of a run as a data URL; None where it has none."""
     files = sorted(run.pictures.glob("step-*.png"))
-    return "data:image/png;base64," + base64.b64encode(files[-1].read_bytes()).decode("ascii") if files else None
+    return png_url(files[-1]) if files else None

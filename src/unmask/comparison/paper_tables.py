@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from unmask.config import Config, nearest
 from unmask.errors import UserError
@@ -23,7 +23,8 @@ TOKENIZER, PRETRAINED = "tokenizer", "pretrained"
 SHARED = (TOKENIZER, PRETRAINED)  # runs that are no rows of the comparison: other cells are made from them
 
 
-class Paper(NamedTuple):
+@dataclass(frozen=True)
+class Paper:
     """Top-1 accuracy on ImageNet-1K in percent as published; None where it was not."""
 
     fine_tuned: float | None

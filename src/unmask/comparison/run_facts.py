@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,72 +19,128 @@ from unmask.engine.load import read_config, read_plan
 from unmask.engine.measure import example_batch
 from unmask.engine.plan import Plan
 from unmask.recipes.catalogue import all_recipes
-from unmask.report.training_log import last_loss, training_seconds
+from unmask.report.training_log import last_loss, trained_rows, training_seconds
 from unmask.run import Run
 
 SAME_WITHIN = 0.01  # numbers closer than this share are the same
-SINGULAR = ("image size", "training compute", "data")
 
 
-def about(name: str, run: Run) -> dict[str, Any]:
-    """What a Run is and what it cost."""
-    config, plan = read_config(run), read_plan(run)
-    status = run.status()
-    trained = [row for row in run.metrics() if row.get("loss") is not None]
-    flops = flops_of(config, plan.images)
+@dataclass(frozen=True)
+class ImageFlops:
+    """FLOPs of one image, by part; see `engine.flops.Flops`. Of an encoder without a task only `whole` is known."""
+
+    whole: int
+    encoder: int | None = None
+    decoder: int | None = None
+    rest: int | None = None
+    training: int | None = None
+    forward: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFacts:
+    """What a run is and what it cost.
+
+    source: of the images, as it was given; place: the same as absolute paths without links. differs: settings that are
+    not the recipe's, as KEY=VALUE. image: (C, H, W). state: as `unmask ls` shows it. seconds: of training.
+    """
+
+    name: str
+    path: str
+    method: str
+    recipe: str
+    source: str
+    place: tuple[str, ...]
+    differs: tuple[str, ...]
+    image: tuple[int, int, int]
+    parameters: int
+    encoder_parameters: int
+    flops: ImageFlops
+    state: str
+    step: int
+    steps: int
+    images_seen: int
+    epochs: float
+    training_flops: int | None
+    images_per_second: float | None
+    seconds: float
+    loss: float | None
+    device: str
+
+
+def run_facts(name: str, run: Run) -> RunFacts:
+    """Read what a run is and what it cost. name: how the page calls it."""
+    config, plan, status = read_config(run), read_plan(run), run.status()
+    trained = trained_rows(run.metrics())
+    flops = image_flops(config, plan.images)
     seen = status.step * plan.batch_size
-    return {
-        "name": name,
-        "path": str(run.path),
-        "method": config.method.name,
-        "recipe": config.recipe,
-        "source": config.data.place,
-        "place": _place(config.data.source),
-        "differs": _by_hand(config),
-        "image": [plan.images.channels, *plan.images.size],
-        "parameters": plan.parameters,
-        "encoder_parameters": plan.encoder_parameters,
-        "flops": flops,
-        "state": status.shown_state or "waiting",
-        "step": status.step,
-        "steps": plan.steps,
-        "images_seen": seen,
-        "epochs": seen / plan.num_images if plan.num_images else 0.0,  # imported weights have seen none here
-        "training_flops": None if flops["training"] is None else flops["training"] * seen,
-        "images_per_second": statistics.median(row["images_per_second"] for row in trained) if trained else None,
-        "seconds": training_seconds(trained),
-        "loss": last_loss(trained) if trained else None,
-        "device": _device(run, plan),
-    }
+    return RunFacts(
+        name=name,
+        path=str(run.path),
+        method=config.method.name,
+        recipe=config.recipe,
+        source=config.data.place,
+        place=absolute_places(config.data.source),
+        differs=tuple(_changed_settings(config)),
+        image=(plan.images.channels, *plan.images.size),
+        parameters=plan.parameters,
+        encoder_parameters=plan.encoder_parameters,
+        flops=flops,
+        state=status.shown_state or "waiting",
+        step=status.step,
+        steps=plan.steps,
+        images_seen=seen,
+        epochs=seen / plan.num_images if plan.num_images else 0.0,  # imported weights were trained on no images here
+        training_flops=None if flops.training is None else flops.training * seen,
+        images_per_second=statistics.median(row["images_per_second"] for row in trained) if trained else None,
+        seconds=training_seconds(trained),
+        loss=last_loss(trained) if trained else None,
+        device=_device(run, plan),
+    )
 
 
-def _place(source: str | Sequence[str]) -> list[str]:
-    """Where the images are, spelled alike for every run: '/a/b/../c' and a link to /a/c are /a/c."""
+def absolute_places(source: str | Sequence[str]) -> tuple[str, ...]:
+    """Resolve the paths of a source, so that '/a/b/../c' and a link to /a/c are both /a/c."""
     each = [source] if isinstance(source, str) else list(source)
-    return [os.path.realpath(text) if os.path.isabs(text) else text for text in each]
+    return tuple(os.path.realpath(text) if os.path.isabs(text) else text for text in each)
 
 
-def differences(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """What the runs do not have in common and a comparison of methods needs, by name, as sentences with the numbers."""
-    kinds: dict[str, tuple[list[Any], list[str]]] = {
-        "image size": (sizes := [row["image"][1:] for row in rows], [f"{size[0]} x {size[1]}" for size in sizes]),
-        "channels": (channels := [row["image"][0] for row in rows], [str(number) for number in channels]),
-        "data": ([row["place"] for row in rows], [row["source"] for row in rows]),
-        "steps": (steps := [row["step"] for row in rows], [f"{number:,}" for number in steps]),
-        "epochs": (epochs := [row["epochs"] for row in rows], [f"{number:.3g}" for number in epochs]),
-        "images seen": (seen := [row["images_seen"] for row in rows], [f"{number:,}" for number in seen]),
-        "training compute": (flops := [row["training_flops"] for row in rows], [_flops(number) for number in flops]),
-        "parameters of the encoder": (
-            sizes := [row["encoder_parameters"] for row in rows], [f"{number / 1e6:.2f} M" for number in sizes],
-        ),
-    }  # fmt: skip
-    return {
-        kind: f"The {kind} differ{'s' * (kind in SINGULAR)}: "
-        + ", ".join(f"{row['name']} {said}" for row, said in zip(rows, words, strict=True))
-        + "."
-        for kind, (values, words) in kinds.items()
-        if _differ(values)
-    }
+@dataclass(frozen=True)
+class _Quantity:
+    """Something that should be equal for a comparison of methods: its values and the same as text, one for each run."""
+
+    name: str
+    values: Sequence[Any]
+    texts: Sequence[str]
+    verb: str = "differ"
+
+
+def differences(runs: Sequence[RunFacts]) -> dict[str, str]:
+    """Return a sentence with the numbers for everything in which the runs differ and a comparison of methods needs
+    equality, by its name."""
+    found = {}
+    for quantity in _quantities(runs):
+        if _differ(quantity.values):
+            each = ", ".join(f"{run.name} {text}" for run, text in zip(runs, quantity.texts, strict=True))
+            found[quantity.name] = f"The {quantity.name} {quantity.verb}: {each}."
+    return found
+
+
+def _quantities(runs: Sequence[RunFacts]) -> Iterator[_Quantity]:
+    def counted(name: str, values: Sequence[int]) -> _Quantity:
+        return _Quantity(name, values, [f"{value:,}" for value in values])
+
+    sizes, epochs = [run.image[1:] for run in runs], [run.epochs for run in runs]
+    encoders, flops = [run.encoder_parameters for run in runs], [run.training_flops for run in runs]
+    yield _Quantity("image size", sizes, [f"{size[0]} x {size[1]}" for size in sizes], "differs")
+    yield counted("channels", [run.image[0] for run in runs])
+    yield _Quantity("data", [run.place for run in runs], [run.source for run in runs], "differs")
+    yield counted("steps", [run.step for run in runs])
+    yield _Quantity("epochs", epochs, [f"{number:.3g}" for number in epochs])
+    yield counted("images seen", [run.images_seen for run in runs])
+    texts = ["unknown" if number is None else f"{number:.3g} FLOPs" for number in flops]
+    yield _Quantity("training compute", flops, texts, "differs")
+    yield _Quantity("parameters of the encoder", encoders, [f"{number / 1e6:.2f} M" for number in encoders])
 
 
 def _differ(values: Sequence[Any]) -> bool:
@@ -94,37 +151,32 @@ def _differ(values: Sequence[Any]) -> bool:
     return any(value != values[0] for value in values)
 
 
-def _flops(number: float | None) -> str:
-    return "unknown" if number is None else f"{number:.3g} FLOPs"
-
-
-def caveat(differing: dict[str, str]) -> str:
-    """What a ranking has to be read with; "" where the runs differ in nothing of that kind."""
+def caveat(differing: Mapping[str, str]) -> str:
+    """Return what limits a ranking of these runs, as the end of a sentence; "" where they do not differ."""
     return f"; not a comparison of methods alone: the runs differ in {', '.join(differing)}" if differing else ""
 
 
-def flops_of(config: Config, images: ImageSpec) -> dict[str, int | None]:
-    """FLOPs of one image, by part; of an encoder that has no task only `whole`, the others are None."""
+def image_flops(config: Config, images: ImageSpec) -> ImageFlops:
+    """Count the FLOPs of one image; see `engine.flops`."""
     if config.method.name != "encoder":
         flops = count_flops(config, images)
-        return {**vars(flops), "forward": flops.forward}
+        return ImageFlops(**vars(flops), forward=flops.forward)
     encoder = build_unallocated(config, images).encoder
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         encoder(example_batch(images, 1, "meta").images)
-    none = dict.fromkeys(("encoder", "decoder", "rest", "training", "forward"))
-    return {**none, "whole": counter.get_total_flops()}
+    return ImageFlops(whole=counter.get_total_flops())
 
 
-def _by_hand(config: Config) -> list[str]:
-    """Settings that are not the recipe's, as KEY=VALUE; [] for a recipe that is not known here."""
+def _changed_settings(config: Config) -> list[str]:
+    """Return the settings that are not the recipe's, as KEY=VALUE; [] for a recipe that this version does not have."""
     if config.recipe not in (known := all_recipes()):
         return []
     base, found = known[config.recipe](), []
     both = [key for key in keys(config) if key in set(keys(base)) and key not in ("data.source", "graft")]
     for key in both:
-        ours, theirs = (_value(tree, key) for tree in (config, base))
-        if ours != theirs:
-            found.append(f"{key}={ours}")
+        value, default = (_value(tree, key) for tree in (config, base))
+        if value != default:
+            found.append(f"{key}={value}")
     return [*found, *(f"{entry.target or 'all weights'} from {entry.run}, step {entry.step}" for entry in config.graft)]
 
 

@@ -5,15 +5,14 @@ from __future__ import annotations
 import shlex
 import sys
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from unmask.comparison.cells import (
     LENGTHS,
-    AblationRequest,
     all_cells,
     base_config,
     cell_settings,
@@ -22,6 +21,8 @@ from unmask.comparison.cells import (
     recipe_of,
 )
 from unmask.comparison.paper_tables import PRETRAINED, SHARED, Cell, Table
+from unmask.comparison.run_facts import ImageFlops
+from unmask.comparison.table_plan import CellCost, PlannedCell, TablePlan, TableRequest
 from unmask.comparison.table_results import POOL
 from unmask.config import Config, parse
 from unmask.console import Console, duration
@@ -44,7 +45,7 @@ from unmask.evals.labelled_images import few_shots, require_classes
 from unmask.method import Method
 from unmask.nn.modes import eval_mode
 
-MOST_LABELS = 5_000  # by default: a probe of a small encoder then takes seconds, and its test images tell more
+MOST_LABELS = 5_000  # default for all classes together: a probe of a small encoder then takes seconds
 MEASURE_SECONDS = 2.0
 MEASURED_BATCHES = 3
 FIT_SECONDS = 3.0
@@ -52,10 +53,42 @@ FEWEST_STEPS = 20
 PRETRAINING_SHARE = 2 / 3  # of a budget for training, where every cell is fine-tuned from one pre-training
 
 
-def require_probe(asked: AblationRequest) -> tuple[Source, int]:
-    """The data, and the most labels per class a probe can have by default. Raises ValueError when it cannot be probed.
+@dataclass(frozen=True)
+class Measured:
+    """A cell with its cost, the steps that its recipe and settings plan, and its length in units of the table's."""
 
-    Checked before training, because a table whose cells cannot be measured is of no use to anybody.
+    cell: Cell
+    cost: CellCost
+    planned_steps: int
+    length: float = 1.0
+
+    @property
+    def seconds(self) -> float:
+        """Training time for one step of the table."""
+        assert self.cost.step_seconds is not None, "measured where there is a budget"
+        return self.length * self.cost.step_seconds
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A table, what was asked for, its images, and what is needed to measure a cell."""
+
+    table: Table
+    asked: TableRequest
+    source: Source
+    shots: int
+
+    @property
+    def set_by_hand(self) -> bool:
+        """Whether the settings give a length."""
+        return any(key in LENGTHS for key in parse(self.asked.settings))
+
+
+def require_probe(asked: TableRequest) -> tuple[Source, int]:
+    """Open the data and return it with the number of labels per class of the probes.
+
+    Raises UserError when the images cannot be probed: before training, because a table whose cells cannot be measured
+    is useless.
     """
     source = require_labels(open_source(asked.data))
     assert source.labels is not None
@@ -64,178 +97,213 @@ def require_probe(asked: AblationRequest) -> tuple[Source, int]:
     if asked.test is None:
         rows, held = hold_out(source.labels, rows, 0, HOLD_OUT_FOR_TEST)
         if not len(held):
-            raise UserError(f"{asked.data} has one image per class, so none can be held out; give others with --test")
+            raise UserError(f"{asked.data} has one image per class, so none can be held out; give test images: --test")
     else:
         test = require_labels(open_source(asked.test), source.classes)
         if unknown := set(test.classes) - set(source.classes):
             raise UserError(
-                f"{test.name} has classes that {asked.data} has not ({', '.join(sorted(unknown)[:6])}); test images "
-                "must lie in sub-folders of the same names"
+                f"{test.name} has classes that {asked.data} does not have ({', '.join(sorted(unknown)[:6])}); test "
+                "images must be in sub-folders of the same names"
             )
     if asked.shots is not None:
         few_shots(rows, source.labels[rows], source.classes, asked.shots, 0)
-    poorest = int(np.bincount(source.labels[rows], minlength=len(source.classes)).min())
-    return source, max(1, asked.shots or min(poorest, MOST_LABELS // len(source.classes)))
+    smallest = int(np.bincount(source.labels[rows], minlength=len(source.classes)).min())
+    limit = max(1, asked.shots or min(smallest, MOST_LABELS // len(source.classes)))
+    return source, min(asked.shots or limit, limit)
 
 
-# ------------------------------------------------------------------------------------------- how long each cell trains
-
-
-def plan_table(table: Table, asked: AblationRequest, source: Source, shots: int, console: Console) -> dict[str, Any]:
-    """The object that ablation.json holds: the cells with their settings, steps, FLOPs and measured times."""
+def plan_table(experiment: Experiment, console: Console) -> TablePlan:
+    """Decide the settings and steps of every cell; measures times where there is a budget."""
+    table, asked, source = experiment.table, experiment.asked, experiment.source
     began = time.perf_counter()
     cells = all_cells(table, asked)
     first = draft_config(table, _base(cells), asked)
-    found = training_data.scan_all(source, first, console)
+    scan = training_data.scan_all(source, first, console)
     scanning = time.perf_counter() - began
-    console.say("all cells: " + consequence(found.median_size, first.data.size, resolve.patch_of(first)))
+    console.say("all cells: " + consequence(scan.median_size, first.data.size, resolve.patch_of(first)))
     device = choose_device(first.train.device)
-    measured: dict[str, dict[str, Any]] = {}
+    measured = []
     with console.progress("measuring cells", len(cells)) as bar:
         for number, cell in enumerate(cells, 1):
-            measured[cell.name] = measure(table, cell, asked, source, found, device, shots)
+            measured.append(measure_cell(experiment, cell, scan, device))
             bar.update(number)
-    base = measured[_base(cells).name]
-    for cell in cells:
-        about, length = measured[cell.name], cell.length
-        if cell.equal == "compute":
-            length = base["batch_size"] * base["flops"]["training"] / about["batch_size"] / about["flops"]["training"]
-        about["length"] = length
-    if table.measure == "fine_tuned":
-        set_fine_tuning_length(cells, asked, measured)
-
-    steps, reason = base["plan_steps"], f"{base['plan_steps']} steps, as the recipe or the settings ask"
-    set_by_hand = any(key in LENGTHS for key in parse(asked.settings))
-    if table.measure == "linear" and base["length"] != 1 and not set_by_hand:
-        # The row that the others are compared with is the one that the paper trains as long as its recipe says.
-        steps = max(1, round(base["plan_steps"] / base["length"]))
-        reason = (
-            f"{steps} steps for 1x: the recipe's {base['plan_steps']} are those of {_base(cells).label}, the base row"
-        )
+    measured = with_lengths(experiment, measured)
+    steps, reason = steps_without_budget(experiment, measured)
     if asked.budget is not None:
-        many = {cell.name: 1 if cell.name in SHARED else asked.seeds for cell in cells}
-        probed = len(cells) * asked.seeds + 2 * sum(_controls(table, cell) for cell in cells)
-        probing = sum(about["probe_seconds"] for about in measured.values()) / len(cells) * probed
-        reading = sum((scanning + measured[name]["reading_seconds"]) * times for name, times in many.items())
-        left = BUDGET_SHARE * asked.budget - probing - reading - (time.perf_counter() - began)
-        each = sum(times * measured[name]["length"] * measured[name]["step_seconds"] for name, times in many.items())
-        steps = int(left / each) if left > 0 else 0
-        if steps < FEWEST_STEPS:
-            least = (probing + reading + FEWEST_STEPS * each) / BUDGET_SHARE
-            raise UserError(
-                f"a budget of {duration(asked.budget)} is too short for {sum(many.values())} runs: reading and probing "
-                f"alone take about {duration(probing + reading)}; give at least {duration(least)}, fewer seeds, or "
-                "fewer labels with --shots"
-            )
-        reason = (
-            f"{steps} steps: {sum(many.values())} runs in {duration(asked.budget)}, of which about "
-            f"{duration(reading + probing)} go into reading and probing"
-        )
-    tuned = max(1, round(steps * base["length"]))
+        steps, reason = steps_in_budget(experiment, measured, asked.budget, scanning, time.perf_counter() - began)
+    tuned = max(1, round(steps * _base_of(measured).length))
     if table.measure == "fine_tuned" and tuned != steps:
-        reason += f"; so many for the pre-training, each cell is fine-tuned for {tuned}"
-    return {
-        "asked": asked.saved(),
-        "title": table.title,
-        "axis": table.axis,
-        "note": table.note,
-        "log": table.log,
-        "base": list(table.base),
-        "missing": [cell.label for cell in table.cells(base_config(table, asked)) if cell not in cells],
-        "measure": table.measure,
-        "steps": steps,
-        "reason": reason,
-        "shots": shots,
-        "pool": POOL,
-        "device": device,
-        "fingerprint": source.fingerprint(),
-        "cells": [
-            {
-                "name": cell.name,
-                "label": cell.label,
-                "theirs": cell.theirs,
-                "at": cell.at,
-                "recipe": recipe_of(table, cell, asked),
-                "settings": cell_settings(table, cell, asked),
-                "varied": list(cell.settings),
-                "steps": max(1, round(steps * measured[cell.name]["length"])),
-                "equal": cell.equal,
-                "base": cell.base,
-                "controls": _controls(table, cell),
-                "tokenizer": cell.tokenizer,
-                "fine_tunes": fine_tunes(table, cell),
-                "paper": cell.paper._asdict(),
-                **{key: value for key, value in measured[cell.name].items() if key not in ("plan_steps", "length")},
-            }
-            for cell in cells
-        ],
-        "versions": provenance.provenance_versions(),
-        "git": provenance.git_state(),
-        "command": shlex.join(["unmask", *sys.argv[1:]]),
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        reason += f"; these are the steps of the pre-training, each cell is fine-tuned for {tuned}"
+    return TablePlan(
+        asked=asked,
+        title=table.title,
+        axis=table.axis,
+        note=table.note,
+        log=table.log,
+        base=table.base,
+        missing=tuple(cell.label for cell in table.cells(base_config(table, asked)) if cell not in cells),
+        measure=table.measure,
+        steps=steps,
+        reason=reason,
+        shots=experiment.shots,
+        pool=POOL,
+        device=device,
+        fingerprint=source.fingerprint(),
+        cells=tuple(planned_cell(experiment, each, steps) for each in measured),
+        versions=provenance.provenance_versions(),
+        git=provenance.git_state(),
+        command=shlex.join(["unmask", *sys.argv[1:]]),
+        time=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    )
+
+
+def planned_cell(experiment: Experiment, measured: Measured, steps: int) -> PlannedCell:
+    """Return a cell with all that is decided about it. steps: of a cell of length 1."""
+    table, asked, cell = experiment.table, experiment.asked, measured.cell
+    return PlannedCell(
+        name=cell.name,
+        label=cell.label,
+        theirs=cell.theirs,
+        at=cell.at,
+        recipe=recipe_of(table, cell, asked),
+        settings=tuple(cell_settings(table, cell, asked)),
+        varied=cell.settings,
+        steps=max(1, round(steps * measured.length)),
+        equal=cell.equal,
+        base=cell.base,
+        controls=with_controls(table, cell),
+        tokenizer=cell.tokenizer,
+        fine_tunes=fine_tunes(table, cell),
+        paper=cell.paper,
+        **vars(measured.cost),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- lengths and steps
+
+
+def with_lengths(experiment: Experiment, measured: Sequence[Measured]) -> list[Measured]:
+    """Set the length of every cell in units of the table's steps.
+
+    Fine-tuned cells are equally long; in a budget all of them together get a third of it, of a given run all of it.
+    """
+    base, asked = _base_of(measured), experiment.asked
+    base_flops = base.cost.batch_size * base.cost.training_flops
+    lengths = {
+        each.cell.name: base_flops / each.cost.batch_size / each.cost.training_flops
+        if each.cell.equal == "compute"
+        else each.cell.length
+        for each in measured
     }
+    if experiment.table.measure == "fine_tuned":
+        tuned = [each for each in measured if each.cell.name != PRETRAINED]
+        length = None
+        if asked.from_run is not None and (asked.budget is not None or experiment.set_by_hand):
+            length = 1.0
+        elif asked.budget is not None:
+            first = next(each for each in measured if each.cell.name == PRETRAINED)
+            length = first.seconds * (1 / PRETRAINING_SHARE - 1) / (asked.seeds * sum(each.seconds for each in tuned))
+        if length is not None:
+            lengths |= {each.cell.name: length for each in tuned}
+    return [Measured(each.cell, each.cost, each.planned_steps, lengths[each.cell.name]) for each in measured]
 
 
-def set_fine_tuning_length(cells: Sequence[Cell], asked: AblationRequest, measured: dict[str, dict[str, Any]]) -> None:
-    """Lengths of a table whose cells are fine-tuned: all equal and, in a budget, a third of it; of a given Run all."""
-    tuned = [measured[cell.name] for cell in cells if cell.name != PRETRAINED]
-    said = asked.from_run is not None and any(key in LENGTHS for key in parse(asked.settings))
-    if asked.budget is not None or said:
-        length = 1.0
-        if asked.from_run is None:
-            each = asked.seeds * sum(about["step_seconds"] for about in tuned)
-            length = measured[PRETRAINED]["step_seconds"] * (1 / PRETRAINING_SHARE - 1) / each
-        for about in tuned:
-            about["length"] = length
+def steps_without_budget(experiment: Experiment, measured: Sequence[Measured]) -> tuple[int, str]:
+    """Return the steps of a cell of length 1 that the recipe or the settings plan, and the reason."""
+    base = _base_of(measured)
+    if experiment.table.measure == "linear" and base.length != 1 and not experiment.set_by_hand:
+        # The base row is the one that the paper trains as long as its recipe says.
+        steps = max(1, round(base.planned_steps / base.length))
+        return steps, (
+            f"{steps} steps for 1x: the recipe's {base.planned_steps} are those of {base.cell.label}, the base row"
+        )
+    return base.planned_steps, f"{base.planned_steps} steps, as planned by the recipe or the settings"
+
+
+def steps_in_budget(
+    experiment: Experiment, measured: Sequence[Measured], budget: float, scanning: float, spent: float
+) -> tuple[int, str]:
+    """Return the steps of a cell of length 1 for which the whole table fits the budget, and the reason.
+
+    budget, scanning, spent: seconds; scanning is repeated by every run, spent is gone already. Raises UserError when
+    fewer than FEWEST_STEPS fit.
+    """
+    asked, table = experiment.asked, experiment.table
+    runs = {each.cell.name: 1 if each.cell.name in SHARED else asked.seeds for each in measured}
+    count = sum(runs.values())
+    probes = len(measured) * asked.seeds + 2 * sum(with_controls(table, each.cell) for each in measured)
+    probing = sum(each.cost.probe_seconds or 0.0 for each in measured) / len(measured) * probes
+    reading = sum((scanning + (each.cost.reading_seconds or 0.0)) * runs[each.cell.name] for each in measured)
+    left = BUDGET_SHARE * budget - probing - reading - spent
+    one_step = sum(each.seconds * runs[each.cell.name] for each in measured)
+    steps = int(left / one_step) if left > 0 else 0
+    if steps < FEWEST_STEPS:
+        least = (probing + reading + FEWEST_STEPS * one_step) / BUDGET_SHARE
+        raise UserError(
+            f"a budget of {duration(budget)} is too short for {count} runs: reading and probing alone take about "
+            f"{duration(probing + reading)}; give at least {duration(least)}, fewer seeds, or fewer labels with --shots"
+        )
+    return steps, (
+        f"{steps} steps: {count} runs in {duration(budget)}, of which reading and probing take about "
+        f"{duration(reading + probing)}"
+    )
 
 
 def _base(cells: Sequence[Cell]) -> Cell:
     return next(cell for cell in cells if cell.base)
 
 
-def _controls(table: Table, cell: Cell) -> bool:
-    """Raw pixels and the untrained encoder stand in the table once; of the family every encoder is another."""
+def _base_of(measured: Sequence[Measured]) -> Measured:
+    return next(each for each in measured if each.cell.base)
+
+
+def with_controls(table: Table, cell: Cell) -> bool:
+    """Whether the cell is probed with controls: the base row, and in the family every row, whose encoders differ."""
     if table.measure == "fine_tuned":
         return False
     return cell.base or (table.name == "family" and cell.name.endswith("-equal-steps"))
 
 
-def measure(
-    table: Table, cell: Cell, asked: AblationRequest, source: Source, found: Scan, device: str, shots: int
-) -> dict[str, Any]:
-    """What one cell costs: FLOPs as counted, parameters and, for a budget, seconds as measured."""
+# -------------------------------------------------------------------------------------------------------------- costs
+
+
+def measure_cell(experiment: Experiment, cell: Cell, scan: Scan, device: str) -> Measured:
+    """Count the FLOPs and parameters of a cell and, for a budget, measure its seconds."""
+    table, asked, source = experiment.table, experiment.asked, experiment.source
     config = draft_config(table, cell, asked, source)
-    images, plan = training_data.prepare(source, found, config, device, budget=None, reasons=())
-    about: dict[str, Any] = {
-        "plan_steps": plan.steps,
-        "batch_size": plan.batch_size,
-        "parameters": plan.parameters,
-        "encoder_parameters": plan.encoder_parameters,
-        "flops": {**vars(flops := count_flops(config, plan.images)), "forward": flops.forward},
-        "precision": plan.precision,
-    }
-    if asked.budget is None:
-        return about
-    batch, workers = config.train.batch_size, plan.workers
-    load = training_data.batch_seconds(images, batch, workers, cached=plan.cached).median
-    decode = training_data.batch_seconds(images, batch, 0, cached=False).median / batch
-    compute = measure_step_seconds(
-        config, plan.images, plan.micro_batch, plan.precision, device, seconds=MEASURE_SECONDS
+    images, plan = training_data.prepare(source, scan, config, device, budget=None, reasons=())
+    flops = count_flops(config, plan.images)
+    seconds: Mapping[str, float] = {}
+    if asked.budget is not None:
+        batch, workers = config.train.batch_size, plan.workers
+        load = training_data.batch_seconds(images, batch, workers, cached=plan.cached).median
+        decode = training_data.batch_seconds(images, batch, 0, cached=False).median / batch
+        compute = measure_step_seconds(
+            config, plan.images, plan.micro_batch, plan.precision, device, seconds=MEASURE_SECONDS
+        )
+        tested = len(open_source(asked.test)) if asked.test is not None else len(source) // 5
+        probed, fitting = tested + experiment.shots * len(source.classes), FIT_SECONDS
+        if table.measure == "fine_tuned":  # a fine-tuned cell is tested, the pre-training is not
+            probed, fitting = tested * fine_tunes(table, cell), 0.0
+        seconds = {
+            "step_seconds": with_loading(compute, load, workers),
+            "reading_seconds": decode * plan.num_images * plan.cached,
+            "probe_seconds": probed * (decode + encode_seconds(config, plan)) + fitting,
+        }
+    cost = CellCost(
+        batch_size=plan.batch_size,
+        parameters=plan.parameters,
+        encoder_parameters=plan.encoder_parameters,
+        flops=ImageFlops(**vars(flops), forward=flops.forward),
+        precision=plan.precision,
+        **seconds,
     )
-    tested = len(open_source(asked.test)) if asked.test is not None else len(source) // 5
-    probed, fitting = tested + shots * len(source.classes), FIT_SECONDS
-    if table.measure == "fine_tuned":  # a cell is tested, the pre-training is not
-        probed, fitting = tested * fine_tunes(table, cell), 0.0
-    return about | {
-        "step_seconds": with_loading(compute, load, workers),
-        "reading_seconds": decode * plan.num_images * plan.cached,
-        "probe_seconds": probed * (decode + encode_seconds(config, plan)) + fitting,
-    }
+    return Measured(cell, cost, plan.steps)
 
 
 @torch.no_grad()
 def encode_seconds(config: Config, plan: Plan) -> float:
-    """Time for one image of a probe to pass the encoder."""
+    """Measure how many seconds the encoder needs for one image of a probe."""
     method: Method = fresh_method(config, plan.images).to(plan.device)
     batch = example_batch(plan.images, EVAL_BATCH, plan.device)
     with eval_mode(method), autocast(plan.precision, plan.device):

@@ -1,94 +1,136 @@
-"""The measurements that several runs have in common."""
+"""The measurements that several runs have in common, ranked, and those that only some of them have."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
-from unmask.comparison.agreement import difference
-from unmask.report.probe_titles import probe_title
-from unmask.results import POOLS, PRETRAINED
-from unmask.run import Run
+from unmask.comparison.agreement import difference, single_run
+from unmask.report.page import show_score
+from unmask.report.probe_section import full_width, probe_title
+from unmask.results import ACCURACY, POOLS, PRETRAINED, FeatureScore, ImageSet, ProbeResult, Results, TestIdentity
 
-# What two probes must have in common to be one measurement.
-SAME = ("kind", "data", "test", "shots", "seed", "layer", "masks")
-
-
-def probes(run: Run) -> list[dict[str, Any]]:
-    """The Run's probes, but for damaged files; of one measurement at several steps only the latest."""
-    latest: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for _, found in sorted(run.results("probe-*", "attentive-*")[0].items()):
-        probe = {"layer": None, "masks": None} | found
-        if all(key in probe for key in SAME):
-            key = tuple(probe[name] for name in SAME)
-            if key not in latest or probe["step"] > latest[key]["step"]:
-                latest[key] = probe
-    return list(latest.values())
+NO_SHARED_PROBE = (
+    "No probe is shared by all of these runs, so nothing says which features are better; measure one with: unmask "
+    "compare RUN... --data DATA --test DATA"
+)
 
 
-def damaged(runs: Iterable[Run]) -> list[str]:
-    """Results that are not shown because their files have changed since they were written."""
-    return [fault for run in runs for fault in run.results("probe-*", "attentive-*")[1]]
+@dataclass(frozen=True)
+class RankedRun:
+    """One run in a shared measurement. score: the one that is ranked; pools: that of every pooling, by its name."""
+
+    name: str
+    step: int | None
+    score: FeatureScore
+    pools: Mapping[str, FeatureScore]
 
 
-def _measurement(probe: dict[str, Any]) -> tuple[Any, ...]:
-    return (*(probe[key] for key in SAME), probe["test_images"], probe["train_images"], tuple(probe["classes"]))
+@dataclass(frozen=True)
+class SharedProbe:
+    """A measurement that every run has. rows: best first. width: the score of a full bar. sentence: the ranking."""
+
+    title: str
+    kind: str
+    data: ImageSet
+    test: TestIdentity
+    shots: int | None
+    seed: int
+    layer: str | None
+    mask_votes: int | None
+    metric: str
+    train_images: int
+    test_images: int
+    chance: float | None
+    width: float
+    rows: tuple[RankedRun, ...]
+    sentence: str
 
 
-def shared(found: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """The measurements that every Run has, each with one row for a Run: the mean over patches (of a kind without it
-    what there is), and all pools.
+def latest_probes(results: Results) -> list[ProbeResult]:
+    """Return the probes of a run; of one measurement at several steps only the last."""
+    latest: list[ProbeResult] = []
+    for probe in results.probes:
+        same = next((i for i, other in enumerate(latest) if probe.same_measurement(other)), None)
+        if same is None:
+            latest.append(probe)
+        elif (probe.step or 0) >= (latest[same].step or 0):
+            latest[same] = probe
+    return latest
 
-    Ranked is one pool for all: the better of two, chosen on the test images, would favour encoders with a class token.
+
+def shared_probes(probes: Mapping[str, Sequence[ProbeResult]], caveat: str = "") -> list[SharedProbe]:
+    """Return the measurements that every run has. probes: of each run by its name. caveat: ends every ranking.
+
+    One pooling is ranked for all runs, the mean over patches where the kind of probe has it: choosing the better one on
+    the test images would favour encoders with a class token.
     """
-    keyed = {name: {_measurement(probe): probe for probe in each} for name, each in found.items()}
-    first, *others = keyed.values()
-    tables = []
-    for key, probe in first.items():
-        if not all(key in other for other in others):
+    first, *others = probes.values()
+    shared = []
+    for probe in first:
+        if not all(any(probe.same_measurement(other) for other in each) for each in others):
             continue
-        rows = []
-        for name, each in keyed.items():
-            pools = {row["pool"]: row for row in each[key]["rows"] if row["features"] == PRETRAINED}
-            ranked = pools.get("mean") or next(iter(pools.values()))
-            score = {part: ranked[part] for part in ("accuracy", "low", "high", "correct", "total", "pool")}
-            rows.append({"name": name, "step": each[key]["step"], **score, "pools": pools})
-        rows.sort(key=lambda row: -row["accuracy"])
-        about_all = {part: probe[part] for part in (*SAME, "test_images", "train_images", "chance")}
-        tables.append({"title": probe_title(probe), **about_all, "rows": rows, "sentence": _sentence(rows)})
-    return tables
-
-
-def _sentence(rows: list[dict[str, Any]]) -> str:
-    """Who leads, and whom the choice of test images alone could put in front."""
-    first, *others = rows
-    said = f"{first['name']} leads with {first['accuracy']:.1%} ({POOLS.get(first['pool'], first['pool'])})"
-    scores = [
-        {"mean": row["accuracy"], "interval": "test images", "by_seed": {}, **{k: row[k] for k in ("correct", "total")}}
-        for row in rows
-    ]
-    close = [row["name"] for row, score in zip(others, scores[1:], strict=True) if difference(scores[0], score)[1] <= 0]
-    if not close:
-        return said + ", by more than the choice of test images would explain; another seed of the training may differ"
-    return said + f", but within the noise of the test images lie {', '.join(close)}"
-
-
-def not_shared(found: dict[str, list[dict[str, Any]]]) -> list[str]:
-    """A sentence for every measurement that only some of the Runs have."""
-    names: dict[tuple[Any, ...], list[str]] = {}
-    titles: dict[tuple[Any, ...], str] = {}
-    for name, each in found.items():
-        for probe in each:
-            names.setdefault(_measurement(probe), []).append(name)
-            titles[_measurement(probe)] = probe_title(probe)
-    lines = [
-        f"{titles[key]} ({key[len(SAME)]} test images) was measured for {', '.join(have)} only."
-        for key, have in names.items()
-        if len(have) < len(found)
-    ]
-    if not any(len(have) == len(found) for have in names.values()):
-        lines.append(
-            "No probe is shared by all of these runs, so nothing says which features are better; measure one with: "
-            "unmask compare RUN... --data DATA --test DATA"
+        matching = {
+            name: next(other for other in each if probe.same_measurement(other)) for name, each in probes.items()
+        }
+        rows = tuple(
+            sorted((_ranked(name, found) for name, found in matching.items()), key=lambda row: -row.score.value)
         )
-    return lines
+        shared.append(
+            SharedProbe(
+                title=probe_title(probe),
+                kind=probe.kind,
+                data=probe.data,
+                test=probe.test,
+                shots=probe.shots,
+                seed=probe.seed,
+                layer=probe.layer,
+                mask_votes=probe.mask_votes,
+                metric=probe.metric,
+                train_images=probe.train_images,
+                test_images=probe.test_images,
+                chance=probe.chance,
+                width=max(full_width(found) for found in matching.values()),
+                rows=rows,
+                sentence=ranking(rows, probe.metric) + caveat,
+            )
+        )
+    return shared
+
+
+def _ranked(name: str, probe: ProbeResult) -> RankedRun:
+    pools = {row.pool: row for row in probe.rows if row.features == PRETRAINED}
+    return RankedRun(name, probe.step, pools.get("mean") or next(iter(pools.values())), pools)
+
+
+def ranking(rows: Sequence[RankedRun], metric: str = ACCURACY) -> str:
+    """State which run scores highest, and which others the choice of test images alone could put first."""
+    first, *others = rows
+    pool = POOLS.get(first.score.pool, first.score.pool)
+    value = f"{first.score.value:.1%}" if metric == ACCURACY else show_score(first.score.value, metric)
+    text = f"{first.name} scores highest with {value} ({pool})"
+    if first.score.low is None or first.score.high is None:
+        return text
+    best = single_run(first.score)
+    close = [row.name for row in others if difference(best, single_run(row.score)).low <= 0]
+    if not close:
+        return text + "; the margin is larger than the noise of the test images, but another training seed may differ"
+    return text + f", but the difference to {', '.join(close)} is within the noise of the test images"
+
+
+def not_shared(probes: Mapping[str, Sequence[ProbeResult]]) -> list[str]:
+    """Return a sentence for every measurement that only some of the runs have."""
+    groups: list[tuple[ProbeResult, list[str]]] = []
+    for name, each in probes.items():
+        for probe in each:
+            group = next((names for other, names in groups if probe.same_measurement(other)), None)
+            if group is None:
+                groups.append((probe, [name]))
+            else:
+                group.append(name)
+    lines = [
+        f"{probe_title(probe)} ({probe.test_images} test images) was measured for {', '.join(names)} only."
+        for probe, names in groups
+        if len(names) < len(probes)
+    ]
+    return lines if any(len(names) == len(probes) for _, names in groups) else [*lines, NO_SHARED_PROBE]

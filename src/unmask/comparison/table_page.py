@@ -1,94 +1,119 @@
-"""A table's numbers beside the paper's: `table.json` and `table.html`, made from the folder of `unmask ablate` alone.
+"""`table.html` and `table.json`: a table's results beside the paper's, made from the folder of `unmask ablate` alone.
 
-Our accuracies are probes of small models on small images, the paper's are ViT-L on ImageNet, so what compares is the
-order of the cells and the shape of the curve, not the height. Every number stands with a 95 % interval: a t-interval
-over seeds where there are two or more, else the Wilson interval of the test images, which says nothing of what another
-seed would change.
+Accuracies here are probes of small models on small images, the paper's are ViT-L on ImageNet: compare the order of the
+cells and the shape of the curve, not the height. Every number has a 95 % interval: a t-interval over seeds where there
+are two or more, else the Wilson interval over the test images, which does not cover the choice of the seed.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 
-from unmask.comparison.agreement import IN_WORDS
-from unmask.comparison.table_results import KINDS, gather
-from unmask.report.charts import GUESSES, LOSS, to_svg
-from unmask.report.page import page
+from unmask.comparison.agreement import MEASURES
+from unmask.comparison.table_results import KINDS, CellRow, TableResults, read_table
+from unmask.report.charts import COLOURS, LOSS_COLOUR, to_svg
+from unmask.report.page import render
 from unmask.system.atomic_files import replace_file
 
 TABLE_JSON, TABLE_HTML = "table.json", "table.html"
 
 
-def write_table(folder: Path, state: str) -> dict[str, Any]:
-    """Write both files and return what the JSON holds. A table with a cell that could not be made is "failed"."""
-    summary = gather(folder, state)
-    replace_file(folder / TABLE_JSON, json.dumps(summary, indent=2).encode("ascii") + b"\n")
-    html = page("table.html.jinja", table=summary, groups=_groups(summary), picture=picture(summary))
-    replace_file(folder / TABLE_HTML, html)
-    return summary
+@dataclass(frozen=True)
+class RowGroup:
+    """Rows of the page under one heading, "" where there is only one group."""
+
+    title: str
+    rows: Sequence[CellRow]
 
 
-# ---------------------------------------------------------------------------------------------------------------- page
+def write_table(folder: Path, state: str) -> TableResults:
+    """Write both files and return the results. state: as in `read_table`."""
+    table = read_table(folder, state)
+    replace_file(folder / TABLE_JSON, json.dumps(table.to_json(), indent=2).encode("ascii") + b"\n")
+    replace_file(folder / TABLE_HTML, render("table.html.jinja", table=table, groups=groups(table), chart=chart(table)))
+    return table
 
 
-def _groups(summary: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows as they stand on the page; the family in two parts, with MAE in both."""
-    rows = summary["rows"]
-    compute = [row for row in rows if row["equal"] == "compute"]
+def groups(table: TableResults) -> list[RowGroup]:
+    """Group the rows for the page: the family in two parts, with MAE in both."""
+    compute = [row for row in table.rows if row.cell.equal == "compute"]
     if not compute:
-        return [{"title": "", "rows": rows}]
-    base = [row for row in rows if row["base"]]
+        return [RowGroup("", table.rows)]
+    base = [row for row in table.rows if row.cell.base]
     return [
-        {"title": "As many steps as MAE", "rows": [row for row in rows if row["equal"] == "steps"]},
-        {"title": "As many training FLOPs as MAE", "rows": [*compute, *base]},
+        RowGroup("As many steps as MAE", [row for row in table.rows if row.cell.equal == "steps"]),
+        RowGroup("As many training FLOPs as MAE", [*compute, *base]),
     ]
 
 
-def picture(summary: dict[str, Any]) -> Markup | None:
-    """Ours on the left, the paper's on the right, over the same axis: the shapes compare, not the heights."""
-    measure = summary["measure"]
-    rows = [row for row in summary["rows"] if row["paper"][measure] is not None]
-    measured = [row for row in rows if row[measure] is not None]
-    if len(measured) < 2 or summary["table"] == "family":
+def chart(table: TableResults) -> Markup | None:
+    """Draw this table on the left and the paper's on the right over one axis; None before two cells are measured."""
+    plan = table.plan
+    measure = plan.measure
+    rows = [row for row in table.rows if row.paper(measure) is not None]
+    if sum(row.score(measure) is not None for row in rows) < 2 or plan.asked.table == "family":
         return None
-    numeric = all(row["at"] is not None for row in rows)
-    at = {row["name"]: row["at"] if numeric else float(place) for place, row in enumerate(rows)}
+    numeric = all(row.cell.at is not None for row in rows)
+    places = {row.cell.name: row.cell.at if numeric else float(place) for place, row in enumerate(rows)}
 
     def draw(figure: Any) -> None:
-        ours, paper = figure.subplots(1, 2)
-        kinds, published, here = {**KINDS}, ("linear", "fine_tuned"), "here: frozen features"
+        left, right = figure.subplots(1, 2)
         if measure == "fine_tuned":
-            kinds, published, here = {measure: IN_WORDS[measure]}, (measure,), "here: fine-tuned"
-        for kind, colour in zip(kinds, (LOSS, GUESSES[1]), strict=False):
-            have = [row for row in rows if row[kind] is not None]
-            x, y = [at[row["name"]] for row in have], [100 * row[kind]["mean"] for row in have]
-            down = [100 * (row[kind]["mean"] - row[kind]["low"]) for row in have]
-            up = [100 * (row[kind]["high"] - row[kind]["mean"]) for row in have]
-            style = "-" if numeric else ""
-            ours.errorbar(x, y, [down, up], fmt="o" + style, color=colour, markersize=4, capsize=3, label=kinds[kind])
-        for key, colour in zip(published, (LOSS, GUESSES[2]), strict=False):
-            x, y = [at[row["name"]] for row in rows], [row["paper"][key] for row in rows]
-            paper.plot(x, y, "o" + ("-" if numeric else ""), color=colour, markersize=4, label=IN_WORDS[key])
-        for axes, title in ((ours, here), (paper, "paper: ViT-L, ImageNet-1K")):
+            _draw_here(left, rows, places, {measure: MEASURES[measure]}, line=numeric)
+            _draw_paper(right, rows, places, (measure,), line=numeric)
+        else:
+            _draw_here(left, rows, places, KINDS, line=numeric)
+            _draw_paper(right, rows, places, ("linear", "fine_tuned"), line=numeric)
+        titles = (
+            "here: fine-tuned" if measure == "fine_tuned" else "here: frozen features",
+            "paper: ViT-L, ImageNet-1K",
+        )
+        for axes, title in zip((left, right), titles, strict=True):
             axes.set_title(title, fontsize=10, loc="left")
             axes.set_ylabel("top-1, %")
             axes.grid(alpha=0.15)
             # Above the axes, right of the title, where it covers no data.
             axes.legend(frameon=False, fontsize=9, ncols=2, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.1)
-            if summary["log"]:
+            if plan.log:
                 axes.set_xscale("log", base=2)
-            labels = [_tick(row, own=axes is ours) for row in rows]
-            axes.set_xticks([at[row["name"]] for row in rows], labels, rotation=0 if numeric else 12, fontsize=8)
+            labels = [_tick(row, own=axes is left) for row in rows]
+            axes.set_xticks(list(places.values()), labels, rotation=0 if numeric else 12, fontsize=8)
             axes.minorticks_off()
-            axes.set_xlabel(summary["axis"])
+            axes.set_xlabel(plan.axis)
 
     return to_svg(draw, size=(12.4, 4.2))
 
 
-def _tick(row: dict[str, Any], *, own: bool) -> str:
-    text = row["label"] if own or not row["theirs"] else row["theirs"]
+def _draw_here(
+    axes: Any, rows: Sequence[CellRow], places: Mapping[str, float | None], kinds: Mapping[str, str], *, line: bool
+) -> None:
+    """Draw the accuracies with their intervals. kinds: which scores, with their labels."""
+    for (kind, label), colour in zip(kinds.items(), (LOSS_COLOUR, COLOURS[1]), strict=False):
+        scores = [(places[row.cell.name], score) for row in rows if (score := getattr(row, kind)) is not None]
+        below = [100 * (score.mean - score.low) for _, score in scores]
+        above = [100 * (score.high - score.mean) for _, score in scores]
+        axes.errorbar(
+            [place for place, _ in scores], [100 * score.mean for _, score in scores], [below, above],
+            fmt="o-" if line else "o", color=colour, markersize=4, capsize=3, label=label,
+        )  # fmt: skip
+
+
+def _draw_paper(
+    axes: Any, rows: Sequence[CellRow], places: Mapping[str, float | None], measures: Sequence[str], *, line: bool
+) -> None:
+    for measure, colour in zip(measures, (LOSS_COLOUR, COLOURS[2]), strict=False):
+        axes.plot(
+            [places[row.cell.name] for row in rows], [row.paper(measure) for row in rows], "o-" if line else "o",
+            color=colour, markersize=4, label=MEASURES[measure],
+        )  # fmt: skip
+
+
+def _tick(row: CellRow, *, own: bool) -> str:
+    text = row.cell.label if own or not row.cell.theirs else row.cell.theirs
     return text.removesuffix(" %").removesuffix(" epochs").split(" (")[0].split(":")[0]

@@ -1,237 +1,357 @@
-"""What the runs of a table measured: one row per cell, with intervals."""
+"""What the runs of a table measured: one row per cell, with intervals, read from the table's folder alone."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from unmask.comparison.agreement import IN_WORDS, agreement, t_half_width
-from unmask.comparison.paper_tables import SHARED
-from unmask.report.training_log import last_loss, training_seconds
-from unmask.results import PRETRAINED, RANDOM_INIT, RAW_PIXELS, find_score
+from pydantic import TypeAdapter
+
+from unmask.comparison.agreement import (
+    MEASURES,
+    Agreement,
+    CellScore,
+    ComparedCell,
+    RunAccuracy,
+    agreement,
+    cell_score,
+    no_agreement,
+)
+from unmask.comparison.table_plan import PlannedCell, TablePlan, load_plan
+from unmask.data.annotations.splits import HELD_OUT
+from unmask.report.probe_section import how_measured
+from unmask.report.training_log import last_loss, trained_rows, training_seconds
+from unmask.results import (
+    CLASSES,
+    PRETRAINED,
+    RANDOM_INIT,
+    RAW_PIXELS,
+    FeatureScore,
+    FinetuneResult,
+    ImageSet,
+    ProbeResult,
+    TestIdentity,
+    read_results,
+    read_score,
+)
 from unmask.run import Run
 
-POOL = "mean"  # over patches: every encoder has it, and one pool for all cells leaves nothing to choose on test images
+POOL = "mean"  # over patches: every encoder has it, and one pooling for all cells avoids choosing on the test images
 KINDS = {"linear": "linear probe", "knn": "kNN"}
+FAILURES = "failures.json"
+PLAN_KEYS = (
+    "asked", "title", "axis", "note", "log", "base", "missing", "steps", "reason", "shots", "pool", "measure", "device",
+    "versions", "command",
+)  # fmt: skip
+"""What table.json repeats of ablation.json."""
+WORST_FIRST = ("failed", "running", "interrupted", "stopped", "trained", "waiting")
 
 
-def gather(folder: Path, state: str) -> dict[str, Any]:
-    """Everything the page shows, as plain values."""
-    decided = Run(folder).read("ablation.json")
-    failures = Run(folder).read("failures.json") if (folder / "failures.json").exists() else {}
-    rows = [_row(folder, decided, cell, failures) for cell in decided["cells"]]
-    base = next(row for row in rows if row["base"])
-    for row in rows:
-        row["flops_ratio"] = row["flops"]["training"] / base["flops"]["training"]
-        row["time_ratio"] = (
-            base["images_per_second"] / row["images_per_second"]
-            if base["images_per_second"] and row["images_per_second"]
-            else None
-        )
-    if state == "finished" and any(row["state"] == "failed" for row in rows):
+@dataclass(frozen=True, kw_only=True)
+class Control:
+    """The accuracy of one control by one kind of probe. cell: whose untrained encoder; "" for raw pixels."""
+
+    features: str
+    cell: str
+    kind: str
+    score: RunAccuracy
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControlRow:
+    """A row of the table of controls: the accuracy of one feature set by every kind of probe."""
+
+    features: str
+    cell: str
+    linear: RunAccuracy | None = None
+    knn: RunAccuracy | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CellRun:
+    """One run of a cell.
+
+    folder: its name. state: as `unmask ls` shows it; "trained" where it is still to be measured. size: (H, W) of the
+    images. probes: accuracy by kind of probe and pooling. how: what differs from plain features, in words.
+    """
+
+    seed: int
+    folder: str
+    state: str = "waiting"
+    error: str | None = None
+    loss: float | None = None
+    images_per_second: float | None = None
+    seconds: float | None = None
+    size: tuple[int, ...] | None = None
+    probes: Mapping[str, Mapping[str, RunAccuracy]] = field(default_factory=dict)
+    fine_tuned: RunAccuracy | None = None
+    controls: tuple[Control, ...] = ()
+    how: str = ""
+
+    def probe(self, kind: str, pool: str = POOL) -> RunAccuracy | None:
+        """Return the accuracy by one kind of probe; None where it has not been measured."""
+        return self.probes.get(kind, {}).get(pool)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CellRow:
+    """A cell with what its runs measured. flops_ratio, time_ratio: of one image, relative to the base row."""
+
+    cell: PlannedCell
+    runs: tuple[CellRun, ...]
+    state: str
+    loss: float | None
+    images_per_second: float | None
+    seconds: float
+    linear: CellScore | None
+    knn: CellScore | None
+    fine_tuned: CellScore | None
+    linear_cls: CellScore | None
+    how: str
+    sentence: str = ""
+    flops_ratio: float = 1.0
+    time_ratio: float | None = None
+
+    def score(self, measure: str) -> CellScore | None:
+        """Return what cells are compared by: "linear" or "fine_tuned"."""
+        return self.linear if measure == "linear" else self.fine_tuned
+
+    def paper(self, measure: str) -> float | None:
+        """Return the paper's accuracy in percent."""
+        return self.cell.paper.linear if measure == "linear" else self.cell.paper.fine_tuned
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields of the cell and of the row in one object."""
+        row = _ROW.dump_python(self, mode="json")
+        return {**row.pop("cell"), **row}
+
+
+_ROW = TypeAdapter(CellRow)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableResults:
+    """A table as its page shows it. helped: how many cells are above the controls, as a sentence."""
+
+    plan: TablePlan
+    state: str
+    rows: tuple[CellRow, ...]
+    controls: tuple[ControlRow, ...]
+    helped: str
+    not_comparable: tuple[str, ...]
+    agreement: Agreement
+    written: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the object of table.json."""
+        found = _TABLE.dump_python(self, mode="json")
+        plan = found.pop("plan")
+        rows = [row.to_json() for row in self.rows]
+        return {"table": self.plan.asked.table, **{key: plan[key] for key in PLAN_KEYS}, **found, "rows": rows}
+
+
+_TABLE = TypeAdapter(TableResults)
+
+
+def read_table(folder: Path, state: str) -> TableResults:
+    """Read the results of a table. state: "running", "stopped" or "finished"; with a failed cell it is "failed"."""
+    plan = load_plan(folder)
+    failures = Run(folder).read(FAILURES) if (folder / FAILURES).exists() else {}
+    rows = with_ratios([read_cell(folder, plan, cell, failures) for cell in plan.cells])
+    if state == "finished" and any(row.state == "failed" for row in rows):
         state = "failed"
-    asked, measure = decided["asked"], decided["measure"]
-    controls = _controls(rows)
-    return {
-        "table": asked["table"],
-        "title": decided["title"],
-        "axis": decided["axis"],
-        "note": decided["note"],
-        "log": decided["log"],
-        "state": state,
-        "asked": asked,
-        "base": decided["base"],
-        "missing": decided["missing"],
-        "steps": decided["steps"],
-        "reason": decided["reason"],
-        "shots": decided["shots"],
-        "pool": POOL,
-        "measure": measure,
-        "rows": rows,
-        "controls": controls,
-        "helped": helped(rows, controls),
-        "not_comparable": sizes_differ(rows),
-        "agreement": agreement(rows, published=asked["table"] != "family", measure=measure),
-        "device": decided["device"],
-        "versions": decided["versions"],
-        "command": decided["command"],
-        "written": time.strftime("%Y-%m-%d %H:%M"),
-    }
+    controls = control_rows(rows)
+    compared = [ComparedCell(row.cell.label, row.score(plan.measure), row.paper(plan.measure)) for row in rows]
+    return TableResults(
+        plan=plan,
+        state=state,
+        rows=tuple(rows),
+        controls=tuple(controls),
+        helped=above_controls(rows, controls),
+        not_comparable=tuple(different_sizes(rows)),
+        agreement=no_agreement() if plan.asked.table == "family" else agreement(compared, plan.measure),
+        written=time.strftime("%Y-%m-%d %H:%M"),
+    )
 
 
-def find_probe(run: Run, kind: str, decided: dict[str, Any], *, controls: bool) -> dict[str, Any] | None:
-    """The Run's probe with this table's images and labels, of its last weights; None where it is still to be made."""
-    asked = decided["asked"]
-    want = {
-        "kind": kind, "data": asked["data"], "shots": decided["shots"], "seed": 0, "layer": None, "masks": None,
-        "test": asked["test"] or f"a held-out fifth of {asked['data']}", "step": run.read("plan.json")["steps"],
-    }  # fmt: skip
-    results, _ = run.results(f"probe-{kind}-*")  # a damaged one is no result: the probe is made again
-    for _, found in sorted(results.items()):
-        if all(found.get(key) == value for key, value in want.items()):
-            if controls and not any(row["features"] == RANDOM_INIT for row in found["rows"]):
-                continue
-            return found
+def with_ratios(rows: Sequence[CellRow]) -> list[CellRow]:
+    """Set FLOPs and time of every row relative to the base row."""
+    base = next(row for row in rows if row.cell.base)
+    return [
+        replace(
+            row,
+            flops_ratio=row.cell.training_flops / base.cell.training_flops,
+            time_ratio=base.images_per_second / row.images_per_second
+            if base.images_per_second and row.images_per_second
+            else None,
+        )
+        for row in rows
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------- one cell, one run
+
+
+def read_cell(folder: Path, plan: TablePlan, cell: PlannedCell, failures: Mapping[str, str]) -> CellRow:
+    """Read what the runs of a cell measured. failures: why runs failed, by the names of their folders."""
+    runs = tuple(read_run(folder, plan, cell, seed, failures) for seed in plan.runs_of(cell))
+    row = CellRow(
+        cell=cell,
+        runs=runs,
+        state=next((state for state in WORST_FIRST if state in {run.state for run in runs}), "finished"),
+        loss=_median(run.loss for run in runs),
+        images_per_second=_median(run.images_per_second for run in runs),
+        seconds=sum(run.seconds or 0.0 for run in runs),
+        linear=cell_score([run.probe("linear") for run in runs]),
+        knn=cell_score([run.probe("knn") for run in runs]),
+        fine_tuned=cell_score([run.fine_tuned for run in runs]),
+        linear_cls=cell_score([run.probe("linear", "cls") for run in runs]),
+        how="; ".join(dict.fromkeys(run.how for run in runs if run.how)),
+    )
+    return replace(row, sentence=describe_row(row, "fine_tuned" if cell.fine_tunes else "linear"))
+
+
+def read_run(folder: Path, plan: TablePlan, cell: PlannedCell, seed: int, failures: Mapping[str, str]) -> CellRun:
+    """Read what one run of a cell measured."""
+    name = cell.run_name(seed)
+    run, error = Run(folder / name), failures.get(name)
+    found = CellRun(seed=seed, folder=name, error=error, state="waiting" if error is None else "failed")
+    if not (run.path / "plan.json").exists():
+        return found
+    trained = trained_rows(run.metrics())
+    if trained:
+        found = replace(
+            found,
+            loss=last_loss(trained),
+            images_per_second=_median(row["images_per_second"] for row in trained),
+            seconds=training_seconds(trained),
+        )
+    found = replace(found, size=tuple(run.read("plan.json")["images"]["size"]))
+    if cell.fine_tunes:
+        score = read_score(run)
+        found = replace(found, fine_tuned=None if score is None else finetune_accuracy(score))
+        measured = score is not None
+    else:
+        probes = {kind: probe for kind in KINDS if (probe := find_probe(run, kind, plan, controls=False)) is not None}
+        found = with_probes(found, cell, probes)
+        measured = len(probes) == len(KINDS)
+    if error is not None:
+        return found
+    state = run.status().shown_state or "waiting"
+    return replace(found, state="trained" if state == "finished" and not cell.shared and not measured else state)
+
+
+def with_probes(run: CellRun, cell: PlannedCell, probes: Mapping[str, ProbeResult]) -> CellRun:
+    """Add the scores of a run's probes and controls. probes: by kind."""
+    scores: dict[str, dict[str, RunAccuracy]] = {}
+    controls, how = [], ""
+    for kind, probe in probes.items():
+        for row in probe.rows:
+            if row.features == PRETRAINED:
+                scores.setdefault(kind, {})[row.pool] = probe_accuracy(row)
+                how = how_measured(row)
+            elif row.pool in (POOL, "pixels"):
+                owner = "" if row.features == RAW_PIXELS else cell.label
+                controls.append(Control(features=row.features, cell=owner, kind=kind, score=probe_accuracy(row)))
+    return replace(run, probes=scores, controls=tuple(controls), how=how)
+
+
+def find_probe(run: Run, kind: str, plan: TablePlan, *, controls: bool) -> ProbeResult | None:
+    """Return the probe of a run's last weights with this table's images and labels; None where it is missing.
+
+    controls: only one that measured the controls too. A damaged result is missing.
+    """
+    asked, steps = plan.asked, run.read("plan.json")["steps"]
+    test = TestIdentity(held_out=HELD_OUT, seed=0)
+    if asked.test is not None:
+        test = TestIdentity(images=ImageSet(name=asked.test))
+    for probe in read_results(run).probes:
+        if (
+            (probe.kind, probe.shots, probe.seed, probe.step) == (kind, plan.shots, 0, steps)
+            and (probe.layer, probe.mask_votes, probe.targets, probe.task) == (None, None, None, CLASSES)
+            and probe.data.matches(ImageSet(name=asked.data))
+            and probe.test.matches(test)
+            and (not controls or probe.row(RANDOM_INIT) is not None)
+        ):
+            return probe
     return None
 
 
-def _row(folder: Path, decided: dict[str, Any], cell: dict[str, Any], failures: dict[str, str]) -> dict[str, Any]:
-    """One cell with what its Runs hold."""
-    names = (
-        [cell["name"]]
-        if cell["name"] in SHARED
-        else [f"{cell['name']}-seed-{s}" for s in range(decided["asked"]["seeds"])]
-    )
-    tuned = cell["fine_tunes"]
-    runs = [_run(folder, name, seed, decided, failures, tuned=tuned) for seed, name in enumerate(names)]
-    controls = [control for run in runs for control in run.pop("controls")]
-    row = {
-        **cell,
-        "runs": runs,
-        "state": _state([run["state"] for run in runs]),
-        "loss": _median([run["loss"] for run in runs]),
-        "images_per_second": _median([run["images_per_second"] for run in runs]),
-        "seconds": sum(run["seconds"] or 0.0 for run in runs),
-        **{kind: _score([run["probes"].get(kind, {}).get(POOL) for run in runs]) for kind in KINDS},
-        "fine_tuned": _score([run["fine_tuned"] for run in runs]),
-        "how": "; ".join(dict.fromkeys(run["how"] for run in runs if run["how"])),
-        "linear_cls": _score([run["probes"].get("linear", {}).get("cls") for run in runs]),
-        "controls_measured": controls,
-    }
-    row["sentence"] = _sentence(row, "fine_tuned" if tuned else "linear")
-    return row
+def probe_accuracy(row: FeatureScore) -> RunAccuracy:
+    """Return the accuracy of one feature set."""
+    assert row.low is not None, "class labels have an interval"
+    assert row.high is not None, "class labels have an interval"
+    return RunAccuracy(accuracy=row.value, low=row.low, high=row.high, correct=row.correct, total=row.total)
 
 
-def how_measured(row: dict[str, Any]) -> str:
-    """What is unusual about a probe's features: another layer than the last, tokens hidden as in training."""
-    said = []
-    if "layer" in row:
-        said.append(f"layer {row['layer']['number']} of {row['layer']['last']}")
-    if "votes" in row:
-        said.append("under one mask" if row["votes"] == 1 else f"majority over {row['votes']} masks")
-    return ", ".join(said)
+def finetune_accuracy(result: FinetuneResult) -> RunAccuracy:
+    """Return the accuracy of a fine-tuned classifier."""
+    low, high = (result.value if limit is None else limit for limit in (result.low, result.high))
+    return RunAccuracy(
+        accuracy=result.value, low=low, high=high, correct=result.correct, total=result.test_images
+    )  # fmt: skip
 
 
-def _run(
-    folder: Path, name: str, seed: int, decided: dict[str, Any], failures: dict[str, str], *, tuned: bool
-) -> dict[str, Any]:
-    run = Run(folder / name)
-    found: dict[str, Any] = {
-        "seed": seed, "folder": name, "state": "waiting", "error": failures.get(name), "loss": None,
-        "images_per_second": None, "seconds": None, "size": None, "probes": {}, "fine_tuned": None, "controls": [],
-        "how": "",
-    }  # fmt: skip
-    if (run.path / "plan.json").exists():
-        found["size"] = run.read("plan.json")["images"]["size"]
-        found["state"] = run.status().state or "waiting"
-        trained = [row for row in run.metrics() if row.get("loss") is not None]
-        if trained:
-            found["loss"] = last_loss(trained)
-            found["images_per_second"] = _median([row["images_per_second"] for row in trained])
-            found["seconds"] = training_seconds(trained)
-        if tuned:
-            found["fine_tuned"] = find_score(run)
-        for kind in () if tuned else KINDS:
-            probe = find_probe(run, kind, decided, controls=False)
-            for row in [] if probe is None else probe["rows"]:
-                score = {key: row[key] for key in ("accuracy", "low", "high", "correct", "total")}
-                if row["features"] == PRETRAINED:
-                    found["probes"].setdefault(kind, {})[row["pool"]] = score
-                    found["how"] = how_measured(row)
-                elif row["pool"] in (POOL, "pixels"):
-                    found["controls"].append({"features": row["features"], "kind": kind, **score})
-        measured = found["fine_tuned"] is not None if tuned else len(found["probes"]) == len(KINDS)
-        if found["state"] == "finished" and name not in SHARED and not measured:
-            found["state"] = "trained"
-    if found["error"] is not None:
-        found["state"] = "failed"
-    return found
-
-
-def _controls(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Raw pixels, which are the same beside every cell, and the untrained encoders, each with one score for a kind."""
-    found: dict[tuple[str, str], dict[str, Any]] = {}
-    for row in rows:
-        for control in row.pop("controls_measured"):
-            cell = "" if control["features"] == RAW_PIXELS else row["label"]
-            about = {"features": control["features"], "cell": cell, **dict.fromkeys(KINDS)}
-            score = {key: control[key] for key in ("accuracy", "low", "high", "correct", "total")}
-            found.setdefault((control["features"], cell), about)[control["kind"]] = score
-    return list(found.values())
-
-
-def _state(states: Sequence[str]) -> str:
-    for worst in ("failed", "running", "stopped", "trained", "waiting"):
-        if worst in states:
-            return worst
-    return "finished"
-
-
-def _median(values: Sequence[float | None]) -> float | None:
+def _median(values: Iterable[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return statistics.median(known) if known else None
 
 
-def _score(scores: Sequence[dict[str, Any] | None]) -> dict[str, Any] | None:
-    """The mean over seeds with its interval; None where nothing has been measured."""
-    known = [(seed, score) for seed, score in enumerate(scores) if score is not None]
-    if not known:
-        return None
-    values = [score["accuracy"] for _, score in known]
-    by_seed = {str(seed): score["accuracy"] for seed, score in known}
-    if len(values) == 1:
-        only = known[0][1]
-        return {
-            "mean": values[0], "low": only["low"], "high": only["high"], "interval": "test images",
-            "by_seed": by_seed, "correct": only["correct"], "total": only["total"],
-        }  # fmt: skip
-    mean, half = statistics.mean(values), t_half_width(values)
-    return {"mean": mean, "low": mean - half, "high": mean + half, "interval": "seeds", "by_seed": by_seed}
+# -------------------------------------------------------------------------------------------------- controls, sentences
 
 
-def _sentence(row: dict[str, Any], measure: str) -> str:
-    said = f"{row['label']}{', as many FLOPs' if row['equal'] == 'compute' else ''}: "
-    if row[measure] is None:
-        errors = "; ".join(run["error"] for run in row["runs"] if run["error"])
-        return said + (f"failed: {errors}" if errors else row["state"])
-    said += f"{IN_WORDS[measure]} {_percent(row[measure])}"
-    if row["knn"] is not None:
-        said += f", kNN {_percent(row['knn'])}"
+def control_rows(rows: Sequence[CellRow]) -> list[ControlRow]:
+    """Return raw pixels, which are the same for every cell, and the untrained encoders."""
+    found: dict[tuple[str, str], ControlRow] = {}
+    for control in (control for row in rows for run in row.runs for control in run.controls):
+        key = control.features, control.cell
+        known = found.setdefault(key, ControlRow(features=control.features, cell=control.cell))
+        found[key] = replace(known, **{control.kind: control.score})
+    return list(found.values())
+
+
+def describe_row(row: CellRow, measure: str) -> str:
+    """Write a row of the table as a sentence for the console."""
+    text = f"{row.cell.label}{', as many FLOPs' if row.cell.equal == 'compute' else ''}: "
+    score, paper = row.score(measure), row.cell.paper
+    if score is None:
+        errors = "; ".join(run.error for run in row.runs if run.error)
+        return text + (f"failed: {errors}" if errors else row.state)
+    text += f"{MEASURES[measure]} {score}"
+    if row.knn is not None:
+        text += f", kNN {row.knn}"
     if measure == "fine_tuned":
-        return said + f"; paper {row['paper']['fine_tuned']}"
-    if row["paper"]["linear"] is not None:
-        said += f"; paper {row['paper']['linear']} linear"
-        said += f", {row['paper']['fine_tuned']} fine-tuned" if row["paper"]["fine_tuned"] is not None else ""
-    return said
+        return text + f"; paper {paper.fine_tuned}"
+    if paper.linear is not None:
+        text += f"; paper {paper.linear} linear"
+        text += f", {paper.fine_tuned} fine-tuned" if paper.fine_tuned is not None else ""
+    return text
 
 
-def _percent(score: dict[str, Any]) -> str:
-    return f"{100 * score['mean']:.1f} % ({100 * score['low']:.1f} to {100 * score['high']:.1f})"
-
-
-def sizes_differ(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """A sentence where cells were trained on images of different sizes, which no table varies."""
+def different_sizes(rows: Sequence[CellRow]) -> list[str]:
+    """Return a sentence where cells were trained on images of different sizes, which no table varies."""
     sizes: dict[tuple[int, ...], list[str]] = {}
     for row in rows:
-        for run in row["runs"]:
-            if run["size"] is not None and row["name"] not in SHARED:
-                sizes.setdefault(tuple(run["size"]), []).append(run["folder"])
+        for run in row.runs:
+            if run.size is not None and not row.cell.shared:
+                sizes.setdefault(run.size, []).append(run.folder)
     if len(sizes) < 2:
         return []
-    said = "; ".join(f"{' x '.join(map(str, size))}: {', '.join(names)}" for size, names in sizes.items())
-    return [f"The cells were trained on images of different sizes, so they cannot be compared: {said}."]
+    text = "; ".join(f"{' x '.join(map(str, size))}: {', '.join(names)}" for size, names in sizes.items())
+    return [f"The cells were trained on images of different sizes, so they cannot be compared: {text}."]
 
 
-def helped(rows: Sequence[dict[str, Any]], controls: Sequence[dict[str, Any]]) -> str:
-    """How many cells are above the best control by linear probe: an order of cells that learnt nothing says nothing."""
-    measured = [row["linear"]["mean"] for row in rows if row["linear"] is not None]
-    beside = {f"{c['features']}": c["linear"]["accuracy"] for c in controls if c.get("linear")}
-    if not measured or not beside:
+def above_controls(rows: Sequence[CellRow], controls: Sequence[ControlRow]) -> str:
+    """State how many cells are above the best control by linear probe; "" where either is not measured."""
+    measured = [row.linear.mean for row in rows if row.linear is not None]
+    known = {control.features: control.linear.accuracy for control in controls if control.linear is not None}
+    if not measured or not known:
         return ""
-    best = max(beside, key=lambda name: beside[name])
-    above = sum(value > beside[best] for value in measured)
-    said = f"{above} of {len(measured)} cells are above {best} ({beside[best]:.1%}, linear probe)."
-    return said if above else said + " So pre-training has not helped in any cell, and their order says little."
+    best = max(known, key=lambda name: known[name])
+    above = sum(value > known[best] for value in measured)
+    text = f"{above} of {len(measured)} cells are above {best} ({known[best]:.1%}, linear probe)."
+    return text if above else text + " So pre-training did not help in any cell, and their order means little."

@@ -8,36 +8,31 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from unmask.comparison.cells import LENGTHS
-from unmask.comparison.paper_tables import PRETRAINED, SHARED, TOKENIZER
-from unmask.comparison.table_results import find_probe
+from unmask.comparison.paper_tables import PRETRAINED, TOKENIZER
+from unmask.comparison.table_plan import PlannedCell, TablePlan
+from unmask.comparison.table_results import FAILURES, KINDS, find_probe
 from unmask.config import parse
 from unmask.console import Console
 from unmask.engine import checkpoint, pretrain
-from unmask.engine import resume as pretraining
 from unmask.engine.load import read_plan
+from unmask.engine.resume import resume
 from unmask.errors import TrainingFailed, UserError
 from unmask.evals.probe_options import ProbeOptions
 from unmask.evals.run_probe import run_probes
 from unmask.finetuning import configure, final_test, finetune
 from unmask.recipes import catalogue
 from unmask.report.run_page import write_report
-from unmask.results import find_score
+from unmask.results import read_results, read_score
 from unmask.run import Run
-
-KINDS = ("linear", "knn")
-
-
-# ------------------------------------------------------------------------------------------------------ one cell
 
 
 @contextmanager
 def sigterm_as_interrupt() -> Iterator[None]:
-    """SIGTERM as SIGINT: while a cell trains both ask the loop to stop, between trainings they end the table."""
+    """Context manager that treats SIGTERM as SIGINT: both stop a cell's training, and between trainings the table."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -52,76 +47,77 @@ def sigterm_as_interrupt() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def run_folder(folder: Path, cell: dict[str, Any], seed: int) -> Path:
-    return folder / (cell["name"] if cell["name"] in SHARED else f"{cell['name']}-seed-{seed}")
+def make_cell(folder: Path, plan: TablePlan, cell: PlannedCell, seed: int, console: Console) -> None:
+    """Train and measure one cell, or what is missing of it. Raises KeyboardInterrupt when training was stopped.
 
-
-def make(folder: Path, decided: dict[str, Any], cell: dict[str, Any], seed: int, console: Console) -> None:
-    """Train and probe one cell, or what is left of that. Raises KeyboardInterrupt when training was asked to stop.
-
-    What makes a cell fail is written to failures.json, and the other cells go on.
+    folder: of the table. The reason why a cell fails is written to failures.json, and the other cells continue.
     """
-    place = run_folder(folder, cell, seed)
-    failures = Run(folder).read("failures.json") if (folder / "failures.json").exists() else {}
+    name = cell.run_name(seed)
     try:
-        run = train_cell(place, folder, decided, cell, seed, console)
-        if cell["fine_tunes"]:
-            if find_score(run) is None:
-                console.say(f"{place.name}: testing")
+        run = train_cell(folder, plan, cell, seed, console)
+        if cell.fine_tunes:
+            if read_score(run) is None:
+                console.say(f"{name}: testing")
                 final_test.measure_run(run)
-        elif cell["name"] not in SHARED:
-            probe_cell(run, decided, cell, seed, console)
+        elif not cell.shared:
+            probe_cell(run, plan, cell, seed, console)
         if not run.report_file.exists():
             write_report(run.path)
         fault = None
     except (TrainingFailed, UserError, torch.OutOfMemoryError, OSError) as error:
         fault = str(error)
-        console.warn(f"{place.name} failed: {fault}")
-    if failures.get(place.name) != fault:
-        failures = {name: said for name, said in failures.items() if name != place.name}
-        Run(folder).write("failures.json", failures | ({} if fault is None else {place.name: fault}))
+        console.warn(f"{name} failed: {fault}")
+    record_failure(folder, name, fault)
 
 
-def train_cell(
-    place: Path, folder: Path, decided: dict[str, Any], cell: dict[str, Any], seed: int, console: Console
-) -> Run:
-    """The finished_run Run of one cell. Raises KeyboardInterrupt when it was asked to stop."""
-    if (place / "plan.json").exists():
-        run = Run.open(place)
+def record_failure(folder: Path, name: str, fault: str | None) -> None:
+    """Write why a run failed to failures.json; None removes an earlier reason."""
+    failures = Run(folder).read(FAILURES) if (folder / FAILURES).exists() else {}
+    if failures.get(name) != fault:
+        others = {other: reason for other, reason in failures.items() if other != name}
+        Run(folder).write(FAILURES, others if fault is None else others | {name: fault})
+
+
+def train_cell(folder: Path, plan: TablePlan, cell: PlannedCell, seed: int, console: Console) -> Run:
+    """Return the finished run of one cell. Raises KeyboardInterrupt when its training was stopped."""
+    path = folder / cell.run_name(seed)
+    if (path / "plan.json").exists():
+        run = Run.open(path)
         if run.finished and checkpoint.is_complete(run, read_plan(run).steps):
             return run
-        console.say(f"{place.name}: going on")
-        run = (finetune if cell["fine_tunes"] else pretraining).resume(place, console=console)
+        console.say(f"{path.name}: resuming")
+        run = (finetune.resume if cell.fine_tunes else resume)(path, console=console)
     else:
-        shutil.rmtree(place, ignore_errors=True)  # begun, and ended before there was anything to go on with
-        console.say(f"{place.name}: {cell['steps']} steps")
-        asked = decided["asked"]
-        settings = [*without_length(cell["settings"]), f"train.steps={cell['steps']}", f"train.seed={seed}"]
-        if not cell["fine_tunes"]:  # one size for all cells, whatever the images
-            settings = [*own_size(cell["recipe"], settings), *settings]
-        if cell["fine_tunes"]:
-            weights = asked["from_run"] or finished_run(folder, PRETRAINED, "pre-training")
-            options = finetune.FinetuneOptions(
-                test=asked["test"],
-                shots=asked["shots"],
-                recipe=configure.PLAIN,
-                settings=[*settings, f"train.test_every={cell['steps']}"],
-            )
-            run = finetune.finetune(weights, asked["data"], options, out=place, console=console)
-        else:
-            with_tokenizer = {}
-            if cell["tokenizer"]:
-                with_tokenizer["tokenizer"] = asked["tokenizer"] or finished_run(folder, TOKENIZER, "tokenizer")
-            run = pretrain.pretrain(
-                asked["data"], recipe=cell["recipe"], out=place, settings=settings, console=console, **with_tokenizer
-            )
+        shutil.rmtree(path, ignore_errors=True)  # it ended before there was anything to resume
+        console.say(f"{path.name}: {cell.steps} steps")
+        run = start_cell(path, folder, plan, cell, seed, console)
     if run.status().state == "stopped":
         raise KeyboardInterrupt
     return run
 
 
+def start_cell(path: Path, folder: Path, plan: TablePlan, cell: PlannedCell, seed: int, console: Console) -> Run:
+    """Train one cell from its beginning. path: of its run."""
+    asked = plan.asked
+    settings = [*without_length(cell.settings), f"train.steps={cell.steps}", f"train.seed={seed}"]
+    if cell.fine_tunes:
+        options = finetune.FinetuneOptions(
+            test=asked.test,
+            shots=asked.shots,
+            recipe=configure.PLAIN,
+            settings=[*settings, f"train.test_every={cell.steps}"],
+        )
+        weights = asked.from_run or finished_run(folder, PRETRAINED, "pre-training")
+        return finetune.finetune(weights, asked.data, options, out=path, console=console)
+    tokenizer = {}
+    if cell.tokenizer:
+        tokenizer["tokenizer"] = asked.tokenizer or finished_run(folder, TOKENIZER, "tokenizer")
+    settings = [*own_size(cell.recipe, settings), *settings]  # one size for all cells, whatever the images
+    return pretrain.pretrain(asked.data, recipe=cell.recipe, out=path, settings=settings, console=console, **tokenizer)
+
+
 def own_size(recipe: str, settings: Sequence[str]) -> list[str]:
-    """The recipe's own size as a setting, where none is set: by name alone it would follow the images."""
+    """Return the recipe's image size as a setting, unless one is set: without it the size would follow the images."""
     if "data.size" in parse(settings):
         return []
     height, width = catalogue.find(recipe).data.size
@@ -129,29 +125,28 @@ def own_size(recipe: str, settings: Sequence[str]) -> list[str]:
 
 
 def without_length(settings: Sequence[str]) -> list[str]:
-    """The length is the table's, so what was asked for stands in `steps` already."""
+    """Drop the settings of the length, which the table's `steps` replace."""
     return [setting for setting in settings if setting.partition("=")[0].strip() not in LENGTHS]
 
 
 def finished_run(folder: Path, name: str, what: str) -> Path:
-    """The Run of a shared cell. Raises TrainingFailed when it has not come to its end."""
+    """Return the run of a shared cell. Raises TrainingFailed unless it is finished."""
     run = Run(folder / name)
     if not run.finished:
         raise TrainingFailed(f"its {what} could not be trained; see the row of the {what}")
     return run.path
 
 
-def probe_cell(run: Run, decided: dict[str, Any], cell: dict[str, Any], seed: int, console: Console) -> None:
-    """Every kind of probe that is missing: the same split and the same labels whatever the seed of the training."""
-    controls = cell["controls"] and seed == 0
-    missing = [kind for kind in KINDS if find_probe(run, kind, decided, controls=controls) is None]
+def probe_cell(run: Run, plan: TablePlan, cell: PlannedCell, seed: int, console: Console) -> None:
+    """Make the probes that are missing: same split and labels whatever the seed of the training."""
+    controls = cell.controls and seed == 0
+    missing = [kind for kind in KINDS if find_probe(run, kind, plan, controls=controls) is None]
     if not missing:
         return
-    for fault in run.results("probe-*")[1]:
-        console.warn(f"{fault}; it is measured again now")
+    for fault in read_results(run).damaged:
+        console.warn(f"{fault}; it is measured again")
     console.say(f"{run.path.name}: probing")
-    asked = decided["asked"]
     options = ProbeOptions(
-        data=asked["data"], test=asked["test"], shots=decided["shots"], controls=controls, device=decided["device"]
+        data=plan.asked.data, test=plan.asked.test, shots=plan.shots, controls=controls, device=plan.device
     )
-    run_probes(run.path, missing, options, Console(quiet=True))  # the row of the table shows the results
+    run_probes(run.path, missing, options, Console(quiet=True))  # the row of the table reports the scores

@@ -1,32 +1,56 @@
-"""The model card: what an exported model is, on what and how it was trained, how good it was, and how to load it.
+"""The model card of an exported run: what it is, how it was trained, how good it is, and how to load it.
 
-Markdown with the front matter that model hubs read. All of it comes from the Run folder; what is not known (the licence
-of the weights) is said to be not stated. Of where things lay on this machine only the last name is kept.
+Markdown with the front matter that model hubs read. Everything comes from the run folder; what is unknown (often the
+licence of the weights) is marked as not stated. Of paths on this machine only the last name is kept.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import PurePath
 from typing import Any
+
+from huggingface_hub import ModelCardData
 
 from unmask.config import Config, method_module, task_names
 from unmask.engine.load import Loaded, licence_of
 from unmask.engine.plan import Plan
 from unmask.interop.export_target import ExportedModel, ExportTarget
-from unmask.report.probe_titles import probe_title
-from unmask.report.run_page import PROBES
-from unmask.results import PRETRAINED, RANDOM_INIT, RAW_PIXELS
+from unmask.report.page import show_score
+from unmask.report.probe_section import ImageNames, title_with
+from unmask.results import (
+    ACCURACY,
+    CONTROLS,
+    PRETRAINED,
+    CurveResult,
+    FinetuneResult,
+    Measurement,
+    ProbeResult,
+    read_results,
+)
 from unmask.run import Run
 
 OTHER_TASKS = ("ae", "dae", "dvae", "igpt")  # that hide no patches
 NOT_STATED = "not stated"
-LEARNT = {"classify": "classification", "segment": "segmentation", "detect": "detection"}
-MEASURES = {
+TASKS = {"classify": "classification", "segment": "segmentation", "detect": "detection"}
+METRICS: dict[str, str] = {
     "accuracy": "accuracy", "mean_iou": "mean IoU", "pixel_accuracy": "pixel accuracy", "ap50": "AP50", "ap": "AP",
 }  # fmt: skip
-"""What `evals/fine-tuned.json` may hold, all shares of one; the interval is of its `metric` only."""
+"""Numbers of a fine-tuned run that the card shows; all are between 0 and 1."""
+OWN_FEATURES = (PRETRAINED, *CONTROLS)
+"""Feature sets of this run; the card leaves out those of other runs."""
+
+
+@dataclass(frozen=True)
+class ResultRow:
+    """A row of the table of results."""
+
+    measured: str
+    features: str
+    step: int | None
+    metric: str
+    value: str
 
 
 def model_card(run: Run, loaded: Loaded, target: ExportTarget, exported: ExportedModel, tested: str) -> str:
@@ -64,28 +88,22 @@ def sentence(text: str) -> str:
 
 
 def licence(run: Run) -> str:
-    """Of imported weights, and what was trained from them, that of their source; of others nobody has said."""
-    return licence_of(run) or f"{NOT_STATED}: fill it in before you hand them on"
+    """Return the licence of imported weights, also of what was trained from them; otherwise that it is not stated."""
+    return licence_of(run) or f"{NOT_STATED}: fill it in before you share them"
 
 
 def front_matter(config: Config, library: str, rights: str, *, classifies: bool) -> str:
-    """YAML between dashes. Only letters that need no quoting beyond those of JSON."""
-    tags = ["vision", "self-supervised-learning", "masked-image-modelling", config.method.name, "unmask"]
-    if config.method.name in OTHER_TASKS:
-        tags.remove("masked-image-modelling")
-    lines = [
-        f"library_name: {library}",
-        "license: unknown" if rights.startswith(NOT_STATED) else "license: other",
-        *([] if rights.startswith(NOT_STATED) else [f"license_name: {quoted(rights)}"]),
-        f"pipeline_tag: {'image-classification' if classifies else 'image-feature-extraction'}",
-        "tags:",
-        *(f"- {tag}" for tag in tags),
-    ]
-    return "---\n" + "\n".join(lines) + "\n---\n"
-
-
-def quoted(text: str) -> str:
-    return '"' + re.sub(r'["\\]', "'", text) + '"'
+    """Return the YAML block, between dashes, that model hubs read."""
+    masks = ["masked-image-modelling"] if config.method.name not in OTHER_TASKS else []
+    stated = not rights.startswith(NOT_STATED)
+    card = ModelCardData(
+        library_name=library,
+        license="other" if stated else "unknown",
+        license_name=rights if stated else None,
+        pipeline_tag="image-classification" if classifies else "image-feature-extraction",
+        tags=["vision", "self-supervised-learning", *masks, config.method.name, "unmask"],
+    )
+    return f"---\n{card.to_yaml()}\n---\n"
 
 
 def what_it_is(config: Config, what: str, made: dict[str, Any]) -> str:
@@ -170,73 +188,93 @@ def training(config: Config, plan: Plan, made: dict[str, Any], step: int) -> str
 
 
 def results(run: Run, *, whole: bool) -> str:
-    """What `evals/` holds, as one table with 95 % intervals."""
-    probes, _ = run.results(*PROBES)  # linear before knn; a damaged file is no result
-    rows = [row for probe in probes.values() for row in probe_rows(probe)]
-    if tuned := run.results("fine-tuned")[0].get("fine-tuned"):
-        name = "this model" if whole else "this encoder, with the head that was left out"
-        rows = [*tuned_rows(tuned, name), *rows]
+    """Return the run's results as one table with 95 % intervals. whole: the head of a fine-tuned run is exported."""
+    found = read_results(run)
+    rows = [row for probe in found.probes for row in probe_rows(probe)]
+    rows += [row for curve in found.curves for row in curve_rows(curve)]
+    if found.finetuned is not None:
+        model = "this model" if whole else "this encoder, with the head that was left out"
+        rows = [*finetune_rows(found.finetuned, model), *rows]
     if not rows:
         return "Nothing was measured."
-    head = ("measured", "features", "step", "measure", "value (95 % interval)")
-    lines = [head, ("---",) * len(head), *rows]
+    head = ("measured", "features", "step", "metric", "value (95 % interval)")
+    lines = [head, ("---",) * len(head), *((r.measured, r.features, r.step, r.metric, r.value) for r in rows)]
     return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-def tuned_rows(tuned: dict[str, Any], model: str) -> list[tuple[Any, ...]]:
-    """(title, features, step, measure, value) of a supervised run on its test images, what counts first."""
-    metric, task = tuned.get("metric", "accuracy"), LEARNT.get(tuned.get("task", ""), "")
-    title = (
-        f"Fine-tuned on {last_name(tuned['data'])}" + f" for {task}" * bool(task) + f", tested on {tested_on(tuned)}"
-    )
-    names = [metric, *(name for name in MEASURES if name != metric and name in tuned)]
+def finetune_rows(result: FinetuneResult, model: str) -> list[ResultRow]:
+    """Return a row for every number of a fine-tuned run on its test images, the headline first."""
+    task = f" for {TASKS[result.task]}" if result.task in TASKS else ""
+    data = last_name(str(result.data))
+    title = f"Fine-tuned on {data}{task}, tested on {test_name(result)}"
+    names: list[str] = [result.metric, *(name for name in METRICS if name != result.metric and name in result.numbers)]
     return [
-        (
-            title, model, tuned.get("step"), MEASURES.get(name, name),
-            interval(tuned.get(name), tuned if name == metric else {}, share=name in MEASURES),
+        ResultRow(
+            title,
+            model,
+            result.step,
+            METRICS.get(name, name),
+            _headline(result) if name == result.metric else show_score(result.numbers[name], ACCURACY),
         )
         for name in names
+    ]
+
+
+def _headline(result: FinetuneResult) -> str:
+    return show_value(result.value, result.low, result.high, ACCURACY)
+
+
+def probe_rows(probe: ProbeResult) -> list[ResultRow]:
+    """Return a row for every feature set of a probe."""
+    title = measured_title(probe)
+    return [
+        ResultRow(
+            title, f"{row.features}, {row.pool}", probe.step, probe.metric,
+            show_value(row.value, row.low, row.high, probe.metric),
+        )
+        for row in probe.rows
+        if row.features in OWN_FEATURES
     ]  # fmt: skip
 
 
-def probe_rows(probe: dict[str, Any]) -> list[tuple[Any, ...]]:
-    """(title, features, step, measure, value) of a probe, without those of other runs; a curve has a row a point."""
-    if not {"kind", "data", "test", "rows"} <= probe.keys():
-        return []
-    metric, found = probe.get("metric") or "accuracy", []
-    named = probe | {"data": last_name(probe["data"]), "test": tested_on(probe)}
-    for part, count in (("data", probe.get("train_images")), ("test", probe.get("test_images"))):
-        named[part] += f" ({count:,} images)" if count else ""  # many folders are called train
-    if probe.get("targets") is not None:
-        named["targets"] = last_name(probe["targets"])
-    measure = f"{metric}, mean of {probe['draws']} draws" if "draws" in probe else metric
-    shared = probe.get("shared") or 0
-    careful = f" (careful: {shared} test images are also training images)" if shared else ""
-    for row in probe["rows"]:
-        if row["features"] not in (PRETRAINED, RANDOM_INIT, RAW_PIXELS):
-            continue
-        features = f"{row['features']}, {row['pool']}"
-        for point in row.get("points", [row]):
-            title = probe_title(named if "points" not in row else named | {"shots": point["shots"]})
-            value = next((point[key] for key in ("accuracy", "value", "mean") if point.get(key) is not None), None)
-            said = interval(value, point, share=metric == "accuracy")
-            found.append((title + careful, features, probe.get("step"), measure, said))
-    return found
+def curve_rows(curve: CurveResult) -> list[ResultRow]:
+    """Return a row for every point of a label-budget curve."""
+    metric = f"{curve.metric}, mean"
+    return [
+        ResultRow(
+            measured_title(replace(curve, shots=(point.shots,))), f"{row.features}, {row.pool}", curve.step, metric,
+            show_value(point.mean, point.low, point.high, curve.metric),
+        )
+        for row in curve.rows
+        if row.features in OWN_FEATURES
+        for point in row.points
+    ]  # fmt: skip
 
 
-def tested_on(measured: dict[str, Any]) -> str:
-    """The test images by their last name; a held-out part of the training data keeps its words."""
-    data, test = str(measured["data"]), str(measured["test"])
-    if test.endswith(data) and test != data:
-        return test.removesuffix(data) + last_name(data)
-    return last_name(test)
+def measured_title(record: Measurement) -> str:
+    """Name a measurement as the report does, without folders; with the numbers of images."""
+
+    def counted(name: str, images: int) -> str:
+        return f"{name} ({images:,} images)" if images else name
+
+    names = ImageNames(
+        data=counted(last_name(str(record.data)), record.train_images),
+        test=counted(test_name(record), record.test_images),
+        targets=last_name(record.targets.path) if record.targets is not None else "",
+    )
+    careful = f" (careful: {record.shared} test images are also training images)" if record.shared else ""
+    return title_with(record, names) + careful
 
 
-def interval(value: float | None, limits: dict[str, Any], *, share: bool) -> str:
-    """The value, and its limits where there are any; shares in per cent."""
-    if value is None:
-        return "?"
-    show = "{:.1%}".format if share else "{:.3f}".format
-    if limits.get("low") is None:
-        return show(value)
-    return f"{show(value)} ({show(limits['low'])} to {show(limits['high'])})"
+def test_name(record: Measurement | FinetuneResult) -> str:
+    """Name the test images without folders."""
+    if record.test.images is not None:
+        return last_name(str(record.test.images))
+    return record.test.describe(last_name(str(record.data)))
+
+
+def show_value(value: float, low: float | None, high: float | None, metric: str) -> str:
+    """Write a value with its limits where it has any; accuracies in per cent."""
+    if low is None or high is None:
+        return show_score(value, metric)
+    return f"{show_score(value, metric)} ({show_score(low, metric)} to {show_score(high, metric)})"

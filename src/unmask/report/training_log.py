@@ -1,14 +1,24 @@
-"""Summaries of a run's `metrics.jsonl`."""
+"""Summaries of the training rows of a run's `metrics.jsonl`."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
+Row = Mapping[str, Any]
+"""A row of metrics.jsonl that has a loss."""
+MOST_POINTS = 60
 
-def training_seconds(trained: Sequence[dict[str, Any]]) -> float:
-    """Time spent training: the logged images at the logged pace, so time between a stop and a resume is not in it."""
+
+def trained_rows(metrics: Sequence[Row]) -> list[Row]:
+    """Return the rows that have a loss: those of steps that counted."""
+    return [row for row in metrics if row.get("loss") is not None]
+
+
+def training_seconds(trained: Sequence[Row]) -> float:
+    """Sum the time of training from images and images per second, so that pauses between stops do not count."""
     before, seconds = 0, 0.0
     for row in trained:
         seconds += (row["images"] - before) / max(1e-9, row["images_per_second"])
@@ -16,6 +26,14 @@ def training_seconds(trained: Sequence[dict[str, Any]]) -> float:
     return seconds
 
 
-def last_loss(trained: Sequence[dict[str, Any]]) -> float:
-    """Mean of the last twentieth of the logged rows."""
+def last_loss(trained: Sequence[Row]) -> float:
+    """Return the mean loss of the last twentieth of the rows."""
     return statistics.mean(row["loss"] for row in trained[-max(1, len(trained) // 20) :])
+
+
+def smooth(steps: Sequence[int], losses: Sequence[float]) -> tuple[list[float], list[float]]:
+    """Average over up to MOST_POINTS pieces of equal length: (mean steps, mean losses)."""
+    pieces = min(MOST_POINTS, len(steps))
+    edges = [round(i * len(steps) / pieces) for i in range(pieces + 1)]
+    spans = [slice(a, b) for a, b in pairwise(edges)]
+    return [statistics.mean(steps[s]) for s in spans], [statistics.mean(losses[s]) for s in spans]

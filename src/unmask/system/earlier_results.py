@@ -31,7 +31,7 @@ def from_earlier_version(found: Mapping[str, Any]) -> dict[str, Any]:
         )
     try:
         return _earlier_score(found) if tuned else _earlier_probe(found)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise UserError(
             f"got a result of an earlier version in which {error} is missing or wrong; measure again with "
             "`unmask probe`"

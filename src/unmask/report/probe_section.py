@@ -1,0 +1,143 @@
+"""The section of a page that shows one measurement of frozen features: its title, scores and chart."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup
+
+from unmask.report.charts import curve_chart
+from unmask.report.page import show_score
+from unmask.results import R2, CurveResult, FeatureScore, Measurement, ProbeResult
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A score as shares of the width of its bar: its length, and the ends of its interval."""
+
+    length: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class ScoreRow:
+    """A score as the page writes and draws it. `best`: the highest of its table."""
+
+    score: FeatureScore
+    text: str
+    interval: str
+    bar: Bar
+    best: bool
+
+
+@dataclass(frozen=True)
+class ProbeSection:
+    """What the page shows of one measurement.
+
+    rows: of a probe; () for a curve, whose rows are those of the record. reference: the score of a baseline that uses
+    no image, in words, and `reference_at`, where its line is on the bars; "" and None where there is none. notes:
+    sentences below the table.
+    """
+
+    title: str
+    record: ProbeResult | CurveResult
+    rows: tuple[ScoreRow, ...] = ()
+    chart: Markup | None = None
+    reference: str = ""
+    reference_at: float | None = None
+    notes: tuple[str, ...] = ()
+
+
+def probe_section(record: ProbeResult | CurveResult) -> ProbeSection:
+    """Describe a measurement for a page."""
+    title = probe_title(record)
+    if isinstance(record, CurveResult):
+        return ProbeSection(title, record, chart=curve_chart(record))
+    highest = max((row.value for row in record.rows), default=0.0)
+    reference = "" if record.chance is None else f"chance, {show_score(record.chance, record.metric)}"
+    if record.metric == R2:
+        reference = "a constant prediction, 0.000"
+    width = full_width(record)
+    return ProbeSection(
+        title,
+        record,
+        rows=tuple(_score_row(row, record.metric, width, best=row.value == highest) for row in record.rows),
+        reference=reference,
+        reference_at=(0.0 if record.metric == R2 else record.chance) if reference else None,
+        notes=tuple(_notes(record)),
+    )
+
+
+def full_width(record: ProbeResult) -> float:
+    """Return the value of a full bar: 1 for scores up to 1, else the highest value of the table."""
+    highest = max((value for row in record.rows for value in (row.value, row.high or 0.0)), default=1.0)
+    return max(1.0, highest)
+
+
+def _score_row(row: FeatureScore, metric: str, width: float, *, best: bool) -> ScoreRow:
+    low, high = row.value if row.low is None else row.low, row.value if row.high is None else row.high
+    length, left, right = (min(1.0, max(0.0, value / width)) for value in (row.value, low, high))
+    interval = "" if row.low is None or row.high is None else f"{show_score(low, metric)} to {show_score(high, metric)}"
+    return ScoreRow(row, show_score(row.value, metric), interval, Bar(length, left, right), best)
+
+
+def how_measured(row: FeatureScore) -> str:
+    """Describe what differs from the features of the last layer of whole images: 'layer 6 of 12, under one mask'."""
+    words = [] if row.layer is None else [f"layer {row.layer.number} of {row.layer.last}"]
+    if row.votes is not None:
+        words.append("under one mask" if row.votes == 1 else f"majority over {row.votes} masks")
+    return ", ".join(words)
+
+
+def _notes(record: ProbeResult) -> list[str]:
+    notes = []
+    if len({row.pool for row in record.rows}) > 2:
+        notes.append("The verdict quotes the better pooling of each feature set on these test images.")
+    layers = {row.features: row.layer for row in record.rows if row.layer is not None and row.layer.why != "asked for"}
+    notes += [f"Layer of {features}: {layer.why}." for features, layer in layers.items()]
+    if not all(row.converged for row in record.rows):
+        notes.append("* The fit stopped at its limit of iterations.")
+    return notes
+
+
+@dataclass(frozen=True)
+class ImageNames:
+    """What a title calls the labelled images, the test images and the table of targets."""
+
+    data: str
+    test: str
+    targets: str = ""
+
+
+def probe_title(record: Measurement) -> str:
+    """Name a measurement: the kind, the images, and the options that differ from the defaults."""
+    data = str(record.data)
+    targets = record.targets.path if record.targets is not None else ""
+    return title_with(record, ImageNames(data, record.test.describe(data), targets))
+
+
+def title_with(record: Measurement, names: ImageNames) -> str:
+    """Name a measurement, with other names of its images."""
+    words = [f"{record.title or record.kind} on {names.data}", f"tested on {names.test}"]
+    if (budget := budget_words(record.budgets)) is not None:
+        draws = f", {record.draws} random draws each" if isinstance(record, CurveResult) else ""
+        words.append(budget + draws)
+    if record.targets is not None:
+        columns = f"{', '.join(record.targets.columns)} in " if record.targets.columns else ""
+        words.append(f"{record.task} of {columns}{names.targets}")
+    if record.seed:
+        words.append(f"seed {record.seed}")
+    if record.layer is not None:
+        words.append(f"layer {record.layer}")
+    if record.mask_votes is not None:
+        words.append(f"{record.mask_votes} mask{'s' * (record.mask_votes != 1)}")
+    return ", ".join(words)
+
+
+def budget_words(budgets: Sequence[int] | None) -> str | None:
+    """'10 labels per class'; None where all labels were used."""
+    if budgets is None:
+        return None
+    return f"{', '.join(map(str, budgets))} label{'s' * (tuple(budgets) != (1,))} per class"
