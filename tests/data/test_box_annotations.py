@@ -258,7 +258,7 @@ CASES = {
     "no image": (lambda root: coco(root, images=[]), "has an object of image 0"),
     "no bbox": (
         lambda root: coco(root, annotations=[{"image_id": 0, "category_id": 3}]),
-        r"annotations\[0\] of .* has no 'bbox'; COCO's",
+        r"annotations\[0\] of .* has no 'bbox'; expected COCO's",
     ),
     "not numbers": (
         lambda root: coco(root, annotations=[{"image_id": 0, "category_id": 3, "bbox": [1, 2, None, 4]}]),

@@ -180,7 +180,7 @@ def test_any_value_anywhere_is_read_or_refused_with_a_sentence(tmp_path, part, k
         ({"annotations": [OBJECT, OBJECT | {"image_id": [0]}]}, r"annotations\[1\] of .* has the image_id \[0\]"),
         ({"images": [IMAGE, {"id": 1, "file_name": ["a"]}]}, r"images\[1\] of .* has the file_name \['a'\]"),
         ({"categories": [CATEGORY, {"id": "x", "name": "dog"}]}, "ids that are numbers and ids that are text"),
-        ({"annotations": {}}, r"'annotations' of .* is \{\}; a list was expected"),
+        ({"annotations": {}}, r"'annotations' of .* is \{\}; expected a list"),
     ],
 )
 def test_the_entry_is_named(tmp_path, change, said):

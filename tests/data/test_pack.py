@@ -161,7 +161,7 @@ def test_what_would_lose_is_copied_byte_for_byte(tmp_path, name, data):
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / name).write_bytes(data)
     found = pack(tmp_path / "images", tmp_path / "copy.tar", short_side=128, workers=0)
-    assert (found["shrunk"], found["copied_because"], found["bad"]) == (0, {"cannot be made smaller": 1}, [])
+    assert (found.shrunk, found.copied_because, found.bad) == (0, {"cannot be made smaller": 1}, ())
     assert open_source(tmp_path / "copy.tar").read(0) == data
 
 
@@ -180,7 +180,7 @@ def test_images_of_every_kind_are_shrunk_and_keep_their_kind(tmp_path, name, dat
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / name).write_bytes(data)
     found = pack(tmp_path / "images", tmp_path / "copy.tar", short_side=128, workers=0)
-    assert (found["shrunk"], found["copied"], found["bad"]) == (1, 0, [])
+    assert (found.shrunk, found.copied, found.bad) == (1, 0, ())
     copied = open_source(tmp_path / "copy.tar").read(0)
     before, after = header(data), header(copied)
     assert after.packed_from == (before.height, before.width)
@@ -314,5 +314,5 @@ def test_what_is_decided_for_a_data_set_holds_for_every_file(tmp_path):
         before = scan(open_source(tmp_path / name))
         done = pack(tmp_path / name, tmp_path / f"{name}.tar", short_side=80, workers=0, console=Console(quiet=True))
         after = scan(open_source(tmp_path / f"{name}.tar"))
-        assert done["shrunk"] == shrunk
+        assert done.shrunk == shrunk
         assert before.channels == after.channels == kind

@@ -90,16 +90,13 @@ def test_one_16_bit_image_makes_all_16_bit_and_the_statistics_follow():
     assert found.std == pytest.approx(pixels.std(0))
 
 
-def test_forced_channels_and_dtype_give_statistics_in_those_units():
+def test_forced_channels_give_statistics_of_those():
     images = [noisy(8, 8, seed=i) for i in range(3)]
-    for channels, dtype in ((1, "uint8"), (3, "uint16"), (1, "uint16")):
-        found = scan(of(*images), channels=channels, dtype=dtype)
-        pixels = np.concatenate([conform(image, channels, dtype).reshape(-1, channels) for image in images]).astype(
-            float
-        )
-        assert found.mean == pytest.approx(pixels.mean(0))
-        assert found.std == pytest.approx(pixels.std(0))
-    assert scan(of(*images), dtype="float32").good == 0
+    for channels in (1, 3):
+        found = scan(of(*images), channels=channels)
+        pixels = np.concatenate([conform(image, channels, "uint8").reshape(-1, channels) for image in images])
+        assert found.mean == pytest.approx(pixels.astype(float).mean(0))
+        assert found.std == pytest.approx(pixels.astype(float).std(0))
 
 
 def test_a_constant_channel_has_a_deviation_that_can_be_divided_by():
@@ -121,12 +118,12 @@ def test_a_sample_is_spread_evenly_and_says_so():
     assert not scan(source, sample=100).sampled
 
 
-def test_wrong_extensions_are_decoded_and_counted(tmp_path):
+def test_files_are_decoded_whatever_their_extension(tmp_path):
     (tmp_path / "a.jpg").write_bytes(file_of(noisy(), "PNG"))
     (tmp_path / "b.png").write_bytes(file_of(noisy(), "PNG"))
     (tmp_path / "c.jfif").write_bytes(file_of(noisy(), "JPEG"))
     found = scan(open_source(tmp_path))
-    assert (found.good, found.wrong_extensions) == (3, 1)
+    assert found.good == 3
     assert found.formats == {"PNG": 2, "JPEG": 1}
 
 

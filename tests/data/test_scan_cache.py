@@ -225,14 +225,14 @@ def test_columns_are_taken_apart_and_joined(folder):
     so_far = [FileRecordsBuilder(), FileRecordsBuilder()]
     for row in range(len(source)):
         look = scanning._look(source, row)
-        assert isinstance(look, module.Look)
+        assert isinstance(look, module.FileRecord)
         so_far[row % 2].add(row, look)
     both = joined(part.looks() for part in so_far)
     assert both.rows.tolist() == list(range(12))
     for row in (0, 7, 11):
         look = scanning._look(source, row)
         one = both.at(np.array([row]))
-        assert isinstance(look, module.Look)
+        assert isinstance(look, module.FileRecord)
         assert np.array_equal(one.sums, look.sums)
         assert np.array_equal(one.squares, look.squares)
         assert tuple(one.sizes[0]) == look.size

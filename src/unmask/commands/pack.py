@@ -39,4 +39,4 @@ def pack(request: PackRequest, console: Console) -> dict[str, Any]:
         workers=request.workers,
         exclude=request.exclude,
         console=console,
-    )
+    ).as_json()

@@ -67,7 +67,7 @@ def check_data(
         "dtypes": dict(found.dtypes),
         "formats": dict(found.formats),
         "tolerated": dict(found.tolerated),
-        "kinds": file_kinds(found),
+        "kinds": [vars(kind) for kind in file_kinds(found)],
         "reading": found.reading.model_dump(),
         "absent_share": found.absent_share,
         "absent_files": found.absent_files,
@@ -115,7 +115,7 @@ def say_scan(found: Scan, source: Source, console: Console) -> None:
     for title, counts in (("channels", found.channels), ("dtype", found.dtypes), ("format", found.formats)):
         console.say(f"{title}: " + ", ".join(f"{key} in {count}" for key, count in counts.most_common()))
     if not is_plain(found):
-        say_table(file_kinds(found), console)
+        say_table([vars(kind) for kind in file_kinds(found)], console)
     if found.dtype_majority == "uint16" and "uint8" in found.dtypes:
         console.say("8-bit images among 16-bit ones have their values multiplied by 257")
     console.say(

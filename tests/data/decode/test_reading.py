@@ -317,12 +317,12 @@ def test_what_is_found_is_tabled_and_ordinary_files_are_not(tmp_path, capsys):
     (tmp_path / "s.tif").write_bytes(tiff(noisy(channels=4).transpose(2, 0, 1).copy(), photometric="minisblack"))
     found = scan(open_source(tmp_path))
     rows = file_kinds(found)
-    assert [(row["files"], row["bands"], row["alpha"], row["pages"], row["channels"]) for row in rows] == [
+    assert [(row.files, row.bands, row.alpha, row.pages, row.channels) for row in rows] == [
         (3, 4, "composited", 1, 3),
         (1, 3, "none", 1, 3),
         (1, 1, "none", 4, 1),
     ]
-    say_table(rows, Console())
+    say_table([vars(row) for row in rows], Console())
     assert "composited" in "".join(capsys.readouterr())
     assert any("only the first page is read" in sentence for sentence in findings(found))
 

@@ -1,111 +1,131 @@
-"""COCO's JSON for object detection."""
+"""Read boxes from COCO's JSON for object detection.
+
+The file is outside input: every entry is checked before it is used, and an error names the entry that is wrong.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from unmask.data.annotations.box_objects import BoxError, Found, Objects, four, refuse_fractions, shown, size_or_none
 from unmask.data.annotations.class_names import class_name
 
 EXPECTED = (
-    "COCO's object detection was expected: {images: [{id, file_name}], categories: [{id, name}], annotations: "
+    "expected COCO's object detection: {images: [{id, file_name}], categories: [{id, name}], annotations: "
     "[{image_id, category_id, bbox: [x, y, width, height]}]}"
 )
 
+Id = int | str
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One JSON object of a list, and where it stands, for messages."""
+
+    fields: Mapping[str, object]
+    where: str
+
+    def value(self, key: str) -> object:
+        """Return a field. Raises BoxError without it."""
+        if key not in self.fields:
+            raise BoxError(f"{self.where} has no {key!r}; {EXPECTED}")
+        return self.fields[key]
+
+    def id(self, key: str) -> Id:
+        """Return a field that identifies something. Raises BoxError for anything but a whole number or text."""
+        value = self.value(key)
+        if isinstance(value, float) and value.is_integer():
+            return int(value)  # some tools write all numbers as floats
+        if isinstance(value, bool) or not isinstance(value, int | str):
+            raise BoxError(f"{self.where} has the {key} {shown(value)}; expected a number or text")
+        return value
+
+
+@dataclass(frozen=True)
+class _Image:
+    """The name of an image's file, and its size (H, W) or None."""
+
+    file_name: str
+    size: tuple[int, int] | None
+
 
 def read_coco(file: Path) -> tuple[dict[str, Objects], list[str]]:
-    """(objects by the image's file name, names of the categories in the order of their ids). Raises BoxError."""
+    """Return the objects by the image's file name, and the class names in the order of their ids. Raises BoxError."""
     try:
-        read = json.loads(file.read_bytes())
+        content = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise BoxError(f"{file} cannot be read ({type(error).__name__}: {error}); {EXPECTED}") from None
-    if not isinstance(read, dict):
-        what = "a list, perhaps of predictions," if isinstance(read, list) else shown(read)
+    if not isinstance(content, dict):
+        what = "a list, perhaps of predictions," if isinstance(content, list) else shown(content)
         raise BoxError(f"{file} holds {what} at the top; {EXPECTED}")
-    images = _images(read, file)
-    categories = _categories(read, file)
-    found = {one: Found([], [], []) for one in images}
-    for place, one in enumerate(_entries(read, "annotations", file)):
-        where = f"annotations[{place}] of {file}"
-        image, category = _id(one, "image_id", where), _id(one, "category_id", where)
+    images = _images(content, file)
+    categories = _categories(content, file)
+    found = {key: Found([], [], []) for key in images}
+    for place, entry in enumerate(_entries(content, "annotations", file)):
+        image, category = entry.id("image_id"), entry.id("category_id")
         if image not in images or category not in categories:
             raise BoxError(
                 f"{file} has an object of image {shown(image)}, category {shown(category)}, which it does not list "
                 f"(annotations[{place}]); {EXPECTED}"
             )
-        name = images[image][0]
-        x, y, width, height = four(_value(one, "bbox", where), f"{where}, for {name},")
+        x, y, width, height = four(entry.value("bbox"), f"{entry.where}, for {images[image].file_name},")
         found[image].boxes.append((x, y, x + width, y + height))
         found[image].names.append(categories[category])
-        found[image].aside.append(bool(one.get("iscrowd")))
-    said = {name: found[key].objects(size) for key, (name, size) in images.items()}
-    refuse_fractions(said, file)
-    return said, list(dict.fromkeys(categories.values()))
+        found[image].aside.append(bool(entry.fields.get("iscrowd")))
+    objects = {image.file_name: found[key].objects(image.size) for key, image in images.items()}
+    refuse_fractions(objects, file)
+    return objects, list(dict.fromkeys(categories.values()))
 
 
-def _images(read: dict[str, Any], file: Path) -> dict[int | str, tuple[str, tuple[int, int] | None]]:
-    """(file name, size or None) by id."""
-    images: dict[int | str, tuple[str, tuple[int, int] | None]] = {}
+def _images(content: Mapping[str, object], file: Path) -> dict[Id, _Image]:
+    images: dict[Id, _Image] = {}
     places: dict[str, int] = {}
-    for place, one in enumerate(_entries(read, "images", file)):
-        where = f"images[{place}] of {file}"
-        key, name = _id(one, "id", where), _value(one, "file_name", where)
+    for place, entry in enumerate(_entries(content, "images", file)):
+        key, name = entry.id("id"), entry.value("file_name")
         if not isinstance(name, str) or not name:
-            raise BoxError(f"{where} has the file_name {shown(name)}; text was expected; {EXPECTED}")
+            raise BoxError(f"{entry.where} has the file_name {shown(name)}; expected text; {EXPECTED}")
         name = name.replace("\\", "/")
         if key in images:
-            raise BoxError(f"{where} has the id {key!r}, as has {images[key][0]}; give each image an id of its own")
+            raise BoxError(
+                f"{entry.where} has the id {key!r}, as has {images[key].file_name}; give each image an id of its own"
+            )
         if name in places:
             raise BoxError(
-                f"{file} lists {name} more than once (images[{places[name]}] and images[{place}]); one entry for each "
-                "image was expected"
+                f"{file} lists {name} more than once (images[{places[name]}] and images[{place}]); expected one entry "
+                "for each image"
             )
         places[name] = place
-        images[key] = name, size_or_none(one.get("height"), one.get("width"))
+        images[key] = _Image(name, size_or_none(entry.fields.get("height"), entry.fields.get("width")))
     return images
 
 
-def _categories(read: dict[str, Any], file: Path) -> dict[int | str, str]:
-    """Names by id, in the order of the ids; two spellings of one name are one class."""
-    raw: dict[int | str, str] = {}
-    for place, one in enumerate(_entries(read, "categories", file)):
-        where = f"categories[{place}] of {file}"
-        key, name = _id(one, "id", where), _value(one, "name", where)
+def _categories(content: Mapping[str, object], file: Path) -> dict[Id, str]:
+    """Return class names by id, in the order of the ids; two spellings of one name are one class."""
+    names: dict[Id, str] = {}
+    for entry in _entries(content, "categories", file):
+        key, name = entry.id("id"), entry.value("name")
         if not isinstance(name, str | int | float) or not str(name).strip():
-            raise BoxError(f"{where} has the name {shown(name)}; text was expected; {EXPECTED}")
-        if key in raw:
-            raise BoxError(f"{where} has the id {key!r}, as has {raw[key]!r}; give each category an id of its own")
-        if str(name) in raw.values():
-            raise BoxError(f"{file} has two categories of one name, {str(name)!r}; give each a name of its own")
-        raw[key] = str(name)
-    if len({type(key) for key in raw}) > 1:
+            raise BoxError(f"{entry.where} has the name {shown(name)}; expected text; {EXPECTED}")
+        if key in names:
+            raise BoxError(f"{entry.where} has the id {key!r}, as has {names[key]!r}; give each category its own id")
+        if str(name) in names.values():
+            raise BoxError(f"{file} has two categories of one name, {str(name)!r}; give each its own name")
+        names[key] = str(name)
+    if len({type(key) for key in names}) > 1:
         raise BoxError(f"categories of {file} have ids that are numbers and ids that are text; use one kind")
-    return {key: class_name(raw[key]) for key in sorted(raw, key=lambda key: (str(type(key)), key))}
+    return {key: class_name(names[key]) for key in sorted(names, key=lambda key: (str(type(key)), key))}
 
 
-def _entries(read: dict[str, Any], part: str, file: Path) -> list[dict[str, Any]]:
-    if part not in read:
+def _entries(content: Mapping[str, object], part: str, file: Path) -> list[_Entry]:
+    if part not in content:
         raise BoxError(f"{file} has no {part!r}; {EXPECTED}")
-    if not isinstance(read[part], list):
-        raise BoxError(f"{part!r} of {file} is {shown(read[part])}; a list was expected; {EXPECTED}")
-    for place, one in enumerate(read[part]):
-        if not isinstance(one, dict):
-            raise BoxError(f"{part}[{place}] of {file} is {shown(one)}; an object was expected; {EXPECTED}")
-    return read[part]
-
-
-def _value(one: dict[str, Any], key: str, where: str) -> Any:
-    if key not in one:
-        raise BoxError(f"{where} has no {key!r}; {EXPECTED}")
-    return one[key]
-
-
-def _id(one: dict[str, Any], key: str, where: str) -> int | str:
-    value = _value(one, key, where)
-    if isinstance(value, float) and value.is_integer():
-        return int(value)  # as tools that keep numbers as floats write it
-    if isinstance(value, bool) or not isinstance(value, int | str):
-        raise BoxError(f"{where} has the {key} {shown(value)}; a number or text was expected")
-    return value
+    entries = content[part]
+    if not isinstance(entries, list):
+        raise BoxError(f"{part!r} of {file} is {shown(entries)}; expected a list; {EXPECTED}")
+    for place, fields in enumerate(entries):
+        if not isinstance(fields, dict):
+            raise BoxError(f"{part}[{place}] of {file} is {shown(fields)}; expected an object; {EXPECTED}")
+    return [_Entry(fields, f"{part}[{place}] of {file}") for place, fields in enumerate(entries)]

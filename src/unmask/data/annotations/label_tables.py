@@ -16,7 +16,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -30,6 +29,9 @@ TARGETS = ("classes", "multilabel", "regression")
 CLASSES, MULTILABEL, REGRESSION = TARGETS
 PATH = "path"
 
+Cell = str | int | float | bool | None
+"""One cell of a table; None is empty."""
+
 
 @dataclass(frozen=True)
 class Table:
@@ -37,7 +39,7 @@ class Table:
 
     file: str
     paths: list[str]
-    columns: dict[str, list[Any]]
+    columns: dict[str, list[Cell]]
 
 
 @dataclass(frozen=True)
@@ -98,13 +100,13 @@ def read_table(file: str | Path, columns: Sequence[str] | None = None) -> Table:
     return Table(str(file), names, found)
 
 
-def _wanted(file: Path, found: dict[str, list[Any]], columns: Sequence[str]) -> dict[str, list[Any]]:
+def _wanted(file: Path, found: dict[str, list[Cell]], columns: Sequence[str]) -> dict[str, list[Cell]]:
     if missing := [name for name in columns if name not in found]:
         raise UserError(f"{file} has no column {some(missing)}; it has {some(list(found))}")
     return {name: found[name] for name in columns}
 
 
-def _read_text(file: Path) -> dict[str, list[Any]]:
+def _read_text(file: Path) -> dict[str, list[Cell]]:
     try:
         lines = io.StringIO(read_text(file), newline="")
         reader = csv.reader(lines, delimiter="\t" if file.name.lower().endswith(".tsv") else ",", strict=True)
@@ -120,7 +122,7 @@ def _read_text(file: Path) -> dict[str, list[Any]]:
     return {name: [row[place].strip() for _, row in rows] for place, name in enumerate(heading)}
 
 
-def _read_parquet(file: Path, columns: Sequence[str] | None) -> dict[str, list[Any]]:
+def _read_parquet(file: Path, columns: Sequence[str] | None) -> dict[str, list[Cell]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -219,18 +221,18 @@ def targets_of(table: Table, source: Source, meaning: Meaning, *, classes: Seque
         number = {name: i for i, name in enumerate(known)}
         values = np.array([number[text] for text in texts], np.int64)
     else:
-        values = np.array([[float(cell) for cell in column] for column in cells.values()], np.float64).T
+        values = np.array([[_number(cell) for cell in column] for column in cells.values()], np.float64).T
     if classes is None:
         _require_variety(table, meaning, known, values)
     unused = tuple(name for name in paths if name not in place)
     return Targets(meaning.task, meaning.columns, known, rows, values, meaning.why, len(source) - len(rows), unused)
 
 
-def _require_full(table: Table, name: str, column: list[Any], paths: list[str], task: str) -> None:
+def _require_full(table: Table, name: str, column: list[Cell], paths: list[str], task: str) -> None:
     """Raises UserError for a cell without a value, or with one that is not finite."""
     bad = [path for path, cell in zip(paths, column, strict=True) if _empty(cell)]
     if not bad and task != CLASSES:
-        bad = [path for path, cell in zip(paths, column, strict=True) if not math.isfinite(float(cell))]
+        bad = [path for path, cell in zip(paths, column, strict=True) if not math.isfinite(_number(cell))]
     if bad:
         raise UserError(
             f"column {name} of {table.file} has no number or text for {len(bad)} images ({some(bad)}); fill it in, or "
@@ -251,15 +253,21 @@ def _require_variety(table: Table, meaning: Meaning, classes: Sequence[str], val
         )
 
 
-def _empty(cell: Any) -> bool:
+def _number(cell: Cell) -> float:
+    """Raises ValueError for text that is no number."""
+    assert cell is not None
+    return float(cell)
+
+
+def _empty(cell: Cell) -> bool:
     return cell is None or cell == "" or (isinstance(cell, float) and math.isnan(cell)) or str(cell).lower() == "nan"
 
 
-def _kind(cells: Sequence[Any]) -> str:
+def _kind(cells: Sequence[Cell]) -> str:
     """ "texts", "0 and 1", "whole numbers" or "fractions", whichever fits all cells that are not empty."""
     present = {cell for cell in cells if not _empty(cell)}
     try:
-        numbers = {float(cell) for cell in present}
+        numbers = {_number(cell) for cell in present}
     except ValueError:
         return "texts"
     if numbers <= {0.0, 1.0}:

@@ -20,46 +20,25 @@ from typing import Literal
 import numpy as np
 
 from unmask.data.decode.bad_image import BadImage
-from unmask.data.decode.tiff_pages import TIFF_STARTS
+from unmask.data.decode.tiff_pages import TIFF_STARTS, read_pages
 
 Nodata = Literal["auto"] | float | None
 """Which pixels are absent: "auto", as the file declares, and NaN or infinity; a number, that value as well; or None."""
 
-GDAL_NODATA = 42113
-PALETTE = 3
-MOST_ENTRIES = 4096  # of a directory; real ones have dozens
-LONGEST_VALUE = 64
+PALETTE = 3  # TIFF's photometric interpretation
 
 
 def declared(data: bytes) -> float | None:
-    """The value of absent pixels that a TIFF's GDAL_NODATA tag declares; None for other files or without the tag.
+    """Return the value of absent pixels that a TIFF's GDAL_NODATA tag declares; None without such a tag.
 
-    A value that is no number, and one for palette indices, counts as none.
+    A value that is not a number, and one of a palette image, count as none.
     """
     if not data.startswith(TIFF_STARTS):
         return None
-    order = "<" if data[:2] == b"II" else ">"
-    big = data[2:4] in (b"+\0", b"\0+")
-    place_of, count_of, entry_of, step, inline = ("Q", "Q", "HHQ", 20, 8) if big else ("I", "H", "HHI", 12, 4)
-    text = b""
     try:
-        (start,) = struct.unpack_from(order + place_of, data, 8 if big else 4)
-        (count,) = struct.unpack_from(order + count_of, data, start)
-        start += struct.calcsize("<" + count_of)
-        for entry in range(min(count, MOST_ENTRIES)):
-            tag, kind, length = struct.unpack_from(order + entry_of, data, start + entry * step)
-            place = start + entry * step + struct.calcsize("<" + entry_of)
-            if tag == 262 and kind == 3 and struct.unpack_from(order + "H", data, place)[0] == PALETTE:
-                return None
-            if tag == GDAL_NODATA and kind == 2:
-                if length > inline:
-                    (place,) = struct.unpack_from(order + place_of, data, place)
-                text = data[place : place + min(length, LONGEST_VALUE)]
-    except (struct.error, OverflowError):  # OverflowError: a place beyond 2^63
-        return None
-    try:
-        return float(text.split(b"\0")[0])
-    except ValueError:
+        page = read_pages(data, most=1)[0]
+        return None if page.first(262, 1) == PALETTE else float(page.nodata.split(b"\0")[0])
+    except (struct.error, OverflowError, ValueError):  # a damaged directory; no tag; text that is not a number
         return None
 
 

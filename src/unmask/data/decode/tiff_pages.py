@@ -1,7 +1,11 @@
 """The directories of a TIFF: one for each page, and which of them hold the image.
 
-Only integer tags that decide how pixels are read, and the description, are parsed. Everything is bounded: a file of a
-few bytes may claim any number of directories, entries and values.
+Only integer tags that decide how pixels are read, the description and the no-data value are parsed. Everything is
+bounded: a file of a few bytes may claim any number of directories, entries and values.
+
+Not Pillow or tifffile, because the loader reads the directories of a file anew for every image: 7 us for one page and
+0.7 ms for 20, where Pillow 13 takes 57 us and 11 ms, tifffile 2026.3 56 us and 7 ms (2 cores, November 2026). Pillow
+does not read sub-directories either, and tifffile is optional.
 """
 
 from __future__ import annotations
@@ -15,12 +19,12 @@ from unmask.data.decode.reading import Reading
 
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # classic and BigTIFF, in both byte orders
 TAGS = (254, 256, 257, 258, 262, 274, 277, 278, 284, 338, 339)
-DESCRIPTION, SUB_DIRECTORIES = 270, 330
+DESCRIPTION, SUB_DIRECTORIES, GDAL_NODATA = 270, 330, 42113
+LONGEST = {DESCRIPTION: 1 << 20, GDAL_NODATA: 64}  # bytes of a text that are read
 MOST_ENTRIES = 4096  # of one directory; a few dozen are usual
 MOST_ENTRIES_IN_ALL = 100_000
 MOST_PAGES = 4096
 MOST_VALUES = 65535
-MOST_DESCRIPTION = 1 << 20
 REDUCED, MASK = 1, 4  # bits of tag 254
 LEVEL_SHARE = 0.75  # a page with at most this share of the width of another, and its shape, is a level of it
 
@@ -38,6 +42,7 @@ class Page:
     offset: int
     tags: Tags
     description: bytes = b""
+    nodata: bytes = b""
 
     def first(self, tag: int, default: int) -> int:
         """The first value of a tag."""
@@ -111,20 +116,22 @@ def _directory(data: bytes, start: int, order: str, big: bool, bounds: _Bounds) 
         raise TooManyEntries(f"a directory of {count} entries; at most {MOST_ENTRIES} are read")
     begin = start + struct.calcsize("<" + count_of)
     tags: Tags = {}
-    description = b""
+    texts = dict.fromkeys(LONGEST, b"")
     width = 20 if big else 12
     for entry in range(count):
         place = begin + entry * width
         tag, kind, number = struct.unpack_from(order + entry_of, data, place)
         letter = {1: "B", 2: "B", 3: "H", 4: "I", 13: "I", 16: "Q", 18: "Q"}.get(kind)
-        wanted = tag in TAGS or tag in (DESCRIPTION, SUB_DIRECTORIES)
-        if not wanted or letter is None or tag in tags or (number > MOST_VALUES and tag != DESCRIPTION):
+        wanted = tag in TAGS or tag in LONGEST or tag == SUB_DIRECTORIES
+        if not wanted or letter is None or tag in tags or (number > MOST_VALUES and tag not in LONGEST):
+            continue
+        if tag == GDAL_NODATA and kind != 2:  # not text
             continue
         place += struct.calcsize("<" + entry_of)
         if number * struct.calcsize("<" + letter) > (8 if big else 4):
             (place,) = struct.unpack_from(order + place_of, data, place)
-        if tag == DESCRIPTION:
-            description = description or data[place : place + min(number, MOST_DESCRIPTION)]
+        if tag in LONGEST:
+            texts[tag] = texts[tag] or data[place : place + min(number, LONGEST[tag])]
             continue
         tags[tag] = struct.unpack_from(f"{order}{number}{letter}", data, place)
     end = begin + count * width
@@ -132,7 +139,7 @@ def _directory(data: bytes, start: int, order: str, big: bool, bounds: _Bounds) 
         (following,) = struct.unpack_from(order + place_of, data, end)
     except struct.error:  # some writers leave it out at the end of the file
         following = 0
-    return Page(start, tags, description), following
+    return Page(start, tags, texts[DESCRIPTION], texts[GDAL_NODATA]), following
 
 
 def starting_at(data: bytes, offset: int) -> bytes:

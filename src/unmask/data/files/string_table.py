@@ -36,10 +36,6 @@ class StringTable(Sequence[str]):
         names.blob, names.ends = blob, ends
         return names
 
-    @property
-    def nbytes(self) -> int:
-        return len(self.blob) + self.ends.nbytes
-
     def same(self, other: StringTable) -> bool:
         """Whether both hold the same texts, without looking at them one by one."""
         return self.blob == other.blob and np.array_equal(self.ends, other.ends)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+from dataclasses import dataclass
 
 from unmask.data.decode.layout import Layout
 from unmask.data.scan.scan import Scan
@@ -22,19 +22,33 @@ def findings(found: Scan) -> tuple[str, ...]:
     return (*found.settled, *_alpha(found), *_pages(found), *_axes(found), *_tolerated(found), *_absent(found))
 
 
-def file_kinds(found: Scan) -> list[dict[str, Any]]:
-    """A row for each kind of file: how many there are, what they hold, and what is made of it."""
+@dataclass(frozen=True)
+class FileKind:
+    """One kind of file of a data set: how many there are, what they hold, and how they are read."""
+
+    files: int
+    format: str
+    bands: int
+    alpha: str
+    pages: int
+    read: str
+    axes: str
+    channels: int
+
+
+def file_kinds(found: Scan) -> list[FileKind]:
+    """Return the kinds of files, the most frequent first."""
     return [
-        {
-            "files": count,
-            "format": kind,
-            "bands": layout.bands,
-            "alpha": layout.alpha or "none",
-            "pages": layout.pages,
-            "read": USE_OF_PAGES[layout.page_use],
-            "axes": layout.axes or "-",
-            "channels": channels,
-        }
+        FileKind(
+            files=count,
+            format=kind,
+            bands=layout.bands,
+            alpha=layout.alpha or "none",
+            pages=layout.pages,
+            read=USE_OF_PAGES[layout.page_use],
+            axes=layout.axes or "-",
+            channels=channels,
+        )
         for (kind, channels, layout), count in _without_faults(found).most_common()
     ]
 

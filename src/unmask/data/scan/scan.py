@@ -8,7 +8,6 @@ were looked at now or before (`looks.py` remembers).
 from __future__ import annotations
 
 import os
-import posixpath
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -47,10 +46,6 @@ GUARDED_MEMORY = 128 << 20  # bytes; what takes more to decode, gets a process o
 GUARDED_PARTS = 64  # scans of a JPEG, or pages of a TIFF; the same holds for them
 MOST_SECONDS = 10.0  # of processor time, for a file
 PATIENCE = 5.0  # seconds of work that are worth starting processes for
-EXTENSION_OF = {
-    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"), "PNG": (".png",), "WEBP": (".webp",),
-    "TIFF": (".tif", ".tiff"), "BMP": (".bmp",), "GIF": (".gif",), "NPY": (".npy",),
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -90,7 +85,6 @@ class Scan:
     layouts: Counter[tuple[str, int, Layout]] = field(default_factory=Counter)
     reading: Reading = field(default_factory=Reading)
     settled: tuple[str, ...] = ()
-    wrong_extensions: int = 0
     constant: Constant | None = None
     channels_majority: int = 0
     dtype_majority: str = "uint8"
@@ -134,14 +128,13 @@ def scan(
     sample: int | None = None,
     workers: int | None = None,
     channels: int | None = None,
-    dtype: str | None = None,
     anew: bool = False,
     progress: Callable[[int], object] | None = None,
 ) -> Scan:
     """Decode every file, or `sample` of them evenly spread.
 
     workers: processes; 0 is this one; None starts one a core when there turns out to be work for more than a few
-    seconds. channels, dtype: what the images must conform to; None means what most of them are. Files that cannot
+    seconds. channels: what the images must conform to; None means what most of them are. Files that cannot
     conform are bad. What `source.reading` leaves open is settled first, and set there. anew: decode files too that
     could be read before and have not changed since.
     """
@@ -174,7 +167,7 @@ def scan(
     looks = joined([*before, new])
     result.digests = np.zeros(len(source), np.uint64)
     result.digests[looks.rows] = looks.digests
-    _summarise(result, source, looks, faults, channels, dtype)
+    _summarise(result, source, looks, faults, channels)
     result.seconds = time.monotonic() - start
     return result
 
@@ -297,12 +290,7 @@ def _sums(flat: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _summarise(
-    result: Scan,
-    source: Source,
-    looks: FileRecords,
-    faults: dict[int, BadFile],
-    channels: int | None,
-    dtype: str | None,
+    result: Scan, source: Source, looks: FileRecords, faults: dict[int, BadFile], channels: int | None
 ) -> None:
     result.channels = Counter(looks.channels.tolist())
     result.dtypes = Counter(looks.dtypes.astype(str).tolist())
@@ -311,16 +299,13 @@ def _summarise(
     for (kind, own_channels, code), count in Counter(kinds).items():
         result.layouts[kind, own_channels, Layout.from_code(code)] = count
     wanted_channels = channels or (result.channels.most_common(1)[0][0] if len(looks) else 0)
-    wanted_dtype = dtype or (_widest(result.dtypes) if len(looks) else "uint8")
+    wanted_dtype = _widest(result.dtypes) if len(looks) else "uint8"
     unlike = _unlike(looks, wanted_channels, wanted_dtype)
     for place, error in unlike.items():
         row = int(looks.rows[place])
         faults[row] = BadFile(source.names[row], error.code, error.detail)
     if unlike:
         looks = looks.at(np.setdiff1d(np.arange(len(looks)), list(unlike)))
-    for row, kind in zip(looks.rows.tolist(), looks.formats.astype(str).tolist(), strict=True):
-        suffix = posixpath.splitext(source.names[row])[1].lower()
-        result.wrong_extensions += len(suffix) > 1 and suffix not in EXTENSION_OF.get(kind, (suffix,))
     result.constant = constant_images(source, looks)
     result.bad_rows = np.array(sorted(faults), np.int64)
     result.bad = [faults[row] for row in sorted(faults)]
