@@ -12,7 +12,7 @@ from unmask.console import Console
 from unmask.engine import initial_weights
 from unmask.engine.checkpoint import load_model
 from unmask.engine.load import read_config
-from unmask.engine.palette_file import _swatches, make_palette
+from unmask.engine.palette_file import draw_swatches, make_palette
 from unmask.engine.pretrain import pretrain
 from unmask.errors import UserError
 
@@ -57,7 +57,7 @@ def test_fewer_different_colours_than_asked_for_are_said_and_work(tmp_path):
 
 def test_every_colour_is_drawn():
     colours = torch.arange(300.0)[:, None]
-    assert set(_swatches(colours, 18).unique().tolist()) == set(range(300))
+    assert set(draw_swatches(colours, 18).unique().tolist()) == set(range(300))
 
 
 def test_runs_with_a_palette_have_its_colours_and_a_run_can_be_one(images, tmp_path):

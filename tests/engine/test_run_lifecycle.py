@@ -199,7 +199,7 @@ with Run(sys.argv[1]).lock():
 def test_what_is_said_of_a_holder():
     def said(**about):
         about = {"pid": os.getppid(), "host": socket.gethostname(), "since": "now"} | about
-        return folder_lock._holder(json.dumps(about).encode())
+        return folder_lock.describe_holder(json.dumps(about).encode())
 
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
@@ -208,7 +208,7 @@ def test_what_is_said_of_a_holder():
     assert "in use by process" in said()
     assert "on elsewhere" in said(host="elsewhere")
     assert "stop it there" in said(host="elsewhere")
-    assert "another process" in folder_lock._holder(b"4711")
+    assert "another process" in folder_lock.describe_holder(b"4711")
     stopped = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     try:
         stopped.send_signal(signal.SIGSTOP)

@@ -661,9 +661,9 @@ def test_folders_of_shards_and_of_timm_and_what_they_say_of_the_images(tmp_path)
 
 
 def test_a_preprocessor_that_does_not_normalise_is_believed():
-    from unmask.interop.foreign.vit_checkpoints import _statistics
+    from unmask.interop.foreign.vit_checkpoints import image_statistics
 
     look = {"do_normalize": False, "do_rescale": True, "image_mean": [1, 1, 1], "image_std": [1, 1, 1]}
-    assert _statistics(look, 3, halves=False, training={})[:2] == ((0.0,) * 3, (255.0,) * 3)
+    assert image_statistics(look, 3, halves=False, training={})[:2] == ((0.0,) * 3, (255.0,) * 3)
     look |= {"do_normalize": True, "do_rescale": False}
-    assert _statistics(look, 3, halves=False, training={})[:2] == ((1.0,) * 3, (1.0,) * 3)
+    assert image_statistics(look, 3, halves=False, training={})[:2] == ((1.0,) * 3, (1.0,) * 3)

@@ -183,7 +183,7 @@ def test_patches_that_do_not_shrink_to_4x4_are_refused():
 def test_other_channel_counts_have_one_softmax_or_one_per_channel(channels, outputs):
     method, batch = small(images=spec(channels)), small_batch(channels=channels)
     assert method.head.out_features == outputs
-    painted = method.encoder.images(method._paint(method.target(batch.images)))
+    painted = method.encoder.images(method.paint(method.target(batch.images)))
     cell_mean = torch.nn.functional.avg_pool2d(batch.images.float(), 4).repeat_interleave(4, 2).repeat_interleave(4, 3)
     assert (painted - cell_mean).abs().max() <= 255 / LEVELS / 2 + 1e-3
     assert sorted(small("colours_4x4", spec(channels)).target(batch.images).shape) == sorted(
@@ -224,8 +224,8 @@ def test_the_marginal_of_colours_by_hand():
     one = small()
     truth = torch.tensor([[3, 3, 3, 7]])[..., None]
     quarter = -0.75 * math.log(0.75) - 0.25 * math.log(0.25)
-    assert float(one._entropy(truth)) == pytest.approx(quarter, rel=1e-5)
+    assert float(one.marginal_entropy(truth)) == pytest.approx(quarter, rel=1e-5)
     five = small(images=spec(5))
     constant = torch.zeros(1, 4, 5, dtype=torch.int64)
     constant[0, :, 2] = torch.tensor([3, 3, 3, 7])
-    assert float(five._entropy(constant)) == pytest.approx(quarter / 5, rel=1e-5), "each channel by itself"
+    assert float(five.marginal_entropy(constant)) == pytest.approx(quarter / 5, rel=1e-5), "each channel by itself"

@@ -73,7 +73,7 @@ def make_palette(data: str, *, colours: int, size: int, out: Path, console: Cons
     panels = {
         "original": F.interpolate(images[:DRAWN], (side, side)),
         f"in {colours} colours": F.interpolate(quantised[:DRAWN], (side, side)),
-        "the palette": _swatches(palette, side).expand(len(images[:DRAWN]), -1, -1, -1),
+        "the palette": draw_swatches(palette, side).expand(len(images[:DRAWN]), -1, -1, -1),
     }
     draw(Picture(panels, note, {}), spec.dtype, picture, f"palette of {source}")
     console.say(f"{out}: {note}")
@@ -112,7 +112,7 @@ def _read_images(data: str, size: int, console: Console) -> tuple[torch.Tensor, 
     return batch.images.float(), valid, spec
 
 
-def _swatches(palette: torch.Tensor, size: int) -> torch.Tensor:
+def draw_swatches(palette: torch.Tensor, size: int) -> torch.Tensor:
     """Return (1, C, size, size): the colours from dark to bright, as a square of squares."""
     side = math.ceil(len(palette) ** 0.5)
     order = palette.mean(1).argsort()

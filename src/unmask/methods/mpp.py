@@ -171,12 +171,12 @@ class MPP(Method):
             note += "All the pixels of the corrupted patches are predicted."
         else:
             ids = self._logits(guess).argmax(-1)
-            panels["pasted"] = put(patches, change.where, self._paint(ids))
-            panels["perfect"] = put(patches, change.where, self._paint(truth))
+            panels["pasted"] = put(patches, change.where, self.paint(ids))
+            panels["perfect"] = put(patches, change.where, self.paint(truth))
             counted = truth if weights is None or not weights.any() else truth[weights.any(2)][None]
             numbers = {
                 "loss": self._cross_entropy(guess, truth, weights),
-                "marginal_colours": self._entropy(counted),
+                "marginal_colours": self.marginal_entropy(counted),
             }
             what = "4 x 4 colours" if self.side > 1 else "one mean colour"
             note += f"Predicted: {what} for each corrupted patch, at 3 bits per channel; 'perfect' is the right answer."
@@ -193,13 +193,13 @@ class MPP(Method):
         nats = F.cross_entropy(logits, truth.flatten(), reduction="none").view_as(truth)
         return weighted_mean(nats, weights)
 
-    def _entropy(self, truth: Tensor) -> Tensor:
+    def marginal_entropy(self, truth: Tensor) -> Tensor:
         """The loss of whoever knows only how often each colour occurs in these patches, for each softmax by itself."""
         classes = LEVELS ** (self.encoder.spec.channels // self.softmaxes)
         share = F.one_hot(truth, classes).float().flatten(0, 1).mean(0)  # (S x softmaxes, classes)
         return torch.special.entr(share).sum(-1).mean()
 
-    def _paint(self, ids: Tensor) -> Tensor:
+    def paint(self, ids: Tensor) -> Tensor:
         """Class numbers (B, M, S x softmaxes) -> normalised patches (B, M, P) of flat cells."""
         channels, (height, width) = self.encoder.spec.channels, self.encoder.patch
         colours = colours_of(ids, channels // self.softmaxes).flatten(2).unflatten(2, (self.side, self.side, channels))

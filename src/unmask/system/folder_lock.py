@@ -88,12 +88,12 @@ def _acquire(handle: int, deadline: float) -> None:
             return
         except OSError:
             if time.monotonic() > deadline:
-                raise Locked(_holder(os.pread(handle, 4096, 0))) from None
+                raise Locked(describe_holder(os.pread(handle, 4096, 0))) from None
             time.sleep(0.05)
 
 
-def _holder(content: bytes) -> str:
-    """Who holds the lock and what to do, by what the holder wrote: the rest of a sentence."""
+def describe_holder(content: bytes) -> str:
+    """Return who holds a lock and what to do, from what the holder wrote: the rest of a sentence."""
     try:
         about = json.loads(content)
         pid, host, since = int(about["pid"]), str(about["host"]), str(about["since"])

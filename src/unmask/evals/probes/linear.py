@@ -76,7 +76,7 @@ def fit_classes(x: np.ndarray, y: np.ndarray, *, seed: int = 0, c: float | None 
     x = standardise(x)
     fit, held = hold_out(y, np.arange(len(y)), seed, HOLD_OUT_FOR_C)
     if c is None:
-        c = _choose_c(x[fit], y[fit], x[held], y[held]) if len(held) else C_WITHOUT_CHOICE
+        c = choose_c(x[fit], y[fit], x[held], y[held]) if len(held) else C_WITHOUT_CHOICE
     model, converged = _fit(LogisticRegression(max_iter=FINAL_ITERATIONS, C=c), x, y)
     return Fitted(
         predict=lambda test_x: np.asarray(model.predict(standardise(test_x)), np.int64),
@@ -161,7 +161,8 @@ def _predict(model: Ridge, x: np.ndarray) -> np.ndarray:
     return np.asarray(model.predict(x.astype(np.float64))).reshape(len(x), -1)
 
 
-def _choose_c(fit_x: np.ndarray, fit_y: np.ndarray, held_x: np.ndarray, held_y: np.ndarray) -> float:
+def choose_c(fit_x: np.ndarray, fit_y: np.ndarray, held_x: np.ndarray, held_y: np.ndarray) -> float:
+    """Return the C of `C_GRID` with the best accuracy on the held-out rows, then the lowest log-loss."""
     # Not LogisticRegressionCV: it is as fast, but of values of C with equal accuracy it takes the smallest. On 100
     # images it chose another C than the log-loss in 2 of 3 data sets (test accuracy 4 points lower in one, 1 point
     # higher in the other), so published results would change.

@@ -91,7 +91,7 @@ def recognise_vit(
         encoder["heads"] = int(heads)
     _require_config(about, encoder, channels)
 
-    mean, std, statistics = _statistics(look, channels, halves=beit, training=training)
+    mean, std, statistics = image_statistics(look, channels, halves=beit, training=training)
     if simmim:
         kind, method = "pre-trained", {"name": "simmim", "encoder": encoder, **_simmim_masks(names, patch, training)}
     elif full:
@@ -227,7 +227,7 @@ def _require_config(about: Mapping[str, Any], encoder: Mapping[str, Any], channe
         raise ForeignError(f"config.json says hidden_act={act!r}; this package's vision transformer has the exact GELU")
 
 
-def _statistics(
+def image_statistics(
     look: Mapping[str, Any], channels: int, *, halves: bool, training: Mapping[str, Any]
 ) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None, str]:
     """(mean, std, whose): what preprocessor_config.json or the training's arguments say, in units of 0..255.
