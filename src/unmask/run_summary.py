@@ -75,7 +75,7 @@ def summarise(run: RunFolder) -> RunSummary:
         size=(int(size[0]), int(size[1])) if size else None,
         images=plan.get("num_images"),
         loss=losses[-1] if losses else None,
-        probe=_newest_probe(run),
+        probe=_newest_result(run),
         bytes=sum(file.st_size for file in files),
         changed=max((file.st_mtime for file in files), default=0.0),
     )
@@ -130,14 +130,20 @@ def _metrics(run: RunFolder) -> list[dict[str, Any]]:
         return []
 
 
-def _newest_probe(run: RunFolder) -> str:
-    """'linear 55.8 % on digits', of the run's own features in the newest result in evals; "" where there is none."""
-    for file in sorted(run.evals.glob("*.json"), key=lambda file: file.stat().st_mtime, reverse=True):
-        found = _read(run, f"evals/{file.name}")
-        if "accuracy" in found and "rows" not in found:
-            return f"fine-tuned {100 * found['accuracy']:.1f} %"
-        own = [row for row in found.get("rows", []) if row.get("features") == "pre-trained" and "accuracy" in row]
-        if own and found.get("metric", "accuracy") == "accuracy":
-            best = max(row["accuracy"] for row in own)
-            return f"{found.get('kind')} {100 * best:.1f} % on {Path(str(found.get('data'))).name}"
+def _newest_result(run: RunFolder) -> str:
+    """Return the newest score of the run's own features, as 'linear 55.8 % on digits'; "" where there is none."""
+    from unmask.results import ACCURACY, FinetuneResult, ProbeResult, read_results  # pydantic is slow to import
+
+    records = read_results(run).records
+    changed: dict[str, float] = {}
+    for name in records:
+        with suppress(OSError):
+            changed[name] = (run.evals / f"{name}.json").stat().st_mtime
+    for name in sorted(changed, key=lambda name: changed[name], reverse=True):
+        record = records[name]
+        if isinstance(record, FinetuneResult):
+            metric = "" if record.metric == ACCURACY else f" {record.metric}"
+            return f"fine-tuned {100 * record.value:.1f} %{metric}"
+        if isinstance(record, ProbeResult) and record.metric == ACCURACY and (own := record.row()) is not None:
+            return f"{record.kind} {100 * own.value:.1f} % on {Path(record.data.name).name}"
     return ""

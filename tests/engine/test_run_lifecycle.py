@@ -23,7 +23,7 @@ from unmask.engine.pretrain import pretrain
 from unmask.engine.resume import resume
 from unmask.errors import TrainingFailed
 from unmask.finetuning import finetune
-from unmask.results import SCORE
+from unmask.results import SCORE, read_score
 from unmask.run import Run, RunError, RunInUse, held_here
 from unmask.system import folder_lock
 
@@ -255,16 +255,16 @@ def test_a_fine_tuning_that_ends_before_its_result_gets_it_on_resume(pretrained,
     assert not (run.path / SCORE).exists()
     monkeypatch.undo()
     assert finetune.resume(run.path, console=QUIET).finished
-    assert run.read(SCORE)["step"] == 4
+    assert read_score(run).step == 4
 
 
 def test_a_finished_fine_tuning_whose_result_was_lost_or_damaged_is_measured_again(pretrained, tmp_path):
     run = tune(pretrained, tmp_path / "tuned")
-    result = run.read(SCORE)
+    result = read_score(run)
     for damage in (lambda file: file.unlink(), lambda file: file.write_bytes(file.read_bytes()[:-40])):
         damage(run.path / SCORE)
         assert finetune.resume(run.path, console=QUIET).finished
-        assert run.read(SCORE) == result
+        assert read_score(run) == result
 
 
 @pytest.mark.parametrize("damage", ["flip", "missing", "truncated"])

@@ -24,7 +24,7 @@ from unmask.finetuning import choose_recipe, configure, final_test, finetune, pa
 from unmask.finetuning.finetune import FinetuneOptions
 from unmask.finetuning.predict import PredictOptions, predict
 from unmask.recipes.catalogue import find
-from unmask.results import SCORE
+from unmask.results import TestIdentity, read_results, read_score
 from unmask.run import Run
 
 SIZE = 16
@@ -79,12 +79,12 @@ def tuned(pretrained, data, tests, tmp_path_factory):
 
 
 def test_it_learns_and_says_how_good_it_is_on_other_images(tuned, tests):
-    found = tuned.read(SCORE)
-    assert found["accuracy"] == 1.0
-    assert (found["correct"], found["total"]) == (12, 12)
-    assert found["low"] < 1 == found["high"]
-    assert found["test"] == str(tests)
-    assert found["best"]["step"] in (20, 40)
+    found = read_score(tuned)
+    assert (found.metric, found.value, found.numbers) == ("accuracy", 1.0, {"accuracy": 1.0})
+    assert (found.correct, found.test_images) == (12, 12)
+    assert found.low < 1 == found.high
+    assert found.test.images.name == str(tests)
+    assert found.best.step in (20, 40)
     assert [row["step"] for row in tuned.metrics() if "test_accuracy" in row] == [20, 40]
 
 
@@ -103,7 +103,8 @@ def test_without_test_images_a_fifth_is_held_out_and_never_trained_on(pretrained
     assert len(plan.test_rows) == 4
     assert set(plan.test_rows) <= set(plan.excluded)
     assert plan.num_images == 20
-    assert run.read(SCORE)["total"] == 4
+    assert read_score(run).test_images == 4
+    assert read_score(run).test == TestIdentity(held_out=0.2, seed=0)
 
 
 def test_labels_per_class_and_recipe_by_their_number(pretrained, data, tests, tmp_path):
@@ -154,9 +155,9 @@ def test_from_scratch_takes_no_weights_and_averages_its_own(pretrained, data, te
     run = tune(pretrained, data, tmp_path / "run", "train.steps=2", test=str(tests), from_scratch=True)
     assert read_config(run).method.head_std == 0.02, "2e-5 is for pre-trained weights"
     assert read_config(run).graft == ()
-    found = run.read(SCORE)
-    assert found["from"] is None
-    assert 0 <= found["averaged"] <= 1
+    found = read_score(run)
+    assert found.initial_run is None
+    assert 0 <= found.averaged <= 1
 
 
 def test_last_blocks_alone_are_trained(pretrained, data, tests, tmp_path):
@@ -187,7 +188,7 @@ def test_every_kind_of_augmentation_repeats_itself_after_a_stop(pretrained, data
     run = finetune.resume(tmp_path / "run")
     want, got = load(whole.path).method.state_dict(), load(run.path).method.state_dict()
     assert all(torch.equal(want[name], got[name]) for name in want)
-    assert whole.read(SCORE)["averaged"] == run.read(SCORE)["averaged"]
+    assert read_score(whole).averaged == read_score(run).averaged
     kept = load_file(run.checkpoints / "step-00000006" / "optim.safetensors")
     assert {"head.weight/average", "head.weight/exp_avg"} <= kept.keys(), "where earlier versions look for them"
 
@@ -309,11 +310,12 @@ def test_masks_are_learnt_tested_resumed_and_predicted(pretrained, street, tmp_p
     options = {"task": "segment", "test": str(street / "images" / "test"), "ignored": (7,)}
     more = ["method.head=linear", "train.steps=60", "train.test_every=60", "data.size=[16,24]", "optim.base_lr=0.2"]
     run = tune(pretrained, street / "images" / "train", tmp_path / "run", *more, **options)
-    found = run.read(SCORE)
-    assert found["mean_iou"] > 0.9
-    assert found["classes"] == ["dark", "bright"]
-    assert set(found["ious"]) == {"dark", "bright"}
-    assert found["metric"] == "mean_iou"
+    found = read_score(run)
+    assert found.value > 0.9
+    assert found.classes == ("dark", "bright")
+    assert set(found.by_class) == {"dark", "bright"}
+    assert found.metric == "mean_iou"
+    assert np.sum(found.confusion) > 0
     assert load(run.path).method.encoder.grid == (4, 6), "positions were resized from 4 x 4"
     summary = predict(run.path, [str(street / "images" / "test")], tmp_path / "out", options=ON_CPU, console=QUIET)
     assert summary["images"] == 4
@@ -357,8 +359,8 @@ def test_masks_of_0_and_255_on_stored_pixels_are_learnt_resumed_and_predicted(pr
     settings = read_config(run).method
     assert settings.values == (0, 255)
     assert settings.stored_pixels
-    assert run.read(SCORE)["mean_iou"] > 0.8, "an image turned away from its mask would score far less"
-    assert final_test.measure_run(run)["mean_iou"] == run.read(SCORE)["mean_iou"], "the same when opened again"
+    assert read_score(run).value > 0.8, "an image turned away from its mask would score far less"
+    assert final_test.measure_run(run) == read_score(run), "the same when opened again"
     predict(run.path, [str(root / "images")], tmp_path / "out", options=ON_CPU, console=QUIET)
     with Image.open(tmp_path / "out" / "1.png") as picture:
         found = np.asarray(picture)
@@ -391,10 +393,10 @@ def test_boxes_are_learnt_tested_and_predicted_in_pixels_of_the_file(pretrained,
         "optim.base_lr=0.06", "data.crop.scale=[0.8,1]",
     ]  # fmt: skip
     run = tune(pretrained, cells, tmp_path / "run", *more, task="detect")
-    found = run.read(SCORE)
-    assert found["ap50"] > 0.5
-    assert found["test_images"] == 2
-    assert found["ap50_of_class"] == {"square": found["ap50"]}
+    found = read_score(run)
+    assert found.value > 0.5
+    assert found.test_images == 2
+    assert found.by_class == {"square": found.numbers["ap50"]}
     out = tmp_path / "out.json"
     predict(run.path, [str(cells)], out, options=ON_CPU, console=QUIET)
     given, truth = json.loads(out.read_text()), json.loads((cells / "boxes.json").read_text())
@@ -447,20 +449,20 @@ def test_the_papers_linear_probe_is_a_run_within_the_run(pretrained, data, tests
     summary = paper_linear_probe.paper_linear(
         run, str(data), test=str(tests), settings=["train.steps=60", "data.workers=0"]
     )
-    assert summary["rows"][0]["accuracy"] == 1.0
-    assert summary["rows"][0]["pool"] == "cls"
-    inner = Run(run / summary["run"])
+    assert (summary.rows[0].value, summary.rows[0].pool) == (1.0, "cls")
+    inner = Run(run / summary.run)
     assert read_config(inner).optim.name == "lars"
     assert read_plan(inner).batch_size == 16, "16384 is for larger sets"
     before, after = load(run).method.state_dict(), load(inner.path).method.state_dict()
     assert all(torch.equal(after[name], before[name]) for name in after if name.startswith("encoder."))
     assert after["norm.running_mean"].abs().sum() > 0
     assert (run / "evals/probe-paper-linear-train.json").exists()
-    assert "60 steps" in summary["protocol"]
+    assert "60 steps" in summary.protocol
+    assert summary in read_results(Run(run)).probes
     again = paper_linear_probe.paper_linear(
         run, str(data), test=str(tests), settings=["train.steps=2", "data.workers=0"]
     )
-    assert again["run"] == "paper-linear-train-2", "beside the first"
+    assert again.run == "paper-linear-train-2", "beside the first"
     assert len(list((run / "evals").glob("probe-paper-linear-*.json"))) == 2
 
 
@@ -503,7 +505,7 @@ def test_masks_that_change_stop_a_resumed_run(pretrained, street, tmp_path):
     with pytest.raises(UserError, match=r"masks or boxes .* have changed"):
         finetune.resume(tmp_path / "run")
     shutil.copy(street / "labels" / "train" / "0.png", root / "labels" / "train" / "0.png")
-    assert finetune.resume(tmp_path / "run").read(SCORE)["step"] == 6
+    assert read_score(finetune.resume(tmp_path / "run")).step == 6
 
 
 def test_a_class_that_occurs_outside_the_split_only_does_not_matter(pretrained, cells, tmp_path):
@@ -522,7 +524,7 @@ def test_a_class_that_occurs_outside_the_split_only_does_not_matter(pretrained, 
     (root / "ImageSets/Main/train.txt").write_text("0\n1\n2\n3\n4\n")
     more = ["method.width=16", "method.convs=1", "train.steps=1", "data.size=[32,32]"]
     run = tune(pretrained, root, tmp_path / "run", *more, task="detect", split="train")
-    assert run.read(SCORE)["classes"] == ["square"]
+    assert read_score(run).classes == ("square",)
 
 
 # ------------------------------------------------------------------------------------------ how image files are decoded

@@ -165,7 +165,6 @@ def _frozen(request: ProbeRequest, console: Console) -> "ProbeResult | CurveResu
 def _paper_linear(request: ProbeRequest, console: Console) -> "ProbeResult | CurveResult":
     """Train MAE's linear probe. Raises UserError for an option that has no effect on it."""
     from unmask.finetuning.paper_linear_probe import paper_linear
-    from unmask.results import from_json
 
     for each in options_of(ProbeRequest):
         used = each.name in ("run", "data", "test", "kind", "shots", "settings")
@@ -175,10 +174,9 @@ def _paper_linear(request: ProbeRequest, console: Console) -> "ProbeResult | Cur
         several = ",".join(map(str, request.shots))
         raise UserError(f"got --shots {several}; expected one number for a probe of kind {PAPER_LINEAR}")
     data, settings = str(request.data), request.settings
-    written = paper_linear(
+    return paper_linear(
         request.run, data, test=request.test, shots=request.shots, settings=settings, console=console
     )
-    return cast("ProbeResult", from_json(written))
 
 
 def _path(path: str | Path | None) -> Path | None:

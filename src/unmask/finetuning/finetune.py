@@ -58,7 +58,7 @@ from unmask.finetuning.final_test import measure_run, report_result
 from unmask.finetuning.test_set import open_test_set, shared_files
 from unmask.nn.default_dtype import float32_default
 from unmask.recipes import catalogue
-from unmask.results import find_score
+from unmask.results import read_score
 from unmask.run import Run
 from unmask.system.processes import refuse_several_processes
 
@@ -304,7 +304,7 @@ def resume(
         allow_dataset_change=allow_dataset_change,
         places=places,
         supervise=partial(supervise, console=console),
-        concluded=lambda run: find_score(run) is not None,
+        concluded=lambda run: read_score(run) is not None,
         console=console,
     )
     report_result(done, console)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from unmask.config import ConfigError, parse
 from unmask.console import Console
@@ -17,7 +16,7 @@ from unmask.finetuning.annotated import (
 )
 from unmask.finetuning.finetune import FinetuneOptions, finetune
 from unmask.nn.default_dtype import float32_default
-from unmask.results import SCORE
+from unmask.results import PRETRAINED, FeatureScore, ProbeResult, read_score, to_json
 from unmask.run import Run
 from unmask.system.atomic_files import free_path
 from unmask.system.processes import refuse_several_processes
@@ -35,7 +34,7 @@ def paper_linear(
     shots: int | None = None,
     settings: Sequence[str] = (),
     console: Console | None = None,
-) -> dict[str, Any]:
+) -> ProbeResult:
     """MAE's linear probe by its own protocol (`tasks/linear_probe.py`); what `evals/probe-paper-linear-*.json` holds.
 
     It is a training, in a Run of its own inside `from_run`. The batch of 16384 is for data sets as large as ImageNet;
@@ -65,22 +64,38 @@ def paper_linear(
     run = finetune(outer.path, data, options, out=place, console=console)
     if not run.finished:
         raise ConfigError(f"the probe was stopped; finish it with `unmask resume {run.path}`, its result is kept there")
-    found, plan = run.read(SCORE), read_plan(run)
-    row = {key: found[key] for key in ("accuracy", "low", "high", "correct", "total")}
-    summary = {
-        "kind": "paper-linear", "data": data, "test": test or f"a held-out fifth of {data}", "shots": shots, "seed": 0,
-        "layer": None, "masks": None, "step": checkpoint.newest_step(outer), "classes": found["classes"],
-        "train_images": found["train_images"], "test_images": found["test_images"], "chance": 1 / len(found["classes"]),
-        "rows": [{"features": "pre-trained", "pool": "cls", "c": None, **row}], "best": found["best"],
-        "run": run.path.name, "task": "classes", "metric": "accuracy",
-        "protocol": (
+    result = _result(run, checkpoint.newest_step(outer), shots)
+    outer.write(f"evals/probe-{run.path.name}.json", to_json(result))
+    return result
+
+
+def _result(run: Run, step: int | None, shots: int | None) -> ProbeResult:
+    """Return the score of the trained head as the result of a probe. step: of the checkpoint that was probed."""
+    found, plan = read_score(run), read_plan(run)
+    assert found is not None, "a finished run is tested"
+    row = FeatureScore(
+        features=PRETRAINED, pool="cls", value=found.value, low=found.low, high=found.high, total=found.test_images,
+        correct=found.correct,
+    )  # fmt: skip
+    return ProbeResult(
+        kind="paper-linear",
+        title="Linear probe by the paper's protocol",
+        data=found.data,
+        test=found.test,
+        step=step,
+        names=found.classes,
+        train_images=found.train_images,
+        test_images=found.test_images,
+        chance=1 / len(found.classes),
+        interval="Wilson, over the test images",
+        rows=(row,),
+        shots=shots,
+        run=run.path.name,
+        best=found.best,
+        protocol=(
             "Class token, BatchNorm without gain, one linear layer; LARS on augmented images (He et al. 2021, Table "
             f"10), {plan.epochs:.4g} epochs ({plan.steps} steps) of batch {plan.batch_size} at a peak rate of "
             f"{plan.peak_lr:.3g}."
         ),
-        "verdict": (
-            "Whether pre-training helped is not known from this, which has no controls; --kind linear --controls has."
-        ),
-    }  # fmt: skip
-    outer.write(f"evals/probe-{run.path.name}.json", summary)
-    return summary
+        verdict="Whether pre-training helped is not known from this, without controls: use --kind linear --controls.",
+    )
