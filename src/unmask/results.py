@@ -20,7 +20,6 @@ from typing import Any, ClassVar, Protocol, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from unmask.errors import UserError
-from unmask.run import Run
 from unmask.system.earlier_results import from_earlier_version
 
 SCORE = "evals/fine-tuned.json"
@@ -467,10 +466,3 @@ def read_score(run: RunFolder) -> FinetuneResult | None:
     """Return the score of a fine-tuned run's last weights; None where it is still to be measured."""
     found = read_results(run).finetuned
     return found if found is not None and found.step == run.read("plan.json")["steps"] else None
-
-
-def find_score(run: Run) -> dict[str, Any] | None:
-    """The object of `SCORE`, for callers that do not read records yet; see `read_score`."""
-    results, _ = run.results("fine-tuned")
-    found = results.get("fine-tuned", {})
-    return found if found.get("step") == run.read("plan.json")["steps"] else None

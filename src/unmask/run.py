@@ -31,7 +31,6 @@ from unmask.errors import TrainingFailed, UserError
 from unmask.run_status import RunStatus
 from unmask.system import folder_lock, json_lines, verified_json
 from unmask.system.atomic_files import replace_file
-from unmask.system.earlier_results import to_earlier_version
 from unmask.system.verified_json import ChangedJson, Verified
 
 CONFIG, PLAN, PROVENANCE, STATUS = "config.json", "plan.json", "provenance.json", "status.json"
@@ -323,18 +322,6 @@ class Run:
         for name in DECIDING:
             if (self.path / name).exists() and (found := self.verified(name)).sha256 is None:
                 self.write(name, found.value)
-
-    def results(self, *patterns: str) -> tuple[dict[str, dict[str, Any]], list[str]]:
-        """({name: what it holds}, [why others cannot be shown]) of the files in evals/, last name first."""
-        found, faults = {}, []
-        for file in [file for pattern in patterns for file in sorted(self.evals.glob(f"{pattern}.json"), reverse=True)]:
-            try:
-                content = self.read(f"evals/{file.name}")
-                if content.get("task") != "unlabelled":
-                    found[file.stem] = to_earlier_version(content) if "record" in content else content
-            except RunError as error:
-                faults.append(str(error))
-        return found, faults
 
     def require_present(self) -> None:
         """Raises RunGone when the folder is not there any more, or another one is in its place."""
