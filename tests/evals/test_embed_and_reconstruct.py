@@ -1,4 +1,4 @@
-"""What one does with a trained run, on real files: reconstruct, embed, probe; and what is said when files are bad."""
+"""Reconstruct, embed and probe real files with a trained run, broken files included."""
 
 import shutil
 import time
@@ -35,18 +35,18 @@ def arrays_of(path: Path) -> dict[str, np.ndarray]:
         return dict(file)
 
 
-class Listening(Console):
-    """A console that keeps what it is told."""
+class RecordingConsole(Console):
+    """A console that records its messages."""
 
     def __init__(self):
         super().__init__(quiet=True)
-        self.said, self.warned = [], []
+        self.messages, self.warnings = [], []
 
     def say(self, text=""):
-        self.said.append(text)
+        self.messages.append(text)
 
     def warn(self, text):
-        self.warned.append(text)
+        self.warnings.append(text)
 
 
 def train(images, out, *settings):
@@ -74,18 +74,20 @@ def labelled(tmp_path):
 
 
 def embed(run, data, out, **more):
-    console = more.pop("console", None) or Listening()
+    console = more.pop("console", None) or RecordingConsole()
     return embed_images(run, str(data), Path(out), step=None, device="cpu", console=console, **more)
 
 
 def probe(run, data, *, console=None, **more):
     kind = more.pop("kind", "knn")
-    return run_probe(run, kind, ProbeOptions(data=str(data), device="cpu", **more), console or Listening())
+    return run_probe(run, kind, ProbeOptions(data=str(data), device="cpu", **more), console or RecordingConsole())
 
 
 def reconstruct(run, images, out, *, console=None, seed=0):
     names = [str(image) for image in images]
-    return reconstruct_images(run, names, Path(out), step=None, seed=seed, device="cpu", console=console or Listening())
+    return reconstruct_images(
+        run, names, Path(out), step=None, seed=seed, device="cpu", console=console or RecordingConsole()
+    )
 
 
 def break_file(path):
@@ -96,7 +98,7 @@ def break_file(path):
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".parquet"])
-def test_embedding_twice_gives_identical_bytes_at_any_hour(trained, labelled, tmp_path, monkeypatch, suffix):
+def test_embedding_twice_gives_identical_bytes(trained, labelled, tmp_path, monkeypatch, suffix):
     embed(trained, labelled, tmp_path / f"a{suffix}")
     monkeypatch.setattr(time, "time", lambda: 2e9)
     monkeypatch.setattr(time, "localtime", lambda *_: time.struct_time((2033, 5, 18, 3, 33, 20, 2, 138, 0)))
@@ -105,7 +107,7 @@ def test_embedding_twice_gives_identical_bytes_at_any_hour(trained, labelled, tm
     assert (tmp_path / f"a{suffix}").read_bytes() == (tmp_path / f"b{suffix}").read_bytes()
 
 
-def test_the_rows_are_the_encoders_own_features_with_names_and_classes(trained, labelled, tmp_path):
+def test_rows_are_the_features_of_the_encoder_with_names_and_classes(trained, labelled, tmp_path):
     summary = embed(trained, labelled, tmp_path / "a.npz")
     embed(trained, labelled, tmp_path / "a.parquet")
     assert summary == {
@@ -149,7 +151,7 @@ def test_batch_size_and_workers_do_not_matter(trained, images, tmp_path, monkeyp
     assert (tmp_path / "workers.npz").read_bytes() == (tmp_path / "a.npz").read_bytes()
 
 
-def test_kept_features_are_fp32_and_measured_ones_as_in_training(tmp_path, labelled, monkeypatch):
+def test_embedded_features_are_fp32_and_probed_ones_in_the_precision_of_training(tmp_path, labelled, monkeypatch):
     run = train(labelled, tmp_path / "run", "train.precision=bf16")
     asked = []
     real = images_module.collect_each
@@ -181,14 +183,14 @@ def test_broken_files_are_left_out_and_named_and_the_others_unchanged(trained, i
     if workers:
         monkeypatch.setattr(images_module, "MANY_IMAGES", 1)
         monkeypatch.setattr(images_module, "choose_workers", lambda *_, **__: (workers, ""))
-    console = Listening()
+    console = RecordingConsole()
     summary = embed(trained, images, tmp_path / "a.npz", console=console)
     assert (summary["images"], summary["left_out"]) == (23, 7)
     found = arrays_of(tmp_path / "a.npz")
     kept = np.isin(whole["name"], found["name"])
     assert kept.sum() == 23
     np.testing.assert_allclose(found["mean"], whole["mean"][kept], atol=2e-6)
-    (warning,) = console.warned
+    (warning,) = console.warnings
     assert "7 of 30 cannot be used" in warning
     assert "7 of 30 cannot be used and are left out: 0004.png (TRUNCATED" in warning or "0004.png (CORRUPT" in warning
     assert "0009.png" in warning
@@ -209,9 +211,9 @@ def test_every_file_is_decoded_once(trained, images, tmp_path, monkeypatch):
 def test_images_with_other_channels_than_the_run_are_left_out(trained, images, tmp_path):
     np.save(images / "five.npy", np.zeros((16, 16, 5), np.uint8))
     Image.fromarray(np.full((20, 20), 99, np.uint8)).save(images / "gray.png")  # becomes RGB by repetition
-    console = Listening()
+    console = RecordingConsole()
     assert embed(trained, images, tmp_path / "a.npz", console=console)["images"] == 31
-    assert "five.npy (MISMATCHED_CHANNELS: 5 channels, the data set has 3)" in console.warned[0]
+    assert "five.npy (MISMATCHED_CHANNELS: 5 channels, the data set has 3)" in console.warnings[0]
 
 
 def test_when_no_file_can_be_read_nothing_is_written(trained, tmp_path):
@@ -238,7 +240,7 @@ def test_a_write_that_fails_leaves_nothing_behind(trained, images, tmp_path, mon
     assert not list(tmp_path.glob(".*"))
 
 
-def test_bad_outputs_are_refused_before_the_run_is_read(tmp_path):
+def test_bad_outputs_are_rejected_before_the_run_is_read(tmp_path):
     with pytest.raises(ValueError, match=r"ends in .parquet or .npz"):
         embed(tmp_path / "no run", tmp_path, tmp_path / "a.csv")
     with pytest.raises(ValueError, match="does not exist; make it first"):
@@ -263,7 +265,7 @@ def pictured(monkeypatch):
 
 def test_single_files_are_drawn_in_the_order_given_with_their_names(trained, images, tmp_path, monkeypatch):
     seen = pictured(monkeypatch)
-    console = Listening()
+    console = RecordingConsole()
     files = [images / "0007.png", images / "0002.png"]
     numbers = reconstruct(trained, files, tmp_path / "a.png", console=console)
     picture, dtype, title, names = seen[0]
@@ -277,8 +279,8 @@ def test_single_files_are_drawn_in_the_order_given_with_their_names(trained, ima
     assert "TRUE mean and standard deviation" in picture.note, "whose patch statistics are drawn with"
     with Image.open(tmp_path / "a.png") as sheet:
         assert sheet.size[0] > 600
-    assert "loss" in console.said[-1]
-    assert "nearest visible" in console.said[-1]
+    assert "loss" in console.messages[-1]
+    assert "nearest visible" in console.messages[-1]
 
 
 def test_the_same_seed_gives_the_same_picture_and_another_hides_other_patches(trained, images, tmp_path):
@@ -288,13 +290,13 @@ def test_the_same_seed_gives_the_same_picture_and_another_hides_other_patches(tr
     assert a == b != c
 
 
-def test_a_folder_is_drawn_evenly_spread(trained, images, tmp_path, monkeypatch):
-    seen, console = pictured(monkeypatch), Listening()
+def test_images_of_a_folder_are_drawn_at_even_distances(trained, images, tmp_path, monkeypatch):
+    seen, console = pictured(monkeypatch), RecordingConsole()
     reconstruct(trained, [images], tmp_path / "a.png", console=console)
     names = seen[0][3]
     assert len(names) == MAX_DRAWN
     assert (names[0], names[-1]) == ("0000.png", "0029.png")
-    assert console.said[0] == "drawing 16 of 30 images, evenly spread"
+    assert console.messages[0] == "drawing 16 of 30 images, evenly spread"
 
 
 def test_an_archive_is_opened_and_a_file_without_a_known_ending_is_an_image(trained, images, tmp_path, monkeypatch):
@@ -309,7 +311,7 @@ def test_an_archive_is_opened_and_a_file_without_a_known_ending_is_an_image(trai
     assert seen[1][3] == ["photograph"]
 
 
-def test_gray_and_large_images_are_made_to_fit_an_rgb_model(trained, tmp_path, monkeypatch):
+def test_gray_and_large_images_are_converted_for_an_rgb_model(trained, tmp_path, monkeypatch):
     seen = pictured(monkeypatch)
     rng = np.random.default_rng(0)
     Image.fromarray(rng.integers(0, 256, (300, 200), np.uint8)).save(tmp_path / "gray.png")
@@ -334,20 +336,20 @@ def test_a_gray_run_draws_rgb_files_gray(tmp_path, monkeypatch):
     assert seen[0][0].panels["original"].shape == (2, 1, 16, 16)
 
 
-def test_a_broken_image_is_named_and_nothing_else_is_drawn_in_its_place(trained, images, tmp_path, monkeypatch):
-    seen, console = pictured(monkeypatch), Listening()
+def test_a_broken_image_is_named_and_not_replaced(trained, images, tmp_path, monkeypatch):
+    seen, console = pictured(monkeypatch), RecordingConsole()
     break_file(images / "0002.png")
     reconstruct(trained, [images / f"000{i}.png" for i in (1, 2, 3)], tmp_path / "a.png", console=console)
     assert seen[0][3] == ["0001.png", "0003.png"]
     assert len(seen[0][0].panels["original"]) == 2
-    assert "1 of 3 cannot be used" in console.warned[0]
-    assert "0002.png (" in console.warned[0]
+    assert "1 of 3 cannot be used" in console.warnings[0]
+    assert "0002.png (" in console.warnings[0]
     with pytest.raises(ValueError, match=r"none of the 1 files of .*0002.png can be used: 0002.png"):
         reconstruct(trained, [images / "0002.png"], tmp_path / "b.png")
     assert not (tmp_path / "b.png").exists()
 
 
-def test_wrong_arguments_are_refused_early(trained, images, tmp_path):
+def test_wrong_arguments_are_rejected_early(trained, images, tmp_path):
     with pytest.raises(ValueError, match=r"ends in .png"):
         reconstruct(tmp_path / "no run", [images], tmp_path / "a.jpg")
     with pytest.raises(ValueError, match="is not a file; image files were expected"):
@@ -363,8 +365,8 @@ def test_wrong_arguments_are_refused_early(trained, images, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["knn", "linear"])
-def test_a_folder_is_split_by_class_and_the_result_is_kept_and_said(run, labelled, kind):
-    console = Listening()
+def test_a_folder_is_split_by_class_and_the_result_is_written_and_printed(run, labelled, kind):
+    console = RecordingConsole()
     found = probe(run, labelled, kind=kind, console=console)
     assert from_json(stored(run / f"evals/probe-{kind}-labelled.json")) == found
     assert (found.train_images, found.test_images, found.shared) == (30, 6, 0)
@@ -374,13 +376,13 @@ def test_a_folder_is_split_by_class_and_the_result_is_kept_and_said(run, labelle
     assert found.step == 2
     assert [(row.features, row.pool) for row in found.rows] == [(PRETRAINED, "cls"), (PRETRAINED, "mean")]
     assert all(row.low <= row.value <= row.high for row in found.rows)
-    assert any("95% interval" in line and "cls" in line for line in console.said)
-    assert found.verdict in console.said[-1]
+    assert any("95% interval" in line and "cls" in line for line in console.messages)
+    assert found.verdict in console.messages[-1]
     again = probe(run, labelled, kind=kind)
     assert again == found
 
 
-def test_controls_and_shots_on_test_images_of_their_own(run, labelled, tmp_path):
+def test_controls_and_shots_with_separate_test_images(run, labelled, tmp_path):
     test = write_images(tmp_path / "test", 30, classes=3, seed=1)
     found = probe(run, labelled, test=str(test), kind="linear", shots=3, controls=True)
     assert (found.train_images, found.test_images) == (9, 30)
@@ -405,7 +407,7 @@ def rows_read(monkeypatch):
     return seen
 
 
-def test_shots_read_only_the_images_they_picked(run, labelled, tmp_path, monkeypatch):
+def test_only_the_selected_shots_are_read(run, labelled, tmp_path, monkeypatch):
     test = write_images(tmp_path / "test", 6, classes=3, seed=1)
     seen = rows_read(monkeypatch)
     probe(run, labelled, test=str(test), shots=2)
@@ -417,20 +419,20 @@ def test_shots_read_only_the_images_they_picked(run, labelled, tmp_path, monkeyp
     assert set(other) != set(more)
 
 
-def test_a_broken_file_among_the_shots_gives_its_place_to_the_next_of_its_class(run, labelled, monkeypatch):
+def test_a_broken_file_among_the_shots_is_replaced_by_another_of_its_class(run, labelled, monkeypatch):
     seen = rows_read(monkeypatch)
     probe(run, labelled, shots=3)
     names = sorted(path.relative_to(labelled) for path in labelled.rglob("*.png"))
     break_file(labelled / names[seen[0][0]])
-    console = Listening()
+    console = RecordingConsole()
     found = probe(run, labelled, shots=3, console=console)
     assert found.train_images == 9
     assert len(set(seen[0]) - set(seen[-2])) == 1
-    assert str(names[seen[0][0]]) in console.warned[0]
+    assert str(names[seen[0][0]]) in console.warnings[0]
     assert seen[-1] == seen[1], "the test images are the same"
 
 
-def test_a_broken_file_moves_no_other_image_between_train_and_test(run, labelled, monkeypatch):
+def test_a_broken_file_does_not_change_the_split_of_the_others(run, labelled, monkeypatch):
     seen = rows_read(monkeypatch)
     probe(run, labelled)
     names = sorted(path.relative_to(labelled) for path in labelled.rglob("*.png"))
@@ -441,7 +443,7 @@ def test_a_broken_file_moves_no_other_image_between_train_and_test(run, labelled
     assert set(seen[3]) <= set(seen[1])
 
 
-def test_all_probes_of_one_seed_use_the_same_split_and_another_seed_another(run, labelled, monkeypatch):
+def test_the_split_depends_on_the_seed_alone(run, labelled, monkeypatch):
     seen = rows_read(monkeypatch)
     probe(run, labelled)
     probe(run, labelled, kind="linear", controls=True)
@@ -451,7 +453,7 @@ def test_all_probes_of_one_seed_use_the_same_split_and_another_seed_another(run,
     assert not set(seen[0]) & set(seen[1])
 
 
-def test_a_test_folder_may_lack_a_class_and_labels_go_by_name(run, labelled, tmp_path):
+def test_a_test_folder_may_lack_a_class_and_labels_are_matched_by_name(run, labelled, tmp_path):
     test = tmp_path / "test"
     for name in ("class1", "class2"):
         shutil.copytree(labelled / name, test / name)
@@ -473,7 +475,7 @@ def test_a_test_class_without_training_images_is_refused_by_name(run, labelled, 
         probe(run, labelled, test=str(test))
 
 
-def test_a_class_of_one_image_is_trained_on_not_tested(run, labelled, monkeypatch):
+def test_a_class_of_one_image_is_trained_on_but_not_tested(run, labelled, monkeypatch):
     for path in sorted((labelled / "class2").iterdir())[1:]:
         path.unlink()
     found = probe(run, labelled)
@@ -486,18 +488,18 @@ def test_a_class_of_one_image_is_trained_on_not_tested(run, labelled, monkeypatc
         probe(run, labelled)
 
 
-def test_a_test_set_of_one_known_class_is_labelled_and_what_is_missing_is_said(run, labelled, tmp_path):
+def test_a_test_set_of_one_known_class_is_labelled_with_a_warning(run, labelled, tmp_path):
     test = tmp_path / "test"
     one = sorted(labelled.iterdir())[0]
     shutil.copytree(one, test / one.name)
-    console = Listening()
+    console = RecordingConsole()
     found = probe(run, labelled, test=str(test), console=console)
     assert found.test_images == len(list(one.iterdir()))
     others = [folder.name for folder in sorted(labelled.iterdir())[1:]]
-    assert any(all(name in line for name in others) and "not tested" in line for line in console.warned)
+    assert any(all(name in line for name in others) and "not tested" in line for line in console.warnings)
 
 
-def test_why_there_are_no_labels_is_said(run, labelled, tmp_path):
+def test_the_error_states_why_there_are_no_labels(run, labelled, tmp_path):
     first = sorted(labelled.iterdir())[0]
     shutil.copy(sorted(first.iterdir())[0], labelled / "stray.png")
     with pytest.raises(ValueError, match=r"1 of its images lie beside the sub-folders \(stray.png\)"):
@@ -507,7 +509,7 @@ def test_why_there_are_no_labels_is_said(run, labelled, tmp_path):
         probe(run, tmp_path / "alone")
 
 
-def test_what_cannot_be_probed_is_refused(run, images, labelled):
+def test_data_that_cannot_be_probed_is_rejected(run, images, labelled):
     with pytest.raises(ValueError, match="has no class labels"):
         probe(run, images)
     with pytest.raises(ValueError, match="has no class labels"):
@@ -519,7 +521,7 @@ def test_what_cannot_be_probed_is_refused(run, images, labelled):
     assert not list((run / "evals").glob("probe-*"))
 
 
-def test_results_of_other_steps_and_shots_stand_beside_one_another(run, labelled):
+def test_results_of_other_steps_and_shots_have_files_of_their_own(run, labelled):
     probe(run, labelled)
     probe(run, labelled, step=2)
     probe(run, labelled, shots=1)
@@ -563,7 +565,7 @@ def measured(run, data, monkeypatch, **more):
     return *seen[0], found
 
 
-def test_the_last_layer_is_the_end_of_all_and_the_middle_what_forward_gives(igpt, labelled, monkeypatch):
+def test_layers_are_counted_from_the_input_and_the_middle_one_is_that_of_forward(igpt, labelled, monkeypatch):
     tables = {}
     for layer in ("0", "1", "last"):
         _, test, found = measured(igpt["ar"], labelled, monkeypatch, layer=layer)
@@ -582,13 +584,13 @@ def test_the_last_layer_is_the_end_of_all_and_the_middle_what_forward_gives(igpt
 
 def test_the_best_layer_is_chosen_without_the_test_images(igpt, labelled, tmp_path):
     test = write_images(tmp_path / "test", 12, classes=3, seed=5)
-    console = Listening()
+    console = RecordingConsole()
     first = probe(igpt["ar"], labelled, test=str(test), controls=True, console=console)
     rows = {row.features: row for row in first.rows}
     assert rows[RAW_PIXELS].layer is None
     assert "best linear probe of layers 0 to 3" in rows[PRETRAINED].layer.why
     assert rows[RANDOM_INIT].layer.last == 3, "the control has the same choice"
-    assert any(f"layer {rows[PRETRAINED].layer.number} of 3" in line for line in console.said)
+    assert any(f"layer {rows[PRETRAINED].layer.number} of 3" in line for line in console.messages)
     (test / "class0").rename(tmp_path / "aside")  # other labels, fewer images
     (test / "class1").rename(test / "class0")
     (tmp_path / "aside").rename(test / "class1")
@@ -598,7 +600,7 @@ def test_the_best_layer_is_chosen_without_the_test_images(igpt, labelled, tmp_pa
     assert [row.value for row in second.rows] != [row.value for row in first.rows]
 
 
-def test_bert_is_measured_under_a_mask_and_votes_are_other_masks(igpt, labelled, monkeypatch):
+def test_igpt_bert_is_measured_under_masks_that_differ_between_votes(igpt, labelled, monkeypatch):
     train, test, once = measured(igpt["bert"], labelled, monkeypatch, layer="1")
     whole = measured(igpt["bert"], labelled, monkeypatch, layer="1", mask_votes=0)[1]
     _, five, found = measured(igpt["bert"], labelled, monkeypatch, layer="1", mask_votes=5)
@@ -614,7 +616,7 @@ def test_bert_is_measured_under_a_mask_and_votes_are_other_masks(igpt, labelled,
     assert all(np.array_equal(five[name].mean, again[name].mean) for name in five)
 
 
-def test_masks_are_refused_where_nothing_was_hidden(igpt, run, labelled):
+def test_mask_votes_are_rejected_for_encoders_measured_on_whole_images(igpt, run, labelled):
     for whole in (igpt["ar"], run):
         with pytest.raises(UserError, match=r"got --mask-votes 5, but this run's encoder is measured on whole images"):
             probe(whole, labelled, mask_votes=5)

@@ -1,4 +1,4 @@
-"""Layers and votes: the best layer is chosen on training images alone, votes are counted and ties are fair."""
+"""The choice of a layer on training images alone, and the majority over patch masks."""
 
 import numpy as np
 import pytest
@@ -42,7 +42,7 @@ def gpt(*, causal: bool, feature_layer: int | None = None) -> GPT:
 
 
 @pytest.mark.parametrize("encoder", [vit(), gpt(causal=True)], ids=["vit", "gpt"])
-def test_layers_in_one_pass_are_those_seen_one_by_one(encoder):
+def test_all_layers_in_one_pass_equal_each_layer_alone(encoder):
     tables = collect_layers(View(encoder), batches(), device="cpu", precision="fp32")
     assert len(tables) == 4
     for number, table in enumerate(tables):
@@ -55,7 +55,7 @@ def test_layers_in_one_pass_are_those_seen_one_by_one(encoder):
     assert not np.allclose(tables[1].mean, tables[2].mean, atol=1e-3)
 
 
-def test_masks_belong_to_image_and_number():
+def test_a_mask_depends_on_the_image_and_its_number_alone():
     encoder = gpt(causal=False)
 
     def hide(rng):
@@ -73,7 +73,7 @@ def test_masks_belong_to_image_and_number():
                                                  precision="fp32")["x"].mean, atol=1e-3)  # fmt: skip
 
 
-def test_the_majority_wins_and_ties_are_fair_and_repeatable():
+def test_the_majority_wins_and_ties_are_broken_uniformly_and_repeatably():
     votes = np.array([[0, 1, 2, 2], [0, 1, 1, 0], [1, 1, 2, 1]])
     assert majority(votes, np.arange(4), 0)[:3].tolist() == [0, 1, 2]
     tied = np.repeat([[0], [1], [3]], 3000, 1)
@@ -104,7 +104,7 @@ def test_the_informative_layer_is_chosen_and_the_choice_is_explained():
     assert choose_layer(layers_of(many, 3), many, task="classes", seed=0).why.count("times") == 0
 
 
-def test_few_images_are_held_out_in_turn_so_that_chance_does_not_choose(monkeypatch):
+def test_several_held_out_parts_choose_the_layer_more_reliably_than_one(monkeypatch):
     """A layer that is a little better is found more often than from one fifth."""
     labels = np.arange(100) % 2
 
@@ -121,18 +121,18 @@ def test_few_images_are_held_out_in_turn_so_that_chance_does_not_choose(monkeypa
     assert found.count(3) > once.count(3) + 4
 
 
-def test_of_equals_the_middle_is_taken():
+def test_of_equal_layers_the_middle_one_is_chosen():
     assert best_layer([0.5, 0.9, 0.9, 0.9, 0.9]) == 2
     assert best_layer([0.5, 0.6, 0.5]) == 1
 
 
-def test_too_few_images_to_choose_with_are_refused():
+def test_too_few_images_to_choose_a_layer_are_rejected():
     with pytest.raises(UserError, match="too few to choose a layer with"):
         choose_layer(layers_of(np.arange(2), 0), np.arange(2), task="classes", seed=0)
 
 
 @pytest.mark.parametrize("kind", ["linear", "knn"])
-def test_votes_count_as_one_answer(kind):
+def test_the_majority_over_masks_is_one_prediction(kind):
     """Each vote alone is often wrong, in other places; together they are right."""
     labels = np.arange(300) % 2
     train = layers_of(labels, 0)[0]
@@ -152,7 +152,7 @@ def test_votes_count_as_one_answer(kind):
     assert voted.rows[0].value > single.rows[0].value + 0.08
 
 
-def test_without_a_wish_it_is_what_suits_the_encoder():
+def test_the_default_layer_is_that_of_the_encoder():
     assert wanted_layer(gpt(causal=True), None) == "best"
     assert wanted_layer(gpt(causal=True, feature_layer=3), None) == "3", "what a person set is not overruled"
     assert wanted_layer(vit(), None) is None
@@ -160,7 +160,7 @@ def test_without_a_wish_it_is_what_suits_the_encoder():
     assert wanted_layer(ImageEncoder(), "last") is None
 
 
-def test_choices_of_layer_that_cannot_be_are_refused():
+def test_layers_that_do_not_exist_are_rejected():
     with pytest.raises(UserError, match="got layer 'middle'; expected best, last or a number"):
         wanted_layer(vit(), "middle")
     with pytest.raises(UserError, match="got layer 4 for an encoder of 3 blocks; use 0 to 3"):

@@ -1,4 +1,4 @@
-"""Kept features: found again as they were, never for another encoder, image or setting, and never when damaged."""
+"""The feature cache: tables are read back unchanged, and never for another encoder, image or setting."""
 
 import copy
 import os
@@ -45,7 +45,7 @@ def same(one: FeatureTable | None, other: FeatureTable) -> bool:
 
 
 @pytest.mark.parametrize("cls", [True, False])
-def test_a_table_is_found_again_as_it_was(source, tmp_path, cls):
+def test_a_stored_table_is_read_back_unchanged(source, tmp_path, cls):
     key = key_of(encoder(), source, ROWS, about=ABOUT)
     assert key is not None
     assert find(tmp_path / "features", key, source, ROWS) is None
@@ -81,11 +81,11 @@ def test_whatever_changes_a_number_changes_the_key(source, tmp_path):
     assert None not in keys
 
 
-def test_images_that_lie_in_no_file_are_not_kept():
+def test_features_of_images_without_files_are_not_cached():
     assert key_of(encoder(), open_source("shapes:10"), ROWS, about=ABOUT) is None
 
 
-def test_what_is_not_whole_is_not_kept(source, tmp_path):
+def test_incomplete_tables_are_not_stored(source, tmp_path):
     some = table(source, ROWS[:-1])
     assert store(tmp_path / "features", "a", some, ROWS) == 0, "an image could not be read"
     whole = table(source)
@@ -97,7 +97,7 @@ def test_what_is_not_whole_is_not_kept(source, tmp_path):
     assert not (tmp_path / "features").exists()
 
 
-def test_a_damaged_table_is_as_good_as_none(source, tmp_path):
+def test_a_damaged_table_is_treated_as_missing(source, tmp_path):
     made = table(source)
     store(tmp_path, "a", made, ROWS)
     file = tmp_path / "a.arrays"
@@ -114,7 +114,7 @@ def test_a_damaged_table_is_as_good_as_none(source, tmp_path):
     assert same(find(tmp_path, "a", source, ROWS), made)
 
 
-def test_the_ones_used_longest_ago_make_room(source, tmp_path, monkeypatch):
+def test_the_least_recently_used_tables_are_removed(source, tmp_path, monkeypatch):
     size = store(tmp_path, "a", table(source), ROWS)
     monkeypatch.setattr(module, "MAX_BYTES", 2 * size + 100)
     store(tmp_path, "b", table(source), ROWS)

@@ -1,4 +1,4 @@
-"""The one function from images to feature tables."""
+"""Features of images: their order, precision, digests and errors."""
 
 import numpy as np
 import pytest
@@ -80,7 +80,7 @@ class Strange(nn.Module):
         return Features(None, self.live(images.float().flatten(2).transpose(1, 2)), images.shape[2:])
 
 
-def test_the_encoder_runs_in_eval_mode_without_gradients_and_is_left_as_it_came():
+def test_the_encoder_runs_in_eval_mode_without_gradients_and_its_mode_is_restored():
     encoder = Strange().train()
     encoder.frozen.eval()
     found = table(encoder, pixels(), labels=False)
@@ -155,7 +155,7 @@ def test_digests_are_equal_for_equal_images_alone(dtype):
     assert digest[3] != table(RawPixels(), pixels(4).to(dtype)).digest[3], "one pixel is enough"
 
 
-def test_features_that_are_no_numbers_are_refused_by_row():
+def test_features_that_are_not_finite_are_rejected_with_their_row():
     class Broken(nn.Module):
         def forward(self, images):
             out = images.float().flatten(1)[:, None]
@@ -168,11 +168,11 @@ def test_features_that_are_no_numbers_are_refused_by_row():
         table(Broken(), pixels())
 
 
-def test_no_images_are_refused():
+def test_an_empty_set_of_images_is_rejected():
     with pytest.raises(ValueError, match="got no images"):
         table(vit(), pixels(0))
 
 
-def test_labels_must_come_with_every_batch_or_count_as_none():
+def test_labels_missing_from_one_batch_count_as_none():
     mixed = [*batches(pixels(4), 4), *batches(pixels(4), 4, labels=False)]
     assert collect(RawPixels(), mixed).labels is None

@@ -40,7 +40,7 @@ def curve(scores):
     )
 
 
-def test_a_point_keeps_every_draw_with_its_mean_and_limits():
+def test_a_point_records_every_draw_with_the_mean_and_its_interval():
     found = curve({1: [(50, 40, 40), (60, 50, 50), (70, 60, 60)], 10: [(90, 95, 80), (80, 85, 70), (85, 75, 75)]})
     assert [point.shots for point in found.rows[0].points] == [1, 10]
     point = found.rows[2].points[0]
@@ -63,7 +63,7 @@ def test_differences_are_paired_by_draw():
     assert curve_verdict(none).startswith("Pre-training is not shown to help at any of these budgets")
 
 
-def test_limits_stay_within_what_an_accuracy_can_be():
+def test_intervals_stay_between_0_and_1():
     point = curve({1: [(100, 1, 1), (90, 1, 1)], 2: [(100, 0, 0), (100, 0, 0)]}).rows[2].points
     assert point[0].high == 1.0
     assert (point[1].low, point[1].high) == (1.0, 1.0)

@@ -36,7 +36,7 @@ def test_r_squared_is_scikit_learns_far_from_zero_too():
     assert np.isnan(r_squared(truth, guess, one)).all(), "one image many times has no spread"
 
 
-def test_draws_are_the_same_for_all_and_centre_on_the_value():
+def test_resamples_are_the_same_for_all_and_centred_on_the_value():
     rng = np.random.default_rng(0)
     truth = rng.normal(size=(400, 2))
     guess = truth + 0.7 * rng.normal(size=truth.shape)
@@ -55,7 +55,7 @@ def resampled_once(rng):
     return by_column(r_squared, truth, truth + 0.7 * rng.normal(size=truth.shape)).mean()
 
 
-def test_a_column_without_positives_in_a_draw_is_left_out_of_it():
+def test_a_column_without_positives_in_a_resample_is_left_out_of_it():
     truth = np.zeros((30, 2))
     truth[0, 0] = 1
     truth[::2, 1] = 1
@@ -65,7 +65,7 @@ def test_a_column_without_positives_in_a_draw_is_left_out_of_it():
     assert 0.25 < np.isnan(alone).mean() < 0.45, "(1 - 1/30)^30"
 
 
-def test_two_feature_sets_are_compared_draw_by_draw():
+def test_two_feature_sets_are_compared_resample_by_resample():
     rng = np.random.default_rng(0)
     truth = (rng.random((300, 3)) < 0.3).astype(float)
     noise = rng.normal(size=truth.shape)

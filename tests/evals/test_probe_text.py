@@ -17,7 +17,7 @@ def result(*rows, total=400, kind="knn"):
     return result_of([score(each, truth, Labelling("classes", ("a", "b"))) for each in predictions], kind=kind)
 
 
-def test_the_better_pool_speaks_for_a_feature_set():
+def test_the_better_pooling_represents_a_feature_set():
     found = result((PRETRAINED, "cls", 0.5), (PRETRAINED, "mean", 0.7), (RANDOM_INIT, "cls", 0.6))
     assert found.row(PRETRAINED).pool == "mean"
     assert found.row(RAW_PIXELS) is None
@@ -47,7 +47,7 @@ CLS, RANDOM, RAW = (PRETRAINED, "cls"), (RANDOM_INIT, "cls"), (RAW_PIXELS, "pixe
         ({CLS: 0.8, RANDOM: 0.8, RAW: 0.8}, "no clear difference from raw pixels (80.0%): +0.0 points, 95% interval"),
     ],
 )
-def test_the_verdict_says_what_the_numbers_allow(shares, says):
+def test_the_verdict_states_what_the_intervals_support(shares, says):
     sentence = result(*[(*key, share) for key, share in shares.items()]).verdict
     score = "kNN on the pre-trained features (class token) gets 80.0% of 400 test images right (95% interval 75.8 to 83.6%; chance 10.0%)"  # noqa: E501
     assert says.replace("KNN_SCORE", score) in sentence

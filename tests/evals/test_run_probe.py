@@ -25,18 +25,18 @@ from unmask.report.run_page import write_report
 from unmask.results import PRETRAINED, RANDOM_INIT, RAW_PIXELS, OtherRun, from_json
 
 
-class Listening(Console):
-    """A console that keeps what it is told."""
+class RecordingConsole(Console):
+    """A console that records its messages."""
 
     def __init__(self):
         super().__init__(quiet=True)
-        self.said, self.warned = [], []
+        self.messages, self.warnings = [], []
 
     def say(self, text=""):
-        self.said.append(text)
+        self.messages.append(text)
 
     def warn(self, text):
-        self.warned.append(text)
+        self.warnings.append(text)
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def short(monkeypatch):
 
 
 def probe(run, data, *, console=None, kind="linear", **more):
-    return run_probe(run, kind, ProbeOptions(data=str(data), device="cpu", **more), console or Listening())
+    return run_probe(run, kind, ProbeOptions(data=str(data), device="cpu", **more), console or RecordingConsole())
 
 
 def rows_of(summary):
@@ -90,7 +90,7 @@ def test_a_curve_is_logistic_regression_on_the_same_features_which_are_computed_
     tables = []
     real = feature_sets.features
     monkeypatch.setattr(feature_sets, "features", lambda *a, **more: tables.append(real(*a, **more)) or tables[-1])
-    console = Listening()
+    console = RecordingConsole()
     found = probe(run, data, shots=(8, 1, 3), draws=3, console=console)
     assert len(tables) == 2, "training and test images, once"
     train, test = (each[PRETRAINED] for each in tables)
@@ -113,19 +113,19 @@ def test_a_curve_is_logistic_regression_on_the_same_features_which_are_computed_
     assert kept(run, "curve-linear-data-1-3-8-shots-3-draws") == found
     assert found.train_images == 24
     assert "1, 3, 8 labels per class, 3 draws of each" in found.protocol
-    assert any("labels per class" in line and "8" in line for line in console.said)
+    assert any("labels per class" in line and "8" in line for line in console.messages)
     page = write_report(run).read_text()
     assert "1, 3, 8 labels per class" in page
     assert "<svg" in page[page.index("Quality of the features") : page.index("<h2>Loss")]
 
 
-def test_one_number_is_the_first_draw_of_a_curve_and_its_file_is_as_ever(run, data):
+def test_a_single_number_of_shots_is_the_first_draw_of_a_curve(run, data):
     one = probe(run, data, shots=3, controls=True)
-    console = Listening()
+    console = RecordingConsole()
     curve = probe(run, data, shots=3, draws=2, controls=True, console=console)
-    assert "intervals over 2 draws of the labels are wide" in console.warned[0]
+    assert "intervals over 2 draws of the labels are wide" in console.warnings[0]
     assert curve.shots == (3,)
-    assert any("mean of 2 draws" in line for line in console.said)
+    assert any("mean of 2 draws" in line for line in console.messages)
     for key, row in rows_of(curve).items():
         assert row.points[0].correct[0] == rows_of(one)[key].correct
     assert kept(run, "probe-linear-data-3-shots") == one
@@ -134,7 +134,7 @@ def test_one_number_is_the_first_draw_of_a_curve_and_its_file_is_as_ever(run, da
     assert probe(run, data, shots=(3, 3), controls=True).rows == one.rows, "twice the same number is one"
 
 
-def test_other_images_in_a_folder_of_the_same_name_take_nobodys_place(run, data, tmp_path):
+def test_results_of_other_images_in_a_folder_of_the_same_name_are_not_overwritten(run, data, tmp_path):
     first = probe(run, data)
     other = write_images(tmp_path / "elsewhere" / "data", 20, classes=2)
     second = probe(run, other)
@@ -145,7 +145,7 @@ def test_other_images_in_a_folder_of_the_same_name_take_nobodys_place(run, data,
     assert kept(run, "probe-linear-data-2") == second
 
 
-def test_features_are_kept_for_the_next_probe_until_something_changes(run, data, monkeypatch):
+def test_features_are_cached_for_the_next_probe_until_something_changes(run, data, monkeypatch):
     asked, real = [], images_module.collect_each
     monkeypatch.setattr(scan_cache, "WORTH_KEEPING", -1.0)
     monkeypatch.setattr(
@@ -153,10 +153,10 @@ def test_features_are_kept_for_the_next_probe_until_something_changes(run, data,
         "collect_each",
         lambda encoders, *a, **more: asked.append(set(encoders)) or real(encoders, *a, **more),
     )
-    console = Listening()
+    console = RecordingConsole()
     first = probe(run, data, kind="knn", console=console)
     assert asked == [{PRETRAINED}] * 2
-    assert sum("features stored for the next probe" in line for line in console.said) == 2
+    assert sum("features stored for the next probe" in line for line in console.messages) == 2
     linear = probe(run, data)
     assert len(asked) == 2, "nothing was computed"
     assert linear.rows == probe(Path(shutil.copytree(run, run.with_name("bare"))), data).rows
@@ -173,19 +173,19 @@ def test_features_are_kept_for_the_next_probe_until_something_changes(run, data,
     assert len(asked) == 4, "tokens are not kept"
 
 
-def test_a_broken_file_gives_its_place_in_every_draw_to_the_next(run, data):
+def test_a_broken_file_is_replaced_in_every_draw(run, data):
     whole = probe(run, data, shots=(2, 4), draws=2)
     for path in sorted((data / "class1").iterdir())[:6]:
         path.write_bytes(b"no image")
-    console = Listening()
+    console = RecordingConsole()
     found = probe(run, data, shots=(2, 4), draws=2, console=console)
     assert found.train_images == whole.train_images == 12
-    assert any("cannot be used" in line for line in console.warned)
+    assert any("cannot be used" in line for line in console.warnings)
     with pytest.raises(UserError, match="class 'class0' has only 16 training images; use --shots 16 or fewer"):
         probe(run, data, shots=(2, 17))
 
 
-def test_what_shots_says():
+def test_parsing_of_shots():
     assert parse_shots(None) is None
     assert parse_shots("5") == 5
     assert parse_shots("1, 5,10") == (1, 5, 10)
@@ -197,7 +197,7 @@ def test_what_shots_says():
 # ----------------------------------------------------------------------------------------------------------- attention
 
 
-def test_an_attentive_probe_reads_all_tokens_and_keeps_few_test_tokens(run, data, monkeypatch):
+def test_an_attentive_probe_holds_the_tokens_of_few_test_images_at_a_time(run, data, monkeypatch):
     found = probe(run, data, kind="attentive", controls=True)
     assert kept(run, "probe-attentive-data") == found
     assert [(row.features, row.pool) for row in found.rows] == [
@@ -211,13 +211,13 @@ def test_an_attentive_probe_reads_all_tokens_and_keeps_few_test_tokens(run, data
     again = probe(run, data, kind="attentive", controls=True)
     assert [row.correct for row in again.rows] == [row.correct for row in found.rows]
     options = ProbeOptions(data=str(data), shots=(2, 4), draws=2, device="cpu")
-    both = run_probes(run, ("linear", "attentive"), options, Listening())
+    both = run_probes(run, ("linear", "attentive"), options, RecordingConsole())
     alone = probe(run, data, shots=(2, 4), draws=2)
     assert both["linear"].rows == alone.rows
     assert both["attentive"].rows[0].points[0].fits[0]["rate"] in attentive.RATES
 
 
-def test_an_encoder_with_one_token_has_a_head_on_it(trained, tmp_path, data):
+def test_an_encoder_with_one_token_has_a_linear_head(trained, tmp_path, data):
     run = Path(shutil.copytree(trained / "ae", tmp_path / "ae"))
     found = probe(run, data, kind="attentive")
     (row,) = found.rows
@@ -227,7 +227,7 @@ def test_an_encoder_with_one_token_has_a_head_on_it(trained, tmp_path, data):
 # ----------------------------------------------------------------------------------------------------------- other runs
 
 
-def test_another_run_is_seen_as_it_wants_and_scored_as_if_alone(run, trained, tmp_path, data):
+def test_another_run_is_measured_as_if_alone(run, trained, tmp_path, data):
     other = Path(shutil.copytree(trained / "ae", tmp_path / "other"))
     for kind in ("knn", "linear", "attentive"):
         found = probe(run, data, kind=kind, against=(other,))
@@ -248,7 +248,7 @@ def test_another_run_is_seen_as_it_wants_and_scored_as_if_alone(run, trained, tm
     assert "Points above other:" in curve.verdict
 
 
-def test_other_runs_have_names_of_their_own(run, trained, tmp_path, data):
+def test_other_runs_have_unique_names(run, trained, tmp_path, data):
     second = Path(shutil.copytree(trained / "ae", tmp_path / "deep" / "run"))
     found = probe(run, data, kind="knn", against=(second,))
     assert found.rows[-1].features == str(second)
@@ -293,34 +293,34 @@ def test_classes_of_a_table_are_measured_like_those_of_folders(run, data, tmp_pa
     assert kept(run, "curve-linear-flat-1-4-shots-2-draws-by-t-classes") == curve
 
 
-def test_folders_do_not_matter_where_a_table_is_given_and_images_without_a_row_are_left_out(run, data, tmp_path):
+def test_a_table_replaces_folders_and_images_without_a_row_are_left_out(run, data, tmp_path):
     names = list(brightness(data))
     rows = [(name, int(name[-5]) % 2) for name in names[:50]]
-    console = Listening()
+    console = RecordingConsole()
     file = table(tmp_path / "t.csv", "path,odd", [*rows, ("gone.png", 1), ("away.png", 0)])
     found = probe(run, data, targets=file, console=console)
     assert found.train_images + found.test_images == 50
     assert found.names == ("0", "1")
     assert found.targets.images_without_row == 10
-    assert console.warned == [
+    assert console.warnings == [
         f"10 images have no row in {file} and are left out",
         f"2 rows of {file} name no image and are not used, for example away.png",
     ]
-    assert any("classes, from the columns (0 and 1: odd); 50 rows have an image" in line for line in console.said)
+    assert any("classes, from the columns (0 and 1: odd); 50 rows have an image" in line for line in console.messages)
     assert str(file) in found.protocol
 
 
 @pytest.mark.parametrize("kind", ["knn", "linear", "attentive"])
-def test_quantities_and_labels_are_read_from_the_features(run, data, tmp_path, kind):
+def test_quantities_and_labels_are_predicted_from_the_features(run, data, tmp_path, kind):
     bright = brightness(data)
     file = table(tmp_path / "t.csv", "path,mean,half", [(name, value, value / 2 + 3) for name, value in bright.items()])
-    console = Listening()
+    console = RecordingConsole()
     found = probe(run, data, kind=kind, targets=file, controls=True, console=console)
     assert (found.task, found.metric, found.names) == ("regression", "R2", ("mean", "half"))
     assert found.train_images == 48
     best = max(row.value for row in found.rows if row.features == PRETRAINED)
     assert best > (0.3 if kind == "attentive" else 0.6)  # 40 steps of it
-    assert any("mean absolute error" in line for line in console.said)
+    assert any("mean absolute error" in line for line in console.messages)
     assert kept(run, f"targets-{kind}-data-by-t-regression") == found
     bits = [(name, int(value > 100), int(value > 160), int(value > 60)) for name, value in bright.items()]
     file = table(tmp_path / "b.csv", "path,light,white,gray", bits)
@@ -336,7 +336,7 @@ def test_quantities_and_labels_are_read_from_the_features(run, data, tmp_path, k
     assert "positive test images" in page
 
 
-def test_test_images_have_rows_in_the_same_table_or_in_one_of_their_own(run, data, tmp_path):
+def test_test_images_have_rows_in_the_same_table_or_a_separate_one(run, data, tmp_path):
     test = write_images(tmp_path / "test", 12, classes=3, seed=1)
     bright, there = brightness(data), brightness(test)
     file = table(tmp_path / "t.csv", "path,mean", bright.items())
@@ -352,7 +352,7 @@ def test_test_images_have_rows_in_the_same_table_or_in_one_of_their_own(run, dat
     assert [row.value for row in again.rows] == pytest.approx([row.value for row in found.rows])
 
 
-def test_what_would_be_ignored_is_refused(run, data, tmp_path):
+def test_options_that_would_be_ignored_are_rejected(run, data, tmp_path):
     file = table(tmp_path / "t.csv", "path,mean", brightness(data).items())
     for wish, said in (
         ({"draws": 3}, "got --label-draws 3 without --shots"),

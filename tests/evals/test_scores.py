@@ -76,7 +76,7 @@ def test_an_encoder_without_class_token_has_one_row():
 
 
 @pytest.mark.parametrize("kind", ["knn", "linear"])
-def test_controls_are_measured_on_the_same_images_and_judged(kind):
+def test_controls_are_measured_on_the_same_images_and_compared(kind):
     def tables(count, seed, first):
         labels = balanced(count)
         return {
@@ -133,7 +133,7 @@ def test_raw_pixels_come_with_the_untrained_encoder_and_lose_their_mean(monkeypa
     np.testing.assert_array_equal(own_test, test[RANDOM_INIT].mean)
 
 
-def test_shots_are_so_many_of_each_class_and_more_contain_fewer():
+def test_shots_are_drawn_per_class_and_larger_draws_contain_smaller_ones():
     index, labels = np.arange(1000, 1090), np.random.default_rng(0).integers(0, 3, 90)
     picks = [few_shots(index, labels, CLASSES, shots, 0) for shots in (1, 2, 5, 12)]
     for shots, pick in zip((1, 2, 5, 12), picks, strict=True):
@@ -147,7 +147,7 @@ def test_shots_are_so_many_of_each_class_and_more_contain_fewer():
     np.testing.assert_array_equal(few_shots(index[shuffled], labels[shuffled], CLASSES, 5, 0), picks[2])
 
 
-def test_taking_one_image_away_replaces_that_one_alone():
+def test_removing_one_image_replaces_it_alone():
     index, labels = np.arange(90), balanced(90)
     pick = few_shots(index, labels, CLASSES, 5, 0)
     rest = np.setdiff1d(index, pick[:1])
@@ -156,7 +156,7 @@ def test_taking_one_image_away_replaces_that_one_alone():
     assert len(set(again) - set(pick)) == 1
 
 
-def test_more_shots_than_a_class_has_are_refused_with_the_number_that_fits():
+def test_more_shots_than_a_class_has_are_rejected_with_the_largest_possible_number():
     labels = np.array([0] * 5 + [1] * 2 + [2] * 5)
     with pytest.raises(ValueError, match=r"class 'bee' has only 2 training images; use --shots 2 or fewer"):
         few_shots(np.arange(12), labels, CLASSES, 3, 0)
@@ -166,7 +166,7 @@ def test_more_shots_than_a_class_has_are_refused_with_the_number_that_fits():
         few_shots(np.arange(12), labels, (*CLASSES, "dog"), 1, 0)
 
 
-def test_test_images_that_are_training_images_are_counted_and_said():
+def test_test_images_that_are_training_images_are_counted():
     found = run(table(balanced(30)), table(balanced(30), digest_from=26))
     assert found.shared == 4
     assert "Careful: 4 of the 30 test images are also training images" in found.caveats[0]
@@ -174,7 +174,7 @@ def test_test_images_that_are_training_images_are_counted_and_said():
 
 
 @pytest.mark.parametrize("kind", ["knn", "linear"])
-def test_classes_without_training_images_count_as_wrong_and_are_said(kind):
+def test_classes_without_training_images_count_as_wrong_with_a_caveat(kind):
     found = run(
         table(balanced(30) % 2, mean_noise=0.01), table(balanced(30), digest_from=500, mean_noise=0.01), kind=kind
     )
@@ -182,13 +182,13 @@ def test_classes_without_training_images_count_as_wrong_and_are_said(kind):
     assert found.rows[1].value == pytest.approx(2 / 3)
 
 
-def test_chance_is_one_in_so_many_classes_or_the_commonest_training_class():
+def test_chance_is_one_in_k_or_the_most_frequent_training_class():
     assert chance_level(balanced(30), balanced(30), 3) == pytest.approx(1 / 3)
     assert chance_level(np.array([0, 0, 1]), np.array([0] * 9 + [1]), 3) == pytest.approx(0.9)
     assert chance_level(np.array([0, 0, 1]), np.array([1] * 9 + [0]), 3) == pytest.approx(1 / 3)
 
 
-def test_what_cannot_be_probed_is_refused():
+def test_data_that_cannot_be_probed_is_rejected():
     good = table(balanced(12))
     with pytest.raises(ValueError, match="got 6 training images, all of one class"):
         run(table([1] * 6), good)
@@ -220,7 +220,7 @@ def values(count, seed=0):
 
 
 @pytest.mark.parametrize("kind", ["knn", "linear"])
-def test_quantities_are_judged_by_r2_and_absolute_error(kind):
+def test_quantities_are_scored_by_r2_and_absolute_error(kind):
     (train, train_y), (test, test_y) = values(400), values(200, seed=1)
     labelling = Labelling("regression", ("size", "age"))
     found = run(train, test, kind=kind, labelling=labelling, targets=(train_y, test_y))
@@ -242,7 +242,7 @@ def test_quantities_are_judged_by_r2_and_absolute_error(kind):
 
 
 @pytest.mark.parametrize("kind", ["knn", "linear"])
-def test_labels_are_judged_by_average_precision_without_those_that_nobody_has(kind):
+def test_labels_are_scored_by_average_precision_without_those_that_no_image_has(kind):
     train, test = table(balanced(300), cls=False), table(balanced(150), cls=False, seed=1, digest_from=500)
     truths = [np.stack([t.labels == 0, t.labels > 0, t.labels == 9], 1).astype(float) for t in (train, test)]
     found = run(train, test, kind=kind, labelling=Labelling("multilabel", ("ant", "other", "owl")), targets=truths)
@@ -258,7 +258,7 @@ def test_labels_are_judged_by_average_precision_without_those_that_nobody_has(ki
         run(train, test, kind=kind, labelling=Labelling("multilabel", ("ant", "other", "owl")), targets=truths)
 
 
-def test_another_run_is_compared_by_a_pool_that_both_have():
+def test_another_run_is_compared_by_a_pooling_that_both_have():
     def tables(count, seed, first):
         labels = balanced(count)
         return {
@@ -277,7 +277,7 @@ def test_another_run_is_compared_by_a_pool_that_both_have():
     assert f"b mask run ({other:.1%}), 95% interval -" in found.verdict
 
 
-def test_a_draw_is_another_choice_and_the_first_is_what_one_number_takes():
+def test_draws_differ_and_the_first_is_the_default():
     index, labels = np.arange(90), balanced(90)
     one = few_shots(index, labels, CLASSES, 5, 0)
     draws = [set(few_shots(index, labels, CLASSES, 5, 0, draw=draw)) for draw in range(4)]

@@ -23,7 +23,7 @@ def test_wilson_limits_are_those_published(correct, total, low, high):
     assert mirrored == pytest.approx((1 - high, 1 - low), abs=6e-5)
 
 
-def test_wilson_limits_are_exact_at_the_ends_and_refuse_impossible_counts():
+def test_wilson_intervals_are_exact_at_0_and_1_and_impossible_counts_are_rejected():
     assert wilson(0, 7).low == 0
     assert wilson(7, 7).high == 1
     for correct, total in ((-1, 5), (6, 5), (0, 0)):
@@ -44,14 +44,14 @@ def test_paired_limits_are_those_published(counts, value, low, high):
     assert paired_difference(*pair(*counts)) == pytest.approx((value, low, high), abs=8e-4)
 
 
-def test_a_paired_difference_turns_its_sign_when_the_two_change_places():
+def test_a_paired_difference_changes_sign_when_the_two_are_exchanged():
     first, second = pair(20, 12, 2, 16)
     there, back = paired_difference(first, second), paired_difference(second, first)
     assert there == pytest.approx((-back.value, -back.high, -back.low))
     assert there.low < there.value < there.high
 
 
-def test_answers_that_go_together_make_the_interval_narrower_and_none_makes_it_fail():
+def test_correlated_answers_narrow_the_interval():
     together, apart = paired_difference(*pair(70, 10, 0, 20)), paired_difference(*pair(50, 30, 20, 0))
     assert together.value == pytest.approx(apart.value)
     assert together.high - together.low < 0.7 * (apart.high - apart.low)
@@ -62,7 +62,7 @@ def test_answers_that_go_together_make_the_interval_narrower_and_none_makes_it_f
         paired_difference(np.ones(3, bool), np.ones(4, bool))
 
 
-def test_intervals_cover_what_they_promise():
+def test_intervals_cover_the_true_difference_in_95_percent_of_samples():
     rng = np.random.default_rng(0)
     covered = 0
     for _ in range(400):
@@ -73,7 +73,7 @@ def test_intervals_cover_what_they_promise():
     assert 0.92 < covered / 400 < 0.99
 
 
-def test_t_limits_are_the_textbooks():
+def test_t_intervals_are_those_of_a_textbook():
     low, high = t_interval([0.5, 0.6, 0.7])  # s = 0.1, t_2 = 4.3027
     assert low == pytest.approx(0.6 - 4.3027 * 0.1 / 3**0.5, abs=1e-5)
     assert high == pytest.approx(0.6 + 4.3027 * 0.1 / 3**0.5, abs=1e-5)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
 from unmask.commands.declare import Option, Panel, Request, command, options_of
 from unmask.commands.options import Data, Device, Exclude, RunFolder, Step, TestData, texts
@@ -174,9 +174,7 @@ def _paper_linear(request: ProbeRequest, console: Console) -> "ProbeResult | Cur
         several = ",".join(map(str, request.shots))
         raise UserError(f"got --shots {several}; expected one number for a probe of kind {PAPER_LINEAR}")
     data, settings = str(request.data), request.settings
-    return paper_linear(
-        request.run, data, test=request.test, shots=request.shots, settings=settings, console=console
-    )
+    return paper_linear(request.run, data, test=request.test, shots=request.shots, settings=settings, console=console)
 
 
 def _path(path: str | Path | None) -> Path | None:

@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from unmask.report.charts import curve_chart
 from unmask.report.page import show_score
-from unmask.results import R2, CurveResult, FeatureScore, Measurement, ProbeResult
+from unmask.results import R2, UNLABELLED, CurveResult, FeatureScore, Measurement, ProbeResult
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def how_measured(row: FeatureScore) -> str:
 
 def _notes(record: ProbeResult) -> list[str]:
     notes = []
-    if len({row.pool for row in record.rows}) > 2:
+    if record.task != UNLABELLED and len({row.pool for row in record.rows}) > 2:
         notes.append("The verdict quotes the better pooling of each feature set on these test images.")
     layers = {row.features: row.layer for row in record.rows if row.layer is not None and row.layer.why != "asked for"}
     notes += [f"Layer of {features}: {layer.why}." for features, layer in layers.items()]
@@ -120,7 +120,9 @@ def probe_title(record: Measurement) -> str:
 
 def title_with(record: Measurement, names: ImageNames) -> str:
     """Name a measurement, with other names of its images."""
-    words = [f"{record.title or record.kind} on {names.data}", f"tested on {names.test}"]
+    words = [f"{record.title or record.kind} on {names.data}"]
+    if record.task != UNLABELLED:
+        words.append(f"tested on {names.test}")
     if (budget := budget_words(record.budgets)) is not None:
         draws = f", {record.draws} random draws each" if isinstance(record, CurveResult) else ""
         words.append(budget + draws)

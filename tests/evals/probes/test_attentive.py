@@ -46,7 +46,7 @@ def found():
     return x, y, test_x, test_y, fit_attentive(kept(x), np.arange(400), y, task="classes")
 
 
-def test_it_finds_what_the_mean_hides(found):
+def test_it_uses_a_class_that_the_mean_hides(found):
     x, y, test_x, test_y, fit = found
     assert (fit.predict(kept(test_x)) == test_y).mean() > 0.9
     assert (fit_classes(x.mean(1), y).predict(test_x.mean(1)) == test_y).mean() < 0.35, "chance is 0.25"
@@ -65,7 +65,7 @@ def test_the_same_seed_gives_the_same_answers_and_labels_may_skip_numbers(found,
     assert not torch.equal(other.weight, first.weight)
 
 
-def test_only_the_images_at_the_places_are_fitted_and_encoding_does_not_matter(monkeypatch):
+def test_only_the_images_at_the_positions_are_fitted_whatever_their_encoding(monkeypatch):
     monkeypatch.setattr(module, "MIN_STEPS", 30)
     x, y = needles(60)
     places = np.arange(0, 60, 2)
@@ -78,7 +78,7 @@ def test_only_the_images_at_the_places_are_fitted_and_encoding_does_not_matter(m
     torch.testing.assert_close(same.weight, plain.weight, atol=5e-3, rtol=0.05)
 
 
-def test_one_token_is_read_by_a_linear_head_as_well_as_by_logistic_regression(monkeypatch):
+def test_a_linear_head_on_one_token_is_as_good_as_logistic_regression(monkeypatch):
     x, y = load_digits(return_X_y=True)
     x = x.astype(np.float32)[:, None]
     places = np.arange(600)
@@ -89,7 +89,7 @@ def test_one_token_is_read_by_a_linear_head_as_well_as_by_logistic_regression(mo
     assert mine > (fit_classes(x[:600, 0], y[:600]).predict(x[600:, 0]) == y[600:]).mean() - 0.02
 
 
-def test_the_head_is_ordinary_cross_attention():
+def test_the_head_equals_multi_head_cross_attention():
     torch.manual_seed(0)
     middle, spread = torch.randn(24), torch.rand(24) + 0.5
     head = AttentiveHead(middle, spread, 5, 3, torch.Generator().manual_seed(0))
@@ -122,7 +122,7 @@ def test_labels_and_quantities_can_be_hidden_in_one_token_too(monkeypatch):
     assert (errors < [1.5, 0.9]).all(), "a constant guess is wrong by 2.5 and 1.5"
 
 
-def test_one_image_of_a_class_leaves_nothing_to_choose_with(monkeypatch):
+def test_with_one_image_per_class_the_learning_rate_is_the_default(monkeypatch):
     monkeypatch.setattr(module, "MIN_STEPS", 5)
     x, _ = needles(3)
     fit = fit_attentive(kept(x), np.arange(3), np.arange(3), task="classes")
@@ -143,7 +143,7 @@ def batches(count):
     return [Batch(pixels[i : i + 8], index[i : i + 8], torch.zeros(8, dtype=torch.int64)) for i in range(0, count, 8)]
 
 
-def test_tokens_are_the_class_token_and_the_patches_in_half_precision_of_what_differs():
+def test_tokens_are_the_class_token_and_the_patches_standardised_in_half_precision():
     table = collect_each({"a": Encoder()}, batches(24), device="cpu", precision="fp32", tokens=24)["a"]
     values = table.tokens.values.float() * table.tokens.scale + table.tokens.middle
     assert table.tokens.values.dtype == torch.float16
@@ -155,7 +155,7 @@ def test_tokens_are_the_class_token_and_the_patches_in_half_precision_of_what_di
     assert torch.equal(part.tokens.values, table.tokens.values[[5, 2]])
 
 
-def test_more_tokens_than_memory_are_refused_after_one_batch(monkeypatch):
+def test_more_tokens_than_memory_are_rejected_after_one_batch(monkeypatch):
     monkeypatch.setattr(collect_module, "free_memory", lambda device: 2 * 100 * 17 * 3 * 2 - 1)
     seen = []
 

@@ -1,4 +1,4 @@
-"""k nearest neighbours against a plain loop, and where the plain loop has a choice."""
+"""k nearest neighbours against a plain loop, and how ties are resolved."""
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ def by_hand(train_x, train_y, test_x, k):
 
 
 @pytest.mark.parametrize("k", [1, 3, 20, 1000])
-def test_it_is_the_plain_loop(k):
+def test_it_equals_a_plain_loop(k):
     rng = np.random.default_rng(k)
     train_x, test_x = rng.normal(size=(150, 8)).astype(np.float32), rng.normal(size=(60, 8)).astype(np.float32)
     train_y = rng.integers(0, 7, 150)
@@ -35,7 +35,7 @@ def test_it_is_the_plain_loop(k):
     np.testing.assert_array_equal(found, by_hand(train_x, train_y, test_x, k))
 
 
-def test_pieces_of_the_similarity_matrix_change_nothing(monkeypatch):
+def test_computing_in_pieces_changes_nothing(monkeypatch):
     rng = np.random.default_rng(0)
     train_x, test_x = rng.normal(size=(90, 8)).astype(np.float32), rng.normal(size=(50, 8)).astype(np.float32)
     train_y = rng.integers(0, 5, 90)
@@ -44,13 +44,13 @@ def test_pieces_of_the_similarity_matrix_change_nothing(monkeypatch):
     np.testing.assert_array_equal(knn(train_x, train_y, test_x), whole)
 
 
-def test_length_does_not_matter_and_similarity_weighs():
+def test_votes_depend_on_cosine_similarity_not_on_length():
     train_x = np.array([[10, 0], [0, 0.1], [0, 5]], np.float32)
     test_x = np.array([[0.01, 0.001], [100, 90]], np.float32)
     np.testing.assert_array_equal(knn(train_x, np.array([0, 1, 1]), test_x, k=3), [0, 0])
 
 
-def test_equally_near_neighbours_are_taken_from_the_lowest_row():
+def test_of_equally_near_neighbours_the_lowest_rows_are_chosen():
     train_x = np.tile(np.array([[1, 0]], np.float32), (30, 1))
     train_y = np.array([0] * 3 + [2] * 4 + [1] * 23)  # the first seven rows vote
     assert knn(train_x, train_y, train_x[:1], k=7).tolist() == [2]
@@ -72,14 +72,14 @@ def test_equal_votes_go_to_the_most_similar_neighbour_and_then_to_the_smaller_cl
     assert knn(axes, np.array([2, 1, 1, 2]), np.ones((1, 4), np.float32), k=4).tolist() == [1]
 
 
-def test_a_zero_vector_is_similar_to_nothing():
+def test_a_zero_vector_has_similarity_zero():
     train_x = np.array([[0, 0], [-1, 0], [1, 0]], np.float32)
     test_x = np.array([[0, 0], [1, 0], [-1, 0]], np.float32)
     np.testing.assert_array_equal(knn(train_x, np.array([0, 1, 2]), test_x, k=1), [0, 2, 1])
     assert not np.isnan(knn(np.zeros((4, 3), np.float32), np.array([1, 1, 0, 0]), np.zeros((2, 3), np.float32))).any()
 
 
-def test_what_does_not_fit_is_refused():
+def test_arrays_whose_shapes_do_not_match_are_rejected():
     x, y = np.ones((3, 2), np.float32), np.arange(3)
     with pytest.raises(ValueError, match="k=0 neighbours"):
         knn(x, y, x, k=0)
@@ -89,7 +89,7 @@ def test_what_does_not_fit_is_refused():
     assert knn(x, y, x[:0]).shape == (0,)
 
 
-def test_inputs_are_left_as_they_were():
+def test_inputs_are_not_modified():
     x, y = np.random.default_rng(0).normal(size=(40, 4)).astype(np.float32), np.arange(40) % 3
     before = x.copy()
     knn(x, y, x)

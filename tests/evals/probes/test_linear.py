@@ -1,4 +1,4 @@
-"""The linear probe against scikit-learn used directly, and that nothing is ever chosen on test images."""
+"""The linear probe against scikit-learn used directly; nothing is chosen on test images."""
 
 import numpy as np
 import pytest
@@ -63,7 +63,7 @@ def test_it_agrees_with_scikit_learn_at_the_c_it_chose():
     assert (fit.predictions == test_y).mean() > 0.7
 
 
-def test_real_digits_are_read_as_well_as_by_scikit_learn():
+def test_digits_are_classified_as_well_as_by_scikit_learn():
     x, y = load_digits(return_X_y=True)
     x = x.astype(np.float32)
     fit = linear(x[:1000], y[:1000], x[1000:])
@@ -126,7 +126,7 @@ def test_every_class_is_held_out_in_proportion_and_the_seed_alone_decides():
     assert held.tolist() != hold_out(labels, np.arange(63), 0, 0)[1].tolist(), "each purpose draws for itself"
 
 
-def test_another_seed_holds_out_others(monkeypatch):
+def test_another_seed_holds_out_other_images(monkeypatch):
     seen = []
     real = module.choose_c
     monkeypatch.setattr(module, "choose_c", lambda *parts: seen.append(parts[2].tobytes()) or real(*parts))
@@ -136,7 +136,7 @@ def test_another_seed_holds_out_others(monkeypatch):
     assert seen[0] == seen[1] != seen[2]
 
 
-def test_one_image_of_each_class_leaves_nothing_to_choose_on():
+def test_with_one_image_per_class_c_is_the_default():
     train_x, train_y = blobs(3, spread=0)
     fit = linear(train_x, train_y, train_x)
     assert fit.c == C_WITHOUT_CHOICE
@@ -167,18 +167,18 @@ def test_constant_features_change_nothing():
     assert np.isfinite(linear(np.ones((6, 2), np.float32), np.arange(6) % 2, np.ones((1, 2), np.float32)).c)
 
 
-def test_fewer_than_two_classes_are_refused():
+def test_fewer_than_two_classes_are_rejected():
     with pytest.raises(ValueError, match="expected at least two"):
         linear(np.ones((4, 2), np.float32), np.zeros(4, int), np.ones((1, 2), np.float32))
 
 
-def test_a_fit_that_ran_out_of_iterations_says_so(monkeypatch):
+def test_a_fit_that_reached_its_limit_of_iterations_is_not_converged(monkeypatch):
     monkeypatch.setattr(module, "FINAL_ITERATIONS", 2)
     train_x, train_y = blobs(200, spread=3)
     assert not linear(train_x, train_y, train_x).converged
 
 
-def test_labels_of_any_dtype_and_inputs_left_as_they_were():
+def test_labels_of_any_dtype_are_accepted_and_inputs_not_modified():
     train_x, train_y = blobs(60)
     before = train_x.copy()
     one, other = linear(train_x, train_y.astype(np.int32), train_x), linear(train_x, train_y.tolist(), train_x)
@@ -186,7 +186,7 @@ def test_labels_of_any_dtype_and_inputs_left_as_they_were():
     np.testing.assert_array_equal(train_x, before)
 
 
-def test_a_given_c_is_not_chosen():
+def test_a_given_c_is_used():
     rng = np.random.default_rng(0)
     labels = np.arange(60) % 2
     x = (rng.normal(size=(60, 4)) + labels[:, None]).astype(np.float32)
@@ -203,7 +203,7 @@ def marked(count, seed=0):
     return (x * np.logspace(-1, 2, 8) + 7).astype(np.float32), truth
 
 
-def test_every_label_has_a_logistic_regression_of_its_own():
+def test_every_label_has_its_own_logistic_regression():
     (x, truth), (test_x, test_truth) = marked(400), marked(300, seed=1)
     fit = linear_labels(x, truth, test_x)
     assert fit.converged

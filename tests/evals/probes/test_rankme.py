@@ -1,5 +1,6 @@
 """The effective rank: known spectra, and a probe of images without labels from the command line to the page."""
 
+import html
 import json
 from contextlib import suppress
 
@@ -40,7 +41,7 @@ def test_it_depends_on_neither_scale_nor_the_order_of_images():
     assert 1 < effective_rank(x.astype(np.float32)) < 6
 
 
-def test_images_without_labels_are_measured_beside_both_controls_and_shown(tmp_path, monkeypatch, capsys):
+def test_images_without_labels_are_measured_with_both_controls_and_shown_in_the_report(tmp_path, monkeypatch, capsys):
     images = write_images(tmp_path / "images", 16)
     run = Run(tmp_path / "run")
     pretrain(images, recipe="mae_nano", out=run.path, settings=[*SMALL_RUN, "train.steps=2", "train.picture_every=9"])
@@ -59,6 +60,9 @@ def test_images_without_labels_are_measured_beside_both_controls_and_shown(tmp_p
     assert all(1 <= row.value <= 16 for row in result.rows)
     assert [row["value"] for row in json.loads(out)["rows"]] == [row.value for row in result.rows]
     assert f"pre-trained  mean      {result.rows[-1].value:6.3g}" in err
+    page = html.unescape((run.path / "report.html").read_text())
+    assert f"Effective rank (RankMe) on {images}<" in page
+    assert result.verdict in page
 
 
 def test_options_about_labels_are_rejected():
