@@ -219,7 +219,7 @@ class TestOnTheWay:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measurement:
+class FeatureMeasurement:
     """What the results of all frozen-feature probes have in common.
 
     kind: the name for --kind; title: the same for a heading, "Linear probe". step: of the checkpoint. seed: of the
@@ -260,7 +260,7 @@ class Measurement:
         """Labels per class of every fit, ascending; None where all labels were used."""
         raise NotImplementedError
 
-    def same_measurement(self, other: Measurement) -> bool:
+    def same_measurement(self, other: FeatureMeasurement) -> bool:
         """Whether both measure the same thing, of whatever encoder, so that their scores can be compared."""
         return (
             type(self) is type(other)
@@ -277,7 +277,7 @@ class Measurement:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProbeResult(Measurement):
+class ProbeResult(FeatureMeasurement):
     """The result of `unmask probe`: a score for every feature set. shots: training labels per class; None for all.
 
     For --kind paper-linear, which is a training: `run` is its folder inside the run, `best` its best test on the way.
@@ -299,7 +299,7 @@ class ProbeResult(Measurement):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CurveResult(Measurement):
+class CurveResult(FeatureMeasurement):
     """A label-budget curve: `draws` choices of training labels for each number of labels per class in `shots`."""
 
     rows: tuple[CurveRow, ...]
@@ -437,7 +437,7 @@ class Results:
         return (record for record in self.records.values() if isinstance(record, kind))
 
 
-def _order(record: Measurement) -> tuple[Any, ...]:
+def _order(record: FeatureMeasurement) -> tuple[Any, ...]:
     """Order of results on a page: labels by class before tables of targets, linear before kNN, few labels first."""
     kinds = ("linear", "knn", "attentive")
     place = kinds.index(record.kind) if record.kind in kinds else len(kinds)

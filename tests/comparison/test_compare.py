@@ -195,6 +195,7 @@ def test_runs_of_the_same_name_are_told_apart(runs, tmp_path):
         ({"out": "both.txt"}, r"got output file .*both.txt; expected a name that ends in .html"),
         ({"out": "nowhere/both.html"}, r"does not exist; create it"),
         ({"test": "shapes-test"}, r"--test or --shots without --data"),
+        ({"kind": "rankme"}, r"got --kind rankme, whose numbers have no intervals"),
         ({"kind": "nearest"}, r"got probe kind 'nearest'"),
     ],
 )

@@ -20,6 +20,7 @@ from unmask.engine.resume import resume
 from unmask.engine.train import TrainingFailed, epoch_text
 from unmask.engine.training_data import DataError
 from unmask.methods.mae import MAE
+from unmask.results import BaselineLosses, from_json
 from unmask.run import Run
 
 
@@ -56,6 +57,7 @@ def test_a_run_trains_and_holds_everything_a_person_needs(images, tmp_path):
         "step-00000060.png",
     }
     baselines = run.read("evals/baselines.json")
+    assert isinstance(from_json(baselines), BaselineLosses)
     assert set(baselines["guesses"]) == {"true_patch_mean", "visible_mean", "nearest_visible"}
     assert [step for step, _ in baselines["losses"]] == [0, 1, 30, 60]
     row = run.metrics()[-1]

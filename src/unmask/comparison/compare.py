@@ -22,7 +22,7 @@ from unmask.console import Console
 from unmask.data.annotations.splits import HELD_OUT
 from unmask.engine import checkpoint
 from unmask.errors import UserError
-from unmask.evals.probe_kind import require_kind
+from unmask.evals.probe_kind import LabelFreeMeasure, find_kind
 from unmask.evals.probe_options import ProbeOptions
 from unmask.evals.run_probe import run_probe
 from unmask.report.page import png_url, render
@@ -95,7 +95,10 @@ def compare(
     require_page(out)
     if data is None and (test is not None or shots is not None):
         raise UserError("got --test or --shots without --data, so there is nothing to probe; add --data")
-    require_kind(kind)
+    if isinstance(find_kind(kind), LabelFreeMeasure):
+        raise UserError(
+            f"got --kind {kind}, whose numbers have no intervals to compare by; use knn, linear or attentive"
+        )
     opened = open_runs(runs)
     if data is not None:
         add_missing_probes(opened.values(), ProbeWanted(data, test, kind, shots), device, console)

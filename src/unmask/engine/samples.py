@@ -21,6 +21,7 @@ from unmask.engine.plan import Plan
 from unmask.errors import TrainingFailed
 from unmask.nn.modes import eval_mode
 from unmask.report.pictures import draw
+from unmask.results import RECORD
 from unmask.rng import Draws
 from unmask.system.stop_requests import StopRequest
 
@@ -94,7 +95,11 @@ def draw_and_score(job: Job, samples: Samples, at: Position, stop: StopRequest) 
     if at.step > 0:
         with report_failure(job, job.run.path / BASELINES):
             before = job.run.read(BASELINES)
-    found: dict[str, Any] = {"images": len(sample), "losses": _append_loss(before, "losses", at.step, loss)}
+    found: dict[str, Any] = {
+        RECORD: "baselines",
+        "images": len(sample),
+        "losses": _append_loss(before, "losses", at.step, loss),
+    }
     if held_out is not None and samples.held_out is not None:
         found["held_out_images"] = len(samples.held_out)
         found["held_out_losses"] = _append_loss(before, "held_out_losses", at.step, held_out)

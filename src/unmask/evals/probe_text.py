@@ -18,8 +18,8 @@ from unmask.results import (
     REGRESSION,
     CurveResult,
     Difference,
+    FeatureMeasurement,
     FeatureScore,
-    Measurement,
     ProbeResult,
     TargetScore,
 )
@@ -38,7 +38,7 @@ def show(value: float, metric: str) -> str:
 # ------------------------------------------------------------------------------------------------------------ protocol
 
 
-def protocol(result: Measurement, fitted: str) -> str:
+def protocol(result: FeatureMeasurement, fitted: str) -> str:
     """Return one sentence: the features, what is fitted to them, the images, and what the intervals cover.
 
     fitted: what this kind of probe fits, in words (`probe_kind.py`).

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from unmask.errors import UserError
 from unmask.evals.probe_options import DEFAULT_DRAWS, ProbeOptions
-from unmask.results import CurveResult, Measurement, ProbeResult, from_json, to_json
+from unmask.results import CurveResult, FeatureMeasurement, ProbeResult, from_json, to_json
 from unmask.run import Run
 
 
@@ -29,10 +29,10 @@ def _is_replaceable(run: Run, name: str, result: ProbeResult | CurveResult) -> b
         before = from_json(run.read(f"evals/{name}.json"))
     except UserError:
         return True
-    return isinstance(before, Measurement) and _places(before) == _places(result)
+    return isinstance(before, FeatureMeasurement) and _places(before) == _places(result)
 
 
-def _places(result: Measurement) -> tuple[str | None, ...]:
+def _places(result: FeatureMeasurement) -> tuple[str | None, ...]:
     images = (result.data, result.test.images)
     return tuple(None if each is None else each.path or each.name for each in images)
 

@@ -24,8 +24,8 @@ from unmask.results import (
     CONTROLS,
     PRETRAINED,
     CurveResult,
+    FeatureMeasurement,
     FinetuneResult,
-    Measurement,
     ProbeResult,
     read_results,
 )
@@ -251,7 +251,7 @@ def curve_rows(curve: CurveResult) -> list[ResultRow]:
     ]  # fmt: skip
 
 
-def measured_title(record: Measurement) -> str:
+def measured_title(record: FeatureMeasurement) -> str:
     """Name a measurement as the report does, without folders; with the numbers of images."""
 
     def counted(name: str, images: int) -> str:
@@ -266,7 +266,7 @@ def measured_title(record: Measurement) -> str:
     return title_with(record, names) + careful
 
 
-def test_name(record: Measurement | FinetuneResult) -> str:
+def test_name(record: FeatureMeasurement | FinetuneResult) -> str:
     """Name the test images without folders."""
     if record.test.images is not None:
         return last_name(str(record.test.images))

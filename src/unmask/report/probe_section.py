@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from unmask.report.charts import curve_chart
 from unmask.report.page import show_score
-from unmask.results import R2, UNLABELLED, CurveResult, FeatureScore, Measurement, ProbeResult
+from unmask.results import R2, UNLABELLED, CurveResult, FeatureMeasurement, FeatureScore, ProbeResult
 
 
 @dataclass(frozen=True)
@@ -111,14 +111,14 @@ class ImageNames:
     targets: str = ""
 
 
-def probe_title(record: Measurement) -> str:
+def probe_title(record: FeatureMeasurement) -> str:
     """Name a measurement: the kind, the images, and the options that differ from the defaults."""
     data = str(record.data)
     targets = record.targets.path if record.targets is not None else ""
     return title_with(record, ImageNames(data, record.test.describe(data), targets))
 
 
-def title_with(record: Measurement, names: ImageNames) -> str:
+def title_with(record: FeatureMeasurement, names: ImageNames) -> str:
     """Name a measurement, with other names of its images."""
     words = [f"{record.title or record.kind} on {names.data}"]
     if record.task != UNLABELLED:

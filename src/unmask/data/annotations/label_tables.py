@@ -24,9 +24,9 @@ from unmask.data.files.csv_cells import unmarked
 from unmask.data.files.text_files import read_text
 from unmask.data.sources.source import Source, printable
 from unmask.errors import UserError, some
+from unmask.results import CLASSES, MULTILABEL, REGRESSION
 
-TARGETS = ("classes", "multilabel", "regression")
-CLASSES, MULTILABEL, REGRESSION = TARGETS
+TARGETS = (CLASSES, MULTILABEL, REGRESSION)
 PATH = "path"
 
 Cell = str | int | float | bool | None
