@@ -28,7 +28,7 @@ from unmask.engine.resume import resume
 from unmask.errors import LoadingFailed, TrainingFailed, UserError
 from unmask.run import Run
 from unmask.system import processes, stalls
-from unmask.system.stop_requests import StopRequest, StopRequested, stop_requests
+from unmask.system.stop_requests import StopRequest, StopRequested, interrupts, stop_requests
 
 ENDLESS = ("train.steps=100000", "data.cache=false", "train.picture_every=1000000", "train.log_every=1")
 
@@ -594,3 +594,23 @@ def test_a_device_that_is_not_there_is_a_sentence(images, tmp_path, device):
     run = pretrain(images, recipe="mae_nano", out=tmp_path / "run", settings=[*SMALL_RUN, "train.steps=1"])
     with pytest.raises(UserError, match=f"device '{device}' is not available here"):
         load_encoder(run.path, device=device)
+
+
+class Slow:
+    """Something whose finaliser is interrupted."""
+
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)
+
+
+def finalise_and_wait(seconds):
+    Slow()
+    naps(int(seconds / 0.05))
+
+
+def test_an_interruption_is_not_lost_in_a_finaliser(recwarn):
+    """Python prints an exception that is raised in `__del__`, and goes on as if nothing had happened."""
+    with pytest.raises(KeyboardInterrupt), interrupts():
+        finalise_and_wait(20)
+    assert not [warning for warning in recwarn if "Exception ignored" in str(warning.message)]

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 from unmask.system.processes import STOP_SIGNALS
 from unmask.system.stalls import write_now
@@ -22,6 +23,7 @@ from unmask.system.stalls import write_now
 INTERRUPTED = 130
 NOTHING_KEPT = "there is no checkpoint yet"
 ONE_PRESS = 0.5  # seconds within which several SIGINTs are one Ctrl-C: launchers pass on what the terminal sent already
+LATER = 0.05  # seconds after which a signal is sent again that came where Python swallows exceptions
 
 
 class StopRequested(BaseException):
@@ -82,18 +84,31 @@ def interrupts() -> Iterator[None]:
     presses = _Presses(lambda: "\nended at once; a file that was being written may be left with .partial in its name\n")
     raised = False
 
-    def on_signal(number: int, frame: object) -> None:
+    def on_signal(number: int, frame: FrameType | None) -> None:
         nonlocal raised
-        if not raised:
-            raised = True
-            raise KeyboardInterrupt
+        if raised:
+            return
+        if _swallows_exceptions(frame):
+            threading.Timer(LATER, os.kill, (os.getpid(), number)).start()
+            return
+        raised = True
+        raise KeyboardInterrupt
 
     with _handlers(on_signal), presses.heard():
         yield
 
 
+def _swallows_exceptions(frame: FrameType | None) -> bool:
+    """Return whether this is a finaliser or a weakref callback: Python prints what is raised there, and continues."""
+    while frame is not None:
+        if frame.f_code.co_name == "__del__" or frame.f_code.co_filename.endswith(("_weakrefset.py", "weakref.py")):
+            return True
+        frame = frame.f_back
+    return False
+
+
 @contextmanager
-def _handlers(on_signal: Callable[[int, object], None]) -> Iterator[None]:
+def _handlers(on_signal: Callable[[int, FrameType | None], None]) -> Iterator[None]:
     before: dict[int, object] = {}
     for name in STOP_SIGNALS:
         number = getattr(signal, name, None)
