@@ -19,7 +19,7 @@ VERBS = [
 ]  # fmt: skip
 
 
-def test_help_of_every_verb_says_what_it_does(unmask):
+def test_every_verb_is_listed_and_has_a_help_text(unmask):
     code, out, _ = unmask("--help")
     assert code == 0
     listed = re.findall(r"^│ ([a-z]+) ", out, re.MULTILINE)
@@ -32,12 +32,12 @@ def test_help_of_every_verb_says_what_it_does(unmask):
     assert unmask("--version")[1].strip() == f"unmask {metadata.version('unmask')}"
 
 
-def test_it_is_a_module_that_can_be_run():
+def test_python_m_unmask_is_the_command():
     done = subprocess.run([sys.executable, "-m", "unmask", "--version"], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["unmask", metadata.version("unmask")]
 
 
-def test_the_two_kinds_of_masks_and_the_layers_are_told_apart_in_the_help(unmask):
+def test_the_help_of_masks_and_layers_is_unambiguous(unmask):
     pretrain, probe = (" ".join(unmask(verb, "--help")[1].replace("│", " ").split()) for verb in ("pretrain", "probe"))
     assert "file of a patch mask" in pretrain
     assert "random patch masks" in probe
@@ -156,7 +156,7 @@ def test_mistakes_with_a_run(unmask, run_folder, images, tmp_path):
     assert "is a pickle, not safetensors; it was not opened" in err
 
 
-def test_a_name_that_is_no_utf8_and_a_loop_of_links_train_and_print(unmask, images):
+def test_undecodable_file_names_and_cyclic_links_are_accepted(unmask, images):
     raw = os.path.join(os.fsencode(images), b"na\xefve.png")
     os.rename(images / "0003.png", raw)
     (images / "loop").symlink_to(images, target_is_directory=True)
@@ -184,7 +184,7 @@ def test_a_closed_pipe_ends_the_command_without_a_message(tmp_path):
     assert len(json.loads(whole)) == 500
 
 
-def test_who_interrupts_a_command_is_told_what_became_of_it(unmask, monkeypatch, images, tmp_path):
+def test_an_interrupted_command_exits_with_130(unmask, monkeypatch, images, tmp_path):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
@@ -194,7 +194,7 @@ def test_who_interrupts_a_command_is_told_what_became_of_it(unmask, monkeypatch,
     assert err.endswith("\nInterrupted.\n")
 
 
-def test_a_fault_of_ours_says_so_and_fails(unmask, monkeypatch, capfd, tmp_path):
+def test_an_unexpected_exception_exits_with_1_and_a_traceback(unmask, monkeypatch, capfd, tmp_path):
     def broken(*_, **__):
         raise KeyError("something we forgot")
 
@@ -213,7 +213,7 @@ def test_a_fault_of_ours_says_so_and_fails(unmask, monkeypatch, capfd, tmp_path)
         ("--num_workers", "data.workers"), ("--img-size", "data.size"), ("--mask-ratio", "method.mask_ratio"),
     ],
 )  # fmt: skip
-def test_an_option_that_is_a_setting_points_to_set(unmask, option, key):
+def test_an_option_that_is_a_setting_is_answered_with_set(unmask, option, key):
     code, out, err = unmask("pretrain", "shapes", option, "1")
     assert (code, out) == (2, "")
     assert f"--set {key}=VALUE" in err
@@ -224,7 +224,7 @@ def test_the_hint_for_lr_names_the_scaling_with_the_batch(unmask):
     assert "/ 256" not in unmask("pretrain", "shapes", "--epochs", "1")[2]
 
 
-def test_an_unknown_option_of_a_verb_without_settings_gets_no_such_hint(unmask):
+def test_an_unknown_option_of_a_verb_without_settings_gets_no_hint(unmask):
     code, _, err = unmask("report", "run", "--lr", "1")
     assert code == 2
     assert "--set" not in err

@@ -9,7 +9,13 @@ import pytest
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 @pytest.mark.parametrize(
-    ("words", "wanted"), [(["unmask", "pre"], "pretrain"), (["unmask", "pretrain", "--rec"], "--recipe")]
+    ("words", "wanted"),
+    [
+        (["unmask", "pre"], "pretrain"),
+        (["unmask", "pretrain", "--rec"], "--recipe"),
+        (["unmask", "probe", "RUN", "DATA", "--kind", "att"], "attentive"),
+        (["unmask", "export", "RUN", "--to", "onnx-"], "onnx-float"),
+    ],
 )
 def test_a_shell_is_offered_what_can_follow(shell, words, wanted):
     """What the shell asks when Tab is pressed after these words."""

@@ -2,7 +2,6 @@
 
 import inspect
 import json
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
@@ -264,17 +263,3 @@ def test_a_public_function_is_documented(name):
     for parameter in inspect.signature(function).parameters:
         assert f"\n    {parameter}: " in function.__doc__
     assert "\nReturn " in function.__doc__
-
-
-def test_completion_lists_verbs_and_choices(greet):
-    completer = "import sys; sys.argv = ['unmask']; from unmask.commands import main; main()"
-    for words, expected in (("unmask pre", {"pretrain", "predict"}), ("unmask ls --js", {"--json"})):
-        environment = {"_UNMASK_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
-        done = subprocess.run(
-            [sys.executable, "-c", completer],
-            env={"PATH": "/usr/bin", "PYTHONPATH": str(Path(unmask.__file__).parents[1]), **environment},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert expected <= set(done.stdout.split()), (words, done.stdout, done.stderr)

@@ -39,7 +39,7 @@ def test_the_demo_from_nothing_to_a_report(unmask, tmp_path):
 
 
 @pytest.mark.parametrize(("steps", "weak"), [(387, True), (3200, False)])
-def test_a_demo_that_had_time_for_few_steps_blames_the_steps(monkeypatch, capsys, tmp_path, steps, weak):
+def test_a_demo_with_few_steps_warns_of_weak_results(monkeypatch, capsys, tmp_path, steps, weak):
     class Trained:
         path = pictures = tmp_path
 

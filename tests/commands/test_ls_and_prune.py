@@ -3,7 +3,7 @@
 import json
 
 
-def test_ls_shows_every_run_and_prune_frees_what_is_not_needed(unmask, run_folder):
+def test_ls_lists_every_run_and_prune_deletes_checkpoints_and_features(unmask, run_folder):
     code, out, _ = unmask("ls")
     assert code == 0
     line = next(line for line in out.splitlines() if line.startswith("run  ") and "finished" in line)
@@ -27,12 +27,12 @@ def test_ls_shows_every_run_and_prune_frees_what_is_not_needed(unmask, run_folde
     assert unmask("embed", "run", "shapes:8", "--out", "e.npz")[0] == 0
 
 
-def test_ls_of_no_runs_and_of_no_folder(unmask, tmp_path):
+def test_ls_of_an_empty_and_of_a_missing_folder(unmask, tmp_path):
     assert "no runs here" in unmask("ls")[1]
     assert unmask("ls", "nowhere")[0] == 2
 
 
-def test_prune_keeps_a_run_without_a_sound_checkpoint_as_it_is(unmask, run_folder):
+def test_prune_deletes_nothing_of_a_run_without_a_sound_checkpoint(unmask, run_folder):
     for folder in (run_folder / "checkpoints").glob("step-*"):
         (folder / "model.safetensors").write_bytes(b"damaged")
     code, _, err = unmask("prune", "run")
@@ -41,7 +41,7 @@ def test_prune_keeps_a_run_without_a_sound_checkpoint_as_it_is(unmask, run_folde
     assert len(list((run_folder / "checkpoints").glob("step-*"))) == 2
 
 
-def test_ls_shows_damaged_runs_too(unmask, run_folder):
+def test_ls_lists_damaged_runs(unmask, run_folder):
     (run_folder / "plan.json").write_text("{")
     (run_folder / "status.json").write_text("[]")
     code, out, _ = unmask("ls")
@@ -49,7 +49,7 @@ def test_ls_shows_damaged_runs_too(unmask, run_folder):
     assert "run " in out
 
 
-def test_prune_keeps_the_only_copy_of_a_checkpoint_that_was_being_written_again(unmask, run_folder):
+def test_prune_keeps_the_only_copy_of_a_checkpoint_that_was_being_rewritten(unmask, run_folder):
     """A crash between the two renames of `checkpoint.save` leaves it under another name until the run is resumed."""
     newest = max((run_folder / "checkpoints").glob("step-*"))
     aside = newest.with_name(f"{newest.name}.old")

@@ -8,7 +8,7 @@ from conftest import small
 from unmask.commands import options
 
 
-def test_pretrain_prints_json_alone_on_stdout(unmask, images, tmp_path):
+def test_with_json_stdout_holds_one_object(unmask, images, tmp_path):
     code, out, err = unmask("pretrain", images, "--recipe", "mae_nano", "--out", "a", "--json", *small("train.steps=3"))
     assert code == 0, err
     summary = json.loads(out)
@@ -19,14 +19,14 @@ def test_pretrain_prints_json_alone_on_stdout(unmask, images, tmp_path):
     assert "\x1b" not in err, "no colours and no cursor movements outside a terminal"
 
 
-def test_the_run_folder_is_named_after_data_and_recipe_when_none_is_given(unmask, images, tmp_path):
+def test_the_default_run_folder_is_named_after_data_and_recipe(unmask, images, tmp_path):
     for name in ("images-mae_nano", "images-mae_nano-2"):
         code, _, err = unmask("pretrain", images, "--recipe", "mae_nano", *small("train.steps=1"))
         assert code == 0, err
         assert (tmp_path / "runs" / name / "config.json").exists()
 
 
-def test_settings_of_another_run_repeat_it(unmask, run_folder, images):
+def test_config_of_another_run_gives_the_same_losses(unmask, run_folder, images):
     code, _, err = unmask("pretrain", images, "--config", "run", "--out", "again")
     assert code == 0, err
     losses = [
@@ -40,7 +40,7 @@ def test_settings_of_another_run_repeat_it(unmask, run_folder, images):
     assert "2 steps" in err
 
 
-def test_settings_of_a_budgeted_run_repeat_its_steps(unmask, images, tmp_path, monkeypatch):
+def test_config_of_a_budgeted_run_gives_the_same_steps(unmask, images, tmp_path, monkeypatch):
     monkeypatch.setattr("unmask.engine.time_budget.clock", lambda: options.started())  # stands still
     monkeypatch.setattr("unmask.engine.make_plan.time_steps", lambda *_, **__: [0.1])
     code, _, err = unmask("pretrain", images, "--recipe", "mae_nano", "--out", "a", "--budget", "1s", *small())
@@ -52,7 +52,7 @@ def test_settings_of_a_budgeted_run_repeat_its_steps(unmask, images, tmp_path, m
 
 
 @pytest.mark.parametrize("more", [["--recipe", "mae_nano"], ["--from", "run"]], ids=["recipe", "from"])
-def test_two_sources_of_settings_are_refused(unmask, run_folder, images, more):
+def test_two_sources_of_settings_are_rejected(unmask, run_folder, images, more):
     code, _, err = unmask("pretrain", images, "--config", "run", *more)
     assert code == 2
     assert "leave one of them out" in err

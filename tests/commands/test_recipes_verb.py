@@ -7,7 +7,7 @@ from unmask.optim import OptimConfig
 from unmask.recipes.catalogue import all_recipes, describe
 
 
-def test_recipes_and_one_of_them(unmask):
+def test_the_list_of_recipes_and_the_settings_of_one(unmask):
     code, out, _ = unmask("recipes")
     assert code == 0
     for name in ("mae_nano", "mae_tiny", "mae_small", "mae_base", "mae_large", "mae_huge", "auto"):
@@ -19,7 +19,7 @@ def test_recipes_and_one_of_them(unmask):
     assert "did you mean mae_base" in err
 
 
-def test_one_recipe_for_a_person_says_what_settings_mean_and_may_be(unmask):
+def test_settings_are_shown_with_meaning_and_range(unmask):
     code, out, _ = unmask("recipes", "mae_nano")
     assert code == 0
     assert out.startswith("Images of 32 to 64 pixels on any processor")
@@ -39,7 +39,7 @@ def test_one_recipe_for_a_person_says_what_settings_mean_and_may_be(unmask):
         assert f"\n\n# {section}:\n" in out, "sections are apart"
 
 
-def test_what_is_printed_of_every_recipe_is_what_set_takes():
+def test_printed_settings_are_accepted_by_set():
     for name, recipe in all_recipes().items():
         printed = [
             line.split("  # ")[0] for line in describe(name).splitlines() if line.split(" ")[0] in keys(recipe())

@@ -12,10 +12,11 @@ import pkgutil
 import signal
 import sys
 from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from unmask.commands import options
 from unmask.commands.command_line import build
@@ -50,7 +51,12 @@ class Verbs(Mapping[str, Any]):
 
 def verb_files() -> dict[str, str]:
     """Return the names of the verbs with those of their files; `import_` is `import`, which Python reserves."""
-    stems = (module.name for module in pkgutil.iter_modules(__path__))
+    return _listing(tuple(__path__))
+
+
+@cache
+def _listing(folders: tuple[str, ...]) -> dict[str, str]:
+    stems = (module.name for module in pkgutil.iter_modules(folders))
     return {stem.removesuffix("_"): stem for stem in stems if stem not in NOT_VERBS}
 
 
@@ -69,6 +75,15 @@ class _Group(TyperGroup):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
+        self.commands = VERBS  # type: ignore[assignment]
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Print the list of the verbs; their options are not built for it."""
+        verbs = {name: declared(name) for name in VERBS}
+        self.commands = {  # type: ignore[assignment]
+            name: TyperCommand(name, help=verb.help, rich_help_panel=verb.panel.value) for name, verb in verbs.items()
+        }
+        super().format_help(ctx, formatter)
         self.commands = VERBS  # type: ignore[assignment]
 
     def list_commands(self, ctx: Any) -> list[str]:

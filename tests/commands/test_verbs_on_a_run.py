@@ -7,7 +7,7 @@ from conftest import write_images
 from PIL import Image
 
 
-def test_everything_one_does_with_a_run(unmask, run_folder, images, tmp_path):
+def test_reconstruct_embed_probe_report_and_resume(unmask, run_folder, images, tmp_path):
     picture = next(images.iterdir())
     code, out, err = unmask("reconstruct", "run", picture, "--out", "r.png", "--json")
     assert code == 0, err
@@ -37,7 +37,7 @@ def test_everything_one_does_with_a_run(unmask, run_folder, images, tmp_path):
     assert unmask("resume", "run")[0] == 0
 
 
-def test_check_describes_the_data_and_forecasts(unmask, images):
+def test_check_reports_broken_files_and_a_forecast(unmask, images):
     (images / "broken.png").write_bytes(b"")
     code, out, err = unmask("check", images, "--json")
     summary = json.loads(out)
@@ -50,7 +50,7 @@ def test_check_describes_the_data_and_forecasts(unmask, images):
     assert "forecast" in err
 
 
-def test_excluded_images_are_left_out_of_probes_finetuning_pack_and_doctor(unmask, run_folder, tmp_path):
+def test_excluded_images_are_not_used_by_any_verb(unmask, run_folder, tmp_path):
     write_images(tmp_path / "labelled", 40, classes=2)
     (tmp_path / "labelled" / "thumbs").mkdir()
     for number in range(8):
