@@ -2,11 +2,14 @@
 
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from unmask.commands.declare import Option, Panel, Request, command
 from unmask.commands.options import Exclude
 from unmask.console import Console
+
+if TYPE_CHECKING:
+    from unmask.data.pack import PackSummary
 
 
 @dataclass(frozen=True)
@@ -26,8 +29,8 @@ class PackRequest(Request):
     ] = None
 
 
-@command(PackRequest, panel=Panel.FILES)
-def pack(request: PackRequest, console: Console) -> dict[str, Any]:
+@command(PackRequest, panel=Panel.FILES, to_json=lambda packed: packed.as_json())
+def pack(request: PackRequest, console: Console) -> "PackSummary":
     """Return how many images were copied, shrunk and left out."""
     from unmask.data.pack import pack
 
@@ -39,4 +42,4 @@ def pack(request: PackRequest, console: Console) -> dict[str, Any]:
         workers=request.workers,
         exclude=request.exclude,
         console=console,
-    ).as_json()
+    )

@@ -162,7 +162,7 @@ def _frozen(request: ProbeRequest, console: Console) -> "ProbeResult | CurveResu
     return run_probe(request.run, request.kind, options, console)
 
 
-def _paper_linear(request: ProbeRequest, console: Console) -> "ProbeResult | CurveResult":
+def _paper_linear(request: ProbeRequest, console: Console) -> "ProbeResult":
     """Train MAE's linear probe. Raises UserError for an option that has no effect on it."""
     from unmask.finetuning.paper_linear_probe import paper_linear
 
