@@ -132,7 +132,7 @@ def test_the_page_is_one_file_and_shows_the_numbers(unbroken):
     page = html.unescape((folder.parent / "first.html").read_text())
     assert not re.search(r"""(src|href)=["']https?:""", page)
     for row in summary["rows"]:
-        assert f"{100 * row['linear']['mean']:.1f} %" in page
+        assert f"{100 * row['linear']['mean']:.1f}%" in page
         assert str(row["paper"]["linear"]) in page
     assert summary["agreement"]["sentence"].split(".")[0] in page
     assert "<svg" in page

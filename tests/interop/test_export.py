@@ -880,11 +880,11 @@ def test_the_card_says_what_it_is_and_no_path_of_this_machine(tmp_path):
         "`photos`: 64 images, as 16 x 16 pixels, 3 channels, uint8.", "20 of 20 steps, batch 256, 80 epochs.",
         "on a processor; seed 0", "Versions: torch 2", "Commit c0ffee.", "mean 100, 120, 140; std 50, 60, 70",
         "| Linear probe on labelled, tested on a held-out fifth of labelled, 5 labels per class | pre-trained, mean "
-        "| 20 | accuracy | 62.5 % (50.0 % to 75.0 %) |",
-        "1 label per class, 3 random draws each | pre-trained, cls | 20 | accuracy, mean | 30.0 % (20.0 % to 40.0 %) |",
+        "| 20 | accuracy | 62.5% (50.0% to 75.0%) |",
+        "1 label per class, 3 random draws each | pre-trained, cls | 20 | accuracy, mean | 30.0% (20.0% to 40.0%) |",
         "| R2 | 0.410 (0.300 to 0.500) |",
-        "| Fine-tuned on labelled for classification, tested on test | this model | 20 | accuracy | 90.0 % (80.0 % to "
-        "95.0 %) |",
+        "| Fine-tuned on labelled for classification, tested on test | this model | 20 | accuracy | 90.0% (80.0% to "
+        "95.0%) |",
         'open_safetensors("out.safetensors")', "## Licence of the weights\n\nNot stated",
         "Checked: unmask computes the same from it, up to 0.0e+00",
     ):  # fmt: skip
@@ -916,13 +916,13 @@ HELD = "on labelled, tested on a held-out fifth of labelled"
     ("task", "numbers", "rows"),
     [
         ("classify", {"metric": "accuracy", "accuracy": 0.51},
-         ["for classification, tested on test | this model | 20 | accuracy | 51.0 % (41.0 % to 61.0 %) |"]),
+         ["for classification, tested on test | this model | 20 | accuracy | 51.0% (41.0% to 61.0%) |"]),
         ("segment", {"metric": "mean_iou", "mean_iou": 0.51, "pixel_accuracy": 0.8},
-         ["for segmentation, tested on test | this model | 20 | mean IoU | 51.0 % (41.0 % to 61.0 %) |",
-          "for segmentation, tested on test | this model | 20 | pixel accuracy | 80.0 % |"]),
+         ["for segmentation, tested on test | this model | 20 | mean IoU | 51.0% (41.0% to 61.0%) |",
+          "for segmentation, tested on test | this model | 20 | pixel accuracy | 80.0% |"]),
         ("detect", {"metric": "ap50", "ap50": 0.51, "ap": 0.3, "low": None},
-         ["for detection, tested on test | this model | 20 | AP50 | 51.0 % |",
-          "for detection, tested on test | this model | 20 | AP | 30.0 % |"]),
+         ["for detection, tested on test | this model | 20 | AP50 | 51.0% |",
+          "for detection, tested on test | this model | 20 | AP | 30.0% |"]),
     ],
 )  # fmt: skip
 def test_the_card_of_a_supervised_run_has_the_measure_of_its_task(tmp_path, task, numbers, rows):
@@ -936,12 +936,12 @@ def test_the_card_of_a_supervised_run_has_the_measure_of_its_task(tmp_path, task
         ("probe-knn-labelled",
          {"kind": "knn", "metric": "accuracy", "shots": 5,
           "rows": [{"features": "raw pixels", "pool": "pixels", "accuracy": 0.25, "low": 0.2, "high": 0.3}]},
-         [f"k nearest neighbours {HELD}, 5 labels per class | raw pixels, pixels | 20 | accuracy | 25.0 % (20.0 % to "
-          "30.0 %) |"]),
+         [f"k nearest neighbours {HELD}, 5 labels per class | raw pixels, pixels | 20 | accuracy | 25.0% (20.0% to "
+          "30.0%) |"]),
         ("attentive-labelled",
          {"kind": "attentive", "metric": "accuracy", "layer": "best",
           "rows": [{"features": "pre-trained", "pool": "attentive", "accuracy": 0.0, "low": 0.0, "high": 0.1}]},
-         [f"Attentive probe {HELD}, layer best | pre-trained, attentive | 20 | accuracy | 0.0 % (0.0 % to 10.0 %) |"]),
+         [f"Attentive probe {HELD}, layer best | pre-trained, attentive | 20 | accuracy | 0.0% (0.0% to 10.0%) |"]),
         ("targets-linear-labelled-by-table-multilabel",
          {"kind": "linear", "metric": "mean average precision", "task": "multilabel", "targets": "/a/table.csv",
           "train_images": 1234, "test_images": 56,
@@ -954,8 +954,8 @@ def test_the_card_of_a_supervised_run_has_the_measure_of_its_task(tmp_path, task
              {"features": "pre-trained", "pool": "cls", "points": [
                  {"shots": count, "mean": count / 10, "low": 0.1, "high": 0.5, "accuracies": [0.1]}
                  for count in (1, 5)]}]},
-         [f"Linear probe {HELD}, {count}, 3 random draws each | pre-trained, cls | 20 | accuracy, mean | {mean}.0 % "
-          "(10.0 % to 50.0 %) |" for count, mean in (("1 label per class", 10), ("5 labels per class", 50))]),
+         [f"Linear probe {HELD}, {count}, 3 random draws each | pre-trained, cls | 20 | accuracy, mean | {mean}.0% "
+          "(10.0% to 50.0%) |" for count, mean in (("1 label per class", 10), ("5 labels per class", 50))]),
     ],
 )  # fmt: skip
 def test_the_card_shows_every_kind_of_probe(tmp_path, name, content, rows):

@@ -216,9 +216,9 @@ def test_wrapping_and_shortening():
 
 
 def test_the_numbers_are_said_with_those_of_trivial_guesses():
-    assert in_numbers(NUMBERS) == "loss 0.500; trivial guesses score: true patch mean 1.000"
+    assert in_numbers(NUMBERS) == "loss 0.500; baselines: true patch mean 1.000"
     assert in_numbers({"loss": torch.tensor(2.0)}) == "loss 2.000"
-    assert in_numbers({"copy_nearest": torch.tensor(2.0)}) == "trivial guesses score: copy nearest 2.000"
+    assert in_numbers({"copy_nearest": torch.tensor(2.0)}) == "baselines: copy nearest 2.000"
     assert in_numbers({}) == ""
 
 

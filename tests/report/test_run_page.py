@@ -18,8 +18,8 @@ def test_a_finished_run_shows_pictures_curve_table_and_verdict(tmp_path):
     path = write_report(make_run(tmp_path / "run").path)
     html = path.read_text()
     assert "Pre-training helps." in html
-    assert "80.0 %" in html
-    assert "74.0 % to 85.0 %" in html
+    assert "80.0%" in html
+    assert "74.0% to 85.0%" in html
     assert re.findall(r"<figcaption>(.*?)</figcaption>", html) == [
         "before training",
         "after 20 steps",

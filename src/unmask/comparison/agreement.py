@@ -18,7 +18,7 @@ MOST_PAIRS = 8
 
 @dataclass(frozen=True, kw_only=True)
 class RunAccuracy:
-    """The accuracy of one run on the test images, with its 95 % interval over the choice of test images."""
+    """The accuracy of one run on the test images, with its 95% interval over the choice of test images."""
 
     accuracy: float
     low: float
@@ -29,7 +29,7 @@ class RunAccuracy:
 
 @dataclass(frozen=True, kw_only=True)
 class CellScore:
-    """The mean accuracy over the seeds of a cell, with its 95 % interval.
+    """The mean accuracy over the seeds of a cell, with its 95% interval.
 
     interval: SEEDS, a t-interval over two or more seeds, or TEST_IMAGES, that of the only seed. by_seed: the accuracy
     of every measured seed.
@@ -44,7 +44,7 @@ class CellScore:
     total: int | None = None
 
     def __str__(self) -> str:
-        return f"{100 * self.mean:.1f} % ({100 * self.low:.1f} to {100 * self.high:.1f})"
+        return f"{100 * self.mean:.1f}% ({100 * self.low:.1f} to {100 * self.high:.1f})"
 
 
 def cell_score(runs: Sequence[RunAccuracy | None]) -> CellScore | None:
@@ -73,7 +73,7 @@ def single_run(score: FeatureScore) -> CellScore:
 
 
 def difference(one: CellScore, other: CellScore) -> Difference:
-    """Subtract the other score from the first, with the 95 % interval.
+    """Subtract the other score from the first, with the 95% interval.
 
     With two or more seeds in common it is a t-interval of the differences seed by seed. With one it is Newcombe's
     interval (1998, method 10) for two proportions on different test images, because the results do not keep which

@@ -107,8 +107,7 @@ def ranking(rows: Sequence[RankedRun], metric: str = ACCURACY) -> str:
     """State which run scores highest, and which others the choice of test images alone could put first."""
     first, *others = rows
     pool = POOLS.get(first.score.pool, first.score.pool)
-    value = f"{first.score.value:.1%}" if metric == ACCURACY else show_score(first.score.value, metric)
-    text = f"{first.name} scores highest with {value} ({pool})"
+    text = f"{first.name} scores highest with {show_score(first.score.value, metric)} ({pool})"
     if first.score.low is None or first.score.high is None:
         return text
     best = single_run(first.score)

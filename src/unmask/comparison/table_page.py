@@ -1,7 +1,7 @@
 """`table.html` and `table.json`: a table's results beside the paper's, made from the folder of `unmask ablate` alone.
 
 Accuracies here are probes of small models on small images, the paper's are ViT-L on ImageNet: compare the order of the
-cells and the shape of the curve, not the height. Every number has a 95 % interval: a t-interval over seeds where there
+cells and the shape of the curve, not the height. Every number has a 95% interval: a t-interval over seeds where there
 are two or more, else the Wilson interval over the test images, which does not cover the choice of the seed.
 """
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from pydantic import ValidationError
@@ -16,6 +15,7 @@ from unmask.config import Config, ConfigError, DataConfig, explain, override, pa
 from unmask.data.augment import CropConfig, crop_for, protocol_share
 from unmask.engine import resolve
 from unmask.interop.fit_weights import per_channel
+from unmask.interop.foreign.metadata import ExportMetadata
 from unmask.interop.foreign.state_dicts import Recognised
 from unmask.optim import OptimConfig
 
@@ -49,24 +49,24 @@ def require_heads(found: Recognised, settings: Iterable[str]) -> Recognised:
     return replace(found, method=method)
 
 
-def with_export_metadata(found: Recognised, imprint: Mapping[str, Any]) -> Recognised:
-    """What `unmask export` said of the Run beside its weights, in place of what would have to be assumed."""
-    if imprint["shared_bias"]:
+def with_export_metadata(found: Recognised, exported: ExportMetadata) -> Recognised:
+    """Replace assumptions by the metadata that `unmask export` stored beside the weights."""
+    if exported.shared_bias:
         found = with_shared_bias(found)
     method = dict(found.method)
-    for part, heads in imprint["heads"].items():
+    for part, heads in exported.heads.items():
         if part in method:
             method[part] = {**method[part], "heads": heads}
     notes = found.notes
-    if method["name"] == "classify" and imprint["classes"]:
-        method["classes"] = imprint["classes"]
-    if method["name"] == "mae" and imprint["target"] in ("norm_pixels", "pixels"):
-        method["target"] = imprint["target"]
+    if method["name"] == "classify" and exported.classes:
+        method["classes"] = exported.classes
+    if method["name"] == "mae" and exported.target in ("norm_pixels", "pixels"):
+        method["target"] = exported.target
         notes = tuple(note for note in notes if not note.startswith("the decoder is taken to predict"))
     return replace(
-        found, method=method, notes=notes, kind=f"{found.kind}, exported by unmask", eval_share=imprint["eval_share"],
-        mean=tuple(imprint["mean"]), std=tuple(imprint["std"]), statistics="of the run that it was exported from",
-        licence=imprint["licence"] or UNSTATED,
+        found, method=method, notes=notes, kind=f"{found.kind}, exported by unmask", eval_share=exported.eval_share,
+        mean=tuple(exported.mean), std=tuple(exported.std), statistics="of the run that it was exported from",
+        licence=exported.licence or UNSTATED,
     )  # fmt: skip
 
 

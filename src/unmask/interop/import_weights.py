@@ -28,7 +28,7 @@ from unmask.engine import checkpoint, copy_weights
 from unmask.engine.load import read_config
 from unmask.errors import ForeignError
 from unmask.interop.fit_weights import described, fitted, require_whole
-from unmask.interop.foreign.checkpoint_files import SAFE, Read, fingerprint, read_source
+from unmask.interop.foreign.checkpoint_files import SAFE, Checkpoint, fingerprint, read_source
 from unmask.interop.foreign.recognise import recognise
 from unmask.interop.foreign.state_dicts import Recognised
 from unmask.interop.import_settings import UNSTATED, choose_method, configure, require_heads, with_export_metadata
@@ -39,16 +39,16 @@ from unmask.run import Run
 """What `pretrain --from` goes on with; MAE's where there is none."""
 
 
-def arguments_read(read: Read) -> tuple[str, ...]:
-    """Sentences: which arguments of the training were in the file and count, and which made no sense."""
+def describe_arguments(read: Checkpoint) -> tuple[str, ...]:
+    """Return sentences about the training arguments that are used, and those with invalid values."""
     said = []
-    if read.training:
-        known = ", ".join(f"{name}={value!r}" for name, value in sorted(read.training.items()))
+    if used := read.metadata.training.model_dump(exclude_none=True):
+        known = ", ".join(f"{name}={value!r}" for name, value in sorted(used.items()))
         said.append(f"read from the arguments of its training: {known}")
     if read.unclear:
         said.append(
-            f"of the arguments of its training {', '.join(read.unclear)} make no sense and do not count; set what "
-            "they decide with --set"
+            f"training arguments with invalid values are ignored: {', '.join(read.unclear)}; set what they decide with "
+            "--set"
         )
     return tuple(said)
 
@@ -73,13 +73,13 @@ def import_weights(
         return import_own(own, out=out, given=given, console=console)
     read = read_source(source)
     try:
-        found = recognise(read.state, read.about, read.look, read.training)
+        found = recognise(read.state, read.metadata)
     except ForeignError as error:
         raise ForeignError(f"{source}: {error}") from None
-    found = replace(found, notes=(*found.notes, *arguments_read(read)))
+    found = replace(found, notes=(*found.notes, *describe_arguments(read)))
     console.say(f"{source}: {found.name}")
-    if read.imprint:
-        found = with_export_metadata(found, read.imprint)
+    if read.metadata.exported is not None:
+        found = with_export_metadata(found, read.metadata.exported)
     found = require_heads(choose_method(found, settings, None if tokenizer is None else Path(tokenizer)), settings)
     if tokenizer is not None and found.method["name"] == "beit":
         found = with_tokenizer(found, Path(tokenizer))
@@ -94,7 +94,13 @@ def import_weights(
     require_whole(wanted, weights, f"{source}: {found.kind}")
     copy_weights.require_fit(method, weights, str(source))
 
-    about = {"source": str(source.absolute()), "files": read.files, "kind": found.name, "licence": found.licence}
+    files = [vars(file) for file in read.files]
+    about = {
+        "source": str(source.absolute()),
+        "files": files,
+        "kind": found.name,
+        "licence": found.licence,
+    }
     reasons = (f"weights of {source.resolve().name}: {found.name}", *found.notes, *said)
     run = write_run(out, config, images, method, weights, reasons, about)
     say_imported(run, found, config, images, said, by_hand=by_hand, console=console)
@@ -112,7 +118,7 @@ def import_own(own: OwnFile, *, out: str | Path, given: list[str], console: Cons
     method, weights = own.read()  # under our own names, of which no prefix is to be taken off
     require_whole(method.state_dict(), weights, f"{source}: an export of unmask")
     name = f"an export of unmask: {config.method.name}, recipe {config.recipe}"
-    files = [fingerprint(source)]
+    files = [vars(fingerprint(source))]
     about = {"source": str(source.absolute()), "files": files, "kind": name, "licence": own.licence or UNSTATED}
     config = config.model_copy(update={"graft": ()})
     run = write_run(out, config, own.images, method, weights, (f"weights of {source.name}: {name}",), about)

@@ -188,7 +188,7 @@ def training(config: Config, plan: Plan, made: dict[str, Any], step: int) -> str
 
 
 def results(run: Run, *, whole: bool) -> str:
-    """Return the run's results as one table with 95 % intervals. whole: the head of a fine-tuned run is exported."""
+    """Return the run's results as one table with 95% intervals. whole: the head of a fine-tuned run is exported."""
     found = read_results(run)
     rows = [row for probe in found.probes for row in probe_rows(probe)]
     rows += [row for curve in found.curves for row in curve_rows(curve)]
@@ -197,7 +197,7 @@ def results(run: Run, *, whole: bool) -> str:
         rows = [*finetune_rows(found.finetuned, model), *rows]
     if not rows:
         return "Nothing was measured."
-    head = ("measured", "features", "step", "metric", "value (95 % interval)")
+    head = ("measured", "features", "step", "metric", "value (95% interval)")
     lines = [head, ("---",) * len(head), *((r.measured, r.features, r.step, r.metric, r.value) for r in rows)]
     return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in line) + " |" for line in lines)
 

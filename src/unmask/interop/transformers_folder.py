@@ -17,7 +17,7 @@ from unmask.interop.export_common import (
     write_safetensors,
 )
 from unmask.interop.export_target import ExportedModel, ExportFailed
-from unmask.interop.foreign.state_dicts import IMPRINT
+from unmask.interop.foreign.state_dicts import EXPORT_METADATA
 
 
 def folder(
@@ -45,7 +45,7 @@ def folder(
 
     def write(path: Path) -> None:
         path.mkdir()
-        write_safetensors(path / "model.safetensors", weights, {IMPRINT: export_metadata(loaded)})
+        write_safetensors(path / "model.safetensors", weights, {EXPORT_METADATA: export_metadata(loaded)})
         for file, content in files.items():
             (path / file).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
 

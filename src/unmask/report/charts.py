@@ -83,7 +83,7 @@ def tests_chart(tested: Sequence[Mapping[str, Any]], metric: str) -> Markup | No
 
 
 def curve_chart(curve: CurveResult) -> Markup:
-    """Draw accuracy over labels per class: a line for each feature set and pooling, with 95 % intervals as bars."""
+    """Draw accuracy over labels per class: a line for each feature set and pooling, with 95% intervals as bars."""
     from matplotlib.ticker import NullLocator, PercentFormatter
 
     names = sorted({row.features for row in curve.rows}, key=lambda name: (name != PRETRAINED, name))

@@ -107,10 +107,10 @@ def _write(
 
 
 def in_numbers(numbers: Mapping[str, Tensor]) -> str:
-    """'loss 0.512; trivial guesses score: patch mean 1.000, nearest visible 1.430'."""
+    """'loss 0.512; baselines: patch mean 1.000, nearest visible 1.430'."""
     said = {name.replace("_", " "): f"{name.replace('_', ' ')} {float(value):.3f}" for name, value in numbers.items()}
     own, others = said.pop("loss", ""), ", ".join(said.values())
-    return "; ".join(part for part in (own, f"trivial guesses score: {others}" if others else "") if part)
+    return "; ".join(part for part in (own, f"baselines: {others}" if others else "") if part)
 
 
 def _about_channels(panels: Mapping[str, Tensor]) -> list[str]:

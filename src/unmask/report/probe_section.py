@@ -55,7 +55,8 @@ def probe_section(record: ProbeResult | CurveResult) -> ProbeSection:
     title = probe_title(record)
     if isinstance(record, CurveResult):
         return ProbeSection(title, record, chart=curve_chart(record))
-    highest = max((row.value for row in record.rows), default=0.0)
+    values = {row.value for row in record.rows}
+    highest = max(values) if len(values) > 1 else None  # nothing is best among equals
     reference = "" if record.chance is None else f"chance, {show_score(record.chance, record.metric)}"
     if record.metric == R2:
         reference = "a constant prediction, 0.000"

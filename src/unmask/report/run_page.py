@@ -203,15 +203,15 @@ def finetune_section(result: FinetuneResult | None, metrics: Sequence[Row]) -> F
     if result is None:
         return None
     name = METRICS.get(result.metric, result.metric)
-    text = f"{name} {100 * result.value:.1f} % on {result.test_images:,} test images"
+    text = f"{name} {100 * result.value:.1f}% on {result.test_images:,} test images"
     if result.low is not None and result.high is not None:
-        text += f" (95 % interval {100 * result.low:.1f} to {100 * result.high:.1f} %)"
+        text += f" (95% interval {100 * result.low:.1f} to {100 * result.high:.1f}%)"
     text += f", with the weights of the last step. Trained on {result.train_images:,} images."
     if result.averaged is not None:
-        text += f" With the moving average of the weights: {100 * result.averaged:.1f} %."
+        text += f" With the moving average of the weights: {100 * result.averaged:.1f}%."
     if result.best is not None and result.best.step != result.step:
         text += (
-            f" The best test during training was {100 * result.best.value:.1f} % at step {result.best.step:,}; it was "
+            f" The best test during training was {100 * result.best.value:.1f}% at step {result.best.step:,}; it was "
             "chosen on the test images, so it is optimistic."
         )
     tested = [row for row in metrics if any(key.startswith("test_") for key in row)]

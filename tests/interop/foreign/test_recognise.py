@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from unmask.errors import ForeignError
+from unmask.interop.foreign.metadata import NetworkConfig, Preprocessor, SourceMetadata
 from unmask.interop.foreign.recognise import recognise
 from unmask.interop.foreign.state_dicts import unwrap
 from unmask.interop.foreign.vit_checkpoints import is_sincos
@@ -95,17 +96,21 @@ def test_what_is_missing_is_refused():
         recognise({name: value for name, value in vit().items() if not name.startswith("blocks")})
 
 
+def described(network):
+    return SourceMetadata(network=NetworkConfig(**network))
+
+
 def test_config_json_of_another_network_is_refused():
     about = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 16, "patch_size": 4}
-    assert recognise(vit(), about).method["encoder"]["heads"] == 4
+    assert recognise(vit(), described(about)).method["encoder"]["heads"] == 4
     for change, match in [
         ({"hidden_size": 64}, "hidden_size=64, but the tensors have 32"),
         ({"num_hidden_layers": 3}, "num_hidden_layers=3, but the tensors have 2"),
-        ({"image_size": 32}, r"images of 32 pixels, which are 8 x 8 patches.*positions for 16"),
+        ({"image_size": 32}, r"images of 32 pixels, that is 8 x 8 patches.*positions for 16"),
         ({"hidden_act": "quick_gelu"}, "hidden_act='quick_gelu'"),
     ]:
         with pytest.raises(ForeignError, match=match):
-            recognise(vit(), about | change)
+            recognise(vit(), described(about | change))
 
 
 def test_positions_without_a_row_for_the_class_token_get_one_of_zeros():
@@ -139,7 +144,7 @@ def test_an_imagegpt_without_its_palette_or_with_biases_is_refused():
     state = {"transformer.wte.weight": torch.rand(9, 32), "transformer.h.0.ln_1.weight": torch.rand(32)}
     with pytest.raises(ForeignError, match="without its palette"):
         recognise(state)
-    with pytest.raises(ForeignError, match="8 colours were expected"):
-        recognise(state, {}, {"clusters": [[0, 0, 0]]})
+    with pytest.raises(ForeignError, match="expected 8 colours"):
+        recognise(state, SourceMetadata(preprocessor=Preprocessor(clusters=[[0, 0, 0]])))
     with pytest.raises(ForeignError, match="biases"):
         recognise(state | {"transformer.h.0.attn.c_attn.bias": torch.ones(96)})

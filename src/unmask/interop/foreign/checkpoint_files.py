@@ -1,4 +1,4 @@
-"""Files of weights that others made, opened without ever running what lies in them.
+"""Files of weights from elsewhere, opened without running code in them.
 
 A file is safetensors or a pickle of plain tensors (opened weights-only); a folder is transformers' or timm's
 (config.json, weights, preprocessor_config.json), or holds the two halves of DALL-E's dVAE.
@@ -24,15 +24,17 @@ from torch import Tensor
 
 from unmask.errors import ForeignError
 from unmask.interop.foreign.metadata import (
-    Imprint,
+    ExportMetadata,
     NetworkConfig,
     Preprocessor,
     ShardIndex,
+    SourceMetadata,
     TimmConfig,
+    TrainingArguments,
     training_arguments,
 )
-from unmask.interop.foreign.state_dicts import IMPRINT, unwrap
-from unmask.system.json_input import checked, read_json, read_object, settings_of
+from unmask.interop.foreign.state_dicts import EXPORT_METADATA, unwrap
+from unmask.system.json_input import checked, read_json, read_object
 
 WHOLE = ("model.safetensors", "pytorch_model.safetensors", "pytorch_model.bin")
 INDEX = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -42,7 +44,7 @@ MOST_SHARED = 8  # bytes of tensors to a byte of the file: tied weights are view
 
 
 class Opaque:
-    """Stands for a path among the arguments of a training; nothing of it is kept."""
+    """Replaces a path among the arguments of a training; keeps nothing of it."""
 
     def __init__(self, *_: Any) -> None: ...
 
@@ -53,58 +55,67 @@ PLAIN_CLASSES: list[Any] = [
     *((Opaque, f"pathlib.{name}") for name in ("PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath")),
     *((Opaque, f"pathlib._local.{name}") for name in ("PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath")),
 ]
-"""What else a checkpoint of a training may hold; all of it is replaced by the harmless classes above."""
+"""Other classes that a training checkpoint may contain; all are replaced by harmless ones."""
 
 
-@dataclass
-class Read:
-    """What lay in a file or folder: tensors, what describes them, and which files were read, with their SHA-256.
+@dataclass(frozen=True)
+class SourceFile:
+    """A file that weights came from, as a run keeps it."""
 
-    imprint: of `unmask export`, what the format has no place for; see `common.imprint`. training: the arguments of
-    the training that wrote the file, where it has them; unclear: the names of arguments that make no sense.
+    name: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The content of a file or folder of weights.
+
+    state: tensors under the names in the file. unclear: names of training arguments with invalid values.
     """
 
     state: dict[str, Tensor]
-    about: dict[str, Any] = field(default_factory=dict)
-    look: dict[str, Any] = field(default_factory=dict)
-    files: list[dict[str, str]] = field(default_factory=list)
-    imprint: dict[str, Any] = field(default_factory=dict)
-    training: dict[str, Any] = field(default_factory=dict)
+    metadata: SourceMetadata = field(default_factory=SourceMetadata)
+    files: tuple[SourceFile, ...] = ()
     unclear: tuple[str, ...] = ()
 
 
-def read_source(path: Path) -> Read:
-    """Raises ForeignError for what is no checkpoint, is damaged, or would have to run code to be opened."""
+def read_source(path: Path) -> Checkpoint:
+    """Read weights and metadata from a file or folder.
+
+    Raises ForeignError for a path that is no checkpoint, is damaged, or could not be opened without running its code.
+    """
     if path.is_file():
         return _read_files([path])
     if not path.is_dir():
         raise ForeignError(
-            f"{path} does not exist; a file of weights (.safetensors, .pth, .pt, .bin) or a folder that transformers "
-            "saved was expected"
+            f"{path} does not exist; expected a file of weights (.safetensors, .pth, .pt, .bin) or a folder that "
+            "transformers saved"
         )
     if (path / "status.json").exists() and (path / "plan.json").exists():
-        raise ForeignError(f"{path} is a run already; use it as it is, there is nothing to import")
-    about, look = _described(path)
+        raise ForeignError(f"{path} is already a run; use it directly, no import is needed")
+    network, preprocessor = _described(path)
     if (halves := _halves(path)) is not None:
         content, digests = {}, []
         for side, file in halves.items():
             part = _read_files([file])
             content |= {f"{side}.{name.removeprefix(side + '.')}": value for name, value in part.state.items()}
             digests += part.files
-        return Read(content, files=digests)
-    return replace(_read_files(_weights_of(path)), about=about, look=look)
+        return Checkpoint(content, files=tuple(digests))
+    read = _read_files(_weights_of(path))
+    return replace(read, metadata=replace(read.metadata, network=network, preprocessor=preprocessor))
 
 
-def _described(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What config.json and preprocessor_config.json say, in transformers' words; {} where there is none."""
+def _described(folder: Path) -> tuple[NetworkConfig, Preprocessor]:
+    """Read config.json (of transformers or timm) and preprocessor_config.json; empty records where there is none."""
     file, other = folder / "config.json", folder / "preprocessor_config.json"
-    about, look = read_json(file), settings_of(Preprocessor, read_json(other), str(other))
-    if not isinstance(about.get("pretrained_cfg"), dict):
-        return settings_of(NetworkConfig, about, str(file)), look
-    about = settings_of(TimmConfig, about, str(file))
-    known = about.pop("pretrained_cfg")
-    look = {f"image_{key}": known[key] for key in ("mean", "std") if key in known}
-    return about, look | ({"crop_pct": known["crop_pct"]} if "crop_pct" in known else {})
+    content, preprocessor = read_json(file), checked(Preprocessor, read_json(other), str(other))
+    if not isinstance(content.get("pretrained_cfg"), dict):
+        return checked(NetworkConfig, content, str(file)), preprocessor
+    timm = checked(TimmConfig, content, str(file))
+    data = timm.pretrained_cfg
+    known = {"image_mean": data.mean, "image_std": data.std, "crop_pct": data.crop_pct}
+    stated = {key: value for key, value in known.items() if value is not None}
+    return NetworkConfig(label_names=timm.label_names), preprocessor.model_copy(update=stated)
 
 
 def _halves(folder: Path) -> dict[str, Path] | None:
@@ -125,34 +136,34 @@ def _weights_of(folder: Path) -> list[Path]:
             return [folder / name]
     for name in INDEX:
         if (folder / name).is_file():
-            index = settings_of(ShardIndex, read_json(folder / name), str(folder / name))
-            return [folder / Path(shard).name for shard in sorted(set(index["weight_map"].values()))]
+            index = checked(ShardIndex, read_json(folder / name), str(folder / name))
+            return [folder / Path(shard).name for shard in sorted(set(index.weight_map.values()))]
     others = sorted(file for file in folder.iterdir() if file.suffix in (*SAFE, *PICKLES))
     if len(others) == 1:
         return others
     what = f"{len(others)} files of weights: {', '.join(file.name for file in others[:5])}" if others else "no weights"
     raise ForeignError(
-        f"{folder} holds {what}; expected were {' or '.join(WHOLE)}, one file of weights, or encoder.pth and "
-        "decoder.pth of a dVAE; name the file itself"
+        f"{folder} has {what}; expected {' or '.join(WHOLE)}, one file of weights, or encoder.pth and decoder.pth of a "
+        "dVAE; give the file itself"
     )
 
 
-def _read_files(files: list[Path]) -> Read:
-    """Tensors, names and digests of the files, the imprint of our own export, and the arguments of the training."""
+def _read_files(files: list[Path]) -> Checkpoint:
+    """Read one file, or the shards of one model."""
     content: dict[str, Tensor] = {}
-    digests, imprint, training, unclear = [], {}, {}, ()
+    digests, exported, training, unclear = [], None, TrainingArguments(), ()
     for file in files:
         try:
             if file.suffix == ".onnx":
                 raise ForeignError(
-                    "a graph of ONNX came, which is for running and has lost the names of its weights; import what it "
-                    "was exported from"
+                    "got an ONNX graph, which has lost the names of its weights; import the file that it was exported "
+                    "from"
                 )
             loaded = _read_safetensors(file) if file.suffix in SAFE else _read_pickle(file)
-            imprint |= _imprint(file, loaded)
+            exported = _export_metadata(file, loaded) or exported
             if file.suffix not in SAFE:
                 training, unclear = training_arguments(loaded)
-            # What all names begin with shows in all shards together, so several are joined first.
+            # The common prefix of all names is known only once all shards are joined.
             found = loaded if len(files) > 1 and isinstance(loaded, dict) else unwrap(loaded)
             _require_plain(found, file)
             content |= found
@@ -161,10 +172,11 @@ def _read_files(files: list[Path]) -> Read:
             raise ForeignError(f"{file}: {error}") from None
         except OSError as error:
             raise ForeignError(
-                f"{file} cannot be read: {error.strerror or error}; is it there, and yours to read?"
+                f"cannot read {file}: {error.strerror or error}; check that it exists and its permissions"
             ) from None
     state = unwrap(content) if len(files) > 1 else content
-    return Read(state, files=digests, imprint=imprint, training=training, unclear=unclear)
+    metadata = SourceMetadata(training=training, exported=exported)
+    return Checkpoint(state, metadata, tuple(digests), unclear)
 
 
 def _require_plain(tensors: dict[str, Any], file: Path) -> None:
@@ -181,9 +193,7 @@ def _require_plain(tensors: dict[str, Any], file: Path) -> None:
         if not isinstance(value, Tensor):
             continue
         if value.layout != torch.strided or value.device.type == "meta" or value.is_quantized:
-            raise ForeignError(
-                f"{name} is a sparse, quantised or empty tensor; expected plain numbers: convert it first"
-            )
+            raise ForeignError(f"{name} is a sparse, quantised or meta tensor; expected a dense one; convert it first")
         if not value.numel():
             raise ForeignError(f"{name} has the shape {tuple(value.shape)}, which is empty; the file is damaged")
         total += value.numel() * value.element_size()
@@ -194,23 +204,23 @@ def _require_plain(tensors: dict[str, Any], file: Path) -> None:
             )
 
 
-def _imprint(file: Path, loaded: Any) -> dict[str, Any]:
-    """What our own export left in a corner of the file; {} for the files of others."""
+def _export_metadata(file: Path, loaded: Any) -> ExportMetadata | None:
+    """Read the metadata that `unmask export` stored in the file; None for other files."""
     if file.suffix in SAFE:
         with safetensors.safe_open(file, "pt") as opened:
-            text = (opened.metadata() or {}).get(IMPRINT)
+            text = (opened.metadata() or {}).get(EXPORT_METADATA)
     else:
-        text = loaded.get(IMPRINT) if isinstance(loaded, dict) else None
+        text = loaded.get(EXPORT_METADATA) if isinstance(loaded, dict) else None
     if not isinstance(text, str):
-        return {}
-    where = f"the metadata {IMPRINT!r} in its header"
-    return checked(Imprint, read_object(text, where), where).model_dump()
+        return None
+    where = f"the metadata {EXPORT_METADATA!r} in its header"
+    return checked(ExportMetadata, read_object(text, where), where)
 
 
-def fingerprint(file: Path) -> dict[str, str]:
-    """What a Run keeps of a file that it came from."""
+def fingerprint(file: Path) -> SourceFile:
+    """Return the name and SHA-256 of a file."""
     with file.open("rb") as opened:
-        return {"name": file.name, "sha256": hashlib.file_digest(opened, "sha256").hexdigest()}
+        return SourceFile(file.name, hashlib.file_digest(opened, "sha256").hexdigest())
 
 
 def _read_safetensors(file: Path) -> dict[str, Tensor]:

@@ -1,12 +1,13 @@
-"""Metadata that others wrote, checked before it decides anything: JSON beside weights, headers, training arguments.
+"""Metadata beside weights, checked before it is used: JSON files, headers, training arguments.
 
-Nothing is believed because it parses: every value that is used has a type and a range here, and what does not fit is an
-error that names the file, the key and what was expected. Not here: tensors (`files.py`), and what they mean.
+Every value that is used has a type and a range here; a value that does not fit is an error that names the file, the key
+and what was expected.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from pydantic import Field, ValidationError
@@ -26,7 +27,7 @@ Classes = Annotated[list[str], Field(max_length=LARGEST)]
 
 
 class NetworkConfig(Outside):
-    """config.json of transformers, as far as it is used."""
+    """The keys of transformers' config.json that are used."""
 
     model_type: str | None = None
     hidden_size: Size | None = None
@@ -90,8 +91,8 @@ class ShardIndex(Outside):
     weight_map: Annotated[dict[str, str], Field(min_length=1)]
 
 
-class Imprint(Outside):
-    """What `unmask export` leaves in the files of other formats; see `common.imprint`."""
+class ExportMetadata(Outside):
+    """What `unmask export` stores in the header of files of other formats; see `export_common.export_metadata`."""
 
     mean: Numbers
     std: Deviations
@@ -117,25 +118,40 @@ class TrainingArguments(Outside):
     crop_pct: Share | None = None
 
 
-def training_arguments(content: Any) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """(known arguments of the training that wrote a checkpoint, names of those whose value makes no sense).
+@dataclass(frozen=True)
+class SourceMetadata:
+    """What describes the weights: config.json, preprocessor_config.json, the arguments of the training, our own header.
 
-    content: what the file held. Of SimMIM's configuration the keys are those that MAE has for the same.
+    exported: None for files that `unmask export` did not write.
+    """
+
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    preprocessor: Preprocessor = field(default_factory=Preprocessor)
+    training: TrainingArguments = field(default_factory=TrainingArguments)
+    exported: ExportMetadata | None = None
+
+
+def training_arguments(content: Any) -> tuple[TrainingArguments, tuple[str, ...]]:
+    """Read the arguments of the training from a checkpoint, and the names of arguments with invalid values.
+
+    content: what the file contains. Keys of SimMIM's configuration are renamed to those of MAE.
     """
     if not isinstance(content, Mapping):
-        return {}, ()
+        return TrainingArguments(), ()
     given = content.get("args", {})
     raw = dict(given) if isinstance(given, Mapping) else dict(getattr(given, "__dict__", {}))
     config = content.get("config")
     if isinstance(config, Mapping) and isinstance(data := config.get("DATA"), Mapping):
         renamed = {"MASK_RATIO": "mask_ratio", "MASK_PATCH_SIZE": "mask_patch_size", "IMG_SIZE": "input_size"}
         raw |= {new: data[old] for old, new in renamed.items() if old in data}
-    found, wrong = {}, []
+    found: dict[str, Any] = {}
+    wrong = []
     for name in TrainingArguments.model_fields:
         if raw.get(name) is None:
             continue
         try:
-            found |= TrainingArguments.model_validate({name: raw[name]}).model_dump(exclude_none=True)
+            TrainingArguments.model_validate({name: raw[name]})
+            found[name] = raw[name]
         except ValidationError:
             wrong.append(name)
-    return found, tuple(wrong)
+    return TrainingArguments.model_validate(found), tuple(wrong)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from unmask.errors import ForeignError
+from unmask.interop.foreign.metadata import SourceMetadata
 from unmask.interop.foreign.state_dicts import (
     IMAGENET,
     Names,
@@ -26,8 +27,9 @@ GPT_HEADS = {512: 8, 1024: 8, 1536: 16}
 OPENAI_LICENCE = "modified MIT (openai)"
 
 
-def image_gpt(state: Mapping[str, Tensor], about: Mapping[str, Any], look: Mapping[str, Any]) -> Recognised:
-    """transformers' ImageGPT: matrices are transposed, the start token is the last row of the token table."""
+def image_gpt(state: Mapping[str, Tensor], metadata: SourceMetadata) -> Recognised:
+    """Read transformers' ImageGPT: matrices are transposed, the start token is the last row of the token table."""
+    network = metadata.network
     names = Names({}, {})
     for name, value in state.items():
         short = name.removeprefix("transformer.")
@@ -37,12 +39,15 @@ def image_gpt(state: Mapping[str, Tensor], about: Mapping[str, Any], look: Mappi
     tensors, ours, left = names.tensors, {}, []
     table = need(tensors, "wte.weight", 2)
     colours, width, depth = len(table) - 1, table.shape[1], count_blocks(tensors, "h")
-    require_same(about, "n_embd", width)
-    require_same(about, "n_layer", depth)
-    require_same(about, "vocab_size", colours + 1)
-    for key, expected in {"activation_function": "quick_gelu", "scale_attn_by_inverse_layer_idx": False}.items():
-        if about.get(key, expected) != expected:
-            raise ForeignError(f"config.json says {key}={about[key]!r}; the published networks have {expected!r}")
+    require_same("n_embd", network.n_embd, width)
+    require_same("n_layer", network.n_layer, depth)
+    require_same("vocab_size", network.vocab_size, colours + 1)
+    for key, stated, expected in (
+        ("activation_function", network.activation_function, "quick_gelu"),
+        ("scale_attn_by_inverse_layer_idx", network.scale_attn_by_inverse_layer_idx, False),
+    ):
+        if stated not in (None, expected):
+            raise ForeignError(f"config.json states {key}={stated!r}; the published networks have {expected!r}")
     for name, value in tensors.items():
         match = re.fullmatch(r"h\.(\d+)\.(.+)", name)
         if match and match[2] in GPT_NAMES:
@@ -63,10 +68,10 @@ def image_gpt(state: Mapping[str, Tensor], about: Mapping[str, Any], look: Mappi
             left.append(names.origin[name])
     require_nothing_left(left)
     encoder: dict[str, Any] = {"width": width, "depth": depth, "colours": colours}
-    heads = about.get("n_head", GPT_HEADS.get(width))
+    heads = network.n_head or GPT_HEADS.get(width)
     if heads is not None:
         encoder["heads"] = heads
-    palette = _clusters(look, colours)
+    palette = _clusters(metadata.preprocessor.clusters, colours)
     ours["encoder.palette"] = palette
     channels, places = palette.shape[1], len(need(tensors, "wpe.weight", 2))
     whole = "head.weight" in ours
@@ -81,18 +86,18 @@ def image_gpt(state: Mapping[str, Tensor], about: Mapping[str, Any], look: Mappi
     )  # fmt: skip
 
 
-def _clusters(look: Mapping[str, Any], colours: int) -> Tensor:
-    """The palette (k, C) in units of 0..255, from the 'clusters' of preprocessor_config.json, which are in [-1, 1]."""
-    if "clusters" not in look:
+def _clusters(clusters: list[list[float]] | None, colours: int) -> Tensor:
+    """Return the palette (k, C) in units of 0..255 from the clusters of preprocessor_config.json, in [-1, 1]."""
+    if clusters is None:
         raise ForeignError(
-            "an ImageGPT without its palette came: its tokens mean nothing without the 'clusters' of "
-            "preprocessor_config.json; put that file beside the weights and name the folder"
+            "got an ImageGPT without its palette, the 'clusters' of preprocessor_config.json; put that file beside the "
+            "weights and give the folder"
         )
-    palette = 127.5 * (torch.tensor(look["clusters"], dtype=torch.float64) + 1)
+    palette = 127.5 * (torch.tensor(clusters, dtype=torch.float64) + 1)
     if palette.ndim != 2 or len(palette) != colours:
         raise ForeignError(
-            f"the palette of preprocessor_config.json has the shape {tuple(palette.shape)}, {colours} colours were "
-            "expected; the two files do not go together"
+            f"got a palette of shape {tuple(palette.shape)} in preprocessor_config.json; expected {colours} colours; "
+            "the two files are not of one model"
         )
     return palette.float()
 

@@ -18,7 +18,7 @@ from unmask.errors import ForeignError, some
 IMAGENET = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # mean and standard deviation, in units of 0..255
 HALVES = (127.5, 127.5, 127.5), (127.5, 127.5, 127.5)
 WRAPPERS = ("model", "state_dict", "model_state_dict", "module")
-IMPRINT = "unmask_imprint"  # where our own exports keep what the formats of others do not
+EXPORT_METADATA = "unmask_imprint"  # key of unmask's own metadata in files of other formats
 DEEPEST_WRAPPER = 8  # a pickle can hold itself
 PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "encoder.")
 SIZES = {(192, 12): "Ti", (384, 12): "S", (768, 12): "B", (1024, 24): "L", (1280, 32): "H"}
@@ -164,10 +164,11 @@ def root(number: int) -> int:
     return root if root * root == number else 0
 
 
-def require_same(about: Mapping[str, Any], key: str, found: Any) -> None:
-    if key in about and about[key] != found:
+def require_same(key: str, stated: Any, found: Any) -> None:
+    """Raise ForeignError when config.json states another value than the tensors have. stated: may be None."""
+    if stated is not None and stated != found:
         raise ForeignError(
-            f"config.json says {key}={about[key]}, but the tensors have {found}; the two files do not go together"
+            f"config.json states {key}={stated}, but the tensors have {found}; the two files are not of one model"
         )
 
 

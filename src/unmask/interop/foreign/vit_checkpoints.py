@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from unmask.errors import ForeignError, some
+from unmask.interop.foreign.metadata import NetworkConfig, SourceMetadata, TrainingArguments
 from unmask.interop.foreign.state_dicts import (
     HALVES,
     IMAGENET,
@@ -49,17 +51,16 @@ FOREIGN_PARTS = {
 """What vision transformers have that ours has not, in words."""
 
 
-def recognise_vit(
-    names: Names, about: Mapping[str, Any], look: Mapping[str, Any], training: Mapping[str, Any]
-) -> Recognised:
-    """Every vision transformer, under official names (or timm's, which are the same)."""
+def recognise_vit(names: Names, metadata: SourceMetadata) -> Recognised:
+    """Read a vision transformer under official names, which timm shares."""
+    network, training = metadata.network, metadata.training
     for pattern, words in FOREIGN_PARTS.items():
         if names.has(pattern):
             raise ForeignError(
                 f"this vision transformer has {words} ({some(matching(names, pattern))}), which this package's has "
                 "not; a plain one was expected"
             )
-    transformers = bool(about.get("model_type")) or any("patch_embeddings" in old for old in names.origin.values())
+    transformers = bool(network.model_type) or any("patch_embeddings" in old for old in names.origin.values())
     tensors, simmim = names.tensors, False
     if not transformers:
         simmim = _with_pixel_head(names)
@@ -69,50 +70,62 @@ def recognise_vit(
     width, patch, channels = first_sizes(tensors)
     depth = count_blocks(tensors, "blocks")
     beit = names.has(r"rel_pos_bias\..+|blocks\.\d+\.attn\.relative_position_bias_table|lm_head\..+|blocks\.0\.gamma_1")
-    beit = (beit or about.get("model_type") == "beit") and not simmim
+    beit = (beit or network.model_type == "beit") and not simmim
     full = "decoder_pred.weight" in tensors
 
     encoder: dict[str, Any] = {"width": width, "depth": depth, "patch": patch}
     encoder["mlp_ratio"] = _ratio(tensors, "blocks.0.mlp", width)
     encoder["positions"] = "absent"
-    places, grid = _places(names, about, patch)
+    places, grid = _places(names, network, patch)
     if "pos_embed" in tensors:
         encoder["positions"] = "sincos" if is_sincos(tensors["pos_embed"]) else "learned"
     table = "rel_pos_bias.relative_position_bias_table"
     own = "blocks.0.attn.relative_position_bias_table"
     encoder["relative_bias"] = table in tensors or ("each_block" if own in tensors else False)
     scaled = any(f"blocks.0.{name}" in tensors for name in ("gamma_1", "ls1.gamma"))
-    start = about.get("layer_scale_init_value") or (0.1 if depth < 24 else 1e-5)
+    start = network.layer_scale_init_value or (0.1 if depth < 24 else 1e-5)
     encoder["layer_scale"] = start if scaled else None
-    encoder["norm_eps"] = float(about.get("layer_norm_eps", 1e-6))
+    encoder["norm_eps"] = 1e-6 if network.layer_norm_eps is None else network.layer_norm_eps
     bias = need(tensors, table if table in tensors else own, 2) if {table, own} & tensors.keys() else None
-    heads = about.get("num_attention_heads") or (bias.shape[1] if bias is not None else HEADS.get(width))
+    heads = network.num_attention_heads or (bias.shape[1] if bias is not None else HEADS.get(width))
     if heads is not None:
         encoder["heads"] = int(heads)
-    _require_config(about, encoder, channels)
+    _require_config(network, encoder, channels)
 
-    mean, std, statistics = image_statistics(look, channels, halves=beit, training=training)
+    normalisation = normalisation_of(metadata, channels, halves=beit)
     if simmim:
         kind, method = "pre-trained", {"name": "simmim", "encoder": encoder, **_simmim_masks(names, patch, training)}
     elif full:
-        kind, method = _with_decoder(names, encoder, about, training)
+        kind, method = _with_decoder(names, encoder, network, training)
     elif "head.weight" in tensors and "fc_norm.weight" in tensors and len(tensors["head.weight"]) > 1:
-        kind, method = _with_head(names, encoder, about)
+        kind, method = _with_head(names, encoder, network)
     else:
         kind, method = _encoder_only(names, encoder, beit=beit)
-        if method["name"] == "beit" and "num_mask_patches" in training and places and grid is not None:
-            method["mask_ratio"] = training["num_mask_patches"] / (grid[0] * grid[1])
-            names.notes.append(f"the training hid {training['num_mask_patches']} of {grid[0] * grid[1]} patches")
+        hidden = training.num_mask_patches
+        if method["name"] == "beit" and hidden is not None and places and grid is not None:
+            method["mask_ratio"] = hidden / (grid[0] * grid[1])
+            names.notes.append(f"the training hid {hidden} of {grid[0] * grid[1]} patches")
     weights = to_ours(names, method["name"])
     licence = BEIT_LICENCE if beit else MAE_LICENCE if full or encoder["positions"] == "sincos" else UNKNOWN_LICENCE
     if transformers:
-        kind, licence = f"transformers {_family(about, beit=beit, full=full)}, {kind}", UNKNOWN_LICENCE
+        kind, licence = f"transformers {_family(network, beit=beit, full=full)}, {kind}", UNKNOWN_LICENCE
     else:
         kind, licence = _official(kind, encoder, licence, beit=beit, full=full)
     if simmim:
         kind, licence = "SimMIM, pre-trained", SIMMIM_LICENCE
     return Recognised(
-        kind, licence, method, weights, channels, patch, grid, places, mean, std, statistics, tuple(names.notes)
+        kind,
+        licence,
+        method,
+        weights,
+        channels,
+        patch,
+        grid,
+        places,
+        normalisation.mean,
+        normalisation.std,
+        normalisation.origin,
+        tuple(names.notes),
     )
 
 
@@ -132,13 +145,11 @@ def _with_pixel_head(names: Names) -> bool:
     return True
 
 
-def _simmim_masks(names: Names, patch: tuple[int, int], training: Mapping[str, Any]) -> dict[str, Any]:
-    """Size of the hidden cells, in patches, and share of them that is hidden."""
-    pixels, ratio = training.get("mask_patch_size", 32), training.get("mask_ratio", 0.6)
-    whose = (
-        "read from the training's configuration" if "mask_patch_size" in training else "SimMIM's own, not in the file"
-    )
-    names.notes.append(f"masks of cells of {pixels} pixels, {ratio:g} of them hidden ({whose})")
+def _simmim_masks(names: Names, patch: tuple[int, int], training: TrainingArguments) -> dict[str, Any]:
+    """Return the settings of the masks: the size of cells in patches, and the share of cells that is hidden."""
+    pixels, ratio = training.mask_patch_size or 32, training.mask_ratio or 0.6
+    origin = "from the training's configuration" if training.mask_patch_size else "SimMIM's defaults, not in the file"
+    names.notes.append(f"masks of cells of {pixels} pixels, {ratio:g} of them hidden ({origin})")
     return {"mask_cell": tuple(max(1, pixels // side) for side in patch), "mask_ratio": ratio}
 
 
@@ -173,14 +184,14 @@ def _ratio(tensors: Mapping[str, Tensor], mlp: str, width: int) -> float:
     return hidden / width if int(width * (hidden / width)) == hidden else (hidden + 0.5) / width
 
 
-def _places(names: Names, about: Mapping[str, Any], patch: tuple[int, int]) -> tuple[int, tuple[int, int] | None]:
+def _places(names: Names, network: NetworkConfig, patch: tuple[int, int]) -> tuple[int, tuple[int, int] | None]:
     """(N, grid) of the images that positions were made for; N is 0 where only a relative bias knows, grid may be None.
 
     Positions without a row for the class token (timm's no_embed_class) get one of zeros.
     """
     tensors, stated = names.tensors, None
-    if "image_size" in about:
-        sides = about["image_size"]
+    if network.image_size is not None:
+        sides = network.image_size
         height, width = (sides, sides) if isinstance(sides, int) else sides
         stated = height // patch[0], width // patch[1]
     if "pos_embed" in tensors:
@@ -192,14 +203,14 @@ def _places(names: Names, about: Mapping[str, Any], patch: tuple[int, int]) -> t
         places = table.shape[1] - 1
         if stated is not None and stated[0] * stated[1] != places:
             raise ForeignError(
-                f"config.json says images of {about['image_size']} pixels, which are {stated[0]} x {stated[1]} patches "
-                f"of {patch[0]} x {patch[1]}, but there are positions for {places}; the two files do not go together"
+                f"config.json states images of {network.image_size} pixels, that is {stated[0]} x {stated[1]} patches "
+                f"of {patch[0]} x {patch[1]}, but there are positions for {places}; the two files are not of one model"
             )
         side = root(places)
         return places, stated or ((side, side) if side else None)
     tables = [value for name, value in tensors.items() if name.endswith("relative_position_bias_table")]
     if not tables and stated is None:
-        raise ForeignError("neither pos_embed nor a relative position bias came; one of them was expected")
+        raise ForeignError("got neither pos_embed nor a relative position bias; expected one of them")
     side = root(len(tables[0]) - 3) if tables else 0
     return 0, stated or (((side + 1) // 2, (side + 1) // 2) if side % 2 else None)
 
@@ -212,73 +223,74 @@ def is_sincos(table: Tensor) -> bool:
     return bool((quarters.square().sum(2) - 1).abs().max() < 1e-2)
 
 
-def _require_config(about: Mapping[str, Any], encoder: Mapping[str, Any], channels: int) -> None:
-    """Raises ForeignError when config.json says another size than the tensors have, or asks for what ours has not."""
+def _require_config(network: NetworkConfig, encoder: Mapping[str, Any], channels: int) -> None:
+    """Raise ForeignError when config.json states another size than the tensors have, or an unsupported activation."""
     patch = encoder["patch"]
-    for key, found in {
-        "hidden_size": encoder["width"],
-        "num_hidden_layers": encoder["depth"],
-        "intermediate_size": int(encoder["width"] * encoder["mlp_ratio"]),
-        "patch_size": patch[0] if patch[0] == patch[1] else list(patch),
-        "num_channels": channels,
-    }.items():
-        require_same(about, key, found)
-    if (act := about.get("hidden_act", "gelu")) != "gelu":
-        raise ForeignError(f"config.json says hidden_act={act!r}; this package's vision transformer has the exact GELU")
+    require_same("hidden_size", network.hidden_size, encoder["width"])
+    require_same("num_hidden_layers", network.num_hidden_layers, encoder["depth"])
+    require_same("intermediate_size", network.intermediate_size, int(encoder["width"] * encoder["mlp_ratio"]))
+    require_same("patch_size", network.patch_size, patch[0] if patch[0] == patch[1] else tuple(patch))
+    require_same("num_channels", network.num_channels, channels)
+    if network.hidden_act not in (None, "gelu"):
+        raise ForeignError(f"config.json states hidden_act={network.hidden_act!r}; only the exact GELU is supported")
 
 
-def image_statistics(
-    look: Mapping[str, Any], channels: int, *, halves: bool, training: Mapping[str, Any]
-) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None, str]:
-    """(mean, std, whose): what preprocessor_config.json or the training's arguments say, in units of 0..255.
+@dataclass(frozen=True)
+class Normalisation:
+    """Mean and standard deviation per channel in units of 0..255, None where none is known, and their origin."""
 
-    Else what is published.
-    """
-    for key in ("image_mean", "image_std"):
-        if len(look.get(key, [0] * channels)) != channels:
+    mean: tuple[float, ...] | None
+    std: tuple[float, ...] | None
+    origin: str
+
+
+def normalisation_of(metadata: SourceMetadata, channels: int, *, halves: bool) -> Normalisation:
+    """Return the normalisation in the metadata, else the published one. halves: BEiT's, 0.5 and 0.5."""
+    found, training = metadata.preprocessor, metadata.training
+    for key, values in (("image_mean", found.image_mean), ("image_std", found.image_std)):
+        if values is not None and len(values) != channels:
             raise ForeignError(
-                f"{key} has {len(look[key])} values and the network {channels} channels; expected one for each: the "
-                "settings and the weights do not go together"
+                f"got {len(values)} values of {key} for a network of {channels} channels; expected one per channel: "
+                "settings and weights are not of one model"
             )
-    if "imagenet_default_mean_and_std" in training and channels == 3 and "image_mean" not in look:
-        usual = IMAGENET if training["imagenet_default_mean_and_std"] else HALVES
-        return *usual, "of the training's arguments: imagenet_default_mean_and_std"
-    if look.get("do_normalize", True) and "image_mean" in look and "image_std" in look:
-        scale = 1 / look.get("rescale_factor", 1 / 255) if look.get("do_rescale", True) else 1.0
-        mean, std = ([float(value) * scale for value in look[key]] for key in ("image_mean", "image_std"))
-        return (
-            tuple(mean),
-            tuple(std),
-            "of the training's arguments" if "mean" in training else "of preprocessor_config.json",
+    if training.imagenet_default_mean_and_std is not None and channels == 3 and found.image_mean is None:
+        usual = IMAGENET if training.imagenet_default_mean_and_std else HALVES
+        return Normalisation(*usual, "of the training's arguments: imagenet_default_mean_and_std")
+    if found.do_normalize is False:
+        return Normalisation(
+            (0.0,) * channels, (255.0,) * channels, "none: preprocessor_config.json states do_normalize=false"
         )
-    if look and not look.get("do_normalize", True):
-        return (0.0,) * channels, (255.0,) * channels, "none: preprocessor_config.json says do_normalize=false"
+    if found.image_mean is not None and found.image_std is not None:
+        scale = 1.0 if found.do_rescale is False else 1 / (found.rescale_factor or 1 / 255)
+        mean, std = (tuple(value * scale for value in values) for values in (found.image_mean, found.image_std))
+        origin = "preprocessor_config.json" if training.mean is None else "the training's arguments"
+        return Normalisation(mean, std, f"of {origin}")
     if channels != 3:
-        return None, None, ""
-    return (*HALVES, "0.5 and 0.5, as BEiT") if halves else (*IMAGENET, "ImageNet's, as MAE")
+        return Normalisation(None, None, "")
+    return Normalisation(*HALVES, "0.5 and 0.5, as BEiT") if halves else Normalisation(*IMAGENET, "ImageNet's, as MAE")
 
 
 def _with_decoder(
-    names: Names, encoder: dict[str, Any], about: Mapping[str, Any], training: Mapping[str, Any]
+    names: Names, encoder: dict[str, Any], network: NetworkConfig, training: TrainingArguments
 ) -> tuple[str, dict[str, Any]]:
     """A whole MAE."""
     tensors = names.tensors
     width = len(need(tensors, "decoder_embed.weight", 2))
     decoder: dict[str, Any] = {"width": width, "depth": count_blocks(tensors, "decoder_blocks")}
-    require_same(about, "decoder_hidden_size", width)
-    require_same(about, "decoder_num_hidden_layers", decoder["depth"])
-    heads = about.get("decoder_num_attention_heads", DECODER_HEADS.get(width))
+    require_same("decoder_hidden_size", network.decoder_hidden_size, width)
+    require_same("decoder_num_hidden_layers", network.decoder_num_hidden_layers, decoder["depth"])
+    heads = network.decoder_num_attention_heads or DECODER_HEADS.get(width)
     if heads is not None:
         decoder["heads"] = heads
     method = {"name": "mae", "encoder": encoder, "decoder": decoder}
-    if "norm_pix_loss" in about:
-        method["target"] = "norm_pixels" if about["norm_pix_loss"] else "pixels"
-        method["mask_ratio"] = about.get("mask_ratio", 0.75)
+    if network.norm_pix_loss is not None:
+        method["target"] = "norm_pixels" if network.norm_pix_loss else "pixels"
+        method["mask_ratio"] = 0.75 if network.mask_ratio is None else network.mask_ratio
         return "full", method
-    if "mask_ratio" in training:
-        method["mask_ratio"] = training["mask_ratio"]
-    if "norm_pix_loss" in training:
-        method["target"] = "norm_pixels" if training["norm_pix_loss"] else "pixels"
+    if training.mask_ratio is not None:
+        method["mask_ratio"] = training.mask_ratio
+    if training.norm_pix_loss is not None:
+        method["target"] = "norm_pixels" if training.norm_pix_loss else "pixels"
         return "full", method
     names.notes.append(
         "the decoder is taken to predict pixels normalised within each patch, as the full files do; one of the "
@@ -287,10 +299,10 @@ def _with_decoder(
     return "full or visualise", method
 
 
-def _with_head(names: Names, encoder: dict[str, Any], about: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+def _with_head(names: Names, encoder: dict[str, Any], network: NetworkConfig) -> tuple[str, dict[str, Any]]:
     """A classifier on the mean of the patch tokens."""
     count = len(names.tensors["head.weight"])
-    labels = about.get("id2label") or about.get("label_names") or {}
+    labels = network.id2label or network.label_names or {}
     told = [str(labels[key]) for key in sorted(labels, key=int)] if isinstance(labels, Mapping) else list(labels)
     classes = told if len(told) == count else [f"class {number}" for number in range(count)]
     # ImageNet has two cranes: names that come more than once get their number, or labels could not be told apart.
@@ -328,8 +340,8 @@ def _plain_norm(names: Names) -> None:
     )
 
 
-def _family(about: Mapping[str, Any], *, beit: bool, full: bool) -> str:
-    named = {"vit_mae": "ViTMAE", "vit": "ViT", "beit": "BEiT"}.get(str(about.get("model_type")))
+def _family(network: NetworkConfig, *, beit: bool, full: bool) -> str:
+    named = {"vit_mae": "ViTMAE", "vit": "ViT", "beit": "BEiT"}.get(str(network.model_type))
     return named or ("BEiT" if beit else "ViTMAE" if full else "ViT")
 
 

@@ -34,7 +34,7 @@ from unmask.interop.export_common import (
     what_beit_has,
 )
 from unmask.interop.export_target import ExportedModel, ExportError, ExportTarget
-from unmask.interop.foreign.state_dicts import IMPRINT
+from unmask.interop.foreign.state_dicts import EXPORT_METADATA
 from unmask.methods.mae import MAE
 from unmask.nn.masks import Mask
 
@@ -104,7 +104,7 @@ def to_official(loaded: Loaded) -> ExportedModel:
             if classifier
             else "`model.forward_features(images)` gives the class token.",
         ),
-        write=lambda path: torch.save({"model": state, IMPRINT: export_metadata(loaded)}, path),
+        write=lambda path: torch.save({"model": state, EXPORT_METADATA: export_metadata(loaded)}, path),
         check=check,
         notes=notes,
         classifies=classifier is not None,

@@ -29,7 +29,7 @@ from unmask.interop.export_common import (
     write_safetensors,
 )
 from unmask.interop.export_target import ExportedModel, ExportTarget
-from unmask.interop.foreign.state_dicts import IMPRINT
+from unmask.interop.foreign.state_dicts import EXPORT_METADATA
 
 
 def to_timm(loaded: Loaded) -> ExportedModel:
@@ -79,7 +79,7 @@ def to_timm(loaded: Loaded) -> ExportedModel:
         + f"model = timm.create_model({name!r}, {said})\nmodel.load_state_dict(load_file(PATH))\nmodel.eval()",
         returns="`model(images)` gives logits." if classifier else
         "`model(images)` gives the class token, `model.forward_features(images)` it and all patch tokens.",
-        write=lambda path: write_safetensors(path, state, {IMPRINT: export_metadata(loaded)}),
+        write=lambda path: write_safetensors(path, state, {EXPORT_METADATA: export_metadata(loaded)}),
         check=check,
         notes=() if classifier else task_left_out(loaded, "timm"),
         classifies=classifier is not None,
