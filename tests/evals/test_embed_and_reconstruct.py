@@ -398,12 +398,12 @@ def rows_read(monkeypatch):
     seen = []
     real = feature_sets.features
 
-    def keep(loaded, encoders, source, rows, **more):
-        found = real(loaded, encoders, source, rows, **more)
+    def record(loaded, encoders, source, rows, *more):
+        found = real(loaded, encoders, source, rows, *more)
         seen.append(next(iter(found.values())).index.tolist())
         return found
 
-    monkeypatch.setattr(feature_sets, "features", keep)
+    monkeypatch.setattr(feature_sets, "features", record)
     return seen
 
 

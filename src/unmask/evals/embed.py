@@ -14,7 +14,7 @@ from unmask.data.sources.tiff_samples import apply_reading
 from unmask.engine.device import choose_device
 from unmask.engine.load import load
 from unmask.errors import UserError, naming
-from unmask.evals.images import features
+from unmask.evals.images import FeatureOptions, features
 from unmask.run import Run
 
 FEATURES = "features"  # folder of a run: features stored for the next probe or embed
@@ -46,16 +46,8 @@ def embed_images(
     rows = np.arange(len(source))
     encoders = {"encoder": loaded.method.encoder}
     # Always fp32: these numbers are stored, and should be the same on every machine but for rounding.
-    tables = features(
-        loaded,
-        encoders,
-        source,
-        rows,
-        precision="fp32",
-        title="embedding",
-        console=console,
-        folder=Run.open(run).path / FEATURES,
-    )
+    options = FeatureOptions(title="embedding", precision="fp32", cache=Run.open(run).path / FEATURES)
+    tables = features(loaded, encoders, source, rows, options, console)
     table = tables["encoder"]
     names = [source.names[row] for row in table.index.tolist()]
     labels = None if table.labels is None else [source.classes[label] for label in table.labels.tolist()]

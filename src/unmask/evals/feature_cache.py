@@ -80,9 +80,9 @@ def store(folder: Path, key: str, table: FeatureTable, rows: np.ndarray) -> int:
 def _free_space(folder: Path, most: int) -> None:
     """Remove the least recently used tables until the others take at most so many bytes."""
     tables = sorted(folder.glob(f"*{ENDING}"), key=lambda file: file.stat().st_mtime_ns)
-    taken = sum(file.stat().st_size for file in tables)
-    while taken > most:
-        taken -= tables[0].stat().st_size
+    total = sum(file.stat().st_size for file in tables)
+    while total > most:
+        total -= tables[0].stat().st_size
         tables.pop(0).unlink()
 
 

@@ -23,7 +23,14 @@ from unmask.errors import UserError
 from unmask.evals.choose_layer import choose_layer
 from unmask.evals.encoder_views import Hide, View, wanted_layer
 from unmask.evals.frozen_features import FeatureTable, RawPixels, collect_layers
-from unmask.evals.images import IMAGES_FOR_LAYER, eval_images, eval_precision, features, read
+from unmask.evals.images import (
+    IMAGES_FOR_LAYER,
+    FeatureOptions,
+    eval_images,
+    eval_precision,
+    features,
+    read,
+)
 from unmask.evals.labelled_images import LabelledImages
 from unmask.evals.probe_options import ProbeOptions
 from unmask.method import Method
@@ -150,25 +157,19 @@ def tables_of(
     sets: Sequence[FeatureSets],
     source: Source,
     rows: np.ndarray,
-    title: str,
+    options: FeatureOptions,
     console: Console,
     *,
-    tokens: bool = False,
     test: bool = False,
-    folder: Path | None = None,
 ) -> dict[str, FeatureTable]:
     """Return the features of every set for the same images: those of `rows` that every encoder can read.
 
-    test: of the encoders for test images. tokens, folder: as in `images.features`.
+    test: of the encoders for test images.
     """
     found: dict[str, FeatureTable] = {}
     for each in sets:
         encoders = each.test_encoders if test else each.encoders
-        precision = eval_precision(each.loaded)
-        found |= features(
-            each.loaded, encoders, source, rows, precision=precision, title=title, console=console, tokens=tokens,
-            folder=folder,
-        )  # fmt: skip
+        found |= features(each.loaded, encoders, source, rows, options, console)
     both = reduce(np.intersect1d, [table.index for table in found.values()])
     return {
         name: table if len(table) == len(both) else table.at(np.flatnonzero(np.isin(table.index, both)))

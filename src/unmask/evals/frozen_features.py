@@ -129,7 +129,7 @@ def collect_each(
                 features = encoder.see(moved) if isinstance(encoder, View) else encoder(moved.images)
                 rows[name].add(features, shared.index[-1])
             if tokens and len(shared.index) == 1:
-                _require_memory([kept.tokens[0] for kept in rows.values()], tokens)
+                _require_memory([each.tokens[0] for each in rows.values()], tokens)
     if not shared.index:
         raise UserError(
             "got no images to compute features of; expected at least one; look at the data with `unmask check`"
@@ -154,17 +154,17 @@ def collect_layers(view: View, batches: Iterable[Batch], *, device: str, precisi
 class _Rows:
     """The features of one encoder for the batches so far."""
 
-    def __init__(self, keep: int) -> None:
+    def __init__(self, with_tokens: int) -> None:
         self.cls: list[np.ndarray | None] = []
         self.mean: list[np.ndarray] = []
-        self.keep = keep
+        self.with_tokens = with_tokens
         self.tokens: list[Tensor] = []
         self.middle, self.scale = torch.zeros(0), torch.ones(0)
 
     def add(self, features: Features, index: np.ndarray) -> None:
         self.cls.append(None if features.cls is None else _finite(features.cls, index))
         self.mean.append(_finite(features.pooled, index))
-        if self.keep:
+        if self.with_tokens:
             first = [] if features.cls is None else [features.cls[:, None]]
             tokens = torch.cat([*first, features.patches], 1).to(torch.float32)  # (B, T, D)
             if not self.tokens:
@@ -175,7 +175,9 @@ class _Rows:
 
     def all_tokens(self) -> Tokens | None:
         return (
-            Tokens(torch.cat(self.tokens), self.middle.cpu().clone(), self.scale.cpu().clone()) if self.keep else None
+            Tokens(torch.cat(self.tokens), self.middle.cpu().clone(), self.scale.cpu().clone())
+            if self.with_tokens
+            else None
         )
 
 

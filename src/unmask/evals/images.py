@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -80,23 +81,33 @@ def read(
     console.warn(f"{images.source.name}: {len(bad)} of {len(rows)} cannot be used and are left out: {named}{more}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class FeatureOptions:
+    """How features are computed.
+
+    title: of the progress bar. precision: "fp32" or "bf16"; None is `eval_precision`. tokens: with all tokens, if they
+    fit in memory. cache: a folder for tables without tokens (`feature_cache.py`).
+    """
+
+    title: str
+    precision: str | None = None
+    tokens: bool = False
+    cache: Path | None = None
+
+
 def features(
     loaded: Loaded,
     encoders: Mapping[str, nn.Module],
     source: Source,
     rows: np.ndarray,
-    *,
-    precision: str,
-    title: str,
+    options: FeatureOptions,
     console: Console,
-    tokens: bool = False,
-    folder: Path | None = None,
 ) -> dict[str, FeatureTable]:
     """Return a table of features for each encoder, of the rows that can be read; a warning names the others.
 
-    Every feature is computed here. tokens: with all tokens, if they fit in memory. folder: a cache for tables without
-    tokens (`feature_cache.py`); the tables of one probe are found again by another with the same rows and precision.
+    Every feature is computed here. Cached tables are shared by probes and embeddings of the same rows and precision.
     """
+    precision, folder, tokens = options.precision or eval_precision(loaded), options.cache, options.tokens
     keys = {} if folder is None or tokens else keys_of(loaded, encoders, source, rows, precision)
     found = {
         name: table for name, key in keys.items() if folder and (table := feature_cache.find(folder, key, source, rows))
@@ -104,13 +115,13 @@ def features(
     began = time.time()
     if new := {name: encoder for name, encoder in encoders.items() if name not in found}:
         workers = 0 if len(rows) < MANY_IMAGES else choose_workers(loaded.device, cached=False)[0]
-        with console.progress(title, len(rows)) as bar:
+        with console.progress(options.title, len(rows)) as bar:
             batches = read(eval_images(loaded, source), rows, workers, console, bar)
             num_tokens = len(rows) if tokens else 0
             found |= collect_each(new, batches, device=loaded.device, precision=precision, tokens=num_tokens)
         if folder is not None and keys and is_worth_storing(began):
             size = sum(feature_cache.store(folder, keys[name], found[name], rows) for name in new)
-            console.say(f"{title}: features stored for the next probe, {size / 2**20:.1f} MiB in {folder}")
+            console.say(f"{options.title}: features stored for the next probe, {size / 2**20:.1f} MiB in {folder}")
     return {name: found[name] for name in encoders}
 
 

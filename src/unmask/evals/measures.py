@@ -35,31 +35,31 @@ def average_precision(truth: np.ndarray, scores: np.ndarray, weights: np.ndarray
     truth, scores, weights = truth[order], scores[order], weights[:, order]
     ends = np.flatnonzero(np.append(np.diff(scores) != 0, True))  # the last image of every step
     found = (weights * truth).cumsum(1)[:, ends]  # (R, steps)
-    taken = weights.cumsum(1)[:, ends]
-    precision = np.divide(found, taken, out=np.zeros_like(found, dtype=np.float64), where=taken > 0)
+    retrieved = weights.cumsum(1)[:, ends]
+    precision = np.divide(found, retrieved, out=np.zeros_like(found, dtype=np.float64), where=retrieved > 0)
     total = found[:, -1]
     steps = np.diff(found, axis=1, prepend=0.0)
     return np.divide((steps * precision).sum(1), total, out=np.full(len(weights), np.nan), where=total > 0)
 
 
-def r_squared(truth: np.ndarray, guess: np.ndarray, weights: np.ndarray) -> np.ndarray:
+def r_squared(truth: np.ndarray, predicted: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Return 1 - (squared errors) / (squared distances from the mean): (R,), NaN where the truth does not vary."""
     total = weights.sum(1)
     shifted = truth - truth.mean()  # avoids the difference of two large numbers
     mean = weights @ shifted / total
     spread = weights @ shifted**2 - total * mean**2
-    left = weights @ (truth - guess) ** 2
+    left = weights @ (truth - predicted) ** 2
     small = 1e-12 * float((shifted**2).sum())
     return 1 - np.divide(left, spread, out=np.full(len(weights), np.nan), where=spread > small)
 
 
-def by_column(measure: Measure, truth: np.ndarray, guess: np.ndarray) -> np.ndarray:
-    """Return (T,): the measure of every column of `truth` and `guess` (m, T), each image counted once."""
+def by_column(measure: Measure, truth: np.ndarray, predicted: np.ndarray) -> np.ndarray:
+    """Return (T,): the measure of every column of `truth` and `predicted` (m, T), each image counted once."""
     once = np.ones((1, len(truth)))
-    return np.array([measure(truth[:, t], guess[:, t], once)[0] for t in range(truth.shape[1])])
+    return np.array([measure(truth[:, t], predicted[:, t], once)[0] for t in range(truth.shape[1])])
 
 
-def resampled(measure: Measure, truth: np.ndarray, guess: np.ndarray) -> np.ndarray:
+def resampled(measure: Measure, truth: np.ndarray, predicted: np.ndarray) -> np.ndarray:
     """Return (R,): the mean over columns under every resample; a column that is not defined in one is left out of it.
 
     The resamples depend on m alone. Those in which no column is defined are NaN.
@@ -68,7 +68,9 @@ def resampled(measure: Measure, truth: np.ndarray, guess: np.ndarray) -> np.ndar
     m, found = len(truth), []
     for _ in range(0, RESAMPLES, PIECE):
         weights = np.stack([np.bincount(rng.integers(0, m, m), minlength=m) for _ in range(PIECE)]).astype(np.float64)
-        columns = np.stack([measure(truth[:, t], guess[:, t], weights) for t in range(truth.shape[1])], 1)  # (PIECE, T)
+        columns = np.stack(
+            [measure(truth[:, t], predicted[:, t], weights) for t in range(truth.shape[1])], 1
+        )  # (PIECE, T)
         defined = ~np.isnan(columns)
         sums = np.where(defined, columns, 0.0).sum(1)
         found.append(np.divide(sums, defined.sum(1), out=np.full(PIECE, np.nan), where=defined.any(1)))

@@ -79,10 +79,10 @@ def verdict(result: ProbeResult, phrase: str) -> str:
     score = f"{phrase} on the pre-trained features ({pool}) {_reached(own, result.metric, result.chance)}"
     if not controls:
         unclear = "" if _is_above(own, result.chance) else ", which cannot be told from chance"
-        said = [f"{_capitalised(score)}{unclear}. {UNKNOWN_HELP}"]
+        sentences = [f"{_capitalised(score)}{unclear}. {UNKNOWN_HELP}"]
     elif not any(_is_above(row, result.chance) for row in (own, *controls)):
         others = " and ".join(f"{PHRASES[row.features]} {show(row.value, result.metric)}" for row in controls)
-        said = [
+        sentences = [
             f"No verdict: everything is near chance level. {_capitalised(score)}, {others}. Either the labels are not "
             "visible in such images, or there are too few of them."
         ]
@@ -90,8 +90,8 @@ def verdict(result: ProbeResult, phrase: str) -> str:
         found = {each.features: each for each in result.differences}
         compared = [found[row.features] for row in controls]
         clauses = [_clause(row, each, result.metric) for row, each in zip(controls, compared, strict=True)]
-        said = [f"{_lead(compared)} {_capitalised(score)}: {'; '.join(clauses)}."]
-    return " ".join([*said, *_against(result)])
+        sentences = [f"{_lead(compared)} {_capitalised(score)}: {'; '.join(clauses)}."]
+    return " ".join([*sentences, *_against(result)])
 
 
 def _is_above(row: FeatureScore, chance: float) -> bool:
@@ -156,7 +156,7 @@ def curve_verdict(result: CurveResult) -> str:
     """Say with how many labels the pre-trained features are above each control and each other run."""
     own = next(row for row in result.rows if row.features == PRETRAINED and row.pool != "cls")
     curve = ", ".join(f"{point.mean:.1%} with {point.shots}" for point in own.points)
-    said = [f"The pre-trained features ({POOLS[own.pool]}) get {curve} labels per class."]
+    sentences = [f"The pre-trained features ({POOLS[own.pool]}) get {curve} labels per class."]
     by_name: dict[str, list[Difference]] = {}
     for difference in result.differences:
         by_name.setdefault(difference.features, []).append(difference)
@@ -165,18 +165,22 @@ def curve_verdict(result: CurveResult) -> str:
         ahead = [n for i, n in enumerate(result.shots) if all(by_name[name][i].low > 0 for name in controls)]
         phrases = " and ".join(PHRASES[name] for name in controls)
         if ahead:
-            said.insert(0, f"Pre-training helps with {_listed(ahead)} labels per class: better there than {phrases}.")
+            sentences.insert(
+                0, f"Pre-training helps with {_listed(ahead)} labels per class: better there than {phrases}."
+            )
         else:
-            said.insert(0, f"Pre-training is not shown to help at any of these budgets: not clearly above {phrases}.")
+            sentences.insert(
+                0, f"Pre-training is not shown to help at any of these budgets: not clearly above {phrases}."
+            )
     else:
-        said.append(UNKNOWN_HELP)
+        sentences.append(UNKNOWN_HELP)
     for name, steps in by_name.items():
         points = [
             f"{100 * each.value:+.1f} ({100 * each.low:+.1f} to {100 * each.high:+.1f}) with {each.shots}"
             for each in steps
         ]
-        said.append(f"Points above {PHRASES.get(name, name)}: {', '.join(points)}.")
-    return " ".join(said)
+        sentences.append(f"Points above {PHRASES.get(name, name)}: {', '.join(points)}.")
+    return " ".join(sentences)
 
 
 def _listed(numbers: Sequence[int]) -> str:

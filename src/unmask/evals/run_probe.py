@@ -36,7 +36,7 @@ from unmask.evals.feature_sets import (
     with_controls,
 )
 from unmask.evals.frozen_features import FeatureTable, joined_tables
-from unmask.evals.images import eval_precision
+from unmask.evals.images import FeatureOptions, eval_precision
 from unmask.evals.label_budget import INTERVAL, Draw, curve_differences, curve_rows
 from unmask.evals.labelled_images import (
     LabelledImages,
@@ -157,7 +157,7 @@ def probe_with_labels(
                 with job.console.working(f"fitting {name} probes{counted} on {len(y):,} images"):
                     predictions = predict_pooled(probe, part, test, targets)
             draws.append(Draw(each.shots or 0, y, predictions))
-        results[name] = make_result(job, name, probe, images, sets, draws, test_y, shared)
+        results[name] = make_result(job, name, probe, images, sets, TestPredictions(draws, test_y, shared))
     return results
 
 
@@ -183,11 +183,11 @@ def training_features(
     job: ProbeJob, sets: Sequence[FeatureSets], images: LabelledImages, *, tokens: bool
 ) -> tuple[dict[str, FeatureTable], list[TrainingSet]]:
     """Return the features of all images that any probe is fitted to, computed once, and the images of each fit."""
-    rows = images.train_rows
+    rows, options = images.train_rows, FeatureOptions(title="training images", tokens=tokens, cache=job.cache)
     while True:
         chosen = training_sets(images, rows, job.options, draws=job.options.num_draws)
         union = reduce(np.union1d, [each.rows for each in chosen])
-        train = tables_of(sets, images.train, union, "training images", job.console, tokens=tokens, folder=job.cache)
+        train = tables_of(sets, images.train, union, options, job.console)
         index = train[PRETRAINED].index
         broken = np.setdiff1d(union, index)
         if job.options.shots is None:
@@ -231,12 +231,14 @@ def test_features(
     """
     rows = images.test_rows
     if not fits:
-        return tables_of(sets, images.test, rows, "test images", job.console, test=True, folder=job.cache), {}
+        options = FeatureOptions(title="test images", cache=job.cache)
+        return tables_of(sets, images.test, rows, options, job.console, test=True), {}
+    options = FeatureOptions(title="test images", tokens=True)
     pieces: list[dict[str, FeatureTable]] = []
     answers: dict[str, dict[str, list[list[np.ndarray]]]] = {kind: {} for kind in fits}
     for start in range(0, len(rows), TEST_PIECE):
         part = rows[start : start + TEST_PIECE]
-        piece = tables_of(sets, images.test, part, "test images", job.console, tokens=True, test=True)
+        piece = tables_of(sets, images.test, part, options, job.console, test=True)
         for kind, fitted in fits.items():
             for name, table in piece.items():
                 heads = fitted[name] if name in fitted else fitted[name.rpartition(VOTE)[0]]
@@ -249,17 +251,30 @@ def test_features(
     return {name: joined_tables([piece[name] for piece in pieces]) for name in pieces[0]}, joined
 
 
+@dataclass(frozen=True)
+class TestPredictions:
+    """What one kind of probe predicts for the test images: for every draw of the labels, beside the truth.
+
+    shared: test images that are also training images.
+    """
+
+    __test__ = False  # not a test class, whatever pytest infers from its name
+
+    draws: Sequence[Draw]
+    test_y: np.ndarray
+    shared: int
+
+
 def make_result(
     job: ProbeJob,
     kind: str,
     probe: PooledProbe | TokenProbe,
     images: LabelledImages,
     sets: Sequence[FeatureSets],
-    draws: Sequence[Draw],
-    test_y: np.ndarray,
-    shared: int,
+    predicted: TestPredictions,
 ) -> ProbeResult | CurveResult:
     """Score the predictions of one kind of probe, and describe them."""
+    draws, test_y, shared = predicted.draws, predicted.test_y, predicted.shared
     labelling, options = images.labelling, job.options
     require_defined(test_y, labelling)
     about: dict[str, Any] = _about(job, images) | {
@@ -329,7 +344,7 @@ def measure_without_labels(job: ProbeJob, kinds: Mapping[str, LabelFreeMeasure])
     source = open_source(job.options.data, job.options.exclude)
     rows = np.arange(len(source))
     sets = all_feature_sets(job, None, rows, controls=True)
-    tables = tables_of(sets, source, rows, "images", job.console, folder=job.cache)
+    tables = tables_of(sets, source, rows, FeatureOptions(title="images", cache=job.cache), job.console)
     data = image_set(job.options.data, source, job.options.exclude)
     results = {}
     for kind, measure in kinds.items():

@@ -1,6 +1,6 @@
 """Convert results that versions before 0.2 wrote to RUN/evals, which lack the key `record`, to the format of today.
 
-The JSON objects of then are told apart by their keys, never by the names of their files.
+They are distinguished by their keys, never by the names of their files.
 """
 
 from __future__ import annotations
