@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from typing import Any
 
 import numpy as np
 
 from unmask.config import Config, ConfigError, task_class
-from unmask.console import Console
+from unmask.console import Console, duration
 from unmask.data.annotations.box_annotations import BoxAnnotations
 from unmask.data.decode.bad_image import BadImage
 from unmask.data.loader import choose_workers
@@ -27,6 +27,7 @@ from unmask.metrics.measurement import Measurement
 from unmask.task import Task
 
 TRIAL_IMAGES = (4, 16)
+LONG_TESTS = 10.0  # seconds, below which nobody minds
 
 
 def shared_files(train: Source, train_rows: np.ndarray, test: Source, test_rows: np.ndarray) -> list[str]:
@@ -46,20 +47,37 @@ def shared_files(train: Source, train_rows: np.ndarray, test: Source, test_rows:
 
 @dataclass
 class TestSet:
-    """The test images of a run: `rows` of `images`, with the annotations they are compared with."""
+    """The test images of a run: `rows` of `images`, with the annotations they are compared with.
+
+    opened: when, on the clock of `time_budget.now`. spent: seconds of tests since. warned: that they take long.
+    """
 
     images: ReadableImages
     rows: np.ndarray
     annotated: AnnotatedImages
     console: Console
     workers: int = 0
+    opened: float = field(default_factory=now)
+    spent: float = 0.0
+    warned: bool = False
 
     def digest(self, *, labels: bool = True) -> str:
         """`digest` of the test images."""
         return digest(self.annotated, self.rows, labels=labels)
 
     def __call__(self, method: Method) -> dict[str, float]:
-        return self.headlines(method)
+        """Return the headline metrics; warn when tests have taken longer than the training so far."""
+        began = now()
+        training = began - self.opened - self.spent
+        if self.spent > max(training, LONG_TESTS) and not self.warned:
+            self.warned = True
+            self.console.warn(
+                f"tests on {len(self.rows)} images took {duration(self.spent)}, the training between them "
+                f"{duration(training)}; to test less often: --set train.test_every=N"
+            )
+        found = self.headlines(method)
+        self.spent += now() - began
+        return found
 
     def estimate_seconds(self, method: Method) -> float:
         """Return the seconds that a test takes, estimated on a few of its images."""
