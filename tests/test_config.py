@@ -111,7 +111,7 @@ def test_every_setting_is_read_somewhere(key):
         ("optim.betas=[-0.1,0.9]", "greater than or equal to 0"),
         ("data.std=[1,0,1]", r"data\.std\.1=0 does not fit: .*greater than 0"),
         ("train.picture_images=65", "less than or equal to 64"),
-        ("method.pca_whiten=true", r"^method: pca_coefficients and pca_whiten are for target=pca, but target=norm"),
+        ("method.pca_whiten=true", r"^method: pca_coefficients and pca_whiten apply to target=pca; got target=norm"),
     ],
 )
 def test_wrong_settings_are_refused_with_the_nearest(assignment, message):

@@ -146,7 +146,7 @@ class Method(nn.Module, ABC):
         images: (n, C, H, W) in the files' dtype on the method's device, n <= num_prepare, evenly spread over the data.
         valid: (n, H, W) bool as in `Batch`, None where no pixel is absent.
         """
-        raise TypeError(f"{type(self).__name__} asks for {self.num_prepare} images and has no prepare()")
+        raise TypeError(f"{type(self).__name__} needs {self.num_prepare} images but has no prepare()")
 
     @property
     def device(self) -> torch.device:

@@ -226,8 +226,8 @@ def test_a_grid_of_codes_unlike_that_of_patches_is_refused(patch, tokenizer, mes
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"mask": "random", "smallest_block": 4}, "smallest_block is for mask=block"),
-        ({"target": "pixels", "tokenizer": TOKENIZER}, "a tokenizer is for target=tokens"),
+        ({"mask": "random", "smallest_block": 4}, "smallest_block applies to mask=block"),
+        ({"target": "pixels", "tokenizer": TOKENIZER}, "a tokenizer applies to target=tokens"),
         ({"smallest_block": 11}, "a smallest block of 11 patches is larger than the 10 patches"),
     ],
 )

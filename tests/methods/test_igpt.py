@@ -169,7 +169,7 @@ def test_a_given_palette_is_used_and_nothing_is_prepared():
         ),
         (ImageSpec(1, (8, 8), "uint8", (1.0,), (1.0,)), {}, "colours of 3 channels, these images have 1"),
         (SPEC, {"palette_dtype": None}, "palette and palette_dtype go together"),
-        (SPEC, {"palette": COLOURS[:5]}, "a palette of 5 colours came for encoder.colours=8"),
+        (SPEC, {"palette": COLOURS[:5]}, "got a palette of 5 colours and encoder.colours=8"),
     ],
 )
 def test_palettes_of_another_kind_are_refused(images, changes, message):

@@ -341,15 +341,15 @@ def test_loss_on_all_is_the_mean_of_both_parts():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"mask": "grid", "mask_ratio": 0.5}, "grid sampling with a mask ratio of 0.5 came"),
+        ({"mask": "grid", "mask_ratio": 0.5}, "got grid sampling with a mask ratio of 0.5"),
         ({"mask": "block", "smallest_block": 30}, "30 patches is larger than the 18 patches, of 24 in a grid of 4 x 6"),
         ({"mask": "block", "mask_ratio": 0.1, "smallest_block": 4}, "4 patches is larger than the 3 patches"),
         ({"mask": "pattern"}, "mask=pattern and a pattern go together"),
         ({"pattern": (("###...",) * 4,)}, "mask=pattern and a pattern go together"),
         ({"mask": "pattern", "pattern": (("###...",) * 4,)}, "hides 12 of 24 .* set method.mask_ratio=0.5"),
         ({"mask": "pattern", "mask_ratio": 0.5, "pattern": (("##..",) * 4,)}, "is 4 x 4; the grid has 4 x 6"),
-        ({"smallest_block": 4}, "smallest_block is for mask=block, but mask=random"),
-        ({"pca_coefficients": 4}, "are for target=pca, but target=norm_pixels"),
+        ({"smallest_block": 4}, "smallest_block applies to mask=block; got mask=random"),
+        ({"pca_coefficients": 4}, "apply to target=pca; got target=norm_pixels"),
         ({"target": "pca", "pca_coefficients": 49}, "a patch has only 48 values"),
     ],
 )

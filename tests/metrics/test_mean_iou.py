@@ -61,7 +61,7 @@ def test_the_interval_is_that_of_images():
 
 
 def test_nothing_to_judge_is_said():
-    with pytest.raises(UserError, match="no pixel of 2 images is judged"):
+    with pytest.raises(UserError, match="no pixel of 2 images counts"):
         score(tally(([[0]], [[X]]), ([[1]], [[X]])))
 
 

@@ -90,7 +90,7 @@ def test_features_are_the_normalised_input_of_the_layer_asked_for():
     assert torch.equal(network(images).patches, layers[1]), "the middle of three blocks"
     assert torch.equal(gpt(feature_layer=3)(images).patches, layers[3])
     assert network(images).grid == (4, 6)
-    with pytest.raises(UserError, match=r"feature_layer=4 came for 3 blocks; use 0 to 3"):
+    with pytest.raises(UserError, match=r"feature_layer=4 for 3 blocks; use 0 to 3"):
         gpt(feature_layer=4)
 
 

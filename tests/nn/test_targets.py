@@ -50,5 +50,7 @@ def test_an_unprepared_target_is_finite_and_zero():
 
 
 def test_more_components_than_values_are_refused():
-    with pytest.raises(UserError, match="pca_coefficients=96 came, a patch has only 48 values; use at most 48, 6 is"):
+    with pytest.raises(
+        UserError, match=r"got method.pca_coefficients=96; a patch has only 48 values; use at most 48, 6 is"
+    ):
         PrincipalComponents(48, GRID, 3, count=96, whiten=False)

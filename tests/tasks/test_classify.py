@@ -144,7 +144,7 @@ def test_it_learns_and_the_picture_shows_it():
     assert second.shape == first.shape
     assert picture.note.startswith("8 of 8")
     assert len(picture.names) == 8
-    assert all("taken for" not in name and "%" in name for name in picture.names)
+    assert all("predicted" not in name and "%" in name for name in picture.names)
     few = picture.spread(3)
     assert few.names == tuple(picture.names[row] for row in (0, 3, 7))
     assert torch.equal(few.panels["original"], first[[0, 3, 7]])

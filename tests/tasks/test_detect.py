@@ -251,7 +251,7 @@ def test_images_without_a_box_are_all_background(room):
 
 
 def test_images_without_boxes_beside_them_are_refused():
-    with pytest.raises(UserError, match=r"images without boxes came.*give the file that holds them"):
+    with pytest.raises(UserError, match=r"got images without boxes.*give the file of boxes"):
         loss(make(), replace(drawn(), boxes=None))
 
 
@@ -274,7 +274,7 @@ def test_it_finds_again_what_it_was_shown_and_the_picture_shows_it():
     assert torch.equal(true[0, :, y1, x1:x2], red.expand(3, x2 - x1))
     assert torch.equal(true[0, :, y1 + 1 : y2 - 1, x1 + 1 : x2 - 1], first[0, :, y1 + 1 : y2 - 1, x1 + 1 : x2 - 1])
     assert (found != first).any()
-    assert picture.note.startswith("8 boxes there are, ")
+    assert picture.note.startswith("8 true boxes; ")
     assert float(picture.numbers["loss"]) < 0.6 * float(picture.numbers["same_everywhere"])
 
 

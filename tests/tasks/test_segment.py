@@ -177,7 +177,7 @@ def test_the_loss_by_hand():
     maps[0, 0] = IGNORED
     logs = logits.log_softmax(1).gather(1, maps.clamp(max=2)[:, None])[:, 0]
     torch.testing.assert_close(error(logits, maps), -logs[maps != IGNORED].mean())
-    assert float(error(logits, torch.full_like(maps, IGNORED))) == 0, "nothing is judged, and nothing is nan"
+    assert float(error(logits, torch.full_like(maps, IGNORED))) == 0, "no pixel counts, and nothing is nan"
 
 
 @pytest.mark.parametrize("head", HEADS)

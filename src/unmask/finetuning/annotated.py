@@ -1,12 +1,11 @@
-"""What a supervised run learns from, and how it is examined: labels, masks or boxes of images, by the name of its task.
+"""Open the annotations of a supervised run: labels, masks or boxes of images, depending on its task.
 
-    classify   a class for each image, from its sub-folder         accuracy (and so `linear_probe`)
-    segment    a mask for each image (`segmentation_masks.py`)      mean intersection over union, at the file's own size
-    detect     boxes for each image (`box_annotations.py`)         average precision (COCO), in the file's own pixels
+    classes   the sub-folder of each image                classify, linear_probe
+    masks     one file per image (`data/annotations/`)    segment
+    boxes     COCO's JSON or VOC's XML                     detect
 
-Test images are a fifth that is held out, or others. A classifier sees them as a probe does (the centred crop); for
-masks and boxes the whole image is squeezed or stretched to the size the method sees, so that every pixel counts, and
-what is found is brought back to the size of the file.
+Test images are a held-out fifth, or others. Classifiers see their centred crop, as probes do; for masks and boxes the
+whole image is resized to the size of the encoder, so that every pixel counts, and predictions are resized to the file.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ from unmask.task import TaskConfig
 
 @dataclass(frozen=True)
 class AnnotatedImages:
-    """Images and what people said of them. `rows`: of the source, those of which something was said."""
+    """Images with their annotations. `rows`: rows of the source that are annotated."""
 
     source: Source
     classes: tuple[str, ...]
@@ -86,7 +85,7 @@ def open_annotated(
 ) -> AnnotatedImages:
     """Open images with the annotations that a task learns from.
 
-    only: the rows that are wanted, None for all. look: at every mask, which finds what is wrong with it. Raises
+    only: the rows that are wanted, None for all. look: read every mask, to report faults. Raises
     UserError where there are no annotations, where they cannot be used, or for an option that would have no effect.
     """
     options, kind = options or AnnotationOptions(), task_class(task).annotation
@@ -159,7 +158,7 @@ def split_rows(
     if shots is not None:
         if annotated.annotations is not None and not 0 < shots <= len(rows):
             raise ConfigError(
-                f"--shots {shots} came, but there are {len(rows)} annotated images to learn from; use 1 to {len(rows)}"
+                f"got --shots {shots}, and {len(rows)} annotated images to learn from; use 1 to {len(rows)}"
             )
         names = annotated.classes if annotated.annotations is None else ("annotated images",)
         rows = few_shots(rows, labels[rows], names, shots, seed)
@@ -203,7 +202,7 @@ def masks_of(annotated: AnnotatedImages) -> Source | None:
 
 
 def digest(annotated: AnnotatedImages, rows: np.ndarray, *, labels: bool = True) -> str:
-    """Changes when the images, or what is said of these rows of them, become others (of masks: names and sizes).
+    """Return a digest of the images and of the annotations of these rows (of masks: names and sizes).
 
     labels: with the class labels of the images.
     """

@@ -140,7 +140,7 @@ def finetune(
     """Train a task on annotated images from the encoder of `from_run`; return its Run, whose status says how it ended.
 
     out: a new folder; made up when None. budget: seconds, or a time such as "30m". A stopped run continues with
-    `resume`. Raises UserError for what a person can mend.
+    `resume`. Raises UserError for invalid input.
     """
     options, console, budget = options or FinetuneOptions(), console or Console(), as_budget(budget)
     if out is not None:

@@ -1,4 +1,4 @@
-"""The test images of a supervised run, and how good its method is on them."""
+"""The test images of a supervised run, and the measurement of its method on them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from unmask.metrics.measurement import Measurement
 from unmask.task import Task
 
 TRIAL_IMAGES = (4, 16)
-LONG_TESTS = 10.0  # seconds, below which nobody minds
+LONG_TESTS = 10.0  # seconds, below which no warning is given
 
 
 def shared_files(train: Source, train_rows: np.ndarray, test: Source, test_rows: np.ndarray) -> list[str]:
@@ -109,9 +109,9 @@ def task_of(method: Method) -> Task[Any, Any]:
 
 
 def open_test_set(config: Config, plan: Plan, annotated: AnnotatedImages, console: Console) -> TestSet:
-    """The images a run is tested on: those held out of `annotated`, or `data.test`.
+    """Open the test images of a run: those held out of `annotated`, or `data.test`.
 
-    Raises ValueError when they cannot be judged, which had better be known before the training.
+    Called before the training. Raises UserError when nothing can be measured on them.
     """
     rows, of, data = np.array(plan.test_rows, np.int64), annotated, config.data
     task = config.method.name
@@ -121,7 +121,7 @@ def open_test_set(config: Config, plan: Plan, annotated: AnnotatedImages, consol
     if isinstance(of.annotations, BoxAnnotations):
         average_precision.tools()
         if not any(len(of.annotations.boxes[row]) for row in rows.tolist()):
-            raise ConfigError(f"the {len(rows)} test images have no box, so nothing can be judged; give others")
+            raise ConfigError(f"the {len(rows)} test images have no box, so nothing can be measured; give others")
     of.source.reading = plan.reading
     images = ReadableImages(
         of.source, rows, plan.images, data.crop, training=False, whole=task_class(task).whole_images()

@@ -1,8 +1,8 @@
 """Autoencoder: Hinton & Salakhutdinov 2006, "Reducing the dimensionality of data with neural networks".
 
-An image becomes a small code and an image again; what is kept is the code. Nothing is hidden and nothing is drawn at
-random: all that keeps it from copying is that the code is small. With `activation=linear` and the mean square error it
-learns the space of the first principal components, and a test holds it to that.
+The encoder maps an image to a small code, the decoder maps the code back to an image. Nothing is masked or random; only
+the size of the code prevents copying. With `activation=linear` and the mean squared error it learns the subspace of the
+first principal components, which a test verifies.
 
 Differs from the paper: all layers are trained at once with AdamW, where the paper pre-trained each as a restricted
 Boltzmann machine and fine-tuned with conjugate gradients; images of any size and number of channels; besides the
@@ -40,13 +40,13 @@ class AE(Method):
         self.decoder = DenseDecoder(config.encoder, images)
 
     def loss(self, batch: Batch, clock: Clock) -> Loss:
-        """How far the decoder's image is from the one that was encoded, mean over all pixels and channels."""
+        """Reconstruction error of the decoder, averaged over all pixels and channels."""
         pixels = self.encoder.pixels(batch.images)  # (B, C, H, W)
         errors = self.encoder.errors(self.decoder(self.encoder.code(pixels)), pixels)
         return Loss(weighted_mean(errors, pixel_weights(batch)))
 
     def picture(self, batch: Batch, clock: Clock) -> Picture:
-        """Original and reconstruction; beside the loss that of guessing the data set's mean colour for every pixel."""
+        """Original and reconstruction; the baseline predicts the mean colour of the data set for every pixel."""
         encoder = self.encoder
         pixels = encoder.pixels(batch.images)
         guess, weights = self.decoder(encoder.code(pixels)), pixel_weights(batch)

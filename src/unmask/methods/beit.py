@@ -1,18 +1,18 @@
 """BEiT: "BEiT: BERT Pre-Training of Image Transformers", Bao et al. 2021.
 
-BERT's task with a vocabulary for images: about 40 % of the patches are hidden in blocks, one learnable mask token takes
-the place of their embeddings, the whole sequence goes through the encoder, and one linear layer predicts for each
-hidden patch the code that a dVAE, trained before and frozen, has for it.
+BERT's task with a vocabulary for images: about 40 % of the patches are masked in blocks, one learnable mask token
+replaces their embeddings, the encoder processes the whole sequence, and one linear layer predicts, for each masked
+patch, its code under a frozen dVAE that was trained before.
 
 Recipes follow the released code where paper and code differ: its encoder has no absolute positions but a relative
 position bias shared by all blocks, and LayerScale; the paper's main text has learned absolute positions. All are
-settings of the encoder. `target=pixels` is the paper's ablation without tokens, `mask=random` that without blocks.
+settings of the encoder. `target=pixels` is the paper's ablation without tokens, `mask=random` the one without blocks.
 
-Differs from the paper and its code: masks hide the same number in every image (`nn/masks.py`) where the code's hide at
-most that many; the dVAE sees the encoder's crop, shrunk bicubically (there: a second view of the crop, resampled by
-Lanczos from the file); keys have a bias, which the softmax cancels; no stochastic depth (there 0.1); colours are not
-jittered unless `data.crop.jitter` is set (there 0.4); class token and learned positions are decayed (there not). No
-result is known to hang on these.
+Differs from the paper and its code: masks hide the same number of patches in every image (`nn/masks.py`), where those
+of the code hide at most that many; the dVAE sees the encoder's crop, shrunk bicubically (there: a second view of the
+crop, resampled by Lanczos from the file); keys have a bias, which the softmax cancels; no stochastic depth (there 0.1);
+colours are not jittered unless `data.crop.jitter` is set (there 0.4); weight decay applies to class token and learned
+positions (there it does not). No result is known to depend on these.
 
 Letters: B images, N patches, M hidden ones, P values of a patch, D width, V codes.
 """
@@ -42,7 +42,7 @@ INIT_STD = 0.02
 class Config(MethodConfig):
     """BEiT's settings. `unmask pretrain --tokenizer RUN` fills in `tokenizer`, the dVAE's network, and its weights.
 
-    smallest_block: patches of a block at least; None is BEiT's share of the grid, 16 of 14 x 14.
+    smallest_block: the least number of patches in a block; None is BEiT's share of the grid, 16 of 14 x 14.
     """
 
     name: Literal["beit"] = "beit"
@@ -56,9 +56,9 @@ class Config(MethodConfig):
     @model_validator(mode="after")
     def _nothing_is_ignored(self) -> Config:
         if self.mask != "block" and self.smallest_block is not None:
-            raise ValueError(f"smallest_block is for mask=block, but mask={self.mask}; leave it out")
+            raise ValueError(f"smallest_block applies to mask=block; got mask={self.mask}; leave it out")
         if self.target != "tokens" and self.tokenizer is not None:
-            raise ValueError(f"a tokenizer is for target=tokens, but target={self.target}; leave it out")
+            raise ValueError(f"a tokenizer applies to target=tokens; got target={self.target}; leave it out")
         return self
 
     @property
@@ -71,7 +71,7 @@ class Config(MethodConfig):
 
 
 class BEiT(Method):
-    """See the module docstring. Raises ValueError without a tokenizer, or when its codes do not fit the patches."""
+    """See the module docstring. Raises UserError without a tokenizer, or when its codes do not fit the patches."""
 
     encoder: ViT
     fixed = ("target.",)
@@ -82,7 +82,9 @@ class BEiT(Method):
         self.target = make_target(config, images)
         self.encoder = ViT(config.encoder, images)
         self.smallest = config.smallest_block or smallest_block(self.encoder.grid)
-        num_kept(self.encoder.grid[0] * self.encoder.grid[1], config.mask_ratio)  # refuses to hide all, or nothing
+        num_kept(
+            self.encoder.grid[0] * self.encoder.grid[1], config.mask_ratio
+        )  # rejects a ratio that hides all patches, or none
         if config.mask == "block":
             require_blocks(self.encoder.grid, config.mask_ratio, self.smallest)
         self.mask_token = nn.Parameter(torch.empty(1, 1, self.encoder.width))
@@ -90,7 +92,7 @@ class BEiT(Method):
         self._initialise()
 
     def loss(self, batch: Batch, clock: Clock) -> Loss:
-        """Cross-entropy of the hidden patches' codes (or the mean square error of their pixels)."""
+        """Cross-entropy of the codes of the masked patches, or the mean squared error of their pixels."""
         patches = self.encoder.patches(batch.images)  # (B, N, P), normalised
         mask = self.sample(clock)
         guess = self.guess(patches, mask)
@@ -109,13 +111,14 @@ class BEiT(Method):
         return block_mask(count, grid, ratio, clock.rng, self.smallest)
 
     def guess(self, patches: Tensor, mask: Mask) -> Tensor:
-        """A score for every code (or all pixels) of the hidden patches: (B, N, P) -> (B, M, V)."""
+        """Predict the masked patches, a score for every code (or all pixels): (B, N, P) -> (B, M, V)."""
         tokens = self.encoder.patch_embed(patches)
         tokens = torch.where(mask.hidden()[..., None], self.mask_token, tokens)  # float32, as the token
         return self.head(take(self.encoder.run(self.encoder.place(tokens))[:, 1:], mask.drop))
 
     def picture(self, batch: Batch, clock: Clock) -> Picture:
-        """Original, masked, and what the predicted and the true codes mean; beside the loss that of trivial guesses."""
+        """Original, masked image, and the predicted and true codes as the dVAE decodes them; with baselines of the
+        loss."""
         patches = self.encoder.patches(batch.images)
         mask = self.sample(clock)
         guess = self.guess(patches, mask).float()
@@ -129,7 +132,8 @@ class BEiT(Method):
 
     @torch.no_grad()
     def _initialise(self) -> None:
-        """Truncated normal weights, and what a block adds shrunk with its depth, as in the released code."""
+        """Initialise weights as the released code: truncated normal, with the output layers of a block scaled by its
+        depth."""
         for part in (*self.encoder.modules(), self.head):
             if isinstance(part, nn.Linear | nn.Conv2d):
                 nn.init.trunc_normal_(part.weight, std=INIT_STD, a=-INIT_STD, b=INIT_STD)
@@ -147,7 +151,7 @@ class BEiT(Method):
 
 
 def make_target(config: Config, images: ImageSpec) -> Target:
-    """What is predicted. Raises ValueError when that needs a tokenizer and there is none."""
+    """Return the prediction target. Raises UserError when it needs a tokenizer and none is given."""
     patch = config.encoder.patch
     if config.target == "tokens":
         return Tokens(require_tokenizer(config.tokenizer), images, patch)

@@ -1,10 +1,10 @@
 """CrossMAE: "Rethinking Patch Dependence for Masked Autoencoders", Fu, Lian et al. 2024 (TMLR 2025).
 
-The encoder is MAE's and sees the visible patches only. The decoder is different: the hidden patches do not attend to
-one another, each asks the visible ones by cross-attention alone. So not all of them need be asked: with N patches, mask
-ratio r and predict ratio gamma the decoder runs on gamma N query tokens where MAE's runs on 1 + N (at 224 pixels and
-gamma 0.25 on 49, out of 147 hidden patches, instead of 197), and the loss is on these. Decoder block j reads its own
-learned mixture of all the encoder's feature maps, its input included (`nn/cross.py`).
+The encoder is MAE's and sees the visible patches only. The decoder is different: hidden patches do not attend to one
+another, each attends to the visible ones by cross-attention only. So not all of them need to be predicted: with N
+patches, mask ratio r and predict ratio gamma the decoder runs on gamma N query tokens where MAE's runs on 1 + N (at 224
+pixels and gamma 0.25 on 49, out of 147 hidden patches, instead of 197), and the loss covers only these. Decoder block j
+reads its own learned mixture of all the encoder's feature maps, its input included (`nn/cross.py`).
 
 The mixtures have LayerNorms of their own, so nothing trains the encoder's last one: it stays a plain LayerNorm (gain 1,
 bias 0) and is marked as not trainable, unless `weighted_features` is off. The same happens upstream, where fine-tuning
@@ -12,7 +12,7 @@ starts from a fresh one.
 
 Differs from the official code, without changing a number: only kept patches are embedded; masks come from counter-based
 draws that belong to the image; N (1 - r) and N (r - gamma) do not lose one to float truncation. There gamma is called
-`kept_mask_ratio`. Differs from the paper: nothing else known.
+`kept_mask_ratio`. No other difference from the paper is known.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from unmask.nn.vit import ViT, ViTConfig
 
 
 class Config(MethodConfig):
-    """CrossMAE's settings. Both ratios are shares of ALL patches: 0.25 of 0.75 asks for a third of the hidden ones."""
+    """CrossMAE's settings. Both ratios are shares of ALL patches: 0.25 of 0.75 predicts a third of the hidden ones."""
 
     name: Literal["crossmae"] = "crossmae"
     encoder: ViTConfig
@@ -50,7 +50,7 @@ class Config(MethodConfig):
 def num_asked(num_patches: int, mask_ratio: float, predict_ratio: float) -> int:
     """How many hidden patches are predicted: all but N (mask_ratio - predict_ratio), rounded down; at least one.
 
-    Raises ValueError when more would be asked for than are hidden.
+    Raises UserError when more would be predicted than are hidden.
     """
     hidden = num_patches - num_kept(num_patches, mask_ratio)
     if predict_ratio > mask_ratio:
@@ -62,7 +62,7 @@ def num_asked(num_patches: int, mask_ratio: float, predict_ratio: float) -> int:
 
 
 class CrossMAE(Method):
-    """See the module docstring. Raises ValueError when sizes or ratios do not fit together, saying which would."""
+    """See the module docstring. Raises UserError when sizes or ratios do not fit together, saying which would."""
 
     encoder: ViT
 
@@ -85,7 +85,7 @@ class CrossMAE(Method):
         self.encoder.norm.requires_grad_(not config.weighted_features)
 
     def loss(self, batch: Batch, clock: Clock) -> Loss:
-        """Mean square error on the patches asked for, in the target's units."""
+        """Mean squared error on the predicted patches, in the units of the target."""
         patches = self.encoder.patches(batch.images)  # (B, N, P), normalised
         mask = random_mask(len(patches), self.encoder.grid, self.mask_ratio, clock.rng)
         asked = mask.drop[:, -self.asked :]  # the draws come in random order, so any part is a random subset
@@ -95,7 +95,7 @@ class CrossMAE(Method):
         return Loss(self.target.loss(guess, truth, self.target.weights(valid, asked)))
 
     def layers(self, patches: Tensor, mask: Mask) -> list[Tensor]:
-        """What the decoder reads, each (B, 1 + K, D), class token first: (B, N, P) -> feature maps, earliest first.
+        """Return the inputs of the decoder: (B, N, P) -> feature maps (B, 1 + K, D), class token first, earliest first.
 
         The encoder's input and the output of each of its blocks; without `weighted_features` its output alone.
         """
@@ -105,7 +105,8 @@ class CrossMAE(Method):
         return list(self.encoder.layers(tokens, mask.keep))
 
     def picture(self, batch: Batch, clock: Clock) -> Picture:
-        """Original, masked, prediction, pasted, ALL hidden patches asked for; the numbers are of the loss's subset."""
+        """Original, masked, prediction, pasted, with ALL hidden patches predicted; the numbers are those of the loss's
+        subset."""
         patches = self.encoder.patches(batch.images)
         mask = random_mask(len(patches), self.encoder.grid, self.mask_ratio, clock.rng)
         guess = self.decoder(self.layers(patches, mask), mask.drop).float()

@@ -1,17 +1,17 @@
 """Denoising autoencoder: Vincent et al. 2008 and 2010, "Stacked denoising autoencoders".
 
-As the autoencoder (`ae`), but the input is corrupted and the target is the clean image, so that copying is no answer.
-Corruptions: a share of the values set to 0 (masking noise) or to the least or greatest value (salt and pepper), normal
-noise, colours taken away (gray, all channels but one, or one: after Zhang et al. 2016, named as a denoising autoencoder
-in MAE's section 2). 0 says nothing about a value: it is the data set's mean for normalised pixels (loss=mse), and the
-least value, as in the paper, for pixels in [0, 1] (loss=bce).
+Like the autoencoder (`ae`), but the input is corrupted and the target is the clean image, so that copying does not
+help. Corruptions: a share of the values set to 0 (masking noise) or to the least or greatest value (salt and pepper),
+normal noise, colour removal (to gray, of all channels but one, or of one: after Zhang et al. 2016, which section 2 of
+MAE lists as a denoising autoencoder). The value 0 is the mean of the data set for normalised pixels (loss=mse) and, as
+in the paper, the least value for pixels in [0, 1] (loss=bce).
 
-The loss can weigh corrupted values (alpha) and untouched ones (beta): (1, 0.5) is the paper's double emphasis, (1, 0)
+The loss weights corrupted values by alpha and untouched ones by beta: (1, 0.5) is the paper's double emphasis, (1, 0)
 its full emphasis. Full emphasis with masking noise on patches is the loss of MAE.
 
 Differs from the paper: the whole stack is trained at once instead of layer by layer, so noise enters at the image only;
-the weighted loss is a mean, the sum of the weights being its denominator; AdamW; a linear code. Least and greatest
-value are those of `ImageSpec.value_range`, not of the images at hand.
+the weighted loss is divided by the sum of the weights; AdamW; a linear code. The least and the greatest value are those
+of `ImageSpec.value_range`, not of the batch.
 
 Letters: B images, C channels, H x W pixels, n components of an image that can be corrupted.
 """
@@ -43,8 +43,8 @@ TAKING_COLOURS = ("gray", "single_channel", "drop_channel")
 class Config(MethodConfig):
     """The denoising autoencoder's settings.
 
-    corruption: what is done to the input. share: of its components that are, for masking and salt_and_pepper (None:
-    0.25). grain: pixels of a component, (height, width), all channels together; None for single values. sigma: standard
+    corruption: of the input. share: of the components that are corrupted, for masking and salt_and_pepper (None: 0.25).
+    grain: pixels of a component, (height, width), all channels together; None for single values. sigma: standard
     deviation of gaussian noise, in units of the pixels as the network sees them (None: 0.3). alpha, beta: weights of
     corrupted and of untouched values in the loss. tied: the decoder's weights are the encoder's, transposed.
     """
@@ -62,21 +62,23 @@ class Config(MethodConfig):
     @model_validator(mode="after")
     def _nothing_is_ignored(self) -> Config:
         if self.corruption not in CHOOSING and (self.share is not None or self.grain is not None):
-            raise ValueError(f"share and grain are for {' and '.join(CHOOSING)}, but corruption={self.corruption}")
+            raise ValueError(
+                f"share and grain apply to {' and '.join(CHOOSING)}; got corruption={self.corruption}; leave them out"
+            )
         if self.corruption != "gaussian" and self.sigma is not None:
-            raise ValueError(f"sigma is for gaussian, but corruption={self.corruption}; leave it out")
+            raise ValueError(f"sigma applies to gaussian; got corruption={self.corruption}; leave it out")
         if self.corruption in TOUCHING_ALL and (self.alpha, self.beta) != (1, 1):
             raise ValueError(
                 f"alpha and beta weigh corrupted against untouched values, but {self.corruption} touches all; leave "
                 "them out"
             )
         if self.alpha == 0:
-            raise ValueError("alpha=0 came: nothing would ask for what was corrupted; use 1")
+            raise ValueError("got alpha=0, with which the loss would ignore corrupted values; use 1")
         return self
 
 
 class DAE(Method):
-    """See the module docstring. Raises ValueError when the corruption cannot be done to such images."""
+    """See the module docstring. Raises UserError when the corruption does not fit the images."""
 
     encoder: DenseEncoder
 
@@ -88,13 +90,13 @@ class DAE(Method):
         self.decoder = (TiedDecoder if config.tied else DenseDecoder)(config.encoder, images)
 
     def loss(self, batch: Batch, clock: Clock) -> Loss:
-        """How far the decoder's image is from the clean one: a mean weighted with alpha and beta."""
+        """Reconstruction error against the clean image, weighted by alpha and beta."""
         pixels = self.encoder.pixels(batch.images)  # (B, C, H, W)
         corrupted, touched = self.corrupt(pixels, clock.rng)
         return Loss(self.distance(self.rebuild(corrupted), pixels, touched, pixel_weights(batch)))
 
     def rebuild(self, corrupted: Tensor) -> Tensor:
-        """The decoder's image, (B, C, H, W) -> the same shape: pixels, or logits of them."""
+        """Reconstruct corrupted pixels (B, C, H, W): pixels of the same shape, or logits of them."""
         code = self.encoder.code(corrupted)
         return self.decoder(code, self.encoder) if isinstance(self.decoder, TiedDecoder) else self.decoder(code)
 
@@ -117,7 +119,7 @@ class DAE(Method):
         return one(pixels, rng.uniform(1))
 
     def distance(self, guess: Tensor, pixels: Tensor, touched: Tensor, valid: Tensor | None = None) -> Tensor:
-        """The errors' mean, weighted with alpha where the input was touched and with beta elsewhere.
+        """Mean error, weighted by alpha where the input was corrupted and by beta elsewhere.
 
         valid: (B, 1, H, W), 0 for pixels that do not count; None where all do.
         """
@@ -128,7 +130,7 @@ class DAE(Method):
         return (self.encoder.errors(guess, pixels) * weights).sum() / weights.sum().clamp(min=SMALLEST_WEIGHT)
 
     def picture(self, batch: Batch, clock: Clock) -> Picture:
-        """Original, corrupted, reconstruction; beside the loss those of guessing the mean colour and the input."""
+        """Original, corrupted image, reconstruction; the baselines predict the mean colour, and the input itself."""
         encoder = self.encoder
         pixels = encoder.pixels(batch.images)
         corrupted, touched = self.corrupt(pixels, clock.rng)
@@ -148,13 +150,13 @@ class DAE(Method):
         }
         note = (
             f"The encoder sees the corrupted image ({self.config.corruption.replace('_', ' ')}) through a code of "
-            f"{encoder.width} numbers; the loss asks for the original."
+            f"{encoder.width} numbers; the loss is against the original."
         )
         return Picture(panels, note, numbers)
 
 
 def require_corruption(config: Config, images: ImageSpec) -> None:
-    """Raises ValueError when such images cannot be corrupted so."""
+    """Raise UserError when the corruption does not fit the images."""
     if config.corruption in TAKING_COLOURS and images.channels == 1:
         raise UserError(
             f"corruption={config.corruption} takes colours away, but these images have one channel; use "
@@ -175,6 +177,6 @@ def require_corruption(config: Config, images: ImageSpec) -> None:
     if not 0 < corrupt.num_chosen(components, share) < components:
         what = "none" if corrupt.num_chosen(components, share) == 0 else "all"
         raise UserError(
-            f"method.share={share:g} of {components} components came, which corrupts {what} of them, some and not all "
-            "were expected; use another share, or a smaller method.grain"
+            f"got method.share={share:g} of {components} components, which corrupts {what} of them; expected some, not "
+            "all; use another share, or a smaller method.grain"
         )

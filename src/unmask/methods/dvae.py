@@ -1,16 +1,16 @@
 """Discrete VAE: "Zero-Shot Text-to-Image Generation", Ramesh et al. 2021 (DALL-E), section 2.1 and appendix A.
 
-An image becomes a grid of codes out of a codebook, and an image again. In training a code is a soft choice: the scores
-of all codes plus Gumbel noise, through a softmax whose temperature falls; outside training it is the likeliest one.
-The loss is the reconstruction plus a small pull of the scores towards using all codes alike (KL to the uniform prior).
-What is kept are the ids: they are what BEiT, and MAE with target=tokens, predict.
+The encoder maps an image to a grid of codes from a codebook, the decoder maps the codes back to an image. In training a
+code is a soft choice: the scores of all codes plus Gumbel noise, through a softmax whose temperature decreases; in
+evaluation it is the most likely code. The loss is the reconstruction error plus a small KL divergence from the uniform
+prior. BEiT, and MAE with target=tokens, predict the ids of the codes.
 
 Reconstruction is a mean over pixels and channels, KL a mean over codes, as in the paper once its sum is divided by
 256 x 256 x 3: its beta of 6.6 is a `kl_weight` of 6.6 / 192. Temperature and KL weight follow half a cosine.
 
-Differs from the paper: no running average of the weights (there 0.999); images are cropped by the loader, as for every
-method here; schedules are shares of the training instead of numbers of steps. `arch="small"` with the mean square of
-normalised pixels is for images of 32 to 128 pixels and in nobody's paper.
+Differs from the paper: no moving average of the weights (there 0.999); images are cropped by the loader, as for every
+method here; schedules are given as shares of the training instead of numbers of steps. `arch="small"` with the mean
+square of normalised pixels is for images of 32 to 128 pixels and not from a paper.
 
 Letters: B images, C channels, H x W pixels, R x S grid of codes, V codes.
 """
@@ -40,7 +40,8 @@ class Config(MethodConfig):
     """The dVAE's settings.
 
     temperature: of the softmax, at the start and at the end. kl_weight: of the KL term at its end; it starts at 0.
-    temperature_share, kl_share: shares of the training in which they get there.
+    temperature_share, kl_share: shares of the training after which temperature and weight have reached their final
+    values.
     """
 
     name: Literal["dvae"] = "dvae"
@@ -52,7 +53,8 @@ class Config(MethodConfig):
 
 
 class DVAE(Method):
-    """See the module docstring. Raises ValueError when the patch does not divide the image or the network cannot."""
+    """See the module docstring. Raises UserError when the patch does not divide the image or does not fit the
+    architecture."""
 
     encoder: ConvEncoder
 
@@ -63,7 +65,7 @@ class DVAE(Method):
         self.decoder = ConvDecoder(config.encoder, images.channels)
 
     def loss(self, batch: Batch, clock: Clock) -> Loss:
-        """Reconstruction plus weighted KL; the logs say how much of the codebook is used, in this batch."""
+        """Reconstruction error plus weighted KL divergence; logs how much of the codebook this batch uses."""
         logits = self.encoder.logits(batch.images)  # (B, V, R, S)
         temperature, kl_weight = self.schedules(clock.progress)
         guess = self.decoder(gumbel_softmax(logits, temperature, clock.rng))
@@ -82,7 +84,7 @@ class DVAE(Method):
         return Loss(reconstruction + kl_weight * kl, logs)
 
     def schedules(self, progress: float) -> tuple[float, float]:
-        """(temperature, KL weight) when so much of the training is done."""
+        """Return (temperature, KL weight) at this share of the training."""
         config = self.config
         return (
             half_cosine(*config.temperature, progress / config.temperature_share),
@@ -90,7 +92,7 @@ class DVAE(Method):
         )
 
     def reconstruction(self, guess: Tensor, images: Tensor, weights: Tensor | None = None) -> Tensor:
-        """How far a decoder's output is from the images, float32: mean square error or negative log likelihood.
+        """Reconstruction error, float32: mean squared error or negative log-likelihood.
 
         weights: (B, 1, H, W), 0 for pixels that do not count; None where all do.
         """
@@ -99,7 +101,7 @@ class DVAE(Method):
         return logit_laplace(guess, squeeze(self.encoder.unit(images)), weights)
 
     def picture(self, batch: Batch, clock: Clock) -> Picture:
-        """Original, what its codes mean, and the codes themselves, each in a colour of its own."""
+        """Original, its reconstruction from codes, and the codes themselves, one colour each."""
         ids = self.encoder.logits(batch.images).argmax(1)  # (B, R, S)
         perplexity, used = usage(ids, self.config.encoder.codes)
         panels = {
@@ -120,7 +122,7 @@ class DVAE(Method):
         return Picture(panels, note, numbers)
 
     def _colour(self, ids: Tensor, size: torch.Size) -> Tensor:
-        """(B, R, S) -> (B, C, H, W) in the files' units: the codes' colours are spread evenly over all there are."""
+        """Draw codes (B, R, S) -> (B, C, H, W) in the files' units, in evenly distributed colours."""
         low, high = self.encoder.low[:, None, None], self.encoder.high[:, None, None]
         steps = spread(len(low)).to(ids.device)
         shares = (ids[:, None] * steps[:, None, None]).frac()

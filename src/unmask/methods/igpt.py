@@ -1,17 +1,17 @@
 """Image GPT: "Generative Pretraining from Pixels", Chen et al. 2020 (V2), and its code (openai/image-gpt).
 
-An image is a sequence of colours out of a small palette, in raster order. Two objectives on one network: `ar` predicts
-every token from those before it (mean negative log likelihood, in nats per token), `bert` hides each token with
-probability 0.15, takes its content but not its position away, and predicts the hidden ones from all others (mean over
-the hidden tokens of an image, then over images). What is kept are the features in the middle of the network.
+An image is a sequence of colours from a small palette, in raster order. Two objectives on one network: `ar` predicts
+every token from those before it (mean negative log likelihood, in nats per token), `bert` masks each token with
+probability 0.15, which removes its content but not its position, and predicts the masked tokens from all others (mean
+over the masked tokens of an image, then over images). The best features are in the middle of the network.
 
-The palette is made from the data by k-means before the first step and kept in the Run, or given (`unmask pretrain
---palette`), and then its colours stand in the settings.
+The palette is computed from the data by k-means before the first step and stored in the Run, or given (`unmask pretrain
+--palette`) and then part of the settings.
 
 Differs from the paper: a token is the mean of `patch` pixels of the crop, where the paper resamples whole images to 32,
-48 or 64 pixels; the palette is that of the data at hand; positions are not resized, so images of one size only; an
-image without a hidden token (rare, but for short sequences) does not count. As in the paper a probe sees `bert` under
-one mask, or lets several vote (`unmask probe --mask-votes`); `embed` hides nothing.
+48 or 64 pixels; the palette is computed from the training data; positions are not resized, so only one image size is
+accepted; images without a masked token (rare, except for short sequences) do not count. As in the paper `bert` is
+probed under one mask, or by a vote of several (`unmask probe --mask-votes`); `embed` masks nothing.
 
 Letters: B images, N tokens, k colours of the palette, D width.
 """
@@ -39,14 +39,14 @@ from unmask.nn.valid import patch_weights, valid_patches
 from unmask.rng import Draws, Stream
 
 PALETTE_IMAGES = 512
-MASK_PROBABILITY = 0.15  # of the paper, where 0.2 did as well and more did worse
+MASK_PROBABILITY = 0.15  # of the paper; 0.2 was equal there, more was worse
 
 
 class Config(MethodConfig):
     """iGPT's settings.
 
     mask_probability: of each token, for objective=bert (None: 0.15). palette: colours in the files' units, one number
-    per channel, and palette_dtype: of the images they were made from; None makes them from the data.
+    per channel; None computes them from the data. palette_dtype: of the images that a given palette was computed from.
     """
 
     name: Literal["igpt"] = "igpt"
@@ -59,12 +59,14 @@ class Config(MethodConfig):
     @model_validator(mode="after")
     def _nothing_is_ignored(self) -> Config:
         if self.objective != "bert" and self.mask_probability is not None:
-            raise ValueError(f"mask_probability is for objective=bert, but objective={self.objective}; leave it out")
+            raise ValueError(
+                f"mask_probability applies to objective=bert; got objective={self.objective}; leave it out"
+            )
         if (self.palette is None) != (self.palette_dtype is None):
             raise ValueError("palette and palette_dtype go together; give both with --palette PATH, or neither")
         if self.palette is not None and len(self.palette) != self.encoder.colours:
             raise ValueError(
-                f"a palette of {len(self.palette)} colours came for encoder.colours={self.encoder.colours}; leave "
+                f"got a palette of {len(self.palette)} colours and encoder.colours={self.encoder.colours}; leave "
                 "encoder.colours to --palette"
             )
         return self
@@ -74,7 +76,7 @@ class Config(MethodConfig):
 
 
 class IGPT(Method):
-    """See the module docstring. Raises ValueError when the given palette is not one for such images."""
+    """See the module docstring. Raises UserError when the given palette does not fit the images."""
 
     encoder: GPT
     fixed = ("encoder.palette",)
@@ -92,7 +94,7 @@ class IGPT(Method):
             self.encoder.palette.copy_(torch.tensor(config.palette))
 
     def prepare(self, images: Tensor, valid: Tensor | None = None) -> None:
-        """Make the palette, of cells without absent pixels."""
+        """Compute the palette from cells without absent pixels."""
         pixels = self.encoder.shrink(images).flatten(0, 2)
         whole = None if valid is None else patchify(valid[:, None], self.encoder.patch).all(2).flatten()
         pixels = pixels if whole is None or not whole.any() else pixels[whole]
@@ -123,7 +125,7 @@ class IGPT(Method):
         return None if self.causal else self.hide
 
     def picture(self, batch: Batch, clock: Clock) -> Picture:
-        """What the palette leaves of the images, what is given, and how the method goes on from it."""
+        """The quantised images, the part that is given, and how the method completes it."""
         ids, loss = self.encoder.ids(batch.images), self.loss(batch, clock).value
         weights = patch_weights(valid_patches(batch, self.encoder.patch))
         counted = ids if weights is None or not weights.any() else ids[weights > 0][None]
@@ -159,7 +161,7 @@ class IGPT(Method):
         return flags.unflatten(1, self.encoder.grid)[:, None].repeat_interleave(rows, 2).repeat_interleave(cols, 3)
 
     def complete(self, ids: Tensor, given: int, rng: Draws) -> Tensor:
-        """(B, N) ids of which the first `given` are kept and the others drawn, each from what came before it."""
+        """Sample ids (B, N) after the first `given`, each conditioned on those before it."""
         encoder, draws = self.encoder, rng.uniform(ids.shape[1], Stream.COLOURS)
         assert encoder.sos is not None, "only objective=ar goes token by token"
         found, cache = ids.clone(), None
@@ -179,17 +181,17 @@ def mean_over(values: Tensor, hidden: Tensor) -> Tensor:
 
 
 def repeat_or_any(ids: Tensor, colours: int) -> Tensor:
-    """Nats per token of a guess that knows only how often a token is the one before it again: (B, N) -> ()."""
+    """Nats per token of a baseline that knows only how often a token equals the one before it: (B, N) -> ()."""
     again = (ids[:, 1:] == ids[:, :-1]).float().sum() / max(1, ids[:, 1:].numel())
     return torch.special.entr(torch.stack([again, 1 - again])).sum() + (1 - again) * math.log(colours - 1)
 
 
 def require_palette(config: Config, images: ImageSpec) -> None:
-    """Raises ValueError when the palette was made of images of another kind."""
+    """Raise UserError when the palette was computed from images of another dtype or number of channels."""
     assert config.palette is not None
     if config.palette_dtype != images.dtype:
         raise UserError(
-            f"the palette was made of {config.palette_dtype} images, these are {images.dtype}: its colours mean nothing"
+            f"the palette was made of {config.palette_dtype} images, these are {images.dtype}: its colours do not apply"
             " here; make one with `unmask palette` from such images, or leave --palette out"
         )
     channels = {len(colour) for colour in config.palette}

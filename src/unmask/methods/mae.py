@@ -1,17 +1,17 @@
 """Masked autoencoder: "Masked Autoencoders Are Scalable Vision Learners", He et al. 2021.
 
-Hide most patches of an image, encode only the visible ones, rebuild the hidden pixels with a light decoder. The encoder
-is what one keeps. Equal to the official model (`models_mae.py`) in parameters, forward pass and loss; tests hold it to
-the published parameter counts and to an independent implementation.
+Mask most patches of an image, encode only the visible ones, and reconstruct the hidden pixels with a light decoder.
+Only the encoder is used afterwards. Equal to the official model (`models_mae.py`) in parameters, forward pass and loss;
+tests hold it to the published parameter counts and to an independent implementation.
 
-Differs from the official code, without changing a number: only kept patches are embedded and only hidden ones
+Differs from the official code without changing a result: only visible patches are embedded and only hidden ones
 predicted; masks come from counter-based draws that belong to the image, so they do not depend on rank, worker or batch
 position; the number of kept patches does not lose one to float truncation (100 patches at 0.9 keep 10, not 9).
 
 The variants of the paper's Table 1 are settings: decoder depth and width (1a, 1b), mask tokens in the encoder (1c), the
 target (1d), block-wise and grid sampling (1f), and the loss on all patches (footnote 1). Where the paper is silent:
-block-wise masks are made to hide equal numbers (`nn/masks.py`); with mask tokens in the encoder the decoder takes all
-tokens as they come; principal components are centred, not whitened.
+block-wise masks hide the same number of patches in every image (`nn/masks.py`); with mask tokens in the encoder the
+decoder receives all tokens unchanged; principal components are centred, not whitened.
 """
 
 from __future__ import annotations
@@ -40,13 +40,12 @@ class Config(MethodConfig):
     """MAE's settings; the defaults are the paper's, with its best target.
 
     mask: how hidden patches are sampled. Blocks have at least `smallest_block` patches (None: BEiT's share of the grid,
-    16 of 14 x 14). "pattern" hides those marked "#" in `pattern`, one string for each row of the
-    grid; of several patterns one is drawn for each image (`unmask pretrain --masks FILE` fills it in).
-    mask_tokens: where mask tokens enter; "encoder" makes the encoder see them all (Table 1c).
-    target: pixels normalised within each patch, plain pixels, the first `pca_coefficients` principal components of
-    patches (None: an eighth of a patch's values, as 96 of 768), whitened or not, or a dVAE's codes (`unmask pretrain
-    --tokenizer RUN` fills in `tokenizer`, the dVAE's network, and takes its weights).
-    loss_on: the hidden patches, or all.
+    16 of 14 x 14). "pattern" hides those marked "#" in `pattern`, one string for each row of the grid; of several
+    patterns one is sampled for each image (`unmask pretrain --masks FILE` fills it in). mask_tokens: where mask tokens
+    enter; "encoder" makes the encoder see them all (Table 1c). target: pixels normalised within each patch, plain
+    pixels, the first `pca_coefficients` principal components of patches (None: an eighth of a patch's values, as 96 of
+    768), whitened or not, or a dVAE's codes (`unmask pretrain --tokenizer RUN` fills in `tokenizer`, the dVAE's
+    network, and takes its weights). loss_on: the hidden patches, or all.
     """
 
     name: Literal["mae"] = "mae"
@@ -68,11 +67,13 @@ class Config(MethodConfig):
         if (self.mask == "pattern") != (self.pattern is not None):
             raise ValueError("mask=pattern and a pattern go together; give both with --masks FILE, or neither")
         if self.mask != "block" and self.smallest_block is not None:
-            raise ValueError(f"smallest_block is for mask=block, but mask={self.mask}; leave it out")
+            raise ValueError(f"smallest_block applies to mask=block; got mask={self.mask}; leave it out")
         if self.target != "pca" and (self.pca_coefficients is not None or self.pca_whiten):
-            raise ValueError(f"pca_coefficients and pca_whiten are for target=pca, but target={self.target}")
+            raise ValueError(f"pca_coefficients and pca_whiten apply to target=pca; got target={self.target}")
         if self.target != "tokens" and self.tokenizer is not None:
-            raise ValueError(f"a tokenizer is for target=tokens, but target={self.target}; leave it out, or set tokens")
+            raise ValueError(
+                f"a tokenizer applies to target=tokens; got target={self.target}; leave it out, or set tokens"
+            )
         return self
 
     @property
@@ -91,7 +92,7 @@ class Config(MethodConfig):
 
 
 class MAE(Method):
-    """See the module docstring. Raises ValueError when sizes or choices do not fit together, saying which would."""
+    """See the module docstring. Raises UserError, with the fix, when sizes or settings do not fit together."""
 
     encoder: ViT
     patterns: Tensor | None
@@ -130,7 +131,7 @@ class MAE(Method):
         self.target.prepare(patches if whole is None or not whole.any() else patches[whole][None])
 
     def loss(self, batch: Batch, clock: Clock) -> Loss:
-        """How far the guess is from the target, on the hidden patches or on all, in the target's units."""
+        """Error of the prediction, on the hidden patches or on all, in the units of the target."""
         patches = self.encoder.patches(batch.images)  # (B, N, P), normalised
         mask = self.sample(clock)
         valid = valid_patches(batch, self.encoder.patch)
@@ -152,7 +153,7 @@ class MAE(Method):
         return self.decoder(self.see(patches, mask), mask, everywhere=everywhere)
 
     def see(self, patches: Tensor, mask: Mask) -> Tensor:
-        """What the encoder makes of the visible patches: (B, N, P) -> (B, 1 + K, D).
+        """Encode the visible patches: (B, N, P) -> (B, 1 + K, D).
 
         With mask tokens in the encoder it is (B, 1 + N, D), in the order of mask.order.
         """
@@ -163,29 +164,29 @@ class MAE(Method):
         return self.encoder.run(torch.cat([tokens, hidden], 1), mask.order)
 
     def picture(self, batch: Batch, clock: Clock) -> Picture:
-        """Original, masked, prediction, pasted; and what the loss would be for trivial guesses on these images."""
+        """Original, masked, prediction, pasted; and the loss of baselines on these images."""
         patches = self.encoder.patches(batch.images)
         mask = self.sample(clock)
         guess = self.guess(patches, mask, everywhere=True).float()
         valid = valid_patches(batch, self.encoder.patch)
         truth = self.target(patches, batch.images, valid)
-        hidden = guess[:, mask.keep.shape[1] :]  # what is asked for comes last
+        hidden = guess[:, mask.keep.shape[1] :]  # hidden patches are last
         where, scored = (mask.order, guess) if self.everywhere else (mask.drop, hidden)
         numbers = {"loss": self.target.loss(scored, take(truth, where), self.target.weights(valid, where))}
-        if not self.everywhere:  # or the guesses would be scored on other patches than the loss
+        if not self.everywhere:  # else baselines and loss would be of different patches
             numbers |= self.target.trivial(patches, batch.images, mask, valid)
 
         panels = masked_panels(patches, mask, self.target.draw(hidden, patches, batch.images, mask, valid))
-        note = "Only hidden patches are predicted: the loss never asks for the visible ones."
+        note = "Only hidden patches are predicted; the loss ignores the visible ones."
         if self.everywhere:
-            note = "The loss asks for all patches; what is drawn are the hidden ones."
+            note = "The loss covers all patches; the hidden ones are drawn."
         panels = {caption: self.encoder.images(panel) for caption, panel in panels.items()}
         return Picture(panels, note + self.target.note, numbers)
 
 
 def require_mask(config: Config, grid: tuple[int, int]) -> Tensor | None:
-    """The patterns, (n, N) bool, where masks come from patterns. Raises ValueError for a mask that cannot be."""
-    kept = masks.num_kept(grid[0] * grid[1], config.mask_ratio)  # refuses a ratio that hides all, or nothing
+    """Return the patterns, (n, N) bool, or None for masks that are sampled. Raises UserError for an impossible mask."""
+    kept = masks.num_kept(grid[0] * grid[1], config.mask_ratio)  # rejects a ratio that hides all patches, or none
     if config.mask == "grid":
         masks.require_grid(grid, config.mask_ratio)
     if config.mask == "block":
@@ -204,7 +205,7 @@ def require_mask(config: Config, grid: tuple[int, int]) -> Tensor | None:
 
 
 def make_target(config: Config, encoder: ViT) -> Target:
-    """What the decoder predicts. Raises ValueError when that needs a tokenizer and there is none."""
+    """Return the reconstruction target. Raises UserError when it needs a tokenizer and none is given."""
     channels = encoder.spec.channels
     values = encoder.patch[0] * encoder.patch[1] * channels
     if config.target == "tokens":

@@ -8,15 +8,15 @@ head reads a prediction straight from the output token of each corrupted patch. 
     colours_4x4   the patch shrunk to 4 x 4, each cell at 3 bits per channel: 16 parallel softmaxes over 512
     pixels        all values of the patch, normalised with the data set's mean and std: mean square error
 
-The paper leaves open, and here it is so: exactly half of the patches of every image are corrupted (N / 2, rounded up),
-and what happens to each of them is drawn independently, so 80/10/10 holds on average; the other patch is of the same
-image, any but itself; a cross-entropy is the mean over its softmaxes.
+Where the paper is silent: exactly half of the patches of every image are corrupted (N / 2, rounded up), the kind of
+corruption of each is drawn independently, so 80/10/10 holds on average; the other patch is any other patch of the same
+image; a cross-entropy is the mean over its softmaxes.
 
-Differs from the paper, which knows 8-bit RGB alone: one and two channels have one softmax over 8 or 64 colours, four
-and more have one softmax over 8 levels for each channel, since 8^C classes would be too many. Values 0 and 1 of a
-channel are 0 and 255 for 8-bit files; for 16-bit and float32 files, which seldom fill their range, they are the data
-set's mean minus and plus two standard deviations, and what lies beyond counts as 0 or 1. No dropout (the paper's
-supervised training has 0.1).
+Differs from the paper, which has 8-bit RGB only: one and two channels have one softmax over 8 or 64 colours, four and
+more have one softmax over 8 levels for each channel, since 8^C classes would be too many. Values 0 and 1 of a channel
+are 0 and 255 for 8-bit files; for 16-bit and float32 files, which seldom fill their range, they are the data set's mean
+minus and plus two standard deviations, and what lies beyond counts as 0 or 1. No dropout (the paper's supervised
+training has 0.1).
 
 Letters for shapes: B images, C channels, N patches, M corrupted ones, P values of a patch, S cells of a patch.
 """
@@ -67,7 +67,8 @@ class Corruption(NamedTuple):
 
 
 def corrupt(batch: int, grid: tuple[int, int], ratio: float, rng: Draws) -> Corruption:
-    """Exactly as many patches in every image; 80 % / 10 % / 10 % of them by independent draws."""
+    """Choose the same number of patches in every image and how to corrupt each: 80 % / 10 % / 10 % by independent
+    draws."""
     where = random_mask(batch, grid, ratio, rng).drop
     fate, other = rng.uniform(2 * where.shape[1], Stream.REPLACE).chunk(2, 1)  # (B, M) each
     n = grid[0] * grid[1]
@@ -77,7 +78,7 @@ def corrupt(batch: int, grid: tuple[int, int], ratio: float, rng: Draws) -> Corr
 
 
 class MPP(Method):
-    """See the module docstring. Raises ValueError when sizes do not fit together, or no patch would be corrupted.
+    """See the module docstring. Raises UserError when sizes do not fit together, or no patch would be corrupted.
 
     low, high: the file values of each channel that count as 0 and as 1.
     """
@@ -119,7 +120,8 @@ class MPP(Method):
         return Loss(self._cross_entropy(guess, truth, weights), {"colour_accuracy": right})
 
     def weights(self, batch: Batch, change: Corruption) -> Tensor | None:
-        """What counts at the corrupted patches: (B, M, P) values, or (B, M, S x softmaxes) colours; None for all."""
+        """Weights of the loss at the corrupted patches: (B, M, P) of values, or (B, M, S x softmaxes) of colours; None
+        for all."""
         valid = valid_patches(batch, self.encoder.patch)
         if self.pixels:
             return value_weights(valid, change.where)
@@ -140,7 +142,7 @@ class MPP(Method):
         return self.head(take(tokens[:, 1:], change.where))
 
     def target(self, images: Tensor, valid: Tensor | None = None) -> Tensor:
-        """What the head is asked for, at every patch: pixels (B, N, P), or class numbers (B, N, S x softmaxes).
+        """Return the target at every patch: pixels (B, N, P), or class numbers (B, N, S x softmaxes).
 
         valid: (B, H, W) bool, the pixels that colours are means of; None for all.
         """
@@ -154,7 +156,7 @@ class MPP(Method):
         return colour_ids(colours.unflatten(2, (self.side**2 * self.softmaxes, -1)))
 
     def picture(self, batch: Batch, clock: Clock) -> Picture:
-        """Original, corrupted, prediction pasted, and for colours what a perfect prediction would look like."""
+        """Original, corrupted image, prediction pasted, and for colours the best possible prediction."""
         patches = self.encoder.patches(batch.images)
         change = corrupt(len(batch), self.encoder.grid, self.ratio, clock.rng)
         guess = self.guess(patches, change).float()
@@ -194,7 +196,7 @@ class MPP(Method):
         return weighted_mean(nats, weights)
 
     def marginal_entropy(self, truth: Tensor) -> Tensor:
-        """The loss of whoever knows only how often each colour occurs in these patches, for each softmax by itself."""
+        """Loss of a baseline that knows only the frequency of each colour in these patches, per softmax."""
         classes = LEVELS ** (self.encoder.spec.channels // self.softmaxes)
         share = F.one_hot(truth, classes).float().flatten(0, 1).mean(0)  # (S x softmaxes, classes)
         return torch.special.entr(share).sum(-1).mean()

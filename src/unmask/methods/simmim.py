@@ -1,17 +1,17 @@
 """SimMIM: "SimMIM: A Simple Framework for Masked Image Modeling", Xie et al. 2022.
 
-Hide square cells of several patches, put one learnable mask token in the place of their embeddings, send the whole
-sequence through the encoder, and rebuild the hidden pixels with one linear layer from each output token. The loss is
-the mean absolute error over the hidden pixels and their channels, of images normalised with the data's mean and std.
+Mask square cells of several patches, replace their embeddings by one learnable mask token, encode the whole sequence,
+and reconstruct the hidden pixels with one linear layer from each output token. The loss is the mean absolute error over
+the hidden pixels and their channels, of images normalised with the data's mean and std.
 
-The head is the official 1 x 1 convolution and pixel shuffle, written as the linear layer on patches that it is; it
-keeps torch's initial weights, as there. The official ViT has one relative position bias for all blocks, no absolute
-positions, LayerScale 0.1 and a LayerNorm at the end: `simmim_base` asks the encoder for the same.
+The head is the official 1 x 1 convolution and pixel shuffle, written as the equivalent linear layer on patches, with
+torch's initial weights as in the official code. The official ViT has one relative position bias for all blocks, no
+absolute positions, LayerScale 0.1 and a LayerNorm at the end: `simmim_base` configures the encoder alike.
 
 Differs from the official code: masks come from counter-based draws that belong to the image; initial weights of the
-encoder are this package's, instead of normal ones (standard deviation 0.02) shrunk with depth; keys have a bias; the
-class token is decayed; no stochastic depth (there 0.1); the denominator lacks a term of 1e-5; the Swin encoders of the
-paper are not built.
+encoder are this package's, instead of normal ones (standard deviation 0.02) shrunk with depth; keys have a bias; weight
+decay applies to the class token; no stochastic depth (there 0.1); the denominator lacks a term of 1e-5; there are no
+Swin encoders.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Config(MethodConfig):
 
 
 def num_hidden(num_cells: int, ratio: float) -> int:
-    """How many cells are hidden: ratio x cells rounded up. Raises ValueError when none would stay visible."""
+    """How many cells are hidden: ratio x cells rounded up. Raises UserError when none would stay visible."""
     hidden = math.ceil(num_cells * ratio - 1e-6)
     if not 0 < hidden < num_cells:
         least = f"of at most {(num_cells - 1) / num_cells:.3g}" if num_cells > 1 else "only with more cells"
@@ -61,7 +61,7 @@ def num_hidden(num_cells: int, ratio: float) -> int:
 
 
 def cells_of(grid: tuple[int, int], cell: tuple[int, int]) -> tuple[int, int]:
-    """(rows, cols) of cells of `cell` patches on `grid`. Raises ValueError when cells do not tile it."""
+    """(rows, cols) of cells of `cell` patches on `grid`. Raises UserError when cells do not tile it."""
     if grid[0] % cell[0] or grid[1] % cell[1]:
         raise UserError(
             f"cells of {cell[0]} x {cell[1]} patches do not tile the grid of {grid[0]} x {grid[1]} patches; "
@@ -72,7 +72,7 @@ def cells_of(grid: tuple[int, int], cell: tuple[int, int]) -> tuple[int, int]:
 
 
 def cell_mask(batch: int, grid: tuple[int, int], cell: tuple[int, int], ratio: float, rng: Draws) -> Mask:
-    """Whole cells hidden, uniformly without replacement, each image its own; both parts in raster order."""
+    """Sample whole cells to hide, uniformly without replacement, for each image; both parts are in raster order."""
     rows, cols = cells_of(grid, cell)
     noise = rng.uniform(rows * cols)
     assert len(noise) == batch, "the draws belong to another batch"
@@ -94,7 +94,7 @@ def mean_absolute(guess: Tensor, truth: Tensor, weights: Tensor | None = None) -
 
 
 class SimMIM(Method):
-    """See the module docstring. Raises ValueError when sizes do not fit together, saying which would."""
+    """See the module docstring. Raises UserError when sizes do not fit together, and names values that do."""
 
     encoder: ViT
 
@@ -124,7 +124,7 @@ class SimMIM(Method):
         return self.head(take(encoder.run(encoder.place(tokens))[:, 1:], mask.drop))
 
     def picture(self, batch: Batch, clock: Clock) -> Picture:
-        """Original, masked, prediction, pasted; and what the loss would be for trivial guesses on these images."""
+        """Original, masked, prediction, pasted; and the loss of baselines on these images."""
         patches = self.encoder.patches(batch.images)
         mask = cell_mask(len(patches), self.encoder.grid, self.cell, self.ratio, clock.rng)
         guess = self.guess(patches, mask).float()

@@ -1,4 +1,4 @@
-"""How well a model names the class of every pixel: intersection over union, at the images' original size.
+"""Mean intersection over union of segmentation masks, at the original size of the images.
 
 The model sees each image whole, squeezed or stretched to the size it works at; its scores are enlarged bilinearly to
 the size of the file, and there the best class of each pixel is held against the mask. Pixels that are IGNORED do not
@@ -49,8 +49,8 @@ class Tally:
     def add(self, guess: Int[Tensor, "H W"], truth: Int[Tensor, "H W"]) -> None:
         """Count one image; truth is IGNORED where it does not count."""
         count = len(self.classes)
-        judged = truth != IGNORED
-        pairs = truth[judged].long() * count + guess[judged].long()
+        counted = truth != IGNORED
+        pairs = truth[counted].long() * count + guess[counted].long()
         one = torch.bincount(pairs, minlength=count * count).reshape(count, count).cpu().numpy()
         self.confusion += one
         self.images.append(np.stack([one.diagonal(), one.sum(1), one.sum(0)]))
@@ -91,7 +91,7 @@ def measure(
     """Judge a model on these images.
 
     logits: (B, C, h, w) images -> (B, K, _, _) scores. batches: of whole images (`loader.Images` with `whole`). truth:
-    row of an image -> (H, W) classes at the size of the file (`Maps.read`). Raises UserError where nothing is judged.
+    row of an image -> (H, W) classes at the size of the file (`Maps.read`). Raises UserError where no pixel counts.
     """
     tally = Tally(tuple(classes))
     with torch.no_grad():
@@ -119,10 +119,7 @@ def score(tally: Tally, *, seed: int = 0) -> Scores:
     each = np.array(tally.images).reshape(len(tally.images), 3, len(tally.classes))  # (n, 3, K)
     total = each.sum(0)
     if not total[1].any():
-        raise UserError(
-            f"no pixel of {len(each)} images is judged: masks hold nothing but ignored ids, and others were expected; "
-            "ignore fewer"
-        )
+        raise UserError(f"no pixel of {len(each)} images counts: the masks contain only ignored ids; ignore fewer")
     draws = np.random.default_rng(seed).multinomial(len(each), np.full(len(each), 1 / len(each)), RESAMPLES)
     resampled = (draws.astype(float) @ each.reshape(len(each), -1)).reshape(RESAMPLES, *total.shape)
     means = mean_iou(*resampled.swapaxes(0, 1))

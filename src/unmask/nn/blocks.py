@@ -1,8 +1,8 @@
 """The transformer block of ViT as official MAE builds it (timm 0.3.2 style), and its initialisation.
 
 Pre-norm; one fused qkv projection with bias; exact (erf) GELU; hidden width 4 D; LayerNorm eps 1e-6 (PyTorch's default
-of 1e-5 differs silently); no dropout or qk-norm. LayerScale and a bias on attention scores are there for those who ask
-(BEiT), and stochastic depth for fine-tuning. Parameter names are timm's.
+of 1e-5 differs silently); no dropout or qk-norm. Optional: LayerScale and a bias on attention scores (BEiT), and
+stochastic depth for fine-tuning. Parameter names are timm's.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from unmask.nn.linear_layer import Linear, linear
 from unmask.nn.recompute import recomputed
 
 LAYER_NORM_EPS = 1e-6
-LONGEST_PLAIN = 256  # tokens; beyond, keeping the scores would cost more memory than the time is worth
+LONGEST_PLAIN = 256  # tokens; beyond, the memory of the scores costs more than the time saved
 
 
 def layer_norm(width: int) -> nn.LayerNorm:
@@ -32,7 +32,7 @@ def attend(
     *,
     causal: bool = False,
 ) -> Float[Tensor, "B heads N d"]:
-    """softmax(q k^T / sqrt(d) + bias) v. causal: no token looks at a later one; N = K then, and there is no bias.
+    """softmax(q k^T / sqrt(d) + bias) v. causal: no token attends to a later one; then N = K and there is no bias.
 
     On CPUs the fused kernel's backward pass in bfloat16 is three to ten times slower than the two plain products for
     the few tokens that masking leaves (`benchmarks/attention.py`), so there the products are written out, as long as
@@ -66,7 +66,7 @@ class Attention(nn.Module):
     def forward(
         self, x: Float[Tensor, "B N D"], bias: Float[Tensor, "*B heads Q N"] | None = None, last: int | None = None
     ) -> Float[Tensor, "B Q D"]:
-        """last: so many tokens at the end (1 or more) look at all others, and Q is this number; None: all do, Q = N."""
+        """last: only this many tokens at the end (1 or more) are queries, Q = last; None: all are, Q = N."""
         if last is None:
             q, k, v = self._by_head(self.qkv(x), 3)
         else:
@@ -125,10 +125,10 @@ class Block(nn.Module):
         paths: Float[Tensor, "2 B 1 1"] | None = None,
         last: int | None = None,
     ) -> Float[Tensor, "B Q D"]:
-        """paths: a factor for each addend of each image, as `draw_paths` makes them; None takes both as they are.
+        """paths: a factor for each residual branch of each image, from `draw_paths`; None for 1.
 
-        last: only so many tokens at the end are wanted (None: all, Q = N). They come out as they would with the others,
-        which are looked at and spared the rest.
+        last: compute only this many tokens at the end (None: all, Q = N). Their values are the same as with all tokens;
+        the others serve as keys and values only.
         """
         attended = self.ls1(self.attn(self.norm1(x), bias, last))
         x = x if last is None else x[:, -last:]
@@ -138,10 +138,10 @@ class Block(nn.Module):
 
 
 def draw_paths(draws: Float[Tensor, "B L2"], rate: float) -> Float[Tensor, "L 2 B 1 1"]:
-    """Stochastic depth (Huang et al. 2016) from two uniform draws for each block: which addends of which image count.
+    """Stochastic depth (Huang et al. 2016): factors for the residual branches of each image, from two draws per block.
 
-    The probability to leave one out rises linearly from 0 in the first block to `rate` in the last, as in the official
-    fine-tuning; what is kept is divided by its probability.
+    The drop probability rises linearly from 0 in the first block to `rate` in the last, as in the official fine-tuning;
+    branches that are kept are divided by their probability.
     """
     depth = draws.shape[1] // 2
     kept = 1 - torch.linspace(0, rate, depth, device=draws.device)[:, None, None, None, None]

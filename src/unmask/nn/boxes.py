@@ -1,7 +1,7 @@
-"""Rectangles in images: how much two of them overlap, which of many are the same thing found twice, and their outlines.
+"""Boxes in images: overlap, non-maximum suppression, clipping and drawing.
 
 A box is (x1, y1, x2, y2) in pixels, x to the right and y down, with x1 <= x2 and y1 <= y2; the pixel in the corner
-covers (0, 0, 1, 1). Plain torch: torchvision is not asked for.
+covers (0, 0, 1, 1). Plain torch, without torchvision.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-TINY = 1e-9  # keeps a box without area from dividing zero by zero
+TINY = 1e-9  # avoids 0 / 0 for a box without area
 
 
 def area(boxes: Float[Tensor, "*n 4"]) -> Float[Tensor, "*n"]:
@@ -45,17 +45,17 @@ def giou(a: Float[Tensor, "*n 4"], b: Float[Tensor, "*n 4"]) -> Float[Tensor, "*
 def suppress(
     boxes: Float[Tensor, "n 4"], scores: Float[Tensor, "n"], labels: Int[Tensor, "n"], threshold: float
 ) -> Int[Tensor, "k"]:
-    """Greedy non-maximum suppression within each class: the rows that stay, best score first.
+    """Greedy non-maximum suppression within each class; return the rows that remain, best score first.
 
-    A box goes when a better one of the same class that itself stays overlaps it by an IoU above `threshold`. Waits for
-    the device once.
+    A box is suppressed when a remaining better one of the same class overlaps it with an IoU above `threshold`. Waits
+    for the device once.
     """
     order = scores.argsort(descending=True, stable=True)
     boxes, labels = boxes[order], labels[order]
     rivals = ((pairwise_iou(boxes, boxes) > threshold) & (labels[:, None] == labels[None])).cpu()
     gone = torch.zeros(len(boxes), dtype=torch.bool)
     stays = []
-    for row, is_gone in enumerate(gone.numpy()):  # a view: what is ruled out below is seen here
+    for row, is_gone in enumerate(gone.numpy()):  # a view, so suppression below takes effect here
         if not is_gone:
             stays.append(row)
             gone |= rivals[row]
@@ -63,7 +63,7 @@ def suppress(
 
 
 def clip(boxes: Float[Tensor, "*n 4"], size: tuple[int, int]) -> Float[Tensor, "*n 4"]:
-    """Without what lies outside an image of `size` = (H, W) pixels."""
+    """Clip boxes to an image of `size` = (H, W) pixels."""
     high, wide = size
     x1, y1, x2, y2 = boxes.unbind(-1)
     return torch.stack([x1.clamp(0, wide), y1.clamp(0, high), x2.clamp(0, wide), y2.clamp(0, high)], -1)
@@ -72,7 +72,7 @@ def clip(boxes: Float[Tensor, "*n 4"], size: tuple[int, int]) -> Float[Tensor, "
 def outline(
     image: Float[Tensor, "C H W"], boxes: Float[Tensor, "n 4"], colours: Float[Tensor, "n C"]
 ) -> Float[Tensor, "C H W"]:
-    """A copy of the image with the rim of each box painted in its colour; lines as wide as 1 % of the shorter side."""
+    """Draw each box in its colour on a copy of the image, with lines as wide as 1 % of the shorter side."""
     image, (high, wide) = image.clone(), image.shape[1:]
     line = max(1, round(min(high, wide) / 100))
     for (x1, y1, x2, y2), colour in zip(clip(boxes, (high, wide)).round().int().tolist(), colours, strict=True):

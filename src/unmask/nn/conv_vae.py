@@ -3,9 +3,9 @@
 `dalle` is the published architecture (openai/DALL-E): 7 x 7 convolution, four groups of residual bottleneck blocks with
 pooling by 2 between them, so one code for 8 x 8 pixels; its decoder is the mirror. `small` is for images of 32 to 128
 pixels: strided 4 x 4 convolutions, each halving the sides, then residual blocks; its decoder is the mirror too. In both
-the decoder's first 1 x 1 convolution is the codebook: the column of a code is what the code means.
+the decoder's first 1 x 1 convolution is the codebook: one column is the embedding of one code.
 
-A `Tokenizer` is both networks with frozen weights: what BEiT, or MAE with token targets, takes from a trained dVAE.
+A `Tokenizer` is both networks of a trained dVAE with frozen weights, for BEiT and for MAE with token targets.
 
 Letters: B images, C channels, R x S grid of codes, V codes, O values the decoder predicts for a pixel.
 """
@@ -30,11 +30,11 @@ from unmask.nn.losses import full_precision
 from unmask.nn.patches import grid_of, normalise
 from unmask.nn.vit import Pair
 
-LOGIT_LAPLACE_EPS = 0.1  # pixels are mapped into [0.1, 0.9], where the logit is tame
+LOGIT_LAPLACE_EPS = 0.1  # pixels are mapped into [0.1, 0.9], where the logit is bounded
 DALLE_BLOCKS = 2  # of each of the four groups
 DALLE_GROUPS = (1, 2, 4, 8)  # their widths over the first one's
 DALLE_EMBEDDING = 128
-SMALL_BLOCKS = 2  # residual blocks on either side, unless another depth is asked for
+SMALL_BLOCKS = 2  # residual blocks on either side, unless depth is set
 
 
 class ConvVAEConfig(EncoderConfig):
@@ -42,8 +42,7 @@ class ConvVAEConfig(EncoderConfig):
 
     arch "dalle": `width` of the first group (256 in the paper), patch 8 x 8, and a depth of its own. arch "small":
     `width` of every layer, a square power of two as patch, `depth` residual blocks on either side (None: 2). loss: what
-    the decoder predicts, and so how it is trained: "mse" the normalised pixels, "logit_laplace" mean and scale of
-    DALL-E's density.
+    the decoder predicts: "mse" the normalised pixels, "logit_laplace" mean and scale of DALL-E's density.
     """
 
     arch: Literal["small", "dalle"] = "small"
@@ -59,7 +58,7 @@ class ConvVAEConfig(EncoderConfig):
 
 
 class Residual(nn.Module):
-    """`x` plus `gain` times what the layers make of it; the way round is a 1 x 1 convolution where widths differ."""
+    """Residual block, x + gain * layers(x); the skip connection is a 1 x 1 convolution where widths differ."""
 
     def __init__(self, inside: int, outside: int, kernels: tuple[int, ...], gain: float) -> None:
         super().__init__()
@@ -86,7 +85,7 @@ def conv(inside: int, outside: int, kernel: int, stride: int = 1) -> nn.Conv2d:
 
 
 def dalle_encoder(channels: int, width: int) -> tuple[nn.Sequential, int]:
-    """Up to the last hidden map, and its width."""
+    """Return the layers up to the last hidden map, and its width."""
     widths, gain = [width * n for n in DALLE_GROUPS], 1 / (len(DALLE_GROUPS) * DALLE_BLOCKS) ** 2
     layers: list[nn.Module] = [conv(channels, width, 7)]
     for before, after in zip([width, *widths[:-1]], widths, strict=True):
@@ -125,7 +124,7 @@ def small_decoder(config: ConvVAEConfig, out: int) -> nn.Sequential:
 
 
 class ConvEncoder(ImageEncoder):
-    """Images to scores of codes. Raises ValueError when the patch is none that the architecture can make.
+    """Images to scores of codes. Raises UserError for a patch that the architecture does not support.
 
     mean, std: of the data set, per channel. low, high: the file values that count as 0 and 1.
     """
@@ -151,7 +150,7 @@ class ConvEncoder(ImageEncoder):
         self.head = conv(self.width, config.codes, 1)
 
     def unit(self, images: Shaped[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
-        """File values -> [0, 1]; what lies beyond counts as 0 or 1."""
+        """File values -> [0, 1]; values outside are clipped."""
         low, high = self.low[:, None, None], self.high[:, None, None]
         return ((images.to(torch.float32) - low) / (high - low)).clamp(0, 1)
 
@@ -195,11 +194,11 @@ class ConvDecoder(nn.Module):
         self.layers = dalle_decoder(config.codes, config.width, out) if dalle else small_decoder(config, out)
 
     def forward(self, shares: Float[Tensor, "B V R S"]) -> Float[Tensor, "B O H W"]:
-        """`shares`: how much of every code there is at every place; one-hot for ids."""
+        """`shares`: weights of the codes at every place; one-hot for ids."""
         return self.layers(shares)
 
     def paint(self, ids: Int[Tensor, "B R S"]) -> Float[Tensor, "B O H W"]:
-        """As `forward` with one-hot shares, whose product with the codebook is a look-up, in V times less memory."""
+        """As `forward` with one-hot shares, by look-up in the codebook, with V times less memory."""
         book = self.layers[0]
         assert isinstance(book, nn.Conv2d), "the 1 x 1 convolution that is the codebook"
         assert book.bias is not None
@@ -213,20 +212,20 @@ def squeeze(unit: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
 
 
 def require_patch(config: ConvVAEConfig) -> None:
-    """Raises ValueError for a patch that the architecture cannot make, or a depth that it would ignore."""
+    """Raise UserError for a patch that the architecture does not support, or a depth that it would ignore."""
     height, width = config.patch
     if config.arch == "dalle" and config.depth is not None:
-        raise UserError(f"depth={config.depth} came; the architecture dalle has its own, leave it out")
+        raise UserError(f"got depth={config.depth}; the architecture dalle has its own; leave it out")
     if config.arch == "dalle" and config.patch != (8, 8):
-        raise UserError(f"a patch of {height} x {width} came; the architecture dalle has 8 x 8 pixels for each code")
-    if height != width or height & (height - 1) or height < 2:
         raise UserError(
-            f"a patch of {height} x {width} came for a dVAE, which halves the sides some times over; use 2, 4, 8 or 16"
+            f"got a patch of {height} x {width}; the architecture dalle has one code per 8 x 8 pixels; set 8"
         )
+    if height != width or height & (height - 1) or height < 2:
+        raise UserError(f"got a patch of {height} x {width}; a dVAE halves the sides repeatedly; use 2, 4, 8 or 16")
 
 
 def require_tokenizer(config: ConvVAEConfig | None) -> ConvVAEConfig:
-    """Raises ValueError when there is none: codes are never made up."""
+    """Return the tokenizer's settings. Raises UserError when there are none."""
     if config is None:
         raise UserError(
             "the target is a dVAE's codes, but no tokenizer was given; train one with `unmask pretrain DATA --recipe "
@@ -236,11 +235,11 @@ def require_tokenizer(config: ConvVAEConfig | None) -> ConvVAEConfig:
 
 
 class Tokenizer(nn.Module):
-    """A trained dVAE as others use it: frozen, images in, one id for every patch of `patch` pixels out.
+    """A trained, frozen dVAE that maps images to one id for every patch of `patch` pixels.
 
-    Its state dict is that of the method `dvae`, from which it is grafted. Where its own patches are smaller, it sees
-    images shrunk by that factor (BEiT: 224 pixels with patch 16, 112 for the tokenizer with patch 8). Raises ValueError
-    when its grid of codes would not be the grid of patches.
+    Its state dict is that of the method `dvae`, whose weights it receives. Where its own patches are smaller, images
+    are resized by that factor (BEiT: 224 pixels with patch 16, 112 for the tokenizer with patch 8). Raises UserError
+    when its grid of codes differs from the grid of patches.
     """
 
     def __init__(self, config: ConvVAEConfig, images: ImageSpec, patch: tuple[int, int]) -> None:
@@ -264,11 +263,11 @@ class Tokenizer(nn.Module):
         """The likeliest code of every patch, in raster order."""
         if images.shape[2:] != self.size:
             images = F.interpolate(images.float(), self.size, mode="bicubic", antialias=True, align_corners=False)
-        with full_precision(images.device):  # near ties must not hang on the precision
+        with full_precision(images.device):  # near ties must not depend on the precision
             return self.encoder.logits(images).argmax(1).flatten(1)
 
     @torch.no_grad()
     def paint(self, ids: Int[Tensor, "B N"], size: tuple[int, int]) -> Float[Tensor, "B C H W"]:
-        """What the codes mean, as images of `size` in the files' units."""
+        """Decode codes to images of `size` in the files' units."""
         images = self.encoder.images(self.decoder.paint(ids.unflatten(1, self.grid)))
         return images if size == self.size else F.interpolate(images, size, mode="bilinear", align_corners=False)

@@ -1,7 +1,7 @@
-"""What a denoising autoencoder does to its input (Vincent et al. 2008 and 2010), as functions of uniform draws.
+"""Corruptions of a denoising autoencoder's input (Vincent et al. 2008 and 2010), as functions of uniform draws.
 
-Each takes pixels (B, C, H, W) as the network sees them and draws in [0, 1), and returns the corrupted pixels and where
-they were touched, (B, C, H, W) bool: what lies outside is bit-equal. The draws belong to the image (`rng.py`).
+Each takes pixels (B, C, H, W) as the network sees them and draws in [0, 1), and returns the corrupted pixels and a mask
+of the corrupted ones, (B, C, H, W) bool: the others are bit-equal. The draws belong to the image (`rng.py`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SMALLEST_DRAW = 2.0**-25  # half of the smallest step, so that no quantile is in
 
 
 def num_chosen(components: int, share: float) -> int:
-    """How many of an image's components a share of them is: round(share x n)."""
+    """Number of components to corrupt: round(share x n)."""
     return round(share * components)
 
 
@@ -75,18 +75,18 @@ def gaussian(pixels: Pixels, draws: Float[Tensor, "B n"], sigma: float) -> tuple
 
 
 def gray(pixels: Pixels) -> tuple[Pixels, Touched]:
-    """Every channel becomes the plain mean of all, however many: left is brightness, to be found are colours."""
+    """Replace every channel by the mean of all: brightness remains, colours are to be predicted."""
     return pixels.mean(1, keepdim=True).expand_as(pixels), torch.ones_like(pixels, dtype=torch.bool)
 
 
 def single_channel(pixels: Pixels, draws: Float[Tensor, "B 1"]) -> tuple[Pixels, Touched]:
-    """One channel of each image stays, drawn; the others become 0."""
+    """Keep one random channel of each image; set the others to 0."""
     touched = ~_one_channel(pixels, draws)
     return torch.where(touched, 0.0, pixels), touched
 
 
 def drop_channel(pixels: Pixels, draws: Float[Tensor, "B 1"]) -> tuple[Pixels, Touched]:
-    """One channel of each image becomes 0, drawn; the others stay."""
+    """Set one random channel of each image to 0."""
     touched = _one_channel(pixels, draws)
     return torch.where(touched, 0.0, pixels), touched
 

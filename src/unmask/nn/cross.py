@@ -1,10 +1,11 @@
-"""CrossMAE's decoder: every hidden patch asks the visible ones on its own ("Rethinking Patch Dependence", Fu et al.).
+"""CrossMAE's decoder: every hidden patch attends to the visible ones independently ("Rethinking Patch Dependence", Fu
+et al.).
 
-A query is the mask token plus a position. It reads the encoder's tokens by cross-attention and never looks at another
-query, so any subset of the hidden patches can be asked for, and the answers do not change with the subset. Block j
-reads its own learned mixture of the outputs of ALL encoder blocks and of their input ("inter-block attention"), behind
-a LayerNorm of its own. Parameters, sizes and initial weights are those of the official code (`models_cross.py`,
-`transformer_utils.py`); only its unused class position is left out.
+A query is the mask token plus a position. It attends to the encoder's tokens and never to another query, so any subset
+of the hidden patches can be predicted, with predictions that do not depend on the subset. Block j reads its own learned
+mixture of the outputs of ALL encoder blocks and of their input ("inter-block attention"), behind a LayerNorm of its
+own. Parameters, sizes and initial weights are those of the official code (`models_cross.py`, `transformer_utils.py`);
+only its unused class position is left out.
 
 Letters for shapes: B images, K1 class token and visible patches, M queries, D width of the encoder, d of the decoder,
 P values of a patch.
@@ -45,7 +46,7 @@ class CrossAttention(nn.Module):
 
 
 class CrossBlock(nn.Module):
-    """x + CrossAttention(norm x, seen), then x + MLP(norm x). `seen` comes normalised."""
+    """x + CrossAttention(norm x, seen), then x + MLP(norm x). `seen` is normalised already."""
 
     def __init__(self, width: int, heads: int, seen_width: int, mlp_ratio: float = 4.0) -> None:
         super().__init__()
@@ -81,7 +82,7 @@ class InterBlock(nn.Module):
 class CrossDecoder(nn.Module):
     """See the module docstring. `sources`: how many feature maps are mixed; None means that the last one is read alone.
 
-    Raises ValueError when the heads do not divide the width, or the width is not a multiple of 4.
+    Raises UserError when the heads do not divide the width, or the width is not a multiple of 4.
     """
 
     def __init__(
@@ -98,7 +99,7 @@ class CrossDecoder(nn.Module):
         init_linears(self)
 
     def forward(self, layers: Sequence[Float[Tensor, "B K1 D"]], where: Int[Tensor, "B M"]) -> Float[Tensor, "B M P"]:
-        """A guess for each of the patches `where`, from the encoder's feature maps, earliest first."""
+        """Predict the patches `where` from the encoder's feature maps, earliest first."""
         seen = self.inter_block(layers) if self.inter_block else [layers[-1]] * len(self.blocks)
         x = self.mask_token + take(self.pos_embed.expand(len(where), -1, -1), where)  # (B, M, d)
         for block, tokens in zip(self.blocks, seen, strict=True):

@@ -1,4 +1,4 @@
-"""Decoders: from what the encoder saw to a guess of what it did not see. Thrown away after pre-training."""
+"""Decoders, which predict hidden patches from the encoder's tokens; discarded after pre-training."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class DecoderConfig(Settings):
 class LightDecoder(nn.Module):
     """MAE's decoder (section 3): narrow transformer over the visible tokens and one shared mask token per hidden patch.
 
-    Equal to the official one, less the idle work: tokens are not shuffled back to raster order (attention does not mind
-    the order, each token carries its position), and in the last block only the patches that are asked for ask and go
-    on, to the prediction layer.
+    Equal to the official one without its redundant compute: tokens are not put back into raster order (attention does
+    not depend on the order, each token carries its position), and in the last block and the prediction layer only the
+    predicted patches are computed.
 
-    out: numbers predicted for a patch. fills: False when the encoder saw mask tokens itself and hands on all N tokens.
+    out: numbers predicted for a patch. fills: False when the encoder already had mask tokens and returns all N tokens.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class LightDecoder(nn.Module):
         init_linears(self)
 
     def forward(self, seen: Float[Tensor, "B K1 D"], mask: Mask, *, everywhere: bool = False) -> Float[Tensor, "B Q P"]:
-        """A guess for each of mask.drop, or with `everywhere` for each of mask.order.
+        """Predict the patches mask.drop, or with `everywhere` those of mask.order.
 
         `seen`: class token, and the visible tokens in the order of mask.keep (all in that of mask.order when the
         decoder does not fill).

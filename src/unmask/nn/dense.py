@@ -1,11 +1,11 @@
-"""The dense autoencoder's two halves: a whole image as one vector in, a small code, and mirrored out again.
+"""Encoder and decoder of the dense autoencoder: an image as one vector, a small code, and the mirrored way back.
 
 Hinton & Salakhutdinov 2006, "Reducing the dimensionality of data with neural networks": hidden layers with one
-activation, a linear code, and a decoder with the same sizes in reverse. Any image size, but always the same one.
+activation, a linear code, and a decoder with the same sizes in reverse. One image size, which may be any.
 
 Weights start Xavier-uniform (Glorot & Bengio 2010, for units of slope 1); those before a logistic unit, whose slope is
-a quarter, four times as wide. Without the four, the stack of 2006 trained at once stays at one principal component for
-the first thousand steps.
+a quarter, four times as wide. Without this factor the 2006 network, trained end to end, stays at one principal
+component for the first thousand steps.
 
 Letters: B images, C channels, H x W pixels, P = C x H x W values of an image, D length of the code.
 """
@@ -37,9 +37,9 @@ class DenseConfig(EncoderConfig):
 
     activation: of the hidden layers; "linear" makes the autoencoder affine, which then learns principal components.
     loss: "mse", the mean square error of pixels normalised over the data set; or "bce", the cross-entropy of pixels in
-    [0, 1] taken as probabilities, which is how the images are shown to the network then. 0 and 1 are 0 and 255 for
-    uint8, and two standard deviations on either side of the mean for uint16 and float32 (`ImageSpec.value_range`), with
-    what lies beyond clipped.
+    [0, 1] taken as probabilities, which are also the input of the network then. 0 and 1 are 0 and 255 for uint8, and
+    two standard deviations on either side of the mean for uint16 and float32 (`ImageSpec.value_range`), with values
+    beyond clipped.
     """
 
     hidden: tuple[PositiveInt, ...] = (1000, 500, 250)
@@ -57,7 +57,7 @@ def dense(sizes: list[int], activation: str) -> nn.Sequential:
 
 
 def init_dense(layers: nn.Sequential) -> None:
-    """The starting weights of the module docstring; biases at zero."""
+    """Initialise weights as in the module docstring, biases with zero."""
     init_linears(layers)
     for layer, following in pairwise(layers):
         if isinstance(following, nn.Sigmoid) and isinstance(layer, nn.Linear):
@@ -90,7 +90,7 @@ class DenseEncoder(ImageEncoder):
         init_dense(self.layers)
 
     def pixels(self, images: Shaped[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
-        """Images as the network sees them. Raises ValueError unless size and channels are those of training."""
+        """Images as the network sees them. Raises UserError unless size and channels are those of training."""
         self.require_shape(images)
         pixels = (images.to(torch.float32) - self.shift) / self.scale
         return pixels.clamp(0, 1) if self.clipped else pixels
@@ -100,17 +100,17 @@ class DenseEncoder(ImageEncoder):
         return pixels.float() * self.scale + self.shift
 
     def drawn(self, guess: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
-        """What a decoder says, as images in the files' own units."""
+        """Convert the output of a decoder to images in the files' own units."""
         return self.images(guess.float().sigmoid() if self.clipped else guess)
 
     def errors(self, guess: Float[Tensor, "B C H W"], pixels: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
-        """How far what a decoder says is from the truth: squares, or cross-entropies in nats; float32."""
+        """Error of each pixel: squares, or cross-entropies in nats; float32."""
         if self.clipped:
             return F.binary_cross_entropy_with_logits(guess.float(), pixels, reduction="none")
         return (guess.float() - pixels).square()
 
     def mean_colour(self, pixels: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
-        """What a decoder says that has learnt nothing but the data set's mean colour."""
+        """Output of a baseline decoder that predicts the data set's mean colour."""
         mean = torch.tensor(self.spec.mean, device=pixels.device)[:, None, None]
         colour = self.pixels(mean.expand_as(pixels))
         return colour.logit(SURELY_NOT) if self.clipped else colour

@@ -1,4 +1,4 @@
-"""What every encoder returns, and all that probes, fine-tuning, segmentation and export know of it."""
+"""What every encoder returns; probes, fine-tuning and export use nothing else."""
 
 from __future__ import annotations
 

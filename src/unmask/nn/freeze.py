@@ -1,4 +1,4 @@
-"""Which part of an encoder learns with a task's head: nothing, its last blocks, or all (He et al. 2021, Fig. 9)."""
+"""Freeze an encoder for a task: completely, up to its last blocks, or not at all (He et al. 2021, Fig. 9)."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ MLP_ALONE = 0.5
 
 
 def check_blocks(asked: float | None, depth: int) -> None:
-    """Raises ValueError for a number of last blocks that an encoder of `depth` blocks has not."""
+    """Raise ValueError, for a validator, unless an encoder of `depth` blocks has this number of last blocks."""
     if asked is not None and asked != MLP_ALONE and asked not in range(depth + 1):
         raise ValueError(
-            f"last_blocks={asked:g} came, but this encoder has {depth} blocks; 0 (the head alone), 0.5 (the MLP of "
+            f"last_blocks={asked:g} ; expected 0 (the head alone), 0.5 (the MLP of "
             f"the last block) or a whole number up to {depth} was expected"
         )
 
 
 def freeze(encoder: ViT, last_blocks: float | None) -> None:
-    """Leave a gradient to the last blocks only. The encoder's own final norm is not used, so it never has one."""
+    """Train only the last blocks. The encoder's final norm is not used by tasks, so it is always frozen."""
     depth = len(encoder.blocks)
     encoder.norm.requires_grad_(False)
     if last_blocks is None or last_blocks == depth:

@@ -38,8 +38,8 @@ Cache = list[tuple[Tensor, Tensor]]
 class GPTConfig(EncoderConfig):
     """Size of an iGPT. `patch`: pixels that are averaged into one token, (height, width). `colours`: of the palette.
 
-    feature_layer: whose normalised input is what the encoder returns, 0 for the first block's, depth for the end of
-    all; None is the middle, where the paper's best features are.
+    feature_layer: the block whose normalised input the encoder returns, 0 for the first, depth for the final output;
+    None for the middle, where the paper found the best features.
     """
 
     width: int = Field(gt=0)
@@ -67,7 +67,7 @@ class Norm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention without biases; causal: no token looks at a later one."""
+    """Multi-head self-attention without biases; causal: no token attends to a later one."""
 
     def __init__(self, width: int, heads: int, depth: int, *, causal: bool) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ class Attention(nn.Module):
     def forward(
         self, x: Float[Tensor, "B N D"], before: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Float[Tensor, "B N D"], tuple[Tensor, Tensor]]:
-        """What the tokens attend to, and the keys and values so far; `before`: those of earlier tokens."""
+        """Return the attention output, and the keys and values so far; `before`: those of earlier tokens."""
         q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         if before is not None:
             assert x.shape[1] == 1, "only one token at a time can follow others"
@@ -118,7 +118,8 @@ class Block(nn.Module):
 
 
 class GPT(ImageEncoder):
-    """See the module docstring. causal: token t is predicted from those before it; otherwise tokens see each other.
+    """See the module docstring. causal: token t is predicted from those before it; otherwise tokens attend to each
+    other.
 
     `palette` (k, C), in the files' units, is zero until it is set.
     """
@@ -134,11 +135,11 @@ class GPT(ImageEncoder):
         self.spec, self.patch, self.width, self.depth = images, config.patch, config.width, config.depth
         self.grid = grid_of(images.size, config.patch)
         self.layer = config.depth // 2 if config.feature_layer is None else config.feature_layer
-        # What a probe takes unless it is told otherwise; the paper's protocol is the best.
+        # What a probe measures by default: the best layer, as in the paper.
         self.probe_layer = "best" if config.feature_layer is None else str(config.feature_layer)
         if self.layer > config.depth:
             raise UserError(
-                f"method.encoder.feature_layer={self.layer} came for {config.depth} blocks; use 0 to {config.depth}"
+                f"got method.encoder.feature_layer={self.layer} for {config.depth} blocks; use 0 to {config.depth}"
             )
         self.register_buffer("palette", torch.zeros(config.colours, images.channels))
         self.tokens = nn.Parameter(torch.empty(config.colours, config.width).normal_(std=0.02))
@@ -150,7 +151,7 @@ class GPT(ImageEncoder):
         self.norm = Norm(config.width)
 
     def shrink(self, images: Shaped[Tensor, "B C H W"]) -> Float[Tensor, "B R S C"]:
-        """Cells of `patch` pixels averaged. Raises ValueError for images unlike those of the training."""
+        """Cells of `patch` pixels averaged. Raises UserError for images unlike those of the training."""
         self.require_shape(images)
         return F.avg_pool2d(images.float(), self.patch).movedim(1, -1)
 
@@ -160,7 +161,7 @@ class GPT(ImageEncoder):
         return nearest_colour(self.shrink(images), self.palette).flatten(1)
 
     def paint(self, ids: Int[Tensor, "B N"]) -> Float[Tensor, "B C H W"]:
-        """What the colours look like, in the files' units."""
+        """Draw the colours, in the files' units."""
         painted = self.palette[ids].unflatten(1, self.grid).movedim(-1, 1)
         return painted.repeat_interleave(self.patch[0], 2).repeat_interleave(self.patch[1], 3)
 
@@ -169,8 +170,7 @@ class GPT(ImageEncoder):
     ) -> Iterator[Float[Tensor, "B N D"]]:
         """The normalised input of each block, n^l of the paper, and after the last the output: depth + 1 of them.
 
-        Causal: position t holds what is known of the tokens before t. hidden: where the content of a token, not its
-        position, is taken away.
+        Causal: position t depends on the tokens before t only. hidden: tokens whose content, not position, is removed.
         """
         x = self.tokens[ids]
         if hidden is not None:
@@ -201,11 +201,11 @@ class GPT(ImageEncoder):
             yield Features(cls=None, patches=normed, grid=self.grid)
 
     def forward(self, images: Shaped[Tensor, "B C H W"], scale: Scale | None = None) -> Features:
-        """The layer that the configuration names; nothing hidden. scale: see `ImageEncoder.accept`."""
+        """Features of the configured layer, with no token hidden. scale: see `ImageEncoder.accept`."""
         return next(islice(self.feature_layers(images, scale=scale), self.layer, None))
 
     def step(self, tokens: Float[Tensor, "B n D"], place: int, cache: Cache | None) -> tuple[Tensor, Cache]:
-        """The output (B, n, D) for n tokens more, the first at `place`; after those in `cache` one at a time."""
+        """Return the output (B, n, D) of n more tokens, the first at `place`; with a `cache` one token at a time."""
         x, kept = tokens + self.positions[place : place + tokens.shape[1]], []
         for number, block in enumerate(self.blocks):
             assert isinstance(block, Block)

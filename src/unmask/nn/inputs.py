@@ -1,4 +1,4 @@
-"""Check what a person passes to a trained encoder: type, shape, number of channels, and the units of the values.
+"""Check the images passed to a trained encoder: type, shape, number of channels, and the units of the values.
 
 An encoder subtracts the mean of its training data and divides by their standard deviation itself, so it expects the
 values of the files. Images in another range (0 to 1 of torchvision's ToTensor, or already normalised) would yield

@@ -1,10 +1,10 @@
-"""`nn.Linear`, whose float32 products go to oneDNN on AMD processors with AVX-512. The same numbers but for rounding.
+"""`nn.Linear` that computes float32 products with oneDNN on AMD processors with AVX-512; equal but for rounding.
 
-torch takes float32 products to MKL, which there reaches less than half of the rate of oneDNN, of which torch's CPU
-builds hold a copy as well (`benchmarks/step.py`; bfloat16 always goes there). Elsewhere, and for small products, it is
+torch computes float32 products with MKL, which can reach less than half of the rate of oneDNN there, which torch's CPU
+builds contain as well (`benchmarks/step.py`; bfloat16 always goes there). Elsewhere, and for small products, it is
 torch's own. Which of the two follows from the processor and the shapes alone, so a resumed run repeats itself.
 
-Letters: rows, inside, outside: what a layer is called on, takes and gives.
+Letters: rows of the input, inside and outside: number of input and output features.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What is computed in float32 whatever precision the network runs in: losses, and the truth they are held against."""
+"""Losses and targets, computed in float32 whatever the precision of the network."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ def weighted_mean(values: Float[Tensor, "*shape"], weights: Tensor | None = None
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[object]:
-    """Autocast switched off, on any device that knows it; the meta device, on which FLOPs are counted, does not."""
+    """Context manager that disables autocast, where the device has it; the meta device, on which FLOPs are counted, has
+    not."""
     known = torch.amp.autocast_mode.is_autocast_available(device.type)
     return torch.autocast(device.type, enabled=False) if known else nullcontext()

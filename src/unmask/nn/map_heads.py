@@ -1,12 +1,12 @@
-"""From the tokens of a vision transformer to a class for every place: a linear layer, or UPerNet.
+"""Segmentation heads on the tokens of a vision transformer: a linear layer, or UPerNet.
 
 UPerNet (Xiao et al. 2018, "Unified perceptual parsing for scene understanding") as BEiT and MAE put it on a plain
 transformer: four blocks give one map each, brought to 4, 2, 1 and 1/2 cells a patch by transposed
 convolutions and pooling; pyramid pooling on the coarsest; a top-down path that adds each level to the next finer one;
 all levels fused at the finest.
 
-Differs from it: LayerNorm over channels where it has BatchNorm, so that a batch of one image works and none needs to
-know of the others; a LayerNorm on every block's tokens first, which grow from block to block; no dropout and no
+Differs from it: LayerNorm over channels where it has BatchNorm, so that a batch of one image works and images do not
+affect each other; a LayerNorm on every block's tokens first, which grow from block to block; no dropout and no
 auxiliary head; no level finer than a pixel, or coarser than the grid has patches for.
 
 Letters: B images, D width of a token, R x C grid of patches, W width of the head, K classes.
@@ -51,7 +51,7 @@ class LinearHead(nn.Module):
 
 
 class UPerNet(nn.Module):
-    """See the module docstring. `patch` and `grid` say which levels there are, finest first.
+    """See the module docstring. `patch` and `grid` determine the levels, finest first.
 
     feature_blocks: "beit" reads the blocks that BEiT's code reads, "even" as many evenly spaced ones.
     """
@@ -119,7 +119,7 @@ def conv(before: int, after: int, side: int) -> nn.Sequential:
 
 
 def class_layer(width: int, classes: int) -> nn.Conv2d:
-    """A 1x1 convolution that at first says nearly nothing."""
+    """A 1x1 convolution with small initial weights."""
     layer = nn.Conv2d(width, classes, 1)
     nn.init.normal_(layer.weight, std=CLASS_STD)
     nn.init.zeros_(layer.bias)  # type: ignore[arg-type]

@@ -1,9 +1,9 @@
-"""Which patches a method sees: `Mask`, and the samplers that make one.
+"""Patch masks: `Mask`, and the samplers that create one.
 
 Indices run over the patch grid only, never with an offset for a class token. Every image of a batch keeps the same
 number of patches, so shapes are static. A sampler is a function (B, grid, ratio, rng) -> Mask, and its draws belong to
 the image (see `rng.py`), not to its place in the batch. MAE's Table 1f compares `random_mask`, `block_mask` and
-`grid_mask`; `pattern_mask` hides what a person has drawn.
+`grid_mask`; `pattern_mask` uses patterns from a file.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 from unmask.errors import UserError
 from unmask.rng import Draws
 
-BLOCK_TRIES = 10  # in a row without a new block, and the sampler of blocks gives up (BEiT)
+BLOCK_TRIES = 10  # rejections in a row after which the block sampler stops (BEiT)
 BLOCK_PROPOSALS = 64  # rectangles drawn for every image, more than are needed but with very small blocks
 BLOCK_ASPECT = 0.3  # least height of a block over its width; the greatest is 1 over this
 BEIT_SMALLEST_BLOCK = 16 / 196  # share of the grid
@@ -49,7 +49,7 @@ def num_kept(num_patches: int, ratio: float) -> int:
     """How many patches stay visible: N (1 - ratio) rounded down, as the official code does.
 
     The official `int(N * (1 - ratio))` loses one more where the product falls just below a whole number (N = 100, ratio
-    0.9 gives 9); the small term mends that. Raises ValueError when nothing would be visible, or nothing hidden.
+    0.9 gives 9); the small term corrects that. Raises UserError when nothing would be visible, or nothing hidden.
     """
     kept = math.floor(num_patches * (1 - ratio) + 1e-6)
     if not 0 < kept < num_patches:
@@ -62,7 +62,7 @@ def num_kept(num_patches: int, ratio: float) -> int:
 
 
 def mask_from_noise(noise: Float[Tensor, "B N"], ratio: float) -> Mask:
-    """Keep the patches with the smallest noise (official MAE). Ties go to the lower index, alike on every device."""
+    """Keep the patches with the smallest noise (official MAE). Ties go to the lower index on every device."""
     order = noise.argsort(dim=1, stable=True)
     kept = num_kept(noise.shape[1], ratio)
     return Mask(keep=order[:, :kept], drop=order[:, kept:])
@@ -76,12 +76,12 @@ def random_mask(batch: int, grid: tuple[int, int], ratio: float, rng: Draws) -> 
 
 
 def smallest_block(grid: tuple[int, int]) -> int:
-    """How many patches a block has at least: 16 on BEiT's grid of 14 x 14, the same share of any other."""
+    """Least number of patches in a block: 16 on BEiT's grid of 14 x 14, the same share of any other."""
     return max(1, round(BEIT_SMALLEST_BLOCK * grid[0] * grid[1]))
 
 
 def require_blocks(grid: tuple[int, int], ratio: float, smallest: int) -> None:
-    """Raises ValueError when a block of `smallest` patches does not go into the grid, or hides more than is asked."""
+    """Raise UserError when a block of `smallest` patches does not fit the grid, or hides more than the ratio."""
     n = grid[0] * grid[1]
     hidden = n - num_kept(n, ratio)
     if smallest > hidden:
@@ -98,10 +98,10 @@ def block_mask(batch: int, grid: tuple[int, int], ratio: float, rng: Draws, smal
     """Block-wise sampling of BEiT (Bao et al. 2021, its code), made to hide the same number in every image.
 
     Rectangles are drawn one after another: area uniform between `smallest` and what remains to be hidden, aspect
-    log-uniform in [0.3, 1/0.3], both sides shorter than the grid's, corner anywhere. One is taken when it hides at
-    least one new patch and not more than remain; after ten in a row that do not fit the sampler gives up. BEiT stops
-    there, at or below the number asked for; here single patches drawn at random make up the rest, because batches need
-    equal numbers. All images go through the same 64 proposals at once, without a look from the host.
+    log-uniform in [0.3, 1/0.3], both sides shorter than the grid's, corner anywhere. One is accepted when it hides at
+    least one new patch and not more than remain; after ten rejections in a row the sampler stops. BEiT ends there, at
+    or below the wanted number; here random single patches are added, because batches need equal numbers. All images
+    process the same 64 proposals at once, without waiting for the host.
     """
     smallest = smallest_block(grid) if smallest is None else smallest
     (rows, cols), n = grid, grid[0] * grid[1]
@@ -130,16 +130,16 @@ def block_mask(batch: int, grid: tuple[int, int], ratio: float, rng: Draws, smal
 
 
 def require_grid(grid: tuple[int, int], ratio: float) -> None:
-    """Raises ValueError unless one of every 2 x 2 patches can be kept: ratio 0.75 and an even grid."""
+    """Raise UserError unless one of every 2 x 2 patches can be kept: ratio 0.75 and an even grid."""
     if ratio != 0.75:
         raise UserError(
-            f"grid sampling with a mask ratio of {ratio:g} came; it keeps one of every four patches, so the ratio is "
+            f"got grid sampling with a mask ratio of {ratio:g}; it keeps one of every four patches, so the ratio is "
             "0.75: set method.mask_ratio=0.75, or method.mask=random for another ratio"
         )
     if grid[0] % 2 or grid[1] % 2:
         raise UserError(
-            f"grid sampling on {grid[0]} x {grid[1]} patches came; it keeps one of every 2 x 2, so both numbers must "
-            "be even: change data.size or method.encoder.patch, or set method.mask=random"
+            f"grid sampling on {grid[0]} x {grid[1]} patches is impossible; it keeps one of every 2 x 2, so both "
+            "numbers must be even: change data.size or method.encoder.patch, or set method.mask=random"
         )
 
 
@@ -152,13 +152,13 @@ def grid_mask(batch: int, grid: tuple[int, int], ratio: float, rng: Draws) -> Ma
 
 
 def pattern_mask(patterns: Bool[Tensor, "n N"], kept: int, rng: Draws) -> Mask:
-    """One of the given patterns for each image, drawn. True is hidden; every pattern keeps `kept` patches."""
+    """Sample one of the given patterns for each image. True is hidden; every pattern keeps `kept` patches."""
     which = (rng.uniform(1)[:, 0] * len(patterns)).long()  # (B,)
     return _mask_of(patterns[which], kept)
 
 
 def _mask_of(hidden: Bool[Tensor, "B N"], kept: int) -> Mask:
-    """Both parts in raster order. `kept` is given, so that the host need not count."""
+    """Return a mask with both parts in raster order. `kept` is given, so that the host does not wait for a count."""
     order = hidden.int().argsort(dim=1, stable=True)
     return Mask(keep=order[:, :kept], drop=order[:, kept:])
 
@@ -166,7 +166,7 @@ def _mask_of(hidden: Bool[Tensor, "B N"], kept: int) -> Mask:
 def read_patterns(rows: Sequence[Sequence[str]], grid: tuple[int, int]) -> Bool[Tensor, "n N"]:
     """Patterns as text, "#" a hidden patch and "." a visible one, one string for each row of the grid.
 
-    Raises ValueError for another size than the grid's, other letters, or patterns that hide unequal numbers, no patch,
+    Raises UserError for another size than the grid's, other letters, or patterns that hide unequal numbers, no patch,
     or all.
     """
     flags = []
@@ -194,7 +194,7 @@ def read_patterns(rows: Sequence[Sequence[str]], grid: tuple[int, int]) -> Bool[
 def nearest_visible(mask: Mask, grid: tuple[int, int]) -> Int[Tensor, "B M"]:
     """For every hidden patch the index of the visible patch nearest to it (Euclidean; ties to the lower index)."""
     one_by_one = [_nearest(keep.sort().values, drop, grid[1]) for keep, drop in zip(mask.keep, mask.drop, strict=True)]
-    return torch.stack(one_by_one)  # of all images at once the distances would fill the memory
+    return torch.stack(one_by_one)  # one image at a time: the distances of all would not fit in memory
 
 
 def _nearest(keep: Int[Tensor, "K"], drop: Int[Tensor, "M"], cols: int) -> Int[Tensor, "M"]:

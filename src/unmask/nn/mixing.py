@@ -1,8 +1,8 @@
 """Mixup and cutmix: each image of a batch mixed with its mirror in the batch, and its target alike.
 
 Zhang et al. 2018, "mixup: Beyond empirical risk minimization"; Yun et al. 2019, "CutMix". As in MAE's fine-tuning one
-of the two is used for a whole (micro-)batch, and one share of mixture. The draws come from the host, so a GPU is not
-waited for.
+of the two, with one mixing ratio, is used for a whole (micro-)batch. The draws are made on the host, so nothing waits
+for a GPU.
 
 Letters: B images, C channels, H x W pixels, K classes.
 """
@@ -35,7 +35,8 @@ def mix(
     """Images and targets mixed with those of the batch in reverse. draws: uniform in [0, 1), for this batch.
 
     mixup, cutmix: parameter alpha of the Beta distribution of the share that an image keeps, 0 for none; with both, one
-    is tossed for. A cut keeps the images' dtype, a mixture is float32. Raises UserError for a batch of one image.
+    is chosen at random. Cutmix keeps the dtype of the images, mixup returns float32. Raises UserError for a batch of
+    one image.
     """
     toss, share, down, across = (float(draw) for draw in draws)
     if not mixup and not cutmix:
@@ -59,7 +60,7 @@ def mix(
 
 
 def beta_quantile(share: float, alpha: float) -> float:
-    """A draw of Beta(alpha, alpha) from a uniform one."""
+    """Transform a uniform draw to Beta(alpha, alpha)."""
     from scipy.special import betaincinv
 
     return float(betaincinv(alpha, alpha, share))

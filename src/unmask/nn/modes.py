@@ -10,7 +10,8 @@ from torch import nn
 
 @contextmanager
 def eval_mode(*modules: nn.Module) -> Iterator[None]:
-    """In eval mode, and afterwards each part in its own mode again: one may be frozen in eval mode on purpose."""
+    """Context manager for eval mode; afterwards each submodule has its own mode again, as one may stay in eval on
+    purpose."""
     modes = [(part, part.training) for module in modules for part in module.modules()]
     for module in modules:
         module.eval()

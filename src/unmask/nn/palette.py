@@ -1,4 +1,4 @@
-"""A small set of colours for images: found by k-means, and the nearest of them for every pixel (iGPT, section 2).
+"""Colour palettes: k-means, and the nearest colour of every pixel (iGPT, section 2).
 
 Distances are Euclidean in the files' own units. For 8-bit RGB these are the paper's, up to a constant: there pixels are
 scaled to [-1, 1] first.
@@ -54,7 +54,7 @@ def k_means(pixels: Float[Tensor, "n C"], k: int, seed: int = 0) -> Float[Tensor
 
 
 def _spread_out(points: Tensor, k: int, generator: torch.Generator) -> Tensor:
-    """k of the points, one after another: of a few drawn in proportion to their squared distance, the most useful."""
+    """Choose k initial points by greedy k-means++: the best of a few drawn in proportion to their squared distance."""
     tries = 2 + int(math.log(k))
     first = int(torch.randint(len(points), (1,), generator=generator))
     chosen = [points[first]]

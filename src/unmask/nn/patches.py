@@ -16,7 +16,7 @@ from unmask.errors import UserError
 def grid_of(size: tuple[int, int], patch: tuple[int, int]) -> tuple[int, int]:
     """(rows, cols) of patches of `patch` = (height, width) pixels in an image of `size` = (H, W) pixels.
 
-    Raises ValueError when a side is not a whole number of patches.
+    Raises UserError when a side is not a whole number of patches.
     """
     for side, length, step in zip(("height", "width"), size, patch, strict=True):
         if length % step or length < step:

@@ -1,4 +1,4 @@
-"""Where a patch stands: fixed two-dimensional sine-cosine positions of MAE (He et al. 2021, `util/pos_embed.py`),
+"""Positions of patches: fixed two-dimensional sine-cosine positions of MAE (He et al. 2021, `util/pos_embed.py`),
 resizing of tables, and BEiT's relative position bias.
 
 The code of one axis is [sin(pos w) | cos(pos w)] in halves, not interleaved, with w_i = 10000^(-i / (D/4)); the code of
@@ -18,7 +18,7 @@ from unmask.errors import UserError
 
 
 def sincos(width: int, grid: tuple[int, int]) -> Float[Tensor, "N D"]:
-    """(rows x cols, width) float32 table, computed in float64. Raises ValueError unless width is a multiple of 4."""
+    """(rows x cols, width) float32 table, computed in float64. Raises UserError unless width is a multiple of 4."""
     if width % 4:
         raise UserError(
             f"token width {width} is not a multiple of 4, which sin-cos positions in 2-D need; use {width // 4 * 4 + 4}"
@@ -36,7 +36,7 @@ def sincos(width: int, grid: tuple[int, int]) -> Float[Tensor, "N D"]:
 def resize(positions: Float[Tensor, "1 N D"], old: tuple[int, int], new: tuple[int, int]) -> Float[Tensor, "1 M D"]:
     """A table for grid `old` interpolated (bicubic, two-dimensional) to grid `new`; itself when they are equal.
 
-    In a graph that is exported for any size it is interpolated always: to its own grid that changes no value.
+    In a graph that is exported for any size it is always interpolated; to its own grid that changes no value.
     """
     if is_number(new) and old == new:
         return positions
@@ -51,7 +51,7 @@ def is_number(grid: tuple[int, int]) -> bool:
 
 
 def fitted(name: str, value: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """A tensor of a method's state dict for another grid of patches: itself, unless it belongs to the places of a grid.
+    """Adapt a tensor of a method's state dict to another grid of patches; unchanged unless it has one row per patch.
 
     Position tables (with a row for the class token, which stays, or without one, as in CrossMAE's decoder), iGPT's
     positions, and tables of relative positions are interpolated.
@@ -69,10 +69,10 @@ def fitted(name: str, value: Tensor, old: tuple[int, int], new: tuple[int, int])
 
 
 class RelativeBias(nn.Module):
-    """What is added to attention scores for how far apart two patches lie (BEiT, Bao et al. 2021, its code).
+    """Bias of attention scores by the offset between two patches (BEiT, Bao et al. 2021, its code).
 
-    One table for all layers that are given it: a number per head for each of (2 rows - 1) x (2 cols - 1) offsets, zero
-    at the start, and three more: from the class token to a patch, from a patch to the class token, and to itself.
+    One table for all layers that share it: a number per head for each of (2 rows - 1) x (2 cols - 1) offsets, zero at
+    the start, and three more: from the class token to a patch, from a patch to the class token, and to itself.
     """
 
     index: Tensor

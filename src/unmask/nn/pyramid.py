@@ -1,4 +1,4 @@
-"""From the one map of a vision transformer, maps of several resolutions: ViTDet's simple feature pyramid.
+"""ViTDet's simple feature pyramid: maps of several resolutions from the last map of a vision transformer.
 
 Li et al. 2022, "Exploring plain vision transformer backbones for object detection", section 3: only the encoder's last
 map, whose stride is the patch, is used. Four and two times finer by transposed convolutions, as it is, and two times

@@ -4,10 +4,10 @@ Cubuk et al. 2020, "RandAugment", in the form that MAE's fine-tuning uses (timm'
 two of fifteen operations, each done with probability one half, at a strength around `magnitude`. Zhong et al. 2020,
 "Random erasing": a box of noise. Shears are about the upper left corner and all geometry is bicubic, as there.
 
-What is done to which image is drawn on the host, by the image's place in the global batch and the step: a resumed run
-repeats it, and no number is read back from a GPU. Colours are changed between the values that stand for 0 and 1
-(`ImageSpec.value_range`), beyond which an image that is changed is cut off; what an operation moves in from outside is
-the data set's mean colour. Images of another number of channels than three have no saturation to change.
+Operations are drawn on the host, by the image's place in the global batch and the step: a resumed run repeats them, and
+nothing is read back from a GPU. Colours are changed between the values that stand for 0 and 1
+(`ImageSpec.value_range`), and changed images are clipped to them; pixels from outside the image have the data set's
+mean colour. Images of another number of channels than three have no saturation to change.
 
 Letters: B images, C channels, H x W pixels.
 """
@@ -61,7 +61,7 @@ def erase(
     std: Float[Tensor, "C"],
     seed: int,
 ) -> Float[Tensor, "B C H W"]:
-    """A box of normal noise in some of the images. seed: of the noise, which lies around `mean` with spread `std`."""
+    """A box of normal noise in some of the images. seed: of the noise, with these `mean` and `std`."""
     height, width = images.shape[2:]
     generator = torch.Generator(images.device).manual_seed(seed)
     images = images.clone()
@@ -154,7 +154,7 @@ def warp(x: Unit, inverse: Float[np.ndarray, "B 2 3"], fill: Float[Tensor, "C 1 
     """Affine maps as Pillow's `Image.transform` computes them, bicubic. inverse: pixels of the result -> of `x`.
 
     Coordinates are (x, y) with the origin at the upper left corner of the image and pixel centres at halves. Pillow's
-    kernel is steeper than torch's (a = -1, where `grid_sample` has -0.75). What comes from outside is `fill`.
+    kernel is steeper than torch's (a = -1, where `grid_sample` has -0.75). Pixels from outside are `fill`.
     """
     height, width = x.shape[2:]
     across, down = (torch.arange(n, device=x.device, dtype=x.dtype) + 0.5 for n in (width, height))

@@ -1,4 +1,4 @@
-"""Activations that are cheap to compute twice are not kept for the backward pass. The same numbers, less memory."""
+"""Recompute cheap activations in the backward pass instead of storing them. Same values, less memory."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from unmask.nn.torch_internals import in_transform
 
 
 def recomputed(function: Callable[[Tensor], Tensor], x: Tensor, made: Tensor) -> AbstractContextManager[object]:
-    """Within, what is kept of `made` = function(x) is x alone; the backward pass computes `made` again.
+    """Context manager in which autograd stores x instead of `made` = function(x), which the backward pass recomputes.
 
-    function: element by element, the same at each call. It saves memory where something else keeps x already.
-    Compiled code decides by itself what it computes twice, and is left alone.
+    function: elementwise and deterministic. It saves memory where x is stored anyway. Compiled code is left alone: the
+    compiler makes this choice itself.
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled() or in_transform(x):
         return nullcontext()

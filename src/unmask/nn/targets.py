@@ -1,9 +1,9 @@
-"""What a method predicts for a patch: plain or normalised pixels, principal components, or a tokenizer's codes.
+"""Reconstruction targets of a patch: plain or normalised pixels, principal components, or the codes of a tokenizer.
 
-A target says how many numbers a decoder predicts for each patch (`out`), what the truth is at every patch (`forward`),
-how far a guess is from it (`loss`), how to draw a guess, and what guesses that need no learning would score.
+A target defines how many numbers a decoder predicts for each patch (`out`), the truth at every patch (`forward`), the
+error of a prediction (`loss`), how to draw a prediction, and the loss of baselines (`trivial`).
 
-Letters: B images, N patches, Q of them asked for, P values of a patch, O numbers predicted for it, V codes.
+Letters: B images, N patches, Q predicted ones, P values of a patch, O numbers predicted for it, V codes.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class PatchStatistics(NamedTuple):
         return patches * self.std + self.mean
 
     def of(self, where: Int[Tensor, "B Q"]) -> PatchStatistics:
-        """Those of the patches named."""
+        """The statistics of some patches."""
         return PatchStatistics(take(self.mean, where), take(self.std, where))
 
 
@@ -66,9 +66,8 @@ def patch_statistics(patches: Float[Tensor, "B N P"], valid: Valid | None = None
 class Target(nn.Module, ABC):
     """See the module docstring. `patches` (B, N, P) are normalised, `images` (B, C, H, W) in the files' own units.
 
-    valid: what of them counts, None for everything.
-    num_prepare: of how many images `prepare` wants the patches, (1, n, P), before the first step; 0 for none.
-    note: what a person must know to read the picture.
+    valid: what of them counts, None for everything. num_prepare: number of images whose patches, (1, n, P), `prepare`
+    uses before the first step; 0 for none. note: how to read the picture.
     """
 
     out: int
@@ -85,7 +84,7 @@ class Target(nn.Module, ABC):
     def loss(
         self, guess: Float[Tensor, "B Q O"], truth: Shaped[Tensor, "B Q T"], weights: Tensor | None = None
     ) -> Float[Tensor, ""]:
-        """How far `guess` is from `truth`, float32: a mean over what counts by `weights`."""
+        """Error of `guess` against `truth`, float32, averaged by `weights`."""
 
     @abstractmethod
     def draw(
@@ -102,7 +101,7 @@ class Target(nn.Module, ABC):
     def trivial(
         self, patches: Float[Tensor, "B N P"], images: Tensor, mask: Mask, valid: Valid | None = None
     ) -> dict[str, Float[Tensor, ""]]:
-        """What guesses for mask.drop that need no learning would score on these images, in the units of `loss`."""
+        """Loss of baseline predictions for mask.drop on these images, in the units of `loss`."""
 
     def weights(self, valid: Valid | None, where: Int[Tensor, "B Q"]) -> Float[Tensor, "B Q W"] | None:
         """What counts of the patches named, for `loss`: whole patches (W = 1) where a target is not made of pixels."""
@@ -110,7 +109,7 @@ class Target(nn.Module, ABC):
         return None if weights is None else weights[..., None]
 
     def prepare(self, patches: Float[Tensor, "1 n P"]) -> None:
-        raise TypeError(f"{type(self).__name__} asks for patches of {self.num_prepare} images and has no prepare()")
+        raise TypeError(f"{type(self).__name__} needs patches of {self.num_prepare} images but has no prepare()")
 
 
 class Pixels(Target):
@@ -155,7 +154,7 @@ class PrincipalComponents(Target):
 
     The directions come from the data set, by `prepare`; until then all coefficients are 0. whiten: each coefficient
     divided by its standard deviation over the data; the paper does not say, and plain coefficients are the default.
-    Raises ValueError for more coefficients than a patch has values.
+    Raises UserError for more coefficients than a patch has values.
     """
 
     basis: Tensor
@@ -166,7 +165,7 @@ class PrincipalComponents(Target):
         super().__init__()
         if count > values:
             raise UserError(
-                f"method.pca_coefficients={count} came, a patch has only {values} values; use at most {values}, "
+                f"got method.pca_coefficients={count}; a patch has only {values} values; use at most {values}, "
                 f"{max(1, values // 8)} is the paper's share"
             )
         self.out, self.grid, self.channels, self.whiten = count, grid, channels, whiten
@@ -174,7 +173,7 @@ class PrincipalComponents(Target):
         self.register_buffer("center", torch.zeros(values))
         self.register_buffer("basis", torch.zeros(values, count))  # (P, O): its columns are the directions
         self.register_buffer("unit", torch.ones(count))  # standard deviation of each coefficient
-        self.note = f" What is predicted are the first {count} principal components of a patch of {values} values."
+        self.note = f" The prediction is the first {count} principal components of a patch of {values} values."
 
     def prepare(self, patches: Tensor) -> None:
         flat = patches.flatten(0, 1).double()
@@ -183,7 +182,7 @@ class PrincipalComponents(Target):
         variances, directions = torch.linalg.eigh(covariance.cpu())  # ascending
         variances, directions = variances.flip(0)[: self.out], directions.flip(1)[:, : self.out]
         largest = directions.gather(0, directions.abs().argmax(0, keepdim=True))
-        directions = directions * torch.where(largest < 0, -1.0, 1.0)  # or the sign would be the library's whim
+        directions = directions * torch.where(largest < 0, -1.0, 1.0)  # else the sign would depend on the library
         self.center.copy_(center)
         self.basis.copy_(directions)
         if self.whiten:
@@ -213,8 +212,8 @@ class PrincipalComponents(Target):
 class Tokens(Target):
     """The codes of a trained dVAE (BEiT; MAE, Table 1d): one class out of `codes` for every patch, cross-entropy.
 
-    The tokenizer is part of the method and frozen, its weights are grafted. Raises ValueError when it has not one code
-    for each patch of `patch` pixels.
+    The tokenizer is a frozen part of the method, whose weights come from another Run. Raises UserError unless it has
+    one code for each patch of `patch` pixels.
     """
 
     mean: Tensor
@@ -226,7 +225,7 @@ class Tokens(Target):
         self.tokenizer = Tokenizer(config, images, patch)
         self.register_buffer("mean", torch.tensor(images.mean, dtype=torch.float32), persistent=False)
         self.register_buffer("std", torch.tensor(images.std, dtype=torch.float32), persistent=False)
-        self.note = " What is predicted are a dVAE's codes; they are drawn as its decoder paints them."
+        self.note = " The prediction is the codes of a dVAE, drawn by its decoder."
 
     def forward(self, patches: Tensor, images: Tensor, valid: Valid | None = None) -> Tensor:
         return self.tokenizer.ids(images)[..., None]
@@ -261,7 +260,7 @@ class Tokens(Target):
 def flat_guesses(
     view: Float[Tensor, "B N P"], channels: int, mask: Mask, grid: tuple[int, int], valid: Valid | None = None
 ) -> dict[str, Float[Tensor, "B M P"]]:
-    """Guesses of the hidden patches of `view` (patches as a target sees them) that need no learning, by name.
+    """Baseline predictions of the hidden patches of `view` (patches as a target sees them), by name.
 
     `true_patch_mean` is an oracle: the true mean colour of each hidden patch. The other two know the visible ones only.
     """
@@ -282,7 +281,7 @@ def flat_guesses(
 def masked_panels(
     patches: Float[Tensor, "B N P"], mask: Mask, drawn: dict[str, Float[Tensor, "B M P"]]
 ) -> dict[str, Float[Tensor, "B N P"]]:
-    """What a person looks at: the original, what is visible, the first drawing alone, and each pasted into the image.
+    """Panels of a picture: the original, the visible patches, the first drawing alone, and each pasted into the image.
 
     drawn: guesses for mask.drop by their captions, as `Target.draw` returns them. Hidden is the data set's mean colour.
     """

@@ -1,7 +1,7 @@
-"""Which patches and values of a batch count in a loss: those that hold data.
+"""Weights of patches and values in a loss, where images have absent pixels (no data).
 
-Absent pixels (no data) hold the data's mean, so the encoder sees a neutral value there. The loss must not ask for them:
-patches of which too little is valid do not count, and in the others the absent pixels do not. Where everything is valid
+Absent pixels (no data) hold the data's mean, so the encoder sees a neutral value there. The loss ignores them: patches
+with too few valid pixels do not count, and in the others the absent pixels do not. Where everything is valid
 (`Batch.valid` is None) nothing is computed.
 
 Letters: B images, C channels, H x W pixels, N patches of the grid, P values of one patch, Q patches asked for.
@@ -28,7 +28,7 @@ class Valid(NamedTuple):
 
 
 def valid_patches(batch: Batch, patch: tuple[int, int]) -> Valid | None:
-    """What counts of a batch cut into patches of (height, width) pixels; None where everything does."""
+    """Valid patches and values of a batch in patches of (height, width) pixels; None where all are valid."""
     if batch.valid is None:
         return None
     pixels = patchify(batch.valid[:, None].float(), patch)  # (B, N, height x width)

@@ -1,8 +1,8 @@
 """The vision transformer encoder (Dosovitskiy et al. 2021) in the form official MAE trains.
 
-Three verbs, so that a method can put its hand in between: `patches(images)` -> `embed(patches)` -> `run(tokens)`;
-`forward(images)` is the three in a row and returns `Features`. Mean and standard deviation of the data are buffers, so
-an encoder carries its own preprocessing and takes images in the files' own units.
+Three steps, so that a method can intervene between them: `patches(images)` -> `embed(patches)` -> `run(tokens)`;
+`forward(images)` does all three and returns `Features`. Mean and standard deviation of the data are buffers, so an
+encoder carries its own preprocessing and takes images in the files' own units.
 
 Sizes of the paper: B 768 x 12 x 12 heads, L 1024 x 24 x 16, H 1280 x 32 x 16 (patch 14).
 """
@@ -40,8 +40,8 @@ class ViTConfig(EncoderConfig):
     """Size of a vision transformer. `patch` is (height, width) in pixels; heads must divide width.
 
     positions: MAE's fixed sine-cosine table, a learned one (ViT, BEiT's paper), or absent. relative_bias: one relative
-    position bias for all blocks (BEiT's code), or one for each (its fine-tuning). layer_scale: where BEiT's factors on
-    what a block adds start, or None. norm_eps: of every LayerNorm; weights from elsewhere may have another than 1e-6.
+    position bias for all blocks (BEiT's code), or one for each (its fine-tuning). layer_scale: initial value of BEiT's
+    LayerScale, None for no LayerScale. norm_eps: of every LayerNorm; weights from elsewhere may have another than 1e-6.
     """
 
     width: int = Field(gt=0)
@@ -62,7 +62,7 @@ class ViTConfig(EncoderConfig):
 class PatchEmbed(nn.Module):
     """Linear projection of patches, held as the convolution it is upstream: `proj.weight` (D, C, h, w).
 
-    Xavier-uniform on the weight's (D, P) view, while the bias keeps torch's default: so the official code.
+    Xavier-uniform on the weight's (D, P) view, while the bias keeps torch's default, as in the official code.
     """
 
     def __init__(self, channels: int, width: int, patch: tuple[int, int]) -> None:
@@ -76,7 +76,7 @@ class PatchEmbed(nn.Module):
 
 
 class ViT(ImageEncoder):
-    """See the module docstring. Raises ValueError when the patch does not divide the image or the heads the width."""
+    """See the module docstring. Raises UserError when the patch does not divide the image or the heads the width."""
 
     mean: Tensor
     std: Tensor
@@ -164,7 +164,7 @@ class ViT(ImageEncoder):
         grid: tuple[int, int] | None = None,
         paths: Float[Tensor, "L 2 B 1 1"] | None = None,
     ) -> Iterator[Float[Tensor, "B K1 D"]]:
-        """As `run`, one after the other what the first block is given and what each makes of it: depth + 1 of them.
+        """As `run`, but yield the input of the first block and the output of each: depth + 1 of them.
 
         paths: of `blocks.draw_paths`, for training with stochastic depth.
         """
@@ -179,14 +179,14 @@ class ViT(ImageEncoder):
             yield x
 
     def forward(self, images: Shaped[Tensor, "B C H W"], scale: Scale | None = None) -> Features:
-        """Every patch, nothing masked. Sizes other than the training size get interpolated positions.
+        """Encode all patches, without a mask. Sizes other than the training size get interpolated positions.
 
         scale: see `ImageEncoder.accept`. Raises UserError for images of another kind than the training's.
         """
         return self.features(self.accept(images, scale))
 
     def features(self, images: Shaped[Tensor, "B C H W"]) -> Features:
-        """As `forward`, without a look at the range of the values: for training."""
+        """As `forward` without checking the range of the values, for training."""
         grid = grid_of((images.shape[2], images.shape[3]), self.patch)
         tokens = self.run(self.embed(self.patches(images), grid=grid), grid=grid)
         # A graph of ONNX has tensors for outputs only, so there the grid is left out.

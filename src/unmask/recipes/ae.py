@@ -1,4 +1,4 @@
-"""Autoencoders: one for small images, and the one that began it."""
+"""Autoencoders: one for small images, and the one of 2006."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def ae_nano() -> Config:
 
     unmask pretrain DATA --recipe ae_nano
 
-    Hidden layers of 1024 and 512, ReLU, mean square error. In nobody's paper.
+    Hidden layers of 1024 and 512, ReLU, mean square error. Not from a paper.
     """
     return Config(
         recipe="ae_nano",
@@ -30,9 +30,9 @@ def ae_hinton() -> Config:
 
     unmask pretrain DATA --recipe ae_hinton
 
-    2,837,314 parameters, 30 numbers for each image. `--set method.encoder.code=2` gives the paper's map of digits.
+    2,837,314 parameters, a code of 30 numbers. `--set method.encoder.code=2` gives the paper's map of digits.
 
-    Differs from the paper: trained at once with AdamW, not layer by layer.
+    Differs from the paper: trained end to end with AdamW, not layer by layer.
     """
     return Config(
         recipe="ae_hinton",

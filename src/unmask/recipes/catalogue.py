@@ -1,7 +1,7 @@
-"""Finds recipes. A recipe is a public function in this folder that takes nothing and returns a `Config`.
+"""Find recipes. A recipe is a public function in this folder without arguments that returns a `Config`.
 
-Not a registry: a new function in any file here is found by its name. `choose` is the recipe called `auto`, `describe`
-is what `unmask recipes NAME` prints.
+There is no registry: a new function in any file here is found by its name. `choose` implements `auto`, `describe` the
+output of `unmask recipes NAME`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pydantic import BaseModel
 import unmask.recipes
 from unmask.config import Config, ConfigError, keys, nearest
 
-FEWEST_STEPS = 3_000  # updates, not epochs, are what small data sets lack
+FEWEST_STEPS = 3_000  # of small data sets: their epochs have few updates
 MOST_ELONGATED = 2.5
 FEWEST_VISIBLE = 16  # patches, when three quarters are hidden
 AUTO = ("mae_nano", "mae_tiny", "mae_small", "mae_base")
@@ -75,8 +75,8 @@ def find(name: str) -> Config:
     recipes = all_recipes()
     if name == "auto":
         raise ConfigError(
-            "recipe 'auto' is chosen from the data and has no settings of its own; `unmask check DATA` says which one "
-            f"it would be, out of {', '.join(AUTO)}"
+            "recipe 'auto' is chosen from the data and has no settings of its own; `unmask check DATA` shows which one "
+            f"it is, of {', '.join(AUTO)}"
         )
     if name not in recipes:
         raise ConfigError(f"recipe {name!r} is not known; {nearest(name, [*recipes, 'auto'])}")
@@ -84,7 +84,7 @@ def find(name: str) -> Config:
 
 
 def describe(name: str) -> str:
-    """The recipe of that name, for a person: its docstring, then every key with its value and what else it may be.
+    """Describe a recipe: its docstring, then every key with its value and the allowed values.
 
     Above each section stand the docstrings of its settings. Raises ConfigError with the nearest names.
     """
@@ -106,7 +106,8 @@ def describe(name: str) -> str:
         lines += [f"{setting:{width}}  # {allowed}" if allowed else setting.rstrip() for setting, allowed in said]
         blocks.append("\n".join(lines))
     blocks.append(
-        "Change any of these with --set KEY=VALUE (none clears one); what they mean stands above them, after #."
+        "Change any of these with --set KEY=VALUE; KEY=none unsets a value. Comments above each section describe the "
+        "keys."
     )
     return "\n\n".join(blocks)
 
@@ -125,7 +126,7 @@ def _text(value: object) -> str:
 
 
 def _allowed(schema: dict[str, Any]) -> str:
-    """A field's choices or bounds in words, from its JSON schema; "" where any value of its type will do."""
+    """Describe a field's choices or bounds, from its JSON schema; "" where any value of its type is allowed."""
     if "anyOf" in schema:
         parts = [_allowed(part) for part in schema["anyOf"]]
         return ", or ".join(parts) if all(parts) else ""
@@ -153,7 +154,7 @@ def choose(
 ) -> tuple[str, list[str], list[str]]:
     """The recipe `auto`: from the number of images, their median (H, W) in pixels, and the device.
 
-    fixed: keys that a person has set; nothing is proposed for them. size: data.size where it was set, so that the patch
+    fixed: keys that the user has set, which are not changed. size: data.size where it was set, so that the patch
     fits it. about: the number of images is an estimate. Returns (recipe name, overrides as KEY=VALUE, reasons as
     sentences).
     """
@@ -165,7 +166,7 @@ def choose(
         reasons.append("mae_nano: small images")
     elif device == "cpu":
         name, patch, small = "mae_nano", 8, 64
-        reasons.append("mae_nano at 64 pixels: no GPU, so images are made small and the model too")
+        reasons.append("mae_nano at 64 pixels: without a GPU, images and model are small")
     elif side < 160 or num_images < 20_000:
         name, patch, small = "mae_tiny", 8, 96 if side >= 96 else round(side / 8) * 8
         reasons.append("mae_tiny: small images" if side < 160 else "mae_tiny: fewer than 20,000 images")
@@ -200,7 +201,11 @@ def choose(
     while batch > 16 and batch * 8 > num_images:
         batch //= 2
     if batch != base.train.batch_size:
-        propose("train.batch_size", batch, f"batch {batch}: so that {num_images} images make at least eight steps")
+        propose(
+            "train.batch_size",
+            batch,
+            f"batch {batch}: so that an epoch of {num_images} images has at least eight steps",
+        )
     epochs = base.train.epochs or 100
     if epochs * num_images / batch < FEWEST_STEPS:
         updates = f"{epochs * num_images / batch:.0f}"

@@ -1,8 +1,7 @@
 """CrossMAE recipes: for 32-pixel images, and the paper's ViT-B/16.
 
 The official code multiplies the learning rate by predict ratio / mask ratio, as the loss is a mean over so many fewer
-patches. Base learning rates here have that factor already in them: whoever changes one of the ratios should change
-`optim.base_lr` with it.
+patches. Base learning rates here include that factor: change `optim.base_lr` together with one of the ratios.
 """
 
 from __future__ import annotations
@@ -20,9 +19,9 @@ def crossmae_nano() -> Config:
 
     unmask pretrain DATA --recipe crossmae_nano [--set data.size=64 --set method.encoder.patch=8]
 
-    The encoder and the settings of mae_nano; 16 query tokens read 17 visible ones, and in spite of two more decoder
-    blocks a step is a tenth quicker. Differs from the paper: sizes; the learning rate is not scaled by predict ratio /
-    mask ratio, small runs being short of updates.
+    Encoder and settings of mae_nano; 16 query tokens attend to 17 visible ones, and despite two more decoder blocks a
+    step is a tenth faster. Differs from the paper: sizes; the learning rate is not scaled by predict ratio /
+    mask ratio, because small runs have few updates.
     """
     return Config(
         recipe="crossmae_nano",

@@ -1,4 +1,4 @@
-"""The two small recipes of `unmask demo`. Not for other data: `mae_nano` is the place to start there."""
+"""The two small recipes of `unmask demo`. For other data start with `mae_nano`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from unmask.optim import OptimConfig
 def demo_shapes() -> Config:
     """The drawn set `shapes`, 24 pixels: 96 x 4 encoder, patch 4, plain pixels, 60 % hidden.
 
-    Hidden are 22 of 36 patches: three quarters would leave nine, too few to tell a shape by (docs/LOG.md).
+    22 of 36 patches are hidden: three quarters would leave nine, too few to recognise a shape (docs/LOG.md).
 
     unmask pretrain shapes --recipe demo_shapes --budget 2m
     """

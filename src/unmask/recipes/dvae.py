@@ -15,8 +15,8 @@ def dvae_nano() -> Config:
     unmask pretrain DATA --recipe dvae_nano --out runs/tokenizer
     unmask pretrain DATA --recipe beit_nano --tokenizer runs/tokenizer
 
-    Accept it when the perplexity in metrics.jsonl is more than a quarter of the codebook and the picture shows what the
-    images show. In nobody's paper. On CIFAR-10 after 800 steps (about four minutes on one core), in the last batch:
+    Usable when the perplexity in metrics.jsonl is more than a quarter of the codebook and the picture resembles the
+    images. Not from a paper. On CIFAR-10 after 800 steps (about four minutes on one core), in the last batch:
     perplexity 134, mean square error of normalised pixels 0.061. With a KL weight of 2e-3 it was 87 and 0.061, with
     that and a fifth of the learning rate 53 and 0.094.
     """
@@ -66,7 +66,8 @@ def dvae_dalle() -> Config:
     counter here, which costs more than the paper's.
 
     Differs from the paper: the learning rate falls over all 3 M steps, there over 1.2 M; crops are random-resized of
-    at least 0.44 of the area (there: the shorter side to 9/8 to 12/8 of 256, then a crop); no average of the weights.
+    at least 0.44 of the area (there: the shorter side to 9/8 to 12/8 of 256, then a crop); no moving average of
+    the weights.
     """
     return Config(
         recipe="dvae_dalle",

@@ -1,6 +1,6 @@
-"""Recipes of `unmask finetune`: what is done with labels. The encoder, the images' size and the classes are the Run's.
+"""Recipes of `unmask finetune`. The encoder, the size of the images and the classes come from the Run and the data.
 
-The encoder and the classes that stand here are replaced; everything else counts. `--recipe auto` chooses by the size of
+The encoder and the classes given here are replaced; all other settings apply. `--recipe auto` chooses by the size of
 the encoder and the number of labelled images.
 """
 
@@ -79,7 +79,7 @@ def finetune_huge() -> Config:
 
 
 def scratch_few() -> Config:
-    """The control of finetune_few: the same from random weights, all layers alike, longer warm-up, averaged weights.
+    """The control of finetune_few: random weights, no layer decay, longer warm-up, averaged weights.
 
     unmask finetune RUN DATA --from-scratch
     """
@@ -103,7 +103,7 @@ def scratch_nano() -> Config:
 
 
 def scratch_base() -> Config:
-    """ViT-B from scratch on ImageNet-1K (MAE, Table 11): 82.3 % with the running average of weights, 82.1 % without.
+    """ViT-B from scratch on ImageNet-1K (MAE, Table 11): 82.3 % with the moving average of weights, 82.1 % without.
 
     unmask finetune RUN DATA --from-scratch
     """
@@ -194,7 +194,7 @@ def _method(encoder: ViTConfig, **settings: float) -> classify.Config:
 def _small(
     name: str, *, base_lr: float, batch_size: int, epochs: float, layer_decay: float | None = None, **mixing: float
 ) -> Config:
-    """layer_decay: None from scratch, where all layers learn alike and the weights are also averaged."""
+    """layer_decay: None from scratch, where all layers have the same rate and the weights are averaged."""
     scratch: dict[str, float] = {"warmup": 0.1, "average": 0.999}
     return Config(
         recipe=name,

@@ -10,11 +10,11 @@ from unmask.optim import OptimConfig
 
 
 def igpt_nano() -> Config:
-    """Images of 32 to 64 pixels on any processor: 192 x 6, 128 colours, 2 x 2 pixels a token, token after token.
+    """Images of 32 to 64 pixels on any processor: 192 x 6, 128 colours, 2 x 2 pixels per token, autoregressive.
 
     unmask pretrain DATA --recipe igpt_nano [--set data.size=64 --set method.encoder.patch=4]
 
-    256 tokens, all of them through the network, so a step costs several times one of mae_nano (`unmask plan` counts).
+    The network processes all 256 tokens, so a step costs several times one of mae_nano (see `unmask plan`).
     """
     return _nano("igpt_nano", "ar")
 

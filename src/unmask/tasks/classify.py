@@ -1,18 +1,19 @@
-"""Image classification by an encoder of which the last blocks are trained: He et al. 2021, section 4.3, A.1 and Fig. 9.
+"""Image classification with an encoder whose last blocks, or all, are trained: He et al. 2021, sections 4.3, A.1, Fig.
+9.
 
 The mean of the patch tokens, taken before the encoder's own final norm, goes through a LayerNorm and one linear layer,
-as in the official fine-tuning (`models_vit.py` with global_pool). Everything from linear probing (nothing but these two
-is trained) to fine-tuning (everything is, positions too) is one setting, `last_blocks`. The encoder's weights are
-grafted, or none are and the same is training from scratch.
+as in the official fine-tuning (`models_vit.py` with global_pool). One setting, `last_blocks`, covers everything from
+linear probing (only these two are trained) to full fine-tuning (positions included). The encoder's weights come from
+another Run; without them it is training from scratch.
 
-Of the recipe (Table 9) stochastic depth, mixup, cutmix, RandAugment and random erasing are here; layer-wise decay of
-the learning rate and the running average of weights are settings of the optimiser (`optim.py`).
+Stochastic depth, mixup, cutmix, RandAugment and random erasing (Table 9) are settings of this task; layer-wise decay of
+the learning rate and the moving average of weights are settings of the optimiser (`optim.py`).
 
 Differs from the paper: draws for mixing belong to the micro-batch (there the GPU's batch); with `last_blocks` 0 the
-head is trained like every other, on mean tokens and a LayerNorm, where the paper's linear probe has the class token and
-a BatchNorm (`linear_probe.py`).
+head still uses mean tokens and a LayerNorm, where the paper's linear probe uses the class token and a BatchNorm
+(`linear_probe.py`).
 
-Not here: how long and on which labels (`finetuning/finetune.py`), and how good it is on test images.
+Not here: length and data of the training (`finetuning/finetune.py`).
 
 Letters: B images, C channels, N patches, K classes, L blocks.
 """
@@ -47,15 +48,15 @@ HEAD_STD, LINEAR_STD, SCRATCH_STD = 2e-5, 0.01, 0.02
 
 
 class Config(TaskConfig):
-    """classes: names, in the order of the labels. smoothing: share of the target that goes evenly to all classes.
+    """classes: names, in the order of the labels. smoothing: of the labels, 0 to 1.
 
-    last_blocks: how many of the encoder's last blocks are trained with the head; None for the whole encoder, which as
-    many blocks as it has means too. 0 trains the head alone, 0.5 with it the MLP of the last block (and its norm).
-    drop_path: probability that what the last block adds is left out. mixup, cutmix: alpha of the Beta distribution of
-    the mixture, 0 for none. rand_augment: magnitude of RandAugment, 0 to 10, None for none. erasing: share of the
-    images that lose a box. The paper's values: 0.1 to 0.3, 0.8, 1.0, 9, 0.25. head_std: standard deviation of the
-    head's initial weights; None for MAE's 2e-5 on pre-trained weights, or 0.01 where only the head is trained. From
-    scratch it is 0.02 there.
+    last_blocks: how many of the encoder's last blocks are trained with the head; None, or all of them, for the whole
+    encoder. 0 trains only the head, 0.5 also the MLP of the last block (and its norm). drop_path: stochastic depth, the
+    probability of skipping the last block. mixup, cutmix: alpha of the Beta distribution of the mixture, 0 for none.
+    rand_augment: magnitude of RandAugment, 0 to 10, None for none. erasing: share of the images in which a box is
+    erased. The paper's values: 0.1 to 0.3, 0.8, 1.0, 9, 0.25. head_std: standard deviation of the head's initial
+    weights; None for MAE's 2e-5 on pre-trained weights, or 0.01 where only the head is trained. From scratch the
+    recipes set 0.02.
     """
 
     name: Literal["classify"] = "classify"
@@ -105,10 +106,10 @@ class Classifier(Task[Tensor, None]):
         return self
 
     def loss(self, batch: Batch, clock: Clock) -> Loss:
-        """Cross-entropy with soft labels; logs the share of this batch that is right. Raises UserError unlabelled.
+        """Cross-entropy with soft labels; logs the accuracy on this batch. Raises UserError for images without labels.
 
-        With smoothing s the target is 1 - s + s / K for the right class and s / K for each other; images that are mixed
-        have the mixture of both, and count as right where the greater part is.
+        With smoothing s the target is 1 - s + s / K for the right class and s / K for each other; mixed images have the
+        mixture of both targets, and count as right when the class of the larger part is predicted.
         """
         labels = batch.require_labels()
         with full_precision(batch.images.device):  # or a rotation would be rounded to bfloat16
@@ -122,9 +123,10 @@ class Classifier(Task[Tensor, None]):
         return Loss(F.cross_entropy(logits, targets), {"accuracy": right})
 
     def augment(self, images: Tensor, labels: Tensor, clock: Clock) -> tuple[Tensor, Tensor]:
-        """What a training step sees: images (B, C, H, W) in the files' units, and targets (B, K).
+        """Augment a batch: return images (B, C, H, W) in the files' units, and targets (B, K).
 
-        Drawn by the step and the image's place in the global batch; mixing by the step and the micro-batch.
+        Random draws depend on the step and the image's place in the global batch; those of mixing on step and
+        micro-batch.
         """
         config, seed, count = self.config, clock.rng.seed, len(images)
         step, place = np.full(count, clock.step), clock.micro * count + np.arange(count)
@@ -142,7 +144,8 @@ class Classifier(Task[Tensor, None]):
         return mix(images, targets, draws, mixup=config.mixup, cutmix=config.cutmix)
 
     def batch_words(self, stream: Stream, clock: Clock) -> np.ndarray:
-        """32-bit words that belong to a micro-batch, counted from the end, where no image's place is."""
+        """Random 32-bit words of a micro-batch; counted from the end, so that they never coincide with those of an
+        image."""
         micro = np.array([MASK32 - clock.micro])
         return words(clock.rng.seed, stream, np.array([clock.step]), micro, MIX_DRAWS)[0]
 
@@ -157,7 +160,7 @@ class Classifier(Task[Tensor, None]):
         return list(self.logits(images, scale).softmax(1))
 
     def measure(self, batches: Iterable[Batch], truth: None) -> Measurement:
-        """Count the images whose most probable class is right, with a Wilson interval. Raises UserError unlabelled."""
+        """Measure the accuracy, with a Wilson interval. Raises UserError for images without labels."""
         return measure_accuracy(self.logits, batches, self.device)
 
     def tokens(self, images: Tensor, paths: Tensor | None = None) -> Tensor:
@@ -171,7 +174,7 @@ class Classifier(Task[Tensor, None]):
         return self.head(self.fc_norm(tokens)).float()
 
     def picture(self, batch: Batch, clock: Clock) -> Picture:
-        """Original, and the same with those patches lit that by themselves speak for the class that was predicted."""
+        """Original, and the same with each patch as bright as its own evidence for the predicted class."""
         labels = batch.require_labels()
         patches, tokens = self.encoder.patches(batch.images), self.tokens(batch.images)
         logits = self.classify_tokens(tokens.mean(1))
@@ -182,14 +185,14 @@ class Classifier(Task[Tensor, None]):
         panels = {"original": patches, "what speaks for the guess": patches * lit[..., None]}
         classes, sure = self.config.classes, logits.softmax(1).amax(1).tolist()
         names = tuple(
-            f"{classes[true]}, taken for {classes[said]} ({share:.0%})"
+            f"{classes[true]}, predicted {classes[said]} ({share:.0%})"
             if true != said
             else f"{classes[true]} ({share:.0%})"
             for true, said, share in zip(labels.tolist(), guess.tolist(), sure, strict=True)
         )
         return Picture(
             {caption: self.encoder.images(panel) for caption, panel in panels.items()},
-            f"{int((guess == labels).sum())} of {len(guess)} of these images are given the right class.",
+            f"{int((guess == labels).sum())} of {len(guess)} of these images are classified correctly.",
             {
                 "loss": F.cross_entropy(logits, labels, label_smoothing=self.config.smoothing),
                 "all_classes_alike": logits.new_tensor(log(logits.shape[1])),

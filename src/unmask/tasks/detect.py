@@ -1,24 +1,25 @@
 """Object detection by an encoder and its feature pyramid: ViTDet's (Li et al. 2022) under an FCOS head (Tian et al.
 2019, 2020), so without anchors, proposals or a second stage.
 
-Every cell of every level of the pyramid says by itself: how likely each class is here, how far it is to the four sides
-of the box around my centre, and how near to the middle of that box I am. A cell learns a box when its centre lies in
-the box and within 1.5 cells of the box's middle, and when the farthest side is as far as its level is for: up to 8
-cells, and more than the finer level sees; the finest level takes all that is small and the coarsest all that is large.
-A box that no level has such a cell for, being long and thin, is learned by the cells of any level near its middle.
-Between two boxes the smaller one wins. All other cells are background, and a box so small that it lies between the
-centres of all cells is not learned. The encoder's weights are grafted.
+Every cell of every level of the pyramid predicts the probability of each class, the distances from its centre to the
+four sides of a box, and its centreness (1 in the middle of the box). A cell is assigned to a box when its centre lies
+in the box and within 1.5 cells of the middle of the box, and when the distance to the farthest side is in the range of
+its level: at most 8 cells, and more than the next finer level covers; the finest level has all smaller boxes, the
+coarsest all larger ones. A long, thin box without such a cell is assigned to the cells of any level near its middle.
+Where boxes compete for a cell, the smaller one wins. All other cells are background; a box so small that it lies
+between the centres of all cells is not learnt. The encoder's weights come from another Run.
 
 Loss: focal loss of the classes (Lin et al. 2017, alpha 0.25, gamma 2) over the number of cells with a box; 1 - GIoU of
-the boxes, averaged with the true centreness as weight; cross-entropy of the centreness. All with fixed shapes and
-without waiting for the device: boxes come padded.
+the boxes, averaged with the true centreness as weight; cross-entropy of the centreness. Shapes are fixed (boxes are
+padded), and nothing waits for the device.
 
-Differs from FCOS: LayerNorm over channels where it has GroupNorm; distances in cells of the level; long, thin boxes, of
-which FCOS learns none, are learned. Differs from ViTDet: this head and not Mask R-CNN's; global attention in every
-block, no windows; no large-scale jitter. The number of cells with a box is that of the micro-batch. Layer-wise decay of
-the learning rate is a setting of the optimiser (`optim.py`).
+Differs from FCOS: LayerNorm over channels where it has GroupNorm; distances in cells of the level; long, thin boxes are
+learnt, which FCOS ignores. Differs from ViTDet: this head instead of Mask R-CNN's; global attention in every block, no
+windows; no large-scale jitter. The number of cells with a box is that of the micro-batch. Layer-wise decay of the
+learning rate is a setting of the optimiser (`optim.py`).
 
-Not here: reading boxes from files (`data/`), how long and on which images, and mAP (`metrics/average_precision.py`).
+Not here: reading boxes from files (`data/`), length and data of the training (`finetuning/finetune.py`), and average
+precision (`metrics/average_precision.py`).
 
 Letters: L cells of all levels together, K classes, M boxes an image is padded to, W width of the pyramid and head.
 """
@@ -52,10 +53,10 @@ from unmask.rng import Stream
 from unmask.task import Task, TaskConfig
 
 ALPHA, GAMMA = 0.25, 2.0  # of the focal loss
-PRIOR = 0.01  # what every class score starts at: nearly all cells are background
-RADIUS = 1.5  # cells around a box's middle that learn it
-REACH = 8.0  # cells to the farthest side of a box, at most
-LARGEST = 8.0  # of a distance's logarithm in cells, so that it stays finite: 3000 cells
+PRIOR = 0.01  # initial class score: nearly all cells are background
+RADIUS = 1.5  # in cells, around the middle of a box, of the cells assigned to it
+REACH = 8.0  # greatest distance, in cells, to the farthest side of a box
+LARGEST = 8.0  # greatest logarithm of a distance in cells (3000 cells), so that it stays finite
 LEAST_SCORE, OVERLAP, NUM_BEFORE, NUM_FOUND = 0.05, 0.6, 1000, 100  # FCOS's
 DRAWN_SCORE = 0.4
 COLOURS = ((1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (1, 0, 1), (0, 1, 1))
@@ -64,9 +65,9 @@ COLOURS = ((1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (1, 0, 1), (0, 1, 1))
 class Config(TaskConfig):
     """classes: names, in the order of the labels. width, convs: of the pyramid, and of the head's two branches.
 
-    last_blocks: how many of the encoder's last blocks are trained with the head; None for the whole encoder, which as
-    many blocks as it has means too. 0 trains pyramid and head alone, 0.5 with them the MLP of the last block.
-    drop_path: probability that what the last block adds is left out (ViTDet: 0.1 for ViT-B, 0.4 for ViT-L).
+    last_blocks: how many of the encoder's last blocks are trained with the head; None, or all of them, for the whole
+    encoder. 0 trains only pyramid and head, 0.5 also the MLP of the last block. drop_path: stochastic depth, the
+    probability of skipping the last block (ViTDet: 0.1 for ViT-B, 0.4 for ViT-L).
     """
 
     name: Literal["detect"] = "detect"
@@ -85,7 +86,7 @@ class Config(TaskConfig):
 class Cells(NamedTuple):
     """All cells of all levels, finest level first, row-major. `centre` and `stride` are (x, y) in pixels.
 
-    `reach`: the least and the most cells to the farthest side of a box that is learned here.
+    `reach`: least and greatest distance, in cells, to the farthest side of an assigned box.
     """
 
     centre: Float[Tensor, "L 2"]
@@ -94,7 +95,7 @@ class Cells(NamedTuple):
 
 
 class Guess(NamedTuple):
-    """What every cell says: class and centreness as logits, `sides` the distances left, up, right, down in cells."""
+    """Predictions of all cells: class and centreness are logits, `sides` distances left, up, right, down in cells."""
 
     classes: Float[Tensor, "B L K"]
     sides: Float[Tensor, "B L 4"]
@@ -102,7 +103,7 @@ class Guess(NamedTuple):
 
 
 class Truth(NamedTuple):
-    """What every cell should say: `label` is -1 for background, where `sides` are 1 and `centreness` is 0."""
+    """Targets of every cell: `label` is -1 for background, where `sides` are 1 and `centreness` is 0."""
 
     label: Int[Tensor, "B L"]
     sides: Float[Tensor, "B L 4"]
@@ -110,7 +111,7 @@ class Truth(NamedTuple):
 
 
 class Found(NamedTuple):
-    """What was found in one image, best first. `boxes` are (x1, y1, x2, y2) in its pixels, `scores` 0 to 1."""
+    """Detections of one image, best first. `boxes` are (x1, y1, x2, y2) in its pixels, `scores` 0 to 1."""
 
     boxes: Float[Tensor, "k 4"]
     scores: Float[Tensor, "k"]
@@ -123,7 +124,7 @@ class Found(NamedTuple):
 
 
 class Head(nn.Module):
-    """The part all levels share: two branches of 3x3 convolutions, one for classes, one for sides and centreness."""
+    """Shared by all levels: two branches of 3x3 convolutions, one for classes, one for sides and centreness."""
 
     def __init__(self, width: int, convs: int, classes: int, levels: int) -> None:
         super().__init__()
@@ -176,7 +177,7 @@ class Detector(Task[Found, BoxAnnotations]):
     def loss(self, batch: Batch, clock: Clock) -> Loss:
         """Focal loss + GIoU loss + centreness loss; logs the three. Raises UserError without boxes.
 
-        An image in which there are none is all background.
+        Images without objects are allowed: all their cells are background.
         """
         boxes, labels = require_boxes(batch)
         paths = None
@@ -188,7 +189,7 @@ class Detector(Task[Found, BoxAnnotations]):
     def guess(
         self, images: Shaped[Tensor, "B C H W"], paths: Float[Tensor, "depth 2 B 1 1"] | None = None
     ) -> tuple[Guess, Cells]:
-        """What every cell says of images in the files' units, and where the cells are. paths: see `draw_paths`."""
+        """Return predictions for images in the files' units, and the cells. paths: see `draw_paths`."""
         grid = grid_of((images.shape[2], images.shape[3]), self.encoder.patch)
         tokens = self.encoder.embed(self.encoder.patches(images), grid=grid)
         *_, last = self.encoder.layers(tokens, grid=grid, paths=paths)
@@ -228,7 +229,7 @@ class Detector(Task[Found, BoxAnnotations]):
         return Measurement(values, details={"ap50_of_class": precision.classes, "images": len(true)})
 
     def picture(self, batch: Batch, clock: Clock) -> Picture:
-        """Original; its true boxes; and the boxes found with some certainty, one colour for each class."""
+        """Original, true boxes, and confident detections, one colour for each class."""
         boxes, labels = require_boxes(batch)
         guess, cells = self.guess(batch.images)
         truth, size = assign(cells, boxes, labels), (batch.images.shape[2], batch.images.shape[3])
@@ -239,8 +240,8 @@ class Detector(Task[Found, BoxAnnotations]):
         panels = {"original": images, "true boxes": self.draw(images, true), "found boxes": self.draw(images, sure)}
         return Picture(
             panels,
-            f"{sum(len(y) for _, y in true)} boxes there are, {sum(len(y) for _, y in sure)} were found with a score "
-            f"above {DRAWN_SCORE}; each class has its colour, so far as there are colours.",
+            f"{sum(len(y) for _, y in true)} true boxes; {sum(len(y) for _, y in sure)} boxes found with a score above "
+            f"{DRAWN_SCORE}. Colours are those of the classes.",
             {"loss": error(guess, truth).value, "same_everywhere": same_everywhere(truth, guess.classes.shape[2])},
         )
 
@@ -256,12 +257,12 @@ class Detector(Task[Found, BoxAnnotations]):
 
 
 def make_cells(strides: tuple[tuple[float, float], ...], shapes: list[torch.Size], device: torch.device) -> Cells:
-    """Where the cells of levels with these strides, (height, width) in pixels, and (rows, cols) are."""
+    """Return the cells of levels with these strides, (height, width) in pixels, and shapes (rows, cols)."""
     centres, sizes, reaches = [], [], []
     for number, ((high, wide), (rows, cols)) in enumerate(zip(strides, shapes, strict=True)):
         y, x = ((torch.arange(n, device=device) + 0.5) * step for n, step in ((rows, high), (cols, wide)))
         centres.append(torch.stack([x.repeat(rows), y.repeat_interleave(cols)], 1))
-        # A finer level's cells are half as large: its most is half as many of ours.
+        # The cells of the next finer level are half as large, so its range ends at half of this one.
         pairs = (wide, high), (REACH / 2 if number else 0.0, REACH if number < len(strides) - 1 else float("inf"))
         for into, (first, second) in zip((sizes, reaches), pairs, strict=True):
             value = torch.full((rows * cols, 2), float(first), device=device)
@@ -271,7 +272,7 @@ def make_cells(strides: tuple[tuple[float, float], ...], shapes: list[torch.Size
 
 
 def assign(cells: Cells, boxes: Float[Tensor, "B M 4"], labels: Int[Tensor, "B M"]) -> Truth:
-    """What every cell should say of images with these boxes; see the module docstring for who learns what."""
+    """Assign boxes to cells, as the module docstring describes, and return the targets."""
     if boxes.shape[1] == 0:
         boxes, labels = F.pad(boxes, (0, 0, 0, 1)), F.pad(labels, (0, 1), value=-1)
     each = [assign_one(cells, *one) for one in zip(boxes, labels, strict=True)]
@@ -279,7 +280,7 @@ def assign(cells: Cells, boxes: Float[Tensor, "B M 4"], labels: Int[Tensor, "B M
 
 
 def assign_one(cells: Cells, boxes: Float[Tensor, "M 4"], labels: Int[Tensor, "M"]) -> Truth:
-    """`assign` for one image, so that only L x M distances are kept at a time; the result has no batch dimension."""
+    """`assign` for one image, so that only L x M distances are in memory; the result has no batch dimension."""
     sides = sides_from(cells, boxes)  # (L, M, 4), in cells
     off_middle = (sides[..., :2] - sides[..., 2:]).abs().amax(2) / 2
     farthest = sides.amax(2)
@@ -321,7 +322,7 @@ def error(guess: Guess, truth: Truth) -> Loss:
 
 
 def focal(logits: Float[Tensor, "*n"], truth: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
-    """Binary cross-entropy in which what is already right counts little: times (1 - p of the truth)^2, and alpha."""
+    """Focal loss: binary cross-entropy times alpha and (1 - p of the true class)^2, so that easy cells count little."""
     p = logits.sigmoid()
     wrong = p * (1 - truth) + (1 - p) * truth
     weight = ALPHA * truth + (1 - ALPHA) * (1 - truth)
@@ -329,9 +330,10 @@ def focal(logits: Float[Tensor, "*n"], truth: Float[Tensor, "*n"]) -> Float[Tens
 
 
 def same_everywhere(truth: Truth, num_classes: int) -> Float[Tensor, ""]:
-    """The loss of a guess that does not look: in every cell the same best class scores, the mean sides and centreness.
+    """Loss of a baseline that ignores the image: in every cell the best constant class scores, mean sides and
+    centreness.
 
-    Mean and best over the cells of these very images.
+    Best and mean over the cells of these images.
     """
     found, device = (truth.label >= 0).float(), truth.label.device
     count = found.sum().clamp(min=1)
@@ -349,7 +351,7 @@ def same_everywhere(truth: Truth, num_classes: int) -> Float[Tensor, ""]:
 
 
 def select(guess: Guess, cells: Cells, size: tuple[int, int]) -> Found:
-    """What is found in one image of `size` = (H, W) pixels: the best boxes, each thing once. `guess` has no batch."""
+    """Select the best boxes of one image of `size` = (H, W) pixels, without duplicates. `guess` has no batch."""
     scores = (guess.classes.sigmoid() * guess.centreness.sigmoid()[:, None]).sqrt().flatten()
     scores, where = scores.topk(min(NUM_BEFORE, len(scores)))
     where, scores = where[scores > LEAST_SCORE], scores[scores > LEAST_SCORE]
@@ -361,10 +363,10 @@ def select(guess: Guess, cells: Cells, size: tuple[int, int]) -> Found:
 
 
 def require_boxes(batch: Batch) -> tuple[Tensor, Tensor]:
-    """Boxes (B, M, 4) in pixels and their labels (B, M). Raises UserError when the images came without."""
+    """Return boxes (B, M, 4) in pixels and their labels (B, M). Raises UserError for images without boxes."""
     if batch.boxes is None or batch.box_labels is None:
         raise UserError(
-            "images without boxes came, and a detector learns from boxes; give the file that holds them beside the "
-            "images (COCO's JSON, or VOC's XML); an image in which there is nothing is welcome among others"
+            "got images without boxes; a detector learns from boxes; give the file of boxes (COCO's JSON, or VOC's "
+            "XML) with --annotations; images without objects are allowed"
         )
     return batch.boxes, batch.box_labels

@@ -1,7 +1,6 @@
-"""An encoder and nothing else: weights from elsewhere (`unmask import`) whose training task did not come with them.
+"""An encoder without a task: imported weights (`unmask import`) whose pre-training method is unknown or unsupported.
 
-It can be looked through (`embed`, `probe`) and built upon (`finetune`, `pretrain --recipe NAME --from RUN`). It has no
-loss and no picture of its own, and none is made up.
+It supports `embed`, `probe`, `finetune` and `pretrain --recipe NAME --from RUN`. It has no loss and no picture.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ class Config(MethodConfig):
 
 
 class EncoderOnly(Method):
-    """See the module docstring. An encoder of iGPT is a causal one, with the start token: so are the published."""
+    """See the module docstring. An iGPT encoder is causal and has the start token, like the published ones."""
 
     encoder: ViT | GPT
 

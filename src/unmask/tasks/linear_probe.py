@@ -1,12 +1,12 @@
 """MAE's linear probe by its own protocol: He et al. 2021, Table 10, and `main_linprobe.py`.
 
-The class token behind the encoder's final norm goes through a BatchNorm without gain and bias and one linear layer,
-which alone is trained, with LARS, large batches and augmented images. Cheaper probes on features that are computed once
-are in `evals/`; this one is there to be compared with published numbers.
+The class token, after the encoder's final norm, goes through a BatchNorm without gain and bias and one linear layer.
+Only that layer is trained, with LARS, large batches and augmented images. Cheaper probes on cached features are in
+`evals/`; this one is for comparison with published numbers.
 
 As published the batch is 16384, the learning rate 6.4 (0.1 x batch / 256), 90 epochs, 10 of them warm-up, no weight
-decay. BatchNorm's statistics are those of the micro-batch while it trains, and their running average when it is tested.
-An encoder without a class token is probed on the mean of its patch tokens.
+decay. BatchNorm uses the statistics of the micro-batch in training, and their running average in evaluation. An encoder
+without a class token is probed on the mean of its patch tokens.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class LinearProbe(Task[Tensor, None]):
         nn.init.zeros_(self.head.bias)
 
     def loss(self, batch: Batch, clock: Clock) -> Loss:
-        """Cross-entropy; logs the share of this batch that is right. Raises UserError for images without labels."""
+        """Cross-entropy; logs the accuracy on this batch. Raises UserError for images without labels."""
         labels = batch.require_labels()
         logits = self._scores(batch.images)
         right = (logits.detach().argmax(1) == labels).float().mean()
@@ -77,7 +77,7 @@ class LinearProbe(Task[Tensor, None]):
         return list(self.logits(images, scale).softmax(1))
 
     def measure(self, batches: Iterable[Batch], truth: None) -> Measurement:
-        """Count the images whose most probable class is right, with a Wilson interval. Raises UserError unlabelled."""
+        """Measure the accuracy, with a Wilson interval. Raises UserError for images without labels."""
         return measure_accuracy(self.logits, batches, self.device)
 
     def _scores(self, images: Tensor) -> Tensor:
@@ -90,9 +90,9 @@ class LinearProbe(Task[Tensor, None]):
 
     @torch.no_grad()
     def remember(self, tokens: Tensor) -> None:
-        """BatchNorm's running statistics, moved by hand: tokens that are not finite leave them as they were."""
+        """Update BatchNorm's running statistics; non-finite tokens leave them unchanged."""
         if len(tokens) < 2:
-            raise UserError("a micro-batch of one image came, BatchNorm needs at least two; set train.micro_batch=2")
+            raise UserError("got a micro-batch of one image; BatchNorm needs at least two; set train.micro_batch=2")
         variance, mean = torch.var_mean(tokens, 0)
         sound = tokens.isfinite().all()
         for kept, now in ((self.norm.running_mean, mean), (self.norm.running_var, variance)):
@@ -100,7 +100,7 @@ class LinearProbe(Task[Tensor, None]):
             kept.copy_(torch.where(sound, kept.lerp(now, MOMENTUM), kept))
 
     def picture(self, batch: Batch, clock: Clock) -> Picture:
-        """The images; beside the loss that of calling all classes alike."""
+        """The images; the baseline gives all classes the same probability."""
         labels = batch.require_labels()
         logits = self.logits(batch.images)
         right = int((logits.argmax(1) == labels).sum())
@@ -108,5 +108,5 @@ class LinearProbe(Task[Tensor, None]):
             "loss": F.cross_entropy(logits, labels),
             "all_classes_alike": logits.new_tensor(log(logits.shape[1])),
         }
-        note = f"{right} of {len(logits)} of these images are given the right class."
+        note = f"{right} of {len(logits)} of these images are classified correctly."
         return Picture({"original": batch.images.float()}, note, numbers)

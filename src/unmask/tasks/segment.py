@@ -1,15 +1,16 @@
-"""Semantic segmentation, a class for every pixel, by an encoder under a linear layer or UPerNet (`nn/map_heads.py`).
+"""Semantic segmentation, a class for every pixel, with a linear layer or UPerNet on the encoder (`nn/map_heads.py`).
 
-As MAE and BEiT are measured on ADE20K (He et al. 2021, A.4): the whole encoder learns with the head, positions too, and
-stochastic depth and layer-wise decay of the learning rate (`optim.py`) are theirs. Cross-entropy over all pixels but
-those that are IGNORED, at the images' own resolution: scores are enlarged bilinearly before the softmax. The encoder's
-weights are grafted, or none are and the same is training from scratch.
+As MAE and BEiT on ADE20K (He et al. 2021, A.4): the whole encoder, positions included, is trained with the head, with
+stochastic depth and layer-wise decay of the learning rate (`optim.py`). Cross-entropy over all pixels that are not
+IGNORED, at the resolution of the images: scores are resized bilinearly before the softmax. The encoder's weights come
+from another Run; without them it is training from scratch.
 
-Differs from the paper: no auxiliary head, no relative position bias but what the encoder was trained with, one scale of
-images; and `map_heads.py` says how its UPerNet differs. The encoder's own final norm is not used, as in `classify.py`.
+Differs from the paper: no auxiliary head, a relative position bias only where the encoder was pre-trained with one, one
+scale of images; the differences of UPerNet are in `map_heads.py`. The encoder's final norm is not used, as in
+`classify.py`.
 
-Not here: reading masks (`data/segmentation_masks.py`), how long and on which images (`finetuning/finetune.py`), mIoU
-(`metrics/mean_iou.py`).
+Not here: reading masks (`data/segmentation_masks.py`), length and data of the training (`finetuning/finetune.py`), mean
+IoU (`metrics/mean_iou.py`).
 
 Letters: B images, C channels, H x W pixels, K classes, L blocks.
 """
@@ -42,25 +43,25 @@ from unmask.nn.vit import ViT
 from unmask.rng import Stream
 from unmask.task import Task, TaskConfig
 
-COLOURS = {  # of the first classes, as far apart as twelve can be
+COLOURS = {  # of the first classes, as distinct as twelve can be
     "red": (230, 25, 75), "green": (60, 180, 75), "yellow": (255, 225, 25), "blue": (0, 90, 220),
     "orange": (245, 130, 48), "purple": (145, 30, 180), "cyan": (70, 240, 240), "pink": (250, 150, 200),
     "lime": (190, 245, 60), "brown": (150, 95, 35), "teal": (0, 130, 130), "white": (255, 255, 255),
 }  # fmt: skip
-TURN = 0.618034  # of the colour circle between two further classes: never the same again
+TURN = 0.618034  # of the colour circle between two further classes (golden ratio), so that no hue repeats
 
 
 class Config(TaskConfig):
     """classes: names, in the order of the numbers in `Batch.maps`.
 
-    ignored: ids in the mask files that are no class (`data/segmentation_masks.py`), kept so that other masks are read
-    alike. values: the id of each class, where they are not all that are not ignored. stored_pixels: whether masks were
-    drawn on the stored pixels of images that carry an orientation. head: "upernet", of `width` channels, or "linear",
-    which has no width. last_blocks: how many of the encoder's last blocks are trained with the head; None for the whole
-    encoder, which as many blocks as it has means too. 0 trains the head alone, 0.5 with it the MLP of the last block.
-    drop_path: probability that what the last block adds is left out.
-    feature_blocks: which blocks UPerNet reads: "beit" those of BEiT's code (4, 6, 8 and 12 of 12; 8, 12, 16 and 24 of
-    24), as the recipes have it, "even" evenly spaced ones (3, 6, 9, 12), as runs without this setting were trained.
+    ignored: ids in the mask files that are no class, stored so that other masks are read alike. values: the id of each
+    class, None for all ids that are not ignored. stored_pixels: whether masks were drawn on the stored pixels of images
+    that carry an orientation. head: "upernet", of `width` channels, or "linear", which has no width. last_blocks: how
+    many of the encoder's last blocks are trained with the head; None, or all of them, for the whole encoder. 0 trains
+    only the head, 0.5 also the MLP of the last block. drop_path: stochastic depth, the probability of skipping the last
+    block. feature_blocks: which blocks UPerNet reads: "beit" those of BEiT's code (4, 6, 8 and 12 of 12; 8, 12, 16 and
+    24 of 24), as the recipes have it, "even" evenly spaced ones (3, 6, 9, 12), as runs without this setting were
+    trained.
     """
 
     name: Literal["segment"] = "segment"
@@ -112,9 +113,9 @@ class Segmenter(Task[Tensor, SegmentationMasks]):
         freeze(self.encoder, config.last_blocks)
 
     def loss(self, batch: Batch, clock: Clock) -> Loss:
-        """Mean cross-entropy of the pixels that are judged; logs the share of them that is right. 0 if there are none.
+        """Mean cross-entropy of the annotated pixels, 0 if there are none; logs the share of them that is right.
 
-        Raises UserError without maps.
+        Raises UserError for images without masks.
         """
         maps, paths = require_maps(batch), None
         if self.config.drop_path:
@@ -160,7 +161,7 @@ class Segmenter(Task[Tensor, SegmentationMasks]):
         return mean_iou.measure(self.logits, batches, truth.read, self.classes, device=self.device).as_measurement()
 
     def picture(self, batch: Batch, clock: Clock) -> Picture:
-        """Original, true map and predicted map, a colour for each class; pixels that are not judged are black."""
+        """Original, true mask and predicted mask, a colour for each class; ignored pixels are black."""
         maps, logits = require_maps(batch), self.logits(batch.images)
         guess = logits.argmax(1)
         panels = {
@@ -175,7 +176,7 @@ class Segmenter(Task[Tensor, SegmentationMasks]):
         shares = shares / shares.sum()
         return Picture(
             panels,
-            f"{float(right_share(guess, maps)):.1%} of the judged pixels are given the right class.{legend}",
+            f"{float(right_share(guess, maps)):.1%} of the annotated pixels are classified correctly.{legend}",
             {
                 "loss": error(logits, maps),
                 "all_classes_alike": logits.new_tensor(log(logits.shape[1])),
@@ -190,35 +191,37 @@ class Segmenter(Task[Tensor, SegmentationMasks]):
             table = colour_table(count)
         else:
             table = (torch.arange(1, count + 1) / count)[:, None].expand(count, spec.channels)
-        table = torch.cat([table, table.new_zeros(1, spec.channels)]).to(maps.device)  # the last is for what is ignored
+        table = torch.cat([table, table.new_zeros(1, spec.channels)]).to(
+            maps.device
+        )  # the last colour is for ignored pixels
         low, high = (torch.tensor(value, device=maps.device) for value in spec.value_range)
         drawn = table[torch.where(maps == IGNORED, count, maps)]  # (B, H, W, C)
         return (low + drawn * (high - low)).movedim(3, 1)
 
 
 def colour_table(count: int) -> Float[Tensor, "K 3"]:
-    """The colour of each class, always the same, 0 to 1: the named ones, then turns of the circle."""
+    """Fixed colours of the classes, 0 to 1: the named ones, then evenly distributed hues."""
     known = [tuple(value / 255 for value in colour) for colour in COLOURS.values()]
     more = [colorsys.hsv_to_rgb(i * TURN % 1, 0.35 + 0.3 * (i % 3), 0.95 - 0.2 * (i % 4)) for i in range(count)]
     return torch.tensor([*known, *more][:count])
 
 
 def error(logits: Float[Tensor, "B K H W"], maps: Int[Tensor, "B H W"]) -> Float[Tensor, ""]:
-    """Mean cross-entropy of the pixels that are judged, 0 where there are none."""
-    judged = (maps != IGNORED).sum().clamp(min=1)
-    return F.cross_entropy(logits, maps, ignore_index=IGNORED, reduction="sum") / judged
+    """Mean cross-entropy of the annotated pixels, 0 where there are none."""
+    counted = (maps != IGNORED).sum().clamp(min=1)
+    return F.cross_entropy(logits, maps, ignore_index=IGNORED, reduction="sum") / counted
 
 
 def right_share(guess: Int[Tensor, "B H W"], maps: Int[Tensor, "B H W"]) -> Float[Tensor, ""]:
-    """Share of the judged pixels whose class is right."""
+    """Share of the annotated pixels whose class is right."""
     return (guess == maps).sum() / (maps != IGNORED).sum().clamp(min=1)
 
 
 def require_maps(batch: Batch) -> Int[Tensor, "B H W"]:
-    """The class of each pixel. Raises UserError when the images came without."""
+    """Return the class of each pixel. Raises UserError for images without masks."""
     if batch.maps is None:
         raise UserError(
-            "images without maps came, and a segmenter learns from the class of every pixel; give the folder of masks "
-            "with --annotations, each named as its image"
+            "got images without masks; a segmenter learns from the class of every pixel; give the folder of "
+            "masks, each named as its image, with --annotations"
         )
     return batch.maps
