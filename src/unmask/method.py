@@ -1,13 +1,13 @@
 """THE CONTRACT: what `engine/train.py` trains. A method is an encoder, a loss and a picture.
 
-    encoder                      what is kept: anything whose forward(images) returns `Features`
-    loss(batch, clock) -> Loss   one scalar to lower, and detached numbers to log
-    picture(batch, clock)        what a person looks at to see whether it learns
+    encoder                      the result of the training: an `ImageEncoder`, whose forward returns `Features`
+    loss(batch, clock) -> Loss   one scalar to minimise, and detached numbers to log
+    picture(batch, clock)        panels that show whether it learns
+    after_step(clock)            update what follows the weights, such as a teacher; nothing by default
 
-`Clock` is all the loop tells a method, `Loss` is all a method tells the loop. There is one abstract level, nothing is
-overridden twice, and the base has no behaviour but this: `forward` *is* `loss`, because DistributedDataParallel
-averages gradients only for what goes through `forward` (called by any other name it silently does not, and FSDP2
-raises).
+`Clock` is all that a method gets from the loop besides the batch, `Loss` all that it returns. There is one abstract
+level and nothing is overridden twice. `forward` *is* `loss`, so that hooks on the module apply to the loss. Everything
+else that others use of a method is declared here with a default; nothing is looked up by name.
 
 To add a method, add one file to `methods/` with a `Config(MethodConfig)` and one subclass of `Method` whose constructor
 takes `(config, images: ImageSpec)`, and a recipe. There is no registry: the file name is the method's name.
@@ -52,7 +52,7 @@ class MethodConfig(Settings):
 
 @dataclass(frozen=True)
 class Clock:
-    """Where training stands: `step` of `total` optimiser steps, `micro`-batch within it, the draws of this batch.
+    """Position of the training: `step` of `total` optimiser steps, `micro`-batch within it, random draws of the batch.
 
     share: of the training done, where the number of steps has changed during it; None for step / total. counted: only
     in `Method.after_step`, a 0-d bool on the device, False where the step was skipped for non-finite numbers.
@@ -80,12 +80,12 @@ class Loss:
 
 
 class Picture(NamedTuple):
-    """What a person looks at.
+    """Images that show what a method does.
 
-    `panels`: drawn side by side, captions as keys, each (B, C, H, W) float32 in the files' units. `note` goes below.
-    `numbers`: 0-d tensors to hold the loss against; "loss" is the method's own on these images, the others are what
-    trivial guesses would score in the same units ("true_patch_mean", "nearest_visible", ...). `names`: what is written
-    below each image, if anything. `valid` (B, H, W) bool: False where a pixel is absent, None where all are there.
+    panels: drawn side by side, captions as keys, each (B, C, H, W) float32 in the files' units. note: printed below.
+    numbers: 0-d tensors; "loss" is the loss on these images, the others are those of baselines in the same units
+    ("true_patch_mean", "nearest_visible", ...). names: printed below each image. valid: (B, H, W) bool, False where a
+    pixel is absent, None where all are present.
     """
 
     panels: dict[str, Tensor]
@@ -94,8 +94,8 @@ class Picture(NamedTuple):
     names: tuple[str, ...] = ()
     valid: Tensor | None = None
 
-    def spread(self, count: int) -> Picture:
-        """The same with only `count` images drawn, evenly spread: images lie in the order of their folders."""
+    def sampled(self, count: int) -> Picture:
+        """Keep at most `count` images, evenly spaced, because images are in the order of their folders."""
         have = len(next(iter(self.panels.values())))
         rows = torch.linspace(0, have - 1, min(count, have)).long().tolist()
         panels = {caption: panel[rows] for caption, panel in self.panels.items()}
@@ -123,9 +123,9 @@ class MeanTokenClassifier(Protocol):
 class Method(nn.Module, ABC):
     """A trainable method; see the module docstring. Its tensors may live on any device; it does no I/O.
 
-    encoder: what a Run is kept for. fixed: prefixes of the state dict under which nothing changes after `prepare` (a
-    frozen tokenizer, a palette): a Run stores those tensors once, not in every checkpoint. num_prepare: how many images
-    `prepare` uses. undecayed: names of parameters without weight decay although they are no vectors. head_name: the
+    encoder: the result of the training. fixed: prefixes of the state dict under which nothing changes after `prepare`
+    (a frozen tokenizer, a palette): a Run stores those tensors once, not in every checkpoint. num_prepare: number of
+    images that `prepare` uses. undecayed: names of parameters without weight decay although they are no vectors. head_name: the
     part beside the encoder, for messages of exports.
     """
 
@@ -141,9 +141,9 @@ class Method(nn.Module, ABC):
         return None
 
     def prepare(self, images: Tensor, valid: Tensor | None = None) -> None:
-        """Called once, before step 0 and after grafts, when `num_prepare` > 0: set buffers that depend on the data.
+        """Set buffers that depend on the data; called before step 0, after weights are copied, if `num_prepare` > 0.
 
-        images: (n, C, H, W) in the files' dtype on the method's device, n <= num_prepare, evenly spread over the data.
+        images: (n, C, H, W) in the files' dtype on the method's device, n <= num_prepare, evenly spaced in the data.
         valid: (n, H, W) bool as in `Batch`, None where no pixel is absent.
         """
         raise TypeError(f"{type(self).__name__} needs {self.num_prepare} images but has no prepare()")
@@ -164,7 +164,7 @@ class Method(nn.Module, ABC):
 
     @abstractmethod
     def picture(self, batch: Batch, clock: Clock) -> Picture:
-        """What the method makes of these images; called without gradients, in eval mode."""
+        """Draw what the method predicts for these images; called without gradients, in eval mode."""
 
     def after_step(self, clock: Clock) -> None:
         """Update what follows the weights, such as a teacher; called once after each optimiser step.

@@ -157,7 +157,7 @@ def fused_kernel_has_gate() -> bool:
 
 
 def update(optimizer: torch.optim.Optimizer, lr: float, loss: Tensor, clip: float | None) -> Tensor:
-    """One step with the gradients as they are, which are then cleared; returns their norm before clipping (0-d).
+    """One step with the gradients as they are, which are then cleared; return their norm before clipping (0-d).
 
     When `loss` (0-d) or the norm is not finite, weights and moments stay as they were, bit for bit. The device decides;
     the host does not wait for it.

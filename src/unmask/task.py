@@ -1,6 +1,6 @@
 """The contract of supervised methods (`tasks/`): a `Task` is a `Method` that predicts and is measured on test images.
 
-    annotation             what a person says of an image, and what the task predicts: its class, a mask or boxes
+    annotation             the annotation of an image, which the task predicts: its class, a mask or boxes
     predict(images)        one prediction per image
     measure(batches, ...)  how good the predictions are on annotated images
     headline               the metrics that are followed during training, the first of which counts

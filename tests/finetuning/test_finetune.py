@@ -420,7 +420,7 @@ def test_boxes_are_learnt_tested_and_predicted_in_pixels_of_the_file(pretrained,
         ({"ignored": (3,)}, "only masks have ids"),
         ({"test_split": "test"}, "without --test"),
         ({"task": "segment"}, "no masks were found"),
-        ({"task": "detect", "data": "cells", "shots": 100}, "--shots 100 came, but there are .* annotated images"),
+        ({"task": "detect", "data": "cells", "shots": 100}, "got --shots 100, and .* annotated images"),
         ({"task": "detect"}, "no boxes were found"),
         ({"task": "detect", "recipe": "finetune_few", "data": "cells"}, "is for --task classify"),
         (

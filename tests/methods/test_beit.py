@@ -214,7 +214,7 @@ def mae(**changes) -> MAE:
             r"a code for 4 x 4 pixels, a patch is 2 x 2: .* set method.encoder.patch=4 here, or",
         ),
         ((4, 8), {}, "a patch is 4 x 8: their grids are not the same"),
-        ((4, 8), {"patch": (4, 8)}, "a patch of 4 x 8 came for a dVAE"),
+        ((4, 8), {"patch": (4, 8)}, "got a patch of 4 x 8; a dVAE"),
         ((8, 8), {"arch": "dalle", "depth": None, "patch": (4, 4)}, "dalle has 8 x 8 pixels"),
     ],
 )

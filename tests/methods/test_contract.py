@@ -277,7 +277,7 @@ def test_the_picture_shows_the_images_in_their_units(name):
         assert panel.min() > -255, caption
         assert panel.max() < 2 * 255, caption
     assert (next(iter(picture.panels.values())) - batch.images).abs().max() < 0.01, "the original comes first"
-    assert {panel.shape[0] for panel in picture.spread(2).panels.values()} == {2}
+    assert {panel.shape[0] for panel in picture.sampled(2).panels.values()} == {2}
 
 
 @pytest.mark.parametrize("name", METHODS)

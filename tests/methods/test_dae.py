@@ -132,14 +132,14 @@ def test_tied_weights_are_the_encoders_transposed():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"corruption": "gaussian", "share": 0.5}, "share and grain are for masking and salt_and_pepper"),
-        ({"corruption": "gray", "grain": 4}, "share and grain are for"),
+        ({"corruption": "gaussian", "share": 0.5}, "share and grain apply to masking and salt_and_pepper"),
+        ({"corruption": "gray", "grain": 4}, "share and grain apply to"),
         ({"sigma": 0.1}, "sigma applies to gaussian; got corruption=masking"),
         ({"corruption": "gray", "beta": 0.0}, "gray touches all"),
         ({"corruption": "gaussian", "alpha": 2.0}, "gaussian touches all"),
         ({"share": 0.25, "grain": (8, 12)}, "share=0.25 of 1 components, which corrupts none"),
         ({"share": 0.9, "grain": (8, 12)}, "share=0.9 of 1 components, which corrupts all"),
-        ({"alpha": 0.0}, "alpha=0 came"),
+        ({"alpha": 0.0}, "got alpha=0"),
         ({"grain": 5}, "image height 8 is not a multiple of method.grain=5; use one of 1, 2, 4, or leave it out"),
     ],
 )

@@ -9,7 +9,16 @@ import torch
 from unmask.batch import Batch, ImageSpec
 from unmask.errors import UserError
 from unmask.method import Clock
-from unmask.methods.dvae import DVAE, Config, gumbel_softmax, half_cosine, kl_to_uniform, logit_laplace, spread, usage
+from unmask.methods.dvae import (
+    DVAE,
+    Config,
+    even_steps,
+    gumbel_softmax,
+    half_cosine,
+    kl_to_uniform,
+    logit_laplace,
+    usage,
+)
 from unmask.nn.conv_vae import ConvDecoder, ConvEncoder, ConvVAEConfig, Tokenizer, squeeze
 from unmask.recipes.dvae import dvae_dalle, dvae_nano
 from unmask.rng import Draws, Stream
@@ -174,7 +183,7 @@ def test_the_picture_shows_the_likeliest_codes():
 
 @pytest.mark.parametrize(("channels", "apart"), [(1, 0.001), (3, 0.1), (5, 0.2)])
 def test_colours_of_codes_lie_apart(channels, apart):
-    colours = (torch.arange(256)[:, None] * spread(channels)).frac().double()
+    colours = (torch.arange(256)[:, None] * even_steps(channels)).frac().double()
     assert colours.shape == (256, channels)
     assert torch.pdist(colours).min() > apart
 

@@ -136,8 +136,8 @@ def test_pictures_are_finite_and_mark_what_is_absent(method):
         picture = method.eval().picture(batch, clock(batch))._replace(valid=batch.valid)
     assert all(panel.isfinite().all() for panel in picture.panels.values())
     assert all(torch.as_tensor(number).isfinite() for number in picture.numbers.values())
-    sheet = np.asarray(compose(picture.spread(2), "uint8", "title"))
-    plain = np.asarray(compose(picture._replace(valid=None).spread(2), "uint8", "title"))
+    sheet = np.asarray(compose(picture.sampled(2), "uint8", "title"))
+    plain = np.asarray(compose(picture._replace(valid=None).sampled(2), "uint8", "title"))
     boards = (sheet == 200).all(-1) | (sheet == 235).all(-1)
     assert boards.mean() > 0.05
     assert boards.mean() > ((plain == 200).all(-1) | (plain == 235).all(-1)).mean() + 0.05

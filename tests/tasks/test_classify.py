@@ -145,7 +145,7 @@ def test_it_learns_and_the_picture_shows_it():
     assert picture.note.startswith("8 of 8")
     assert len(picture.names) == 8
     assert all("predicted" not in name and "%" in name for name in picture.names)
-    few = picture.spread(3)
+    few = picture.sampled(3)
     assert few.names == tuple(picture.names[row] for row in (0, 3, 7))
     assert torch.equal(few.panels["original"], first[[0, 3, 7]])
     assert float(picture.numbers["loss"]) == pytest.approx(float(found.value.detach()), rel=1e-5)

@@ -90,7 +90,7 @@ def draw_and_score(job: Job, samples: Samples, at: Position, stop: StopRequest) 
     if held_out is not None:
         log_row(job, {"step": at.step, "held_out_loss": held_out})
     with report_failure(job, job.run.pictures):
-        draw(picture.spread(train.picture_images), plan.images.dtype, file, title)
+        draw(picture.sampled(train.picture_images), plan.images.dtype, file, title)
     before: dict[str, Any] = {}
     if at.step > 0:
         with report_failure(job, job.run.path / BASELINES):

@@ -117,8 +117,7 @@ class BEiT(Method):
         return self.head(take(self.encoder.run(self.encoder.place(tokens))[:, 1:], mask.drop))
 
     def picture(self, batch: Batch, clock: Clock) -> Picture:
-        """Original, masked image, and the predicted and true codes as the dVAE decodes them; with baselines of the
-        loss."""
+        """Original, masked image, predicted and true codes as the dVAE decodes them; and baselines of the loss."""
         patches = self.encoder.patches(batch.images)
         mask = self.sample(clock)
         guess = self.guess(patches, mask).float()
@@ -132,8 +131,7 @@ class BEiT(Method):
 
     @torch.no_grad()
     def _initialise(self) -> None:
-        """Initialise weights as the released code: truncated normal, with the output layers of a block scaled by its
-        depth."""
+        """Initialise weights as the released code: truncated normal, output layers of a block scaled by depth."""
         for part in (*self.encoder.modules(), self.head):
             if isinstance(part, nn.Linear | nn.Conv2d):
                 nn.init.trunc_normal_(part.weight, std=INIT_STD, a=-INIT_STD, b=INIT_STD)

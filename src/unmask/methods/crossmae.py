@@ -105,8 +105,7 @@ class CrossMAE(Method):
         return list(self.encoder.layers(tokens, mask.keep))
 
     def picture(self, batch: Batch, clock: Clock) -> Picture:
-        """Original, masked, prediction, pasted, with ALL hidden patches predicted; the numbers are those of the loss's
-        subset."""
+        """Original, masked, prediction, pasted, for ALL hidden patches; the numbers are those of the loss's subset."""
         patches = self.encoder.patches(batch.images)
         mask = random_mask(len(patches), self.encoder.grid, self.mask_ratio, clock.rng)
         guess = self.decoder(self.layers(patches, mask), mask.drop).float()

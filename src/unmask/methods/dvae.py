@@ -53,8 +53,7 @@ class Config(MethodConfig):
 
 
 class DVAE(Method):
-    """See the module docstring. Raises UserError when the patch does not divide the image or does not fit the
-    architecture."""
+    """See the module docstring. Raises UserError for a patch that does not fit the image or the architecture."""
 
     encoder: ConvEncoder
 
@@ -124,12 +123,12 @@ class DVAE(Method):
     def _colour(self, ids: Tensor, size: torch.Size) -> Tensor:
         """Draw codes (B, R, S) -> (B, C, H, W) in the files' units, in evenly distributed colours."""
         low, high = self.encoder.low[:, None, None], self.encoder.high[:, None, None]
-        steps = spread(len(low)).to(ids.device)
+        steps = even_steps(len(low)).to(ids.device)
         shares = (ids[:, None] * steps[:, None, None]).frac()
         return F.interpolate(low + shares * (high - low), tuple(size), mode="nearest")
 
 
-def spread(channels: int) -> Tensor:
+def even_steps(channels: int) -> Tensor:
     """(C,) steps whose multiples, modulo 1, fill the unit cube evenly (Roberts 2018, "R-sequence").
 
     They are powers of 1 / g with g ** (C + 1) = g + 1; for one channel g is the golden ratio, whose powers would put

@@ -67,8 +67,7 @@ class Corruption(NamedTuple):
 
 
 def corrupt(batch: int, grid: tuple[int, int], ratio: float, rng: Draws) -> Corruption:
-    """Choose the same number of patches in every image and how to corrupt each: 80 % / 10 % / 10 % by independent
-    draws."""
+    """Choose equally many patches in every image, and how to corrupt each: 80 % / 10 % / 10 % at random."""
     where = random_mask(batch, grid, ratio, rng).drop
     fate, other = rng.uniform(2 * where.shape[1], Stream.REPLACE).chunk(2, 1)  # (B, M) each
     n = grid[0] * grid[1]
@@ -120,8 +119,7 @@ class MPP(Method):
         return Loss(self._cross_entropy(guess, truth, weights), {"colour_accuracy": right})
 
     def weights(self, batch: Batch, change: Corruption) -> Tensor | None:
-        """Weights of the loss at the corrupted patches: (B, M, P) of values, or (B, M, S x softmaxes) of colours; None
-        for all."""
+        """Weights at the corrupted patches: (B, M, P) of values, or (B, M, S x softmaxes) of colours; None for 1."""
         valid = valid_patches(batch, self.encoder.patch)
         if self.pixels:
             return value_weights(valid, change.where)

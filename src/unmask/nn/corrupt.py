@@ -30,8 +30,8 @@ def choose(draws: Float[Tensor, "B n"], share: float) -> Bool[Tensor, "B n"]:
     return torch.zeros(draws.shape, dtype=torch.bool, device=draws.device).scatter(1, order, True)
 
 
-def spread(chosen: Bool[Tensor, "B n"], like: Pixels, grain: tuple[int, int] | None) -> Touched:
-    """Choices for every value, or with a `grain` of (height, width) pixels for every cell of so many, all channels."""
+def to_values(chosen: Bool[Tensor, "B n"], like: Pixels, grain: tuple[int, int] | None) -> Touched:
+    """Expand choices to values: one choice per value, or per cell of `grain` = (height, width) pixels, all channels."""
     b, c, h, w = like.shape
     if grain is None:
         return chosen.reshape(b, c, h, w)
@@ -50,7 +50,7 @@ def masking(
     pixels: Pixels, draws: Float[Tensor, "B n"], share: float, grain: tuple[int, int] | None
 ) -> tuple[Pixels, Touched]:
     """A share of the components set to 0: the mean colour for normalised pixels, black for those in [0, 1]."""
-    touched = spread(choose(draws, share), pixels, grain)
+    touched = to_values(choose(draws, share), pixels, grain)
     return torch.where(touched, 0.0, pixels), touched
 
 
@@ -63,8 +63,8 @@ def salt_and_pepper(
     ends: tuple[Tensor, Tensor],
 ) -> tuple[Pixels, Touched]:
     """A share of the components set to the least or the greatest value, `ends` (C, 1, 1) each, by a fair coin."""
-    touched = spread(choose(draws, share), pixels, grain)
-    high = spread(coins < 0.5, pixels, grain)
+    touched = to_values(choose(draws, share), pixels, grain)
+    high = to_values(coins < 0.5, pixels, grain)
     return torch.where(touched, torch.where(high, ends[1], ends[0]), pixels), touched
 
 

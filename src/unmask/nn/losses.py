@@ -31,7 +31,6 @@ def weighted_mean(values: Float[Tensor, "*shape"], weights: Tensor | None = None
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[object]:
-    """Context manager that disables autocast, where the device has it; the meta device, on which FLOPs are counted, has
-    not."""
+    """Context manager that disables autocast on devices that have it, which the meta device does not."""
     known = torch.amp.autocast_mode.is_autocast_available(device.type)
     return torch.autocast(device.type, enabled=False) if known else nullcontext()

@@ -10,8 +10,7 @@ from torch import nn
 
 @contextmanager
 def eval_mode(*modules: nn.Module) -> Iterator[None]:
-    """Context manager for eval mode; afterwards each submodule has its own mode again, as one may stay in eval on
-    purpose."""
+    """Context manager for eval mode, which afterwards restores the mode of each submodule."""
     modes = [(part, part.training) for module in modules for part in module.modules()]
     for module in modules:
         module.eval()

@@ -41,7 +41,7 @@ def k_means(pixels: Float[Tensor, "n C"], k: int, seed: int = 0) -> Float[Tensor
     count = min(len(pixels), MOST_PIXELS)
     rows = torch.arange(count, device=pixels.device) * (len(pixels) - 1) // max(1, count - 1)
     points = pixels.detach()[rows].cpu().double()
-    colours = _spread_out(points, k, torch.Generator().manual_seed(seed))
+    colours = initial_centres(points, k, torch.Generator().manual_seed(seed))
     for _ in range(ROUNDS):
         nearest = nearest_colour(points, colours.float())
         counts = torch.bincount(nearest, minlength=k)
@@ -53,7 +53,7 @@ def k_means(pixels: Float[Tensor, "n C"], k: int, seed: int = 0) -> Float[Tensor
     return colours.float().to(pixels.device)
 
 
-def _spread_out(points: Tensor, k: int, generator: torch.Generator) -> Tensor:
+def initial_centres(points: Tensor, k: int, generator: torch.Generator) -> Tensor:
     """Choose k initial points by greedy k-means++: the best of a few drawn in proportion to their squared distance."""
     tries = 2 + int(math.log(k))
     first = int(torch.randint(len(points), (1,), generator=generator))

@@ -144,8 +144,7 @@ class Classifier(Task[Tensor, None]):
         return mix(images, targets, draws, mixup=config.mixup, cutmix=config.cutmix)
 
     def batch_words(self, stream: Stream, clock: Clock) -> np.ndarray:
-        """Random 32-bit words of a micro-batch; counted from the end, so that they never coincide with those of an
-        image."""
+        """Random 32-bit words of a micro-batch, counted from the end so as not to coincide with those of images."""
         micro = np.array([MASK32 - clock.micro])
         return words(clock.rng.seed, stream, np.array([clock.step]), micro, MIX_DRAWS)[0]
 
