@@ -125,8 +125,8 @@ class Method(nn.Module, ABC):
 
     encoder: the result of the training. fixed: prefixes of the state dict under which nothing changes after `prepare`
     (a frozen tokenizer, a palette): a Run stores those tensors once, not in every checkpoint. num_prepare: number of
-    images that `prepare` uses. undecayed: names of parameters without weight decay although they are no vectors. head_name: the
-    part beside the encoder, for messages of exports.
+    images that `prepare` uses. undecayed: names of parameters without weight decay although they are no vectors.
+    head_name: the part beside the encoder, for messages of exports.
     """
 
     encoder: ImageEncoder

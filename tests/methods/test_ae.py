@@ -81,7 +81,7 @@ def test_an_affine_autoencoder_reaches_the_residual_of_principal_components():
 
 
 @torch.no_grad()
-def test_cross_entropy_takes_pixels_between_0_and_1():
+def test_cross_entropy_uses_pixels_between_0_and_1():
     spec = ImageSpec(3, (4, 4), "uint8", (120.0, 110.0, 100.0), (60.0, 60.0, 60.0))
     method = AE(Config(encoder=DenseConfig(hidden=(8,), code=4, loss="bce")), spec)
     images = torch.randint(0, 256, (3, 3, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -96,7 +96,7 @@ def test_cross_entropy_takes_pixels_between_0_and_1():
     assert 0 <= rebuilt.min() <= rebuilt.max() <= 255
 
 
-def test_the_code_is_the_embedding_and_another_size_is_refused():
+def test_the_code_is_the_embedding_and_another_size_is_rejected():
     method = AE(Config(encoder=DenseConfig(hidden=(8,), code=4)), SPEC)
     features = method.encoder(torch.zeros(2, 1, 6, 4))
     assert features.patches.shape == (2, 1, 4)

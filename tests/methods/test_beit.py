@@ -124,7 +124,7 @@ def test_sizes_and_settings_of_the_paper():
         assert config.optim.final_lr * 1.5e-3 == pytest.approx(1e-5)
 
 
-def test_what_a_block_adds_shrinks_with_depth():
+def test_the_output_layers_of_a_block_are_scaled_by_depth():
     torch.manual_seed(0)
     blocks = beit(encoder={"width": 128, "depth": 4}).encoder.blocks
     for weights in ([block.mlp.fc2.weight for block in blocks], [block.attn.proj.weight for block in blocks]):
@@ -140,7 +140,7 @@ def test_what_a_block_adds_shrinks_with_depth():
     ids=["paper", "code"],
 )
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
-def test_gradient_reaches_what_the_encoders_options_add(options, precision):
+def test_gradient_reaches_the_optional_parts_of_the_encoder(options, precision):
     """The contract knows the nano recipe, which has none of them."""
     torch.manual_seed(0)
     method, batch = beit(encoder=options), batch_of()
@@ -159,7 +159,7 @@ def test_learned_positions_start_as_in_the_released_code():
     assert float(beit().encoder.pos_embed.abs().max()) == 1, "sine and cosine are left alone"
 
 
-def test_the_loss_looks_at_hidden_patches_only():
+def test_the_loss_depends_on_hidden_patches_only():
     method, batch = beit(), batch_of()
     mask = method.sample(clock(batch))
     truth = method.target(method.encoder.patches(batch.images), batch.images)
@@ -195,7 +195,7 @@ def test_a_tokenizer_with_smaller_patches_sees_smaller_images():
 
 
 @pytest.mark.parametrize("make", [lambda **k: beit(**k), lambda **k: mae(**k)], ids=["beit", "mae"])
-def test_without_a_tokenizer_nothing_is_built_and_the_way_to_one_is_said(make):
+def test_without_a_tokenizer_the_error_names_the_command_to_train_one(make):
     with pytest.raises(UserError, match=r"no tokenizer was given; train one with .*dvae_nano.* --tokenizer"):
         make(tokenizer=None)
 
@@ -218,7 +218,7 @@ def mae(**changes) -> MAE:
         ((8, 8), {"arch": "dalle", "depth": None, "patch": (4, 4)}, "dalle has 8 x 8 pixels"),
     ],
 )
-def test_a_grid_of_codes_unlike_that_of_patches_is_refused(patch, tokenizer, message):
+def test_a_grid_of_codes_that_differs_from_the_patches_is_rejected(patch, tokenizer, message):
     with pytest.raises(UserError, match=message):
         beit(encoder={"patch": patch}, tokenizer=TOKENIZER.model_copy(update=tokenizer))
 
@@ -231,7 +231,7 @@ def test_a_grid_of_codes_unlike_that_of_patches_is_refused(patch, tokenizer, mes
         ({"smallest_block": 11}, "a smallest block of 11 patches is larger than the 10 patches"),
     ],
 )
-def test_settings_that_would_be_ignored_or_cannot_be_are_refused(changes, message):
+def test_ignored_or_impossible_settings_are_rejected(changes, message):
     with pytest.raises(ValueError, match=message):
         beit(**changes)
 
@@ -252,7 +252,7 @@ def test_the_ablations_of_the_paper_can_be_built():
 
 
 @torch.no_grad()
-def test_the_picture_pastes_what_the_guessed_and_the_true_codes_mean():
+def test_the_picture_pastes_decoded_predicted_and_true_codes():
     method, batch = beit().eval(), batch_of()
     tokenizer, mask = method.target.tokenizer, method.sample(clock(batch))
     ids = tokenizer.ids(batch.images)
@@ -298,7 +298,7 @@ def test_the_tokenizer_of_a_run_is_the_dvae_kept_once_and_unchanged(runs, recipe
     assert load(run.path).method.target.tokenizer.encoder.spec.size == (16, 16)
 
 
-def test_a_tokenizer_whose_weights_come_from_nowhere_is_refused(runs):
+def test_a_tokenizer_without_weights_is_rejected(runs):
     folder, images, _ = runs
     settings = [*VERY_SMALL, *ENCODER, 'method.tokenizer={"codes": 16, "width": 8, "depth": 1, "patch": [4, 4]}']
     with pytest.raises(ConfigError, match=r"weights come from nowhere.*--tokenizer RUN"):
@@ -308,7 +308,7 @@ def test_a_tokenizer_whose_weights_come_from_nowhere_is_refused(runs):
     assert not (folder / "none").exists()
 
 
-def test_going_on_from_a_run_keeps_its_tokenizer_and_takes_no_second(runs):
+def test_continuing_from_a_run_keeps_its_tokenizer_and_rejects_a_second(runs):
     folder, images, dvae = runs
     settings = [*VERY_SMALL, *ENCODER, "train.steps=1"]
     first = pretrain(images, recipe="beit_nano", out=folder / "first", tokenizer=dvae.path, settings=settings)

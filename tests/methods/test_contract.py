@@ -126,7 +126,7 @@ def test_it_is_documented_and_named_after_its_file(name):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_what_others_may_ask_of_it_is_declared(name):
+def test_members_that_others_use_are_declared(name):
     method, settings = make(name), shrunk(name)[0].method
     assert isinstance(settings.encoder, EncoderConfig)
     assert settings.encoder.patch_size in (None, (4, 4))
@@ -159,7 +159,7 @@ def test_the_encoder_declares_its_layers(name):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_layer_wise_decay_orders_every_parameter_of_the_encoder_or_is_refused(name):
+def test_layer_wise_decay_orders_all_encoder_parameters_or_is_rejected(name):
     encoder = make(name).encoder
     if type(encoder).depth_of is ImageEncoder.depth_of:
         with pytest.raises(UserError, match=r"optim.layer_decay=1"):
@@ -172,7 +172,7 @@ def test_layer_wise_decay_orders_every_parameter_of_the_encoder_or_is_refused(na
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_what_follows_the_weights_does_not_move_at_a_skipped_step(name):
+def test_after_step_changes_nothing_at_a_skipped_step(name):
     method = warm(name)
     before = {key: value.clone() for key, value in method.state_dict().items()}
     method.after_step(replace(clock(batch_for(method)), counted=torch.tensor(False)))
@@ -327,7 +327,7 @@ DENSE = ("ae", "dae")  # one matrix for the whole image, so their weights are fo
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name not in DENSE])
 @pytest.mark.parametrize("size", [(24, 16), (32, 32)])
-def test_weights_go_on_at_another_size(name, size):
+def test_weights_transfer_to_another_image_size(name, size):
     """`pretrain --from RUN --set data.size=...`: whatever belongs to the places of a grid is interpolated."""
     before, after = make(name), make(name, size=size)
     grids = [method.encoder.grid for method in (before, after)]

@@ -44,16 +44,16 @@ def clock(batch: Batch, seed: int = 0) -> Clock:
         (100, 0.9, 0.3, 30),  # truncation of 100 x (0.9 - 0.3) must not lose one
     ],
 )
-def test_how_many_patches_are_asked_for(patches, mask_ratio, predict_ratio, asked):
+def test_number_of_predicted_patches(patches, mask_ratio, predict_ratio, asked):
     assert num_asked(patches, mask_ratio, predict_ratio) == asked
 
 
-def test_more_than_is_hidden_cannot_be_asked_for():
+def test_predicting_more_patches_than_are_hidden_is_rejected():
     with pytest.raises(UserError, match=r"predict ratio of 0.8 is more than the mask ratio 0.75 hides"):
         small(predict_ratio=0.8)
 
 
-def test_the_paper_reaches_the_recipe():
+def test_the_recipe_has_the_settings_of_the_paper():
     config = crossmae_base()
     assert config.method.mask_ratio == 0.75
     assert config.method.predict_ratio == 0.25
@@ -66,7 +66,7 @@ def test_the_paper_reaches_the_recipe():
 
 
 @torch.no_grad()
-def test_the_decoder_runs_on_the_patches_asked_for_and_no_more(monkeypatch):
+def test_the_decoder_computes_only_the_predicted_patches(monkeypatch):
     method, batch = small(), small_batch()
     real, seen = method.decoder.forward, []
     monkeypatch.setattr(method.decoder, "forward", lambda layers, where: seen.append(where) or real(layers, where))
@@ -119,7 +119,7 @@ def test_the_encoders_last_norm_trains_only_where_something_reads_it(weighted):
 
 
 @torch.no_grad()
-def test_the_picture_asks_for_every_hidden_patch_and_scores_the_same_loss():
+def test_the_picture_predicts_every_hidden_patch_and_scores_the_same_loss():
     method, batch = small(), small_batch()
     picture = method.picture(batch, clock(batch))
     assert list(picture.panels) == ["original", "masked 75%", "prediction", "pasted", "pasted, nearest stats"]

@@ -97,7 +97,7 @@ def test_every_corruption_trains_and_is_drawn(changes):
 
 @pytest.mark.parametrize("corruption", ["masking", "salt_and_pepper", "gaussian", "single_channel", "drop_channel"])
 @torch.no_grad()
-def test_an_image_is_corrupted_alike_wherever_it_stands(corruption):
+def test_the_corruption_of_an_image_does_not_depend_on_its_place(corruption):
     method, batch = dae(corruption=corruption), batch_of()
     turned = Batch(batch.images.flip(0), batch.index.flip(0), batch.epoch)
     ours = method.corrupt(method.encoder.pixels(batch.images), clock(batch).rng)[0]
@@ -108,7 +108,7 @@ def test_an_image_is_corrupted_alike_wherever_it_stands(corruption):
 
 
 @torch.no_grad()
-def test_returning_the_input_costs_what_the_noise_is():
+def test_returning_the_input_has_the_loss_of_the_noise():
     batch = batch_of(16)
     numbers = dae(corruption="gaussian", sigma=0.5).picture(batch, clock(batch)).numbers
     assert float(numbers["corrupted_input"]) == pytest.approx(0.25, rel=0.05)
@@ -143,13 +143,13 @@ def test_tied_weights_are_the_encoders_transposed():
         ({"grain": 5}, "image height 8 is not a multiple of method.grain=5; use one of 1, 2, 4, or leave it out"),
     ],
 )
-def test_settings_that_would_be_ignored_are_refused(changes, message):
+def test_settings_without_effect_are_rejected(changes, message):
     with pytest.raises(ValueError, match=message):
         dae(**changes)
 
 
 @pytest.mark.parametrize("corruption", ["gray", "single_channel", "drop_channel"])
-def test_colours_cannot_be_taken_from_gray_images(corruption):
+def test_removing_colours_of_gray_images_is_rejected(corruption):
     gray = ImageSpec(1, (8, 12), "uint8", (120.0,), (60.0,))
     with pytest.raises(UserError, match="these images have one channel"):
         dae(gray, corruption=corruption)
@@ -159,7 +159,7 @@ COMMANDS = [line for line in (dae_nano.__doc__ or "").splitlines() if "unmask pr
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=str.strip)
-def test_the_commands_of_the_recipe_are_taken(command):
+def test_the_commands_of_the_recipe_are_accepted(command):
     settings = [setting.strip() for setting in command.split("--set ")[1:]]
     images = ImageSpec(3, (32, 32), "uint8", (120.0, 110.0, 100.0), (60.0, 60.0, 60.0))
     assert override(dae_nano(), settings).build(images)

@@ -99,7 +99,7 @@ def test_kl_is_zero_for_uniform_scores_and_log_v_for_certain_ones():
     assert float(kl_to_uniform(certain)) == pytest.approx(math.log(8), rel=1e-5)
 
 
-def test_usage_by_hand():
+def test_usage_matches_values_computed_by_hand():
     perplexity, used = usage(torch.tensor([[[0, 0], [1, 1]]]), 8)
     assert (float(perplexity), float(used)) == (pytest.approx(2), 0.25)
 
@@ -198,7 +198,7 @@ def test_features_are_the_hidden_map_in_raster_order():
     assert method.encoder.depth_of("hidden.0.weight") == 0
 
 
-def test_a_network_that_cannot_be_or_other_channels_are_refused():
+def test_impossible_networks_and_other_channels_are_rejected():
     with pytest.raises(UserError, match="use 2, 4, 8 or 16"):
         dvae(encoder={"patch": 3})
     with pytest.raises(UserError, match="dalle has 8 x 8"):

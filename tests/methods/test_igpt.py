@@ -84,7 +84,7 @@ def test_agrees_with_transformers_on_copied_weights():
 
 
 @torch.no_grad()
-def test_both_objectives_by_hand():
+def test_both_objectives_match_values_computed_by_hand():
     batch = batch_of()
     for objective in ("ar", "bert"):
         method = prepared(objective=objective)
@@ -119,7 +119,7 @@ def test_the_first_loss_is_log_k_because_the_output_starts_at_zero():
     assert IGPT(Config(encoder=GPTConfig(width=8, depth=1, heads=1, patch=2)), SPEC).head.weight.eq(0).all()
 
 
-def test_trivial_guesses_are_in_nats():
+def test_baselines_are_in_nats():
     ids = torch.tensor([[0, 0, 0, 1, 1], [3, 3, 3, 3, 3]])  # 7 of 8 repeat
     by_hand = -(7 * math.log(7 / 8) + math.log(1 / 8 / 3)) / 8
     assert float(repeat_or_any(ids, 4)) == pytest.approx(by_hand)
@@ -135,7 +135,7 @@ def test_trivial_guesses_are_in_nats():
 
 
 @torch.no_grad()
-def test_completion_keeps_what_is_given_and_follows_the_distribution():
+def test_completion_keeps_given_tokens_and_follows_the_distribution():
     method = prepared()
     ids = method.encoder.ids(batch_of().images)
     many = ids[:1].expand(3000, -1)
@@ -172,6 +172,6 @@ def test_a_given_palette_is_used_and_nothing_is_prepared():
         (SPEC, {"palette": COLOURS[:5]}, "got a palette of 5 colours and encoder.colours=8"),
     ],
 )
-def test_palettes_of_another_kind_are_refused(images, changes, message):
+def test_palettes_that_do_not_fit_the_images_are_rejected(images, changes, message):
     with pytest.raises((UserError, ValueError), match=message):
         igpt(images, **({"palette": COLOURS, "palette_dtype": "uint8"} | changes))

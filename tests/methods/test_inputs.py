@@ -24,7 +24,7 @@ def method(request):
 
 
 @torch.no_grad()
-def test_unit_range_is_refused_and_scale_makes_it_right(method):
+def test_unit_range_is_rejected_unless_scale_is_given(method):
     images = batch_for(method).images
     wanted = method.encoder(images).patches
     unit = images.float() / 255
@@ -36,7 +36,7 @@ def test_unit_range_is_refused_and_scale_makes_it_right(method):
 
 
 @torch.no_grad()
-def test_normalised_images_are_refused(method):
+def test_normalised_images_are_rejected(method):
     images = batch_for(method).images.float()
     mean, std = (torch.tensor(values)[:, None, None] for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     for wrong in ((images / 255 - mean) / std, images / 127.5 - 1, images - 120):
@@ -45,7 +45,7 @@ def test_normalised_images_are_refused(method):
 
 
 @torch.no_grad()
-def test_black_images_are_taken_in_every_dtype(method):
+def test_black_images_are_accepted_in_every_dtype(method):
     black = torch.zeros_like(batch_for(method).images)
     wanted = method.encoder(black).patches
     for same in (black.float(), black.double(), black.half(), black.long()):
@@ -78,7 +78,7 @@ def test_an_empty_batch_gives_no_features(method):
     assert found.grid == wanted.grid
 
 
-def test_other_layouts_say_how_to_turn_them(method):
+def test_errors_for_other_layouts_name_the_permutation(method):
     images = batch_for(method).images
     array = images[0].permute(1, 2, 0).numpy()
     wrong = {
@@ -102,7 +102,7 @@ def test_other_layouts_say_how_to_turn_them(method):
 
 
 @torch.no_grad()
-def test_other_sizes_work_or_say_what_does(method):
+def test_other_sizes_work_or_the_error_names_one_that_does(method):
     images = torch.nn.functional.interpolate(batch_for(method).images.float(), (24, 32))
     if method.encoder.one_size:
         with pytest.raises(UserError, match=r"got images of shape \(4, 3, 24, 32\); expected \(B, 3, 16, 16\)"):
@@ -136,7 +136,7 @@ def terrain(mean: float = 250.0, std: float = 60.0) -> ImageSpec:
     return ImageSpec(1, (16, 16), "float32", (mean,), (std,))
 
 
-def test_float_data_have_no_unit_and_are_held_against_their_mean():
+def test_float_images_are_compared_with_the_mean_of_the_data():
     heights = 250 + 60 * torch.randn(2, 1, 16, 16)
     assert in_data_units(heights, terrain()) is heights
     for wrong in (torch.rand(2, 1, 16, 16), (heights - 250) / 60):
@@ -152,7 +152,7 @@ def test_float_data_have_no_unit_and_are_held_against_their_mean():
     assert in_data_units(sea_level, terrain(0.5, 0.25)) is sea_level
 
 
-def test_what_is_not_finite_is_refused_with_the_way_to_fill_it():
+def test_non_finite_images_are_rejected_with_a_way_to_fill_them():
     holes = torch.full((1, 3, 16, 16), 100.0)
     holes[0, 0, 3, 3] = float("nan")
     with pytest.raises(UserError, match=r"not finite.*torch\.where"):
@@ -168,11 +168,11 @@ def test_what_is_not_finite_is_refused_with_the_way_to_fill_it():
         (torch.full((1, 3, 16, 16), 250.0), "a flat image"),
     ],
 )
-def test_images_that_can_be_the_datas_are_taken(images, reason):
+def test_images_in_the_range_of_the_data_are_accepted(images, reason):
     assert in_data_units(images, PHOTOGRAPHS) is images, reason
 
 
-def test_class_maps_of_ones_and_zeros_are_taken():
+def test_class_maps_of_ones_and_zeros_are_accepted():
     maps = ImageSpec(1, (16, 16), "uint8", (0.3,), (0.46,))
     images = (torch.rand(2, 1, 16, 16) > 0.7).float()
     assert in_data_units(images, maps) is images
@@ -198,7 +198,7 @@ class Patches(torch.nn.Module):
 
 
 @torch.no_grad()
-def test_training_and_graphs_do_not_look_at_the_values(monkeypatch):
+def test_training_and_graphs_do_not_read_the_values(monkeypatch):
     method = make("mae").eval()
     looked = []
     real = torch.Tensor.aminmax
@@ -215,7 +215,7 @@ def test_training_and_graphs_do_not_look_at_the_values(monkeypatch):
 
 @torch.no_grad()
 @pytest.mark.parametrize("task", ["classify", "linear_probe", "segment", "detect"])
-def test_tasks_look_at_their_images_in_inference_and_not_in_training(task):
+def test_tasks_check_images_in_inference_but_not_in_training(task):
     settings = {"classes": ("one", "two"), "encoder": ViTConfig(width=32, depth=4, heads=2, patch=(4, 4))}
     method = method_class(task)(method_module(task).Config(**settings), PHOTOGRAPHS).eval()
     ask = getattr(method, "logits", None) or method.predict

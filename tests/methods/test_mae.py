@@ -46,7 +46,7 @@ def test_parameter_counts_of_the_paper(recipe, with_positions, trainable):
     assert sum(p.numel() for p in method.parameters() if p.requires_grad) == pytest.approx(trainable, abs=0.01e6)
 
 
-def test_table_8_of_the_paper_reaches_the_recipe():
+def test_the_recipe_has_the_settings_of_table_8():
     config = mae_large()
     assert config.train.batch_size == 4096
     assert config.optim.base_lr * config.train.batch_size / 256 == pytest.approx(2.4e-3)
@@ -65,7 +65,7 @@ def test_predictions_at_two_hidden_places_differ_at_the_start():
 
 
 @torch.no_grad()
-def test_the_same_image_gets_the_same_mask_wherever_it_stands():
+def test_the_mask_of_an_image_does_not_depend_on_its_place_in_the_batch():
     method, batch = small_mae().eval(), small_batch()
     flipped = Batch(batch.images.flip(0), batch.index.flip(0), batch.epoch)
     assert float(method(batch, clock(batch)).value) == pytest.approx(
@@ -100,7 +100,7 @@ def test_picture_pastes_the_prediction_into_the_visible_patches():
 
 
 @torch.no_grad()
-def test_trivial_guesses_are_scored_as_they_are_described():
+def test_baselines_are_scored_as_described():
     """On images whose left half is 0 and right half 1 (normalised), by hand."""
     method, batch = small_mae(target="pixels"), small_batch(2)
     images = torch.zeros(2, 3, 16, 24)
@@ -121,7 +121,7 @@ def test_trivial_guesses_are_scored_as_they_are_described():
     )
 
 
-def test_a_perfect_guess_pastes_the_original_back():
+def test_a_perfect_prediction_pastes_the_original():
     method, batch = small_mae(), small_batch()
     patches = method.encoder.patches(batch.images)
     mask = mask_from_noise(torch.rand(4, 24), 0.75)
@@ -300,7 +300,7 @@ def test_every_variant_of_table_1_trains_draws_and_keeps_its_state(changes):
         assert float(other(batch, clock(batch)).value) == float(method(batch, clock(batch)).value)
 
 
-def test_only_the_principal_components_are_kept_once():
+def test_only_the_principal_components_are_stored_once():
     assert [n for n in small_mae(target="pca").state_dict() if n.startswith(MAE.fixed)] == [
         "target.center", "target.basis", "target.unit",
     ]  # fmt: skip
@@ -353,6 +353,6 @@ def test_loss_on_all_is_the_mean_of_both_parts():
         ({"target": "pca", "pca_coefficients": 49}, "a patch has only 48 values"),
     ],
 )
-def test_choices_that_do_not_go_together_are_refused(changes, message):
+def test_contradictory_settings_are_rejected(changes, message):
     with pytest.raises(ValueError, match=message):
         small_mae(**changes)

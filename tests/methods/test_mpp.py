@@ -69,7 +69,7 @@ def test_the_other_patch_is_any_of_the_image_but_itself():
     assert change.source.max() == 11
 
 
-def test_the_places_come_from_one_stream_and_their_fates_from_another():
+def test_places_and_kinds_of_corruption_come_from_separate_streams():
     change = corrupt(3, (4, 6), 0.5, draws(3))
     assert torch.equal(change.where, random_mask(3, (4, 6), 0.5, draws(3)).drop)
     assert torch.equal(change.masked, draws(3).uniform(24, Stream.REPLACE)[:, :12] < 0.8)
@@ -85,7 +85,7 @@ def test_sizes_of_the_papers_heads(target, outputs):
     assert sum(p.numel() for p in method.encoder.parameters()) == 85_798_656  # ViT-B/16 without its classifier
 
 
-def test_the_paper_reaches_the_recipe():
+def test_the_recipe_has_the_settings_of_the_paper():
     config = mpp_base()
     assert config.method.corrupt_ratio == 0.5
     assert config.method.target == "mean_colour"
@@ -172,7 +172,7 @@ def test_targets_of_known_images():
     assert torch.equal(small("pixels").target(images), small("pixels").encoder.patches(images))
 
 
-def test_patches_that_do_not_shrink_to_4x4_are_refused():
+def test_patches_that_do_not_shrink_to_4x4_are_rejected():
     with pytest.raises(UserError, match="patches of 8 x 6 pixels cannot be shrunk to 4 x 4 whole cells"):
         small("colours_4x4", patch=(8, 6))
     small("mean_colour", patch=(8, 6))
@@ -203,7 +203,7 @@ def test_other_files_are_quantised_between_two_standard_deviations(dtype):
 
 
 @torch.no_grad()
-def test_the_picture_shows_what_was_done_and_scores_a_trivial_guess():
+def test_the_picture_shows_the_corruption_and_scores_a_baseline():
     method, batch = small(), small_batch()
     picture = method.picture(batch, clock(batch))
     assert list(picture.panels) == ["original", "corrupted", "pasted", "perfect"]
@@ -220,7 +220,7 @@ def test_the_picture_shows_what_was_done_and_scores_a_trivial_guess():
 
 
 @torch.no_grad()
-def test_the_marginal_of_colours_by_hand():
+def test_the_entropy_of_colours_matches_a_value_computed_by_hand():
     one = small()
     truth = torch.tensor([[3, 3, 3, 7]])[..., None]
     quarter = -0.75 * math.log(0.75) - 0.25 * math.log(0.25)

@@ -57,7 +57,7 @@ def test_whole_cells_are_hidden(cell):
     assert often.max() < 0.95
 
 
-def test_cells_that_do_not_fit_are_refused_with_one_that_does():
+def test_cells_that_do_not_fit_are_rejected_with_a_fitting_size():
     with pytest.raises(UserError, match=r"cells of 3 x 4 patches do not tile the grid of 4 x 6 .*mask_cell=\[1,2\]"):
         small(mask_cell=(3, 4))
     small(mask_cell=(1, 2))
@@ -111,7 +111,7 @@ def test_the_encoder_of_the_recipe_has_a_shared_relative_bias_and_layer_scale_an
     assert encoder.pos_embed is None
 
 
-def test_the_paper_reaches_the_recipe():
+def test_the_recipe_has_the_settings_of_the_paper():
     config = simmim_base()
     assert (config.optim.betas, config.optim.clip, config.optim.weight_decay) == ((0.9, 0.999), 5.0, 0.05)
     assert config.optim.base_lr * config.train.batch_size / 256 == pytest.approx(4e-4)  # theirs: 1e-4 x 2048 / 512
@@ -127,7 +127,7 @@ def test_the_mask_token_starts_within_one_standard_deviation():
 
 
 @torch.no_grad()
-def test_the_picture_pastes_and_scores_trivial_guesses():
+def test_the_picture_pastes_predictions_and_scores_baselines():
     method, batch = small(), small_batch()
     picture = method.picture(batch, clock(batch))
     assert list(picture.panels) == ["original", "masked 67%", "prediction", "pasted"]

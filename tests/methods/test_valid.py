@@ -62,7 +62,7 @@ def loss(method: Method, batch: Batch) -> float:
         return float(method(batch, clock(batch)).value)
 
 
-def test_a_batch_that_is_all_there_has_the_loss_it_always_had(method):
+def test_a_fully_valid_batch_has_the_loss_of_a_batch_without_a_mask(method):
     batch = batch_for(method)
     everywhere = replace(batch, valid=torch.ones(4, 16, 16, dtype=torch.bool))
     assert loss(method, everywhere) == pytest.approx(loss(method, batch), rel=1e-5)
@@ -89,7 +89,7 @@ def test_a_batch_without_any_valid_pixel_has_loss_zero(method):
     assert any(p.grad is not None for p in method.parameters())
 
 
-def test_the_loss_does_not_ask_for_absent_pixels(method):
+def test_the_loss_ignores_absent_pixels(method):
     """Another truth in the holes makes no difference to the loss, and would without the map of what is valid."""
     if not hasattr(method, "target"):
         return  # see the test of the gradient
@@ -117,7 +117,7 @@ def test_the_loss_does_not_ask_for_absent_pixels(method):
     assert loss(method, replace(batch, valid=None)) != pytest.approx(full, rel=1e-4)
 
 
-def test_the_gradient_to_a_decoder_ends_at_the_holes(method):
+def test_absent_pixels_have_no_gradient_to_the_decoder(method):
     """Of methods that draw whole images: what stands in the holes has no gradient."""
     if not hasattr(method, "decoder") or hasattr(method, "target"):
         return
@@ -130,7 +130,7 @@ def test_the_gradient_to_a_decoder_ends_at_the_holes(method):
     assert gradient[batch.valid].mean() > 0
 
 
-def test_pictures_are_finite_and_mark_what_is_absent(method):
+def test_pictures_are_finite_and_mark_absent_pixels(method):
     batch = with_holes(method)
     with torch.no_grad():
         picture = method.eval().picture(batch, clock(batch))._replace(valid=batch.valid)
@@ -143,7 +143,7 @@ def test_pictures_are_finite_and_mark_what_is_absent(method):
     assert boards.mean() > ((plain == 200).all(-1) | (plain == 235).all(-1)).mean() + 0.05
 
 
-def test_which_patches_count():
+def test_patches_with_enough_valid_pixels_count():
     valid = torch.ones(1, 8, 8, dtype=torch.bool)
     valid[0, :4, :2] = False  # half of the first patch
     valid[0, 4:, :3] = False  # three quarters of the third
@@ -171,7 +171,7 @@ def test_statistics_of_a_patch_are_of_its_valid_values():
     assert torch.equal(nothing.remove(values), values), "not divided by nearly nothing"
 
 
-def test_a_weighted_mean_leaves_out_and_is_zero_of_nothing():
+def test_a_weighted_mean_skips_weight_zero_and_is_zero_without_weights():
     values = torch.tensor([[1.0, 2.0], [3.0, 5.0]], requires_grad=True)
     assert float(weighted_mean(values).detach()) == 2.75
     assert float(weighted_mean(values, torch.tensor([[1.0], [0.0]])).detach()) == 1.5

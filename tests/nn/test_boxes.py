@@ -25,7 +25,7 @@ def test_iou_is_that_of_the_pixels():
     assert 0 < (torch.tensor(want) > 0).float().mean() < 1
 
 
-def test_giou_takes_off_the_empty_share_of_the_hull():
+def test_giou_subtracts_the_empty_share_of_the_hull():
     a, b = some(30), some(30, seed=1)
     want = []
     for p, q in zip(a, b, strict=True):
@@ -70,7 +70,7 @@ def test_suppression_is_the_greedy_loop(threshold):
     assert len(kept) < 60
 
 
-def test_what_was_suppressed_suppresses_nothing():
+def test_suppressed_boxes_suppress_nothing():
     boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 16], [0, 0, 10, 25]])  # IoU 0.62, 0.64 and 0.4
     three = torch.tensor([0.9, 0.8, 0.7])
     assert suppress(boxes, three, torch.zeros(3, dtype=torch.int64), 0.5).tolist() == [0, 2]
@@ -80,7 +80,7 @@ def test_what_was_suppressed_suppresses_nothing():
     assert nothing.dtype == torch.int64
 
 
-def test_clipping_knows_height_from_width():
+def test_clipping_distinguishes_height_and_width():
     assert clip(torch.tensor([[-5.0, -5, 90, 90]]), (30, 40)).tolist() == [[0, 0, 40, 30]]
 
 

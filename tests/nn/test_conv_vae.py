@@ -57,7 +57,7 @@ def test_each_network_sees_its_own_normalisation():
 
 
 @torch.no_grad()
-def test_what_lies_outside_the_files_range_counts_as_its_end():
+def test_values_outside_the_range_of_the_files_are_clipped():
     encoder = ConvEncoder(DALLE, SPEC)
     assert encoder.unit(torch.tensor([-20.0, 0.0, 255.0, 300.0]).expand(1, 3, 1, 4))[0, 0, 0].tolist() == [0, 0, 1, 1]
 
@@ -107,7 +107,7 @@ def test_a_tokenizer_shrinks_without_aliasing():
 
 
 @torch.no_grad()
-def test_ids_do_not_hang_on_the_precision():
+def test_ids_do_not_depend_on_the_precision():
     torch.manual_seed(0)
     tokenizer = Tokenizer(SMALL, SPEC, (4, 4))
     with torch.autocast("cpu", torch.bfloat16):

@@ -36,7 +36,7 @@ def test_salt_and_pepper_are_the_two_ends_by_a_fair_coin():
     assert torch.equal(found[~touched], PIXELS[~touched])
 
 
-def test_gaussian_noise_has_the_spread_asked_for_and_extreme_draws_are_finite():
+def test_gaussian_noise_has_the_given_standard_deviation_and_is_finite():
     pixels = torch.zeros(6, 3, 64, 64)
     found, touched = gaussian(pixels, draws(3 * 64 * 64), 0.3)
     assert touched.all()
@@ -54,7 +54,7 @@ def test_gray_keeps_brightness_and_no_colour():
     assert torch.allclose(found.mean(1), PIXELS.mean(1))
 
 
-def test_single_channel_leaves_one_of_each_image_and_drop_channel_all_others():
+def test_single_channel_keeps_one_channel_and_drop_channel_all_others():
     which = torch.tensor([0.0, 0.34, 0.67, 0.999, 0.1, 0.5])[:, None]
     found, touched = single_channel(PIXELS, which)
     for image, channel in enumerate([0, 1, 2, 2, 0, 1]):

@@ -57,7 +57,7 @@ def test_attention_is_torchs_own():
 
 
 @torch.no_grad()
-def test_an_answer_does_not_depend_on_what_else_is_asked():
+def test_a_prediction_does_not_depend_on_the_other_queries():
     made, layers = decoder(), feature_maps()
     where = torch.stack([torch.randperm(24, generator=torch.Generator().manual_seed(i)) for i in range(2)])
     every = made(layers, where)
@@ -100,6 +100,6 @@ def test_without_mixtures_only_the_last_map_is_read():
     assert not torch.allclose(mixed(layers, where), mixed(changed, where))
 
 
-def test_heads_that_do_not_divide_the_width_are_refused():
+def test_heads_that_do_not_divide_the_width_are_rejected():
     with pytest.raises(UserError, match="5 heads do not divide a decoder width of 16"):
         CrossDecoder(DecoderConfig(width=16, depth=1, heads=5), seen_width=24, sources=None, grid=(4, 4), out=5)

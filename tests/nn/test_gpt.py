@@ -28,7 +28,7 @@ def ids(count: int = 2) -> torch.Tensor:
 
 @torch.no_grad()
 @pytest.mark.parametrize("changed", [0, 7, 22])
-def test_token_t_never_sees_t_or_later(changed):
+def test_token_t_does_not_depend_on_t_or_later(changed):
     network, first = gpt(), ids()
     second = first.clone()
     second[:, changed] = (second[:, changed] + 1) % 8
@@ -38,7 +38,7 @@ def test_token_t_never_sees_t_or_later(changed):
 
 
 @torch.no_grad()
-def test_without_order_every_token_sees_every_other_but_no_hidden_content():
+def test_bidirectional_tokens_see_all_others_but_no_hidden_content():
     network, first = gpt(causal=False), ids()
     second = first.clone()
     second[:, 20] = (second[:, 20] + 1) % 8
@@ -82,7 +82,7 @@ def test_the_norm_divides_by_the_root_mean_square_and_keeps_the_mean():
 
 
 @torch.no_grad()
-def test_features_are_the_normalised_input_of_the_layer_asked_for():
+def test_features_are_the_normalised_input_of_the_chosen_layer():
     images = torch.randint(0, 256, (2, 3, 8, 12), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     network = gpt()
     layers = list(network.layers(network.ids(images)))
@@ -120,6 +120,6 @@ def test_initial_weights_are_those_of_the_published_code():
     assert not [name for name, _ in network.named_parameters() if "bias" in name]
 
 
-def test_other_sizes_are_refused():
+def test_other_sizes_are_rejected():
     with pytest.raises(UserError, match=r"\(1, 3, 8, 8\); expected \(B, 3, 8, 12\): the positions of an iGPT"):
         gpt()(torch.zeros(1, 3, 8, 8))

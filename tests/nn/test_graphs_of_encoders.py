@@ -43,7 +43,7 @@ def untyped():
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 @pytest.mark.parametrize("kind", KINDS)
-def test_torch_export_takes_any_batch_and_size(untyped, kind):
+def test_torch_export_supports_any_batch_and_size(untyped, kind):
     encoder, any_size = encoder_of(**KINDS[kind]), torch.export.Dim.DYNAMIC
     program = torch.export.export(
         encoder, (images_of(2, 3, 24, 32),), dynamic_shapes={"images": {0: any_size, 2: any_size, 3: any_size}}
@@ -58,13 +58,13 @@ def test_torch_export_takes_any_batch_and_size(untyped, kind):
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
-def test_vmap_gives_what_a_loop_gives(dtype):
+def test_vmap_equals_a_loop(dtype):
     encoder, images = encoder_of(), images_of(3, 3, 16, 16).to(dtype)
     found = torch.vmap(lambda image: encoder(image[None]).patches[0])(images)
     torch.testing.assert_close(found, encoder(images).patches, rtol=0, atol=1e-5)
 
 
-def test_tracing_is_refused_because_it_would_fix_the_batch(tmp_path):
+def test_tracing_is_rejected_because_it_would_fix_the_batch_size(tmp_path):
     encoder, images = encoder_of(), images_of(2, 3, 16, 16)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -75,7 +75,7 @@ def test_tracing_is_refused_because_it_would_fix_the_batch(tmp_path):
 
 
 @torch.no_grad()
-def test_onnx_by_hand_takes_any_batch(tmp_path):
+def test_an_exported_onnx_graph_supports_any_batch(tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     encoder, images = encoder_of(), images_of(2, 3, 16, 16)

@@ -28,7 +28,7 @@ def test_the_last_tokens_of_a_block_are_those_of_the_whole(last, options):
 
 
 @pytest.mark.parametrize(("depth", "fills"), [(1, True), (3, True), (2, False)])
-def test_the_decoder_says_the_same_of_a_hidden_patch_whether_or_not_it_is_asked_for_all(depth, fills):
+def test_predicting_all_patches_does_not_change_those_of_hidden_ones(depth, fills):
     torch.manual_seed(0)
     decoder = LightDecoder(
         DecoderConfig(width=32, depth=depth, heads=4), seen_width=16, grid=(4, 5), out=12, fills=fills

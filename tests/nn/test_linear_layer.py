@@ -42,7 +42,7 @@ def test_values_and_gradients_are_those_of_torch(asked, bias):
         assert torch.allclose(found.grad.double(), expected.grad, atol=1e-4)
 
 
-def test_a_part_of_a_matrix_and_a_transposed_input_are_taken_as_they_lie(asked):
+def test_slices_and_transposed_inputs_need_no_copy(asked):
     torch.manual_seed(0)
     weight, x = torch.randn(60, 24, requires_grad=True), torch.randn(4, 24, 9).transpose(1, 2)
     out = linear(x, weight[20:], None)
@@ -53,7 +53,7 @@ def test_a_part_of_a_matrix_and_a_transposed_input_are_taken_as_they_lie(asked):
     assert len(asked) == 2, "no gradient was asked of what came"
 
 
-def test_what_is_small_or_not_float32_or_under_autocast_is_left_to_torch(asked):
+def test_small_or_non_float32_products_and_autocast_use_torch(asked):
     layer = Linear(24, 40)
     layer(torch.randn(1, 24))
     layer.double()(torch.randn(30, 24, dtype=torch.float64))

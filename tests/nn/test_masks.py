@@ -38,7 +38,7 @@ def test_block_masks_are_blocks():
     assert neighbours(block_mask(64, grid, 0.4, draws(64)).hidden(), grid) > 0.75
 
 
-def test_one_block_has_the_area_and_the_aspect_that_were_drawn(monkeypatch):
+def test_a_block_has_the_sampled_area_and_aspect(monkeypatch):
     """First proposal by hand: area 16 + (78 - 16) / 2 = 47, aspect 1: 7 x 7 at row 4, column 0; others too large."""
     script = torch.full((1, 4 * masks.BLOCK_PROPOSALS + 196), 0.0)
     script[0, :4] = torch.tensor([0.5, 0.5, 0.5, 0.0])
@@ -53,7 +53,7 @@ def test_one_block_has_the_area_and_the_aspect_that_were_drawn(monkeypatch):
     assert rest.flatten()[-1], "and the patch with the most noise is among them"
 
 
-def test_no_block_is_smaller_than_asked_unless_little_remains():
+def test_no_block_is_smaller_than_the_minimum_unless_little_remains():
     big = neighbours(block_mask(64, (14, 14), 0.5, draws(64), smallest=60).hidden(), (14, 14))
     small = neighbours(block_mask(64, (14, 14), 0.5, draws(64), smallest=1).hidden(), (14, 14))
     assert big > small + 0.02
@@ -79,7 +79,7 @@ def test_a_block_mask_belongs_to_the_image():
         ),
     ],
 )
-def test_blocks_that_do_not_fit_are_refused(grid, ratio, smallest, message):
+def test_blocks_that_do_not_fit_are_rejected(grid, ratio, smallest, message):
     with pytest.raises(UserError, match=message):
         masks.require_blocks(grid, ratio, smallest)
     masks.require_blocks(grid, ratio, 32)
@@ -102,12 +102,12 @@ def test_grid_masks_keep_the_upper_left_of_every_four():
     ("grid", "ratio", "message"),
     [((4, 4), 0.5, "ratio of 0.5 came.*0.75"), ((4, 5), 0.75, "both numbers must be even")],
 )
-def test_grids_that_cannot_be_are_refused(grid, ratio, message):
+def test_impossible_grids_are_rejected(grid, ratio, message):
     with pytest.raises(UserError, match=message):
         grid_mask(1, grid, ratio, draws(1))
 
 
-def test_patterns_are_drawn_for_each_image_alike_often():
+def test_patterns_are_sampled_equally_often():
     patterns = read_patterns([["##..", "##.."], ["..##", "..##"]], (2, 4))
     mask = pattern_mask(patterns, 4, draws(400))
     assert math.isclose((mask.drop[:, 0] == 0).float().mean(), 0.5, abs_tol=0.08)
@@ -126,6 +126,6 @@ def test_patterns_are_drawn_for_each_image_alike_often():
         ([["#.", ".."], ["##", ".."]], "hide 1 or 2 of 4 patches; all of a file must hide the same number"),
     ],
 )
-def test_patterns_that_cannot_be_are_refused(rows, message):
+def test_impossible_patterns_are_rejected(rows, message):
     with pytest.raises(UserError, match=message):
         read_patterns(rows, (2, 2))

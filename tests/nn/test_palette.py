@@ -20,7 +20,7 @@ def left(pixels: torch.Tensor, colours: torch.Tensor) -> float:
     return float((pixels - colours[nearest_colour(pixels, colours)]).square().sum(1).mean())
 
 
-def test_the_error_that_is_left_is_that_of_scikit_learn():
+def test_the_remaining_error_is_that_of_scikit_learn():
     pixels = clouds()
     ours = left(pixels, k_means(pixels, 16))
     theirs = KMeans(16, n_init=5, random_state=0).fit(pixels.numpy()).inertia_ / len(pixels)
@@ -38,7 +38,7 @@ def test_the_palette_depends_on_pixels_and_seed_alone():
     assert torch.equal(state, torch.get_rng_state())
 
 
-def test_fewer_colours_than_asked_for_leave_nothing():
+def test_fewer_colours_than_the_palette_have_no_error():
     pixels = torch.tensor([[1.0], [5.0], [9.0]]).repeat(20, 1)
     colours = k_means(pixels, 8)
     assert colours.shape == (8, 1)

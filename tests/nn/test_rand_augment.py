@@ -18,7 +18,7 @@ def draws(count=6, seed=0):
 
 
 @pytest.mark.parametrize("channels", [1, 3, 5])
-def test_the_same_draws_do_the_same_and_others_do_not(channels):
+def test_the_same_draws_give_the_same_image_and_others_do_not(channels):
     x, fill = unit(channels=channels), FILL[:1].expand(channels, 1, 1)
     once, again = (rand_augment(x, draws(), 9.0, fill) for _ in range(2))
     assert torch.equal(once, again)
@@ -28,7 +28,7 @@ def test_the_same_draws_do_the_same_and_others_do_not(channels):
     assert torch.equal(x, unit(channels=channels)), "the images that came are left alone"
 
 
-def test_an_image_whose_draws_say_no_is_left_alone():
+def test_an_image_without_an_operation_is_unchanged():
     no = draws()
     no[2, [1, 5]] = 0.9
     after = rand_augment(unit(), no, 9.0, FILL)
@@ -50,7 +50,7 @@ def test_every_operation_changes_an_image(name):
     assert ((after - x).abs().mean((1, 2, 3)) > 1e-3).all()
 
 
-def test_geometry_goes_where_it_says():
+def test_geometric_operations_move_pixels_as_described():
     x = torch.zeros(1, 1, 21, 21)
     x[0, 0, 10, 10] = 1
     fill, strength, sign = torch.zeros(1, 1, 1), np.array([2 / 21 / 0.45]), np.array([1.0])
@@ -92,7 +92,7 @@ def smooth_pixels(height=40, width=56):
         ("translate y", (1, 0, 0, 0, 1, -0.45 * 0.9 * 40)),
     ],
 )
-def test_geometry_is_what_timm_asks_of_pillow(name, matrix):
+def test_geometric_operations_match_timm_with_pillow(name, matrix):
     pixels, fill = smooth_pixels(), torch.full((3, 1, 1), 127 / 255)
     x = torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255
     got = pixels_of(ALL[name](x, np.array([0.9]), np.array([1.0]), fill))
@@ -117,7 +117,7 @@ def test_a_shear_leaves_the_corner_where_it_is_and_moves_the_far_edge_most():
     assert int(moved[221].argmax()) == pytest.approx(100 + 0.27 * 221.5, abs=1), "60 pixels, about the centre 30"
 
 
-def test_equal_operations_are_those_of_their_definition():
+def test_colour_operations_match_their_definition():
     x, one = unit(), np.ones(6)
     torch.testing.assert_close(ALL["invert"](x, one, one, FILL), 1 - x)
     assert ALL["posterise"](x, np.full(6, 0.5), one, FILL).mul(255).round().remainder(64).abs().max() == 0

@@ -13,7 +13,7 @@ def plain(mlp: MLP, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gradients_are_those_of_what_would_have_been_kept(dtype):
+def test_gradients_equal_those_of_stored_activations(dtype):
     torch.manual_seed(0)
     mlp, x = MLP(24, 96), torch.randn(3, 7, 24)
     found = []
@@ -25,7 +25,7 @@ def test_gradients_are_those_of_what_would_have_been_kept(dtype):
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(*found, strict=True))
 
 
-def test_it_is_freed_after_the_forward_pass_and_computed_once_more():
+def test_the_activation_is_freed_and_computed_once_more():
     calls = []
 
     def function(x: Tensor) -> Tensor:
@@ -45,7 +45,7 @@ def test_it_is_freed_after_the_forward_pass_and_computed_once_more():
     torch.testing.assert_close(weight.grad, F.gelu(x.detach() * 2).flatten(0, 1).sum(0).expand(8, 8))
 
 
-def test_without_gradients_nothing_is_noted():
+def test_without_gradients_nothing_is_recorded():
     with torch.no_grad():
         x = torch.randn(2, 3)
         with recomputed(F.gelu, x, F.gelu(x)) as noted:

@@ -31,7 +31,7 @@ def test_coefficients_are_those_of_scikit_learn_up_to_sign(whiten):
     assert (strongest > 0).all(), "the sign is not the library's whim"
 
 
-def test_drawing_a_true_guess_gives_what_the_components_hold():
+def test_drawing_the_true_coefficients_reconstructs_their_subspace():
     patches = correlated_patches(16).expand(2, -1, -1)
     mask = mask_from_noise(torch.rand(2, 16, generator=torch.Generator().manual_seed(0)), 0.75)
     for count, close in ((12, 1e-4), (2, 2.0)):
@@ -49,7 +49,7 @@ def test_an_unprepared_target_is_finite_and_zero():
     assert target(torch.ones(2, 16, 12), torch.ones(2)).eq(0).all()
 
 
-def test_more_components_than_values_are_refused():
+def test_more_components_than_values_are_rejected():
     with pytest.raises(
         UserError, match=r"got method.pca_coefficients=96; a patch has only 48 values; use at most 48, 6 is"
     ):

@@ -24,7 +24,7 @@ def test_patch_layout_is_row_column_channel_with_channel_fastest():
     assert torch.equal(unpatchify(patches, (2, 2), (2, 3)), images)
 
 
-def test_a_remainder_is_refused_with_what_would_fit():
+def test_a_remainder_is_rejected_with_fitting_sizes():
     with pytest.raises(ValueError, match=r"image height 30 is not a multiple of patch size 4; use 28 or 32.*patch=5"):
         grid_of((30, 32), (4, 4))
     with pytest.raises(ValueError, match="image width 3 "):
@@ -39,7 +39,7 @@ def test_take_and_put_are_inverse():
     assert torch.equal(take(put(tokens, index, taken * 0), index), taken * 0)
 
 
-def test_normalise_takes_the_files_units():
+def test_normalise_expects_the_files_units():
     images = torch.tensor([0, 255], dtype=torch.uint8).reshape(1, 1, 1, 2)
     assert normalise(images, torch.tensor([127.5]), torch.tensor([127.5])).flatten().tolist() == [-1, 1]
 
@@ -98,7 +98,7 @@ def test_number_of_kept_patches(n, ratio, kept):
 
 
 @pytest.mark.parametrize("ratio", [0.9999, 0.0])
-def test_a_ratio_that_hides_all_or_nothing_is_refused(ratio):
+def test_a_ratio_that_hides_all_or_nothing_is_rejected(ratio):
     with pytest.raises(ValueError, match=r"nothing (visible|hidden)"):
         num_kept(16, ratio)
 
@@ -202,7 +202,7 @@ def test_other_image_sizes_get_interpolated_positions():
     assert features.grid == (8, 8)
 
 
-def test_wrong_channels_and_heads_are_refused():
+def test_wrong_channels_and_heads_are_rejected():
     with pytest.raises(ValueError, match=r"\(1, 1, 32, 48\); expected.*3-channel"):
         ViT(CONFIG, SPEC)(torch.zeros(1, 1, 32, 48))
     with pytest.raises(ValueError, match="5 heads do not divide a token width of 32; use 4 heads"):

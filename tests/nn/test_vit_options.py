@@ -20,7 +20,7 @@ def images(count: int = 2) -> torch.Tensor:
     return torch.randint(0, 256, (count, 3, 8, 12), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
-def test_options_that_are_off_leave_no_trace():
+def test_options_that_are_off_have_no_effect():
     names = set(vit().state_dict())
     assert not [name for name in names if "relative_bias" in name or "ls1" in name or "ls2" in name]
     assert "pos_embed" in names
@@ -46,7 +46,7 @@ def test_learned_positions_are_trained_and_small():
     assert not vit().pos_embed.requires_grad
 
 
-def test_relative_bias_by_hand():
+def test_relative_bias_matches_values_computed_by_hand():
     """On 2 x 3 patches: 3 x 5 offsets and the three of the class token."""
     bias = RelativeBias((2, 3), heads=1)
     assert bias.table.shape == (18, 1)
@@ -123,7 +123,7 @@ def test_a_bias_is_added_to_the_scores(dtype):
 
 
 @torch.no_grad()
-def test_layer_scale_starts_as_asked_and_scales_what_a_block_adds():
+def test_layer_scale_has_its_initial_value_and_scales_the_block():
     encoder = vit(layer_scale=1e-5)
     assert encoder.blocks[0].ls1.gamma.eq(1e-5).all()
     tokens = encoder.embed(encoder.patches(images()))

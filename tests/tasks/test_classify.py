@@ -103,7 +103,7 @@ def test_the_head_starts_as_in_the_official_code(last_blocks, std):
     assert float(scratch.head.weight.detach().std()) == pytest.approx(0.02, rel=0.03)
 
 
-def test_the_loss_by_hand():
+def test_the_loss_matches_a_value_computed_by_hand():
     """Mean of the patch tokens before the encoder's norm, LayerNorm, linear layer, smoothed cross-entropy."""
     method, of = make(smoothing=0.2), batch()
     with torch.no_grad():

@@ -144,7 +144,7 @@ def test_every_box_of_some_size_is_learned_by_a_cell():
     assert (truth.label == 0).any(1).all()
 
 
-def test_the_loss_by_hand():
+def test_the_loss_matches_a_value_computed_by_hand():
     truth = detect.Truth(
         torch.tensor([[1, -1, 0]]),
         torch.tensor([[[1.0, 2, 3, 4], [1, 1, 1, 1], [2, 2, 2, 2]]]),

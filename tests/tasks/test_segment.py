@@ -77,7 +77,7 @@ def test_it_is_found_by_its_name():
 
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("last_blocks", [None, 0, 0.5, 2])
-def test_what_is_trained_is_what_was_asked_for_and_gradient_reaches_it(head, last_blocks):
+def test_the_chosen_parameters_are_trained_and_have_a_gradient(head, last_blocks):
     method, of = warm(head, last_blocks=last_blocks), batch()
     method(of, clock(of)).value.backward()
     wanted = {name for name, p in method.named_parameters() if p.requires_grad}
@@ -91,7 +91,7 @@ def test_what_is_trained_is_what_was_asked_for_and_gradient_reaches_it(head, las
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_it_learns_and_predicts_what_it_learned(head):
+def test_it_learns_and_predicts(head):
     of = batch(8)
     first = float(make(head)(of, clock(of)).value.detach())
     assert first == pytest.approx(math.log(3), rel=0.1), "at first it knows nothing"
@@ -124,7 +124,7 @@ def test_a_state_dict_round_trip_is_strict_and_exact(head):
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_one_image_says_the_same_alone(head):
+def test_the_prediction_of_an_image_does_not_depend_on_the_batch(head):
     method, of = warm(head).eval(), batch()
     torch.testing.assert_close(method.logits(of.images[1:2]), method.logits(of.images)[1:2], atol=1e-4, rtol=1e-4)
 
@@ -171,7 +171,7 @@ def test_drop_path_is_drawn_by_the_image_and_for_training_only():
 # ----------------------------------------------------------------------------------------------------- loss and picture
 
 
-def test_the_loss_by_hand():
+def test_the_loss_matches_a_value_computed_by_hand():
     logits = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(0))
     maps = torch.randint(0, 3, (2, 4, 5), generator=torch.Generator().manual_seed(1))
     maps[0, 0] = IGNORED

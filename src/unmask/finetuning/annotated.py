@@ -44,7 +44,7 @@ class AnnotatedImages:
 
     @property
     def place(self) -> str | None:
-        """Where masks or boxes lie, to open them again."""
+        """Where masks or boxes are, to open them again."""
         if isinstance(self.annotations, SegmentationMasks):
             return self.annotations.masks.location
         return None
@@ -59,7 +59,7 @@ class AnnotatedImages:
 
 @dataclass(frozen=True)
 class AnnotationOptions:
-    """Where annotations lie and how they are read; a task rejects what it has no use for.
+    """Where annotations are and how they are read; options that do not fit the task are rejected.
 
     path: of masks or boxes, None beside the images. split: the list of images in a VOC folder, for boxes. exclude:
     patterns of names to leave out, for classes. ignored: ids in masks that are no class. mask_options: how else masks
@@ -85,8 +85,8 @@ def open_annotated(
 ) -> AnnotatedImages:
     """Open images with the annotations that a task learns from.
 
-    only: the rows that are wanted, None for all. look: read every mask, to report faults. Raises
-    UserError where there are no annotations, where they cannot be used, or for an option that would have no effect.
+    only: the rows that are needed, None for all. look: read every mask, to report faults. Raises UserError where there
+    are no annotations, where they cannot be used, or for an option that would have no effect.
     """
     options, kind = options or AnnotationOptions(), task_class(task).annotation
     if options.split is not None and kind != "boxes":
@@ -124,7 +124,7 @@ def open_annotated(
 def _open_classes(
     data: str | Sequence[str], options: AnnotationOptions, console: Console | None = None
 ) -> AnnotatedImages:
-    """Images of which each has the class of its sub-folder."""
+    """Open images that each have the class of their sub-folder."""
     source = require_labels(open_source(data, options.exclude), options.classes or ())
     if options.classes is not None:
         source = renumber_labels(source, options.classes, "the run")
@@ -146,8 +146,8 @@ def split_rows(
 ) -> tuple[np.ndarray, np.ndarray]:
     """(training rows, held-out rows): with `hold` a fifth is kept for tests.
 
-    shots: labels per class, or so many images where masks or boxes are learnt; None for all. The same fifth and the
-    same shots as in a probe with this seed.
+    shots: labels per class (masks, boxes: images), None for all. The same fifth and the same shots as in a probe with
+    this seed.
     """
     labels, rows, held = annotated.labels, annotated.rows, np.zeros(0, np.int64)
     if hold:
@@ -180,7 +180,7 @@ def options_of(config: Config, *, test: bool = False) -> AnnotationOptions:
 
 
 def reopen(config: Config, plan: Plan, source: Source, *, tests_only: bool = False) -> AnnotatedImages:
-    """Open again what a Run learns from, or the part of it that it is tested on."""
+    """Open the training images of a Run again, or those of them that it is tested on."""
     wanted = set(plan.test_rows)
     if not tests_only:
         wanted |= set(range(len(source))) - set(plan.excluded)
@@ -188,7 +188,7 @@ def reopen(config: Config, plan: Plan, source: Source, *, tests_only: bool = Fal
 
 
 def place_of_annotations(task: str, data: str, annotations: str | None) -> tuple[str, str]:
-    """(images, masks or boxes) of DATA for a segmentation or detection. Raises UserError where there are none."""
+    """Return (images, masks or boxes) of DATA for a segmentation or detection. Raises UserError if there are none."""
     if task_class(task).annotation == "masks":
         images, masks, _ = find_folders(data, annotations)
         return images, masks

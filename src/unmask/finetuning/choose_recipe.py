@@ -7,16 +7,16 @@ from unmask.nn.vit import ViTConfig
 from unmask.recipes import catalogue
 
 FEW, SOME = 1_000, 10_000
-BASE, LARGE, HUGE = 700, 1_000, 1_200  # width of an encoder from which on it counts as such
+BASE, LARGE, HUGE = 700, 1_000, 1_200  # least width of an encoder of that class
 
 
 def finetuning_recipes() -> list[str]:
-    """The names of those that fine-tune."""
+    """Return the names of the recipes that fine-tune."""
     return [name for name, make in catalogue.all_recipes().items() if make().method.name in task_names()]
 
 
 def choose_recipe(task: str, encoder: ViTConfig, labelled: int, *, from_scratch: bool) -> tuple[str, str]:
-    """(recipe, why), by the task, the width of the encoder and the number of labelled images."""
+    """Return (recipe, why) by the task, the width of the encoder and the number of labelled images."""
     if task == "linear_probe":
         return "linear_paper", "recipe linear_paper: MAE's linear probe"
     if task != "classify":

@@ -40,7 +40,7 @@ UNSETTABLE = {
 def finetuning_config(
     pretrained: Config, classes: Sequence[str], recipe: str = PLAIN, *, ignored: Sequence[int] = ()
 ) -> Config:
-    """The configuration of a supervised run with the encoder of `pretrained` and its images, without weights.
+    """Return the configuration of a supervised run with the encoder and images of `pretrained`, without weights.
 
     recipe: of `recipes/fine_tuning.py`; PLAIN has the length of `pretrained`. ignored: ids in masks that are no class.
     Raises ConfigError for an encoder that is no plain vision transformer, or a recipe that does not fine-tune.
@@ -76,14 +76,14 @@ def require_settable(asked: Mapping[str, Any]) -> None:
 
 
 def enlarged(config: Config, median: tuple[int, int], most: tuple[int, int], console: Console) -> Config:
-    """The configuration with a larger size, where that of the pre-training is too small for masks or boxes."""
+    """Return the configuration with a larger image size, where that of the pre-training is too small for the task."""
     size, own = dense_size(config, median, most), config.data.size
     if size == own:
         return config
     larger = config.model_copy(update={"data": config.data.model_copy(update={"size": size})})
     try:
         resolve.require_method(larger)
-    except UserError:  # the task wants other steps than whole patches
+    except UserError:  # the task needs other sizes than whole patches
         return config
     console.say(
         f"size {size[0]} x {size[1]}: the encoder was pre-trained at {own[0]} x {own[1]}, which is small for what is "
@@ -95,7 +95,7 @@ def enlarged(config: Config, median: tuple[int, int], most: tuple[int, int], con
 def config_from_run(
     run: Run, classes: Sequence[str], recipe: str = PLAIN, *, ignored: Sequence[int] = (), from_scratch: bool = False
 ) -> Config:
-    """`finetuning_config` of what a Run holds: its newest weights, and the size and normalisation that they know."""
+    """Return `finetuning_config` for a Run, with its newest weights, image size and normalisation."""
     step, _ = checkpoint.load_model(run)
     plan = read_plan(run)
     config, spec = finetuning_config(read_config(run), classes, recipe, ignored=ignored), plan.images
@@ -113,7 +113,7 @@ def config_from_run(
 
 
 def steps_like(other: str | Path | None, settings: Sequence[str], budget: Budget | None) -> list[str]:
-    """The steps and the batch size of another Run as settings. Raises ConfigError where they were also set."""
+    """Return steps and batch size of another Run as settings. Raises ConfigError where they were also set."""
     if other is None:
         return []
     plan, asked = read_plan(Run.open(other)), parse(settings)
@@ -125,7 +125,7 @@ def steps_like(other: str | Path | None, settings: Sequence[str], budget: Budget
 
 
 def with_masks(config: Config, annotated: AnnotatedImages) -> Config:
-    """The configuration with what was found out about reading the masks, so that a resumed run reads them alike."""
+    """Return the configuration with how the masks were read, so that a resumed run reads them alike."""
     if not isinstance(maps := annotated.annotations, SegmentationMasks):
         return config
     changes: dict[str, Any] = {"stored_pixels": maps.stored}

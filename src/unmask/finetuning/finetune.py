@@ -122,7 +122,7 @@ class Examples:
         return len(self.held_out) if self.test is None else len(self.test.rows)
 
     def digest(self) -> str:
-        """Changes when the images or their annotations change."""
+        """Return a digest of the images and their annotations."""
         own = digest(self.annotated, np.union1d(self.train, self.held_out))
         return own if self.test is None else own + digest(self.test, self.test.rows)
 
@@ -187,7 +187,7 @@ def finetune(
 
 
 def checked_settings(options: FinetuneOptions, budget: Budget | None, console: Console) -> list[str]:
-    """The settings KEY=VALUE that follow from the options, before any image is opened. Raises ConfigError."""
+    """Return the settings KEY=VALUE that the options imply, before any image is opened. Raises ConfigError."""
     task_class(options.task)  # rejects an unknown task
     if options.test is None and (options.test_annotations is not None or options.test_split is not None):
         raise ConfigError("got --test-annotations or --test-split without --test; give the test images too")
@@ -226,7 +226,7 @@ def open_examples(data: str, options: FinetuneOptions, console: Console) -> Exam
 def configure(
     run: Run, examples: Examples, options: FinetuneOptions, budget: Budget | None, console: Console
 ) -> tuple[Config, Scan]:
-    """The configuration of the new Run, and what is in its images. Raises ConfigError for what cannot be trained."""
+    """Return configuration and scan of the new Run. Raises ConfigError for what cannot be trained."""
     annotated, recipe, task = examples.annotated, options.recipe, options.task
     config = config_from_run(run, annotated.classes, recipe, ignored=options.ignored, from_scratch=options.from_scratch)
     if config.method.name != task:
@@ -253,7 +253,7 @@ def configure(
 
 
 def reasons_for(examples: Examples, data: str, options: FinetuneOptions, console: Console) -> list[str]:
-    """Sentences for the plan: on what the run learns, what it is tested on, and what makes its result doubtful."""
+    """Return sentences for the plan: training images, test images, and what makes the result doubtful."""
     annotated, shots = examples.annotated, options.shots
     per = "in all" if annotated.annotations is not None else "of each class"
     reasons = [
@@ -312,7 +312,7 @@ def resume(
 
 
 def moved_places(config: Config, places: changed_data.Places) -> changed_data.Places:
-    """Add where masks or boxes are beside images that have moved, unless that is given. Raises UserError."""
+    """Find masks or boxes beside images that have moved, unless their place is given. Raises UserError."""
     task, before = config.method.name, config.data.annotations
     if not places.data or task_class(task).annotation == "classes":
         return places
