@@ -1,4 +1,4 @@
-"""A fine-tuned Run learns from labels, is tested on images that it has not seen, can be stopped, and predicts."""
+"""Fine-tuning: labels, masks and boxes, held-out tests, stopping and resuming, and prediction."""
 
 import csv
 import json
@@ -248,7 +248,7 @@ def test_what_does_not_fit_is_refused_before_training(pretrained, data, tests, t
         tune(pretrained, data, tmp_path / "a", recipe="mae_nano")
     with pytest.raises(ConfigError, match="frozen random blocks"):
         tune(pretrained, data, tmp_path / "a", from_scratch=True, last_blocks=1)
-    with pytest.raises(ConfigError, match="has 2 blocks"):
+    with pytest.raises(ConfigError, match="encoder of 2 blocks"):
         tune(pretrained, data, tmp_path / "a", last_blocks=7)
     with pytest.raises(UserError, match="5000 labels per class"):
         tune(pretrained, data, tmp_path / "a", shots=5000)

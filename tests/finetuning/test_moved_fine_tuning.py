@@ -1,4 +1,4 @@
-"""A fine-tuned run whose images, masks and test images moved goes on; with others it does not, and says which."""
+"""A fine-tuned run resumes when its images, masks and test images have moved, and rejects changed ones by name."""
 
 import shutil
 

@@ -1,4 +1,4 @@
-"""The autoencoder: the size of 2006, and an affine one that reaches the residual of principal components."""
+"""The autoencoder: size of the 2006 network, and an affine one that reaches the residual of principal components."""
 
 import numpy as np
 import pytest

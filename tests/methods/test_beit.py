@@ -1,4 +1,4 @@
-"""BEiT against an independent implementation, and its tokenizer: frozen, kept once, never made up."""
+"""BEiT against an independent implementation, and its tokenizer: frozen, stored once, never with random weights."""
 
 import pytest
 import torch
@@ -215,7 +215,7 @@ def mae(**changes) -> MAE:
         ),
         ((4, 8), {}, "a patch is 4 x 8: their grids are not the same"),
         ((4, 8), {"patch": (4, 8)}, "got a patch of 4 x 8; a dVAE"),
-        ((8, 8), {"arch": "dalle", "depth": None, "patch": (4, 4)}, "dalle has 8 x 8 pixels"),
+        ((8, 8), {"arch": "dalle", "depth": None, "patch": (4, 4)}, "dalle has one code per 8 x 8 pixels"),
     ],
 )
 def test_a_grid_of_codes_that_differs_from_the_patches_is_rejected(patch, tokenizer, message):

@@ -1,4 +1,4 @@
-"""Every method, one file in `methods/` each, keeps the contract. Nothing to register: the folder is listed.
+"""Every method, one file of `methods/` each, keeps the contract. There is nothing to register: the folder is listed.
 
 A method is tried through its `<method>_nano` recipe, shrunk, so a new method needs that recipe and nothing else here.
 """

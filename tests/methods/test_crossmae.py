@@ -1,4 +1,4 @@
-"""CrossMAE: how many patches are asked for, what the decoder reads, and which parameters train."""
+"""CrossMAE: number of predicted patches, inputs of the decoder, and trained parameters."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The dVAE: DALL-E's sizes, its loss by hand, its schedules; codes that are used; a tokenizer that sees the same."""
+"""The dVAE: sizes of DALL-E, loss against values computed by hand, schedules, codebook usage, and the tokenizer."""
 
 import math
 import re
@@ -201,7 +201,7 @@ def test_features_are_the_hidden_map_in_raster_order():
 def test_impossible_networks_and_other_channels_are_rejected():
     with pytest.raises(UserError, match="use 2, 4, 8 or 16"):
         dvae(encoder={"patch": 3})
-    with pytest.raises(UserError, match="dalle has 8 x 8"):
+    with pytest.raises(UserError, match="dalle has one code per 8 x 8"):
         dvae(encoder={"arch": "dalle", "depth": None})
     with pytest.raises(UserError, match="this encoder was trained on 3-channel images"):
         dvae().encoder(torch.zeros(1, 1, 16, 24))

@@ -1,4 +1,4 @@
-"""The loss of every method over ten steps, in float32 on the CPU, beside the committed numbers.
+"""The loss of every method over ten steps, in float32 on the CPU, against committed numbers.
 
 A refactor must give the same numbers. Each small recipe is shrunk and trained with its own optimiser settings on drawn
 tensors, so neither files nor the loader take part. When the mathematics changes on purpose, write the numbers again and

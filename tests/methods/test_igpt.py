@@ -1,4 +1,4 @@
-"""iGPT against an independent implementation, its sizes, both objectives by hand, and its palette."""
+"""iGPT against an independent implementation: sizes, both objectives, and the palette."""
 
 import math
 

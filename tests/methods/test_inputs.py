@@ -1,4 +1,4 @@
-"""What a person may pass to a trained encoder, for every method: other ranges, layouts, dtypes and sizes."""
+"""Images passed to a trained encoder, for every method: other ranges, layouts, dtypes and sizes."""
 
 import inspect
 

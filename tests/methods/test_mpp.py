@@ -1,4 +1,4 @@
-"""Masked patch prediction: what is corrupted and how, the three targets, and where the loss is."""
+"""Masked patch prediction: corruption, the three targets, and the patches that count in the loss."""
 
 import math
 

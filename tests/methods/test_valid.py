@@ -1,4 +1,4 @@
-"""Absent pixels do not count in the loss of any method, and batches without any are computed as ever."""
+"""Absent pixels do not count in the loss of any method, and batches without any have the same loss as before."""
 
 from dataclasses import replace
 

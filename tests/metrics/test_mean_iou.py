@@ -1,4 +1,4 @@
-"""mIoU by hand, at the size of the files, with what is ignored left out."""
+"""Mean IoU against values computed by hand, at the size of the files, without ignored pixels."""
 
 import json
 

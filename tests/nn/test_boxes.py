@@ -1,4 +1,4 @@
-"""Overlap of boxes counted pixel by pixel, suppression beside the loop it stands for, outlines where they belong."""
+"""Boxes: overlap counted pixel by pixel, suppression against the plain loop, and outlines."""
 
 import pytest
 import torch

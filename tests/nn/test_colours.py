@@ -1,4 +1,4 @@
-"""Three-bit colours: known numbers, every colour there and back, and what lies outside the range."""
+"""Three-bit colours: known numbers, round trips, and values outside the range."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The dVAE's networks: what each unit sees and gives back, painting of ids, and a tokenizer that shrinks its images."""
+"""The networks of the dVAE: units, decoding of ids, and a tokenizer that resizes its images."""
 
 import pytest
 import torch

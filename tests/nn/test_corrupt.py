@@ -1,4 +1,4 @@
-"""Corruptions: how much is touched, with what, and that the rest is bit-equal."""
+"""Corruptions: share and values of the corrupted components; the rest is bit-equal."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""iGPT's network: no token sees itself or a later one, generation repeats the forward pass, features are n^l."""
+"""The network of iGPT: causality, generation against the forward pass, and features n^l."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""An encoder in graphs and transforms of torch: any batch and size with torch.export, vmap, and what is refused."""
+"""Encoders in graphs and transforms of torch: torch.export with any batch and size, vmap, and rejected tracing."""
 
 import warnings
 

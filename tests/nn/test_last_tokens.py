@@ -1,4 +1,4 @@
-"""What a block is spared when only its last tokens are wanted changes none of them, and no gradient."""
+"""Computing only the last tokens of a block changes neither their values nor gradients."""
 
 import pytest
 import torch

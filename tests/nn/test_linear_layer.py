@@ -1,4 +1,4 @@
-"""The layer computes what torch's does, forwards and backwards, by whichever library."""
+"""The linear layer equals torch's in both passes, with either library."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Block-wise, grid and drawn masks: exact counts, what they look like, and what cannot be."""
+"""Block-wise, grid and pattern masks: exact counts, shapes, and rejected settings."""
 
 import math
 
@@ -100,7 +100,7 @@ def test_grid_masks_keep_the_upper_left_of_every_four():
 
 @pytest.mark.parametrize(
     ("grid", "ratio", "message"),
-    [((4, 4), 0.5, "ratio of 0.5 came.*0.75"), ((4, 5), 0.75, "both numbers must be even")],
+    [((4, 4), 0.5, "ratio of 0.5; it keeps.*0.75"), ((4, 5), 0.75, "both numbers must be even")],
 )
 def test_impossible_grids_are_rejected(grid, ratio, message):
     with pytest.raises(UserError, match=message):

@@ -1,4 +1,4 @@
-"""Mixed images and mixed targets are mixed by the same share, and nothing is mixed that was not asked for."""
+"""Mixup and cutmix: images and targets have the same ratio, and nothing is mixed without alpha."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""k-means for palettes: beside scikit-learn's, and where there is little to choose from."""
+"""k-means for palettes, against scikit-learn, and with few distinct colours."""
 
 import numpy as np
 import pytest

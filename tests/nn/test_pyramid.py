@@ -1,4 +1,4 @@
-"""Levels of the pyramid have the strides they say, and each place of each is above the patch that it comes from."""
+"""The feature pyramid: strides of its levels, and their alignment with the patches."""
 
 import pytest
 import torch

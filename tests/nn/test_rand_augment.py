@@ -1,4 +1,4 @@
-"""What RandAugment does is drawn by the numbers it is given, stays in [0, 1], and every operation does something."""
+"""RandAugment: operations follow their draws, stay in [0, 1], and match Pillow and timm."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Principal components of patches as a target, beside scikit-learn's."""
+"""Principal components of patches as a target, against scikit-learn."""
 
 import numpy as np
 import pytest

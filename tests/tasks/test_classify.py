@@ -1,4 +1,4 @@
-"""A classifier trains the blocks it was asked to train, no others, and its loss is the one written in its docstring."""
+"""The classifier: which blocks are trained, and its loss against the formula of its docstring."""
 
 import numpy as np
 import pytest
@@ -162,8 +162,8 @@ def test_images_without_labels_are_refused():
 
 
 @pytest.mark.parametrize("last_blocks", [-1, 0.25, 1.5, 4])
-def test_blocks_that_there_are_not_are_refused(last_blocks):
-    with pytest.raises(ValidationError, match=r"this encoder has 3 blocks; 0 .* 0.5 .* whole number up to 3"):
+def test_impossible_numbers_of_blocks_are_rejected(last_blocks):
+    with pytest.raises(ValidationError, match=r"encoder of 3 blocks; expected 0 .* 0.5 .* whole number up to 3"):
         config(last_blocks)
 
 

@@ -1,4 +1,4 @@
-"""A detector learns boxes: which cell learns which one, the loss by hand, and that it finds again what it was shown."""
+"""The detector: assignment of boxes to cells, the loss against values computed by hand, and overfitting."""
 
 from dataclasses import replace
 
@@ -357,8 +357,8 @@ def test_it_works_in_bf16_with_a_float32_loss():
 
 
 @pytest.mark.parametrize("last_blocks", [-1, 0.25, 3])
-def test_blocks_that_there_are_not_are_refused(last_blocks):
-    with pytest.raises(ValidationError, match=r"this encoder has 2 blocks; 0 .* 0.5 .* whole number up to 2"):
+def test_impossible_numbers_of_blocks_are_rejected(last_blocks):
+    with pytest.raises(ValidationError, match=r"encoder of 2 blocks; expected 0 .* 0.5 .* whole number up to 2"):
         config(last_blocks)
 
 

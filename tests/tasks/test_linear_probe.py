@@ -1,4 +1,4 @@
-"""The paper's linear probe trains its head alone, and what its BatchNorm remembers survives bad batches."""
+"""The paper's linear probe trains only its head, and bad batches do not change its BatchNorm statistics."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""A segmenter learns the class of every pixel with either head, from the blocks it was asked to train."""
+"""The segmenter: both heads, and which blocks are trained."""
 
 import math
 
@@ -243,14 +243,14 @@ def test_images_without_maps_are_refused():
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ({"last_blocks": 5}, "has 4 blocks"),
+        ({"last_blocks": 5}, "encoder of 4 blocks"),
         ({"classes": ("one",)}, "at least 2"),
         ({"classes": tuple(map(str, range(255)))}, "at most 254"),
         ({"head": "mask2former"}, "upernet"),
         ({"colours": 3}, "colours"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(wrong, said):
+def test_impossible_settings_are_rejected(wrong, said):
     with pytest.raises(ValidationError, match=said):
         Config.model_validate(config().model_dump() | wrong)
 

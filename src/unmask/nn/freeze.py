@@ -11,8 +11,8 @@ def check_blocks(asked: float | None, depth: int) -> None:
     """Raise ValueError, for a validator, unless an encoder of `depth` blocks has this number of last blocks."""
     if asked is not None and asked != MLP_ALONE and asked not in range(depth + 1):
         raise ValueError(
-            f"last_blocks={asked:g} ; expected 0 (the head alone), 0.5 (the MLP of "
-            f"the last block) or a whole number up to {depth} was expected"
+            f"got last_blocks={asked:g} for an encoder of {depth} blocks; expected 0 (the head alone), 0.5 (the MLP of "
+            f"the last block) or a whole number up to {depth}"
         )
 
 
