@@ -100,7 +100,7 @@ def bad_inputs(tmp_path):
         (["pretrain", "good", *train, "--set", "data.size=[30,30]"], "not a multiple of patch size 4; use 28 or 32"),
         (["pretrain", "good", *train, "--set", "method.encoder.heads=5"], "5 heads do not divide"),
         (["pretrain", "good", *train, "--set", "method.mask_ratio=0.99"], "leaves nothing visible"),
-        (["pretrain", "good", *train, "--set", "train.device=cuda:7"], "is not available here|not available"),
+        (["pretrain", "good", *train, "--set", "train.device=cuda:7"], "got device 'cuda:7'; expected one of"),
         (["pretrain", "good", *train, "--set", "data.mean=[1]"], "1 means and 3 standard deviations"),
         (["pretrain", "good", *train, "--set", "data.channels=5"], "can be read|channels"),
         (["resume", "good"], "is not a run: it has no config.json"),

@@ -27,12 +27,6 @@ from typing import Annotated
 
 from unmask.commands.declare import Option, Panel, Request, command
 from unmask.console import Console
-from unmask.errors import UserError
-
-
-def positive(value):
-    if value < 1:
-        raise UserError(f"got --times {value}; expected 1 or more")
 
 
 @dataclass(frozen=True)
@@ -44,7 +38,7 @@ class GreetRequest(Request):
 
     name: Annotated[str, Option("Whom to greet.", metavar="NAME")]
     _: KW_ONLY
-    times: Annotated[int, Option("How often.", check=positive)] = 1
+    times: Annotated[int, Option("How often.", at_least=1, at_most=9)] = 1
     mood: Annotated[str, Option("How.", choices=lambda: {"kindly": "", "loudly": "in a loud voice"})] = "kindly"
     others: Annotated[Sequence[str], Option("More people; repeatable.", flag="--and", metavar="NAME")] = ()
     card: Annotated[str | Path | None, Option("A card to bring.", default="none")] = None
@@ -53,6 +47,7 @@ class GreetRequest(Request):
         Option("Numbers.", command_line=str, from_text=lambda text: [int(each) for each in text.split(",")]),
     ] = None
     hat: Annotated[bool, Option("Raise the hat.")] = False
+    age: Annotated[int, Option("Of the greeter.", at_least=1)] = 40
 
 
 @command(
@@ -121,7 +116,7 @@ def test_the_command_line_fills_the_request_and_json_prints_the_result(greet, ru
     del found["console"]
     assert found == {
         "name": "Ada", "times": 2, "mood": "loudly", "others": ["Bo", "Cy"], "card": None, "numbers": [1, 2],
-        "hat": True,
+        "hat": True, "age": 40,
     }  # fmt: skip
 
 
@@ -146,7 +141,9 @@ def test_the_python_function_takes_the_same_options(greet):
 @pytest.mark.parametrize(
     ("option", "value", "expected"),
     [
-        ("times", 0, "got --times 0; expected 1 or more"),
+        ("times", 0, "got --times 0; expected 1 to 9"),
+        ("times", 10, "got --times 10; expected 1 to 9"),
+        ("age", 0, "got --age 0; expected 1 or more"),
         ("mood", "angrily", "got --mood angrily; expected kindly or loudly"),
     ],
 )

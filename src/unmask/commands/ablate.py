@@ -38,9 +38,9 @@ class AblateRequest(Request):
     budget: Annotated[
         float | None, Option("Time for the whole table, e.g. 1h.", metavar="TIME", command_line=str, from_text=_seconds)
     ] = None
-    seeds: Annotated[int, Option("Train every cell this many times, with different seeds.", metavar="N")] = 1
+    seeds: Annotated[int, Option("Train every cell with this many seeds.", metavar="N", at_least=1)] = 1
     shots: Annotated[
-        int | None, Option("Training labels per class for the probes.", metavar="N", default="5000 in all")
+        int | None, Option("Training labels per class for the probes.", metavar="N", at_least=1, default="5000 in all")
     ] = None
     tokenizer: Annotated[
         str | Path | None, Option("Run of a dVAE, for the cells that need one.", metavar="RUN", default="train one")

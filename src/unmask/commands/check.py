@@ -15,11 +15,12 @@ class CheckRequest(Request):
     data: SeveralData
     _: KW_ONLY
     exclude: Exclude = ()
-    sample: Annotated[int | None, Option("Check only this many files, evenly spread.", metavar="N", default="all")] = (
-        None
-    )
+    sample: Annotated[
+        int | None, Option("Check this many files, evenly spread.", metavar="N", default="all", at_least=1)
+    ] = None
     workers: Annotated[
-        int | None, Option("Number of processes that check.", metavar="N", default="chosen by number of files")
+        int | None,
+        Option("Number of processes that check.", metavar="N", at_least=0, default="by number of files"),
     ] = None
     settings: Settings = ()
 

@@ -27,7 +27,7 @@ class CompareRequest(Request):
     ] = None
     test: TestData = None
     kind: Annotated[str, Option("Kind of probe.", metavar="KIND", choices=kinds)] = "linear"
-    shots: Annotated[int | None, Option("Training labels per class.", metavar="N", default="all")] = None
+    shots: Annotated[int | None, Option("Training labels per class.", metavar="N", at_least=1, default="all")] = None
     out: Annotated[
         str | Path, Option("Page to write, FILE.html; FILE.json beside it has the same numbers.", metavar="FILE")
     ] = "comparison.html"

@@ -29,6 +29,7 @@ from types import UnionType
 from typing import Annotated, Any, ParamSpec, TypeVar, get_args, get_origin
 
 from unmask.console import Console
+from unmask.errors import UserError
 
 DONE, FAILED, USAGE, STOPPED = 0, 1, 2, 75
 """Exit codes: done; failed; bad usage or input; stopped on request and resumable. Interrupted is 130."""
@@ -51,8 +52,8 @@ class Option:
     help: a phrase for `--help` and for Python's `help`. metavar: what stands for the value. flag: its name on the
     command line, where that is not the field's. default: in words, where the default is None. command_line: the type
     that is read from the command line, where it does not follow from the field's. from_text: converts what was read.
-    check: raises UserError for a value that is not possible. choices: the words that are possible, with what they mean
-    or "", listed when they are needed.
+    at_least, at_most: bounds of a number. choices: the words that are possible, with what they mean or "", listed when
+    they are needed.
     """
 
     help: str
@@ -61,7 +62,8 @@ class Option:
     default: str | None = None
     command_line: Any = None
     from_text: Callable[[Any], Any] | None = None
-    check: Callable[[Any], None] | None = None
+    at_least: float | None = None
+    at_most: float | None = None
     choices: Callable[[], Mapping[str, str]] | None = None
 
 
@@ -112,12 +114,11 @@ class DeclaredOption:
         return not self.field.kw_only
 
     def check(self, value: Any) -> None:
-        """Raise UserError when the value is not possible."""
-        if self.option.check is not None:
-            self.option.check(value)
+        """Raise UserError when the value is out of bounds, or not among the choices."""
+        low, high = self.option.at_least, self.option.at_most
+        if (low is not None and value < low) or (high is not None and value > high):
+            raise UserError(f"got {self.flag} {value}; expected {low} " + ("or more" if high is None else f"to {high}"))
         if self.option.choices is not None and value not in (known := list(self.option.choices())):
-            from unmask.errors import UserError
-
             raise UserError(f"got {self.flag} {value}; expected {', '.join(known[:-1])} or {known[-1]}")
 
     def help(self) -> str:

@@ -30,7 +30,10 @@ class DemoRequest(Request):
 
     _: KW_ONLY
     out: Annotated[str | Path | None, Option("New run folder.", metavar="RUN", default="demo-run")] = None
-    steps: Annotated[int | None, Option("Train for fewer steps, for a quick look; the features will be weaker.")] = None
+    steps: Annotated[
+        int | None,
+        Option("Train for this many steps; few give weak features.", metavar="N", at_least=1),
+    ] = None
 
 
 @dataclass(frozen=True)

@@ -98,7 +98,8 @@ class FinetuneRequest(Request):
     ] = None
     from_scratch: Annotated[bool, Option("Start from random weights, as a baseline.")] = False
     shots: Annotated[
-        int | None, Option("Training labels per class (segment, detect: images).", metavar="N", default="all")
+        int | None,
+        Option("Training labels (segment, detect: images) per class.", metavar="N", default="all", at_least=1),
     ] = None
     budget: Budget = None
     steps_of: Annotated[

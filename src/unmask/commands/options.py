@@ -1,12 +1,11 @@
 """The options that several verbs share, and the checks and conversions of their values."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 from unmask.commands.declare import Option
-from unmask.errors import UserError
 
 
 class _Start:
@@ -35,16 +34,6 @@ def budget_from_text(text: str) -> Any:
 def texts(values: str | Path | Sequence[str | Path]) -> list[str]:
     """Return one or several paths or names as a list of strings."""
     return [str(values)] if isinstance(values, str | Path) else [str(each) for each in values]
-
-
-def at_least(least: float, flag: str) -> Callable[[Any], None]:
-    """Return a check that a number is not below `least`."""
-
-    def check(value: Any) -> None:
-        if value < least:
-            raise UserError(f"got {flag} {value}; expected {least} or more")
-
-    return check
 
 
 RunFolder = Annotated[str | Path, Option("A run folder.", metavar="RUN")]

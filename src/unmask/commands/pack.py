@@ -21,11 +21,11 @@ class PackRequest(Request):
     _: KW_ONLY
     exclude: Exclude = ()
     short_side: Annotated[
-        int, Option("Shrink larger images until their shorter side has this length.", metavar="PIXELS")
+        int, Option("Shrink larger images until their shorter side has this length.", metavar="PIXELS", at_least=1)
     ] = 512
-    quality: Annotated[int, Option("JPEG quality, 1 to 100.")] = 90
+    quality: Annotated[int, Option("JPEG quality, 1 to 100.", metavar="N", at_least=1, at_most=100)] = 90
     workers: Annotated[
-        int | None, Option("Number of processes; 0 packs in this one.", metavar="N", default="one per core")
+        int | None, Option("Number of processes; 0 packs in this one.", metavar="N", default="one per core", at_least=0)
     ] = None
 
 

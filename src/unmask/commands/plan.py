@@ -15,7 +15,7 @@ class PlanRequest(Request):
     recipe: Annotated[str, Option("Recipe from `unmask recipes`.", metavar="RECIPE")]
     _: KW_ONLY
     gpus: Annotated[
-        int | None, Option("Also print how many images each of this many GPUs would process.", metavar="N")
+        int | None, Option("Also print how many images each of this many GPUs would process.", metavar="N", at_least=1)
     ] = None
     settings: Settings = ()
 

@@ -24,7 +24,8 @@ class PredictRequest(Request):
         ),
     ]
     min_score: Annotated[
-        float, Option("Boxes: drop predictions below this score, from 0.05 to 1.", metavar="SCORE")
+        float,
+        Option("Drop boxes below this score, 0.05 to 1.", metavar="SCORE", at_least=0.05, at_most=1),
     ] = 0.05
     step: Step = None
     device: Device = "auto"

@@ -105,6 +105,7 @@ class ProbeRequest(Request):
             "mask.",
             metavar="N",
             default="1",
+            at_least=0,
         ),
     ] = None
     settings: Annotated[

@@ -15,7 +15,7 @@ class PruneRequest(Request):
 
     run: RunFolder
     _: KW_ONLY
-    keep_checkpoints: Annotated[int, Option("Number of newest checkpoints to keep.", metavar="N")] = 1
+    keep_checkpoints: Annotated[int, Option("Number of newest checkpoints to keep.", metavar="N", at_least=1)] = 1
     dry_run: Annotated[bool, Option("Only list what would be deleted.")] = False
 
 
