@@ -155,6 +155,16 @@ def test_with_data_those_are_probed_that_lack_it(runs, labelled, tmp_path, monke
     assert asked == ["b"], "and only once"
 
 
+def test_runs_are_compared_by_the_rank_of_their_features_without_labels(runs, labelled, tmp_path, monkeypatch):
+    options = {"data": labelled, "kind": "rankme", "out": tmp_path / "both.html", "device": "cpu"}
+    (shared,) = compare(runs, **options)["probes"]
+    assert (shared["metric"], shared["chance"]) == ("effective rank", None)
+    assert [row["score"]["low"] for row in shared["rows"]] == [None, None]
+    assert "scores highest with" in shared["sentence"]
+    monkeypatch.setattr(compare_module, "run_probe", lambda *_: pytest.fail("measured again"))
+    assert compare(runs, **options)["probes"] == [shared]
+
+
 def test_of_several_checkpoints_the_latest_counts(runs, labelled, tmp_path):
     for run in runs:
         probe(run, labelled)
@@ -195,7 +205,7 @@ def test_runs_of_the_same_name_are_told_apart(runs, tmp_path):
         ({"out": "both.txt"}, r"got output file .*both.txt; expected a name that ends in .html"),
         ({"out": "nowhere/both.html"}, r"does not exist; create it"),
         ({"test": "shapes-test"}, r"--test or --shots without --data"),
-        ({"kind": "rankme"}, r"got --kind rankme, whose numbers have no intervals"),
+        ({"kind": "rankme", "data": "x", "shots": 3}, r"got --test or --shots, but --kind rankme uses no labels"),
         ({"kind": "nearest"}, r"got probe kind 'nearest'"),
     ],
 )

@@ -26,7 +26,7 @@ from unmask.evals.probe_kind import LabelFreeMeasure, find_kind
 from unmask.evals.probe_options import ProbeOptions
 from unmask.evals.run_probe import run_probe
 from unmask.report.page import png_url, render
-from unmask.results import CLASSES, ImageSet, ProbeResult, TestIdentity, read_results
+from unmask.results import CLASSES, UNLABELLED, ImageSet, ProbeResult, TestIdentity, read_results
 from unmask.run import Run
 from unmask.system.atomic_files import replace_file
 
@@ -57,17 +57,18 @@ class ProbeWanted:
     test: str | None
     kind: str
     shots: int | None
+    is_label_free: bool = False
 
     def is_in(self, probes: Sequence[ProbeResult], step: int | None) -> bool:
         """Whether one of these results is that probe, of this step."""
-        test = (
-            TestIdentity(held_out=HELD_OUT, seed=0)
-            if self.test is None
-            else TestIdentity(images=ImageSet(name=self.test))
-        )
+        test, task = TestIdentity(held_out=HELD_OUT, seed=0), CLASSES
+        if self.is_label_free:
+            test, task = TestIdentity(images=ImageSet(name=self.data)), UNLABELLED
+        elif self.test is not None:
+            test = TestIdentity(images=ImageSet(name=self.test))
         return any(
             (probe.kind, probe.shots, probe.seed, probe.step) == (self.kind, self.shots, 0, step)
-            and (probe.layer, probe.mask_votes, probe.targets, probe.task) == (None, None, None, CLASSES)
+            and (probe.layer, probe.mask_votes, probe.targets, probe.task) == (None, None, None, task)
             and probe.data.matches(ImageSet(name=self.data))
             and probe.test.matches(test)
             for probe in probes
@@ -95,13 +96,12 @@ def compare(
     require_page(out)
     if data is None and (test is not None or shots is not None):
         raise UserError("got --test or --shots without --data, so there is nothing to probe; add --data")
-    if isinstance(find_kind(kind), LabelFreeMeasure):
-        raise UserError(
-            f"got --kind {kind}, whose numbers have no intervals to compare by; use knn, linear or attentive"
-        )
+    is_label_free = isinstance(find_kind(kind), LabelFreeMeasure)
+    if is_label_free and (test is not None or shots is not None):
+        raise UserError(f"got --test or --shots, but --kind {kind} uses no labels; leave them out")
     opened = open_runs(runs)
     if data is not None:
-        add_missing_probes(opened.values(), ProbeWanted(data, test, kind, shots), device, console)
+        add_missing_probes(opened.values(), ProbeWanted(data, test, kind, shots, is_label_free), device, console)
     comparison = compare_folders(opened)
     pictures = {name: url for name, run in opened.items() if (url := last_picture(run)) is not None}
     summary = comparison.to_json()
