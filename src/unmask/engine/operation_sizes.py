@@ -8,7 +8,7 @@ import torch
 
 try:
     from torch.utils._python_dispatch import TorchDispatchMode
-except ImportError:  # a private module of torch; tests/engine/test_torch_internals.py fails when it has moved
+except ImportError:  # a private module of torch; tests/engine/test_fused_gate_and_sizes.py fails when it has moved
     TorchDispatchMode = None
 
 

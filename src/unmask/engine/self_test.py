@@ -7,6 +7,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from unmask.console import Console
 from unmask.data.decode import decode
 from unmask.engine.device import choose_device, choose_precision
 from unmask.engine.pretrain import pretrain
+from unmask.engine.product_library import measure_products
 from unmask.engine.provenance import provenance_versions
 from unmask.rng import philox
 
@@ -38,7 +40,7 @@ SELF_TEST = (
 
 
 def examine(console: Console) -> tuple[bool, dict[str, Any]]:
-    """Prints what a person would paste into a bug report. Returns (everything works, summary)."""
+    """Print what belongs in a bug report; return (whether everything works, summary)."""
     device = choose_device("auto")
     precision, why = choose_precision("auto", device)
     summary: dict[str, Any] = {
@@ -52,6 +54,9 @@ def examine(console: Console) -> tuple[bool, dict[str, Any]]:
     console.say(f"python {summary['python']} on {summary['platform']}")
     console.say("  ".join(f"{name} {version}" for name, version in summary["versions"].items()))
     console.say(f"device: {summary['device']}; {why}; {summary['free_disk_gib']} GiB of disk free here")
+    if device == "cpu" and (rates := measure_products()) is not None:
+        summary["float32_products"] = asdict(rates)
+        console.say(f"float32 products: {rates.text()}")
     tests: dict[str, Callable[[], str]] = {
         "random numbers": _random_numbers,
         "decode": _decode,
