@@ -409,7 +409,7 @@ def test_a_classifier_does_not_go_on_with_other_images(fine_tuned, data):
     with pytest.raises(
         UserError, match=r"test images may be held out .*: 2 files are others\. Bring the old files back"
     ):
-        changed_data.adopt(open_source(data), read_plan(run), run, differ)
+        changed_data.plan_for_changed_data(open_source(data), read_plan(run), run, differ)
 
 
 def test_the_page_of_fine_tuned_cells_says_what_they_are(fine_tuned, data, monkeypatch):

@@ -9,7 +9,7 @@ from unmask.console import Console
 from unmask.data.decode import decode
 from unmask.data.sources.image_files import FilesSource
 from unmask.engine import bottleneck
-from unmask.engine.bottleneck import DECODING, STEP, STORAGE, TRANSFORM, Pace, examine_data
+from unmask.engine.bottleneck import DECODING, STEP, STORAGE, TRANSFORM, Pace, find_bottleneck
 from unmask.errors import UserError
 
 
@@ -74,7 +74,7 @@ def test_what_is_slow_is_found(tmp_path, monkeypatch, slow):
     monkeypatch.setattr(*place, late)
     data = str(write_images(tmp_path / "images", 12))
     settings = ["data.size=[16,16]", "train.device=cpu", "data.cache=false", "data.workers=0", "train.batch_size=8"]
-    found = examine_data(data, Console(quiet=True), recipe="mae_nano", settings=settings)
+    found = find_bottleneck(data, Console(quiet=True), recipe="mae_nano", settings=settings)
     assert found["limit"] == slow
     assert found["read" if slow == STORAGE else "decode"] >= 0.03
     assert found["wait"] > 0.9
@@ -88,7 +88,7 @@ def test_a_quick_loader_is_told_from_a_slow_step(images, monkeypatch):
     monkeypatch.setattr(bottleneck, "PATIENCE", 0.2)
     (images / "bad.png").write_bytes(b"no image")
     settings = ["train.device=cpu", "data.workers=1", "data.cache=false", "data.max_bad_fraction=0.2"]
-    found = examine_data(str(images), Console(), settings=settings)
+    found = find_bottleneck(str(images), Console(), settings=settings)
     assert (found["limit"], found["advice"], found["workers"]) == (STEP, [], 1)
     assert [line.split()[0] for line in said[1:5]] == ["read", "decode", "transform", "step"]
     assert said[-1] == "the limit is the step, and data.workers=1 would suffice"
@@ -99,7 +99,7 @@ def test_repeated_samples_are_timed_too(images, monkeypatch, cache):
     monkeypatch.setattr(bottleneck, "measure_step_seconds", lambda *_, **__: 0.01)
     monkeypatch.setattr(bottleneck, "PATIENCE", 0.3)
     settings = ["data.size=[16,16]", "train.device=cpu", f"data.cache={cache}", "data.workers=0", "train.batch_size=8"]
-    found = examine_data(str(images), Console(quiet=True), recipe="mae_nano", settings=[*settings, "data.repeats=2"])
+    found = find_bottleneck(str(images), Console(quiet=True), recipe="mae_nano", settings=[*settings, "data.repeats=2"])
     assert found["transform"] > 0
 
 
@@ -109,16 +109,16 @@ def test_what_is_decoded_once_counts_once(images, monkeypatch):
     usual = decode.decode
     monkeypatch.setattr(decode, "decode", lambda *a, **more: time.sleep(0.04) or usual(*a, **more))
     settings = ["data.size=[16,16]", "train.device=cpu", "data.cache=false", "data.workers=0", "train.batch_size=8"]
-    found = examine_data(str(images), Console(quiet=True), recipe="mae_nano", settings=[*settings, "data.repeats=4"])
+    found = find_bottleneck(str(images), Console(quiet=True), recipe="mae_nano", settings=[*settings, "data.repeats=4"])
     assert 0.01 <= found["decode"] < 0.02
     assert found["loaded"] < 100
 
 
 def test_what_cannot_be_trained_on_is_refused(tmp_path, images):
     with pytest.raises(UserError, match="learns from labels"):
-        examine_data(str(images), Console(quiet=True), recipe="finetune_nano")
+        find_bottleneck(str(images), Console(quiet=True), recipe="finetune_nano")
     bad = tmp_path / "bad"
     bad.mkdir()
     (bad / "a.png").write_bytes(b"no image")
     with pytest.raises(UserError, match="none of the 1 files"):
-        examine_data(str(bad), Console(quiet=True))
+        find_bottleneck(str(bad), Console(quiet=True))

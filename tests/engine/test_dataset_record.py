@@ -13,7 +13,7 @@ from test_pretrain import start
 
 from unmask.config import ConfigError
 from unmask.console import Console
-from unmask.engine.changed_data import Places
+from unmask.engine.changed_data import DataLocations
 from unmask.engine.dataset_record import file_of
 from unmask.engine.load import load, read_config, read_plan
 from unmask.engine.resume import resume
@@ -165,7 +165,7 @@ def test_a_run_whose_data_moved_goes_on_exactly_where_they_are_now(stopped, tmp_
     whole = start(tmp_path / "data", tmp_path / "whole", "train.steps=6")
     shutil.copytree(tmp_path / "data", tmp_path / "moved" / "photos", copy_function=shutil.copyfile)
     shutil.rmtree(tmp_path / "data")
-    moved = Places((str(tmp_path / "moved" / "photos"),))
+    moved = DataLocations((str(tmp_path / "moved" / "photos"),))
     np.save(tmp_path / "moved" / "photos" / "extra.npy", np.zeros((20, 24, 3), np.uint8))
     with pytest.raises(DataError, match=r"1 added: extra\.npy"):
         resume(stopped.path, places=moved)
@@ -180,7 +180,7 @@ def test_a_run_whose_data_moved_goes_on_exactly_where_they_are_now(stopped, tmp_
     assert (entry["what"], entry["step"]) == ("moved", 2)
     assert entry["places"]["source"] == [str(tmp_path / "data"), str(tmp_path / "moved" / "photos")]
     with pytest.raises(ConfigError, match="got --test, but this run has none"):
-        Places(test="x").applied(read_config(stopped))
+        DataLocations(test="x").applied(read_config(stopped))
 
 
 def test_several_data_less_some_images_are_trained_on_and_resumed(tmp_path, capsys):

@@ -10,7 +10,7 @@ from unmask.batch import ImageSpec
 from unmask.config import ConfigError, keys, override
 from unmask.engine import measure
 from unmask.engine import time_budget as budgets
-from unmask.engine.build import fresh_method
+from unmask.engine.build import build_method
 from unmask.engine.device import autocast, choose_device, choose_precision
 from unmask.engine.flops import typical_images
 from unmask.engine.make_plan import BUDGET_SHARE, MEMORY_SHARE, choose_micro_batch, choose_steps, few_steps, make_plan
@@ -363,7 +363,7 @@ class Slow(nn.Module):
 def test_on_a_cpu_a_pass_is_no_longer_than_it_takes_to_tell(monkeypatch, micro, longest, sizes):
     now, seen = [0.0], set()
     monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(measure, "fresh_method", lambda *_: Slow(now, seen))
+    monkeypatch.setattr(measure, "build_method", lambda *_: Slow(now, seen))
     monkeypatch.setattr(measure, "LONGEST_PASS", longest)
     assert measure_step_seconds(small(), SPEC, micro, "fp32", "cpu", seconds=0) == pytest.approx(12)
     assert seen == sizes
@@ -378,6 +378,6 @@ def test_every_proposal_is_a_setting():
 def test_a_frozen_encoder_takes_memory_too():
     config = override(find("finetune_nano"), ["method.last_blocks=0"])
     images = typical_images(config)
-    found = bytes_per_image(fresh_method(config, images), images, "fp32", "cpu")
+    found = bytes_per_image(build_method(config, images), images, "fp32", "cpu")
     hidden = 64 * 4 * 192 * 4  # of one MLP, in float32
     assert hidden < found < 20 * hidden

@@ -14,7 +14,7 @@ from faults import faults, signal_after
 from unmask.config import ConfigError, override
 from unmask.console import Console
 from unmask.engine import pretrain as pretrain_module
-from unmask.engine import resolve, run_training
+from unmask.engine import resolve, run_training, training_data
 from unmask.engine.edit_run import set_values
 from unmask.engine.load import load
 from unmask.engine.pretrain import pretrain
@@ -73,25 +73,27 @@ def test_wrong_settings_are_refused_before_a_file_is_read(images, tmp_path, monk
     ],
 )  # fmt: skip
 def test_what_auto_may_yet_make_fit_is_not_refused_beforehand(settings):
-    assert resolve.drafted(None, "auto", settings, None).recipe == "mae_nano"
+    assert resolve.draft_config(None, "auto", settings, None).recipe == "mae_nano"
 
 
 def test_a_base_is_resolved_alike_whether_it_is_a_recipe_or_another_run():
     base = override(find("mae_nano"), ["train.steps=500"])
-    assert resolve.resolve(base, []).train.steps == 500
-    epochs = resolve.resolve(base, ["train.epochs=3"])
+    assert resolve.resolve_config(base, []).train.steps == 500
+    epochs = resolve.resolve_config(base, ["train.epochs=3"])
     assert (epochs.train.steps, epochs.train.epochs) == (None, 3)
     for nothing in ("none", "null", "None"):
-        kept = resolve.resolve(base, [f"train.epochs={nothing}", "train.steps=7"], proposals=["train.steps=9"])
+        kept = resolve.resolve_config(base, [f"train.epochs={nothing}", "train.steps=7"], proposals=["train.steps=9"])
         assert (kept.train.steps, kept.train.epochs) == (7, None)
-        assert resolve.resolve(base, [f"train.steps={nothing}"], budget=3.0).train.steps is None
+        assert resolve.resolve_config(base, [f"train.steps={nothing}"], budget=3.0).train.steps is None
 
 
 @pytest.mark.parametrize("nothing", ["none", "null"])
 def test_auto_does_not_propose_steps_that_a_person_has_cleared(images, nothing):
     source = pretrain_module.open_source(images)
-    found = pretrain_module.scan(source)
-    config, reasons, proposals = resolve.settle(source, found, "auto", [f"train.steps={nothing}"], "cpu", budget=None)
+    found = training_data.scan(source)
+    config, reasons, proposals = resolve.choose_config(
+        source, found, "auto", [f"train.steps={nothing}"], "cpu", budget=None
+    )
     assert config.train.steps is None
     assert "3000 steps" not in " ".join(reasons)
     assert not [item for item in proposals if item.startswith("train.steps")]

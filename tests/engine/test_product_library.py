@@ -3,7 +3,7 @@
 from unmask.console import Console
 from unmask.engine import product_library
 from unmask.engine.product_library import ProductRates, measure_products
-from unmask.engine.self_test import examine
+from unmask.engine.self_test import run_self_test
 from unmask.nn.linear_layer import mkl_is_slow
 
 
@@ -29,7 +29,7 @@ def test_a_torch_without_onednn_is_not_measured(monkeypatch):
 def test_the_doctor_reports_the_rates(monkeypatch):
     console, lines = Console(quiet=True), []
     monkeypatch.setattr(console, "say", lines.append)
-    good, summary = examine(console)
+    good, summary = run_self_test(console)
     assert good
     assert summary["float32_products"]["onednn_gflops"] > 0
     assert any(line.startswith("float32 products: ") for line in lines)

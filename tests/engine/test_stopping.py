@@ -533,7 +533,7 @@ def test_a_script_without_a_main_guard_is_refused_under_spawn(tmp_path, images, 
 )
 def test_several_processes_are_refused(environment):
     with pytest.raises(UserError, match=r"not supported yet.*start the command once"):
-        processes.refuse_several_processes(environment)
+        processes.reject_several_processes(environment)
 
 
 @pytest.mark.parametrize(
@@ -548,7 +548,7 @@ def test_several_processes_are_refused(environment):
     ],
 )
 def test_one_process_is_none_of_several(environment):
-    processes.refuse_several_processes(environment)
+    processes.reject_several_processes(environment)
 
 
 def test_every_command_that_trains_refuses_a_launcher_before_anything_else(monkeypatch, capsys, tmp_path):

@@ -8,7 +8,7 @@ from faults import signal_after
 from PIL import Image
 from test_finetune import SMALL
 
-from unmask.engine.changed_data import Places
+from unmask.engine.changed_data import DataLocations
 from unmask.engine.load import read_config
 from unmask.engine.pretrain import pretrain
 from unmask.engine.training_data import DataError
@@ -51,7 +51,9 @@ def test_images_masks_and_test_images_that_moved_are_found_again(pretrained, tmp
     run = tuned(pretrained, tmp_path, monkeypatch)
     shutil.copytree(tmp_path / "old", tmp_path / "new", copy_function=shutil.copyfile)
     shutil.rmtree(tmp_path / "old")
-    finetune.resume(run.path, places=Places((str(tmp_path / "new" / "train"),), test=str(tmp_path / "new" / "test")))
+    finetune.resume(
+        run.path, places=DataLocations((str(tmp_path / "new" / "train"),), test=str(tmp_path / "new" / "test"))
+    )
     assert Run(run.path).read("status.json")["state"] == "finished"
     data = read_config(run).data
     assert data.source == str(tmp_path / "new" / "train" / "images")

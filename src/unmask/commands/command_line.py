@@ -9,7 +9,7 @@ from typer.main import get_command
 
 from unmask.commands.declare import DONE, Command, DeclaredOption, options_of
 from unmask.console import Console, escape_controls
-from unmask.system.processes import refuse_several_processes
+from unmask.system.processes import reject_several_processes
 
 AS_JSON = typer.Option("--json", help="Print one JSON object on stdout.")
 
@@ -19,7 +19,7 @@ def build(name: str, verb: Command) -> Any:
 
     def run(as_json: bool, **values: Any) -> None:
         if verb.trains:
-            refuse_several_processes()
+            reject_several_processes()
         request = verb.request(**_given(verb, values))
         result = verb.call(request, Console())
         if as_json:

@@ -40,12 +40,12 @@ class Examined:
 )
 def doctor(request: DoctorRequest, console: Console) -> Examined:
     """Return what was measured, and whether the self-test passed."""
-    from unmask.engine.bottleneck import examine_data
-    from unmask.engine.self_test import examine
+    from unmask.engine.bottleneck import find_bottleneck
+    from unmask.engine.self_test import run_self_test
 
     if request.data is not None:
         tokenizer = None if request.tokenizer is None else Path(request.tokenizer)
-        summary = examine_data(
+        summary = find_bottleneck(
             request.data,
             console,
             recipe=request.recipe,
@@ -58,4 +58,4 @@ def doctor(request: DoctorRequest, console: Console) -> Examined:
         raise UserError(
             "got --recipe, --set, --exclude or --tokenizer without DATA, where they have no effect; name images too"
         )
-    return Examined(*examine(console))
+    return Examined(*run_self_test(console))

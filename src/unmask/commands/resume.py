@@ -44,11 +44,11 @@ def resume(request: ResumeRequest, console: Console) -> "Run":
 
     supervised = read_config(Run.open(request.run)).method.name in task_names()
     data = tuple(texts(request.data))
-    places = changed_data.Places(data, request.test, request.annotations, request.test_annotations)
+    places = changed_data.DataLocations(data, request.test, request.annotations, request.test_annotations)
     run = (finetune if supervised else pretraining).resume(
         request.run,
         allow_dataset_change=request.allow_dataset_change,
-        places=None if places == changed_data.Places() else places,
+        places=None if places == changed_data.DataLocations() else places,
         console=console,
     )
     return conclude(run, console)

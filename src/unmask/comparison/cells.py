@@ -56,7 +56,7 @@ def refuse_settings(table: Table, asked: TableRequest) -> None:
     if clash := [key for key in table.varies if key in keys and not (key in LENGTHS and asked.budget is None)]:
         what = f"the budget decides {clash[0]}" if clash[0] in LENGTHS else f"table {table.name} varies {clash[0]}"
         raise ConfigError(f"{clash[0]} cannot be set: {what}; leave it out")
-    resolve.refuse_conflicts(keys, asked.budget)
+    resolve.reject_conflicts(keys, asked.budget)
     if asked.from_run is not None and (learnt := [key for key in keys if not key.startswith(("data.", "train."))]):
         raise ConfigError(
             f"{learnt[0]} was set, but the run of --from is trained already, and a fine-tuned cell takes only settings "
@@ -86,18 +86,18 @@ def base_config(table: Table, asked: TableRequest) -> Config:
     if table.measure != "fine_tuned":
         return catalogue.find(asked.base_recipe)
     if asked.from_run is None:
-        return resolve.resolve(catalogue.find(asked.base_recipe), [*table.base, *asked.settings])
+        return resolve.resolve_config(catalogue.find(asked.base_recipe), [*table.base, *asked.settings])
     run = Run.open(asked.from_run)
     config, spec = read_config(run), read_plan(run).images
     data = config.data.model_copy(update={"size": spec.size, "channels": spec.channels})
     train = config.train.model_copy(update={"steps": read_plan(run).steps})
-    return resolve.resolve(config.model_copy(update={"data": data, "train": train}), list(asked.settings))
+    return resolve.resolve_config(config.model_copy(update={"data": data, "train": train}), list(asked.settings))
 
 
 def tokenizer_recipe(table: Table, asked: TableRequest) -> tuple[str, str]:
     """The recipe of the dVAE that is trained first, and the size, as KEY=VALUE, at which each patch has a code."""
     settings = [text for text in asked.settings if table.name != "family" or not text.strip().startswith("method.")]
-    config: Any = resolve.resolve(catalogue.find(asked.base_recipe), [*table.base, *settings])
+    config: Any = resolve.resolve_config(catalogue.find(asked.base_recipe), [*table.base, *settings])
     patch, size = config.method.encoder.patch, config.data.size
     name = "dvae_small" if min(patch) >= 8 else "dvae_nano"
     dvae: Any = catalogue.find(name)
@@ -134,7 +134,9 @@ def draft_settings(table: Table, cell: Cell, asked: TableRequest) -> list[str]:
     if not cell.tokenizer:
         return settings
     if asked.tokenizer is not None:
-        return resolve.with_options(None, recipe, settings, tokenizer=asked.tokenizer, palette=None, masks=None)
+        return resolve.settings_with_options(
+            None, recipe, settings, tokenizer=asked.tokenizer, palette=None, masks=None
+        )
     return [*promised_tokenizer(recipe, settings, tokenizer_recipe(table, asked)[0])[1], *settings]
 
 
@@ -142,9 +144,11 @@ def draft_config(table: Table, cell: Cell, asked: TableRequest, source: Source |
     """The configuration of a cell as far as it is known before anything is trained, tried out."""
     settings = draft_settings(table, cell, asked)
     if not fine_tunes(table, cell):
-        resolve.drafted(None, recipe_of(table, cell, asked), settings, None)
-        return resolve.resolve(catalogue.find(recipe_of(table, cell, asked)), settings, source=source)
+        resolve.draft_config(None, recipe_of(table, cell, asked), settings, None)
+        return resolve.resolve_config(catalogue.find(recipe_of(table, cell, asked)), settings, source=source)
     classes = ["one", "other"] if source is None else source.classes
-    config = resolve.resolve(configure.finetuning_config(base_config(table, asked), classes), settings, source=source)
+    config = resolve.resolve_config(
+        configure.finetuning_config(base_config(table, asked), classes), settings, source=source
+    )
     resolve.require_method(config)
     return config

@@ -32,7 +32,7 @@ from unmask.data.scan.scan import Scan
 from unmask.data.sources.open_source import open_source
 from unmask.data.sources.source import Source
 from unmask.engine import provenance, resolve, training_data
-from unmask.engine.build import fresh_method
+from unmask.engine.build import build_method
 from unmask.engine.device import autocast, choose_device, wait_for
 from unmask.engine.flops import count_flops
 from unmask.engine.image_size import consequence
@@ -118,7 +118,7 @@ def plan_table(experiment: Experiment, console: Console) -> TablePlan:
     began = time.perf_counter()
     cells = all_cells(table, asked)
     first = draft_config(table, _base(cells), asked)
-    scan = training_data.scan_all(source, first, console)
+    scan = training_data.scan_source(source, first, console)
     scanning = time.perf_counter() - began
     console.say("all cells: " + consequence(scan.median_size, first.data.size, resolve.patch_of(first)))
     device = choose_device(first.train.device)
@@ -271,7 +271,7 @@ def measure_cell(experiment: Experiment, cell: Cell, scan: Scan, device: str) ->
     """Count the FLOPs and parameters of a cell and, for a budget, measure its seconds."""
     table, asked, source = experiment.table, experiment.asked, experiment.source
     config = draft_config(table, cell, asked, source)
-    images, plan = training_data.prepare(source, scan, config, device, budget=None, reasons=())
+    images, plan = training_data.prepare_images(source, scan, config, device, budget=None, reasons=())
     flops = count_flops(config, plan.images)
     seconds: Mapping[str, float] = {}
     if asked.budget is not None:
@@ -304,7 +304,7 @@ def measure_cell(experiment: Experiment, cell: Cell, scan: Scan, device: str) ->
 @torch.no_grad()
 def encode_seconds(config: Config, plan: Plan) -> float:
     """Measure how many seconds the encoder needs for one image of a probe."""
-    method: Method = fresh_method(config, plan.images).to(plan.device)
+    method: Method = build_method(config, plan.images).to(plan.device)
     batch = example_batch(plan.images, EVAL_BATCH, plan.device)
     with eval_mode(method), autocast(plan.precision, plan.device):
         wait_for(method.encoder(batch.images).patches.flatten()[0])  # warms up

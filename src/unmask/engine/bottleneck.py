@@ -23,8 +23,8 @@ from unmask.data.sources.tiff_samples import apply_reading
 from unmask.engine.device import choose_device
 from unmask.engine.measure import measure_step_seconds, with_loading
 from unmask.engine.plan import Plan
-from unmask.engine.resolve import drafted, refuse_labels, settle, with_options
-from unmask.engine.training_data import prepare, refuse_bad_data
+from unmask.engine.resolve import choose_config, draft_config, reject_supervised, settings_with_options
+from unmask.engine.training_data import prepare_images, reject_bad_data
 
 LOOKED_AT = 128  # files that the recipe is chosen by
 TIMED = 256  # images that are timed; fewer where they are slow
@@ -115,7 +115,7 @@ class Pace:
         return found
 
 
-def examine_data(
+def find_bottleneck(
     data: str,
     console: Console,
     *,
@@ -125,15 +125,15 @@ def examine_data(
     tokenizer: str | Path | None = None,
 ) -> dict[str, Any]:
     """Says what limits training on these images, and returns it. Raises UserError where they cannot be trained on."""
-    settings = with_options(None, recipe, list(settings), tokenizer=tokenizer, palette=None, masks=None)
-    draft = drafted(None, recipe, settings, None)
-    refuse_labels(draft, None)
+    settings = settings_with_options(None, recipe, list(settings), tokenizer=tokenizer, palette=None, masks=None)
+    draft = draft_config(None, recipe, settings, None)
+    reject_supervised(draft, None)
     device = choose_device(draft.train.device)
     source = apply_reading(open_source(data, exclude), draft.data.reading)
     found = scan(source, sample=LOOKED_AT, workers=0, channels=draft.data.channels)
-    refuse_bad_data(found, draft)
-    config, reasons, _ = settle(source, found, recipe, settings, device, budget=None)
-    images, plan = prepare(source, found, config, device, budget=None, reasons=reasons)
+    reject_bad_data(found, draft)
+    config, reasons, _ = choose_config(source, found, recipe, settings, device, budget=None)
+    images, plan = prepare_images(source, found, config, device, budget=None, reasons=reasons)
     console.say(
         f"{source.name}: {len(source)} images, recipe {config.recipe}, batches of {plan.batch_size} on {device}, "
         f"images {'kept in memory' if plan.cached else 'read anew in every epoch'}"

@@ -10,7 +10,7 @@ from unmask.method import Method
 from unmask.nn.default_dtype import float32_default
 
 
-def fresh_method(config: Config, images: ImageSpec) -> Method:
+def build_method(config: Config, images: ImageSpec) -> Method:
     """The method at its random start, from `train.seed`, on the CPU.
 
     Only initialisation uses torch's generator (data order, crops and masks have their own, `rng.py`), and the caller's

@@ -19,7 +19,7 @@ from unmask.run import Run
 
 
 @dataclass(frozen=True)
-class Places:
+class DataLocations:
     """Where the data of a run lie now; what is None or empty is where it was."""
 
     data: tuple[str, ...] = ()
@@ -43,7 +43,7 @@ class Places:
         return config.model_copy(update={"data": config.data.model_copy(update=changes)})
 
 
-def note_moved(run: Run, before: Config, config: Config, console: Console) -> None:
+def record_move(run: Run, before: Config, config: Config, console: Console) -> None:
     """Write down that a run's data lie elsewhere from now on, and from where they moved."""
     keys = ("source", "test", "annotations", "test_annotations")
     old, new = ({key: getattr(each.data, key) for key in keys} for each in (before, config))
@@ -55,18 +55,18 @@ def note_moved(run: Run, before: Config, config: Config, console: Console) -> No
     console.say(dataset_record.note_change(run, "moved", summary=told, places=moved))
 
 
-def noting_moved(supervise: Supervise, before: Config, console: Console) -> Supervise:
+def recording_move(supervise: Supervise, before: Config, console: Console) -> Supervise:
     """`supervise` that notes the new places once it has found everything there."""
 
     def both(run: Run, config: Config, plan: Plan, source: Source) -> Supervision:
         made = supervise(run, config, plan, source)
-        note_moved(run, before, config, console)
+        record_move(run, before, config, console)
         return made
 
     return both
 
 
-def refusal(config: Config, plan: Plan, source: Source, found: Difference) -> str:
+def explain_refusal(config: Config, plan: Plan, source: Source, found: Difference) -> str:
     """Why a run does not go on with these images as they are, and what to do."""
     if found.unknown:
         return (
@@ -90,7 +90,7 @@ def accept_unverified(plan: Plan, source: Source, run: Run, found: Difference) -
     return plan
 
 
-def adopt(source: Source, plan: Plan, run: Run, found: Difference) -> Plan:
+def plan_for_changed_data(source: Source, plan: Plan, run: Run, found: Difference) -> Plan:
     """Make a data set that has changed the run's own: the new plan, written down with what differed.
 
     What was unreadable or held out is left out by name, because rows may have moved.

@@ -16,9 +16,9 @@ from unmask.data.sources.tiff_samples import apply_reading
 from unmask.engine.device import choose_device
 from unmask.engine.image_size import consequence
 from unmask.engine.measure import Timing, time_steps
-from unmask.engine.plan_text import say_plan
-from unmask.engine.resolve import drafted, patch_of, settle
-from unmask.engine.training_data import batch_seconds, odd_images, prepare, skipped
+from unmask.engine.plan_text import print_plan
+from unmask.engine.resolve import choose_config, draft_config, patch_of
+from unmask.engine.training_data import batch_seconds, odd_image_warnings, prepare_images, skipped_files
 from unmask.errors import some
 
 NAMED_BAD_FILES = 20
@@ -41,7 +41,7 @@ def check_data(
     sample: look at this many files, None for all. workers: processes that look; 0 and None leave it to the scan, which
     starts some where that is worth it, as `unmask pretrain` does. settings: KEY=VALUE assignments, as there.
     """
-    draft = drafted(None, "auto", list(settings), None)
+    draft = draft_config(None, "auto", list(settings), None)
     source = apply_reading(open_source(data, exclude), draft.data.reading)
     with console.progress("checking files", min(len(source), sample or len(source))) as bar:
         found = scan(
@@ -76,12 +76,12 @@ def check_data(
         "std": list(found.std),
     }
     if source.skipped or source.excluded:
-        console.say(f"{source.name}: {len(source)} images found{skipped(source)}")
-    say_scan(found, source, console)
+        console.say(f"{source.name}: {len(source)} images found{skipped_files(source)}")
+    print_scan(found, source, console)
     if not found.good:
         console.warn("no image can be read, so `unmask pretrain` would refuse this; the reasons stand above")
         return 2, summary
-    for line in odd_images(source, found):
+    for line in odd_image_warnings(source, found):
         console.warn(line)
     summary |= forecast(source, found, console, list(settings), choose_device(draft.train.device))
     most = DataConfig().max_bad_fraction
@@ -97,7 +97,7 @@ def check_data(
     return 0, summary
 
 
-def say_scan(found: Scan, source: Source, console: Console) -> None:
+def print_scan(found: Scan, source: Source, console: Console) -> None:
     console.say(
         f"{found.files} files, {found.checked} checked in {duration(found.seconds)}: {found.good} good, "
         f"{len(found.bad)} bad"
@@ -115,7 +115,7 @@ def say_scan(found: Scan, source: Source, console: Console) -> None:
     for title, counts in (("channels", found.channels), ("dtype", found.dtypes), ("format", found.formats)):
         console.say(f"{title}: " + ", ".join(f"{key} in {count}" for key, count in counts.most_common()))
     if not is_plain(found):
-        say_table([vars(kind) for kind in file_kinds(found)], console)
+        print_table([vars(kind) for kind in file_kinds(found)], console)
     if found.dtype_majority == "uint16" and "uint8" in found.dtypes:
         console.say("8-bit images among 16-bit ones have their values multiplied by 257")
     console.say(
@@ -137,7 +137,7 @@ def labels_line(source: Source) -> str:
     return "none (pre-training needs none)"
 
 
-def say_table(rows: list[dict[str, Any]], console: Console) -> None:
+def print_table(rows: list[dict[str, Any]], console: Console) -> None:
     """Aligned columns: kinds of file, what they hold, and what is made of it."""
     titles = list(rows[0])
     lines = [titles, *([str(row[title]) for title in titles] for row in rows)]
@@ -149,17 +149,17 @@ def say_table(rows: list[dict[str, Any]], console: Console) -> None:
 
 def forecast(source: Source, found: Scan, console: Console, settings: list[str], device: str) -> dict[str, Any]:
     """The plan that `unmask pretrain` would make with the recipe `auto`, a few steps of it measured, and its cost."""
-    config, reasons, proposals = settle(source, found, "auto", settings, device, budget=None)
+    config, reasons, proposals = choose_config(source, found, "auto", settings, device, budget=None)
     size = consequence(found.median_size, config.data.size, patch_of(config))
     console.say(size)
-    images, plan = prepare(source, found, config, device, budget=None, reasons=reasons)
+    images, plan = prepare_images(source, found, config, device, budget=None, reasons=reasons)
     load = batch_seconds(images, plan.batch_size, plan.workers, cached=plan.cached)
     compute = Timing.of(
         time_steps(config, plan.images, plan.micro_batch, plan.precision, device, seconds=MEASURE_SECONDS)
     )
     timing = compute.with_loading(load, plan.workers)
     each, takes = timing.median, [duration(plan.steps * seconds) for seconds in timing]
-    say_plan(plan, config, console)
+    print_plan(plan, config, console)
     console.say(f"recipe: {config.recipe} {' '.join(f'--set {item}' for item in proposals)}".rstrip())
     console.say(
         f"forecast on {device}: {timing.words()} a step, {plan.batch_size / each:.0f} images/s; {plan.steps} steps "

@@ -16,7 +16,7 @@ from unmask.console import Console
 from unmask.engine import initial_weights
 from unmask.engine.flops import Flops, blocks_flops, build_unallocated, count_flops, typical_images
 from unmask.engine.make_plan import DEFAULT_EPOCHS
-from unmask.engine.resolve import drafted
+from unmask.engine.resolve import draft_config
 from unmask.method import Method
 from unmask.methods.mae import MAE
 from unmask.nn.masks import num_kept
@@ -29,7 +29,7 @@ IMAGENET = 1_281_167
 def recipe_costs(recipe: str, *, settings: Sequence[str] = (), gpus: int | None = None) -> dict[str, Any]:
     """The object that --json prints. Raises ValueError for settings that do not fit, or GPUs that do not divide."""
     tokenizer, promised = promised_tokenizer(recipe, settings)
-    config = drafted(None, recipe, [*promised, *settings], None)
+    config = draft_config(None, recipe, [*promised, *settings], None)
     batches = schedule(config, gpus)
     images = typical_images(config)
     method = build_unallocated(config, images)

@@ -11,7 +11,7 @@ from torch import nn
 
 from unmask.config import Config, explain
 from unmask.engine import checkpoint, copy_weights
-from unmask.engine.build import fresh_method
+from unmask.engine.build import build_method
 from unmask.engine.device import choose_device
 from unmask.engine.plan import Plan
 from unmask.method import Method
@@ -114,7 +114,7 @@ def load_encoder(run: str | Path, *, device: str = "cpu", step: int | None = Non
 
 def untrained_encoder(loaded: Loaded) -> nn.Module:
     """The same encoder at its random start: the control of every probe. What is fixed (a palette) is the run's own."""
-    method = fresh_method(loaded.config, loaded.plan.images)
+    method = build_method(loaded.config, loaded.plan.images)
     kept = {name: value for name, value in loaded.method.state_dict().items() if name.startswith(method.fixed)}
     method.load_state_dict(kept, strict=False)
     return method.encoder.to(loaded.device).eval()

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from unmask.batch import ImageSpec
 from unmask.config import Config, ConfigError
 from unmask.console import duration
-from unmask.engine.build import fresh_method
+from unmask.engine.build import build_method
 from unmask.engine.device import choose_precision, free_memory
 from unmask.engine.measure import NO_TIME, Timing, bytes_per_image, time_steps
 from unmask.engine.plan import Plan
@@ -149,7 +149,7 @@ def make_plan(
     that a supervised run is tested on.
     """
     precision, why_precision = choose_precision(config.train.precision, device)
-    method = fresh_method(config, images).to(device)
+    method = build_method(config, images).to(device)
     micro, why_micro = choose_micro_batch(config, bytes_per_image(method, images, precision, device), device)
     parameters = sum(p.numel() for p in method.parameters())
     encoder_parameters = sum(p.numel() for p in method.encoder.parameters())

@@ -13,7 +13,7 @@ import torch
 
 from unmask.batch import DTYPES, Batch, ImageSpec
 from unmask.config import Config
-from unmask.engine.build import fresh_method
+from unmask.engine.build import build_method
 from unmask.engine.compile import compile_blocks, why_not_compiled
 from unmask.engine.device import autocast, wait_for
 from unmask.engine.host_memory import memory_kept
@@ -113,7 +113,7 @@ def time_steps(
     config: Config, images: ImageSpec, micro: int, precision: str, device: str, *, seconds: float = 5.0
 ) -> list[float]:
     """Times of single optimiser steps on a throw-away copy of the method, data waits not included."""
-    method = fresh_method(config, images).to(device)
+    method = build_method(config, images).to(device)
     if config.train.compile and why_not_compiled(device) is None:
         compile_blocks(method)  # the run finds them compiled
     optimizer = make_optimizer(method, config.optim)

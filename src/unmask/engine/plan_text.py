@@ -7,13 +7,13 @@ from unmask.console import Console
 from unmask.engine.plan import Plan
 
 
-def say_taken(config: Config, console: Console) -> None:
+def print_inputs(config: Config, console: Console) -> None:
     """Report settings that were read from files, in numbers, so that an upside-down mask or a wrong palette is seen."""
     for line in config.method.from_files():
         console.say(line)
 
 
-def say_plan(plan: Plan, config: Config, console: Console) -> None:
+def print_plan(plan: Plan, config: Config, console: Console) -> None:
     console.say(
         f"recipe {config.recipe}: {config.method.name}, {plan.parameters / 1e6:.2f} M parameters "
         f"({plan.encoder_parameters / 1e6:.2f} M in the encoder)"

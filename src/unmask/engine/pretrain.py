@@ -21,27 +21,27 @@ from unmask.engine import checkpoint, dataset_record, initial_weights
 from unmask.engine.device import choose_device
 from unmask.engine.image_size import consequence
 from unmask.engine.make_plan import few_steps
-from unmask.engine.plan_text import say_plan, say_taken
+from unmask.engine.plan_text import print_inputs, print_plan
 from unmask.engine.provenance import provenance
 from unmask.engine.resolve import (
-    drafted,
+    choose_config,
+    config_of_run,
+    draft_config,
     patch_of,
-    refuse_absurd_batch,
-    refuse_labels,
-    refuse_two_sources_of_settings,
-    resolve,
-    settings_of,
-    settle,
-    with_options,
+    reject_absurd_batch,
+    reject_supervised,
+    reject_two_sources_of_settings,
+    resolve_config,
+    settings_with_options,
 )
 from unmask.engine.run_training import train_and_record
 from unmask.engine.supervision import Supervise
 from unmask.engine.time_budget import Budget, as_budget
-from unmask.engine.training_data import odd_images, prepare, scan_all, skipped
+from unmask.engine.training_data import odd_image_warnings, prepare_images, scan_source, skipped_files
 from unmask.nn.default_dtype import float32_default
 from unmask.run import CONFIG, PLAN, PROVENANCE, Run
 from unmask.system.atomic_files import free_path
-from unmask.system.processes import refuse_several_processes, require_main_guard
+from unmask.system.processes import reject_several_processes, require_main_guard
 
 
 @float32_default()
@@ -71,32 +71,32 @@ def pretrain(
     masks: a file of masks to hide patches with. console: `Console(quiet=True)` for no progress. Raises UserError for
     anything a person can mend, and what can be said without the images before any is opened.
     """
-    refuse_several_processes()
+    reject_several_processes()
     console, budget = console or Console(), as_budget(budget)
     if config is not None:
-        refuse_two_sources_of_settings(recipe, from_run)
-    base = settings_of(config) if config is not None else None
+        reject_two_sources_of_settings(recipe, from_run)
+    base = config_of_run(config) if config is not None else None
     base = base if from_run is None else initial_weights.continued(from_run, recipe)
-    settings = with_options(
+    settings = settings_with_options(
         base, recipe, list(settings), weights=from_run is not None, tokenizer=tokenizer, palette=palette, masks=masks
     )
-    draft = drafted(base, recipe, settings, budget)
-    refuse_labels(draft, from_run)
+    draft = draft_config(base, recipe, settings, budget)
+    reject_supervised(draft, from_run)
     if from_run is not None and (own := sorted({"data.mean", "data.std"} & set(parse(settings)))):
         raise ConfigError(f"{own[0]} cannot be set: the weights of --from know their normalisation; leave it out")
     device = choose_device(draft.train.device)
     if out is not None:
         Run.check_free(out)
     source = apply_reading(open_source(data, exclude), draft.data.reading)
-    console.say(f"{source.name}: {len(source)} images found" + skipped(source))
-    found = scan_all(source, draft, console)
-    for line in odd_images(source, found):
+    console.say(f"{source.name}: {len(source)} images found" + skipped_files(source))
+    found = scan_source(source, draft, console)
+    for line in odd_image_warnings(source, found):
         console.warn(line)
     if base is not None:
-        chosen = resolve(base, settings, budget=budget, source=source)
+        chosen = resolve_config(base, settings, budget=budget, source=source)
         reasons: tuple[str, ...] = (f"settings of {config}" if from_run is None else f"weights of {from_run}",)
     else:
-        chosen, reasons, _ = settle(source, found, recipe, settings, device, budget=budget)
+        chosen, reasons, _ = choose_config(source, found, recipe, settings, device, budget=budget)
     return start_run(source, found, chosen, device, out=out, budget=budget, reasons=reasons, console=console)
 
 
@@ -121,10 +121,10 @@ def start_run(
     held_out: rows of the source that are kept from the training, test_rows: those of them that it is tested on.
     num_test: images that it is tested on, wherever they lie. taught: see `Plan`.
     """
-    refuse_absurd_batch(config, found.usable)
+    reject_absurd_batch(config, found.usable)
     size = consequence(found.median_size, config.data.size, patch_of(config))
     console.say(size)
-    images, plan = prepare(
+    images, plan = prepare_images(
         source, found, config, device, budget=budget, reasons=reasons, held_out=held_out, num_test=num_test
     )
     tested = () if test_rows is None else tuple(np.setdiff1d(test_rows, found.bad_rows).tolist())
@@ -152,8 +152,8 @@ def start_run(
     }
     folder = out if out is not None else free_name(source, config)
     with Run.begin(folder, files, fill=fill, say=console.say) as run:
-        say_plan(plan, config, console)
-        say_taken(config, console)
+        print_plan(plan, config, console)
+        print_inputs(config, console)
         if (warning := few_steps(plan)) is not None:
             console.warn(warning)
         train_and_record(run, config, recorded, images, console, supervise)

@@ -28,22 +28,22 @@ MOST_PATCHES = 1 << 18
 SIZE_KEYS = ("data.size", "method.encoder.patch", "method.pattern")
 
 
-def refuse_two_sources_of_settings(recipe: str, from_run: str | Path | None) -> None:
+def reject_two_sources_of_settings(recipe: str, from_run: str | Path | None) -> None:
     """Raises ConfigError where --config comes with --recipe or --from, which also say what the settings are."""
     if recipe != "auto" or from_run is not None:
         option = f"--recipe {recipe}" if recipe != "auto" else f"--from {from_run}"
         raise ConfigError(f"got both --config and {option}; each names a run's settings: leave one of them out")
 
 
-def settings_of(path: str | Path) -> Config:
-    """The settings of a Run (its folder, or its config.json) for another run on images that are named anew.
+def config_of_run(path: str | Path) -> Config:
+    """The settings of a Run (its folder, or its config.json) for another run on other images.
 
     The steps of a run that was planned for a time budget are taken from its plan. Raises RunError, ConfigError.
     """
     file = Path(path)
     run = Run.open(file.parent if file.name == "config.json" else file)
     config = read_config(run)
-    refuse_labels(config, None)
+    reject_supervised(config, None)
     train, plan = config.train, read_plan(run)
     expected, _, _ = choose_steps(config, plan.num_images, budget=None, step_seconds=lambda: NO_TIME)
     if plan.steps and plan.steps != expected:
@@ -57,7 +57,7 @@ def patch_of(config: Config) -> tuple[int, int] | None:
     return config.method.encoder.patch_size
 
 
-def with_options(
+def settings_with_options(
     base: Config | None,
     recipe: str,
     settings: list[str],
@@ -93,7 +93,7 @@ def with_options(
     return [*(text for filled in given.values() for text in filled), *settings]
 
 
-def resolve(
+def resolve_config(
     base: Config,
     settings: list[str],
     *,
@@ -107,7 +107,7 @@ def resolve(
     before all. Raises ConfigError for a setting that does not fit, or that would be ignored without a word.
     """
     asked = parse(settings)
-    refuse_conflicts(asked, budget)
+    reject_conflicts(asked, budget)
     steps = ["train.steps=none"] if asked.get("train.epochs") is not None else []
     config = override(base, [*proposals, *steps, *settings])
     if "data.crop.eval_share" not in asked:
@@ -130,7 +130,7 @@ def resolve(
     return config
 
 
-def refuse_conflicts(asked: dict[str, Any], budget: object) -> None:
+def reject_conflicts(asked: dict[str, Any], budget: object) -> None:
     """What cannot be set is refused, and so are two answers to "how long?": one of them would be ignored."""
     if "data.exclude" in asked:
         raise ConfigError("data.exclude cannot be set: give --exclude PATTERN to the command")
@@ -149,29 +149,29 @@ def refuse_conflicts(asked: dict[str, Any], budget: object) -> None:
         raise ConfigError("both train.steps and train.epochs were given; leave one of them out")
 
 
-def drafted(base: Config | None, recipe: str, settings: list[str], budget: Budget | None) -> Config:
+def draft_config(base: Config | None, recipe: str, settings: list[str], budget: Budget | None) -> Config:
     """The configuration as far as it is known without the images, tried out: sizes, patches, heads and ratios agree.
 
     For `auto` it is enough that one of the recipes it chooses from would go with the settings.
     """
     if base is not None or recipe != "auto":
-        config = resolve(base or catalogue.find(recipe), settings, budget=budget)
+        config = resolve_config(base or catalogue.find(recipe), settings, budget=budget)
         require_micro_batch(config)
         initial_weights.require_size(config)
         require_method(config)
         return config
-    tries = [resolve(catalogue.find(name), settings, budget=budget) for name in catalogue.AUTO]
+    tries = [resolve_config(catalogue.find(name), settings, budget=budget) for name in catalogue.AUTO]
     faults = []
     for config in tries:
         try:
-            require_method(_as_auto_would(config, settings))
+            require_method(_fit_size_and_patch(config, settings))
             return tries[0]
         except UserError as error:
             faults.append(error)
     raise faults[0]
 
 
-def _as_auto_would(config: Config, settings: list[str]) -> Config:
+def _fit_size_and_patch(config: Config, settings: list[str]) -> Config:
     """Of size and patch the one that was not set, chosen to fit the other; `auto` will look at the images for it."""
     asked = parse(settings)
     if "data.size" in asked and "method.encoder.patch" not in asked:
@@ -183,7 +183,7 @@ def _as_auto_would(config: Config, settings: list[str]) -> Config:
     return config
 
 
-def refuse_labels(config: Config, from_run: str | Path | None) -> None:
+def reject_supervised(config: Config, from_run: str | Path | None) -> None:
     """Raise ConfigError for a method that does not pre-train: one that learns from labels, or an imported encoder."""
     if config.method.name not in task_names():
         return
@@ -206,7 +206,7 @@ def refuse_labels(config: Config, from_run: str | Path | None) -> None:
 def require_method(config: Config) -> None:
     """Build the method for made-up images, without memory for weights: what does not fit together is said now."""
     initial_weights.require_tokenizer(config)
-    refuse_absurd_size(config)
+    reject_absurd_size(config)
     channels = config.data.channels or len(config.data.mean or config.data.std or (0, 0, 0))
     mean, std = config.data.mean or (0.0,) * channels, config.data.std or (1.0,) * channels
     require_statistics(channels, mean, std)
@@ -222,7 +222,7 @@ def require_statistics(channels: int, mean: tuple[float, ...], std: tuple[float,
         )
 
 
-def refuse_absurd_batch(config: Config, num_images: int) -> None:
+def reject_absurd_batch(config: Config, num_images: int) -> None:
     """A batch of very many times the data set is a slip of the finger, and one step of it would take for ever."""
     batch = config.train.batch_size
     if batch > MOST_EPOCHS_A_STEP * num_images:
@@ -232,7 +232,7 @@ def refuse_absurd_batch(config: Config, num_images: int) -> None:
         )
 
 
-def refuse_absurd_size(config: Config) -> None:
+def reject_absurd_size(config: Config) -> None:
     """More patches than could be attended to are a slip of the finger, and their positions alone gigabytes."""
     height, width = config.data.size
     patch = config.method.model_dump().get("encoder", {}).get("patch") or (1, 1)
@@ -244,7 +244,7 @@ def refuse_absurd_size(config: Config) -> None:
         )
 
 
-def settle(
+def choose_config(
     source: Source, found: Scan, recipe: str, settings: list[str], device: str, *, budget: Budget | None
 ) -> tuple[Config, tuple[str, ...], list[str]]:
     """The configuration, the reasons for what was chosen from the images, and that as KEY=VALUE.
@@ -252,28 +252,28 @@ def settle(
     What a person set is not chosen for them.
     """
     if recipe != "auto":
-        return named(source, found, recipe, settings, budget=budget)
+        return config_by_name(source, found, recipe, settings, budget=budget)
     asked = parse(settings)
     fixed = set(asked)
     if budget is not None or asked.get("train.epochs") is not None:
         fixed.add("train.steps")
-    size = resolve(catalogue.find(catalogue.AUTO[0]), settings).data.size if "data.size" in fixed else None
+    size = resolve_config(catalogue.find(catalogue.AUTO[0]), settings).data.size if "data.size" in fixed else None
     name, proposals, reasons = catalogue.choose(
         found.usable, found.median_size, device, fixed=fixed, size=size, about=found.sampled
     )
-    config = resolve(catalogue.find(name), settings, budget=budget, proposals=proposals, source=source)
+    config = resolve_config(catalogue.find(name), settings, budget=budget, proposals=proposals, source=source)
     return config, (f"recipe {name}, chosen by auto:", *reasons), proposals
 
 
-def named(
+def config_by_name(
     source: Source, found: Scan, recipe: str, settings: list[str], *, budget: Budget | None
 ) -> tuple[Config, tuple[str, ...], list[str]]:
-    """As `settle` for a recipe by name: size and patch follow the images where no paper and no person fixes them."""
-    plain = resolve(catalogue.find(recipe), settings, budget=budget, source=source)
+    """As `choose_config` for a named recipe: size and patch follow the images unless something fixes them."""
+    plain = resolve_config(catalogue.find(recipe), settings, budget=budget, source=source)
     if not set(SIZE_KEYS) & set(parse(settings)):
         for proposals in candidates(recipe, found.median_size):
             try:
-                config = resolve(plain, proposals, budget=budget, source=source)
+                config = resolve_config(plain, proposals, budget=budget, source=source)
                 require_method(config)
             except UserError:  # a mask in larger cells, for example
                 continue

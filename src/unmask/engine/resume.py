@@ -11,7 +11,14 @@ from unmask.console import Console
 from unmask.data.sources.open_source import open_source
 from unmask.data.sources.tiff_samples import apply_reading
 from unmask.engine import checkpoint, dataset_record, edit_run
-from unmask.engine.changed_data import Places, accept_unverified, adopt, note_moved, noting_moved, refusal
+from unmask.engine.changed_data import (
+    DataLocations,
+    accept_unverified,
+    explain_refusal,
+    plan_for_changed_data,
+    record_move,
+    recording_move,
+)
 from unmask.engine.device import choose_device
 from unmask.engine.load import read_config, read_plan
 from unmask.engine.plan import Plan
@@ -21,7 +28,7 @@ from unmask.engine.training_data import DataError, training_images
 from unmask.errors import SourceError
 from unmask.nn.default_dtype import float32_default
 from unmask.run import Run
-from unmask.system.processes import refuse_several_processes
+from unmask.system.processes import reject_several_processes
 
 
 @float32_default()
@@ -29,7 +36,7 @@ def resume(
     run_folder: str | Path,
     *,
     allow_dataset_change: bool = False,
-    places: Places | None = None,
+    places: DataLocations | None = None,
     supervise: Supervise | None = None,
     concluded: Callable[[Run], bool] = lambda run: True,
     console: Console | None = None,
@@ -41,7 +48,7 @@ def resume(
     `finetune.resume` continues. places: where its data lie now, if they have moved.
     """
     console = console or Console()
-    refuse_several_processes()
+    reject_several_processes()
     run = Run.open(run_folder)
     with run.lock():
         edit_run.complete(run)
@@ -62,12 +69,12 @@ def resume(
         config = config.model_copy(update={"data": config.data.model_copy(update={"source": source.data})})
         if found := dataset_record.compare(run, plan, source, console):
             if not allow_dataset_change:
-                raise DataError(refusal(config, plan, source, found))
+                raise DataError(explain_refusal(config, plan, source, found))
             if found.unknown:
                 plan = accept_unverified(plan, source, run, found)
                 console.warn("the images are taken for those the run began with: their names and sizes are the same")
             else:
-                plan = adopt(source, plan, run, found)
+                plan = plan_for_changed_data(source, plan, run, found)
                 console.warn(f"the images have changed: going on with the {plan.num_images} there are now, not exactly")
         excluded = set(plan.excluded)
         rows = np.array([row for row in range(len(source)) if row not in excluded], np.int64)
@@ -75,9 +82,9 @@ def resume(
         if plan.cached:
             images.keep_decoded()
         if places is not None and supervise is None:
-            note_moved(run, before, config, console)
+            record_move(run, before, config, console)
         elif places is not None and supervise is not None:
-            supervise = noting_moved(supervise, before, console)
+            supervise = recording_move(supervise, before, console)
         train_and_record(run, config, plan, images, console, supervise)
     return run
 

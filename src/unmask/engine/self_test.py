@@ -39,7 +39,7 @@ SELF_TEST = (
 )
 
 
-def examine(console: Console) -> tuple[bool, dict[str, Any]]:
+def run_self_test(console: Console) -> tuple[bool, dict[str, Any]]:
     """Print what belongs in a bug report; return (whether everything works, summary)."""
     device = choose_device("auto")
     precision, why = choose_precision("auto", device)

@@ -29,7 +29,7 @@ from unmask.batch import Batch
 from unmask.console import Bar, duration
 from unmask.data.device_crops import to_device
 from unmask.engine import checkpoint
-from unmask.engine.build import fresh_method
+from unmask.engine.build import build_method
 from unmask.engine.compile import compile_blocks, why_not_compiled
 from unmask.engine.device import autocast
 from unmask.engine.evaluation import evaluate, evaluation_missing
@@ -147,7 +147,7 @@ class Loop:
         run, config, plan, images = inputs.run, inputs.config, inputs.plan, inputs.images
         fault_points().before_training(run)
         with stop.interruptible():
-            method = fresh_method(config, plan.images).to(plan.device)
+            method = build_method(config, plan.images).to(plan.device)
             decay = config.optim.average
             average = None if decay is None else MovingAverage(method, decay)
             optimizer = make_optimizer(method, config.optim)

@@ -35,7 +35,7 @@ class DataError(UserError):
     """The images as a whole cannot be trained on; the message says why and what to do."""
 
 
-def scan_all(source: Source, draft: Config, console: Console) -> Scan:
+def scan_source(source: Source, draft: Config, console: Console) -> Scan:
     """Look at the files, as many as the settings ask for. Raises DataError when too many cannot be read."""
     source.reading = draft.data.reading
     checked = min(len(source), draft.data.scan_sample or len(source))
@@ -49,17 +49,17 @@ def scan_all(source: Source, draft: Config, console: Console) -> Scan:
     source.digests = found.digests
     if found.forgotten:
         console.say(f"the next command will look at all files again: {found.forgotten}")
-    refuse_bad_data(found, draft)
+    reject_bad_data(found, draft)
     return found
 
 
-def odd_images(source: Source, found: Scan) -> list[str]:
+def odd_image_warnings(source: Source, found: Scan) -> list[str]:
     """Sentences about images that are probably not meant to be learned from: masks, or images of one value."""
     constant = [] if found.constant is None else [constant_line(found.constant, found.good)]
     return mask_warnings(source) + constant
 
 
-def refuse_bad_data(found: Scan, config: Config) -> None:
+def reject_bad_data(found: Scan, config: Config) -> None:
     """Stop before training when nothing, or too little, of the data can be read."""
     examples = "; ".join(f"{bad.name} ({bad.code}: {bad.detail})" for bad in found.bad[:NAMED_BAD_FILES])
     if found.good == 0:
@@ -86,7 +86,7 @@ def image_spec(found: Scan, config: Config) -> ImageSpec:
     return ImageSpec(channels, config.data.size, found.dtype_majority, tuple(mean), tuple(std))
 
 
-def prepare(
+def prepare_images(
     source: Source,
     found: Scan,
     config: Config,
@@ -187,7 +187,7 @@ def batch_seconds(images: ImageReader, batch: int, workers: int, *, cached: bool
     return Timing.of(times)
 
 
-def skipped(source: Source) -> str:
+def skipped_files(source: Source) -> str:
     """How many files of which kinds were passed over or excluded, in brackets; "" for none."""
     excluded = ", ".join(f"{count} by {pattern}" for pattern, count in source.excluded.items())
     told = f" (excluded: {excluded})" if excluded else ""

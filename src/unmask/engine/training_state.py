@@ -8,7 +8,7 @@ from dataclasses import asdict
 from torch import Tensor
 
 from unmask.engine import checkpoint, copy_weights, optimizer_state
-from unmask.engine.build import fresh_method
+from unmask.engine.build import build_method
 from unmask.engine.checkpoint import CheckpointFull, CheckpointRefused
 from unmask.engine.job import Job, Position, Step, report_failure
 from unmask.engine.load import take_weights
@@ -99,7 +99,7 @@ def roll_back(job: Job, fault: Step, at: Position, stopwatch: Stopwatch) -> Posi
         )
     back = restore(job)
     if back is None:
-        job.method.load_state_dict(fresh_method(job.config, job.plan.images).state_dict())
+        job.method.load_state_dict(build_method(job.config, job.plan.images).state_dict())
         job.optimizer.state.clear()
         if job.average is not None:
             job.average.load({})

@@ -60,7 +60,7 @@ from unmask.nn.default_dtype import float32_default
 from unmask.recipes import catalogue
 from unmask.results import read_score
 from unmask.run import Run
-from unmask.system.processes import refuse_several_processes
+from unmask.system.processes import reject_several_processes
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def finetune(
     if out is not None:
         Run.check_free(out)
     settings = checked_settings(options, budget, console)
-    refuse_several_processes()
+    reject_several_processes()
     run = Run.open(from_run)
     finetuning_config(read_config(run), ("one", "other"))  # rejects an encoder without blocks before anything is read
     examples = open_examples(data, options, console)
@@ -233,14 +233,14 @@ def configure(
         raise ConfigError(
             f"got recipe {recipe}, which is for --task {config.method.name}, and --task {task}; change one"
         )
-    config = resolve.resolve(
+    config = resolve.resolve_config(
         with_masks(config, annotated), list(options.settings), budget=budget, source=annotated.source
     )
     if config.data.pages == "samples":
         raise ConfigError(
             "got data.pages=samples; expected first or channels: labels, masks and boxes belong to files, not to pages"
         )
-    found = training_data.scan_all(annotated.source, config, console)
+    found = training_data.scan_source(annotated.source, config, console)
     if task_class(task).whole_images() and "data.size" not in parse(options.settings):
         config = enlarged(config, found.median_size, catalogue.find(recipe).data.size, console)
     if options.from_scratch and config.method.model_dump().get("last_blocks") is not None:
@@ -289,7 +289,7 @@ def resume(
     run_folder: str | Path,
     *,
     allow_dataset_change: bool = False,
-    places: changed_data.Places | None = None,
+    places: changed_data.DataLocations | None = None,
     console: Console | None = None,
 ) -> Run:
     """Continue a supervised Run exactly where it stopped; as `pretrain.resume`.
@@ -311,7 +311,7 @@ def resume(
     return done
 
 
-def moved_places(config: Config, places: changed_data.Places) -> changed_data.Places:
+def moved_places(config: Config, places: changed_data.DataLocations) -> changed_data.DataLocations:
     """Find masks or boxes beside images that have moved, unless their place is given. Raises UserError."""
     task, before = config.method.name, config.data.annotations
     if not places.data or task_class(task).annotation == "classes":

@@ -19,7 +19,7 @@ from unmask.nn.default_dtype import float32_default
 from unmask.results import PRETRAINED, FeatureScore, ProbeResult, read_score, to_json
 from unmask.run import Run
 from unmask.system.atomic_files import free_path
-from unmask.system.processes import refuse_several_processes
+from unmask.system.processes import reject_several_processes
 
 PROBE = "linear_probe"
 PAPER_BATCH, PAPER_PEAK = 16_384, 6.4
@@ -41,7 +41,7 @@ def paper_linear(
     of a smaller one it is the power of two at or below an eighth of its images, and the peak learning rate stays 6.4:
     by LARS a step moves a matrix by a share of its norm, and at the rate of a small batch nothing would be learnt.
     """
-    refuse_several_processes()
+    reject_several_processes()
     console = console or Console()
     outer, name = Run.open(from_run), "paper-linear-" + (Path(data).name or "data").replace(".", "-")
     name += "" if shots is None else f"-{shots}-shots"

@@ -126,7 +126,7 @@ def configure(found: Recognised, settings: list[str], origin: str) -> tuple[Conf
 
     Raises ConfigError for a setting that does not exist, or that the weights decide.
     """
-    resolve.refuse_conflicts(parse(settings), None)
+    resolve.reject_conflicts(parse(settings), None)
     if "graft" in parse(settings):
         raise ConfigError("graft cannot be set: all weights come from what is imported; leave it out")
     method = {**found.method, "origin": origin} if found.method["name"] == "encoder" else found.method

@@ -164,7 +164,7 @@ _LAUNCHERS = {
 }
 
 
-def refuse_several_processes(environment: Mapping[str, str] | None = None) -> None:
+def reject_several_processes(environment: Mapping[str, str] | None = None) -> None:
     """Reject a launcher that started several copies of this command: each would train by itself. Raises UserError."""
     environment = os.environ if environment is None else environment
     for launcher, size in _LAUNCHERS.items():

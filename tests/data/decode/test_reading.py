@@ -23,7 +23,7 @@ from unmask.data.scan.scan import scan
 from unmask.data.sources.open_source import open_source
 from unmask.data.sources.tiff_samples import TiffPagesSource, apply_reading
 from unmask.engine import pretrain, training_data
-from unmask.engine.check import say_table
+from unmask.engine.check import print_table
 
 
 def photo(channels=4, seed=0, height=48, width=64):
@@ -322,7 +322,7 @@ def test_what_is_found_is_tabled_and_ordinary_files_are_not(tmp_path, capsys):
         (1, 3, "none", 1, 3),
         (1, 1, "none", 4, 1),
     ]
-    say_table([vars(row) for row in rows], Console())
+    print_table([vars(row) for row in rows], Console())
     assert "composited" in "".join(capsys.readouterr())
     assert any("only the first page is read" in sentence for sentence in findings(found))
 
