@@ -770,12 +770,12 @@ def test_a_name_that_is_taken_or_of_another_kind_is_refused(tmp_path):
     (tmp_path / "folder").mkdir()
     before = sorted(tmp_path.iterdir())
     for to, name, match in (
-        ("timm", "taken.safetensors", "exists already and is not overwritten; choose another --out"),
-        ("timm", "carded.safetensors", r"carded\.safetensors\.md exists already"),
-        ("hf", "folder", "folder exists already"),
-        ("timm", "weights.pth", r"a name that ends in \.safetensors was expected"),
+        ("timm", "taken.safetensors", "already exists and is not overwritten; choose another --out"),
+        ("timm", "carded.safetensors", r"carded\.safetensors\.md already exists"),
+        ("hf", "folder", "folder already exists"),
+        ("timm", "weights.pth", r"expected a name that ends in \.safetensors"),
         ("official", "weights", r"a name that ends in \.pth"),
-        ("hf", "nowhere/folder", "does not exist; make it first"),
+        ("hf", "nowhere/folder", "does not exist; create it"),
     ):
         with pytest.raises(ExportError, match=match):
             export_run(run, to, tmp_path / name)
@@ -1007,7 +1007,7 @@ def test_the_command_line_exports_and_fails_with_its_codes(tmp_path, others, mon
     assert json.loads(out)["difference"] < 1e-5
     assert "checked: timm computes the same" in err
     code, _, err = call(run, "--to", "timm", "--out", tmp_path / "a.safetensors")
-    assert (code, "exists already" in err) == (2, True)
+    assert (code, "already exists" in err) == (2, True)
     code, _, err = call(run, "--to", "timm", "--out", tmp_path / "b.safetensors", "--step", 3)
     assert (code, "has no checkpoint of step 3" in err) == (2, True)
     monkeypatch.setattr(check_export, "TOLERANCE", -1)

@@ -601,7 +601,7 @@ def test_what_is_not_whole_or_does_not_fit_is_named(tmp_path):
         "graft": (state, ["graft=[]"], "graft cannot be set"),
         "means": (state, ["data.mean=[1,2]"], "2 means and 3 standard deviations"),
         "rectangle": (official(small_mae((8, 24))), [], "positions for 12 patches came, which are no square"),
-        "other rectangle": (official(small_mae((8, 24))), ["data.size=[8,8]"], "but there are positions for 12"),
+        "other rectangle": (official(small_mae((8, 24))), ["data.size=[8,8]"], "but the weights have positions for 12"),
         "four": (official(small_mae(channels=4)), [], "for 4 channels, for which no normalisation is published"),
     }  # fmt: skip
     for name, (tensors, settings, match) in names.items():

@@ -139,7 +139,7 @@ def test_what_is_not_finite_is_magenta_and_said_and_spoils_nothing_else(monkeypa
     assert changed.sum() <= 1
     texts = written(monkeypatch)
     compose(made, dtype, "t")
-    assert "Magenta is what is not a finite number (prediction, pasted)." in " ".join(text for _, text in texts)
+    assert "Magenta marks values that are not finite (prediction, pasted)." in " ".join(text for _, text in texts)
 
 
 def test_an_original_without_a_finite_number_is_drawn_all_the_same():
@@ -249,7 +249,7 @@ def test_what_is_written_is_a_png_and_the_same_each_time(tmp_path, channels, dty
 def test_bad_places_are_refused_before_anything_is_drawn(tmp_path):
     with pytest.raises(ValueError, match=r"ends in \.png"):
         draw(picture(), "uint8", tmp_path / "a.jpg", "t")
-    with pytest.raises(ValueError, match="does not exist; make it first"):
+    with pytest.raises(ValueError, match="does not exist; create it"):
         draw(picture(), "uint8", tmp_path / "no" / "a.png", "t")
 
 

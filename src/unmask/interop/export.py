@@ -28,10 +28,10 @@ from unmask.run import Run
 def export_run(
     run: str | Path, to: str, out: str | Path, *, step: int | None = None, console: Console | None = None
 ) -> dict[str, Any]:
-    """Write the weights of a Run for another library, and its model card; returns what was written and tested.
+    """Write the weights of a run for another library, with a model card, and return what was written and checked.
 
-    step: of the checkpoint, None for the newest. Raises ValueError for a target that is not known, one that has no form
-    for this Run, or an `out` that is taken; ExportFailed when the other library does not compute the same.
+    step: of the checkpoint, None for the newest. Raises UserError for an unknown target, one that
+    cannot represent this run, or an `out` that exists; ExportFailed when the other library computes other outputs.
     """
     console = console or Console()
     target, out = find_target(to), Path(out)
@@ -76,17 +76,18 @@ def with_path(exported: ExportedModel, path: str) -> ExportedModel:
 
 
 def require_free(out: Path, card: Path, suffix: str) -> None:
-    """Raises ExportError for a name that is taken, of another ending, or in no folder."""
+    """Raise ExportError for a name that exists, has another ending, or is not in a folder."""
     if suffix and out.suffix != suffix:
-        raise ExportError(f"output file {out} came; a name that ends in {suffix} was expected")
+        raise ExportError(f"got output file {out}; expected a name that ends in {suffix}")
     if not suffix and out.suffix and out.suffix in {find_target(name).suffix for name in target_names()}:
-        raise ExportError(f"output {out} came; a folder was expected, without that ending")
+        raise ExportError(f"got output {out}; expected a folder, without that ending")
     for taken in (out, card, out.with_name(out.name + ".data")):
         if taken.exists() or taken.is_symlink():
-            raise ExportError(f"{taken} exists already and is not overwritten; choose another --out, or remove it")
+            raise ExportError(f"{taken} already exists and is not overwritten; choose another --out, or remove it")
     if not out.resolve().parent.is_dir():
-        raise ExportError(f"the folder {out.resolve().parent} does not exist; make it first, or choose another --out")
+        raise ExportError(f"the folder {out.resolve().parent} does not exist; create it, or choose another --out")
 
 
 def indented(text: str) -> str:
+    """Indent code for the console."""
     return "\n".join(f"    {line}".rstrip() for line in text.splitlines())

@@ -29,10 +29,10 @@ from unmask.nn.vit import ViT
 
 
 def imported(module: str, attribute: str = "", package: str = "") -> Any:
-    """A module of another library, or something in it. Raises NotChecked with what is in the way.
+    """Import a module of another library, or an attribute of it. Raises NotChecked with the reason.
 
-    Libraries import parts of themselves late, and fail with any error where something they need is of another version.
-    package: how to call it, the name of the module where it is left out.
+    Libraries import parts of themselves lazily and can fail with any exception when a dependency has another version.
+    package: the name in the message, by default that of the module.
     """
     try:
         found = importlib.import_module(module)
@@ -48,10 +48,9 @@ def imported(module: str, attribute: str = "", package: str = "") -> Any:
 
 
 def export_metadata(loaded: Loaded) -> str:
-    """What the formats of others do not keep, as JSON for a corner of the file that they do not read.
+    """Return the metadata that other formats do not store, as JSON for the header of the file.
 
-    `import` knows by it what it would have to guess: the normalisation and the crop, the number of heads, the names of
-    classes, the licence.
+    `unmask import` reads it: normalisation, crop, number of heads, names of classes, licence.
     """
     images, settings = loaded.plan.images, loaded.config.method.model_dump()
     heads = {part: settings[part]["heads"] for part in ("encoder", "decoder") if "heads" in (settings.get(part) or {})}
@@ -63,7 +62,7 @@ def export_metadata(loaded: Loaded) -> str:
 
 
 def vit_of(loaded: Loaded, target: str) -> ViT:
-    """The encoder, where it is a vision transformer. Raises ExportError for another."""
+    """Return the encoder. Raises ExportError unless it is a vision transformer."""
     encoder = loaded.method.encoder
     if not isinstance(encoder, ViT):
         raise ExportError(
@@ -74,7 +73,7 @@ def vit_of(loaded: Loaded, target: str) -> ViT:
 
 
 def weights_of(method: nn.Module, *leave_out: str) -> dict[str, Tensor]:
-    """The tensors of a method by name, less those that begin so; each for itself, as safetensors wants them."""
+    """Return copies of a method's tensors by name. leave_out: prefixes of names that are dropped."""
     return {
         name: value.detach().cpu().contiguous().clone()
         for name, value in method.state_dict().items()
@@ -83,40 +82,41 @@ def weights_of(method: nn.Module, *leave_out: str) -> dict[str, Tensor]:
 
 
 def encoder_of(method: Method) -> dict[str, Tensor]:
-    """The encoder alone, under its names in the method; mean and std are of the images, not of the network."""
+    """Return the encoder's tensors under their names in the method, without mean and std of the images."""
     return {name: value for name, value in weights_of(method, "encoder.mean", "encoder.std").items()
             if name.startswith("encoder.")}  # fmt: skip
 
 
 def write_safetensors(path: Path, weights: dict[str, Tensor], header: Mapping[str, str] | None = None) -> None:
-    """As the library's own `save_file`, which makes a file that nobody else may read."""
+    """Write a safetensors file. Unlike `safetensors.save_file`, keeps the usual file permissions."""
     with naming(path):
         path.write_bytes(save(weights, {"format": "pt", **(header or {})}))
 
 
 def tokens_of(encoder: ViT, images: Tensor) -> Tensor:
-    """Class token and patch tokens of the encoder: (B, 1 + N, D)."""
+    """Return class token and patch tokens of the encoder, (B, 1 + N, D)."""
     found = encoder(images)
     assert found.cls is not None
     return torch.cat([found.cls[:, None], found.patches], 1)
 
 
 def normalised(encoder: ViT, images: Tensor) -> Tensor:
-    """Images as other libraries want them: normalised by whoever calls."""
+    """Normalise images (B, C, H, W) as callers of other libraries do."""
     return normalise(images, encoder.mean, encoder.std)
 
 
 def sides(pair: tuple[int, int]) -> int | tuple[int, int]:
-    """A pair as others write it: one number for a square."""
+    """Return one number for a square, else the pair, as other libraries write sizes."""
     return pair[0] if pair[0] == pair[1] else pair
 
 
 def arguments(values: Mapping[str, Any]) -> str:
+    """Write keyword arguments as Python code."""
     return ", ".join(f"{name}={value!r}" for name, value in values.items())
 
 
 def largest(*pairs: tuple[Tensor, Tensor]) -> float:
-    """The largest absolute difference; of other shapes it is infinite."""
+    """Return the largest absolute difference of the pairs; infinite where shapes differ."""
     if any(one.shape != other.shape for one, other in pairs):
         return float("inf")
     return float(torch.stack([(one - other).abs().max() for one, other in pairs]).max())  # nan stays nan
@@ -124,7 +124,7 @@ def largest(*pairs: tuple[Tensor, Tensor]) -> float:
 
 @contextmanager
 def silence_libraries() -> Iterator[None]:
-    """Without what other libraries say about their own future; what is wrong raises."""
+    """Context manager that silences warnings of other libraries; their errors still raise."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "transformers")]
     levels = [logger.level for logger in loggers]
     try:
@@ -139,23 +139,24 @@ def silence_libraries() -> Iterator[None]:
 
 
 def left_out(loaded: Loaded, why: str) -> str:
-    """A sentence: of this method the encoder is exported alone."""
+    """Return a note that only the encoder is exported, and why."""
     name = loaded.config.method.name
     return f"the encoder alone is exported, without {loaded.method.head_name or f'the rest of {name}'}: {why}"
 
 
 def task_left_out(loaded: Loaded, target: str) -> tuple[str, ...]:
-    """The same for what no other library has; nothing for an encoder that is all there is."""
+    """Return that note for a task that the target does not support; () for a run that is an encoder only."""
     name = loaded.config.method.name
-    return () if name == "encoder" else (left_out(loaded, f"{target} has no place for it; --to safetensors keeps all"),)
+    return () if name == "encoder" else (left_out(loaded, f"{target} does not support it; --to safetensors keeps all"),)
 
 
 def is_plain(encoder: ViT, settings: Mapping[str, Any]) -> bool:
-    """Whether it is a vision transformer without anything of BEiT's."""
+    """Whether the encoder has positions and neither LayerScale nor a relative position bias."""
     return encoder.pos_embed is not None and not settings["relative_bias"] and settings["layer_scale"] is None
 
 
 def what_beit_has(settings: Mapping[str, Any]) -> str:
+    """Name the parts of an encoder that only BEiT has."""
     parts = ["a relative position bias"] * bool(settings["relative_bias"])
     parts += ["LayerScale"] * (settings["layer_scale"] is not None)
     parts += ["no positions"] * (settings["positions"] == "absent")
@@ -163,23 +164,24 @@ def what_beit_has(settings: Mapping[str, Any]) -> str:
 
 
 def method_target(loaded: Loaded) -> str:
+    """Return the setting `method.target`, "None" where the method has none."""
     return str(loaded.config.method.model_dump().get("target"))
 
 
 def mae_misses(loaded: Loaded, whose: str) -> str | None:
-    """Why the decoder of a MAE has no place in the MAE of others; None where it has."""
+    """Return why another library's MAE cannot represent the decoder of this one; None where it can."""
     if not isinstance(loaded.method, MAE):
         return None
     settings = loaded.config.method.model_dump()
     if settings["target"] not in ("norm_pixels", "pixels"):
         return f"{whose} predicts pixels, and this one target={settings['target']}"
     if settings["encoder"]["norm_eps"] > 1e-5:
-        return f"{whose} has one norm_eps for both parts, and this decoder has another than the encoder"
+        return f"{whose} has one norm_eps for both parts; here encoder and decoder differ"
     if settings["mask_tokens"] != "decoder":
         return f"{whose} has mask tokens in the decoder only"
     if not all(isinstance(sides(pair), int) for pair in (loaded.plan.images.size, loaded.method.encoder.patch)):
         size, patch = (
             f"{height} x {width}" for height, width in (loaded.plan.images.size, loaded.method.encoder.patch)
         )
-        return f"{whose} takes square patches of square images only, and these are {patch} of {size}"
+        return f"{whose} supports square patches of square images only, got {patch} of {size}"
     return None

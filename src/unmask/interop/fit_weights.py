@@ -1,4 +1,12 @@
-"""Fit imported weights to another image size and number of channels."""
+"""Fit imported weights to another image size and number of channels.
+
+another size       positions and relative position biases are interpolated in two dimensions, bicubic, corners not
+                   aligned; the row of the class token stays as it is
+1 channel          the patch projection is summed over its channels, so that a gray image gives the features that it
+                   gave with three equal channels; with mean or std set by hand it is the plain sum
+C channels         the channels of the patch projection are repeated in turn and scaled by 3 / C; mean and std are
+                   repeated
+"""
 
 from __future__ import annotations
 
@@ -17,7 +25,7 @@ from unmask.nn.patches import grid_of
 
 
 def per_channel(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
-    """A number per channel for other channels: the mean of all for one, else repeated in turn."""
+    """Return one value per channel for another number of channels: the mean for one, else repeated in turn."""
     if channels == len(values):
         return values
     return (sum(values) / len(values),) if channels == 1 else tuple(values[i % len(values)] for i in range(channels))
@@ -26,7 +34,7 @@ def per_channel(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
 def fitted(
     found: Recognised, config: Config, images: ImageSpec, *, by_hand: bool
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """The weights for images of this size and so many channels, and what was done to them, in sentences.
+    """Return the weights for images of this size and number of channels, and sentences about the changes.
 
     by_hand: mean or std were set by a person, so they are not what the weights were trained with.
     """
@@ -43,8 +51,8 @@ def fitted(
     old = found.grid or new
     if found.places and old[0] * old[1] != found.places:
         raise ConfigError(
-            f"data.size={list(images.size)} has {new[0]} x {new[1]} patches, but there are positions for "
-            f"{found.places} and nothing says of which rectangle; give the size that the weights were trained at"
+            f"data.size={list(images.size)} has {new[0]} x {new[1]} patches, but the weights have positions for "
+            f"{found.places} patches of an unknown rectangle; set the size that they were trained at"
         )
     if old != new:
         moved = {name: positions.fitted(name, value, old, new) for name, value in weights.items()}
@@ -57,7 +65,7 @@ def fitted(
 def other_channels(
     weight: Tensor, bias: Tensor, images: ImageSpec, norms: tuple[tuple[float, ...], tuple[float, ...]] | None
 ) -> tuple[Tensor, Tensor]:
-    """A patch projection (D, C, h, w) and its bias for other channels; see the module docstring.
+    """Adapt a patch projection (D, C, h, w) and its bias (D,) to other channels; see the module docstring.
 
     norms: mean and standard deviation per channel that the weights know; with them a gray image gives exactly what it
     gave with equal channels, although its one mean is another number.
@@ -73,7 +81,7 @@ def other_channels(
 
 
 def require_whole(wanted: Mapping[str, Tensor], weights: Mapping[str, Tensor], what: str) -> None:
-    """Raises ForeignError, naming tensors, unless these are exactly the ones of the method, and finite."""
+    """Raise ForeignError, naming tensors, unless the weights are exactly those of the method, and finite."""
     missing, left = sorted(wanted.keys() - weights.keys()), sorted(weights.keys() - wanted.keys())
     both = [(name, weights[name], value) for name, value in wanted.items() if name in weights]
     shapes = [
@@ -90,16 +98,16 @@ def require_whole(wanted: Mapping[str, Tensor], weights: Mapping[str, Tensor], w
     if any(faults.values()):
         named = "; ".join(f"{len(names)} {how}: {some(names)}" for how, names in faults.items() if names)
         raise ForeignError(
-            f"{what} is not whole ({named}); the file is cut, a variant of this network, or two files were mixed"
+            f"{what} is not whole ({named}); the file is truncated, of a variant of this network, or a mix of two files"
         )
     if bad := [name for name, value in weights.items() if value.is_floating_point() and not value.isfinite().all()]:
         raise ForeignError(
-            f"{what} has numbers that are not finite, in {some(bad)}; the file is damaged, or its training failed"
+            f"{what} has numbers that are not finite, in {some(bad)}; the file is damaged, or its training diverged"
         )
 
 
 def described(images: ImageSpec) -> dict[str, Tensor]:
-    """What encoders keep of the images that they are for, by name."""
+    """Return the buffers of encoders that describe their images, by name."""
     low, high = images.value_range
     values = {"mean": images.mean, "std": images.std, "low": low, "high": high}
     return {f"encoder.{name}": torch.tensor(value, dtype=torch.float32) for name, value in values.items()}

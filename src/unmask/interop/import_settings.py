@@ -29,10 +29,11 @@ OPTIMS = {
     "igpt": OptimConfig(base_lr=0.006, betas=(0.9, 0.95), weight_decay=0),
     "dvae": OptimConfig(base_lr=0.5e-4, betas=(0.9, 0.999), weight_decay=1e-4, warmup=0, final_lr=0.0125),
 }
+"""The optimiser that `pretrain --from` continues with, by method; MAE's for others."""
 
 
 def require_heads(found: Recognised, settings: Iterable[str]) -> Recognised:
-    """The number of heads, which weights do not show: published, or set by hand. Raises ConfigError without one."""
+    """Complete the numbers of heads, which weights do not show, from the settings. Raises ConfigError without one."""
     asked, method = parse(settings), dict(found.method)
     for part in ("encoder", "decoder"):
         if part not in method or (part == "encoder" and method["name"] == "dvae") or "heads" in method[part]:
@@ -71,7 +72,7 @@ def with_export_metadata(found: Recognised, exported: ExportMetadata) -> Recogni
 
 
 def with_shared_bias(found: Recognised) -> Recognised:
-    """One relative position bias for all blocks again, where an export wrote the same for each."""
+    """Merge the relative position biases of all blocks into one where they are equal, as exports write them."""
     tables = {name: value for name, value in found.weights.items() if re.fullmatch(OWN_BIAS, name)}
     if not tables or not all(torch.equal(value, next(iter(tables.values()))) for value in tables.values()):
         return found
@@ -83,14 +84,14 @@ def with_shared_bias(found: Recognised) -> Recognised:
 
 
 def as_encoder(found: Recognised, why: str) -> Recognised:
-    """The encoder alone, as the task `encoder`; `why` is said."""
+    """Reduce a method to its encoder, the task `encoder`. why: a note for the user."""
     weights = {name: value for name, value in found.weights.items() if name.startswith("encoder.")}
     method = {"name": "encoder", "encoder": found.method["encoder"]}
     return replace(found, method=method, weights=weights, notes=(*found.notes, why))
 
 
 def choose_method(found: Recognised, settings: list[str], tokenizer: Path | None) -> Recognised:
-    """What of the method can be had: all, or the encoder alone where something is missing for the rest."""
+    """Return the whole method, or its encoder where something is missing for the rest. Raises ConfigError."""
     asked, name = parse(settings), found.method["name"]
     channels = asked.get("data.channels", found.channels)
     if tokenizer is not None and name != "beit":
@@ -122,7 +123,7 @@ def choose_method(found: Recognised, settings: list[str], tokenizer: Path | None
 
 
 def configure(found: Recognised, settings: list[str], origin: str) -> tuple[Config, ImageSpec]:
-    """The settings that describe the weights, with a person's over them, and what the images are.
+    """Return the configuration of the weights with the user's settings applied, and the images it is for.
 
     Raises ConfigError for a setting that does not exist, or that the weights decide.
     """
@@ -158,7 +159,7 @@ def configure(found: Recognised, settings: list[str], origin: str) -> tuple[Conf
 
 
 def require_as_found(base: Config, config: Config) -> None:
-    """Raises ConfigError for a setting of the network other than what the weights are."""
+    """Raise ConfigError for a setting that does not fit the shape of the weights."""
     before, after = (tree.model_dump()["method"] for tree in (base, config))
     free = {"heads", "feature_layer", "norm_eps"} | ({"patch"} if "colours" in before["encoder"] else set())
     given = ("palette", "palette_dtype", "origin", "tokenizer")
@@ -175,7 +176,7 @@ def require_as_found(base: Config, config: Config) -> None:
 
 
 def with_statistics(found: Recognised, config: Config) -> tuple[Config, ImageSpec]:
-    """Channels, mean and standard deviation: by hand, else those of the weights, spread over the channels.
+    """Set channels, mean and standard deviation: those of the settings, else those of the weights.
 
     Raises ConfigError where there are none: a normalisation is not made up.
     """

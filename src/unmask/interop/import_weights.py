@@ -1,16 +1,9 @@
-"""`unmask import FILE --out RUN`: weights that others made become a Run, which every verb then reads like our own.
+"""`unmask import FILE --out RUN`: create a run of weights from elsewhere, which every command accepts.
 
-What lies in a file or folder `interop/foreign/checkpoint_files.py` reads, and what it is `interop/foreign/recognise.py`
-finds. Here it is fitted to the size and channels that were asked for, and written:
-
-    another size       positions and relative position biases are interpolated in two dimensions, bicubic, corners not
-                       aligned; the class token keeps its row
-    1 channel          the projection of patches is summed over its channels, such that a gray image gives what it gave
-                       with equal channels; with mean and std set by hand it is the plain sum
-    C channels         the projection's channels are repeated in turn and scaled by 3 / C, mean and std are repeated
-
-What cannot be had whole (another number of channels than MAE's decoder draws, BEiT without its tokenizer) becomes the
-task `encoder`, and that is said. Images are 8 bits a channel.
+Files are read by `interop/foreign/checkpoint_files.py`, identified by `interop/foreign/recognise.py`, and fitted to the
+image size and channels of the settings by `interop/fit_weights.py`. A method that cannot be imported whole (another
+number of channels than MAE's decoder has, a BEiT without its tokenizer) becomes the task `encoder`, and a note is
+printed. Images have 8 bits per channel.
 """
 
 from __future__ import annotations
@@ -36,8 +29,6 @@ from unmask.interop.imported_run import say_imported, use_of, write_run
 from unmask.interop.safetensors_file import OwnFile, read_header
 from unmask.run import Run
 
-"""What `pretrain --from` goes on with; MAE's where there is none."""
-
 
 def describe_arguments(read: Checkpoint) -> tuple[str, ...]:
     """Return sentences about the training arguments that are used, and those with invalid values."""
@@ -61,7 +52,7 @@ def import_weights(
     tokenizer: str | Path | None = None,
     console: Console | None = None,
 ) -> Run:
-    """Make a Run of the weights in a file or folder. settings: KEY=VALUE. tokenizer: the dVAE's Run, for a BEiT.
+    """Create a run of the weights in a file or folder. settings: KEY=VALUE. tokenizer: a dVAE's run, for a BEiT.
 
     Raises ValueError, before anything is written, for what is no such file, is not whole, or does not fit the settings.
     """
@@ -108,14 +99,14 @@ def import_weights(
 
 
 def import_own(own: OwnFile, *, out: str | Path, given: list[str], console: Console) -> Run:
-    """A Run of a file that `unmask export --to safetensors` wrote, which says itself what it is."""
+    """Create a run of a file that `unmask export --to safetensors` wrote; its header has all settings."""
     source, config = own.path, own.config
     if given:
         raise ConfigError(
             f"{given[0]} came, but {source} is an export of unmask and has its settings; import it as it is, finetune "
             "and `pretrain --from` can change them"
         )
-    method, weights = own.read()  # under our own names, of which no prefix is to be taken off
+    method, weights = own.read()  # under unmask's names, whose prefixes are kept
     require_whole(method.state_dict(), weights, f"{source}: an export of unmask")
     name = f"an export of unmask: {config.method.name}, recipe {config.recipe}"
     files = [vars(fingerprint(source))]
@@ -128,7 +119,7 @@ def import_own(own: OwnFile, *, out: str | Path, given: list[str], console: Cons
 
 
 def with_tokenizer(found: Recognised, path: Path) -> Recognised:
-    """A BEiT and the dVAE whose codes it predicts. Raises ConfigError for a run of another method."""
+    """Add the dVAE whose codes a BEiT predicts. path: of its run. Raises ConfigError for a run of another method."""
     run = Run.open(path)
     config: Any = read_config(run).method
     if config.name != "dvae":

@@ -27,7 +27,7 @@ def write_run(
     reasons: tuple[str, ...],
     about: dict[str, Any],
 ) -> Run:
-    """The Run of a method whose weights are all there; `about` says where they came from."""
+    """Write a run of a method with these weights. about: the origin of the weights, for the provenance."""
     counts = [sum(p.numel() for p in part.parameters()) for part in (method, method.encoder)]
     plan = plan_of(config, images, counts, reasons)
     files = {
@@ -50,7 +50,7 @@ def write_run(
 
 
 def plan_of(config: Config, images: ImageSpec, counts: list[int], reasons: tuple[str, ...]) -> Plan:
-    """The plan of a run that is finished at step 0: nothing was trained here, on no images."""
+    """Return the plan of a run that is finished at step 0, without images."""
     return Plan(
         steps=0, warmup_steps=0, batch_size=config.train.batch_size, micro_batch=config.train.batch_size,
         accumulation=1, peak_lr=0.0, final_lr=0.0, epochs=0.0, num_images=0, images=images, fingerprint="",
@@ -69,14 +69,14 @@ def say_imported(
     by_hand: bool,
     console: Console,
 ) -> None:
-    """What it became, what was done to it, which normalisation was taken, and what one can do with it."""
+    """Report what was imported, how it was changed, its normalisation, and which commands accept it."""
     name = config.method.name
     for line in (*found.notes, *said):
         console.say(f"  {line}")
     share = config.data.crop.eval_share
     console.say(
-        "  in evaluation it sees "
-        + ("the largest box in the middle" if share == 1 else f"{share:.4g} of the shorter side, in the middle")
+        "  evaluation crop: "
+        + ("the largest centred box" if share == 1 else f"{share:.4g} of the shorter side, centred")
         + ", unless imported with --set data.crop.eval_share=SHARE"
     )
     for part, settings in (("encoder", found.method.get("encoder")), ("decoder", found.method.get("decoder"))):
@@ -94,9 +94,9 @@ def say_imported(
 
 
 def use_of(method: str) -> str:
-    """What one can do with a Run of this method."""
+    """Name the commands that accept a run of this method."""
     if method == "encoder":
-        return "embed, probe and finetune take it; to train on, name a --recipe with `unmask pretrain DATA --from`"
+        return "embed, probe and finetune accept it; to train on, give `unmask pretrain DATA --from` a --recipe"
     if method in task_names():
-        return f"fine-tuned to {method}: embed, predict, probe and finetune take it"
-    return f"a whole {method}: embed, probe, reconstruct, finetune and `unmask pretrain DATA --from` take it"
+        return f"fine-tuned to {method}: embed, predict, probe and finetune accept it"
+    return f"a whole {method}: embed, probe, reconstruct, finetune and `unmask pretrain DATA --from` accept it"

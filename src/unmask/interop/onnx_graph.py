@@ -1,4 +1,4 @@
-"""An encoder as an ONNX graph."""
+"""An encoder with its normalisation as an ONNX graph, for any runtime; for a classifier also its scores."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ONE_FILE = 1 << 30  # bytes of weights; an ONNX file must stay below 2 GiB, beyo
 
 
 class ViTGraph(nn.Module):
-    """`ViT.forward` for one size of images, without Python numbers that would fix how many images there are."""
+    """`ViT.forward` for one image size, without Python numbers that would fix the batch size."""
 
     def __init__(self, encoder: ViT, classifier: MeanTokenClassifier | None) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class ViTGraph(nn.Module):
 
 
 class GPTGraph(nn.Module):
-    """`GPT.forward`; distances to colours are written out, because ONNX has no cdist."""
+    """`GPT.forward` with distances to colours written out, because ONNX has no cdist."""
 
     def __init__(self, encoder: GPT) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class GPTGraph(nn.Module):
 
 
 class PlainGraph(nn.Module):
-    """Encoders that are graphs as they stand, without a class token."""
+    """Encoders without a class token that can be exported unchanged."""
 
     def __init__(self, encoder: nn.Module) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Reads a method back out of one file, as `unmask export --to safetensors` writes it: no Run is needed.
+"""Read a method from one file, as `unmask export --to safetensors` writes it, without its run.
 
 The weights are under our own names; the header of the file has the settings and what the images are.
 """
@@ -25,11 +25,11 @@ from unmask.interop.foreign.metadata import DEEPEST, Deviations, Numbers, Size
 from unmask.method import Method
 from unmask.system.json_input import Outside, checked, read_object
 
-HEADER = "unmask"  # where our own file has its settings
+HEADER = "unmask"  # key of the settings in the header
 
 
 class Images(Outside):
-    """`ImageSpec`, as JSON has it."""
+    """The JSON form of `ImageSpec`."""
 
     channels: Size
     size: tuple[Size, Size]
@@ -39,7 +39,7 @@ class Images(Outside):
 
 
 class Header(Outside):
-    """What `unmask export --to safetensors` writes into the header of the file."""
+    """The settings in the header of a file of `unmask export --to safetensors`."""
 
     config: dict[str, Any]
     images: Images
@@ -48,7 +48,7 @@ class Header(Outside):
 
 @dataclass(frozen=True)
 class OwnFile:
-    """A file that `unmask export --to safetensors` wrote: what its header says, with nothing of the weights read."""
+    """The header of a file that `unmask export --to safetensors` wrote; the weights are read by `read`."""
 
     path: Path
     config: Config
@@ -56,7 +56,7 @@ class OwnFile:
     licence: str
 
     def read(self) -> tuple[Method, dict[str, Tensor]]:
-        """The method on the meta device, where it has no memory, and its weights.
+        """Return the method on the meta device, without memory for its parameters, and its weights.
 
         Raises ForeignError before any weight is read unless the tensors of the file are those that the settings in its
         header describe.
@@ -98,7 +98,7 @@ class OwnFile:
 
 
 def require_plausible(config: Config, images: ImageSpec, shapes: Mapping[str, tuple[int, ...]], path: Path) -> None:
-    """Raises ForeignError for a network that cannot be the one whose tensors have these shapes.
+    """Raise ForeignError for a network that cannot be the one whose tensors have these shapes.
 
     What it would take to make it, even without memory for its weights, is bounded by what the file has: sizes by the
     values of its tensors, blocks by their number, and tables of positions by both.
@@ -123,7 +123,7 @@ def require_plausible(config: Config, images: ImageSpec, shapes: Mapping[str, tu
 
 
 def numbers_in(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, int]]:
-    """Every whole number in a tree of settings, with its key."""
+    """Yield every integer in a tree of settings, with its key."""
     for key, value in tree.items():
         if isinstance(value, Mapping):
             yield from numbers_in(value, f"{prefix}{key}.")
@@ -133,7 +133,7 @@ def numbers_in(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
 
 
 def open_safetensors(path: str | Path) -> Method:
-    """The method of a file that `unmask export --to safetensors` wrote, in eval mode. Raises ValueError for another."""
+    """Return the method of a file that `unmask export --to safetensors` wrote, in eval mode. Raises UserError."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path} is not a file; one that `unmask export --to safetensors` wrote was expected")
@@ -150,7 +150,7 @@ def open_safetensors(path: str | Path) -> Method:
 
 
 def read_header(path: Path) -> OwnFile | None:
-    """What our own file says of itself; None for any other file.
+    """Read the header of a file of `unmask export --to safetensors`; None for any other file.
 
     Raises ForeignError for metadata of ours that is damaged: such a file is never taken for one of others.
     """

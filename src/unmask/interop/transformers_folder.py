@@ -1,4 +1,4 @@
-"""A folder for `from_pretrained`."""
+"""A folder for transformers' `from_pretrained`: weights, config.json and preprocessor_config.json."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def folder(
     notes: tuple[str, ...] = (),
     more: Mapping[str, dict[str, Any]] | None = None,
 ) -> ExportedModel:
-    """A folder for `from_pretrained`. compare: (model, images) -> the largest difference. more: other JSON files."""
+    """Return a folder for `from_pretrained`. compare: (model, images) -> largest difference. more: other JSON files."""
     files = {"config.json": {"architectures": [name], "dtype": "float32"} | config}
     processor = preprocessor(loaded) if more is None else None
-    # A pooler there would be a random one.
+    # transformers would add a pooler with random weights.
     bare = ", add_pooling_layer=False" if name in ("ViTModel", "BeitModel") else ""
     if processor is not None and not isinstance(sides(loaded.plan.images.size), int):
         notes = (*notes, "the preprocessor makes rectangles of the whole image, where evaluation here takes the "
@@ -54,12 +54,12 @@ def folder(
         options = {"add_pooling_layer": False} if name in ("ViTModel", "BeitModel") else {}
         transformers.utils.logging.disable_progress_bar()
         kind = imported("transformers", name)
-        # Whoever names no class gets this one, so it is what is checked where there is nothing but an encoder.
+        # The class that a user gets who names none.
         kind = imported("transformers", "AutoModel") if name in ("ViTModel", "BeitModel") else kind
         model, told = kind.from_pretrained(path, output_loading_info=True, **options)
         faults = {key: told[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if told.get(key)}
         if faults:
-            raise ExportFailed(f"transformers' {name} does not take these weights: {faults}; they have been removed")
+            raise ExportFailed(f"transformers' {name} rejects these weights: {faults}; the export has been removed")
         return compare(model.eval(), images)
 
     return ExportedModel(
@@ -79,7 +79,7 @@ def folder(
 
 
 def preprocessor(loaded: Loaded) -> dict[str, Any] | None:
-    """preprocessor_config.json; None for images that are not 8 bits a channel.
+    """Return the object of preprocessor_config.json; None for images without 8 bits per channel.
 
     As in evaluation here: of squares the largest in the middle (or the share of it that the settings say). Rectangles
     are made of the whole image over there, which changes their aspect.

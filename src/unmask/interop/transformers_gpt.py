@@ -1,4 +1,4 @@
-"""transformers' ImageGPT."""
+"""An iGPT as transformers' ImageGPT."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from unmask.nn.gpt import GPT
 
 
 def to_image_gpt(loaded: Loaded) -> ExportedModel:
-    """transformers' ImageGPT, with the palette in its preprocessor where that can hold it."""
+    """Convert an iGPT, with the palette in the preprocessor where that supports it."""
     method, encoder = loaded.method, loaded.method.encoder
     assert isinstance(encoder, GPT)
     if encoder.sos is None:

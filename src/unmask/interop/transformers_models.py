@@ -1,4 +1,4 @@
-"""transformers' ViT, ViTMAE and BEiT."""
+"""A run as transformers' ViT, ViTMAE or BEiT."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from unmask.nn.vit import ViT
 
 
 def to_transformers(loaded: Loaded, *, whole: bool) -> ExportedModel:
-    """whole: with the decoder or the head of the pre-training, where transformers has the method."""
+    """Convert a run. whole: with the decoder or head of the pre-training, where transformers has the method."""
     if isinstance(loaded.method.encoder, GPT):
         return to_image_gpt(loaded)
     encoder, settings = vit_of(loaded, "transformers"), loaded.config.method.model_dump()["encoder"]
@@ -85,7 +85,10 @@ def to_transformers(loaded: Loaded, *, whole: bool) -> ExportedModel:
 
 
 def beit_misses(loaded: Loaded, encoder: ViT) -> str | None:
-    """What transformers' BEiT cannot be given; None where it fits. Of rectangles its relative bias is another one."""
+    """Return which sizes transformers' BEiT does not support; None where it fits.
+
+    Its relative position bias is wrong for rectangles.
+    """
     (height, width), patch = loaded.plan.images.size, encoder.patch
     if patch[0] != patch[1]:
         return f"patches of {patch[0]} x {patch[1]}"
@@ -93,7 +96,7 @@ def beit_misses(loaded: Loaded, encoder: ViT) -> str | None:
 
 
 def require_beit(loaded: Loaded, encoder: ViT) -> None:
-    """Raises ExportError where transformers' BEiT is asked for and does not fit."""
+    """Raise ExportError where transformers' BEiT is needed and does not fit."""
     if (what := beit_misses(loaded, encoder)) is not None:
         has = what_beit_has(loaded.config.method.model_dump()["encoder"])
         raise ExportError(
@@ -147,7 +150,7 @@ def whole_mae(loaded: Loaded, method: MAE, config: dict[str, Any]) -> ExportedMo
 def whole_classifier(
     loaded: Loaded, encoder: ViT, classifier: MeanTokenClassifier, config: dict[str, Any]
 ) -> ExportedModel:
-    """BEiT's, which like ours judges the mean of the patch tokens; ViT's judges the class token."""
+    """Convert to BEiT's classifier, which also uses the mean of the patch tokens; ViT's uses the class token."""
     settings = loaded.config.method.model_dump()
     config |= beit_config(encoder, settings["encoder"]) | {
         "use_mean_pooling": True, "id2label": {str(number): name for number, name in enumerate(settings["classes"])},
@@ -166,8 +169,8 @@ def whole_classifier(
         ),
         "`model(pixel_values).logits` has a score for each class of `model.config.id2label`.",
         (
-            "it is BEiT's classifier over there, the one that judges the mean of the patch tokens as this one does "
-            "(ViT's judges the class token)",
+            "it becomes BEiT's classifier, which like this one uses the mean of the patch tokens (ViT's uses the class "
+            "token)",
         ),
     )
 

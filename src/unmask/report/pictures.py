@@ -4,7 +4,7 @@ Any number of channels and any dtype can be drawn. One channel is gray, three ar
 more than three, the first three stand for them (a missing one is black), and the note says so. Eight-bit images are
 drawn as they are; others are stretched so that the 1st and 99th percentile of the FIRST panel (the original), over all
 images drawn and channel by channel, become black and white, and every other panel is stretched by the same two numbers,
-so that columns can be compared. What is not a finite number is drawn magenta, and the note says that too. Absent pixels
+so that columns can be compared. Values that are not finite are drawn magenta, which the note explains. Absent pixels
 (no data) are a checkerboard in every panel.
 
 Letters: B images, C channels, H x W pixels.
@@ -51,15 +51,15 @@ def draw(picture: Picture, dtype: str, path: Path, title: str, names: Sequence[s
 
 
 def require_png(path: Path) -> None:
-    """Raises ValueError when no PNG can be written there, so that one learns it before any work is done."""
+    """Raise UserError when no PNG can be written to this path: checked before any work is done."""
     if path.suffix.lower() != ".png":
-        raise UserError(f"picture file {path} came; a name that ends in .png was expected")
+        raise UserError(f"got picture file {path}; expected a name that ends in .png")
     if not path.resolve().parent.is_dir():
-        raise UserError(f"the folder {path.resolve().parent} does not exist; make it first, or choose another --out")
+        raise UserError(f"the folder {path.resolve().parent} does not exist; create it, or choose another --out")
 
 
 def compose(picture: Picture, dtype: str, title: str, names: Sequence[str] = ()) -> Image.Image:
-    """The sheet that `draw` writes."""
+    """Draw the sheet that `draw` writes."""
     columns = to_rgb(picture.panels, dtype, picture.valid)
     count, height, width, _ = next(iter(columns.values())).shape
     cell_height, cell_width = cell_size(height, width)
@@ -100,7 +100,7 @@ def compose(picture: Picture, dtype: str, title: str, names: Sequence[str] = ())
 def _write(
     pen: ImageDraw.ImageDraw, lines: Sequence[str], x: int, y: int, ink: tuple[int, int, int], font: Font, step: int
 ) -> int:
-    """Lines from (x, y) downwards; returns where the next would go."""
+    """Write lines from (x, y) downwards; return the y of the next line."""
     for number, words in enumerate(lines):
         pen.text((x, y + number * step), words, ink, font)
     return y + len(lines) * step
@@ -114,14 +114,14 @@ def in_numbers(numbers: Mapping[str, Tensor]) -> str:
 
 
 def _about_channels(panels: Mapping[str, Tensor]) -> list[str]:
-    """What a person must know about the colours."""
+    """Return sentences about how channels and non-finite values are drawn."""
     channels, said = next(iter(panels.values())).shape[1], []
     if channels not in (1, 3):
         shown = "channels 1, 2 and 3 as red, green and blue" if channels > 3 else "channels 1 and 2 as red and green"
-        said.append(f"Images have {channels} channels; drawn are {shown}.")
+        said.append(f"Images have {channels} channels; the picture shows {shown}.")
     wrong = [name for name, panel in panels.items() if not panel.isfinite().all()]
     if wrong:
-        said.append(f"Magenta is what is not a finite number ({', '.join(wrong)}).")
+        said.append(f"Magenta marks values that are not finite ({', '.join(wrong)}).")
     return said
 
 
