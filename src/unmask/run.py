@@ -49,7 +49,7 @@ held_here: list[Run] = []
 
 
 class RunError(UserError):
-    """A folder that is not a Run, or a file in it that cannot be read; the message says what to do."""
+    """A folder that is not a Run, or a file in it that cannot be read; the message names what to do."""
 
 
 class RunInUse(RunError):
@@ -57,12 +57,12 @@ class RunInUse(RunError):
 
 
 class RunGone(TrainingFailed):
-    """The folder was deleted, moved or replaced while it was in use; it is not made again for a single file."""
+    """The folder was deleted, moved or replaced while it was in use; it is not created again."""
 
 
 @dataclass(frozen=True)
 class Identity:
-    """Whose a checkpoint is: the run's id, and the SHA-256 of its config.json and plan.json at that time."""
+    """The run that a checkpoint belongs to: its id, and the SHA-256 of config.json and plan.json at that time."""
 
     run_id: str | None = None
     config: str | None = None
@@ -70,7 +70,7 @@ class Identity:
 
     @classmethod
     def of(cls, value: object) -> Identity:
-        """From JSON; anything that is no identity is none."""
+        """Return the identity in a JSON value; an empty one where there is none."""
         if not isinstance(value, dict):
             return cls()
         found = {key: value.get(key) for key in ("run_id", "config", "plan")}
@@ -112,7 +112,7 @@ class Run:
 
     @classmethod
     def check_free(cls, path: str | Path) -> Run:
-        """The run that `create` would make, without making anything. Raises RunError when the folder is taken."""
+        """Return the run that `create` would make, without making it. Raises RunError when the folder is taken."""
         run = cls(path)
         if run.path.is_dir() and (not any(run.path.iterdir()) or run.is_unfinished()):
             return run
@@ -179,7 +179,7 @@ class Run:
 
     @classmethod
     def open(cls, path: str | Path) -> Run:
-        """An existing run. Raises RunError when the folder is not one."""
+        """Return an existing run. Raises RunError when the folder is not one."""
         run = cls(path)
         if not run.path.is_dir():
             raise RunError(f"{path} is not a folder; a run is the folder that `unmask pretrain` made")
@@ -241,20 +241,20 @@ class Run:
 
     @property
     def id(self) -> str | None:
-        """What was drawn when the run was made; None for runs of earlier versions. Raises RunError."""
+        """The random id of the run; None for runs of earlier versions. Raises RunError."""
         if self._new_id is None and (self.path / CONFIG).exists():
             self._new_id = self.verified(CONFIG).run_id
         return self._new_id
 
     def identity(self) -> Identity:
-        """What the checkpoints of this run carry. Raises RunError."""
+        """Return the identity that checkpoints of this run store. Raises RunError."""
         for name in REMEMBERED:
             if name not in self._digests and (self.path / name).exists():
                 self.verified(name)
         return Identity(self.id, self._digests.get(CONFIG), self._digests.get(PLAN))
 
     def why_foreign(self, found: Identity) -> str:
-        """Why a checkpoint with this identity does not belong to this run; "" when it does. Raises RunError."""
+        """Return why a checkpoint with this identity does not belong to this run; "" when it does. Raises RunError."""
         if found.run_id != self.id:
             return f"it belongs to {_named(found.run_id)}, this is {_named(self.id)}"
         for name, digest in ((CONFIG, found.config), (PLAN, found.plan)):
@@ -279,11 +279,11 @@ class Run:
             self._digests[name] = digest
 
     def read(self, name: str) -> dict[str, Any]:
-        """Raises RunError when the file is missing, was changed, or is not the JSON object it should be."""
+        """Return a JSON file of the run. Raises RunError when it is missing, was changed, or is not a JSON object."""
         return self.verified(name).value
 
     def verified(self, name: str) -> Verified:
-        """A JSON file of the run with its digest, which is checked. Raises RunError, as `read`."""
+        """Return a JSON file of the run with its digest, after checking it. Raises RunError, as `read`."""
         path = self.path / name
         try:
             found = verified_json.load(path.read_bytes())
@@ -318,13 +318,13 @@ class Run:
         return False
 
     def add_digests(self) -> None:
-        """Give the deciding files of a run of an earlier version their digests; from then on edits are noticed."""
+        """Add digests to the deciding files of a run of an earlier version; later edits are then noticed."""
         for name in DECIDING:
             if (self.path / name).exists() and (found := self.verified(name)).sha256 is None:
                 self.write(name, found.value)
 
     def require_present(self) -> None:
-        """Raises RunGone when the folder is not there any more, or another one is in its place."""
+        """Raise RunGone when the folder is missing, or another one is in its place."""
         there = self.path.is_dir()
         if there and self._lock is not None:
             with suppress(OSError):
@@ -426,11 +426,11 @@ class Run:
         return self.status().state == "finished"
 
     def add_quarantine(self, row: dict[str, Any]) -> None:
-        """Note a file that could not be read: {"name", "code", "detail", ...}."""
+        """Record a file that could not be read: {"name", "code", "detail", ...}."""
         json_lines.append(self.quarantine_file, row)
 
     def add_fault(self, row: dict[str, Any]) -> None:
-        """Note a skipped step and its images, for good: a rollback takes it out of metrics.jsonl, not out of here."""
+        """Record a skipped step and its images; a rollback removes it from metrics.jsonl, but not from here."""
         json_lines.append(self.faults_file, row)
 
     def quarantine(self) -> list[dict[str, Any]]:
@@ -457,7 +457,7 @@ class Run:
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file of JSON lines; [] where there is no such file. Raises RunError."""
+    """Return the objects of a file of JSON lines; [] where there is no such file. Raises RunError."""
     try:
         return json_lines.parse(path.read_bytes())
     except FileNotFoundError:
@@ -475,7 +475,7 @@ def _named(run_id: str | None) -> str:
 
 
 def _mend(name: str, path: Path) -> str:
-    """What to do about a file that cannot be used."""
+    """Return what to do about a file that cannot be used."""
     if name == STATUS:
         return f"delete it and run: unmask resume {path.parent}"
     if name.startswith("evals/"):

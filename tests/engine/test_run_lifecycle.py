@@ -362,9 +362,9 @@ from unmask.engine import pretrain as start
 def interrupted(*_, **__):
     raise KeyboardInterrupt
 if sys.argv[1] == "before":
-    start.scan_all = interrupted
+    start.scan_source = interrupted
 else:
-    start.say_plan = interrupted
+    start.print_plan = interrupted
 del sys.argv[1]
 commands.main()
 """

@@ -11,10 +11,10 @@ from unmask.nn.default_dtype import float32_default
 
 
 def build_method(config: Config, images: ImageSpec) -> Method:
-    """The method at its random start, from `train.seed`, on the CPU.
+    """Return the method with its random initial weights, from `train.seed`, on the CPU.
 
-    Only initialisation uses torch's generator (data order, crops and masks have their own, `rng.py`), and the caller's
-    is not touched.
+    Only initialisation uses torch's generator (data order, crops and masks use `rng.py`); the state of the caller's
+    generator does not change.
     """
     with torch.random.fork_rng(devices=[]), float32_default():
         torch.manual_seed(config.train.seed)

@@ -56,7 +56,7 @@ def record_move(run: Run, before: Config, config: Config, console: Console) -> N
 
 
 def recording_move(supervise: Supervise, before: Config, console: Console) -> Supervise:
-    """`supervise` that notes the new places once it has found everything there."""
+    """Return `supervise`, extended to record the new locations once all data were found there."""
 
     def both(run: Run, config: Config, plan: Plan, source: Source) -> Supervision:
         made = supervise(run, config, plan, source)
@@ -67,7 +67,7 @@ def recording_move(supervise: Supervise, before: Config, console: Console) -> Su
 
 
 def explain_refusal(config: Config, plan: Plan, source: Source, found: Difference) -> str:
-    """Why a run does not go on with these images as they are, and what to do."""
+    """Return why a run cannot continue with these images, and what to do."""
     if found.unknown:
         return (
             f"the images of {config.data.place} cannot be compared with those this run began with: {found.unknown}. "
@@ -82,7 +82,7 @@ def explain_refusal(config: Config, plan: Plan, source: Source, found: Differenc
 
 
 def accept_unverified(plan: Plan, source: Source, run: Run, found: Difference) -> Plan:
-    """Record images of the same names and sizes anew, whose contents cannot be compared; returns the plan."""
+    """Record images of equal names and sizes whose contents cannot be compared; return the plan."""
     told = dataset_record.note_change(run, "recorded anew", summary=f"--allow-dataset-change: {found.lines()}")
     plan = plan.model_copy(update={"reasons": (*plan.reasons, told)})
     run.write("plan.json", plan.model_dump(mode="json"))
@@ -91,9 +91,9 @@ def accept_unverified(plan: Plan, source: Source, run: Run, found: Difference) -
 
 
 def plan_for_changed_data(source: Source, plan: Plan, run: Run, found: Difference) -> Plan:
-    """Make a data set that has changed the run's own: the new plan, written down with what differed.
+    """Record a changed data set in the run and return the plan for it. Raises DataError.
 
-    What was unreadable or held out is left out by name, because rows may have moved.
+    Images that were unreadable or held out stay excluded, by name, because rows may have moved.
     """
     if read_config(run).method.name in task_names():
         raise DataError(

@@ -60,7 +60,7 @@ class CheckpointRefused(CheckpointError):
 
 
 class CheckpointFull(CheckpointError):
-    """The disk did not take the checkpoint; the older ones are untouched."""
+    """The checkpoint could not be written; the older ones are unchanged."""
 
 
 class Damaged(CheckpointError):
@@ -87,10 +87,10 @@ def save(
     *,
     keep: int = 2,
 ) -> Path:
-    """Write checkpoint `step` and prune older ones to `keep` (at least 2) verified ones; returns its folder.
+    """Write checkpoint `step`, prune older ones to `keep` (at least 2) verified ones, and return its folder.
 
-    Raises CheckpointRefused for weights that are not finite, CheckpointFull when the disk does not take it, and
-    RunGone; then the older checkpoints stay as they were.
+    Raises CheckpointRefused for weights that are not finite, CheckpointFull when it cannot be written, and RunGone; the
+    older checkpoints are not changed then.
     """
     assert keep >= 2, "one checkpoint is none"
     if poisoned := [name for name, value in model.items() if value.is_floating_point() and not value.isfinite().all()]:
@@ -151,7 +151,7 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def _clear_leftovers(run: Run) -> None:
-    """What a save that a crash cut short left behind. The run's lock says that nobody else is writing."""
+    """Remove or restore what an interrupted save left. The caller holds the run's lock, so no one else writes."""
     for leftover in run.checkpoints.glob(".tmp-*"):
         shutil.rmtree(leftover, ignore_errors=True)
     for leftover in run.checkpoints.glob(f".{LATEST}.*.partial"):
@@ -165,7 +165,7 @@ def _clear_leftovers(run: Run) -> None:
 
 
 def _prune(run: Run, keep: int) -> None:
-    """Remove the oldest beyond `keep`; only folders that pass their manifest count, so broken ones push none out."""
+    """Remove the oldest beyond `keep` verified ones; damaged folders do not count."""
     for replaced in run.checkpoints.glob(f"step-*{REPLACED}"):
         shutil.rmtree(replaced, ignore_errors=True)
     good = 0
@@ -261,10 +261,9 @@ def _read(run: Run, path: Path) -> Checkpoint:
 
 
 def load_latest(run: Run, *, say: Callable[[str], object] = print) -> Checkpoint | None:
-    """The newest checkpoint that passes its manifest, or None when none was ever written.
+    """Return the newest checkpoint that passes its manifest, or None when none was ever written.
 
-    Damaged ones are renamed step-N.corrupt and said. Raises CheckpointError when all are damaged: starting afresh
-    without a word would throw the run away.
+    Damaged ones are renamed to step-N.corrupt and reported. Raises CheckpointError when all are damaged.
     """
     _clear_leftovers(run)
     candidates = steps_on_disk(run)
@@ -285,7 +284,7 @@ def load_latest(run: Run, *, say: Callable[[str], object] = print) -> Checkpoint
 
 
 def require_any(run: Run) -> None:
-    """Raises CheckpointError for a run that had checkpoints, by its status, and has none any more."""
+    """Raise CheckpointError for a run whose checkpoints are gone, although its status names one."""
     step = run.status().step
     if step and not any(run.checkpoints.glob("step-*")):
         raise CheckpointError(
@@ -350,7 +349,7 @@ def save_fixed(run: Run, tensors: Mapping[str, Tensor]) -> None:
 
 
 def load_fixed(checkpoints: Path) -> dict[str, Tensor]:
-    """What `save_fixed` kept; {} when nothing was. Raises CheckpointError when it is damaged."""
+    """Return what `save_fixed` stored; {} for nothing. Raises CheckpointError when it is damaged or unreadable."""
     for file in checkpoints.glob(FIXED):
         try:
             content = file.read_bytes()
@@ -369,7 +368,7 @@ def load_fixed(checkpoints: Path) -> dict[str, Tensor]:
 
 
 def is_complete(run: Run, step: int) -> bool:
-    """Whether there is a sound checkpoint of this run at `step`."""
+    """Return whether there is a sound checkpoint of this run at `step`."""
     path = run.checkpoints / f"step-{step:08d}"
     try:
         require_own(run, path, verify(path))
@@ -380,7 +379,7 @@ def is_complete(run: Run, step: int) -> bool:
 
 
 def check_space(run: Run, needed: int) -> None:
-    """Raises CheckpointFull when fewer than `needed` bytes are free where the run lives."""
+    """Raise CheckpointFull when fewer than `needed` bytes are free on the disk of the run."""
     free = shutil.disk_usage(run.path).free
     if free < needed:
         raise CheckpointFull(
@@ -390,5 +389,5 @@ def check_space(run: Run, needed: int) -> None:
 
 
 def newest_step(run: Run) -> int | None:
-    """The newest step on disk, by name."""
+    """Return the newest step on disk, by name; None without checkpoints."""
     return next((step for step, _ in steps_on_disk(run)), None)

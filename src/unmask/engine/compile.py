@@ -1,8 +1,4 @@
-"""How a method runs on the machine, from outside: compiled blocks, and memory that stays. It computes the same numbers.
-
-A method is a plain module and never learns of it; `engine/train.py` asks for it in one line each. Not here: precision
-and micro-batches (`engine/plan.py`).
-"""
+"""Compile the transformer blocks of a method. It computes the same numbers, and the method does not know of it."""
 
 from __future__ import annotations
 
@@ -32,7 +28,7 @@ def compile_blocks(method: nn.Module, backend: str = "inductor") -> int:
 
 
 def why_not_compiled(device: str) -> str | None:
-    """None where torch.compile works, or the reason in one line. It is tried, which takes a second or more."""
+    """Return None where torch.compile works, or the reason in one line. It is tried, which takes a second or more."""
     try:
         torch.compile(torch.sin, dynamic=False)(torch.ones(8, device=device))
     except Exception as error:  # a missing compiler, a missing header, a version that does not fit: whatever it finds
@@ -42,7 +38,7 @@ def why_not_compiled(device: str) -> str | None:
 
 
 def uncompiled() -> AbstractContextManager[object]:
-    """Within, compiled blocks run as written: for passes of another size, which would be compiled for themselves."""
+    """Context manager that runs compiled blocks eagerly, to avoid recompiling for one-off batch sizes."""
     if "torch._dynamo" not in sys.modules:  # then nothing is compiled, and to import it takes a second
         return nullcontext()
     return torch.compiler.set_stance("force_eager")

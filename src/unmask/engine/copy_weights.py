@@ -12,7 +12,7 @@ from unmask.errors import some
 
 
 def require_fit(method: nn.Module, weights: Mapping[str, Tensor], what: str) -> None:
-    """Raises CheckpointError, in one sentence, unless `weights` are exactly the tensors of `method`."""
+    """Raise CheckpointError unless `weights` are exactly the tensors of `method`. what: names them in the message."""
     wanted = method.state_dict()
     missing, extra = sorted(wanted.keys() - weights.keys()), sorted(weights.keys() - wanted.keys())
     if missing and not extra and not any(name.startswith("encoder.") for name in missing):

@@ -14,7 +14,7 @@ USUAL = {TRIM_THRESHOLD: 128 * 1024, MMAP_MAX: 65536}
 
 @contextmanager
 def memory_kept(device: str) -> Iterator[None]:
-    """Within, on a CPU, memory that is freed stays with the process; afterwards it goes back to the system.
+    """Context manager in which, on a CPU, freed memory stays with the process; afterwards it returns to the system.
 
     A step frees and asks for the same large tensors again and again. glibc gives each back at once, so the next one is
     paid for in page faults (`benchmarks/step.py` counts them). Other C libraries, and a user who has set malloc by the

@@ -14,7 +14,7 @@ from unmask.engine.checkpoint import CheckpointError
 def optimizer_to_tensors(
     optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimiser's state as (tensors, numbers), keyed "<parameter name>/<state name>"."""
+    """Return the state of an optimiser as (tensors, numbers), keyed "<parameter name>/<state name>"."""
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, Any] = {}
     for parameter, entries in optimizer.state.items():
@@ -30,7 +30,7 @@ def tensors_to_optimizer(
     tensors: Mapping[str, Tensor],
     numbers: Mapping[str, Any],
 ) -> None:
-    """The inverse of `optimizer_to_tensors`, bit for bit. Raises CheckpointError when the two do not fit."""
+    """Restore what `optimizer_to_tensors` returned, bit for bit. Raises CheckpointError when the two do not fit."""
     by_name = {name: parameter for parameter, name in names.items()}
     managed = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     optimizer.state.clear()

@@ -1,7 +1,7 @@
-"""The `Plan`: what the machine derived from a `Config`, decided once, printed, and saved beside it.
+"""The `Plan`: what is derived from a `Config`, once; printed, and saved beside it.
 
 From (config, what the scan found, device, time budget) follow the total and warm-up steps, the micro-batch and
-accumulation, the peak learning rate and the precision. A resumed run reads its plan; it does not make a new one.
+accumulation, the peak learning rate and the precision. A resumed run reads its plan and does not make a new one.
 """
 
 from __future__ import annotations
@@ -21,17 +21,16 @@ from unmask.settings import Settings
 
 
 class Plan(Settings):
-    """What a run will do. `reasons` are sentences for people: why each choice was made.
+    """What a run will do. reasons: why each choice was made, as sentences.
 
-    excluded: rows of the source that are not trained on; test_rows: those of them that a supervised run is tested on;
-    held_out: those of them on which the loss of a pre-training is reported.
-    test_every: steps after which it is tested, 0 at the end only. taught: digest of the masks or boxes that it learns
-    from, and of its test images. reading: how image files are decoded, with what was settled for this data set.
-    budget: seconds for the whole command, None where the length was set; startup: those of them that were gone when the
-    run began. replans: changes of `steps` while it trained, which a resumed run repeats; `steps` is the newest number.
-    warmup_steps, picture_every and test_every count in the steps that were planned first.
-    earlier: the plan before a change of the schedule at step `since`, for the steps before it; after the change the
-    learning rate goes linearly, over `ramp` steps, from `from_lr` to the new curve.
+    excluded: rows of the source that are not trained on. test_rows: those of them used to evaluate a supervised run.
+    held_out: those of them on which the loss of a pre-training is reported. test_every: steps between evaluations, 0
+    for one at the end only. taught: digest of the segmentation masks or boxes used for training, and of the test
+    images. reading: how image files of this data set are decoded. budget: seconds for the whole command, None where the
+    length was set. startup: seconds of it used when the run began. replans: changes of `steps` during training, which a
+    resumed run repeats; `steps` is the newest number, while warmup_steps, picture_every and test_every count in the
+    steps that were planned first. earlier: the plan before a change of the schedule at step `since`, for the steps
+    before it; after it the learning rate goes linearly, over `ramp` steps, from `from_lr` to the new curve.
     """
 
     steps: int

@@ -14,6 +14,7 @@ def print_inputs(config: Config, console: Console) -> None:
 
 
 def print_plan(plan: Plan, config: Config, console: Console) -> None:
+    """Print the recipe, the reasons for the plan, and its length."""
     console.say(
         f"recipe {config.recipe}: {config.method.name}, {plan.parameters / 1e6:.2f} M parameters "
         f"({plan.encoder_parameters / 1e6:.2f} M in the encoder)"

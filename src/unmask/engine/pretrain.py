@@ -1,7 +1,7 @@
-"""From a folder of images to a trained Run: scan, recipe, plan, train; and going on with one that was stopped.
+"""From a folder of images to a trained Run: settings, scan, plan, training.
 
-The order matters to people: settings are checked before anything is read, files before anything is planned, and the
-plan is said before the first step. What the loop itself does is in `engine/train.py`.
+Settings are checked before any file is read, files before the plan is made, and the plan is printed before the first
+step. The loop is in `engine/train.py`; `engine/resume.py` continues a run.
 """
 
 from __future__ import annotations
@@ -60,16 +60,16 @@ def pretrain(
     masks: str | Path | None = None,
     console: Console | None = None,
 ) -> Run:
-    """Pre-train on the images of `data` and return the Run; `run.read("status.json")["state"]` says how it ended.
+    """Pre-train on the images of `data` and return the Run; `run.status().state` is "finished" or "stopped".
 
-    data: one or several. exclude: patterns of names to leave out, see `data.joined.matcher`.
+    data: one source or several. exclude: patterns of names to leave out.
     recipe: a name from `unmask recipes`, or "auto". config: another Run, or its config.json, whose settings are used in
     place of a recipe's. out: a new folder; made up from data and recipe when None. budget: seconds, or a time such as
     "30m", for everything from this call on; the number of steps follows the pace of training. settings: KEY=VALUE
     assignments. from_run: start from the weights of that Run, see `initial_weights.continued`. tokenizer: the Run of a
     dVAE whose codes are predicted. palette: a file of `unmask palette`, or the Run of an iGPT whose colours are used.
-    masks: a file of masks to hide patches with. console: `Console(quiet=True)` for no progress. Raises UserError for
-    anything a person can mend, and what can be said without the images before any is opened.
+    masks: a file of patch masks. console: `Console(quiet=True)` for no progress. Raises UserError, for invalid settings
+    before any image is opened.
     """
     reject_several_processes()
     console, budget = console or Console(), as_budget(budget)
@@ -116,10 +116,10 @@ def start_run(
     taught: str = "",
     supervise: Supervise | None = None,
 ) -> Run:
-    """Plan, make the Run, and train it.
+    """Make the plan and the Run, and train.
 
-    held_out: rows of the source that are kept from the training, test_rows: those of them that it is tested on.
-    num_test: images that it is tested on, wherever they lie. taught: see `Plan`.
+    held_out: rows of the source excluded from training. test_rows: those of them used for evaluation. num_test: number
+    of test images, from whichever source. taught: see `Plan`. Raises UserError, TrainingFailed.
     """
     reject_absurd_batch(config, found.usable)
     size = consequence(found.median_size, config.data.size, patch_of(config))
@@ -161,6 +161,6 @@ def start_run(
 
 
 def free_name(source: Source, config: Config) -> Path:
-    """runs/<data>-<recipe>, numbered when taken."""
+    """Return runs/<data>-<recipe>, with a number if that exists."""
     stem = "".join(letter if letter.isalnum() else "-" for letter in Path(source.name).name.split(".")[0]).strip("-")
     return free_path(Path("runs") / f"{stem or 'images'}-{config.recipe}")

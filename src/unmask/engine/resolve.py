@@ -29,14 +29,14 @@ SIZE_KEYS = ("data.size", "method.encoder.patch", "method.pattern")
 
 
 def reject_two_sources_of_settings(recipe: str, from_run: str | Path | None) -> None:
-    """Raises ConfigError where --config comes with --recipe or --from, which also say what the settings are."""
+    """Raise ConfigError where --config is given with --recipe or --from, which also set the settings."""
     if recipe != "auto" or from_run is not None:
         option = f"--recipe {recipe}" if recipe != "auto" else f"--from {from_run}"
         raise ConfigError(f"got both --config and {option}; each names a run's settings: leave one of them out")
 
 
 def config_of_run(path: str | Path) -> Config:
-    """The settings of a Run (its folder, or its config.json) for another run on other images.
+    """Return the settings of a Run (its folder, or its config.json) for a run on other images.
 
     The steps of a run that was planned for a time budget are taken from its plan. Raises RunError, ConfigError.
     """
@@ -53,7 +53,7 @@ def config_of_run(path: str | Path) -> Config:
 
 
 def patch_of(config: Config) -> tuple[int, int] | None:
-    """(H, W) of the encoder's patches; None where it has none."""
+    """Return (H, W) of the encoder's patches in pixels; None where it has none."""
     return config.method.encoder.patch_size
 
 
@@ -67,11 +67,10 @@ def settings_with_options(
     palette: str | Path | None,
     masks: str | Path | None,
 ) -> list[str]:
-    """What --tokenizer, --palette and --masks stand for, as settings before those set by hand.
+    """Return `settings`, preceded by those that --tokenizer, --palette and --masks stand for.
 
-    base: settings that stand in for the recipe's; `weights` when they come with weights (--from).
-
-    Raises ConfigError where an option and a setting say the same, or an option would be ignored.
+    base: settings used in place of the recipe's. weights: whether they come with weights (--from). Raises ConfigError
+    where an option contradicts a setting, or would be ignored.
     """
     if "graft" in parse(settings) and (weights or tokenizer is not None):
         option = "--from" if weights else "--tokenizer"
@@ -101,10 +100,10 @@ def resolve_config(
     proposals: Iterable[str] = (),
     source: Source | None = None,
 ) -> Config:
-    """`base`, over it what `auto` proposes, and over both what a person has set; and which images it is for.
+    """Return `base`, overridden by the proposals of `auto` and then by `settings`, for the images of `source`.
 
-    Whose answer to "how long?" counts: a person's epochs go before the steps of a base or a proposal, as a budget goes
-    before all. Raises ConfigError for a setting that does not fit, or that would be ignored without a word.
+    The length of training: a budget overrides everything, and epochs in `settings` override steps of the base or a
+    proposal. Raises ConfigError for a setting that is invalid, or that would be ignored.
     """
     asked = parse(settings)
     reject_conflicts(asked, budget)
@@ -131,7 +130,7 @@ def resolve_config(
 
 
 def reject_conflicts(asked: dict[str, Any], budget: object) -> None:
-    """What cannot be set is refused, and so are two answers to "how long?": one of them would be ignored."""
+    """Raise ConfigError for keys that cannot be set, and for two settings of the length of training."""
     if "data.exclude" in asked:
         raise ConfigError("data.exclude cannot be set: give --exclude PATTERN to the command")
     if "data.source" in asked:
@@ -150,9 +149,9 @@ def reject_conflicts(asked: dict[str, Any], budget: object) -> None:
 
 
 def draft_config(base: Config | None, recipe: str, settings: list[str], budget: Budget | None) -> Config:
-    """The configuration as far as it is known without the images, tried out: sizes, patches, heads and ratios agree.
+    """Return the configuration as known without the images, and check that sizes, patches, heads and ratios fit.
 
-    For `auto` it is enough that one of the recipes it chooses from would go with the settings.
+    For `auto`, the settings have to fit one of the recipes it chooses from. Raises ConfigError.
     """
     if base is not None or recipe != "auto":
         config = resolve_config(base or catalogue.find(recipe), settings, budget=budget)
@@ -172,7 +171,7 @@ def draft_config(base: Config | None, recipe: str, settings: list[str], budget: 
 
 
 def _fit_size_and_patch(config: Config, settings: list[str]) -> Config:
-    """Of size and patch the one that was not set, chosen to fit the other; `auto` will look at the images for it."""
+    """Return `config` with the one of size and patch that was not set chosen to fit the other."""
     asked = parse(settings)
     if "data.size" in asked and "method.encoder.patch" not in asked:
         divisors = [side for side in range(2, 17) if all(length % side == 0 for length in config.data.size)]
@@ -204,7 +203,7 @@ def reject_supervised(config: Config, from_run: str | Path | None) -> None:
 
 
 def require_method(config: Config) -> None:
-    """Build the method for made-up images, without memory for weights: what does not fit together is said now."""
+    """Build the method without allocating weights, to reject settings that do not fit. Raises ConfigError."""
     initial_weights.require_tokenizer(config)
     reject_absurd_size(config)
     channels = config.data.channels or len(config.data.mean or config.data.std or (0, 0, 0))
@@ -215,6 +214,7 @@ def require_method(config: Config) -> None:
 
 
 def require_statistics(channels: int, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    """Raise ConfigError unless there is one mean and one standard deviation per channel."""
     if len(mean) != channels or len(std) != channels:
         raise ConfigError(
             f"{len(mean)} means and {len(std)} standard deviations for {channels} channels; give --set data.mean=[...] "
@@ -223,7 +223,7 @@ def require_statistics(channels: int, mean: tuple[float, ...], std: tuple[float,
 
 
 def reject_absurd_batch(config: Config, num_images: int) -> None:
-    """A batch of very many times the data set is a slip of the finger, and one step of it would take for ever."""
+    """Reject batch sizes far above the data set size: almost certainly a typo. Raises ConfigError."""
     batch = config.train.batch_size
     if batch > MOST_EPOCHS_A_STEP * num_images:
         raise ConfigError(
@@ -233,7 +233,7 @@ def reject_absurd_batch(config: Config, num_images: int) -> None:
 
 
 def reject_absurd_size(config: Config) -> None:
-    """More patches than could be attended to are a slip of the finger, and their positions alone gigabytes."""
+    """Reject a number of patches that no memory holds: almost certainly a typo. Raises ConfigError."""
     height, width = config.data.size
     patch = config.method.model_dump().get("encoder", {}).get("patch") or (1, 1)
     patches = (height // patch[0]) * (width // patch[1])
@@ -247,9 +247,9 @@ def reject_absurd_size(config: Config) -> None:
 def choose_config(
     source: Source, found: Scan, recipe: str, settings: list[str], device: str, *, budget: Budget | None
 ) -> tuple[Config, tuple[str, ...], list[str]]:
-    """The configuration, the reasons for what was chosen from the images, and that as KEY=VALUE.
+    """Return the configuration, the reasons for the choices made from the images, and these choices as KEY=VALUE.
 
-    What a person set is not chosen for them.
+    A key in `settings` is never chosen. Raises ConfigError.
     """
     if recipe != "auto":
         return config_by_name(source, found, recipe, settings, budget=budget)

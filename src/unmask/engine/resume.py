@@ -41,11 +41,11 @@ def resume(
     concluded: Callable[[Run], bool] = lambda run: True,
     console: Console | None = None,
 ) -> Run:
-    """Continue a Run exactly where it stopped. Raises ValueError when it cannot be the same run any more.
+    """Continue a Run exactly where it stopped. Raises UserError when that is not possible.
 
-    A finished run is looked at, too: where its last checkpoint is damaged or missing, the steps since the one before
-    are repeated; where its result is missing (`concluded`), it is measured. supervise: for a supervised run, which
-    `finetune.resume` continues. places: where its data lie now, if they have moved.
+    A finished run is checked: where its last checkpoint is damaged or missing, the steps since the one before are
+    repeated; where its result is missing (`concluded`), it is measured. supervise: for a supervised run, which
+    `finetune.resume` continues. places: the new locations of its data.
     """
     console = console or Console()
     reject_several_processes()
@@ -90,7 +90,7 @@ def resume(
 
 
 def is_done(run: Run, plan: Plan, concluded: Callable[[Run], bool], console: Console) -> bool:
-    """Whether nothing is left to do in a run; if so, says so."""
+    """Return whether a run is complete, and print that. Raises CheckpointError for damaged imported weights."""
     if plan.steps == 0:
         if not checkpoint.is_complete(run, 0):
             raise checkpoint.CheckpointError(

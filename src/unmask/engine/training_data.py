@@ -32,11 +32,11 @@ LOADED_PARTS = 3  # of the images, each loaded to measure how long that takes
 
 
 class DataError(UserError):
-    """The images as a whole cannot be trained on; the message says why and what to do."""
+    """The images as a whole cannot be used for training; the message names the reason and what to do."""
 
 
 def scan_source(source: Source, draft: Config, console: Console) -> Scan:
-    """Look at the files, as many as the settings ask for. Raises DataError when too many cannot be read."""
+    """Scan as many files as the settings ask for. Raises DataError when too many cannot be read."""
     source.reading = draft.data.reading
     checked = min(len(source), draft.data.scan_sample or len(source))
     with console.progress("checking files", checked) as bar:
@@ -54,13 +54,13 @@ def scan_source(source: Source, draft: Config, console: Console) -> Scan:
 
 
 def odd_image_warnings(source: Source, found: Scan) -> list[str]:
-    """Sentences about images that are probably not meant to be learned from: masks, or images of one value."""
+    """Return warnings about images that are probably unintended: masks, or images of a single value."""
     constant = [] if found.constant is None else [constant_line(found.constant, found.good)]
     return mask_warnings(source) + constant
 
 
 def reject_bad_data(found: Scan, config: Config) -> None:
-    """Stop before training when nothing, or too little, of the data can be read."""
+    """Raise DataError when no files, or too few, can be read."""
     examples = "; ".join(f"{bad.name} ({bad.code}: {bad.detail})" for bad in found.bad[:NAMED_BAD_FILES])
     if found.good == 0:
         raise DataError(f"none of the {found.files} files of {found.source} can be read, for example {examples}")
@@ -79,7 +79,7 @@ def reject_bad_data(found: Scan, config: Config) -> None:
 
 
 def image_spec(found: Scan, config: Config) -> ImageSpec:
-    """What the scan found, with what the person fixed by hand."""
+    """Return the image properties: those in the settings, and the others from the scan. Raises ConfigError."""
     channels = config.data.channels or found.channels_majority
     mean, std = config.data.mean or found.mean, config.data.std or found.std
     require_statistics(channels, mean, std)
@@ -97,7 +97,7 @@ def prepare_images(
     held_out: np.ndarray | None = None,
     num_test: int = 0,
 ) -> tuple[ImageReader, Plan]:
-    """The data set as the loop reads it, and the plan. Nothing is written, and no image is kept in memory yet."""
+    """Return the reader of the training images, and the plan; write nothing and cache no image yet."""
     spec = image_spec(found, config)
     excluded = np.union1d(found.bad_rows, [] if held_out is None else held_out).astype(np.int64)
     rows = np.setdiff1d(np.arange(len(source)), excluded)
@@ -139,9 +139,10 @@ def prepare_images(
 
 
 def held_out_for_loss(rows: np.ndarray, config: Config) -> np.ndarray:
-    """Of the rows that could be trained on, those on which a pre-training reports its loss; sorted.
+    """Return the rows, sorted, on which a pre-training reports its held-out loss.
 
-    Raises ConfigError where none would be left to train on, or a supervised run would ignore the setting.
+    rows: (N,) those that could be trained on. Raises ConfigError where none would be left to train on, or a supervised
+    run would ignore the setting.
     """
     wanted = config.data.held_out
     if config.method.name in task_names():
@@ -157,7 +158,7 @@ def held_out_for_loss(rows: np.ndarray, config: Config) -> np.ndarray:
 
 
 def training_images(source: Source, rows: np.ndarray, spec: ImageSpec, config: Config) -> ImageReader:
-    """The data set as `config` wants it loaded. Raises ConfigError where the device cannot resample what it holds."""
+    """Return the reader of `rows`. Raises ConfigError where these images cannot be resampled on the device."""
     data = config.data
     on_device = data.resize == "device"
     if on_device and (spec.dtype != "uint8" or spec.channels not in (1, 3) or data.crop.jitter):

@@ -12,7 +12,7 @@ from unmask.errors import naming
 
 
 def free_path(path: Path) -> Path:
-    """`path`, or with the first number from 2 on at its end that is not taken."""
+    """Return `path`, or with the first number from 2 on appended for which nothing exists."""
     number, free = 2, path
     while free.exists():
         free, number = path.with_name(f"{path.name}-{number}"), number + 1
@@ -27,9 +27,9 @@ def replace_file(path: Path, content: bytes) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BufferedRandom]:
-    """A file to write and read that becomes `path` when all is well, and is not there otherwise.
+    """Context manager for a file that becomes `path` on success, and is removed otherwise.
 
-    It lies beside its name, is flushed to disk and renamed; the folder entry is flushed too.
+    It is written beside `path`, flushed to disk and renamed; the folder entry is flushed too.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
