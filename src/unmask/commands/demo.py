@@ -16,7 +16,7 @@ from unmask.console import Console, duration
 if TYPE_CHECKING:
     from unmask.results import ProbeResult
 
-SECONDS = 190.0  # of pre-training; the rest of four minutes is for the probes and the report
+SECONDS = 180.0  # of pre-training; the rest of four minutes is for the probes and the report
 LABELLED, TEST = "shapes:4000", "shapes-test"
 ENOUGH_STEPS = 3000  # what fits on two free cores; with a few hundred steps the features are near random ones
 
