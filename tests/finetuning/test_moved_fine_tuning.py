@@ -38,17 +38,16 @@ def pretrained(tmp_path_factory):
 
 def tuned(pretrained, tmp_path):
     """A segmentation that was stopped after two steps, with test images of its own."""
+    data, test = (str(street(tmp_path / "old" / name, seed=seed)) for name, seed in (("train", 1), ("test", 2)))
+    options = finetune.FinetuneOptions(task="segment", test=test, settings=SETTINGS)
     with signal_after(2):
-        run = finetune.fine_tune(
-            pretrained.path, str(street(tmp_path / "old" / "train", seed=1)), task="segment", out=tmp_path / "run",
-            test=str(street(tmp_path / "old" / "test", seed=2)), settings=SETTINGS,
-        )  # fmt: skip
+        run = finetune.finetune(pretrained.path, data, options, out=tmp_path / "run")
     assert run.read("status.json")["state"] == "stopped"
     return run
 
 
-def test_images_masks_and_test_images_that_moved_are_found_again(pretrained, tmp_path, monkeypatch):
-    run = tuned(pretrained, tmp_path, monkeypatch)
+def test_images_masks_and_test_images_that_moved_are_found_again(pretrained, tmp_path):
+    run = tuned(pretrained, tmp_path)
     shutil.copytree(tmp_path / "old", tmp_path / "new", copy_function=shutil.copyfile)
     shutil.rmtree(tmp_path / "old")
     finetune.resume(
@@ -64,8 +63,8 @@ def test_images_masks_and_test_images_that_moved_are_found_again(pretrained, tmp
 
 
 @pytest.mark.parametrize("what", ["train/masks", "test/images", "test/masks"])
-def test_masks_and_test_images_of_the_same_size_are_told_apart(pretrained, tmp_path, monkeypatch, what):
-    run = tuned(pretrained, tmp_path, monkeypatch)
+def test_masks_and_test_images_of_the_same_size_are_told_apart(pretrained, tmp_path, what):
+    run = tuned(pretrained, tmp_path)
     other = street(tmp_path / "other", seed=9) / what.partition("/")[2]
     shutil.copyfile(other / "3.bmp", tmp_path / "old" / what / "3.bmp")
     role = {"train/masks": "masks", "test/images": "test", "test/masks": "test masks"}[what]
@@ -78,7 +77,8 @@ def test_labels_of_a_list_that_changed_stop_a_classifier(pretrained, tmp_path):
     lines = [f"{images}/{number}.bmp,{'ab'[number % 2]}" for number in range(20)]
     (tmp_path / "list.csv").write_text("\n".join(lines))
     with signal_after(2):
-        run = finetune.fine_tune(pretrained.path, str(tmp_path / "list.csv"), out=tmp_path / "run", settings=SETTINGS)
+        options = finetune.FinetuneOptions(settings=SETTINGS)
+        run = finetune.finetune(pretrained.path, str(tmp_path / "list.csv"), options, out=tmp_path / "run")
     swapped = [line[:-1] + {"a": "b", "b": "a"}[line[-1]] for line in lines]
     (tmp_path / "list.csv").write_text("\n".join(swapped))
     with pytest.raises(DataError, match=r"the labels, masks or boxes of .* have changed"):
