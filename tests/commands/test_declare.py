@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
@@ -160,13 +161,13 @@ def test_mistakes_on_the_command_line_are_usage_errors(greet, run):
     for arguments, expected in [
         (["greet"], "Missing argument"),
         (["greet", "Ada", "--times", "often"], "valid int"),
-        (["greet", "Ada", "--tims", "3"], "No such option: --tims (Possible options: --times)"),
+        (["greet", "Ada", "--tims", "3"], r"No such option: --tims.*--times"),
         (["greet", "Ada", "--often", "3"], "got --often; expected --times, its new name"),
         (["gret"], "No such command 'gret'"),
     ]:
         code, out, err = run(*arguments)
         assert (code, out) == (2, "")
-        assert expected in " ".join(err.replace("│", " ").split()), err
+        assert re.search(expected, " ".join(err.replace("│", " ").split())), err
 
 
 def test_a_field_without_an_option_is_a_fault():
