@@ -25,7 +25,7 @@ DTYPES = {"uint8": torch.uint8, "uint16": torch.uint16, "float32": torch.float32
 
 @dataclass(frozen=True)
 class ImageSpec:
-    """What the images of one data set are: decided once, by the scan, and kept with the encoder.
+    """Properties of the images of one data set: determined once, by the scan, and stored with the encoder.
 
     `size` is (H, W) as the method sees them; `mean` and `std` are per channel, in the files' units (0..255 for uint8).
     """
@@ -98,12 +98,12 @@ class Batch:
         return len(self.images)
 
     def __getitem__(self, rows: slice) -> Batch:
-        """Some of the images, with all that belongs to them."""
+        """Return some of the images, with all fields."""
         return replace(self, **{name: v[rows] for name, v in vars(self).items() if isinstance(v, Tensor)})
 
     @staticmethod
     def join(parts: Sequence[Batch]) -> Batch:
-        """One batch of several, in this order; all of them have the same fields and, where they have boxes, as many."""
+        """Return one batch of several, in order; all need the same fields and the same number of boxes."""
         if any(part.valid is not None for part in parts):
             parts = [part if part.valid is not None else part._all_valid() for part in parts]
         filled = [name for name, value in vars(parts[0]).items() if isinstance(value, Tensor)]
@@ -123,7 +123,7 @@ class Batch:
         return replace(self, valid=torch.ones(len(self), height, width, dtype=torch.bool, device=self.images.device))
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on another device; copies from pinned memory overlap with computation."""
+        """Return the batch on another device; copies from pinned memory overlap with computation."""
         device = torch.device(device)
         if self.images.device == device:
             return self
@@ -131,5 +131,5 @@ class Batch:
         return replace(self, **{name: value.to(device, non_blocking=True) for name, value in tensors.items()})
 
     def pin_memory(self) -> Batch:
-        """The same batch in page-locked memory."""
+        """Return the batch in page-locked memory."""
         return replace(self, **{name: v.pin_memory() for name, v in vars(self).items() if isinstance(v, Tensor)})

@@ -1,4 +1,4 @@
-"""The root `Config`: what a person wrote. Its derived twin, what the machine worked out from it, is `plan.Plan`.
+"""The root `Config`: all settings of a run. What is derived from them is the `Plan` of `engine/plan.py`.
 
 A tree of frozen, typed models: unknown keys are errors, JSON goes both ways, and `--set KEY=VALUE` reaches every field.
 A method's name is the name of its file in `methods/`, or in `tasks/` where it learns from labels; there is no registry.
@@ -126,7 +126,7 @@ class DataConfig(Settings):
 
     @property
     def reading(self) -> Reading:
-        """How the files are decoded, as far as the settings say."""
+        """How image files are decoded, as far as it is set."""
         return Reading(alpha=self.alpha, pages=self.pages, axes=self.axes, nodata=self.nodata)
 
     def as_settled(self, reading: Reading) -> dict[str, str]:
@@ -140,7 +140,7 @@ class DataConfig(Settings):
 
     @property
     def place(self) -> str:
-        """`source` as one text, for people."""
+        """`source` as one text, for messages."""
         return self.source if isinstance(self.source, str) else ", ".join(self.source)
 
 
@@ -185,7 +185,7 @@ class Graft(Settings):
 
 
 class Config(Settings):
-    """Everything a person can choose about a run. `recipe` is the name it started from."""
+    """All settings of a run. recipe: the name of the recipe it started from."""
 
     recipe: str = ""
     method: SerializeAsAny[Annotated[MethodConfig, BeforeValidator(lambda value: parse_method(value))]]
@@ -195,17 +195,17 @@ class Config(Settings):
     graft: tuple[Graft, ...] = ()
 
     def build(self, images: ImageSpec) -> Method:
-        """A fresh method for these images, weights drawn from torch's current generator."""
+        """Build the method for these images, with weights from torch's current generator."""
         return method_class(self.method.name)(self.method, images)
 
 
 def method_names() -> list[str]:
-    """The files of `methods/`."""
+    """Return the names of the files of `methods/`."""
     return sorted(module.name for module in pkgutil.iter_modules(unmask.methods.__path__))
 
 
 def task_names() -> list[str]:
-    """The files of `tasks/`: methods that learn from labels, and start from another Run's encoder."""
+    """Return the names of the files of `tasks/`: methods that learn from labels, on another Run's encoder."""
     return sorted(module.name for module in pkgutil.iter_modules(unmask.tasks.__path__))
 
 
@@ -219,7 +219,7 @@ def method_module(name: str) -> ModuleType:
 
 
 def method_class(name: str) -> type[Method]:
-    """The one subclass of `Method` that the file of this name defines."""
+    """Return the one subclass of `Method` that the file of this name defines."""
     module = method_module(name)
     found = [
         thing
@@ -231,7 +231,7 @@ def method_class(name: str) -> type[Method]:
 
 
 def task_class(name: str) -> type[Task[Any, Any]]:
-    """The task that the file `tasks/<name>.py` defines. Raises ConfigError where there is none."""
+    """Return the task that the file `tasks/<name>.py` defines. Raises ConfigError where there is none."""
     found = method_class(name) if name in task_names() else None
     if found is None or not issubclass(found, Task):
         raise ConfigError(f"got task {name!r}; expected one of {', '.join(supervised_names())}")
@@ -239,7 +239,7 @@ def task_class(name: str) -> type[Task[Any, Any]]:
 
 
 def supervised_names() -> list[str]:
-    """The names of all tasks that can be learnt from annotations."""
+    """Return the names of all tasks that can be learnt from annotations."""
     return [name for name in task_names() if issubclass(method_class(name), Task)]
 
 
@@ -251,7 +251,7 @@ def parse_method(value: Any) -> Any:
 
 
 def nearest(wrong: str, names: Iterable[str]) -> str:
-    """'did you mean a or b?', or the list of all names when nothing comes close."""
+    """Return 'did you mean a or b?', or the list of all names when none is similar."""
     names = list(names)
     leaves = {name.split(".")[-1]: name for name in names}
     leaf = wrong.split(".")[-1].lower().replace("-", "_")
@@ -263,7 +263,7 @@ def nearest(wrong: str, names: Iterable[str]) -> str:
 
 
 def keys(settings: BaseModel, prefix: str = "") -> list[str]:
-    """Every dotted key that `--set` can reach, leaves only."""
+    """Return every dotted key that `--set` can change."""
     found: list[str] = []
     for name in type(settings).model_fields:
         value = getattr(settings, name)
@@ -272,7 +272,7 @@ def keys(settings: BaseModel, prefix: str = "") -> list[str]:
 
 
 def override(config: Config, assignments: Iterable[str]) -> Config:
-    """`config` with KEY=VALUE assignments applied, e.g. "train.steps=100" or "data.size=[48,64]".
+    """Return `config` with KEY=VALUE assignments applied, e.g. "train.steps=100" or "data.size=[48,64]".
 
     Values are read as JSON where they are JSON and as text otherwise; `none` clears a field. Raises ConfigError for a
     key that does not exist (with the nearest ones) or a value that does not fit (with what was expected).
@@ -294,7 +294,7 @@ def override(config: Config, assignments: Iterable[str]) -> Config:
 
 
 def parse(assignments: Iterable[str]) -> dict[str, Any]:
-    """KEY=VALUE assignments as key -> value, None for a cleared one; of two for one key the later counts."""
+    """Return KEY=VALUE assignments as key -> value, None for a cleared one; the last one of a key counts."""
     found: dict[str, Any] = {}
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
@@ -312,7 +312,7 @@ def _read(text: str) -> Any:
 
 
 def explain(error: ValidationError) -> str:
-    """A pydantic error as one sentence per setting: which one, what came, what was expected."""
+    """Return a pydantic error as one sentence per setting: its name, the value, and what was expected."""
     lines = []
     for item in error.errors():
         where = ".".join(str(part) for part in item["loc"] if not str(part).startswith("function-"))

@@ -62,7 +62,7 @@ class Lars(torch.optim.Optimizer):
     """Layer-wise adaptive rates (You et al. 2017) as MAE's linear probe has it (`util/lars.py`, after MoCo v3).
 
     The gradient of a weight matrix, decayed, is scaled to TRUST x the norm of the matrix; that of a 1-D tensor is not.
-    The momentum holds scaled gradients, and the learning rate stands outside. A step with `found_inf` changes nothing.
+    The momentum holds scaled gradients; the learning rate multiplies it. A step with `found_inf` changes nothing.
     """
 
     def __init__(self, groups: Any, momentum: float) -> None:
@@ -92,7 +92,7 @@ class Lars(torch.optim.Optimizer):
 
 
 def make_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW | Lars:
-    """AdamW over the trainable parameters of a method; 1-D tensors (biases, norm gains) are not decayed. Or LARS.
+    """Return AdamW or LARS over the trainable parameters of a method; 1-D tensors are not decayed.
 
     cls and mask tokens are 3-D and therefore are decayed, as upstream; parameters that the method names as `undecayed`
     are not. Fused, because that kernel can skip a non-finite step on the device, without waiting for the host to look.
@@ -114,7 +114,7 @@ def make_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW 
 
 
 def layer_scales(module: nn.Module, decay: float) -> Mapping[str, float]:
-    """Factor of the learning rate for each parameter of `module.encoder`, by name; {} without layer-wise decay.
+    """Return the learning-rate factor of each parameter of `module.encoder`, by name; {} without layer-wise decay.
 
     decay^(n - depth), n the depth of what lies behind the encoder (the head has 1): Clark et al. 2020, ELECTRA, as in
     BEiT and MAE. What an encoder calls the depth of a parameter is `depth_of`.
@@ -157,7 +157,7 @@ def fused_kernel_has_gate() -> bool:
 
 
 def update(optimizer: torch.optim.Optimizer, lr: float, loss: Tensor, clip: float | None) -> Tensor:
-    """One step with the gradients as they are, which are then cleared; return their norm before clipping (0-d).
+    """Step with the current gradients and clear them; return their norm before clipping (0-d).
 
     When `loss` (0-d) or the norm is not finite, weights and moments stay as they were, bit for bit. The device decides;
     the host does not wait for it.

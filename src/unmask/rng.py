@@ -47,7 +47,7 @@ class Stream(IntEnum):
 
 
 def philox(counter: tuple[Array, Array, Array, Array], key: tuple[int, int]) -> tuple[Array, Array, Array, Array]:
-    """Philox4x32-10 on int64 arrays that hold 32-bit words; returns four arrays of words in [0, 2^32).
+    """Return four arrays of 32-bit words by Philox4x32-10, for int64 arrays that hold 32-bit words.
 
     The 64-bit products wrap in signed arithmetic, which leaves their low 64 bits exact; the shift is arithmetic, so the
     high word is masked afterwards.
@@ -67,7 +67,7 @@ def philox(counter: tuple[Array, Array, Array, Array], key: tuple[int, int]) -> 
 
 
 def words(seed: int, stream: Stream, epoch: Array, index: Array, count: int) -> Array:
-    """(B, count) 32-bit words as int64: row b belongs to (seed, stream, epoch[b], index[b]) and to nothing else."""
+    """Return (B, count) 32-bit words as int64; row b depends on (seed, stream, epoch[b], index[b]) alone."""
     blocks = -(-count // 4)
     if isinstance(index, Tensor):
         like: dict[str, Any] = {"dtype": torch.int64, "device": index.device}
@@ -90,7 +90,7 @@ def uniform(seed: int, stream: Stream, epoch: Array, index: Array, count: int) -
 
 
 def permutation(seed: int, epoch: int, count: int) -> np.ndarray:
-    """(count,) int64: the order of the images in one epoch, from 64-bit sort keys (about 0.2 s per million images)."""
+    """Return the order of the images in one epoch, (count,) int64, from 64-bit keys (0.2 s per million images)."""
     index = np.arange(count, dtype=np.int64)
     pair = words(seed, Stream.ORDER, np.full(count, epoch, np.int64), index, 2)
     return np.lexsort((index, pair[:, 1], pair[:, 0]))
@@ -98,7 +98,7 @@ def permutation(seed: int, epoch: int, count: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Draws:
-    """The draws that belong to the images of one batch: what a `Clock` hands to a method as `rng`."""
+    """The random draws of the images of one batch; `Clock.rng` of a method."""
 
     seed: int
     epoch: Tensor  # (B,) int64

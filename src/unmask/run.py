@@ -45,7 +45,7 @@ UNFINISHED_FILES = re.compile(r"\.lock|config\.json|provenance\.json|quarantine\
 UNFINISHED_CHECKPOINTS = re.compile(r"step-00000000|\.tmp-.*|fixed-.*\.safetensors|LATEST|\..*\.partial")
 
 held_here: list[Run] = []
-"""The runs that this process has locked so far, for whoever has to say what an interruption left."""
+"""Runs that this process has locked so far, for the message after an interruption."""
 
 
 class RunError(UserError):
@@ -206,7 +206,7 @@ class Run:
         return run_summary.as_html(self)  # notebooks ask for it
 
     def is_unfinished(self) -> bool:
-        """Whether the folder holds nothing but what `begin` writes before plan.json: no training has begun here."""
+        """Return whether the folder holds nothing but what `begin` writes before plan.json."""
         try:
             inside = {entry.name: entry for entry in self.path.iterdir()}
             folders = {name: list(inside.pop(name).iterdir()) for name in ("evals", "pictures") if name in inside}
@@ -305,7 +305,7 @@ class Run:
         return found
 
     def _must_have_digest(self, name: str) -> bool:
-        """Whether something else in the run shows that this file had a digest when it was written."""
+        """Return whether another file of the run shows that this one was written with a digest."""
         if name != CONFIG:
             if self.id is not None:
                 return True
@@ -363,7 +363,7 @@ class Run:
         return MetricRows(json_lines.parse(content), MetricsOffset(about.st_ino, start + complete), restarted=restarted)
 
     def truncate_metrics(self, step: int) -> None:
-        """Keep the rows up to this step, so that after a resume each step stands there exactly once."""
+        """Remove the rows after `step`, so that after a resume each step is logged exactly once."""
         if self.metrics_file.exists():
             rows = [row for row in self.metrics() if row.get("step", 0) <= step]
             replace_file(self.metrics_file, b"".join(json_lines.to_line(row) for row in rows))

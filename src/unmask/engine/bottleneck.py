@@ -38,8 +38,9 @@ STORAGE, DECODING, TRANSFORM, STEP = "storage", "decoding", "transform", "step"
 
 @dataclass(frozen=True)
 class Pace:
-    """What one sample costs, in seconds: to read, decode and transform (crop, resize, flip, stack) in one process, and
-    its share of a step; `workers` as planned, `cores` there are; `cached`: read and decoded only once, before training.
+    """Seconds per sample: to read, decode and transform (crop, resize, flip, stack) in one process, and of the step.
+
+    workers: as planned. cores: of this machine. cached: images are read and decoded only once, before training.
 
     loaded: samples a second that the planned workers were seen to deliver, or the one process with 0 workers. repeats:
     samples that are made of an image that was read and decoded once. bytes: of a file. large: whether packing would
@@ -61,18 +62,18 @@ class Pace:
 
     @property
     def load(self) -> float:
-        """Of one process, for every image of a step."""
+        """Seconds per image in one process, for every image of a step."""
         return self.transform if self.cached else self.read + self.decode + self.transform
 
     @property
     def wait(self) -> float:
-        """The share of a step that is spent on waiting for images."""
+        """Share of a step spent waiting for images."""
         whole = with_loading(self.step, 1 / self.loaded, self.workers)
         return max(0.0, 1 - self.step / whole)
 
     @property
     def limit(self) -> str:
-        """STEP, or what takes longest where loading cannot keep up."""
+        """STEP, or the slowest part of loading where loading cannot keep up."""
         if 1 / self.loaded <= self.step:
             return STEP
         costs = {TRANSFORM: self.transform} if self.cached else self.costs
@@ -84,11 +85,11 @@ class Pace:
 
     @property
     def enough_workers(self) -> int:
-        """How many load as fast as the step takes images, and a fifth faster."""
+        """Number of workers that load 20 % faster than the step takes images."""
         return max(1, math.ceil(MARGIN * self.load / self.step))
 
     def advice(self, data: str) -> list[str]:
-        """What to do, the simplest first; nothing where the step is the limit and is not kept waiting."""
+        """Return what to do, the simplest first; [] where the step is the limit and hardly waits."""
         if self.wait <= 0.05:
             return []
         found = []
@@ -109,8 +110,8 @@ class Pace:
             found.append("fewer pixels: --set data.size=..." + ", or no --set data.crop.jitter" * self.jitter)
         if self.enough_workers > max(1, self.cores - 1):
             found.append(
-                f"{self.enough_workers} workers would keep up, and there are {self.cores} cores: a larger model loses "
-                "nothing"
+                f"{self.enough_workers} workers would keep up, and there are {self.cores} cores: loading is the "
+                "bottleneck, so a larger model would train at the same images/s"
             )
         return found
 
@@ -124,7 +125,7 @@ def find_bottleneck(
     settings: Iterable[str] = (),
     tokenizer: str | Path | None = None,
 ) -> dict[str, Any]:
-    """Says what limits training on these images, and returns it. Raises UserError where they cannot be trained on."""
+    """Print what limits training on these images, and return it. Raises UserError where they cannot be used."""
     settings = settings_with_options(None, recipe, list(settings), tokenizer=tokenizer, palette=None, masks=None)
     draft = draft_config(None, recipe, settings, None)
     reject_supervised(draft, None)
@@ -210,7 +211,7 @@ class TimedImages(ImageReader):
 
 
 def _loading(images: ImageReader) -> tuple[float, int]:
-    """Seconds, and as many samples as are loaded in the time there is."""
+    """Return the seconds and the number of samples loaded, for at most `PATIENCE` seconds."""
     order, count = Order(images.rows, images.seed, images.repeats), 16 * images.repeats
     images[order.take(0, images.repeats)]  # the first is slower: libraries are loaded
     if isinstance(images, TimedImages):
@@ -222,7 +223,7 @@ def _loading(images: ImageReader) -> tuple[float, int]:
 
 
 def delivered(images: ImageReader, plan: Plan) -> float:
-    """Images a second from the loader with the planned workers; the time they take to start does not count."""
+    """Return the images per second of the loader with the planned workers, without their start-up time."""
     micro = images.repeats * max(1, min(plan.micro_batch, 64) // images.repeats)
     batches = training_batches(images, start=0, batch=micro, batches=100_000, workers=plan.workers)
     try:

@@ -34,7 +34,7 @@ def check_data(
     settings: Sequence[str] = (),
     exclude: Sequence[str] = (),
 ) -> tuple[int, dict[str, Any]]:
-    """Returns (exit code, summary): 0 when the data can be trained on, 2 when not.
+    """Scan images, forecast their training and print both; return (exit code, summary).
 
     Every file is looked at, those too that `unmask pretrain` would not look at again; it need not look at them then.
 
@@ -129,7 +129,7 @@ def print_scan(found: Scan, source: Source, console: Console) -> None:
 
 
 def labels_line(source: Source) -> str:
-    """The classes of a source, or why it has none."""
+    """Return the classes of a source, or why it has none."""
     if source.classes:
         return f"{len(source.classes)} classes ({some(source.classes)})"
     if source.unlabelled:
@@ -138,7 +138,7 @@ def labels_line(source: Source) -> str:
 
 
 def print_table(rows: list[dict[str, Any]], console: Console) -> None:
-    """Aligned columns: kinds of file, what they hold, and what is made of it."""
+    """Print aligned columns: kinds of file, their contents, and how they are read."""
     titles = list(rows[0])
     lines = [titles, *([str(row[title]) for title in titles] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -148,7 +148,7 @@ def print_table(rows: list[dict[str, Any]], console: Console) -> None:
 
 
 def forecast(source: Source, found: Scan, console: Console, settings: list[str], device: str) -> dict[str, Any]:
-    """The plan that `unmask pretrain` would make with the recipe `auto`, a few steps of it measured, and its cost."""
+    """Make the plan of `unmask pretrain` with the recipe `auto`, time a few steps, and return the cost."""
     config, reasons, proposals = choose_config(source, found, "auto", settings, device, budget=None)
     size = consequence(found.median_size, config.data.size, patch_of(config))
     console.say(size)

@@ -27,7 +27,7 @@ IMAGENET = 1_281_167
 
 
 def recipe_costs(recipe: str, *, settings: Sequence[str] = (), gpus: int | None = None) -> dict[str, Any]:
-    """The object that --json prints. Raises ValueError for settings that do not fit, or GPUs that do not divide."""
+    """Return the object that --json prints. Raises ConfigError for settings that do not fit."""
     tokenizer, promised = promised_tokenizer(recipe, settings)
     config = draft_config(None, recipe, [*promised, *settings], None)
     batches = schedule(config, gpus)
@@ -125,7 +125,7 @@ def ratios(config: Config, method: Method, flops: Flops) -> dict[str, float]:
 
 
 def schedule(config: Config, gpus: int | None) -> dict[str, Any]:
-    """Batch, learning rate and, for as many images as ImageNet-1K has, steps."""
+    """Return batch size, learning rate and, for as many images as ImageNet-1K has, steps."""
     train, batch = config.train, config.train.batch_size
     if gpus is not None and gpus < 1:
         raise ConfigError(f"{gpus} GPUs came, 1 or more were expected")
@@ -149,7 +149,7 @@ def schedule(config: Config, gpus: int | None) -> dict[str, Any]:
 
 
 def say_costs(found: dict[str, Any], console: Console) -> None:
-    """The same for a person."""
+    """Print the same as text."""
     parameters, flops, share = found["parameters"], found["flops"], found["ratios"]
     channels, height, width = found["image"]
     console.say(f"{found['recipe']}: {found['method']} on images of {height} x {width} pixels, {channels} channels")

@@ -43,14 +43,14 @@ def write_record(run: Run, source: Source, role: str = DATA) -> None:
 
 
 def used_rows(plan: Plan, count: int) -> np.ndarray:
-    """The rows that a run trains or is tested on: what it leaves out may change."""
+    """Return the rows that a run trains on or is evaluated on; other files may change."""
     return np.setdiff1d(np.arange(count), np.setdiff1d(plan.excluded, [*plan.test_rows, *plan.held_out])).astype(
         np.int64
     )
 
 
 def rows_now(run: Run, rows: Sequence[int], source: Source) -> tuple[int, ...]:
-    """Where the images of these recorded rows are in a changed data set, sorted; those that have gone are left out.
+    """Return where the images of recorded rows are in a changed data set, sorted, without missing ones.
 
     None of them is found where a run has no record, as in those of earlier versions.
     """
@@ -62,7 +62,7 @@ def rows_now(run: Run, rows: Sequence[int], source: Source) -> tuple[int, ...]:
 
 
 def compare(run: Run, plan: Plan, source: Source, console: Console) -> Difference:
-    """How the training images differ from those the run began with; sets `source.digests`.
+    """Return how the training images differ from those the run began with; set `source.digests`.
 
     Only files with another time of change are read. Where they turn out the same their new times are recorded.
     """

@@ -130,7 +130,7 @@ def _record(step: int, changes: Mapping[str, list[Any]]) -> dict[str, Any]:
 
 
 def _checked(run: Run, config: Config, plan: Plan, asked: Mapping[str, Any], step: int) -> Config:
-    """The new configuration. Raises ConfigError for what cannot be."""
+    """Return the new configuration. Raises ConfigError for invalid changes."""
     for key in asked:
         for refused, why in REFUSED.items():
             if key == refused or key.startswith(f"{refused}."):
@@ -163,7 +163,7 @@ def _checked(run: Run, config: Config, plan: Plan, asked: Mapping[str, Any], ste
 
 
 def require_same_weights(config: Config, new: Config, plan: Plan) -> None:
-    """Raises ConfigError when the checkpoints of `config` would not fit `new`."""
+    """Raise ConfigError when the checkpoints of `config` would not fit `new`."""
     with torch.device("meta"):
         methods = [each.build(plan.images) for each in (config, new)]
     before, after = (method.state_dict() for method in methods)
@@ -186,7 +186,7 @@ def require_same_weights(config: Config, new: Config, plan: Plan) -> None:
 
 
 def replanned(config: Config, new: Config, plan: Plan, asked: Mapping[str, Any], step: int) -> Plan:
-    """The plan for changed settings; what does not follow from them stays as it is."""
+    """Return the plan for changed settings; entries that do not depend on them stay."""
     train, changes = new.train, dict[str, Any]()
     if new.data.workers is not None:
         changes["workers"] = new.data.workers
@@ -207,7 +207,7 @@ def replanned(config: Config, new: Config, plan: Plan, asked: Mapping[str, Any],
 
 
 def rescheduled(new: Config, plan: Plan, asked: Mapping[str, Any], step: int) -> Plan:
-    """The plan with another length or learning rate from `step` on; see the module docstring."""
+    """Return the plan with another length or learning rate from `step` on; see the module docstring."""
     steps = plan.steps
     if "train.steps" in asked and new.train.steps is not None:
         steps = new.train.steps

@@ -62,7 +62,7 @@ def count_flops(config: Config, images: ImageSpec) -> Flops:
 
 
 def typical_images(config: Config) -> ImageSpec:
-    """Images as the configuration expects them where there are none to look at: RGB unless it says otherwise."""
+    """Return the images that a configuration expects; RGB unless it sets something else."""
     channels = config.data.channels or len(config.data.mean or config.data.std or (0, 0, 0))
     return ImageSpec(channels, config.data.size, "uint8", (127.5,) * channels, (64.0,) * channels)
 
@@ -81,7 +81,7 @@ def blocks_flops(blocks: Iterable[nn.Module], tokens: int, width: int, *, last: 
 
 
 def build_unallocated(config: Config, images: ImageSpec) -> Method:
-    """The method without memory for its weights."""
+    """Build the method without allocating its weights."""
     with torch.device("meta"):
         return config.build(images)
 
@@ -106,7 +106,7 @@ def _count(config: Config, images: ImageSpec, device: str) -> Flops:
 
 
 def _counter() -> FlopCounterMode:
-    """Counts also what `nn.linear` takes elsewhere, where a CPU computes it."""
+    """Return a FLOP counter that also counts the products that `nn.linear_layer` gives to oneDNN."""
 
     def flops(x: torch.Size, weight: torch.Size, *rest: object, out_shape: object = None) -> int:
         return 2 * x.numel() * weight[0]
@@ -116,7 +116,7 @@ def _counter() -> FlopCounterMode:
 
 
 def _under(counts: dict[str, dict[object, int]], part: str) -> int:
-    """What was counted in `part` or, where only pieces of it were called, in the largest pieces."""
+    """Return the FLOPs counted in `part` or, where only submodules of it were called, in the largest of them."""
     inside = [name for name in counts if name == part or name.startswith(part + ".")]
     largest = [name for name in inside if not any(name.startswith(other + ".") for other in inside)]
     return sum(sum(counts[name].values()) for name in largest)

@@ -24,7 +24,7 @@ LARGER = 1.5  # a size that the images exceed by more is not kept for masks and 
 
 
 def follows_images(name: str) -> bool:
-    """Whether the size of a pre-training recipe follows the images."""
+    """Return whether the size of a pre-training recipe follows the images."""
     if name.rpartition("_")[2] not in FOLLOWING:
         return False
     method = catalogue.find(name).method.name
@@ -74,7 +74,7 @@ def dense_size(config: Config, median: Size, most: Size) -> Size:
 
 
 def consequence(median: Size, size: Size, patch: Size | None) -> str:
-    """A sentence on what resampling images of `median` (H, W) pixels to `size` means."""
+    """Return a sentence on the effect of resampling images of `median` (H, W) pixels to `size`."""
     factor = math.sqrt(median[0] * median[1] / (size[0] * size[1]))
     said = f"images of {median[0]} x {median[1]} (median) are resampled to {size[0]} x {size[1]} pixels: "
     if factor > STRETCH:

@@ -38,7 +38,7 @@ DVAE = ""  # and where the method that trains it does: it is nothing else
 
 
 def continued(from_run: str | Path, recipe: str) -> Config:
-    """The configuration of a run that starts from the weights of another Run.
+    """Return the configuration of a run that starts from the weights of another Run.
 
     With recipe "auto" it is that Run's own, and the whole method goes on; with a named recipe only the encoder is
     taken. The normalisation stays that of the weights. Raises ValueError for a folder that is no Run, or has no
@@ -61,14 +61,14 @@ def continued(from_run: str | Path, recipe: str) -> Config:
 
 
 def licence(config: Config) -> dict[str, str]:
-    """What a Run's provenance says of the licence of the weights it starts from; {} where there is none."""
+    """Return the licence of the initial weights, for the provenance of a Run; {} where there is none."""
     runs = [Run(entry.run) for entry in config.graft if not entry.target.startswith(TOKENIZER)]
     said = dict.fromkeys(words for run in runs if (words := licence_of(run)))
     return {"licence": "; ".join(said)} if said else {}
 
 
 def require_size(config: Config) -> None:
-    """Raises ConfigError for images that are no whole number of the patches that the weights to come are for."""
+    """Raise ConfigError for image sizes that are not whole numbers of the patches of the initial weights."""
     patch = config.method.encoder.patch_size
     if not config.graft or patch is None:
         return
@@ -82,7 +82,7 @@ def require_size(config: Config) -> None:
 
 
 def with_tokenizer(path: str | Path, others: Iterable[Graft]) -> list[str]:
-    """The settings, as KEY=VALUE, of a run that predicts the codes of the dVAE run `path`, beside `others` it takes.
+    """Return the settings, as KEY=VALUE, of a run that predicts the codes of the dVAE run `path`.
 
     Raises ValueError for a run of another method, one without a checkpoint, or a second tokenizer.
     """
@@ -106,7 +106,7 @@ def with_tokenizer(path: str | Path, others: Iterable[Graft]) -> list[str]:
 
 
 def with_masks(path: str | Path) -> list[str]:
-    """The settings, as KEY=VALUE, of a run whose masks are drawn in a file. Raises ValueError when it holds none."""
+    """Return the settings, as KEY=VALUE, of a run with patch masks from a file. Raises UserError for none."""
     patterns = read_masks(path)
     return [
         "method.mask=pattern",
@@ -116,7 +116,7 @@ def with_masks(path: str | Path) -> list[str]:
 
 
 def with_palette(path: str | Path) -> list[str]:
-    """The settings, as KEY=VALUE, of an iGPT with the colours of a file of `unmask palette`, or of another iGPT's Run.
+    """Return the settings, as KEY=VALUE, of an iGPT with the colours of a palette file or of another iGPT's Run.
 
     Raises ValueError for a run of another method, or a file that holds no palette.
     """
@@ -147,7 +147,7 @@ def with_palette(path: str | Path) -> list[str]:
 
 
 def require_own_settings(option: str, filled: Iterable[str], settings: Iterable[str], config: Config) -> None:
-    """Raises ConfigError when what an option fills in was also set by hand, or is nothing that the method has."""
+    """Raise ConfigError when the settings of an option were also set by hand, or the method has none such."""
     asked, keys = parse(settings), [key for key in parse(filled) if key != "graft"]
     if both := sorted(set(asked) & set(keys)):
         raise ConfigError(f"both {option} and {both[0]} were given, which say the same; leave one of them out")
@@ -160,7 +160,7 @@ def require_own_settings(option: str, filled: Iterable[str], settings: Iterable[
 
 
 def require_tokenizer(config: Config) -> None:
-    """Raises ConfigError when the tokenizer's weights would come from nowhere."""
+    """Raise ConfigError for a tokenizer without a source of weights."""
     if not config.method.has_tokenizer:
         return
     if not any(TOKENIZER.startswith(entry.target) for entry in config.graft):
@@ -171,7 +171,7 @@ def require_tokenizer(config: Config) -> None:
 
 
 def require_grafts(config: Config, images: ImageSpec) -> None:
-    """Try the grafts on a throw-away method, so that what does not fit is said before there is a Run."""
+    """Try the grafts on a temporary method, to report what does not fit before a Run is made."""
     for entry in config.graft:
         run = Run.open(entry.run)
         theirs = read_plan(run).images

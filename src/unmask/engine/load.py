@@ -38,18 +38,18 @@ class Loaded:
 
 
 def licence_of(run: Run) -> str:
-    """Of weights that others made: those of an imported Run, and what was trained from them. "" where there is none."""
+    """Return the licence of imported weights, and of weights trained from them; "" where there is none."""
     made = run.read("provenance.json") if (run.path / "provenance.json").exists() else {}
     return str(made.get("imported", {}).get("licence") or made.get("licence") or "")
 
 
 def read_config(run: Run) -> Config:
-    """What the person wrote. Raises ValueError when config.json is damaged."""
+    """Return the configuration of a run. Raises UserError when config.json is damaged."""
     return _read(run, "config.json", Config)
 
 
 def read_plan(run: Run) -> Plan:
-    """What the machine derived. Raises ValueError when plan.json is damaged."""
+    """Return the plan of a run. Raises UserError when plan.json is damaged."""
     return _read(run, "plan.json", Plan)
 
 
@@ -64,7 +64,7 @@ def _read(run: Run, name: str, kind: type[Read]) -> Read:
 
 
 def load(run: str | Path, *, device: str = "cpu", step: int | None = None) -> Loaded:
-    """The method of a Run at its newest sound checkpoint, or at `step`.
+    """Return the method of a Run at its newest sound checkpoint, or at `step`.
 
     Raises ValueError when there is none, or when its weights are not those of the whole method that config.json
     describes: missing ones are never made up. device: "auto", "cpu", "cuda", "cuda:N" or "mps"; ConfigError for one
@@ -96,7 +96,7 @@ def take_weights(method: Method, config: Config) -> None:
 
 
 def _grid(run: Run) -> tuple[int, int] | None:
-    """The grid of patches that a Run's encoder was trained on; None where it has no patches."""
+    """Return the grid of patches that a Run's encoder was trained on; None where it has no patches."""
     patch = read_config(run).method.model_dump()["encoder"].get("patch")
     size = read_plan(run).images.size
     return None if patch is None else (size[0] // patch[0], size[1] // patch[1])
@@ -113,7 +113,7 @@ def load_encoder(run: str | Path, *, device: str = "cpu", step: int | None = Non
 
 
 def untrained_encoder(loaded: Loaded) -> nn.Module:
-    """The same encoder at its random start: the control of every probe. What is fixed (a palette) is the run's own."""
+    """Return the encoder with random initial weights, the control of every probe; fixed buffers are the run's own."""
     method = build_method(loaded.config, loaded.plan.images)
     kept = {name: value for name, value in loaded.method.state_dict().items() if name.startswith(method.fixed)}
     method.load_state_dict(kept, strict=False)

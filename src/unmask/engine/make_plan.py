@@ -18,14 +18,14 @@ from unmask.optim import peak_lr
 DEFAULT_EPOCHS = 100
 MEMORY_SHARE = 0.6
 BUDGET_SHARE = 0.9  # the rest: pictures, checkpoints, the report
-TESTS = 10  # of what learns from labels, unless it is said how often
-TEST_IMAGE = 0.5  # time to load and judge an image, as a share of that to learn from it
+TESTS = 10  # evaluations of a supervised run, unless train.test_every is set
+TEST_IMAGE = 0.5  # time to load and evaluate an image, as a share of that to train on it
 TEST_SHARE = 0.15  # of a budget, at most
 MEASURING_SHARE = 0.03  # of a budget
 
 
 def require_micro_batch(config: Config) -> None:
-    """Raises ConfigError when the micro-batch that was asked for does not divide the batch, or splits data.repeats."""
+    """Raise ConfigError when the requested micro-batch does not divide the batch, or splits data.repeats."""
     batch, wanted, repeats = config.train.batch_size, config.train.micro_batch, config.data.repeats
     for name, size in (("batch_size", batch), ("micro_batch", wanted)):
         if size is not None and size % repeats:
@@ -41,7 +41,7 @@ def require_micro_batch(config: Config) -> None:
 
 
 def choose_micro_batch(config: Config, bytes_per_image: int, device: str) -> tuple[int, str]:
-    """Largest divisor of the batch that fits, and why. Raises ConfigError when one asked for does not divide."""
+    """Return the largest divisor of the batch that fits in memory, and why. Raises ConfigError."""
     batch, repeats = config.train.batch_size, config.data.repeats
     require_micro_batch(config)
     if (wanted := config.train.micro_batch) is not None:
@@ -63,11 +63,11 @@ def choose_steps(
     step_seconds: Callable[[], Timing],
     num_test: int = 0,
 ) -> tuple[int, int, str]:
-    """Total optimiser steps, after how many a supervised run is tested, and why so many.
+    """Return the number of optimiser steps, the steps between evaluations of a supervised run, and why.
 
-    A `budget` wins over `train.steps`, and that over epochs: a recipe may have any of them; that a person gives two is
-    refused in `engine/pretrain.py`. num_test: images of each test. Raises ConfigError for a budget with no time to
-    train.
+    A `budget` overrides `train.steps`, and that overrides epochs: a recipe may have any of them; `engine/resolve.py`
+    rejects two that are set by hand. num_test: images of each evaluation. Raises ConfigError for a budget with no time
+    to train.
     """
     train = config.train
     if budget is not None:
@@ -83,10 +83,10 @@ def choose_steps(
 
 
 def fill_budget(config: Config, budget: float, used: float, timing: Timing, num_test: int) -> tuple[int, int, str]:
-    """`choose_steps` for a budget in seconds, of which `used` are gone.
+    """Return what `choose_steps` does, for a budget in seconds of which `used` are gone.
 
-    Tests count, with one more at the end; unless it is set how often, there are ten, or as many as TEST_SHARE of the
-    budget has time for.
+    Evaluations count, with one more at the end. Unless their interval is set, there are ten, or as many as fit into
+    TEST_SHARE of the budget. Raises ConfigError where no time is left to train.
     """
     train, each = config.train, timing.median
     test = TEST_IMAGE * each / train.batch_size * num_test * (1 if config.optim.average is None else 2)
@@ -118,7 +118,7 @@ def fill_budget(config: Config, budget: float, used: float, timing: Timing, num_
 
 
 def few_steps(plan: Plan) -> str | None:
-    """A warning where a budget gives fewer steps than are of use, with the time that these would take."""
+    """Return a warning where a budget allows too few steps to learn much; None otherwise."""
     if plan.budget is None or plan.steps >= USEFUL_STEPS:
         return None
     need = plan.startup + (plan.budget - plan.startup) * USEFUL_STEPS / plan.steps

@@ -29,7 +29,7 @@ BUSY = 2.0  # times as long between two measurements of one step: another progra
 
 
 def example_batch(images: ImageSpec, count: int, device: str) -> Batch:
-    """A batch of mid-gray images of the right shape and dtype, for measuring.
+    """Return a batch of mid-gray images of the right shape and dtype, for measuring.
 
     All of them, and every pixel, are of the first class, and a box around such an object fills the upper left quarter.
     """
@@ -69,7 +69,7 @@ def bytes_per_image(method: Method, images: ImageSpec, precision: str, device: s
 
 
 class Timing(NamedTuple):
-    """Seconds that something takes: the median of several measurements, the fastest and the slowest."""
+    """Seconds of an operation: the median of several measurements, the fastest and the slowest."""
 
     median: float
     low: float
@@ -77,7 +77,7 @@ class Timing(NamedTuple):
 
     @classmethod
     def of(cls, times: Sequence[float]) -> Timing:
-        """From single times in their order: the median of them, and the range of the means of consecutive parts."""
+        """Return the median of `times`, and the range of the means of consecutive parts."""
         parts = min(MEASUREMENTS, len(times))
         edges = [round(part * len(times) / parts) for part in range(parts + 1)]
         means = [sum(times[a:b]) / (b - a) for a, b in pairwise(edges)]
@@ -89,7 +89,7 @@ class Timing(NamedTuple):
         return Timing(*(with_loading(*pair, workers) for pair in zip(self, load, strict=True)))
 
     def words(self) -> str:
-        """For people, e.g. "0.2 s (0.18 to 0.31 s)"."""
+        """Return the numbers as text, e.g. "0.2 s (0.18 to 0.31 s)"."""
         return f"{self.median:.3g} s ({self.low:.3g} to {self.high:.3g} s in {MEASUREMENTS} measurements)"
 
     @property
@@ -104,7 +104,7 @@ NO_TIME = Timing(0.0, 0.0, 0.0)
 def measure_step_seconds(
     config: Config, images: ImageSpec, micro: int, precision: str, device: str, *, seconds: float = 5.0
 ) -> float:
-    """Mean time of one optimiser step; see `time_steps`."""
+    """Return the mean time of one optimiser step; see `time_steps`."""
     times = time_steps(config, images, micro, precision, device, seconds=seconds)
     return sum(times) / len(times)
 
@@ -112,7 +112,7 @@ def measure_step_seconds(
 def time_steps(
     config: Config, images: ImageSpec, micro: int, precision: str, device: str, *, seconds: float = 5.0
 ) -> list[float]:
-    """Times of single optimiser steps on a throw-away copy of the method, data waits not included."""
+    """Return the seconds of single optimiser steps of a temporary copy of the method, without waits for data."""
     method = build_method(config, images).to(device)
     if config.train.compile and why_not_compiled(device) is None:
         compile_blocks(method)  # the run finds them compiled

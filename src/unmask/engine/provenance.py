@@ -18,7 +18,7 @@ from unmask.engine.plan import Plan
 
 
 def provenance(plan: Plan) -> dict[str, Any]:
-    """Versions, device, git state of the working folder, and the command: for whoever asks where a run came from."""
+    """Return versions, device, git state of the working folder, and the command line."""
     device = torch.cuda.get_device_name(plan.device) if plan.device.startswith("cuda") else platform.processor()
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -33,7 +33,7 @@ def provenance(plan: Plan) -> dict[str, Any]:
 
 
 def provenance_versions() -> dict[str, str]:
-    """Installed versions of this package and of those that decide numbers."""
+    """Return the versions of this package and of those that affect results."""
     found = {}
     for name in ("unmask", "torch", "numpy", "pillow", "simplejpeg", "safetensors"):
         try:
@@ -44,7 +44,7 @@ def provenance_versions() -> dict[str, str]:
 
 
 def git_state() -> dict[str, Any] | None:
-    """Commit of the working folder and whether it has uncommitted changes; None outside a repository."""
+    """Return the commit of the working folder and whether it has uncommitted changes; None outside a repository."""
     try:
         ask = {"capture_output": True, "text": True, "timeout": 5, "check": True}
         commit = subprocess.run(["git", "rev-parse", "HEAD"], **ask).stdout.strip()

@@ -20,7 +20,7 @@ from unmask.run import Run
 
 @dataclass(frozen=True)
 class Removable:
-    """A folder inside a run that is not needed: `what` for a person, `bytes` on disk."""
+    """A folder inside a run that is not needed. what: for the message. bytes: on disk."""
 
     path: str
     what: str
@@ -85,7 +85,7 @@ def _is_foreign(folder: Path) -> bool:
 
 
 def _awaits_resume(folder: Path) -> bool:
-    """Whether this is the only copy of a checkpoint, left by a crash while its step was written again."""
+    """Return whether this is the only copy of a checkpoint, left by a crash while its step was written again."""
     return folder.suffix == checkpoint.REPLACED and not folder.with_suffix("").exists()
 
 

@@ -1,4 +1,4 @@
-"""stdout and stderr as sinks: where nothing can be written any more, the work goes on without its words.
+"""stdout and stderr as sinks: where nothing can be written any more, work continues without output.
 
 A closed or full stream, a reader that has gone (`| head`), a lost terminal or one that is held with Ctrl-S must not
 end or hold a training. `install` is for the command line; `Words` is what a library prints to. Standard library only.

@@ -1,4 +1,4 @@
-"""Noticing that nothing progresses any more: a limit for waits, and a watchdog for computations.
+"""Detect stalls: a time limit for waits, and a watchdog for computations.
 
 A wait counts only while this process runs, so Ctrl-Z or a sleeping laptop ends no healthy run. Standard library only.
 """
