@@ -2,7 +2,7 @@
 
 import pytest
 
-from unmask.comparison.paper_tables import FAMILY, TABLES, find_table
+from unmask.comparison.paper_tables import FAMILY, TABLES, Paper, find_table
 from unmask.config import override, parse
 from unmask.engine.resolve import require_method
 from unmask.errors import UserError
@@ -71,9 +71,9 @@ def test_decoder_widths_are_the_papers_shares_of_the_encoder():
 def test_published_numbers_of_the_family_are_those_of_the_tables_it_names():
     """MAE's Table 12, linear: iGPT-L 69.0 (on VQ-VAE codes), BEiT-L 52.1, ViT-L 75.8; its Table 3, fine-tuned."""
     published = {cell.name: cell.paper for cell in TABLES["family"].cells(NANO)}
-    assert published["igpt-equal-steps"] == (None, 69.0)
-    assert published["beit-equal-steps"] == (85.2, 52.1)
-    assert published["mae-equal-steps"] == (85.9, 75.8)
+    assert published["igpt-equal-steps"] == Paper(None, 69.0)
+    assert published["beit-equal-steps"] == Paper(85.2, 52.1)
+    assert published["mae-equal-steps"] == Paper(85.9, 75.8)
 
 
 def test_training_lengths_double():
@@ -109,7 +109,7 @@ def test_fine_tuned_blocks_stand_beside_the_nearest_share_of_the_papers_depth():
 def test_every_fine_tuned_cell_can_be_trained():
     for cell in TABLES["fig9"].cells(NANO):
         require_method(override(finetuning_config(NANO, ["ant", "bee"]), cell.settings))
-    with pytest.raises(UserError, match=r"the encoder of dvae came"):
+    with pytest.raises(UserError, match=r"got a run of dvae"):
         finetuning_config(find("dvae_nano"), ["ant", "bee"])
 
 

@@ -467,7 +467,7 @@ def test_dalles_dvae_of_two_files_makes_the_same_codes_and_images(tmp_path):
     assert method.encoder.spec.size == (256, 256)
     half = tmp_path / "dalle" / "encoder.pth"
     for source, channels, match in ((tmp_path / "dalle", 1, "this dVAE draws 3 channels"),
-                                    (half, 3, "encoder and decoder were expected")):  # fmt: skip
+                                    (half, 3, "expected encoder and decoder")):  # fmt: skip
         with pytest.raises(UserError, match=match):
             import_weights(source, tmp_path / "no", settings=[f"data.channels={channels}"])
 
@@ -568,8 +568,8 @@ def test_a_pickle_with_code_and_what_is_no_checkpoint_are_refused_in_a_sentence(
         "cut.safetensors": "no safetensors file, or a part of one",
         "text.pth": "no file of weights",
         "empty.pth": "is empty",
-        "epoch.pth": "a dict with epoch came; a state dict",
-        "list.pth": "a list without any weights came",
+        "epoch.pth": "got a dict with epoch; expected a state dict",
+        "list.pth": "got a list without any weights",
         "other.pth": r"unrecognised checkpoint with 1 tensors \(a\)",
         "folder": "folder has no weights",
         "nothing.pth": "does not exist",

@@ -20,7 +20,7 @@ LENGTHS = ("train.steps", "train.epochs")
 
 
 def choose_recipe(table: Table, recipe: str | None, from_run: str | Path | None = None) -> str:
-    """The base recipe. Raises ConfigError for one, or for a run, that the table cannot be made from."""
+    """Return the base recipe. Raises ConfigError for a recipe or a run that does not fit the table."""
     if from_run is not None:
         if table.measure != "fine_tuned":
             raise ConfigError(
@@ -28,13 +28,13 @@ def choose_recipe(table: Table, recipe: str | None, from_run: str | Path | None 
             )
         if recipe is not None:
             raise ConfigError(
-                f"both --from and --recipe {recipe} came; the run of --from has its recipe: leave one out"
+                f"got both --from and --recipe {recipe}, but the run of --from has its own recipe; leave one out"
             )
         return read_config(Run.open(from_run)).recipe
     if table.name == "family":
         if recipe is not None:
             raise ConfigError(
-                f"recipe {recipe!r} came, but every method of the family has its own recipe; leave --recipe out"
+                f"got recipe {recipe!r}, but every method of the family has its own recipe; leave --recipe out"
             )
         return "mae_nano"
     method = catalogue.find(recipe or "mae_nano").method.name
@@ -47,12 +47,14 @@ def choose_recipe(table: Table, recipe: str | None, from_run: str | Path | None 
 
 
 def refuse_settings(table: Table, asked: TableRequest) -> None:
-    """Settings that the table itself varies, or that belong to an option, would be ignored without a word."""
+    """Raise ConfigError for settings that the table varies, or that an option sets: they would be ignored."""
     keys = parse(asked.settings)
     if asked.seeds < 1:
-        raise ConfigError(f"{asked.seeds} seeds came; at least 1 was expected")
+        raise ConfigError(f"got --seeds {asked.seeds}; expected at least 1")
     if "train.seed" in keys:
-        raise ConfigError("train.seed cannot be set: the cells are trained with seeds 0, 1, ...; say how many: --seeds")
+        raise ConfigError(
+            "train.seed cannot be set: cells are trained with seeds 0, 1, ...; set their number with --seeds"
+        )
     if clash := [key for key in table.varies if key in keys and not (key in LENGTHS and asked.budget is None)]:
         what = f"the budget decides {clash[0]}" if clash[0] in LENGTHS else f"table {table.name} varies {clash[0]}"
         raise ConfigError(f"{clash[0]} cannot be set: {what}; leave it out")
@@ -67,7 +69,7 @@ def refuse_settings(table: Table, asked: TableRequest) -> None:
 
 
 def all_cells(table: Table, asked: TableRequest) -> tuple[Cell, ...]:
-    """The cells that this version can make, first what they are all made from where that has to be trained."""
+    """Return the cells that this version can train, after the shared runs that they need."""
     known = catalogue.all_recipes()
     cells = tuple(
         cell for cell in table.cells(base_config(table, asked)) if cell.recipe is None or cell.recipe in known
@@ -82,7 +84,7 @@ def all_cells(table: Table, asked: TableRequest) -> tuple[Cell, ...]:
 
 
 def base_config(table: Table, asked: TableRequest) -> Config:
-    """What the cells are variations of: the recipe or, where all are fine-tuned from one Run, that Run's own."""
+    """Return the configuration that the cells vary: the recipe's, or that of the run that they are fine-tuned from."""
     if table.measure != "fine_tuned":
         return catalogue.find(asked.base_recipe)
     if asked.from_run is None:
@@ -95,7 +97,7 @@ def base_config(table: Table, asked: TableRequest) -> Config:
 
 
 def tokenizer_recipe(table: Table, asked: TableRequest) -> tuple[str, str]:
-    """The recipe of the dVAE that is trained first, and the size, as KEY=VALUE, at which each patch has a code."""
+    """Return the recipe of the dVAE that is trained first, and its image size (KEY=VALUE) for one code per patch."""
     settings = [text for text in asked.settings if table.name != "family" or not text.strip().startswith("method.")]
     config: Any = resolve.resolve_config(catalogue.find(asked.base_recipe), [*table.base, *settings])
     patch, size = config.method.encoder.patch, config.data.size
@@ -106,18 +108,20 @@ def tokenizer_recipe(table: Table, asked: TableRequest) -> tuple[str, str]:
 
 
 def fine_tunes(table: Table, cell: Cell) -> bool:
+    """Whether the cell is fine-tuned from another run."""
     return table.measure == "fine_tuned" and cell.name != PRETRAINED
 
 
 def recipe_of(table: Table, cell: Cell, asked: TableRequest) -> str:
+    """Return the recipe of a cell."""
     return configure.PLAIN if fine_tunes(table, cell) else cell.recipe or asked.base_recipe
 
 
 def cell_settings(table: Table, cell: Cell, asked: TableRequest) -> list[str]:
-    """Of one cell but for its length and seed: the table's base, then what was asked for, then what the cell varies.
+    """Return the settings of a cell without length and seed: the table's, then the user's, then the cell's own.
 
-    The dVAE that cells are tokenized with is no cell of the comparison: of what was asked for it gets the part that is
-    not about the method. A fine-tuned cell has what its pre-training has, which is known from that.
+    The dVAE is not a cell of the comparison: it gets the user's settings that do not concern the method. A fine-tuned
+    cell takes the other settings from its pre-training.
     """
     if fine_tunes(table, cell):
         return [*(asked.settings if asked.from_run is not None else ()), *cell.settings]
@@ -129,7 +133,7 @@ def cell_settings(table: Table, cell: Cell, asked: TableRequest) -> list[str]:
 
 
 def draft_settings(table: Table, cell: Cell, asked: TableRequest) -> list[str]:
-    """`cell_settings` as far as they are known before the tokenizer is trained: its size, and a promise of weights."""
+    """Return `cell_settings` before the tokenizer is trained: with its size, and a placeholder for its weights."""
     settings, recipe = cell_settings(table, cell, asked), recipe_of(table, cell, asked)
     if not cell.tokenizer:
         return settings
@@ -141,7 +145,7 @@ def draft_settings(table: Table, cell: Cell, asked: TableRequest) -> list[str]:
 
 
 def draft_config(table: Table, cell: Cell, asked: TableRequest, source: Source | None = None) -> Config:
-    """The configuration of a cell as far as it is known before anything is trained, tried out."""
+    """Build the configuration of a cell before anything is trained. Raises ConfigError where it is invalid."""
     settings = draft_settings(table, cell, asked)
     if not fine_tunes(table, cell):
         resolve.draft_config(None, recipe_of(table, cell, asked), settings, None)

@@ -1,12 +1,10 @@
-"""The tables of the paper as data: for each cell its name, its settings over a base recipe, and the paper's numbers.
+"""The tables of the paper as data: the name of each cell, its settings over a base recipe, and the paper's numbers.
 
 He et al. 2021, "Masked Autoencoders Are Scalable Vision Learners": Table 1 a-f, Figures 5, 7 and 9. Their cells are a
 ViT-L trained for 800 epochs on ImageNet-1K (decoder 8 x 512, plain pixels, random-resized crops, 75 % hidden at random)
 unless the cell says otherwise; `paper` holds ImageNet top-1 in percent, fine-tuned and linear probe. Their base row
 predicts plain pixels, not normalised ones, and so does the base of every table here. `family` is not in the paper as
 one table; the few published linear probes that stand beside it are of very different sizes.
-
-Not here: training the cells and writing the page (`comparison/ablate.py`).
 """
 
 from __future__ import annotations
@@ -36,7 +34,7 @@ UNPUBLISHED = Paper(None, None)
 
 @dataclass(frozen=True)
 class Cell:
-    """One row of a table: `settings` over the base, and what the paper got.
+    """One row of a table: `settings` over the base, and the paper's accuracy.
 
     name: of its folder. label: on the page; `theirs` is the paper's own where ours is scaled. at: where it stands on
     the picture's axis, None for a category. length: its steps in units of the table's. base: the row the others are
@@ -59,7 +57,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """`varies`: the keys that its cells set, which nobody else may. `base`: settings of every cell.
+    """A table. varies: the keys that its cells set, which a user may not. base: settings of every cell.
 
     `axis`: what varies. `cells` gets the base configuration, because some cells are shares of it. log: the axis of the
     picture is logarithmic. measure: which accuracy the cells are compared by. "fine_tuned": they are no pre-trainings,
@@ -78,7 +76,7 @@ class Table:
 
 
 def find_table(name: str) -> Table:
-    """The table of that name. Raises UserError for one that there is not."""
+    """Return the table of that name. Raises UserError with the nearest names for an unknown one."""
     if name not in TABLES:
         raise UserError(f"table {name!r} is not known; {nearest(name, TABLES)}")
     return TABLES[name]
@@ -206,7 +204,7 @@ def _last_blocks(base: Config) -> tuple[Cell, ...]:
 
 
 def like_paper(blocks: float, depth: int) -> float:
-    """The number of the paper's 24 blocks that is nearest as a share of the depth; 0 and 1/2 are themselves."""
+    """Return the number of the paper's 24 blocks that is the nearest share of the depth; 0 and 1/2 are unchanged."""
     if blocks < 1:
         return blocks
     return min((n for n in PARTIAL if n >= 1), key=lambda n: abs(n / PARTIAL_DEPTH - blocks / depth))

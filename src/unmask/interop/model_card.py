@@ -76,14 +76,17 @@ def model_card(run: Run, loaded: Loaded, target: ExportTarget, exported: Exporte
 
 
 def section(title: str, text: str) -> str:
+    """Write a section of the card."""
     return f"## {title}\n\n{text}\n"
 
 
 def bullets(lines: Iterable[str]) -> str:
+    """Write a bullet list."""
     return "\n".join(f"- {line}" for line in lines)
 
 
 def sentence(text: str) -> str:
+    """Write a text as a sentence: capital letter and full stop."""
     return text[:1].upper() + text[1:].rstrip(".") + "."
 
 
@@ -107,7 +110,7 @@ def front_matter(config: Config, library: str, rights: str, *, classifies: bool)
 
 
 def what_it_is(config: Config, what: str, made: dict[str, Any]) -> str:
-    """One paragraph: the model over there, and the method with its paper."""
+    """Describe the model and its method in one paragraph."""
     method = (method_module(config.method.name).__doc__ or "").strip().split("\n\n")[0].replace("\n", " ")
     said = [f"{sentence(what)} It comes from a run of `{config.method.name}` of unmask.", sentence(method)]
     if imported := made.get("imported"):
@@ -121,11 +124,12 @@ def what_it_is(config: Config, what: str, made: dict[str, Any]) -> str:
 
 
 def last_name(path: str) -> str:
-    """The last name of a path, of this system or another."""
+    """Return the last name of a path of any operating system."""
     return PurePath(path.replace("\\", "/")).name or path
 
 
 def preprocessing(config: Config, plan: Plan, *, normalises: bool) -> str:
+    """Describe size, crop and normalisation of the images."""
     images, share = plan.images, config.data.crop.eval_share
     height, width = images.size
     crop = "the largest centred box of that shape" + (f", {share:g} of its sides" if share < 1 else "")
@@ -147,10 +151,12 @@ def preprocessing(config: Config, plan: Plan, *, normalises: bool) -> str:
 
 
 def channels(count: int) -> str:
+    """Write a number of channels."""
     return f"{count} channel" + "s" * (count != 1)
 
 
 def data(config: Config, plan: Plan, made: dict[str, Any]) -> str:
+    """Describe the training images."""
     if imported := made.get("imported"):
         files = ", ".join(f"`{file['name']}` (SHA-256 {file['sha256']})" for file in imported["files"])
         return f"Not known here: the weights came from {files}. See the page they came from."
@@ -170,6 +176,7 @@ def data(config: Config, plan: Plan, made: dict[str, Any]) -> str:
 
 
 def training(config: Config, plan: Plan, made: dict[str, Any], step: int) -> str:
+    """Describe length, learning rate, machine and versions of the training."""
     if not plan.steps:
         return "None here."
     seen = step * plan.batch_size / max(1, plan.num_images)

@@ -33,9 +33,9 @@ BLOCK_NAMES = {
     "attention.attention.relative_position_bias": "attn",
     "relative_position_bias": "attn",
 }
-"""What stands in a block of transformers' models before the last point, in files and in memory (release 5).
+"""Names within a block of transformers' models, without weight or bias, in files and in memory (release 5).
 
-Of several names for one thing that in files comes first, here and below: `interop/export_names.py` writes it.
+Of several names for one tensor, the one in files comes first, here and below: exports write it.
 """
 OTHER_NAMES = {
     "embeddings.cls_token": "cls_token",
@@ -57,13 +57,13 @@ BLOCK = re.compile(r"(encoder\.layer|layers|decoder\.decoder_layers|decoder\.dec
 
 
 def from_transformers(state: Mapping[str, Tensor]) -> Names:
-    """transformers' names -> official ones; what has none keeps its own. q, k and v stay apart as attn.q, .k, .v."""
+    """Rename transformers' tensors to official names; others keep theirs. q, k and v stay separate: attn.q, .k, .v."""
     found = Names({}, {})
     for name, value in state.items():
         plain = _plain_name(re.sub(r"^(vit|beit)\.", "", name))
         if plain in found.tensors:
             raise ForeignError(
-                f"two tensors are both {plain}: {found.origin[plain]} and {name}; is the file a mixture?"
+                f"two tensors are named {plain}: {found.origin[plain]} and {name}; the file may be a mix of two"
             )
         found.tensors[plain], found.origin[plain] = value, name
     return found
@@ -107,7 +107,7 @@ OURS = OFFICIAL | BEIT_SCALES | {"lm_head.*": "head.*"}
 
 
 def renamed(name: str, table: Mapping[str, str]) -> str | None:
-    """The name that `table` has for one, with its number of a block and its weight or bias; None where it has none."""
+    """Return the new name in a table, with block number and weight or bias; None where the table has none."""
     number, (stem, dot, leaf) = re.search(r"(?<=blocks\.)\d+(?=\.)", name), name.rpartition(".")
     pattern = f"{stem}.*" if dot and leaf in ("weight", "bias") else name
     if number is not None:
@@ -118,7 +118,7 @@ def renamed(name: str, table: Mapping[str, str]) -> str | None:
 
 
 def to_ours(names: Names, method: str) -> dict[str, Tensor]:
-    """Official names -> ours. Raises ForeignError for what has none."""
+    """Rename official names to unmask's. Raises ForeignError for a tensor without one."""
     ours, left = {}, []
     for name, value in names.tensors.items():
         place = renamed(name, OURS)
@@ -156,15 +156,15 @@ BLOCKS, OTHERS, GPT_BLOCKS = inverted(BLOCK_NAMES), inverted(OTHER_NAMES), inver
 
 
 def to_official(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our tensors under the names of official MAE. Those that are no parameters (mean and std) have none there."""
+    """Rename to the names of official MAE; mean and std, which are not parameters, are dropped."""
     return _under(weights, TO_OFFICIAL)
 
 
 def to_beit(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our tensors under the names of official BEiT, which are those of timm's.
+    """Rename to the names of official BEiT, which timm shares.
 
-    Keys have no bias there, and none is needed: it adds the same to the scores that a query has for all keys, which
-    the softmax takes out again.
+    BEiT has no bias of the keys. None is needed: it adds the same to the scores of a query for all keys, which the
+    softmax cancels.
     """
     found = {}
     for name, value in _under(weights, TO_BEIT).items():
@@ -182,15 +182,15 @@ def _under(weights: Mapping[str, Tensor], table: Mapping[str, str]) -> dict[str,
     for name, value in weights.items():
         if name not in ("encoder.mean", "encoder.std"):
             new = renamed(name, table)
-            assert new is not None, f"{name} has no name there, and should not have been asked for"
+            assert new is not None, f"{name} has no official name"
             found[new] = value
     return found
 
 
 def to_transformers(weights: Mapping[str, Tensor], *, beit: bool, prefix: str = "") -> dict[str, Tensor]:
-    """Our tensors under the names that transformers has in files: of BEiT, or of ViT and ViTMAE.
+    """Rename to the names in files of transformers: of BEiT, or of ViT and ViTMAE.
 
-    prefix: of the encoder, where it is a part of a larger model ("vit.", "beit.").
+    prefix: of the encoder in a larger model ("vit.", "beit.").
     """
     found = {}
     for name, value in (to_beit if beit else to_official)(weights).items():
@@ -205,7 +205,7 @@ def to_transformers(weights: Mapping[str, Tensor], *, beit: bool, prefix: str = 
 
 
 def _apart(name: str, value: Tensor) -> dict[str, Tensor]:
-    """Queries, keys and values one by one."""
+    """Split queries, keys and values."""
     stem, attn, last = name.rpartition(".attn.")
     if last.startswith("qkv."):
         leaf = last.removeprefix("qkv.")
@@ -214,7 +214,7 @@ def _apart(name: str, value: Tensor) -> dict[str, Tensor]:
 
 
 def _transformers_name(plain: str) -> str:
-    """What a tensor of an official name is called in files of transformers."""
+    """Return the name in files of transformers for an official name."""
     stem, _, leaf = plain.rpartition(".")
     if match := re.fullmatch(r"(decoder_)?blocks\.(\d+)\.(?:gamma_([12])|(.+)\..+)", plain):
         layer = f"{'decoder.decoder_layers' if match[1] else 'encoder.layer'}.{match[2]}"
@@ -223,8 +223,7 @@ def _transformers_name(plain: str) -> str:
 
 
 def to_image_gpt(weights: Mapping[str, Tensor], *, prefix: str = "") -> dict[str, Tensor]:
-    """An iGPT's tensors under the names of transformers' ImageGPT; see `interop/foreign/openai.py`. Biases there are
-    zeros."""
+    """Rename an iGPT's tensors to transformers' ImageGPT, with biases of zero; see `interop/foreign/openai.py`."""
     plain = {"encoder.positions": "wpe.weight", "encoder.norm.weight": "ln_f.weight"}
     table = torch.cat([weights["encoder.tokens"], weights["encoder.sos"][None]])
     found = {f"{prefix}wte.weight": table}
@@ -239,5 +238,5 @@ def to_image_gpt(weights: Mapping[str, Tensor], *, prefix: str = "") -> dict[str
         elif name == "head.weight":
             found["lm_head.weight"] = value
         else:
-            assert name in ("encoder.tokens", "encoder.sos", "encoder.palette"), f"{name} has no name there"
+            assert name in ("encoder.tokens", "encoder.sos", "encoder.palette"), f"{name} has no name in ImageGPT"
     return found

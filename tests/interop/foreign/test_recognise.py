@@ -71,12 +71,12 @@ def test_each_kind_is_named_with_its_size():
         ({"reg_token": (1, 4, 32)}, r"register tokens \(reg_token\)"),
         ({"blocks.0.attn.q_norm.weight": (16,)}, "a norm on queries and keys"),
         ({"blocks.0.mlp.fc1_g.weight": (8, 32)}, "a gated MLP"),
-        ({"blocks.0.mlp.fc2.weight": (32, 64)}, "128 values of which 64 go on: a gated MLP"),
+        ({"blocks.0.mlp.fc2.weight": (32, 64)}, "128 outputs and 64 inputs: a gated MLP"),
         ({"norm_pre.weight": (32,)}, "a norm before the first block"),
         ({"attn_pool.q.weight": (32, 32)}, "attention pooling"),
         ({"dist_token": (1, 1, 32)}, "a distillation token"),
         ({"cls_token": (1, 1, 16)}, "are not of one network"),
-        ({"patch_embed.proj.weight": (32, 48)}, "4 dimensions were expected"),
+        ({"patch_embed.proj.weight": (32, 48)}, "expected 4 dimensions"),
         ({"blocks.4.norm1.weight": (32,)}, r"blocks.2 is missing \(and 1 more\), but there is blocks.4"),
         ({"blocks.0.lora_a": (1,)}, "1 tensors have no place .*blocks.0.lora_a"),
     ],
@@ -135,7 +135,7 @@ def test_wrappers_and_prefixes_are_taken_off():
         {"model": {"state_dict": {f"_orig_mod.{name}": value for name, value in state.items()}}},
     ):
         assert unwrap(wrapped).keys() == state.keys()
-    for content, match in (({"epoch": 1}, "a dict with epoch came"), ({}, "without any weights"), (None, "a NoneType")):
+    for content, match in (({"epoch": 1}, "got a dict with epoch"), ({}, "without any weights"), (None, "a NoneType")):
         with pytest.raises(ForeignError, match=match):
             unwrap(content)
 

@@ -1,4 +1,4 @@
-"""OpenAI's networks: ImageGPT as transformers keeps it, and DALL-E's dVAE."""
+"""OpenAI's networks: transformers' ImageGPT, and DALL-E's dVAE."""
 
 from __future__ import annotations
 
@@ -106,12 +106,12 @@ DALLE_LAYERS = {"group_1": 1, "group_2": 4, "group_3": 7, "group_4": 10}  # of t
 
 
 def dalle(state: Mapping[str, Tensor]) -> Recognised:
-    """OpenAI's dVAE, `encoder.` and `decoder.` before the published names."""
+    """Read OpenAI's dVAE, whose published names follow `encoder.` and `decoder.`."""
     parts = {name.split(".")[0] for name in state}
     if parts != {"encoder", "decoder"}:
         raise ForeignError(
-            "one half of DALL-E's dVAE came; encoder and decoder were expected: put both into one folder, as "
-            "encoder.pth and decoder.pth, and name the folder"
+            "got one half of DALL-E's dVAE; expected encoder and decoder; put both into one folder, as encoder.pth and "
+            "decoder.pth, and give the folder"
         )
     ours, left = {}, []
     for name, value in state.items():

@@ -1,4 +1,4 @@
-"""What a state dict of others is read with: out of its wrapping, tensor by tensor, and what it turned out to be.
+"""Reading a state dict: unwrapping it, looking up its tensors, and the record of what was recognised.
 
 Letters: D width, C channels, N patches.
 """
@@ -27,7 +27,7 @@ UNKNOWN_LICENCE = "not in the file; see the page it came from"
 
 @dataclass(frozen=True)
 class Recognised:
-    """What a state dict turned out to be.
+    """A recognised state dict.
 
     method: settings of our method; `heads` are left out where nothing shows them. weights: under our names, float32.
     channels, patch, grid: of the images that the network was made for; grid is None where N is no square and nothing
@@ -73,14 +73,14 @@ class Recognised:
 
 @dataclass
 class Names:
-    """A state dict whose names have been translated to official ones; knows what each was called in the file."""
+    """A state dict under official names; `origin` maps each to its name in the file."""
 
     tensors: dict[str, Tensor]
     origin: dict[str, str]
     notes: list[str] = field(default_factory=list)
 
     def drop(self, pattern: str, note: str = "") -> bool:
-        """Leave out what fully matches; whether there was anything. A note says why, where that may surprise."""
+        """Drop tensors whose whole name matches; return whether there were any. note: tells the user why."""
         gone = [name for name in self.tensors if re.fullmatch(pattern, name)]
         for name in gone:
             del self.tensors[name]
@@ -93,7 +93,7 @@ class Names:
 
 
 def unwrap(content: Any) -> dict[str, Tensor]:
-    """The state dict in what a checkpoint file held: out of 'model' and the like, without 'module.' and the like.
+    """Return the state dict of a checkpoint: from under 'model' or the like, without prefixes like 'module.'.
 
     Raises ForeignError when there is none. What lies beside a state dict (optimiser, epoch, arguments) is left out.
     """
@@ -107,7 +107,7 @@ def unwrap(content: Any) -> dict[str, Tensor]:
     if not isinstance(content, Mapping) or not any(isinstance(value, Tensor) for value in content.values()):
         what = f"with {some(map(str, content))}" if isinstance(content, Mapping) and content else "without any weights"
         raise ForeignError(
-            f"a {type(content).__name__} {what} came; a state dict (names and tensors) was expected, bare or under "
+            f"got a {type(content).__name__} {what}; expected a state dict (names and tensors), bare or under "
             f"{', '.join(map(repr, WRAPPERS))}"
         )
     state = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
@@ -126,9 +126,9 @@ def matching(names: Names, pattern: str) -> list[str]:
 
 def need(tensors: Mapping[str, Tensor], name: str, dims: int | None = None) -> Tensor:
     if name not in tensors:
-        raise ForeignError(f"{name} is missing among {len(tensors)} tensors; the file is cut, or of another kind")
+        raise ForeignError(f"{name} is missing among {len(tensors)} tensors; the file is truncated, or of another kind")
     if dims is not None and tensors[name].ndim != dims:
-        raise ForeignError(f"{name} has the shape {tuple(tensors[name].shape)}, {dims} dimensions were expected")
+        raise ForeignError(f"{name} has the shape {tuple(tensors[name].shape)}; expected {dims} dimensions")
     return tensors[name]
 
 
@@ -144,7 +144,7 @@ def first_sizes(tensors: Mapping[str, Tensor]) -> tuple[int, tuple[int, int], in
 
 
 def count_blocks(tensors: Mapping[str, Tensor], blocks: str) -> int:
-    """How many there are. Raises ForeignError when numbers are missing in between, or there are none."""
+    """Count the blocks. Raises ForeignError when numbers are missing, or there are none."""
     numbers = {int(match[1]) for name in tensors if (match := re.match(rf"{re.escape(blocks)}\.(\d{{1,9}})\.", name))}
     expected = max(numbers, default=0) + 1
     if len(numbers) != expected:
@@ -159,7 +159,7 @@ def count_blocks(tensors: Mapping[str, Tensor], blocks: str) -> int:
 
 
 def root(number: int) -> int:
-    """The square root, or 0 where it is not whole."""
+    """Return the square root, or 0 where it is not an integer."""
     root = math.isqrt(max(0, number))
     return root if root * root == number else 0
 
@@ -173,7 +173,7 @@ def require_same(key: str, stated: Any, found: Any) -> None:
 
 
 def require_nothing_left(names: Iterable[str]) -> None:
-    """Raises ForeignError that names tensors nobody asked for."""
+    """Raise ForeignError that names tensors without a place in the network."""
     if left := sorted(names):
         raise ForeignError(
             f"{len(left)} tensors have no place in the network that the others make: {some(left)}; is it a variant, "

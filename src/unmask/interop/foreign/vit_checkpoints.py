@@ -48,7 +48,7 @@ FOREIGN_PARTS = {
     r"attn_pool\..+": "attention pooling",
     r"patch_embed\.(backbone|norm|proj\.\d+)\..+": "a stem that is no single convolution",
 }
-"""What vision transformers have that ours has not, in words."""
+"""Parts of other vision transformers that are not supported, in words."""
 
 
 def recognise_vit(names: Names, metadata: SourceMetadata) -> Recognised:
@@ -57,8 +57,8 @@ def recognise_vit(names: Names, metadata: SourceMetadata) -> Recognised:
     for pattern, words in FOREIGN_PARTS.items():
         if names.has(pattern):
             raise ForeignError(
-                f"this vision transformer has {words} ({some(matching(names, pattern))}), which this package's has "
-                "not; a plain one was expected"
+                f"this vision transformer has {words} ({some(matching(names, pattern))}), which is not supported; "
+                "expected a plain one"
             )
     transformers = bool(network.model_type) or any("patch_embeddings" in old for old in names.origin.values())
     tensors, simmim = names.tensors, False
@@ -66,7 +66,7 @@ def recognise_vit(names: Names, metadata: SourceMetadata) -> Recognised:
         simmim = _with_pixel_head(names)
     _prepare(names)
     if "cls_token" not in tensors:
-        raise ForeignError("this vision transformer has no class token (cls_token), and one with it was expected")
+        raise ForeignError("this vision transformer has no class token (cls_token); expected one")
     width, patch, channels = first_sizes(tensors)
     depth = count_blocks(tensors, "blocks")
     beit = names.has(r"rel_pos_bias\..+|blocks\.\d+\.attn\.relative_position_bias_table|lm_head\..+|blocks\.0\.gamma_1")
@@ -130,7 +130,7 @@ def recognise_vit(names: Names, metadata: SourceMetadata) -> Recognised:
 
 
 def _with_pixel_head(names: Names) -> bool:
-    """Whether this is official SimMIM; its 1 x 1 convolution before a pixel shuffle becomes the linear layer it is."""
+    """Whether this is official SimMIM; converts its 1 x 1 convolution and pixel shuffle to the equal linear layer."""
     tensors = names.tensors
     weight, projection = tensors.get("decoder.0.weight"), tensors.get("patch_embed.proj.weight")
     if weight is None or projection is None or "mask_token" not in tensors or projection.ndim != 4:
@@ -154,7 +154,7 @@ def _simmim_masks(names: Names, patch: tuple[int, int], training: TrainingArgume
 
 
 def _prepare(names: Names) -> None:
-    """Leave out what counts for nothing here, and make one qkv of what was apart."""
+    """Drop tensors that are not needed, and join separate q, k and v."""
     names.drop(r".*relative_position_index")
     names.drop(r"pooler\.dense\..+", "the pooler (a layer on the class token) is left out")
     names.drop(r"decoder\.0\..+", "the pixel head of masked image modelling is left out")
@@ -174,12 +174,11 @@ def _prepare(names: Names) -> None:
 
 
 def _ratio(tensors: Mapping[str, Tensor], mlp: str, width: int) -> float:
-    """The hidden width over the width, such that multiplied and cut off it is the hidden width again."""
+    """Return the hidden width over the width, such that int(width * ratio) is the hidden width."""
     hidden, back = len(need(tensors, f"{mlp}.fc1.weight", 2)), need(tensors, f"{mlp}.fc2.weight", 2).shape[1]
     if hidden != back:
         raise ForeignError(
-            f"{mlp} makes {hidden} values of which {back} go on: a gated MLP, which this package's vision transformer "
-            "has not; a plain one was expected"
+            f"{mlp} has {hidden} outputs and {back} inputs: a gated MLP, which is not supported; expected a plain one"
         )
     return hidden / width if int(width * (hidden / width)) == hidden else (hidden + 0.5) / width
 
@@ -216,7 +215,7 @@ def _places(names: Names, network: NetworkConfig, patch: tuple[int, int]) -> tup
 
 
 def is_sincos(table: Tensor) -> bool:
-    """Whether positions (1, 1 + N, D) are a fixed table of sines and cosines: squares of each pair sum to 1."""
+    """Whether positions (1, 1 + N, D) are fixed sines and cosines: the squares of each pair sum to 1."""
     quarters = table[0, 1:].unflatten(-1, (2, 2, -1)) if table.shape[-1] % 4 == 0 else None
     if quarters is None or table[0, 0].abs().max() > 1e-3:
         return False
@@ -273,7 +272,7 @@ def normalisation_of(metadata: SourceMetadata, channels: int, *, halves: bool) -
 def _with_decoder(
     names: Names, encoder: dict[str, Any], network: NetworkConfig, training: TrainingArguments
 ) -> tuple[str, dict[str, Any]]:
-    """A whole MAE."""
+    """Describe a whole MAE."""
     tensors = names.tensors
     width = len(need(tensors, "decoder_embed.weight", 2))
     decoder: dict[str, Any] = {"width": width, "depth": count_blocks(tensors, "decoder_blocks")}
@@ -300,7 +299,7 @@ def _with_decoder(
 
 
 def _with_head(names: Names, encoder: dict[str, Any], network: NetworkConfig) -> tuple[str, dict[str, Any]]:
-    """A classifier on the mean of the patch tokens."""
+    """Describe a classifier on the mean of the patch tokens."""
     count = len(names.tensors["head.weight"])
     labels = network.id2label or network.label_names or {}
     told = [str(labels[key]) for key in sorted(labels, key=int)] if isinstance(labels, Mapping) else list(labels)
@@ -313,7 +312,7 @@ def _with_head(names: Names, encoder: dict[str, Any], network: NetworkConfig) ->
 
 
 def _encoder_only(names: Names, encoder: dict[str, Any], *, beit: bool) -> tuple[str, dict[str, Any]]:
-    """What has no task that is known here; BEiT's own needs a tokenizer besides."""
+    """Describe an encoder without a supported task, or a BEiT, which needs a tokenizer too."""
     if beit and "lm_head.weight" in names.tensors and "mask_token" in names.tensors:
         names.drop(r"(fc_norm|head)\..+")
         return "pre-trained", {"name": "beit", "encoder": encoder}
@@ -328,7 +327,7 @@ def _encoder_only(names: Names, encoder: dict[str, Any], *, beit: bool) -> tuple
 
 
 def _plain_norm(names: Names) -> None:
-    """The norm after the last block, where the network pools first and normalises then: gain 1, bias 0."""
+    """Add a norm after the last block with gain 1 and bias 0, where the network normalises only after pooling."""
     tensors = names.tensors
     if "norm.weight" in tensors or "fc_norm.weight" not in tensors:
         return
@@ -346,7 +345,7 @@ def _family(network: NetworkConfig, *, beit: bool, full: bool) -> str:
 
 
 def _official(kind: str, encoder: Mapping[str, Any], licence: str, *, beit: bool, full: bool) -> tuple[str, str]:
-    """(kind, licence) under official names, which several have in common."""
+    """Return (kind, licence) of official names, which several networks share."""
     if beit:
         return f"BEiT, {kind}", licence
     if full or encoder["positions"] == "sincos":
