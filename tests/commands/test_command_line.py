@@ -81,7 +81,7 @@ def bad_inputs(tmp_path):
         (["pretrain", "broken", *train], "none of the 4 files .* can be read"),
         (["pretrain", "half", *train], "12 of 24 files checked cannot be read"),
         (["pretrain", "goood", *train], "does not exist; .* did you mean good"),
-        (["pretrain", "file.xyz", *train], "a file of no known kind"),
+        (["pretrain", "file.xyz", *train], "a file of an unknown kind"),
         (["pretrain", "none*.jpg", *train], "matches no file"),
         (["pretrain", "good", "--out", "taken", *train], "a folder that is not empty; .* choose another --out"),
         (["pretrain", "good", "--recipe", "mae_nan"], "recipe 'mae_nan' is not known; did you mean mae_nano"),

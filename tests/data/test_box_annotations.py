@@ -180,7 +180,7 @@ def test_a_split_lists_the_images(tmp_path):
     assert list(by_name(found)) == ["a", "b"]
     assert found.missing == ["gone"]
     assert "1 images outside the split 'train', or not annotated, are left out: c.png" in found.lines()
-    assert "1 images that are annotated or listed are not there: gone" in found.lines()
+    assert "1 images that are annotated or listed are missing: gone" in found.lines()
     with pytest.raises(BoxError, match=r"test\.txt does not exist .* choose one of train"):
         open_boxes(root, split="test")
     (lists / "train.txt").write_text("JPEGImages/a.png\n")
@@ -206,7 +206,7 @@ def test_what_is_left_out_is_counted(tmp_path):
     assert dict(found.faults) == {"outside": 2, "empty": 2, "cut": 1}
     said = found.lines()
     assert "1 images without annotation are left out: b.png" in said
-    assert "1 images that are annotated or listed are not there: gone.xml" in said
+    assert "1 images that are annotated or listed are missing: gone.xml" in said
     assert "1 boxes stick out of their image and are cut at its edge: a.png" in said
     crowd = [
         {"image_id": 0, "category_id": 3, "bbox": [0, 0, 9, 9], "iscrowd": 1},
@@ -251,8 +251,11 @@ def test_a_bad_image_is_left_to_the_scan(tmp_path):
 CASES = {
     "size": (lambda root: voc(root, size=(30, 40)), r"a\.png is shown with 60 x 80 pixels, .* for 30 x 40"),
     "no box": (lambda root: voc(root, {"c": []}), "has no box for any of 1 images"),
-    "no pair": (lambda root: voc(root, {"x": []}), r"none of 1 annotated images .* speaks of x\.xml, there are a\.png"),
-    "nothing": (images, "no boxes were found for .*, or a file or folder named with --annotations"),
+    "no pair": (
+        lambda root: voc(root, {"x": []}),
+        r"none of 1 annotated images .* name x\.xml, the source holds a\.png",
+    ),
+    "nothing": (images, "found no boxes for .*, or a file or folder named with --annotations"),
     "two files": (lambda root: second(coco(root)), r"2 JSON files .*annotations/x\.json, .*annotations/y\.json"),
     "no categories": (lambda root: coco(root, categories=[]), "category 7, which it does not list"),
     "no image": (lambda root: coco(root, images=[]), "has an object of image 0"),
@@ -262,7 +265,7 @@ CASES = {
     ),
     "not numbers": (
         lambda root: coco(root, annotations=[{"image_id": 0, "category_id": 3, "bbox": [1, 2, None, 4]}]),
-        r"annotations\[0\] of .*, for a\.png, has the box \[1, 2, None, 4\]; four numbers",
+        r"annotations\[0\] of .*, for a\.png, has the box \[1, 2, None, 4\]; expected four numbers",
     ),
     "a list": (lambda root: text(coco(root), "annotations/x.json", "[1]"), "holds a list, perhaps of predictions"),
     "no JSON": (lambda root: text(coco(root), "annotations/x.json", "{"), "cannot be read .*JSONDecodeError"),

@@ -200,7 +200,7 @@ def test_two_spellings_of_one_category_are_one_class(tmp_path):
 
 def test_fractions_of_the_sides_are_refused(tmp_path):
     boxes = [OBJECT | {"bbox": [0.25, 0.5, 0.5, 0.25]}, OBJECT | {"bbox": [0.1, 0.2, 0.3, 0.9]}]
-    with pytest.raises(BoxError, match=r"2 of 2 boxes of .* are fractions .* 0\.jpg; pixels were expected: multiply"):
+    with pytest.raises(BoxError, match=r"2 of 2 boxes of .* are fractions .* 0\.jpg; expected pixels: multiply"):
         open_boxes(coco(tmp_path / "coco", [1], annotations=boxes, images=[IMAGE]))
     pixels = [OBJECT | {"bbox": [0.5, 0.5, 30.5, 40]}, OBJECT | {"bbox": [0, 0, 1, 1]}]
     assert len(open_boxes(coco(tmp_path / "pixels", [1], annotations=pixels)).boxes[0]) == 2
@@ -215,7 +215,7 @@ def test_fractions_in_voc_files_are_refused_and_boxes_at_the_corner_are_not(tmp_
         (tmp_path / name / "0.xml").write_text(
             f"<annotation><object><name>dog</name><bndbox>{tags}</bndbox></object></annotation>"
         )
-    with pytest.raises(BoxError, match=r"1 of 1 boxes of .*fractions are fractions .* 0\.xml; pixels were expected"):
+    with pytest.raises(BoxError, match=r"1 of 1 boxes of .*fractions are fractions .* 0\.xml; expected pixels"):
         open_boxes(tmp_path / "fractions")
     assert open_boxes(tmp_path / "pixels").boxes[0].tolist() == [[0, 0, 2, 2]]
 

@@ -54,7 +54,7 @@ def test_whole_numbers_are_classes_ordered_as_numbers_and_may_be_quantities(tmp_
     asked = targets(file, task="regression")
     assert asked.values.tolist() == [[10.0], [9.0], [-2.0], [9.0]]
     assert asked.columns == ("size",)
-    assert asked.why.startswith("regression, as asked for")
+    assert asked.why.startswith("regression, as requested")
 
 
 def test_several_columns_of_0_and_1_are_labels_and_fractions_are_quantities(tmp_path):
@@ -78,7 +78,7 @@ def test_parquet_and_csv_say_the_same(tmp_path):
         both = [targets(tmp_path / f"t.{kind}", columns=names) for kind in ("csv", "parquet")]
         assert [found.task for found in both] == [task] * 2
         np.testing.assert_array_equal(both[0].values, both[1].values)
-    with pytest.raises(UserError, match=r"column bytes of .* holds binary; texts or numbers were expected"):
+    with pytest.raises(UserError, match=r"column bytes of .* holds binary; expected text or numbers"):
         read_table(tmp_path / "t.parquet")
 
 
@@ -128,7 +128,7 @@ def test_wrong_wishes_are_refused(tmp_path):
     file = written(tmp_path, "path,x,k\na/1.png,1.5,cat\na/2.png,2.5,owl\n")
     for wish, said in (
         ({"columns": ["y"]}, "has no column y; it has x, k"),
-        ({"task": "ranking"}, "task 'ranking' came; classes, multilabel, regression was expected"),
+        ({"task": "ranking"}, "got task 'ranking'; expected one of classes, multilabel, regression"),
         ({"task": "classes"}, "has 2 target columns; for classes name one with --columns"),
         ({"columns": ["x"], "task": "multilabel"}, "column x of .* holds fractions; 0 and 1 were expected"),
         ({"columns": ["k"], "task": "regression"}, "column k of .* holds texts; numbers were expected"),

@@ -325,7 +325,7 @@ def test_evaluation_raises_instead_of_replacing(workers):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_data_that_have_gone_altogether_stop_the_run(workers):
     origin = source(3, r0=b"", r1=b"", r2=b"")
-    with pytest.raises(BadImage, match="seem to have gone") as caught:
+    with pytest.raises(BadImage, match="seems to be gone") as caught:
         drawn(images(origin), workers=workers)
     assert caught.value.code == "VANISHED"
 

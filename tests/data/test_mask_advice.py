@@ -42,7 +42,7 @@ def notes(maps):
 
 def test_levels_of_gray_are_refused_with_the_options_that_settle_them(tmp_path):
     two, three = folder(tmp_path / "2", [halves(0, 255)] * 3), folder(tmp_path / "3", [halves(0, 128, 255)] * 3)
-    with pytest.raises(MaskError, match=r"0 and 255 alone, .* give --mask-values 0,255 to learn 255"):
+    with pytest.raises(MaskError, match=r"0 and 255 alone, .* give --mask-values 0,255 to make 255"):
         open_masks(two)
     with pytest.raises(
         MaskError, match=r"129 classes come .* --mask-values 0,128,255 .* --mask-values 0,255 --ignore 128"

@@ -34,9 +34,9 @@ def test_several_patterns(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.txt", b"##.\n\n.#x\n", r"has 'x' in line 3; rows of '#'"),
-        ("a.txt", b"#.\r\n.\t#", r"has '\\t' in line 2; rows"),
-        ("a.txt", b" \n", "is empty; rows of '#'"),
+        ("a.txt", b"##.\n\n.#x\n", r"has 'x' in line 3; expected rows of '#'"),
+        ("a.txt", b"#.\r\n.\t#", r"has '\\t' in line 2; expected rows"),
+        ("a.txt", b" \n", "is empty; expected rows of '#'"),
         ("a.txt", b"\xff\xfe", "cannot be read"),
         ("a.npy", b"not an array", "cannot be read"),
         ("a.npy", b"\x93NUMPY\x01\x00\x14\x00{'descr': '|u1', ((((\n", "cannot be read"),

@@ -145,7 +145,7 @@ def test_folders_are_found_by_themselves(tmp_path):
     named = folder(tmp_path / "named", images="photos", masks="ids")
     assert len(open_masks(named / "photos", named / "ids").rows) == 6
     assert len(open_masks(root, root / "labels").source) == 6, "its images alone"
-    with pytest.raises(MaskError, match="no masks were found"):
+    with pytest.raises(MaskError, match="found no masks"):
         open_masks(named)
     with pytest.raises(MaskError, match="does not exist"):
         open_masks(named / "photos", named / "none")
@@ -181,7 +181,7 @@ def test_ids_names_and_shares(tmp_path):
     assert maps.read(0)[:5, 0].tolist() == [1, IGNORED, 3, IGNORED, 0]
     assert maps.pixels == {0: 66, 1: 11, 3: 11, 4: 121, 255: 11}
     assert maps.images[4] == 2
-    assert "10.0% of all pixels are not judged (id 3, id 255)" in maps.lines()[1]
+    assert "10.0% of all pixels are ignored (id 3, id 255)" in maps.lines()[1]
     assert "55.00% of pixels, in 2 images  tree" in "\n".join(maps.lines())
     (root / "classes.txt").unlink()
     numbered = open_masks(root, ignored=(0,))
@@ -262,20 +262,20 @@ def bad(root, name):
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("colour", r"a/0\.png of .* is a colour picture \(mode RGB\); one number for each pixel was expected"),
-        ("alpha", r"colour picture \(mode LA\)"),
+        ("colour", r"a/0\.png of .* is a colour image \(mode RGB\); expected one number for each pixel"),
+        ("alpha", r"colour image \(mode LA\)"),
         ("float", r"whole numbers"),
         ("size", r"has 60 x 40 pixels, but its image a/0\.png is shown with 40 x 60"),
-        ("jpeg", r"a JPEG, which does not keep ids"),
+        ("jpeg", r"a JPEG, whose compression changes ids"),
         ("twice", r"are both for the image a/0"),
-        ("names", r"none of 6 images .* a/0\.png there, but b/0\.png, b/1\.png, .* and 1 more came"),
+        ("names", r"none of 6 images .* a/0\.png there, but got b/0\.png, b/1\.png, .* and 1 more"),
         ("unknown", r"hold id 9 \(in 1 of 6\), but 2 classes are known, ids 0 to 1; .* --ignore 9"),
-        ("many", r"60000 classes came .* at most 254"),
+        ("many", r"got 60000 classes .* expected at most 254"),
         (
             "binary",
-            r"hold ids 0 and 255 alone, .* which leaves 1 class; at least two were expected: give --mask-values 0,255",
+            r"hold ids 0 and 255 alone, .* which leaves 1 class; expected at least two: give --mask-values 0,255",
         ),
-        ("one", r"hold one class only, id 1, so there is nothing to tell apart"),
+        ("one", r"hold only one class, id 1; expected at least two"),
         ("empty names", r"more than once or empty"),
         ("same names", r"the name 'a' more than once"),
         ("broken", r"no mask of .* can be read"),
@@ -297,7 +297,7 @@ def test_rows_that_are_missing_are_noticed(tmp_path):
 
 
 def test_a_wrong_ignored_id_is_refused(tmp_path):
-    with pytest.raises(MaskError, match="ignored id 70000 came"):
+    with pytest.raises(MaskError, match="got ignored id 70000"):
         open_masks(folder(tmp_path), ignored=(70_000,))
 
 

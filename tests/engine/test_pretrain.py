@@ -244,7 +244,7 @@ def test_data_that_have_gone_are_a_sentence(images, tmp_path, workers):
                 path.write_bytes(b"")
 
     settings = ("train.steps=60", "data.cache=false", f"data.workers={workers}", "data.max_bad_fraction=1")
-    gone = pytest.raises(TrainingFailed, match="the data seem to have gone")
+    gone = pytest.raises(TrainingFailed, match="the data set seems to be gone")
     with faults(before_step=emptying), gone as caught:
         start(images, tmp_path / "run", *settings)
     assert "Traceback" not in str(caught.value)

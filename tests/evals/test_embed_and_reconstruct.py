@@ -352,7 +352,7 @@ def test_a_broken_image_is_named_and_not_replaced(trained, images, tmp_path, mon
 def test_wrong_arguments_are_rejected_early(trained, images, tmp_path):
     with pytest.raises(ValueError, match=r"ends in .png"):
         reconstruct(tmp_path / "no run", [images], tmp_path / "a.jpg")
-    with pytest.raises(ValueError, match="is not a file; image files were expected"):
+    with pytest.raises(ValueError, match="is not a file; expected image files"):
         reconstruct(trained, [images / "0000.png", images], tmp_path / "a.png")
     with pytest.raises(ValueError, match="does not exist"):
         reconstruct(trained, [images / "no.png"], tmp_path / "a.png")

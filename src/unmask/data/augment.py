@@ -34,13 +34,13 @@ LEAST_LEFT = 0.2  # share of its area that a box around an object keeps in a cro
 
 def _ordered(span: tuple[float, float]) -> tuple[float, float]:
     if not 0 < span[0] <= span[1]:
-        raise ValueError("two numbers above 0 were expected, the smaller one first, for example [0.5,1]")
+        raise ValueError("expected two numbers above 0, the smaller one first, for example [0.5,1]")
     return span
 
 
 def _share(span: tuple[float, float]) -> tuple[float, float]:
     if _ordered(span)[1] > 1:
-        raise ValueError("shares of the image's area were expected, at most 1, for example [0.2,1]")
+        raise ValueError("expected shares of the image's area, at most 1, for example [0.2,1]")
     return span
 
 

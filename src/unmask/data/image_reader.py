@@ -1,4 +1,14 @@
-"""Read, decode and crop images."""
+"""Read, decode and crop images, and stack them to batches.
+
+Segmentation masks and boxes (`Annotations`) are cropped and flipped with their image.
+
+A file that can no longer be read is replaced by another image from the same counter-based stream, the same one in every
+run, and is reported with the batch. So is a file whose content changed since the source was opened (code CHANGED).
+
+Images stored in memory give the same pixels as images decoded again, except for a JPEG more than twice as large as its
+crop needs: when it is not stored, it is decoded at 1/2, 1/4 or 1/8 before it is resampled, which differs by a level or
+two. Whether images are stored is part of a run's plan, so a resumed run gets the same pixels.
+"""
 
 from __future__ import annotations
 
@@ -22,12 +32,12 @@ from unmask.data.sources.source import Source
 from unmask.rng import Stream, uniform, words
 
 REPLACEMENT_TRIES = 16
-READ_AHEAD = 16  # files of a batch that are held undecoded at a time
+READ_AHEAD = 16  # undecoded files of a batch in memory at a time
 
 
 @dataclass(frozen=True)
 class LoadedBatch:
-    """A batch, and the files that could not be read for it (each was replaced)."""
+    """A batch, and the files that could not be read for it and were replaced."""
 
     batch: Batch
     bad: tuple[BadFile, ...] = ()
@@ -38,11 +48,10 @@ class LoadedBatch:
 
 @dataclass(frozen=True)
 class OpenedImage:
-    """One image on its way: its full size, and either its bytes and header, or itself decoded, or what is wrong.
+    """One image between reading and cropping: its full size, and its bytes and header, its pixels, or its error.
 
     valid: (H, W) bool, False where a pixel is absent; None where all are there. Absent pixels hold the data's mean.
-    The full size is the one its boxes are drawn in: that of the original where a smaller copy stands for it
-    (data/pack.py).
+    The full size is that of the coordinates of its boxes: the original's, if the image is a smaller copy (pack.py).
     """
 
     size: tuple[int, int]
@@ -54,26 +63,26 @@ class OpenedImage:
 
 
 class Annotations(Protocol):
-    """What belongs to the pixels of an image and is cropped and flipped with it. Picklable; see maps.py, boxes.py."""
+    """Annotations that are cropped and flipped with their image: segmentation masks or boxes. Picklable."""
 
     @property
     def rows(self) -> np.ndarray:
-        """Those of the source that have any, sorted."""
+        """Rows of the source with annotations, sorted."""
         ...
 
     def cut(
         self, row: int, size: tuple[int, int], box: np.ndarray, target: tuple[int, int], flip: bool
     ) -> dict[str, np.ndarray]:
-        """Arrays of `Batch`'s fields for one image, always of the same shapes, from the arguments of `augment.cut`.
+        """Return arrays of `Batch` fields for one image, always of the same shapes; arguments as of `augment.cut`.
 
-        size: that of the image in full, to hold against what was annotated. Raises BadImage.
+        size: full size of the image, compared with that of the annotations. Raises BadImage.
         """
         ...
 
 
 @dataclass
 class ImageReader:
-    """Reads, decodes, crops and stacks the images it is asked for. Picklable; everything random comes from `seed`.
+    """Read, decode, crop and stack images on request. Picklable; everything random comes from `seed`.
 
     training=False means the centred box and no flip; then a bad file raises, because an evaluation must not put
     another image in its place. whole=True: outside training the box is the whole image, squeezed or stretched to the
@@ -107,11 +116,11 @@ class ImageReader:
 
     @property
     def interpolation(self) -> str:
-        """Of the crops: the setting in training, bicubic in evaluation."""
+        """Interpolation of crops: the setting in training, bicubic in evaluation."""
         return self.crop.interpolation if self.training else "bicubic"
 
     def keep_decoded(self) -> None:
-        """Decode every image once, in full, and keep it, for sets that fit in memory; workers forked later share it.
+        """Decode every image in full and store it, for data sets that fit in memory; workers forked later share it.
 
         It takes rows x H x W x C values of the data set's dtype; the scan tells whether they fit. What cannot be
         decoded now is met again, and reported, when its turn comes.
@@ -127,7 +136,7 @@ class ImageReader:
 
     def __getitem__(self, taken: SampleIndices) -> LoadedBatch:
         index, bad, more = taken.index.copy(), [], []
-        # Channels last, as decoders write and as a patch vector is laid out: to turn each batch would cost a twentieth.
+        # Channels last, as decoders write and as patch vectors are laid out: transposing a batch costs 5 % of loading.
         later = self.training and self.on_device
         room = augment.room_for(self.spec.size) if later else self.spec.size
         out = np.empty((len(index), *room, self.spec.channels), self.spec.dtype)
@@ -148,7 +157,7 @@ class ImageReader:
         valid = self._all_valid([one.pop("valid", None) for one in more])
         if valid is not None:
             if crops is None:
-                out[~valid] = self.fill  # as before the colours were changed
+                out[~valid] = self.fill  # as before colour jitter
             for one, there in zip(more, valid, strict=True):
                 if "maps" in one:
                     one["maps"] = np.where(there, one["maps"], IGNORED).astype(one["maps"].dtype)
@@ -168,13 +177,13 @@ class ImageReader:
         return LoadedBatch(batch, tuple(bad))
 
     def _all_valid(self, maps: list[np.ndarray | None]) -> np.ndarray | None:
-        """(B, h, w) bool of the maps of single images; None where no pixel of any is absent."""
+        """Stack the (h, w) bool maps of single images to (B, h, w); None if no pixel is absent."""
         if all(valid is None or valid.all() for valid in maps):
             return None
         return np.stack([np.ones(self.spec.size, bool) if valid is None else valid for valid in maps])
 
     def _samples(self, taken: SampleIndices) -> Iterator[tuple[OpenedImage, np.ndarray, bool]]:
-        """Image, box and flip of each: `repeats` in a row are of one image, which is decoded once."""
+        """Yield image, box and flip of each sample; `repeats` in a row share one image, decoded once."""
         repeats = self.repeats if self.training else 1
         assert len(taken.index) % repeats == 0, f"{len(taken.index)} samples are not {repeats} of every image"
         for start in range(0, len(taken.index), READ_AHEAD * repeats):
@@ -190,7 +199,7 @@ class ImageReader:
                 yield from ((image, box, bool(flip)) for box, flip in zip(boxes[own], flips[own], strict=True))
 
     def opened(self, row: int) -> OpenedImage:
-        """The bytes and the size of one image; a fault is kept until its turn comes."""
+        """Read the bytes and the header of one image; an error is stored, and raised when the image is cropped."""
         if self.note is not None:
             self.note(row)
         if row in self.kept:
@@ -203,7 +212,7 @@ class ImageReader:
             return OpenedImage((1, 1), fault=error)
 
     def decoded(self, opened: OpenedImage, boxes: np.ndarray) -> OpenedImage:
-        """The image as large as its boxes need it, or what is wrong with it."""
+        """Decode the image as large as its boxes need it, or store the error."""
         if opened.image is not None or opened.fault is not None:
             return opened
         sizes = [augment.decode_size(opened.size, box, self.spec.size) for box in boxes]
@@ -214,7 +223,7 @@ class ImageReader:
             return OpenedImage(opened.size, fault=error)
 
     def _with_absent(self, opened: OpenedImage, pixels: np.ndarray) -> OpenedImage:
-        """The image as the data set has it, and which of its pixels are absent. Raises BadImage."""
+        """Convert the image to the dtype and channels of the data set, and find its absent pixels. Raises BadImage."""
         valid = nodata.valid_pixels(pixels, self.source.reading.nodata, nodata.declared(opened.data))
         if valid is None:
             return OpenedImage(opened.size, image=self._conform(pixels))
@@ -223,21 +232,21 @@ class ImageReader:
 
     @property
     def fill(self) -> np.ndarray:
-        """(C,): what stands for an absent pixel."""
+        """(C,): the value of absent pixels."""
         return nodata.fill_values(self.spec.mean, self.spec.dtype)
 
     def _take(
         self, row: int, opened: OpenedImage, box: np.ndarray, flip: bool, out: np.ndarray, crop: np.ndarray | None
     ) -> dict[str, np.ndarray]:
-        """Writes a decoded image's crop to `out` (H, W, C), or with `crop` (7,) what it is made of on the device.
+        """Write the crop of a decoded image to `out` (H, W, C), or with `crop` (7,) what the device resamples it from.
 
-        Returns what goes with it. Raises BadImage.
+        Returns the arrays that belong to it. Raises BadImage.
         """
         if opened.image is None:
             assert opened.fault is not None
             raise opened.fault
         y, x = (have / full for have, full in zip(opened.image.shape, opened.size, strict=False))
-        box_here = box * (y, x, y, x)  # an image that is smaller than in full shrinks the box alike
+        box_here = box * (y, x, y, x)  # in pixels of the image as decoded
         beside = {}
         if self.annotations is not None:
             beside = self.annotations.cut(row, opened.size, box, self.spec.size, flip)
@@ -252,7 +261,7 @@ class ImageReader:
     def _take_valid(
         self, opened: OpenedImage, box: np.ndarray, flip: bool, out: np.ndarray, crop: np.ndarray | None
     ) -> np.ndarray:
-        """As `_take`, for an image with absent pixels, which is resampled here; returns (h, w) bool."""
+        """Write the crop of an image with absent pixels, resampled on the CPU; return (h, w) bool of valid pixels."""
         assert opened.image is not None
         assert opened.valid is not None
         size = self.spec.size
@@ -268,9 +277,9 @@ class ImageReader:
     def _replace(
         self, row: int, epoch: int, out: np.ndarray, crop: np.ndarray | None
     ) -> tuple[int, dict[str, np.ndarray]]:
-        """Writes the image that stands in for a bad one, the same choice in every run whatever came before, to `out`.
+        """Write the replacement of an unreadable image to `out`; the choice depends on seed, epoch and row alone.
 
-        Returns its row and what goes with it.
+        Returns its row and the arrays that belong to it. Raises BadImage when no replacement can be read.
         """
         one = np.array([row]), np.array([epoch])
         for word in words(self.seed, Stream.REPLACE, one[1], one[0], REPLACEMENT_TRIES)[0]:
@@ -283,12 +292,12 @@ class ImageReader:
                 continue
         raise BadImage(
             "VANISHED",
-            f"{self.source.names[row]} and {REPLACEMENT_TRIES} others drawn to replace it cannot be read: the data "
-            "seem to have gone; bring them back and resume",
+            f"{self.source.names[row]} and {REPLACEMENT_TRIES} replacements cannot be read: the data set seems "
+            "to be gone; restore it and resume",
         )
 
     def _boxes(self, sizes: np.ndarray, index: np.ndarray, epoch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(B, 4) boxes and (B,) flips of images of these full sizes, (B, 2)."""
+        """Draw (B, 4) boxes and (B,) flips for images of these full sizes (B, 2)."""
         if not self.training and self.whole:
             return augment.whole_boxes(sizes), np.zeros(len(index), bool)
         if not self.training:

@@ -1,4 +1,13 @@
-"""The order of samples."""
+"""The order of samples: which image is sample number s. Position is one integer, the number of samples consumed.
+
+Sample number s belongs to pass s // n over the n images, at place s % n of that pass's order; order, crop, flip and
+colour jitter are pure functions of (seed, epoch, image). Passes follow one another without a gap, so no image is left
+out, and a batch may be larger than the data set.
+
+With `repeats` R every image gives R samples in a row, each with its own crop, flip, jitter and mask, for one reading
+and decoding (Hoffer et al. 2020, "Augment your batch"). The `epoch` of a sample counts how often its image was drawn
+before: without repeats the number of the pass, with them R * pass + repeat.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +20,7 @@ from unmask.rng import permutation
 
 @dataclass(frozen=True)
 class SampleIndices:
-    """The images of one batch: rows of the source, and how often each has been drawn before, its epoch."""
+    """The samples of one batch: rows of the source, and the epoch of each (how often its image was drawn before)."""
 
     index: np.ndarray  # (B,) int64
     epoch: np.ndarray  # (B,) int64
@@ -19,7 +28,7 @@ class SampleIndices:
 
 @dataclass
 class Order:
-    """Which image sample number s is. `rows` are the usable rows of the source; see the module for `repeats`."""
+    """Maps sample numbers to images. rows: the usable rows of the source. repeats: see the module docstring."""
 
     rows: np.ndarray
     seed: int
@@ -27,7 +36,7 @@ class Order:
     _cache: dict[int, np.ndarray] = field(default_factory=dict)
 
     def take(self, start: int, count: int) -> SampleIndices:
-        """Samples start .. start + count."""
+        """Return samples start .. start + count."""
         slots, repeat = np.divmod(np.arange(start, start + count, dtype=np.int64), self.repeats)
         passes, place = np.divmod(slots, len(self.rows))
         index = np.empty_like(slots)

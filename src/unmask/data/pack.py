@@ -1,15 +1,15 @@
-"""A copy of a data set to train on faster: one tar in which large images are shrunk once, instead of in every epoch.
+"""Copy a data set into one tar in which large images are shrunk once, instead of in every epoch.
 
-Nothing that is drawn changes. Names, their order and so the rows, and the labels that folders give, stay as they are;
-every smaller copy notes the size of its original (`decode.packed_note`), and crop boxes are drawn in pixels of that. So
-the order, boxes, flips and masks of a run on the copy are those of a run on the originals, bit for bit. What differs:
-the pixels, by what shrinking twice and a second compression do to them; the mean and deviation that the scan counts;
-the fingerprint, so a run begun on one cannot be resumed on the other; and a crop shorter than the method's size, of
-which an original has more detail than the copy.
+No random draw changes. Names, their order and so the rows, and the labels from folders stay the same; every smaller
+copy stores the size of its original (`image_header.packed_note`), and crop boxes are drawn in pixels of the original.
+So the order, boxes, flips and masks of a run on the copy are those of a run on the originals, bit for bit. These
+differ: the pixels, by shrinking twice and a second compression; the mean and standard deviation of the scan; the
+fingerprint, so a run started on one cannot be resumed on the other; and crops shorter than the method's size, of which
+an original has more detail than the copy.
 
-JPEG stays JPEG; under their old name other images in gray or RGB, of 8 or 16 bits, become PNG, and floats and other
-numbers of channels .npy. Copied byte for byte are images whose short side is no longer, those that shrinking makes no
-smaller file of, and those that cannot be read: they keep their rows, and training finds and leaves them out as before.
+JPEG stays JPEG. Under their old names, other gray or RGB images of 8 or 16 bits become PNG, and floats and other
+numbers of channels .npy. Images that are small enough, that do not become smaller files, or that cannot be read are
+copied byte for byte: they keep their rows, and training reports and skips unreadable ones as before.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ from unmask.data.sources.tar_file import TarSource
 from unmask.errors import UserError, some
 from unmask.system.processes import process_pool
 
-SHORT_SIDE = 512  # pixels, unless it is said otherwise
-CHUNK = 8  # images that a process is given at a time
-AHEAD = 4  # chunks for each process that may wait to be written
+SHORT_SIDE = 512  # pixels
+CHUNK = 8  # images sent to a process at a time
+AHEAD = 4  # chunks per process that may wait to be written
 
 
 class PackError(UserError):
-    """Images that cannot be packed as they are, or a place they cannot be packed to; the message says what to do."""
+    """Images that cannot be packed, or a file that cannot be written."""
 
 
 SHRUNK, SMALL, NO_SMALLER, BAD = "shrunk", "small enough", "cannot be made smaller", "bad"
@@ -62,7 +62,7 @@ SHRUNK, SMALL, NO_SMALLER, BAD = "shrunk", "small enough", "cannot be made small
 
 @dataclass(frozen=True)
 class Packed:
-    """One image as it goes into the tar: SHRUNK, or its own bytes and why; `fault` is what is wrong with a BAD one."""
+    """One image of the tar: SHRUNK, or its own bytes and the reason; `fault` is the error of a BAD one."""
 
     data: bytes
     what: str
@@ -106,21 +106,24 @@ def pack(
 ) -> PackSummary:
     """Write the images of `data` to the new file `out`, a .tar, and return what was done.
 
-    short_side: pixels; longer ones are shrunk to it, nothing is enlarged. quality: of JPEGs, 1 to 100. workers:
-    processes, None for one to a core, 0 for this one. exclude: patterns of names to leave out. The file appears when it
-    is complete and has been read back; it is never there in part. Raises PackError.
+    short_side: pixels; longer ones are shrunk to it, nothing is enlarged. quality: of JPEGs, 1 to 100. workers: number
+    of processes, None for one per core, 0 for this process. exclude: patterns of names to leave out. The file is
+    renamed into place once it is complete and was read back. Raises PackError.
     """
     console, out, start = console or Console(), Path(out), time.monotonic()
     if short_side < 1 or not 1 <= quality <= 100:
-        raise PackError(f"short side {short_side} and quality {quality} came; at least 1, and 1 to 100, were expected")
+        raise PackError(
+            f"got short side {short_side} and quality {quality}; expected a short side of at least 1, a quality of 1 "
+            "to 100"
+        )
     if out.suffix != ".tar":
-        raise PackError(f"{out} came, a new file that ends in .tar was expected")
+        raise PackError(f"got {out}; expected the name of a new file that ends in .tar")
     if workers is not None and workers < 0:
-        raise PackError(f"{workers} workers came; 0 (this process shrinks the images itself) or more were expected")
+        raise PackError(f"got {workers} workers; expected 0 (shrink the images in this process) or more")
     if out.exists():
-        raise PackError(f"{out} exists already; choose another name, or remove it first")
+        raise PackError(f"{out} exists already; choose another name, or delete it first")
     if left := [str(path) for path in out.parent.glob(f".{glob.escape(out.name)}.*.part")]:
-        console.warn(f"left over from a packing that was killed, unless one goes on now: {some(left)}; remove it then")
+        console.warn(f"found {some(left)}: another pack is running, or one was killed; in that case delete it")
     source = open_source(data, exclude)
     require_packable(source)
     if workers is None:
@@ -135,14 +138,14 @@ def pack(
         written = _write(source, part, _packed(source, short_side, quality, workers), console)
         _require_same(source, part)
         if out.exists():
-            raise PackError(f"{out} has appeared meanwhile, by another program; it is left as it is")
+            raise PackError(f"{out} was created by another program in the meantime; choose another name")
         os.replace(part, out)
     except OSError as error:
-        raise PackError(f"{out} cannot be written: {error.strerror}; nothing is left of it") from None
+        raise PackError(f"cannot write {out}: {error.strerror}; the incomplete file was deleted") from None
     except BrokenProcessPool:
         raise PackError(
-            "a process was killed while it shrank images (out of memory, or a crash in a decoder); give --workers 0 to "
-            "see where, or fewer workers"
+            "a worker process was killed while it shrank images (out of memory, or a crash in a decoder); give fewer "
+            "--workers, or --workers 0 to see the crash"
         ) from None
     finally:
         with suppress(OSError):
@@ -165,20 +168,22 @@ def pack(
 
 
 def require_packable(source: Source) -> None:
-    """Raises PackError where a tar could not keep the names, their order, or the labels."""
+    """Raise PackError unless a tar can store the names, their order and the labels."""
     names = list(source.names)
-    folder = "give the folder, tar or zip that holds the files, or write them into folders, one for each class"
+    folder = "give the folder, tar or zip that holds the files, or put the files of each class into one folder"
     if bare := [name for name in names if not name.lower().endswith(EXTENSIONS)]:
-        raise PackError(f"{source.name} has no file names to pack under, for example {bare[0]}; {folder}")
+        raise PackError(f"the images of {source.name} have no file names (for example {bare[0]}); {folder}")
     if names != sorted(set(names)):
-        raise PackError(f"{source.name} has an order of its own, or files twice, which a tar does not keep; {folder}")
+        raise PackError(
+            f"{source.name} is not in sorted order, or holds a name twice, which a tar cannot store; {folder}"
+        )
     labels = classes_of(names)[1]
     if source.labels is None and labels is not None:
         raise PackError(
-            f"{source.name} has no labels, but folders in its names, which a tar would take for classes; {folder}"
+            f"{source.name} has no labels, but its names contain folders, which become classes in a tar; {folder}"
         )
     if source.labels is not None and (labels is None or not np.array_equal(labels, source.labels)):
-        raise PackError(f"the labels of {source.name} are not those of folders, which is all a tar keeps; {folder}")
+        raise PackError(f"the labels of {source.name} are not its folder names, and a tar stores no others; {folder}")
 
 
 @dataclass
@@ -216,18 +221,18 @@ def _write(source: Source, part: Path, images: Iterator[Packed], console: Consol
 
 
 def _require_same(source: Source, part: Path) -> None:
-    """What was written is read back as the images it was made of."""
+    """Read the tar back. Raises PackError unless it has the names and labels of the source."""
     written = TarSource(str(part))
     same = list(written.names) == list(source.names)
     if not same or not np.array_equal(written.labels, source.labels):  # type: ignore[arg-type]
         raise PackError(
-            f"the tar does not come back as {source.name}: it has {len(written)} of {len(source)} images, or other "
-            "names, for example of hidden folders; rename what is unusual and pack again"
+            f"the tar, read back, differs from {source.name}: it has {len(written)} of {len(source)} images, or other "
+            "names, for example of hidden folders; rename those files and pack again"
         )
 
 
 def _packed(source: Source, short_side: int, quality: int, workers: int) -> Iterator[Packed]:
-    """Every image in its order."""
+    """Yield every image in order."""
     if workers <= 0:
         yield from (pack_image(source, row, short_side, quality) for row in range(len(source)))
         return
@@ -241,7 +246,7 @@ def _packed(source: Source, short_side: int, quality: int, workers: int) -> Iter
             yield from waiting.popleft().result()
 
 
-_given: tuple[Source, int, int] | None = None  # of a worker process: handed over once
+_given: tuple[Source, int, int] | None = None  # of a worker process, sent once
 
 
 def _begin(source: Source, short_side: int, quality: int) -> None:
@@ -256,7 +261,7 @@ def _pack_many(rows: range) -> list[Packed]:
 
 
 def pack_image(source: Source, row: int, short_side: int, quality: int) -> Packed:
-    """One image; see the module docstring. What cannot be opened at all has no bytes, and is bad for that."""
+    """Return one image for the tar; see the module docstring. A file that cannot be opened has no bytes and is BAD."""
     data = b""
     try:
         data = source.read(row)
@@ -278,15 +283,15 @@ def pack_image(source: Source, row: int, short_side: int, quality: int) -> Packe
         small, there = augment.cut_valid(nodata.filled(pixels, valid, fill), valid, fill, box, target, False)
         small[~there] = np.nan
     else:
-        return Packed(data, NO_SMALLER)  # integers have no value for absent pixels but in the tag of a TIFF
+        return Packed(data, NO_SMALLER)  # absent integer pixels are marked in the tag of a TIFF only
     encoded = _encoded(small, found, quality)
-    again = decode.header(encoded)  # a .npy of few rows and many channels would be read as if it were turned
+    again = decode.header(encoded)  # a .npy of few rows and many channels would be read as (C, H, W)
     same = (again.height, again.width, again.channels, again.dtype) == (*small.shape, found.dtype)
     return Packed(encoded, SHRUNK) if same and len(encoded) < len(data) else Packed(data, NO_SMALLER)
 
 
 def _target(found: Header, short_side: int) -> tuple[int, int] | None:
-    """The size to shrink to; None for what stays as it is."""
+    """Return the size (H, W) to shrink to; None for an image that stays as it is."""
     short = min(found.height, found.width)
     if short <= short_side:
         return None
@@ -294,15 +299,15 @@ def _target(found: Header, short_side: int) -> tuple[int, int] | None:
 
 
 def _encoded(pixels: np.ndarray, found: Header, quality: int) -> bytes:
-    """The bytes of a smaller copy (H, W, C) of an image with this header."""
+    """Encode a smaller copy (H, W, C) of an image with this header."""
     note = packed_note((pixels.shape[0], pixels.shape[1]), found.full_size)
     if found.format == "JPEG":
         return _jpeg(pixels, quality, note)
     if pixels.shape[2] not in (1, 3) or pixels.dtype == np.float32:
         file = io.BytesIO()
-        # In the order of axes of the original: files that are copied as they are have it too.
+        # In the order of axes of the original, as the files have that are copied unchanged.
         np.save(file, np.ascontiguousarray(pixels.transpose(2, 0, 1)) if found.layout.axes == "CHW" else pixels)
-        return file.getvalue() + note  # what lies behind the values is read by nobody else
+        return file.getvalue() + note  # other programs ignore bytes behind the values
     return _png(pixels, note) if pixels.dtype == np.uint8 else _png16(pixels, note)
 
 

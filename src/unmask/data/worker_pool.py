@@ -1,8 +1,8 @@
-"""Worker processes that make batches ahead of their use; the main process never waits for one without a limit.
+"""Worker processes that make batches ahead of use; the main process waits for them with a time limit.
 
 Request number n goes to worker n modulo the number of workers, and results are returned in the order of the requests.
-Two threads of the main process talk to the workers, one sends requests and one receives results, so that the thread
-that trains waits on a queue only, where a signal, a dead worker or a stall is noticed at once.
+Two threads of the main process serve the workers, one sends requests and one receives results, so that the training
+thread waits on a queue only and notices a signal, a dead worker or a stall at once.
 
 Tensors travel through one anonymous file in memory per worker (Linux: memfd), divided into slots that are used again.
 Such a file is not part of /dev/shm, which has 64 MB in a Docker container by default, and it is gone with the last
@@ -32,7 +32,7 @@ from unmask.errors import LoadingFailed
 from unmask.system import processes
 from unmask.system.stalls import TICK, VARIABLE, Patience, stall_seconds, write_stacks
 
-READY = 2  # results on this side of the queue
+READY = 2  # results buffered in the main process
 
 
 _END = object()
@@ -41,16 +41,16 @@ _open_pools: weakref.WeakSet[WorkerPool[Any, Any]] = weakref.WeakSet()
 
 @dataclass(frozen=True)
 class _Raised:
-    """An exception of one of the threads, for the thread that waits."""
+    """An exception of a thread, passed to the waiting thread."""
 
     error: BaseException
 
 
 class WorkerPool(Iterator[Result], Generic[Request, Result]):
-    """Results of `maker.make` for all requests, in their order, made by `workers` processes.
+    """Iterate over the results of `maker.make` for all requests, in order, made by `workers` processes.
 
-    caught: an exception of `make` that is raised here as it is. Others, a dead worker, and `stall_seconds` without a
-    result raise LoadingFailed, which names the worker and what it was reading. pin: tensors in page-locked memory.
+    caught: the exception type of `make` that is raised here unchanged. Others, a dead worker, and `stall_seconds`
+    without a result raise LoadingFailed, which names the worker and the file that it reads. pin: page-locked tensors.
     folder: where the stacks of a stalled pool are written. Forgetting the object ends the workers, as `close` does.
     """
 
@@ -83,7 +83,7 @@ class WorkerPool(Iterator[Result], Generic[Request, Result]):
         _open_pools.add(self)
 
     def close(self) -> None:
-        """End the workers. Nothing more is delivered."""
+        """End the workers; the iterator ends."""
         self._finalizer()
 
     def __next__(self) -> Result:
@@ -124,7 +124,7 @@ class WorkerPool(Iterator[Result], Generic[Request, Result]):
 
 
 class _Parts:
-    """Processes, threads and queue of a pool, which do not hold the pool itself, so that it can be forgotten."""
+    """Processes, threads and queue of a pool, without a reference to it, so that it can be garbage-collected."""
 
     def __init__(self, requests: Iterable[Any], pin: bool) -> None:
         self.requests, self.pin = requests, pin
@@ -157,7 +157,7 @@ class _Parts:
                 with self.progress:
                     self.sent += 1
                     self.progress.notify()
-        except OSError:  # a dead worker, of which `_receive` reports as soon as it awaits this request
+        except OSError:  # a dead worker; `_receive` reports it when this request is due
             with self.progress:
                 self.sent += 1
                 self.progress.notify()
@@ -190,7 +190,7 @@ class _Parts:
         self._hand_over(_END)
 
     def awaited(self) -> WorkerProcess:
-        """The worker whose result is the next one."""
+        """Return the worker of the next result."""
         return self.workers[self.received % len(self.workers)]
 
     def _hand_over(self, item: object) -> None:
@@ -209,7 +209,7 @@ class _Parts:
         )
 
     def stacks_of_workers(self) -> str:
-        """What the workers answer within half a second; one that is stopped answers nothing."""
+        """Return the stacks that the workers write within half a second; a stopped worker writes none."""
         parts = []
         for worker in self.workers:
             start = self.stacks.seek(0, os.SEEK_END)
@@ -224,7 +224,7 @@ class _Parts:
         return "\n".join(parts)
 
     def end(self) -> None:
-        if os.getpid() != self.owner:  # a forked copy is forgotten: the workers are not its own
+        if os.getpid() != self.owner:  # a forked copy does not own the workers
             return
         self.ending.set()
         for worker in self.workers:
@@ -243,6 +243,6 @@ class _Parts:
 
 @atexit.register
 def _end_open_pools() -> None:
-    """Before multiprocessing's own function, which sends its children SIGTERM and waits: workers ignore it."""
+    """Run before multiprocessing's exit handler, which sends SIGTERM, which workers ignore, and waits."""
     for pool in list(_open_pools):
         pool.close()

@@ -1,4 +1,4 @@
-"""One worker process."""
+"""One worker process, from both sides: its loop, and the main process's handle of it."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ Result = TypeVar("Result", covariant=True)
 
 
 class Maker(Protocol[Request, Result]):
-    """What a worker runs. Picklable where processes are spawned."""
+    """The work of a worker. Picklable where processes are spawned."""
 
     def make(self, request: Request, note: Callable[[int], None]) -> Result:
-        """One result; `note` is called with the row of the source that is read or decoded from now on."""
+        """Return one result; call `note` with each row of the source before it is read or decoded."""
         ...
 
     def name(self, row: int) -> str:
-        """The file of a row, for messages."""
+        """Return the name of a row's file, for messages."""
         ...
 
 
 @dataclass(frozen=True)
 class Failure:
-    """What a worker raised that it should not have."""
+    """An unexpected exception of a worker."""
 
     sentence: str
     traceback: str
@@ -53,7 +53,7 @@ def _work(
     file: Descriptor | None,
     stacks: Descriptor | None,
 ) -> None:
-    """The life of a worker: requests in, results out. Ends when the pipe does."""
+    """Serve requests until the pipe is closed."""
     processes.begin_worker()
     if stacks is not None:
         processes.answer_with_stacks(stacks.number)
@@ -79,7 +79,7 @@ def _work(
 
 
 class WorkerProcess:
-    """The main process's side of one worker."""
+    """The main process's handle of one worker."""
 
     def __init__(self, maker: Maker[Any, Any], caught: type[Exception], number: int, stacks: Descriptor | None) -> None:
         self.number, self.received = number, 0
@@ -103,7 +103,7 @@ class WorkerProcess:
         self.descriptor, self.slots = descriptor, None
 
     def receive(self, pin: bool) -> Any:
-        """The next result. Raises EOFError or OSError when the worker has died."""
+        """Return the next result. Raises EOFError or OSError when the worker has died."""
         self._wait()
         slot, size = self.pipe.recv()
         header = io.BytesIO(self.pipe.recv_bytes())
@@ -117,14 +117,14 @@ class WorkerProcess:
         return Unpacker(header, content, pin).load()
 
     def _wait(self) -> None:
-        """Until something is there to receive. A dead worker is noticed although others have its pipe open, by fork."""
+        """Wait for data. Raises EOFError for a dead worker, even if forked workers hold its pipe open."""
         ready = connection.wait([self.pipe, self.process.sentinel])
         if self.pipe not in ready and not self.pipe.poll():
             raise EOFError
 
     @property
     def row(self) -> int | None:
-        """The row of the source that it reads or decodes; None where that is not known."""
+        """The row of the source that it reads or decodes; None if unknown."""
         if self.page is None:
             return None
         row = int.from_bytes(self.page[:8], "little")
@@ -133,7 +133,7 @@ class WorkerProcess:
     def end(self) -> None:
         self.process.kill()
         self.process.join(GRACE)
-        if self.process.is_alive():  # in a system call that cannot be interrupted: multiprocessing must not wait for it
+        if self.process.is_alive():  # blocked in the kernel: multiprocessing must not wait for it
             _forget(self.process)
         self.pipe.close()
         if self.descriptor is not None:

@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-AHEAD = 4  # requests of each worker that are being made, or wait to be used
+AHEAD = 4  # requests per worker that are in progress or finished and unused
 PAGE = mmap.PAGESIZE
 ALIGNMENT = 64  # of every tensor in a slot, in bytes
 
 
 class Descriptor:
-    """A file descriptor that a forked child inherits and a spawned one is given."""
+    """A file descriptor that forked children inherit and spawned ones receive."""
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -35,7 +35,7 @@ def _received(duplicate: Any) -> Descriptor:
 
 
 def memory_file() -> int | None:
-    """A new anonymous file in memory; None where the system has none."""
+    """Create an anonymous file in memory; None where the system does not support it."""
     if not hasattr(os, "memfd_create"):
         return None
     try:
@@ -48,7 +48,7 @@ def memory_file() -> int | None:
 
 @dataclass(frozen=True)
 class _Layout:
-    """Where a tensor lies: its bytes from `offset` on, and what makes a tensor of them again."""
+    """Where a tensor is stored: offset, shape, strides and dtype."""
 
     offset: int
     shape: tuple[int, ...]
@@ -57,7 +57,7 @@ class _Layout:
 
     @property
     def count(self) -> int:
-        """Elements in memory."""
+        """Number of elements."""
         return int(np.prod(self.shape, dtype=np.int64))
 
     @property
@@ -66,7 +66,7 @@ class _Layout:
 
 
 class _Packer(pickle.Pickler):
-    """Pickles everything but tensors, which it collects; `size` is the room they need."""
+    """Pickle everything but tensors, which are collected in `tensors`; `size` is their number of bytes."""
 
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file, protocol=pickle.HIGHEST_PROTOCOL)
@@ -86,7 +86,7 @@ class _Packer(pickle.Pickler):
 
 
 class Unpacker(pickle.Unpickler):
-    """Undoes `_Packer`: every tensor gets memory of its own, page-locked on request, and the strides it had."""
+    """Unpickle what `_Packer` wrote: every tensor gets its own memory, page-locked if `pin`, and its old strides."""
 
     def __init__(self, file: io.BytesIO, content: Any, pin: bool) -> None:
         super().__init__(file)
@@ -99,12 +99,12 @@ class Unpacker(pickle.Unpickler):
 
 
 def _bytes_of(tensor: Tensor) -> np.ndarray:
-    """The memory of a dense tensor, (bytes,) uint8, whatever the order of its dimensions."""
+    """Return the memory of a dense tensor as (bytes,) uint8, whatever the order of its dimensions."""
     return tensor.detach().as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy()
 
 
 class Outbox:
-    """A worker's side of the transport: results, and on the first page of the file the row that it works on."""
+    """A worker's end: sends results, and writes the current row to the first page of the shared file."""
 
     def __init__(self, pipe: Connection, file: Descriptor | None) -> None:
         self.pipe, self.file = pipe, file
@@ -121,7 +121,7 @@ class Outbox:
         packer = _Packer(header)
         packer.dump(result)
         if self.file is not None and self.slots is None and packer.size:
-            self.slot_size = -(-packer.size // PAGE) * PAGE  # all batches of a loader but its last are of one size
+            self.slot_size = -(-packer.size // PAGE) * PAGE  # all batches but the last have the same size
             os.ftruncate(self.file.number, PAGE + AHEAD * self.slot_size)
             self.slots = mmap.mmap(self.file.number, AHEAD * self.slot_size, offset=PAGE)
         slot = self.sent % AHEAD

@@ -45,10 +45,10 @@ CORNERS = 0.8  # of the boxes that leave their image: share from which on they a
 LEAST_INSIDE = 0.5  # share of a box's area that lies in the image; boxes with less are left out
 OUTSIDE, CUT, EMPTY, ASIDE = "outside", "cut", "empty", "aside"
 REASONS = {
-    OUTSIDE: "boxes lie for the most part outside their image and are left out",
-    CUT: "boxes stick out of their image and are cut at its edge",
+    OUTSIDE: "boxes lie mostly outside their image and are left out",
+    CUT: "boxes extend beyond their image and are clipped at its edge",
     EMPTY: "boxes without area are left out",
-    ASIDE: "crowds of objects, or difficult ones, are neither learned from nor judged",
+    ASIDE: "boxes of crowds or difficult objects are used neither for training nor for evaluation",
 }
 
 
@@ -103,7 +103,7 @@ class BoxAnnotations:
             why = "without annotation" if self.split is None else f"outside the split {self.split!r}, or not annotated,"
             said.append(f"{len(without)} images {why} are left out: {some(without)}")
         if self.missing:
-            said.append(f"{len(self.missing)} images that are annotated or listed are not there: {some(self.missing)}")
+            said.append(f"{len(self.missing)} images that are annotated or listed are missing: {some(self.missing)}")
         said += [f"{count} {REASONS[reason]}: {some(self.faulty[reason])}" for reason, count in self.faults.items()]
         said += self.notes
         labels = np.concatenate([np.zeros(0, np.int64), *self.labels.values()])
@@ -145,8 +145,8 @@ def open_boxes(
         missing = sorted(listed - {stem_name(source.names[row]) for row in rows})
         if not rows:
             raise BoxError(
-                f"no annotated image of {source.name} is in the split {split!r}, which lists {some(missing)}; names "
-                "without folder and ending were expected"
+                f"no annotated image of {source.name} is in the split {split!r}, which lists {some(missing)}; expected "
+                "names without folder and ending"
             )
     if classes is None:
         used = {name for key in rows.values() for name in said[key].names}
@@ -168,7 +168,7 @@ def open_boxes(
             "width, height: convert them"
         )
     if not sum(map(len, boxes.boxes.values())):
-        raise BoxError(f"{found} has no box for any of {len(rows)} images of {source.name}; at least one was expected")
+        raise BoxError(f"{found} has no box for any of {len(rows)} images of {source.name}; expected at least one")
     return boxes
 
 
@@ -231,12 +231,12 @@ def _add(boxes: BoxAnnotations, row: int, said: Objects, head: Header, *, turn: 
     if said.size not in (None, size):
         raise BoxError(
             f"{name} is shown with {size[0]} x {size[1]} pixels, but its annotation is for {said.size[0]} x "
-            f"{said.size[1]}; the images that were annotated were expected, not resized or turned"
+            f"{said.size[1]}; give the images that were annotated, not resized or rotated ones"
         )
     if strange := sorted({one for one in said.names if one not in boxes.classes}):
         raise BoxError(
             f"{name} has an object of class {strange[0]!r}, which is not among the {len(boxes.classes)} known "
-            f"({some(boxes.classes)}); take it out of the annotations, or train on data that have it"
+            f"({some(boxes.classes)}); remove it from the annotations, or train on data that contain it"
         )
     inside = said.boxes.clip(0, [size[1], size[0]] * 2)
     out = np.abs(inside - said.boxes).max(1, initial=0)

@@ -20,7 +20,7 @@ def find_files(root: Path, annotations: Path | None) -> tuple[Path, Path]:
     """(images, COCO file or folder of XML). Raises BoxError where there is none, or more than one to choose from."""
     if annotations is not None:
         if not annotations.exists():
-            raise BoxError(f"annotations {annotations} do not exist; a COCO .json or a folder of VOC .xml was expected")
+            raise BoxError(f"annotations {annotations} do not exist; expected a COCO .json or a folder of VOC .xml")
         inside = root / VOC_IMAGES
         return inside if inside.is_dir() else root, annotations
     if (root / VOC_IMAGES).is_dir() and (root / VOC_BOXES).is_dir():
@@ -30,16 +30,16 @@ def find_files(root: Path, annotations: Path | None) -> tuple[Path, Path]:
         found = [file for folder in COCO_BESIDE for file in sorted((root.parent / folder).glob("*.json"))]
     if len(found) > 1:
         raise BoxError(
-            f"{len(found)} JSON files lie with {root}: {some([str(file) for file in found])}; one was expected, name "
-            "it with --annotations"
+            f"found {len(found)} JSON files for {root}: {some([str(file) for file in found])}; expected one: choose it "
+            "with --annotations"
         )
     if found:
         return root, found[0]
     if root.is_dir() and next(root.rglob("*.xml"), None) is not None:
         return root, root
     raise BoxError(
-        f"no boxes were found for {root}; {root / VOC_BOXES} beside {root / VOC_IMAGES}, an .xml beside each image, or "
-        f"one COCO .json in {root} or its folder annotations was expected, or a file or folder named with --annotations"
+        f"found no boxes for {root}; expected {root / VOC_BOXES} beside {root / VOC_IMAGES}, an .xml beside each "
+        f"image, or one COCO .json in {root} or its folder annotations, or a file or folder named with --annotations"
     )
 
 
@@ -53,7 +53,7 @@ def read_split(file: Path) -> set[str]:
         there = sorted(path.stem for path in file.parent.glob("*.txt")) if file.parent.is_dir() else []
         raise BoxError(
             f"the split list {file} does not exist or cannot be read; "
-            + (f"choose one of {', '.join(there)}" if there else "a text file with an image name a line was expected")
+            + (f"choose one of {', '.join(there)}" if there else "expected a text file of one image name a line")
         ) from None
     return {line[0] for line in words if line and line[1:] != ["-1"]}  # -1: VOC's word for images without that class
 
@@ -89,12 +89,12 @@ def pair(source: Source, said: Mapping[str, Objects], where: Path) -> tuple[dict
         if row is None:
             missing.append(key)
         elif row in rows:
-            raise BoxError(f"{rows[row]} and {key} of {where} are both for {source.names[row]}; take one away")
+            raise BoxError(f"{rows[row]} and {key} of {where} are both for {source.names[row]}; delete one")
         else:
             rows[row] = key
     if not rows:
         raise BoxError(
-            f"none of {len(said)} annotated images of {where} is in {source.name}: it speaks of {some(list(said))}, "
-            f"there are {some(source.names)}"
+            f"none of {len(said)} annotated images of {where} is in {source.name}: the annotations name "
+            f"{some(list(said))}, the source holds {some(source.names)}"
         )
     return dict(sorted(rows.items())), missing

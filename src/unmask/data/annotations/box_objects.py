@@ -16,7 +16,7 @@ LONGEST_SHOWN = 60
 
 
 class BoxError(UserError):
-    """Annotations that cannot be used; the message says what came, what was expected, and what to do."""
+    """Box annotations that cannot be used."""
 
 
 class Objects(NamedTuple):
@@ -60,7 +60,7 @@ def refuse_fractions(said: dict[str, Objects], where: Path, *, first: int = 0) -
     name = next(key for key, one in said.items() if len(one.boxes) and (one.boxes[:, :2] + first <= 1).all(1).any())
     raise BoxError(
         f"{int(small.sum())} of {len(boxes)} boxes of {where} are fractions of their image's sides, for example in "
-        f"{name}; pixels were expected: multiply x and width by the image's width, y and height by its height (YOLO's "
+        f"{name}; expected pixels: multiply x and width by the image's width, y and height by its height (YOLO's "
         "x and y are the middle of the box: subtract half of its width and height)"
     )
 
@@ -71,7 +71,7 @@ def four(values: Any, where: str) -> tuple[float, float, float, float]:
     except (TypeError, ValueError, OverflowError):
         a = b = c = d = math.nan
     if not all(map(math.isfinite, (a, b, c, d))) or isinstance(values, str | dict):
-        raise BoxError(f"{where} has the box {shown(values)}; four numbers were expected")
+        raise BoxError(f"{where} has the box {shown(values)}; expected four numbers")
     return a, b, c, d
 
 

@@ -75,9 +75,9 @@ def read_table(file: str | Path, columns: Sequence[str] | None = None) -> Table:
     file = Path(file)
     lower = file.name.lower()
     if not lower.endswith((".csv", ".tsv", ".parquet", ".pq")):
-        raise UserError(f"targets {file} came; a .csv, .tsv or .parquet file with a column `path` was expected")
+        raise UserError(f"got targets {file}; expected a .csv, .tsv or .parquet file with a column `path`")
     if not file.is_file():
-        raise UserError(f"the table of targets {file} does not exist; a .csv, .tsv or .parquet file was expected")
+        raise UserError(f"the table of targets {file} does not exist; expected a .csv, .tsv or .parquet file")
     found = _read_parquet(file, columns) if lower.endswith((".parquet", ".pq")) else _read_text(file)
     paths = found.pop(PATH, None)
     if paths is None:
@@ -87,10 +87,10 @@ def read_table(file: str | Path, columns: Sequence[str] | None = None) -> Table:
     if columns is not None:
         found = _wanted(file, found, columns)
     if not found or not paths:
-        raise UserError(f"{file} has {len(found)} target columns and {len(paths)} rows; at least one each was expected")
+        raise UserError(f"{file} has {len(found)} target columns and {len(paths)} rows; expected at least one of each")
     if "" in found:
         raise UserError(
-            f"{file} has a column without a name (an index?); remove it, or name the targets: --columns A,B"
+            f"{file} has a column without a name (an index?); remove it, or choose the targets: --columns A,B"
         )
     if any(_empty(path) for path in paths):
         raise UserError(f"{file} has rows without a `path`; each row must name its image, relative to DATA")
@@ -142,7 +142,7 @@ def _read_parquet(file: Path, columns: Sequence[str] | None) -> dict[str, list[C
             or pa.types.is_string(kind) or pa.types.is_large_string(kind)
         ):  # fmt: skip
             raise UserError(
-                f"column {name} of {file} holds {kind}; texts or numbers were expected: name the target columns with "
+                f"column {name} of {file} holds {kind}; expected text or numbers: name the target columns with "
                 "--columns A,B"
             )
     return {name: table.column(name).to_pylist() for name in wanted}
@@ -151,7 +151,7 @@ def _read_parquet(file: Path, columns: Sequence[str] | None) -> dict[str, list[C
 def meaning_of(table: Table, task: str | None = None) -> Meaning:
     """What the columns are, inferred or as `task` says. Raises UserError where neither is possible."""
     if task is not None and task not in TARGETS:
-        raise UserError(f"task {task!r} came; {', '.join(TARGETS)} was expected")
+        raise UserError(f"got task {task!r}; expected one of {', '.join(TARGETS)}")
     kinds = {name: _kind(cells) for name, cells in table.columns.items()}
     names = tuple(kinds)
     said = "; ".join(
@@ -159,7 +159,7 @@ def meaning_of(table: Table, task: str | None = None) -> Meaning:
     )
     if task is not None:
         _require_fit(table, task, kinds)
-        return Meaning(task, names, f"{task}, as asked for ({said})")
+        return Meaning(task, names, f"{task}, as requested ({said})")
     if len(names) == 1:
         found = REGRESSION if kinds[names[0]] == "fractions" else CLASSES
     elif set(kinds.values()) == {"0 and 1"}:
@@ -185,9 +185,9 @@ def _require_fit(table: Table, task: str, kinds: dict[str, str]) -> None:
                 "expected, or --target-type regression"
             )
         if task == MULTILABEL and kind != "0 and 1":
-            raise UserError(f"column {name} of {table.file} holds {kind}; 0 and 1 were expected for multilabel")
+            raise UserError(f"column {name} of {table.file} holds {kind}; expected 0 and 1 for multilabel")
         if task == REGRESSION and kind == "texts":
-            raise UserError(f"column {name} of {table.file} holds texts; numbers were expected for regression")
+            raise UserError(f"column {name} of {table.file} holds text; expected numbers for regression")
 
 
 def targets_of(table: Table, source: Source, meaning: Meaning, *, classes: Sequence[str] | None = None) -> Targets:
@@ -243,7 +243,7 @@ def _require_full(table: Table, name: str, column: list[Cell], paths: list[str],
 def _require_variety(table: Table, meaning: Meaning, classes: Sequence[str], values: np.ndarray) -> None:
     if meaning.task == CLASSES:
         if len(classes) < 2:
-            raise UserError(f"all images in {table.file} are of one class ({classes[0]}); at least two were expected")
+            raise UserError(f"all images in {table.file} are of one class ({classes[0]}); expected at least two")
         return
     flat = [name for name, column in zip(meaning.columns, values.T, strict=True) if np.ptp(column) == 0]
     if flat:

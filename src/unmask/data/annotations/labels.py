@@ -44,7 +44,7 @@ def require_labels(source: Source, known: Sequence[str] = ()) -> Source:
 
 def labels_of(source: Source) -> np.ndarray:
     """The labels (n,) of a source that has them."""
-    assert source.labels is not None, "require_labels came first"
+    assert source.labels is not None, "call require_labels first"
     return source.labels
 
 

@@ -13,7 +13,7 @@ CLASSES_FILE = "classes.txt"
 
 
 class MaskError(UserError):
-    """Masks that cannot be used; the message says what came, what was expected, and what to do."""
+    """Segmentation masks that cannot be used."""
 
 
 def find_folders(data: str, masks: str | None) -> tuple[str, str, list[Path]]:
@@ -23,7 +23,7 @@ def find_folders(data: str, masks: str | None) -> tuple[str, str, list[Path]]:
     has_images = inside.is_dir()
     if masks is not None:
         if not os.path.exists(masks):
-            raise MaskError(f"mask folder {masks} does not exist; a folder of masks named as their images was expected")
+            raise MaskError(f"mask folder {masks} does not exist; expected a folder of masks named like their images")
         return (
             str(inside) if has_images and Path(masks).parent == root else data,
             masks,
@@ -39,8 +39,8 @@ def find_folders(data: str, masks: str | None) -> tuple[str, str, list[Path]]:
             if other.is_dir():
                 return data, str(other), [other, Path(*parts[:place], name), Path(*parts[:place])]
     raise MaskError(
-        f"no masks were found for {data}; {data.rstrip('/')}/{IMAGE_FOLDER} beside {data.rstrip('/')}/"
-        f"{{{','.join(MASK_FOLDERS)}}} was expected, or a folder named with --annotations"
+        f"found no masks for {data}; expected {data.rstrip('/')}/{IMAGE_FOLDER} beside {data.rstrip('/')}/"
+        f"{{{','.join(MASK_FOLDERS)}}}, or a folder named with --annotations"
     )
 
 
@@ -51,8 +51,8 @@ def pair(source: Source, masks: Source) -> dict[int, int]:
         stem = os.path.splitext(name)[0]
         if stem in stems:
             raise MaskError(
-                f"masks {masks.names[stems[stem]]} and {name} of {masks.name} are both for the image {stem}; one mask "
-                "for each image was expected: take one away"
+                f"masks {masks.names[stems[stem]]} and {name} of {masks.name} are both for the image {stem}; expected "
+                "one mask for each image: delete one"
             )
         stems[stem] = place
     own = [os.path.splitext(name)[0] for name in source.names]
@@ -60,6 +60,6 @@ def pair(source: Source, masks: Source) -> dict[int, int]:
     if not places:
         raise MaskError(
             f"none of {len(source)} images of {source.name} has a mask in {masks.name}: {source.names[0]} needs "
-            f"{own[0]}.png there, but {some(masks.names)} came; name masks as their images, in the same sub-folders"
+            f"{own[0]}.png there, but got {some(masks.names)}; name masks like their images, in the same sub-folders"
         )
     return places

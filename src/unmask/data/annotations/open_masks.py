@@ -43,9 +43,7 @@ def open_masks(
     _require_values(options.values, ignored)
     no_class = tuple(sorted({IGNORED, *ignored} - set(options.values)))
     if wrong := [one for one in no_class if not 0 <= one < 1 << 16]:
-        raise MaskError(
-            f"ignored id {wrong[0]} came; a number from 0 to 65535, as it stands in the masks, was expected"
-        )
+        raise MaskError(f"got ignored id {wrong[0]}; expected a number from 0 to 65535, as stored in the masks")
     maps = SegmentationMasks(source, found, pair(source, found), ignored=no_class, values=options.values)
     if look:
         drawn = _look_at_all(maps, console or Console(quiet=True))
@@ -123,7 +121,7 @@ def _refuse_levels(maps: SegmentationMasks, *, named: bool) -> None:
     if present == [0, IGNORED]:
         raise MaskError(
             f"the masks of {maps.masks.name} hold ids 0 and 255 alone, and 255 is ignored by default, which leaves "
-            "1 class; at least two were expected: give --mask-values 0,255 to learn 255 as the second class"
+            "1 class; expected at least two: give --mask-values 0,255 to make 255 the second class"
         )
     if named or not mask_advice.look_like_levels([one for one in present if one not in maps.ignored]):
         return
@@ -187,7 +185,7 @@ def _look_at_all(maps: SegmentationMasks, console: Console) -> dict[int, DrawnOn
                 maps.samples.append(mask_advice.thinned(ids))
             bar.update(done)
     if not maps.places:
-        raise MaskError(f"no mask of {maps.masks.name} can be read: {some(maps.unreadable)}; PNG files were expected")
+        raise MaskError(f"no mask of {maps.masks.name} can be read: {some(maps.unreadable)}; expected PNG files")
     if 0 < whole < len(maps.places) and whole > len(maps.places) // 10 and not maps.values:
         maps.notes.append(
             f"{whole} of {len(maps.places)} masks hold 255 and at most 0 beside it: 255 is ignored, so check that they "
@@ -219,8 +217,8 @@ def _drawn_on(maps: SegmentationMasks, row: int, shape: tuple[int, ...], *, refu
     if where is DrawnOn.NEITHER and refuse:
         raise MaskError(
             f"mask {maps.masks.names[maps.places[row]]} has {sides(shape)} pixels, but its image "
-            f"{maps.source.names[row]} is shown with {sides(head.full_size)}; masks of the images' own size "
-            "were expected: resize them without interpolation (nearest)"
+            f"{maps.source.names[row]} is shown with {sides(head.full_size)}; give masks of the images' own "
+            "size: resize them without interpolation (nearest)"
         )
     return where
 
@@ -232,7 +230,7 @@ def _drawn_on_stored(maps: SegmentationMasks, drawn: dict[int, DrawnOn]) -> bool
     if rows[DrawnOn.STORED] and rows[DrawnOn.SHOWN]:
         raise MaskError(
             f"the mask of {names[rows[DrawnOn.STORED][0]]} was drawn on its stored pixels, that of "
-            f"{names[rows[DrawnOn.SHOWN][0]]} on the image as shown (EXIF orientation); one way for all was expected: "
+            f"{names[rows[DrawnOn.SHOWN][0]]} on the image as shown (EXIF orientation); expected one way for all: "
             "write upright images without orientation, and their masks"
         )
     if rows[DrawnOn.STORED]:
@@ -256,14 +254,11 @@ def _require_sound(maps: SegmentationMasks, *, training: bool) -> None:
     if count < 2:
         found = ", ".join(map(str, sorted(maps.pixels)))
         raise MaskError(
-            f"the masks of {maps.masks.name} hold ids {found}, which leaves {count} class{'es' * (count != 1)}; at "
-            f"least two were expected, numbered from 0 ({IGNORED} is never judged: a class needs another id)"
+            f"the masks of {maps.masks.name} hold ids {found}, which leaves {count} class{'es' * (count != 1)}; "
+            f"expected at least two, numbered from 0 ({IGNORED} is always ignored: a class needs another id)"
         )
     if len(there := [one for one in maps.ids if maps.pixels[one]]) == 1 and training:
-        raise MaskError(
-            f"the masks of {maps.masks.name} hold one class only, id {there[0]}, so there is nothing to tell apart; at "
-            "least two were expected"
-        )
+        raise MaskError(f"the masks of {maps.masks.name} hold only one class, id {there[0]}; expected at least two")
     known = {*maps.ids, *maps.ignored}
     if strange := sorted(one for one in maps.pixels if one not in known):
         shown = some(str(one) for one in strange)
@@ -274,6 +269,6 @@ def _require_sound(maps: SegmentationMasks, *, training: bool) -> None:
         )
     if count > UNKNOWN:
         raise MaskError(
-            f"{count} classes came (the masks of {maps.masks.name} hold ids up to {max(maps.pixels, default=count)}), "
-            f"at most {UNKNOWN} were expected; number classes from 0 without gaps"
+            f"got {count} classes (the masks of {maps.masks.name} hold ids up to {max(maps.pixels, default=count)}), "
+            f"expected at most {UNKNOWN}; number classes from 0 without gaps"
         )

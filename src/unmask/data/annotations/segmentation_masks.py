@@ -98,7 +98,7 @@ class SegmentationMasks:
         except BadImage as error:
             raise BadImage(error.code, f"its mask {name}: {error.detail}") from None
         if (found == UNKNOWN).any():
-            raise BadImage("CORRUPT", f"its mask {name} holds ids that are neither a class nor ignored")
+            raise BadImage("CORRUPT", f"its mask {name} holds ids that are neither classes nor ignored")
         return found
 
     def _turned(self, row: int, ids: np.ndarray) -> np.ndarray:
@@ -131,12 +131,12 @@ class SegmentationMasks:
             said.append(f"{left} masks belong to no image")
         if self.unreadable:
             said.append(
-                f"{len(self.unreadable)} masks cannot be read, their images are left out: {some(self.unreadable)}"
+                f"{len(self.unreadable)} masks cannot be read; their images are left out: {some(self.unreadable)}"
             )
         ignored = ", ".join(f"id {one}" for one in self.ignored if self.pixels[one])
         if ignored:
             share = sum(self.pixels[one] for one in self.ignored) / total
-            said.append(f"{share:.1%} of all pixels are not judged ({ignored})")
+            said.append(f"{share:.1%} of all pixels are ignored ({ignored})")
         if self.pixels and (
             absent := [n for n, one in zip(self.classes, self.ids, strict=True) if not self.pixels[one]]
         ):
@@ -176,7 +176,7 @@ def read_ids(data: bytes, *, thorough: bool = False) -> np.ndarray:
     """
     head = decode.header(data)
     if head.format == "JPEG":
-        raise BadImage("UNSUPPORTED_MODE", "a JPEG, which does not keep ids as they are; save masks as PNG")
+        raise BadImage("UNSUPPORTED_MODE", "a JPEG, whose compression changes ids; save masks as PNG")
     if head.format == "NPY":
         raise BadImage("UNSUPPORTED_MODE", "a NumPy array; save masks as PNG")
     if thorough:
@@ -189,8 +189,8 @@ def read_ids(data: bytes, *, thorough: bool = False) -> np.ndarray:
     if values.ndim != 2:
         raise BadImage(
             "UNSUPPORTED_MODE",
-            f"a colour picture (mode {mode}); one number for each pixel was expected, a gray or palette PNG: turn each "
-            "colour into the id of its class first",
+            f"a colour image (mode {mode}); expected one number for each pixel, a gray or palette PNG: replace each "
+            "colour by the id of its class",
         )
     if head.format == "PNG" and data[25] == 0 and data[24] in (2, 4):
         values = values // (255 // (2 ** data[24] - 1))  # gray of few bits, which Pillow stretches to 8
@@ -198,5 +198,5 @@ def read_ids(data: bytes, *, thorough: bool = False) -> np.ndarray:
     if values.dtype == bool:
         return values.astype(np.uint8)
     if values.dtype.kind == "f" or values.min() < 0 or values.max() >= 1 << 16:
-        raise BadImage("UNSUPPORTED_MODE", f"{values.dtype} pixels; whole numbers from 0 to 65535 were expected")
+        raise BadImage("UNSUPPORTED_MODE", f"{values.dtype} pixels; expected whole numbers from 0 to 65535")
     return values if values.dtype == np.uint8 else values.astype(np.uint16)

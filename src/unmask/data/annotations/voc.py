@@ -21,9 +21,9 @@ def read_voc(folder: Path) -> tuple[dict[str, Objects], list[str]]:
         except (OSError, ElementTree.ParseError, ValueError, LookupError, RecursionError) as error:
             if isinstance(error, BoxError):
                 raise
-            raise BoxError(f"{file} cannot be read: {error}; an XML file of Pascal VOC was expected") from None
+            raise BoxError(f"{file} cannot be read: {error}; expected an XML file of Pascal VOC") from None
     if not said:
-        raise BoxError(f"{folder} holds no .xml; a folder of Pascal VOC's XML was expected, a file for each image")
+        raise BoxError(f"{folder} holds no .xml; expected a folder of Pascal VOC's XML, one file for each image")
     refuse_fractions(said, folder, first=1)
     return said, sorted({name for one in said.values() for name in one.names})
 
@@ -32,7 +32,7 @@ def _parse(file: Path) -> ElementTree.Element:
     """The tree of an XML file. A document type is refused: its entities can make gigabytes of a few lines."""
     text = decode_xml(file.read_bytes(), file)
     if "<!DOCTYPE" in text or "<!ENTITY" in text:
-        raise BoxError(f"{file} declares a document type or entities, which VOC's files have not; take them out")
+        raise BoxError(f"{file} declares a document type or entities, which VOC's files do not have; remove them")
     return ElementTree.fromstring(text)
 
 
@@ -43,8 +43,7 @@ def _voc(root: ElementTree.Element, file: Path) -> Objects:
         corners = [one.findtext(f"bndbox/{key}") for key in ("xmin", "ymin", "xmax", "ymax")]
         if not name or None in corners:
             raise BoxError(
-                f"{file} has an object without name or bndbox (object {place}); VOC's xmin, ymin, xmax, ymax were "
-                "expected"
+                f"{file} has an object without name or bndbox (object {place}); expected VOC's xmin, ymin, xmax, ymax"
             )
         x1, y1, x2, y2 = four(corners, f"object {place} of {file}")
         found.boxes.append((x1 - 1, y1 - 1, x2, y2))

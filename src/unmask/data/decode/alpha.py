@@ -1,4 +1,4 @@
-"""Alpha."""
+"""Drop an alpha channel, or composite it on white; see `Layout.alpha`."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from unmask.data.decode.reading import Reading
 
 
 def alpha_use(reading: Reading) -> str:
-    """What becomes of a channel that is certainly alpha."""
+    """Return the `Layout.alpha` of a channel that is certainly alpha."""
     return {"drop": "dropped", "band": "band"}.get(reading.alpha, "composited")
 
 
 def without_alpha(pixels: np.ndarray, alpha: str, *, premultiplied: bool = False) -> np.ndarray:
-    """(H, W, C + 1) values whose last channel is alpha -> what is made of them, see `Layout.alpha`."""
+    """Apply `Layout.alpha` to (H, W, C + 1) values whose last channel is alpha."""
     if alpha == "band":
         return pixels
     return (
@@ -25,7 +25,7 @@ def without_alpha(pixels: np.ndarray, alpha: str, *, premultiplied: bool = False
 
 
 def _on_white(pixels: np.ndarray, *, premultiplied: bool = False) -> np.ndarray:
-    """(H, W, C + 1) integers whose last channel is alpha -> (H, W, C)."""
+    """Composite (H, W, C + 1) integers, whose last channel is alpha, on white; return (H, W, C)."""
     top = np.iinfo(pixels.dtype).max
     out = np.empty((*pixels.shape[:2], pixels.shape[2] - 1), pixels.dtype)
     rows = max(1, limits.FLOAT64_PIXELS // pixels.shape[1])

@@ -18,8 +18,12 @@ class BadImage(UserError):
 
 
 def refuse_large(height: int, width: int, channels: int) -> None:
+    """Raise BadImage for more pixels or values than are decoded."""
     pixels = height * width
     if pixels > limits.MAX_PIXELS:
-        raise BadImage("TOO_MANY_PIXELS", f"{height} x {width} pixels, at most {limits.MAX_PIXELS} are decoded")
+        raise BadImage("TOO_MANY_PIXELS", f"got {height} x {width} pixels; expected at most {limits.MAX_PIXELS}")
     if pixels * channels > limits.MAX_VALUES:
-        raise BadImage("TOO_MANY_PIXELS", f"{pixels} pixels of {channels} channels, at most {limits.MAX_VALUES} values")
+        raise BadImage(
+            "TOO_MANY_PIXELS",
+            f"got {height} x {width} x {channels} values; expected at most {limits.MAX_VALUES}",
+        )

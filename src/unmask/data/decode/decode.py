@@ -1,21 +1,21 @@
-"""Bytes of one image file -> pixels, strictly: what is damaged raises `BadImage` with a reason code, never half one.
+"""Decode the bytes of one image file, strictly: a damaged file raises `BadImage` with a reason code.
 
-Read: JPEG (simplejpeg, with scaled decoding), PNG, WebP, TIFF, BMP, GIF (first frames), NumPy .npy; TIFF of several
+Formats: JPEG (simplejpeg, with scaled decoding), PNG, WebP, TIFF, BMP, GIF (first frames), NumPy .npy; TIFF of several
 16-bit or float samples, or of any number of bands, with the optional tifffile. EXIF orientation is applied. 16-bit
-stays uint16; floats, and integers of any other width, become float32 with their values kept: Pillow's conversion to
-RGB would turn them white or black. Alpha is composited on white; palette, CMYK and 1-bit images become RGB or gray. The
+stays uint16; floats and integers of other widths become float32 with their values unchanged, where Pillow's conversion
+to RGB would clip them. Alpha is composited on white; palette, CMYK and 1-bit images become RGB or gray. The
 header is read, and limits checked, before anything is allocated; `header` and `decode` always agree.
 
 A .npy of three axes is (H, W, C), unless its first axis is smaller than both others: then it is (C, H, W).
 
-PNG is checked against its checksums. WebP, GIF, BMP and TIFF carry none: damage that still decodes is not noticed.
+PNG checksums are verified. WebP, GIF, BMP and TIFF have none: damage that still decodes is not detected.
 
-JPEGs with junk between segments, before or for the end marker are accepted where all blocks of the image are there;
-see `jpeg_repair.py`.
+JPEGs with extra bytes between segments or before the end marker, or without one, are accepted if all blocks of the
+image are present; see `jpeg_repair.py`.
 
-A file may take 512 MiB in the scan, its own bytes included, by what its header says (`Header.memory`): 100 megapixels
+A file may take 512 MiB in the scan, its own bytes included, according to its header (`Header.memory`): 100 megapixels
 of 8 bits as JPEG, PNG, BMP, GIF or TIFF in strips, 53 of 16-bit colour, about 30 as WebP. Decoding it into one array,
-as the loader does, takes the memory of that array too.
+as the loader does, takes the memory of that array in addition.
 
 Reason codes: EMPTY NOT_IMAGE FORMAT_NOT_ALLOWED HEADER_BAD TRUNCATED CORRUPT TOO_MANY_PIXELS TOO_LARGE_FILE
 EXTREME_ASPECT UNSUPPORTED_MODE MISMATCHED_CHANNELS MISMATCHED_DTYPE TIMEOUT; and from the sources PERMISSION VANISHED
@@ -43,9 +43,9 @@ FILE_FORMATS: tuple[FileFormat, ...] = (jpeg.FORMAT, npy.FORMAT, png.FORMAT, tif
 
 
 def header(data: bytes, reading: Reading = DEFAULT) -> Header:
-    """Size, channels and dtype as `reading` wants them, without decoding. Raises BadImage, also beyond the limits.
+    """Return size, channels and dtype under `reading`, without decoding. Raises BadImage, also beyond the limits.
 
-    Only where nothing but the values tell whether a TIFF's band is alpha, and `reading` does not, the file is decoded.
+    A TIFF is decoded if its values must decide whether a band is alpha and `reading` does not.
     """
     if not data:
         raise BadImage("EMPTY", "the file has no bytes")
@@ -69,11 +69,11 @@ def decode(
     reading: Reading = DEFAULT,
     tolerated: list[str] | None = None,
 ) -> np.ndarray:
-    """(H, W, C) uint8, uint16 or float32, contiguous.
+    """Return (H, W, C) uint8, uint16 or float32, contiguous.
 
     at_least: (h, w) in displayed orientation; a JPEG may then be decoded at 1/2, 1/4 or 1/8, the smallest that still
-    has that size. The choice depends on nothing but the file and `at_least`. found: what `header` said of these bytes,
-    which `reading` is part of. tolerated: a list to which faults that lost no pixel are added. Raises BadImage.
+    has that size; the choice depends only on the file and `at_least`. found: the header of these bytes, in place of
+    `reading`. tolerated: a list to which harmless faults are appended. Raises BadImage.
     """
     found = found or header(data, reading)
     try:
@@ -89,7 +89,7 @@ def decode(
 
 
 def _refuse_costly(found: Header, size: int) -> None:
-    """The limits of one file in bytes and, where the header tells, in time."""
+    """Raise BadImage for a file whose header predicts too much memory or time."""
     needed = found.memory + limits.PIECE_BYTES + size
     if needed > limits.MAX_DECODE_BYTES:
         raise BadImage(
@@ -102,15 +102,15 @@ def _refuse_costly(found: Header, size: int) -> None:
         raise BadImage(
             "TIMEOUT",
             f"a JPEG of {found.scans} scans over {found.height} x {found.width} pixels takes too long to decode; save "
-            "it anew",
+            "it again",
         )
 
 
 def pieces(data: bytes, found: Header, *, tolerated: list[str] | None = None) -> Iterator[np.ndarray]:
-    """The image `decode` would give, in pieces of some rows (h, W, C), as stored: an orientation is not applied.
+    """Yield the image of `decode` in pieces of some rows (h, W, C), as stored: the orientation is not applied.
 
-    For what looks at each pixel once. A large image takes the memory of its decoder, and not that of its pixels again.
-    Raises BadImage, perhaps after some pieces.
+    For statistics, which need each pixel once: a large image takes the memory of its decoder, but not a second array.
+    Raises BadImage, possibly after some pieces.
     """
     format = _format_named(found.format)
     try:

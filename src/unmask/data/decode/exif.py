@@ -1,4 +1,4 @@
-"""EXIF orientation."""
+"""Read and apply the EXIF orientation."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 
 
 def exif_orientation(tiff: bytes) -> int:
-    """Tag 0x0112 of the first directory; 1 when absent or broken."""
+    """Return tag 0x0112 of the first directory; 1 when it is absent or invalid."""
     order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
     try:
         if order is None:
@@ -25,7 +25,7 @@ def exif_orientation(tiff: bytes) -> int:
 
 
 def apply_orientation(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """Apply the EXIF orientation: the stored image (H, W, C), or a mask (H, W), -> the displayed one."""
+    """Apply the EXIF orientation to a stored image (H, W, C) or mask (H, W); return it as displayed."""
     if orientation == 1:
         return pixels
     if orientation >= 5:

@@ -1,4 +1,4 @@
-"""The header of an image file."""
+"""The header of an image file, and the note in which a smaller copy stores the size of its original."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ LONGEST_NOTE = 64
 
 @dataclass(frozen=True)
 class Header:
-    """What the first bytes say. Height and width are as displayed, after the EXIF `orientation` (1 to 8) is applied.
+    """Size, channels and dtype of one file; height and width as displayed, after the EXIF `orientation` (1 to 8).
 
-    packed_from: height and width of the original, if this is a smaller copy of it that says so (`packed_note`).
-    layout: how the file stores this, and what decoding makes of it. pages: of a TIFF, where the directories begin that
-    are read. memory: bytes that `pieces` needs at its peak, beside the file's own. scans: of a progressive JPEG, each
-    of which takes as long as a decoding.
+    packed_from: height and width of the original, if this is a smaller copy with a `packed_note`. layout: how the file
+    stores the image and how it is read. pages: offsets of the TIFF directories that are read. memory: peak bytes of
+    `decode.pieces`, in addition to the file's own. scans: number of scans of a progressive JPEG, each of which takes as
+    long as one decoding.
     """
 
     height: int
@@ -36,21 +36,21 @@ class Header:
 
     @property
     def full_size(self) -> tuple[int, int]:
-        """(H, W) of the original that this is a smaller copy of, or its own."""
+        """(H, W) of the original, if this is a smaller copy, otherwise of the image itself."""
         return self.packed_from or (self.height, self.width)
 
 
 def packed_note(size: tuple[int, int], full_size: tuple[int, int]) -> bytes:
-    """What a smaller copy says of its original: its own size, and the full one.
+    """Encode the size of a smaller copy and the full size of its original, (H, W) each.
 
-    It stands in a JPEG's comment, in a PNG's text, or behind the values of a .npy.
-    Its own, because a program that crops or shrinks the copy once more may carry the note along; then it is not heeded.
+    Stored in a JPEG's comment, in a PNG's text, or behind the values of a .npy. It includes the copy's own size: a
+    program that crops or shrinks the copy may copy the note, which is ignored where the sizes differ.
     """
     return b"unmask\0packed %dx%d from %dx%d" % (*size, *full_size)
 
 
 def original_size(note: bytes, size: tuple[int, int]) -> tuple[int, int] | None:
-    """The size of the original of an image of this `size`, both as displayed, where there is one."""
+    """Return the size of the original of an image of this `size`, both as displayed; None without a valid note."""
     found = PACKED.fullmatch(note)
     if found is None or (int(found[1]), int(found[2])) != size:
         return None

@@ -1,4 +1,4 @@
-"""JPEG."""
+"""Read JPEG with simplejpeg, at a reduced scale where that is enough."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from unmask.data.decode.reading import Reading
 
 
 def read_header(data: bytes, reading: Reading) -> Header:
-    """Walk the markers to the frame header: a few microseconds, where opening a decoder costs a hundred."""
+    """Walk the markers to the frame header: a few microseconds, where opening a decoder takes a hundred."""
     place, orientation, end, note = 2, 1, len(data), b""
     while place + 4 <= end:
         if data[place] != 0xFF or data[place + 1] == 0:
@@ -69,7 +69,7 @@ def decode(data: bytes, found: Header, at_least: tuple[int, int] | None, tolerat
     height, width = (found.height, found.width) if found.orientation < 5 else (found.width, found.height)
     if at_least is not None:
         wanted = at_least if found.orientation < 5 else at_least[::-1]
-        # Chosen here: the decoder would also take 3/8, 5/8 and 3/4, which cost more than the next larger power of two.
+        # Chosen here, because the decoder would also use 3/8, 5/8 and 3/4, which cost more than the next power of two.
         for part in (8, 4, 2):
             if -(-height // part) >= wanted[0] and -(-width // part) >= wanted[1]:
                 height, width = -(-height // part), -(-width // part)
@@ -83,13 +83,13 @@ def decode(data: bytes, found: Header, at_least: tuple[int, int] | None, tolerat
     def decode_small(candidate: bytes) -> object:
         return simplejpeg.decode_jpeg(candidate, colours, min_height=1, min_width=1, min_factor=1, strict=True)
 
-    mended = repaired(data, decode_small)
-    if mended is None:
+    repair = repaired(data, decode_small)
+    if repair is None:
         code = "TRUNCATED" if "premature end of jpeg" in text.lower() else "CORRUPT"
         raise BadImage(code, f"JPEG: {text}")
     if tolerated is not None:
-        tolerated += mended[1]
-    return simplejpeg.decode_jpeg(mended[0], colours, min_height=height, min_width=width, min_factor=1, strict=True)
+        tolerated += repair[1]
+    return simplejpeg.decode_jpeg(repair[0], colours, min_height=height, min_width=width, min_factor=1, strict=True)
 
 
 FORMAT = FileFormat(("JPEG",), (b"\xff\xd8",), read_header, decode=decode)

@@ -1,7 +1,7 @@
-"""How files store their images, and what decoding makes of it: bands, alpha, pages, order of axes, tolerated faults.
+"""How a file stores its image and how it is read: bands, alpha, pages, order of axes, tolerated faults.
 
-A `Layout` is small enough to be kept of every file of a data set (one integer), so that a scan can report what was
-composited, skipped or guessed, also where it did not look at the files again.
+A `Layout` fits into one integer, so that the scan cache stores it for every file and a scan can report what was
+composited, skipped or guessed without decoding the files again.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ MOST = (1 << 16) - 1
 
 @dataclass(frozen=True)
 class Layout:
-    """Of one file.
+    """Layout of one file.
 
-    bands: samples per pixel as stored, alpha included; 0 where that was not recorded. alpha: what becomes of the alpha
-    channel, "" where there is none. pages: images in the file, levels of lower resolution not counted. page_use: what
-    is read of several pages. axes: the order of a .npy of three axes. tolerated: faults that lose no pixel.
+    bands: samples per pixel as stored, alpha included; 0 if not recorded. alpha: how the alpha channel is read, ""
+    without one. pages: images in the file, without levels of lower resolution. page_use: which of several pages are
+    read. axes: the order of a .npy of three axes. tolerated: faults that lose no pixel.
     """
 
     bands: int = 0
@@ -33,7 +33,7 @@ class Layout:
 
     @property
     def code(self) -> int:
-        """All of it as one integer; see `from_code`."""
+        """The layout as one integer; see `from_code`."""
         faults = sum(1 << TOLERATED.index(fault) for fault in self.tolerated)
         code = min(self.bands, MOST) | min(self.pages, MOST) << 16
         return (
@@ -45,7 +45,7 @@ class Layout:
 
     @classmethod
     def from_code(cls, code: int) -> Layout:
-        """The layout that `code` stands for."""
+        """Return the layout encoded in `code`."""
         return cls(
             bands=code & MOST,
             pages=code >> 16 & MOST,

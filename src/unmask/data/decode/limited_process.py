@@ -1,6 +1,6 @@
-"""A call in a process of its own, with limits on memory and time: for files that may cost too much, or crash a decoder.
+"""Call a function in its own process with limits on memory and time, for files that may crash a decoder.
 
-Only where processes can be forked (Linux); elsewhere the call is made here, without limits.
+Only where processes can be forked (Linux); elsewhere the function is called in this process, without limits.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-SLACK = 256 << 20  # bytes of address space that a process takes beside what it uses
-PATIENCE = 3  # times as long as the processor may work, a call may take: other processes want their share too
+SLACK = 256 << 20  # bytes of address space beyond the memory that a process uses
+PATIENCE = 3  # wall-clock time allowed per second of processor time: other processes run too
 
 
 class TooSlow(Exception):
-    """The call took longer than it may."""
+    """The call exceeded its time limit."""
 
 
 class Crashed(Exception):
-    """The process ended without an answer."""
+    """The process ended without a result."""
 
 
 def call_in_process(function: Callable[..., Any], *arguments: Any, memory: int, seconds: float) -> Any:
-    """`function(*arguments)` in a forked process, which may use `memory` bytes more than this one and `seconds` of
-    processor time.
+    """Return `function(*arguments)` of a forked process, which may use `memory` bytes more than this one and `seconds`
+    of processor time.
 
     The result is pickled, the arguments are not. Raises TooSlow, Crashed, MemoryError, or what the function raises.
     """
@@ -65,7 +65,7 @@ def _answer(
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
-    with suppress(OSError, ValueError):  # a stricter limit from outside stays
+    with suppress(OSError, ValueError):  # keep a stricter limit
         limit = _virtual_bytes() + memory
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     used = sum(os.times()[:2])

@@ -1,4 +1,4 @@
-"""NumPy arrays."""
+"""Read NumPy .npy files of plain numbers."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from unmask.data.decode.reading import Reading, axes_of
 
 
 def _npy_layout(data: bytes) -> tuple[tuple[int, ...], bool, np.dtype, int]:
-    """(shape, whether Fortran's order, dtype, where the values begin)."""
+    """Return (shape, Fortran order, dtype, offset of the values)."""
     file = io.BytesIO(data)
     try:
         version = np.lib.format.read_magic(file)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = read(file)
-    except Exception as error:  # the header is a Python literal, and its parser raises many things
+    except Exception as error:  # the header is a Python literal, whose parser raises many kinds
         raise BadImage("HEADER_BAD", f".npy: {str(error) or type(error).__name__}") from None
     if dtype.hasobject:
         raise BadImage("UNSUPPORTED_MODE", ".npy with Python objects, which can run code; save plain numbers")
@@ -35,7 +35,7 @@ NPY_START = b"\x93NUMPY"
 def read_header(data: bytes, reading: Reading) -> Header:
     shape, _, dtype, start = _npy_layout(data)
     if len(shape) not in (2, 3) or min(shape) < 1:
-        raise BadImage("UNSUPPORTED_MODE", f".npy of shape {shape}; (H, W), (H, W, C) or (C, H, W) is expected")
+        raise BadImage("UNSUPPORTED_MODE", f"got a .npy of shape {shape}; expected (H, W), (H, W, C) or (C, H, W)")
     axes = axes_of(shape, reading) if len(shape) == 3 else ""
     height, width, channels = (shape[1], shape[2], shape[0]) if axes == "CHW" else (*shape, 1)[:3]
     values = math.prod(shape)
@@ -54,7 +54,7 @@ def read_header(data: bytes, reading: Reading) -> Header:
 
 
 def npy_shape(data: bytes) -> tuple[int, ...]:
-    """The shape that a .npy claims. Raises BadImage for anything else."""
+    """Return the shape that a .npy declares; () for other files. Raises BadImage for a damaged header."""
     return _npy_layout(data)[0] if data[:6] == NPY_START else ()
 
 
@@ -64,7 +64,7 @@ def decode(
     shape, fortran, dtype, start = _npy_layout(data)
     needed = math.prod(shape) * dtype.itemsize
     if len(data) - start < needed:
-        raise BadImage("TRUNCATED", f".npy has {len(data) - start} bytes, {needed} are needed")
+        raise BadImage("TRUNCATED", f"got a .npy with {len(data) - start} bytes of values; expected {needed}")
     values = np.frombuffer(data, dtype, math.prod(shape), start).reshape(shape, order="F" if fortran else "C")
     if found.layout.axes == "CHW":
         values = values.transpose(1, 2, 0)

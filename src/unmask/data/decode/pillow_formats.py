@@ -1,4 +1,4 @@
-"""WebP, BMP and GIF."""
+"""Read WebP, BMP and GIF (first frames) with Pillow, and reject every other format by name."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ def read_header(data: bytes, reading: Reading) -> Header:
 
 
 def _is_clear_bmp(data: bytes) -> bool:
-    """Whether a BMP of 32 bits has an alpha of zeros only, which no program that shows it takes for transparent."""
+    """Return whether all alpha values of a 32-bit BMP are 0, which viewers do not take for transparent."""
     (start,) = struct.unpack_from("<I", data, 10)
     return struct.unpack_from("<H", data, 28) == (32,) and not data[start + 3 :: 4].strip(b"\0")
 
 
 def _channels_of_mode(mode: str) -> int:
-    """Without alpha."""
+    """Return the number of channels without alpha."""
     if mode in ("1", "L", "LA", "La"):
         return 1
     if mode in ("P", "PA", "RGB", "RGBA", "RGBX", "RGBa"):

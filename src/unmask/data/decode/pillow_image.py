@@ -27,23 +27,25 @@ WITH_ALPHA = ("LA", "La", "PA", "RGBA", "RGBa")  # modes of Pillow
 
 
 def open_image(data: bytes) -> Image.Image:
+    """Open a file with Pillow without decoding it. Raises BadImage."""
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP" and int.from_bytes(data[4:8], "little") + 8 > len(data):
         raise BadImage("TRUNCATED", f"WebP: {len(data)} bytes, {int.from_bytes(data[4:8], 'little') + 8} are declared")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a large image is judged by our own limit
+            warnings.simplefilter("ignore")  # `limits.py` applies instead of Pillow's limit
             return Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError:
-        raise BadImage("TOO_MANY_PIXELS", f"far more pixels than the {limits.MAX_PIXELS} that are decoded") from None
+        raise BadImage("TOO_MANY_PIXELS", f"far more than {limits.MAX_PIXELS} pixels") from None
     except UnidentifiedImageError:
         raise BadImage(*unknown_format(data)) from None
     except MemoryError:
         raise BadImage("TOO_MANY_PIXELS", "not enough memory to read its header") from None
-    except Exception as error:  # its plugins raise whatever a damaged header makes them meet
+    except Exception as error:  # Pillow's plugins raise many kinds for a damaged header
         raise BadImage("HEADER_BAD", f"{type(error).__name__}: {error}") from None
 
 
 def code_of(text: str) -> str:
+    """Return the reason code for a decoder's message."""
     short = ("truncated", "not enough", "end of file", "unexpected end", "failed to read")
     return "TRUNCATED" if any(words in text.lower() for words in short) else "CORRUPT"
 
@@ -64,26 +66,26 @@ def loaded(image: Image.Image, name: str) -> Image.Image:
         raise BadImage("TOO_MANY_PIXELS", f"more than {limits.MAX_PIXELS} pixels") from None
     except MemoryError:
         raise
-    except Exception as error:  # Pillow's plugins raise whatever a damaged file causes
+    except Exception as error:  # Pillow's plugins raise many kinds for a damaged file
         raise BadImage(code_of(str(error)), f"{name}: {error}") from None
     return image
 
 
 def pillow_pieces(image: Image.Image, alpha: str) -> Iterator[np.ndarray]:
-    """The pixels of a decoded image, rows by rows: a conversion of all at once would take several times its memory."""
+    """Yield the pixels of a decoded image in pieces: converting it at once would take several times its memory."""
     for box in row_boxes(image.size):
         yield to_array(image.crop(box) if box[3] - box[1] < image.height else image, alpha)
 
 
 def row_boxes(size: tuple[int, int]) -> Iterator[tuple[int, int, int, int]]:
-    """Boxes of at most `limits.PIECE_PIXELS` pixels that cover an image of (width, height), from top to bottom."""
+    """Yield boxes of at most `limits.PIECE_PIXELS` pixels that cover an image of (width, height), top to bottom."""
     width, height = size
     rows = max(1, limits.PIECE_PIXELS // width)
     return ((0, top, width, min(height, top + rows)) for top in range(0, height, rows))
 
 
 def to_array(image: Image.Image, alpha: str) -> np.ndarray:
-    """(H, W, C) of a decoded image, or of some of its rows; alpha: see `Layout.alpha`."""
+    """Convert a decoded image, or some of its rows, to (H, W, C); alpha: see `Layout.alpha`."""
     mode = image.mode
     if mode == "F" or mode.startswith("I"):
         return as_pixels(np.asarray(image))

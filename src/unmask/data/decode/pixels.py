@@ -1,4 +1,4 @@
-"""Arrays of pixels."""
+"""Convert decoded arrays: dtype, channels, and joining the pieces of an image."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ def slice_rows(whole: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def conform(image: np.ndarray, channels: int, dtype: str) -> np.ndarray:
-    """The image with the data set's channels and dtype.
+    """Convert an image (H, W, C) to the channels and dtype of the data set.
 
-    Gray becomes RGB by repetition, RGB gray by luma, uint8 uint16 by x 257. Anything else raises BadImage: it would
-    have to be invented.
+    Gray becomes RGB by repetition, RGB becomes gray by luma, uint8 becomes uint16 by a factor of 257. Raises
+    BadImage for any other conversion.
     """
     have = image.shape[2]
     if have != channels and {have, channels} != {1, 3}:
-        raise BadImage("MISMATCHED_CHANNELS", f"{have} channels, the data set has {channels}")
+        raise BadImage("MISMATCHED_CHANNELS", f"got {have} channels; the data set has {channels}")
     if image.dtype != dtype and not (image.dtype == np.uint8 and dtype == "uint16"):
-        raise BadImage("MISMATCHED_DTYPE", f"{image.dtype} pixels, the data set has {dtype}")
+        raise BadImage("MISMATCHED_DTYPE", f"got {image.dtype} pixels; the data set has {dtype}")
     if have < channels:
         image = np.repeat(image, 3, axis=2)
     elif have > channels:
@@ -38,14 +38,14 @@ def conform(image: np.ndarray, channels: int, dtype: str) -> np.ndarray:
 
 
 def check_pieces(parts: Iterator[np.ndarray], found: Header) -> Iterator[np.ndarray]:
-    """The pieces, as the header promised them, in the stored orientation."""
+    """Yield the pieces of a stored image. Raises BadImage where they differ from the header."""
     height, width = (found.height, found.width) if found.orientation < 5 else (found.width, found.height)
     rows = 0
     try:
         for part in parts:
             if part.shape[1:] != (width, found.channels) or part.dtype != found.dtype:
                 shape = f"{part.shape} {part.dtype}"
-                raise BadImage("CORRUPT", f"{found.format}: decoded to {shape}, its header says otherwise")
+                raise BadImage("CORRUPT", f"{found.format}: decoded to {shape}, unlike its header")
             rows += len(part)
             yield part
     except BadImage:
@@ -53,11 +53,11 @@ def check_pieces(parts: Iterator[np.ndarray], found: Header) -> Iterator[np.ndar
     except (ValueError, OSError) as error:
         raise BadImage("UNSUPPORTED_MODE", f"{found.format}: {error}") from None
     if rows != height:
-        raise BadImage("CORRUPT", f"{found.format}: decoded to {rows} rows, its header says otherwise")
+        raise BadImage("CORRUPT", f"{found.format}: decoded to {rows} rows, unlike its header")
 
 
 def join_pieces(parts: Iterator[np.ndarray], height: int) -> np.ndarray:
-    """All rows in one array, filled as they come."""
+    """Copy the pieces into one array of `height` rows."""
     first = next(parts)
     if len(first) == height:
         return first
@@ -71,22 +71,25 @@ def join_pieces(parts: Iterator[np.ndarray], height: int) -> np.ndarray:
 
 
 def dtype_of(dtype: np.dtype) -> str:
-    """uint8 and uint16 stay, bool becomes uint8, all other numbers float32: by type, so that a data set agrees."""
+    """Return the dtype of decoded pixels: uint8 and uint16 stay, bool becomes uint8, other numbers float32.
+
+    It depends on the type alone, not on the values, so that all files of a data set agree.
+    """
     if dtype.kind not in "biuf":
-        raise BadImage("UNSUPPORTED_MODE", f"array of {dtype}; integers or floats are expected")
+        raise BadImage("UNSUPPORTED_MODE", f"got an array of {dtype}; expected integers or floats")
     return "uint8" if dtype.kind == "b" else dtype.name if dtype.name in ("uint8", "uint16") else "float32"
 
 
 def as_pixels(values: np.ndarray) -> np.ndarray:
-    """Any numeric array (H, W) or (H, W, C) -> (H, W, C) of one of the three dtypes. Integers are exact up to 2^24.
+    """Convert a numeric array (H, W) or (H, W, C) to (H, W, C) of one of the three dtypes.
 
-    NaN and infinity stay: they mean that a pixel is absent.
+    Integers are exact up to 2^24. NaN and infinity stay: they mark absent pixels.
     """
     if values.ndim == 2:
         values = values[:, :, None]
     dtype = dtype_of(values.dtype)
     if values.dtype.kind == "b":
         return np.ascontiguousarray(values).astype(bool).astype(np.uint8) * 255
-    with np.errstate(over="ignore"):  # what overflows becomes infinite, which counts as absent (absent.py)
+    with np.errstate(over="ignore"):  # overflow gives infinity, which marks an absent pixel (nodata.py)
         values = np.ascontiguousarray(values.astype(dtype, copy=False))
     return values

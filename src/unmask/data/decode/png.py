@@ -1,4 +1,4 @@
-"""PNG."""
+"""Read PNG with Pillow, 16-bit colour included, and verify its checksums and rows."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PNG_START = b"\x89PNG\r\n\x1a\n"
 
 
 def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """(name, start, end) of each chunk's content, up to and with IEND. Raises BadImage when the file ends earlier."""
+    """Yield (name, start, end) of each chunk's content, up to and including IEND. Raises BadImage without IEND."""
     place = len(PNG_START)
     while place + 12 <= len(data):
         length = int.from_bytes(data[place : place + 4], "big")
@@ -62,7 +62,7 @@ def read_header(data: bytes, reading: Reading) -> Header:
     if not alpha and b"tRNS" in data[33 : data.find(b"IDAT")]:
         alpha = "composited" if reading.alpha in ("auto", "composite") else "dropped"
     layout, channels = Layout(bands, alpha), channels + (alpha == "band")
-    each = {0: 1, 3: 1}.get(kind, 4) if bits <= 8 else {0: 2, 4: 4}.get(kind, 8)  # bytes of a pixel in Pillow
+    each = {0: 1, 3: 1}.get(kind, 4) if bits <= 8 else {0: 2, 4: 4}.get(kind, 8)  # bytes per pixel in Pillow
     original = original_size(note, (height, width))
     memory = each * height * width
     return Header(height, width, channels, dtype, "PNG", orientation, original, layout, memory=memory)
@@ -112,7 +112,7 @@ def _join_bytes(kind: int, parts: list[np.ndarray]) -> np.ndarray:
 
 
 def _without_transparency(data: bytes, pixels: np.ndarray, alpha: str) -> np.ndarray:
-    """16-bit pixels with their alpha channel, or their transparent colour, treated as `Layout.alpha` says."""
+    """Apply `Layout.alpha` to 16-bit pixels with an alpha channel or a transparent colour."""
     kind = data[25]
     if kind in (GRAY_ALPHA, RGB_ALPHA):
         return without_alpha(pixels, alpha)
@@ -123,7 +123,7 @@ def _without_transparency(data: bytes, pixels: np.ndarray, alpha: str) -> np.nda
 
 
 def _by_imagecodecs(data: bytes, alpha: str) -> np.ndarray:
-    """Decode 16-bit colour where Pillow no longer does. Raises BadImage, also without imagecodecs."""
+    """Decode 16-bit colour with imagecodecs, for a Pillow without the raw modes. Raises BadImage, also without it."""
     try:
         import imagecodecs  # pyright: ignore[reportMissingImports]
     except ImportError:
@@ -138,7 +138,7 @@ def _by_imagecodecs(data: bytes, alpha: str) -> np.ndarray:
 
 
 def _check_rows(data: bytes) -> None:
-    """Raises BadImage when the pixel stream holds fewer rows than the header says."""
+    """Raise BadImage when the pixel stream holds fewer rows than the header declares."""
     width, height, bits, kind, _, _, interlace = struct.unpack(">IIBBBBB", data[16:29])
     depth = bits * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[kind]
     passes = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
@@ -153,11 +153,11 @@ def _check_rows(data: bytes) -> None:
             have += len(inflate.decompress(left_over, 1 << 20))
             left_over = inflate.unconsumed_tail
     if have < needed:
-        raise BadImage("TRUNCATED", f"PNG: {have} bytes of pixels, {needed} are needed: rows are missing")
+        raise BadImage("TRUNCATED", f"PNG: got {have} bytes of pixels; expected {needed}: rows are missing")
 
 
 def _transparent(data: bytes, samples: int) -> np.ndarray | None:
-    """The colour that a PNG without alpha declares transparent."""
+    """Return the colour that a PNG without alpha declares transparent, or None."""
     for name, start, end in _png_chunks(data):
         if name == b"tRNS" and end - start == 2 * samples:
             return np.frombuffer(data, ">u2", samples, start).astype(np.uint16)

@@ -1,4 +1,4 @@
-"""TIFF."""
+"""Read TIFF with Pillow, or with the optional tifffile where Pillow would cut values to 8 bits or drop bands."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from unmask.data.decode.pixels import as_pixels, join_pieces, slice_rows
 from unmask.data.decode.reading import DEFAULT, Reading, is_alpha
 from unmask.data.decode.tiff_pages import MOST_PAGES, TIFF_STARTS, Page, TooManyEntries, choose, read_pages, starting_at
 
-NO_LOG = logging.NullHandler()  # without any handler tifffile's remarks on tags would go to the screen
+NO_LOG = logging.NullHandler()  # without a handler tifffile's warnings about tags go to stderr
 
 
 @dataclass(frozen=True)
 class _Tiff:
-    """The first directory: what decides who reads it. `kind` is 1 unsigned, 2 signed, 3 float."""
+    """Tags of one page that decide which library reads it. kind: sample format, 1 unsigned, 2 signed, 3 float."""
 
     height: int
     width: int
@@ -47,7 +47,7 @@ class _Tiff:
 
     @property
     def plain(self) -> bool:
-        """Whether Pillow reads it as it is; what it would cut to 8 bits or drop bands of goes to tifffile."""
+        """Whether Pillow reads all values unchanged."""
         if self.samples == 1:
             known = ((1, 1), (2, 1), (4, 1), (8, 1), (12, 1), (16, 1), (16, 2), (32, 2), (32, 3))
             return self.photometric in (0, 1, 3) and (self.bits, self.kind) in known
@@ -65,7 +65,7 @@ def _tiff_pages(data: bytes, most: int) -> list[Page]:
         raise BadImage("HEADER_BAD", f"TIFF: {error}") from None
     except (struct.error, OverflowError):
         raise BadImage(
-            "TRUNCATED", "TIFF: it has no directory, or one beyond its end: it was not written to the end"
+            "TRUNCATED", "TIFF: its directory is missing or beyond the end of the file, which is incomplete"
         ) from None
 
 
@@ -90,7 +90,7 @@ def _tiff_layout(page: Page) -> _Tiff:
         raise BadImage(
             "UNSUPPORTED_MODE",
             f"a TIFF with {found.samples} samples of {found.bits} bits and photometric kind {found.photometric}; "
-            "convert it to 8- or 16-bit RGB, or to .npy, which takes any number of channels",
+            "convert it to 8- or 16-bit RGB, or to .npy, which stores any number of channels",
         )
     return found
 
@@ -102,7 +102,7 @@ def read_header(data: bytes, reading: Reading) -> Header:
     height, width = (tiff.height, tiff.width) if tiff.orientation < 5 else (tiff.width, tiff.height)
     alpha = ""
     if tiff.alpha:
-        refuse_large(height, width, tiff.samples)  # before any value is looked at
+        refuse_large(height, width, tiff.samples)  # before any value is decoded
         alpha = _tiff_alpha_use(data, chosen.pages[0], tiff, reading)
     channels = tiff.samples - (alpha in ("composited", "dropped"))
     if tiff.plain and (tiff.photometric == 3 or tiff.photometric == 5):
@@ -111,7 +111,7 @@ def read_header(data: bytes, reading: Reading) -> Header:
     if tiff.kind == 1 and tiff.bits <= 16:
         dtype = "uint8" if tiff.bits <= 8 else "uint16"
     layout = Layout(tiff.samples, alpha, chosen.count, chosen.use)
-    # Pillow turns a TIFF by itself.
+    # Pillow applies the orientation of a TIFF itself.
     orientation = 1 if tiff.plain and not (alpha == "band" and tiff.premultiplied) else tiff.orientation
     offsets = tuple(page.offset for page in chosen.pages)
     memory = _tiff_memory(tiff, chosen.pages[0], alpha, len(offsets))
@@ -121,7 +121,7 @@ def read_header(data: bytes, reading: Reading) -> Header:
 
 
 def _tiff_memory(tiff: _Tiff, page: Page, alpha: str, pages: int) -> int:
-    """Bytes that decoding takes, strips or tiles included, which are as large as the file likes."""
+    """Return the peak bytes of decoding, including strips or tiles, whose size a file chooses freely."""
     pixels = tiff.height * tiff.width
     values = pixels * tiff.samples * -(-tiff.bits // 8)
     if _needs_tifffile(tiff, alpha):
@@ -136,7 +136,7 @@ def _tiff_memory(tiff: _Tiff, page: Page, alpha: str, pages: int) -> int:
 
 
 def _tiff_alpha_use(data: bytes, page: Page, tiff: _Tiff, reading: Reading) -> str:
-    """What becomes of a last sample that is tagged as alpha, which GDAL and others do to any fourth band."""
+    """Return the `Layout.alpha` of a last sample tagged as alpha; GDAL and others tag any fourth band so."""
     if reading.alpha != "auto":
         use = alpha_use(reading)
     elif tiff.kind == 3 and tiff.photometric < 2:
@@ -150,13 +150,13 @@ def _tiff_alpha_use(data: bytes, page: Page, tiff: _Tiff, reading: Reading) -> s
     if use == "composited" and not tiff.plain and tiff.kind == 3:
         raise BadImage(
             "UNSUPPORTED_MODE",
-            "a float TIFF with alpha, whose white is not known; use --set data.alpha=band or data.alpha=drop",
+            "a float TIFF with alpha, for which white is undefined; use --set data.alpha=band or data.alpha=drop",
         )
     return use
 
 
 def _tagged_values(data: bytes, page: Page, tiff: _Tiff) -> np.ndarray:
-    """(H, W) values of the last sample."""
+    """Return the last sample (H, W)."""
     data = starting_at(data, page.offset)
     if _needs_tifffile(tiff, "band"):
         return _tiff_bands(data, tiff, "band")[:, :, -1]
@@ -165,7 +165,7 @@ def _tagged_values(data: bytes, page: Page, tiff: _Tiff) -> np.ndarray:
 
 
 def alpha_values(data: bytes) -> np.ndarray | None:
-    """(H, W) values of the last sample of a TIFF that is tagged as alpha and could be either; None for other files."""
+    """Return the last sample (H, W) of a TIFF if it is tagged as alpha and may be data; None for other files."""
     if not data.startswith(TIFF_STARTS):
         return None
     page = choose(_tiff_pages(data, MOST_PAGES), DEFAULT).pages[0]
@@ -191,7 +191,7 @@ def _tiff_page(data: bytes, page: Page, tiff: _Tiff, alpha: str) -> np.ndarray:
         return _tiff_bands(data, tiff, alpha)
     image = load_image(data, "TIFF")
     if image.size not in ((tiff.width, tiff.height), (tiff.height, tiff.width)):
-        raise BadImage("CORRUPT", f"TIFF: decoded to {image.size}, its header says otherwise")
+        raise BadImage("CORRUPT", f"TIFF: decoded to {image.size}, unlike its header")
     try:
         return join_pieces(_plain_tiff_pieces(image, tiff, alpha), image.height)
     except BadImage:
@@ -201,7 +201,7 @@ def _tiff_page(data: bytes, page: Page, tiff: _Tiff, alpha: str) -> np.ndarray:
 
 
 def read_pieces(data: bytes, found: Header) -> Iterator[np.ndarray]:
-    """Of a TIFF of which one page is read."""
+    """Yield the pieces of a TIFF of which one page is read."""
     page = next(page for page in _tiff_pages(data, MOST_PAGES) if page.offset == found.pages[0])
     tiff, data = _tiff_layout(page), starting_at(data, page.offset)
     if _needs_tifffile(tiff, found.layout.alpha):
@@ -211,20 +211,20 @@ def read_pieces(data: bytes, found: Header) -> Iterator[np.ndarray]:
 
 
 def _needs_tifffile(tiff: _Tiff, alpha: str) -> bool:
-    return not tiff.plain or (alpha == "band" and tiff.premultiplied)  # Pillow divides by such an alpha
+    return not tiff.plain or (alpha == "band" and tiff.premultiplied)  # Pillow would divide by it
 
 
 def _plain_tiff_pieces(image: Image.Image, tiff: _Tiff, alpha: str) -> Iterator[np.ndarray]:
     dtype = "uint16" if tiff.kind == 1 and tiff.bits > 8 else "uint8" if tiff.kind == 1 else "float32"
     for part in pillow_pieces(image, alpha):
         if part.dtype != dtype:
-            raise BadImage("CORRUPT", f"TIFF: decoded to {part.dtype}, its header says otherwise")
-        # White is zero, which Pillow heeds up to 8 bits only.
+            raise BadImage("CORRUPT", f"TIFF: decoded to {part.dtype}, unlike its header")
+        # White is zero, which Pillow handles up to 8 bits only.
         yield np.uint16((1 << tiff.bits) - 1) - part if tiff.photometric == 0 and dtype == "uint16" else part
 
 
 def _tiff_bands(data: bytes, tiff: _Tiff, alpha: str) -> np.ndarray:
-    """The first page of a TIFF that Pillow would cut to 8 bits or take bands from."""
+    """Decode the first page with tifffile."""
     what = f"a TIFF with {tiff.samples} samples of {tiff.bits} bits a pixel"
     try:
         import tifffile
@@ -238,13 +238,11 @@ def _tiff_bands(data: bytes, tiff: _Tiff, alpha: str) -> np.ndarray:
             values, axes = page.asarray(), page.axes
     except MemoryError:
         raise
-    except Exception as error:  # it raises whatever a damaged file makes its parsers meet
+    except Exception as error:  # tifffile raises many kinds for a damaged file
         text = str(error)
         if "imagecodecs" in text:
             advice = "pip install imagecodecs, or save it without compression or with deflate"
-            raise BadImage(
-                "UNSUPPORTED_MODE", f"{what}, compressed in a way that needs imagecodecs: {advice}"
-            ) from None
+            raise BadImage("UNSUPPORTED_MODE", f"{what}, whose compression needs imagecodecs: {advice}") from None
         raise BadImage(code_of(text), f"TIFF: {text}") from None
     if axes == "SYX":
         values = values.transpose(1, 2, 0)

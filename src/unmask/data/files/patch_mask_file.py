@@ -27,7 +27,7 @@ def read_masks(path: str | Path) -> tuple[Pattern, ...]:
     """The patterns of a file. Raises ValueError when there is no such file, or it holds no patterns."""
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"mask file {path} does not exist; a .txt, .npy or .png file was expected")
+        raise UserError(f"mask file {path} does not exist; expected a .txt, .npy or .png file")
     try:
         if path.suffix == ".npy":  # mapped, so that a header that claims more than the file has costs nothing
             return _of_array(np.load(path, allow_pickle=False, mmap_mode="r"), path)
@@ -42,7 +42,7 @@ def read_masks(path: str | Path) -> tuple[Pattern, ...]:
         if isinstance(error, UserError):
             raise
         raise UserError(
-            f"mask file {path} cannot be read ({type(error).__name__}); expected were a .txt file of '#' and '.', an "
+            f"mask file {path} cannot be read ({type(error).__name__}); expected a .txt file of '#' and '.', an "
             "array in .npy of (rows, cols) or (n, rows, cols), or a .png with a pixel for each patch"
         ) from None
 
@@ -62,7 +62,7 @@ def hidden_share(patterns: Sequence[Pattern]) -> float:
 
 
 def _of_text(text: str, path: Path) -> tuple[Pattern, ...]:
-    expected = "rows of '#' (hidden) and '.' (visible) were expected, one mark for each patch"
+    expected = "expected rows of '#' (hidden) and '.' (visible), one character for each patch"
     for number, line in enumerate(text.split("\n"), 1):
         if wrong := line.lstrip("#. ")[:1]:
             raise UserError(f"mask file {path} has {wrong!r} in line {number}; {expected}")

@@ -1,4 +1,4 @@
-"""What tar, zip and parquet files have in common."""
+"""Rules that tar, zip and parquet files share: which members are images, and when they changed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def has_image_name(name: str) -> bool:
 
 
 def is_wanted(name: str, size: int, skipped: Counter[str]) -> bool:
-    """Whether an archive member is an image we read; nothing is ever unpacked to disk."""
+    """Return whether an archive member is an image to read, and count it in `skipped` otherwise."""
     parts = name.split("/")
     if ".." in parts:
         skipped["path that leaves the archive"] += 1
@@ -36,7 +36,7 @@ def is_wanted(name: str, size: int, skipped: Counter[str]) -> bool:
 
 
 def times_of_archive(path: str, rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """`Source.changed` and `Source.modified` of the members: those of their archive."""
+    """Return `Source.changed` and `Source.modified` of all members: those of their archive."""
     found = stat_or_none(path)
     times = (-1, -1) if found is None else (last_change(found), found.st_mtime_ns)
     return np.full(rows, times[0], np.int64), np.full(rows, times[1], np.int64)

@@ -1,4 +1,8 @@
-"""Class labels from the names of folders."""
+"""Class labels from the names of folders.
+
+Classes are the names of the first folder level that has more than one sub-folder, if every image is in one of them.
+Folders called train, val or test are splits, not classes.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +16,8 @@ SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", 
 
 
 def classes_of(names: Sequence[str]) -> tuple[list[str], np.ndarray | None, list[str]]:
-    """(classes, labels or None, split folders found instead of classes) from '/'-separated names."""
-    place: dict[str, int] = {}  # of each folder: many names lie in few
+    """Return (classes, labels (n,) or None, folders that are splits instead of classes) of '/'-separated names."""
+    place: dict[str, int] = {}  # number of each folder
     where = np.fromiter((place.setdefault(name.rpartition("/")[0], len(place)) for name in names), np.int64, len(names))
     folders = [folder.split("/") if folder else [] for folder in place]
     depth = min((len(parts) for parts in folders), default=0)

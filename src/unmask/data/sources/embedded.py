@@ -1,4 +1,4 @@
-"""The embedded image sets: shapes and digits."""
+"""The embedded image sets, `shapes` (computed) and `digits` (from scikit-learn)."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class DigitsSource(Source):
 
         pixels, labels = load_digits(return_X_y=True)
         order = np.argsort(labels, kind="stable")
-        place = np.empty(len(labels), np.int64)  # of each image within its class
+        place = np.empty(len(labels), np.int64)  # rank of each image within its class
         for label in range(10):
             place[order[labels[order] == label]] = np.arange((labels == label).sum())
         rows = np.flatnonzero((place % 5 == 4) == test)
@@ -54,20 +54,20 @@ def _as_npy(pixels: np.ndarray) -> bytes:
 
 
 def open_embedded(text: str) -> Source:
-    """`shapes`, `digits-test`, or with the first so many only: `shapes:5000`."""
+    """Open `shapes` or `digits-test`, or the first images of a set: `shapes:5000`."""
     stem, _, count = text.partition(":")
     if count and not (count.isdigit() and int(count) > 0):
-        raise SourceError(f"{text!r} came; {stem} or {stem}:N with a number of images N was expected")
+        raise SourceError(f"got {text!r}; expected {stem}, or {stem}:N with a number of images N")
     if stem.startswith("digits"):
         source: Source = DigitsSource(text, test=stem.endswith("test"))
         if count:
-            raise SourceError(f"{text!r} came; digits has no part of its own size, use digits or digits-test")
+            raise SourceError(f"got {text!r}; the size of digits cannot be chosen, use digits or digits-test")
         return source
     from unmask.data.sources import shapes
 
     whole = shapes.TEST if stem.endswith("test") else shapes.TRAIN
     if count and int(count) > whole:
-        raise SourceError(f"{text!r} came; {stem} has {whole} images")
+        raise SourceError(f"got {text!r}; {stem} has only {whole} images")
     return ShapesSource(text, shapes.TRAIN if stem.endswith("test") else 0, int(count) if count else whole)
 
 

@@ -15,7 +15,7 @@ from unmask.errors import SourceError
 
 
 class SelectedSource(Source):
-    """Some rows of a source, in its order. by_folder: whether classes are to be found anew in the names that remain."""
+    """Some rows of a source, in its order. Class folders are determined again from the remaining names."""
 
     def __init__(self, inner: Source, rows: np.ndarray) -> None:
         self.inner, self.rows = inner, np.asarray(rows, np.int64)
@@ -51,7 +51,7 @@ class SelectedSource(Source):
 
 
 def exclude_names(source: Source, patterns: Sequence[str]) -> Source:
-    """The source without the images whose name matches one of these patterns; `excluded` counts them by pattern."""
+    """Return the source without the images whose names match a pattern; `excluded` counts them by pattern."""
     if not patterns:
         return source
     out = np.zeros(len(source), bool)
@@ -63,7 +63,7 @@ def exclude_names(source: Source, patterns: Sequence[str]) -> Source:
         out |= hit
     if out.all() and len(source):
         raise SourceError(
-            f"--exclude {' '.join(patterns)} leaves none of the {len(source)} images of {source.name}; leave one out"
+            f"--exclude {' '.join(patterns)} leaves none of the {len(source)} images of {source.name}; remove a pattern"
         )
     left = SelectedSource(source, np.flatnonzero(~out)) if out.any() else source
     left.excluded = counts
@@ -71,10 +71,10 @@ def exclude_names(source: Source, patterns: Sequence[str]) -> Source:
 
 
 def matcher(pattern: str) -> Callable[[str], bool]:
-    """Whether a pattern matches a '/'-separated name. Case counts; * and ? stop at "/", ** is any number of folders.
+    """Return a test of '/'-separated names. Case-sensitive; * and ? stop at "/", ** is any number of folders.
 
-    Without "/" it matches a file's or a folder's own name anywhere, otherwise the whole path from its beginning; what
-    lies below a folder that matches is matched too. Raises SourceError for brackets without a set of letters.
+    A pattern without "/" matches the name of a file or folder at any depth, others the path from its start. Everything
+    below a matching folder matches too. Raises SourceError for brackets without a set of letters.
     """
     parts = pattern.strip("/").split("/")
     anywhere = "/" not in pattern.strip("/")
@@ -94,7 +94,7 @@ def matcher(pattern: str) -> Callable[[str], bool]:
 
 
 def _part(part: str) -> str:
-    """The regular expression of one part of a glob."""
+    """Return the regular expression of one part of a glob."""
     pieces, place = [], 0
     while place < len(part):
         letter, end = part[place], part.find("]", place + 2)

@@ -1,4 +1,4 @@
-"""A folder tree of images."""
+"""A folder tree of images, or of parquet or tar shards when it holds no image."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from unmask.data.sources.system_folders import is_hidden, is_skipped, is_system
 
 
 def open_folder(text: str) -> Source:
+    """List the images below a folder; see `class_folders.py` for their labels."""
     skipped: Counter[str] = Counter()
     listing = Listing()
     walk(text, listing, skipped)
@@ -25,7 +26,7 @@ def open_folder(text: str) -> Source:
 
 
 def _shards_below(root: str) -> list[str]:
-    """Paths of the parquet and tar files in a folder, relative to it; hidden and system folders are skipped."""
+    """Return the paths of parquet and tar files below a folder. Hidden and system folders are skipped."""
     found = []
     for folder, below, files in os.walk(root):
         below[:] = sorted(name for name in below if not is_hidden(name) and not is_system(name))
@@ -36,8 +37,8 @@ def _shards_below(root: str) -> list[str]:
 def walk(root: str, listing: Listing, skipped: Counter[str], wanted: Callable[[str], bool] | None = None) -> None:
     """Add every image file whose relative path is `wanted`.
 
-    Each folder once, so a loop of links ends; a folder is taken by its shallowest path; run folders are passed over.
-    Nothing but stat is called.
+    Each folder is listed once, by its shallowest path, so loops of links end. Run folders are skipped. Files are not
+    opened.
     """
     seen: set[tuple[int, int]] = set()
     level = [""]
@@ -53,7 +54,7 @@ def _list_folder(
     skipped: Counter[str],
     wanted: Callable[[str], bool] | None,
 ) -> list[str]:
-    """Add the images of one folder; returns its sub-folders, links last."""
+    """Add the images of one folder; return its sub-folders, links last."""
     try:
         here = os.stat(os.path.join(root, folder))
         if (here.st_dev, here.st_ino) in seen:
@@ -63,7 +64,7 @@ def _list_folder(
         with os.scandir(os.path.join(root, folder)) as entries:
             found = [entry for entry in entries if not is_skipped(entry.name, skipped)]
         if {"config.json", "plan.json"} <= {entry.name for entry in found}:
-            skipped["run folder"] += 1  # its pictures are no data, and a run made here could not go on
+            skipped["run folder"] += 1  # its pictures are not data, and they change while the run trains
             return []
     except PermissionError:
         skipped["folder without permission"] += 1

@@ -1,4 +1,4 @@
-"""A glob of image files or shards."""
+"""A glob of image files, or of parquet or tar shards."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from unmask.errors import SourceError
 
 
 def open_glob(text: str) -> Source:
+    """List the files that match a glob. Raises SourceError when it matches none."""
     skipped: Counter[str] = Counter()
     parts = text.replace(os.sep, "/").split("/")
-    if "**" in parts:  # not by glob: it follows links in circles
+    if "**" in parts:  # not by `glob`, which follows loops of links
         plain = next(i for i, part in enumerate(parts) if glob.has_magic(part))
         root = "/".join(parts[:plain]) + ("/" if plain else "")
 
@@ -59,14 +60,14 @@ def open_glob(text: str) -> Source:
 
 
 def _in_system_folder(path: str, parts: Sequence[str], skipped: Counter[str]) -> bool:
-    """Whether a wildcard of the glob, and not a name in it, led into a folder of a system or tool."""
+    """Return whether a wildcard of the glob, not a name in it, matched a folder of a system or tool."""
     names = path.replace(os.sep, "/").split("/")
     wild = (name for name, part in zip(names, parts, strict=False) if glob.has_magic(part))
     return any(is_skipped(name, skipped) for name in wild if is_system(name))
 
 
 def matches_glob(names: Sequence[str], parts: Sequence[str]) -> bool:
-    """Whether the parts of a path match those of a glob, in which ** is any number of folders."""
+    """Return whether the parts of a path match those of a glob, in which ** is any number of folders."""
     if not parts or list(parts) == ["**"]:
         return bool(parts) or not names
     if parts[0] == "**":

@@ -1,4 +1,4 @@
-"""Image files on disk, named one by one or found by a listing."""
+"""Image files on disk, named one by one or listed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".tif", ".tiff"
 
 
 class FilesSource(Source):
-    """Files on disk: row i is the file root/relative[i]. `changed` and `modified` as in `Source`, by row."""
+    """Files on disk: row i is the file root/relative[i]. changed, modified: (n,), see `Source`."""
 
     def __init__(
         self,
@@ -45,12 +45,12 @@ class FilesSource(Source):
         path = self.path(i)
         try:
             found = os.stat(path)
-            if not stat.S_ISREG(found.st_mode):  # opening a pipe would wait for ever
+            if not stat.S_ISREG(found.st_mode):  # opening a pipe would block
                 raise BadImage("NOT_IMAGE", "it is a folder, a pipe or a device, not a regular file")
             if found.st_size > limits.MAX_FILE_BYTES:
                 raise BadImage("TOO_LARGE_FILE", f"{found.st_size} bytes, at most {limits.MAX_FILE_BYTES} are read")
             with open(path, "rb") as file:
-                return file.read(found.st_size)  # no more, should it be growing
+                return file.read(found.st_size)  # not more, if the file is growing
         except PermissionError:
             raise BadImage("PERMISSION", "the file may not be read; check its owner and mode") from None
         except OSError as error:
@@ -58,7 +58,7 @@ class FilesSource(Source):
 
 
 class Listing:
-    """Files as they are found: a list of paths and two arrays of plain numbers."""
+    """A growing list of files: paths, and arrays of sizes and times."""
 
     def __init__(self) -> None:
         self.paths: list[str] = []
@@ -66,12 +66,12 @@ class Listing:
 
     def add(self, path: str, found: os.stat_result | None) -> None:
         self.paths.append(path)
-        self.sizes.append(-1 if found is None else found.st_size)  # kept as a row: reading it will say what is wrong
+        self.sizes.append(-1 if found is None else found.st_size)  # stays a row: reading it reports the error
         self.changed.append(-1 if found is None else last_change(found))
         self.modified.append(-1 if found is None else found.st_mtime_ns)
 
     def files(self, name: str, root: str, *, ordered: bool, location: str | None = None) -> FilesSource:
-        """All of them as a source: as they came when `ordered`, otherwise sorted by the bytes of their paths."""
+        """Return all files as a source: in their order if `ordered`, otherwise sorted by the bytes of their paths."""
         order = np.arange(len(self.paths))
         if not ordered:
             plain = all(map(str.isascii, self.paths))  # then text sorts as its bytes do
@@ -83,7 +83,7 @@ class Listing:
 
 
 def absolute_files(text: str, paths: Sequence[str], *, location: str | None = None) -> FilesSource:
-    """Files anywhere; names are relative to their longest common folder."""
+    """Return a source of files anywhere; names are relative to their longest common folder."""
     absolute = [os.path.abspath(path) for path in paths]
     root = os.path.commonpath([os.path.dirname(path) for path in absolute]) if absolute else os.getcwd()
     listing = Listing()
@@ -93,10 +93,10 @@ def absolute_files(text: str, paths: Sequence[str], *, location: str | None = No
 
 
 def open_files(paths: Sequence[str | Path]) -> FilesSource:
-    """Exactly these files, in this order. Raises SourceError when one is missing."""
+    """Return a source of exactly these files, in this order. Raises SourceError when one is missing."""
     for path in paths:
         if not os.path.isfile(path):
-            raise SourceError(f"{path} is not a file; image files were expected")
+            raise SourceError(f"{path} is not a file; expected image files")
     texts = [str(path) for path in paths]
     name = texts[0] if len(texts) == 1 else f"{len(texts)} files"
     return absolute_files(name, texts, location=os.path.abspath(texts[0]))

@@ -1,10 +1,4 @@
-"""Several sources as one: shards of parquet or tar files in a folder or glob, several DATA, and images left out.
-
-Shards are read in sorted order, each only when one of its images is needed. Their images are named `shard/name`, the
-path of the shard without its ending first; that is no class. Labels are those of the shards (a column, a webdataset's
-.cls or .json, folders), by the names of the classes. Shards of different columns or classes are refused. A folder of
-one tar to a class (`cats.tar`, `dogs.tar`) has the classes of its files' names.
-"""
+"""Join several sources into one, with the union of their classes."""
 
 from __future__ import annotations
 
@@ -25,7 +19,7 @@ from unmask.errors import some
 
 
 class JoinedSource(Source):
-    """The rows of several sources, one after another. prefixes: a folder for the names of each, None for none."""
+    """The rows of several sources, one after another. prefixes: a folder name for each source; None for none."""
 
     def __init__(
         self, name: str, parts: Sequence[Source], prefixes: Sequence[str] | None = None, *, location: str | None = None
@@ -50,7 +44,7 @@ class JoinedSource(Source):
             labelled = len(self.parts) - len(bare)
             self.unlabelled = next((part.unlabelled for part in bare if part.unlabelled), "")
             if labelled and not self.unlabelled:
-                self.unlabelled = f"{labelled} of its {len(self.parts)} parts have labels, and {bare[0].name} has none"
+                self.unlabelled = f"{labelled} of its {len(self.parts)} parts have labels, but {bare[0].name} has none"
             self.split_folders = next((part.split_folders for part in bare if part.split_folders), [])
             return
         own = [part.classes for part in self.parts]
@@ -68,7 +62,7 @@ class JoinedSource(Source):
         ])  # fmt: skip
 
     def _share_groups(self) -> None:
-        """Parquet files keep row groups in memory up to a limit, which is one for all of them."""
+        """Let all parquet files share one cache of row groups, so that its limit holds for all of them."""
         groups: dict[Any, Any] = {}
         for part in self.parts:
             if isinstance(part, ParquetSource):
@@ -104,7 +98,7 @@ def _or_unknown(times: np.ndarray | None, part: Source) -> np.ndarray:
 
 
 def join(parts: Sequence[Source], texts: Sequence[str]) -> Source:
-    """Several DATA as one. Where a name occurs in more than one of them, each gets the name of its DATA as a folder."""
+    """Join several DATA. If a name occurs in more than one, all names start with the name of their DATA as a folder."""
     every = Counter(name for part in parts for name in part.names)
     prefixes = None
     if len(every) < sum(map(len, parts)):

@@ -1,13 +1,6 @@
-"""Where images come from: a folder tree, list file, glob, tar, zip, parquet, single files, or an embedded set.
+"""Open DATA: a folder tree, list file, glob, tar, zip, parquet, single files, or an embedded set.
 
-A `Source` gives names, sizes, labels and the bytes of row i; it decodes nothing. Names are stable and sorted (a list
-keeps its own order), '/'-separated and relative, and safe to print: control characters, and bytes that are no text, are
-escaped. The real path is kept apart. Sources can be pickled and forked: a file handle is opened by the process that
-uses it, and names are one block of bytes (`names.py`), so a million of them cost a forked worker nothing. A zip costs
-it about 550 bytes a member, because Python's zipfile keeps a directory of its own.
-
-Class labels are the names of the first folder level that has more than one sub-folder, when every image lies in one of
-them; folders that are called train, val or test are splits, not classes.
+Each kind is one module with an `OPENER`; see `source.Source` for what all of them offer.
 """
 
 from __future__ import annotations
@@ -41,10 +34,10 @@ WHAT_DATA_IS = "a folder, a list file (.txt, .csv), a glob, a .tar, .zip or .par
 
 
 def open_source(data: str | Path | Sequence[str | Path], exclude: Sequence[str] = ()) -> Source:
-    """Open DATA, whatever it is, or several of them as one.
+    """Open DATA of any kind, or several DATA as one source.
 
-    exclude: patterns of names to leave out, see `exclude.matcher`. Raises SourceError when it is nothing we know, is
-    empty, or holds no image.
+    exclude: patterns of names to leave out, see `exclude.matcher`. Raises SourceError for data of an unknown kind,
+    and for data without any image.
     """
     texts = [str(data)] if isinstance(data, str | Path) else [str(one) for one in data]
     if not texts:
@@ -83,16 +76,16 @@ def _opener_of(text: str) -> Opener:
     if opener := next((one for one in OPENERS if one.opens(text)), None):
         return opener
     if not os.path.exists(text):  # unlike Path.exists, no error for a name that is too long or a closed folder
-        raise SourceError(f"{text} does not exist; {WHAT_DATA_IS} was expected{_near(text)}")
+        raise SourceError(f"{text} does not exist; expected {WHAT_DATA_IS}{_near(text)}")
     if not stat.S_ISREG(os.stat(text).st_mode):
-        raise SourceError(f"{text} is neither a file nor a folder; {WHAT_DATA_IS} was expected")
+        raise SourceError(f"{text} is neither a file nor a folder; expected {WHAT_DATA_IS}")
     if opener := next((one for one in FILE_OPENERS if one.opens(text)), None):
         return opener
-    raise SourceError(f"{text} is a file of no known kind; {WHAT_DATA_IS} was expected")
+    raise SourceError(f"{text} is a file of an unknown kind; expected {WHAT_DATA_IS}")
 
 
 def _near(text: str) -> str:
-    """Existing names that `text` may be a misspelling of, as the end of a sentence."""
+    """Return existing names that `text` may be a misspelling of, as the end of a sentence."""
     folder_name, stem = os.path.dirname(text), text.partition(":")[0]
     try:
         beside = [os.path.join(folder_name, name) for name in os.listdir(folder_name or ".")]

@@ -1,4 +1,4 @@
-"""A parquet file of images."""
+"""A parquet file of images; see `parquet_columns.py` for its columns."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class ParquetSource(Source):
         self.digest = hashlib.sha256(str((os.path.getsize(text), rows)).encode()).hexdigest()
         self.class_list = class_list
         self.classes, self.labels, self.unlabelled = labels.classes, labels.numbers, labels.why
-        self.groups: dict[tuple[str, int], Any] = {}  # row groups in memory, the one used last at the end
+        self.groups: dict[tuple[str, int], Any] = {}  # row groups in memory, least recently used first
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"groups": {}}
@@ -62,7 +62,7 @@ class ParquetSource(Source):
 
     def read(self, i: int) -> bytes:
         group = int(np.searchsorted(self.starts, i, "right")) - 1
-        # Rows are drawn at random, and only whole groups can be read: without keeping them every image would cost one.
+        # Rows are read in random order, but only whole groups can be read: without a cache every image would cost one.
         held, key = self.groups, (self.location, group)
         column = held.pop(key) if key in held else self._read_group(group)
         held[key] = column
@@ -87,7 +87,7 @@ class ParquetSource(Source):
 
 
 def _refuse_large_groups(file: Any, column: str, text: str) -> None:
-    """Raises SourceError for row groups, which are read whole, of more bytes than may be held, by the file's count."""
+    """Raise SourceError for row groups whose size exceeds the memory limit; groups are read whole."""
     for number in range(file.num_row_groups):
         group = file.metadata.row_group(number)
         chunks = (group.column(index) for index in range(group.num_columns))

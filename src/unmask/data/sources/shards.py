@@ -1,4 +1,10 @@
-"""Shards of parquet or tar files as one source."""
+"""Parquet or tar shards in a folder or glob, as one source.
+
+Shards are sorted, and each is read only when one of its images is needed. Images are named `shard/name`; the shard is
+not a class. Labels are those of the shards (a column, a webdataset's .cls or .json, folders), joined by class name.
+Shards of different columns or classes are rejected. A folder with one tar per class (`cats.tar`, `dogs.tar`) has the
+classes of its file names.
+"""
 
 from __future__ import annotations
 
@@ -45,16 +51,16 @@ def open_shards_below(name: str, root: str, paths: Sequence[str], *, location: s
 
 
 def open_shards(name: str, root: str, relative: Sequence[str], *, location: str) -> Source:
-    """These files of parquet or tar, relative to `root` ("/" between folders), as one source.
+    """Open parquet or tar files, given relative to `root` with "/" between folders, as one source.
 
-    Raises SourceError for shards of both kinds, of different columns, and of none that holds an image.
+    Raises SourceError for shards of both kinds and for shards of different columns.
     """
     relative = sorted(relative)
     tables = [path for path in relative if path.lower().endswith(PARQUET)]
     if tables and len(tables) < len(relative):
         tar = next(path for path in relative if path not in tables)
         raise SourceError(
-            f"{name} holds parquet and tar files ({tables[0]} and {tar}); shards of one kind were expected: give a "
+            f"{name} holds parquet and tar files ({tables[0]} and {tar}); expected shards of one kind: give a "
             "glob of one of them, in quotes"
         )
     parts = [(ParquetSource if tables else TarSource)(os.path.join(root, path)) for path in relative]
@@ -65,7 +71,7 @@ def open_shards(name: str, root: str, relative: Sequence[str], *, location: str)
     if splits := _splits(relative):
         source.classes, source.labels = [], None
         source.unlabelled = (
-            f"its shards are of several splits ({', '.join(splits)}), which are no classes; give the shards of one of "
+            f"its shards are of several splits ({', '.join(splits)}), which are not classes; give the shards of one of "
             "them, as a glob in quotes or a folder"
         )
     elif not tables and not any(part.has_label_files for part in parts if isinstance(part, TarSource)):
@@ -87,7 +93,7 @@ def _require_alike(name: str, relative: Sequence[str], parts: Sequence[Any]) -> 
             if first != other:
                 raise SourceError(
                     f"the parquet files of {name} differ in {what}: {relative[0]} has {_shown(first)}, {path} has "
-                    f"{_shown(other)}; give a glob of those that belong together, in quotes"
+                    f"{_shown(other)}; give a glob of shards that match, in quotes"
                 )
 
 
@@ -96,18 +102,18 @@ def _shown(value: Any) -> str:
 
 
 def _splits(relative: Sequence[str]) -> list[str]:
-    """The splits that the names of shards begin with, or folders around them: train-00000-of-00004, test/0.tar."""
+    """Return the splits that file or folder names of shards begin with: train-00000-of-00004, test/0.tar."""
     found = set()
     for path in relative:
         words = [*path.split("/")[:-1], re.split(r"[-_.]", posixpath.basename(path))[0]]
         found.add(next((word for word in words if word.lower() in SPLITS), ""))
-    return sorted(found) if len(found) > 1 and "" not in found else []  # one split, or shards that are none
+    return sorted(found) if len(found) > 1 and "" not in found else []  # [] for one split or none
 
 
 def _label_tars(source: JoinedSource, stems: Sequence[str]) -> None:
-    """Label by the folders within all tars, or else by the tar an image lies in, where each is called after a class.
+    """Label by the folders within all tars, or else by the name of each image's tar, if each tar is one class.
 
-    Numbered shards hold anything; a class of numbers (n01440764.tar) shows in the names of its files too.
+    Numbered shards are not classes; where a class name is a number (n01440764.tar), the names of its files contain it.
     """
     source.unlabelled = ""
     source.classes, source.labels, source.split_folders = classes_of([n for part in source.parts for n in part.names])

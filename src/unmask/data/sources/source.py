@@ -1,4 +1,10 @@
-"""What every source of images offers: names, sizes, labels, times of change, and the bytes of a row."""
+"""The base class of all sources: names, sizes, labels, times of change, and the bytes of each row.
+
+A source decodes nothing. Names are stable and sorted (a list keeps its own order), '/'-separated and relative, and safe
+to print: control characters and bytes that are not UTF-8 are escaped; the real path is stored separately. Sources can
+be pickled and forked: each process opens its own file handles, and the names are one block of bytes
+(`files/string_table.py`), so that a million of them cost a forked worker nothing.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +30,7 @@ from unmask.errors import some
 
 @dataclass(frozen=True)
 class Opener:
-    """How one kind of data is recognised by its text and opened; `what` names the kind in messages."""
+    """How one kind of data is recognised by the text that names it, and opened; `what` names the kind in messages."""
 
     what: str
     opens: Callable[[str], bool]
@@ -32,15 +38,16 @@ class Opener:
 
 
 class Source(ABC):
-    """Rows of images. `name` as typed, `location` what opens it again from anywhere, `skipped` what was passed over.
+    """Rows of images.
 
-    `changed` (n,) int64 is when each row's file (or the archive it lies in) last changed in content, name or mode,
-    `modified` (n,) int64 when its content was last written, both in nanoseconds since 1970 and -1 where unknown; None
-    for images that lie in no file. `digests` (n,) uint64 are those of `content_digest`, 0 where unknown, for whoever
-    has read the files (a scan, a run's record); None where nobody has. `opened` is when listing began, in seconds since
-    1970. `class_list` is the order of classes that the file declares, [] where it declares none. `reading` is how the
-    files are to be decoded. `data` and `exclude` are what `open_source` takes to open it again from anywhere,
-    `excluded` how many images each pattern of `exclude` left out.
+    name: DATA as typed. location: opens the source again from any working directory. skipped: counts of files that were
+    skipped, by reason or extension. changed: (n,) int64, when each row's file (or its archive) last changed in content,
+    name or mode; modified: (n,) int64, when its content was last written; both in nanoseconds since 1970, -1 where
+    unknown, None for images that are not in a file. digests: (n,) uint64 of `content_digest`, 0 where unknown; None
+    until a scan or the record of a run sets them. opened: when listing began, in seconds since 1970. class_list: the
+    order of classes that the file declares, [] without one. unlabelled: why a label-like column or folder gives no
+    labels. reading: how the files are decoded. data, exclude: the arguments of `open_source` that open it again.
+    excluded: how many images each pattern of `exclude` left out.
     """
 
     def __init__(
@@ -60,7 +67,7 @@ class Source(ABC):
         self.excluded: dict[str, int] = {}
         self.skipped: Counter[str] = Counter()
         self.labels: np.ndarray | None = None
-        self.unlabelled = ""  # why not, where something looked like labels
+        self.unlabelled = ""
         self.classes: list[str] = []
         self.class_list: list[str] = []
         self.split_folders: list[str] = []
@@ -70,17 +77,17 @@ class Source(ABC):
 
     @abstractmethod
     def read(self, i: int) -> bytes:
-        """The bytes of row i. Raises BadImage with VANISHED or PERMISSION when the file cannot be read."""
+        """Return the bytes of row i. Raises BadImage with VANISHED or PERMISSION when the file cannot be read."""
 
     def path(self, i: int) -> str | None:
-        """The file on disk that row i is read from; None where it lies in memory."""
+        """Return the file that row i is read from; None for images in memory."""
         return self.location
 
     def read_unchanged(self, i: int) -> bytes:
-        """As `read`. Raises BadImage with CHANGED when the content is not what it was when the source was opened.
+        """Return the bytes of row i. Raises BadImage with CHANGED when they changed since the source was opened.
 
-        Costs one stat. Only where the time of the last change differs is the content compared, by its digest; where
-        that is unknown, a file of the same size and modification time counts as unchanged.
+        Costs one stat. Where the time of the last change differs, the digest is compared; where that is unknown, a file
+        of the same modification time counts as unchanged.
         """
         data = self.read(i)
         if self.changed is None or self.modified is None or self.changed[i] < 0:
@@ -96,18 +103,18 @@ class Source(ABC):
         return data
 
     def fingerprint(self) -> str:
-        """SHA-256 over names and sizes: changes when files are added, removed, renamed or replaced by others."""
+        """Return the SHA-256 of names and sizes: it changes when files are added, removed, renamed or resized."""
         digest = hashlib.sha256()
         for name, size in zip(self.names, self.sizes.tolist(), strict=True):
             digest.update(f"{name}\0{size}\n".encode("utf-8", "surrogateescape"))
         return digest.hexdigest()
 
     def label_by_folder(self) -> None:
-        """Set labels from folder names; see the module docstring."""
+        """Set labels from folder names; see `class_folders.py`."""
         self.classes, self.labels, self.split_folders = classes_of(self.names)
 
     def label_by(self, values: Sequence[str]) -> None:
-        """Set labels from one text per row; whole numbers are ordered as numbers, and fractions are no classes."""
+        """Set labels from one text per row. Whole numbers are ordered as numbers; fractions are not classes."""
         known = {value: class_name(value) for value in dict.fromkeys(values)}
         if are_fractions(known):
             self.unlabelled = (
@@ -121,18 +128,18 @@ class Source(ABC):
 
 
 def content_digest(data: bytes) -> int:
-    """64 bits of BLAKE2b of a file's bytes, never 0: tells changed files from copied, moved or touched ones."""
+    """Return 64 bits of BLAKE2b of a file's bytes, never 0: equal for copied, moved or touched files."""
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") or 1
 
 
 def printable(path: str) -> str:
-    """A path with '/' separators, safe for JSON and screens: \\xNN stands for control characters and for non-UTF-8."""
+    """Return a path with '/' separators, safe for JSON and terminals: control characters and non-UTF-8 become \\xNN."""
     text = path.replace(os.sep, "/").encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 def printable_names(paths: StringTable) -> StringTable:
-    """`printable` of each; the very same object where that changes nothing, as it nearly always does."""
+    """Apply `printable` to each path; returns `paths` itself where nothing changes, which is the usual case."""
     if paths.blob.isascii() and os.sep == "/" and not re.search(rb"[\x00-\x1f\x7f]", paths.blob):
         return paths
     printed = StringTable(printable(path) for path in paths)
@@ -140,8 +147,10 @@ def printable_names(paths: StringTable) -> StringTable:
 
 
 def last_change(found: os.stat_result) -> int:
-    """When a file's content, name or mode was last changed: nobody can set back the second of these (on Windows, which
-    has none, it is when the file was made)."""
+    """Return when a file's content, name or mode last changed, in nanoseconds since 1970.
+
+    Includes st_ctime, which programs cannot set back (on Windows it is the time of creation).
+    """
     return max(found.st_mtime_ns, found.st_ctime_ns)
 
 

@@ -1,4 +1,4 @@
-"""A tar file of images."""
+"""A tar file of images, plain or compressed; members are never unpacked to disk."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 
 
 def _is_kept(name: str) -> bool:
-    """Whether a member of a compressed tar may be needed: an image, or a label of a webdataset."""
+    """Return whether a member of a compressed tar is stored: an image, or a label of a webdataset."""
     return name.lower().endswith((*EXTENSIONS, ".cls", ".json"))
 
 
 class TarSource(Source):
-    """A tar file. Plain: an index of offsets is made once. Compressed: read into memory once, up to 2 GiB.
+    """A tar file. A plain one is indexed by offset; a compressed one is read into memory, up to 2 GiB.
 
     Labels are those of a webdataset (`000123.cls` or `000123.json` beside `000123.jpg`), or else the folders' names.
     """
@@ -44,8 +44,8 @@ class TarSource(Source):
                 why = str(error).splitlines()[0]
                 raise SourceError(f"{text} cannot be read as a tar file: {why}") from None
             raise SourceError(
-                f"{text} is damaged or cut short behind its {index.images} first images, the last of them "
-                f"{printable(index.last)}; copy it again, or unpack what is there and give the folder"
+                f"{text} is damaged or truncated after its first {index.images} images, the last of them "
+                f"{printable(index.last)}; copy it again, or unpack the readable part and give the folder"
             ) from None
         skipped, members = index.skipped, index.members
         names = sorted(name for name, member in members.items() if is_wanted(name, member.size, skipped))
@@ -69,7 +69,7 @@ class TarSource(Source):
             labels, self.unlabelled, ending = webdataset_labels(names, members, content)
         self.has_label_files = bool(ending)
         if ending:
-            del self.skipped[ending]  # they were read
+            del self.skipped[ending]  # these label files were read
         if labels is not None:
             self.label_by(labels)
         elif not self.unlabelled:
@@ -90,7 +90,7 @@ class TarSource(Source):
 
 
 def _is_compressed(path: str) -> bool:
-    """By its first bytes: what is called .tar may be compressed all the same."""
+    """Return whether the first bytes are those of a compressed file, whatever its extension."""
     try:
         with open(path, "rb") as file:
             return file.read(8).startswith(COMPRESSED)

@@ -1,4 +1,4 @@
-"""Every page of the TIFFs of a source as an image of its own: `data.pages=samples`."""
+"""Read every page of the TIFFs of a source as one image: `data.pages=samples`."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from unmask.data.sources.source import Source
 
 
 class TiffPagesSource(Source):
-    """The rows of another source, those of a TIFF of n pages n times; their names end in #1 to #n.
+    """The rows of another source, a TIFF of n pages n times, with names that end in #1 to #n.
 
-    Levels of pyramids and masks are no pages. Every TIFF is read once to count them.
+    Levels of pyramids and masks are not pages. Every TIFF is read once to count its pages.
     """
 
     def __init__(self, of: Source) -> None:
@@ -51,14 +51,14 @@ class TiffPagesSource(Source):
 
 
 def apply_reading(source: Source, reading: Reading) -> Source:
-    """The source, its files decoded as `reading` says; with data.pages=samples a row for every page."""
+    """Set how the files of a source are decoded; with data.pages=samples, return a source with a row for every page."""
     source = TiffPagesSource(source) if reading.pages == "samples" else source
     source.reading = reading
     return source
 
 
 def _offsets(source: Source, row: int) -> list[int]:
-    """Where the directories of a TIFF's pages begin; [0] for whatever has one page, or cannot be read."""
+    """Return the offsets of a TIFF's page directories; [0] for other files and for files that cannot be read."""
     try:
         data = source.read(row)
         if data.startswith(TIFF_STARTS):
