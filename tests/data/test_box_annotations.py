@@ -207,7 +207,7 @@ def test_what_is_left_out_is_counted(tmp_path):
     said = found.lines()
     assert "1 images without annotation are left out: b.png" in said
     assert "1 images that are annotated or listed are missing: gone.xml" in said
-    assert "1 boxes stick out of their image and are cut at its edge: a.png" in said
+    assert "1 boxes extend beyond their image and are clipped at its edge: a.png" in said
     crowd = [
         {"image_id": 0, "category_id": 3, "bbox": [0, 0, 9, 9], "iscrowd": 1},
         {"image_id": 1, "category_id": 3, "bbox": [0, 0, 9, 9], "iscrowd": 0},
@@ -216,7 +216,7 @@ def test_what_is_left_out_is_counted(tmp_path):
     assert by_name(crowded) == {"a": [], "b": [((0, 0, 9, 9), "dog")], "c": []}
     assert {row: ([tuple(box) for box in boxes.tolist()], labels.tolist()) for row, (boxes, labels) in
             crowded.aside.items()} == {0: ([(0, 0, 9, 9)], [0])}  # fmt: skip
-    said = "1 crowds of objects, or difficult ones, are neither learned from nor judged: a.png"
+    said = "1 boxes of crowds or difficult objects are used neither for training nor for evaluation: a.png"
     assert said in [line.replace("images/", "") for line in crowded.lines()]
 
 

@@ -60,7 +60,7 @@ def test_boxes_on_stored_pixels_are_turned_with_their_image(tmp_path, sizes):
         wanted = around_white(root / "images" / f"{row}.jpg")
         assert np.abs(found.boxes[row][0] - wanted).max() <= 1, f"orientation {row + 1}"
     assert any(
-        "7 images carry an orientation, and their boxes were drawn on the stored" in line for line in found.lines()
+        "7 images have an EXIF orientation, and their boxes were drawn on the stored" in line for line in found.lines()
     )
     some = open_boxes(root, only={2})
     assert some.boxes[2].tolist() == found.boxes[2].tolist(), "what the others tell counts for a part of them too"
@@ -73,7 +73,7 @@ def test_boxes_on_images_as_shown_stay(tmp_path):
     (root / "annotations.json").write_text(json.dumps(said))
     found = open_boxes(root)
     assert [found.boxes[row][0].tolist() for row in (0, 1)] == [list(BOX)] * 2
-    assert any("1 images carry an orientation that leaves their size" in line for line in found.lines())
+    assert any("1 images have an EXIF orientation that does not change their size" in line for line in found.lines())
 
 
 def test_where_it_cannot_be_told_is_refused(tmp_path):

@@ -130,7 +130,7 @@ def test_wrong_wishes_are_refused(tmp_path):
         ({"columns": ["y"]}, "has no column y; it has x, k"),
         ({"task": "ranking"}, "got task 'ranking'; expected one of classes, multilabel, regression"),
         ({"task": "classes"}, "has 2 target columns; for classes name one with --columns"),
-        ({"columns": ["x"], "task": "multilabel"}, "column x of .* holds fractions; 0 and 1 were expected"),
+        ({"columns": ["x"], "task": "multilabel"}, "column x of .* holds fractions; expected 0 and 1"),
         ({"columns": ["k"], "task": "regression"}, "column k of .* holds texts; numbers were expected"),
     ):
         with pytest.raises(UserError, match=said):

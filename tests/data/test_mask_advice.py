@@ -165,7 +165,7 @@ def test_masks_of_stored_pixels_are_turned_with_their_image(tmp_path):
         with Image.open(root / "images" / f"{row}.png") as image:
             wanted = np.asarray(ImageOps.exif_transpose(image))[:, :, 0]
         assert (found.read(row) == wanted).all(), f"orientation {row + 1}"
-    assert "7 images carry an orientation, and their masks were drawn on the stored pixels" in notes(found)
+    assert "7 images have an EXIF orientation, and their masks were drawn on the stored pixels" in notes(found)
     for options in (MaskOptions(stored=True), None):  # as a resumed run opens them, and as test images are
         again = open_masks(root, classes=found.classes, look=False, options=options)
         assert (again.read(5) == found.read(5)).all()
@@ -194,10 +194,10 @@ def test_what_a_size_costs_is_said(tmp_path):
     found = open_masks(folder(tmp_path, [ids] * 3))
     line, costly = found.size_line((8, 8), 4)
     assert costly
-    assert line.startswith("masks are learned at 8 x 8 pixels, and the files have 40 x 60: a perfect answer")
+    assert line.startswith("the model is trained on masks of 8 x 8 pixels; the files have 40 x 60: perfect predictions")
     assert "(class 2 " in line, "the thin class is named first"
     assert "--set data.size=[40,60]" in line
     same, costly = found.size_line((40, 60), 4)
     assert not costly
-    assert same == "masks are learned at 40 x 60 pixels, and the files have 40 x 60"
+    assert same == "the model is trained on masks of 40 x 60 pixels; the files have 40 x 60"
     assert mask_advice.ceiling(found.samples, (40, 60), 3).tolist() == [1, 1, 1]

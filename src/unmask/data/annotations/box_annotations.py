@@ -1,18 +1,15 @@
-"""Boxes around objects, for detection: COCO's JSON, or Pascal VOC's XML (one file for each image).
+"""Boxes around objects, for detection, from COCO's JSON or Pascal VOC's XML (one file for each image).
 
-Found by themselves: VOC as DATA/JPEGImages with DATA/Annotations, or an .xml beside each image; COCO as the only .json
-of DATA, DATA/annotations or DATA/images, or, where DATA is called images, beside it. Otherwise the file or the folder
-is named. With a split, the images are those that DATA/ImageSets/Main/SPLIT.txt lists.
+Found automatically (`box_files.py`): VOC as DATA/JPEGImages with DATA/Annotations, or an .xml beside each image; COCO
+as the only .json of DATA, DATA/annotations or DATA/images, or beside DATA where it is called images. Otherwise the file
+or folder is given. With a split, the images are those listed in DATA/ImageSets/Main/SPLIT.txt.
 
-Boxes are (x1, y1, x2, y2) in pixels of the image as it is shown, x1 and y1 at the left and upper edge of the first
-pixel: COCO's (x, y, width, height) as they are, VOC's corners, which count from 1 and are themselves inside, less 1 at
-the upper left. An image that is annotated and has no object stays, for there is something to learn from it. COCO's
-crowds, which are no single object, and what VOC calls difficult are not learned from, and in a test it counts neither
-for nor against a model whether it finds them, as in the published numbers. What lies outside its image or has no area
-does not come in. All of it is counted. BoxAnnotations that were drawn on the stored pixels of an image that carries an
-orientation are turned with it (`orientation.py`).
-
-Not here: what is learned from boxes (`tasks/detect.py`) and how well (`evals/`).
+Boxes are (x1, y1, x2, y2) in pixels of the displayed image, with (0, 0) at the upper left corner of the first pixel:
+COCO's (x, y, width, height) converted, and VOC's corners, which count from 1 and are inclusive, less 1 at the upper
+left. Annotated images without objects are training images too. COCO's crowds and VOC's difficult objects are not
+trained on, and detections of them count neither for nor against a model, as in published results. Boxes outside their
+image or without area are left out; all of these are counted. Boxes on the stored pixels of images with an EXIF
+orientation are rotated with the image (`orientation.py`).
 """
 
 from __future__ import annotations
@@ -40,8 +37,8 @@ from unmask.data.sources.open_source import open_source
 from unmask.data.sources.source import Source
 from unmask.errors import some
 
-ROUNDING = 1.0  # pixels that a box may stick out of its image without a word
-CORNERS = 0.8  # of the boxes that leave their image: share from which on they are said to look like corners
+ROUNDING = 1.0  # pixels that a box may extend beyond its image unreported
+CORNERS = 0.8  # share of the boxes outside their image from which they are reported as corners
 LEAST_INSIDE = 0.5  # share of a box's area that lies in the image; boxes with less are left out
 OUTSIDE, CUT, EMPTY, ASIDE = "outside", "cut", "empty", "aside"
 REASONS = {
@@ -54,11 +51,11 @@ REASONS = {
 
 @dataclass
 class BoxAnnotations:
-    """The images of `source` that are annotated, and their objects. Keeps the contract of `loader.Annotations`.
+    """The annotated images of `source` and their objects. Implements `image_reader.Annotations`.
 
     `boxes`: for each such row (n, 4) float32, with `labels` (n,) int64 and `sizes` (H, W). `aside`: boxes and labels
-    that are neither learned from nor judged, for rows that have such. `faults`: how many boxes were met for each of
-    REASONS, and the images they were met in.
+    used neither for training nor for evaluation, by row. `faults`, `faulty`: number of boxes, and names of the images,
+    for each of REASONS.
     """
 
     source: Source
@@ -80,13 +77,13 @@ class BoxAnnotations:
 
     @property
     def most(self) -> int:
-        """Boxes of the image that has most; at least 1. What all are padded to."""
+        """The largest number of boxes of an image, at least 1: all images are padded to it."""
         return max(1, *map(len, self.boxes.values()))
 
     def cut(
         self, row: int, size: tuple[int, int], box: np.ndarray, target: tuple[int, int], flip: bool
     ) -> dict[str, np.ndarray]:
-        """`boxes` (most, 4) and `box_labels` (most,) of one image; see `loader.Annotations`."""
+        """Return `boxes` (most, 4) and `box_labels` (most,) of one image; see `image_reader.Annotations`."""
         if tuple(size) != self.sizes[row]:
             raise BadImage("CORRUPT", f"{size[0]} x {size[1]} pixels, its boxes are for {self.sizes[row]}")
         moved, keep = augment.cut_boxes(self.boxes[row], box, target, flip)
@@ -96,7 +93,7 @@ class BoxAnnotations:
         return {"boxes": boxes, "box_labels": labels}
 
     def lines(self) -> list[str]:
-        """What was found, for people: counts, what was left out, and one line for each class."""
+        """Return a summary as text: counts, what was left out, and one line for each class."""
         total = sum(map(len, self.boxes.values()))
         said = [f"{len(self.boxes)} annotated images, {total} boxes ({self.most} at most), {len(self.classes)} classes"]
         if without := [name for row, name in enumerate(self.source.names) if row not in self.boxes]:
@@ -125,11 +122,11 @@ def open_boxes(
     only: Collection[int] | None = None,
     console: Console | None = None,
 ) -> BoxAnnotations:
-    """The images of DATA and the boxes around their objects; images that are not annotated are left out of `rows`.
+    """Return the images of DATA and the boxes around their objects; images without annotation are left out of `rows`.
 
     annotations: a COCO file or a folder of VOC files, None where DATA is laid out as the module says. split: a list
-    of ImageSets/Main. classes: names in order, of a model that is asked about these images; None takes those that
-    occur. only: the rows that are wanted, None for all. Raises BoxError, SourceError.
+    of ImageSets/Main. classes: names in order, of a model evaluated on these images; None takes those that
+    occur. only: the rows to open, None for all. Raises BoxError, SourceError.
     """
     root = Path(data)
     images, found = find_files(root, None if annotations is None else Path(annotations))
@@ -151,12 +148,12 @@ def open_boxes(
     if classes is None:
         used = {name for key in rows.values() for name in said[key].names}
         names = [name for name in names if name in used] if found.is_dir() else names
-    known = names if classes is None else [class_name(name) for name in classes]  # of runs of earlier versions too
+    known = names if classes is None else [class_name(name) for name in classes]
     boxes = BoxAnnotations(source, tuple(known), missing=missing, split=split)
     heads: dict[int, Header] = {}
     with (console or Console(quiet=True)).progress("boxes", len(rows)) as bar:
         for done, row in enumerate(rows, 1):
-            if (head := _header(source, row)) is not None:  # a bad image is for whoever scans the images to say
+            if (head := _header(source, row)) is not None:  # the scan reports bad images
                 heads[row] = head
             bar.update(done)
     stored = _drawn_on_stored(boxes, heads, {row: said[key] for row, key in every.items()})
@@ -184,9 +181,9 @@ def _drawn_on(said: Objects, head: Header) -> DrawnOn | None:
 
 
 def _drawn_on_stored(boxes: BoxAnnotations, heads: Mapping[int, Header], said: Mapping[int, Objects]) -> set[int]:
-    """Rows whose boxes were drawn on the stored pixels; notes what was found. Raises BoxError where no one can know.
+    """Return the rows whose boxes refer to stored pixels, and add a note. Raises BoxError where that is undecidable.
 
-    heads: of the rows that are wanted. said: of all that are annotated, which tell where the wanted ones do not.
+    heads: headers of the rows to open. said: objects of all annotated rows, which decide where those rows do not.
     """
     found = {row: _drawn_on(said[row], head) for row, head in heads.items()}
     stored = {row for row, where in found.items() if where is DrawnOn.STORED}
@@ -201,26 +198,26 @@ def _drawn_on_stored(boxes: BoxAnnotations, heads: Mapping[int, Header], said: M
         if {DrawnOn.SHOWN, DrawnOn.STORED} <= told:
             raise BoxError(
                 f"some boxes of {boxes.source.name} were drawn on images as shown, others on their stored pixels, and "
-                f"of {boxes.source.names[unknown[0]]}, which carries an orientation, it cannot be told; write upright "
-                "images without orientation, and their boxes"
+                f"of {boxes.source.names[unknown[0]]}, which has an EXIF orientation, it cannot be decided; write "
+                "upright images without orientation, and their boxes"
             )
         if DrawnOn.STORED in told:
             stored |= set(unknown)
         else:
             boxes.notes.append(
-                f"{len(unknown)} images carry an orientation that leaves their size as it is; their boxes are taken "
-                f"as drawn on the image as shown: {some(boxes.source.names[row] for row in unknown)}"
+                f"{len(unknown)} images have an EXIF orientation that does not change their size; their boxes are "
+                f"taken as drawn on the image as shown: {some(boxes.source.names[row] for row in unknown)}"
             )
     if stored:
         boxes.notes.append(
-            f"{len(stored)} images carry an orientation, and their boxes were drawn on the stored pixels: they are "
-            f"turned with their image: {some(boxes.source.names[row] for row in sorted(stored))}"
+            f"{len(stored)} images have an EXIF orientation, and their boxes were drawn on the stored pixels: they "
+            f"are rotated with their image: {some(boxes.source.names[row] for row in sorted(stored))}"
         )
     return stored
 
 
 def _add(boxes: BoxAnnotations, row: int, said: Objects, head: Header, *, turn: bool) -> None:
-    """Take the objects of one image in, or note why not. Raises BoxError for another size or class than there is.
+    """Add the objects of one image, or count why not. Raises BoxError for a wrong size or an unknown class.
 
     turn: the boxes are in stored pixels.
     """

@@ -17,7 +17,7 @@ COCO_FOLDERS, COCO_BESIDE = ("", "annotations", COCO_IMAGES), ("", "annotations"
 
 
 def find_files(root: Path, annotations: Path | None) -> tuple[Path, Path]:
-    """(images, COCO file or folder of XML). Raises BoxError where there is none, or more than one to choose from."""
+    """Return (images, COCO file or folder of XML). Raises BoxError for none, and for several JSON files."""
     if annotations is not None:
         if not annotations.exists():
             raise BoxError(f"annotations {annotations} do not exist; expected a COCO .json or a folder of VOC .xml")
@@ -44,7 +44,7 @@ def find_files(root: Path, annotations: Path | None) -> tuple[Path, Path]:
 
 
 def read_split(file: Path) -> set[str]:
-    """The names, without ending, in a list of ImageSets/Main: the first word of each line. Raises BoxError."""
+    """Return the names without extension in a list of ImageSets/Main, the first word of each line. Raises BoxError."""
     try:
         words = [line.split() for line in read_text(file).splitlines()]
     except TextError as error:
@@ -55,7 +55,7 @@ def read_split(file: Path) -> set[str]:
             f"the split list {file} does not exist or cannot be read; "
             + (f"choose one of {', '.join(there)}" if there else "expected a text file of one image name a line")
         ) from None
-    return {line[0] for line in words if line and line[1:] != ["-1"]}  # -1: VOC's word for images without that class
+    return {line[0] for line in words if line and line[1:] != ["-1"]}  # in VOC -1 marks images without that class
 
 
 def _stem(path: str) -> str:
@@ -63,12 +63,15 @@ def _stem(path: str) -> str:
 
 
 def stem_name(path: str) -> str:
-    """Without folders and ending."""
+    """Return the name without folders and extension."""
     return _stem(path).rsplit("/", 1)[-1]
 
 
 def pair(source: Source, said: Mapping[str, Objects], where: Path) -> tuple[dict[int, str], list[str]]:
-    """(row of images -> key in `said`, keys without an image); by path, or else by name alone. Raises BoxError."""
+    """Return (key in `said` by row of the source, keys without an image), paired by path or else by name.
+
+    Raises BoxError.
+    """
     by_path = {_stem(name): row for row, name in enumerate(source.names)}
     by_name: dict[str, list[int]] = {}
     for row, name in enumerate(source.names):

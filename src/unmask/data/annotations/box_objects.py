@@ -11,7 +11,7 @@ import numpy as np
 
 from unmask.errors import UserError
 
-FRACTIONS = 0.5  # share of the boxes from which on a file is taken to hold fractions
+FRACTIONS = 0.5  # share of such boxes from which a file is rejected
 LONGEST_SHOWN = 60
 
 
@@ -20,8 +20,10 @@ class BoxError(UserError):
 
 
 class Objects(NamedTuple):
-    """What the annotations say of one image: its size (H, W), or None; (n, 4) float64 boxes, n names; which are set
-    aside, (n,) bool."""
+    """The annotation of one image: its size (H, W) or None, boxes (n, 4) float64, n class names, and aside (n,) bool.
+
+    aside: crowds and difficult objects, used neither for training nor for evaluation.
+    """
 
     size: tuple[int, int] | None
     boxes: np.ndarray
@@ -30,7 +32,7 @@ class Objects(NamedTuple):
 
 
 class Found(NamedTuple):
-    """The objects of one image while they are gathered."""
+    """The objects of one image while its annotation is read."""
 
     boxes: list[tuple[float, float, float, float]]
     names: list[str]
@@ -40,7 +42,8 @@ class Found(NamedTuple):
         return Objects(size, _array(self.boxes), self.names, np.array(self.aside, bool))
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
+    """Return the repr of a value, shortened for a message."""
     text = repr(value)
     return text if len(text) <= LONGEST_SHOWN else text[: LONGEST_SHOWN - 3] + "..."
 
@@ -48,7 +51,7 @@ def shown(value: Any) -> str:
 def refuse_fractions(said: dict[str, Objects], where: Path, *, first: int = 0) -> None:
     """Raise BoxError where boxes are fractions of the image's sides, as YOLO has them, instead of pixels.
 
-    first: the number of the first pixel in the file, which was taken off x1 and y1.
+    first: the number of the first pixel in the file, which was subtracted from x1 and y1.
     """
     boxes = np.concatenate([np.zeros((0, 4)), *(one.boxes for one in said.values())])
     boxes[:, :2] += first
@@ -76,7 +79,7 @@ def four(values: Any, where: str) -> tuple[float, float, float, float]:
 
 
 def size_or_none(height: Any, width: Any) -> tuple[int, int] | None:
-    """(H, W), or None where it is not said: some tools write nothing or zeros."""
+    """Return (H, W), or None if it is missing or zero, as some tools write it."""
     try:
         size = int(height), int(width)
     except (TypeError, ValueError, OverflowError):
@@ -89,7 +92,7 @@ def _array(boxes: Iterable[tuple[float, float, float, float]]) -> np.ndarray:
 
 
 def corners_written_as_sizes(said: Iterable[tuple[Objects, tuple[int, int]]]) -> float:
-    """Of COCO boxes that leave their image (H, W): the share that would fit if they were x1, y1, x2, y2."""
+    """Return the share of boxes beyond their image (H, W) that would fit if COCO's numbers were x1, y1, x2, y2."""
     leave = fit = 0
     for one, (height, width) in said:
         x, y, right, bottom = one.boxes.T

@@ -1,4 +1,4 @@
-"""Files that name classes by number, as tools write them: which lie beside masks, and what they say.
+"""Find and read files that name classes by number, as annotation tools write them beside masks.
 
     classes.txt, codes.txt, *.names, ...    a name a line, for ids 0, 1, 2 ...; or a number and a name
     label_colors.txt, labelmap.txt          a colour and a name (CamVid), or name:colour:... (CVAT), in the order of ids
@@ -32,7 +32,7 @@ NUMBERED = re.compile(r"^(\d{1,5})\s*[:,;\t ]\s*(\S.*)$")
 
 
 def find_class_files(folders: Sequence[Path]) -> list[Path]:
-    """Files in these folders that commonly name classes, the likeliest first."""
+    """Return files in these folders that commonly name classes, the likeliest first."""
     found = [folder / name for folder in folders for name in NAMES if (folder / name).is_file()]
     found += [file for folder in folders for pattern in PATTERNS for file in sorted(folder.glob(pattern))]
     return list(dict.fromkeys(found))
@@ -88,7 +88,7 @@ def _from_lines(lines: list[str]) -> dict[int, str]:
 
 
 def _from_table(text: str) -> dict[int, str] | None:
-    """From a table with a heading; None without one."""
+    """Read names from a table with a heading; None without one."""
     rows = [[cell.strip() for cell in row] for row in csv.reader(io.StringIO(text)) if row]
     heading = [cell.lower() for cell in rows[0]] if rows else []
     title = next((heading.index(name) for name in TITLES if name in heading), None)

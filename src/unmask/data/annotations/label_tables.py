@@ -1,10 +1,8 @@
-"""What images are labelled with when folders do not say it: a table with a column `path` and columns of targets.
+"""Labels and targets from a table with a column `path` and columns of targets.
 
-A .csv (or .tsv) or .parquet file. `path` is the name of an image relative to DATA, as `Source.names` has it. What kind
-of task the columns make is read off their values, unless it is named: one column of texts or whole numbers is classes,
+A .csv (or .tsv) or .parquet file. `path` is the name of an image relative to DATA, as in `Source.names`. The task is
+inferred from the values of the columns unless it is given: one column of texts or whole numbers is classes,
 several of 0 and 1 are labels of which an image may have any number, columns with fractions are quantities to predict.
-
-Not here: what is fitted to them (`evals/`), and labels by folder or list (`sources.py`).
 """
 
 from __future__ import annotations
@@ -35,7 +33,7 @@ Cell = str | int | float | bool | None
 
 @dataclass(frozen=True)
 class Table:
-    """A table as read: `paths` (n,) and the cells of every other column, texts or numbers; None is an empty cell."""
+    """A table as read: `paths` (n,) and the cells of every other column."""
 
     file: str
     paths: list[str]
@@ -63,7 +61,7 @@ class Targets:
 
 @dataclass(frozen=True)
 class Meaning:
-    """What the columns of a table are: one task for the training and the test images, and its target columns."""
+    """The task and the target columns of a table, the same for training and test images; `why` is the reason."""
 
     task: str
     columns: tuple[str, ...]
@@ -71,7 +69,7 @@ class Meaning:
 
 
 def read_table(file: str | Path, columns: Sequence[str] | None = None) -> Table:
-    """Read a table; `columns` are the targets wanted, None takes all. Raises UserError for one that cannot be used."""
+    """Read a table; `columns` are the target columns, None takes all. Raises UserError for an unusable table."""
     file = Path(file)
     lower = file.name.lower()
     if not lower.endswith((".csv", ".tsv", ".parquet", ".pq")):
@@ -149,7 +147,7 @@ def _read_parquet(file: Path, columns: Sequence[str] | None) -> dict[str, list[C
 
 
 def meaning_of(table: Table, task: str | None = None) -> Meaning:
-    """What the columns are, inferred or as `task` says. Raises UserError where neither is possible."""
+    """Return the meaning of the columns, inferred or given by `task`. Raises UserError if neither is possible."""
     if task is not None and task not in TARGETS:
         raise UserError(f"got task {task!r}; expected one of {', '.join(TARGETS)}")
     kinds = {name: _kind(cells) for name, cells in table.columns.items()}
@@ -191,14 +189,14 @@ def _require_fit(table: Table, task: str, kinds: dict[str, str]) -> None:
 
 
 def targets_of(table: Table, source: Source, meaning: Meaning, *, classes: Sequence[str] | None = None) -> Targets:
-    """The targets of a source's images. classes: those of the training images, for test images.
+    """Return the targets of a source's images. classes: those of the training images, for test images.
 
     Raises UserError when no row names an image, a target is missing or not a number, or nothing varies.
     """
     if missing := [name for name in meaning.columns if name not in table.columns]:
         raise UserError(f"{table.file} has no column {some(missing)}; both tables need the same targets")
     place = {name: row for row, name in enumerate(source.names)}
-    paths = [name if name in place else unmarked(name) for name in table.paths]  # as `unmask predict` writes them
+    paths = [name if name in place else unmarked(name) for name in table.paths]  # `unmask predict` marks formulas
     pairs = sorted((place[name], line) for line, name in enumerate(paths) if name in place)
     if not pairs:
         raise UserError(
@@ -229,7 +227,7 @@ def targets_of(table: Table, source: Source, meaning: Meaning, *, classes: Seque
 
 
 def _require_full(table: Table, name: str, column: list[Cell], paths: list[str], task: str) -> None:
-    """Raises UserError for a cell without a value, or with one that is not finite."""
+    """Raise UserError for a cell without a value or with one that is not finite."""
     bad = [path for path, cell in zip(paths, column, strict=True) if _empty(cell)]
     if not bad and task != CLASSES:
         bad = [path for path, cell in zip(paths, column, strict=True) if not math.isfinite(_number(cell))]
@@ -254,7 +252,7 @@ def _require_variety(table: Table, meaning: Meaning, classes: Sequence[str], val
 
 
 def _number(cell: Cell) -> float:
-    """Raises ValueError for text that is no number."""
+    """Convert a cell. Raises ValueError for text that is not a number."""
     assert cell is not None
     return float(cell)
 
@@ -264,7 +262,7 @@ def _empty(cell: Cell) -> bool:
 
 
 def _kind(cells: Sequence[Cell]) -> str:
-    """ "texts", "0 and 1", "whole numbers" or "fractions", whichever fits all cells that are not empty."""
+    """ "texts", "0 and 1", "whole numbers" or "fractions", by the cells that are not empty."""
     present = {cell for cell in cells if not _empty(cell)}
     try:
         numbers = {_number(cell) for cell in present}

@@ -1,4 +1,4 @@
-"""Labels of a source, and the classes of test images."""
+"""Labels of a source: require them, and number those of test images like the training classes."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from unmask.errors import SourceError, UserError, some
 
 
 def require_labels(source: Source, known: Sequence[str] = ()) -> Source:
-    """The source, if it has labels. Raises SourceError that says why not, and how to give some.
+    """Return the source if it has labels. Raises SourceError with the reason why not and how to add labels.
 
-    known: the classes of other images, of which these may have a single one.
+    known: classes of the training images; a source whose images are all of one of them is labelled so.
     """
     folders = (
         {name.partition("/")[0] if "/" in name else "" for name in source.names} if source.labels is None else set()
@@ -43,27 +43,27 @@ def require_labels(source: Source, known: Sequence[str] = ()) -> Source:
 
 
 def labels_of(source: Source) -> np.ndarray:
-    """The labels (n,) of a source that has them."""
+    """Return the labels (n,) of a source that has them."""
     assert source.labels is not None, "call require_labels first"
     return source.labels
 
 
 def absent_classes(labels: np.ndarray, classes: Sequence[str]) -> str:
-    """The classes that no image has, in words; "" where all occur."""
+    """Return the classes without any image, as text; "" if all occur."""
     there = set(np.unique(labels).tolist())
     return some(name for number, name in enumerate(classes) if number not in there)
 
 
 def renumber_labels(source: Source, classes: Sequence[str], data: str) -> Source:
-    """The test source with its labels numbered like the training classes. Raises ValueError for a class not among them.
+    """Number the labels of a test source like the training classes. Raises UserError for an unknown class.
 
-    Images without any class that the training set has are no fault: a test set may lack some.
+    A test set may lack some of the training classes.
     """
-    number = {class_name(name): i for i, name in enumerate(classes)}  # of runs of earlier versions too
+    number = {class_name(name): i for i, name in enumerate(classes)}  # earlier versions stored names unnormalised
     if unknown := [name for name in source.classes if name not in number]:
         raise UserError(
-            f"{source.name} has classes that {data} has not ({', '.join(unknown[:6])}); {data} has "
-            f"{', '.join(classes[:6])}{' ...' if len(classes) > 6 else ''}: test images must lie in sub-folders of the "
+            f"{source.name} has classes that {data} does not have ({', '.join(unknown[:6])}); {data} has "
+            f"{', '.join(classes[:6])}{' ...' if len(classes) > 6 else ''}: put test images into sub-folders of the "
             "same names"
         )
     source.labels = np.array([number[name] for name in source.classes], np.int64)[labels_of(source)]

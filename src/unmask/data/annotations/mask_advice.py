@@ -1,6 +1,6 @@
-"""What segmentation masks look like before anything is learned from them: gray levels, void ids, and what a size costs.
+"""Checks of segmentation masks before training: gray levels instead of ids, void ids, and what an image size loses.
 
-Nothing is decided here: what looks wrong is refused or proposed with the option that settles it.
+These functions only report; `open_masks.py` rejects masks or adds notes with the option that fixes them.
 
 Letters: H x W pixels of a mask, K classes.
 """
@@ -21,29 +21,29 @@ VOID = re.compile(
     r"\b(void|unlabell?ed|ignored?|unknown|undefined|unclassified|don'?t.?care|no.?data|border|out of roi|"
     r"not labell?ed)\b"
 )
-SAMPLES, LONGEST_SIDE = 32, 1024  # masks that are looked at closer, and the side they are thinned out to
-SPARSE, FEWEST_SPARSE = 4, 16  # ids up to so many times their number, and so high, are levels of gray rather than ids
-BORDERS = 0.9  # share of the masks with another class in which an id borders on it, averaged, that void has
-LEAST_CLASSES = 4  # below which borders tell nothing
+SAMPLES, LONGEST_SIDE = 32, 1024  # masks that are checked in detail, and their longest side after subsampling
+SPARSE, FEWEST_SPARSE = 4, 16  # gray levels if the highest id is at least 16 and 4 times the number of ids
+BORDERS = 0.9  # mean share of masks with another class in which a void id borders on it
+LEAST_CLASSES = 4  # fewer classes give no evidence
 MOST_LEVELS = 16
-CEILING = 0.95  # mean IoU of a perfect answer below which a size is warned of
+CEILING = 0.95  # warn of a size with which perfect predictions reach less mean IoU
 
 
 def thinned(ids: np.ndarray) -> np.ndarray:
-    """A mask with sides of at most LONGEST_SIDE pixels, by leaving out rows and columns."""
+    """Subsample a mask to sides of at most LONGEST_SIDE pixels by leaving out rows and columns."""
     step = -(-max(ids.shape) // LONGEST_SIDE)
     return ids[::step, ::step].copy()
 
 
 def look_like_levels(present: Sequence[int]) -> bool:
-    """Whether ids are few and far apart, as levels of gray that were made to be seen (0, 128, 255) are."""
+    """Return whether ids are few and far apart, like gray levels chosen for display (0, 128, 255)."""
     return (
         2 <= len(present) <= MOST_LEVELS and max(present) >= FEWEST_SPARSE and max(present) + 1 > SPARSE * len(present)
     )
 
 
 def are_interpolated(pixels: Mapping[int, int]) -> bool:
-    """Whether masks of 0 and 255 were resized or compressed, which puts every level between the two at their edges."""
+    """Return whether masks of 0 and 255 were resized or compressed, which creates levels between the two at edges."""
     total = sum(pixels.values())
     return len(pixels) > MOST_LEVELS and pixels.get(0, 0) + pixels.get(255, 0) > 0.8 * total and pixels.get(255, 0) > 0
 
@@ -51,7 +51,7 @@ def are_interpolated(pixels: Mapping[int, int]) -> bool:
 def likely_void(
     pixels: Mapping[int, int], names: Mapping[int, str], samples: Sequence[np.ndarray], ignored: Sequence[int]
 ) -> list[str]:
-    """Ids that are probably no class, each with the reason and the option, in words. names: by id, where known."""
+    """Return a note for each id that is probably not a class, with reason and option. names: by id, where known."""
     said = [
         f"id {one} is called {name!r}, which is rarely a class: leave it out of loss and metrics with --ignore {one}"
         for one, name in names.items()
@@ -70,7 +70,7 @@ def likely_void(
 
 
 def borders(samples: Sequence[np.ndarray], one: int, ignored: Sequence[int]) -> float:
-    """Over the other ids, the mean share of the masks holding one in which `one` borders on it."""
+    """Return the share of masks with another id in which `one` borders on it, averaged over the other ids."""
     beside: Counter[int] = Counter()
     there: Counter[int] = Counter()
     for ids in samples:
@@ -85,9 +85,9 @@ def borders(samples: Sequence[np.ndarray], one: int, ignored: Sequence[int]) -> 
 
 
 def ceiling(samples: Sequence[np.ndarray], size: tuple[int, int], count: int) -> np.ndarray:
-    """(K,) IoU that a perfect answer at `size` (h, w) reaches at the masks' own; NaN for classes that are not there.
+    """Return (K,) IoU of perfect predictions at `size` (h, w), scored at the masks' own size; NaN for absent classes.
 
-    samples: masks as classes, IGNORED where none is judged.
+    samples: masks of class numbers and IGNORED.
     """
     both, either = np.zeros(count), np.zeros(count)
     for found in samples:
@@ -106,16 +106,16 @@ def ceiling(samples: Sequence[np.ndarray], size: tuple[int, int], count: int) ->
 def size_line(
     samples: Sequence[np.ndarray], size: tuple[int, int], own: tuple[int, int], classes: Sequence[str], patch: int
 ) -> tuple[str, bool]:
-    """(what the size the model sees means for masks of their own (H, W), whether it costs much)."""
+    """Return (a sentence on what the model's `size` loses for masks of size `own` (H, W), whether that is much)."""
     reach = ceiling(samples, size, len(classes))
     mean = float(np.nanmean(reach)) if np.isfinite(reach).any() else 1.0
-    said = f"masks are learned at {size[0]} x {size[1]} pixels, and the files have {own[0]} x {own[1]}"
+    said = f"the model is trained on masks of {size[0]} x {size[1]} pixels; the files have {own[0]} x {own[1]}"
     if mean >= CEILING:
         return said, False
     order = [i for i in np.argsort(reach).tolist() if np.isfinite(reach[i])][:3]
     worst = some(f"{classes[i]} {reach[i]:.0%}" for i in order)
     better = [max(patch, round(side / patch) * patch) for side in own]
     return (
-        f"{said}: a perfect answer at that size would reach {mean:.0%} mean IoU in the files ({worst}); --set "
-        f"data.size=[{better[0]},{better[1]}] keeps small and thin objects, at more compute"
+        f"{said}: perfect predictions at that size would reach {mean:.0%} mean IoU in the files ({worst}); --set "
+        f"data.size=[{better[0]},{better[1]}] preserves small and thin objects, at more compute"
     ), True

@@ -1,4 +1,4 @@
-"""Find the segmentation masks of images."""
+"""Find the segmentation masks of a folder of images, and pair them with the images by name."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class MaskError(UserError):
 
 
 def find_folders(data: str, masks: str | None) -> tuple[str, str, list[Path]]:
-    """(images, masks, folders in which `classes.txt` may lie). Raises MaskError where no masks are to be found."""
+    """Return (images, masks, folders to search for `classes.txt`). Raises MaskError when there are no masks."""
     root = Path(data)
     inside = root / IMAGE_FOLDER
     has_images = inside.is_dir()
@@ -45,7 +45,7 @@ def find_folders(data: str, masks: str | None) -> tuple[str, str, list[Path]]:
 
 
 def pair(source: Source, masks: Source) -> dict[int, int]:
-    """Row of images -> row of masks, by name without its ending. Raises MaskError."""
+    """Return the row in `masks` of each row in `source`, paired by name without extension. Raises MaskError."""
     stems: dict[str, int] = {}
     for place, name in enumerate(masks.names):
         stem = os.path.splitext(name)[0]

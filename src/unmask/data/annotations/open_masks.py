@@ -1,4 +1,4 @@
-"""Open segmentation masks and check them."""
+"""Open segmentation masks with their images, number their classes, and reject what cannot be meant."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def open_masks(
     look: bool = True,
     console: Console | None = None,
 ) -> SegmentationMasks:
-    """The images of DATA and their masks; images without one are left out of `rows`.
+    """Return the images of DATA and their masks; images without a mask are left out of `rows`.
 
     masks: their folder (or tar, or zip), None where DATA is laid out as the module says. classes: names in order, of a
-    model that is asked about these images; None reads `classes.txt`, or numbers them. ignored: ids that are no class,
+    model evaluated on these images; None reads `classes.txt`, or numbers them. ignored: ids that are no class,
     beside IGNORED. options: see `MaskOptions`. look=False reads no mask now, and then `classes` are needed.
     Raises MaskError, SourceError.
     """
@@ -75,7 +75,7 @@ def _require_values(values: Sequence[int], ignored: Sequence[int]) -> None:
 
 
 def _names(beside: Sequence[Path], options: MaskOptions, maps: SegmentationMasks) -> list[str] | None:
-    """Names in the order of the ids (or of the values), from the file that was asked for, or `classes.txt`."""
+    """Return names in the order of the ids (or values), from `options.names` or `classes.txt`; None without a file."""
     if options.names is None:
         file = next((folder / CLASSES_FILE for folder in beside if (folder / CLASSES_FILE).is_file()), None)
         try:
@@ -105,9 +105,9 @@ def _classes(maps: SegmentationMasks, names: Sequence[str] | None) -> tuple[str,
 
 
 def _refuse_levels(maps: SegmentationMasks, *, named: bool) -> None:
-    """Raises MaskError for masks of gray levels, whose ids mean something else than they seem to; notes lesser doubts.
+    """Raise MaskError for masks that hold gray levels instead of ids; add a note for doubtful ones.
 
-    With names, or values, somebody has said what the ids are.
+    Names or values state what the ids are, so then nothing is rejected.
     """
     if maps.values:
         return
@@ -141,7 +141,7 @@ def _refuse_levels(maps: SegmentationMasks, *, named: bool) -> None:
 
 
 def _proposed_names(beside: Sequence[Path], maps: SegmentationMasks) -> list[str]:
-    """A file beside the masks that could name the ids."""
+    """Return a note about a file beside the masks that could name the ids; [] without one."""
     for file in find_class_files(beside):
         try:
             names = read_class_file(file)
@@ -149,15 +149,15 @@ def _proposed_names(beside: Sequence[Path], maps: SegmentationMasks) -> list[str
             continue
         if len(names) >= 2 and set(maps.ids) <= set(names):
             return [
-                f"{file} names {len(names)} classes ({some(names.values(), 3)}): take them with --class-names {file}"
+                f"{file} names {len(names)} classes ({some(names.values(), 3)}): use them with --class-names {file}"
             ]
     return []
 
 
 def _look_at_all(maps: SegmentationMasks, console: Console) -> dict[int, DrawnOn]:
-    """Count the ids of every mask, and hold its size against the image's; returns what those were drawn on that tell.
+    """Count the ids of every mask and compare its size with its image's; return what masks refer to, where known.
 
-    Raises MaskError for what is no mask.
+    Raises MaskError for files that are not masks.
     """
     every = max(1, len(maps.places) // mask_advice.SAMPLES)
     drawn: dict[int, DrawnOn] = {}
@@ -195,12 +195,12 @@ def _look_at_all(maps: SegmentationMasks, console: Console) -> dict[int, DrawnOn
 
 
 def _look_at_headers(maps: SegmentationMasks) -> dict[int, DrawnOn]:
-    """As `_look_at_all`, by the sizes of masks alone."""
+    """Return what masks refer to, where known, from their headers alone."""
     drawn: dict[int, DrawnOn] = {}
     for row, place in maps.places.items():
         try:
             head = decode.header(maps.masks.read(place))
-        except BadImage:  # said when it is read
+        except BadImage:  # reported when it is read
             continue
         if (where := _drawn_on(maps, row, (head.height, head.width), refuse=False)) is not None:
             drawn[row] = where
@@ -208,10 +208,10 @@ def _look_at_headers(maps: SegmentationMasks) -> dict[int, DrawnOn]:
 
 
 def _drawn_on(maps: SegmentationMasks, row: int, shape: tuple[int, ...], *, refuse: bool = True) -> DrawnOn | None:
-    """What a mask of this shape was drawn on; None where there is but one answer. Raises MaskError for another size."""
+    """Return what a mask of this shape refers to; None without orientation. Raises MaskError for another size."""
     try:
         head = decode.header(maps.source.read(row), maps.source.reading)
-    except BadImage:  # for whoever scans the images to say
+    except BadImage:  # reported by the scan
         return None
     where = drawn_on((shape[0], shape[1]), head)
     if where is DrawnOn.NEITHER and refuse:
@@ -224,7 +224,7 @@ def _drawn_on(maps: SegmentationMasks, row: int, shape: tuple[int, ...], *, refu
 
 
 def _drawn_on_stored(maps: SegmentationMasks, drawn: dict[int, DrawnOn]) -> bool:
-    """Whether the masks are of stored pixels; notes what was found. Raises MaskError where some are and others not."""
+    """Return whether the masks refer to stored pixels, and add a note. Raises MaskError for a mixture."""
     rows = {where: [row for row, found in drawn.items() if found is where] for where in DrawnOn}
     names = maps.source.names
     if rows[DrawnOn.STORED] and rows[DrawnOn.SHOWN]:
@@ -236,20 +236,20 @@ def _drawn_on_stored(maps: SegmentationMasks, drawn: dict[int, DrawnOn]) -> bool
     if rows[DrawnOn.STORED]:
         turned = [*rows[DrawnOn.STORED], *rows[DrawnOn.UNKNOWN]]
         maps.notes.append(
-            f"{len(turned)} images carry an orientation, and their masks were drawn on the stored pixels: they are "
-            f"turned with their image: {some(names[row] for row in sorted(turned))}"
+            f"{len(turned)} images have an EXIF orientation, and their masks were drawn on the stored pixels: they "
+            f"are rotated with their image: {some(names[row] for row in sorted(turned))}"
         )
         return True
     if rows[DrawnOn.UNKNOWN] and not rows[DrawnOn.SHOWN]:
         maps.notes.append(
-            f"{len(rows[DrawnOn.UNKNOWN])} images carry an orientation that leaves their size as it is; their masks "
-            f"are taken as drawn on the image as shown: {some(names[row] for row in rows[DrawnOn.UNKNOWN])}"
+            f"{len(rows[DrawnOn.UNKNOWN])} images have an EXIF orientation that does not change their size; their "
+            f"masks are taken as drawn on the image as shown: {some(names[row] for row in rows[DrawnOn.UNKNOWN])}"
         )
     return False
 
 
 def _require_sound(maps: SegmentationMasks, *, training: bool) -> None:
-    """Raises MaskError for too few or too many classes, and for ids that are none."""
+    """Raise MaskError for too few or too many classes, and for ids without a class."""
     count = len(maps.classes)
     if count < 2:
         found = ", ".join(map(str, sorted(maps.pixels)))

@@ -1,11 +1,10 @@
-"""Annotations of images that carry an orientation (EXIF): drawn on the image as it is shown, or on its stored pixels.
+"""Decide whether annotations of images with an EXIF orientation refer to the displayed image or to the stored pixels.
 
-Images are read as they are shown. Many tools draw boxes and masks on the pixels as stored, and the two differ by a turn
-or a mirror. Which it is shows where the turn swaps height and width: the annotation has the one size or the other. An
-image that is only turned by 180 degrees or mirrored, or that is square, does not tell; it is treated as the others of
-its set that do, or, when none does, as drawn on the image as shown.
+Images are read as displayed, but many tools draw boxes and masks on the pixels as stored. Where the orientation swaps
+height and width, the size of the annotation tells which. An image that is only rotated by 180 degrees or mirrored, or
+that is square, does not tell; it is treated like the images of its data set that do, or else as displayed.
 
-Orientation: EXIF's 1 to 8, as in `decode.Header`; 5 to 8 swap height and width.
+Orientation: EXIF's 1 to 8, as in `image_header.Header`; 5 to 8 swap height and width.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from unmask.data.decode.image_header import Header
 
 
 class DrawnOn(Enum):
-    """What an annotation was drawn on."""
+    """What the coordinates of an annotation refer to."""
 
     SHOWN = "the image as shown"
     STORED = "the stored pixels"
@@ -27,9 +26,9 @@ class DrawnOn(Enum):
 
 
 def drawn_on(size: tuple[int, int] | None, head: Header, reach: tuple[float, float] = (0, 0)) -> DrawnOn | None:
-    """What an annotation for an image of `size` (H, W), or None, was drawn on; None where there is no orientation.
+    """Return what an annotation of `size` (H, W), or None, refers to; None for an image without orientation.
 
-    reach: how far down and to the right its boxes go; it tells where no size is given.
+    reach: largest y and x of its boxes, used where no size is given.
     """
     shown = head.full_size
     if head.orientation == 1:
@@ -48,7 +47,7 @@ def drawn_on(size: tuple[int, int] | None, head: Header, reach: tuple[float, flo
 
 
 def turned_boxes(boxes: np.ndarray, orientation: int, shown: tuple[int, int]) -> np.ndarray:
-    """Boxes (n, 4) as (x1, y1, x2, y2) in stored pixels -> in pixels of the image as shown, of size (H, W)."""
+    """Convert boxes (n, 4) as (x1, y1, x2, y2) from stored pixels to those of the displayed image of size (H, W)."""
     x1, y1, x2, y2 = boxes.T
     if orientation >= 5:
         x1, y1, x2, y2 = y1, x1, y2, x2

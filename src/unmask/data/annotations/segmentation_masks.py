@@ -1,18 +1,16 @@
-"""Masks for segmentation: beside each image a picture of the same size that holds the class of every pixel.
+"""Segmentation masks: for each image an image of the same size that stores the class of every pixel.
 
-A mask is a gray or a palette image (PNG best) whose stored numbers are ids; its colours, if it has any, are of no
-account. It belongs to the image of the same name, but for the ending, in the same sub-folder. Image and mask folders
-are found by themselves as DATA/images and DATA/labels (or masks, annotations), and so are DATA = .../images/train and
-.../labels/train; otherwise the mask folder is named.
+A mask is a gray or palette image (PNG is best) whose stored numbers are ids; its colours are ignored. It belongs to the
+image of the same name without extension, in the same sub-folder. Image and mask folders are found automatically as
+DATA/images and DATA/labels (or masks, annotations), and as DATA = .../images/train and .../labels/train; otherwise the
+mask folder is given.
 
-`classes.txt`, beside the masks or in the folder above, names ids 0, 1, 2 ... one a line; without it they are called
-after their number, and other files that commonly name classes (`class_files.py`) are proposed. Pixels of `ignored` ids
-are left out of loss and metrics: IGNORED (255) always, and others that are asked for. Classes are numbered in the order
-of the ids that remain. `MaskOptions.values` lists the ids that are classes instead; then 255 may be one of them.
+`classes.txt`, beside the masks or in the folder above, names ids 0, 1, 2 ... one a line; without it classes are named
+by number, and other files that commonly name classes (`class_files.py`) are proposed. Pixels of `ignored` ids are left
+out of loss and metrics: IGNORED (255) always, and others on request. Classes are numbered in the order of the remaining
+ids. `MaskOptions.values` lists the ids that are classes instead; then 255 may be one of them.
 
-Masks of the stored pixels of images that carry an orientation are turned with them (`orientation.py`).
-
-Not here: what is learned from masks (`tasks/segment.py`) and how well (`metrics/mean_iou.py`).
+Masks of the stored pixels of images with an EXIF orientation are rotated with them (`orientation.py`).
 """
 
 from __future__ import annotations
@@ -34,12 +32,12 @@ from unmask.data.decode.bad_image import BadImage
 from unmask.data.sources.source import Source
 from unmask.errors import some
 
-UNKNOWN = 254  # stands for an id that is neither a class nor ignored
+UNKNOWN = 254  # class number of ids that are neither a class nor ignored
 
 
 @dataclass(frozen=True)
 class MaskOptions:
-    """How masks are read, beyond the ids that are ignored.
+    """How masks are read, apart from the ignored ids.
 
     values: the ids that are classes, in their order; () for all that are not ignored. names: a file that names them;
     None for `classes.txt`. stored: whether masks were drawn on the stored pixels of images that carry an orientation;
@@ -53,12 +51,12 @@ class MaskOptions:
 
 @dataclass
 class SegmentationMasks:
-    """The images of `source` that have a mask, and those masks. Keeps the contract of `loader.Annotations`.
+    """The images of `source` that have a mask, and their masks. Implements `image_reader.Annotations`.
 
     `places`: the row in `masks` that belongs to a row of images. `ids`: what stands in the files for each class.
-    `pixels` and `images`: of how many pixels, in how many masks, each id was found; empty where nobody looked. `values`
-    and `stored`: as in `MaskOptions`. `notes`: what looks wrong, with the option that settles it. `samples`: some
-    masks, thinned out, and `sizes` (H, W) of all; empty where nobody looked.
+    `pixels` and `images`: the number of pixels and of masks of each id; empty if the masks were not read. `values` and
+    `stored`: as in `MaskOptions`. `notes`: what looks wrong, with the option that fixes it. `samples`: some
+    masks, subsampled, and `sizes` (H, W) of all; empty if the masks were not read.
     """
 
     source: Source
@@ -82,7 +80,7 @@ class SegmentationMasks:
 
     @property
     def without(self) -> list[str]:
-        """Names of the images that have none."""
+        """Names of the images without a mask."""
         return [name for row, name in enumerate(self.source.names) if row not in self.places]
 
     @property
@@ -90,7 +88,7 @@ class SegmentationMasks:
         return list(self.values) or first_ids(len(self.classes), self.ignored)
 
     def read(self, row: int) -> np.ndarray:
-        """(H, W) uint8, the class of each pixel of an image in full, IGNORED where none is judged. Raises BadImage."""
+        """Return (H, W) uint8, the class of each pixel at full size, IGNORED for ignored ones. Raises BadImage."""
         name = self.masks.names[self.places[row]]
         try:
             ids = read_ids(self.masks.read_unchanged(self.places[row]))
@@ -102,27 +100,27 @@ class SegmentationMasks:
         return found
 
     def _turned(self, row: int, ids: np.ndarray) -> np.ndarray:
-        """A mask of stored pixels -> of the image as shown."""
+        """Rotate a mask of stored pixels to that of the image as shown."""
         return exif.apply_orientation(ids, decode.header(self.source.read(row)).orientation) if self.stored else ids
 
     def cut(
         self, row: int, size: tuple[int, int], box: np.ndarray, target: tuple[int, int], flip: bool
     ) -> dict[str, np.ndarray]:
-        """`maps` of one image, (h, w) int64; see `loader.Annotations`."""
+        """Return `maps` of one image, (h, w) int64; see `image_reader.Annotations`."""
         found = self.read(row)
         if found.shape != tuple(size):
             raise BadImage("CORRUPT", f"its mask has {sides(found.shape)} pixels, the image {sides(size)}")
         return {"maps": augment.cut_map(found, box, target, flip).astype(np.int64)}
 
     def _numbers(self) -> np.ndarray:
-        """(65536,) uint8: the class of each id that a file can hold."""
+        """Return (65536,) uint8, the class of each id that a file can hold."""
         table = np.full(1 << 16, UNKNOWN, np.uint8)
         table[list(self.ignored)] = IGNORED
         table[self.ids] = np.arange(len(self.ids))
         return table
 
     def lines(self) -> list[str]:
-        """What was found, for people: counts, then one line for each class with its share of all pixels."""
+        """Return a summary as text: counts, then one line for each class with its share of all pixels."""
         total = max(1, sum(self.pixels.values()))
         said = [f"{len(self.places)} images with a mask, {len(self.classes)} classes"]
         if without := self.without:
@@ -148,14 +146,14 @@ class SegmentationMasks:
         return said + self.notes
 
     def size_line(self, size: tuple[int, int], patch: int) -> tuple[str, bool]:
-        """What the size (h, w) that the model sees means for these masks, and whether it costs much."""
+        """Return what the size (h, w) of the model means for these masks, and whether it loses much."""
         own = tuple(int(side) for side in np.median(np.array(self.sizes), axis=0))
         found = [self._numbers()[ids] for ids in self.samples]
         return mask_advice.size_line(found, size, (own[0], own[1]), self.classes, patch)
 
 
 def first_ids(count: int, ignored: Sequence[int]) -> list[int]:
-    """The lowest `count` ids that are not ignored: those of classes 0, 1, 2 ..."""
+    """Return the lowest `count` ids that are not ignored: those of classes 0, 1, 2 ..."""
     ids: list[int] = []
     one = 0
     while len(ids) < count:
@@ -170,9 +168,9 @@ def sides(shape: Sequence[int]) -> str:
 
 
 def read_ids(data: bytes, *, thorough: bool = False) -> np.ndarray:
-    """(H, W) uint8 or uint16, the numbers that a mask holds: gray levels, or indices of a palette. Raises BadImage.
+    """Return (H, W) uint8 or uint16, the numbers that a mask stores: gray levels or palette indices. Raises BadImage.
 
-    thorough: find also such damage as Pillow alone does not notice, at twice the cost.
+    thorough: also detect damage that Pillow alone does not, at twice the cost.
     """
     head = decode.header(data)
     if head.format == "JPEG":
@@ -193,7 +191,7 @@ def read_ids(data: bytes, *, thorough: bool = False) -> np.ndarray:
             "colour by the id of its class",
         )
     if head.format == "PNG" and data[25] == 0 and data[24] in (2, 4):
-        values = values // (255 // (2 ** data[24] - 1))  # gray of few bits, which Pillow stretches to 8
+        values = values // (255 // (2 ** data[24] - 1))  # gray of few bits, which Pillow scales to 8
     values = exif.apply_orientation(values, head.orientation)
     if values.dtype == bool:
         return values.astype(np.uint8)

@@ -1,4 +1,4 @@
-"""Pascal VOC's XML, one file for each image."""
+"""Read boxes from Pascal VOC's XML, one file for each image, in the encoding that each file declares."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from unmask.data.files.text_files import TextError, decode_xml
 
 
 def read_voc(folder: Path) -> tuple[dict[str, Objects], list[str]]:
-    """(objects by the XML file's path in the folder, names of the classes in alphabetical order). Raises BoxError."""
+    """Return the objects by the XML file's path in the folder, and the class names in order. Raises BoxError."""
     said: dict[str, Objects] = {}
     for file in sorted(folder.rglob("*.xml")):
         try:
@@ -29,7 +29,7 @@ def read_voc(folder: Path) -> tuple[dict[str, Objects], list[str]]:
 
 
 def _parse(file: Path) -> ElementTree.Element:
-    """The tree of an XML file. A document type is refused: its entities can make gigabytes of a few lines."""
+    """Parse an XML file. Rejects a document type, whose entities can expand to gigabytes."""
     text = decode_xml(file.read_bytes(), file)
     if "<!DOCTYPE" in text or "<!ENTITY" in text:
         raise BoxError(f"{file} declares a document type or entities, which VOC's files do not have; remove them")

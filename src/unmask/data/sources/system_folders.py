@@ -1,4 +1,4 @@
-"""Folders that an operating system, a NAS or a sync program puts among people's files: never classes nor images.
+"""Folders that an operating system, a NAS or a sync program creates among users' files: never classes or images.
 
 What lies in them (thumbnails, deleted files, snapshots) are copies of the images, or other people's. Names are compared
 without regard to case, as most of the systems that make them do. Not here: names that a person may well give to a
@@ -23,17 +23,17 @@ _SYSTEM = re.compile("|".join(fnmatch.translate(pattern) for pattern in PATTERNS
 
 
 def is_system(name: str) -> bool:
-    """Whether a folder of this name belongs to a system or a tool."""
+    """Return whether a folder of this name belongs to a system or a tool."""
     return _SYSTEM.match(name.lower()) is not None
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder of this name is skipped: is_skipped by a leading dot, or a system's own."""
+    """Return whether a file or folder of this name is skipped: hidden by a leading dot, or a system folder."""
     return name.startswith(".") or is_system(name)
 
 
 def is_skipped(name: str, skipped: Counter[str]) -> bool:
-    """Whether to skip a file or folder by its name; folders of a system or tool are counted."""
+    """Return whether a file or folder is skipped by its name; count folders of a system or tool in `skipped`."""
     if is_system(name):
         skipped[f"system folder {name}"] += 1
     return is_hidden(name)
