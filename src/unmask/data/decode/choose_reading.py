@@ -1,4 +1,4 @@
-"""Decide for a whole data set what one file cannot tell: whether tagged bands are alpha, and the order of axes."""
+"""Decide for a whole data set what one file cannot show: whether tagged bands are alpha, and the order of axes."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from unmask.data.decode.reading import Reading, axes_of_several, is_alpha, is_am
 from unmask.data.decode.tiff import alpha_values
 from unmask.data.sources.source import Source
 
-SECONDS = 60.0  # of processor time, for all files that are looked at
-FILES = 32  # that are looked at, of either kind
+SECONDS = 60.0  # of processor time for all sampled files
+FILES = 32  # sampled, of either kind
 
 
 def choose_reading(source: Source, rows: Sequence[int]) -> tuple[Reading, tuple[str, ...]]:
-    """What `source.reading` becomes for this data set, and why: a sentence for each thing that was decided.
+    """Return the `Reading` for this data set, and a sentence for each decision.
 
-    rows: those of the source that may be looked at.
+    rows: rows of the source to sample from.
     """
     if not _named(source, rows, (".tif", ".tiff", ".npy")):
         return source.reading, ()
-    try:  # in a process of its own: these are the first files that are looked at, and one of them may crash a decoder
+    try:  # in its own process, because one of these files may crash a decoder
         return call_in_process(_settled, source, rows, memory=limits.MAX_DECODE_BYTES + SLACK, seconds=SECONDS)
     except (TooSlow, Crashed, MemoryError):
-        return source.reading, ()  # then each file decides for itself
+        return source.reading, ()  # then it is decided for each file
 
 
 def _settled(source: Source, rows: Sequence[int]) -> tuple[Reading, tuple[str, ...]]:
@@ -43,7 +43,7 @@ def _settled(source: Source, rows: Sequence[int]) -> tuple[Reading, tuple[str, .
 
 
 def _named(source: Source, rows: Sequence[int], endings: tuple[str, ...]) -> list[int]:
-    """At most `FILES` of the rows whose names end so, evenly spread."""
+    """Return at most `FILES` rows with these extensions, evenly spread."""
     fitting = [int(row) for row in rows if source.names[int(row)].lower().endswith(endings)]
     return (
         [fitting[place] for place in np.unique(np.linspace(0, len(fitting) - 1, FILES).astype(int))] if fitting else []
@@ -55,7 +55,7 @@ def _tagged(source: Source, rows: list[int], reading: Reading) -> tuple[Reading,
     for row in rows:
         try:
             values = alpha_values(source.read(row))
-        except (BadImage, MemoryError):  # for the scan to report
+        except (BadImage, MemoryError):  # reported by the scan
             continue
         if values is not None and values.any():
             real, bands = (real + 1, bands) if is_alpha(values) else (real, bands + 1)

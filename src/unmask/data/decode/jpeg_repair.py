@@ -1,8 +1,8 @@
-"""JPEGs that break the letter of the format and lose nothing: junk between segments, before or for the end marker.
+"""Accept JPEGs that violate the format without loss: extra bytes between segments, or no end marker.
 
-Some cameras and scanners write such files by the thousand. A strict decoder refuses them, a lenient one accepts damaged
-files as well. `repaired` removes the junk, so that the strict decoder can judge the rest: the pixels are then those of
-the same file without the junk.
+Some cameras and scanners write such files. A strict decoder rejects them; a lenient one accepts damaged files too.
+`repaired` removes the extra bytes, so that the strict decoder can check the rest: the pixels are those of the same file
+without them.
 
 Leftover bytes before the end marker are also what damage within the image leaves: after a few wrong bits the decoder
 often falls into step again, some blocks too early, and the last blocks of the image remain unread. Such a leftover is

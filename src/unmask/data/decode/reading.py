@@ -1,7 +1,7 @@
-"""Settings of decoding: what becomes of alpha, of several pages, and of the axes of a .npy; and how `auto` decides.
+"""Settings of decoding: how alpha, several pages and the axes of a .npy are read; and how `auto` decides.
 
-What cannot be told from one file is decided once for a data set (`settled`), from an even sample of its files, and kept
-in the plan of a run, so that every later command reads images as the training did.
+What one file cannot show is decided once for a data set (`choose_reading.py`), from an even sample of its files, and
+stored in the plan of a run, so that every later command reads images as training did.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 
 from unmask.settings import Settings
 
-AXES_CHANNELS = 16  # an axis of at most so many is taken for the channels
+AXES_CHANNELS = 16  # an axis of at most this length is taken for the channels
 EDGE_SHARE, OPAQUE_SHARE = 0.5, 0.01  # of an alpha channel: values that are 0 or full, and those that are full
 
 
@@ -25,7 +25,7 @@ class Reading(Settings):
     of its own (samples). auto reads the full resolution of a pyramid, pages as channels where ImageJ or OME metadata
     says that they are, and otherwise the first. axes: the order of three axes of a .npy.
 
-    nodata: which pixels are absent (`absent.py`): "auto" those with the value that a TIFF declares, and NaN or infinity
+    nodata: which pixels are absent (`nodata.py`): "auto" those with the value that a TIFF declares, and NaN or infinity
     in float images; a number, those with that value as well; None, none.
 
     tagged: what the alpha tag of a TIFF means under alpha=auto; decided from the values of each file, unless settled
@@ -41,11 +41,11 @@ class Reading(Settings):
 
 DEFAULT = Reading()
 EARLIER = Reading(alpha="composite", pages="first", axes="smallest-first", nodata=None)
-"""How versions read that had no such settings."""
+"""How versions without these settings read images."""
 
 
 def is_alpha(values: np.ndarray) -> bool:
-    """Whether (H, W) values of a channel tagged as alpha look like one: transparent or opaque, all or mostly."""
+    """Return whether (H, W) values of a channel tagged as alpha look like one: mostly transparent or opaque."""
     top = np.iinfo(values.dtype).max if values.dtype.kind in "iu" else 1.0
     low, high = values.min(), values.max()
     if low == high:
@@ -55,24 +55,24 @@ def is_alpha(values: np.ndarray) -> bool:
 
 
 def axes_of(shape: tuple[int, ...], reading: Reading) -> str:
-    """ "HWC" or "CHW" for a shape of three axes."""
+    """Return "HWC" or "CHW" for a shape of three axes."""
     if reading.axes in ("HWC", "CHW"):
         return reading.axes
     first, middle, last = shape
     if reading.axes == "smallest-first":
         return "CHW" if first < min(middle, last) else "HWC"
-    if is_ambiguous(shape):  # many bands: usually last, but patches cut from them are usually square
+    if is_ambiguous(shape):  # many bands: usually last, unless the other two axes are equal
         return "CHW" if middle == last != first else "HWC"
     return "CHW" if first < min(middle, last) else "HWC"
 
 
 def is_ambiguous(shape: tuple[int, ...]) -> bool:
-    """Whether three axes are all so long that each may be that of the channels."""
+    """Return whether the first and the last axis are too long to tell which is that of the channels."""
     return len(shape) == 3 and min(shape[0], shape[-1]) > AXES_CHANNELS
 
 
 def axes_of_several(shapes: list[tuple[int, ...]]) -> tuple[str, str]:
-    """The order of axes for a data set, and the reason: the channels are the axis that is as long in every file."""
+    """Return the order of axes of a data set, and the reason: the channel axis has the same length in every file."""
     first, last = {shape[0] for shape in shapes}, {shape[-1] for shape in shapes}
     if len(first) > 1 and len(last) == 1:
         return "HWC", "the last axis is equally long in all of them"

@@ -95,7 +95,7 @@ def read_pages(data: bytes, *, most: int = MOST_PAGES) -> list[Page]:
         except (struct.error, OverflowError, TooManyEntries):
             if not pages:
                 raise
-            break  # the first image is there; what is wrong behind it is not read
+            break  # the first image is complete; skip the damaged rest
         if not pages:
             below = page.tags.get(SUB_DIRECTORIES, ())
         pages.append(page)
@@ -137,13 +137,13 @@ def _directory(data: bytes, start: int, order: str, big: bool, bounds: _Bounds) 
     end = begin + count * width
     try:
         (following,) = struct.unpack_from(order + place_of, data, end)
-    except struct.error:  # some writers leave it out at the end of the file
+    except struct.error:  # some writers omit it at the end of the file
         following = 0
     return Page(start, tags, texts[DESCRIPTION], texts[GDAL_NODATA]), following
 
 
 def starting_at(data: bytes, offset: int) -> bytes:
-    """The same file with another directory as its first."""
+    """Return the same file with another directory as its first."""
     order = "<" if data[:2] == b"II" else ">"
     place, letter = (8, "Q") if data[2:4] in (b"+\0", b"\0+") else (4, "I")
     if struct.unpack_from(order + letter, data, place)[0] == offset:
@@ -154,7 +154,7 @@ def starting_at(data: bytes, offset: int) -> bytes:
 
 
 def choose(pages: list[Page], reading: Reading) -> Chosen:
-    """Which pages are read, and as what."""
+    """Choose the pages to read."""
     first = pages[0]
     if reading.pages == "samples":
         return Chosen((first,), 1, "samples")
@@ -173,14 +173,14 @@ def choose(pages: list[Page], reading: Reading) -> Chosen:
 
 
 def image_pages(pages: list[Page]) -> list[Page]:
-    """The pages that are images: no masks, and no smaller copies of another."""
+    """Return the pages that are images, without masks and smaller copies."""
     images = [page for page in pages if not page.first(254, 0) & MASK and min(page.size) > 0] or pages[:1]
-    full = max(images, key=lambda page: page.size[0] * page.size[1])  # of equals the first
+    full = max(images, key=lambda page: page.size[0] * page.size[1])  # the first of equals
     return [page for page in images if not _is_level(page, full)]
 
 
 def _is_level(page: Page, full: Page) -> bool:
-    """Whether a page is a smaller copy of another: said so, or of the same shape and clearly smaller."""
+    """Return whether a page is a smaller copy of another: tagged so, or of the same shape and clearly smaller."""
     (height, width), (full_height, full_width) = page.size, full.size
     if page is full or width > LEVEL_SHARE * full_width or height > LEVEL_SHARE * full_height:
         return False
@@ -189,7 +189,7 @@ def _is_level(page: Page, full: Page) -> bool:
 
 
 def _channels(description: bytes, alike: list[Page], samples: int) -> list[Page]:
-    """The pages that are channels of one image, by the metadata of ImageJ, OME or tifffile; none where it says none."""
+    """Return the pages that are channels of one image by the metadata of ImageJ, OME or tifffile; [] without it."""
     text = description.rstrip(b"\0").decode("utf-8", "replace")
     if text.startswith("ImageJ="):
         found = re.search(r"^channels=(\d+)", text, re.MULTILINE)
@@ -206,7 +206,7 @@ def _channels(description: bytes, alike: list[Page], samples: int) -> list[Page]
 
 
 def _ome_channels(text: str) -> tuple[int, int]:
-    """(number of channels, pages from one to the next) of the first image of OME-XML."""
+    """Return (number of channels, pages from one to the next) of the first image of OME-XML."""
     sizes = {name: re.search(rf'\bSize{name}="(\d{{1,9}})"', text) for name in "CZT"}
     count = {name: int(found[1]) if found else 1 for name, found in sizes.items()}
     order = re.search(r'\bDimensionOrder="XY([CZT]{3})"', text)
@@ -219,7 +219,7 @@ def _ome_channels(text: str) -> tuple[int, int]:
 
 
 def _shaped_channels(text: str) -> int:
-    """Of the JSON that tifffile writes with axes: the channels, where they come before the rows."""
+    """Return the number of channels of the JSON that tifffile writes, if they precede the rows; otherwise 1."""
     try:
         about = json.loads(text)
         axes, shape = about["axes"], about["shape"]

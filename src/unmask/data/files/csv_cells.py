@@ -1,8 +1,8 @@
-"""Cells of CSV files that a spreadsheet would run as a formula: marked when written, unmarked when read.
+"""Mark cells of CSV files that a spreadsheet would run as a formula, and unmark them when reading.
 
-A text that begins with = + - @, a tab, a carriage return or a line feed gets an apostrophe before it, which is what a
-spreadsheet takes for "this is text" (OWASP, CSV injection). So that every text reads back as it was, one that begins
-with an apostrophe gets another. Numbers are never marked.
+Text that starts with = + - @, a tab, a carriage return or a line feed gets an apostrophe in front, by which
+spreadsheets recognise text (OWASP, CSV injection). Text that starts with an apostrophe gets another one, so that every
+text reads back unchanged. Numbers are never marked.
 """
 
 from __future__ import annotations
@@ -10,14 +10,26 @@ from __future__ import annotations
 from typing import Any
 
 MARK = "'"
-FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")  # the last: full-width forms
+FORMULA = (
+    "=",
+    "+",
+    "-",
+    "@",
+    "\t",
+    "\r",
+    "\n",
+    "\uff1d",
+    "\uff0b",
+    "\uff0d",
+    "\uff20",
+)  # full-width forms too
 
 
 def marked(value: Any) -> Any:
-    """A cell to write; anything but text is returned as it is."""
+    """Return a cell to write; anything but text is returned unchanged."""
     return MARK + value if isinstance(value, str) and value.startswith((*FORMULA, MARK)) else value
 
 
 def unmarked(text: str) -> str:
-    """What `marked` was given."""
+    """Undo `marked`."""
     return text[1:] if text.startswith(MARK) and text[1:].startswith((*FORMULA, MARK)) else text

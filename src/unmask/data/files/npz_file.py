@@ -1,6 +1,6 @@
-"""Arrays kept in one file that is whole or not there at all: for what can be computed again, only more slowly.
+"""Write and read arrays in one file with a SHA-256, for caches: a damaged or missing file reads as None.
 
-A SHA-256, then the .npz it is of; beside its name first, then renamed. It is never held in memory as a whole.
+The file is the digest followed by an .npz; it is written beside its name and renamed. It is never in memory as a whole.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ DIGEST = 32  # bytes
 
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> int:
-    """Returns the bytes of the file. Raises OSError where it cannot be written."""
+    """Write arrays to a file; return its number of bytes. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     with replacing(path) as file:
         file.write(bytes(DIGEST))
@@ -30,7 +30,7 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> int:
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray] | None:
-    """The arrays; None where there is no such file, or it is not as it was written."""
+    """Read the arrays; None if the file is missing or damaged."""
     try:
         with path.open("rb") as file:
             if file.read(DIGEST) != _digest(file):
@@ -43,6 +43,6 @@ def read_arrays(path: Path) -> dict[str, np.ndarray] | None:
 
 
 def _digest(file: BufferedReader | BufferedRandom) -> bytes:
-    """Of all that lies behind the place for it."""
+    """Return the SHA-256 of everything after the digest."""
     file.seek(DIGEST)
     return hashlib.file_digest(file, "sha256").digest()

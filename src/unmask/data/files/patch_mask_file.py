@@ -1,8 +1,8 @@
-"""Masks that a person has drawn, from a file to text: "#" hides a patch, "." shows it, one string for each row.
+"""Read patch masks from a file: "#" hides a patch, "." shows it, one string for each row of patches.
 
-A text file holds just that, patterns parted by empty lines. A .npy file holds (rows, cols) or (n, rows, cols), where
-anything but 0 is hidden. A PNG has one pixel for each patch, dark ones are hidden. Whether a pattern fits the grid is
-said by the method that uses it (`nn/masks.py`).
+A text file holds such patterns, separated by empty lines. A .npy file holds (rows, cols) or (n, rows, cols), where
+anything but 0 is hidden. A PNG has one pixel for each patch; dark ones are hidden. The method that uses a pattern
+checks whether it fits the grid (`nn/masks.py`).
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ Pattern = tuple[str, ...]
 
 
 def read_masks(path: str | Path) -> tuple[Pattern, ...]:
-    """The patterns of a file. Raises ValueError when there is no such file, or it holds no patterns."""
+    """Return the patterns of a file. Raises UserError for a missing or unusable file."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"mask file {path} does not exist; expected a .txt, .npy or .png file")
     try:
-        if path.suffix == ".npy":  # mapped, so that a header that claims more than the file has costs nothing
+        if path.suffix == ".npy":  # mapped, so that a false header allocates nothing
             return _of_array(np.load(path, allow_pickle=False, mmap_mode="r"), path)
         if path.suffix == ".png":
             with Image.open(path) as picture:
@@ -56,7 +56,7 @@ def _require_few(marks: int, path: Path) -> None:
 
 
 def hidden_share(patterns: Sequence[Pattern]) -> float:
-    """Share of the first pattern's patches that are hidden."""
+    """Return the share of hidden patches of the first pattern."""
     marks = "".join(patterns[0])
     return marks.count("#") / max(1, len(marks))
 

@@ -1,7 +1,7 @@
-"""Very many short texts: the names of a data set's files, in one bytes object and one array of where each ends.
+"""Many short texts, such as the file names of a data set, in one bytes object and one array of end positions.
 
 A list of as many Python strings takes three to four times the memory, and a forked loader worker copies it page by page
-as it counts references. Reads like a list of str; what it is not is a list that grows.
+as it counts references. Reads like a list of str, but cannot grow.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import overload
 
 import numpy as np
 
-CODING = ("utf-8", "surrogatepass")  # any str there and back, file names that are no text too
+CODING = ("utf-8", "surrogatepass")  # encodes any str, also names that are not valid UTF-8
 
 
 class StringTable(Sequence[str]):
@@ -31,13 +31,13 @@ class StringTable(Sequence[str]):
 
     @classmethod
     def stored(cls, blob: bytes, ends: np.ndarray) -> StringTable:
-        """From `blob` and `ends` (n,) of another one."""
+        """Create a table from the `blob` and `ends` (n,) of another one."""
         names = cls()
         names.blob, names.ends = blob, ends
         return names
 
     def same(self, other: StringTable) -> bool:
-        """Whether both hold the same texts, without looking at them one by one."""
+        """Return whether both hold the same texts, without comparing them one by one."""
         return self.blob == other.blob and np.array_equal(self.ends, other.ends)
 
     def __len__(self) -> int:
@@ -58,7 +58,7 @@ class StringTable(Sequence[str]):
 
     def __iter__(self) -> Iterator[str]:
         blob, start = self.blob, 0
-        for first in range(0, len(self.ends), 4096):  # not all numbers at once: each is an object
+        for first in range(0, len(self.ends), 4096):  # in chunks: each number is an object
             for end in self.ends[first : first + 4096].tolist():
                 yield blob[start:end].decode(*CODING)
                 start = end

@@ -1,7 +1,7 @@
-"""Decode text files that people or tools wrote: UTF-8 or UTF-16, with or without a byte-order mark, and XML.
+"""Decode text files: UTF-8 or UTF-16, with or without a byte-order mark, and XML.
 
-A file that is no text, or text in another encoding, raises a `TextError` that names the line and the encoding to use:
-guessing one would put wrong letters into class names without a word.
+Other encodings raise a `TextError` that names the line and the fix: guessing an encoding would silently put wrong
+characters into class names.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class TextError(SourceError):
 
 
 class Line(NamedTuple):
-    """One line: its number from 1, and its bytes decoded; bytes that are not UTF-8 are surrogates (`raw` is True)."""
+    """One decoded line and its number, from 1. raw: whether bytes that are not UTF-8 were decoded to surrogates."""
 
     number: int
     text: str
@@ -39,7 +39,7 @@ class Line(NamedTuple):
 
 
 def read_lines(file: str | Path) -> list[Line]:
-    """The lines of a text file in UTF-8 or UTF-16; lines that are not UTF-8 come with surrogates and `raw`.
+    """Return the lines of a text file in UTF-8 or UTF-16; bytes that are not UTF-8 become surrogates.
 
     Raises TextError for NUL characters and for damaged UTF-16; OSError as reading does.
     """
@@ -64,7 +64,7 @@ def read_lines(file: str | Path) -> list[Line]:
 
 
 def read_text(file: str | Path) -> str:
-    """The whole of a text file in UTF-8 or UTF-16. Raises TextError for anything else; OSError as reading does."""
+    """Return the content of a text file in UTF-8 or UTF-16. Raises TextError for other encodings, OSError."""
     lines = read_lines(file)
     for line in lines:
         require_text(line, file)
@@ -72,7 +72,7 @@ def read_text(file: str | Path) -> str:
 
 
 def require_text(line: Line, file: str | Path) -> None:
-    """Raises TextError when the line holds bytes that are not UTF-8."""
+    """Raise TextError when the line holds bytes that are not UTF-8."""
     if not line.raw:
         return
     content = line.text.encode("utf-8", "surrogateescape")
@@ -85,7 +85,7 @@ def require_text(line: Line, file: str | Path) -> None:
 
 
 def _encoding(content: bytes) -> tuple[str, int]:
-    """(encoding, length of the byte-order mark); UTF-16 without a mark is recognised by its NUL bytes."""
+    """Return (encoding, length of the byte-order mark); UTF-16 without a mark is recognised by its NUL bytes."""
     for mark, name in MARKS:
         if content.startswith(mark):
             return name, len(mark)

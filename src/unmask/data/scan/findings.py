@@ -1,4 +1,4 @@
-"""What a scan found that a person should know before training, as sentences and a table: for `check` and the plan."""
+"""Report how the files of a scan are read, as sentences and as a table, for `check` and the plan."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ USE_OF_PAGES = {
 
 
 def findings(found: Scan) -> tuple[str, ...]:
-    """One sentence for each kind of file that is not read as it stands, with the number of such files."""
+    """Return a sentence, with the number of files, for each kind of file that is not read unchanged."""
     return (*found.settled, *_alpha(found), *_pages(found), *_axes(found), *_tolerated(found), *_absent(found))
 
 
@@ -54,7 +54,7 @@ def file_kinds(found: Scan) -> list[FileKind]:
 
 
 def is_plain(found: Scan) -> bool:
-    """Whether all files are read as they stand, so that a file_kinds of them tells nothing."""
+    """Return whether all files are read unchanged, so that a table of them is not needed."""
     return all(not (layout.alpha or layout.page_use or layout.axes == "CHW") for _, _, layout in found.layouts)
 
 
@@ -67,7 +67,7 @@ def _without_faults(found: Scan) -> Counter[tuple[str, int, Layout]]:
 
 
 def _counted(found: Scan, what: str) -> dict[tuple[str, str], int]:
-    """(format, value) -> files, of one field of the layouts, where it says anything."""
+    """Return the number of files by (format, value) of one field of their layouts, where it is set."""
     counts: Counter[tuple[str, str]] = Counter()
     for (kind, _, layout), count in found.layouts.items():
         if value := getattr(layout, what):
@@ -113,7 +113,7 @@ def _pages(found: Scan) -> list[str]:
 
 
 def _skipped(found: Scan) -> str:
-    """How many pages of other depths or times are not read, where pages are channels."""
+    """Return a note on the number of pages of other depths or times that are not read, where pages are channels."""
     left = sum(
         count * (layout.pages - channels // max(1, layout.bands))
         for (_, channels, layout), count in found.layouts.items()

@@ -1,10 +1,8 @@
-"""Whether a data set is still the one that was recorded: names, sizes, times and content digests of its files.
+"""Compare a data set with its record: names, sizes, times and content digests of its files.
 
-A `DatasetRecord` is a few columns of numbers beside the names, about 60 bytes a file. Files whose time of change is as
-recorded are not read; of the others only the content decides, so that copied, moved or touched files count as the same
-and replaced ones do not, whatever their size.
-
-Not here: where a run keeps its record, and what follows from a difference (`engine/dataset_record.py`).
+A `DatasetRecord` takes about 60 bytes a file beside the names. Files whose time of change is as recorded are not read;
+of the others only the content counts, so that copied, moved or touched files are the same and replaced ones differ,
+whatever their size.
 """
 
 from __future__ import annotations
@@ -28,7 +26,7 @@ LAYOUT = 1
 
 @dataclass(frozen=True)
 class DatasetRecord:
-    """What identifies the files of a data set, a row each; columns as in `Source`.
+    """Names, sizes, times and digests of the files of a data set, one row each; columns as in `Source`.
 
     sizes, changed, modified: (n,) int64, -1 where unknown. digests: (n,) uint64, 0 where unknown.
     """
@@ -40,7 +38,7 @@ class DatasetRecord:
     digests: np.ndarray
 
     def write(self, path: Path) -> None:
-        """Raises OSError where the file cannot be written."""
+        """Write the record to a file. Raises OSError."""
         write_arrays(path, {
             "layout": np.array(LAYOUT), "names": np.frombuffer(self.names.blob, np.uint8), "ends": self.names.ends,
             **{column: getattr(self, column) for column in COLUMNS},
@@ -49,7 +47,7 @@ class DatasetRecord:
 
 @dataclass(frozen=True)
 class Difference:
-    """How a data set differs from its record; `changed` holds (name, how). False when it does not differ.
+    """How a data set differs from its record; `changed` holds (name, how). False without a difference.
 
     reread: files that were read because their times differ. unknown: why files could not be compared by content.
     """
@@ -65,7 +63,7 @@ class Difference:
         return bool(self.added or self.removed or self.changed or self.reordered or self.unknown)
 
     def lines(self, count: int = 5) -> str:
-        """For a sentence: how many files differ, and the first of each kind by name."""
+        """Return, for a sentence, how many files differ and the first names of each kind."""
         if self.unknown:
             return self.unknown
         kinds = [
@@ -77,7 +75,7 @@ class Difference:
         return "; ".join(told) if told else "the same files in another order"
 
     def as_json(self, count: int = 20) -> dict[str, object]:
-        """Counts and the first names of each kind, for the run's record."""
+        """Return counts and the first names of each kind, for the run's record."""
         changed = [{"name": name, "how": how} for name, how in self.changed[:count]]
         return {
             "num_added": len(self.added), "num_removed": len(self.removed), "num_changed": len(self.changed),
@@ -86,10 +84,10 @@ class Difference:
 
 
 def record_of(source: Source) -> DatasetRecord:
-    """The record of a source as it is listed, with the digests that it knows.
+    """Return the record of a source as it is listed, with its known digests.
 
-    A file that changed just before it was listed is recorded without a time: coarse clocks of file systems could give
-    its next change the same one.
+    A file that changed just before it was listed is recorded without a time: a file system with a coarse clock
+    could give its next change the same time.
     """
     unknown = np.full(len(source), -1, np.int64)
     changed = unknown if source.changed is None else source.changed
@@ -104,7 +102,7 @@ def record_of(source: Source) -> DatasetRecord:
 
 
 def read_record(path: Path) -> DatasetRecord | None:
-    """The record in a file; None where there is none, or it is damaged or of another version."""
+    """Read a record; None if the file is missing, damaged or of another version."""
     stored = read_arrays(path)
     if stored is None or stored["layout"].item() != LAYOUT:
         return None
@@ -124,15 +122,15 @@ def digest_all(source: Source, progress: Callable[[int], object] = lambda _: Non
 def compare(
     record: DatasetRecord, source: Source, used: np.ndarray, progress: Callable[[int], object] = lambda _: None
 ) -> Difference:
-    """How the source differs from its record in the rows `used`, and in names; sets `source.digests`.
+    """Return how the source differs from its record in names and in the rows `used`; set `source.digests`.
 
-    Reads the files whose time of change differs. Of files whose content was never recorded, those count as unchanged
-    that have their size and modification time still.
+    Reads the files whose time of change differs. A file whose content was never recorded counts as unchanged if
+    its size and modification time are.
     """
     if not record.names.same(source.names):
         return _compare_names(record, source)
     source.digests = record.digests.copy()
-    if source.changed is None or source.modified is None:  # images that lie in no file
+    if source.changed is None or source.modified is None:  # images that are not in files
         return Difference()
     resized = record.sizes[used] != source.sizes[used]
     changed = [(row, _resized(int(record.sizes[row]), int(source.sizes[row]))) for row in used[resized].tolist()]
@@ -154,7 +152,7 @@ def compare(
 
 
 def _compare_names(record: DatasetRecord, source: Source) -> Difference:
-    """Files added, removed or of another size; carries the digests over to the files of the same name and size."""
+    """Return files added, removed or resized; copy the digests to files of the same name, size and time."""
     places = {name: row for row, name in enumerate(record.names)}
     source.digests, changed, added = np.zeros(len(source), np.uint64), [], []
     for row, name in enumerate(source.names):

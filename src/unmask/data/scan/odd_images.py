@@ -1,7 +1,7 @@
-"""Images that are probably not meant to be learned from: masks among photographs, and images of one value.
+"""Find images that are probably no training images: segmentation masks among photographs, and images of one value.
 
-Masks lie in a folder of a telling name or mirror the names of another folder's images, or stand beside their image with
-an ending such as _mask, and hold few colours where the images hold many. A sample of each folder is decoded.
+Masks are in a folder with a typical name or with the names of another folder's images, or beside their image with a
+suffix such as _mask, and hold few colours where the images hold many. A sample of each folder is decoded.
 """
 
 from __future__ import annotations
@@ -30,16 +30,19 @@ ENDINGS = re.compile(
     r"gtfine_\w+)$",
     re.IGNORECASE,
 )
-SAMPLE = 6  # images of each kind that are decoded
-FEW, LEAST_PIXELS = 40, 400  # colours that a mask holds at most, of images with enough pixels to hold more
-MOST_FOLDERS, MOST_NAMES = 64, 200_000  # beyond which names are not compared: class folders, and many
-ROUNDING = 1e-10  # relative error of the sums that a scan keeps, of a float image of one value
-MIRRORED = 0.5  # share of a folder's names that another folder has too
+SAMPLE = 6  # images of each group that are decoded
+FEW, LEAST_PIXELS = 40, 400  # most colours of a mask, and fewest pixels of an image that is examined
+MOST_FOLDERS, MOST_NAMES = 64, 200_000  # names are not compared beyond these
+ROUNDING = 1e-10  # relative error of the sums of a float image of one value
+MIRRORED = 0.5  # share of a folder's names that occur in another folder too
 
 
 @dataclass(frozen=True)
 class MaskLike:
-    """Images that look like segmentation masks: `where` they lie (a folder, or an ending), how many, and the rest."""
+    """A group of images that look like segmentation masks.
+
+    where: their folder or suffix. count: their number. images: the folder of the others. pattern: for --exclude.
+    """
 
     where: str
     count: int
@@ -48,7 +51,7 @@ class MaskLike:
 
 
 def mask_like(source: Source) -> list[MaskLike]:
-    """Groups of the source's images that look like masks of the others; [] for none, and for sources of one kind."""
+    """Return groups of the source's images that look like masks of the others."""
     folders: dict[str, list[int]] = {}
     for row, name in enumerate(source.names):
         folders.setdefault(name.rpartition("/")[0], []).append(row)
@@ -56,7 +59,7 @@ def mask_like(source: Source) -> list[MaskLike]:
 
 
 def _tops(folders: dict[str, list[int]]) -> dict[str, list[int]]:
-    """Rows by the part of the path that tells masks from images: labels of labels/train, SegmentationClass as it is."""
+    """Return rows by the part of the path that distinguishes masks from images, such as labels of labels/train."""
     found: dict[str, list[int]] = {}
     for folder, rows in folders.items():
         parts = folder.split("/") if folder else [""]
@@ -75,7 +78,7 @@ def _by_folder(source: Source, folders: dict[str, list[int]]) -> list[MaskLike]:
         return []
     others = [folder for folder in folders if not few.get(folder)]
     rest = [row for folder in others for row in folders[folder]]
-    if not rest or _are_few(source, rest):  # drawings throughout: nothing tells masks from images
+    if not rest or _are_few(source, rest):  # all images have few colours
         return []
     image = os.path.commonpath(others) if all(others) else ""
     return [
@@ -84,7 +87,7 @@ def _by_folder(source: Source, folders: dict[str, list[int]]) -> list[MaskLike]:
 
 
 def _mirrored(source: Source, folders: dict[str, list[int]]) -> list[str]:
-    """Folders of which MIRRORED of the names, but for the endings, occur in another folder too."""
+    """Return folders of which MIRRORED of the names, without extension, occur in another folder too."""
     if len(folders) > MOST_FOLDERS or len(source) > MOST_NAMES:
         return []
     stems = {folder: {_stem(source.names[row]) for row in rows} for folder, rows in folders.items()}
@@ -95,7 +98,7 @@ def _mirrored(source: Source, folders: dict[str, list[int]]) -> list[str]:
 
 
 def _by_ending(source: Source, folders: dict[str, list[int]]) -> list[MaskLike]:
-    """Masks beside their images: a.jpg and a_mask.png."""
+    """Return masks beside their images, such as a.jpg and a_mask.png."""
     if len(source) > MOST_NAMES:
         return []
     found: dict[str, list[int]] = {}
@@ -119,12 +122,12 @@ def _stem(name: str) -> str:
 
 
 def _are_few(source: Source, rows: Sequence[int]) -> bool:
-    """Whether nearly all of a sample of images hold few colours."""
+    """Return whether nearly all of a sample of images hold few colours."""
     seen: list[bool] = []
     for row in _evenly(rows):
         if (few := _holds_few(source, row)) is not None:
             seen.append(few)
-        if seen.count(False) > 1:  # most folders hold photographs: two of them are enough
+        if seen.count(False) > 1:  # two photographs are enough to decide
             return False
     return bool(seen) and sum(seen) >= 0.8 * len(seen)
 
@@ -134,7 +137,7 @@ def _evenly(rows: Sequence[int]) -> list[int]:
 
 
 def _holds_few(source: Source, row: int) -> bool | None:
-    """None where it cannot be told: a file that cannot be read, a photograph's format, or hardly any pixels."""
+    """Return whether an image holds few colours; False for JPEG, None for unreadable files and for few pixels."""
     try:
         data = source.read(row)
         head = decode.header(data)
@@ -151,13 +154,13 @@ def _holds_few(source: Source, row: int) -> bool | None:
 
 
 def mask_warnings(source: Source) -> list[str]:
-    """A sentence with the fix for each group of images that look like masks of the others."""
+    """Return a sentence with the fix for each group of images that look like masks of the others."""
     said = []
     for one in mask_like(source):
         inside = f"give {source.name.rstrip('/')}/{one.images} alone, or " if one.images else ""
         said.append(
             f"{one.count} of {len(source)} images, {one.where}, look like segmentation masks of the others (few "
-            f"colours, the same names): they would be learned from as images; {inside}leave them out with --exclude "
+            f"colours, the same names): training would use them as images; {inside}leave them out with --exclude "
             f"'{one.pattern}'"
         )
     return said
@@ -165,7 +168,7 @@ def mask_warnings(source: Source) -> list[str]:
 
 @dataclass(frozen=True)
 class Constant:
-    """Images of which every pixel is alike, and whether all those have one and the same value (all black, say)."""
+    """Images whose pixels all have one value. alike: whether it is the same value in all of them (all black)."""
 
     count: int
     alike: bool
@@ -173,7 +176,7 @@ class Constant:
 
 
 def constant_images(source: Source, looks: FileRecords) -> Constant | None:
-    """Images of one value, by the sums that a scan keeps; None for none."""
+    """Return the images of one value, by the sums of the scan; None without any."""
     if not len(looks):
         return None
     pixels = np.repeat(np.maximum(1, looks.valid).astype(np.float64), looks.channels)
@@ -188,12 +191,12 @@ def constant_images(source: Source, looks: FileRecords) -> Constant | None:
 
 
 def constant_line(found: Constant, good: int) -> str:
-    """What images of one value mean for training, in a sentence."""
+    """Return a sentence on what images of one value mean for training."""
     if found.count == good:
         same = "all alike (black, for example)" if found.alike else "each of one value"
         return (
-            f"every one of the {good} images holds a single value in all its pixels, {same}: there is nothing to learn "
-            "from them; check how they were written or read"
+            f"every one of the {good} images holds a single value in all its pixels, {same}: they contain no "
+            "information; check how they were written or read"
         )
     return (
         f"{found.count} of {good} images hold a single value in all their pixels (all black, for example): "

@@ -1,8 +1,8 @@
-"""Looks at every file before training: what can be read, of what size and kind, with which mean and deviation.
+"""Scan every file before training: which can be read, of what size and kind, and their mean and standard deviation.
 
-Decodes each file in full (or an even sample of them), one at a time, and keeps only sums. It judges nothing: what share
-of bad files is too much is the caller's to say. The result is the same with any number of processes, and whether files
-were looked at now or before (`looks.py` remembers).
+Decodes each file in full (or an even sample of them), one at a time, and stores only sums. The caller decides which
+share of bad files is too large. The result does not depend on the number of processes, nor on which files were in the
+scan cache (`scan_cache.py`).
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ from unmask.system.processes import process_pool
 STATISTICS_SAMPLE = 10_000
 LOOK_AGAIN = 256
 CHUNK = 64
-GUARDED_MEMORY = 128 << 20  # bytes; what takes more to decode, gets a process of its own
-GUARDED_PARTS = 64  # scans of a JPEG, or pages of a TIFF; the same holds for them
-MOST_SECONDS = 10.0  # of processor time, for a file
-PATIENCE = 5.0  # seconds of work that are worth starting processes for
+GUARDED_MEMORY = 128 << 20  # bytes; files that need more are decoded in their own process
+GUARDED_PARTS = 64  # likewise for files of more JPEG scans or TIFF pages
+MOST_SECONDS = 10.0  # of processor time per file
+PATIENCE = 5.0  # seconds of remaining work from which processes are started
 
 
 @dataclass(frozen=True)
 class BadFile:
-    """A file that cannot be used, and why: a reason code for machines, a detail for people."""
+    """A file that cannot be used. code: reason code of BadImage; detail: the same in words."""
 
     name: str
     code: str
@@ -59,7 +59,7 @@ class BadFile:
 
 @dataclass
 class Scan:
-    """What a source holds. Sizes are (H, W) in pixels as displayed; mean and std per channel in the files' units.
+    """Result of a scan. Sizes are (H, W) in pixels as displayed; mean and std per channel in the files' units.
 
     layouts: how many files there are by format, channels as decoded, and layout. reading: how they were decoded, and
     settled: what of that was decided for this data set, and why. absent_share: of the pixels of good files, how many
@@ -70,8 +70,8 @@ class Scan:
     source: str
     files: int
     checked: int
-    known: int = 0  # of those checked, how many had been looked at before and are as they were
-    forgotten: str = ""  # why the next scan has to look again, where it will
+    known: int = 0  # number of checked files taken from the scan cache
+    forgotten: str = ""  # why the results could not be cached
     bad: list[BadFile] = field(default_factory=list)
     bad_rows: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
     good_rows: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
@@ -93,7 +93,7 @@ class Scan:
     empty_files: int = 0
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
-    decoded_bytes: float = 0.0  # of one image, on average
+    decoded_bytes: float = 0.0  # mean per image
     seconds: float = 0.0
 
     @property
@@ -102,7 +102,7 @@ class Scan:
 
     @property
     def usable(self) -> int:
-        """How many images of the whole source can be used: an estimate where only a sample was checked."""
+        """Number of usable images of the source, an estimate if only a sample was checked."""
         return round(self.files * self.good / self.checked) if self.sampled else self.good
 
     @property
@@ -111,7 +111,7 @@ class Scan:
 
     @property
     def tolerated(self) -> Counter[str]:
-        """How many files have which fault that loses no pixel."""
+        """Number of files by fault that loses no pixel."""
         found: Counter[str] = Counter()
         for (_, _, layout), count in self.layouts.items():
             found.update(dict.fromkeys(layout.tolerated, count))
@@ -159,7 +159,7 @@ def scan(
                 seen.add(row, found)
             if progress is not None and (done % CHUNK == 0 or done == len(rows)):
                 progress(done)
-    finally:  # whoever interrupts a long scan need not begin it again
+    finally:  # also when interrupted, so that a long scan is not repeated
         new = seen.looks()
         stale = known is not None and bool(np.isin(known.rows, list(faults)).any())
         if stale or (len(new) and is_worth_storing(began)):
@@ -173,12 +173,12 @@ def scan(
 
 
 def num_cores() -> int:
-    """Processors that this process may use."""
+    """Return the number of processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _all_known(known: FileRecords | None, new: FileRecords, bad: list[int]) -> FileRecords:
-    """The new ones, and what was known of files that were not looked at now."""
+    """Return the new records and the known ones of files that were not scanned now."""
     if known is None:
         return new
     return joined([known.at(np.flatnonzero(~np.isin(known.rows, [*new.rows.tolist(), *bad]))), new])
@@ -217,7 +217,7 @@ def _look_at(source: Source, rows: np.ndarray, workers: int | None) -> Iterator[
         chunks = chunks[done:]
 
 
-_source: Source | None = None  # of a worker process: handed over once, not with every chunk
+_source: Source | None = None  # of a worker process, sent once instead of with every chunk
 
 
 def _begin(source: Source) -> None:
@@ -239,9 +239,9 @@ def _look_apart(source: Source, row: int) -> FileRecord | BadImage:
 
 
 def _look(source: Source, row: int, like: tuple[int, str] | None = None) -> FileRecord | BadImage:
-    """One file, decoded; as it is, or `like` the data set's channels and dtype.
+    """Decode one file, unchanged or converted `like` the data set's channels and dtype.
 
-    What its header says would take much memory or time is decoded in a process of its own, with limits on both.
+    A file whose header predicts much memory or time is decoded in its own process, with limits on both.
     """
     try:
         data = source.read(row)
@@ -255,13 +255,13 @@ def _look(source: Source, row: int, like: tuple[int, str] | None = None) -> File
     except MemoryError:
         return BadImage("TOO_MANY_PIXELS", "not enough memory to decode it")
     except TooSlow:
-        return BadImage("TIMEOUT", f"it takes longer than {MOST_SECONDS:.0f} s to decode; save it anew, or smaller")
+        return BadImage("TIMEOUT", f"it takes longer than {MOST_SECONDS:.0f} s to decode; save it again, or smaller")
     except Crashed:
         return BadImage("CORRUPT", "decoding it killed the process")
 
 
 def _decoded(data: bytes, head: Header, like: tuple[int, str] | None, nodata: Nodata) -> FileRecord:
-    """What there is to know of an image, from pieces of it, so that no second copy of a large one is made."""
+    """Return the record of an image, from pieces, to avoid a second copy of a large one."""
     tolerated: list[str] = []
     sums = squares = np.zeros(0)
     channels, dtype, there, declared = head.channels, head.dtype, 0, nodata_module.declared(data)
@@ -269,7 +269,7 @@ def _decoded(data: bytes, head: Header, like: tuple[int, str] | None, nodata: No
         valid = nodata_module.valid_pixels(piece, nodata, declared)
         if like is not None:
             piece = pixels_module.conform(piece if valid is None else nodata_module.filled(piece, valid), *like)
-        flat = piece.reshape(-1, piece.shape[2]) if valid is None else piece[valid]  # (pixels that are there, C)
+        flat = piece.reshape(-1, piece.shape[2]) if valid is None else piece[valid]  # (valid pixels, C)
         more, more_squares = _sums(flat)
         there += len(flat)
         sums, squares = (sums + more, squares + more_squares) if number else (more, more_squares)
@@ -280,7 +280,7 @@ def _decoded(data: bytes, head: Header, like: tuple[int, str] | None, nodata: No
 
 
 def _sums(flat: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(C,) sums of the values and of their squares, of pixels (n, C)."""
+    """Return (C,) sums of the values and of their squares, of pixels (n, C)."""
     if flat.dtype == np.uint8:  # exact and fast: sums of a histogram
         counts = np.stack([np.bincount(flat[:, c], minlength=256) for c in range(flat.shape[1])])
         levels = np.arange(256, dtype=np.float64)
@@ -324,7 +324,7 @@ def _summarise(
 
 
 def _unlike(looks: FileRecords, channels: int, dtype: str) -> dict[int, BadImage]:
-    """Places of the looks that cannot be made to conform, and why."""
+    """Return the positions of records that do not fit channels and dtype, with the reason."""
     found: dict[int, BadImage] = {}
     for own_channels in np.unique(looks.channels).tolist():
         for own_dtype in np.unique(looks.dtypes).tolist():
@@ -337,7 +337,7 @@ def _unlike(looks: FileRecords, channels: int, dtype: str) -> dict[int, BadImage
 
 
 def _widest(dtypes: Counter[str]) -> str:
-    """What most are; but uint16 instead of uint8 as soon as some are: uint8 can become uint16, not the other way."""
+    """Return the most frequent dtype, but uint16 instead of uint8 if both occur: only uint8 can be converted."""
     common = dtypes.most_common(1)[0][0]
     return "uint16" if common == "uint8" and dtypes["uint16"] else common
 
@@ -349,12 +349,12 @@ def _pair(values: np.ndarray) -> tuple[int, int]:
 def _statistics(
     source: Source, looks: FileRecords, channels: int, dtype: str
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation per channel, in the data set's channels and units, over an even part of the images.
+    """Return mean and standard deviation per channel, in the data set's channels and units, of an even sample.
 
     Absent pixels do not count.
     """
     alike = looks.at(np.flatnonzero((looks.channels == 1) | (looks.channels == channels)))
-    if not len(alike):  # colour images trained on as gray: sums per channel do not tell the deviation of the luma
+    if not len(alike):  # colour images read as gray: sums per channel do not give the deviation of the luma
         rows = looks.rows[_evenly(len(looks), LOOK_AGAIN)]
         again = FileRecordsBuilder()
         for row in rows.tolist():
@@ -372,10 +372,10 @@ def _statistics(
         sums, squares = sums + alike.sums[own] * scale, squares + alike.squares[own] * scale**2
     mean = sums / count
     std = np.sqrt(np.maximum(squares / count - mean**2, 0))
-    std = np.where(std > 1e-6 * np.maximum(1e-6, np.abs(mean)), std, 1.0)  # a constant channel is left as it is
+    std = np.where(std > 1e-6 * np.maximum(1e-6, np.abs(mean)), std, 1.0)  # do not scale a constant channel
     return tuple(mean.tolist()), tuple(std.tolist())
 
 
 def _evenly(count: int, most: int) -> np.ndarray:
-    """At most so many places of `count`, evenly spread."""
+    """Return at most `most` positions of `count`, evenly spread."""
     return np.unique(np.linspace(0, count - 1, most).astype(int))

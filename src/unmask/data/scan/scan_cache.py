@@ -1,11 +1,9 @@
-"""What was found by looking at files: columns of numbers instead of an object a file, and remembered between commands.
+"""The scan cache: records of readable files as columns of numbers, stored between commands.
 
-A scan decodes every file, which for a large folder takes longer than anything else before the first step. So what it
-found in the files that could be read is kept in a folder of its own (never among the images), and a later scan looks
-only at files that are new or have changed since, by size or by the time of the last change. It is only ever a
-shortcut: a file that is damaged, of another version, or cannot be written, costs another look and nothing else.
-
-Files that could not be read are not remembered: they may have been mended elsewhere (a mount, a permission, memory).
+A scan decodes every file, which for a large folder takes longer than anything else before the first step. Its results
+are stored in a cache folder (never among the images), and a later scan decodes only files that are new or changed, by
+size or time of the last change. A cache that is damaged, of another version, or not writable costs another scan and
+nothing else. Unreadable files are not cached: their cause may be elsewhere (a mount, a permission, memory).
 """
 
 from __future__ import annotations
@@ -31,17 +29,16 @@ from unmask.data.sources.source import Source
 
 LAYOUT = 3
 WORD = np.dtype("S8")
-WORTH_KEEPING = 2.0  # seconds of work; what is had again as fast needs no place on the disk
-SETTLED = 2_000_000_000  # nanoseconds: coarse clocks of file systems give two changes within it the same time
+WORTH_KEEPING = 2.0  # seconds of work from which results are stored
+SETTLED = 2_000_000_000  # nanoseconds within which a coarse file system clock may give two changes the same time
 COLUMNS = ("sizes", "channels", "dtypes", "formats", "layouts", "valid", "sums", "squares", "digests")
 DECODERS = ("numpy", "pillow", "simplejpeg", "tifffile")
 
 
 @dataclass(frozen=True)
 class FileRecord:
-    """One readable file; `valid` pixels are not absent, sums per channel are of their values and of the squares.
-
-    digest is `content_digest`.
+    """One readable file. valid: number of pixels that are not absent; sums, squares: (C,) over those; digest: see
+    `source.content_digest`.
     """
 
     size: tuple[int, int]
@@ -81,11 +78,11 @@ class FileRecords:
 
     @property
     def starts(self) -> np.ndarray:
-        """(n,) int64: where the sums of each begin."""
+        """(n,) int64: position of the first sum of each file."""
         return np.cumsum(self.channels, dtype=np.int64) - self.channels
 
     def at(self, places: np.ndarray) -> FileRecords:
-        """Those at these places only, in this order."""
+        """Return the records at these positions, in this order."""
         channels = self.channels[places].astype(np.int64)
         within = np.arange(channels.sum()) - np.repeat(np.cumsum(channels) - channels, channels)
         inside = np.repeat(self.starts[places], channels) + within
@@ -95,12 +92,12 @@ class FileRecords:
         )  # fmt: skip
 
     def with_rows(self, rows: np.ndarray) -> FileRecords:
-        """The same of files that stand in other rows."""
+        """Return the same records for other rows."""
         return replace(self, rows=rows)
 
 
 def joined(several: Iterable[FileRecords]) -> FileRecords:
-    """All of them, by row."""
+    """Return all records, sorted by row."""
     columns = zip(*(vars(looks).values() for looks in several), strict=True)
     both = FileRecords(*(np.concatenate(column) for column in columns))
     return both if (np.diff(both.rows) > 0).all() else both.at(np.argsort(both.rows, kind="stable"))
@@ -149,18 +146,18 @@ class FileRecordsBuilder:
 
 
 def cache_folder() -> Path | None:
-    """Where scans are remembered: $UNMASK_CACHE, or `unmask` in the user's cache folder; None if UNMASK_CACHE=off."""
+    """Return $UNMASK_CACHE, or `unmask` in the user's cache folder; None if UNMASK_CACHE=off."""
     told = os.environ.get("UNMASK_CACHE")
     if told:
         return None if told.lower() == "off" else Path(told)
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "unmask"
-    except RuntimeError:  # a user without a home
+    except RuntimeError:  # a user without a home folder
         return None
 
 
 def cache_file(source: Source) -> Path | None:
-    """The file for this data; None where nothing is remembered: images that lie in no file, or it is turned off."""
+    """Return the cache file of a source; None for images that are not in files, and when the cache is off."""
     folder = cache_folder()
     if folder is None or source.changed is None:
         return None
@@ -170,7 +167,7 @@ def cache_file(source: Source) -> Path | None:
 
 
 def load_records(source: Source) -> FileRecords | None:
-    """What is known of the files that are as they were when they were last looked at; None for nothing."""
+    """Return the stored records of files that have not changed; None without any."""
     file = cache_file(source)
     stored = None if file is None else read_arrays(file)
     if stored is None or source.changed is None or stored["about"].item() != _about():
@@ -178,23 +175,23 @@ def load_records(source: Source) -> FileRecords | None:
     names = StringTable.stored(stored["names"].tobytes(), stored["ends"])
     kept = FileRecords(np.arange(len(names)), *(stored[name] for name in COLUMNS))
     sizes, changed = stored["bytes"], stored["changed"]
-    place = _places(names, source.names)  # of each row of the source among those kept, or -1
+    place = _places(names, source.names)  # position of each row among the stored ones, or -1
     rows = np.flatnonzero((place >= 0) & (sizes[place] == source.sizes) & (changed[place] == source.changed))
     return kept.at(place[rows]).with_rows(rows) if len(rows) else None
 
 
 def store_records(source: Source, looks: FileRecords, began: float) -> str:
-    """Keep these for later, all that is known of the source; returns why it could not be kept, "" where it was.
+    """Store all known records of a source; return why they could not be stored, "" on success.
 
     began: when looking began, in seconds since 1970. Of files that changed just before, or since, nothing is kept.
     """
     file = cache_file(source)
     if file is None or source.changed is None:
-        return ""  # nor was it asked for
+        return ""  # nothing to store
     changed = source.changed[looks.rows]
     settled = np.flatnonzero((changed >= 0) & (changed < int(began * 1e9) - SETTLED))
     if not len(settled):
-        with suppress(OSError):  # what was known before is not so any more
+        with suppress(OSError):  # the stored records are outdated
             file.unlink()
         return "the files have only just been written"
     looks, changed = looks.at(settled), changed[settled]
@@ -208,19 +205,19 @@ def store_records(source: Source, looks: FileRecords, began: float) -> str:
     }
     try:
         write_arrays(file, arrays)
-    except (OSError, MemoryError) as error:  # a full disk, or no place to write: then the next scan looks again
+    except (OSError, MemoryError) as error:  # then the next scan decodes the files again
         reason = error.strerror if isinstance(error, OSError) else "not enough memory"
-        return f"{file.parent} takes no file ({reason}); UNMASK_CACHE names another folder"
+        return f"cannot write to {file.parent} ({reason}); set UNMASK_CACHE to another folder"
     return ""
 
 
 def is_worth_storing(began: float) -> bool:
-    """Whether what has taken since `began`, in seconds since 1970, should not have to be done again."""
+    """Return whether the work since `began`, in seconds since 1970, took long enough to be stored."""
     return time.time() - began > WORTH_KEEPING
 
 
 def _places(known: StringTable, names: StringTable) -> np.ndarray:
-    """(n,) int64: where each of `names` is among the `known`, -1 where it is not, or more than once."""
+    """Return (n,) int64, the position of each of `names` in `known`; -1 for missing and repeated names."""
     if known.same(names):
         return np.arange(len(names))
     places: dict[str, int] = {}
@@ -230,7 +227,7 @@ def _places(known: StringTable, names: StringTable) -> np.ndarray:
 
 
 def decoder_versions() -> dict[str, str]:
-    """Of the packages that pixels come from, those that are installed."""
+    """Return the versions of the installed packages that decode pixels."""
     versions = {}
     for package in DECODERS:
         with suppress(metadata.PackageNotFoundError):
@@ -239,7 +236,7 @@ def decoder_versions() -> dict[str, str]:
 
 
 def _about() -> str:
-    """What the looks depend on beside the files: the decoders, and how they are used."""
+    """Return a digest of what the records depend on besides the files: decoder versions and the code of decode/."""
     versions = decoder_versions()
     modules = sorted(Path(decode.__file__ or "").parent.glob("*.py"))
     how = hashlib.sha256(b"".join(module.read_bytes() for module in modules)).hexdigest()

@@ -1,4 +1,4 @@
-"""List files: a path a line, perhaps with a label; and tables of paths and labels (.csv, .tsv) with a heading.
+"""Read list files: a path a line, optionally with a label; and tables of paths and labels (.csv, .tsv) with a heading.
 
 A path is relative to the list's folder. Between path and label stands a tab, a comma, a semicolon or a space; cells in
 quotes follow the rules of CSV (RFC 4180): a comma in quotes belongs to its cell, and two quotes are one. In a .csv or
@@ -40,7 +40,7 @@ class Entry(NamedTuple):
 
 
 def read_list(file: str, extensions: Sequence[str]) -> list[Entry]:
-    """The entries of a list file, in order. extensions: lower-case endings of images, by which cells are recognised.
+    """Return the entries of a list file, in order. extensions: lower-case image extensions, which identify paths.
 
     Raises ListError or TextError (both SourceError), naming the line; OSError as reading does.
     """
@@ -65,7 +65,7 @@ def read_list(file: str, extensions: Sequence[str]) -> list[Entry]:
 
 
 def _logical_lines(file: str) -> Iterator[Line]:
-    """Lines that are not empty and no comment; in a table, those that one pair of quotes spans are joined."""
+    """Yield lines that are neither empty nor comments; in a table, lines within one pair of quotes are joined."""
     table = Path(file).suffix.lower() in TABLES
     held: Line | None = None
     for line in read_lines(file):
@@ -81,19 +81,19 @@ def _logical_lines(file: str) -> Iterator[Line]:
 
 
 def _opens_quote(text: str) -> bool:
-    """Whether a cell that begins with a quote is still open at the end of the text."""
+    """Return whether a quoted cell is still open at the end of the text."""
     inside, begins = False, True  # begins: a quote here would open a cell
     for letter in text:
         if letter == '"' and (inside or begins):
             inside = not inside
-            begins = not inside  # two quotes in a quoted cell are one: closed, and opened again
+            begins = not inside  # two quotes in a quoted cell are one
         elif not inside:
             begins = letter in "\t,;"
     return inside
 
 
 def _columns(heading: str, file: str, extensions: tuple[str, ...]) -> tuple[str, int, int | None] | None:
-    """(separator, column of paths, column of labels or None) when a table begins with a heading that names them."""
+    """Return (separator, column of paths, column of labels or None) of a table with a heading; None without one."""
     if Path(file).suffix.lower() not in TABLES:
         return None
     for separator in ("\t", ",", ";"):
@@ -146,7 +146,7 @@ def _path_and_label(line: Line, folder: str, file: str, extensions: tuple[str, .
 
 
 def _cells(text: str, separator: str) -> list[str] | None:
-    """The cells of one record of CSV, or None where its quotes do not match."""
+    """Return the cells of one CSV record; None if its quotes do not match."""
     try:
         rows = list(csv.reader([text], delimiter=separator, strict=True, skipinitialspace=separator != " "))
     except csv.Error:
@@ -159,7 +159,7 @@ def _exists(folder: str, path: str) -> bool:
 
 
 def open_list(text: str) -> FilesSource:
-    """The images of a list file, in its order."""
+    """Open the images of a list file, in its order. Raises SourceError."""
     folder = os.path.dirname(os.path.abspath(text))
     try:
         entries = read_list(text, EXTENSIONS)

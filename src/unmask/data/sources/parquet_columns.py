@@ -1,4 +1,4 @@
-"""Columns of a parquet file of images: which holds the images, which the labels and names, and what is none.
+"""Find the columns of a parquet file that hold images, labels and names.
 
 Images: bytes of files, plain, as views, in a dictionary, of fixed size or as lists of uint8, or structs that hold them
 as `bytes` (Hugging Face). Labels: texts, whole numbers or booleans; integers that Hugging Face's metadata give names
@@ -37,7 +37,7 @@ class Labels:
 
 
 def image_column(schema: Any, text: str) -> str:
-    """The name of the column of images. Raises ColumnError that says of each column what it holds."""
+    """Return the name of the image column. Raises ColumnError with the type of each candidate."""
     found = [one.name for one in schema if _holds_files(one.type)]
     for name in (*IMAGES, *found):
         if name in found:
@@ -51,7 +51,7 @@ def image_column(schema: Any, text: str) -> str:
 
 
 def _holds_files(kind: Any) -> bool:
-    """Whether a column of this type can hold the bytes of files."""
+    """Return whether a column of this type can hold the bytes of files."""
     import pyarrow as pa
 
     if pa.types.is_struct(kind):
@@ -74,7 +74,7 @@ def _is_bytes(kind: Any) -> bool:
 
 
 def _no_image(name: str, kind: Any) -> str:
-    """Why a column that its name gives to images is not taken, "" for others."""
+    """Return why a column with the name of an image column is not one; "" for others."""
     import pyarrow as pa
 
     if name.lower() not in IMAGES and not pa.types.is_nested(kind):
@@ -87,7 +87,7 @@ def _no_image(name: str, kind: Any) -> str:
 
 
 def image_bytes(value: Any) -> bytes:
-    """The bytes of one file, of a pyarrow scalar of an image column; b"" where the row has none."""
+    """Return the bytes of one file from a pyarrow scalar of an image column; b"" for an empty row."""
     import pyarrow as pa
 
     if not value.is_valid:
@@ -97,13 +97,13 @@ def image_bytes(value: Any) -> bytes:
     if isinstance(value, pa.StructScalar):
         return image_bytes(value["bytes"])
     if isinstance(value, pa.ListScalar | pa.LargeListScalar | pa.FixedSizeListScalar):
-        # no list of Python ints: a photograph would make 200 MB of them
+        # not through Python ints, which take 200 MB for a photograph
         return b"" if value.values.null_count else value.values.to_numpy().astype(np.uint8).tobytes()
     return bytes(value.as_py())
 
 
 def parquet_labels(file: Any, schema: Any, text: str) -> Labels:
-    """The labels of the rows of a `ParquetFile`, of its first column in LABELS. Raises ColumnError for empty cells."""
+    """Return the labels of a `ParquetFile`, from its first column in LABELS. Raises ColumnError for empty cells."""
     name = next((name for name in LABELS if name in schema.names), None)
     if name is None:
         return Labels()
@@ -186,7 +186,7 @@ def _no_class(kind: Any) -> str:
 
 
 def is_text(kind: Any) -> bool:
-    """Whether a column of this type holds texts."""
+    """Return whether a column of this type holds text."""
     import pyarrow as pa
 
     view = getattr(pa.types, "is_string_view", lambda _: False)

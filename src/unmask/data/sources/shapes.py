@@ -1,8 +1,8 @@
-"""`shapes`: an embedded, labelled image set that is drawn, not stored: image i is a pure function of SEED and i.
+"""`shapes`: an embedded, labelled image set that is computed: image i is a pure function of SEED and i.
 
 One object of six classes at a random place, size, rotation and colour, plain or striped, on a background with a colour
-gradient of its own, under noise. Nothing but the outline tells the class, so raw pixels say little about it; and hidden
-parts of the outline follow from the visible ones, so there is something for a masked autoencoder to learn.
+gradient of its own, under noise. Only the outline depends on the class, so raw pixels predict it poorly; and hidden
+parts of the outline follow from the visible ones, so a masked autoencoder can learn from them.
 
 Drawn many at a time with NumPy from signed distances (negative inside), antialiased over one pixel. Not a benchmark
 of the field: a set small enough to pre-train on within minutes on two cores. Letters: n images, S their side in pixels.

@@ -1,4 +1,4 @@
-"""The members of a tar file as unpacking would leave them: links resolved within the archive, the last of a name kept.
+"""Index the members of a tar file as unpacking would: links resolved within the archive, the last of equal names.
 
 Nothing is written to disk, and nothing outside the archive is read. A hard link is the data of the member it names;
 a symbolic link likewise, where it leads to a regular member. Links to anything else are counted. Where a name occurs
@@ -16,14 +16,14 @@ from dataclasses import dataclass, field
 
 from unmask.errors import SourceError, some
 
-MOST_LINKS = 16  # symbolic links that lead to one another
+MOST_LINKS = 16  # symbolic links followed in a row
 MOST_LABEL_BYTES = 1 << 16
 LABEL_KEYS = ("label", "cls", "class", "class_name")  # of a webdataset's .json
 
 
 @dataclass
 class Member:
-    """The data of a regular member: where they lie, and themselves where the tar is compressed and they were read."""
+    """A regular member: its header, and its content if the tar is compressed."""
 
     header: tarfile.TarInfo
     content: bytes | None = None
@@ -41,7 +41,7 @@ class Member:
 class TarIndex:
     """Regular members by name, links included; `skipped` counts the others, `images` and `last` those with image names.
 
-    keep: whether to read the content of a member of this name at once, for compressed tars. most: bytes of it held.
+    keep: for compressed tars, whether to read the content of a member of this name. most: bytes that may be stored.
     """
 
     keep: Callable[[str], bool] | None
@@ -100,7 +100,7 @@ class TarIndex:
 
     def _hard_link(self, name: str, header: tarfile.TarInfo) -> None:
         target = header.linkname.removeprefix("./")
-        if target in self._links:  # a hard link to a symbolic one
+        if target in self._links:  # a hard link to a symbolic link
             self._links[name] = self._links[target]
         elif target in self.members:
             self.members[name] = self.members[target]
@@ -117,15 +117,15 @@ class TarIndex:
                 self.skipped["link to nothing in the archive"] += 1
 
     def _read_linked(self, archive: tarfile.TarFile, is_image: Callable[[str], bool]) -> None:
-        """Read what images turned out to be links to, in the order of the file."""
+        """Read the targets of images that are links, in the order of the file."""
         wanted = [member for name, member in self.members.items() if member.content is None and is_image(name)]
         for member in sorted(wanted, key=lambda member: member.offset):
-            if member.content is None:  # one that several are links to was read before
+            if member.content is None:  # the target of several links is read once
                 self._read(archive, member)
 
 
 def _require_end(archive: tarfile.TarFile) -> None:
-    """Raise ReadError where a damaged header, or the end of the file, was taken for the end: blocks of zeros."""
+    """Raise ReadError unless the archive ends with blocks of zeros: tarfile takes a damaged header for the end."""
     if archive.fileobj is not None:
         archive.fileobj.seek(archive.offset)
         end = archive.fileobj.read(tarfile.BLOCKSIZE)
@@ -134,7 +134,7 @@ def _require_end(archive: tarfile.TarFile) -> None:
 
 
 def sample_key(name: str) -> str:
-    """What the files of one sample of a webdataset share: the path up to the first dot of the file's name."""
+    """Return the key of a webdataset sample: the path up to the first dot of the file name."""
     folder, slash, file = name.rpartition("/")
     return folder + slash + file.partition(".")[0]
 
@@ -142,7 +142,7 @@ def sample_key(name: str) -> str:
 def webdataset_labels(
     images: list[str], members: dict[str, Member], content: Callable[[Member], bytes]
 ) -> tuple[list[str] | None, str, str]:
-    """(a label for each image or None, why there are none, the ending they come from): .cls, or a key in .json.
+    """Return (a label for each image or None, why there are none, the extension of the label files: .cls or .json).
 
     `why` is "" where nothing looked like labels.
     """
