@@ -81,7 +81,7 @@ def test_where_it_cannot_be_told_is_refused(tmp_path):
     said = json.loads((root / "annotations.json").read_text())
     said["images"][0] |= {"height": 80, "width": 60}
     (root / "annotations.json").write_text(json.dumps(said))
-    with pytest.raises(BoxError, match=r"2\.jpg, which carries an orientation, it cannot be told"):
+    with pytest.raises(BoxError, match=r"2\.jpg, which has an EXIF orientation, it cannot be decided"):
         open_boxes(root)
     (root / "images" / "2.jpg").unlink()
     assert len(open_boxes(root).rows) == 2, "of the others it can"

@@ -131,7 +131,7 @@ def test_wrong_wishes_are_refused(tmp_path):
         ({"task": "ranking"}, "got task 'ranking'; expected one of classes, multilabel, regression"),
         ({"task": "classes"}, "has 2 target columns; for classes name one with --columns"),
         ({"columns": ["x"], "task": "multilabel"}, "column x of .* holds fractions; expected 0 and 1"),
-        ({"columns": ["k"], "task": "regression"}, "column k of .* holds texts; numbers were expected"),
+        ({"columns": ["k"], "task": "regression"}, "column k of .* holds text; expected numbers"),
     ):
         with pytest.raises(UserError, match=said):
             targets(file, **wish)

@@ -134,7 +134,7 @@ def test_files_of_names_are_found_proposed_and_read(tmp_path, name):
     assert find_class_files([root / "masks", root]) == [file]
     proposed = open_masks(root)
     assert proposed.classes == ("class 0", "class 1", "class 2")
-    assert f"names 3 classes (road, sky, V\u00f6gel): take them with --class-names {file}" in notes(proposed)
+    assert f"names 3 classes (road, sky, V\u00f6gel): use them with --class-names {file}" in notes(proposed)
     taken = open_masks(root, options=MaskOptions(names=file))
     assert taken.classes == ("road", "sky", "V\u00f6gel")
     assert "--class-names" not in notes(taken)

@@ -97,13 +97,13 @@ def test_training_says_why_it_goes_on_without_compiling(monkeypatch, capsys):
 
     monkeypatch.setattr(train, "why_not_compiled", lambda device: "no compiler")
     nano = job("mae_nano")
-    train.compile_or_say(nano)
+    train.compile_or_explain(nano)
     assert "torch.compile does not work here (no compiler)" in capsys.readouterr().err
     assert all(block._compiled_call_impl is None for block in nano.method.encoder.blocks)
     monkeypatch.setattr(train, "why_not_compiled", lambda device: None)
-    train.compile_or_say(job("dvae_nano"))
+    train.compile_or_explain(job("dvae_nano"))
     assert "dvae has none" in capsys.readouterr().err
-    train.compile_or_say(nano)
+    train.compile_or_explain(nano)
     assert "compiling the transformer blocks" in capsys.readouterr().err
     assert all(block._compiled_call_impl is not None for block in nano.method.encoder.blocks)
 

@@ -213,7 +213,7 @@ def test_images_with_other_channels_than_the_run_are_left_out(trained, images, t
     Image.fromarray(np.full((20, 20), 99, np.uint8)).save(images / "gray.png")  # becomes RGB by repetition
     console = RecordingConsole()
     assert embed(trained, images, tmp_path / "a.npz", console=console)["images"] == 31
-    assert "five.npy (MISMATCHED_CHANNELS: 5 channels, the data set has 3)" in console.warnings[0]
+    assert "five.npy (MISMATCHED_CHANNELS: got 5 channels; the data set has 3)" in console.warnings[0]
 
 
 def test_when_no_file_can_be_read_nothing_is_written(trained, tmp_path):
@@ -470,7 +470,7 @@ def test_a_test_class_without_training_images_is_refused_by_name(run, labelled, 
     test = write_images(tmp_path / "test", 8, classes=2)
     (test / "class1").rename(test / "klass1")
     with pytest.raises(
-        ValueError, match=r"has classes that .*labelled has not \(klass1\); .* has class0, class1, class2"
+        ValueError, match=r"has classes that .*labelled does not have \(klass1\); .* has class0, class1, class2"
     ):
         probe(run, labelled, test=str(test))
 
