@@ -104,7 +104,7 @@ def test_every_setting_is_read_somewhere(key):
         ("method.encoder.patch=[4,-4]", r"patch\.1=-4 does not fit: .*greater than 0"),
         (
             "data.crop.scale=[1,0.2]",
-            r"crop\.scale=\[1, 0\.2\] does not fit: expected two numbers above 0 .* smaller one first",
+            r"crop\.scale=\[1, 0\.2\] does not fit: expected two numbers above 0, the smaller one first",
         ),
         ("data.crop.scale=[-1,0]", "two numbers above 0"),
         ("data.crop.scale=[0.5,1.5]", "expected shares of the image's area, at most 1"),
