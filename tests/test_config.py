@@ -90,7 +90,7 @@ def test_every_setting_is_read_somewhere(key):
         ("train.step=5", "'train.step' is not a setting; did you mean train.steps"),
         ("steps=5", "did you mean train.steps"),
         ("method.mask_ration=0.5", "did you mean method.mask_ratio"),
-        ("train.steps", "KEY=VALUE was expected"),
+        ("train.steps", "expected KEY=VALUE"),
         ("train.steps=many", "train.steps='many' does not fit: .*integer"),
         ("train.steps=0", "greater than 0"),
         ("method.mask_ratio=1.5", "less than 1"),
@@ -129,7 +129,7 @@ def test_a_single_number_means_a_square_and_none_clears():
 
 def test_assignments_are_read_alike_everywhere():
     assert parse(["a=none", "b=null", " c =[1, 2]", "d=x=y", "a=3"]) == {"a": 3, "b": None, "c": [1, 2], "d": "x=y"}
-    with pytest.raises(ConfigError, match="KEY=VALUE was expected"):
+    with pytest.raises(ConfigError, match="expected KEY=VALUE"):
         parse(["a"])
 
 

@@ -1,7 +1,7 @@
-"""The root `Config`: all settings of a run. What is derived from them is the `Plan` of `engine/plan.py`.
+"""The root `Config`: all settings of a run. Values derived from them are in the `Plan` (`engine/plan.py`).
 
 A tree of frozen, typed models: unknown keys are errors, JSON goes both ways, and `--set KEY=VALUE` reaches every field.
-A method's name is the name of its file in `methods/`, or in `tasks/` where it learns from labels; there is no registry.
+A method's name is the name of its file in `methods/`, or in `tasks/` if it learns from labels; there is no registry.
 """
 
 from __future__ import annotations
@@ -63,11 +63,11 @@ COMMON_NAMES: dict[str, tuple[str, ...]] = {
     "norm_pix_loss": ("method.target",),
     "masking_ratio": ("method.mask_ratio",),
 }
-"""What other programs call settings of ours."""
+"""Names of settings in other programs, with the name here."""
 
 
 class ConfigError(UserError):
-    """A setting that does not exist or does not fit; the message names the nearest ones."""
+    """An unknown setting or an invalid value; the message names the nearest settings."""
 
 
 class DataConfig(Settings):
@@ -126,11 +126,11 @@ class DataConfig(Settings):
 
     @property
     def reading(self) -> Reading:
-        """How image files are decoded, as far as it is set."""
+        """How to decode image files; unset options stay "auto"."""
         return Reading(alpha=self.alpha, pages=self.pages, axes=self.axes, nodata=self.nodata)
 
     def as_settled(self, reading: Reading) -> dict[str, str]:
-        """Settings for other images that are to be read as those of a run, for what `auto` settled there."""
+        """Settings to read other images like those of a run, with the run's decisions in place of `auto`."""
         found: dict[str, str] = {}
         if self.alpha == "auto" and reading.tagged != "auto":
             found["alpha"] = "band" if reading.tagged == "band" else "composite"
@@ -172,10 +172,10 @@ class TrainConfig(Settings):
 
 
 class Graft(Settings):
-    """Start from other weights: what lies under `source` in the Run's state dict is put under `target`, strictly.
+    """Start from other weights: copy the Run's tensors under the prefix `source` to the prefix `target`, strictly.
 
-    step: of the checkpoint, None for the newest. Done before step 0. Once the first checkpoint is written a resumed run
-    does not read the other Run again; one that was stopped before that does, and needs it still.
+    step: of the checkpoint, None for the newest. Done before step 0. A run that is resumed after its first checkpoint
+    does not read the other Run; one that was stopped earlier still needs it.
     """
 
     run: str
@@ -239,12 +239,12 @@ def task_class(name: str) -> type[Task[Any, Any]]:
 
 
 def supervised_names() -> list[str]:
-    """Return the names of all tasks that can be learnt from annotations."""
+    """Return the names of all tasks that learn from annotations."""
     return [name for name in task_names() if issubclass(method_class(name), Task)]
 
 
 def parse_method(value: Any) -> Any:
-    """A method's settings from JSON: `name` says which file's `Config` reads them."""
+    """A method's settings from JSON: `name` selects the file whose `Config` parses them."""
     if not isinstance(value, dict):
         return value
     return method_module(str(value.get("name", ""))).Config.model_validate(value)
@@ -275,7 +275,7 @@ def override(config: Config, assignments: Iterable[str]) -> Config:
     """Return `config` with KEY=VALUE assignments applied, e.g. "train.steps=100" or "data.size=[48,64]".
 
     Values are read as JSON where they are JSON and as text otherwise; `none` clears a field. Raises ConfigError for a
-    key that does not exist (with the nearest ones) or a value that does not fit (with what was expected).
+    key that does not exist (naming the nearest ones) or an invalid value (naming the expected ones).
     """
     tree = config.model_dump(mode="json")
     known = keys(config)
@@ -299,7 +299,7 @@ def parse(assignments: Iterable[str]) -> dict[str, Any]:
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         if not equals:
-            raise ConfigError(f"{assignment!r} came, KEY=VALUE was expected, for example train.steps=1000")
+            raise ConfigError(f"got {assignment!r}; expected KEY=VALUE, for example train.steps=1000")
         found[key.strip()] = _read(text.strip())
     return found
 
@@ -312,11 +312,11 @@ def _read(text: str) -> Any:
 
 
 def explain(error: ValidationError) -> str:
-    """Return a pydantic error as one sentence per setting: its name, the value, and what was expected."""
+    """Return a pydantic error as one sentence per setting: its name, the value, and the expected value."""
     lines = []
     for item in error.errors():
         where = ".".join(str(part) for part in item["loc"] if not str(part).startswith("function-"))
         message = item["msg"].removeprefix("Value error, ")
-        whole = isinstance(item["input"], dict | BaseModel)  # settings that do not go together: which, says the message
+        whole = isinstance(item["input"], dict | BaseModel)  # incompatible settings; the message names them
         lines.append(f"{where}: {message}" if whole else f"{where}={item['input']!r} does not fit: {message}")
     return "; ".join(lines)

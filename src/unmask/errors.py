@@ -1,6 +1,7 @@
 """The errors whose message is all that a person needs: the command line prints them as one line.
 
-Anything else that is raised is a fault of ours and keeps its traceback. Messages say what came, what was expected, and
+Any other exception is a bug in this package and keeps its traceback. Messages say what was found, what is expected,
+and
 what to do.
 """
 
@@ -16,11 +17,11 @@ class UserError(ValueError):
 
 
 class ForeignError(UserError):
-    """Weights of a kind that is not known, or not whole; the message names tensors and says what to do."""
+    """Weights of an unknown kind, or incomplete weights; the message names tensors and says what to do."""
 
 
 class SourceError(UserError):
-    """DATA that cannot be opened; the message says what came, what was expected, and what to do."""
+    """DATA that cannot be opened; the message says what was found, what is expected, and what to do."""
 
 
 class TrainingFailed(RuntimeError):

@@ -91,7 +91,7 @@ def bad_inputs(tmp_path):
         ),
         (["pretrain", "good", *train, "--set", "train.steps=many"], r"train\.steps='many' does not fit"),
         (["pretrain", "good", *train, "--set", "train.steps=-3"], r"train\.steps=-3 does not fit"),
-        (["pretrain", "good", *train, "--set", "train.steps"], "KEY=VALUE was expected"),
+        (["pretrain", "good", *train, "--set", "train.steps"], "expected KEY=VALUE"),
         (
             ["pretrain", "good", *train, "--budget", "soon"],
             "of 'soon'; expected a number with s, m, h or d",

@@ -50,9 +50,7 @@ def test_masks_that_do_not_go_with_the_rest_are_refused(images, drawn, tmp_path,
 
 def test_a_run_of_another_method_is_no_tokenizer(images, tmp_path):
     run = pretrain(images, recipe="mae_nano", out=tmp_path / "mae", settings=SMALL)
-    with pytest.raises(
-        ConfigError, match=r"is a run of mae, the run of a dVAE was expected: train one with .*dvae_nano"
-    ):
+    with pytest.raises(ConfigError, match=r"is a run of mae; expected the run of a dVAE: train one with .*dvae_nano"):
         pretrain(images, recipe="beit_nano", out=tmp_path / "run", tokenizer=run.path)
     with pytest.raises(ConfigError, match="both --tokenizer and graft were given"):
         pretrain(images, recipe="beit_nano", out=tmp_path / "run", tokenizer=run.path, settings=["graft=[]"])

@@ -108,7 +108,7 @@ def test_what_is_no_palette_or_of_other_images_is_refused(images, tmp_path):
     make(floats, tmp_path / "float.json")
     (tmp_path / "bad.json").write_text('{"colours": 3}')
     refused = {
-        other.path: "is a run of mpp, the run of an iGPT or a file of `unmask palette` was expected",
+        other.path: "is a run of mpp; expected the run of an iGPT or a file of `unmask palette`",
         tmp_path / "none.json": "does not exist; make one with",
         tmp_path / "bad.json": r"got colours = 3; expected: .* list; make one with",
         tmp_path / "float.json": "the palette was made of float32 images, these are uint8",

@@ -395,7 +395,7 @@ def test_official_beit_is_an_encoder_alone_and_whole_beside_its_dvae(tmp_path, c
     assert torch.equal(method.target.tokenizer.ids(images), ids)
     assert torch.equal(method.mask_token, state["mask_token"])
     assert float(method(batch_of(images), clock_of(images)).value) > 0
-    with pytest.raises(ConfigError, match=r"is a run of encoder, the run of a dVAE was expected"):
+    with pytest.raises(ConfigError, match=r"is a run of encoder; expected the run of a dVAE"):
         import_weights(tmp_path / "beit.pth", tmp_path / "no", tokenizer=alone.path)
 
 

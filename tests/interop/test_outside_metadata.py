@@ -139,9 +139,9 @@ def changed(header: str, *path: str, to) -> str:
 
 ENCODER = ("config", "method", "encoder")
 HEADERS = {
-    "null": (lambda header: "null", "got null; a JSON object was expected"),
-    "a list": (lambda header: "[1, 2]", "got a list; a JSON object was expected"),
-    "a number": (lambda header: "7", "got 7; a JSON object was expected"),
+    "null": (lambda header: "null", "got null; expected a JSON object"),
+    "a list": (lambda header: "[1, 2]", "got a list; expected a JSON object"),
+    "a number": (lambda header: "7", "got 7; expected a JSON object"),
     "half": (lambda header: header[: len(header) // 2], "cannot be read"),
     "empty": (lambda header: "", "cannot be read"),
     "nested": (lambda header: "[" * 100_000, "cannot be read"),

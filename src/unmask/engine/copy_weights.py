@@ -22,7 +22,7 @@ def require_fit(method: nn.Module, weights: Mapping[str, Tensor], what: str) -> 
         )
     faults = [f"{name} is missing" for name in missing] + [f"{name} is not known" for name in extra]
     faults += [
-        f"{name} is {tuple(weights[name].shape)}, {tuple(tensor.shape)} was expected"
+        f"{name} is {tuple(weights[name].shape)}, expected {tuple(tensor.shape)}"
         for name, tensor in wanted.items()
         if name in weights and weights[name].shape != tensor.shape
     ]
@@ -34,7 +34,8 @@ def require_fit(method: nn.Module, weights: Mapping[str, Tensor], what: str) -> 
 
 
 def graft(module: nn.Module, entries: Sequence[tuple[str, str, Mapping[str, Tensor]]]) -> None:
-    """Start from other weights: for each (from prefix, to prefix, state dict) copy what is under one to the other.
+    """Start from other weights: for each (from prefix, to prefix, state dict) copy the tensors under the first prefix
+    to the second.
 
     Strict: raises CheckpointError that names every missing, unexpected or mis-shaped tensor, before anything is copied.
     """
@@ -59,8 +60,8 @@ def graft(module: nn.Module, entries: Sequence[tuple[str, str, Mapping[str, Tens
         planned |= given
     if faults:
         raise CheckpointError(
-            f"the weights do not fit: {some(faults, between='; ')}; they are of a network of other sizes "
-            "(method.encoder.depth, .width, .patch): set those of the weights, or take a recipe that has them"
+            f"the weights do not fit: {some(faults, between='; ')}; their network has other sizes: set "
+            f"method.encoder.depth, .width and .patch to those of the weights, or use a recipe that has them"
         )
     with torch.no_grad():
         for name, value in planned.items():

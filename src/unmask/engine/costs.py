@@ -1,7 +1,7 @@
 """`unmask plan RECIPE`: what a recipe costs before anybody has an image: parameters, FLOPs, steps, images for each GPU.
 
-Everything is counted on the method itself (`engine/flops.py`), nothing is looked up. Published numbers come in two
-coins, multiply-accumulates ("G MACs", often called FLOPs) and FLOPs, two for each; both are printed.
+Everything is counted on the method itself (`engine/flops.py`), nothing is looked up. Papers report multiply-accumulates
+("G MACs", often called FLOPs) or FLOPs (1 MAC = 2 FLOPs); both are printed.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ def recipe_costs(recipe: str, *, settings: Sequence[str] = (), gpus: int | None 
 def promised_tokenizer(recipe: str, settings: Sequence[str], dvae: str | None = None) -> tuple[str | None, list[str]]:
     """(recipe of a dVAE, settings as KEY=VALUE) for a method that predicts codes while there is no tokenizer yet.
 
-    They give its size, and promise weights without saying whose. (None, []) for a method that needs none. dvae: its
-    recipe; None is DALL-E's for patches of photographs, else the small one.
+    They give its size without naming a file of weights. (None, []) for a method that needs none. dvae: its
+    recipe; None selects DALL-E's for the patches of photographs, otherwise the small one.
     """
     chosen = [text for text in settings if text.strip().startswith("method.")]
     method: Any = override(catalogue.find(recipe), chosen).method
@@ -74,7 +74,7 @@ def promised_tokenizer(recipe: str, settings: Sequence[str], dvae: str | None = 
 
 
 def with_idle_work(method: Method, flops: Flops) -> dict[str, int]:
-    """FLOPs of an image with the work that MAE's published code does for nothing; {} where there is no such thing.
+    """FLOPs per image including the redundant compute of MAE's published code; {} if there is no such work.
 
     It embeds the hidden patches too, and takes every token through the decoder's last block and the prediction layer.
     """
@@ -90,7 +90,7 @@ def with_idle_work(method: Method, flops: Flops) -> dict[str, int]:
     prediction = 2 * (1 + kept) * decoder.pred.weight.numel()
     return {
         "forward_with_idle_work": flops.forward + embedding + block + prediction,
-        # No gradient is asked of the pixels.
+        # The pixels need no gradient.
         "training_with_idle_work": flops.training + 2 * embedding + 3 * (block + prediction),
     }
 
@@ -101,7 +101,7 @@ def ratios(config: Config, method: Method, flops: Flops) -> dict[str, float]:
     "everything": the encoder on every patch, as with mask tokens, and the decoder, over the real forward pass. The
     others count transformer blocks only and no class token, as the arithmetic is usually done, and are there for a
     decoder of such blocks over all patches: "blocks" is the same ratio (the paper's 3.3 for ViT-L), "encoder" that of
-    the encoder alone, "decoder_per_token" what a token costs in the decoder as a share of what it costs in the encoder
+    the encoder alone, "decoder_per_token" what a token costs in the decoder as a share of its cost in the encoder
     (the paper's 9 %).
     """
     if not flops.decoder or not flops.masked:
@@ -128,11 +128,11 @@ def schedule(config: Config, gpus: int | None) -> dict[str, Any]:
     """Return batch size, learning rate and, for as many images as ImageNet-1K has, steps."""
     train, batch = config.train, config.train.batch_size
     if gpus is not None and gpus < 1:
-        raise ConfigError(f"{gpus} GPUs came, 1 or more were expected")
+        raise ConfigError(f"got {gpus} GPUs; expected at least 1")
     if gpus is not None and batch % gpus:
         near = max(n for n in range(1, batch + 1) if batch % n == 0 and n <= gpus)
         raise ConfigError(
-            f"{gpus} GPUs came for a global batch of {batch}, which they do not divide evenly; use {near}, or change "
+            f"got {gpus} GPUs for a global batch of {batch}, which is not a multiple of that; use {near}, or change "
             "train.batch_size"
         )
     epochs = train.epochs if train.epochs is not None else DEFAULT_EPOCHS

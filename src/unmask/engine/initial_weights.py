@@ -1,7 +1,7 @@
 """What a new run takes from other runs and from files: weights to start from, a tokenizer, a palette, drawn masks.
 
 All of it becomes settings (and `Graft` entries, which `train.begin` performs before step 0), so that the Run's
-config.json says where everything came from. Nothing is taken that is of the wrong kind, and nothing is made up.
+config.json says where everything came from. A run of the wrong kind is rejected, and no weights are invented.
 """
 
 from __future__ import annotations
@@ -90,12 +90,12 @@ def with_tokenizer(path: str | Path, others: Iterable[Graft]) -> list[str]:
     config = read_config(run)
     if config.method.name != "dvae":
         raise ConfigError(
-            f"--tokenizer {path} is a run of {config.method.name}, the run of a dVAE was expected: train one with "
+            f"--tokenizer {path} is a run of {config.method.name}; expected the run of a dVAE: train one with "
             "`unmask pretrain DATA --recipe dvae_nano --out runs/tokenizer` and give --tokenizer runs/tokenizer"
         )
     if any(TOKENIZER.startswith(entry.target) for entry in others):
         raise ConfigError(
-            "both --from and --tokenizer came, but the run of --from goes on with the tokenizer it has; leave "
+            "got both --from and --tokenizer, but the run of --from keeps its own tokenizer; leave "
             "--tokenizer out, or name a --recipe to take the encoder only"
         )
     step, _ = checkpoint.load_model(run)
@@ -126,8 +126,8 @@ def with_palette(path: str | Path) -> list[str]:
         method = read_config(run).method.name
         if method != "igpt":
             raise ConfigError(
-                f"--palette {path} is a run of {method}, the run of an iGPT or a file of `unmask palette` was "
-                "expected: make one with `unmask palette DATA`"
+                f"--palette {path} is a run of {method}; expected the run of an iGPT or a file of `unmask palette`: "
+                f"make one with `unmask palette DATA`"
             )
         colours = checkpoint.load_model(run)[1]["encoder.palette"].tolist()
         dtype = read_plan(run).images.dtype

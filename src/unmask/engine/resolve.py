@@ -227,7 +227,7 @@ def reject_absurd_batch(config: Config, num_images: int) -> None:
     batch = config.train.batch_size
     if batch > MOST_EPOCHS_A_STEP * num_images:
         raise ConfigError(
-            f"train.batch_size={batch} came for {num_images} images: every step would see each of them "
+            f"got train.batch_size={batch} for {num_images} images: every step would see each of them "
             f"{batch // num_images} times; use at most {MOST_EPOCHS_A_STEP * num_images}, 16 to 256 is usual"
         )
 
@@ -239,8 +239,8 @@ def reject_absurd_size(config: Config) -> None:
     patches = (height // patch[0]) * (width // patch[1])
     if patches > MOST_PATCHES:
         raise ConfigError(
-            f"data.size={[height, width]} came, which is {patches:,} patches of {patch[0]} x {patch[1]} pixels; at "
-            f"most {MOST_PATCHES:,} were expected (196 is usual): use smaller images, or larger patches"
+            f"got data.size={[height, width]}, which is {patches:,} patches of {patch[0]} x {patch[1]} pixels; at "
+            f"most {MOST_PATCHES:,} are allowed (196 is usual): use smaller images, or larger patches"
         )
 
 

@@ -164,7 +164,7 @@ def training_images(source: Source, rows: np.ndarray, spec: ImageSpec, config: C
     if on_device and (spec.dtype != "uint8" or spec.channels not in (1, 3) or data.crop.jitter):
         what = "data.crop.jitter" if data.crop.jitter else f"{spec.dtype} images of {spec.channels} channels"
         raise ConfigError(
-            f"data.resize=device came with {what}; it is for 8-bit gray or RGB images without jitter, use "
+            f"got data.resize=device with {what}; it is for 8-bit gray or RGB images without jitter, use "
             "data.resize=loader"
         )
     return ImageReader(source, rows, spec, data.crop, config.train.seed, repeats=data.repeats, on_device=on_device,

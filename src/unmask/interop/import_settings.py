@@ -21,7 +21,7 @@ from unmask.optim import OptimConfig
 
 RECIPE = "import"
 OWN_BIAS = r"encoder\.blocks\.\d+\.relative_bias\.table"
-UNSTATED = "your own, or whoever's run it was exported from; nothing is stated"
+UNSTATED = "not stated; it is that of the run that was exported"
 OPTIMS = {
     "beit": OptimConfig(base_lr=1.5e-3 / 8, betas=(0.9, 0.999), final_lr=1 / 150, clip=3.0),
     "classify": OptimConfig(base_lr=1e-3, betas=(0.9, 0.999)),
@@ -41,7 +41,7 @@ def require_heads(found: Recognised, settings: Iterable[str]) -> Recognised:
         key, width = f"method.{part}.heads", method[part]["width"]
         heads = asked.get(key)
         if not isinstance(heads, int) or heads < 1 or width % heads:
-            came = f"{key}={heads} came for" if key in asked else "nothing says how many heads share"
+            came = f"got {key}={heads}, which does not divide" if key in asked else "unknown number of heads for"
             raise ConfigError(
                 f"{came} the width {width} of this {part}, and weights do not show it; give a divisor of {width} with "
                 f"--set {key}=N (published networks have 64 values to a head, or 32)"
@@ -96,7 +96,7 @@ def choose_method(found: Recognised, settings: list[str], tokenizer: Path | None
     channels = asked.get("data.channels", found.channels)
     if tokenizer is not None and name != "beit":
         raise ConfigError(
-            f"--tokenizer {tokenizer} came, but this is {found.kind}, which predicts no codes; leave it out"
+            f"got --tokenizer {tokenizer}, but this is {found.kind}, which predicts no codes; leave it out"
         )
     if name == "beit" and tokenizer is None:
         return as_encoder(
@@ -108,11 +108,12 @@ def choose_method(found: Recognised, settings: list[str], tokenizer: Path | None
         return found
     if name == "igpt":
         raise ConfigError(
-            f"data.channels={channels} came, but the palette has colours of {found.channels} channels; leave it out"
+            f"got data.channels={channels}, but the palette has colours of {found.channels} channels; leave it out"
         )
     if name == "dvae":
         raise ConfigError(
-            f"data.channels={channels} came, but this dVAE draws {found.channels} channels; leave it out, or train one "
+            f"got data.channels={channels}, but this dVAE reconstructs {found.channels} channels; leave it out, or "
+            f"train one "
             "with `unmask pretrain DATA --recipe dvae_small`"
         )
     return as_encoder(
@@ -129,7 +130,7 @@ def configure(found: Recognised, settings: list[str], origin: str) -> tuple[Conf
     """
     resolve.reject_conflicts(parse(settings), None)
     if "graft" in parse(settings):
-        raise ConfigError("graft cannot be set: all weights come from what is imported; leave it out")
+        raise ConfigError("graft cannot be set: all weights come from the imported file; leave it out")
     method = {**found.method, "origin": origin} if found.method["name"] == "encoder" else found.method
     if found.grid is not None:
         size = found.grid[0] * found.patch[0], found.grid[1] * found.patch[1]
@@ -137,7 +138,7 @@ def configure(found: Recognised, settings: list[str], origin: str) -> tuple[Conf
         size = DataConfig().size
     else:
         raise ConfigError(
-            f"positions for {found.places} patches came, which are no square; say which images they are for with --set "
+            f"got positions for {found.places} patches, which is not a square number; give the image size with --set "
             "data.size=[HEIGHT,WIDTH]"
         )
     crop = CropConfig(eval_share=found.eval_share or protocol_share(size))
@@ -170,8 +171,8 @@ def require_as_found(base: Config, config: Config) -> None:
         for key, value in theirs.items():
             if ours.get(key) != value and key not in free:
                 raise ConfigError(
-                    f"method.{part}.{key}={ours.get(key)} was set, but the weights have {value}; leave it out: what is "
-                    "imported cannot change its shape"
+                    f"method.{part}.{key}={ours.get(key)} was set, but the weights have {value}; leave it out: "
+                    f"imported weights cannot change shape"
                 )
 
 

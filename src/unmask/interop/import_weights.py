@@ -1,4 +1,4 @@
-"""`unmask import FILE --out RUN`: create a run of weights from elsewhere, which every command accepts.
+"""`unmask import FILE --out RUN`: create a run from another library's weights, for use with every command.
 
 Files are read by `interop/foreign/checkpoint_files.py`, identified by `interop/foreign/recognise.py`, and fitted to the
 image size and channels of the settings by `interop/fit_weights.py`. A method that cannot be imported whole (another
@@ -103,7 +103,7 @@ def import_own(own: OwnFile, *, out: str | Path, given: list[str], console: Cons
     source, config = own.path, own.config
     if given:
         raise ConfigError(
-            f"{given[0]} came, but {source} is an export of unmask and has its settings; import it as it is, finetune "
+            f"got {given[0]}, but {source} is an export of unmask with its own settings; leave it out: finetune "
             "and `pretrain --from` can change them"
         )
     method, weights = own.read()  # under unmask's names, whose prefixes are kept
@@ -124,8 +124,7 @@ def with_tokenizer(found: Recognised, path: Path) -> Recognised:
     config: Any = read_config(run).method
     if config.name != "dvae":
         raise ConfigError(
-            f"--tokenizer {path} is a run of {config.name}, the run of a dVAE was expected: import DALL-E's, or "
-            "train one"
+            f"--tokenizer {path} is a run of {config.name}; expected the run of a dVAE: import DALL-E's, or train one"
         )
     if config.encoder.codes != (codes := len(found.weights["head.weight"])):
         raise ConfigError(

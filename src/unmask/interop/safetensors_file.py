@@ -98,7 +98,7 @@ class OwnFile:
 
 
 def require_plausible(config: Config, images: ImageSpec, shapes: Mapping[str, tuple[int, ...]], path: Path) -> None:
-    """Raise ForeignError for a network that cannot be the one whose tensors have these shapes.
+    """Raise ForeignError if tensors of these shapes cannot belong to this network.
 
     What it would take to make it, even without memory for its weights, is bounded by what the file has: sizes by the
     values of its tensors, blocks by their number, and tables of positions by both.
@@ -136,11 +136,11 @@ def open_safetensors(path: str | Path) -> Method:
     """Return the method of a file that `unmask export --to safetensors` wrote, in eval mode. Raises UserError."""
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path} is not a file; one that `unmask export --to safetensors` wrote was expected")
+        raise UserError(f"{path} is not a file; expected one written by `unmask export --to safetensors`")
     if (own := read_header(path)) is None:
         raise UserError(
-            f"{path} is no file of `unmask export --to safetensors`; weights of others become a run with `unmask "
-            "import`"
+            f"{path} was not written by `unmask export --to safetensors`; to use the weights of another library, run "
+            f"`unmask import`"
         )
     _, weights = own.read()
     method = own.config.build(own.images)
@@ -152,7 +152,7 @@ def open_safetensors(path: str | Path) -> Method:
 def read_header(path: Path) -> OwnFile | None:
     """Read the header of a file of `unmask export --to safetensors`; None for any other file.
 
-    Raises ForeignError for metadata of ours that is damaged: such a file is never taken for one of others.
+    Raises ForeignError if unmask's metadata is damaged, instead of treating the file as one from another library.
     """
     try:
         with safe_open(path, "pt") as opened:

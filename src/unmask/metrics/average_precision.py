@@ -1,9 +1,10 @@
 """Mean average precision of boxes, by COCO's own code (pycocotools; Lin et al. 2014, "Microsoft COCO").
 
-AP is the mean over ten thresholds of the IoU, 0.50 to 0.95; AP50 and AP75 are those at one. Each is the area under the
+AP is the mean over ten thresholds of the IoU, 0.50 to 0.95; AP50 and AP75 use a single threshold. Each is the area
+under the
 curve of precision over recall (101 points), of at most 100 boxes an image, and the mean over the classes of which there
 are true boxes. Boxes are in pixels of the ORIGINAL images, and all true ones count: a crop has fewer and smaller ones,
-and a number found in crops cannot be held against other people's.
+so numbers measured on crops are not comparable with published ones.
 
 Not here: finding the boxes (`tasks/detect.py`).
 """
@@ -25,8 +26,8 @@ from unmask.errors import UserError
 class ImageBoxes(NamedTuple):
     """Of one image: `boxes` (n, 4), (x1, y1, x2, y2) in pixels of the original; `labels` (n,), numbers of classes.
 
-    `scores` (n,) belong to what was found. `crowd` (n,) bool belongs to what is true: boxes around many things in one
-    (COCO) or not worth finding (VOC's difficult); to find them or not costs nothing.
+    `scores` (n,) are given for predictions only. `crowd` (n,) bool is given for true boxes only: boxes around a group
+    of objects (COCO) or marked difficult (VOC). Detecting or missing them does not change the metric.
     """
 
     boxes: np.ndarray
@@ -36,7 +37,7 @@ class ImageBoxes(NamedTuple):
 
 
 def true_boxes(annotations: BoxAnnotations, row: int) -> ImageBoxes:
-    """The true boxes of an image; those that are set aside count as crowds: neither a hit nor a miss."""
+    """The true boxes of an image; ignored boxes count as crowds: neither a hit nor a miss."""
     boxes, labels = annotations.boxes[row], annotations.labels[row]
     more, theirs = annotations.aside.get(row, (boxes[:0], labels[:0]))
     crowd = np.arange(len(boxes) + len(more)) >= len(boxes)
@@ -45,7 +46,7 @@ def true_boxes(annotations: BoxAnnotations, row: int) -> ImageBoxes:
 
 @dataclass(frozen=True)
 class Precision:
-    """All between 0 and 1; `classes` holds the AP50 of each, None where there are no true boxes to find."""
+    """All between 0 and 1; `classes` holds the AP50 of each class, None for a class without true boxes."""
 
     ap: float
     ap50: float
@@ -54,16 +55,18 @@ class Precision:
 
 
 def average_precision(truth: Sequence[ImageBoxes], found: Sequence[ImageBoxes], classes: Sequence[str]) -> Precision:
-    """How well `found` finds `truth`, both with one entry for each image in the same order.
+    """Measure the detections `found` against `truth`, both with one entry per image in the same order.
 
     Raises UserError without pycocotools, and when there is not one true box.
     """
     coco, evaluation = tools()
     if len(truth) != len(found):
-        raise ValueError(f"{len(found)} images with found boxes came for {len(truth)} with true ones; give as many")
+        raise ValueError(
+            f"got predictions for {len(found)} images and true boxes for {len(truth)}; expected equal numbers"
+        )
     if not any((~crowds(image)).any() for image in truth):
         raise UserError(
-            f"{len(truth)} test images without one true box came, and precision is about boxes; choose images that "
+            f"got {len(truth)} test images without any true box; average precision needs some; choose images that "
             "have some"
         )
     with contextlib.redirect_stdout(io.StringIO()):  # it prints as it goes
@@ -85,7 +88,7 @@ def average_precision(truth: Sequence[ImageBoxes], found: Sequence[ImageBoxes], 
 
 
 def tools() -> tuple[Any, Any]:
-    """pycocotools' COCO and COCOeval. Raises UserError where it is not installed."""
+    """pycocotools' COCO and COCOeval. Raises UserError if it is not installed."""
     try:
         from pycocotools.coco import COCO
         from pycocotools.cocoeval import COCOeval

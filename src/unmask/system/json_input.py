@@ -15,7 +15,7 @@ LARGEST = 65_536  # of any size in a network, or of an image's side in pixels
 
 
 class Outside(BaseModel):
-    """Keys that nobody asks for are left out; null is as good as absent."""
+    """Unknown keys are dropped; null counts as absent."""
 
     model_config = ConfigDict(extra="ignore", frozen=True, allow_inf_nan=False)
 
@@ -27,7 +27,7 @@ GET_AGAIN = "get the file again from where it was published, or correct it"
 
 
 def checked(kind: type[Parsed], value: Any, where: str, fix: str = GET_AGAIN) -> Parsed:
-    """`value` as a `kind`. Raises ForeignError that names `where`, the key, what was expected, and the `fix`."""
+    """`value` as a `kind`. Raises ForeignError that names `where`, the key, the expected value, and the `fix`."""
     try:
         return kind.model_validate(value)
     except ValidationError as error:
@@ -57,11 +57,11 @@ def read_object(text: str | bytes, where: str) -> dict[str, Any]:
         found = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ForeignError(
-            f"{where} cannot be read ({type(error).__name__}); a JSON object was expected: get the file again"
+            f"{where} cannot be read ({type(error).__name__}); expected a JSON object: get the file again"
         ) from None
     if not isinstance(found, dict):
         raise ForeignError(
-            f"{where}: got {shortened(found)}; a JSON object was expected: get the file again, it is damaged"
+            f"{where}: got {shortened(found)}; expected a JSON object: get the file again, it is damaged"
         )
     return found
 
@@ -74,4 +74,4 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except OSError as error:
-        raise ForeignError(f"{path} cannot be read ({type(error).__name__}); a JSON object was expected") from None
+        raise ForeignError(f"{path} cannot be read ({type(error).__name__}); expected a JSON object") from None

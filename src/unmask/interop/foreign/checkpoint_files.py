@@ -44,7 +44,7 @@ MOST_SHARED = 8  # bytes of tensors to a byte of the file: tied weights are view
 
 
 class Opaque:
-    """Replaces a path among the arguments of a training; keeps nothing of it."""
+    """Stands in for a path among the training arguments; discards its value."""
 
     def __init__(self, *_: Any) -> None: ...
 
@@ -60,7 +60,7 @@ PLAIN_CLASSES: list[Any] = [
 
 @dataclass(frozen=True)
 class SourceFile:
-    """A file that weights came from, as a run keeps it."""
+    """The source file of weights, as recorded in a run."""
 
     name: str
     sha256: str
@@ -82,7 +82,8 @@ class Checkpoint:
 def read_source(path: Path) -> Checkpoint:
     """Read weights and metadata from a file or folder.
 
-    Raises ForeignError for a path that is no checkpoint, is damaged, or could not be opened without running its code.
+    Raises ForeignError for a path that is not a checkpoint, is damaged, or could not be opened without running its
+    code.
     """
     if path.is_file():
         return _read_files([path])
@@ -186,7 +187,7 @@ def _require_plain(tensors: dict[str, Any], file: Path) -> None:
     """
     if len(tensors) > MOST_TENSORS:
         raise ForeignError(
-            f"got {len(tensors)} tensors; expected at most {MOST_TENSORS}: this is no network known here"
+            f"got {len(tensors)} tensors; expected at most {MOST_TENSORS}: this network is not supported"
         )
     room, total = file.stat().st_size, 0
     for name, value in tensors.items():
@@ -233,9 +234,9 @@ def _read_safetensors(file: Path) -> dict[str, Tensor]:
 
 
 def _read_pickle(file: Path) -> Any:
-    """What torch.save wrote, as long as it is tensors and plain values (and the arguments of official MAE's training).
+    """Load a torch.save file that holds only tensors and plain values (and the arguments of official MAE's training).
 
-    Raises ForeignError for anything else, which is not opened: a pickle with code in it runs that code.
+    Raises ForeignError for anything else without opening it, because a pickle can run code.
     """
     if not file.stat().st_size:
         raise ForeignError("the file is empty; get it again")
@@ -261,8 +262,8 @@ def _read_pickle(file: Path) -> Any:
             MemoryError, OverflowError, NotImplementedError, zipfile.BadZipFile) as error:  # fmt: skip
         reason = str(error).splitlines()[0].partition(". ")[0] if str(error) else type(error).__name__
         raise ForeignError(
-            f"it is damaged, cut, or no file of weights ({reason}); get it again and compare its size or checksum with "
-            "what is published"
+            f"it is damaged, truncated, or not a weights file ({reason}); download it again and compare its size or "
+            f"checksum with the published one"
         ) from None
 
 
@@ -272,8 +273,8 @@ def _require_not_inflated(file: Path) -> None:
         unpacked = sum(entry.file_size for entry in opened.infolist())
     if unpacked > MOST_SHARED * file.stat().st_size + (1 << 20):
         raise ForeignError(
-            f"it unpacks to {unpacked} bytes and has {file.stat().st_size}; torch.save compresses nothing, so this is "
-            "no file of weights: get it again from where it was published"
+            f"it unpacks to {unpacked} bytes and has {file.stat().st_size}; torch.save does not compress, so this is "
+            f"not a weights file: download it again"
         )
 
 
@@ -284,6 +285,5 @@ def _not_torch(start_of_file: bytes) -> Any:
             "tensors with torch.save(model.state_dict(), FILE)"
         )
     raise ForeignError(
-        "no file of weights: it begins like neither a pickle of torch.save nor a zip; .safetensors, .pth, .pt or .bin "
-        "was expected"
+        "not a weights file: it is neither a pickle of torch.save nor a zip; expected .safetensors, .pth, .pt or .bin"
     )

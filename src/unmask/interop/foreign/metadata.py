@@ -1,7 +1,7 @@
 """Metadata beside weights, checked before it is used: JSON files, headers, training arguments.
 
-Every value that is used has a type and a range here; a value that does not fit is an error that names the file, the key
-and what was expected.
+Every value that is used has a type and a range here; a value that does not fit raises an error that names the file, the
+key and the expected value.
 """
 
 from __future__ import annotations
@@ -92,7 +92,8 @@ class ShardIndex(Outside):
 
 
 class ExportMetadata(Outside):
-    """What `unmask export` stores in the header of files of other formats; see `export_common.export_metadata`."""
+    """Metadata that `unmask export` stores in the header of files in other formats; see
+    `export_common.export_metadata`."""
 
     mean: Numbers
     std: Deviations
@@ -120,7 +121,7 @@ class TrainingArguments(Outside):
 
 @dataclass(frozen=True)
 class SourceMetadata:
-    """What describes the weights: config.json, preprocessor_config.json, the arguments of the training, our own header.
+    """Metadata of the weights: config.json, preprocessor_config.json, the training arguments, and unmask's own header.
 
     exported: None for files that `unmask export` did not write.
     """

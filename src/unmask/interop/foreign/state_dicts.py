@@ -153,7 +153,7 @@ def count_blocks(tensors: Mapping[str, Tensor], blocks: str) -> int:
         raise ForeignError(
             f"{blocks}.{hole} is missing" + (f" (and {more} more)" if more else "")
             + (f", but there is {blocks}.{max(numbers)}; the file is cut or was put together wrongly" if numbers else
-               "; a transformer with at least one block was expected")
+               "; expected a transformer with at least one block")
         )  # fmt: skip
     return len(numbers)
 
