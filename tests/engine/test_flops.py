@@ -93,9 +93,9 @@ def test_mae_large_saves_3_29_and_its_decoder_costs_9_percent_a_token():
 
 
 def test_gpus_that_do_not_divide_the_batch_are_refused():
-    with pytest.raises(UserError, match=r"6 GPUs came for a global batch of 4096.*use 4"):
+    with pytest.raises(UserError, match=r"got 6 GPUs for a global batch of 4096.*use 4"):
         recipe_costs("mae_large", gpus=6)
-    with pytest.raises(UserError, match="0 GPUs came, 1 or more"):
+    with pytest.raises(UserError, match="got 0 GPUs; expected at least 1"):
         recipe_costs("mae_large", gpus=0)
 
 

@@ -185,7 +185,7 @@ def test_an_encoder_alone_is_refused_in_a_sentence(run):
         (lambda w: {f"model.{n}": v for n, v in w.items()}, "more; has config.json been changed"),
         (
             lambda w: {n: v[..., :1].contiguous() if n == "encoder.cls_token" else v for n, v in w.items()},
-            "expected \(",
+            "expected (",
         ),
     ],
     ids=["extra", "missing", "renamed", "shape"],

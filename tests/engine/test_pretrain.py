@@ -301,7 +301,7 @@ def test_from_a_run_that_does_not_fit_nothing_is_begun(images, tmp_path):
 
 
 def test_a_batch_of_absurdly_many_times_the_data_is_refused(images, tmp_path):
-    with pytest.raises(ConfigError, match=r"train.batch_size=100000000 came for 30 images: .* use at most 7680"):
+    with pytest.raises(ConfigError, match=r"got train.batch_size=100000000 for 30 images: .* use at most 7680"):
         start(images, tmp_path / "run", "train.batch_size=100000000", "train.micro_batch=8")
     assert not (tmp_path / "run").exists()
 

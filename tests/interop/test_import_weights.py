@@ -563,10 +563,10 @@ def test_a_pickle_with_code_and_what_is_no_checkpoint_are_refused_in_a_sentence(
         "raw.pkl": r"raw.pkl: a pickle that torch.save did not write; it was not opened",
         "graph.onnx": "got an ONNX graph",
         "module.pth": "holds torch.nn.modules.linear.Linear",
-        "cut.pth": "damaged, cut",
-        "cut-old.pth": "damaged, cut",
+        "cut.pth": "damaged, truncated",
+        "cut-old.pth": "damaged, truncated",
         "cut.safetensors": "no safetensors file, or a part of one",
-        "text.pth": "no file of weights",
+        "text.pth": "not a weights file",
         "empty.pth": "is empty",
         "epoch.pth": "got a dict with epoch; expected a state dict",
         "list.pth": "got a list without any weights",
@@ -592,7 +592,7 @@ def test_what_is_not_whole_or_does_not_fit_is_named(tmp_path):
         "shape": (state | {"decoder_pred.weight": torch.zeros(47, 16)}, [],
                   r"1 of another shape: decoder.pred.weight \(47, 16\) instead of \(48, 16\)"),
         "nan": (state | {"norm.bias": torch.full((32,), float("nan"))}, [], "not finite, in encoder.norm.bias"),
-        "heads": (state, ["method.encoder.heads=5"], "method.encoder.heads=5 came for the width 32"),
+        "heads": (state, ["method.encoder.heads=5"], "got method.encoder.heads=5, which does not divide the width 32"),
         "width": (state, ["method.encoder.width=64"], "width=64 was set, but the weights have 32"),
         "patch": (state, ["method.encoder.patch=8"], r"patch=\(8, 8\) was set, but the weights have \(4, 4\)"),
         "size": (state, ["data.size=[16,18]"], "image width 18 is not a multiple of patch size 4"),
@@ -600,7 +600,7 @@ def test_what_is_not_whole_or_does_not_fit_is_named(tmp_path):
         "source": (state, ["data.source=x"], "data.source cannot be set"),
         "graft": (state, ["graft=[]"], "graft cannot be set"),
         "means": (state, ["data.mean=[1,2]"], "2 means and 3 standard deviations"),
-        "rectangle": (official(small_mae((8, 24))), [], "positions for 12 patches came, which are no square"),
+        "rectangle": (official(small_mae((8, 24))), [], "got positions for 12 patches, which is not a square number"),
         "other rectangle": (official(small_mae((8, 24))), ["data.size=[8,8]"], "but the weights have positions for 12"),
         "four": (official(small_mae(channels=4)), [], "for 4 channels, for which no normalisation is published"),
     }  # fmt: skip
@@ -610,7 +610,7 @@ def test_what_is_not_whole_or_does_not_fit_is_named(tmp_path):
         with pytest.raises(UserError, match=match):
             import_weights(tmp_path / "mae.pth", tmp_path / "run", settings=[*heads, *settings])
         assert not (tmp_path / "run").exists(), name
-    with pytest.raises(ConfigError, match="nothing says how many heads share the width 32 of this encoder"):
+    with pytest.raises(ConfigError, match="unknown number of heads for the width 32 of this encoder"):
         import_weights(tmp_path / "mae.pth", tmp_path / "run")
     torch.save(state, tmp_path / "mae.pth")
     import_weights(tmp_path / "mae.pth", tmp_path / "run", settings=HEADS)

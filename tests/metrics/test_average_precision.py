@@ -72,9 +72,9 @@ def test_nothing_found_is_zero():
 
 
 def test_what_cannot_be_judged_is_refused():
-    with pytest.raises(UserError, match="1 test images without one true box came"):
+    with pytest.raises(UserError, match="got 1 test images without any true box"):
         average_precision([boxes()], [boxes((0, 0, 10, 10, 0, 0.9))], NAMES)
-    with pytest.raises(ValueError, match="2 images with found boxes came for 1"):
+    with pytest.raises(ValueError, match="got predictions for 2 images and true boxes for 1"):
         average_precision([boxes()], [boxes(), boxes()], NAMES)
 
 

@@ -112,7 +112,7 @@ def choose_method(found: Recognised, settings: list[str], tokenizer: Path | None
         )
     if name == "dvae":
         raise ConfigError(
-            f"got data.channels={channels}, but this dVAE reconstructs {found.channels} channels; leave it out, or "
+            f"got data.channels={channels}, but this dVAE draws {found.channels} channels; leave it out, or "
             f"train one "
             "with `unmask pretrain DATA --recipe dvae_small`"
         )
