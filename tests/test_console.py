@@ -22,7 +22,7 @@ def test_controls_are_escaped_and_text_is_left_alone():
 def test_nothing_raw_is_printed(capsys, live):
     console = Console()
     console.live = live
-    console.say(HOSTILE)
+    console.print(HOSTILE)
     console.warn(HOSTILE)
     with console.progress(HOSTILE, 2) as bar:
         bar.update(2, HOSTILE)

@@ -58,7 +58,7 @@ class Console:
         self._warned: set[str] = set()
         self._rich = RichConsole(file=cast(IO[str], self._words), highlight=False, soft_wrap=True)
 
-    def say(self, text: str = "") -> None:
+    def print(self, text: str = "") -> None:
         """Print a message, unless the console is quiet."""
         if not self.quiet:
             self._print(text)
@@ -120,7 +120,7 @@ class Console:
 
         def report() -> None:
             while not done.wait(PLAIN_INTERVAL):
-                self.say(f"{title}: {duration(time.monotonic() - began)} so far")
+                self.print(f"{title}: {duration(time.monotonic() - began)} so far")
 
         reporter = threading.Thread(target=report, daemon=True)
         reporter.start()
@@ -170,4 +170,4 @@ class Bar:
         now = time.monotonic()
         if now - self.last >= PLAIN_INTERVAL or step == self.total:
             self.last = now
-            self.console.say(f"{self.title} {step}/{self.total}  {text}")
+            self.console.print(f"{self.title} {step}/{self.total}  {text}")

@@ -142,7 +142,7 @@ class Run:
         files: Mapping[str, Mapping[str, Any]],
         *,
         fill: Callable[[Run], object] = lambda run: None,
-        say: Callable[[str], object] = lambda text: None,
+        log: Callable[[str], object] = lambda text: None,
     ) -> Iterator[Run]:
         """Context manager that makes a run, locked: all of it, or nothing.
 
@@ -156,7 +156,7 @@ class Run:
             cls.check_free(path)  # whoever held the lock until now may have made, and finished, a run here
             try:
                 if run._clear():
-                    say(f"{path}: the creation of a run was cut short here; its remains were removed")
+                    log(f"{path}: the creation of a run was cut short here; its remains were removed")
                 for name in REMEMBERED:
                     run._digests[name] = verified_json.dump(files[name], run.id)[1]
                 for name in (CONFIG, PROVENANCE):

@@ -61,7 +61,7 @@ class GreetRequest(Request):
 )
 def greet(request: GreetRequest, console: Console) -> GreetRequest:
     """Return the request."""
-    console.say("greeting")
+    console.print("greeting")
     return request
 '''
 

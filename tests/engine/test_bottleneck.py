@@ -83,7 +83,7 @@ def test_what_is_slow_is_found(tmp_path, monkeypatch, slow):
 
 def test_a_quick_loader_is_told_from_a_slow_step(images, monkeypatch):
     said: list[str] = []
-    monkeypatch.setattr(Console, "say", lambda _, text="": said.append(text))
+    monkeypatch.setattr(Console, "print", lambda _, text="": said.append(text))
     monkeypatch.setattr(bottleneck, "measure_step_seconds", lambda *_, **__: 60.0)
     monkeypatch.setattr(bottleneck, "PATIENCE", 0.2)
     (images / "bad.png").write_bytes(b"no image")

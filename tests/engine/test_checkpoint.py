@@ -132,7 +132,7 @@ def test_killed_at_every_boundary_of_a_save_the_run_can_go_on(run):
         write(run, 1)
         write(run, 2)
         assert boundaries(run, 3, at) == at
-        found = load_latest(run, say=pytest.fail)  # nothing is damaged, only absent
+        found = load_latest(run, log=pytest.fail)  # nothing is damaged, only absent
         assert found.step in (2, 3), f"boundary {at}"
         assert torch.equal(found.model["w"], torch.full((3, 5), float(found.step)))
         write(run, 4)
@@ -149,7 +149,7 @@ def test_killed_while_the_only_checkpoint_is_written_again_one_of_the_two_is_lef
         run.checkpoints.mkdir()
         write(run, 1)
         assert boundaries(run, 1, at) == at
-        assert load_latest(run, say=pytest.fail).step == 1, f"boundary {at}"
+        assert load_latest(run, log=pytest.fail).step == 1, f"boundary {at}"
         write(run, 2)
         assert sorted(path.name for path in run.checkpoints.iterdir()) == ["LATEST", "step-00000001", "step-00000002"]
 
@@ -167,14 +167,14 @@ def test_a_flipped_bit_is_found_wherever_it_is(run, name):
             if name == "MANIFEST.json" and json_equal(sound, damaged):
                 continue
             said = []
-            found = load_latest(run, say=said.append)
+            found = load_latest(run, log=said.append)
             assert found.step == 1, f"byte {offset}, bit {bit}"
             assert name in said[0] or name == "MANIFEST.json"  # a wrong digest there accuses the file it is for
             assert "step-00000002" in said[0]
             corrupt = next(run.checkpoints.glob("*.corrupt*"))
             corrupt.rename(run.checkpoints / "step-00000002")
     path.write_bytes(sound)
-    assert load_latest(run, say=pytest.fail).step == 2
+    assert load_latest(run, log=pytest.fail).step == 2
 
 
 def json_equal(a, b):
@@ -203,7 +203,7 @@ def test_without_the_digest_the_flip_would_be_loaded(run, monkeypatch):
             )
 
     monkeypatch.setattr(hashlib, "sha256", Blind)
-    found = load_latest(run, say=pytest.fail).model
+    found = load_latest(run, log=pytest.fail).model
     assert not (torch.equal(found["w"], torch.full((3, 5), 1.0)) and torch.equal(found["b"], torch.arange(4.0)))
 
 
@@ -225,7 +225,7 @@ def test_other_damage_falls_back_to_the_one_before(run, name, damage):
         if damage == "folder":
             path.mkdir()
     said = []
-    assert load_latest(run, say=said.append).step == 1
+    assert load_latest(run, log=said.append).step == 1
     assert len(said) == 1
     assert (run.checkpoints / "step-00000002.corrupt").is_dir()
 
@@ -235,7 +235,7 @@ def test_a_damaged_folder_never_overwrites_an_older_damaged_one(run):
         write(run, 1)
         path = write(run, 2)
         (path / "state.json").unlink()
-        load_latest(run, say=lambda _: None)
+        load_latest(run, log=lambda _: None)
     assert {p.name for p in run.checkpoints.glob("*.corrupt*")} == {"step-00000002.corrupt", "step-00000002.corrupt-2"}
 
 
@@ -244,7 +244,7 @@ def test_all_damaged_is_an_error_and_never_a_fresh_start(run):
         (write(run, step) / "model.safetensors").write_bytes(b"")
     for _ in range(2):  # the second time they are all set aside already
         with pytest.raises(CheckpointError, match=r"no checkpoint of .* can be used: all are damaged"):
-            load_latest(run, say=lambda _: None)
+            load_latest(run, log=lambda _: None)
 
 
 def test_latest_is_only_a_hint(run):
@@ -280,7 +280,7 @@ def test_a_full_disk_leaves_the_old_ones(run, monkeypatch, number, call):
         assert "older checkpoints are untouched" in said
         assert ("disk is full" in said) == (number == errno.ENOSPC)
     assert not list(run.checkpoints.glob(".tmp-*"))
-    assert load_latest(run, say=pytest.fail).step in (1, 2)
+    assert load_latest(run, log=pytest.fail).step in (1, 2)
     write(run, 3)
     assert load_latest(run).step == 3
 
@@ -466,7 +466,7 @@ def test_pruning_keeps_a_checkpoint_of_another_run_that_was_set_aside(run, tmp_p
     write(run, 1)
     shutil.copytree(foreign, run.checkpoints / foreign.name)
     (damaged / "state.json").unlink()
-    assert load_latest(run, say=lambda _: None).step == 1
+    assert load_latest(run, log=lambda _: None).step == 1
     removable = [Path(found.path).name for found in _old_checkpoints(run, 1)]
     assert removable == ["step-00000003.corrupt"]
     assert (run.checkpoints / "step-00000002.corrupt").is_dir()

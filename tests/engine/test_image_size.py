@@ -49,7 +49,7 @@ def test_a_named_recipe_sees_what_auto_would_see():
 def test_pretrain_by_name_follows_the_images_unless_it_is_told_otherwise_and_says_so_first(tmp_path, set_by_hand):
     images, said = write_images(tmp_path / "images", 10, size=PHOTO), []
     console = Console(quiet=True)
-    console.say = said.append
+    console.print = said.append
     settings = [*TINY, "train.steps=2", *([] if set_by_hand is None else [set_by_hand])]
     run = pretrain(images, recipe="mae_nano", out=tmp_path / "run", settings=settings, console=console)
     size = "64 x 88" if set_by_hand is None else "32 x 32"

@@ -28,7 +28,7 @@ def test_a_torch_without_onednn_is_not_measured(monkeypatch):
 
 def test_the_doctor_reports_the_rates(monkeypatch):
     console, lines = Console(quiet=True), []
-    monkeypatch.setattr(console, "say", lines.append)
+    monkeypatch.setattr(console, "print", lines.append)
     good, summary = run_self_test(console)
     assert good
     assert summary["float32_products"]["onednn_gflops"] > 0

@@ -150,7 +150,7 @@ def test_an_older_plan_than_the_checkpoint_is_noticed(runs):
     assert checkpoint.load_model(run)[0] == 4, "what it replaced is known"
     checkpoint.save(run, 4, tensors, {}, {"step": 4})
     (run.path / "plan.json").write_bytes(old)
-    assert checkpoint.load_model(Run(runs[0]), say=lambda _: None)[0] == 2
+    assert checkpoint.load_model(Run(runs[0]), log=lambda _: None)[0] == 2
     with pytest.raises(checkpoint.CheckpointError, match=r"written with another plan\.json"):
         checkpoint.load_model(Run(runs[0]), 4)
 

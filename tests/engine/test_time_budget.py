@@ -196,7 +196,7 @@ def rows(run):
 def test_a_run_follows_its_pace_and_writes_down_how(images, tmp_path, monkeypatch, clock):
     said = []
     console = Console(quiet=True)
-    console.say = said.append
+    console.print = said.append
     with timed_steps(clock, lambda step: 0.5 if step < 30 else 2.0):  # planned with 1 s a step
         run = begin(images, tmp_path / "run", monkeypatch, budget=100.0, console=console)
     found = run.read("plan.json")
@@ -252,7 +252,7 @@ def test_a_resumed_run_has_what_is_left_of_its_budget_without_the_time_between(i
 
     said = []
     console = Console(quiet=True)
-    console.say = said.append
+    console.print = said.append
     with timed_steps(clock, stop_at):
         run = begin(images, tmp_path / "run", monkeypatch, budget=100.0)
     assert run.read("status.json")["state"] == "stopped"

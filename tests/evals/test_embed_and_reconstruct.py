@@ -42,7 +42,7 @@ class RecordingConsole(Console):
         super().__init__(quiet=True)
         self.messages, self.warnings = [], []
 
-    def say(self, text=""):
+    def print(self, text=""):
         self.messages.append(text)
 
     def warn(self, text):

@@ -55,7 +55,7 @@ def test_a_result_that_no_supported_version_writes_is_named(tmp_path):
     run = make_run(tmp_path / "run")
     run.write("evals/baselines.json", {"step": 40, "images": 8, "loss": 0.5, "patch_mean": 1.0})
     warnings = []
-    page = write_report(run.path, say=warnings.append).read_text()
+    page = write_report(run.path, log=warnings.append).read_text()
     assert "Training loss" in page
     assert "Dots:" not in page
     assert "Not shown: " in page

@@ -120,7 +120,7 @@ def test_a_console_without_a_stderr_says_nothing_and_raises_nothing(monkeypatch,
     monkeypatch.setattr(sys, "stderr", stream)
     monkeypatch.delenv("CI", raising=False)
     console = Console()
-    console.say("words")
+    console.print("words")
     console.warn("words")
     with console.progress("step", 3) as bar:
         bar.update(1, "words")

@@ -74,7 +74,7 @@ def demo(request: DemoRequest, console: Console) -> DemoResult:
 
     steps, began = request.steps, time.monotonic()
     out = Path(request.out) if request.out is not None else free_path(Path("demo-run"))
-    console.say("1 of 2: pre-training on drawn shapes, without their labels")
+    console.print("1 of 2: pre-training on drawn shapes, without their labels")
     run = pretrain(
         "shapes",
         recipe="demo_shapes",
@@ -85,12 +85,12 @@ def demo(request: DemoRequest, console: Console) -> DemoResult:
     )
     status = run.status()
     if status.state == "stopped":
-        console.say(
+        console.print(
             f"stopped at step {status.step}; continue this run with: unmask resume {out}; start the whole demo "
             "again with: unmask demo"
         )
         return DemoResult(str(out), status.state, status.step)
-    console.say("2 of 2: probing with labels, beside raw pixels and the untrained encoder")
+    console.print("2 of 2: probing with labels, beside raw pixels and the untrained encoder")
     options = ProbeOptions(data=LABELLED, test=TEST, controls=True)
     found = run_probes(run.path, ("linear", "knn"), options, console)
     probes = {kind: result for kind, result in found.items() if isinstance(result, ProbeResult)}  # not curves
@@ -98,9 +98,9 @@ def demo(request: DemoRequest, console: Console) -> DemoResult:
     picture = max(run.pictures.glob("step-*.png"), default=None)
     if steps is None and status.step < ENOUGH_STEPS:
         warn_of_few_steps(out, status.step, console)
-    console.say(f"done in {duration(time.monotonic() - began)}")
+    console.print(f"done in {duration(time.monotonic() - began)}")
     for line in closing_lines(probes["linear"], report, picture):
-        console.say(line)
+        console.print(line)
     return DemoResult(
         str(out), status.state, status.step, str(report), None if picture is None else str(picture), probes
     )

@@ -131,7 +131,7 @@ def probe(request: ProbeRequest, console: Console) -> "ProbeResult | CurveResult
     from unmask.report.run_page import write_report
 
     result = _paper_linear(request, console) if request.kind == PAPER_LINEAR else _frozen(request, console)
-    console.say(f"report: {write_report(Path(request.run))}")
+    console.print(f"report: {write_report(Path(request.run))}")
     return result
 
 

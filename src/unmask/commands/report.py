@@ -21,5 +21,5 @@ def report(request: ReportRequest, console: Console) -> Path:
     from unmask.report.run_page import write_report
 
     path = write_report(Path(request.run))
-    console.say(f"report: {path}")
+    console.print(f"report: {path}")
     return path

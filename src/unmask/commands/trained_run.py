@@ -16,12 +16,12 @@ def conclude(run: "Run", console: Console) -> "Run":
     from unmask.report.run_page import write_report
 
     try:
-        console.say(f"report: {write_report(run.path, say=console.warn)}")
+        console.print(f"report: {write_report(run.path, log=console.warn)}")
     except (OSError, UserError) as error:  # the training is done, and must not look as if it had failed
         console.warn(f"no report was written: {error}; fix that, then: unmask report {run.path}")
     status = run.status()
     if status.state == "stopped":
-        console.say(f"stopped at step {status.step} of {status.steps}; continue with: unmask resume {run.path}")
+        console.print(f"stopped at step {status.step} of {status.steps}; continue with: unmask resume {run.path}")
     return run
 
 

@@ -69,7 +69,7 @@ def make_cells(folder: Path, plan: TablePlan, console: Console) -> None:
             make_cell(folder, plan, cell, seed, console)
             now = {row.cell.name: row.sentence for row in write_table(folder, "running").rows}
             if now[cell.name] != before[cell.name]:
-                console.say(now[cell.name])
+                console.print(now[cell.name])
             before = now
 
 
@@ -102,7 +102,7 @@ def hold(folder: Path) -> Iterator[None]:
 def report_plan(plan: TablePlan, console: Console) -> None:
     """Report what will be trained."""
     asked = plan.asked
-    console.say(
+    console.print(
         f"{plan.title}: {len(plan.cells)} cells, {asked.seeds} seed{'s' * (asked.seeds > 1)}, recipe {asked.recipe}; "
         f"{plan.reason}" + f"; probes with {plan.shots} labels per class" * (plan.measure == "linear")
     )
@@ -113,12 +113,12 @@ def report_plan(plan: TablePlan, console: Console) -> None:
 def report_results(results: TableResults, folder: Path, console: Console) -> None:
     """Report every row, the agreement with the paper, and where the page is."""
     for row in results.rows:
-        console.say("  " + row.sentence)
-    console.say(results.agreement.sentence)
+        console.print("  " + row.sentence)
+    console.print(results.agreement.sentence)
     if results.helped:
-        console.say(results.helped)
+        console.print(results.helped)
     for line in results.not_comparable:
         console.warn(line)
-    console.say(f"table: {folder / 'table.html'}")
+    console.print(f"table: {folder / 'table.html'}")
     if results.state == "stopped":
-        console.say(f"stopped; continue with: {shlex.join(['unmask', *sys.argv[1:]])} (the same command)")
+        console.print(f"stopped; continue with: {shlex.join(['unmask', *sys.argv[1:]])} (the same command)")

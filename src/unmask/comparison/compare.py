@@ -108,10 +108,10 @@ def compare(
     replace_file(out.with_suffix(".json"), json.dumps(summary, indent=2).encode("ascii") + b"\n")
     replace_file(out, render("compare.html.jinja", comparison=comparison, pictures=pictures))
     for probe in comparison.probes:
-        console.say(f"{probe.title}: {probe.sentence}")
+        console.print(f"{probe.title}: {probe.sentence}")
     for line in comparison.not_comparable:
-        console.say(f"not comparable: {line}")
-    console.say(f"comparison: {out}")
+        console.print(f"not comparable: {line}")
+    console.print(f"comparison: {out}")
     return summary
 
 

@@ -120,7 +120,7 @@ def plan_table(experiment: Experiment, console: Console) -> TablePlan:
     first = draft_config(table, _base(cells), asked)
     scan = training_data.scan_source(source, first, console)
     scanning = time.perf_counter() - began
-    console.say("all cells: " + consequence(scan.median_size, first.data.size, resolve.patch_of(first)))
+    console.print("all cells: " + consequence(scan.median_size, first.data.size, resolve.patch_of(first)))
     device = choose_device(first.train.device)
     measured = []
     with console.progress("measuring cells", len(cells)) as bar:

@@ -57,7 +57,7 @@ def make_cell(folder: Path, plan: TablePlan, cell: PlannedCell, seed: int, conso
         run = train_cell(folder, plan, cell, seed, console)
         if cell.fine_tunes:
             if read_score(run) is None:
-                console.say(f"{name}: testing")
+                console.print(f"{name}: testing")
                 final_test.measure_run(run)
         elif not cell.shared:
             probe_cell(run, plan, cell, seed, console)
@@ -85,11 +85,11 @@ def train_cell(folder: Path, plan: TablePlan, cell: PlannedCell, seed: int, cons
         run = Run.open(path)
         if run.finished and checkpoint.is_complete(run, read_plan(run).steps):
             return run
-        console.say(f"{path.name}: resuming")
+        console.print(f"{path.name}: resuming")
         run = (finetune.resume if cell.fine_tunes else resume)(path, console=console)
     else:
         shutil.rmtree(path, ignore_errors=True)  # it ended before there was anything to resume
-        console.say(f"{path.name}: {cell.steps} steps")
+        console.print(f"{path.name}: {cell.steps} steps")
         run = start_cell(path, folder, plan, cell, seed, console)
     if run.status().state == "stopped":
         raise KeyboardInterrupt
@@ -145,7 +145,7 @@ def probe_cell(run: Run, plan: TablePlan, cell: PlannedCell, seed: int, console:
         return
     for fault in read_results(run).damaged:
         console.warn(f"{fault}; it is measured again")
-    console.say(f"{run.path.name}: probing")
+    console.print(f"{run.path.name}: probing")
     options = ProbeOptions(
         data=plan.asked.data, test=plan.asked.test, shots=plan.shots, controls=controls, device=plan.device
     )

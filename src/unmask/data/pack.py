@@ -128,10 +128,10 @@ def pack(
     require_packable(source)
     if workers is None:
         workers = num_cores()
-    console.say(f"{source.name}: {len(source)} images found")
+    console.print(f"{source.name}: {len(source)} images found")
     source.reading, settled = choose_reading(source, range(len(source)))
     for reason in settled:
-        console.say(f"  {reason}")
+        console.print(f"  {reason}")
     part = out.with_name(f".{out.name}.{os.getpid()}.part")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -352,7 +352,7 @@ def _png16(pixels: np.ndarray, note: bytes) -> bytes:
 
 def _say(summary: PackSummary, console: Console) -> None:
     because = "; ".join(f"{count} {what}" for what, count in summary.copied_because.items())
-    console.say(
+    console.print(
         f"{summary.out}: {summary.shrunk} images shrunk to a short side of {summary.short_side} pixels, "
         f"{summary.copied} copied as they are{f' ({because})' if because else ''}; "
         f"{summary.bytes_before / 2**20:.1f} MiB became {summary.bytes_after / 2**20:.1f}"

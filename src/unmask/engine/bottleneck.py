@@ -135,7 +135,7 @@ def find_bottleneck(
     reject_bad_data(found, draft)
     config, reasons, _ = choose_config(source, found, recipe, settings, device, budget=None)
     images, plan = prepare_images(source, found, config, device, budget=None, reasons=reasons)
-    console.say(
+    console.print(
         f"{source.name}: {len(source)} images, recipe {config.recipe}, batches of {plan.batch_size} on {device}, "
         f"images {'kept in memory' if plan.cached else 'read anew in every epoch'}"
     )
@@ -242,19 +242,19 @@ def say_pace(pace: Pace, plan: Plan, advice: list[str], console: Console) -> Non
     files = pace.read * (1 if pace.cached else pace.repeats)  # seconds a file
     speed = f" ({pace.bytes / max(files, 1e-9) / 1e6:.0f} MB/s)" if pace.bytes else ""
     sample = "an image" if pace.repeats == 1 or pace.cached else f"a sample, of which an image gives {pace.repeats}"
-    console.say(f"read       {1e3 * pace.read:8.3f} ms {sample}{speed}{once}")
-    console.say(f"decode     {1e3 * pace.decode:8.3f} ms{once}")
-    console.say(f"transform  {1e3 * pace.transform:8.3f} ms")
-    console.say(f"step       {1e3 * pace.step:8.3f} ms: takes {1 / pace.step:.0f} images/s")
-    console.say(
+    console.print(f"read       {1e3 * pace.read:8.3f} ms {sample}{speed}{once}")
+    console.print(f"decode     {1e3 * pace.decode:8.3f} ms{once}")
+    console.print(f"transform  {1e3 * pace.transform:8.3f} ms")
+    console.print(f"step       {1e3 * pace.step:8.3f} ms: takes {1 / pace.step:.0f} images/s")
+    console.print(
         f"{plan.workers or 'no'} loader worker{'s' * (plan.workers != 1)}: {pace.loaded:.0f} images/s, "
         f"{pace.loaded * pace.step:.3g} times what the step takes; "
         + (f"{pace.wait:.0%} of the time is spent on waiting for images" if pace.wait > 0.005 else "no waiting")
     )
     if pace.limit == STEP:
         also = f", and data.workers={pace.enough_workers} would suffice" if plan.workers else ""
-        console.say(f"the limit is the step{also}")
+        console.print(f"the limit is the step{also}")
     else:
-        console.say(f"the limit is {pace.limit}: data.workers={pace.enough_workers} would keep up with the step")
+        console.print(f"the limit is {pace.limit}: data.workers={pace.enough_workers} would keep up with the step")
     for text in advice:
-        console.say(f"  {text}")
+        console.print(f"  {text}")

@@ -52,7 +52,7 @@ def record_move(run: Run, before: Config, config: Config, console: Console) -> N
     moved = {key: [old[key], new[key]] for key in keys if old[key] != new[key]}
     run.write("config.json", config.model_dump(mode="json"))
     told = "; ".join(f"{key} {then} -> {now}" for key, (then, now) in moved.items())
-    console.say(dataset_record.note_change(run, "moved", summary=told, places=moved))
+    console.print(dataset_record.note_change(run, "moved", summary=told, places=moved))
 
 
 def recording_move(supervise: Supervise, before: Config, console: Console) -> Supervise:

@@ -76,7 +76,7 @@ def check_data(
         "std": list(found.std),
     }
     if source.skipped or source.excluded:
-        console.say(f"{source.name}: {len(source)} images found{skipped_files(source)}")
+        console.print(f"{source.name}: {len(source)} images found{skipped_files(source)}")
     print_scan(found, source, console)
     if not found.good:
         console.warn("no image can be read, so `unmask pretrain` would refuse this; the reasons stand above")
@@ -93,39 +93,39 @@ def check_data(
     options = [text for each in exclude for text in ("--exclude", each)]
     options += [text for each in settings for text in ("--set", each)]
     named = [data] if isinstance(data, str) else list(data)
-    console.say(f"train on them with: {shlex.join(['unmask', 'pretrain', *named, *options])}")
+    console.print(f"train on them with: {shlex.join(['unmask', 'pretrain', *named, *options])}")
     return 0, summary
 
 
 def print_scan(found: Scan, source: Source, console: Console) -> None:
-    console.say(
+    console.print(
         f"{found.files} files, {found.checked} checked in {duration(found.seconds)}: {found.good} good, "
         f"{len(found.bad)} bad"
     )
     if found.forgotten:
-        console.say(f"the next command will look at all files again: {found.forgotten}")
+        console.print(f"the next command will look at all files again: {found.forgotten}")
     for bad in found.bad[:NAMED_BAD_FILES]:
-        console.say(f"  {bad.code:20s} {bad.name}: {bad.detail}")
+        console.print(f"  {bad.code:20s} {bad.name}: {bad.detail}")
     if len(found.bad) > NAMED_BAD_FILES:
-        console.say(f"  ... and {len(found.bad) - NAMED_BAD_FILES} more (all of them with --json)")
+        console.print(f"  ... and {len(found.bad) - NAMED_BAD_FILES} more (all of them with --json)")
     if not found.good:
         return
     (low_h, low_w), (mid_h, mid_w), (top_h, top_w) = found.min_size, found.median_size, found.max_size
-    console.say(f"size (height x width): median {mid_h} x {mid_w}, from {low_h} x {low_w} to {top_h} x {top_w}")
+    console.print(f"size (height x width): median {mid_h} x {mid_w}, from {low_h} x {low_w} to {top_h} x {top_w}")
     for title, counts in (("channels", found.channels), ("dtype", found.dtypes), ("format", found.formats)):
-        console.say(f"{title}: " + ", ".join(f"{key} in {count}" for key, count in counts.most_common()))
+        console.print(f"{title}: " + ", ".join(f"{key} in {count}" for key, count in counts.most_common()))
     if not is_plain(found):
         print_table([vars(kind) for kind in file_kinds(found)], console)
     if found.dtype_majority == "uint16" and "uint8" in found.dtypes:
-        console.say("8-bit images among 16-bit ones have their values multiplied by 257")
-    console.say(
+        console.print("8-bit images among 16-bit ones have their values multiplied by 257")
+    console.print(
         "mean "
         + ", ".join(f"{value:.4g}" for value in found.mean)
         + "; std "
         + ", ".join(f"{value:.4g}" for value in found.std)
         + " (per channel, in the files' units)"
     )
-    console.say(f"labels: {labels_line(source)}")
+    console.print(f"labels: {labels_line(source)}")
 
 
 def labels_line(source: Source) -> str:
@@ -144,14 +144,14 @@ def print_table(rows: list[dict[str, Any]], console: Console) -> None:
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
         cells = (f"{cell:{width}}" for cell, width in zip(line, widths, strict=True))
-        console.say("  " + "  ".join(cells).rstrip())
+        console.print("  " + "  ".join(cells).rstrip())
 
 
 def forecast(source: Source, found: Scan, console: Console, settings: list[str], device: str) -> dict[str, Any]:
     """Make the plan of `unmask pretrain` with the recipe `auto`, time a few steps, and return the cost."""
     config, reasons, proposals = choose_config(source, found, "auto", settings, device, budget=None)
     size = consequence(found.median_size, config.data.size, patch_of(config))
-    console.say(size)
+    console.print(size)
     images, plan = prepare_images(source, found, config, device, budget=None, reasons=reasons)
     load = batch_seconds(images, plan.batch_size, plan.workers, cached=plan.cached)
     compute = Timing.of(
@@ -160,8 +160,8 @@ def forecast(source: Source, found: Scan, console: Console, settings: list[str],
     timing = compute.with_loading(load, plan.workers)
     each, takes = timing.median, [duration(plan.steps * seconds) for seconds in timing]
     print_plan(plan, config, console)
-    console.say(f"recipe: {config.recipe} {' '.join(f'--set {item}' for item in proposals)}".rstrip())
-    console.say(
+    console.print(f"recipe: {config.recipe} {' '.join(f'--set {item}' for item in proposals)}".rstrip())
+    console.print(
         f"forecast on {device}: {timing.words()} a step, {plan.batch_size / each:.0f} images/s; {plan.steps} steps "
         f"take about {takes[0]} ({takes[1]} to {takes[2]})" + ("; loading is the limit" if load > compute else "")
     )

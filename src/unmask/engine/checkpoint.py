@@ -260,7 +260,7 @@ def _read(run: Run, path: Path) -> Checkpoint:
         raise Damaged(f"{path}: {error}") from None
 
 
-def load_latest(run: Run, *, say: Callable[[str], object] = print) -> Checkpoint | None:
+def load_latest(run: Run, *, log: Callable[[str], object] = print) -> Checkpoint | None:
     """Return the newest checkpoint that passes its manifest, or None when none was ever written.
 
     Damaged ones are renamed to step-N.corrupt and reported. Raises CheckpointError when all are damaged.
@@ -272,7 +272,7 @@ def load_latest(run: Run, *, say: Callable[[str], object] = print) -> Checkpoint
             return _read(run, path)
         except Damaged as fault:
             aside = _set_aside(path)
-            say(f"a checkpoint cannot be used and was set aside as {aside.name}; the one before is tried: {fault}")
+            log(f"a checkpoint cannot be used and was set aside as {aside.name}; the one before is tried: {fault}")
     damaged = sorted(path.name for path in run.checkpoints.glob("step-*.corrupt*"))
     if candidates or damaged:
         raise CheckpointError(
@@ -306,7 +306,7 @@ def _to_stderr(text: str) -> None:
 
 
 def load_model(
-    run: Run, step: int | None = None, *, say: Callable[[str], object] = _to_stderr
+    run: Run, step: int | None = None, *, log: Callable[[str], object] = _to_stderr
 ) -> tuple[int, dict[str, Tensor]]:
     """(step, weights) of the newest sound checkpoint, or of `step`; renames nothing.
 
@@ -328,7 +328,7 @@ def load_model(
             faults.append(str(fault))
             continue
         if faults:
-            say(f"step {found} is used, because a newer checkpoint cannot be: {'; '.join(faults)}")
+            log(f"step {found} is used, because a newer checkpoint cannot be: {'; '.join(faults)}")
         return found, weights
     if faults:
         raise CheckpointError(f"no checkpoint of {run.path} can be used: {'; '.join(faults)}")

@@ -152,15 +152,15 @@ def say_costs(found: dict[str, Any], console: Console) -> None:
     """Print the same as text."""
     parameters, flops, share = found["parameters"], found["flops"], found["ratios"]
     channels, height, width = found["image"]
-    console.say(f"{found['recipe']}: {found['method']} on images of {height} x {width} pixels, {channels} channels")
+    console.print(f"{found['recipe']}: {found['method']} on images of {height} x {width} pixels, {channels} channels")
     if found["tokenizer"]:
-        console.say(f"its tokenizer, frozen and counted under the rest, is that of recipe {found['tokenizer']}")
+        console.print(f"its tokenizer, frozen and counted under the rest, is that of recipe {found['tokenizer']}")
     rest = f", the rest {_millions(parameters['rest'])}" if parameters["rest"] else ""
     decoder = f", decoder {_millions(parameters['decoder'])}" if parameters["decoder"] else ""
-    console.say(
+    console.print(
         f"parameters: {_millions(parameters['all'])} (encoder {_millions(parameters['encoder'])}{decoder}{rest})"
     )
-    console.say("for one image, counted (matrix products and convolutions; 1 multiply-accumulate = 2 FLOPs):")
+    console.print("for one image, counted (matrix products and convolutions; 1 multiply-accumulate = 2 FLOPs):")
     lines = [
         ("encoder, every patch" if share else "encoder, as probes use it", flops["encoder_all_patches"]),
         ("encoder, visible patches" if share else "encoder, in the loss", flops["encoder"]),
@@ -172,32 +172,34 @@ def say_costs(found: dict[str, Any], console: Console) -> None:
     for name, number in lines:
         if number:
             more = f"  = {number / flops['forward']:.2f} x forward" if name.startswith("training") else ""
-            console.say(f"  {name:29s}{_billions(number / 2):>9s} GMACs {_billions(number):>9s} GFLOPs{more}")
+            console.print(f"  {name:29s}{_billions(number / 2):>9s} GMACs {_billions(number):>9s} GFLOPs{more}")
     if "training_with_idle_work" in flops:
         idle = flops["training_with_idle_work"]
-        console.say(
+        console.print(
             f"  as published it would be {_billions(idle)} GFLOPs to train, {idle / flops['training']:.3f} x: hidden "
             "patches embedded, visible ones in the decoder's last block and predicted"
         )
     if share:
-        console.say(
+        console.print(
             f"mask tokens left out of the encoder save {share['everything']:.2f} x of the forward pass, everything "
             "counted (only hidden patches are predicted)"
         )
     if "blocks" in share:
-        console.say(
+        console.print(
             f"  blocks only, no class token: {share['blocks']:.2f} x, from "
             f"{_billions(share['encoder_blocks_all_patches'] / 2)} + {_billions(share['decoder_blocks'] / 2)} to "
             f"{_billions(share['encoder_blocks_visible'] / 2)} + {_billions(share['decoder_blocks'] / 2)} GMACs; of "
             f"the encoder alone {share['encoder']:.2f} x"
         )
-        console.say(f"  a token costs in the decoder {share['decoder_per_token']:.1%} of what it costs in the encoder")
+        console.print(
+            f"  a token costs in the decoder {share['decoder_per_token']:.1%} of what it costs in the encoder"
+        )
     gpus = f"; on {found['gpus']} GPUs {found['images_per_gpu']} images each per step" if "gpus" in found else ""
-    console.say(
+    console.print(
         f"batch {found['batch_size']}, peak learning rate {found['peak_lr']:.3g} (base {found['base_lr']:.3g} x batch "
         f"/ 256){gpus}"
     )
-    console.say(
+    console.print(
         f"for ImageNet-1K's {IMAGENET:,} images: {found['imagenet_steps']:,} steps = {found['imagenet_epochs']:.4g} "
         f"epochs, {found['warmup_steps']:,} of them warm-up, {_training(found)} FLOPs in all"
     )

@@ -80,7 +80,7 @@ def compare(run: Run, plan: Plan, source: Source, console: Console) -> Differenc
         return Difference()
     found = _compared(record, source, used_rows(plan, len(source)), console)
     if not found and found.reread:
-        console.say(f"{found.reread} files have other times but the same content; going on exactly")
+        console.print(f"{found.reread} files have other times but the same content; going on exactly")
         write_record(run, source)
     return found
 

@@ -86,7 +86,7 @@ def set_values(run_folder: str | Path, assignments: Iterable[str], *, console: C
         changes = {key: [_value(config, key), _value(new, key)] for key in keys(new)}
         changes = {key: pair for key, pair in changes.items() if pair[0] != pair[1]}
         if not changes and new_plan == plan:
-            console.say(f"{run.path}: these are its settings already; nothing was changed")
+            console.print(f"{run.path}: these are its settings already; nothing was changed")
             return {}
         edit = _record(step, changes or {key: [value, value] for key, value in asked.items()})
         tree = {"config": new.model_dump(mode="json"), "plan": new_plan.model_dump(mode="json"), "edit": edit}
@@ -246,15 +246,15 @@ def rescheduled(new: Config, plan: Plan, asked: Mapping[str, Any], step: int) ->
 def _say(run: Run, changes: Mapping[str, Any], plan: Plan, new: Plan, step: int, console: Console) -> None:
     for key, (old, now) in changes.items():
         other = next((f" ({name} decides)" for name in LENGTH if key in LENGTH and name != key and now is None), "")
-        console.say(f"{key}: {'none' if old is None else old} -> {'none' if now is None else now}{other}")
+        console.print(f"{key}: {'none' if old is None else old} -> {'none' if now is None else now}{other}")
     for reason in new.reasons[len(plan.reasons) :]:
-        console.say(f"  {reason}")
+        console.print(f"  {reason}")
     if inexact := [key for key in INEXACT if key in changes]:
-        console.say(f"  {', '.join(inexact)}: results may differ in rounding from an unchanged run from here on")
+        console.print(f"  {', '.join(inexact)}: results may differ in rounding from an unchanged run from here on")
     if new.steps > step:
-        console.say(f"{run.path}: recorded; continue with: unmask resume {run.path}")
+        console.print(f"{run.path}: recorded; continue with: unmask resume {run.path}")
     else:
-        console.say(f"{run.path}: recorded")
+        console.print(f"{run.path}: recorded")
 
 
 def _text(value: Any) -> str:

@@ -28,7 +28,9 @@ def evaluate(job: Job, evaluator: Evaluator, at: Position, stop: StopRequest) ->
             with job.average.applied(), stop.interruptible():
                 numbers |= {f"test_averaged_{name}": value for name, value in evaluator(job.method).items()}
     log_row(job, {"step": at.step, **numbers})
-    job.console.say(f"step {at.step}: " + ", ".join(f"{name.replace('_', ' ')} {n:.4f}" for name, n in numbers.items()))
+    job.console.print(
+        f"step {at.step}: " + ", ".join(f"{name.replace('_', ' ')} {n:.4f}" for name, n in numbers.items())
+    )
     return time.perf_counter() - began
 
 

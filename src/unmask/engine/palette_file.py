@@ -76,8 +76,8 @@ def make_palette(data: str, *, colours: int, size: int, out: Path, console: Cons
         "the palette": draw_swatches(palette, side).expand(len(images[:DRAWN]), -1, -1, -1),
     }
     draw(Picture(panels, note, {}), spec.dtype, picture, f"palette of {source}")
-    console.say(f"{out}: {note}")
-    console.say(f"picture: {picture}; use it with: unmask pretrain {data} --recipe igpt_nano --palette {out}")
+    console.print(f"{out}: {note}")
+    console.print(f"picture: {picture}; use it with: unmask pretrain {data} --recipe igpt_nano --palette {out}")
     return summary
 
 

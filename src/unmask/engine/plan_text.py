@@ -10,18 +10,18 @@ from unmask.engine.plan import Plan
 def print_inputs(config: Config, console: Console) -> None:
     """Report settings that were read from files, in numbers, so that an upside-down mask or a wrong palette is seen."""
     for line in config.method.from_files():
-        console.say(line)
+        console.print(line)
 
 
 def print_plan(plan: Plan, config: Config, console: Console) -> None:
     """Print the recipe, the reasons for the plan, and its length."""
-    console.say(
+    console.print(
         f"recipe {config.recipe}: {config.method.name}, {plan.parameters / 1e6:.2f} M parameters "
         f"({plan.encoder_parameters / 1e6:.2f} M in the encoder)"
     )
     for reason in plan.reasons:
-        console.say(f"  {reason}")
-    console.say(
+        console.print(f"  {reason}")
+    console.print(
         f"{plan.steps} steps of {plan.batch_size} images = {plan.epochs:.1f} epochs, "
         f"warm-up {plan.warmup_steps} steps, {plan.precision} on {plan.device}"
     )

@@ -88,7 +88,7 @@ def pretrain(
     if out is not None:
         Run.check_free(out)
     source = apply_reading(open_source(data, exclude), draft.data.reading)
-    console.say(f"{source.name}: {len(source)} images found" + skipped_files(source))
+    console.print(f"{source.name}: {len(source)} images found" + skipped_files(source))
     found = scan_source(source, draft, console)
     for line in odd_image_warnings(source, found):
         console.warn(line)
@@ -123,7 +123,7 @@ def start_run(
     """
     reject_absurd_batch(config, found.usable)
     size = consequence(found.median_size, config.data.size, patch_of(config))
-    console.say(size)
+    console.print(size)
     images, plan = prepare_images(
         source, found, config, device, budget=budget, reasons=reasons, held_out=held_out, num_test=num_test
     )
@@ -151,7 +151,7 @@ def start_run(
         PLAN: recorded.model_dump(mode="json"),
     }
     folder = out if out is not None else free_name(source, config)
-    with Run.begin(folder, files, fill=fill, say=console.say) as run:
+    with Run.begin(folder, files, fill=fill, log=console.print) as run:
         print_plan(plan, config, console)
         print_inputs(config, console)
         if (warning := few_steps(plan)) is not None:

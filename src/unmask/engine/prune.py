@@ -42,8 +42,10 @@ def prune_run(path: Path, *, keep_checkpoints: int, dry_run: bool, console: Cons
             shutil.rmtree(each.path)
     total = sum(each.bytes for each in found)
     for each in found:
-        console.say(f"{'would remove' if dry_run else 'removed'} {each.path}: {each.what}, {each.bytes / 1e6:,.1f} MB")
-    console.say(f"{total / 1e6:,.1f} MB {'would be freed' if dry_run else 'freed'} in {run.path}")
+        console.print(
+            f"{'would remove' if dry_run else 'removed'} {each.path}: {each.what}, {each.bytes / 1e6:,.1f} MB"
+        )
+    console.print(f"{total / 1e6:,.1f} MB {'would be freed' if dry_run else 'freed'} in {run.path}")
     return {"run": str(run.path), "bytes": total, "removed": not dry_run, "folders": [asdict(each) for each in found]}
 
 

@@ -99,7 +99,7 @@ def is_done(run: Run, plan: Plan, concluded: Callable[[Run], bool], console: Con
             )
         if not run.finished:
             run.set_status("finished", 0, total=0)
-        console.say(f"{run.path} is finished: it holds imported weights, and there is nothing to train")
+        console.print(f"{run.path} is finished: it holds imported weights, and there is nothing to train")
         return True
     if not run.finished:
         return False
@@ -108,9 +108,9 @@ def is_done(run: Run, plan: Plan, concluded: Callable[[Run], bool], console: Con
         console.warn(f"{run.path} was finished, but its last checkpoint cannot be used: the last steps are repeated")
         return False
     if not concluded(run):
-        console.say(f"{run.path} has all its {plan.steps} steps, but not its result: measuring it")
+        console.print(f"{run.path} has all its {plan.steps} steps, but not its result: measuring it")
         return False
-    console.say(
+    console.print(
         f"{run.path} is finished ({plan.steps} steps); nothing to do. To train it longer: unmask set {run.path} "
         f"train.steps={2 * plan.steps}, then unmask resume {run.path}"
     )

@@ -45,9 +45,9 @@ def train_and_record(
     record_state(run, state, console, total=status.steps or plan.steps, seconds=took)
     said = duration(took) + (f" ({duration(now_took)} of it since it was resumed)" if took > now_took + 1 else "")
     if state == "stopped":
-        console.say(f"stopped after {said}")
+        console.print(f"stopped after {said}")
     else:
-        console.say(f"finished {status.step} steps in {said}: {run.path}")
+        console.print(f"finished {status.step} steps in {said}: {run.path}")
         if supervise is None:
             warn_above_baseline(run, console)
 

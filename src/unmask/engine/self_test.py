@@ -51,12 +51,12 @@ def run_self_test(console: Console) -> tuple[bool, dict[str, Any]]:
         "precision": precision,
         "free_disk_gib": round(shutil.disk_usage(".").free / 2**30, 1),
     }
-    console.say(f"python {summary['python']} on {summary['platform']}")
-    console.say("  ".join(f"{name} {version}" for name, version in summary["versions"].items()))
-    console.say(f"device: {summary['device']}; {why}; {summary['free_disk_gib']} GiB of disk free here")
+    console.print(f"python {summary['python']} on {summary['platform']}")
+    console.print("  ".join(f"{name} {version}" for name, version in summary["versions"].items()))
+    console.print(f"device: {summary['device']}; {why}; {summary['free_disk_gib']} GiB of disk free here")
     if device == "cpu" and (rates := measure_products()) is not None:
         summary["float32_products"] = asdict(rates)
-        console.say(f"float32 products: {rates.text()}")
+        console.print(f"float32 products: {rates.text()}")
     tests: dict[str, Callable[[], str]] = {
         "random numbers": _random_numbers,
         "decode": _decode,
@@ -70,9 +70,9 @@ def run_self_test(console: Console) -> tuple[bool, dict[str, Any]]:
         except Exception as error:
             outcome, good = f"{type(error).__name__}: {error}", False
         summary["tests"][name] = {"ok": good, "outcome": outcome, "seconds": round(time.perf_counter() - start, 2)}
-        console.say(f"{'ok    ' if good else 'FAILED'} {name}: {outcome} ({summary['tests'][name]['seconds']} s)")
+        console.print(f"{'ok    ' if good else 'FAILED'} {name}: {outcome} ({summary['tests'][name]['seconds']} s)")
     good = all(test["ok"] for test in summary["tests"].values())
-    console.say("everything works" if good else "something does not work: please report the lines above")
+    console.print("everything works" if good else "something does not work: please report the lines above")
     return good, summary
 
 

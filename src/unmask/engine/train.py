@@ -307,7 +307,9 @@ class Loop:
         bar.total = steps = self.job.plan.steps
         if not self.reported_steps / REPORTED_CHANGE < steps < self.reported_steps * REPORTED_CHANGE:
             self.reported_steps = steps
-            self.job.console.say(f"step {self.position.step}: {steps} steps in all now, to fit the budget at this pace")
+            self.job.console.print(
+                f"step {self.position.step}: {steps} steps in all now, to fit the budget at this pace"
+            )
 
     def finish(self) -> Outcome:
         """Check that the last weights are saved, and record a stop. Raises TrainingFailed, RunGone."""
@@ -398,6 +400,6 @@ def compile_or_explain(job: Job) -> None:
     if reason := why_not_compiled(job.plan.device):
         job.console.warn(f"torch.compile does not work here ({reason}); training continues without train.compile")
     elif compile_blocks(job.method):
-        job.console.say("compiling the transformer blocks: the first step takes up to a minute more")
+        job.console.print("compiling the transformer blocks: the first step takes up to a minute more")
     else:
         job.console.warn(f"train.compile is for transformer blocks; {job.config.method.name} has none that it knows")

@@ -42,13 +42,13 @@ def scan_source(source: Source, draft: Config, console: Console) -> Scan:
     with console.progress("checking files", checked) as bar:
         found = scan(source, sample=checked, channels=draft.data.channels, progress=bar.update)
     if found.known:
-        console.say(
+        console.print(
             f"{found.known} of {found.checked} files are as they were when last looked at, and were not looked at "
             "again (`unmask check` does)"
         )
     source.digests = found.digests
     if found.forgotten:
-        console.say(f"the next command will look at all files again: {found.forgotten}")
+        console.print(f"the next command will look at all files again: {found.forgotten}")
     reject_bad_data(found, draft)
     return found
 

@@ -46,7 +46,7 @@ def restore(job: Job) -> Position | None:
 
     Raises CheckpointError where all checkpoints are damaged, or one does not fit the method.
     """
-    found = checkpoint.load_latest(job.run, say=job.console.warn)
+    found = checkpoint.load_latest(job.run, log=job.console.warn)
     if found is None:
         return None
     copy_weights.require_fit(job.method, found.model, f"the checkpoint of step {found.step} of {job.run.path}")

@@ -52,7 +52,7 @@ def embed_images(
     names = [source.names[row] for row in table.index.tolist()]
     labels = None if table.labels is None else [source.classes[label] for label in table.labels.tolist()]
     _write_features(out, names, labels, table.cls, table.mean)
-    console.say(f"{out}: {len(names)} images, width {table.mean.shape[1]}, from step {loaded.step} of {run}")
+    console.print(f"{out}: {len(names)} images, width {table.mean.shape[1]}, from step {loaded.step} of {run}")
     columns = ["name", *["label"] * (labels is not None), *["cls"] * (table.cls is not None), "mean"]
     return {
         "out": str(out),

@@ -66,7 +66,7 @@ def read(
         if bar is not None:
             bar.update(min(number * EVAL_BATCH, len(rows)))
     if with_absent:
-        console.say(
+        console.print(
             f"{images.source.name}: {share / len(rows):.1%} of the pixels are absent, in {with_absent} of {len(rows)} "
             "images; replaced by the mean of the training data"
         )
@@ -121,7 +121,7 @@ def features(
             found |= collect_each(new, batches, device=loaded.device, precision=precision, tokens=num_tokens)
         if folder is not None and keys and is_worth_storing(began):
             size = sum(feature_cache.store(folder, keys[name], found[name], rows) for name in new)
-            console.say(f"{options.title}: features stored for the next probe, {size / 2**20:.1f} MiB in {folder}")
+            console.print(f"{options.title}: features stored for the next probe, {size / 2**20:.1f} MiB in {folder}")
     return {name: found[name] for name in encoders}
 
 

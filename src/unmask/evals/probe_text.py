@@ -197,7 +197,7 @@ def _capitalised(text: str) -> str:
 
 def print_result(result: ProbeResult | CurveResult, console: Console) -> None:
     """Print the scores, the verdict and the caveats."""
-    console.say(_headline(result))
+    console.print(_headline(result))
     if isinstance(result, CurveResult):
         _print_curve(result, console)
     else:
@@ -207,11 +207,11 @@ def print_result(result: ProbeResult | CurveResult, console: Console) -> None:
                 interval = f"95% interval {show(row.low, result.metric)} to {show(row.high, result.metric)}"
             notes = "; ".join(filter(None, [interval, *_notes(row)]))
             value = f"  {row.features:12s} {row.pool:9s} {show(row.value, result.metric):>6s}"
-            console.say(value + (f"  ({notes})" if notes else ""))
+            console.print(value + (f"  ({notes})" if notes else ""))
             if len(row.targets) > 1 or result.task == REGRESSION:
                 for target in row.targets:
-                    console.say(f"      {target.name}: {_target(target)}")
-    console.say(f"  {' '.join([result.verdict, *result.caveats])}")
+                    console.print(f"      {target.name}: {_target(target)}")
+    console.print(f"  {' '.join([result.verdict, *result.caveats])}")
 
 
 def _headline(result: ProbeResult | CurveResult) -> str:
@@ -249,8 +249,8 @@ def _target(target: TargetScore) -> str:
 
 
 def _print_curve(result: CurveResult, console: Console) -> None:
-    console.say(f"  {'labels per class':22s} " + " ".join(f"{number:>13d}" for number in result.shots))
+    console.print(f"  {'labels per class':22s} " + " ".join(f"{number:>13d}" for number in result.shots))
     for row in result.rows:
         cells = [f"{point.mean:.1%} ±{100 * (point.high - point.low) / 2:.1f}" for point in row.points]
-        console.say(f"  {row.features:12s} {row.pool:9s} " + " ".join(f"{cell:>13s}" for cell in cells))
-    console.say(f"  mean of {result.draws} draws of the labels ± half of its 95% interval over them")
+        console.print(f"  {row.features:12s} {row.pool:9s} " + " ".join(f"{cell:>13s}" for cell in cells))
+    console.print(f"  mean of {result.draws} draws of the labels ± half of its 95% interval over them")

@@ -44,7 +44,7 @@ def reconstruct_images(
     source = apply_reading(open_images(images), loaded.plan.reading)
     rows = np.arange(len(source))
     if len(rows) > MAX_DRAWN:
-        console.say(f"drawing {MAX_DRAWN} of {len(rows)} images, evenly spread")
+        console.print(f"drawing {MAX_DRAWN} of {len(rows)} images, evenly spread")
         rows = rows[np.linspace(0, len(rows) - 1, MAX_DRAWN).astype(int)]
     (batch,) = read(eval_images(loaded, source), rows, 0, console)
     batch = to_device(batch, loaded.device)
@@ -54,7 +54,7 @@ def reconstruct_images(
     names = [source.names[row] for row in batch.index.tolist()]
     draw(picture, loaded.plan.images.dtype, out, f"{Path(run).resolve().name}, step {loaded.step}", names)
     numbers = {name: float(value) for name, value in picture.numbers.items()}
-    console.say(f"{out}: " + ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in numbers.items()))
+    console.print(f"{out}: " + ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in numbers.items()))
     return numbers
 
 

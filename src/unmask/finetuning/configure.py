@@ -85,7 +85,7 @@ def enlarged(config: Config, median: tuple[int, int], most: tuple[int, int], con
         resolve.require_method(larger)
     except UserError:  # the task needs other sizes than whole patches
         return config
-    console.say(
+    console.print(
         f"size {size[0]} x {size[1]}: the encoder was pre-trained at {own[0]} x {own[1]}, which is small for what is "
         f"learnt from these images; --set data.size=[{own[0]},{own[1]}] keeps it"
     )

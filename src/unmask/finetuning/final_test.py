@@ -89,4 +89,4 @@ def report_result(run: Run, console: Console) -> None:
         said += f"; {found.averaged:.1%} with the moving average of the weights"
     if (best := found.best) is not None and not math.isclose(best.value, found.value, abs_tol=1e-9):
         said += f"; the best test during training: {best.value:.1%} at step {best.step}, chosen on the test images"
-    console.say(said)
+    console.print(said)

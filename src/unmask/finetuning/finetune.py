@@ -278,11 +278,11 @@ def report_annotations(annotated: AnnotatedImages, config: Config, console: Cons
         return
     notes = annotated.annotations.notes
     for line in annotated.annotations.lines():
-        (console.warn if line in notes else console.say)(line)
+        (console.warn if line in notes else console.print)(line)
     if isinstance(annotated.annotations, SegmentationMasks):
         settings: Any = config.method
         line, costly = annotated.annotations.size_line(config.data.size, settings.encoder.patch[0])
-        (console.warn if costly else console.say)(line)
+        (console.warn if costly else console.print)(line)
 
 
 def resume(

@@ -55,7 +55,7 @@ def paper_linear(
         if "optim.base_lr" not in parse(settings):
             settings.append(f"optim.base_lr={PAPER_PEAK * 256 / batch}")
             rate = f"the paper's peak rate of {PAPER_PEAK}"
-        console.say(
+        console.print(
             f"a batch of {batch} at {rate}: the paper's batch of {PAPER_BATCH} is for data sets larger than these "
             f"{len(rows)} images"
         )

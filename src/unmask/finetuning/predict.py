@@ -70,9 +70,9 @@ def predict(
         done, found = writer.write(file, predictions(loaded, task, source, console, bar))
     commonest = sorted(found.items(), key=lambda pair: -pair[1])[:MOST_NAMED]
     counts = ", ".join(f"{number:,} {writer.unit}{label}" for label, number in commonest)
-    console.say(f"{out}: {done} images: {counts}")
+    console.print(f"{out}: {done} images: {counts}")
     if task.annotation == "boxes" and options.min_score == LEAST_SCORE:
-        console.say(
+        console.print(
             f"  all boxes down to a score of {LEAST_SCORE}, as average precision needs them; for the surest give "
             "--min-score 0.3"
         )

@@ -39,9 +39,9 @@ def export_run(
     require_free(out, card, target.suffix)
     loaded = load(run, step=step)
     exported = target.convert(loaded)
-    console.say(f"{run} at step {loaded.step}: {exported.what}")
+    console.print(f"{run} at step {loaded.step}: {exported.what}")
     for note in exported.notes:
-        console.say(f"  {note}")
+        console.print(f"  {note}")
     staging = Path(tempfile.mkdtemp(prefix=".export-", dir=out.parent))
     try:
         staged = staging / out.name
@@ -55,9 +55,9 @@ def export_run(
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     load_it = with_path(exported, str(out)).load
-    console.say(f"  {tested}")
-    console.say(f"  load it with:\n\n{indented(load_it)}\n")
-    console.say(f"{out}, with its model card {card}")
+    console.print(f"  {tested}")
+    console.print(f"  load it with:\n\n{indented(load_it)}\n")
+    console.print(f"{out}, with its model card {card}")
     return {
         "run": str(run), "to": to, "out": str(out), "card": str(card), "what": exported.what, "step": loaded.step,
         "load": load_it, "notes": list(exported.notes), "difference": difference, "tested": tested,

@@ -68,7 +68,7 @@ def import_weights(
     except ForeignError as error:
         raise ForeignError(f"{source}: {error}") from None
     found = replace(found, notes=(*found.notes, *describe_arguments(read)))
-    console.say(f"{source}: {found.name}")
+    console.print(f"{source}: {found.name}")
     if read.metadata.exported is not None:
         found = with_export_metadata(found, read.metadata.exported)
     found = require_heads(choose_method(found, settings, None if tokenizer is None else Path(tokenizer)), settings)
@@ -113,8 +113,8 @@ def import_own(own: OwnFile, *, out: str | Path, given: list[str], console: Cons
     about = {"source": str(source.absolute()), "files": files, "kind": name, "licence": own.licence or UNSTATED}
     config = config.model_copy(update={"graft": ()})
     run = write_run(out, config, own.images, method, weights, (f"weights of {source.name}: {name}",), about)
-    console.say(f"{source}: {name}")
-    console.say(f"{run.path}: {use_of(config.method.name)}")
+    console.print(f"{source}: {name}")
+    console.print(f"{run.path}: {use_of(config.method.name)}")
     return run
 
 

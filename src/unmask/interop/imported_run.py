@@ -72,25 +72,25 @@ def say_imported(
     """Report what was imported, how it was changed, its normalisation, and which commands accept it."""
     name = config.method.name
     for line in (*found.notes, *said):
-        console.say(f"  {line}")
+        console.print(f"  {line}")
     share = config.data.crop.eval_share
-    console.say(
+    console.print(
         "  evaluation crop: "
         + ("the largest centred box" if share == 1 else f"{share:.4g} of the shorter side, centred")
         + ", unless imported with --set data.crop.eval_share=SHARE"
     )
     for part, settings in (("encoder", found.method.get("encoder")), ("decoder", found.method.get("decoder"))):
         if settings and "heads" in settings:
-            console.say(f"  {part}: {settings['heads']} heads of {settings['width'] // settings['heads']} values")
+            console.print(f"  {part}: {settings['heads']} heads of {settings['width'] // settings['heads']} values")
     mean, std = (", ".join(f"{value:.6g}" for value in values) for values in (images.mean, images.std))
     if name != "igpt" and "colours" not in found.method["encoder"]:
         whose = "set by hand" if by_hand else found.statistics
-        console.say(
+        console.print(
             f"  normalisation: mean {mean}, std {std} ({whose}); if the weights were trained with another, import "
             "again with --set data.mean=[...] --set data.std=[...]"
         )
-    console.say(f"  licence of the weights: {found.licence}")
-    console.say(f"{run.path}: {use_of(name)}")
+    console.print(f"  licence of the weights: {found.licence}")
+    console.print(f"{run.path}: {use_of(name)}")
 
 
 def use_of(method: str) -> str:

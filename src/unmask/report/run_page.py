@@ -85,17 +85,17 @@ def warn(text: str) -> None:
     print(f"warning: {text}".encode("utf-8", "backslashreplace").decode(), file=sys.stderr)
 
 
-def write_report(path: str | Path, *, say: Callable[[str], object] = warn) -> Path:
+def write_report(path: str | Path, *, log: Callable[[str], object] = warn) -> Path:
     """Write `report.html` into the run and return its path. Raises RunError when the folder is not a run.
 
-    say: called with a sentence for each damaged file; the page shows the same in place of its numbers.
+    log: called with a sentence for each damaged file; the page shows the same in place of its numbers.
     """
     run = Run.open(path)
     inner = [Run(folder.parent) for folder in sorted(run.path.glob("*/config.json"))]
     sections = [run_section(each) for each in (run, *inner)]
     for section in sections:
         for fault in section.faults:
-            say(f"not shown: {fault}")
+            log(f"not shown: {fault}")
     replace_file(run.report_file, render("report.html.jinja", runs=sections, written=time.strftime("%Y-%m-%d %H:%M")))
     return run.report_file
 
