@@ -38,7 +38,7 @@ def test_a_run_with_drawn_masks_keeps_them_in_its_config(images, drawn, tmp_path
     [
         ("mae_nano", ["method.mask=random"], "both --masks and method.mask were given"),
         ("mae_nano", ["method.mask_ratio=0.75"], "both --masks and method.mask_ratio were given"),
-        ("mae_nano", ["data.size=[32,32]"], "mask pattern 1 is 4 x 4; the grid has 8 x 8"),
+        ("mae_nano", ["data.size=[32,32]"], "got mask pattern 1 of 4 x 4 characters; expected 8 x 8"),
         ("mpp_nano", [], "--masks was given, but mpp has no setting mask, so it would be ignored"),
     ],
 )

@@ -211,9 +211,9 @@ def mae(**changes) -> MAE:
         (
             (2, 2),
             {},
-            r"a code for 4 x 4 pixels, a patch is 2 x 2: .* set method.encoder.patch=4 here, or",
+            r"one code per 4 x 4 pixels for patches of 2 x 2; .* set method.encoder.patch=4 here, or",
         ),
-        ((4, 8), {}, "a patch is 4 x 8: their grids are not the same"),
+        ((4, 8), {}, "for patches of 4 x 8; expected patches of the same shape"),
         ((4, 8), {"patch": (4, 8)}, "got a patch of 4 x 8; a dVAE"),
         ((8, 8), {"arch": "dalle", "depth": None, "patch": (4, 4)}, "dalle has one code per 8 x 8 pixels"),
     ],
@@ -228,7 +228,7 @@ def test_a_grid_of_codes_that_differs_from_the_patches_is_rejected(patch, tokeni
     [
         ({"mask": "random", "smallest_block": 4}, "smallest_block applies to mask=block"),
         ({"target": "pixels", "tokenizer": TOKENIZER}, "a tokenizer applies to target=tokens"),
-        ({"smallest_block": 11}, "a smallest block of 11 patches is larger than the 10 patches"),
+        ({"smallest_block": 11}, "got a smallest block of 11 patches; .* hides only 10"),
     ],
 )
 def test_ignored_or_impossible_settings_are_rejected(changes, message):
@@ -314,7 +314,7 @@ def test_continuing_from_a_run_keeps_its_tokenizer_and_rejects_a_second(runs):
     first = pretrain(images, recipe="beit_nano", out=folder / "first", tokenizer=dvae.path, settings=settings)
     second = pretrain(images, out=folder / "second", from_run=first.path, settings=["train.steps=1"])
     assert load_model(second)[1].keys() == load_model(first)[1].keys()
-    with pytest.raises(ConfigError, match="goes on with the tokenizer it has"):
+    with pytest.raises(ConfigError, match="keeps its own tokenizer"):
         pretrain(images, out=folder / "third", from_run=first.path, tokenizer=dvae.path)
     third = pretrain(
         images, recipe="mae_nano", out=folder / "third", from_run=first.path, tokenizer=dvae.path,

@@ -121,5 +121,5 @@ def test_initial_weights_are_those_of_the_published_code():
 
 
 def test_other_sizes_are_rejected():
-    with pytest.raises(UserError, match=r"\(1, 3, 8, 8\); expected \(B, 3, 8, 12\): the positions of an iGPT"):
+    with pytest.raises(UserError, match=r"\(1, 3, 8, 8\); expected \(B, 3, 8, 12\): an iGPT has learned positions"):
         gpt()(torch.zeros(1, 3, 8, 8))

@@ -69,12 +69,12 @@ def test_a_block_mask_belongs_to_the_image():
 @pytest.mark.parametrize(
     ("grid", "ratio", "smallest", "message"),
     [
-        ((8, 8), 0.5, 80, r"80 patches is larger than the 32 patches, of 64 in a grid of 8 x 8, that .*=32 or less$"),
+        ((8, 8), 0.5, 80, r"80 patches; .* hides only 32 of the 8 x 8 patches; .*=32 or less$"),
         (
             (8, 8),
             0.5,
             40,
-            r"larger than the 32 patches, of 64 in a grid of 8 x 8, that method.mask_ratio=0.5 hides; set "
+            r"got a smallest block of 40 patches; method.mask_ratio=0.5 hides only 32 of the 8 x 8 patches; set "
             r"method.smallest_block=32 or less, or method.mask_ratio=0.625 or more$",
         ),
     ],
@@ -83,7 +83,7 @@ def test_blocks_that_do_not_fit_are_rejected(grid, ratio, smallest, message):
     with pytest.raises(UserError, match=message):
         masks.require_blocks(grid, ratio, smallest)
     masks.require_blocks(grid, ratio, 32)
-    masks.require_blocks((8, 8), 0.625, 40)  # both ways out lead out
+    masks.require_blocks((8, 8), 0.625, 40)  # each of the two proposed fixes works
 
 
 def test_the_smallest_block_is_that_of_beit():
@@ -118,12 +118,12 @@ def test_patterns_are_sampled_equally_often():
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([["##", "##", ".."]], "pattern 1 is 3 x 2; the grid has 2 x 2"),
-        ([["##", "#"]], "pattern 1 is 2 x unequal"),
-        ([["#x", ".."]], r"pattern 1 has \['x'\]"),
+        ([["##", "##", ".."]], "pattern 1 of 3 x 2 characters; expected 2 x 2"),
+        ([["##", "#"]], "pattern 1 of 2 x unequal characters"),
+        ([["#x", ".."]], r"got \['x'\] in mask pattern 1"),
         ([["##", "##"]], "hide 4 of 4"),
         ([["..", ".."]], "hide 0 of 4"),
-        ([["#.", ".."], ["##", ".."]], "hide 1 or 2 of 4 patches; all of a file must hide the same number"),
+        ([["#.", ".."], ["##", ".."]], "hide 1 or 2 of 4 patches; make all patterns hide the same number"),
     ],
 )
 def test_impossible_patterns_are_rejected(rows, message):

@@ -51,6 +51,6 @@ def test_an_unprepared_target_is_finite_and_zero():
 
 def test_more_components_than_values_are_rejected():
     with pytest.raises(
-        UserError, match=r"got method.pca_coefficients=96; a patch has only 48 values; use at most 48, 6 is"
+        UserError, match=r"got method.pca_coefficients=96; a patch has only 48 values; use at most 48 \(the paper"
     ):
         PrincipalComponents(48, GRID, 3, count=96, whiten=False)

@@ -17,7 +17,7 @@ from unmask.nn.linear_layer import Linear, linear
 from unmask.nn.recompute import recomputed
 
 LAYER_NORM_EPS = 1e-6
-LONGEST_PLAIN = 256  # tokens; beyond, the memory of the scores costs more than the time saved
+LONGEST_PLAIN = 256  # tokens; above this, the time saved does not justify the memory of the scores
 
 
 def layer_norm(width: int) -> nn.LayerNorm:
@@ -32,11 +32,11 @@ def attend(
     *,
     causal: bool = False,
 ) -> Float[Tensor, "B heads N d"]:
-    """softmax(q k^T / sqrt(d) + bias) v. causal: no token attends to a later one; then N = K and there is no bias.
+    """Return softmax(q k^T / sqrt(d) + bias) v. causal: no token attends to a later one; requires N = K and no bias.
 
-    On CPUs the fused kernel's backward pass in bfloat16 is three to ten times slower than the two plain products for
-    the few tokens that masking leaves (`benchmarks/attention.py`), so there the products are written out, as long as
-    the (N, N) scores are small enough to keep.
+    On CPUs the fused kernel's backward pass in bfloat16 is three to ten times slower than two plain products for the
+    few tokens that masking leaves (`benchmarks/attention.py`), so the products are computed explicitly there while the
+    (N, N) scores are small enough to store.
     """
     if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] <= LONGEST_PLAIN:
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
@@ -77,7 +77,7 @@ class Attention(nn.Module):
         return self.proj(attend(q, k, v, bias).transpose(1, 2).flatten(2))
 
     def _by_head(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
-        """(B, N, parts D) -> so many times (B, heads, N, D / heads)."""
+        """Split (B, N, parts x D) into `parts` tensors (B, heads, N, D / heads)."""
         return x.unflatten(2, (parts, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
 
@@ -106,7 +106,10 @@ class LayerScale(nn.Module):
 
 
 class Block(nn.Module):
-    """x + Attention(norm x), then x + MLP(norm x); with `layer_scale` each addend is scaled, that much at the start."""
+    """Compute x + Attention(norm x), then x + MLP(norm x).
+
+    layer_scale: initial value of the LayerScale on both branches; None for no LayerScale.
+    """
 
     def __init__(self, width: int, heads: int, mlp_ratio: float = 4.0, layer_scale: float | None = None) -> None:
         super().__init__()
@@ -116,7 +119,7 @@ class Block(nn.Module):
         self.norm2 = layer_norm(width)
         self.mlp = MLP(width, int(width * mlp_ratio))
         self.ls2 = nn.Identity() if layer_scale is None else LayerScale(width, layer_scale)
-        self.relative_bias: RelativeBias | None = None  # of an encoder with one bias per block, which assigns it
+        self.relative_bias: RelativeBias | None = None  # assigned by encoders with one bias per block
 
     def forward(
         self,
@@ -141,7 +144,7 @@ def draw_paths(draws: Float[Tensor, "B L2"], rate: float) -> Float[Tensor, "L 2 
     """Stochastic depth (Huang et al. 2016): factors for the residual branches of each image, from two draws per block.
 
     The drop probability rises linearly from 0 in the first block to `rate` in the last, as in the official fine-tuning;
-    branches that are kept are divided by their probability.
+    surviving branches are divided by their survival probability.
     """
     depth = draws.shape[1] // 2
     kept = 1 - torch.linspace(0, rate, depth, device=draws.device)[:, None, None, None, None]
@@ -152,7 +155,7 @@ def draw_paths(draws: Float[Tensor, "B L2"], rate: float) -> Float[Tensor, "L 2 
 def init_linears(module: nn.Module) -> None:
     """Xavier-uniform weights and zero biases in every Linear below `module`; LayerNorm to 1 and 0 (official MAE).
 
-    The fused qkv is initialised as one (3D, D) matrix: its bound is sqrt(2) smaller than three separate ones would get.
+    The fused qkv is initialised as one (3D, D) matrix, so its bound is sqrt(2) smaller than that of separate matrices.
     """
     for part in module.modules():
         if isinstance(part, nn.Linear):

@@ -1,7 +1,7 @@
 """Boxes in images: overlap, non-maximum suppression, clipping and drawing.
 
-A box is (x1, y1, x2, y2) in pixels, x to the right and y down, with x1 <= x2 and y1 <= y2; the pixel in the corner
-covers (0, 0, 1, 1). Plain torch, without torchvision.
+A box is (x1, y1, x2, y2) in pixels, x to the right and y down, with x1 <= x2 and y1 <= y2; the upper left pixel covers
+(0, 0, 1, 1). Plain torch, without torchvision.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ TINY = 1e-9  # avoids 0 / 0 for a box without area
 
 
 def area(boxes: Float[Tensor, "*n 4"]) -> Float[Tensor, "*n"]:
-    """In square pixels; 0 for a box turned inside out."""
+    """Return areas in square pixels; 0 for a box with x2 < x1 or y2 < y1."""
     return (boxes[..., 2:] - boxes[..., :2]).clamp(min=0).prod(-1)
 
 
 def shared_area(a: Float[Tensor, "*n 4"], b: Float[Tensor, "*m 4"]) -> Float[Tensor, "*k"]:
-    """Of each box in `a` with its counterpart in `b`; the two broadcast."""
+    """Return the overlap of each box in `a` with its counterpart in `b`; the two broadcast."""
     top_left, bottom_right = torch.maximum(a[..., :2], b[..., :2]), torch.minimum(a[..., 2:], b[..., 2:])
     return area(torch.cat([top_left, bottom_right], -1))
 
@@ -33,8 +33,8 @@ def pairwise_iou(a: Float[Tensor, "n 4"], b: Float[Tensor, "m 4"]) -> Float[Tens
 def giou(a: Float[Tensor, "*n 4"], b: Float[Tensor, "*n 4"]) -> Float[Tensor, "*n"]:
     """Generalised intersection over union of each box in `a` with its counterpart in `b` (Rezatofighi et al. 2019).
 
-    1 for equal boxes; without overlap below 0 and down to -1 with the distance, so that there is a gradient. The same
-    in any unit, also in one for x and another for y.
+    1 for equal boxes. For boxes without overlap it is negative and falls towards -1 with their distance, so there is a
+    gradient. It does not depend on the units, which may differ between x and y.
     """
     both = shared_area(a, b)
     union = area(a) + area(b) - both
@@ -47,19 +47,19 @@ def suppress(
 ) -> Int[Tensor, "k"]:
     """Greedy non-maximum suppression within each class; return the rows that remain, best score first.
 
-    A box is suppressed when a remaining better one of the same class overlaps it with an IoU above `threshold`. Waits
-    for the device once.
+    A box is suppressed if a better remaining box of the same class overlaps it with an IoU above `threshold`.
+    Synchronises with the device once.
     """
     order = scores.argsort(descending=True, stable=True)
     boxes, labels = boxes[order], labels[order]
-    rivals = ((pairwise_iou(boxes, boxes) > threshold) & (labels[:, None] == labels[None])).cpu()
-    gone = torch.zeros(len(boxes), dtype=torch.bool)
-    stays = []
-    for row, is_gone in enumerate(gone.numpy()):  # a view, so suppression below takes effect here
-        if not is_gone:
-            stays.append(row)
-            gone |= rivals[row]
-    return order[torch.tensor(stays, dtype=torch.int64, device=order.device)]
+    overlapping = ((pairwise_iou(boxes, boxes) > threshold) & (labels[:, None] == labels[None])).cpu()
+    suppressed = torch.zeros(len(boxes), dtype=torch.bool)
+    kept = []
+    for row, is_suppressed in enumerate(suppressed.numpy()):  # a view: it shows the updates made in the loop
+        if not is_suppressed:
+            kept.append(row)
+            suppressed |= overlapping[row]
+    return order[torch.tensor(kept, dtype=torch.int64, device=order.device)]
 
 
 def clip(boxes: Float[Tensor, "*n 4"], size: tuple[int, int]) -> Float[Tensor, "*n 4"]:

@@ -15,13 +15,13 @@ LEVELS = 8
 
 
 def colour_ids(colours: Float[Tensor, "... C"]) -> Int[Tensor, "..."]:
-    """(..., C) in [0, 1] -> (...) in [0, 8^C). What lies outside [0, 1] counts as the nearest level."""
+    """Map colours (..., C) in [0, 1] to ids (...) in [0, 8^C). Values outside [0, 1] get the nearest level."""
     levels = (colours * LEVELS).floor().clamp(0, LEVELS - 1).long()
     return (levels * _place_values(colours.shape[-1], colours)).sum(-1)
 
 
 def colours_of(ids: Int[Tensor, "..."], channels: int) -> Float[Tensor, "... C"]:
-    """The middle of each colour's cell, (...) -> (..., C) in (0, 1): the way back from `colour_ids`."""
+    """Map ids (...) to the centres of their colour cells, (..., C) in (0, 1): the inverse of `colour_ids`."""
     levels = ids[..., None] // _place_values(channels, ids) % LEVELS
     return (levels.float() + 0.5) / LEVELS
 

@@ -1,11 +1,11 @@
 """The networks of a discrete VAE: images to a grid of codes, and codes to images (DALL-E, Ramesh et al. 2021, App. A).
 
 `dalle` is the published architecture (openai/DALL-E): 7 x 7 convolution, four groups of residual bottleneck blocks with
-pooling by 2 between them, so one code for 8 x 8 pixels; its decoder is the mirror. `small` is for images of 32 to 128
-pixels: strided 4 x 4 convolutions, each halving the sides, then residual blocks; its decoder is the mirror too. In both
-the decoder's first 1 x 1 convolution is the codebook: one column is the embedding of one code.
+pooling by 2 between them, so one code covers 8 x 8 pixels. `small` is for images of 32 to 128 pixels: strided 4 x 4
+convolutions, each halving the sides, then residual blocks. Both decoders mirror their encoders, and their first 1 x 1
+convolution is the codebook: each column is the embedding of one code.
 
-A `Tokenizer` is both networks of a trained dVAE with frozen weights, for BEiT and for MAE with token targets.
+A `Tokenizer` contains both networks of a trained dVAE, frozen, for BEiT and for MAE with token targets.
 
 Letters: B images, C channels, R x S grid of codes, V codes, O values the decoder predicts for a pixel.
 """
@@ -31,8 +31,8 @@ from unmask.nn.patches import grid_of, normalise
 from unmask.nn.vit import Pair
 
 LOGIT_LAPLACE_EPS = 0.1  # pixels are mapped into [0.1, 0.9], where the logit is bounded
-DALLE_BLOCKS = 2  # of each of the four groups
-DALLE_GROUPS = (1, 2, 4, 8)  # their widths over the first one's
+DALLE_BLOCKS = 2  # in each of the four groups
+DALLE_GROUPS = (1, 2, 4, 8)  # widths of the groups relative to the first
 DALLE_EMBEDDING = 128
 SMALL_BLOCKS = 2  # residual blocks on either side, unless depth is set
 
@@ -40,9 +40,10 @@ SMALL_BLOCKS = 2  # residual blocks on either side, unless depth is set
 class ConvVAEConfig(EncoderConfig):
     """Size of a discrete VAE. `patch`: pixels of one code, (height, width); `codes`: size of the codebook.
 
-    arch "dalle": `width` of the first group (256 in the paper), patch 8 x 8, and a depth of its own. arch "small":
-    `width` of every layer, a square power of two as patch, `depth` residual blocks on either side (None: 2). loss: what
-    the decoder predicts: "mse" the normalised pixels, "logit_laplace" mean and scale of DALL-E's density.
+    arch "dalle": `width` is that of the first group (256 in the paper), `patch` is 8 x 8, and `depth` is fixed. arch
+    "small": `width` is that of every layer, `patch` is a square with a power of two as side, `depth` is the number of
+    residual blocks on either side (None: 2). loss: "mse" predicts the normalised pixels, "logit_laplace" the mean and
+    scale of DALL-E's density.
     """
 
     arch: Literal["small", "dalle"] = "small"
@@ -150,22 +151,22 @@ class ConvEncoder(ImageEncoder):
         self.head = conv(self.width, config.codes, 1)
 
     def unit(self, images: Shaped[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
-        """File values -> [0, 1]; values outside are clipped."""
+        """Scale file values to [0, 1] and clip values outside."""
         low, high = self.low[:, None, None], self.high[:, None, None]
         return ((images.to(torch.float32) - low) / (high - low)).clamp(0, 1)
 
     def features(self, images: Shaped[Tensor, "B C H W"]) -> Float[Tensor, "B D R S"]:
-        """The last hidden map."""
+        """Return the last hidden map."""
         self.require_shape(images)
         x = squeeze(self.unit(images)) if self.dalle else normalise(images, self.mean, self.std)
         return self.hidden(x.to(self.head.weight.dtype))
 
     def logits(self, images: Shaped[Tensor, "B C H W"]) -> Float[Tensor, "B V R S"]:
-        """A score for every code at every place, float32."""
+        """Return a float32 score for every code at every position."""
         return self.head(self.features(images)).float()
 
     def images(self, values: Float[Tensor, "B O H W"]) -> Float[Tensor, "B C H W"]:
-        """What a decoder predicts, as images in the files' units."""
+        """Convert the output of a decoder to images in the files' units."""
         values = values.float()
         if not self.density:
             return values * self.std[:, None, None] + self.mean[:, None, None]
@@ -174,7 +175,7 @@ class ConvEncoder(ImageEncoder):
         return low + unit.clamp(0, 1) * (high - low)
 
     def forward(self, images: Shaped[Tensor, "B C H W"], scale: Scale | None = None) -> Features:
-        """For probes: the last hidden map, a token for each code. scale: see `ImageEncoder.accept`."""
+        """Return the last hidden map for probes, one token per code. scale: see `ImageEncoder.accept`."""
         images = self.accept(images, scale)
         grid = grid_of((images.shape[2], images.shape[3]), self.patch)
         return Features(cls=None, patches=self.features(images).flatten(2).transpose(1, 2), grid=grid)
@@ -185,7 +186,7 @@ class ConvEncoder(ImageEncoder):
 
 
 class ConvDecoder(nn.Module):
-    """Codes to what the loss is about: the C normalised values of every pixel, or C means and C logs of scales."""
+    """Decode codes to the inputs of the loss: C normalised values per pixel, or C means and C log-scales."""
 
     def __init__(self, config: ConvVAEConfig, channels: int) -> None:
         super().__init__()
@@ -194,11 +195,11 @@ class ConvDecoder(nn.Module):
         self.layers = dalle_decoder(config.codes, config.width, out) if dalle else small_decoder(config, out)
 
     def forward(self, shares: Float[Tensor, "B V R S"]) -> Float[Tensor, "B O H W"]:
-        """`shares`: weights of the codes at every place; one-hot for ids."""
+        """`shares`: weights of the codes at every position; one-hot for ids."""
         return self.layers(shares)
 
     def paint(self, ids: Int[Tensor, "B R S"]) -> Float[Tensor, "B O H W"]:
-        """As `forward` with one-hot shares, by look-up in the codebook, with V times less memory."""
+        """Decode ids: equals `forward` with one-hot shares, but looks up the codebook and needs V times less memory."""
         book = self.layers[0]
         assert isinstance(book, nn.Conv2d), "the 1 x 1 convolution that is the codebook"
         assert book.bias is not None
@@ -215,10 +216,10 @@ def require_patch(config: ConvVAEConfig) -> None:
     """Raise UserError for a patch that the architecture does not support, or a depth that it would ignore."""
     height, width = config.patch
     if config.arch == "dalle" and config.depth is not None:
-        raise UserError(f"got depth={config.depth}; the architecture dalle has its own; leave it out")
+        raise UserError(f"got depth={config.depth}; arch=dalle has a fixed depth; leave depth out")
     if config.arch == "dalle" and config.patch != (8, 8):
         raise UserError(
-            f"got a patch of {height} x {width}; the architecture dalle has one code per 8 x 8 pixels; set 8"
+            f"got a patch of {height} x {width}; arch=dalle has one code per 8 x 8 pixels; set method.encoder.patch=8"
         )
     if height != width or height & (height - 1) or height < 2:
         raise UserError(f"got a patch of {height} x {width}; a dVAE halves the sides repeatedly; use 2, 4, 8 or 16")
@@ -229,7 +230,7 @@ def require_tokenizer(config: ConvVAEConfig | None) -> ConvVAEConfig:
     if config is None:
         raise UserError(
             "the target is a dVAE's codes, but no tokenizer was given; train one with `unmask pretrain DATA --recipe "
-            "dvae_nano --out runs/tokenizer` and give --tokenizer runs/tokenizer"
+            "dvae_nano --out runs/tokenizer` and pass --tokenizer runs/tokenizer"
         )
     return config
 
@@ -237,9 +238,9 @@ def require_tokenizer(config: ConvVAEConfig | None) -> ConvVAEConfig:
 class Tokenizer(nn.Module):
     """A trained, frozen dVAE that maps images to one id for every patch of `patch` pixels.
 
-    Its state dict is that of the method `dvae`, whose weights it receives. Where its own patches are smaller, images
-    are resized by that factor (BEiT: 224 pixels with patch 16, 112 for the tokenizer with patch 8). Raises UserError
-    when its grid of codes differs from the grid of patches.
+    Its state dict is that of the method `dvae`, so it can load the weights of a dVAE run. If its own patches are
+    smaller, images are resized by that factor (BEiT: 224 pixels with patch 16, 112 for the tokenizer with patch 8).
+    Raises UserError when its grid of codes differs from the grid of patches.
     """
 
     def __init__(self, config: ConvVAEConfig, images: ImageSpec, patch: tuple[int, int]) -> None:
@@ -251,8 +252,9 @@ class Tokenizer(nn.Module):
             fits = [side for side in (16, 8, 4, 2) if side <= min(patch)]
             other = f", or train a dVAE with method.encoder.patch={fits[0]}" if patch[0] == patch[1] and fits else ""
             raise UserError(
-                f"this tokenizer has a code for {config.patch[0]} x {config.patch[1]} pixels, a patch is {patch[0]} x "
-                f"{patch[1]}: their grids are not the same; set method.encoder.patch={config.patch[0]} here{other}"
+                f"got a tokenizer with one code per {config.patch[0]} x {config.patch[1]} pixels for patches of "
+                f"{patch[0]} x {patch[1]}; expected patches of the same shape, at least as large; set "
+                f"method.encoder.patch={config.patch[0]} here{other}"
             )
         self.encoder = ConvEncoder(config, replace(images, size=self.size))
         self.decoder = ConvDecoder(config, images.channels)
@@ -260,10 +262,10 @@ class Tokenizer(nn.Module):
 
     @torch.no_grad()
     def ids(self, images: Shaped[Tensor, "B C H W"]) -> Int[Tensor, "B N"]:
-        """The likeliest code of every patch, in raster order."""
+        """Return the most likely code of every patch, in raster order."""
         if images.shape[2:] != self.size:
             images = F.interpolate(images.float(), self.size, mode="bicubic", antialias=True, align_corners=False)
-        with full_precision(images.device):  # near ties must not depend on the precision
+        with full_precision(images.device):  # so that autocast does not change near ties
             return self.encoder.logits(images).argmax(1).flatten(1)
 
     @torch.no_grad()

@@ -1,7 +1,8 @@
 """Corruptions of a denoising autoencoder's input (Vincent et al. 2008 and 2010), as functions of uniform draws.
 
-Each takes pixels (B, C, H, W) as the network sees them and draws in [0, 1), and returns the corrupted pixels and a mask
-of the corrupted ones, (B, C, H, W) bool: the others are bit-equal. The draws belong to the image (`rng.py`).
+Each takes pixels (B, C, H, W) as the network sees them and draws in [0, 1), and returns the corrupted pixels and a bool
+tensor (B, C, H, W), True where a value was corrupted; all other values are unchanged. Each image has its own draws
+(`rng.py`).
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ SMALLEST_DRAW = 2.0**-25  # half of the smallest step, so that no quantile is in
 
 
 def num_chosen(components: int, share: float) -> int:
-    """Number of components to corrupt: round(share x n)."""
+    """Return the number of components to corrupt: round(share x n)."""
     return round(share * components)
 
 
 def choose(draws: Float[Tensor, "B n"], share: float) -> Bool[Tensor, "B n"]:
-    """A fixed number of components of every example, those with the smallest draws."""
+    """Choose the components with the smallest draws, the same number in every example."""
     count = num_chosen(draws.shape[1], share)
     order = draws.argsort(dim=1, stable=True)[:, :count]
     return torch.zeros(draws.shape, dtype=torch.bool, device=draws.device).scatter(1, order, True)
@@ -49,7 +50,7 @@ def num_components(channels: int, size: tuple[int, int], grain: tuple[int, int] 
 def masking(
     pixels: Pixels, draws: Float[Tensor, "B n"], share: float, grain: tuple[int, int] | None
 ) -> tuple[Pixels, Touched]:
-    """A share of the components set to 0: the mean colour for normalised pixels, black for those in [0, 1]."""
+    """Set a share of the components to 0, the mean colour of normalised pixels and black for pixels in [0, 1]."""
     touched = to_values(choose(draws, share), pixels, grain)
     return torch.where(touched, 0.0, pixels), touched
 
@@ -62,20 +63,20 @@ def salt_and_pepper(
     grain: tuple[int, int] | None,
     ends: tuple[Tensor, Tensor],
 ) -> tuple[Pixels, Touched]:
-    """A share of the components set to the least or the greatest value, `ends` (C, 1, 1) each, by a fair coin."""
+    """Set a share of the components to the least or greatest value (`ends`, (C, 1, 1) each) with equal probability."""
     touched = to_values(choose(draws, share), pixels, grain)
     high = to_values(coins < 0.5, pixels, grain)
     return torch.where(touched, torch.where(high, ends[1], ends[0]), pixels), touched
 
 
 def gaussian(pixels: Pixels, draws: Float[Tensor, "B n"], sigma: float) -> tuple[Pixels, Touched]:
-    """Normal noise of standard deviation `sigma`, in the units of the pixels, added to every value."""
+    """Add normal noise of standard deviation `sigma`, in the units of the pixels, to every value."""
     noise = torch.special.ndtri(draws.double().clamp(SMALLEST_DRAW, 1 - SMALLEST_DRAW)).to(pixels.dtype)
     return pixels + sigma * noise.reshape(pixels.shape), torch.ones_like(pixels, dtype=torch.bool)
 
 
 def gray(pixels: Pixels) -> tuple[Pixels, Touched]:
-    """Replace every channel by the mean of all: brightness remains, colours are to be predicted."""
+    """Replace every channel by the mean of all channels, so that colours must be predicted from brightness."""
     return pixels.mean(1, keepdim=True).expand_as(pixels), torch.ones_like(pixels, dtype=torch.bool)
 
 

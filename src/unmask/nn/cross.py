@@ -3,9 +3,9 @@ et al.).
 
 A query is the mask token plus a position. It attends to the encoder's tokens and never to another query, so any subset
 of the hidden patches can be predicted, with predictions that do not depend on the subset. Block j reads its own learned
-mixture of the outputs of ALL encoder blocks and of their input ("inter-block attention"), behind a LayerNorm of its
-own. Parameters, sizes and initial weights are those of the official code (`models_cross.py`, `transformer_utils.py`);
-only its unused class position is left out.
+mixture of the outputs of ALL encoder blocks and of their input ("inter-block attention"), normalised by its own
+LayerNorm. Parameters, sizes and initial weights are those of the official code (`models_cross.py`,
+`transformer_utils.py`); only its unused class position is left out.
 
 Letters for shapes: B images, K1 class token and visible patches, M queries, D width of the encoder, d of the decoder,
 P values of a patch.
@@ -61,7 +61,7 @@ class CrossBlock(nn.Module):
 
 
 class InterBlock(nn.Module):
-    """For each of `depth` decoder blocks its own weighted sum of `sources` feature maps, and its own LayerNorm.
+    """Compute one weighted sum of `sources` feature maps, with its own LayerNorm, for each of `depth` decoder blocks.
 
     The weights are drawn Xavier-uniform, bound sqrt(6 / (sources + depth)). The official constructor draws them normal
     with standard deviation sources^-1/2, but its general initialisation of linear layers then overwrites that.
@@ -80,7 +80,7 @@ class InterBlock(nn.Module):
 
 
 class CrossDecoder(nn.Module):
-    """See the module docstring. `sources`: how many feature maps are mixed; None means that the last one is read alone.
+    """See the module docstring. `sources`: number of feature maps to mix; None to use the last one only.
 
     Raises UserError when the heads do not divide the width, or the width is not a multiple of 4.
     """

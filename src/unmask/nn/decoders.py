@@ -26,9 +26,9 @@ class DecoderConfig(Settings):
 class LightDecoder(nn.Module):
     """MAE's decoder (section 3): narrow transformer over the visible tokens and one shared mask token per hidden patch.
 
-    Equal to the official one without its redundant compute: tokens are not put back into raster order (attention does
-    not depend on the order, each token carries its position), and in the last block and the prediction layer only the
-    predicted patches are computed.
+    Equivalent to the official decoder without its redundant compute: tokens are not sorted back into raster order
+    (attention does not depend on the order, each token carries its position), and the last block and the prediction
+    layer compute the predicted patches only.
 
     out: numbers predicted for a patch. fills: False when the encoder already had mask tokens and returns all N tokens.
     """
@@ -50,10 +50,10 @@ class LightDecoder(nn.Module):
         init_linears(self)
 
     def forward(self, seen: Float[Tensor, "B K1 D"], mask: Mask, *, everywhere: bool = False) -> Float[Tensor, "B Q P"]:
-        """Predict the patches mask.drop, or with `everywhere` those of mask.order.
+        """Predict the patches mask.drop, or with `everywhere` all patches in the order of mask.order.
 
-        `seen`: class token, and the visible tokens in the order of mask.keep (all in that of mask.order when the
-        decoder does not fill).
+        `seen`: the class token, then the visible tokens in the order of mask.keep; with fills=False all tokens in the
+        order of mask.order.
         """
         b, hidden = mask.drop.shape
         x = self.embed(seen)
@@ -66,5 +66,5 @@ class LightDecoder(nn.Module):
         *all_but_last, last = self.blocks
         for block in all_but_last:
             x = block(x)
-        asked = mask.order.shape[1] if everywhere else hidden  # at the end of x, behind the class token or all visible
+        asked = mask.order.shape[1] if everywhere else hidden  # the last tokens of x
         return self.pred(self.norm(last(x, last=asked)))

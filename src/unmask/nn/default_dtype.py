@@ -1,4 +1,4 @@
-"""float32 whatever `torch.set_default_dtype` was called with: weights and optimiser moments are float32 everywhere."""
+"""Create weights and optimiser moments in float32, whatever `torch.set_default_dtype` was called with."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 @contextmanager
 def float32_default() -> Iterator[None]:
-    """Context manager (or decorator) in which new tensors of real numbers are float32 unless they say otherwise."""
+    """Context manager (or decorator) in which new floating-point tensors are float32 unless a dtype is given."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:

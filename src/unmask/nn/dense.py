@@ -1,11 +1,11 @@
-"""Encoder and decoder of the dense autoencoder: an image as one vector, a small code, and the mirrored way back.
+"""Encoder and decoder of the dense autoencoder: an image is one vector, encoded to a small code and decoded again.
 
 Hinton & Salakhutdinov 2006, "Reducing the dimensionality of data with neural networks": hidden layers with one
-activation, a linear code, and a decoder with the same sizes in reverse. One image size, which may be any.
+activation, a linear code, and a decoder with the same sizes in reverse. All images must have the training size.
 
-Weights start Xavier-uniform (Glorot & Bengio 2010, for units of slope 1); those before a logistic unit, whose slope is
-a quarter, four times as wide. Without this factor the 2006 network, trained end to end, stays at one principal
-component for the first thousand steps.
+Weights are initialised Xavier-uniform (Glorot & Bengio 2010, derived for units of slope 1), with four times the range
+before logistic units, whose slope is a quarter. Without this factor the 2006 network, trained end to end, learns only
+one principal component in the first thousand steps.
 
 Letters: B images, C channels, H x W pixels, P = C x H x W values of an image, D length of the code.
 """
@@ -29,17 +29,17 @@ from unmask.nn.inputs import Scale
 
 ACTIVATIONS = {"relu": nn.ReLU, "sigmoid": nn.Sigmoid, "linear": nn.Identity}
 LOGISTIC_GAIN = 4.0  # the logistic function's slope at 0 is a quarter
-SURELY_NOT = 1e-6  # the least probability that a trivial guess gives, so that its cross-entropy stays finite
+MIN_PROBABILITY = 1e-6  # of a baseline prediction, so that its cross-entropy stays finite
 
 
 class DenseConfig(EncoderConfig):
     """Sizes of the hidden layers from the image inwards, and of the code.
 
-    activation: of the hidden layers; "linear" makes the autoencoder affine, which then learns principal components.
-    loss: "mse", the mean square error of pixels normalised over the data set; or "bce", the cross-entropy of pixels in
-    [0, 1] taken as probabilities, which are also the input of the network then. 0 and 1 are 0 and 255 for uint8, and
-    two standard deviations on either side of the mean for uint16 and float32 (`ImageSpec.value_range`), with values
-    beyond clipped.
+    activation: of the hidden layers; "linear" makes the autoencoder affine: it then learns principal components. loss:
+    "mse", the mean square error of pixels normalised over the data set; or "bce", the cross-entropy of pixels scaled to
+    [0, 1], which are then also the network's input. 0 and 1 stand for 0 and 255 in uint8 data, and for two standard
+    deviations below and above the mean in uint16 and float32 data (`ImageSpec.value_range`); values outside are
+    clipped.
     """
 
     hidden: tuple[PositiveInt, ...] = (1000, 500, 250)
@@ -65,7 +65,7 @@ def init_dense(layers: nn.Sequential) -> None:
 
 
 class DenseEncoder(ImageEncoder):
-    """Images to codes. `bottom` and `top` (C, 1, 1): the least and greatest pixel, as the network sees pixels."""
+    """Encode images. `bottom` and `top` (C, 1, 1): the least and greatest pixel value, in the network's units."""
 
     shift: Tensor
     scale: Tensor
@@ -90,13 +90,13 @@ class DenseEncoder(ImageEncoder):
         init_dense(self.layers)
 
     def pixels(self, images: Shaped[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
-        """Images as the network sees them. Raises UserError unless size and channels are those of training."""
+        """Convert images to the network's units. Raises UserError unless size and channels match the training data."""
         self.require_shape(images)
         pixels = (images.to(torch.float32) - self.shift) / self.scale
         return pixels.clamp(0, 1) if self.clipped else pixels
 
     def images(self, pixels: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
-        """The way back from `pixels`: float32, in the files' own units."""
+        """Convert pixels in the network's units to float32 images in the files' own units: the inverse of `pixels`."""
         return pixels.float() * self.scale + self.shift
 
     def drawn(self, guess: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
@@ -104,16 +104,16 @@ class DenseEncoder(ImageEncoder):
         return self.images(guess.float().sigmoid() if self.clipped else guess)
 
     def errors(self, guess: Float[Tensor, "B C H W"], pixels: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
-        """Error of each pixel: squares, or cross-entropies in nats; float32."""
+        """Return the float32 error of each pixel: its square, or its cross-entropy in nats."""
         if self.clipped:
             return F.binary_cross_entropy_with_logits(guess.float(), pixels, reduction="none")
         return (guess.float() - pixels).square()
 
     def mean_colour(self, pixels: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
-        """Output of a baseline decoder that predicts the data set's mean colour."""
+        """Return the output of a baseline decoder that predicts the data set's mean colour."""
         mean = torch.tensor(self.spec.mean, device=pixels.device)[:, None, None]
         colour = self.pixels(mean.expand_as(pixels))
-        return colour.logit(SURELY_NOT) if self.clipped else colour
+        return colour.logit(MIN_PROBABILITY) if self.clipped else colour
 
     def code(self, pixels: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D"]:
         first = self.layers[0].weight
@@ -121,16 +121,16 @@ class DenseEncoder(ImageEncoder):
         return self.layers(pixels.flatten(1).to(first.dtype))
 
     def forward(self, images: Shaped[Tensor, "B C H W"], scale: Scale | None = None) -> Features:
-        """The code, as the one token of a grid of 1 x 1. scale: see `ImageEncoder.accept`."""
+        """Return the code as the only token of a 1 x 1 grid. scale: see `ImageEncoder.accept`."""
         return Features(cls=None, patches=self.code(self.pixels(self.accept(images, scale)))[:, None], grid=(1, 1))
 
     def depth_of(self, name: str) -> int:
-        """Depth of a parameter for layer-wise decay: the number of its layer from the image."""
+        """Depth of a parameter for layer-wise decay: its layer number, counted from the image."""
         return int(name.split(".")[1]) // 2
 
 
 class DenseDecoder(nn.Module):
-    """Codes to images, mirrored: pixels as the network sees them ("mse"), or logits of them ("bce")."""
+    """Decode codes to pixels in the network's units ("mse") or to their logits ("bce"); mirrors the encoder."""
 
     def __init__(self, config: DenseConfig, images: ImageSpec) -> None:
         super().__init__()

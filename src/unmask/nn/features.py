@@ -1,4 +1,4 @@
-"""What every encoder returns; probes, fine-tuning and export use nothing else."""
+"""`Features`, the output of every encoder: all that probes, fine-tuning and export use."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Features(NamedTuple):
 
     @property
     def pooled(self) -> Float[Tensor, "B D"]:
-        """The mean over patch tokens, class token left out."""
+        """The mean of the patch tokens, without the class token."""
         return self.patches.mean(1)
 
     @property

@@ -2,7 +2,7 @@
 
 Differs from a ViT in every detail: the norm divides by the root mean square without subtracting the mean and has a gain
 only; no matrix has a bias; the activation is x sigmoid(1.702 x); positions are learned and one-dimensional; a token is
-a colour, not a patch. Initial weights are those of the published code, the output table starts at zero.
+a colour, not a patch. Initial weights are those of the published code; the output table starts at zero.
 
 Letters: B images, C channels, R x S grid of pixels that are tokens, N = R x S, D width, k colours.
 """
@@ -36,7 +36,8 @@ Cache = list[tuple[Tensor, Tensor]]
 
 
 class GPTConfig(EncoderConfig):
-    """Size of an iGPT. `patch`: pixels that are averaged into one token, (height, width). `colours`: of the palette.
+    """Size of an iGPT. `patch`: pixels that are averaged into one token, (height, width). `colours`: number of palette
+    colours.
 
     feature_layer: the block whose normalised input the encoder returns, 0 for the first, depth for the final output;
     None for the middle, where the paper found the best features.
@@ -85,7 +86,7 @@ class Attention(nn.Module):
         """Return the attention output, and the keys and values so far; `before`: those of earlier tokens."""
         q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         if before is not None:
-            assert x.shape[1] == 1, "only one token at a time can follow others"
+            assert x.shape[1] == 1, "with cached keys and values, x must be one token"
             k, v = torch.cat([before[0], k], 2), torch.cat([before[1], v], 2)
         out = attend(q, k, v, causal=self.causal and before is None)
         return self.proj(out.transpose(1, 2).flatten(2)), (k, v)
@@ -127,7 +128,7 @@ class GPT(ImageEncoder):
     palette: Tensor
     depth: int
     layer: int
-    one_size = "the positions of an iGPT are those of its training"
+    one_size = "an iGPT has learned positions for the training size only"
     exact = ("palette",)
 
     def __init__(self, config: GPTConfig, images: ImageSpec, *, causal: bool) -> None:
@@ -135,7 +136,7 @@ class GPT(ImageEncoder):
         self.spec, self.patch, self.width, self.depth = images, config.patch, config.width, config.depth
         self.grid = grid_of(images.size, config.patch)
         self.layer = config.depth // 2 if config.feature_layer is None else config.feature_layer
-        # What a probe measures by default: the best layer, as in the paper.
+        # Probes use the best layer by default, as in the paper.
         self.probe_layer = "best" if config.feature_layer is None else str(config.feature_layer)
         if self.layer > config.depth:
             raise UserError(
@@ -151,26 +152,27 @@ class GPT(ImageEncoder):
         self.norm = Norm(config.width)
 
     def shrink(self, images: Shaped[Tensor, "B C H W"]) -> Float[Tensor, "B R S C"]:
-        """Cells of `patch` pixels averaged. Raises UserError for images unlike those of the training."""
+        """Average cells of `patch` pixels. Raises UserError for images whose shape differs from training."""
         self.require_shape(images)
         return F.avg_pool2d(images.float(), self.patch).movedim(1, -1)
 
     @torch.no_grad()
     def ids(self, images: Shaped[Tensor, "B C H W"]) -> Int[Tensor, "B N"]:
-        """The nearest colour of every token, in raster order."""
+        """Return the nearest palette colour of every token, in raster order."""
         return nearest_colour(self.shrink(images), self.palette).flatten(1)
 
     def paint(self, ids: Int[Tensor, "B N"]) -> Float[Tensor, "B C H W"]:
-        """Draw the colours, in the files' units."""
+        """Convert palette ids to images in the files' units."""
         painted = self.palette[ids].unflatten(1, self.grid).movedim(-1, 1)
         return painted.repeat_interleave(self.patch[0], 2).repeat_interleave(self.patch[1], 3)
 
     def layers(
         self, ids: Int[Tensor, "B N"], hidden: Bool[Tensor, "B N"] | None = None
     ) -> Iterator[Float[Tensor, "B N D"]]:
-        """The normalised input of each block, n^l of the paper, and after the last the output: depth + 1 of them.
+        """Yield the normalised input of each block (n^l in the paper), then the output: depth + 1 tensors.
 
-        Causal: position t depends on the tokens before t only. hidden: tokens whose content, not position, is removed.
+        Causal: position t depends on the tokens before t only. hidden: tokens whose content is removed; their positions
+        remain.
         """
         x = self.tokens[ids]
         if hidden is not None:
@@ -187,7 +189,7 @@ class GPT(ImageEncoder):
         yield self.norm(x)
 
     def run(self, ids: Int[Tensor, "B N"], hidden: Bool[Tensor, "B N"] | None = None) -> Float[Tensor, "B N D"]:
-        """The output of the last block, normalised."""
+        """Return the normalised output of the last block."""
         for normed in self.layers(ids, hidden):
             last = normed
         return last
@@ -195,7 +197,7 @@ class GPT(ImageEncoder):
     def feature_layers(
         self, images: Shaped[Tensor, "B C H W"], hidden: Bool[Tensor, "B N"] | None = None, scale: Scale | None = None
     ) -> Iterator[Features]:
-        """As `ImageEncoder.feature_layers`."""
+        """See `ImageEncoder.feature_layers`."""
         images = self.accept(images, scale)
         for normed in self.layers(self.ids(images), hidden):
             yield Features(cls=None, patches=normed, grid=self.grid)
@@ -205,7 +207,9 @@ class GPT(ImageEncoder):
         return next(islice(self.feature_layers(images, scale=scale), self.layer, None))
 
     def step(self, tokens: Float[Tensor, "B n D"], place: int, cache: Cache | None) -> tuple[Tensor, Cache]:
-        """Return the output (B, n, D) of n more tokens, the first at `place`; with a `cache` one token at a time."""
+        """Return the output (B, n, D) for n more tokens, the first at `place`, and a cache; with a `cache`, n must be
+        1.
+        """
         x, kept = tokens + self.positions[place : place + tokens.shape[1]], []
         for number, block in enumerate(self.blocks):
             assert isinstance(block, Block)
@@ -216,7 +220,7 @@ class GPT(ImageEncoder):
         return self.norm(x), kept
 
     def depth_of(self, name: str) -> int:
-        """Depth of a parameter for layer-wise decay: 0 for what embeds, i + 1 for block i, depth + 1 for `norm`."""
+        """Depth of a parameter for layer-wise decay: 0 for embeddings, i + 1 for block i, depth + 1 for `norm`."""
         if name.startswith("blocks."):
             return int(name.split(".")[1]) + 1
         return len(self.blocks) + 1 if name.startswith("norm") else 0

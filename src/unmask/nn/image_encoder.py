@@ -1,7 +1,7 @@
-"""The base of all encoders, with every member that probes, fine-tuning, export and the loop may use.
+"""The base of all encoders, with every member that probes, fine-tuning, export and the training loop may use.
 
-`forward(images)` returns `Features`. What an encoder may have besides is declared here with a default, so that nothing
-is looked up by name.
+`forward(images)` returns `Features`. Optional members are declared here with a default, so that no caller needs
+`getattr`.
 """
 
 from __future__ import annotations
@@ -24,19 +24,20 @@ class EncoderConfig(Settings):
 
     @property
     def patch_size(self) -> tuple[int, int] | None:
-        """(height, width) in pixels of what becomes one token; None for an encoder without patches."""
+        """(height, width) of one token in pixels; None for an encoder without patches."""
         return None
 
 
 class ImageEncoder(nn.Module):
-    """Base of all encoders: checks their input, and keeps the constants of the data in float32.
+    """Base of all encoders: checks the input, and stores the constants of the data in float32.
 
-    spec: the training data. width: of a token. patch: (height, width) in pixels, of encoders that accept several sizes.
-    grid: (rows, columns) of tokens at the training size. depth: number of blocks whose outputs `feature_layers` yields;
-    None where there are no layers to choose from. layer: whose features `forward` returns, None for those after the
-    last. probe_layer: the layer that probes measure unless told otherwise, None for `forward`. one_size: why images
-    must have the training size; empty where any whole number of patches will do. exact: the buffers in the files'
-    units, which `.half()` and `.bfloat16()` leave in float32, because 16-bit values do not fit in half precision.
+    spec: the training data. width: size of a token. patch: (height, width) in pixels, of encoders that accept several
+    sizes. grid: (rows, columns) of tokens at the training size. depth: number of blocks whose outputs `feature_layers`
+    yields; None where there are no layers to choose from. layer: the layer whose features `forward` returns, None for
+    the last. probe_layer: the default layer of probes, None for the output of `forward`. one_size: the reason why
+    images must have the training size; empty if any whole number of patches is accepted. exact: the buffers in the
+    files' units, which `.half()` and `.bfloat16()` leave in float32, because 16-bit values do not fit in half
+    precision.
     """
 
     spec: ImageSpec
@@ -52,9 +53,9 @@ class ImageEncoder(nn.Module):
     def feature_layers(
         self, images: Tensor, hidden: Tensor | None = None, scale: Scale | None = None
     ) -> Iterator[Features]:
-        """Yield the features of every layer, 0 (what the first block is given) to `depth`.
+        """Yield the features of every layer, 0 (the input of the first block) to `depth`.
 
-        hidden: (B, N) bool, tokens whose content is removed, for encoders that are trained with such. scale: see
+        hidden: (B, N) bool, tokens whose content is removed, for encoders trained with hidden tokens. scale: see
         `accept`. Raises UserError for an encoder without layers.
         """
         raise UserError(f"{type(self).__name__} has no layers to choose from; use encoder(images)")
@@ -62,36 +63,37 @@ class ImageEncoder(nn.Module):
     def depth_of(self, name: str) -> int:
         """Depth of a parameter for layer-wise decay of the learning rate, counted from the image.
 
-        Raises UserError for an encoder that defines none.
+        Raises UserError for an encoder that defines no depths.
         """
         raise UserError(
             f"got optim.layer_decay for {type(self).__name__}, which has no order of layers; set optim.layer_decay=1"
         )
 
     def accept(self, images: Any, scale: Scale | None = None) -> Tensor:
-        """Return `images` (B, C, H, W) in the files' units. Raises UserError for what this encoder cannot take.
+        """Return `images` (B, C, H, W) in the files' units. Raises UserError for images that this encoder does not
+        accept.
 
-        scale: None checks the range of float images; "data" takes the values as they are; "unit" multiplies values
+        scale: None checks the range of float images; "data" accepts the values unchanged; "unit" multiplies values
         between 0 and 1 by 255 (8-bit data) or 65535 (16-bit data).
         """
         if torch.jit.is_tracing():
             raise UserError(
-                "got a call from torch.jit.trace (or torch.onnx.export with dynamo=False), which would fix the size of "
-                "the batch without a word; use torch.export.export(encoder, (images,), dynamic_shapes=...) or "
+                "got a call from torch.jit.trace (or torch.onnx.export with dynamo=False), which would silently fix "
+                "the batch size; use torch.export.export(encoder, (images,), dynamic_shapes=...) or "
                 "`unmask export RUN --to onnx`"
             )
         self.require_shape(images)
         return in_data_units(images, self.spec, scale)
 
     def require_shape(self, images: Any) -> None:
-        """Raise UserError unless `images` is a tensor (B, C, H, W) of a size that this encoder takes."""
+        """Raise UserError unless `images` is a tensor (B, C, H, W) of a size that this encoder accepts."""
         require_images(images, self.spec)
         size = (images.shape[2], images.shape[3])
         if self.one_size:
             if size != self.spec.size:
-                wanted = f"(B, {self.spec.channels}, {self.spec.size[0]}, {self.spec.size[1]})"
+                expected = f"(B, {self.spec.channels}, {self.spec.size[0]}, {self.spec.size[1]})"
                 raise UserError(
-                    f"got images of shape {tuple(images.shape)}; expected {wanted}: {self.one_size}; crop or resize "
+                    f"got images of shape {tuple(images.shape)}; expected {expected}: {self.one_size}; crop or resize "
                     "the images to that size"
                 )
             return

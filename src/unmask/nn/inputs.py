@@ -24,23 +24,23 @@ from unmask.nn.torch_internals import has_no_values, in_transform
 Scale = Literal["data", "unit"]
 """Units of images: "data" are those of the files, taken as they are; "unit" is 0 to 1 for 8-bit and 16-bit data."""
 
-FULL = {"uint8": 255.0, "uint16": 65535.0}  # the greatest value of the files; float files have none
-LEAST_RANGE = 32.0  # of the data: below, values of at most 1 may be the files' own (class maps, counts, dark frames)
+FULL = {"uint8": 255.0, "uint16": 65535.0}  # greatest possible value in a file; float files have none
+LEAST_RANGE = 32.0  # of the data; with less, values up to 1 may be genuine (class maps, counts, dark frames)
 ROUNDING = 1e-3
-OVERSHOOT = 0.25  # share of the range by which resampling may leave it
+OVERSHOOT = 0.25  # fraction of the range by which resampling may overshoot
 FARTHEST = 50.0  # standard deviations that the mean of a batch may lie from the data's (Chebyshev: 1 in 2,500)
 LARGEST_NORMALISED = 16.0
-SHOWN = 4  # channels whose statistics a message shows
-NEAREST = 1.5  # standard deviations of the data's mean from 0, beyond which values near 0 cannot be typical
+SHOWN = 4  # number of channels whose statistics a message shows
+NEAREST = 1.5  # values near 0 are untypical if the data's mean is further from 0, in standard deviations
 
 
 def require_images(images: Any, spec: ImageSpec) -> None:
-    """Raise UserError unless `images` is a real tensor (B, C, H, W) with the channels of the data, the fix last."""
-    wanted = f"(B, {spec.channels}, H, W)"
+    """Raise UserError unless `images` is a real tensor (B, C, H, W) with the channels of the data."""
+    expected = f"(B, {spec.channels}, H, W)"
     if not isinstance(images, Tensor):
         shape = f" of shape {tuple(images.shape)}" if hasattr(images, "shape") else ""
         raise UserError(
-            f"got {_type_name(images)}{shape}; expected a torch.Tensor of shape {wanted} with the files' values; "
+            f"got {_type_name(images)}{shape}; expected a torch.Tensor of shape {expected} with the files' values; "
             f"use {_conversion(images, spec.channels)}"
         )
     if images.dtype == torch.bool or images.is_complex():
@@ -66,11 +66,11 @@ def require_images(images: Any, spec: ImageSpec) -> None:
         advice = "drop the alpha channel with images[:, :3]"
     else:
         advice = f"this encoder was trained on {channels}-channel images"
-    raise UserError(f"got images of shape {shape}; expected {wanted}; {advice}")
+    raise UserError(f"got images of shape {shape}; expected {expected}; {advice}")
 
 
 def in_data_units(images: Tensor, spec: ImageSpec, scale: Scale | None = None) -> Tensor:
-    """Images (B, C, H, W) in the files' units; see `ImageEncoder.accept`. Raises UserError."""
+    """Convert images (B, C, H, W) to the files' units; see `ImageEncoder.accept`. Raises UserError."""
     if scale not in (None, "data", "unit"):
         raise UserError(f'got scale={scale!r}; expected None, "data" or "unit"')
     if scale == "unit":
@@ -86,7 +86,7 @@ def _from_unit(images: Tensor, spec: ImageSpec) -> Tensor:
     if spec.dtype not in FULL:
         raise UserError(
             f'got scale="unit"; expected the files\' units: this encoder was trained on float images ({_about(spec)}), '
-            "which have no full range to scale 0 to 1 to; pass the values as they are in such files"
+            "which have no full range to scale 0 to 1 to; pass the values of the files"
         )
     if not images.is_floating_point():
         raise UserError(
@@ -103,29 +103,32 @@ def _from_unit(images: Tensor, spec: ImageSpec) -> Tensor:
 
 
 def _unambiguous(images: Tensor, spec: ImageSpec) -> bool:
-    """Whether the dtype alone says that these are the files' values."""
+    """Whether the dtype alone shows that these are the files' values."""
     return str(images.dtype) == f"torch.{spec.dtype}" != "torch.float32"
 
 
 def _readable(images: Tensor) -> bool:
-    """Whether the values can be looked at: not in a graph that is traced or compiled, nor without any."""
+    """Whether the values can be read: False in a traced or compiled graph, and for tensors without values."""
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or has_no_values(images)
     return not traced and not in_transform(images) and images.shape.numel() > 0
 
 
 @torch.no_grad()
 def _range(images: Tensor, spec: ImageSpec) -> tuple[float, float, float]:
-    """(least, greatest, the farthest channel mean in standard deviations of the data), with one wait for the device."""
+    """Return (least value, greatest value, largest distance of a channel mean from the data's in standard deviations).
+
+    Synchronises with the device once.
+    """
     values = images.detach().float()
     low, high = values.aminmax()
     mean, std = (torch.tensor(numbers, device=values.device) for numbers in (spec.mean, spec.std))
     away = ((values.mean((0, 2, 3)) - mean) / std).abs().max()
-    found = torch.stack([low, high, away]).tolist()
-    return found[0], found[1], found[2]
+    result = torch.stack([low, high, away]).tolist()
+    return result[0], result[1], result[2]
 
 
 def _fault(low: float, high: float, away: float, spec: ImageSpec, dtype: str) -> str:
-    """What is wrong with values in this range, as a sentence with the fix; "" where they can be the data's."""
+    """Return an error message with the fix for values in this range; "" if they are plausible."""
     got, full = f"got {dtype} images with values from {low:.4g} to {high:.4g}", FULL.get(spec.dtype)
     keep = 'or scale="data" if the values are right as they are'
     if not (math.isfinite(low) and math.isfinite(high)):
@@ -140,7 +143,7 @@ def _fault(low: float, high: float, away: float, spec: ImageSpec, dtype: str) ->
             "times 257 (images.to(torch.int32) * 257), as in training"
         )
     if low == high == 0:
-        return ""  # black, in any units
+        return ""  # black in all units
     near_zero = _near_zero(spec)
     if near_zero and max(abs(low), abs(high)) <= 1 + ROUNDING:
         fix = 'scale="unit" for values between 0 and 1 (ToTensor)' if full else "the values as they are in the files"
@@ -164,16 +167,16 @@ def _fault(low: float, high: float, away: float, spec: ImageSpec, dtype: str) ->
 
 
 def _near_zero(spec: ImageSpec) -> bool:
-    """Whether values of at most 1 are a tiny part of the data's range, and not typical of it."""
+    """Whether values up to 1 cover only a tiny, untypical part of the data's range."""
     largest = max(mean + 2 * std for mean, std in zip(spec.mean, spec.std, strict=True))
     if spec.dtype in FULL:
         return largest >= LEAST_RANGE
-    # Float data may have their mean at 0 (heights above the sea): then values near 0 are as good as any.
+    # Float data may have a mean near 0 (heights above sea level): then values near 0 are typical.
     return largest >= LEAST_RANGE and all(mean > NEAREST * std for mean, std in zip(spec.mean, spec.std, strict=True))
 
 
 def _about(spec: ImageSpec) -> str:
-    """The data's dtype, range and statistics in words."""
+    """Describe the data's dtype, range and statistics."""
     kind = {"uint8": "uint8, 0 to 255", "uint16": "uint16, 0 to 65535"}.get(spec.dtype, spec.dtype)
     mean, std = (", ".join(f"{value:.4g}" for value in values[:SHOWN]) for values in (spec.mean, spec.std))
     more = ", ..." if spec.channels > SHOWN else ""
@@ -186,7 +189,7 @@ def _type_name(value: Any) -> str:
 
 
 def _conversion(value: Any, channels: int) -> str:
-    """Code that makes a batch of a NumPy array or a Pillow image."""
+    """Return code that converts a NumPy array or a Pillow image to a batch."""
     shape = getattr(value, "shape", None)
     if shape is None:
         code, shape = "torch.from_numpy(numpy.array(image))", (0, 0) if channels == 1 else (0, 0, channels)

@@ -1,8 +1,9 @@
-"""`nn.Linear` that computes float32 products with oneDNN on AMD processors with AVX-512; equal but for rounding.
+"""`nn.Linear` that computes float32 products with oneDNN on AMD processors with AVX-512; equal up to rounding.
 
-torch computes float32 products with MKL, which can reach less than half of the rate of oneDNN there, which torch's CPU
-builds contain as well (`benchmarks/step.py`; bfloat16 always goes there). Elsewhere, and for small products, it is
-torch's own. Which of the two follows from the processor and the shapes alone, so a resumed run repeats itself.
+torch computes float32 products with MKL, which can be less than half as fast on these processors as oneDNN, which
+torch's CPU builds also contain (`benchmarks/step.py`; bfloat16 always uses oneDNN). On other processors, and for small
+products, torch's own implementation is used. The choice depends on the processor and the shapes alone, so a resumed run
+repeats its results.
 
 Letters: rows of the input, inside and outside: number of input and output features.
 """
@@ -21,11 +22,11 @@ from torch.autograd.function import once_differentiable
 
 from unmask.nn import torch_internals
 
-FEWEST = 1 << 20  # multiply-accumulates; below, the call costs more than the product
+FEWEST = 1 << 20  # multiply-accumulates; for smaller products the call costs more than it saves
 
 
 class Linear(nn.Linear):
-    """In parameters, names and initial weights `nn.Linear`."""
+    """`nn.Linear` computed by `linear`: same parameters, names and initial weights."""
 
     def forward(self, input: Float[Tensor, "*rows inside"]) -> Float[Tensor, "*rows outside"]:
         return linear(input, self.weight, self.bias)
@@ -42,7 +43,7 @@ def linear(
 
 def _for_onednn(x: Tensor, weight: Tensor) -> bool:
     return (
-        not torch.compiler.is_compiling()  # first: an exported graph has sizes that are not yet numbers
+        not torch.compiler.is_compiling()  # checked first: sizes are symbols in an exported graph
         and not torch_internals.in_transform(x)
         and mkl_is_slow()
         and x.device.type == "cpu"
@@ -55,7 +56,7 @@ def _for_onednn(x: Tensor, weight: Tensor) -> bool:
 
 @cache
 def mkl_is_slow() -> bool:
-    """Whether this is a processor on which MKL falls far behind oneDNN, and torch has both."""
+    """Whether MKL is much slower than oneDNN on this processor, and torch has both."""
     if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
         return False
     if torch.backends.cpu.get_cpu_capability() != "AVX512" or torch_internals.onednn_linear() is None:

@@ -12,7 +12,7 @@ from torch import Tensor
 def mean_square(
     guess: Float[Tensor, "*shape"], truth: Float[Tensor, "*shape"], weights: Tensor | None = None
 ) -> Float[Tensor, ""]:
-    """Mean over all values. With as many hidden patches in every image this is MAE's masked mean.
+    """Return the mean squared error. With equally many hidden patches in every image this is MAE's masked mean.
 
     weights: see `weighted_mean`.
     """
@@ -20,9 +20,10 @@ def mean_square(
 
 
 def weighted_mean(values: Float[Tensor, "*shape"], weights: Tensor | None = None) -> Float[Tensor, ""]:
-    """Mean of the values with weight 1, leaving out those with weight 0; 0 (with a graph) where none counts.
+    """Return the mean of the values with weight 1, ignoring those with weight 0; a differentiable 0 if all weights are
+    0.
 
-    weights: 0 or 1, of a shape that broadcasts to that of `values`; None weighs all alike, as `Tensor.mean`.
+    weights: 0 or 1, of a shape that broadcasts to that of `values`; None for the mean of all values.
     """
     if weights is None:
         return values.mean()
@@ -31,6 +32,6 @@ def weighted_mean(values: Float[Tensor, "*shape"], weights: Tensor | None = None
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[object]:
-    """Context manager that disables autocast on devices that have it, which the meta device does not."""
+    """Context manager that disables autocast if the device supports autocast (the meta device does not)."""
     known = torch.amp.autocast_mode.is_autocast_available(device.type)
     return torch.autocast(device.type, enabled=False) if known else nullcontext()

@@ -1,13 +1,13 @@
 """Segmentation heads on the tokens of a vision transformer: a linear layer, or UPerNet.
 
 UPerNet (Xiao et al. 2018, "Unified perceptual parsing for scene understanding") as BEiT and MAE put it on a plain
-transformer: four blocks give one map each, brought to 4, 2, 1 and 1/2 cells a patch by transposed
-convolutions and pooling; pyramid pooling on the coarsest; a top-down path that adds each level to the next finer one;
-all levels fused at the finest.
+transformer: one map from each of four blocks, resampled to 4, 2, 1 and 1/2 cells per patch by transposed convolutions
+and pooling; pyramid pooling on the coarsest; a top-down path that adds each level to the next finer one; all levels
+fused at the finest.
 
-Differs from it: LayerNorm over channels where it has BatchNorm, so that a batch of one image works and images do not
-affect each other; a LayerNorm on every block's tokens first, which grow from block to block; no dropout and no
-auxiliary head; no level finer than a pixel, or coarser than the grid has patches for.
+Differs from the paper: LayerNorm over channels instead of BatchNorm, so that a batch of one image works and images do
+not affect each other; a LayerNorm on every block's tokens first, because their magnitude grows from block to block; no
+dropout and no auxiliary head; no level finer than a pixel or coarser than the whole grid.
 
 Letters: B images, D width of a token, R x C grid of patches, W width of the head, K classes.
 """
@@ -25,12 +25,12 @@ from torch import Tensor, nn
 from unmask.nn.pyramid import SCALES, ChannelNorm
 
 BEIT_SHARES = (1 / 3, 1 / 2, 2 / 3, 1)  # of the depth: blocks 4, 6, 8, 12 of 12 and 8, 12, 16, 24 of 24 in BEiT's code
-POOLS = (1, 2, 3, 6)  # cells along each side that pyramid pooling sees
+POOLS = (1, 2, 3, 6)  # cells along each side in pyramid pooling
 CLASS_STD = 0.01
 
 
 def resize(x: Float[Tensor, "B W _ _"], size: Sequence[int]) -> Float[Tensor, "B W _ _"]:
-    """Bilinear, corners not aligned."""
+    """Resize bilinearly, with align_corners=False."""
     return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
 
 
@@ -43,7 +43,7 @@ class LinearHead(nn.Module):
         self.to_classes = class_layer(before, classes)
 
     def blocks(self, depth: int) -> tuple[int, ...]:
-        """The blocks, counted from 1, whose maps `forward` takes."""
+        """Return the blocks, counted from 1, whose maps `forward` expects."""
         return (depth,)
 
     def forward(self, maps: Sequence[Float[Tensor, "B D R C"]]) -> Float[Tensor, "B K R C"]:
@@ -78,14 +78,14 @@ class UPerNet(nn.Module):
         self.to_classes = class_layer(width, classes)
 
     def blocks(self, depth: int) -> tuple[int, ...]:
-        """The blocks, counted from 1, whose maps `forward` takes: as many as there are levels, the last among them."""
+        """Return the blocks, counted from 1, whose maps `forward` expects: one per level, including the last block."""
         count = len(self.scales)
         if self.feature_blocks == "beit":
             return tuple(math.ceil(depth * share - 1e-6) for share in BEIT_SHARES[-count:])
         return tuple(-(-depth * number // count) for number in range(1, count + 1))
 
     def forward(self, maps: Sequence[Float[Tensor, "B D R C"]]) -> Float[Tensor, "B K _ _"]:
-        """(B, K, rows, cols) of the finest level."""
+        """Return class scores (B, K, rows, cols) at the finest level."""
         levels = [change(norm(x)) for x, norm, change in zip(maps, self.norms, self.levels, strict=True)]
         top = levels[-1]
         pools = [part(F.adaptive_avg_pool2d(top, cells)) for part, cells in zip(self.pooled, POOLS, strict=True)]
@@ -97,12 +97,12 @@ class UPerNet(nn.Module):
 
 
 def levels_of(patch: tuple[int, int], grid: tuple[int, int]) -> tuple[float, ...]:
-    """Cells a patch, along one side, of each level: those of SCALES that pixels and patches allow, finest first."""
+    """Return the SCALES (cells per patch along one side) that the patch and grid sizes allow, finest first."""
     return tuple(scale for scale in SCALES if scale <= min(patch) and min(grid) * scale >= 1)
 
 
 def rescale(scale: float, width: int) -> nn.Module:
-    """(B, D, R, C) -> (B, D, R x scale, C x scale), as in BEiT's segmentation code."""
+    """Return a module (B, D, R, C) -> (B, D, R x scale, C x scale), as in BEiT's segmentation code."""
     if scale == 4.0:
         return nn.Sequential(up(width), ChannelNorm(width), nn.GELU(), up(width))
     if scale == 2.0:

@@ -1,8 +1,8 @@
 """Patch masks: `Mask`, and the samplers that create one.
 
 Indices run over the patch grid only, never with an offset for a class token. Every image of a batch keeps the same
-number of patches, so shapes are static. A sampler is a function (B, grid, ratio, rng) -> Mask, and its draws belong to
-the image (see `rng.py`), not to its place in the batch. MAE's Table 1f compares `random_mask`, `block_mask` and
+number of patches, so shapes are static. A sampler is a function (B, grid, ratio, rng) -> Mask, and its draws depend on
+the image (see `rng.py`), not on its place in the batch. MAE's Table 1f compares `random_mask`, `block_mask` and
 `grid_mask`; `pattern_mask` uses patterns from a file.
 """
 
@@ -20,8 +20,8 @@ from unmask.errors import UserError
 from unmask.rng import Draws
 
 BLOCK_TRIES = 10  # rejections in a row after which the block sampler stops (BEiT)
-BLOCK_PROPOSALS = 64  # rectangles drawn for every image, more than are needed but with very small blocks
-BLOCK_ASPECT = 0.3  # least height of a block over its width; the greatest is 1 over this
+BLOCK_PROPOSALS = 64  # rectangles drawn for every image; enough unless blocks are very small
+BLOCK_ASPECT = 0.3  # smallest height / width of a block; the largest is the inverse
 BEIT_SMALLEST_BLOCK = 16 / 196  # share of the grid
 
 
@@ -46,16 +46,17 @@ class Mask:
 
 
 def num_kept(num_patches: int, ratio: float) -> int:
-    """How many patches stay visible: N (1 - ratio) rounded down, as the official code does.
+    """Return how many patches stay visible: N (1 - ratio) rounded down, as in the official code.
 
-    The official `int(N * (1 - ratio))` loses one more where the product falls just below a whole number (N = 100, ratio
-    0.9 gives 9); the small term corrects that. Raises UserError when nothing would be visible, or nothing hidden.
+    The official `int(N * (1 - ratio))` keeps one patch too few if rounding puts the product just below a whole number
+    (N = 100, ratio 0.9 gives 9); the small term corrects that. Raises UserError if no patch would be visible, or none
+    hidden.
     """
     kept = math.floor(num_patches * (1 - ratio) + 1e-6)
     if not 0 < kept < num_patches:
         what = "nothing visible" if kept < 1 else "nothing hidden"
         raise UserError(
-            f"a mask ratio of {ratio} on {num_patches} patches leaves {what}; "
+            f"got a mask ratio of {ratio}, which leaves {what} of {num_patches} patches; "
             f"choose a ratio between {1 / num_patches:.3g} and {1 - 1 / num_patches:.3g}"
         )
     return kept
@@ -69,43 +70,43 @@ def mask_from_noise(noise: Float[Tensor, "B N"], ratio: float) -> Mask:
 
 
 def random_mask(batch: int, grid: tuple[int, int], ratio: float, rng: Draws) -> Mask:
-    """Uniform sampling without replacement, each image its own mask (MAE section 3)."""
+    """Sample a mask for each image, uniformly without replacement (MAE section 3)."""
     noise = rng.uniform(grid[0] * grid[1])
     assert len(noise) == batch, "the draws belong to another batch"
     return mask_from_noise(noise, ratio)
 
 
 def smallest_block(grid: tuple[int, int]) -> int:
-    """Least number of patches in a block: 16 on BEiT's grid of 14 x 14, the same share of any other."""
+    """Return the least number of patches in a block: 16 on BEiT's 14 x 14 grid, the same share of any other grid."""
     return max(1, round(BEIT_SMALLEST_BLOCK * grid[0] * grid[1]))
 
 
 def require_blocks(grid: tuple[int, int], ratio: float, smallest: int) -> None:
-    """Raise UserError when a block of `smallest` patches does not fit the grid, or hides more than the ratio."""
+    """Raise UserError if a block of `smallest` patches would hide more patches than the ratio allows."""
     n = grid[0] * grid[1]
     hidden = n - num_kept(n, ratio)
     if smallest > hidden:
         ways = f"set method.smallest_block={hidden} or less"
-        if smallest < n:  # else no ratio is large enough
+        if smallest < n:  # otherwise no ratio is large enough
             ways += f", or method.mask_ratio={math.ceil(1000 * smallest / n) / 1000:g} or more"
         raise UserError(
-            f"a smallest block of {smallest} patches is larger than the {hidden} patches, of {n} in a grid of "
-            f"{grid[0]} x {grid[1]}, that method.mask_ratio={ratio:.4g} hides; {ways}"
+            f"got a smallest block of {smallest} patches; method.mask_ratio={ratio:.4g} hides only {hidden} of the "
+            f"{grid[0]} x {grid[1]} patches; {ways}"
         )
 
 
 def block_mask(batch: int, grid: tuple[int, int], ratio: float, rng: Draws, smallest: int | None = None) -> Mask:
-    """Block-wise sampling of BEiT (Bao et al. 2021, its code), made to hide the same number in every image.
+    """Sample blocks as BEiT's code does (Bao et al. 2021), but hide the same number of patches in every image.
 
     Rectangles are drawn one after another: area uniform between `smallest` and what remains to be hidden, aspect
     log-uniform in [0.3, 1/0.3], both sides shorter than the grid's, corner anywhere. One is accepted when it hides at
-    least one new patch and not more than remain; after ten rejections in a row the sampler stops. BEiT ends there, at
-    or below the wanted number; here random single patches are added, because batches need equal numbers. All images
-    process the same 64 proposals at once, without waiting for the host.
+    least one new patch and not more than remain; after ten rejections in a row the sampler stops. BEiT then hides the
+    target number or fewer; here random single patches are added, because batches need equal numbers. All images process
+    the same 64 proposals at once, without waiting for the host.
     """
     smallest = smallest_block(grid) if smallest is None else smallest
     (rows, cols), n = grid, grid[0] * grid[1]
-    wanted = n - num_kept(n, ratio)
+    target = n - num_kept(n, ratio)
     draws = rng.uniform(4 * BLOCK_PROPOSALS + n)
     assert len(draws) == batch, "the draws belong to another batch"
     proposals = draws[:, : 4 * BLOCK_PROPOSALS].reshape(batch, BLOCK_PROPOSALS, 4)
@@ -114,7 +115,7 @@ def block_mask(batch: int, grid: tuple[int, int], ratio: float, rng: Draws, smal
     hidden = torch.zeros(batch, rows, cols, dtype=torch.bool, device=draws.device)
     failed = torch.zeros(batch, dtype=torch.int64, device=draws.device)
     for area, aspect, down, across in proposals.permute(1, 2, 0):  # each (B,)
-        remaining = wanted - hidden.sum((1, 2))
+        remaining = target - hidden.sum((1, 2))
         area = smallest + area * (remaining - smallest)
         aspect = torch.exp(math.log(BLOCK_ASPECT) * (1 - 2 * aspect))
         height, width = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
@@ -125,7 +126,7 @@ def block_mask(batch: int, grid: tuple[int, int], ratio: float, rng: Draws, smal
         fits = (height < rows) & (width < cols) & (new >= 1) & (new <= remaining) & (failed < BLOCK_TRIES)
         hidden = hidden | (block & fits[:, None, None])
         failed = torch.where(failed < BLOCK_TRIES, torch.where(fits, 0, failed + 1), failed)
-    # What is hidden comes last; among the others the noise says which ones make up the number.
+    # Blocks sort last and are dropped first; the noise decides which single patches are added.
     return mask_from_noise(draws[:, 4 * BLOCK_PROPOSALS :] + hidden.flatten(1), ratio)
 
 
@@ -144,7 +145,7 @@ def require_grid(grid: tuple[int, int], ratio: float) -> None:
 
 
 def grid_mask(batch: int, grid: tuple[int, int], ratio: float, rng: Draws) -> Mask:
-    """Regular sampling of MAE's Table 1f: the upper left of every 2 x 2 patches stays, the same in every image."""
+    """Keep the upper left of every 2 x 2 patches, the same in every image (grid sampling of MAE's Table 1f)."""
     require_grid(grid, ratio)
     hidden = torch.ones(grid, dtype=torch.bool, device=rng.index.device)
     hidden[::2, ::2] = False
@@ -164,35 +165,35 @@ def _mask_of(hidden: Bool[Tensor, "B N"], kept: int) -> Mask:
 
 
 def read_patterns(rows: Sequence[Sequence[str]], grid: tuple[int, int]) -> Bool[Tensor, "n N"]:
-    """Patterns as text, "#" a hidden patch and "." a visible one, one string for each row of the grid.
+    """Parse patterns: "#" is a hidden patch, "." a visible one, one string for each row of the grid.
 
-    Raises UserError for another size than the grid's, other letters, or patterns that hide unequal numbers, no patch,
-    or all.
+    Raises UserError for a size that differs from the grid, for other characters, and for patterns that hide all
+    patches, none, or a different number than the other patterns.
     """
     flags = []
     for number, pattern in enumerate(rows, 1):
         shape = {len(row) for row in pattern}
         if len(pattern) != grid[0] or shape != {grid[1]}:
-            came = f"{len(pattern)} x {shape.pop() if len(shape) == 1 else 'unequal'}"
+            got = f"{len(pattern)} x {shape.pop() if len(shape) == 1 else 'unequal'}"
             raise UserError(
-                f"mask pattern {number} is {came}; the grid has {grid[0]} x {grid[1]} patches, one mark each: draw it "
-                "anew, or change data.size or method.encoder.patch"
+                f"got mask pattern {number} of {got} characters; expected {grid[0]} x {grid[1]}, one for each patch; "
+                "redraw it, or change data.size or method.encoder.patch"
             )
         if wrong := set("".join(pattern)) - set("#."):
-            raise UserError(f"mask pattern {number} has {sorted(wrong)}; '#' hides a patch and '.' shows it")
+            raise UserError(f"got {sorted(wrong)} in mask pattern {number}; use '#' for hidden and '.' for visible")
         flags.append([letter == "#" for row in pattern for letter in row])
     hidden = torch.tensor(flags, device="cpu")
     counts = sorted({sum(pattern) for pattern in flags})
     if len(counts) != 1 or not 0 < counts[0] < hidden.shape[1]:
         raise UserError(
-            f"the mask patterns hide {' or '.join(map(str, counts))} of {hidden.shape[1]} patches; all of a file must "
-            "hide the same number, at least one and not all, because the images of a batch share their shapes"
+            f"got mask patterns that hide {' or '.join(map(str, counts))} of {hidden.shape[1]} patches; make all "
+            "patterns hide the same number, at least one and not all, because the images of a batch share their shapes"
         )
     return hidden
 
 
 def nearest_visible(mask: Mask, grid: tuple[int, int]) -> Int[Tensor, "B M"]:
-    """For every hidden patch the index of the visible patch nearest to it (Euclidean; ties to the lower index)."""
+    """Return the index of the visible patch nearest to each hidden patch (Euclidean; ties go to the lower index)."""
     one_by_one = [_nearest(keep.sort().values, drop, grid[1]) for keep, drop in zip(mask.keep, mask.drop, strict=True)]
     return torch.stack(one_by_one)  # one image at a time: the distances of all would not fit in memory
 
@@ -201,5 +202,5 @@ def _nearest(keep: Int[Tensor, "K"], drop: Int[Tensor, "M"], cols: int) -> Int[T
     down = (drop // cols)[:, None] - keep // cols  # (M, K)
     across = (drop % cols)[:, None] - keep % cols
     distance = down.square() + across.square()
-    first = (distance == distance.amin(1, keepdim=True)).int().argmax(1)  # argmax takes the first of equals
+    first = (distance == distance.amin(1, keepdim=True)).int().argmax(1)  # argmax returns the first of equal values
     return keep[first]

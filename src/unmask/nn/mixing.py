@@ -1,8 +1,7 @@
-"""Mixup and cutmix: each image of a batch mixed with its mirror in the batch, and its target alike.
+"""Mixup and cutmix: mix each image and its target with those at the mirrored position in the batch.
 
-Zhang et al. 2018, "mixup: Beyond empirical risk minimization"; Yun et al. 2019, "CutMix". As in MAE's fine-tuning one
-of the two, with one mixing ratio, is used for a whole (micro-)batch. The draws are made on the host, so nothing waits
-for a GPU.
+Zhang et al. 2018, "mixup: Beyond empirical risk minimization"; Yun et al. 2019, "CutMix". As in MAE's fine-tuning, each
+(micro-)batch uses one of the two, with one mixing ratio. The draws are made on the host, so nothing waits for a GPU.
 
 Letters: B images, C channels, H x W pixels, K classes.
 """
@@ -20,7 +19,7 @@ MIX_DRAWS = 4
 
 
 def soft_targets(labels: Int[Tensor, "B"], classes: int, smoothing: float) -> Float[Tensor, "B K"]:
-    """1 - s + s / K for the right class and s / K for each other (Szegedy et al. 2016)."""
+    """Return targets of 1 - s + s / K for the right class and s / K for every other (Szegedy et al. 2016)."""
     return F.one_hot(labels, classes).float() * (1 - smoothing) + smoothing / classes
 
 
@@ -32,19 +31,19 @@ def mix(
     mixup: float,
     cutmix: float,
 ) -> tuple[Shaped[Tensor, "B C H W"], Float[Tensor, "B K"]]:
-    """Images and targets mixed with those of the batch in reverse. draws: uniform in [0, 1), for this batch.
+    """Mix images and targets with those of the reversed batch. draws: uniform in [0, 1), for this batch.
 
-    mixup, cutmix: parameter alpha of the Beta distribution of the share that an image keeps, 0 for none; with both, one
-    is chosen at random. Cutmix keeps the dtype of the images, mixup returns float32. Raises UserError for a batch of
-    one image.
+    mixup, cutmix: alpha of the Beta(alpha, alpha) distribution of each image's own share, 0 to disable; if both are
+    enabled, one is chosen at random. Cutmix keeps the dtype of the images, mixup returns float32. Raises UserError for
+    a batch of one image.
     """
     toss, share, down, across = (float(draw) for draw in draws)
     if not mixup and not cutmix:
         return images, targets
     if len(images) == 1:
         raise UserError(
-            "mixup and cutmix mix the images of a micro-batch, and there is one image in it; use train.micro_batch=2 "
-            "or more, or method.mixup=0 and method.cutmix=0"
+            "got a micro-batch of one image; mixup and cutmix mix at least two; use train.micro_batch=2 or more, or "
+            "method.mixup=0 and method.cutmix=0"
         )
     cuts = bool(cutmix) and (not mixup or toss < 0.5)
     kept = beta_quantile(share, cutmix if cuts else mixup)
@@ -67,7 +66,10 @@ def beta_quantile(share: float, alpha: float) -> float:
 
 
 def cut_box(size: tuple[int, int], kept: float, down: float, across: float) -> tuple[slice, slice]:
-    """Rows and columns of a box: the image's shape, 1 - `kept` of its area, around a point, cut off at the edges."""
+    """Return rows and columns of a box with the image's aspect ratio and 1 - `kept` of its area, clipped at the edges.
+
+    down, across: centre of the box, as fractions of the image's height and width.
+    """
     spans = []
     for length, at in zip(size, (down, across), strict=True):
         half, middle = int(length * (1 - kept) ** 0.5) // 2, int(at * length)

@@ -10,7 +10,7 @@ from torch import nn
 
 @contextmanager
 def eval_mode(*modules: nn.Module) -> Iterator[None]:
-    """Context manager for eval mode, which afterwards restores the mode of each submodule."""
+    """Context manager that switches modules to eval mode and restores the mode of each submodule on exit."""
     modes = [(part, part.training) for module in modules for part in module.modules()]
     for module in modules:
         module.eval()

@@ -1,7 +1,7 @@
 """Colour palettes: k-means, and the nearest colour of every pixel (iGPT, section 2).
 
-Distances are Euclidean in the files' own units. For 8-bit RGB these are the paper's, up to a constant: there pixels are
-scaled to [-1, 1] first.
+Distances are Euclidean in the files' own units. For 8-bit RGB they equal the paper's up to a constant factor, because
+the paper scales pixels to [-1, 1] first.
 
 Letters: n pixels, C channels, k colours.
 """
@@ -19,9 +19,9 @@ ROUNDS = 25
 
 
 def nearest_colour(pixels: Float[Tensor, "*shape C"], colours: Float[Tensor, "k C"]) -> Int[Tensor, "*shape"]:
-    """Index of the nearest colour; ties go to the lower one."""
+    """Return the index of the nearest colour; ties go to the lower index."""
     flat = pixels.reshape(-1, pixels.shape[-1]).float()
-    # Differences, not products: squares of 16-bit values leave no digits for small distances.
+    # Use differences, not matrix products: in float32, squares of 16-bit values hide small distances.
     parts = [
         torch.cdist(part, colours, compute_mode="donot_use_mm_for_euclid_dist").argmin(1) for part in flat.split(8192)
     ]
@@ -29,14 +29,15 @@ def nearest_colour(pixels: Float[Tensor, "*shape C"], colours: Float[Tensor, "k 
 
 
 def k_means(pixels: Float[Tensor, "n C"], k: int, seed: int = 0) -> Float[Tensor, "k C"]:
-    """k colours that leave a small mean square distance (Lloyd 1982, begun by k-means++, Arthur & Vassilvitskii 2007).
+    """Compute k colours close to the pixels (Lloyd 1982, initialised by k-means++, Arthur & Vassilvitskii 2007).
 
-    At most 50,000 pixels are used, evenly spread over those given. With fewer different pixels than k some colours
-    occur twice and are never the nearest. The result depends on the pixels and the seed alone.
+    Uses at most 50,000 pixels, evenly spaced in the input. With fewer than k different pixels, some colours occur twice
+    and are never the nearest. The result depends on the pixels and the seed alone.
 
-    Not scikit-learn's KMeans: it draws other centres from the same pixels and depends on its version, and the losses of
-    iGPT with a palette made from the data must repeat bit for bit. It is three times faster for 512 colours (5 s
-    instead of 17 s on two loaded cores, once per run) and equally good (mean squared distance 189.9 instead of 191.1).
+    scikit-learn's KMeans is not used: its centres differ from these and between its versions, and the losses of iGPT
+    with a palette computed from the data must be reproducible bit for bit. It would be three times faster for 512
+    colours (5 s instead of 17 s on two loaded cores, once per run) and equally good (mean squared distance 191.1
+    instead of 189.9).
     """
     count = min(len(pixels), MOST_PIXELS)
     rows = torch.arange(count, device=pixels.device) * (len(pixels) - 1) // max(1, count - 1)

@@ -1,4 +1,4 @@
-"""Images as rows of patches, and back; and picking rows out of them.
+"""Convert images to rows of patches and back, and select or replace rows.
 
 The patch vector is laid out (row in patch, column in patch, channel), channel fastest, and patches are row-major, as in
 the official MAE code; a convolution's weight is laid out (channel, row, column), which is not the same order.
@@ -14,9 +14,9 @@ from unmask.errors import UserError
 
 
 def grid_of(size: tuple[int, int], patch: tuple[int, int]) -> tuple[int, int]:
-    """(rows, cols) of patches of `patch` = (height, width) pixels in an image of `size` = (H, W) pixels.
+    """Return the grid (rows, cols) of patches of (height, width) pixels in an image of `size` = (H, W) pixels.
 
-    Raises UserError when a side is not a whole number of patches.
+    Raises UserError if a side is not a whole number of patches.
     """
     for side, length, step in zip(("height", "width"), size, patch, strict=True):
         if length % step or length < step:
@@ -49,19 +49,19 @@ def unpatchify(
 
 
 def take(tokens: Shaped[Tensor, "B N D"], index: Int[Tensor, "B K"]) -> Shaped[Tensor, "B K D"]:
-    """Row k of image b of the result is row index[b, k] of `tokens`."""
+    """Select rows: result[b, k] = tokens[b, index[b, k]]."""
     return tokens.gather(1, index[:, :, None].expand(-1, -1, tokens.shape[2]))
 
 
 def put(
     tokens: Shaped[Tensor, "B N D"], index: Int[Tensor, "B K"], values: Shaped[Tensor, "B K D"]
 ) -> Shaped[Tensor, "B N D"]:
-    """A copy of `tokens` in which row index[b, k] is replaced by values[b, k]: the way back from `take`."""
+    """Replace rows in a copy of `tokens`: result[b, index[b, k]] = values[b, k]. The inverse of `take`."""
     return tokens.scatter(1, index[:, :, None].expand(-1, -1, tokens.shape[2]), values)
 
 
 def normalise(
     images: Shaped[Tensor, "B C H W"], mean: Float[Tensor, "C"], std: Float[Tensor, "C"]
 ) -> Float[Tensor, "B C H W"]:
-    """Images of any dtype -> float32 with the data set's mean and standard deviation per channel removed."""
+    """Convert images of any dtype to float32, normalised by the data set's mean and standard deviation per channel."""
     return (images.to(torch.float32) - mean[:, None, None]) / std[:, None, None]

@@ -1,5 +1,5 @@
 """Positions of patches: fixed two-dimensional sine-cosine positions of MAE (He et al. 2021, `util/pos_embed.py`),
-resizing of tables, and BEiT's relative position bias.
+resizing of position tables, and BEiT's relative position bias.
 
 The code of one axis is [sin(pos w) | cos(pos w)] in halves, not interleaved, with w_i = 10000^(-i / (D/4)); the code of
 a patch is [code of its COLUMN | code of its ROW], because the official code calls meshgrid with the width axis first.
@@ -34,9 +34,9 @@ def sincos(width: int, grid: tuple[int, int]) -> Float[Tensor, "N D"]:
 
 
 def resize(positions: Float[Tensor, "1 N D"], old: tuple[int, int], new: tuple[int, int]) -> Float[Tensor, "1 M D"]:
-    """A table for grid `old` interpolated (bicubic, two-dimensional) to grid `new`; itself when they are equal.
+    """Interpolate a table for grid `old` to grid `new` (bicubic, two-dimensional); unchanged if they are equal.
 
-    In a graph that is exported for any size it is always interpolated; to its own grid that changes no value.
+    Graphs that are exported for any size always interpolate, which changes no value if the grids are equal.
     """
     if is_number(new) and old == new:
         return positions
@@ -53,8 +53,8 @@ def is_number(grid: tuple[int, int]) -> bool:
 def fitted(name: str, value: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
     """Adapt a tensor of a method's state dict to another grid of patches; unchanged unless it has one row per patch.
 
-    Position tables (with a row for the class token, which stays, or without one, as in CrossMAE's decoder), iGPT's
-    positions, and tables of relative positions are interpolated.
+    Interpolates position tables (a row for the class token is kept; CrossMAE's decoder has none), iGPT's positions, and
+    tables of relative positions.
     """
     places = old[0] * old[1]
     spans = [(2 * rows - 1, 2 * cols - 1) for rows, cols in (old, new)]
@@ -69,10 +69,10 @@ def fitted(name: str, value: Tensor, old: tuple[int, int], new: tuple[int, int])
 
 
 class RelativeBias(nn.Module):
-    """Bias of attention scores by the offset between two patches (BEiT, Bao et al. 2021, its code).
+    """Bias of attention scores that depends on the offset between two patches (BEiT, Bao et al. 2021, its code).
 
-    One table for all layers that share it: a number per head for each of (2 rows - 1) x (2 cols - 1) offsets, zero at
-    the start, and three more: from the class token to a patch, from a patch to the class token, and to itself.
+    The table has one number per head for each of (2 rows - 1) x (2 cols - 1) offsets, and three more: from the class
+    token to a patch, from a patch to the class token, and from the class token to itself. All start at zero.
     """
 
     index: Tensor
@@ -86,9 +86,9 @@ class RelativeBias(nn.Module):
     def forward(
         self, where: Int[Tensor, "B K"] | None = None, grid: tuple[int, int] | None = None
     ) -> Float[Tensor, "*B heads K1 K1"]:
-        """The bias among the class token and all patches in raster order, or those of each image that are named.
+        """Return the bias between the class token and all patches in raster order, or only the patches `where`.
 
-        grid: where the images are larger or smaller than in training; the table of offsets is interpolated, bicubic.
+        grid: given if the images are larger or smaller than in training; interpolates the table of offsets (bicubic).
         """
         table, index = self.table, self.index
         if grid is not None and not (is_number(grid) and grid == self.grid):
@@ -106,7 +106,7 @@ def _num_offsets(grid: tuple[int, int]) -> int:
 
 
 def _offset_index(grid: tuple[int, int]) -> Int[Tensor, "N1 N1"]:
-    """Which row of the table belongs to each pair of (class token, patches in raster order)."""
+    """Return the table row for each pair of tokens (class token, then patches in raster order)."""
     rows, cols = grid
     row, col = torch.arange(rows * cols) // cols, torch.arange(rows * cols) % cols
     down = row[:, None] - row + rows - 1  # (N, N)

@@ -1,12 +1,13 @@
 """ViTDet's simple feature pyramid: maps of several resolutions from the last map of a vision transformer.
 
 Li et al. 2022, "Exploring plain vision transformer backbones for object detection", section 3: only the encoder's last
-map, whose stride is the patch, is used. Four and two times finer by transposed convolutions, as it is, and two times
-coarser by pooling; then a 1x1 and a 3x3 convolution, each with a LayerNorm over channels, bring all to one width.
+map, whose stride is the patch, is used. Transposed convolutions compute maps that are four and two times finer, and
+pooling one that is two times coarser; the map itself is a level, too. Then a 1x1 and a 3x3 convolution, each with a
+LayerNorm over channels, map all levels to one width.
 
 Differs from the paper: no level finer than `FINEST` pixels unless the patches themselves are, so small patches give
-fewer levels; no fifth level (patch 16 in 1024-pixel images had one, for its proposals); where the grid has an odd
-number of rows or columns the coarse level keeps its last, half-filled one.
+fewer levels; no fifth level (the paper has one for region proposals, with patch 16 in 1024-pixel images); if the grid
+has an odd number of rows or columns, the coarse level keeps the last, half-filled row or column.
 
 Letters: B images, D width of a token, R x C grid of patches, W width of the pyramid.
 """
@@ -19,11 +20,11 @@ from torch import Tensor, nn
 from unmask.nn.blocks import LAYER_NORM_EPS
 
 FINEST = 4  # pixels
-SCALES = (4.0, 2.0, 1.0, 0.5)  # cells of a level for each patch, along one side
+SCALES = (4.0, 2.0, 1.0, 0.5)  # cells per patch along one side, for each level
 
 
 class ChannelNorm(nn.LayerNorm):
-    """LayerNorm over the channels of each place of a map (B, W, R, C)."""
+    """LayerNorm over the channels at each position of a map (B, W, R, C)."""
 
     def __init__(self, width: int) -> None:
         super().__init__(width, eps=LAYER_NORM_EPS)
@@ -33,14 +34,14 @@ class ChannelNorm(nn.LayerNorm):
 
 
 def scales_of(patch: tuple[int, int], grid: tuple[int, int]) -> tuple[float, ...]:
-    """The levels of the pyramid for patches of (height, width) pixels, finest first."""
+    """Return the scales of the pyramid's levels for patches of (height, width) pixels, finest first."""
     finer = [scale for scale in SCALES if scale > 1 and min(patch) / scale >= FINEST]
     coarser = [scale for scale in SCALES if scale < 1 and min(grid) * scale >= 1]
     return (*finer, 1.0, *coarser)
 
 
 def same_width(before: int, width: int) -> list[nn.Module]:
-    """1x1 and 3x3 convolutions with their norms."""
+    """Return the 1x1 and 3x3 convolutions of a level, with their norms."""
     return [
         nn.Conv2d(before, width, 1, bias=False),
         ChannelNorm(width),
@@ -50,7 +51,7 @@ def same_width(before: int, width: int) -> list[nn.Module]:
 
 
 def level(scale: float, before: int, width: int) -> nn.Sequential:
-    """(B, before, R, C) -> (B, width, R x scale, C x scale)."""
+    """Return a module (B, before, R, C) -> (B, width, R x scale, C x scale)."""
     half, quarter = max(1, before // 2), max(1, before // 4)
     if scale == 4.0:
         change: list[nn.Module] = [
@@ -77,5 +78,5 @@ class Pyramid(nn.Module):
         self.levels = nn.ModuleList(level(scale, before, width) for scale in scales)
 
     def forward(self, x: Float[Tensor, "B D R C"]) -> list[Float[Tensor, "B W _ _"]]:
-        """One map for each of `strides`."""
+        """Return one map for each of `strides`."""
         return [part(x) for part in self.levels]

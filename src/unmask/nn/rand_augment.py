@@ -1,13 +1,14 @@
 """RandAugment and random erasing on the device, for training with labels.
 
-Cubuk et al. 2020, "RandAugment", in the form that MAE's fine-tuning uses (timm's `rand-m9-mstd0.5-inc1`): of each image
-two of fifteen operations, each done with probability one half, at a strength around `magnitude`. Zhong et al. 2020,
-"Random erasing": a box of noise. Shears are about the upper left corner and all geometry is bicubic, as there.
+Cubuk et al. 2020, "RandAugment", in the form that MAE's fine-tuning uses (timm's `rand-m9-mstd0.5-inc1`): two of
+fifteen operations are drawn for each image, and each is applied with probability one half, at a strength around
+`magnitude`. Zhong et al. 2020, "Random erasing": a box of noise. As in timm, shears keep the upper left corner in place
+and all geometric operations are bicubic.
 
-Operations are drawn on the host, by the image's place in the global batch and the step: a resumed run repeats them, and
-nothing is read back from a GPU. Colours are changed between the values that stand for 0 and 1
-(`ImageSpec.value_range`), and changed images are clipped to them; pixels from outside the image have the data set's
-mean colour. Images of another number of channels than three have no saturation to change.
+Operations are drawn on the host from the image's place in the global batch and the step, so a resumed run repeats them
+and nothing is read back from a GPU. Colour operations work between the values that stand for 0 and 1
+(`ImageSpec.value_range`), and augmented images are clipped to them; pixels from outside the image have the data set's
+mean colour. Saturation is changed in three-channel images only.
 
 Letters: B images, C channels, H x W pixels.
 """
@@ -21,22 +22,25 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-OPERATIONS = 2  # to an image
-PROBABILITY = 0.5  # that one of them is done
+OPERATIONS = 2  # per image
+PROBABILITY = 0.5  # of applying an operation
 SPREAD = 0.5  # standard deviation of the magnitude
-MOST = 10.0  # a magnitude's end of scale
-DRAWS = 4 * OPERATIONS  # which, whether, how strong, which way
+MOST = 10.0  # greatest magnitude
+DRAWS = 4 * OPERATIONS  # for each operation: which one, whether to apply it, its strength, its sign
 SMOOTH = [[1 / 13, 1 / 13, 1 / 13], [1 / 13, 5 / 13, 1 / 13], [1 / 13, 1 / 13, 1 / 13]]  # Pillow's filter of that name
 ERASE_DRAWS = 5  # whether, area, aspect, down, across
 ERASED_AREA, ERASED_ASPECT = (0.02, 1 / 3), (0.3, 1 / 0.3)
 
 Unit = Float[Tensor, "B C H W"]
 Operation = Callable[[Unit, np.ndarray, np.ndarray, Tensor], Tensor]
-"""(images in [0, 1], strengths in [0, 1], signs, colour that fills) -> images."""
+"""(images in [0, 1], strengths in [0, 1], signs, fill colour) -> images."""
 
 
 def rand_augment(unit: Unit, draws: Float[np.ndarray, "B 8"], magnitude: float, fill: Float[Tensor, "C 1 1"]) -> Unit:
-    """Images of colours about 0 to 1. draws: uniform in [0, 1), eight for each image. fill: colour of outside."""
+    """Augment images with values of about 0 to 1.
+
+    draws: uniform in [0, 1), eight for each image. fill: colour of pixels from outside the image.
+    """
     from scipy.special import ndtri
 
     operations = [op for name, op in ALL.items() if unit.shape[1] == 3 or name != "saturation"]
@@ -61,7 +65,7 @@ def erase(
     std: Float[Tensor, "C"],
     seed: int,
 ) -> Float[Tensor, "B C H W"]:
-    """A box of normal noise in some of the images. seed: of the noise, with these `mean` and `std`."""
+    """Replace a random box in some of the images by normal noise. mean, std, seed: of the noise."""
     height, width = images.shape[2:]
     generator = torch.Generator(images.device).manual_seed(seed)
     images = images.clone()
@@ -78,7 +82,7 @@ def erase(
     return images
 
 
-# ------------------------------------------------------------------------------------------------------- operations
+# Operations
 
 
 def _tensor(values: np.ndarray, like: Tensor) -> Tensor:
@@ -86,13 +90,13 @@ def _tensor(values: np.ndarray, like: Tensor) -> Tensor:
 
 
 def _factors(x: Tensor, strength: np.ndarray, signs: np.ndarray) -> Tensor:
-    """1 +- 0.9 x strength, not below 0.1: (B, 1, 1, 1)."""
+    """Return 1 + sign x 0.9 x strength, at least 0.1, as (B, 1, 1, 1)."""
     return _tensor(np.maximum(0.1, 1 + signs * 0.9 * strength), x)[:, None, None, None]
 
 
-def _blend(lesser: Tensor, x: Tensor, factors: Tensor) -> Tensor:
-    """Away from the lesser image (factor above 1) or towards it."""
-    return lesser + (x - lesser) * factors
+def _blend(base: Tensor, x: Tensor, factors: Tensor) -> Tensor:
+    """Move x away from `base` (factor above 1) or towards it (factor below 1)."""
+    return base + (x - base) * factors
 
 
 def _gray(x: Tensor) -> Tensor:
@@ -135,7 +139,7 @@ def _invert(x: Tensor, strength: np.ndarray, signs: np.ndarray, fill: Tensor) ->
 
 
 def _posterise(x: Tensor, strength: np.ndarray, signs: np.ndarray, fill: Tensor) -> Tensor:
-    """8-bit steps, of which the lowest 4 + 4 x strength bits are cleared."""
+    """Clear the lowest 4 + 4 x strength bits of 8-bit values."""
     step = 2.0 ** (4 + (4 * strength).astype(int))
     steps = _tensor(step, x)[:, None, None, None]
     return ((x * 255).round() / steps).floor() * steps / 255
@@ -151,7 +155,9 @@ def _solarise_add(x: Tensor, strength: np.ndarray, signs: np.ndarray, fill: Tens
 
 
 def warp(x: Unit, inverse: Float[np.ndarray, "B 2 3"], fill: Float[Tensor, "C 1 1"]) -> Unit:
-    """Affine maps as Pillow's `Image.transform` computes them, bicubic. inverse: pixels of the result -> of `x`.
+    """Apply affine maps as Pillow's `Image.transform` does (bicubic).
+
+    inverse: maps coordinates in the result to coordinates in `x`.
 
     Coordinates are (x, y) with the origin at the upper left corner of the image and pixel centres at halves. Pillow's
     kernel is steeper than torch's (a = -1, where `grid_sample` has -0.75). Pixels from outside are `fill`.
@@ -162,16 +168,16 @@ def warp(x: Unit, inverse: Float[np.ndarray, "B 2 3"], fill: Float[Tensor, "C 1 
     at_x, at_y = (matrix[:, i, 0] * across + matrix[:, i, 1] * down[:, None] + matrix[:, i, 2] for i in (0, 1))
     inside = (at_x >= 0) & (at_x < width) & (at_y >= 0) & (at_y < height)  # (B, H, W)
     (columns, column_weights), (rows, row_weights) = _taps(at_x, width), _taps(at_y, height)
-    pixels, found = x.flatten(2), torch.zeros_like(x)
+    pixels, result = x.flatten(2), torch.zeros_like(x)
     for row, row_weight in zip(rows, row_weights, strict=True):
         for column, column_weight in zip(columns, column_weights, strict=True):
             place = (row * width + column).flatten(1)[:, None].expand(-1, x.shape[1], -1)
-            found += pixels.gather(2, place).view_as(x) * (row_weight * column_weight)[:, None]
-    return torch.where(inside[:, None], found, fill)
+            result += pixels.gather(2, place).view_as(x) * (row_weight * column_weight)[:, None]
+    return torch.where(inside[:, None], result, fill)
 
 
 def _taps(at: Float[Tensor, "B H W"], size: int) -> tuple[list[Tensor], tuple[Tensor, ...]]:
-    """The four pixels around each coordinate along one axis (at the edge the last one again), and their weights."""
+    """The four pixels around each coordinate along one axis (edge pixels are repeated), and their weights."""
     first = (at - 0.5).floor()
     d = at - 0.5 - first
     weights = (-d + 2 * d**2 - d**3, 1 - 2 * d**2 + d**3, d + d**2 - d**3, d**3 - d**2)
@@ -183,7 +189,7 @@ def _affine(count: int) -> np.ndarray:
 
 
 def _rotate(x: Tensor, strength: np.ndarray, signs: np.ndarray, fill: Tensor) -> Tensor:
-    """About the middle of the image."""
+    """Rotate about the centre of the image."""
     angle, middle = np.deg2rad(30 * strength * signs), np.array([x.shape[3] / 2, x.shape[2] / 2])
     matrices = _affine(len(x))
     matrices[:, :, :2] = np.stack([np.cos(angle), np.sin(angle), -np.sin(angle), np.cos(angle)], 1).reshape(-1, 2, 2)
@@ -193,7 +199,7 @@ def _rotate(x: Tensor, strength: np.ndarray, signs: np.ndarray, fill: Tensor) ->
 
 def _shear(axis: int) -> Operation:
     def shear(x: Tensor, strength: np.ndarray, signs: np.ndarray, fill: Tensor) -> Tensor:
-        """About the upper left corner, which stays where it is."""
+        """Shear about the upper left corner, which stays in place."""
         matrices = _affine(len(x))
         matrices[:, axis, 1 - axis] = -0.3 * strength * signs
         return warp(x, matrices, fill)

@@ -14,7 +14,7 @@ from unmask.nn.torch_internals import in_transform
 def recomputed(function: Callable[[Tensor], Tensor], x: Tensor, made: Tensor) -> AbstractContextManager[object]:
     """Context manager in which autograd stores x instead of `made` = function(x), which the backward pass recomputes.
 
-    function: elementwise and deterministic. It saves memory where x is stored anyway. Compiled code is left alone: the
+    function: elementwise and deterministic. It saves memory if x is stored anyway. Does nothing in compiled code: the
     compiler makes this choice itself.
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled() or in_transform(x):

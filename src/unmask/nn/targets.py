@@ -25,7 +25,7 @@ from unmask.nn.patches import normalise, patchify, put, take
 from unmask.nn.valid import Valid, patch_weights, value_weights
 
 VARIANCE_EPS = 1e-6
-PCA_PATCHES = 100_000  # that principal components are computed from, at least, where the data have so many
+PCA_PATCHES = 100_000  # number used for principal components, unless the data set has fewer
 
 
 class PatchStatistics(NamedTuple):
@@ -41,15 +41,15 @@ class PatchStatistics(NamedTuple):
         return patches * self.std + self.mean
 
     def of(self, where: Int[Tensor, "B Q"]) -> PatchStatistics:
-        """The statistics of some patches."""
+        """Return the statistics of the patches `where`."""
         return PatchStatistics(take(self.mean, where), take(self.std, where))
 
 
 def patch_statistics(patches: Float[Tensor, "B N P"], valid: Valid | None = None) -> PatchStatistics:
-    """Statistics for MAE's normalised-pixel target: unbiased variance, eps inside the root, always in float32.
+    """Compute statistics for MAE's normalised-pixel target: unbiased variance, eps inside the root, always in float32.
 
-    A flat patch (variance 0) becomes an all-zero target. valid: which values they are of; None for all. A patch that
-    does not count has mean 0 and standard deviation 1.
+    A flat patch (variance 0) becomes an all-zero target. valid: the values to include; None for all. A patch without
+    valid values has mean 0 and standard deviation 1.
     """
     patches = patches.float()
     if valid is not None:
@@ -57,7 +57,7 @@ def patch_statistics(patches: Float[Tensor, "B N P"], valid: Valid | None = None
         mean = (patches * valid.values).sum(-1, keepdim=True) / count.clamp(min=1)
         squares = ((patches - mean) * valid.values).square().sum(-1, keepdim=True)
         std = (squares / (count - 1).clamp(min=1) + VARIANCE_EPS).sqrt()
-        return PatchStatistics(mean, torch.where(count > 0, std, 1.0))  # or guesses made from others would be huge
+        return PatchStatistics(mean, torch.where(count > 0, std, 1.0))  # a std near 0 makes baselines huge
     mean = patches.mean(-1, keepdim=True)
     squares = (patches - mean).square().sum(-1, keepdim=True)  # torch's own variance is ten times as slow on a CPU
     return PatchStatistics(mean, (squares / (patches.shape[-1] - 1) + VARIANCE_EPS).sqrt())
@@ -66,8 +66,8 @@ def patch_statistics(patches: Float[Tensor, "B N P"], valid: Valid | None = None
 class Target(nn.Module, ABC):
     """See the module docstring. `patches` (B, N, P) are normalised, `images` (B, C, H, W) in the files' own units.
 
-    valid: what of them counts, None for everything. num_prepare: number of images whose patches, (1, n, P), `prepare`
-    uses before the first step; 0 for none. note: how to read the picture.
+    valid: which patches and values count in the loss, None for all. num_prepare: number of images whose patches, (1, n,
+    P), `prepare` uses before the first step; 0 for none. note: explanation for the caption of a picture.
     """
 
     out: int
@@ -78,13 +78,13 @@ class Target(nn.Module, ABC):
     def forward(
         self, patches: Float[Tensor, "B N P"], images: Tensor, valid: Valid | None = None
     ) -> Shaped[Tensor, "B N T"]:
-        """The truth at every patch; T is O, or 1 where it is the id of a code."""
+        """Return the target of every patch; T is O, or 1 for ids of codes."""
 
     @abstractmethod
     def loss(
         self, guess: Float[Tensor, "B Q O"], truth: Shaped[Tensor, "B Q T"], weights: Tensor | None = None
     ) -> Float[Tensor, ""]:
-        """Error of `guess` against `truth`, float32, averaged by `weights`."""
+        """Return the float32 error of `guess` against `truth`, averaged with `weights`."""
 
     @abstractmethod
     def draw(
@@ -95,16 +95,18 @@ class Target(nn.Module, ABC):
         mask: Mask,
         valid: Valid | None = None,
     ) -> dict[str, Float[Tensor, "B M P"]]:
-        """Guesses for mask.drop as normalised patches, by the caption under which they are pasted into the image."""
+        """Return predictions for mask.drop as normalised patches, by the caption of their panel in a picture."""
 
     @abstractmethod
     def trivial(
         self, patches: Float[Tensor, "B N P"], images: Tensor, mask: Mask, valid: Valid | None = None
     ) -> dict[str, Float[Tensor, ""]]:
-        """Loss of baseline predictions for mask.drop on these images, in the units of `loss`."""
+        """Return the loss of baseline predictions for mask.drop on these images, in the units of `loss`."""
 
     def weights(self, valid: Valid | None, where: Int[Tensor, "B Q"]) -> Float[Tensor, "B Q W"] | None:
-        """What counts of the patches named, for `loss`: whole patches (W = 1) where a target is not made of pixels."""
+        """Return the weights of the patches `where` for `loss`; W = 1 (one weight per patch) unless pixels are
+        predicted.
+        """
         weights = patch_weights(valid, where)
         return None if weights is None else weights[..., None]
 
@@ -152,8 +154,8 @@ class Pixels(Target):
 class PrincipalComponents(Target):
     """The coefficients of a patch along the `count` directions of greatest variance (MAE, Table 1d: 96 of 768).
 
-    The directions come from the data set, by `prepare`; until then all coefficients are 0. whiten: each coefficient
-    divided by its standard deviation over the data; the paper does not say, and plain coefficients are the default.
+    `prepare` computes the directions from the data set; until then all coefficients are 0. whiten: divide each
+    coefficient by its standard deviation over the data; the paper does not specify this, and the default is not to.
     Raises UserError for more coefficients than a patch has values.
     """
 
@@ -165,8 +167,8 @@ class PrincipalComponents(Target):
         super().__init__()
         if count > values:
             raise UserError(
-                f"got method.pca_coefficients={count}; a patch has only {values} values; use at most {values}, "
-                f"{max(1, values // 8)} is the paper's share"
+                f"got method.pca_coefficients={count}; a patch has only {values} values; use at most {values} "
+                f"(the paper's share is {max(1, values // 8)})"
             )
         self.out, self.grid, self.channels, self.whiten = count, grid, channels, whiten
         self.num_prepare = -(-PCA_PATCHES // (grid[0] * grid[1]))
@@ -182,7 +184,7 @@ class PrincipalComponents(Target):
         variances, directions = torch.linalg.eigh(covariance.cpu())  # ascending
         variances, directions = variances.flip(0)[: self.out], directions.flip(1)[:, : self.out]
         largest = directions.gather(0, directions.abs().argmax(0, keepdim=True))
-        directions = directions * torch.where(largest < 0, -1.0, 1.0)  # else the sign would depend on the library
+        directions = directions * torch.where(largest < 0, -1.0, 1.0)  # otherwise the sign would depend on the library
         self.center.copy_(center)
         self.basis.copy_(directions)
         if self.whiten:
@@ -262,7 +264,7 @@ def flat_guesses(
 ) -> dict[str, Float[Tensor, "B M P"]]:
     """Baseline predictions of the hidden patches of `view` (patches as a target sees them), by name.
 
-    `true_patch_mean` is an oracle: the true mean colour of each hidden patch. The other two know the visible ones only.
+    `true_patch_mean` is an oracle: the true mean colour of each hidden patch. The other two use visible patches only.
     """
     pixels = view.shape[2] // channels
     colours = view.unflatten(2, (-1, channels)).mean(2)  # (B, N, C)
@@ -281,9 +283,10 @@ def flat_guesses(
 def masked_panels(
     patches: Float[Tensor, "B N P"], mask: Mask, drawn: dict[str, Float[Tensor, "B M P"]]
 ) -> dict[str, Float[Tensor, "B N P"]]:
-    """Panels of a picture: the original, the visible patches, the first drawing alone, and each pasted into the image.
+    """Return panels of a picture: original, visible patches, first prediction alone, and each prediction pasted in.
 
-    drawn: guesses for mask.drop by their captions, as `Target.draw` returns them. Hidden is the data set's mean colour.
+    drawn: predictions for mask.drop by caption, as `Target.draw` returns them. Hidden patches have the data set's mean
+    colour.
     """
     nothing = torch.zeros_like(patches)
     share = mask.drop.shape[1] / patches.shape[1]

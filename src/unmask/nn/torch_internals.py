@@ -1,4 +1,4 @@
-"""Parts of torch that are not public: each behind one function, with a fall-back where a torch does not have it.
+"""Private parts of torch, each behind one function with a fallback for versions of torch without it.
 
 `tests/nn/test_torch_internals.py` fails when an installed torch has changed one of them.
 """
@@ -17,7 +17,7 @@ except ImportError:  # pragma: no cover
 
 
 def onednn_linear() -> Any:
-    """The operator x weight^T + bias of oneDNN, which torch.compile uses on CPUs; None where torch does not have it."""
+    """The operator x weight^T + bias of oneDNN, which torch.compile uses on CPUs; None if torch does not have it."""
     return getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
@@ -27,9 +27,9 @@ def multiply_by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) ->
 
 
 def in_transform(x: Tensor) -> bool:
-    """Whether `torch.func` (vmap, grad, ...) is at work, where a tensor stands for many and has no memory.
+    """Whether x is inside a `torch.func` transform (vmap, grad, ...), where tensors have no memory of their own.
 
-    False where torch cannot tell.
+    False if this version of torch cannot tell.
     """
     functorch = getattr(torch._C, "_functorch", None)
     check = getattr(functorch, "is_functorch_wrapped_tensor", None)
@@ -37,5 +37,5 @@ def in_transform(x: Tensor) -> bool:
 
 
 def has_no_values(x: Tensor) -> bool:
-    """Whether a tensor has a shape but no values, as those that torch.export traces with."""
+    """Whether a tensor has a shape but no values, such as those that torch.export traces with."""
     return x.is_meta or (FakeTensor is not None and isinstance(x, FakeTensor))

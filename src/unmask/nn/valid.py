@@ -1,10 +1,10 @@
-"""Weights of patches and values in a loss, where images have absent pixels (no data).
+"""Weights of patches and values in a loss, for images with absent pixels (no data).
 
-Absent pixels (no data) hold the data's mean, so the encoder sees a neutral value there. The loss ignores them: patches
-with too few valid pixels do not count, and in the others the absent pixels do not. Where everything is valid
-(`Batch.valid` is None) nothing is computed.
+Absent pixels are filled with the data's mean, so the encoder sees a neutral value there. The loss ignores them: patches
+with too few valid pixels have weight 0, and so have the absent pixels of all other patches. If all pixels are valid
+(`Batch.valid` is None), no weights are computed.
 
-Letters: B images, C channels, H x W pixels, N patches of the grid, P values of one patch, Q patches asked for.
+Letters: B images, C channels, H x W pixels, N patches of the grid, P values of one patch, Q selected patches.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from unmask.nn.patches import patchify, take
 
 
 class Valid(NamedTuple):
-    """`patches` (B, N) bool, those that count; `values` (B, N, P), 1 for the valid values of these and 0 elsewhere."""
+    """`patches` (B, N) bool, True for patches that count; `values` (B, N, P), 1 for their valid values, 0 elsewhere."""
 
     patches: Bool[Tensor, "B N"]
     values: Float[Tensor, "B N P"]
 
 
 def valid_patches(batch: Batch, patch: tuple[int, int]) -> Valid | None:
-    """Valid patches and values of a batch in patches of (height, width) pixels; None where all are valid."""
+    """Return the valid patches of (height, width) pixels and their valid values; None if all are valid."""
     if batch.valid is None:
         return None
     pixels = patchify(batch.valid[:, None].float(), patch)  # (B, N, height x width)
@@ -38,7 +38,7 @@ def valid_patches(batch: Batch, patch: tuple[int, int]) -> Valid | None:
 
 
 def patch_weights(valid: Valid | None, where: Int[Tensor, "B Q"] | None = None) -> Float[Tensor, "B Q"] | None:
-    """1 for each patch that counts and 0 for the others, of all patches or those named; None where all count."""
+    """Return 1 for each patch that counts and 0 for the others, of all patches or `where`; None if all count."""
     if valid is None:
         return None
     weights = valid.patches.float()
@@ -46,19 +46,19 @@ def patch_weights(valid: Valid | None, where: Int[Tensor, "B Q"] | None = None) 
 
 
 def value_weights(valid: Valid | None, where: Int[Tensor, "B Q"]) -> Float[Tensor, "B Q P"] | None:
-    """As `patch_weights`, for each value of the patches named."""
+    """As `patch_weights`, for each value of the patches `where`."""
     return None if valid is None else take(valid.values, where)
 
 
 def pixel_weights(batch: Batch) -> Float[Tensor, "B 1 H W"] | None:
-    """1 for each pixel that is there and 0 for the others; None where all are."""
+    """Return 1 for each valid pixel and 0 for absent ones; None if all are valid."""
     return None if batch.valid is None else batch.valid[:, None].float()
 
 
 def shrunk_mean(
     values: Float[Tensor, "B C H W"], cell: tuple[int, int], valid: Bool[Tensor, "B H W"] | None = None
 ) -> Float[Tensor, "B C R S"]:
-    """Mean of each cell of (height, width) pixels over its valid pixels; of a cell without any, over all."""
+    """Return the mean of the valid pixels of each cell of (height, width) pixels, or of all if none is valid."""
     means = F.avg_pool2d(values, cell)
     if valid is None:
         return means

@@ -41,7 +41,8 @@ class ViTConfig(EncoderConfig):
 
     positions: MAE's fixed sine-cosine table, a learned one (ViT, BEiT's paper), or absent. relative_bias: one relative
     position bias for all blocks (BEiT's code), or one for each (its fine-tuning). layer_scale: initial value of BEiT's
-    LayerScale, None for no LayerScale. norm_eps: of every LayerNorm; weights from elsewhere may have another than 1e-6.
+    LayerScale, None for no LayerScale. norm_eps: eps of every LayerNorm; imported weights may need a value other than
+    1e-6.
     """
 
     width: int = Field(gt=0)
@@ -60,9 +61,9 @@ class ViTConfig(EncoderConfig):
 
 
 class PatchEmbed(nn.Module):
-    """Linear projection of patches, held as the convolution it is upstream: `proj.weight` (D, C, h, w).
+    """Linear projection of patches, stored as a convolution like in the official code: `proj.weight` (D, C, h, w).
 
-    Xavier-uniform on the weight's (D, P) view, while the bias keeps torch's default, as in the official code.
+    Xavier-uniform initialisation of the weight's (D, P) view; the bias keeps torch's default, as in the official code.
     """
 
     def __init__(self, channels: int, width: int, patch: tuple[int, int]) -> None:
@@ -76,7 +77,7 @@ class PatchEmbed(nn.Module):
 
 
 class ViT(ImageEncoder):
-    """See the module docstring. Raises UserError when the patch does not divide the image or the heads the width."""
+    """See the module docstring. Raises UserError if the patch does not divide the image, or heads the width."""
 
     mean: Tensor
     std: Tensor
@@ -92,7 +93,7 @@ class ViT(ImageEncoder):
         self.register_buffer("std", torch.tensor(images.std, dtype=torch.float32))
         self.patch_embed = PatchEmbed(images.channels, config.width, config.patch)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
-        self.pos_embed = make_positions(config, self.grid)  # (1, 1 + N, D), the class token's first
+        self.pos_embed = make_positions(config, self.grid)  # (1, 1 + N, D), class token first
         self.relative_bias = positions.RelativeBias(self.grid, config.heads) if config.relative_bias is True else None
         self.blocks = nn.ModuleList(
             Block(config.width, config.heads, config.mlp_ratio, config.layer_scale) for _ in range(config.depth)
@@ -109,12 +110,12 @@ class ViT(ImageEncoder):
         init_linears(self)
 
     def images(self, patches: Float[Tensor, "B N P"]) -> Float[Tensor, "B C H W"]:
-        """The way back from `patches`: float32 images in the files' own units."""
+        """Convert normalised patches to float32 images in the files' own units: the inverse of `patches`."""
         images = unpatchify(patches.float(), self.grid, self.patch)
         return images * self.std[:, None, None] + self.mean[:, None, None]
 
     def patches(self, images: Shaped[Tensor, "B C H W"]) -> Float[Tensor, "B N P"]:
-        """Normalised float32 patches, channel fastest; takes the files' own units and dtype."""
+        """Convert images in the files' own units and dtype to normalised float32 patches, channel fastest."""
         self.require_shape(images)
         return patchify(normalise(images, self.mean, self.std), self.patch)
 
@@ -124,10 +125,10 @@ class ViT(ImageEncoder):
         where: Int[Tensor, "B K"] | None = None,
         grid: tuple[int, int] | None = None,
     ) -> Float[Tensor, "B K D"]:
-        """Linear projection plus position. `where` names the patches given; None means all of them in raster order.
+        """Project patches and add positions. where: indices of the given patches; None for all in raster order.
 
-        A patch's position is that of the place it came from, so embedding only the kept patches gives exactly what
-        embedding all and then dropping would. `grid` is given when the images are larger or smaller than in training.
+        Each patch has the position of its place in the image, so embedding only the kept patches equals embedding all
+        and then dropping some. grid: given if the images are larger or smaller than in training.
         """
         return self.place(self.patch_embed(patches), where, grid)
 
@@ -137,9 +138,9 @@ class ViT(ImageEncoder):
         where: Int[Tensor, "B K"] | None = None,
         grid: tuple[int, int] | None = None,
     ) -> Float[Tensor, "B K D"]:
-        """Tokens plus position, as `embed`: for mask tokens, which stand where a projected patch would."""
+        """Add positions to tokens as `embed` does, for mask tokens, which replace projected patches."""
         if self.pos_embed is None:
-            return tokens.to(self.cls_token.dtype)  # as the sum with positions is, also under autocast
+            return tokens.to(self.cls_token.dtype)  # the dtype of a sum with positions, also under autocast
         table = positions.resize(self.pos_embed[:, 1:], self.grid, grid or self.grid)
         return tokens + (table if where is None else take(table.expand(tokens.shape[0], -1, -1), where))
 
@@ -149,9 +150,9 @@ class ViT(ImageEncoder):
         where: Int[Tensor, "B K"] | None = None,
         grid: tuple[int, int] | None = None,
     ) -> Float[Tensor, "B K1 D"]:
-        """Class token in front, all blocks, final norm: (B, K, D) -> (B, 1 + K, D).
+        """Prepend the class token and apply all blocks and the final norm: (B, K, D) -> (B, 1 + K, D).
 
-        `where` and `grid` as in `embed`; only a relative position bias asks for them.
+        where, grid: as in `embed`; used by relative position biases only.
         """
         for x in self.layers(tokens, where, grid):
             last = x
@@ -164,9 +165,9 @@ class ViT(ImageEncoder):
         grid: tuple[int, int] | None = None,
         paths: Float[Tensor, "L 2 B 1 1"] | None = None,
     ) -> Iterator[Float[Tensor, "B K1 D"]]:
-        """As `run`, but yield the input of the first block and the output of each: depth + 1 of them.
+        """As `run`, but yield the input of the first block and the output of each block: depth + 1 tensors.
 
-        paths: of `blocks.draw_paths`, for training with stochastic depth.
+        paths: result of `blocks.draw_paths`, for training with stochastic depth.
         """
         cls = self.cls_token if self.pos_embed is None else self.cls_token + self.pos_embed[:, :1]
         x = torch.cat([cls.expand(tokens.shape[0], -1, -1).to(tokens.dtype), tokens], 1)
@@ -181,7 +182,7 @@ class ViT(ImageEncoder):
     def forward(self, images: Shaped[Tensor, "B C H W"], scale: Scale | None = None) -> Features:
         """Encode all patches, without a mask. Sizes other than the training size get interpolated positions.
 
-        scale: see `ImageEncoder.accept`. Raises UserError for images of another kind than the training's.
+        scale: see `ImageEncoder.accept`. Raises UserError for images that do not match the training data.
         """
         return self.features(self.accept(images, scale))
 
@@ -189,7 +190,7 @@ class ViT(ImageEncoder):
         """As `forward` without checking the range of the values, for training."""
         grid = grid_of((images.shape[2], images.shape[3]), self.patch)
         tokens = self.run(self.embed(self.patches(images), grid=grid), grid=grid)
-        # A graph of ONNX has tensors for outputs only, so there the grid is left out.
+        # ONNX graphs can only return tensors, so the grid is left out.
         grid = (0, 0)[:0] if torch.onnx.is_in_onnx_export() else grid
         return Features(cls=tokens[:, 0], patches=tokens[:, 1:], grid=grid)  # type: ignore[arg-type]
 
@@ -206,7 +207,7 @@ class ViT(ImageEncoder):
             yield Features(cls=tokens[:, 0], patches=tokens[:, 1:], grid=grid)
 
     def depth_of(self, name: str) -> int:
-        """Depth of a parameter for layer-wise decay: 0 for what embeds, i + 1 for block i, depth + 1 for `norm`."""
+        """Depth of a parameter for layer-wise decay: 0 for embeddings, i + 1 for block i, depth + 1 for `norm`."""
         if name.startswith(("cls_token", "pos_embed", "patch_embed")):
             return 0
         if name.startswith("blocks."):
@@ -215,7 +216,7 @@ class ViT(ImageEncoder):
 
 
 def make_positions(config: ViTConfig, grid: tuple[int, int]) -> nn.Parameter | None:
-    """(1, 1 + N, D): fixed, with zero for the class token; or learned, normal with standard deviation 0.02; or none."""
+    """Return (1, 1 + N, D) positions: fixed, with zero for the class token; or learned, from N(0, 0.02^2); or None."""
     if config.positions == "absent":
         return None
     if config.positions == "learned":
