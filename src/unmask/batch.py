@@ -1,7 +1,7 @@
-"""What travels from the files to a method: a `Batch` of images, and the `ImageSpec` that describes them all.
+"""The input of a method: a `Batch` of images, and the `ImageSpec` that describes the images of a data set.
 
-Images stay in the files' own dtype (uint8 nearly always, uint16 or float32 for scientific data): a quarter of the bytes
-travel, and normalisation belongs to the encoder, so every method sees the same crop.
+Images keep the files' dtype (uint8 nearly always, uint16 or float32 for scientific data), because uint8 needs a quarter
+of the bytes of float32. The encoder normalises them, so every method gets the same crop.
 
 Letters used for shapes everywhere in the package: B images of a batch, C channels, H x W pixels, N patches of the grid,
 K kept patches, M dropped (masked) patches, P values of one patch, D width of a token.
@@ -17,15 +17,15 @@ from torch import Tensor
 
 from unmask.errors import UserError
 
-IGNORED = 255  # the class, in `Batch.maps`, of pixels that are not judged
-NO_BOX = -1  # the label, in `Batch.box_labels`, of rows that only fill up
+IGNORED = 255  # class in `Batch.maps` of pixels that the loss and the metrics ignore
+NO_BOX = -1  # label in `Batch.box_labels` of padding rows
 
 DTYPES = {"uint8": torch.uint8, "uint16": torch.uint16, "float32": torch.float32}
 
 
 @dataclass(frozen=True)
 class ImageSpec:
-    """Properties of the images of one data set: determined once, by the scan, and stored with the encoder.
+    """Properties of the images of one data set. The scan determines them; they are stored with the encoder.
 
     `size` is (H, W) as the method sees them; `mean` and `std` are per channel, in the files' units (0..255 for uint8).
     """
@@ -52,9 +52,10 @@ class ImageSpec:
 
     @property
     def value_range(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """The values of each channel that stand for 0 and for 1, where a method wants pixels between these.
+        """Values per channel that are mapped to 0 and to 1, for methods that need pixels in [0, 1].
 
-        0 and 255 for 8-bit images. Others seldom fill their range: two standard deviations on either side of the mean.
+        0 and 255 for 8-bit images. Other images seldom use the whole range of their dtype, so the values are the mean
+        minus and plus two standard deviations.
         """
         if self.dtype == "uint8":
             return (0.0,) * self.channels, (255.0,) * self.channels
@@ -66,19 +67,18 @@ class ImageSpec:
 class Batch:
     """One (micro-)batch.
 
-    `images` (B, C, H, W) in the files' dtype, from the loader with the channels last in memory; `index` (B,) the row of
-    each image in its source and `epoch` (B,) how often it has been drawn before, which together name the random draws
-    of that image.
-
-    Where a task needs them: `labels` (B,) int64; `maps` (B, H, W) int64, the class of every pixel, 255 for one that is
-    not judged; `boxes` (B, M, 4) float32, (x1, y1, x2, y2) in pixels of `images`, with `box_labels` (B, M) int64, -1
-    where an image has fewer than M boxes.
-
-    `valid` (B, H, W) bool where some pixels are absent (no data); None where all are there, which is the rule. Absent
-    pixels hold the data's mean. A patch of which less than `min_valid` is valid does not count in a loss.
-
-    crops (B, 7) where resampling is left to the device: `images` are then parts of larger images, from which
-    `data.device_crops.to_device` makes images of `size` (H, W) by `interpolation`.
+    images: (B, C, H, W) in the files' dtype; the loader returns them channels-last in memory.
+    index, epoch: (B,) the position of each image in its source, and how often it was used before. Together they
+    determine the random draws of the image.
+    labels: (B,) int64, only for tasks that need it, like the next three.
+    maps: (B, H, W) int64, the class of every pixel; 255 for pixels that the loss and the metrics ignore.
+    boxes: (B, M, 4) float32, (x1, y1, x2, y2) in pixels of `images`.
+    box_labels: (B, M) int64; -1 for padding where an image has fewer than M boxes.
+    valid: (B, H, W) bool, False for absent pixels (no data), which hold the data's mean; None (the usual case) if no
+    pixel is absent.
+    min_valid: the loss ignores patches with a smaller share of valid pixels.
+    crops: (B, 7) if the device does the resampling. `images` are then regions of larger images, which
+    `data.device_crops.to_device` resamples to `size` (H, W) with `interpolation`.
     """
 
     images: Tensor
@@ -98,19 +98,19 @@ class Batch:
         return len(self.images)
 
     def __getitem__(self, rows: slice) -> Batch:
-        """Return some of the images, with all fields."""
+        """Return a slice of the batch, with all fields."""
         return replace(self, **{name: v[rows] for name, v in vars(self).items() if isinstance(v, Tensor)})
 
     @staticmethod
     def join(parts: Sequence[Batch]) -> Batch:
-        """Return one batch of several, in order; all need the same fields and the same number of boxes."""
+        """Concatenate batches, in order. All need the same fields and the same number of boxes."""
         if any(part.valid is not None for part in parts):
             parts = [part if part.valid is not None else part._all_valid() for part in parts]
         filled = [name for name, value in vars(parts[0]).items() if isinstance(value, Tensor)]
         return replace(parts[0], **{name: torch.cat([getattr(part, name) for part in parts]) for name in filled})
 
     def require_labels(self) -> Tensor:
-        """(B,) int64. Raises UserError where the images have no class."""
+        """Return `labels`. Raises UserError if the images have none."""
         if self.labels is None:
             raise UserError(
                 "got images without labels; a classifier learns from labels; put the images of each class into a "

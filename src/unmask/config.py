@@ -1,7 +1,8 @@
 """The root `Config`: all settings of a run. Values derived from them are in the `Plan` (`engine/plan.py`).
 
-A tree of frozen, typed models: unknown keys are errors, JSON goes both ways, and `--set KEY=VALUE` reaches every field.
-A method's name is the name of its file in `methods/`, or in `tasks/` if it learns from labels; there is no registry.
+A tree of frozen, typed models: unknown keys are errors, every model converts to JSON and back, and `--set KEY=VALUE`
+can change every field. A method's name is the name of its file in `methods/`, or in `tasks/` if it learns from labels;
+there is no registry.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ COMMON_NAMES: dict[str, tuple[str, ...]] = {
     "norm_pix_loss": ("method.target",),
     "masking_ratio": ("method.mask_ratio",),
 }
-"""Names of settings in other programs, with the name here."""
+"""Names of settings in other programs, with the names that unmask uses."""
 
 
 class ConfigError(UserError):
@@ -71,32 +72,36 @@ class ConfigError(UserError):
 
 
 class DataConfig(Settings):
-    """Which images, and how they become batches.
+    """Which images to use, and how to make batches of them.
 
-    source: folder, list file, glob, tar, zip, parquet or an embedded name, or several. exclude: patterns of names that
-    are left out. size: (H, W) the method sees, in pixels.
-    channels, mean, std: None means counted and computed on the data (mean and std in the files' own units).
-    workers: decoding processes; None means chosen from the machine. cache: keep decoded images in memory; None means if
-    they fit in `cache_gib`. max_bad_fraction: more unreadable files than this stop the run. scan_sample: files that are
-    checked before training, evenly spread, None for all; a bad file that was not among them is met, noted and replaced
-    when its turn comes. repeats: samples that every image gives when it is read, one after the other and each with its
-    own crop and mask, so that files are decoded in one of so many epochs only; train.batch_size is a multiple. resize:
-    who resamples training crops, the loader's processes or the device; the device pays for images that were packed or
-    are large, and not for small ones, of which more bytes travel than the resampling is worth. The crops are the same,
-    and their pixels but for rounding. test: other images that a supervised run is tested on; None where they are held
-    out of source.
-    nodata: which pixels are absent: they do not count in mean, std and loss, and images hold the mean there. "auto":
-    those with the value that a TIFF declares (GDAL_NODATA), and NaN or infinity in float images; a number: those with
-    that value as well, for files that declare none; none: no pixel. min_valid: share of valid pixels that a patch needs
-    to count in the loss.
-    annotations, test_annotations: where the masks or boxes of a segmentation or detection are, None for beside the
-    images; test_split: the list of test images.
-    alpha: what becomes of an alpha channel: composite it on white, drop it, or keep it as a band; auto composites, but
-    keeps a TIFF's band that is only tagged as alpha. pages: of a TIFF, the first, or its pages as channels of one
-    image, or each page as an image (samples); auto reads the full resolution of a pyramid, and pages as channels where
-    ImageJ or OME metadata says so. axes: the order of the axes of a three-dimensional .npy; auto guesses if it must.
-    held_out: images kept out of pre-training, evenly spread, on which the loss is reported too; None for one in a
-    hundred, but 64 to 256, of 1,000 images or more. Supervised runs hold out test images instead.
+    source: folder, list file, glob, tar, zip, parquet or the name of a built-in data set, or several of these.
+    exclude: patterns of file names to leave out.
+    size: (H, W) of the images that the method gets, in pixels.
+    channels, mean, std: None: determined from the data (mean and std in the files' own units).
+    workers: number of decoding processes; None: chosen for the machine.
+    cache: whether to keep decoded images in memory; None: if they fit in `cache_gib`.
+    max_bad_fraction: the run stops if a larger share of the files is unreadable.
+    scan_sample: number of files to check before training, evenly spaced; None: all. An unreadable file that was not
+    checked is recorded and replaced by another image during training.
+    repeats: number of samples per decoded image, each with its own crop and mask, so that every file is decoded in one
+    of `repeats` epochs only. train.batch_size must be a multiple of it.
+    resize: whether the loader's processes or the device resample training crops. "device" is faster for packed or large
+    images, and slower for small ones, because more bytes are copied. The crops are the same up to rounding.
+    test: the test images of a supervised run; None: some images of `source` are held out.
+    nodata: which pixels are absent. Mean, std and loss ignore absent pixels, and images hold the mean there. "auto":
+    pixels with the value that a TIFF declares (GDAL_NODATA), and NaN or infinity in float images. A number: pixels with
+    that value as well, for files that declare none. None: no pixels.
+    min_valid: the loss ignores patches with a smaller share of valid pixels.
+    annotations, test_annotations: location of the masks or boxes for segmentation or detection; None: beside the
+    images.
+    test_split: list of the test images.
+    alpha: whether to composite an alpha channel on white, drop it, or keep it as a band. "auto" composites, but keeps a
+    TIFF's band that is only tagged as alpha.
+    pages: whether to read a TIFF's first page, its pages as channels of one image, or each page as an image
+    ("samples"). "auto" reads the full resolution of a pyramid, and pages as channels if ImageJ or OME metadata says so.
+    axes: order of the axes of a three-dimensional .npy; "auto" guesses where the shape is ambiguous.
+    held_out: number of images held out of pre-training, evenly spaced, for a held-out loss. None: 1 % of the images,
+    at least 64 and at most 256, if there are 1,000 images or more. Supervised runs hold out test images instead.
     """
 
     source: str | tuple[str, ...] = ""
@@ -130,13 +135,13 @@ class DataConfig(Settings):
         return Reading(alpha=self.alpha, pages=self.pages, axes=self.axes, nodata=self.nodata)
 
     def as_settled(self, reading: Reading) -> dict[str, str]:
-        """Settings to read other images like those of a run, with the run's decisions in place of `auto`."""
-        found: dict[str, str] = {}
+        """Return settings that read other images as a run did: its decisions in place of `auto`."""
+        settings: dict[str, str] = {}
         if self.alpha == "auto" and reading.tagged != "auto":
-            found["alpha"] = "band" if reading.tagged == "band" else "composite"
+            settings["alpha"] = "band" if reading.tagged == "band" else "composite"
         if self.axes == "auto" and reading.axes in ("HWC", "CHW"):
-            found["axes"] = reading.axes
-        return found
+            settings["axes"] = reading.axes
+        return settings
 
     @property
     def place(self) -> str:
@@ -145,13 +150,16 @@ class DataConfig(Settings):
 
 
 class TrainConfig(Settings):
-    """How long and how often. `steps` are optimiser steps and win over `epochs`; `batch_size` is global.
+    """Length of the training, and how often to log, test and write checkpoints and pictures.
 
-    micro_batch: images per forward pass; None means as many as fit in memory. compile: the transformer blocks, which
-    takes half a minute or more at the start, and on a CPU a C++ compiler. checkpoint_every is in steps, and a
-    checkpoint is also written every `checkpoint_minutes`. precision "auto" is bf16 where the processor is fast at it.
-    picture_images: images in each picture, at most 64. test_every: steps after which a supervised run is tested, None
-    for ten times in all.
+    steps: number of optimiser steps; takes precedence over `epochs`.
+    batch_size: images per optimiser step, over all micro-batches.
+    micro_batch: images per forward pass; None: as many as fit in memory.
+    precision: "auto" is bf16 if the processor is fast at it, else fp32.
+    compile: compile the transformer blocks. Takes half a minute or more at the start; on a CPU it needs a C++ compiler.
+    checkpoint_every, checkpoint_minutes: write a checkpoint after so many steps, and after so many minutes.
+    picture_images: images in each picture, at most 64.
+    test_every: test a supervised run after so many steps; None: ten times in all.
     """
 
     steps: int | None = Field(default=None, gt=0)
@@ -172,10 +180,10 @@ class TrainConfig(Settings):
 
 
 class Graft(Settings):
-    """Start from other weights: copy the Run's tensors under the prefix `source` to the prefix `target`, strictly.
+    """Initial weights: copy all tensors under the prefix `source` of another run to the prefix `target`.
 
-    step: of the checkpoint, None for the newest. Done before step 0. A run that is resumed after its first checkpoint
-    does not read the other Run; one that was stopped earlier still needs it.
+    Names and shapes must match. step: step of the checkpoint; None: the newest. The weights are copied before step 0. A
+    run that is resumed from a checkpoint does not read the other run again; a run without a checkpoint does.
     """
 
     run: str
@@ -210,7 +218,7 @@ def task_names() -> list[str]:
 
 
 def method_module(name: str) -> ModuleType:
-    """`methods/<name>.py` or `tasks/<name>.py`. Raises ConfigError with the nearest names when there is neither."""
+    """Import `methods/<name>.py` or `tasks/<name>.py`. Raises ConfigError with the nearest names if neither exists."""
     if name in task_names():
         return importlib.import_module(f"unmask.tasks.{name}")
     if name not in method_names():
@@ -219,7 +227,7 @@ def method_module(name: str) -> ModuleType:
 
 
 def method_class(name: str) -> type[Method]:
-    """Return the one subclass of `Method` that the file of this name defines."""
+    """Return the subclass of `Method` that the file of this name defines."""
     module = method_module(name)
     found = [
         thing
@@ -244,7 +252,7 @@ def supervised_names() -> list[str]:
 
 
 def parse_method(value: Any) -> Any:
-    """A method's settings from JSON: `name` selects the file whose `Config` parses them."""
+    """Parse a method's settings from JSON, with the `Config` of the file that `name` selects."""
     if not isinstance(value, dict):
         return value
     return method_module(str(value.get("name", ""))).Config.model_validate(value)
@@ -263,7 +271,7 @@ def nearest(wrong: str, names: Iterable[str]) -> str:
 
 
 def keys(settings: BaseModel, prefix: str = "") -> list[str]:
-    """Return every dotted key that `--set` can change."""
+    """Return all dotted keys that `--set` can change."""
     found: list[str] = []
     for name in type(settings).model_fields:
         value = getattr(settings, name)
@@ -274,8 +282,8 @@ def keys(settings: BaseModel, prefix: str = "") -> list[str]:
 def override(config: Config, assignments: Iterable[str]) -> Config:
     """Return `config` with KEY=VALUE assignments applied, e.g. "train.steps=100" or "data.size=[48,64]".
 
-    Values are read as JSON where they are JSON and as text otherwise; `none` clears a field. Raises ConfigError for a
-    key that does not exist (naming the nearest ones) or an invalid value (naming the expected ones).
+    Values are parsed as JSON if possible and are text otherwise; `none` clears a field. Raises ConfigError for an
+    unknown key (with the nearest known ones) or an invalid value (with the expected ones).
     """
     tree = config.model_dump(mode="json")
     known = keys(config)
@@ -294,7 +302,7 @@ def override(config: Config, assignments: Iterable[str]) -> Config:
 
 
 def parse(assignments: Iterable[str]) -> dict[str, Any]:
-    """Return KEY=VALUE assignments as key -> value, None for a cleared one; the last one of a key counts."""
+    """Return KEY=VALUE assignments as a dict, with None for cleared keys. The last assignment of a key counts."""
     found: dict[str, Any] = {}
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
@@ -312,11 +320,11 @@ def _read(text: str) -> Any:
 
 
 def explain(error: ValidationError) -> str:
-    """Return a pydantic error as one sentence per setting: its name, the value, and the expected value."""
+    """Return a pydantic error as text, for each setting its name, its value and the expected value."""
     lines = []
     for item in error.errors():
         where = ".".join(str(part) for part in item["loc"] if not str(part).startswith("function-"))
         message = item["msg"].removeprefix("Value error, ")
-        whole = isinstance(item["input"], dict | BaseModel)  # incompatible settings; the message names them
+        whole = isinstance(item["input"], dict | BaseModel)  # settings that are incompatible; `message` names them
         lines.append(f"{where}: {message}" if whole else f"{where}={item['input']!r} does not fit: {message}")
     return "; ".join(lines)

@@ -1,6 +1,6 @@
-"""Messages and progress of a command, always on stderr, so that stdout is left to `--json`.
+"""Print messages and progress of a command to stderr. stdout is reserved for `--json`.
 
-On a terminal progress is a live bar (rich); elsewhere it is one plain line per interval, without carriage returns or
+On a terminal, progress is a live bar (rich); elsewhere it is one plain line per interval, without carriage returns or
 colours.
 """
 
@@ -28,7 +28,7 @@ CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u20
 
 
 def duration(seconds: float) -> str:
-    """Format seconds in the two largest units: 90 -> '1 min 30 s'."""
+    """Format seconds in at most two units: 90 -> '1 min 30 s'."""
     seconds = max(0, round(seconds))
     if seconds < 60:
         return f"{seconds} s"
@@ -40,9 +40,9 @@ def duration(seconds: float) -> str:
 
 
 def escape_controls(text: str) -> str:
-    """Return text that is safe to print: control characters and undecodable bytes as \\xNN or \\uNNNN.
+    """Replace control characters and undecodable bytes by \\xNN or \\uNNNN, so that text is safe to print.
 
-    Tabs and newlines stay.
+    Tabs and newlines are kept.
     """
     text = text.encode("utf-8", "backslashreplace").decode()
     return CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
@@ -59,22 +59,22 @@ class Console:
         self._rich = RichConsole(file=cast(IO[str], self._words), highlight=False, soft_wrap=True)
 
     def print(self, text: str = "") -> None:
-        """Print a message, unless the console is quiet."""
+        """Print a message unless the console is quiet."""
         if not self.quiet:
             self._print(text)
 
     def warn(self, text: str) -> None:
-        """Print a warning, also when the console is quiet."""
+        """Print a warning even if the console is quiet."""
         self._print(f"warning: {text}")
 
     def warn_once(self, text: str) -> None:
-        """Print a warning, unless this console has printed the same text before."""
+        """Print a warning unless this console has printed the same text before."""
         if text not in self._warned:
             self._warned.add(text)
             self.warn(text)
 
     def _print(self, text: str) -> None:
-        text = escape_controls(text)  # a file name or a label in it may hold anything
+        text = escape_controls(text)  # file names and labels can contain control characters
         if self.live:
             self._rich.print(escape(text))
         else:
@@ -132,7 +132,7 @@ class Console:
 
 
 def in_notebook() -> Callable[[str], None] | None:
-    """Return, in a Jupyter notebook, a function that replaces the line that it showed before; None elsewhere."""
+    """Return a function that shows a line in a Jupyter notebook, in place of its last one; None outside notebooks."""
     if (ipython := sys.modules.get("IPython")) is None or not hasattr(ipython.get_ipython(), "kernel"):
         return None
     handle = ipython.display.display({"text/plain": ""}, raw=True, display_id=True)
@@ -140,10 +140,10 @@ def in_notebook() -> Callable[[str], None] | None:
 
 
 class Bar:
-    """Progress of one task, with the time left by its mean pace so far.
+    """Progress of one task, with the time left at its mean speed so far.
 
-    Not rich's TimeRemainingColumn: plain lines and notebooks show the time left too, and rich's estimate uses the last
-    30 seconds of updates, so that it shows nothing for steps that take longer.
+    rich's TimeRemainingColumn is not used, because plain lines and notebooks show the time left too, and because it
+    uses the last 30 seconds of updates only, so it shows nothing for longer steps.
     """
 
     def __init__(self, console: Console, title: str, total: int, start: int) -> None:
@@ -152,15 +152,15 @@ class Bar:
         self.begin(start)
 
     def begin(self, step: int) -> None:
-        """Measure the pace from now on, with `step` steps done."""
+        """Measure the speed from now on, with `step` steps done."""
         self.start, self.began = step, time.monotonic()
 
     def update(self, step: int, text: str = "") -> None:
-        """Show that `step` steps are done. text: shown beside the bar."""
+        """Show that `step` steps are done, with `text` beside the bar."""
         self.show(step, "  ".join(part for part in (text, self.left(step)) if part))
 
     def left(self, step: int) -> str:
-        """Return '3 min 20 s left', by the mean pace since `begin`; "" before the first step."""
+        """Return for example '3 min 20 s left', from the mean speed since `begin`; "" before the first step."""
         done = step - self.start
         if done <= 0:
             return ""

@@ -1,8 +1,7 @@
-"""The errors whose message is all that a person needs: the command line prints them as one line.
+"""Errors that users can act on: the command line prints their message as one line, without a traceback.
 
-Any other exception is a bug in this package and keeps its traceback. Messages say what was found, what is expected,
-and
-what to do.
+Any other exception is a bug in this package and keeps its traceback. Messages state what was found, what is expected,
+and what to do.
 """
 
 from __future__ import annotations
@@ -13,26 +12,26 @@ from pathlib import Path
 
 
 class UserError(ValueError):
-    """Something in the input that a person can mend; the command line leaves with exit code 2."""
+    """The input is wrong, and the user can correct it. The command line exits with code 2."""
 
 
 class ForeignError(UserError):
-    """Weights of an unknown kind, or incomplete weights; the message names tensors and says what to do."""
+    """Weights are of an unknown kind or incomplete; the message names tensors."""
 
 
 class SourceError(UserError):
-    """DATA that cannot be opened; the message says what was found, what is expected, and what to do."""
+    """DATA cannot be opened."""
 
 
 class TrainingFailed(RuntimeError):
-    """Training cannot go on. The Run keeps its last good checkpoint; the command line leaves with exit code 1."""
+    """Training cannot continue. The run keeps its last good checkpoint; the command line exits with code 1."""
 
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Context manager that gives an OSError inside it the file's name, where the system gave none.
+    """Context manager that adds the file's name to an OSError that has none.
 
-    A full disk is met in `write` or `fsync`, whose errors name no file.
+    `write` and `fsync` raise such errors when the disk is full.
     """
     try:
         yield
@@ -43,11 +42,11 @@ def naming(path: Path) -> Iterator[None]:
 
 
 class LoadingFailed(TrainingFailed):
-    """Images stopped arriving: a loader worker died, or nothing has arrived for too long."""
+    """The loader returns no more images: a worker died, or no image has arrived for too long."""
 
 
 def some(names: Iterable[str], count: int = 5, between: str = ", ") -> str:
-    """The first few of many, for a sentence: 'a, b, c and 4 more'."""
+    """Return the first `count` names for a message: 'a, b, c and 4 more'."""
     names = list(names)
     more = f" and {len(names) - count} more" if len(names) > count else ""
     return between.join(names[:count]) + more

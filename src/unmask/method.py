@@ -1,13 +1,13 @@
-"""THE CONTRACT: what `engine/train.py` trains. A method is an encoder, a loss and a picture.
+"""The interface of every method that `engine/train.py` trains: an encoder, a loss and a picture.
 
     encoder                      the result of the training: an `ImageEncoder`, whose forward returns `Features`
     loss(batch, clock) -> Loss   one scalar to minimise, and detached numbers to log
     picture(batch, clock)        panels that show whether it learns
-    after_step(clock)            update what follows the weights, such as a teacher; nothing by default
+    after_step(clock)            update tensors that depend on the weights, such as a teacher; nothing by default
 
-`Clock` is all that a method gets from the loop besides the batch, `Loss` all that it returns. There is one abstract
-level and nothing is overridden twice. `forward` *is* `loss`, so that hooks on the module apply to the loss. Everything
-else that others use of a method is declared here with a default; nothing is looked up by name.
+The training loop passes a method the batch and a `Clock`, and the method returns a `Loss`. Methods subclass `Method`
+directly, never each other. `forward` calls `loss`, so that hooks on the module apply to the loss. All other members
+that the package uses are declared here with a default; none is looked up by name.
 
 To add a method, add one file to `methods/` with a `Config(MethodConfig)` and one subclass of `Method` whose constructor
 takes `(config, images: ImageSpec)`, and a recipe. There is no registry: the file name is the method's name.
@@ -42,20 +42,22 @@ class MethodConfig(Settings):
 
     @property
     def has_tokenizer(self) -> bool:
-        """Whether the method contains the network of a tokenizer, whose weights come from another Run."""
+        """Whether the method contains the network of a tokenizer, whose weights are copied from another run."""
         return False
 
     def from_files(self) -> list[str]:
-        """Sentences on settings that were read from files, such as masks or a palette, so that a mix-up is seen."""
+        """Return sentences that describe settings read from files, such as masks or a palette, to reveal mix-ups."""
         return []
 
 
 @dataclass(frozen=True)
 class Clock:
-    """Position of the training: `step` of `total` optimiser steps, `micro`-batch within it, random draws of the batch.
+    """Position in the training, and the random draws of the batch.
 
-    share: of the training done, where the number of steps has changed during it; None for step / total. counted: only
-    in `Method.after_step`, a 0-d bool on the device, False where the step was skipped for non-finite numbers.
+    step, total: number of optimiser steps done and in all. rng: random draws. micro: number of the micro-batch within
+    the step. share: share of the training done if the number of steps has changed during it; None: step / total.
+    counted: set in `Method.after_step` only, 0-d bool on the device, False if the step was skipped because of
+    non-finite numbers.
     """
 
     step: int
@@ -67,13 +69,13 @@ class Clock:
 
     @property
     def progress(self) -> float:
-        """Share of the training done, 0 to 1: for schedules such as a temperature."""
+        """Share of the training done, 0 to 1, for schedules such as a temperature."""
         return self.step / max(1, self.total) if self.share is None else self.share
 
 
 @dataclass(frozen=True)
 class Loss:
-    """`value`: a scalar with a graph. `logs`: detached 0-d tensors; never `.item()` them here, that stalls a GPU."""
+    """The loss of a batch. `value`: scalar with a graph. `logs`: detached 0-d tensors (`.item()` would stall a GPU)."""
 
     value: Tensor
     logs: dict[str, Tensor] = field(default_factory=dict)
@@ -82,10 +84,10 @@ class Loss:
 class Picture(NamedTuple):
     """Images that show what a method does.
 
-    panels: drawn side by side, captions as keys, each (B, C, H, W) float32 in the files' units. note: printed below.
-    numbers: 0-d tensors; "loss" is the loss on these images, the others are those of baselines in the same units
-    ("true_patch_mean", "nearest_visible", ...). names: printed below each image. valid: (B, H, W) bool, False where a
-    pixel is absent, None where all are present.
+    panels: images by caption, drawn side by side, each (B, C, H, W) float32 in the files' units. note: printed below.
+    numbers: 0-d tensors; "loss" is the loss on these images, the others are losses of baselines in the same units
+    ("true_patch_mean", "nearest_visible", ...). names: printed below each image. valid: (B, H, W) bool, False for
+    absent pixels; None if no pixel is absent.
     """
 
     panels: dict[str, Tensor]
@@ -95,7 +97,7 @@ class Picture(NamedTuple):
     valid: Tensor | None = None
 
     def sampled(self, count: int) -> Picture:
-        """Keep at most `count` images, evenly spaced, because images are in the order of their folders."""
+        """Return at most `count` images, evenly spaced, because images are in the order of their folders."""
         have = len(next(iter(self.panels.values())))
         rows = torch.linspace(0, have - 1, min(count, have)).long().tolist()
         panels = {caption: panel[rows] for caption, panel in self.panels.items()}
@@ -107,26 +109,29 @@ class Picture(NamedTuple):
 
 
 class MeanTokenClassifier(Protocol):
-    """A method that classifies the mean of the patch tokens before the encoder's final norm, as other libraries can."""
+    """A method that classifies the mean of the patch tokens before the encoder's final norm.
+
+    Other libraries have such classifiers too, so it can be exported to them.
+    """
 
     head: nn.Linear
 
     def logits(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) in the files' units -> (B, K) float32."""
+        """Return class logits (B, K) float32 of images (B, C, H, W) in the files' units."""
         ...
 
     def classify_tokens(self, tokens: Tensor) -> Tensor:
-        """(..., D) -> (..., K) float32."""
+        """Return class logits (..., K) float32 of mean tokens (..., D)."""
         ...
 
 
 class Method(nn.Module, ABC):
-    """A trainable method; see the module docstring. Its tensors may live on any device; it does no I/O.
+    """A trainable method; see the module docstring. Works on any device and does no I/O.
 
-    encoder: the result of the training. fixed: prefixes of the state dict under which nothing changes after `prepare`
-    (a frozen tokenizer, a palette): a Run stores those tensors once, not in every checkpoint. num_prepare: number of
-    images that `prepare` uses. undecayed: names of parameters without weight decay although they are no vectors.
-    head_name: the part beside the encoder, for messages of exports.
+    encoder: the result of the training. fixed: prefixes of the state dict whose tensors do not change after `prepare`
+    (a frozen tokenizer, a palette); a run stores them once, not in every checkpoint. num_prepare: number of images that
+    `prepare` uses. undecayed: names of parameters without weight decay; 1-D parameters never have any
+    and are not listed. head_name: name of the part beside the encoder, for messages about exports.
     """
 
     encoder: ImageEncoder
@@ -137,40 +142,40 @@ class Method(nn.Module, ABC):
 
     @property
     def evaluation_mask(self) -> Callable[[Draws], Tensor] | None:
-        """Draws of B images -> (B, N) bool, the tokens that are hidden when features are measured; None hides none."""
+        """Function from the draws of B images to (B, N) bool, True for tokens hidden in evaluations; None: none are."""
         return None
 
     def prepare(self, images: Tensor, valid: Tensor | None = None) -> None:
-        """Set buffers that depend on the data; called before step 0, after weights are copied, if `num_prepare` > 0.
+        """Set buffers that depend on the data. Called before step 0, after weights are copied, if `num_prepare` > 0.
 
         images: (n, C, H, W) in the files' dtype on the method's device, n <= num_prepare, evenly spaced in the data.
-        valid: (n, H, W) bool as in `Batch`, None where no pixel is absent.
+        valid: (n, H, W) bool as in `Batch`; None if no pixel is absent.
         """
         raise TypeError(f"{type(self).__name__} needs {self.num_prepare} images but has no prepare()")
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
+        """Device of the parameters."""
         return next(self.parameters()).device
 
     @property
     def mean_token_classifier(self) -> MeanTokenClassifier | None:
-        """The method itself where its head can be exported as a classifier of other libraries; else None."""
+        """The method itself if other libraries can use its head as a classifier; else None."""
         return None
 
     @abstractmethod
     def loss(self, batch: Batch, clock: Clock) -> Loss:
-        """The loss of one batch, in float32 whatever the autocast precision."""
+        """Return the loss of one batch, in float32 under any autocast precision."""
 
     @abstractmethod
     def picture(self, batch: Batch, clock: Clock) -> Picture:
-        """Draw what the method predicts for these images; called without gradients, in eval mode."""
+        """Return what the method predicts for these images. Called without gradients, in eval mode."""
 
     def after_step(self, clock: Clock) -> None:
-        """Update what follows the weights, such as a teacher; called once after each optimiser step.
+        """Update tensors that depend on the weights, such as a teacher. Called once after each optimiser step.
 
-        A step with non-finite numbers leaves the weights as they are, and `clock.counted` is False on the device; every
-        change must then leave its tensor bit for bit as it was, as `nn.ema.moved` does. Does nothing by default.
+        A step with non-finite numbers does not change the weights, and `clock.counted` is then False on the device. In
+        that case this method must leave every tensor bit-identical, as `nn.ema.moved` does. Does nothing by default.
         """
 
     def forward(self, batch: Batch, clock: Clock) -> Loss:

@@ -1,6 +1,6 @@
-"""Base class of everything a person can configure: immutable, typed, and an unknown key is an error.
+"""Base class of all settings: immutable and typed; an unknown key is an error.
 
-Not a registry and not a loader: `config.py` composes the tree and reads `--set KEY=VALUE`.
+`config.py` composes the settings of a run and parses `--set KEY=VALUE`.
 """
 
 from __future__ import annotations
@@ -9,6 +9,6 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Settings(BaseModel):
-    """A frozen pydantic model that refuses unknown keys and checks its own defaults."""
+    """A frozen pydantic model that rejects unknown keys and validates its defaults."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)

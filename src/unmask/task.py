@@ -1,13 +1,13 @@
-"""The contract of supervised methods (`tasks/`): a `Task` is a `Method` that predicts and is measured on test images.
+"""The interface of supervised methods (`tasks/`): a `Task` is a `Method` that predicts and is tested on other images.
 
-    annotation             the annotation of an image, which the task predicts: its class, a mask or boxes
+    annotation             the kind of annotation that the task predicts: a class, a mask or boxes
     predict(images)        one prediction per image
-    measure(batches, ...)  how good the predictions are on annotated images
-    headline               the metrics that are followed during training, the first of which counts
+    measure(batches, ...)  metrics of the predictions on annotated images
+    headline               the metrics to report during training; the first one is the score
     describe(values)       those metrics in words
 
-Fine-tuning, tests, prediction and export use these members and never ask which task it is. To add a task, add one file
-to `tasks/` with a `Config(TaskConfig)` and one subclass of `Task`, and a recipe.
+Fine-tuning, testing, prediction and export use these members only and do not depend on the task. To add a task, add one
+file to `tasks/` with a `Config(TaskConfig)` and one subclass of `Task`, and a recipe.
 """
 
 from __future__ import annotations
@@ -41,19 +41,22 @@ class TaskConfig(MethodConfig):
 
     @property
     def ignored_ids(self) -> tuple[int, ...]:
-        """Ids in mask files that are no class; () where a task has no masks."""
+        """Ids in mask files that do not denote a class; () for tasks without masks."""
         return ()
 
     def mask_options(self, *, of_training_images: bool) -> MaskOptions | None:
-        """How masks are read, None where a task has none; those of other images may be stored otherwise."""
+        """Return how to read masks; None for tasks without masks.
+
+        of_training_images: whether the masks belong to the training images; others may be stored in another way.
+        """
         return None
 
 
 class Task(Method, Generic[Prediction, Truth]):
     """A supervised method; see the module docstring. `classes`: names, in the order of the class numbers.
 
-    Prediction: one prediction. Truth: the annotations that test images are compared with, None for classes, which come
-    with the batches. title: what the task is called. head_name: the part beside the encoder, for messages of exports.
+    Prediction: type of one prediction. Truth: type of the annotations of the test images; None for classes, which are
+    in the batches. title: the task's name for messages.
     """
 
     annotation: ClassVar[Annotation]
@@ -64,24 +67,25 @@ class Task(Method, Generic[Prediction, Truth]):
 
     @classmethod
     def whole_images(cls) -> bool:
-        """Whether test images are squeezed to the size of the encoder instead of cropped: every pixel may matter."""
+        """Return whether test images are resized to the encoder's input size as a whole, instead of cropped."""
         return cls.annotation != "classes"
 
     @abstractmethod
     def predict(
         self, images: Tensor, sizes: Sequence[tuple[int, int]] | None = None, *, scale: Scale | None = None
     ) -> list[Prediction]:
-        """Predict without gradients, in eval mode: (B, C, H, W) in the files' units -> B predictions.
+        """Return one prediction per image. Called without gradients, in eval mode.
 
-        sizes: (H, W) of each image file, in whose pixels masks and boxes are given; None for those of `images`. scale:
-        see `ImageEncoder.accept`. Raises UserError for images that the encoder cannot accept.
+        images: (B, C, H, W) in the files' units. sizes: (H, W) of each image file; masks and boxes are returned in its
+        pixels. None: in pixels of `images`. scale: see `ImageEncoder.accept`. Raises UserError for images that the
+        encoder cannot accept.
         """
 
     @abstractmethod
     def measure(self, batches: Iterable[Batch], truth: Truth) -> Measurement:
-        """Compare predictions with annotations; in eval mode, without gradients, under the caller's autocast.
+        """Compare predictions with annotations. Called in eval mode, without gradients, under the caller's autocast.
 
-        Raises UserError where nothing can be measured.
+        Raises UserError if no metric can be computed.
         """
 
     @classmethod
