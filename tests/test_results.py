@@ -138,7 +138,7 @@ def test_damaged_and_unknown_files_are_named_and_the_others_read(tmp_path):
     assert "changed.json has changed since it was written" in changed
     assert "newer.json: got a result of record 'hologram'; expected probe, curve" in newer
     assert "other.json: got a result without data, test, kind, shots, rows" in other
-    assert "wrong.json: got a probe result whose rows is wrong" in wrong
+    assert "wrong.json: got a probe result with an invalid rows" in wrong
 
 
 def test_a_score_counts_when_it_is_of_the_last_step(tmp_path):

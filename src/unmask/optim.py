@@ -1,6 +1,6 @@
 """AdamW with MAE's parameter groups, LARS for its linear probe, and the learning rate as a function of the step.
 
-There is no scheduler object: `learning_rate(step, ...)` is pure, so a resumed run needs nothing but the step number.
+There is no scheduler object: `learning_rate(step, ...)` is a pure function, so a resumed run only needs the step.
 """
 
 from __future__ import annotations
@@ -21,13 +21,16 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimConfig(Settings):
-    """AdamW (MAE, Table 8), or LARS (its linear probe). The peak learning rate is base_lr x batch size / 256.
+    """Settings of AdamW (MAE, Table 8) or LARS (MAE's linear probe). Peak learning rate: base_lr x batch size / 256.
 
-    betas: of AdamW; the first is LARS's momentum.
-    warmup: share of all steps with a linear rise from 0 (MAE: 40 of 800 epochs). After it half a cosine down to
-    final_lr x peak. clip: greatest gradient norm, None for no clipping. layer_decay: for fine-tuning, the learning rate
-    of each layer of the encoder over that of the layer above it; the head has the full rate. average: also keep a
-    moving average of the weights (`nn/ema.py`) with this decay, smaller in the first steps (MAE from scratch: 0.9999).
+    betas: AdamW's betas; LARS uses the first one as its momentum.
+    warmup: share of all steps during which the learning rate rises linearly from 0 (MAE: 40 of 800 epochs). It then
+    falls along half a cosine to final_lr x peak.
+    clip: maximum gradient norm; None: no clipping.
+    layer_decay: for fine-tuning, the learning rate of each encoder layer divided by that of the next layer; the head
+    has the full rate.
+    average: decay of a moving average of the weights (`nn/ema.py`), smaller in the first steps (MAE from scratch:
+    0.9999); None: no average.
     """
 
     name: Literal["adamw", "lars"] = "adamw"
@@ -43,7 +46,7 @@ class OptimConfig(Settings):
 
 
 def peak_lr(config: OptimConfig, batch_size: int) -> float:
-    """Return base_lr x batch size / 256, where the batch is that of an optimiser step, over all its micro-batches."""
+    """Return base_lr x batch size / 256. batch_size: images per optimiser step, over all micro-batches."""
     return config.base_lr * batch_size / 256
 
 
@@ -59,10 +62,11 @@ TRUST = 1e-3
 
 
 class Lars(torch.optim.Optimizer):
-    """Layer-wise adaptive rates (You et al. 2017) as MAE's linear probe has it (`util/lars.py`, after MoCo v3).
+    """Layer-wise adaptive rate scaling (You et al. 2017), as in MAE's linear probe (`util/lars.py`, after MoCo v3).
 
-    The gradient of a weight matrix, decayed, is scaled to TRUST x the norm of the matrix; that of a 1-D tensor is not.
-    The momentum holds scaled gradients; the learning rate multiplies it. A step with `found_inf` changes nothing.
+    For weight matrices, the gradient plus weight decay is scaled to TRUST x the norm of the matrix; gradients of 1-D
+    tensors are not scaled. The momentum accumulates scaled gradients and is multiplied by the learning rate. A step
+    with `found_inf` changes nothing.
     """
 
     def __init__(self, groups: Any, momentum: float) -> None:
@@ -92,10 +96,11 @@ class Lars(torch.optim.Optimizer):
 
 
 def make_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW | Lars:
-    """Return AdamW or LARS over the trainable parameters of a method; 1-D tensors are not decayed.
+    """Return AdamW or LARS over the trainable parameters of a method.
 
-    cls and mask tokens are 3-D and therefore are decayed, as upstream; parameters that the method names as `undecayed`
-    are not. Fused, because that kernel can skip a non-finite step on the device, without waiting for the host to look.
+    1-D parameters and those in the method's `undecayed` have no weight decay. Class and mask tokens are 3-D and
+    therefore have it, as in MAE's code. AdamW is fused, because the fused kernel can skip a non-finite step on the
+    device, without synchronising with the host.
     """
     undecayed = module.undecayed if isinstance(module, Method) else ()
     scales = layer_scales(module, config.layer_decay)
@@ -109,15 +114,15 @@ def make_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW 
             groups.setdefault(key, about)["params"].append(parameter)
     if config.name == "lars":
         return Lars(list(groups.values()), momentum=config.betas[0])
-    # lr as a number, not a tensor: it is written by hand before every step.
+    # lr is a number, not a tensor, because `update` sets it before every step.
     return torch.optim.AdamW(list(groups.values()), lr=0.0, betas=config.betas, eps=config.eps, fused=True)
 
 
 def layer_scales(module: nn.Module, decay: float) -> Mapping[str, float]:
     """Return the learning-rate factor of each parameter of `module.encoder`, by name; {} without layer-wise decay.
 
-    decay^(n - depth), n the depth of what lies behind the encoder (the head has 1): Clark et al. 2020, ELECTRA, as in
-    BEiT and MAE. What an encoder calls the depth of a parameter is `depth_of`.
+    The factor is decay^(n - depth), with the depth by `depth_of` and n the largest depth in the encoder; the head's
+    factor is 1 (Clark et al. 2020, ELECTRA; as in BEiT and MAE).
     """
     if decay == 1:
         return {}
@@ -129,10 +134,10 @@ def layer_scales(module: nn.Module, decay: float) -> Mapping[str, float]:
 
 
 def step_if(optimizer: torch.optim.Optimizer, good: Tensor) -> None:
-    """Step the optimiser where `good` (0-d bool) is True; otherwise leave weights and state as they are, bit for bit.
+    """Step the optimiser if `good` (0-d bool) is True; otherwise leave weights and state bit-identical.
 
-    The device decides: `found_inf` is the gate of torch's fused kernels, which gradient scalers use. Where a version of
-    torch ignores it, the host waits for `good`.
+    The device evaluates `good`, through `found_inf`, with which gradient scalers let torch's fused kernels skip a step.
+    If a version of torch ignores `found_inf`, the host waits for `good`.
     """
     if isinstance(optimizer, Lars) or fused_kernel_has_gate():
         optimizer.found_inf = (~good).float()  # type: ignore[attr-defined]
@@ -144,14 +149,14 @@ def step_if(optimizer: torch.optim.Optimizer, good: Tensor) -> None:
 
 @cache
 def fused_kernel_has_gate() -> bool:
-    """Return whether a fused AdamW step with `found_inf` changes nothing; tried once, on one number."""
+    """Return whether fused AdamW skips a step with `found_inf`. Tested once, on a single parameter."""
     weight = nn.Parameter(torch.ones(1))
     weight.grad = torch.ones(1)
     optimizer = torch.optim.AdamW([weight], lr=0.5, fused=True)
     optimizer.found_inf, optimizer.grad_scale = torch.ones(()), None  # type: ignore[attr-defined]
     try:
         optimizer.step()
-    except Exception:  # whatever a later version raises, the host can decide
+    except Exception:  # whatever a later version of torch raises, `step_if` can wait on the host
         return False
     return weight.item() == 1.0
 
@@ -159,8 +164,8 @@ def fused_kernel_has_gate() -> bool:
 def update(optimizer: torch.optim.Optimizer, lr: float, loss: Tensor, clip: float | None) -> Tensor:
     """Step with the current gradients and clear them; return their norm before clipping (0-d).
 
-    When `loss` (0-d) or the norm is not finite, weights and moments stay as they were, bit for bit. The device decides;
-    the host does not wait for it.
+    If `loss` (0-d) or the norm is not finite, weights and moments stay bit-identical. The check runs on the device; the
+    host does not wait for it.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])

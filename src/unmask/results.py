@@ -1,12 +1,12 @@
-"""The results of evaluations, as typed records: what RUN/evals/*.json holds, whichever command measured it.
+"""The results of evaluations as typed records: the contents of RUN/evals/*.json.
 
     {"record": "probe", "kind": "linear", "data": {...}, "test": {...}, "rows": [...], ...}
 
-The key `record` says which class of this module a file belongs to. Names of files mean nothing: whoever wants results
-calls `read_results` and iterates over records. Files of earlier versions, which lack that key, are converted when they
-are read.
+The key `record` names the class in this module that a file belongs to. File names have no meaning: to get results, call
+`read_results` and iterate over the records. Files of earlier versions lack the key and are converted when they are
+read.
 
-Loads neither torch nor numpy, so that a report or a list of runs is read quickly.
+This module imports neither torch nor numpy, so that reports and lists of runs load quickly.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ ACCURACY, MEAN_AP, R2 = "accuracy", "mean average precision", "R2"
 CLASSES, MULTILABEL, REGRESSION, UNLABELLED = "classes", "multilabel", "regression", "unlabelled"
 METRICS = {CLASSES: ACCURACY, MULTILABEL: MEAN_AP, REGRESSION: R2}
 POOLS = {"cls": "class token", "mean": "mean over patches", "pixels": "pixels", "attentive": "attention over tokens"}
-"""Poolings in words."""
+"""Names of poolings, for tables and messages."""
 
 
 class RunFolder(Protocol):
-    """What is read of a `Run`."""
+    """The members of `Run` that this module uses."""
 
     @property
     def evals(self) -> Path: ...
@@ -49,10 +49,11 @@ class RunFolder(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class ImageSet:
-    """A set of images: its name as it was given, where it lies, and a digest of its content.
+    """A set of images.
 
-    path: absolute; None for sets that are drawn or built in. digest: SHA-256 over the names and sizes of its files
-    (`Source.fingerprint`); None in results of earlier versions. excluded: the patterns of `--exclude`.
+    name: as the user gave it. path: absolute path; None for generated and built-in sets. digest: SHA-256 over the
+    names and sizes of its files (`Source.fingerprint`); None in results of earlier versions. excluded: the patterns of
+    `--exclude`.
     """
 
     name: str
@@ -61,7 +62,7 @@ class ImageSet:
     excluded: tuple[str, ...] = ()
 
     def matches(self, other: ImageSet) -> bool:
-        """Whether both are the same images: by content where both digests are known, else by name."""
+        """Return whether both are the same images: by digest if both are known, else by name."""
         if self.digest is not None and other.digest is not None:
             return self.digest == other.digest
         return (self.name, self.excluded) == (other.name, other.excluded)
@@ -72,9 +73,10 @@ class ImageSet:
 
 @dataclass(frozen=True, kw_only=True)
 class TestIdentity:
-    """The images that something was measured on: a share held out of the labelled data, or a set of their own.
+    """The test images: either held out of the labelled data, or a separate set.
 
-    held_out, seed: the share, and the seed that chose it (None where it was not recorded). images: the other set.
+    held_out: held-out share of the labelled data. seed: the seed that selected it; None if it was not recorded. images:
+    the separate set.
     """
 
     __test__: ClassVar[bool] = False  # not a test class, whatever pytest infers from its name
@@ -84,13 +86,13 @@ class TestIdentity:
     images: ImageSet | None = None
 
     def matches(self, other: TestIdentity) -> bool:
-        """Whether both are the same images, given the same labelled data."""
+        """Return whether both are the same images, provided that the labelled data are the same."""
         if self.images is None or other.images is None:
             return self.images is other.images and (self.held_out, self.seed or 0) == (other.held_out, other.seed or 0)
         return self.images.matches(other.images)
 
     def describe(self, data: str) -> str:
-        """Name the test images in a sentence: 'a held-out fifth of birds', or the name of the other set."""
+        """Return a name for messages: 'a held-out fifth of birds', or the name of the separate set."""
         if self.images is not None:
             return str(self.images)
         share = "fifth" if self.held_out == 0.2 else f"{self.held_out:.0%}"
@@ -99,7 +101,7 @@ class TestIdentity:
 
 @dataclass(frozen=True, kw_only=True)
 class TargetTable:
-    """The table that labels or quantities came from. `reason`: why its columns were read as this task."""
+    """The table with the labels or quantities. reason: why its columns were interpreted as this task."""
 
     path: str
     test_path: str | None = None
@@ -110,19 +112,19 @@ class TargetTable:
 
 @dataclass(frozen=True, kw_only=True)
 class OtherRun:
-    """Another run whose encoder was measured on the same images; `name` is that of its rows."""
+    """Another run whose encoder was measured on the same images. name: its name in `FeatureScore.features`."""
 
     name: str
     run: str
     step: int | None = None
 
 
-# ------------------------------------------------------------------------------------------------------------ scores
+# --------------------------------------------------------------------------------------------------------------- scores
 
 
 @dataclass(frozen=True)
 class LayerChoice:
-    """Which layer was measured, 0 to `last`, and how it was chosen, in words."""
+    """The layer whose features were used, 0 to `last`. why: how it was chosen, in words."""
 
     number: int
     last: int
@@ -131,9 +133,10 @@ class LayerChoice:
 
 @dataclass(frozen=True, kw_only=True)
 class TargetScore:
-    """The score of one target column; `value` is None where it is not defined on these test images.
+    """The score of one target column.
 
-    value: average precision of a label, R2 of a quantity. positives: test images that have the label.
+    value: average precision of a label, or R2 of a quantity; None if it is undefined on these test images. positives:
+    number of test images with the label.
     """
 
     name: str
@@ -147,8 +150,9 @@ class FeatureScore:
     """The score of one feature set under one pooling, with its 95 % interval.
 
     features: PRETRAINED, RANDOM_INIT, RAW_PIXELS, or the name of another run. pool: "cls", "mean", "pixels" or
-    "attentive". value: in the record's `metric`. total: test images; correct: of them, where the metric is accuracy.
-    fit: what the kind of probe chose while fitting, by name (`c`, `rate`). votes: masks that the majority was over.
+    "attentive". value: the score in the record's `metric`. total: number of test images. correct: number of correctly
+    classified ones, if the metric is accuracy. fit: hyperparameters that the probe selected (`c`, `rate`). votes:
+    number of random masks per image over which the majority was taken.
     """
 
     features: str
@@ -167,7 +171,7 @@ class FeatureScore:
 
 @dataclass(frozen=True, kw_only=True)
 class CurvePoint:
-    """The mean score over several draws of `shots` training labels per class; `values` and `correct` of each draw."""
+    """The mean score with `shots` training labels per class. values, correct, fits: one entry per choice of labels."""
 
     shots: int
     mean: float
@@ -180,7 +184,7 @@ class CurvePoint:
 
 @dataclass(frozen=True, kw_only=True)
 class CurveRow:
-    """The label-budget curve of one feature set under one pooling: a point for every number of labels."""
+    """The label-budget curve of one feature set under one pooling, with one point for each number of labels."""
 
     features: str
     pool: str
@@ -191,9 +195,10 @@ class CurveRow:
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """How much higher the run's own features score than another set on the same test images, with its 95 % interval.
+    """The score of the run's features minus that of another feature set, on the same test images.
 
-    pool, own_pool: which pooling of each is compared. shots: labels per class, in a label-budget curve.
+    low, high: 95 % interval. own_pool, pool: poolings of the run's features and of the other ones. shots: labels per
+    class, in label-budget curves only.
     """
 
     features: str
@@ -215,19 +220,20 @@ class TestOnTheWay:
     value: float
 
 
-# ----------------------------------------------------------------------------------------------------------- records
+# -------------------------------------------------------------------------------------------------------------- records
 
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureMeasurement:
-    """What the results of all frozen-feature probes have in common.
+    """Base of the results of all frozen-feature probes.
 
-    kind: the name for --kind; title: the same for a heading, "Linear probe". step: of the checkpoint. seed: of the
-    split and of every random choice. layer, mask_votes: as asked for; None is the protocol that suits the encoder.
-    task: CLASSES, MULTILABEL, REGRESSION or UNLABELLED. names: of the classes, or of the target columns. chance: the
-    score without looking at the images; None where there is none. interval: how the 95 % intervals were made. shared:
-    test images that are also training images, pixel for pixel. differences: to the other feature sets. protocol,
-    verdict: in words. caveats: sentences that limit what the numbers mean.
+    kind: value of --kind. title: the kind as a heading, "Linear probe". step: step of the checkpoint. seed: seed of the
+    split and of all random draws. layer, mask_votes: values of the options; None: the default protocol of the encoder.
+    task: CLASSES, MULTILABEL, REGRESSION or UNLABELLED. names: names of the classes or the target columns. chance: the
+    score of a prediction that does not depend on the image; None if there is none. interval: how the 95 % intervals
+    were computed. shared: number of test images that are identical to a training image, pixel for pixel. differences:
+    differences from the other feature sets. protocol, verdict: descriptions in words. caveats: sentences on the
+    limitations of the numbers.
     """
 
     kind: str
@@ -261,7 +267,7 @@ class FeatureMeasurement:
         raise NotImplementedError
 
     def same_measurement(self, other: FeatureMeasurement) -> bool:
-        """Whether both measure the same thing, of whatever encoder, so that their scores can be compared."""
+        """Return whether both used the same protocol and images, so that their scores are comparable."""
         return (
             type(self) is type(other)
             and self._protocol == other._protocol
@@ -278,9 +284,10 @@ class FeatureMeasurement:
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeResult(FeatureMeasurement):
-    """The result of `unmask probe`: a score for every feature set. shots: training labels per class; None for all.
+    """The result of `unmask probe`: a score for every feature set.
 
-    For --kind paper-linear, which is a training: `run` is its folder inside the run, `best` its best test on the way.
+    shots: training labels per class; None: all. run, best: only for --kind paper-linear, which trains a classifier:
+    the folder of that training inside the run, and its best test during training.
     """
 
     rows: tuple[FeatureScore, ...]
@@ -293,14 +300,17 @@ class ProbeResult(FeatureMeasurement):
         return None if self.shots is None else (self.shots,)
 
     def row(self, features: str = PRETRAINED, pool: str | None = None) -> FeatureScore | None:
-        """Return the score of a feature set under one pooling, or its best one; None where it was not measured."""
+        """Return the score of a feature set under `pool`, or under its best pooling; None if it was not measured."""
         rows = [row for row in self.rows if row.features == features and pool in (None, row.pool)]
         return max(rows, key=lambda row: row.value, default=None)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CurveResult(FeatureMeasurement):
-    """A label-budget curve: `draws` choices of training labels for each number of labels per class in `shots`."""
+    """A label-budget curve.
+
+    shots: numbers of training labels per class. draws: number of random choices of labels for each of them.
+    """
 
     rows: tuple[CurveRow, ...]
     shots: tuple[int, ...]
@@ -319,10 +329,10 @@ class CurveResult(FeatureMeasurement):
 class FinetuneResult:
     """The score of a fine-tuned run on its test images, with the weights of the last step.
 
-    task: the method ("classify", "segment", "detect", "linear_probe"). metric: which of `numbers` is the headline; the
-    interval low..high (95 %) belongs to it. by_class: IoU or AP50 of every class, None where it is not defined.
-    best: the best test on the way, which was chosen on the test images. averaged: the headline with the moving average
-    of the weights. initial_run: the run that the weights started from.
+    task: name of the method ("classify", "segment", "detect", "linear_probe"). metric: key of the score in `numbers`.
+    low, high: 95 % interval of the score. by_class: IoU or AP50 of every class; None if it is undefined. best: the best
+    test during training, selected on the test images. averaged: the score with the moving average of the weights.
+    initial_run: the run with the initial weights.
     """
 
     task: str
@@ -347,15 +357,15 @@ class FinetuneResult:
 
     @property
     def value(self) -> float:
-        """The headline number."""
+        """The score: `numbers[metric]`."""
         return self.numbers[self.metric]
 
 
 @dataclass(frozen=True, kw_only=True)
 class BaselineLosses:
-    """Losses of a pre-training on fixed images, and what trivial predictions score on the same images.
+    """Losses of a pre-training run on fixed images, and losses of trivial predictions on the same images.
 
-    guesses: loss by the name of the trivial prediction. losses, held_out_losses: (step, loss) pairs, by step.
+    guesses: loss of each trivial prediction, by name. losses, held_out_losses: (step, loss) pairs, in order of steps.
     """
 
     images: int
@@ -371,7 +381,7 @@ RECORDS: dict[str, type[Record]] = {
 }  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------------------------- reading, writing
+# -------------------------------------------------------------------------------------------------- reading and writing
 
 
 @cache
@@ -380,26 +390,26 @@ def _adapter(kind: type[Record]) -> TypeAdapter[Record]:
 
 
 def to_json(record: Record) -> dict[str, Any]:
-    """Return the JSON object of a record: what its file holds, and what --json prints."""
+    """Convert a record to the JSON object that is stored in its file and printed by --json."""
     name = next(name for name, kind in RECORDS.items() if type(record) is kind)
     return {RECORD: name, **_adapter(type(record)).dump_python(record, mode="json")}
 
 
 def from_json(found: Mapping[str, Any]) -> Record:
-    """Return the record of a JSON object, of this version or an earlier one. Raises UserError."""
+    """Convert a JSON object of this version or an earlier one to a record. Raises UserError."""
     found = found if RECORD in found else from_earlier_version(found)
     name = found[RECORD]
     if name not in RECORDS:
         raise UserError(
-            f"got a result of record {name!r}; expected {', '.join(RECORDS)}: a newer version of unmask wrote it, or "
-            "none did; update unmask, or measure again"
+            f"got a result of record {name!r}; expected {', '.join(RECORDS)}; update unmask if a newer version wrote "
+            "it, or measure again"
         )
     try:
         return _adapter(RECORDS[name]).validate_python(dict(found))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"got a {name} result whose {where} is wrong: {first['msg']}; measure again") from None
+        raise UserError(f"got a {name} result with an invalid {where}: {first['msg']}; measure again") from None
 
 
 T = TypeVar("T", bound=Record)
@@ -407,9 +417,9 @@ T = TypeVar("T", bound=Record)
 
 @dataclass(frozen=True)
 class Results:
-    """The results of a run: records by the names of their files (without .json), and why other files are unreadable.
+    """The results of a run.
 
-    damaged: a sentence for each file that is damaged or not a result, which names it.
+    records: records by file name, without .json. damaged: one message for each file that is damaged or not a result.
     """
 
     records: Mapping[str, Record]
@@ -417,7 +427,7 @@ class Results:
 
     @property
     def probes(self) -> tuple[ProbeResult, ...]:
-        """Probes; of one data set the linear probe first, the newest step last."""
+        """Probe results, grouped by data set: linear probes first; equal ones in order of steps."""
         return tuple(sorted(self._of(ProbeResult), key=_order))
 
     @property
@@ -426,7 +436,7 @@ class Results:
 
     @property
     def finetuned(self) -> FinetuneResult | None:
-        """The score of a fine-tuned run; None for other runs, and before it is tested."""
+        """The score of a fine-tuned run; None for other runs, and before the test."""
         return next(self._of(FinetuneResult), None)
 
     @property
@@ -438,7 +448,7 @@ class Results:
 
 
 def _order(record: FeatureMeasurement) -> tuple[Any, ...]:
-    """Order of results on a page: labels by class before tables of targets, linear before kNN, few labels first."""
+    """Sort key: class labels before target tables, then by data set, linear before kNN, few labels first."""
     kinds = ("linear", "knn", "attentive")
     place = kinds.index(record.kind) if record.kind in kinds else len(kinds)
     budgets = record.budgets or (1 << 40,)
@@ -446,7 +456,7 @@ def _order(record: FeatureMeasurement) -> tuple[Any, ...]:
 
 
 def read_results(run: RunFolder) -> Results:
-    """Read every result of a run. Raises nothing for files that are damaged: they are named in `Results.damaged`."""
+    """Read all results of a run. Damaged files raise no error; they are reported in `Results.damaged`."""
     records: dict[str, Record] = {}
     damaged: list[str] = []
     for file in sorted(run.evals.glob("*.json")):
@@ -463,6 +473,6 @@ def read_results(run: RunFolder) -> Results:
 
 
 def read_score(run: RunFolder) -> FinetuneResult | None:
-    """Return the score of a fine-tuned run's last weights; None where it is still to be measured."""
+    """Return the score of a fine-tuned run's last weights; None if they have not been tested yet."""
     found = read_results(run).finetuned
     return found if found is not None and found.step == run.read("plan.json")["steps"] else None

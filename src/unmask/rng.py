@@ -1,11 +1,11 @@
-"""Randomness without state: every draw is a pure function of (seed, stream, epoch, dataset index).
+"""Stateless random numbers: every draw is a pure function of (seed, stream, epoch, dataset index).
 
-Each of the four stands in its own word of Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as
-1, 2, 3"), and nothing is ever added together. So any number of loader workers draws the same order, crops and
-masks; a resumed run needs no generator state; and a mask is the same on CPU and GPU, because the arithmetic is on
-integers and written once for NumPy arrays and torch tensors alike.
+Each of the four is an input word of its own of Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as
+1, 2, 3"); they are never added to each other. So order, crops and masks do not depend on the number of loader workers;
+a resumed run needs no generator state; and a mask is the same on CPU and GPU, because the same integer arithmetic runs
+on NumPy arrays and torch tensors.
 
-This is not a source of randomness for weights: initialisation uses torch's own generator, once, from `train.seed`.
+Weights are not drawn here: their initialisation uses torch's own generator, seeded once with `train.seed`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ROUNDS = 10
 
 
 class Stream(IntEnum):
-    """What a draw is for. The numbers are part of every run's meaning: append, never renumber."""
+    """The purpose of a draw. Results of runs depend on these numbers: append new ones, never renumber."""
 
     ORDER = 0
     CROP = 1
@@ -47,10 +47,10 @@ class Stream(IntEnum):
 
 
 def philox(counter: tuple[Array, Array, Array, Array], key: tuple[int, int]) -> tuple[Array, Array, Array, Array]:
-    """Return four arrays of 32-bit words by Philox4x32-10, for int64 arrays that hold 32-bit words.
+    """Apply Philox4x32-10 to a counter of four int64 arrays of 32-bit words. Returns the same format.
 
-    The 64-bit products wrap in signed arithmetic, which leaves their low 64 bits exact; the shift is arithmetic, so the
-    high word is masked afterwards.
+    Signed 64-bit products overflow, but their low 64 bits are exact. The right shift keeps the sign, so the high word
+    is masked after it.
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key
@@ -67,7 +67,7 @@ def philox(counter: tuple[Array, Array, Array, Array], key: tuple[int, int]) -> 
 
 
 def words(seed: int, stream: Stream, epoch: Array, index: Array, count: int) -> Array:
-    """Return (B, count) 32-bit words as int64; row b depends on (seed, stream, epoch[b], index[b]) alone."""
+    """Return (B, count) random 32-bit words as int64; row b only depends on (seed, stream, epoch[b], index[b])."""
     blocks = -(-count // 4)
     if isinstance(index, Tensor):
         like: dict[str, Any] = {"dtype": torch.int64, "device": index.device}
@@ -83,7 +83,7 @@ def words(seed: int, stream: Stream, epoch: Array, index: Array, count: int) -> 
 
 
 def uniform(seed: int, stream: Stream, epoch: Array, index: Array, count: int) -> Array:
-    """(B, count) float32 in [0, 1) with 24 random bits each: the same values from NumPy and torch on any device."""
+    """Return (B, count) float32 in [0, 1) with 24 random bits each, identical in NumPy and torch on any device."""
     top = words(seed, stream, epoch, index, count) >> 8
     scale = 2.0**-24
     return top.to(torch.float32) * scale if isinstance(top, Tensor) else top.astype(np.float32) * np.float32(scale)
@@ -105,5 +105,5 @@ class Draws:
     index: Tensor  # (B,) int64
 
     def uniform(self, count: int, stream: Stream = Stream.MASK) -> Tensor:
-        """(B, count) float32 in [0, 1), on the batch's device."""
+        """Return (B, count) float32 in [0, 1), on the batch's device."""
         return uniform(self.seed, stream, self.epoch, self.index, count)

@@ -1,14 +1,14 @@
-"""A Run: the folder that a training run is. Everything after training reads this folder, never the trainer's memory.
+"""The folder of one training run. Evaluations, reports and exports read only this folder.
 
     config.json  plan.json  provenance.json  status.json       plan.json is written last: without it there is no run
     metrics.jsonl            one line per logged step, each step once
-    heartbeat.json           while it trains: the newest step and when it was taken
+    heartbeat.json           during training: the newest step and its time
     checkpoints/  pictures/  evals/*.json  report.html  quarantine.jsonl
 
-Standard library only, so that the report and the web page open a Run without loading torch. Files appear whole or not
-at all: written beside their final name, flushed to disk, then renamed. JSON files carry a digest and the id of their
-run (`system/verified_json.py`), which are checked whenever they are read; checkpoints carry the id and the digests of
-config.json and plan.json. What is changed on purpose goes through `engine/edit_run.py`.
+Standard library only, so that reports load without torch. Files are written atomically: beside their final name,
+flushed to disk, then renamed. JSON files contain a digest and the id of their run (`system/verified_json.py`), which
+are checked on every read; checkpoints contain the id and the digests of config.json and plan.json. To change settings
+of a run, use `engine/edit_run.py`.
 """
 
 from __future__ import annotations
@@ -35,34 +35,34 @@ from unmask.system.verified_json import ChangedJson, Verified
 
 CONFIG, PLAN, PROVENANCE, STATUS = "config.json", "plan.json", "provenance.json", "status.json"
 DECIDING = (PROVENANCE, PLAN, CONFIG)
-"""What decides results. The configuration is last: where it has a digest, so have the others."""
+"""Files that determine the results. config.json is last: if it has a digest, the others have one too."""
 EDITS = "edits"
-"""Key of provenance.json: what was changed after the run began, see `engine/edit_run.py`."""
+"""Key of provenance.json with the changes made after the run began, see `engine/edit_run.py`."""
 REMEMBERED = (CONFIG, PLAN)
-"""Files that checkpoints name by digest, so each keeps the digests of what it replaced."""
-SHORT = 16  # hexadecimal digits of a digest in a list: a budget may change the plan a thousand times
+"""Files whose digests checkpoints store. Each of these files lists the digests of its earlier versions."""
+SHORT = 16  # hexadecimal digits of each listed digest: a time budget may change the plan a thousand times
 UNFINISHED_FILES = re.compile(r"\.lock|config\.json|provenance\.json|quarantine\.jsonl|data\.arrays|\..*\.partial")
 UNFINISHED_CHECKPOINTS = re.compile(r"step-00000000|\.tmp-.*|fixed-.*\.safetensors|LATEST|\..*\.partial")
 
 held_here: list[Run] = []
-"""Runs that this process has locked so far, for the message after an interruption."""
+"""Runs that this process has locked so far; the message after an interruption lists them."""
 
 
 class RunError(UserError):
-    """A folder that is not a Run, or a file in it that cannot be read; the message names what to do."""
+    """The folder is not a run, or a file in it cannot be read."""
 
 
 class RunInUse(RunError):
-    """Another process trains in this folder."""
+    """Another process is training in this folder."""
 
 
 class RunGone(TrainingFailed):
-    """The folder was deleted, moved or replaced while it was in use; it is not created again."""
+    """The folder was deleted, moved or replaced during the training; it is not created again."""
 
 
 @dataclass(frozen=True)
 class Identity:
-    """The run that a checkpoint belongs to: its id, and the SHA-256 of config.json and plan.json at that time."""
+    """The run that wrote a checkpoint: its id, and the SHA-256 of config.json and plan.json at that time."""
 
     run_id: str | None = None
     config: str | None = None
@@ -70,7 +70,7 @@ class Identity:
 
     @classmethod
     def of(cls, value: object) -> Identity:
-        """Return the identity in a JSON value; an empty one where there is none."""
+        """Return the identity in a JSON value; an empty one if there is none."""
         if not isinstance(value, dict):
             return cls()
         found = {key: value.get(key) for key in ("run_id", "config", "plan")}
@@ -78,14 +78,17 @@ class Identity:
 
 
 class MetricsOffset(NamedTuple):
-    """Position in metrics.jsonl up to which rows were read. file: tells it from the one that replaced it."""
+    """Position in metrics.jsonl up to which rows were read. file: inode number, which reveals that it was replaced."""
 
     file: int
     byte: int
 
 
 class MetricRows(list[dict[str, Any]]):
-    """Logged rows. offset: to read only newer ones next time. restarted: discard the rows that were read before."""
+    """Logged rows.
+
+    offset: pass it to `Run.metrics` to read only newer rows. restarted: discard the rows that were read before.
+    """
 
     def __init__(self, rows: list[dict[str, Any]], offset: MetricsOffset, *, restarted: bool) -> None:
         super().__init__(rows)
@@ -93,7 +96,7 @@ class MetricRows(list[dict[str, Any]]):
 
 
 class Run:
-    """An existing run folder; make one with `Run.begin`, open one with `Run.open`."""
+    """A run folder. `Run.begin` creates a new one, `Run.open` opens an existing one."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -105,32 +108,37 @@ class Run:
         self.quarantine_file = self.path / "quarantine.jsonl"
         self.faults_file = self.path / "faults.jsonl"
         self.heartbeat_file = self.path / "heartbeat.json"
-        self._new_id: str | None = None  # of a run that this object makes; otherwise config.json has it
-        self._digests: dict[str, str | None] = {}  # of REMEMBERED, as last read or written
+        self._new_id: str | None = None  # id of the run, once it is created or read from config.json
+        self._digests: dict[str, str | None] = {}  # digests of REMEMBERED, as last read or written
         self._lock: os.stat_result | None = None
-        self._status: dict[str, Any] = {}  # what status.json did not take
+        self._status: dict[str, Any] = {}  # a status that could not be written to status.json
 
     @classmethod
     def check_free(cls, path: str | Path) -> Run:
-        """Return the run that `create` would make, without making it. Raises RunError when the folder is taken."""
+        """Return the run that `create` would make, without making it. Raises RunError if the folder is in use."""
         run = cls(path)
         if run.path.is_dir() and (not any(run.path.iterdir()) or run.is_unfinished()):
             return run
         if run.path.exists():
             what = "a file" if not run.path.is_dir() else "a folder that is not empty"
-            go_on = f", or go on with it: unmask resume {path}" if (run.path / CONFIG).exists() else ""
-            raise RunError(f"{path} is {what}; a new run needs a new or empty folder: choose another --out{go_on}")
+            resume = f", or continue the run: unmask resume {path}" if (run.path / CONFIG).exists() else ""
+            raise RunError(f"{path} is {what}; a new run needs a new or empty folder: choose another --out{resume}")
         return run
 
     @classmethod
     def create(cls, path: str | Path) -> Run:
-        """Make the folders of a new run where there is nothing, or an unfinished creation. Raises RunError."""
+        """Create the folders of a new run. Raises RunError.
+
+        path: a new or empty folder, or one in which the creation of a run was interrupted.
+        """
         run = cls.check_free(path)
         try:
             for folder in (run.path, run.checkpoints, run.pictures, run.evals):
                 folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise RunError(f"the run folder {path} cannot be made: {error.strerror}; choose another --out") from error
+            raise RunError(
+                f"the run folder {path} cannot be created: {error.strerror}; choose another --out"
+            ) from error
         run._new_id = uuid.uuid4().hex
         return run
 
@@ -144,19 +152,19 @@ class Run:
         fill: Callable[[Run], object] = lambda run: None,
         log: Callable[[str], object] = lambda text: None,
     ) -> Iterator[Run]:
-        """Context manager that makes a run, locked: all of it, or nothing.
+        """Context manager that creates a run and locks it. If the creation fails, everything is removed.
 
-        files: config.json, provenance.json and plan.json. fill: writes whatever else belongs to it from the start. The
-        plan is written last: without one a folder is no run yet, and the next `begin` there takes it over. Raises
-        RunError.
+        files: contents of config.json, provenance.json and plan.json. fill: writes the other initial files. log: prints
+        a message. plan.json is written last: a folder without it is unfinished, and a later `begin` may reuse it.
+        Raises RunError.
         """
         existed = cls.check_free(path).path.exists()
         run = cls.create(path)
         with run.lock():
-            cls.check_free(path)  # whoever held the lock until now may have made, and finished, a run here
+            cls.check_free(path)  # another process may have created a run here before this one got the lock
             try:
                 if run._clear():
-                    log(f"{path}: the creation of a run was cut short here; its remains were removed")
+                    log(f"{path}: removed files of a run whose creation was interrupted")
                 for name in REMEMBERED:
                     run._digests[name] = verified_json.dump(files[name], run.id)[1]
                 for name in (CONFIG, PROVENANCE):
@@ -171,22 +179,22 @@ class Run:
                 held_here.remove(run)
                 if isinstance(error, OSError):
                     raise RunError(
-                        f"the run {path} could not be made: {error.filename or path}: {error.strerror or error}; "
-                        "nothing is left of it"
+                        f"the run {path} could not be created: {error.filename or path}: {error.strerror or error}; "
+                        "its files were removed; choose another --out, or free space and try again"
                     ) from error
                 raise
             yield run
 
     @classmethod
     def open(cls, path: str | Path) -> Run:
-        """Return an existing run. Raises RunError when the folder is not one."""
+        """Return an existing run. Raises RunError if the folder is not a run."""
         run = cls(path)
         if not run.path.is_dir():
-            raise RunError(f"{path} is not a folder; a run is the folder that `unmask pretrain` made")
+            raise RunError(f"{path} is not a folder; expected the folder of a run, as `unmask pretrain` creates it")
         if run.is_unfinished():
             raise RunError(
-                f"{path} is not a run yet: its creation was cut short before the first step. Give the same command "
-                f"with --out {path} again, which takes the folder over, or remove it: rm -r {path}"
+                f"{path} is not a complete run: its creation was interrupted before the first step; repeat the same "
+                f"command with --out {path}, or remove the folder: rm -r {path}"
             )
         if not (run.path / CONFIG).is_file():
             inside = sorted(entry.parent.name for entry in run.path.glob(f"*/{CONFIG}"))[:3]
@@ -194,7 +202,7 @@ class Run:
             raise RunError(f"{path} is not a run: it has no config.json{hint}")
         if not (run.path / PLAN).exists() and any(run.path.glob("*.safetensors")):
             raise RunError(
-                f"{path} is not a run, but a folder of weights for another library; make a run of it first: unmask "
+                f"{path} is not a run, but a folder of weights for another library; convert it to a run first: unmask "
                 f"import {path} --out RUN"
             )
         return run
@@ -203,10 +211,10 @@ class Run:
         return run_summary.as_text(self)
 
     def _repr_html_(self) -> str:
-        return run_summary.as_html(self)  # notebooks ask for it
+        return run_summary.as_html(self)  # called by notebooks
 
     def is_unfinished(self) -> bool:
-        """Return whether the folder holds nothing but what `begin` writes before plan.json."""
+        """Return whether the folder contains only files that `begin` writes before plan.json."""
         try:
             inside = {entry.name: entry for entry in self.path.iterdir()}
             folders = {name: list(inside.pop(name).iterdir()) for name in ("evals", "pictures") if name in inside}
@@ -227,7 +235,7 @@ class Run:
         return ours and all(UNFINISHED_CHECKPOINTS.fullmatch(entry.name) for entry in checkpoints)
 
     def _clear(self) -> bool:
-        """Remove what an unfinished creation left, under the lock; whether there was anything but empty folders."""
+        """Remove files of an interrupted creation, under the lock. Returns whether there were any."""
         found = False
         for entry in [*self.checkpoints.iterdir(), *self.path.iterdir()]:
             if entry.name in (folder_lock.FILE, "checkpoints", "pictures", "evals"):
@@ -247,26 +255,26 @@ class Run:
         return self._new_id
 
     def identity(self) -> Identity:
-        """Return the identity that checkpoints of this run store. Raises RunError."""
+        """Return the identity to store in checkpoints of this run. Raises RunError."""
         for name in REMEMBERED:
             if name not in self._digests and (self.path / name).exists():
                 self.verified(name)
         return Identity(self.id, self._digests.get(CONFIG), self._digests.get(PLAN))
 
     def why_foreign(self, found: Identity) -> str:
-        """Return why a checkpoint with this identity does not belong to this run; "" when it does. Raises RunError."""
+        """Return why a checkpoint with this identity does not belong to this run; "" if it does. Raises RunError."""
         if found.run_id != self.id:
-            return f"it belongs to {_named(found.run_id)}, this is {_named(self.id)}"
+            return f"it belongs to {_run_name(found.run_id)}, this is {_run_name(self.id)}"
         for name, digest in ((CONFIG, found.config), (PLAN, found.plan)):
             if digest is None or not (self.path / name).exists():
                 continue
             now = self.verified(name)
             if now.sha256 is not None and digest != now.sha256 and digest[:SHORT] not in now.earlier:
-                return f"it was written with another {name} than the one here"
+                return f"it was written with a different {name}"
         return ""
 
     def write(self, name: str, value: Mapping[str, Any]) -> None:
-        """Write `name` (for example "evals/probe.json") as JSON with its digest, whole or not at all."""
+        """Write `name` (for example "evals/probe.json") as JSON with its digest, atomically."""
         self.require_present()
         path, earlier = self.path / name, tuple[str, ...]()
         if name in REMEMBERED and path.exists():
@@ -279,33 +287,35 @@ class Run:
             self._digests[name] = digest
 
     def read(self, name: str) -> dict[str, Any]:
-        """Return a JSON file of the run. Raises RunError when it is missing, was changed, or is not a JSON object."""
+        """Return the contents of a JSON file. Raises RunError if it is missing, modified or not a JSON object."""
         return self.verified(name).value
 
     def verified(self, name: str) -> Verified:
-        """Return a JSON file of the run with its digest, after checking it. Raises RunError, as `read`."""
+        """Return a JSON file of the run with its digest, after checking it. Raises RunError like `read`."""
         path = self.path / name
         try:
             found = verified_json.load(path.read_bytes())
         except FileNotFoundError:
-            raise RunError(f"{path} is missing; this run is not complete") from None
+            raise RunError(f"{path} is missing, so this run is incomplete; {_remedy(name, path)}") from None
         except OSError as error:
-            raise RunError(f"{path} cannot be read: {error.strerror}; {_mend(name, path)}") from None
+            raise RunError(f"{path} cannot be read: {error.strerror}; {_remedy(name, path)}") from None
         except ChangedJson as fault:
-            raise RunError(f"{path} {fault}; {_mend(name, path)}") from None
+            raise RunError(f"{path} {fault}; {_remedy(name, path)}") from None
         if found.sha256 is None and self._must_have_digest(name):
             raise RunError(
-                f"{path} has no digest, but other files of this run have: it was edited by hand, or is of another "
-                f"run; {_mend(name, path)}"
+                f"{path} has no digest, but other files of this run have one: it was edited by hand, or belongs to "
+                f"another run; {_remedy(name, path)}"
             )
         if name != CONFIG and found.sha256 is not None and found.run_id != self.id:
-            raise RunError(f"{path} belongs to {_named(found.run_id)}, this is {_named(self.id)}; {_mend(name, path)}")
+            raise RunError(
+                f"{path} belongs to {_run_name(found.run_id)}, this is {_run_name(self.id)}; {_remedy(name, path)}"
+            )
         if name in REMEMBERED:
             self._digests[name] = found.sha256
         return found
 
     def _must_have_digest(self, name: str) -> bool:
-        """Return whether another file of the run shows that this one was written with a digest."""
+        """Return whether other files of the run show that this one was written with a digest."""
         if name != CONFIG:
             if self.id is not None:
                 return True
@@ -318,13 +328,13 @@ class Run:
         return False
 
     def add_digests(self) -> None:
-        """Add digests to the deciding files of a run of an earlier version; later edits are then noticed."""
+        """Add digests to the DECIDING files of a run of an earlier version, so that later edits are detected."""
         for name in DECIDING:
             if (self.path / name).exists() and (found := self.verified(name)).sha256 is None:
                 self.write(name, found.value)
 
     def require_present(self) -> None:
-        """Raise RunGone when the folder is missing, or another one is in its place."""
+        """Raise RunGone if the folder is missing or was replaced by another one."""
         there = self.path.is_dir()
         if there and self._lock is not None:
             with suppress(OSError):
@@ -332,8 +342,8 @@ class Run:
                 there = (now.st_dev, now.st_ino) == (self._lock.st_dev, self._lock.st_ino)
         if not there:
             raise RunGone(
-                f"the run folder {self.path} was deleted, moved or replaced while it was in use, so nothing can be "
-                f"written there; move it back and `unmask resume {self.path}`, or start a new run"
+                f"the run folder {self.path} was deleted, moved or replaced during the training; move it back and run "
+                f"`unmask resume {self.path}`, or start a new run"
             )
 
     def log(self, row: dict[str, Any]) -> None:
@@ -342,10 +352,10 @@ class Run:
         json_lines.append(self.metrics_file, row)
 
     def metrics(self, since: MetricsOffset | None = None) -> MetricRows:
-        """Return the logged rows, without a line torn by a crash. Raises RunError.
+        """Return the logged rows, without a last line that a crash truncated. Raises RunError.
 
-        since: `offset` of the rows read before; only newer ones are read. Where the file was cut back in between, as
-        by a resume or a rollback, all rows are returned and `restarted` is True.
+        since: `offset` of the rows read before; only newer ones are read. If rows were removed since then, as by a
+        resume or a rollback, all rows are returned and `restarted` is True.
         """
         try:
             with self.metrics_file.open("rb") as file:
@@ -369,7 +379,7 @@ class Run:
             replace_file(self.metrics_file, b"".join(json_lines.to_line(row) for row in rows))
 
     def sync_metrics(self) -> None:
-        """Flush metrics.jsonl to disk: before a checkpoint, so that a power cut loses no row from before it."""
+        """Flush metrics.jsonl to disk. Called before each checkpoint, so that a power cut loses no earlier row."""
         if self.metrics_file.exists():
             with self.metrics_file.open("r+b") as file:
                 os.fsync(file.fileno())
@@ -383,14 +393,14 @@ class Run:
         seconds: float | None = None,
         error: str | None = None,
     ) -> None:
-        """Record the state, "running", "stopped", "finished" or "failed", and the process that is in it.
+        """Record the state, "running", "stopped", "finished" or "failed", and this process.
 
-        total: steps in all. seconds: training time. error: why it failed. Raises OSError, RunError, RunGone; `status`
-        returns the new state all the same.
+        total: number of steps in all. seconds: training time. error: why it failed. Raises OSError, RunError, RunGone;
+        `status` returns the new state even then.
         """
-        told = {"total": total, "seconds": seconds, "error": error}
+        optional = {"total": total, "seconds": seconds, "error": error}
         process = {"pid": os.getpid(), "host": socket.gethostname()}
-        self._status = {"state": state, "step": step, "time": time.time(), **told, **process}
+        self._status = {"state": state, "step": step, "time": time.time(), **optional, **process}
         self._status = {key: value for key, value in self._status.items() if value is not None}
         if state != "running":
             with suppress(OSError):
@@ -399,9 +409,9 @@ class Run:
         self._status = {}
 
     def status(self) -> RunStatus:
-        """Return the recorded state, or what could not be recorded; an empty one where the file is missing or damaged.
+        """Return the last state, even if it could not be written; an empty one if the file is missing or damaged.
 
-        `status().health()` tells a slow run from a dead one.
+        `status().health()` distinguishes a slow run from a dead one.
         """
         recorded, heartbeat = self._status, {}
         if not recorded:
@@ -414,7 +424,7 @@ class Run:
         return RunStatus.of(recorded, heartbeat if isinstance(heartbeat, dict) else {}, locked=locked)
 
     def write_heartbeat(self, step: int) -> None:
-        """Record that the loop has taken `step` steps by now. Not flushed to disk. Raises OSError, RunGone."""
+        """Record that `step` steps are done now. Not flushed to disk. Raises OSError, RunGone."""
         self.require_present()
         partial = self.path / f".{self.heartbeat_file.name}.partial"
         partial.write_text(json.dumps({"time": time.time(), "step": step}))
@@ -422,7 +432,7 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        """Whether all steps are done and the result, if there is one, is written."""
+        """Whether all steps are done and the result, if there is one, has been written."""
         return self.status().state == "finished"
 
     def add_quarantine(self, row: dict[str, Any]) -> None:
@@ -430,7 +440,7 @@ class Run:
         json_lines.append(self.quarantine_file, row)
 
     def add_fault(self, row: dict[str, Any]) -> None:
-        """Record a skipped step and its images; a rollback removes it from metrics.jsonl, but not from here."""
+        """Record a skipped step and its images. A rollback removes them from metrics.jsonl, but not from here."""
         json_lines.append(self.faults_file, row)
 
     def quarantine(self) -> list[dict[str, Any]]:
@@ -438,7 +448,7 @@ class Run:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Context manager that holds the folder for one trainer; the system drops the lock when that dies, however.
+        """Context manager that locks the folder for this process. The system releases the lock if the process dies.
 
         Raises RunInUse or RunError.
         """
@@ -457,7 +467,7 @@ class Run:
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    """Return the objects of a file of JSON lines; [] where there is no such file. Raises RunError."""
+    """Return the objects of a file of JSON lines; [] if there is no such file. Raises RunError."""
     try:
         return json_lines.parse(path.read_bytes())
     except FileNotFoundError:
@@ -467,19 +477,19 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _unreadable(path: Path, error: OSError) -> RunError:
-    return RunError(f"{path} cannot be read: {error.strerror}; remove it, or make it readable")
+    return RunError(f"{path} cannot be read: {error.strerror}; make it readable, or remove it")
 
 
-def _named(run_id: str | None) -> str:
+def _run_name(run_id: str | None) -> str:
     return "a run without an id (of an earlier version)" if run_id is None else f"run {run_id[:8]}"
 
 
-def _mend(name: str, path: Path) -> str:
-    """Return what to do about a file that cannot be used."""
+def _remedy(name: str, path: Path) -> str:
+    """Return what the user can do about an unusable file."""
     if name == STATUS:
         return f"delete it and run: unmask resume {path.parent}"
     if name.startswith("evals/"):
         return "delete it and measure again"
     if name in DECIDING:
-        return "restore it from a backup, or start a new run; settings are changed with `unmask set`, not in an editor"
+        return "restore it from a backup, or start a new run; to change settings, use `unmask set`, not an editor"
     return "restore it from a backup, or delete it"

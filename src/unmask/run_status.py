@@ -1,4 +1,4 @@
-"""How far a run is and whether its process is alive: the record behind `Run.status()`. Standard library only."""
+"""The status of a run: its progress, and whether its process is alive. Standard library only."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ Health = Literal["ended", "training", "slow", "dead"]
 class RunStatus:
     """Status of a run, from status.json and heartbeat.json.
 
-    state: "running", "stopped", "finished" or "failed"; "" where none is recorded, as for a run that has not begun.
-    step: optimiser steps done, of `steps` in all. time: when the state was recorded, seconds since 1970. seconds:
-    training time. error: why it failed. pid, host: the process that recorded it. heartbeat: when the training loop last
-    took a step, seconds since 1970, None when it does not run. locked: whether a process holds the run's lock. Fields
-    that runs of earlier versions did not record are None.
+    state: "running", "stopped", "finished" or "failed"; "" if none is recorded, as before the training begins. step,
+    steps: number of optimiser steps done and in all. time: when the state was recorded, in seconds since 1970. seconds:
+    training time. error: why the run failed. pid, host: the process that recorded the state. heartbeat: time of the
+    last training step, in seconds since 1970; None unless the run is running. locked: whether a process holds the run's
+    lock. Fields that runs of earlier versions did not record are None.
     """
 
     state: str = ""
@@ -37,7 +37,7 @@ class RunStatus:
 
     @classmethod
     def of(cls, status: Mapping[str, Any], heartbeat: Mapping[str, Any], *, locked: bool) -> RunStatus:
-        """Return the record of two JSON objects; entries of another type than expected are ignored."""
+        """Build the record from the contents of status.json and heartbeat.json. Entries of a wrong type are ignored."""
         state, error, host = (status.get(key) for key in ("state", "error", "host"))
         running = state == "running"
         step = _number(status.get("step")) or 0
@@ -59,15 +59,15 @@ class RunStatus:
 
     @property
     def shown_state(self) -> str:
-        """The state; "interrupted" where the process was killed before it could record one."""
+        """`state`, or "interrupted" if the process was killed before it could record another state."""
         return "interrupted" if self.state == "running" and not self.locked else self.state
 
     def health(self, now: float | None = None) -> Health:
-        """Return whether training goes on.
+        """Return whether the run is training now.
 
         "ended": it was stopped, finished or failed. "training": the last heartbeat is recent. "slow": the process is
-        there, or may be on another machine, but has taken no step for `SLOW_AFTER` seconds; a large picture, an
-        evaluation or a checkpoint can take that long. "dead": the process is gone. now: seconds since 1970.
+        alive, or may be alive on another machine, but has finished no step for `SLOW_AFTER` seconds; a large picture,
+        an evaluation or a checkpoint can take that long. "dead": the process is gone. now: seconds since 1970.
         """
         if self.state != "running":
             return "ended"
@@ -79,7 +79,7 @@ class RunStatus:
         return "training" if recent else "slow"
 
     def to_json(self) -> dict[str, Any]:
-        """Return the entries of status.json, without those that are not recorded."""
+        """Return the fields as a JSON object, without those that are None."""
         found = {
             "state": self.state, "step": self.step, "time": self.time, "total": self.steps, "seconds": self.seconds,
             "error": self.error, "pid": self.pid, "host": self.host, "heartbeat": self.heartbeat,

@@ -1,7 +1,7 @@
-"""What a run is and how far it got, in one typed record: for `unmask ls`, and for a Run shown in Python or a notebook.
+"""A summary of a run as one typed record, for `unmask ls` and for the display of a `Run` in Python or a notebook.
 
-Reads the Run folder only and loads no torch. A file that is missing or damaged leaves its fields at None: a list of
-runs has to show the broken ones too.
+Only reads the run folder and does not import torch. Fields from missing or damaged files are None, because a list of
+runs shows damaged runs too.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from unmask.system import folder_lock
 
 
 class RunFolder(Protocol):
-    """What is read of a `Run`, which imports this module."""
+    """The members of `Run` that this module uses; `run.py` imports this module, so it cannot import `Run`."""
 
     path: Path
     evals: Path
@@ -37,7 +37,11 @@ class RunFolder(Protocol):
 
 @dataclass(frozen=True)
 class RunSummary:
-    """One run. `size` (H, W) in pixels; `loss` of the last logged step; `probe` the newest result; `bytes` on disk."""
+    """Summary of a run.
+
+    size: (H, W) of the images in pixels. loss: loss of the last logged step. probe: the newest result, in words. bytes:
+    size on disk. changed: time of the last change of any file, in seconds since 1970.
+    """
 
     path: str
     state: str
@@ -54,12 +58,12 @@ class RunSummary:
 
     @property
     def progress(self) -> str:
-        """'250/1000', or '' where no plan says how many."""
+        """Steps done and in all: '250/1000'; '' if there is no plan."""
         return f"{self.step or 0}/{self.steps}" if self.steps is not None else ""
 
 
 def summarise(run: RunFolder) -> RunSummary:
-    """Describe a Run from its folder. Raises nothing for files that are missing or damaged."""
+    """Summarise a run from its folder. Missing or damaged files raise no error."""
     config, plan = (_read(run, name) for name in ("config.json", "plan.json"))
     status = run.status()
     size = (plan.get("images") or {}).get("size") or (config.get("data") or {}).get("size")
@@ -82,7 +86,7 @@ def summarise(run: RunFolder) -> RunSummary:
 
 
 def _files(folder: Path) -> Iterator[os.stat_result]:
-    """The files in a folder and below; those that go while it is read, as in a run that trains, are passed over."""
+    """Yield the status of each file below a folder. Files that are deleted meanwhile are skipped."""
     for inside, _, names in os.walk(folder):
         for name in names:
             with suppress(OSError):
@@ -92,7 +96,7 @@ def _files(folder: Path) -> Iterator[os.stat_result]:
 
 
 def as_html(run: RunFolder) -> str:
-    """A small table of the Run and its newest picture, for notebooks; it needs no network."""
+    """Return a small HTML table of the run, with its newest picture, for notebooks. It needs no network."""
     found = summarise(run)
     size = "" if found.size is None else f"{found.size[0]} x {found.size[1]} pixels"
     rows = {
@@ -109,7 +113,7 @@ def as_html(run: RunFolder) -> str:
 
 
 def as_text(run: RunFolder) -> str:
-    """`Run('runs/a', finished, step 250/250, mae_nano, loss 0.4321)`."""
+    """Return a line such as `Run('runs/a', finished, step 250/250, mae_nano, loss 0.4321)`."""
     found = summarise(run)
     loss = "" if found.loss is None else f"loss {found.loss:.4f}"
     parts = [found.state, f"step {found.progress}" if found.progress else "", found.recipe, loss, found.probe]

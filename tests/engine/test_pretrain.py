@@ -123,7 +123,7 @@ def test_a_taken_folder_is_refused_before_a_file_is_read(images, tmp_path, monke
     monkeypatch.setattr(pretrain_module, "open_source", pytest.fail)
     with pytest.raises(RunError, match=r"not empty.*another --out"):
         start(images, images)
-    with pytest.raises(RunError, match=r"cannot be made|is a file"):
+    with pytest.raises(RunError, match=r"cannot be created|is a file"):
         Run.create("/proc/version/run")
 
 

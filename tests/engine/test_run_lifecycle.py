@@ -79,11 +79,11 @@ pretrain(sys.argv[1], recipe="mae_nano", out=sys.argv[2], settings=sys.argv[3:],
     if (run / "plan.json").exists():
         assert resume(run, console=QUIET).finished, "it is a run from the moment that it has a plan"
         return
-    with pytest.raises(RunError, match=r"its creation was cut short .* rm -r|has no config\.json"):
+    with pytest.raises(RunError, match=r"its creation was interrupted .* rm -r|has no config\.json"):
         resume(run, console=QUIET)
     assert pretrain(images, recipe="mae_nano", out=run, settings=settings).finished
     said = capsys.readouterr().err
-    assert ("the creation of a run was cut short here" in said) == (after > 0 or bool(files(run)))
+    assert ("removed files of a run whose creation was interrupted" in said) == (after > 0 or bool(files(run)))
     assert not [name for name in files(run) if "partial" in name]
 
 

@@ -1,4 +1,4 @@
-"""Write files whole or not at all."""
+"""Write files atomically: after a crash, the old or the new content is there, never a part."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from unmask.errors import naming
 
 
 def free_path(path: Path) -> Path:
-    """Return `path`, or with the first number from 2 on appended for which nothing exists."""
+    """Return `path` if nothing exists there, else the first free one of `path`-2, `path`-3, ..."""
     number, free = 2, path
     while free.exists():
         free, number = path.with_name(f"{path.name}-{number}"), number + 1
@@ -20,16 +20,16 @@ def free_path(path: Path) -> Path:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all; see `replacing`."""
+    """Write a file atomically; see `replacing`."""
     with replacing(path) as file:
         file.write(content)
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BufferedRandom]:
-    """Context manager for a file that becomes `path` on success, and is removed otherwise.
+    """Context manager that opens a temporary file, and renames it to `path` on success or removes it on failure.
 
-    It is written beside `path`, flushed to disk and renamed; the folder entry is flushed too.
+    The file is written beside `path` and flushed to disk before it is renamed; the folder entry is flushed too.
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -45,7 +45,7 @@ def replacing(path: Path) -> Iterator[BufferedRandom]:
 
 
 def sync_folder(path: Path) -> None:
-    """Flush a folder's entries to disk, where the system can."""
+    """Flush a folder's entries to disk, if the system supports it."""
     try:
         handle = os.open(path, os.O_RDONLY)
     except OSError:

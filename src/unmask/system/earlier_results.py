@@ -1,6 +1,6 @@
-"""Convert results that versions before 0.2 wrote to RUN/evals, which lack the key `record`, to the format of today.
+"""Convert results in RUN/evals that were written by versions before 0.2 to the current format.
 
-They are distinguished by their keys, never by the names of their files.
+Such results lack the key `record`. Their type is determined from their keys, never from their file names.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ def from_earlier_version(found: Mapping[str, Any]) -> dict[str, Any]:
     missing = [key for key in ("data", "test", *(() if tuned else ("kind", "shots", "rows"))) if key not in found]
     if missing:
         raise UserError(
-            f"got a result without {', '.join(missing)}, which no supported version writes; expected one of this or "
-            "the previous version; measure again with `unmask probe`, and remove this file"
+            f"got a result without {', '.join(missing)}; expected a result that this or the previous version wrote; "
+            "measure again with `unmask probe`, and remove this file"
         )
     try:
         return _earlier_score(found) if tuned else _earlier_probe(found)
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise UserError(
-            f"got a result of an earlier version in which {error} is missing or wrong; measure again with "
+            f"got a result of an earlier version with a missing or invalid key ({error}); measure again with "
             "`unmask probe`"
         ) from None
 

@@ -1,7 +1,7 @@
-"""One process at a time in a folder: an advisory lock that the system drops when its holder dies, however it dies.
+"""Advisory lock on a folder for one process at a time. The system releases it when the process dies for any reason.
 
-`flock` belongs to the open file, which forked processes inherit: a loader worker that outlives its trainer would keep
-the folder locked for as long as it lives. So every process that is forked from a holder closes its copy at once.
+An `flock` belongs to the open file, which forked processes inherit: a loader worker that outlives its trainer would
+keep the folder locked. So every process that is forked from the holder of a lock closes its copy immediately.
 """
 
 from __future__ import annotations
@@ -17,41 +17,41 @@ from pathlib import Path
 
 try:
     import fcntl
-except ImportError:  # Windows: two trainers in one folder are then not noticed
+except ImportError:  # Windows: two processes that train in one folder are then not detected
     fcntl = None
 
 
 FILE = ".lock"
 GRACE = 1.0  # seconds: a process that was just killed needs a moment to close its files
 
-_held: set[int] = set()  # descriptors
+_held: set[int] = set()  # file descriptors of the locks that this process holds
 
 
 class Locked(Exception):
-    """Another process holds the folder; the message is the rest of a sentence that begins with the folder."""
+    """Another process has locked the folder. The message continues a sentence whose subject is the folder."""
 
 
 @contextmanager
 def locked(folder: Path, *, grace: float = GRACE) -> Iterator[int]:
-    """Context manager that holds `folder` and gives the lock file's descriptor. Raises Locked or OSError."""
+    """Context manager that locks `folder` and yields the lock file's descriptor. Raises Locked or OSError."""
     _register()
     handle = os.open(folder / FILE, os.O_RDWR | os.O_CREAT, 0o666)
     _held.add(handle)
     try:
         _acquire(handle, time.monotonic() + grace)
-        with suppress(OSError):  # a full disk; it only serves the message to others
+        with suppress(OSError):  # such as a full disk: the content only serves messages of other processes
             os.ftruncate(handle, 0)
             about = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
             os.pwrite(handle, json.dumps(about).encode() + b"\n", 0)
         yield handle
     finally:
-        if handle in _held:  # in a forked process it is closed already, and the number may be another file's
+        if handle in _held:  # a forked process has closed it already, and the number may belong to another file
             _held.discard(handle)
             os.close(handle)
 
 
 def is_held(folder: Path) -> bool:
-    """Return whether a process holds `folder`; True where the system cannot tell. Creates no file."""
+    """Return whether a process has locked `folder`; True if that cannot be determined. Creates no file."""
     if fcntl is None:
         return True
     try:
@@ -61,7 +61,7 @@ def is_held(folder: Path) -> bool:
     except OSError:
         return True
     try:
-        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)  # for an instant: whoever wants the folder tries for GRACE
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)  # released at once, and `locked` retries for GRACE seconds
     except OSError:
         return True
     finally:
@@ -93,11 +93,14 @@ def _acquire(handle: int, deadline: float) -> None:
 
 
 def describe_holder(content: bytes) -> str:
-    """Return who holds a lock and what to do, from what the holder wrote: the rest of a sentence."""
+    """Return which process holds a lock and what to do, as a message that continues a sentence.
+
+    content: content of the lock file.
+    """
     try:
         about = json.loads(content)
         pid, host, since = int(about["pid"]), str(about["host"]), str(about["since"])
-    except (ValueError, TypeError, KeyError):  # just taken, or by an earlier version
+    except (ValueError, TypeError, KeyError):  # not written yet, or written by an earlier version
         return "is in use by another process; wait for it, or stop it"
     if host != socket.gethostname():
         return f"is in use by process {pid} on {host}, since {since}; wait for it, or stop it there"
@@ -106,15 +109,15 @@ def describe_holder(content: bytes) -> str:
     state = _state(pid)
     if state in (None, "Z", "X"):
         return (
-            f"is still locked, although process {pid} on {host} that locked it has ended: a process that it started "
-            f"holds on; try again in a moment, or end that one (`fuser -v` on the file {FILE} in it names it)"
+            f"is still locked by a child of process {pid} on {host}, which has ended; try again in a moment, or end "
+            f"the child (run `fuser -v {FILE}` in the folder to find it)"
         )
     suspended = f" and is suspended (kill -CONT {pid} lets it continue)" if state == "T" else ""
     return f"is in use by process {pid} on {host}, which has held it since {since}{suspended}; wait for it, or stop it"
 
 
 def _state(pid: int) -> str | None:
-    """The state of a process as one letter, "?" where the system does not tell; None when there is no such process."""
+    """Return the state of a process as one letter, "?" if it is unknown, or None if there is no such process."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except (OSError, IndexError):
@@ -123,6 +126,6 @@ def _state(pid: int) -> str | None:
         os.kill(pid, 0)
     except ProcessLookupError:
         return None
-    except OSError:  # somebody else's
+    except OSError:  # a process of another user
         pass
     return "?"

@@ -1,4 +1,4 @@
-"""JSON written by others, checked before it decides anything."""
+"""Read and validate JSON files of other programs."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from unmask.errors import ForeignError
 
-MOST_BYTES = 64 << 20  # of a JSON file or header; the largest published ones have a few MiB
-LARGEST = 65_536  # of any size in a network, or of an image's side in pixels
+MOST_BYTES = 64 << 20  # limit for a JSON file or header; the largest published ones have a few MiB
+LARGEST = 65_536  # limit for any dimension of a network, and for the sides of an image in pixels
 
 
 class Outside(BaseModel):
-    """Unknown keys are dropped; null counts as absent."""
+    """Base of models of such JSON: unknown keys are ignored."""
 
     model_config = ConfigDict(extra="ignore", frozen=True, allow_inf_nan=False)
 
@@ -27,7 +27,7 @@ GET_AGAIN = "get the file again from where it was published, or correct it"
 
 
 def checked(kind: type[Parsed], value: Any, where: str, fix: str = GET_AGAIN) -> Parsed:
-    """`value` as a `kind`. Raises ForeignError that names `where`, the key, the expected value, and the `fix`."""
+    """Validate `value` as a `kind`. Raises ForeignError with `where`, the key, the expected value and the `fix`."""
     try:
         return kind.model_validate(value)
     except ValidationError as error:
@@ -39,7 +39,7 @@ def checked(kind: type[Parsed], value: Any, where: str, fix: str = GET_AGAIN) ->
 
 
 def settings_of(kind: type[BaseModel], value: Any, where: str) -> dict[str, Any]:
-    """The keys that `value` has a usable value for."""
+    """Return the keys and values of `kind` that are set in `value`, without nulls. Raises ForeignError."""
     return checked(kind, value, where).model_dump(exclude_none=True)
 
 
@@ -50,28 +50,30 @@ def shortened(value: Any, most: int = 60) -> str:
 
 
 def read_object(text: str | bytes, where: str) -> dict[str, Any]:
-    """A JSON object. Raises ForeignError for anything else, and for more than MOST_BYTES."""
+    """Parse a JSON object. Raises ForeignError for other values, and for more than MOST_BYTES."""
     if len(text) > MOST_BYTES:
-        raise ForeignError(f"{where}: got {len(text) >> 20} MiB of JSON; expected at most {MOST_BYTES >> 20}")
+        raise ForeignError(f"{where}: got {len(text) >> 20} MiB of JSON; expected at most {MOST_BYTES >> 20} MiB")
     try:
         found = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ForeignError(
-            f"{where} cannot be read ({type(error).__name__}); expected a JSON object: get the file again"
+            f"{where} cannot be read ({type(error).__name__}); expected a JSON object; get the file again"
         ) from None
     if not isinstance(found, dict):
         raise ForeignError(
-            f"{where}: got {shortened(found)}; expected a JSON object: get the file again, it is damaged"
+            f"{where}: got {shortened(found)}; expected a JSON object; the file is damaged: get it again"
         )
     return found
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A file that holds a JSON object; {} where there is none."""
+    """Read a JSON object from a file; {} if there is no such file. Raises ForeignError."""
     try:
         with path.open("rb") as file:
             return read_object(file.read(MOST_BYTES + 1), str(path))
     except FileNotFoundError:
         return {}
     except OSError as error:
-        raise ForeignError(f"{path} cannot be read ({type(error).__name__}); expected a JSON object") from None
+        raise ForeignError(
+            f"{path} cannot be read ({type(error).__name__}); expected a JSON object; make the file readable"
+        ) from None

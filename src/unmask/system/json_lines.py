@@ -1,4 +1,4 @@
-"""Files of one JSON object a line, of which a crash may tear the last."""
+"""Files with one JSON object per line. A crash may truncate the last line."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from unmask.errors import naming
 
 
 def to_line(row: dict[str, Any]) -> bytes:
-    """Return `row` as one line of ASCII, because file names may hold bytes that are not text."""
+    """Return `row` as one line of ASCII, because file names may contain bytes that are not valid UTF-8."""
     return json.dumps(row).encode("ascii") + b"\n"
 
 
 def append(path: Path, row: dict[str, Any]) -> None:
-    """Append one object, on a line of its own even after a torn line. Raises OSError that names the file."""
+    """Append one object, on a new line even if the last line is truncated. Raises OSError with the file's name."""
     with naming(path), path.open("ab+") as file:
         if file.tell():
             file.seek(-1, os.SEEK_END)
@@ -26,7 +26,7 @@ def append(path: Path, row: dict[str, Any]) -> None:
 
 
 def parse(content: bytes) -> list[dict[str, Any]]:
-    """Return the objects in `content`; lines that are not JSON objects, such as a torn one, are skipped."""
+    """Return the objects in `content`. Lines that are not JSON objects, such as a truncated one, are skipped."""
     rows: list[dict[str, Any]] = []
     for line in content.splitlines():
         try:

@@ -1,4 +1,4 @@
-"""Free main memory of this machine, or of the container in which the process runs."""
+"""Free main memory of this machine, or of the container in which this process runs."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ import psutil
 
 
 def available_bytes() -> int:
-    """Return the bytes that could be allocated now without swapping, within the limits of control groups."""
+    """Return how many bytes could be allocated now without swapping, within the limits of control groups."""
     machine, container = psutil.virtual_memory().available, container_bytes()
     return machine if container is None else min(machine, container)
 
 
 def container_bytes(groups: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> int | None:
-    """Return what the narrowest control group (version 2) above this process leaves; None without a limit.
+    """Return the free bytes of the control group (version 2) of this process, or of a parent group with less.
 
-    psutil does not read control groups. The page cache of a group counts as free, because it can be reclaimed.
+    None without a limit. psutil does not read control groups. A group's inactive page cache counts as free, because it
+    can be reclaimed.
     """
     path = next((path for key, path in _table(membership, "::") if key == "0"), "/").strip().lstrip("/")
     free = []
@@ -35,7 +36,7 @@ def container_bytes(groups: Path = Path("/sys/fs/cgroup"), membership: Path = Pa
 
 
 def _table(file: Path, separator: str) -> list[tuple[str, str]]:
-    """Return (key, value) of each line of a small system file; [] where there is no such file."""
+    """Return (key, value) of each line of a small system file; [] if there is no such file."""
     try:
         parts = [line.partition(separator) for line in file.read_text().splitlines()]
     except OSError:

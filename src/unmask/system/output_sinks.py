@@ -1,7 +1,7 @@
-"""stdout and stderr as sinks: where nothing can be written any more, work continues without output.
+"""stdout and stderr that never fail: if nothing can be written any more, the program continues without output.
 
-A closed or full stream, a reader that has gone (`| head`), a lost terminal or one that is held with Ctrl-S must not
-end or hold a training. `install` is for the command line; `Words` is what a library prints to. Standard library only.
+A closed or full stream, a reader that has ended (`| head`), or a lost or paused (Ctrl-S) terminal must not end or block
+a training. The command line calls `install`; library code prints to `Words`. Standard library only.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-PATIENCE = 3.0  # seconds that a full pipe or a held terminal delays words on stderr, once
-PIECE = 4096  # bytes; a pipe that can be written to takes as many without a wait
+PATIENCE = 3.0  # seconds to wait, once, for a full pipe or a paused terminal before stderr output is dropped
+PIECE = 4096  # bytes that a pipe which is ready for writing accepts without blocking
 
 
 class Sink(io.RawIOBase):
-    """Bytes for a file descriptor. The first error is kept in `error`, and from then on everything is dropped.
+    """Binary output to a file descriptor. After the first error, which is kept in `error`, all output is dropped.
 
-    may_drop: drop also what a reader does not take within `PATIENCE` seconds; otherwise wait for it.
+    may_drop: also drop output if the reader does not accept it within `PATIENCE` seconds; otherwise wait for it.
     """
 
     def __init__(self, descriptor: int, *, may_drop: bool, error: OSError | None = None) -> None:
@@ -56,11 +56,11 @@ class Sink(io.RawIOBase):
         return len(view)
 
     def _ready(self) -> bool:
-        """Whether something can be written now."""
+        """Return whether the descriptor is ready for writing."""
         limit = (0 if self.held else PATIENCE) if self.may_drop else None
         try:
             self.held = not select.select([], [self.descriptor], [], limit)[1]
-        except (OSError, ValueError):  # not a kind of file that can be waited for
+        except (OSError, ValueError):  # `select` does not support this kind of file
             return True
         return not self.held
 
@@ -73,7 +73,7 @@ class Outputs:
     stderr: Sink
 
     def finish(self) -> str | None:
-        """Flush; what was lost of stdout, as a sentence, "" where its reader has simply gone, None for nothing."""
+        """Flush both. Returns an error message if stdout output was lost, "" if its reader has ended, else None."""
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError, ValueError):
                 stream.flush()
@@ -86,9 +86,9 @@ class Outputs:
 
 
 def install() -> Outputs:
-    """Make stdout and stderr of this process sinks. A closed descriptor is opened on the null device first.
+    """Replace stdout and stderr of this process by sinks. Closed descriptors are opened on the null device first.
 
-    Otherwise the next file that is opened would get its number, and everything that is written to stderr.
+    Otherwise the next file to be opened would get the number of stderr, and all that is written to stderr.
     """
     closed: dict[int, OSError] = {}
     for descriptor in (0, 1, 2):
@@ -96,7 +96,7 @@ def install() -> Outputs:
             os.fstat(descriptor)
         except OSError as error:
             closed[descriptor] = error
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+            os.open(os.devnull, os.O_RDWR)  # returns the lowest free number, which is this one
     sinks = Sink(1, may_drop=False, error=closed.get(1)), Sink(2, may_drop=True, error=closed.get(2))
     for name, sink in zip(("stdout", "stderr"), sinks, strict=True):
         stream = getattr(sys, name)
@@ -110,12 +110,12 @@ def install() -> Outputs:
 
 
 def _stderr() -> Any:
-    """sys.stderr; while rich draws a bar, what lies beneath its stand-in, which would lead back to us."""
+    """Return sys.stderr, or the stream that rich replaced while it draws a bar, because rich prints to `Words`."""
     return getattr(sys.stderr, "rich_proxied_file", sys.stderr)
 
 
 class Words(io.TextIOBase):
-    """sys.stderr as it is at each call, with every failure ignored: for words that matter less than the work."""
+    """A text stream that looks up sys.stderr at each call and ignores all errors, for messages."""
 
     def write(self, text: str) -> int:
         self._try(lambda: _stderr().write(text))
@@ -138,5 +138,5 @@ class Words(io.TextIOBase):
     def _try(call: Callable[[], object]) -> object:
         try:
             return call()
-        except (OSError, ValueError, AttributeError):  # gone, closed, None
+        except (OSError, ValueError, AttributeError):  # the reader has ended, the stream is closed, or it is None
             return None

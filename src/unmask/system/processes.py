@@ -1,7 +1,7 @@
-"""Processes beside this one: workers that it starts, which end with it, and copies that a launcher started.
+"""Set up worker processes so that they end with their parent, and detect launchers that started several processes.
 
-Not here: what the workers do (`data/worker_pool.py` for training batches, `data/scan.py` and `data/pack.py` for whole
-files). Standard library only.
+The code that runs in the workers is elsewhere (`data/worker_pool.py` for training batches, `data/scan.py` and
+`data/pack.py` for whole files). Standard library only.
 """
 
 from __future__ import annotations
@@ -25,27 +25,27 @@ from typing import Any
 from unmask.errors import UserError
 
 STOP_SIGNALS = tuple(name for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name))
-STACKS_SIGNAL = getattr(signal, "SIGUSR2", None)  # a worker answers it with the stacks of its threads
+STACKS_SIGNAL = getattr(signal, "SIGUSR2", None)  # on this signal a worker writes the stacks of its threads
 _PR_SET_PDEATHSIG = 1
 
 
-# ---------------------------------------------------------------------------------------------- inside a worker process
+# ------------------------------------------------------------------------------------------------- in a worker process
 
 
 def begin_worker() -> None:
-    """Set up a worker process: it leaves the signals that stop a run to its parent, and ends when its parent does."""
+    """Set up a worker process: it ignores the signals that stop a run, and ends when its parent ends."""
     for name in STOP_SIGNALS:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
-    signal.set_wakeup_fd(-1)  # a forked child has that of its parent
+    signal.set_wakeup_fd(-1)  # a forked child inherits the one of its parent
     end_with_parent()
 
 
 def end_with_parent() -> None:
-    """End this worker when its parent process dies, however it dies, and whatever the worker is doing.
+    """Make this worker end when its parent process dies for any reason.
 
-    On Linux the kernel kills it, also when it is stopped or busy in C code. Everywhere a thread watches the pipe that
-    multiprocessing keeps between parent and child.
+    On Linux the kernel kills it, even if it is stopped or busy in C code. On all systems a thread watches the pipe that
+    multiprocessing keeps open between parent and child.
     """
     parent = multiprocessing.parent_process()
     if parent is None:
@@ -64,21 +64,21 @@ def _exit_after(sentinel: int) -> None:
 
 
 def answer_with_stacks(file: int) -> None:
-    """Write the stacks of all threads to this file descriptor whenever `STACKS_SIGNAL` arrives."""
+    """Write the stacks of all threads to a file descriptor whenever `STACKS_SIGNAL` arrives."""
     if STACKS_SIGNAL is not None and hasattr(faulthandler, "register"):
         faulthandler.register(STACKS_SIGNAL, file=file, all_threads=True)
 
 
-# ------------------------------------------------------------------------------------------------- for the main process
+# -------------------------------------------------------------------------------------------------- in the main process
 
 
 @contextmanager
 def process_pool(
     workers: int, initializer: Callable[..., object], arguments: tuple[Any, ...]
 ) -> Iterator[ProcessPoolExecutor]:
-    """Context manager for a pool whose processes are killed when its body is left early, by an error or Ctrl-C.
+    """Context manager for a pool whose processes are killed if an error or Ctrl-C leaves its body.
 
-    The executor by itself would wait for what its processes are working on, which may take for ever.
+    The executor itself would wait until its processes have finished their current work, which may never happen.
     """
     require_main_guard()
     pool = ProcessPoolExecutor(workers, initializer=_begin_pooled, initargs=(initializer, arguments))
@@ -99,7 +99,7 @@ def _begin_pooled(initializer: Callable[..., object], arguments: tuple[Any, ...]
 
 
 def state_of(process: int) -> str:
-    """What the kernel says about a process, as words for a message: 'stopped', 'waiting for a disk or network file'."""
+    """Return the state of a process in words, for messages, such as 'stopped by a debugger'."""
     try:
         fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -117,10 +117,10 @@ def state_of(process: int) -> str:
 
 
 def require_main_guard() -> None:
-    """Reject a script that would be run again by every worker process it starts.
+    """Reject a script that every worker process would run again. Raises UserError.
 
     With the start methods spawn and forkserver (macOS, Windows; Linux from Python 3.14) a new process imports the main
-    script first. Raises UserError.
+    script first.
     """
     advice = 'put the call under `if __name__ == "__main__":`'
     if getattr(multiprocessing.current_process(), "_inheriting", False):  # a worker that is importing the main script
@@ -140,7 +140,7 @@ def require_main_guard() -> None:
 
 
 def _guarded(script: Path, line: int) -> bool:
-    """Whether this line stands in an `if` on `__name__`; a script that cannot be read counts as guarded."""
+    """Return whether this line is inside an `if` that tests `__name__`; True if the script cannot be read."""
     try:
         tree = ast.parse(script.read_bytes())
     except (OSError, ValueError, SyntaxError):
@@ -165,21 +165,20 @@ _LAUNCHERS = {
 
 
 def reject_several_processes(environment: Mapping[str, str] | None = None) -> None:
-    """Reject a launcher that started several copies of this command: each would train by itself. Raises UserError."""
+    """Reject launchers that started several processes: each would train by itself. Raises UserError."""
     environment = os.environ if environment is None else environment
     for launcher, size in _LAUNCHERS.items():
         count = environment.get(size, "")
         if not count.isdecimal() or int(count) <= 1 or (launcher == "srun" and not _under_srun(environment)):
             continue
         raise UserError(
-            f"got {size}={count}, as {launcher} sets it for {count} processes; expected one process: training with "
-            f"several is not supported yet, and each would train by itself; start the command once, without {launcher} "
-            "or with one task"
+            f"got {size}={count} (set by {launcher}); expected one process: training with several processes is not "
+            f"supported yet, and each would train by itself; start the command without {launcher}, or with one task"
         )
 
 
 def _under_srun(environment: Mapping[str, str]) -> bool:
-    """Whether srun started several tasks, of which this is one.
+    """Return whether srun started several tasks, including this process.
 
     The script of an sbatch job has SLURM_NTASKS and SLURM_PROCID as well, but runs once.
     """

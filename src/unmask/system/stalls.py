@@ -1,6 +1,6 @@
 """Detect stalls: a time limit for waits, and a watchdog for computations.
 
-A wait counts only while this process runs, so Ctrl-Z or a sleeping laptop ends no healthy run. Standard library only.
+Time during which this process is suspended (Ctrl-Z, a sleeping laptop) does not count. Standard library only.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from unmask.errors import UserError
 
 VARIABLE = "UNMASK_STALL_SECONDS"
 DEFAULT_SECONDS = 300.0
-TICK = 0.25  # seconds between two looks
+TICK = 0.25  # seconds between two checks
 GRACE = 10.0  # seconds for a thread to raise `Stalled` before the process ends
 BUSY = 0.05  # share of one processor that counts as progress on a CPU
 
 
 class Stalled(BaseException):
-    """Raised in a thread whose computation a `Watchdog` has given up."""
+    """Raised by a `Watchdog` in the thread whose computation stalled."""
 
 
 def stall_seconds() -> float:
-    """Seconds without progress after which waiting is given up: UNMASK_STALL_SECONDS, else 300; inf for 0.
+    """Return the time limit without progress in seconds: UNMASK_STALL_SECONDS, else 300; inf if it is 0.
 
-    Raises UserError when the variable is not a number.
+    Raises UserError if the variable is not a number.
     """
     text = os.environ.get(VARIABLE, "")
     if not text:
@@ -46,7 +46,7 @@ def stall_seconds() -> float:
 
 
 class Patience:
-    """Counts the seconds of a wait, without those in which this process was suspended.
+    """Counts the seconds of a wait, without the time during which this process was suspended.
 
     Call `tick` at least every `TICK` seconds.
     """
@@ -55,27 +55,27 @@ class Patience:
         self.limit, self.waited, self.last = limit, 0.0, time.monotonic()
 
     def tick(self) -> bool:
-        """Whether the limit has been reached."""
+        """Add the time since the last call. Returns whether the limit has been reached."""
         now = time.monotonic()
         passed, self.last = now - self.last, now
-        self.waited += passed if passed <= 4 * TICK else TICK  # a longer gap: this process did not run in it
+        self.waited += passed if passed <= 4 * TICK else TICK  # during a longer gap the process was suspended
         return self.waited >= self.limit
 
 
 class Watchdog:
-    """Watches computations of the thread that makes it; see `watching`.
+    """Watches computations of the thread that creates it; see `watching`.
 
-    When one has made no progress for `limit` seconds, `report` is called with what stalled, in a thread of its own,
-    and returns the sentence for a person, `message`. Then `Stalled` is raised in the watched thread; one that does not
-    even notice that (it hangs in a driver) ends the process with exit code 1.
+    If a computation makes no progress for `limit` seconds, the watchdog's own thread calls `report` with its name;
+    `report` returns the error message, stored in `message`. Then `Stalled` is raised in the watched thread. If that
+    thread does not respond, for example because it hangs in a driver, the process exits with code 1.
 
-    on_cpu: time that the process spends computing is progress, so that a slow processor is not taken for a hang.
+    on_cpu: CPU time of this process counts as progress, so that a slow processor is not mistaken for a hang.
     """
 
     def __init__(self, limit: float, report: Callable[[str], str], *, on_cpu: bool) -> None:
         self.limit, self.report, self.on_cpu = limit, report, on_cpu
         self.message = ""
-        self.waited = limit  # seconds without progress, once a computation is given up
+        self.waited = limit  # seconds without progress of the computation that stalled
         self._thread_id = threading.get_ident()
         self._watched: tuple[str, Patience] | None = None
         self._closed = threading.Event()
@@ -91,7 +91,10 @@ class Watchdog:
 
     @contextmanager
     def watching(self, what: str, *, at_least: float = 0.0) -> Iterator[None]:
-        """Context manager around one computation, `what` in a sentence, with a limit of `at_least` seconds."""
+        """Context manager that watches one computation.
+
+        what: its name for messages. at_least: the time limit is at least this many seconds.
+        """
         self._watched = what, Patience(max(self.limit, at_least))
         try:
             yield
@@ -99,13 +102,13 @@ class Watchdog:
             self._watched = None
 
     def progressed(self) -> None:
-        """The limit begins anew for what is being watched."""
+        """Restart the time limit of the current computation."""
         if self._watched is not None:
             self._watched[1].waited = 0.0
 
     @contextmanager
     def pausing(self) -> Iterator[None]:
-        """Context manager in which nothing is watched: another guard watches this part."""
+        """Context manager that pauses watching, for a part that has its own time limit."""
         watched, self._watched = self._watched, None
         try:
             yield
@@ -129,7 +132,7 @@ class Watchdog:
 
     def _give_up(self, what: str) -> None:
         self.message = self.report(what)
-        if self._closed.is_set():  # it came to its end after all
+        if self._closed.is_set():  # the computation has finished meanwhile
             return
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(self._thread_id), ctypes.py_object(Stalled))
         if not self._closed.wait(GRACE):
@@ -138,7 +141,10 @@ class Watchdog:
 
 
 def write_stacks(folder: Path | None, more: str = "") -> Path:
-    """Write the stacks of all threads of this process, and `more`, to stalled.txt in `folder`, or a temporary file."""
+    """Write the stacks of all threads, then `more`, to stalled.txt in `folder`, or to a temporary file.
+
+    Returns the path of the file.
+    """
     path = Path(tempfile.gettempdir(), f"unmask-stalled-{os.getpid()}.txt")
     for place in [path] if folder is None else [folder / "stalled.txt", path]:
         try:
@@ -155,7 +161,7 @@ def write_stacks(folder: Path | None, more: str = "") -> Path:
 
 
 def write_now(text: str) -> None:
-    """Write to stderr past every buffer, as a signal handler or a second thread must; never raises, never waits."""
+    """Write to stderr without buffers, for signal handlers and other threads. Never raises and never blocks."""
     import select
 
     try:

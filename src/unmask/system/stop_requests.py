@@ -1,8 +1,8 @@
-"""Requests to stop: what SIGINT (Ctrl-C), SIGTERM, SIGHUP and SIGUSR1 do, in a training and outside of one.
+"""Handle SIGINT (Ctrl-C), SIGTERM, SIGHUP and SIGUSR1, during a training and at other times.
 
-While a training runs they ask for a checkpoint after the current step, and raise `StopRequested` where a wait or an
-evaluation may be given up. Outside of one they raise KeyboardInterrupt. Ctrl-C a second time ends the process at once
-in both cases. SIGHUP stays ignored where it was at the start (nohup). Python runs signal handlers in the main thread.
+During a training they request a checkpoint after the current step, and raise `StopRequested` in waits and evaluations,
+which can be abandoned. At other times they raise KeyboardInterrupt. A second Ctrl-C ends the process at once in both
+cases. SIGHUP remains ignored if it was ignored at the start (nohup). Python runs signal handlers in the main thread.
 Standard library only.
 """
 
@@ -22,16 +22,16 @@ from unmask.system.stalls import write_now
 
 INTERRUPTED = 130
 NOTHING_KEPT = "there is no checkpoint yet"
-ONE_PRESS = 0.5  # seconds within which several SIGINTs are one Ctrl-C: launchers pass on what the terminal sent already
-LATER = 0.05  # seconds after which a signal is sent again that came where Python swallows exceptions
+ONE_PRESS = 0.5  # seconds within which several SIGINTs count as one: launchers forward the terminal's Ctrl-C again
+LATER = 0.05  # seconds after which a signal is sent again if it arrived in code that swallows exceptions
 
 
 class StopRequested(BaseException):
-    """A stop was requested in a part of the training that may be given up."""
+    """A stop was requested in a part of the training that can be abandoned."""
 
 
 class StopRequest:
-    """Whether a stop was requested; `kept` is a sentence about what is saved, for whoever ends it at once."""
+    """Whether a stop was requested. kept: what is saved so far, for the message when the process ends at once."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -40,9 +40,9 @@ class StopRequest:
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Context manager in which a request raises StopRequested at once, also one that came before.
+        """Context manager in which a request raises StopRequested immediately; an earlier request raises on entry.
 
-        Nothing inside may leave the training's state half changed.
+        Its body may be interrupted anywhere, so it must not change the training's state.
         """
         if self.requested:
             raise StopRequested
@@ -53,7 +53,7 @@ class StopRequest:
             self._interruptible = before
 
     def request(self) -> None:
-        """Called by a signal handler."""
+        """Request a stop. Called by a signal handler."""
         self.requested = True
         if self._interruptible:
             self._interruptible = False
@@ -62,7 +62,7 @@ class StopRequest:
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Context manager in which the signals are requests to stop; does nothing in another thread than the main one."""
+    """Context manager in which the signals request a stop. Has no effect outside the main thread."""
     stop = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield stop
@@ -74,13 +74,13 @@ def stop_requests() -> Iterator[StopRequest]:
             write_now(f"\nstopping after this step; Ctrl-C again ends at once: {stop.kept or NOTHING_KEPT}\n")
         stop.request()
 
-    with _handlers(on_signal), presses.heard():
+    with _handlers(on_signal), presses.counted():
         yield stop
 
 
 @contextmanager
 def interrupts() -> Iterator[None]:
-    """Context manager in which all the signals do what Ctrl-C does: raise KeyboardInterrupt, once."""
+    """Context manager in which each of the signals raises KeyboardInterrupt, once."""
     presses = _Presses(lambda: "\nended at once; a file that was being written may be left with .partial in its name\n")
     raised = False
 
@@ -94,12 +94,12 @@ def interrupts() -> Iterator[None]:
         raised = True
         raise KeyboardInterrupt
 
-    with _handlers(on_signal), presses.heard():
+    with _handlers(on_signal), presses.counted():
         yield
 
 
 def _swallows_exceptions(frame: FrameType | None) -> bool:
-    """Return whether this is a finaliser or a weakref callback: Python prints what is raised there, and continues."""
+    """Return whether this is a finaliser or a weakref callback, where Python prints exceptions and continues."""
     while frame is not None:
         if frame.f_code.co_name == "__del__" or frame.f_code.co_filename.endswith(("_weakrefset.py", "weakref.py")):
             return True
@@ -123,18 +123,18 @@ def _handlers(on_signal: Callable[[int, FrameType | None], None]) -> Iterator[No
 
 
 class _Presses:
-    """Counts Ctrl-C; the second ends the process, also while the main thread is deep in a library.
+    """Counts Ctrl-C and ends the process on the second one, even if the main thread is busy in a C library.
 
-    Python calls handlers between two of its instructions only, but writes the number of each signal to a socket at
-    once, and a thread reads it there.
+    Python runs signal handlers only between bytecode instructions, but writes the number of each signal to a socket
+    immediately; a thread reads it from there.
     """
 
-    def __init__(self, sentence: Callable[[], str]) -> None:
-        self.sentence = sentence
+    def __init__(self, message: Callable[[], str]) -> None:
+        self.message = message
         self.first: float | None = None
 
     @contextmanager
-    def heard(self) -> Iterator[None]:
+    def counted(self) -> Iterator[None]:
         here, there = socket.socketpair()
         there.setblocking(False)
         before = signal.set_wakeup_fd(there.fileno(), warn_on_full_buffer=False)
@@ -143,7 +143,7 @@ class _Presses:
             yield
         finally:
             signal.set_wakeup_fd(before)
-            there.close()  # which ends the thread
+            there.close()  # this ends the thread
 
     def _listen(self, here: socket.socket) -> None:
         with here:
@@ -157,5 +157,5 @@ class _Presses:
         if self.first is None:
             self.first = now
         elif now - self.first > ONE_PRESS:
-            write_now(self.sentence())
+            write_now(self.message())
             os._exit(INTERRUPTED)

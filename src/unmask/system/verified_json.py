@@ -1,14 +1,14 @@
-"""JSON files that carry their own SHA-256, so that one changed bit is noticed when they are read.
+"""JSON files that contain their own SHA-256, so that any change is detected when they are read.
 
     {
       ...,                              the object itself
       "run_id": "9f0c..." or null,      the run that the file belongs to; null in runs of earlier versions and tables
-      "earlier_sha256": ["5a1e...", ...],   first digits of what it replaced; only where somebody has to know
-      "sha256": "77bd..."               of all bytes before this line, and the closing brace
+      "earlier_sha256": ["5a1e...", ...],   first digits of the digests of its earlier versions; not in all files
+      "sha256": "77bd..."               of all bytes before this line, plus the closing brace
     }
 
-The digest is over the bytes of the file, not over the values: a reformatted file counts as changed. `run_id` and
-`sha256` each prove that the other one must be there, so a damaged key does not make a file look like one of an earlier
+The digest is computed over the bytes of the file, not over the values: a reformatted file counts as changed. A file
+with only one of `run_id` and `sha256` is rejected, so a file with a damaged key is not mistaken for one of an earlier
 version, which had neither.
 """
 
@@ -25,12 +25,12 @@ _BEFORE, _AFTER = b',\n  "sha256": "', b'"\n}\n'
 
 
 class ChangedJson(ValueError):
-    """A file that is not what was written; the message says how, and stands behind the name of the file."""
+    """A file differs from what was written. The message continues a sentence whose subject is the file."""
 
 
 @dataclass(frozen=True)
 class Verified:
-    """One JSON object with what its file says about itself; `sha256` None: written by an earlier version."""
+    """A JSON object and the keys that its file adds. sha256: None if an earlier version wrote the file."""
 
     value: dict[str, Any]
     run_id: str | None = None
@@ -39,8 +39,8 @@ class Verified:
 
 
 def dump(value: Mapping[str, Any], run_id: str | None, earlier: Sequence[str] = ()) -> tuple[bytes, str]:
-    """(content of the file, its SHA-256)."""
-    assert not value.keys() & {RUN_ID, EARLIER, DIGEST}, "these keys are the file's own"
+    """Return the content of the file and its SHA-256."""
+    assert not value.keys() & {RUN_ID, EARLIER, DIGEST}, "these keys are reserved"
     about = {RUN_ID: run_id} | ({EARLIER: list(earlier)} if earlier else {})
     body = json.dumps({**value, **about}, indent=2).encode("ascii")
     digest = hashlib.sha256(body).hexdigest()
@@ -48,7 +48,7 @@ def dump(value: Mapping[str, Any], run_id: str | None, earlier: Sequence[str] = 
 
 
 def load(content: bytes) -> Verified:
-    """The object of a file's content, verified. Raises ChangedJson."""
+    """Parse and verify the content of a file. Raises ChangedJson."""
     try:
         value = json.loads(content)
     except (ValueError, RecursionError) as error:
