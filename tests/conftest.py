@@ -48,6 +48,13 @@ def images(tmp_path: Path) -> Path:
     return write_images(tmp_path / "images", 30)
 
 
+def pretrain(data, *, out=None, budget=None, console=None, **options):
+    """Pre-train with the fields of `PretrainOptions` as keywords."""
+    from unmask.engine import pretrain as module
+
+    return module.pretrain(data, module.PretrainOptions(**options), out=out, budget=budget, console=console)
+
+
 def small(*settings: str) -> list[str]:
     """The options of the command line that make a run small."""
     return [flag for setting in [*SMALL_RUN, *settings] for flag in ("--set", setting)]

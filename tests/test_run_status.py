@@ -7,10 +7,10 @@ import subprocess
 import sys
 
 import pytest
+from conftest import pretrain
 from faults import faults
 
 from unmask.engine import heartbeat
-from unmask.engine.pretrain import pretrain
 from unmask.run import MetricsOffset, Run
 from unmask.run_status import SLOW_AFTER, RunStatus
 

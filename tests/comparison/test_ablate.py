@@ -304,7 +304,7 @@ def test_cells_that_predict_tokens_get_a_tokenizer_that_is_trained_first(data, t
 def test_a_tokenizer_that_is_given_is_used_and_none_is_trained(data, tmp_path, monkeypatch):
     two_targets(monkeypatch)
     settings = [setting for setting in SMALL if not setting.startswith("method.")]
-    pretrain.pretrain(data, recipe="dvae_nano", out=tmp_path / "mine", settings=settings)
+    pretrain.pretrain(data, pretrain.PretrainOptions(recipe="dvae_nano", settings=settings), out=tmp_path / "mine")
     table = make(
         data, tmp_path / "table", table="1d", settings=[*SMALL, "method.decoder.depth=1"], tokenizer=tmp_path / "mine"
     )

@@ -8,13 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import SMALL_RUN, stored, write_images
+from conftest import SMALL_RUN, pretrain, stored, write_images
 
 from unmask.comparison import compare as compare_module
 from unmask.comparison import run_facts
 from unmask.comparison.compare import compare
 from unmask.comparison.shared_probes import RankedRun, ranking
-from unmask.engine.pretrain import pretrain
 from unmask.errors import UserError
 from unmask.evals.probe_options import ProbeOptions
 from unmask.evals.run_probe import run_probe

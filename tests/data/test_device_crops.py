@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL_RUN, write_images
+from conftest import SMALL_RUN, pretrain, write_images
 from PIL import Image
 
 from unmask.batch import Batch, ImageSpec
@@ -14,7 +14,6 @@ from unmask.data.image_reader import ImageReader
 from unmask.data.loader import training_batches
 from unmask.data.order import Order
 from unmask.data.sources.open_source import open_source
-from unmask.engine.pretrain import pretrain
 from unmask.engine.resume import resume
 
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from conftest import pretrain
 
 from unmask.engine import train as loop
-from unmask.engine.pretrain import pretrain
 from unmask.methods.mae import MAE
 from unmask.nn.ema import moved
 

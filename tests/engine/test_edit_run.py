@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import SMALL_RUN, write_images
+from conftest import SMALL_RUN, pretrain, write_images
 
 from unmask.batch import ImageSpec
 from unmask.config import ConfigError, override
@@ -13,7 +13,6 @@ from unmask.console import Console
 from unmask.engine import edit_run
 from unmask.engine.edit_run import require_same_weights, set_values
 from unmask.engine.load import load, read_config, read_plan
-from unmask.engine.pretrain import pretrain
 from unmask.engine.resume import resume
 from unmask.finetuning.configure import finetuning_config
 from unmask.recipes.catalogue import find

@@ -4,14 +4,13 @@ import json
 
 import numpy as np
 import pytest
-from conftest import SMALL_RUN, write_images
+from conftest import SMALL_RUN, pretrain, write_images
 from faults import error_before
 
 from unmask.config import ConfigError, override
 from unmask.console import Console
 from unmask.engine.edit_run import set_values
 from unmask.engine.load import read_plan
-from unmask.engine.pretrain import pretrain
 from unmask.engine.resume import resume
 from unmask.engine.training_data import held_out_for_loss
 from unmask.recipes.catalogue import find

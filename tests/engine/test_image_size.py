@@ -1,12 +1,11 @@
 """The size a method sees: it follows the images where no paper fixes it, and is reported with its consequence."""
 
 import pytest
-from conftest import SMALL_RUN, write_images
+from conftest import SMALL_RUN, pretrain, write_images
 
 from unmask.config import Config, override
 from unmask.console import Console
 from unmask.engine.image_size import candidates, consequence, dense_size, follows_images
-from unmask.engine.pretrain import pretrain
 from unmask.engine.resolve import patch_of
 from unmask.finetuning.configure import finetuning_config
 from unmask.recipes import catalogue

@@ -1,11 +1,10 @@
 """What a new run takes from files and other runs: of the wrong kind it is refused before anything is begun."""
 
 import pytest
-from conftest import write_images
+from conftest import pretrain, write_images
 
 from unmask.config import ConfigError
 from unmask.engine.load import read_config
-from unmask.engine.pretrain import pretrain
 from unmask.errors import UserError
 
 SMALL = (

@@ -10,11 +10,10 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from conftest import SMALL_RUN, write_images
+from conftest import SMALL_RUN, pretrain, write_images
 
 from unmask.engine.checkpoint import CheckpointError
 from unmask.engine.load import load, load_encoder, read_config, read_plan, untrained_encoder
-from unmask.engine.pretrain import pretrain
 from unmask.run import Run, RunError
 
 

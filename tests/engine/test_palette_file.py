@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import write_images
+from conftest import pretrain, write_images
 from PIL import Image
 
 from unmask.console import Console
@@ -13,7 +13,6 @@ from unmask.engine import initial_weights
 from unmask.engine.checkpoint import load_model
 from unmask.engine.load import read_config
 from unmask.engine.palette_file import draw_swatches, make_palette
-from unmask.engine.pretrain import pretrain
 from unmask.errors import UserError
 
 SMALL = (

@@ -13,7 +13,16 @@ from unmask.engine import time_budget as budgets
 from unmask.engine.build import build_method
 from unmask.engine.device import autocast, choose_device, choose_precision
 from unmask.engine.flops import typical_images
-from unmask.engine.make_plan import BUDGET_SHARE, MEMORY_SHARE, choose_micro_batch, choose_steps, few_steps, make_plan
+from unmask.engine.make_plan import (
+    BUDGET_SHARE,
+    MEMORY_SHARE,
+    DatasetFacts,
+    LoadingPlan,
+    choose_micro_batch,
+    choose_steps,
+    few_steps,
+    make_plan,
+)
 from unmask.engine.measure import Timing, bytes_per_image, example_batch, measure_step_seconds
 from unmask.engine.plan import Plan
 from unmask.engine.time_budget import Budget
@@ -32,9 +41,11 @@ def small(*settings):
     return override(find("mae_nano"), [*SMALL, *settings])
 
 
-def planned(*settings, **more):
-    defaults = {"num_images": 1000, "fingerprint": "f", "device": "cpu", "workers": 0, "cached": True}
-    return make_plan(small(*settings), SPEC, **{**defaults, **more})
+IN_MEMORY = LoadingPlan(workers=0, cached=True)
+
+
+def planned(*settings, excluded=(), loading=IN_MEMORY, **more):
+    return make_plan(small(*settings), DatasetFacts(SPEC, 1000, "f", excluded), loading, "cpu", **more)
 
 
 @pytest.mark.parametrize(
@@ -128,7 +139,7 @@ def test_tests_count_in_a_budget_and_are_made_rarer_where_they_would_eat_it(num_
 @pytest.mark.parametrize(("workers", "seconds"), [(0, 0.5), (2, 0.3)])
 def test_loading_counts_in_a_budget_beside_the_step_or_on_top_of_it(monkeypatch, workers, seconds):
     monkeypatch.setattr("unmask.engine.make_plan.time_steps", lambda *_, **__: [0.2])
-    found = planned(workers=workers, budget=Budget(100.0, 0.0), batch_seconds=exactly(0.3))
+    found = planned(loading=LoadingPlan(workers, True, exactly(0.3)), budget=Budget(100.0, 0.0))
     assert found.steps == int(BUDGET_SHARE * 100 / seconds)
 
 

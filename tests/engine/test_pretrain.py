@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL_RUN, write_images
+from conftest import SMALL_RUN, pretrain, write_images
 from faults import faults, signal_after
 
 from unmask.config import ConfigError, override
@@ -17,7 +17,6 @@ from unmask.engine import pretrain as pretrain_module
 from unmask.engine import resolve, run_training, training_data
 from unmask.engine.edit_run import set_values
 from unmask.engine.load import load
-from unmask.engine.pretrain import pretrain
 from unmask.engine.resume import resume
 from unmask.engine.samples import BASELINES
 from unmask.engine.train import TrainingFailed

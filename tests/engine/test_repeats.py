@@ -1,11 +1,10 @@
 """`data.repeats` from the command line to the plan: what is trained on stays the same number of samples."""
 
 import pytest
-from conftest import SMALL_RUN
+from conftest import SMALL_RUN, pretrain
 
 from unmask.config import ConfigError, override
 from unmask.engine.make_plan import choose_micro_batch
-from unmask.engine.pretrain import pretrain
 from unmask.engine.resume import resume
 from unmask.recipes.catalogue import find
 

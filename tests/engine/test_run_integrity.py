@@ -6,13 +6,12 @@ import shutil
 
 import pytest
 import torch
-from conftest import SMALL_RUN, write_images
+from conftest import SMALL_RUN, pretrain, write_images
 
 from unmask.comparison.compare import compare
 from unmask.console import Console
 from unmask.engine import checkpoint
 from unmask.engine.load import load, read_config, read_plan
-from unmask.engine.pretrain import pretrain
 from unmask.engine.resume import resume
 from unmask.report.run_page import write_report
 from unmask.run import Run, RunError

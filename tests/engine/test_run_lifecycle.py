@@ -11,7 +11,7 @@ import time
 
 import pytest
 import torch
-from conftest import SMALL_RUN, write_images
+from conftest import SMALL_RUN, pretrain, write_images
 from faults import faults
 
 from unmask.commands import STOPPED, explain
@@ -19,7 +19,6 @@ from unmask.console import Console
 from unmask.engine import checkpoint
 from unmask.engine import resume as module
 from unmask.engine.load import load
-from unmask.engine.pretrain import pretrain
 from unmask.engine.resume import resume
 from unmask.errors import TrainingFailed
 from unmask.finetuning import finetune
@@ -68,9 +67,10 @@ def dying(path, content):
     written.append(path.name)
     real(path, content)
 module.replace_file = dying
-from unmask.engine.pretrain import pretrain
+from unmask.engine.pretrain import PretrainOptions, pretrain
 from unmask.console import Console
-pretrain(sys.argv[1], recipe="mae_nano", out=sys.argv[2], settings=sys.argv[3:], console=Console(quiet=True))
+options = PretrainOptions(recipe="mae_nano", settings=sys.argv[3:])
+pretrain(sys.argv[1], options, out=sys.argv[2], console=Console(quiet=True))
 """
     settings = [*SMALL_RUN, "train.steps=2"]
     done = subprocess.run([sys.executable, "-c", code, str(images), str(tmp_path / "run"), *settings], check=False)

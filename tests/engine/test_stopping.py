@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from conftest import SMALL_RUN
+from conftest import SMALL_RUN, pretrain
 from faults import faults
 
 from unmask.batch import ImageSpec
@@ -23,7 +23,6 @@ from unmask.data.decode.bad_image import BadImage
 from unmask.data.image_reader import ImageReader
 from unmask.data.loader import eval_batches, training_batches
 from unmask.data.sources.open_source import open_source
-from unmask.engine.pretrain import pretrain
 from unmask.engine.resume import resume
 from unmask.errors import LoadingFailed, TrainingFailed, UserError
 from unmask.run import Run

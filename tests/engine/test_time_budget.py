@@ -5,7 +5,7 @@ import random
 from itertools import pairwise
 
 import pytest
-from conftest import SMALL_RUN
+from conftest import SMALL_RUN, pretrain
 from faults import faults
 
 from unmask.batch import ImageSpec
@@ -13,7 +13,6 @@ from unmask.console import Console
 from unmask.engine import checkpoint
 from unmask.engine import time_budget as budgets
 from unmask.engine.plan import Plan
-from unmask.engine.pretrain import pretrain
 from unmask.engine.resume import resume
 from unmask.engine.time_budget import Budget, Pacer, Replan, as_budget, place, require_order
 from unmask.errors import UserError

@@ -8,14 +8,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL_RUN, write_images
+from conftest import SMALL_RUN, pretrain, write_images
 from faults import faults
 
 from unmask.console import Console
 from unmask.engine import checkpoint
 from unmask.engine.load import load, load_encoder
 from unmask.engine.pacing import due
-from unmask.engine.pretrain import pretrain
 from unmask.engine.resume import resume
 from unmask.engine.train import TrainingFailed, epoch_text
 from unmask.engine.training_data import DataError

@@ -9,13 +9,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import SMALL_RUN, stored, write_images
+from conftest import SMALL_RUN, pretrain, stored, write_images
 from PIL import Image
 
 from unmask.console import Console
 from unmask.data.sources.open_source import open_source
 from unmask.engine.load import load
-from unmask.engine.pretrain import pretrain
 from unmask.errors import UserError
 from unmask.evals import feature_sets
 from unmask.evals import images as images_module

@@ -5,14 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SMALL_RUN, stored, write_images
+from conftest import SMALL_RUN, pretrain, stored, write_images
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from unmask.console import Console
 from unmask.data.scan import scan_cache
-from unmask.engine.pretrain import pretrain
 from unmask.errors import UserError
 from unmask.evals import feature_sets
 from unmask.evals import images as images_module

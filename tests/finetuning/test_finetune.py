@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from conftest import pretrain
 from faults import error_before
 from PIL import Image
 from safetensors.torch import load_file
@@ -18,7 +19,6 @@ from unmask.data.annotations.segmentation_masks import MaskOptions
 from unmask.data.files.csv_cells import unmarked
 from unmask.engine import resolve as pretrain_module
 from unmask.engine.load import load, read_config, read_plan
-from unmask.engine.pretrain import pretrain
 from unmask.errors import UserError
 from unmask.finetuning import choose_recipe, configure, final_test, finetune, paper_linear_probe
 from unmask.finetuning.finetune import FinetuneOptions

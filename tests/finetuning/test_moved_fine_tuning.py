@@ -4,13 +4,13 @@ import shutil
 
 import numpy as np
 import pytest
+from conftest import pretrain
 from faults import signal_after
 from PIL import Image
 from test_finetune import SMALL
 
 from unmask.engine.changed_data import DataLocations
 from unmask.engine.load import read_config
-from unmask.engine.pretrain import pretrain
 from unmask.engine.training_data import DataError
 from unmask.finetuning import finetune
 from unmask.run import Run

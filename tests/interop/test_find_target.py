@@ -4,9 +4,9 @@ import subprocess
 import sys
 
 import pytest
+from conftest import pretrain
 
 import unmask.interop.targets
-from unmask.engine.pretrain import pretrain
 from unmask.errors import UserError
 from unmask.interop.export import export_run
 from unmask.interop.export_target import ExportTarget

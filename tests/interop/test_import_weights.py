@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import write_images
+from conftest import pretrain, write_images
 from safetensors.torch import save_file
 
 from unmask.batch import ImageSpec
@@ -18,7 +18,6 @@ from unmask.config import ConfigError
 from unmask.console import Console
 from unmask.engine import initial_weights
 from unmask.engine.load import licence_of, load, load_encoder
-from unmask.engine.pretrain import pretrain
 from unmask.errors import UserError
 from unmask.interop.foreign.metadata import Preprocessor, SourceMetadata
 from unmask.interop.foreign.state_dicts import IMAGENET

@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-from conftest import write_images
+from conftest import pretrain, write_images
 
 from unmask.batch import Batch, ImageSpec
 from unmask.config import ConfigError
 from unmask.engine.checkpoint import load_model
 from unmask.engine.load import load
-from unmask.engine.pretrain import pretrain
 from unmask.errors import UserError
 from unmask.method import Clock
 from unmask.methods.beit import BEiT, Config

@@ -11,14 +11,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import write_images
+from conftest import pretrain, write_images
 from faults import signal_after
 
 from unmask.batch import Batch, ImageSpec
 from unmask.config import Config, keys, method_class, method_names, override
 from unmask.engine.checkpoint import load_model
 from unmask.engine.device import autocast
-from unmask.engine.pretrain import pretrain
 from unmask.engine.resume import resume
 from unmask.errors import UserError
 from unmask.method import Clock, Loss, Method, Picture

@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 import tifffile
 import torch
-from conftest import SMALL_RUN
+from conftest import SMALL_RUN, pretrain
 from test_contract import METHODS, batch_for, clock, make, shrunk, warm
 
 from unmask.batch import Batch
 from unmask.config import override
-from unmask.engine.pretrain import pretrain
 from unmask.engine.resume import resume
 from unmask.method import Method
 from unmask.nn.losses import weighted_mean

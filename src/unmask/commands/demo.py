@@ -65,7 +65,7 @@ def demo_json(result: DemoResult) -> dict[str, Any]:
 )
 def demo(request: DemoRequest, console: Console) -> DemoResult:
     """Return the run, its report, and what the probes measured."""
-    from unmask.engine.pretrain import pretrain
+    from unmask.engine.pretrain import PretrainOptions, pretrain
     from unmask.evals.probe_options import ProbeOptions
     from unmask.evals.run_probe import run_probes
     from unmask.report.run_page import write_report
@@ -77,10 +77,9 @@ def demo(request: DemoRequest, console: Console) -> DemoResult:
     console.print("1 of 2: pre-training on drawn shapes, without their labels")
     run = pretrain(
         "shapes",
-        recipe="demo_shapes",
+        PretrainOptions(recipe="demo_shapes", settings=[] if steps is None else [f"train.steps={steps}"]),
         out=out,
         budget=SECONDS if steps is None else None,
-        settings=[] if steps is None else [f"train.steps={steps}"],
         console=console,
     )
     status = run.status()

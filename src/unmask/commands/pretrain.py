@@ -53,20 +53,18 @@ class PretrainRequest(Request):
 @command(PretrainRequest, panel=Panel.TRAIN, trains=True, to_json=run_json, exit_code=run_exit_code)
 def pretrain(request: PretrainRequest, console: Console) -> "Run":
     """Return the run; `run.status()` says whether it finished or was stopped."""
+    from unmask.engine.pretrain import PretrainOptions
     from unmask.engine.pretrain import pretrain as train
 
-    run = train(
-        request.data,
+    options = PretrainOptions(
         exclude=request.exclude,
         recipe=request.recipe,
         config=request.config,
-        out=request.out,
-        budget=request.budget,
         settings=request.settings,
         from_run=request.from_run,
         tokenizer=request.tokenizer,
         palette=request.palette,
         masks=request.masks,
-        console=console,
     )
+    run = train(request.data, options, out=request.out, budget=request.budget, console=console)
     return conclude(run, console)

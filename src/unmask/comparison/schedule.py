@@ -271,7 +271,7 @@ def measure_cell(experiment: Experiment, cell: Cell, scan: Scan, device: str) ->
     """Count the FLOPs and parameters of a cell and, for a budget, measure its seconds."""
     table, asked, source = experiment.table, experiment.asked, experiment.source
     config = draft_config(table, cell, asked, source)
-    images, plan = training_data.prepare_images(source, scan, config, device, budget=None, reasons=())
+    images, plan = training_data.prepare_images(training_data.TrainingRequest(source, scan, config, device))
     flops = count_flops(config, plan.images)
     seconds: Mapping[str, float] = {}
     if asked.budget is not None:

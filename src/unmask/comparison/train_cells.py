@@ -101,19 +101,20 @@ def start_cell(path: Path, folder: Path, plan: TablePlan, cell: PlannedCell, see
     asked = plan.asked
     settings = [*without_length(cell.settings), f"train.steps={cell.steps}", f"train.seed={seed}"]
     if cell.fine_tunes:
-        options = finetune.FinetuneOptions(
+        tuning = finetune.FinetuneOptions(
             test=asked.test,
             shots=asked.shots,
             recipe=configure.PLAIN,
             settings=[*settings, f"train.test_every={cell.steps}"],
         )
         weights = asked.from_run or finished_run(folder, PRETRAINED, "pre-training")
-        return finetune.finetune(weights, asked.data, options, out=path, console=console)
-    tokenizer = {}
+        return finetune.finetune(weights, asked.data, tuning, out=path, console=console)
+    tokenizer = None
     if cell.tokenizer:
-        tokenizer["tokenizer"] = asked.tokenizer or finished_run(folder, TOKENIZER, "tokenizer")
+        tokenizer = asked.tokenizer or finished_run(folder, TOKENIZER, "tokenizer")
     settings = [*own_size(cell.recipe, settings), *settings]  # one size for all cells, whatever the images
-    return pretrain.pretrain(asked.data, recipe=cell.recipe, out=path, settings=settings, console=console, **tokenizer)
+    options = pretrain.PretrainOptions(recipe=cell.recipe, settings=settings, tokenizer=tokenizer)
+    return pretrain.pretrain(asked.data, options, out=path, console=console)
 
 
 def own_size(recipe: str, settings: Sequence[str]) -> list[str]:

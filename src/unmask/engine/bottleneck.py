@@ -24,7 +24,7 @@ from unmask.engine.device import choose_device
 from unmask.engine.measure import measure_step_seconds, with_loading
 from unmask.engine.plan import Plan
 from unmask.engine.resolve import choose_config, draft_config, reject_supervised, settings_with_options
-from unmask.engine.training_data import prepare_images, reject_bad_data
+from unmask.engine.training_data import TrainingRequest, prepare_images, reject_bad_data
 
 LOOKED_AT = 128  # files that the recipe is chosen by
 TIMED = 256  # images that are timed; fewer where they are slow
@@ -134,7 +134,7 @@ def find_bottleneck(
     found = scan(source, sample=LOOKED_AT, workers=0, channels=draft.data.channels)
     reject_bad_data(found, draft)
     config, reasons, _ = choose_config(source, found, recipe, settings, device, budget=None)
-    images, plan = prepare_images(source, found, config, device, budget=None, reasons=reasons)
+    images, plan = prepare_images(TrainingRequest(source, found, config, device, reasons=reasons))
     console.print(
         f"{source.name}: {len(source)} images, recipe {config.recipe}, batches of {plan.batch_size} on {device}, "
         f"images {'kept in memory' if plan.cached else 'read anew in every epoch'}"

@@ -18,7 +18,13 @@ from unmask.engine.image_size import consequence
 from unmask.engine.measure import Timing, time_steps
 from unmask.engine.plan_text import print_plan
 from unmask.engine.resolve import choose_config, draft_config, patch_of
-from unmask.engine.training_data import batch_seconds, odd_image_warnings, prepare_images, skipped_files
+from unmask.engine.training_data import (
+    TrainingRequest,
+    batch_seconds,
+    odd_image_warnings,
+    prepare_images,
+    skipped_files,
+)
 from unmask.errors import some
 
 NAMED_BAD_FILES = 20
@@ -152,7 +158,7 @@ def forecast(source: Source, found: Scan, console: Console, settings: list[str],
     config, reasons, proposals = choose_config(source, found, "auto", settings, device, budget=None)
     size = consequence(found.median_size, config.data.size, patch_of(config))
     console.print(size)
-    images, plan = prepare_images(source, found, config, device, budget=None, reasons=reasons)
+    images, plan = prepare_images(TrainingRequest(source, found, config, device, reasons=reasons))
     load = batch_seconds(images, plan.batch_size, plan.workers, cached=plan.cached)
     compute = Timing.of(
         time_steps(config, plan.images, plan.micro_batch, plan.precision, device, seconds=MEASURE_SECONDS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from unmask.batch import ImageSpec
 from unmask.config import Config, ConfigError
@@ -22,6 +23,42 @@ TESTS = 10  # evaluations of a supervised run, unless train.test_every is set
 TEST_IMAGE = 0.5  # time to load and evaluate an image, as a share of that to train on it
 TEST_SHARE = 0.15  # of a budget, at most
 MEASURING_SHARE = 0.03  # of a budget
+
+
+@dataclass(frozen=True)
+class DatasetFacts:
+    """What the plan depends on of the images.
+
+    spec: their properties. num_images: to train on. fingerprint: of the source. excluded: rows of it that are not
+    trained on. num_test: images that a supervised run is tested on.
+    """
+
+    spec: ImageSpec
+    num_images: int
+    fingerprint: str
+    excluded: tuple[int, ...] = ()
+    num_test: int = 0
+
+
+@dataclass(frozen=True)
+class LoadingPlan:
+    """How images are loaded. cached: decoded images are kept in memory.
+
+    batch_seconds: measures the time to load one global batch; None where loading takes none.
+    """
+
+    workers: int
+    cached: bool
+    batch_seconds: Callable[[], Timing] | None = None
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What the plan depends on of the method. bytes_per_image: activations of one image in a training step."""
+
+    parameters: int
+    encoder_parameters: int
+    bytes_per_image: int
 
 
 def require_micro_batch(config: Config) -> None:
@@ -130,43 +167,30 @@ def few_steps(plan: Plan) -> str | None:
 
 def make_plan(
     config: Config,
-    images: ImageSpec,
-    *,
-    num_images: int,
-    fingerprint: str,
-    excluded: tuple[int, ...] = (),
+    dataset: DatasetFacts,
+    loading: LoadingPlan,
     device: str,
-    workers: int,
-    cached: bool,
+    *,
     budget: Budget | None = None,
     reasons: tuple[str, ...] = (),
-    batch_seconds: Callable[[], Timing] | None = None,
-    num_test: int = 0,
 ) -> Plan:
     """Decide everything that follows from the configuration; see the module docstring.
 
-    batch_seconds: time to load one global batch, for a budget on a machine that waits on its data. num_test: images
-    that a supervised run is tested on.
+    budget: time for the whole command, None where the settings say how long. reasons: those of earlier choices.
     """
     precision, why_precision = choose_precision(config.train.precision, device)
-    method = build_method(config, images).to(device)
-    micro, why_micro = choose_micro_batch(config, bytes_per_image(method, images, precision, device), device)
-    parameters = sum(p.numel() for p in method.parameters())
-    encoder_parameters = sum(p.numel() for p in method.encoder.parameters())
-    del method
+    model = model_facts(config, dataset.spec, precision, device)
+    micro, why_micro = choose_micro_batch(config, model.bytes_per_image, device)
 
     def step_seconds() -> Timing:
-        seconds = 5.0 if budget is None else min(5.0, MEASURING_SHARE * budget.seconds)
-        compute = Timing.of(time_steps(config, images, micro, precision, device, seconds=seconds))
-        return compute.with_loading(batch_seconds() if batch_seconds else NO_TIME, workers)
+        patience = 5.0 if budget is None else min(5.0, MEASURING_SHARE * budget.seconds)
+        compute = Timing.of(time_steps(config, dataset.spec, micro, precision, device, seconds=patience))
+        return compute.with_loading(loading.batch_seconds() if loading.batch_seconds else NO_TIME, loading.workers)
 
-    batch_size = config.train.batch_size
     steps, test_every, why_steps = choose_steps(
-        config, num_images, budget=budget, step_seconds=step_seconds, num_test=num_test
+        config, dataset.num_images, budget=budget, step_seconds=step_seconds, num_test=dataset.num_test
     )
-    peak = peak_lr(config.optim, batch_size)
-    if steps * batch_size < 20 * num_images and num_images >= batch_size:
-        reasons += (f"only {steps * batch_size / num_images:.3g} epochs: expect the loss to be far from its floor",)
+    batch_size, peak = config.train.batch_size, peak_lr(config.optim, config.train.batch_size)
     return Plan(
         steps=steps,
         warmup_steps=round(config.optim.warmup * steps),
@@ -175,26 +199,44 @@ def make_plan(
         accumulation=batch_size // micro,
         peak_lr=peak,
         final_lr=config.optim.final_lr * peak,
-        epochs=steps * batch_size / num_images,
-        num_images=num_images,
-        images=images,
-        fingerprint=fingerprint,
-        excluded=excluded,
+        epochs=steps * batch_size / dataset.num_images,
+        num_images=dataset.num_images,
+        images=dataset.spec,
+        fingerprint=dataset.fingerprint,
+        excluded=dataset.excluded,
         precision=precision,
         device=device,
-        workers=workers,
-        cached=cached,
+        workers=loading.workers,
+        cached=loading.cached,
         picture_every=config.train.picture_every or max(1, math.ceil(steps / 4)),
         test_every=test_every,
-        parameters=parameters,
-        encoder_parameters=encoder_parameters,
+        parameters=model.parameters,
+        encoder_parameters=model.encoder_parameters,
         budget=None if budget is None else budget.seconds,
         startup=0.0 if budget is None else budget.used(),
         reasons=(
             *reasons,
+            *few_epochs(steps * batch_size, dataset.num_images, batch_size),
             why_steps,
             why_micro,
             why_precision,
             f"peak learning rate {peak:.3g}: base {config.optim.base_lr:.3g} x batch {batch_size} / 256",
         ),
     )
+
+
+def model_facts(config: Config, spec: ImageSpec, precision: str, device: str) -> ModelFacts:
+    """Build the method once, count its parameters, and measure the memory of its activations."""
+    method = build_method(config, spec).to(device)
+    return ModelFacts(
+        parameters=sum(p.numel() for p in method.parameters()),
+        encoder_parameters=sum(p.numel() for p in method.encoder.parameters()),
+        bytes_per_image=bytes_per_image(method, spec, precision, device),
+    )
+
+
+def few_epochs(samples: int, num_images: int, batch_size: int) -> tuple[str, ...]:
+    """Return a sentence for the plan where training ends after few epochs; () otherwise."""
+    if samples >= 20 * num_images or num_images < batch_size:
+        return ()
+    return (f"only {samples / num_images:.3g} epochs: expect the loss to be far from its floor",)

@@ -6,20 +6,21 @@ step. The loop is in `engine/train.py`; `engine/resume.py` continues a run.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from unmask.config import Config, ConfigError, parse
 from unmask.console import Console
-from unmask.data.scan.scan import Scan
 from unmask.data.sources.open_source import open_source
 from unmask.data.sources.source import Source
 from unmask.data.sources.tiff_samples import apply_reading
 from unmask.engine import checkpoint, dataset_record, initial_weights
 from unmask.engine.device import choose_device
 from unmask.engine.image_size import consequence
+from unmask.engine.job import TrainingInputs
 from unmask.engine.make_plan import few_steps
 from unmask.engine.plan_text import print_inputs, print_plan
 from unmask.engine.provenance import provenance
@@ -35,51 +36,80 @@ from unmask.engine.resolve import (
     settings_with_options,
 )
 from unmask.engine.run_training import train_and_record
-from unmask.engine.supervision import Supervise
 from unmask.engine.time_budget import Budget, as_budget
-from unmask.engine.training_data import odd_image_warnings, prepare_images, scan_source, skipped_files
+from unmask.engine.training_data import (
+    TrainingRequest,
+    odd_image_warnings,
+    prepare_images,
+    scan_source,
+    skipped_files,
+)
 from unmask.nn.default_dtype import float32_default
 from unmask.run import CONFIG, PLAN, PROVENANCE, Run
 from unmask.system.atomic_files import free_path
 from unmask.system.processes import reject_several_processes, require_main_guard
 
 
+@dataclass(frozen=True)
+class PretrainOptions:
+    """The settings of a pre-training, and where its weights come from.
+
+    exclude: patterns of names to leave out. recipe: a name from `unmask recipes`, or "auto". config: another Run, or
+    its config.json, whose settings are used in place of a recipe's. settings: KEY=VALUE assignments. from_run: start
+    from the weights of that Run, see `initial_weights.continued`. tokenizer: the Run of a dVAE whose codes are
+    predicted. palette: a file of `unmask palette`, or the Run of an iGPT whose colours are used. masks: a file of patch
+    masks.
+    """
+
+    exclude: Sequence[str] = ()
+    recipe: str = "auto"
+    config: str | Path | None = None
+    settings: Sequence[str] = ()
+    from_run: str | Path | None = None
+    tokenizer: str | Path | None = None
+    palette: str | Path | None = None
+    masks: str | Path | None = None
+
+    def base(self) -> Config | None:
+        """Return the settings of another Run that are used in place of a recipe's. Raises UserError."""
+        if self.config is not None:
+            reject_two_sources_of_settings(self.recipe, self.from_run)
+            return config_of_run(self.config)
+        return None if self.from_run is None else initial_weights.continued(self.from_run, self.recipe)
+
+    def all_settings(self, base: Config | None) -> list[str]:
+        """Return `settings`, preceded by those that the other options stand for. Raises ConfigError."""
+        return settings_with_options(
+            base,
+            self.recipe,
+            list(self.settings),
+            weights=self.from_run is not None,
+            tokenizer=self.tokenizer,
+            palette=self.palette,
+            masks=self.masks,
+        )
+
+
 @float32_default()
 def pretrain(
     data: str | Path | Sequence[str | Path],
+    options: PretrainOptions | None = None,
     *,
-    exclude: Sequence[str] = (),
-    recipe: str = "auto",
-    config: str | Path | None = None,
     out: str | Path | None = None,
     budget: float | str | Budget | None = None,
-    settings: Iterable[str] = (),
-    from_run: str | Path | None = None,
-    tokenizer: str | Path | None = None,
-    palette: str | Path | None = None,
-    masks: str | Path | None = None,
     console: Console | None = None,
 ) -> Run:
     """Pre-train on the images of `data` and return the Run; `run.status().state` is "finished" or "stopped".
 
-    data: one source or several. exclude: patterns of names to leave out.
-    recipe: a name from `unmask recipes`, or "auto". config: another Run, or its config.json, whose settings are used in
-    place of a recipe's. out: a new folder; made up from data and recipe when None. budget: seconds, or a time such as
-    "30m", for everything from this call on; the number of steps follows the pace of training. settings: KEY=VALUE
-    assignments. from_run: start from the weights of that Run, see `initial_weights.continued`. tokenizer: the Run of a
-    dVAE whose codes are predicted. palette: a file of `unmask palette`, or the Run of an iGPT whose colours are used.
-    masks: a file of patch masks. console: `Console(quiet=True)` for no progress. Raises UserError, for invalid settings
-    before any image is opened.
+    data: one source or several. out: a new folder; made up from data and recipe when None. budget: seconds, or a time
+    such as "30m", for everything from this call on; the number of steps follows the pace of training. console:
+    `Console(quiet=True)` for no progress. Raises UserError, for invalid settings before any image is opened.
     """
     reject_several_processes()
-    console, budget = console or Console(), as_budget(budget)
-    if config is not None:
-        reject_two_sources_of_settings(recipe, from_run)
-    base = config_of_run(config) if config is not None else None
-    base = base if from_run is None else initial_weights.continued(from_run, recipe)
-    settings = settings_with_options(
-        base, recipe, list(settings), weights=from_run is not None, tokenizer=tokenizer, palette=palette, masks=masks
-    )
+    options, console, budget = options or PretrainOptions(), console or Console(), as_budget(budget)
+    recipe, from_run = options.recipe, options.from_run
+    base = options.base()
+    settings = options.all_settings(base)
     draft = draft_config(base, recipe, settings, budget)
     reject_supervised(draft, from_run)
     if from_run is not None and (own := sorted({"data.mean", "data.std"} & set(parse(settings)))):
@@ -87,56 +117,38 @@ def pretrain(
     device = choose_device(draft.train.device)
     if out is not None:
         Run.check_free(out)
-    source = apply_reading(open_source(data, exclude), draft.data.reading)
+    source = apply_reading(open_source(data, options.exclude), draft.data.reading)
     console.print(f"{source.name}: {len(source)} images found" + skipped_files(source))
     found = scan_source(source, draft, console)
     for line in odd_image_warnings(source, found):
         console.warn(line)
     if base is not None:
         chosen = resolve_config(base, settings, budget=budget, source=source)
-        reasons: tuple[str, ...] = (f"settings of {config}" if from_run is None else f"weights of {from_run}",)
+        reasons: tuple[str, ...] = (f"settings of {options.config}" if from_run is None else f"weights of {from_run}",)
     else:
         chosen, reasons, _ = choose_config(source, found, recipe, settings, device, budget=budget)
-    return start_run(source, found, chosen, device, out=out, budget=budget, reasons=reasons, console=console)
+    request = TrainingRequest(source, found, chosen, device, budget, reasons)
+    return start_run(request, out=out, console=console)
 
 
-def start_run(
-    source: Source,
-    found: Scan,
-    config: Config,
-    device: str,
-    *,
-    out: str | Path | None,
-    budget: Budget | None,
-    reasons: tuple[str, ...],
-    console: Console,
-    held_out: np.ndarray | None = None,
-    test_rows: np.ndarray | None = None,
-    num_test: int = 0,
-    taught: str = "",
-    supervise: Supervise | None = None,
-) -> Run:
-    """Make the plan and the Run, and train.
-
-    held_out: rows of the source excluded from training. test_rows: those of them used for evaluation. num_test: number
-    of test images, from whichever source. taught: see `Plan`. Raises UserError, TrainingFailed.
-    """
+def start_run(request: TrainingRequest, *, out: str | Path | None, console: Console) -> Run:
+    """Make the plan and the Run, and train. Raises UserError, TrainingFailed."""
+    source, found, config, split = request.source, request.scan, request.config, request.supervised
     reject_absurd_batch(config, found.usable)
     size = consequence(found.median_size, config.data.size, patch_of(config))
     console.print(size)
-    images, plan = prepare_images(
-        source, found, config, device, budget=budget, reasons=reasons, held_out=held_out, num_test=num_test
-    )
-    tested = () if test_rows is None else tuple(np.setdiff1d(test_rows, found.bad_rows).tolist())
-    plan = plan.model_copy(update={"test_rows": tested, "taught": taught})
+    images, plan = prepare_images(request)
+    if split is not None:
+        tested = () if split.test_rows is None else tuple(np.setdiff1d(split.test_rows, found.bad_rows).tolist())
+        plan = plan.model_copy(update={"test_rows": tested, "taught": split.taught})
     if plan.cached:
         images.keep_decoded()
     if plan.workers:
         require_main_guard()
     initial_weights.require_grafts(config, plan.images)
 
-    if budget is not None:
-        plan = plan.model_copy(update={"startup": budget.used()})
+    if request.budget is not None:
+        plan = plan.model_copy(update={"startup": request.budget.used()})
 
     def fill(run: Run) -> None:
         checkpoint.check_space(run, (config.train.keep_checkpoints + 1) * 12 * plan.parameters)
@@ -156,7 +168,8 @@ def start_run(
         print_inputs(config, console)
         if (warning := few_steps(plan)) is not None:
             console.warn(warning)
-        train_and_record(run, config, recorded, images, console, supervise)
+        supervise = None if split is None else split.supervise
+        train_and_record(TrainingInputs(run, config, recorded, images, console), supervise)
     return run
 
 

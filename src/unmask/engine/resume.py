@@ -20,6 +20,7 @@ from unmask.engine.changed_data import (
     recording_move,
 )
 from unmask.engine.device import choose_device
+from unmask.engine.job import TrainingInputs
 from unmask.engine.load import read_config, read_plan
 from unmask.engine.plan import Plan
 from unmask.engine.run_training import train_and_record
@@ -85,7 +86,7 @@ def resume(
             record_move(run, before, config, console)
         elif places is not None and supervise is not None:
             supervise = recording_move(supervise, before, console)
-        train_and_record(run, config, plan, images, console, supervise)
+        train_and_record(TrainingInputs(run, config, plan, images, console), supervise)
     return run
 
 

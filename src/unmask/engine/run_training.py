@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from unmask.config import Config
+from dataclasses import replace
+
 from unmask.console import Console, duration
-from unmask.data.image_reader import ImageReader
 from unmask.engine import checkpoint
 from unmask.engine.job import TrainingInputs
-from unmask.engine.plan import Plan
 from unmask.engine.samples import BASELINES
 from unmask.engine.supervision import Supervise
 from unmask.engine.time_budget import now
@@ -17,20 +16,18 @@ from unmask.recipes import catalogue
 from unmask.run import STATUS, Run
 
 
-def train_and_record(
-    run: Run, config: Config, plan: Plan, images: ImageReader, console: Console, supervise: Supervise | None = None
-) -> None:
+def train_and_record(inputs: TrainingInputs, supervise: Supervise | None = None) -> None:
     """Run the loop, write the result of a supervised run, and record in the Run how that ended.
 
     "finished" is recorded after all of the work; a run that is interrupted outside the loop is stopped, not failed.
     Raises what the loop raises.
     """
-    began = now()
+    run, plan, images, console, began = inputs.run, inputs.plan, inputs.images, inputs.console, now()
     try:
         evaluator = write_result = None
         if supervise is not None:
-            images.annotations, evaluator, write_result = supervise(run, config, plan, images.source)
-        state = train(TrainingInputs(run, config, plan, images, console, evaluator, began))
+            images.annotations, evaluator, write_result = supervise(run, inputs.config, plan, images.source)
+        state = train(replace(inputs, evaluator=evaluator, began=began))
         if state == "finished" and write_result is not None:
             write_result(run)
     except KeyboardInterrupt:

@@ -18,7 +18,7 @@ from PIL import Image
 from unmask.console import Console
 from unmask.data.decode import decode
 from unmask.engine.device import choose_device, choose_precision
-from unmask.engine.pretrain import pretrain
+from unmask.engine.pretrain import PretrainOptions, pretrain
 from unmask.engine.product_library import measure_products
 from unmask.engine.provenance import provenance_versions
 from unmask.rng import philox
@@ -106,7 +106,7 @@ def _train() -> str:
         for number in range(16):
             small = Image.fromarray(rng.integers(0, 255, (3, 3, 3), np.uint8))
             small.resize((20, 20), Image.Resampling.BICUBIC).save(images / f"{number}.png")
-        run = pretrain(images, recipe="mae_nano", out=Path(folder, "run"), settings=SELF_TEST)
+        run = pretrain(images, PretrainOptions(recipe="mae_nano", settings=SELF_TEST), out=Path(folder, "run"))
         losses = [row["loss"] for row in run.metrics()]
     assert len(losses) == 8, f"losses {losses}"
     assert np.isfinite(losses).all(), f"losses {losses}"

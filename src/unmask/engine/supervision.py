@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
+
+import numpy as np
 
 from unmask.config import Config
 from unmask.data.image_reader import Annotations
@@ -42,3 +45,18 @@ class Supervision(NamedTuple):
 
 Supervise = Callable[[Run, Config, Plan, Source], Supervision]
 """Make the `Supervision` of a run, once its configuration, plan and images are known."""
+
+
+@dataclass(frozen=True)
+class SupervisedSplit:
+    """What a supervised run trains on, what it is tested on, and how.
+
+    held_out: rows of the source excluded from training. test_rows: those of them used for evaluation, None where the
+    test images are others. num_test: number of test images, from whichever source. taught: see `Plan`.
+    """
+
+    held_out: np.ndarray
+    test_rows: np.ndarray | None
+    num_test: int
+    taught: str
+    supervise: Supervise

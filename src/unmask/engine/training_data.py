@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -18,10 +18,11 @@ from unmask.data.scan.findings import findings
 from unmask.data.scan.odd_images import constant_line, mask_warnings
 from unmask.data.scan.scan import Scan, scan
 from unmask.data.sources.source import Source
-from unmask.engine.make_plan import make_plan
+from unmask.engine.make_plan import DatasetFacts, LoadingPlan, make_plan
 from unmask.engine.measure import Timing
 from unmask.engine.plan import Plan
 from unmask.engine.resolve import require_statistics
+from unmask.engine.supervision import SupervisedSplit
 from unmask.engine.time_budget import Budget
 from unmask.errors import UserError
 
@@ -33,6 +34,23 @@ LOADED_PARTS = 3  # of the images, each loaded to measure how long that takes
 
 class DataError(UserError):
     """The images as a whole cannot be used for training; the message names the reason and what to do."""
+
+
+@dataclass(frozen=True)
+class TrainingRequest:
+    """A training with all settings resolved, before its plan is made.
+
+    scan: of `source`. budget: None where the settings say how long. reasons: why the settings were chosen, as
+    sentences. supervised: None for pre-training.
+    """
+
+    source: Source
+    scan: Scan
+    config: Config
+    device: str
+    budget: Budget | None = None
+    reasons: tuple[str, ...] = ()
+    supervised: SupervisedSplit | None = None
 
 
 def scan_source(source: Source, draft: Config, console: Console) -> Scan:
@@ -86,20 +104,11 @@ def image_spec(found: Scan, config: Config) -> ImageSpec:
     return ImageSpec(channels, config.data.size, found.dtype_majority, tuple(mean), tuple(std))
 
 
-def prepare_images(
-    source: Source,
-    found: Scan,
-    config: Config,
-    device: str,
-    *,
-    budget: Budget | None,
-    reasons: tuple[str, ...],
-    held_out: np.ndarray | None = None,
-    num_test: int = 0,
-) -> tuple[ImageReader, Plan]:
+def prepare_images(request: TrainingRequest) -> tuple[ImageReader, Plan]:
     """Return the reader of the training images, and the plan; write nothing and cache no image yet."""
-    spec = image_spec(found, config)
-    excluded = np.union1d(found.bad_rows, [] if held_out is None else held_out).astype(np.int64)
+    source, found, config, split = request.source, request.scan, request.config, request.supervised
+    spec, reasons = image_spec(found, config), request.reasons
+    excluded = np.union1d(found.bad_rows, [] if split is None else split.held_out).astype(np.int64)
     rows = np.setdiff1d(np.arange(len(source)), excluded)
     held_out_rows = held_out_for_loss(rows, config)
     if len(held_out_rows):
@@ -116,24 +125,20 @@ def prepare_images(
         cached = found.decoded_bytes * len(rows) <= config.data.cache_gib * 2**30
     if cached:
         reasons += (f"decoded images kept in memory: {found.decoded_bytes * len(rows) / 2**20:.0f} MiB",)
-    workers, why = choose_workers(device, cached=cached)
+    workers, why = choose_workers(request.device, cached=cached)
     if config.data.workers is not None:
         workers, why = config.data.workers, f"{config.data.workers} loader workers: asked for"
     if found.median_size[0] < spec.size[0] or found.median_size[1] < spec.size[1]:
         reasons += (f"most images are smaller than the model's {spec.size[0]} x {spec.size[1]} and will be enlarged",)
     plan = make_plan(
         config,
-        spec,
-        num_images=len(rows),
-        fingerprint=source.fingerprint(),
-        excluded=tuple(excluded.tolist()),
-        device=device,
-        workers=workers,
-        cached=cached,
-        budget=budget,
+        DatasetFacts(
+            spec, len(rows), source.fingerprint(), tuple(excluded.tolist()), num_test=split.num_test if split else 0
+        ),
+        LoadingPlan(workers, cached, lambda: batch_seconds(images, config.train.batch_size, workers, cached=cached)),
+        request.device,
+        budget=request.budget,
         reasons=(*reasons, why),
-        batch_seconds=lambda: batch_seconds(images, config.train.batch_size, workers, cached=cached),
-        num_test=num_test,
     )
     return images, plan.model_copy(update={"reading": source.reading, "held_out": tuple(held_out_rows.tolist())})
 

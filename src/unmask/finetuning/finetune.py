@@ -31,7 +31,7 @@ from unmask.engine import resume as resume_module
 from unmask.engine.device import choose_device
 from unmask.engine.load import read_config
 from unmask.engine.plan import Plan
-from unmask.engine.supervision import Supervision
+from unmask.engine.supervision import SupervisedSplit, Supervision
 from unmask.engine.time_budget import Budget, as_budget
 from unmask.errors import UserError
 from unmask.finetuning.annotated import (
@@ -167,21 +167,18 @@ def finetune(
     config = config.model_copy(update={"data": config.data.model_copy(update=where)})
     report_annotations(examples.annotated, config, console)
     origin = "random weights, from scratch" if options.from_scratch else f"weights of {from_run}"
-    done = pretrain.start_run(
-        source,
-        found,
-        config,
-        choose_device(config.train.device),
-        out=out if out is not None else pretrain.free_name(source, config),
-        budget=budget,
-        reasons=(why, origin, *reasons_for(examples, data, options, console)),
-        console=console,
+    split = SupervisedSplit(
         held_out=np.setdiff1d(np.arange(len(source)), examples.train),
         test_rows=examples.held_out if examples.test is None else None,
         num_test=examples.num_test,
         taught=examples.digest(),
         supervise=partial(supervise, console=console),
     )
+    reasons = (why, origin, *reasons_for(examples, data, options, console))
+    request = training_data.TrainingRequest(
+        source, found, config, choose_device(config.train.device), budget, reasons, split
+    )
+    done = pretrain.start_run(request, out=out, console=console)
     report_result(done, console)
     return done
 

@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import tifffile
+from conftest import pretrain
 from corpus import file_of, noisy, npy, png16, tiff
 from PIL import Image
 
@@ -22,7 +23,7 @@ from unmask.data.scan.findings import file_kinds, findings, is_plain
 from unmask.data.scan.scan import scan
 from unmask.data.sources.open_source import open_source
 from unmask.data.sources.tiff_samples import TiffPagesSource, apply_reading
-from unmask.engine import pretrain, training_data
+from unmask.engine import training_data
 from unmask.engine.check import print_table
 
 
@@ -277,7 +278,7 @@ def test_the_plan_keeps_what_was_settled_and_later_commands_obey(tmp_path, monke
     for number in range(10):
         values = photo(seed=number)
         (folder / f"{number}.tif").write_bytes(tiff(values, photometric="rgb", extrasamples=["unassalpha"]))
-    run = pretrain.pretrain(folder, recipe="mae_nano", out=tmp_path / "run", settings=(*SMALL_RUN, "train.steps=1"))
+    run = pretrain(folder, recipe="mae_nano", out=tmp_path / "run", settings=(*SMALL_RUN, "train.steps=1"))
     plan = run.read("plan.json")
     assert (plan["images"]["channels"], plan["reading"]["tagged"]) == (4, "band")
     assert any("10 TIFF files: alpha is kept as a band" in reason for reason in plan["reasons"])
@@ -291,7 +292,7 @@ def test_the_plan_keeps_what_was_settled_and_later_commands_obey(tmp_path, monke
     )
     assert (done["images"], done["left_out"]) == (1, 0)
     with pytest.raises(training_data.DataError):
-        pretrain.pretrain(folder, recipe="mae_nano", settings=(*SMALL_RUN, "data.alpha=drop", "data.channels=4"))
+        pretrain(folder, recipe="mae_nano", settings=(*SMALL_RUN, "data.alpha=drop", "data.channels=4"))
 
 
 def test_runs_of_earlier_versions_read_as_they_did():

@@ -6,10 +6,9 @@ from contextlib import suppress
 
 import numpy as np
 import pytest
-from conftest import SMALL_RUN, write_images
+from conftest import SMALL_RUN, pretrain, write_images
 
 from unmask import commands
-from unmask.engine.pretrain import pretrain
 from unmask.errors import UserError
 from unmask.evals.probe_options import ProbeOptions
 from unmask.evals.probes.rankme import PROBE, effective_rank
