@@ -265,7 +265,7 @@ AUTO = {
     "ten small images": (10, (20, 24), "cpu", "mae_nano", (20, 20), (2, 2), ["patch 2", "3000 steps", "batch 16"]),
     "CIFAR": (50_000, (32, 32), "cpu", "mae_nano", (32, 32), (4, 4), ["small images"]),
     "CIFAR on a GPU": (50_000, (32, 32), "cuda", "mae_nano", (32, 32), (4, 4), ["small images"]),
-    "250 photographs": (250, (470, 400), "cpu", "mae_nano", (64, 64), (8, 8), ["no GPU", "batch 16", "3000 steps"]),
+    "250 photographs": (250, (470, 400), "cpu", "mae_nano", (64, 64), (8, 8), ["without a GPU", "batch 16", "3000 steps"]),
     "250 on a GPU": (250, (470, 400), "cuda", "mae_tiny", (96, 96), (8, 8), ["fewer than 20,000"]),
     "2 M on a GPU": (2_000_000, (400, 500), "cuda", "mae_base", (224, 288), (16, 16), ["300,000 images or more"]),
     "100,000 on a GPU": (100_000, (500, 500), "cuda", "mae_small", (224, 224), (16, 16), ["between 20,000"]),

@@ -17,7 +17,7 @@ from unmask.config import ConfigError, override
 from unmask.console import Console
 from unmask.data.annotations.segmentation_masks import MaskOptions
 from unmask.data.files.csv_cells import unmarked
-from unmask.engine import resolve as pretrain_module
+from unmask.engine import resolve
 from unmask.engine.load import load, read_config, read_plan
 from unmask.errors import UserError
 from unmask.finetuning import choose_recipe, configure, final_test, finetune, paper_linear_probe
@@ -126,12 +126,12 @@ def test_the_evaluation_crop_is_that_of_maes_protocol_at_every_size(size, share)
     """util/datasets.py: 224 of 256 up to 224 pixels, the whole square above."""
     tuned = find("finetune_base").model_copy(update={"recipe": "finetune_base"})
     asked = [f"data.size={size}", "method.encoder.patch=16"]
-    assert pretrain_module.resolve(tuned, asked).data.crop.eval_share == share
-    assert pretrain_module.resolve(find("mae_base"), [f"data.size={size}"]).data.crop.eval_share == share
-    assert pretrain_module.resolve(tuned, [*asked, "data.crop.eval_share=0.9"]).data.crop.eval_share == 0.9
+    assert resolve.resolve_config(tuned, asked).data.crop.eval_share == share
+    assert resolve.resolve_config(find("mae_base"), [f"data.size={size}"]).data.crop.eval_share == share
+    assert resolve.resolve_config(tuned, [*asked, "data.crop.eval_share=0.9"]).data.crop.eval_share == 0.9
     larger = override(find("mae_base"), [f"data.size={size}"])
     assert configure.finetuning_config(larger, ("one", "other"), "finetune_base").data.crop.eval_share == share
-    assert pretrain_module.resolve(find("dvae_dalle"), []).data.crop.eval_share == 0.875, "DALL-E's own, at 256"
+    assert resolve.resolve_config(find("dvae_dalle"), []).data.crop.eval_share == 0.875, "DALL-E's own, at 256"
 
 
 @pytest.mark.parametrize(
