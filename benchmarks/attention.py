@@ -1,8 +1,8 @@
-"""Forward and backward of attention: PyTorch's fused kernel beside what `unmask.nn.blocks.attend` does.
+"""Time the forward and backward pass of attention: PyTorch's fused kernel and `unmask.nn.blocks.attend`.
 
     python benchmarks/attention.py [--rounds 9] [--json] [--keep] [--tiny]
 
-The shapes are those that masking leaves: a few visible tokens in the encoder, all of them in the decoder.
+The shapes are those of a masked autoencoder: a few visible tokens in the encoder, all tokens in the decoder.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# ViT-T (192 wide, 12 deep, patch 2) on CIFAR-10, pre-trained for 2000 epochs and fine-tuned for 100, beside the same from
-# scratch; the public figures of this set-up are 74.1 % from scratch and 89.8 % pre-trained (IcarusWizard/MAE).
+# Pre-train ViT-T (192 wide, 12 deep, patch 2) on CIFAR-10 for 2000 epochs, fine-tune it for 100, and train the same
+# network from scratch. Published results of this set-up: 74.1 % from scratch, 89.8 % pre-trained (IcarusWizard/MAE).
 #
 #   bash benchmarks/cifar10.sh TRAIN TEST [EPOCHS]     TRAIN, TEST: folders with a sub-folder for each class
 #
-# Wants a GPU: on two cores an epoch takes about half an hour. Can be stopped and run again: what is there is resumed.
+# Needs a GPU: on two cores, an epoch takes about half an hour. Can be stopped; the same command resumes the runs.
 set -euo pipefail
 train=$1 test=$2 epochs=${3:-2000} runs=${RUNS:-runs}
 
-go() {  # go NAME COMMAND...: the run NAME, resumed when it was begun
+go() {  # go NAME COMMAND...: train the run NAME, or resume it if it exists
   local out="$runs/$1"; shift
   if [ -e "$out/plan.json" ]; then unmask resume "$out"; else "$@" --out "$out"; fi
 }

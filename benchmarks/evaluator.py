@@ -1,13 +1,16 @@
-"""The probes on kept features: seconds and memory of kNN and of the linear probe, beside scikit-learn on the same rows.
+"""Measure time and memory of the kNN probe and the linear probe, next to scikit-learn on the same features.
 
     python benchmarks/evaluator.py [--features TRAIN.npz TEST.npz] [--json] [--keep]
 
-Without --features the rows are drawn: ten classes, correlated and ever weaker directions, as features have them; the
-files are those of `unmask embed RUN DATA --out FILE.npz`. kNN: k = 20 by cosine, votes weighted with exp(s / 0.07); the
-rival is KNeighborsClassifier with the same weights. linear: C is chosen among eight decades on a fifth of the rows;
-the rival fits the same eight anew and takes the best, where ours begins each fit at the one before and ends the search
-early. `agree` is the share of test rows on which both say the same. Every measurement is a process of its own, so that
-its peak of memory, less what it began with, is its own. --tiny is a minute fraction, for the test that this still runs.
+--features reads files that `unmask embed RUN DATA --out FILE.npz` wrote. Without it, the features are random: ten
+classes, with correlated directions of decreasing variance, as real features have them.
+
+kNN: k = 20 by cosine, votes weighted with exp(s / 0.07). The rival is KNeighborsClassifier with the same weights.
+Linear: C is chosen from eight powers of ten on a fifth of the rows. The rival fits all eight from scratch; ours starts
+each fit from the previous one and ends the search early.
+
+`agree` is the share of test rows for which both predict the same class. Every measurement runs in its own process;
+its memory is the peak minus the memory at the start. --tiny uses very small data, for the test of this script.
 """
 
 from __future__ import annotations
@@ -32,13 +35,13 @@ from unmask.evals.probes.linear import C_GRID, MAX_ITERATIONS, Standardise, fit_
 CLASSES = 10
 SIZES = {"knn": [(10_000, 2_000, 192), (50_000, 10_000, 768)], "linear": [(10_000, 2_000, 192), (50_000, 10_000, 192)]}
 TINY = {"knn": [(200, 40, 8)], "linear": [(200, 40, 8)]}
-MOST_OF_RIVAL = 20_000  # rows on which the linear rival is timed too: beyond, it takes many minutes
+MOST_OF_RIVAL = 20_000  # the linear rival is timed on at most this many rows; with more, it takes many minutes
 
 Rows = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 
-def drawn(train: int, test: int, width: int) -> Rows:
-    """(training rows, their classes, test rows, theirs): classes overlap, so that a probe has something to fit."""
+def random_features(train: int, test: int, width: int) -> Rows:
+    """Return random (training rows, their classes, test rows, their classes). The classes overlap."""
     rng = np.random.default_rng(0)
     scale = np.arange(1, width + 1) ** -0.5
     turned = np.linalg.qr(rng.normal(size=(width, width)))[0]
@@ -48,8 +51,8 @@ def drawn(train: int, test: int, width: int) -> Rows:
     return x[:train], y[:train], x[train:], y[train:]
 
 
-def kept(train: Path, test: Path) -> Rows:
-    """The same of two files of `unmask embed`: the mean over patches, and the labels."""
+def stored_features(train: Path, test: Path) -> Rows:
+    """Return the same from two files of `unmask embed`: the mean over patches, and the labels."""
     found: list[np.ndarray] = []
     for file in (train, test):
         with np.load(file) as stored:
@@ -93,8 +96,8 @@ PROBES = {("knn", "ours"): our_knn, ("knn", "theirs"): their_knn, ("linear", "ou
           ("linear", "theirs"): their_linear}  # fmt: skip
 
 
-def apart(probe: str, whose: str, rows: Rows) -> tuple[float, float, np.ndarray]:
-    """(seconds, MiB at the peak beyond the start, answers) of one call in a process of its own."""
+def in_own_process(probe: str, whose: str, rows: Rows) -> tuple[float, float, np.ndarray]:
+    """Run one call in its own process; return (seconds, peak memory minus that at the start in MiB, predictions)."""
     here, there = multiprocessing.get_context("fork").Pipe()
     worker = multiprocessing.get_context("fork").Process(target=_call, args=(there, probe, whose, rows))
     worker.start()
@@ -112,7 +115,7 @@ def _call(pipe: Any, probe: str, whose: str, rows: Rows) -> None:
 
 
 def peak_mib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # Linux counts in KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # Linux reports KiB
 
 
 def measured(probe: str, rows: Rows, rounds: int) -> dict[str, Any]:
@@ -121,7 +124,7 @@ def measured(probe: str, rows: Rows, rounds: int) -> dict[str, Any]:
     found = {whose: [] for whose in rivals}
     for _ in range(rounds):
         for whose in rivals:
-            found[whose].append(apart(probe, whose, rows))
+            found[whose].append(in_own_process(probe, whose, rows))
     row: dict[str, Any] = {"probe": probe, "train": train, "test": len(rows[2]), "width": width}
     for whose, several in found.items():
         row |= {f"{whose}_{name}_s": value for name, value in spread([one[0] for one in several]).items()}
@@ -141,10 +144,10 @@ def main() -> None:
     rows = []
     for probe in options.probes:
         if options.features:
-            rows.append(measured(probe, kept(*options.features), options.rounds))
+            rows.append(measured(probe, stored_features(*options.features), options.rounds))
             continue
         for size in (TINY if options.tiny else SIZES)[probe]:
-            rows.append(measured(probe, drawn(*size), 1 if options.tiny else options.rounds))
+            rows.append(measured(probe, random_features(*size), 1 if options.tiny else options.rounds))
     about = {**origin(("torch", "numpy", "scikit-learn", "scipy")), "omp_threads": os.environ.get("OMP_NUM_THREADS")}
     name = "evaluator-features" if options.features else "evaluator"
     conclude(name, rows, about, as_json=options.json, keep=options.keep)

@@ -1,23 +1,24 @@
-"""Images per second from JPEG files to augmented batches: unmask's loader, the usual one with Pillow, bare decode.
+"""Measure images per second from JPEG files to augmented batches: unmask, a Pillow pipeline, and plain decoding.
 
     python benchmarks/loader.py FOLDER [--large 24] [--workers 2] [--json] [--keep]
     python benchmarks/loader.py --tiny
 
-FOLDER holds JPEGs. One core each, in turns, in seconds of processor time, which a busy machine disturbs less than the
-clock does; `--workers` adds the clock's rates of so many processes, and how long a training step waits on them. Of each
-rate the median is reported, and the slowest and fastest round as shares of it.
+FOLDER contains JPEGs. The rivals run in turns on one core and are timed in processor time, which other programs affect
+less than wall-clock time. `--workers N` adds rows in wall-clock time with N loader processes, and the time that a
+training step waits for data. Rates are medians; `spread` is the largest difference between the slowest and the fastest
+round of a rival, relative to its median.
 
-The reference is the input pipeline of the MAE paper's code, written out with Pillow: decode to RGB, random resized crop
-(0.2, 1) with bicubic filter, flip, to float tensor, normalise; `reference_uint8` leaves the last two out, as unmask's
-loader does (normalisation belongs to its encoder, on the device). All cut the same boxes out of the same files.
-`bare_decode` reads and decodes files in full and does nothing else: it bounds any loader that decodes them in full.
-`unmask_repeats` takes four crops of each decoded image; `unmask_for_device` leaves the resampling to the device, and
-only the loader's half of that is measured.
+`reference` is the input pipeline of the MAE paper's code, written with Pillow: decode to RGB, random resized crop
+(0.2, 1) with bicubic filter, flip, convert to a float tensor, normalise. `reference_uint8` leaves out the last two
+steps, as unmask's loader does, because its encoder normalises on the device. All of them use the same crop boxes of the
+same files. `bare_decode` only reads and decodes the whole file, which bounds the rate of any loader that decodes whole
+files. `unmask_repeats` uses four crops of each decoded image. `unmask_for_device` leaves resampling to the device; only
+the work of the loader is measured.
 
-`--large N` makes N photographs of 12 megapixels from the first of FOLDER: enlarged, with Gaussian noise of `--noise`
-levels on top, JPEG quality 90. With 4 levels they have about 2.8 MB, as those of cameras do, with none about 1 MB; most
-of the time goes into undoing the JPEG's entropy coding, which no scaled decoding spares. They are loaded as they are,
-and packed (`unmask pack`) to a short side of 512.
+`--large N` makes N photographs of 12 megapixels from the first images of FOLDER: enlarged, with Gaussian noise of
+`--noise` levels, JPEG quality 90. With noise of 4 levels they have about 2.8 MB, like photographs of cameras; without
+noise about 1 MB. Most of the time is entropy decoding, which decoding at a smaller scale does not avoid. They are
+measured as they are, and after `unmask pack` with a short side of 512.
 """
 
 from __future__ import annotations
@@ -59,10 +60,12 @@ def main() -> None:
     parser.add_argument("folder", nargs="?")
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--images", type=int, default=192, help="at most so many of FOLDER, in whole batches")
-    parser.add_argument("--large", type=int, default=0, help="photographs of 12 megapixels to make and load")
-    parser.add_argument("--noise", type=float, default=4.0, help="of those photographs, in levels")
-    parser.add_argument("--workers", type=int, default=0, help="processes for the rows in seconds of the clock")
+    parser.add_argument(
+        "--images", type=int, default=192, help="use at most this many images of FOLDER, in whole batches"
+    )
+    parser.add_argument("--large", type=int, default=0, help="number of photographs of 12 megapixels to make")
+    parser.add_argument("--noise", type=float, default=4.0, help="standard deviation of their noise, in levels of 255")
+    parser.add_argument("--workers", type=int, default=0, help="loader processes for the rows in wall-clock time")
     options = parser.parse_args()
     torch.set_num_threads(1)
     sides, short_side = (4000, 3000), 512
@@ -72,7 +75,7 @@ def main() -> None:
             sides, short_side = (128, 96), 32
             options.folder = str(draw_images(Path(made) / "images", 8))
         elif options.folder is None:
-            parser.error("FOLDER is needed, or --tiny")
+            parser.error("got no FOLDER; give one, or --tiny")
         rows = measured(open_source(options.folder), "as they are", options.images, options)
         if options.large:
             enlarge(open_source(options.folder), Path(made) / "large", options.large, sides, options.noise)
@@ -85,7 +88,7 @@ def main() -> None:
 
 
 def measured(source: Source, what: str, most: int, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """The rows of one set of images."""
+    """Measure all rivals on one set of images; return the rows of the result."""
     batch = min(options.batch, len(source), most)
     count = min(len(source), most) // batch * batch
     spec = ImageSpec(3, (options.size,) * 2, "uint8", (0.0,) * 3, (1.0,) * 3)
@@ -131,7 +134,7 @@ def measured(source: Source, what: str, most: int, options: argparse.Namespace) 
 def in_turns(
     rivals: Mapping[str, Callable[[], object]], rounds: int, clock: Callable[[], float]
 ) -> dict[str, list[float]]:
-    """Seconds of each call, rivals in turns, after one round that does not count."""
+    """Time the rivals in turns, after one round of warm-up; return the seconds of every call of each."""
     times: dict[str, list[float]] = {name: [] for name in rivals}
     for number in range(rounds + 1):
         for name, call in rivals.items():
@@ -147,11 +150,11 @@ def bare_decode(source: Source, rows: np.ndarray) -> None:
         simplejpeg.decode_jpeg(source.read(row), "RGB")
 
 
-# -------------------------------------------------------------------------------------------------------- the reference
+# Pillow reference
 
 
 def drawn(source: Source, rows: np.ndarray, images: ImageReader) -> tuple[np.ndarray, np.ndarray]:
-    """The boxes (n, 4) and flips (n,) that unmask draws for these rows of the first epoch, in pixels of the file."""
+    """Return the crop boxes (n, 4), in pixels of the file, and flips (n,) of these rows in unmask's first epoch."""
     first = np.zeros(len(rows), np.int64)
     heads = [header(source.read(int(row))) for row in rows]
     sizes = np.array([head.full_size for head in heads])
@@ -171,7 +174,7 @@ def reference(
     *,
     normal: bool = True,
 ) -> list[torch.Tensor]:
-    """Batches as the published recipe makes them, every box to the nearest pixel."""
+    """Return the last full batch, made as by the published recipe, with every box rounded to whole pixels."""
     batches, held = [], []
     for row, box, flip in zip(rows.tolist(), boxes, flips, strict=True):
         with Image.open(io.BytesIO(source.read(row))) as file:
@@ -184,14 +187,14 @@ def reference(
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
         held.append((pixels.float().div(255) - MEAN) / STD if normal else pixels)
         if len(held) == batch:
-            batches, held = [*batches[-1:], torch.stack(held)], []  # no more than a loader would hold
+            batches, held = [*batches[-1:], torch.stack(held)], []  # keep only the last batch, as a loader would
     return batches
 
 
 def pixel_difference(
     images: ImageReader, order: Any, boxes: np.ndarray, flips: np.ndarray, size: int
 ) -> dict[str, float]:
-    """Mean absolute difference in levels from Pillow's full decode and bicubic resize, over all and the worst image."""
+    """Return the mean absolute difference, in levels, from Pillow's decode and resize: the mean and the worst image."""
     differences = []
     for start in range(0, len(order.index), 16):
         part = slice(start, start + 16)
@@ -201,7 +204,7 @@ def pixel_difference(
                 image = file.convert("RGB")
             top, left, height, width = box
             edges = (left, top, min(left + width, image.width), min(top + height, image.height))
-            if (box == np.round(box)).all():  # as torchvision: cut out, then resized
+            if (box == np.round(box)).all():  # as in torchvision: crop, then resize
                 image, edges = image.crop(tuple(round(float(edge)) for edge in edges)), None
             image = image.resize((size, size), Image.Resampling.BICUBIC, box=edges)
             theirs = np.asarray(image)[:, :: -1 if flip else 1].transpose(2, 0, 1)
@@ -209,11 +212,11 @@ def pixel_difference(
     return {"pixel_difference": float(np.mean(differences)), "pixel_difference_worst": max(differences)}
 
 
-# ------------------------------------------------------------------------------------------------------------- workers
+# With loader processes
 
 
 class Bare(Dataset[int]):
-    """Batches that are decoded in full and thrown away."""
+    """Decodes all images of a batch in full and discards them."""
 
     def __init__(self, source: Source, rows: np.ndarray, batch: int, batches: int) -> None:
         self.source, self.parts = source, [np.resize(np.roll(rows, -i * batch), batch) for i in range(batches)]
@@ -229,7 +232,7 @@ class Bare(Dataset[int]):
 def with_workers(
     images: ImageReader, what: str, count: int, batch: int, rows: np.ndarray, options: argparse.Namespace
 ) -> dict[str, Any]:
-    """Rates by the clock, and what a step of computation elsewhere waits where loading is 1.2 times as fast as it."""
+    """Measure rates in wall-clock time, and the share of waiting for a step that takes 1.2 times as long as loading."""
     workers, batches = options.workers, max(6 * options.workers, (1 if options.tiny else 1536) // batch)
 
     def stream(data: ImageReader) -> Iterator[Any]:
@@ -258,7 +261,7 @@ def with_workers(
 
 
 def seconds_of_a_batch(arriving: Iterator[Any], workers: int) -> float:
-    """On average, once each worker has begun and brought its first."""
+    """Return the mean seconds per batch, after the first batch of each worker."""
     for _ in range(workers):
         next(arriving)
     start, number = time.perf_counter(), 0
@@ -268,7 +271,7 @@ def seconds_of_a_batch(arriving: Iterator[Any], workers: int) -> float:
 
 
 def waits_of(arriving: Iterator[Any], step: float) -> list[float]:
-    """Seconds that each batch was waited for, with `step` seconds of nothing after it, as when a GPU computes."""
+    """Return the seconds waited for each batch; sleep `step` seconds after each, as if a GPU were computing."""
     waits, start = [], time.perf_counter()
     for _ in arriving:
         waits.append(time.perf_counter() - start)
@@ -277,11 +280,11 @@ def waits_of(arriving: Iterator[Any], step: float) -> list[float]:
     return waits
 
 
-# -------------------------------------------------------------------------------------------------------------- images
+# Test images
 
 
 def draw_images(folder: Path, count: int) -> Path:
-    """Small JPEGs of coarse noise."""
+    """Write small JPEGs of coarse noise."""
     folder.mkdir()
     rng = np.random.default_rng(0)
     for number in range(count):
@@ -291,7 +294,7 @@ def draw_images(folder: Path, count: int) -> Path:
 
 
 def enlarge(source: Source, folder: Path, count: int, sides: tuple[int, int], noise: float) -> None:
-    """Photographs of `sides`, (width, height); see the top."""
+    """Write photographs of `sides` (width, height), as the module docstring describes."""
     folder.mkdir()
     rng = np.random.default_rng(0)
     for number in range(count):

@@ -1,7 +1,7 @@
-"""What the benchmarks share: alternating timings of rivals, and a result file that says where it came from.
+"""Shared by all benchmarks: timings of rivals in turns, and a result file with date, device, versions and command.
 
-Rivals are timed in turns, so that a slow minute of a busy machine hits all of them; what is reported is the median of
-each and the ratio of medians.
+Rivals are timed in turns, so that a slow minute of a busy machine affects all of them. The median of each and the ratio
+of the medians are reported.
 """
 
 from __future__ import annotations
@@ -25,17 +25,19 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def command_line(doc: str | None, *, rounds: int, result: str) -> argparse.ArgumentParser:
-    """The options that all benchmarks have; `doc` is the help text, `result` what the kept file is called."""
+    """Return a parser with the options of all benchmarks. doc: the help text. result: name of the file of --keep."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=rounds, help=f"turns of all rivals (default {rounds})")
-    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    parser.add_argument(
+        "--rounds", type=int, default=rounds, help=f"rounds in which every rival runs once (default {rounds})"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object on stdout")
     parser.add_argument("--keep", action="store_true", help=f"write benchmarks/results/{result}-<cpu or cuda>.json")
-    parser.add_argument("--tiny", action="store_true", help="a minute fraction: whether it runs at all")
+    parser.add_argument("--tiny", action="store_true", help="only test that the script runs, on very small data")
     return parser
 
 
 def timings(rivals: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int = 1) -> dict[str, list[float]]:
-    """Seconds of every call of each, timed in turns."""
+    """Time the rivals in turns; return the seconds of every call of each."""
     for _ in range(warmup):
         for call in rivals.values():
             call()
@@ -51,12 +53,12 @@ def timings(rivals: Mapping[str, Callable[[], object]], *, rounds: int, warmup: 
 
 
 def medians(rivals: Mapping[str, Callable[[], object]], *, rounds: int, warmup: int = 1) -> dict[str, float]:
-    """Median seconds of one call of each, timed in turns."""
+    """Time the rivals in turns; return the median seconds of a call of each."""
     return {name: statistics.median(values) for name, values in timings(rivals, rounds=rounds, warmup=warmup).items()}
 
 
 def spread(seconds: Sequence[float]) -> dict[str, float]:
-    """Median, fastest and slowest of several measurements."""
+    """Return the median, the fastest and the slowest of several measurements."""
     return {"median": statistics.median(seconds), "fastest": min(seconds), "slowest": max(seconds)}
 
 
@@ -77,7 +79,7 @@ def device_name() -> str:
 
 
 def origin(packages: Sequence[str] = ("torch", "transformers", "numpy", "pillow", "simplejpeg")) -> dict[str, Any]:
-    """Date, device, versions and command: where a result comes from."""
+    """Return the date, device, versions and command of a result."""
     versions = {}
     for package in packages:
         try:
@@ -89,7 +91,7 @@ def origin(packages: Sequence[str] = ("torch", "transformers", "numpy", "pillow"
 
 
 def conclude(name: str, rows: list[dict[str, Any]], about: dict[str, Any], *, as_json: bool, keep: bool) -> None:
-    """Print the rows, or one JSON object with `about`; `keep`: write that object to `results` too."""
+    """Print the rows, or with as_json one object that also has `about`. keep: write that object to `results`."""
     found = {**about, "rows": rows}
     path = RESULTS / f"{name}-{'cuda' if torch.cuda.is_available() else 'cpu'}.json"
     if keep:
@@ -99,16 +101,16 @@ def conclude(name: str, rows: list[dict[str, Any]], about: dict[str, Any], *, as
         print(json.dumps(found))
         return
     print(about["device"], *(f"{name} {version}" for name, version in about["versions"].items()), sep="  ")
-    say(rows)
+    print_rows(rows)
     if keep:
         print(f"written to {path}")
 
 
-def say(rows: list[dict[str, Any]]) -> None:
-    """One line a row."""
+def print_rows(rows: list[dict[str, Any]]) -> None:
+    """Print one line per row."""
     for row in rows:
-        print("  ".join(f"{key} {_shown(value)}" for key, value in row.items()))
+        print("  ".join(f"{key} {_format(value)}" for key, value in row.items()))
 
 
-def _shown(value: Any) -> str:
+def _format(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)

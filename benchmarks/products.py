@@ -1,11 +1,11 @@
-"""float32 matrix products on a CPU: torch's choice (MKL, where torch has it) beside oneDNN, in GFLOP/s of one thread.
+"""Compare float32 matrix products on a CPU: torch's choice (MKL, where torch includes it) and oneDNN.
 
     python benchmarks/products.py [--rounds 9] [--json] [--keep] [--tiny]
     ONEDNN_MAX_CPU_ISA=AVX2 python benchmarks/products.py       without oneDNN's AVX-512 code
 
+Rates are in GFLOP/s of one thread, of the fastest round in processor time, so that other programs affect them little.
 `ratio` is the gain of `unmask.nn.linear_layer`, which calls oneDNN on AMD processors with AVX-512. It depends on the
-width of the processor's vector units, which the CPU flags do not show. Rates are those of the fastest round in
-processor time, so that other programs disturb them little.
+width of the processor's vector units, which the CPU flags do not show.
 """
 
 from __future__ import annotations

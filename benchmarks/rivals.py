@@ -1,7 +1,7 @@
-"""Others' MAE, for `step.py`: built in the sizes of a recipe, called in one way, and given our weights.
+"""MAE implementations of other libraries, for `step.py`: built in the sizes of a recipe, with our weights.
 
-Each is (model, loss): loss(images, noise=None) takes normalised images (B, 3, H, W) and noise (B, N), whose smallest
-values are the patches that stay visible; without noise it draws its own.
+Each function returns (model, loss). loss(images, noise=None): images (B, 3, H, W) are normalised; the patches with the
+smallest values of noise (B, N) stay visible; without noise, the model draws its own.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def make_official(config: Config, official: str | None) -> tuple[nn.Module, Call
 
 
 class Lightly(nn.Module):
-    """MAE as lightly's documentation puts its modules together."""
+    """MAE from lightly's modules, as in its documentation."""
 
     def __init__(self, config: Config) -> None:
         from lightly.models import utils  # type: ignore[import-not-found]
@@ -82,7 +82,7 @@ class Lightly(nn.Module):
         if noise is None:
             keep, drop = utils.random_token_mask(tokens, mask_ratio=0.75, device=images.device)
         else:
-            with patch("torch.rand", return_value=nn.functional.pad(noise, (1, 0))):  # a place for the class token
+            with patch("torch.rand", return_value=nn.functional.pad(noise, (1, 0))):  # a column for the class token
                 keep, drop = utils.random_token_mask(tokens, mask_ratio=0.75, device=images.device)
         seen = self.decoder.embed(self.backbone.encode(images=images, idx_keep=keep))
         masked = utils.repeat_token(self.decoder.mask_token, tokens)
@@ -104,7 +104,7 @@ RIVALS = {"transformers": make_transformers, "official": make_official, "lightly
 
 
 def renamed(weights: Mapping[str, Tensor], rival: str) -> dict[str, Tensor]:
-    """Our weights under the rival's names."""
+    """Return our weights under the rival's names."""
     if rival == "transformers":
         return {new: part for name, value in weights.items() for new, part in _for_transformers(name, value)}
     found = {}

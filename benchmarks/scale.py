@@ -1,15 +1,17 @@
-"""What grows with the number of images, and what does not: the index, the order, loading, memory; and the encoder's
-time with the number of patches it sees.
+"""Measure how time and memory grow with the number of images, and the encoder's time with the number of patches.
 
     python benchmarks/scale.py [--parts index order loading encoder] [--files 1000 10000 100000] [--json] [--keep]
 
-index: files in class folders, made for the purpose and removed again: opened, scanned (every file decoded), opened and
-scanned again; beside `os.walk` into the sorted list of (path, class) that most data sets keep, in seconds and in bytes
-a file (of the index itself, by tracemalloc, and what a forked process that reads every name gets for itself). order and
-loading: up to 1,000,000 rows of a list of names, all of one file, so that nothing but the number of rows differs.
-encoder: a forward pass at several mask ratios, and how well a line through its tokens (kept patches and the class
-token) explains the time. Times are medians of turns; --tiny is a minute fraction of all, for the test that this still
-runs, and writes nothing.
+index: lists and scans temporary image files in class folders, then both again. The rival is `os.walk` into a sorted
+list of (path, class), as in most data sets. Reported are seconds and bytes per file: of the index itself (by
+tracemalloc), and of the memory that a forked process no longer shares after it has read every name.
+
+order, loading: up to 1,000,000 names of the same file, so that only the number of rows differs.
+
+encoder: a forward pass at several mask ratios, and how well a line through the number of tokens (visible patches and
+class token) fits the times.
+
+Times are medians over rounds in turns. --tiny uses very small sizes, for the test of this script.
 """
 
 from __future__ import annotations
@@ -49,18 +51,18 @@ from unmask.rng import Draws, permutation
 PARTS = ("index", "order", "loading", "encoder")
 RATIOS = (0.95, 0.9, 0.75, 0.5, 0.25, 0.0)
 BATCH = 64
-DRAWN = 256  # batches of which the draws are timed; within the first epoch, or in several
+DRAWN = 256  # number of batches whose random draws are timed
 
 
 def picture(size: tuple[int, int], kind: str, seed: int = 0) -> bytes:
-    """A smooth random image file."""
+    """Return the bytes of a smooth random image file."""
     coarse = np.random.default_rng(seed).integers(0, 255, (6, 6, 3), np.uint8)
     file = io.BytesIO()
     Image.fromarray(coarse).resize((size[1], size[0]), Image.Resampling.BICUBIC).save(file, kind)
     return file.getvalue()
 
 
-# ---------------------------------------------------------------------------------------------------------------- index
+# Index
 
 
 def index_row(count: int, rounds: int) -> dict[str, Any]:
@@ -86,7 +88,7 @@ def index_row(count: int, rounds: int) -> dict[str, Any]:
             "first_open_and_scan_s": first_seconds,
             "open_s": found["open"],
             "open_and_scan_again_s": found["open_and_scan_again"],
-            "known_again": scan(open_source(root)).known,  # 0 where the first time took less than two seconds
+            "known_again": scan(open_source(root)).known,  # 0 if the first scan took less than two seconds
             "walk_s": found["walk"],
             "open_bytes_a_file": allocated(rivals["open"]) / count,
             "walk_bytes_a_file": allocated(rivals["walk"]) / count,
@@ -99,7 +101,7 @@ def index_row(count: int, rounds: int) -> dict[str, Any]:
 
 
 def make_files(root: Path, count: int) -> None:
-    """`count` images of 40 x 48 pixels, half JPEG, half PNG, in folders of a hundred."""
+    """Write `count` images of 40 x 48 pixels, half JPEG, half PNG, in folders of a hundred."""
     contents = [(picture((40, 48), kind, seed), kind) for seed in range(8) for kind in ("JPEG", "PNG")]
     for number in range(count):
         content, kind = contents[number % len(contents)]
@@ -110,7 +112,7 @@ def make_files(root: Path, count: int) -> None:
 
 
 def walked(root: Path) -> list[tuple[str, int]]:
-    """(path, class) of every file, sorted: what a usual data set of image folders does and keeps."""
+    """Return (path, class) of every file, sorted, as common image folder data sets store them."""
     found = []
     for number, folder in enumerate(sorted(entry.name for entry in os.scandir(root) if entry.is_dir())):
         for here, _, names in sorted(os.walk(os.path.join(root, folder))):
@@ -121,7 +123,7 @@ def walked(root: Path) -> list[tuple[str, int]]:
 
 
 def allocated(call: Callable[[], object]) -> int:
-    """Bytes that the result of a call keeps."""
+    """Return the bytes that the result of a call occupies."""
     gc.collect()
     tracemalloc.start()
     try:
@@ -135,11 +137,11 @@ def allocated(call: Callable[[], object]) -> int:
 
 
 def own_in_a_fork(names: Iterable[str]) -> int:
-    """Bytes that a forked process comes to own, not shared with its parent any more, by reading every name."""
+    """Return the bytes that a forked process no longer shares with its parent after reading every name."""
     if not hasattr(os, "fork") or not Path("/proc/self/smaps_rollup").exists():
         return 0
     reading, writing = os.pipe()
-    with warnings.catch_warnings():  # torch has threads; the child does not use them
+    with warnings.catch_warnings():  # torch runs threads; the child does not use them
         warnings.simplefilter("ignore", DeprecationWarning)
         child = os.fork()
     if child == 0:
@@ -159,11 +161,11 @@ def private_bytes() -> int:
     return sum(int(line.split()[1]) * 1024 for line in lines if line.startswith("Private"))
 
 
-# ---------------------------------------------------------------------------------------------------- order and loading
+# Order and loading
 
 
 class OneFile(Source):
-    """Any number of rows, all the same bytes."""
+    """A source with any number of rows, all with the same bytes."""
 
     def __init__(self, rows: int, content: bytes) -> None:
         super().__init__("one file", [f"{row:07d}.jpg" for row in range(rows)], np.full(rows, len(content)))
@@ -174,7 +176,7 @@ class OneFile(Source):
 
 
 def order_rows(counts: list[int], rounds: int) -> list[dict[str, Any]]:
-    """Microseconds an image for the order of an epoch and for what is drawn, and what beginning in the middle costs."""
+    """Time the order of an epoch, the random draws, and a start in the middle of an epoch."""
     begun = {count: Order(np.arange(count), 0) for count in counts}
     calls: dict[str, Callable[[], object]] = {}
     for count in counts:
@@ -195,14 +197,14 @@ def order_rows(counts: list[int], rounds: int) -> list[dict[str, Any]]:
 
 
 def draw(order: Order) -> None:
-    """For batch after batch: which images, and 16 numbers for each."""
+    """Draw the images of DRAWN batches, and 16 random numbers for each image."""
     for number in range(DRAWN):
         taken = order.take(number * BATCH, BATCH)
         Draws(0, torch.from_numpy(taken.epoch), torch.from_numpy(taken.index)).uniform(16)
 
 
 def loading_rows(counts: list[int], images: int, rounds: int) -> list[dict[str, Any]]:
-    """Milliseconds an image from bytes to a batch, after the first one of the epoch."""
+    """Time loading from bytes to batches; the first batch is reported separately."""
     content = picture((40, 48), "JPEG")
     spec = ImageSpec(3, (32, 32), "uint8", (0.0,) * 3, (1.0,) * 3)
     sets = {count: ImageReader(OneFile(count, content), np.arange(count), spec, CropConfig()) for count in counts}
@@ -225,7 +227,7 @@ def loading_rows(counts: list[int], images: int, rounds: int) -> list[dict[str, 
     ]  # fmt: skip
 
 
-# -------------------------------------------------------------------------------------------------------------- encoder
+# Encoder
 
 
 def encoder_rows(recipe: str, batch: int, rounds: int) -> list[dict[str, Any]]:

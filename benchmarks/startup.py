@@ -1,9 +1,9 @@
-"""Seconds until a command answers: `unmask --help` and `import unmask` beside the imports that others wait for.
+"""Time the start of commands: `unmask --help` and `import unmask`, next to imports of other libraries.
 
     python benchmarks/startup.py [--rounds 7] [--json] [--keep]
 
-Every command is a process of its own, all in turns, with the files in the page cache. `torch` says whether it had
-been imported when the command ended. --tiny is one round of a few, for the test that this script still runs.
+Every command runs in its own process, in turns, with the files in the page cache. `torch` is True if torch had been
+imported when the command ended. --tiny runs two of the commands once, for the test of this script.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ TINY = ("python", "unmask --help")
 
 
 def process(code: str) -> Callable[[], str]:
-    """A call that runs the code in a new process and returns the last line of its stderr."""
+    """Return a function that runs the code in a new process and returns the last word of its stderr."""
 
     def call() -> str:
         done = subprocess.run([sys.executable, "-c", LAST_WORD + code], check=True, capture_output=True, text=True)

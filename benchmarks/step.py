@@ -1,20 +1,22 @@
-"""One MAE pre-training step (forward, backward, AdamW): unmask beside the others, and beside bare matrix products.
+"""Time one MAE pre-training step (forward, backward, AdamW) of unmask, of other libraries, and of its matrix products.
 
     python benchmarks/step.py [--recipes mae_base mae_large] [--batch 16] [--official FOLDER] [--json] [--keep]
 
-Rivals: transformers' ViTMAE, the modules of lightly where it can be imported, and the published code where --official
-names a checkout of facebookresearch/mae (with a timm it works with). "compiled" is train.compile here and torch.compile
-there. Every measurement is a process of its own, so that its peak memory is its own; the processes take turns, and what
-is reported is the median step of each and how far the rounds lie apart. On a machine that others use too, the CPU
-seconds of a step (`cpu_s`, the least of the rounds) are the steadier number.
+Rivals: transformers' ViTMAE, lightly's modules if lightly is installed, and the published code if --official names a
+checkout of facebookresearch/mae (with a timm version that it works with). "compiled" means train.compile here and
+torch.compile there. Every measurement runs in its own process, which gives its peak memory. The processes run in turns;
+the median step of each and the fastest and slowest round are reported. On a machine that runs other programs, the CPU
+seconds of a step (`cpu_s`, the minimum over rounds) are the more reliable number.
 
-All have the same sizes, 75 % masked, normalised pixels as targets and a fused AdamW, but the published code in float32,
-which is as shipped. The rivals are given normalised images on the device; unmask has uint8 ones, draws its masks, looks
-for non-finite numbers and computes the gradient's norm, as in training. `products`: the forward and backward products
-of all linear layers alone, in the same shapes and precision; `share` is the model's FLOPs per second over the rate that
-these reach. `loss`: largest relative difference in float32 from ours, same weights, images and masks.
+All use the same sizes, mask 75 % of the patches, predict normalised pixels, and use a fused AdamW, except for the
+published code in float32, which is used as shipped. The rivals get normalised images on the device. unmask gets uint8
+images, draws its patch masks, checks for non-finite numbers and computes the gradient norm, as in training.
 
---tiny is one step of a small model, for the test that this script still runs.
+`products`: only the forward and backward products of all linear layers, in the same shapes and precision. `share`: the
+model's FLOPs per second divided by the rate of `products`. `loss`: largest relative difference of the loss from ours in
+float32, with the same weights, images and masks.
+
+--tiny times one step of a small model, for the test of this script.
 """
 
 from __future__ import annotations
@@ -53,14 +55,14 @@ from unmask.rng import Draws
 
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 TINY = ["data.size=[32,32]", "method.encoder.depth=2", "method.encoder.width=48"]
-SQUARE = 4096  # side of the large product that shows what the device can do at best
+SQUARE = 4096  # side of the large product that measures the best rate of the device
 
 Step = Callable[[], Tensor]
 
 
 @dataclass(frozen=True)
 class Task:
-    """One measurement: which rival takes how many steps of what."""
+    """One measurement: rival, recipe, precision, device and number of steps."""
 
     rival: str
     recipe: str
@@ -88,7 +90,7 @@ class Task:
         return normalise(self.images(), *(torch.tensor(part, device=self.device) for part in (MEAN, STD)))
 
 
-# What a child process does.
+# In the child process
 
 
 def our_step(task: Task, *, compiled: bool) -> Step:
@@ -132,7 +134,7 @@ def their_step(task: Task, name: str, *, compiled: bool) -> Step:
 
 
 def linear_shapes(task: Task) -> list[tuple[int, int, int]]:
-    """(rows, in, out) of every linear layer of our method as it is called, for the whole batch."""
+    """Return (rows, in, out) of every call of a linear layer of our method, for the whole batch."""
     seen: list[tuple[int, int, int]] = []
     linear = nn.functional.linear
 
@@ -150,7 +152,7 @@ def linear_shapes(task: Task) -> list[tuple[int, int, int]]:
 
 
 def products(task: Task) -> tuple[Step, float]:
-    """All products of the linear layers, forward and both ways back, and how many FLOPs they are."""
+    """Return a function that computes the forward and backward products of all linear layers, and its FLOPs."""
     shapes = linear_shapes(task)
     dtype = torch.bfloat16 if task.precision == "bf16" else torch.float32
     made = {shape: torch.randn(shape[0] * shape[1]).to(task.device, dtype).view(shape[:2]) for shape in set(shapes)}
@@ -173,17 +175,17 @@ def products(task: Task) -> tuple[Step, float]:
 
 
 def square(task: Task) -> tuple[Step, float]:
-    """One large product: the best rate of the device, more or less."""
+    """Return a function that computes one large product, for the best rate of the device, and its FLOPs."""
     side = 256 if task.tiny else SQUARE
     a, b = torch.randn(2, side, side).to(task.device, torch.bfloat16 if task.precision == "bf16" else torch.float32)
     return lambda: (a @ b)[0, 0], 2.0 * side**3
 
 
 def measured(task: Task) -> dict[str, Any]:
-    """Seconds of each step after two to warm up, those two together, page faults of a step, and the peak memory.
+    """Measure the seconds of each step after two warm-up steps, page faults per step, and peak memory.
 
-    On a CPU memory is counted above what imports take. A GPU gets all its steps before anybody waits for it, and what
-    is reported is their mean.
+    On a CPU, memory after the imports is subtracted. On a GPU, all steps are queued before synchronising, and their
+    mean is reported.
     """
     name, _, compiled = task.rival.partition(" ")
     before, flops = resident(), 0.0
@@ -219,7 +221,7 @@ def page_faults() -> int:
 
 
 def resident() -> int:
-    """Bytes of memory that this process has now."""
+    """Return the bytes of memory that this process uses now."""
     statm = Path("/proc/self/statm")
     return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0
 
@@ -231,7 +233,7 @@ def peak_resident() -> int:
 
 @torch.no_grad()
 def agreement(task: Task) -> dict[str, Any]:
-    """Loss in float32 of ours and of a rival with our weights, on the same images and masks."""
+    """Return the float32 losses of our model and of a rival with our weights, on the same images and masks."""
     torch.manual_seed(0)
     method = task.config.build(task.spec).to(task.device)
     noise = torch.rand(task.batch, method.encoder.grid[0] * method.encoder.grid[1]).to(task.device)
@@ -242,34 +244,34 @@ def agreement(task: Task) -> dict[str, Any]:
     model, loss_of = RIVALS[task.rival](task.config, task.official)
     missing = model.to(task.device).load_state_dict(renamed(method.state_dict(), task.rival), strict=False)
     unknown = [name for name in missing.missing_keys if not name.endswith("mask_token")]
-    assert not unknown, f"{task.rival} keeps weights of its own: {unknown}"
+    assert not unknown, f"{task.rival} has weights that ours do not cover: {unknown}"
     theirs = loss_of(task.normalised(), noise)
     return {"ours": float(ours), "theirs": float(theirs)}
 
 
-# What the parent does.
+# In the parent process
 
 
 def in_child(task: Task, what: str) -> dict[str, Any]:
-    """Run `what` in a process of its own; a rival that fails says why, and the others go on."""
-    environment = {"GOMP_SPINCOUNT": "2000", **os.environ}  # as the command line sets it; for all of them
+    """Run `what` in its own process; for a rival that fails, return {"failed": reason}."""
+    environment = {"GOMP_SPINCOUNT": "2000", **os.environ}  # set by unmask's command line; here for all rivals
     done = subprocess.run(
         [sys.executable, __file__, "--child", what, json.dumps(asdict(task))],
         capture_output=True, text=True, env=environment,
     )  # fmt: skip
     if done.returncode:
-        return {"failed": (done.stderr.strip().splitlines() or ["it said nothing"])[-1][:200]}
+        return {"failed": (done.stderr.strip().splitlines() or ["no output"])[-1][:200]}
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def rows_of(task: Task, rivals: list[str], rounds: int) -> list[dict[str, Any]]:
-    """A row for each rival, products first."""
+    """Return a row for each rival, products first."""
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in rivals}
     for number in range(rounds):
         for name in rivals:
             if number and "failed" in found[name][-1]:
                 continue
-            say(f"{task.recipe} {task.precision}: round {number + 1} of {rounds}, {name}")
+            log(f"{task.recipe} {task.precision}: round {number + 1} of {rounds}, {name}")
             found[name].append(in_child(replace(task, rival=name), "measured"))
     model = count_flops(task.config, task.spec).training * task.batch
     rate, rows = None, []
@@ -299,7 +301,7 @@ def rows_of(task: Task, rivals: list[str], rounds: int) -> list[dict[str, Any]]:
 
 
 def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """How many times as fast as each rival we are, compiled with compiled; `cpu_ratio` is the same of CPU seconds."""
+    """Return each rival's time over ours (compiled over compiled); `cpu_ratio` is the same in CPU seconds."""
     fast = {row["who"]: row for row in rows if "images_per_s" in row}
     found = []
     for name, row in fast.items():
@@ -315,7 +317,7 @@ def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def agreements(task: Task, rivals: list[str]) -> list[dict[str, Any]]:
     rows = []
     for name in rivals:
-        say(f"{task.recipe}: loss of {name} with the same weights")
+        log(f"{task.recipe}: loss of {name} with the same weights")
         found = in_child(replace(task, rival=name, precision="fp32", batch=min(task.batch, 8)), "agreement")
         about = {"recipe": task.recipe, "precision": "fp32", "who": f"loss of {name}", **found}
         if "failed" not in found:
@@ -324,7 +326,7 @@ def agreements(task: Task, rivals: list[str]) -> list[dict[str, Any]]:
     return rows
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
@@ -335,10 +337,12 @@ def main() -> None:
         return
     parser = command_line(__doc__, rounds=5, result="step")
     parser.add_argument("--recipes", nargs="+", default=["mae_base", "mae_large"])
-    parser.add_argument("--batch", type=int, help="for mae_base; mae_large takes half of it, mae_huge a quarter")
-    parser.add_argument("--steps", type=int, help="timed steps of each process")
+    parser.add_argument(
+        "--batch", type=int, help="batch size of mae_base; mae_large uses half of it, mae_huge a quarter"
+    )
+    parser.add_argument("--steps", type=int, help="timed steps per process")
     parser.add_argument("--precisions", nargs="+", choices=["bf16", "fp32"])
-    parser.add_argument("--rivals", nargs="+", help="default: all that are there")
+    parser.add_argument("--rivals", nargs="+", help="default: all that are installed")
     parser.add_argument("--compiled", action="store_true", help="also with torch.compile (always on a GPU)")
     parser.add_argument("--official", metavar="FOLDER", help="a checkout of facebookresearch/mae")
     options = parser.parse_args()

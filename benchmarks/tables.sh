@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The paper's tables on labelled images, on whatever device there is, resumable: run it again to go on.
+# Reproduce the paper's tables on labelled images, on a CPU or GPU. Run it again to continue a stopped one.
 #
 #   bash benchmarks/tables.sh TRAIN TEST [TIME_PER_TABLE] [RECIPE] [SEEDS]
 #   bash benchmarks/tables.sh data/cifar10/train data/cifar10/test 1h                 (as in docs/LOG.md)

@@ -1,4 +1,4 @@
-"""The benchmarks of start-up, growth and evaluator still run: a minute fraction of each, and nothing is timed here."""
+"""Test that the benchmarks startup.py, scale.py and evaluator.py run with --tiny; speed is not tested."""
 
 import json
 import os
@@ -22,20 +22,20 @@ def rows_of(script: str, *arguments: str) -> list[dict]:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert sorted((BENCHMARKS / "results").iterdir()) == before, "a tiny run is no result"
+    assert sorted((BENCHMARKS / "results").iterdir()) == before, "a tiny run must not write a result"
     found = json.loads(done.stdout)
     assert {"date", "device", "versions", "command", "rows"} <= set(found)
     return found["rows"]
 
 
-def test_start_up():
+def test_startup_benchmark_runs():
     rows = rows_of("startup.py")
     assert [row["command"] for row in rows] == ["python", "unmask --help"]
     assert all(0 < row["fastest_s"] <= row["median_s"] <= row["slowest_s"] for row in rows)
     assert {row["torch"] for row in rows} == {"False"}
 
 
-def test_growth():
+def test_scale_benchmark_runs():
     rows = rows_of("scale.py")
     by_part = {part: [row for row in rows if row["part"] == part] for part in {row["part"] for row in rows}}
     assert {part: len(found) for part, found in by_part.items()} == {
@@ -48,7 +48,7 @@ def test_growth():
 
 
 @pytest.mark.skipif(os.name == "nt", reason="measures memory in a forked process")
-def test_evaluator(tmp_path):
+def test_evaluator_benchmark_runs(tmp_path):
     rows = rows_of("evaluator.py")
     assert [row["probe"] for row in rows] == ["knn", "linear"]
     assert rows[0]["agree"] == 1.0

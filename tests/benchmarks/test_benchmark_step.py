@@ -1,4 +1,4 @@
-"""The benchmarks of a step and of attention still run and say all that they should; how fast is not asked here."""
+"""Test that the benchmarks step.py and attention.py run and report all fields; speed is not tested."""
 
 import json
 import subprocess
@@ -11,7 +11,7 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
 @pytest.mark.slow
-def test_the_step_benchmark_runs_and_all_compute_the_same():
+def test_step_benchmark_runs_and_all_models_compute_the_same_loss():
     pytest.importorskip("transformers")
     done = subprocess.run(
         [sys.executable, "step.py", "--tiny", "--compiled", "--rivals", "transformers", "--json"],
@@ -31,7 +31,7 @@ def test_the_step_benchmark_runs_and_all_compute_the_same():
         assert rows[who]["peak_mib"] > 1
 
 
-def test_the_attention_benchmark_runs_and_writes_nothing_when_tiny():
+def test_attention_benchmark_with_tiny_runs_and_writes_nothing():
     kept = (BENCHMARKS / "results" / "attention-cpu.json").read_bytes()
     done = subprocess.run(
         [sys.executable, "attention.py", "--tiny", "--json"], cwd=BENCHMARKS, capture_output=True, text=True, check=True

@@ -1,4 +1,4 @@
-"""What all benchmarks share: rivals take turns, warm-up is not counted, and a result says where it came from."""
+"""Test benchmarks/measure.py: rivals are timed in turns, warm-up is excluded, and results record their origin."""
 
 import json
 import sys
@@ -19,7 +19,7 @@ def measure(monkeypatch):
 
 @pytest.fixture
 def rivals(measure, monkeypatch):
-    """Two rivals on a clock of their own: the calls of `slow` take 5, 7 and 30 s, those of `quick` 1, 2 and 9 s."""
+    """Two rivals on a fake clock: calls of `slow` take 5, 7 and 30 s, calls of `quick` 1, 2 and 9 s."""
     now, calls = [0.0], []
     monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
 
@@ -35,18 +35,18 @@ def rivals(measure, monkeypatch):
     return {"slow": rival("slow", [100, 5, 30, 7]), "quick": rival("quick", [100, 9, 1, 2])}, calls
 
 
-def test_rivals_take_turns_and_the_first_call_of_each_is_not_counted(measure, rivals):
+def test_rivals_are_timed_in_turns_without_the_first_call_of_each(measure, rivals):
     found = measure.timings(rivals[0], rounds=3)
     assert found == {"slow": [5, 30, 7], "quick": [9, 1, 2]}
     assert rivals[1] == ["slow", "quick"] * 4
 
 
-def test_of_each_the_median_counts(measure, rivals):
+def test_median_fastest_and_slowest_are_reported(measure, rivals):
     assert measure.medians(rivals[0], rounds=3) == {"slow": 7, "quick": 2}
     assert measure.spread([5, 30, 7]) == {"median": 7, "fastest": 5, "slowest": 30}
 
 
-def test_a_result_says_where_it_came_from_and_is_written_on_request(measure, monkeypatch, tmp_path, capsys):
+def test_result_records_its_origin_and_is_written_with_keep(measure, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(measure, "RESULTS", tmp_path)
     monkeypatch.setattr(sys, "argv", ["benchmarks/step.py", "--rounds", "3", "a b"])
     about = measure.origin(("numpy", "no-such-package"))
@@ -61,7 +61,7 @@ def test_a_result_says_where_it_came_from_and_is_written_on_request(measure, mon
 
 
 @pytest.mark.parametrize("path", sorted((BENCHMARKS / "results").glob("*.json")), ids=lambda path: path.name)
-def test_the_committed_results_say_where_they_came_from(path):
+def test_committed_results_record_their_origin(path):
     found = json.loads(path.read_text())
     assert {"date", "device", "versions", "command", "rows"} <= found.keys()
     assert (BENCHMARKS.parent / found["command"].split()[1]).is_file(), "the command can be run again"
