@@ -1,4 +1,4 @@
-"""Shared by all tests: one compute thread, small folders of images."""
+"""Fixtures of all tests: one compute thread, small folders of images, a small run."""
 
 import json
 import os
@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; subprocesses inherit it
-os.environ["UNMASK_CACHE"] = "off"  # tests leave no scans behind, and find none
+os.environ["UNMASK_CACHE"] = "off"  # tests neither read nor write cached scans
 
 import numpy as np
 import pytest
@@ -25,7 +25,7 @@ SMALL_RUN = (
 def write_images(
     folder: Path, count: int, *, classes: int = 0, size: tuple[int, int] = (20, 24), seed: int = 0
 ) -> Path:
-    """`count` smooth random PNGs, in `classes` sub-folders when asked; classes differ in mean brightness."""
+    """Write `count` smooth random PNGs, optionally in `classes` sub-folders that differ in mean brightness."""
     rng = np.random.default_rng(seed)
     for number in range(count):
         label = number % classes if classes else 0
@@ -38,7 +38,7 @@ def write_images(
 
 
 def stored(path: Path) -> dict:
-    """A JSON file of a run without what proves that it is whole: its digest, and the run it belongs to."""
+    """Return the contents of a JSON file of a run without its digest and the id of the run."""
     return {key: value for key, value in json.loads(path.read_text()).items() if key not in ("run_id", "sha256")}
 
 
@@ -56,13 +56,13 @@ def pretrain(data, *, out=None, budget=None, console=None, **options):
 
 
 def small(*settings: str) -> list[str]:
-    """The options of the command line that make a run small."""
+    """Return command-line options for a small run."""
     return [flag for setting in [*SMALL_RUN, *settings] for flag in ("--set", setting)]
 
 
 @pytest.fixture
 def unmask(monkeypatch, capfd, tmp_path):
-    """Run a command in this process, in `tmp_path`: (exit code, stdout, stderr)."""
+    """Return a function that runs a command in this process in `tmp_path`: (exit code, stdout, stderr)."""
     from unmask import commands
 
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""Image files of every kind, good and bad, made in memory: nothing binary is kept in the repository."""
+"""Valid and damaged image files of every kind, generated in memory, so that the repository has no binary files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from unmask.data.sources.source import Source
 
 
 def smooth(height: int = 48, width: int = 64, channels: int = 3, *, top: int = 255) -> np.ndarray:
-    """(H, W, C) a ramp that differs along both axes and between channels, so that every turn and swap shows."""
+    """Return (H, W, C) ramps that differ by axis and channel, so that rotations and swaps are detected."""
     y, x = np.mgrid[0:height, 0:width]
     bands = [(y / height * (1 + c) + x / width * (channels - c)) / (1 + channels) for c in range(channels)]
     return (np.stack(bands, -1) * top).astype(np.uint8 if top <= 255 else np.uint16)
@@ -27,7 +27,7 @@ def noisy(height: int = 48, width: int = 64, channels: int = 3, dtype: Any = np.
 
 
 def file_of(pixels: np.ndarray | Image.Image, kind: str, **options: Any) -> bytes:
-    """The image as Pillow writes it."""
+    """Return the image as a file written by Pillow."""
     if isinstance(pixels, np.ndarray):
         pixels = Image.fromarray(pixels[:, :, 0] if pixels.ndim == 3 and pixels.shape[2] == 1 else pixels)
     file = io.BytesIO()
@@ -47,7 +47,7 @@ def npy_with_header(text: str, body: bytes = b"") -> bytes:
 
 
 def tiff(values: np.ndarray, **options: Any) -> bytes:
-    """As tifffile writes it: any number of samples and dtype."""
+    """Return a TIFF written by tifffile, with any number of samples and any dtype."""
     import tifffile
 
     file = io.BytesIO()
@@ -69,14 +69,14 @@ def png(
     before: bytes = b"",
     interlace: int = 0,
 ) -> bytes:
-    """A PNG made by hand: 16-bit colour, filters, and sizes that are not true."""
+    """Build a PNG by hand, for 16-bit colour, filters and wrong sizes."""
     head = struct.pack(">IIBBBBB", width, height, bits, kind, 0, 0, interlace)
     body = before + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + body
 
 
 def png16(values: np.ndarray, *, filters: bool = False, before: bytes = b"") -> bytes:
-    """(H, W, C) uint16, C 1 to 4; with `filters`, each of PNG's five row filters in turn."""
+    """Return a 16-bit PNG of (H, W, C) uint16, C 1 to 4. filters: use PNG's five row filters in turn."""
     height, width, samples = values.shape
     step = 2 * samples
     raw = values.astype(">u2").view(np.uint8).reshape(height, width * step).astype(int)
@@ -93,7 +93,7 @@ def png16(values: np.ndarray, *, filters: bool = False, before: bytes = b"") -> 
 
 
 def jpeg_claiming(height: int, width: int) -> bytes:
-    """A JPEG of 64 x 64 pixels whose header says otherwise."""
+    """Return a JPEG of 64 x 64 pixels with another size in the header."""
     data = bytearray(file_of(smooth(64, 64), "JPEG"))
     place = data.index(b"\xff\xc0") + 5
     data[place : place + 4] = struct.pack(">HH", height, width)
@@ -101,13 +101,13 @@ def jpeg_claiming(height: int, width: int) -> bytes:
 
 
 def damaged(data: bytes, place: float = 0.5, count: int = 1) -> bytes:
-    """`count` bytes from `place` (a share of the file) on, inverted."""
+    """Invert `count` bytes, starting at `place` (a share of the file)."""
     start = int(len(data) * place)
     return data[:start] + bytes(255 - byte for byte in data[start : start + count]) + data[start + count :]
 
 
 class Bomb:
-    """What an unpickler would run."""
+    """Creates a folder when it is unpickled."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         import os
@@ -116,7 +116,7 @@ class Bomb:
 
 
 def bad_files() -> dict[str, tuple[bytes, str]]:
-    """name -> (content, the reason code it must get)."""
+    """Return {name: (content, expected reason code)}."""
     jpeg, rgb_png = file_of(noisy(), "JPEG", quality=90), file_of(noisy(), "PNG")
     webp, gif, bmp = file_of(noisy(), "WEBP"), file_of(noisy(), "GIF"), file_of(noisy(), "BMP")
     tif, array = file_of(noisy(), "TIFF"), npy(noisy())
@@ -217,7 +217,7 @@ def bad_files() -> dict[str, tuple[bytes, str]]:
 
 
 class Memory(Source):
-    """Rows that are bytes already."""
+    """Source of image files in memory."""
 
     def __init__(self, files):
         super().__init__("memory", list(files), [len(data) for data in files.values()])
@@ -228,7 +228,7 @@ class Memory(Source):
 
 
 def photographs() -> list[bytes]:
-    """JPEG files of real photographs, which scikit-learn ships: as they are, and written again in other ways."""
+    """Return JPEGs of the two photographs in scikit-learn, as they are and re-encoded with other options."""
     found = []
     for name in ("china.jpg", "flower.jpg"):
         data = files("sklearn.datasets").joinpath("images", name).read_bytes()

@@ -1,4 +1,4 @@
-"""The documents are true: commands, files, links and messages that they name exist, and the example method works."""
+"""Test that commands, files, links and messages named in the documents exist, and that the example method works."""
 
 import ast
 import re
@@ -16,7 +16,7 @@ from unmask.commands import app
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
 DOCUMENTS = [ROOT / "README.md", *PAGES, ROOT / "CONTRIBUTING.md"]
-GAP = "…"  # in a quoted message: what differs from one time to the next
+GAP = "…"  # placeholder for names and numbers in a quoted message
 
 
 def blocks(text: str, language: str) -> list[str]:
@@ -29,7 +29,7 @@ def without_code(text: str) -> str:
 
 @cache
 def anchors(page: Path) -> set[str]:
-    """The anchors of a page's headings, as GitHub and MyST make them."""
+    """Return the anchors of a page's headings, as GitHub and MyST generate them."""
     headings = re.findall(
         r"^#+ (.*)$", re.sub(r"```.*?```", "", page.read_text("utf-8"), flags=re.DOTALL), re.MULTILINE
     )
@@ -37,7 +37,7 @@ def anchors(page: Path) -> set[str]:
 
 
 @pytest.mark.slow
-def test_the_method_of_the_guide_is_one_file_and_one_recipe_and_passes_the_contract(tmp_path):
+def test_example_method_of_the_guide_passes_the_contract(tmp_path):
     method, recipe = blocks((ROOT / "docs" / "write-a-method.md").read_text("utf-8"), "python")
     for name in ("src", "tests", "pyproject.toml"):
         source = ROOT / name
@@ -65,7 +65,7 @@ def test_every_command_and_option_named_in_the_documents_exists(document):
         known = {name for parameter in verbs[words[1]].params for name in parameter.opts} | {"--help"}
         for word in words[2:]:
             option = re.match(r"\[?(--[a-z-]+)", word)
-            assert option is None or option[1] in known, f"{line}: {option[1]} is no option of {words[1]}"
+            assert option is None or option[1] in known, f"{line}: {option[1]} is not an option of {words[1]}"
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
@@ -76,7 +76,7 @@ def test_every_file_named_in_the_documents_exists(document):
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_every_link_leads_to_a_file_and_a_heading(document):
+def test_every_link_points_to_an_existing_file_and_heading(document):
     for link in re.findall(r"\]\(([^)\s]+)\)", without_code(document.read_text("utf-8"))):
         if re.match(r"https?://", link):
             continue
@@ -87,7 +87,7 @@ def test_every_link_leads_to_a_file_and_a_heading(document):
 
 
 def literals() -> list[str]:
-    """Every text in the source, f-strings included, with a gap for what is formatted into it."""
+    """Return all string literals of the source; in f-strings, GAP replaces the formatted values."""
     found = []
     for path in (ROOT / "src").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
@@ -99,7 +99,7 @@ def literals() -> list[str]:
     return found
 
 
-def test_every_quoted_message_is_a_message_of_the_code():
+def test_every_quoted_message_occurs_in_the_code():
     page = (ROOT / "docs" / "troubleshooting.md").read_text("utf-8")
     texts = literals()
     quoted = blocks(page, "text")
@@ -110,13 +110,13 @@ def test_every_quoted_message_is_a_message_of_the_code():
         assert any(pattern.search(text) for text in texts), f"no message of the code reads: {message}"
 
 
-def test_every_page_is_in_the_contents():
+def test_every_page_is_in_the_table_of_contents():
     index = (ROOT / "docs" / "index.md").read_text("utf-8")
     listed = {line for block in blocks(index, "{toctree}") for line in block.splitlines() if line and line[0] != ":"}
     assert listed == {str(page.relative_to(ROOT / "docs").with_suffix("")) for page in PAGES} - {"index"}
 
 
-def test_the_tree_in_the_readme_is_the_tree_of_the_package():
+def test_tree_in_the_readme_matches_the_package():
     (tree,) = blocks((ROOT / "README.md").read_text("utf-8"), "text")
     first, *lines = tree.splitlines()
     inside = {line.split()[0] for line in lines if line.startswith("  ")}
@@ -130,12 +130,12 @@ def test_the_tree_in_the_readme_is_the_tree_of_the_package():
     assert folders <= inside, f"the tree in README leaves out {folders - inside}"
 
 
-def test_the_readme_is_short():
+def test_readme_is_short():
     assert len((ROOT / "README.md").read_text("utf-8").split()) < 700
 
 
 @pytest.mark.slow
-def test_the_site_has_every_command_and_every_public_name(tmp_path):
+def test_site_has_every_command_and_every_public_name(tmp_path):
     pytest.importorskip("sphinx", reason="pip install '.[docs]'")
     pytest.importorskip("myst_parser", reason="pip install '.[docs]'")
     pytest.importorskip("furo", reason="pip install '.[docs]'")

@@ -1,7 +1,7 @@
-"""Every `unmask` command and every Python example of the documents is run, on small images and with small models.
+"""Run every `unmask` command and every Python example of the documents, with small images and models.
 
-The placeholders of the documents (PHOTOS, LABELLED, RUN, ...) are files and folders of those names in a workspace. A
-command that trains is made smaller by more settings; nothing else about it is changed.
+The placeholders of the documents (PHOTOS, LABELLED, RUN, ...) are files and folders in a workspace. Commands that train
+get more settings to make them small, and are otherwise unchanged.
 """
 
 import re
@@ -23,10 +23,10 @@ from unmask.commands import main
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-NOT_RUN = {"LOG.md": "a lab notebook: its commands took hours", "index.md": "its commands are those of other pages"}
+NOT_RUN = {"LOG.md": "a lab notebook with commands that take hours", "index.md": "repeats commands of other pages"}
 ELSEWHERE = {
     "demo": "tests/commands/test_demo.py runs it",
-    "ablate": "tests/test_ablate.py runs every table",
+    "ablate": "tests/comparison/test_ablate.py runs every table",
 }
 MODEL = [*SMALL_RUN, "method.encoder.patch=[4,4]"]
 TRAINING = ["train.steps=2", "train.batch_size=8", "train.device=cpu", "data.workers=0"]
@@ -53,13 +53,13 @@ def blocks(text: str, language: str) -> list[str]:
 
 
 def commands(document: Path) -> list[list[str]]:
-    """The words of every line of a shell block that starts with `unmask`."""
+    """Return the words of every `unmask` command in the shell blocks of a document."""
     lines = "\n".join(blocks(document.read_text("utf-8"), "bash")).replace("\\\n", " ").splitlines()
     return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("unmask ")]
 
 
 def small(words: list[str]) -> list[str]:
-    """The same command on a small model: numbers of SMALLER, no time budget, and more settings at the end."""
+    """Return the command for a small model: with numbers of SMALLER, without a time budget, with more settings."""
     verb, *rest = words
     kept: list[str] = []
     for before, word in zip(["", *rest], rest, strict=False):
@@ -70,7 +70,7 @@ def small(words: list[str]) -> list[str]:
 
 
 def smaller_settings(verb: str, rest: list[str]) -> list[str]:
-    """Settings that make a command that trains, or measures training, small."""
+    """Return settings that make a command small if it trains or measures training."""
     if verb == "pretrain":
         recipe = rest[rest.index("--recipe") + 1] if "--recipe" in rest else "auto"
         network = SMALL_RECIPES.get(recipe, MODEL) if "--from" not in rest or recipe != "auto" else []
@@ -95,7 +95,7 @@ def run(*words: str) -> int:
 
 
 def write_masks(folder: Path, count: int, seed: int) -> None:
-    """Street scenes: `count` images in images/<folder name> and their masks of two classes in labels/<folder name>."""
+    """Write `count` images to images/<folder name>, and their masks of two classes to labels/<folder name>."""
     write_images(folder, count, size=(20, 24), seed=seed)
     labels = folder.parents[1] / "labels" / folder.name
     labels.mkdir(parents=True)
@@ -106,7 +106,7 @@ def write_masks(folder: Path, count: int, seed: int) -> None:
 
 
 def write_boxes(folder: Path, count: int) -> None:
-    """A folder in the layout of Pascal VOC with one box in each image, half of them in each of two splits."""
+    """Write a folder in the layout of Pascal VOC, with one box per image and two splits."""
     write_images(folder / "JPEGImages", count)
     (folder / "Annotations").mkdir()
     (folder / "ImageSets" / "Main").mkdir(parents=True)
@@ -123,7 +123,7 @@ def write_boxes(folder: Path, count: int) -> None:
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory) -> Path:
-    """A folder with everything that the documents name."""
+    """A folder with all files and runs that the documents name."""
     folder = tmp_path_factory.mktemp("documents")
     for name in ("PHOTOS", "MORE_PHOTOS"):
         write_images(folder / name, 24, seed=len(name))
@@ -157,7 +157,7 @@ def prepared(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def workspace(prepared, tmp_path, monkeypatch) -> Path:
-    """A copy of the prepared folder, which is also the working directory."""
+    """A copy of the prepared folder, as working directory."""
     folder = tmp_path / "workspace"
     shutil.copytree(prepared, folder, symlinks=True)
     monkeypatch.chdir(folder)
@@ -165,7 +165,7 @@ def workspace(prepared, tmp_path, monkeypatch) -> Path:
 
 
 def free(words: list[str], made: set[str]) -> None:
-    """Remove what the prepared folder has in place of the output of this command, so that the command makes it."""
+    """Remove the prepared output of this command, so that the command writes it."""
     for option, name in pairwise(words):
         if option == "--out" and name not in made and Path(name).is_dir():
             shutil.rmtree(name)
@@ -176,7 +176,7 @@ def free(words: list[str], made: set[str]) -> None:
 @pytest.mark.parametrize(
     "document", [each for each in DOCUMENTS if each.name not in NOT_RUN], ids=lambda path: path.name
 )
-def test_every_command_of_a_page_runs_in_the_order_of_the_page(document, workspace, capfd):
+def test_commands_of_a_page_run_in_order(document, workspace, capfd):
     made: set[str] = set()
     for words in commands(document):
         if words[0] in ELSEWHERE:
@@ -189,16 +189,16 @@ def test_every_command_of_a_page_runs_in_the_order_of_the_page(document, workspa
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_every_python_example_of_a_page_runs(document, prepared, monkeypatch, request):
+def test_python_examples_of_a_page_run(document, prepared, monkeypatch, request):
     request.addfinalizer(lambda: jaxtyping.config.update("jaxtyping_disable", False))
     examples = [each for each in blocks(document.read_text("utf-8"), "python") if "import" in each and "unmask" in each]
     monkeypatch.chdir(prepared)
     for example in examples:
         if example.startswith("# src/"):
-            continue  # a file of the package, which test_docs.py puts there
+            continue  # a file of the package; test_docs.py tests it
         settings = ", ".join(repr(each) for each in [*MODEL, *TRAINING])
         if "torch.export" in example:
-            jaxtyping.config.update("jaxtyping_disable", True)  # sizes in a graph are symbols, not numbers
+            jaxtyping.config.update("jaxtyping_disable", True)  # sizes in an exported graph are symbols
         example = example.replace('budget="30m"', f'recipe="mae_nano", settings=[{settings}]')
         scope = {"images": torch.zeros(2, 3, 16, 16, dtype=torch.uint8)}
         exec(compile(example, document.name, "exec"), scope)

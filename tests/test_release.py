@@ -1,4 +1,4 @@
-"""A release holds what it should: wheel, sdist, version, and the files that maintainers and forges read."""
+"""Test the contents of a release: wheel, sdist, version, workflows and container."""
 
 import json
 import os
@@ -22,7 +22,7 @@ NOT_RELEASED = shutil.ignore_patterns(".*", "build", "dist", "runs", "demo-run",
 
 
 def run(*command: str | Path, where: Path, environment: dict[str, str] | None = None) -> str:
-    """Standard output of a command that must succeed."""
+    """Run a command that must succeed; return its standard output."""
     done = subprocess.run(
         [str(part) for part in command], cwd=where, env=environment, capture_output=True, text=True, timeout=300,
         check=False,
@@ -32,7 +32,7 @@ def run(*command: str | Path, where: Path, environment: dict[str, str] | None = 
 
 
 def build(kind: str, source: Path, out: Path) -> Path:
-    """The sdist or wheel of a source tree, by the build backend alone: no build environment, no network."""
+    """Build the sdist or wheel of a source tree with the build backend only: no build environment, no network."""
     code = f"import sys, setuptools.build_meta as backend; backend.build_{kind}(sys.argv[1])"
     out.mkdir()
     run(sys.executable, "-c", code, out, where=source)
@@ -41,14 +41,14 @@ def build(kind: str, source: Path, out: Path) -> Path:
 
 
 def package_files(root: Path) -> set[str]:
-    """Paths below `root` of all files of the package."""
+    """Return the paths of all package files, relative to `root`."""
     found = (path for path in (root / "unmask").rglob("*") if path.is_file() and "__pycache__" not in path.parts)
     return {path.relative_to(root).as_posix() for path in found}
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> tuple[Path, Path]:
-    """The sdist of this checkout, and the wheel that is built from the sdist."""
+    """The sdist of this checkout, and the wheel built from the sdist."""
     folder = tmp_path_factory.mktemp("release")
     shutil.copytree(ROOT, folder / "checkout", ignore=NOT_RELEASED)
     sdist = build("sdist", folder / "checkout", folder / "sdist")
@@ -58,7 +58,7 @@ def built(tmp_path_factory) -> tuple[Path, Path]:
     return sdist, build("wheel", source, folder / "wheel")
 
 
-def test_the_wheel_holds_the_whole_package_and_nothing_else(built):
+def test_wheel_contains_only_the_whole_package(built):
     with zipfile.ZipFile(built[1]) as wheel:
         names = set(wheel.namelist())
         (about,) = {name.split("/")[0] for name in names if ".dist-info/" in name}
@@ -72,7 +72,7 @@ def test_the_wheel_holds_the_whole_package_and_nothing_else(built):
     assert metadata.endswith((ROOT / "README.md").read_text())
 
 
-def test_the_sdist_holds_what_a_packager_needs(built):
+def test_sdist_contains_tests_scripts_and_metadata(built):
     with tarfile.open(built[0]) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"CITATION.cff", "LICENSE", "constraints.txt", "scripts/test", "tests/conftest.py"} <= names
@@ -81,8 +81,8 @@ def test_the_sdist_holds_what_a_packager_needs(built):
 
 
 @pytest.mark.slow
-def test_the_demo_runs_from_the_wheel(built, tmp_path):
-    """In a fresh environment outside the checkout, which borrows the dependencies of this one."""
+def test_demo_runs_from_the_wheel(built, tmp_path):
+    """Runs in a new environment outside the checkout, with the dependencies of this environment."""
     venv.create(tmp_path / "fresh", with_pip=True)
     programs = tmp_path / "fresh" / ("Scripts" if os.name == "nt" else "bin")
     outside = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
@@ -108,13 +108,13 @@ def test_the_demo_runs_from_the_wheel(built, tmp_path):
     assert "<svg" in (tmp_path / "demo" / "report.html").read_text()
 
 
-def test_the_version_is_written_once():
+def test_version_is_defined_once():
     assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == PROJECT["version"]
     repeated = [path for path in (ROOT / "src").rglob("*.py") if f'"{PROJECT["version"]}"' in path.read_text()]
     assert not repeated, "read the version with importlib.metadata"
 
 
-def test_the_workflows_test_every_supported_python_and_the_oldest_and_newest_torch():
+def test_workflows_test_all_supported_pythons_and_the_oldest_and_newest_torch():
     matrix = WORKFLOWS["test"]["jobs"]["tests"]["strategy"]["matrix"]
     named = [line.rpartition(" ")[2] for line in PROJECT["classifiers"] if line.startswith("Programming Language")]
     assert matrix["python"] == named
@@ -129,7 +129,7 @@ def steps(workflow: dict) -> list[str]:
     return [step.get("run", "") for job in workflow["jobs"].values() for step in job["steps"]]
 
 
-def test_the_workflows_run_scripts_that_exist():
+def test_workflows_run_existing_scripts():
     commands = "\n".join(command for workflow in WORKFLOWS.values() for command in steps(workflow))
     called = set(re.findall(r"bash (scripts/\w+)", commands))
     assert {"scripts/check", "scripts/docs", "scripts/test"} <= called
@@ -138,7 +138,7 @@ def test_the_workflows_run_scripts_that_exist():
     assert hook["entry"] == "bash scripts/check"
 
 
-def test_the_workflows_run_every_benchmark_in_tiny_form():
+def test_workflows_run_every_benchmark_with_tiny():
     (command,) = (command for command in steps(WORKFLOWS["test"]) if "--tiny" in command)
     listed = re.search(r"for name in (.+); do", command)
     assert listed is not None
@@ -146,7 +146,7 @@ def test_the_workflows_run_every_benchmark_in_tiny_form():
     assert set(listed[1].split()) == scripts - {"measure"}
 
 
-def test_the_container_gets_what_the_package_is_built_from():
+def test_container_gets_all_files_for_the_build():
     wanted = {line.removeprefix("!") for line in (ROOT / ".dockerignore").read_text().splitlines() if line[:1] == "!"}
     copied = re.findall(r"^COPY (.+) \S+$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
     assert {name for line in copied for name in line.split()} == wanted

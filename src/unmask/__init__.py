@@ -1,7 +1,7 @@
 """unmask: self-supervised pre-training of vision transformers by masked image modelling, on your own images.
 
-The public names, each imported when it is first used, so that importing the package loads neither torch nor anything
-else. A run is a folder; functions that train return it as a `Run`.
+Public names are imported when they are first used, so that `import unmask` loads neither torch nor other modules. A run
+is a folder; functions that train return it as a `Run`.
 
     pretrain(data, ...)            pre-train an encoder on images
     resume(run)                    continue a run where it stopped
@@ -81,7 +81,7 @@ _PLACES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Return a public name, imported now."""
+    """Import and return a public name."""
     if name == "__version__":
         from importlib.metadata import version
 

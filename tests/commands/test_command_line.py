@@ -1,4 +1,4 @@
-"""The command line as a person meets it: one clear line for every mistake, exit codes, JSON alone on stdout."""
+"""Test the command line: one-line errors, exit codes, and JSON on stdout."""
 
 import json
 import os
@@ -19,7 +19,7 @@ VERBS = [
 ]  # fmt: skip
 
 
-def test_every_verb_is_listed_and_has_a_help_text(unmask):
+def test_help_lists_every_verb_with_a_help_text(unmask):
     code, out, _ = unmask("--help")
     assert code == 0
     listed = re.findall(r"^│ ([a-z]+) ", out, re.MULTILINE)
@@ -32,14 +32,14 @@ def test_every_verb_is_listed_and_has_a_help_text(unmask):
     assert unmask("--version")[1].strip() == f"unmask {metadata.version('unmask')}"
 
 
-def test_python_m_unmask_is_the_command():
+def test_python_m_unmask_runs_the_command():
     done = subprocess.run([sys.executable, "-m", "unmask", "--version"], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["unmask", metadata.version("unmask")]
 
 
-def test_the_help_of_masks_and_layers_is_unambiguous(unmask):
+def test_help_of_masks_and_layers_is_unambiguous(unmask):
     pretrain, probe = (" ".join(unmask(verb, "--help")[1].replace("│", " ").split()) for verb in ("pretrain", "probe"))
-    assert "file of a patch mask" in pretrain
+    assert "patch mask file" in pretrain
     assert "random patch masks" in probe
     assert "0 uses no mask" in probe
     assert "0 is the input of the first block" in probe
@@ -54,14 +54,14 @@ def test_the_help_of_masks_and_layers_is_unambiguous(unmask):
         (["predict", "run", "data", "--out", "a.json", "--least", "0.3"], "--least", "--min-score"),
     ],
 )
-def test_an_option_of_an_earlier_version_names_the_new_one(unmask, arguments, old, new):
+def test_error_for_a_renamed_option_names_the_new_one(unmask, arguments, old, new):
     code, out, err = unmask(*arguments)
     assert (code, out) == (2, "")
     assert err.strip().splitlines()[-1] == f"got {old}; expected {new}, its new name"
 
 
 def bad_inputs(tmp_path):
-    """(name, arguments, what the one line must say)."""
+    """Return (arguments, pattern of the error message) for many kinds of invalid input."""
     for folder in ("empty", "texts", "broken", "taken"):
         (tmp_path / folder).mkdir()
     (tmp_path / "texts" / "a.txt").write_text("no image")
@@ -112,7 +112,7 @@ def bad_inputs(tmp_path):
     ]
 
 
-def test_every_mistake_gets_one_clear_line_and_exit_code_2(unmask, tmp_path):
+def test_invalid_input_gives_a_one_line_error_and_exit_code_2(unmask, tmp_path):
     for arguments, expected in bad_inputs(tmp_path):
         code, out, err = unmask(*arguments)
         last = err.strip().splitlines()[-1]
@@ -120,10 +120,10 @@ def test_every_mistake_gets_one_clear_line_and_exit_code_2(unmask, tmp_path):
         assert re.search(expected, last), (arguments, last)
         assert out == ""
     assert (tmp_path / "taken" / "file").read_text() == "something of somebody"
-    assert not (tmp_path / "runs").exists(), "a refusal leaves no folder behind"
+    assert not (tmp_path / "runs").exists(), "a rejected command must leave no folder behind"
 
 
-def test_mistakes_with_a_run(unmask, run_folder, images, tmp_path):
+def test_invalid_use_of_a_run_gives_a_one_line_error(unmask, run_folder, images, tmp_path):
     unlabelled, labelled = images, write_images(tmp_path / "labelled", 12, classes=3)
     write_images(tmp_path / "two", 12, classes=2)
     weights = next(run_folder.glob("checkpoints/step-*/model.safetensors"))
@@ -168,8 +168,8 @@ def test_undecodable_file_names_and_cyclic_links_are_accepted(unmask, images):
     assert json.loads(out)["images"] == 30
 
 
-def test_a_closed_pipe_ends_the_command_without_a_message(tmp_path):
-    """`unmask ls --json | head -c 100`, of more than the 64 KiB that a pipe holds."""
+def test_closed_pipe_ends_the_command_without_a_message(tmp_path):
+    """As in `unmask ls --json | head -c 100`, with more output than the 64 KiB buffer of a pipe."""
     for number in range(500):
         (tmp_path / f"run{number}" / "checkpoints").mkdir(parents=True)
         (tmp_path / f"run{number}" / "config.json").write_text("{}")
@@ -178,13 +178,13 @@ def test_a_closed_pipe_ends_the_command_without_a_message(tmp_path):
         assert process.stdout.read(100).startswith('[{"path": ')
         process.stdout.close()
         err = process.stderr.read()
-    assert (process.returncode, err) == (1, ""), "output was lost, which a script must see; a person needs no message"
+    assert (process.returncode, err) == (1, ""), "lost output gives exit code 1, but no message"
     whole = subprocess.run(command, capture_output=True, check=True).stdout
     assert len(whole) > 64 * 1024
     assert len(json.loads(whole)) == 500
 
 
-def test_an_interrupted_command_exits_with_130(unmask, monkeypatch, images, tmp_path):
+def test_interrupted_command_exits_with_130(unmask, monkeypatch, images, tmp_path):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
@@ -194,7 +194,7 @@ def test_an_interrupted_command_exits_with_130(unmask, monkeypatch, images, tmp_
     assert err.endswith("\nInterrupted.\n")
 
 
-def test_an_unexpected_exception_exits_with_1_and_a_traceback(unmask, monkeypatch, capfd, tmp_path):
+def test_unexpected_exception_prints_a_traceback_and_exits_with_1(unmask, monkeypatch, capfd, tmp_path):
     def broken(*_, **__):
         raise KeyError("something we forgot")
 
@@ -213,24 +213,24 @@ def test_an_unexpected_exception_exits_with_1_and_a_traceback(unmask, monkeypatc
         ("--num_workers", "data.workers"), ("--img-size", "data.size"), ("--mask-ratio", "method.mask_ratio"),
     ],
 )  # fmt: skip
-def test_an_option_that_is_a_setting_is_answered_with_set(unmask, option, key):
+def test_error_for_a_setting_given_as_option_suggests_set(unmask, option, key):
     code, out, err = unmask("pretrain", "shapes", option, "1")
     assert (code, out) == (2, "")
     assert f"--set {key}=VALUE" in err
 
 
-def test_the_hint_for_lr_names_the_scaling_with_the_batch(unmask):
+def test_hint_for_lr_explains_the_scaling_with_the_batch_size(unmask):
     assert "VALUE x batch size / 256" in unmask("pretrain", "shapes", "--lr", "1")[2]
     assert "/ 256" not in unmask("pretrain", "shapes", "--epochs", "1")[2]
 
 
-def test_an_unknown_option_of_a_verb_without_settings_gets_no_hint(unmask):
+def test_unknown_option_of_a_verb_without_settings_gets_no_hint(unmask):
     code, _, err = unmask("report", "run", "--lr", "1")
     assert code == 2
     assert "--set" not in err
 
 
-def test_names_of_other_programs_are_suggested_for_settings(unmask):
+def test_common_names_of_settings_are_recognised(unmask):
     code, _, err = unmask("pretrain", "shapes", "--set", "lr=1e-3")
     assert code == 2
     assert "did you mean optim.base_lr" in err

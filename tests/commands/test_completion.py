@@ -1,4 +1,4 @@
-"""Shells complete verbs and options."""
+"""Test the shell completion of verbs and options."""
 
 import os
 import subprocess
@@ -17,8 +17,8 @@ import pytest
         (["unmask", "export", "RUN", "--to", "onnx-"], "onnx-float"),
     ],
 )
-def test_a_shell_is_offered_what_can_follow(shell, words, wanted):
-    """What the shell asks when Tab is pressed after these words."""
+def test_shell_completes_verbs_options_and_values(shell, words, wanted):
+    """Sets the environment variables that a shell sets when Tab is pressed after these words."""
     asked = {
         "_UNMASK_COMPLETE": f"complete_{shell}", "COMP_WORDS": " ".join(words), "COMP_CWORD": str(len(words) - 1),
         "_TYPER_COMPLETE_ARGS": " ".join(words), "_TYPER_COMPLETE_FISH_ACTION": "get-args",

@@ -1,4 +1,4 @@
-"""One declaration of a verb gives its options, its Python function and its JSON; a new verb is one new file."""
+"""Test that one declaration of a verb defines its options, its Python function and its JSON."""
 
 import inspect
 import json
@@ -68,7 +68,7 @@ def greet(request: GreetRequest, console: Console) -> GreetRequest:
 
 @pytest.fixture
 def greet(tmp_path, monkeypatch):
-    """Put one more verb's file where the package looks for verbs."""
+    """Add the file of a verb to a folder in which the package looks for verbs."""
     (tmp_path / "greet.py").write_text(GREET)
     monkeypatch.setattr(commands, "__path__", [*commands.__path__, str(tmp_path)])
     yield
@@ -89,7 +89,7 @@ def run(monkeypatch, capfd):
     return run
 
 
-def test_one_more_file_is_one_more_verb(greet, run):
+def test_new_file_adds_a_verb(greet, run):
     code, out, _ = run("--help")
     assert code == 0
     assert "greet" in out
@@ -109,7 +109,7 @@ def test_one_more_file_is_one_more_verb(greet, run):
     assert run("greet", "Ada") == (0, "hello Ada\n", "greeting\n")
 
 
-def test_the_command_line_fills_the_request_and_json_prints_the_result(greet, run):
+def test_command_line_fills_the_request_and_json_prints_the_result(greet, run):
     given = ["Ada", "--times", "2", "--mood", "loudly", "--and", "Bo", "--and", "Cy", "--numbers", "1,2", "--hat"]
     code, out, _ = run("greet", *given, "--json")
     assert code == 1, "the exit code follows from the result"
@@ -121,7 +121,7 @@ def test_the_command_line_fills_the_request_and_json_prints_the_result(greet, ru
     }  # fmt: skip
 
 
-def test_the_python_function_takes_the_same_options(greet):
+def test_python_function_has_the_same_options(greet):
     from unmask.commands.greet import GreetRequest, greet  # type: ignore[import-not-found]
 
     quiet = Console(quiet=True)
@@ -148,7 +148,7 @@ def test_the_python_function_takes_the_same_options(greet):
         ("mood", "angrily", "got --mood angrily; expected kindly or loudly"),
     ],
 )
-def test_a_check_is_declared_once_for_both(greet, run, option, value, expected):
+def test_bounds_and_choices_apply_to_command_line_and_python(greet, run, option, value, expected):
     from unmask.commands.greet import greet  # type: ignore[import-not-found]
 
     with pytest.raises(UserError, match=expected):
@@ -157,7 +157,7 @@ def test_a_check_is_declared_once_for_both(greet, run, option, value, expected):
     assert (code, out, err) == (2, "", f"error: {expected}\n")
 
 
-def test_mistakes_on_the_command_line_are_usage_errors(greet, run):
+def test_invalid_arguments_are_usage_errors(greet, run):
     for arguments, expected in [
         (["greet"], "Missing argument"),
         (["greet", "Ada", "--times", "often"], "valid int"),
@@ -170,18 +170,18 @@ def test_mistakes_on_the_command_line_are_usage_errors(greet, run):
         assert re.search(expected, " ".join(err.replace("│", " ").split())), err
 
 
-def test_a_field_without_an_option_is_a_fault():
+def test_field_without_an_option_raises_type_error():
     @dataclass(frozen=True)
     class Broken(Request):
         """No option."""
 
         name: str
 
-    with pytest.raises(TypeError, match=r"Broken\.name is no option; annotate it"):
+    with pytest.raises(TypeError, match=r"Broken\.name is not an option; annotate it"):
         options_of(Broken)
 
 
-def test_a_union_of_one_and_several_is_repeatable():
+def test_union_of_a_value_and_a_sequence_is_repeatable():
     @dataclass(frozen=True)
     class Several(Request):
         """Runs."""
@@ -200,7 +200,7 @@ def test_a_union_of_one_and_several_is_repeatable():
     assert [each.command_line_type() for each in options_of(Several)] == [list[Path], int]
 
 
-# ------------------------------------------------------------------------------------- every verb, and the public names
+# All verbs and public names
 
 
 @pytest.fixture(scope="module")
@@ -208,7 +208,7 @@ def verbs():
     return dict(get_command(commands.app).commands)  # type: ignore[attr-defined]
 
 
-def test_the_verbs_are_the_files_of_the_folder(verbs):
+def test_verbs_are_the_files_of_the_folder(verbs):
     files = {path.stem for path in Path(commands.__file__).parent.glob("*.py")} - {"__init__", *commands.NOT_VERBS}
     assert set(verbs) == {stem.removesuffix("_") for stem in files}
     assert len(verbs) >= 22
@@ -223,10 +223,11 @@ def test_every_option_has_a_help_that_ends_in_a_full_stop(verbs):
 
 
 PUBLIC = {"import_weights": "import", **{name: name for name in unmask.__all__ if name in commands.verb_files()}}
-KEYWORDS = {"set": "settings", "from": "from_run"}  # not named after their options: a built-in, a reserved word
+# keywords that differ from the options: a built-in name, a reserved word
+KEYWORDS = {"set": "settings", "from": "from_run"}
 
 
-def test_the_public_functions_include_these_verbs():
+def test_public_functions_include_these_verbs():
     assert set(PUBLIC) >= {
         "pretrain", "resume", "reconstruct", "embed", "probe", "finetune", "predict", "import_weights", "export",
         "compare",
@@ -234,7 +235,7 @@ def test_the_public_functions_include_these_verbs():
 
 
 @pytest.mark.parametrize("name", sorted(PUBLIC))
-def test_a_public_function_and_its_verb_have_the_same_options_and_defaults(verbs, name):
+def test_public_function_and_verb_have_the_same_options_and_defaults(verbs, name):
     keywords = dict(inspect.signature(getattr(unmask, name)).parameters)
     assert keywords.pop("console").default is None
     parsed = {}
@@ -255,7 +256,7 @@ def test_a_public_function_and_its_verb_have_the_same_options_and_defaults(verbs
 
 
 @pytest.mark.parametrize("name", sorted(PUBLIC))
-def test_a_public_function_is_documented(name):
+def test_public_function_documents_its_options(name):
     function = getattr(unmask, name)
     assert function.__doc__ == inspect.getdoc(function)
     for parameter in inspect.signature(function).parameters:

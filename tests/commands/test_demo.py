@@ -1,4 +1,4 @@
-"""`unmask demo`: from nothing to a report."""
+"""Test `unmask demo`."""
 
 import json
 
@@ -10,8 +10,8 @@ from unmask.run_status import RunStatus
 
 
 @pytest.mark.slow
-def test_the_demo_from_nothing_to_a_report(unmask, tmp_path):
-    """Shortened to some steps: that it learns in its four minutes stands in docs/LOG.md, not in a test with a clock."""
+def test_demo_trains_probes_and_reports(unmask, tmp_path):
+    """Runs only 40 steps. docs/LOG.md records what the demo learns in four minutes."""
     code, out, err = unmask("demo", "--steps", "40", "--out", "demo", "--json")
     assert code == 0, err
     summary = json.loads(out)
@@ -21,7 +21,7 @@ def test_the_demo_from_nothing_to_a_report(unmask, tmp_path):
         assert probed["shared"] == 0
     html = (tmp_path / "demo" / "report.html").read_text()
     assert html.count("<section>") == 1
-    assert html.count("95 % interval</th>") == 2
+    assert html.count("95% interval</th>") == 2
     assert "before training" in html
     done, result, picture, following = err.strip().splitlines()[-4:]
     assert done.startswith("done in ")
@@ -39,7 +39,7 @@ def test_the_demo_from_nothing_to_a_report(unmask, tmp_path):
 
 
 @pytest.mark.parametrize(("steps", "weak"), [(387, True), (3200, False)])
-def test_a_demo_with_few_steps_warns_of_weak_results(monkeypatch, capsys, tmp_path, steps, weak):
+def test_demo_with_few_steps_warns_of_weak_results(monkeypatch, capsys, tmp_path, steps, weak):
     class Trained:
         path = pictures = tmp_path
 

@@ -1,4 +1,4 @@
-"""`unmask ls` and `unmask prune`: which runs there are, and the space they take."""
+"""Test `unmask ls` and `unmask prune`."""
 
 import json
 
@@ -27,12 +27,12 @@ def test_ls_lists_every_run_and_prune_deletes_checkpoints_and_features(unmask, r
     assert unmask("embed", "run", "shapes:8", "--out", "e.npz")[0] == 0
 
 
-def test_ls_of_an_empty_and_of_a_missing_folder(unmask, tmp_path):
+def test_ls_of_an_empty_or_missing_folder(unmask, tmp_path):
     assert "no runs here" in unmask("ls")[1]
     assert unmask("ls", "nowhere")[0] == 2
 
 
-def test_prune_deletes_nothing_of_a_run_without_a_sound_checkpoint(unmask, run_folder):
+def test_prune_deletes_nothing_without_an_intact_checkpoint(unmask, run_folder):
     for folder in (run_folder / "checkpoints").glob("step-*"):
         (folder / "model.safetensors").write_bytes(b"damaged")
     code, _, err = unmask("prune", "run")
@@ -49,8 +49,8 @@ def test_ls_lists_damaged_runs(unmask, run_folder):
     assert "run " in out
 
 
-def test_prune_keeps_the_only_copy_of_a_checkpoint_that_was_being_rewritten(unmask, run_folder):
-    """A crash between the two renames of `checkpoint.save` leaves it under another name until the run is resumed."""
+def test_prune_keeps_the_only_copy_of_a_partly_rewritten_checkpoint(unmask, run_folder):
+    """After a crash between the two renames of `checkpoint.save`, it has another name until the run is resumed."""
     newest = max((run_folder / "checkpoints").glob("step-*"))
     aside = newest.with_name(f"{newest.name}.old")
     newest.rename(aside)

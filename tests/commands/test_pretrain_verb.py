@@ -1,4 +1,4 @@
-"""`unmask pretrain`: where the run goes, and settings of other runs."""
+"""Test `unmask pretrain`: the run folder, and settings of other runs."""
 
 import json
 
@@ -8,7 +8,7 @@ from conftest import small
 from unmask.commands import options
 
 
-def test_with_json_stdout_holds_one_object(unmask, images, tmp_path):
+def test_json_prints_one_object_on_stdout(unmask, images, tmp_path):
     code, out, err = unmask("pretrain", images, "--recipe", "mae_nano", "--out", "a", "--json", *small("train.steps=3"))
     assert code == 0, err
     summary = json.loads(out)
@@ -19,7 +19,7 @@ def test_with_json_stdout_holds_one_object(unmask, images, tmp_path):
     assert "\x1b" not in err, "no colours and no cursor movements outside a terminal"
 
 
-def test_the_default_run_folder_is_named_after_data_and_recipe(unmask, images, tmp_path):
+def test_default_run_folder_is_named_after_data_and_recipe(unmask, images, tmp_path):
     for name in ("images-mae_nano", "images-mae_nano-2"):
         code, _, err = unmask("pretrain", images, "--recipe", "mae_nano", *small("train.steps=1"))
         assert code == 0, err

@@ -1,4 +1,4 @@
-"""The functions of `import unmask` do what the verbs of the command line do, on a small run."""
+"""Test that the functions of `import unmask` do the same as the verbs of the command line, on a small run."""
 
 import json
 import sys
@@ -37,7 +37,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def cli(folder, monkeypatch, capfd):
-    """The object that a command prints with --json."""
+    """Return a function that runs a command and returns the object that it prints with --json."""
     monkeypatch.chdir(folder)
 
     def cli(*arguments):
@@ -61,14 +61,14 @@ def test_pretrain_trains_the_same_run_and_writes_its_report(folder, cli):
     assert (folder / "run" / "report.html").is_file()
 
 
-def test_resume_continues_a_run_that_was_made_longer(folder, cli):
+def test_resume_continues_a_lengthened_run(folder, cli):
     cli("set", "other", "train.steps=5")
     run = unmask.resume(folder / "other", console=QUIET)
     assert (run.finished, run.status().step) == (True, 5)
     assert cli("resume", "other")["step"] == 5
 
 
-def test_probe_measures_the_same(folder, cli, monkeypatch):
+def test_probe_gives_the_same_scores(folder, cli, monkeypatch):
     ours = unmask.probe("run", "labelled", kind="knn", shots=5, controls=True, console=QUIET)
     theirs = cli("probe", "run", "labelled", "--kind", "knn", "--shots", "5", "--controls")
     assert as_json(ours)["rows"] == theirs["rows"]
@@ -99,7 +99,7 @@ def test_embed_writes_the_same_table(folder, cli):
     assert (folder / "a.npz").read_bytes() == (folder / "b.npz").read_bytes()
 
 
-def test_finetune_and_predict(folder, cli):
+def test_finetune_and_predict_give_the_same_losses_and_predictions(folder, cli):
     few = ["train.steps=2", "train.batch_size=8", "train.device=cpu"]
     run = unmask.finetune("run", "labelled", recipe="finetune_few", out="tuned", shots=4, settings=few, console=QUIET)
     assert run.finished
@@ -113,7 +113,7 @@ def test_finetune_and_predict(folder, cli):
     assert (folder / "a.csv").read_text() == (folder / "b.csv").read_text()
 
 
-def test_export_and_import(folder, cli):
+def test_export_and_import_keep_the_weights(folder, cli):
     for number, name in enumerate(("a", "b")):
         if number:
             found = cli("export", "run", "--to", "official", "--out", f"{name}.pth")
@@ -137,15 +137,15 @@ def test_compare_writes_the_same_page(folder, cli):
     assert (folder / "a.html").is_file()
 
 
-def test_mistakes_are_user_errors(folder, cli):
+def test_invalid_arguments_raise_user_error_or_type_error(folder, cli):
     with pytest.raises(UserError, match="is not a folder"):
         unmask.probe("nowhere", "labelled", console=QUIET)
     with pytest.raises(TypeError, match="unexpected keyword argument 'knd'"):
         unmask.probe("run", "labelled", knd="linear")  # type: ignore[call-arg]
 
 
-def test_a_budget_of_a_python_call_counts_from_the_call(folder, monkeypatch, cli):
-    """A budget in text is not measured from the start of the process, which may be hours ago in a notebook."""
+def test_budget_of_a_python_call_counts_from_the_call(folder, monkeypatch, cli):
+    """It must not count from the start of the process, which may be hours ago in a notebook."""
     seen = []
 
     def stop(*_, budget, **__):

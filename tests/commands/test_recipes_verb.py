@@ -1,4 +1,4 @@
-"""`unmask recipes`: the list, and every setting of one."""
+"""Test `unmask recipes`: the list of recipes, and all settings of one."""
 
 import json
 
@@ -7,7 +7,7 @@ from unmask.optim import OptimConfig
 from unmask.recipes.catalogue import all_recipes, describe
 
 
-def test_the_list_of_recipes_and_the_settings_of_one(unmask):
+def test_recipes_lists_recipes_or_the_settings_of_one(unmask):
     code, out, _ = unmask("recipes")
     assert code == 0
     for name in ("mae_nano", "mae_tiny", "mae_small", "mae_base", "mae_large", "mae_huge", "auto"):

@@ -1,4 +1,4 @@
-"""Everything that the command line does with a run, one verb after another."""
+"""Test the verbs that use a run."""
 
 import json
 
@@ -7,7 +7,7 @@ from conftest import write_images
 from PIL import Image
 
 
-def test_reconstruct_embed_probe_report_and_resume(unmask, run_folder, images, tmp_path):
+def test_reconstruct_embed_probe_report_and_resume_work_on_a_run(unmask, run_folder, images, tmp_path):
     picture = next(images.iterdir())
     code, out, err = unmask("reconstruct", "run", picture, "--out", "r.png", "--json")
     assert code == 0, err
@@ -75,4 +75,4 @@ def test_excluded_images_are_not_used_by_any_verb(unmask, run_folder, tmp_path):
     assert json.loads(unmask("check", "packed.tar", "--json")[1])["files"] == 40
     code, _, err = unmask("doctor", "--exclude", "thumbs")
     assert code == 2
-    assert "name images too" in err
+    assert "give DATA too" in err

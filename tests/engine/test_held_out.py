@@ -65,7 +65,7 @@ def test_they_are_not_trained_on_and_their_loss_is_reported(run):
     assert kept["held_out_losses"] == [[step, loss] for step, loss in losses.items()]
     trained = [row for row in run.metrics() if row.get("loss") is not None]
     assert f"{losses[4]:.3f} at step 4" in loss_note(trained, from_json(kept))
-    assert "not trained on" in write_report(run.path).read_text()
+    assert "held-out images" in write_report(run.path).read_text()
 
 
 def test_a_changed_held_out_image_changes_its_loss_and_no_training_step(images, tmp_path, run):

@@ -1,4 +1,4 @@
-"""A fine-tuned run resumes when its images, masks and test images have moved, and rejects changed ones by name."""
+"""Test that a fine-tuned run resumes with moved images, masks and test images, and names changed files."""
 
 import shutil
 
@@ -19,7 +19,7 @@ SETTINGS = ["train.steps=4", "train.batch_size=8", "data.workers=0", "train.test
 
 
 def street(root, count=12, seed=0):
-    """Images of two colours, and their masks as BMP, all of one size in bytes."""
+    """Images of two colours and their masks as BMP; all files have the same size in bytes."""
     random = np.random.default_rng(seed)
     for number in range(count):
         mask = (random.random((20, 24)) > 0.5).astype(np.uint8)
@@ -37,7 +37,7 @@ def pretrained(tmp_path_factory):
 
 
 def tuned(pretrained, tmp_path):
-    """A segmentation that was stopped after two steps, with test images of its own."""
+    """A segmentation run with separate test images, stopped after two steps."""
     data, test = (str(street(tmp_path / "old" / name, seed=seed)) for name, seed in (("train", 1), ("test", 2)))
     options = finetune.FinetuneOptions(task="segment", test=test, settings=SETTINGS)
     with signal_after(2):
@@ -46,7 +46,7 @@ def tuned(pretrained, tmp_path):
     return run
 
 
-def test_images_masks_and_test_images_that_moved_are_found_again(pretrained, tmp_path):
+def test_resume_finds_moved_images_masks_and_test_images(pretrained, tmp_path):
     run = tuned(pretrained, tmp_path)
     shutil.copytree(tmp_path / "old", tmp_path / "new", copy_function=shutil.copyfile)
     shutil.rmtree(tmp_path / "old")
@@ -63,7 +63,7 @@ def test_images_masks_and_test_images_that_moved_are_found_again(pretrained, tmp
 
 
 @pytest.mark.parametrize("what", ["train/masks", "test/images", "test/masks"])
-def test_masks_and_test_images_of_the_same_size_are_told_apart(pretrained, tmp_path, what):
+def test_changed_masks_and_test_images_of_the_same_size_are_detected(pretrained, tmp_path, what):
     run = tuned(pretrained, tmp_path)
     other = street(tmp_path / "other", seed=9) / what.partition("/")[2]
     shutil.copyfile(other / "3.bmp", tmp_path / "old" / what / "3.bmp")
@@ -72,7 +72,7 @@ def test_masks_and_test_images_of_the_same_size_are_told_apart(pretrained, tmp_p
         finetune.resume(run.path)
 
 
-def test_labels_of_a_list_that_changed_stop_a_classifier(pretrained, tmp_path):
+def test_resume_rejects_changed_labels_of_a_list(pretrained, tmp_path):
     images = street(tmp_path / "d", count=20) / "images"
     lines = [f"{images}/{number}.bmp,{'ab'[number % 2]}" for number in range(20)]
     (tmp_path / "list.csv").write_text("\n".join(lines))

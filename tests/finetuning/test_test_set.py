@@ -1,4 +1,4 @@
-"""A test set reports when testing takes longer than training."""
+"""Test that a test set warns if testing takes longer than training."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ class Clock:
 
 
 @pytest.mark.parametrize(("training", "testing", "warned"), [(20, 50, True), (60, 40, False), (1, 2, False)])
-def test_tests_that_take_longer_than_the_training_are_reported_once(monkeypatch, capsys, training, testing, warned):
+def test_slow_tests_cause_one_warning(monkeypatch, capsys, training, testing, warned):
     clock = Clock()
     monkeypatch.setattr(module, "now", clock)
 
@@ -31,4 +31,4 @@ def test_tests_that_take_longer_than_the_training_are_reported_once(monkeypatch,
         assert tests(None) == {"accuracy": 0.5}  # type: ignore[arg-type]
     said = capsys.readouterr().err
     assert said.count("train.test_every=N") == warned
-    assert ("tests on 7 images took 50 s, the training between them 40 s" in " ".join(said.split())) == warned
+    assert ("tests on 7 images took 50 s, and the training between them 40 s" in " ".join(said.split())) == warned

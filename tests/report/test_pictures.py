@@ -1,4 +1,4 @@
-"""Pictures of any channels, dtype and shape, read back pixel by pixel."""
+"""Test drawn pictures for all numbers of channels, dtypes and shapes, pixel by pixel."""
 
 from itertools import pairwise
 
@@ -36,7 +36,7 @@ def picture(count=2, channels=3, size=(16, 16), scale=255.0, offset=0.0, panels=
 
 
 def cells_of(sheet, made, title="t", names=()):
-    """The drawn cells (column by row) of a sheet, found by composing a copy whose cells are all magenta."""
+    """Return the cells (by column, then row) of a sheet, located by composing a copy with magenta cells."""
     height, width = cell_size(*next(iter(made.panels.values())).shape[2:])
     marker = {name: torch.full_like(panel[:, :1].float(), float("nan")) for name, panel in made.panels.items()}
     note = made.note
@@ -54,7 +54,7 @@ def cells_of(sheet, made, title="t", names=()):
     ]  # fmt: skip
 
 
-def test_eight_bit_images_are_drawn_as_they_are_each_in_its_place():
+def test_eight_bit_images_are_drawn_unchanged_in_their_cells():
     made = picture(count=3)
     cells = cells_of(compose(made, "uint8", "t"), made)
     for column, panel in zip(cells, made.panels.values(), strict=True):
@@ -63,7 +63,7 @@ def test_eight_bit_images_are_drawn_as_they_are_each_in_its_place():
             np.testing.assert_array_equal(cell, want.repeat(7, 0).repeat(7, 1))
 
 
-def test_values_beyond_the_range_of_the_files_are_clipped_not_wrapped():
+def test_values_outside_the_range_of_the_files_are_clipped():
     made = Picture({"original": torch.tensor([-50.0, 300.0, 127.4]).reshape(1, 1, 1, 3)}, "", {})
     assert to_rgb(made.panels, "uint8")["original"][0, 0, :, 0].tolist() == [0, 255, 127]
 
@@ -79,7 +79,7 @@ def test_channels_become_gray_or_false_colour(channels, shown):
 
 
 def written(monkeypatch):
-    """Every text that the pen writes, in order."""
+    """Return a list that collects all drawn texts in order."""
     from PIL import ImageDraw
 
     texts = []
@@ -95,7 +95,7 @@ def written(monkeypatch):
 @pytest.mark.parametrize(
     ("channels", "says"), [(1, None), (2, "channels 1 and 2 as red and green"), (3, None), (5, "channels 1, 2 and 3")]
 )
-def test_false_colours_are_said(monkeypatch, channels, says):
+def test_note_explains_false_colours(monkeypatch, channels, says):
     texts = written(monkeypatch)
     compose(picture(channels=channels), "uint8", "t")
     said = " ".join(text for _, text in texts)
@@ -104,9 +104,9 @@ def test_false_colours_are_said(monkeypatch, channels, says):
 
 
 @pytest.mark.parametrize(("dtype", "scale", "offset"), [("uint16", 3000.0, 20000.0), ("float32", 4.0, -2.0)])
-def test_other_dtypes_are_stretched_by_the_original_alone(dtype, scale, offset):
+def test_other_dtypes_are_stretched_by_the_range_of_the_original(dtype, scale, offset):
     made = picture(count=4, channels=3, size=(32, 32), scale=scale, offset=offset)
-    made.panels["original"][:, 1] *= 0.1  # each channel by its own percentiles
+    made.panels["original"][:, 1] *= 0.1  # each channel has its own percentiles
     made.panels["prediction"] = made.panels["original"] * 2 - made.panels["original"].mean((0, 2, 3), keepdim=True)
     rgb = to_rgb(made.panels, dtype)
     for channel in range(3):
@@ -118,7 +118,7 @@ def test_other_dtypes_are_stretched_by_the_original_alone(dtype, scale, offset):
     assert rgb["original"].max() == 255
 
 
-def test_a_flat_image_with_a_spot_shows_the_spot_and_a_constant_one_is_black():
+def test_bright_spot_on_constant_image_is_visible_and_constant_image_is_black():
     spot = torch.full((1, 1, 32, 32), 7.0)
     spot[0, 0, 3, 3] = 9.0
     rgb = to_rgb({"original": spot}, "float32")["original"]
@@ -128,7 +128,7 @@ def test_a_flat_image_with_a_spot_shows_the_spot_and_a_constant_one_is_black():
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
-def test_what_is_not_finite_is_magenta_and_said_and_spoils_nothing_else(monkeypatch, dtype):
+def test_non_finite_values_are_magenta_and_do_not_affect_other_pixels(monkeypatch, dtype):
     clean, made = picture(), picture()
     made.panels["prediction"][0, 1, 2, 3] = float("nan")
     made.panels["pasted"][1, 0, 0, 0] = float("-inf")
@@ -142,7 +142,7 @@ def test_what_is_not_finite_is_magenta_and_said_and_spoils_nothing_else(monkeypa
     assert "Magenta marks values that are not finite (prediction, pasted)." in " ".join(text for _, text in texts)
 
 
-def test_an_original_without_a_finite_number_is_drawn_all_the_same():
+def test_original_without_finite_values_is_drawn():
     nothing = torch.full((1, 2, 8, 8), float("nan"))
     made = Picture(
         {"original": nothing, "prediction": torch.rand(1, 2, 8, 8)}, "", {"loss": torch.tensor(float("nan"))}
@@ -167,14 +167,14 @@ def test_an_original_without_a_finite_number_is_drawn_all_the_same():
         ((100, 200), (100, 200)),
     ],
 )
-def test_small_images_grow_by_a_whole_factor_and_large_ones_shrink(size, cell):
+def test_small_images_are_enlarged_by_a_whole_factor_and_large_ones_reduced(size, cell):
     assert cell_size(*size) == cell
     assert cell_size(*size[::-1]) == cell[::-1]
 
 
 @pytest.mark.parametrize("size", [(8, 8), (480, 640), (64, 16), (16, 64)])
 @pytest.mark.parametrize("count", [1, 5])
-def test_a_sheet_has_room_for_all_and_paper_around(size, count):
+def test_sheet_contains_all_cells_and_a_margin(size, count):
     made = picture(count=count, size=size, note="word " * 200)
     sheet = np.asarray(compose(made, "uint8", "title", names=["name"] * count))
     height, width = cell_size(*size)
@@ -186,7 +186,7 @@ def test_a_sheet_has_room_for_all_and_paper_around(size, count):
     assert min(height, width) >= min(SMALLEST_CELL, 80)
 
 
-def test_long_texts_are_wrapped_within_their_width_and_no_word_is_lost(monkeypatch):
+def test_long_texts_are_wrapped_without_losing_words(monkeypatch):
     caption = "a caption of many words with_one_endless_word_that_is_wider_than_a_column_of_the_picture"
     note = "The note is wide too. " * 40
     made = picture(size=(8, 8), panels=("original", caption), note=note)
@@ -215,14 +215,14 @@ def test_wrapping_and_shortening():
     assert shorten("line\nbreak", font, 500) == "line break"
 
 
-def test_the_numbers_are_said_with_those_of_trivial_guesses():
+def test_loss_and_baselines_are_formatted():
     assert in_numbers(NUMBERS) == "loss 0.500; baselines: true patch mean 1.000"
     assert in_numbers({"loss": torch.tensor(2.0)}) == "loss 2.000"
     assert in_numbers({"copy_nearest": torch.tensor(2.0)}) == "baselines: copy nearest 2.000"
     assert in_numbers({}) == ""
 
 
-def test_each_row_may_carry_its_name(monkeypatch):
+def test_rows_can_have_names(monkeypatch):
     texts = written(monkeypatch)
     made = picture(count=3)
     sheet = compose(made, "uint8", "t", names=["one.png", "two.png", "three/" * 60 + ".png"])
@@ -235,7 +235,7 @@ def test_each_row_may_carry_its_name(monkeypatch):
 
 
 @pytest.mark.parametrize(("channels", "dtype"), [(1, "uint8"), (2, "uint16"), (3, "float32"), (5, "uint8")])
-def test_what_is_written_is_a_png_and_the_same_each_time(tmp_path, channels, dtype):
+def test_draw_writes_identical_png_files(tmp_path, channels, dtype):
     made = picture(channels=channels, size=(8, 24))
     for name in ("a.png", "b.PNG"):
         draw(made, dtype, tmp_path / name, "title", ["x.png", "\udcff no text.png"])
@@ -246,14 +246,14 @@ def test_what_is_written_is_a_png_and_the_same_each_time(tmp_path, channels, dty
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "b.PNG"], "no partial file is left"
 
 
-def test_bad_places_are_refused_before_anything_is_drawn(tmp_path):
+def test_invalid_paths_are_rejected_before_drawing(tmp_path):
     with pytest.raises(ValueError, match=r"ends in \.png"):
         draw(picture(), "uint8", tmp_path / "a.jpg", "t")
     with pytest.raises(ValueError, match="does not exist; create it"):
         draw(picture(), "uint8", tmp_path / "no" / "a.png", "t")
 
 
-def test_drawing_leaves_the_panels_as_they_were():
+def test_drawing_does_not_change_the_panels():
     made = picture()
     before = {name: panel.clone() for name, panel in made.panels.items()}
     compose(made, "float32", "t")

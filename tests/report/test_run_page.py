@@ -1,4 +1,4 @@
-"""The report reads the folder alone: a fresh run, a probed one, a broken one, and names that are no HTML."""
+"""Test the report of new, probed and damaged runs, and of names with HTML characters."""
 
 import re
 import subprocess
@@ -14,7 +14,7 @@ from unmask.results import FeatureScore, ImageSet, ProbeResult, TestIdentity, fr
 from unmask.run import RunError
 
 
-def test_a_finished_run_shows_pictures_curve_table_and_verdict(tmp_path):
+def test_report_of_a_finished_run_has_pictures_curve_table_and_verdict(tmp_path):
     path = write_report(make_run(tmp_path / "run").path)
     html = path.read_text()
     assert "Pre-training helps." in html
@@ -31,7 +31,7 @@ def test_a_finished_run_shows_pictures_curve_table_and_verdict(tmp_path):
     assert "unmask pretrain birds" in html
 
 
-def test_it_opens_offline_and_escapes_what_files_are_called(tmp_path):
+def test_report_needs_no_network_and_escapes_file_names(tmp_path):
     run = make_run(tmp_path / "run")
     run.add_quarantine({"name": "<script>alert(1)</script>\\xff.png", "code": "EMPTY", "detail": "no bytes"})
     html = write_report(run.path).read_text()
@@ -42,7 +42,7 @@ def test_it_opens_offline_and_escapes_what_files_are_called(tmp_path):
     assert not re.findall(r'(?:src|href)="(?!data:|#)', html), "nothing is fetched from elsewhere"
 
 
-def test_a_run_that_has_only_begun_or_failed_can_be_shown(tmp_path):
+def test_report_of_a_new_or_failed_run_is_written(tmp_path):
     run = make_run(tmp_path / "run", trained=False)
     assert "No step has been logged yet" in write_report(run.path).read_text()
     run.set_status("failed", 3, error="TrainingFailed: the disk is full")
@@ -51,7 +51,7 @@ def test_a_run_that_has_only_begun_or_failed_can_be_shown(tmp_path):
     assert "1 step was skipped" in write_report(run.path).read_text()
 
 
-def test_a_result_that_no_supported_version_writes_is_named(tmp_path):
+def test_result_of_an_unsupported_version_is_named(tmp_path):
     run = make_run(tmp_path / "run")
     run.write("evals/baselines.json", {"step": 40, "images": 8, "loss": 0.5, "patch_mean": 1.0})
     warnings = []
@@ -62,7 +62,7 @@ def test_a_result_that_no_supported_version_writes_is_named(tmp_path):
     assert "baselines.json: got a result without" in warnings[0]
 
 
-def test_a_run_inside_a_run_is_a_section_of_the_page(tmp_path):
+def test_run_inside_a_run_is_a_section_of_the_page(tmp_path):
     make_run(tmp_path / "run")
     make_run(tmp_path / "run" / "digits")
     html = write_report(tmp_path / "run").read_text()
@@ -70,7 +70,7 @@ def test_a_run_inside_a_run_is_a_section_of_the_page(tmp_path):
     assert "<h1>digits</h1>" in html
 
 
-def test_what_is_not_a_run_is_refused(tmp_path):
+def test_folder_that_is_not_a_run_is_rejected(tmp_path):
     with pytest.raises(RunError, match="is not a run"):
         write_report(tmp_path)
     run = make_run(tmp_path / "run")
@@ -79,7 +79,7 @@ def test_what_is_not_a_run_is_refused(tmp_path):
         write_report(run.path)
 
 
-def test_the_note_says_which_guesses_are_beaten():
+def test_loss_note_compares_the_loss_with_the_baselines():
     rows = [{"step": step, "loss": 0.25} for step in range(1, 41)]
     note = loss_note(rows, from_json(BASELINES))
     assert "Training loss 0.250" in note
@@ -87,7 +87,7 @@ def test_the_note_says_which_guesses_are_beaten():
     assert "0.400 at step 40" in note
     assert "Better than: a copy of the nearest visible patch (1.500)" in note
     assert "Not better than: the mean of all visible patches (0.300)" in note, "judged on the same images"
-    assert loss_note(rows, None) == "Training loss 0.250 at the end (mean of the last twentieth)."
+    assert loss_note(rows, None) == "Final training loss 0.250 (mean of the last 5 % of the logged steps)."
 
 
 def test_smoothing_keeps_the_mean():
@@ -96,7 +96,7 @@ def test_smoothing_keeps_the_mean():
     assert sum(losses) / 60 == pytest.approx(299.5)
 
 
-def test_the_report_is_written_without_torch(tmp_path):
+def test_report_does_not_load_torch(tmp_path):
     run = make_run(tmp_path / "run")
     code = (
         "import sys; from unmask.report.run_page import write_report; write_report(sys.argv[1]); "
@@ -105,7 +105,7 @@ def test_the_report_is_written_without_torch(tmp_path):
     assert subprocess.run([sys.executable, "-c", code, str(run.path)], check=False).returncode == 0
 
 
-def test_the_title_of_a_probe_names_the_options_that_differ_from_the_defaults():
+def test_title_of_a_probe_names_options_that_differ_from_the_defaults():
     assert probe_title(from_json(PROBE)) == "Linear probe on birds, tested on birds-test"
     asked = from_json(PROBE | {"kind": "knn", "shots": 1, "seed": 2, "layer": "0", "masks": 0})
     assert probe_title(asked) == (
@@ -113,7 +113,7 @@ def test_the_title_of_a_probe_names_the_options_that_differ_from_the_defaults():
     )
 
 
-def test_scores_beyond_one_and_without_interval_fill_bars_relative_to_the_highest():
+def test_bars_of_scores_above_one_are_relative_to_the_highest_score():
     rows = tuple(
         FeatureScore(features=name, pool="mean", value=value)
         for name, value in (("pre-trained", 40.0), ("random", 10.0))
@@ -128,7 +128,7 @@ def test_scores_beyond_one_and_without_interval_fill_bars_relative_to_the_highes
     assert (section.reference, section.reference_at) == ("", None)
 
 
-def test_the_command_it_proposes_names_the_run_as_it_was_given(tmp_path, monkeypatch):
+def test_suggested_command_names_the_run_as_given(tmp_path, monkeypatch):
     run = make_run(tmp_path / "runs" / "a b")
     for file in run.evals.glob("probe-*"):
         file.unlink()

@@ -1,11 +1,11 @@
-"""The command line: every file of this folder that declares a verb is one, found by listing the folder.
+"""The command line. Every file of this folder except `NOT_VERBS` declares one verb.
 
-A verb's file is imported when the verb is asked for, and what the verb needs when it runs, so that `--help` and
-`report` never load torch. Human text goes to stderr; with --json one machine-readable object goes to stdout. Exit
-codes: 0 done, 1 failed, 2 bad usage or input, 75 stopped on request and resumable, 130 interrupted.
+A verb's file is imported when the verb is called, and the modules that it needs when it runs, so that `--help` and
+`report` never load torch. Messages go to stderr; with --json, one JSON object goes to stdout. Exit codes: 0 done, 1
+failed, 2 bad usage or input, 75 stopped on request and resumable, 130 interrupted.
 """
 
-# No `from __future__ import annotations` here: typer reads the annotations as they are.
+# No `from __future__ import annotations` here: typer needs the annotations as objects, not as strings.
 import importlib
 import os
 import pkgutil
@@ -32,7 +32,7 @@ NOT_VERBS = ("command_line", "declare", "options", "trained_run")  # files of th
 
 
 class Verbs(Mapping[str, Any]):
-    """The commands by name, from a listing of this folder; a verb's file is imported when its command is asked for."""
+    """Mapping from verb names to click commands; a verb's file is imported when its command is looked up."""
 
     def __init__(self) -> None:
         self._built: dict[str, Any] = {}
@@ -50,7 +50,7 @@ class Verbs(Mapping[str, Any]):
 
 
 def verb_files() -> dict[str, str]:
-    """Return the names of the verbs with those of their files; `import_` is `import`, which Python reserves."""
+    """Return {verb: file name without .py}. The file of `import` is `import_`, because Python reserves the word."""
     return _listing(tuple(__path__))
 
 
@@ -71,14 +71,14 @@ VERBS = Verbs()
 
 
 class _Group(TyperGroup):
-    """The program: lists the verbs by panel."""
+    """Click group that lists the verbs by panel."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
         self.commands = VERBS  # type: ignore[assignment]
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        """Print the list of the verbs; their options are not built for it."""
+        """Print the list of verbs without building their options."""
         verbs = {name: declared(name) for name in VERBS}
         self.commands = {  # type: ignore[assignment]
             name: TyperCommand(name, help=verb.help, rich_help_panel=verb.panel.value) for name, verb in verbs.items()
@@ -114,20 +114,20 @@ _first = True
 
 
 def main() -> None:
-    """Run the program and exit: an error that a person can correct is one clear line and an exit code."""
+    """Run the program and exit. An error that the user can correct is printed in one line."""
     global _first
-    if not _first:  # more than one command in this process
+    if not _first:  # not the first command of this process
         options.restart_clock()
     _first = False
     if "OMP_WAIT_POLICY" not in os.environ:
-        # Torch's threads spin while they wait for one another. When something else needs the cores too, long spinning
-        # makes a step up to a hundred times slower; short spinning costs nothing when alone (docs/LOG.md).
+        # Torch's threads spin while they wait for one another. If other programs use the cores too, long spinning makes
+        # a step up to a hundred times slower. On a free machine, short spinning costs nothing (docs/LOG.md).
         os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     held_here.clear()
-    outputs = install() if sys.stdout in (sys.__stdout__, None) else None  # not where a test captures it
+    outputs = install() if sys.stdout in (sys.__stdout__, None) else None  # not if a test captures stdout
     with interrupts():
         code = _run()
-    for name in ("SIGINT", "SIGTERM") if outputs else ():  # from here on they simply end the process
+    for name in ("SIGINT", "SIGTERM") if outputs else ():  # from here on, signals end the process
         signal.signal(getattr(signal, name), signal.SIG_DFL)
     if outputs and (lost := outputs.finish()) is not None:
         if lost:
@@ -137,10 +137,10 @@ def main() -> None:
 
 
 def _run() -> int:
-    """Run the verb; returns the exit code."""
+    """Run the verb and return the exit code."""
     try:
-        code = app(standalone_mode=False)  # what a verb leaves with (typer.Exit) is returned, not raised
-    except (KeyboardInterrupt, typer.Abort):  # typer makes the exit code of it by itself, unless it comes too soon
+        code = app(standalone_mode=False)  # the exit code of typer.Exit is returned, not raised
+    except (KeyboardInterrupt, typer.Abort):  # usually typer catches it and returns the code
         code = INTERRUPTED
     except Exception as error:
         return explain(error)
@@ -150,7 +150,7 @@ def _run() -> int:
 
 
 def _interrupted() -> str:
-    """Return what to print after Ctrl-C: which runs of this process are unfinished, if any."""
+    """Return the message after Ctrl-C, with the command that resumes the unfinished runs of this process, if any."""
     names = dict.fromkeys(str(run.path) for run in held_here if is_unfinished(run))
     if not names:
         return "Interrupted."
@@ -158,10 +158,10 @@ def _interrupted() -> str:
 
 
 def explain(error: Exception) -> int:
-    """Print what went wrong and return the exit code; an error that was not foreseen keeps its traceback."""
+    """Print an error and return the exit code. Unexpected errors are printed with a traceback."""
     if callable(getattr(error, "show", None)):
         return _explain_usage(error)
-    if isinstance(error, RunInUse):  # a moment later it may be free: whoever restarts commands should try again
+    if isinstance(error, RunInUse):  # the run may be free later, so scripts should retry
         message, code = str(error), STOPPED
     elif isinstance(error, UserError | FileNotFoundError | PermissionError | IsADirectoryError | NotADirectoryError):
         message, code = str(error), USAGE
@@ -181,12 +181,12 @@ def explain(error: Exception) -> int:
 
 
 def _explain_usage(error: Any) -> int:
-    """Print one of click's usage errors; for an unknown option, the option or setting that it is now."""
+    """Print one of click's usage errors, with a hint for a renamed option or for an option that is a setting."""
     if isinstance(said := getattr(error, "message", None), str):
         error.message = escape_controls(said)
     hint = _renamed_option(error) or _hint_for_option(error)
     if hint and hasattr(error, "possibilities"):
-        error.possibilities = None  # names that merely look alike
+        error.possibilities = None  # the hint replaces click's similar names
     error.show()
     if hint:
         print(escape_controls(hint), file=sys.stderr)
@@ -194,7 +194,7 @@ def _explain_usage(error: Any) -> int:
 
 
 def _renamed_option(error: Any) -> str:
-    """For an option of an earlier version: its name in this one."""
+    """Return a hint with the new name of an option of an earlier version; "" for others."""
     option, context = getattr(error, "option_name", None), getattr(error, "ctx", None)
     if context is None or context.info_name not in verb_files():
         return ""
@@ -203,7 +203,7 @@ def _renamed_option(error: Any) -> str:
 
 
 def _hint_for_option(error: Exception) -> str:
-    """For an unknown option that is a setting, such as --lr or --batch-size: how to give it with --set."""
+    """Return a hint for an option that is a setting, such as --lr or --batch-size: use --set. "" for others."""
     option, context = getattr(error, "option_name", None), getattr(error, "ctx", None)
     if not option or context is None or not any("--set" in parameter.opts for parameter in context.command.params):
         return ""
@@ -212,7 +212,7 @@ def _hint_for_option(error: Exception) -> str:
 
     found = nearest(str(option).lstrip("-").replace("-", "_"), keys(find("mae_nano")))
     if not found.startswith("did you mean"):
-        return "Settings are changed with --set KEY=VALUE; `unmask recipes NAME` lists the keys of a recipe."
+        return "Change settings with --set KEY=VALUE; `unmask recipes NAME` lists the keys of a recipe."
     key = found.removeprefix("did you mean ").rstrip("?").split(" or ")[0]
     scaled = ", the rate for 256 images: training uses VALUE x batch size / 256" if key == "optim.base_lr" else ""
     return f"{option} is a setting: use --set {key}=VALUE{scaled} (`unmask recipes NAME` lists all settings)"

@@ -1,4 +1,4 @@
-"""`unmask ablate`: make a table of the paper on one's own images."""
+"""`unmask ablate`: reproduce a table of the MAE paper on your own images."""
 
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
@@ -26,11 +26,11 @@ class AblateRequest(Request):
     data: Data
     _: KW_ONLY
     test: TestData = None
-    recipe: Annotated[str | None, Option("Recipe that every cell varies.", default="mae_nano")] = None
+    recipe: Annotated[str | None, Option("Base recipe of all cells.", default="mae_nano")] = None
     out: Annotated[
         str | Path | None,
         Option(
-            "Folder of the table; an unfinished table in it is continued.",
+            "Folder of the table. An unfinished table in it is continued.",
             metavar="FOLDER",
             default="runs/DATA-table-TABLE",
         ),
@@ -57,7 +57,7 @@ def _exit_code(summary: dict[str, Any]) -> int:
 
 @command(AblateRequest, panel=Panel.MEASURE, trains=True, exit_code=_exit_code)
 def ablate(request: AblateRequest, console: Console) -> dict[str, Any]:
-    """Return what table.json holds; "state" is finished, stopped or failed."""
+    """Return the contents of table.json; "state" is finished, stopped or failed."""
     from unmask.comparison.ablate import ablate
     from unmask.comparison.table_plan import TableRequest
 

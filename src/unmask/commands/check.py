@@ -1,4 +1,4 @@
-"""`unmask check`: what is in a folder of images, and what training on it would take."""
+"""`unmask check`: examine images before training, and forecast the training time."""
 
 from dataclasses import KW_ONLY, dataclass
 from typing import Annotated, Any
@@ -20,14 +20,14 @@ class CheckRequest(Request):
     ] = None
     workers: Annotated[
         int | None,
-        Option("Number of processes that check.", metavar="N", at_least=0, default="by number of files"),
+        Option("Number of worker processes.", metavar="N", at_least=0, default="by number of files"),
     ] = None
     settings: Settings = ()
 
 
 @dataclass(frozen=True)
 class Checked:
-    """What was found; exit code 2 when these images cannot be trained on."""
+    """Summary of a check. code: exit code, 2 if these images cannot be used for training."""
 
     code: int
     summary: dict[str, Any]
@@ -37,7 +37,7 @@ class Checked:
     CheckRequest, panel=Panel.START, to_json=lambda checked: checked.summary, exit_code=lambda checked: checked.code
 )
 def check(request: CheckRequest, console: Console) -> Checked:
-    """Return what was found, and the exit code."""
+    """Return the summary and the exit code."""
     from unmask.engine.check import check_data
 
     code, summary = check_data(

@@ -1,4 +1,4 @@
-"""Build the command of a verb for the command line, with typer, from its declaration."""
+"""Build the typer command of a verb from its declaration."""
 
 import inspect
 import json
@@ -15,7 +15,7 @@ AS_JSON = typer.Option("--json", help="Print one JSON object on stdout.")
 
 
 def build(name: str, verb: Command) -> Any:
-    """Return the click command of a verb: it parses the options, runs the verb and leaves with its exit code."""
+    """Return the click command of a verb, which parses the options, runs the verb and exits with its exit code."""
 
     def run(as_json: bool, **values: Any) -> None:
         if verb.trains:
@@ -42,7 +42,7 @@ def _keyword(name: str, annotation: Any, default: Any) -> inspect.Parameter:
 
 
 def _parameter(each: DeclaredOption) -> inspect.Parameter:
-    """Return a parameter as typer reads it: its type on the command line, help and default."""
+    """Return the typer parameter of an option, with its type on the command line, help and default."""
     option, default = each.option, each.field.default
     required = each.field.default is each.field.default_factory  # both are MISSING
     shown = option.default or not (required or default in (None, ()))
@@ -59,7 +59,7 @@ def _or_none(kind: Any, default: Any) -> Any:
 
 
 def _given(verb: Command, values: dict[str, Any]) -> dict[str, Any]:
-    """Return what was given, converted; what was left out keeps the default of its field."""
+    """Return the options that were given, converted. The others keep the default of their field."""
     given = {}
     for each in options_of(verb.request):
         value = values[each.name]

@@ -1,4 +1,4 @@
-"""`unmask compare`: several runs in one page."""
+"""`unmask compare`: compare several runs on one page."""
 
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
@@ -23,7 +23,7 @@ class CompareRequest(Request):
     runs: Annotated[Sequence[str | Path], Option("Two or more run folders.", metavar="RUN...")]
     _: KW_ONLY
     data: Annotated[
-        str | None, Option("Labelled images, on which runs are probed that lack this probe.", metavar="DATA")
+        str | None, Option("Labelled images; runs without this probe are probed on them.", metavar="DATA")
     ] = None
     test: TestData = None
     kind: Annotated[str, Option("Kind of probe.", metavar="KIND", choices=kinds)] = "linear"
@@ -36,7 +36,7 @@ class CompareRequest(Request):
 
 @command(CompareRequest, panel=Panel.MEASURE, trains=True)
 def compare(request: CompareRequest, console: Console) -> dict[str, Any]:
-    """Return what FILE.json holds."""
+    """Return the contents of FILE.json."""
     from unmask.comparison.compare import compare
 
     return compare(

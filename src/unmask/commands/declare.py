@@ -1,6 +1,6 @@
-"""Declare a verb once: its options on the command line, its keywords in Python and its JSON come from one class.
+"""Declare a verb once, for the command line and for Python.
 
-A verb is one file of this folder. It holds a frozen dataclass, whose fields are the options, and one function:
+A verb is one file of this folder with a frozen dataclass, whose fields are the options, and one function:
 
     @dataclass(frozen=True)
     class ReportRequest(Request):
@@ -13,12 +13,12 @@ A verb is one file of this folder. It holds a frozen dataclass, whose fields are
     @command(ReportRequest, panel=Panel.MEASURE)
     def report(request: ReportRequest, console: Console) -> Path: ...
 
-`report` is then a function `report(run, *, step=None, console=None)` that type checkers understand, and `unmask report
-RUN --step N --json` is built from the same fields (`command_line.py`). What a verb needs besides the standard library
-is imported inside its function, so that `--help` loads none of it.
+This makes `report` a function `report(run, *, step=None, console=None)` that type checkers understand. The command
+`unmask report RUN --step N --json` is built from the same fields (`command_line.py`). Other modules are imported inside
+the function, so that `--help` does not load them.
 """
 
-# No `from __future__ import annotations` here or in a verb's file: the annotations are read as they are.
+# No `from __future__ import annotations` here or in a verb's file: annotations are needed as objects, not as strings.
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, Field, dataclass, field, fields
@@ -47,13 +47,12 @@ class Panel(StrEnum):
 
 @dataclass(frozen=True)
 class Option:
-    """What is declared of a field besides its type and its default.
+    """Declaration of an option, besides the type and the default of its field.
 
-    help: a phrase for `--help` and for Python's `help`. metavar: what stands for the value. flag: its name on the
-    command line, where that is not the field's. default: in words, where the default is None. command_line: the type
-    that is read from the command line, where it does not follow from the field's. from_text: converts what was read.
-    at_least, at_most: bounds of a number. choices: the words that are possible, with what they mean or "", listed when
-    they are needed.
+    help: a phrase for `--help` and for Python's `help`. metavar: placeholder of the value. flag: name on the command
+    line, if it differs from the field's. default: the default in words, if it is None. command_line: type of the value
+    on the command line, if it differs from the field's. from_text: converts the value from the command line. at_least,
+    at_most: bounds of a number. choices: returns the allowed words with their meanings, which may be "".
     """
 
     help: str
@@ -69,16 +68,16 @@ class Option:
 
 @dataclass(frozen=True)
 class Request:
-    """Base class of the requests: everything that one call of a verb is asked for.
+    """Base class of requests: the values of all options in one call of a verb.
 
-    console: where progress and sentences go; stderr when None. Only for Python: it has no option.
+    console: prints messages and progress; None prints to stderr. Only for Python: it is no option of the command line.
     """
 
     _: KW_ONLY
     console: Console | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        """Make one value of a repeatable option a sequence of one, and check every value. Raises UserError."""
+        """Put a single value of a repeatable option into a tuple, and check all values. Raises UserError."""
         for each in options_of(type(self)):
             value = getattr(self, each.name)
             if each.repeatable and isinstance(value, str | Path):
@@ -114,7 +113,7 @@ class DeclaredOption:
         return not self.field.kw_only
 
     def check(self, value: Any) -> None:
-        """Raise UserError when the value is out of bounds, or not among the choices."""
+        """Raise UserError if the value is out of bounds or not one of the choices."""
         low, high = self.option.at_least, self.option.at_most
         if (low is not None and value < low) or (high is not None and value > high):
             raise UserError(f"got {self.flag} {value}; expected {low} " + ("or more" if high is None else f"to {high}"))
@@ -129,7 +128,7 @@ class DeclaredOption:
         return f"{self.option.help.removesuffix('.')}: {', '.join(words[:-1])} or {words[-1]}."
 
     def command_line_type(self) -> Any:
-        """Return the type that is read from the command line: `str | Path` is a path, a sequence is repeated."""
+        """Return the type on the command line: Path for `str | Path`, a list for a sequence."""
         if self.option.command_line is not None:
             return self.option.command_line
         if (sequence := _sequence(self.type)) is not None:
@@ -138,7 +137,7 @@ class DeclaredOption:
 
 
 def _members(kind: Any) -> list[Any]:
-    """Return the members of a union but None; of anything else itself."""
+    """Return the members of a union without None; for other types, a list with the type itself."""
     members = get_args(kind) if isinstance(kind, UnionType) else (kind,)
     return [each for each in members if each is not type(None)]
 
@@ -159,7 +158,9 @@ def options_of(request: type[Request]) -> list[DeclaredOption]:
         if each.name == "console":
             continue
         if get_origin(each.type) is not Annotated:
-            raise TypeError(f"{request.__name__}.{each.name} is no option; annotate it: Annotated[type, Option(help)]")
+            raise TypeError(
+                f"{request.__name__}.{each.name} is not an option; annotate it: Annotated[type, Option(help)]"
+            )
         kind, option = get_args(each.type)
         found.append(DeclaredOption(each, kind, option))
     return found
@@ -167,11 +168,11 @@ def options_of(request: type[Request]) -> list[DeclaredOption]:
 
 @dataclass(frozen=True)
 class Command:
-    """One verb. `call` takes the request and a Console; the other functions take what it returns.
+    """One verb. `call` gets the request and a Console; the other functions get the result of `call`.
 
-    trains: refuses several processes of one launcher. renamed: options of earlier versions, with what to write instead.
-    to_json: the object that --json prints, the result itself when None. text: what is printed on stdout without --json,
-    nothing when None. exit_code: 0 when None.
+    trains: rejects launchers of several processes, such as torchrun. renamed: {option of an earlier version: new
+    option}. to_json: returns the object that --json prints; None prints the result itself. text: returns the output
+    without --json; None prints nothing. exit_code: returns the exit code; None means 0.
     """
 
     request: type[Request]
@@ -196,7 +197,7 @@ T = TypeVar("T")
 def command(
     request: Callable[P, R], *, panel: Panel, **more: Any
 ) -> Callable[[Callable[[R, Console], T]], Callable[P, T]]:
-    """Decorator that makes a function of (request, console) a verb, and returns it as a function of the options.
+    """Decorator that declares a function of (request, console) as a verb, and returns a function of the options.
 
     request: the class, a frozen dataclass. more: see `Command`.
     """
@@ -224,19 +225,19 @@ def command(
 
 
 def signature(request: type[Request], result: Any) -> inspect.Signature:
-    """Return the signature of the Python function: the plain types of the options, `console` last."""
+    """Return the signature of the Python function: the options with their plain types, then `console`."""
     constructor = inspect.signature(request).parameters
     parameters = [constructor[each.name].replace(annotation=each.type) for each in options_of(request)]
     return inspect.Signature([*parameters, constructor["console"]], return_annotation=result)
 
 
 def _documentation(verb: Command) -> str:
-    """Return the docstring of the Python function: the help text, what is returned, and the options."""
+    """Return the docstring of the Python function: help text, return value, and options."""
     lines = [verb.help, "", inspect.cleandoc(verb.call.__doc__ or ""), "", "Args:"]
     for each in options_of(verb.request):
         default = f" Default: {each.option.default}." if each.option.default else ""
         lines.append(f"    {each.name}: {each.help()}{default}")
     lines.append(
-        "    console: Where text and progress are printed, stderr when None; `Console(quiet=True)` only warns."
+        "    console: Prints messages and progress, by default to stderr; `Console(quiet=True)` prints only warnings."
     )
     return "\n".join([*lines, "", "Raises UserError for input that the caller can correct."])

@@ -1,7 +1,7 @@
-"""`unmask demo`: the whole way on an image set that is drawn here, with no data and no network.
+"""`unmask demo`: pre-train, probe and report on generated images, without data or network.
 
-Pre-trains on `shapes` without their labels, draws reconstructions, probes with labels beside two baselines, and writes
-the report. Everything goes through the same functions as a run on other images.
+Pre-trains on `shapes` without labels, draws reconstructions, probes the features with labels and two baselines, and
+writes the report. It uses the same functions as a run on other images.
 """
 
 import time
@@ -16,9 +16,11 @@ from unmask.console import Console, duration
 if TYPE_CHECKING:
     from unmask.results import ProbeResult
 
-SECONDS = 180.0  # of pre-training; the rest of four minutes is for the probes and the report
+SECONDS = 180.0  # of pre-training; with the probes and the report, the demo takes four minutes
 LABELLED, TEST = "shapes:4000", "shapes-test"
-ENOUGH_STEPS = 3000  # what fits on two free cores; with a few hundred steps the features are near random ones
+ENOUGH_STEPS = (
+    3000  # fit into the time on two free cores; after a few hundred, features are hardly better than random ones
+)
 
 
 @dataclass(frozen=True)
@@ -32,13 +34,13 @@ class DemoRequest(Request):
     out: Annotated[str | Path | None, Option("New run folder.", metavar="RUN", default="demo-run")] = None
     steps: Annotated[
         int | None,
-        Option("Train for this many steps; few give weak features.", metavar="N", at_least=1),
+        Option("Number of training steps; a few hundred give weak features.", metavar="N", at_least=1),
     ] = None
 
 
 @dataclass(frozen=True)
 class DemoResult:
-    """How the demo ended. report, picture, probes: None and empty when it was stopped. probes: by kind."""
+    """Result of the demo. report, picture: None if it was stopped. probes: by kind, empty if it was stopped."""
 
     run: str
     state: str
@@ -64,7 +66,7 @@ def demo_json(result: DemoResult) -> dict[str, Any]:
     exit_code=lambda result: STOPPED if result.state == "stopped" else DONE,
 )
 def demo(request: DemoRequest, console: Console) -> DemoResult:
-    """Return the run, its report, and what the probes measured."""
+    """Return the run, its report and the results of the probes."""
     from unmask.engine.pretrain import PretrainOptions, pretrain
     from unmask.evals.probe_options import ProbeOptions
     from unmask.evals.run_probe import run_probes
@@ -116,7 +118,7 @@ def warn_of_few_steps(out: Path, done: int, console: Console) -> None:
 
 
 def closing_lines(linear: "ProbeResult", report: Path, picture: Path | None) -> Iterator[str]:
-    """Yield the result, where the picture is, and what to type next."""
+    """Yield the result, the path of the picture, and the next command."""
     from unmask.results import PRETRAINED, RANDOM_INIT, RAW_PIXELS
 
     rows = (linear.row(name) for name in (PRETRAINED, RANDOM_INIT, RAW_PIXELS))

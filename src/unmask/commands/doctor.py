@@ -1,4 +1,4 @@
-"""`unmask doctor`: test this machine, and with DATA measure where the time of training goes."""
+"""`unmask doctor`: test this machine; with DATA, measure what limits the speed of training."""
 
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
@@ -19,14 +19,14 @@ class DoctorRequest(Request):
     exclude: Exclude = ()
     recipe: Annotated[str, Option("With DATA: recipe from `unmask recipes`, or auto.")] = "auto"
     tokenizer: Annotated[
-        str | Path | None, Option("With DATA: run of a dVAE whose codes are predicted.", metavar="RUN")
+        str | Path | None, Option("With DATA: run of the dVAE that is used as tokenizer.", metavar="RUN")
     ] = None
     settings: Settings = ()
 
 
 @dataclass(frozen=True)
 class Examined:
-    """What was measured; exit code 1 when the self-test failed."""
+    """Summary of the measurements. good: whether the self-test passed."""
 
     good: bool
     summary: dict[str, Any]
@@ -39,7 +39,7 @@ class Examined:
     exit_code=lambda examined: DONE if examined.good else FAILED,
 )
 def doctor(request: DoctorRequest, console: Console) -> Examined:
-    """Return what was measured, and whether the self-test passed."""
+    """Return the measurements, and whether the self-test passed."""
     from unmask.engine.bottleneck import find_bottleneck
     from unmask.engine.self_test import run_self_test
 
@@ -56,6 +56,6 @@ def doctor(request: DoctorRequest, console: Console) -> Examined:
         return Examined(True, summary)
     if request.recipe != "auto" or request.settings or request.exclude or request.tokenizer is not None:
         raise UserError(
-            "got --recipe, --set, --exclude or --tokenizer without DATA, where they have no effect; name images too"
+            "got --recipe, --set, --exclude or --tokenizer without DATA, where they have no effect; give DATA too"
         )
     return Examined(*run_self_test(console))

@@ -11,7 +11,7 @@ from unmask.console import Console
 
 @dataclass(frozen=True)
 class EmbedRequest(Request):
-    """Write the features of every image, unmasked, to a table.
+    """Write the features of every image to a table; no patches are hidden.
 
     Its columns are name, label (of labelled images), cls (the class token) and mean (over the patch tokens).
     """
@@ -27,7 +27,7 @@ class EmbedRequest(Request):
 
 @command(EmbedRequest, panel=Panel.MEASURE)
 def embed(request: EmbedRequest, console: Console) -> dict[str, Any]:
-    """Return the file that was written, the number of images, and the columns."""
+    """Return the path of the file, the number of images, and the columns."""
     from unmask.evals.embed import embed_images
 
     return embed_images(

@@ -10,7 +10,7 @@ from unmask.console import Console
 
 
 def targets() -> dict[str, str]:
-    """Return the export targets with what each writes."""
+    """Return the export targets with their descriptions."""
     from unmask.interop.find_target import target_names, target_summary
 
     return {name: target_summary(name).removesuffix(".") for name in target_names()}
@@ -18,13 +18,13 @@ def targets() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class ExportRequest(Request):
-    """Write a run's weights and a model card for timm, transformers, the official MAE code or ONNX, and test them."""
+    """Export weights to timm, transformers, the official MAE code or ONNX; write a model card and test the result."""
 
     run: RunFolder
     _: KW_ONLY
     to: Annotated[
         str,
-        Option("What to write.", metavar="TARGET", choices=targets),
+        Option("Target format.", metavar="TARGET", choices=targets),
     ]
     out: Annotated[
         str | Path,
@@ -35,7 +35,7 @@ class ExportRequest(Request):
 
 @command(ExportRequest, panel=Panel.EXCHANGE)
 def export(request: ExportRequest, console: Console) -> dict[str, Any]:
-    """Return what was written, and how it was tested."""
+    """Return the path of the export and the result of its test."""
     from unmask.interop.export import export_run
 
     return export_run(request.run, request.to, request.out, step=request.step, console=console)

@@ -1,4 +1,4 @@
-"""`unmask finetune`: train a task from the encoder of a run."""
+"""`unmask finetune`: train the encoder of a run on a task with labels."""
 
 import pkgutil
 from collections.abc import Sequence
@@ -18,22 +18,22 @@ if TYPE_CHECKING:
     from unmask.run import Run
 
 
-NOT_FINE_TUNED = ("encoder", "linear_probe")  # imported weights without a task, and a task of `unmask probe`
+NOT_FINE_TUNED = ("encoder", "linear_probe")  # `encoder` has no labels; `linear_probe` belongs to `unmask probe`
 ANNOTATIONS = {"classify": "one sub-folder per class", "segment": "segmentation masks", "detect": "boxes"}
 
 
 def tasks() -> dict[str, str]:
-    """Return the tasks, which are the files of `tasks/`, with the annotations that they learn from."""
+    """Return the tasks, which are the files of `tasks/`, with the annotations that they use."""
     names = (module.name for module in pkgutil.iter_modules(unmask.tasks.__path__))
     return {name: ANNOTATIONS.get(name, "") for name in names if name not in NOT_FINE_TUNED}
 
 
 def ids_from_text(text: str) -> tuple[int, ...]:
-    """Return '0,255' as numbers. Raises UserError for anything else."""
+    """Parse ids such as '0,255'. Raises UserError for other text."""
     try:
         return tuple(int(value) for value in text.split(","))
     except ValueError:
-        raise UserError(f"got --mask-values {text}; expected ids with commas, for example 0,255") from None
+        raise UserError(f"got --mask-values {text}; expected ids separated by commas, for example 0,255") from None
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class FinetuneRequest(Request):
     data: Data
     _: KW_ONLY
     exclude: Exclude = ()
-    task: Annotated[str, Option("What is learnt.", metavar="TASK", choices=tasks)] = "classify"
+    task: Annotated[str, Option("Task to train.", metavar="TASK", choices=tasks)] = "classify"
     test: TestData = None
     annotations: Annotated[
         str | None,
@@ -79,13 +79,13 @@ class FinetuneRequest(Request):
     class_names: Annotated[
         str | Path | None,
         Option(
-            "segment: file with the names of the ids (codes.txt, label_colors.txt, ...).",
+            "segment: file with the class names of the ids (codes.txt, label_colors.txt, ...).",
             metavar="FILE",
             default="classes.txt beside the masks",
         ),
     ] = None
     recipe: Annotated[
-        str, Option("Recipe finetune_..., scratch_..., segment_... or detect_... of `unmask recipes`, or auto.")
+        str, Option("Recipe from `unmask recipes` (finetune_..., scratch_..., segment_... or detect_...), or auto.")
     ] = "auto"
     out: NewRun = None
     last_blocks: Annotated[
@@ -109,7 +109,7 @@ class FinetuneRequest(Request):
 
 
 def mask_options(request: FinetuneRequest) -> "MaskOptions | None":
-    """Return how segmentation masks are read; None where nothing was said of it."""
+    """Return the options for reading segmentation masks; None if none was given."""
     if request.mask_values is None and request.class_names is None:
         return None
     from unmask.data.annotations.segmentation_masks import MaskOptions

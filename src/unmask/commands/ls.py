@@ -1,4 +1,4 @@
-"""`unmask ls`: the runs below a folder, newest last. Loads no torch."""
+"""`unmask ls`: list the runs below a folder, newest last. Does not load torch."""
 
 import time
 from collections.abc import Iterator
@@ -14,12 +14,12 @@ from unmask.run import Run
 if TYPE_CHECKING:
     from unmask.run_summary import RunSummary
 
-DEEPEST = 4  # levels of folders below the one that is listed
+DEEPEST = 4  # search depth, in levels of folders
 
 
 @dataclass(frozen=True)
 class LsRequest(Request):
-    """List runs with state, step, image size, loss, newest probe and size on disk."""
+    """List the runs in a folder and below, with state, step, image size, loss, newest probe and size on disk."""
 
     folder: Annotated[str | Path, Option("Folder to list the runs of.", metavar="FOLDER", default="this folder")] = "."
 
@@ -31,12 +31,12 @@ class LsRequest(Request):
     text=lambda found: "\n".join(table(found)),
 )
 def ls(request: LsRequest, console: Console) -> "list[RunSummary]":
-    """Return a record of every run; the last changed comes last."""
+    """Return a summary of every run, the most recently changed one last."""
     return list_runs(Path(request.folder))
 
 
 def list_runs(folder: Path) -> "list[RunSummary]":
-    """Return the runs in `folder` and below; the last changed comes last. Raises UserError for a missing folder."""
+    """Return summaries of the runs in `folder` and below, by time of change. Raises UserError for a missing folder."""
     from unmask.run_summary import summarise
 
     if not folder.is_dir():
@@ -45,7 +45,7 @@ def list_runs(folder: Path) -> "list[RunSummary]":
 
 
 def find_runs(folder: Path) -> Iterator[Run]:
-    """Yield every Run in `folder` and below, without the runs inside other runs; links are not followed."""
+    """Yield every Run in `folder` and below, except runs inside other runs. Links are not followed."""
     if _is_run(folder):
         yield Run(folder)
         return
@@ -71,9 +71,9 @@ def _below(folder: Path, depth: int) -> Iterator[Run]:
 
 
 def table(found: "list[RunSummary]") -> list[str]:
-    """Return the lines of a table for a terminal; one sentence where there are no runs."""
+    """Return the lines of a table for a terminal, or one sentence if there are no runs."""
     if not found:
-        return ["no runs here; `unmask pretrain DATA` makes one"]
+        return ["no runs here; start one with `unmask pretrain DATA`"]
     now = time.time()
     lines = [("run", "state", "recipe", "step", "size", "loss", "newest probe", "disk", "changed")]
     for each in found:

@@ -1,4 +1,4 @@
-"""The options that several verbs share, and the checks and conversions of their values."""
+"""Options shared by several verbs, and the conversion of their values."""
 
 import time
 from collections.abc import Sequence
@@ -9,23 +9,23 @@ from unmask.commands.declare import Option
 
 
 class _Start:
-    """When the command started, on the clock of `time.monotonic`: a time budget counts from here."""
+    """Start of the command on the clock of `time.monotonic`, from which time budgets count."""
 
     seconds = time.monotonic()
 
 
 def restart_clock() -> None:
-    """Count time budgets from now on; for a second command in one process."""
+    """Count time budgets from now on, for a second command in one process."""
     _Start.seconds = time.monotonic()
 
 
 def started() -> float:
-    """Return when the command started, on the clock of `time.monotonic`."""
+    """Return the start of the command on the clock of `time.monotonic`."""
     return _Start.seconds
 
 
 def budget_from_text(text: str) -> Any:
-    """Return '30m', '2h', '90s' or '1.5h' as a budget that counts from the start of the command."""
+    """Parse '30m', '2h', '90s' or '1.5h' as a time budget that counts from the start of the command."""
     from unmask.engine.time_budget import Budget, seconds_of
 
     return Budget(seconds_of(text), started())
@@ -56,12 +56,12 @@ SeveralData = Annotated[
 ]
 Images = Annotated[
     str | Path | Sequence[str | Path],
-    Option("Image files, or one folder or other DATA.", metavar="IMAGE...", command_line=list[str]),
+    Option("Image files, or a folder or other DATA.", metavar="IMAGE...", command_line=list[str]),
 ]
 Exclude = Annotated[
     Sequence[str],
     Option(
-        "Exclude images whose file name or a folder of whose path matches, e.g. thumbs or '*_mask.png'; repeatable.",
+        "Exclude images whose file name, folder name or path matches, e.g. thumbs or '*_mask.png'; repeatable.",
         metavar="PATTERN",
     ),
 ]

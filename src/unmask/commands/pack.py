@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PackRequest(Request):
-    """Copy images into one tar file, large ones shrunk, to train faster with the same crops and patch masks."""
+    """Copy images into one tar file and shrink large ones, for faster training with the same crops and patch masks."""
 
     data: Annotated[str, Option("Image files: a folder, glob, tar, zip or parquet file.", metavar="DATA")]
     out: Annotated[str | Path, Option("New .tar file, which every command accepts as DATA.", metavar="OUT")]
@@ -25,13 +25,16 @@ class PackRequest(Request):
     ] = 512
     quality: Annotated[int, Option("JPEG quality, 1 to 100.", metavar="N", at_least=1, at_most=100)] = 90
     workers: Annotated[
-        int | None, Option("Number of processes; 0 packs in this one.", metavar="N", default="one per core", at_least=0)
+        int | None,
+        Option(
+            "Number of worker processes; 0 packs in the main process.", metavar="N", default="one per core", at_least=0
+        ),
     ] = None
 
 
 @command(PackRequest, panel=Panel.FILES, to_json=lambda packed: packed.as_json())
 def pack(request: PackRequest, console: Console) -> "PackSummary":
-    """Return how many images were copied, shrunk and left out."""
+    """Return the numbers of images that were copied, shrunk and left out."""
     from unmask.data.pack import pack
 
     return pack(

@@ -11,23 +11,23 @@ from unmask.console import Console
 
 @dataclass(frozen=True)
 class PaletteRequest(Request):
-    """Write the colours that an iGPT would choose for these images to a file that several runs can share."""
+    """Compute the colour palette of an iGPT from images, and write it to a file that several runs can share."""
 
     data: Data
     _: KW_ONLY
     colours: Annotated[int, Option("Number of colours.", metavar="N")] = 512
-    size: Annotated[int, Option("Shrink images to this many pixels on a side first.", metavar="PIXELS")] = 32
+    size: Annotated[int, Option("Shrink images to this many pixels per side first.", metavar="PIXELS")] = 32
     out: Annotated[
         str | Path,
         Option(
-            "File to write, FILE.json; a picture of the images in these colours is drawn beside it.", metavar="FILE"
+            "File to write, FILE.json; a picture of the images in these colours is written beside it.", metavar="FILE"
         ),
     ] = "palette.json"
 
 
 @command(PaletteRequest, panel=Panel.FILES)
 def palette(request: PaletteRequest, console: Console) -> dict[str, Any]:
-    """Return what the file holds."""
+    """Return the contents of the file."""
     from unmask.engine.palette_file import make_palette
 
     return make_palette(

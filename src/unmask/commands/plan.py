@@ -1,4 +1,4 @@
-"""`unmask plan`: what a recipe costs."""
+"""`unmask plan`: print the costs of a recipe."""
 
 from dataclasses import KW_ONLY, dataclass
 from typing import Annotated, Any
@@ -10,12 +10,12 @@ from unmask.console import Console
 
 @dataclass(frozen=True)
 class PlanRequest(Request):
-    """Print what a recipe costs, without data: parameters, FLOPs, learning rate, steps."""
+    """Print the costs of a recipe without data: parameters, FLOPs, learning rate and steps."""
 
     recipe: Annotated[str, Option("Recipe from `unmask recipes`.", metavar="RECIPE")]
     _: KW_ONLY
     gpus: Annotated[
-        int | None, Option("Also print how many images each of this many GPUs would process.", metavar="N", at_least=1)
+        int | None, Option("Also print the number of images per GPU with this many GPUs.", metavar="N", at_least=1)
     ] = None
     settings: Settings = ()
 

@@ -33,7 +33,7 @@ class PredictRequest(Request):
 
 @command(PredictRequest, panel=Panel.MEASURE, renamed={"--least": "--min-score"})
 def predict(request: PredictRequest, console: Console) -> dict[str, Any]:
-    """Return the file that was written, and how many images it covers."""
+    """Return the path of the output and the number of images."""
     from unmask.finetuning.predict import PredictOptions
     from unmask.finetuning.predict import predict as run_predict
 

@@ -37,15 +37,15 @@ class PretrainRequest(Request):
     ] = None
     tokenizer: Annotated[
         str | Path | None,
-        Option("Run of the dVAE whose codes beit, or mae with target=tokens, predicts.", metavar="RUN"),
+        Option("beit, and mae with target=tokens: run of the dVAE whose codes are predicted.", metavar="RUN"),
     ] = None
     palette: Annotated[
         str | Path | None,
-        Option("igpt: use the colours of a file of `unmask palette`, or of a run.", metavar="PATH"),
+        Option("igpt: use the palette of a file from `unmask palette`, or of a run.", metavar="PATH"),
     ] = None
     masks: Annotated[
         str | Path | None,
-        Option("mae: file of a patch mask; hidden patches are # in .txt, true in .npy, black in .png.", metavar="FILE"),
+        Option("mae: patch mask file; hidden patches are # in .txt, true in .npy, black in .png.", metavar="FILE"),
     ] = None
     settings: Settings = ()
 

@@ -24,12 +24,12 @@ def kinds() -> dict[str, str]:
 
 
 def target_types() -> dict[str, str]:
-    """Return what the columns of a table of targets can be."""
+    """Return the types of targets with their descriptions."""
     return {"classes": "one class per image", "multilabel": "columns of 0 and 1", "regression": "numbers"}
 
 
 def names_from_text(text: str) -> list[str]:
-    """Return 'a, b' as a list of names."""
+    """Parse 'a, b' as a list of names."""
     return [name.strip() for name in text.split(",")]
 
 
@@ -37,7 +37,7 @@ def names_from_text(text: str) -> list[str]:
 class ProbeRequest(Request):
     """Measure the features of a frozen encoder on labelled images: one sub-folder per class, or a table of targets.
 
-    paper-linear is a training, written to a folder inside RUN; its options are --test, --shots N and --set.
+    paper-linear trains a run in a folder inside RUN, and accepts only the options --test, --shots N and --set.
     """
 
     run: RunFolder
@@ -49,7 +49,7 @@ class ProbeRequest(Request):
     shots: Annotated[
         int | Sequence[int] | None,
         Option(
-            "Training labels per class; several numbers, as 1,5,10, measure a label-budget curve.",
+            "Training labels per class; several numbers, such as 1,5,10, measure a label-budget curve.",
             metavar="N[,N...]",
             default="all",
             command_line=str,
@@ -67,7 +67,8 @@ class ProbeRequest(Request):
     targets: Annotated[
         str | Path | None,
         Option(
-            "Table (.csv or .parquet) of targets instead of class folders; its column path is relative to DATA.",
+            "Table of targets (.csv or .parquet) instead of class folders; paths in its column path are relative to "
+            "DATA.",
             metavar="FILE",
         ),
     ] = None
@@ -82,12 +83,12 @@ class ProbeRequest(Request):
         ),
     ] = None
     target_type: Annotated[
-        str | None, Option("What the targets are.", metavar="TYPE", default="inferred", choices=target_types)
+        str | None, Option("Type of the targets.", metavar="TYPE", default="inferred", choices=target_types)
     ] = None
     test_targets: Annotated[
-        str | Path | None, Option("Table of the images of --test.", metavar="FILE", default="the same table")
+        str | Path | None, Option("Table of targets of the --test images.", metavar="FILE", default="the same table")
     ] = None
-    seed: Annotated[int, Option("Random seed of the held-out fifth and of the choice of labels.", metavar="N")] = 0
+    seed: Annotated[int, Option("Random seed for the held-out fifth and for the choice of labels.", metavar="N")] = 0
     step: Step = None
     layer: Annotated[
         str | None,
@@ -101,7 +102,7 @@ class ProbeRequest(Request):
     mask_votes: Annotated[
         int | None,
         Option(
-            "igpt bert: classify each test image under this many random patch masks, and take the majority; 0 uses no "
+            "igpt bert: classify each test image under this many random patch masks, and use the majority; 0 uses no "
             "mask.",
             metavar="N",
             default="1",
@@ -110,7 +111,7 @@ class ProbeRequest(Request):
     ] = None
     settings: Annotated[
         Sequence[str],
-        Option("paper-linear: set any setting of its training; repeatable.", metavar="KEY=VALUE", flag="--set"),
+        Option("paper-linear: change any setting of its training; repeatable.", metavar="KEY=VALUE", flag="--set"),
     ] = ()
     device: Device = "auto"
 
@@ -140,7 +141,7 @@ def _frozen(request: ProbeRequest, console: Console) -> "ProbeResult | CurveResu
     from unmask.evals.run_probe import run_probe
 
     if request.settings:
-        raise UserError(f"--set applies only to --kind {PAPER_LINEAR}; got --kind {request.kind}; leave --set out")
+        raise UserError(f"got --set with --kind {request.kind}; only {PAPER_LINEAR} has settings; leave --set out")
     shots = request.shots
     options = ProbeOptions(
         data=str(request.data),

@@ -11,17 +11,17 @@ from unmask.console import Console
 
 @dataclass(frozen=True)
 class PruneRequest(Request):
-    """Delete older checkpoints and cached features of a run; it stays usable and resumable."""
+    """Delete older checkpoints and cached features of a run. The run can still be used and resumed."""
 
     run: RunFolder
     _: KW_ONLY
     keep_checkpoints: Annotated[int, Option("Number of newest checkpoints to keep.", metavar="N", at_least=1)] = 1
-    dry_run: Annotated[bool, Option("Only list what would be deleted.")] = False
+    dry_run: Annotated[bool, Option("Only list the folders that would be deleted.")] = False
 
 
 @command(PruneRequest, panel=Panel.FILES)
 def prune(request: PruneRequest, console: Console) -> dict[str, Any]:
-    """Return what was removed, in bytes."""
+    """Return the deleted folders and their size in bytes."""
     from unmask.engine.prune import prune_run
 
     return prune_run(

@@ -1,4 +1,4 @@
-"""`unmask recipes`: list the recipes, or every setting of one."""
+"""`unmask recipes`: list the recipes, or all settings of one."""
 
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -18,7 +18,7 @@ class RecipesRequest(Request):
 
 @dataclass(frozen=True)
 class Listed:
-    """What is printed: `data` with --json, else `text`."""
+    """Output of the command: `data` with --json, else `text`."""
 
     text: str
     data: dict[str, Any]
@@ -47,7 +47,8 @@ def _all() -> Listed:
     found = all_recipes()
     width = max(map(len, found))
     lines = [
-        f"{'auto':{width}} {FOLLOWS} Picks one of {', '.join(AUTO)} from image count, size and device, and says why."
+        f"{'auto':{width}} {FOLLOWS} Chooses {', '.join(AUTO[:-1])} or {AUTO[-1]} by number and size of the images and "
+        "by device, and reports why."
     ]
     for title, group in grouped().items():
         lines += ["", title]
@@ -55,6 +56,7 @@ def _all() -> Listed:
             lines.append(f"{name:{width}} {FOLLOWS if follows_images(name) else ' '} {first_line(found[name])}")
     lines += [
         "",
-        f"{FOLLOWS} the image size follows your images, unless data.size or the patch is set; the others keep theirs.",
+        f"{FOLLOWS} the image size follows your images, unless data.size or the patch is set; other recipes have a "
+        "fixed size.",
     ]
     return Listed("\n".join(lines), {name: first_line(function) for name, function in found.items()})

@@ -11,7 +11,7 @@ from unmask.console import Console
 
 @dataclass(frozen=True)
 class ReconstructRequest(Request):
-    """Draw images beside their reconstructions by a run: original, masked, predicted, and both combined."""
+    """Draw images and their reconstructions by a run: original, masked, predicted, and both combined."""
 
     run: RunFolder
     images: Images
@@ -24,7 +24,7 @@ class ReconstructRequest(Request):
 
 @command(ReconstructRequest, panel=Panel.MEASURE)
 def reconstruct(request: ReconstructRequest, console: Console) -> dict[str, Any]:
-    """Return the picture's path, the loss, and the losses of baselines that learn nothing."""
+    """Return the path of the picture, the loss, and the losses of baselines that need no training."""
     from unmask.evals.reconstruct import reconstruct_images
 
     out = Path(request.out)

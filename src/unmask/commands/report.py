@@ -1,4 +1,4 @@
-"""`unmask report`: write the page of a run."""
+"""`unmask report`: write the report of a run."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +10,7 @@ from unmask.console import Console
 
 @dataclass(frozen=True)
 class ReportRequest(Request):
-    """Write RUN/report.html, one file that opens offline."""
+    """Write RUN/report.html, a single file that needs no network."""
 
     run: RunFolder
 

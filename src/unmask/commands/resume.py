@@ -23,12 +23,14 @@ class ResumeRequest(Request):
     allow_dataset_change: Annotated[bool, Option("Continue even if the image files have changed.")] = False
     data: Annotated[
         str | Path | Sequence[str | Path],
-        Option("New place of the images, if they have moved; repeatable.", metavar="DATA", command_line=list[str]),
+        Option("New location of the images, if they have moved; repeatable.", metavar="DATA", command_line=list[str]),
     ] = ()
-    test: Annotated[str | None, Option("Fine-tuned runs: new place of the test images.", metavar="DATA")] = None
-    annotations: Annotated[str | None, Option("Fine-tuned runs: new place of the annotations.", metavar="PATH")] = None
+    test: Annotated[str | None, Option("Fine-tuned runs: new location of the test images.", metavar="DATA")] = None
+    annotations: Annotated[str | None, Option("Fine-tuned runs: new location of the annotations.", metavar="PATH")] = (
+        None
+    )
     test_annotations: Annotated[
-        str | None, Option("Fine-tuned runs: new place of the annotations of the test images.", metavar="PATH")
+        str | None, Option("Fine-tuned runs: new location of the annotations of the test images.", metavar="PATH")
     ] = None
 
 

@@ -1,4 +1,4 @@
-"""`unmask set`: change settings of a run that has begun."""
+"""`unmask set`: change settings of an existing run."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from unmask.console import Console
 
 @dataclass(frozen=True)
 class SetRequest(Request):
-    """Change settings of an existing run, such as its length, and record the change; then resume the run."""
+    """Change settings of an existing run, such as its length, and record the change. Then use `unmask resume`."""
 
     run: RunFolder
     settings: Annotated[Sequence[str], Option("Settings, e.g. train.steps=20000.", metavar="KEY=VALUE...")]
@@ -20,7 +20,7 @@ class SetRequest(Request):
 
 @command(SetRequest, panel=Panel.TRAIN)
 def set_values(request: SetRequest, console: Console) -> dict[str, Any]:
-    """Return what was changed, and at which step."""
+    """Return the changed settings, and the step of the change."""
     from unmask.engine.edit_run import set_values
 
     return {"run": str(request.run), **set_values(Path(request.run), request.settings, console=console)}

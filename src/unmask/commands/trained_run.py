@@ -1,4 +1,4 @@
-"""What every verb that trains does with its run: write the report, say how to continue, choose the exit code."""
+"""Shared by all verbs that train: write the report, print how to continue, choose the exit code."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,12 +12,12 @@ if TYPE_CHECKING:
 
 
 def conclude(run: "Run", console: Console) -> "Run":
-    """Write the report of a run that was trained, and say how to continue one that was stopped."""
+    """Write the report of a run after training, and print how to continue it if it was stopped."""
     from unmask.report.run_page import write_report
 
     try:
         console.print(f"report: {write_report(run.path, log=console.warn)}")
-    except (OSError, UserError) as error:  # the training is done, and must not look as if it had failed
+    except (OSError, UserError) as error:  # a failed report must not make the training look failed
         console.warn(f"no report was written: {error}; fix that, then: unmask report {run.path}")
     status = run.status()
     if status.state == "stopped":
@@ -26,7 +26,7 @@ def conclude(run: "Run", console: Console) -> "Run":
 
 
 def is_unfinished(run: "Run") -> bool:
-    """Whether `unmask resume` has something to do: steps to train, or the test of a fine-tuned run."""
+    """Whether `unmask resume` has work to do: steps to train, or the test of a fine-tuned run."""
     if not (run.path / "plan.json").exists():
         return False
     if not run.finished:
@@ -41,7 +41,7 @@ def is_unfinished(run: "Run") -> bool:
 
 
 def run_json(run: "Run") -> dict[str, Any]:
-    """Return the object that --json prints of a run: its folder, its report and its status."""
+    """Return the object that --json prints: folder, report and status of the run."""
     report = Path(run.path) / "report.html"
     return {"run": str(run.path), "report": str(report) if report.exists() else None, **run.status().to_json()}
 

@@ -4,8 +4,8 @@
     masks     one file per image (`data/annotations/`)    segment
     boxes     COCO's JSON or VOC's XML                     detect
 
-Test images are a held-out fifth, or others. Classifiers see their centred crop, as probes do; for masks and boxes the
-whole image is resized to the size of the encoder, so that every pixel counts, and predictions are resized to the file.
+Test images are a held-out fifth, or other images. Classifiers use a centre crop, as probes do. For masks and boxes, the
+whole image is resized to the size of the encoder, and predictions are resized to that of the file.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from unmask.task import TaskConfig
 
 @dataclass(frozen=True)
 class AnnotatedImages:
-    """Images with their annotations. `rows`: rows of the source that are annotated."""
+    """Images with their annotations. rows: indices of the annotated images in the source."""
 
     source: Source
     classes: tuple[str, ...]
@@ -44,14 +44,14 @@ class AnnotatedImages:
 
     @property
     def place(self) -> str | None:
-        """Where masks or boxes are, to open them again."""
+        """Return the location of the segmentation masks; None for other tasks."""
         if isinstance(self.annotations, SegmentationMasks):
             return self.annotations.masks.location
         return None
 
     @property
     def labels(self) -> np.ndarray:
-        """(all rows,) the class of each image; where there are masks or boxes all are alike."""
+        """Return the class of each image of the source; zeros if the annotations are masks or boxes."""
         if self.annotations is not None or self.source.labels is None:
             return np.zeros(len(self.source), np.int64)
         return self.source.labels
@@ -59,11 +59,11 @@ class AnnotatedImages:
 
 @dataclass(frozen=True)
 class AnnotationOptions:
-    """Where annotations are and how they are read; options that do not fit the task are rejected.
+    """Location of the annotations and options for reading them. Options that do not fit the task are rejected.
 
-    path: of masks or boxes, None beside the images. split: the list of images in a VOC folder, for boxes. exclude:
-    patterns of names to leave out, for classes. ignored: ids in masks that are no class. mask_options: how else masks
-    are read. classes: names in order, where a model has them already; None finds them.
+    path: location of masks or boxes; None searches beside the images. split: list of images in a VOC folder, for boxes.
+    exclude: patterns of names to leave out, for classes. ignored: ids in masks to ignore. mask_options: other options
+    for reading masks. classes: class names of an existing model, in order; None reads them from the data.
     """
 
     path: str | None = None
@@ -83,10 +83,10 @@ def open_annotated(
     look: bool = True,
     console: Console | None = None,
 ) -> AnnotatedImages:
-    """Open images with the annotations that a task learns from.
+    """Open images with the annotations of a task.
 
-    only: the rows that are needed, None for all. look: read every mask, to report faults. Raises UserError where there
-    are no annotations, where they cannot be used, or for an option that would have no effect.
+    only: indices of the images that are needed, None for all. look: read every mask, to report faults. Raises UserError
+    for missing or invalid annotations, and for options that would have no effect.
     """
     options, kind = options or AnnotationOptions(), task_class(task).annotation
     if options.split is not None and kind != "boxes":
@@ -94,17 +94,18 @@ def open_annotated(
     if options.ignored and kind != "masks":
         raise ConfigError(f"got --ignore {options.ignored[0]}; only masks have ids to ignore; leave it out")
     if options.mask_options is not None and kind != "masks":
-        raise ConfigError("got --mask-values or --class-names, but only masks have ids; leave it out")
+        raise ConfigError("got --mask-values or --class-names; only masks have ids; leave it out")
     if kind == "classes":
         if options.path is not None:
             raise ConfigError(
-                "got --annotations; the classes of a classification are read from sub-folders; leave it out, or give "
-                "--task"
+                "got --annotations for --task classify, which reads classes from sub-folders; leave it out, or choose "
+                "another --task"
             )
         return _open_classes(data, options, console)
     if options.exclude or not isinstance(data, str):
         raise ConfigError(
-            f"got several DATA, or --exclude, for task {task}; they are for classes from sub-folders only"
+            f"got several DATA, or --exclude, for --task {task}; only classify accepts them; give one DATA without "
+            "--exclude"
         )
     if kind == "masks":
         maps = open_masks(
@@ -124,18 +125,18 @@ def open_annotated(
 def _open_classes(
     data: str | Sequence[str], options: AnnotationOptions, console: Console | None = None
 ) -> AnnotatedImages:
-    """Open images that each have the class of their sub-folder."""
+    """Open images whose classes are the names of their sub-folders."""
     source = require_labels(open_source(data, options.exclude), options.classes or ())
     if options.classes is not None:
         source = renumber_labels(source, options.classes, "the run")
         if console is not None and (absent := absent_classes(labels_of(source), options.classes)):
-            console.warn(f"{data} has no image of {absent}: those classes are not tested")
+            console.warn(f"{data} has no image of {absent}; these classes are not tested")
     require_classes(source.classes)
     return AnnotatedImages(source, tuple(source.classes), np.arange(len(source)))
 
 
 def annotations_of(task: str, data: str, annotations: str | None, annotated: AnnotatedImages) -> str | None:
-    """Where the annotations were found, so that a resumed run opens the same."""
+    """Return the location of the annotations, so that a resumed run opens the same."""
     if task_class(task).annotation == "boxes":
         return str(find_files(Path(data), None if annotations is None else Path(annotations))[1])
     return annotated.place
@@ -144,21 +145,23 @@ def annotations_of(task: str, data: str, annotations: str | None, annotated: Ann
 def split_rows(
     annotated: AnnotatedImages, shots: int | None, *, hold: bool, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(training rows, held-out rows): with `hold` a fifth is kept for tests.
+    """Return indices of (training images, test images). hold: hold out a fifth for the test.
 
-    shots: labels per class (masks, boxes: images), None for all. The same fifth and the same shots as in a probe with
-    this seed.
+    shots: labels per class (for masks and boxes: number of images), None for all. A probe with the same seed uses the
+    same fifth and the same shots.
     """
     labels, rows, held = annotated.labels, annotated.rows, np.zeros(0, np.int64)
     if hold:
         kept, left = hold_out(labels[rows], rows, seed, HOLD_OUT_FOR_TEST)
         rows, held = rows[kept], rows[left]
         if not len(held):
-            raise ConfigError(f"{annotated.source.name} has too few images to hold some out; give others with --test")
+            raise ConfigError(
+                f"{annotated.source.name} has too few images to hold out a fifth; give test images with --test"
+            )
     if shots is not None:
         if annotated.annotations is not None and not 0 < shots <= len(rows):
             raise ConfigError(
-                f"got --shots {shots}, and {len(rows)} annotated images to learn from; use 1 to {len(rows)}"
+                f"got --shots {shots}; expected 1 to {len(rows)}, the number of annotated training images"
             )
         names = annotated.classes if annotated.annotations is None else ("annotated images",)
         rows = few_shots(rows, labels[rows], names, shots, seed)
@@ -166,7 +169,7 @@ def split_rows(
 
 
 def options_of(config: Config, *, test: bool = False) -> AnnotationOptions:
-    """How a Run reads its annotations, or those of its other test images."""
+    """Return the annotation options of a run, or of its separate test images."""
     settings, data = config.method, config.data
     assert isinstance(settings, TaskConfig), "only supervised runs have annotations"
     return AnnotationOptions(
@@ -180,7 +183,7 @@ def options_of(config: Config, *, test: bool = False) -> AnnotationOptions:
 
 
 def reopen(config: Config, plan: Plan, source: Source, *, tests_only: bool = False) -> AnnotatedImages:
-    """Open the training images of a Run again, or those of them that it is tested on."""
+    """Open the annotated images of a run again. tests_only: only the held-out test images."""
     wanted = set(plan.test_rows)
     if not tests_only:
         wanted |= set(range(len(source))) - set(plan.excluded)
@@ -188,7 +191,7 @@ def reopen(config: Config, plan: Plan, source: Source, *, tests_only: bool = Fal
 
 
 def place_of_annotations(task: str, data: str, annotations: str | None) -> tuple[str, str]:
-    """Return (images, masks or boxes) of DATA for a segmentation or detection. Raises UserError if there are none."""
+    """Return the locations of (images, masks or boxes) in DATA. Raises UserError if there are none."""
     if task_class(task).annotation == "masks":
         images, masks, _ = find_folders(data, annotations)
         return images, masks
@@ -197,14 +200,14 @@ def place_of_annotations(task: str, data: str, annotations: str | None) -> tuple
 
 
 def masks_of(annotated: AnnotatedImages) -> Source | None:
-    """The files of masks that belong to the images; None where there are none."""
+    """Return the source of the mask files; None for other annotations."""
     return annotated.annotations.masks if isinstance(annotated.annotations, SegmentationMasks) else None
 
 
 def digest(annotated: AnnotatedImages, rows: np.ndarray, *, labels: bool = True) -> str:
-    """Return a digest of the images and of the annotations of these rows (of masks: names and sizes).
+    """Return a digest of the images and of the annotations of `rows` (of masks, only names and sizes).
 
-    labels: with the class labels of the images.
+    labels: include the class labels of the images.
     """
     found = blake2b("\n".join(annotated.classes).encode("utf-8", "surrogateescape"), digest_size=16)
     found.update(annotated.source.fingerprint().encode())

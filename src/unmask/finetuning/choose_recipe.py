@@ -1,4 +1,4 @@
-"""Choose the recipe of a fine-tuning by the task, the width of the encoder and the number of labels."""
+"""Choose a fine-tuning recipe by the task, the width of the encoder and the number of labels."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ from unmask.nn.vit import ViTConfig
 from unmask.recipes import catalogue
 
 FEW, SOME = 1_000, 10_000
-BASE, LARGE, HUGE = 700, 1_000, 1_200  # least width of an encoder of that class
+BASE, LARGE, HUGE = 700, 1_000, 1_200  # smallest width of these encoders
 
 
 def finetuning_recipes() -> list[str]:
-    """Return the names of the recipes that fine-tune."""
+    """Return the names of all fine-tuning recipes."""
     return [name for name, make in catalogue.all_recipes().items() if make().method.name in task_names()]
 
 
 def choose_recipe(task: str, encoder: ViTConfig, labelled: int, *, from_scratch: bool) -> tuple[str, str]:
-    """Return (recipe, why) by the task, the width of the encoder and the number of labelled images."""
+    """Return (recipe, reason) by the task, the width of the encoder and the number of labelled images."""
     if task == "linear_probe":
         return "linear_paper", "recipe linear_paper: MAE's linear probe"
     if task != "classify":
         name = f"{task}_{'base' if encoder.width >= BASE else 'nano'}"
-        return name, f"recipe {name}: an encoder {encoder.width} wide"
+        return name, f"recipe {name}: encoder of width {encoder.width}"
     amount = "few" if labelled <= FEW else "some" if labelled <= SOME else "nano"
     if encoder.width >= BASE and labelled > SOME:
         amount = "huge" if encoder.width >= HUGE else "large" if encoder.width >= LARGE else "base"
         amount = "large" if from_scratch and amount == "huge" else amount
     name = f"{'scratch' if from_scratch else 'finetune'}_{amount}"
-    return name, f"recipe {name}: an encoder {encoder.width} wide and {labelled} labelled images"
+    return name, f"recipe {name}: encoder of width {encoder.width} and {labelled} labelled images"

@@ -1,4 +1,4 @@
-"""The configuration of a supervised run: a recipe, the encoder of a Run and its images."""
+"""Build the configuration of a supervised run from a recipe, the encoder of a run, and the images."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from unmask.tasks import classify
 PLAIN = "classify"
 PLAIN_OPTIM = OptimConfig(base_lr=1e-3, betas=(0.9, 0.999), weight_decay=0.05, warmup=0.05)
 UNSETTABLE = {
-    "method.classes": "classes are found in the data; name them by sub-folders, in classes.txt or in the annotations",
-    "method.ignored": "it must be known when the masks are read; give --ignore ID",
-    "method.values": "it must be known when the masks are read; give --mask-values ID,ID",
-    "method.stored_pixels": "it is found out when the masks are read",
-    "data.mean": "the weights know their normalisation",
-    "data.std": "the weights know their normalisation",
+    "method.classes": "classes are read from the data; name them by sub-folders, in classes.txt or in the annotations",
+    "method.ignored": "it is needed before the masks are read; give --ignore ID",
+    "method.values": "it is needed before the masks are read; give --mask-values ID,ID",
+    "method.stored_pixels": "it is detected when the masks are read; leave it out",
+    "data.mean": "the normalisation belongs to the weights; leave it out",
+    "data.std": "the normalisation belongs to the weights; leave it out",
 }
 
 
@@ -42,8 +42,9 @@ def finetuning_config(
 ) -> Config:
     """Return the configuration of a supervised run with the encoder and images of `pretrained`, without weights.
 
-    recipe: of `recipes/fine_tuning.py`; PLAIN has the length of `pretrained`. ignored: ids in masks that are no class.
-    Raises ConfigError for an encoder that is no plain vision transformer, or a recipe that does not fine-tune.
+    recipe: name from `recipes/fine_tuning.py`, or PLAIN, which trains for as long as `pretrained`. ignored: ids in
+    masks to ignore. Raises ConfigError if the encoder is not a vision transformer, or the recipe is not for
+    fine-tuning.
     """
     encoder = pretrained.method.encoder
     if not isinstance(encoder, ViTConfig):
@@ -57,8 +58,8 @@ def finetuning_config(
     found = catalogue.find(recipe)
     if found.method.name not in task_names():
         raise ConfigError(
-            f"recipe {recipe} pre-trains without labels; choose one of {', '.join(finetuning_recipes())}, or leave "
-            "--recipe out"
+            f"got recipe {recipe}, which pre-trains without labels; choose one of {', '.join(finetuning_recipes())}, "
+            "or leave --recipe out"
         )
     crop = crop_for(found.data.crop, pretrained.data.size, found.data.size)
     data = pretrained.data.model_copy(update={"crop": crop})
@@ -67,7 +68,7 @@ def finetuning_config(
 
 
 def require_settable(asked: Mapping[str, Any]) -> None:
-    """Raise ConfigError for settings KEY=VALUE that a fine-tuning decides by itself, or that would have no effect."""
+    """Raise ConfigError for settings KEY=VALUE that fine-tuning determines itself, or that would have no effect."""
     for key, why in UNSETTABLE.items():
         if key in asked:
             raise ConfigError(f"{key} cannot be set: {why}")
@@ -76,18 +77,18 @@ def require_settable(asked: Mapping[str, Any]) -> None:
 
 
 def enlarged(config: Config, median: tuple[int, int], most: tuple[int, int], console: Console) -> Config:
-    """Return the configuration with a larger image size, where that of the pre-training is too small for the task."""
+    """Return the configuration with a larger image size if that of the pre-training is too small for the task."""
     size, own = dense_size(config, median, most), config.data.size
     if size == own:
         return config
     larger = config.model_copy(update={"data": config.data.model_copy(update={"size": size})})
     try:
         resolve.require_method(larger)
-    except UserError:  # the task needs other sizes than whole patches
+    except UserError:  # the task cannot use this size
         return config
     console.print(
-        f"size {size[0]} x {size[1]}: the encoder was pre-trained at {own[0]} x {own[1]}, which is small for what is "
-        f"learnt from these images; --set data.size=[{own[0]},{own[1]}] keeps it"
+        f"size {size[0]} x {size[1]}: the encoder was pre-trained at {own[0]} x {own[1]}, which is small for this task "
+        f"and these images; --set data.size=[{own[0]},{own[1]}] keeps it"
     )
     return larger
 
@@ -95,13 +96,13 @@ def enlarged(config: Config, median: tuple[int, int], most: tuple[int, int], con
 def config_from_run(
     run: Run, classes: Sequence[str], recipe: str = PLAIN, *, ignored: Sequence[int] = (), from_scratch: bool = False
 ) -> Config:
-    """Return `finetuning_config` for a Run, with its newest weights, image size and normalisation."""
+    """Return `finetuning_config` for a run, with its newest weights, image size and normalisation."""
     step, _ = checkpoint.load_model(run)
     plan = read_plan(run)
     config, spec = finetuning_config(read_config(run), classes, recipe, ignored=ignored), plan.images
     data: dict[str, Any] = {"size": spec.size, "channels": spec.channels, "mean": spec.mean, "std": spec.std}
     data |= config.data.as_settled(plan.reading)
-    if config.data.pages == "samples":  # labels belong to files
+    if config.data.pages == "samples":  # labels belong to files, not to pages
         data["pages"] = "first"
     none = dict.fromkeys(("test", "annotations", "test_annotations", "test_split"))
     taken = Graft(run=str(run.path.absolute()), source="encoder.", target="encoder.", step=step)
@@ -113,7 +114,7 @@ def config_from_run(
 
 
 def steps_like(other: str | Path | None, settings: Sequence[str], budget: Budget | None) -> list[str]:
-    """Return steps and batch size of another Run as settings. Raises ConfigError where they were also set."""
+    """Return the steps and batch size of another run as settings. Raises ConfigError if they were also set."""
     if other is None:
         return []
     plan, asked = read_plan(Run.open(other)), parse(settings)
@@ -125,10 +126,10 @@ def steps_like(other: str | Path | None, settings: Sequence[str], budget: Budget
 
 
 def with_masks(config: Config, annotated: AnnotatedImages) -> Config:
-    """Return the configuration with how the masks were read, so that a resumed run reads them alike."""
+    """Return the configuration with the options with which the masks were read, for resuming."""
     if not isinstance(maps := annotated.annotations, SegmentationMasks):
         return config
     changes: dict[str, Any] = {"stored_pixels": maps.stored}
-    if maps.values:  # 255 may be one of them, and is not ignored then
+    if maps.values:  # 255 may be one of them; then it is not ignored
         changes |= {"values": maps.values, "ignored": maps.ignored}
     return config.model_copy(update={"method": config.method.model_copy(update=changes)})

@@ -1,4 +1,4 @@
-"""The result of a supervised run: its last weights on its test images."""
+"""Test the last weights of a supervised run on its test images."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from unmask.run import Run, RunError
 
 
 def measure_run(run: Run, *, console: Console | None = None) -> FinetuneResult:
-    """Measure the last weights on the test images, with a 95 % interval; store the result in `SCORE` and return it."""
+    """Test the last weights, with a 95 % interval; write the result to `SCORE` and return it."""
     console = console or Console()
     loaded = load(run.path, device=choose_device(read_plan(run).device))
     data, settings = loaded.config.data, loaded.config.method
@@ -61,11 +61,11 @@ def measure_run(run: Run, *, console: Console | None = None) -> FinetuneResult:
 
 
 def tests_during_training(run: Run, headline: str, console: Console) -> list[dict[str, Any]]:
-    """Return the rows of metrics.jsonl with this test metric; [] and a warning where the file is damaged."""
+    """Return the rows of metrics.jsonl with this test metric. Warns and returns [] if the file is damaged."""
     try:
         return [row for row in run.metrics() if f"test_{headline}" in row]
     except RunError as error:
-        console.warn(f"the best test during training is not known: {error}")
+        console.warn(f"the best test during training is unknown: {error}")
         return []
 
 

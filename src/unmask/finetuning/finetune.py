@@ -1,13 +1,12 @@
-"""`unmask finetune RUN DATA`: learn classes, masks or boxes from a pre-trained encoder, or from scratch as its control.
+"""`unmask finetune RUN DATA`: train a pre-trained encoder, or random weights as control, on classes, masks or boxes.
 
-Test images are kept out of the training (`plan.test_rows`, or other images, `data.test`). The run is tested ten times
-while it trains; its result, `evals/fine-tuned.json`, is that of the last weights. The best test is stored beside it:
-papers report that number, and it is optimistic, because the test images chose it. With a moving average of the weights,
-its last test is stored too.
+Test images are held out (`plan.test_rows`), or are a separate set (`data.test`). The run is tested ten times during
+training. Its result, `evals/fine-tuned.json`, is the test of the last weights. The best test is stored too: papers
+report it, but it is optimistic, because it was chosen on the test images. If the weights have a moving average, the
+last test of the average is stored as well.
 
-The training settings are a recipe (`recipes/fine_tuning.py`); the encoder, the size of its images and their
-normalisation come from the Run (`configure.py`); what is learnt from is in `annotated.py`. `unmask ablate fig9` uses a
-plain recipe of its own.
+The training settings are a recipe (`recipes/fine_tuning.py`). The encoder, image size and normalisation are those of
+the run (`configure.py`). Annotations are opened by `annotated.py`. `unmask ablate fig9` uses its own plain recipe.
 """
 
 from __future__ import annotations
@@ -65,15 +64,15 @@ from unmask.system.processes import reject_several_processes
 
 @dataclass(frozen=True)
 class FinetuneOptions:
-    """What is learnt, from which part of the data, and how.
+    """Options of a fine-tuning.
 
-    task: a file of `tasks/`. exclude: patterns of names to leave out, for classes. annotations: where masks or boxes
-    are, None beside the images; split: the list of images in a VOC folder. test: other test images, None holds a fifth
-    of the data out; test_annotations and test_split belong to them. ignored: ids in masks that are no class;
-    mask_options: how else masks are read. shots: labels per class (masks, boxes: images), None for all. recipe: of
-    `recipes/fine_tuning.py`, "auto" chooses. last_blocks: how many of the encoder's last blocks are trained, None as in
-    the recipe. from_scratch: random initial weights instead of those of the Run. steps_of: a Run whose number of steps
-    and batch size are used. settings: KEY=VALUE.
+    task: name of a file of `tasks/`. exclude: patterns of names to leave out, for classes. annotations: location of
+    masks or boxes; None searches beside the images. split: list of images in a VOC folder. test: separate test images;
+    None holds out a fifth of the data. test_annotations, test_split: the same for the separate test images. ignored:
+    ids in masks to ignore. mask_options: other options for reading masks. shots: labels per class (for masks and boxes:
+    number of images), None for all. recipe: name from `recipes/fine_tuning.py`, or "auto". last_blocks: number of last
+    blocks of the encoder to train; None as in the recipe. from_scratch: start from random weights. steps_of: run whose
+    number of steps and batch size are used. settings: KEY=VALUE.
     """
 
     task: str = "classify"
@@ -93,22 +92,23 @@ class FinetuneOptions:
     settings: Sequence[str] = ()
 
     def annotation_options(self) -> AnnotationOptions:
-        """How the annotations of DATA are opened."""
+        """Return the options for opening the annotations of the training images."""
         return AnnotationOptions(
             self.annotations, self.split, tuple(self.exclude), tuple(self.ignored), self.mask_options
         )
 
     def test_annotation_options(self, classes: Sequence[str]) -> AnnotationOptions:
-        """How the annotations of other test images are opened."""
+        """Return the options for opening the annotations of separate test images."""
         masks = None if self.mask_options is None else replace(self.mask_options, names=None)
         return AnnotationOptions(self.test_annotations, self.test_split, (), tuple(self.ignored), masks, tuple(classes))
 
 
 @dataclass(frozen=True)
 class Examples:
-    """The images of a fine-tuning. train, held_out: rows of `annotated`; `test`: other images, None for those held out.
+    """The training and test images of a fine-tuning.
 
-    shared: names of test images that are also training images, byte for byte.
+    train, held_out: indices in `annotated`. test: separate test images, or None. shared: names of test images that are
+    byte-identical to training images.
     """
 
     annotated: AnnotatedImages
@@ -137,9 +137,9 @@ def finetune(
     budget: float | str | Budget | None = None,
     console: Console | None = None,
 ) -> Run:
-    """Train a task on annotated images from the encoder of `from_run`; return its Run, whose status says how it ended.
+    """Train the encoder of `from_run` on a task with annotated images; return the new run, finished or stopped.
 
-    out: a new folder; made up when None. budget: seconds, or a time such as "30m". A stopped run continues with
+    out: a new folder; None chooses a name. budget: seconds, or a time such as "30m". A stopped run continues with
     `resume`. Raises UserError for invalid input.
     """
     options, console, budget = options or FinetuneOptions(), console or Console(), as_budget(budget)
@@ -148,10 +148,10 @@ def finetune(
     settings = checked_settings(options, budget, console)
     reject_several_processes()
     run = Run.open(from_run)
-    finetuning_config(read_config(run), ("one", "other"))  # rejects an encoder without blocks before anything is read
+    finetuning_config(read_config(run), ("one", "other"))  # rejects unsupported encoders before images are read
     examples = open_examples(data, options, console)
     source = examples.annotated.source
-    recipe, why = options.recipe, f"recipe {options.recipe}: asked for"
+    recipe, why = options.recipe, f"recipe {options.recipe}: as requested"
     if recipe == "auto":
         pretrained: Any = read_config(run).method
         recipe, why = choose_recipe(
@@ -184,15 +184,15 @@ def finetune(
 
 
 def checked_settings(options: FinetuneOptions, budget: Budget | None, console: Console) -> list[str]:
-    """Return the settings KEY=VALUE that the options imply, before any image is opened. Raises ConfigError."""
+    """Return the settings KEY=VALUE that the options imply. Reads no images. Raises ConfigError."""
     task_class(options.task)  # rejects an unknown task
     if options.test is None and (options.test_annotations is not None or options.test_split is not None):
-        raise ConfigError("got --test-annotations or --test-split without --test; give the test images too")
+        raise ConfigError("got --test-annotations or --test-split without --test; give --test too")
     settings = [*options.settings, *steps_like(options.steps_of, options.settings, budget)]
     if options.from_scratch and budget is not None:
         console.warn(
-            "with a time budget a run from scratch may take another number of steps than the one it is compared with; "
-            "--steps-of RUN instead of --budget gives it as many"
+            "with a time budget, a run from scratch may train for another number of steps than the run it is compared "
+            "with; use --steps-of RUN instead of --budget for the same number"
         )
     require_settable(parse(settings))
     if options.last_blocks is not None:
@@ -203,7 +203,7 @@ def checked_settings(options: FinetuneOptions, budget: Budget | None, console: C
 
 
 def open_examples(data: str, options: FinetuneOptions, console: Console) -> Examples:
-    """Open the training and test images with their annotations. Raises UserError where they cannot be used."""
+    """Open the training and test images with their annotations. Raises UserError if they cannot be used."""
     annotated = open_annotated(options.task, data, options.annotation_options(), console=console)
     train, held_out = split_rows(annotated, options.shots, hold=options.test is None)
     if options.test is None:
@@ -214,8 +214,8 @@ def open_examples(data: str, options: FinetuneOptions, console: Console) -> Exam
     shared = shared_files(annotated.source, train, test.source, test.rows)
     if len(shared) == len(test.rows):
         raise ConfigError(
-            f"all {len(shared)} test images are also training images; give others, or leave --test out to hold a "
-            "fifth out"
+            f"all {len(shared)} test images are also training images; give others, or leave --test out to hold out a "
+            "fifth"
         )
     return Examples(annotated, train, held_out, test, shared)
 
@@ -223,12 +223,12 @@ def open_examples(data: str, options: FinetuneOptions, console: Console) -> Exam
 def configure(
     run: Run, examples: Examples, options: FinetuneOptions, budget: Budget | None, console: Console
 ) -> tuple[Config, Scan]:
-    """Return configuration and scan of the new Run. Raises ConfigError for what cannot be trained."""
+    """Return the configuration of the new run and the scan of its images. Raises ConfigError if they do not fit."""
     annotated, recipe, task = examples.annotated, options.recipe, options.task
     config = config_from_run(run, annotated.classes, recipe, ignored=options.ignored, from_scratch=options.from_scratch)
     if config.method.name != task:
         raise ConfigError(
-            f"got recipe {recipe}, which is for --task {config.method.name}, and --task {task}; change one"
+            f"got --task {task} and recipe {recipe}, which is for --task {config.method.name}; change one of them"
         )
     config = resolve.resolve_config(
         with_masks(config, annotated), list(options.settings), budget=budget, source=annotated.source
@@ -250,17 +250,17 @@ def configure(
 
 
 def reasons_for(examples: Examples, data: str, options: FinetuneOptions, console: Console) -> list[str]:
-    """Return sentences for the plan: training images, test images, and what makes the result doubtful."""
+    """Return sentences for the plan: training images, test images, and what limits the result."""
     annotated, shots = examples.annotated, options.shots
     per = "in all" if annotated.annotations is not None else "of each class"
     reasons = [
-        f"{len(examples.train)} images of {len(annotated.classes)} classes to learn from"
+        f"{len(examples.train)} training images of {len(annotated.classes)} classes"
         + ("" if shots is None else f", {shots} {per}"),
-        f"{examples.num_test} images to be tested on: {options.test or f'a held-out fifth of {data}'}",
+        f"{examples.num_test} test images: {options.test or f'a held-out fifth of {data}'}",
     ]
     if options.last_blocks is not None:
         reasons.append(
-            f"the last {options.last_blocks:g} blocks and the head are trained, everything below them is frozen"
+            f"the last {options.last_blocks:g} blocks and the head are trained, all other weights are frozen"
         )
     if shared := examples.shared:
         optimistic = f"{len(shared)} test images are also training images, byte for byte: the result is optimistic"
@@ -270,7 +270,7 @@ def reasons_for(examples: Examples, data: str, options: FinetuneOptions, console
 
 
 def report_annotations(annotated: AnnotatedImages, config: Config, console: Console) -> None:
-    """Report what the masks or boxes hold, and what the training size means for them."""
+    """Report statistics of the masks or boxes, and the effect of the training size on masks."""
     if annotated.annotations is None:
         return
     notes = annotated.annotations.notes
@@ -289,9 +289,9 @@ def resume(
     places: changed_data.DataLocations | None = None,
     console: Console | None = None,
 ) -> Run:
-    """Continue a supervised Run exactly where it stopped; as `pretrain.resume`.
+    """Continue a supervised run exactly where it stopped, like `pretrain.resume`.
 
-    places: where its images, test images and annotations are now, if they have moved.
+    places: new locations of its images, test images and annotations, if they have moved.
     """
     console = console or Console()
     if places is not None:
@@ -309,13 +309,13 @@ def resume(
 
 
 def moved_places(config: Config, places: changed_data.DataLocations) -> changed_data.DataLocations:
-    """Find masks or boxes beside images that have moved, unless their place is given. Raises UserError."""
+    """Find masks or boxes beside images that have moved, unless their location is given. Raises UserError."""
     task, before = config.method.name, config.data.annotations
     if not places.data or task_class(task).annotation == "classes":
         return places
     first, *more = places.data
     if more:
-        raise ConfigError(f"got {len(places.data)} DATA; a run of task {task} has one")
+        raise ConfigError(f"got {len(places.data)} values of --data; expected one for a run of task {task}")
     try:
         images, found = place_of_annotations(task, first, places.annotations)
     except UserError:
@@ -326,13 +326,13 @@ def moved_places(config: Config, places: changed_data.DataLocations) -> changed_
 
 
 def supervise(run: Run, config: Config, plan: Plan, source: Source, *, console: Console) -> Supervision:
-    """Open the annotations and the tests of a run that starts or resumes. Raises DataError when they have changed."""
+    """Open the annotations and test images of a run that starts or resumes. Raises DataError if they have changed."""
     annotated = reopen(config, plan, source)
     test_set = open_test_set(config, plan, annotated, console)
     wanted = np.setdiff1d(np.arange(len(source)), np.setdiff1d(plan.excluded, plan.test_rows)).astype(np.int64)
     known = [
         digest(annotated, wanted, labels=labels) + ("" if config.data.test is None else test_set.digest(labels=labels))
-        for labels in (True, False)  # earlier versions left the labels of images out
+        for labels in (True, False)  # earlier versions did not include the class labels
     ]
     if plan.taught and plan.taught not in known:
         raise training_data.DataError(

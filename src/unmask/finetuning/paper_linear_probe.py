@@ -1,4 +1,4 @@
-"""MAE's linear probe by the paper's protocol: a training of a linear head (He et al. 2021, Table 10)."""
+"""Run MAE's linear probe by the paper's protocol, which trains a linear head (He et al. 2021, Table 10)."""
 
 from __future__ import annotations
 
@@ -35,11 +35,12 @@ def paper_linear(
     settings: Sequence[str] = (),
     console: Console | None = None,
 ) -> ProbeResult:
-    """MAE's linear probe by its own protocol (`tasks/linear_probe.py`); what `evals/probe-paper-linear-*.json` holds.
+    """Train MAE's linear probe (`tasks/linear_probe.py`); return the result, also `evals/probe-paper-linear-*.json`.
 
-    It is a training, in a Run of its own inside `from_run`. The batch of 16384 is for data sets as large as ImageNet;
-    of a smaller one it is the power of two at or below an eighth of its images, and the peak learning rate stays 6.4:
-    by LARS a step moves a matrix by a share of its norm, and at the rate of a small batch nothing would be learnt.
+    The probe is trained in its own run inside `from_run`. The paper's batch size of 16384 suits data sets as large as
+    ImageNet. For smaller ones, it is the power of two at or below an eighth of the images, and the peak learning rate
+    stays 6.4: with LARS, a step moves a matrix by a share of its norm, so a learning rate scaled to the small batch
+    would be too small to learn.
     """
     reject_several_processes()
     console = console or Console()
@@ -51,28 +52,30 @@ def paper_linear(
     if "train.batch_size" not in parse(settings) and len(rows) < 8 * PAPER_BATCH:
         batch = 2 ** int(math.log2(max(16, len(rows) // 8)))
         settings.append(f"train.batch_size={batch}")
-        rate = "the rate that was set"
+        rate = "the given learning rate"
         if "optim.base_lr" not in parse(settings):
             settings.append(f"optim.base_lr={PAPER_PEAK * 256 / batch}")
-            rate = f"the paper's peak rate of {PAPER_PEAK}"
+            rate = f"the paper's peak learning rate of {PAPER_PEAK}"
         console.print(
-            f"a batch of {batch} at {rate}: the paper's batch of {PAPER_BATCH} is for data sets larger than these "
-            f"{len(rows)} images"
+            f"batch size {batch} with {rate}: the paper's batch size of {PAPER_BATCH} is too large for {len(rows)} "
+            "images"
         )
     place = free_path(outer.path / name)
     options = FinetuneOptions(task=PROBE, test=test, shots=shots, recipe="linear_paper", settings=settings)
     run = finetune(outer.path, data, options, out=place, console=console)
     if not run.finished:
-        raise ConfigError(f"the probe was stopped; finish it with `unmask resume {run.path}`, its result is kept there")
+        raise ConfigError(
+            f"the probe was stopped; finish it with `unmask resume {run.path}`, which stores the result in that folder"
+        )
     result = _result(run, checkpoint.newest_step(outer), shots)
     outer.write(f"evals/probe-{run.path.name}.json", to_json(result))
     return result
 
 
 def _result(run: Run, step: int | None, shots: int | None) -> ProbeResult:
-    """Return the score of the trained head as the result of a probe. step: of the checkpoint that was probed."""
+    """Return the score of the trained head as a probe result. step: of the probed checkpoint."""
     found, plan = read_score(run), read_plan(run)
-    assert found is not None, "a finished run is tested"
+    assert found is not None, "a finished run has a test result"
     row = FeatureScore(
         features=PRETRAINED, pool="cls", value=found.value, low=found.low, high=found.high, total=found.test_images,
         correct=found.correct,
@@ -97,5 +100,5 @@ def _result(run: Run, step: int | None, shots: int | None) -> ProbeResult:
             f"10), {plan.epochs:.4g} epochs ({plan.steps} steps) of batch {plan.batch_size} at a peak rate of "
             f"{plan.peak_lr:.3g}."
         ),
-        verdict="Whether pre-training helped is not known from this, without controls: use --kind linear --controls.",
+        verdict="This probe has no controls: to see whether pre-training helped, use --kind linear --controls.",
     )

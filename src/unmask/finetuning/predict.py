@@ -1,7 +1,7 @@
 """`unmask predict RUN IMAGES --out`: predict classes, masks or boxes of images with a fine-tuned Run.
 
-Images are prepared as in the tests, with nothing random. Files that cannot be read are reported and skipped. What is
-written, and how, is in `prediction_files.py`.
+Images are prepared as in the tests, without random augmentation. Files that cannot be read are reported and skipped.
+The output formats are in `prediction_files.py`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ MOST_NAMED = 6
 
 @dataclass(frozen=True)
 class PredictOptions:
-    """step: of the checkpoint, None for the newest. device: "auto", "cpu", "cuda" ... min_score: of boxes."""
+    """step: of the checkpoint, None for the newest. device: "auto", "cpu", "cuda" ... min_score: smallest box score."""
 
     step: int | None = None
     device: str = "auto"
@@ -47,14 +47,14 @@ def predict(
 ) -> dict[str, Any]:
     """Write predictions for all images to `out`; return the summary that --json prints.
 
-    Raises UserError for a Run that has not been fine-tuned, or an `out` that does not fit its task.
+    Raises UserError if the run has not been fine-tuned, or if `out` does not fit its task.
     """
     options, console = options or PredictOptions(), console or Console()
     loaded = load(run, device=choose_device(options.device), step=options.step)
     task = loaded.method
     if not isinstance(task, Task):
         raise UserError(
-            f"{run} is a run of {loaded.config.method.name}, which does not predict; fine-tune it first: unmask "
+            f"got {run}, a run of {loaded.config.method.name}; expected a fine-tuned run; fine-tune it first: unmask "
             f"finetune {run} DATA"
         )
     writer = WRITERS[task.annotation]
@@ -73,14 +73,14 @@ def predict(
     console.print(f"{out}: {done} images: {counts}")
     if task.annotation == "boxes" and options.min_score == LEAST_SCORE:
         console.print(
-            f"  all boxes down to a score of {LEAST_SCORE}, as average precision needs them; for the surest give "
-            "--min-score 0.3"
+            f"  includes all boxes with a score of at least {LEAST_SCORE}, as average precision needs them; "
+            "--min-score 0.3 drops uncertain ones"
         )
     return {"out": str(out), "images": done, "left_out": len(source) - done, "classes": found}
 
 
 def require_score(task: Task[Any, Any], least: float) -> None:
-    """Raise UserError for a score that has no meaning."""
+    """Raise UserError if --min-score does not fit the task or is out of range."""
     if least != LEAST_SCORE and task.annotation != "boxes":
         raise UserError(f"got --min-score {least:g}; only boxes have scores; leave it out")
     if not LEAST_SCORE <= least <= 1:
@@ -90,7 +90,7 @@ def require_score(task: Task[Any, Any], least: float) -> None:
 def predictions(
     loaded: Loaded, task: Task[Any, Any], source: Source, console: Console, bar: Bar | None
 ) -> Iterator[Predicted]:
-    """Predict each image that can be read, in the pixels of its file, in order."""
+    """Yield predictions for all readable images in order, in pixel coordinates of the files."""
     rows = np.arange(len(source))
     plan, crop = loaded.plan, loaded.config.data.crop
     whole = task.whole_images()
@@ -105,13 +105,14 @@ def predictions(
 
 
 def names_of(task: Task[Any, Any]) -> list[str]:
-    """The class names, safe to write anywhere; equal names (ImageNet's two cranes) get their number appended."""
+    """Return class names that are safe in files. The class number is appended to duplicates, such as ImageNet's
+    "crane"."""
     names = [class_name(name) for name in task.classes]
     return [name if names.count(name) == 1 else f"{name} ({number})" for number, name in enumerate(names)]
 
 
 def size_of(source: Source, row: int) -> tuple[int, int] | None:
-    """(H, W) of an image file; None where it can no longer be read, though it could a moment ago."""
+    """Return (H, W) of an image file; None if it has become unreadable."""
     try:
         header = decode.header(source.read(row), source.reading)
     except BadImage:

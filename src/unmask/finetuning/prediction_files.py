@@ -1,11 +1,12 @@
 """Write predictions to files: a table of classes, a folder of masks, or boxes in COCO's format.
 
-A writer is chosen by what a task predicts (`Task.annotation`). Table: `path`, `class`, `probability` of that class and
-of every class, as .csv, .json or .parquet; in .csv a text that a spreadsheet would run as a formula is marked with an
-apostrophe (`data/csv_cells.py`). Masks: a palette PNG of the image's own size per image, whose stored numbers are the
-ids of the training masks, and `classes.txt`; where a mask cannot have its image's name (`data/safe_names.py`),
-`files.json` maps images to masks. Boxes: COCO's `images`, `categories` and `annotations` with a `score`, in pixels of
-the file.
+The task determines the writer (`Task.annotation`):
+
+- classes: a table with `path`, `class`, `probability` of that class, and the probability of every class, as .csv, .json
+  or .parquet. In .csv, texts that a spreadsheet would run as a formula get an apostrophe (`data/files/csv_cells.py`).
+- masks: one palette PNG per image in the size of the image, with the ids of the training masks, and `classes.txt`. If
+  file names had to change (`data/files/safe_names.py`), `files.json` maps images to masks.
+- boxes: COCO's `images`, `categories` and `annotations` with a `score`, in pixels of the file.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ FILES_FILE = "files.json"
 
 
 class Predicted(NamedTuple):
-    """One image of the source: its row, its name, (H, W) of its file, and what was predicted."""
+    """Prediction for one image. row, name: in the source. size: (H, W) of the file."""
 
     row: int
     name: str
@@ -47,7 +48,7 @@ class Predicted(NamedTuple):
 
 
 class Written(NamedTuple):
-    """How many images were written, and how many of them, of pixels or of boxes each class has."""
+    """Number of images written, and number of images, pixels or boxes of each class."""
 
     images: int
     classes: dict[str, int]
@@ -55,9 +56,9 @@ class Written(NamedTuple):
 
 @dataclass(frozen=True)
 class PredictionFile:
-    """Where predictions go: `out`, the names of the classes, and the settings of the task that predicts.
+    """Output of predictions. classes: their names. settings: those of the task.
 
-    images: the names of all images of the source. min_score: of a box, below which it is left out.
+    images: names of all images of the source. min_score: boxes with a smaller score are left out.
     """
 
     out: Path
@@ -68,20 +69,20 @@ class PredictionFile:
 
 
 class Writer(Protocol):
-    """One form of predictions. unit: what the counts of classes are of. folder: whether `out` is one."""
+    """An output format. unit: what the class counts refer to, in words. folder: whether `out` is a folder."""
 
     unit: ClassVar[str]
     folder: ClassVar[bool]
     endings: ClassVar[tuple[str, ...]]
 
     def write(self, file: PredictionFile, predictions: Iterable[Predicted]) -> Written:
-        """Write all of them; a file under its final name is always whole."""
+        """Write all predictions. Files are written atomically."""
         ...
 
 
 @dataclass(frozen=True)
 class ClassTable:
-    """A row per image; see the module docstring. A prediction is (K,) probabilities."""
+    """Writes a table with one row per image. A prediction is (K,) probabilities."""
 
     unit: ClassVar[str] = ""
     folder: ClassVar[bool] = False
@@ -101,7 +102,7 @@ class ClassTable:
 
 @dataclass(frozen=True)
 class MaskFolder:
-    """A PNG per image; see the module docstring. A prediction is (H, W) class numbers."""
+    """Writes one PNG per image. A prediction is (H, W) class numbers."""
 
     unit: ClassVar[str] = "pixels of "
     folder: ClassVar[bool] = True
@@ -110,7 +111,7 @@ class MaskFolder:
     def write(self, file: PredictionFile, predictions: Iterable[Predicted]) -> Written:
         names = file.classes
         numbers = list(file.settings["values"] or first_ids(len(names), file.settings["ignored"]))
-        ids = np.array(numbers, np.uint8 if max(numbers) < 256 else np.uint16)  # beyond a byte there is no palette
+        ids = np.array(numbers, np.uint8 if max(numbers) < 256 else np.uint16)  # 16-bit PNGs have no palette
         palette = mask_palette(ids)
         done, counts = 0, np.zeros(len(names), np.int64)
         places = safe_names(file.images, ".png")
@@ -136,7 +137,7 @@ class MaskFolder:
 
 @dataclass(frozen=True)
 class BoxFile:
-    """COCO's JSON; see the module docstring. A prediction is `tasks.detect.Found`, best first."""
+    """Writes COCO's JSON. A prediction is `tasks.detect.Found`, with the best box first."""
 
     unit: ClassVar[str] = "boxes of "
     folder: ClassVar[bool] = False
@@ -166,21 +167,21 @@ WRITERS: dict[Annotation, Writer] = {"classes": ClassTable(), "masks": MaskFolde
 
 
 def mask_palette(ids: np.ndarray) -> bytes:
-    """RGB of every number that a PNG can hold: a colour for each class id, black for the others."""
+    """Return a PNG palette as RGB bytes: a colour for each class id, black for other numbers."""
     palette = np.zeros((max(256, int(ids.max()) + 1), 3), np.uint8)
     palette[ids] = (255 * colour_table(len(ids)).numpy()).round().astype(np.uint8)
     return palette.tobytes()
 
 
 def _plain(name: str, file: str) -> bool:
-    """Whether a mask has its image's name, but for the ending."""
+    """Whether a mask file has the name of its image, except for the ending."""
     return name.rpartition(".")[0] + ".png" == file or name + ".png" == file
 
 
 def require_out(out: Path, writer: Writer) -> None:
-    """Raise UserError where `out` does not fit the predictions or cannot be written to.
+    """Raise UserError if `out` does not fit the predictions or cannot be written to.
 
-    Called before any image is read, which may take hours.
+    Called before images are read, which may take hours.
     """
     if not writer.folder and out.suffix not in writer.endings:
         raise UserError(
@@ -189,12 +190,14 @@ def require_out(out: Path, writer: Writer) -> None:
     if writer.folder and out.suffix in (*TABLES, ".png"):
         raise UserError(f"got output {out}; expected the name of a folder for the masks; choose another --out")
     if writer.folder and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"output folder {out} is not empty; name a new folder for the masks")
+        raise UserError(
+            f"got output folder {out}, which is not empty; expected a new folder for the masks; choose another --out"
+        )
     parent = out.resolve().parent
     if not parent.is_dir():
-        raise UserError(f"the folder {parent} does not exist; make it first, or choose another --out")
+        raise UserError(f"the folder {parent} does not exist; create it, or choose another --out")
     if not writer.folder and out.is_dir():
-        raise UserError(f"output file {out} is a folder; name a file in it")
+        raise UserError(f"got output file {out}, which is a folder; give the name of a file in it")
     try:
         if writer.folder:
             out.mkdir(exist_ok=True)
@@ -205,7 +208,7 @@ def require_out(out: Path, writer: Writer) -> None:
 
 
 def write_rows(out: Path, rows: list[dict[str, Any]]) -> None:
-    """Write a table in the format of the file name; a file under its final name is always whole."""
+    """Write a table atomically, in the format of the file ending."""
     if out.suffix == ".json":
         content = json.dumps(rows, indent=1).encode()
     elif out.suffix == ".csv":

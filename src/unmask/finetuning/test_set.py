@@ -1,4 +1,4 @@
-"""The test images of a supervised run, and the measurement of its method on them."""
+"""Test images of a supervised run, and the evaluation of its method on them."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from unmask.metrics.measurement import Measurement
 from unmask.task import Task
 
 TRIAL_IMAGES = (4, 16)
-LONG_TESTS = 10.0  # seconds, below which no warning is given
+LONG_TESTS = 10.0  # seconds; shorter tests cause no warning
 
 
 def shared_files(train: Source, train_rows: np.ndarray, test: Source, test_rows: np.ndarray) -> list[str]:
-    """Names of the test images that are byte for byte also training images: only files of equal size are read."""
+    """Return names of test images that are byte-identical to a training image. Reads only files of equal size."""
     both = np.intersect1d(train.sizes[train_rows], test.sizes[test_rows])
 
     def digests(source: Source, rows: np.ndarray) -> dict[int, bytes]:
@@ -47,9 +47,10 @@ def shared_files(train: Source, train_rows: np.ndarray, test: Source, test_rows:
 
 @dataclass
 class TestSet:
-    """The test images of a run: `rows` of `images`, with the annotations they are compared with.
+    """The test images of a run, which are `rows` of `images`, with their annotations.
 
-    opened: when, on the clock of `time_budget.now`. spent: seconds of tests since. warned: that they take long.
+    opened: time of creation, on the clock of `time_budget.now`. spent: seconds of tests since. warned: whether the
+    warning about long tests was printed.
     """
 
     images: ReadableImages
@@ -62,17 +63,17 @@ class TestSet:
     warned: bool = False
 
     def digest(self, *, labels: bool = True) -> str:
-        """`digest` of the test images."""
+        """Return a digest of the test images and their annotations."""
         return digest(self.annotated, self.rows, labels=labels)
 
     def __call__(self, method: Method) -> dict[str, float]:
-        """Return the headline metrics; warn when tests have taken longer than the training so far."""
+        """Return the headline metrics. Warns once if tests have taken longer than the training so far."""
         began = now()
         training = began - self.opened - self.spent
         if self.spent > max(training, LONG_TESTS) and not self.warned:
             self.warned = True
             self.console.warn(
-                f"tests on {len(self.rows)} images took {duration(self.spent)}, the training between them "
+                f"tests on {len(self.rows)} images took {duration(self.spent)}, and the training between them "
                 f"{duration(training)}; to test less often: --set train.test_every=N"
             )
         found = self.headlines(method)
@@ -80,38 +81,38 @@ class TestSet:
         return found
 
     def estimate_seconds(self, method: Method) -> float:
-        """Return the seconds that a test takes, estimated on a few of its images."""
+        """Return the seconds that a test takes, estimated from a few of its images."""
         took, few = 0.0, self
         for count in TRIAL_IMAGES:  # the first pass warms up
             few = replace(self, rows=self.rows[:count], workers=0, console=Console(quiet=True))
             began = now()
-            with suppress(UserError):  # few images may have nothing to score: no box, or ignored pixels only
+            with suppress(UserError):  # a few images may have no box, or only ignored pixels
                 few.measure(method)
             took = now() - began
         return took / len(few.rows) * len(self.rows)
 
     def headlines(self, method: Method) -> dict[str, float]:
-        """The metrics that are followed during training."""
+        """Return the metrics that are logged during training."""
         found = self.measure(method)
         return {metric.name: float(found.values[metric.name]) for metric in task_of(method).headline}
 
     def measure(self, method: Method) -> Measurement:
-        """All that is measured; the method in eval mode, without gradients, under the caller's autocast."""
+        """Return all metrics. The caller sets eval mode and autocast, and disables gradients."""
         return task_of(method).measure(
             read(self.images, self.rows, self.workers, self.console), self.annotated.annotations
         )
 
 
 def task_of(method: Method) -> Task[Any, Any]:
-    """The method of a supervised run."""
-    assert isinstance(method, Task), "only tasks have test images"
+    """Return the method of a supervised run as a `Task`."""
+    assert isinstance(method, Task), "only supervised methods have test images"
     return method
 
 
 def open_test_set(config: Config, plan: Plan, annotated: AnnotatedImages, console: Console) -> TestSet:
-    """Open the test images of a run: those held out of `annotated`, or `data.test`.
+    """Open the test images of a run: those held out from `annotated`, or `data.test`.
 
-    Called before the training. Raises UserError when nothing can be measured on them.
+    Called before the training. Raises UserError if they cannot be evaluated.
     """
     rows, of, data = np.array(plan.test_rows, np.int64), annotated, config.data
     task = config.method.name
@@ -121,13 +122,15 @@ def open_test_set(config: Config, plan: Plan, annotated: AnnotatedImages, consol
     if isinstance(of.annotations, BoxAnnotations):
         average_precision.tools()
         if not any(len(of.annotations.boxes[row]) for row in rows.tolist()):
-            raise ConfigError(f"the {len(rows)} test images have no box, so nothing can be measured; give others")
+            raise ConfigError(
+                f"the {len(rows)} test images have no boxes, so nothing can be measured; give other test images"
+            )
     of.source.reading = plan.reading
     images = ReadableImages(
         of.source, rows, plan.images, data.crop, training=False, whole=task_class(task).whole_images()
     )
     workers = 0
-    if plan.cached and len(rows) <= plan.num_images:  # what is known to fit in memory once fits twice
+    if plan.cached and len(rows) <= plan.num_images:  # not more images than the cached training images
         images.keep_decoded()
     elif len(rows) >= MANY_IMAGES:
         workers = choose_workers(plan.device, cached=False)[0]

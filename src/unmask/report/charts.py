@@ -1,4 +1,4 @@
-"""Charts of a run as SVG: the training loss, tests during training, accuracy over the number of labels."""
+"""Draw charts of a run as SVG: training loss, tests during training, accuracy over the number of labels."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from markupsafe import Markup
 from unmask.report.training_log import smooth
 from unmask.results import PRETRAINED, BaselineLosses, CurveResult
 
-INK = "#010203"  # replaced by the page's own text colour
+INK = "#010203"  # replaced by the text colour of the page
 LOSS_COLOUR, HELD_OUT_COLOUR = "#2f7ebc", "#0b7a75"
 COLOURS = ("#c0392b", "#d68910", "#7d3c98", "#1e8449")
 MORE_COLOURS = ("#7f8c8d", "#8d5524", "#d6336c")
@@ -83,7 +83,7 @@ def tests_chart(tested: Sequence[Mapping[str, Any]], metric: str) -> Markup | No
 
 
 def curve_chart(curve: CurveResult) -> Markup:
-    """Draw accuracy over labels per class: a line for each feature set and pooling, with 95% intervals as bars."""
+    """Draw accuracy over labels per class, a line for each feature set and pooling with 95% intervals as bars."""
     from matplotlib.ticker import NullLocator, PercentFormatter
 
     names = sorted({row.features for row in curve.rows}, key=lambda name: (name != PRETRAINED, name))
@@ -117,7 +117,7 @@ def curve_chart(curve: CurveResult) -> Markup:
 
 
 def to_svg(draw: Callable[[Any], None], *, size: tuple[float, float]) -> Markup:
-    """Render a matplotlib Figure as SVG, in the page's own text colour. draw: draws on it. size: inches."""
+    """Render a matplotlib figure as SVG in the text colour of the page. draw: called with the figure. size: inches."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""Render an HTML page from a template of this package: one file that opens offline."""
+"""Render an HTML page from a template of this package, as a single file that needs no network."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def render(template: str, **values: Any) -> bytes:
 
 
 def show_score(value: float, metric: str) -> str:
-    """Write a score: accuracies in per cent, others with three decimals."""
+    """Format a score: accuracies in per cent, other metrics with three decimals."""
     return f"{100 * value:.1f}%" if metric == ACCURACY else f"{value:.3f}"
 
 

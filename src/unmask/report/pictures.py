@@ -1,11 +1,10 @@
-"""A `Picture` as one PNG: a row per image, a column per panel, captions above and the note below.
+"""Draw a `Picture` as one PNG: a row per image, a column per panel, captions above and a note below.
 
-Any number of channels and any dtype can be drawn. One channel is gray, three are red, green and blue; of two, or of
-more than three, the first three stand for them (a missing one is black), and the note says so. Eight-bit images are
-drawn as they are; others are stretched so that the 1st and 99th percentile of the FIRST panel (the original), over all
-images drawn and channel by channel, become black and white, and every other panel is stretched by the same two numbers,
-so that columns can be compared. Values that are not finite are drawn magenta, which the note explains. Absent pixels
-(no data) are a checkerboard in every panel.
+Images may have any dtype and any number of channels. One channel is drawn in gray, three as red, green and blue. Of
+more channels, the first three are drawn; of two, blue is black; the note states this. Eight-bit images are drawn
+unchanged. For other dtypes, the 1st and 99th percentile of each channel of the first panel (the original), over all
+images, become black and white, and all panels are stretched alike, so that columns can be compared. Non-finite values
+are drawn in magenta, which the note explains. Absent pixels (no data) are a checkerboard in every panel.
 
 Letters: B images, C channels, H x W pixels.
 """
@@ -24,13 +23,13 @@ from unmask.errors import UserError
 from unmask.method import Picture
 from unmask.system.atomic_files import replace_file
 
-SMALLEST_CELL = 112  # pixels of the shorter side on paper: small images are enlarged by a whole factor
+SMALLEST_CELL = 112  # smallest side of a drawn image in pixels; small images are enlarged by a whole factor
 LARGEST_CELL = 320
-NARROWEST_SHEET = 640  # room for a note that can be read
+NARROWEST_SHEET = 640  # wide enough for a readable note
 GAP, MARGIN = 6, 18
 PAPER, INK, FAINT = (255, 255, 255), (30, 30, 30), (105, 105, 105)
 NOT_FINITE = (255, 0, 255)
-SQUARES, SQUARE = (200, 235), 4  # of the checkerboard: its two grays, and pixels of the image along a side
+SQUARES, SQUARE = (200, 235), 4  # checkerboard: its two grays, and the side of a square in pixels of the image
 TITLE_SIZE, TEXT_SIZE, NAME_SIZE = 17, 13, 11
 LEADING = 5
 
@@ -38,11 +37,11 @@ Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
 def draw(picture: Picture, dtype: str, path: Path, title: str, names: Sequence[str] = ()) -> None:
-    """Write `picture` to `path` as a PNG, whole or not at all.
+    """Write `picture` to `path` as a PNG, atomically.
 
-    dtype: of the files ("uint8", "uint16", "float32"), whose units the panels are in. names: one per image, written
-    below its row; by default the picture's own, if it has any. Raises ValueError when the folder does not exist
-    or the name does not end in .png.
+    dtype: of the files ("uint8", "uint16", "float32"); the panels have the units of the files. names: one per image,
+    written below its row; by default those of the picture, if any. Raises UserError if the folder does not exist or the
+    name does not end in .png.
     """
     require_png(path)
     file = io.BytesIO()
@@ -51,7 +50,7 @@ def draw(picture: Picture, dtype: str, path: Path, title: str, names: Sequence[s
 
 
 def require_png(path: Path) -> None:
-    """Raise UserError when no PNG can be written to this path: checked before any work is done."""
+    """Raise UserError if no PNG can be written to this path. Called before any work is done."""
     if path.suffix.lower() != ".png":
         raise UserError(f"got picture file {path}; expected a name that ends in .png")
     if not path.resolve().parent.is_dir():
@@ -59,7 +58,7 @@ def require_png(path: Path) -> None:
 
 
 def compose(picture: Picture, dtype: str, title: str, names: Sequence[str] = ()) -> Image.Image:
-    """Draw the sheet that `draw` writes."""
+    """Return the image that `draw` writes."""
     columns = to_rgb(picture.panels, dtype, picture.valid)
     count, height, width, _ = next(iter(columns.values())).shape
     cell_height, cell_width = cell_size(height, width)
@@ -100,14 +99,14 @@ def compose(picture: Picture, dtype: str, title: str, names: Sequence[str] = ())
 def _write(
     pen: ImageDraw.ImageDraw, lines: Sequence[str], x: int, y: int, ink: tuple[int, int, int], font: Font, step: int
 ) -> int:
-    """Write lines from (x, y) downwards; return the y of the next line."""
+    """Draw lines of text from (x, y) downwards; return the y of the next line."""
     for number, words in enumerate(lines):
         pen.text((x, y + number * step), words, ink, font)
     return y + len(lines) * step
 
 
 def in_numbers(numbers: Mapping[str, Tensor]) -> str:
-    """'loss 0.512; baselines: patch mean 1.000, nearest visible 1.430'."""
+    """Format the numbers: 'loss 0.512; baselines: patch mean 1.000, nearest visible 1.430'."""
     said = {name.replace("_", " "): f"{name.replace('_', ' ')} {float(value):.3f}" for name, value in numbers.items()}
     own, others = said.pop("loss", ""), ", ".join(said.values())
     return "; ".join(part for part in (own, f"baselines: {others}" if others else "") if part)
@@ -126,7 +125,7 @@ def _about_channels(panels: Mapping[str, Tensor]) -> list[str]:
 
 
 def cell_size(height: int, width: int) -> tuple[int, int]:
-    """(height, width) on paper: small images enlarged by a whole factor, so pixels stay square; large ones reduced."""
+    """Return (height, width) of a drawn image: small ones enlarged by a whole factor, large ones reduced."""
     longer = max(height, width)
     if longer > LARGEST_CELL:
         return max(1, round(height * LARGEST_CELL / longer)), max(1, round(width * LARGEST_CELL / longer))
@@ -139,7 +138,7 @@ def resample(before: int, after: int) -> Image.Resampling:
 
 
 def to_rgb(panels: Mapping[str, Tensor], dtype: str, valid: Tensor | None = None) -> dict[str, np.ndarray]:
-    """Panels (B, C, H, W) in the files' units -> (B, H, W, 3) uint8 by the rules of the module docstring.
+    """Convert panels (B, C, H, W) in units of the files to RGB (B, H, W, 3) uint8, as the module docstring describes.
 
     valid: (B, H, W) bool, False where a pixel is absent.
     """
@@ -161,7 +160,7 @@ def to_rgb(panels: Mapping[str, Tensor], dtype: str, valid: Tensor | None = None
 
 
 def _stretch(original: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray]:
-    """Per channel, the value that becomes black, and how far above it white lies: both (C,) float64."""
+    """Return the value that becomes black, and its distance to white, for each channel: both (C,) float64."""
     channels = original.shape[1]
     low, high = np.zeros(channels), np.full(channels, 255.0)
     if dtype != "uint8":
@@ -171,13 +170,13 @@ def _stretch(original: np.ndarray, dtype: str) -> tuple[np.ndarray, np.ndarray]:
             low[channel], high[channel] = np.percentile(values, (1, 99)) if len(values) else (0, 1)
             if high[channel] <= low[channel] and len(
                 values
-            ):  # flat but for a few pixels: those are what there is to see
+            ):  # constant except for a few pixels, which should stay visible
                 low[channel], high[channel] = values.min(), values.max()
     return low, np.where(high > low, high - low, 1.0)
 
 
 def _three(panel: np.ndarray) -> np.ndarray:
-    """(B, C, H, W) -> (B, 3, H, W)."""
+    """Return RGB panels (B, 3, H, W) from (B, C, H, W)."""
     if panel.shape[1] == 1:
         return np.repeat(panel, 3, axis=1)
     if panel.shape[1] == 2:
@@ -186,7 +185,7 @@ def _three(panel: np.ndarray) -> np.ndarray:
 
 
 def wrap(text: str, font: Font, width: int) -> list[str]:
-    """The text in lines no wider than `width` pixels, broken between words, and within a word that is wider alone."""
+    """Wrap text to lines of at most `width` pixels, between words, or within a word that is wider."""
     lines: list[str] = []
     for word in text.split():
         if lines and font.getlength(f"{lines[-1]} {word}") <= width:
@@ -201,7 +200,7 @@ def wrap(text: str, font: Font, width: int) -> list[str]:
 
 
 def shorten(text: str, font: Font, width: int) -> str:
-    """The text on one line; of a path that is too wide, the end, where the file name is."""
+    """Shorten text to one line of `width` pixels. Keeps the end, which is the file name of a path."""
     text = " ".join(text.split())
     if font.getlength(text) <= width:
         return text

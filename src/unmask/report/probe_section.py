@@ -1,4 +1,4 @@
-"""The section of a page that shows one measurement of frozen features: its title, scores and chart."""
+"""The section of a page with the result of one probe: title, scores and chart."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from unmask.results import R2, UNLABELLED, CurveResult, FeatureMeasurement, Feat
 
 @dataclass(frozen=True)
 class Bar:
-    """A score as shares of the width of its bar: its length, and the ends of its interval."""
+    """A score and the ends of its interval, as shares of the width of a full bar."""
 
     length: float
     low: float
@@ -23,7 +23,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class ScoreRow:
-    """A score as the page writes and draws it. `best`: the highest of its table."""
+    """A score as text and bar. best: whether it is the highest of its table."""
 
     score: FeatureScore
     text: str
@@ -34,11 +34,11 @@ class ScoreRow:
 
 @dataclass(frozen=True)
 class ProbeSection:
-    """What the page shows of one measurement.
+    """Contents of the section of one probe.
 
-    rows: of a probe; () for a curve, whose rows are those of the record. reference: the score of a baseline that uses
-    no image, in words, and `reference_at`, where its line is on the bars; "" and None where there is none. notes:
-    sentences below the table.
+    rows: of a probe; () for a curve, whose rows are in the record. reference: the score of a baseline that uses no
+    image, in words; "" if there is none. reference_at: position of its line on the bars, or None. notes: sentences
+    below the table.
     """
 
     title: str
@@ -51,12 +51,12 @@ class ProbeSection:
 
 
 def probe_section(record: ProbeResult | CurveResult) -> ProbeSection:
-    """Describe a measurement for a page."""
+    """Return the section of a probe result."""
     title = probe_title(record)
     if isinstance(record, CurveResult):
         return ProbeSection(title, record, chart=curve_chart(record))
     values = {row.value for row in record.rows}
-    highest = max(values) if len(values) > 1 else None  # nothing is best among equals
+    highest = max(values) if len(values) > 1 else None  # equal scores have no best one
     reference = "" if record.chance is None else f"chance, {show_score(record.chance, record.metric)}"
     if record.metric == R2:
         reference = "a constant prediction, 0.000"
@@ -72,7 +72,7 @@ def probe_section(record: ProbeResult | CurveResult) -> ProbeSection:
 
 
 def full_width(record: ProbeResult) -> float:
-    """Return the value of a full bar: 1 for scores up to 1, else the highest value of the table."""
+    """Return the score of a full bar: 1, or the highest score of the table if that is larger."""
     highest = max((value for row in record.rows for value in (row.value, row.high or 0.0)), default=1.0)
     return max(1.0, highest)
 
@@ -85,7 +85,7 @@ def _score_row(row: FeatureScore, metric: str, width: float, *, best: bool) -> S
 
 
 def how_measured(row: FeatureScore) -> str:
-    """Describe what differs from the features of the last layer of whole images: 'layer 6 of 12, under one mask'."""
+    """Describe features other than those of the last layer without masks: 'layer 6 of 12, under one mask'."""
     words = [] if row.layer is None else [f"layer {row.layer.number} of {row.layer.last}"]
     if row.votes is not None:
         words.append("under one mask" if row.votes == 1 else f"majority over {row.votes} masks")
@@ -95,17 +95,17 @@ def how_measured(row: FeatureScore) -> str:
 def _notes(record: ProbeResult) -> list[str]:
     notes = []
     if record.task != UNLABELLED and len({row.pool for row in record.rows}) > 2:
-        notes.append("The verdict quotes the better pooling of each feature set on these test images.")
+        notes.append("The verdict uses the better pooling of each feature set on these test images.")
     layers = {row.features: row.layer for row in record.rows if row.layer is not None and row.layer.why != "asked for"}
     notes += [f"Layer of {features}: {layer.why}." for features, layer in layers.items()]
     if not all(row.converged for row in record.rows):
-        notes.append("* The fit stopped at its limit of iterations.")
+        notes.append("* The fit reached its maximum number of iterations.")
     return notes
 
 
 @dataclass(frozen=True)
 class ImageNames:
-    """What a title calls the labelled images, the test images and the table of targets."""
+    """Names of the labelled images, the test images and the table of targets in a title."""
 
     data: str
     test: str
@@ -113,14 +113,14 @@ class ImageNames:
 
 
 def probe_title(record: FeatureMeasurement) -> str:
-    """Name a measurement: the kind, the images, and the options that differ from the defaults."""
+    """Return the title of a probe: the kind, the images, and the options that differ from the defaults."""
     data = str(record.data)
     targets = record.targets.path if record.targets is not None else ""
     return title_with(record, ImageNames(data, record.test.describe(data), targets))
 
 
 def title_with(record: FeatureMeasurement, names: ImageNames) -> str:
-    """Name a measurement, with other names of its images."""
+    """Return the title of a probe with the given names of its images."""
     words = [f"{record.title or record.kind} on {names.data}"]
     if record.task != UNLABELLED:
         words.append(f"tested on {names.test}")
@@ -140,7 +140,7 @@ def title_with(record: FeatureMeasurement, names: ImageNames) -> str:
 
 
 def budget_words(budgets: Sequence[int] | None) -> str | None:
-    """'10 labels per class'; None where all labels were used."""
+    """Return '10 labels per class', or None if all labels were used."""
     if budgets is None:
         return None
     return f"{', '.join(map(str, budgets))} label{'s' * (tuple(budgets) != (1,))} per class"

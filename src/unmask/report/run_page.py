@@ -1,6 +1,6 @@
-"""`report.html`: what a run did and how good its features are, as one file that opens offline.
+"""Write `report.html`, which shows the training of a run and the quality of its features, as a single file.
 
-Reads the run folder only, so that it works on a run that is still training, was stopped, or came from another machine.
+Reads only the run folder, so it works on runs that are training, were stopped, or were copied from another machine.
 Loads no torch. A run inside the run folder (the demo's `digits`) becomes a section of the same page. The layout is in
 `templates/report.html.jinja`.
 """
@@ -35,7 +35,7 @@ METRICS = {"mean_iou": "mean IoU", "ap50": "AP50", "accuracy": "accuracy"}
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture on the page: its caption and the PNG as a data URL."""
+    """A picture of the page: caption, and PNG as a data URL."""
 
     caption: str
     url: str
@@ -43,7 +43,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class FinetuneSection:
-    """What the page shows of a supervised run: the score in a sentence, that of each class, the tests as a chart."""
+    """Contents of the page for a supervised run: the score in words and per class, and a chart of the tests."""
 
     sentence: str
     metric: str
@@ -53,8 +53,8 @@ class FinetuneSection:
 
 @dataclass(frozen=True)
 class RunSection:
-    """Everything the page shows of one run. state: as `unmask ls` shows it; error: why the run failed.
-    faults: files that are not shown, and why.
+    """Contents of the page for one run. state: as in `unmask ls`. error: why the run failed. faults: messages about
+    files that are not shown.
     """
 
     name: str
@@ -81,14 +81,14 @@ class RunSection:
 
 
 def warn(text: str) -> None:
-    """Print a warning to stderr, whatever its encoding."""
+    """Print a warning to stderr in any encoding."""
     print(f"warning: {text}".encode("utf-8", "backslashreplace").decode(), file=sys.stderr)
 
 
 def write_report(path: str | Path, *, log: Callable[[str], object] = warn) -> Path:
-    """Write `report.html` into the run and return its path. Raises RunError when the folder is not a run.
+    """Write `report.html` into the run and return its path. Raises RunError if the folder is not a run.
 
-    log: called with a sentence for each damaged file; the page shows the same in place of its numbers.
+    log: called with a message for each damaged file; the page shows the message instead of the numbers.
     """
     run = Run.open(path)
     inner = [Run(folder.parent) for folder in sorted(run.path.glob("*/config.json"))]
@@ -101,7 +101,7 @@ def write_report(path: str | Path, *, log: Callable[[str], object] = warn) -> Pa
 
 
 def run_section(run: Run) -> RunSection:
-    """Read everything the page shows of one run."""
+    """Read the contents of the page for one run."""
     config, plan = run.read("config.json"), _read_if_there(run, "plan.json")
     results = read_results(run)
     faults = list(results.damaged)
@@ -134,7 +134,7 @@ def run_section(run: Run) -> RunSection:
 
 
 def probe_sections(results: Results) -> list[ProbeSection]:
-    """Return a section for every probe and label-budget curve, those of class labels first."""
+    """Return a section for every probe and label-budget curve, with those of class labels first."""
     records = [*results.probes, *results.curves]
     return [probe_section(record) for record in sorted(records, key=lambda record: record.targets is not None)]
 
@@ -144,7 +144,7 @@ def _source(source: str | Sequence[str]) -> str:
 
 
 def _read_if_there(run: Run, name: str) -> dict[str, Any]:
-    """Read a file of the run that may not exist yet: {} then."""
+    """Read a JSON file of the run; return {} if it does not exist yet."""
     return run.read(name) if (run.path / name).exists() else {}
 
 
@@ -152,7 +152,7 @@ T = TypeVar("T")
 
 
 def _or_fault(read: Callable[[], T], otherwise: T, faults: list[str]) -> T:
-    """Return what `read` returns; `otherwise` where the file cannot be used, which is added to `faults`."""
+    """Return the result of `read`; for a file that cannot be used, add the error to `faults` and return `otherwise`."""
     try:
         return read()
     except RunError as error:
@@ -184,7 +184,7 @@ def _facts(plan: Mapping[str, Any], status: RunStatus, trained: Sequence[Row]) -
 
 
 def _pictures(run: Run) -> list[Picture]:
-    """Return the first picture, the one nearest to half of the training, and the last."""
+    """Return the first picture, the one nearest to the middle of training, and the last."""
     files = sorted(run.pictures.glob("step-*.png"))
     steps = [int(file.stem.removeprefix("step-")) for file in files if file.stem.removeprefix("step-").isdigit()]
     if len(files) != len(steps):
@@ -199,7 +199,7 @@ def _pictures(run: Run) -> list[Picture]:
 
 
 def finetune_section(result: FinetuneResult | None, metrics: Sequence[Row]) -> FinetuneSection | None:
-    """Describe the score of a supervised run on its test images; None where it has not been tested."""
+    """Describe the test result of a supervised run; None if it has not been tested."""
     if result is None:
         return None
     name = METRICS.get(result.metric, result.metric)
@@ -219,23 +219,20 @@ def finetune_section(result: FinetuneResult | None, metrics: Sequence[Row]) -> F
 
 
 def loss_note(trained: Sequence[Row], baselines: BaselineLosses | None) -> str:
-    """Describe where the loss ended, and how it compares with the baselines on the same fixed images."""
+    """Describe the final loss, and compare it with the baselines on the same fixed images."""
     if not trained:
         return "No step has been logged yet."
-    text = f"Training loss {last_loss(trained):.3f} at the end (mean of the last twentieth)."
+    text = f"Final training loss {last_loss(trained):.3f} (mean of the last 5 % of the logged steps)."
     if baselines is None:
         return text
     step, loss = baselines.losses[-1]
     text += (
-        f" Dots: the loss on {baselines.images} fixed images without augmentation, on which the baselines are "
-        f"evaluated too; {loss:.3f} at step {step:,}."
+        f" Dots: loss on {baselines.images} fixed images without augmentation, as for the baselines; {loss:.3f} at "
+        f"step {step:,}."
     )
     if baselines.held_out_losses:
         last_step, held_out = baselines.held_out_losses[-1]
-        text += (
-            f" Squares: the loss on {baselines.held_out_images} images that are not trained on; "
-            f"{held_out:.3f} at step {last_step:,}."
-        )
+        text += f" Squares: loss on {baselines.held_out_images} held-out images; {held_out:.3f} at step {last_step:,}."
     named = {f"{BASELINES.get(name, name)} ({value:.3f})": value for name, value in baselines.guesses.items()}
     better = ", ".join(name for name, value in named.items() if loss < value)
     worse = ", ".join(name for name, value in named.items() if loss >= value)

@@ -1,4 +1,4 @@
-"""Summaries of the training rows of a run's `metrics.jsonl`."""
+"""Summarise the training steps in a run's `metrics.jsonl`."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ MOST_POINTS = 60
 
 
 def trained_rows(metrics: Sequence[Row]) -> list[Row]:
-    """Return the rows that have a loss: those of steps that counted."""
+    """Return the rows that have a loss, without skipped steps."""
     return [row for row in metrics if row.get("loss") is not None]
 
 
 def training_seconds(trained: Sequence[Row]) -> float:
-    """Sum the time of training from images and images per second, so that pauses between stops do not count."""
+    """Return the seconds of training without pauses, computed from images and images per second."""
     before, seconds = 0, 0.0
     for row in trained:
         seconds += (row["images"] - before) / max(1e-9, row["images_per_second"])
@@ -27,12 +27,12 @@ def training_seconds(trained: Sequence[Row]) -> float:
 
 
 def last_loss(trained: Sequence[Row]) -> float:
-    """Return the mean loss of the last twentieth of the rows."""
+    """Return the mean loss of the last 5 % of the rows."""
     return statistics.mean(row["loss"] for row in trained[-max(1, len(trained) // 20) :])
 
 
 def smooth(steps: Sequence[int], losses: Sequence[float]) -> tuple[list[float], list[float]]:
-    """Average over up to MOST_POINTS pieces of equal length: (mean steps, mean losses)."""
+    """Smooth the losses: return means of steps and losses over at most MOST_POINTS intervals of equal length."""
     pieces = min(MOST_POINTS, len(steps))
     edges = [round(i * len(steps) / pieces) for i in range(pieces + 1)]
     spans = [slice(a, b) for a, b in pairwise(edges)]
