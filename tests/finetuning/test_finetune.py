@@ -416,7 +416,7 @@ def test_detection_trains_tests_and_predicts_in_pixels_of_the_file(pretrained, c
     [
         ({"task": "describe"}, "expected one of classify, detect, linear_probe, segment"),
         ({"split": "train"}, "only boxes have lists"),
-        ({"annotations": "x"}, "read from sub-folders"),
+        ({"annotations": "x"}, "reads classes from sub-folders"),
         ({"ignored": (3,)}, "only masks have ids"),
         ({"test_split": "test"}, "without --test"),
         ({"task": "segment"}, "found no masks"),
