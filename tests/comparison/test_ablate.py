@@ -478,7 +478,7 @@ def test_two_thirds_of_a_budget_go_into_the_pre_training(data, tmp_path, monkeyp
     ("change", "message"),
     [
         ({"table": "1g"}, r"table '1g' is not known; (did you mean|known are)"),
-        ({"from_run": "runs/a"}, r"--from was given, but every cell of table 1a is a pre-training of its own"),
+        ({"from_run": "runs/a"}, r"--from was given, but every cell of table 1a is pre-trained from scratch"),
         ({"table": "fig9", "from_run": "runs/a", "recipe": "mae_nano"}, r"got both --from and --recipe mae_nano"),
         ({"table": "fig9", "from_run": "runs/a"}, r"runs/a"),
         ({"table": "fig9", "recipe": "simmim_nano"}, r"recipe 'simmim_nano' trains simmim"),
@@ -580,9 +580,9 @@ def test_agreement_counts_pairs_and_names_those_within_the_noise():
     assert found.within_noise == ("c over b",)
     assert found.against == ("b over d", "c over d")
     assert found.sentence == (
-        "4 of 6 pairs of cells are in the paper's order (linear probe). Of the 5 pairs whose difference is larger than "
-        "the noise, 3 are. Clearly in the opposite order (the paper has b over d; c over d). Within the noise, in the "
-        "paper's order: c over b."
+        "4 of 6 pairs of cells are in the paper's order (linear probe). Among the 5 pairs whose difference is larger "
+        "than the noise, 3 are. Clearly in the opposite order than in the paper (b over d; c over d). Within the noise, "
+        "in the paper's order: c over b."
     )
 
 

@@ -270,7 +270,10 @@ def test_what_makes_runs_no_comparison_of_methods_is_named_with_the_numbers(labe
     assert re.search(r"The training compute differs: small [\d.e+]+ FLOPs, large [\d.e+]+ FLOPs", said)
     assert "The parameters of the encoder differ: small 0." in said
     assert "data" not in run_facts.differences(facts([small.path, large.path]))
-    assert "not a comparison of methods alone: the runs differ in image size, steps" in summary["probes"][0]["sentence"]
+    assert (
+        "not a pure comparison of methods: the runs also differ in image size, steps"
+        in summary["probes"][0]["sentence"]
+    )
     again = shutil.copytree(small.path, tmp_path / "again")
     same = compare([small.path, again], out=tmp_path / "same.html")
     assert same["not_comparable"] == []

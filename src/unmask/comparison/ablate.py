@@ -1,11 +1,11 @@
-"""`unmask ablate`: train and probe every cell of one of the paper's tables, and show the numbers beside the paper's.
+"""`unmask ablate`: train and probe every cell of a table of the paper, and show the results beside the paper's.
 
-A folder holds the whole table: `ablation.json` (what was asked for and the steps of every cell, decided once), one run
-for each cell and seed, and `table.json` and `table.html`, which are made from the runs after every cell. The same
-command therefore continues where it was stopped: finished cells are skipped, a half-trained one is resumed exactly, a
-missing probe is made. Seeds are the outer loop: the table is complete once before the second seed begins.
+The folder of a table contains `ablation.json` (the request and the steps of every cell, decided once), one run per cell
+and seed, and `table.json` and `table.html`, which are rewritten after every cell. Repeating the command therefore
+continues the table: finished cells are skipped, an interrupted run is resumed exactly, and missing probes are measured.
+Seeds are the outer loop: every cell has one run before the second seed begins.
 
-The cells of fig9 are classifiers, fine-tuned from one pre-trained run, which is trained first or given.
+The cells of fig9 are classifiers, all fine-tuned from one pre-trained run, which is given or trained first.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from unmask.run import Run, RunError
 
 
 def ablate(request: TableRequest, *, out: str | Path | None = None, console: Console | None = None) -> dict[str, Any]:
-    """Make a table in the folder `out`, or continue it, and return the object of `table.json`.
+    """Train a table in the folder `out`, or continue it, and return the content of `table.json`.
 
-    Its "state" is "finished", "stopped" (continue with the same command), or "failed" when a cell could not be trained.
-    Raises UserError, before anything is trained, for a request that cannot be fulfilled.
+    "state" in it is "finished", "stopped" (repeat the command to continue), or "failed" when a cell could not be
+    trained. Raises UserError before any training when the request is invalid.
     """
     console = console or Console()
     table = find_table(request.table)
@@ -60,7 +60,7 @@ def ablate(request: TableRequest, *, out: str | Path | None = None, console: Con
 
 
 def make_cells(folder: Path, plan: TablePlan, console: Console) -> None:
-    """Train and measure every cell, seed by seed; writes the table after each and reports rows that change."""
+    """Train and measure every cell, seed by seed; rewrite the table after each run and report rows that change."""
     before = {row.cell.name: row.sentence for row in write_table(folder, "running").rows}
     for seed in range(plan.asked.seeds):
         for cell in plan.cells:
@@ -74,14 +74,14 @@ def make_cells(folder: Path, plan: TablePlan, console: Console) -> None:
 
 
 def default_out(asked: TableRequest, source: Source) -> Path:
-    """Return the folder of a table whose --out is not given."""
+    """Return the default folder of a table, used without --out."""
     stem = "".join(letter if letter.isalnum() else "-" for letter in Path(source.name).name.split(".")[0]).strip("-")
     return Path("runs") / f"{stem or 'images'}-table-{asked.table}"
 
 
 @contextmanager
 def hold(folder: Path) -> Iterator[None]:
-    """Context manager that holds the folder for one ablation. Raises RunError when it contains something else."""
+    """Context manager that locks the folder of a table. Raises RunError when the folder contains anything else."""
     if folder.exists() and not folder.is_dir():
         raise RunError(f"got {folder}, which is a file; expected a folder; choose another --out")
     if folder.is_dir() and not has_plan(folder):
@@ -100,18 +100,18 @@ def hold(folder: Path) -> Iterator[None]:
 
 
 def report_plan(plan: TablePlan, console: Console) -> None:
-    """Report what will be trained."""
+    """Report the cells, seeds and steps before training."""
     asked = plan.asked
     console.print(
         f"{plan.title}: {len(plan.cells)} cells, {asked.seeds} seed{'s' * (asked.seeds > 1)}, recipe {asked.recipe}; "
         f"{plan.reason}" + f"; probes with {plan.shots} labels per class" * (plan.measure == "linear")
     )
     if plan.missing:
-        console.warn(f"not in this version: {', '.join(plan.missing)}")
+        console.warn(f"cells not available in this version: {', '.join(plan.missing)}")
 
 
 def report_results(results: TableResults, folder: Path, console: Console) -> None:
-    """Report every row, the agreement with the paper, and where the page is."""
+    """Report every row, the agreement with the paper, and the path of the page."""
     for row in results.rows:
         console.print("  " + row.sentence)
     console.print(results.agreement.sentence)

@@ -1,4 +1,4 @@
-"""Whether the cells of a table rank as in the paper, and which differences are within the noise."""
+"""Compare the ranking of the cells of a table with the paper's, and find the differences within the noise."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from unmask.metrics.intervals import Difference, t_interval, wilson
 from unmask.results import FeatureScore
 
 SEEDS, TEST_IMAGES = "seeds", "test images"
-MEASURES = {"linear": "linear probe", "fine_tuned": "fine-tuned"}  # by what cells are compared
+MEASURES = {"linear": "linear probe", "fine_tuned": "fine-tuned"}  # the accuracies that cells can be compared by
 MOST_PAIRS = 8
 
 
@@ -31,8 +31,8 @@ class RunAccuracy:
 class CellScore:
     """The mean accuracy over the seeds of a cell, with its 95% interval.
 
-    interval: SEEDS, a t-interval over two or more seeds, or TEST_IMAGES, that of the only seed. by_seed: the accuracy
-    of every measured seed.
+    interval: SEEDS for a t-interval over two or more seeds; TEST_IMAGES for the interval of a single run over its test
+    images. by_seed: the accuracy of every measured seed.
     """
 
     mean: float
@@ -48,7 +48,7 @@ class CellScore:
 
 
 def cell_score(runs: Sequence[RunAccuracy | None]) -> CellScore | None:
-    """Average over seeds; None where nothing has been measured. runs: by seed, None for one that is not measured."""
+    """Average the accuracy over seeds; None if no run is measured. runs: one per seed, None if not measured yet."""
     known = {str(seed): run for seed, run in enumerate(runs) if run is not None}
     if not known:
         return None
@@ -64,7 +64,7 @@ def cell_score(runs: Sequence[RunAccuracy | None]) -> CellScore | None:
 
 
 def single_run(score: FeatureScore) -> CellScore:
-    """Return the score of one run as that of a cell with one seed."""
+    """Return the score of one run as the score of a cell with one seed."""
     low, high = score.value if score.low is None else score.low, score.value if score.high is None else score.high
     return CellScore(
         mean=score.value, low=low, high=high, interval=TEST_IMAGES, by_seed={"0": score.value}, correct=score.correct,
@@ -73,11 +73,11 @@ def single_run(score: FeatureScore) -> CellScore:
 
 
 def difference(one: CellScore, other: CellScore) -> Difference:
-    """Subtract the other score from the first, with the 95% interval.
+    """Return the first score minus the other, with its 95% interval.
 
-    With two or more seeds in common it is a t-interval of the differences seed by seed. With one it is Newcombe's
-    interval (1998, method 10) for two proportions on different test images, because the results do not keep which
-    images were correct: on the same images the true interval is a little narrower.
+    With two or more common seeds, the interval is a t-interval of the differences per seed. With one, it is Newcombe's
+    interval (1998, method 10) for proportions on two independent sets of test images, because the results do not store
+    which images were classified correctly; on the same images the true interval is a little narrower.
     """
     common = sorted(set(one.by_seed) & set(other.by_seed))
     if len(common) > 1:
@@ -90,7 +90,7 @@ def difference(one: CellScore, other: CellScore) -> Difference:
 
 
 def _test_interval(score: CellScore) -> tuple[float, float]:
-    """Return the Wilson interval of one run's count of correct images; its own interval where there is no count."""
+    """Return the Wilson interval of a single run from its count of correct images; otherwise the stored interval."""
     if score.interval == TEST_IMAGES and score.correct is not None and score.total:
         return wilson(score.correct, score.total)
     return score.low, score.high
@@ -98,7 +98,7 @@ def _test_interval(score: CellScore) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class ComparedCell:
-    """A cell whose accuracy here (None before it is measured) and in the paper (percent, None) can be compared."""
+    """A cell with its accuracy here (None before it is measured) and in the paper (percent; None if unpublished)."""
 
     label: str
     score: CellScore | None
@@ -107,10 +107,11 @@ class ComparedCell:
 
 @dataclass(frozen=True, kw_only=True)
 class Agreement:
-    """In how many pairs of cells the order here is that of the paper.
+    """The number of pairs of cells that are ranked as in the paper.
 
-    clear: pairs whose difference is larger than the noise, and clear_agree those of them in the paper's order.
-    within_noise, against: the other pairs, and clear ones in the opposite order, as 'A over B' in the paper's order.
+    pairs, agree: all pairs, and the number of them in the paper's order. clear, clear_agree: the same for pairs whose
+    difference is larger than the noise. within_noise: pairs whose difference is not, as 'A over B' in the paper's
+    order. against: clear pairs in the opposite order, in the same form.
     """
 
     pairs: int = 0
@@ -123,7 +124,7 @@ class Agreement:
 
 
 def agreement(cells: Sequence[ComparedCell], measure: str) -> Agreement:
-    """Compare the order of every two cells with the paper's. measure: a key of MEASURES."""
+    """Compare the order of every pair of cells with the paper's. measure: a key of MEASURES."""
     known = [
         (cell.label, cell.score, cell.paper) for cell in cells if cell.score is not None and cell.paper is not None
     ]
@@ -141,29 +142,31 @@ def agreement(cells: Sequence[ComparedCell], measure: str) -> Agreement:
         elif not same_order:
             against.append(named)
     clear = pairs - len(noise)
-    found = Agreement(
+    counts = Agreement(
         pairs=pairs, agree=agree, clear=clear, clear_agree=clear - len(against), within_noise=tuple(noise),
         against=tuple(against), sentence="",
     )  # fmt: skip
-    return Agreement(**{**vars(found), "sentence": _sentence(found, MEASURES[measure])})
+    return Agreement(**{**vars(counts), "sentence": _sentence(counts, MEASURES[measure])})
 
 
 def no_agreement() -> Agreement:
-    """Return what stands in place of an agreement where the published numbers are of models of different sizes."""
-    return Agreement(sentence="The published numbers are of models of very different sizes, so no order is compared.")
+    """Return an empty agreement for a table whose published numbers belong to models of different sizes."""
+    return Agreement(
+        sentence="The published numbers belong to models of very different sizes, so the order is not compared."
+    )
 
 
-def _sentence(found: Agreement, measured: str) -> str:
-    if not found.pairs:
+def _sentence(counts: Agreement, measured: str) -> str:
+    if not counts.pairs:
         return "No two cells have been measured yet."
-    text = f"{found.agree} of {found.pairs} pairs of cells are in the paper's order ({measured}). "
-    if not found.clear:
-        return text + "But every difference is within the noise: this table shows no order."
-    text += f"Of the {found.clear} pairs whose difference is larger than the noise, {found.clear_agree} are. "
-    if found.against:
-        text += f"Clearly in the opposite order (the paper has {_listed(found.against)}). "
-    if found.within_noise:
-        text += f"Within the noise, in the paper's order: {_listed(found.within_noise)}."
+    text = f"{counts.agree} of {counts.pairs} pairs of cells are in the paper's order ({measured}). "
+    if not counts.clear:
+        return text + "But every difference is within the noise, so this table does not rank the cells."
+    text += f"Among the {counts.clear} pairs whose difference is larger than the noise, {counts.clear_agree} are. "
+    if counts.against:
+        text += f"Clearly in the opposite order than in the paper ({_listed(counts.against)}). "
+    if counts.within_noise:
+        text += f"Within the noise, in the paper's order: {_listed(counts.within_noise)}."
     return text.strip()
 
 

@@ -1,4 +1,4 @@
-"""The cells of a table: recipe and settings of each, checked before anything is trained."""
+"""Resolve and check the recipe and settings of every cell of a table before anything is trained."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ LENGTHS = ("train.steps", "train.epochs")
 
 
 def choose_recipe(table: Table, recipe: str | None, from_run: str | Path | None = None) -> str:
-    """Return the base recipe. Raises ConfigError for a recipe or a run that does not fit the table."""
+    """Return the base recipe. Raises ConfigError for a recipe or run that cannot be used for this table."""
     if from_run is not None:
         if table.measure != "fine_tuned":
             raise ConfigError(
-                f"--from was given, but every cell of table {table.name} is a pre-training of its own; leave it out"
+                f"--from was given, but every cell of table {table.name} is pre-trained from scratch; leave it out"
             )
         if recipe is not None:
             raise ConfigError(
@@ -47,7 +47,7 @@ def choose_recipe(table: Table, recipe: str | None, from_run: str | Path | None 
 
 
 def refuse_settings(table: Table, asked: TableRequest) -> None:
-    """Raise ConfigError for settings that the table varies, or that an option sets: they would be ignored."""
+    """Raise ConfigError for settings that the table or an option overrides, because they would be ignored."""
     keys = parse(asked.settings)
     if asked.seeds < 1:
         raise ConfigError(f"got --seeds {asked.seeds}; expected at least 1")
@@ -69,7 +69,7 @@ def refuse_settings(table: Table, asked: TableRequest) -> None:
 
 
 def all_cells(table: Table, asked: TableRequest) -> tuple[Cell, ...]:
-    """Return the cells that this version can train, after the shared runs that they need."""
+    """Return the cells that this version can train, preceded by the shared runs that they need."""
     known = catalogue.all_recipes()
     cells = tuple(
         cell for cell in table.cells(base_config(table, asked)) if cell.recipe is None or cell.recipe in known
@@ -84,7 +84,7 @@ def all_cells(table: Table, asked: TableRequest) -> tuple[Cell, ...]:
 
 
 def base_config(table: Table, asked: TableRequest) -> Config:
-    """Return the configuration that the cells vary: the recipe's, or that of the run that they are fine-tuned from."""
+    """Return the configuration that the cells vary: that of the recipe, or of the run that they are fine-tuned from."""
     if table.measure != "fine_tuned":
         return catalogue.find(asked.base_recipe)
     if asked.from_run is None:
@@ -97,7 +97,9 @@ def base_config(table: Table, asked: TableRequest) -> Config:
 
 
 def tokenizer_recipe(table: Table, asked: TableRequest) -> tuple[str, str]:
-    """Return the recipe of the dVAE that is trained first, and its image size (KEY=VALUE) for one code per patch."""
+    """Return the recipe of the dVAE that is trained first, and the `data.size=...` with which it has one code per
+    patch.
+    """
     settings = [text for text in asked.settings if table.name != "family" or not text.strip().startswith("method.")]
     config: Any = resolve.resolve_config(catalogue.find(asked.base_recipe), [*table.base, *settings])
     patch, size = config.method.encoder.patch, config.data.size
@@ -118,10 +120,10 @@ def recipe_of(table: Table, cell: Cell, asked: TableRequest) -> str:
 
 
 def cell_settings(table: Table, cell: Cell, asked: TableRequest) -> list[str]:
-    """Return the settings of a cell without length and seed: the table's, then the user's, then the cell's own.
+    """Return the settings of a cell except length and seed: the table's, then the user's, then the cell's own.
 
-    The dVAE is not a cell of the comparison: it gets the user's settings that do not concern the method. A fine-tuned
-    cell takes the other settings from its pre-training.
+    The dVAE is not compared: it gets only the user's settings that do not concern the method. A fine-tuned cell
+    inherits all other settings from its pre-trained run.
     """
     if fine_tunes(table, cell):
         return [*(asked.settings if asked.from_run is not None else ()), *cell.settings]
@@ -133,7 +135,9 @@ def cell_settings(table: Table, cell: Cell, asked: TableRequest) -> list[str]:
 
 
 def draft_settings(table: Table, cell: Cell, asked: TableRequest) -> list[str]:
-    """Return `cell_settings` before the tokenizer is trained: with its size, and a placeholder for its weights."""
+    """Return `cell_settings` before the tokenizer is trained, with the tokenizer's size and a placeholder for its
+    weights.
+    """
     settings, recipe = cell_settings(table, cell, asked), recipe_of(table, cell, asked)
     if not cell.tokenizer:
         return settings
@@ -145,7 +149,7 @@ def draft_settings(table: Table, cell: Cell, asked: TableRequest) -> list[str]:
 
 
 def draft_config(table: Table, cell: Cell, asked: TableRequest, source: Source | None = None) -> Config:
-    """Build the configuration of a cell before anything is trained. Raises ConfigError where it is invalid."""
+    """Build the configuration of a cell before anything is trained. Raises ConfigError if it is invalid."""
     settings = draft_settings(table, cell, asked)
     if not fine_tunes(table, cell):
         resolve.draft_config(None, recipe_of(table, cell, asked), settings, None)

@@ -1,8 +1,8 @@
-"""`unmask compare`: several runs side by side, as one page and one JSON file.
+"""`unmask compare`: compare several runs on one page and in one JSON file.
 
-Shows what each run is and what it cost, and the probes that all of them share: same images, split, kind, labels per
-class and seed. Measurements that are not shared are listed, not compared. Reads the run folders; measures only with
-`data`, and only the runs that lack the probe.
+Shows the settings and cost of each run, and the probes that all runs have in common: same images, split, kind, labels
+per class and seed. Other measurements are listed, not compared. Only reads the run folders, unless `data` is given:
+then the runs that lack this probe are measured.
 """
 
 from __future__ import annotations
@@ -31,13 +31,14 @@ from unmask.run import Run
 from unmask.system.atomic_files import replace_file
 
 LOSSES = (
-    "Losses of different targets, masks or normalisations are not comparable, and a lower one is not a better encoder."
+    "Losses with different targets, masks or normalisations are not comparable, and a lower loss does not mean a "
+    "better encoder."
 )
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What the page and the JSON file hold. not_comparable: sentences about what the runs do not have in common."""
+    """The content of the page and the JSON file. not_comparable: one sentence per difference between the runs."""
 
     runs: tuple[RunFacts, ...]
     probes: tuple[SharedProbe, ...]
@@ -51,7 +52,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class ProbeWanted:
-    """The probe that every run should have: of its newest checkpoint, without controls, with seed 0."""
+    """The probe that every run should have, of its newest checkpoint, without controls, with seed 0."""
 
     data: str
     test: str | None
@@ -60,7 +61,7 @@ class ProbeWanted:
     is_label_free: bool = False
 
     def is_in(self, probes: Sequence[ProbeResult], step: int | None) -> bool:
-        """Whether one of these results is that probe, of this step."""
+        """Whether one of these results is this probe of the checkpoint at `step`."""
         test, task = TestIdentity(held_out=HELD_OUT, seed=0), CLASSES
         if self.is_label_free:
             test, task = TestIdentity(images=ImageSet(name=self.data)), UNLABELLED
@@ -86,10 +87,10 @@ def compare(
     device: str = "auto",
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Compare runs, write the page to `out` and the same as JSON beside it, and return the JSON object.
+    """Compare runs, write the page to `out` and a JSON file beside it, and return the JSON object.
 
-    data: labelled images; the runs that lack this probe on them are probed. Raises UserError for fewer than two runs,
-    one given twice, a folder that is not a run, or an `out` that cannot be written.
+    data: labelled images; runs without this probe on them are probed now. Raises UserError for fewer than two runs, a
+    run given twice, a folder that is not a run, or an `out` that cannot be written.
     """
     console = console or Console()
     out = Path(out)
@@ -116,7 +117,7 @@ def compare(
 
 
 def compare_folders(runs: Mapping[str, Run]) -> Comparison:
-    """Compare runs by what their folders hold. runs: by the name each has on the page."""
+    """Compare runs from the content of their folders. runs: by their name on the page."""
     results = {name: read_results(run) for name, run in runs.items()}
     probes = {name: latest_probes(found) for name, found in results.items()}
     facts = tuple(run_facts(name, run) for name, run in runs.items())
@@ -132,7 +133,7 @@ def compare_folders(runs: Mapping[str, Run]) -> Comparison:
 
 
 def add_missing_probes(runs: Iterable[Run], wanted: ProbeWanted, device: str, console: Console) -> None:
-    """Probe the runs that lack this probe of their newest checkpoint."""
+    """Measure the wanted probe for every run whose newest checkpoint lacks it."""
     for run in runs:
         if not wanted.is_in(read_results(run).probes, checkpoint.newest_step(run)):
             options = ProbeOptions(data=wanted.data, test=wanted.test, shots=wanted.shots, device=device)
@@ -148,7 +149,7 @@ def require_page(out: Path) -> None:
 
 
 def open_runs(runs: Sequence[str | Path]) -> dict[str, Run]:
-    """Open the runs, by the name of the folder, or by the whole path where two folders have the same name."""
+    """Open the runs; the keys are the folder names, or whole paths for folders of the same name."""
     if len(runs) < 2:
         raise UserError(f"got {len(runs)} run; expected at least two: unmask compare RUN RUN ...")
     opened = [Run.open(run) for run in runs]
@@ -160,6 +161,6 @@ def open_runs(runs: Sequence[str | Path]) -> dict[str, Run]:
 
 
 def last_picture(run: Run) -> str | None:
-    """Return the newest picture of a run as a data URL; None where it has none."""
+    """Return the newest picture of a run as a data URL, or None."""
     files = sorted(run.pictures.glob("step-*.png"))
     return png_url(files[-1]) if files else None

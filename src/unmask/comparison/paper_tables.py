@@ -1,10 +1,10 @@
 """The tables of the paper as data: the name of each cell, its settings over a base recipe, and the paper's numbers.
 
-He et al. 2021, "Masked Autoencoders Are Scalable Vision Learners": Table 1 a-f, Figures 5, 7 and 9. Their cells are a
-ViT-L trained for 800 epochs on ImageNet-1K (decoder 8 x 512, plain pixels, random-resized crops, 75 % hidden at random)
-unless the cell says otherwise; `paper` holds ImageNet top-1 in percent, fine-tuned and linear probe. Their base row
-predicts plain pixels, not normalised ones, and so does the base of every table here. `family` is not in the paper as
-one table; the few published linear probes that stand beside it are of very different sizes.
+He et al. 2021, "Masked Autoencoders Are Scalable Vision Learners": Table 1 a-f, Figures 5, 7 and 9. The paper trains a
+ViT-L for 800 epochs on ImageNet-1K (decoder 8 x 512, plain pixels, random-resized crops, 75 % hidden at random) unless
+a cell varies one of these. `paper` contains ImageNet top-1 in percent, fine-tuned and linear probe. The paper's base
+row predicts plain pixels instead of normalised ones, and so does the base of every table here. `family` is not a table
+of the paper; the published linear probes shown beside it are of models of very different sizes.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from unmask.errors import UserError
 
 PLAIN_PIXELS = "method.target=pixels"
 TOKENIZER, PRETRAINED = "tokenizer", "pretrained"
-SHARED = (TOKENIZER, PRETRAINED)  # runs that are no rows of the comparison: other cells are made from them
+SHARED = (TOKENIZER, PRETRAINED)  # runs that other cells start from; they are not rows of the comparison
 
 
 @dataclass(frozen=True)
 class Paper:
-    """Top-1 accuracy on ImageNet-1K in percent as published; None where it was not."""
+    """Published top-1 accuracy on ImageNet-1K in percent; None if not published."""
 
     fine_tuned: float | None
     linear: float | None
@@ -36,10 +36,11 @@ UNPUBLISHED = Paper(None, None)
 class Cell:
     """One row of a table: `settings` over the base, and the paper's accuracy.
 
-    name: of its folder. label: on the page; `theirs` is the paper's own where ours is scaled. at: where it stands on
-    the picture's axis, None for a category. length: its steps in units of the table's. base: the row the others are
-    compared with, the one that is probed beside controls. recipe: another than the table's. tokenizer: trains with the
-    dVAE of the cell TOKENIZER. equal: "steps", or "compute" for as many FLOPs as the base instead.
+    name: folder name. label: shown on the page. theirs: the paper's label if its value differs from ours. at: position
+    on the axis of the picture, None for a category. length: training length relative to the table's steps. base: the
+    row that the others are compared with, and that is probed with controls. recipe: replaces the table's recipe.
+    tokenizer: the cell trains with the dVAE of the cell TOKENIZER. equal: "steps" or "compute", what the cell has in
+    common with the base row.
     """
 
     name: str
@@ -57,11 +58,12 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """A table. varies: the keys that its cells set, which a user may not. base: settings of every cell.
+    """A table of the paper.
 
-    `axis`: what varies. `cells` gets the base configuration, because some cells are shares of it. log: the axis of the
-    picture is logarithmic. measure: which accuracy the cells are compared by. "fine_tuned": they are no pre-trainings,
-    but classifiers, all made from the one Run PRETRAINED.
+    axis: what the cells vary, in words. varies: the settings that the cells vary and a user cannot set. cells: builds
+    the cells from the base configuration, since some are a share of it. base: settings of every cell. log: whether the
+    axis of the picture is logarithmic. measure: the accuracy that cells are compared by; with "fine_tuned" the cells
+    are classifiers, all fine-tuned from the run PRETRAINED.
     """
 
     name: str
@@ -76,7 +78,7 @@ class Table:
 
 
 def find_table(name: str) -> Table:
-    """Return the table of that name. Raises UserError with the nearest names for an unknown one."""
+    """Return a table by its name. Raises UserError with the nearest names for an unknown name."""
     if name not in TABLES:
         raise UserError(f"table {name!r} is not known; {nearest(name, TABLES)}")
     return TABLES[name]
@@ -91,7 +93,7 @@ def _depths(base: Config) -> tuple[Cell, ...]:
 
 
 def _widths(base: Config) -> tuple[Cell, ...]:
-    """The paper's 128 to 1024 are 1/8 to 1 of a ViT-L's width, and so here of the recipe's encoder."""
+    """The paper's 128 to 1024 are 1/8 to 1 times the width of ViT-L; here they are shares of the recipe's encoder."""
     published = {128: (84.9, 69.1), 256: (84.8, 71.3), 512: (84.9, 73.5), 768: (84.4, 73.1), 1024: (84.3, 73.1)}
     settings: Any = base.method
     full, one_head = settings.encoder.width, settings.decoder.width / settings.decoder.heads
@@ -179,11 +181,11 @@ def _lengths(base: Config) -> tuple[Cell, ...]:
 
 PARTIAL = {0: 73.5, 0.5: 79.1, 1: 81.0, 2: 83.1, 4: 84.2, 6: 84.4, 12: 84.6, 18: 84.7, 24: 84.9}
 PARTIAL_DEPTH = 24
-FINE_TUNING_LENGTH = 1 / 8  # of the pre-training, where nobody says how long: 100 of the paper's 800 epochs
+FINE_TUNING_LENGTH = 1 / 8  # default relative to pre-training: 100 of the paper's 800 epochs
 
 
 def _last_blocks(base: Config) -> tuple[Cell, ...]:
-    """0, the MLP of the last block, and 1, 2, 4, ... blocks up to all; for 24 blocks the paper's own numbers."""
+    """Vary the number of tuned blocks: 0, 1/2 (the last MLP), 1, 2, 4, ... all; with 24 blocks, the paper's numbers."""
     settings: Any = base.method
     depth = settings.encoder.depth
     whole = [1 << n for n in range(depth.bit_length()) if 1 << n < depth] + [depth]
@@ -204,7 +206,7 @@ def _last_blocks(base: Config) -> tuple[Cell, ...]:
 
 
 def like_paper(blocks: float, depth: int) -> float:
-    """Return the number of the paper's 24 blocks that is the nearest share of the depth; 0 and 1/2 are unchanged."""
+    """Return the paper's number of blocks (of 24) that is nearest as a share of the depth; 0 and 1/2 are unchanged."""
     if blocks < 1:
         return blocks
     return min((n for n in PARTIAL if n >= 1), key=lambda n: abs(n / PARTIAL_DEPTH - blocks / depth))
@@ -229,7 +231,7 @@ PUBLISHED = {"igpt": Paper(None, 69.0), "beit": Paper(85.2, 52.1), "mae": Paper(
 
 
 def _family(base: Config) -> tuple[Cell, ...]:
-    """Every method twice: for as many steps as MAE, and for as many FLOPs; MAE's own run is both."""
+    """Every method twice, with as many steps as MAE and with as many FLOPs; MAE itself is trained once."""
     by_steps = [
         Cell(
             f"{name}-equal-steps", IN_WORDS[name], (), PUBLISHED.get(name, UNPUBLISHED), base=name == "mae",
@@ -250,13 +252,13 @@ TABLES = {
     for table in (
         Table(
             "1a", "Table 1a: decoder depth", "decoder blocks", ("method.decoder.depth",), _depths, log=True,
-            note="The depths are the paper's own, though its encoder has 24 blocks.",
+            note="The decoder depths are the paper's, although its encoder has 24 blocks.",
         ),
         Table(
             "1b", "Table 1b: decoder width", "decoder width as a share of the encoder's",
             ("method.decoder.width", "method.decoder.heads"), _widths, log=True,
-            note="Widths are the paper's 128 to 1024 as shares of the encoder's width (1024 there); the heads keep "
-            "about the width that they have in the recipe.",
+            note="The paper's widths of 128 to 1024 are taken as shares of the encoder's width (1024 in the paper); "
+            "the width of a head stays about that of the recipe.",
         ),
         Table(
             "1c", "Table 1c: mask tokens in the encoder", "encoder", ("method.mask_tokens",), _mask_tokens,
@@ -265,15 +267,15 @@ TABLES = {
         ),
         Table(
             "1d", "Table 1d: reconstruction target", "target", ("method.target",), _targets, base=(),
-            note="The paper's tokens come from a dVAE trained on 250 million images; these from one trained on the "
-            "same images as everything else.",
+            note="The paper's tokens come from a dVAE trained on 250 million images; here the dVAE is trained on the "
+            "same images as all cells.",
         ),
         Table(
             "1e", "Table 1e: data augmentation", "augmentation",
             ("data.crop.kind", "data.crop.flip", "data.crop.jitter", "data.crop.eval_share"), _augmentations,
             base=(PLAIN_PIXELS, "data.crop.eval_share=0.875"),
-            note="Crops of fixed size, and the centre that every cell is probed on, are 7/8 of the image's side (the "
-            "paper's 224 of 256).",
+            note="Crops of fixed size, and the centre crops of the probes, are 7/8 of the image's side (224 of 256 in "
+            "the paper).",
         ),
         Table(
             "1f", "Table 1f: mask sampling", "sampling", ("method.mask", "method.mask_ratio"), _samplings,
@@ -281,26 +283,26 @@ TABLES = {
         Table("fig5", "Figure 5: masking ratio", "hidden patches, %", ("method.mask_ratio",), _ratios),
         Table(
             "fig7", "Figure 7: training length", "training length", ("train.steps",), _lengths, log=True,
-            note="1x is the paper's 100 epochs and here the shortest run. The recipe's own length is that of 8x, as "
-            "800 epochs are in the paper, unless there is a budget; a length that is set by hand is that of 1x. "
-            "Warm-up is the same share of every run, and each has its own whole schedule.",
+            note="1x is 100 epochs in the paper and the shortest run here. Without a budget, 8x (800 epochs in the "
+            "paper) has the length of the recipe; a length given with --set is that of 1x. Every run has a complete "
+            "schedule of its own, with the same share of warm-up.",
         ),
         Table(
             "fig9", "Figure 9: partial fine-tuning", "fine-tuned blocks", ("method.last_blocks",), _last_blocks,
             measure="fine_tuned",
-            note="0, 1/2 and all blocks stand beside the paper's; another number beside the one of the paper's 24 that "
-            "is nearest as a share of the depth. MoCo v3 there: 77.6 with 0, 79.9, 80.8, 81.6, 81.9, 83.2, 83.8 and "
-            "84.1 with 1, 2, 4, 6, 12, 18 and 24 blocks: better than MAE frozen, worse as soon as one block is "
-            "tuned. The paper's 0 is its linear probe (LARS, BatchNorm); here every cell has the same head, optimiser "
-            "and steps, where the paper takes the best of 50, 100 and 200 epochs. No mixup, cutmix, random "
-            "augmentation, drop path or layer-wise decay here.",
+            note="Each number of blocks is compared with the paper's number that is nearest as a share of the depth "
+            "(24 blocks in the paper). The paper's results for MoCo v3: 77.6 with 0 blocks; 79.9, 80.8, 81.6, 81.9, "
+            "83.2, 83.8 and 84.1 with 1, 2, 4, 6, 12, 18 and 24: better than MAE when frozen, worse as soon as one "
+            "block is tuned. The paper's 0 is its linear probe (LARS, BatchNorm); here every cell has the same head, "
+            "optimiser and steps, while the paper uses the best of 50, 100 and 200 epochs. Mixup, cutmix, random "
+            "augmentation, drop path and layer-wise decay are not used here.",
         ),
         Table(
             "family", "The family, from autoencoder to MAE", "method", ("method.name",), _family, base=(),
-            note="Every method from its own recipe, once for as many steps as MAE and once for as many FLOPs as MAE "
-            "(forward and backward, counted). The published numbers are those of MAE's Tables 3 and 12, models of very "
-            "different sizes: iGPT-L 1362 M parameters on VQ-VAE codes (on 48 x 48 pixels its own paper has 65.2), "
-            "BEiT-L and MAE ViT-L 304 M.",
+            note="Every method is trained with its own recipe, once for as many steps as MAE and once for as many "
+            "FLOPs (forward and backward). The published numbers are from Tables 3 and 12 of the MAE paper, for models "
+            "of very different sizes: iGPT-L has 1362 M parameters and uses VQ-VAE codes (65.2 on 48 x 48 pixels in "
+            "the iGPT paper), BEiT-L and MAE ViT-L have 304 M.",
         ),
     )
 }  # fmt: skip

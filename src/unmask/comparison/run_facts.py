@@ -1,4 +1,4 @@
-"""What a run is and what it cost, and in what several runs differ."""
+"""Read the settings and cost of runs, and list the differences between them."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from unmask.recipes.catalogue import all_recipes
 from unmask.report.training_log import last_loss, trained_rows, training_seconds
 from unmask.run import Run
 
-SAME_WITHIN = 0.01  # numbers closer than this share are the same
+SAME_WITHIN = 0.01  # numbers with a smaller relative difference count as equal
 
 
 @dataclass(frozen=True)
 class ImageFlops:
-    """FLOPs of one image, by part; see `engine.flops.Flops`. Of an encoder without a task only `whole` is known."""
+    """FLOPs of one image, by part; see `engine.flops.Flops`. An encoder without a task has only `whole`."""
 
     whole: int
     encoder: int | None = None
@@ -39,10 +39,10 @@ class ImageFlops:
 
 @dataclass(frozen=True, kw_only=True)
 class RunFacts:
-    """What a run is and what it cost.
+    """The settings and cost of a run.
 
-    source: of the images, as it was given; place: the same as absolute paths without links. differs: settings that are
-    not the recipe's, as KEY=VALUE. image: (C, H, W). state: as `unmask ls` shows it. seconds: of training.
+    source: the images as given on the command line. place: the same as absolute paths without links. differs: settings
+    that differ from the recipe, as KEY=VALUE. image: (C, H, W). state: as in `unmask ls`. seconds: training time.
     """
 
     name: str
@@ -69,7 +69,7 @@ class RunFacts:
 
 
 def run_facts(name: str, run: Run) -> RunFacts:
-    """Read what a run is and what it cost. name: how the page calls it."""
+    """Read the settings and cost of a run. name: the run's name on the page."""
     config, plan, status = read_config(run), read_plan(run), run.status()
     trained = trained_rows(run.metrics())
     flops = image_flops(config, plan.images)
@@ -90,7 +90,7 @@ def run_facts(name: str, run: Run) -> RunFacts:
         step=status.step,
         steps=plan.steps,
         images_seen=seen,
-        epochs=seen / plan.num_images if plan.num_images else 0.0,  # imported weights were trained on no images here
+        epochs=seen / plan.num_images if plan.num_images else 0.0,  # imported weights have 0 images
         training_flops=None if flops.training is None else flops.training * seen,
         images_per_second=statistics.median(row["images_per_second"] for row in trained) if trained else None,
         seconds=training_seconds(trained),
@@ -107,7 +107,7 @@ def absolute_places(source: str | Sequence[str]) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class _Quantity:
-    """Something that should be equal for a comparison of methods: its values and the same as text, one for each run."""
+    """A quantity that should be equal when methods are compared: one value and one text per run."""
 
     name: str
     values: Sequence[Any]
@@ -116,8 +116,7 @@ class _Quantity:
 
 
 def differences(runs: Sequence[RunFacts]) -> dict[str, str]:
-    """Return a sentence with the numbers for everything in which the runs differ and a comparison of methods needs
-    equality, by its name."""
+    """Return one sentence per quantity that differs but should be equal to compare methods, by the quantity's name."""
     found = {}
     for quantity in _quantities(runs):
         if _differ(quantity.values):
@@ -152,8 +151,8 @@ def _differ(values: Sequence[Any]) -> bool:
 
 
 def caveat(differing: Mapping[str, str]) -> str:
-    """Return what limits a ranking of these runs, as the end of a sentence; "" where they do not differ."""
-    return f"; not a comparison of methods alone: the runs differ in {', '.join(differing)}" if differing else ""
+    """Return the caveat that ends the sentence of a ranking; "" if the runs do not differ."""
+    return f"; not a pure comparison of methods: the runs also differ in {', '.join(differing)}" if differing else ""
 
 
 def image_flops(config: Config, images: ImageSpec) -> ImageFlops:
@@ -168,7 +167,7 @@ def image_flops(config: Config, images: ImageSpec) -> ImageFlops:
 
 
 def _changed_settings(config: Config) -> list[str]:
-    """Return the settings that are not the recipe's, as KEY=VALUE; [] for a recipe that this version does not have."""
+    """Return the settings that differ from the recipe, as KEY=VALUE; [] for a recipe unknown to this version."""
     if config.recipe not in (known := all_recipes()):
         return []
     base, found = known[config.recipe](), []

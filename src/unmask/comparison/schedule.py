@@ -1,4 +1,4 @@
-"""How long each cell of a table trains: equal steps, equal compute, or a share of a time budget."""
+"""Decide how long each cell of a table trains: equal steps, equal compute, or a share of a time budget."""
 
 from __future__ import annotations
 
@@ -45,17 +45,17 @@ from unmask.evals.labelled_images import few_shots, require_classes
 from unmask.method import Method
 from unmask.nn.modes import eval_mode
 
-MOST_LABELS = 5_000  # default for all classes together: a probe of a small encoder then takes seconds
+MOST_LABELS = 5_000  # default limit over all classes, so that probing a small encoder takes seconds
 MEASURE_SECONDS = 2.0
 MEASURED_BATCHES = 3
 FIT_SECONDS = 3.0
 FEWEST_STEPS = 20
-PRETRAINING_SHARE = 2 / 3  # of a budget for training, where every cell is fine-tuned from one pre-training
+PRETRAINING_SHARE = 2 / 3  # share of the training budget where all cells are fine-tuned from one pre-trained run
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A cell with its cost, the steps that its recipe and settings plan, and its length in units of the table's."""
+    """A cell, its cost, the steps planned by its recipe and settings, and its length relative to the table's steps."""
 
     cell: Cell
     cost: CellCost
@@ -64,14 +64,14 @@ class Measured:
 
     @property
     def seconds(self) -> float:
-        """Training time for one step of the table."""
-        assert self.cost.step_seconds is not None, "measured where there is a budget"
+        """Training time of this cell per step of the table."""
+        assert self.cost.step_seconds is not None, "step_seconds is measured when there is a budget"
         return self.length * self.cost.step_seconds
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """A table, what was asked for, its images, and what is needed to measure a cell."""
+    """A table with its request, its images, and the labels per class of its probes."""
 
     table: Table
     asked: TableRequest
@@ -80,15 +80,14 @@ class Experiment:
 
     @property
     def set_by_hand(self) -> bool:
-        """Whether the settings give a length."""
+        """Whether the user's settings include a training length."""
         return any(key in LENGTHS for key in parse(self.asked.settings))
 
 
 def require_probe(asked: TableRequest) -> tuple[Source, int]:
     """Open the data and return it with the number of labels per class of the probes.
 
-    Raises UserError when the images cannot be probed: before training, because a table whose cells cannot be measured
-    is useless.
+    Raises UserError when the images cannot be probed, so that this is reported before training instead of after it.
     """
     source = require_labels(open_source(asked.data))
     assert source.labels is not None
@@ -113,7 +112,7 @@ def require_probe(asked: TableRequest) -> tuple[Source, int]:
 
 
 def plan_table(experiment: Experiment, console: Console) -> TablePlan:
-    """Decide the settings and steps of every cell; measures times where there is a budget."""
+    """Decide the settings and steps of every cell; with a budget, also measure their speed."""
     table, asked, source = experiment.table, experiment.asked, experiment.source
     began = time.perf_counter()
     cells = all_cells(table, asked)
@@ -158,7 +157,7 @@ def plan_table(experiment: Experiment, console: Console) -> TablePlan:
 
 
 def planned_cell(experiment: Experiment, measured: Measured, steps: int) -> PlannedCell:
-    """Return a cell with all that is decided about it. steps: of a cell of length 1."""
+    """Return the plan of a cell. steps: the steps of a cell of length 1."""
     table, asked, cell = experiment.table, experiment.asked, measured.cell
     return PlannedCell(
         name=cell.name,
@@ -179,13 +178,14 @@ def planned_cell(experiment: Experiment, measured: Measured, steps: int) -> Plan
     )
 
 
-# ---------------------------------------------------------------------------------------------------- lengths and steps
+# Lengths and steps
 
 
 def with_lengths(experiment: Experiment, measured: Sequence[Measured]) -> list[Measured]:
-    """Set the length of every cell in units of the table's steps.
+    """Return the cells with their lengths relative to the table's steps.
 
-    Fine-tuned cells are equally long; in a budget all of them together get a third of it, of a given run all of it.
+    Fine-tuned cells are equally long. Together they get a third of the budget, or all of it if the pre-trained run is
+    given.
     """
     base, asked = _base_of(measured), experiment.asked
     base_flops = base.cost.batch_size * base.cost.training_flops
@@ -209,13 +209,13 @@ def with_lengths(experiment: Experiment, measured: Sequence[Measured]) -> list[M
 
 
 def steps_without_budget(experiment: Experiment, measured: Sequence[Measured]) -> tuple[int, str]:
-    """Return the steps of a cell of length 1 that the recipe or the settings plan, and the reason."""
+    """Return the steps of a cell of length 1 according to the recipe and settings, and the reason as text."""
     base = _base_of(measured)
     if experiment.table.measure == "linear" and base.length != 1 and not experiment.set_by_hand:
-        # The base row is the one that the paper trains as long as its recipe says.
+        # The base row has the length of the recipe, as in the paper.
         steps = max(1, round(base.planned_steps / base.length))
         return steps, (
-            f"{steps} steps for 1x: the recipe's {base.planned_steps} are those of {base.cell.label}, the base row"
+            f"{steps} steps for 1x: the base row {base.cell.label} has the {base.planned_steps} steps of the recipe"
         )
     return base.planned_steps, f"{base.planned_steps} steps, as planned by the recipe or the settings"
 
@@ -223,10 +223,10 @@ def steps_without_budget(experiment: Experiment, measured: Sequence[Measured]) -
 def steps_in_budget(
     experiment: Experiment, measured: Sequence[Measured], budget: float, scanning: float, spent: float
 ) -> tuple[int, str]:
-    """Return the steps of a cell of length 1 for which the whole table fits the budget, and the reason.
+    """Return the steps of a cell of length 1 with which the whole table fits the budget, and the reason as text.
 
-    budget, scanning, spent: seconds; scanning is repeated by every run, spent is gone already. Raises UserError when
-    fewer than FEWEST_STEPS fit.
+    budget, scanning, spent: seconds. Every run scans the images again; `spent` has already passed. Raises UserError
+    when fewer than FEWEST_STEPS fit.
     """
     asked, table = experiment.asked, experiment.table
     runs = {each.cell.name: 1 if each.cell.name in SHARED else asked.seeds for each in measured}
@@ -258,17 +258,17 @@ def _base_of(measured: Sequence[Measured]) -> Measured:
 
 
 def with_controls(table: Table, cell: Cell) -> bool:
-    """Whether the cell is probed with controls: the base row, and in the family every row, whose encoders differ."""
+    """Whether the cell is probed with controls: the base row, or every row of the family because encoders differ."""
     if table.measure == "fine_tuned":
         return False
     return cell.base or (table.name == "family" and cell.name.endswith("-equal-steps"))
 
 
-# -------------------------------------------------------------------------------------------------------------- costs
+# Costs
 
 
 def measure_cell(experiment: Experiment, cell: Cell, scan: Scan, device: str) -> Measured:
-    """Count the FLOPs and parameters of a cell and, for a budget, measure its seconds."""
+    """Count the FLOPs and parameters of a cell and, with a budget, measure its speed."""
     table, asked, source = experiment.table, experiment.asked, experiment.source
     config = draft_config(table, cell, asked, source)
     images, plan = training_data.prepare_images(training_data.TrainingRequest(source, scan, config, device))
@@ -283,7 +283,7 @@ def measure_cell(experiment: Experiment, cell: Cell, scan: Scan, device: str) ->
         )
         tested = len(open_source(asked.test)) if asked.test is not None else len(source) // 5
         probed, fitting = tested + experiment.shots * len(source.classes), FIT_SECONDS
-        if table.measure == "fine_tuned":  # a fine-tuned cell is tested, the pre-training is not
+        if table.measure == "fine_tuned":  # the pre-trained run is not tested
             probed, fitting = tested * fine_tunes(table, cell), 0.0
         seconds = {
             "step_seconds": with_loading(compute, load, workers),
@@ -303,11 +303,11 @@ def measure_cell(experiment: Experiment, cell: Cell, scan: Scan, device: str) ->
 
 @torch.no_grad()
 def encode_seconds(config: Config, plan: Plan) -> float:
-    """Measure how many seconds the encoder needs for one image of a probe."""
+    """Measure the seconds per image of the encoder in a probe."""
     method: Method = build_method(config, plan.images).to(plan.device)
     batch = example_batch(plan.images, EVAL_BATCH, plan.device)
     with eval_mode(method), autocast(plan.precision, plan.device):
-        wait_for(method.encoder(batch.images).patches.flatten()[0])  # warms up
+        wait_for(method.encoder(batch.images).patches.flatten()[0])  # warm-up
         began = time.perf_counter()
         for _ in range(MEASURED_BATCHES):
             wait_for(method.encoder(batch.images).patches.flatten()[0])

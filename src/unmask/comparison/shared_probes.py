@@ -1,4 +1,4 @@
-"""The measurements that several runs have in common, ranked, and those that only some of them have."""
+"""Rank runs by the measurements that all of them have, and list the measurements that only some have."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from unmask.report.probe_section import full_width, probe_title
 from unmask.results import ACCURACY, POOLS, PRETRAINED, FeatureScore, ImageSet, ProbeResult, Results, TestIdentity
 
 NO_SHARED_PROBE = (
-    "No probe is shared by all of these runs, so nothing says which features are better; measure one with: unmask "
+    "No probe is shared by all of these runs, so it is unknown which features are better; measure one with: unmask "
     "compare RUN... --data DATA --test DATA"
 )
 
 
 @dataclass(frozen=True)
 class RankedRun:
-    """One run in a shared measurement. score: the one that is ranked; pools: that of every pooling, by its name."""
+    """One run in a shared measurement. score: the score that is ranked. pools: the score of every pooling, by name."""
 
     name: str
     step: int | None
@@ -28,7 +28,9 @@ class RankedRun:
 
 @dataclass(frozen=True)
 class SharedProbe:
-    """A measurement that every run has. rows: best first. width: the score of a full bar. sentence: the ranking."""
+    """A measurement that every run has. rows: best first. width: the score of a full bar. sentence: the ranking as
+    text.
+    """
 
     title: str
     kind: str
@@ -48,7 +50,7 @@ class SharedProbe:
 
 
 def latest_probes(results: Results) -> list[ProbeResult]:
-    """Return the probes of a run; of one measurement at several steps only the last."""
+    """Return the probes of a run; if one was measured at several steps, only the last."""
     latest: list[ProbeResult] = []
     for probe in results.probes:
         same = next((i for i, other in enumerate(latest) if probe.same_measurement(other)), None)
@@ -60,10 +62,10 @@ def latest_probes(results: Results) -> list[ProbeResult]:
 
 
 def shared_probes(probes: Mapping[str, Sequence[ProbeResult]], caveat: str = "") -> list[SharedProbe]:
-    """Return the measurements that every run has. probes: of each run by its name. caveat: ends every ranking.
+    """Return the measurements that every run has. probes: by run name. caveat: appended to every ranking.
 
-    One pooling is ranked for all runs, the mean over patches where the kind of probe has it: choosing the better one on
-    the test images would favour encoders with a class token.
+    All runs are ranked by the same pooling, the mean over patches if available: using the better pooling on the test
+    images would favour encoders with a class token.
     """
     first, *others = probes.values()
     shared = []
@@ -104,7 +106,7 @@ def _ranked(name: str, probe: ProbeResult) -> RankedRun:
 
 
 def ranking(rows: Sequence[RankedRun], metric: str = ACCURACY) -> str:
-    """State which run scores highest, and which others the choice of test images alone could put first."""
+    """State which run scores highest, and from which others the difference is within the noise."""
     first, *others = rows
     pool = POOLS.get(first.score.pool, first.score.pool)
     text = f"{first.name} scores highest with {show_score(first.score.value, metric)} ({pool})"
@@ -118,7 +120,7 @@ def ranking(rows: Sequence[RankedRun], metric: str = ACCURACY) -> str:
 
 
 def not_shared(probes: Mapping[str, Sequence[ProbeResult]]) -> list[str]:
-    """Return a sentence for every measurement that only some of the runs have."""
+    """Return one sentence per measurement that only some of the runs have."""
     groups: list[tuple[ProbeResult, list[str]]] = []
     for name, each in probes.items():
         for probe in each:

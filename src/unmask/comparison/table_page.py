@@ -1,8 +1,8 @@
-"""`table.html` and `table.json`: a table's results beside the paper's, made from the folder of `unmask ablate` alone.
+"""`table.html` and `table.json`: the results of a table beside the paper's, read from the folder of `unmask ablate`.
 
-Accuracies here are probes of small models on small images, the paper's are ViT-L on ImageNet: compare the order of the
-cells and the shape of the curve, not the height. Every number has a 95% interval: a t-interval over seeds where there
-are two or more, else the Wilson interval over the test images, which does not cover the choice of the seed.
+Accuracies here are from small models on small images, the paper's from ViT-L on ImageNet: compare the order of the
+cells and the shape of the curve, not the height. Every number has a 95% interval: a t-interval over two or more seeds,
+or the Wilson interval over the test images of one seed, which does not cover the choice of the seed.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ TABLE_JSON, TABLE_HTML = "table.json", "table.html"
 
 @dataclass(frozen=True)
 class RowGroup:
-    """Rows of the page under one heading, "" where there is only one group."""
+    """Rows of the page under one heading; the heading is "" if there is only one group."""
 
     title: str
     rows: Sequence[CellRow]
 
 
 def write_table(folder: Path, state: str) -> TableResults:
-    """Write both files and return the results. state: as in `read_table`."""
+    """Write table.json and table.html, and return the results. state: as in `read_table`."""
     table = read_table(folder, state)
     replace_file(folder / TABLE_JSON, json.dumps(table.to_json(), indent=2).encode("ascii") + b"\n")
     replace_file(folder / TABLE_HTML, render("table.html.jinja", table=table, groups=groups(table), chart=chart(table)))
@@ -41,7 +41,7 @@ def write_table(folder: Path, state: str) -> TableResults:
 
 
 def groups(table: TableResults) -> list[RowGroup]:
-    """Group the rows for the page: the family in two parts, with MAE in both."""
+    """Group the rows for the page: the family has two groups, with MAE in both."""
     compute = [row for row in table.rows if row.cell.equal == "compute"]
     if not compute:
         return [RowGroup("", table.rows)]
@@ -53,7 +53,7 @@ def groups(table: TableResults) -> list[RowGroup]:
 
 
 def chart(table: TableResults) -> Markup | None:
-    """Draw this table on the left and the paper's on the right over one axis; None before two cells are measured."""
+    """Draw our results on the left and the paper's on the right, over the same axis; None before two are measured."""
     plan = table.plan
     measure = plan.measure
     rows = [row for row in table.rows if row.paper(measure) is not None]
@@ -93,7 +93,7 @@ def chart(table: TableResults) -> Markup | None:
 def _draw_here(
     axes: Any, rows: Sequence[CellRow], places: Mapping[str, float | None], kinds: Mapping[str, str], *, line: bool
 ) -> None:
-    """Draw the accuracies with their intervals. kinds: which scores, with their labels."""
+    """Draw the accuracies with their intervals. kinds: names of the scores, with their labels."""
     for (kind, label), colour in zip(kinds.items(), (LOSS_COLOUR, COLOURS[1]), strict=False):
         scores = [(places[row.cell.name], score) for row in rows if (score := getattr(row, kind)) is not None]
         below = [100 * (score.mean - score.low) for _, score in scores]

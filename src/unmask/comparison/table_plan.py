@@ -1,4 +1,4 @@
-"""`ablation.json`: what was asked for, and the cells of a table with the settings and steps of each, decided once."""
+"""`ablation.json`: the request for a table, and the settings and steps of its cells, decided once."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ PLAN_FILE = "ablation.json"
 
 @dataclass(frozen=True, kw_only=True)
 class TableRequest:
-    """What a person asks for. A table is one experiment: nothing but `seeds` may change once it has begun.
+    """The user's request for a table. Once the table has begun, only `seeds` can be changed.
 
-    table: a name of `paper_tables.TABLES`. data, test: labelled images; labels are used by probes and fine-tuning only.
-    recipe: the base of every cell, mae_nano when None (`family` has its own). settings: KEY=VALUE for every cell.
-    budget: seconds for the whole table, None for the recipe's own length. shots: labels per class for the probes, None
-    for as many as keep a probe short (for fine-tuning: all). tokenizer: a dVAE's run for the cells that need one, None
-    trains one first. from_run: the pre-trained run that fig9 fine-tunes, None trains one first.
+    table: a name in `paper_tables.TABLES`. data, test: labelled images; only probes and fine-tuning use the labels.
+    recipe: the base of every cell; None for mae_nano (`family` has its own recipes). settings: KEY=VALUE for every
+    cell. budget: seconds for the whole table; None for the length of the recipe. shots: labels per class for the
+    probes; None for a number that keeps probes short, or for all labels in fine-tuning. tokenizer: run of a dVAE for
+    the cells that need one; None to train one first. from_run: pre-trained run that fig9 fine-tunes; None to train one
+    first.
     """
 
     table: str
@@ -42,14 +43,14 @@ class TableRequest:
 
     @property
     def base_recipe(self) -> str:
-        """The base of every cell, once it has been chosen."""
+        """The recipe that every cell varies; valid after `choose_recipe`."""
         assert self.recipe is not None, "choose_recipe replaces None"
         return self.recipe
 
 
 @dataclass(frozen=True, kw_only=True)
 class CellCost:
-    """What a cell costs: FLOPs as counted and, where there is a time budget, seconds as measured."""
+    """The cost of a cell: counted FLOPs and, with a time budget, measured seconds."""
 
     batch_size: int
     parameters: int
@@ -63,16 +64,16 @@ class CellCost:
     @property
     def training_flops(self) -> int:
         """FLOPs of one image, forward and backward."""
-        assert self.flops.training is not None, "every cell trains a task"
+        assert self.flops.training is not None, "every cell has a training task"
         return self.flops.training
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedCell(CellCost):
-    """A cell with the settings it is trained with, for `steps` steps; the other fields are those of `Cell`.
+    """A cell with its final settings and training steps; fields that are not listed here are those of `Cell`.
 
-    settings: all but length and seed; varied: those that this cell sets over the table's. controls: its probes include
-    the controls. fine_tunes: it is fine-tuned from another run.
+    settings: all settings except length and seed. varied: the settings that distinguish this cell. controls: whether
+    its probes include controls. fine_tunes: whether it is fine-tuned from another run.
     """
 
     name: str
@@ -92,21 +93,21 @@ class PlannedCell(CellCost):
 
     @property
     def shared(self) -> bool:
-        """Whether other cells are made from this run, which is not a row of the comparison."""
+        """Whether other cells start from this run, which is then not a row of the comparison."""
         return self.name in SHARED
 
     def run_name(self, seed: int) -> str:
-        """Return the name of the folder of this cell's run with a seed."""
+        """Return the folder name of this cell's run with a seed."""
         return self.name if self.shared else f"{self.name}-seed-{seed}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class TablePlan:
-    """What was decided when a table was begun.
+    """The plan of a table, decided when it is begun.
 
-    missing: labels of cells that this version cannot train. steps: of a cell of length 1; reason: why so many. shots:
-    labels per class of the probes. pool: which pooling is compared. fingerprint: of the images. versions, git, command,
-    time: of the process that decided.
+    missing: labels of the cells that this version cannot train. steps: the steps of a cell of length 1. reason: how
+    they were chosen, as text. shots: labels per class for the probes. pool: the pooling that is compared. fingerprint:
+    fingerprint of the images. versions, git, command, time: provenance of the process that made the plan.
     """
 
     asked: TableRequest
@@ -135,7 +136,7 @@ class TablePlan:
         return next(cell for cell in self.cells if cell.base)
 
     def runs_of(self, cell: PlannedCell) -> range:
-        """Return the seeds that a cell is trained with; a shared cell is trained once."""
+        """Return the seeds of a cell; a shared run is trained only once."""
         return range(1 if cell.shared else self.asked.seeds)
 
 
@@ -158,26 +159,26 @@ def load_plan(folder: Path) -> TablePlan:
 
 
 def continue_plan(folder: Path, asked: TableRequest, source: Source) -> TablePlan:
-    """Read the plan of a table that was begun, with as many seeds as are asked for now; cells keep their steps.
+    """Read the plan of a table that was begun, with the number of seeds requested now; the steps do not change.
 
-    Raises ConfigError when something else is asked for, and DataError when the images have changed.
+    Raises ConfigError when anything else in the request differs, and DataError when the images have changed.
     """
     plan = load_plan(folder)
     for key, value in vars(asked).items():
         before = getattr(plan.asked, key)
         if key != "seeds" and before != value:
             raise ConfigError(
-                f"{folder} was begun with {key} {before!r}, got {value!r}; a table is one experiment: repeat the "
+                f"{folder} was begun with {key} {before!r}, got {value!r}; only --seeds can change: repeat the "
                 "first command, or choose another --out"
             )
     if asked.seeds < plan.asked.seeds:
         raise ConfigError(
-            f"{folder} was begun with {plan.asked.seeds} seeds, got {asked.seeds}; give as many or more, or choose "
-            "another --out"
+            f"{folder} was begun with {plan.asked.seeds} seeds, got {asked.seeds}; request at least "
+            f"{plan.asked.seeds}, or choose another --out"
         )
     if source.fingerprint() != plan.fingerprint:
         raise DataError(
-            f"the images of {asked.data} have changed since this table was begun, so its cells could not be compared; "
+            f"the images of {asked.data} have changed since this table was begun, so cells cannot be compared; "
             "restore the old files, or choose another --out"
         )
     if asked.seeds > plan.asked.seeds:

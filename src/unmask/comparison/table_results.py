@@ -1,4 +1,4 @@
-"""What the runs of a table measured: one row per cell, with intervals, read from the table's folder alone."""
+"""Read the results of a table from its folder: one row per cell, with intervals."""
 
 from __future__ import annotations
 
@@ -40,20 +40,20 @@ from unmask.results import (
 )
 from unmask.run import Run
 
-POOL = "mean"  # over patches: every encoder has it, and one pooling for all cells avoids choosing on the test images
+POOL = "mean"  # the mean over patches exists for every encoder; one pooling for all avoids choosing on the test images
 KINDS = {"linear": "linear probe", "knn": "kNN"}
 FAILURES = "failures.json"
 PLAN_KEYS = (
     "asked", "title", "axis", "note", "log", "base", "missing", "steps", "reason", "shots", "pool", "measure", "device",
     "versions", "command",
 )  # fmt: skip
-"""What table.json repeats of ablation.json."""
+"""Keys of ablation.json that table.json repeats."""
 WORST_FIRST = ("failed", "running", "interrupted", "stopped", "trained", "waiting")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Control:
-    """The accuracy of one control by one kind of probe. cell: whose untrained encoder; "" for raw pixels."""
+    """The accuracy of a control with one kind of probe. cell: the cell of an untrained encoder; "" for raw pixels."""
 
     features: str
     cell: str
@@ -63,7 +63,7 @@ class Control:
 
 @dataclass(frozen=True, kw_only=True)
 class ControlRow:
-    """A row of the table of controls: the accuracy of one feature set by every kind of probe."""
+    """A row of the table of controls: the accuracy of one feature set with every kind of probe."""
 
     features: str
     cell: str
@@ -75,8 +75,8 @@ class ControlRow:
 class CellRun:
     """One run of a cell.
 
-    folder: its name. state: as `unmask ls` shows it; "trained" where it is still to be measured. size: (H, W) of the
-    images. probes: accuracy by kind of probe and pooling. how: what differs from plain features, in words.
+    folder: folder name. state: as in `unmask ls`, or "trained" if not measured yet. size: image size (H, W). probes:
+    accuracy by kind of probe and pooling. how: how the features were computed, as text; "" for the default.
     """
 
     seed: int
@@ -93,13 +93,13 @@ class CellRun:
     how: str = ""
 
     def probe(self, kind: str, pool: str = POOL) -> RunAccuracy | None:
-        """Return the accuracy by one kind of probe; None where it has not been measured."""
+        """Return the accuracy of one kind of probe, or None if it has not been measured."""
         return self.probes.get(kind, {}).get(pool)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CellRow:
-    """A cell with what its runs measured. flops_ratio, time_ratio: of one image, relative to the base row."""
+    """The results of a cell over its runs. flops_ratio, time_ratio: cost per image relative to the base row."""
 
     cell: PlannedCell
     runs: tuple[CellRun, ...]
@@ -117,7 +117,7 @@ class CellRow:
     time_ratio: float | None = None
 
     def score(self, measure: str) -> CellScore | None:
-        """Return what cells are compared by: "linear" or "fine_tuned"."""
+        """Return the score that cells are compared by. measure: "linear" or "fine_tuned"."""
         return self.linear if measure == "linear" else self.fine_tuned
 
     def paper(self, measure: str) -> float | None:
@@ -135,7 +135,7 @@ _ROW = TypeAdapter(CellRow)
 
 @dataclass(frozen=True, kw_only=True)
 class TableResults:
-    """A table as its page shows it. helped: how many cells are above the controls, as a sentence."""
+    """The content of the page of a table. helped: a sentence about how many cells are above the controls."""
 
     plan: TablePlan
     state: str
@@ -147,7 +147,7 @@ class TableResults:
     written: str
 
     def to_json(self) -> dict[str, Any]:
-        """Return the object of table.json."""
+        """Return the content of table.json."""
         found = _TABLE.dump_python(self, mode="json")
         plan = found.pop("plan")
         rows = [row.to_json() for row in self.rows]
@@ -158,7 +158,7 @@ _TABLE = TypeAdapter(TableResults)
 
 
 def read_table(folder: Path, state: str) -> TableResults:
-    """Read the results of a table. state: "running", "stopped" or "finished"; with a failed cell it is "failed"."""
+    """Read the results of a table. state: "running", "stopped" or "finished" ("failed" instead if a cell failed)."""
     plan = load_plan(folder)
     failures = Run(folder).read(FAILURES) if (folder / FAILURES).exists() else {}
     rows = with_ratios([read_cell(folder, plan, cell, failures) for cell in plan.cells])
@@ -193,11 +193,11 @@ def with_ratios(rows: Sequence[CellRow]) -> list[CellRow]:
     ]
 
 
-# ---------------------------------------------------------------------------------------------------- one cell, one run
+# Cells and runs
 
 
 def read_cell(folder: Path, plan: TablePlan, cell: PlannedCell, failures: Mapping[str, str]) -> CellRow:
-    """Read what the runs of a cell measured. failures: why runs failed, by the names of their folders."""
+    """Read the results of a cell. failures: the reasons of failed runs, by folder name."""
     runs = tuple(read_run(folder, plan, cell, seed, failures) for seed in plan.runs_of(cell))
     row = CellRow(
         cell=cell,
@@ -216,7 +216,7 @@ def read_cell(folder: Path, plan: TablePlan, cell: PlannedCell, failures: Mappin
 
 
 def read_run(folder: Path, plan: TablePlan, cell: PlannedCell, seed: int, failures: Mapping[str, str]) -> CellRun:
-    """Read what one run of a cell measured."""
+    """Read the results of one run of a cell."""
     name = cell.run_name(seed)
     run, error = Run(folder / name), failures.get(name)
     found = CellRun(seed=seed, folder=name, error=error, state="waiting" if error is None else "failed")
@@ -261,9 +261,9 @@ def with_probes(run: CellRun, cell: PlannedCell, probes: Mapping[str, ProbeResul
 
 
 def find_probe(run: Run, kind: str, plan: TablePlan, *, controls: bool) -> ProbeResult | None:
-    """Return the probe of a run's last weights with this table's images and labels; None where it is missing.
+    """Return the probe of a run's final weights with this table's images and labels, or None.
 
-    controls: only one that measured the controls too. A damaged result is missing.
+    controls: whether the probe must include controls. A damaged result file counts as missing.
     """
     asked, steps = plan.asked, run.read("plan.json")["steps"]
     test = TestIdentity(held_out=HELD_OUT, seed=0)
@@ -301,11 +301,11 @@ def _median(values: Iterable[float | None]) -> float | None:
     return statistics.median(known) if known else None
 
 
-# -------------------------------------------------------------------------------------------------- controls, sentences
+# Controls and sentences
 
 
 def control_rows(rows: Sequence[CellRow]) -> list[ControlRow]:
-    """Return raw pixels, which are the same for every cell, and the untrained encoders."""
+    """Return the rows of the controls: raw pixels, which all cells share, and the untrained encoders."""
     found: dict[tuple[str, str], ControlRow] = {}
     for control in (control for row in rows for run in row.runs for control in run.controls):
         key = control.features, control.cell
@@ -315,7 +315,7 @@ def control_rows(rows: Sequence[CellRow]) -> list[ControlRow]:
 
 
 def describe_row(row: CellRow, measure: str) -> str:
-    """Write a row of the table as a sentence for the console."""
+    """Return a row of the table as a sentence for the console."""
     text = f"{row.cell.label}{', as many FLOPs' if row.cell.equal == 'compute' else ''}: "
     score, paper = row.score(measure), row.cell.paper
     if score is None:
@@ -333,7 +333,7 @@ def describe_row(row: CellRow, measure: str) -> str:
 
 
 def different_sizes(rows: Sequence[CellRow]) -> list[str]:
-    """Return a sentence where cells were trained on images of different sizes, which no table varies."""
+    """Return a warning if cells were trained on images of different sizes, which no table varies."""
     sizes: dict[tuple[int, ...], list[str]] = {}
     for row in rows:
         for run in row.runs:
@@ -346,7 +346,7 @@ def different_sizes(rows: Sequence[CellRow]) -> list[str]:
 
 
 def above_controls(rows: Sequence[CellRow], controls: Sequence[ControlRow]) -> str:
-    """State how many cells are above the best control by linear probe; "" where either is not measured."""
+    """State how many cells exceed the best control in the linear probe; "" if either is not measured."""
     measured = [row.linear.mean for row in rows if row.linear is not None]
     known = {control.features: control.linear.accuracy for control in controls if control.linear is not None}
     if not measured or not known:
@@ -354,4 +354,4 @@ def above_controls(rows: Sequence[CellRow], controls: Sequence[ControlRow]) -> s
     best = max(known, key=lambda name: known[name])
     above = sum(value > known[best] for value in measured)
     text = f"{above} of {len(measured)} cells are above {best} ({known[best]:.1%}, linear probe)."
-    return text if above else text + " So pre-training did not help in any cell, and their order means little."
+    return text if above else text + " So pre-training did not help in any cell: their order means little."

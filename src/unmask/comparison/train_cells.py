@@ -1,4 +1,4 @@
-"""Train and probe the cells of a table, or resume what was interrupted."""
+"""Train and probe the cells of a table, or resume interrupted runs."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from unmask.run import Run
 
 @contextmanager
 def sigterm_as_interrupt() -> Iterator[None]:
-    """Context manager that treats SIGTERM as SIGINT: both stop a cell's training, and between trainings the table."""
+    """Context manager that treats SIGTERM like SIGINT, so that it stops the table also between two runs."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -48,9 +48,9 @@ def sigterm_as_interrupt() -> Iterator[None]:
 
 
 def make_cell(folder: Path, plan: TablePlan, cell: PlannedCell, seed: int, console: Console) -> None:
-    """Train and measure one cell, or what is missing of it. Raises KeyboardInterrupt when training was stopped.
+    """Train and measure one cell, skipping finished parts. Raises KeyboardInterrupt when training was stopped.
 
-    folder: of the table. The reason why a cell fails is written to failures.json, and the other cells continue.
+    folder: folder of the table. If the cell fails, the reason is written to failures.json and the other cells continue.
     """
     name = cell.run_name(seed)
     try:
@@ -71,7 +71,7 @@ def make_cell(folder: Path, plan: TablePlan, cell: PlannedCell, seed: int, conso
 
 
 def record_failure(folder: Path, name: str, fault: str | None) -> None:
-    """Write why a run failed to failures.json; None removes an earlier reason."""
+    """Write the reason why a run failed to failures.json; None removes an earlier reason."""
     failures = Run(folder).read(FAILURES) if (folder / FAILURES).exists() else {}
     if failures.get(name) != fault:
         others = {other: reason for other, reason in failures.items() if other != name}
@@ -79,7 +79,7 @@ def record_failure(folder: Path, name: str, fault: str | None) -> None:
 
 
 def train_cell(folder: Path, plan: TablePlan, cell: PlannedCell, seed: int, console: Console) -> Run:
-    """Return the finished run of one cell. Raises KeyboardInterrupt when its training was stopped."""
+    """Train or resume one cell and return its finished run. Raises KeyboardInterrupt when training was stopped."""
     path = folder / cell.run_name(seed)
     if (path / "plan.json").exists():
         run = Run.open(path)
@@ -88,8 +88,8 @@ def train_cell(folder: Path, plan: TablePlan, cell: PlannedCell, seed: int, cons
         console.print(f"{path.name}: resuming")
         run = (finetune.resume if cell.fine_tunes else resume)(path, console=console)
     else:
-        shutil.rmtree(path, ignore_errors=True)  # it ended before there was anything to resume
-        console.print(f"{path.name}: {cell.steps} steps")
+        shutil.rmtree(path, ignore_errors=True)  # an earlier attempt that cannot be resumed
+        console.say(f"{path.name}: {cell.steps} steps")
         run = start_cell(path, folder, plan, cell, seed, console)
     if run.status().state == "stopped":
         raise KeyboardInterrupt
@@ -97,7 +97,7 @@ def train_cell(folder: Path, plan: TablePlan, cell: PlannedCell, seed: int, cons
 
 
 def start_cell(path: Path, folder: Path, plan: TablePlan, cell: PlannedCell, seed: int, console: Console) -> Run:
-    """Train one cell from its beginning. path: of its run."""
+    """Train one cell from the beginning. path: folder of its run."""
     asked = plan.asked
     settings = [*without_length(cell.settings), f"train.steps={cell.steps}", f"train.seed={seed}"]
     if cell.fine_tunes:
@@ -112,13 +112,13 @@ def start_cell(path: Path, folder: Path, plan: TablePlan, cell: PlannedCell, see
     tokenizer = None
     if cell.tokenizer:
         tokenizer = asked.tokenizer or finished_run(folder, TOKENIZER, "tokenizer")
-    settings = [*own_size(cell.recipe, settings), *settings]  # one size for all cells, whatever the images
+    settings = [*own_size(cell.recipe, settings), *settings]  # the same image size for all cells
     options = pretrain.PretrainOptions(recipe=cell.recipe, settings=settings, tokenizer=tokenizer)
     return pretrain.pretrain(asked.data, options, out=path, console=console)
 
 
 def own_size(recipe: str, settings: Sequence[str]) -> list[str]:
-    """Return the recipe's image size as a setting, unless one is set: without it the size would follow the images."""
+    """Return the recipe's image size as a setting, unless one is set; otherwise the size would depend on the images."""
     if "data.size" in parse(settings):
         return []
     height, width = catalogue.find(recipe).data.size
@@ -126,27 +126,27 @@ def own_size(recipe: str, settings: Sequence[str]) -> list[str]:
 
 
 def without_length(settings: Sequence[str]) -> list[str]:
-    """Drop the settings of the length, which the table's `steps` replace."""
+    """Drop settings of the training length, which the table's plan replaces."""
     return [setting for setting in settings if setting.partition("=")[0].strip() not in LENGTHS]
 
 
 def finished_run(folder: Path, name: str, what: str) -> Path:
-    """Return the run of a shared cell. Raises TrainingFailed unless it is finished."""
+    """Return the run of a shared cell. Raises TrainingFailed if it is not finished."""
     run = Run(folder / name)
     if not run.finished:
-        raise TrainingFailed(f"its {what} could not be trained; see the row of the {what}")
+        raise TrainingFailed(f"the {what} could not be trained; see the row of the {what}")
     return run.path
 
 
 def probe_cell(run: Run, plan: TablePlan, cell: PlannedCell, seed: int, console: Console) -> None:
-    """Make the probes that are missing: same split and labels whatever the seed of the training."""
+    """Measure the missing probes; the split and labels are the same for all training seeds."""
     controls = cell.controls and seed == 0
     missing = [kind for kind in KINDS if find_probe(run, kind, plan, controls=controls) is None]
     if not missing:
         return
     for fault in read_results(run).damaged:
-        console.warn(f"{fault}; it is measured again")
-    console.print(f"{run.path.name}: probing")
+        console.warn(f"{fault}; measuring it again")
+    console.say(f"{run.path.name}: probing")
     options = ProbeOptions(
         data=plan.asked.data, test=plan.asked.test, shots=plan.shots, controls=controls, device=plan.device
     )
