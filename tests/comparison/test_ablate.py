@@ -324,7 +324,7 @@ def test_without_its_tokenizer_a_cell_fails_and_says_so(data, tmp_path, monkeypa
     with faults(before_step=fails):
         summary = make(data, tmp_path / "table", table="1d", settings=[*SMALL, "method.decoder.depth=1"])
     assert [row["state"] for row in summary["rows"]] == ["failed", "finished", "failed"]
-    assert "its tokenizer could not be trained" in summary["rows"][2]["sentence"]
+    assert "the tokenizer could not be trained" in summary["rows"][2]["sentence"]
 
 
 def test_the_family_is_equal_in_steps_and_in_compute(data, tmp_path, monkeypatch):
@@ -344,7 +344,7 @@ def test_the_family_is_equal_in_steps_and_in_compute(data, tmp_path, monkeypatch
             one_step = row["batch_size"] * row["flops"]["training"]
             assert abs(row["steps"] * one_step - want) <= max(one_step / 2, one_step if row["steps"] == 1 else 0)
     assert {row["name"] for row in summary["rows"] if row["controls"]} == {f"{name}-equal-steps" for name in FAMILY}
-    assert "no order is compared" in summary["agreement"]["sentence"]
+    assert "the order is not compared" in summary["agreement"]["sentence"]
 
 
 # ------------------------------------------------------------------------------- cells that are fine-tuned from one run
@@ -419,7 +419,7 @@ def test_the_page_of_fine_tuned_cells_says_what_they_are(fine_tuned, data, monke
     page = html.unescape((folder / "table.html").read_text())
     assert "kNN" not in page
     assert "linear probe</th>" not in page
-    assert "MoCo v3 there: 77.6" in page
+    assert "The paper's results for MoCo v3: 77.6" in page
     assert "(paper: 24 of 24)" in page
     assert "<svg" in page
 
@@ -455,7 +455,7 @@ def test_a_run_that_is_given_is_fine_tuned_on_other_test_images_with_seeds(fine_
         run = Run(tmp_path / "table" / row["runs"][1]["folder"])
         assert run.read("plan.json")["num_images"] == 4
         assert run.read("config.json")["train"]["seed"] == 1
-        assert run.read("evals/fine-tuned.json")["total"] == 6
+        assert run.read("evals/fine-tuned.json")["test_images"] == 6
 
 
 def test_two_thirds_of_a_budget_go_into_the_pre_training(data, tmp_path, monkeypatch):
@@ -559,7 +559,7 @@ def test_without_a_length_the_recipe_is_as_long_as_the_papers_base_row(data, tmp
     lengths = make(data, tmp_path / "table", table="fig7", settings=[*free, "method.decoder.depth=1"])
     recipe = alone["steps"]
     assert [row["steps"] for row in lengths["rows"]] == pytest.approx([recipe * n / 8 for n in (1, 2, 4, 8, 16)], abs=8)
-    assert "8x, the base row" in lengths["reason"]
+    assert "the base row 8x has the 300 steps" in lengths["reason"]
 
 
 # --------------------------------------------------------------------------------------- beside the paper, in words
@@ -581,8 +581,8 @@ def test_agreement_counts_pairs_and_names_those_within_the_noise():
     assert found.against == ("b over d", "c over d")
     assert found.sentence == (
         "4 of 6 pairs of cells are in the paper's order (linear probe). Among the 5 pairs whose difference is larger "
-        "than the noise, 3 are. Clearly in the opposite order than in the paper (b over d; c over d). Within the noise, "
-        "in the paper's order: c over b."
+        "than the noise, 3 are. Clearly in the opposite order than in the paper (b over d; c over d). Within the "
+        "noise, in the paper's order: c over b."
     )
 
 

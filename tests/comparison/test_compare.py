@@ -83,7 +83,7 @@ def test_the_page_is_one_file_with_both_pictures(runs, tmp_path):
     page = html.unescape((tmp_path / "both.html").read_text())
     assert page.count("data:image/png;base64,") == 2
     assert not re.search(r"""(src|href)=["']https?:""", page)
-    assert "Losses of different targets" in page
+    assert "Losses with different targets" in page
     assert "not comparable" in page
     assert "method.target=pixels" in page
 

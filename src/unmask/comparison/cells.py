@@ -97,9 +97,7 @@ def base_config(table: Table, asked: TableRequest) -> Config:
 
 
 def tokenizer_recipe(table: Table, asked: TableRequest) -> tuple[str, str]:
-    """Return the recipe of the dVAE that is trained first, and the `data.size=...` with which it has one code per
-    patch.
-    """
+    """Return the recipe of the dVAE that is trained first, and the `data.size=...` that gives one code per patch."""
     settings = [text for text in asked.settings if table.name != "family" or not text.strip().startswith("method.")]
     config: Any = resolve.resolve_config(catalogue.find(asked.base_recipe), [*table.base, *settings])
     patch, size = config.method.encoder.patch, config.data.size
@@ -135,9 +133,7 @@ def cell_settings(table: Table, cell: Cell, asked: TableRequest) -> list[str]:
 
 
 def draft_settings(table: Table, cell: Cell, asked: TableRequest) -> list[str]:
-    """Return `cell_settings` before the tokenizer is trained, with the tokenizer's size and a placeholder for its
-    weights.
-    """
+    """Return `cell_settings` before the tokenizer is trained: with its size and a placeholder for its weights."""
     settings, recipe = cell_settings(table, cell, asked), recipe_of(table, cell, asked)
     if not cell.tokenizer:
         return settings

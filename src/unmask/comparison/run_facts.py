@@ -117,12 +117,12 @@ class _Quantity:
 
 def differences(runs: Sequence[RunFacts]) -> dict[str, str]:
     """Return one sentence per quantity that differs but should be equal to compare methods, by the quantity's name."""
-    found = {}
+    sentences = {}
     for quantity in _quantities(runs):
         if _differ(quantity.values):
             each = ", ".join(f"{run.name} {text}" for run, text in zip(runs, quantity.texts, strict=True))
-            found[quantity.name] = f"The {quantity.name} {quantity.verb}: {each}."
-    return found
+            sentences[quantity.name] = f"The {quantity.name} {quantity.verb}: {each}."
+    return sentences
 
 
 def _quantities(runs: Sequence[RunFacts]) -> Iterator[_Quantity]:
@@ -170,13 +170,16 @@ def _changed_settings(config: Config) -> list[str]:
     """Return the settings that differ from the recipe, as KEY=VALUE; [] for a recipe unknown to this version."""
     if config.recipe not in (known := all_recipes()):
         return []
-    base, found = known[config.recipe](), []
+    base, changed = known[config.recipe](), []
     both = [key for key in keys(config) if key in set(keys(base)) and key not in ("data.source", "graft")]
     for key in both:
         value, default = (_value(tree, key) for tree in (config, base))
         if value != default:
-            found.append(f"{key}={value}")
-    return [*found, *(f"{entry.target or 'all weights'} from {entry.run}, step {entry.step}" for entry in config.graft)]
+            changed.append(f"{key}={value}")
+    return [
+        *changed,
+        *(f"{entry.target or 'all weights'} from {entry.run}, step {entry.step}" for entry in config.graft),
+    ]
 
 
 def _value(tree: Any, key: str) -> Any:

@@ -28,9 +28,7 @@ class RankedRun:
 
 @dataclass(frozen=True)
 class SharedProbe:
-    """A measurement that every run has. rows: best first. width: the score of a full bar. sentence: the ranking as
-    text.
-    """
+    """A measurement that every run has. rows: best first. width: the score of a full bar. sentence: the ranking."""
 
     title: str
     kind: str
@@ -76,7 +74,7 @@ def shared_probes(probes: Mapping[str, Sequence[ProbeResult]], caveat: str = "")
             name: next(other for other in each if probe.same_measurement(other)) for name, each in probes.items()
         }
         rows = tuple(
-            sorted((_ranked(name, found) for name, found in matching.items()), key=lambda row: -row.score.value)
+            sorted((_ranked(name, match) for name, match in matching.items()), key=lambda row: -row.score.value)
         )
         shared.append(
             SharedProbe(
@@ -92,7 +90,7 @@ def shared_probes(probes: Mapping[str, Sequence[ProbeResult]], caveat: str = "")
                 train_images=probe.train_images,
                 test_images=probe.test_images,
                 chance=probe.chance,
-                width=max(full_width(found) for found in matching.values()),
+                width=max(full_width(match) for match in matching.values()),
                 rows=rows,
                 sentence=ranking(rows, probe.metric) + caveat,
             )
