@@ -127,7 +127,7 @@ def test_of_equal_layers_the_middle_one_is_chosen():
 
 
 def test_too_few_images_to_choose_a_layer_are_rejected():
-    with pytest.raises(UserError, match="too few to choose a layer with"):
+    with pytest.raises(UserError, match="too few to choose a layer"):
         choose_layer(layers_of(np.arange(2), 0), np.arange(2), task="classes", seed=0)
 
 
@@ -163,7 +163,7 @@ def test_the_default_layer_is_that_of_the_encoder():
 def test_layers_that_do_not_exist_are_rejected():
     with pytest.raises(UserError, match="got layer 'middle'; expected best, last or a number"):
         wanted_layer(vit(), "middle")
-    with pytest.raises(UserError, match="got layer 4 for an encoder of 3 blocks; use 0 to 3"):
+    with pytest.raises(UserError, match="got layer 4 for an encoder of 3 blocks; expected 0 to 3"):
         wanted_layer(vit(), "4")
     with pytest.raises(UserError, match="no layers to choose from"):
         wanted_layer(ImageEncoder(), "best")

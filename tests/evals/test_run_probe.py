@@ -155,7 +155,7 @@ def test_features_are_cached_for_the_next_probe_until_something_changes(run, dat
     console = RecordingConsole()
     first = probe(run, data, kind="knn", console=console)
     assert asked == [{PRETRAINED}] * 2
-    assert sum("features stored for the next probe" in line for line in console.messages) == 2
+    assert sum("cached the features for later probes" in line for line in console.messages) == 2
     linear = probe(run, data)
     assert len(asked) == 2, "nothing was computed"
     assert linear.rows == probe(Path(shutil.copytree(run, run.with_name("bare"))), data).rows
@@ -303,7 +303,7 @@ def test_a_table_replaces_folders_and_images_without_a_row_are_left_out(run, dat
     assert found.targets.images_without_row == 10
     assert console.warnings == [
         f"10 images have no row in {file} and are left out",
-        f"2 rows of {file} name no image and are not used, for example away.png",
+        f"2 rows of {file} match no image and are not used, for example away.png",
     ]
     assert any("classes, from the columns (0 and 1: odd); 50 rows have an image" in line for line in console.messages)
     assert str(file) in found.protocol

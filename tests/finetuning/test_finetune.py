@@ -232,7 +232,7 @@ def test_commands_that_do_not_apply_to_a_classifier_are_rejected(tuned, tests, t
     from unmask.evals.reconstruct import reconstruct_images
 
     quiet = Console(quiet=True)
-    with pytest.raises(UserError, match=r"was fine-tuned to classify and reconstructs nothing; use `unmask predict"):
+    with pytest.raises(UserError, match=r"was fine-tuned to classify and cannot reconstruct; use `unmask predict"):
         reconstruct_images(tuned.path, [str(tests)], tmp_path / "a.png", step=None, seed=0, device="cpu", console=quiet)
     with pytest.raises(UserError, match=r"got --min-score 0.3; only boxes have scores"):
         predict(tuned.path, [str(tests)], tmp_path / "a.csv", PredictOptions(device="cpu", min_score=0.3), quiet)

@@ -1,4 +1,4 @@
-"""Choose the layer of an encoder whose features are best, on training images alone.
+"""Choose the layer of an encoder with the best features, using training images only.
 
 iGPT's features are best in the middle of the network, so its probe measures the best layer (Chen et al. 2020,
 "Generative pretraining from pixels", section 4.1).
@@ -21,17 +21,16 @@ from unmask.evals.probes.linear import fit_linear
 from unmask.results import CLASSES, METRICS, MULTILABEL, LayerChoice
 
 C_FOR_LAYERS = 0.1
-ENOUGH_PREDICTIONS = 500  # with so many held-out predictions no further round is needed
+ENOUGH_PREDICTIONS = 500  # number of held-out predictions that ends the rounds
 
 
 def choose_layer(tables: Sequence[FeatureTable], y: np.ndarray, *, task: str, seed: int) -> LayerChoice:
-    """Return the layer whose mean over patches is best: fitted on four fifths of the images, scored on the rest.
+    """Return the layer with the best mean over patches: probes are fitted on 4/5 of the images, scored on the rest.
 
-    tables: the features of every layer for the same images, whose targets are `y`. A linear probe compares the layers,
-    whatever kind is measured then, so that results of different kinds are of the same layer. With few images the
-    comparison is repeated up to five times, each with another held-out fifth; for classes C is the same for all layers,
-    because a C chosen on so few images would add more noise than the layers differ by. Raises UserError for too few
-    images.
+    tables: the features of every layer for the same images, whose targets are `y`. Layers are always compared with
+    linear probes, so that all kinds of probe use the same layer. With few images, the comparison is repeated up to five
+    times with another held-out fifth. For classes, C is the same for all layers: choosing it on few images would add
+    more noise than the difference between layers. Raises UserError for too few images.
     """
     strata = y if task == CLASSES else np.zeros(len(y), np.int64)
     rounds: list[list[float]] = []
@@ -40,7 +39,7 @@ def choose_layer(tables: Sequence[FeatureTable], y: np.ndarray, *, task: str, se
         fit, held = hold_out(strata, tables[0].index, seed, purpose)
         if not len(held) or (task == CLASSES and len(np.unique(y[fit])) < 2):
             raise UserError(
-                f"got {len(y)} training images, too few to choose a layer with; give more with --shots, or name one "
+                f"got {len(y)} training images, too few to choose a layer; give more with --shots, or choose one "
                 "with --layer"
             )
         targets = TrainingTargets(y=y[fit], task=task, seed=seed)
@@ -58,8 +57,8 @@ def choose_layer(tables: Sequence[FeatureTable], y: np.ndarray, *, task: str, se
 
 
 def _total(predicted: np.ndarray, truth: np.ndarray, task: str) -> float:
-    """Return accuracy, mean average precision or R2 on these images, times their number; 0 where it is undefined."""
+    """Return accuracy, mean average precision or R2, times the number of images; 0 if undefined."""
     if task == CLASSES:
-        return float((predicted == truth).sum())  # whole numbers, so that equal layers are equal
+        return float((predicted == truth).sum())  # integers, so that ties between layers are exact
     columns = by_column(average_precision if task == MULTILABEL else r_squared, truth, predicted)
     return 0.0 if np.isnan(columns).all() else float(np.nanmean(columns)) * len(truth)

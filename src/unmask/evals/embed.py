@@ -17,7 +17,7 @@ from unmask.errors import UserError, naming
 from unmask.evals.images import FeatureOptions, features
 from unmask.run import Run
 
-FEATURES = "features"  # folder of a run: features stored for the next probe or embed
+FEATURES = "features"  # sub-folder of a run with cached features
 
 
 def embed_images(
@@ -30,12 +30,12 @@ def embed_images(
     device: str,
     console: Console,
 ) -> dict[str, Any]:
-    """Write the features of every image to .parquet or .npz, nothing masked; the same images give the same bytes.
+    """Write the features of every unmasked image to .parquet or .npz; the output is reproducible byte for byte.
 
-    One row per image, in the order of the source: `name` (relative to DATA, '/'-separated), `label` (the class's name;
-    only where DATA has classes), `cls` (the class token, only where the encoder has one) and `mean` (over patch
-    tokens), float32 vectors of the encoder's width. In .npz each is an array of that name. Returns the object that
-    --json prints. Raises UserError when there is no image that can be read, or `out` cannot be written.
+    One row per image, in the order of the source: `name` (relative to DATA, '/'-separated), `label` (class name, if
+    DATA has classes), `cls` (class token, if the encoder has one) and `mean` (mean over patch tokens); features are
+    float32 vectors of the encoder's width. In .npz, each column is an array of that name. Returns the object that
+    --json prints. Raises UserError when no image can be read, or `out` cannot be written.
     """
     if out.suffix not in (".parquet", ".npz"):
         raise UserError(f"got output file {out}; expected a name that ends in .parquet or .npz")
@@ -45,7 +45,7 @@ def embed_images(
     source = apply_reading(open_source(data, exclude), loaded.plan.reading)
     rows = np.arange(len(source))
     encoders = {"encoder": loaded.method.encoder}
-    # Always fp32: these numbers are stored, and should be the same on every machine but for rounding.
+    # Always fp32, so that features from different machines differ by rounding only.
     options = FeatureOptions(title="embedding", precision="fp32", cache=Run.open(run).path / FEATURES)
     tables = features(loaded, encoders, source, rows, options, console)
     table = tables["encoder"]
@@ -69,13 +69,13 @@ def _write_features(
 ) -> None:
     texts = {"name": names} | ({"label": labels} if labels is not None else {})
     vectors = {name: value for name, value in (("cls", cls), ("mean", mean)) if value is not None}
-    partial = out.with_name(f".{out.name}.partial")  # the final name only ever holds a complete file
+    partial = out.with_name(f".{out.name}.partial")  # renamed when complete
     try:
         if out.suffix == ".npz":
             with (
                 naming(out),
                 partial.open("wb") as file,
-            ):  # NumPy dates every member 1980-01-01: same bytes
+            ):  # np.savez sets all dates to 1980-01-01: reproducible
                 np.savez(file, **{name: np.array(text) for name, text in texts.items()}, **vectors)  # type: ignore[arg-type]
         else:
             import pyarrow as pa

@@ -1,4 +1,4 @@
-"""Which features of an encoder are measured: those of its `forward`, of one layer, or with tokens hidden.
+"""Views of an encoder: the features of its `forward`, of one layer, or with hidden tokens.
 
 iGPT's features are best in the middle of the network, so its probe measures the best layer (Chen et al. 2020,
 "Generative pretraining from pixels", section 4.1). iGPT-BERT was pre-trained on masked input, so it is evaluated with
@@ -23,17 +23,17 @@ from unmask.nn.features import Features
 from unmask.nn.image_encoder import ImageEncoder
 from unmask.rng import Draws, Stream, words
 
-EVALUATION_EPOCH = 2**31 - 1  # no epoch of training, so that no mask was used in training
+EVALUATION_EPOCH = 2**31 - 1  # never reached in training, so the masks are new
 
 Hide = Callable[[Draws], Tensor]
-"""Random numbers of B images -> (B, N) bool: the tokens to hide."""
+"""Maps the random numbers of B images to (B, N) bool, True for hidden tokens."""
 
 
 class View(nn.Module):
-    """An encoder with one choice of layer and hidden tokens.
+    """An encoder with a choice of layer and hidden tokens.
 
-    layer: None for the output of `forward`. hide: None hides nothing. mask: the number of the patch mask; the mask of
-    an image depends on it and on the image's row alone.
+    layer: layer to read; None for the output of `forward`. hide: chooses hidden tokens; None for none. mask: number of
+    the patch mask; an image's mask depends only on this number and the image's row.
     """
 
     def __init__(self, encoder: nn.Module, layer: int | None = None, hide: Hide | None = None, mask: int = 0) -> None:
@@ -41,7 +41,7 @@ class View(nn.Module):
         self.encoder, self.layer, self.hide, self.mask = encoder, layer, hide, mask
 
     def see(self, batch: Batch) -> Features:
-        """Return the features of one batch, whose images are on the encoder's device."""
+        """Return the features of a batch; its images must be on the encoder's device."""
         if self.layer is None and self.hide is None:
             return self.encoder(batch.images)
         number = self.encoder.layer if self.layer is None else self.layer
@@ -57,9 +57,9 @@ class View(nn.Module):
 
 
 def wanted_layer(encoder: ImageEncoder, layer: str | None) -> str | None:
-    """Return the layer to measure ("best", "last" or a number), by default the one that suits the encoder.
+    """Return the layer to measure ("best", "last" or a number); the default depends on the encoder.
 
-    None is the output of `forward`. Raises UserError for a layer that this encoder does not have.
+    Returns None for the output of `forward`. Raises UserError for a layer that the encoder does not have.
     """
     if layer is None:
         return encoder.probe_layer
@@ -70,20 +70,20 @@ def wanted_layer(encoder: ImageEncoder, layer: str | None) -> str | None:
             return None
         raise UserError(f"got layer {layer}, but this encoder has no layers to choose from; leave --layer out")
     if layer.isdecimal() and int(layer) > encoder.depth:
-        raise UserError(f"got layer {layer} for an encoder of {encoder.depth} blocks; use 0 to {encoder.depth}")
+        raise UserError(f"got layer {layer} for an encoder of {encoder.depth} blocks; expected 0 to {encoder.depth}")
     return layer
 
 
 def majority(predictions: np.ndarray, index: np.ndarray, seed: int) -> np.ndarray:
-    """Return the class with most votes: (votes, m) -> (m,) int64. Ties are broken at random, by seed and image row."""
+    """Return the class with the most votes: (votes, m) -> (m,) int64. The seed and image row break ties at random."""
     votes = np.stack([(predictions == label).sum(0) for label in range(predictions.max() + 1)], 1)  # (m, K)
     leads = votes == votes.max(1, keepdims=True)
     draws = words(seed, Stream.LABELS, np.full_like(index, VOTES), np.asarray(index, np.int64), 1)[:, 0]
-    place = draws % leads.sum(1)  # which of the tied classes
+    place = draws % leads.sum(1)  # index among the tied classes
     return (np.cumsum(leads, 1) > place[:, None]).argmax(1).astype(np.int64)
 
 
 def best_layer(accuracies: Sequence[float]) -> int:
-    """Return the most accurate layer; of equals the one nearest to the middle, then the lower."""
+    """Return the most accurate layer; ties are resolved by distance to the middle, then by the lower number."""
     middle = (len(accuracies) - 1) / 2
     return min(range(len(accuracies)), key=lambda n: (-accuracies[n], abs(n - middle), n))

@@ -1,9 +1,9 @@
-"""Cache of features on disk, so that a second probe of the same encoder on the same images need not compute them.
+"""Cache of features on disk, so that repeated probes of an encoder on the same images do not recompute them.
 
-The key of a table is a digest of everything that decides a number in it (`key_of`): the encoder's tensors, the layer
-and mask, the images and their crop, precision, device, and the code. A file that is damaged or cannot be written is
-treated as missing. Not cached: tables with tokens; tables of which an image could not be read, since it has to be named
-again; images that lie in no file, which are quick to draw.
+The key of a table is a digest of everything that its numbers depend on (`key_of`): the encoder's tensors, the layer and
+mask, the images and their crop, precision, device, and the code. A damaged file is treated as missing, and a failed
+write is ignored. Three kinds of table are not cached: tables with tokens; tables with unreadable images, which must be
+reported every time; and tables of generated images, which are quick to make.
 """
 
 from __future__ import annotations
@@ -27,31 +27,31 @@ from unmask.evals.encoder_views import View
 from unmask.evals.frozen_features import FeatureTable
 from unmask.nn.image_encoder import ImageEncoder
 
-MAX_BYTES = 2 << 30  # of all tables in a folder; the least recently used are removed first
+MAX_BYTES = 2 << 30  # limit per folder; the least recently used tables are removed first
 ENDING = ".arrays"
 ARRAYS = ("cls", "mean", "digest")
 
 
 def key_of(encoder: nn.Module, source: Source, rows: np.ndarray, *, about: Mapping[str, str]) -> str | None:
-    """Return the key of this encoder's features for these rows; None where they are not cached.
+    """Return the cache key of this encoder's features for these rows, or None if they cannot be cached.
 
-    about: everything else that decides a number: precision, device, size and crop of the images, the method's settings.
+    about: everything else that features depend on: precision, device, image size and crop, the method's settings.
     """
     if source.changed is None or (source.changed < 0).any():
         return None
-    found = hashlib.sha256(json.dumps({**about, **_code()}, sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps({**about, **_code()}, sort_keys=True).encode())
     for text in (source.fingerprint(), _view(encoder)):
-        found.update(text.encode() + b"\0")
+        digest.update(text.encode() + b"\0")
     for array in (source.changed, np.asarray(rows, np.int64)):
-        found.update(np.ascontiguousarray(array).data)
+        digest.update(np.ascontiguousarray(array).data)
     for name, tensor in [*encoder.named_parameters(), *encoder.named_buffers()]:
-        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\0".encode())
-        found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()[:32]
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\0".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:32]
 
 
 def find(folder: Path, key: str, source: Source, rows: np.ndarray) -> FeatureTable | None:
-    """Return the table of a key, with the labels of its source; None where it is missing or damaged."""
+    """Return the table of a key with the labels of its source, or None if it is missing or damaged."""
     file = folder / f"{key}{ENDING}"
     stored = read_arrays(file)
     if stored is None:
@@ -63,7 +63,7 @@ def find(folder: Path, key: str, source: Source, rows: np.ndarray) -> FeatureTab
 
 
 def store(folder: Path, key: str, table: FeatureTable, rows: np.ndarray) -> int:
-    """Store a table that has all of these rows, and free space for it. Returns its bytes, 0 where it was not stored."""
+    """Store a table if it has all of these rows, after freeing space. Returns the bytes written, 0 if not stored."""
     if table.tokens is not None or not np.array_equal(table.index, rows):
         return 0
     arrays = {name: value for name in ARRAYS if (value := getattr(table, name)) is not None}
@@ -78,7 +78,7 @@ def store(folder: Path, key: str, table: FeatureTable, rows: np.ndarray) -> int:
 
 
 def _free_space(folder: Path, most: int) -> None:
-    """Remove the least recently used tables until the others take at most so many bytes."""
+    """Remove the least recently used tables until the rest take at most `most` bytes."""
     tables = sorted(folder.glob(f"*{ENDING}"), key=lambda file: file.stat().st_mtime_ns)
     total = sum(file.stat().st_size for file in tables)
     while total > most:
@@ -97,9 +97,9 @@ def _view(encoder: nn.Module) -> str:
 
 @cache
 def _code() -> dict[str, str]:
-    """Return versions and a digest of this package, so that a change of the code invalidates its features."""
-    found = hashlib.sha256()
+    """Return versions and a digest of this package, so that a change of the code invalidates cached features."""
+    digest = hashlib.sha256()
     package = Path(__file__).resolve().parents[1]
     for file in sorted(package.rglob("*.py")):
-        found.update(str(file.relative_to(package)).encode() + b"\0" + file.read_bytes())
-    return {"torch": torch.__version__, "code": found.hexdigest(), **decoder_versions()}
+        digest.update(str(file.relative_to(package)).encode() + b"\0" + file.read_bytes())
+    return {"torch": torch.__version__, "code": digest.hexdigest(), **decoder_versions()}

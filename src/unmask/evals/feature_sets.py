@@ -1,7 +1,7 @@
-"""The feature sets that a probe measures: of a run, its controls and other runs, each as its own encoder sees images.
+"""The feature sets of a probe: this run, its controls and other runs, each with its own encoder and preprocessing.
 
-Which layer is read and which tokens are hidden is decided once for an encoder (`make_feature_sets`), on training
-images; training and test features then come from one function (`tables_of`).
+The layer and the hidden tokens of an encoder are chosen once, on training images (`make_feature_sets`); then the same
+function computes training and test features (`tables_of`).
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ from unmask.method import Method
 from unmask.results import PRETRAINED, RANDOM_INIT, RAW_PIXELS, CurveRow, FeatureScore, LayerChoice
 
 Row = TypeVar("Row", FeatureScore, CurveRow)
-VOTE = " mask "  # between the name of a feature set and the number of the patch mask that the images are seen under
+VOTE = " mask "  # separates the name of a feature set from the number of its patch mask
 
 
 @dataclass
 class FeatureSets:
-    """The encoders of one run, by the names of their feature sets; all see images in the way of the run `loaded`.
+    """The encoders of one run, by the names of their feature sets; `loaded` defines the preprocessing of all.
 
-    test_encoders: the same under every patch mask that votes on the test images, named NAME + VOTE + number from the
-    second mask on. layers: the layer of each, where one was chosen. votes: the number of masks; None where no token is
+    test_encoders: the encoders for test images, one per voting patch mask; from the second mask on, the name is NAME +
+    VOTE + number. layers: the chosen layer of each encoder, if any. votes: the number of masks; None if no token is
     hidden.
     """
 
@@ -57,14 +57,14 @@ class FeatureSets:
 
 
 def with_controls(encoder: nn.Module, untrained: nn.Module | None) -> dict[str, nn.Module]:
-    """Name the encoder, and the controls: the same encoder at its random start and raw pixels; None for no controls."""
+    """Return the encoder by name, with raw pixels and the untrained encoder as controls unless `untrained` is None."""
     if untrained is None:
         return {PRETRAINED: encoder}
     return {RAW_PIXELS: RawPixels(), RANDOM_INIT: untrained, PRETRAINED: encoder}
 
 
 def load_others(run: Path, against: Sequence[Path], device: str) -> dict[str, Loaded]:
-    """Load the other runs, named by their folders, or by whole paths where folder names are not unique."""
+    """Load the other runs; the names are folder names, or whole paths for folders of the same name."""
     places = [Path(other).resolve() for other in (run, *against)]
     if twice := [str(path) for path, place in zip(against, places[1:], strict=True) if places.count(place) > 1]:
         raise UserError(
@@ -85,15 +85,15 @@ def make_feature_sets(
     options: ProbeOptions,
     console: Console,
 ) -> FeatureSets:
-    """Decide how the encoders of one run are seen: which layer, and with which tokens hidden.
+    """Choose the layer and the hidden tokens for the encoders of one run.
 
-    images, rows: the training images that layers are compared on; None where there are no labels.
+    images, rows: the training images that layers are compared on; images is None without labels.
     """
     hide, votes = evaluation_masks(loaded.method, options.mask_votes)
     layer = wanted_layer(loaded.method.encoder, options.layer)
     found = FeatureSets(loaded, dict(encoders), {}, votes=None if hide is None else votes)
     if layer == "best" and images is None:
-        layer = None  # nothing to compare layers by, so the one that `forward` returns
+        layer = None  # without labels layers cannot be compared: use the output of `forward`
     if layer is not None or hide is not None:
         rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), IMAGES_FOR_LAYER)).astype(int)]
         for name in [name for name in encoders if name != RAW_PIXELS]:
@@ -112,16 +112,16 @@ def make_feature_sets(
 
 
 def evaluation_masks(method: Method, votes: int | None) -> tuple[Hide | None, int]:
-    """Return how tokens are hidden when features are measured, and under how many masks; (None, 0) for none.
+    """Return how tokens are hidden in an evaluation, and the number of patch masks; (None, 0) without masks.
 
-    Raises UserError for votes of an encoder that is measured on whole images.
+    Raises UserError when votes are requested for an encoder that is evaluated on whole images.
     """
     hide = method.evaluation_mask
     if hide is None:
         if votes:
             raise UserError(
-                f"got --mask-votes {votes}, but this run's encoder is measured on whole images; masks are for iGPT "
-                "trained with objective=bert: leave it out"
+                f"got --mask-votes {votes}, but this run's encoder is measured on whole images; only iGPT trained "
+                "with objective=bert uses masks: leave it out"
             )
         return None, 0
     votes = 1 if votes is None else votes
@@ -139,12 +139,12 @@ def _layer_of(
     seed: int,
     console: Console,
 ) -> LayerChoice:
-    """Return the layer that was named, or the best one on these training images."""
+    """Return the requested layer, or the best one on these training images."""
     last = loaded.method.encoder.depth
     assert last is not None, "`wanted_layer` rejects encoders without layers"
     if layer != "best":
         return LayerChoice(last if layer == "last" else int(layer), last, "asked for")
-    assert images is not None, "the best layer is chosen on labelled images"
+    assert images is not None, "choosing the best layer needs labelled images"
     with console.progress("comparing layers", len(rows)) as bar:
         batches = read(eval_images(loaded, images.train), rows, 0, console, bar)
         tables = collect_layers(view, batches, device=loaded.device, precision=eval_precision(loaded))
@@ -162,9 +162,9 @@ def tables_of(
     *,
     test: bool = False,
 ) -> dict[str, FeatureTable]:
-    """Return the features of every set for the same images: those of `rows` that every encoder can read.
+    """Return the features of every set for the same images: the images of `rows` that every encoder can read.
 
-    test: of the encoders for test images.
+    test: use the encoders for test images.
     """
     found: dict[str, FeatureTable] = {}
     for each in sets:
@@ -178,7 +178,7 @@ def tables_of(
 
 
 def describe_view(sets: Sequence[FeatureSets], row: Row) -> Row:
-    """Return a row of a result with the layer and the mask votes of its feature set."""
+    """Return a row of a result, completed with the layer and mask votes of its feature set."""
     for each in sets:
         if row.features in each.encoders:
             votes = None if row.features == RAW_PIXELS else each.votes

@@ -1,7 +1,7 @@
 """Compute the features of images with frozen encoders.
 
-Training and test images go through the same function, whatever the probe: a probe that is trained on one definition of
-a feature and tested on another gives low numbers and no error.
+All probes use the same function for training and test images: if the definition of a feature differed between the two,
+scores would be low without any error.
 
 Letters: n images, D width of a feature, T tokens.
 """
@@ -32,10 +32,9 @@ LARGEST_PIXEL_SIDE = 32
 class FeatureTable:
     """Features of n images, one row each, in the order of the batches.
 
-    index: (n,) int64, the row of each image in its source. labels: (n,) int64, None where the batches have none. cls:
-    (n, D) float32, None where the encoder has no class token. mean: (n, D) float32, the mean over patch tokens (for
-    `RawPixels`: the pixels). digest: (n,) uint64, equal for images that are equal in every pixel. tokens: all of them,
-    None where they were not asked for.
+    index: (n,) int64, the row of each image in its source. labels: (n,) int64, or None without labels. cls: (n, D)
+    float32, or None without a class token. mean: (n, D) float32, the mean over patch tokens (for `RawPixels`: the
+    pixels). digest: (n,) uint64, equal for images with identical pixels. tokens: all tokens, or None if not requested.
     """
 
     index: np.ndarray
@@ -49,7 +48,7 @@ class FeatureTable:
         return len(self.index)
 
     def at(self, places: np.ndarray) -> FeatureTable:
-        """Return the images at these positions, in this order."""
+        """Return the table of the images at these positions, in this order."""
         return FeatureTable(
             self.index[places],
             None if self.labels is None else self.labels[places],
@@ -62,10 +61,10 @@ class FeatureTable:
 
 @dataclass(frozen=True)
 class Tokens:
-    """The class token, where there is one, and all patch tokens of n images, in half precision.
+    """The class token (if any) and all patch tokens of n images, in half precision.
 
-    `values` (n, T, D) float16 are (tokens - middle) / scale. `middle` and `scale` (D,) float32 are statistics of the
-    first batch, so that tokens with a large mean, or outside the range of float16, keep their precision.
+    values: (n, T, D) float16, (tokens - middle) / scale. middle, scale: (D,) float32, mean and standard deviation in
+    the first batch, which preserve the precision of tokens with a large mean or outside the range of float16.
     """
 
     values: Tensor
@@ -88,10 +87,9 @@ def joined_tables(tables: Sequence[FeatureTable]) -> FeatureTable:
 
 
 class RawPixels(nn.Module):
-    """A control without an encoder: the pixels, as one patch of C * H * W float32 numbers in the files' units.
+    """A control without an encoder: the pixels as one patch of C * H * W float32 values, not normalised.
 
-    Images larger than 32 pixels on their longer side are averaged down to it, so that a table of photographs fits in
-    memory.
+    Images with a longer side above 32 pixels are averaged down to 32, so that a table of photographs fits in memory.
     """
 
     def forward(self, images: Tensor) -> Features:
@@ -113,10 +111,10 @@ def collect_each(
 ) -> dict[str, FeatureTable]:
     """Compute the features of all images with frozen encoders, reading the images once.
 
-    In eval mode, without gradients, nothing masked. encoders: by name, on `device`; their forward maps images (B, C, H,
-    W) in the files' dtype to `Features`. Every module is left in the mode (train or eval) in which it was. precision:
-    "fp32", or "bf16" for autocast; features are float32 either way. tokens: also return all tokens, of at most so many
-    images. Raises UserError when there is no image, when a feature is not finite, and, after the first batch, for more
+    Runs in eval mode, without gradients or masks, and restores the mode of every module. encoders: by name, on
+    `device`; their forward maps images (B, C, H, W) in the files' dtype to `Features`. precision: "fp32", or "bf16" for
+    autocast; features are always float32. tokens: largest number of images of which all tokens are returned too; 0 for
+    no tokens. Raises UserError for no images, for a feature that is not finite, and, after the first batch, for more
     tokens than fit in memory.
     """
     rows: dict[str, _Rows] = {name: _Rows(tokens) for name in encoders}
@@ -132,13 +130,13 @@ def collect_each(
                 _require_memory([each.tokens[0] for each in rows.values()], tokens)
     if not shared.index:
         raise UserError(
-            "got no images to compute features of; expected at least one; look at the data with `unmask check`"
+            "got no images to compute features of; expected at least one; inspect the data with `unmask check`"
         )
     return {name: shared.table(rows[name]) for name in encoders}
 
 
 def collect_layers(view: View, batches: Iterable[Batch], *, device: str, precision: str) -> list[FeatureTable]:
-    """As `collect_each`, for every layer of one encoder: the first block's input, then the output of every block."""
+    """Compute the features of every layer of one encoder: the first block's input, then every block's output."""
     rows: list[_Rows] = []
     shared = _Shared()
     with eval_mode(view), torch.inference_mode(), autocast(precision, device):
@@ -152,7 +150,7 @@ def collect_layers(view: View, batches: Iterable[Batch], *, device: str, precisi
 
 
 class _Rows:
-    """The features of one encoder for the batches so far."""
+    """Accumulates the features of one encoder over batches."""
 
     def __init__(self, with_tokens: int) -> None:
         self.cls: list[np.ndarray | None] = []
@@ -182,7 +180,7 @@ class _Rows:
 
 
 class _Shared:
-    """What is the same for every encoder: indices, labels and digests of the images."""
+    """Accumulates what all encoders share: indices, labels and digests of the images."""
 
     def __init__(self) -> None:
         self.index: list[np.ndarray] = []
@@ -206,7 +204,7 @@ class _Shared:
 
 
 def _require_memory(firsts: list[Tensor], images: int) -> None:
-    """Raise UserError when the tokens of so many images would take more than half of the free memory."""
+    """Raise UserError when the tokens of `images` images would take more than half of the free memory."""
     needed = sum(first[0].nbytes for first in firsts) * images
     limit = free_memory("cpu") // 2
     if needed > limit:
@@ -219,14 +217,14 @@ def _require_memory(firsts: list[Tensor], images: int) -> None:
 
 
 def _finite(features: Tensor, index: np.ndarray) -> np.ndarray:
-    """Return the features as float32 on the host. Raises UserError when a number is not finite."""
+    """Return the features as float32 on the host. Raises UserError when a value is not finite."""
     rows = features.to(torch.float32).cpu().numpy()  # (B, D)
     bad = ~np.isfinite(rows).all(1)
     if bad.any():
         raise UserError(
             f"the features of {bad.sum()} of {len(rows)} images are not finite (the first is row "
             f"{index[bad.argmax()]} of the source): the weights are damaged, or pixel values are far outside "
-            "the range of the training data; try an earlier checkpoint with --step, and look at the images with "
+            "the range of the training data; try an earlier checkpoint with --step, and inspect the images with "
             "`unmask check`"
         )
     return rows
@@ -244,6 +242,6 @@ def _array(tensor: Tensor) -> np.ndarray:
 
 
 def _joined(parts: list[np.ndarray | None]) -> np.ndarray | None:
-    """Concatenate; None when any batch had none."""
+    """Concatenate the parts; None if any batch has None."""
     present = [part for part in parts if part is not None]
     return np.concatenate(present) if present and len(present) == len(parts) else None

@@ -1,7 +1,7 @@
-"""Read images for evaluation as an encoder sees them, and compute their features.
+"""Read images for evaluation with an encoder's preprocessing, and compute their features.
 
-Features of training and test images come from the same function. Images are not scanned beforehand: an unreadable file
-is named in a warning and left out, never replaced by another.
+The same function computes features of training and test images. Images are not scanned beforehand: an unreadable file
+is reported in a warning and left out, never replaced by another.
 """
 
 from __future__ import annotations
@@ -29,30 +29,30 @@ from unmask.evals import feature_cache
 from unmask.evals.frozen_features import FeatureTable, collect_each
 
 EVAL_BATCH = 128
-MANY_IMAGES = 1024  # from here on, decoding in worker processes is faster, starting them included
+MANY_IMAGES = 1024  # with more images, worker processes are faster, including their start
 NAMED_BAD_FILES = 5
-IMAGES_FOR_LAYER = 4096  # layers are compared on at most so many
-COLLECTIONS = (*LISTS, *TARS, ".zip", ".parquet", ".pq")  # endings of files that hold many images
+IMAGES_FOR_LAYER = 4096  # largest number of images that layers are compared on
+COLLECTIONS = (*LISTS, *TARS, ".zip", ".parquet", ".pq")  # extensions of files that contain many images
 
 
 def eval_images(loaded: Loaded, source: Source) -> ReadableImages:
-    """Return the source as this run's encoder sees it: its size, channels and dtype, the centre crop, not augmented."""
+    """Return the images with this run's preprocessing: its size, channels and dtype, a centre crop, no augmentation."""
     plan, data = loaded.plan, loaded.config.data
     source.reading, rows = plan.reading, np.arange(len(source))
     return ReadableImages(source, rows, plan.images, data.crop, training=False, min_valid=data.min_valid)
 
 
 def eval_precision(loaded: Loaded) -> str:
-    """Return the precision of the training, or fp32 where this device would have to emulate it."""
+    """Return the precision used in training, or fp32 if this device would have to emulate it."""
     return choose_precision(loaded.config.train.precision, loaded.device)[0]
 
 
 def read(
     images: ReadableImages, rows: np.ndarray, workers: int, console: Console, bar: Bar | None = None
 ) -> Iterator[Batch]:
-    """Yield batches of these rows in order, without those that cannot be read; then warn and name them.
+    """Yield batches of these rows in order, skipping unreadable images; then list those in a warning.
 
-    Raises UserError at the end when none could be read.
+    Raises UserError at the end when no image could be read.
     """
     seen: list[np.ndarray] = []
     share, with_absent = 0.0, 0
@@ -85,8 +85,8 @@ def read(
 class FeatureOptions:
     """How features are computed.
 
-    title: of the progress bar. precision: "fp32" or "bf16"; None is `eval_precision`. tokens: with all tokens, if they
-    fit in memory. cache: a folder for tables without tokens (`feature_cache.py`).
+    title: title of the progress bar. precision: "fp32" or "bf16"; None for `eval_precision`. tokens: also return all
+    tokens, if they fit in memory. cache: folder where tables without tokens are cached (`feature_cache.py`).
     """
 
     title: str
@@ -103,32 +103,32 @@ def features(
     options: FeatureOptions,
     console: Console,
 ) -> dict[str, FeatureTable]:
-    """Return a table of features for each encoder, of the rows that can be read; a warning names the others.
+    """Return a table of features for each encoder; unreadable images are left out and listed in a warning.
 
-    Every feature is computed here. Cached tables are shared by probes and embeddings of the same rows and precision.
+    This function computes all features. Probes and embeddings of the same rows and precision share cached tables.
     """
     precision, folder, tokens = options.precision or eval_precision(loaded), options.cache, options.tokens
     keys = {} if folder is None or tokens else keys_of(loaded, encoders, source, rows, precision)
-    found = {
+    tables = {
         name: table for name, key in keys.items() if folder and (table := feature_cache.find(folder, key, source, rows))
     }
     began = time.time()
-    if new := {name: encoder for name, encoder in encoders.items() if name not in found}:
+    if new := {name: encoder for name, encoder in encoders.items() if name not in tables}:
         workers = 0 if len(rows) < MANY_IMAGES else choose_workers(loaded.device, cached=False)[0]
         with console.progress(options.title, len(rows)) as bar:
             batches = read(eval_images(loaded, source), rows, workers, console, bar)
             num_tokens = len(rows) if tokens else 0
-            found |= collect_each(new, batches, device=loaded.device, precision=precision, tokens=num_tokens)
+            tables |= collect_each(new, batches, device=loaded.device, precision=precision, tokens=num_tokens)
         if folder is not None and keys and is_worth_storing(began):
-            size = sum(feature_cache.store(folder, keys[name], found[name], rows) for name in new)
-            console.print(f"{options.title}: features stored for the next probe, {size / 2**20:.1f} MiB in {folder}")
-    return {name: found[name] for name in encoders}
+            size = sum(feature_cache.store(folder, keys[name], tables[name], rows) for name in new)
+            console.say(f"{options.title}: cached the features for later probes, {size / 2**20:.1f} MiB in {folder}")
+    return {name: tables[name] for name in encoders}
 
 
 def keys_of(
     loaded: Loaded, encoders: Mapping[str, nn.Module], source: Source, rows: np.ndarray, precision: str
 ) -> dict[str, str]:
-    """Return the cache keys of these encoders; {} for images whose features are not cached."""
+    """Return the cache keys of these encoders; {} if the features of these images cannot be cached."""
     about = {
         "precision": precision, "device": loaded.device.partition(":")[0], "images": repr(loaded.plan.images),
         "reading": loaded.plan.reading.model_dump_json(),

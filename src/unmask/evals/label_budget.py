@@ -1,8 +1,8 @@
-"""Label-budget curve: how many labels a probe needs.
+"""Label-budget curve: the accuracy of a probe over the number of labels.
 
-For each number of labels per class a probe is fitted to several random choices of them, always on the same test images.
-The interval of a mean is Student's t over the choices; differences between feature sets are taken choice by choice,
-because each choice is the same labels for all. Both cover the choice of the training labels, not of the test images.
+For each number of labels per class, a probe is fitted to several random draws of training labels and scored on the same
+test images. The interval of a mean is Student's t over the draws; feature sets are compared draw by draw, because all
+of them use the same labels in a draw. Both intervals cover the choice of the training labels, not of the test images.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ INTERVAL = "Student's t, over the draws of training labels"
 
 @dataclass(frozen=True)
 class Draw:
-    """One random choice of `shots` training labels per class: the labels, and the predictions of all feature sets."""
+    """One random draw of `shots` training labels per class, with the predictions of all feature sets."""
 
     shots: int
     train_y: np.ndarray
@@ -30,7 +30,7 @@ class Draw:
 
 
 def curve_rows(draws: Sequence[Draw], test_y: np.ndarray) -> tuple[CurveRow, ...]:
-    """Return the curve of every feature set and pooling: a point for each number of labels."""
+    """Return the curve of every feature set and pooling, with one point per number of labels."""
     budgets = sorted({draw.shots for draw in draws})
     rows = []
     for place, first in enumerate(draws[0].predictions):
@@ -57,19 +57,19 @@ def _point(shots: int, predictions: Sequence[Prediction], test_y: np.ndarray) ->
 def curve_differences(rows: Sequence[CurveRow], runs: Sequence[str]) -> tuple[Difference, ...]:
     """Compare the run's own features with each control and each of the other `runs`, at every number of labels.
 
-    One pooling for all, which every encoder has (not the class token).
+    All are compared by the pooling that every encoder has, the mean over patches.
     """
     own = next(row for row in rows if row.features == PRETRAINED and row.pool != "cls")
     others = {row.features: row for row in rows if row.features != PRETRAINED and row.pool != "cls"}
-    found = []
+    compared = []
     for name in [*(name for name in CONTROLS if name in others), *runs]:
         for mine, theirs in zip(own.points, others[name].points, strict=True):
             values = [first - second for first, second in zip(mine.values, theirs.values, strict=True)]
             low, high = t_interval(values)
-            found.append(
+            compared.append(
                 Difference(
                     features=name, pool=others[name].pool, own_pool=own.pool, value=mean(values), low=low, high=high,
                     shots=mine.shots,
                 )
             )  # fmt: skip
-    return tuple(found)
+    return tuple(compared)

@@ -1,7 +1,7 @@
-"""The labelled images of a probe: opened, split into training and test images, and the labels drawn.
+"""Open the labelled images of a probe, split them into training and test images, and draw labels.
 
-Labels are folder names, or columns of a table (`data/label_tables.py`). The split and the choice of labels depend on
-the seed and on the images' rows alone. Nothing is decoded here; see `evals/feature_sets.py`.
+Labels are folder names, or columns of a table (`data/label_tables.py`). The split and the draw of labels depend only on
+the seed and the images' rows. Images are decoded later, in `evals/feature_sets.py`.
 
 Letters: n training images, T target columns.
 """
@@ -28,7 +28,7 @@ from unmask.rng import Stream, words
 
 @dataclass(frozen=True)
 class Labelling:
-    """What images are labelled with: `task` (CLASSES, MULTILABEL or REGRESSION), `names` of the classes or columns."""
+    """The kind of labels: `task` (CLASSES, MULTILABEL or REGRESSION) and `names` of the classes or columns."""
 
     task: str
     names: tuple[str, ...]
@@ -38,8 +38,8 @@ class Labelling:
 class LabelledImages:
     """Training and test images with their labels.
 
-    `train_y` and `test_y` have a row for every image of their source; rows outside `train_rows` and `test_rows` are
-    undefined. table: where the labels come from, None for folder names.
+    `train_y` and `test_y` have a row for every image of their source; values outside `train_rows` and `test_rows` are
+    undefined. table: the table of labels; None if folder names are the labels.
     """
 
     labelling: Labelling
@@ -54,9 +54,10 @@ class LabelledImages:
 
 @dataclass(frozen=True)
 class TrainingSet:
-    """The training images of one fit: `shots` of every class, or None for all.
+    """The training images of one fit.
 
-    rows: in the source. positions: of the same images in the tables of features.
+    shots: images per class, or None for all. rows: rows in the source. positions: rows of the same images in the tables
+    of features.
     """
 
     shots: int | None
@@ -65,7 +66,7 @@ class TrainingSet:
 
 
 def open_labelled_images(options: ProbeOptions, console: Console) -> LabelledImages:
-    """Open the images with their labels, and split training from test images. Raises UserError."""
+    """Open the images with their labels, and split them into training and test images."""
     if options.targets is not None:
         return _open_with_table(options, options.targets, console)
     train = require_labels(open_source(options.data, options.exclude))
@@ -77,12 +78,12 @@ def open_labelled_images(options: ProbeOptions, console: Console) -> LabelledIma
     test = require_labels(open_source(options.test, options.exclude), train.classes)
     test = renumber_labels(test, train.classes, options.data)
     if absent := absent_classes(labels_of(test), train.classes):
-        console.warn(f"{options.test} has no image of {absent}: those classes are not tested")
+        console.warn(f"{options.test} has no images of {absent}: these classes are not tested")
     return LabelledImages(labelling, train, np.arange(len(train)), train_y, test, np.arange(len(test)), labels_of(test))
 
 
 def _split(strata: np.ndarray, rows: np.ndarray, options: ProbeOptions) -> tuple[np.ndarray, np.ndarray]:
-    """Return (training rows, test rows): a fifth of every stratum of `rows` is held out."""
+    """Split `rows` into training and test rows, holding out a fifth of every stratum."""
     train, held = hold_out(strata, rows, options.seed, HOLD_OUT_FOR_TEST)
     if not len(held):
         raise UserError(
@@ -92,7 +93,7 @@ def _split(strata: np.ndarray, rows: np.ndarray, options: ProbeOptions) -> tuple
 
 
 def _open_with_table(options: ProbeOptions, path: Path, console: Console) -> LabelledImages:
-    """As `open_labelled_images`, with the labels of a table."""
+    """Open the images with the labels of a table; see `open_labelled_images`."""
     table = read_table(path, options.columns)
     meaning = meaning_of(table, options.task)
     train = open_source(options.data, options.exclude)
@@ -115,12 +116,12 @@ def _open_with_table(options: ProbeOptions, path: Path, console: Console) -> Lab
         without_row += there.left_out
         test_rows, test_y = there.rows, _by_row(there, test)
     for source in (train, test):
-        source.labels, source.classes = None, []  # those of the folders, if any, were not asked for
-    console.print(f"targets of {path}: {found.why}; {len(table.paths) - len(unused)} rows have an image")
+        source.labels, source.classes = None, []  # folder names are not used as labels here
+    console.say(f"targets of {path}: {found.why}; {len(table.paths) - len(unused)} rows have an image")
     if without_row:
         console.warn(f"{without_row} images have no row in {options.test_targets or path} and are left out")
     if unused:
-        console.warn(f"{len(unused)} rows of {path} name no image and are not used, for example {sorted(unused)[0]}")
+        console.warn(f"{len(unused)} rows of {path} match no image and are not used, for example {sorted(unused)[0]}")
     about = TargetTable(
         path=str(path),
         test_path=None if options.test_targets is None else str(options.test_targets),
@@ -132,23 +133,23 @@ def _open_with_table(options: ProbeOptions, path: Path, console: Console) -> Lab
 
 
 def _require_unambiguous(options: ProbeOptions, train: Source, test: Source, paths: Sequence[str]) -> None:
-    """Raise UserError where one row of the table names a training and a test image."""
+    """Raise UserError if a row of the table matches both a training and a test image."""
     if both := sorted(set(test.names) & set(train.names) & set(paths)):
         raise UserError(
-            f"{both[0]} is an image of {options.data} and of {options.test}, so {options.targets} does not say which "
-            "is meant; give the test images a table of their own with --test-targets"
+            f"got an image {both[0]} in both {options.data} and {options.test}, so its row in {options.targets} is "
+            "ambiguous; give the test images a separate table with --test-targets"
         )
 
 
 def _by_row(found: Targets, source: Source) -> np.ndarray:
-    """Return the values with a row for every image of the source."""
+    """Return the target values expanded to one row per image of the source."""
     values = np.zeros((len(source), *found.values.shape[1:]), found.values.dtype)
     values[found.rows] = found.values
     return values
 
 
 def image_set(name: str, source: Source, excluded: tuple[str, ...]) -> ImageSet:
-    """Return the record of a source that was opened as `name`."""
+    """Return the record of a source for a result. name: the path it was opened with."""
     path = Path(name).absolute()
     return ImageSet(
         name=name, path=str(path) if path.exists() else None, digest=source.fingerprint(), excluded=excluded
@@ -156,16 +157,16 @@ def image_set(name: str, source: Source, excluded: tuple[str, ...]) -> ImageSet:
 
 
 def identity_of_test(options: ProbeOptions, test: Source) -> TestIdentity:
-    """Return the record of the test images."""
+    """Return the record of the test images for a result."""
     if options.test is None:
         return TestIdentity(held_out=HELD_OUT, seed=options.seed)
     return TestIdentity(images=image_set(options.test, test, options.exclude))
 
 
 def training_sets(images: LabelledImages, rows: np.ndarray, options: ProbeOptions, *, draws: int) -> list[TrainingSet]:
-    """Return the training images of every fit, without their positions.
+    """Return the training images of every fit; their positions are filled in later.
 
-    rows: those that labels are drawn from. draws: random choices of labels for each number of labels.
+    rows: rows that labels are drawn from. draws: random draws per number of labels.
     """
     y, names = images.train_y[rows], images.labelling.names
     nowhere = np.zeros(0, np.int64)
@@ -188,7 +189,7 @@ def require_classes(classes: Sequence[str]) -> None:
 
 
 def require_two(labels: np.ndarray) -> None:
-    """Raise UserError where all training images are of one class."""
+    """Raise UserError if all training images have the same class."""
     if len(np.unique(labels)) < 2:
         raise UserError(
             f"got {len(labels)} training images, all of one class; expected at least two classes; give images of "
@@ -199,10 +200,10 @@ def require_two(labels: np.ndarray) -> None:
 def few_shots(
     index: np.ndarray, labels: np.ndarray, classes: Sequence[str], shots: int, seed: int, *, draw: int = 0
 ) -> np.ndarray:
-    """Return the `shots` of `index` (n,) per class of `labels` (n,) that `seed` selects, sorted.
+    """Select `shots` of `index` (n,) per class of `labels` (n,), by `seed`; return them sorted.
 
-    The selection of `shots + 1` contains that of `shots`. draw: another selection of labels for the same split. Raises
-    UserError for shots < 1, or more than a class has.
+    The selection of `shots + 1` contains that of `shots`. draw: number of the random draw; the split stays the same.
+    Raises UserError for shots < 1, or more shots than a class has images.
     """
     if shots < 1:
         raise UserError(f"got {shots} labels per class; expected at least 1")

@@ -1,11 +1,11 @@
 """Average precision and R2, with bootstrap resamples for their intervals.
 
 Intervals are percentiles of the bootstrap (Efron 1979, "Bootstrap methods: another look at the jackknife"): the test
-images are resampled 1,000 times with replacement, always the same resamples, so that two feature sets can be compared
-resample by resample. They cover what the choice of the test images alone could change.
+images are resampled 1,000 times with replacement. All feature sets share the same resamples, so that they can be
+compared resample by resample. The intervals cover only the choice of the test images.
 
-Not scipy.stats.bootstrap with scikit-learn's metrics, which returns the same numbers to the last digit (tested) but
-sorts the scores of every resample anew: 12 times slower for 2,000 images with ten labels (27 instead of 2.3 seconds per
+scipy.stats.bootstrap with scikit-learn's metrics returns the same numbers to the last digit (tested), but sorts the
+scores again for every resample and is 12 times slower for 2,000 images with ten labels (27 instead of 2.3 seconds per
 feature set). Here a resample is a vector of weights, and scores are sorted once.
 
 Letters: m test images, T target columns, R bootstrap resamples.
@@ -19,17 +19,17 @@ import numpy as np
 
 RESAMPLES = 1000
 SEED = 0
-PIECE = 50  # resamples at a time, for the memory of (PIECE, m) float64
+PIECE = 50  # resamples computed at once, to limit the memory of (PIECE, m) float64
 
 Measure = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
-"""(truth (m,), prediction (m,), weights (R, m)) -> (R,); NaN where it is not defined."""
+"""(truth (m,), prediction (m,), weights (R, m)) -> (R,); NaN if it is undefined."""
 
 
 def average_precision(truth: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Return the area under precision over recall, as scikit-learn defines it: the sum of (R_i - R_(i-1)) P_i.
 
-    truth: (m,) 0 or 1. scores: (m,), equal ones are one step. weights: (R, m), how often each image counts. Returns
-    (R,), NaN without a positive image.
+    truth: (m,) 0 or 1. scores: (m,); equal scores form one step. weights: (R, m), how often each image counts. Returns
+    (R,); NaN without a positive image.
     """
     order = np.argsort(-scores, kind="stable")
     truth, scores, weights = truth[order], scores[order], weights[:, order]
@@ -43,9 +43,9 @@ def average_precision(truth: np.ndarray, scores: np.ndarray, weights: np.ndarray
 
 
 def r_squared(truth: np.ndarray, predicted: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Return 1 - (squared errors) / (squared distances from the mean): (R,), NaN where the truth does not vary."""
+    """Return 1 - (squared errors) / (squared distances from the mean), (R,); NaN if the truth is constant."""
     total = weights.sum(1)
-    shifted = truth - truth.mean()  # avoids the difference of two large numbers
+    shifted = truth - truth.mean()  # avoids subtracting two large numbers
     mean = weights @ shifted / total
     spread = weights @ shifted**2 - total * mean**2
     left = weights @ (truth - predicted) ** 2
@@ -54,15 +54,15 @@ def r_squared(truth: np.ndarray, predicted: np.ndarray, weights: np.ndarray) -> 
 
 
 def by_column(measure: Measure, truth: np.ndarray, predicted: np.ndarray) -> np.ndarray:
-    """Return (T,): the measure of every column of `truth` and `predicted` (m, T), each image counted once."""
+    """Return the measure (T,) of every column of `truth` and `predicted` (m, T), with each image counted once."""
     once = np.ones((1, len(truth)))
     return np.array([measure(truth[:, t], predicted[:, t], once)[0] for t in range(truth.shape[1])])
 
 
 def resampled(measure: Measure, truth: np.ndarray, predicted: np.ndarray) -> np.ndarray:
-    """Return (R,): the mean over columns under every resample; a column that is not defined in one is left out of it.
+    """Return the mean over columns for every resample, (R,), leaving out columns that are undefined in it.
 
-    The resamples depend on m alone. Those in which no column is defined are NaN.
+    The resamples depend only on m. The mean is NaN if no column is defined.
     """
     rng = np.random.default_rng(SEED)
     m, found = len(truth), []

@@ -1,7 +1,7 @@
-"""What fitted probes predict for the test images, for every feature set and pooling.
+"""Predict the test images with fitted probes, for every feature set and pooling.
 
-An encoder that was trained with hidden tokens may see each test image under several patch masks; then the majority of
-its predictions counts, or their mean (`vote`).
+An encoder that was trained with hidden tokens may get each test image under several patch masks; `vote` then combines
+the predictions by majority or mean.
 
 Letters: n training images, m test images, D width of a feature, T target columns.
 """
@@ -20,12 +20,12 @@ from unmask.evals.labelled_images import require_two
 from unmask.evals.probe_kind import Fitted, PooledProbe, TrainingTargets
 from unmask.results import CLASSES, RAW_PIXELS
 
-ATTENTION_POOL = "attentive"  # the pooling of probes that are fitted to all tokens
+ATTENTION_POOL = "attentive"  # the pooling of probes of all tokens
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """The predictions of one probe for the m test images: `values` classes (m,), or scores or quantities (m, T).
+    """The predictions of one probe for m test images. values: classes (m,), or scores or quantities (m, T).
 
     chosen, converged: as in `Fitted`.
     """
@@ -45,18 +45,18 @@ def predict_pooled(
 ) -> list[Prediction]:
     """Fit a probe to every feature set and pooling, and predict the test images.
 
-    train, test: tables by the names of the feature sets, all of the same images; in `test` also, as NAME + VOTE +
-    number, those of the same encoder under further masks. Raises UserError for fewer than two classes.
+    train, test: tables by the name of the feature set, all of the same images; `test` also has a table NAME + VOTE +
+    number for every further mask. Raises UserError for fewer than two classes.
     """
     if targets.task == CLASSES:
         require_two(targets.y)
-    found = []
+    predictions = []
     for features in train:
         seen = [test[name] for name in masks_of(test, features)]
         for pool, train_x, test_x in pools(features, train[features], seen):
             fitted = probe.fit(train_x, targets)
-            found.append(vote(features, pool, fitted, fitted.predict(test_x), seen, targets))
-    return found
+            predictions.append(vote(features, pool, fitted, fitted.predict(test_x), seen, targets))
+    return predictions
 
 
 def predictions_from_tokens(
@@ -65,18 +65,18 @@ def predictions_from_tokens(
     test: Mapping[str, FeatureTable],
     targets: TrainingTargets,
 ) -> list[Prediction]:
-    """Return the predictions of probes of all tokens. values: what each predicted, by the names of the test tables."""
-    found = []
+    """Return the predictions of probes of all tokens. values: their outputs by the name of the test table."""
+    predictions = []
     for features, probe in fitted.items():
         names = masks_of(test, features)
         pool = "pixels" if features == RAW_PIXELS else ATTENTION_POOL
         both = np.concatenate([values[name] for name in names])
-        found.append(vote(features, pool, probe, both, [test[name] for name in names], targets))
-    return found
+        predictions.append(vote(features, pool, probe, both, [test[name] for name in names], targets))
+    return predictions
 
 
 def masks_of(names: Iterable[str], features: str) -> list[str]:
-    """Return the names of the test tables of one feature set: one for each mask."""
+    """Return the names of the test tables of one feature set, one per mask."""
     others = [name for name in names if name.startswith(features + VOTE)]
     return [features, *(name for name in others if name.removeprefix(features + VOTE).isdecimal())]
 
@@ -89,7 +89,7 @@ def vote(
     seen: Sequence[FeatureTable],
     targets: TrainingTargets,
 ) -> Prediction:
-    """Combine the values under all masks, one after another in `values`: the majority of classes, or the mean."""
+    """Combine the predictions under all masks, concatenated in `values`: the majority of classes, or the mean."""
     values = values.reshape(len(seen), -1, *values.shape[1:])
     if len(seen) == 1:
         one = values[0]
@@ -103,13 +103,13 @@ def vote(
 def pools(
     features: str, train: FeatureTable, seen: Sequence[FeatureTable]
 ) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """Yield (pool, training features, test features) of every pooling that this encoder has.
+    """Yield (pool, training features, test features) for every pooling of this encoder.
 
-    seen: the test images under each mask; their rows come one table after another.
+    seen: one table of test images per mask; the test features are concatenated in this order.
     """
     tested = np.concatenate([table.mean for table in seen])
     if features == RAW_PIXELS:
-        # The cosine similarity of pixels, none of them negative, is mostly brightness; without their mean it is fair.
+        # Pixels are never negative, so without centring their cosine similarity would mostly measure brightness.
         mean = train.mean.mean(0)
         yield "pixels", train.mean - mean, tested - mean
         return
@@ -120,5 +120,5 @@ def pools(
 
 
 def images_in_both(train: FeatureTable, test: FeatureTable) -> int:
-    """Return how many test images are also training images, pixel for pixel."""
+    """Return the number of test images that are identical to a training image in every pixel."""
     return int(np.isin(test.digest, train.digest).sum())

@@ -1,12 +1,12 @@
-"""What a kind of probe offers. One file of `evals/probes/` is one kind; its name is the value of --kind.
+"""The interface of a kind of probe. Every file in `evals/probes/` defines one kind; its name is the value of --kind.
 
 The file defines `PROBE`, an instance of one of three classes:
 
-- `PooledProbe` is fitted to pooled features, the class token or the mean over patches (knn, linear);
+- `PooledProbe` is fitted to pooled features: the class token or the mean over patches (knn, linear);
 - `TokenProbe` is fitted to all tokens (attentive);
-- `LabelFreeMeasure` is a number of the features alone (rankme).
+- `LabelFreeMeasure` computes a number from the features without labels (rankme).
 
-Everything else follows from it: the options, the feature sets and controls, intervals, the result, the report.
+The options, feature sets, controls, intervals, result and report need no further code.
 
 Letters: n training images, m test images, D width of a feature, T target columns.
 """
@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingTargets:
-    """What a probe is fitted to: `y` classes (n,) int64, or (n, T) float64 of 0 and 1 or of quantities.
+    """The targets of a fit. y: classes (n,) int64, or (n, T) float64 with 0 and 1, or with quantities.
 
-    task: CLASSES, MULTILABEL or REGRESSION of `results.py`. seed: of every random choice. device: for probes in torch.
+    task: CLASSES, MULTILABEL or REGRESSION in `results.py`. seed: seed of all random choices. device: used by torch.
     """
 
     y: np.ndarray
@@ -44,9 +44,9 @@ class TrainingTargets:
 
 @dataclass(frozen=True, kw_only=True)
 class Fitted:
-    """A fitted probe: `predict` maps test features to classes (m,) int64, or to scores or quantities (m, T) float64.
+    """A fitted probe. predict: maps test features to classes (m,) int64, or scores or quantities (m, T) float64.
 
-    chosen: hyperparameters that the fit chose, by name. converged: False where the solver stopped at its limit.
+    chosen: hyperparameters chosen by the fit, by name. converged: False if the solver reached its iteration limit.
     """
 
     predict: Callable[..., np.ndarray]
@@ -58,8 +58,8 @@ class Fitted:
 class PooledProbe:
     """A probe of pooled features.
 
-    title: for headings ("Linear probe"). phrase: for sentences ("a linear probe"). protocol: task -> what is fitted, in
-    words. fit: features (n, D) float32 and targets -> a fitted probe, whose `predict` takes features (m, D).
+    title: for headings ("Linear probe"). phrase: for sentences ("a linear probe"). protocol: describes in words what is
+    fitted for a task. fit: fits features (n, D) float32 to targets; `predict` of the result expects features (m, D).
     """
 
     title: str
@@ -70,9 +70,10 @@ class PooledProbe:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenProbe:
-    """A probe of all tokens. As `PooledProbe`, but fit: `Tokens` and the positions (n,) of the training images in them.
+    """A probe of all tokens; fields as in `PooledProbe`.
 
-    `predict` takes the `Tokens` of test images.
+    fit: fits `Tokens`, at the positions (n,) of the training images, to targets; `predict` of the result expects the
+    `Tokens` of test images.
     """
 
     title: str
@@ -83,10 +84,10 @@ class TokenProbe:
 
 @dataclass(frozen=True, kw_only=True)
 class LabelFreeMeasure:
-    """A number of the features of any images, labelled or not; it is always computed of the controls too.
+    """A number computed from features without labels, always for the controls too.
 
-    metric: what the number is called. protocol: how it is computed, in words. measure: features (n, D) -> the number.
-    verdict: the scores of all feature sets, and the smaller of n and D of the run's own -> what they mean, in words.
+    metric: name of the number. protocol: how it is computed, in words. measure: maps features (n, D) to the number.
+    verdict: describes in words the scores of all feature sets, given also min(n, D) of the run's own features.
     """
 
     title: str
@@ -100,18 +101,18 @@ ProbeKind = PooledProbe | TokenProbe | LabelFreeMeasure
 
 
 def kind_names() -> list[str]:
-    """Return the values of --kind: the files of `evals/probes/`. Imports none of them."""
+    """Return the values of --kind, the files of `evals/probes/`, without importing them."""
     return sorted(module.name for module in pkgutil.iter_modules(unmask.evals.probes.__path__))
 
 
 def require_kind(name: str, also: Sequence[str] = ()) -> None:
-    """Raise UserError for a kind that does not exist. also: kinds that are implemented elsewhere."""
+    """Raise UserError for an unknown kind of probe. also: kinds that are implemented elsewhere."""
     if name not in (known := [*kind_names(), *also]):
         raise UserError(f"got probe kind {name!r}; expected {', '.join(known[:-1])} or {known[-1]}")
 
 
 def find_kind(name: str) -> ProbeKind:
-    """Return `PROBE` of `evals/probes/<name>.py`. Raises UserError for a kind that does not exist."""
+    """Return `PROBE` of `evals/probes/<name>.py`. Raises UserError for an unknown kind."""
     require_kind(name)
     module = importlib.import_module(f"unmask.evals.probes.{name}")
     return module.PROBE

@@ -1,4 +1,4 @@
-"""What a person asks of a probe, and which combinations of options are rejected. Loads no torch."""
+"""The options of a probe, and checks of their combinations. Does not import torch."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from pathlib import Path
 from unmask.errors import UserError
 
 DEFAULT_DRAWS, MAX_DRAWS = 5, 1000
-"""Random choices of training labels for each point of a label-budget curve."""
+"""Random draws of training labels per point of a label-budget curve."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeOptions:
-    """The options of a probe, as of `unmask probe`.
+    """The options of `unmask probe`.
 
-    data: the labelled images (any source). test: other labelled images to measure on; None holds out a fifth of every
-    class of `data`. exclude: patterns of file names to leave out of both. shots: labels per class to train on; several
-    make a label-budget curve, with `draws` random choices of labels for each. controls: also measure raw pixels and the
-    untrained encoder. against: other runs whose encoders are measured on the same images. seed: of the split, of the
-    choice of labels, and of the part of the training images on which a probe chooses its hyperparameters.
+    data: the labelled images (any source). test: other labelled images for testing; None to hold out a fifth of every
+    class of `data`. exclude: patterns of file names to leave out of both. shots: labels per class for training; several
+    numbers make a label-budget curve with `draws` random draws for each. controls: also measure raw pixels and the
+    untrained encoder. against: other runs to measure on the same images. seed: seed of the split, of the draws of
+    labels, and of the training images that are held out to choose hyperparameters.
 
-    targets: a table of labels or quantities instead of class folders, `columns` of it (all by default); task overrides
-    what they are read as; test_targets: another table for `test`.
+    targets: a table of labels or quantities, used instead of class folders. columns: the columns to use, all by
+    default. task: overrides the detected kind of target. test_targets: another table for `test`.
 
-    layer: "best", "last" or a number; None is the layer that suits the encoder. mask_votes: random patch masks under
-    which each test image is seen, the majority counts; None is one for encoders that were trained with hidden tokens
-    and are measured so (iGPT's bert objective), else none. Other runs are measured at the same layer, where their
-    encoders have layers to choose from, and with the masks that suit them.
+    layer: "best", "last" or a number; the default depends on the encoder. mask_votes: number of random patch masks per
+    test image, whose predictions are combined by vote; by default 1 for encoders that are evaluated with hidden tokens
+    (iGPT's bert objective), else 0. Other runs use the same layer, if their encoders have layers to choose from, and
+    their own default masks.
     """
 
     data: str
@@ -50,7 +50,7 @@ class ProbeOptions:
 
     @property
     def budgets(self) -> Sequence[int | None]:
-        """Labels per class, ascending; [None] for all of them."""
+        """The numbers of labels per class, ascending; [None] for all labels."""
         if self.shots is None or isinstance(self.shots, int):
             return [self.shots]
         return sorted(set(self.shots))
@@ -62,13 +62,13 @@ class ProbeOptions:
 
     @property
     def num_draws(self) -> int:
-        """Random choices of labels for each number of labels per class."""
+        """Random draws of labels per number of labels per class."""
         if not self.is_curve:
             return 1
         return DEFAULT_DRAWS if self.draws is None else self.draws
 
     def check(self) -> None:
-        """Raise UserError for options that would be ignored or cannot be met, before anything is read."""
+        """Raise UserError for options that would be ignored or are impossible, before anything is read."""
         if self.draws is not None and self.shots is None:
             raise UserError(
                 f"got --label-draws {self.draws} without --shots, so there is nothing to draw; give the labels per "
@@ -81,7 +81,7 @@ class ProbeOptions:
             )
         if self.num_draws > MAX_DRAWS:
             raise UserError(
-                f"got --label-draws {self.draws}; expected at most {MAX_DRAWS}, {DEFAULT_DRAWS} to 20 is usual"
+                f"got --label-draws {self.draws}; expected at most {MAX_DRAWS}; {DEFAULT_DRAWS} to 20 are usual"
             )
         if not self.budgets:
             raise UserError("got no number of labels per class; expected at least one, for example --shots 1,5,10")
@@ -92,18 +92,16 @@ class ProbeOptions:
             raise UserError("got --test-targets without --test, so it would be ignored; give the test images too")
 
     def check_label_free(self, kind: str) -> None:
-        """Raise UserError for options about labels, which a kind without labels would ignore."""
+        """Raise UserError for options about labels, which would be ignored by a kind without labels."""
         labels = {"--test": self.test, "--shots": self.shots, "--label-draws": self.draws, "--targets": self.targets}
         if given := [name for name, value in labels.items() if value is not None]:
             raise UserError(f"got {', '.join(given)}, but --kind {kind} uses no labels; leave it out")
         if self.layer == "best":
-            raise UserError(
-                f"got --layer best, which is chosen with labels, but --kind {kind} uses none; give a number or last"
-            )
+            raise UserError(f"got --layer best, which needs labels, but --kind {kind} uses none; give a number or last")
 
 
 def parse_shots(text: str | None) -> int | tuple[int, ...] | None:
-    """Parse --shots: "5" is one number of labels per class, "1,5,10" a curve. Raises UserError for anything else."""
+    """Parse --shots: "5" for one number of labels per class, "1,5,10" for a curve. Raises UserError otherwise."""
     if text is None:
         return None
     parts = [part.strip() for part in text.split(",")]

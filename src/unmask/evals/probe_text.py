@@ -1,4 +1,4 @@
-"""The result of a probe in words, made from its record: verdict, protocol, and the table on the screen."""
+"""Describe the result of a probe in words: verdict, protocol, and the table on the screen."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ def show(value: float, metric: str) -> str:
     return f"{value:.3f}" if metric in (MEAN_AP, R2) else f"{value:.3g}"
 
 
-# ------------------------------------------------------------------------------------------------------------ protocol
+# Protocol
 
 
 def protocol(result: FeatureMeasurement, fitted: str) -> str:
-    """Return one sentence: the features, what is fitted to them, the images, and what the intervals cover.
+    """Describe the measurement in one sentence: features, fit, images, and what the intervals cover.
 
     fitted: what this kind of probe fits, in words (`probe_kind.py`).
     """
@@ -62,18 +62,18 @@ def protocol(result: FeatureMeasurement, fitted: str) -> str:
     return f"{features}; {train}; {test}{table}; seed {result.seed}; 95 % intervals: {result.interval}."
 
 
-# ------------------------------------------------------------------------------------------------------------- verdict
+# Verdict
 
 
 def verdict(result: ProbeResult, phrase: str) -> str:
-    """Say whether pre-training helps, by how much, and whether that could be noise.
+    """State whether pre-training helps, by how much, and whether the difference is within the noise.
 
     phrase: the kind of probe in a sentence ("a linear probe"). Each feature set is represented by its better pooling.
     """
-    assert result.chance is not None, "only scores of labelled images have a verdict"
+    assert result.chance is not None, "a verdict needs scores of labelled images"
     own = result.row(PRETRAINED)
     if own is None:
-        raise ValueError("got no score of the pre-trained features; expected one, since the verdict is about them")
+        raise ValueError("got no score of the pre-trained features; expected one, because the verdict describes it")
     controls = [row for name in CONTROLS if (row := result.row(name)) is not None]
     pool = POOLS.get(own.pool, own.pool)
     score = f"{phrase} on the pre-trained features ({pool}) {_reached(own, result.metric, result.chance)}"
@@ -138,7 +138,7 @@ def _clause(other: FeatureScore, difference: Difference, metric: str) -> str:
 
 
 def _against(result: ProbeResult) -> Iterator[str]:
-    """Yield a sentence for each other run: how this run compares with it on the same test images."""
+    """Yield a sentence for each other run that compares it with this run on the same test images."""
     for difference in result.differences:
         if difference.features in CONTROLS:
             continue
@@ -153,7 +153,7 @@ def _against(result: ProbeResult) -> Iterator[str]:
 
 
 def curve_verdict(result: CurveResult) -> str:
-    """Say with how many labels the pre-trained features are above each control and each other run."""
+    """State with how many labels the pre-trained features are above each control and each other run."""
     own = next(row for row in result.rows if row.features == PRETRAINED and row.pool != "cls")
     curve = ", ".join(f"{point.mean:.1%} with {point.shots}" for point in own.points)
     sentences = [f"The pre-trained features ({POOLS[own.pool]}) get {curve} labels per class."]
@@ -192,7 +192,7 @@ def _capitalised(text: str) -> str:
     return text[0].upper() + text[1:] if not text.startswith("kNN") else text
 
 
-# -------------------------------------------------------------------------------------------------------- on the screen
+# Console output
 
 
 def print_result(result: ProbeResult | CurveResult, console: Console) -> None:
@@ -232,7 +232,7 @@ def _headline(result: ProbeResult | CurveResult) -> str:
 def _notes(row: FeatureScore) -> Iterator[str]:
     if not row.converged:
         yield (
-            "the fit stopped at its limit of iterations, so the number may be too low: compare it with --kind knn, or "
+            "the fit stopped at its iteration limit, so the score may be too low: compare it with --kind knn, or "
             "give more labels"
         )
     if row.layer is not None:

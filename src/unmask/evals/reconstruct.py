@@ -1,4 +1,4 @@
-"""`unmask reconstruct`: draw images as the method of a run reconstructs them."""
+"""`unmask reconstruct`: draw a picture of images reconstructed by the method of a run."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ MAX_DRAWN = 16
 def reconstruct_images(
     run: Path, images: Sequence[str], out: Path, *, step: int | None, seed: int, device: str, console: Console
 ) -> dict[str, Any]:
-    """Draw up to 16 images as the run's method reconstructs them; return its loss, and those of trivial predictions.
+    """Draw reconstructions of up to 16 images; return the method's loss, and those of trivial predictions.
 
-    Raises UserError for a fine-tuned run, which reconstructs nothing, and when no image can be read.
+    Raises UserError for a fine-tuned run, which cannot reconstruct, and when no image can be read.
     """
     require_png(out)
     loaded = load(run, device=choose_device(device), step=step)
     if (task := loaded.config.method.name) in task_names() and task != "encoder":
         raise UserError(
-            f"{run} was fine-tuned to {task} and reconstructs nothing; use `unmask predict {run} IMAGES --out PATH`, "
-            "or reconstruct with the run that it came from"
+            f"{run} was fine-tuned to {task} and cannot reconstruct; use `unmask predict {run} IMAGES --out PATH`, "
+            "or reconstruct with its pre-trained run"
         )
     source = apply_reading(open_images(images), loaded.plan.reading)
     rows = np.arange(len(source))
@@ -59,6 +59,6 @@ def reconstruct_images(
 
 
 def open_images(images: Sequence[str]) -> Source:
-    """Open image files in the order given, or one DATA."""
+    """Open image files in the order given, or a single data source."""
     one_file = len(images) == 1 and Path(images[0]).is_file() and not images[0].lower().endswith(COLLECTIONS)
     return open_files(images) if one_file or len(images) > 1 else open_source(images[0])

@@ -1,4 +1,4 @@
-"""Where the result of a probe is written: RUN/evals/NAME.json, a name that says what was measured."""
+"""Write the result of a probe to RUN/evals/NAME.json, where the name describes the measurement."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from unmask.run import Run
 
 
 def save_result(run: Run, result: ProbeResult | CurveResult, options: ProbeOptions) -> str:
-    """Write a result; it replaces an earlier one of the same images. Returns the name of its file, without .json.
+    """Write a result, replacing an earlier one of the same images. Returns the file name without .json.
 
-    A result of other images of the same name (many data sets end in a folder called train) gets a number.
+    A number is added if the file has a result of other images with the same name (many folders are named train).
     """
     name = file_name(result, options)
     number, free = 1, name
@@ -24,7 +24,7 @@ def save_result(run: Run, result: ProbeResult | CurveResult, options: ProbeOptio
 
 
 def _is_replaceable(run: Run, name: str, result: ProbeResult | CurveResult) -> bool:
-    """Whether the file is damaged, or a result of images at the same places."""
+    """Whether the file is damaged, or is a result of images with the same paths."""
     try:
         before = from_json(run.read(f"evals/{name}.json"))
     except UserError:

@@ -1,8 +1,7 @@
 """`unmask probe`: measure the frozen features of a run on labelled images, or their rank on any images.
 
-The features of this run, of the controls and of other runs are measured on the same test images, each as its own
-encoder sees images. Every result is a record of `results.py` in one JSON file of RUN/evals. Nothing is ever chosen on a
-test image.
+This run, the controls and other runs are measured on the same test images, each with its own encoder and preprocessing.
+Every result is a record of `results.py`, stored in one JSON file of RUN/evals. No choice is ever made on test images.
 
 Letters: n training images, m test images, T target columns.
 """
@@ -67,12 +66,12 @@ from unmask.results import (
 )
 from unmask.run import Run
 
-TEST_PIECE = 4096  # test images whose tokens are in memory at a time
+TEST_PIECE = 4096  # number of test images whose tokens are in memory at once
 
 
 @dataclass(frozen=True)
 class ProbeJob:
-    """What a probe works with: the run, its loaded checkpoint, the other runs by their names, and the options."""
+    """The input of a probe: the run, its loaded checkpoint, the other runs by name, and the options."""
 
     run: Run
     loaded: Loaded
@@ -82,7 +81,7 @@ class ProbeJob:
 
     @property
     def cache(self) -> Path:
-        """Where features are stored for the next probe."""
+        """Folder of cached features."""
         return self.run.path / FEATURES
 
 
@@ -96,8 +95,8 @@ def run_probes(
 ) -> dict[str, ProbeResult | CurveResult]:
     """Measure the features of a run with several kinds of probe, and write each result to RUN/evals.
 
-    The split and the choice of labels depend on the seed and on the images' rows alone: not on the kind, the encoder,
-    or which files are broken. Raises UserError for options that do not go together, and for data that cannot be used.
+    The split and the draw of labels depend only on the seed and the images' rows, not on the kind, the encoder, or
+    unreadable files. Raises UserError for options that cannot be combined, and for unusable data.
     """
     probes = {name: find_kind(name) for name in kinds}
     options.check()
@@ -118,7 +117,7 @@ def run_probes(
     return results
 
 
-# --------------------------------------------------------------------------------------------------------- with labels
+# Probes with labels
 
 
 def probe_with_labels(
@@ -168,7 +167,7 @@ def _targets(job: ProbeJob, images: LabelledImages, y: np.ndarray) -> TrainingTa
 def all_feature_sets(
     job: ProbeJob, images: LabelledImages | None, rows: np.ndarray, *, controls: bool
 ) -> list[FeatureSets]:
-    """Return this run's encoder with its controls, then every other run's. rows: layers are compared on these."""
+    """Return the feature sets of this run with its controls and of other runs. rows: images for choosing layers."""
     untrained = untrained_encoder(job.loaded) if controls else None
     encoders = with_controls(job.loaded.method.encoder, untrained)
     found = [make_feature_sets(job.loaded, encoders, images, rows, job.options, job.console)]
@@ -182,7 +181,7 @@ def all_feature_sets(
 def training_features(
     job: ProbeJob, sets: Sequence[FeatureSets], images: LabelledImages, *, tokens: bool
 ) -> tuple[dict[str, FeatureTable], list[TrainingSet]]:
-    """Return the features of all images that any probe is fitted to, computed once, and the images of each fit."""
+    """Compute the features of all training images once; return them with the images of each fit."""
     rows, options = images.train_rows, FeatureOptions(title="training images", tokens=tokens, cache=job.cache)
     while True:
         chosen = training_sets(images, rows, job.options, draws=job.options.num_draws)
@@ -194,7 +193,7 @@ def training_features(
             return train, [TrainingSet(None, index, np.arange(len(index)))]
         if not len(broken):
             return train, [replace(each, positions=np.searchsorted(index, each.rows)) for each in chosen]
-        rows = np.setdiff1d(rows, broken)  # the next image of the same class replaces a broken one
+        rows = np.setdiff1d(rows, broken)  # the next image of the same class replaces an unreadable one
 
 
 def fit_to_tokens(
@@ -204,7 +203,7 @@ def fit_to_tokens(
     chosen: Sequence[TrainingSet],
     images: LabelledImages,
 ) -> dict[str, list[Fitted]]:
-    """Fit a probe of all tokens to every feature set and every choice of training images."""
+    """Fit a probe of all tokens to every feature set and every draw of training images."""
     found: dict[str, list[Fitted]] = {name: [] for name in train}
     with job.console.progress(f"fitting {probe.title.lower()}s", len(train) * len(chosen)) as bar:
         for number, each in enumerate(chosen):
@@ -212,7 +211,7 @@ def fit_to_tokens(
             if targets.task == CLASSES:
                 require_two(targets.y)
             for place, (name, table) in enumerate(train.items(), 1):
-                assert table.tokens is not None, "asked for"
+                assert table.tokens is not None, "tokens were requested"
                 found[name].append(probe.fit(table.tokens, each.positions, targets))
                 bar.update(number * len(train) + place)
     return found
@@ -226,8 +225,8 @@ def test_features(
 ) -> tuple[dict[str, FeatureTable], dict[str, dict[str, list[np.ndarray]]]]:
     """Return the features of the test images, and the predictions of the probes of all tokens.
 
-    fits: kind -> feature set -> the fits. The predictions are by kind and name of the test table, one for each fit.
-    Tokens are in memory for TEST_PIECE images at a time.
+    fits: fitted probes by kind and feature set. The predictions are by kind and name of the test table, one array per
+    fit. Tokens of only TEST_PIECE images are in memory at once.
     """
     rows = images.test_rows
     if not fits:
@@ -253,12 +252,12 @@ def test_features(
 
 @dataclass(frozen=True)
 class TestPredictions:
-    """What one kind of probe predicts for the test images: for every draw of the labels, beside the truth.
+    """The predictions of one kind of probe for the test images, per draw of labels, with the true labels.
 
-    shared: test images that are also training images.
+    shared: number of test images that are also training images.
     """
 
-    __test__ = False  # not a test class, whatever pytest infers from its name
+    __test__ = False  # keeps pytest from collecting this class as a test
 
     draws: Sequence[Draw]
     test_y: np.ndarray
@@ -273,7 +272,7 @@ def make_result(
     sets: Sequence[FeatureSets],
     predicted: TestPredictions,
 ) -> ProbeResult | CurveResult:
-    """Score the predictions of one kind of probe, and describe them."""
+    """Score the predictions of one kind of probe, and make its result."""
     draws, test_y, shared = predicted.draws, predicted.test_y, predicted.shared
     labelling, options = images.labelling, job.options
     require_defined(test_y, labelling)
@@ -309,7 +308,7 @@ def make_result(
 
 
 def _about(job: ProbeJob, images: LabelledImages) -> dict[str, Any]:
-    """Return the fields of a record that say what was asked for."""
+    """Return the fields of a result that record the data and options."""
     return _about_run(job) | {
         "data": image_set(job.options.data, images.train, job.options.exclude),
         "test": identity_of_test(job.options, images.test),
@@ -333,14 +332,14 @@ def _about_run(job: ProbeJob) -> dict[str, Any]:
 def _caveat_of_finetuning(loaded: Loaded) -> Iterable[str]:
     task = loaded.config.method.name
     if task in task_names() and task != "encoder":
-        yield f"This run was fine-tuned to {task}: its features are those after that."
+        yield f"This run was fine-tuned to {task}, so its features are the fine-tuned ones."
 
 
-# ------------------------------------------------------------------------------------------------------ without labels
+# Measures without labels
 
 
 def measure_without_labels(job: ProbeJob, kinds: Mapping[str, LabelFreeMeasure]) -> dict[str, ProbeResult]:
-    """Compute numbers of the features of any images, of the controls too: alone such a number says little."""
+    """Compute label-free measures of features, also for the controls, because such a number alone means little."""
     source = open_source(job.options.data, job.options.exclude)
     rows = np.arange(len(source))
     sets = all_feature_sets(job, None, rows, controls=True)
@@ -370,7 +369,7 @@ def measure_without_labels(job: ProbeJob, kinds: Mapping[str, LabelFreeMeasure])
 
 
 def _measure(measure: LabelFreeMeasure, features: str, table: FeatureTable) -> Iterable[FeatureScore]:
-    """Yield the number of every pooling of one feature set."""
+    """Yield the measured number of every pooling of one feature set."""
     if table.cls is not None:
         yield FeatureScore(features=features, pool="cls", value=measure.measure(table.cls), total=len(table))
     pool = "pixels" if features == RAW_PIXELS else "mean"

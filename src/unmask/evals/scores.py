@@ -1,10 +1,10 @@
 """Score predictions against the truth: values with 95 % intervals, and differences between feature sets.
 
-Accuracy has a Wilson interval, and its differences the interval for paired proportions (`metrics/intervals.py`): two
-feature sets are compared on the same test images, where right and wrong answers go together. Average precision and R2
-have bootstrap intervals over the same resamples of the test images, so their differences are taken resample by
-resample. All of them cover the choice of the test images, not another seed of the pre-training nor another choice of
-training labels.
+Accuracy has a Wilson interval, and differences of accuracy the interval for paired proportions
+(`metrics/intervals.py`), because two feature sets are scored on the same test images and their errors are correlated.
+Average precision and R2 have bootstrap intervals over the same resamples of the test images, so their differences are
+computed resample by resample. All intervals cover the choice of the test images, not the seed of pre-training or the
+choice of training labels.
 
 Letters: m test images, T target columns, R bootstrap resamples.
 """
@@ -41,10 +41,10 @@ INTERVALS = {
 
 @dataclass(frozen=True)
 class Scored:
-    """A score with what its differences to other feature sets are computed from.
+    """A score with the data from which differences to other feature sets are computed.
 
-    right: (m,) bool, which test images a probe of classes predicted right. resamples: (R,) values of another metric
-    under bootstrap resamples.
+    right: (m,) bool, whether the predicted class of each test image is correct. resamples: (R,) values of another
+    metric in the bootstrap resamples.
     """
 
     score: FeatureScore
@@ -52,11 +52,11 @@ class Scored:
     resamples: np.ndarray | None = None
 
     def minus(self, other: Scored) -> tuple[float, float, float]:
-        """Return how much higher this score is than another one on the same test images: (value, low, high)."""
+        """Return the difference to another score on the same test images: (value, low, high)."""
         if self.right is not None and other.right is not None:
             return paired_difference(self.right, other.right)
-        assert self.resamples is not None, "one metric for all feature sets"
-        assert other.resamples is not None, "one metric for all feature sets"
+        assert self.resamples is not None, "all feature sets have the same metric"
+        assert other.resamples is not None, "all feature sets have the same metric"
         low, high = _percentiles(self.resamples - other.resamples)
         return self.score.value - other.score.value, low, high
 
@@ -91,7 +91,7 @@ def _percentiles(resamples: np.ndarray) -> Interval:
 def _targets(
     prediction: Prediction, test_y: np.ndarray, labelling: Labelling, columns: np.ndarray
 ) -> tuple[TargetScore, ...]:
-    """Return the score of every target column; None where it is not defined."""
+    """Return the score of every target column; None if it is undefined."""
     values = [None if np.isnan(value) else float(value) for value in columns]
     if labelling.task == MULTILABEL:
         return tuple(
@@ -108,9 +108,10 @@ def _targets(
 def differences(scored: Sequence[Scored], runs: Sequence[str]) -> tuple[Difference, ...]:
     """Compare the run's own features with each control, then with each of the other `runs`.
 
-    With a control, the better pooling of each is compared: the untrained encoder has the same choice as the pre-trained
-    one; raw pixels have none, which near chance favours the encoders a little. With another run, one pooling that both
-    have (not the class token): the better of two, chosen on the test images, would favour an encoder that has two.
+    For controls, the better pooling of each side is compared: the untrained encoder has the same poolings as the
+    pre-trained one; raw pixels have only one, which favours the encoders a little near chance. For other runs, the mean
+    over patches is compared, which both have: the better of two poolings, chosen on the test images, would favour an
+    encoder that has two.
     """
     pairs = []
     for name in CONTROLS:
@@ -133,15 +134,15 @@ def differences(scored: Sequence[Scored], runs: Sequence[str]) -> tuple[Differen
 
 
 def _best(scored: Sequence[Scored], features: str) -> Scored | None:
-    """Return the best pooling of one feature set, the first of equals."""
+    """Return the best pooling of one feature set; the first one in a tie."""
     return max((each for each in scored if each.score.features == features), key=lambda e: e.score.value, default=None)
 
 
 def chance_of(train_y: np.ndarray, test_y: np.ndarray, labelling: Labelling) -> float:
-    """Return the score without looking at the images.
+    """Return the score of a prediction that does not use the images.
 
-    Classes: one in K, or always predicting the most frequent training class. Mean average precision: the share of
-    positives. R2: 0, a constant prediction.
+    Classes: the larger of 1 / K and the accuracy of always predicting the most frequent training class. Mean average
+    precision: the share of positives. R2: 0, a constant prediction.
     """
     if labelling.task == CLASSES:
         return chance_level(train_y, test_y, len(labelling.names))
@@ -151,29 +152,29 @@ def chance_of(train_y: np.ndarray, test_y: np.ndarray, labelling: Labelling) -> 
 
 
 def chance_level(train_y: np.ndarray, test_y: np.ndarray, num_classes: int) -> float:
-    """Return the accuracy of one in `num_classes`, or of always predicting the most frequent training class."""
+    """Return the larger of 1 / `num_classes` and the accuracy of always predicting the most frequent training class."""
     most_frequent = np.bincount(train_y).argmax()
     return max(1 / num_classes, float((test_y == most_frequent).mean()))
 
 
 def require_defined(test_y: np.ndarray, labelling: Labelling) -> None:
-    """Raise UserError where the metric is not defined for any target column on these test images."""
+    """Raise UserError if the metric is undefined for every target column on these test images."""
     if not _is_defined(test_y, labelling).any():
         raise UserError(
-            f"got {len(test_y)} test images that do not differ in {', '.join(labelling.names)}, so nothing can be "
-            "measured; give other ones with --test, or more images"
+            f"got {len(test_y)} test images that all have the same {', '.join(labelling.names)}, so no score is "
+            "defined; give other test images with --test, or more images"
         )
 
 
 def _is_defined(test_y: np.ndarray, labelling: Labelling) -> np.ndarray:
-    """Return (T,) bool: the columns whose metric is defined on these test images; always true for classes."""
+    """Return whether the metric of each column is defined on these test images, (T,) bool; always true for classes."""
     if labelling.task == CLASSES:
         return np.ones(1, bool)
     return np.asarray(test_y.any(0) if labelling.task == MULTILABEL else np.ptp(test_y, 0) > 0)
 
 
 def caveats_of(train_y: np.ndarray, test_y: np.ndarray, labelling: Labelling, shared: int) -> tuple[str, ...]:
-    """Return sentences about what limits the meaning of the numbers. shared: test images that are training images."""
+    """Return caveats about the scores as sentences. shared: number of test images that are training images."""
     found = []
     if shared:
         found.append(

@@ -68,7 +68,7 @@ def test_options_about_labels_are_rejected():
     for options in ({"shots": 5}, {"test": "other"}, {"targets": "t.csv"}):
         with pytest.raises(UserError, match="but --kind rankme uses no labels; leave it out"):
             ProbeOptions(data="images", **options).check_label_free("rankme")
-    with pytest.raises(UserError, match="got --layer best, which is chosen with labels"):
+    with pytest.raises(UserError, match="got --layer best, which needs labels"):
         ProbeOptions(data="images", layer="best").check_label_free("rankme")
 
 

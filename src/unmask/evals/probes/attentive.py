@@ -1,13 +1,14 @@
-"""Attentive probe: fit a small attention layer to all frozen tokens, which can use what their mean averages out.
+"""Attentive probe: fit a small attention layer to all frozen tokens, which can use what the mean over tokens loses.
 
 One learned query attends to all tokens by cross-attention (projected keys and values, several heads), and a linear
 layer maps the result to the outputs. From Chen et al. 2022, "Context autoencoder for self-supervised representation
-learning", section 4.2; used since for I-JEPA, V-JEPA and AIM, whose features lie in the patch tokens. The tokens are
+learning", section 4.2; also used for I-JEPA, V-JEPA and AIM, whose features are in the patch tokens. The tokens are
 computed once, without augmentation, and stored in half precision.
 
 The settings are fixed: AdamW (weight decay 0.1), batches of 256, 30 epochs but at least 300 steps, warm-up over a
-twentieth of the steps, then cosine decay to 0. The learning rate is the best of 0.001, 0.003 and 0.01 on a fifth of the
-training images; then all of them are fitted. Differs from the paper: no MLP after the attention, as in AIM.
+twentieth of the steps, then cosine decay to 0. The learning rate is the best of 0.001, 0.003 and 0.01 on a held-out
+fifth of the training images; then the probe is fitted to all of them. Unlike the paper, and as in AIM, there is no MLP
+after the attention.
 
 Letters: B batch, T tokens, D width, H heads, K outputs, n training images, m test images.
 """
@@ -33,14 +34,14 @@ RATE_WITHOUT_CHOICE = 3e-3
 WEIGHT_DECAY, BATCH, EPOCHS, MIN_STEPS, WARM_UP = 0.1, 256, 30, 300, 0.05
 MAX_HEADS = 12
 INIT_STD = 0.02
-PIECE = 1024  # images at a time without gradients
+PIECE = 1024  # images per batch in inference
 
 
 class AttentiveHead(nn.Module):
-    """Map (B, T, D) tokens to (B, K) outputs; with a single token, a linear layer.
+    """Map (B, T, D) tokens to (B, K) outputs; for a single token, this is a linear layer.
 
-    Query and keys are one vector for each head, and values are projected after the weighted sum: the same numbers,
-    because both maps are linear, several times cheaper. `mean` and `std` (D,) standardise the tokens.
+    The query and key projections are merged into one vector per head, and values are projected after the weighted sum.
+    Both maps are linear, so the result is the same, several times cheaper. mean, std: (D,), standardise the tokens.
     """
 
     def __init__(self, mean: Tensor, std: Tensor, tokens: int, outputs: int, generator: torch.Generator) -> None:
@@ -64,7 +65,7 @@ class AttentiveHead(nn.Module):
         if not self.attends:
             return F.linear((tokens[:, 0] - self.mean) / self.std, self.weight, self.bias)
         queries = torch.einsum("hd,hdw->hw", self.query, self.key) / math.sqrt(self.query.shape[1])
-        attention = (tokens @ (queries / self.std).T).softmax(1)  # (B, T, H); `mean` would shift all tokens alike
+        attention = (tokens @ (queries / self.std).T).softmax(1)  # (B, T, H); softmax cancels `mean`
         gathered = attention.transpose(1, 2) @ tokens  # (B, H, D)
         gathered = (gathered - self.mean) / self.std
         values = torch.einsum("bhw,hdw->bhd", gathered, self.value).flatten(1) + self.value_bias
@@ -72,10 +73,10 @@ class AttentiveHead(nn.Module):
 
 
 def fit_attentive(tokens: Tokens, positions: np.ndarray, targets: TrainingTargets) -> Fitted:
-    """Fit a head to the images at `positions` (n,) of `tokens`, whose targets are in the same order.
+    """Fit a head to the images at `positions` (n,) in `tokens`; the targets are in the same order.
 
-    Every random choice depends on the seed alone. With one image per class nothing can be held out, and the learning
-    rate is 0.003.
+    Every random choice depends only on the seed. With one image per class nothing can be held out, so the learning rate
+    is 0.003.
     """
     y, task, seed, device = targets.y, targets.task, targets.seed, targets.device
     goal, decode = _goal(y, task)
@@ -99,7 +100,7 @@ def _outputs(head: AttentiveHead, tokens: Tokens, decode: Callable[[Tensor], np.
 
 
 def _goal(y: np.ndarray, task: str) -> tuple[Tensor, Callable[[Tensor], np.ndarray]]:
-    """Return what the head is fitted to, and the function that maps its outputs (m, K) to predictions."""
+    """Return the targets of the head as a tensor, and the function that maps its outputs (m, K) to predictions."""
     if task == CLASSES:
         known, place = np.unique(y, return_inverse=True)
         return torch.from_numpy(place), lambda out: known[out.argmax(1).numpy()].astype(np.int64)
@@ -171,7 +172,7 @@ def _take(tokens: Tokens, positions: Tensor, device: str | torch.device) -> Tens
 def _score(
     head: AttentiveHead, tokens: Tokens, positions: np.ndarray, goal: Tensor, task: str, device: str
 ) -> tuple[float, float]:
-    """Score a head on held-out images, the larger the better: the metric of the task, then the negative loss."""
+    """Return (metric of the task, negative loss) of a head on held-out images; larger is better."""
     where = torch.from_numpy(np.asarray(positions, np.int64))
     out = torch.cat([head(_take(tokens, part, device)).cpu() for part in where.split(PIECE)])
     loss = -float(_loss(out, goal, task))

@@ -1,13 +1,14 @@
-"""k nearest neighbours: classify each test image by the most similar training images, with nothing trained.
+"""k nearest neighbours: classify each test image by the most similar training images, without any training.
 
-The usual protocol (Wu et al. 2018, "Unsupervised feature learning via non-parametric instance discrimination", section
-3.4; Caron et al. 2021, DINO): cosine similarity s; the k most similar training images vote for their class with weight
-exp(s / 0.07). Features are neither scaled nor centred.
+Follows the usual protocol (Wu et al. 2018, "Unsupervised feature learning via non-parametric instance discrimination",
+section 3.4; Caron et al. 2021, DINO): the k training images with the largest cosine similarity s vote for their class
+with weight exp(s / 0.07). Features are neither scaled nor centred.
 
-Labels of which an image can have several, and quantities, are predicted by the weighted mean over the same neighbours.
+Multi-label targets and quantities are predicted by the weighted mean over the same neighbours.
 
-Not scikit-learn's KNeighborsClassifier: its ties depend on the order of its search, and with a function as weights it
-needs several times the memory; here ties are resolved by rule and the similarity matrix is computed in pieces.
+scikit-learn's KNeighborsClassifier is not used: its resolution of ties depends on the order of its search, and with a
+function as weights it needs several times the memory. Here ties are resolved by rule, and the similarity matrix is
+computed in pieces.
 
 Letters: n training images, m test images, D width, K classes, T target columns.
 """
@@ -31,10 +32,10 @@ CHUNK_BYTES = 32 << 20
 def knn(train_x: np.ndarray, train_y: np.ndarray, test_x: np.ndarray, *, k: int = K) -> np.ndarray:
     """Predict the classes (m,) int64 of `test_x` (m, D) from `train_x` (n, D) with labels `train_y` (n,) >= 0.
 
-    With fewer than k training images all of them vote. A feature of length zero has similarity 0 to everything.
-    Ties: of equally similar training images, those with the lower row are the neighbours; of classes with equal votes,
-    the one with the most similar single neighbour wins, then the one with the smaller number. The similarity matrix is
-    computed in pieces of at most 32 MiB. Raises ValueError for k < 1 or arrays whose shapes do not match.
+    With fewer than k training images all of them vote. A feature of length zero has similarity 0 to everything. Among
+    equally similar training images, the ones with the lower rows are used; among classes with equal votes, the one with
+    the most similar neighbour wins, then the one with the lower number. The similarity matrix is computed in pieces of
+    at most 32 MiB. Raises ValueError for k < 1 or arrays whose shapes do not match.
     """
     labels = np.asarray(train_y, np.int64)
     pieces = _nearest(train_x, train_y, test_x, k)
@@ -43,9 +44,9 @@ def knn(train_x: np.ndarray, train_y: np.ndarray, test_x: np.ndarray, *, k: int 
 
 
 def knn_mean(train_x: np.ndarray, train_y: np.ndarray, test_x: np.ndarray, *, k: int = K) -> np.ndarray:
-    """Predict (m, T) float64: the mean of `train_y` (n, T) over the neighbours, weighted like their votes.
+    """Predict (m, T) float64: the mean of `train_y` (n, T) over the neighbours, with the weights of `knn`.
 
-    Neighbours, weights and errors as in `knn`.
+    Neighbours and errors are as in `knn`.
     """
     predictions = []
     for near, rows in _nearest(train_x, train_y, test_x, k):
@@ -57,7 +58,7 @@ def knn_mean(train_x: np.ndarray, train_y: np.ndarray, test_x: np.ndarray, *, k:
 def _nearest(
     train_x: np.ndarray, train_y: np.ndarray, test_x: np.ndarray, k: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield the similarities and rows (piece, k) of the neighbours, one piece of the test images after another."""
+    """Yield the similarities and rows (piece, k) of the neighbours for successive pieces of the test images."""
     if k < 1:
         raise ValueError(f"got k={k} neighbours; expected at least 1, {K} is usual")
     if not len(train_x) or len(train_x) != len(train_y) or train_x.shape[1:] != test_x.shape[1:]:
@@ -76,10 +77,10 @@ def _unit(x: np.ndarray) -> Tensor:
 
 
 def _neighbours(similarity: Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the similarities and rows (m, k) of the nearest; of equally near ones those with the lowest rows."""
+    """Return the similarities and rows (m, k) of the nearest neighbours; lower rows first among equals."""
     near, rows = similarity.topk(min(k + 1, similarity.shape[1]), dim=1)
     last = near[:, k - 1 : k]
-    # topk guarantees no order among equals, which matters where the first one left out equals the last one chosen.
+    # topk does not order equal values, which matters if the (k + 1)-th similarity equals the k-th.
     tied = (near[:, k:] == last).nonzero()[:, 0].tolist()
     near, rows = near[:, :k].clone(), rows[:, :k].clone()  # (m, k)
     for test in tied:
@@ -92,7 +93,7 @@ def _neighbours(similarity: Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
 
 def _vote(near: np.ndarray, rows: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
     m = len(near)
-    order = np.lexsort((rows, -near), axis=1)  # equal votes are equal only if summed in the same order
+    order = np.lexsort((rows, -near), axis=1)  # a fixed order of summation keeps equal votes equal
     near, rows = np.take_along_axis(near, order, 1), np.take_along_axis(rows, order, 1)
     near = near.astype(np.float64)
     place = (np.arange(m)[:, None], labels[rows])  # (m, k): the class that each neighbour votes for

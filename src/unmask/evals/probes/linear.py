@@ -1,11 +1,11 @@
 """Linear probe: fit a linear classifier, or linear regression, to frozen features.
 
-Classes: multinomial logistic regression (scikit-learn, L-BFGS) on standardised features. Labels of which an image can
-have several: one logistic regression per label. Quantities: ridge regression.
+Classes are predicted by multinomial logistic regression (scikit-learn, L-BFGS) on standardised features, multi-label
+targets by one logistic regression per label, quantities by ridge regression.
 
-This is a cheaper relative of the paper's probe (SGD with augmentation on the class token after BatchNorm, He et al.
-2021, A.1), which is a training (`--kind paper-linear`); their numbers are close, not equal. Nothing is chosen on test
-images: the regularisation is chosen on a fifth of the training images.
+This is a cheaper variant of the paper's probe (SGD with augmentation on the class token after BatchNorm, He et al.
+2021, A.1), which is available as `--kind paper-linear`; their scores are close, not equal. The regularisation is chosen
+on a held-out fifth of the training images, never on test images.
 
 Letters: n training images, m test images, D width, T target columns.
 """
@@ -29,15 +29,15 @@ C_GRID = tuple(10.0**power for power in range(-5, 3))
 C_WITHOUT_CHOICE = 0.01
 PENALTIES = tuple(10.0**power for power in range(-2, 7))
 PENALTY_WITHOUT_CHOICE = 100.0
-MAX_ITERATIONS = 500  # of the fits that C is chosen by
-FINAL_ITERATIONS = 5_000  # of the fit that is measured, which should converge
+MAX_ITERATIONS = 500  # for the fits that choose C
+FINAL_ITERATIONS = 5_000  # for the final fit, which should converge
 
 
 class Standardise:
-    """Map features to mean 0 and standard deviation 1 of the training features (n, D); a constant one becomes zero.
+    """Standardise features by the mean and standard deviation of the training features (n, D); constant ones become 0.
 
-    Not scikit-learn's StandardScaler: it treats a feature as constant only within float64 rounding, so features that
-    vary by float32 rounding alone would be scaled up to noise of variance 1.
+    scikit-learn's StandardScaler treats a feature as constant only within float64 rounding, so it would scale features
+    that vary only by float32 rounding up to noise of variance 1.
     """
 
     def __init__(self, x: np.ndarray) -> None:
@@ -50,9 +50,9 @@ class Standardise:
 
 
 def fit_linear(x: np.ndarray, targets: TrainingTargets, *, c: float | None = None) -> Fitted:
-    """Fit the linear probe of a task to features (n, D). c: the inverse regularisation of classes; None chooses it.
+    """Fit the linear probe of a task to features (n, D). c: inverse regularisation for classes; None to choose it.
 
-    Raises UserError for classes of which there are fewer than two.
+    Raises UserError for fewer than two classes.
     """
     if targets.task == CLASSES:
         return fit_classes(x, targets.y, seed=targets.seed, c=c)
@@ -63,11 +63,11 @@ def fit_linear(x: np.ndarray, targets: TrainingTargets, *, c: float | None = Non
 def fit_classes(x: np.ndarray, y: np.ndarray, *, seed: int = 0, c: float | None = None) -> Fitted:
     """Fit logistic regression to features (n, D) with labels `y` (n,); predicts classes (m,) int64.
 
-    C is the decade from 1e-5 to 1e2 with the best accuracy on a fifth of every class of the training images, selected
-    by `seed` (equal accuracies: the best log-loss). The path goes from strong to weak regularisation, each fit starting
-    from the previous one, and ends after two values in a row that are no better. Then all training images are fitted
-    with that C. With one image per class nothing can be held out: C = 0.01. c: use this C. Raises UserError for fewer
-    than two classes.
+    C is the power of ten from 1e-5 to 1e2 with the best accuracy on a fifth of every class, held out by `seed`; the
+    log-loss decides ties. The search goes from strong to weak regularisation, starts each fit from the previous one,
+    and ends after two values in a row without improvement. Then all training images are fitted with this C. With one
+    image per class nothing can be held out, so C is 0.01. c: use this C instead. Raises UserError for fewer than two
+    classes.
     """
     y = np.asarray(y, np.int64)
     if len(np.unique(y)) < 2:
@@ -88,8 +88,8 @@ def fit_classes(x: np.ndarray, y: np.ndarray, *, seed: int = 0, c: float | None 
 def fit_labels(x: np.ndarray, y: np.ndarray, *, seed: int = 0) -> Fitted:
     """Fit one logistic regression per label to `y` (n, T) of 0 and 1; predicts scores (m, T) float64.
 
-    One C for all labels: the decade with the best mean average precision on a fifth of the training images. A label
-    that no training image has, or every one, gets score 0 for all images.
+    All labels share one C: the power of ten with the best mean average precision on a held-out fifth of the training
+    images. A label that no training image has, or all have, gets score 0 for every image.
     """
     standardise = Standardise(x)
     x = standardise(x)
@@ -109,14 +109,14 @@ def fit_labels(x: np.ndarray, y: np.ndarray, *, seed: int = 0) -> Fitted:
 
 
 def _fit_each(models: list[LogisticRegression], c: float, x: np.ndarray, y: np.ndarray) -> bool:
-    """Fit the model of every label that varies; return whether all of them converged."""
+    """Fit the models of all labels that vary; return whether all converged."""
     varying = [(model, column) for model, column in zip(models, y.T, strict=True) if np.ptp(column)]
     converged = [_fit(model.set_params(C=c), x, column)[1] for model, column in varying]
     return all(converged)
 
 
 def _scores(models: list[LogisticRegression], y: np.ndarray, test_x: np.ndarray) -> np.ndarray:
-    """Return scores (m, T) float64 of models that were fitted to `y` (n, T)."""
+    """Return the scores (m, T) float64 of the models of all labels."""
     scores = np.zeros((len(test_x), y.shape[1]))
     for place, model in enumerate(models):
         if np.ptp(y[:, place]):
@@ -127,8 +127,8 @@ def _scores(models: list[LogisticRegression], y: np.ndarray, test_x: np.ndarray)
 def fit_quantities(x: np.ndarray, y: np.ndarray, *, seed: int = 0) -> Fitted:
     """Fit ridge regression to `y` (n, T) float64; predicts quantities (m, T).
 
-    One penalty for all columns (each in units of its own standard deviation): the decade from 1e-2 to 1e6 with the
-    smallest squared error on a fifth of the training images. The chosen `c` is 1 / penalty.
+    All columns, each standardised, share one penalty: the power of ten from 1e-2 to 1e6 with the smallest squared error
+    on a held-out fifth of the training images. The chosen `c` is 1 / penalty.
     """
     standardise = Standardise(x)
     x = standardise(x)
@@ -163,15 +163,14 @@ def _predict(model: Ridge, x: np.ndarray) -> np.ndarray:
 
 def choose_c(fit_x: np.ndarray, fit_y: np.ndarray, held_x: np.ndarray, held_y: np.ndarray) -> float:
     """Return the C of `C_GRID` with the best accuracy on the held-out rows, then the lowest log-loss."""
-    # Not LogisticRegressionCV: it is as fast, but of values of C with equal accuracy it takes the smallest. On 100
-    # images it chose another C than the log-loss in 2 of 3 data sets (test accuracy 4 points lower in one, 1 point
-    # higher in the other), so published results would change.
+    # LogisticRegressionCV is as fast, but chooses the smallest C among equal accuracies instead of the lowest log-loss,
+    # which would change published results.
     model = LogisticRegression(max_iter=MAX_ITERATIONS, warm_start=True)
     best, best_c, worse = (-1.0, -np.inf), C_GRID[0], 0
     for c in C_GRID:
         model, _ = _fit(model.set_params(C=c), fit_x, fit_y)
         chances = model.predict_proba(held_x)
-        place = np.searchsorted(model.classes_, held_y)  # every class has images in the fitted part
+        place = np.searchsorted(model.classes_, held_y)  # every class is in the fitted part
         right = float((chances.argmax(1) == place).mean())
         score = right, float(np.log(chances[np.arange(len(place)), place] + 1e-12).mean())
         best, best_c, worse = (score, c, 0) if score > best else (best, best_c, worse + 1)
@@ -181,8 +180,8 @@ def choose_c(fit_x: np.ndarray, fit_y: np.ndarray, held_x: np.ndarray, held_y: n
 
 
 def _fit(model: LogisticRegression, x: np.ndarray, y: np.ndarray) -> tuple[LogisticRegression, bool]:
-    """Fit in place; return the model, and whether L-BFGS reached its tolerance."""
-    # One thread: L-BFGS is many short products, and threads that wait for a busy core made it forty times slower.
+    """Fit a model in place; return it and whether L-BFGS converged."""
+    # One thread: L-BFGS computes many short products, and waiting threads on busy cores made it 40 times slower.
     with threadpool_limits(1), warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # reported in the result instead
         model.fit(x, y)

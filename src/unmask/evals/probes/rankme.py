@@ -1,12 +1,13 @@
 """RankMe: the effective rank of the features of any images, without labels (Garrido et al. 2023).
 
 "RankMe: assessing the downstream performance of pretrained self-supervised representations by their rank", ICML 2023,
-equation 2: the exponential of the entropy of the singular values sigma_k of the features, divided by their sum,
+equation 2: the exponential of the entropy of the normalised singular values p_k, where sigma_k are the singular values
+of the features:
 
     exp(-sum_k p_k log p_k),  p_k = sigma_k / sum_j sigma_j + 1e-7
 
-It lies between 1 and the smaller of n and D. The paper uses it to choose among training runs of one method, for which a
-higher rank went with better linear probes. It does not measure whether features are useful: noise has full rank.
+It lies between 1 and the smaller of n and D. The paper uses it to choose among training runs of one method, where a
+higher rank correlated with better linear probes. It does not measure whether features are useful: noise has full rank.
 
 Letters: n images, D width of a feature.
 """
@@ -24,10 +25,10 @@ EPSILON = 1e-7
 
 
 def effective_rank(features: np.ndarray) -> float:
-    """Return the effective rank of features (n, D), as they are: neither centred nor scaled."""
+    """Return the effective rank of features (n, D) without centring or scaling."""
     singular = np.linalg.svd(features.astype(np.float64), compute_uv=False)
     total = singular.sum()
-    if total == 0:  # all features are zero: one value for every image
+    if total == 0:  # all features are zero
         return 1.0
     share = singular / total + EPSILON
     return float(np.exp(-(share * np.log(share)).sum()))
