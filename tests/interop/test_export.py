@@ -741,11 +741,16 @@ def test_a_file_that_is_not_ours_is_not_opened(tmp_path):
 @pytest.mark.parametrize(
     ("to", "method", "changes", "match"),
     [
-        ("timm", "dvae", {}, "whose encoder is no vision transformer, so there is no timm model.*--to onnx"),
+        ("timm", "dvae", {}, "whose encoder is not a vision transformer, so timm has no model for it.*--to onnx"),
         ("timm", "igpt", {}, "--to safetensors, or hf"),
         ("official", "ae", {}, "no official MAE model"),
         ("hf", "ae", {}, "no transformers model"),
-        ("official", "beit", {}, "has a relative position bias and LayerScale and no positions.*--to timm or --to hf"),
+        (
+            "official",
+            "beit",
+            {},
+            "has a relative position bias and LayerScale and no position embeddings.*--to timm or --to hf",
+        ),
         (
             "hf",
             "beit",
@@ -753,7 +758,7 @@ def test_a_file_that_is_not_ours_is_not_opened(tmp_path):
             "is for images of 16 x 24 and has a relative .* squares only; use --to timm",
         ),
         ("hf", "encoder", {"encoder": {**BEIT, "patch": (4, 8)}}, "is for patches of 4 x 8"),
-        ("hf", "igpt", {"objective": "bert"}, "fills in hidden tokens"),
+        ("hf", "igpt", {"objective": "bert"}, "predicts hidden tokens"),
     ],
 )
 def test_what_a_target_cannot_express_is_refused_in_a_sentence(tmp_path, to, method, changes, match):
@@ -886,7 +891,7 @@ def test_the_card_says_what_it_is_and_no_path_of_this_machine(tmp_path):
         "| Fine-tuned on labelled for classification, tested on test | this model | 20 | accuracy | 90.0% (80.0% to "
         "95.0%) |",
         'open_safetensors("out.safetensors")', "## Licence of the weights\n\nNot stated",
-        "Checked: unmask computes the same from it, up to 0.0e+00",
+        "Checked: unmask computes the same outputs up to 0.0e+00",
     ):  # fmt: skip
         assert said in card, said
 
@@ -975,8 +980,8 @@ def test_the_card_of_imported_weights_has_their_licence_and_where_they_came_from
     assert front_matter(card)["license"] == "other"
     assert front_matter(card)["license_name"].startswith("'CC-BY-NC 4.0")
     assert "not trained here but imported: official MAE, full or visualise: ViT 2 x 32" in card
-    assert re.search(r"Not known here: the weights came from `mae\.pth` \(SHA-256 [0-9a-f]{64}\)", card)
-    assert "## Training\n\nNone here." in card
+    assert re.search(r"Not known: the weights were imported from `mae\.pth` \(SHA-256 [0-9a-f]{64}\)", card)
+    assert "## Training\n\nThe weights were not trained with unmask." in card
     assert "CC-BY-NC 4.0 (facebookresearch/mae): not for commercial use." in card
     assert "Nothing was measured." in card
 

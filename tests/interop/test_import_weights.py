@@ -268,7 +268,7 @@ def test_an_official_encoder_in_safetensors_with_a_prefix_is_an_encoder_only(tmp
     assert torch.equal(load_encoder(run.path)(images).patches, ours.encoder(images).patches)
     said = capsys.readouterr().err
     assert "official MAE, encoder only: ViT 2 x 32" in said
-    assert "normalisation: mean 123.675, 116.28, 103.53, std 58.395, 57.12, 57.375 (ImageNet's, as MAE)" in said
+    assert "normalisation: mean 123.675, 116.28, 103.53, std 58.395, 57.12, 57.375 (ImageNet's, as in MAE)" in said
     assert "--set data.mean=[...]" in said
     assert "licence of the weights: CC-BY-NC 4.0" in said
 
@@ -318,8 +318,8 @@ def test_four_channels_repeat_the_three_and_the_decoder_stays_behind(tmp_path, c
     assert encoder(some_images(1, 4, 16, 16)).patches.isfinite().all()
     assert load(run.path).config.method.name == "encoder"
     said = capsys.readouterr().err
-    assert "repeated in turn and scaled, for 4" in said
-    assert "made for 3 channels and not for 4, so the encoder alone is imported" in said
+    assert "is repeated and scaled to fit 4" in said
+    assert "for 3 channels instead of 4, so only the encoder is imported" in said
 
 
 @torch.no_grad()
@@ -465,7 +465,7 @@ def test_dalles_dvae_of_two_files_makes_the_same_codes_and_images(tmp_path):
     assert (method.encoder.images(painted) / 255 - unmapped).abs().max() < CLOSE
     assert method.encoder.spec.size == (256, 256)
     half = tmp_path / "dalle" / "encoder.pth"
-    for source, channels, match in ((tmp_path / "dalle", 1, "this dVAE draws 3 channels"),
+    for source, channels, match in ((tmp_path / "dalle", 1, "this dVAE is for 3 channels"),
                                     (half, 3, "expected encoder and decoder")):  # fmt: skip
         with pytest.raises(UserError, match=match):
             import_weights(source, tmp_path / "no", settings=[f"data.channels={channels}"])
@@ -557,14 +557,14 @@ def test_a_pickle_with_code_and_what_is_no_checkpoint_are_refused_in_a_sentence(
     torch.save({"model": {"a": torch.zeros(2)}}, "other.pth")
     Path("folder").mkdir()
     for name, match in {
-        "code.pth": r"code.pth: it holds posix.system beside tensors, and opening that could run code",
+        "code.pth": r"code.pth: it contains posix.system besides tensors, so loading it could run code",
         "old.pth": "could run code",
-        "raw.pkl": r"raw.pkl: a pickle that torch.save did not write; it was not opened",
+        "raw.pkl": r"raw.pkl: got a pickle that torch.save did not write; it was not loaded",
         "graph.onnx": "got an ONNX graph",
         "module.pth": "holds torch.nn.modules.linear.Linear",
         "cut.pth": "damaged, truncated",
         "cut-old.pth": "damaged, truncated",
-        "cut.safetensors": "no safetensors file, or a part of one",
+        "cut.safetensors": "not a valid safetensors file",
         "text.pth": "not a weights file",
         "empty.pth": "is empty",
         "epoch.pth": "got a dict with epoch; expected a state dict",
@@ -654,7 +654,7 @@ def test_folders_of_shards_and_of_timm_and_what_they_say_of_the_images(tmp_path)
     assert torch.equal(encoder.blocks[1].mlp.fc2.weight, state["blocks.1.mlp.fc2.weight"])
     assert [file["name"] for file in run.read("provenance.json")["imported"]["files"]] == sorted(shards)
     (folder / "model-00002.safetensors").unlink()
-    with pytest.raises(UserError, match=r"cannot read .*model-00002.safetensors|no safetensors file"):
+    with pytest.raises(UserError, match=r"cannot read .*model-00002.safetensors|not a valid safetensors file"):
         import_weights(folder, tmp_path / "no", settings=HEADS[:1])
     (folder / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config\.json cannot be read"):

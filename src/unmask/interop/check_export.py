@@ -19,8 +19,8 @@ CHECKED = 3  # random images
 def check_export(exported: ExportedModel, path: Path, loaded: Loaded, run: str | Path) -> tuple[float | None, str]:
     """Compare the outputs of the exported file with those of the run, on random images.
 
-    path: of the exported file or folder. Returns the largest absolute difference, None where the library cannot be used
-    here, and a sentence about the result. Raises ExportFailed when the difference exceeds TOLERANCE.
+    path: the exported file or folder. Returns the largest absolute difference (None if the library cannot be used here)
+    and a sentence about the result. Raises ExportFailed when the difference exceeds TOLERANCE.
     """
     try:
         with torch.inference_mode(), silence_libraries():
@@ -34,12 +34,12 @@ def check_export(exported: ExportedModel, path: Path, loaded: Loaded, run: str |
             "a bug or it does not support this version of the library; --to safetensors needs no other library"
         )
     return difference, (
-        f"checked: {exported.library} computes the same from it, up to {difference:.1e} on {CHECKED} random images"
+        f"checked: {exported.library} computes the same outputs up to {difference:.1e} on {CHECKED} random images"
     )
 
 
 def random_images(images: ImageSpec) -> Tensor:
-    """(CHECKED, C, H, W) in the files' dtype and units, always the same."""
+    """Return reproducible random images (CHECKED, C, H, W) in the files' dtype and units."""
     generator = torch.Generator().manual_seed(0)
     low, high = (torch.tensor(values)[:, None, None] for values in images.value_range)
     unit = torch.rand(CHECKED, images.channels, *images.size, generator=generator)

@@ -1,9 +1,9 @@
 """`unmask export RUN --to TARGET --out PATH`: convert a run's weights for another library, with a model card.
 
-The targets are the files of `interop/targets/`. Every export is checked: the other library, where it is installed,
-loads the exported file, and its features of random images are compared with those of the run. An export that computes
-something else is removed. Parts that a target cannot represent (a decoder for rectangles, a head on other tokens) are
-left out and reported; where not even the encoder fits, the export is rejected.
+The targets are the files of `interop/targets/`. Every export is checked if the other library is installed: it loads the
+exported file, and its features of random images are compared with those of the run. An export with different outputs is
+removed. Parts that a target cannot represent (such as a decoder for rectangles) are left out and reported; if the
+target cannot represent the encoder either, the export is rejected.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from unmask.run import Run
 def export_run(
     run: str | Path, to: str, out: str | Path, *, step: int | None = None, console: Console | None = None
 ) -> dict[str, Any]:
-    """Write the weights of a run for another library, with a model card, and return what was written and checked.
+    """Write the weights of a run for another library, with a model card, and return a summary of the export.
 
-    step: of the checkpoint, None for the newest. Raises UserError for an unknown target, one that
-    cannot represent this run, or an `out` that exists; ExportFailed when the other library computes other outputs.
+    step: step of the checkpoint; None for the newest. Raises UserError for an unknown target, a target that cannot
+    represent this run, or an `out` that exists; ExportFailed when the other library computes different outputs.
     """
     console = console or Console()
     target, out = find_target(to), Path(out)
@@ -55,9 +55,9 @@ def export_run(
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     load_it = with_path(exported, str(out)).load
-    console.print(f"  {tested}")
-    console.print(f"  load it with:\n\n{indented(load_it)}\n")
-    console.print(f"{out}, with its model card {card}")
+    console.say(f"  {tested}")
+    console.say(f"  load it with:\n\n{indented(load_it)}\n")
+    console.say(f"exported: {out}, with model card {card}")
     return {
         "run": str(run), "to": to, "out": str(out), "card": str(card), "what": exported.what, "step": loaded.step,
         "load": load_it, "notes": list(exported.notes), "difference": difference, "tested": tested,
@@ -65,22 +65,22 @@ def export_run(
 
 
 def card_path(out: Path, suffix: str) -> Path:
-    """Where the model card of an export goes: in its folder, or beside its file."""
+    """Return the path of an export's model card: in the exported folder, or beside the exported file."""
     return out.with_name(out.name + ".md") if suffix else out / "README.md"
 
 
 def with_path(exported: ExportedModel, path: str) -> ExportedModel:
-    """Fill the path into the code that loads the export."""
+    """Replace PATH in the code that loads the export."""
     load_it, returns = (text.replace("PATH", json.dumps(path)) for text in (exported.load, exported.returns))
     return replace(exported, load=load_it, returns=returns)
 
 
 def require_free(out: Path, card: Path, suffix: str) -> None:
-    """Raise ExportError for a name that exists, has another ending, or is not in a folder."""
+    """Raise ExportError if the output exists, has the wrong extension, or is not in an existing folder."""
     if suffix and out.suffix != suffix:
         raise ExportError(f"got output file {out}; expected a name that ends in {suffix}")
     if not suffix and out.suffix and out.suffix in {find_target(name).suffix for name in target_names()}:
-        raise ExportError(f"got output {out}; expected a folder, without that ending")
+        raise ExportError(f"got output {out}; expected a folder name without this extension")
     for taken in (out, card, out.with_name(out.name + ".data")):
         if taken.exists() or taken.is_symlink():
             raise ExportError(f"{taken} already exists and is not overwritten; choose another --out, or remove it")

@@ -1,4 +1,4 @@
-"""What the export targets share: tensors and metadata of a run, comparisons, and what other MAEs do not support.
+"""Functions that the export targets share: tensors and metadata of a run, comparisons, and limits of other libraries.
 
 Letters: B images, N patches, D width.
 """
@@ -29,10 +29,10 @@ from unmask.nn.vit import ViT
 
 
 def imported(module: str, attribute: str = "", package: str = "") -> Any:
-    """Import a module of another library, or an attribute of it. Raises NotChecked with the reason.
+    """Import a module of another library, or one of its attributes. Raises NotChecked with the reason.
 
-    Libraries import parts of themselves lazily and can fail with any exception when a dependency has another version.
-    package: the name in the message, by default that of the module.
+    Libraries import their parts lazily and can fail with any exception if a dependency has another version. package:
+    name used in the message, by default the module's name.
     """
     try:
         found = importlib.import_module(module)
@@ -66,14 +66,14 @@ def vit_of(loaded: Loaded, target: str) -> ViT:
     encoder = loaded.method.encoder
     if not isinstance(encoder, ViT):
         raise ExportError(
-            f"this is a run of {loaded.config.method.name}, whose encoder is no vision transformer, so there is no "
-            f"{target} model for it; use --to onnx or --to safetensors" + ", or hf" * isinstance(encoder, GPT)
+            f"this is a run of {loaded.config.method.name}, whose encoder is not a vision transformer, so {target} "
+            f"has no model for it; use --to onnx or --to safetensors" + ", or hf" * isinstance(encoder, GPT)
         )
     return encoder
 
 
 def weights_of(method: nn.Module, *leave_out: str) -> dict[str, Tensor]:
-    """Return copies of a method's tensors by name. leave_out: prefixes of names that are dropped."""
+    """Return copies of a method's tensors by name. leave_out: prefixes of names to leave out."""
     return {
         name: value.detach().cpu().contiguous().clone()
         for name, value in method.state_dict().items()
@@ -82,31 +82,31 @@ def weights_of(method: nn.Module, *leave_out: str) -> dict[str, Tensor]:
 
 
 def encoder_of(method: Method) -> dict[str, Tensor]:
-    """Return the encoder's tensors under their names in the method, without mean and std of the images."""
+    """Return the encoder's tensors by their names in the method, without mean and std of the images."""
     return {name: value for name, value in weights_of(method, "encoder.mean", "encoder.std").items()
             if name.startswith("encoder.")}  # fmt: skip
 
 
 def write_safetensors(path: Path, weights: dict[str, Tensor], header: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file. Unlike `safetensors.save_file`, keeps the usual file permissions."""
+    """Write a safetensors file with the usual file permissions, unlike `safetensors.save_file`."""
     with naming(path):
         path.write_bytes(save(weights, {"format": "pt", **(header or {})}))
 
 
 def tokens_of(encoder: ViT, images: Tensor) -> Tensor:
-    """Return class token and patch tokens of the encoder, (B, 1 + N, D)."""
+    """Return the class token and patch tokens of the encoder, (B, 1 + N, D)."""
     found = encoder(images)
     assert found.cls is not None
     return torch.cat([found.cls[:, None], found.patches], 1)
 
 
 def normalised(encoder: ViT, images: Tensor) -> Tensor:
-    """Normalise images (B, C, H, W) as callers of other libraries do."""
+    """Normalise images (B, C, H, W), which users of other libraries do themselves."""
     return normalise(images, encoder.mean, encoder.std)
 
 
 def sides(pair: tuple[int, int]) -> int | tuple[int, int]:
-    """Return one number for a square, else the pair, as other libraries write sizes."""
+    """Return one number for a square and a pair otherwise, as other libraries write sizes."""
     return pair[0] if pair[0] == pair[1] else pair
 
 
@@ -116,15 +116,15 @@ def arguments(values: Mapping[str, Any]) -> str:
 
 
 def largest(*pairs: tuple[Tensor, Tensor]) -> float:
-    """Return the largest absolute difference of the pairs; infinite where shapes differ."""
+    """Return the largest absolute difference of the pairs; infinite if shapes differ."""
     if any(one.shape != other.shape for one, other in pairs):
         return float("inf")
-    return float(torch.stack([(one - other).abs().max() for one, other in pairs]).max())  # nan stays nan
+    return float(torch.stack([(one - other).abs().max() for one, other in pairs]).max())  # preserves nan
 
 
 @contextmanager
 def silence_libraries() -> Iterator[None]:
-    """Context manager that silences warnings of other libraries; their errors still raise."""
+    """Context manager that silences warnings of other libraries, but not their errors."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "transformers")]
     levels = [logger.level for logger in loggers]
     try:
@@ -141,42 +141,46 @@ def silence_libraries() -> Iterator[None]:
 def left_out(loaded: Loaded, why: str) -> str:
     """Return a note that only the encoder is exported, and why."""
     name = loaded.config.method.name
-    return f"the encoder alone is exported, without {loaded.method.head_name or f'the rest of {name}'}: {why}"
+    return f"only the encoder is exported, without {loaded.method.head_name or f'the rest of {name}'}: {why}"
 
 
 def task_left_out(loaded: Loaded, target: str) -> tuple[str, ...]:
-    """Return that note for a task that the target does not support; () for a run that is an encoder only."""
+    """Return the note of `left_out` for a task that the target does not support; () for a run with only an encoder."""
     name = loaded.config.method.name
-    return () if name == "encoder" else (left_out(loaded, f"{target} does not support it; --to safetensors keeps all"),)
+    return (
+        ()
+        if name == "encoder"
+        else (left_out(loaded, f"{target} does not support it; --to safetensors exports everything"),)
+    )
 
 
 def is_plain(encoder: ViT, settings: Mapping[str, Any]) -> bool:
-    """Whether the encoder has positions and neither LayerScale nor a relative position bias."""
+    """Whether the encoder has position embeddings, no LayerScale and no relative position bias."""
     return encoder.pos_embed is not None and not settings["relative_bias"] and settings["layer_scale"] is None
 
 
 def what_beit_has(settings: Mapping[str, Any]) -> str:
-    """Name the parts of an encoder that only BEiT has."""
+    """Name the parts of an encoder that only BEiT supports."""
     parts = ["a relative position bias"] * bool(settings["relative_bias"])
     parts += ["LayerScale"] * (settings["layer_scale"] is not None)
-    parts += ["no positions"] * (settings["positions"] == "absent")
+    parts += ["no position embeddings"] * (settings["positions"] == "absent")
     return " and ".join(parts)
 
 
 def method_target(loaded: Loaded) -> str:
-    """Return the setting `method.target`, "None" where the method has none."""
+    """Return the setting `method.target`; "None" if the method does not have it."""
     return str(loaded.config.method.model_dump().get("target"))
 
 
 def mae_misses(loaded: Loaded, whose: str) -> str | None:
-    """Return why another library's MAE cannot represent the decoder of this one; None where it can."""
+    """Return the reason why another library's MAE cannot represent this decoder; None if it can."""
     if not isinstance(loaded.method, MAE):
         return None
     settings = loaded.config.method.model_dump()
     if settings["target"] not in ("norm_pixels", "pixels"):
-        return f"{whose} predicts pixels, and this one target={settings['target']}"
+        return f"{whose} predicts pixels, but this run has target={settings['target']}"
     if settings["encoder"]["norm_eps"] > 1e-5:
-        return f"{whose} has one norm_eps for both parts; here encoder and decoder differ"
+        return f"{whose} has the same norm_eps for encoder and decoder, but here they differ"
     if settings["mask_tokens"] != "decoder":
         return f"{whose} has mask tokens in the decoder only"
     if not all(isinstance(sides(pair), int) for pair in (loaded.plan.images.size, loaded.method.encoder.patch)):

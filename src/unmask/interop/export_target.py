@@ -1,7 +1,7 @@
-"""The contract of an export target: what a file of `interop/targets/` declares, and what its conversion returns.
+"""The interface of an export target: the declaration in `interop/targets/` and the result of a conversion.
 
-A new target is one new file there that defines `TARGET`. Its name on the command line is the name of the file, with
-dashes for underscores; its help text is the first line of the file's docstring.
+A new target is a new file in that folder that defines `TARGET`. Its command-line name is the file name with dashes
+instead of underscores; its help text is the first line of the file's docstring.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from unmask.errors import TrainingFailed, UserError
 
 
 class ExportError(UserError):
-    """A run that the target cannot represent, or an output path that cannot be used; the message names alternatives."""
+    """A run that the target cannot represent, or an unusable output path; the message names alternatives."""
 
 
 class ExportFailed(TrainingFailed):
@@ -32,12 +32,12 @@ class NotChecked(Exception):
 class ExportedModel:
     """A run converted for another library, not yet written.
 
-    what: the model in the other library's words. library: the library that the check needs. load: Python code that
-    loads the file, with PATH in place of its path. returns: a sentence that describes the outputs of that code.
-    write: write the file, or the folder, to a path. check: the largest absolute difference between the outputs of the
-    other library and those of the run, for images (B, C, H, W) in the files' units; raises NotChecked without the
-    library. notes: sentences about what was left out. classifies: the outputs are class scores. whole: includes the
-    rest of the pre-training method, not the encoder alone.
+    what: name of the model in the other library. library: library that the check needs. load: Python code that loads
+    the file, with PATH as a placeholder. returns: a sentence that describes the outputs of this code. write: writes
+    the file or folder to a path. check: returns the largest absolute difference between the outputs of the other
+    library and of the run for images (B, C, H, W) in the files' units; raises NotChecked without the library. notes:
+    sentences about parts that were left out. classifies: whether the outputs are class scores. whole: whether the rest
+    of the pre-training method is included.
     """
 
     what: str
@@ -53,12 +53,12 @@ class ExportedModel:
 
 @dataclass(frozen=True)
 class ExportTarget:
-    """What a file of `interop/targets/` declares as `TARGET`.
+    """An export target, declared as `TARGET` in a file of `interop/targets/`.
 
-    convert: convert a run; raises ExportError for one that the target cannot represent. suffix: of the file that is
-    written, "" for a folder. library_name: of the model card's front matter. normalises: the exported model takes
-    images in the files' own units and normalises them itself. keeps_task: the exported model includes the head of a
-    fine-tuned run, whatever the task.
+    convert: converts a run; raises ExportError for a run that the target cannot represent. suffix: extension of the
+    exported file, "" for a folder. library_name: `library_name` in the model card's front matter. normalises: whether
+    the exported model expects images in the files' own units and normalises them itself. keeps_task: whether the
+    exported model includes the head of a fine-tuned run for every task.
     """
 
     convert: Callable[[Loaded], ExportedModel]

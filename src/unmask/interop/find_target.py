@@ -1,4 +1,4 @@
-"""Find export targets: every file of `interop/targets/` is one. Listing them imports none of them, and no torch."""
+"""Find export targets: every file in `interop/targets/` is one. Listing them imports neither the files nor torch."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ if TYPE_CHECKING:
 
 
 def target_names() -> tuple[str, ...]:
-    """Names of the export targets, sorted."""
+    """Return the names of the export targets, sorted."""
     return tuple(sorted(info.name.replace("_", "-") for info in pkgutil.iter_modules(unmask.interop.targets.__path__)))
 
 
 def target_summary(name: str) -> str:
-    """The first line of the target's docstring, read without importing the file."""
+    """Return the first line of the target's docstring without importing the file."""
     spec = importlib.util.find_spec(f"unmask.interop.targets.{name.replace('-', '_')}")
-    assert spec is not None, f"{name} is no target"
+    assert spec is not None, f"{name} is not a target"
     assert spec.origin is not None, f"{name} has no source file"
     return Path(spec.origin).read_text("utf-8").split('"""')[1].strip().splitlines()[0]
 
 
 def find_target(name: str) -> ExportTarget:
-    """Import the target of that name. Raises UserError with the nearest names when there is none."""
+    """Import a target by its name. Raises UserError with the nearest names for an unknown name."""
     from unmask.config import nearest  # imports torch
 
     if name not in target_names():

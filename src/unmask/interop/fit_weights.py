@@ -1,11 +1,11 @@
 """Fit imported weights to another image size and number of channels.
 
-another size       positions and relative position biases are interpolated in two dimensions, bicubic, corners not
-                   aligned; the row of the class token stays as it is
-1 channel          the patch projection is summed over its channels, so that a gray image gives the features that it
-                   gave with three equal channels; with mean or std set by hand it is the plain sum
-C channels         the channels of the patch projection are repeated in turn and scaled by 3 / C; mean and std are
-                   repeated
+another size       position embeddings and relative position biases are interpolated in two dimensions (bicubic,
+                   without aligned corners); the row of the class token is unchanged
+1 channel          the patch projection is summed over its channels, so that a gray image has the same features as
+                   with three equal channels; if the user sets mean or std, it is the plain sum
+C channels         the channels of the patch projection are repeated cyclically and scaled by 3 / C; mean and std
+                   are repeated
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from unmask.nn.patches import grid_of
 
 
 def per_channel(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
-    """Return one value per channel for another number of channels: the mean for one, else repeated in turn."""
+    """Return the values for another number of channels: their mean for one channel, otherwise repeated cyclically."""
     if channels == len(values):
         return values
     return (sum(values) / len(values),) if channels == 1 else tuple(values[i % len(values)] for i in range(channels))
@@ -34,9 +34,9 @@ def per_channel(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
 def fitted(
     found: Recognised, config: Config, images: ImageSpec, *, by_hand: bool
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """Return the weights for images of this size and number of channels, and sentences about the changes.
+    """Return the weights adapted to the size and channels of `images`, and sentences about the changes.
 
-    by_hand: mean or std were set by a person, so they are not what the weights were trained with.
+    by_hand: whether the user set mean or std, which can then differ from those used in training.
     """
     weights, said = dict(found.weights), []
     if images.channels != found.channels:
@@ -44,15 +44,15 @@ def fitted(
         norms = None if by_hand or found.mean is None or found.std is None else (found.mean, found.std)
         weight, bias = other_channels(weight, bias, images, norms)
         weights |= {"encoder.patch_embed.proj.weight": weight, "encoder.patch_embed.proj.bias": bias}
-        how = "summed over them" if images.channels == 1 else "repeated in turn and scaled"
-        said.append(f"the projection of patches of {found.channels} channels is {how}, for {images.channels}")
+        how = "summed" if images.channels == 1 else "repeated and scaled"
+        said.append(f"the patch projection of {found.channels} channels is {how} to fit {images.channels}")
     encoder: Any = config.method
     new = grid_of(images.size, encoder.encoder.patch)
     old = found.grid or new
     if found.places and old[0] * old[1] != found.places:
         raise ConfigError(
             f"data.size={list(images.size)} has {new[0]} x {new[1]} patches, but the weights have positions for "
-            f"{found.places} patches of an unknown rectangle; set the size that they were trained at"
+            f"{found.places} patches of an unknown rectangle; set data.size to the size used in training"
         )
     if old != new:
         moved = {name: positions.fitted(name, value, old, new) for name, value in weights.items()}
@@ -67,8 +67,8 @@ def other_channels(
 ) -> tuple[Tensor, Tensor]:
     """Adapt a patch projection (D, C, h, w) and its bias (D,) to other channels; see the module docstring.
 
-    norms: mean and standard deviation per channel that the weights know; with them a gray image gives exactly what it
-    gave with equal channels, although its one mean is another number.
+    norms: mean and standard deviation per channel used in training; with them, a gray image has exactly the same
+    features as with equal channels, although its single mean is different.
     """
     before, after = weight.shape[1], images.channels
     if after > 1:
@@ -81,7 +81,7 @@ def other_channels(
 
 
 def require_whole(wanted: Mapping[str, Tensor], weights: Mapping[str, Tensor], what: str) -> None:
-    """Raise ForeignError, naming tensors, unless the weights are exactly those of the method, and finite."""
+    """Raise ForeignError with tensor names unless the weights match the method exactly and are finite."""
     missing, left = sorted(wanted.keys() - weights.keys()), sorted(weights.keys() - wanted.keys())
     both = [(name, weights[name], value) for name, value in wanted.items() if name in weights]
     shapes = [
@@ -98,16 +98,17 @@ def require_whole(wanted: Mapping[str, Tensor], weights: Mapping[str, Tensor], w
     if any(faults.values()):
         named = "; ".join(f"{len(names)} {how}: {some(names)}" for how, names in faults.items() if names)
         raise ForeignError(
-            f"{what} is not whole ({named}); the file is truncated, of a variant of this network, or a mix of two files"
+            f"{what} is incomplete or different ({named}); the file is truncated, of a variant of this network, or a "
+            "mix of two files"
         )
     if bad := [name for name, value in weights.items() if value.is_floating_point() and not value.isfinite().all()]:
         raise ForeignError(
-            f"{what} has numbers that are not finite, in {some(bad)}; the file is damaged, or its training diverged"
+            f"{what} has values that are not finite in {some(bad)}; the file is damaged, or its training diverged"
         )
 
 
 def described(images: ImageSpec) -> dict[str, Tensor]:
-    """Return the buffers of encoders that describe their images, by name."""
+    """Return the encoder buffers that describe the images, by name."""
     low, high = images.value_range
     values = {"mean": images.mean, "std": images.std, "low": low, "high": high}
     return {f"encoder.{name}": torch.tensor(value, dtype=torch.float32) for name, value in values.items()}

@@ -1,4 +1,4 @@
-"""The settings of a run of imported weights."""
+"""Determine the settings of a run of imported weights."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from unmask.optim import OptimConfig
 
 RECIPE = "import"
 OWN_BIAS = r"encoder\.blocks\.\d+\.relative_bias\.table"
-UNSTATED = "not stated; it is that of the run that was exported"
+UNSTATED = "not stated; the licence of the exported run applies"
 OPTIMS = {
     "beit": OptimConfig(base_lr=1.5e-3 / 8, betas=(0.9, 0.999), final_lr=1 / 150, clip=3.0),
     "classify": OptimConfig(base_lr=1e-3, betas=(0.9, 0.999)),
@@ -29,29 +29,29 @@ OPTIMS = {
     "igpt": OptimConfig(base_lr=0.006, betas=(0.9, 0.95), weight_decay=0),
     "dvae": OptimConfig(base_lr=0.5e-4, betas=(0.9, 0.999), weight_decay=1e-4, warmup=0, final_lr=0.0125),
 }
-"""The optimiser that `pretrain --from` continues with, by method; MAE's for others."""
+"""The optimiser that `pretrain --from` uses, by method; other methods use MAE's."""
 
 
 def require_heads(found: Recognised, settings: Iterable[str]) -> Recognised:
-    """Complete the numbers of heads, which weights do not show, from the settings. Raises ConfigError without one."""
-    asked, method = parse(settings), dict(found.method)
+    """Set unknown numbers of heads from the user's settings. Raises ConfigError if a number is missing."""
+    given, method = parse(settings), dict(found.method)
     for part in ("encoder", "decoder"):
         if part not in method or (part == "encoder" and method["name"] == "dvae") or "heads" in method[part]:
             continue
         key, width = f"method.{part}.heads", method[part]["width"]
-        heads = asked.get(key)
+        heads = given.get(key)
         if not isinstance(heads, int) or heads < 1 or width % heads:
-            came = f"got {key}={heads}, which does not divide" if key in asked else "unknown number of heads for"
+            problem = f"got {key}={heads}, which does not divide" if key in given else "unknown number of heads for"
             raise ConfigError(
-                f"{came} the width {width} of this {part}, and weights do not show it; give a divisor of {width} with "
-                f"--set {key}=N (published networks have 64 values to a head, or 32)"
+                f"{problem} the width {width} of this {part}, and weights do not show it; give a divisor of {width} "
+                f"with --set {key}=N (heads of published networks have a width of 64 or 32)"
             )
         method[part] = {**method[part], "heads": heads}
     return replace(found, method=method)
 
 
 def with_export_metadata(found: Recognised, exported: ExportMetadata) -> Recognised:
-    """Replace assumptions by the metadata that `unmask export` stored beside the weights."""
+    """Replace assumptions by the metadata that `unmask export` stored with the weights."""
     if exported.shared_bias:
         found = with_shared_bias(found)
     method = dict(found.method)
@@ -66,13 +66,13 @@ def with_export_metadata(found: Recognised, exported: ExportMetadata) -> Recogni
         notes = tuple(note for note in notes if not note.startswith("the decoder is taken to predict"))
     return replace(
         found, method=method, notes=notes, kind=f"{found.kind}, exported by unmask", eval_share=exported.eval_share,
-        mean=tuple(exported.mean), std=tuple(exported.std), statistics="of the run that it was exported from",
+        mean=tuple(exported.mean), std=tuple(exported.std), statistics="from the exported run",
         licence=exported.licence or UNSTATED,
     )  # fmt: skip
 
 
 def with_shared_bias(found: Recognised) -> Recognised:
-    """Merge the relative position biases of all blocks into one where they are equal, as exports write them."""
+    """Merge the relative position biases of all blocks into one if they are equal, as in exports of a shared bias."""
     tables = {name: value for name, value in found.weights.items() if re.fullmatch(OWN_BIAS, name)}
     if not tables or not all(torch.equal(value, next(iter(tables.values()))) for value in tables.values()):
         return found
@@ -84,16 +84,16 @@ def with_shared_bias(found: Recognised) -> Recognised:
 
 
 def as_encoder(found: Recognised, why: str) -> Recognised:
-    """Reduce a method to its encoder, the task `encoder`. why: a note for the user."""
+    """Reduce a method to its encoder, with the task `encoder`. why: a note for the user."""
     weights = {name: value for name, value in found.weights.items() if name.startswith("encoder.")}
     method = {"name": "encoder", "encoder": found.method["encoder"]}
     return replace(found, method=method, weights=weights, notes=(*found.notes, why))
 
 
 def choose_method(found: Recognised, settings: list[str], tokenizer: Path | None) -> Recognised:
-    """Return the whole method, or its encoder where something is missing for the rest. Raises ConfigError."""
-    asked, name = parse(settings), found.method["name"]
-    channels = asked.get("data.channels", found.channels)
+    """Return the whole method, or only its encoder if the rest cannot be imported. Raises ConfigError."""
+    given, name = parse(settings), found.method["name"]
+    channels = given.get("data.channels", found.channels)
     if tokenizer is not None and name != "beit":
         raise ConfigError(
             f"got --tokenizer {tokenizer}, but this is {found.kind}, which predicts no codes; leave it out"
@@ -101,8 +101,8 @@ def choose_method(found: Recognised, settings: list[str], tokenizer: Path | None
     if name == "beit" and tokenizer is None:
         return as_encoder(
             found,
-            "its head predicts the codes of a dVAE that is not in the file, so it is imported as an encoder only; for "
-            "the whole method import that dVAE first and give --tokenizer RUN",
+            "its head predicts the codes of a dVAE that is not in the file, so only the encoder is imported; for "
+            "the whole method, import the dVAE first and give --tokenizer RUN",
         )
     if channels == found.channels or not isinstance(channels, int) or name in ("encoder", "classify"):
         return found
@@ -112,21 +112,20 @@ def choose_method(found: Recognised, settings: list[str], tokenizer: Path | None
         )
     if name == "dvae":
         raise ConfigError(
-            f"got data.channels={channels}, but this dVAE draws {found.channels} channels; leave it out, or "
-            f"train one "
+            f"got data.channels={channels}, but this dVAE is for {found.channels} channels; leave it out, or train one "
             "with `unmask pretrain DATA --recipe dvae_small`"
         )
     return as_encoder(
         found,
-        f"the rest of the method is made for {found.channels} channels and not for {channels}, so the encoder alone is "
+        f"the rest of the method is for {found.channels} channels instead of {channels}, so only the encoder is "
         "imported",
     )
 
 
 def configure(found: Recognised, settings: list[str], origin: str) -> tuple[Config, ImageSpec]:
-    """Return the configuration of the weights with the user's settings applied, and the images it is for.
+    """Return the configuration of the weights with the user's settings, and the image specification.
 
-    Raises ConfigError for a setting that does not exist, or that the weights decide.
+    Raises ConfigError for a setting that does not exist, or that the weights determine.
     """
     resolve.reject_conflicts(parse(settings), None)
     if "graft" in parse(settings):
@@ -160,12 +159,12 @@ def configure(found: Recognised, settings: list[str], origin: str) -> tuple[Conf
 
 
 def require_as_found(base: Config, config: Config) -> None:
-    """Raise ConfigError for a setting that does not fit the shape of the weights."""
+    """Raise ConfigError for a setting that contradicts the weights."""
     before, after = (tree.model_dump()["method"] for tree in (base, config))
     free = {"heads", "feature_layer", "norm_eps"} | ({"patch"} if "colours" in before["encoder"] else set())
     given = ("palette", "palette_dtype", "origin", "tokenizer")
     if changed := [key for key in given if before.get(key) != after.get(key)]:
-        raise ConfigError(f"method.{changed[0]} cannot be set: it comes with the weights; leave it out")
+        raise ConfigError(f"method.{changed[0]} cannot be set: the weights determine it; leave it out")
     for part in ("encoder", "decoder"):
         theirs, ours = before.get(part) or {}, after.get(part) or {}
         for key, value in theirs.items():
@@ -177,9 +176,9 @@ def require_as_found(base: Config, config: Config) -> None:
 
 
 def with_statistics(found: Recognised, config: Config) -> tuple[Config, ImageSpec]:
-    """Set channels, mean and standard deviation: those of the settings, else those of the weights.
+    """Set channels, mean and standard deviation from the settings, or else from the weights.
 
-    Raises ConfigError where there are none: a normalisation is not made up.
+    Raises ConfigError if neither has them; a normalisation is never guessed.
     """
     channels = config.data.channels or found.channels
     mean, std = config.data.mean, config.data.std
@@ -187,8 +186,8 @@ def with_statistics(found: Recognised, config: Config) -> tuple[Config, ImageSpe
         mean, std = mean or per_channel(found.mean, channels), std or per_channel(found.std, channels)
     if mean is None or std is None:
         raise ConfigError(
-            f"these weights are for {found.channels} channels, for which no normalisation is published; give that of "
-            "their training with --set data.mean=[...] and --set data.std=[...], in the files' units (0 to 255)"
+            f"these weights are for {found.channels} channels, for which no normalisation is published; give the one "
+            "used in their training with --set data.mean=[...] and --set data.std=[...], in the files' units (0 to 255)"
         )
     resolve.require_statistics(channels, mean, std)
     images = ImageSpec(channels, config.data.size, "uint8", tuple(mean), tuple(std))

@@ -1,9 +1,9 @@
 """`unmask import FILE --out RUN`: create a run from another library's weights, for use with every command.
 
 Files are read by `interop/foreign/checkpoint_files.py`, identified by `interop/foreign/recognise.py`, and fitted to the
-image size and channels of the settings by `interop/fit_weights.py`. A method that cannot be imported whole (another
-number of channels than MAE's decoder has, a BEiT without its tokenizer) becomes the task `encoder`, and a note is
-printed. Images have 8 bits per channel.
+image size and channels of the settings by `interop/fit_weights.py`. If a method cannot be imported completely (such as
+a BEiT without its tokenizer), only its encoder is imported, as the task `encoder`, and a note is printed. Images have 8
+bits per channel.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from unmask.run import Run
 
 
 def describe_arguments(read: Checkpoint) -> tuple[str, ...]:
-    """Return sentences about the training arguments that are used, and those with invalid values."""
+    """Return notes about the training arguments: the ones that are used, and the ones with invalid values."""
     said = []
     if used := read.metadata.training.model_dump(exclude_none=True):
         known = ", ".join(f"{name}={value!r}" for name, value in sorted(used.items()))
-        said.append(f"read from the arguments of its training: {known}")
+        said.append(f"used training arguments from the file: {known}")
     if read.unclear:
         said.append(
-            f"training arguments with invalid values are ignored: {', '.join(read.unclear)}; set what they decide with "
-            "--set"
+            f"training arguments with invalid values are ignored: {', '.join(read.unclear)}; give the correct "
+            "settings with --set"
         )
     return tuple(said)
 
@@ -52,9 +52,10 @@ def import_weights(
     tokenizer: str | Path | None = None,
     console: Console | None = None,
 ) -> Run:
-    """Create a run of the weights in a file or folder. settings: KEY=VALUE. tokenizer: a dVAE's run, for a BEiT.
+    """Create a run from the weights in a file or folder. settings: KEY=VALUE. tokenizer: run of a dVAE, for a BEiT.
 
-    Raises ValueError, before anything is written, for what is no such file, is not whole, or does not fit the settings.
+    Raises UserError, before anything is written, for a file that is not a checkpoint, is incomplete, or contradicts the
+    settings.
     """
     console = console or Console()
     source, settings = Path(source), list(settings)
@@ -75,8 +76,8 @@ def import_weights(
     if tokenizer is not None and found.method["name"] == "beit":
         found = with_tokenizer(found, Path(tokenizer))
     config, images = configure(found, settings, source.resolve().name)
-    asked = parse(settings)
-    by_hand = bool({"data.mean", "data.std"} & set(asked))
+    given = parse(settings)
+    by_hand = bool({"data.mean", "data.std"} & set(given))
     weights, said = fitted(found, config, images, by_hand=by_hand)
     with torch.device("meta"):
         method = config.build(images)
@@ -99,14 +100,14 @@ def import_weights(
 
 
 def import_own(own: OwnFile, *, out: str | Path, given: list[str], console: Console) -> Run:
-    """Create a run of a file that `unmask export --to safetensors` wrote; its header has all settings."""
+    """Create a run from a file written by `unmask export --to safetensors`; its header has all settings."""
     source, config = own.path, own.config
     if given:
         raise ConfigError(
             f"got {given[0]}, but {source} is an export of unmask with its own settings; leave it out: finetune "
             "and `pretrain --from` can change them"
         )
-    method, weights = own.read()  # under unmask's names, whose prefixes are kept
+    method, weights = own.read()  # already under unmask's names
     require_whole(method.state_dict(), weights, f"{source}: an export of unmask")
     name = f"an export of unmask: {config.method.name}, recipe {config.recipe}"
     files = [vars(fingerprint(source))]
@@ -119,7 +120,7 @@ def import_own(own: OwnFile, *, out: str | Path, given: list[str], console: Cons
 
 
 def with_tokenizer(found: Recognised, path: Path) -> Recognised:
-    """Add the dVAE whose codes a BEiT predicts. path: of its run. Raises ConfigError for a run of another method."""
+    """Add the dVAE whose codes a BEiT predicts. path: run of the dVAE. Raises ConfigError for another method."""
     run = Run.open(path)
     config: Any = read_config(run).method
     if config.name != "dvae":
@@ -128,8 +129,8 @@ def with_tokenizer(found: Recognised, path: Path) -> Recognised:
         )
     if config.encoder.codes != (codes := len(found.weights["head.weight"])):
         raise ConfigError(
-            f"--tokenizer {path} has {config.encoder.codes} codes, this head predicts {codes}; give "
-            "the dVAE that it was trained with, or leave it out"
+            f"--tokenizer {path} has {config.encoder.codes} codes, but this head predicts {codes}; give "
+            "the dVAE used in its training, or leave it out"
         )
     _, network = checkpoint.load_model(run)
     weights = found.weights | {f"target.tokenizer.{name}": value for name, value in network.items()}

@@ -27,7 +27,7 @@ def write_run(
     reasons: tuple[str, ...],
     about: dict[str, Any],
 ) -> Run:
-    """Write a run of a method with these weights. about: the origin of the weights, for the provenance."""
+    """Write a run with these weights. about: the origin of the weights, for the provenance."""
     counts = [sum(p.numel() for p in part.parameters()) for part in (method, method.encoder)]
     plan = plan_of(config, images, counts, reasons)
     files = {
@@ -50,7 +50,7 @@ def write_run(
 
 
 def plan_of(config: Config, images: ImageSpec, counts: list[int], reasons: tuple[str, ...]) -> Plan:
-    """Return the plan of a run that is finished at step 0, without images."""
+    """Return the plan of a run that is finished at step 0 and has no images."""
     return Plan(
         steps=0, warmup_steps=0, batch_size=config.train.batch_size, micro_batch=config.train.batch_size,
         accumulation=1, peak_lr=0.0, final_lr=0.0, epochs=0.0, num_images=0, images=images, fingerprint="",
@@ -69,7 +69,7 @@ def say_imported(
     by_hand: bool,
     console: Console,
 ) -> None:
-    """Report what was imported, how it was changed, its normalisation, and which commands accept it."""
+    """Report the imported method, its changes and normalisation, and the commands that accept the run."""
     name = config.method.name
     for line in (*found.notes, *said):
         console.print(f"  {line}")
@@ -85,8 +85,8 @@ def say_imported(
     mean, std = (", ".join(f"{value:.6g}" for value in values) for values in (images.mean, images.std))
     if name != "igpt" and "colours" not in found.method["encoder"]:
         whose = "set by hand" if by_hand else found.statistics
-        console.print(
-            f"  normalisation: mean {mean}, std {std} ({whose}); if the weights were trained with another, import "
+        console.say(
+            f"  normalisation: mean {mean}, std {std} ({whose}); if another one was used in training, import "
             "again with --set data.mean=[...] --set data.std=[...]"
         )
     console.print(f"  licence of the weights: {found.licence}")
@@ -96,7 +96,9 @@ def say_imported(
 def use_of(method: str) -> str:
     """Name the commands that accept a run of this method."""
     if method == "encoder":
-        return "embed, probe and finetune accept it; to train on, give `unmask pretrain DATA --from` a --recipe"
+        return (
+            "embed, probe and finetune accept it; to continue training, use `unmask pretrain DATA --from` with --recipe"
+        )
     if method in task_names():
         return f"fine-tuned to {method}: embed, predict, probe and finetune accept it"
     return f"a whole {method}: embed, probe, reconstruct, finetune and `unmask pretrain DATA --from` accept it"

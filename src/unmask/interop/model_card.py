@@ -1,7 +1,7 @@
-"""The model card of an exported run: what it is, how it was trained, how good it is, and how to load it.
+"""Write the model card of an exported run: description, training, results, and how to load it.
 
-Markdown with the front matter that model hubs read. Everything comes from the run folder; what is unknown (often the
-licence of the weights) is marked as not stated. Of paths on this machine only the last name is kept.
+The card is Markdown with the front matter that model hubs read. All facts come from the run folder; unknown facts
+(often the licence of the weights) are marked as not stated. Paths are shortened to their last part.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from unmask.results import (
 )
 from unmask.run import Run
 
-OTHER_TASKS = ("ae", "dae", "dvae", "igpt")  # that hide no patches
+OTHER_TASKS = ("ae", "dae", "dvae", "igpt")  # methods that hide no patches
 NOT_STATED = "not stated"
 TASKS = {"classify": "classification", "segment": "segmentation", "detect": "detection"}
 METRICS: dict[str, str] = {
     "accuracy": "accuracy", "mean_iou": "mean IoU", "pixel_accuracy": "pixel accuracy", "ap50": "AP50", "ap": "AP",
 }  # fmt: skip
-"""Numbers of a fine-tuned run that the card shows; all are between 0 and 1."""
+"""Metrics of a fine-tuned run that the card shows; all are between 0 and 1."""
 OWN_FEATURES = (PRETRAINED, *CONTROLS)
-"""Feature sets of this run; the card leaves out those of other runs."""
+"""Feature sets of this run; the card leaves out other runs."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class ResultRow:
 def model_card(run: Run, loaded: Loaded, target: ExportTarget, exported: ExportedModel, tested: str) -> str:
     """Write the Markdown of the card of an exported run.
 
-    exported: with the path filled into its code. tested: a sentence about the check of the export.
+    exported: its code must contain the final path. tested: a sentence about the check of the export.
     """
     config, plan = loaded.config, loaded.plan
     provenance = run.read("provenance.json") if (run.path / "provenance.json").exists() else {}
@@ -86,17 +86,17 @@ def bullets(lines: Iterable[str]) -> str:
 
 
 def sentence(text: str) -> str:
-    """Write a text as a sentence: capital letter and full stop."""
+    """Write a text as a sentence, with a capital letter and a full stop."""
     return text[:1].upper() + text[1:].rstrip(".") + "."
 
 
 def licence(run: Run) -> str:
-    """Return the licence of imported weights, also of what was trained from them; otherwise that it is not stated."""
-    return licence_of(run) or f"{NOT_STATED}: fill it in before you share them"
+    """Return the licence of imported weights, also for runs trained from them; otherwise that it is not stated."""
+    return licence_of(run) or f"{NOT_STATED}: add it before you share them"
 
 
 def front_matter(config: Config, library: str, rights: str, *, classifies: bool) -> str:
-    """Return the YAML block, between dashes, that model hubs read."""
+    """Return the YAML front matter that model hubs read."""
     masks = ["masked-image-modelling"] if config.method.name not in OTHER_TASKS else []
     stated = not rights.startswith(NOT_STATED)
     card = ModelCardData(
@@ -112,7 +112,7 @@ def front_matter(config: Config, library: str, rights: str, *, classifies: bool)
 def what_it_is(config: Config, what: str, made: dict[str, Any]) -> str:
     """Describe the model and its method in one paragraph."""
     method = (method_module(config.method.name).__doc__ or "").strip().split("\n\n")[0].replace("\n", " ")
-    said = [f"{sentence(what)} It comes from a run of `{config.method.name}` of unmask.", sentence(method)]
+    said = [f"{sentence(what)} It comes from an unmask run of the method `{config.method.name}`.", sentence(method)]
     if imported := made.get("imported"):
         said.append(f"The weights were not trained here but imported: {imported['kind']}.")
     elif config.recipe:
@@ -124,7 +124,7 @@ def what_it_is(config: Config, what: str, made: dict[str, Any]) -> str:
 
 
 def last_name(path: str) -> str:
-    """Return the last name of a path of any operating system."""
+    """Return the last part of a path of any operating system."""
     return PurePath(path.replace("\\", "/")).name or path
 
 
@@ -132,18 +132,22 @@ def preprocessing(config: Config, plan: Plan, *, normalises: bool) -> str:
     """Describe size, crop and normalisation of the images."""
     images, share = plan.images, config.data.crop.eval_share
     height, width = images.size
-    crop = "the largest centred box of that shape" + (f", {share:g} of its sides" if share < 1 else "")
+    crop = "the largest centred crop of this shape" + (f", scaled to {share:g} of its sides" if share < 1 else "")
     lines = [
         f"Images of {height} x {width} pixels, {channels(images.channels)}, {images.dtype}.",
-        f"In evaluation the image is {crop}, resampled bicubically with antialiasing.",
+        f"In evaluation, the input is {crop}, resampled bicubically with antialiasing.",
     ]
     mean, std = (", ".join(f"{value:.6g}" for value in values) for values in (images.mean, images.std))
     if config.method.name == "igpt" or "colours" in config.method.model_dump().get("encoder", {}):
-        lines.append("Pixels become the nearest colour of a palette; mean and standard deviation are not used.")
+        lines.append(
+            "Pixels are replaced by the nearest colour of a palette; mean and standard deviation are not used."
+        )
     elif normalises:
-        lines.append(f"Give the files' own values: the model normalises them itself (mean {mean}; std {std}).")
+        lines.append(f"Pass the files' own pixel values: the model normalises them itself (mean {mean}; std {std}).")
     else:
-        lines.append(f"Then `(image - mean) / std` per channel, in the files' own units: mean {mean}; std {std}.")
+        lines.append(
+            f"Normalise with `(image - mean) / std` per channel, in the files' own units: mean {mean}; std {std}."
+        )
         if images.dtype == "uint8":
             scaled = (", ".join(f"{value / 255:.6g}" for value in each) for each in (images.mean, images.std))
             lines.append("For images scaled to 0..1 these are mean {}; std {}.".format(*scaled))
@@ -159,7 +163,7 @@ def data(config: Config, plan: Plan, made: dict[str, Any]) -> str:
     """Describe the training images."""
     if imported := made.get("imported"):
         files = ", ".join(f"`{file['name']}` (SHA-256 {file['sha256']})" for file in imported["files"])
-        return f"Not known here: the weights came from {files}. See the page they came from."
+        return f"Not known: the weights were imported from {files}. See the page they were downloaded from."
     images = plan.images
     lines = [
         f"`{last_name(config.data.place)}`: {plan.num_images:,} images, as {images.size[0]} x {images.size[1]} "
@@ -176,15 +180,16 @@ def data(config: Config, plan: Plan, made: dict[str, Any]) -> str:
 
 
 def training(config: Config, plan: Plan, made: dict[str, Any], step: int) -> str:
-    """Describe length, learning rate, machine and versions of the training."""
+    """Describe the length, learning rate, machine and versions of the training."""
     if not plan.steps:
-        return "None here."
+        return "The weights were not trained with unmask."
     seen = step * plan.batch_size / max(1, plan.num_images)
     lines = [
         f"{step:,} of {plan.steps:,} steps, batch {plan.batch_size}, {seen:.4g} epochs.",
         f"Peak learning rate {plan.peak_lr:.3g}, {plan.warmup_steps:,} warm-up steps.",
         f"Precision {plan.precision}, on {made.get('device') or plan.device}; seed {config.train.seed}.",
-        f"{plan.parameters / 1e6:.2f} M parameters in training, {plan.encoder_parameters / 1e6:.2f} M of the encoder.",
+        f"{plan.parameters / 1e6:.2f} M parameters in training, of which {plan.encoder_parameters / 1e6:.2f} M in the "
+        "encoder.",
     ]
     if versions := made.get("versions"):
         said = ", ".join(f"{name} {version}" for name, version in versions.items())
@@ -195,12 +200,12 @@ def training(config: Config, plan: Plan, made: dict[str, Any], step: int) -> str
 
 
 def results(run: Run, *, whole: bool) -> str:
-    """Return the run's results as one table with 95% intervals. whole: the head of a fine-tuned run is exported."""
+    """Return the results as a table with 95% intervals. whole: whether the head of a fine-tuned run is exported."""
     found = read_results(run)
     rows = [row for probe in found.probes for row in probe_rows(probe)]
     rows += [row for curve in found.curves for row in curve_rows(curve)]
     if found.finetuned is not None:
-        model = "this model" if whole else "this encoder, with the head that was left out"
+        model = "this model" if whole else "this encoder with its head, which is not exported"
         rows = [*finetune_rows(found.finetuned, model), *rows]
     if not rows:
         return "Nothing was measured."
@@ -210,7 +215,7 @@ def results(run: Run, *, whole: bool) -> str:
 
 
 def finetune_rows(result: FinetuneResult, model: str) -> list[ResultRow]:
-    """Return a row for every number of a fine-tuned run on its test images, the headline first."""
+    """Return a row for every metric of a fine-tuned run on its test images, the headline first."""
     task = f" for {TASKS[result.task]}" if result.task in TASKS else ""
     data = last_name(str(result.data))
     title = f"Fine-tuned on {data}{task}, tested on {test_name(result)}"
@@ -259,7 +264,7 @@ def curve_rows(curve: CurveResult) -> list[ResultRow]:
 
 
 def measured_title(record: FeatureMeasurement) -> str:
-    """Name a measurement as the report does, without folders; with the numbers of images."""
+    """Return the title of a measurement as in the report, without folders but with the numbers of images."""
 
     def counted(name: str, images: int) -> str:
         return f"{name} ({images:,} images)" if images else name
@@ -274,14 +279,14 @@ def measured_title(record: FeatureMeasurement) -> str:
 
 
 def test_name(record: FeatureMeasurement | FinetuneResult) -> str:
-    """Name the test images without folders."""
+    """Return the name of the test images without folders."""
     if record.test.images is not None:
         return last_name(str(record.test.images))
     return record.test.describe(last_name(str(record.data)))
 
 
 def show_value(value: float, low: float | None, high: float | None, metric: str) -> str:
-    """Write a value with its limits where it has any; accuracies in per cent."""
+    """Write a value with its interval, if it has one; accuracies in percent."""
     if low is None or high is None:
         return show_score(value, metric)
     return f"{show_score(value, metric)} ({show_score(low, metric)} to {show_score(high, metric)})"

@@ -1,7 +1,7 @@
-"""Names of tensors: one set of tables, read from left to right by an import and from right to left by an export.
+"""Rename tensors: imports read these tables from left to right, exports from right to left.
 
-Imports translate in two steps: transformers' names -> official names (official MAE, BEiT, timm) -> unmask's names.
-Exports take the same steps back. Where several foreign names stand for one of ours, exports write the first of them.
+Imports rename in two steps: transformers' names -> official names (official MAE, BEiT, timm) -> unmask's names. Exports
+reverse these steps. If several foreign names map to the same name, exports use the first.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ BLOCK_NAMES = {
 }
 """Names within a block of transformers' models, without weight or bias, in files and in memory (release 5).
 
-Of several names for one tensor, the one in files comes first, here and below: exports write it.
+In this table and the next, the name used in files comes before other names of the same tensor: exports write it.
 """
 OTHER_NAMES = {
     "embeddings.cls_token": "cls_token",
@@ -57,13 +57,13 @@ BLOCK = re.compile(r"(encoder\.layer|layers|decoder\.decoder_layers|decoder\.dec
 
 
 def from_transformers(state: Mapping[str, Tensor]) -> Names:
-    """Rename transformers' tensors to official names; others keep theirs. q, k and v stay separate: attn.q, .k, .v."""
+    """Rename transformers' tensors to official names; unknown names are unchanged. q, k and v stay separate."""
     found = Names({}, {})
     for name, value in state.items():
         plain = _plain_name(re.sub(r"^(vit|beit)\.", "", name))
         if plain in found.tensors:
             raise ForeignError(
-                f"two tensors are named {plain}: {found.origin[plain]} and {name}; the file may be a mix of two"
+                f"two tensors both become {plain}: {found.origin[plain]} and {name}; the file may be a mix of two files"
             )
         found.tensors[plain], found.origin[plain] = value, name
     return found
@@ -84,7 +84,7 @@ def _plain_name(name: str) -> str:
 
 
 PARTS = ("norm1", "norm2", "attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
-"""Of every block, under official names and here."""
+"""Parts of every block, with the same names in official code and here."""
 OFFICIAL = {
     "cls_token": "encoder.cls_token",
     "pos_embed": "encoder.pos_embed",
@@ -101,13 +101,13 @@ OFFICIAL = {
     **{f"decoder_{part}.*": f"decoder.{part}.*" for part in ("embed", "norm", "pred")},
     **{f"decoder_blocks.#.{part}.*": f"decoder.blocks.#.{part}.*" for part in PARTS},
 }
-"""Names of official MAE and of timm, and what they are here; # is the number of a block, * a weight or a bias."""
+"""Names of official MAE and timm, and their names here; # is the number of a block, * is weight or bias."""
 BEIT_SCALES = {f"blocks.#.gamma_{number}": f"encoder.blocks.#.ls{number}.gamma" for number in (1, 2)}
 OURS = OFFICIAL | BEIT_SCALES | {"lm_head.*": "head.*"}
 
 
 def renamed(name: str, table: Mapping[str, str]) -> str | None:
-    """Return the new name in a table, with block number and weight or bias; None where the table has none."""
+    """Return the new name of a tensor in a table, or None if the table does not have it."""
     number, (stem, dot, leaf) = re.search(r"(?<=blocks\.)\d+(?=\.)", name), name.rpartition(".")
     pattern = f"{stem}.*" if dot and leaf in ("weight", "bias") else name
     if number is not None:
@@ -118,7 +118,7 @@ def renamed(name: str, table: Mapping[str, str]) -> str | None:
 
 
 def to_ours(names: Names, method: str) -> dict[str, Tensor]:
-    """Rename official names to unmask's. Raises ForeignError for a tensor without one."""
+    """Rename official names to unmask's. Raises ForeignError for unknown names."""
     ours, left = {}, []
     for name, value in names.tensors.items():
         place = renamed(name, OURS)
@@ -142,11 +142,11 @@ GPT_NAMES = {
 }
 
 
-# ----------------------------------------------------------------------------------------------- export
+# Export
 
 
 def inverted(table: dict[str, str]) -> dict[str, str]:
-    """Swap keys and values; of several keys with one value the first counts."""
+    """Swap keys and values; if several keys have the same value, the first is used."""
     return {new: old for old, new in reversed(table.items())}
 
 
@@ -156,14 +156,14 @@ BLOCKS, OTHERS, GPT_BLOCKS = inverted(BLOCK_NAMES), inverted(OTHER_NAMES), inver
 
 
 def to_official(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename to the names of official MAE; mean and std, which are not parameters, are dropped."""
+    """Rename to the names of official MAE, dropping mean and std, which are not parameters."""
     return _under(weights, TO_OFFICIAL)
 
 
 def to_beit(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Rename to the names of official BEiT, which timm shares.
+    """Rename to the names of official BEiT, which timm also uses.
 
-    BEiT has no bias of the keys. None is needed: it adds the same to the scores of a query for all keys, which the
+    BEiT has no bias for keys. It is not needed: it adds the same value to a query's scores for all keys, which the
     softmax cancels.
     """
     found = {}
@@ -188,9 +188,9 @@ def _under(weights: Mapping[str, Tensor], table: Mapping[str, str]) -> dict[str,
 
 
 def to_transformers(weights: Mapping[str, Tensor], *, beit: bool, prefix: str = "") -> dict[str, Tensor]:
-    """Rename to the names in files of transformers: of BEiT, or of ViT and ViTMAE.
+    """Rename to the names that transformers uses in files, for BEiT or for ViT and ViTMAE.
 
-    prefix: of the encoder in a larger model ("vit.", "beit.").
+    prefix: prefix of the encoder in a larger model ("vit.", "beit.").
     """
     found = {}
     for name, value in (to_beit if beit else to_official)(weights).items():
@@ -214,7 +214,7 @@ def _apart(name: str, value: Tensor) -> dict[str, Tensor]:
 
 
 def _transformers_name(plain: str) -> str:
-    """Return the name in files of transformers for an official name."""
+    """Return the name that transformers uses in files for an official name."""
     stem, _, leaf = plain.rpartition(".")
     if match := re.fullmatch(r"(decoder_)?blocks\.(\d+)\.(?:gamma_([12])|(.+)\..+)", plain):
         layer = f"{'decoder.decoder_layers' if match[1] else 'encoder.layer'}.{match[2]}"

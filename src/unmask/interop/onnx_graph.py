@@ -1,4 +1,4 @@
-"""An encoder with its normalisation as an ONNX graph, for any runtime; for a classifier also its scores."""
+"""Convert an encoder with its normalisation, and a classifier if there is one, to an ONNX graph."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from unmask.nn.gpt import Block as GPTBlock
 from unmask.nn.vit import ViT
 
 OPSET = 18
-ONE_FILE = 1 << 30  # bytes of weights; an ONNX file must stay below 2 GiB, beyond this its weights lie beside it
+ONE_FILE = 1 << 30  # largest bytes of weights in one file; ONNX allows less than 2 GiB
 
 
 class ViTGraph(nn.Module):
-    """`ViT.forward` for one image size, without Python numbers that would fix the batch size."""
+    """`ViT.forward` for one image size, without Python integers that would fix the batch size."""
 
     def __init__(self, encoder: ViT, classifier: MeanTokenClassifier | None) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class ViTGraph(nn.Module):
 
 
 class GPTGraph(nn.Module):
-    """`GPT.forward` with distances to colours written out, because ONNX has no cdist."""
+    """`GPT.forward` with explicit distances to colours, because ONNX has no cdist."""
 
     def __init__(self, encoder: GPT) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class GPTGraph(nn.Module):
 
 
 class PlainGraph(nn.Module):
-    """Encoders without a class token that can be exported unchanged."""
+    """The forward pass of encoders without a class token, unchanged."""
 
     def __init__(self, encoder: nn.Module) -> None:
         super().__init__()
@@ -82,12 +82,10 @@ class PlainGraph(nn.Module):
 
 
 def encoder_graph(loaded: Loaded, dtype: str) -> ExportedModel:
-    """The encoder and its normalisation, for any number of images of one size; for a classifier its scores besides.
+    """Convert the encoder, with normalisation and classifier scores if any, for any number of images of one size.
 
-    dtype: of the input; None for that of the files, so that a runtime refuses floats (which are mostly 0 to 1, and
-    would give other features without a word) where the network wants 0 to 255. The metadata of the graph say it too.
-
-    Through torch.export: the older tracer has no RMS norm, and PyTorch is giving it up.
+    dtype: dtype of the input, which is also stored in the graph's metadata. Uses torch.export, because the older tracer
+    does not support RMS norm and is deprecated.
     """
     method, encoder, spec = loaded.method, loaded.method.encoder, loaded.plan.images
     classifier = method.mean_token_classifier
@@ -106,9 +104,9 @@ def encoder_graph(loaded: Loaded, dtype: str) -> ExportedModel:
                 graph, (example,), input_names=["images"], output_names=names, opset_version=OPSET, dynamo=True,
                 dynamic_shapes={"images": {0: torch.export.Dim("batch")}}, verbose=False,
             )  # fmt: skip
-        assert program is not None, "dynamo was asked for"
+        assert program is not None, "dynamo=True returns a program"
         for node in program.model.graph:
-            node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)  # it has the paths of our own files
+            node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)  # contains paths of this machine
         program.model.metadata_props["unmask.input"] = json.dumps(
             {"name": "images", "dtype": dtype, "units": units(spec), "normalised": False, "layout": "BCHW",
              "size": spec.size, "channels": spec.channels, "mean": spec.mean, "std": spec.std}
@@ -123,7 +121,7 @@ def encoder_graph(loaded: Loaded, dtype: str) -> ExportedModel:
         if classifier is not None:
             ours["logits"] = classifier.logits(images)
         pairs = []
-        for part in (slice(None), slice(1)):  # three images, and one
+        for part in (slice(None), slice(1)):  # check batches of three images and of one
             theirs = session.run(names, {"images": images[part].to(DTYPES[dtype]).numpy()})
             pairs += [
                 (torch.from_numpy(np.asarray(out)), ours[name][part]) for name, out in zip(names, theirs, strict=True)
@@ -131,17 +129,17 @@ def encoder_graph(loaded: Loaded, dtype: str) -> ExportedModel:
         return largest(*pairs)
 
     height, width = spec.size
-    notes = () if classifier else task_left_out(loaded, "a graph that takes images to features")
+    notes = () if classifier else task_left_out(loaded, "a graph from images to features")
     if sum(value.nbytes for value in graph.state_dict().values()) > ONE_FILE:
-        notes = (*notes, "the weights are too many for one file: they lie beside it in a file that ends in .data; keep "
-                 "the two together")  # fmt: skip
+        notes = (*notes, "the weights are too large for one file: they are in a second file that ends in .data; keep "
+                 "both files together")  # fmt: skip
     return ExportedModel(
         what="the encoder as an ONNX graph" + (", with its classifier" if classifier else ""),
         library="onnxruntime",
         load="import onnxruntime\n\nsession = onnxruntime.InferenceSession(PATH)\n"
         f'{", ".join(names)}{"," if len(names) == 1 else ""} = session.run({json.dumps(names)}, {{"images": images}})',
         returns=f"`images` is {dtype} (B, {spec.channels}, {height}, {width}) in the files' own units "
-        f"({units(spec)}), not normalised: the graph does that. Outputs: {', '.join(names)}.",
+        f"({units(spec)}), not normalised: the graph normalises them. Outputs: {', '.join(names)}.",
         write=write,
         check=check,
         notes=notes,
@@ -154,7 +152,7 @@ def units(images: ImageSpec) -> str:
 
 
 def require_onnx() -> None:
-    """Raises ExportError where what writes ONNX is not installed."""
+    """Raise ExportError if the packages that write ONNX files are not installed."""
     for name in ("onnx", "onnxscript"):
         if importlib.util.find_spec(name) is None:
             raise ExportError(f"--to onnx needs {name}, which is not installed; install it with: pip install "

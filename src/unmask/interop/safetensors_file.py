@@ -1,6 +1,6 @@
-"""Read a method from one file, as `unmask export --to safetensors` writes it, without its run.
+"""Read a method from a file written by `unmask export --to safetensors`, without its run folder.
 
-The weights are under our own names; the header of the file has the settings and what the images are.
+The weights have unmask's own names; the header contains the settings and the image specification.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Images(Outside):
 
 
 class Header(Outside):
-    """The settings in the header of a file of `unmask export --to safetensors`."""
+    """The settings in the header of a file written by `unmask export --to safetensors`."""
 
     config: dict[str, Any]
     images: Images
@@ -48,7 +48,7 @@ class Header(Outside):
 
 @dataclass(frozen=True)
 class OwnFile:
-    """The header of a file that `unmask export --to safetensors` wrote; the weights are read by `read`."""
+    """The header of a file written by `unmask export --to safetensors`; `read` reads the weights."""
 
     path: Path
     config: Config
@@ -56,10 +56,10 @@ class OwnFile:
     licence: str
 
     def read(self) -> tuple[Method, dict[str, Tensor]]:
-        """Return the method on the meta device, without memory for its parameters, and its weights.
+        """Return the method on the meta device, which takes no memory for parameters, and its weights.
 
-        Raises ForeignError before any weight is read unless the tensors of the file are those that the settings in its
-        header describe.
+        Raises ForeignError, before reading any weights, if the tensors in the file do not match the settings in its
+        header.
         """
         with safe_open(self.path, "pt") as opened:
             shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
@@ -69,7 +69,7 @@ class OwnFile:
                 method = self.config.build(self.images)
         except (RuntimeError, TypeError, OverflowError, MemoryError, AssertionError) as error:
             raise ForeignError(
-                f"{self.path}: the settings in its header describe no network ({type(error).__name__}); get the file "
+                f"{self.path}: no network has the settings in its header ({type(error).__name__}); download the file "
                 "again, or export the run again"
             ) from None
         wanted = {name: tuple(value.shape) for name, value in method.state_dict().items()}
@@ -85,8 +85,8 @@ class OwnFile:
             }
             named = "; ".join(f"{len(names)} {how}: {some(names)}" for how, names in faults.items() if names)
             raise ForeignError(
-                f"{self.path}: its tensors are not those of the network in its header ({named}); the file is damaged "
-                "or was changed, export the run again"
+                f"{self.path}: its tensors do not match the network in its header ({named}); the file is damaged "
+                "or was changed: export the run again"
             )
         weights = load_file(self.path)
         for name, value in method.state_dict().items():
@@ -100,16 +100,16 @@ class OwnFile:
 def require_plausible(config: Config, images: ImageSpec, shapes: Mapping[str, tuple[int, ...]], path: Path) -> None:
     """Raise ForeignError if tensors of these shapes cannot belong to this network.
 
-    What it would take to make it, even without memory for its weights, is bounded by what the file has: sizes by the
-    values of its tensors, blocks by their number, and tables of positions by both.
+    This bounds the cost of building the network by the content of the file: widths by the number of values, depth by a
+    constant, and position tables by both.
     """
     values = sum(math.prod(shape) for shape in shapes.values())
     for key, number in numbers_in(config.method.model_dump()):
         most = DEEPEST if key.endswith("depth") else max(values, 1024)
         if number > most:
             raise ForeignError(
-                f"{path}: got method.{key}={number} in its header; expected at most {most}, for the file has "
-                f"{values} values in {len(shapes)} tensors: it is damaged or was changed, export the run again"
+                f"{path}: got method.{key}={number} in its header; expected at most {most}, because the file "
+                f"has {values} values in {len(shapes)} tensors; it is damaged or was changed: export the run again"
             )
     method: Any = config.method.model_dump()
     patch = (method.get("encoder") or {}).get("patch") or (1, 1)
@@ -117,8 +117,8 @@ def require_plausible(config: Config, images: ImageSpec, shapes: Mapping[str, tu
     widest = max([1, *(part["width"] for part in method.values() if isinstance(part, dict) and "width" in part)])
     if places > max(values, 1024) or (places * widest > 4 * max(values, 1 << 20)):
         raise ForeignError(
-            f"{path}: got images of {images.size[0]} x {images.size[1]} in its header, {places} patches {widest} wide; "
-            f"the file has {values} values, too few for that: it is damaged or was changed, export the run again"
+            f"{path}: got images of {images.size[0]} x {images.size[1]} in its header, {places} patches of width "
+            f"{widest}; the file has only {values} values, it is damaged or was changed: export the run again"
         )
 
 
@@ -133,7 +133,7 @@ def numbers_in(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
 
 
 def open_safetensors(path: str | Path) -> Method:
-    """Return the method of a file that `unmask export --to safetensors` wrote, in eval mode. Raises UserError."""
+    """Return the method in a file written by `unmask export --to safetensors`, in eval mode. Raises UserError."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path} is not a file; expected one written by `unmask export --to safetensors`")
@@ -150,7 +150,7 @@ def open_safetensors(path: str | Path) -> Method:
 
 
 def read_header(path: Path) -> OwnFile | None:
-    """Read the header of a file of `unmask export --to safetensors`; None for any other file.
+    """Read the header of a file written by `unmask export --to safetensors`; None for any other file.
 
     Raises ForeignError if unmask's metadata is damaged, instead of treating the file as one from another library.
     """
@@ -164,8 +164,8 @@ def read_header(path: Path) -> OwnFile | None:
     where = f"{path}: the metadata {HEADER!r} in its header"
     header = checked(Header, read_object(text, where), where)
     try:
-        told = header.images
-        images = ImageSpec(told.channels, told.size, told.dtype, tuple(told.mean), tuple(told.std))
+        spec = header.images
+        images = ImageSpec(spec.channels, spec.size, spec.dtype, tuple(spec.mean), tuple(spec.std))
         config = Config.model_validate(header.config)
     except ValidationError as error:
         raise ForeignError(f"{where}: {explain(error)}; export the run again") from None

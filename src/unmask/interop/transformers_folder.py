@@ -1,4 +1,4 @@
-"""A folder for transformers' `from_pretrained`: weights, config.json and preprocessor_config.json."""
+"""Make a folder for transformers' `from_pretrained`: weights, config.json and preprocessor_config.json."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ def folder(
     # transformers would add a pooler with random weights.
     bare = ", add_pooling_layer=False" if name in ("ViTModel", "BeitModel") else ""
     if processor is not None and not isinstance(sides(loaded.plan.images.size), int):
-        notes = (*notes, "the preprocessor makes rectangles of the whole image, where evaluation here takes the "
-                 "largest box of their shape in the middle")  # fmt: skip
+        notes = (*notes, "the preprocessor resizes the whole image to a rectangle, while evaluation here uses the "
+                 "largest centred crop of this shape")  # fmt: skip
     files |= more or ({} if processor is None else {"preprocessor_config.json": processor})
     if more is None and processor is None:
-        notes = (*notes, f"no preprocessor: transformers' are for 8-bit images, and these are "
-                 f"{loaded.plan.images.dtype}; the card says how to normalise")  # fmt: skip
+        notes = (*notes, f"no preprocessor: transformers' preprocessors are for 8-bit images, and these are "
+                 f"{loaded.plan.images.dtype}; see the model card for the normalisation")  # fmt: skip
 
     def write(path: Path) -> None:
         path.mkdir()
@@ -54,7 +54,7 @@ def folder(
         options = {"add_pooling_layer": False} if name in ("ViTModel", "BeitModel") else {}
         transformers.utils.logging.disable_progress_bar()
         kind = imported("transformers", name)
-        # The class that a user gets who names none.
+        # AutoModel is the class that most users load.
         kind = imported("transformers", "AutoModel") if name in ("ViTModel", "BeitModel") else kind
         model, told = kind.from_pretrained(path, output_loading_info=True, **options)
         faults = {key: told[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if told.get(key)}
@@ -79,10 +79,10 @@ def folder(
 
 
 def preprocessor(loaded: Loaded) -> dict[str, Any] | None:
-    """Return the object of preprocessor_config.json; None for images without 8 bits per channel.
+    """Return the content of preprocessor_config.json; None for images that do not have 8 bits per channel.
 
-    As in evaluation here: of squares the largest in the middle (or the share of it that the settings say). Rectangles
-    are made of the whole image over there, which changes their aspect.
+    Squares are cropped as in evaluation here: the largest centred square, or the share of it in the settings.
+    transformers resizes rectangles from the whole image, which changes the aspect ratio.
     """
     spec = loaded.plan.images
     if spec.dtype != "uint8":

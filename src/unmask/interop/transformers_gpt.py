@@ -1,4 +1,4 @@
-"""An iGPT as transformers' ImageGPT."""
+"""Convert an iGPT to transformers' ImageGPT."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from unmask.nn.gpt import GPT
 
 
 def to_image_gpt(loaded: Loaded) -> ExportedModel:
-    """Convert an iGPT, with the palette in the preprocessor where that supports it."""
+    """Convert an iGPT, with its palette in the preprocessor if that supports it."""
     method, encoder = loaded.method, loaded.method.encoder
     assert isinstance(encoder, GPT)
     if encoder.sos is None:
         raise ExportError(
-            "this iGPT fills in hidden tokens (objective=bert), and transformers' ImageGPT predicts the next one; use "
-            "--to onnx or --to safetensors"
+            "this iGPT predicts hidden tokens (objective=bert), but transformers' ImageGPT predicts the next token; "
+            "use --to onnx or --to safetensors"
         )
     head = method.head if isinstance(method, IGPT) else None
     colours, spec, depth = len(encoder.palette), loaded.plan.images, len(encoder.blocks)
@@ -36,7 +36,7 @@ def to_image_gpt(loaded: Loaded) -> ExportedModel:
         "activation_function": "quick_gelu", "layer_norm_epsilon": 1e-5, "tie_word_embeddings": False,
         "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
     }  # fmt: skip
-    notes = (f"the start token is {colours}, the number after the last colour", )  # fmt: skip
+    notes = (f"the start token is {colours}, one more than the last colour", )  # fmt: skip
     if spec.channels == 3 and spec.dtype == "uint8":
         more = {"preprocessor_config.json": {
             "image_processor_type": "ImageGPTImageProcessor", "do_resize": True, "do_normalize": True,
@@ -45,11 +45,11 @@ def to_image_gpt(loaded: Loaded) -> ExportedModel:
         }}  # fmt: skip
         if encoder.patch != (1, 1):
             notes = (*notes, f"a token is the mean of {encoder.patch[0]} x {encoder.patch[1]} pixels; the preprocessor "
-                     "rounds these means, so now and then it takes another colour")  # fmt: skip
+                     "rounds these means, so it sometimes chooses another colour")  # fmt: skip
     else:
         more = {"palette.json": {"colours": encoder.palette.tolist(), "dtype": spec.dtype}}
-        notes = (*notes, "no preprocessor: ImageGPT's has 8-bit RGB colours only; palette.json holds the colours, in "
-                 "the files' units, and a token is the nearest one")  # fmt: skip
+        notes = (*notes, "no preprocessor: ImageGPT's supports only 8-bit RGB; palette.json contains the colours in "
+                 "the files' units, and a token is the index of the nearest one")  # fmt: skip
 
     def compare(model: Any, images: Tensor) -> float:
         ids = encoder.ids(images)
@@ -70,8 +70,10 @@ def to_image_gpt(loaded: Loaded) -> ExportedModel:
         config,
         names.to_image_gpt(weights_of(method), prefix="transformer." if head is not None else ""),
         compare,
-        "Give it the tokens with the start token before them and without the last; the features of this package "
-        + (f"are {where}, of `output_hidden_states=True`." if encoder.layer < depth else "are the last hidden state."),
+        "Pass the tokens with the start token first and without the last one; the features of this package "
+        + (
+            f"are {where}, with `output_hidden_states=True`." if encoder.layer < depth else "are the last hidden state."
+        ),
         notes,
         more,
     )

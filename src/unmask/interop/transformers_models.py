@@ -1,4 +1,4 @@
-"""A run as transformers' ViT, ViTMAE or BEiT."""
+"""Convert a run to transformers' ViT, ViTMAE or BEiT."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from unmask.nn.vit import ViT
 
 
 def to_transformers(loaded: Loaded, *, whole: bool) -> ExportedModel:
-    """Convert a run. whole: with the decoder or head of the pre-training, where transformers has the method."""
+    """Convert a run. whole: include the decoder or head of the pre-training, if transformers has the method."""
     if isinstance(loaded.method.encoder, GPT):
         return to_image_gpt(loaded)
     encoder, settings = vit_of(loaded, "transformers"), loaded.config.method.model_dump()["encoder"]
@@ -62,9 +62,11 @@ def to_transformers(loaded: Loaded, *, whole: bool) -> ExportedModel:
     if why is not None:
         notes = (left_out(loaded, why),)
     elif has_beit or (isinstance(method, MAE) and plain):
-        notes = ("the encoder alone, all patches visible; --to hf-pretraining has the rest of the method",)
+        notes = (
+            "only the encoder is exported, with all patches visible; --to hf-pretraining exports the whole method",
+        )
     if classifier:
-        notes = (left_out(loaded, "transformers has a classifier on mean patch tokens for squares only (BEiT's)"),)
+        notes = (left_out(loaded, "transformers has a classifier on mean patch tokens only for squares (BEiT's)"),)
     if not plain:
         require_beit(loaded, encoder)
         config |= beit_config(encoder, settings) | {"use_mean_pooling": False}
@@ -85,7 +87,7 @@ def to_transformers(loaded: Loaded, *, whole: bool) -> ExportedModel:
 
 
 def beit_misses(loaded: Loaded, encoder: ViT) -> str | None:
-    """Return which sizes transformers' BEiT does not support; None where it fits.
+    """Return the sizes that transformers' BEiT does not support, as text; None if it supports this encoder.
 
     Its relative position bias is wrong for rectangles.
     """
@@ -96,12 +98,12 @@ def beit_misses(loaded: Loaded, encoder: ViT) -> str | None:
 
 
 def require_beit(loaded: Loaded, encoder: ViT) -> None:
-    """Raise ExportError where transformers' BEiT is needed and does not fit."""
+    """Raise ExportError if transformers' BEiT does not support this encoder."""
     if (what := beit_misses(loaded, encoder)) is not None:
         has = what_beit_has(loaded.config.method.model_dump()["encoder"])
         raise ExportError(
-            f"this encoder is for {what} and has {has}, for which transformers has its BEiT only, and that is right "
-            "for squares only; use --to timm, or --to onnx"
+            f"this encoder is for {what} and has {has}, which transformers supports only in BEiT, and only for "
+            "squares; use --to timm, or --to onnx"
         )
 
 
@@ -132,7 +134,7 @@ def whole_mae(loaded: Loaded, method: MAE, config: dict[str, Any]) -> ExportedMo
         drop = order[:, -hidden:]
         guess = method.guess(method.encoder.patches(images), Mask(keep=order[:, :-hidden], drop=drop))
         logits = theirs.logits.gather(1, drop[..., None].expand(-1, -1, guess.shape[2]))
-        model.config.mask_ratio = 0.0  # it still shuffles the patches, unless the noise is in order already
+        model.config.mask_ratio = 0.0  # patches are still shuffled unless the noise is sorted
         tokens = model.vit(pixel_values=pixels, noise=torch.arange(float(places)).expand(len(images), -1))
         return largest((logits, guess), (tokens.last_hidden_state, tokens_of(method.encoder, images)))
 
@@ -142,15 +144,15 @@ def whole_mae(loaded: Loaded, method: MAE, config: dict[str, Any]) -> ExportedMo
         config,
         names.to_transformers(weights_of(method, "encoder.mean", "encoder.std"), beit=False, prefix="vit."),
         compare,
-        "`model(pixel_values)` gives the loss and the prediction, under masks that are drawn at random at every call; "
-        "for features export with --to hf.",
+        "`model(pixel_values)` returns the loss and the prediction, with new random patch masks at every call; for "
+        "features, export with --to hf.",
     )
 
 
 def whole_classifier(
     loaded: Loaded, encoder: ViT, classifier: MeanTokenClassifier, config: dict[str, Any]
 ) -> ExportedModel:
-    """Convert to BEiT's classifier, which also uses the mean of the patch tokens; ViT's uses the class token."""
+    """Convert to BEiT's classifier, which uses the mean of the patch tokens as here; ViT's uses the class token."""
     settings = loaded.config.method.model_dump()
     config |= beit_config(encoder, settings["encoder"]) | {
         "use_mean_pooling": True, "id2label": {str(number): name for number, name in enumerate(settings["classes"])},
@@ -169,7 +171,7 @@ def whole_classifier(
         ),
         "`model(pixel_values).logits` has a score for each class of `model.config.id2label`.",
         (
-            "it becomes BEiT's classifier, which like this one uses the mean of the patch tokens (ViT's uses the class "
+            "the classifier is converted to BEiT's, which also uses the mean of the patch tokens (ViT's uses the class "
             "token)",
         ),
     )
@@ -209,5 +211,5 @@ def whole_beit(loaded: Loaded, method: BEiT, config: dict[str, Any]) -> Exported
         compare,
         "`model(pixel_values, bool_masked_pos=hidden).logits` has a score for every code; features are "
         "`model.layernorm(model.beit(pixel_values).last_hidden_state)`, the class token first.",
-        ("the dVAE that makes the codes is left out: transformers has none",),
+        ("the dVAE that makes the codes is left out: transformers has no dVAE",),
     )

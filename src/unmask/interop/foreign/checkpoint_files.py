@@ -1,7 +1,7 @@
-"""Files of weights from elsewhere, opened without running code in them.
+"""Read files of weights from other libraries without running any code in them.
 
-A file is safetensors or a pickle of plain tensors (opened weights-only); a folder is transformers' or timm's
-(config.json, weights, preprocessor_config.json), or holds the two halves of DALL-E's dVAE.
+A file is safetensors or a pickle of plain tensors (loaded with weights_only=True). A folder is from transformers or
+timm (config.json, weights, preprocessor_config.json), or contains the two halves of DALL-E's dVAE.
 """
 
 from __future__ import annotations
@@ -40,22 +40,22 @@ WHOLE = ("model.safetensors", "pytorch_model.safetensors", "pytorch_model.bin")
 INDEX = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SAFE, PICKLES = (".safetensors",), (".pth", ".pt", ".bin", ".pkl", ".tar", ".ckpt")
 MOST_TENSORS = 100_000
-MOST_SHARED = 8  # bytes of tensors to a byte of the file: tied weights are views of the same numbers
+MOST_SHARED = 8  # largest ratio of tensor bytes to file bytes; tied weights share storage
 
 
 class Opaque:
-    """Stands in for a path among the training arguments; discards its value."""
+    """Replaces paths in the training arguments and discards their values."""
 
     def __init__(self, *_: Any) -> None: ...
 
 
 PLAIN_CLASSES: list[Any] = [
     argparse.Namespace,
-    (OrderedDict, "yacs.config.CfgNode"),  # SimMIM's settings; torch fills no other class of mapping
+    (OrderedDict, "yacs.config.CfgNode"),  # SimMIM's settings; torch loads only these mappings
     *((Opaque, f"pathlib.{name}") for name in ("PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath")),
     *((Opaque, f"pathlib._local.{name}") for name in ("PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath")),
 ]
-"""Other classes that a training checkpoint may contain; all are replaced by harmless ones."""
+"""Further classes that a training checkpoint may contain; all are replaced by harmless ones."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class SourceFile:
 class Checkpoint:
     """The content of a file or folder of weights.
 
-    state: tensors under the names in the file. unclear: names of training arguments with invalid values.
+    state: tensors by their names in the file. unclear: names of training arguments with invalid values.
     """
 
     state: dict[str, Tensor]
@@ -82,8 +82,7 @@ class Checkpoint:
 def read_source(path: Path) -> Checkpoint:
     """Read weights and metadata from a file or folder.
 
-    Raises ForeignError for a path that is not a checkpoint, is damaged, or could not be opened without running its
-    code.
+    Raises ForeignError for a path that is not a checkpoint, is damaged, or cannot be opened without running code.
     """
     if path.is_file():
         return _read_files([path])
@@ -107,7 +106,7 @@ def read_source(path: Path) -> Checkpoint:
 
 
 def _described(folder: Path) -> tuple[NetworkConfig, Preprocessor]:
-    """Read config.json (of transformers or timm) and preprocessor_config.json; empty records where there is none."""
+    """Read config.json (of transformers or timm) and preprocessor_config.json; missing files give empty records."""
     file, other = folder / "config.json", folder / "preprocessor_config.json"
     content, preprocessor = read_json(file), checked(Preprocessor, read_json(other), str(other))
     if not isinstance(content.get("pretrained_cfg"), dict):
@@ -120,7 +119,7 @@ def _described(folder: Path) -> tuple[NetworkConfig, Preprocessor]:
 
 
 def _halves(folder: Path) -> dict[str, Path] | None:
-    """encoder.* and decoder.* of a folder that holds DALL-E's dVAE."""
+    """Return the files encoder.* and decoder.* of a folder with DALL-E's dVAE; None for other folders."""
     found = {
         side: [file for file in sorted(folder.glob(f"{side}.*")) if file.suffix in (*SAFE, *PICKLES)]
         for side in ("encoder", "decoder")
@@ -131,7 +130,7 @@ def _halves(folder: Path) -> dict[str, Path] | None:
 
 
 def _weights_of(folder: Path) -> list[Path]:
-    """The files of weights in a folder: one, or all shards that an index names."""
+    """Return the files of weights in a folder: a single file, or all shards in an index."""
     for name in WHOLE:
         if (folder / name).is_file():
             return [folder / name]
@@ -157,8 +156,7 @@ def _read_files(files: list[Path]) -> Checkpoint:
         try:
             if file.suffix == ".onnx":
                 raise ForeignError(
-                    "got an ONNX graph, which has lost the names of its weights; import the file that it was exported "
-                    "from"
+                    "got an ONNX graph, which does not contain the names of its weights; import the original checkpoint"
                 )
             loaded = _read_safetensors(file) if file.suffix in SAFE else _read_pickle(file)
             exported = _export_metadata(file, loaded) or exported
@@ -181,15 +179,15 @@ def _read_files(files: list[Path]) -> Checkpoint:
 
 
 def _require_plain(tensors: dict[str, Any], file: Path) -> None:
-    """Raises ForeignError for tensors that a file of this size cannot hold, or that are no plain arrays of numbers.
+    """Raise ForeignError for tensors that are too large for the size of the file, or not dense.
 
-    A pickle can describe a tensor of any size over a few bytes; nothing is computed with one before this.
+    A few bytes in a pickle can describe a tensor of any size, so this is checked before any computation.
     """
     if len(tensors) > MOST_TENSORS:
         raise ForeignError(
             f"got {len(tensors)} tensors; expected at most {MOST_TENSORS}: this network is not supported"
         )
-    room, total = file.stat().st_size, 0
+    file_bytes, total = file.stat().st_size, 0
     for name, value in tensors.items():
         if not isinstance(value, Tensor):
             continue
@@ -198,10 +196,10 @@ def _require_plain(tensors: dict[str, Any], file: Path) -> None:
         if not value.numel():
             raise ForeignError(f"{name} has the shape {tuple(value.shape)}, which is empty; the file is damaged")
         total += value.numel() * value.element_size()
-        if total > MOST_SHARED * room + (1 << 20):
+        if total > MOST_SHARED * file_bytes + (1 << 20):
             raise ForeignError(
-                f"its tensors have {total} bytes up to {name}, and the file {room}; they are views of fewer numbers: "
-                "save them with .contiguous(), or get the file again"
+                f"its tensors up to {name} have {total} bytes, but the file has only {file_bytes}; they are views of a "
+                "smaller storage: save them with .contiguous(), or download the file again"
             )
 
 
@@ -228,18 +226,16 @@ def _read_safetensors(file: Path) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load_file(file)
     except (safetensors.SafetensorError, RuntimeError, ValueError, TypeError, KeyError) as error:
-        raise ForeignError(
-            f"no safetensors file, or a part of one ({error}); get it again and compare its size"
-        ) from None
+        raise ForeignError(f"not a valid safetensors file ({error}); download it again and compare its size") from None
 
 
 def _read_pickle(file: Path) -> Any:
-    """Load a torch.save file that holds only tensors and plain values (and the arguments of official MAE's training).
+    """Load a torch.save file that contains only tensors, plain values and training arguments.
 
-    Raises ForeignError for anything else without opening it, because a pickle can run code.
+    Raises ForeignError for other content without loading it, because a pickle can run code.
     """
     if not file.stat().st_size:
-        raise ForeignError("the file is empty; get it again")
+        raise ForeignError("the file is empty; download it again")
     with file.open("rb") as opened:
         start_of_file = opened.read(4)
     ours = start_of_file[:2] in (b"PK", b"\x80\x02")
@@ -247,14 +243,14 @@ def _read_pickle(file: Path) -> Any:
         if start_of_file[:2] == b"PK":
             _require_not_inflated(file)
         with warnings.catch_warnings(), torch.serialization.safe_globals(PLAIN_CLASSES):
-            warnings.simplefilter("ignore")  # about protocols: what matters is an error
+            warnings.simplefilter("ignore")  # about pickle protocols; only errors matter
             return torch.load(file, map_location="cpu", weights_only=True) if ours else _not_torch(start_of_file)
     except pickle.UnpicklingError as error:
         culprit = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"holds {culprit[1]} beside tensors" if culprit else "holds more than tensors"
+        what = f"contains {culprit[1]} besides tensors" if culprit else "contains more than tensors"
         raise ForeignError(
-            f"it {what}, and opening that could run code, so it was not opened. If you trust where it comes from, save "
-            "the tensors alone in the environment that made it: torch.save(model.state_dict(), FILE)"
+            f"it {what}, so loading it could run code, and it was not loaded. If you trust its origin, save only the "
+            "tensors in the original environment: torch.save(model.state_dict(), FILE)"
         ) from None
     except ForeignError:
         raise
@@ -268,12 +264,12 @@ def _read_pickle(file: Path) -> Any:
 
 
 def _require_not_inflated(file: Path) -> None:
-    """Raises ForeignError for a zip that would unpack to many times its size; torch.save compresses nothing."""
+    """Raise ForeignError for a zip that would unpack to many times its size; torch.save does not compress."""
     with zipfile.ZipFile(file) as opened:
         unpacked = sum(entry.file_size for entry in opened.infolist())
     if unpacked > MOST_SHARED * file.stat().st_size + (1 << 20):
         raise ForeignError(
-            f"it unpacks to {unpacked} bytes and has {file.stat().st_size}; torch.save does not compress, so this is "
+            f"it has {file.stat().st_size} bytes and unpacks to {unpacked}; torch.save does not compress, so this is "
             f"not a weights file: download it again"
         )
 
@@ -281,7 +277,7 @@ def _require_not_inflated(file: Path) -> None:
 def _not_torch(start_of_file: bytes) -> Any:
     if start_of_file[:1] == b"\x80":
         raise ForeignError(
-            "a pickle that torch.save did not write; it was not opened, because a pickle can run code: save the "
+            "got a pickle that torch.save did not write; it was not loaded, because a pickle can run code: save the "
             "tensors with torch.save(model.state_dict(), FILE)"
         )
     raise ForeignError(

@@ -1,7 +1,7 @@
-"""Metadata beside weights, checked before it is used: JSON files, headers, training arguments.
+"""Metadata stored with weights, validated before use: JSON files, headers, training arguments.
 
-Every value that is used has a type and a range here; a value that does not fit raises an error that names the file, the
-key and the expected value.
+Every value that is used has a type and a range here; an invalid value raises an error that names the file, the key and
+the expected value.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Classes = Annotated[list[str], Field(max_length=LARGEST)]
 
 
 class NetworkConfig(Outside):
-    """The keys of transformers' config.json that are used."""
+    """The used keys of transformers' config.json."""
 
     model_type: str | None = None
     hidden_size: Size | None = None
@@ -56,7 +56,7 @@ class NetworkConfig(Outside):
 
 
 class TimmData(Outside):
-    """`pretrained_cfg` in timm's config.json, and the same among the arguments of timm's training."""
+    """`pretrained_cfg` in timm's config.json; timm's training arguments have the same keys."""
 
     mean: Numbers | None = None
     std: Deviations | None = None
@@ -92,8 +92,7 @@ class ShardIndex(Outside):
 
 
 class ExportMetadata(Outside):
-    """Metadata that `unmask export` stores in the header of files in other formats; see
-    `export_common.export_metadata`."""
+    """Metadata that `unmask export` stores in files in other formats; see `export_common.export_metadata`."""
 
     mean: Numbers
     std: Deviations
@@ -106,7 +105,7 @@ class ExportMetadata(Outside):
 
 
 class TrainingArguments(Outside):
-    """Arguments of the training that wrote a checkpoint: official MAE's and BEiT's, SimMIM's, timm's."""
+    """Training arguments stored in a checkpoint by official MAE, BEiT, SimMIM or timm."""
 
     norm_pix_loss: bool | None = None
     mask_ratio: Annotated[float, Field(gt=0, lt=1)] | None = None
@@ -133,9 +132,9 @@ class SourceMetadata:
 
 
 def training_arguments(content: Any) -> tuple[TrainingArguments, tuple[str, ...]]:
-    """Read the arguments of the training from a checkpoint, and the names of arguments with invalid values.
+    """Return the training arguments in a checkpoint, and the names of arguments with invalid values.
 
-    content: what the file contains. Keys of SimMIM's configuration are renamed to those of MAE.
+    content: content of the file. Keys of SimMIM's configuration are renamed to MAE's.
     """
     if not isinstance(content, Mapping):
         return TrainingArguments(), ()

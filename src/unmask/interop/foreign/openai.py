@@ -1,4 +1,4 @@
-"""OpenAI's networks: transformers' ImageGPT, and DALL-E's dVAE."""
+"""Read OpenAI's networks: transformers' ImageGPT, and DALL-E's dVAE."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ OPENAI_LICENCE = "modified MIT (openai)"
 
 
 def image_gpt(state: Mapping[str, Tensor], metadata: SourceMetadata) -> Recognised:
-    """Read transformers' ImageGPT: matrices are transposed, the start token is the last row of the token table."""
+    """Read transformers' ImageGPT. Its matrices are transposed; the start token is the last row of the token table."""
     network = metadata.network
     names = Names({}, {})
     for name, value in state.items():
         short = name.removeprefix("transformer.")
         names.tensors[short], names.origin[short] = value, name
-    names.drop(r"h\.\d+\.attn\.(bias|masked_bias)")  # the causal mask, in older files
-    names.drop(r"score\.weight", "the classifier is left out: it is the linear layer of a probe")
+    names.drop(r"h\.\d+\.attn\.(bias|masked_bias)")  # the causal mask in older files
+    names.drop(r"score\.weight", "the classifier is left out: it is only the linear layer of a probe")
     tensors, ours, left = names.tensors, {}, []
     table = need(tensors, "wte.weight", 2)
     colours, width, depth = len(table) - 1, table.shape[1], count_blocks(tensors, "h")
@@ -56,8 +56,7 @@ def image_gpt(state: Mapping[str, Tensor], metadata: SourceMetadata) -> Recognis
         elif match and match[2].endswith("bias") and match[2].removesuffix("bias") + "weight" in GPT_NAMES:
             if value.any():
                 raise ForeignError(
-                    f"{names.origin[name]} is not zero; the published networks have no biases, and this package's "
-                    "iGPT has none"
+                    f"{names.origin[name]} is not zero; the iGPT here has no biases, like the published networks"
                 )
         elif name == "wte.weight":
             ours |= {"encoder.tokens": table[:-1].clone(), "encoder.sos": table[-1].clone()}
@@ -82,7 +81,7 @@ def image_gpt(state: Mapping[str, Tensor], metadata: SourceMetadata) -> Recognis
     kind = "transformers ImageGPT" + ("" if whole else ", encoder only")
     return Recognised(
         kind, OPENAI_LICENCE, method, ours, channels, (1, 1), (side, side) if side else None, places,
-        (127.5,) * channels, (127.5,) * channels, "-1 to 1, as iGPT; only the palette counts", tuple(names.notes),
+        (127.5,) * channels, (127.5,) * channels, "-1 to 1, as in iGPT; only the palette matters", tuple(names.notes),
     )  # fmt: skip
 
 
@@ -97,16 +96,16 @@ def _clusters(clusters: list[list[float]] | None, colours: int) -> Tensor:
     if palette.ndim != 2 or len(palette) != colours:
         raise ForeignError(
             f"got a palette of shape {tuple(palette.shape)} in preprocessor_config.json; expected {colours} colours; "
-            "the two files are not of one model"
+            "the two files belong to different models"
         )
     return palette.float()
 
 
-DALLE_LAYERS = {"group_1": 1, "group_2": 4, "group_3": 7, "group_4": 10}  # of the first of two blocks
+DALLE_LAYERS = {"group_1": 1, "group_2": 4, "group_3": 7, "group_4": 10}  # number of the first of two blocks
 
 
 def dalle(state: Mapping[str, Tensor]) -> Recognised:
-    """Read OpenAI's dVAE, whose published names follow `encoder.` and `decoder.`."""
+    """Read OpenAI's dVAE. state: published names with the prefixes `encoder.` and `decoder.`."""
     parts = {name.split(".")[0] for name in state}
     if parts != {"encoder", "decoder"}:
         raise ForeignError(
@@ -127,12 +126,12 @@ def dalle(state: Mapping[str, Tensor]) -> Recognised:
     }  # fmt: skip
     return Recognised(
         "DALL-E dVAE", OPENAI_LICENCE, {"name": "dvae", "encoder": encoder}, ours, first.shape[1], (8, 8), (32, 32), 0,
-        *(IMAGENET if first.shape[1] == 3 else (None, None)), "ImageNet's; the network itself takes 0 to 255",
+        *(IMAGENET if first.shape[1] == 3 else (None, None)), "ImageNet's; the network itself expects 0 to 255",
     )  # fmt: skip
 
 
 def _dalle_place(name: str) -> str | None:
-    """encoder.blocks.group_2.block_1.res_path.conv_3.w -> encoder.hidden.4.layers.5.weight; None for the unknown."""
+    """Rename encoder.blocks.group_2.block_1.res_path.conv_3.w to encoder.hidden.4.layers.5.weight; None if unknown."""
     match = re.fullmatch(r"(encoder|decoder)\.blocks\.(.+)\.([wb])", name)
     if match is None:
         return None

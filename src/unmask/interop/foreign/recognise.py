@@ -1,15 +1,13 @@
 """Identify the network of a state dict, and rename its tensors to unmask's names. Reads no files.
 
-    official MAE     facebookresearch/mae: encoder, encoder and decoder, fine-tuned
-    BEiT             microsoft/unilm: pre-trained, fine-tuned
-    SimMIM           microsoft/SimMIM, with a ViT: pre-trained
-    timm             plain vision transformers; its BEiT has the official names
-    transformers     ViTMAE, ViT, BEiT and ImageGPT, under the names in files and those in memory
-    DALL-E           the dVAE of openai/DALL-E, encoder and decoder together
+    official MAE     facebookresearch/mae: encoder, encoder and decoder, fine-tuned BEiT             microsoft/unilm:
+    pre-trained, fine-tuned SimMIM           microsoft/SimMIM, with a ViT: pre-trained timm             plain vision
+    transformers; its BEiT has the official names transformers     ViTMAE, ViT, BEiT and ImageGPT, with the names used
+    in files or in memory DALL-E           the dVAE of openai/DALL-E, encoder and decoder together
 
-Nothing is guessed: a tensor that is missing, left over or of another shape is an error, and what is left out on purpose
-is reported. What weights do not show (with few exceptions the number of heads) comes from config.json, from the
-published sizes, or from the user.
+Nothing is guessed: a tensor that is missing, unknown or of another shape is an error, and parts that are left out on
+purpose are reported. Settings that cannot be read from the weights (mostly the number of heads) come from config.json,
+from the published sizes, or from the user.
 
 Letters: D width, C channels, N patches.
 """
@@ -31,9 +29,9 @@ from unmask.interop.names import from_transformers
 
 
 def recognise(state: Mapping[str, Tensor], metadata: SourceMetadata | None = None) -> Recognised:
-    """Identify the network of a state dict and rename its tensors. Raises ForeignError when the kind is unknown.
+    """Identify the network of a state dict and rename its tensors. Raises ForeignError for an unknown network.
 
-    metadata: what describes the weights, as far as the file has it.
+    metadata: the metadata found with the weights.
     """
     metadata = metadata or SourceMetadata()
     training, known = metadata.training, {}
@@ -47,17 +45,17 @@ def recognise(state: Mapping[str, Tensor], metadata: SourceMetadata | None = Non
         if isinstance(error, UserError):
             raise
         raise ForeignError(
-            f"its tensors do not have the shapes of the network that their names belong to ({type(error).__name__}: "
-            f"{str(error).splitlines()[0] if str(error) else 'no reason given'}); get the file again, it is damaged or "
-            "was made by hand"
+            f"the shapes of its tensors do not fit the network that their names suggest ({type(error).__name__}: "
+            f"{str(error).splitlines()[0] if str(error) else 'no reason given'}); the file is damaged or was edited: "
+            "download it again"
         ) from None
     return replace(found, eval_share=share_of(metadata.preprocessor))
 
 
 def share_of(preprocessor: Preprocessor) -> float | None:
-    """Return the share of the shorter side of an image that the network sees in evaluation.
+    """Return the size of the evaluation crop as a share of the image's shorter side.
 
-    1 for a preprocessor that does not crop; None where nothing is stated.
+    Returns 1 for a preprocessor that does not crop, and None if the preprocessor does not specify it.
     """
     if preprocessor.crop_pct is not None:
         return preprocessor.crop_pct
@@ -77,7 +75,7 @@ def _kind_of(state: Mapping[str, Tensor], metadata: SourceMetadata) -> Recognise
         return dalle(state)
     if any(name.endswith("embeddings.patch_embeddings.projection.weight") for name in names):
         return recognise_vit(from_transformers(state), metadata)
-    if {"encoder.patch_embed.proj.weight", "decoder.0.weight"} <= names:  # official SimMIM, whole
+    if {"encoder.patch_embed.proj.weight", "decoder.0.weight"} <= names:  # official SimMIM with its head
         state = {name.removeprefix("encoder."): value for name, value in state.items()}
         names = set(state)
     if "patch_embed.proj.weight" in names:

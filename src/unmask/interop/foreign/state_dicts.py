@@ -1,4 +1,4 @@
-"""Reading a state dict: unwrapping it, looking up its tensors, and the record of what was recognised.
+"""Unwrap a state dict, look up its tensors, and record the recognised network.
 
 Letters: D width, C channels, N patches.
 """
@@ -19,21 +19,21 @@ IMAGENET = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # mean and standa
 HALVES = (127.5, 127.5, 127.5), (127.5, 127.5, 127.5)
 WRAPPERS = ("model", "state_dict", "model_state_dict", "module")
 EXPORT_METADATA = "unmask_imprint"  # key of unmask's own metadata in files of other formats
-DEEPEST_WRAPPER = 8  # a pickle can hold itself
+DEEPEST_WRAPPER = 8  # a pickle can contain itself
 PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "encoder.")
 SIZES = {(192, 12): "Ti", (384, 12): "S", (768, 12): "B", (1024, 24): "L", (1280, 32): "H"}
-UNKNOWN_LICENCE = "not in the file; see the page it came from"
+UNKNOWN_LICENCE = "not in the file; see the page it was downloaded from"
 
 
 @dataclass(frozen=True)
 class Recognised:
     """A recognised state dict.
 
-    method: settings of our method; `heads` are left out where nothing shows them. weights: under our names, float32.
-    channels, patch, grid: of the images that the network was made for; grid is None where N is no square and nothing
-    says what rectangle it is. mean, std: of those images, in units of 0..255; None where nothing was published for so
-    many channels. statistics: whose they are. notes: what was left out or assumed, in sentences. eval_share: of the
-    shorter side of an image that is seen in evaluation; None where nothing states it.
+    method: settings of the corresponding unmask method; `heads` is missing if unknown. weights: tensors under unmask's
+    names, float32. channels, patch, grid: the images that the network was trained on; grid is None for an unknown
+    rectangle. mean, std: normalisation in units of 0..255; None if none was published for this number of channels.
+    statistics: the origin of mean and std. notes: sentences about parts that were left out or assumed. eval_share: the
+    evaluation crop as a share of the image's shorter side; None if unknown.
     """
 
     kind: str
@@ -52,7 +52,7 @@ class Recognised:
 
     @property
     def name(self) -> str:
-        """The kind and the sizes: 'official MAE, full or visualise: ViT-B/16 at 224, decoder 8 x 512'."""
+        """The kind and sizes, such as 'official MAE, full or visualise: ViT-B/16 at 224, decoder 8 x 512'."""
         encoder, size = self.method["encoder"], ""
         if self.grid is not None:
             height, width = (cells * side for cells, side in zip(self.grid, self.patch, strict=True))
@@ -73,14 +73,14 @@ class Recognised:
 
 @dataclass
 class Names:
-    """A state dict under official names; `origin` maps each to its name in the file."""
+    """A state dict under official names; `origin` maps each name to the name in the file."""
 
     tensors: dict[str, Tensor]
     origin: dict[str, str]
     notes: list[str] = field(default_factory=list)
 
     def drop(self, pattern: str, note: str = "") -> bool:
-        """Drop tensors whose whole name matches; return whether there were any. note: tells the user why."""
+        """Drop tensors whose full name matches `pattern`; return whether there were any. note: reason for the user."""
         gone = [name for name in self.tensors if re.fullmatch(pattern, name)]
         for name in gone:
             del self.tensors[name]
@@ -93,9 +93,9 @@ class Names:
 
 
 def unwrap(content: Any) -> dict[str, Tensor]:
-    """Return the state dict of a checkpoint: from under 'model' or the like, without prefixes like 'module.'.
+    """Return the state dict of a checkpoint, removing wrappers such as 'model' and prefixes such as 'module.'.
 
-    Raises ForeignError when there is none. What lies beside a state dict (optimiser, epoch, arguments) is left out.
+    Raises ForeignError if there is none. Other content (optimiser, epoch, arguments) is left out.
     """
     for _ in range(DEEPEST_WRAPPER):
         if not isinstance(content, Mapping) or any(isinstance(value, Tensor) for value in content.values()):
@@ -126,25 +126,27 @@ def matching(names: Names, pattern: str) -> list[str]:
 
 def need(tensors: Mapping[str, Tensor], name: str, dims: int | None = None) -> Tensor:
     if name not in tensors:
-        raise ForeignError(f"{name} is missing among {len(tensors)} tensors; the file is truncated, or of another kind")
+        raise ForeignError(
+            f"{name} is missing among {len(tensors)} tensors; the file is truncated, or is from another network"
+        )
     if dims is not None and tensors[name].ndim != dims:
         raise ForeignError(f"{name} has the shape {tuple(tensors[name].shape)}; expected {dims} dimensions")
     return tensors[name]
 
 
 def first_sizes(tensors: Mapping[str, Tensor]) -> tuple[int, tuple[int, int], int]:
-    """(width, patch, channels)."""
+    """Return (width, patch, channels) of the patch projection."""
     width, channels, height, across = need(tensors, "patch_embed.proj.weight", 4).shape
     if tensors["cls_token"].shape[-1] != width:
         raise ForeignError(
-            f"the class token has {tensors['cls_token'].shape[-1]} values and the patch projection makes {width}; the "
-            "tensors are not of one network"
+            f"the class token has {tensors['cls_token'].shape[-1]} values, but the patch projection has {width}; the "
+            "tensors belong to different networks"
         )
     return width, (height, across), channels
 
 
 def count_blocks(tensors: Mapping[str, Tensor], blocks: str) -> int:
-    """Count the blocks. Raises ForeignError when numbers are missing, or there are none."""
+    """Count the blocks. Raises ForeignError if there are none or a number is missing."""
     numbers = {int(match[1]) for name in tensors if (match := re.match(rf"{re.escape(blocks)}\.(\d{{1,9}})\.", name))}
     expected = max(numbers, default=0) + 1
     if len(numbers) != expected:
@@ -152,30 +154,30 @@ def count_blocks(tensors: Mapping[str, Tensor], blocks: str) -> int:
         more = expected - len(numbers) - 1
         raise ForeignError(
             f"{blocks}.{hole} is missing" + (f" (and {more} more)" if more else "")
-            + (f", but there is {blocks}.{max(numbers)}; the file is cut or was put together wrongly" if numbers else
+            + (f", but there is {blocks}.{max(numbers)}; the file is truncated or was assembled wrongly" if numbers else
                "; expected a transformer with at least one block")
         )  # fmt: skip
     return len(numbers)
 
 
 def root(number: int) -> int:
-    """Return the square root, or 0 where it is not an integer."""
+    """Return the square root, or 0 if it is not an integer."""
     root = math.isqrt(max(0, number))
     return root if root * root == number else 0
 
 
 def require_same(key: str, stated: Any, found: Any) -> None:
-    """Raise ForeignError when config.json states another value than the tensors have. stated: may be None."""
+    """Raise ForeignError if config.json states another value than the tensors have. stated: None if not stated."""
     if stated is not None and stated != found:
         raise ForeignError(
-            f"config.json states {key}={stated}, but the tensors have {found}; the two files are not of one model"
+            f"config.json states {key}={stated}, but the tensors have {found}; the two files belong to different models"
         )
 
 
 def require_nothing_left(names: Iterable[str]) -> None:
-    """Raise ForeignError that names tensors without a place in the network."""
+    """Raise ForeignError for tensors that do not belong to the recognised network."""
     if left := sorted(names):
         raise ForeignError(
-            f"{len(left)} tensors have no place in the network that the others make: {some(left)}; is it a variant, "
-            "or a mixture of two files?"
+            f"{len(left)} tensors do not belong to the network recognised from the others: {some(left)}; the file "
+            "may be of a variant, or a mix of two files"
         )

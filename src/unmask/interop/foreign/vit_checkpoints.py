@@ -1,7 +1,7 @@
-"""Vision transformers of others: official MAE, BEiT and SimMIM, timm's, and transformers' ViTMAE, ViT and BEiT.
+"""Read vision transformers of other libraries: official MAE, BEiT and SimMIM, timm, and transformers.
 
-What the weights do not show (the number of heads, with few exceptions) comes from config.json, from the sizes that were
-published, or has to be said.
+Settings that cannot be read from the weights (mostly the number of heads) come from config.json, from the published
+sizes, or from the user.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from unmask.interop.foreign.state_dicts import (
 )
 from unmask.interop.names import to_ours
 
-HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}  # of the published vision transformers, by width
-DECODER_HEADS = {512: 16}  # of MAE's decoder
+HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}  # heads of the published vision transformers, by width
+DECODER_HEADS = {512: 16}  # heads of MAE's decoder, by width
 MAE_LICENCE = "CC-BY-NC 4.0 (facebookresearch/mae): not for commercial use"
 BEIT_LICENCE = "MIT (microsoft/unilm)"
 SIMMIM_LICENCE = "MIT (microsoft/SimMIM)"
@@ -42,17 +42,17 @@ FOREIGN_PARTS = {
     r"blocks\.\d+\.attn\.(q_norm|k_norm)\..+": "a norm on queries and keys",
     r"blocks\.\d+\.mlp\.(fc1_g|fc1_x|w1|w2|w3|w12|weights_in)\..+": "a gated MLP",
     r"blocks\.\d+\.(attn\.norm|mlp\.norm)\..+": "a norm inside attention or MLP",
-    r"blocks\.\d+\.(norm3|cross_attn|adaLN.*|conv.*)\..+": "blocks of another make",
+    r"blocks\.\d+\.(norm3|cross_attn|adaLN.*|conv.*)\..+": "blocks of another architecture",
     r"(dist_token|head_dist\..+)": "a distillation token",
     r"norm_pre\..+": "a norm before the first block",
     r"attn_pool\..+": "attention pooling",
-    r"patch_embed\.(backbone|norm|proj\.\d+)\..+": "a stem that is no single convolution",
+    r"patch_embed\.(backbone|norm|proj\.\d+)\..+": "a stem that is not a single convolution",
 }
-"""Parts of other vision transformers that are not supported, in words."""
+"""Descriptions of unsupported parts of vision transformers, by the pattern of their names."""
 
 
 def recognise_vit(names: Names, metadata: SourceMetadata) -> Recognised:
-    """Read a vision transformer under official names, which timm shares."""
+    """Read a vision transformer under official names, which timm also uses."""
     network, training = metadata.network, metadata.training
     for pattern, words in FOREIGN_PARTS.items():
         if names.has(pattern):
@@ -104,7 +104,7 @@ def recognise_vit(names: Names, metadata: SourceMetadata) -> Recognised:
         hidden = training.num_mask_patches
         if method["name"] == "beit" and hidden is not None and places and grid is not None:
             method["mask_ratio"] = hidden / (grid[0] * grid[1])
-            names.notes.append(f"the training hid {hidden} of {grid[0] * grid[1]} patches")
+            names.notes.append(f"training hid {hidden} of {grid[0] * grid[1]} patches")
     weights = to_ours(names, method["name"])
     licence = BEIT_LICENCE if beit else MAE_LICENCE if full or encoder["positions"] == "sincos" else UNKNOWN_LICENCE
     if transformers:
@@ -130,7 +130,7 @@ def recognise_vit(names: Names, metadata: SourceMetadata) -> Recognised:
 
 
 def _with_pixel_head(names: Names) -> bool:
-    """Whether this is official SimMIM; converts its 1 x 1 convolution and pixel shuffle to the equal linear layer."""
+    """Whether this is official SimMIM; if so, convert its 1 x 1 convolution and pixel shuffle to a linear layer."""
     tensors = names.tensors
     weight, projection = tensors.get("decoder.0.weight"), tensors.get("patch_embed.proj.weight")
     if weight is None or projection is None or "mask_token" not in tensors or projection.ndim != 4:
@@ -138,7 +138,7 @@ def _with_pixel_head(names: Names) -> bool:
     width, channels, height, across = projection.shape
     if weight.shape != (channels * height * across, width, 1, 1) or tensors["decoder.0.bias"].ndim != 1:
         return False
-    # The shuffle reads (channel, row, column); a patch vector here is (row, column, channel).
+    # The pixel shuffle has the order (channel, row, column), a patch vector here (row, column, channel).
     shape = (channels, height, across)
     tensors["head.weight"] = tensors.pop("decoder.0.weight").view(*shape, width).permute(1, 2, 0, 3).flatten(0, 2)
     tensors["head.bias"] = tensors.pop("decoder.0.bias").view(*shape).permute(1, 2, 0).flatten()
@@ -146,10 +146,10 @@ def _with_pixel_head(names: Names) -> bool:
 
 
 def _simmim_masks(names: Names, patch: tuple[int, int], training: TrainingArguments) -> dict[str, Any]:
-    """Return the settings of the masks: the size of cells in patches, and the share of cells that is hidden."""
+    """Return the settings of the patch masks: the size of cells in patches, and the share of hidden cells."""
     pixels, ratio = training.mask_patch_size or 32, training.mask_ratio or 0.6
     origin = "from the training's configuration" if training.mask_patch_size else "SimMIM's defaults, not in the file"
-    names.notes.append(f"masks of cells of {pixels} pixels, {ratio:g} of them hidden ({origin})")
+    names.notes.append(f"patch masks have cells of {pixels} pixels, {ratio:.0%} of them hidden ({origin})")
     return {"mask_cell": tuple(max(1, pixels // side) for side in patch), "mask_ratio": ratio}
 
 
@@ -165,28 +165,29 @@ def _prepare(names: Names) -> None:
         if all(part is not None for part in apart):
             tensors[fused] = torch.cat([part for part in apart if part is not None])
         if fused not in tensors:
-            continue  # said with the others that are missing
+            continue  # reported later with all missing tensors
         third = len(tensors[fused]) // 3
         parts = [pop_first(tensors, f"{prefix}{part}.bias", f"{prefix}{part}_bias") for part in "qkv"]
         if any(part is not None for part in parts) or f"{prefix}qkv.bias" not in tensors:
-            # Without a bias of its own a projection has a bias of zero; that of the keys cancels in the softmax.
+            # A missing bias is zero; a bias of the keys would cancel in the softmax.
             tensors[f"{prefix}qkv.bias"] = torch.cat([torch.zeros(third) if part is None else part for part in parts])
 
 
 def _ratio(tensors: Mapping[str, Tensor], mlp: str, width: int) -> float:
-    """Return the hidden width over the width, such that int(width * ratio) is the hidden width."""
+    """Return the ratio of hidden width to width for which int(width * ratio) is exactly the hidden width."""
     hidden, back = len(need(tensors, f"{mlp}.fc1.weight", 2)), need(tensors, f"{mlp}.fc2.weight", 2).shape[1]
     if hidden != back:
         raise ForeignError(
-            f"{mlp} has {hidden} outputs and {back} inputs: a gated MLP, which is not supported; expected a plain one"
+            f"got {mlp} with {hidden} outputs and {back} inputs, a gated MLP, which is not supported; expected a plain "
+            "MLP"
         )
     return hidden / width if int(width * (hidden / width)) == hidden else (hidden + 0.5) / width
 
 
 def _places(names: Names, network: NetworkConfig, patch: tuple[int, int]) -> tuple[int, tuple[int, int] | None]:
-    """(N, grid) of the images that positions were made for; N is 0 where only a relative bias knows, grid may be None.
+    """Return (N, grid) of the position embeddings; N is 0 with only a relative position bias, grid None if unknown.
 
-    Positions without a row for the class token (timm's no_embed_class) get one of zeros.
+    If they have no row for the class token (timm's no_embed_class), a row of zeros is added.
     """
     tensors, stated = names.tensors, None
     if network.image_size is not None:
@@ -197,13 +198,13 @@ def _places(names: Names, network: NetworkConfig, patch: tuple[int, int]) -> tup
         table = need(tensors, "pos_embed", 3)
         rows = table.shape[1]
         with_class = is_sincos(table) or (stated is not None and stated[0] * stated[1] == rows - 1)
-        if root(rows) and not with_class:  # 25 are 5 x 5, unless they are 4 x 6 and the class token's
+        if root(rows) and not with_class:  # 25 rows are 5 x 5 patches, or 4 x 6 and the class token
             tensors["pos_embed"] = table = torch.cat([torch.zeros_like(table[:, :1]), table], 1)
         places = table.shape[1] - 1
         if stated is not None and stated[0] * stated[1] != places:
             raise ForeignError(
                 f"config.json states images of {network.image_size} pixels, that is {stated[0]} x {stated[1]} patches "
-                f"of {patch[0]} x {patch[1]}, but there are positions for {places}; the two files are not of one model"
+                f"of {patch[0]} x {patch[1]}, but the weights have {places}; the two files belong to different models"
             )
         side = root(places)
         return places, stated or ((side, side) if side else None)
@@ -215,7 +216,7 @@ def _places(names: Names, network: NetworkConfig, patch: tuple[int, int]) -> tup
 
 
 def is_sincos(table: Tensor) -> bool:
-    """Whether positions (1, 1 + N, D) are fixed sines and cosines: the squares of each pair sum to 1."""
+    """Whether positions (1, 1 + N, D) are fixed sine-cosine embeddings: the squares of each pair sum to 1."""
     quarters = table[0, 1:].unflatten(-1, (2, 2, -1)) if table.shape[-1] % 4 == 0 else None
     if quarters is None or table[0, 0].abs().max() > 1e-3:
         return False
@@ -223,7 +224,7 @@ def is_sincos(table: Tensor) -> bool:
 
 
 def _require_config(network: NetworkConfig, encoder: Mapping[str, Any], channels: int) -> None:
-    """Raise ForeignError when config.json states another size than the tensors have, or an unsupported activation."""
+    """Raise ForeignError if config.json contradicts the sizes of the tensors, or states an unsupported activation."""
     patch = encoder["patch"]
     require_same("hidden_size", network.hidden_size, encoder["width"])
     require_same("num_hidden_layers", network.num_hidden_layers, encoder["depth"])
@@ -236,7 +237,7 @@ def _require_config(network: NetworkConfig, encoder: Mapping[str, Any], channels
 
 @dataclass(frozen=True)
 class Normalisation:
-    """Mean and standard deviation per channel in units of 0..255, None where none is known, and their origin."""
+    """Mean and standard deviation per channel in units of 0..255 (None if unknown), and their origin."""
 
     mean: tuple[float, ...] | None
     std: tuple[float, ...] | None
@@ -244,17 +245,17 @@ class Normalisation:
 
 
 def normalisation_of(metadata: SourceMetadata, channels: int, *, halves: bool) -> Normalisation:
-    """Return the normalisation in the metadata, else the published one. halves: BEiT's, 0.5 and 0.5."""
+    """Return the normalisation in the metadata, or else the published one. halves: use BEiT's 0.5 and 0.5."""
     found, training = metadata.preprocessor, metadata.training
     for key, values in (("image_mean", found.image_mean), ("image_std", found.image_std)):
         if values is not None and len(values) != channels:
             raise ForeignError(
-                f"got {len(values)} values of {key} for a network of {channels} channels; expected one per channel: "
-                "settings and weights are not of one model"
+                f"got {len(values)} values of {key} for a network of {channels} channels; expected one per channel; "
+                "settings and weights belong to different models"
             )
     if training.imagenet_default_mean_and_std is not None and channels == 3 and found.image_mean is None:
         usual = IMAGENET if training.imagenet_default_mean_and_std else HALVES
-        return Normalisation(*usual, "of the training's arguments: imagenet_default_mean_and_std")
+        return Normalisation(*usual, "from the training arguments: imagenet_default_mean_and_std")
     if found.do_normalize is False:
         return Normalisation(
             (0.0,) * channels, (255.0,) * channels, "none: preprocessor_config.json states do_normalize=false"
@@ -262,17 +263,21 @@ def normalisation_of(metadata: SourceMetadata, channels: int, *, halves: bool) -
     if found.image_mean is not None and found.image_std is not None:
         scale = 1.0 if found.do_rescale is False else 1 / (found.rescale_factor or 1 / 255)
         mean, std = (tuple(value * scale for value in values) for values in (found.image_mean, found.image_std))
-        origin = "preprocessor_config.json" if training.mean is None else "the training's arguments"
-        return Normalisation(mean, std, f"of {origin}")
+        origin = "preprocessor_config.json" if training.mean is None else "the training arguments"
+        return Normalisation(mean, std, f"from {origin}")
     if channels != 3:
         return Normalisation(None, None, "")
-    return Normalisation(*HALVES, "0.5 and 0.5, as BEiT") if halves else Normalisation(*IMAGENET, "ImageNet's, as MAE")
+    return (
+        Normalisation(*HALVES, "0.5 and 0.5, as in BEiT")
+        if halves
+        else Normalisation(*IMAGENET, "ImageNet's, as in MAE")
+    )
 
 
 def _with_decoder(
     names: Names, encoder: dict[str, Any], network: NetworkConfig, training: TrainingArguments
 ) -> tuple[str, dict[str, Any]]:
-    """Describe a whole MAE."""
+    """Return the kind and settings of an MAE with its decoder."""
     tensors = names.tensors
     width = len(need(tensors, "decoder_embed.weight", 2))
     decoder: dict[str, Any] = {"width": width, "depth": count_blocks(tensors, "decoder_blocks")}
@@ -292,19 +297,19 @@ def _with_decoder(
         method["target"] = "norm_pixels" if training.norm_pix_loss else "pixels"
         return "full", method
     names.notes.append(
-        "the decoder is taken to predict pixels normalised within each patch, as the full files do; one of the "
-        "visualise files predicts plain pixels, which does not show: for it give --set method.target=pixels"
+        "the decoder is taken to predict pixels normalised within each patch, like the official full files; one of the "
+        "visualise files predicts plain pixels, which cannot be detected: for this file use --set method.target=pixels"
     )
     return "full or visualise", method
 
 
 def _with_head(names: Names, encoder: dict[str, Any], network: NetworkConfig) -> tuple[str, dict[str, Any]]:
-    """Describe a classifier on the mean of the patch tokens."""
+    """Return the kind and settings of a classifier on the mean of the patch tokens."""
     count = len(names.tensors["head.weight"])
     labels = network.id2label or network.label_names or {}
-    told = [str(labels[key]) for key in sorted(labels, key=int)] if isinstance(labels, Mapping) else list(labels)
-    classes = told if len(told) == count else [f"class {number}" for number in range(count)]
-    # ImageNet has two cranes: names that come more than once get their number, or labels could not be told apart.
+    listed = [str(labels[key]) for key in sorted(labels, key=int)] if isinstance(labels, Mapping) else list(labels)
+    classes = listed if len(listed) == count else [f"class {number}" for number in range(count)]
+    # Duplicate names (ImageNet has two classes called crane) get their number, to keep labels distinct.
     classes = [name if classes.count(name) == 1 else f"{name} ({number})" for number, name in enumerate(classes)]
     names.drop("mask_token")
     _plain_norm(names)
@@ -312,14 +317,16 @@ def _with_head(names: Names, encoder: dict[str, Any], network: NetworkConfig) ->
 
 
 def _encoder_only(names: Names, encoder: dict[str, Any], *, beit: bool) -> tuple[str, dict[str, Any]]:
-    """Describe an encoder without a supported task, or a BEiT, which needs a tokenizer too."""
+    """Return the kind and settings of an encoder without a supported task, or of a BEiT, which needs a tokenizer."""
     if beit and "lm_head.weight" in names.tensors and "mask_token" in names.tensors:
         names.drop(r"(fc_norm|head)\..+")
         return "pre-trained", {"name": "beit", "encoder": encoder}
-    names.drop(r"lm_head\..+", "the head for codes is left out")
+    names.drop(r"lm_head\..+", "the head that predicts codes is left out")
     if names.has(r"head\..+"):
-        words = "on the class token" if "norm.weight" in names.tensors else "of one output, or of several layers"
-        names.drop(r"head\..+", f"the classifier {words} is left out: the one here is linear, on the mean of patches")
+        words = "on the class token" if "norm.weight" in names.tensors else "with one output or several layers"
+        names.drop(
+            r"head\..+", f"the classifier {words} is left out: classifiers here are linear on the mean of patch tokens"
+        )
     _plain_norm(names)
     names.drop(r"fc_norm\..+", "the norm of the mean of patch tokens is left out")
     names.drop("mask_token")
@@ -327,15 +334,14 @@ def _encoder_only(names: Names, encoder: dict[str, Any], *, beit: bool) -> tuple
 
 
 def _plain_norm(names: Names) -> None:
-    """Add a norm after the last block with gain 1 and bias 0, where the network normalises only after pooling."""
+    """Add a norm with gain 1 and bias 0 after the last block if the network normalises only after pooling."""
     tensors = names.tensors
     if "norm.weight" in tensors or "fc_norm.weight" not in tensors:
         return
     width = len(tensors["fc_norm.weight"])
     tensors |= {"norm.weight": torch.ones(width), "norm.bias": torch.zeros(width)}
     names.notes.append(
-        "it has no norm of its own after the last block, so embed and probe see tokens normalised with gain 1 and "
-        "bias 0"
+        "it has no norm after the last block, so embed and probe use tokens normalised with gain 1 and bias 0"
     )
 
 
@@ -345,11 +351,11 @@ def _family(network: NetworkConfig, *, beit: bool, full: bool) -> str:
 
 
 def _official(kind: str, encoder: Mapping[str, Any], licence: str, *, beit: bool, full: bool) -> tuple[str, str]:
-    """Return (kind, licence) of official names, which several networks share."""
+    """Return (kind, licence) of a checkpoint under official names, which several networks use."""
     if beit:
         return f"BEiT, {kind}", licence
     if full or encoder["positions"] == "sincos":
         return f"official MAE, {kind}", licence
     if kind == "fine-tuned":
-        return "official MAE or timm ViT, fine-tuned", f"of official MAE {MAE_LICENCE}; of others {UNKNOWN_LICENCE}"
+        return "official MAE or timm ViT, fine-tuned", f"for official MAE {MAE_LICENCE}; for others {UNKNOWN_LICENCE}"
     return f"timm ViT, {kind}", licence

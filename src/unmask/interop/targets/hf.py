@@ -10,8 +10,8 @@ from unmask.interop.transformers_models import to_transformers
 def to_hf(loaded: Loaded) -> ExportedModel:
     """Convert the encoder, an iGPT, or a classifier.
 
-    `AutoModel` and the feature-extraction pipeline return every token, the same at every call: transformers' ViTMAE
-    hides random patches at every call, so it is not used for features.
+    transformers' ViTMAE hides random patches at every call, so it is not used for features: `AutoModel` and the
+    feature-extraction pipeline must return all tokens, reproducibly.
     """
     return to_transformers(loaded, whole=False)
 

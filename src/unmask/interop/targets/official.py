@@ -1,7 +1,7 @@
 """A .pth file for the official MAE code: {"model": state dict}, for its models_mae or models_vit.
 
-models_mae.MaskedAutoencoderViT where encoder and decoder fit, else models_vit.VisionTransformer. The positions of both
-include a row for the class token, which is the first token.
+The model is models_mae.MaskedAutoencoderViT if it can represent encoder and decoder, otherwise
+models_vit.VisionTransformer. The position embeddings of both include the class token, which is the first token.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ from unmask.nn.masks import Mask
 
 
 def to_official(loaded: Loaded) -> ExportedModel:
-    """The files of official MAE: encoder and decoder, encoder, or fine-tuned."""
+    """Convert to official MAE: encoder and decoder, encoder only, or fine-tuned."""
     encoder, settings = vit_of(loaded, "official MAE"), loaded.config.method.model_dump()["encoder"]
     method, spec = loaded.method, loaded.plan.images
     if not is_plain(encoder, settings):
         raise ExportError(
-            f"this encoder has {what_beit_has(settings)}, and official MAE's has positions, and neither LayerScale nor "
-            "a relative position bias; use --to timm or --to hf"
+            f"this encoder has {what_beit_has(settings)}; official MAE supports only position embeddings, no "
+            "LayerScale and no relative position bias; use --to timm or --to hf"
         )
-    asked: dict[str, Any] = {
+    kwargs: dict[str, Any] = {
         "img_size": sides(spec.size), "patch_size": sides(encoder.patch), "in_chans": spec.channels,
         "embed_dim": encoder.width, "depth": settings["depth"], "num_heads": settings["heads"],
         "mlp_ratio": settings["mlp_ratio"],
@@ -57,23 +57,23 @@ def to_official(loaded: Loaded) -> ExportedModel:
     why = mae_misses(loaded, "official MAE")
     classifier = method.mean_token_classifier
     if isinstance(method, MAE) and spec.channels != 3:
-        why = why or f"official MAE's decoder draws 3 channels, and there are {spec.channels}"
+        why = why or f"official MAE's decoder supports only 3 channels, and this run has {spec.channels}"
     if isinstance(method, MAE) and settings["mlp_ratio"] != 4:
-        why = why or "official MAE has one mlp_ratio for encoder and decoder"
+        why = why or "official MAE has the same mlp_ratio for encoder and decoder"
     notes: tuple[str, ...] = ()
     if classifier:
         weights, what = weights_of(method, "encoder.norm.", "encoder.mean", "encoder.std"), "fine-tuned"
-        asked |= {"qkv_bias": True, "num_classes": classifier.head.out_features, "global_pool": True}
+        kwargs |= {"qkv_bias": True, "num_classes": classifier.head.out_features, "global_pool": True}
     elif isinstance(method, MAE) and why is None:
         weights, what = weights_of(method, "encoder.mean", "encoder.std", "target."), "encoder and decoder"
         decoder = loaded.config.method.model_dump()["decoder"]
-        asked |= {
+        kwargs |= {
             "decoder_embed_dim": decoder["width"], "decoder_depth": decoder["depth"],
             "decoder_num_heads": decoder["heads"], "norm_pix_loss": method_target(loaded) == "norm_pixels",
         }  # fmt: skip
     else:
         weights, what = encoder_of(method), "encoder only"
-        asked |= {"qkv_bias": True, "num_classes": 0, "global_pool": False}
+        kwargs |= {"qkv_bias": True, "num_classes": 0, "global_pool": False}
         notes = (left_out(loaded, why),) if why else task_left_out(loaded, "official MAE")
     module, name = (
         ("models_mae", "MaskedAutoencoderViT") if what == "encoder and decoder" else ("models_vit", "VisionTransformer")
@@ -83,7 +83,7 @@ def to_official(loaded: Loaded) -> ExportedModel:
     def check(path: Path, images: Tensor) -> float:
         make = imported(module, name, f"{module} of facebookresearch/mae")
         layer = partial(nn.LayerNorm, eps=settings["norm_eps"])
-        model = make(**asked, norm_layer=layer).eval()
+        model = make(**kwargs, norm_layer=layer).eval()
         model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True)["model"], strict=True)
         if isinstance(method, MAE) and module == "models_mae":
             return against_models_mae(model, method, images)
@@ -96,13 +96,13 @@ def to_official(loaded: Loaded) -> ExportedModel:
         what=f"official MAE, {what}",
         library=f"{module} of facebookresearch/mae",
         load=f"from functools import partial\n\nimport torch\nfrom torch import nn\n\nfrom {module} import {name}\n\n"
-        f"model = {name}({arguments(asked)}, {norm})\n"
+        f"model = {name}({arguments(kwargs)}, {norm})\n"
         'model.load_state_dict(torch.load(PATH, map_location="cpu", weights_only=True)["model"])\nmodel.eval()',
-        returns={"models_mae": "`model(images, mask_ratio)` gives loss, prediction and mask."}.get(
+        returns={"models_mae": "`model(images, mask_ratio)` returns loss, prediction and patch mask."}.get(
             module,
-            "`model(images)` gives logits."
+            "`model(images)` returns logits."
             if classifier
-            else "`model.forward_features(images)` gives the class token.",
+            else "`model.forward_features(images)` returns the class token.",
         ),
         write=lambda path: torch.save({"model": state, EXPORT_METADATA: export_metadata(loaded)}, path),
         check=check,
@@ -112,7 +112,7 @@ def to_official(loaded: Loaded) -> ExportedModel:
 
 
 def against_models_mae(model: Any, method: MAE, images: Tensor) -> float:
-    """Features of all patches, and the prediction under the mask that the official code draws."""
+    """Compare features of all patches, and the prediction under the patch mask drawn by the official code."""
     found, _, back = model.forward_encoder(normalised(method.encoder, images), 0.0)
     patches = found[:, 1:].gather(1, back[..., None].expand(-1, -1, found.shape[2]))
     whole = torch.cat([found[:, :1], patches], 1)

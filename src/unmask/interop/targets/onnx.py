@@ -8,7 +8,7 @@ from unmask.interop.onnx_graph import encoder_graph
 
 
 def to_onnx(loaded: Loaded) -> ExportedModel:
-    """Convert the encoder to a graph that takes the dtype of the image files.
+    """Convert the encoder to a graph whose input has the dtype of the image files.
 
     A runtime then rejects float input, which is usually scaled to 0..1 and would silently give other features.
     """

@@ -16,10 +16,10 @@ from unmask.interop.safetensors_file import HEADER, open_safetensors
 
 
 def to_safetensors(loaded: Loaded) -> ExportedModel:
-    """The whole method under our own names; settings and images in the header of the file."""
+    """Convert the whole method under unmask's names, with settings and image specification in the file header."""
     spec = loaded.plan.images
     config = loaded.config.model_dump(mode="json")
-    config |= {part: without_folders(config[part]) for part in ("data", "graft")}  # where they lay is nobody's business
+    config |= {part: without_folders(config[part]) for part in ("data", "graft")}  # paths are private
     header = {"config": config, "images": vars(spec), "step": loaded.step, "licence": loaded.licence}
 
     def check(path: Path, images: Tensor) -> float:
@@ -33,7 +33,7 @@ def to_safetensors(loaded: Loaded) -> ExportedModel:
         what=f"the whole method ({loaded.config.method.name}) under its own names",
         library="unmask",
         load="from unmask.one_file import open_safetensors\n\nmethod = open_safetensors(PATH)",
-        returns="`method.encoder(images)` takes images in the files' own units and gives `.cls` and `.patches`.",
+        returns="`method.encoder(images)` accepts images in the files' own units and returns `.cls` and `.patches`.",
         write=lambda path: write_safetensors(path, weights_of(loaded.method), {HEADER: json.dumps(header)}),
         check=check,
         classifies=loaded.method.mean_token_classifier is not None,
@@ -41,7 +41,7 @@ def to_safetensors(loaded: Loaded) -> ExportedModel:
 
 
 def without_folders(value: Any) -> Any:
-    """Settings with only the last name of every path in them."""
+    """Return settings with every path shortened to its last part."""
     if isinstance(value, dict):
         return {key: without_folders(each) for key, each in value.items()}
     if isinstance(value, list):

@@ -1,7 +1,7 @@
 """One .safetensors file for timm's VisionTransformer or Beit.
 
-Beit is used for an encoder with a relative position bias, or without positions. The positions of both include a row
-for the class token, which is the first token.
+Beit is used for an encoder with a relative position bias, or without position embeddings. The position embeddings of
+both include the class token, which is the first token.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from unmask.interop.foreign.state_dicts import EXPORT_METADATA
 
 
 def to_timm(loaded: Loaded) -> ExportedModel:
-    """timm's VisionTransformer; with a relative position bias, or without positions, its Beit."""
+    """Convert to timm's VisionTransformer or Beit."""
     encoder, settings = vit_of(loaded, "timm"), loaded.config.method.model_dump()["encoder"]
     method, spec = loaded.method, loaded.plan.images
     beit = bool(settings["relative_bias"]) or encoder.pos_embed is None
     classifier = method.mean_token_classifier
-    asked: dict[str, Any] = {
+    kwargs: dict[str, Any] = {
         "pretrained": False, "img_size": sides(spec.size), "patch_size": sides(encoder.patch),
         "in_chans": spec.channels, "embed_dim": encoder.width, "depth": settings["depth"],
         "num_heads": settings["heads"], "mlp_ratio": settings["mlp_ratio"],
@@ -46,12 +46,12 @@ def to_timm(loaded: Loaded) -> ExportedModel:
         "global_pool": "avg" if classifier else "token",
     }  # fmt: skip
     if beit or settings["layer_scale"] is not None:
-        asked["init_values"] = settings["layer_scale"] or 0.0  # timm takes None for: as usual
+        kwargs["init_values"] = settings["layer_scale"] or 0.0  # None would mean timm's default
     if beit:
-        asked["use_abs_pos_emb"] = encoder.pos_embed is not None
-        asked["use_rel_pos_bias"] = bool(settings["relative_bias"])
+        kwargs["use_abs_pos_emb"] = encoder.pos_embed is not None
+        kwargs["use_rel_pos_bias"] = bool(settings["relative_bias"])
     elif classifier:
-        asked["fc_norm"] = True
+        kwargs["fc_norm"] = True
     name = "beit_base_patch16_224" if beit else "vit_base_patch16_224"
     weights = encoder_of(method)
     if classifier:
@@ -59,12 +59,12 @@ def to_timm(loaded: Loaded) -> ExportedModel:
     weights = each_with_its_own(weights, settings["depth"])
     state = (names.to_beit if beit else names.to_official)(weights)
     eps = settings["norm_eps"]
-    said = arguments(asked) + f", norm_layer=partial(nn.LayerNorm, eps={eps!r})" * (eps != 1e-6)
+    code = arguments(kwargs) + f", norm_layer=partial(nn.LayerNorm, eps={eps!r})" * (eps != 1e-6)
 
     def check(path: Path, images: Tensor) -> float:
         timm = imported("timm")
         layer = {} if eps == 1e-6 else {"norm_layer": lambda width, **more: nn.LayerNorm(width, **{"eps": eps} | more)}
-        model = timm.create_model(name, **asked, **layer).eval()
+        model = timm.create_model(name, **kwargs, **layer).eval()
         model.load_state_dict(load_file(path), strict=True)
         if classifier:
             return largest((model(normalised(encoder, images)), classifier.logits(images)))
@@ -76,9 +76,9 @@ def to_timm(loaded: Loaded) -> ExportedModel:
         library="timm",
         load=("from functools import partial\n\nfrom torch import nn\n" if eps != 1e-6 else "")
         + "import timm\nfrom safetensors.torch import load_file\n\n"
-        + f"model = timm.create_model({name!r}, {said})\nmodel.load_state_dict(load_file(PATH))\nmodel.eval()",
-        returns="`model(images)` gives logits." if classifier else
-        "`model(images)` gives the class token, `model.forward_features(images)` it and all patch tokens.",
+        + f"model = timm.create_model({name!r}, {code})\nmodel.load_state_dict(load_file(PATH))\nmodel.eval()",
+        returns="`model(images)` returns logits." if classifier else
+        "`model(images)` returns the class token, `model.forward_features(images)` also all patch tokens.",
         write=lambda path: write_safetensors(path, state, {EXPORT_METADATA: export_metadata(loaded)}),
         check=check,
         notes=() if classifier else task_left_out(loaded, "timm"),
@@ -87,9 +87,9 @@ def to_timm(loaded: Loaded) -> ExportedModel:
 
 
 def each_with_its_own(weights: dict[str, Tensor], depth: int) -> dict[str, Tensor]:
-    """The relative position bias that all blocks share, written once for each block, which computes the same.
+    """Copy a relative position bias shared by all blocks to every block, which is equivalent.
 
-    timm can share it too, but what its file must hold then depends on its version (before 1.0.24 also an index).
+    timm also supports a shared bias, but the content of such a file depends on its version (an index before 1.0.24).
     """
     name = "encoder.relative_bias.table"
     if name not in weights:
