@@ -89,7 +89,7 @@ def train_cell(folder: Path, plan: TablePlan, cell: PlannedCell, seed: int, cons
         run = (finetune.resume if cell.fine_tunes else resume)(path, console=console)
     else:
         shutil.rmtree(path, ignore_errors=True)  # an earlier attempt that cannot be resumed
-        console.say(f"{path.name}: {cell.steps} steps")
+        console.print(f"{path.name}: {cell.steps} steps")
         run = start_cell(path, folder, plan, cell, seed, console)
     if run.status().state == "stopped":
         raise KeyboardInterrupt
@@ -146,7 +146,7 @@ def probe_cell(run: Run, plan: TablePlan, cell: PlannedCell, seed: int, console:
         return
     for fault in read_results(run).damaged:
         console.warn(f"{fault}; measuring it again")
-    console.say(f"{run.path.name}: probing")
+    console.print(f"{run.path.name}: probing")
     options = ProbeOptions(
         data=plan.asked.data, test=plan.asked.test, shots=plan.shots, controls=controls, device=plan.device
     )

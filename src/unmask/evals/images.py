@@ -121,7 +121,7 @@ def features(
             tables |= collect_each(new, batches, device=loaded.device, precision=precision, tokens=num_tokens)
         if folder is not None and keys and is_worth_storing(began):
             size = sum(feature_cache.store(folder, keys[name], tables[name], rows) for name in new)
-            console.say(f"{options.title}: cached the features for later probes, {size / 2**20:.1f} MiB in {folder}")
+            console.print(f"{options.title}: cached the features for later probes, {size / 2**20:.1f} MiB in {folder}")
     return {name: tables[name] for name in encoders}
 
 

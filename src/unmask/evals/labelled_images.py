@@ -117,7 +117,7 @@ def _open_with_table(options: ProbeOptions, path: Path, console: Console) -> Lab
         test_rows, test_y = there.rows, _by_row(there, test)
     for source in (train, test):
         source.labels, source.classes = None, []  # folder names are not used as labels here
-    console.say(f"targets of {path}: {found.why}; {len(table.paths) - len(unused)} rows have an image")
+    console.print(f"targets of {path}: {found.why}; {len(table.paths) - len(unused)} rows have an image")
     if without_row:
         console.warn(f"{without_row} images have no row in {options.test_targets or path} and are left out")
     if unused:

@@ -161,8 +161,8 @@ def require_defined(test_y: np.ndarray, labelling: Labelling) -> None:
     """Raise UserError if the metric is undefined for every target column on these test images."""
     if not _is_defined(test_y, labelling).any():
         raise UserError(
-            f"got {len(test_y)} test images that all have the same {', '.join(labelling.names)}, so no score is "
-            "defined; give other test images with --test, or more images"
+            f"got {len(test_y)} test images with the same value of {', '.join(labelling.names)} in all of them, so no "
+            "score is defined; give other test images with --test, or more images"
         )
 
 

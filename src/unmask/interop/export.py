@@ -55,9 +55,9 @@ def export_run(
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     load_it = with_path(exported, str(out)).load
-    console.say(f"  {tested}")
-    console.say(f"  load it with:\n\n{indented(load_it)}\n")
-    console.say(f"exported: {out}, with model card {card}")
+    console.print(f"  {tested}")
+    console.print(f"  load it with:\n\n{indented(load_it)}\n")
+    console.print(f"exported: {out}, with model card {card}")
     return {
         "run": str(run), "to": to, "out": str(out), "card": str(card), "what": exported.what, "step": loaded.step,
         "load": load_it, "notes": list(exported.notes), "difference": difference, "tested": tested,

@@ -35,16 +35,16 @@ def imported(module: str, attribute: str = "", package: str = "") -> Any:
     name used in the message, by default the module's name.
     """
     try:
-        found = importlib.import_module(module)
-        return getattr(found, attribute) if attribute else found
+        library = importlib.import_module(module)
+        return getattr(library, attribute) if attribute else library
     except Exception as error:
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
         if isinstance(cause, ModuleNotFoundError) and cause.name == module:
             raise NotChecked(f"{package or module} is not installed") from None
-        said = (str(cause).strip() or "no reason given").splitlines()[0]
-        raise NotChecked(f"importing {package or module} failed with {type(cause).__name__}: {said}") from None
+        message = (str(cause).strip() or "no reason given").splitlines()[0]
+        raise NotChecked(f"importing {package or module} failed with {type(cause).__name__}: {message}") from None
 
 
 def export_metadata(loaded: Loaded) -> str:
@@ -95,9 +95,9 @@ def write_safetensors(path: Path, weights: dict[str, Tensor], header: Mapping[st
 
 def tokens_of(encoder: ViT, images: Tensor) -> Tensor:
     """Return the class token and patch tokens of the encoder, (B, 1 + N, D)."""
-    found = encoder(images)
-    assert found.cls is not None
-    return torch.cat([found.cls[:, None], found.patches], 1)
+    features = encoder(images)
+    assert features.cls is not None
+    return torch.cat([features.cls[:, None], features.patches], 1)
 
 
 def normalised(encoder: ViT, images: Tensor) -> Tensor:

@@ -38,14 +38,14 @@ def fitted(
 
     by_hand: whether the user set mean or std, which can then differ from those used in training.
     """
-    weights, said = dict(found.weights), []
+    weights, changes = dict(found.weights), []
     if images.channels != found.channels:
         weight, bias = (weights[f"encoder.patch_embed.proj.{leaf}"] for leaf in ("weight", "bias"))
         norms = None if by_hand or found.mean is None or found.std is None else (found.mean, found.std)
         weight, bias = other_channels(weight, bias, images, norms)
         weights |= {"encoder.patch_embed.proj.weight": weight, "encoder.patch_embed.proj.bias": bias}
         how = "summed" if images.channels == 1 else "repeated and scaled"
-        said.append(f"the patch projection of {found.channels} channels is {how} to fit {images.channels}")
+        changes.append(f"the patch projection of {found.channels} channels is {how} to fit {images.channels}")
     encoder: Any = config.method
     new = grid_of(images.size, encoder.encoder.patch)
     old = found.grid or new
@@ -57,9 +57,9 @@ def fitted(
     if old != new:
         moved = {name: positions.fitted(name, value, old, new) for name, value in weights.items()}
         if any(moved[name] is not weights[name] for name in weights):
-            said.append(f"positions are interpolated from {old[0]} x {old[1]} to {new[0]} x {new[1]} patches")
+            changes.append(f"positions are interpolated from {old[0]} x {old[1]} to {new[0]} x {new[1]} patches")
         weights = moved
-    return weights, said
+    return weights, changes
 
 
 def other_channels(

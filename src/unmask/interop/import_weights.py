@@ -25,23 +25,23 @@ from unmask.interop.foreign.checkpoint_files import SAFE, Checkpoint, fingerprin
 from unmask.interop.foreign.recognise import recognise
 from unmask.interop.foreign.state_dicts import Recognised
 from unmask.interop.import_settings import UNSTATED, choose_method, configure, require_heads, with_export_metadata
-from unmask.interop.imported_run import say_imported, use_of, write_run
+from unmask.interop.imported_run import report_import, use_of, write_run
 from unmask.interop.safetensors_file import OwnFile, read_header
 from unmask.run import Run
 
 
 def describe_arguments(read: Checkpoint) -> tuple[str, ...]:
     """Return notes about the training arguments: the ones that are used, and the ones with invalid values."""
-    said = []
+    notes = []
     if used := read.metadata.training.model_dump(exclude_none=True):
         known = ", ".join(f"{name}={value!r}" for name, value in sorted(used.items()))
-        said.append(f"used training arguments from the file: {known}")
+        notes.append(f"used training arguments from the file: {known}")
     if read.unclear:
-        said.append(
+        notes.append(
             f"training arguments with invalid values are ignored: {', '.join(read.unclear)}; give the correct "
             "settings with --set"
         )
-    return tuple(said)
+    return tuple(notes)
 
 
 def import_weights(
@@ -78,7 +78,7 @@ def import_weights(
     config, images = configure(found, settings, source.resolve().name)
     given = parse(settings)
     by_hand = bool({"data.mean", "data.std"} & set(given))
-    weights, said = fitted(found, config, images, by_hand=by_hand)
+    weights, changes = fitted(found, config, images, by_hand=by_hand)
     with torch.device("meta"):
         method = config.build(images)
     wanted = method.state_dict()
@@ -93,9 +93,9 @@ def import_weights(
         "kind": found.name,
         "licence": found.licence,
     }
-    reasons = (f"weights of {source.resolve().name}: {found.name}", *found.notes, *said)
+    reasons = (f"weights of {source.resolve().name}: {found.name}", *found.notes, *changes)
     run = write_run(out, config, images, method, weights, reasons, about)
-    say_imported(run, found, config, images, said, by_hand=by_hand, console=console)
+    report_import(run, found, config, images, changes, by_hand=by_hand, console=console)
     return run
 
 

@@ -59,19 +59,19 @@ def plan_of(config: Config, images: ImageSpec, counts: list[int], reasons: tuple
     )  # fmt: skip
 
 
-def say_imported(
+def report_import(
     run: Run,
     found: Recognised,
     config: Config,
     images: ImageSpec,
-    said: list[str],
+    changes: list[str],
     *,
     by_hand: bool,
     console: Console,
 ) -> None:
     """Report the imported method, its changes and normalisation, and the commands that accept the run."""
     name = config.method.name
-    for line in (*found.notes, *said):
+    for line in (*found.notes, *changes):
         console.print(f"  {line}")
     share = config.data.crop.eval_share
     console.print(
@@ -85,7 +85,7 @@ def say_imported(
     mean, std = (", ".join(f"{value:.6g}" for value in values) for values in (images.mean, images.std))
     if name != "igpt" and "colours" not in found.method["encoder"]:
         whose = "set by hand" if by_hand else found.statistics
-        console.say(
+        console.print(
             f"  normalisation: mean {mean}, std {std} ({whose}); if another one was used in training, import "
             "again with --set data.mean=[...] --set data.std=[...]"
         )

@@ -112,15 +112,18 @@ def front_matter(config: Config, library: str, rights: str, *, classifies: bool)
 def what_it_is(config: Config, what: str, made: dict[str, Any]) -> str:
     """Describe the model and its method in one paragraph."""
     method = (method_module(config.method.name).__doc__ or "").strip().split("\n\n")[0].replace("\n", " ")
-    said = [f"{sentence(what)} It comes from an unmask run of the method `{config.method.name}`.", sentence(method)]
+    sentences = [
+        f"{sentence(what)} It comes from an unmask run of the method `{config.method.name}`.",
+        sentence(method),
+    ]
     if imported := made.get("imported"):
-        said.append(f"The weights were not trained here but imported: {imported['kind']}.")
+        sentences.append(f"The weights were not trained here but imported: {imported['kind']}.")
     elif config.recipe:
-        said.append(f"Recipe: `{config.recipe}`.")
+        sentences.append(f"Recipe: `{config.recipe}`.")
     for entry in config.graft:
         part = "the encoder" if entry.target == "encoder." else "all weights" if not entry.target else entry.target
-        said.append(f"It started with {part} of the run `{last_name(entry.run)}`, step {entry.step}.")
-    return " ".join(said) + "\n"
+        sentences.append(f"It started with {part} of the run `{last_name(entry.run)}`, step {entry.step}.")
+    return " ".join(sentences) + "\n"
 
 
 def last_name(path: str) -> str:
@@ -192,8 +195,8 @@ def training(config: Config, plan: Plan, made: dict[str, Any], step: int) -> str
         "encoder.",
     ]
     if versions := made.get("versions"):
-        said = ", ".join(f"{name} {version}" for name, version in versions.items())
-        lines.append(f"Versions: {said}" + (f"; Python {made['python']}." if "python" in made else "."))
+        names = ", ".join(f"{name} {version}" for name, version in versions.items())
+        lines.append(f"Versions: {names}" + (f"; Python {made['python']}." if "python" in made else "."))
     if git := made.get("git"):
         lines.append(f"Commit {git['commit']}{', with uncommitted changes' if git.get('changed') else ''}.")
     return bullets(lines)
