@@ -53,7 +53,7 @@ def data(tmp_path_factory):
 
 
 def two_depths(patch):
-    """Two cells of table 1a are enough: they differ in nothing but their settings."""
+    """Reduce table 1a to two cells, which are enough because cells differ only in their settings."""
     table = find_table("1a")
     cells = [cell for cell in table.cells(None) if cell.name in ("depth-1", "depth-8")]
     short = dataclasses.replace(table, cells=lambda base: tuple(cells))
@@ -62,7 +62,7 @@ def two_depths(patch):
 
 @pytest.fixture(autouse=True)
 def few_cells(monkeypatch):
-    """And drawing the same pages again and again tells nothing; that of `unbroken` is whole."""
+    """Reduce the cells and skip drawing reports; only the fixture `unbroken` draws its page."""
     two_depths(monkeypatch)
     monkeypatch.setattr(train_cells, "write_report", lambda path: path)
     monkeypatch.setattr(table_page, "chart", lambda table: None)
@@ -76,7 +76,7 @@ def make(data, out, *, table="1a", settings=SMALL, console=None, **more):
 
 
 def without_times(value):
-    """A table without what a clock measured, and where it lies."""
+    """Return a table without measured times and paths."""
     if isinstance(value, dict):
         return {key: without_times(inner) for key, inner in value.items() if key not in TIMES}
     return [without_times(inner) for inner in value] if isinstance(value, list) else value
@@ -84,19 +84,19 @@ def without_times(value):
 
 @pytest.fixture(scope="module")
 def unbroken(data, tmp_path_factory):
-    """A finished table of two cells: (folder, what ablate returned)."""
+    """A finished table of two cells: (folder, return value of `ablate`)."""
     folder = tmp_path_factory.mktemp("ablate") / "table"
     with pytest.MonkeyPatch.context() as patch:
         two_depths(patch)
         summary = make(data, folder)
-    shutil.copy(folder / "table.html", folder.parent / "first.html")  # other tests write the table again
+    shutil.copy(folder / "table.html", folder.parent / "first.html")  # other tests rewrite the table
     return folder, summary
 
 
-# -------------------------------------------------------------------------------------------------------- what is there
+# Content of a table
 
 
-def test_the_table_holds_every_cell_beside_the_paper(unbroken):
+def test_the_table_has_every_cell_and_the_published_numbers(unbroken):
     folder, summary = unbroken
     assert json.loads((folder / "table.json").read_text()) == summary
     assert summary["state"] == "finished"
@@ -118,7 +118,7 @@ def test_the_table_holds_every_cell_beside_the_paper(unbroken):
     assert one["time_ratio"] > 0
 
 
-def test_controls_stand_in_the_table_once(unbroken):
+def test_the_table_lists_each_control_once(unbroken):
     pixels, untrained = unbroken[1]["controls"]
     assert (pixels["features"], pixels["cell"]) == ("raw pixels", "")
     assert (untrained["features"], untrained["cell"]) == ("random init", "8")
@@ -140,7 +140,7 @@ def test_the_page_is_one_file_and_shows_the_numbers(unbroken):
     assert (folder / "depth-1-seed-0" / "report.html").exists(), "the page links to it"
 
 
-def test_what_was_decided_is_kept(unbroken, data):
+def test_the_plan_records_the_request_and_all_settings(unbroken, data):
     decided = json.loads((unbroken[0] / "ablation.json").read_text())
     assert decided["asked"]["data"] == data
     assert decided["asked"]["settings"] == SMALL
@@ -150,10 +150,10 @@ def test_what_was_decided_is_kept(unbroken, data):
     assert decided["cells"][0]["settings"][-1] == "method.decoder.depth=1"
 
 
-# ----------------------------------------------------------------------------------------------------------- going on
+# Continuing a table
 
 
-def test_a_finished_table_is_left_alone_and_said_once(unbroken, data, monkeypatch, capsys):
+def test_a_finished_table_is_not_trained_again(unbroken, data, monkeypatch, capsys):
     folder, summary = unbroken
     monkeypatch.setattr(pretrain, "pretrain", lambda *_, **__: pytest.fail("trained again"))
     monkeypatch.setattr(train_cells, "run_probes", lambda *_, **__: pytest.fail("probed again"))
@@ -163,8 +163,8 @@ def test_a_finished_table_is_left_alone_and_said_once(unbroken, data, monkeypatc
 
 
 @pytest.mark.parametrize("stopped_in", ["first cell", "second cell"])
-def test_a_table_that_was_stopped_while_training_becomes_that_of_an_unbroken_one(unbroken, data, tmp_path, stopped_in):
-    """A real signal in the middle of a cell: the loop saves and stops, the table says so, and the rest follows."""
+def test_a_table_stopped_during_training_continues_with_identical_results(unbroken, data, tmp_path, stopped_in):
+    """A signal during training saves and stops the run, the table is marked stopped, and repeating continues it."""
     trained, stops_at = [], 1 if stopped_in == "first cell" else 2
 
     def signalled(job, step):
@@ -185,7 +185,7 @@ def test_a_table_that_was_stopped_while_training_becomes_that_of_an_unbroken_one
     assert without_times(make(data, tmp_path / "table")) == without_times(unbroken[1])
 
 
-def test_a_table_that_was_stopped_between_trainings_goes_on(unbroken, data, tmp_path, monkeypatch):
+def test_a_table_stopped_between_two_runs_continues(unbroken, data, tmp_path, monkeypatch):
     real = train_cells.run_probes
 
     def interrupted(*_, **__):
@@ -201,7 +201,7 @@ def test_a_table_that_was_stopped_between_trainings_goes_on(unbroken, data, tmp_
     assert without_times(make(data, tmp_path / "table")) == without_times(unbroken[1])
 
 
-def test_a_run_that_never_got_a_plan_is_begun_anew(unbroken, data, tmp_path, monkeypatch):
+def test_a_run_without_a_plan_is_restarted(unbroken, data, tmp_path, monkeypatch):
     real = pretrain.pretrain
 
     def cut(*arguments, out, **more):
@@ -215,7 +215,7 @@ def test_a_run_that_never_got_a_plan_is_begun_anew(unbroken, data, tmp_path, mon
     assert without_times(make(data, tmp_path / "table")) == without_times(unbroken[1])
 
 
-def test_more_seeds_can_be_added_and_then_intervals_are_over_seeds(data, tmp_path):
+def test_adding_seeds_gives_intervals_over_seeds(data, tmp_path):
     settings = [*SMALL, "train.steps=1"]
     first = make(data, tmp_path / "table", settings=settings)
     second = make(data, tmp_path / "table", settings=settings, seeds=2)
@@ -241,12 +241,12 @@ def test_more_seeds_can_be_added_and_then_intervals_are_over_seeds(data, tmp_pat
         ({"budget": 3600.0, "settings": [s for s in SMALL if "steps" not in s]}, r"was begun with settings"),
     ],
 )
-def test_going_on_with_something_else_is_refused(unbroken, data, change, message):
+def test_continuing_with_another_request_is_rejected(unbroken, data, change, message):
     with pytest.raises(ConfigError, match=message):
         make(data, unbroken[0], **change)
 
 
-def test_going_on_with_other_images_is_refused(tmp_path):
+def test_continuing_with_changed_images_is_rejected(tmp_path):
     data = write_images(tmp_path / "images", 16, classes=2)
     settings = [*SMALL, "train.steps=1"]
     make(str(data), tmp_path / "table", settings=settings)
@@ -255,15 +255,15 @@ def test_going_on_with_other_images_is_refused(tmp_path):
         make(str(data), tmp_path / "table", settings=settings)
 
 
-def test_two_at_once_in_one_folder_are_refused(unbroken, data):
+def test_a_second_ablation_in_the_same_folder_is_rejected(unbroken, data):
     with Run(unbroken[0]).lock(), pytest.raises(RunInUse, match=r"in use by this very process"):
         make(data, unbroken[0])
 
 
-# ------------------------------------------------------------------------------------------------------------- failures
+# Failures
 
 
-def test_a_cell_that_fails_is_shown_with_its_sentence_and_the_others_go_on(data, tmp_path):
+def test_a_failed_cell_is_shown_with_its_error_and_the_others_continue(data, tmp_path):
     def fails(job, at):
         if job.config.method.decoder.depth == 1:
             raise TrainingFailed("the loss went up in smoke")
@@ -285,7 +285,7 @@ def two_targets(patch):
     patch.setattr(ablate_module, "find_table", lambda name: dataclasses.replace(table, cells=lambda base: cells))
 
 
-def test_cells_that_predict_tokens_get_a_tokenizer_that_is_trained_first(data, tmp_path, monkeypatch):
+def test_the_tokenizer_is_trained_before_cells_that_predict_tokens(data, tmp_path, monkeypatch):
     two_targets(monkeypatch)
     summary = make(data, tmp_path / "table", table="1d", settings=[*SMALL, "method.decoder.depth=1"])
     tokenizer, pixels, tokens = summary["rows"]
@@ -301,7 +301,7 @@ def test_cells_that_predict_tokens_get_a_tokenizer_that_is_trained_first(data, t
     assert without_times(again) == without_times(summary)
 
 
-def test_a_tokenizer_that_is_given_is_used_and_none_is_trained(data, tmp_path, monkeypatch):
+def test_a_given_tokenizer_is_used_instead_of_training_one(data, tmp_path, monkeypatch):
     two_targets(monkeypatch)
     settings = [setting for setting in SMALL if not setting.startswith("method.")]
     pretrain.pretrain(data, pretrain.PretrainOptions(recipe="dvae_nano", settings=settings), out=tmp_path / "mine")
@@ -314,7 +314,7 @@ def test_a_tokenizer_that_is_given_is_used_and_none_is_trained(data, tmp_path, m
     assert [entry["run"] for entry in graft] == [str((tmp_path / "mine").absolute())]
 
 
-def test_without_its_tokenizer_a_cell_fails_and_says_so(data, tmp_path, monkeypatch):
+def test_a_cell_fails_when_its_tokenizer_could_not_be_trained(data, tmp_path, monkeypatch):
     two_targets(monkeypatch)
 
     def fails(job, at):
@@ -327,8 +327,8 @@ def test_without_its_tokenizer_a_cell_fails_and_says_so(data, tmp_path, monkeypa
     assert "the tokenizer could not be trained" in summary["rows"][2]["sentence"]
 
 
-def test_the_family_is_equal_in_steps_and_in_compute(data, tmp_path, monkeypatch):
-    """Counted, not trained: every method is there, with its own tokenizer's cost as a row of its own."""
+def test_the_family_has_rows_with_equal_steps_and_equal_compute(data, tmp_path, monkeypatch):
+    """Every method has rows, and the tokenizer has its own; FLOPs are counted without training."""
     monkeypatch.setattr(ablate_module, "make_cell", lambda *_: None)
     settings = ["data.size=[16,16]", "data.workers=0", "train.batch_size=8", "train.steps=100", "train.device=cpu"]
     summary = make(data, tmp_path / "table", table="family", settings=settings)
@@ -347,7 +347,7 @@ def test_the_family_is_equal_in_steps_and_in_compute(data, tmp_path, monkeypatch
     assert "the order is not compared" in summary["agreement"]["sentence"]
 
 
-# ------------------------------------------------------------------------------- cells that are fine-tuned from one run
+# Cells that are fine-tuned from one run
 
 
 FINE = [*SMALL, "train.batch_size=4", "train.steps=8", "method.decoder.depth=1"]
@@ -355,14 +355,14 @@ FINE = [*SMALL, "train.batch_size=4", "train.steps=8", "method.decoder.depth=1"]
 
 @pytest.fixture(scope="module")
 def fine_tuned(data, tmp_path_factory):
-    """Figure 9 of an encoder of one block: (folder, what ablate returned)."""
+    """Figure 9 for an encoder with one block: (folder, return value of `ablate`)."""
     folder = tmp_path_factory.mktemp("ablate") / "fig9"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_cells, "write_report", lambda path: path)
         return folder, make(data, folder, table="fig9", settings=FINE)
 
 
-def test_every_number_of_blocks_is_fine_tuned_from_one_pre_training(fine_tuned, data):
+def test_all_numbers_of_blocks_are_fine_tuned_from_the_same_run(fine_tuned, data):
     folder, summary = fine_tuned
     assert summary["state"] == "finished", summary
     assert [(row["name"], row["steps"], row["paper"]["fine_tuned"]) for row in summary["rows"]] == [
@@ -387,7 +387,7 @@ def test_every_number_of_blocks_is_fine_tuned_from_one_pre_training(fine_tuned, 
     assert "(fine-tuned)" in summary["agreement"]["sentence"]
 
 
-def test_test_images_are_not_learnt_from_and_frozen_weights_stay(fine_tuned, data):
+def test_fine_tuning_uses_no_test_images_and_changes_no_frozen_weights(fine_tuned, data):
     folder, _ = fine_tuned
     annotated = open_annotated("classify", data)
     rows, held = split_rows(annotated, None, hold=True)
@@ -402,8 +402,8 @@ def test_test_images_are_not_learnt_from_and_frozen_weights_stay(fine_tuned, dat
     assert split_rows(annotated, None, hold=False)[1].size == 0
 
 
-def test_a_classifier_does_not_go_on_with_other_images(fine_tuned, data):
-    """Its test images are held out by row, and the rows would be others."""
+def test_fine_tuning_does_not_resume_with_changed_images(fine_tuned, data):
+    """Test images are held out by row, so other images would change the split."""
     run = Run(fine_tuned[0] / "blocks-1-seed-0")
     differ = SimpleNamespace(lines=lambda: "2 files are others")
     with pytest.raises(
@@ -412,7 +412,7 @@ def test_a_classifier_does_not_go_on_with_other_images(fine_tuned, data):
         changed_data.plan_for_changed_data(open_source(data), read_plan(run), run, differ)
 
 
-def test_the_page_of_fine_tuned_cells_says_what_they_are(fine_tuned, data, monkeypatch):
+def test_the_page_of_fine_tuned_cells_describes_them(fine_tuned, data, monkeypatch):
     folder, _ = fine_tuned
     monkeypatch.undo()
     write_table(folder, "finished")
@@ -424,7 +424,7 @@ def test_the_page_of_fine_tuned_cells_says_what_they_are(fine_tuned, data, monke
     assert "<svg" in page
 
 
-def test_a_stopped_fine_tuned_table_becomes_that_of_an_unbroken_one(fine_tuned, data, tmp_path, monkeypatch):
+def test_a_stopped_fine_tuning_table_continues_with_identical_results(fine_tuned, data, tmp_path, monkeypatch):
     real = finetune.measure_run
 
     def interrupted(*_, **__):
@@ -438,7 +438,7 @@ def test_a_stopped_fine_tuned_table_becomes_that_of_an_unbroken_one(fine_tuned, 
     assert without_times(again) == without_times(fine_tuned[1])
 
 
-def test_a_run_that_is_given_is_fine_tuned_on_other_test_images_with_seeds(fine_tuned, data, tmp_path):
+def test_a_given_run_is_fine_tuned_with_separate_test_images_and_several_seeds(fine_tuned, data, tmp_path):
     given = str(fine_tuned[0] / "pretrained")
     test = str(write_images(tmp_path / "test", 6, classes=2, seed=3))
     with pytest.raises(ConfigError, match=r"method.mask_ratio was set, but the run of --from is trained already"):
@@ -458,7 +458,7 @@ def test_a_run_that_is_given_is_fine_tuned_on_other_test_images_with_seeds(fine_
         assert run.read("evals/fine-tuned.json")["test_images"] == 6
 
 
-def test_two_thirds_of_a_budget_go_into_the_pre_training(data, tmp_path, monkeypatch):
+def test_pre_training_gets_two_thirds_of_the_budget(data, tmp_path, monkeypatch):
     monkeypatch.setattr(ablate_module, "make_cell", lambda *_: None)
     monkeypatch.setattr(schedule, "measure_step_seconds", lambda *_, **__: 0.1)
     monkeypatch.setattr(schedule, "encode_seconds", lambda *_: 0.0)
@@ -471,7 +471,7 @@ def test_two_thirds_of_a_budget_go_into_the_pre_training(data, tmp_path, monkeyp
     assert rest[0]["steps"] == pytest.approx(first["steps"] / 2 / (2 * 3), abs=1)
 
 
-# ------------------------------------------------------------------------------------------- refused before it trains
+# Requests rejected before training
 
 
 @pytest.mark.parametrize(
@@ -497,19 +497,19 @@ def test_two_thirds_of_a_budget_go_into_the_pre_training(data, tmp_path, monkeyp
         ({"table": "fig9", "tokenizer": "runs/a"}, r"--tokenizer was given, but no cell of table fig9 needs one"),
     ],
 )
-def test_what_does_not_fit_is_refused_before_anything_is_trained(data, tmp_path, monkeypatch, change, message):
+def test_invalid_requests_are_rejected_before_training(data, tmp_path, monkeypatch, change, message):
     monkeypatch.setattr(pretrain, "pretrain", lambda *_, **__: pytest.fail("trained"))
     with pytest.raises(UserError, match=message):
         make(data, tmp_path / "table", **change)
     assert not (tmp_path / "table" / "ablation.json").exists()
 
 
-def test_another_method_than_mae_has_no_such_table(data, tmp_path):
+def test_tables_of_mae_reject_recipes_of_other_methods(data, tmp_path):
     with pytest.raises(ConfigError, match=r"recipe 'simmim_nano' trains simmim, but table 1a varies settings of mae"):
         make(data, tmp_path / "table", recipe="simmim_nano")
 
 
-def test_images_without_labels_are_refused_before_anything_is_trained(images, data, tmp_path):
+def test_images_without_labels_are_rejected_before_training(images, data, tmp_path):
     with pytest.raises(UserError, match=r"label|sub-folder"):
         make(str(images), tmp_path / "table")
     with pytest.raises(UserError, match=r"label|sub-folder"):
@@ -519,17 +519,17 @@ def test_images_without_labels_are_refused_before_anything_is_trained(images, da
         make(data, tmp_path / "table", test=str(other))
 
 
-def test_a_folder_with_something_else_in_it_is_refused(data, tmp_path):
+def test_a_folder_with_other_content_is_rejected(data, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match=r"is not empty \(notes.txt\) and has no ablation.json"):
         make(data, tmp_path)
 
 
-# ---------------------------------------------------------------------------------------------------------- the budget
+# Budgets
 
 
 def test_a_budget_is_shared_by_all_cells_and_seeds(data, tmp_path, monkeypatch):
-    """Steps x (what the cells take together) and the probes fill nine tenths of the budget."""
+    """The training time of all cells and the probes use nine tenths of the budget."""
     monkeypatch.setattr(ablate_module, "make_cell", lambda *_: None)
     monkeypatch.setattr(schedule, "measure_step_seconds", lambda config, *_, **__: 0.1 * config.method.decoder.depth)
     monkeypatch.setattr(schedule, "encode_seconds", lambda *_: 0.0)
@@ -545,14 +545,14 @@ def test_a_budget_is_shared_by_all_cells_and_seeds(data, tmp_path, monkeypatch):
         make(data, tmp_path / "other", settings=free, budget=10.0, seeds=2)
 
 
-def test_training_lengths_are_multiples_of_the_shortest(data, tmp_path, monkeypatch):
+def test_training_lengths_are_multiples_of_the_shortest_run(data, tmp_path, monkeypatch):
     monkeypatch.setattr(ablate_module, "make_cell", lambda *_: None)
     summary = make(data, tmp_path / "table", table="fig7", settings=[*SMALL, "method.decoder.depth=1"])
     assert [row["steps"] for row in summary["rows"]] == [3, 6, 12, 24, 48]
 
 
-def test_without_a_length_the_recipe_is_as_long_as_the_papers_base_row(data, tmp_path, monkeypatch):
-    """800 epochs of a recipe are the row of 800 epochs, not that of 100."""
+def test_by_default_the_base_row_has_the_length_of_the_recipe(data, tmp_path, monkeypatch):
+    """The length of the recipe is that of the row with 800 epochs, not 100."""
     monkeypatch.setattr(ablate_module, "make_cell", lambda *_: None)
     free = [setting for setting in SMALL if "steps" not in setting]
     alone = make(data, tmp_path / "alone", table="1a", settings=free)
@@ -562,7 +562,7 @@ def test_without_a_length_the_recipe_is_as_long_as_the_papers_base_row(data, tmp
     assert "the base row 8x has the 300 steps" in lengths["reason"]
 
 
-# --------------------------------------------------------------------------------------- beside the paper, in words
+# Agreement with the paper
 
 
 def cell(label, paper, *accuracies, total=1000):
@@ -586,7 +586,7 @@ def test_agreement_counts_pairs_and_names_those_within_the_noise():
     )
 
 
-def test_pairs_that_are_equal_in_the_paper_or_not_measured_are_not_counted():
+def test_agreement_ignores_unmeasured_cells_and_pairs_that_are_equal_in_the_paper():
     unmeasured = ComparedCell("x", None, 10.0)
     equal = [cell("a", 50.0, 0.3), cell("b", 50.0, 0.4), unmeasured]
     assert agreement(equal, "linear").sentence == "No two cells have been measured yet."
@@ -594,7 +594,7 @@ def test_pairs_that_are_equal_in_the_paper_or_not_measured_are_not_counted():
     assert "every difference is within the noise" in same.sentence
 
 
-def test_the_noise_of_several_seeds_is_that_of_their_differences():
+def test_with_several_seeds_the_interval_is_of_the_differences_per_seed():
     steady, other = cell("a", 1, 0.30, 0.40, 0.50).score, cell("b", 2, 0.31, 0.41, 0.51).score
     value, low, high = difference(other, steady)
     assert value == pytest.approx(0.01)
@@ -606,7 +606,7 @@ def test_the_noise_of_several_seeds_is_that_of_their_differences():
     assert one.low == pytest.approx(0.1 - 0.0415, abs=2e-3), "Newcombe's interval of two proportions of 1000"
 
 
-def test_only_the_probe_of_this_table_counts(unbroken):
+def test_the_table_ignores_probes_with_other_options(unbroken):
     folder, _ = unbroken
     plan = load_plan(folder)
     run = Run.open(folder / "depth-8-seed-0")
@@ -615,17 +615,17 @@ def test_only_the_probe_of_this_table_counts(unbroken):
     assert find_probe(run, "knn", dataclasses.replace(plan, shots=9), controls=False) is None
 
 
-def test_the_table_is_made_from_the_folder_alone(unbroken):
+def test_the_table_can_be_written_again_from_its_folder(unbroken):
     folder, summary = unbroken
     (folder / "table.json").unlink()
     assert without_times(write_table(folder, "finished").to_json()) == without_times(summary)
 
 
-# --------------------------------------------------------------------------------------------------------- command line
+# Command line
 
 
 @pytest.mark.slow
-def test_the_command_leaves_with_75_when_stopped_and_goes_on_with_the_same_command(data, tmp_path):
+def test_a_stopped_command_exits_with_75_and_continues_when_repeated(data, tmp_path):
     settings = [flag for setting in [*SMALL, "train.steps=60"] for flag in ("--set", setting)]
     command = [sys.executable, "-m", "unmask.cli", "ablate", "1c", data, "--out", str(tmp_path / "table"), "--json"]
     running = subprocess.Popen([*command, *settings], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -662,8 +662,8 @@ def test_the_page_reports_when_no_cell_is_above_the_controls():
     assert above_controls([row(None)], controls) == above_controls([row(0.5)], []) == ""
 
 
-def test_a_plan_of_an_earlier_version_is_read(tmp_path):
-    """ablation.json as versions before 0.2 wrote it: no measured times, no git, a `paper` of two keys."""
+def test_a_plan_of_an_earlier_version_can_be_read(tmp_path):
+    """Versions before 0.2 wrote ablation.json without measured times and git, and with two keys in `paper`."""
     cell = {
         "name": "depth-8", "label": "8", "theirs": "8", "at": 8, "recipe": "mae_nano", "settings": ["a=1"],
         "varied": ["a=1"], "steps": 3, "equal": "steps", "base": True, "controls": True, "tokenizer": False,

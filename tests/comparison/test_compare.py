@@ -1,4 +1,4 @@
-"""Runs beside one another: what is comparable is compared, what is not is named."""
+"""Comparing runs: shared probes are ranked, and differences between runs are listed."""
 
 import html
 import json
@@ -40,7 +40,7 @@ def trained(tmp_path_factory, labelled):
 
 @pytest.fixture
 def runs(trained, tmp_path):
-    """Copies to write into."""
+    """Writable copies of the runs."""
     return [Path(shutil.copytree(run, tmp_path / run.name)) for run in trained]
 
 
@@ -54,7 +54,7 @@ def facts(runs):
     return [run_facts.run_facts(Path(run).name, Run.open(run)) for run in runs]
 
 
-def test_what_they_are_and_what_they_cost(runs, labelled, tmp_path):
+def test_facts_and_cost_of_each_run_are_compared(runs, labelled, tmp_path):
     summary = compare(runs, out=tmp_path / "both.html")
     assert json.loads((tmp_path / "both.json").read_text()) == summary
     a, b = summary["runs"]
@@ -88,7 +88,7 @@ def test_the_page_is_one_file_with_both_pictures(runs, tmp_path):
     assert "method.target=pixels" in page
 
 
-def test_a_shared_probe_is_set_side_by_side(runs, labelled, tmp_path):
+def test_a_probe_of_both_runs_is_compared(runs, labelled, tmp_path):
     accuracies = {run.name: max(row.value for row in probe(run, labelled).rows) for run in runs}
     summary = compare(runs, out=tmp_path / "both.html")
     (shared,) = summary["probes"]
@@ -100,7 +100,7 @@ def test_a_shared_probe_is_set_side_by_side(runs, labelled, tmp_path):
     assert shared["title"] in html.unescape((tmp_path / "both.html").read_text())
 
 
-def test_a_kind_without_a_mean_over_patches_is_compared_by_what_it_has(runs, labelled, tmp_path):
+def test_a_probe_without_mean_pooling_is_compared_by_its_own_pooling(runs, labelled, tmp_path):
     accuracies = {}
     for run, right in zip(runs, (3, 5), strict=True):
         found = probe(run, labelled, kind="attentive")
@@ -117,7 +117,7 @@ def test_a_kind_without_a_mean_over_patches_is_compared_by_what_it_has(runs, lab
 
 
 @pytest.mark.parametrize("change", [{"kind": "linear"}, {"shots": 3}, {"seed": 1}])
-def test_probes_that_differ_are_named_and_not_compared(runs, labelled, tmp_path, change):
+def test_different_probes_are_listed_but_not_compared(runs, labelled, tmp_path, change):
     probe(runs[0], labelled)
     probe(runs[1], labelled, **change)
     summary = compare(runs, out=tmp_path / "both.html")
@@ -131,17 +131,17 @@ def test_probes_that_differ_are_named_and_not_compared(runs, labelled, tmp_path,
     assert [line for line in summary["not_comparable"] if f"<li>{line}</li>" in page] == summary["not_comparable"]
 
 
-def test_other_test_images_are_another_measurement(runs, labelled, tmp_path):
+def test_probes_with_different_test_images_are_not_compared(runs, labelled, tmp_path):
     test = write_images(tmp_path / "test", 8, classes=2, seed=3)
     probe(runs[0], labelled, test=str(test))
-    write_images(test, 10, classes=2, seed=3)  # the same folder, with more in it now
+    write_images(test, 10, classes=2, seed=3)  # the same folder with more images
     probe(runs[1], labelled, test=str(test))
     summary = compare(runs, out=tmp_path / "both.html")
     assert summary["probes"] == []
     assert "(8 test images) was measured for a only" in "\n".join(summary["not_comparable"])
 
 
-def test_with_data_those_are_probed_that_lack_it(runs, labelled, tmp_path, monkeypatch):
+def test_only_runs_without_the_requested_probe_are_probed(runs, labelled, tmp_path, monkeypatch):
     probe(runs[0], labelled, kind="linear", shots=4)
     asked, real = [], compare_module.run_probe
     monkeypatch.setattr(compare_module, "run_probe", lambda run, *more: asked.append(run.name) or real(run, *more))
@@ -164,7 +164,7 @@ def test_runs_are_compared_by_the_rank_of_their_features_without_labels(runs, la
     assert compare(runs, **options)["probes"] == [shared]
 
 
-def test_of_several_checkpoints_the_latest_counts(runs, labelled, tmp_path):
+def test_the_probe_of_the_latest_checkpoint_is_compared(runs, labelled, tmp_path):
     for run in runs:
         probe(run, labelled)
     (latest,) = read_results(Run(runs[1])).probes
@@ -192,7 +192,7 @@ def test_the_ranking_names_the_best_run_and_those_within_the_noise():
     )
 
 
-def test_runs_of_the_same_name_are_told_apart(runs, tmp_path):
+def test_runs_with_the_same_folder_name_are_named_by_their_paths(runs, tmp_path):
     other = Path(shutil.copytree(runs[0], tmp_path / "other" / "a"))
     names = [run["name"] for run in compare([runs[0], other], out=tmp_path / "both.html")["runs"]]
     assert names == [str(runs[0]), str(other)]
@@ -208,12 +208,12 @@ def test_runs_of_the_same_name_are_told_apart(runs, tmp_path):
         ({"kind": "nearest"}, r"got probe kind 'nearest'"),
     ],
 )
-def test_what_does_not_fit_is_refused(trained, change, message):
+def test_invalid_arguments_are_rejected(trained, change, message):
     with pytest.raises(UserError, match=message):
         compare(trained, **change)
 
 
-def test_imported_weights_that_have_seen_no_image_here_are_compared_by_what_they_are(trained, tmp_path):
+def test_imported_runs_without_training_can_be_compared(trained, tmp_path):
     heads = ["method.encoder.heads=2", "method.decoder.heads=2"]
     export_run(trained[0], "official", tmp_path / "whole.pth")
     export_run(trained[0], "timm", tmp_path / "encoder.safetensors")
@@ -227,7 +227,7 @@ def test_imported_weights_that_have_seen_no_image_here_are_compared_by_what_they
     assert "the encoder, nothing masked; it has no task" in (tmp_path / "all.html").read_text()
 
 
-def test_fewer_than_two_runs_or_one_twice_are_refused(trained, tmp_path):
+def test_fewer_than_two_runs_or_a_repeated_run_are_rejected(trained, tmp_path):
     with pytest.raises(UserError, match=r"got 1 run; expected at least two"):
         compare(trained[:1], out=tmp_path / "both.html")
     with pytest.raises(UserError, match=r"got .* twice"):
@@ -236,7 +236,7 @@ def test_fewer_than_two_runs_or_one_twice_are_refused(trained, tmp_path):
         compare([trained[0], tmp_path], out=tmp_path / "both.html")
 
 
-def test_one_folder_spelled_in_two_ways_is_the_same_data(labelled, tmp_path):
+def test_two_spellings_of_a_path_are_the_same_data(labelled, tmp_path):
     folder = Path(labelled)
     link = tmp_path / "link"
     link.symlink_to(folder)
@@ -253,7 +253,7 @@ def test_one_folder_spelled_in_two_ways_is_the_same_data(labelled, tmp_path):
     assert "data" in run_facts.differences([moved, *rows[1:]])
 
 
-def test_what_makes_runs_no_comparison_of_methods_is_named_with_the_numbers(labelled, tmp_path):
+def test_differences_other_than_the_method_are_listed_with_their_values(labelled, tmp_path):
     few = [*SMALL_RUN, "train.picture_images=1", "train.steps=2"]
     small = pretrain(labelled, recipe="mae_nano", out=tmp_path / "small", settings=few)
     large = pretrain(

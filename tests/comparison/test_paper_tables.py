@@ -1,4 +1,4 @@
-"""The paper's tables: its numbers, and that every cell is a configuration that can be trained."""
+"""The paper's tables: the published numbers, and valid configurations for all cells."""
 
 import pytest
 
@@ -16,7 +16,7 @@ def linear(name):
     return [cell.paper.linear for cell in TABLES[name].cells(NANO)]
 
 
-def test_the_papers_numbers():
+def test_published_numbers_match_the_paper():
     assert linear("1a") == [65.5, 70.0, 71.9, 73.5, 73.3]
     assert linear("1b") == [69.1, 71.3, 73.5, 73.1, 73.1]
     assert linear("1c") == [59.6, 73.5]
@@ -32,7 +32,7 @@ def test_the_papers_numbers():
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_every_table_has_one_base_row_and_it_is_the_papers(name):
+def test_every_table_has_the_papers_base_row(name):
     cells = TABLES[name].cells(NANO)
     (base,) = [cell for cell in cells if cell.base]
     assert len({cell.name for cell in cells}) == len(cells)
@@ -42,7 +42,7 @@ def test_every_table_has_one_base_row_and_it_is_the_papers(name):
 
 
 @pytest.mark.parametrize("name", [name for name in TABLES if name != "family"])
-def test_cells_set_what_the_table_says_it_varies_and_nothing_else(name):
+def test_cells_set_only_the_keys_that_the_table_varies(name):
     table = TABLES[name]
     for cell in table.cells(NANO):
         assert set(parse(cell.settings)) <= set(table.varies)
@@ -55,7 +55,7 @@ def test_every_cell_can_be_trained(name):
         require_method(override(NANO, [*table.base, *cell.settings]))
 
 
-def test_decoder_widths_are_the_papers_shares_of_the_encoder():
+def test_decoder_widths_are_the_papers_shares_of_the_encoder_width():
     widths = {cell.theirs: parse(cell.settings)["method.decoder.width"] for cell in TABLES["1b"].cells(NANO)}
     assert widths == {"128": 24, "256": 48, "512": 96, "768": 144, "1024": 192}
     large = find("mae_large")
@@ -68,8 +68,8 @@ def test_decoder_widths_are_the_papers_shares_of_the_encoder():
         assert found["method.decoder.width"] % 4 == 0
 
 
-def test_published_numbers_of_the_family_are_those_of_the_tables_it_names():
-    """MAE's Table 12, linear: iGPT-L 69.0 (on VQ-VAE codes), BEiT-L 52.1, ViT-L 75.8; its Table 3, fine-tuned."""
+def test_published_numbers_of_the_family_match_the_cited_tables():
+    """MAE's Table 12 has linear probes (iGPT-L 69.0 on VQ-VAE codes, BEiT-L 52.1, ViT-L 75.8), Table 3 fine-tuning."""
     published = {cell.name: cell.paper for cell in TABLES["family"].cells(NANO)}
     assert published["igpt-equal-steps"] == Paper(None, 69.0)
     assert published["beit-equal-steps"] == Paper(85.2, 52.1)
@@ -80,7 +80,7 @@ def test_training_lengths_double():
     assert [cell.length for cell in TABLES["fig7"].cells(NANO)] == [1, 2, 4, 8, 16]
 
 
-def test_the_family_is_all_there_and_each_has_both_measures():
+def test_the_family_has_every_method_with_equal_steps_and_equal_compute():
     cells = TABLES["family"].cells(NANO)
     assert [cell.name for cell in cells if cell.equal == "steps"] == [f"{name}-equal-steps" for name in FAMILY]
     assert {cell.name for cell in cells if cell.equal == "compute"} == {
@@ -88,13 +88,13 @@ def test_the_family_is_all_there_and_each_has_both_measures():
     }
 
 
-def test_every_recipe_that_a_method_has_for_the_family_is_its_own():
+def test_every_method_of_the_family_uses_its_own_recipe():
     for name, recipe in FAMILY.items():
         if recipe in all_recipes():
             assert find(recipe).method.name == name.removesuffix("_bert")
 
 
-def test_fine_tuned_blocks_stand_beside_the_nearest_share_of_the_papers_depth():
+def test_numbers_of_blocks_are_compared_with_the_papers_nearest_share_of_the_depth():
     def found(base):
         return [(parse(cell.settings)["method.last_blocks"], cell.theirs) for cell in TABLES["fig9"].cells(base)]
 
@@ -113,6 +113,6 @@ def test_every_fine_tuned_cell_can_be_trained():
         finetuning_config(find("dvae_nano"), ["ant", "bee"])
 
 
-def test_a_wrong_name_is_refused():
+def test_an_unknown_table_is_rejected():
     with pytest.raises(UserError, match=r"table 'fig55' is not known; did you mean fig5"):
         find_table("fig55")

@@ -1,4 +1,4 @@
-"""Reconstruct, embed and probe real files with a trained run, broken files included."""
+"""Reconstruct, embed and probe real files with a trained run, including unreadable files."""
 
 import shutil
 import time
@@ -29,7 +29,7 @@ from unmask.results import PRETRAINED, RANDOM_INIT, RAW_PIXELS, LayerChoice, Tes
 
 
 def arrays_of(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of an .npz file, which is closed again."""
+    """Read all arrays of an .npz file and close it."""
     with np.load(path, allow_pickle=False) as file:
         return dict(file)
 
@@ -62,7 +62,7 @@ def trained(tmp_path_factory):
 
 @pytest.fixture
 def run(trained, tmp_path):
-    """A copy to write into."""
+    """A writable copy of the run."""
     return Path(shutil.copytree(trained, tmp_path / "run"))
 
 
@@ -93,7 +93,7 @@ def break_file(path):
     path.write_bytes(path.read_bytes()[:40])
 
 
-# ---------------------------------------------------------------------------------------------------------------- embed
+# Embed
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".parquet"])
@@ -106,7 +106,7 @@ def test_embedding_twice_gives_identical_bytes(trained, labelled, tmp_path, monk
     assert (tmp_path / f"a{suffix}").read_bytes() == (tmp_path / f"b{suffix}").read_bytes()
 
 
-def test_rows_are_the_features_of_the_encoder_with_names_and_classes(trained, labelled, tmp_path):
+def test_rows_contain_the_encoders_features_with_names_and_classes(trained, labelled, tmp_path):
     summary = embed(trained, labelled, tmp_path / "a.npz")
     embed(trained, labelled, tmp_path / "a.parquet")
     assert summary == {
@@ -120,12 +120,12 @@ def test_rows_are_the_features_of_the_encoder_with_names_and_classes(trained, la
     assert table["label"] == npz["label"].tolist() == [name.split("/")[0] for name in table["name"]]
     encoder = load(trained).method.encoder
     for row in (0, 17, 35):
-        with Image.open(labelled / table["name"][row]) as image:  # 20 x 24, cut and shrunk to the model's 16 x 16
+        with Image.open(labelled / table["name"][row]) as image:  # 20 x 24, cropped and resized to the model's 16 x 16
             square = image.crop((2, 0, 22, 20)).resize((16, 16), Image.Resampling.BICUBIC)
         pixels = torch.from_numpy(np.asarray(square).transpose(2, 0, 1).copy())[None]
         with torch.no_grad():
             features = encoder(pixels)
-        # A pixel in some hundreds is a level away from Pillow's; another crop would change everything.
+        # Single pixels differ from Pillow's by one level; another crop would change all pixels.
         np.testing.assert_allclose(npz["cls"][row], features.cls[0], atol=3e-3)
         np.testing.assert_allclose(npz["mean"][row], features.patches[0].mean(0), atol=3e-3)
     for name in ("cls", "mean"):
@@ -173,11 +173,11 @@ def test_unlabelled_images_have_no_label_column(trained, images, tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_broken_files_are_left_out_and_named_and_the_others_unchanged(trained, images, tmp_path, monkeypatch, workers):
+def test_unreadable_files_are_reported_and_do_not_change_other_rows(trained, images, tmp_path, monkeypatch, workers):
     monkeypatch.setattr(images_module, "EVAL_BATCH", 4)
     embed(trained, images, tmp_path / "whole.npz")
     whole = arrays_of(tmp_path / "whole.npz")
-    for number in (4, 5, 6, 7, 9, 21, 29):  # a whole batch, and some of others
+    for number in (4, 5, 6, 7, 9, 21, 29):  # a whole batch, and parts of others
         break_file(images / f"{number:04d}.png")
     if workers:
         monkeypatch.setattr(images_module, "MANY_IMAGES", 1)
@@ -209,13 +209,13 @@ def test_every_file_is_decoded_once(trained, images, tmp_path, monkeypatch):
 
 def test_images_with_other_channels_than_the_run_are_left_out(trained, images, tmp_path):
     np.save(images / "five.npy", np.zeros((16, 16, 5), np.uint8))
-    Image.fromarray(np.full((20, 20), 99, np.uint8)).save(images / "gray.png")  # becomes RGB by repetition
+    Image.fromarray(np.full((20, 20), 99, np.uint8)).save(images / "gray.png")  # repeated to RGB
     console = RecordingConsole()
     assert embed(trained, images, tmp_path / "a.npz", console=console)["images"] == 31
     assert "five.npy (MISMATCHED_CHANNELS: got 5 channels; the data set has 3)" in console.warnings[0]
 
 
-def test_when_no_file_can_be_read_nothing_is_written(trained, tmp_path):
+def test_nothing_is_written_when_no_file_can_be_read(trained, tmp_path):
     folder = write_images(tmp_path / "images", 3)
     for path in folder.iterdir():
         break_file(path)
@@ -224,7 +224,7 @@ def test_when_no_file_can_be_read_nothing_is_written(trained, tmp_path):
     assert not list(tmp_path.glob("*a.npz*"))
 
 
-def test_a_write_that_fails_leaves_nothing_behind(trained, images, tmp_path, monkeypatch):
+def test_a_failed_write_leaves_no_files(trained, images, tmp_path, monkeypatch):
     embed(trained, images, tmp_path / "a.npz")
     before = (tmp_path / "a.npz").read_bytes()
 
@@ -246,11 +246,11 @@ def test_bad_outputs_are_rejected_before_the_run_is_read(tmp_path):
         embed(tmp_path / "no run", tmp_path, tmp_path / "no" / "a.npz")
 
 
-# ---------------------------------------------------------------------------------------------------------- reconstruct
+# Reconstruct
 
 
 def pictured(monkeypatch):
-    """What is handed to `draw`: (picture, dtype, title, names)."""
+    """The arguments passed to `draw`: (picture, dtype, title, names)."""
     seen = []
     real = reconstruct_module.draw
 
@@ -289,7 +289,7 @@ def test_the_same_seed_gives_the_same_picture_and_another_hides_other_patches(tr
     assert a == b != c
 
 
-def test_images_of_a_folder_are_drawn_at_even_distances(trained, images, tmp_path, monkeypatch):
+def test_images_of_a_folder_are_drawn_at_even_spacing(trained, images, tmp_path, monkeypatch):
     seen, console = pictured(monkeypatch), RecordingConsole()
     reconstruct(trained, [images], tmp_path / "a.png", console=console)
     names = seen[0][3]
@@ -298,7 +298,7 @@ def test_images_of_a_folder_are_drawn_at_even_distances(trained, images, tmp_pat
     assert console.messages[0] == "drawing 16 of 30 images, evenly spread"
 
 
-def test_an_archive_is_opened_and_a_file_without_a_known_ending_is_an_image(trained, images, tmp_path, monkeypatch):
+def test_archives_are_opened_and_files_with_unknown_extensions_are_images(trained, images, tmp_path, monkeypatch):
     seen = pictured(monkeypatch)
     with zipfile.ZipFile(tmp_path / "some.zip", "w") as archive:
         for number in range(3):
@@ -335,7 +335,7 @@ def test_a_gray_run_draws_rgb_files_gray(tmp_path, monkeypatch):
     assert seen[0][0].panels["original"].shape == (2, 1, 16, 16)
 
 
-def test_a_broken_image_is_named_and_not_replaced(trained, images, tmp_path, monkeypatch):
+def test_an_unreadable_image_is_reported_and_not_replaced(trained, images, tmp_path, monkeypatch):
     seen, console = pictured(monkeypatch), RecordingConsole()
     break_file(images / "0002.png")
     reconstruct(trained, [images / f"000{i}.png" for i in (1, 2, 3)], tmp_path / "a.png", console=console)
@@ -360,7 +360,7 @@ def test_wrong_arguments_are_rejected_early(trained, images, tmp_path):
         reconstruct(tmp_path / "bare", [images], tmp_path / "a.png")
 
 
-# ---------------------------------------------------------------------------------------------------------------- probe
+# Probe
 
 
 @pytest.mark.parametrize("kind", ["knn", "linear"])
@@ -393,7 +393,7 @@ def test_controls_and_shots_with_separate_test_images(run, labelled, tmp_path):
 
 
 def rows_read(monkeypatch):
-    """Which rows became features, call by call."""
+    """The rows whose features were computed, per call."""
     seen = []
     real = feature_sets.features
 
@@ -418,7 +418,7 @@ def test_only_the_selected_shots_are_read(run, labelled, tmp_path, monkeypatch):
     assert set(other) != set(more)
 
 
-def test_a_broken_file_among_the_shots_is_replaced_by_another_of_its_class(run, labelled, monkeypatch):
+def test_an_unreadable_shot_is_replaced_by_another_image_of_its_class(run, labelled, monkeypatch):
     seen = rows_read(monkeypatch)
     probe(run, labelled, shots=3)
     names = sorted(path.relative_to(labelled) for path in labelled.rglob("*.png"))
@@ -431,7 +431,7 @@ def test_a_broken_file_among_the_shots_is_replaced_by_another_of_its_class(run, 
     assert seen[-1] == seen[1], "the test images are the same"
 
 
-def test_a_broken_file_does_not_change_the_split_of_the_others(run, labelled, monkeypatch):
+def test_an_unreadable_file_does_not_change_the_split_of_other_images(run, labelled, monkeypatch):
     seen = rows_read(monkeypatch)
     probe(run, labelled)
     names = sorted(path.relative_to(labelled) for path in labelled.rglob("*.png"))
@@ -442,7 +442,7 @@ def test_a_broken_file_does_not_change_the_split_of_the_others(run, labelled, mo
     assert set(seen[3]) <= set(seen[1])
 
 
-def test_the_split_depends_on_the_seed_alone(run, labelled, monkeypatch):
+def test_the_split_depends_only_on_the_seed(run, labelled, monkeypatch):
     seen = rows_read(monkeypatch)
     probe(run, labelled)
     probe(run, labelled, kind="linear", controls=True)
@@ -465,7 +465,7 @@ def test_a_test_folder_may_lack_a_class_and_labels_are_matched_by_name(run, labe
     assert one.rows[0].value > 0.6, "numbered by the training classes, not afresh"
 
 
-def test_a_test_class_without_training_images_is_refused_by_name(run, labelled, tmp_path):
+def test_a_test_class_without_training_images_is_rejected_by_name(run, labelled, tmp_path):
     test = write_images(tmp_path / "test", 8, classes=2)
     (test / "class1").rename(test / "klass1")
     with pytest.raises(
@@ -520,7 +520,7 @@ def test_data_that_cannot_be_probed_is_rejected(run, images, labelled):
     assert not list((run / "evals").glob("probe-*"))
 
 
-def test_results_of_other_steps_and_shots_have_files_of_their_own(run, labelled):
+def test_results_for_other_steps_and_shots_have_separate_files(run, labelled):
     probe(run, labelled)
     probe(run, labelled, step=2)
     probe(run, labelled, shots=1)
@@ -528,12 +528,12 @@ def test_results_of_other_steps_and_shots_have_files_of_their_own(run, labelled)
     assert names == {"probe-knn-labelled.json", "probe-knn-labelled-step-2.json", "probe-knn-labelled-1-shots.json"}
 
 
-# ----------------------------------------------------------------------------------------------------- layers and masks
+# Layers and masks
 
 
 @pytest.fixture(scope="module")
 def igpts(tmp_path_factory):
-    """An iGPT of each objective, three blocks deep."""
+    """One iGPT per objective, with three blocks."""
     folder = tmp_path_factory.mktemp("igpt")
     images = write_images(folder / "images", 16)
     small = [setting for setting in SMALL_RUN if "decoder" not in setting and "depth" not in setting]
@@ -546,12 +546,12 @@ def igpts(tmp_path_factory):
 
 @pytest.fixture
 def igpt(igpts, tmp_path):
-    """Copies to write into."""
+    """Writable copies of the runs."""
     return {objective: Path(shutil.copytree(run, tmp_path / objective)) for objective, run in igpts.items()}
 
 
 def measured(run, data, monkeypatch, **more):
-    """What was fitted and tested: (training features, test features) by name; and what came of it."""
+    """The training and test features of every probe by name, and its results."""
     seen = []
     real = run_probe_module.predict_pooled
     monkeypatch.setattr(
@@ -564,7 +564,7 @@ def measured(run, data, monkeypatch, **more):
     return *seen[0], found
 
 
-def test_layers_are_counted_from_the_input_and_the_middle_one_is_that_of_forward(igpt, labelled, monkeypatch):
+def test_layers_are_counted_from_the_input_and_forward_returns_the_middle_one(igpt, labelled, monkeypatch):
     tables = {}
     for layer in ("0", "1", "last"):
         _, test, found = measured(igpt["ar"], labelled, monkeypatch, layer=layer)
@@ -631,7 +631,7 @@ def test_layers_of_a_vit_can_be_chosen_too(run, labelled):
     assert probe(run, labelled, layer="best").rows[0].layer.last == 1
 
 
-def test_an_attentive_probe_of_bert_is_measured_under_masks_too(igpt, labelled, monkeypatch):
+def test_an_attentive_probe_of_igpt_bert_also_uses_masks(igpt, labelled, monkeypatch):
     monkeypatch.setattr(attentive, "MIN_STEPS", 5)
     monkeypatch.setattr(attentive, "EPOCHS", 1)
     found = probe(igpt["bert"], labelled, kind="attentive", layer="1", mask_votes=3, controls=True)

@@ -1,4 +1,4 @@
-"""The choice of a layer on training images alone, and the majority over patch masks."""
+"""Choosing a layer on training images, and the majority over patch masks."""
 
 import numpy as np
 import pytest
@@ -55,7 +55,7 @@ def test_all_layers_in_one_pass_equal_each_layer_alone(encoder):
     assert not np.allclose(tables[1].mean, tables[2].mean, atol=1e-3)
 
 
-def test_a_mask_depends_on_the_image_and_its_number_alone():
+def test_a_mask_depends_only_on_the_image_row_and_its_number():
     encoder = gpt(causal=False)
 
     def hide(rng):
@@ -105,7 +105,7 @@ def test_the_informative_layer_is_chosen_and_the_choice_is_explained():
 
 
 def test_several_held_out_parts_choose_the_layer_more_reliably_than_one(monkeypatch):
-    """A layer that is a little better is found more often than from one fifth."""
+    """Several held-out fifths find a slightly better layer more often than a single one."""
     labels = np.arange(100) % 2
 
     def layers(seed):
@@ -121,7 +121,7 @@ def test_several_held_out_parts_choose_the_layer_more_reliably_than_one(monkeypa
     assert found.count(3) > once.count(3) + 4
 
 
-def test_of_equal_layers_the_middle_one_is_chosen():
+def test_the_middle_layer_is_chosen_among_equals():
     assert best_layer([0.5, 0.9, 0.9, 0.9, 0.9]) == 2
     assert best_layer([0.5, 0.6, 0.5]) == 1
 
@@ -132,8 +132,8 @@ def test_too_few_images_to_choose_a_layer_are_rejected():
 
 
 @pytest.mark.parametrize("kind", ["linear", "knn"])
-def test_the_majority_over_masks_is_one_prediction(kind):
-    """Each vote alone is often wrong, in other places; together they are right."""
+def test_the_majority_over_masks_gives_one_prediction(kind):
+    """Single votes are often wrong, for different images, but their majority is right."""
     labels = np.arange(300) % 2
     train = layers_of(labels, 0)[0]
     generator = np.random.default_rng(5)
@@ -152,7 +152,7 @@ def test_the_majority_over_masks_is_one_prediction(kind):
     assert voted.rows[0].value > single.rows[0].value + 0.08
 
 
-def test_the_default_layer_is_that_of_the_encoder():
+def test_the_encoder_determines_the_default_layer():
     assert wanted_layer(gpt(causal=True), None) == "best"
     assert wanted_layer(gpt(causal=True, feature_layer=3), None) == "3", "what a person set is not overruled"
     assert wanted_layer(vit(), None) is None

@@ -1,4 +1,4 @@
-"""The feature cache: tables are read back unchanged, and never for another encoder, image or setting."""
+"""The feature cache: tables are restored unchanged, and only for the same encoder, images and settings."""
 
 import copy
 import os
@@ -59,7 +59,7 @@ def test_a_stored_table_is_read_back_unchanged(source, tmp_path, cls):
     assert found.labels is None, "labels are the source's, not the table's"
 
 
-def test_whatever_changes_a_number_changes_the_key(source, tmp_path):
+def test_the_key_changes_with_everything_that_features_depend_on(source, tmp_path):
     net = encoder()
     keys = [key_of(net, source, ROWS, about=ABOUT)]
     assert keys[0] == key_of(copy.deepcopy(net), open_source(source.location), ROWS, about=ABOUT)

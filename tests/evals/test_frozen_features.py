@@ -40,7 +40,7 @@ def table(encoder, images, size=8, **more):
     return collect(encoder, batches(images, size, **more))
 
 
-def test_rows_are_the_class_token_and_the_mean_of_the_patch_tokens_in_order():
+def test_rows_are_class_tokens_and_means_of_patch_tokens_in_order():
     encoder, images = vit(), pixels()
     found = table(encoder, images)
     with torch.no_grad():
@@ -53,7 +53,7 @@ def test_rows_are_the_class_token_and_the_mean_of_the_patch_tokens_in_order():
     assert len(found) == COUNT
 
 
-def test_the_same_images_give_the_same_bytes_and_any_batch_size_the_same_numbers():
+def test_features_are_reproducible_and_independent_of_the_batch_size():
     encoder, images = vit(), pixels()
     first = table(encoder, images)
     again = table(encoder, images)
@@ -67,7 +67,7 @@ def test_the_same_images_give_the_same_bytes_and_any_batch_size_the_same_numbers
 
 
 class Strange(nn.Module):
-    """An encoder without class token that notes how it is called, and has a part that is frozen in eval mode."""
+    """An encoder without class token that records its calls and has a part that stays in eval mode."""
 
     def __init__(self):
         super().__init__()
@@ -105,7 +105,7 @@ def test_the_modes_are_restored_after_a_failure_too():
     assert encoder.live.training
 
 
-def test_reduced_precision_still_gives_float32_rows():
+def test_bf16_features_are_returned_as_float32():
     found = collect(vit(), batches(pixels(), 8), precision="bf16")
     exact = table(vit(), pixels())
     assert found.mean.dtype == np.float32
@@ -127,7 +127,7 @@ def test_several_encoders_read_the_images_once():
     np.testing.assert_array_equal(found["a"].index, found["b"].index)
 
 
-def test_raw_pixels_are_the_pixels_averaged_down_when_they_are_many():
+def test_raw_pixels_of_large_images_are_averaged_down():
     images = pixels(2, (8, 12), 5)
     features = RawPixels()(images)
     assert features.cls is None
@@ -136,14 +136,14 @@ def test_raw_pixels_are_the_pixels_averaged_down_when_they_are_many():
     shrunk = RawPixels()(large).patches.reshape(21, LARGEST_PIXEL_SIDE)
     assert float(shrunk.mean()) == pytest.approx(float(large.mean()), rel=0.01)
     wide = RawPixels()(torch.zeros(1, 1, 1, 200)).patches
-    assert wide.shape == (1, 1, 32)  # a side never shrinks to nothing
+    assert wide.shape == (1, 1, 32)  # a side has at least one pixel
     square = torch.arange(64 * 64, dtype=torch.float32).reshape(1, 1, 64, 64)
     cells = RawPixels()(square).patches.reshape(32, 32)
     assert cells[0, 0] == square[0, 0, :2, :2].mean()
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.float32])
-def test_digests_are_equal_for_equal_images_alone(dtype):
+def test_only_identical_images_have_equal_digests(dtype):
     images = pixels(4)
     images[2] = images[0]
     images[3, 0, 0, 0] ^= 1
@@ -173,6 +173,6 @@ def test_an_empty_set_of_images_is_rejected():
         table(vit(), pixels(0))
 
 
-def test_labels_missing_from_one_batch_count_as_none():
+def test_labels_are_none_if_one_batch_has_none():
     mixed = [*batches(pixels(4), 4), *batches(pixels(4), 4, labels=False)]
     assert collect(RawPixels(), mixed).labels is None

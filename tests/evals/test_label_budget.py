@@ -1,4 +1,4 @@
-"""The label-budget curve: means over draws, intervals over them, and differences taken draw by draw."""
+"""The label-budget curve: means and intervals over draws, and differences draw by draw."""
 
 import numpy as np
 import pytest
@@ -13,12 +13,12 @@ TEST_Y = np.arange(100) % 2
 
 
 def prediction(features, right, pool="mean"):
-    """The first `right` predictions are right."""
+    """Return predictions of which the first `right` are correct."""
     return Prediction(features, pool, np.where(np.arange(100) < right, TEST_Y, 1 - TEST_Y), {"c": 0.1})
 
 
 def curve(scores):
-    """scores: for each number of labels and draw (pre-trained, random init, raw pixels) right predictions."""
+    """scores: correct predictions (pre-trained, random init, raw pixels) for each number of labels and draw."""
     drawn = [
         Draw(
             shots,

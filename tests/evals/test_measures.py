@@ -1,4 +1,4 @@
-"""Average precision and R2 against scikit-learn, and the bootstrap against what it should cover."""
+"""Average precision and R2: agreement with scikit-learn, and bootstrap intervals."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from unmask.results import MEAN_AP, PRETRAINED, RAW_PIXELS, FeatureScore
 
 
 @pytest.mark.parametrize("ties", [False, True])
-def test_average_precision_is_scikit_learns_weighted_or_not(ties):
+def test_average_precision_equals_scikit_learn_with_and_without_weights(ties):
     rng = np.random.default_rng(0)
     truth = (rng.random(200) < 0.3).astype(float)
     scores = rng.normal(size=200) + truth
@@ -24,7 +24,7 @@ def test_average_precision_is_scikit_learns_weighted_or_not(ties):
     assert np.isnan(average_precision(np.zeros(200), scores, weights)).all()
 
 
-def test_r_squared_is_scikit_learns_far_from_zero_too():
+def test_r_squared_equals_scikit_learn_even_far_from_zero():
     rng = np.random.default_rng(0)
     truth = 1e6 + rng.normal(size=300)
     guess = truth + 0.5 * rng.normal(size=300)
@@ -36,7 +36,7 @@ def test_r_squared_is_scikit_learns_far_from_zero_too():
     assert np.isnan(r_squared(truth, guess, one)).all(), "one image many times has no spread"
 
 
-def test_resamples_are_the_same_for_all_and_centred_on_the_value():
+def test_resamples_are_shared_and_centred_on_the_value():
     rng = np.random.default_rng(0)
     truth = rng.normal(size=(400, 2))
     guess = truth + 0.7 * rng.normal(size=truth.shape)
@@ -55,7 +55,7 @@ def resampled_once(rng):
     return by_column(r_squared, truth, truth + 0.7 * rng.normal(size=truth.shape)).mean()
 
 
-def test_a_column_without_positives_in_a_resample_is_left_out_of_it():
+def test_a_resample_leaves_out_columns_without_positives():
     truth = np.zeros((30, 2))
     truth[0, 0] = 1
     truth[::2, 1] = 1
@@ -71,7 +71,7 @@ def test_two_feature_sets_are_compared_resample_by_resample():
     noise = rng.normal(size=truth.shape)
 
     def sampled(features, strength):
-        guess = strength * truth + noise  # the same noise: nearly all of it cancels in the difference
+        guess = strength * truth + noise  # the same noise, which nearly cancels in the difference
         value = by_column(average_precision, truth, guess).mean()
         resamples = resampled(average_precision, truth, guess)
         low, high = np.percentile(resamples, [2.5, 97.5])
@@ -89,7 +89,7 @@ def test_two_feature_sets_are_compared_resample_by_resample():
     assert f"{gap.value:.3f} more than raw pixels ({worse.value:.3f}), 95% interval {gap.low:+.3f}" in said
 
 
-def test_resamples_are_those_of_scipys_bootstrap():
+def test_bootstrap_values_equal_those_of_scipy():
     rng = np.random.default_rng(0)
     truth = (rng.random((60, 2)) < 0.4).astype(float)
     guess = truth + rng.normal(size=truth.shape)

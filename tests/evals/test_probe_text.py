@@ -1,4 +1,4 @@
-"""Every sentence that a verdict can be."""
+"""All sentences of a verdict."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ from unmask.results import PRETRAINED, RANDOM_INIT, RAW_PIXELS
 
 
 def result(*rows, total=400, kind="knn"):
-    """(features, pool, share right): the right ones are the first, so that sets overlap as far as they can."""
+    """sets: (features, pool, accuracy); the first predictions are the correct ones, so that sets overlap maximally."""
     truth = np.zeros(total, np.int64)
     predictions = [Prediction(features, pool, np.arange(total) >= share * total) for features, pool, share in rows]
     return result_of([score(each, truth, Labelling("classes", ("a", "b"))) for each in predictions], kind=kind)
@@ -47,7 +47,7 @@ CLS, RANDOM, RAW = (PRETRAINED, "cls"), (RANDOM_INIT, "cls"), (RAW_PIXELS, "pixe
         ({CLS: 0.8, RANDOM: 0.8, RAW: 0.8}, "no clear difference from raw pixels (80.0%): +0.0 points, 95% interval"),
     ],
 )
-def test_the_verdict_states_what_the_intervals_support(shares, says):
+def test_the_verdict_claims_only_what_the_intervals_support(shares, says):
     sentence = result(*[(*key, share) for key, share in shares.items()]).verdict
     score = "kNN on the pre-trained features (class token) gets 80.0% of 400 test images right (95% interval 75.8 to 83.6%; chance 10.0%)"  # noqa: E501
     assert says.replace("KNN_SCORE", score) in sentence
@@ -60,7 +60,7 @@ def test_the_verdict_names_the_probe_and_needs_the_pre_trained_features():
         result((*RAW, 0.8))
 
 
-def test_few_test_images_give_no_verdict_where_many_do():
+def test_there_is_no_verdict_with_few_test_images():
     few = result((*CLS, 0.75), (*RANDOM, 0.5), (*RAW, 0.5), total=8)
     many = result((*CLS, 0.75), (*RANDOM, 0.5), (*RAW, 0.5), total=800)
     assert "not shown" in few.verdict

@@ -1,4 +1,4 @@
-"""`unmask probe` beyond one number: curves, attention, other runs, tables of targets; on real files and real runs."""
+"""`unmask probe` with curves, attentive probes, other runs and tables of targets, on real files and runs."""
 
 import shutil
 from pathlib import Path
@@ -53,7 +53,7 @@ def trained(tmp_path_factory):
 
 @pytest.fixture
 def run(trained, tmp_path):
-    """A copy to write into."""
+    """A writable copy of the run."""
     return Path(shutil.copytree(trained / "mae", tmp_path / "run"))
 
 
@@ -65,7 +65,7 @@ def data(tmp_path):
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
-    """An attentive head of few steps."""
+    """Limit attentive heads to few training steps."""
     monkeypatch.setattr(attentive, "MIN_STEPS", 40)
     monkeypatch.setattr(attentive, "EPOCHS", 1)
 
@@ -82,10 +82,10 @@ def kept(run, name):
     return from_json(stored(run / "evals" / f"{name}.json"))
 
 
-# ------------------------------------------------------------------------------------------------------- label budgets
+# Label budgets
 
 
-def test_a_curve_is_logistic_regression_on_the_same_features_which_are_computed_once(run, data, monkeypatch):
+def test_a_curve_fits_logistic_regression_to_features_computed_once(run, data, monkeypatch):
     tables = []
     real = feature_sets.features
     monkeypatch.setattr(feature_sets, "features", lambda *a, **more: tables.append(real(*a, **more)) or tables[-1])
@@ -118,7 +118,7 @@ def test_a_curve_is_logistic_regression_on_the_same_features_which_are_computed_
     assert "<svg" in page[page.index("Quality of the features") : page.index("<h2>Loss")]
 
 
-def test_a_single_number_of_shots_is_the_first_draw_of_a_curve(run, data):
+def test_a_probe_with_one_number_of_shots_uses_the_first_draw_of_a_curve(run, data):
     one = probe(run, data, shots=3, controls=True)
     console = RecordingConsole()
     curve = probe(run, data, shots=3, draws=2, controls=True, console=console)
@@ -133,7 +133,7 @@ def test_a_single_number_of_shots_is_the_first_draw_of_a_curve(run, data):
     assert probe(run, data, shots=(3, 3), controls=True).rows == one.rows, "twice the same number is one"
 
 
-def test_results_of_other_images_in_a_folder_of_the_same_name_are_not_overwritten(run, data, tmp_path):
+def test_results_of_another_folder_with_the_same_name_are_not_overwritten(run, data, tmp_path):
     first = probe(run, data)
     other = write_images(tmp_path / "elsewhere" / "data", 20, classes=2)
     second = probe(run, other)
@@ -172,7 +172,7 @@ def test_features_are_cached_for_the_next_probe_until_something_changes(run, dat
     assert len(asked) == 4, "tokens are not kept"
 
 
-def test_a_broken_file_is_replaced_in_every_draw(run, data):
+def test_an_unreadable_file_is_replaced_in_every_draw(run, data):
     whole = probe(run, data, shots=(2, 4), draws=2)
     for path in sorted((data / "class1").iterdir())[:6]:
         path.write_bytes(b"no image")
@@ -193,10 +193,10 @@ def test_parsing_of_shots():
             parse_shots(text)
 
 
-# ----------------------------------------------------------------------------------------------------------- attention
+# Attentive probes
 
 
-def test_an_attentive_probe_holds_the_tokens_of_few_test_images_at_a_time(run, data, monkeypatch):
+def test_an_attentive_probe_keeps_tokens_of_few_test_images_in_memory(run, data, monkeypatch):
     found = probe(run, data, kind="attentive", controls=True)
     assert kept(run, "probe-attentive-data") == found
     assert [(row.features, row.pool) for row in found.rows] == [
@@ -223,10 +223,10 @@ def test_an_encoder_with_one_token_has_a_linear_head(trained, tmp_path, data):
     assert row.total == 12
 
 
-# ----------------------------------------------------------------------------------------------------------- other runs
+# Other runs
 
 
-def test_another_run_is_measured_as_if_alone(run, trained, tmp_path, data):
+def test_another_run_gets_the_same_scores_as_when_probed_alone(run, trained, tmp_path, data):
     other = Path(shutil.copytree(trained / "ae", tmp_path / "other"))
     for kind in ("knn", "linear", "attentive"):
         found = probe(run, data, kind=kind, against=(other,))
@@ -256,11 +256,11 @@ def test_other_runs_have_unique_names(run, trained, tmp_path, data):
             probe(run, data, against=against)
 
 
-# ------------------------------------------------------------------------------------------------------------- targets
+# Tables of targets
 
 
 def brightness(data):
-    """The mean of each image by its name."""
+    """The mean pixel value of each image by its name."""
     found = {}
     for path in sorted(data.rglob("*.png")):
         with Image.open(path) as image:
@@ -273,7 +273,7 @@ def table(file, heading, rows):
     return file
 
 
-def test_classes_of_a_table_are_measured_like_those_of_folders(run, data, tmp_path):
+def test_classes_of_a_table_give_the_same_result_as_folders(run, data, tmp_path):
     names = list(brightness(data))
     flat = tmp_path / "flat"
     flat.mkdir()
@@ -318,7 +318,7 @@ def test_quantities_and_labels_are_predicted_from_the_features(run, data, tmp_pa
     assert (found.task, found.metric, found.names) == ("regression", "R2", ("mean", "half"))
     assert found.train_images == 48
     best = max(row.value for row in found.rows if row.features == PRETRAINED)
-    assert best > (0.3 if kind == "attentive" else 0.6)  # 40 steps of it
+    assert best > (0.3 if kind == "attentive" else 0.6)  # the head has only 40 steps
     assert any("mean absolute error" in line for line in console.messages)
     assert kept(run, f"targets-{kind}-data-by-t-regression") == found
     bits = [(name, int(value > 100), int(value > 160), int(value > 60)) for name, value in bright.items()]
@@ -342,7 +342,9 @@ def test_test_images_have_rows_in_the_same_table_or_a_separate_one(run, data, tm
     other = table(tmp_path / "u.csv", "path,extra,mean", [(name, "x", value) for name, value in there.items()])
     found = probe(run, data, test=str(test), targets=file, test_targets=other)
     assert (found.train_images, found.test_images) == (60, 12)
-    with pytest.raises(UserError, match=r"0000.png is an image of .*data and of .*test, so .* with --test-targets"):
+    with pytest.raises(
+        UserError, match=r"got an image .*0000.png in both .*data and .*test, so .* with --test-targets"
+    ):
         probe(run, data, test=str(test), targets=file)
     for path in sorted(test.rglob("*.png")):
         path.rename(path.with_name(f"t{path.name}"))

@@ -1,4 +1,4 @@
-"""Probes of made-up features: poolings, controls, scores of every task, differences and caveats."""
+"""Probes of synthetic features: poolings, controls, scores of every task, differences and caveats."""
 
 from itertools import pairwise
 
@@ -24,7 +24,7 @@ CLASSES = ("ant", "bee", "cow")
 
 
 def table(labels, *, cls_noise=0.3, mean_noise=0.3, seed=0, cls=True, digest_from=0):
-    """Features that hold the class under some noise."""
+    """Return features that contain the class and noise."""
     labels = np.asarray(labels, np.int64)
     rng = np.random.default_rng(seed)
     axes = np.eye(3, 8)[labels]
@@ -101,11 +101,11 @@ class Encoder(torch.nn.Module):
         return Features(None, images.float().flatten(2).transpose(1, 2), images.shape[2:])
 
 
-def test_raw_pixels_come_with_the_untrained_encoder_and_lose_their_mean(monkeypatch):
+def test_raw_pixels_are_centred_and_measured_with_the_untrained_encoder(monkeypatch):
     encoder, untrained = Encoder(), Encoder()
     assert with_controls(encoder, None) == {PRETRAINED: encoder}
     assert list(with_controls(encoder, untrained)) == [RAW_PIXELS, RANDOM_INIT, PRETRAINED]
-    # Bright images whose classes differ a little around a large common mean: without it the angle tells them apart.
+    # Bright images have a large common mean; only without it does the angle distinguish the classes.
     rng = np.random.default_rng(0)
     labels = torch.from_numpy(balanced(90))
     pixels = torch.full((90, 3, 4, 4), 200.0) + torch.from_numpy(rng.normal(size=(90, 3, 4, 4)))
@@ -129,7 +129,7 @@ def test_raw_pixels_come_with_the_untrained_encoder_and_lose_their_mean(monkeypa
     np.testing.assert_allclose(train_x + mean, tables[RAW_PIXELS].mean[:60], rtol=1e-5)
     np.testing.assert_allclose(test_x + mean, tables[RAW_PIXELS].mean[60:], rtol=1e-5)
     assert np.abs(train_x.mean(0)).max() < 1e-3
-    np.testing.assert_array_equal(own_train, train[RANDOM_INIT].mean)  # features are measured as they are
+    np.testing.assert_array_equal(own_train, train[RANDOM_INIT].mean)  # features are not centred
     np.testing.assert_array_equal(own_test, test[RANDOM_INIT].mean)
 
 
@@ -147,7 +147,7 @@ def test_shots_are_drawn_per_class_and_larger_draws_contain_smaller_ones():
     np.testing.assert_array_equal(few_shots(index[shuffled], labels[shuffled], CLASSES, 5, 0), picks[2])
 
 
-def test_removing_one_image_replaces_it_alone():
+def test_removing_an_image_replaces_only_that_image():
     index, labels = np.arange(90), balanced(90)
     pick = few_shots(index, labels, CLASSES, 5, 0)
     rest = np.setdiff1d(index, pick[:1])
@@ -211,7 +211,7 @@ def test_the_seed_of_a_linear_probe_is_passed_on(monkeypatch):
 
 
 def values(count, seed=0):
-    """Features that hold two quantities, the second of them nearly hidden."""
+    """Return features that contain two quantities, the second with much noise."""
     rng = np.random.default_rng(seed)
     truth = rng.normal(size=(count, 2)) * [1, 50] + [0, 1000]
     x = np.concatenate([truth @ [[1, 0], [0, 0.002]], np.zeros((count, 4))], 1) + 0.2 * rng.normal(size=(count, 6))
@@ -242,7 +242,7 @@ def test_quantities_are_scored_by_r2_and_absolute_error(kind):
 
 
 @pytest.mark.parametrize("kind", ["knn", "linear"])
-def test_labels_are_scored_by_average_precision_without_those_that_no_image_has(kind):
+def test_labels_without_positives_are_left_out_of_the_mean_average_precision(kind):
     train, test = table(balanced(300), cls=False), table(balanced(150), cls=False, seed=1, digest_from=500)
     truths = [np.stack([t.labels == 0, t.labels > 0, t.labels == 9], 1).astype(float) for t in (train, test)]
     found = run(train, test, kind=kind, labelling=Labelling("multilabel", ("ant", "other", "owl")), targets=truths)
@@ -254,11 +254,11 @@ def test_labels_are_scored_by_average_precision_without_those_that_no_image_has(
     assert found.chance == pytest.approx(0.5), "the mean share of positives"
     assert "owl has no positive image among the test images" in found.caveats[0]
     truths[1][:] = 0
-    with pytest.raises(ValueError, match="that do not differ in ant, other, owl"):
+    with pytest.raises(ValueError, match="with the same value of ant, other, owl"):
         run(train, test, kind=kind, labelling=Labelling("multilabel", ("ant", "other", "owl")), targets=truths)
 
 
-def test_another_run_is_compared_by_a_pooling_that_both_have():
+def test_runs_are_compared_by_a_pooling_that_both_have():
     def tables(count, seed, first):
         labels = balanced(count)
         return {
@@ -277,7 +277,7 @@ def test_another_run_is_compared_by_a_pooling_that_both_have():
     assert f"b mask run ({other:.1%}), 95% interval -" in found.verdict
 
 
-def test_draws_differ_and_the_first_is_the_default():
+def test_draws_of_labels_differ_and_the_first_is_the_default():
     index, labels = np.arange(90), balanced(90)
     one = few_shots(index, labels, CLASSES, 5, 0)
     draws = [set(few_shots(index, labels, CLASSES, 5, 0, draw=draw)) for draw in range(4)]

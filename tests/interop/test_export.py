@@ -1,4 +1,4 @@
-"""Runs become models of other libraries: what they compute is the same there, and what does not fit is said."""
+"""Export of runs: other libraries compute the same outputs, and unsupported parts are reported."""
 
 import importlib.util
 import json
@@ -33,7 +33,7 @@ from unmask.interop.safetensors_file import open_safetensors
 from unmask.nn.masks import Mask
 from unmask.run import Run
 
-WITH_TIMM = "timm" in sys.modules  # by the plugin real_timm; nothing else imports it
+WITH_TIMM = "timm" in sys.modules  # set by the plugin real_timm
 ENCODER = {"width": 32, "depth": 2, "heads": 2, "patch": (4, 4)}
 DECODER = {"width": 16, "depth": 1, "heads": 2}
 BEIT = {**ENCODER, "positions": "absent", "relative_bias": True, "layer_scale": 0.1}
@@ -55,7 +55,7 @@ METHODS = {
 
 
 def make(path: Path, method: str | dict, *, channels=3, size=(16, 16), dtype="uint8", **changes) -> Path:
-    """A finished run with weights far from those of an initialisation, so that every tensor counts."""
+    """A finished run with weights far from their initialisation, so that every tensor affects the outputs."""
     settings = (METHODS[method] if isinstance(method, str) else method) | changes
     mean, std = [100.0, 120.0, 140.0, 90.0][:channels], [50.0, 60.0, 70.0, 40.0][:channels]
     spec = ImageSpec(channels, size, dtype, tuple(mean), tuple(std))
@@ -150,9 +150,9 @@ class Block(torch.nn.Module):
 
 
 class Theirs(torch.nn.Module):
-    """timm's VisionTransformer and Beit, and the two classes of official MAE, written down once more from their code.
+    """timm's VisionTransformer and Beit, and the two classes of official MAE, reimplemented from their code.
 
-    So that names and numbers are tested where neither is installed; `make` is timm.create_model.
+    They test names and outputs where neither library is installed; `make` replaces timm.create_model.
     """
 
     def __init__(
@@ -202,7 +202,7 @@ class Theirs(torch.nn.Module):
         return cls(**options, beit=name.startswith("beit"))
 
     def index(self):
-        """BEiT's offsets, one pair of patches after another."""
+        """BEiT's relative positions for each pair of patches."""
         rows, cols = self.grid
         places = [(row, col) for row in range(rows) for col in range(cols)]
         last = (2 * rows - 1) * (2 * cols - 1)
@@ -232,7 +232,7 @@ class Theirs(torch.nn.Module):
 
 
 class OfficialViT(Theirs):
-    """models_vit.VisionTransformer: its features are the class token."""
+    """models_vit.VisionTransformer, whose features are the class token."""
 
     def forward_features(self, x):
         return super().forward_features(x)[:, 0]
@@ -274,7 +274,7 @@ class OfficialMAE(Theirs):
 
 @pytest.fixture
 def others(monkeypatch):
-    """timm and the official code, as far as they are written down here; timm itself with the plugin real_timm."""
+    """The reimplementations of timm and the official code; the real timm with the plugin real_timm."""
     import types
 
     timm, vit, mae = (types.ModuleType(name) for name in ("timm", "models_vit", "models_mae"))
@@ -299,7 +299,7 @@ def exported(tmp_path: Path, to: str, method, **changes) -> tuple[Path, dict]:
 
 
 def run_code(code: str) -> dict:
-    """What a card or message says to type, typed."""
+    """Run the code in a model card or message."""
     names: dict = {}
     exec(code, names)
     return names
@@ -318,7 +318,7 @@ def run_code(code: str) -> dict:
         ("encoder", {"encoder": {**ENCODER, "norm_eps": 1e-3}}),
     ],
 )
-def test_timm_has_the_same_features(tmp_path, others, method, changes):
+def test_timm_computes_the_same_features(tmp_path, others, method, changes):
     out, summary = exported(tmp_path, "timm", method, **changes)
     encoder = load(tmp_path / "run").method.encoder
     model = run_code(summary["load"])["model"]
@@ -331,7 +331,7 @@ def test_timm_has_the_same_features(tmp_path, others, method, changes):
 
 @torch.no_grad()
 @pytest.mark.parametrize("encoder", [ENCODER, BEIT])
-def test_a_classifier_goes_to_timm_with_its_head(tmp_path, others, encoder):
+def test_a_classifier_is_exported_to_timm_with_its_head(tmp_path, others, encoder):
     _, summary = exported(tmp_path, "timm", "classify", encoder=encoder, channels=1, size=(16, 24))
     method, images = load(tmp_path / "run").method, some_images(2, 1, 16, 24)
     model = run_code(summary["load"])["model"]
@@ -341,8 +341,8 @@ def test_a_classifier_goes_to_timm_with_its_head(tmp_path, others, encoder):
 
 
 @pytest.mark.skipif(WITH_TIMM, reason="this is the inner run")
-def test_the_tests_of_timm_pass_with_timm_itself():
-    """In a process of its own, because transformers cannot be imported beside this torchvision (real_timm.py)."""
+def test_the_timm_tests_pass_with_the_real_timm():
+    """Runs in a separate process, because transformers cannot be imported with this torchvision (real_timm.py)."""
     if not real_timm.installed():
         assert not os.environ.get("CI"), f"scripts/test installs timm into {real_timm.FOLDER}"
         pytest.skip(f"timm is not in {real_timm.FOLDER}; scripts/test installs it")
@@ -359,7 +359,7 @@ def test_the_tests_of_timm_pass_with_timm_itself():
 
 @torch.no_grad()
 @pytest.mark.parametrize("target", ["norm_pixels", "pixels"])
-def test_official_mae_has_the_same_prediction_and_loss_under_the_same_mask(tmp_path, others, target):
+def test_official_mae_computes_the_same_prediction_and_loss_under_the_same_mask(tmp_path, others, target):
     out, summary = exported(tmp_path, "official", "mae", target=target)
     method, images = load(tmp_path / "run").method, some_images(3, 3, 16, 16)
     model = run_code(summary["load"])["model"]
@@ -375,7 +375,7 @@ def test_official_mae_has_the_same_prediction_and_loss_under_the_same_mask(tmp_p
 
 
 @torch.no_grad()
-def test_official_mae_takes_encoders_and_classifiers(tmp_path, others):
+def test_encoders_and_classifiers_are_exported_to_official_mae(tmp_path, others):
     for number, (method, changes, what) in enumerate(
         [
             ("simmim", {"size": (16, 24), "channels": 4}, "encoder only"),
@@ -400,7 +400,7 @@ def test_official_mae_takes_encoders_and_classifiers(tmp_path, others):
         assert all(torch.equal(ours[name], theirs[name]) for name in shared)
 
 
-# ---------------------------------------------------------------------------------------------------- transformers
+# transformers
 
 
 @torch.no_grad()
@@ -424,7 +424,7 @@ def test_official_mae_takes_encoders_and_classifiers(tmp_path, others):
         ("encoder", {"encoder": GPT}, "ImageGPTModel"),
     ],
 )
-def test_transformers_computes_the_same(tmp_path, method, changes, kind):
+def test_transformers_computes_the_same_outputs(tmp_path, method, changes, kind):
     transformers = pytest.importorskip("transformers")
     out, summary = exported(tmp_path, "hf", method, **changes)
     assert summary["what"] == f"{kind} of transformers"
@@ -435,7 +435,7 @@ def test_transformers_computes_the_same(tmp_path, method, changes, kind):
     images = some_images(2, encoder.spec.channels, *encoder.spec.size).to(DTYPES[encoder.spec.dtype])
     pixels = normalised(images.float(), encoder)
     if not kind.endswith("Model"):
-        return  # what was compared is another thing: classes
+        return  # class scores are compared instead
     named = run_code(summary["load"].replace("AutoImageProcessor, ", "").replace("processor = ", "# "))["model"]
     with silence_libraries():
         auto = transformers.AutoModel.from_pretrained(out).eval()
@@ -455,7 +455,7 @@ def test_transformers_computes_the_same(tmp_path, method, changes, kind):
         ("igpt", {}, "ImageGPTForCausalImageModeling"),
     ],
 )
-def test_the_whole_method_is_exported_by_name(tmp_path, method, changes, kind):
+def test_hf_pretraining_exports_the_whole_method(tmp_path, method, changes, kind):
     transformers = pytest.importorskip("transformers")
     out, summary = exported(tmp_path, "hf-pretraining", method, **changes)
     assert summary["what"] == f"{kind} of transformers"
@@ -476,12 +476,12 @@ def test_the_whole_method_is_exported_by_name(tmp_path, method, changes, kind):
         ("classify", {}, "no pre-training model"),
     ],
 )
-def test_what_transformers_cannot_pre_train_is_refused_by_that_name(tmp_path, method, changes, said):
+def test_hf_pretraining_rejects_methods_that_transformers_does_not_have(tmp_path, method, changes, said):
     with pytest.raises(ExportError, match=said):
         exported(tmp_path, "hf-pretraining", method, **changes)
 
 
-def test_the_feature_pipeline_of_transformers_gives_all_tokens(tmp_path):
+def test_the_feature_pipeline_of_transformers_returns_all_tokens(tmp_path):
     transformers = pytest.importorskip("transformers")
     from PIL import Image
 
@@ -497,7 +497,7 @@ def test_the_feature_pipeline_of_transformers_gives_all_tokens(tmp_path):
 
 
 @torch.no_grad()
-def test_the_classes_and_codes_of_transformers_are_ours(tmp_path):
+def test_class_names_and_codes_in_transformers_match_the_run(tmp_path):
     transformers = pytest.importorskip("transformers")
     for name in ("c", "b", "g"):
         (tmp_path / name).mkdir()
@@ -528,7 +528,7 @@ def test_the_classes_and_codes_of_transformers_are_ours(tmp_path):
 
 @torch.no_grad()
 @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB"), (4, "RGBA")])
-def test_the_preprocessor_of_transformers_makes_what_the_encoder_makes_itself(tmp_path, channels, mode):
+def test_the_preprocessor_of_transformers_normalises_like_the_encoder(tmp_path, channels, mode):
     transformers = pytest.importorskip("transformers")
     from PIL import Image
 
@@ -542,7 +542,7 @@ def test_the_preprocessor_of_transformers_makes_what_the_encoder_makes_itself(tm
     assert far(found, normalised(images, encoder)) < 1e-5
 
 
-def test_images_that_are_not_of_8_bits_get_no_preprocessor(tmp_path):
+def test_images_without_8_bits_get_no_preprocessor(tmp_path):
     for number, (method, dtype) in enumerate([("simmim", "uint16"), ("simmim", "float32"), ("igpt", "uint16")]):
         run, out = make(tmp_path / f"run{number}", method, dtype=dtype), tmp_path / f"out{number}"
         summary = export_run(run, "hf", out)
@@ -553,7 +553,7 @@ def test_images_that_are_not_of_8_bits_get_no_preprocessor(tmp_path):
             assert "mean 100, 120, 140; std 50, 60, 70" in (out / "README.md").read_text()
 
 
-# --------------------------------------------------------------------------------------------------- ONNX and ours
+# ONNX and unmask's safetensors
 
 
 @torch.no_grad()
@@ -566,11 +566,11 @@ def test_images_that_are_not_of_8_bits_get_no_preprocessor(tmp_path):
         ("dvae", {}, ["patches"]),
     ],
 )
-def test_the_graph_takes_the_files_own_units_and_any_number_of_images(tmp_path, method, changes, names):
+def test_the_graph_accepts_the_files_own_units_and_any_batch_size(tmp_path, method, changes, names):
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     out, summary = exported(tmp_path, "onnx", method, **changes)
-    for place in (export.__file__, torch.__file__):  # whose lines the graph was traced from
+    for place in (export.__file__, torch.__file__):  # folders of the traced source code
         assert str(Path(place).parent).encode() not in out.read_bytes()
     method = load(tmp_path / "run").method
     spec = method.encoder.spec
@@ -595,7 +595,7 @@ def test_the_graph_takes_the_files_own_units_and_any_number_of_images(tmp_path, 
 
 @torch.no_grad()
 @pytest.mark.parametrize(("to", "dtype", "taken"), [("onnx-float", "uint8", "float"), ("onnx", "uint16", "uint16")])
-def test_the_input_of_a_graph_is_that_of_the_files_or_float_by_name(tmp_path, to, dtype, taken):
+def test_the_graph_input_has_the_dtype_of_the_files_or_is_float(tmp_path, to, dtype, taken):
     pytest.importorskip("onnxscript")
     onnxruntime = pytest.importorskip("onnxruntime")
     out, summary = exported(tmp_path, to, "mae", dtype=dtype)
@@ -605,7 +605,7 @@ def test_the_input_of_a_graph_is_that_of_the_files_or_float_by_name(tmp_path, to
 
 
 @pytest.mark.parametrize("method", ["mae", "beit", "igpt", "dvae", "classify", "encoder"])
-def test_our_own_file_gives_back_the_whole_method(tmp_path, method):
+def test_a_safetensors_export_restores_the_whole_method(tmp_path, method):
     out, summary = exported(tmp_path, "safetensors", method)
     again = run_code(summary["load"])["method"]
     ours = load(tmp_path / "run").method
@@ -617,7 +617,7 @@ def test_our_own_file_gives_back_the_whole_method(tmp_path, method):
     assert b"/secret" not in out.read_bytes()
 
 
-def test_neither_header_nor_card_says_where_anything_lay_on_this_machine(tmp_path):
+def test_header_and_card_contain_no_paths_of_this_machine(tmp_path):
     path, here = make(tmp_path / "run", "segment"), str(tmp_path)
     run, labelled, test = Run(path), f"{here}/images/train", f"{here}/images/val"
     config = run.read("config.json")
@@ -670,7 +670,7 @@ def test_neither_header_nor_card_says_where_anything_lay_on_this_machine(tmp_pat
         ("official", "classify"),
     ],
 )
-def test_what_was_exported_comes_back_with_what_the_format_has_no_place_for(tmp_path, others, to, method):
+def test_importing_an_export_restores_metadata_that_the_format_lacks(tmp_path, others, to, method):
     changes = {"encoder": {**ENCODER, "heads": 4}} | ({"target": "pixels"} if method == "mae" else {})
     run = Run(make(tmp_path / "run", method, **changes))
     config = run.read("config.json")
@@ -698,7 +698,7 @@ def test_what_was_exported_comes_back_with_what_the_format_has_no_place_for(tmp_
 
 
 @pytest.mark.parametrize("method", ["mae", "beit", "igpt", "segment"])
-def test_our_own_file_becomes_a_run_again_with_all_its_settings(tmp_path, method):
+def test_a_safetensors_export_is_imported_with_all_its_settings(tmp_path, method):
     out, _ = exported(tmp_path, "safetensors", method)
     run = import_weights(out, tmp_path / "again")
     before, after = open_safetensors(out), load(run.path).method
@@ -725,7 +725,7 @@ def test_our_own_file_becomes_a_run_again_with_all_its_settings(tmp_path, method
     assert not (tmp_path / "other").exists()
 
 
-def test_a_file_that_is_not_ours_is_not_opened(tmp_path):
+def test_open_safetensors_rejects_files_of_other_libraries(tmp_path):
     save_file({"a": torch.zeros(2)}, tmp_path / "other.safetensors")
     (tmp_path / "text.safetensors").write_text("hello")
     for name in ("other", "text"):
@@ -735,7 +735,7 @@ def test_a_file_that_is_not_ours_is_not_opened(tmp_path):
         open_safetensors(tmp_path / "none.safetensors")
 
 
-# ------------------------------------------------------------------------------------------------------ what fails
+# Rejected exports
 
 
 @pytest.mark.parametrize(
@@ -761,14 +761,14 @@ def test_a_file_that_is_not_ours_is_not_opened(tmp_path):
         ("hf", "igpt", {"objective": "bert"}, "predicts hidden tokens"),
     ],
 )
-def test_what_a_target_cannot_express_is_refused_in_a_sentence(tmp_path, to, method, changes, match):
+def test_runs_that_a_target_cannot_represent_are_rejected(tmp_path, to, method, changes, match):
     run = make(tmp_path / "run", method, **changes)
     with pytest.raises(ExportError, match=match):
         export_run(run, to, tmp_path / f"out{find_target(to).suffix}")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-def test_a_name_that_is_taken_or_of_another_kind_is_refused(tmp_path):
+def test_existing_outputs_and_wrong_extensions_are_rejected(tmp_path):
     run = make(tmp_path / "run", "mae")
     (tmp_path / "taken.safetensors").touch()
     (tmp_path / "carded.safetensors.md").touch()
@@ -792,7 +792,7 @@ def test_a_name_that_is_taken_or_of_another_kind_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("fault", ["swapped", "nan"])
-def test_what_computes_something_else_is_removed(tmp_path, others, monkeypatch, fault):
+def test_an_export_with_different_outputs_is_removed(tmp_path, others, monkeypatch, fault):
     def broken(weights, right=tensor_names.to_official):
         state = right(weights)
         name = "blocks.0.mlp.fc1.bias"
@@ -806,8 +806,8 @@ def test_what_computes_something_else_is_removed(tmp_path, others, monkeypatch, 
 
 
 @pytest.mark.parametrize("to", ["timm", "hf", "onnx"])
-def test_a_library_that_is_there_and_cannot_be_imported_is_not_called_missing(tmp_path, monkeypatch, to):
-    """As with a torchvision of another torch: the reason is said, and what was written stays."""
+def test_an_import_error_of_an_installed_library_is_reported_with_its_cause(tmp_path, monkeypatch, to):
+    """For example torchvision for another torch: the cause is reported, and the export is kept."""
     name = {"timm": "timm", "hf": "transformers", "onnx": "onnxruntime"}[to]
     (tmp_path / "site" / name).mkdir(parents=True)
     (tmp_path / "site" / name / "__init__.py").write_text(
@@ -827,7 +827,7 @@ def test_a_library_that_is_there_and_cannot_be_imported_is_not_called_missing(tm
     assert out.exists()
 
 
-def test_without_the_other_library_it_is_said_that_nothing_was_checked(tmp_path, monkeypatch, capsys):
+def test_a_missing_library_is_reported_as_not_checked(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "timm", None)
     run = make(tmp_path / "run", "mae")
     summary = export_run(run, "timm", tmp_path / "out.safetensors", console=Console())
@@ -842,16 +842,16 @@ def test_without_the_other_library_it_is_said_that_nothing_was_checked(tmp_path,
     assert not list(tmp_path.glob(".export-*"))
 
 
-# -------------------------------------------------------------------------------------------------------- the card
+# The model card
 
 
 def front_matter(card: str) -> dict[str, str]:
-    """The simple lines of a card's YAML."""
+    """Return the single-line entries of a card's YAML."""
     _, top, _ = card.split("---\n", 2)
     return dict(re.findall(r"^(\w+): (.+)$", top, re.MULTILINE))
 
 
-def test_the_card_says_what_it_is_and_no_path_of_this_machine(tmp_path):
+def test_the_card_describes_the_model_without_paths_of_this_machine(tmp_path):
     run = make(tmp_path / "run", "mae")
     row, data = {"pool": "mean", "accuracy": 0.625, "low": 0.5, "high": 0.75, "total": 8}, "/secret/labelled"
     probe = {
@@ -897,7 +897,7 @@ def test_the_card_says_what_it_is_and_no_path_of_this_machine(tmp_path):
 
 
 def results(tmp_path: Path, method: str, files: dict[str, dict]) -> list[str]:
-    """The table of results in the card of a Run whose `evals` hold these files, row by row."""
+    """Return the rows of the results table in the card of a run with these files in `evals`."""
     run = make(tmp_path / "run", method)
     for name, content in files.items():
         Run(run).write(f"evals/{name}.json", content)
@@ -930,7 +930,7 @@ HELD = "on labelled, tested on a held-out fifth of labelled"
           "for detection, tested on test | this model | 20 | AP | 30.0% |"]),
     ],
 )  # fmt: skip
-def test_the_card_of_a_supervised_run_has_the_measure_of_its_task(tmp_path, task, numbers, rows):
+def test_the_card_of_a_fine_tuned_run_has_the_metric_of_its_task(tmp_path, task, numbers, rows):
     found = results(tmp_path, task, {"fine-tuned": TUNED | {"task": task} | numbers})
     assert found == [f"| Fine-tuned on labelled {row}" for row in rows]
 
@@ -967,11 +967,11 @@ def test_the_card_shows_every_kind_of_probe(tmp_path, name, content, rows):
     assert results(tmp_path, "mae", {name: PROBED | content}) == [f"| {row}" for row in rows]
 
 
-def test_the_card_of_imported_weights_has_their_licence_and_where_they_came_from(tmp_path, others):
+def test_the_card_of_imported_weights_states_their_licence_and_origin(tmp_path, others):
     run = make(tmp_path / "run", "mae")
     export_run(run, "official", tmp_path / "mae.pth")
     published = torch.load(tmp_path / "mae.pth", weights_only=True)["model"]
-    torch.save({"model": published}, tmp_path / "mae.pth")  # as others make it, without our imprint
+    torch.save({"model": published}, tmp_path / "mae.pth")  # as other tools write it, without unmask's metadata
     again = import_weights(
         tmp_path / "mae.pth", tmp_path / "again", settings=["method.encoder.heads=2", "method.decoder.heads=2"]
     )
@@ -986,7 +986,7 @@ def test_the_card_of_imported_weights_has_their_licence_and_where_they_came_from
     assert "Nothing was measured." in card
 
 
-def test_what_a_card_says_to_type_works_beside_the_file(tmp_path, others, monkeypatch):
+def test_the_loading_code_in_a_card_works_beside_the_file(tmp_path, others, monkeypatch):
     out, _ = exported(tmp_path, "timm", "classify")
     card = Path(f"{out}.md").read_text()
     assert front_matter(card)["pipeline_tag"] == "image-classification"
@@ -995,7 +995,7 @@ def test_what_a_card_says_to_type_works_beside_the_file(tmp_path, others, monkey
     assert run_code(card.split("```python\n")[1].split("```")[0])["model"].head.out_features == 3
 
 
-def test_the_command_line_exports_and_fails_with_its_codes(tmp_path, others, monkeypatch, capsys):
+def test_the_export_command_writes_files_and_returns_exit_codes(tmp_path, others, monkeypatch, capsys):
     from unmask import commands
 
     run = make(tmp_path / "run", "mae")
@@ -1031,7 +1031,7 @@ def test_the_command_line_exports_and_fails_with_its_codes(tmp_path, others, mon
         ("official", "mpp", {"size": (16, 24)}),
     ],
 )  # fmt: skip
-def test_what_was_exported_comes_back_by_import(tmp_path, others, to, method, changes):
+def test_exported_files_can_be_imported(tmp_path, others, to, method, changes):
     out, _ = exported(tmp_path, to, method, **changes)
     ours = load(tmp_path / "run")
     hf = to.startswith("hf")

@@ -1,4 +1,4 @@
-"""Export targets are the files of `interop/targets/`: a new one is one file."""
+"""Export targets: every file in `interop/targets/` is a target, and a new one needs only one file."""
 
 import subprocess
 import sys
@@ -34,7 +34,7 @@ TARGET = ExportTarget(to_text, suffix=".txt", library_name="text")
 '''
 
 
-def test_every_file_declares_a_target_and_a_summary():
+def test_every_target_file_declares_a_target_and_a_summary():
     assert target_names() == ("hf", "hf-pretraining", "official", "onnx", "onnx-float", "safetensors", "timm")
     for name in target_names():
         target = find_target(name)
@@ -56,7 +56,7 @@ def test_listing_targets_imports_no_torch():
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60, capture_output=True)
 
 
-def test_a_new_target_is_one_file(tmp_path, monkeypatch):
+def test_a_new_target_needs_only_one_file(tmp_path, monkeypatch):
     folder = tmp_path / "targets"
     folder.mkdir()
     (folder / "tensor_list.py").write_text(NEW_TARGET)

@@ -1,4 +1,4 @@
-"""Weights of others become Runs: what they compute stays the same, and what is wrong with a file is said."""
+"""Import of weights: outputs stay the same, and invalid files are rejected with a clear error."""
 
 import argparse
 import json
@@ -41,7 +41,7 @@ def transformers():
 
 
 def saved(model: torch.nn.Module, folder: Path, preprocessor: dict | None = None) -> Path:
-    """The folder that transformers makes, with weights far from zero so that every tensor counts."""
+    """A folder saved by transformers, with weights far from zero so that every tensor affects the outputs."""
     torch.manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -72,7 +72,7 @@ def normalised(images: torch.Tensor, encoder: torch.nn.Module) -> torch.Tensor:
 
 
 def small_mae(size=(16, 16), channels=3, **changes) -> MAE:
-    """Ours, with weights that are not those of an initialisation."""
+    """Return a method of unmask with weights far from their initialisation."""
     torch.manual_seed(0)
     encoder = ViTConfig(width=32, depth=2, heads=2, patch=(4, 4))
     config = MAEConfig(encoder=encoder, decoder=DecoderConfig(width=16, depth=1, heads=2), **changes)
@@ -86,7 +86,7 @@ def small_mae(size=(16, 16), channels=3, **changes) -> MAE:
 
 
 def official(method: MAE, *, whole: bool = True) -> dict[str, torch.Tensor]:
-    """Our weights as the official files name them."""
+    """Return unmask's weights under the names of official files."""
     state = {}
     for name, value in method.state_dict().items():
         if name.startswith("encoder.") and name not in ("encoder.mean", "encoder.std"):
@@ -99,7 +99,7 @@ def official(method: MAE, *, whole: bool = True) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def test_a_whole_mae_of_transformers_predicts_what_it_did(transformers, tmp_path):
+def test_an_imported_vitmae_predicts_the_same(transformers, tmp_path):
     theirs = transformers.ViTMAEForPreTraining(
         transformers.ViTMAEConfig(
             **SMALL, decoder_hidden_size=16, decoder_num_hidden_layers=1, decoder_num_attention_heads=2,
@@ -123,7 +123,7 @@ def test_a_whole_mae_of_transformers_predicts_what_it_did(transformers, tmp_path
 
 @torch.no_grad()
 @pytest.mark.parametrize("make", ["ViTMAEModel", "ViTModel", "ViTForImageClassification", "ViTForMaskedImageModeling"])
-def test_encoders_of_transformers_give_the_same_features(transformers, tmp_path, make):
+def test_imported_encoders_of_transformers_compute_the_same_features(transformers, tmp_path, make):
     config = transformers.ViTMAEConfig(**SMALL, mask_ratio=0.0) if "MAE" in make else transformers.ViTConfig(
         **SMALL, **({"encoder_stride": 4} if "Masked" in make else {}))  # fmt: skip
     theirs = getattr(transformers, make)(config)
@@ -132,7 +132,7 @@ def test_encoders_of_transformers_give_the_same_features(transformers, tmp_path,
     images = some_images(2, 3, 16, 16)
     core = getattr(theirs, "vit", theirs)
     expected = core(normalised(images, encoder)).last_hidden_state
-    if "MAE" in make:  # it shuffles the patches even when it hides none
+    if "MAE" in make:  # patches are shuffled even if none is hidden
         noise = torch.arange(16.0).expand(2, -1)
         expected = core(normalised(images, encoder), noise=noise).last_hidden_state
     found = encoder(images)
@@ -148,7 +148,7 @@ def test_encoders_of_transformers_give_the_same_features(transformers, tmp_path,
 
 @torch.no_grad()
 @pytest.mark.parametrize("bias", ["shared", "each_block", "absolute"])
-def test_beit_of_transformers_gives_the_same_features(transformers, tmp_path, bias):
+def test_an_imported_beit_of_transformers_computes_the_same_features(transformers, tmp_path, bias):
     theirs = transformers.BeitForMaskedImageModeling(
         transformers.BeitConfig(
             **SMALL, vocab_size=16, use_mask_token=True, use_absolute_position_embeddings=bias == "absolute",
@@ -169,7 +169,7 @@ def test_beit_of_transformers_gives_the_same_features(transformers, tmp_path, bi
 
 
 @torch.no_grad()
-def test_a_fine_tuned_beit_of_transformers_is_a_classifier_with_its_classes(transformers, tmp_path):
+def test_a_fine_tuned_beit_of_transformers_is_imported_with_its_classes(transformers, tmp_path):
     theirs = transformers.BeitForImageClassification(
         transformers.BeitConfig(
             **SMALL, use_relative_position_bias=True, drop_path_rate=0.0, layer_scale_init_value=0.1,
@@ -186,7 +186,7 @@ def test_a_fine_tuned_beit_of_transformers_is_a_classifier_with_its_classes(tran
 
 @torch.no_grad()
 @pytest.mark.parametrize("head", [True, False])
-def test_imagegpt_of_transformers_and_its_palette(transformers, tmp_path, head):
+def test_imagegpt_of_transformers_is_imported_with_its_palette(transformers, tmp_path, head):
     config = transformers.ImageGPTConfig(vocab_size=9, n_positions=16, n_embd=32, n_layer=2, n_head=2)
     theirs = (transformers.ImageGPTForCausalImageModeling if head else transformers.ImageGPTModel)(config)
     clusters = (some_images(8, 3).double() / 127.5 - 1).tolist()
@@ -237,7 +237,7 @@ def clock_of(images: torch.Tensor):
 @torch.no_grad()
 @pytest.mark.parametrize("size", [(16, 16), (8, 24)])
 @pytest.mark.parametrize("target", ["norm_pixels", "pixels"])
-def test_an_official_mae_comes_back_whole(tmp_path, size, target):
+def test_an_official_mae_is_imported_with_its_decoder(tmp_path, size, target):
     ours = small_mae(size, target=target)
     torch.save({"model": official(ours), "epoch": 3, "args": argparse.Namespace(lr=1.0)}, tmp_path / "mae.pth")
     settings = [*HEADS, *[f"method.target={target}"] * (target == "pixels"), f"data.size={list(size)}"]
@@ -257,7 +257,7 @@ def test_an_official_mae_comes_back_whole(tmp_path, size, target):
 
 
 @torch.no_grad()
-def test_an_official_encoder_in_safetensors_with_a_prefix_is_an_encoder_only(tmp_path, capsys):
+def test_an_official_encoder_with_a_name_prefix_is_imported(tmp_path, capsys):
     ours = small_mae()
     state = {f"module.encoder.{name}": value for name, value in official(ours, whole=False).items()}
     save_file({name: value.clone() for name, value in state.items()}, tmp_path / "mae.safetensors")
@@ -274,7 +274,7 @@ def test_an_official_encoder_in_safetensors_with_a_prefix_is_an_encoder_only(tmp
 
 
 @torch.no_grad()
-def test_a_fine_tuned_official_file_is_a_classifier(tmp_path):
+def test_a_fine_tuned_official_file_is_imported_as_a_classifier(tmp_path):
     ours = small_mae()
     state = {name: value for name, value in official(ours, whole=False).items() if not name.startswith("norm.")}
     head = {"fc_norm.weight": torch.rand(32) + 0.5, "fc_norm.bias": torch.rand(32),
@@ -291,7 +291,7 @@ def test_a_fine_tuned_official_file_is_a_classifier(tmp_path):
 
 
 @torch.no_grad()
-def test_one_channel_gives_a_gray_image_what_it_gave_in_three(tmp_path):
+def test_a_gray_image_has_the_same_features_in_one_and_three_channels(tmp_path):
     ours = small_mae()
     torch.save(official(ours, whole=False), tmp_path / "mae.pth")
     heads = "method.encoder.heads=2"
@@ -307,7 +307,7 @@ def test_one_channel_gives_a_gray_image_what_it_gave_in_three(tmp_path):
 
 
 @torch.no_grad()
-def test_four_channels_repeat_the_three_and_the_decoder_stays_behind(tmp_path, capsys):
+def test_four_channels_repeat_the_projection_and_drop_the_decoder(tmp_path, capsys):
     ours = small_mae()
     torch.save(official(ours), tmp_path / "mae.pth")
     settings = ["method.encoder.heads=2", "data.channels=4"]
@@ -323,14 +323,14 @@ def test_four_channels_repeat_the_three_and_the_decoder_stays_behind(tmp_path, c
 
 
 @torch.no_grad()
-def test_another_size_interpolates_positions_in_two_dimensions(tmp_path, capsys):
+def test_another_image_size_interpolates_positions_in_two_dimensions(tmp_path, capsys):
     ours = small_mae()
     torch.save(official(ours), tmp_path / "mae.pth")
     settings = [*HEADS, "data.size=[12,24]"]
     run = import_weights(tmp_path / "mae.pth", tmp_path / "run", settings=settings, console=Console())
     images = some_images(2, 3, 12, 24)
     method = load(run.path).method
-    # An encoder interpolates by itself what it meets another size; that the class token's row stays shows in both.
+    # The encoder itself also interpolates positions for other sizes; the class token's row must be unchanged in both.
     assert far(method.encoder(images).patches, ours.encoder(images).patches) < CLOSE
     table = ours.decoder.pos_embed[:, 1:].reshape(1, 4, 4, 16).permute(0, 3, 1, 2)
     table = torch.nn.functional.interpolate(table, (3, 6), mode="bicubic", align_corners=False)
@@ -340,7 +340,7 @@ def test_another_size_interpolates_positions_in_two_dimensions(tmp_path, capsys)
 
 
 def official_beit(width=32, depth=2, heads=2, codes=16, *, each_block: bool = False) -> dict[str, torch.Tensor]:
-    """As the released files: fused qkv, biases of queries and values only, LayerScale, a relative position bias."""
+    """Return a BEiT like the released files: fused qkv, query and value biases, LayerScale, relative position bias."""
     torch.manual_seed(1)
     table, index = torch.randn(7 * 7 + 3, heads), torch.zeros(17, 17, dtype=torch.int64)
     state = {"cls_token": torch.randn(1, 1, width), "mask_token": torch.randn(1, 1, width),
@@ -361,7 +361,7 @@ def official_beit(width=32, depth=2, heads=2, codes=16, *, each_block: bool = Fa
 
 
 @torch.no_grad()
-def test_official_beit_is_an_encoder_alone_and_whole_beside_its_dvae(tmp_path, capsys):
+def test_official_beit_is_imported_as_encoder_or_whole_with_its_dvae(tmp_path, capsys):
     state = official_beit()
     torch.save({"model": state}, tmp_path / "beit.pth")
     alone = import_weights(tmp_path / "beit.pth", tmp_path / "alone", console=Console())
@@ -401,7 +401,7 @@ def test_official_beit_is_an_encoder_alone_and_whole_beside_its_dvae(tmp_path, c
 def save_dalle(
     folder: Path, width: int = 8, codes: int = 16
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """State dicts under the names of openai/DALL-E, in two files."""
+    """Write state dicts with the names of openai/DALL-E to two files."""
     torch.manual_seed(2)
     halves = []
     for side, first, last, kernels in (("encoder", 3, codes, (3, 3, 3, 1)), ("decoder", codes, 6, (1, 3, 3, 3))):
@@ -431,7 +431,7 @@ def save_dalle(
 
 
 def dalle_forward(state: dict[str, torch.Tensor], x: torch.Tensor, side: str) -> torch.Tensor:
-    """The published network, written down from its code (dall_e/encoder.py, decoder.py, utils.py)."""
+    """The published network, reimplemented from dall_e/encoder.py, decoder.py and utils.py."""
 
     def conv(name, x):
         weight = state[f"{name}.w"]
@@ -452,7 +452,7 @@ def dalle_forward(state: dict[str, torch.Tensor], x: torch.Tensor, side: str) ->
 
 
 @torch.no_grad()
-def test_dalles_dvae_of_two_files_makes_the_same_codes_and_images(tmp_path):
+def test_an_imported_dalle_dvae_computes_the_same_codes_and_images(tmp_path):
     encoder, decoder = save_dalle(tmp_path / "dalle")
     method = load(import_weights(tmp_path / "dalle", tmp_path / "run").path).method
     images = some_images(2, 3, 32, 24)
@@ -471,7 +471,7 @@ def test_dalles_dvae_of_two_files_makes_the_same_codes_and_images(tmp_path):
             import_weights(source, tmp_path / "no", settings=[f"data.channels={channels}"])
 
 
-def test_every_verb_takes_an_imported_run(tmp_path, unmask):
+def test_every_command_accepts_an_imported_run(tmp_path, unmask):
     photos = write_images(tmp_path / "photos", 12, classes=2)
     torch.save(official(small_mae()), tmp_path / "mae.pth")
     code, out, err = unmask("import", tmp_path / "mae.pth", "--out", tmp_path / "whole", "--json",
@@ -497,7 +497,7 @@ def test_every_verb_takes_an_imported_run(tmp_path, unmask):
     assert (code, "holds an encoder only (imported from encoder.pth)" in err) == (2, True)
 
 
-def test_training_goes_on_from_an_imported_run(tmp_path, unmask):
+def test_training_continues_from_an_imported_run(tmp_path, unmask):
     photos = write_images(tmp_path / "photos", 12, classes=2)
     torch.save(official(small_mae()), tmp_path / "mae.pth")
     torch.save(official(small_mae(), whole=False), tmp_path / "encoder.pth")
@@ -519,7 +519,7 @@ def test_training_goes_on_from_an_imported_run(tmp_path, unmask):
 
 @pytest.fixture
 def unmask(capsys, monkeypatch):
-    """Runs the command line in this process: (exit code, stdout, stderr)."""
+    """Run the command line in this process and return (exit code, stdout, stderr)."""
     from unmask import commands
 
     def call(*arguments) -> tuple[int, str, str]:
@@ -536,7 +536,7 @@ class Code:
         return os.system, ("touch it-ran",)
 
 
-def test_a_pickle_with_code_and_what_is_no_checkpoint_are_refused_in_a_sentence(tmp_path, monkeypatch):
+def test_pickles_with_code_and_files_that_are_not_checkpoints_are_rejected(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     state = official(small_mae())
     torch.save({"model": state, "more": Code()}, "code.pth")
@@ -579,7 +579,7 @@ def test_a_pickle_with_code_and_what_is_no_checkpoint_are_refused_in_a_sentence(
     assert not Path("run").exists()
 
 
-def test_what_is_not_whole_or_does_not_fit_is_named(tmp_path):
+def test_incomplete_or_contradictory_imports_are_rejected(tmp_path):
     state = official(small_mae())
     names = {
         "hole": ({name: value for name, value in state.items() if not name.startswith("blocks.0.")}, [],
@@ -622,7 +622,7 @@ def test_what_is_not_whole_or_does_not_fit_is_named(tmp_path):
 
 
 @torch.no_grad()
-def test_four_channels_of_their_own_come_with_a_normalisation_by_hand(tmp_path):
+def test_weights_with_four_channels_need_a_normalisation_from_the_user(tmp_path):
     ours = small_mae(channels=4)
     torch.save(official(ours), tmp_path / "mae.pth")
     by_hand = ["data.mean=[1,2,3,4]", "data.std=[5,6,7,8]"]
@@ -632,12 +632,12 @@ def test_four_channels_of_their_own_come_with_a_normalisation_by_hand(tmp_path):
 
 
 @torch.no_grad()
-def test_folders_of_shards_and_of_timm_and_what_they_say_of_the_images(tmp_path):
+def test_sharded_and_timm_folders_are_imported_with_their_preprocessing(tmp_path):
     ours, folder = small_mae(), tmp_path / "vit"
     state = {name: value.clone() for name, value in official(ours, whole=False).items()}
     folder.mkdir()
     names = sorted(state)
-    middle = [name for name in names if name.startswith("blocks.1.")]  # of which all names begin alike
+    middle = [name for name in names if name.startswith("blocks.1.")]  # all names have a common prefix
     shards = {
         "model-00001.safetensors": [name for name in names if name not in middle],
         "model-00002.safetensors": middle,

@@ -1,4 +1,4 @@
-"""What others wrote beside their weights: arguments of a training are read, hostile metadata is a sentence."""
+"""Metadata of other libraries: training arguments are read, and invalid metadata raises a clear error."""
 
 import argparse
 import json
@@ -25,7 +25,7 @@ from unmask.interop.import_weights import import_weights
 from unmask.interop.safetensors_file import open_safetensors
 from unmask.nn.patches import unpatchify
 
-# -------------------------------------------------- arguments of the training that wrote a checkpoint
+# Training arguments in checkpoints
 
 
 def namespace(**more):
@@ -34,8 +34,8 @@ def namespace(**more):
 
 @torch.no_grad()
 @pytest.mark.parametrize("target", ["norm_pixels", "pixels"])
-def test_the_target_and_the_ratio_of_an_official_training_are_those_of_its_arguments(tmp_path, capsys, target):
-    """PRETRAIN.md sets --norm_pix_loss by hand: the default is plain pixels."""
+def test_target_and_mask_ratio_are_read_from_official_training_arguments(tmp_path, capsys, target):
+    """PRETRAIN.md sets --norm_pix_loss explicitly; the default is plain pixels."""
     ours = small_mae(target=target, mask_ratio=0.5)
     args = namespace(norm_pix_loss=target == "norm_pixels", mask_ratio=0.5, input_size=16)
     torch.save({"model": official(ours), "optimizer": {}, "epoch": 3, "args": args}, tmp_path / "mae.pth")
@@ -52,7 +52,7 @@ def test_the_target_and_the_ratio_of_an_official_training_are_those_of_its_argum
     assert (going_on.method.target, going_on.method.mask_ratio) == (target, 0.5)
 
 
-def test_arguments_that_make_no_sense_do_not_count_and_are_named(tmp_path, capsys):
+def test_invalid_training_arguments_are_ignored_and_reported(tmp_path, capsys):
     args = namespace(norm_pix_loss=False, mask_ratio=[0.5], input_size="large")
     torch.save({"model": official(small_mae()), "args": args}, tmp_path / "mae.pth")
     run = import_weights(tmp_path / "mae.pth", tmp_path / "run", settings=HEADS, console=Console())
@@ -60,7 +60,7 @@ def test_arguments_that_make_no_sense_do_not_count_and_are_named(tmp_path, capsy
     assert "invalid values are ignored: mask_ratio, input_size" in capsys.readouterr().err
 
 
-def test_beits_arguments_decide_its_normalisation(tmp_path):
+def test_beit_normalisation_is_read_from_its_training_arguments(tmp_path):
     for given, mean in ((True, [123.675, 116.28, 103.53]), (False, [127.5] * 3)):
         content = {"model": official_beit(), "args": namespace(imagenet_default_mean_and_std=given)}
         torch.save(content, tmp_path / "beit.pth")
@@ -70,8 +70,8 @@ def test_beits_arguments_decide_its_normalisation(tmp_path):
 
 @torch.no_grad()
 @pytest.mark.parametrize("size", [(16, 16), (24, 24)])
-def test_an_official_simmim_training_comes_back_whole(tmp_path, capsys, monkeypatch, size):
-    """Its settings are a yacs CfgNode, which is read without yacs; its head is a convolution before a pixel shuffle."""
+def test_an_official_simmim_checkpoint_is_imported_with_its_head(tmp_path, capsys, monkeypatch, size):
+    """Its settings are a yacs CfgNode, read without yacs; its head is a convolution followed by a pixel shuffle."""
     from unmask.methods import simmim
 
     encoder = {"width": 32, "depth": 2, "heads": 2, "patch": (4, 4), "positions": "absent", "relative_bias": True}
@@ -81,14 +81,14 @@ def test_an_official_simmim_training_comes_back_whole(tmp_path, capsys, monkeypa
     for parameter in ours.parameters():
         parameter.add_(0.1 * torch.randn_like(parameter))
     for block in ours.encoder.blocks:
-        block.attn.qkv.bias[32:64] = 0  # there is no bias of the keys over there
+        block.attn.qkv.bias[32:64] = 0  # SimMIM has no bias for keys
     weights = {name: value for name, value in ours.state_dict().items() if not name.startswith("head.")}
     theirs = {f"encoder.{name}": value for name, value in names.to_beit(weights).items()}
     shuffle = ours.head.weight.view(4, 4, 3, 32).permute(2, 0, 1, 3).reshape(48, 32, 1, 1)
     theirs |= {"decoder.0.weight": shuffle, "decoder.0.bias": ours.head.bias.view(4, 4, 3).permute(2, 0, 1).flatten()}
 
     images = some_images(2, 3, *size)
-    tokens = ours.encoder(images).patches.mT.unflatten(2, ours.encoder.grid)  # what their forward does with it
+    tokens = ours.encoder(images).patches.mT.unflatten(2, ours.encoder.grid)  # as in the official forward
     drawn = torch.nn.functional.pixel_shuffle(
         torch.nn.functional.conv2d(tokens, theirs["decoder.0.weight"], theirs["decoder.0.bias"]), 4
     )
@@ -113,12 +113,12 @@ def test_an_official_simmim_training_comes_back_whole(tmp_path, capsys, monkeypa
     assert "SimMIM, pre-trained" in capsys.readouterr().err
 
 
-# ------------------------------------------------------------ hostile and damaged files
+# Invalid and damaged files
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """A file of `unmask export --to safetensors`, and the header and the tensors in it."""
+    """A file written by `unmask export --to safetensors`, with its header and tensors."""
     folder = tmp_path_factory.mktemp("exported")
     torch.save({"model": official(small_mae())}, folder / "mae.pth")
     run = import_weights(folder / "mae.pth", folder / "run", settings=HEADS)
@@ -169,7 +169,7 @@ HEADERS = {
 
 
 @pytest.mark.parametrize("name", HEADERS)
-def test_a_damaged_header_of_ours_is_a_sentence_that_names_the_file(exported, tmp_path, name):
+def test_a_damaged_header_of_an_export_raises_an_error_with_the_file_name(exported, tmp_path, name):
     change, said = HEADERS[name]
     file = tmp_path / "own.safetensors"
     safetensors.torch.save_file(exported[1], file, {"unmask": change(exported[0])})
@@ -182,7 +182,7 @@ def test_a_damaged_header_of_ours_is_a_sentence_that_names_the_file(exported, tm
 
 
 @pytest.mark.parametrize("what", ["missing", "more", "int", "shape", "nan"])
-def test_tensors_that_are_not_those_of_the_header_are_named(exported, tmp_path, what):
+def test_tensors_that_do_not_match_the_header_are_rejected_by_name(exported, tmp_path, what):
     header, weights = exported[0], dict(exported[1])
     name = "encoder.blocks.0.attn.qkv.weight"
     if what == "missing":
@@ -212,7 +212,7 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize(("file", "content"), [(file, one) for file, all_of in CONFIGS.items() for one in all_of])
-def test_settings_beside_weights_that_make_no_sense_are_a_sentence(tmp_path, file, content):
+def test_invalid_settings_in_config_json_are_rejected(tmp_path, file, content):
     folder = tmp_path / "vit"
     folder.mkdir()
     safetensors.torch.save_file(official(small_mae()), folder / "model.safetensors")
@@ -223,7 +223,7 @@ def test_settings_beside_weights_that_make_no_sense_are_a_sentence(tmp_path, fil
     assert not (tmp_path / "run").exists()
 
 
-def test_an_index_of_shards_that_is_no_index_is_a_sentence(tmp_path):
+def test_an_invalid_shard_index_is_rejected(tmp_path):
     for number, content in enumerate(({}, {"weight_map": []}, {"weight_map": {"x": 3}}, {"weight_map": {}})):
         folder = tmp_path / f"shards-{number}"
         folder.mkdir()
@@ -232,7 +232,7 @@ def test_an_index_of_shards_that_is_no_index_is_a_sentence(tmp_path):
             import_weights(folder, tmp_path / "run")
 
 
-def test_pickles_that_would_take_more_memory_than_the_file_has_are_refused(tmp_path):
+def test_pickles_that_expand_far_beyond_the_file_size_are_rejected(tmp_path):
     state = official(small_mae())
     state["norm.weight"] = torch.zeros(1).expand(10**12)  # four bytes
     torch.save({"model": state}, tmp_path / "views.pth")
@@ -268,7 +268,7 @@ def test_pickles_that_would_take_more_memory_than_the_file_has_are_refused(tmp_p
     ],
     ids=lambda change: f"{next(iter(change))} {tuple(next(iter(change.values())).shape)}",
 )  # fmt: skip
-def test_tensors_of_the_wrong_shape_or_kind_are_a_sentence(tmp_path, change):
+def test_tensors_of_the_wrong_shape_or_type_are_rejected(tmp_path, change):
     torch.save({"model": official(small_mae()) | change}, tmp_path / "mae.pth")
     with pytest.raises(UserError):
         import_weights(tmp_path / "mae.pth", tmp_path / "run", settings=HEADS)
@@ -278,7 +278,7 @@ def test_tensors_of_the_wrong_shape_or_kind_are_a_sentence(tmp_path, change):
 @pytest.mark.parametrize(
     "imprint", ["null", "[]", "{", "{}", '{"mean": 3}', '{"mean": [], "std": [], "heads": {}, "eval_share": 2}']
 )
-def test_a_damaged_note_of_our_own_exports_is_a_sentence(tmp_path, imprint):
+def test_damaged_export_metadata_is_rejected(tmp_path, imprint):
     torch.save({"model": official(small_mae()), "unmask_imprint": imprint}, tmp_path / "mae.pth")
     with pytest.raises(UserError, match="unmask_imprint"):
         import_weights(tmp_path / "mae.pth", tmp_path / "run", settings=HEADS)

@@ -1,4 +1,4 @@
-"""The attentive probe on tokens with a known answer: a class in one token at a random place, invisible to the mean."""
+"""The attentive probe on tokens with a known class, stored in one token at a random position."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ from unmask.nn.features import Features
 
 
 def needles(count, *, tokens=16, width=16, classes=4, seed=0):
-    """(n, T, D) noise with a class written into one token and taken from all others, so that their mean is none."""
+    """Return (n, T, D) noise with a class signal in one token, which the others cancel in the mean."""
     rng = np.random.default_rng(seed)
     y = rng.integers(0, classes, count)
     x = rng.normal(size=(count, tokens, width))
@@ -46,7 +46,7 @@ def found():
     return x, y, test_x, test_y, fit_attentive(kept(x), np.arange(400), y, task="classes")
 
 
-def test_it_uses_a_class_that_the_mean_hides(found):
+def test_the_probe_finds_a_class_that_the_mean_over_tokens_hides(found):
     x, y, test_x, test_y, fit = found
     assert (fit.predict(kept(test_x)) == test_y).mean() > 0.9
     assert (fit_classes(x.mean(1), y).predict(test_x.mean(1)) == test_y).mean() < 0.35, "chance is 0.25"
@@ -65,7 +65,7 @@ def test_the_same_seed_gives_the_same_answers_and_labels_may_skip_numbers(found,
     assert not torch.equal(other.weight, first.weight)
 
 
-def test_only_the_images_at_the_positions_are_fitted_whatever_their_encoding(monkeypatch):
+def test_only_the_images_at_the_given_positions_are_fitted(monkeypatch):
     monkeypatch.setattr(module, "MIN_STEPS", 30)
     x, y = needles(60)
     places = np.arange(0, 60, 2)
@@ -109,7 +109,7 @@ def test_the_head_equals_multi_head_cross_attention():
     torch.testing.assert_close(head(x), gathered[:, 0] @ head.weight.T + head.bias)
 
 
-def test_labels_and_quantities_can_be_hidden_in_one_token_too(monkeypatch):
+def test_labels_and_quantities_in_a_single_token_are_predicted(monkeypatch):
     monkeypatch.setattr(module, "RATES", (1e-2,))
     (x, y), (test_x, test_y) = needles(400), needles(300, seed=1)
     truth, test_truth = np.eye(4)[y], np.eye(4)[test_y]

@@ -1,4 +1,4 @@
-"""k nearest neighbours against a plain loop, and how ties are resolved."""
+"""k nearest neighbours: comparison with a simple loop, and resolution of ties."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from unmask.evals.probes.knn import TEMPERATURE, knn, knn_mean
 
 
 def by_hand(train_x, train_y, test_x, k):
-    """The protocol, one test image at a time, in float64."""
+    """Predict one test image at a time, in float64."""
 
     def unit(x):
         length = np.linalg.norm(x, axis=1, keepdims=True)
@@ -26,7 +26,7 @@ def by_hand(train_x, train_y, test_x, k):
 
 
 @pytest.mark.parametrize("k", [1, 3, 20, 1000])
-def test_it_equals_a_plain_loop(k):
+def test_predictions_equal_those_of_a_simple_loop(k):
     rng = np.random.default_rng(k)
     train_x, test_x = rng.normal(size=(150, 8)).astype(np.float32), rng.normal(size=(60, 8)).astype(np.float32)
     train_y = rng.integers(0, 7, 150)
@@ -50,13 +50,13 @@ def test_votes_depend_on_cosine_similarity_not_on_length():
     np.testing.assert_array_equal(knn(train_x, np.array([0, 1, 1]), test_x, k=3), [0, 0])
 
 
-def test_of_equally_near_neighbours_the_lowest_rows_are_chosen():
+def test_the_lowest_rows_are_chosen_among_equally_near_neighbours():
     train_x = np.tile(np.array([[1, 0]], np.float32), (30, 1))
     train_y = np.array([0] * 3 + [2] * 4 + [1] * 23)  # the first seven rows vote
     assert knn(train_x, train_y, train_x[:1], k=7).tolist() == [2]
     assert knn(train_x, train_y, train_x[:1], k=3).tolist() == [0]
     assert knn(train_x, train_y, train_x[:1], k=30).tolist() == [1]
-    # One nearer than the tied ones: it stays, and only the rest is taken by row.
+    # One neighbour is nearer than the tied ones: it is always used, and rows decide only among the others.
     train_x[20] = train_x[21] = [2, 2]
     assert knn(train_x, np.where(np.arange(30) == 20, 3, train_y), np.array([[1, 1]], np.float32), k=1).tolist() == [3]
 
@@ -64,7 +64,7 @@ def test_of_equally_near_neighbours_the_lowest_rows_are_chosen():
 def test_equal_votes_go_to_the_most_similar_neighbour_and_then_to_the_smaller_class(monkeypatch):
     same = np.array([[1, 0], [1, 0]], np.float32)
     assert knn(same, np.array([5, 3]), same[:1], k=2).tolist() == [3]
-    monkeypatch.setattr(module, "TEMPERATURE", np.inf)  # every neighbour has one vote
+    monkeypatch.setattr(module, "TEMPERATURE", np.inf)  # every neighbour's class has one vote
     train_x = np.array([[1, 1], [1, 2], [2, 1], [1, 0]], np.float32)
     assert knn(train_x, np.array([1, 0, 0, 1]), np.array([[1, 1]], np.float32), k=4).tolist() == [1]
     assert knn(train_x, np.array([0, 1, 1, 1]), np.array([[1, 1]], np.float32), k=4).tolist() == [1]
@@ -96,7 +96,7 @@ def test_inputs_are_not_modified():
     np.testing.assert_array_equal(x, before)
 
 
-def test_the_weighted_mean_is_the_plain_loop_and_of_0_and_1_the_share_of_votes(monkeypatch):
+def test_the_weighted_mean_equals_a_simple_loop_and_the_share_of_votes(monkeypatch):
     rng = np.random.default_rng(0)
     train_x, test_x = (rng.normal(size=(n, 8)).astype(np.float32) for n in (60, 30))
     y = np.stack([rng.normal(size=60) * 100, rng.integers(0, 2, 60)], 1)

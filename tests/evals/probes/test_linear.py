@@ -1,4 +1,4 @@
-"""The linear probe against scikit-learn used directly; nothing is chosen on test images."""
+"""The linear probe: agreement with scikit-learn, and choices without test images."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ from unmask.evals.probes.linear import (
 
 
 class Fit:
-    """A fit and its predictions for some test features."""
+    """Fit a probe and predict test features."""
 
     def __init__(self, fitted, test_x):
         self.predictions, self.c, self.converged = fitted.predict(test_x), fitted.chosen["c"], fitted.converged
@@ -39,7 +39,7 @@ def ridge(train_x, train_y, test_x):
 
 
 def blobs(count, *, classes=3, width=6, spread=1.0, seed=0):
-    """Overlapping clouds around fixed centres, with an offset and a scale of their own for each feature."""
+    """Return overlapping clusters around fixed centres; every feature has its own offset and scale."""
     rng = np.random.default_rng(seed)
     centres = np.random.default_rng(99).normal(size=(classes, width))
     y = np.arange(count) % classes
@@ -53,7 +53,7 @@ def direct(train_x, train_y, test_x, c):
     return model.predict(scaler.transform(test_x))
 
 
-def test_it_agrees_with_scikit_learn_at_the_c_it_chose():
+def test_predictions_agree_with_scikit_learn_at_the_chosen_c():
     (train_x, train_y), (test_x, test_y) = blobs(300), blobs(200, seed=1)
     fit = linear(train_x, train_y, test_x)
     assert fit.converged
@@ -89,8 +89,11 @@ def test_c_is_the_best_on_the_held_out_part():
     assert linear(train_x, train_y, train_x).c == c
 
 
-def test_the_path_ends_after_two_values_in_a_row_that_are_no_better(monkeypatch):
-    shares, tried = [0.5, 0.4, 0.6, 0.6, 0.5, 0.9, 0.9, 0.9], []  # of the held-out images that each C gets right
+def test_the_search_for_c_ends_after_two_values_without_improvement(monkeypatch):
+    shares, tried = (
+        [0.5, 0.4, 0.6, 0.6, 0.5, 0.9, 0.9, 0.9],
+        [],
+    )  # share of held-out images that each C predicts correctly
 
     class Scripted:
         classes_ = np.array([0, 1])
@@ -110,13 +113,13 @@ def test_test_images_never_influence_the_fit():
     train_x, train_y = blobs(200, spread=2)
     test_x, _ = blobs(60, seed=1)
     alone = [linear(train_x, train_y, test_x[i : i + 1]).predictions[0] for i in range(3)]
-    shifted = np.concatenate([test_x[:3], 1e4 * test_x])  # a mean or a deviation taken of these would show
+    shifted = np.concatenate([test_x[:3], 1e4 * test_x])  # statistics computed from these would change the result
     fit = linear(train_x, train_y, shifted)
     assert fit.predictions[:3].tolist() == alone
     assert fit.c == linear(train_x, train_y, test_x).c
 
 
-def test_every_class_is_held_out_in_proportion_and_the_seed_alone_decides():
+def test_held_out_images_are_stratified_and_depend_only_on_the_seed():
     labels = np.repeat([0, 1, 2, 3], [50, 10, 2, 1])
     fit, held = hold_out(labels, np.arange(63), 0, 2)
     assert sorted([*fit, *held]) == list(range(63))
@@ -145,7 +148,7 @@ def test_with_one_image_per_class_c_is_the_default():
 
 def test_a_class_with_one_image_is_fitted_on_but_not_held_out():
     train_x, train_y = blobs(41, classes=2, spread=0.1)
-    train_y[-1] = 7  # a label with a gap before it
+    train_y[-1] = 7  # label numbers have a gap
     train_x[-1] += 500
     fit = linear(train_x, train_y, train_x)
     assert fit.c in C_GRID
@@ -155,12 +158,14 @@ def test_a_class_with_one_image_is_fitted_on_but_not_held_out():
 def test_constant_features_change_nothing():
     (train_x, train_y), (test_x, _) = blobs(120), blobs(50, seed=1)
     plain = linear(train_x, train_y, test_x)
-    for value in (0.0, 0.1, 1e6):  # 0.1 is no float32, so its mean in float64 is not exactly itself
+    for value in (0.0, 0.1, 1e6):  # 0.1 is not exact in float32, so its mean in float64 differs slightly
         train = np.column_stack([train_x, np.full(120, value, np.float32)])
         test = np.column_stack([test_x, np.full(50, value, np.float32)])
         fit = linear(train, train_y, test)
         np.testing.assert_array_equal(fit.predictions, plain.predictions)
-    noise = np.random.default_rng(0).integers(-1, 2, 120) * np.spacing(np.float32(7))  # rounding, as of one value
+    noise = np.random.default_rng(0).integers(-1, 2, 120) * np.spacing(
+        np.float32(7)
+    )  # rounding errors of a constant value
     train = np.column_stack([train_x, np.float32(7) + noise.astype(np.float32)])
     test = np.column_stack([test_x, np.full(50, 7.001, np.float32)])
     np.testing.assert_array_equal(linear(train, train_y, test).predictions, plain.predictions)
@@ -196,7 +201,7 @@ def test_a_given_c_is_used():
 
 
 def marked(count, seed=0):
-    """Features and three labels, of which an image may have any, each along a direction of its own."""
+    """Return features and three multi-label targets, each along its own direction."""
     rng = np.random.default_rng(seed)
     truth = (rng.random((count, 3)) < [0.5, 0.3, 0.1]).astype(float)
     x = truth @ np.eye(3, 8) * 1.5 + rng.normal(size=(count, 8))
@@ -220,10 +225,12 @@ def test_every_label_has_its_own_logistic_regression():
     assert np.ptp(without.predictions[:, 0]) > 0
 
 
-def test_ridge_is_scikit_learns_with_the_penalty_that_is_best_on_the_held_out_part():
+def test_ridge_regression_equals_scikit_learn_with_the_best_held_out_penalty():
     rng = np.random.default_rng(0)
     x, _ = marked(120)
-    x = np.concatenate([x, rng.normal(size=(120, 80)).astype(np.float32)], 1)  # wide: the penalty matters
+    x = np.concatenate(
+        [x, rng.normal(size=(120, 80)).astype(np.float32)], 1
+    )  # more features than images, so the penalty matters
     y = np.stack([x[:, 0] + rng.normal(size=120), 1000 * x[:, 9] + 5e4], 1)
     test_x, test_y = x[80:], y[80:]
     x, y = x[:80], y[:80].astype(np.float64)

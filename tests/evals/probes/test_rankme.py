@@ -1,4 +1,4 @@
-"""The effective rank: known spectra, and a probe of images without labels from the command line to the page."""
+"""The effective rank: known spectra, and a probe of unlabelled images from the command line to the report."""
 
 import html
 import json
@@ -33,7 +33,7 @@ def test_the_rank_of_known_spectra():
     assert effective_rank(features_with(4 * share)) == pytest.approx(np.exp(-(share * np.log(share)).sum()), abs=1e-4)
 
 
-def test_it_depends_on_neither_scale_nor_the_order_of_images():
+def test_the_rank_is_independent_of_scale_and_image_order():
     x = np.random.default_rng(0).normal(size=(40, 6)) * np.logspace(0, 2, 6)
     assert effective_rank(1000 * x) == pytest.approx(effective_rank(x))
     assert effective_rank(x[::-1]) == pytest.approx(effective_rank(x))

@@ -1,4 +1,4 @@
-"""Which kind of weights a state dict is, by its names and shapes alone; and what is refused by name."""
+"""Recognition of state dicts by names and shapes, and rejection of unsupported networks."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from unmask.nn.positions import sincos
 
 
 def vit(width=32, depth=2, places=16, patch=4, *, table="learned", **more: tuple[int, ...]) -> dict[str, torch.Tensor]:
-    """A plain vision transformer under official names, which are timm's; `more`: other tensors by name and shape."""
+    """Return a plain vision transformer under official names. more: further tensors, by name and shape."""
     torch.manual_seed(0)
     shapes = {"cls_token": (1, 1, width), "pos_embed": (1, 1 + places, width),
               "patch_embed.proj.weight": (width, 3, patch, patch), "patch_embed.proj.bias": (width,),
@@ -39,7 +39,7 @@ DECODER = {"decoder_embed.weight": (512, 768), "decoder_pred.weight": (768, 512)
            "decoder_blocks.7.norm1.weight": (512,), "decoder_norm.weight": (512,)}  # fmt: skip
 
 
-def test_each_kind_is_named_with_its_size():
+def test_each_network_is_recognised_with_its_size():
     base = {"width": 768, "depth": 12, "places": 196, "patch": 16}
     blocks = {f"decoder_blocks.{number}.norm1.bias": (512,) for number in range(8)}
     decoder = {name: shape for name, shape in DECODER.items() if "_blocks" not in name} | blocks
@@ -81,12 +81,12 @@ def test_each_kind_is_named_with_its_size():
         ({"blocks.0.lora_a": (1,)}, "1 tensors have no place .*blocks.0.lora_a"),
     ],
 )
-def test_what_ours_has_not_is_refused_in_words(more, match):
+def test_unsupported_parts_are_rejected_by_name(more, match):
     with pytest.raises(ForeignError, match=match):
         recognise(vit(**more))
 
 
-def test_what_is_missing_is_refused():
+def test_missing_tensors_are_rejected():
     for missing, match in {"cls_token": "no class token", "pos_embed": "neither pos_embed nor"}.items():
         state = vit()
         del state[missing]
@@ -100,7 +100,7 @@ def described(network):
     return SourceMetadata(network=NetworkConfig(**network))
 
 
-def test_config_json_of_another_network_is_refused():
+def test_config_json_of_another_network_is_rejected():
     about = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 16, "patch_size": 4}
     assert recognise(vit(), described(about)).method["encoder"]["heads"] == 4
     for change, match in [
@@ -113,21 +113,21 @@ def test_config_json_of_another_network_is_refused():
             recognise(vit(), described(about | change))
 
 
-def test_positions_without_a_row_for_the_class_token_get_one_of_zeros():
+def test_positions_without_a_class_token_row_get_a_row_of_zeros():
     state = vit()
     state["pos_embed"] = state["pos_embed"][:, 1:]
     found = recognise(state).weights["encoder.pos_embed"]
     assert torch.equal(found, torch.cat([torch.zeros(1, 1, 32), state["pos_embed"]], 1))
 
 
-def test_fixed_positions_are_told_from_learned_ones():
+def test_fixed_positions_are_distinguished_from_learned_ones():
     for grid in ((4, 4), (3, 5), (14, 14)):
         table = torch.cat([torch.zeros(1, 32), sincos(32, grid)])[None]
         assert is_sincos(table + 1e-4)
         assert not is_sincos(table + 0.02 * torch.randn_like(table))
 
 
-def test_wrappers_and_prefixes_are_taken_off():
+def test_wrappers_and_prefixes_are_removed():
     state = vit()
     for wrapped in (
         {"model": state, "epoch": 1},
@@ -140,7 +140,7 @@ def test_wrappers_and_prefixes_are_taken_off():
             unwrap(content)
 
 
-def test_an_imagegpt_without_its_palette_or_with_biases_is_refused():
+def test_an_imagegpt_without_a_palette_or_with_biases_is_rejected():
     state = {"transformer.wte.weight": torch.rand(9, 32), "transformer.h.0.ln_1.weight": torch.rand(32)}
     with pytest.raises(ForeignError, match="without its palette"):
         recognise(state)
