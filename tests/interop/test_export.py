@@ -686,7 +686,7 @@ def test_importing_an_export_restores_metadata_that_the_format_lacks(tmp_path, o
     assert theirs | {"positions": 0} == ours | {"positions": 0}, "the heads too"
     images = some_images(2, 3, 16, 16)
     assert far(before.method.encoder(images).patches, after.method.encoder(images).patches) < 1e-6
-    assert after.licence.startswith("your own")
+    assert after.licence.startswith("not stated")
     if after.config.method.name == "mae":
         assert after.config.method.target == "pixels"
     if method == "classify":
@@ -706,7 +706,7 @@ def test_a_safetensors_export_is_imported_with_all_its_settings(tmp_path, method
     assert after.state_dict().keys() == before.state_dict().keys()
     assert all(torch.equal(value, before.state_dict()[name]) for name, value in after.state_dict().items())
     assert read_config(run).method == read_config(Run(tmp_path / "run")).method
-    assert load(run.path).licence.startswith("your own")
+    assert load(run.path).licence.startswith("not stated")
     Run(tmp_path / "run").write(
         "provenance.json", {"imported": {"licence": "only on Sundays", "kind": "?", "files": []}}
     )
@@ -729,7 +729,7 @@ def test_open_safetensors_rejects_files_of_other_libraries(tmp_path):
     save_file({"a": torch.zeros(2)}, tmp_path / "other.safetensors")
     (tmp_path / "text.safetensors").write_text("hello")
     for name in ("other", "text"):
-        with pytest.raises(UserError, match="is no file of `unmask export --to safetensors`"):
+        with pytest.raises(UserError, match="was not written by `unmask export --to safetensors`"):
             open_safetensors(tmp_path / f"{name}.safetensors")
     with pytest.raises(UserError, match="is not a file"):
         open_safetensors(tmp_path / "none.safetensors")
@@ -743,8 +743,8 @@ def test_open_safetensors_rejects_files_of_other_libraries(tmp_path):
     [
         ("timm", "dvae", {}, "whose encoder is not a vision transformer, so timm has no model for it.*--to onnx"),
         ("timm", "igpt", {}, "--to safetensors, or hf"),
-        ("official", "ae", {}, "no official MAE model"),
-        ("hf", "ae", {}, "no transformers model"),
+        ("official", "ae", {}, "official MAE has no model"),
+        ("hf", "ae", {}, "transformers has no model"),
         (
             "official",
             "beit",
@@ -755,7 +755,7 @@ def test_open_safetensors_rejects_files_of_other_libraries(tmp_path):
             "hf",
             "beit",
             {"size": (16, 24)},
-            "is for images of 16 x 24 and has a relative .* squares only; use --to timm",
+            "is for images of 16 x 24 and has a relative .* only for squares; use --to timm",
         ),
         ("hf", "encoder", {"encoder": {**BEIT, "patch": (4, 8)}}, "is for patches of 4 x 8"),
         ("hf", "igpt", {"objective": "bert"}, "predicts hidden tokens"),

@@ -246,7 +246,7 @@ def test_pickles_that_expand_far_beyond_the_file_size_are_rejected(tmp_path):
     ):
         for name in plain.namelist():
             bomb.writestr(name, plain.read(name))
-    with pytest.raises(UserError, match="it unpacks to"):
+    with pytest.raises(UserError, match="bytes and unpacks to"):
         import_weights(tmp_path / "bomb.pth", tmp_path / "run")
 
     itself: dict = {"epoch": 1}

@@ -78,7 +78,7 @@ def test_each_network_is_recognised_with_its_size():
         ({"cls_token": (1, 1, 16)}, "belong to different networks"),
         ({"patch_embed.proj.weight": (32, 48)}, "expected 4 dimensions"),
         ({"blocks.4.norm1.weight": (32,)}, r"blocks.2 is missing \(and 1 more\), but there is blocks.4"),
-        ({"blocks.0.lora_a": (1,)}, "1 tensors have no place .*blocks.0.lora_a"),
+        ({"blocks.0.lora_a": (1,)}, "1 tensors do not belong .*blocks.0.lora_a"),
     ],
 )
 def test_unsupported_parts_are_rejected_by_name(more, match):
@@ -106,7 +106,7 @@ def test_config_json_of_another_network_is_rejected():
     for change, match in [
         ({"hidden_size": 64}, "hidden_size=64, but the tensors have 32"),
         ({"num_hidden_layers": 3}, "num_hidden_layers=3, but the tensors have 2"),
-        ({"image_size": 32}, r"images of 32 pixels, that is 8 x 8 patches.*positions for 16"),
+        ({"image_size": 32}, r"images of 32 pixels, that is 8 x 8 patches.*the weights have 16"),
         ({"hidden_act": "quick_gelu"}, "hidden_act='quick_gelu'"),
     ]:
         with pytest.raises(ForeignError, match=match):
