@@ -713,7 +713,7 @@ def test_a_safetensors_export_is_imported_with_all_its_settings(tmp_path, method
     (tmp_path / "bound").mkdir()
     export_run(tmp_path / "run", "safetensors", bound := tmp_path / "bound" / "out.safetensors")
     assert load(import_weights(bound, tmp_path / "bound" / "run").path).licence == "only on Sundays"
-    with pytest.raises(UserError, match="has its settings; import it as it is"):
+    with pytest.raises(UserError, match="with its own settings; leave it out"):
         import_weights(out, tmp_path / "other", settings=["data.mean=[0,0,0]"])
     weights = load_file(out)
     with safe_open(out, "pt") as opened:
