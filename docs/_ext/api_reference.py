@@ -3,9 +3,8 @@
     ```{api-reference}
     ```
 
-Every public name is documented by its own docstring, which autodoc reads. Docstrings of this project are plain text
-with arguments as `name: meaning`. `plain_docstring` writes them as reStructuredText before Sphinx parses them, so that
-no character of a docstring is taken for markup.
+Autodoc reads the docstring of every public name. Docstrings of this project are plain text with arguments as `name:
+meaning`. `plain_docstring` converts them to reStructuredText and escapes markup characters.
 """
 
 from __future__ import annotations
@@ -40,8 +39,8 @@ def reference() -> str:
 def plain_docstring(lines: list[str], parameters: Iterable[str] = ()) -> list[str]:
     """Return the lines of a plain docstring as reStructuredText.
 
-    lines: as autodoc passes them, without the indentation of the source. parameters: the names whose `name: meaning`
-    becomes an entry of a list.
+    lines: as autodoc passes them, without the indentation of the source. parameters: names of arguments, whose `name:
+    meaning` becomes a list entry.
     """
     text = "\n".join(lines).strip("\n")
     result: list[str] = []
@@ -59,7 +58,7 @@ def plain_docstring(lines: list[str], parameters: Iterable[str] = ()) -> list[st
 
 
 def _entries(body: list[str]) -> Iterator[str]:
-    """Yield a list entry for each `name: meaning` of an `Args:` block; a deeper line continues the one before."""
+    """Yield a list entry for each `name: meaning` of an `Args:` block. More indented lines continue an entry."""
     text = inspect.cleandoc("\n" + "\n".join(body))
     for entry in re.split(r"\n(?=\S)", text):
         name, _, meaning = " ".join(entry.split()).partition(": ")
@@ -67,7 +66,7 @@ def _entries(body: list[str]) -> Iterator[str]:
 
 
 def _split_arguments(text: str, parameters: Iterable[str]) -> Iterator[str]:
-    """Yield a paragraph as running text followed by one list entry for each `name: meaning`."""
+    """Yield the text of a paragraph, then one list entry for each `name: meaning` in it."""
     names = "|".join(sorted(map(re.escape, parameters), key=len, reverse=True)) or "(?!)"
     starts = list(re.finditer(rf"(?:^|(?<=[.;] ))(?:((?:{names})(?:, (?:{names}))*): |(?=Raises [A-Z]))", text))
     ends = [*(start.start() for start in starts), len(text)]
@@ -126,7 +125,7 @@ class ApiReference(SphinxDirective):
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
-    """Register the directive and the treatment of docstrings with Sphinx."""
+    """Register the directive and the conversion of docstrings with Sphinx."""
     app.add_directive("api-reference", ApiReference)
     app.connect("autodoc-process-docstring", _process_docstring)
     app.connect("autodoc-process-signature", _process_signature)

@@ -3,8 +3,7 @@
     ```{command-reference}
     ```
 
-The directive reads the click commands that `unmask --help` reads, so a verb or an option cannot be missing from the
-page, and nothing about them is written twice.
+The directive reads the same click commands as `unmask --help`, so the page always has all verbs and options.
 """
 
 from __future__ import annotations
@@ -59,7 +58,7 @@ def verb_lines(name: str, verb: Any) -> Iterator[str]:
 
 
 def escape(text: str) -> str:
-    """Escape what Markdown would read as markup in the plain text of a help; `code` stays code."""
+    """Escape Markdown characters in a plain help text, except in `code`."""
     parts = re.split(r"(`[^`]+`)", text)
     plain = (re.sub(r"([\\*_<>\[\]|#])", r"\\\1", part).replace("--", "\\--") for part in parts[::2])
     code = (part.replace("|", "\\|") for part in parts[1::2])
@@ -83,14 +82,14 @@ def _option_name(option: Any) -> str:
 
 
 def _type_name(option: Any) -> str:
-    """The kind of value of an option without a metavar; Typer declares it by annotation, click by `type`."""
+    """Return the type name of an option without a metavar, from Typer's annotation or click's `type`."""
     annotation = getattr(getattr(option, "type_descriptor", None), "annotation", None)
     known = {str: "TEXT", int: "INTEGER", float: "FLOAT", Path: "PATH"}
     return known.get(annotation, getattr(getattr(option, "type", None), "name", "value").upper())
 
 
 def _default(parameter: Any) -> str:
-    """Return the default as one types it, or in words where it depends on the rest; nothing for flags."""
+    """Return the default as typed on the command line, or in words; "" for flags."""
     value = parameter.default
     if parameter.required:
         return "required"
