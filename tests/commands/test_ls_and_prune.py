@@ -37,7 +37,7 @@ def test_prune_deletes_nothing_without_an_intact_checkpoint(unmask, run_folder):
         (folder / "model.safetensors").write_bytes(b"damaged")
     code, _, err = unmask("prune", "run")
     assert code == 2
-    assert "no sound checkpoint" in err
+    assert "no intact checkpoint" in err
     assert len(list((run_folder / "checkpoints").glob("step-*"))) == 2
 
 

@@ -68,7 +68,7 @@ def test_a_copy_with_other_times_goes_on_and_its_times_are_recorded(stopped, tmp
         os.utime(file)
     before = file_of(stopped, "data").read_bytes()
     resume(stopped.path, console=Console())
-    assert "30 files have other times but the same content; going on exactly" in capsys.readouterr().err
+    assert "30 files have new modification times but the same content; resuming exactly" in capsys.readouterr().err
     assert file_of(stopped, "data").read_bytes() != before
 
 
@@ -76,7 +76,7 @@ def test_a_run_of_an_earlier_version_is_held_to_names_and_sizes(stopped, tmp_pat
     file_of(stopped, "data").unlink()
     as_of_an_earlier_version(stopped)
     (tmp_path / "data" / "new.npy").write_bytes(b"")
-    with pytest.raises(DataError, match="other names or sizes; this run recorded no more"):
+    with pytest.raises(DataError, match="different names or sizes; this run has no record"):
         resume(stopped.path)
     (tmp_path / "data" / "new.npy").unlink()
     assert resume(stopped.path).read("status.json")["state"] == "finished"

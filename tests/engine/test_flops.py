@@ -164,7 +164,7 @@ def test_what_a_person_reads(capsys):
     ):
         assert text in said
     say_costs(recipe_costs("simmim_nano"), Console())
-    assert "mask tokens left out" not in capsys.readouterr().err
+    assert "leaving mask tokens out" not in capsys.readouterr().err
 
 
 def test_nothing_is_allocated_and_nobodys_random_numbers_are_touched():

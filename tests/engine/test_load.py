@@ -181,7 +181,7 @@ def test_an_encoder_alone_is_refused_in_a_sentence(run):
     [
         (lambda w: w | {"encoder.extra": torch.ones(2)}, "encoder.extra is not known"),
         (lambda w: {n: v for n, v in w.items() if n != "encoder.cls_token"}, "encoder.cls_token is missing"),
-        (lambda w: {f"model.{n}": v for n, v in w.items()}, "more; has config.json been changed"),
+        (lambda w: {f"model.{n}": v for n, v in w.items()}, "more; restore config.json"),
         (
             lambda w: {n: v[..., :1].contiguous() if n == "encoder.cls_token" else v for n, v in w.items()},
             "expected (",
@@ -191,7 +191,7 @@ def test_an_encoder_alone_is_refused_in_a_sentence(run):
 )
 def test_weights_of_another_model_are_refused_in_a_sentence(run, change, says):
     rewrite(run, change)
-    with pytest.raises(CheckpointError, match=r"does not fit the method that its config.json describes") as fault:
+    with pytest.raises(CheckpointError, match=r"does not fit the method in its config.json") as fault:
         load(run)
     assert says in str(fault.value)
     assert len(str(fault.value)) < 800
@@ -201,5 +201,5 @@ def test_a_changed_config_is_noticed(run):
     config = Run(run).read("config.json")
     config["method"]["encoder"]["width"] = 16
     Run(run).write("config.json", config)
-    with pytest.raises(CheckpointError, match=r"is \(.*32.*\), expected \(.*16.*\).*has config.json been changed"):
+    with pytest.raises(CheckpointError, match=r"is \(.*32.*\), expected \(.*16.*\).*restore config.json"):
         load(run)

@@ -167,7 +167,7 @@ def test_precision_on_a_processor(monkeypatch, capabilities, wanted, found):
     precision, why = choose_precision(wanted, "cpu")
     assert precision == found
     assert why.startswith(found)
-    assert ("asked for" in why) == (wanted != "auto")
+    assert ("the setting" in why) == (wanted != "auto")
 
 
 @pytest.mark.parametrize("native", [True, False])

@@ -64,7 +64,7 @@ def test_a_run_trains_and_holds_everything_a_person_needs(images, tmp_path):
     assert 0 <= row["data_wait"] <= 1
     plan = run.read("plan.json")
     assert plan["images"]["mean"]
-    assert "asked for" in " ".join(plan["reasons"])
+    assert "the setting train." in " ".join(plan["reasons"])
     assert run.read("provenance.json")["versions"]["torch"]
     features = load_encoder(run.path)(torch.zeros(2, 3, 16, 16, dtype=torch.uint8))
     assert features.cls.shape == (2, 32)

@@ -1,4 +1,4 @@
-"""`unmask check DATA`: what is in a folder of images, what is broken, which recipe fits, and how long it would take."""
+"""`unmask check DATA`: describe a set of images, list unreadable files, choose a recipe, and forecast the training."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ def check_data(
 ) -> tuple[int, dict[str, Any]]:
     """Scan images, forecast their training and print both; return (exit code, summary).
 
-    Every file is looked at, those too that `unmask pretrain` would not look at again; it need not look at them then.
+    All files are read, even those in the scan cache. A later `unmask pretrain` then need not read them again.
 
-    sample: look at this many files, None for all. workers: processes that look; 0 and None leave it to the scan, which
-    starts some where that is worth it, as `unmask pretrain` does. settings: KEY=VALUE assignments, as there.
+    sample: number of files to read; None: all. workers: number of processes that read files; 0 or None: chosen by the
+    scan, as in `unmask pretrain`. settings: KEY=VALUE assignments, as for `unmask pretrain`.
     """
     draft = draft_config(None, "auto", list(settings), None)
     source = apply_reading(open_source(data, exclude), draft.data.reading)
@@ -85,7 +85,7 @@ def check_data(
         console.print(f"{source.name}: {len(source)} images found{skipped_files(source)}")
     print_scan(found, source, console)
     if not found.good:
-        console.warn("no image can be read, so `unmask pretrain` would refuse this; the reasons stand above")
+        console.warn("no image can be read, so `unmask pretrain` would reject this data; the reasons are listed above")
         return 2, summary
     for line in odd_image_warnings(source, found):
         console.warn(line)
@@ -135,7 +135,7 @@ def print_scan(found: Scan, source: Source, console: Console) -> None:
 
 
 def labels_line(source: Source) -> str:
-    """Return the classes of a source, or why it has none."""
+    """Return the classes of a source in words, or why it has none."""
     if source.classes:
         return f"{len(source.classes)} classes ({some(source.classes)})"
     if source.unlabelled:
@@ -144,7 +144,7 @@ def labels_line(source: Source) -> str:
 
 
 def print_table(rows: list[dict[str, Any]], console: Console) -> None:
-    """Print aligned columns: kinds of file, their contents, and how they are read."""
+    """Print the kinds of files, their contents, and how they are read, in aligned columns."""
     titles = list(rows[0])
     lines = [titles, *([str(row[title]) for title in titles] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -154,7 +154,7 @@ def print_table(rows: list[dict[str, Any]], console: Console) -> None:
 
 
 def forecast(source: Source, found: Scan, console: Console, settings: list[str], device: str) -> dict[str, Any]:
-    """Make the plan of `unmask pretrain` with the recipe `auto`, time a few steps, and return the cost."""
+    """Make the plan that `unmask pretrain --recipe auto` would make, time a few steps, and return the forecast."""
     config, reasons, proposals = choose_config(source, found, "auto", settings, device, budget=None)
     size = consequence(found.median_size, config.data.size, patch_of(config))
     console.print(size)
@@ -173,8 +173,8 @@ def forecast(source: Source, found: Scan, console: Console, settings: list[str],
     )
     if timing.busy:
         console.warn(
-            "the time of a step differs much between measurements: another program uses this machine, and the forecast "
-            "holds only while it does"
+            "the time of a step varies between measurements: another program is using this machine, and the forecast "
+            "is only valid while it does"
         )
     return {
         "recipe": config.recipe,

@@ -12,13 +12,13 @@ from unmask.errors import some
 
 
 def require_fit(method: nn.Module, weights: Mapping[str, Tensor], what: str) -> None:
-    """Raise CheckpointError unless `weights` are exactly the tensors of `method`. what: names them in the message."""
+    """Raise CheckpointError unless `weights` are exactly the tensors of `method`. what: their name for the message."""
     wanted = method.state_dict()
     missing, extra = sorted(wanted.keys() - weights.keys()), sorted(weights.keys() - wanted.keys())
     if missing and not extra and not any(name.startswith("encoder.") for name in missing):
         raise CheckpointError(
-            f"{what} holds only the encoder: the {len(missing)} tensors of the rest ({some(missing)}) are missing, "
-            "and nothing can be rebuilt without them; use the run or the file that has the decoder too"
+            f"{what} holds only the encoder: {len(missing)} other tensors ({some(missing)}) are missing, and images "
+            "cannot be reconstructed without them; use the run or the file that includes the decoder"
         )
     faults = [f"{name} is missing" for name in missing] + [f"{name} is not known" for name in extra]
     faults += [
@@ -28,16 +28,15 @@ def require_fit(method: nn.Module, weights: Mapping[str, Tensor], what: str) -> 
     ]
     if faults:
         raise CheckpointError(
-            f"{what} does not fit the method that its config.json describes: {some(faults, between='; ')}; has "
-            "config.json been changed, or the checkpoint been copied from another run?"
+            f"{what} does not fit the method in its config.json: {some(faults, between='; ')}; restore config.json or "
+            "the checkpoint if one of them was changed or copied from another run"
         )
 
 
 def graft(module: nn.Module, entries: Sequence[tuple[str, str, Mapping[str, Tensor]]]) -> None:
-    """Start from other weights: for each (from prefix, to prefix, state dict) copy the tensors under the first prefix
-    to the second.
+    """Copy weights into `module`: for each (source prefix, target prefix, state dict), all tensors under the source.
 
-    Strict: raises CheckpointError that names every missing, unexpected or mis-shaped tensor, before anything is copied.
+    Raises CheckpointError with all missing, unexpected and mis-shaped tensors, before anything is copied.
     """
     own = dict(module.state_dict())
     planned: dict[str, Tensor] = {}
@@ -47,21 +46,23 @@ def graft(module: nn.Module, entries: Sequence[tuple[str, str, Mapping[str, Tens
         wanted = {name for name in own if name.startswith(target)}
         if not given or not wanted:
             empty = (
-                f"the source has nothing under {source!r}" if not given else f"the model has nothing under {target!r}"
+                f"the source has no tensors under {source!r}"
+                if not given
+                else f"the model has no tensors under {target!r}"
             )
-            raise CheckpointError(f"cannot graft {source!r} onto {target!r}: {empty}")
+            raise CheckpointError(f"cannot copy {source!r} to {target!r}: {empty}")
         faults += [f"missing {name}" for name in sorted(wanted - set(given))]
         faults += [f"unexpected {name}" for name in sorted(set(given) - wanted)]
         faults += [
-            f"{name} is {tuple(given[name].shape)}, {tuple(own[name].shape)} is needed"
+            f"{name} is {tuple(given[name].shape)}, expected {tuple(own[name].shape)}"
             for name in sorted(wanted & set(given))
             if given[name].shape != own[name].shape
         ]
         planned |= given
     if faults:
         raise CheckpointError(
-            f"the weights do not fit: {some(faults, between='; ')}; their network has other sizes: set "
-            f"method.encoder.depth, .width and .patch to those of the weights, or use a recipe that has them"
+            f"the weights do not fit: {some(faults, between='; ')}; set method.encoder.depth, .width and .patch to "
+            f"those of the weights, or use a recipe of that size"
         )
     with torch.no_grad():
         for name, value in planned.items():

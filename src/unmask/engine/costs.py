@@ -1,7 +1,7 @@
-"""`unmask plan RECIPE`: what a recipe costs before anybody has an image: parameters, FLOPs, steps, images for each GPU.
+"""`unmask plan RECIPE`: the cost of a recipe without any images: parameters, FLOPs, steps, images per GPU.
 
-Everything is counted on the method itself (`engine/flops.py`), nothing is looked up. Papers report multiply-accumulates
-("G MACs", often called FLOPs) or FLOPs (1 MAC = 2 FLOPs); both are printed.
+All numbers are counted on the method itself (`engine/flops.py`). Papers report multiply-accumulates ("G MACs", often
+called FLOPs) or FLOPs (1 MAC = 2 FLOPs); both are printed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ IMAGENET = 1_281_167
 
 
 def recipe_costs(recipe: str, *, settings: Sequence[str] = (), gpus: int | None = None) -> dict[str, Any]:
-    """Return the object that --json prints. Raises ConfigError for settings that do not fit."""
+    """Return the costs as the object that --json prints. Raises ConfigError for invalid settings."""
     tokenizer, promised = promised_tokenizer(recipe, settings)
     config = draft_config(None, recipe, [*promised, *settings], None)
     batches = schedule(config, gpus)
@@ -58,10 +58,10 @@ def recipe_costs(recipe: str, *, settings: Sequence[str] = (), gpus: int | None 
 
 
 def promised_tokenizer(recipe: str, settings: Sequence[str], dvae: str | None = None) -> tuple[str | None, list[str]]:
-    """(recipe of a dVAE, settings as KEY=VALUE) for a method that predicts codes while there is no tokenizer yet.
+    """Return (recipe of a dVAE, settings as KEY=VALUE) as a stand-in for the tokenizer of a method that predicts codes.
 
-    They give its size without naming a file of weights. (None, []) for a method that needs none. dvae: its
-    recipe; None selects DALL-E's for the patches of photographs, otherwise the small one.
+    The settings describe the tokenizer's network, without weights. (None, []) for methods without a tokenizer. dvae:
+    recipe of the dVAE; None: DALL-E's for patches of 14 pixels or more, else the small one.
     """
     chosen = [text for text in settings if text.strip().startswith("method.")]
     method: Any = override(catalogue.find(recipe), chosen).method
@@ -74,9 +74,10 @@ def promised_tokenizer(recipe: str, settings: Sequence[str], dvae: str | None = 
 
 
 def with_idle_work(method: Method, flops: Flops) -> dict[str, int]:
-    """FLOPs per image including the redundant compute of MAE's published code; {} if there is no such work.
+    """Return FLOPs per image including the redundant compute of MAE's published code; {} if there is none.
 
-    It embeds the hidden patches too, and takes every token through the decoder's last block and the prediction layer.
+    The published code also embeds the hidden patches, and applies the decoder's last block and the prediction layer to
+    all tokens.
     """
     if not isinstance(method, MAE) or not flops.masked or method.everywhere:
         return {}
@@ -96,13 +97,12 @@ def with_idle_work(method: Method, flops: Flops) -> dict[str, int]:
 
 
 def ratios(config: Config, method: Method, flops: Flops) -> dict[str, float]:
-    """What masking saves; {} for a method whose encoder sees every patch, or that has no decoder.
+    """Return how much compute masking saves; {} if the encoder processes all patches, or if there is no decoder.
 
-    "everything": the encoder on every patch, as with mask tokens, and the decoder, over the real forward pass. The
-    others count transformer blocks only and no class token, as the arithmetic is usually done, and are there for a
-    decoder of such blocks over all patches: "blocks" is the same ratio (the paper's 3.3 for ViT-L), "encoder" that of
-    the encoder alone, "decoder_per_token" what a token costs in the decoder as a share of its cost in the encoder
-    (the paper's 9 %).
+    "everything": FLOPs of the forward pass with the encoder on all patches (as with mask tokens), divided by the actual
+    FLOPs. The other keys exist for MAE only. They count transformer blocks only, without the class token, as papers
+    usually do: "blocks" is the same ratio (the paper's 3.3 for ViT-L), "encoder" the ratio of the encoder alone, and
+    "decoder_per_token" the FLOPs per token of the decoder divided by those of the encoder (the paper's 9 %).
     """
     if not flops.decoder or not flops.masked:
         return {}
@@ -125,7 +125,7 @@ def ratios(config: Config, method: Method, flops: Flops) -> dict[str, float]:
 
 
 def schedule(config: Config, gpus: int | None) -> dict[str, Any]:
-    """Return batch size, learning rate and, for as many images as ImageNet-1K has, steps."""
+    """Return batch size, learning rate, and the number of steps for as many images as ImageNet-1K has."""
     train, batch = config.train, config.train.batch_size
     if gpus is not None and gpus < 1:
         raise ConfigError(f"got {gpus} GPUs; expected at least 1")
@@ -149,12 +149,12 @@ def schedule(config: Config, gpus: int | None) -> dict[str, Any]:
 
 
 def say_costs(found: dict[str, Any], console: Console) -> None:
-    """Print the same as text."""
+    """Print the costs as text."""
     parameters, flops, share = found["parameters"], found["flops"], found["ratios"]
     channels, height, width = found["image"]
     console.print(f"{found['recipe']}: {found['method']} on images of {height} x {width} pixels, {channels} channels")
     if found["tokenizer"]:
-        console.print(f"its tokenizer, frozen and counted under the rest, is that of recipe {found['tokenizer']}")
+        console.print(f"tokenizer: recipe {found['tokenizer']}, frozen, counted in the rest")
     rest = f", the rest {_millions(parameters['rest'])}" if parameters["rest"] else ""
     decoder = f", decoder {_millions(parameters['decoder'])}" if parameters["decoder"] else ""
     console.print(
@@ -176,13 +176,13 @@ def say_costs(found: dict[str, Any], console: Console) -> None:
     if "training_with_idle_work" in flops:
         idle = flops["training_with_idle_work"]
         console.print(
-            f"  as published it would be {_billions(idle)} GFLOPs to train, {idle / flops['training']:.3f} x: hidden "
-            "patches embedded, visible ones in the decoder's last block and predicted"
+            f"  the published code takes {_billions(idle)} GFLOPs to train, {idle / flops['training']:.3f} x: it also "
+            "embeds hidden patches, and predicts visible ones"
         )
     if share:
         console.print(
-            f"mask tokens left out of the encoder save {share['everything']:.2f} x of the forward pass, everything "
-            "counted (only hidden patches are predicted)"
+            f"leaving mask tokens out of the encoder makes the forward pass {share['everything']:.2f} x cheaper, all "
+            "parts included (only hidden patches are predicted)"
         )
     if "blocks" in share:
         console.print(
@@ -191,9 +191,7 @@ def say_costs(found: dict[str, Any], console: Console) -> None:
             f"{_billions(share['encoder_blocks_visible'] / 2)} + {_billions(share['decoder_blocks'] / 2)} GMACs; of "
             f"the encoder alone {share['encoder']:.2f} x"
         )
-        console.print(
-            f"  a token costs in the decoder {share['decoder_per_token']:.1%} of what it costs in the encoder"
-        )
+        console.print(f"  cost per token in the decoder: {share['decoder_per_token']:.1%} of that in the encoder")
     gpus = f"; on {found['gpus']} GPUs {found['images_per_gpu']} images each per step" if "gpus" in found else ""
     console.print(
         f"batch {found['batch_size']}, peak learning rate {found['peak_lr']:.3g} (base {found['base_lr']:.3g} x batch "

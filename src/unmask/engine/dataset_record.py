@@ -1,9 +1,9 @@
-"""Checks that a run's images, masks and test images are still the ones it began with, and records when they are not.
+"""Check that a run's images, masks and test images have not changed since it began, and record it if they have.
 
 A run keeps a record of each data set that it reads (`data/identity.py`): RUN/data.arrays for its training images, and
-for a supervised run also masks.arrays, test.arrays and test-masks.arrays. A run that an
-earlier version began has none; it is held to the names and sizes in its plan, and gets a record then. A record that was
-lost or damaged since counts as a difference: replaced files of the same size could not be told from the old ones.
+for a supervised run also masks.arrays, test.arrays and test-masks.arrays. Runs of earlier versions have no record; for
+them the names and sizes in the plan are compared, and a record is then written. A record that was lost or damaged later
+counts as a difference, because replaced files of the same size could not be detected.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from unmask.engine.plan import Plan
 from unmask.run import Run, RunError
 
 DATA, MASKS, TEST, TEST_MASKS = "data", "masks", "test", "test-masks"
-ONLY_NAMED = Difference(changed=[("some files", "other names or sizes; this run recorded no more of them")])
+ONLY_NAMED = Difference(changed=[("some files", "different names or sizes; this run has no record of file contents")])
 
 
 def file_of(run: Run, role: str) -> Path:
@@ -32,7 +32,7 @@ def file_of(run: Run, role: str) -> Path:
 
 
 def write_record(run: Run, source: Source, role: str = DATA) -> None:
-    """Record what identifies the files of `source`. Raises RunError where the run's folder takes no file."""
+    """Write the record of the files of `source`. Raises RunError if it cannot be written."""
     path = file_of(run, role)
     try:
         record_of(source).write(path)
@@ -43,16 +43,16 @@ def write_record(run: Run, source: Source, role: str = DATA) -> None:
 
 
 def used_rows(plan: Plan, count: int) -> np.ndarray:
-    """Return the rows that a run trains on or is evaluated on; other files may change."""
+    """Return the rows that a run uses for training or evaluation. Other files may change."""
     return np.setdiff1d(np.arange(count), np.setdiff1d(plan.excluded, [*plan.test_rows, *plan.held_out])).astype(
         np.int64
     )
 
 
 def rows_now(run: Run, rows: Sequence[int], source: Source) -> tuple[int, ...]:
-    """Return where the images of recorded rows are in a changed data set, sorted, without missing ones.
+    """Return the current rows of images with these recorded rows, sorted, in a data set that has changed.
 
-    None of them is found where a run has no record, as in those of earlier versions.
+    Missing images are left out. () if the run has no record, like runs of earlier versions.
     """
     record = identity.read_record(file_of(run, DATA))
     if record is None or not rows:
@@ -62,9 +62,9 @@ def rows_now(run: Run, rows: Sequence[int], source: Source) -> tuple[int, ...]:
 
 
 def compare(run: Run, plan: Plan, source: Source, console: Console) -> Difference:
-    """Return how the training images differ from those the run began with; set `source.digests`.
+    """Return how the training images differ from those at the start of the run; set `source.digests`.
 
-    Only files with another time of change are read. Where they turn out the same their new times are recorded.
+    Only files with a different modification time are read. If their content is the same, the new times are recorded.
     """
     record = identity.read_record(file_of(run, DATA))
     if record is None:
@@ -73,28 +73,28 @@ def compare(run: Run, plan: Plan, source: Source, console: Console) -> Differenc
         if run.id is not None:
             return Difference(unknown=_trouble(run, DATA))
         console.warn(
-            "the record of file contents was not kept by the version that began this run: only names and sizes of the "
-            "images are compared"
+            "an earlier version that kept no record of file contents began this run, so only the names and sizes of "
+            "the images are compared"
         )
         write_record(run, source)
         return Difference()
     found = _compared(record, source, used_rows(plan, len(source)), console)
     if not found and found.reread:
-        console.print(f"{found.reread} files have other times but the same content; going on exactly")
+        console.print(f"{found.reread} files have new modification times but the same content; resuming exactly")
         write_record(run, source)
     return found
 
 
 def require_same(run: Run, source: Source, role: str, console: Console) -> Difference:
-    """As `compare` for all files of masks or of test images; the first time they are recorded instead."""
+    """Like `compare` for all files of masks or test images. On the first call they are recorded."""
     record = identity.read_record(file_of(run, role))
     if record is None:
         if file_of(run, role).exists():
             return Difference(
-                unknown=f"{_trouble(run, role)}; if they are the same as before, remove it, and they are recorded anew"
+                unknown=f"{_trouble(run, role)}; if the files are unchanged, remove it, and they are recorded again"
             )
         if checkpoint.newest_step(run):
-            console.warn(f"{_trouble(run, role)}: the files there are now are recorded")
+            console.warn(f"{_trouble(run, role)}; recording the current files")
         with console.progress(f"recording {role}", len(source)) as bar:
             identity.digest_all(source, bar.update)
         write_record(run, source, role)
@@ -107,7 +107,7 @@ def require_same(run: Run, source: Source, role: str, console: Console) -> Diffe
 
 def _trouble(run: Run, role: str) -> str:
     path = file_of(run, role)
-    return f"{path} {'is damaged' if path.exists() else 'is missing'}, which tells unchanged files from replaced ones"
+    return f"{path} {'is damaged' if path.exists() else 'is missing'}; without it replaced files cannot be detected"
 
 
 def _compared(record: identity.DatasetRecord, source: Source, used: np.ndarray, console: Console) -> Difference:
@@ -116,7 +116,7 @@ def _compared(record: identity.DatasetRecord, source: Source, used: np.ndarray, 
 
 
 def note_change(run: Run, what: str, **about: Any) -> str:
-    """Add a change of the data to provenance.json, with the time and the step; returns a sentence for people.
+    """Add a change of the data to provenance.json, with the time and the step; return it as a message.
 
     what: "changed" (--allow-dataset-change) or "moved" (`resume --data`).
     """

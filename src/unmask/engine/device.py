@@ -25,7 +25,7 @@ def choose_device(wanted: str) -> str:
 def choose_precision(wanted: str, device: str) -> tuple[str, str]:
     """Return ("bf16" or "fp32", reason). "auto" is bf16 where the device has it natively; emulated it is far slower."""
     if wanted != "auto":
-        return wanted, f"{wanted}: asked for"
+        return wanted, f"{wanted}: the setting train.precision"
     if device.startswith("cuda"):
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return "bf16", "bf16: this GPU computes in it natively"

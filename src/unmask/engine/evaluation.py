@@ -1,4 +1,4 @@
-"""Evaluate a supervised method on its test images while it trains."""
+"""Evaluate a supervised method on its test images during training."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from unmask.system.stop_requests import StopRequest
 
 
 def evaluate(job: Job, evaluator: Evaluator, at: Position, stop: StopRequest) -> float:
-    """Log the metrics of the method, and of its averaged weights where it has any; return the seconds that took.
+    """Evaluate the method, and its averaged weights if there are any, and log the metrics; return the seconds it took.
 
-    Raises StopRequested, with the weights as they were.
+    Raises StopRequested, with unchanged weights.
     """
     began = time.perf_counter()
     with torch.no_grad(), eval_mode(job.method), uncompiled(), autocast(job.plan.precision, job.plan.device):

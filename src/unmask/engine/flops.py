@@ -1,11 +1,11 @@
-"""FLOPs, counted: what torch dispatches in a method's real forward and backward pass, on the meta device.
+"""Count the FLOPs that torch dispatches in a method's actual forward and backward pass, on the meta device.
 
-Matrix products and convolutions are counted, 2 FLOPs to a multiply-accumulate; sums, norms, softmax and look-ups are
-not, as in every published number. Attention counts with its two products, a causal mask does not make it cheaper.
-Nothing is computed and no memory for weights is needed, so a ViT-H is counted as fast as a small one; a method that
-looks at values in its loss is counted on the CPU instead.
+Matrix products and convolutions are counted, at 2 FLOPs per multiply-accumulate; sums, norms, softmax and look-ups are
+not, as in published numbers. Attention counts as its two matrix products, with or without a causal mask. Nothing is
+computed and no weights are allocated, so counting a ViT-H is as fast as counting a small model. A method whose loss
+depends on tensor values is counted on the CPU instead.
 
-Letters: n tokens, d width. A block is 12 n d^2 + 2 n^2 d multiply-accumulates.
+For n tokens of width d, a transformer block takes 12 n d^2 + 2 n^2 d multiply-accumulates.
 """
 
 from __future__ import annotations
@@ -25,13 +25,16 @@ from unmask.method import Clock, Method
 from unmask.nn.torch_internals import onednn_linear
 from unmask.rng import Draws
 
-COUNTED = 2  # images: what is done once for a whole batch, and a BatchNorm, want more than one
+COUNTED = 2  # images in the counted batch: BatchNorm needs more than one
 
 
 @dataclass(frozen=True)
 class Flops:
-    """FLOPs of one image. `encoder`, `decoder` and `rest` are the forward pass of the loss, `training` is forward and
-    backward as counted (about three times that), `whole` the encoder on every patch, nothing masked."""
+    """FLOPs of one image.
+
+    encoder, decoder, rest: parts of the forward pass of the loss. training: forward and backward pass, about three
+    times the forward pass. whole: forward pass of the encoder on all patches, without masking.
+    """
 
     encoder: int
     decoder: int
@@ -45,15 +48,15 @@ class Flops:
 
     @property
     def masked(self) -> bool:
-        """Whether the encoder is spared the hidden patches; embedding the visible ones alone saves next to nothing."""
+        """Whether the encoder's blocks skip the hidden patches. Skipping them in the embedding alone does not count."""
         return self.encoder < 0.98 * self.whole
 
 
 def count_flops(config: Config, images: ImageSpec) -> Flops:
-    """Of one image of this shape, for this method with these settings.
+    """Count the FLOPs of one image for the method and settings of `config`.
 
-    A method of your own may look at values in its loss, which meta tensors have not: torch then raises one of two
-    errors with whatever words, and the same pass is counted on the CPU, where a true fault shows itself once more.
+    The loss of a custom method may depend on tensor values, which meta tensors do not have. torch then raises one of
+    two errors, and the pass is counted on the CPU, where a real error is raised again.
     """
     try:
         return _count(config, images, "meta")
@@ -62,15 +65,15 @@ def count_flops(config: Config, images: ImageSpec) -> Flops:
 
 
 def typical_images(config: Config) -> ImageSpec:
-    """Return the images that a configuration expects; RGB unless it sets something else."""
+    """Return the image properties that a configuration expects; RGB unless it sets the channels."""
     channels = config.data.channels or len(config.data.mean or config.data.std or (0, 0, 0))
     return ImageSpec(channels, config.data.size, "uint8", (127.5,) * channels, (64.0,) * channels)
 
 
 def blocks_flops(blocks: Iterable[nn.Module], tokens: int, width: int, *, last: int | None = None) -> int:
-    """Transformer blocks alone on one sequence of so many tokens, class token included or not as you count.
+    """Count the FLOPs of transformer blocks alone on one sequence of `tokens` tokens of width `width`.
 
-    last: only so many tokens at the end are wanted of each (see `nn.blocks.Block`).
+    last: the blocks only compute this many tokens at the end of the sequence (see `nn.blocks.Block`).
     """
     with torch.device("meta"), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _counter() as counter:
         x = torch.empty(1, tokens, width)
@@ -106,7 +109,7 @@ def _count(config: Config, images: ImageSpec, device: str) -> Flops:
 
 
 def _counter() -> FlopCounterMode:
-    """Return a FLOP counter that also counts the products that `nn.linear_layer` gives to oneDNN."""
+    """Return a FLOP counter that also counts the products that `nn.linear_layer` computes with oneDNN."""
 
     def flops(x: torch.Size, weight: torch.Size, *rest: object, out_shape: object = None) -> int:
         return 2 * x.numel() * weight[0]
@@ -116,7 +119,7 @@ def _counter() -> FlopCounterMode:
 
 
 def _under(counts: dict[str, dict[object, int]], part: str) -> int:
-    """Return the FLOPs counted in `part` or, where only submodules of it were called, in the largest of them."""
+    """Return the FLOPs counted in `part`, or in its outermost submodules if `part` itself was not called."""
     inside = [name for name in counts if name == part or name.startswith(part + ".")]
     largest = [name for name in inside if not any(name.startswith(other + ".") for other in inside)]
     return sum(sum(counts[name].values()) for name in largest)

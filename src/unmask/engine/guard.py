@@ -1,4 +1,4 @@
-"""Interrupt a wait or a step of the loop: on a stop request, or after a time without progress."""
+"""Interrupt a wait or a step of the training loop on a stop request, or if it makes no progress."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from unmask.run import Run, RunGone
 from unmask.system.stalls import VARIABLE, Stalled, Watchdog, stall_seconds, write_stacks
 from unmask.system.stop_requests import StopRequest
 
-COMPILING_SECONDS = 1800  # the least limit of a step in which torch.compile works
+COMPILING_SECONDS = 1800  # minimum time limit of a step during which torch.compile runs
 
 
 class Guard:
-    """Ends a wait or a computation of the loop early: on a stop request, or after a time without progress."""
+    """Interrupts waits and steps of the training loop on a stop request, or if they make no progress."""
 
     def __init__(self, run: Run, plan: Plan, stop: StopRequest, stopwatch: Stopwatch) -> None:
         self.run, self.plan, self.stop, self.stopwatch = run, plan, stop, stopwatch
@@ -25,7 +25,10 @@ class Guard:
 
     @contextmanager
     def step(self, number: int, *, compiling: bool = False) -> Iterator[None]:
-        """Context manager around a step. compiling: torch.compile runs in it; it may take long and be interrupted."""
+        """Context manager around a step.
+
+        compiling: whether torch.compile runs in it; such a step may take long and can be interrupted.
+        """
         least = COMPILING_SECONDS if compiling else 0
         with (
             self.watchdog.watching(f"step {number}", at_least=least),
@@ -35,7 +38,7 @@ class Guard:
 
     @contextmanager
     def waiting_for_data(self) -> Iterator[None]:
-        """Context manager around a wait for a micro-batch; loader workers are watched by their own pool."""
+        """Context manager around a wait for a micro-batch. Loader workers have their own time limit."""
         with self.watchdog.pausing() if self.plan.workers else nullcontext(), self.stop.interruptible():
             yield
         self.watchdog.progressed()

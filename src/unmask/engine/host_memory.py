@@ -1,4 +1,4 @@
-"""Keep freed memory in the process while a CPU trains."""
+"""Keep freed memory in the process during training on a CPU."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-TRIM_THRESHOLD, MMAP_MAX = -1, -4  # glibc's numbers for `mallopt`, and what it starts with
+TRIM_THRESHOLD, MMAP_MAX = -1, -4  # glibc's parameter numbers for `mallopt`; their default values follow
 USUAL = {TRIM_THRESHOLD: 128 * 1024, MMAP_MAX: 65536}
 
 
 @contextmanager
 def memory_kept(device: str) -> Iterator[None]:
-    """Context manager in which, on a CPU, freed memory stays with the process; afterwards it returns to the system.
+    """Context manager that keeps freed memory in the process on a CPU, and returns it to the system at the end.
 
-    A step frees and asks for the same large tensors again and again. glibc gives each back at once, so the next one is
-    paid for in page faults (`benchmarks/step.py` counts them). Other C libraries, and a user who has set malloc by the
-    environment, are left alone. Afterwards the usual limits hold, but no longer the one that glibc moves by itself.
+    Every training step allocates and frees the same large tensors. By default glibc returns each to the system at once,
+    so the next allocation causes page faults (`benchmarks/step.py` counts them). Does nothing with other C libraries,
+    or if environment variables configure malloc. At the end the default limits are set, but without glibc's dynamic
+    adjustment of the mmap threshold.
     """
     libc = None if device != "cpu" or _malloc_is_set() else _glibc()
     if libc is None:
@@ -31,7 +32,7 @@ def memory_kept(device: str) -> Iterator[None]:
         libc.malloc_trim(0)
 
     inside = True
-    # Loader processes forked meanwhile would each keep as much as the largest image that they ever decode.
+    # Otherwise each loader process forked now would keep the memory of the largest image that it ever decoded.
     os.register_at_fork(after_in_child=lambda: usual() if inside else None)
     libc.mallopt(TRIM_THRESHOLD, -1)  # never
     libc.mallopt(MMAP_MAX, 0)

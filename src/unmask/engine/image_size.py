@@ -1,9 +1,9 @@
-"""The size that a method sees: chosen from the images where no paper fixes it, and reported with its consequence.
+"""Choose the size of the method's input images, and describe its effect.
 
-Recipes whose name ends in one of `FOLLOWING` are from no paper, so their size and patch follow the images as those of
-the recipe `auto` do, unless one of the two is set. Tokenizers keep theirs: BEiT shows them images of as many codes as
-it has patches, whatever its own size. Masks and boxes need more detail than classes, so segmentation and detection see
-larger images than the encoder was pre-trained on, if there are any.
+Recipes whose name ends in one of `FOLLOWING` are not from a paper, so their size and patch are chosen from the images,
+as for the recipe `auto`, unless one of the two is set. Tokenizers keep their size, because BEiT resizes images for them
+so that there are as many codes as patches. Masks and boxes need more detail than classes, so segmentation and detection
+use larger images than the pre-training, if the files are large enough.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ Size = tuple[int, int]
 FOLLOWING = ("nano", "tiny", "small")
 FIXED_METHODS = ("dvae",)
 SMALLEST, SMALL_SIDE, NANO_SIDE = 16, 48, 64  # pixels
-STRETCH = 1.2  # images resampled by less than this lose or gain little
-LARGER = 1.5  # a size that the images exceed by more is not kept for masks and boxes
+STRETCH = 1.2  # resampling by a smaller factor is reported as "about their own size"
+LARGER = 1.5  # for masks and boxes, the input size is enlarged if the images are larger by more than this factor
 
 
 def follows_images(name: str) -> bool:
@@ -34,7 +34,7 @@ def follows_images(name: str) -> bool:
 def candidates(name: str, median: Size) -> Iterable[list[str]]:
     """Yield settings, as KEY=VALUE, that fit the recipe `name` to images of `median` (H, W) pixels, best first.
 
-    A method may need sizes in larger steps than its patch, which only building it tells.
+    The caller has to try them in order, because a method may need multiples of more than its patch.
     """
     if not follows_images(name):
         return
@@ -62,9 +62,9 @@ def _size(shape: Size) -> str:
 
 
 def dense_size(config: Config, median: Size, most: Size) -> Size:
-    """The size at which masks or boxes are learnt: that of the images, of no more pixels than `most` (H, W) has.
+    """Return the input size for segmentation or detection: the size of the images, but no more pixels than `most` has.
 
-    In whole patches of the encoder. The size of `config` stays where the images are not much larger.
+    A multiple of the encoder's patch. The size of `config` if the images are not much larger.
     """
     settings: Any = config.method
     patch, own = settings.encoder.patch, config.data.size
@@ -74,7 +74,7 @@ def dense_size(config: Config, median: Size, most: Size) -> Size:
 
 
 def consequence(median: Size, size: Size, patch: Size | None) -> str:
-    """Return a sentence on the effect of resampling images of `median` (H, W) pixels to `size`."""
+    """Describe the effect of resampling images of `median` (H, W) pixels to `size`, in one sentence."""
     factor = math.sqrt(median[0] * median[1] / (size[0] * size[1]))
     said = f"images of {median[0]} x {median[1]} (median) are resampled to {size[0]} x {size[1]} pixels: "
     if factor > STRETCH:

@@ -1,4 +1,4 @@
-"""When the loop logs, draws, evaluates and saves, and how many steps fit a time budget."""
+"""Decide when the loop logs, draws, evaluates and saves, and how many steps fit a time budget."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from unmask.errors import UserError
 from unmask.nn.modes import eval_mode
 from unmask.run import Run, RunGone
 
-REPORT_SECONDS = 1.5  # to write the report after the last step, which is part of a budget
+REPORT_SECONDS = 1.5  # part of the budget for writing the report after the last step
 
 
 class Stopwatch:
-    """Seconds of training: those before a resume, from the status of the Run, and those since."""
+    """Seconds of training, including those before a resume, which the run's status has recorded."""
 
     def __init__(self, run: Run, began: float | None = None) -> None:
         self.began = time_budget.now() if began is None else began
@@ -34,10 +34,10 @@ class Stopwatch:
 
 
 def open_pacer(job: Job, stopwatch: Stopwatch, evaluator: Evaluator | None) -> Pacer:
-    """Return the `Pacer` of a job; without a time budget it never changes anything.
+    """Return the `Pacer` of a job. Without a time budget it never changes the number of steps.
 
-    Up to the last step that was logged, or at which the number of steps changed, before a resume, the number of steps
-    stays as recorded, because these steps are repeated.
+    A resumed run repeats some steps exactly, so the number of steps does not change before the last step that was
+    logged or at which it changed before.
     """
     plan = job.plan
     if plan.budget is None:
@@ -55,7 +55,7 @@ def open_pacer(job: Job, stopwatch: Stopwatch, evaluator: Evaluator | None) -> P
 
 
 def picture_due(job: Job, step: int) -> bool:
-    """Return whether a picture is drawn after `step`; by default the interval is a fixed share of the training."""
+    """Return whether to draw a picture after `step`. The default interval is a fixed share of the training."""
     plan, wanted = job.plan, job.config.train.picture_every
     if wanted is None and plan.replans:
         return plan.passed(step, plan.picture_every) or step in (1, plan.steps)
@@ -63,7 +63,7 @@ def picture_due(job: Job, step: int) -> bool:
 
 
 def evaluation_due(job: Job, step: int) -> bool:
-    """Return whether a supervised run is evaluated after `step`; the default interval as in `picture_due`."""
+    """Return whether to evaluate a supervised run after `step`. The default interval is a share of the training."""
     plan = job.plan
     if step == plan.steps:
         return True
@@ -75,18 +75,18 @@ def evaluation_due(job: Job, step: int) -> bool:
 def closing_seconds(pacer: Pacer) -> float:
     """Return the seconds from the last step to the end of the command.
 
-    They are for an evaluation, a picture, a checkpoint, the final result and the report.
+    They include an evaluation, a picture, a checkpoint, the final result and the report.
     """
     return 2 * pacer.cost("evaluation") + pacer.cost("picture") + pacer.cost("save") + REPORT_SECONDS
 
 
 def affordable(job: Job, pacer: Pacer, kind: str, at: Position) -> bool:
-    """Return whether a picture or an evaluation leaves most of a budget for training; always True at the last step."""
+    """Return whether a picture or an evaluation leaves most of the budget for training. True at the last step."""
     if job.plan.budget is None or at.step == job.plan.steps or pacer.affords(kind, closing_seconds(pacer)):
         return True
     job.console.warn_once(
-        f"no {kind}s before the last step: one takes about {pacer.cost(kind):.2g} s, and most of the budget of "
-        f"{duration(job.plan.budget)} is for training"
+        f"no {kind}s before the last step: each takes about {pacer.cost(kind):.2g} s, and most of the budget of "
+        f"{duration(job.plan.budget)} is reserved for training"
     )
     return False
 
@@ -116,13 +116,13 @@ def adjust_steps(job: Job, pacer: Pacer, at: Position) -> Job:
 
 
 def due(step: int, every: int, last: int) -> bool:
-    """Return whether something periodic happens after `step`: at the first, each multiple of `every`, and the last."""
+    """Return whether a periodic action is due after `step`: at step 1, multiples of `every`, and the last step."""
     return step % every == 0 or step in (1, last)
 
 
 @dataclass
 class Pace:
-    """Throughput since the last logged step. start: samples consumed then. waited: seconds spent waiting for data."""
+    """Throughput since the last logged step. start: samples consumed until then. waited: seconds waiting for data."""
 
     start: int
     waited: float = 0.0
@@ -136,6 +136,6 @@ class Pace:
         return {"images_per_second": (consumed - self.start) / seconds, "data_wait": self.waited / seconds}
 
     def text(self, consumed: int) -> str:
-        """Return the same for the progress line."""
+        """Return the throughput for the progress line."""
         row = self.row(consumed)
         return f"{row['images_per_second']:.0f} images/s  {row['data_wait']:.0%} waiting on data"

@@ -1,7 +1,7 @@
-"""The `Plan`: what is derived from a `Config`, once; printed, and saved beside it.
+"""The `Plan`: values that are derived once from a `Config`, printed, and stored beside it.
 
-From (config, what the scan found, device, time budget) follow the total and warm-up steps, the micro-batch and
-accumulation, the peak learning rate and the precision. A resumed run reads its plan and does not make a new one.
+Config, scan result, device and time budget determine the total and warm-up steps, the micro-batch and accumulation, the
+peak learning rate and the precision. A resumed run reads its plan and does not make a new one.
 """
 
 from __future__ import annotations
@@ -21,16 +21,18 @@ from unmask.settings import Settings
 
 
 class Plan(Settings):
-    """What a run will do. reasons: why each choice was made, as sentences.
+    """All derived values of a run.
 
-    excluded: rows of the source that are not trained on. test_rows: those of them used to evaluate a supervised run.
-    held_out: those of them on which the loss of a pre-training is reported. test_every: steps between evaluations, 0
-    for one at the end only. taught: digest of the segmentation masks or boxes used for training, and of the test
-    images. reading: how image files of this data set are decoded. budget: seconds for the whole command, None where the
-    length was set. startup: seconds of it used when the run began. replans: changes of `steps` during training, which a
-    resumed run repeats; `steps` is the newest number, while warmup_steps, picture_every and test_every count in the
-    steps that were planned first. earlier: the plan before a change of the schedule at step `since`, for the steps
-    before it; after it the learning rate goes linearly, over `ramp` steps, from `from_lr` to the new curve.
+    fingerprint: digest of the names and sizes of the files. excluded: rows of the source that are not used for
+    training. test_rows: excluded rows on which a supervised run is evaluated. held_out: excluded rows for the held-out
+    loss of a pre-training run. test_every: steps between evaluations; 0: only at the end. taught: digest of the
+    segmentation masks or boxes used for training, and of the test images. reading: how to decode image files.
+    budget: seconds for the whole command; None if the length was set. startup: seconds of it used before the run began.
+    replans: changes of `steps` during training, which a resumed run repeats. `steps` is the current number, while
+    warmup_steps, picture_every and test_every refer to the original number of steps. reasons: why each choice was made,
+    as sentences.
+    earlier: the plan that applies before step `since`, at which `unmask set` changed the schedule. From there the
+    learning rate changes linearly, over `ramp` steps, from `from_lr` to the new curve.
     """
 
     steps: int
@@ -73,15 +75,15 @@ class Plan(Settings):
 
     @property
     def first_steps(self) -> int:
-        """The steps that were planned at first."""
+        """The original number of steps."""
         return self.replans[0].before if self.replans else self.steps
 
     def place(self, step: int) -> float:
-        """Where `step` stands on the schedule that was planned first; `step` itself where nothing was replanned."""
+        """Map `step` to the original schedule; `step` itself if the number of steps never changed."""
         return place(step, self.replans) if self.replans else step
 
     def lr(self, step: int) -> float:
-        """Learning rate of optimiser step `step` (0-based), a function of the step and of the plan alone."""
+        """Return the learning rate of optimiser step `step` (0-based), which only depends on the step and the plan."""
         if self.earlier is not None and step < self.since:
             return self.earlier.lr(step)
         rate = learning_rate(
@@ -95,22 +97,22 @@ class Plan(Settings):
         return rate if self.earlier is None or done >= 1 else self.from_lr + (rate - self.from_lr) * done
 
     def clock(self, step: int, draws: Draws, micro: int = 0) -> Clock:
-        """The clock of optimiser step `step` for a method."""
+        """Return the `Clock` to pass to a method at optimiser step `step`."""
         if self.earlier is not None and step < self.since:
             return self.earlier.clock(step, draws, micro)
         share = self.place(step) / self.first_steps if self.replans else None
         return Clock(step, self.steps, draws, micro, share)
 
     def passed(self, step: int, every: int) -> bool:
-        """Whether `step` steps reach a multiple of `every` steps of the schedule that was planned first."""
+        """Return whether step `step` reaches a multiple of `every` steps of the original schedule."""
         return self.times(step, every) > self.times(step - 1, every)
 
     def times(self, step: int, every: int) -> int:
-        """How many multiples of `every` steps of the schedule that was planned first lie within `step` steps."""
+        """Return how many multiples of `every` steps of the original schedule lie within the first `step` steps."""
         return math.floor(self.place(step) / every + 1e-9)
 
     def replanned(self, step: int, steps: int) -> Plan:
-        """The plan with `steps` steps in all from optimiser step `step` on."""
+        """Return the plan with `steps` steps in all, from optimiser step `step` on."""
         change = Replan(step=step, before=self.steps, steps=steps)
         epochs = steps * self.batch_size / self.num_images
         return self.model_copy(update={"steps": steps, "epochs": epochs, "replans": (*self.replans, change)})

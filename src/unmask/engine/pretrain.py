@@ -1,7 +1,7 @@
-"""From a folder of images to a trained Run: settings, scan, plan, training.
+"""Pre-train on a folder of images: combine settings, scan files, make the plan, train.
 
-Settings are checked before any file is read, files before the plan is made, and the plan is printed before the first
-step. The loop is in `engine/train.py`; `engine/resume.py` continues a run.
+Settings are checked before any file is read, files are checked before the plan is made, and the plan is printed before
+the first step. The loop is in `engine/train.py`; `engine/resume.py` continues a run.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def pretrain(
     draft = draft_config(base, recipe, settings, budget)
     reject_supervised(draft, from_run)
     if from_run is not None and (own := sorted({"data.mean", "data.std"} & set(parse(settings)))):
-        raise ConfigError(f"{own[0]} cannot be set: the weights of --from know their normalisation; leave it out")
+        raise ConfigError(f"{own[0]} cannot be set: the weights of --from include their normalisation; leave it out")
     device = choose_device(draft.train.device)
     if out is not None:
         Run.check_free(out)

@@ -12,32 +12,32 @@ import torch.nn.functional as F
 from unmask.nn.linear_layer import mkl_is_slow
 from unmask.nn.torch_internals import multiply_by_onednn, onednn_linear
 
-ROWS, INSIDE, OUTSIDE = 800, 768, 3072  # a layer of ViT-B on 16 images of 50 tokens
+ROWS, INSIDE, OUTSIDE = 800, 768, 3072  # a linear layer of ViT-B on 16 images of 50 tokens
 ROUNDS = 3
 
 
 @dataclass(frozen=True)
 class ProductRates:
-    """GFLOP/s of one float32 product in each library, with torch's number of threads."""
+    """GFLOP/s of a float32 matrix product in each library, with torch's number of threads."""
 
     torch_gflops: float
     onednn_gflops: float
     uses_onednn: bool
 
     def text(self) -> str:
-        """Return the rates and what they mean, in one sentence."""
+        """Return the rates and their interpretation as text."""
         ratio = self.onednn_gflops / self.torch_gflops
         faster = "oneDNN is faster" if ratio > 1 else "torch's default library is faster"
         used = "oneDNN" if self.uses_onednn else "torch's default"
         return (
-            f"{self.torch_gflops:.0f} GFLOP/s by torch's default library, {self.onednn_gflops:.0f} by oneDNN "
+            f"{self.torch_gflops:.0f} GFLOP/s with torch's default library, {self.onednn_gflops:.0f} with oneDNN "
             f"({ratio:.2f} times): {faster} here; training uses {used}. The ratio depends on the width of the "
             "processor's vector units, which its flags do not show"
         )
 
 
 def measure_products() -> ProductRates | None:
-    """Measure one product in each library, in less than a second; None where torch has no oneDNN."""
+    """Time a matrix product in each library, which takes less than a second; None if torch has no oneDNN."""
     if onednn_linear() is None or not torch.backends.mkldnn.is_available():
         return None
     x, weight = torch.randn(ROWS, INSIDE), torch.randn(OUTSIDE, INSIDE)

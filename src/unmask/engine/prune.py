@@ -1,7 +1,7 @@
-"""`unmask prune`: free disk space in a run folder without losing what the run is for.
+"""`unmask prune`: free disk space in a run folder.
 
-Removed are features that probes stored for the next time (they are computed again when needed) and checkpoints but the
-newest sound ones. The weights that a run is used with, its results, pictures and logs always stay.
+Removes features that probes have cached (they are computed again when needed) and all checkpoints except the newest
+intact ones. Keeps the newest weights, results, pictures and logs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from unmask.run import Run
 
 @dataclass(frozen=True)
 class Removable:
-    """A folder inside a run that is not needed. what: for the message. bytes: on disk."""
+    """A folder inside a run that is not needed. what: its description for the message. bytes: size on disk."""
 
     path: str
     what: str
@@ -28,13 +28,13 @@ class Removable:
 
 
 def prune_run(path: Path, *, keep_checkpoints: int, dry_run: bool, console: Console) -> dict[str, Any]:
-    """Remove what a run does not need, or only report it, and return the list.
+    """Remove the folders that a run does not need, or only list them, and return the list.
 
-    keep_checkpoints: newest sound ones to keep, at least 1. Raises RunInUse while the run trains, UserError for a run
-    without a sound checkpoint, of which nothing is removed.
+    keep_checkpoints: number of newest intact checkpoints to keep, at least 1. Raises RunInUse during training, and
+    UserError, without removing anything, if the run has no intact checkpoint.
     """
     if keep_checkpoints < 1:
-        raise UserError(f"got --keep-checkpoints {keep_checkpoints}; expected 1 or more: a run without weights is lost")
+        raise UserError(f"got --keep-checkpoints {keep_checkpoints}; expected 1 or more: a run needs its weights")
     run = Run.open(path)
     with run.lock():
         found = [*_stored_features(run), *_old_checkpoints(run, keep_checkpoints)]
@@ -55,9 +55,9 @@ def _stored_features(run: Run) -> list[Removable]:
 
 
 def _old_checkpoints(run: Run, keep: int) -> list[Removable]:
-    """Return all checkpoints but the `keep` newest sound ones.
+    """Return all checkpoints except the `keep` newest intact ones.
 
-    Of those that were set aside, the damaged ones are removed and intact ones stay: they belong to another run.
+    Of the checkpoints that were renamed to .corrupt, only damaged ones are returned; intact ones belong to another run.
     """
     sound: list[Path] = []
     for _, path in checkpoint.steps_on_disk(run):
@@ -67,7 +67,7 @@ def _old_checkpoints(run: Run, keep: int) -> list[Removable]:
                 sound.append(path)
     folders = sorted(folder for folder in run.checkpoints.glob("step-*") if folder.is_dir())
     if folders and not sound:
-        raise UserError(f"{run.path} has no sound checkpoint; nothing is removed, so that no weights are lost")
+        raise UserError(f"{run.path} has no intact checkpoint; nothing was removed, so that no weights are lost")
     return [
         Removable(str(folder), "an older checkpoint" if folder.suffix == "" else "a damaged checkpoint", _bytes(folder))
         for folder in folders
@@ -76,7 +76,7 @@ def _old_checkpoints(run: Run, keep: int) -> list[Removable]:
 
 
 def _is_foreign(folder: Path) -> bool:
-    """Return whether a checkpoint was set aside although it is intact, because it belongs to another run."""
+    """Return whether a checkpoint was renamed to .corrupt because it belongs to another run, although it is intact."""
     if ".corrupt" not in folder.name:
         return False
     try:
@@ -87,7 +87,7 @@ def _is_foreign(folder: Path) -> bool:
 
 
 def _awaits_resume(folder: Path) -> bool:
-    """Return whether this is the only copy of a checkpoint, left by a crash while its step was written again."""
+    """Return whether this is the only copy of a checkpoint, because of a crash while its step was written again."""
     return folder.suffix == checkpoint.REPLACED and not folder.with_suffix("").exists()
 
 

@@ -1,4 +1,4 @@
-"""Run the training loop and record in the Run how it ended."""
+"""Run the training loop, and record in the run how it ended."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from unmask.run import STATUS, Run
 
 
 def train_and_record(inputs: TrainingInputs, supervise: Supervise | None = None) -> None:
-    """Run the loop, write the result of a supervised run, and record in the Run how that ended.
+    """Run the training loop, write the result of a supervised run, and record how it ended.
 
-    "finished" is recorded after all of the work; a run that is interrupted outside the loop is stopped, not failed.
-    Raises what the loop raises.
+    The status "finished" is recorded last. A run that is interrupted outside the loop is "stopped", not "failed".
+    Raises the errors of the loop.
     """
     run, plan, images, console, began = inputs.run, inputs.plan, inputs.images, inputs.console, now()
     try:
@@ -37,20 +37,20 @@ def train_and_record(inputs: TrainingInputs, supervise: Supervise | None = None)
         record_state(run, "failed", console, total=plan.steps, error=f"{type(error).__name__}: {error}")
         raise
     status = run.status()
-    now_took = now() - began
-    took = max(now_took, status.seconds)
-    record_state(run, state, console, total=status.steps or plan.steps, seconds=took)
-    said = duration(took) + (f" ({duration(now_took)} of it since it was resumed)" if took > now_took + 1 else "")
+    elapsed = now() - began
+    total = max(elapsed, status.seconds)
+    record_state(run, state, console, total=status.steps or plan.steps, seconds=total)
+    time = duration(total) + (f" ({duration(elapsed)} of it since it was resumed)" if total > elapsed + 1 else "")
     if state == "stopped":
-        console.print(f"stopped after {said}")
+        console.print(f"stopped after {time}")
     else:
-        console.print(f"finished {status.step} steps in {said}: {run.path}")
+        console.print(f"finished {status.step} steps in {time}: {run.path}")
         if supervise is None:
             warn_above_baseline(run, console)
 
 
 def warn_above_baseline(run: Run, console: Console) -> None:
-    """Warn when the last loss on the images of the pictures is no better than the best baseline; name what to do."""
+    """Warn if the last loss on the images of the pictures is no better than the best baseline."""
     try:
         found, step = run.read(BASELINES), run.status().step
         fair = {name: value for name, value in found["guesses"].items() if not name.startswith("true_")}
@@ -61,8 +61,8 @@ def warn_above_baseline(run: Run, console: Console) -> None:
         return
     name = min(fair, key=lambda name: fair[name])
     console.warn(
-        f"the loss on the images of the pictures is {loss:.4f}; the baseline ({name.replace('_', ' ')}), which needs "
-        f"no training, scores {fair[name]:.4f}: the features are hardly better than random ones yet. Train longer: "
+        f"the loss on the images of the pictures is {loss:.4f}, and that of an untrained baseline "
+        f"({name.replace('_', ' ')}) is {fair[name]:.4f}: the features are hardly better than random. Train longer: "
         f"unmask set {run.path} train.steps={max(catalogue.FEWEST_STEPS, 2 * step)}; then: unmask resume {run.path}"
     )
 
@@ -70,7 +70,7 @@ def warn_above_baseline(run: Run, console: Console) -> None:
 def record_state(
     run: Run, state: str, console: Console, *, total: int, seconds: float | None = None, error: str | None = None
 ) -> None:
-    """Write the status; a failure is reported, not raised, because the disk may be what ended the training."""
+    """Write the status. A failure is reported, not raised, because a full disk may have ended the training."""
     for _ in range(2):  # torch's signal handler may raise once more for the same dead loader worker
         try:
             step, so_far = checkpoint.newest_step(run) or 0, run.status().seconds or None

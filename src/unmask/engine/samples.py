@@ -31,11 +31,11 @@ PICTURE_SAMPLE = 64
 
 @dataclass
 class Samples:
-    """Fixed images that show how training proceeds; the same in every run on the same data.
+    """Fixed images that show the progress of training; the same in every run on the same data.
 
-    pictures: training images, which are drawn and whose loss is compared with baselines. held_out: images that are not
-    trained on, None where there are none. losses: the newest numbers for the progress line, namely the loss on the
-    held-out images and the best baseline that sees only what the model sees.
+    pictures: training images for the pictures and for the comparison with baselines. held_out: images that are not used
+    for training; None if there are none. losses: the newest numbers for the progress line: the loss on the held-out
+    images, and the best baseline that uses visible patches only.
     """
 
     pictures: Batch
@@ -54,26 +54,26 @@ def evenly_spaced(rows: np.ndarray, count: int) -> np.ndarray:
 
 
 def fixed_images(images: ImageReader, plan: Plan, rows: np.ndarray) -> Batch:
-    """Load images without augmentation onto the device of `plan`; unreadable ones are left out.
+    """Load images without augmentation onto the device of `plan`. Unreadable images are skipped.
 
     Raises TrainingFailed if none can be read.
     """
     fixed = replace(images, training=False)
     drawn: list[Batch] = []
     for row in rows:
-        with suppress(BadImage):  # training replaces and records it when it reaches it
+        with suppress(BadImage):  # the training loop replaces and records unreadable images
             drawn.append(fixed[SampleIndices(np.array([row]), np.zeros(1, np.int64))].batch)
     if not drawn:
-        raise TrainingFailed(f"none of {len(rows)} images of {images.source.name} can be read; bring them back, resume")
+        raise TrainingFailed(f"none of {len(rows)} images of {images.source.name} can be read; restore them and resume")
     return to_device(Batch.join(drawn), plan.device)
 
 
 @torch.no_grad()
 def draw_and_score(job: Job, samples: Samples, at: Position, stop: StopRequest) -> None:
-    """Draw the picture of the method, and record its loss beside the baselines on the same images.
+    """Draw a picture of the method's predictions, and record its loss and those of baselines on the same images.
 
-    evals/baselines.json holds the baselines by name, and under "losses" and "held_out_losses" a [step, loss] per call.
-    Raises StopRequested before anything is written.
+    evals/baselines.json contains the baselines by name, and one [step, loss] pair per call in "losses" and in
+    "held_out_losses". Raises StopRequested before anything is written.
     """
     plan, train, sample = job.plan, job.config.train, samples.pictures
     clock = plan.clock(at.step, Draws(train.seed, sample.epoch, sample.index))

@@ -1,4 +1,4 @@
-"""`unmask doctor`: versions, device, and a self-test that runs the real path from files to a checkpoint."""
+"""`unmask doctor`: print versions and the device, and run a short training from files to a checkpoint."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ SELF_TEST = (
 
 
 def run_self_test(console: Console) -> tuple[bool, dict[str, Any]]:
-    """Print what belongs in a bug report; return (whether everything works, summary)."""
+    """Print the information for a bug report and test the installation; return (whether all tests pass, summary)."""
     device = choose_device("auto")
     precision, why = choose_precision("auto", device)
     summary: dict[str, Any] = {
@@ -72,7 +72,7 @@ def run_self_test(console: Console) -> tuple[bool, dict[str, Any]]:
         summary["tests"][name] = {"ok": good, "outcome": outcome, "seconds": round(time.perf_counter() - start, 2)}
         console.print(f"{'ok    ' if good else 'FAILED'} {name}: {outcome} ({summary['tests'][name]['seconds']} s)")
     good = all(test["ok"] for test in summary["tests"].values())
-    console.print("everything works" if good else "something does not work: please report the lines above")
+    console.print("everything works" if good else "a test failed: please report the lines above")
     return good, summary
 
 
@@ -80,7 +80,7 @@ def _random_numbers() -> str:
     zero = np.zeros(1, np.int64)
     got = [int(word[0]) for word in philox((zero, zero, zero, zero), (0, 0))]
     assert got == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8], f"Philox gives {got}"
-    return "the counter-based generator gives its published values"
+    return "the counter-based generator returns its published values"
 
 
 def _decode() -> str:

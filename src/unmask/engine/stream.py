@@ -14,13 +14,13 @@ from unmask.engine.job import Job, Position, report_failure
 from unmask.errors import LoadingFailed, TrainingFailed
 from unmask.run import Run
 
-ENDLESS = 1 << 40  # micro-batches: with a budget the last step is not known
+ENDLESS = 1 << 40  # number of micro-batches with a time budget, because the last step is not known
 
 
 def open_stream(job: Job, at: Position, guard: Guard) -> Generator[Batch, None, None]:
-    """Yield the micro-batches from a position to the end of the plan; record files that changed since the scan.
+    """Yield the micro-batches from position `at` to the end of the plan; record files that changed since the scan.
 
-    Raises StopRequested for a stop request during a wait, and TrainingFailed where too many files have changed.
+    Raises StopRequested for a stop request during a wait, and TrainingFailed if too many files have changed.
     """
     plan = job.plan
     deliveries = training_batches(
@@ -53,15 +53,15 @@ def loading_failures(run: Run) -> Iterator[None]:
         raise TrainingFailed(str(error)) from error
     except LoadingFailed as error:
         raise TrainingFailed(
-            f"loading images stopped: {error}. `unmask resume {run.path}` continues from the last checkpoint; after "
-            f"`unmask set {run.path} data.workers=0` it reads the files itself and shows the cause"
+            f"loading images stopped: {error}. `unmask resume {run.path}` continues from the last checkpoint. To find "
+            f"the cause, first run `unmask set {run.path} data.workers=0`, so that the main process reads the files"
         ) from error
 
 
 def quarantine(job: Job, delivery: LoadedBatch, at: Position) -> None:
-    """Write files that became unreadable since the scan to quarantine.jsonl, once each.
+    """Record files that have become unreadable since the scan in quarantine.jsonl, once each.
 
-    Raises TrainingFailed where more than `data.max_bad_fraction` of the images are concerned.
+    Raises TrainingFailed if they are more than `data.max_bad_fraction` of the images.
     """
     images = job.images
     for bad in delivery.bad:

@@ -1,9 +1,8 @@
-"""A time budget: the seconds that a command may take, and how many steps fit into what is left of them.
+"""Time budgets: adapt the number of steps so that a command takes a given time.
 
 `Budget` counts from the start of the command. `Replan` records a change of the number of steps, and `place` maps a step
-onto the schedule that was planned first, so that the learning rate is a function of the step and the recorded changes
-alone. `Pacer` decides when the number of steps has to change. The clock is read here and nowhere else; tests replace
-`clock`.
+to the original schedule, so that the learning rate only depends on the step and the recorded changes. `Pacer` decides
+when to change the number of steps. Only this module reads the clock; tests replace `clock`.
 """
 
 from __future__ import annotations
@@ -19,13 +18,13 @@ from pydantic import Field
 from unmask.errors import UserError
 from unmask.settings import Settings
 
-FEWEST_STEPS = 5  # a budget with fewer is refused
-USEFUL_STEPS = 100  # with fewer, the time that these need is reported
-AIM = 0.96  # share of a budget at which everything should be done
-LATE, EARLY = 0.015, 0.03  # a forecast further from that, as a share of the budget, changes the number of steps
-LOOK = 0.01  # of a budget between two decisions
-WINDOW = 0.15  # of a budget: the pace is measured over its last part, and never over more than half of what is left
-ASIDE_SHARE = 0.2  # of a budget, for tests and pictures
+FEWEST_STEPS = 5  # a budget for fewer steps is rejected
+USEFUL_STEPS = 100  # for fewer steps, a warning reports the time that this many would take
+AIM = 0.96  # share of the budget after which the command should be done
+LATE, EARLY = 0.015, 0.03  # shares of the budget: a forecast later or earlier than this changes the number of steps
+LOOK = 0.01  # share of the budget between two decisions
+WINDOW = 0.15  # share of the budget over which speed is measured, limited to half of the time left
+ASIDE_SHARE = 0.2  # maximum share of the budget for evaluations and pictures
 
 
 clock = time.monotonic
@@ -38,7 +37,7 @@ def now() -> float:
 
 @dataclass(frozen=True)
 class Budget:
-    """Seconds that a whole command may take; `began` is when it started, on the clock of `now`."""
+    """Seconds that a whole command may take. began: its start, on the clock of `now`."""
 
     seconds: float
     began: float = field(default_factory=now)
@@ -49,7 +48,7 @@ class Budget:
 
 
 def seconds_of(text: str) -> float:
-    """Return the seconds of a time such as '30m', '2h', '90s' or '1.5h'. Raises UserError for anything else."""
+    """Parse a time such as '30m', '2h', '90s' or '1.5h' to seconds. Raises UserError for other text."""
     units = {"s": 1, "m": 60, "h": 3600, "d": 86400}
     try:
         value = float(text[:-1]) * units[text[-1:].lower()]
@@ -63,14 +62,14 @@ def seconds_of(text: str) -> float:
 
 
 def as_budget(budget: float | str | Budget | None) -> Budget | None:
-    """Return a number of seconds, or a time such as '30m', as a budget that begins now; a Budget or None as it is."""
+    """Convert seconds, or a time such as '30m', to a budget that begins now. Return a Budget or None unchanged."""
     if budget is None or isinstance(budget, Budget):
         return budget
     return Budget(seconds_of(budget) if isinstance(budget, str) else budget)
 
 
 class Replan(Settings):
-    """From optimiser step `step` (0-based) on, a run of `before` steps has `steps` steps in all."""
+    """A change of the number of steps from `before` to `steps` at optimiser step `step` (0-based)."""
 
     step: int = Field(ge=0)
     before: int = Field(gt=0)
@@ -78,20 +77,20 @@ class Replan(Settings):
 
 
 def require_order(replans: Sequence[Replan], steps: int) -> None:
-    """Raise ValueError unless `replans` follow one another and lead to `steps`."""
+    """Raise ValueError unless `replans` are in order, each continues the one before, and the last leads to `steps`."""
     last, total = -1, replans[0].before if replans else steps
     for replan in replans:
         if not (last < replan.step < min(replan.before, replan.steps) and replan.before == total):
-            raise ValueError(f"replans[step={replan.step}] does not follow the one before it")
+            raise ValueError(f"replans[step={replan.step}] does not continue the previous replan")
         last, total = replan.step, replan.steps
     if total != steps:
         raise ValueError(f"got steps={steps} after replans that lead to {total}")
 
 
 def place(step: int, replans: Sequence[Replan]) -> float:
-    """Return where `step` stands on the schedule that was planned first, counted in its steps.
+    """Map `step` to the corresponding (fractional) step of the original schedule.
 
-    Each replan keeps the place that has been reached and spreads the rest of the schedule over the steps that are left.
+    Each replan keeps the position reached so far, and spreads the rest of the schedule over the remaining steps.
     """
     first = replans[0].before
     reached, begins, total = 0.0, 0, first
@@ -104,10 +103,10 @@ def place(step: int, replans: Sequence[Replan]) -> float:
 
 
 class Pacer:
-    """Decides how many steps fit into what is left of `budget` seconds, of which `used` are gone.
+    """Decides how many steps fit into the rest of a budget of `budget` seconds, of which `used` have passed.
 
-    Time spent in `aside` (tests, pictures, checkpoints) does not count as the pace of training. `fixed` is the step up
-    to which the number of steps must stay as it is, because these steps were taken before, by a leg that was killed.
+    Time spent in `aside` (evaluations, pictures, checkpoints) is excluded from the time per step. The number of steps
+    does not change before step `fixed`, because a resumed run repeats those steps.
     """
 
     def __init__(self, budget: float, used: float, *, fixed: int = 0) -> None:
@@ -120,15 +119,15 @@ class Pacer:
         self._marks: deque[tuple[float, int]] = deque()
 
     def used(self) -> float:
-        """Seconds of the budget that are gone."""
+        """Return the seconds since the start of the budget."""
         return now() - self._began
 
     def due(self) -> bool:
-        """Whether it is time for a decision."""
+        """Return whether it is time for the next decision."""
         return self.used() - self._looked >= LOOK * self.budget
 
     def expect(self, kind: str, seconds: float) -> None:
-        """Set what one `kind` of interruption costs, before it has been measured."""
+        """Set the expected time of one `kind` of interruption, until it has been measured."""
         self._costs[kind] = seconds
 
     @contextmanager
@@ -141,30 +140,33 @@ class Pacer:
         self._costs[kind] = took
 
     def cost(self, kind: str) -> float:
-        """Seconds that one `kind` of interruption took last, or is expected to take."""
+        """Return the seconds that the last interruption of this kind took, or the expected time."""
         return self._costs.get(kind, 0.0)
 
     def affords(self, kind: str, closing: float) -> bool:
-        """Whether one more optional interruption leaves most of the budget for training; `closing` is needed later."""
+        """Return whether one more optional interruption leaves most of the budget for training.
+
+        closing: seconds needed after the last step.
+        """
         most = ASIDE_SHARE * (self.budget - self._at_start)
         return self._spent + self.cost(kind) + closing <= most
 
     def restart(self, step: int) -> None:
-        """Measure the pace from here on, with `step` steps done."""
+        """Measure the time per step from now on, with `step` steps done."""
         self._marks.clear()
         self._marks.append((self.used() - self._spent, step))
 
     def seconds_a_step(self) -> float | None:
-        """Return the recent pace; None before there is any."""
+        """Return the recent seconds per step; None before the first measurement."""
         if len(self._marks) < 2:
             return None
         (start, first), (end, last) = self._marks[0], self._marks[-1]
         return (end - start) / (last - first)
 
     def steps(self, step: int, total: int, rest: float) -> int:
-        """Return how many steps the run should have, with `step` of now `total` done; `total` while that fits.
+        """Return how many steps the run should have, with `step` of `total` done; `total` while it fits the budget.
 
-        rest: seconds of the interruptions still to come, and of what follows the last step.
+        rest: seconds of the remaining interruptions and of the work after the last step.
         """
         used = self.used()
         trained = used - self._spent

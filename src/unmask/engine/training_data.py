@@ -1,4 +1,4 @@
-"""The images of a run: scan the source, hold images out, choose how they are loaded, and make the plan."""
+"""Prepare the images of a run: scan the source, hold images out, choose how to load them, and make the plan."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from unmask.engine.time_budget import Budget
 from unmask.errors import UserError
 
 NAMED_BAD_FILES = 5
-ENOUGH_TO_HOLD_OUT = 1_000  # images; of fewer, each is worth more in the training
+ENOUGH_TO_HOLD_OUT = 1_000  # images; smaller data sets are used for training as a whole
 FEWEST_HELD_OUT, MOST_HELD_OUT = 64, 256
-LOADED_PARTS = 3  # of the images, each loaded to measure how long that takes
+LOADED_PARTS = 3  # number of parts of the images that are loaded to measure the loading time
 
 
 class DataError(UserError):
-    """The images as a whole cannot be used for training; the message names the reason and what to do."""
+    """The images cannot be used for training."""
 
 
 @dataclass(frozen=True)
@@ -54,15 +54,15 @@ class TrainingRequest:
 
 
 def scan_source(source: Source, draft: Config, console: Console) -> Scan:
-    """Scan as many files as the settings ask for. Raises DataError when too many cannot be read."""
+    """Scan as many files as the settings require. Raises DataError if too many cannot be read."""
     source.reading = draft.data.reading
     checked = min(len(source), draft.data.scan_sample or len(source))
     with console.progress("checking files", checked) as bar:
         found = scan(source, sample=checked, channels=draft.data.channels, progress=bar.update)
     if found.known:
         console.print(
-            f"{found.known} of {found.checked} files are as they were when last looked at, and were not looked at "
-            "again (`unmask check` does)"
+            f"{found.known} of {found.checked} files are unchanged since they were last checked, and were not read "
+            "again (`unmask check` reads them)"
         )
     source.digests = found.digests
     if found.forgotten:
@@ -78,26 +78,26 @@ def odd_image_warnings(source: Source, found: Scan) -> list[str]:
 
 
 def reject_bad_data(found: Scan, config: Config) -> None:
-    """Raise DataError when no files, or too few, can be read."""
+    """Raise DataError if no files, or too few of them, can be read."""
     examples = "; ".join(f"{bad.name} ({bad.code}: {bad.detail})" for bad in found.bad[:NAMED_BAD_FILES])
     if found.good == 0:
         raise DataError(f"none of the {found.files} files of {found.source} can be read, for example {examples}")
     if found.empty_files == found.good:
         raise DataError(
-            f"all pixels of the {found.good} images of {found.source} are absent (NaN, or the declared no-data value), "
-            "so there is nothing to learn from; if they are data after all: --set data.nodata=none"
+            f"all pixels of the {found.good} images of {found.source} are absent (NaN, or the declared no-data value); "
+            "if they are valid data: --set data.nodata=none"
         )
     if found.bad_fraction > config.data.max_bad_fraction:
         enough = math.ceil(20 * found.bad_fraction) / 20
         raise DataError(
             f"{len(found.bad)} of {found.checked} files checked cannot be read ({found.bad_fraction:.1%}; at most "
-            f"{config.data.max_bad_fraction:.1%} may be): {examples}. Mend or remove them (`unmask check` lists all), "
+            f"{config.data.max_bad_fraction:.1%} may be): {examples}. Repair or remove them (see `unmask check`), "
             f"or --set data.max_bad_fraction={enough:g} to train on the rest"
         )
 
 
 def image_spec(found: Scan, config: Config) -> ImageSpec:
-    """Return the image properties: those in the settings, and the others from the scan. Raises ConfigError."""
+    """Return the image properties from the settings, or from the scan if they are not set. Raises ConfigError."""
     channels = config.data.channels or found.channels_majority
     mean, std = config.data.mean or found.mean, config.data.std or found.std
     require_statistics(channels, mean, std)
@@ -105,7 +105,7 @@ def image_spec(found: Scan, config: Config) -> ImageSpec:
 
 
 def prepare_images(request: TrainingRequest) -> tuple[ImageReader, Plan]:
-    """Return the reader of the training images, and the plan; write nothing and cache no image yet."""
+    """Return the reader of the training images, and the plan. Nothing is written and no image is cached yet."""
     source, found, config, split = request.source, request.scan, request.config, request.supervised
     spec, reasons = image_spec(found, config), request.reasons
     excluded = np.union1d(found.bad_rows, [] if split is None else split.held_out).astype(np.int64)
@@ -117,9 +117,9 @@ def prepare_images(request: TrainingRequest) -> tuple[ImageReader, Plan]:
     images = training_images(source, rows, spec, config)
     reasons += findings(found)
     if images.repeats > 1:
-        reasons += (f"every image gives {images.repeats} samples when it is read: once in {images.repeats} epochs",)
+        reasons += (f"each image is decoded once in {images.repeats} epochs: data.repeats={images.repeats}",)
     if images.on_device:
-        reasons += ("crops are resampled on the device: asked for",)
+        reasons += ("crops are resampled on the device: the setting data.resize",)
     cached = config.data.cache
     if cached is None:
         cached = found.decoded_bytes * len(rows) <= config.data.cache_gib * 2**30
@@ -127,7 +127,7 @@ def prepare_images(request: TrainingRequest) -> tuple[ImageReader, Plan]:
         reasons += (f"decoded images kept in memory: {found.decoded_bytes * len(rows) / 2**20:.0f} MiB",)
     workers, why = choose_workers(request.device, cached=cached)
     if config.data.workers is not None:
-        workers, why = config.data.workers, f"{config.data.workers} loader workers: asked for"
+        workers, why = config.data.workers, f"{config.data.workers} loader workers: the setting data.workers"
     if found.median_size[0] < spec.size[0] or found.median_size[1] < spec.size[1]:
         reasons += (f"most images are smaller than the model's {spec.size[0]} x {spec.size[1]} and will be enlarged",)
     plan = make_plan(
@@ -144,9 +144,9 @@ def prepare_images(request: TrainingRequest) -> tuple[ImageReader, Plan]:
 
 
 def held_out_for_loss(rows: np.ndarray, config: Config) -> np.ndarray:
-    """Return the rows, sorted, on which a pre-training reports its held-out loss.
+    """Return the rows, sorted, that a pre-training run holds out for its held-out loss.
 
-    rows: (N,) those that could be trained on. Raises ConfigError where none would be left to train on, or a supervised
+    rows: (N,) rows available for training. Raises ConfigError if none would be left for training, or if a supervised
     run would ignore the setting.
     """
     wanted = config.data.held_out
@@ -163,7 +163,7 @@ def held_out_for_loss(rows: np.ndarray, config: Config) -> np.ndarray:
 
 
 def training_images(source: Source, rows: np.ndarray, spec: ImageSpec, config: Config) -> ImageReader:
-    """Return the reader of `rows`. Raises ConfigError where these images cannot be resampled on the device."""
+    """Return the reader of `rows`. Raises ConfigError if these images cannot be resampled on the device."""
     data = config.data
     on_device = data.resize == "device"
     if on_device and (spec.dtype != "uint8" or spec.channels not in (1, 3) or data.crop.jitter):
@@ -178,7 +178,7 @@ def training_images(source: Source, rows: np.ndarray, spec: ImageSpec, config: C
 
 
 def batch_seconds(images: ImageReader, batch: int, workers: int, *, cached: bool) -> Timing:
-    """Time to load one global batch, measured on the first images of the order; `cached`: when they lie in memory."""
+    """Measure the time to load one global batch, on the first images of the epoch. cached: after caching in memory."""
     part = max(images.repeats, min(batch, 64) // 2 // images.repeats * images.repeats)
     parts = [Order(images.rows, images.seed, images.repeats).take(n * part, part) for n in range(LOADED_PARTS)]
     if cached:
@@ -194,10 +194,10 @@ def batch_seconds(images: ImageReader, batch: int, workers: int, *, cached: bool
 
 
 def skipped_files(source: Source) -> str:
-    """How many files of which kinds were passed over or excluded, in brackets; "" for none."""
+    """Return the numbers of skipped and excluded files, by kind, in parentheses; "" for none."""
     excluded = ", ".join(f"{count} by {pattern}" for pattern, count in source.excluded.items())
-    told = f" (excluded: {excluded})" if excluded else ""
-    if not (passed_over := +source.skipped):
-        return told
-    kinds = ", ".join(f"{count} {kind or 'without extension'}" for kind, count in passed_over.most_common(4))
-    return f" ({passed_over.total()} other files passed over: {kinds})" + told
+    text = f" (excluded: {excluded})" if excluded else ""
+    if not (skipped := +source.skipped):
+        return text
+    kinds = ", ".join(f"{count} {kind or 'without extension'}" for kind, count in skipped.most_common(4))
+    return f" ({skipped.total()} other files skipped: {kinds})" + text

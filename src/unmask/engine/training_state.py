@@ -1,4 +1,4 @@
-"""The state that checkpoints hold: initialise it, save it, restore it, and roll back to it."""
+"""Initialise, save and restore the state of the training, and roll back to an earlier one."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ AVERAGE = "/average"  # suffix of averaged parameters among the tensors of the o
 
 
 def initialise(job: Job) -> Position:
-    """Prepare step 0: graft weights, set buffers that depend on the data, save the tensors that never change."""
+    """Prepare step 0: copy initial weights, set buffers that depend on the data, save the tensors that never change."""
     take_weights(job.method, job.config)
     grafted = tuple(entry.target for entry in job.config.graft)
     # Do not recompute grafted palettes or PCA bases: the grafted weights depend on them.
@@ -42,9 +42,9 @@ def initialise(job: Job) -> Position:
 
 
 def restore(job: Job) -> Position | None:
-    """Load weights, optimiser state and position from the newest sound checkpoint; return None when there is none.
+    """Load weights, optimiser state and position from the newest intact checkpoint; return None if there is none.
 
-    Raises CheckpointError where all checkpoints are damaged, or one does not fit the method.
+    Raises CheckpointError if all checkpoints are damaged, or if one does not fit the method.
     """
     found = checkpoint.load_latest(job.run, log=job.console.warn)
     if found is None:
@@ -87,9 +87,9 @@ def save(job: Job, at: Position, stopwatch: Stopwatch) -> str | None:
 def roll_back(job: Job, fault: Step, at: Position, stopwatch: Stopwatch) -> Position:
     """Return to the newest checkpoint after several bad steps in a row, and skip the data that led to them.
 
-    Raises TrainingFailed after `MOST_ROLLBACKS` rollbacks without getting past the same step.
+    Raises TrainingFailed after `MOST_ROLLBACKS` rollbacks that did not get training past the same step.
     """
-    got_past = fault.number - BAD_STEPS_IN_A_ROW >= at.fault_step  # the last good step is there or beyond
+    got_past = fault.number - BAD_STEPS_IN_A_ROW >= at.fault_step  # compares the last good step
     rollbacks = 1 if got_past else at.rollbacks + 1
     if rollbacks > MOST_ROLLBACKS:
         raise TrainingFailed(
@@ -108,25 +108,25 @@ def roll_back(job: Job, fault: Step, at: Position, stopwatch: Stopwatch) -> Posi
     back.bad_steps, back.rollbacks, back.fault_step = 0, rollbacks, fault.number
     with report_failure(job, job.run.metrics_file):
         job.run.truncate_metrics(back.step)
-    # Saved at once, so that the rollback still counts if the process is killed now.
+    # Save immediately, so that the rollback is counted even if the process is killed now.
     if reason := save(job, back, stopwatch):
         job.console.warn(reason)
     job.console.warn(
-        f"{BAD_STEPS_IN_A_ROW} non-finite steps in a row: back from step {fault.number} to {back.step}, going on "
-        f"{SKIP_AHEAD_BATCHES} batches further in the data"
+        f"{BAD_STEPS_IN_A_ROW} non-finite steps in a row: going back from step {fault.number} to {back.step}, and "
+        f"skipping {SKIP_AHEAD_BATCHES} batches of the data"
     )
     return back
 
 
 def record_stop(run: Run, plan: Plan, step: int, stopwatch: Stopwatch) -> None:
-    """Set the status to stopped; a failure is ignored, because the caller writes the status again and reports it."""
+    """Set the status to "stopped". Failures are ignored, because the caller writes it again and reports them."""
     with suppress(OSError, UserError, RunGone):
         run.set_status("stopped", step, total=plan.steps, seconds=stopwatch.seconds())
 
 
 def describe_saved(run: Run) -> str:
-    """Return what is saved now, as a sentence to print when the process is ended at once."""
+    """Return what is saved now, for the message when the process ends at once."""
     step = checkpoint.newest_step(run)
     if step is None:
-        return f"there is no checkpoint yet, and `unmask resume {run.path}` begins anew"
+        return f"there is no checkpoint yet, and `unmask resume {run.path}` starts from step 0"
     return f"the checkpoint of step {step} is kept, and `unmask resume {run.path}` continues from it"
