@@ -407,7 +407,7 @@ def test_fine_tuning_does_not_resume_with_changed_images(fine_tuned, data):
     run = Run(fine_tuned[0] / "blocks-1-seed-0")
     differ = SimpleNamespace(lines=lambda: "2 files are others")
     with pytest.raises(
-        UserError, match=r"test images may be held out .*: 2 files are others\. Bring the old files back"
+        UserError, match=r"test images that are held out .*: 2 files are others\. Restore the old files"
     ):
         changed_data.plan_for_changed_data(open_source(data), read_plan(run), run, differ)
 
@@ -487,7 +487,7 @@ def test_pre_training_gets_two_thirds_of_the_budget(data, tmp_path, monkeypatch)
         ({"settings": [*SMALL, "train.seed=3"]}, r"train.seed cannot be set.*--seeds"),
         ({"settings": [*SMALL, "method.encoder.heads=5"]}, r"5 heads do not divide"),
         ({"settings": [*SMALL, "method.encoder.hedas=5"]}, r"is not a setting; did you mean .*heads"),
-        ({"budget": 60.0}, r"both a time budget and train.steps were given"),
+        ({"budget": 60.0}, r"both a time budget and train.steps"),
         ({"table": "fig7", "budget": 60.0}, r"train.steps cannot be set: the budget decides"),
         ({"seeds": 0}, r"got --seeds 0; expected at least 1"),
         ({"shots": 11}, r"got --shots 11, but class .* has only 10"),

@@ -277,7 +277,7 @@ def test_a_full_disk_leaves_the_old_ones(run, monkeypatch, number, call):
     monkeypatch.undo()
     assert said or call > 3
     if said:
-        assert "older checkpoints are untouched" in said
+        assert "older checkpoints are unchanged" in said
         assert ("disk is full" in said) == (number == errno.ENOSPC)
     assert not list(run.checkpoints.glob(".tmp-*"))
     assert load_latest(run, log=pytest.fail).step in (1, 2)
@@ -382,7 +382,7 @@ def test_optimizer_state_of_another_model_is_refused():
     _, optimizer, names = make_training(0)
     with pytest.raises(CheckpointError, match=r"'other.weight', which this model does not train"):
         tensors_to_optimizer(optimizer, names, {"other.weight/exp_avg": torch.zeros(1)}, {})
-    with pytest.raises(CheckpointError, match=r"has shape \(3,\), the parameter \(8, 4\)"):
+    with pytest.raises(CheckpointError, match=r"has shape \(3,\); expected \(8, 4\)"):
         tensors_to_optimizer(optimizer, names, {"0.weight/exp_avg": torch.zeros(3)}, {})
 
 
@@ -437,7 +437,7 @@ def test_reading_past_a_damaged_checkpoint_says_so_and_renames_nothing(run, caps
     file.write_bytes(file.read_bytes()[:-1] + b"?")
     found, weights = checkpoint.load_model(run)
     assert (found, float(weights["weight"][0])) == (1, 1.0)
-    assert "step 1 is used, because a newer checkpoint cannot be" in (err := capsys.readouterr().err)
+    assert "using the checkpoint of step 1, because newer ones cannot be used" in (err := capsys.readouterr().err)
     assert "model.safetensors has changed" in err
     assert len(checkpoint.steps_on_disk(run)) == 2
 

@@ -44,7 +44,7 @@ def run(trained, tmp_path):
         ("train.seed=3", "the order of the images"), ("data.source=x", "keeps its images"),
         ("data.nodata=0", "trained with it"), ("data.alpha=drop", "trained with it"),
         ("data.pages=first", "trained with it"), ("data.axes=CHW", "trained with it"),
-        ("data.held_out=3", "when the run began"), ("optim.name=lars", "moments"),
+        ("data.held_out=3", "when a run begins"), ("optim.name=lars", "moments"),
         ("train.steps=10", "has made 20 already"), ("train.steps=none", "no length"),
         ("train.stps=30", "did you mean"),
         ("train.micro_batch=3", "does not divide"), ("train.test_every=2", "to test"),
@@ -63,7 +63,7 @@ def test_other_weights_cannot_be_trained_than_those_with_moments(setting):
     config = finetuning_config(find("mae_nano"), ("one", "other"), "finetune_few")
     plan = SimpleNamespace(images=ImageSpec(3, config.data.size, "uint8", (0.0,) * 3, (1.0,) * 3))
     require_same_weights(config, override(config, ["method.mixup=0"]), plan)
-    with pytest.raises(ConfigError, match=r"encoder\..* would be trained no longer"):
+    with pytest.raises(ConfigError, match=r"encoder\..* would no longer be trained"):
         require_same_weights(config, override(config, [setting]), plan)
 
 

@@ -106,7 +106,7 @@ def test_damaged_settings_are_one_sentence(run, name):
     first = next(iter(value))
     Run(run).write(name, value | {first: ["no"], "unheard_of": 1})  # as a later version may
     with pytest.raises(
-        RunError, match=rf"{name} is not what this version of unmask reads: .*{first}.*restore the file"
+        RunError, match=rf"{name} is invalid in this version of unmask: .*{first}.*restore the file"
     ) as fault:
         (read_config if name == "config.json" else read_plan)(Run(run))
     assert "unheard_of" in str(fault.value)

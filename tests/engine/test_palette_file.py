@@ -82,7 +82,7 @@ def test_weights_taken_from_a_run_keep_the_palette_they_mean(images, tmp_path, r
     assert palettes[0].equal(palettes[1])
     own = pretrain(others, recipe="igpt_nano", out=tmp_path / "c", settings=SMALL)
     assert not load_model(own)[1]["encoder.palette"].equal(palettes[0]), "the test can fail"
-    with pytest.raises(UserError, match="those weights come with their palette"):
+    with pytest.raises(UserError, match="the weights of --from include their palette"):
         pretrain(others, out=tmp_path / "d", from_run=first.path, palette=first.path)
 
 
@@ -116,7 +116,7 @@ def test_what_is_no_palette_or_of_other_images_is_refused(images, tmp_path):
         with pytest.raises(UserError, match=message):
             pretrain(images, recipe="igpt_nano", out=tmp_path / "run", palette=path, settings=SMALL)
     make(images, tmp_path / "palette.json")
-    with pytest.raises(UserError, match=r"both --palette and method\.encoder\.colours were given"):
+    with pytest.raises(UserError, match=r"got both --palette and method\.encoder\.colours"):
         pretrain(images, recipe="igpt_nano", out=tmp_path / "run", palette=tmp_path / "palette.json",
                  settings=[*SMALL, "method.encoder.colours=16"])  # fmt: skip
     with pytest.raises(UserError, match="--palette was given, but mae has no setting palette"):

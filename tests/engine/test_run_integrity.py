@@ -137,7 +137,7 @@ def test_the_checkpoint_of_another_run_of_the_recipe_is_set_aside(runs, capsys):
     shutil.copytree(runs[1] / "checkpoints", runs[0] / "checkpoints")
     with pytest.raises(checkpoint.CheckpointError, match=r"no checkpoint of .* can be used: .*it belongs to run"):
         load(runs[0])
-    with pytest.raises(checkpoint.CheckpointError, match="all are damaged or of another run"):
+    with pytest.raises(checkpoint.CheckpointError, match="all are damaged or belong to another run"):
         resume(runs[0], console=Console(quiet=True))
 
 

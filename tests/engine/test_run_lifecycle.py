@@ -291,7 +291,7 @@ def test_a_run_whose_checkpoints_are_gone_does_not_begin_anew(images, tmp_path, 
     if lost == "what is in it":
         run.checkpoints.mkdir()
     rows = run.metrics_file.read_bytes()
-    with pytest.raises(checkpoint.CheckpointError, match="no checkpoint any more, although this run had one of step 6"):
+    with pytest.raises(checkpoint.CheckpointError, match="contains no checkpoint, although this run had one of step 6"):
         resume(run.path, console=QUIET)
     assert run.metrics_file.read_bytes() == rows
 

@@ -279,7 +279,7 @@ def test_pretrain_rejects_supervised_recipes_and_runs(tuned, data, tmp_path):
 
 
 def test_tests_of_a_pre_training_are_rejected(data, tmp_path):
-    with pytest.raises(ConfigError, match="nothing to test"):
+    with pytest.raises(ConfigError, match="is a pre-training method and is not tested"):
         pretrain(data, recipe="mae_nano", out=tmp_path / "a", settings=["train.test_every=3"])
     assert Run(tmp_path / "a").path.exists() is False
 
@@ -428,7 +428,7 @@ def test_detection_trains_tests_and_predicts_in_pixels_of_the_file(pretrained, c
             "linear, which has no width",
         ),
         ({"settings": ["data.size=100000"]}, "625,000,000 patches of 4 x 4 pixels; at most 262,144"),
-        ({"settings": ["data.size=33"]}, "patch size 4, which the weights decide; use 32 or 36"),
+        ({"settings": ["data.size=33"]}, "patch size 4 of the initial weights; use 32 or 36"),
         ({"settings": ["train.micro_batch=1", "method.mixup=0.8", "train.steps=1"]}, "mix the images of a micro-batch"),
     ],
 )

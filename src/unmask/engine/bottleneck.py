@@ -1,4 +1,4 @@
-"""`unmask doctor DATA`: measure where the time of a training step goes: reading, decoding, cropping or computing."""
+"""`unmask doctor DATA`: measure which part of training is slowest: reading, decoding, cropping or computing."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from unmask.engine.plan import Plan
 from unmask.engine.resolve import choose_config, draft_config, reject_supervised, settings_with_options
 from unmask.engine.training_data import TrainingRequest, prepare_images, reject_bad_data
 
-LOOKED_AT = 128  # files that the recipe is chosen by
-TIMED = 256  # images that are timed; fewer where they are slow
+LOOKED_AT = 128  # number of files to scan before choosing the recipe
+TIMED = 256  # number of images to time; fewer if they are slow
 PATIENCE = 4.0  # seconds for each measurement
-MARGIN = 1.2  # how much faster than the step loading should be, so that a slow moment leaves no gap
+MARGIN = 1.2  # loading should be faster than the step by this factor, so that short delays do not stall training
 STORAGE, DECODING, TRANSFORM, STEP = "storage", "decoding", "transform", "step"
 
 
@@ -38,13 +38,13 @@ STORAGE, DECODING, TRANSFORM, STEP = "storage", "decoding", "transform", "step"
 
 @dataclass(frozen=True)
 class Pace:
-    """Seconds per sample: to read, decode and transform (crop, resize, flip, stack) in one process, and of the step.
+    """Measured times in seconds per sample.
 
-    workers: as planned. cores: of this machine. cached: images are read and decoded only once, before training.
-
-    loaded: samples a second that the planned workers were seen to deliver, or the one process with 0 workers. repeats:
-    samples that are made of an image that was read and decoded once. bytes: of a file. large: whether packing would
-    shrink the images.
+    read, decode, transform: times in one process; transform includes cropping, resizing, flipping and stacking. step:
+    time of the optimiser step. workers: planned number of loader workers. cores: number of cores of this machine.
+    cached: whether images are read and decoded only once, before training. loaded: measured samples per second from the
+    planned workers, or from the main process with 0 workers. repeats: number of samples per decoded image. bytes: mean
+    file size. large: whether packing would shrink the images. jitter: whether crops have colour jitter.
     """
 
     read: float
@@ -62,7 +62,7 @@ class Pace:
 
     @property
     def load(self) -> float:
-        """Seconds per image in one process, for every image of a step."""
+        """Seconds to load one sample in one process during training."""
         return self.transform if self.cached else self.read + self.decode + self.transform
 
     @property
@@ -73,7 +73,7 @@ class Pace:
 
     @property
     def limit(self) -> str:
-        """STEP, or the slowest part of loading where loading cannot keep up."""
+        """STEP, or the slowest part of loading if loading cannot keep up with the step."""
         if 1 / self.loaded <= self.step:
             return STEP
         costs = {TRANSFORM: self.transform} if self.cached else self.costs
@@ -85,11 +85,11 @@ class Pace:
 
     @property
     def enough_workers(self) -> int:
-        """Number of workers that load 20 % faster than the step takes images."""
+        """Number of workers with which loading is 20 % faster than the step."""
         return max(1, math.ceil(MARGIN * self.load / self.step))
 
     def advice(self, data: str) -> list[str]:
-        """Return what to do, the simplest first; [] where the step is the limit and hardly waits."""
+        """Return suggestions, the simplest first; [] if training hardly waits for images."""
         if self.wait <= 0.05:
             return []
         found = []
@@ -97,20 +97,20 @@ class Pace:
             found.append(f"--set data.workers={self.enough_workers}")
         if self.limit == STORAGE:
             found.append(
-                "copy the images to a disk of this machine, or put them into one file that is read in order: "
+                "copy the images to a local disk, or pack them into one file that is read in order: "
                 f"unmask pack {data} packed.tar"
             )
         elif self.large:
-            found.append(f"make the images as large as the recipe needs them, once: unmask pack {data} packed.tar")
+            found.append(f"shrink the images once to the size that the recipe needs: unmask pack {data} packed.tar")
         if self.limit == DECODING:
             more = 2 * self.repeats
-            found.append(f"--set data.repeats={more} takes {more} crops of every image that is decoded")
+            found.append(f"--set data.repeats={more} uses {more} crops of every decoded image")
             found.append("--set data.cache=true keeps decoded images in memory, if they fit")
         elif self.limit == TRANSFORM:
-            found.append("fewer pixels: --set data.size=..." + ", or no --set data.crop.jitter" * self.jitter)
+            found.append("use fewer pixels: --set data.size=..." + ", or no --set data.crop.jitter" * self.jitter)
         if self.enough_workers > max(1, self.cores - 1):
             found.append(
-                f"{self.enough_workers} workers would keep up, and there are {self.cores} cores: loading is the "
+                f"{self.enough_workers} workers would keep up, but there are only {self.cores} cores: loading is the "
                 "bottleneck, so a larger model would train at the same images/s"
             )
         return found
@@ -125,7 +125,7 @@ def find_bottleneck(
     settings: Iterable[str] = (),
     tokenizer: str | Path | None = None,
 ) -> dict[str, Any]:
-    """Print what limits training on these images, and return it. Raises UserError where they cannot be used."""
+    """Print and return what limits training on these images. Raises UserError if they cannot be used."""
     settings = settings_with_options(None, recipe, list(settings), tokenizer=tokenizer, palette=None, masks=None)
     draft = draft_config(None, recipe, settings, None)
     reject_supervised(draft, None)
@@ -159,7 +159,7 @@ def find_bottleneck(
 
 
 def measure(images: ImageReader, plan: Plan, unread: np.ndarray, config: Config) -> Pace:
-    """unread: rows that this command has not read yet, so that they come from the storage if anything does."""
+    """Measure all times. unread: rows that this command has not read yet, because others may be in the page cache."""
     rows = unread if len(unread) >= min(TIMED, len(images.rows)) // 2 else images.rows
     timed = TimedImages(**{**vars(images), "rows": rows, "kept": {}})
     whole, samples = _loading(timed)
@@ -189,7 +189,7 @@ def measure(images: ImageReader, plan: Plan, unread: np.ndarray, config: Config)
 
 @dataclass
 class TimedImages(ImageReader):
-    """Images, and the seconds that it took to read and to decode so many files of so many bytes."""
+    """An `ImageReader` that measures reading and decoding: seconds of each, number of files and of bytes."""
 
     reading: float = 0.0
     decoding: float = 0.0
@@ -213,7 +213,7 @@ class TimedImages(ImageReader):
 def _loading(images: ImageReader) -> tuple[float, int]:
     """Return the seconds and the number of samples loaded, for at most `PATIENCE` seconds."""
     order, count = Order(images.rows, images.seed, images.repeats), 16 * images.repeats
-    images[order.take(0, images.repeats)]  # the first is slower: libraries are loaded
+    images[order.take(0, images.repeats)]  # warm-up, because the first image also loads libraries
     if isinstance(images, TimedImages):
         images.reading, images.decoding, images.files, images.bytes = 0.0, 0.0, 0, 0
     done, start = 0, time.perf_counter()
@@ -227,7 +227,7 @@ def delivered(images: ImageReader, plan: Plan) -> float:
     micro = images.repeats * max(1, min(plan.micro_batch, 64) // images.repeats)
     batches = training_batches(images, start=0, batch=micro, batches=100_000, workers=plan.workers)
     try:
-        for _ in range(max(1, 5 * plan.workers + 3 * (plan.workers > 0))):  # until what was loaded ahead is used up
+        for _ in range(max(1, 5 * plan.workers + 3 * (plan.workers > 0))):  # skip batches that were loaded ahead
             next(batches)
         done, start = 0, time.perf_counter()
         while done < 16 * micro and time.perf_counter() - start < PATIENCE:
@@ -241,15 +241,15 @@ def say_pace(pace: Pace, plan: Plan, advice: list[str], console: Console) -> Non
     once = " (once, before the first step)" if pace.cached else ""
     files = pace.read * (1 if pace.cached else pace.repeats)  # seconds a file
     speed = f" ({pace.bytes / max(files, 1e-9) / 1e6:.0f} MB/s)" if pace.bytes else ""
-    sample = "an image" if pace.repeats == 1 or pace.cached else f"a sample, of which an image gives {pace.repeats}"
+    sample = "per image" if pace.repeats == 1 or pace.cached else f"per sample, with {pace.repeats} per image"
     console.print(f"read       {1e3 * pace.read:8.3f} ms {sample}{speed}{once}")
     console.print(f"decode     {1e3 * pace.decode:8.3f} ms{once}")
     console.print(f"transform  {1e3 * pace.transform:8.3f} ms")
-    console.print(f"step       {1e3 * pace.step:8.3f} ms: takes {1 / pace.step:.0f} images/s")
+    console.print(f"step       {1e3 * pace.step:8.3f} ms: {1 / pace.step:.0f} images/s")
     console.print(
         f"{plan.workers or 'no'} loader worker{'s' * (plan.workers != 1)}: {pace.loaded:.0f} images/s, "
-        f"{pace.loaded * pace.step:.3g} times what the step takes; "
-        + (f"{pace.wait:.0%} of the time is spent on waiting for images" if pace.wait > 0.005 else "no waiting")
+        f"{pace.loaded * pace.step:.3g} times the rate of the step; "
+        + (f"{pace.wait:.0%} of the time is spent waiting for images" if pace.wait > 0.005 else "no waiting")
     )
     if pace.limit == STEP:
         also = f", and data.workers={pace.enough_workers} would suffice" if plan.workers else ""

@@ -11,10 +11,10 @@ from unmask.nn.default_dtype import float32_default
 
 
 def build_method(config: Config, images: ImageSpec) -> Method:
-    """Return the method with its random initial weights, from `train.seed`, on the CPU.
+    """Return the method on the CPU, with random initial weights from `train.seed`.
 
-    Only initialisation uses torch's generator (data order, crops and masks use `rng.py`); the state of the caller's
-    generator does not change.
+    Only initialisation uses torch's generator (data order, crops and masks use `rng.py`). The state of the caller's
+    generator is restored.
     """
     with torch.random.fork_rng(devices=[]), float32_default():
         torch.manual_seed(config.train.seed)

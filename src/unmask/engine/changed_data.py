@@ -1,4 +1,4 @@
-"""Data that moved or changed since a run began: where they are now, and what a resumed run does about it."""
+"""Resume a run whose data have moved or changed since it began."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from unmask.run import Run
 
 @dataclass(frozen=True)
 class DataLocations:
-    """Where the data of a run lie now; what is None or empty is where it was."""
+    """New locations of the data of a run; None or () for data that have not moved."""
 
     data: tuple[str, ...] = ()
     test: str | None = None
@@ -28,7 +28,10 @@ class DataLocations:
     test_annotations: str | None = None
 
     def applied(self, config: Config) -> Config:
-        """The configuration with these places, as absolute paths. Raises ConfigError for one that would be ignored."""
+        """Return the configuration with these locations, as absolute paths.
+
+        Raises ConfigError for a location that would be ignored.
+        """
         for name in ("test", "annotations", "test_annotations"):
             if getattr(self, name) is not None and getattr(config.data, name) is None:
                 raise ConfigError(f"got --{name.replace('_', '-')}, but this run has none; leave it out")
@@ -44,19 +47,19 @@ class DataLocations:
 
 
 def record_move(run: Run, before: Config, config: Config, console: Console) -> None:
-    """Write down that a run's data lie elsewhere from now on, and from where they moved."""
+    """Record the new and the old locations of a run's data."""
     keys = ("source", "test", "annotations", "test_annotations")
     old, new = ({key: getattr(each.data, key) for key in keys} for each in (before, config))
     if old == new:
         return
     moved = {key: [old[key], new[key]] for key in keys if old[key] != new[key]}
     run.write("config.json", config.model_dump(mode="json"))
-    told = "; ".join(f"{key} {then} -> {now}" for key, (then, now) in moved.items())
-    console.print(dataset_record.note_change(run, "moved", summary=told, places=moved))
+    summary = "; ".join(f"{key} {then} -> {now}" for key, (then, now) in moved.items())
+    console.print(dataset_record.note_change(run, "moved", summary=summary, places=moved))
 
 
 def recording_move(supervise: Supervise, before: Config, console: Console) -> Supervise:
-    """Return `supervise`, extended to record the new locations once all data were found there."""
+    """Return `supervise`, extended to record the new locations after all data have been found there."""
 
     def both(run: Run, config: Config, plan: Plan, source: Source) -> Supervision:
         made = supervise(run, config, plan, source)
@@ -70,23 +73,23 @@ def explain_refusal(config: Config, plan: Plan, source: Source, found: Differenc
     """Return why a run cannot continue with these images, and what to do."""
     if found.unknown:
         return (
-            f"the images of {config.data.place} cannot be compared with those this run began with: {found.unknown}. "
-            "Restore it from a backup, or, if they are the same, give --allow-dataset-change to record them anew"
+            f"the images of {config.data.place} cannot be compared with those at the start of this run: "
+            f"{found.unknown}. Restore it from a backup, or, if the images are unchanged, give --allow-dataset-change "
+            "to record them again"
         )
     return (
         f"the images of {config.data.place} have changed since this run began "
-        f"({plan.num_images + len(plan.excluded)} files then, {len(source)} now), so it could not go on "
-        f"exactly: {found.lines()}. Bring the old files back, or give --allow-dataset-change to go on all "
-        "the same"
+        f"({plan.num_images + len(plan.excluded)} files then, {len(source)} now), so it cannot be resumed exactly: "
+        f"{found.lines()}. Restore the old files, or give --allow-dataset-change to continue anyway"
     )
 
 
 def accept_unverified(plan: Plan, source: Source, run: Run, found: Difference) -> Plan:
-    """Record images of equal names and sizes whose contents cannot be compared; return the plan."""
-    told = dataset_record.note_change(run, "recorded anew", summary=f"--allow-dataset-change: {found.lines()}")
-    plan = plan.model_copy(update={"reasons": (*plan.reasons, told)})
+    """Record images with unchanged names and sizes whose contents cannot be compared; return the plan."""
+    reason = dataset_record.note_change(run, "recorded anew", summary=f"--allow-dataset-change: {found.lines()}")
+    plan = plan.model_copy(update={"reasons": (*plan.reasons, reason)})
     run.write("plan.json", plan.model_dump(mode="json"))
-    dataset_record.write_record(run, source)  # last: a run that is killed before this asks again
+    dataset_record.write_record(run, source)  # last, so that a run that is killed before this rejects the images again
     return plan
 
 
@@ -97,32 +100,32 @@ def plan_for_changed_data(source: Source, plan: Plan, run: Run, found: Differenc
     """
     if read_config(run).method.name in task_names():
         raise DataError(
-            f"the images of {source.name} have changed, and test images may be held out of them for this run, which "
-            f"could no longer be told from the others: {found.lines()}. Bring the old files back, or begin anew"
+            f"the images of {source.name} have changed, and test images that are held out of them could no longer be "
+            f"identified: {found.lines()}. Restore the old files, or start a new run"
         )
     unreadable = {entry["name"] for entry in run.quarantine() if entry.get("code") != "CHANGED"}
     bad = [row for row, name in enumerate(source.names) if name in unreadable]
     if len(bad) == len(source):
-        raise DataError(f"none of the {len(source)} files of {source.name} could be read before; bring others")
+        raise DataError(f"none of the {len(source)} files of {source.name} could be read before; restore the images")
     known = source.fingerprint() == plan.fingerprint  # the rows are the plan's already
     held_out = plan.held_out if known else dataset_record.rows_now(run, plan.held_out, source)
     excluded = tuple(sorted({*bad, *held_out}))
     if len(excluded) == len(source):
         raise DataError(
-            f"only images that this run does not train on are left of {source.name}: {len(held_out)} held out, "
-            f"{len(bad)} unreadable; bring others"
+            f"{source.name} contains no image that this run can train on: {len(held_out)} are held out, {len(bad)} "
+            "unreadable; restore the images"
         )
     summary = f"--allow-dataset-change: {found.lines(3)}"
-    told = dataset_record.note_change(run, "changed", summary=summary, **found.as_json())
+    reason = dataset_record.note_change(run, "changed", summary=summary, **found.as_json())
     changes = {
         "fingerprint": source.fingerprint(),
         "num_images": len(source) - len(excluded),
         "excluded": excluded,
         "held_out": held_out,
         "epochs": plan.steps * plan.batch_size / (len(source) - len(excluded)),
-        "reasons": (*plan.reasons, told),
+        "reasons": (*plan.reasons, reason),
     }
     plan = plan.model_copy(update=changes)
     run.write("plan.json", plan.model_dump(mode="json"))
-    dataset_record.write_record(run, source)  # last: a run that is killed before this asks again
+    dataset_record.write_record(run, source)  # last, so that a run that is killed before this rejects the images again
     return plan

@@ -1,17 +1,17 @@
-"""Checkpoints: written so that a crash at any moment leaves a good one, read so that a damaged one is never used.
+"""Read and write checkpoints. After a crash at any moment an intact one remains, and damaged ones are never used.
 
     checkpoints/.tmp-00001234-<id>/    written here, never read
-    checkpoints/step-00001234/         appears only by rename
+    checkpoints/step-00001234/         created by renaming that folder
         model.safetensors  optim.safetensors  state.json  MANIFEST.json
-    checkpoints/step-00001234.old/     for a moment, while the same step is written again
-    checkpoints/LATEST                 a hint for people, never trusted
-    checkpoints/fixed-<digest>.safetensors   what never changes after step 0, once for all steps
+    checkpoints/step-00001234.old/     exists briefly while the same step is written again
+    checkpoints/LATEST                 name of the newest one, for people; never read
+    checkpoints/fixed-<digest>.safetensors   tensors that never change after step 0, stored once for all steps
 
-Order of writing: files, each flushed to disk; MANIFEST.json (size and SHA-256 of each) last; rename; flush the folder;
-LATEST; prune. Neither torch, nor safetensors, nor the file system notices a flipped bit, so the digests are ours.
-state.json and MANIFEST.json name the run and the digests of its config.json and plan.json: the checkpoint of another
-run is not used, however well it fits.
-Weights are safetensors only: a pickle in their place is refused by name and never opened.
+Order of writing: the files, each flushed to disk; MANIFEST.json with their sizes and SHA-256; rename; flush the folder;
+LATEST; prune. The digests are needed because neither torch, nor safetensors, nor the file system detects a flipped bit.
+state.json and MANIFEST.json contain the id of the run and the digests of its config.json and plan.json, so that the
+checkpoint of another run is rejected even if its shapes match.
+Only safetensors files are loaded. A pickle in their place is rejected and never opened.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ STEP_FOLDER = re.compile(r"step-(\d{8,})$")
 
 
 class CheckpointError(UserError):
-    """No usable checkpoint, or one that does not fit; the message names the file and says what to do."""
+    """There is no usable checkpoint, or it does not fit the method."""
 
 
 class CheckpointRefused(CheckpointError):
-    """Weights that are not finite are not saved."""
+    """The checkpoint was not written, because weights are not finite."""
 
 
 class CheckpointFull(CheckpointError):
@@ -64,7 +64,7 @@ class CheckpointFull(CheckpointError):
 
 
 class Damaged(CheckpointError):
-    """One checkpoint folder that fails its own manifest, or is of another run."""
+    """A checkpoint does not match its manifest, or belongs to another run."""
 
 
 @dataclass(frozen=True)
@@ -87,16 +87,16 @@ def save(
     *,
     keep: int = 2,
 ) -> Path:
-    """Write checkpoint `step`, prune older ones to `keep` (at least 2) verified ones, and return its folder.
+    """Write checkpoint `step`, remove all but the newest `keep` (at least 2) intact ones, and return its folder.
 
-    Raises CheckpointRefused for weights that are not finite, CheckpointFull when it cannot be written, and RunGone; the
-    older checkpoints are not changed then.
+    Raises CheckpointRefused for weights that are not finite, CheckpointFull if it cannot be written, and RunGone; older
+    checkpoints are then left unchanged.
     """
-    assert keep >= 2, "one checkpoint is none"
+    assert keep >= 2, "keep at least two, because the newest may be damaged"
     if poisoned := [name for name, value in model.items() if value.is_floating_point() and not value.isfinite().all()]:
         raise CheckpointRefused(
-            f"checkpoint of step {step} not written: {len(poisoned)} tensors hold non-finite numbers, first "
-            f"{poisoned[0]}; the one before is kept"
+            f"checkpoint of step {step} not written: {len(poisoned)} tensors contain non-finite numbers, first "
+            f"{poisoned[0]}; the previous checkpoint is kept"
         )
     run.require_present()
     whose = asdict(run.identity())
@@ -117,7 +117,7 @@ def save(
             manifest[name] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         _write(partial / MANIFEST, json.dumps({"step": step, "run": whose, "fixed": fixed, "files": manifest}).encode())
         sync_folder(partial)
-        if final.exists():  # the same step again, after a rollback: a crash between the two renames is mended
+        if final.exists():  # the same step again, after a rollback; `_clear_leftovers` repairs a crash
             os.rename(final, final.with_name(final.name + REPLACED))
         os.rename(partial, final)
         sync_folder(run.checkpoints)
@@ -129,10 +129,10 @@ def save(
             else str(error.strerror or error)
         )
         raise CheckpointFull(
-            f"checkpoint of step {step} could not be written to {run.checkpoints}: {why}; training goes on, the older "
-            "checkpoints are untouched"
+            f"checkpoint of step {step} could not be written to {run.checkpoints}: {why}; training continues, and "
+            "older checkpoints are unchanged"
         ) from error
-    with suppress(OSError):  # only a hint
+    with suppress(OSError):  # LATEST is optional
         replace_file(run.checkpoints / LATEST, final.name.encode() + b"\n")
     _prune(run, keep)
     return final
@@ -151,7 +151,7 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def _clear_leftovers(run: Run) -> None:
-    """Remove or restore what an interrupted save left. The caller holds the run's lock, so no one else writes."""
+    """Remove or restore files of an interrupted save. The caller holds the run's lock, so no other process writes."""
     for leftover in run.checkpoints.glob(".tmp-*"):
         shutil.rmtree(leftover, ignore_errors=True)
     for leftover in run.checkpoints.glob(f".{LATEST}.*.partial"):
@@ -165,7 +165,7 @@ def _clear_leftovers(run: Run) -> None:
 
 
 def _prune(run: Run, keep: int) -> None:
-    """Remove the oldest beyond `keep` verified ones; damaged folders do not count."""
+    """Remove checkpoints that are older than the newest `keep` intact ones."""
     for replaced in run.checkpoints.glob(f"step-*{REPLACED}"):
         shutil.rmtree(replaced, ignore_errors=True)
     good = 0
@@ -181,7 +181,7 @@ def _prune(run: Run, keep: int) -> None:
 
 
 def steps_on_disk(run: Run) -> list[tuple[int, Path]]:
-    """(step, folder), newest first. By name only: nothing is verified."""
+    """Return (step, folder) of all checkpoints, newest first, from their names, without verifying them."""
     found = [
         (int(match[1]), path) for path in run.checkpoints.glob("step-*") if (match := STEP_FOLDER.match(path.name))
     ]
@@ -189,9 +189,9 @@ def steps_on_disk(run: Run) -> list[tuple[int, Path]]:
 
 
 def verify(path: Path) -> dict[str, bytes]:
-    """Return the files of a checkpoint, checked against its manifest. Raises Damaged, naming the file and the fault.
+    """Return the contents of a checkpoint's files, checked against its manifest. Raises Damaged.
 
-    A suffix of the folder's name, as of one that was set aside, does not count.
+    A suffix of the folder's name, such as .corrupt, is ignored.
     """
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
@@ -216,9 +216,9 @@ def verify(path: Path) -> dict[str, bytes]:
 
 
 def require_own(run: Run, path: Path, contents: Mapping[str, bytes]) -> None:
-    """Raises Damaged for the checkpoint of another run, or of this one with settings that it has never had.
+    """Raise Damaged for a checkpoint of another run, or one with settings that this run never had.
 
-    Raises CheckpointError when what does not change between its steps is missing.
+    Raises CheckpointError if the file of tensors that never change is missing.
     """
     try:
         state, manifest = json.loads(contents[STATE]), json.loads((path / MANIFEST).read_bytes())
@@ -226,12 +226,12 @@ def require_own(run: Run, path: Path, contents: Mapping[str, bytes]) -> None:
     except (OSError, ValueError, AttributeError) as error:
         raise Damaged(f"{path}: {STATE} or {MANIFEST} cannot be read ({type(error).__name__})") from None
     if stated != told:
-        raise Damaged(f"{path}: {MANIFEST} names another run than {STATE}")
+        raise Damaged(f"{path}: {MANIFEST} and {STATE} belong to different runs")
     if why := run.why_foreign(Identity.of(stated)):
         raise Damaged(f"{path}: {why}")
     if missing := [name for name in fixed or () if not (run.checkpoints / str(name)).exists()]:
         raise CheckpointError(
-            f"{run.checkpoints / missing[0]} is missing, which every checkpoint of this run needs; restore it from a "
+            f"{run.checkpoints / missing[0]} is missing, and every checkpoint of this run needs it; restore it from a "
             "backup, or start a new run"
         )
 
@@ -240,7 +240,7 @@ def _what_changed(content: bytes, size: int) -> str:
     if content[:1] == b"\x80" or content[:2] == b"PK":
         return "is a pickle, not safetensors; it was not opened, because a pickle can run code"
     if len(content) != size:
-        return f"has {len(content)} bytes, {size} were written"
+        return f"has {len(content)} bytes, but {size} were written"
     return "has changed since it was written (its SHA-256 differs)"
 
 
@@ -261,9 +261,9 @@ def _read(run: Run, path: Path) -> Checkpoint:
 
 
 def load_latest(run: Run, *, log: Callable[[str], object] = print) -> Checkpoint | None:
-    """Return the newest checkpoint that passes its manifest, or None when none was ever written.
+    """Return the newest intact checkpoint, or None if none was ever written.
 
-    Damaged ones are renamed to step-N.corrupt and reported. Raises CheckpointError when all are damaged.
+    Damaged ones are renamed to step-N.corrupt and reported. Raises CheckpointError if all are damaged.
     """
     _clear_leftovers(run)
     candidates = steps_on_disk(run)
@@ -272,24 +272,24 @@ def load_latest(run: Run, *, log: Callable[[str], object] = print) -> Checkpoint
             return _read(run, path)
         except Damaged as fault:
             aside = _set_aside(path)
-            log(f"a checkpoint cannot be used and was set aside as {aside.name}; the one before is tried: {fault}")
+            log(f"a checkpoint cannot be used and was renamed to {aside.name}; trying the previous one: {fault}")
     damaged = sorted(path.name for path in run.checkpoints.glob("step-*.corrupt*"))
     if candidates or damaged:
         raise CheckpointError(
-            f"no checkpoint of {run.path} can be used: all are damaged or of another run ({', '.join(damaged)}); "
-            "restore one from a backup, or start a new run"
+            f"no checkpoint of {run.path} can be used: all are damaged or belong to another run "
+            f"({', '.join(damaged)}); restore one from a backup, or start a new run"
         )
     require_any(run)
     return None
 
 
 def require_any(run: Run) -> None:
-    """Raise CheckpointError for a run whose checkpoints are gone, although its status names one."""
+    """Raise CheckpointError if a run has no checkpoints although its status records steps."""
     step = run.status().step
     if step and not any(run.checkpoints.glob("step-*")):
         raise CheckpointError(
-            f"{run.checkpoints} has no checkpoint any more, although this run had one of step {step}: restore it from "
-            "a backup, or start a new run"
+            f"{run.checkpoints} contains no checkpoint, although this run had one of step {step}; restore it from a "
+            "backup, or start a new run"
         )
 
 
@@ -308,9 +308,9 @@ def _to_stderr(text: str) -> None:
 def load_model(
     run: Run, step: int | None = None, *, log: Callable[[str], object] = _to_stderr
 ) -> tuple[int, dict[str, Tensor]]:
-    """(step, weights) of the newest sound checkpoint, or of `step`; renames nothing.
+    """Return (step, weights) of the newest intact checkpoint, or of `step`. Renames nothing. Raises CheckpointError.
 
-    That a newer one is damaged and was passed over is said. Raises CheckpointError.
+    If newer ones are damaged, a message is logged.
     """
     candidates = steps_on_disk(run)
     if step is not None:
@@ -328,7 +328,7 @@ def load_model(
             faults.append(str(fault))
             continue
         if faults:
-            log(f"step {found} is used, because a newer checkpoint cannot be: {'; '.join(faults)}")
+            log(f"using the checkpoint of step {found}, because newer ones cannot be used: {'; '.join(faults)}")
         return found, weights
     if faults:
         raise CheckpointError(f"no checkpoint of {run.path} can be used: {'; '.join(faults)}")
@@ -336,20 +336,23 @@ def load_model(
 
 
 def save_fixed(run: Run, tensors: Mapping[str, Tensor]) -> None:
-    """Keep the tensors that never change, beside the steps. The file's name is its SHA-256. Raises CheckpointFull."""
+    """Store the tensors that never change, once for all steps. The file's name contains its SHA-256.
+
+    Raises CheckpointFull.
+    """
     content = safetensors.torch.save(_on_cpu(tensors))
     file = run.checkpoints / f"fixed-{hashlib.sha256(content).hexdigest()}.safetensors"
     try:
         replace_file(file, content)
-        for other in run.checkpoints.glob(FIXED):  # of a start that was cut short
+        for other in run.checkpoints.glob(FIXED):  # left by an interrupted start
             if other != file:
                 other.unlink()
     except OSError as error:
-        raise CheckpointFull(f"{file} could not be written: {error.strerror}; make room and start again") from error
+        raise CheckpointFull(f"{file} could not be written: {error.strerror}; free space and start again") from error
 
 
 def load_fixed(checkpoints: Path) -> dict[str, Tensor]:
-    """Return what `save_fixed` stored; {} for nothing. Raises CheckpointError when it is damaged or unreadable."""
+    """Return the tensors that `save_fixed` stored; {} if there are none. Raises CheckpointError if they are damaged."""
     for file in checkpoints.glob(FIXED):
         try:
             content = file.read_bytes()
@@ -360,7 +363,7 @@ def load_fixed(checkpoints: Path) -> dict[str, Tensor]:
             ) from None
         if file.stem.removeprefix("fixed-") != hashlib.sha256(content).hexdigest():
             raise CheckpointError(
-                f"{file} is damaged: its SHA-256 is not the one in its name. Every checkpoint of this run needs it; "
+                f"{file} is damaged: its SHA-256 differs from its name, and every checkpoint of this run needs it; "
                 "restore it from a backup, or start a new run"
             )
         return safetensors.torch.load(content)
@@ -368,7 +371,7 @@ def load_fixed(checkpoints: Path) -> dict[str, Tensor]:
 
 
 def is_complete(run: Run, step: int) -> bool:
-    """Return whether there is a sound checkpoint of this run at `step`."""
+    """Return whether this run has an intact checkpoint of `step`."""
     path = run.checkpoints / f"step-{step:08d}"
     try:
         require_own(run, path, verify(path))
@@ -379,15 +382,15 @@ def is_complete(run: Run, step: int) -> bool:
 
 
 def check_space(run: Run, needed: int) -> None:
-    """Raise CheckpointFull when fewer than `needed` bytes are free on the disk of the run."""
+    """Raise CheckpointFull if fewer than `needed` bytes are free on the disk of the run."""
     free = shutil.disk_usage(run.path).free
     if free < needed:
         raise CheckpointFull(
-            f"checkpoints of this run need about {needed / 2**30:.2f} GiB and {run.path} has {free / 2**30:.2f} GiB "
-            "free; make room, choose another --out, or a smaller recipe"
+            f"checkpoints of this run need about {needed / 2**30:.2f} GiB, but {run.path} has {free / 2**30:.2f} GiB "
+            "free; free space, or choose another --out or a smaller recipe"
         )
 
 
 def newest_step(run: Run) -> int | None:
-    """Return the newest step on disk, by name; None without checkpoints."""
+    """Return the newest step of which there is a checkpoint, without verifying it; None if there is none."""
     return next((step for step, _ in steps_on_disk(run)), None)

@@ -1,4 +1,4 @@
-"""Compile the transformer blocks of a method. It computes the same numbers, and the method does not know of it."""
+"""Compile the transformer blocks of a method with torch.compile. Results are the same, and methods need no changes."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ BLOCKS = (Block, CrossBlock)
 
 
 def compile_blocks(method: nn.Module, backend: str = "inductor") -> int:
-    """Compile the transformer blocks of a method, in place; returns how many there are.
+    """Compile the transformer blocks of a method in place; return their number.
 
-    Each on its own, so that blocks alike in shape and settings share one compilation: it costs as much for 32 blocks as
-    for two, and what depends on the draws (masks, which patches) stays outside, so nothing is compiled again from step
-    to step. backend: one of torch's.
+    Each block is compiled separately, so blocks of the same shape and settings share one compilation, and 32 blocks
+    take no longer than two. Code that depends on random draws (masks, patch selection) is outside the blocks, so
+    nothing is recompiled between steps. backend: name of a torch.compile backend.
     """
     blocks = [part for part in method.modules() if isinstance(part, BLOCKS)]
     for block in blocks:
@@ -28,10 +28,10 @@ def compile_blocks(method: nn.Module, backend: str = "inductor") -> int:
 
 
 def why_not_compiled(device: str) -> str | None:
-    """Return None where torch.compile works, or the reason in one line. It is tried, which takes a second or more."""
+    """Return None if torch.compile works, else the reason in one line. Tries it, which takes a second or more."""
     try:
         torch.compile(torch.sin, dynamic=False)(torch.ones(8, device=device))
-    except Exception as error:  # a missing compiler, a missing header, a version that does not fit: whatever it finds
+    except Exception as error:  # the type depends on the cause: a missing compiler or header, an unsupported version
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         return lines[0] if lines else type(error).__name__
     return None
@@ -39,6 +39,6 @@ def why_not_compiled(device: str) -> str | None:
 
 def uncompiled() -> AbstractContextManager[object]:
     """Context manager that runs compiled blocks eagerly, to avoid recompiling for one-off batch sizes."""
-    if "torch._dynamo" not in sys.modules:  # then nothing is compiled, and to import it takes a second
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and importing it would take a second
         return nullcontext()
     return torch.compiler.set_stance("force_eager")

@@ -1,4 +1,4 @@
-"""Where and how to compute: device, precision, free memory."""
+"""Choose the device and the precision, and measure free memory."""
 
 from __future__ import annotations
 
@@ -23,29 +23,29 @@ def choose_device(wanted: str) -> str:
 
 
 def choose_precision(wanted: str, device: str) -> tuple[str, str]:
-    """Return ("bf16" or "fp32", reason). "auto" is bf16 where the device has it natively; emulated it is far slower."""
+    """Return ("bf16" or "fp32", reason). "auto" is bf16 only if the hardware supports it; emulation is far slower."""
     if wanted != "auto":
         return wanted, f"{wanted}: the setting train.precision"
     if device.startswith("cuda"):
         if torch.cuda.is_bf16_supported(including_emulation=False):
-            return "bf16", "bf16: this GPU computes in it natively"
-        return "fp32", "fp32: this GPU has no native bf16"
+            return "bf16", "bf16: this GPU supports it natively"
+        return "fp32", "fp32: this GPU does not support bf16 natively"
     if device != "cpu":
-        return "fp32", f"fp32: the safe choice on {device}"
+        return "fp32", f"fp32: the default on {device}"
     has = torch.cpu.get_capabilities()
     unit = next((name for name in ("amx_bf16", "avx512_bf16") if has.get(name)), None)
     if unit or (has.get("architecture") == "aarch64" and has.get("bf16")):
-        return "bf16", f"bf16: this processor computes in it natively ({unit or 'bf16'})"
-    return "fp32", "fp32: this processor has no native bf16 and would emulate it many times slower"
+        return "bf16", f"bf16: this processor supports it natively ({unit or 'bf16'})"
+    return "fp32", "fp32: this processor does not support bf16 natively, and emulation is many times slower"
 
 
 def free_memory(device: str) -> int:
-    """Return the bytes that could be allocated now: on the GPU, or in this machine or its container."""
+    """Return how many bytes could be allocated now, on the GPU or in main memory."""
     return torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else available_bytes()
 
 
 def autocast(precision: str, device: str) -> torch.autocast:
-    """Context manager around a forward pass; losses and patch statistics in it still compute in float32."""
+    """Context manager for a forward pass in `precision`. Losses and patch statistics still use float32."""
     return torch.autocast(device.split(":")[0], dtype=torch.bfloat16, enabled=precision == "bf16")
 
 

@@ -1,16 +1,16 @@
 """`unmask set RUN KEY=VALUE...`: change settings of a run that has begun, and keep a record of it.
 
-The files of a run carry digests, so that nobody changes them unnoticed; this is the way to change them. It refuses what
-would make the weights mean something else, derives the plan anew where it has to, and appends what was changed, by
-whom, when and at which step to `provenance.json` ("edits"), which the report shows.
+The files of a run contain digests, so they cannot be edited by hand; use this instead. It rejects changes that would
+invalidate the weights, updates the plan if necessary, and records the change, its author, time and step in
+`provenance.json` ("edits"), which the report shows.
 
-A run is made longer (or shorter) with `train.steps` or `train.epochs`. From the step of the change on, the learning
-rate follows the curve of a run of the new length; it goes there from its last value in a straight line, over the share
-of the remaining steps that `optim.warmup` says. Earlier steps keep the schedule they had (`Plan.earlier`), so the run
-can still be repeated exactly from any of its checkpoints.
+`train.steps` and `train.epochs` make a run longer or shorter. From the step of the change on, the learning rate follows
+the curve of a run of the new length. It changes linearly from its last value to that curve, over the share
+`optim.warmup` of the remaining steps. Earlier steps keep their schedule (`Plan.earlier`), so the run can still be
+repeated exactly from any of its checkpoints.
 
-The change is written to a file of its own first and then applied, so that after a crash it is there completely or, once
-somebody resumes or sets something, completed.
+The change is first written to a journal file and then applied. If a crash interrupts it, the next `unmask resume` or
+`unmask set` completes it.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ LENGTH = ("train.steps", "train.epochs")
 SCHEDULE = (*LENGTH, "optim.base_lr", "optim.final_lr", "optim.warmup")
 
 _WEIGHTS = "the weights were trained with it; start a new run from them: unmask pretrain DATA --from {run}"
-_ORDER = "the order of the images follows from it; start a new run from these weights: unmask pretrain --from {run}"
-_TESTS = "what a run is tested on must stay the same; fine-tune anew: unmask finetune"
-_BEGUN = "it had its effect when the run began"
+_ORDER = "the order of the images depends on it; start a new run from these weights: unmask pretrain --from {run}"
+_TESTS = "the test images of a run must stay the same; start a new run: unmask finetune"
+_BEGUN = "it only has an effect when a run begins"
 REFUSED = {
-    "recipe": "it says where the settings came from",
-    "graft": "weights are only taken before the first step",
+    "recipe": "it records the origin of the settings",
+    "graft": "weights are only copied before the first step",
     "data.source": "a run keeps its images; if they have moved: unmask resume {run} --data NEW; for others start a new "
     "run from these weights: unmask pretrain DATA --from {run}",
     "data.exclude": "a run keeps its images; start a new run from these weights: unmask pretrain DATA --from {run}",
@@ -58,18 +58,18 @@ REFUSED = {
     "method.name": _WEIGHTS, "method.encoder": _WEIGHTS, "method.decoder": _WEIGHTS, "method.tokenizer": _WEIGHTS,
     "method.palette": _WEIGHTS, "method.classes": _WEIGHTS, "method.ignored": _WEIGHTS,
     "method.values": _WEIGHTS, "method.stored_pixels": _WEIGHTS,
-    "optim.name": "the optimiser's moments are of the one before",
+    "optim.name": "the stored moments belong to the current optimiser",
 }  # fmt: skip
-"""Settings, or whole branches of them, that cannot change after the first step, and why."""
+"""Settings, or groups of them, that cannot be changed after a run has begun, and why."""
 INEXACT = ("train.precision", "train.device", "train.micro_batch", "train.compile", "data.cache", "data.resize")
-"""They change results by rounding only."""
+"""Settings that change results only by rounding."""
 
 
 def set_values(run_folder: str | Path, assignments: Iterable[str], *, console: Console | None = None) -> dict[str, Any]:
-    """Change settings of a run that no process trains now; returns the record of it, {} when nothing changes.
+    """Change settings of a run that is not training now; return the record of the change, {} if nothing changes.
 
-    assignments: KEY=VALUE, as for `--set`. Raises ConfigError for a setting that does not exist, does not fit or cannot
-    change, RunInUse, and RunError.
+    assignments: KEY=VALUE, as for `--set`. Raises ConfigError for a setting that is unknown, invalid or cannot be
+    changed, RunInUse, and RunError.
     """
     console = console or Console(quiet=True)
     asked = parse(assignments)
@@ -86,7 +86,7 @@ def set_values(run_folder: str | Path, assignments: Iterable[str], *, console: C
         changes = {key: [_value(config, key), _value(new, key)] for key in keys(new)}
         changes = {key: pair for key, pair in changes.items() if pair[0] != pair[1]}
         if not changes and new_plan == plan:
-            console.print(f"{run.path}: these are its settings already; nothing was changed")
+            console.print(f"{run.path}: already has these settings; nothing was changed")
             return {}
         edit = _record(step, changes or {key: [value, value] for key, value in asked.items()})
         tree = {"config": new.model_dump(mode="json"), "plan": new_plan.model_dump(mode="json"), "edit": edit}
@@ -97,7 +97,7 @@ def set_values(run_folder: str | Path, assignments: Iterable[str], *, console: C
 
 
 def complete(run: Run) -> None:
-    """Apply a change that was written down and perhaps cut short. The caller holds the run's lock."""
+    """Apply the change in the journal file, if there is one. The caller holds the run's lock."""
     if not (run.path / JOURNAL).exists():
         return
     found = run.read(JOURNAL)
@@ -114,7 +114,7 @@ def complete(run: Run) -> None:
 
 
 def add_edit(run: Run, edit: Mapping[str, Any]) -> None:
-    """Append to the record of changes in provenance.json, once."""
+    """Append a change to the record in provenance.json, unless it is there already."""
     made = run.read(PROVENANCE) if (run.path / PROVENANCE).exists() else {}
     if edit not in made.get(EDITS, []):
         run.write(PROVENANCE, made | {EDITS: [*made.get(EDITS, []), dict(edit)]})
@@ -123,7 +123,7 @@ def add_edit(run: Run, edit: Mapping[str, Any]) -> None:
 def _record(step: int, changes: Mapping[str, list[Any]]) -> dict[str, Any]:
     try:
         user = getpass.getuser()
-    except (OSError, KeyError, ImportError):  # a container's user without a name
+    except (OSError, KeyError, ImportError):  # users in containers may have no name
         user = "unknown"
     now = time.strftime("%Y-%m-%d %H:%M:%S%z")
     return {"time": now, "by": f"{user}@{socket.gethostname()}", "step": step, "changes": dict(changes), "note": ""}
@@ -137,25 +137,25 @@ def _checked(run: Run, config: Config, plan: Plan, asked: Mapping[str, Any], ste
                 raise ConfigError(f"{key} cannot be changed in a run that has begun: {why.format(run=run.path)}")
     wanted = [key for key in LENGTH if key in asked]
     if len(wanted) > 1:
-        raise ConfigError("both train.steps and train.epochs were given; leave one of them out")
+        raise ConfigError("got both train.steps and train.epochs; leave one of them out")
     if wanted and asked[wanted[0]] is None:
-        raise ConfigError(f"{wanted[0]}=none says no length; give a number")
+        raise ConfigError(f"got {wanted[0]}=none; expected a number")
     if wanted and plan.steps == 0:
         raise ConfigError(
-            f"{wanted[0]} cannot be set: {run.path} holds imported weights, which were not trained here; train on from "
-            f"them with: unmask pretrain DATA --from {run.path}"
+            f"{wanted[0]} cannot be set: {run.path} contains imported weights without a training; start a new run from "
+            f"them: unmask pretrain DATA --from {run.path}"
         )
     other = [f"{key}=none" for key in LENGTH if wanted and key not in wanted]
     new = override(config, [*other, *(f"{key}={_text(value)}" for key, value in asked.items())])
     supervised = config.method.name in task_names()
     if "train.test_every" in asked and not supervised:
         raise ConfigError(
-            f"train.test_every was set, but {config.method.name} learns without labels, so there is nothing to test; "
-            "leave it out"
+            f"train.test_every was set, but {config.method.name} is a pre-training method and is not tested; leave it "
+            "out"
         )
     if (new.optim.average is None) != (config.optim.average is None) and step:
         raise ConfigError(
-            "optim.average can be changed, but neither begun nor dropped after the first step; start a new run"
+            "optim.average can be changed, but neither set nor unset after the first step; start a new run"
         )
     require_micro_batch(new)
     require_same_weights(config, new, plan)
@@ -163,7 +163,7 @@ def _checked(run: Run, config: Config, plan: Plan, asked: Mapping[str, Any], ste
 
 
 def require_same_weights(config: Config, new: Config, plan: Plan) -> None:
-    """Raise ConfigError when the checkpoints of `config` would not fit `new`."""
+    """Raise ConfigError if the checkpoints of `config` would not fit `new`."""
     with torch.device("meta"):
         methods = [each.build(plan.images) for each in (config, new)]
     before, after = (method.state_dict() for method in methods)
@@ -172,21 +172,21 @@ def require_same_weights(config: Config, new: Config, plan: Plan) -> None:
         if old is None or now is None or old.shape != now.shape:
             sizes = [None if tensor is None else tuple(tensor.shape) for tensor in (old, now)]
             raise ConfigError(
-                f"this cannot be changed in a run that has begun: its weights would not fit ({name}: {sizes[0]} would "
-                f"become {sizes[1]}); start a new run"
+                f"this cannot be changed in a run that has begun: its weights would no longer fit ({name}: {sizes[0]} "
+                f"would become {sizes[1]}); start a new run"
             )
     own, other = ({n for n, value in method.named_parameters() if value.requires_grad} for method in methods)
     if own != other:
         name = min(own ^ other)
         raise ConfigError(
-            f"this cannot be changed in a run that has begun: {name} would be trained "
-            f"{'no longer' if name in own else 'from now on'}, and the optimiser's moments are those of other weights; "
-            "start a new run"
+            f"this cannot be changed in a run that has begun: {name} would "
+            f"{'no longer' if name in own else 'now'} be trained, and the stored optimiser state would not fit; start "
+            "a new run"
         )
 
 
 def replanned(config: Config, new: Config, plan: Plan, asked: Mapping[str, Any], step: int) -> Plan:
-    """Return the plan for changed settings; entries that do not depend on them stay."""
+    """Return the plan for changed settings; entries that do not depend on them are kept."""
     train, changes = new.train, dict[str, Any]()
     if new.data.workers is not None:
         changes["workers"] = new.data.workers
@@ -207,7 +207,7 @@ def replanned(config: Config, new: Config, plan: Plan, asked: Mapping[str, Any],
 
 
 def rescheduled(new: Config, plan: Plan, asked: Mapping[str, Any], step: int) -> Plan:
-    """Return the plan with another length or learning rate from `step` on; see the module docstring."""
+    """Return the plan with a new length or learning rate from `step` on; see the module docstring."""
     steps = plan.steps
     if "train.steps" in asked and new.train.steps is not None:
         steps = new.train.steps
@@ -215,7 +215,7 @@ def rescheduled(new: Config, plan: Plan, asked: Mapping[str, Any], step: int) ->
         steps = max(1, math.ceil(new.train.epochs * plan.num_images / plan.batch_size))
     if steps < max(1, step):
         raise ConfigError(
-            f"got {steps} steps in all, but this run has made {step} already; give {step} to end it here, or more"
+            f"got {steps} steps in all, but this run has done {step} already; give {step} to end it here, or more"
         )
     peak = plan.peak_lr if "optim.base_lr" not in asked else new.optim.base_lr * plan.batch_size / 256
     warmup = round(new.optim.warmup * steps) if "optim.warmup" in asked or step <= plan.warmup_steps else None
@@ -236,7 +236,7 @@ def rescheduled(new: Config, plan: Plan, asked: Mapping[str, Any], step: int) ->
     why = f"changed at step {step}: {steps} steps in all, {plan.steps} were planned"
     if steps > step:
         why += f"; the learning rate goes from {last:.3g} to the curve of the new length over {ramp} steps"
-    # Of a change at the same step no step was trained, so the plan before that one is what there is to keep.
+    # No step was trained since an earlier change at the same step, so keep the plan from before that change.
     before = plan.earlier if plan.earlier is not None and plan.since == step else plan
     earlier = before.model_copy(update={"excluded": (), "test_rows": (), "reasons": ()})
     begun = {"earlier": earlier, "since": step, "ramp": ramp, "from_lr": last, "reasons": (*plan.reasons, why)}
@@ -245,12 +245,12 @@ def rescheduled(new: Config, plan: Plan, asked: Mapping[str, Any], step: int) ->
 
 def _say(run: Run, changes: Mapping[str, Any], plan: Plan, new: Plan, step: int, console: Console) -> None:
     for key, (old, now) in changes.items():
-        other = next((f" ({name} decides)" for name in LENGTH if key in LENGTH and name != key and now is None), "")
+        other = next((f" ({name} is set)" for name in LENGTH if key in LENGTH and name != key and now is None), "")
         console.print(f"{key}: {'none' if old is None else old} -> {'none' if now is None else now}{other}")
     for reason in new.reasons[len(plan.reasons) :]:
         console.print(f"  {reason}")
     if inexact := [key for key in INEXACT if key in changes]:
-        console.print(f"  {', '.join(inexact)}: results may differ in rounding from an unchanged run from here on")
+        console.print(f"  {', '.join(inexact)}: from now on results may differ from an unchanged run by rounding")
     if new.steps > step:
         console.print(f"{run.path}: recorded; continue with: unmask resume {run.path}")
     else:

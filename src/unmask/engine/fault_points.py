@@ -1,7 +1,7 @@
 """Points of training at which tests inject faults.
 
-Nothing in the package sets them. A test that needs a non-finite loss, a signal, a stall or a full disk at a certain
-step sets a function for the time of a `with` block, instead of replacing functions of the loop:
+The package itself never sets them. A test that needs a non-finite loss, a signal, a stall or a full disk at a certain
+step sets a function for a `with` block, instead of monkeypatching the loop:
 
     def spoil(job, step):
         return replace(step, loss=torch.tensor(float("nan"))) if step.number == 4 else step
@@ -41,10 +41,10 @@ def _nothing_written(path: Path) -> None: ...
 class FaultPoints:
     """Functions that training calls; by default they do nothing.
 
-    before_training: once, when the images have been scanned and the run folder has been written.
-    before_step: before each optimiser step, with the position before it; under the watchdog, so a hang is a stall.
-    after_step: after each; returns the step that the loop continues with.
-    before_write: before each file of a checkpoint is written; an OSError raised here is handled as one of the disk.
+    before_training: called once, after the images have been scanned and the run folder has been written.
+    before_step: called before each optimiser step with the position, under the watchdog, so a hang counts as a stall.
+    after_step: called after each optimiser step; returns the step that the loop continues with.
+    before_write: called before each file of a checkpoint is written; an OSError raised here acts like a disk error.
     """
 
     before_training: Callable[[Run], None] = _nothing_at_start
@@ -57,13 +57,13 @@ _current: ContextVar[FaultPoints] = ContextVar("fault_points", default=FaultPoin
 
 
 def fault_points() -> FaultPoints:
-    """Return the points that are set in this context."""
+    """Return the fault points of the current context."""
     return _current.get()
 
 
 @contextmanager
 def injected(points: FaultPoints) -> Iterator[None]:
-    """Context manager within which training calls `points`, in place of any that were set before."""
+    """Context manager in which training calls `points`, in place of any set before."""
     token = _current.set(points)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Show that the training loop takes steps, so that a page can tell a slow run from a dead one."""
+"""Record that the training loop is alive, so that `Run.status()` can distinguish a slow run from a dead one."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ INTERVAL = 5.0  # seconds between two writes
 
 
 class Heartbeat:
-    """Records the newest step in heartbeat.json, at most every `INTERVAL` seconds. It does not wait for the device."""
+    """Records the newest step in heartbeat.json, at most every `INTERVAL` seconds, without waiting for the device."""
 
     def __init__(self, run: Run) -> None:
         self.run, self.due = run, 0.0
 
     def beat(self, step: int) -> None:
-        """Record that `step` steps were launched; a failure to write is ignored."""
+        """Record that `step` steps were launched. Write errors are ignored."""
         if (now := time.monotonic()) < self.due:
             return
         self.due = now + INTERVAL

@@ -1,7 +1,7 @@
-"""What a new run takes from other runs and from files: weights to start from, a tokenizer, a palette, drawn masks.
+"""Convert options that refer to other runs or files to settings: initial weights, a tokenizer, a palette, patch masks.
 
-All of it becomes settings (and `Graft` entries, which `train.begin` performs before step 0), so that the Run's
-config.json says where everything came from. A run of the wrong kind is rejected, and no weights are invented.
+The resulting settings and `Graft` entries (copied before step 0) are stored in the run's config.json, which therefore
+records the origin of all weights. Runs of the wrong kind are rejected.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from unmask.system.json_input import LARGEST, Outside, checked, read_json
 
 
 class PaletteFile(Outside):
-    """What `unmask palette` writes, as far as it is used: colours (k, C) in units of the files."""
+    """The used part of a file of `unmask palette`. colours: (k, C) in the files' units."""
 
     colours: Annotated[list[Annotated[list[float], Field(min_length=1, max_length=64)]], Field(
         min_length=2, max_length=LARGEST
@@ -33,16 +33,15 @@ class PaletteFile(Outside):
     dtype: Literal["uint8", "uint16", "float32"]
 
 
-TOKENIZER = "target.tokenizer."  # where methods that predict codes keep the network that makes them
-DVAE = ""  # and where the method that trains it does: it is nothing else
+TOKENIZER = "target.tokenizer."  # prefix of the tokenizer's tensors in methods that predict codes
+DVAE = ""  # prefix of the same tensors in the dVAE, which has no others
 
 
 def continued(from_run: str | Path, recipe: str) -> Config:
-    """Return the configuration of a run that starts from the weights of another Run.
+    """Return the configuration of a run that starts from the weights of another run.
 
-    With recipe "auto" it is that Run's own, and the whole method goes on; with a named recipe only the encoder is
-    taken. The normalisation stays that of the weights. Raises ValueError for a folder that is no Run, or has no
-    checkpoint.
+    With recipe "auto" the settings and all weights of that run are used; with a named recipe only its encoder. The
+    normalisation is that of the weights. Raises UserError if the folder is not a run, or has no checkpoint.
     """
     run = Run.open(from_run)
     step, _ = checkpoint.load_model(run)
@@ -50,8 +49,8 @@ def continued(from_run: str | Path, recipe: str) -> Config:
     config = read_config(run) if whole else catalogue.find(recipe)
     if config.method.name == "encoder":
         raise ConfigError(
-            f"--from {from_run} is the run of an encoder only, which says not what to train it for; name the task with "
-            "--recipe NAME (`unmask recipes` lists them), such as mae_base"
+            f"--from {from_run} contains an encoder only, without a training method; choose one with --recipe NAME, "
+            "such as mae_base (`unmask recipes` lists them)"
         )
     part = "" if whole else "encoder."
     data: dict[str, Any] = {"size": spec.size, "channels": spec.channels, "mean": spec.mean, "std": spec.std}
@@ -61,14 +60,14 @@ def continued(from_run: str | Path, recipe: str) -> Config:
 
 
 def licence(config: Config) -> dict[str, str]:
-    """Return the licence of the initial weights, for the provenance of a Run; {} where there is none."""
+    """Return the licence of the initial weights as an entry for provenance.json; {} if there is none."""
     runs = [Run(entry.run) for entry in config.graft if not entry.target.startswith(TOKENIZER)]
     said = dict.fromkeys(words for run in runs if (words := licence_of(run)))
     return {"licence": "; ".join(said)} if said else {}
 
 
 def require_size(config: Config) -> None:
-    """Raise ConfigError for image sizes that are not whole numbers of the patches of the initial weights."""
+    """Raise ConfigError if the image size is not a multiple of the patch size of the initial weights."""
     patch = config.method.encoder.patch_size
     if not config.graft or patch is None:
         return
@@ -76,15 +75,15 @@ def require_size(config: Config) -> None:
         if length % step:
             near = [str(n) for n in (length // step * step, (length // step + 1) * step) if n]
             raise ConfigError(
-                f"image {side} {length} is not a multiple of patch size {step}, which the weights decide; use "
+                f"image {side} {length} is not a multiple of patch size {step} of the initial weights; use "
                 f"{' or '.join(near)}"
             )
 
 
 def with_tokenizer(path: str | Path, others: Iterable[Graft]) -> list[str]:
-    """Return the settings, as KEY=VALUE, of a run that predicts the codes of the dVAE run `path`.
+    """Return settings, as KEY=VALUE, to predict the codes of the dVAE run `path`.
 
-    Raises ValueError for a run of another method, one without a checkpoint, or a second tokenizer.
+    Raises UserError if the run has another method or no checkpoint, or if there is a tokenizer already.
     """
     run = Run.open(path)
     config = read_config(run)
@@ -106,7 +105,7 @@ def with_tokenizer(path: str | Path, others: Iterable[Graft]) -> list[str]:
 
 
 def with_masks(path: str | Path) -> list[str]:
-    """Return the settings, as KEY=VALUE, of a run with patch masks from a file. Raises UserError for none."""
+    """Return settings, as KEY=VALUE, to use the patch masks of a file. Raises UserError if it cannot be read."""
     patterns = read_masks(path)
     return [
         "method.mask=pattern",
@@ -116,9 +115,9 @@ def with_masks(path: str | Path) -> list[str]:
 
 
 def with_palette(path: str | Path) -> list[str]:
-    """Return the settings, as KEY=VALUE, of an iGPT with the colours of a palette file or of another iGPT's Run.
+    """Return settings, as KEY=VALUE, for an iGPT with the colours of a palette file or of another iGPT run.
 
-    Raises ValueError for a run of another method, or a file that holds no palette.
+    Raises UserError if the run has another method, or the file is not a palette.
     """
     path = Path(path)
     if path.is_dir():
@@ -147,10 +146,10 @@ def with_palette(path: str | Path) -> list[str]:
 
 
 def require_own_settings(option: str, filled: Iterable[str], settings: Iterable[str], config: Config) -> None:
-    """Raise ConfigError when the settings of an option were also set by hand, or the method has none such."""
+    """Raise ConfigError if the settings of an option were also set with --set, or if the method does not have them."""
     asked, keys = parse(settings), [key for key in parse(filled) if key != "graft"]
     if both := sorted(set(asked) & set(keys)):
-        raise ConfigError(f"both {option} and {both[0]} were given, which say the same; leave one of them out")
+        raise ConfigError(f"got both {option} and {both[0]}, which set the same; leave one of them out")
     known = config.model_dump()["method"]
     if missing := [key.removeprefix("method.") for key in keys if key.split(".")[1] not in known]:
         raise ConfigError(
@@ -160,31 +159,30 @@ def require_own_settings(option: str, filled: Iterable[str], settings: Iterable[
 
 
 def require_tokenizer(config: Config) -> None:
-    """Raise ConfigError for a tokenizer without a source of weights."""
+    """Raise ConfigError if a tokenizer is set without a run to copy its weights from."""
     if not config.method.has_tokenizer:
         return
     if not any(TOKENIZER.startswith(entry.target) for entry in config.graft):
         raise ConfigError(
-            "method.tokenizer is set, but its weights come from nowhere; give the run of a trained dVAE instead: "
-            "--tokenizer RUN"
+            "got method.tokenizer without weights for it; give the run of a trained dVAE instead: --tokenizer RUN"
         )
 
 
 def require_grafts(config: Config, images: ImageSpec) -> None:
-    """Try the grafts on a temporary method, to report what does not fit before a Run is made."""
+    """Copy the initial weights to a temporary method, so that misfits are reported before a run is created."""
     for entry in config.graft:
         run = Run.open(entry.run)
         theirs = read_plan(run).images
         option = "--tokenizer" if entry.target == TOKENIZER else "--from"
         if theirs.dtype != images.dtype:
             raise UserError(
-                f"these images are {images.dtype}, the run {entry.run} was trained on {theirs.dtype}: its "
-                f"normalisation does not fit them; convert the images, or train without {option}"
+                f"got {images.dtype} images; expected {theirs.dtype}, as in the training of {entry.run}, because its "
+                f"normalisation is for them; convert the images, or train without {option}"
             )
         if theirs.channels != images.channels:
             raise UserError(
-                f"these images have {images.channels} channels, the run {entry.run} was trained on {theirs.channels}; "
-                f"convert the images, set data.channels={theirs.channels}, or train without {option}"
+                f"got images of {images.channels} channels; expected {theirs.channels}, as in the training of "
+                f"{entry.run}; convert the images, set data.channels={theirs.channels}, or train without {option}"
             )
     if config.graft:
         take_weights(config.build(images), config)

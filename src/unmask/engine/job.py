@@ -1,4 +1,4 @@
-"""Records of the training loop: its inputs, the job made from them, the position, and one step."""
+"""Data classes of the training loop: its inputs, the job made from them, the position, and one step."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from unmask.run import Run, RunGone
 
 @dataclass(frozen=True)
 class TrainingInputs:
-    """What `train` needs.
+    """The inputs of `train`.
 
-    evaluator: measures a supervised method on its test images. began: when this part of the training began, on the
-    clock of `time_budget.now`; None for now.
+    evaluator: evaluates a supervised method on its test images. began: when training began or was resumed, on the clock
+    of `time_budget.now`; None: now.
     """
 
     run: Run
@@ -41,7 +41,7 @@ class TrainingInputs:
 
 @dataclass(frozen=True)
 class Job:
-    """What is trained, on which images, into which Run. Only the number of steps in `plan` changes, with a budget."""
+    """The objects that the training loop uses. Only the number of steps in `plan` changes, with a time budget."""
 
     run: Run
     config: Config
@@ -55,11 +55,11 @@ class Job:
 
 @dataclass
 class Position:
-    """How far training is; saved with every checkpoint.
+    """The position in the training; saved with every checkpoint.
 
-    step: optimiser steps done. consumed: samples taken from the order of the data set. bad_steps: the newest steps in a
-    row that gave non-finite numbers. fault_step: the step at which such numbers last forced a rollback. rollbacks:
-    how often since training last got past that step.
+    step: optimiser steps done. consumed: samples consumed, in the order of the data set. bad_steps: number of latest
+    consecutive steps with non-finite numbers. fault_step: the step of the last rollback. rollbacks: number of rollbacks
+    since training last got past that step.
     """
 
     step: int = 0
@@ -71,10 +71,11 @@ class Position:
 
 @dataclass(frozen=True)
 class Step:
-    """One optimiser step, which the device may still be computing: reading a tensor waits for it.
+    """One optimiser step. The device may still be computing it, so reading a tensor waits.
 
-    number, consumed: the position after the step. lr: its learning rate. rows: (B,) int64, its images. waited: seconds
-    spent waiting for data. loss, norm: 0-d tensors, the mean loss and the gradient norm. logs: 0-d tensors to log.
+    number, consumed: the position after the step. lr: learning rate. rows: (B,) int64, rows of its images in the
+    source. waited: seconds spent waiting for data. loss, norm: 0-d tensors, the mean loss and the gradient norm. logs:
+    0-d tensors to log.
     """
 
     number: int
@@ -89,7 +90,7 @@ class Step:
 
 @contextmanager
 def report_failure(job: Job, file: Path) -> Iterator[None]:
-    """Context manager around the use of any file but a checkpoint: a failure is reported once, training continues."""
+    """Context manager for access to a file other than a checkpoint. Errors are reported once; training continues."""
     try:
         yield
     except RunGone as error:
@@ -100,6 +101,6 @@ def report_failure(job: Job, file: Path) -> Iterator[None]:
 
 
 def log_row(job: Job, row: Mapping[str, object]) -> None:
-    """Append a row, and the time, to metrics.jsonl."""
+    """Append a row, with the time, to metrics.jsonl."""
     with report_failure(job, job.run.metrics_file):
         job.run.log({**row, "time": time.time()})

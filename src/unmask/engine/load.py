@@ -1,4 +1,4 @@
-"""Reads a trained method or encoder back out of a Run. Nothing here writes, and nothing knows the trainer's memory."""
+"""Load a trained method or encoder from a run folder. Only reads files."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ Read = TypeVar("Read", bound=BaseModel)
 
 @dataclass(frozen=True)
 class Loaded:
-    """A method as a Run holds it, in eval mode on `device`, with the two objects that describe it.
+    """A method from a run, in eval mode on `device`, with its configuration and plan.
 
-    licence: of weights that were imported, or that training began with; "" where nobody has said.
+    licence: licence of imported weights, or of the initial weights; "" if unknown.
     """
 
     method: Method
@@ -38,18 +38,18 @@ class Loaded:
 
 
 def licence_of(run: Run) -> str:
-    """Return the licence of imported weights, and of weights trained from them; "" where there is none."""
+    """Return the licence of imported weights, or of weights trained from them; "" if there is none."""
     made = run.read("provenance.json") if (run.path / "provenance.json").exists() else {}
     return str(made.get("imported", {}).get("licence") or made.get("licence") or "")
 
 
 def read_config(run: Run) -> Config:
-    """Return the configuration of a run. Raises UserError when config.json is damaged."""
+    """Return the configuration of a run. Raises UserError if config.json is damaged."""
     return _read(run, "config.json", Config)
 
 
 def read_plan(run: Run) -> Plan:
-    """Return the plan of a run. Raises UserError when plan.json is damaged."""
+    """Return the plan of a run. Raises UserError if plan.json is damaged."""
     return _read(run, "plan.json", Plan)
 
 
@@ -58,17 +58,16 @@ def _read(run: Run, name: str, kind: type[Read]) -> Read:
         return kind.model_validate(run.read(name))
     except ValidationError as error:
         raise RunError(
-            f"{run.path / name} is not what this version of unmask reads: {explain(error)}; restore the file, or use "
-            "the version that wrote it (provenance.json names it)"
+            f"{run.path / name} is invalid in this version of unmask: {explain(error)}; restore the file, or use the "
+            "version that wrote it (see provenance.json)"
         ) from None
 
 
 def load(run: str | Path, *, device: str = "cpu", step: int | None = None) -> Loaded:
-    """Return the method of a Run at its newest sound checkpoint, or at `step`.
+    """Return the method of a run from its newest intact checkpoint, or from that of `step`.
 
-    Raises ValueError when there is none, or when its weights are not those of the whole method that config.json
-    describes: missing ones are never made up. device: "auto", "cpu", "cuda", "cuda:N" or "mps"; ConfigError for one
-    that this machine does not have.
+    device: "auto", "cpu", "cuda", "cuda:N" or "mps". Raises UserError if there is no such checkpoint, if the weights do
+    not match the method in config.json exactly, or if this machine does not have the device.
     """
     device = choose_device(device)
     folder = Run.open(run)
@@ -82,9 +81,9 @@ def load(run: str | Path, *, device: str = "cpu", step: int | None = None) -> Lo
 
 
 def take_weights(method: Method, config: Config) -> None:
-    """Perform the grafts of `config` on a fresh method. Raises ValueError for weights that do not fit.
+    """Copy the initial weights of `config` (its `graft`) into a method. Raises UserError for weights that do not fit.
 
-    Positions that were learnt, or made, for another grid of patches are interpolated to the method's own.
+    Position embeddings for another grid of patches are interpolated to the method's grid.
     """
     for entry in config.graft:
         run = Run.open(entry.run)
@@ -96,24 +95,24 @@ def take_weights(method: Method, config: Config) -> None:
 
 
 def _grid(run: Run) -> tuple[int, int] | None:
-    """Return the grid of patches that a Run's encoder was trained on; None where it has no patches."""
+    """Return the grid of patches of a run's encoder; None if it has no patches."""
     patch = read_config(run).method.model_dump()["encoder"].get("patch")
     size = read_plan(run).images.size
     return None if patch is None else (size[0] // patch[0], size[1] // patch[1])
 
 
 def load_encoder(run: str | Path, *, device: str = "cpu", step: int | None = None) -> nn.Module:
-    """Load the encoder of a Run in eval mode; `encoder(images)` returns `Features`. It never masks.
+    """Load the encoder of a run in eval mode. `encoder(images)` returns `Features`, without masking.
 
-    images: (B, C, H, W) of any real dtype, in the files' units (uint8 0..255 nearly always); the encoder holds mean and
-    standard deviation. Float images in another range raise UserError; `encoder(images, scale="unit")` takes 0..1 for
-    8-bit and 16-bit data, and scale="data" takes the values as they are. `.half()` and `.bfloat16()` work.
+    images: (B, C, H, W) of any real dtype, in the files' units (uint8 0..255 nearly always); the encoder normalises
+    them. Float images in another range raise UserError. With `encoder(images, scale="unit")`, values are in 0..1 for
+    8-bit and 16-bit data; with scale="data", values are not checked. `.half()` and `.bfloat16()` work.
     """
     return load(run, device=device, step=step).method.encoder
 
 
 def untrained_encoder(loaded: Loaded) -> nn.Module:
-    """Return the encoder with random initial weights, the control of every probe; fixed buffers are the run's own."""
+    """Return the encoder with random initial weights, the control of every probe. Fixed buffers are the run's."""
     method = build_method(loaded.config, loaded.plan.images)
     kept = {name: value for name, value in loaded.method.state_dict().items() if name.startswith(method.fixed)}
     method.load_state_dict(kept, strict=False)

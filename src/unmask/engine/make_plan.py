@@ -18,11 +18,11 @@ from unmask.optim import peak_lr
 
 DEFAULT_EPOCHS = 100
 MEMORY_SHARE = 0.6
-BUDGET_SHARE = 0.9  # the rest: pictures, checkpoints, the report
+BUDGET_SHARE = 0.9  # share of a budget for training; the rest is for pictures, checkpoints and the report
 TESTS = 10  # evaluations of a supervised run, unless train.test_every is set
-TEST_IMAGE = 0.5  # time to load and evaluate an image, as a share of that to train on it
-TEST_SHARE = 0.15  # of a budget, at most
-MEASURING_SHARE = 0.03  # of a budget
+TEST_IMAGE = 0.5  # time to load and evaluate an image, divided by the time to train on it
+TEST_SHARE = 0.15  # maximum share of a budget for evaluations
+MEASURING_SHARE = 0.03  # maximum share of a budget for timing steps
 
 
 @dataclass(frozen=True)
@@ -62,12 +62,12 @@ class ModelFacts:
 
 
 def require_micro_batch(config: Config) -> None:
-    """Raise ConfigError when the requested micro-batch does not divide the batch, or splits data.repeats."""
+    """Raise ConfigError if the micro-batch of the settings does not divide the batch, or splits data.repeats."""
     batch, wanted, repeats = config.train.batch_size, config.train.micro_batch, config.data.repeats
     for name, size in (("batch_size", batch), ("micro_batch", wanted)):
         if size is not None and size % repeats:
             raise ConfigError(
-                f"train.{name}={size} is not a multiple of data.repeats={repeats}, the samples that each image gives; "
+                f"train.{name}={size} is not a multiple of data.repeats={repeats}, the number of samples per image; "
                 f"use {-(-size // repeats) * repeats}, or change data.repeats"
             )
     if wanted is not None and batch % wanted:
@@ -82,14 +82,14 @@ def choose_micro_batch(config: Config, bytes_per_image: int, device: str) -> tup
     batch, repeats = config.train.batch_size, config.data.repeats
     require_micro_batch(config)
     if (wanted := config.train.micro_batch) is not None:
-        return wanted, f"micro-batch {wanted}: asked for"
+        return wanted, f"micro-batch {wanted}: the setting train.micro_batch"
     room = int(free_memory(device) * MEMORY_SHARE)
     most = max(1, room // max(1, bytes_per_image))
     micro = max((d for d in range(repeats, batch + 1, repeats) if batch % d == 0 and d <= most), default=repeats)
-    need = f"{bytes_per_image / 2**20:.1f} MiB of activations an image"
+    need = f"{bytes_per_image / 2**20:.1f} MiB of activations per image"
     if micro == batch:
-        return micro, f"the whole batch of {batch} in one pass: {need}, {room / 2**30:.1f} GiB to use"
-    return micro, f"micro-batches of {micro}, {batch // micro} to a step: {need}, {room / 2**30:.1f} GiB to use"
+        return micro, f"the whole batch of {batch} in one pass: {need}, {room / 2**30:.1f} GiB usable"
+    return micro, f"micro-batches of {micro}, {batch // micro} per step: {need}, {room / 2**30:.1f} GiB usable"
 
 
 def choose_steps(
@@ -102,13 +102,13 @@ def choose_steps(
 ) -> tuple[int, int, str]:
     """Return the number of optimiser steps, the steps between evaluations of a supervised run, and why.
 
-    A `budget` overrides `train.steps`, and that overrides epochs: a recipe may have any of them; `engine/resolve.py`
-    rejects two that are set by hand. num_test: images of each evaluation. Raises ConfigError for a budget with no time
-    to train.
+    A `budget` overrides `train.steps`, which overrides `train.epochs`, because a recipe may set any of them;
+    `engine/resolve.py` rejects two that the user sets. num_test: images per evaluation. Raises ConfigError for a budget
+    with no time to train.
     """
     train = config.train
     if budget is not None:
-        each = step_seconds()  # before the clock is read, because measuring takes time too
+        each = step_seconds()  # must precede `budget.used()`, because measuring takes time too
         return fill_budget(config, budget.seconds, budget.used(), each, num_test)
     if train.steps is not None:
         steps, why = train.steps, f"{train.steps} steps: the setting train.steps"
@@ -120,16 +120,16 @@ def choose_steps(
 
 
 def fill_budget(config: Config, budget: float, used: float, timing: Timing, num_test: int) -> tuple[int, int, str]:
-    """Return what `choose_steps` does, for a budget in seconds of which `used` are gone.
+    """Return the same as `choose_steps`, for a budget of `budget` seconds of which `used` have passed.
 
-    Evaluations count, with one more at the end. Unless their interval is set, there are ten, or as many as fit into
-    TEST_SHARE of the budget. Raises ConfigError where no time is left to train.
+    The time of evaluations is included, with one more at the end. Unless their interval is set, there are ten, or as
+    many as fit into TEST_SHARE of the budget. Raises ConfigError if no time is left to train.
     """
     train, each = config.train, timing.median
     test = TEST_IMAGE * each / train.batch_size * num_test * (1 if config.optim.average is None else 2)
     tests = TESTS if not test else max(1, min(TESTS, int(TEST_SHARE * budget / test) - 1))
     left = BUDGET_SHARE * budget - used
-    if train.test_every:  # one on the way after so many steps, the last of them perhaps sooner, and one at the end
+    if train.test_every:  # evaluations at this interval, one after the last step, and the final one
         steps, ends = (left - 2 * test) / (each + test / train.test_every), 2 * test
     else:
         steps, ends = (left - (tests + 1) * test) / each, (tests + 1) * test
@@ -146,7 +146,7 @@ def fill_budget(config: Config, budget: float, used: float, timing: Timing, num_
     every = train.test_every or math.ceil(steps / tests)
     why = (
         f"{steps} steps at first: {timing.words()} each, in a budget of {duration(budget)}, of which "
-        f"{duration(used)} are used; the number follows the pace while training"
+        f"{duration(used)} are used; the number is adapted to the speed of training"
     )
     if test:
         spent = (1 + math.ceil(steps / every)) * test
@@ -155,7 +155,7 @@ def fill_budget(config: Config, budget: float, used: float, timing: Timing, num_
 
 
 def few_steps(plan: Plan) -> str | None:
-    """Return a warning where a budget allows too few steps to learn much; None otherwise."""
+    """Return a warning if a budget allows too few steps to learn much; None otherwise."""
     if plan.budget is None or plan.steps >= USEFUL_STEPS:
         return None
     need = plan.startup + (plan.budget - plan.startup) * USEFUL_STEPS / plan.steps

@@ -1,4 +1,4 @@
-"""Measure what a training step needs: memory per image and seconds."""
+"""Measure the memory per image and the time of a training step."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from unmask.method import Clock, Method
 from unmask.optim import make_optimizer, update
 from unmask.rng import Draws
 
-TENSORS_AT_A_TIME = 4  # of the largest, in the widest place of a network
-FEW_IMAGES, LONGEST_PASS = 8, 2.0  # images, and seconds, of a pass that is long enough to tell what a longer one takes
-MEASUREMENTS = 3  # of the time of a step, each the mean of several
-BUSY = 2.0  # times as long between two measurements of one step: another program uses the machine
+TENSORS_AT_A_TIME = 4  # number of tensors of the largest size that exist at the same time
+FEW_IMAGES, LONGEST_PASS = 8, 2.0  # on a CPU, time is extrapolated from a pass of at least 8 images, up to 2 seconds
+MEASUREMENTS = 3  # number of measurements of the step time, each the mean of several steps
+BUSY = 2.0  # if measurements of a step differ by this factor, another program is using the machine
 
 
 def example_batch(images: ImageSpec, count: int, device: str) -> Batch:
-    """Return a batch of mid-gray images of the right shape and dtype, for measuring.
+    """Return a batch of images with the data's mean values, of the right shape and dtype, for measurements.
 
-    All of them, and every pixel, are of the first class, and a box around such an object fills the upper left quarter.
+    The label of every image and pixel is class 0, and each image has one box of class 0 in its upper left quarter.
     """
     mean = torch.tensor(images.mean)[:, None, None].expand(images.channels, *images.size)
     pixels = mean.to(DTYPES[images.dtype])[None].repeat(count, 1, 1, 1)
@@ -42,10 +42,10 @@ def example_batch(images: ImageSpec, count: int, device: str) -> Batch:
 
 
 def bytes_per_image(method: Method, images: ImageSpec, precision: str, device: str) -> int:
-    """Return the bytes that one more image needs in a step: activations kept for backward, and the largest in passing.
+    """Return the memory per image of a step in bytes: activations kept for backward, and the largest temporary tensors.
 
     Measured as the difference between four images and two, so one-off allocations such as weights cast to bfloat16
-    cancel. A frozen encoder keeps no activations; a few tensors of the largest size exist in it at a time.
+    cancel. A frozen encoder keeps no activations, but a few temporary tensors exist at the same time.
     """
 
     def needed(count: int) -> tuple[int, list[int]]:
@@ -69,7 +69,7 @@ def bytes_per_image(method: Method, images: ImageSpec, precision: str, device: s
 
 
 class Timing(NamedTuple):
-    """Seconds of an operation: the median of several measurements, the fastest and the slowest."""
+    """Seconds of an operation. low, high: fastest and slowest measurement."""
 
     median: float
     low: float
@@ -77,7 +77,7 @@ class Timing(NamedTuple):
 
     @classmethod
     def of(cls, times: Sequence[float]) -> Timing:
-        """Return the median of `times`, and the range of the means of consecutive parts."""
+        """Summarise `times`: their median, and the range of the means of `MEASUREMENTS` consecutive parts."""
         parts = min(MEASUREMENTS, len(times))
         edges = [round(part * len(times) / parts) for part in range(parts + 1)]
         means = [sum(times[a:b]) / (b - a) for a, b in pairwise(edges)]
@@ -85,7 +85,7 @@ class Timing(NamedTuple):
         return cls(median, min(median, *means), max(median, *means))
 
     def with_loading(self, load: Timing, workers: int) -> Timing:
-        """Seconds of a whole step; see `with_loading`."""
+        """Return the seconds of a step including loading; see the function `with_loading`."""
         return Timing(*(with_loading(*pair, workers) for pair in zip(self, load, strict=True)))
 
     def words(self) -> str:
@@ -115,12 +115,12 @@ def time_steps(
     """Return the seconds of single optimiser steps of a temporary copy of the method, without waits for data."""
     method = build_method(config, images).to(device)
     if config.train.compile and why_not_compiled(device) is None:
-        compile_blocks(method)  # the run finds them compiled
+        compile_blocks(method)  # the run can reuse the compilation
     optimizer = make_optimizer(method, config.optim)
     times: list[float] = []
 
     def passes(batch: Batch, count: int) -> torch.Tensor:
-        """So many times forward and backward; the last loss."""
+        """Run `count` forward and backward passes; return the last loss."""
         for _ in range(count):
             with autocast(precision, device):
                 loss = method(batch, Clock(0, 1, Draws(0, batch.epoch, batch.index))).value
@@ -128,7 +128,7 @@ def time_steps(
         return loss.detach()
 
     with memory_kept(device):  # as in training
-        # On a CPU twice as many take twice as long; what is compiled is compiled for a number of images.
+        # On a CPU, time is proportional to the number of images. Compiled blocks need the real number of images.
         if device == "cpu" and micro > FEW_IMAGES and not config.train.compile:
             few = example_batch(images, FEW_IMAGES, device)
             passes(few, 1)
@@ -143,14 +143,14 @@ def time_steps(
             start = time.perf_counter()
             loss = passes(batch, count)
             if needed > count:
-                wait_for(loss)  # or `part` would be the time it takes to launch the work
+                wait_for(loss)  # otherwise `part` would only be the time to launch the kernels
             part = time.perf_counter() - start
             wait_for(update(optimizer, 0.0, loss, config.optim.clip))
             whole = time.perf_counter() - start
             times.append(whole + part * (needed - count) / count)
-    return times[1:]  # the first pass also warms up
+    return times[1:]  # the first one is a warm-up
 
 
 def with_loading(compute: float, load: float, workers: int) -> float:
-    """Seconds of a step from those of its computation and of loading its images: beside each other, or in turn."""
+    """Return the seconds of a step: loading runs in parallel to the computation with workers, else before it."""
     return max(compute, load) if workers else compute + load

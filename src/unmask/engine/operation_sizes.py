@@ -1,4 +1,4 @@
-"""Record the sizes of the tensors that operations return: the one user of torch's dispatch mode."""
+"""Record the sizes of the tensors that torch operations return, with torch's dispatch mode."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import torch
 
 try:
     from torch.utils._python_dispatch import TorchDispatchMode
-except ImportError:  # a private module of torch; tests/engine/test_fused_gate_and_sizes.py fails when it has moved
+except ImportError:  # a private module of torch; tests/engine/test_fused_gate_and_sizes.py fails if it has moved
     TorchDispatchMode = None
 
 
 def recorder() -> OperationSizes | NothingRecorded:
-    """Return a context manager whose `bytes` lists the bytes that each operation within it returned, in order.
+    """Return a context manager whose `bytes` lists how many bytes each operation inside it returned, in order.
 
-    Where torch has no dispatch mode, the list stays empty.
+    If torch has no dispatch mode, the list remains empty.
     """
     return NothingRecorded() if TorchDispatchMode is None else OperationSizes()
 

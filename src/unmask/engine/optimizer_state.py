@@ -1,4 +1,4 @@
-"""The state of an optimiser as named tensors, and back."""
+"""Convert the state of an optimiser to named tensors and back."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def tensors_to_optimizer(
     tensors: Mapping[str, Tensor],
     numbers: Mapping[str, Any],
 ) -> None:
-    """Restore what `optimizer_to_tensors` returned, bit for bit. Raises CheckpointError when the two do not fit."""
+    """Restore the state that `optimizer_to_tensors` returned, exactly. Raises CheckpointError if it does not fit."""
     by_name = {name: parameter for parameter, name in names.items()}
     managed = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     optimizer.state.clear()
@@ -42,7 +42,7 @@ def tensors_to_optimizer(
         if isinstance(value, Tensor):
             if value.ndim and value.shape != parameter.shape:
                 raise CheckpointError(
-                    f"optimiser state {entry} has shape {tuple(value.shape)}, the parameter {tuple(parameter.shape)}"
+                    f"optimiser state {entry} has shape {tuple(value.shape)}; expected {tuple(parameter.shape)}"
                 )
             value = value.to(parameter.device, copy=True)
         optimizer.state[parameter][key] = value

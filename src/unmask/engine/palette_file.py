@@ -1,8 +1,8 @@
-"""`unmask palette DATA`: compute the colour palette that iGPT would use for these images, as a file for several runs.
+"""`unmask palette DATA`: compute iGPT's colour palette for these images, as a file that several runs can use.
 
 The file is JSON: `colours` (k lists of C numbers in the files' units), `dtype` and `channels` of the images, their
-source, the mean square error per channel, and how many colours are used: with fewer different pixels than k some
-colours are duplicates. A picture beside it shows the images in these colours.
+source, the mean square error per channel, and how many colours are used: some are duplicates if the images have fewer
+than k different pixel values. A picture beside it shows the images in these colours.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from unmask.report.pictures import draw, require_png
 from unmask.system.atomic_files import replace_file
 
 MAX_IMAGES = 512
-MAX_COLOURS = 4096  # k-means of more takes minutes
-DRAWN = 8  # images in the picture
+MAX_COLOURS = 4096  # k-means with more colours takes minutes
+DRAWN = 8  # number of images in the picture
 
 
 def make_palette(data: str, *, colours: int, size: int, out: Path, console: Console) -> dict[str, Any]:
-    """Write `out` (.json) and a .png beside it, and return what the JSON file holds.
+    """Write `out` (.json) and a .png beside it, and return the content of the JSON file.
 
-    The colours are the k-means centres of the pixels of up to 512 images, spread evenly over the data, whose largest
-    centred square is resized to `size` pixels. Raises UserError when an argument is out of range, nothing can be read,
-    `out` cannot be written, or one of the two files exists already.
+    The colours are the k-means centres of the pixels of up to 512 evenly spaced images, of which the largest centred
+    square is resized to `size` pixels. Raises UserError if an argument is out of range, no image can be read, `out`
+    cannot be written, or one of the two files exists already.
     """
     picture = out.with_suffix(".png")
     _check_arguments(out, picture, colours, size)
@@ -66,10 +66,10 @@ def make_palette(data: str, *, colours: int, size: int, out: Path, console: Cons
     }
     replace_file(out, json.dumps(summary, indent=1).encode("ascii") + b"\n")
     note = (
-        f"{colours} colours from {len(images)} images of {size} x {size} pixels; {used} of them are the nearest of a "
-        f"pixel. Mean square error per channel {error:.4g}, in the files' units."
+        f"{colours} colours from {len(images)} images of {size} x {size} pixels; {used} of them are used. Mean square "
+        f"error per channel {error:.4g}, in the files' units."
     )
-    side = size * math.ceil(math.ceil(colours**0.5) / size)  # of a panel: at least a pixel for every colour
+    side = size * math.ceil(math.ceil(colours**0.5) / size)  # of each panel, with at least one pixel per colour
     panels = {
         "original": F.interpolate(images[:DRAWN], (side, side)),
         f"in {colours} colours": F.interpolate(quantised[:DRAWN], (side, side)),
@@ -98,12 +98,14 @@ def _check_arguments(out: Path, picture: Path, colours: int, size: int) -> None:
 
 
 def _read_images(data: str, size: int, console: Console) -> tuple[torch.Tensor, torch.Tensor | None, ImageSpec]:
-    """Return up to MAX_IMAGES images (n, C, size, size) float32, which pixels are valid (None: all), and their spec."""
+    """Return up to MAX_IMAGES images (n, C, size, size) float32, the valid pixels (None: all), and the image spec."""
     source = open_source(data)
     with console.progress("checking files", min(len(source), MAX_IMAGES)) as bar:
         found = scan(source, sample=MAX_IMAGES, progress=bar.update)
     if not found.good:
-        raise DataError(f"none of the {found.checked} files of {source.name} that were tried can be read")
+        raise DataError(
+            f"none of {found.checked} files of {source.name} can be read; run `unmask check` to see the reasons"
+        )
     spec = ImageSpec(found.channels_majority, (size, size), found.dtype_majority, tuple(found.mean), tuple(found.std))
     rows = np.linspace(0, len(source) - 1, min(len(source), MAX_IMAGES)).astype(int)
     readable = ReadableImages(source, rows, spec, CropConfig(), training=False)
@@ -113,7 +115,7 @@ def _read_images(data: str, size: int, console: Console) -> tuple[torch.Tensor, 
 
 
 def draw_swatches(palette: torch.Tensor, size: int) -> torch.Tensor:
-    """Return (1, C, size, size): the colours from dark to bright, as a square of squares."""
+    """Return an image (1, C, size, size) of the colours from dark to bright, in a square grid."""
     side = math.ceil(len(palette) ** 0.5)
     order = palette.mean(1).argsort()
     padded = torch.cat([palette[order], palette[order][-1:].expand(side * side - len(palette), -1)])

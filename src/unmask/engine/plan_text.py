@@ -8,7 +8,7 @@ from unmask.engine.plan import Plan
 
 
 def print_inputs(config: Config, console: Console) -> None:
-    """Report settings that were read from files, in numbers, so that an upside-down mask or a wrong palette is seen."""
+    """Describe settings that were read from files, to reveal for example an inverted mask or a wrong palette."""
     for line in config.method.from_files():
         console.print(line)
 

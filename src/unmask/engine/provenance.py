@@ -1,4 +1,4 @@
-"""Where a run came from: versions, device, git state and command line."""
+"""Record how a run was made: versions, device, git state and command line."""
 
 from __future__ import annotations
 

@@ -29,16 +29,16 @@ SIZE_KEYS = ("data.size", "method.encoder.patch", "method.pattern")
 
 
 def reject_two_sources_of_settings(recipe: str, from_run: str | Path | None) -> None:
-    """Raise ConfigError where --config is given with --recipe or --from, which also set the settings."""
+    """Raise ConfigError if --config is given with --recipe or --from, which also select the settings."""
     if recipe != "auto" or from_run is not None:
         option = f"--recipe {recipe}" if recipe != "auto" else f"--from {from_run}"
-        raise ConfigError(f"got both --config and {option}; each names a run's settings: leave one of them out")
+        raise ConfigError(f"got both --config and {option}; both select the settings: leave one of them out")
 
 
 def config_of_run(path: str | Path) -> Config:
-    """Return the settings of a Run (its folder, or its config.json) for a run on other images.
+    """Return the settings of a run (its folder, or its config.json) for a run on other images.
 
-    The steps of a run that was planned for a time budget are taken from its plan. Raises RunError, ConfigError.
+    If the run had a time budget, its number of steps is read from its plan. Raises RunError, ConfigError.
     """
     file = Path(path)
     run = Run.open(file.parent if file.name == "config.json" else file)
@@ -53,7 +53,7 @@ def config_of_run(path: str | Path) -> Config:
 
 
 def patch_of(config: Config) -> tuple[int, int] | None:
-    """Return (H, W) of the encoder's patches in pixels; None where it has none."""
+    """Return (H, W) of the encoder's patches in pixels; None if it has no patches."""
     return config.method.encoder.patch_size
 
 
@@ -67,19 +67,17 @@ def settings_with_options(
     palette: str | Path | None,
     masks: str | Path | None,
 ) -> list[str]:
-    """Return `settings`, preceded by those that --tokenizer, --palette and --masks stand for.
+    """Return `settings`, preceded by the settings that --tokenizer, --palette and --masks imply.
 
-    base: settings used in place of the recipe's. weights: whether they come with weights (--from). Raises ConfigError
-    where an option contradicts a setting, or would be ignored.
+    base: configuration to use in place of the recipe's. weights: whether it includes weights (--from). Raises
+    ConfigError if an option contradicts a setting, or would be ignored.
     """
     if "graft" in parse(settings) and (weights or tokenizer is not None):
         option = "--from" if weights else "--tokenizer"
-        raise ConfigError(
-            f"both {option} and graft were given, which say where weights come from; leave one of them out"
-        )
+        raise ConfigError(f"got both {option} and graft; both select the initial weights: leave one of them out")
     if weights and palette is not None:
         raise ConfigError(
-            "both --from and --palette were given, but those weights come with their palette; leave it out"
+            "got both --from and --palette, but the weights of --from include their palette; leave --palette out"
         )
     config = base or catalogue.find(catalogue.AUTO[0] if recipe == "auto" else recipe)
     given = {
@@ -102,8 +100,8 @@ def resolve_config(
 ) -> Config:
     """Return `base`, overridden by the proposals of `auto` and then by `settings`, for the images of `source`.
 
-    The length of training: a budget overrides everything, and epochs in `settings` override steps of the base or a
-    proposal. Raises ConfigError for a setting that is invalid, or that would be ignored.
+    For the length of the training, a budget overrides everything, and epochs in `settings` override steps of `base` or
+    of a proposal. Raises ConfigError for a setting that is invalid, or that would be ignored.
     """
     asked = parse(settings)
     reject_conflicts(asked, budget)
@@ -114,8 +112,8 @@ def resolve_config(
         config = config.model_copy(update={"data": config.data.model_copy(update={"crop": crop})})
     if "train.test_every" in asked and config.method.name not in task_names():
         raise ConfigError(
-            f"train.test_every was set, but {config.method.name} learns without labels, so there is nothing to test; "
-            "leave it out"
+            f"train.test_every was set, but {config.method.name} is a pre-training method and is not tested; leave it "
+            "out"
         )
     ignored = sorted({"data.crop.scale", "data.crop.ratio"} & set(asked))
     if ignored and config.data.crop.kind != "random_resized":
@@ -130,28 +128,28 @@ def resolve_config(
 
 
 def reject_conflicts(asked: dict[str, Any], budget: object) -> None:
-    """Raise ConfigError for keys that cannot be set, and for two settings of the length of training."""
+    """Raise ConfigError for keys that cannot be set, and for two settings of the length of the training."""
     if "data.exclude" in asked:
         raise ConfigError("data.exclude cannot be set: give --exclude PATTERN to the command")
     if "data.source" in asked:
-        raise ConfigError("data.source cannot be set: it is the DATA that the command names; name other images there")
+        raise ConfigError("data.source cannot be set: give the images as the DATA argument of the command")
     for key in ("data.test", "data.annotations", "data.test_annotations", "data.test_split"):
         if key in asked:
             option = key.removeprefix("data.").replace("_", "-")
             raise ConfigError(f"{key} cannot be set: give --{option} to `unmask finetune` instead")
     if "recipe" in asked:
-        raise ConfigError("recipe cannot be set: it says where the settings came from; choose one with --recipe NAME")
+        raise ConfigError("recipe cannot be set: choose one with --recipe NAME")
     wanted = [key for key in ("train.epochs", "train.steps") if asked.get(key) is not None]
     if budget is not None and wanted:
-        raise ConfigError(f"both a time budget and {wanted[0]} were given; leave one of them out")
+        raise ConfigError(f"got both a time budget and {wanted[0]}; leave one of them out")
     if len(wanted) > 1:
-        raise ConfigError("both train.steps and train.epochs were given; leave one of them out")
+        raise ConfigError("got both train.steps and train.epochs; leave one of them out")
 
 
 def draft_config(base: Config | None, recipe: str, settings: list[str], budget: Budget | None) -> Config:
-    """Return the configuration as known without the images, and check that sizes, patches, heads and ratios fit.
+    """Return the configuration before the images are known, and check that sizes, patches, heads and ratios fit.
 
-    For `auto`, the settings have to fit one of the recipes it chooses from. Raises ConfigError.
+    For `auto`, the settings must fit at least one of the recipes that it chooses from. Raises ConfigError.
     """
     if base is not None or recipe != "auto":
         config = resolve_config(base or catalogue.find(recipe), settings, budget=budget)
@@ -171,7 +169,7 @@ def draft_config(base: Config | None, recipe: str, settings: list[str], budget: 
 
 
 def _fit_size_and_patch(config: Config, settings: list[str]) -> Config:
-    """Return `config` with the one of size and patch that was not set chosen to fit the other."""
+    """If only one of image size and patch was set, return `config` with the other one chosen to fit."""
     asked = parse(settings)
     if "data.size" in asked and "method.encoder.patch" not in asked:
         divisors = [side for side in range(2, 17) if all(length % side == 0 for length in config.data.size)]
@@ -183,22 +181,22 @@ def _fit_size_and_patch(config: Config, settings: list[str]) -> Config:
 
 
 def reject_supervised(config: Config, from_run: str | Path | None) -> None:
-    """Raise ConfigError for a method that does not pre-train: one that learns from labels, or an imported encoder."""
+    """Raise ConfigError for a method that cannot pre-train: a supervised one, or an imported encoder."""
     if config.method.name not in task_names():
         return
     if config.method.name == "encoder":
         raise ConfigError(
-            "got the settings of an imported encoder, which has no training task of its own; expected those of a "
-            "pre-training; to start from its weights: unmask pretrain DATA --from RUN --recipe mae_base"
+            "got the settings of an imported encoder, which has no training task; expected those of a pre-training "
+            "run; to start from its weights: unmask pretrain DATA --from RUN --recipe mae_base"
         )
     if from_run is None:
         raise ConfigError(
-            f"recipe {config.recipe} learns from labels, and this is pre-training; use it with `unmask finetune RUN "
-            f"DATA --recipe {config.recipe}`"
+            f"recipe {config.recipe} learns from labels and cannot pre-train; use it with `unmask finetune RUN DATA "
+            f"--recipe {config.recipe}`"
         )
     raise ConfigError(
-        f"--from {from_run} is a run of {config.method.name}, which learns from labels; give `unmask finetune "
-        f"{from_run} DATA` to train on, or name a --recipe to pre-train its encoder"
+        f"--from {from_run} is a run of {config.method.name}, which learns from labels; to train it further, use "
+        f"`unmask finetune {from_run} DATA`; to pre-train its encoder, choose a --recipe"
     )
 
 
@@ -217,8 +215,8 @@ def require_statistics(channels: int, mean: tuple[float, ...], std: tuple[float,
     """Raise ConfigError unless there is one mean and one standard deviation per channel."""
     if len(mean) != channels or len(std) != channels:
         raise ConfigError(
-            f"{len(mean)} means and {len(std)} standard deviations for {channels} channels; give --set data.mean=[...] "
-            "and --set data.std=[...] with one number per channel, or leave both out"
+            f"got {len(mean)} means and {len(std)} standard deviations for {channels} channels; set data.mean=[...] "
+            "and data.std=[...] with one number per channel, or leave both out"
         )
 
 
@@ -227,29 +225,29 @@ def reject_absurd_batch(config: Config, num_images: int) -> None:
     batch = config.train.batch_size
     if batch > MOST_EPOCHS_A_STEP * num_images:
         raise ConfigError(
-            f"got train.batch_size={batch} for {num_images} images: every step would see each of them "
+            f"got train.batch_size={batch} for {num_images} images: every step would use each of them "
             f"{batch // num_images} times; use at most {MOST_EPOCHS_A_STEP * num_images}, 16 to 256 is usual"
         )
 
 
 def reject_absurd_size(config: Config) -> None:
-    """Reject a number of patches that no memory holds: almost certainly a typo. Raises ConfigError."""
+    """Reject a number of patches that does not fit in any memory: almost certainly a typo. Raises ConfigError."""
     height, width = config.data.size
     patch = config.method.model_dump().get("encoder", {}).get("patch") or (1, 1)
     patches = (height // patch[0]) * (width // patch[1])
     if patches > MOST_PATCHES:
         raise ConfigError(
-            f"got data.size={[height, width]}, which is {patches:,} patches of {patch[0]} x {patch[1]} pixels; at "
-            f"most {MOST_PATCHES:,} are allowed (196 is usual): use smaller images, or larger patches"
+            f"got data.size={[height, width]}, which is {patches:,} patches of {patch[0]} x {patch[1]} pixels; "
+            f"expected at most {MOST_PATCHES:,} (196 is usual); use smaller images, or larger patches"
         )
 
 
 def choose_config(
     source: Source, found: Scan, recipe: str, settings: list[str], device: str, *, budget: Budget | None
 ) -> tuple[Config, tuple[str, ...], list[str]]:
-    """Return the configuration, the reasons for the choices made from the images, and these choices as KEY=VALUE.
+    """Return the configuration, the reasons for choices that depend on the images, and these choices as KEY=VALUE.
 
-    A key in `settings` is never chosen. Raises ConfigError.
+    Keys in `settings` are never overridden. Raises ConfigError.
     """
     if recipe != "auto":
         return config_by_name(source, found, recipe, settings, budget=budget)
@@ -268,14 +266,14 @@ def choose_config(
 def config_by_name(
     source: Source, found: Scan, recipe: str, settings: list[str], *, budget: Budget | None
 ) -> tuple[Config, tuple[str, ...], list[str]]:
-    """As `choose_config` for a named recipe: size and patch follow the images unless something fixes them."""
+    """Like `choose_config` for a named recipe. Size and patch are chosen from the images unless one is set."""
     plain = resolve_config(catalogue.find(recipe), settings, budget=budget, source=source)
     if not set(SIZE_KEYS) & set(parse(settings)):
         for proposals in candidates(recipe, found.median_size):
             try:
                 config = resolve_config(plain, proposals, budget=budget, source=source)
                 require_method(config)
-            except UserError:  # a mask in larger cells, for example
+            except UserError:  # for example, the mask needs larger cells
                 continue
             return config, (f"{' '.join(proposals)}: recipe {recipe} follows the images",), proposals
     return plain, (), []

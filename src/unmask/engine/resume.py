@@ -42,11 +42,12 @@ def resume(
     concluded: Callable[[Run], bool] = lambda run: True,
     console: Console | None = None,
 ) -> Run:
-    """Continue a Run exactly where it stopped. Raises UserError when that is not possible.
+    """Continue a run exactly where it stopped. Raises UserError if that is not possible.
 
-    A finished run is checked: where its last checkpoint is damaged or missing, the steps since the one before are
-    repeated; where its result is missing (`concluded`), it is measured. supervise: for a supervised run, which
-    `finetune.resume` continues. places: the new locations of its data.
+    A finished run is checked: if its last checkpoint is damaged or missing, the steps since the previous one are
+    repeated; if its result is missing, it is evaluated again. allow_dataset_change: continue even if the images have
+    changed. places: new locations of its data. supervise: only for supervised runs, see `finetune.resume`. concluded:
+    whether the result of a supervised run has been written.
     """
     console = console or Console()
     reject_several_processes()
@@ -73,10 +74,10 @@ def resume(
                 raise DataError(explain_refusal(config, plan, source, found))
             if found.unknown:
                 plan = accept_unverified(plan, source, run, found)
-                console.warn("the images are taken for those the run began with: their names and sizes are the same")
+                console.warn("the images are assumed unchanged, because their names and sizes are the same")
             else:
                 plan = plan_for_changed_data(source, plan, run, found)
-                console.warn(f"the images have changed: going on with the {plan.num_images} there are now, not exactly")
+                console.warn(f"the images have changed: continuing with the current {plan.num_images}, not exactly")
         excluded = set(plan.excluded)
         rows = np.array([row for row in range(len(source)) if row not in excluded], np.int64)
         images = training_images(source, rows, plan.images, config)
@@ -91,25 +92,25 @@ def resume(
 
 
 def is_done(run: Run, plan: Plan, concluded: Callable[[Run], bool], console: Console) -> bool:
-    """Return whether a run is complete, and print that. Raises CheckpointError for damaged imported weights."""
+    """Return whether a run is complete, and print the reason. Raises CheckpointError for damaged imported weights."""
     if plan.steps == 0:
         if not checkpoint.is_complete(run, 0):
             raise checkpoint.CheckpointError(
-                f"{run.path} holds imported weights, and they are damaged: import them again (provenance.json names "
-                "the file they came from)"
+                f"the imported weights in {run.path} are damaged; import them again (provenance.json contains the path "
+                "of the original file)"
             )
         if not run.finished:
             run.set_status("finished", 0, total=0)
-        console.print(f"{run.path} is finished: it holds imported weights, and there is nothing to train")
+        console.print(f"{run.path} contains imported weights; nothing to train")
         return True
     if not run.finished:
         return False
     if not checkpoint.is_complete(run, plan.steps):
         checkpoint.require_any(run)
-        console.warn(f"{run.path} was finished, but its last checkpoint cannot be used: the last steps are repeated")
+        console.warn(f"{run.path} was finished, but its last checkpoint cannot be used: repeating the last steps")
         return False
     if not concluded(run):
-        console.print(f"{run.path} has all its {plan.steps} steps, but not its result: measuring it")
+        console.print(f"{run.path} has done all {plan.steps} steps, but its result is missing: evaluating it")
         return False
     console.print(
         f"{run.path} is finished ({plan.steps} steps); nothing to do. To train it longer: unmask set {run.path} "

@@ -1,4 +1,4 @@
-"""What a supervised run adds to the loop: annotations, an evaluator, and a final result."""
+"""The parts that a supervised run adds to the training loop: annotations, an evaluator, and a final result."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from unmask.run import Run
 
 
 class Evaluator(Protocol):
-    """Measures a supervised method on its test images.
+    """Evaluates a supervised method on its test images.
 
     Both functions are called with the method in evaluation mode and without gradients.
     """
@@ -32,10 +32,10 @@ class Evaluator(Protocol):
 
 
 class Supervision(NamedTuple):
-    """What a supervised run adds to its images.
+    """The annotations, evaluator and result of a supervised run.
 
-    annotations: other than class labels, such as segmentation masks; None where labels suffice. evaluator: the test
-    set. write_result: evaluates the final weights and writes the result; the run is finished only after it.
+    annotations: segmentation masks or boxes; None for class labels. evaluator: evaluates the method on the test images.
+    write_result: evaluates the final weights and writes the result; the run is finished only after it.
     """
 
     annotations: Annotations | None
@@ -44,15 +44,16 @@ class Supervision(NamedTuple):
 
 
 Supervise = Callable[[Run, Config, Plan, Source], Supervision]
-"""Make the `Supervision` of a run, once its configuration, plan and images are known."""
+"""Function that makes the `Supervision` of a run from its configuration, plan and images."""
 
 
 @dataclass(frozen=True)
 class SupervisedSplit:
-    """What a supervised run trains on, what it is tested on, and how.
+    """The training and test images of a supervised run.
 
-    held_out: rows of the source excluded from training. test_rows: those of them used for evaluation, None where the
-    test images are others. num_test: number of test images, from whichever source. taught: see `Plan`.
+    held_out: rows of the source that are excluded from training. test_rows: held-out rows used for evaluation; None if
+    the test images are from another source. num_test: number of test images. taught: see `Plan`. supervise: makes the
+    run's `Supervision`.
     """
 
     held_out: np.ndarray

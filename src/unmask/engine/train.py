@@ -1,17 +1,17 @@
-"""THE LOOP: trains any `Method`, from a plan, into a Run. Reads top to bottom, from `train` over `Loop.run` to `step`.
+"""The training loop for any `Method`. Read it from top to bottom: `train`, `Loop.run`, `step`.
 
-The state of training is `Position`: optimiser steps done and samples consumed. Everything random follows from it (see
-`rng.py`), so a checkpoint holds weights, optimiser state and these numbers, and a resumed run repeats the uninterrupted
-one bit for bit on the same device. Not here: what a method computes (`methods/`), what a run will do
-(`engine/plan.py`).
+The state of the training is its `Position`: optimiser steps done and samples consumed. All random draws depend on it
+(see `rng.py`), so a checkpoint only contains weights, optimiser state and these numbers, and a resumed run is
+bit-identical to an uninterrupted one on the same device. Methods are in `methods/`, and the plan of a run is in
+`engine/plan.py`.
 
-The host does not wait for the device at every step: the loss of a step is read when something has to be logged, drawn,
-evaluated or saved. A step with non-finite numbers leaves the weights unchanged whether or not it has been read, and
-rollbacks are counted from the step where the numbers occurred; so when the host reads never changes what is trained.
-(A rollback returns to the newest checkpoint, which may depend on the clock: after one, two runs may differ.)
+The host does not wait for the device at every step: it reads the loss of a step only to log, draw, evaluate or save. A
+step with non-finite numbers leaves the weights unchanged whether or not the host has read it, and rollbacks are counted
+from the step with these numbers. So the result does not depend on when the host reads. (A rollback returns to the
+newest checkpoint, whose step may depend on the clock: after a rollback, two runs may differ.)
 
-With a time budget the number of steps follows the pace (`engine/time_budget.py`). It changes at logged steps only, and
-is written to plan.json before it takes effect, so a resumed run repeats every step as it was.
+With a time budget the number of steps is adapted to the speed (`engine/time_budget.py`). It changes at logged steps
+only, and is written to plan.json before it takes effect, so a resumed run repeats all steps exactly.
 """
 
 from __future__ import annotations
@@ -76,11 +76,11 @@ Outcome = Literal["finished", "stopped"]
 
 
 def train(inputs: TrainingInputs) -> Outcome:
-    """Train until the plan is done or a signal asks to stop.
+    """Train to the last step of the plan, or until a signal requests a stop.
 
-    Continues from the newest sound checkpoint of the Run if there is one. A file other than a checkpoint that cannot be
-    written is reported once, and training continues. The caller records "finished", because it may have more to do.
-    Raises TrainingFailed.
+    Continues from the newest intact checkpoint of the run if there is one. If a file other than a checkpoint cannot be
+    written, that is reported once and training continues. The caller records "finished", because it may have more to
+    do. Raises TrainingFailed.
     """
     run, plan, stopwatch = inputs.run, inputs.plan, Stopwatch(inputs.run, inputs.began)
     with (
@@ -102,7 +102,7 @@ def train(inputs: TrainingInputs) -> Outcome:
 
 @dataclass(frozen=True)
 class Due:
-    """What happens after a step. read: wait for the device, although nothing else is due."""
+    """Actions that are due after a step. read: wait for the device, even if nothing else is due."""
 
     log: bool
     picture: bool
@@ -117,7 +117,7 @@ class Due:
 
 @dataclass
 class Loop:
-    """The training loop: what it works on, where it is, and the steps that have not been read from the device."""
+    """The training loop. unread: steps whose results have not been read from the device."""
 
     job: Job
     position: Position
@@ -143,7 +143,7 @@ class Loop:
 
     @classmethod
     def start(cls, inputs: TrainingInputs, stop: StopRequest, guard: Guard, stopwatch: Stopwatch) -> Loop:
-        """Build the method, restore or initialise its state, and draw the picture of step 0. Raises StopRequested."""
+        """Build the method, restore or initialise its state, and draw the first picture. May raise StopRequested."""
         run, config, plan, images = inputs.run, inputs.config, inputs.plan, inputs.images
         fault_points().before_training(run)
         with stop.interruptible():
@@ -196,7 +196,7 @@ class Loop:
             self.stream.close()  # ends the loader's workers
 
     def repeat_interrupted_evaluation(self) -> None:
-        """Evaluate before the first step if the run was stopped within the evaluation. Raises StopRequested."""
+        """Evaluate before the first step if the run was stopped during an evaluation. Raises StopRequested."""
         if self.evaluator is None or not evaluation_missing(self.job, self.position):
             return
         if affordable(self.job, self.pacer, "evaluation", self.position):
@@ -206,7 +206,7 @@ class Loop:
     def take_step(self) -> None:
         """Launch one optimiser step, unless a stop is requested while it waits for data.
 
-        Raises StopRequested for a stop request while torch.compile works, which may be in the middle of the update.
+        Raises StopRequested for a stop request while torch.compile runs, which may interrupt the update.
         """
         compiling = self.job.config.train.compile and self.position.step + 1 == self.first_step
         try:
@@ -216,7 +216,7 @@ class Loop:
         except StopRequested:
             if compiling:
                 raise
-            self.job.optimizer.zero_grad()  # while waiting for data: the step has changed nothing yet
+            self.job.optimizer.zero_grad()  # the stop was requested during a wait for data, before the update
             self.stopping = True
             return
         self.unread.append(taken)
@@ -226,9 +226,9 @@ class Loop:
         self.stopping = self.stop.requested
 
     def what_is_due(self) -> Due:
-        """Return what happens after the newest step."""
+        """Return which actions are due after the newest step."""
         number, train, last = self.position.step, self.job.config.train, self.job.plan.steps
-        is_new = bool(self.unread)  # otherwise it was read before, and the wait for the next one was interrupted
+        is_new = bool(self.unread)  # False if the step was read before and the wait for the next one was interrupted
         minutes = (time.monotonic() - self.last_save) / 60
         return Due(
             log=is_new and (due(number, train.log_every, last) or self.pacer.due()),
@@ -259,7 +259,7 @@ class Loop:
         row = {"step": at.step, "lr": self.unread[-1].lr, "images": at.consumed, **self.pace.row(at.consumed)}
         log_row(self.job, row | numbers)
         if at.step == 1:
-            bar.begin(1)  # the first step is slower than all others, so it does not count for the time left
+            bar.begin(1)  # exclude the first step from the estimated time left, because it is slower
         bar.update(at.step, self.progress_text(numbers["loss"]))
         self.pace = Pace(at.consumed)
 
@@ -272,7 +272,7 @@ class Loop:
         return "  ".join([epochs, ", ".join(losses), self.pace.text(consumed), so_far])
 
     def draw_and_evaluate(self, now: Due) -> bool:
-        """Draw and evaluate where that is due; return whether a stop request interrupted it."""
+        """Draw and evaluate if that is due; return whether a stop request interrupted it."""
         job, at = self.job, self.position
         try:
             if now.picture and affordable(job, self.pacer, "picture", at):
@@ -287,7 +287,7 @@ class Loop:
         return False
 
     def save(self) -> None:
-        """Write a checkpoint. Raises TrainingFailed when several in a row could not be written."""
+        """Write a checkpoint. Raises TrainingFailed if several in a row could not be written."""
         run = self.job.run
         with self.pacer.aside("save"):
             reason = save(self.job, self.position, self.stopwatch)
@@ -297,8 +297,8 @@ class Loop:
             self.job.console.warn(reason)
         if self.failed_saves >= MOST_FAILED_SAVES:
             raise TrainingFailed(
-                f"{self.failed_saves} checkpoints in a row could not be written, the last: {reason}. Fix that, then "
-                f"`unmask resume {run.path}`"
+                f"{self.failed_saves} checkpoints in a row could not be written, the last: {reason}. Fix the cause, "
+                f"then `unmask resume {run.path}`"
             )
 
     def adjust_steps(self, bar: Bar) -> None:
@@ -308,7 +308,7 @@ class Loop:
         if not self.reported_steps / REPORTED_CHANGE < steps < self.reported_steps * REPORTED_CHANGE:
             self.reported_steps = steps
             self.job.console.print(
-                f"step {self.position.step}: {steps} steps in all now, to fit the budget at this pace"
+                f"step {self.position.step}: {steps} steps in all now, to fit the budget at this speed"
             )
 
     def finish(self) -> Outcome:
@@ -316,12 +316,12 @@ class Loop:
         run, plan, at, console = self.job.run, self.job.plan, self.position, self.job.console
         with report_failure(self.job, run.metrics_file):
             if skipped := sum("skipped" in row for row in run.metrics()):
-                console.warn(f"{skipped} steps were skipped for non-finite numbers; faults.jsonl names their images")
+                console.warn(f"{skipped} steps with non-finite numbers were skipped; faults.jsonl lists their images")
         run.require_present()
         if (saved := checkpoint.newest_step(run)) != at.step:
             raise TrainingFailed(
-                f"the last weights (step {at.step}) could not be written; free disk space, then `unmask resume "
-                f"{run.path}`, which repeats the steps since step {saved or 0}"
+                f"the last weights (step {at.step}) could not be written; free disk space, then repeat the steps since "
+                f"step {saved or 0} with `unmask resume {run.path}`"
             )
         if at.step < plan.steps or self.evaluation_interrupted:
             record_stop(run, plan, at.step, self.stopwatch)
@@ -332,9 +332,9 @@ class Loop:
 
 
 def step(job: Job, stream: Iterator[Batch], at: Position) -> Step:
-    """Launch one optimiser step over `plan.accumulation` micro-batches from position `at`, which does not change.
+    """Launch one optimiser step over `plan.accumulation` micro-batches from position `at`, which is not modified.
 
-    When the mean loss or the gradient is not finite, the device leaves weights and optimiser state unchanged; `read`
+    If the mean loss or the gradient is not finite, the device leaves weights and optimiser state unchanged; `read`
     reports it.
     """
     plan, seed = job.plan, job.config.train.seed
@@ -365,8 +365,9 @@ def step(job: Job, stream: Iterator[Batch], at: Position) -> Step:
 def read(job: Job, unread: list[Step], at: Position) -> tuple[dict[str, float], Step | None]:
     """Wait for the device and check the steps since the last call; return (numbers of the newest step, fault).
 
-    fault: the step at which too many in a row were non-finite, None usually; later steps are not checked, because a
-    rollback undoes them. The images of skipped steps are written to metrics.jsonl and faults.jsonl.
+    fault: the step that requires a rollback, because too many in a row were non-finite; None: no rollback. Later steps
+    are then not checked, because the rollback undoes them. The images of skipped steps are recorded in metrics.jsonl
+    and faults.jsonl.
     """
     found = torch.stack([torch.stack([taken.loss, taken.norm]) for taken in unread]).tolist()
     for taken, (loss, norm) in zip(unread, found, strict=True):
@@ -380,8 +381,8 @@ def read(job: Job, unread: list[Step], at: Position) -> tuple[dict[str, float], 
         with report_failure(job, job.run.faults_file):
             job.run.add_fault({**row, "time": time.time()})
         job.console.warn(
-            f"step {taken.number} gave a non-finite loss or gradient and was skipped; its {len(names)} images "
-            "are named in faults.jsonl"
+            f"step {taken.number} had a non-finite loss or gradient and was skipped; faults.jsonl lists its "
+            f"{len(names)} images"
         )
         if at.bad_steps >= BAD_STEPS_IN_A_ROW:
             return {}, taken
@@ -402,4 +403,4 @@ def compile_or_explain(job: Job) -> None:
     elif compile_blocks(job.method):
         job.console.print("compiling the transformer blocks: the first step takes up to a minute more")
     else:
-        job.console.warn(f"train.compile is for transformer blocks; {job.config.method.name} has none that it knows")
+        job.console.warn(f"train.compile has no effect: {job.config.method.name} has no transformer blocks to compile")

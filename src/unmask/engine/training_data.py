@@ -38,9 +38,9 @@ class DataError(UserError):
 
 @dataclass(frozen=True)
 class TrainingRequest:
-    """A training with all settings resolved, before its plan is made.
+    """The inputs of `make_plan`: images, their scan, and the resolved settings.
 
-    scan: of `source`. budget: None where the settings say how long. reasons: why the settings were chosen, as
+    scan: scan of `source`. budget: None if the settings determine the length. reasons: why the settings were chosen, as
     sentences. supervised: None for pre-training.
     """
 
