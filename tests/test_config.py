@@ -13,7 +13,7 @@ from unmask.recipes.catalogue import all_recipes, choose, find
 
 
 @pytest.mark.parametrize("name", list(all_recipes()))
-def test_recipes_are_documented_round_trip_and_fit_together(name):
+def test_recipes_are_documented_valid_and_round_trip(name):
     assert len(all_recipes()[name].__doc__.strip().splitlines()[0]) > 20
     config = find(name)
     assert Config.model_validate(json.loads(config.model_dump_json())) == config
@@ -77,7 +77,7 @@ SOURCES = {
 
 
 @pytest.mark.parametrize("key", keys(find("mae_nano")))
-def test_every_setting_is_read_somewhere(key):
+def test_every_setting_is_used_somewhere(key):
     """No setting is silently ignored: outside the tree itself some line asks for it."""
     leaf = key.split(".")[-1]
     asked = re.compile(rf"(config|train|data|optim|crop|encoder|decoder|method)\.{leaf}\b")
@@ -117,17 +117,17 @@ def test_every_setting_is_read_somewhere(key):
         ("method.pca_whiten=true", r"^method: pca_coefficients and pca_whiten apply to target=pca; got target=norm"),
     ],
 )
-def test_wrong_settings_are_refused_with_the_nearest(assignment, message):
+def test_invalid_settings_are_rejected_with_the_nearest_names(assignment, message):
     with pytest.raises(ConfigError, match=message):
         override(find("mae_nano"), [assignment])
 
 
-def test_a_single_number_means_a_square_and_none_clears():
+def test_single_number_means_a_square_and_none_unsets():
     config = override(find("mae_nano"), ["data.size=64", "method.encoder.patch=8", "train.epochs=none"])
     assert (config.data.size, config.method.encoder.patch, config.train.epochs) == ((64, 64), (8, 8), None)
 
 
-def test_assignments_are_read_alike_everywhere():
+def test_assignments_are_parsed_consistently():
     assert parse(["a=none", "b=null", " c =[1, 2]", "d=x=y", "a=3"]) == {"a": 3, "b": None, "c": [1, 2], "d": "x=y"}
     with pytest.raises(ConfigError, match="expected KEY=VALUE"):
         parse(["a"])
@@ -141,7 +141,7 @@ def test_settings_are_frozen_and_strict():
         type(config.train)(stepz=5)
 
 
-def test_unknown_recipes_and_methods_name_the_nearest():
+def test_unknown_recipes_and_methods_suggest_the_nearest():
     with pytest.raises(ConfigError, match="recipe 'mae_nanno' is not known; did you mean mae_nano"):
         find("mae_nanno")
     assert "mae" in method_names()
@@ -160,7 +160,7 @@ def test_unknown_recipes_and_methods_name_the_nearest():
         (5, (20, 24), "cpu", "mae_nano"),
     ],
 )
-def test_auto_picks_by_count_size_and_device_and_says_why(images, size, device, name):
+def test_auto_chooses_by_count_size_and_device_with_reasons(images, size, device, name):
     recipe, overrides, reasons = choose(images, size, device)
     assert recipe == name
     assert reasons

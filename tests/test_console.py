@@ -11,7 +11,7 @@ from unmask.errors import UserError
 HOSTILE = "\x1b]0;owned\x07\x1b[31mred\x9b2J\u202egnp.exe\r\u2028\udce9"
 
 
-def test_controls_are_escaped_and_text_is_left_alone():
+def test_control_characters_are_escaped_and_text_is_unchanged():
     assert escape_controls("Vögel 鳥 \t 1 %\nnext") == "Vögel 鳥 \t 1 %\nnext"
     shown = escape_controls(HOSTILE)
     assert shown == r"\x1b]0;owned\x07\x1b[31mred\x9b2J\u202egnp.exe\r\u2028\udce9"
@@ -19,7 +19,7 @@ def test_controls_are_escaped_and_text_is_left_alone():
 
 
 @pytest.mark.parametrize("live", [False, True])
-def test_nothing_raw_is_printed(capsys, live):
+def test_console_prints_no_control_characters(capsys, live):
     console = Console()
     console.live = live
     console.print(HOSTILE)
@@ -33,14 +33,14 @@ def test_nothing_raw_is_printed(capsys, live):
 
 
 @pytest.mark.parametrize("error", [UserError(HOSTILE), RuntimeError(HOSTILE)])
-def test_errors_are_escaped_too(capsys, error):
+def test_errors_are_escaped(capsys, error):
     assert commands.explain(error) in (1, 2)
     said = capsys.readouterr().err
     assert r"\x1b]0;owned\x07" in said
     assert "\x1b" not in said
 
 
-def test_the_list_of_runs_prints_no_controls(capsys, tmp_path, monkeypatch):
+def test_list_of_runs_prints_no_control_characters(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr("unmask.commands.ls.table", lambda found: [HOSTILE])
     monkeypatch.setattr(sys, "argv", ["unmask", "ls", str(tmp_path)])
     with pytest.raises(SystemExit):
@@ -50,7 +50,7 @@ def test_the_list_of_runs_prints_no_controls(capsys, tmp_path, monkeypatch):
     assert "\x1b" not in said
 
 
-def test_the_time_left_is_shown_for_steps_of_any_length(monkeypatch, capsys):
+def test_time_left_is_shown_for_steps_of_any_length(monkeypatch, capsys):
     """Steps of 40 seconds: rich's own estimate, over the last 30 seconds, would show nothing."""
     now = 1000.0
     monkeypatch.setattr("unmask.console.time.monotonic", lambda: now)

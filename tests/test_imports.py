@@ -67,19 +67,19 @@ except SystemExit as end:
         "ls --help",
     ],
 )
-def test_nothing_heavy_is_loaded(code):
+def test_light_imports_load_no_heavy_packages(code):
     assert loaded_by(code) == set()
 
 
-def test_reading_a_report_loads_no_torch():
+def test_reading_a_report_does_not_load_torch():
     assert "torch" not in loaded_by("import unmask.report.run_page")
 
 
-def test_negative_control_the_loop_does_load_torch():
+def test_negative_control_training_loop_loads_torch():
     assert {"torch", "numpy"} <= loaded_by("import unmask.engine.train")
 
 
-def test_public_names_are_the_documented_ones_and_all_lead_somewhere():
+def test_public_names_are_documented_and_resolve():
     names = {
         "__version__", "compare", "embed", "export", "finetune", "import_weights", "load", "load_encoder",
         "open_safetensors", "predict", "pretrain", "probe", "recipe", "reconstruct", "resume",
@@ -93,7 +93,7 @@ def test_public_names_are_the_documented_ones_and_all_lead_somewhere():
         _ = unmask.lod
 
 
-def test_importing_every_module_changes_nothing():
+def test_importing_every_module_has_no_side_effects():
     """No seeds, no threads, no signals, no files, nothing on the screen; what other packages do is theirs."""
     names = [
         ".".join(path.relative_to(ROOT).with_suffix("").parts)
@@ -118,7 +118,7 @@ for was, now in zip(before, state(), strict=True):
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
 
 
-def test_the_package_is_found_beside_a_clone_of_its_name(tmp_path):
+def test_package_is_importable_beside_a_folder_of_its_name(tmp_path):
     """A folder `unmask` where Python starts, as the clone is to its parent, must not hide the installed package."""
     (tmp_path / "unmask" / "src" / "unmask").mkdir(parents=True)
     code = "import unmask; assert unmask.__file__, unmask.__path__; unmask.recipe"
@@ -126,7 +126,7 @@ def test_the_package_is_found_beside_a_clone_of_its_name(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_packages_but_commands_are_empty_and_nothing_imports_the_root():
+def test_package_init_files_are_empty_and_nothing_imports_the_root():
     for path in (ROOT / "unmask").glob("*/__init__.py"):
         assert path.parent.name == "commands" or not path.read_text().strip(), f"{path} should be empty"
     for path in (ROOT / "unmask").rglob("*.py"):
@@ -134,7 +134,7 @@ def test_packages_but_commands_are_empty_and_nothing_imports_the_root():
             assert line.strip() != "import unmask", f"{path} imports the root"
 
 
-def test_the_floors_hold():
+def test_import_layers_are_respected():
     """`lint-imports`: the layers of pyproject.toml, where the tool is installed."""
     pytest.importorskip("importlinter")
     tool = Path(sys.executable).with_name("lint-imports")
@@ -149,7 +149,7 @@ def test_the_floors_hold():
     assert done.returncode == 0, done.stdout
 
 
-def test_the_tests_lie_in_the_folders_of_the_package():
+def test_folders_of_tests_mirror_the_package():
     tests = Path(__file__).parent
     files = [path for path in tests.rglob("*.py") if "__pycache__" not in path.parts]
     folders = {path.parent.relative_to(tests) for path in files} - {Path("benchmarks")}

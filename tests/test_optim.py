@@ -11,12 +11,12 @@ from unmask.optim import Lars, OptimConfig, learning_rate, make_optimizer, peak_
 from unmask.recipes.catalogue import find
 
 
-def test_base_lr_rule_is_per_256_images_of_the_global_batch():
+def test_base_lr_is_per_256_images_of_the_global_batch():
     assert peak_lr(OptimConfig(base_lr=1.5e-4), 4096) == pytest.approx(2.4e-3)
     assert peak_lr(OptimConfig(base_lr=1.5e-4), 64) == pytest.approx(1.5e-4 / 4)
 
 
-def test_schedule_is_per_iteration_from_zero_to_peak_to_zero():
+def test_schedule_rises_from_zero_to_peak_and_falls_to_zero():
     def lr(step):
         return learning_rate(step, steps=100, warmup_steps=10, peak=2.0)
 
@@ -32,7 +32,7 @@ def test_schedule_is_per_iteration_from_zero_to_peak_to_zero():
     assert learning_rate(100, steps=100, warmup_steps=10, peak=2.0, final=0.2) == pytest.approx(0.2)
 
 
-def test_biases_and_gains_are_not_decayed_but_tokens_are_and_tables_are_not_trained():
+def test_weight_decay_excludes_biases_and_gains_but_not_tokens():
     spec = ImageSpec(3, (32, 32), "uint8", (1.0,) * 3, (1.0,) * 3)
     method = override(find("mae_nano"), ["method.encoder.depth=1"]).build(spec)
     optimizer = make_optimizer(method, OptimConfig())
@@ -46,7 +46,7 @@ def test_biases_and_gains_are_not_decayed_but_tokens_are_and_tables_are_not_trai
 
 
 @pytest.mark.parametrize("finite", [True, False])
-def test_the_fused_gate_leaves_weights_and_moments_bitwise_alone(finite):
+def test_skipped_fused_step_keeps_weights_and_moments_bit_identical(finite):
     module = torch.nn.Linear(3, 2)
     optimizer = make_optimizer(module, OptimConfig())
     for group in optimizer.param_groups:
@@ -73,7 +73,7 @@ def classifier(depth=3):
     return Classifier(config, ImageSpec(3, (16, 16), "uint8", (0.0,) * 3, (1.0,) * 3))
 
 
-def test_each_layer_has_the_rate_of_the_one_above_it_times_the_decay():
+def test_layer_rates_decay_towards_the_input():
     method = classifier()
     optimizer = make_optimizer(method, OptimConfig(layer_decay=0.5))
     names = {id(p): name for name, p in method.named_parameters()}
@@ -86,7 +86,7 @@ def test_each_layer_has_the_rate_of_the_one_above_it_times_the_decay():
     assert {round(group["lr"] / group["lr_scale"], 9) for group in optimizer.param_groups} == {0.1}
 
 
-def test_positions_and_class_token_of_a_classifier_are_not_decayed():
+def test_positions_and_class_token_of_a_classifier_have_no_weight_decay():
     method = classifier()
     optimizer = make_optimizer(method, OptimConfig())
     names = {id(p): name for name, p in method.named_parameters()}
@@ -95,7 +95,7 @@ def test_positions_and_class_token_of_a_classifier_are_not_decayed():
     assert "encoder.blocks.0.mlp.fc1.weight" not in plain
 
 
-def test_lars_is_the_published_one():
+def test_lars_matches_the_published_code():
     torch.manual_seed(0)
     matrix, bias = torch.nn.Parameter(torch.randn(4, 3)), torch.nn.Parameter(torch.randn(4))
     optimizer = make_optimizer(torch.nn.ParameterList([matrix, bias]), OptimConfig(name="lars", weight_decay=0))
@@ -113,7 +113,7 @@ def test_lars_is_the_published_one():
         torch.testing.assert_close(bias.detach(), want[1])
 
 
-def test_lars_leaves_everything_alone_at_a_bad_step():
+def test_lars_changes_nothing_at_a_non_finite_step():
     weight = torch.nn.Parameter(torch.randn(4, 3))
     optimizer = make_optimizer(torch.nn.ParameterList([weight]), OptimConfig(name="lars"))
     weight.grad = torch.randn(4, 3)

@@ -111,7 +111,7 @@ def make_run(path: Path) -> Run:
     return run
 
 
-def test_every_record_is_read_back_as_it_was_written_whatever_its_file_is_called(tmp_path):
+def test_every_record_round_trips_under_any_file_name(tmp_path):
     run = make_run(tmp_path / "run")
     for name, record in zip("wxyz", (SCORE, PROBE, BASELINES, CURVE), strict=True):
         run.write(f"evals/{name}.json", to_json(record))
@@ -124,7 +124,7 @@ def test_every_record_is_read_back_as_it_was_written_whatever_its_file_is_called
     assert results.damaged == ()
 
 
-def test_damaged_and_unknown_files_are_named_and_the_others_read(tmp_path):
+def test_damaged_and_unknown_files_are_reported_and_others_are_read(tmp_path):
     run = make_run(tmp_path / "run")
     run.write("evals/good.json", to_json(PROBE))
     run.write("evals/changed.json", to_json(PROBE))
@@ -141,7 +141,7 @@ def test_damaged_and_unknown_files_are_named_and_the_others_read(tmp_path):
     assert "wrong.json: got a probe result with an invalid rows" in wrong
 
 
-def test_a_score_counts_when_it_is_of_the_last_step(tmp_path):
+def test_score_must_be_of_the_last_step(tmp_path):
     run = make_run(tmp_path / "run")
     assert read_score(run) is None
     run.write("evals/fine-tuned.json", to_json(replace(SCORE, step=9)))
@@ -208,17 +208,17 @@ def test_scores_and_baselines_of_earlier_versions_are_converted():
 
 
 @pytest.mark.parametrize("name", EARLIER)
-def test_a_converted_result_is_a_record_of_this_version(name):
+def test_converted_result_is_a_valid_record(name):
     record = from_json(EARLIER[name])
     assert from_json(to_json(record)) == record
 
 
-def test_baselines_of_the_first_version_are_refused_with_a_sentence():
+def test_baselines_of_the_first_version_raise_a_clear_error():
     with pytest.raises(UserError, match="measure again"):
         from_json({"step": 40, "images": 8, "loss": 0.5, "patch_mean": 1.0})
 
 
-def test_images_are_the_same_by_content_and_by_name_only_where_a_digest_is_unknown():
+def test_image_sets_match_by_digest_or_by_name_if_it_is_unknown():
     moved = replace(BIRDS, name="flock", path="/elsewhere")
     changed = replace(BIRDS, digest="bb")
     unknown = replace(BIRDS, digest=None)
@@ -234,7 +234,7 @@ def test_images_are_the_same_by_content_and_by_name_only_where_a_digest_is_unkno
     assert TestIdentity(images=replace(BIRDS, excluded=("*.gif",))).describe("x") == "birds without *.gif"
 
 
-def test_scores_are_comparable_where_everything_but_the_encoder_is_the_same():
+def test_scores_are_comparable_if_only_the_encoder_differs():
     assert PROBE.same_measurement(replace(PROBE, step=80, rows=PROBE.rows[:1], verdict="other words"))
     for change in (
         {"kind": "knn"}, {"shots": 5}, {"seed": 1}, {"layer": "last"}, {"mask_votes": 2}, {"names": ("a", "c")},
@@ -244,7 +244,7 @@ def test_scores_are_comparable_where_everything_but_the_encoder_is_the_same():
     assert not CURVE.same_measurement(replace(CURVE, draws=3))
 
 
-def test_the_best_pooling_of_a_feature_set_is_found():
+def test_row_returns_the_best_pooling():
     assert PROBE.row() is PROBE.rows[1]
     assert PROBE.row(PRETRAINED, "cls") is PROBE.rows[2]
     assert PROBE.row(RANDOM_INIT) is None

@@ -38,7 +38,7 @@ def test_numpy_and_torch_draw_the_same():
     assert 0 <= ours.min() < ours.max() < 1
 
 
-def test_a_draw_does_not_depend_on_the_place_in_the_batch():
+def test_draw_does_not_depend_on_the_position_in_the_batch():
     whole = uniform(1, Stream.CROP, np.zeros(10, np.int64), np.arange(10), 5)
     shuffled = np.array([7, 3, 9])
     assert (uniform(1, Stream.CROP, np.zeros(3, np.int64), shuffled, 5) == whole[shuffled]).all()
@@ -47,7 +47,7 @@ def test_a_draw_does_not_depend_on_the_place_in_the_batch():
 
 
 @pytest.mark.parametrize("change", ["seed", "stream", "epoch", "index"])
-def test_every_word_changes_the_draw_and_fields_are_never_added(change):
+def test_each_input_changes_the_draw_and_inputs_are_never_added(change):
     def draw(seed=1, stream=Stream.MASK, epoch=1, index=1):
         return words(seed, stream, np.array([epoch]), np.array([index]), 8)[0].tolist()
 
@@ -57,7 +57,7 @@ def test_every_word_changes_the_draw_and_fields_are_never_added(change):
     assert len(set(all_draws)) == 27
 
 
-def test_permutation_holds_every_image_once_and_differs_between_epochs():
+def test_permutation_contains_every_image_once_and_differs_between_epochs():
     first, second = permutation(3, 0, 1000), permutation(3, 1, 1000)
     assert sorted(first) == list(range(1000)) == sorted(second)
     assert (first != second).any()

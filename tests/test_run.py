@@ -20,7 +20,7 @@ def run(tmp_path):
     return made
 
 
-def test_a_folder_with_something_in_it_is_refused_and_left_alone(tmp_path):
+def test_non_empty_folder_is_rejected_and_unchanged(tmp_path):
     (tmp_path / "mine.txt").write_text("precious")
     with pytest.raises(RunError, match=r"not empty.*another --out"):
         Run.create(tmp_path)
@@ -29,12 +29,12 @@ def test_a_folder_with_something_in_it_is_refused_and_left_alone(tmp_path):
     assert (tmp_path / "mine.txt").read_text() == "precious"
 
 
-def test_a_finished_run_names_resume(run):
+def test_error_for_an_existing_run_suggests_resume(run):
     with pytest.raises(RunError, match="unmask resume"):
         Run.create(run.path)
 
 
-def test_opening_what_is_no_run(run, tmp_path):
+def test_opening_a_folder_that_is_not_a_run_is_an_error(run, tmp_path):
     with pytest.raises(RunError, match="not a folder"):
         Run.open(tmp_path / "nowhere")
     with pytest.raises(RunError, match=r"no config\.json; did you mean .*run"):
@@ -55,7 +55,7 @@ def test_json_round_trip_and_damage(run):
         run.read("plan.json")
 
 
-def test_a_failed_write_leaves_the_old_file(run, monkeypatch):
+def test_failed_write_keeps_the_old_file(run, monkeypatch):
     run.write("status.json", {"old": True})
     monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(OSError, match="No space"):
@@ -65,7 +65,7 @@ def test_a_failed_write_leaves_the_old_file(run, monkeypatch):
     assert not list(run.path.glob(".*partial"))
 
 
-def test_metrics_keep_each_step_once_and_survive_a_torn_line(run):
+def test_metrics_keep_each_step_once_and_survive_a_truncated_line(run):
     for step in range(1, 6):
         run.log({"step": step, "loss": step / 3})
     with run.metrics_file.open("ab") as file:
@@ -78,7 +78,7 @@ def test_metrics_keep_each_step_once_and_survive_a_torn_line(run):
     assert run.metrics()[0]["loss"] == 1 / 3  # exactly
 
 
-def test_quarantine_keeps_names_that_are_no_text(run):
+def test_quarantine_keeps_file_names_that_are_not_utf8(run):
     run.add_quarantine({"name": "bad\udcff.png", "code": "EMPTY", "detail": ""})
     assert run.quarantine()[0]["name"] == "bad\udcff.png"
     run.quarantine_file.read_bytes().decode("ascii")
@@ -96,7 +96,7 @@ def _hold(path, ready):
         time.sleep(60)
 
 
-def test_one_trainer_at_a_time_and_a_killed_one_leaves_no_lock(run):
+def test_lock_allows_one_process_and_is_released_if_it_is_killed(run):
     context = multiprocessing.get_context("spawn")
     ready = context.Event()
     holder = context.Process(target=_hold, args=(run.path, ready))
@@ -117,7 +117,7 @@ def test_replace_file_writes_the_whole_content(tmp_path):
     assert (tmp_path / "a").read_bytes() == b"x" * 100_000
 
 
-def test_a_full_disk_names_the_file(tmp_path, monkeypatch):
+def test_full_disk_error_names_the_file(tmp_path, monkeypatch):
     def full(_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as write and fsync raise it: without a name
 

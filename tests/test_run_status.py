@@ -22,7 +22,7 @@ def run(tmp_path) -> Run:
     return Run.create(tmp_path / "run")
 
 
-def test_a_status_names_the_process_that_recorded_it(run):
+def test_status_names_the_process_that_recorded_it(run):
     run.set_status("running", 3, total=9, seconds=2.5)
     status = run.status()
     assert (status.state, status.step, status.steps, status.seconds) == ("running", 3, 9, 2.5)
@@ -30,7 +30,7 @@ def test_a_status_names_the_process_that_recorded_it(run):
     assert RunStatus.of(status.to_json(), {}, locked=False) == status
 
 
-def test_the_status_of_an_earlier_version_is_read(run):
+def test_status_of_an_earlier_version_is_read(run):
     (run.path / "status.json").write_text(json.dumps({"state": "stopped", "step": 7, "time": 5.0, "total": 9}))
     status = Run(run.path).status()
     assert (status.state, status.step, status.steps, status.time) == ("stopped", 7, 9, 5.0)
@@ -39,7 +39,7 @@ def test_the_status_of_an_earlier_version_is_read(run):
 
 
 @pytest.mark.parametrize("content", [None, "", "[]", "{", '{"state": 3, "step": "x", "pid": null}'])
-def test_a_missing_or_damaged_status_is_an_empty_one(run, content):
+def test_missing_or_damaged_status_is_empty(run, content):
     if content is not None:
         (run.path / "status.json").write_text(content)
     assert Run(run.path).status() == RunStatus()
@@ -55,7 +55,7 @@ def test_a_missing_or_damaged_status_is_an_empty_one(run, content):
         (False, 1000.0, "elsewhere", "slow"),
     ],
 )
-def test_health_tells_a_slow_process_from_a_dead_one(locked, beat, host, health):
+def test_health_distinguishes_slow_and_dead_processes(locked, beat, host, health):
     recorded = RUNNING if host is None else {**RUNNING, "host": host}
     status = RunStatus.of(recorded, {"time": beat, "step": 5}, locked=locked)
     assert status.step == 5, "the heartbeat is newer than the status"
@@ -63,13 +63,13 @@ def test_health_tells_a_slow_process_from_a_dead_one(locked, beat, host, health)
     assert status.shown_state == ("running" if locked else "interrupted")
 
 
-def test_a_run_that_has_just_begun_is_not_slow():
+def test_run_that_has_just_begun_is_not_slow():
     status = RunStatus.of(RUNNING, {}, locked=True)
     assert status.health(now=1000.0 + SLOW_AFTER) == "training"
     assert status.health(now=1001.0 + SLOW_AFTER) == "slow"
 
 
-def test_the_loop_beats_while_it_trains_and_leaves_no_heartbeat(images, tmp_path, monkeypatch):
+def test_heartbeat_is_written_during_training_and_removed_at_the_end(images, tmp_path, monkeypatch):
     monkeypatch.setattr(heartbeat, "INTERVAL", 0.0)
     seen = []
 
@@ -85,7 +85,7 @@ def test_the_loop_beats_while_it_trains_and_leaves_no_heartbeat(images, tmp_path
     assert run.status().health() == "ended"
 
 
-def test_a_heartbeat_that_cannot_be_written_does_not_stop_training(run, monkeypatch):
+def test_failed_heartbeat_does_not_stop_training(run, monkeypatch):
     monkeypatch.setattr(run, "write_heartbeat", lambda step: (_ for _ in ()).throw(OSError(28, "full")))
     heartbeat.Heartbeat(run).beat(1)
 
@@ -97,7 +97,7 @@ def test_heartbeats_are_written_at_intervals(run):
     assert json.loads(run.heartbeat_file.read_text())["step"] == 1
 
 
-def test_a_killed_process_is_dead(run):
+def test_killed_process_is_dead(run):
     code = f"""
 import os, signal
 from unmask.run import Run
@@ -111,7 +111,7 @@ with run.lock():
     assert (status.health(), status.shown_state) == ("dead", "interrupted")
 
 
-def test_only_new_rows_are_read(run):
+def test_metrics_since_an_offset_reads_only_new_rows(run):
     assert run.metrics().offset == MetricsOffset(0, 0)
     run.log({"step": 1})
     first = run.metrics()
@@ -123,7 +123,7 @@ def test_only_new_rows_are_read(run):
     assert list(run.metrics()) == [{"step": 1}, {"step": 2}]
 
 
-def test_a_line_that_is_being_written_is_read_when_it_is_complete(run):
+def test_partial_line_is_read_when_it_is_complete(run):
     run.log({"step": 1})
     with run.metrics_file.open("ab") as file:
         file.write(b'{"step": 2, "lo')
@@ -134,7 +134,7 @@ def test_a_line_that_is_being_written_is_read_when_it_is_complete(run):
     assert list(run.metrics(since=first.offset)) == [{"step": 2, "loss": 0.5}]
 
 
-def test_rows_that_were_cut_back_are_read_anew(run):
+def test_all_rows_are_read_after_a_truncation(run):
     for step in (1, 2, 3):
         run.log({"step": step})
     before = run.metrics()

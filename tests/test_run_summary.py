@@ -17,12 +17,12 @@ from unmask.run_summary import summarise
 from unmask.system import folder_lock
 
 
-def test_a_run_says_what_it_is_and_how_far_it_got(tmp_path):
+def test_repr_of_a_run_shows_state_and_progress(tmp_path):
     run = make_run(tmp_path / "run")
     assert repr(run) == f"Run('{run.path}', finished, step 40/40, mae_nano, loss 0.0500, linear 80.0 % on birds)"
 
 
-def test_a_notebook_gets_a_table_and_the_newest_picture(tmp_path):
+def test_notebook_shows_a_table_and_the_newest_picture(tmp_path):
     run = make_run(tmp_path / "<run>")
     shown = run._repr_html_()
     assert "<th>state</th><td>finished</td>" in shown
@@ -33,13 +33,13 @@ def test_a_notebook_gets_a_table_and_the_newest_picture(tmp_path):
     assert newest in shown
 
 
-def test_a_folder_that_is_no_run_has_a_repr_too(tmp_path):
+def test_repr_of_a_folder_that_is_not_a_run(tmp_path):
     assert repr(Run(tmp_path / "nothing")) == f"Run('{tmp_path / 'nothing'}', damaged)"
     (tmp_path / "config.json").write_text("{")
     assert "damaged" in repr(Run(tmp_path))
 
 
-def test_files_that_go_while_a_run_is_described_are_passed_over(tmp_path, monkeypatch):
+def test_files_deleted_during_a_summary_are_skipped(tmp_path, monkeypatch):
     run = make_run(tmp_path / "run")
     before, walk = summarise(run), os.walk
 
@@ -69,7 +69,7 @@ def test_progress_in_a_notebook_replaces_one_line(monkeypatch):
     assert len(shown) == 3
 
 
-def test_long_work_of_unknown_length_reports_that_it_goes_on(monkeypatch, capsys):
+def test_work_of_unknown_length_reports_elapsed_time(monkeypatch, capsys):
     monkeypatch.setattr(console, "PLAIN_INTERVAL", 0.01)
     with Console().working("fitting"):
         time.sleep(0.2)
@@ -83,7 +83,7 @@ def test_long_work_of_unknown_length_reports_that_it_goes_on(monkeypatch, capsys
     assert threading.active_count() == threads
 
 
-def test_a_run_that_was_killed_is_not_shown_as_running(tmp_path):
+def test_killed_run_is_not_shown_as_running(tmp_path):
     run = make_run(tmp_path / "run")
     run.set_status("running", 7, total=40)
     assert summarise(run).state == "interrupted"
@@ -96,7 +96,7 @@ def test_a_run_that_was_killed_is_not_shown_as_running(tmp_path):
     assert summarise(run).state == "stopped"
 
 
-def test_looking_at_a_run_makes_no_lock_file_and_does_not_keep_others_out(tmp_path):
+def test_reading_a_run_creates_no_lock_and_does_not_block_others(tmp_path):
     assert not folder_lock.is_held(tmp_path)
     assert list(tmp_path.iterdir()) == []
     with folder_lock.locked(tmp_path, grace=0):

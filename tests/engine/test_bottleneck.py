@@ -18,13 +18,13 @@ def pace(read=0.001, decode=0.002, transform=0.0005, step=0.001, *, workers=1, c
     return Pace(read, decode, transform, step, workers, cores, cached, loaded=max(1, workers) / load, **more)
 
 
-def test_a_slow_step_is_the_limit_and_needs_nothing():
+def test_slow_step_is_the_limit_and_needs_no_advice():
     found = pace(step=0.01)
     assert (found.limit, found.wait, found.advice("d")) == (STEP, 0.0, [])
     assert found.enough_workers == 1
 
 
-def test_workers_are_advised_where_cores_are_idle():
+def test_more_workers_are_advised_if_cores_are_idle():
     found = pace()
     assert found.limit == DECODING
     assert found.wait == pytest.approx(1 - 1 / 3.5)
@@ -36,7 +36,7 @@ def test_workers_are_advised_where_cores_are_idle():
     assert pace(workers=5).limit == STEP
 
 
-def test_what_takes_longest_is_named_where_loading_cannot_keep_up():
+def test_slowest_part_of_loading_is_the_limit():
     assert pace(read=0.01).limit == STORAGE
     assert "disk" in " ".join(pace(read=0.01).advice("d"))
     assert pace(transform=0.01).limit == TRANSFORM
@@ -52,7 +52,7 @@ def test_more_workers_than_cores_are_not_advised():
     assert "2 cores" in advice
 
 
-def test_images_in_memory_cost_their_transform_alone():
+def test_cached_images_only_take_the_time_of_the_transform():
     found = pace(read=1.0, decode=1.0, workers=0, cached=True)
     assert found.load == 0.0005
     assert found.limit == STEP
@@ -61,7 +61,7 @@ def test_images_in_memory_cost_their_transform_alone():
 
 
 @pytest.mark.parametrize("slow", [STORAGE, DECODING])
-def test_what_is_slow_is_found(tmp_path, monkeypatch, slow):
+def test_slow_part_is_measured(tmp_path, monkeypatch, slow):
     monkeypatch.setattr(bottleneck, "measure_step_seconds", lambda *_, **__: 0.0001)
     monkeypatch.setattr(bottleneck, "PATIENCE", 0.3)
     place = (FilesSource, "read") if slow == STORAGE else (decode, "decode")
@@ -81,7 +81,7 @@ def test_what_is_slow_is_found(tmp_path, monkeypatch, slow):
     assert found["enough_workers"] >= 1.2 * 0.03 / (0.0001 / 8)
 
 
-def test_a_quick_loader_is_told_from_a_slow_step(images, monkeypatch):
+def test_fast_loader_with_a_slow_step_is_not_the_limit(images, monkeypatch):
     said: list[str] = []
     monkeypatch.setattr(Console, "print", lambda _, text="": said.append(text))
     monkeypatch.setattr(bottleneck, "measure_step_seconds", lambda *_, **__: 60.0)
@@ -95,7 +95,7 @@ def test_a_quick_loader_is_told_from_a_slow_step(images, monkeypatch):
 
 
 @pytest.mark.parametrize("cache", ["true", "false"])
-def test_repeated_samples_are_timed_too(images, monkeypatch, cache):
+def test_repeated_samples_are_timed(images, monkeypatch, cache):
     monkeypatch.setattr(bottleneck, "measure_step_seconds", lambda *_, **__: 0.01)
     monkeypatch.setattr(bottleneck, "PATIENCE", 0.3)
     settings = ["data.size=[16,16]", "train.device=cpu", f"data.cache={cache}", "data.workers=0", "train.batch_size=8"]
@@ -103,7 +103,7 @@ def test_repeated_samples_are_timed_too(images, monkeypatch, cache):
     assert found["transform"] > 0
 
 
-def test_what_is_decoded_once_counts_once(images, monkeypatch):
+def test_decoding_is_shared_between_repeated_samples(images, monkeypatch):
     monkeypatch.setattr(bottleneck, "measure_step_seconds", lambda *_, **__: 0.01)
     monkeypatch.setattr(bottleneck, "PATIENCE", 0.3)
     usual = decode.decode
@@ -114,7 +114,7 @@ def test_what_is_decoded_once_counts_once(images, monkeypatch):
     assert found["loaded"] < 100
 
 
-def test_what_cannot_be_trained_on_is_refused(tmp_path, images):
+def test_unusable_images_are_rejected(tmp_path, images):
     with pytest.raises(UserError, match="learns from labels"):
         find_bottleneck(str(images), Console(quiet=True), recipe="finetune_nano")
     bad = tmp_path / "bad"

@@ -17,7 +17,7 @@ def quick(monkeypatch):
     monkeypatch.setattr("unmask.engine.make_plan.free_memory", lambda _: 1 << 30)
 
 
-def test_a_sample_is_recommended_for_as_many_images_as_there_are():
+def test_recipe_for_a_sample_is_chosen_by_the_number_of_all_images():
     code, summary = check_data("shapes:20000", Console(quiet=True), sample=100, workers=0)
     assert code == 0
     assert (summary["checked"], summary["good"], summary["usable"]) == (100, 100, 20_000)
@@ -28,13 +28,13 @@ def test_a_sample_is_recommended_for_as_many_images_as_there_are():
     assert summary["forecast_seconds"] >= summary["steps"] * 0.5
 
 
-def test_the_command_that_trains_on_what_was_checked_is_given(images, capsys):
+def test_training_command_for_the_checked_images_is_printed(images, capsys):
     check_data([str(images)], Console(), sample=None, workers=0, settings=["data.alpha=drop"], exclude=["*_mask.png"])
     said = "".join(capsys.readouterr().err.splitlines())
     assert f"unmask pretrain {images} --exclude '*_mask.png' --set data.alpha=drop" in said
 
 
-def test_without_a_sample_the_number_is_exact(images):
+def test_number_of_images_is_exact_without_a_sample(images):
     (images / "broken.png").write_bytes(b"")
     _, summary = check_data(str(images), Console(quiet=True), sample=None, workers=0)
     assert summary["usable"] == 30
@@ -43,7 +43,7 @@ def test_without_a_sample_the_number_is_exact(images):
     assert "about 30 images" not in text
 
 
-def test_the_forecast_is_of_the_plan_that_pretrain_makes(images, tmp_path, monkeypatch):
+def test_forecast_uses_the_plan_of_pretrain(images, tmp_path, monkeypatch):
     _, summary = check_data(str(images), Console(quiet=True), sample=None, workers=0)
     monkeypatch.setattr(pretrain, "train_and_record", lambda *_: None)
     run = pretrain.pretrain(images, out=tmp_path / "run")
@@ -53,7 +53,7 @@ def test_the_forecast_is_of_the_plan_that_pretrain_makes(images, tmp_path, monke
     assert summary["reasons"][0].startswith("images of 20 x 24 (median) are resampled to 20 x 20 pixels")
 
 
-def test_the_forecast_is_for_the_device_that_is_set(images, monkeypatch):
+def test_forecast_uses_the_device_of_the_settings(images, monkeypatch):
     monkeypatch.setattr(
         "unmask.engine.check.choose_device", lambda asked: "cpu" if asked == "cpu" else pytest.fail(asked)
     )
@@ -61,7 +61,7 @@ def test_the_forecast_is_for_the_device_that_is_set(images, monkeypatch):
     assert summary["device"] == "cpu"
 
 
-def test_nothing_is_kept_or_written_by_a_forecast(images, tmp_path, monkeypatch):
+def test_forecast_caches_and_writes_nothing(images, tmp_path, monkeypatch):
     before = sorted(tmp_path.rglob("*"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(pretrain.Run, "create", pytest.fail)
@@ -71,7 +71,7 @@ def test_nothing_is_kept_or_written_by_a_forecast(images, tmp_path, monkeypatch)
     json.dumps(summary)
 
 
-def test_too_many_bad_files_are_exit_code_two(tmp_path):
+def test_too_many_bad_files_give_exit_code_two(tmp_path):
     images = write_images(tmp_path / "images", 8)
     for number in range(4):
         (images / f"{number:04d}.png").write_bytes(b"")

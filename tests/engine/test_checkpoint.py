@@ -56,19 +56,19 @@ def test_round_trip_is_exact_in_every_dtype(run):
     assert (run.checkpoints / "LATEST").read_text() == "step-00000007\n"
 
 
-def test_none_was_ever_written(run):
+def test_run_without_checkpoints_loads_none(run):
     assert load_latest(run) is None
     with pytest.raises(CheckpointError, match=r"no checkpoint yet.*unmask resume"):
         load_model(run)
 
 
-def test_retention_keeps_the_newest_verified_ones(run):
+def test_pruning_keeps_the_newest_intact_checkpoints(run):
     for step in (1, 2, 3, 4):
         write(run, step)
     assert sorted(p.name for p in run.checkpoints.glob("step-*")) == ["step-00000003", "step-00000004"]
 
 
-def test_broken_newer_folders_push_no_good_one_out(run):
+def test_damaged_newer_folders_do_not_count_in_pruning(run):
     write(run, 1)
     for step in (2, 3):
         (run.checkpoints / f"step-{step:08d}").mkdir()
@@ -77,7 +77,7 @@ def test_broken_newer_folders_push_no_good_one_out(run):
     assert (run.checkpoints / "step-00000001").is_dir()
 
 
-def test_one_checkpoint_is_refused_as_a_retention(run):
+def test_keeping_only_one_checkpoint_is_rejected(run):
     with pytest.raises(AssertionError):
         write(run, 1, keep=1)
 
@@ -121,7 +121,7 @@ def boundaries(run, step, at=None):
     return passed
 
 
-def test_killed_at_every_boundary_of_a_save_the_run_can_go_on(run):
+def test_run_can_resume_after_a_kill_at_any_point_of_a_save(run):
     write(run, 1)
     write(run, 2)
     total = boundaries(run, 3)
@@ -140,7 +140,7 @@ def test_killed_at_every_boundary_of_a_save_the_run_can_go_on(run):
         assert load_latest(run).step == 4
 
 
-def test_killed_while_the_only_checkpoint_is_written_again_one_of_the_two_is_left(run):
+def test_kill_while_the_only_checkpoint_is_rewritten_leaves_one_copy(run):
     """After a rollback the same step is saved again; between the two renames there is none of that name."""
     write(run, 1)
     total = boundaries(run, 1)
@@ -155,7 +155,7 @@ def test_killed_while_the_only_checkpoint_is_written_again_one_of_the_two_is_lef
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_flipped_bit_is_found_wherever_it_is(run, name):
+def test_flipped_bit_anywhere_is_detected(run, name):
     write(run, 1)
     path = write(run, 2) / name
     sound = path.read_bytes()
@@ -184,7 +184,7 @@ def json_equal(a, b):
         return False
 
 
-def test_without_the_digest_the_flip_would_be_loaded(run, monkeypatch):
+def test_flipped_bit_would_be_loaded_without_the_digest(run, monkeypatch):
     """Negative control: the file format itself does not notice."""
     path = write(run, 1) / "model.safetensors"
     content = bytearray(path.read_bytes())
@@ -209,7 +209,7 @@ def test_without_the_digest_the_flip_would_be_loaded(run, monkeypatch):
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("damage", ["truncate", "empty", "missing", "swap", "folder"])
-def test_other_damage_falls_back_to_the_one_before(run, name, damage):
+def test_other_damage_falls_back_to_the_previous_checkpoint(run, name, damage):
     older, newer = write(run, 1), write(run, 2)
     path = newer / name
     if damage == "truncate":
@@ -230,7 +230,7 @@ def test_other_damage_falls_back_to_the_one_before(run, name, damage):
     assert (run.checkpoints / "step-00000002.corrupt").is_dir()
 
 
-def test_a_damaged_folder_never_overwrites_an_older_damaged_one(run):
+def test_renamed_damaged_folder_overwrites_no_older_one(run):
     for _ in range(2):
         write(run, 1)
         path = write(run, 2)
@@ -239,7 +239,7 @@ def test_a_damaged_folder_never_overwrites_an_older_damaged_one(run):
     assert {p.name for p in run.checkpoints.glob("*.corrupt*")} == {"step-00000002.corrupt", "step-00000002.corrupt-2"}
 
 
-def test_all_damaged_is_an_error_and_never_a_fresh_start(run):
+def test_run_with_only_damaged_checkpoints_is_an_error(run):
     for step in (1, 2):
         (write(run, step) / "model.safetensors").write_bytes(b"")
     for _ in range(2):  # the second time they are all set aside already
@@ -247,7 +247,7 @@ def test_all_damaged_is_an_error_and_never_a_fresh_start(run):
             load_latest(run, log=lambda _: None)
 
 
-def test_latest_is_only_a_hint(run):
+def test_content_of_latest_is_ignored(run):
     write(run, 1)
     write(run, 2)
     (run.checkpoints / "LATEST").write_text("step-00000001\n")
@@ -258,7 +258,7 @@ def test_latest_is_only_a_hint(run):
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
 @pytest.mark.parametrize("call", range(6))
-def test_a_full_disk_leaves_the_old_ones(run, monkeypatch, number, call):
+def test_full_disk_keeps_older_checkpoints(run, monkeypatch, number, call):
     write(run, 1)
     real, calls = os.fsync, []
 
@@ -285,7 +285,7 @@ def test_a_full_disk_leaves_the_old_ones(run, monkeypatch, number, call):
     assert load_latest(run).step == 3
 
 
-def test_a_disk_that_is_really_full(run):
+def test_write_to_dev_full_is_reported(run):
     """/dev/full refuses every byte, as a full disk does."""
     if not os.path.exists("/dev/full"):
         pytest.skip("this system has no /dev/full")
@@ -303,7 +303,7 @@ class Payload:
 
 @pytest.mark.parametrize("with_manifest", [False, True])
 @pytest.mark.parametrize("form", ["pickle", "torch"])
-def test_a_foreign_pickle_is_refused_by_name_and_never_opened(run, tmp_path, form, with_manifest):
+def test_pickle_is_rejected_and_never_opened(run, tmp_path, form, with_manifest):
     marker = tmp_path / "marker"
     path = write(run, 1) / "model.safetensors"
     if form == "pickle":
@@ -323,7 +323,7 @@ def test_a_foreign_pickle_is_refused_by_name_and_never_opened(run, tmp_path, for
     assert (path.parent).is_dir(), "reading for evaluation renames nothing"
 
 
-def test_asking_for_a_step(run):
+def test_checkpoint_of_a_given_step_is_loaded(run):
     write(run, 1)
     write(run, 2)
     assert load_model(run, 1)[0] == 1
@@ -331,7 +331,7 @@ def test_asking_for_a_step(run):
         load_model(run, 5)
 
 
-def test_verify_names_a_checkpoint_under_a_wrong_name(run):
+def test_verify_rejects_a_folder_with_the_wrong_step(run):
     path = write(run, 1)
     path.rename(run.checkpoints / "step-00000009")
     with pytest.raises(Damaged, match="belongs to another checkpoint"):
@@ -354,7 +354,7 @@ def advance(module, optimizer, steps):
 
 
 @pytest.mark.parametrize("forget", ["nothing", "moments", "step count"])
-def test_optimizer_state_goes_on_bit_for_bit(run, forget):
+def test_restored_optimizer_state_is_bit_identical(run, forget):
     """With negative controls: forgetting moments or the step count must be visible."""
     module, optimizer, names = make_training(0)
     advance(module, optimizer, 5)
@@ -378,7 +378,7 @@ def test_optimizer_state_goes_on_bit_for_bit(run, forget):
     assert same == (forget == "nothing")
 
 
-def test_optimizer_state_of_another_model_is_refused():
+def test_optimizer_state_of_another_model_is_rejected():
     _, optimizer, names = make_training(0)
     with pytest.raises(CheckpointError, match=r"'other.weight', which this model does not train"):
         tensors_to_optimizer(optimizer, names, {"other.weight/exp_avg": torch.zeros(1)}, {})
@@ -386,7 +386,7 @@ def test_optimizer_state_of_another_model_is_refused():
         tensors_to_optimizer(optimizer, names, {"0.weight/exp_avg": torch.zeros(3)}, {})
 
 
-def test_graft_copies_strictly():
+def test_graft_rejects_missing_unexpected_and_mis_shaped_tensors():
     module = torch.nn.ModuleDict({"encoder": torch.nn.Linear(2, 3), "head": torch.nn.Linear(3, 1)})
     source = {"tokenizer.weight": torch.ones(3, 2), "tokenizer.bias": torch.ones(3), "rest": torch.ones(1)}
     graft(module, [("tokenizer.", "encoder.", source)])
@@ -403,13 +403,13 @@ def test_graft_copies_strictly():
         assert torch.equal(module["encoder"].weight, before), "nothing is copied when something does not fit"
 
 
-def test_too_little_space_is_said_before_the_start(run):
+def test_too_little_disk_space_is_reported_before_training(run):
     with pytest.raises(CheckpointFull, match="make room"):
         checkpoint.check_space(run, 1 << 60)
     checkpoint.check_space(run, 1)
 
 
-def test_what_never_changes_is_kept_once_and_comes_with_every_step(run):
+def test_fixed_tensors_are_stored_once_and_loaded_with_every_step(run):
     tokenizer = {"tokenizer.weight": torch.randn(3, 4)}
     checkpoint.save_fixed(run, {"tokenizer.weight": torch.zeros(3, 4)})  # of a start that was cut short
     checkpoint.save_fixed(run, tokenizer)
@@ -428,7 +428,7 @@ def test_what_never_changes_is_kept_once_and_comes_with_every_step(run):
     assert len(checkpoint.steps_on_disk(run)) == 2, "sound steps are not set aside for it"
 
 
-def test_reading_past_a_damaged_checkpoint_says_so_and_renames_nothing(run, capsys):
+def test_loading_skips_a_damaged_checkpoint_with_a_message_and_renames_nothing(run, capsys):
     for step in (1, 2):
         checkpoint.save(run, step, {"weight": torch.full((2,), float(step))}, {}, {"step": step})
     assert checkpoint.load_model(run)[0] == 2
@@ -443,7 +443,7 @@ def test_reading_past_a_damaged_checkpoint_says_so_and_renames_nothing(run, caps
 
 
 @pytest.mark.parametrize("step", ['"2"', "2.5", "null", "[]"])
-def test_a_manifest_whose_step_is_no_integer_is_damage(run, step):
+def test_manifest_without_an_integer_step_counts_as_damaged(run, step):
     write(run, 2)
     manifest = run.checkpoints / "step-00000002" / "MANIFEST.json"
     manifest.write_text(manifest.read_text().replace('"step": 2', f'"step": {step}'))
@@ -451,7 +451,7 @@ def test_a_manifest_whose_step_is_no_integer_is_damage(run, step):
         checkpoint.verify(manifest.parent)
 
 
-def test_unreadable_fixed_tensors_are_a_sentence(run):
+def test_unreadable_fixed_tensors_raise_a_clear_error(run):
     checkpoint.save_fixed(run, {"a": torch.ones(2)})
     file = next(run.checkpoints.glob("fixed-*"))
     file.unlink()
@@ -460,7 +460,7 @@ def test_unreadable_fixed_tensors_are_a_sentence(run):
         checkpoint.load_fixed(run.checkpoints)
 
 
-def test_pruning_keeps_a_checkpoint_of_another_run_that_was_set_aside(run, tmp_path):
+def test_prune_keeps_a_renamed_checkpoint_of_another_run(run, tmp_path):
     other = Run.create(tmp_path / "other")
     foreign, damaged = write(other, 2), write(run, 3)
     write(run, 1)

@@ -63,7 +63,7 @@ print(json.dumps(found))
 
 
 @pytest.mark.slow
-def test_blocks_alike_are_compiled_once_no_mask_compiles_them_again_and_they_compute_the_same():
+def test_equal_blocks_are_compiled_once_for_all_masks_with_the_same_results():
     """In a process of its own, because pytest has types checked and torch would compile the checks."""
     done = subprocess.run([sys.executable, "-c", COMPILED], check=True, capture_output=True, text=True)
     found = json.loads(done.stdout)
@@ -76,11 +76,11 @@ def test_blocks_alike_are_compiled_once_no_mask_compiles_them_again_and_they_com
     }  # fmt: skip
 
 
-def test_a_method_without_blocks_has_nothing_to_compile():
+def test_method_without_blocks_compiles_nothing():
     assert compile_blocks(find("dvae_nano").build(ImageSpec(3, (32, 32), "uint8", (120.0,) * 3, (60.0,) * 3))) == 0
 
 
-def test_why_it_does_not_compile_is_one_line(monkeypatch):
+def test_reason_for_not_compiling_is_one_line(monkeypatch):
     def broken(*args, **settings):
         raise RuntimeError("\n  InvalidCxxCompiler: No working C++ compiler found\n  more of it")
 
@@ -89,7 +89,7 @@ def test_why_it_does_not_compile_is_one_line(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.:DeprecationWarning")  # of torch's own import
-def test_training_says_why_it_goes_on_without_compiling(monkeypatch, capsys):
+def test_training_warns_why_it_continues_without_compiling(monkeypatch, capsys):
     def job(recipe: str):
         config = find(recipe)
         method = config.build(ImageSpec(3, (32, 32), "uint8", (120.0,) * 3, (60.0,) * 3))
@@ -124,7 +124,7 @@ class Libc:
 @pytest.mark.parametrize(
     "environment", [{}, {"MALLOC_TRIM_THRESHOLD_": "1"}, {"GLIBC_TUNABLES": "glibc.malloc.arena_max=1"}]
 )
-def test_memory_is_given_back_and_a_user_who_has_set_malloc_is_left_alone(environment, monkeypatch):
+def test_memory_is_returned_and_malloc_settings_of_the_user_are_kept(environment, monkeypatch):
     for name in ("MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
@@ -137,7 +137,7 @@ def test_memory_is_given_back_and_a_user_who_has_set_malloc_is_left_alone(enviro
     assert libc.told[len(before) :] == ([] if environment else [(-1, 131072), (-4, 65536), (0,)])
 
 
-def test_on_a_gpu_nothing_is_set(monkeypatch):
+def test_malloc_is_not_configured_on_a_gpu(monkeypatch):
     monkeypatch.setattr(host_memory, "_glibc", lambda: pytest.fail("asked for"))
     with memory_kept("cuda"):
         pass
@@ -173,7 +173,7 @@ def kept(device: str) -> list[int]:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux") or host_memory._glibc() is None, reason="this is glibc's")
-def test_kept_memory_costs_no_page_faults_and_is_given_back():
+def test_kept_memory_causes_no_page_faults_and_is_returned():
     (faults, held, afterwards), (usual, *_) = kept("cpu"), kept("cuda")
     assert usual > 20 * 12_000
     assert faults < 5 * 12_288, "a few times for the pages of a tensor, not twenty"

@@ -44,7 +44,7 @@ def weights(run):
     return {name: value.numpy().tobytes() for name, value in load(run.path).method.state_dict().items()}
 
 
-def test_files_replaced_by_others_of_the_same_size_stop_a_resumed_run(stopped, tmp_path):
+def test_replaced_files_of_the_same_size_stop_a_resume(stopped, tmp_path):
     arrays(tmp_path / "data", seed=1)
     with pytest.raises(DataError, match=r"30 files then, 30 now.*30 changed: 000.npy \(content\), .* and 25 more"):
         resume(stopped.path)
@@ -52,7 +52,7 @@ def test_files_replaced_by_others_of_the_same_size_stop_a_resumed_run(stopped, t
     assert resume(stopped.path).read("status.json")["state"] == "finished"
 
 
-def test_an_override_stands_in_the_run(stopped, tmp_path):
+def test_allowed_dataset_change_is_recorded_in_the_run(stopped, tmp_path):
     other = np.random.default_rng(9).integers(0, 255, (20, 24, 3), dtype=np.uint8)
     np.save(tmp_path / "data" / "004.npy", other)
     resume(stopped.path, allow_dataset_change=True)
@@ -63,7 +63,7 @@ def test_an_override_stands_in_the_run(stopped, tmp_path):
     assert "004.npy (content)" in write_report(stopped.path).read_text()
 
 
-def test_a_copy_with_other_times_goes_on_and_its_times_are_recorded(stopped, tmp_path, capsys):
+def test_copied_files_with_new_times_resume_and_the_times_are_recorded(stopped, tmp_path, capsys):
     for file in (tmp_path / "data").iterdir():
         os.utime(file)
     before = file_of(stopped, "data").read_bytes()
@@ -72,7 +72,7 @@ def test_a_copy_with_other_times_goes_on_and_its_times_are_recorded(stopped, tmp
     assert file_of(stopped, "data").read_bytes() != before
 
 
-def test_a_run_of_an_earlier_version_is_held_to_names_and_sizes(stopped, tmp_path, capsys):
+def test_run_of_an_earlier_version_compares_names_and_sizes(stopped, tmp_path, capsys):
     file_of(stopped, "data").unlink()
     as_of_an_earlier_version(stopped)
     (tmp_path / "data" / "new.npy").write_bytes(b"")
@@ -101,7 +101,7 @@ def as_of_an_earlier_version(run):
 
 
 @pytest.mark.parametrize("trouble", ["missing", "damaged"])
-def test_a_lost_record_of_the_images_is_no_licence_to_replace_them(stopped, tmp_path, trouble):
+def test_resume_with_a_lost_or_damaged_record_is_rejected(stopped, tmp_path, trouble):
     num_images = read_plan(stopped).num_images
     record = file_of(stopped, "data")
     if trouble == "missing":
@@ -123,7 +123,7 @@ def test_a_lost_record_of_the_images_is_no_licence_to_replace_them(stopped, tmp_
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_file_replaced_while_training_is_never_trained_on_as_if_it_were_the_old_one(tmp_path, workers):
+def test_file_that_is_replaced_during_training_is_not_used(tmp_path, workers):
     data = arrays(tmp_path / "data")
 
     def replacing(job, step):
@@ -141,7 +141,7 @@ def test_a_file_replaced_while_training_is_never_trained_on_as_if_it_were_the_ol
     assert noted == {("003.npy", "CHANGED"), ("004.npy", "CHANGED")}
 
 
-def test_changed_files_that_are_accepted_are_trained_on_again(tmp_path):
+def test_allowed_changed_files_are_used_for_training(tmp_path):
     data = arrays(tmp_path / "data")
 
     def replacing(job, step):
@@ -161,7 +161,7 @@ def test_changed_files_that_are_accepted_are_trained_on_again(tmp_path):
     assert len(run.quarantine()) == 1
 
 
-def test_a_run_whose_data_moved_goes_on_exactly_where_they_are_now(stopped, tmp_path):
+def test_run_with_moved_data_resumes_exactly(stopped, tmp_path):
     whole = start(tmp_path / "data", tmp_path / "whole", "train.steps=6")
     shutil.copytree(tmp_path / "data", tmp_path / "moved" / "photos", copy_function=shutil.copyfile)
     shutil.rmtree(tmp_path / "data")
@@ -183,7 +183,7 @@ def test_a_run_whose_data_moved_goes_on_exactly_where_they_are_now(stopped, tmp_
         DataLocations(test="x").applied(read_config(stopped))
 
 
-def test_several_data_less_some_images_are_trained_on_and_resumed(tmp_path, capsys):
+def test_several_sources_with_exclusions_are_trained_on_and_resumed(tmp_path, capsys):
     arrays(tmp_path / "one", seed=0, count=20)
     arrays(tmp_path / "two", seed=1, count=20)
     with signal_after(2):
@@ -199,7 +199,7 @@ def test_several_data_less_some_images_are_trained_on_and_resumed(tmp_path, caps
         start(tmp_path / "one", tmp_path / "other", 'data.exclude=["x"]')
 
 
-def test_where_the_images_are_gone_it_is_said_how_to_go_on_elsewhere(stopped, tmp_path):
+def test_missing_images_error_mentions_the_data_option(stopped, tmp_path):
     (tmp_path / "data").rename(tmp_path / "elsewhere")
     with pytest.raises(UserError, match=r"does not exist.*if the images have moved: unmask resume .*run --data NEW"):
         resume(stopped.path)

@@ -50,7 +50,7 @@ def run(trained, tmp_path):
         ("train.micro_batch=3", "does not divide"), ("train.test_every=2", "to test"),
     ],
 )  # fmt: skip
-def test_what_cannot_change_is_refused_and_nothing_is_written(run, setting, message):
+def test_forbidden_changes_are_rejected_and_nothing_is_written(run, setting, message):
     before = {name: (run / name).read_bytes() for name in ("config.json", "plan.json", "provenance.json")}
     with pytest.raises(ConfigError, match=message):
         set_values(run, [setting], console=QUIET)
@@ -58,7 +58,7 @@ def test_what_cannot_change_is_refused_and_nothing_is_written(run, setting, mess
 
 
 @pytest.mark.parametrize("setting", ["method.last_blocks=1", "method.last_blocks=0"])
-def test_other_weights_cannot_be_trained_than_those_with_moments(setting):
+def test_change_of_the_trained_weights_is_rejected(setting):
     """The shapes of all weights stay as they are; `resume` would refuse the optimiser's moments."""
     config = finetuning_config(find("mae_nano"), ("one", "other"), "finetune_few")
     plan = SimpleNamespace(images=ImageSpec(3, config.data.size, "uint8", (0.0,) * 3, (1.0,) * 3))
@@ -67,7 +67,7 @@ def test_other_weights_cannot_be_trained_than_those_with_moments(setting):
         require_same_weights(config, override(config, [setting]), plan)
 
 
-def test_a_finished_run_is_trained_longer_and_a_stop_on_the_way_changes_nothing(run, tmp_path):
+def test_finished_run_can_be_trained_longer_and_resumed_exactly(run, tmp_path):
     set_values(run, ["train.steps=40"], console=QUIET)
     plan = read_plan(Run(run))
     assert (plan.steps, plan.since, plan.ramp) == (40, 20, 4)
@@ -96,7 +96,7 @@ def test_a_change_is_recorded_and_shown(run):
 
 
 @pytest.mark.parametrize("after", [1, 2, 3])
-def test_a_change_that_is_cut_short_is_completed(run, monkeypatch, after):
+def test_interrupted_change_is_completed(run, monkeypatch, after):
     real, written = Run.write, []
 
     def dying(self, name, value):
@@ -116,7 +116,7 @@ def test_a_change_that_is_cut_short_is_completed(run, monkeypatch, after):
     assert len(Run(run).read("provenance.json")["edits"]) == 1
 
 
-def test_a_length_that_another_setting_decides_now_is_named(run, capsys):
+def test_unset_length_setting_names_the_one_in_effect(run, capsys):
     set_values(run, ["train.steps=30"], console=Console())
     err = capsys.readouterr().err
     assert "None" not in err
@@ -125,7 +125,7 @@ def test_a_length_that_another_setting_decides_now_is_named(run, capsys):
     assert "train.steps: 30 -> none (train.epochs decides)" in capsys.readouterr().err
 
 
-def test_setting_the_length_again_and_again_keeps_one_earlier_plan(run):
+def test_repeated_length_changes_at_one_step_keep_one_earlier_plan(run):
     before = read_plan(Run.open(run))
     for steps in (29, 30, 29, 29, 30):
         set_values(run, [f"train.steps={steps}"], console=QUIET)

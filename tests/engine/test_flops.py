@@ -26,7 +26,7 @@ def by_hand(n, d):
 
 
 @pytest.mark.parametrize(("n", "d"), [(196, 1024), (50, 192), (1, 32)])
-def test_a_block_is_what_the_formula_says(n, d):
+def test_flops_of_a_block_match_the_formula(n, d):
     assert blocks_flops([Block(d, 4)], n, d) == by_hand(n, d)
 
 
@@ -50,7 +50,7 @@ def mae_by_hand(config, image=224, channels=3):
 
 
 @pytest.mark.parametrize("name", ["mae_base", "mae_large", "mae_huge"])
-def test_mae_agrees_to_the_last_flop_with_arithmetic(name):
+def test_flops_of_mae_match_the_formulas_exactly(name):
     config = find(name)
     flops = count_flops(config, typical_images(config))
     *parts, idle = mae_by_hand(config)
@@ -70,7 +70,7 @@ def test_mae_agrees_to_the_last_flop_with_arithmetic(name):
         ("mae_huge", 166.43, 40.60, 6.98, 3.65),
     ],
 )
-def test_the_published_multiply_accumulates(name, whole, visible, decoder, ratio):
+def test_multiply_accumulates_match_published_numbers(name, whole, visible, decoder, ratio):
     share = recipe_costs(name)["ratios"]
     assert share["encoder_blocks_all_patches"] / 2 / GIGA == pytest.approx(whole, rel=0.01)
     assert share["encoder_blocks_visible"] / 2 / GIGA == pytest.approx(visible, rel=0.01)
@@ -78,7 +78,7 @@ def test_the_published_multiply_accumulates(name, whole, visible, decoder, ratio
     assert share["blocks"] == pytest.approx(ratio, abs=0.006)
 
 
-def test_mae_large_saves_3_29_and_its_decoder_costs_9_percent_a_token():
+def test_mae_large_saves_3_29_and_a_decoder_token_costs_9_percent():
     found = recipe_costs("mae_large", gpus=64)
     assert round(found["ratios"]["blocks"], 2) == 3.29
     assert round(found["ratios"]["decoder_per_token"], 2) == 0.09
@@ -92,7 +92,7 @@ def test_mae_large_saves_3_29_and_its_decoder_costs_9_percent_a_token():
     assert found["warmup_steps"] == round(found["imagenet_steps"] / 20)
 
 
-def test_gpus_that_do_not_divide_the_batch_are_refused():
+def test_number_of_gpus_that_does_not_divide_the_batch_is_rejected():
     with pytest.raises(UserError, match=r"got 6 GPUs for a global batch of 4096.*use 4"):
         recipe_costs("mae_large", gpus=6)
     with pytest.raises(UserError, match="got 0 GPUs; expected at least 1"):
@@ -100,12 +100,12 @@ def test_gpus_that_do_not_divide_the_batch_are_refused():
 
 
 @pytest.mark.parametrize("setting", ["method.loss_on=all", "method.mask_tokens=encoder"])
-def test_no_idle_work_is_claimed_where_all_of_it_is_asked_for(setting):
+def test_no_redundant_compute_is_reported_if_all_patches_are_predicted(setting):
     flops = recipe_costs("mae_nano", settings=[setting])["flops"]
     assert not [name for name in flops if "idle" in name]
 
 
-def test_settings_count():
+def test_settings_change_the_costs():
     plain, deep = (
         recipe_costs("mae_nano", settings=settings)["flops"] for settings in ([], ["method.decoder.depth=4"])
     )
@@ -115,7 +115,7 @@ def test_settings_count():
         recipe_costs("mae_nano", settings=["method.encoder.heads=5"])
 
 
-def test_mask_tokens_in_the_encoder_cost_what_the_paper_says_they_do():
+def test_cost_of_mask_tokens_in_the_encoder_matches_the_paper():
     with_tokens, without = (
         recipe_costs("mae_large", settings=[f"method.mask_tokens={where}"]) for where in ("encoder", "decoder")
     )
@@ -129,7 +129,7 @@ EVERY_TARGET = [("mae_nano", [f"method.target={target}"]) for target in ("pixels
 
 
 @pytest.mark.parametrize(("name", "settings"), EVERY_METHOD + EVERY_TARGET)
-def test_every_method_can_be_counted_without_computing_and_its_costs_be_said(name, settings, monkeypatch):
+def test_every_method_is_counted_on_the_meta_device_and_its_costs_are_printed(name, settings, monkeypatch):
     devices = []
     monkeypatch.setattr(flops_module, "example_batch", lambda *a: devices.append(a[-1]) or example_batch(*a))
     found = recipe_costs(name, settings=settings)
@@ -141,7 +141,7 @@ def test_every_method_can_be_counted_without_computing_and_its_costs_be_said(nam
     assert sum(found["parameters"][part] for part in ("encoder", "decoder", "rest")) == found["parameters"]["all"]
 
 
-def test_a_method_that_predicts_codes_is_counted_with_a_tokenizer_and_says_whose(capsys):
+def test_method_that_predicts_codes_is_counted_with_a_named_tokenizer(capsys):
     found = recipe_costs("beit_nano")
     assert found["tokenizer"] == "dvae_nano"
     assert found["flops"]["rest"] > 0
@@ -151,7 +151,7 @@ def test_a_method_that_predicts_codes_is_counted_with_a_tokenizer_and_says_whose
     assert recipe_costs("mae_nano")["tokenizer"] is None
 
 
-def test_what_a_person_reads(capsys):
+def test_printed_costs(capsys):
     say_costs(recipe_costs("mae_large", gpus=64), Console())
     said = capsys.readouterr().err
     for text in (
@@ -167,7 +167,7 @@ def test_what_a_person_reads(capsys):
     assert "leaving mask tokens out" not in capsys.readouterr().err
 
 
-def test_nothing_is_allocated_and_nobodys_random_numbers_are_touched():
+def test_counting_allocates_no_weights_and_keeps_random_state():
     before = torch.get_rng_state()
     config = find("mae_huge")
     method = build_unallocated(config, typical_images(config))
@@ -176,7 +176,7 @@ def test_nothing_is_allocated_and_nobodys_random_numbers_are_touched():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_a_loss_that_looks_at_values_is_counted_all_the_same(monkeypatch):
+def test_loss_that_depends_on_values_is_counted(monkeypatch):
     from unmask.methods.mae import MAE
 
     config = find("mae_nano")
@@ -194,7 +194,7 @@ def test_a_loss_that_looks_at_values_is_counted_all_the_same(monkeypatch):
     assert devices == ["meta", "cpu"]
 
 
-def test_other_images_are_counted_as_they_are():
+def test_counts_depend_on_channels_and_dtype_of_images():
     config = override(find("mae_nano"), ["data.size=[16,24]"])
     spec = ImageSpec(1, (16, 24), "uint16", (9.0,), (2.0,))
     gray, rgb = count_flops(config, spec), count_flops(config, typical_images(config))

@@ -10,12 +10,12 @@ from unmask.engine.measure import bytes_per_image
 from unmask.recipes.catalogue import find
 
 
-def test_the_fused_kernel_has_its_gate():
+def test_fused_kernel_supports_found_inf():
     assert optim.fused_kernel_has_gate(), "weights are protected by waiting for every step: slower, same numbers"
 
 
 @pytest.mark.parametrize("finite", [True, False])
-def test_without_the_gate_the_host_decides_and_the_numbers_are_the_same(monkeypatch, finite):
+def test_without_found_inf_the_host_decides_with_the_same_results(monkeypatch, finite):
     weights = []
     for has_gate in (True, False):
         monkeypatch.setattr(optim, "fused_kernel_has_gate", lambda has_gate=has_gate: has_gate)
@@ -29,14 +29,14 @@ def test_without_the_gate_the_host_decides_and_the_numbers_are_the_same(monkeypa
     assert not torch.equal(weights[0], torch.ones(3))
 
 
-def test_the_sizes_of_operations_are_recorded():
+def test_sizes_of_operations_are_recorded():
     assert operation_sizes.TorchDispatchMode is not None, "memory is estimated without the largest tensor in passing"
     with operation_sizes.recorder() as made:
         torch.ones(3, dtype=torch.float32) + 1
     assert made.bytes[-1] == 12
 
 
-def test_without_a_dispatch_mode_memory_is_still_estimated(monkeypatch):
+def test_memory_is_estimated_without_a_dispatch_mode(monkeypatch):
     config = find("mae_nano")
     method = config.build(typical_images(config))
     whole = bytes_per_image(method, typical_images(config), "fp32", "cpu")

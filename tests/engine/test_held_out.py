@@ -25,14 +25,14 @@ def rows_for(count, *settings, recipe="mae_nano"):
 
 
 @pytest.mark.parametrize(("count", "held"), [(999, 0), (1_000, 64), (20_000, 200), (1_000_000, 256)])
-def test_how_many_are_held_out_by_default(count, held):
+def test_default_number_of_held_out_images(count, held):
     rows = rows_for(count)
     assert len(rows) == held == len(set(rows.tolist()))
     if held:
         assert (rows[0], rows[-1]) == (0, count - 1)
 
 
-def test_a_number_of_ones_own_and_none_at_all():
+def test_held_out_can_be_a_number_or_zero():
     assert len(rows_for(30, "data.held_out=7")) == 7
     assert len(rows_for(5_000, "data.held_out=0")) == 0
     assert len(rows_for(5_000, recipe="finetune_few")) == 0
@@ -52,7 +52,7 @@ def held_out_losses(run):
     return {row["step"]: row["held_out_loss"] for row in run.metrics() if "held_out_loss" in row}
 
 
-def test_they_are_not_trained_on_and_their_loss_is_reported(run):
+def test_held_out_images_are_not_trained_on_and_their_loss_is_reported(run):
     plan = read_plan(run)
     assert len(plan.held_out) == 6
     assert set(plan.held_out) <= set(plan.excluded)
@@ -68,7 +68,7 @@ def test_they_are_not_trained_on_and_their_loss_is_reported(run):
     assert "held-out images" in write_report(run.path).read_text()
 
 
-def test_a_changed_held_out_image_changes_its_loss_and_no_training_step(images, tmp_path, run):
+def test_changed_held_out_image_changes_its_loss_but_no_training_step(images, tmp_path, run):
     """Negative control: a changed training image does change the training."""
     plan, before = read_plan(run), [row["loss"] for row in run.metrics() if "loss" in row]
     names = sorted(path for path in images.iterdir())
@@ -87,7 +87,7 @@ def test_a_changed_held_out_image_changes_its_loss_and_no_training_step(images, 
     assert found["trained on"][0] != before
 
 
-def test_they_stay_held_out_when_a_run_is_resumed(images, tmp_path, run):
+def test_held_out_images_stay_held_out_after_a_resume(images, tmp_path, run):
     settings = [*SETTINGS, "train.steps=4", "data.held_out=6", "train.checkpoint_every=2"]
     with error_before(3, RuntimeError("stopped here")), pytest.raises(RuntimeError, match="stopped here"):
         pretrain(images, recipe="mae_nano", out=tmp_path / "cut", settings=settings, console=Console(quiet=True))
@@ -96,7 +96,7 @@ def test_they_stay_held_out_when_a_run_is_resumed(images, tmp_path, run):
     assert len(again.read("evals/baselines.json")["held_out_losses"]) == 4
 
 
-def test_the_progress_line_has_epoch_losses_and_time(images, tmp_path, capsys):
+def test_progress_line_shows_epoch_losses_and_time(images, tmp_path, capsys):
     settings = [*SETTINGS, "train.steps=4", "data.held_out=6"]
     pretrain(images, recipe="mae_nano", out=tmp_path / "run", settings=settings)
     line = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("step 4/4"))
@@ -104,7 +104,7 @@ def test_the_progress_line_has_epoch_losses_and_time(images, tmp_path, capsys):
         assert part in line.replace("held out 1.", "held out 0."), line
 
 
-def test_held_out_images_stay_held_out_by_name_when_the_data_are_changed(images, tmp_path, run):
+def test_held_out_images_stay_held_out_by_name_if_the_data_change(images, tmp_path, run):
     names = sorted(path.name for path in images.iterdir())
     held = [names[row] for row in read_plan(run).held_out]
     gone = [name for name in names if name not in held][:3] + held[-1:]  # the last held-out row is out of range then

@@ -14,7 +14,7 @@ PHOTO = (375, 500)
 TINY = [setting for setting in SMALL_RUN if not setting.startswith("data.size")]
 
 
-def test_which_recipes_follow_the_images():
+def test_which_recipes_choose_their_size_from_the_images():
     names = {name for name in catalogue.all_recipes() if follows_images(name)}
     assert names >= {"mae_nano", "mae_tiny", "mae_small", "simmim_nano", "igpt_nano", "ae_nano", "crossmae_nano"}
     fixed = {"mae_base", "mae_huge", "igpt_s", "beit_base", "ae_hinton", "demo_shapes", "finetune_nano", "dvae_nano"}
@@ -23,7 +23,7 @@ def test_which_recipes_follow_the_images():
 
 @pytest.mark.parametrize("name", [name for name in catalogue.all_recipes() if follows_images(name)])
 @pytest.mark.parametrize("median", [(375, 500), (24, 24), (240, 180), (100, 900), (33, 33), (1, 1)])
-def test_a_recipe_fits_images_of_every_size(name, median):
+def test_recipe_fits_images_of_every_size(name, median):
     found = next(iter(candidates(name, median)))
     config = override(catalogue.find(name), found)
     assert min(config.data.size) <= max(64, *catalogue.find(name).data.size)
@@ -36,7 +36,7 @@ def test_a_recipe_fits_images_of_every_size(name, median):
         assert min(config.data.size) >= 64
 
 
-def test_a_named_recipe_sees_what_auto_would_see():
+def test_named_recipe_uses_the_same_size_as_auto():
     for median in ((375, 500), (24, 24), (28, 56), (500, 500)):
         _, proposals, _ = catalogue.choose(5000, median, "cpu")
         ours = override(catalogue.find("mae_nano"), next(iter(candidates("mae_nano", median))))
@@ -45,7 +45,7 @@ def test_a_named_recipe_sees_what_auto_would_see():
 
 
 @pytest.mark.parametrize("set_by_hand", ["data.size=[32,32]", "method.encoder.patch=[4,4]", None])
-def test_pretrain_by_name_follows_the_images_unless_it_is_told_otherwise_and_says_so_first(tmp_path, set_by_hand):
+def test_pretrain_with_a_named_recipe_chooses_the_size_unless_it_is_set(tmp_path, set_by_hand):
     images, said = write_images(tmp_path / "images", 10, size=PHOTO), []
     console = Console(quiet=True)
     console.print = said.append
@@ -69,7 +69,7 @@ def test_pretrain_by_name_follows_the_images_unless_it_is_told_otherwise_and_say
         ((750, 1000), "2.0 times larger, which adds no detail"),
     ],
 )
-def test_the_consequence_of_a_size(size, words):
+def test_effect_of_a_size_is_described(size, words):
     assert words in consequence(PHOTO, size, (4, 4))
     assert "--set data.size=[H,W]" in consequence(PHOTO, size, None)
 
@@ -84,7 +84,7 @@ def test_the_consequence_of_a_size(size, words):
         ((1000, 1000), (112, 112)),
     ],
 )
-def test_masks_and_boxes_are_learnt_at_the_size_of_the_images_up_to_that_of_the_recipe(median, size):
+def test_masks_and_boxes_use_the_size_of_the_images_up_to_the_recipe_size(median, size):
     base = override(catalogue.find("mae_nano"), ["data.size=[64,64]", "method.encoder.patch=[8,8]"])
     config: Config = finetuning_config(base, ("one", "other"), "segment_nano")
     assert dense_size(config, median, catalogue.find("segment_nano").data.size) == size

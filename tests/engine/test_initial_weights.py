@@ -25,7 +25,7 @@ def drawn(tmp_path):
     return tmp_path / "left.txt"
 
 
-def test_a_run_with_drawn_masks_keeps_them_in_its_config(images, drawn, tmp_path):
+def test_patch_masks_from_a_file_are_stored_in_the_config(images, drawn, tmp_path):
     run = pretrain(images, recipe="mae_nano", out=tmp_path / "run", masks=drawn, settings=SMALL)
     method = read_config(run).method
     assert (method.mask, method.mask_ratio, method.pattern) == ("pattern", 0.5, (("##..",) * 4,))
@@ -41,13 +41,13 @@ def test_a_run_with_drawn_masks_keeps_them_in_its_config(images, drawn, tmp_path
         ("mpp_nano", [], "--masks was given, but mpp has no setting mask, so it would be ignored"),
     ],
 )
-def test_masks_that_do_not_go_with_the_rest_are_refused(images, drawn, tmp_path, recipe, settings, message):
+def test_conflicting_patch_masks_are_rejected(images, drawn, tmp_path, recipe, settings, message):
     with pytest.raises(UserError, match=message):
         pretrain(images, recipe=recipe, out=tmp_path / "run", masks=drawn, settings=settings)
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_of_another_method_is_no_tokenizer(images, tmp_path):
+def test_run_of_another_method_is_rejected_as_tokenizer(images, tmp_path):
     run = pretrain(images, recipe="mae_nano", out=tmp_path / "mae", settings=SMALL)
     with pytest.raises(ConfigError, match=r"is a run of mae; expected the run of a dVAE: train one with .*dvae_nano"):
         pretrain(images, recipe="beit_nano", out=tmp_path / "run", tokenizer=run.path)

@@ -48,7 +48,7 @@ def same(one, other) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_the_newest_checkpoint_is_loaded_or_the_one_asked_for(trained):
+def test_newest_or_given_checkpoint_is_loaded(trained):
     newest, older = load(trained), load(str(trained), step=2)
     assert (newest.step, older.step) == (4, 2)
     assert not same(newest.method, older.method)
@@ -60,7 +60,7 @@ def test_the_newest_checkpoint_is_loaded_or_the_one_asked_for(trained):
         load(trained, step=3)
 
 
-def test_an_encoder_gives_the_same_features_every_time_and_none_is_masked(trained):
+def test_encoder_features_are_deterministic_and_unmasked(trained):
     encoder = load_encoder(trained)
     images = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)
     with torch.no_grad():
@@ -76,7 +76,7 @@ def test_an_encoder_gives_the_same_features_every_time_and_none_is_masked(traine
                 assert not torch.equal(encoder(changed).cls, first.cls)
 
 
-def test_the_untrained_encoder_is_the_one_training_started_from(tmp_path):
+def test_untrained_encoder_has_the_initial_weights_of_the_run(tmp_path):
     images = write_images(tmp_path / "images", 8)
     still = ["train.steps=1", "optim.base_lr=1e-30", "train.seed=5"]
     run = pretrain(images, recipe="mae_nano", out=tmp_path / "run", settings=[*SMALL_RUN, *still])
@@ -90,7 +90,7 @@ def test_the_untrained_encoder_is_the_one_training_started_from(tmp_path):
     assert not same(start, untrained_encoder(replace(loaded, config=other)))
 
 
-def test_what_is_no_run_is_said(tmp_path, run):
+def test_folder_that_is_not_a_run_raises_a_clear_error(tmp_path, run):
     with pytest.raises(RunError, match="is not a folder"):
         load(tmp_path / "nothing")
     with pytest.raises(RunError, match=r"has no config.json; did you mean .*run"):
@@ -101,7 +101,7 @@ def test_what_is_no_run_is_said(tmp_path, run):
 
 
 @pytest.mark.parametrize("name", ["config.json", "plan.json"])
-def test_damaged_settings_are_one_sentence(run, name):
+def test_damaged_settings_raise_a_one_line_error(run, name):
     value = Run(run).read(name)
     first = next(iter(value))
     Run(run).write(name, value | {first: ["no"], "unheard_of": 1})  # as a later version may
@@ -116,7 +116,7 @@ def test_damaged_settings_are_one_sentence(run, name):
         load(run)
 
 
-def test_a_run_without_a_checkpoint_is_said(run):
+def test_run_without_a_checkpoint_raises_a_clear_error(run):
     shutil.rmtree(run / "checkpoints")
     with pytest.raises(CheckpointError, match="has no checkpoint yet; train it first: unmask resume"):
         load(run)
@@ -134,7 +134,7 @@ class Payload:
 
 @pytest.mark.parametrize("manifest", ["as it was", "made to agree"])
 @pytest.mark.parametrize("kind", ["pickle", "torch"])
-def test_a_pickle_in_place_of_the_weights_is_refused_unopened(run, tmp_path, kind, manifest):
+def test_pickle_in_place_of_the_weights_is_not_opened(run, tmp_path, kind, manifest):
     marker = tmp_path / "it ran"
     if kind == "pickle":
         content = pickle.dumps(Payload(marker))
@@ -156,7 +156,7 @@ def test_a_pickle_in_place_of_the_weights_is_refused_unopened(run, tmp_path, kin
     assert marker.exists(), "the payload is a live one"
 
 
-def test_a_damaged_newest_checkpoint_falls_back_on_the_one_before(run):
+def test_damaged_newest_checkpoint_falls_back_to_the_previous_one(run):
     path = run / "checkpoints" / "step-00000004" / "model.safetensors"
     content = bytearray(path.read_bytes())
     content[-5] ^= 1
@@ -167,7 +167,7 @@ def test_a_damaged_newest_checkpoint_falls_back_on_the_one_before(run):
     assert path.exists(), "reading renames nothing"
 
 
-def test_an_encoder_alone_is_refused_in_a_sentence(run):
+def test_checkpoint_with_only_an_encoder_is_rejected(run):
     rewrite(run, lambda weights: {name: w for name, w in weights.items() if name.startswith("encoder.")})
     with pytest.raises(
         CheckpointError, match=r"step 4 of .* holds only the encoder: .*decoder.* use the run or the file"
@@ -189,7 +189,7 @@ def test_an_encoder_alone_is_refused_in_a_sentence(run):
     ],
     ids=["extra", "missing", "renamed", "shape"],
 )
-def test_weights_of_another_model_are_refused_in_a_sentence(run, change, says):
+def test_weights_of_another_model_are_rejected(run, change, says):
     rewrite(run, change)
     with pytest.raises(CheckpointError, match=r"does not fit the method in its config.json") as fault:
         load(run)
@@ -197,7 +197,7 @@ def test_weights_of_another_model_are_refused_in_a_sentence(run, change, says):
     assert len(str(fault.value)) < 800
 
 
-def test_a_changed_config_is_noticed(run):
+def test_changed_config_is_detected(run):
     config = Run(run).read("config.json")
     config["method"]["encoder"]["width"] = 16
     Run(run).write("config.json", config)

@@ -30,7 +30,7 @@ def make(images, out, **more):
     return make_palette(str(images), **({"colours": 16, "size": 16} | more), out=out, console=Console(quiet=True))
 
 
-def test_the_file_holds_colours_in_the_files_units_and_a_picture_lies_beside_it(images, tmp_path):
+def test_palette_file_has_colours_in_the_files_units_and_a_picture(images, tmp_path):
     found = make(images, tmp_path / "palette.json")
     assert json.loads((tmp_path / "palette.json").read_text()) == found
     assert np.array(found["colours"]).shape == (16, 3)
@@ -43,7 +43,7 @@ def test_the_file_holds_colours_in_the_files_units_and_a_picture_lies_beside_it(
         assert picture.size[0] > 300
 
 
-def test_fewer_different_colours_than_asked_for_are_said_and_work(tmp_path):
+def test_images_with_fewer_colours_than_requested_are_reported(tmp_path):
     (tmp_path / "flat").mkdir()
     for number in range(9):
         Image.new("RGB", (16, 16), (number * 20, 0, 0)).save(tmp_path / "flat" / f"{number}.png")
@@ -54,12 +54,12 @@ def test_fewer_different_colours_than_asked_for_are_said_and_work(tmp_path):
     assert all(0 < row["palette_used"] <= 9 / 16 for row in run.metrics())
 
 
-def test_every_colour_is_drawn():
+def test_picture_shows_every_colour():
     colours = torch.arange(300.0)[:, None]
     assert set(draw_swatches(colours, 18).unique().tolist()) == set(range(300))
 
 
-def test_runs_with_a_palette_have_its_colours_and_a_run_can_be_one(images, tmp_path):
+def test_palette_can_be_a_file_or_a_run(images, tmp_path):
     found = make(images, tmp_path / "palette.json")
     first = pretrain(images, recipe="igpt_nano", out=tmp_path / "a", palette=tmp_path / "palette.json", settings=SMALL)
     method = read_config(first).method
@@ -73,7 +73,7 @@ def test_runs_with_a_palette_have_its_colours_and_a_run_can_be_one(images, tmp_p
 
 
 @pytest.mark.parametrize("recipe", ["auto", "igpt_nano"])
-def test_weights_taken_from_a_run_keep_the_palette_they_mean(images, tmp_path, recipe):
+def test_weights_from_a_run_keep_their_palette(images, tmp_path, recipe):
     """On other images another palette would be made, with which the embeddings of colours mean nothing."""
     first = pretrain(images, recipe="igpt_nano", out=tmp_path / "a", settings=SMALL)
     others = write_images(tmp_path / "others", 12, seed=7)
@@ -86,7 +86,7 @@ def test_weights_taken_from_a_run_keep_the_palette_they_mean(images, tmp_path, r
         pretrain(others, out=tmp_path / "d", from_run=first.path, palette=first.path)
 
 
-def test_principal_components_come_with_the_weights_that_predict_them(images, tmp_path):
+def test_principal_components_are_copied_with_the_weights(images, tmp_path):
     pca = ["method.target=pca", "method.decoder.width=16", "method.decoder.heads=2", *SMALL]
     first = pretrain(images, recipe="mae_nano", out=tmp_path / "a", settings=pca)
     others = write_images(tmp_path / "others", 12, seed=7)
@@ -97,7 +97,7 @@ def test_principal_components_come_with_the_weights_that_predict_them(images, tm
     assert not bases[0].equal(bases[2]), "only the encoder was taken, so the components are those of the new images"
 
 
-def test_what_is_no_palette_or_of_other_images_is_refused(images, tmp_path):
+def test_invalid_palettes_are_rejected(images, tmp_path):
     mae = [s for s in SMALL if "encoder" in s or "train" in s or "data" in s]
     other = pretrain(images, recipe="mpp_nano", out=tmp_path / "mpp", settings=mae)
     floats = tmp_path / "floats"
@@ -133,7 +133,7 @@ def test_what_is_no_palette_or_of_other_images_is_refused(images, tmp_path):
         ({"out": "x.txt"}, "ends in .json"),
     ],
 )
-def test_bad_wishes_are_refused(images, tmp_path, more, message):
+def test_invalid_palette_arguments_are_rejected(images, tmp_path, more, message):
     out = tmp_path / more.pop("out", "palette.json")
     with pytest.raises(UserError, match=message):
         make(images, out, **more)
@@ -147,7 +147,7 @@ def test_bad_wishes_are_refused(images, tmp_path, more, message):
         (["palette.json", "palette.png"], r"palette\.json and .*palette\.png exist already; .* remove both"),
     ],
 )
-def test_nothing_is_overwritten_and_no_image_read_before(tmp_path, there, message):
+def test_existing_palette_file_is_rejected_before_images_are_read(tmp_path, there, message):
     for name in there:
         (tmp_path / name).write_text("mine")
     with pytest.raises(UserError, match=message):
@@ -165,7 +165,7 @@ def test_nothing_is_overwritten_and_no_image_read_before(tmp_path, there, messag
     ],
     ids=lambda text: text[:60],
 )  # fmt: skip
-def test_a_palette_file_that_makes_no_sense_is_a_sentence(tmp_path, text):
+def test_malformed_palette_file_raises_a_clear_error(tmp_path, text):
     (tmp_path / "bad.json").write_text(text)
     with pytest.raises(UserError, match=r"bad\.json") as error:
         initial_weights.with_palette(tmp_path / "bad.json")

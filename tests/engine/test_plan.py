@@ -80,7 +80,7 @@ def still(monkeypatch):
     ("budget", "used", "each", "steps"), [(600.0, 0, 0.5, 1080), (600.0, 100.0, 0.5, 880), (60.0, 0, 0.001, 54_000)]
 )
 @pytest.mark.usefixtures("still")
-def test_a_budget_becomes_steps_with_something_left_over(budget, used, each, steps):
+def test_budget_gives_steps_with_a_reserve(budget, used, each, steps):
     left = Budget(budget, -used)
     found, _, why = choose_steps(small("train.steps=3"), 1000, budget=left, step_seconds=exactly(each))
     assert found == steps
@@ -89,12 +89,12 @@ def test_a_budget_becomes_steps_with_something_left_over(budget, used, each, ste
 
 @pytest.mark.parametrize(("budget", "used"), [(1.0, 0.0), (60.0, 40.0)])
 @pytest.mark.usefixtures("still")
-def test_a_budget_without_time_to_train_is_refused_with_the_time_that_is_needed(budget, used):
+def test_too_small_budget_is_rejected_with_the_needed_time(budget, used):
     with pytest.raises(ConfigError, match=r"got a budget of .* which has time for \d steps.*give a budget of \d+ min"):
         choose_steps(small(), 1000, budget=Budget(budget, -used), step_seconds=exactly(5.0))
 
 
-def test_a_budget_with_few_steps_is_warned_of_with_the_time_that_more_would_take():
+def test_budget_for_few_steps_warns_with_the_needed_time():
     found = planned("train.steps=50").model_copy(update={"budget": 110.0, "startup": 10.0})
     assert few_steps(found) == (
         "a budget of 1 min 50 s has time for about 50 steps, too few to learn much; 100 steps would take about "
@@ -104,7 +104,7 @@ def test_a_budget_with_few_steps_is_warned_of_with_the_time_that_more_would_take
     assert few_steps(found.model_copy(update={"budget": None})) is None
 
 
-def test_a_time_is_the_median_of_its_measurements_with_their_range():
+def test_timing_has_median_and_range():
     timing = Timing.of([1.0, 1.0, 1.0, 9.0, 2.0, 1.0])
     assert timing == (1.0, 1.0, 5.0)
     assert timing.busy
@@ -118,7 +118,7 @@ def test_a_time_is_the_median_of_its_measurements_with_their_range():
 @pytest.mark.usefixtures("still")
 @pytest.mark.parametrize("average", ["none", "0.99"])
 @pytest.mark.parametrize(("num_test", "wanted"), [(10, None), (400, None), (2000, None), (100, 7)])
-def test_tests_count_in_a_budget_and_are_made_rarer_where_they_would_eat_it(num_test, wanted, average):
+def test_evaluations_count_in_a_budget_and_become_rarer_if_slow(num_test, wanted, average):
     config = small(f"optim.average={average}", *([] if wanted is None else [f"train.test_every={wanted}"]))
     budget, each = 120.0, 0.2
     steps, every, why = choose_steps(
@@ -137,13 +137,13 @@ def test_tests_count_in_a_budget_and_are_made_rarer_where_they_would_eat_it(num_
 
 @pytest.mark.usefixtures("still")
 @pytest.mark.parametrize(("workers", "seconds"), [(0, 0.5), (2, 0.3)])
-def test_loading_counts_in_a_budget_beside_the_step_or_on_top_of_it(monkeypatch, workers, seconds):
+def test_loading_time_counts_in_a_budget_with_and_without_workers(monkeypatch, workers, seconds):
     monkeypatch.setattr("unmask.engine.make_plan.time_steps", lambda *_, **__: [0.2])
     found = planned(loading=LoadingPlan(workers, True, exactly(0.3)), budget=Budget(100.0, 0.0))
     assert found.steps == int(BUDGET_SHARE * 100 / seconds)
 
 
-def test_a_step_is_measured_on_a_copy():
+def test_step_is_measured_on_a_copy_of_the_method():
     before = torch.random.get_rng_state()
     seconds = measure_step_seconds(small(), SPEC, 6, "fp32", "cpu", seconds=0)
     assert 0 < seconds < 20
@@ -185,7 +185,7 @@ def test_autocast_is_off_in_fp32():
         assert (a @ a).dtype == torch.bfloat16
 
 
-def test_a_device_that_is_not_there_is_refused():
+def test_unavailable_device_is_rejected():
     assert choose_device("cpu") == "cpu"
     assert choose_device("auto") in ("cpu", "cuda", "mps")
     with pytest.raises(ConfigError, match=r"got device 'tpu'; expected one of this machine: cpu"):
@@ -195,7 +195,7 @@ def test_a_device_that_is_not_there_is_refused():
 @pytest.mark.parametrize(
     ("images_that_fit", "micro"), [(100, 12), (12, 12), (11, 6), (5, 4), (4, 4), (3, 3), (1, 1), (0.2, 1)]
 )
-def test_the_micro_batch_is_the_largest_divisor_that_fits(monkeypatch, images_that_fit, micro):
+def test_micro_batch_is_the_largest_divisor_that_fits_in_memory(monkeypatch, images_that_fit, micro):
     monkeypatch.setattr("unmask.engine.make_plan.free_memory", lambda _: int(images_that_fit * 1000 / MEMORY_SHARE) + 1)
     found, why = choose_micro_batch(small(), 1000, "cpu")
     assert found == micro
@@ -203,13 +203,13 @@ def test_the_micro_batch_is_the_largest_divisor_that_fits(monkeypatch, images_th
 
 
 @pytest.mark.parametrize(("wanted", "message"), [(5, "use 4"), (7, "use 6"), (24, "use 12")])
-def test_a_micro_batch_that_does_not_divide_is_refused_with_the_nearest(wanted, message):
+def test_micro_batch_that_does_not_divide_the_batch_is_rejected(wanted, message):
     with pytest.raises(ConfigError, match=rf"micro_batch={wanted} does not divide train\.batch_size=12; {message}"):
         choose_micro_batch(small(f"train.micro_batch={wanted}"), 1, "cpu")
     assert choose_micro_batch(small("train.micro_batch=4"), 1, "cpu")[0] == 4
 
 
-def test_bytes_of_an_image_do_not_count_what_is_kept_once():
+def test_bytes_per_image_exclude_one_off_allocations():
     """Under autocast the weights' bfloat16 copies are kept too, but they are no image's."""
     torch.manual_seed(0)
     method = small("method.encoder.width=256", "method.encoder.depth=2").build(SPEC)
@@ -220,20 +220,20 @@ def test_bytes_of_an_image_do_not_count_what_is_kept_once():
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
-def test_the_batch_to_measure_with_is_of_the_right_kind(dtype):
+def test_example_batch_has_the_right_shape_and_dtype(dtype):
     batch = example_batch(ImageSpec(2, (8, 4), dtype, (5.0, 9.0), (1.0, 1.0)), 3, "cpu")
     assert (batch.images.shape, batch.images.dtype) == ((3, 2, 8, 4), getattr(torch, dtype))
     assert batch.images[0, :, 0, 0].tolist() == [5, 9]
 
 
-def test_the_peak_learning_rate_counts_the_global_batch_whatever_the_accumulation():
+def test_peak_learning_rate_uses_the_global_batch_for_any_accumulation():
     whole, parts = planned("optim.base_lr=1e-3"), planned("optim.base_lr=1e-3", "train.micro_batch=3")
     assert (parts.micro_batch, parts.accumulation, parts.batch_size) == (3, 4, 12)
     assert whole.peak_lr == parts.peak_lr == pytest.approx(1e-3 * 12 / 256)
     assert planned("optim.base_lr=1e-3", "train.batch_size=24").peak_lr == pytest.approx(1e-3 * 24 / 256)
 
 
-def test_the_schedule_is_per_step_warm_up_from_zero_then_half_a_cosine():
+def test_schedule_is_linear_warm_up_then_half_a_cosine():
     found = planned("train.steps=100", "optim.warmup=0.1", "optim.base_lr=0.256", "train.batch_size=256")
     assert (found.warmup_steps, found.peak_lr, found.final_lr) == (10, pytest.approx(0.256), 0)
     golden = {0: 0.0, 1: 0.0256, 5: 0.128, 10: 0.256, 11: 0.2559220, 40: 0.192, 55: 0.128, 99: 0.0000780}
@@ -243,7 +243,7 @@ def test_the_schedule_is_per_step_warm_up_from_zero_then_half_a_cosine():
     assert last.lr(100) == pytest.approx(0.1 * last.peak_lr)
 
 
-def test_a_plan_says_why_and_survives_json():
+def test_plan_has_reasons_and_round_trips_through_json():
     found = planned("train.steps=40", excluded=(3, 5), reasons=("because",))
     assert Plan.model_validate(json.loads(found.model_dump_json())) == found
     text = " ".join(found.reasons)
@@ -293,7 +293,7 @@ AUTO = {
 
 
 @pytest.mark.parametrize("case", AUTO)
-def test_auto_picks_a_recipe_that_fits_together_and_says_why(case):
+def test_auto_chooses_a_consistent_recipe_with_reasons(case):
     images, median, device, recipe, size, patch, words = AUTO[case]
     name, overrides, reasons = choose(images, median, device)
     config = override(find(name), overrides)
@@ -309,7 +309,7 @@ def test_auto_picks_a_recipe_that_fits_together_and_says_why(case):
 
 
 @pytest.mark.parametrize("key", ["data.size", "method.encoder.patch", "train.batch_size", "train.steps"])
-def test_auto_proposes_nothing_for_what_a_person_has_set(key):
+def test_auto_proposes_nothing_for_keys_that_are_set(key):
     everything, without = choose(250, (100, 300), "cpu"), choose(250, (100, 300), "cpu", fixed={key})
     gone = set(everything[1]) - set(without[1])
     assert [item.split("=")[0] for item in gone] == [key]
@@ -326,31 +326,31 @@ def test_auto_proposes_nothing_for_what_a_person_has_set(key):
         (9, (8, 8), "[2,2]"),
     ],
 )
-def test_auto_picks_the_patch_for_a_size_that_a_person_has_set(side, size, patch):
+def test_auto_chooses_the_patch_for_a_given_size(side, size, patch):
     _, overrides, _ = choose(5000, (side, side), "cpu", fixed={"data.size"}, size=size)
     assert f"method.encoder.patch={patch}" in overrides
     assert not [item for item in overrides if item.startswith("data.size")]
 
 
-def test_an_estimated_number_of_images_is_called_one():
+def test_estimated_number_of_images_is_described_as_estimate():
     assert choose(5000, (32, 32), "cpu", about=True)[2][0].startswith("about 5000 images of 32 x 32")
 
 
-def test_auto_is_no_recipe_with_settings_of_its_own():
+def test_auto_has_no_settings_of_its_own():
     with pytest.raises(ConfigError, match=r"'auto' is chosen from the data and has no settings of its own; .*check"):
         find("auto")
     assert set(AUTO_RECIPES) >= {case[3] for case in AUTO.values()}
 
 
 @pytest.mark.parametrize("device", ["cuda:77", "cuda:x", "cpu:3", "cpu:"])
-def test_a_device_number_that_is_not_there_is_refused(device):
+def test_unavailable_device_number_is_rejected(device):
     with pytest.raises(ConfigError, match=f"got device '{device}'; expected one of this machine: cpu"):
         choose_device(device)
     assert choose_device("cpu:0") == "cpu:0"
 
 
 @pytest.mark.parametrize(("micro", "seconds"), [(12, 0.0), (6, 0.0), (4, 1.5), (3, 2.0), (1, 6.0)])
-def test_a_step_with_accumulation_is_measured_with_the_device_waited_for(monkeypatch, micro, seconds):
+def test_step_with_accumulation_is_measured_after_waiting_for_the_device(monkeypatch, micro, seconds):
     """A device on which everything is launched at once and two micro-batches take a second to wait for."""
     now = [0.0]
     monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
@@ -379,7 +379,7 @@ class Slow(nn.Module):
 @pytest.mark.parametrize(
     ("micro", "longest", "sizes"), [(6, 0, {6}), (12, 0, {8}), (12, 11, {8, 11}), (12, 99, {8, 12})]
 )
-def test_on_a_cpu_a_pass_is_no_longer_than_it_takes_to_tell(monkeypatch, micro, longest, sizes):
+def test_measured_pass_on_a_cpu_is_limited(monkeypatch, micro, longest, sizes):
     now, seen = [0.0], set()
     monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(measure, "build_method", lambda *_: Slow(now, seen))
@@ -388,13 +388,13 @@ def test_on_a_cpu_a_pass_is_no_longer_than_it_takes_to_tell(monkeypatch, micro, 
     assert seen == sizes
 
 
-def test_every_proposal_is_a_setting():
+def test_every_proposal_of_auto_is_a_valid_setting():
     for images, median, device, *_ in AUTO.values():
         name, overrides, _ = choose(images, median, device)
         assert {item.split("=")[0] for item in overrides} <= set(keys(find(name)))
 
 
-def test_a_frozen_encoder_takes_memory_too():
+def test_frozen_encoder_needs_memory_too():
     config = override(find("finetune_nano"), ["method.last_blocks=0"])
     images = typical_images(config)
     found = bytes_per_image(build_method(config, images), images, "fp32", "cpu")

@@ -61,7 +61,7 @@ def start(data, out, *settings, recipe="mae_nano", **more):
         ({"settings": ["method.mask_ratio=0.9999"]}, "a mask ratio of 0.9999, which leaves nothing visible"),
     ],
 )
-def test_wrong_settings_are_refused_before_a_file_is_read(images, tmp_path, monkeypatch, arguments, message):
+def test_invalid_settings_are_rejected_before_files_are_read(images, tmp_path, monkeypatch, arguments, message):
     monkeypatch.setattr(pretrain_module, "open_source", pytest.fail)
     with pytest.raises(UserError, match=message):
         pretrain(images, out=tmp_path / "run", **arguments)
@@ -74,11 +74,11 @@ def test_wrong_settings_are_refused_before_a_file_is_read(images, tmp_path, monk
         ["data.size=121"], ["method.encoder.heads=16", "method.decoder.heads=16"], ["method.mask_ratio=0.99"],
     ],
 )  # fmt: skip
-def test_what_auto_may_yet_make_fit_is_not_refused_beforehand(settings):
+def test_settings_that_auto_can_complete_are_accepted(settings):
     assert resolve.draft_config(None, "auto", settings, None).recipe == "mae_nano"
 
 
-def test_a_base_is_resolved_alike_whether_it_is_a_recipe_or_another_run():
+def test_settings_resolve_equally_from_a_recipe_and_from_a_run():
     base = override(find("mae_nano"), ["train.steps=500"])
     assert resolve.resolve_config(base, []).train.steps == 500
     epochs = resolve.resolve_config(base, ["train.epochs=3"])
@@ -90,7 +90,7 @@ def test_a_base_is_resolved_alike_whether_it_is_a_recipe_or_another_run():
 
 
 @pytest.mark.parametrize("nothing", ["none", "null"])
-def test_auto_does_not_propose_steps_that_a_person_has_cleared(images, nothing):
+def test_auto_does_not_propose_steps_that_were_unset(images, nothing):
     source = pretrain_module.open_source(images)
     found = training_data.scan(source)
     config, reasons, proposals = resolve.choose_config(
@@ -102,7 +102,7 @@ def test_auto_does_not_propose_steps_that_a_person_has_cleared(images, nothing):
     assert config.data.source == source.location
 
 
-def test_from_a_run_ones_own_epochs_go_before_its_steps(images, tmp_path):
+def test_given_epochs_override_the_steps_of_a_run(images, tmp_path):
     first = start(images, tmp_path / "first", "train.steps=3")
     second = pretrain(images, out=tmp_path / "second", from_run=first.path, settings=["train.epochs=0.5"])
     assert second.read("plan.json")["steps"] == 2
@@ -112,13 +112,13 @@ def test_from_a_run_ones_own_epochs_go_before_its_steps(images, tmp_path):
         pretrain(images, out=tmp_path / "third", from_run=first.path, settings=["graft=[]"])
 
 
-def test_a_folder_with_a_number_for_a_name(tmp_path, monkeypatch):
+def test_default_folder_gets_a_number_if_it_exists(tmp_path, monkeypatch):
     write_images(tmp_path / "2024", 8)
     monkeypatch.chdir(tmp_path)
     assert start("2024", "run", "train.steps=1").read("config.json")["data"]["source"].endswith("2024")
 
 
-def test_a_taken_folder_is_refused_before_a_file_is_read(images, tmp_path, monkeypatch):
+def test_existing_folder_is_rejected_before_files_are_read(images, tmp_path, monkeypatch):
     monkeypatch.setattr(pretrain_module, "open_source", pytest.fail)
     with pytest.raises(RunError, match=r"not empty.*another --out"):
         start(images, images)
@@ -126,7 +126,7 @@ def test_a_taken_folder_is_refused_before_a_file_is_read(images, tmp_path, monke
         Run.create("/proc/version/run")
 
 
-def test_auto_with_a_budget_or_epochs_of_ones_own(images, tmp_path, monkeypatch):
+def test_budget_or_epochs_override_the_steps_of_auto(images, tmp_path, monkeypatch):
     """`auto` proposes 3000 steps for so few images; a person's own answer to "how long?" goes before."""
     monkeypatch.setattr("unmask.engine.make_plan.time_steps", lambda *_, **__: [0.5])
     monkeypatch.setattr("unmask.engine.time_budget.clock", lambda: 0.0)
@@ -138,7 +138,7 @@ def test_auto_with_a_budget_or_epochs_of_ones_own(images, tmp_path, monkeypatch)
     assert "recipe mae_nano, chosen by auto:" in run.read("plan.json")["reasons"]
 
 
-def test_a_budget_and_epochs_go_before_the_steps_of_a_recipe(images, tmp_path, monkeypatch):
+def test_budget_or_epochs_override_the_steps_of_a_recipe(images, tmp_path, monkeypatch):
     from unmask.recipes import catalogue
 
     steady = catalogue.find("mae_nano").model_copy(update={"train": catalogue.find("mae_nano").train})
@@ -150,7 +150,7 @@ def test_a_budget_and_epochs_go_before_the_steps_of_a_recipe(images, tmp_path, m
     assert start(images, tmp_path / "b", "train.epochs=1").read("plan.json")["steps"] == 4
 
 
-def test_channels_asked_for_are_counted_and_measured(images, tmp_path):
+def test_given_number_of_channels_determines_the_statistics(images, tmp_path):
     run = start(images, tmp_path / "run", "train.steps=1", "data.channels=1")
     spec = run.read("plan.json")["images"]
     assert (spec["channels"], len(spec["mean"])) == (1, 1)
@@ -158,7 +158,7 @@ def test_channels_asked_for_are_counted_and_measured(images, tmp_path):
         start(images, tmp_path / "run2", "train.steps=1", "data.mean=[1,2]")
 
 
-def test_a_run_in_use_is_refused_and_left_alone(images, tmp_path):
+def test_run_in_use_is_rejected_and_unchanged(images, tmp_path):
     with signal_after(2):
         run = start(images, tmp_path / "run", "train.steps=4")
     before = run.read("status.json")
@@ -168,7 +168,7 @@ def test_a_run_in_use_is_refused_and_left_alone(images, tmp_path):
     assert resume(run.path).read("status.json")["state"] == "finished"
 
 
-def test_changed_data_are_refused_or_adopted_for_good(images, tmp_path):
+def test_changed_data_are_rejected_or_recorded_if_allowed(images, tmp_path):
     (images / "0000x.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     with signal_after(2):
         run = start(images, tmp_path / "run", "train.steps=6")
@@ -184,7 +184,7 @@ def test_changed_data_are_refused_or_adopted_for_good(images, tmp_path):
     assert [row["step"] for row in run.metrics()] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_device_that_has_gone_is_said(images, tmp_path):
+def test_missing_device_raises_a_clear_error_on_resume(images, tmp_path):
     with signal_after(1):
         run = start(images, tmp_path / "run", "train.steps=4")
     run.write("plan.json", {**run.read("plan.json"), "device": "cuda:0"})
@@ -193,7 +193,7 @@ def test_a_device_that_has_gone_is_said(images, tmp_path):
             resume(run.path)
 
 
-def test_a_folder_that_cannot_be_written_to_is_said(images, tmp_path):
+def test_unwritable_folder_raises_a_clear_error(images, tmp_path):
     with signal_after(1):
         run = start(images, tmp_path / "run", "train.steps=4")
     (run.path / ".lock").unlink()
@@ -202,7 +202,7 @@ def test_a_folder_that_cannot_be_written_to_is_said(images, tmp_path):
         resume(run.path)
 
 
-def test_a_run_folder_that_vanishes_fails_at_the_end_and_not_before(images, tmp_path):
+def test_deleted_run_folder_fails_at_the_end_of_training(images, tmp_path):
     taken = []
 
     def vanishing(job, step):
@@ -220,7 +220,7 @@ def test_a_run_folder_that_vanishes_fails_at_the_end_and_not_before(images, tmp_
     assert taken == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_killed_loader_worker_is_a_sentence_and_the_way_out_that_it_names_is_true(images, tmp_path):
+def test_killed_loader_worker_error_suggests_a_working_fix(images, tmp_path):
     def killing(job, at):
         if at.step == 3:
             for worker in multiprocessing.active_children():
@@ -239,7 +239,7 @@ def test_a_killed_loader_worker_is_a_sentence_and_the_way_out_that_it_names_is_t
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_data_that_have_gone_are_a_sentence(images, tmp_path, workers):
+def test_missing_data_raise_a_clear_error(images, tmp_path, workers):
     def emptying(job, at):
         if at.step == 1:
             for path in images.iterdir():
@@ -252,7 +252,7 @@ def test_data_that_have_gone_are_a_sentence(images, tmp_path, workers):
     assert "Traceback" not in str(caught.value)
 
 
-def test_a_bad_file_in_the_picture_sample_is_left_out(tmp_path):
+def test_unreadable_file_in_the_picture_sample_is_skipped(tmp_path):
     """The scan may look at a sample only; a bad file that it did not see must not stop the run."""
     images = write_images(tmp_path / "images", 30)
     (images / "0005.png").write_bytes(b"no image")
@@ -261,7 +261,7 @@ def test_a_bad_file_in_the_picture_sample_is_left_out(tmp_path):
     assert [row["name"] for row in run.quarantine()] == ["0005.png"], "noted when its turn came"
 
 
-def test_from_a_run_its_weights_and_normalisation_go_on(images, tmp_path):
+def test_from_run_copies_weights_and_normalisation(images, tmp_path):
     first = start(images, tmp_path / "first", "train.steps=3")
     other = write_images(tmp_path / "others", 12, seed=3)
     run = pretrain(
@@ -276,7 +276,7 @@ def test_from_a_run_its_weights_and_normalisation_go_on(images, tmp_path):
     assert resume(run.path).read("status.json")["state"] == "finished", "the other run is not needed any more"
 
 
-def test_from_a_run_with_a_recipe_only_the_encoder_is_taken(images, tmp_path):
+def test_from_run_with_a_recipe_copies_only_the_encoder(images, tmp_path):
     first = start(images, tmp_path / "first", "train.steps=2")
     decoder = ["method.decoder.width=24", "train.steps=1", "optim.base_lr=1e-30"]
     run = start(images, tmp_path / "second", *decoder, from_run=first.path)
@@ -287,7 +287,7 @@ def test_from_a_run_with_a_recipe_only_the_encoder_is_taken(images, tmp_path):
     assert after["decoder.embed.weight"].shape[0] == 24
 
 
-def test_from_a_run_that_does_not_fit_nothing_is_begun(images, tmp_path):
+def test_from_run_that_does_not_fit_is_rejected_before_a_run_is_made(images, tmp_path):
     first = start(images, tmp_path / "first", "train.steps=2")
     with pytest.raises(ValueError, match=r"the weights do not fit: .*encoder"):
         start(images, tmp_path / "second", "train.steps=1", "method.encoder.width=64", from_run=first.path)
@@ -302,13 +302,13 @@ def test_from_a_run_that_does_not_fit_nothing_is_begun(images, tmp_path):
     assert not (tmp_path / "second").exists()
 
 
-def test_a_batch_of_absurdly_many_times_the_data_is_refused(images, tmp_path):
+def test_batch_far_larger_than_the_data_is_rejected(images, tmp_path):
     with pytest.raises(ConfigError, match=r"got train.batch_size=100000000 for 30 images: .* use at most 7680"):
         start(images, tmp_path / "run", "train.batch_size=100000000", "train.micro_batch=8")
     assert not (tmp_path / "run").exists()
 
 
-def test_a_loss_that_is_no_better_than_a_baseline_is_reported_at_the_end(images, tmp_path, capsys):
+def test_loss_above_the_baseline_is_reported_at_the_end(images, tmp_path, capsys):
     run = start(images, tmp_path / "run", "train.steps=2", console=Console())
     err = " ".join(capsys.readouterr().err.split())
     assert re.search(r"the loss on the images of the pictures is \d\.\d+; the baseline \(\w+ \w+\)", err)
@@ -325,7 +325,7 @@ def test_a_loss_that_is_no_better_than_a_baseline_is_reported_at_the_end(images,
         ({"visible_mean": 0.8}, [], False),
     ],
 )
-def test_what_counts_as_no_better_than_a_baseline(images, tmp_path, capsys, guesses, losses, warned):
+def test_which_losses_count_as_above_the_baseline(images, tmp_path, capsys, guesses, losses, warned):
     run = start(images, tmp_path / "run", "train.steps=2", console=Console(quiet=True))
     run.write(BASELINES, {"guesses": guesses, "losses": losses})
     capsys.readouterr()
@@ -333,7 +333,7 @@ def test_what_counts_as_no_better_than_a_baseline(images, tmp_path, capsys, gues
     assert ("the baseline (visible mean)" in capsys.readouterr().err) == warned
 
 
-def test_images_without_any_valid_pixel_are_refused(tmp_path):
+def test_images_without_valid_pixels_are_rejected(tmp_path):
     (tmp_path / "images").mkdir()
     for number in range(12):
         np.save(tmp_path / "images" / f"{number}.npy", np.full((16, 16, 3), np.nan, np.float32))

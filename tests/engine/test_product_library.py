@@ -14,19 +14,19 @@ def test_both_libraries_are_measured():
     assert rates.uses_onednn == mkl_is_slow()
 
 
-def test_the_faster_library_is_named():
+def test_text_names_the_faster_library():
     assert "2.00 times): oneDNN is faster here; training uses oneDNN." in ProductRates(100.0, 200.0, True).text()
     assert "0.50 times): torch's default library is faster here; training uses torch's" in (
         ProductRates(200.0, 100.0, False).text()
     )
 
 
-def test_a_torch_without_onednn_is_not_measured(monkeypatch):
+def test_torch_without_onednn_is_not_measured(monkeypatch):
     monkeypatch.setattr(product_library, "onednn_linear", lambda: None)
     assert measure_products() is None
 
 
-def test_the_doctor_reports_the_rates(monkeypatch):
+def test_doctor_reports_the_rates(monkeypatch):
     console, lines = Console(quiet=True), []
     monkeypatch.setattr(console, "print", lines.append)
     good, summary = run_self_test(console)

@@ -26,12 +26,12 @@ def test_repeats_are_never_split_between_micro_batches(monkeypatch, fit, micro):
         (["data.repeats=3", "train.micro_batch=4"], r"train\.micro_batch=4 is not a multiple.*use 6"),
     ],
 )
-def test_a_batch_that_would_split_them_is_refused_before_any_image_is_opened(settings, message):
+def test_batch_that_splits_repeats_is_rejected_before_images_are_opened(settings, message):
     with pytest.raises(ConfigError, match=message):
         pretrain("nowhere", recipe="mae_nano", settings=["train.batch_size=12", *settings])
 
 
-def test_a_run_with_repeats_counts_samples_as_ever_and_goes_on_exactly(images, tmp_path, monkeypatch):
+def test_run_with_repeats_counts_samples_and_resumes_exactly(images, tmp_path, monkeypatch):
     settings = [*SMALL_RUN, "train.steps=6", "train.checkpoint_every=3", "data.repeats=4"]
     whole = pretrain(images, recipe="mae_nano", out=tmp_path / "whole", settings=settings)
     plan = whole.read("plan.json")

@@ -66,7 +66,7 @@ def unbroken(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
-def test_killed_twice_in_mid_epoch_it_repeats_the_unbroken_run_bit_for_bit(unbroken, tmp_path, workers):
+def test_run_killed_twice_is_bit_identical_to_an_uninterrupted_run(unbroken, tmp_path, workers):
     seed = random.randrange(1 << 30)
     print(f"seed {seed}")  # shown when the test fails
     first, second = sorted(random.Random(seed).sample(range(8, STEPS - 5), 2))
@@ -83,7 +83,7 @@ def test_killed_twice_in_mid_epoch_it_repeats_the_unbroken_run_bit_for_bit(unbro
 
 
 @pytest.mark.slow
-def test_sigterm_leaves_a_checkpoint_exit_code_75_and_the_way_to_go_on(unbroken, tmp_path):
+def test_sigterm_saves_a_checkpoint_and_exits_with_code_75(unbroken, tmp_path):
     run = tmp_path / "run"
     process = pretrain(unbroken / "images", run, workers=2, wait=False)
     wait_for_step(run, 10, process)
@@ -109,7 +109,7 @@ def test_sigterm_leaves_a_checkpoint_exit_code_75_and_the_way_to_go_on(unbroken,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", ["position off by one", "step count lost"])
-def test_negative_control_a_wrong_position_is_seen(unbroken, tmp_path, fault):
+def test_negative_control_wrong_position_is_detected(unbroken, tmp_path, fault):
     run = tmp_path / "run"
     process = pretrain(unbroken / "images", run, wait=False)
     wait_for_step(run, 20, process)
@@ -141,7 +141,7 @@ def tamper(run: Path, fault: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_finished_run_a_changed_data_set_and_a_folder_in_use(unbroken, tmp_path):
+def test_resume_of_finished_changed_and_locked_runs(unbroken, tmp_path):
     again = unmask("resume", unbroken / "run")
     assert again.returncode == 0
     assert "is finished" in again.stderr

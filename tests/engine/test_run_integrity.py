@@ -75,7 +75,7 @@ def make_old(run):
 
 
 @pytest.mark.parametrize("name", ["config.json", "plan.json", "provenance.json", "evals/probe-knn-d.json"])
-def test_every_single_bit_flip_is_noticed(runs, name):
+def test_every_bit_flip_is_detected(runs, name):
     content = (runs[0] / name).read_bytes()
     assert parse(content).run_id == Run(runs[0]).id
     missed = []
@@ -92,7 +92,7 @@ def test_every_single_bit_flip_is_noticed(runs, name):
 
 
 @pytest.mark.parametrize("name", ["config.json", "plan.json"])
-def test_a_flipped_bit_is_a_sentence_wherever_the_run_is_read(runs, name):
+def test_flipped_bit_raises_a_clear_error_in_every_command(runs, name):
     path = runs[0] / name
     path.write_bytes(path.read_bytes().replace(b'"seed": 0', b'"seed": 1').replace(b'"peak_lr": 9', b'"peak_lr": 8'))
     for read in (load, resume, write_report, lambda run: compare(runs, out=runs[0].parent / "both.html")):
@@ -100,7 +100,7 @@ def test_a_flipped_bit_is_a_sentence_wherever_the_run_is_read(runs, name):
             read(runs[0])
 
 
-def test_a_digest_that_was_taken_out_to_edit_by_hand_is_missed(runs):
+def test_removed_digest_is_detected(runs):
     for name in ("config.json", "plan.json", "provenance.json", "evals/probe-knn-d.json"):
         kept = (runs[0] / name).read_bytes()
         remove_digests(runs[0] / name)
@@ -113,7 +113,7 @@ def test_a_digest_that_was_taken_out_to_edit_by_hand_is_missed(runs):
         load(runs[0])
 
 
-def test_files_of_another_run_are_refused(runs):
+def test_files_of_another_run_are_rejected(runs):
     for name in ("plan.json", "provenance.json", "evals/probe-knn-d.json", "status.json"):
         kept = (runs[0] / name).read_bytes()
         shutil.copy(runs[1] / name, runs[0] / name)
@@ -122,7 +122,7 @@ def test_files_of_another_run_are_refused(runs):
         (runs[0] / name).write_bytes(kept)
 
 
-def test_the_checkpoint_of_another_run_of_the_recipe_is_set_aside(runs, capsys):
+def test_checkpoint_of_another_run_is_renamed(runs, capsys):
     newest, before = "checkpoints/step-00000004", load(runs[0]).method.state_dict()
     shutil.rmtree(runs[0] / newest)
     shutil.copytree(runs[1] / newest, runs[0] / newest)
@@ -141,7 +141,7 @@ def test_the_checkpoint_of_another_run_of_the_recipe_is_set_aside(runs, capsys):
         resume(runs[0], console=Console(quiet=True))
 
 
-def test_an_older_plan_than_the_checkpoint_is_noticed(runs):
+def test_plan_older_than_the_checkpoint_is_detected(runs):
     run = Run(runs[0])
     old = (run.path / "plan.json").read_bytes()
     run.write("plan.json", run.read("plan.json") | {"reasons": ["changed"]})
@@ -154,7 +154,7 @@ def test_an_older_plan_than_the_checkpoint_is_noticed(runs):
         checkpoint.load_model(Run(runs[0]), 4)
 
 
-def test_every_flip_in_a_manifest_is_noticed_or_harmless(runs):
+def test_every_bit_flip_in_a_manifest_is_detected_or_harmless(runs):
     run, folder = Run(runs[0]), runs[0] / "checkpoints/step-00000004"
     content = (folder / "MANIFEST.json").read_bytes()
     for place in range(len(content)):
@@ -168,7 +168,7 @@ def test_every_flip_in_a_manifest_is_noticed_or_harmless(runs):
         assert b'"fixed"' not in flipped or json.loads(flipped) == json.loads(content)
 
 
-def test_a_damaged_result_is_said_and_never_shown(runs, capsys):
+def test_damaged_result_is_reported_and_not_shown(runs, capsys):
     file = runs[0] / "evals/probe-knn-d.json"
     file.write_bytes(file.read_bytes().replace(b'"accuracy": 0.5', b'"accuracy": 9.0'))
     page = write_report(runs[0]).read_text()
@@ -180,7 +180,7 @@ def test_a_damaged_result_is_said_and_never_shown(runs, capsys):
     assert any("probe-knn-d.json has changed" in line for line in found["not_comparable"])
 
 
-def test_a_run_of_an_earlier_version_is_read_and_gets_digests_when_it_goes_on(runs):
+def test_run_of_an_earlier_version_gets_digests_when_resumed(runs):
     run = runs[0]
     make_old(run)
     before = {name: torch.clone(value) for name, value in load(run).method.state_dict().items()}
@@ -195,7 +195,7 @@ def test_a_run_of_an_earlier_version_is_read_and_gets_digests_when_it_goes_on(ru
     read_config(Run(run))
 
 
-def test_the_checkpoint_of_a_new_run_does_not_fit_an_old_one(runs):
+def test_checkpoint_with_an_id_is_rejected_in_a_run_without_one(runs):
     make_old(runs[0])
     shutil.copytree(runs[1] / "checkpoints/step-00000004", runs[0] / "checkpoints/step-00000006")
     manifest = runs[0] / "checkpoints/step-00000006/MANIFEST.json"
@@ -204,7 +204,7 @@ def test_the_checkpoint_of_a_new_run_does_not_fit_an_old_one(runs):
         load(runs[0])
 
 
-def test_a_missing_fixed_file_is_named(runs):
+def test_missing_fixed_file_is_reported(runs):
     for file in (runs[0] / "checkpoints").glob("fixed-*"):
         file.unlink()
     with pytest.raises(checkpoint.CheckpointError, match=r"fixed-.*safetensors is missing"):

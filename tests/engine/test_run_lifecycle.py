@@ -54,7 +54,7 @@ def files(folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("after", range(5))
-def test_a_creation_that_is_killed_at_any_file_is_taken_over(images, tmp_path, capsys, after):
+def test_creation_killed_at_any_file_can_be_repeated(images, tmp_path, capsys, after):
     """The write after so many is cut short by SIGKILL: neither cleaning up nor unlocking happens."""
     code = f"""
 import os, signal, sys
@@ -90,7 +90,7 @@ pretrain(sys.argv[1], options, out=sys.argv[2], console=Console(quiet=True))
 @pytest.mark.parametrize("fault", [OSError(28, "No space left on device"), KeyboardInterrupt()])
 @pytest.mark.parametrize("name", ["config.json", "provenance.json", "plan.json", "quarantine.jsonl"])
 @pytest.mark.parametrize("existed", [False, True])
-def test_a_creation_that_fails_leaves_nothing(tmp_path, monkeypatch, fault, name, existed):
+def test_failed_creation_leaves_no_files(tmp_path, monkeypatch, fault, name, existed):
     from unmask.system import atomic_files, json_lines
 
     real_replace, real_append = atomic_files.replace_file, json_lines.append
@@ -123,7 +123,7 @@ def test_a_creation_that_fails_leaves_nothing(tmp_path, monkeypatch, fault, name
     assert Run.open(tmp_path / "run").read("plan.json") == {"a": 1}
 
 
-def test_a_run_that_was_made_while_waiting_for_the_lock_is_left_alone(tmp_path, monkeypatch):
+def test_run_created_by_another_process_before_the_lock_is_unchanged(tmp_path, monkeypatch):
     contents = {name: {"a": 1} for name in ("config.json", "provenance.json", "plan.json")}
     create = Run.create
 
@@ -145,7 +145,7 @@ class _Lax(Run):
         return cls(path)
 
 
-def test_a_folder_of_a_person_is_never_taken_over(images, tmp_path):
+def test_folder_with_other_files_is_never_reused(images, tmp_path):
     for name, content in (("config.json", '{"mine": 1}'), ("provenance.json", "{}"), ("a.txt", "precious")):
         folder = tmp_path / name.split(".")[0]
         folder.mkdir()
@@ -163,7 +163,7 @@ def test_a_folder_of_a_person_is_never_taken_over(images, tmp_path):
 # ---------------------------------------------------------------------------------------------------------------- lock
 
 
-def test_a_child_of_a_killed_holder_does_not_keep_the_folder(tmp_path):
+def test_child_of_a_killed_process_does_not_keep_the_lock(tmp_path):
     """As a loader worker that hangs: forked while the folder is held, it outlives its parent."""
     run = Run.create(tmp_path / "run")
     code = """
@@ -196,7 +196,7 @@ with Run(sys.argv[1]).lock():
         holder.communicate()
 
 
-def test_what_is_said_of_a_holder():
+def test_messages_about_the_holder_of_a_lock():
     def said(**about):
         about = {"pid": os.getppid(), "host": socket.gethostname(), "since": "now"} | about
         return folder_lock.describe_holder(json.dumps(about).encode())
@@ -241,7 +241,7 @@ def tune(pretrained, out):
 
 
 @pytest.mark.parametrize("fault", [RuntimeError("out of memory"), KeyboardInterrupt()])
-def test_a_fine_tuning_that_ends_before_its_result_gets_it_on_resume(pretrained, tmp_path, monkeypatch, fault):
+def test_missing_result_of_fine_tuning_is_written_on_resume(pretrained, tmp_path, monkeypatch, fault):
     def failing(*_, **__):
         raise fault
 
@@ -258,7 +258,7 @@ def test_a_fine_tuning_that_ends_before_its_result_gets_it_on_resume(pretrained,
     assert read_score(run).step == 4
 
 
-def test_a_finished_fine_tuning_whose_result_was_lost_or_damaged_is_measured_again(pretrained, tmp_path):
+def test_lost_or_damaged_result_of_fine_tuning_is_measured_again(pretrained, tmp_path):
     run = tune(pretrained, tmp_path / "tuned")
     result = read_score(run)
     for damage in (lambda file: file.unlink(), lambda file: file.write_bytes(file.read_bytes()[:-40])):
@@ -268,7 +268,7 @@ def test_a_finished_fine_tuning_whose_result_was_lost_or_damaged_is_measured_aga
 
 
 @pytest.mark.parametrize("damage", ["flip", "missing", "truncated"])
-def test_a_finished_run_whose_last_checkpoint_is_damaged_is_mended(images, tmp_path, damage):
+def test_finished_run_with_a_damaged_last_checkpoint_repeats_steps(images, tmp_path, damage):
     run = start(images, tmp_path / "run", "train.steps=6", "train.checkpoint_every=4")
     before, last = weights(run.path), run.checkpoints / "step-00000006"
     file = last / "model.safetensors"
@@ -284,7 +284,7 @@ def test_a_finished_run_whose_last_checkpoint_is_damaged_is_mended(images, tmp_p
 
 @pytest.mark.parametrize("state", ["finished", "stopped"])
 @pytest.mark.parametrize("lost", ["the folder", "what is in it"])
-def test_a_run_whose_checkpoints_are_gone_does_not_begin_anew(images, tmp_path, state, lost):
+def test_run_without_its_checkpoints_does_not_restart(images, tmp_path, state, lost):
     run = start(images, tmp_path / "run", "train.steps=6", "train.checkpoint_every=4")
     run.set_status(state, 6, total=6)
     shutil.rmtree(run.checkpoints)
@@ -314,7 +314,7 @@ def block(path):
     "name", ["metrics.jsonl", "status.json", "pictures", "evals", "quarantine.jsonl", "faults.jsonl", "report.html"]
 )
 @pytest.mark.parametrize("when", ["while it trains", "before it goes on"])
-def test_no_file_beside_the_weights_keeps_them_from_being_saved(images, tmp_path, capsys, name, when):
+def test_failures_of_other_files_do_not_prevent_saving_weights(images, tmp_path, capsys, name, when):
     def blocking(job, at):
         if at.step == 3:
             if when == "while it trains":
@@ -336,7 +336,7 @@ def test_no_file_beside_the_weights_keeps_them_from_being_saved(images, tmp_path
     assert same(weights(run.path), weights(whole.path))
 
 
-def test_a_folder_that_is_replaced_while_training_is_left_alone(images, tmp_path):
+def test_folder_that_replaces_the_run_during_training_is_unchanged(images, tmp_path):
     def replacing(job, at):
         if at.step == 2:
             (tmp_path / "run").rename(tmp_path / "moved")
@@ -353,7 +353,7 @@ def test_a_folder_that_is_replaced_while_training_is_left_alone(images, tmp_path
 
 
 @pytest.mark.slow
-def test_an_interruption_says_what_is_there(tmp_path, images):
+def test_interruption_message_names_the_run(tmp_path, images):
     """SIGINT before there is a run, and after."""
     code = """
 import sys

@@ -76,7 +76,7 @@ def steps_of(run: Path) -> int:
 
 
 @pytest.mark.parametrize("evaluating", [False, True])
-def test_a_stopped_worker_is_named_with_the_file_it_reads_and_ends(images, tmp_path, monkeypatch, evaluating):
+def test_stopped_worker_is_reported_with_its_file_and_ended(images, tmp_path, monkeypatch, evaluating):
     monkeypatch.setenv(stalls.VARIABLE, "1.5")
     data = loader_images(images, training=not evaluating)
     if evaluating:
@@ -101,7 +101,7 @@ def test_a_stopped_worker_is_named_with_the_file_it_reads_and_ends(images, tmp_p
     assert not [worker for worker in workers if worker.is_alive()]
 
 
-def test_a_file_that_never_ends_is_named(images, tmp_path, monkeypatch):
+def test_file_that_never_ends_is_reported(images, tmp_path, monkeypatch):
     """As on a network file system that does not answer."""
     monkeypatch.setenv(stalls.VARIABLE, "1")
     data = loader_images(images)
@@ -111,7 +111,7 @@ def test_a_file_that_never_ends_is_named(images, tmp_path, monkeypatch):
         list(training_batches(data, start=0, batch=10, batches=6, workers=1, folder=tmp_path))
 
 
-def test_a_killed_worker_is_noticed_at_once_also_when_others_hold_its_pipe(images):
+def test_killed_worker_is_detected_at_once_even_if_others_hold_its_pipe(images):
     pool = training_batches(loader_images(images), start=0, batch=2, batches=1000, workers=2)
     others = training_batches(loader_images(images), start=0, batch=2, batches=1000, workers=1)  # forked later
     next(pool)
@@ -152,7 +152,7 @@ class Shaped:
 
 
 @pytest.mark.parametrize("memory_file", [True, False], ids=["memory file", "pipe"])
-def test_tensors_arrive_as_they_were_also_larger_ones_than_the_first(monkeypatch, memory_file):
+def test_tensors_arrive_unchanged_even_if_larger_than_the_first(monkeypatch, memory_file):
     import torch
 
     from unmask.data import worker_pool, worker_transport
@@ -169,7 +169,7 @@ def test_tensors_arrive_as_they_were_also_larger_ones_than_the_first(monkeypatch
         assert one["channels last"].stride() == sent.stride()
 
 
-def test_what_a_worker_raises_comes_out_as_a_sentence_or_as_it_was():
+def test_error_in_a_worker_is_raised_in_the_main_process():
     from unmask.data.worker_pool import WorkerPool
 
     pool = WorkerPool(Shaped(), [1, "bad", 2, "fails", 3], 2, caught=BadImage)
@@ -181,7 +181,7 @@ def test_what_a_worker_raises_comes_out_as_a_sentence_or_as_it_was():
         next(pool)
 
 
-def test_no_shared_memory_is_used_beside_the_anonymous_file(images):
+def test_dev_shm_is_not_used(images):
     """Docker gives /dev/shm 64 MB: nothing of ours may lie there."""
     before = set(os.listdir("/dev/shm"))
     pool = training_batches(loader_images(images), start=0, batch=30, batches=50, workers=2)
@@ -191,7 +191,7 @@ def test_no_shared_memory_is_used_beside_the_anonymous_file(images):
     pool.close()
 
 
-def test_too_few_open_files_are_a_sentence(images, tmp_path):
+def test_too_few_open_files_raise_a_clear_error(images, tmp_path):
     code = """
         import resource, sys
         sys.path[:0] = sys.argv[2:]
@@ -220,13 +220,13 @@ def test_suspended_time_does_not_count(monkeypatch):
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("", 300.0), ("7.5", 7.5), ("0", float("inf"))])
-def test_the_limit_is_a_setting(monkeypatch, text, seconds):
+def test_stall_limit_is_read_from_the_environment(monkeypatch, text, seconds):
     monkeypatch.setenv(stalls.VARIABLE, text)
     assert stalls.stall_seconds() == seconds
 
 
 @pytest.mark.parametrize("text", ["soon", "-1", "nan"])
-def test_a_limit_that_is_no_number_is_refused(monkeypatch, text):
+def test_stall_limit_must_be_a_number(monkeypatch, text):
     monkeypatch.setenv(stalls.VARIABLE, text)
     with pytest.raises(UserError, match=f"got {stalls.VARIABLE}={text}; expected"):
         stalls.stall_seconds()
@@ -235,7 +235,7 @@ def test_a_limit_that_is_no_number_is_refused(monkeypatch, text):
 # -------------------------------------------------------------------------------------------------------- the watchdog
 
 
-def test_a_step_that_never_ends_fails_with_stacks(images, tmp_path, monkeypatch):
+def test_step_that_never_ends_fails_and_writes_stacks(images, tmp_path, monkeypatch):
     monkeypatch.setenv(stalls.VARIABLE, "1")
 
     def hanging(job, at):
@@ -259,7 +259,7 @@ def naps(count):
         time.sleep(0.05)
 
 
-def test_a_slow_processor_is_no_hang_but_a_waiting_one_is():
+def test_computing_process_is_not_a_stall_but_a_waiting_one_is():
     told = []
 
     def report(what):
@@ -280,7 +280,7 @@ def test_a_slow_processor_is_no_hang_but_a_waiting_one_is():
     assert dog.waited == 1.25, "which the report states"
 
 
-def test_what_ends_while_its_stall_is_reported_is_not_ended():
+def test_step_that_finishes_during_the_stall_report_continues():
     """A report writes files, which takes a moment."""
     reported, ended = threading.Event(), threading.Event()
 
@@ -299,7 +299,7 @@ def test_what_ends_while_its_stall_is_reported_is_not_ended():
 # ------------------------------------------------------------------------------------------------------ stop requests
 
 
-def test_a_request_is_raised_only_where_it_does_no_harm():
+def test_stop_request_raises_only_in_interruptible_parts():
     stop = StopRequest()
     stop.request()
     with pytest.raises(StopRequested), stop.interruptible():
@@ -316,13 +316,13 @@ def test_a_request_is_raised_only_where_it_does_no_harm():
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGUSR1", "SIGINT"])
-def test_every_signal_asks_to_stop(name):
+def test_every_signal_requests_a_stop(name):
     with stop_requests() as stop:
         os.kill(os.getpid(), getattr(signal, name))
         assert stop.requested
 
 
-def test_an_ignored_hangup_stays_ignored():
+def test_ignored_sighup_stays_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with stop_requests() as stop:
@@ -333,7 +333,7 @@ def test_an_ignored_hangup_stays_ignored():
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_stop_while_waiting_for_data_saves_what_was_trained(images, tmp_path, monkeypatch, workers):
+def test_stop_during_a_wait_for_data_saves_a_checkpoint(images, tmp_path, monkeypatch, workers):
     """A file that never ends: SIGTERM in the middle of the wait leaves a checkpoint, and nothing is trained twice."""
     plain = [*SMALL_RUN, "train.steps=12", "data.cache=false", f"data.workers={workers}"]
     whole = pretrain(images, recipe="mae_nano", out=tmp_path / "whole", settings=plain)
@@ -380,7 +380,7 @@ def gone(process: int) -> bool:
         return True
 
 
-def test_pooled_processes_end_with_a_parent_that_is_killed(tmp_path):
+def test_pool_processes_end_if_their_parent_is_killed(tmp_path):
     """One of them is stopped, and both ignore SIGTERM: nothing of a killed scan or packing may stay in memory."""
     code = """
         import sys, time
@@ -407,7 +407,7 @@ def test_pooled_processes_end_with_a_parent_that_is_killed(tmp_path):
     wait_until(lambda: all(map(gone, pooled)), 10)
 
 
-def test_a_pool_that_is_left_early_does_not_wait_for_its_processes():
+def test_pool_that_is_left_by_an_error_does_not_wait():
     began = time.monotonic()
 
     def interrupted():
@@ -421,7 +421,7 @@ def test_a_pool_that_is_left_early_does_not_wait_for_its_processes():
 
 
 @pytest.mark.slow
-def test_loader_workers_end_with_a_training_that_is_killed(images, tmp_path):
+def test_loader_workers_end_if_the_training_is_killed(images, tmp_path):
     process = endless(images, tmp_path / "run", 2)
     wait_until(lambda: steps_of(tmp_path / "run") > 3)
     workers = [child.pid for child in children_of(process.pid)]
@@ -433,7 +433,7 @@ def test_loader_workers_end_with_a_training_that_is_killed(images, tmp_path):
 
 
 @pytest.mark.slow
-def test_ctrl_z_longer_than_the_limit_ends_nothing_and_hangup_saves(images, tmp_path):
+def test_suspending_is_not_a_stall_and_sighup_saves(images, tmp_path):
     run = tmp_path / "run"
     process = endless(images, run, 1, **{stalls.VARIABLE: "1"})
     wait_until(lambda: steps_of(run) > 3)
@@ -450,7 +450,7 @@ def test_ctrl_z_longer_than_the_limit_ends_nothing_and_hangup_saves(images, tmp_
 
 
 @pytest.mark.slow
-def test_a_second_ctrl_c_ends_at_once_and_says_what_is_kept(images, tmp_path):
+def test_second_ctrl_c_ends_at_once_and_names_the_checkpoint(images, tmp_path):
     run = tmp_path / "run"
     process = endless(images, run, 0, "train.checkpoint_every=2")
     wait_until(lambda: steps_of(run) > 3)
@@ -469,7 +469,7 @@ def test_a_second_ctrl_c_ends_at_once_and_says_what_is_kept(images, tmp_path):
         assert kept in said or f"Interrupted. Continue with: unmask resume {run}" in said
 
 
-def test_a_second_ctrl_c_in_a_library_that_does_not_return(tmp_path):
+def test_second_ctrl_c_ends_a_blocking_library_call(tmp_path):
     code = """
         import os, signal, threading, time
         from unmask.system.stop_requests import stop_requests
@@ -494,7 +494,7 @@ def test_a_second_ctrl_c_in_a_library_that_does_not_return(tmp_path):
 
 
 @pytest.mark.parametrize("guarded", [False, True])
-def test_a_script_without_a_main_guard_is_refused_under_spawn(tmp_path, images, guarded):
+def test_script_without_a_main_guard_is_rejected_under_spawn(tmp_path, images, guarded):
     body = """
         stream = training_batches(loader_images(pathlib.Path(sys.argv[1])), start=0, batch=2, batches=3, workers=1)
         print(len(list(stream)))
@@ -530,7 +530,7 @@ def test_a_script_without_a_main_guard_is_refused_under_spawn(tmp_path, images, 
         {"PMI_SIZE": "2", "PMI_RANK": "0"},
     ],
 )
-def test_several_processes_are_refused(environment):
+def test_several_processes_are_rejected(environment):
     with pytest.raises(UserError, match=r"not supported yet.*start the command once"):
         processes.reject_several_processes(environment)
 
@@ -546,11 +546,11 @@ def test_several_processes_are_refused(environment):
         {"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_STEP_ID": "1", "SLURM_STEP_NUM_TASKS": "1"},
     ],
 )
-def test_one_process_is_none_of_several(environment):
+def test_single_process_is_accepted(environment):
     processes.reject_several_processes(environment)
 
 
-def test_every_command_that_trains_refuses_a_launcher_before_anything_else(monkeypatch, capsys, tmp_path):
+def test_all_training_commands_reject_launchers_first(monkeypatch, capsys, tmp_path):
     from unmask import commands
 
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -567,7 +567,7 @@ def test_every_command_that_trains_refuses_a_launcher_before_anything_else(monke
 # -------------------------------------------------------------------------------------------------------------- library
 
 
-def test_float64_as_default_changes_nothing(images, tmp_path):
+def test_default_dtype_float64_changes_nothing(images, tmp_path):
     import torch
 
     from unmask.engine.load import load_encoder
@@ -587,7 +587,7 @@ def test_float64_as_default_changes_nothing(images, tmp_path):
 
 
 @pytest.mark.parametrize("device", ["mps", "cuda:77"])
-def test_a_device_that_is_not_there_is_a_sentence(images, tmp_path, device):
+def test_missing_device_raises_a_clear_error(images, tmp_path, device):
     from unmask.engine.load import load_encoder
 
     run = pretrain(images, recipe="mae_nano", out=tmp_path / "run", settings=[*SMALL_RUN, "train.steps=1"])
@@ -608,7 +608,7 @@ def finalise_and_wait(seconds):
     naps(int(seconds / 0.05))
 
 
-def test_an_interruption_is_not_lost_in_a_finaliser(recwarn):
+def test_interruption_in_a_finaliser_is_not_lost(recwarn):
     """Python prints an exception that is raised in `__del__`, and goes on as if nothing had happened."""
     with pytest.raises(KeyboardInterrupt), interrupts():
         finalise_and_wait(20)

@@ -52,7 +52,7 @@ def plan(**more):
 # -------------------------------------------------------------------------------------------------------- the schedule
 
 
-def test_without_a_replan_the_schedule_is_the_plain_one_bit_for_bit():
+def test_schedule_without_replans_is_bit_identical_to_the_plain_one():
     found = plan()
     for step in range(101):
         assert found.lr(step) == learning_rate(step, steps=100, warmup_steps=10, peak=1.0)
@@ -61,7 +61,7 @@ def test_without_a_replan_the_schedule_is_the_plain_one_bit_for_bit():
 
 
 @pytest.mark.parametrize("changes", [((40, 60),), ((40, 400),), ((3, 50), (20, 300), (280, 281)), ((99, 150),)])
-def test_a_replan_keeps_the_place_and_spreads_what_is_left(changes):
+def test_replan_keeps_the_position_and_spreads_the_rest(changes):
     found = plan()
     for step, steps in changes:
         before, found = found, found.replanned(step, steps)
@@ -90,7 +90,7 @@ def test_a_replan_keeps_the_place_and_spreads_what_is_left(changes):
         ([(100, 100, 120)], 120),  # after the end
     ],
 )
-def test_replans_that_do_not_follow_one_another_are_refused(replans, steps):
+def test_inconsistent_replans_are_rejected(replans, steps):
     entries = [Replan(step=step, before=before, steps=after) for step, before, after in replans]
     with pytest.raises(ValueError, match=r"does not follow|after replans that lead to"):
         require_order(entries, steps)
@@ -115,7 +115,7 @@ PACES = {
 
 @pytest.mark.parametrize("pace", PACES)
 @pytest.mark.parametrize("seconds", [60.0, 600.0])
-def test_a_budget_is_used_and_never_overrun_whatever_the_pace_does(clock, pace, seconds):
+def test_budget_is_used_and_not_exceeded_at_varying_speed(clock, pace, seconds):
     budget = Budget(seconds)
     clock.wait(5.0)
     rng, step, total = random.Random(0), 0, int((0.9 * seconds - 5) / STEP)
@@ -136,7 +136,7 @@ def test_a_budget_is_used_and_never_overrun_whatever_the_pace_does(clock, pace, 
         assert place(total, changes) == pytest.approx(changes[0].before)
 
 
-def test_interruptions_are_no_pace_but_count_in_the_budget(clock):
+def test_interruptions_count_in_the_budget_but_not_in_the_speed(clock):
     pacer, step, total = Pacer(100.0, 0.0), 0, 95
     while step < total:
         clock.wait(1.0)
@@ -151,7 +151,7 @@ def test_interruptions_are_no_pace_but_count_in_the_budget(clock):
     assert 73 <= total <= 80
 
 
-def test_most_of_a_budget_stays_for_training(clock):
+def test_most_of_a_budget_is_used_for_training(clock):
     pacer = Pacer(100.0, 10.0)
     assert pacer.affords("test", closing=5.0)
     pacer.expect("test", 14.0)
@@ -192,7 +192,7 @@ def rows(run):
     return {row["step"]: (row["loss"], row["lr"]) for row in run.metrics() if row.get("loss") is not None}
 
 
-def test_a_run_follows_its_pace_and_writes_down_how(images, tmp_path, monkeypatch, clock):
+def test_number_of_steps_follows_the_speed_and_is_recorded(images, tmp_path, monkeypatch, clock):
     said = []
     console = Console(quiet=True)
     console.print = said.append
@@ -213,9 +213,7 @@ def test_a_run_follows_its_pace_and_writes_down_how(images, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("negative_control", [False, True])
-def test_a_killed_run_repeats_its_steps_under_the_written_replans(
-    images, tmp_path, monkeypatch, clock, negative_control
-):
+def test_killed_run_repeats_its_steps_with_the_recorded_replans(images, tmp_path, monkeypatch, clock, negative_control):
     """Killed after replans that no checkpoint knows; the next leg is ten times slower and still repeats them exactly.
 
     Negative control: without the written replans the repeated steps differ.
@@ -240,7 +238,7 @@ def test_a_killed_run_repeats_its_steps_under_the_written_replans(
         assert run.read("plan.json")["steps"] < planned["steps"], "what comes after is fitted to the slower pace"
 
 
-def test_a_resumed_run_has_what_is_left_of_its_budget_without_the_time_between(images, tmp_path, monkeypatch, clock):
+def test_resumed_run_has_the_rest_of_its_budget(images, tmp_path, monkeypatch, clock):
     def stop_at(step):
         if step == 30:
             import os
@@ -267,7 +265,7 @@ def test_a_resumed_run_has_what_is_left_of_its_budget_without_the_time_between(i
     assert any(line.startswith(f"finished {status['step']} steps in 1 min 3") for line in said), said
 
 
-def test_a_plan_that_cannot_be_written_changes_nothing(images, tmp_path, monkeypatch, clock):
+def test_number_of_steps_stays_if_the_plan_cannot_be_written(images, tmp_path, monkeypatch, clock):
     real, warned = Run.write, []
 
     def full(self, name, value):
@@ -284,14 +282,14 @@ def test_a_plan_that_cannot_be_written_changes_nothing(images, tmp_path, monkeyp
     assert sum("the number of steps stays 27" in line for line in warned) == 1
 
 
-def test_a_run_without_a_budget_keeps_its_steps(images, tmp_path, clock):
+def test_run_without_a_budget_keeps_its_steps(images, tmp_path, clock):
     with timed_steps(clock, lambda step: 100.0):
         run = pretrain(images, recipe="mae_nano", out=tmp_path / "run", settings=[*SMALL_RUN, "train.steps=5"])
     found = run.read("plan.json")
     assert (found["steps"], found["replans"], found["budget"]) == (5, [], None)
 
 
-def test_a_damaged_list_of_replans_is_refused_by_name(images, tmp_path, monkeypatch, clock):
+def test_damaged_replans_are_rejected(images, tmp_path, monkeypatch, clock):
     with timed_steps(clock, lambda step: 0.5):
         run = begin(images, tmp_path / "run", monkeypatch, budget=20.0)
     found = run.read("plan.json")
@@ -302,11 +300,11 @@ def test_a_damaged_list_of_replans_is_refused_by_name(images, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize(("given", "seconds"), [("90s", 90.0), ("30m", 1800.0), ("1.5h", 5400.0), ("2D", 172800.0)])
-def test_a_budget_may_be_written_as_on_the_command_line(given, seconds):
+def test_budget_may_be_text_such_as_30m(given, seconds):
     assert as_budget(given).seconds == seconds
 
 
 @pytest.mark.parametrize("given", ["", "1", "10k", "m", "0s", "-5m", "infh", "nanm"])
-def test_a_budget_of_another_form_is_refused_before_images_are_opened(given):
+def test_invalid_budget_is_rejected_before_images_are_opened(given):
     with pytest.raises(UserError, match="got a time budget of"):
         pretrain("no such folder", budget=given)

@@ -44,7 +44,7 @@ def float_images(folder, count, bad=()):
 FLOATS = ("data.mean=[0,0,0]", "data.std=[1,1,1]", "method.target=pixels", "data.crop.kind=center")
 
 
-def test_a_run_trains_and_holds_everything_a_person_needs(images, tmp_path):
+def test_run_trains_and_its_folder_is_complete(images, tmp_path):
     run = start(images, tmp_path / "run", "train.steps=60", "optim.base_lr=0.05", "train.picture_every=30")
     found = losses(run)
     assert np.mean(found[-5:]) < 0.9 * np.mean(found[:5])
@@ -72,14 +72,14 @@ def test_a_run_trains_and_holds_everything_a_person_needs(images, tmp_path):
     assert load(run.path).step == 60
 
 
-def test_the_same_seed_gives_the_same_run_for_any_number_of_workers(images, tmp_path):
+def test_same_seed_gives_the_same_run_for_any_number_of_workers(images, tmp_path):
     plain = start(images, tmp_path / "a", "train.steps=6")
     for name, settings in {"b": ["data.workers=2"], "c": ["data.workers=1", "data.cache=false"]}.items():
         assert losses(start(images, tmp_path / name, "train.steps=6", *settings)) == losses(plain)
     assert losses(start(images, tmp_path / "d", "train.steps=6", "train.seed=1")) != losses(plain)
 
 
-def test_accumulation_changes_the_sums_only_in_the_last_bits(images, tmp_path):
+def test_accumulation_changes_results_only_by_rounding(images, tmp_path):
     settings = ("train.steps=5", "optim.base_lr=0.01", "train.precision=fp32")
     whole = start(images, tmp_path / "a", *settings)
     parts = start(images, tmp_path / "b", *settings, "train.micro_batch=2")
@@ -101,7 +101,7 @@ def test_clipping_reaches_the_optimiser(images, tmp_path):
     assert losses(loose) == losses(free), "norms below the limit are left alone"
 
 
-def test_a_non_finite_step_is_skipped_and_its_images_are_named(tmp_path):
+def test_non_finite_step_is_skipped_and_its_images_are_listed(tmp_path):
     data = float_images(tmp_path / "images", 40, bad=[7])
     run = start(data, tmp_path / "run", *FLOATS, "train.steps=10", "train.picture_every=100")
     skipped = [row for row in run.metrics() if "skipped" in row]
@@ -111,7 +111,7 @@ def test_a_non_finite_step_is_skipped_and_its_images_are_named(tmp_path):
     assert all(value.isfinite().all() for value in checkpoint.load_model(run)[1].values())
 
 
-def test_three_bad_steps_in_a_row_roll_back_and_twice_without_progress_stop(tmp_path):
+def test_three_bad_steps_roll_back_and_repeated_rollbacks_stop(tmp_path):
     data = float_images(tmp_path / "images", 16, bad=range(16))
     said = []
     console = Console(quiet=True)
@@ -122,7 +122,7 @@ def test_three_bad_steps_in_a_row_roll_back_and_twice_without_progress_stop(tmp_
     assert Run(tmp_path / "run").read("status.json")["state"] == "failed"
 
 
-def test_a_roll_back_returns_to_the_checkpoint_and_moves_the_data_on(tmp_path):
+def test_rollback_returns_to_the_checkpoint_and_skips_data(tmp_path):
     data = float_images(tmp_path / "images", 40)
     poison = {6, 7, 8}
 
@@ -156,7 +156,7 @@ def poisoned(numbers, stop_after=None):
 
 
 @pytest.mark.parametrize("settings", [("train.log_every=5",), ("train.log_every=100", "train.checkpoint_every=3")])
-def test_when_the_host_looks_never_changes_what_is_trained(tmp_path, settings):
+def test_result_does_not_depend_on_when_the_host_reads(tmp_path, settings):
     data = float_images(tmp_path / "images", 40)
     weights = []
     for name, more in {"a": ("train.checkpoint_every=3",), "b": (*settings, "train.checkpoint_every=3")}.items():
@@ -168,7 +168,7 @@ def test_when_the_host_looks_never_changes_what_is_trained(tmp_path, settings):
     assert all(torch.equal(weights[0][1][name], weights[1][1][name]) for name in weights[0][1])
 
 
-def test_a_run_stopped_between_bad_steps_still_counts_them(tmp_path):
+def test_bad_steps_are_counted_across_a_stop(tmp_path):
     data = float_images(tmp_path / "images", 40)
     settings = (*FLOATS, "train.steps=14", "train.picture_every=100", "train.checkpoint_every=5")
     with poisoned({7, 8, 9}):
@@ -182,7 +182,7 @@ def test_a_run_stopped_between_bad_steps_still_counts_them(tmp_path):
     assert checkpoint.load_latest(parts).state["position"]["rollbacks"] == 1
 
 
-def test_weights_that_are_not_finite_are_refused_and_said(images, tmp_path):
+def test_non_finite_weights_are_not_saved_and_reported(images, tmp_path):
     said, left = [], [4]
 
     def spoiling(job, step):
@@ -202,7 +202,7 @@ def test_weights_that_are_not_finite_are_refused_and_said(images, tmp_path):
     assert run.read("status.json")["state"] == "finished"
 
 
-def test_a_disk_that_takes_no_metrics_and_no_pictures_is_said_once(images, tmp_path, monkeypatch):
+def test_failed_writes_of_metrics_and_pictures_are_reported_once(images, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -217,7 +217,7 @@ def test_a_disk_that_takes_no_metrics_and_no_pictures_is_said_once(images, tmp_p
     assert len(said) == 2
 
 
-def test_a_file_that_goes_bad_is_replaced_alike_in_every_run_and_quarantined(images, tmp_path):
+def test_file_that_becomes_unreadable_is_replaced_deterministically(images, tmp_path):
     def train_with_a_broken_file(out, workers):
         settings = ("train.steps=8", "data.cache=false", f"data.workers={workers}", "data.max_bad_fraction=0.1")
         with faults(before_training=lambda run: (images / "0004.png").write_bytes(b"")):  # after the scan
@@ -230,7 +230,7 @@ def test_a_file_that_goes_bad_is_replaced_alike_in_every_run_and_quarantined(ima
     assert [(row["name"], row["code"]) for row in a.quarantine()] == [("0004.png", "CHANGED")]
 
 
-def test_one_broken_file_in_a_hundred_is_quarantined_and_half_stops(tmp_path):
+def test_few_unreadable_files_are_quarantined_and_many_stop_the_run(tmp_path):
     images = write_images(tmp_path / "images", 99)
     (images / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     run = start(images, tmp_path / "run", "train.steps=2")
@@ -243,7 +243,7 @@ def test_one_broken_file_in_a_hundred_is_quarantined_and_half_stops(tmp_path):
     assert not (tmp_path / "run2").exists(), "nothing is left behind by a refusal"
 
 
-def test_a_full_disk_at_a_checkpoint_is_survived(images, tmp_path):
+def test_training_survives_a_full_disk_at_a_checkpoint(images, tmp_path):
     attempts = []
 
     def full_at_first(path):
@@ -261,7 +261,7 @@ def test_a_full_disk_at_a_checkpoint_is_survived(images, tmp_path):
     assert checkpoint.load_model(run)[0] == 6
 
 
-def test_a_disk_that_stays_full_fails_at_the_end_and_says_so(images, tmp_path):
+def test_disk_that_stays_full_fails_at_the_end(images, tmp_path):
     def full(path):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
@@ -270,7 +270,7 @@ def test_a_disk_that_stays_full_fails_at_the_end_and_says_so(images, tmp_path):
         start(images, tmp_path / "run", "train.steps=3")
 
 
-def test_images_larger_batches_and_tiny_sets(tmp_path):
+def test_batch_may_be_larger_than_the_data_set(tmp_path):
     images = write_images(tmp_path / "images", 3)
     run = start(images, tmp_path / "run", "train.steps=2", "train.batch_size=8")  # the batch holds images twice
     assert len(losses(run)) == 2
@@ -279,7 +279,7 @@ def test_images_larger_batches_and_tiny_sets(tmp_path):
 @pytest.mark.parametrize(
     ("channels", "dtype"), [(1, "uint8"), (2, "uint8"), (1, "uint16"), (5, "uint16"), (3, "float32")]
 )
-def test_any_channels_and_dtype_on_a_wide_grid_from_files_to_pictures(tmp_path, channels, dtype):
+def test_any_channels_and_dtype_train_on_a_wide_grid(tmp_path, channels, dtype):
     folder = tmp_path / "images"
     folder.mkdir()
     rng = np.random.default_rng(0)
@@ -296,7 +296,7 @@ def test_any_channels_and_dtype_on_a_wide_grid_from_files_to_pictures(tmp_path, 
     assert all(np.isfinite(losses(run)))
 
 
-def test_a_budget_plans_the_steps_that_fit(images, tmp_path, monkeypatch):
+def test_budget_determines_the_number_of_steps(images, tmp_path, monkeypatch):
     monkeypatch.setattr("unmask.engine.time_budget.clock", lambda: 0.0)
     monkeypatch.setattr("unmask.engine.make_plan.time_steps", lambda *_, **__: [0.1])
     run = start(images, tmp_path / "run", budget=6.0)
@@ -307,7 +307,7 @@ def test_a_budget_plans_the_steps_that_fit(images, tmp_path, monkeypatch):
         start(images, tmp_path / "run2", "train.steps=5", budget=6.0)
 
 
-def test_every_stop_is_resumable_in_process(images, tmp_path):
+def test_every_stop_can_be_resumed_in_the_same_process(images, tmp_path):
     whole = start(images, tmp_path / "a", "train.steps=9")
 
     def stop_at_four(job, at):
@@ -320,11 +320,11 @@ def test_every_stop_is_resumable_in_process(images, tmp_path):
     assert losses(resume(run.path)) == losses(whole)
 
 
-def test_periodic_things_happen_at_the_first_every_so_many_and_the_last_step():
+def test_periodic_actions_are_due_at_the_first_and_last_step_and_multiples():
     assert [step for step in range(1, 11) if due(step, 4, 10)] == [1, 4, 8, 10]
 
 
-def test_what_a_method_logs_stands_in_the_metrics_as_the_mean_over_micro_batches(images, tmp_path, monkeypatch):
+def test_logs_of_a_method_are_averaged_over_micro_batches(images, tmp_path, monkeypatch):
     real = MAE.loss
 
     def chatty(self, batch, clock):
@@ -335,7 +335,7 @@ def test_what_a_method_logs_stands_in_the_metrics_as_the_mean_over_micro_batches
     assert [row["first_half"] for row in run.metrics()] == [0.5, 0.5, 0.5]
 
 
-def test_training_works_in_another_thread_and_leaves_the_callers_random_numbers_alone(images, tmp_path):
+def test_training_in_another_thread_keeps_the_callers_random_state(images, tmp_path):
     torch.manual_seed(1)
     expected = torch.rand(1)
     torch.manual_seed(1)
@@ -357,5 +357,5 @@ def test_training_works_in_another_thread_and_leaves_the_callers_random_numbers_
         (0, 0.5, "epoch 0.00/0.50"),
     ],
 )
-def test_the_epochs_of_a_short_run_are_shown_with_enough_decimals(done, total, expected):
+def test_epochs_of_a_short_run_have_enough_decimals(done, total, expected):
     assert epoch_text(done, total) == expected

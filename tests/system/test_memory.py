@@ -9,7 +9,7 @@ from unmask.engine.device import free_memory
 from unmask.system import memory
 
 
-def test_the_narrowest_group_above_the_process_counts(tmp_path):
+def test_smallest_control_group_limit_applies(tmp_path):
     groups, inner = tmp_path / "cgroup", tmp_path / "cgroup" / "outer" / "inner"
     inner.mkdir(parents=True)
     membership = tmp_path / "self"
@@ -26,11 +26,11 @@ def test_the_narrowest_group_above_the_process_counts(tmp_path):
 
 
 @pytest.mark.parametrize(("machine", "container", "free"), [(7, 5, 5), (5, 7, 5), (7, None, 7)])
-def test_the_smaller_of_machine_and_container_counts(monkeypatch, machine, container, free):
+def test_smaller_limit_of_machine_and_container_applies(monkeypatch, machine, container, free):
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=machine))
     monkeypatch.setattr(memory, "container_bytes", lambda: container)
     assert free_memory("cpu") == free
 
 
-def test_this_machine_has_some():
+def test_available_memory_of_this_machine_is_positive():
     assert 2**20 < free_memory("cpu") <= psutil.virtual_memory().total

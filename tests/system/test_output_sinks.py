@@ -33,13 +33,13 @@ def shell(command: str, *arguments: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stderr", ["2>&-", "2>/dev/full"])
-def test_a_scan_does_not_depend_on_stderr(images, stderr):
+def test_scan_does_not_depend_on_stderr(images, stderr):
     done = shell(f"UNMASK {stderr}", "check", str(images), "--json")
     assert done.returncode == 0, done.stderr
     assert '"good"' in done.stdout or '"files"' in done.stdout
 
 
-def test_a_reader_that_leaves_does_not_end_a_packing(images, tmp_path):
+def test_closed_pipe_does_not_end_packing(images, tmp_path):
     out = tmp_path / "packed.tar"
     done = shell("UNMASK 2>&1 | head -c 1; exit ${PIPESTATUS[0]}", "pack", str(images), str(out), "--workers", "0")
     assert done.returncode == 0
@@ -49,7 +49,7 @@ def test_a_reader_that_leaves_does_not_end_a_packing(images, tmp_path):
 @pytest.mark.parametrize(
     ("stdout", "reason"), [(">/dev/full", "No space left on device"), (">&-", "Bad file descriptor")]
 )
-def test_lost_json_is_an_error_with_the_work_done(images, tmp_path, stdout, reason):
+def test_lost_json_output_is_an_error_after_the_work(images, tmp_path, stdout, reason):
     out = tmp_path / "packed.tar"
     done = shell(f"UNMASK {stdout}", "pack", str(images), str(out), "--workers", "0", "--json")
     assert done.returncode == 1
@@ -58,7 +58,7 @@ def test_lost_json_is_an_error_with_the_work_done(images, tmp_path, stdout, reas
     assert out.exists()
 
 
-def test_a_closed_stderr_is_not_taken_for_the_next_file(tmp_path):
+def test_closed_stderr_does_not_receive_the_number_of_a_file(tmp_path):
     """Descriptor 2 would otherwise be that of the next file opened, and warnings of C code would land in it."""
     script = tmp_path / "script.py"
     script.write_text(
@@ -71,7 +71,7 @@ def test_a_closed_stderr_is_not_taken_for_the_next_file(tmp_path):
     assert (tmp_path / "data").read_bytes() == b""
 
 
-def test_a_reader_that_never_reads_delays_words_once(monkeypatch):
+def test_reader_that_never_reads_delays_output_once(monkeypatch):
     monkeypatch.setattr("unmask.system.output_sinks.PATIENCE", 0.3)
     here, there = os.pipe()
     sink = Sink(there, may_drop=True)
@@ -91,7 +91,7 @@ def test_a_reader_that_never_reads_delays_words_once(monkeypatch):
     os.close(there)
 
 
-def test_what_is_lost_of_stdout_is_known():
+def test_lost_stdout_output_is_reported():
     fine, gone = Sink(1, may_drop=False), Sink(1, may_drop=False, error=BrokenPipeError(32, "Broken pipe"))
     assert Outputs(fine, fine).finish() is None
     gone.write(b"{}")
@@ -116,7 +116,7 @@ class Broken(io.StringIO):
 
 
 @pytest.mark.parametrize("stream", [Broken(True), Broken(False), None], ids=["terminal", "file", "none"])
-def test_a_console_without_a_stderr_says_nothing_and_raises_nothing(monkeypatch, stream, capsys):
+def test_console_without_stderr_prints_nothing_and_raises_nothing(monkeypatch, stream, capsys):
     monkeypatch.setattr(sys, "stderr", stream)
     monkeypatch.delenv("CI", raising=False)
     console = Console()
