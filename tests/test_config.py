@@ -1,4 +1,4 @@
-"""Settings: every key is reachable, wrong ones are refused with the nearest, JSON goes both ways."""
+"""Settings: every key can be set, wrong ones are rejected with the nearest names, and JSON round-trips."""
 
 import json
 import re
@@ -18,7 +18,7 @@ def test_recipes_are_documented_valid_and_round_trip(name):
     config = find(name)
     assert Config.model_validate(json.loads(config.model_dump_json())) == config
     assert config.recipe == name
-    patch = getattr(config.method.encoder, "patch", (1, 1))  # a dense autoencoder has none
+    patch = getattr(config.method.encoder, "patch", (1, 1))  # a dense autoencoder has no patches
     assert config.data.size[0] % patch[0] == 0
 
 
@@ -78,7 +78,7 @@ SOURCES = {
 
 @pytest.mark.parametrize("key", keys(find("mae_nano")))
 def test_every_setting_is_used_somewhere(key):
-    """No setting is silently ignored: outside the tree itself some line asks for it."""
+    """No setting is silently ignored: its name occurs outside its definition."""
     leaf = key.split(".")[-1]
     asked = re.compile(rf"(config|train|data|optim|crop|encoder|decoder|method)\.{leaf}\b")
     assert [path.name for path, text in SOURCES.items() if asked.search(text)], f"nothing reads {key}"
@@ -165,7 +165,7 @@ def test_auto_chooses_by_count_size_and_device_with_reasons(images, size, device
     assert recipe == name
     assert reasons
     assert str(images) in reasons[0]
-    config = override(find(recipe), overrides)  # what it proposes is valid
+    config = override(find(recipe), overrides)  # raises if a proposal is invalid
     assert (
         config.data.size[0] % config.method.encoder.patch[0]
         == config.data.size[1] % config.method.encoder.patch[1]

@@ -1,4 +1,4 @@
-"""What reaches the terminal: no control characters from file names, labels or artefacts of others."""
+"""The terminal receives no control characters from file names, labels or foreign files."""
 
 import sys
 
@@ -51,7 +51,7 @@ def test_list_of_runs_prints_no_control_characters(capsys, tmp_path, monkeypatch
 
 
 def test_time_left_is_shown_for_steps_of_any_length(monkeypatch, capsys):
-    """Steps of 40 seconds: rich's own estimate, over the last 30 seconds, would show nothing."""
+    """With steps of 40 seconds, rich's own estimate over the last 30 seconds would show nothing."""
     now = 1000.0
     monkeypatch.setattr("unmask.console.time.monotonic", lambda: now)
     with Console().progress("training", 10, start=4) as bar:

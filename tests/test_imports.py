@@ -1,4 +1,4 @@
-"""What is loaded when, who may import whom, and that importing does nothing else."""
+"""Imports: which packages they load, which layers may import each other, and that they have no side effects."""
 
 import os
 import subprocess
@@ -15,7 +15,7 @@ REPORT = "import sys; print(' '.join(name for name in {heavy!r} if name in sys.m
 
 
 def loaded_by(code: str) -> set[str]:
-    """Which of the heavy packages a fresh interpreter has loaded after `code`."""
+    """Return the heavy packages that a fresh interpreter has loaded after running `code`."""
     script = f"{code}\n{REPORT.format(heavy=HEAVY)}"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -94,7 +94,7 @@ def test_public_names_are_documented_and_resolve():
 
 
 def test_importing_every_module_has_no_side_effects():
-    """No seeds, no threads, no signals, no files, nothing on the screen; what other packages do is theirs."""
+    """Imports set no seeds, start no threads, handle no signals, write no files and print nothing."""
     names = [
         ".".join(path.relative_to(ROOT).with_suffix("").parts)
         for path in sorted((ROOT / "unmask").rglob("*.py"))
@@ -119,7 +119,7 @@ for was, now in zip(before, state(), strict=True):
 
 
 def test_package_is_importable_beside_a_folder_of_its_name(tmp_path):
-    """A folder `unmask` where Python starts, as the clone is to its parent, must not hide the installed package."""
+    """A folder `unmask` in the working directory, such as a clone, must not hide the installed package."""
     (tmp_path / "unmask" / "src" / "unmask").mkdir(parents=True)
     code = "import unmask; assert unmask.__file__, unmask.__path__; unmask.recipe"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
@@ -135,7 +135,7 @@ def test_package_init_files_are_empty_and_nothing_imports_the_root():
 
 
 def test_import_layers_are_respected():
-    """`lint-imports`: the layers of pyproject.toml, where the tool is installed."""
+    """Run `lint-imports`, if it is installed, with the layers of pyproject.toml."""
     pytest.importorskip("importlinter")
     tool = Path(sys.executable).with_name("lint-imports")
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Learning rate, parameter groups, and the gate that skips a non-finite step on the device."""
+"""Learning rate, parameter groups, and skipping non-finite steps on the device."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Records of results: read back as written, found by what files hold, and converted from earlier versions."""
+"""Result records round-trip, are identified by the content of files, and are converted from earlier versions."""
 
 import json
 import subprocess

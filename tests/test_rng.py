@@ -1,4 +1,4 @@
-"""Counter-based randomness: published answers, independence of place, equality of NumPy and torch."""
+"""Counter-based random numbers match published values, do not depend on position, and are equal in NumPy and torch."""
 
 import numpy as np
 import pytest
@@ -42,7 +42,7 @@ def test_draw_does_not_depend_on_the_position_in_the_batch():
     whole = uniform(1, Stream.CROP, np.zeros(10, np.int64), np.arange(10), 5)
     shuffled = np.array([7, 3, 9])
     assert (uniform(1, Stream.CROP, np.zeros(3, np.int64), shuffled, 5) == whole[shuffled]).all()
-    # and the first draws do not change when more are asked for
+    # the first numbers do not depend on how many are drawn
     assert (uniform(1, Stream.CROP, np.zeros(10, np.int64), np.arange(10), 50)[:, :5] == whole).all()
 
 
@@ -52,7 +52,7 @@ def test_each_input_changes_the_draw_and_inputs_are_never_added(change):
         return words(seed, stream, np.array([epoch]), np.array([index]), 8)[0].tolist()
 
     assert draw(**{change: 2 if change != "stream" else Stream.CROP}) != draw()
-    # seed 2, epoch 1 must not repeat seed 1, epoch 2 and so on: the classic fault of seed + index
+    # seed 2, epoch 1 must differ from seed 1, epoch 2, unlike with generators seeded by seed + epoch
     all_draws = [tuple(draw(s, Stream.MASK, e, i)) for s in range(3) for e in range(3) for i in range(3)]
     assert len(set(all_draws)) == 27
 

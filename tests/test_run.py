@@ -1,4 +1,4 @@
-"""The Run folder: files whole or not at all, metrics each step once, one trainer at a time."""
+"""The run folder: files are written atomically, each step is logged once, and one process trains at a time."""
 
 import errno
 import json
@@ -69,9 +69,9 @@ def test_metrics_keep_each_step_once_and_survive_a_truncated_line(run):
     for step in range(1, 6):
         run.log({"step": step, "loss": step / 3})
     with run.metrics_file.open("ab") as file:
-        file.write(b'{"step": 6, "lo')  # torn by a crash
+        file.write(b'{"step": 6, "lo')  # truncated by a crash
     assert [row["step"] for row in run.metrics()] == [1, 2, 3, 4, 5]
-    run.log({"step": 7, "loss": 0.0})  # the torn line does not swallow it
+    run.log({"step": 7, "loss": 0.0})  # must be written on a new line
     assert [row["step"] for row in run.metrics()] == [1, 2, 3, 4, 5, 7]
     run.truncate_metrics(3)
     assert [row["step"] for row in run.metrics()] == [1, 2, 3]
@@ -119,7 +119,7 @@ def test_replace_file_writes_the_whole_content(tmp_path):
 
 def test_full_disk_error_names_the_file(tmp_path, monkeypatch):
     def full(_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as write and fsync raise it: without a name
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # like errors of write and fsync, without a file name
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left on device") as raised:

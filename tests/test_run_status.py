@@ -1,4 +1,4 @@
-"""`Run.status()`: what is recorded, by whom, and whether its process is alive."""
+"""`Run.status()`: the recorded state, the process that recorded it, and whether it is alive."""
 
 import json
 import os

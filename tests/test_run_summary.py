@@ -1,4 +1,4 @@
-"""What Python and notebooks show of a Run."""
+"""The display of a run in Python and in notebooks."""
 
 import base64
 import os

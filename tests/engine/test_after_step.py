@@ -1,4 +1,4 @@
-"""`Method.after_step` is called once per optimiser step, and a skipped step leaves what it moves as it was."""
+"""`Method.after_step` is called once per optimiser step, and changes nothing at a skipped step."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ TINY = [
 
 @pytest.fixture
 def followed(monkeypatch):
-    """What a follower of MAE's class token saw after each step: (step, micro-batch, counted, its value)."""
+    """Calls of `after_step` in a method that averages MAE's class token: (step, micro-batch, counted, average)."""
     seen = []
 
     def after_step(self, clock):

@@ -1,4 +1,4 @@
-"""`unmask doctor DATA`: what is called the limit is what takes the time, and the advice follows from it."""
+"""`unmask doctor DATA`: the reported limit is the slowest part, and the advice depends on it."""
 
 import time
 

@@ -1,4 +1,4 @@
-"""`unmask check`: what it says is what `unmask pretrain` would do."""
+"""`unmask check` reports what `unmask pretrain` would do."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Checkpoints: killed at every boundary, damaged in every way; each protection shown to be needed."""
+"""Checkpoints survive kills at any point and any damage; negative controls show that each protection is needed."""
 
 import errno
 import hashlib
@@ -90,7 +90,7 @@ def test_non_finite_weights_are_not_saved(run):
 
 
 def boundaries(run, step, at=None):
-    """Save `step` in a forked child that dies (as by kill -9) before boundary `at`; returns how many it passed."""
+    """Save `step` in a forked child that dies (as by kill -9) before boundary `at`; return how many it passed."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
@@ -132,7 +132,7 @@ def test_run_can_resume_after_a_kill_at_any_point_of_a_save(run):
         write(run, 1)
         write(run, 2)
         assert boundaries(run, 3, at) == at
-        found = load_latest(run, log=pytest.fail)  # nothing is damaged, only absent
+        found = load_latest(run, log=pytest.fail)  # files may be missing, but none is damaged
         assert found.step in (2, 3), f"boundary {at}"
         assert torch.equal(found.model["w"], torch.full((3, 5), float(found.step)))
         write(run, 4)
@@ -141,7 +141,7 @@ def test_run_can_resume_after_a_kill_at_any_point_of_a_save(run):
 
 
 def test_kill_while_the_only_checkpoint_is_rewritten_leaves_one_copy(run):
-    """After a rollback the same step is saved again; between the two renames there is none of that name."""
+    """After a rollback the same step is saved again; between the two renames no folder has its name."""
     write(run, 1)
     total = boundaries(run, 1)
     for at in range(total):
@@ -169,7 +169,7 @@ def test_flipped_bit_anywhere_is_detected(run, name):
             said = []
             found = load_latest(run, log=said.append)
             assert found.step == 1, f"byte {offset}, bit {bit}"
-            assert name in said[0] or name == "MANIFEST.json"  # a wrong digest there accuses the file it is for
+            assert name in said[0] or name == "MANIFEST.json"  # a flipped bit in a digest is reported for its file
             assert "step-00000002" in said[0]
             corrupt = next(run.checkpoints.glob("*.corrupt*"))
             corrupt.rename(run.checkpoints / "step-00000002")
@@ -185,7 +185,7 @@ def json_equal(a, b):
 
 
 def test_flipped_bit_would_be_loaded_without_the_digest(run, monkeypatch):
-    """Negative control: the file format itself does not notice."""
+    """Negative control: the file format itself does not detect it."""
     path = write(run, 1) / "model.safetensors"
     content = bytearray(path.read_bytes())
     content[-3] ^= 1
@@ -242,7 +242,7 @@ def test_renamed_damaged_folder_overwrites_no_older_one(run):
 def test_run_with_only_damaged_checkpoints_is_an_error(run):
     for step in (1, 2):
         (write(run, step) / "model.safetensors").write_bytes(b"")
-    for _ in range(2):  # the second time they are all set aside already
+    for _ in range(2):  # the second time, all are renamed already
         with pytest.raises(CheckpointError, match=r"no checkpoint of .* can be used: all are damaged"):
             load_latest(run, log=lambda _: None)
 
@@ -272,7 +272,7 @@ def test_full_disk_keeps_older_checkpoints(run, monkeypatch, number, call):
     said = ""
     try:
         write(run, 2)
-    except CheckpointFull as error:  # flushing the folder may fail without harm, flushing a file may not
+    except CheckpointFull as error:  # an error of flushing the folder is ignored, one of flushing a file is not
         said = str(error)
     monkeypatch.undo()
     assert said or call > 3
@@ -286,7 +286,7 @@ def test_full_disk_keeps_older_checkpoints(run, monkeypatch, number, call):
 
 
 def test_write_to_dev_full_is_reported(run):
-    """/dev/full refuses every byte, as a full disk does."""
+    """/dev/full rejects every byte, like a full disk."""
     if not os.path.exists("/dev/full"):
         pytest.skip("this system has no /dev/full")
     with pytest.raises(OSError, match="No space left"):
@@ -310,7 +310,7 @@ def test_pickle_is_rejected_and_never_opened(run, tmp_path, form, with_manifest)
         path.write_bytes(pickle.dumps(Payload(marker)))
     else:
         torch.save({"model": Payload(marker)}, path)
-    if with_manifest:  # even when somebody mended the manifest to match
+    if with_manifest:  # even if the manifest matches
         manifest = json.loads((path.parent / "MANIFEST.json").read_bytes())
         content = path.read_bytes()
         manifest["files"]["model.safetensors"] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
@@ -355,7 +355,7 @@ def advance(module, optimizer, steps):
 
 @pytest.mark.parametrize("forget", ["nothing", "moments", "step count"])
 def test_restored_optimizer_state_is_bit_identical(run, forget):
-    """With negative controls: forgetting moments or the step count must be visible."""
+    """Negative controls: without moments or the step count, the result must differ."""
     module, optimizer, names = make_training(0)
     advance(module, optimizer, 5)
     tensors, numbers = optimizer_to_tensors(optimizer, names)
@@ -411,7 +411,7 @@ def test_too_little_disk_space_is_reported_before_training(run):
 
 def test_fixed_tensors_are_stored_once_and_loaded_with_every_step(run):
     tokenizer = {"tokenizer.weight": torch.randn(3, 4)}
-    checkpoint.save_fixed(run, {"tokenizer.weight": torch.zeros(3, 4)})  # of a start that was cut short
+    checkpoint.save_fixed(run, {"tokenizer.weight": torch.zeros(3, 4)})  # left by an interrupted start
     checkpoint.save_fixed(run, tokenizer)
     for step in (1, 2):
         checkpoint.save(run, step, {"encoder.weight": torch.full((2,), float(step))}, {}, {"step": step})

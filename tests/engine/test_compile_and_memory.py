@@ -1,4 +1,4 @@
-"""Compiled blocks compute the same and are compiled once; memory that is kept is given back."""
+"""Compiled blocks give the same results and are compiled once; kept memory is returned to the system."""
 
 import json
 import subprocess
@@ -64,13 +64,13 @@ print(json.dumps(found))
 
 @pytest.mark.slow
 def test_equal_blocks_are_compiled_once_for_all_masks_with_the_same_results():
-    """In a process of its own, because pytest has types checked and torch would compile the checks."""
+    """Runs in a separate process, because the tests check types at run time and torch would compile the checks."""
     done = subprocess.run([sys.executable, "-c", COMPILED], check=True, capture_output=True, text=True)
     found = json.loads(done.stdout)
     for name, (_, differ, after_steps, after_picture, with_pictures_compiled) in found.items():
         assert differ < 1e-5, name
         assert after_steps == after_picture < with_pictures_compiled, name
-    # MAE: the encoder's blocks, the decoder's, and its last one, which goes on with the hidden patches alone.
+    # MAE has three kinds of blocks: encoder, decoder, and the decoder's last one, which returns hidden patches only.
     assert {name: (blocks, graphs) for name, (blocks, _, graphs, *_) in found.items()} == {
         "mae_nano": (8, 3), "crossmae_nano": (10, 2), "simmim_nano": (6, 1)
     }  # fmt: skip
@@ -88,7 +88,7 @@ def test_reason_for_not_compiling_is_one_line(monkeypatch):
     assert why_not_compiled("cpu") == "InvalidCxxCompiler: No working C++ compiler found"
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.:DeprecationWarning")  # of torch's own import
+@pytest.mark.filterwarnings("ignore:`torch.jit.:DeprecationWarning")  # raised when torch imports its own modules
 def test_training_warns_why_it_continues_without_compiling(monkeypatch, capsys):
     def job(recipe: str):
         config = find(recipe)
@@ -102,14 +102,14 @@ def test_training_warns_why_it_continues_without_compiling(monkeypatch, capsys):
     assert all(block._compiled_call_impl is None for block in nano.method.encoder.blocks)
     monkeypatch.setattr(train, "why_not_compiled", lambda device: None)
     train.compile_or_explain(job("dvae_nano"))
-    assert "dvae has none" in capsys.readouterr().err
+    assert "dvae has no transformer blocks" in capsys.readouterr().err
     train.compile_or_explain(nano)
     assert "compiling the transformer blocks" in capsys.readouterr().err
     assert all(block._compiled_call_impl is not None for block in nano.method.encoder.blocks)
 
 
 class Libc:
-    """Notes what it is told."""
+    """A stand-in for libc that records its calls."""
 
     def __init__(self) -> None:
         self.told: list[tuple[int, ...]] = []
@@ -165,7 +165,7 @@ print(resident() - before)
 
 
 def kept(device: str) -> list[int]:
-    """Page faults while twenty tensors come and go, pages held when they have gone, and afterwards."""
+    """Return page faults while twenty tensors are allocated and freed, and the pages held then and afterwards."""
     command = [sys.executable, "-c", KEPT, device]
     environment = {"OMP_NUM_THREADS": "1", "PATH": ""}
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)

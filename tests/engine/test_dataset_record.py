@@ -1,4 +1,4 @@
-"""A run goes on with the files it began with, or says which changed; an override is kept with the run."""
+"""A run resumes with unchanged files, or reports which changed; an allowed change is recorded in the run."""
 
 import hashlib
 import io
@@ -23,7 +23,7 @@ from unmask.report.run_page import write_report
 
 
 def arrays(folder, seed=0, count=30):
-    """Files of the same size whatever the seed."""
+    """Write images whose file sizes do not depend on the seed."""
     folder.mkdir(exist_ok=True)
     random = np.random.default_rng(seed)
     for number in range(count):
@@ -85,7 +85,7 @@ def test_run_of_an_earlier_version_compares_names_and_sizes(stopped, tmp_path, c
 
 
 def as_of_an_earlier_version(run):
-    """Take the digests and ids out of a run's files, which earlier versions did not write."""
+    """Remove the digests and ids from a run's files, because earlier versions did not write them."""
     for path in (*run.path.glob("*.json"), *run.evals.glob("*.json")):
         value = json.loads(path.read_text())
         path.write_text(json.dumps({key: value[key] for key in value if key not in ("run_id", "sha256")}))
@@ -173,7 +173,7 @@ def test_run_with_moved_data_resumes_exactly(stopped, tmp_path):
     (tmp_path / "moved" / "photos" / "extra.npy").unlink()
     with signal_after(4):
         resume(stopped.path, places=moved)
-    resume(stopped.path)  # the new place is the run's own now
+    resume(stopped.path)  # the new location has been recorded
     assert weights(stopped) == weights(whole)
     assert read_config(stopped).data.source == str(tmp_path / "moved" / "photos")
     (entry,) = stopped.read("provenance.json")["data_changes"]

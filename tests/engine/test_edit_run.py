@@ -1,4 +1,4 @@
-"""`unmask set`: what can change in a run that has begun, what is refused, and that exact resuming still holds."""
+"""`unmask set`: which settings of a run can be changed, and runs still resume exactly afterwards."""
 
 import shutil
 from types import SimpleNamespace
@@ -59,7 +59,7 @@ def test_forbidden_changes_are_rejected_and_nothing_is_written(run, setting, mes
 
 @pytest.mark.parametrize("setting", ["method.last_blocks=1", "method.last_blocks=0"])
 def test_change_of_the_trained_weights_is_rejected(setting):
-    """The shapes of all weights stay as they are; `resume` would refuse the optimiser's moments."""
+    """The shapes of all weights stay the same, but `resume` would reject the stored optimiser state."""
     config = finetuning_config(find("mae_nano"), ("one", "other"), "finetune_few")
     plan = SimpleNamespace(images=ImageSpec(3, config.data.size, "uint8", (0.0,) * 3, (1.0,) * 3))
     require_same_weights(config, override(config, ["method.mixup=0"]), plan)
@@ -78,7 +78,7 @@ def test_finished_run_can_be_trained_longer_and_resumed_exactly(run, tmp_path):
     assert Run(run).status().state == "stopped"
     other = shutil.copytree(run, tmp_path / "other")
     assert resume(run, console=QUIET).finished
-    shutil.rmtree(other / "checkpoints/step-00000020")  # from the one before, step 16: under the old schedule
+    shutil.rmtree(other / "checkpoints/step-00000020")  # resumes from step 16, which used the old schedule
     assert resume(other, console=QUIET).finished
     first, second = (load(folder).method.state_dict() for folder in (run, other))
     assert all(torch.equal(first[name], value) for name, value in second.items())

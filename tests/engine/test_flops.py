@@ -1,4 +1,4 @@
-"""FLOPs are counted on the real method, and agree with arithmetic done by hand."""
+"""FLOPs that are counted on the method match the formulas."""
 
 import dataclasses
 
@@ -31,10 +31,11 @@ def test_flops_of_a_block_match_the_formula(n, d):
 
 
 def mae_by_hand(config, image=224, channels=3):
-    """(encoder, decoder, whole, idle): embedding of the kept, blocks with class token, prediction of the hidden.
+    """Return FLOPs of a forward pass (encoder, decoder, whole, idle), by formulas.
 
-    In the decoder's last block queries, what follows attention, and the prediction are of the hidden alone. idle: what
-    the published code does beside that, in a forward pass.
+    Kept patches are embedded, blocks include the class token, and hidden patches are predicted. In the decoder's last
+    block, queries, MLP and prediction are computed for hidden patches only. whole: encoder on all patches. idle:
+    redundant compute of the published code.
     """
     encoder, decoder, patch = config.method.encoder, config.method.decoder, config.method.encoder.patch[0]
     n, values = (image // patch) ** 2, patch * patch * channels
@@ -83,7 +84,7 @@ def test_mae_large_saves_3_29_and_a_decoder_token_costs_9_percent():
     assert round(found["ratios"]["blocks"], 2) == 3.29
     assert round(found["ratios"]["decoder_per_token"], 2) == 0.09
     assert round(found["ratios"]["encoder"], 1) == 4.1
-    # 3.23 where all patches are embedded and predicted; here only the visible and only the hidden ones are.
+    # 3.23 if all patches are embedded and predicted; here only visible ones are embedded and hidden ones predicted.
     assert found["ratios"]["everything"] == pytest.approx(3.26, abs=0.006)
     assert found["flops"]["training_with_idle_work"] / found["flops"]["training"] == pytest.approx(1.0116, abs=1e-4)
     assert found["parameters"]["all"] == pytest.approx(329.54e6, rel=1e-4)

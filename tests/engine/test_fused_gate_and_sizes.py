@@ -1,4 +1,4 @@
-"""What the engine uses of torch without a promise of its developers. A failure here: torch has changed it."""
+"""Undocumented features of torch that the engine uses. If a test here fails, a new version of torch changed them."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Images held out of pre-training: which, that they are not trained on, and where their loss is reported."""
+"""Images held out of pre-training: they are chosen, not trained on, and their loss is reported."""
 
 import json
 
@@ -107,7 +107,7 @@ def test_progress_line_shows_epoch_losses_and_time(images, tmp_path, capsys):
 def test_held_out_images_stay_held_out_by_name_if_the_data_change(images, tmp_path, run):
     names = sorted(path.name for path in images.iterdir())
     held = [names[row] for row in read_plan(run).held_out]
-    gone = [name for name in names if name not in held][:3] + held[-1:]  # the last held-out row is out of range then
+    gone = [name for name in names if name not in held][:3] + held[-1:]  # makes the last held-out row out of range
     for name in gone:
         (images / name).unlink()
     set_values(run.path, ["train.steps=6"])

@@ -1,4 +1,4 @@
-"""The size a method sees: it follows the images where no paper fixes it, and is reported with its consequence."""
+"""The input size of a method is chosen from the images unless a paper fixes it, and its effect is reported."""
 
 import pytest
 from conftest import SMALL_RUN, pretrain, write_images

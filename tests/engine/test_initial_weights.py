@@ -1,4 +1,4 @@
-"""What a new run takes from files and other runs: of the wrong kind it is refused before anything is begun."""
+"""Files and runs of the wrong kind as sources of weights, tokenizers or masks are rejected before a run is made."""
 
 import pytest
 from conftest import pretrain, write_images

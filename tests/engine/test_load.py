@@ -1,4 +1,4 @@
-"""Reading a run back: whole and sound, or refused with a sentence; never a pickle, never made-up weights."""
+"""Loading a run: incomplete or damaged runs and pickles raise a clear error."""
 
 import hashlib
 import json
@@ -28,12 +28,12 @@ def trained(tmp_path_factory):
 
 @pytest.fixture
 def run(trained, tmp_path):
-    """A copy that a test may damage."""
+    """A copy of the run that a test may damage."""
     return Path(shutil.copytree(trained, tmp_path / "run"))
 
 
 def rewrite(run: Path, change) -> None:
-    """Change the newest checkpoint's weights, with a manifest that agrees: damage that no digest shows."""
+    """Change the newest checkpoint's weights and update its manifest, so that the digests match."""
     folder = max((run / "checkpoints").glob("step-*"))
     weights = change(safetensors.torch.load_file(folder / "model.safetensors"))
     content = weights if isinstance(weights, bytes) else safetensors.torch.save(weights)
@@ -70,7 +70,7 @@ def test_encoder_features_are_deterministic_and_unmasked(trained):
         assert first.patches.shape == (3, 16, 32), "every patch has its token"
         changed = images.clone()
         for row in range(4):
-            for column in range(4):  # each patch reaches the class token
+            for column in range(4):  # each patch affects the class token
                 changed.copy_(images)
                 changed[:, :, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4] ^= 255
                 assert not torch.equal(encoder(changed).cls, first.cls)
@@ -104,7 +104,7 @@ def test_folder_that_is_not_a_run_raises_a_clear_error(tmp_path, run):
 def test_damaged_settings_raise_a_one_line_error(run, name):
     value = Run(run).read(name)
     first = next(iter(value))
-    Run(run).write(name, value | {first: ["no"], "unheard_of": 1})  # as a later version may
+    Run(run).write(name, value | {first: ["no"], "unheard_of": 1})  # as a later version might write
     with pytest.raises(
         RunError, match=rf"{name} is invalid in this version of unmask: .*{first}.*restore the file"
     ) as fault:
@@ -123,7 +123,7 @@ def test_run_without_a_checkpoint_raises_a_clear_error(run):
 
 
 class Payload:
-    """Unpickling this makes a file."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker

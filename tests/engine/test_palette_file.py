@@ -1,4 +1,4 @@
-"""`unmask palette` and what takes its file: the same colours in every run, and nothing else is taken for a palette."""
+"""`unmask palette` and runs that use its file: the colours are the same, and invalid palettes are rejected."""
 
 import json
 
@@ -74,7 +74,7 @@ def test_palette_can_be_a_file_or_a_run(images, tmp_path):
 
 @pytest.mark.parametrize("recipe", ["auto", "igpt_nano"])
 def test_weights_from_a_run_keep_their_palette(images, tmp_path, recipe):
-    """On other images another palette would be made, with which the embeddings of colours mean nothing."""
+    """Another palette would be computed from other images, and would not match the embeddings of colours."""
     first = pretrain(images, recipe="igpt_nano", out=tmp_path / "a", settings=SMALL)
     others = write_images(tmp_path / "others", 12, seed=7)
     second = pretrain(others, recipe=recipe, out=tmp_path / "b", from_run=first.path, settings=SMALL)

@@ -1,4 +1,4 @@
-"""The plan: what follows from a configuration, and the recipe that `auto` settles on."""
+"""The plan that is derived from a configuration, and the recipe that `auto` chooses."""
 
 import json
 
@@ -210,7 +210,7 @@ def test_micro_batch_that_does_not_divide_the_batch_is_rejected(wanted, message)
 
 
 def test_bytes_per_image_exclude_one_off_allocations():
-    """Under autocast the weights' bfloat16 copies are kept too, but they are no image's."""
+    """Under autocast the bfloat16 copies of the weights are kept too, but do not count per image."""
     torch.manual_seed(0)
     method = small("method.encoder.width=256", "method.encoder.depth=2").build(SPEC)
     weights = sum(p.numel() for p in method.parameters()) * 2
@@ -302,7 +302,7 @@ def test_auto_chooses_a_consistent_recipe_with_reasons(case):
     for word in words:
         assert word in " ".join(reasons), word
     with torch.device("meta"):
-        method = config.build(ImageSpec(1, size, "uint8", (1.0,), (1.0,)))  # sizes, patches, heads and ratio agree
+        method = config.build(ImageSpec(1, size, "uint8", (1.0,), (1.0,)))  # raises if sizes do not fit
     assert method.encoder.grid == (size[0] // patch[0], size[1] // patch[1])
     assert method.encoder.grid[0] * method.encoder.grid[1] // 4 >= 16, "visible when three quarters are hidden"
     assert config.train.batch_size <= max(16, images)
@@ -351,20 +351,20 @@ def test_unavailable_device_number_is_rejected(device):
 
 @pytest.mark.parametrize(("micro", "seconds"), [(12, 0.0), (6, 0.0), (4, 1.5), (3, 2.0), (1, 6.0)])
 def test_step_with_accumulation_is_measured_after_waiting_for_the_device(monkeypatch, micro, seconds):
-    """A device on which everything is launched at once and two micro-batches take a second to wait for."""
+    """The simulated device launches work immediately, and waiting for two micro-batches takes a second."""
     now = [0.0]
     monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(measure, "update", lambda *_: None)
 
     def wait(loss):
-        now[0] += loss is not None  # the update itself costs nothing here
+        now[0] += loss is not None  # only passes take time, updates do not
 
     monkeypatch.setattr(measure, "wait_for", wait)
     assert measure_step_seconds(small(), SPEC, micro, "fp32", "cpu", seconds=0) == pytest.approx(seconds)
 
 
 class Slow(nn.Module):
-    """A second for every image it is given."""
+    """A method that takes a second per image."""
 
     def __init__(self, now: list[float], seen: set[int]) -> None:
         super().__init__()
@@ -398,5 +398,5 @@ def test_frozen_encoder_needs_memory_too():
     config = override(find("finetune_nano"), ["method.last_blocks=0"])
     images = typical_images(config)
     found = bytes_per_image(build_method(config, images), images, "fp32", "cpu")
-    hidden = 64 * 4 * 192 * 4  # of one MLP, in float32
+    hidden = 64 * 4 * 192 * 4  # activations of one MLP, in float32
     assert hidden < found < 20 * hidden

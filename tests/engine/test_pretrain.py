@@ -1,4 +1,4 @@
-"""From files to a Run: what is refused before anything is read, what is settled, and going on with changed data."""
+"""Pre-training: invalid settings are rejected early, settings are combined, and runs resume with changed data."""
 
 import multiprocessing
 import os
@@ -127,10 +127,10 @@ def test_existing_folder_is_rejected_before_files_are_read(images, tmp_path, mon
 
 
 def test_budget_or_epochs_override_the_steps_of_auto(images, tmp_path, monkeypatch):
-    """`auto` proposes 3000 steps for so few images; a person's own answer to "how long?" goes before."""
+    """`auto` proposes 3000 steps for so few images; a budget or epochs from the user override them."""
     monkeypatch.setattr("unmask.engine.make_plan.time_steps", lambda *_, **__: [0.5])
     monkeypatch.setattr("unmask.engine.time_budget.clock", lambda: 0.0)
-    run = start(images, tmp_path / "a", recipe="auto", budget=3.0)  # on a clock that stands still
+    run = start(images, tmp_path / "a", recipe="auto", budget=3.0)  # the clock does not move
     assert run.read("plan.json")["steps"] == 5
     assert "3000 steps" not in " ".join(run.read("plan.json")["reasons"])
     run = start(images, tmp_path / "b", "train.epochs=1", recipe="auto")
@@ -180,7 +180,7 @@ def test_changed_data_are_rejected_or_recorded_if_allowed(images, tmp_path):
     with signal_after(4):
         resume(run.path, allow_dataset_change=True)
     assert (run.read("plan.json")["excluded"], run.read("plan.json")["num_images"]) == ([0], 30)
-    resume(run.path)  # the new files are the run's own now
+    resume(run.path)  # the new files have been recorded
     assert [row["step"] for row in run.metrics()] == [1, 2, 3, 4, 5, 6]
 
 
@@ -197,7 +197,7 @@ def test_unwritable_folder_raises_a_clear_error(images, tmp_path):
     with signal_after(1):
         run = start(images, tmp_path / "run", "train.steps=4")
     (run.path / ".lock").unlink()
-    (run.path / ".lock").mkdir()  # what chmod would do, for the superuser too
+    (run.path / ".lock").mkdir()  # like chmod, but also effective for root
     with pytest.raises(RunError, match=r"cannot be written to: .*make it writable"):
         resume(run.path)
 
@@ -253,7 +253,7 @@ def test_missing_data_raise_a_clear_error(images, tmp_path, workers):
 
 
 def test_unreadable_file_in_the_picture_sample_is_skipped(tmp_path):
-    """The scan may look at a sample only; a bad file that it did not see must not stop the run."""
+    """The scan may read a sample only; an unreadable file outside of it must not stop the run."""
     images = write_images(tmp_path / "images", 30)
     (images / "0005.png").write_bytes(b"no image")
     run = start(images, tmp_path / "run", "train.steps=5", "data.scan_sample=2", "data.cache=false")

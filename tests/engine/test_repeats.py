@@ -1,4 +1,4 @@
-"""`data.repeats` from the command line to the plan: what is trained on stays the same number of samples."""
+"""`data.repeats` from the command line to the plan: the number of samples stays the same."""
 
 import pytest
 from conftest import SMALL_RUN, pretrain
@@ -35,7 +35,7 @@ def test_run_with_repeats_counts_samples_and_resumes_exactly(images, tmp_path, m
     settings = [*SMALL_RUN, "train.steps=6", "train.checkpoint_every=3", "data.repeats=4"]
     whole = pretrain(images, recipe="mae_nano", out=tmp_path / "whole", settings=settings)
     plan = whole.read("plan.json")
-    assert plan["epochs"] == 6 * 8 / 30  # an epoch is as many samples as there are images
+    assert plan["epochs"] == 6 * 8 / 30  # an epoch has as many samples as images
     assert any("once in 4 epochs" in reason for reason in plan["reasons"])
     broken = tmp_path / "broken"
 

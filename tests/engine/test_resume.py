@@ -1,4 +1,4 @@
-"""A run that is killed goes on as if nothing had happened: the real commands, kill -9, bit for bit."""
+"""A run that is killed with kill -9 and resumed with the real commands is bit-identical to an uninterrupted one."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from conftest import SMALL_RUN, write_images
 from unmask.engine.checkpoint import load_model
 from unmask.run import Run
 
-STEPS = 60  # 16 epochs of 30 images in batches of 8: no checkpoint falls on the end of an epoch
+STEPS = 60  # 16 epochs of 30 images in batches of 8: no checkpoint coincides with the end of an epoch
 SETTINGS = [*SMALL_RUN, f"train.steps={STEPS}", "train.checkpoint_every=7", "train.picture_every=1000"]
 
 
@@ -46,7 +46,7 @@ def wait_for_step(run: Path, step: int, process: subprocess.Popen) -> None:
 
 
 def result(run: Path):
-    """(per-step losses, digest-free weights) of a finished run."""
+    """Return (losses of all steps, weights) of a finished run."""
     rows = Run(run).metrics()
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1)), "each step exactly once, in order"
     return [row["loss"] for row in rows], load_model(Run(run))[1]
@@ -96,7 +96,7 @@ def test_sigterm_saves_a_checkpoint_and_exits_with_code_75(unbroken, tmp_path):
     assert Run(run).metrics()[-1]["step"] == status["step"] == load_model(Run(run))[0], "not one step is lost"
     assert not [line for line in err.splitlines() if "Traceback" in line]
 
-    # Ctrl-C is the same
+    # Ctrl-C has the same effect
     process = unmask("resume", run, wait=False)
     wait_for_step(run, status["step"] + 3, process)
     os.kill(process.pid, signal.SIGINT)
@@ -121,7 +121,7 @@ def test_negative_control_wrong_position_is_detected(unbroken, tmp_path, fault):
 
 
 def tamper(run: Path, fault: str) -> None:
-    """Plant a fault in the newest checkpoint and mend its manifest to match."""
+    """Damage the newest checkpoint and update its manifest to match."""
     import hashlib
 
     path = max((run / "checkpoints").glob("step-????????"))
@@ -150,7 +150,7 @@ def test_resume_of_finished_changed_and_locked_runs(unbroken, tmp_path):
     run = tmp_path / "run"
     process = pretrain(images, run, wait=False)
     wait_for_step(run, 8, process)
-    process.send_signal(signal.SIGSTOP)  # it holds the folder, however fast it is
+    process.send_signal(signal.SIGSTOP)  # suspend the process, so that it keeps the lock
     try:
         busy = unmask("resume", run)
     finally:

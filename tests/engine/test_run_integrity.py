@@ -1,4 +1,4 @@
-"""What decides a result is verified when it is read: bit flips, files and checkpoints of other runs, hand edits."""
+"""Files that determine results are verified when read: bit flips, files of other runs and manual edits are detected."""
 
 import hashlib
 import json
@@ -62,7 +62,7 @@ def remove_digests(path):
 
 
 def make_old(run):
-    """As an earlier version wrote it."""
+    """Convert the run to the format of an earlier version."""
     for path in [*run.glob("*.json"), *run.glob("evals/*.json")]:
         remove_digests(path)
     for step in run.glob("checkpoints/step-*"):
@@ -109,7 +109,7 @@ def test_removed_digest_is_detected(runs):
         (runs[0] / name).write_bytes(kept)
     for name in ("plan.json", "provenance.json", "config.json"):
         remove_digests(runs[0] / name)
-    with pytest.raises(RunError, match=r"config\.json has no digest, but other files"):  # the checkpoints know
+    with pytest.raises(RunError, match=r"config\.json has no digest, but other files"):  # checkpoints have it
         load(runs[0])
 
 

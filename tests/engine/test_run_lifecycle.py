@@ -1,4 +1,4 @@
-"""Runs are made whole or not at all, are finished when all work is, and lose no weights to the files beside them."""
+"""Runs are created atomically, finish after all work is done, and save weights even if other files fail."""
 
 import json
 import os
@@ -45,7 +45,7 @@ def same(a, b):
 
 
 class Killed(BaseException):
-    """Nothing cleans up after it, as after SIGKILL."""
+    """An exception after which nothing is cleaned up, as after SIGKILL."""
 
 
 def files(folder):
@@ -55,7 +55,7 @@ def files(folder):
 @pytest.mark.slow
 @pytest.mark.parametrize("after", range(5))
 def test_creation_killed_at_any_file_can_be_repeated(images, tmp_path, capsys, after):
-    """The write after so many is cut short by SIGKILL: neither cleaning up nor unlocking happens."""
+    """SIGKILL interrupts one of the writes, so the process neither cleans up nor unlocks."""
     code = f"""
 import os, signal, sys
 from unmask import run as module
@@ -154,7 +154,7 @@ def test_folder_with_other_files_is_never_reused(images, tmp_path):
             start(images, folder, "train.steps=1")
         assert (folder / name).read_text() == content
     run = start(images, tmp_path / "run", "train.steps=1")
-    (run.path / "plan.json").unlink()  # lost, but there are weights
+    (run.path / "plan.json").unlink()  # without a plan, but with weights
     with pytest.raises(RunError, match="not empty"):
         start(images, run.path, "train.steps=1")
     assert checkpoint.newest_step(run) == 1
@@ -164,7 +164,7 @@ def test_folder_with_other_files_is_never_reused(images, tmp_path):
 
 
 def test_child_of_a_killed_process_does_not_keep_the_lock(tmp_path):
-    """As a loader worker that hangs: forked while the folder is held, it outlives its parent."""
+    """Like a hanging loader worker, the child is forked while the folder is locked, and outlives its parent."""
     run = Run.create(tmp_path / "run")
     code = """
 import os, sys, time
@@ -191,7 +191,7 @@ with Run(sys.argv[1]).lock():
             pass
         assert time.monotonic() - began < 10, "the child sleeps for a minute"
     finally:
-        os.kill(child, signal.SIGKILL)  # first: it holds the other end of the pipe
+        os.kill(child, signal.SIGKILL)  # kill it first, because it holds the other end of the pipe
         holder.kill()
         holder.communicate()
 
@@ -219,7 +219,7 @@ def test_messages_about_the_holder_of_a_lock():
         stopped.wait()
 
 
-# -------------------------------------------------------------------------------------------- finished means all of it
+# -------------------------------------------------------------------------------------------------------- finished runs
 
 
 def classes(folder):
@@ -296,11 +296,11 @@ def test_run_without_its_checkpoints_does_not_restart(images, tmp_path, state, l
     assert run.metrics_file.read_bytes() == rows
 
 
-# ------------------------------------------------------------------------------------------- weights before side files
+# ---------------------------------------------------------------------------------------------- failures of other files
 
 
 def block(path):
-    """Make a folder of a file's name, which no user, root neither, can write to as a file."""
+    """Create a folder with the name of a file, so that nobody, not even root, can write the file."""
     if path.is_dir():
         shutil.rmtree(path)
         path.write_text("in the way")
@@ -340,7 +340,7 @@ def test_folder_that_replaces_the_run_during_training_is_unchanged(images, tmp_p
     def replacing(job, at):
         if at.step == 2:
             (tmp_path / "run").rename(tmp_path / "moved")
-            with faults():  # none in the other run
+            with faults():  # no faults while the other run trains
                 start(images, tmp_path / "run", "train.steps=1")
 
     with faults(before_step=replacing), pytest.raises(TrainingFailed, match="was deleted, moved or replaced"):
@@ -349,12 +349,12 @@ def test_folder_that_replaces_the_run_during_training_is_unchanged(images, tmp_p
     assert resume(tmp_path / "moved", console=QUIET).finished
 
 
-# --------------------------------------------------------------------------------------------------------- interrupted
+# -------------------------------------------------------------------------------------------------------- interruptions
 
 
 @pytest.mark.slow
 def test_interruption_message_names_the_run(tmp_path, images):
-    """SIGINT before there is a run, and after."""
+    """SIGINT is sent before and after the run exists."""
     code = """
 import sys
 from unmask import commands

@@ -1,4 +1,4 @@
-"""Nothing hangs and nothing is lost: stalled workers, signals in every phase, suspended processes, dead parents."""
+"""Stopping a run never hangs and loses no work: stalled workers, signals, suspended processes, killed parents."""
 
 import multiprocessing
 import os
@@ -54,7 +54,7 @@ def command(*arguments: object, **environment: str) -> subprocess.Popen:
 
 
 def endless(images: Path, run: Path, workers: int = 0, *settings: str, **environment: str) -> subprocess.Popen:
-    """A training that will not finish by itself."""
+    """Start a training run that does not finish by itself."""
     every = [*SMALL_RUN, *ENDLESS, f"data.workers={workers}", *settings]
     options = [text for setting in every for text in ("--set", setting)]
     return command("pretrain", images, "--recipe", "mae_nano", "--out", run, *options, **environment)
@@ -72,7 +72,7 @@ def steps_of(run: Path) -> int:
     return len(file.read_bytes().splitlines()) if file.exists() else 0
 
 
-# ----------------------------------------------------------------------------------------------------- the loader alone
+# ----------------------------------------------------------------------------------------------------------- the loader
 
 
 @pytest.mark.parametrize("evaluating", [False, True])
@@ -102,7 +102,7 @@ def test_stopped_worker_is_reported_with_its_file_and_ended(images, tmp_path, mo
 
 
 def test_file_that_never_ends_is_reported(images, tmp_path, monkeypatch):
-    """As on a network file system that does not answer."""
+    """The file acts like one on a network file system that does not respond."""
     monkeypatch.setenv(stalls.VARIABLE, "1")
     data = loader_images(images)
     real = type(data.source).read
@@ -128,7 +128,7 @@ def test_killed_worker_is_detected_at_once_even_if_others_hold_its_pipe(images):
 
 
 class Shaped:
-    """Batches of chosen shapes and strides, for the transport alone."""
+    """A reader that returns tensors of given shapes and strides, to test the transport from workers alone."""
 
     def make(self, request, note):
         import torch
@@ -182,7 +182,7 @@ def test_error_in_a_worker_is_raised_in_the_main_process():
 
 
 def test_dev_shm_is_not_used(images):
-    """Docker gives /dev/shm 64 MB: nothing of ours may lie there."""
+    """Docker limits /dev/shm to 64 MB, so it must not be used."""
     before = set(os.listdir("/dev/shm"))
     pool = training_batches(loader_images(images), start=0, batch=30, batches=50, workers=2)
     for _ in range(5):
@@ -210,7 +210,7 @@ def test_suspended_time_does_not_count(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(stalls.time, "monotonic", lambda: now[0])
     patience = stalls.Patience(1.0)
-    now[0] += 3600  # Ctrl-Z, and an hour later fg
+    now[0] += 3600  # suspended by Ctrl-Z for an hour
     assert not patience.tick()
     ticks = 0
     while not patience.tick():
@@ -281,7 +281,7 @@ def test_computing_process_is_not_a_stall_but_a_waiting_one_is():
 
 
 def test_step_that_finishes_during_the_stall_report_continues():
-    """A report writes files, which takes a moment."""
+    """Writing the files of a report takes time, during which the step may finish."""
     reported, ended = threading.Event(), threading.Event()
 
     def report(what):
@@ -334,7 +334,7 @@ def test_ignored_sighup_stays_ignored():
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_stop_during_a_wait_for_data_saves_a_checkpoint(images, tmp_path, monkeypatch, workers):
-    """A file that never ends: SIGTERM in the middle of the wait leaves a checkpoint, and nothing is trained twice."""
+    """SIGTERM during the wait for a file that never ends saves a checkpoint, and no step is repeated."""
     plain = [*SMALL_RUN, "train.steps=12", "data.cache=false", f"data.workers={workers}"]
     whole = pretrain(images, recipe="mae_nano", out=tmp_path / "whole", settings=plain)
     real = ImageReader.__getitem__
@@ -370,7 +370,7 @@ def run_script(tmp_path: Path, code: str, *arguments: object, **environment: str
     )
 
 
-# ------------------------------------------------------------------------------------------------ processes, parents
+# ----------------------------------------------------------------------------------- worker processes and their parents
 
 
 def gone(process: int) -> bool:
@@ -381,7 +381,7 @@ def gone(process: int) -> bool:
 
 
 def test_pool_processes_end_if_their_parent_is_killed(tmp_path):
-    """One of them is stopped, and both ignore SIGTERM: nothing of a killed scan or packing may stay in memory."""
+    """One worker is stopped and both ignore SIGTERM, but no process of a killed scan or `pack` may survive."""
     code = """
         import sys, time
         from unmask.system.processes import process_pool
@@ -454,7 +454,7 @@ def test_second_ctrl_c_ends_at_once_and_names_the_checkpoint(images, tmp_path):
     run = tmp_path / "run"
     process = endless(images, run, 0, "train.checkpoint_every=2")
     wait_until(lambda: steps_of(run) > 3)
-    process.send_signal(signal.SIGSTOP)  # both arrive while it can do nothing
+    process.send_signal(signal.SIGSTOP)  # both signals arrive while it is suspended
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGCONT)
     time.sleep(0.7)
@@ -462,9 +462,9 @@ def test_second_ctrl_c_ends_at_once_and_names_the_checkpoint(images, tmp_path):
     _, said = process.communicate(timeout=60)
     assert "Traceback" not in said
     assert "Ctrl-C again ends at once: the checkpoint of step" in said
-    # 75 where the report was written before, and the signal itself where Python was ending; shells show that as 130
+    # 75 if the report had been written, -SIGINT if Python was shutting down (shells show 130)
     assert process.returncode in (75, 130, -signal.SIGINT), said
-    if process.returncode == 130:  # in the loop, or after it, while the report was written
+    if process.returncode == 130:  # ended in the loop or while writing the report
         kept = f"ended at once; the checkpoint of step {Run(run).read('status.json')['step']}"
         assert kept in said or f"Interrupted. Continue with: unmask resume {run}" in said
 
@@ -540,8 +540,8 @@ def test_several_processes_are_rejected(environment):
     [
         {},
         {"WORLD_SIZE": "1", "RANK": "0"},
-        {"SLURM_NTASKS": "4"},  # in an salloc shell
-        {"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "ENVIRONMENT": "BATCH"},  # the script of sbatch
+        {"SLURM_NTASKS": "4"},  # inside an salloc shell
+        {"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "ENVIRONMENT": "BATCH"},  # inside an sbatch script
         {"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_STEP_ID": "4294967291"},
         {"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_STEP_ID": "1", "SLURM_STEP_NUM_TASKS": "1"},
     ],
@@ -564,7 +564,7 @@ def test_all_training_commands_reject_launchers_first(monkeypatch, capsys, tmp_p
         pretrain(tmp_path)
 
 
-# -------------------------------------------------------------------------------------------------------------- library
+# ----------------------------------------------------------------------------------------------------- use as a library
 
 
 def test_default_dtype_float64_changes_nothing(images, tmp_path):
@@ -596,7 +596,7 @@ def test_missing_device_raises_a_clear_error(images, tmp_path, device):
 
 
 class Slow:
-    """Something whose finaliser is interrupted."""
+    """An object whose finaliser is interrupted."""
 
     def __del__(self):
         os.kill(os.getpid(), signal.SIGTERM)
@@ -609,7 +609,7 @@ def finalise_and_wait(seconds):
 
 
 def test_interruption_in_a_finaliser_is_not_lost(recwarn):
-    """Python prints an exception that is raised in `__del__`, and goes on as if nothing had happened."""
+    """Python prints exceptions that are raised in `__del__`, and continues."""
     with pytest.raises(KeyboardInterrupt), interrupts():
         finalise_and_wait(20)
     assert not [warning for warning in recwarn if "Exception ignored" in str(warning.message)]

@@ -1,4 +1,4 @@
-"""A time budget: the steps that fit, decided while training, and repeated exactly by a resumed run."""
+"""Time budgets: the number of steps is adapted during training, and a resumed run repeats its steps exactly."""
 
 import json
 import random
@@ -23,7 +23,7 @@ STEP = 0.2
 
 
 class FakeClock:
-    """Stands still but when it is told to move."""
+    """A clock that only moves when a test moves it."""
 
     def __init__(self, monkeypatch):
         self.time = 1000.0
@@ -83,11 +83,11 @@ def test_replan_keeps_the_position_and_spreads_the_rest(changes):
 @pytest.mark.parametrize(
     ("replans", "steps"),
     [
-        ([(40, 100, 60)], 61),  # leads elsewhere
-        ([(40, 100, 40)], 40),  # no step left
-        ([(40, 100, 60), (40, 60, 80)], 80),  # two at one step
-        ([(40, 100, 60), (50, 70, 80)], 80),  # of another number
-        ([(100, 100, 120)], 120),  # after the end
+        ([(40, 100, 60)], 61),  # does not lead to the final number of steps
+        ([(40, 100, 40)], 40),  # at the last step
+        ([(40, 100, 60), (40, 60, 80)], 80),  # two replans at one step
+        ([(40, 100, 60), (50, 70, 80)], 80),  # does not start from the previous number
+        ([(100, 100, 120)], 120),  # after the last step
     ],
 )
 def test_inconsistent_replans_are_rejected(replans, steps):
@@ -98,7 +98,7 @@ def test_inconsistent_replans_are_rejected(replans, steps):
         plan(steps=steps, replans=tuple(entries))
 
 
-# -------------------------------------------------------------------------------------------------------- the decision
+# ----------------------------------------------------------------------------------------------- decisions of the pacer
 
 PACES = {
     "as measured": lambda share, rng: STEP,
@@ -159,13 +159,13 @@ def test_most_of_a_budget_is_used_for_training(clock):
     assert pacer.affords("test", closing=4.0)
 
 
-# --------------------------------------------------------------------------------------------------------- in the loop
+# ------------------------------------------------------------------------------------------------- in the training loop
 
 
 def timed_steps(clock, seconds, *, die_at=None):
-    """Context manager in which every step moves the clock by `seconds(steps before it)`.
+    """Context manager in which every step moves the clock by `seconds(number of earlier steps)`.
 
-    With `die_at` steps done the process is killed, so that nothing is saved.
+    After `die_at` steps the training is aborted without saving.
     """
 
     def before_step(job, at):
@@ -196,7 +196,7 @@ def test_number_of_steps_follows_the_speed_and_is_recorded(images, tmp_path, mon
     said = []
     console = Console(quiet=True)
     console.print = said.append
-    with timed_steps(clock, lambda step: 0.5 if step < 30 else 2.0):  # planned with 1 s a step
+    with timed_steps(clock, lambda step: 0.5 if step < 30 else 2.0):  # the plan assumed 1 s per step
         run = begin(images, tmp_path / "run", monkeypatch, budget=100.0, console=console)
     found = run.read("plan.json")
     assert 90 <= clock.time - 1000 <= 100
@@ -214,9 +214,9 @@ def test_number_of_steps_follows_the_speed_and_is_recorded(images, tmp_path, mon
 
 @pytest.mark.parametrize("negative_control", [False, True])
 def test_killed_run_repeats_its_steps_with_the_recorded_replans(images, tmp_path, monkeypatch, clock, negative_control):
-    """Killed after replans that no checkpoint knows; the next leg is ten times slower and still repeats them exactly.
+    """The run is killed after replans that no checkpoint contains, and resumed on a machine that is ten times slower.
 
-    Negative control: without the written replans the repeated steps differ.
+    It repeats the steps exactly. Negative control: without the recorded replans the repeated steps differ.
     """
     with timed_steps(clock, lambda step: 0.4, die_at=37), pytest.raises(SystemExit):
         begin(images, tmp_path / "run", monkeypatch, budget=60.0)

@@ -1,4 +1,4 @@
-"""The loop: bad numbers, bad files, full disks, accumulation; all in process, on the real path from files to a Run."""
+"""The training loop with non-finite numbers, unreadable files, full disks and accumulation, from files to a run."""
 
 import errno
 import os
@@ -32,7 +32,7 @@ def losses(run):
 
 
 def float_images(folder, count, bad=()):
-    """float32 .npy images; the `bad` ones hold values whose square overflows."""
+    """Write float32 .npy images; those in `bad` contain values whose square overflows."""
     folder.mkdir()
     rng = np.random.default_rng(0)
     for number in range(count):
@@ -90,7 +90,7 @@ def test_accumulation_changes_results_only_by_rounding(images, tmp_path):
 
 
 def test_clipping_reaches_the_optimiser(images, tmp_path):
-    # AdamW divides by the gradient's own size: without a large eps, clipping would change next to nothing
+    # AdamW normalises gradients, so without a large eps clipping would have almost no effect
     settings = ("train.steps=4", "optim.base_lr=0.05", "optim.eps=0.1")
     free = start(images, tmp_path / "a", *settings)
     clipped = start(images, tmp_path / "b", *settings, "optim.clip=0.001")
@@ -105,7 +105,7 @@ def test_non_finite_step_is_skipped_and_its_images_are_listed(tmp_path):
     data = float_images(tmp_path / "images", 40, bad=[7])
     run = start(data, tmp_path / "run", *FLOATS, "train.steps=10", "train.picture_every=100")
     skipped = [row for row in run.metrics() if "skipped" in row]
-    assert len(skipped) == 2  # image 7 comes once in each of two epochs
+    assert len(skipped) == 2  # image 7 is used once in each of two epochs
     assert all("007.npy" in row["skipped"] and row["loss"] is None for row in skipped)
     assert [row["step"] for row in run.metrics()] == list(range(1, 11))
     assert all(value.isfinite().all() for value in checkpoint.load_model(run)[1].values())
@@ -136,12 +136,12 @@ def test_rollback_returns_to_the_checkpoint_and_skips_data(tmp_path):
     with faults(after_step=sometimes_bad):
         run = start(data, tmp_path / "run", *FLOATS, *settings)
     assert [row["step"] for row in run.metrics()] == list(range(1, 13)), "no step twice, the bad ones taken back"
-    assert run.metrics()[-1]["images"] == 12 * 8 + 50 * 8 + 4 * 8  # 4 steps were repeated further on in the data
+    assert run.metrics()[-1]["images"] == 12 * 8 + 50 * 8 + 4 * 8  # 4 steps were repeated with later data
     assert run.read("status.json")["state"] == "finished"
 
 
 def poisoned(numbers, stop_after=None):
-    """Context manager in which steps with these numbers give NaN the first time; SIGTERM after step `stop_after`."""
+    """Context manager in which these steps have a NaN gradient the first time. Sends SIGTERM after step `stop_after`."""
     left = set(numbers)
 
     def sometimes_bad(job, step):
@@ -213,7 +213,7 @@ def test_failed_writes_of_metrics_and_pictures_are_reported_once(images, tmp_pat
     console.warn = said.append
     run = start(images, tmp_path / "run", "train.steps=6", "train.picture_every=2", console=console)
     assert run.read("status.json")["state"] == "finished"
-    said = [text for text in said if "the baseline" not in text]  # six steps are too few, which is reported as well
+    said = [text for text in said if "the baseline" not in text]  # ignore the warning about too few steps
     assert len(said) == 2
 
 
@@ -272,7 +272,7 @@ def test_disk_that_stays_full_fails_at_the_end(images, tmp_path):
 
 def test_batch_may_be_larger_than_the_data_set(tmp_path):
     images = write_images(tmp_path / "images", 3)
-    run = start(images, tmp_path / "run", "train.steps=2", "train.batch_size=8")  # the batch holds images twice
+    run = start(images, tmp_path / "run", "train.steps=2", "train.batch_size=8")  # a batch contains images twice
     assert len(losses(run)) == 2
 
 

@@ -1,4 +1,4 @@
-"""Free memory: that of the machine, within the limits of its container."""
+"""Free memory of the machine, within the limits of its container."""
 
 from types import SimpleNamespace
 

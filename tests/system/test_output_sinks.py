@@ -1,4 +1,4 @@
-"""Output is a sink: whoever reads it, or has stopped to, the work is done."""
+"""Work is completed even if nobody reads its output."""
 
 import io
 import os
@@ -20,7 +20,7 @@ commands.main()
 
 
 def shell(command: str, *arguments: str) -> subprocess.CompletedProcess:
-    """`command` with UNMASK for the command line with these arguments, in a shell that redirects."""
+    """Run a shell command in which UNMASK stands for the command line with these arguments."""
     code = CODE.format(arguments=list(arguments))
     return subprocess.run(
         ["bash", "-c", command.replace("UNMASK", f'{sys.executable} -c "$CODE"')],
@@ -59,7 +59,7 @@ def test_lost_json_output_is_an_error_after_the_work(images, tmp_path, stdout, r
 
 
 def test_closed_stderr_does_not_receive_the_number_of_a_file(tmp_path):
-    """Descriptor 2 would otherwise be that of the next file opened, and warnings of C code would land in it."""
+    """Otherwise the next opened file would get descriptor 2, and warnings of C code would be written to it."""
     script = tmp_path / "script.py"
     script.write_text(
         "import os, sys\nfrom unmask.system.output_sinks import install\ninstall()\n"
@@ -99,7 +99,7 @@ def test_lost_stdout_output_is_reported():
 
 
 class Broken(io.StringIO):
-    """A terminal that has gone."""
+    """A terminal that has been closed."""
 
     def __init__(self, terminal: bool) -> None:
         super().__init__()
@@ -124,6 +124,6 @@ def test_console_without_stderr_prints_nothing_and_raises_nothing(monkeypatch, s
     console.warn("words")
     with console.progress("step", 3) as bar:
         bar.update(1, "words")
-        time.sleep(0.2)  # rich draws in a thread of its own
+        time.sleep(0.2)  # rich draws in another thread
         bar.update(3, "words")
     assert capsys.readouterr().out == ""

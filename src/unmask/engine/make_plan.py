@@ -27,10 +27,10 @@ MEASURING_SHARE = 0.03  # maximum share of a budget for timing steps
 
 @dataclass(frozen=True)
 class DatasetFacts:
-    """What the plan depends on of the images.
+    """The properties of the images that the plan depends on.
 
-    spec: their properties. num_images: to train on. fingerprint: of the source. excluded: rows of it that are not
-    trained on. num_test: images that a supervised run is tested on.
+    spec: shape, dtype and statistics. num_images: number of training images. fingerprint: fingerprint of the source.
+    excluded: rows of the source that are not used for training. num_test: number of test images of a supervised run.
     """
 
     spec: ImageSpec
@@ -42,9 +42,10 @@ class DatasetFacts:
 
 @dataclass(frozen=True)
 class LoadingPlan:
-    """How images are loaded. cached: decoded images are kept in memory.
+    """How images are loaded.
 
-    batch_seconds: measures the time to load one global batch; None where loading takes none.
+    workers: number of loader workers. cached: whether decoded images are kept in memory. batch_seconds: function that
+    measures the time to load one global batch; None: loading takes no time.
     """
 
     workers: int
@@ -54,7 +55,7 @@ class LoadingPlan:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What the plan depends on of the method. bytes_per_image: activations of one image in a training step."""
+    """The properties of the method that the plan depends on. bytes_per_image: memory per image in a training step."""
 
     parameters: int
     encoder_parameters: int
@@ -174,9 +175,9 @@ def make_plan(
     budget: Budget | None = None,
     reasons: tuple[str, ...] = (),
 ) -> Plan:
-    """Decide everything that follows from the configuration; see the module docstring.
+    """Derive the plan of a run.
 
-    budget: time for the whole command, None where the settings say how long. reasons: those of earlier choices.
+    budget: time for the whole command; None if the settings determine the length. reasons: reasons of earlier choices.
     """
     precision, why_precision = choose_precision(config.train.precision, device)
     model = model_facts(config, dataset.spec, precision, device)

@@ -52,13 +52,12 @@ from unmask.system.processes import reject_several_processes, require_main_guard
 
 @dataclass(frozen=True)
 class PretrainOptions:
-    """The settings of a pre-training, and where its weights come from.
+    """The settings of a pre-training run and its initial weights.
 
-    exclude: patterns of names to leave out. recipe: a name from `unmask recipes`, or "auto". config: another Run, or
-    its config.json, whose settings are used in place of a recipe's. settings: KEY=VALUE assignments. from_run: start
-    from the weights of that Run, see `initial_weights.continued`. tokenizer: the Run of a dVAE whose codes are
-    predicted. palette: a file of `unmask palette`, or the Run of an iGPT whose colours are used. masks: a file of patch
-    masks.
+    exclude: patterns of file names to leave out. recipe: a name from `unmask recipes`, or "auto". config: another run,
+    or its config.json, whose settings replace those of a recipe. settings: KEY=VALUE assignments. from_run: run with
+    the initial weights, see `initial_weights.continued`. tokenizer: run of a dVAE whose codes are predicted. palette: a
+    file of `unmask palette`, or an iGPT run whose colours are used. masks: a file of patch masks.
     """
 
     exclude: Sequence[str] = ()
@@ -71,14 +70,14 @@ class PretrainOptions:
     masks: str | Path | None = None
 
     def base(self) -> Config | None:
-        """Return the settings of another Run that are used in place of a recipe's. Raises UserError."""
+        """Return the configuration of another run to use in place of a recipe; None for a recipe. Raises UserError."""
         if self.config is not None:
             reject_two_sources_of_settings(self.recipe, self.from_run)
             return config_of_run(self.config)
         return None if self.from_run is None else initial_weights.continued(self.from_run, self.recipe)
 
     def all_settings(self, base: Config | None) -> list[str]:
-        """Return `settings`, preceded by those that the other options stand for. Raises ConfigError."""
+        """Return `settings`, preceded by the settings that the other options imply. Raises ConfigError."""
         return settings_with_options(
             base,
             self.recipe,
@@ -99,11 +98,11 @@ def pretrain(
     budget: float | str | Budget | None = None,
     console: Console | None = None,
 ) -> Run:
-    """Pre-train on the images of `data` and return the Run; `run.status().state` is "finished" or "stopped".
+    """Pre-train on the images of `data` and return the run; `run.status().state` is "finished" or "stopped".
 
-    data: one source or several. out: a new folder; made up from data and recipe when None. budget: seconds, or a time
-    such as "30m", for everything from this call on; the number of steps follows the pace of training. console:
-    `Console(quiet=True)` for no progress. Raises UserError, for invalid settings before any image is opened.
+    data: one source or several. out: a new folder; None: named after data and recipe. budget: seconds, or a time such
+    as "30m", for this whole call; the number of steps is adapted to the speed of training. console:
+    `Console(quiet=True)` shows no progress. Raises UserError; for invalid settings, before any image is opened.
     """
     reject_several_processes()
     options, console, budget = options or PretrainOptions(), console or Console(), as_budget(budget)
@@ -132,7 +131,7 @@ def pretrain(
 
 
 def start_run(request: TrainingRequest, *, out: str | Path | None, console: Console) -> Run:
-    """Make the plan and the Run, and train. Raises UserError, TrainingFailed."""
+    """Make the plan, create the run, and train. Raises UserError, TrainingFailed."""
     source, found, config, split = request.source, request.scan, request.config, request.supervised
     reject_absurd_batch(config, found.usable)
     size = consequence(found.median_size, config.data.size, patch_of(config))
@@ -174,6 +173,6 @@ def start_run(request: TrainingRequest, *, out: str | Path | None, console: Cons
 
 
 def free_name(source: Source, config: Config) -> Path:
-    """Return runs/<data>-<recipe>, with a number if that exists."""
+    """Return runs/<data>-<recipe>, with a number appended if that exists."""
     stem = "".join(letter if letter.isalnum() else "-" for letter in Path(source.name).name.split(".")[0]).strip("-")
     return free_path(Path("runs") / f"{stem or 'images'}-{config.recipe}")
