@@ -141,7 +141,7 @@ def test_rollback_returns_to_the_checkpoint_and_skips_data(tmp_path):
 
 
 def poisoned(numbers, stop_after=None):
-    """Context manager in which these steps have a NaN gradient the first time. Sends SIGTERM after step `stop_after`."""
+    """Context manager in which these steps have a NaN gradient the first time. SIGTERM follows step `stop_after`."""
     left = set(numbers)
 
     def sometimes_bad(job, step):
