@@ -35,7 +35,7 @@ def rivals(measure, monkeypatch):
     return {"slow": rival("slow", [100, 5, 30, 7]), "quick": rival("quick", [100, 9, 1, 2])}, calls
 
 
-def test_rivals_are_timed_in_turns_without_the_first_call_of_each(measure, rivals):
+def test_rivals_are_timed_in_turns_after_a_warm_up_call(measure, rivals):
     found = measure.timings(rivals[0], rounds=3)
     assert found == {"slow": [5, 30, 7], "quick": [9, 1, 2]}
     assert rivals[1] == ["slow", "quick"] * 4

@@ -230,7 +230,7 @@ def test_unknown_option_of_a_verb_without_settings_gets_no_hint(unmask):
     assert "--set" not in err
 
 
-def test_common_names_of_settings_are_recognised(unmask):
+def test_error_for_a_common_name_suggests_the_setting(unmask):
     code, _, err = unmask("pretrain", "shapes", "--set", "lr=1e-3")
     assert code == 2
     assert "did you mean optim.base_lr" in err

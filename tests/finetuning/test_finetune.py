@@ -278,7 +278,7 @@ def test_pretrain_rejects_supervised_recipes_and_runs(tuned, data, tmp_path):
     assert read_config(again).graft[0].source == "encoder."
 
 
-def test_tests_of_a_pre_training_are_rejected(data, tmp_path):
+def test_pretrain_rejects_test_every(data, tmp_path):
     with pytest.raises(ConfigError, match="is a pre-training method and is not tested"):
         pretrain(data, recipe="mae_nano", out=tmp_path / "a", settings=["train.test_every=3"])
     assert Run(tmp_path / "a").path.exists() is False
@@ -531,7 +531,7 @@ def test_classes_outside_the_split_are_ignored(pretrained, cells, tmp_path):
 
 
 def banded(folder, pages=0):
-    """Two classes of TIFFs, with four bands of which the last is tagged as alpha, or with several gray pages."""
+    """TIFFs of two classes, either with four bands (the last tagged as alpha) or with several gray pages."""
     tifffile = pytest.importorskip("tifffile")
     random = np.random.default_rng(0)
     for name in ("a", "b"):

@@ -56,7 +56,7 @@ def test_result_of_an_unsupported_version_is_named(tmp_path):
     run.write("evals/baselines.json", {"step": 40, "images": 8, "loss": 0.5, "patch_mean": 1.0})
     warnings = []
     page = write_report(run.path, log=warnings.append).read_text()
-    assert "Training loss" in page
+    assert "Final training loss" in page
     assert "Dots:" not in page
     assert "Not shown: " in page
     assert "baselines.json: got a result without" in warnings[0]
@@ -82,7 +82,7 @@ def test_folder_that_is_not_a_run_is_rejected(tmp_path):
 def test_loss_note_compares_the_loss_with_the_baselines():
     rows = [{"step": step, "loss": 0.25} for step in range(1, 41)]
     note = loss_note(rows, from_json(BASELINES))
-    assert "Training loss 0.250" in note
+    assert "Final training loss 0.250" in note
     assert "64 fixed images" in note
     assert "0.400 at step 40" in note
     assert "Better than: a copy of the nearest visible patch (1.500)" in note

@@ -124,7 +124,7 @@ def main() -> None:
         # a step up to a hundred times slower. On a free machine, short spinning costs nothing (docs/LOG.md).
         os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     held_here.clear()
-    outputs = install() if sys.stdout in (sys.__stdout__, None) else None  # not if a test captures stdout
+    outputs = install() if sys.stdout in (sys.__stdout__, None) else None  # a test may capture stdout
     with interrupts():
         code = _run()
     for name in ("SIGINT", "SIGTERM") if outputs else ():  # from here on, signals end the process
@@ -182,8 +182,8 @@ def explain(error: Exception) -> int:
 
 def _explain_usage(error: Any) -> int:
     """Print one of click's usage errors, with a hint for a renamed option or for an option that is a setting."""
-    if isinstance(said := getattr(error, "message", None), str):
-        error.message = escape_controls(said)
+    if isinstance(message := getattr(error, "message", None), str):
+        error.message = escape_controls(message)
     hint = _renamed_option(error) or _hint_for_option(error)
     if hint and hasattr(error, "possibilities"):
         error.possibilities = None  # the hint replaces click's similar names

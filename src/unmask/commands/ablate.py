@@ -19,10 +19,12 @@ def _seconds(text: str) -> float:
 class AblateRequest(Request):
     """Train and probe every cell of a table of the MAE paper, and show the paper's numbers beside the results.
 
-    The same command again continues an unfinished table.
+    Running the same command again continues an unfinished table.
     """
 
-    table: Annotated[str, Option("Table 1a to 1f, fig5, fig7 or fig9 of the MAE paper, or family.", metavar="TABLE")]
+    table: Annotated[
+        str, Option("Table to reproduce: 1a to 1f, fig5, fig7 or fig9 of the MAE paper, or family.", metavar="TABLE")
+    ]
     data: Data
     _: KW_ONLY
     test: TestData = None
@@ -61,7 +63,7 @@ def ablate(request: AblateRequest, console: Console) -> dict[str, Any]:
     from unmask.comparison.ablate import ablate
     from unmask.comparison.table_plan import TableRequest
 
-    wanted = TableRequest(
+    table_request = TableRequest(
         table=request.table,
         data=str(request.data),
         test=request.test,
@@ -73,4 +75,4 @@ def ablate(request: AblateRequest, console: Console) -> dict[str, Any]:
         tokenizer=None if request.tokenizer is None else str(request.tokenizer),
         from_run=None if request.from_run is None else str(request.from_run),
     )
-    return ablate(wanted, out=request.out, console=console)
+    return ablate(table_request, out=request.out, console=console)

@@ -4,7 +4,7 @@ A verb is one file of this folder with a frozen dataclass, whose fields are the 
 
     @dataclass(frozen=True)
     class ReportRequest(Request):
-        '''Write RUN/report.html: one file that opens offline.'''
+        '''Write RUN/report.html, a single file that needs no network.'''
 
         run: RunFolder                      # fields before KW_ONLY are positional arguments
         _: KW_ONLY
@@ -70,7 +70,7 @@ class Option:
 class Request:
     """Base class of requests: the values of all options in one call of a verb.
 
-    console: prints messages and progress; None prints to stderr. Only for Python: it is no option of the command line.
+    console: prints messages and progress; None prints to stderr. It is only for Python, not a command-line option.
     """
 
     _: KW_ONLY

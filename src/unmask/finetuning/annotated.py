@@ -184,10 +184,10 @@ def options_of(config: Config, *, test: bool = False) -> AnnotationOptions:
 
 def reopen(config: Config, plan: Plan, source: Source, *, tests_only: bool = False) -> AnnotatedImages:
     """Open the annotated images of a run again. tests_only: only the held-out test images."""
-    wanted = set(plan.test_rows)
+    needed = set(plan.test_rows)
     if not tests_only:
-        wanted |= set(range(len(source))) - set(plan.excluded)
-    return open_annotated(config.method.name, config.data.source, options_of(config), only=wanted, look=False)
+        needed |= set(range(len(source))) - set(plan.excluded)
+    return open_annotated(config.method.name, config.data.source, options_of(config), only=needed, look=False)
 
 
 def place_of_annotations(task: str, data: str, annotations: str | None) -> tuple[str, str]:

@@ -126,7 +126,7 @@ def steps_like(other: str | Path | None, settings: Sequence[str], budget: Budget
 
 
 def with_masks(config: Config, annotated: AnnotatedImages) -> Config:
-    """Return the configuration with the options with which the masks were read, for resuming."""
+    """Add the options with which the masks were read to the configuration, for resuming."""
     if not isinstance(maps := annotated.annotations, SegmentationMasks):
         return config
     changes: dict[str, Any] = {"stored_pixels": maps.stored}

@@ -82,11 +82,11 @@ def report_result(run: Run, console: Console) -> None:
         return
     task = task_class(found.task)
     first = task.headline[0].name
-    said = f"{task.describe(found.numbers)} on {found.test_images} test images with the last weights"
+    text = f"{task.describe(found.numbers)} on {found.test_images} test images with the last weights"
     if found.low is not None and found.high is not None:
-        said += f" (95% interval of {first.replace('_', ' ')}: {found.low:.1%} to {found.high:.1%})"
+        text += f" (95% interval of {first.replace('_', ' ')}: {found.low:.1%} to {found.high:.1%})"
     if found.averaged is not None:
-        said += f"; {found.averaged:.1%} with the moving average of the weights"
+        text += f"; {found.averaged:.1%} with the moving average of the weights"
     if (best := found.best) is not None and not math.isclose(best.value, found.value, abs_tol=1e-9):
-        said += f"; the best test during training: {best.value:.1%} at step {best.step}, chosen on the test images"
-    console.print(said)
+        text += f"; the best test during training: {best.value:.1%} at step {best.step}, chosen on the test images"
+    console.print(text)

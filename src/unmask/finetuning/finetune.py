@@ -191,8 +191,8 @@ def checked_settings(options: FinetuneOptions, budget: Budget | None, console: C
     settings = [*options.settings, *steps_like(options.steps_of, options.settings, budget)]
     if options.from_scratch and budget is not None:
         console.warn(
-            "with a time budget, a run from scratch may train for another number of steps than the run it is compared "
-            "with; use --steps-of RUN instead of --budget for the same number"
+            "with a time budget, a run from scratch may train for a different number of steps than the run it is "
+            "compared with; use --steps-of RUN instead of --budget for the same number"
         )
     require_settable(parse(settings))
     if options.last_blocks is not None:
@@ -329,10 +329,10 @@ def supervise(run: Run, config: Config, plan: Plan, source: Source, *, console: 
     """Open the annotations and test images of a run that starts or resumes. Raises DataError if they have changed."""
     annotated = reopen(config, plan, source)
     test_set = open_test_set(config, plan, annotated, console)
-    wanted = np.setdiff1d(np.arange(len(source)), np.setdiff1d(plan.excluded, plan.test_rows)).astype(np.int64)
+    used = np.setdiff1d(np.arange(len(source)), np.setdiff1d(plan.excluded, plan.test_rows)).astype(np.int64)
     known = [
-        digest(annotated, wanted, labels=labels) + ("" if config.data.test is None else test_set.digest(labels=labels))
-        for labels in (True, False)  # earlier versions did not include the class labels
+        digest(annotated, used, labels=labels) + ("" if config.data.test is None else test_set.digest(labels=labels))
+        for labels in (True, False)  # digests of earlier versions did not include the class labels
     ]
     if plan.taught and plan.taught not in known:
         raise training_data.DataError(

@@ -22,7 +22,7 @@ BASELINES = {
     "data_mean_colour": "the mean colour of all images",
     "corrupted_input": "the corrupted image itself",
 }
-"""What each baseline predicts, by its name in the records."""
+"""Description of each baseline, by its name in the records."""
 
 
 def loss_chart(trained: Sequence[Mapping[str, Any]], baselines: BaselineLosses | None) -> Markup:

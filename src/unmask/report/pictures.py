@@ -1,7 +1,7 @@
 """Draw a `Picture` as one PNG: a row per image, a column per panel, captions above and a note below.
 
-Images may have any dtype and any number of channels. One channel is drawn in gray, three as red, green and blue. Of
-more channels, the first three are drawn; of two, blue is black; the note states this. Eight-bit images are drawn
+Images may have any dtype and any number of channels. One channel is drawn in gray, three as red, green and blue. With
+more channels, only the first three are drawn; with two, blue is black. The note states this. Eight-bit images are drawn
 unchanged. For other dtypes, the 1st and 99th percentile of each channel of the first panel (the original), over all
 images, become black and white, and all panels are stretched alike, so that columns can be compared. Non-finite values
 are drawn in magenta, which the note explains. Absent pixels (no data) are a checkerboard in every panel.

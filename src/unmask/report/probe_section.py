@@ -56,7 +56,7 @@ def probe_section(record: ProbeResult | CurveResult) -> ProbeSection:
     if isinstance(record, CurveResult):
         return ProbeSection(title, record, chart=curve_chart(record))
     values = {row.value for row in record.rows}
-    highest = max(values) if len(values) > 1 else None  # equal scores have no best one
+    highest = max(values) if len(values) > 1 else None  # if all scores are equal, none is best
     reference = "" if record.chance is None else f"chance, {show_score(record.chance, record.metric)}"
     if record.metric == R2:
         reference = "a constant prediction, 0.000"

@@ -227,8 +227,8 @@ def loss_note(trained: Sequence[Row], baselines: BaselineLosses | None) -> str:
         return text
     step, loss = baselines.losses[-1]
     text += (
-        f" Dots: loss on {baselines.images} fixed images without augmentation, as for the baselines; {loss:.3f} at "
-        f"step {step:,}."
+        f" Dots: loss on {baselines.images} fixed images without augmentation, the same as for the baselines; "
+        f"{loss:.3f} at step {step:,}."
     )
     if baselines.held_out_losses:
         last_step, held_out = baselines.held_out_losses[-1]
