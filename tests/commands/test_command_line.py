@@ -140,7 +140,7 @@ def test_invalid_use_of_a_run_gives_a_one_line_error(unmask, run_folder, images,
         ),
         (["probe", "run", labelled, "--shots", "500"], "has only"),
         (["probe", "run", "two", "--test", labelled], "class2"),
-        (["pretrain", unlabelled, "--out", "run", *small()], "go on with it: unmask resume"),
+        (["pretrain", unlabelled, "--out", "run", *small()], "continue the run: unmask resume"),
     ]
     for arguments, expected in cases:
         code, _, err = unmask(*arguments)
