@@ -17,8 +17,8 @@ from torch import Tensor
 
 from unmask.errors import UserError
 
-IGNORED = 255  # class in `Batch.maps` of pixels that the loss and the metrics ignore
-NO_BOX = -1  # label in `Batch.box_labels` of padding rows
+IGNORED = 255  # Class in `Batch.maps` of pixels that the loss and the metrics ignore.
+NO_BOX = -1  # Label in `Batch.box_labels` of padding rows.
 
 DTYPES = {"uint8": torch.uint8, "uint16": torch.uint16, "float32": torch.float32}
 
@@ -38,16 +38,16 @@ class ImageSpec:
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
-            raise UserError(f"image dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
+            raise UserError(f"got images of dtype {self.dtype!r}; expected one of {', '.join(DTYPES)}")
         if not len(self.mean) == len(self.std) == self.channels:
             raise UserError(
-                f"{len(self.mean)} means and {len(self.std)} standard deviations for {self.channels} channels; "
-                "give one of each per channel"
+                f"got {len(self.mean)} means and {len(self.std)} standard deviations for {self.channels} channels; "
+                "expected one of each per channel"
             )
         if min(self.std) <= 0:
             raise UserError(
-                f"standard deviations {self.std} are not all positive: a channel is constant over the whole data set; "
-                "drop that channel, or give --set data.std by hand"
+                f"got standard deviations {self.std}; expected positive numbers: a channel is constant over the whole "
+                "data set; drop that channel, or set data.std"
             )
 
     @property

@@ -136,8 +136,8 @@ def layer_scales(module: nn.Module, decay: float) -> Mapping[str, float]:
 def step_if(optimizer: torch.optim.Optimizer, good: Tensor) -> None:
     """Step the optimiser if `good` (0-d bool) is True; otherwise leave weights and state bit-identical.
 
-    The device evaluates `good`, through `found_inf`, with which gradient scalers let torch's fused kernels skip a step.
-    If a version of torch ignores `found_inf`, the host waits for `good`.
+    The host does not wait: torch's fused kernels skip a step if `found_inf` is set, as gradient scalers do. If a
+    version of torch ignores `found_inf`, the host waits for `good`.
     """
     if isinstance(optimizer, Lars) or fused_kernel_has_gate():
         optimizer.found_inf = (~good).float()  # type: ignore[attr-defined]

@@ -101,8 +101,8 @@ class Draws:
     """The random draws of the images of one batch; `Clock.rng` of a method."""
 
     seed: int
-    epoch: Tensor  # (B,) int64
-    index: Tensor  # (B,) int64
+    epoch: Tensor  # (B,) int64.
+    index: Tensor  # (B,) int64.
 
     def uniform(self, count: int, stream: Stream = Stream.MASK) -> Tensor:
         """Return (B, count) float32 in [0, 1), on the batch's device."""

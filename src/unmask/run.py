@@ -108,8 +108,8 @@ class Run:
         self.quarantine_file = self.path / "quarantine.jsonl"
         self.faults_file = self.path / "faults.jsonl"
         self.heartbeat_file = self.path / "heartbeat.json"
-        self._new_id: str | None = None  # id of the run, once it is created or read from config.json
-        self._digests: dict[str, str | None] = {}  # digests of REMEMBERED, as last read or written
+        self._new_id: str | None = None  # Id of the run, once it is created or read from config.json.
+        self._digests: dict[str, str | None] = {}  # Digests of REMEMBERED, as last read or written.
         self._lock: os.stat_result | None = None
         self._status: dict[str, Any] = {}  # a status that could not be written to status.json
 

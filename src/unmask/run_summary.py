@@ -58,7 +58,7 @@ class RunSummary:
 
     @property
     def progress(self) -> str:
-        """Steps done and in all: '250/1000'; '' if there is no plan."""
+        """Number of steps done and in all, such as '250/1000'; '' if there is no plan."""
         return f"{self.step or 0}/{self.steps}" if self.steps is not None else ""
 
 

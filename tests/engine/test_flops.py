@@ -94,7 +94,7 @@ def test_mae_large_saves_3_29_and_a_decoder_token_costs_9_percent():
 
 
 def test_number_of_gpus_that_does_not_divide_the_batch_is_rejected():
-    with pytest.raises(UserError, match=r"got 6 GPUs for a global batch of 4096.*use 4"):
+    with pytest.raises(UserError, match=r"got 6 GPUs, which do not divide the global batch of 4096.*use 4"):
         recipe_costs("mae_large", gpus=6)
     with pytest.raises(UserError, match="got 0 GPUs; expected at least 1"):
         recipe_costs("mae_large", gpus=0)

@@ -540,8 +540,8 @@ def test_several_processes_are_rejected(environment):
     [
         {},
         {"WORLD_SIZE": "1", "RANK": "0"},
-        {"SLURM_NTASKS": "4"},  # inside an salloc shell
-        {"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "ENVIRONMENT": "BATCH"},  # inside an sbatch script
+        {"SLURM_NTASKS": "4"},  # Inside an salloc shell.
+        {"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "ENVIRONMENT": "BATCH"},  # Inside an sbatch script.
         {"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_STEP_ID": "4294967291"},
         {"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_STEP_ID": "1", "SLURM_STEP_NUM_TASKS": "1"},
     ],

@@ -83,11 +83,11 @@ def test_replan_keeps_the_position_and_spreads_the_rest(changes):
 @pytest.mark.parametrize(
     ("replans", "steps"),
     [
-        ([(40, 100, 60)], 61),  # does not lead to the final number of steps
-        ([(40, 100, 40)], 40),  # at the last step
-        ([(40, 100, 60), (40, 60, 80)], 80),  # two replans at one step
-        ([(40, 100, 60), (50, 70, 80)], 80),  # does not start from the previous number
-        ([(100, 100, 120)], 120),  # after the last step
+        ([(40, 100, 60)], 61),  # Does not lead to the final number of steps.
+        ([(40, 100, 40)], 40),  # At the last step.
+        ([(40, 100, 60), (40, 60, 80)], 80),  # Two replans at one step.
+        ([(40, 100, 60), (50, 70, 80)], 80),  # Does not start from the previous number.
+        ([(100, 100, 120)], 120),  # After the last step.
     ],
 )
 def test_inconsistent_replans_are_rejected(replans, steps):

@@ -26,10 +26,10 @@ from unmask.engine.plan import Plan
 from unmask.engine.resolve import choose_config, draft_config, reject_supervised, settings_with_options
 from unmask.engine.training_data import TrainingRequest, prepare_images, reject_bad_data
 
-LOOKED_AT = 128  # number of files to scan before choosing the recipe
-TIMED = 256  # number of images to time; fewer if they are slow
-PATIENCE = 4.0  # seconds for each measurement
-MARGIN = 1.2  # loading should be faster than the step by this factor, so that short delays do not stall training
+LOOKED_AT = 128  # Number of files to scan before choosing the recipe.
+TIMED = 256  # Number of images to time; fewer if they are slow.
+PATIENCE = 4.0  # Seconds for each measurement.
+MARGIN = 1.2  # Loading should be faster than the step by this factor, so that short delays do not stall training.
 STORAGE, DECODING, TRANSFORM, STEP = "storage", "decoding", "transform", "step"
 
 

@@ -109,7 +109,7 @@ def print_scan(found: Scan, source: Source, console: Console) -> None:
         f"{len(found.bad)} bad"
     )
     if found.forgotten:
-        console.print(f"the next command will look at all files again: {found.forgotten}")
+        console.print(f"scan results are not cached, so the next command will read all files again: {found.forgotten}")
     for bad in found.bad[:NAMED_BAD_FILES]:
         console.print(f"  {bad.code:20s} {bad.name}: {bad.detail}")
     if len(found.bad) > NAMED_BAD_FILES:

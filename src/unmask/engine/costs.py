@@ -91,7 +91,7 @@ def with_idle_work(method: Method, flops: Flops) -> dict[str, int]:
     prediction = 2 * (1 + kept) * decoder.pred.weight.numel()
     return {
         "forward_with_idle_work": flops.forward + embedding + block + prediction,
-        # The pixels need no gradient.
+        # The backward pass of the embedding takes one product, not two, because pixels need no gradient.
         "training_with_idle_work": flops.training + 2 * embedding + 3 * (block + prediction),
     }
 
@@ -132,8 +132,7 @@ def schedule(config: Config, gpus: int | None) -> dict[str, Any]:
     if gpus is not None and batch % gpus:
         near = max(n for n in range(1, batch + 1) if batch % n == 0 and n <= gpus)
         raise ConfigError(
-            f"got {gpus} GPUs for a global batch of {batch}, which is not a multiple of that; use {near}, or change "
-            "train.batch_size"
+            f"got {gpus} GPUs, which do not divide the global batch of {batch}; use {near}, or change train.batch_size"
         )
     epochs = train.epochs if train.epochs is not None else DEFAULT_EPOCHS
     steps = train.steps if train.steps is not None else math.ceil(epochs * IMAGENET / batch)
@@ -188,8 +187,8 @@ def say_costs(found: dict[str, Any], console: Console) -> None:
         console.print(
             f"  blocks only, no class token: {share['blocks']:.2f} x, from "
             f"{_billions(share['encoder_blocks_all_patches'] / 2)} + {_billions(share['decoder_blocks'] / 2)} to "
-            f"{_billions(share['encoder_blocks_visible'] / 2)} + {_billions(share['decoder_blocks'] / 2)} GMACs; of "
-            f"the encoder alone {share['encoder']:.2f} x"
+            f"{_billions(share['encoder_blocks_visible'] / 2)} + {_billions(share['decoder_blocks'] / 2)} GMACs; "
+            f"encoder alone: {share['encoder']:.2f} x"
         )
         console.print(f"  cost per token in the decoder: {share['decoder_per_token']:.1%} of that in the encoder")
     gpus = f"; on {found['gpus']} GPUs {found['images_per_gpu']} images each per step" if "gpus" in found else ""

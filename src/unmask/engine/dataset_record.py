@@ -124,4 +124,4 @@ def note_change(run: Run, what: str, **about: Any) -> str:
     made = run.read("provenance.json") if (run.path / "provenance.json").exists() else {}
     entry = {"what": what, "time": when, "step": step, **about}
     run.write("provenance.json", {**made, "data_changes": [*made.get("data_changes", []), entry]})
-    return f"step {step}, {when}: the images were {what}" + (f" ({about['summary']})" if about.get("summary") else "")
+    return f"step {step}, {when}: images {what}" + (f" ({about['summary']})" if about.get("summary") else "")

@@ -16,7 +16,7 @@ from unmask.system.stop_requests import StopRequest
 
 
 def evaluate(job: Job, evaluator: Evaluator, at: Position, stop: StopRequest) -> float:
-    """Evaluate the method, and its averaged weights if there are any, and log the metrics; return the seconds it took.
+    """Evaluate the method, and its averaged weights if there are any; log the metrics and return the seconds it took.
 
     Raises StopRequested, with unchanged weights.
     """

@@ -18,9 +18,9 @@ from unmask.recipes import catalogue
 Size = tuple[int, int]
 FOLLOWING = ("nano", "tiny", "small")
 FIXED_METHODS = ("dvae",)
-SMALLEST, SMALL_SIDE, NANO_SIDE = 16, 48, 64  # pixels
-STRETCH = 1.2  # resampling by a smaller factor is reported as "about their own size"
-LARGER = 1.5  # for masks and boxes, the input size is enlarged if the images are larger by more than this factor
+SMALLEST, SMALL_SIDE, NANO_SIDE = 16, 48, 64  # In pixels.
+STRETCH = 1.2  # Resampling by a smaller factor is reported as "about their own size".
+LARGER = 1.5  # For masks and boxes, the input size is enlarged if the images are larger by more than this factor.
 
 
 def follows_images(name: str) -> bool:

@@ -33,8 +33,8 @@ class PaletteFile(Outside):
     dtype: Literal["uint8", "uint16", "float32"]
 
 
-TOKENIZER = "target.tokenizer."  # prefix of the tokenizer's tensors in methods that predict codes
-DVAE = ""  # prefix of the same tensors in the dVAE, which has no others
+TOKENIZER = "target.tokenizer."  # Prefix of the tokenizer's tensors in methods that predict codes.
+DVAE = ""  # Prefix of the same tensors in the dVAE, which has no others.
 
 
 def continued(from_run: str | Path, recipe: str) -> Config:

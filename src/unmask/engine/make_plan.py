@@ -18,11 +18,11 @@ from unmask.optim import peak_lr
 
 DEFAULT_EPOCHS = 100
 MEMORY_SHARE = 0.6
-BUDGET_SHARE = 0.9  # share of a budget for training; the rest is for pictures, checkpoints and the report
-TESTS = 10  # evaluations of a supervised run, unless train.test_every is set
-TEST_IMAGE = 0.5  # time to load and evaluate an image, divided by the time to train on it
-TEST_SHARE = 0.15  # maximum share of a budget for evaluations
-MEASURING_SHARE = 0.03  # maximum share of a budget for timing steps
+BUDGET_SHARE = 0.9  # Share of a budget for training; the rest is for pictures, checkpoints and the report.
+TESTS = 10  # Evaluations of a supervised run, unless train.test_every is set.
+TEST_IMAGE = 0.5  # Time to load and evaluate an image, divided by the time to train on it.
+TEST_SHARE = 0.15  # Maximum share of a budget for evaluations.
+MEASURING_SHARE = 0.03  # Maximum share of a budget for timing steps.
 
 
 @dataclass(frozen=True)

@@ -22,10 +22,10 @@ from unmask.method import Clock, Method
 from unmask.optim import make_optimizer, update
 from unmask.rng import Draws
 
-TENSORS_AT_A_TIME = 4  # number of tensors of the largest size that exist at the same time
-FEW_IMAGES, LONGEST_PASS = 8, 2.0  # on a CPU, time is extrapolated from a pass of at least 8 images, up to 2 seconds
-MEASUREMENTS = 3  # number of measurements of the step time, each the mean of several steps
-BUSY = 2.0  # if measurements of a step differ by this factor, another program is using the machine
+TENSORS_AT_A_TIME = 4  # Number of tensors of the largest size that exist at the same time.
+FEW_IMAGES, LONGEST_PASS = 8, 2.0  # On a CPU, time is extrapolated from a pass of at least 8 images, up to 2 seconds.
+MEASUREMENTS = 3  # Number of measurements of the step time, each the mean of several steps.
+BUSY = 2.0  # If measurements of a step differ by this factor, another program is using the machine.
 
 
 def example_batch(images: ImageSpec, count: int, device: str) -> Batch:

@@ -32,8 +32,8 @@ from unmask.report.pictures import draw, require_png
 from unmask.system.atomic_files import replace_file
 
 MAX_IMAGES = 512
-MAX_COLOURS = 4096  # k-means with more colours takes minutes
-DRAWN = 8  # number of images in the picture
+MAX_COLOURS = 4096  # k-means with more colours takes minutes.
+DRAWN = 8  # Number of images in the picture.
 
 
 def make_palette(data: str, *, colours: int, size: int, out: Path, console: Console) -> dict[str, Any]:

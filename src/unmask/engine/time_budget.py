@@ -18,13 +18,13 @@ from pydantic import Field
 from unmask.errors import UserError
 from unmask.settings import Settings
 
-FEWEST_STEPS = 5  # a budget for fewer steps is rejected
-USEFUL_STEPS = 100  # for fewer steps, a warning reports the time that this many would take
-AIM = 0.96  # share of the budget after which the command should be done
-LATE, EARLY = 0.015, 0.03  # shares of the budget: a forecast later or earlier than this changes the number of steps
-LOOK = 0.01  # share of the budget between two decisions
-WINDOW = 0.15  # share of the budget over which speed is measured, limited to half of the time left
-ASIDE_SHARE = 0.2  # maximum share of the budget for evaluations and pictures
+FEWEST_STEPS = 5  # A budget for fewer steps is rejected.
+USEFUL_STEPS = 100  # For fewer steps, a warning reports the time that this many would take.
+AIM = 0.96  # Share of the budget after which the command should be done.
+LATE, EARLY = 0.015, 0.03  # Shares of the budget: a forecast later or earlier than this changes the number of steps.
+LOOK = 0.01  # Share of the budget between two decisions.
+WINDOW = 0.15  # Share of the budget over which speed is measured, limited to half of the time left.
+ASIDE_SHARE = 0.2  # Maximum share of the budget for evaluations and pictures.
 
 
 clock = time.monotonic

@@ -66,7 +66,7 @@ def scan_source(source: Source, draft: Config, console: Console) -> Scan:
         )
     source.digests = found.digests
     if found.forgotten:
-        console.print(f"the next command will look at all files again: {found.forgotten}")
+        console.print(f"scan results are not cached, so the next command will read all files again: {found.forgotten}")
     reject_bad_data(found, draft)
     return found
 

@@ -10,8 +10,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from unmask.errors import ForeignError
 
-MOST_BYTES = 64 << 20  # limit for a JSON file or header; the largest published ones have a few MiB
-LARGEST = 65_536  # limit for any dimension of a network, and for the sides of an image in pixels
+MOST_BYTES = 64 << 20  # Limit for a JSON file or header; the largest published ones have a few MiB.
+LARGEST = 65_536  # Limit for any dimension of a network, and for the sides of an image in pixels.
 
 
 class Outside(BaseModel):

@@ -16,8 +16,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-PATIENCE = 3.0  # seconds to wait, once, for a full pipe or a paused terminal before stderr output is dropped
-PIECE = 4096  # bytes that a pipe which is ready for writing accepts without blocking
+PATIENCE = 3.0  # Seconds to wait, once, for a full pipe or a paused terminal before stderr output is dropped.
+PIECE = 4096  # Bytes that a pipe which is ready for writing accepts without blocking.
 
 
 class Sink(io.RawIOBase):

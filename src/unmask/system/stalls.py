@@ -19,9 +19,9 @@ from unmask.errors import UserError
 
 VARIABLE = "UNMASK_STALL_SECONDS"
 DEFAULT_SECONDS = 300.0
-TICK = 0.25  # seconds between two checks
-GRACE = 10.0  # seconds for a thread to raise `Stalled` before the process ends
-BUSY = 0.05  # share of one processor that counts as progress on a CPU
+TICK = 0.25  # Seconds between two checks.
+GRACE = 10.0  # Seconds for a thread to raise `Stalled` before the process ends.
+BUSY = 0.05  # Share of one processor that counts as progress on a CPU.
 
 
 class Stalled(BaseException):

@@ -22,8 +22,8 @@ from unmask.system.stalls import write_now
 
 INTERRUPTED = 130
 NOTHING_KEPT = "there is no checkpoint yet"
-ONE_PRESS = 0.5  # seconds within which several SIGINTs count as one: launchers forward the terminal's Ctrl-C again
-LATER = 0.05  # seconds after which a signal is sent again if it arrived in code that swallows exceptions
+ONE_PRESS = 0.5  # Seconds within which several SIGINTs count as one: launchers forward the terminal's Ctrl-C again.
+LATER = 0.05  # Seconds after which a signal is sent again if it arrived in code that swallows exceptions.
 
 
 class StopRequested(BaseException):
@@ -81,7 +81,7 @@ def stop_requests() -> Iterator[StopRequest]:
 @contextmanager
 def interrupts() -> Iterator[None]:
     """Context manager in which each of the signals raises KeyboardInterrupt, once."""
-    presses = _Presses(lambda: "\nended at once; a file that was being written may be left with .partial in its name\n")
+    presses = _Presses(lambda: "\nended at once; an unfinished file may remain, with .partial in its name\n")
     raised = False
 
     def on_signal(number: int, frame: FrameType | None) -> None:
