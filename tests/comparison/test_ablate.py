@@ -1,4 +1,4 @@
-"""A table is made cell by cell, can be stopped and gone on with anywhere, and says what it measured."""
+"""Tables of `unmask ablate`: content, stopping and continuing, failures, budgets, and agreement with the paper."""
 
 import dataclasses
 import html
@@ -581,8 +581,8 @@ def test_agreement_counts_pairs_and_names_those_within_the_noise():
     assert found.against == ("b over d", "c over d")
     assert found.sentence == (
         "4 of 6 pairs of cells are in the paper's order (linear probe). Among the 5 pairs whose difference is larger "
-        "than the noise, 3 are. Clearly in the opposite order than in the paper (b over d; c over d). Within the "
-        "noise, in the paper's order: c over b."
+        "than the noise, 3 are. Clearly in the opposite order (the paper ranks b over d; c over d). Within the noise, "
+        "in the paper's order: c over b."
     )
 
 

@@ -185,7 +185,7 @@ def test_the_ranking_names_the_best_run_and_those_within_the_noise():
 
     assert ranking([row("a", 800, 1000), row("b", 500, 1000)]) == (
         "a scores highest with 80.0% (class token); the margin is larger than the noise of the test images, but "
-        "another training seed may differ"
+        "another training seed may change it"
     )
     assert ranking([row("a", 510, 1000), row("b", 500, 1000), row("c", 100, 1000)]) == (
         "a scores highest with 51.0% (class token), but the difference to b is within the noise of the test images"

@@ -94,7 +94,7 @@ def test_every_method_of_the_family_uses_its_own_recipe():
             assert find(recipe).method.name == name.removesuffix("_bert")
 
 
-def test_numbers_of_blocks_are_compared_with_the_papers_nearest_share_of_the_depth():
+def test_tuned_blocks_are_compared_with_the_papers_nearest_fraction_of_the_depth():
     def found(base):
         return [(parse(cell.settings)["method.last_blocks"], cell.theirs) for cell in TABLES["fig9"].cells(base)]
 

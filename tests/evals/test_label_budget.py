@@ -56,7 +56,7 @@ def test_differences_are_paired_by_draw():
     point = found.rows[2].points[0]
     assert point.low < 0.5 < point.high, "the draws differ far more than the features do"
     verdict = curve_verdict(found)
-    assert verdict.startswith("Pre-training helps with 1 labels per class: better there than raw pixels and ")
+    assert verdict.startswith("Pre-training helps with 1 labels per class, where it is better than raw pixels and ")
     assert "Points above raw pixels: +9.7 (" in verdict
     assert "Points above the same encoder untrained: +10.0 (+10.0 to +10.0) with 1, +0.0 (" in verdict
     none = curve({1: [(50, 60, 40), (60, 40, 50)], 2: [(50, 60, 40), (60, 40, 50)]})

@@ -36,14 +36,14 @@ CLS, RANDOM, RAW = (PRETRAINED, "cls"), (RANDOM_INIT, "cls"), (RAW_PIXELS, "pixe
     ("shares", "says"),
     [
         ({CLS: 0.8}, "KNN_SCORE. Whether pre-training helped is not known from this: probe again with --controls."),
-        ({CLS: 0.11}, "which cannot be told from chance. Whether pre-training helped is not known"),
+        ({CLS: 0.11}, "which is indistinguishable from chance. Whether pre-training helped is not known"),
         ({CLS: 0.11, RANDOM: 0.1, RAW: 0.12}, "No verdict: everything is near chance level."),
         ({CLS: 0.8, RANDOM: 0.5, RAW: 0.6}, "Pre-training helps. KNN_SCORE: 20.0 points more than raw pixels (60.0%)"),
         ({CLS: 0.8, RANDOM: 0.5}, "Better than the same encoder untrained. KNN_SCORE: 30.0 points more than the same"),
         ({CLS: 0.8, RANDOM: 0.9, RAW: 0.6}, "Pre-training does not help here."),
         ({CLS: 0.1, RANDOM: 0.9, RAW: 0.6}, "80.0 points fewer than the same encoder untrained (90.0%)"),
         ({CLS: 0.8, RANDOM: 0.8, RAW: 0.6}, "not shown to help: it beats one control, not both"),
-        ({CLS: 0.8, RANDOM: 0.8, RAW: 0.8}, "not shown to help: the differences lie within the noise"),
+        ({CLS: 0.8, RANDOM: 0.8, RAW: 0.8}, "not shown to help: the differences are within the noise"),
         ({CLS: 0.8, RANDOM: 0.8, RAW: 0.8}, "no clear difference from raw pixels (80.0%): +0.0 points, 95% interval"),
     ],
 )

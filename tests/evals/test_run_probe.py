@@ -238,7 +238,7 @@ def test_another_run_gets_the_same_scores_as_when_probed_alone(run, trained, tmp
             assert rows["other", pool].correct == row.correct
         for key, row in rows_of(mine).items():
             assert rows[key].correct == row.correct
-        assert "Beside other (" in found.verdict
+        assert "Compared with other (" in found.verdict
     assert found.against == (OtherRun(name="other", run=str(other), step=2),)
     layered = probe(run, data, kind="knn", against=(other, trained / "mae"), layer="0")
     layers = {row.features: row.layer and row.layer.number for row in layered.rows}

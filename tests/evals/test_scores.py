@@ -105,7 +105,7 @@ def test_raw_pixels_are_centred_and_measured_with_the_untrained_encoder(monkeypa
     encoder, untrained = Encoder(), Encoder()
     assert with_controls(encoder, None) == {PRETRAINED: encoder}
     assert list(with_controls(encoder, untrained)) == [RAW_PIXELS, RANDOM_INIT, PRETRAINED]
-    # Bright images have a large common mean; only without it does the angle distinguish the classes.
+    # Bright images have a large common mean; cosine similarity distinguishes the classes only after centring.
     rng = np.random.default_rng(0)
     labels = torch.from_numpy(balanced(90))
     pixels = torch.full((90, 3, 4, 4), 200.0) + torch.from_numpy(rng.normal(size=(90, 3, 4, 4)))
@@ -254,7 +254,7 @@ def test_labels_without_positives_are_left_out_of_the_mean_average_precision(kin
     assert found.chance == pytest.approx(0.5), "the mean share of positives"
     assert "owl has no positive image among the test images" in found.caveats[0]
     truths[1][:] = 0
-    with pytest.raises(ValueError, match="with the same value of ant, other, owl"):
+    with pytest.raises(ValueError, match="in which ant, other, owl do not vary"):
         run(train, test, kind=kind, labelling=Labelling("multilabel", ("ant", "other", "owl")), targets=truths)
 
 
@@ -270,10 +270,8 @@ def test_runs_are_compared_by_a_pooling_that_both_have():
     rows = {(row.features, row.pool): row.value for row in found.rows}
     own, other = rows[PRETRAINED, "mean"], rows["b mask run", "mean"]
     assert rows[PRETRAINED, "cls"] > other > own
-    assert (
-        f"Beside b mask run (mean over patches of both), {own:.1%}: {100 * (other - own):.1f} points fewer than b "
-        in (found.verdict)
-    )
+    points = f"{100 * (other - own):.1f} points fewer than b "
+    assert f"Compared with b mask run (mean over patches of both), {own:.1%}: {points}" in found.verdict
     assert f"b mask run ({other:.1%}), 95% interval -" in found.verdict
 
 

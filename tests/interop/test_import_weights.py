@@ -330,7 +330,7 @@ def test_another_image_size_interpolates_positions_in_two_dimensions(tmp_path, c
     run = import_weights(tmp_path / "mae.pth", tmp_path / "run", settings=settings, console=Console())
     images = some_images(2, 3, 12, 24)
     method = load(run.path).method
-    # The encoder itself also interpolates positions for other sizes; the class token's row must be unchanged in both.
+    # The encoder also interpolates positions itself; neither may change the row of the class token.
     assert far(method.encoder(images).patches, ours.encoder(images).patches) < CLOSE
     table = ours.decoder.pos_embed[:, 1:].reshape(1, 4, 4, 16).permute(0, 3, 1, 2)
     table = torch.nn.functional.interpolate(table, (3, 6), mode="bicubic", align_corners=False)

@@ -33,8 +33,8 @@ from unmask.run import Run, RunError
 def ablate(request: TableRequest, *, out: str | Path | None = None, console: Console | None = None) -> dict[str, Any]:
     """Train a table in the folder `out`, or continue it, and return the content of `table.json`.
 
-    "state" in it is "finished", "stopped" (repeat the command to continue), or "failed" when a cell could not be
-    trained. Raises UserError before any training when the request is invalid.
+    Its "state" is "finished", "stopped" (repeat the command to continue), or "failed" if a cell could not be trained.
+    Raises UserError before any training when the request is invalid.
     """
     console = console or Console()
     table = find_table(request.table)

@@ -110,8 +110,8 @@ class Agreement:
     """The number of pairs of cells that are ranked as in the paper.
 
     pairs, agree: all pairs, and the number of them in the paper's order. clear, clear_agree: the same for pairs whose
-    difference is larger than the noise. within_noise: pairs whose difference is not, as 'A over B' in the paper's
-    order. against: clear pairs in the opposite order, in the same form.
+    difference is larger than the noise. within_noise: pairs whose difference is within the noise, as 'A over B' in the
+    paper's order. against: clear pairs in the opposite order, also written in the paper's order.
     """
 
     pairs: int = 0
@@ -164,7 +164,7 @@ def _sentence(counts: Agreement, measured: str) -> str:
         return text + "But every difference is within the noise, so this table does not rank the cells."
     text += f"Among the {counts.clear} pairs whose difference is larger than the noise, {counts.clear_agree} are. "
     if counts.against:
-        text += f"Clearly in the opposite order than in the paper ({_listed(counts.against)}). "
+        text += f"Clearly in the opposite order (the paper ranks {_listed(counts.against)}). "
     if counts.within_noise:
         text += f"Within the noise, in the paper's order: {_listed(counts.within_noise)}."
     return text.strip()

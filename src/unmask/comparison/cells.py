@@ -56,7 +56,7 @@ def refuse_settings(table: Table, asked: TableRequest) -> None:
             "train.seed cannot be set: cells are trained with seeds 0, 1, ...; set their number with --seeds"
         )
     if clash := [key for key in table.varies if key in keys and not (key in LENGTHS and asked.budget is None)]:
-        what = f"the budget decides {clash[0]}" if clash[0] in LENGTHS else f"table {table.name} varies {clash[0]}"
+        what = f"the budget determines {clash[0]}" if clash[0] in LENGTHS else f"table {table.name} varies {clash[0]}"
         raise ConfigError(f"{clash[0]} cannot be set: {what}; leave it out")
     resolve.reject_conflicts(keys, asked.budget)
     if asked.from_run is not None and (learnt := [key for key in keys if not key.startswith(("data.", "train."))]):

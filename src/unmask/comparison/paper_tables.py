@@ -61,9 +61,9 @@ class Table:
     """A table of the paper.
 
     axis: what the cells vary, in words. varies: the settings that the cells vary and a user cannot set. cells: builds
-    the cells from the base configuration, since some are a share of it. base: settings of every cell. log: whether the
-    axis of the picture is logarithmic. measure: the accuracy that cells are compared by; with "fine_tuned" the cells
-    are classifiers, all fine-tuned from the run PRETRAINED.
+    the cells from the base configuration, because some settings are fractions of it. base: settings of every cell. log:
+    whether the axis of the picture is logarithmic. measure: the accuracy that cells are compared by; with "fine_tuned"
+    the cells are classifiers, all fine-tuned from the run PRETRAINED.
     """
 
     name: str
@@ -93,7 +93,7 @@ def _depths(base: Config) -> tuple[Cell, ...]:
 
 
 def _widths(base: Config) -> tuple[Cell, ...]:
-    """The paper's 128 to 1024 are 1/8 to 1 times the width of ViT-L; here they are shares of the recipe's encoder."""
+    """Convert the paper's widths of 128 to 1024, relative to the encoder's 1024, to the recipe's encoder."""
     published = {128: (84.9, 69.1), 256: (84.8, 71.3), 512: (84.9, 73.5), 768: (84.4, 73.1), 1024: (84.3, 73.1)}
     settings: Any = base.method
     full, one_head = settings.encoder.width, settings.decoder.width / settings.decoder.heads
@@ -206,7 +206,7 @@ def _last_blocks(base: Config) -> tuple[Cell, ...]:
 
 
 def like_paper(blocks: float, depth: int) -> float:
-    """Return the paper's number of blocks (of 24) that is nearest as a share of the depth; 0 and 1/2 are unchanged."""
+    """Return the paper's number of blocks (out of 24) that is the nearest fraction of the depth; keep 0 and 1/2."""
     if blocks < 1:
         return blocks
     return min((n for n in PARTIAL if n >= 1), key=lambda n: abs(n / PARTIAL_DEPTH - blocks / depth))
@@ -284,7 +284,7 @@ TABLES = {
         Table(
             "fig7", "Figure 7: training length", "training length", ("train.steps",), _lengths, log=True,
             note="1x is 100 epochs in the paper and the shortest run here. Without a budget, 8x (800 epochs in the "
-            "paper) has the length of the recipe; a length given with --set is that of 1x. Every run has a complete "
+            "paper) has the length of the recipe; a length given with --set applies to 1x. Every run has a complete "
             "schedule of its own, with the same share of warm-up.",
         ),
         Table(
@@ -293,9 +293,9 @@ TABLES = {
             note="Each number of blocks is compared with the paper's number that is nearest as a share of the depth "
             "(24 blocks in the paper). The paper's results for MoCo v3: 77.6 with 0 blocks; 79.9, 80.8, 81.6, 81.9, "
             "83.2, 83.8 and 84.1 with 1, 2, 4, 6, 12, 18 and 24: better than MAE when frozen, worse as soon as one "
-            "block is tuned. The paper's 0 is its linear probe (LARS, BatchNorm); here every cell has the same head, "
-            "optimiser and steps, while the paper uses the best of 50, 100 and 200 epochs. Mixup, cutmix, random "
-            "augmentation, drop path and layer-wise decay are not used here.",
+            "block is tuned. The paper's result for 0 is its linear probe (LARS, BatchNorm); here every cell has the "
+            "same head, optimiser and steps, while the paper uses the best of 50, 100 and 200 epochs. Mixup, cutmix, "
+            "random augmentation, drop path and layer-wise decay are not used here.",
         ),
         Table(
             "family", "The family, from autoencoder to MAE", "method", ("method.name",), _family, base=(),

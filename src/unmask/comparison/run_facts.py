@@ -90,7 +90,7 @@ def run_facts(name: str, run: Run) -> RunFacts:
         step=status.step,
         steps=plan.steps,
         images_seen=seen,
-        epochs=seen / plan.num_images if plan.num_images else 0.0,  # imported weights have 0 images
+        epochs=seen / plan.num_images if plan.num_images else 0.0,  # imported runs have no training images
         training_flops=None if flops.training is None else flops.training * seen,
         images_per_second=statistics.median(row["images_per_second"] for row in trained) if trained else None,
         seconds=training_seconds(trained),
@@ -116,7 +116,7 @@ class _Quantity:
 
 
 def differences(runs: Sequence[RunFacts]) -> dict[str, str]:
-    """Return one sentence per quantity that differs but should be equal to compare methods, by the quantity's name."""
+    """Return one sentence per quantity that differs between the runs, by the quantity's name."""
     sentences = {}
     for quantity in _quantities(runs):
         if _differ(quantity.values):

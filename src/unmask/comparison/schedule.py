@@ -50,7 +50,7 @@ MEASURE_SECONDS = 2.0
 MEASURED_BATCHES = 3
 FIT_SECONDS = 3.0
 FEWEST_STEPS = 20
-PRETRAINING_SHARE = 2 / 3  # share of the training budget where all cells are fine-tuned from one pre-trained run
+PRETRAINING_SHARE = 2 / 3  # share of the training budget for pre-training if cells are fine-tuned from it
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def plan_table(experiment: Experiment, console: Console) -> TablePlan:
         steps, reason = steps_in_budget(experiment, measured, asked.budget, scanning, time.perf_counter() - began)
     tuned = max(1, round(steps * _base_of(measured).length))
     if table.measure == "fine_tuned" and tuned != steps:
-        reason += f"; these are the steps of the pre-training, each cell is fine-tuned for {tuned}"
+        reason += f"; this is the length of pre-training, and each cell is fine-tuned for {tuned} steps"
     return TablePlan(
         asked=asked,
         title=table.title,
@@ -303,7 +303,7 @@ def measure_cell(experiment: Experiment, cell: Cell, scan: Scan, device: str) ->
 
 @torch.no_grad()
 def encode_seconds(config: Config, plan: Plan) -> float:
-    """Measure the seconds per image of the encoder in a probe."""
+    """Measure how many seconds the encoder takes per image."""
     method: Method = build_method(config, plan.images).to(plan.device)
     batch = example_batch(plan.images, EVAL_BATCH, plan.device)
     with eval_mode(method), autocast(plan.precision, plan.device):

@@ -104,7 +104,7 @@ def _ranked(name: str, probe: ProbeResult) -> RankedRun:
 
 
 def ranking(rows: Sequence[RankedRun], metric: str = ACCURACY) -> str:
-    """State which run scores highest, and from which others the difference is within the noise."""
+    """Name the run with the highest score, and the runs whose difference from it is within the noise."""
     first, *others = rows
     pool = POOLS.get(first.score.pool, first.score.pool)
     text = f"{first.name} scores highest with {show_score(first.score.value, metric)} ({pool})"
@@ -113,7 +113,9 @@ def ranking(rows: Sequence[RankedRun], metric: str = ACCURACY) -> str:
     best = single_run(first.score)
     close = [row.name for row in others if difference(best, single_run(row.score)).low <= 0]
     if not close:
-        return text + "; the margin is larger than the noise of the test images, but another training seed may differ"
+        return (
+            text + "; the margin is larger than the noise of the test images, but another training seed may change it"
+        )
     return text + f", but the difference to {', '.join(close)} is within the noise of the test images"
 
 

@@ -53,7 +53,7 @@ def groups(table: TableResults) -> list[RowGroup]:
 
 
 def chart(table: TableResults) -> Markup | None:
-    """Draw our results on the left and the paper's on the right, over the same axis; None before two are measured."""
+    """Draw our results on the left and the paper's on the right; return None before two cells are measured."""
     plan = table.plan
     measure = plan.measure
     rows = [row for row in table.rows if row.paper(measure) is not None]

@@ -30,7 +30,7 @@ def embed_images(
     device: str,
     console: Console,
 ) -> dict[str, Any]:
-    """Write the features of every unmasked image to .parquet or .npz; the output is reproducible byte for byte.
+    """Write the features of every image, without masking, to .parquet or .npz; the output is reproducible.
 
     One row per image, in the order of the source: `name` (relative to DATA, '/'-separated), `label` (class name, if
     DATA has classes), `cls` (class token, if the encoder has one) and `mean` (mean over patch tokens); features are

@@ -23,7 +23,7 @@ from unmask.nn.features import Features
 from unmask.nn.image_encoder import ImageEncoder
 from unmask.rng import Draws, Stream, words
 
-EVALUATION_EPOCH = 2**31 - 1  # never reached in training, so the masks are new
+EVALUATION_EPOCH = 2**31 - 1  # never reached in training, so that masks differ from training
 
 Hide = Callable[[Draws], Tensor]
 """Maps the random numbers of B images to (B, N) bool, True for hidden tokens."""
@@ -32,8 +32,8 @@ Hide = Callable[[Draws], Tensor]
 class View(nn.Module):
     """An encoder with a choice of layer and hidden tokens.
 
-    layer: layer to read; None for the output of `forward`. hide: chooses hidden tokens; None for none. mask: number of
-    the patch mask; an image's mask depends only on this number and the image's row.
+    layer: layer to read; None for the output of `forward`. hide: function that chooses hidden tokens, or None. mask:
+    number of the patch mask; an image's mask depends only on this number and the image's row.
     """
 
     def __init__(self, encoder: nn.Module, layer: int | None = None, hide: Hide | None = None, mask: int = 0) -> None:

@@ -32,7 +32,8 @@ EVAL_BATCH = 128
 MANY_IMAGES = 1024  # with more images, worker processes are faster, including their start
 NAMED_BAD_FILES = 5
 IMAGES_FOR_LAYER = 4096  # largest number of images that layers are compared on
-COLLECTIONS = (*LISTS, *TARS, ".zip", ".parquet", ".pq")  # extensions of files that contain many images
+COLLECTIONS = (*LISTS, *TARS, ".zip", ".parquet", ".pq")
+"""Extensions of files that contain many images."""
 
 
 def eval_images(loaded: Loaded, source: Source) -> ReadableImages:

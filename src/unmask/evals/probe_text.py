@@ -78,7 +78,7 @@ def verdict(result: ProbeResult, phrase: str) -> str:
     pool = POOLS.get(own.pool, own.pool)
     score = f"{phrase} on the pre-trained features ({pool}) {_reached(own, result.metric, result.chance)}"
     if not controls:
-        unclear = "" if _is_above(own, result.chance) else ", which cannot be told from chance"
+        unclear = "" if _is_above(own, result.chance) else ", which is indistinguishable from chance"
         sentences = [f"{_capitalised(score)}{unclear}. {UNKNOWN_HELP}"]
     elif not any(_is_above(row, result.chance) for row in (own, *controls)):
         others = " and ".join(f"{PHRASES[row.features]} {show(row.value, result.metric)}" for row in controls)
@@ -122,7 +122,7 @@ def _lead(differences: Sequence[Difference]) -> str:
         return "Pre-training does not help here."
     if any(each.low > 0 for each in differences):
         return "Pre-training is not shown to help: it beats one control, not both."
-    return "Pre-training is not shown to help: the differences lie within the noise."
+    return "Pre-training is not shown to help: the differences are within the noise."
 
 
 def _clause(other: FeatureScore, difference: Difference, metric: str) -> str:
@@ -147,7 +147,7 @@ def _against(result: ProbeResult) -> Iterator[str]:
         assert own is not None, "it was compared"
         assert other is not None, "it was compared"
         yield (
-            f"Beside {other.features} ({POOLS[other.pool]} of both), {show(own.value, result.metric)}: "
+            f"Compared with {other.features} ({POOLS[other.pool]} of both), {show(own.value, result.metric)}: "
             f"{_clause(other, difference, result.metric)}."
         )
 
@@ -156,7 +156,7 @@ def curve_verdict(result: CurveResult) -> str:
     """State with how many labels the pre-trained features are above each control and each other run."""
     own = next(row for row in result.rows if row.features == PRETRAINED and row.pool != "cls")
     curve = ", ".join(f"{point.mean:.1%} with {point.shots}" for point in own.points)
-    sentences = [f"The pre-trained features ({POOLS[own.pool]}) get {curve} labels per class."]
+    sentences = [f"The pre-trained features ({POOLS[own.pool]}) reach {curve} labels per class."]
     by_name: dict[str, list[Difference]] = {}
     for difference in result.differences:
         by_name.setdefault(difference.features, []).append(difference)
@@ -166,7 +166,7 @@ def curve_verdict(result: CurveResult) -> str:
         phrases = " and ".join(PHRASES[name] for name in controls)
         if ahead:
             sentences.insert(
-                0, f"Pre-training helps with {_listed(ahead)} labels per class: better there than {phrases}."
+                0, f"Pre-training helps with {_listed(ahead)} labels per class, where it is better than {phrases}."
             )
         else:
             sentences.insert(

@@ -161,8 +161,8 @@ def require_defined(test_y: np.ndarray, labelling: Labelling) -> None:
     """Raise UserError if the metric is undefined for every target column on these test images."""
     if not _is_defined(test_y, labelling).any():
         raise UserError(
-            f"got {len(test_y)} test images with the same value of {', '.join(labelling.names)} in all of them, so no "
-            "score is defined; give other test images with --test, or more images"
+            f"got {len(test_y)} test images in which {', '.join(labelling.names)} do not vary, so no score is "
+            "defined; give other test images with --test, or more images"
         )
 
 
@@ -184,7 +184,7 @@ def caveats_of(train_y: np.ndarray, test_y: np.ndarray, labelling: Labelling, sh
     if labelling.task != CLASSES:
         defined = _is_defined(test_y, labelling)
         if missing := [name for name, known in zip(labelling.names, defined, strict=True) if not known]:
-            lacking = "has no positive image" if labelling.task == MULTILABEL else "has one value for all"
+            lacking = "has no positive image" if labelling.task == MULTILABEL else "has only one value"
             found.append(f"{', '.join(missing)} {lacking} among the test images and is left out of the mean.")
         return tuple(found)
     unseen = sorted(set(test_y.tolist()) - set(train_y.tolist()))

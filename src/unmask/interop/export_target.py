@@ -57,8 +57,8 @@ class ExportTarget:
 
     convert: converts a run; raises ExportError for a run that the target cannot represent. suffix: extension of the
     exported file, "" for a folder. library_name: `library_name` in the model card's front matter. normalises: whether
-    the exported model expects images in the files' own units and normalises them itself. keeps_task: whether the
-    exported model includes the head of a fine-tuned run for every task.
+    the exported model expects images in the files' own units and normalises them itself. keeps_task: whether the head
+    of a fine-tuned run is exported for every task.
     """
 
     convert: Callable[[Loaded], ExportedModel]

@@ -98,8 +98,8 @@ def require_whole(wanted: Mapping[str, Tensor], weights: Mapping[str, Tensor], w
     if any(faults.values()):
         named = "; ".join(f"{len(names)} {how}: {some(names)}" for how, names in faults.items() if names)
         raise ForeignError(
-            f"{what} is incomplete or different ({named}); the file is truncated, of a variant of this network, or a "
-            "mix of two files"
+            f"{what} is incomplete or different ({named}); the file is truncated, from a variant of this network, or "
+            "a mix of two files"
         )
     if bad := [name for name, value in weights.items() if value.is_floating_point() and not value.isfinite().all()]:
         raise ForeignError(

@@ -69,8 +69,8 @@ class OwnFile:
                 method = self.config.build(self.images)
         except (RuntimeError, TypeError, OverflowError, MemoryError, AssertionError) as error:
             raise ForeignError(
-                f"{self.path}: no network has the settings in its header ({type(error).__name__}); download the file "
-                "again, or export the run again"
+                f"{self.path}: the settings in its header do not describe a network ({type(error).__name__}); download "
+                "the file again, or export the run again"
             ) from None
         wanted = {name: tuple(value.shape) for name, value in method.state_dict().items()}
         if shapes != wanted:

@@ -36,7 +36,7 @@ def fit_attentive(tokens, positions, y, *, task, seed=0):
 
 
 def head_of(tokens, positions, y, *, task="classes", seed=0, rate=module.RATE_WITHOUT_CHOICE):
-    """The fitted head at one learning rate."""
+    """Fit a head with one learning rate."""
     return module._train(tokens, positions, module._goal(y, task)[0], task, rate, seed, "cpu")
 
 

@@ -1,4 +1,4 @@
-"""Attentive probe: fit a small attention layer to all frozen tokens, which can use what the mean over tokens loses.
+"""Attentive probe: fit a small attention layer to all frozen tokens, which contain information that their mean loses.
 
 One learned query attends to all tokens by cross-attention (projected keys and values, several heads), and a linear
 layer maps the result to the outputs. From Chen et al. 2022, "Context autoencoder for self-supervised representation
@@ -65,7 +65,8 @@ class AttentiveHead(nn.Module):
         if not self.attends:
             return F.linear((tokens[:, 0] - self.mean) / self.std, self.weight, self.bias)
         queries = torch.einsum("hd,hdw->hw", self.query, self.key) / math.sqrt(self.query.shape[1])
-        attention = (tokens @ (queries / self.std).T).softmax(1)  # (B, T, H); softmax cancels `mean`
+        # Subtracting `mean` would not change the softmax.
+        attention = (tokens @ (queries / self.std).T).softmax(1)  # (B, T, H)
         gathered = attention.transpose(1, 2) @ tokens  # (B, H, D)
         gathered = (gathered - self.mean) / self.std
         values = torch.einsum("bhw,hdw->bhd", gathered, self.value).flatten(1) + self.value_bias

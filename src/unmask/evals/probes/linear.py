@@ -29,8 +29,8 @@ C_GRID = tuple(10.0**power for power in range(-5, 3))
 C_WITHOUT_CHOICE = 0.01
 PENALTIES = tuple(10.0**power for power in range(-2, 7))
 PENALTY_WITHOUT_CHOICE = 100.0
-MAX_ITERATIONS = 500  # for the fits that choose C
-FINAL_ITERATIONS = 5_000  # for the final fit, which should converge
+MAX_ITERATIONS, FINAL_ITERATIONS = 500, 5_000
+"""Iteration limits of the fits that choose C, and of the final fit, which should converge."""
 
 
 class Standardise:

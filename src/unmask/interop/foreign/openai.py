@@ -101,7 +101,8 @@ def _clusters(clusters: list[list[float]] | None, colours: int) -> Tensor:
     return palette.float()
 
 
-DALLE_LAYERS = {"group_1": 1, "group_2": 4, "group_3": 7, "group_4": 10}  # number of the first of two blocks
+DALLE_LAYERS = {"group_1": 1, "group_2": 4, "group_3": 7, "group_4": 10}
+"""Layer number of the first of the two blocks in a group."""
 
 
 def dalle(state: Mapping[str, Tensor]) -> Recognised:

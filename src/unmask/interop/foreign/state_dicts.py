@@ -18,8 +18,9 @@ from unmask.errors import ForeignError, some
 IMAGENET = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # mean and standard deviation, in units of 0..255
 HALVES = (127.5, 127.5, 127.5), (127.5, 127.5, 127.5)
 WRAPPERS = ("model", "state_dict", "model_state_dict", "module")
-EXPORT_METADATA = "unmask_imprint"  # key of unmask's own metadata in files of other formats
-DEEPEST_WRAPPER = 8  # a pickle can contain itself
+EXPORT_METADATA = "unmask_imprint"
+"""Key of unmask's own metadata in files of other formats."""
+DEEPEST_WRAPPER = 8  # ends the search in a pickle that contains itself
 PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "encoder.")
 SIZES = {(192, 12): "Ti", (384, 12): "S", (768, 12): "B", (1024, 24): "L", (1280, 32): "H"}
 UNKNOWN_LICENCE = "not in the file; see the page it was downloaded from"
@@ -179,5 +180,5 @@ def require_nothing_left(names: Iterable[str]) -> None:
     if left := sorted(names):
         raise ForeignError(
             f"{len(left)} tensors do not belong to the network recognised from the others: {some(left)}; the file "
-            "may be of a variant, or a mix of two files"
+            "may be from a variant, or a mix of two files"
         )

@@ -32,8 +32,9 @@ from unmask.interop.foreign.state_dicts import (
 )
 from unmask.interop.names import to_ours
 
-HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}  # heads of the published vision transformers, by width
-DECODER_HEADS = {512: 16}  # heads of MAE's decoder, by width
+HEADS = {192: 3, 384: 6, 768: 12, 1024: 16, 1280: 16}
+DECODER_HEADS = {512: 16}
+"""Heads of published encoders and of MAE's decoder, by width."""
 MAE_LICENCE = "CC-BY-NC 4.0 (facebookresearch/mae): not for commercial use"
 BEIT_LICENCE = "MIT (microsoft/unilm)"
 SIMMIM_LICENCE = "MIT (microsoft/SimMIM)"
