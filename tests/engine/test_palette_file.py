@@ -110,7 +110,7 @@ def test_invalid_palettes_are_rejected(images, tmp_path):
         other.path: "is a run of mpp; expected the run of an iGPT or a file of `unmask palette`",
         tmp_path / "none.json": "does not exist; make one with",
         tmp_path / "bad.json": r"got colours = 3; expected: .* list; make one with",
-        tmp_path / "float.json": "the palette was made of float32 images, these are uint8",
+        tmp_path / "float.json": "got a palette of float32 images; these images are uint8",
     }
     for path, message in refused.items():
         with pytest.raises(UserError, match=message):

@@ -494,7 +494,7 @@ def test_every_command_accepts_an_imported_run(tmp_path, unmask):
     assert code == 0, err
     assert json.loads(out)["loss"] > 0
     code, _, err = unmask("reconstruct", tmp_path / "encoder", *files, *drawn)
-    assert (code, "holds an encoder only (imported from encoder.pth)" in err) == (2, True)
+    assert (code, "an encoder only (imported from encoder.pth)" in err) == (2, True)
 
 
 def test_training_continues_from_an_imported_run(tmp_path, unmask):

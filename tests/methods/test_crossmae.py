@@ -49,7 +49,7 @@ def test_number_of_predicted_patches(patches, mask_ratio, predict_ratio, asked):
 
 
 def test_predicting_more_patches_than_are_hidden_is_rejected():
-    with pytest.raises(UserError, match=r"predict ratio of 0.8 is more than the mask ratio 0.75 hides"):
+    with pytest.raises(UserError, match=r"got a predict ratio of 0.8 and a mask ratio of 0.75"):
         small(predict_ratio=0.8)
 
 

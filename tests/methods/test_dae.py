@@ -135,12 +135,12 @@ def test_tied_weights_are_the_encoders_transposed():
         ({"corruption": "gaussian", "share": 0.5}, "share and grain apply to masking and salt_and_pepper"),
         ({"corruption": "gray", "grain": 4}, "share and grain apply to"),
         ({"sigma": 0.1}, "sigma applies to gaussian; got corruption=masking"),
-        ({"corruption": "gray", "beta": 0.0}, "gray touches all"),
-        ({"corruption": "gaussian", "alpha": 2.0}, "gaussian touches all"),
+        ({"corruption": "gray", "beta": 0.0}, "gray corrupts all values"),
+        ({"corruption": "gaussian", "alpha": 2.0}, "gaussian corrupts all values"),
         ({"share": 0.25, "grain": (8, 12)}, "share=0.25 of 1 components, which corrupts none"),
         ({"share": 0.9, "grain": (8, 12)}, "share=0.9 of 1 components, which corrupts all"),
         ({"alpha": 0.0}, "got alpha=0"),
-        ({"grain": 5}, "image height 8 is not a multiple of method.grain=5; use one of 1, 2, 4, or leave it out"),
+        ({"grain": 5}, "got method.grain=5 for images of height 8; .* use one of 1, 2, 4, or leave it out"),
     ],
 )
 def test_settings_without_effect_are_rejected(changes, message):
@@ -151,7 +151,7 @@ def test_settings_without_effect_are_rejected(changes, message):
 @pytest.mark.parametrize("corruption", ["gray", "single_channel", "drop_channel"])
 def test_removing_colours_of_gray_images_is_rejected(corruption):
     gray = ImageSpec(1, (8, 12), "uint8", (120.0,), (60.0,))
-    with pytest.raises(UserError, match="these images have one channel"):
+    with pytest.raises(UserError, match="for images of one channel"):
         dae(gray, corruption=corruption)
 
 

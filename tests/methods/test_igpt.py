@@ -165,10 +165,10 @@ def test_a_given_palette_is_used_and_nothing_is_prepared():
         (
             ImageSpec(3, (8, 8), "uint16", (1.0,) * 3, (1.0,) * 3),
             {},
-            "the palette was made of uint8 images, these are uint16",
+            "got a palette of uint8 images; these images are uint16",
         ),
-        (ImageSpec(1, (8, 8), "uint8", (1.0,), (1.0,)), {}, "colours of 3 channels, these images have 1"),
-        (SPEC, {"palette_dtype": None}, "palette and palette_dtype go together"),
+        (ImageSpec(1, (8, 8), "uint8", (1.0,), (1.0,)), {}, "got a palette of 3 channels; these images have 1"),
+        (SPEC, {"palette_dtype": None}, "got only one of palette and palette_dtype"),
         (SPEC, {"palette": COLOURS[:5]}, "got a palette of 5 colours and encoder.colours=8"),
     ],
 )

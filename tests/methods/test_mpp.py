@@ -173,7 +173,7 @@ def test_targets_of_known_images():
 
 
 def test_patches_that_do_not_shrink_to_4x4_are_rejected():
-    with pytest.raises(UserError, match="patches of 8 x 6 pixels cannot be shrunk to 4 x 4 whole cells"):
+    with pytest.raises(UserError, match="patches of 8 x 6 pixels, which cannot be shrunk to 4 x 4 whole cells"):
         small("colours_4x4", patch=(8, 6))
     small("mean_colour", patch=(8, 6))
 

@@ -58,7 +58,9 @@ def test_whole_cells_are_hidden(cell):
 
 
 def test_cells_that_do_not_fit_are_rejected_with_a_fitting_size():
-    with pytest.raises(UserError, match=r"cells of 3 x 4 patches do not tile the grid of 4 x 6 .*mask_cell=\[1,2\]"):
+    with pytest.raises(
+        UserError, match=r"cells of 3 x 4 patches, which do not tile the grid of 4 x 6 .*mask_cell=\[1,2\]"
+    ):
         small(mask_cell=(3, 4))
     small(mask_cell=(1, 2))
     with pytest.raises(UserError, match=r"hides 6 of 6 cells.*at most 0.833"):

@@ -4,9 +4,10 @@ The encoder maps an image to a small code, the decoder maps the code back to an 
 the size of the code prevents copying. With `activation=linear` and the mean squared error it learns the subspace of the
 first principal components, which a test verifies.
 
-Differs from the paper: all layers are trained at once with AdamW, where the paper pre-trained each as a restricted
-Boltzmann machine and fine-tuned with conjugate gradients; images of any size and number of channels; besides the
-paper's logistic units and cross-entropy, ReLU and affine layers and the mean square error of normalised pixels.
+Differs from the paper: all layers are trained at once with AdamW, while the paper pre-trains each as a restricted
+Boltzmann machine and fine-tunes with conjugate gradients; images may have any size and number of channels; besides the
+paper's logistic units and cross-entropy there are ReLU and affine layers and the mean square error of normalised
+pixels.
 
 Letters: B images, C channels, H x W pixels, D length of the code.
 """
@@ -40,13 +41,13 @@ class AE(Method):
         self.decoder = DenseDecoder(config.encoder, images)
 
     def loss(self, batch: Batch, clock: Clock) -> Loss:
-        """Reconstruction error of the decoder, averaged over all pixels and channels."""
+        """Return the reconstruction error, averaged over all pixels and channels."""
         pixels = self.encoder.pixels(batch.images)  # (B, C, H, W)
         errors = self.encoder.errors(self.decoder(self.encoder.code(pixels)), pixels)
         return Loss(weighted_mean(errors, pixel_weights(batch)))
 
     def picture(self, batch: Batch, clock: Clock) -> Picture:
-        """Original and reconstruction; the baseline predicts the mean colour of the data set for every pixel."""
+        """Draw original and reconstruction; the baseline predicts the data set's mean colour for every pixel."""
         encoder = self.encoder
         pixels = encoder.pixels(batch.images)
         guess, weights = self.decoder(encoder.code(pixels)), pixel_weights(batch)

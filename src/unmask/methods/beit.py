@@ -6,15 +6,16 @@ patch, its code under a frozen dVAE that was trained before.
 
 Recipes follow the released code where paper and code differ: its encoder has no absolute positions but a relative
 position bias shared by all blocks, and LayerScale; the paper's main text has learned absolute positions. All are
-settings of the encoder. `target=pixels` is the paper's ablation without tokens, `mask=random` the one without blocks.
+settings of the encoder. `target=pixels` is the paper's ablation without tokens, `mask=random` its ablation without
+blocks.
 
-Differs from the paper and its code: masks hide the same number of patches in every image (`nn/masks.py`), where those
-of the code hide at most that many; the dVAE sees the encoder's crop, shrunk bicubically (there: a second view of the
-crop, resampled by Lanczos from the file); keys have a bias, which the softmax cancels; no stochastic depth (there 0.1);
+Differs from the paper and its code: masks hide the same number of patches in every image (`nn/masks.py`), while the
+code's hide at most that many; the dVAE sees the encoder's crop, shrunk bicubically (there: a second view of the crop,
+resampled by Lanczos from the file); keys have a bias, which the softmax cancels; no stochastic depth (there 0.1);
 colours are not jittered unless `data.crop.jitter` is set (there 0.4); weight decay applies to class token and learned
-positions (there it does not). No result is known to depend on these.
+positions (there it does not). No published result is known to depend on these differences.
 
-Letters: B images, N patches, M hidden ones, P values of a patch, D width, V codes.
+Letters: B images, N patches, M hidden patches, P values of a patch, D width, V codes.
 """
 
 from __future__ import annotations
@@ -40,9 +41,9 @@ INIT_STD = 0.02
 
 
 class Config(MethodConfig):
-    """BEiT's settings. `unmask pretrain --tokenizer RUN` fills in `tokenizer`, the dVAE's network, and its weights.
+    """BEiT's settings. `unmask pretrain --tokenizer RUN` sets `tokenizer`, the dVAE's network, and loads its weights.
 
-    smallest_block: the least number of patches in a block; None is BEiT's share of the grid, 16 of 14 x 14.
+    smallest_block: the least number of patches in a block; None for BEiT's share of the grid (16 of 14 x 14 patches).
     """
 
     name: Literal["beit"] = "beit"
@@ -71,7 +72,7 @@ class Config(MethodConfig):
 
 
 class BEiT(Method):
-    """See the module docstring. Raises UserError without a tokenizer, or when its codes do not fit the patches."""
+    """See the module docstring. Raises UserError without a tokenizer, or if its codes do not fit the patches."""
 
     encoder: ViT
     fixed = ("target.",)
@@ -82,9 +83,8 @@ class BEiT(Method):
         self.target = make_target(config, images)
         self.encoder = ViT(config.encoder, images)
         self.smallest = config.smallest_block or smallest_block(self.encoder.grid)
-        num_kept(
-            self.encoder.grid[0] * self.encoder.grid[1], config.mask_ratio
-        )  # rejects a ratio that hides all patches, or none
+        # Reject a ratio that hides all patches, or none.
+        num_kept(self.encoder.grid[0] * self.encoder.grid[1], config.mask_ratio)
         if config.mask == "block":
             require_blocks(self.encoder.grid, config.mask_ratio, self.smallest)
         self.mask_token = nn.Parameter(torch.empty(1, 1, self.encoder.width))
@@ -92,7 +92,7 @@ class BEiT(Method):
         self._initialise()
 
     def loss(self, batch: Batch, clock: Clock) -> Loss:
-        """Cross-entropy of the codes of the masked patches, or the mean squared error of their pixels."""
+        """Return the cross-entropy of the masked patches' codes, or the mean squared error of their pixels."""
         patches = self.encoder.patches(batch.images)  # (B, N, P), normalised
         mask = self.sample(clock)
         guess = self.guess(patches, mask)
@@ -104,20 +104,20 @@ class BEiT(Method):
         return Loss(self.target.loss(guess, truth, weights), logs)
 
     def sample(self, clock: Clock) -> Mask:
-        """A mask for each image of the batch that the clock belongs to."""
+        """Sample a mask for each image of the clock's batch."""
         count, grid, ratio = len(clock.rng.index), self.encoder.grid, self.config.mask_ratio
         if self.config.mask == "random":
             return random_mask(count, grid, ratio, clock.rng)
         return block_mask(count, grid, ratio, clock.rng, self.smallest)
 
     def guess(self, patches: Tensor, mask: Mask) -> Tensor:
-        """Predict the masked patches, a score for every code (or all pixels): (B, N, P) -> (B, M, V)."""
+        """Predict scores of all codes (or the pixels) of each masked patch: (B, N, P) -> (B, M, V)."""
         tokens = self.encoder.patch_embed(patches)
-        tokens = torch.where(mask.hidden()[..., None], self.mask_token, tokens)  # float32, as the token
+        tokens = torch.where(mask.hidden()[..., None], self.mask_token, tokens)  # float32, like the token
         return self.head(take(self.encoder.run(self.encoder.place(tokens))[:, 1:], mask.drop))
 
     def picture(self, batch: Batch, clock: Clock) -> Picture:
-        """Original, masked image, predicted and true codes as the dVAE decodes them; and baselines of the loss."""
+        """Draw original, masked image, and decoded predicted and true codes; report baseline losses."""
         patches = self.encoder.patches(batch.images)
         mask = self.sample(clock)
         guess = self.guess(patches, mask).float()
@@ -126,12 +126,12 @@ class BEiT(Method):
         numbers = {"loss": self.target.loss(guess, truth, self.target.weights(valid, mask.drop))}
         numbers |= self.target.trivial(patches, batch.images, mask, valid)
         panels = masked_panels(patches, mask, self.target.draw(guess, patches, batch.images, mask, valid))
-        note = "Only hidden patches are predicted, all at once and each on its own." + self.target.note
+        note = "Only hidden patches are predicted, all at once and independently." + self.target.note
         return Picture({caption: self.encoder.images(panel) for caption, panel in panels.items()}, note, numbers)
 
     @torch.no_grad()
     def _initialise(self) -> None:
-        """Initialise weights as the released code: truncated normal, output layers of a block scaled by depth."""
+        """Initialise weights like the released code: truncated normal, output layers of a block scaled by depth."""
         for part in (*self.encoder.modules(), self.head):
             if isinstance(part, nn.Linear | nn.Conv2d):
                 nn.init.trunc_normal_(part.weight, std=INIT_STD, a=-INIT_STD, b=INIT_STD)
@@ -149,7 +149,7 @@ class BEiT(Method):
 
 
 def make_target(config: Config, images: ImageSpec) -> Target:
-    """Return the prediction target. Raises UserError when it needs a tokenizer and none is given."""
+    """Return the prediction target. Raises UserError if it needs a tokenizer and none is given."""
     patch = config.encoder.patch
     if config.target == "tokens":
         return Tokens(require_tokenizer(config.tokenizer), images, patch)

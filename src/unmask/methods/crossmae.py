@@ -1,18 +1,19 @@
 """CrossMAE: "Rethinking Patch Dependence for Masked Autoencoders", Fu, Lian et al. 2024 (TMLR 2025).
 
 The encoder is MAE's and sees the visible patches only. The decoder is different: hidden patches do not attend to one
-another, each attends to the visible ones by cross-attention only. So not all of them need to be predicted: with N
-patches, mask ratio r and predict ratio gamma the decoder runs on gamma N query tokens where MAE's runs on 1 + N (at 224
-pixels and gamma 0.25 on 49, out of 147 hidden patches, instead of 197), and the loss covers only these. Decoder block j
-reads its own learned mixture of all the encoder's feature maps, its input included (`nn/cross.py`).
+another; each attends to the visible ones by cross-attention only. So not all of them need to be predicted: with N
+patches, mask ratio r and predict ratio gamma, the decoder runs on gamma N query tokens instead of MAE's 1 + N (at 224
+pixels and gamma 0.25 these are 49 of 147 hidden patches, instead of 197 tokens), and the loss covers only these.
+Decoder block j reads its own learned mixture of all the encoder's feature maps, including the encoder's input
+(`nn/cross.py`).
 
-The mixtures have LayerNorms of their own, so nothing trains the encoder's last one: it stays a plain LayerNorm (gain 1,
-bias 0) and is marked as not trainable, unless `weighted_features` is off. The same happens upstream, where fine-tuning
-starts from a fresh one.
+The mixtures have their own LayerNorms, so the encoder's final LayerNorm gets no gradient: it keeps its initial values
+(gain 1, bias 0) and is marked as not trainable, unless `weighted_features` is off. The same holds in the official code,
+whose fine-tuning starts from a fresh one.
 
-Differs from the official code, without changing a number: only kept patches are embedded; masks come from counter-based
-draws that belong to the image; N (1 - r) and N (r - gamma) do not lose one to float truncation. There gamma is called
-`kept_mask_ratio`. No other difference from the paper is known.
+Differs from the official code without changing a result: only kept patches are embedded; masks come from counter-based
+draws that depend on the image; N (1 - r) and N (r - gamma) are not one too small after float truncation. The official
+code calls gamma `kept_mask_ratio`. No other difference from the paper is known.
 """
 
 from __future__ import annotations
@@ -48,21 +49,21 @@ class Config(MethodConfig):
 
 
 def num_asked(num_patches: int, mask_ratio: float, predict_ratio: float) -> int:
-    """How many hidden patches are predicted: all but N (mask_ratio - predict_ratio), rounded down; at least one.
+    """Return how many hidden patches are predicted: all but N (mask_ratio - predict_ratio), rounded down; at least one.
 
-    Raises UserError when more would be predicted than are hidden.
+    Raises UserError if more patches would be predicted than are hidden.
     """
     hidden = num_patches - num_kept(num_patches, mask_ratio)
     if predict_ratio > mask_ratio:
         raise UserError(
-            f"a predict ratio of {predict_ratio:g} is more than the mask ratio {mask_ratio:g} hides; both are shares "
-            f"of all patches, so set method.predict_ratio to at most {mask_ratio:g}"
+            f"got a predict ratio of {predict_ratio:g} and a mask ratio of {mask_ratio:g}; both are shares of all "
+            f"patches, and only hidden ones can be predicted; set method.predict_ratio={mask_ratio:g} or less"
         )
     return max(1, hidden - math.floor(num_patches * (mask_ratio - predict_ratio) + 1e-6))
 
 
 class CrossMAE(Method):
-    """See the module docstring. Raises UserError when sizes or ratios do not fit together, saying which would."""
+    """See the module docstring. Raises UserError, with values that fit, if sizes or ratios do not fit together."""
 
     encoder: ViT
 
@@ -85,10 +86,10 @@ class CrossMAE(Method):
         self.encoder.norm.requires_grad_(not config.weighted_features)
 
     def loss(self, batch: Batch, clock: Clock) -> Loss:
-        """Mean squared error on the predicted patches, in the units of the target."""
+        """Return the mean squared error on the predicted patches, in the units of the target."""
         patches = self.encoder.patches(batch.images)  # (B, N, P), normalised
         mask = random_mask(len(patches), self.encoder.grid, self.mask_ratio, clock.rng)
-        asked = mask.drop[:, -self.asked :]  # the draws come in random order, so any part is a random subset
+        asked = mask.drop[:, -self.asked :]  # drop is in random order, so any slice is a random subset
         guess = self.decoder(self.layers(patches, mask), asked)
         valid = valid_patches(batch, self.encoder.patch)
         truth = take(self.target(patches, batch.images, valid), asked)
@@ -97,7 +98,7 @@ class CrossMAE(Method):
     def layers(self, patches: Tensor, mask: Mask) -> list[Tensor]:
         """Return the inputs of the decoder: (B, N, P) -> feature maps (B, 1 + K, D), class token first, earliest first.
 
-        The encoder's input and the output of each of its blocks; without `weighted_features` its output alone.
+        These are the encoder's input and the output of each of its blocks; without `weighted_features` only its output.
         """
         tokens = self.encoder.embed(take(patches, mask.keep), mask.keep)
         if self.decoder.inter_block is None:
@@ -105,7 +106,7 @@ class CrossMAE(Method):
         return list(self.encoder.layers(tokens, mask.keep))
 
     def picture(self, batch: Batch, clock: Clock) -> Picture:
-        """Original, masked, prediction, pasted, for ALL hidden patches; the numbers are those of the loss's subset."""
+        """Draw panels for ALL hidden patches; the numbers are those of the subset in the loss."""
         patches = self.encoder.patches(batch.images)
         mask = random_mask(len(patches), self.encoder.grid, self.mask_ratio, clock.rng)
         guess = self.decoder(self.layers(patches, mask), mask.drop).float()
@@ -118,8 +119,8 @@ class CrossMAE(Method):
 
         panels = masked_panels(patches, mask, self.target.draw(guess, patches, batch.images, mask, valid))
         note = (
-            f"The decoder predicts {self.asked} of the {guess.shape[1]} hidden patches in training; here it is asked "
-            "for all of them, which changes no answer."
+            f"In training the decoder predicts {self.asked} of the {guess.shape[1]} hidden patches; here it predicts "
+            "all of them, which changes none of the predictions."
         )
         panels = {caption: self.encoder.images(panel) for caption, panel in panels.items()}
         return Picture(panels, note + self.target.note, numbers)

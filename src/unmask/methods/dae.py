@@ -1,17 +1,17 @@
 """Denoising autoencoder: Vincent et al. 2008 and 2010, "Stacked denoising autoencoders".
 
 Like the autoencoder (`ae`), but the input is corrupted and the target is the clean image, so that copying does not
-help. Corruptions: a share of the values set to 0 (masking noise) or to the least or greatest value (salt and pepper),
-normal noise, colour removal (to gray, of all channels but one, or of one: after Zhang et al. 2016, which section 2 of
-MAE lists as a denoising autoencoder). The value 0 is the mean of the data set for normalised pixels (loss=mse) and, as
-in the paper, the least value for pixels in [0, 1] (loss=bce).
+help. Corruptions: masking noise (a share of the values is set to 0), salt and pepper (they are set to the least or
+greatest value), normal noise, and colour removal (conversion to gray, or removal of one channel or all but one: after
+Zhang et al. 2016, which section 2 of MAE lists as a denoising autoencoder). The value 0 is the mean of the data set for
+normalised pixels (loss=mse) and, as in the paper, the least value for pixels in [0, 1] (loss=bce).
 
-The loss weights corrupted values by alpha and untouched ones by beta: (1, 0.5) is the paper's double emphasis, (1, 0)
+The loss weights corrupted values by alpha and unchanged ones by beta: (1, 0.5) is the paper's double emphasis, (1, 0)
 its full emphasis. Full emphasis with masking noise on patches is the loss of MAE.
 
 Differs from the paper: the whole stack is trained at once instead of layer by layer, so noise enters at the image only;
-the weighted loss is divided by the sum of the weights; AdamW; a linear code. The least and the greatest value are those
-of `ImageSpec.value_range`, not of the batch.
+the weighted loss is divided by the sum of the weights; the optimiser is AdamW; the code is linear; the least and the
+greatest value are those of `ImageSpec.value_range`, not of the batch.
 
 Letters: B images, C channels, H x W pixels, n components of an image that can be corrupted.
 """
@@ -34,7 +34,7 @@ from unmask.nn.vit import Pair
 from unmask.rng import Draws
 
 SHARE, SIGMA = 0.25, 0.3
-SMALLEST_WEIGHT = 1e-6  # of a batch in which nothing counts, so that its loss is 0
+SMALLEST_WEIGHT = 1e-6  # of a batch without valid pixels, so that its loss is 0
 CHOOSING = ("masking", "salt_and_pepper")
 TOUCHING_ALL = ("gaussian", "gray")
 TAKING_COLOURS = ("gray", "single_channel", "drop_channel")
@@ -43,10 +43,10 @@ TAKING_COLOURS = ("gray", "single_channel", "drop_channel")
 class Config(MethodConfig):
     """The denoising autoencoder's settings.
 
-    corruption: of the input. share: of the components that are corrupted, for masking and salt_and_pepper (None: 0.25).
-    grain: pixels of a component, (height, width), all channels together; None for single values. sigma: standard
-    deviation of gaussian noise, in units of the pixels as the network sees them (None: 0.3). alpha, beta: weights of
-    corrupted and of untouched values in the loss. tied: the decoder's weights are the encoder's, transposed.
+    corruption: of the input. share: share of the components to corrupt, for masking and salt_and_pepper (None: 0.25).
+    grain: size of a component in pixels, (height, width), with all channels; None for single values. sigma: standard
+    deviation of gaussian noise, in the network's units (None: 0.3). alpha, beta: weights of corrupted and of unchanged
+    values in the loss. tied: use the encoder's transposed weights in the decoder.
     """
 
     name: Literal["dae"] = "dae"
@@ -69,16 +69,16 @@ class Config(MethodConfig):
             raise ValueError(f"sigma applies to gaussian; got corruption={self.corruption}; leave it out")
         if self.corruption in TOUCHING_ALL and (self.alpha, self.beta) != (1, 1):
             raise ValueError(
-                f"alpha and beta weigh corrupted against untouched values, but {self.corruption} touches all; leave "
-                "them out"
+                f"alpha and beta weight corrupted and unchanged values, but {self.corruption} corrupts all values; "
+                "leave them out"
             )
         if self.alpha == 0:
-            raise ValueError("got alpha=0, with which the loss would ignore corrupted values; use 1")
+            raise ValueError("got alpha=0, so the loss would ignore corrupted values; use alpha=1")
         return self
 
 
 class DAE(Method):
-    """See the module docstring. Raises UserError when the corruption does not fit the images."""
+    """See the module docstring. Raises UserError if the corruption does not fit the images."""
 
     encoder: DenseEncoder
 
@@ -90,7 +90,7 @@ class DAE(Method):
         self.decoder = (TiedDecoder if config.tied else DenseDecoder)(config.encoder, images)
 
     def loss(self, batch: Batch, clock: Clock) -> Loss:
-        """Reconstruction error against the clean image, weighted by alpha and beta."""
+        """Return the reconstruction error against the clean image, weighted by alpha and beta."""
         pixels = self.encoder.pixels(batch.images)  # (B, C, H, W)
         corrupted, touched = self.corrupt(pixels, clock.rng)
         return Loss(self.distance(self.rebuild(corrupted), pixels, touched, pixel_weights(batch)))
@@ -101,7 +101,7 @@ class DAE(Method):
         return self.decoder(code, self.encoder) if isinstance(self.decoder, TiedDecoder) else self.decoder(code)
 
     def corrupt(self, pixels: Tensor, rng: Draws) -> tuple[Tensor, Tensor]:
-        """(corrupted pixels, where they were touched), both (B, C, H, W)."""
+        """Return (corrupted pixels, mask of the corrupted values), both (B, C, H, W)."""
         kind, share, grain = self.config.corruption, self.config.share or SHARE, self.config.grain
         images = self.encoder.spec
         count = corrupt.num_components(images.channels, images.size, grain)
@@ -119,9 +119,9 @@ class DAE(Method):
         return one(pixels, rng.uniform(1))
 
     def distance(self, guess: Tensor, pixels: Tensor, touched: Tensor, valid: Tensor | None = None) -> Tensor:
-        """Mean error, weighted by alpha where the input was corrupted and by beta elsewhere.
+        """Return the mean error, weighted by alpha where the input was corrupted and by beta elsewhere.
 
-        valid: (B, 1, H, W), 0 for pixels that do not count; None where all do.
+        valid: (B, 1, H, W), 0 for absent pixels; None if there are none.
         """
         weights = torch.where(touched, self.config.alpha, self.config.beta)
         if valid is None:
@@ -130,7 +130,7 @@ class DAE(Method):
         return (self.encoder.errors(guess, pixels) * weights).sum() / weights.sum().clamp(min=SMALLEST_WEIGHT)
 
     def picture(self, batch: Batch, clock: Clock) -> Picture:
-        """Original, corrupted image, reconstruction; the baselines predict the mean colour, and the input itself."""
+        """Draw original, corrupted image and reconstruction; the baselines predict the mean colour, and the input."""
         encoder = self.encoder
         pixels = encoder.pixels(batch.images)
         corrupted, touched = self.corrupt(pixels, clock.rng)
@@ -139,9 +139,8 @@ class DAE(Method):
             "loss": self.distance(guess, pixels, touched, valid),
             "data_mean_colour": self.distance(encoder.mean_colour(pixels), pixels, touched, valid),
         }
-        if (
-            self.config.encoder.loss == "mse"
-        ):  # by cross-entropy the input, certain of its zeros, is wrong without bound
+        # With cross-entropy this baseline would be infinite: the corrupted input has probabilities of exactly 0.
+        if self.config.encoder.loss == "mse":
             numbers["corrupted_input"] = self.distance(corrupted, pixels, touched, valid)
         panels = {
             "original": batch.images.float(),
@@ -156,10 +155,10 @@ class DAE(Method):
 
 
 def require_corruption(config: Config, images: ImageSpec) -> None:
-    """Raise UserError when the corruption does not fit the images."""
+    """Raise UserError if the corruption does not fit the images."""
     if config.corruption in TAKING_COLOURS and images.channels == 1:
         raise UserError(
-            f"corruption={config.corruption} takes colours away, but these images have one channel; use "
+            f"got corruption={config.corruption}, which removes colours, for images of one channel; use "
             "method.corruption=masking"
         )
     if config.corruption not in CHOOSING:
@@ -169,14 +168,14 @@ def require_corruption(config: Config, images: ImageSpec) -> None:
             if length % step:
                 fits = [str(n) for n in range(1, length) if length % n == 0]
                 raise UserError(
-                    f"image {side} {length} is not a multiple of method.grain={step}; use one of {', '.join(fits)}, or "
-                    "leave it out to corrupt single values"
+                    f"got method.grain={step} for images of {side} {length}; expected a divisor; use one of "
+                    f"{', '.join(fits)}, or leave it out to corrupt single values"
                 )
     share = config.share or SHARE
     components = corrupt.num_components(images.channels, images.size, config.grain)
     if not 0 < corrupt.num_chosen(components, share) < components:
         what = "none" if corrupt.num_chosen(components, share) == 0 else "all"
         raise UserError(
-            f"got method.share={share:g} of {components} components, which corrupts {what} of them; expected some, not "
-            "all; use another share, or a smaller method.grain"
+            f"got method.share={share:g} of {components} components, which corrupts {what} of them; use another "
+            "share, or a smaller method.grain"
         )

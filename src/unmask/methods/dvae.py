@@ -2,15 +2,16 @@
 
 The encoder maps an image to a grid of codes from a codebook, the decoder maps the codes back to an image. In training a
 code is a soft choice: the scores of all codes plus Gumbel noise, through a softmax whose temperature decreases; in
-evaluation it is the most likely code. The loss is the reconstruction error plus a small KL divergence from the uniform
-prior. BEiT, and MAE with target=tokens, predict the ids of the codes.
+evaluation the most likely code is used. The loss is the reconstruction error plus a small KL divergence from the
+uniform prior. BEiT, and MAE with target=tokens, predict the ids of the codes.
 
-Reconstruction is a mean over pixels and channels, KL a mean over codes, as in the paper once its sum is divided by
-256 x 256 x 3: its beta of 6.6 is a `kl_weight` of 6.6 / 192. Temperature and KL weight follow half a cosine.
+The reconstruction error is a mean over pixels and channels and KL a mean over codes. This equals the paper's sum
+divided by 256 x 256 x 3, so the paper's beta of 6.6 is a `kl_weight` of 6.6 / 192. Temperature and KL weight follow
+half a cosine.
 
 Differs from the paper: no moving average of the weights (there 0.999); images are cropped by the loader, as for every
-method here; schedules are given as shares of the training instead of numbers of steps. `arch="small"` with the mean
-square of normalised pixels is for images of 32 to 128 pixels and not from a paper.
+method here; schedules are shares of the training instead of numbers of steps. `arch="small"` with the mean square error
+of normalised pixels is for images of 32 to 128 pixels and not from a paper.
 
 Letters: B images, C channels, H x W pixels, R x S grid of codes, V codes.
 """
@@ -39,9 +40,8 @@ LARGEST_DRAW = 1 - 2.0**-24  # so that no logarithm of a draw is 0
 class Config(MethodConfig):
     """The dVAE's settings.
 
-    temperature: of the softmax, at the start and at the end. kl_weight: of the KL term at its end; it starts at 0.
-    temperature_share, kl_share: shares of the training after which temperature and weight have reached their final
-    values.
+    temperature: first and last temperature of the softmax. kl_weight: final weight of the KL term; it starts at 0.
+    temperature_share, kl_share: shares of the training after which temperature and weight reach their final values.
     """
 
     name: Literal["dvae"] = "dvae"
@@ -64,7 +64,7 @@ class DVAE(Method):
         self.decoder = ConvDecoder(config.encoder, images.channels)
 
     def loss(self, batch: Batch, clock: Clock) -> Loss:
-        """Reconstruction error plus weighted KL divergence; logs how much of the codebook this batch uses."""
+        """Return reconstruction error plus weighted KL divergence; log how much of the codebook this batch uses."""
         logits = self.encoder.logits(batch.images)  # (B, V, R, S)
         temperature, kl_weight = self.schedules(clock.progress)
         guess = self.decoder(gumbel_softmax(logits, temperature, clock.rng))
@@ -77,7 +77,7 @@ class DVAE(Method):
             "kl": kl.detach(),
             "perplexity": perplexity,
             "codes_used": used,
-            "temperature": perplexity.new_full((), temperature),  # filled on the device: nothing waits for the host
+            "temperature": perplexity.new_full((), temperature),  # created on the device, without synchronisation
             "kl_weight": perplexity.new_full((), kl_weight),
         }
         return Loss(reconstruction + kl_weight * kl, logs)
@@ -91,16 +91,16 @@ class DVAE(Method):
         )
 
     def reconstruction(self, guess: Tensor, images: Tensor, weights: Tensor | None = None) -> Tensor:
-        """Reconstruction error, float32: mean squared error or negative log-likelihood.
+        """Return the float32 reconstruction error: mean squared error or negative log-likelihood.
 
-        weights: (B, 1, H, W), 0 for pixels that do not count; None where all do.
+        weights: (B, 1, H, W), 0 for absent pixels; None if there are none.
         """
         if self.config.encoder.loss == "mse":
             return mean_square(guess, normalise(images, self.encoder.mean, self.encoder.std), weights)
         return logit_laplace(guess, squeeze(self.encoder.unit(images)), weights)
 
     def picture(self, batch: Batch, clock: Clock) -> Picture:
-        """Original, its reconstruction from codes, and the codes themselves, one colour each."""
+        """Draw original, its reconstruction from codes, and the codes, one colour for each code."""
         ids = self.encoder.logits(batch.images).argmax(1)  # (B, R, S)
         perplexity, used = usage(ids, self.config.encoder.codes)
         panels = {
@@ -115,13 +115,13 @@ class DVAE(Method):
         these = "this image" if len(ids) == 1 else f"these {len(ids)} images"
         note = (
             f"Each image is {ids.shape[1]} x {ids.shape[2]} codes out of {self.config.encoder.codes}. In {these} "
-            f"{float(used):.0%} of the codes occur, with a perplexity of {float(perplexity):.0f}: as if so many were "
-            "used equally often."
+            f"{float(used):.0%} of the codes occur, with a perplexity of {float(perplexity):.0f} (the number of "
+            "equally frequent codes with the same entropy)."
         )
         return Picture(panels, note, numbers)
 
     def _colour(self, ids: Tensor, size: torch.Size) -> Tensor:
-        """Draw codes (B, R, S) -> (B, C, H, W) in the files' units, in evenly distributed colours."""
+        """Draw codes (B, R, S) as images (B, C, H, W) in the files' units, in evenly distributed colours."""
         low, high = self.encoder.low[:, None, None], self.encoder.high[:, None, None]
         steps = even_steps(len(low)).to(ids.device)
         shares = (ids[:, None] * steps[:, None, None]).frac()
@@ -129,32 +129,32 @@ class DVAE(Method):
 
 
 def even_steps(channels: int) -> Tensor:
-    """(C,) steps whose multiples, modulo 1, fill the unit cube evenly (Roberts 2018, "R-sequence").
+    """Return (C,) steps whose multiples, modulo 1, fill the unit cube evenly (Roberts 2018, "R-sequence").
 
-    They are powers of 1 / g with g ** (C + 1) = g + 1; for one channel g is the golden ratio, whose powers would put
-    the colours of three channels on a line.
+    They are powers of 1 / g with g ** (C + 1) = g + 1. For one channel g is the golden ratio; its powers would put the
+    colours of three channels on a line.
     """
     g = 1.0
-    for _ in range(60):  # converges from anywhere
+    for _ in range(60):  # converges from any start
         g = (1 + g) ** (1 / (channels + 1))
     return g ** -torch.arange(1.0, channels + 1)
 
 
 def half_cosine(start: float, end: float, progress: float) -> float:
-    """From `start` to `end` as progress goes from 0 to 1, and `end` from then on."""
+    """Interpolate from `start` to `end` as progress goes from 0 to 1; `end` afterwards."""
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
 def gumbel_softmax(logits: Tensor, temperature: float, rng: Draws) -> Tensor:
-    """Soft choices of codes, (B, V, R, S) -> shares that sum to 1 over V (Jang et al. 2017, Maddison et al. 2017)."""
+    """Sample soft choices of codes (B, V, R, S), which sum to 1 over V (Jang et al. 2017, Maddison et al. 2017)."""
     draws = rng.uniform(logits[0].numel(), Stream.CODES).reshape(logits.shape).clamp(1e-9, LARGEST_DRAW)
     return ((logits - (-draws.log()).log()) / temperature).softmax(1)
 
 
 def kl_to_uniform(logits: Tensor, weights: Tensor | None = None) -> Tensor:
-    """KL divergence of the codes' distribution from the uniform one, in nats, mean over all codes: 0 to log V.
+    """Return the KL divergence of the codes' distribution from the uniform one, mean over all codes: 0 to log V nats.
 
-    weights: (B, R, S), 0 for codes that do not count; None where all do.
+    weights: (B, R, S), 0 for codes of absent patches; None if there are none.
     """
     log_shares = logits.log_softmax(1)
     if weights is None:
@@ -163,14 +163,17 @@ def kl_to_uniform(logits: Tensor, weights: Tensor | None = None) -> Tensor:
 
 
 def logit_laplace(guess: Tensor, unit: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Negative log density of pixels in (0, 1) whose logit is Laplace: mean of the C means and C logs of scales."""
+    """Return the mean negative log density of pixels in (0, 1) whose logits are Laplace-distributed.
+
+    guess: C means and C log-scales for each pixel.
+    """
     center, log_scale = guess.float().chunk(2, 1)
     distance = (unit.logit() - center).abs() * (-log_scale).exp()
     return weighted_mean(distance + log_scale + math.log(2) + (unit * (1 - unit)).log(), weights)
 
 
 def usage(ids: Tensor, codes: int) -> tuple[Tensor, Tensor]:
-    """(perplexity, share of the codes that occur) of ids of any shape, two 0-d float32 tensors."""
+    """Return (perplexity, share of the codes that occur) of ids of any shape, as two 0-d float32 tensors."""
     counts = torch.zeros(codes, device=ids.device).scatter_add(0, ids.flatten(), torch.ones_like(ids.flatten()).float())
     entropy = torch.special.entr(counts / ids.numel()).sum()
     return entropy.exp(), (counts > 0).float().mean()

@@ -1,17 +1,17 @@
 """Image GPT: "Generative Pretraining from Pixels", Chen et al. 2020 (V2), and its code (openai/image-gpt).
 
-An image is a sequence of colours from a small palette, in raster order. Two objectives on one network: `ar` predicts
-every token from those before it (mean negative log likelihood, in nats per token), `bert` masks each token with
+An image is a sequence of colours from a small palette, in raster order. One network has two objectives: `ar` predicts
+every token from the tokens before it (mean negative log likelihood, in nats per token), `bert` masks each token with
 probability 0.15, which removes its content but not its position, and predicts the masked tokens from all others (mean
 over the masked tokens of an image, then over images). The best features are in the middle of the network.
 
-The palette is computed from the data by k-means before the first step and stored in the Run, or given (`unmask pretrain
---palette`) and then part of the settings.
+The palette is computed from the data by k-means before the first step and stored in the Run, or is given with `unmask
+pretrain --palette` and is then part of the settings.
 
-Differs from the paper: a token is the mean of `patch` pixels of the crop, where the paper resamples whole images to 32,
+Differs from the paper: a token is the mean of `patch` pixels of the crop, while the paper resamples whole images to 32,
 48 or 64 pixels; the palette is computed from the training data; positions are not resized, so only one image size is
-accepted; images without a masked token (rare, except for short sequences) do not count. As in the paper `bert` is
-probed under one mask, or by a vote of several (`unmask probe --mask-votes`); `embed` masks nothing.
+accepted; images without a masked token (rare, except for short sequences) have weight 0. As in the paper `bert` is
+probed with one mask, or by a vote over several masks (`unmask probe --mask-votes`); `embed` masks nothing.
 
 Letters: B images, N tokens, k colours of the palette, D width.
 """
@@ -39,14 +39,15 @@ from unmask.nn.valid import patch_weights, valid_patches
 from unmask.rng import Draws, Stream
 
 PALETTE_IMAGES = 512
-MASK_PROBABILITY = 0.15  # of the paper; 0.2 was equal there, more was worse
+MASK_PROBABILITY = 0.15  # the paper's; it found 0.2 equally good and more worse
 
 
 class Config(MethodConfig):
     """iGPT's settings.
 
-    mask_probability: of each token, for objective=bert (None: 0.15). palette: colours in the files' units, one number
-    per channel; None computes them from the data. palette_dtype: of the images that a given palette was computed from.
+    mask_probability: for each token, with objective=bert (None: 0.15). palette: colours in the files' units, one number
+    per channel; None computes them from the data. palette_dtype: dtype of the images that a given palette was computed
+    from.
     """
 
     name: Literal["igpt"] = "igpt"
@@ -63,11 +64,11 @@ class Config(MethodConfig):
                 f"mask_probability applies to objective=bert; got objective={self.objective}; leave it out"
             )
         if (self.palette is None) != (self.palette_dtype is None):
-            raise ValueError("palette and palette_dtype go together; give both with --palette PATH, or neither")
+            raise ValueError("got only one of palette and palette_dtype; set both with --palette PATH, or neither")
         if self.palette is not None and len(self.palette) != self.encoder.colours:
             raise ValueError(
                 f"got a palette of {len(self.palette)} colours and encoder.colours={self.encoder.colours}; leave "
-                "encoder.colours to --palette"
+                "encoder.colours out: --palette sets it"
             )
         return self
 
@@ -76,7 +77,7 @@ class Config(MethodConfig):
 
 
 class IGPT(Method):
-    """See the module docstring. Raises UserError when the given palette does not fit the images."""
+    """See the module docstring. Raises UserError if the given palette does not fit the images."""
 
     encoder: GPT
     fixed = ("encoder.palette",)
@@ -101,7 +102,7 @@ class IGPT(Method):
         self.encoder.palette.copy_(k_means(pixels, len(self.encoder.palette)))
 
     def loss(self, batch: Batch, clock: Clock) -> Loss:
-        """Nats per token: of all tokens, or of the hidden ones."""
+        """Return the loss in nats per token, over all tokens or the hidden ones."""
         ids = self.encoder.ids(batch.images)
         hidden = None if self.causal else self.hide(clock.rng)
         guess = self.head(self.encoder.run(ids, hidden)).float()  # (B, N, k)
@@ -116,16 +117,16 @@ class IGPT(Method):
         return Loss(mean(nats), {"colour_accuracy": mean(right), "palette_used": used.mean()})
 
     def hide(self, rng: Draws) -> Tensor:
-        """(B, N) bool: each token with the probability of the settings."""
+        """Return (B, N) bool, True with probability `mask_probability`: the tokens to hide."""
         return rng.uniform(self.encoder.grid[0] * self.encoder.grid[1]) < self.mask_probability
 
     @property
     def evaluation_mask(self) -> Callable[[Draws], Tensor] | None:
-        """As in training; None where nothing was hidden then."""
+        """Masks as in training; None if training hides no tokens."""
         return None if self.causal else self.hide
 
     def picture(self, batch: Batch, clock: Clock) -> Picture:
-        """The quantised images, the part that is given, and how the method completes it."""
+        """Draw the quantised images, the given part, and its completion by the model."""
         ids, loss = self.encoder.ids(batch.images), self.loss(batch, clock).value
         weights = patch_weights(valid_patches(batch, self.encoder.patch))
         counted = ids if weights is None or not weights.any() else ids[weights > 0][None]
@@ -143,60 +144,60 @@ class IGPT(Method):
             known = torch.arange(ids.shape[1], device=ids.device).expand_as(ids) < given
             finished = self.complete(ids, given, clock.rng)
             what = "completed"
-            note = "The upper half is given; the lower one is drawn token by token from what the method expects."
+            note = "The upper half is given; the lower half is sampled token by token from the predicted distribution."
         else:
             known = ~self.hide(clock.rng)
             guess = self.head(self.encoder.run(ids, ~known)).argmax(-1)
             finished = torch.where(known, ids, guess)
             what = "filled in"
-            note = "The likeliest colour of each hidden token, all at once."
+            note = "Each hidden token has its most likely colour; all are predicted at once."
         visible = self.paint_flags(known)
         panels["given"] = torch.where(visible, quantised, gray)
         panels[what] = self.encoder.paint(finished)
         return Picture(panels, note + " The loss is in nats per token.", numbers)
 
     def paint_flags(self, flags: Tensor) -> Tensor:
-        """(B, N) bool of tokens -> (B, 1, H, W) bool of pixels."""
+        """Expand flags of tokens, (B, N) bool, to flags of pixels, (B, 1, H, W) bool."""
         rows, cols = self.encoder.patch
         return flags.unflatten(1, self.encoder.grid)[:, None].repeat_interleave(rows, 2).repeat_interleave(cols, 3)
 
     def complete(self, ids: Tensor, given: int, rng: Draws) -> Tensor:
         """Sample ids (B, N) after the first `given`, each conditioned on those before it."""
         encoder, draws = self.encoder, rng.uniform(ids.shape[1], Stream.COLOURS)
-        assert encoder.sos is not None, "only objective=ar goes token by token"
-        found, cache = ids.clone(), None
+        assert encoder.sos is not None, "only objective=ar samples token by token"
+        result, cache = ids.clone(), None
         tokens = torch.cat([encoder.sos.expand(len(ids), 1, -1), encoder.tokens[ids[:, :given]]], 1)
         for place in range(given, ids.shape[1]):
             out, cache = encoder.step(tokens, place + 1 - tokens.shape[1], cache)
             sums = self.head(out[:, -1]).float().softmax(-1).cumsum(-1)  # (B, k)
-            found[:, place] = (sums < draws[:, place, None]).sum(1).clamp(max=len(encoder.palette) - 1)
-            tokens = encoder.tokens[found[:, place, None]]
-        return found
+            result[:, place] = (sums < draws[:, place, None]).sum(1).clamp(max=len(encoder.palette) - 1)
+            tokens = encoder.tokens[result[:, place, None]]
+        return result
 
 
 def mean_over(values: Tensor, hidden: Tensor) -> Tensor:
-    """Mean over the hidden tokens of each image, then over the images that have any: (B, N) -> ()."""
+    """Average over the hidden tokens of each image, then over the images that have hidden tokens: (B, N) -> ()."""
     of_image = (values * hidden).sum(1) / hidden.sum(1).clamp(min=1)
     return of_image.sum() / hidden.any(1).sum().clamp(min=1)
 
 
 def repeat_or_any(ids: Tensor, colours: int) -> Tensor:
-    """Nats per token of a baseline that knows only how often a token equals the one before it: (B, N) -> ()."""
+    """Return nats per token of a baseline that knows only how often a token equals the previous one: (B, N) -> ()."""
     again = (ids[:, 1:] == ids[:, :-1]).float().sum() / max(1, ids[:, 1:].numel())
     return torch.special.entr(torch.stack([again, 1 - again])).sum() + (1 - again) * math.log(colours - 1)
 
 
 def require_palette(config: Config, images: ImageSpec) -> None:
-    """Raise UserError when the palette was computed from images of another dtype or number of channels."""
+    """Raise UserError if the palette was computed from images of another dtype or number of channels."""
     assert config.palette is not None
     if config.palette_dtype != images.dtype:
         raise UserError(
-            f"the palette was made of {config.palette_dtype} images, these are {images.dtype}: its colours do not apply"
-            " here; make one with `unmask palette` from such images, or leave --palette out"
+            f"got a palette of {config.palette_dtype} images; these images are {images.dtype}; compute one from such "
+            "images with `unmask palette`, or leave --palette out"
         )
     channels = {len(colour) for colour in config.palette}
     if channels != {images.channels}:
         raise UserError(
-            f"the palette has colours of {' or '.join(map(str, sorted(channels)))} channels, these images have "
-            f"{images.channels}; make one with `unmask palette` from such images, or leave --palette out"
+            f"got a palette of {' or '.join(map(str, sorted(channels)))} channels; these images have "
+            f"{images.channels}; compute one from such images with `unmask palette`, or leave --palette out"
         )

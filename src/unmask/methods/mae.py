@@ -2,16 +2,16 @@
 
 Mask most patches of an image, encode only the visible ones, and reconstruct the hidden pixels with a light decoder.
 Only the encoder is used afterwards. Equal to the official model (`models_mae.py`) in parameters, forward pass and loss;
-tests hold it to the published parameter counts and to an independent implementation.
+tests compare it with the published parameter counts and with an independent implementation.
 
 Differs from the official code without changing a result: only visible patches are embedded and only hidden ones
-predicted; masks come from counter-based draws that belong to the image, so they do not depend on rank, worker or batch
-position; the number of kept patches does not lose one to float truncation (100 patches at 0.9 keep 10, not 9).
+predicted; masks come from counter-based draws that depend on the image, not on rank, worker or batch position; the
+number of kept patches is not one too small after float truncation (100 patches at 0.9 keep 10, not 9).
 
 The variants of the paper's Table 1 are settings: decoder depth and width (1a, 1b), mask tokens in the encoder (1c), the
-target (1d), block-wise and grid sampling (1f), and the loss on all patches (footnote 1). Where the paper is silent:
-block-wise masks hide the same number of patches in every image (`nn/masks.py`); with mask tokens in the encoder the
-decoder receives all tokens unchanged; principal components are centred, not whitened.
+target (1d), block-wise and grid sampling (1f), and the loss on all patches (footnote 1). Details that the paper does
+not specify: block-wise masks hide the same number of patches in every image (`nn/masks.py`); with mask tokens in the
+encoder the decoder receives all tokens unchanged; principal components are centred, not whitened.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ class Config(MethodConfig):
     """MAE's settings; the defaults are the paper's, with its best target.
 
     mask: how hidden patches are sampled. Blocks have at least `smallest_block` patches (None: BEiT's share of the grid,
-    16 of 14 x 14). "pattern" hides those marked "#" in `pattern`, one string for each row of the grid; of several
-    patterns one is sampled for each image (`unmask pretrain --masks FILE` fills it in). mask_tokens: where mask tokens
-    enter; "encoder" makes the encoder see them all (Table 1c). target: pixels normalised within each patch, plain
-    pixels, the first `pca_coefficients` principal components of patches (None: an eighth of a patch's values, as 96 of
-    768), whitened or not, or a dVAE's codes (`unmask pretrain --tokenizer RUN` fills in `tokenizer`, the dVAE's
-    network, and takes its weights). loss_on: the hidden patches, or all.
+    16 of 14 x 14). "pattern" hides the patches marked "#" in `pattern`, which has one string for each row of the grid;
+    if there are several patterns, one is sampled for each image (set by `unmask pretrain --masks FILE`). mask_tokens:
+    where mask tokens enter; "encoder" feeds all of them to the encoder (Table 1c). target: pixels normalised within
+    each patch, plain pixels, the first `pca_coefficients` principal components of patches (None: an eighth of a patch's
+    values, the paper's 96 of 768), whitened or not, or a dVAE's codes (`unmask pretrain --tokenizer RUN` sets
+    `tokenizer`, the dVAE's network, and loads its weights). loss_on: the hidden patches, or all.
     """
 
     name: Literal["mae"] = "mae"
@@ -65,7 +65,7 @@ class Config(MethodConfig):
     @model_validator(mode="after")
     def _nothing_is_ignored(self) -> Config:
         if (self.mask == "pattern") != (self.pattern is not None):
-            raise ValueError("mask=pattern and a pattern go together; give both with --masks FILE, or neither")
+            raise ValueError("got only one of mask=pattern and pattern; set both with --masks FILE, or neither")
         if self.mask != "block" and self.smallest_block is not None:
             raise ValueError(f"smallest_block applies to mask=block; got mask={self.mask}; leave it out")
         if self.target != "pca" and (self.pca_coefficients is not None or self.pca_whiten):
@@ -92,7 +92,7 @@ class Config(MethodConfig):
 
 
 class MAE(Method):
-    """See the module docstring. Raises UserError, with the fix, when sizes or settings do not fit together."""
+    """See the module docstring. Raises UserError, with the fix, if sizes or settings do not fit together."""
 
     encoder: ViT
     patterns: Tensor | None
@@ -125,13 +125,13 @@ class MAE(Method):
             nn.init.normal_(self.mask_token, std=0.02)
 
     def prepare(self, images: Tensor, valid: Tensor | None = None) -> None:
-        """Principal components need the data; see `Target.prepare`. Patches with absent pixels are left out."""
+        """Compute principal components from the data; see `Target.prepare`. Skips patches with absent pixels."""
         patches = self.encoder.patches(images)
         whole = None if valid is None else patchify(valid[:, None], self.encoder.patch).all(2)
         self.target.prepare(patches if whole is None or not whole.any() else patches[whole][None])
 
     def loss(self, batch: Batch, clock: Clock) -> Loss:
-        """Error of the prediction, on the hidden patches or on all, in the units of the target."""
+        """Return the error of the prediction on the hidden patches, or on all, in the units of the target."""
         patches = self.encoder.patches(batch.images)  # (B, N, P), normalised
         mask = self.sample(clock)
         valid = valid_patches(batch, self.encoder.patch)
@@ -141,21 +141,21 @@ class MAE(Method):
         return Loss(self.target.loss(guess, take(truth, where), weights))
 
     def sample(self, clock: Clock) -> Mask:
-        """A mask for each image of the batch that the clock belongs to."""
+        """Sample a mask for each image of the clock's batch."""
         grid, ratio = self.encoder.grid, self.mask_ratio
         if self.patterns is not None:
             return masks.pattern_mask(self.patterns, masks.num_kept(grid[0] * grid[1], ratio), clock.rng)
-        assert self.sampler is not None, "what is no pattern has a sampler"
+        assert self.sampler is not None, "all masks except patterns have a sampler"
         return self.sampler(len(clock.rng.index), grid, ratio, clock.rng)
 
     def guess(self, patches: Tensor, mask: Mask, *, everywhere: bool = False) -> Tensor:
-        """The prediction for the hidden patches, (B, N, P) -> (B, M, O), or for all, (B, N, O) as mask.order."""
+        """Predict the hidden patches, (B, N, P) -> (B, M, O), or all in the order of mask.order, (B, N, O)."""
         return self.decoder(self.see(patches, mask), mask, everywhere=everywhere)
 
     def see(self, patches: Tensor, mask: Mask) -> Tensor:
         """Encode the visible patches: (B, N, P) -> (B, 1 + K, D).
 
-        With mask tokens in the encoder it is (B, 1 + N, D), in the order of mask.order.
+        With mask tokens in the encoder the result is (B, 1 + N, D), in the order of mask.order.
         """
         tokens = self.encoder.embed(take(patches, mask.keep), mask.keep)
         if self.mask_token is None:
@@ -164,7 +164,7 @@ class MAE(Method):
         return self.encoder.run(torch.cat([tokens, hidden], 1), mask.order)
 
     def picture(self, batch: Batch, clock: Clock) -> Picture:
-        """Original, masked, prediction, pasted; and the loss of baselines on these images."""
+        """Draw original, masked, prediction and pasted; report the loss of baselines on these images."""
         patches = self.encoder.patches(batch.images)
         mask = self.sample(clock)
         guess = self.guess(patches, mask, everywhere=True).float()
@@ -173,20 +173,20 @@ class MAE(Method):
         hidden = guess[:, mask.keep.shape[1] :]  # hidden patches are last
         where, scored = (mask.order, guess) if self.everywhere else (mask.drop, hidden)
         numbers = {"loss": self.target.loss(scored, take(truth, where), self.target.weights(valid, where))}
-        if not self.everywhere:  # else baselines and loss would be of different patches
+        if not self.everywhere:  # otherwise loss and baselines cover different patches
             numbers |= self.target.trivial(patches, batch.images, mask, valid)
 
         panels = masked_panels(patches, mask, self.target.draw(hidden, patches, batch.images, mask, valid))
         note = "Only hidden patches are predicted; the loss ignores the visible ones."
         if self.everywhere:
-            note = "The loss covers all patches; the hidden ones are drawn."
+            note = "The loss covers all patches; the picture shows predictions for the hidden ones."
         panels = {caption: self.encoder.images(panel) for caption, panel in panels.items()}
         return Picture(panels, note + self.target.note, numbers)
 
 
 def require_mask(config: Config, grid: tuple[int, int]) -> Tensor | None:
     """Return the patterns, (n, N) bool, or None for masks that are sampled. Raises UserError for an impossible mask."""
-    kept = masks.num_kept(grid[0] * grid[1], config.mask_ratio)  # rejects a ratio that hides all patches, or none
+    kept = masks.num_kept(grid[0] * grid[1], config.mask_ratio)  # raises for a ratio that hides all patches, or none
     if config.mask == "grid":
         masks.require_grid(grid, config.mask_ratio)
     if config.mask == "block":
@@ -198,14 +198,14 @@ def require_mask(config: Config, grid: tuple[int, int]) -> Tensor | None:
     if patterns.shape[1] - hidden != kept:
         share = hidden / patterns.shape[1]
         raise UserError(
-            f"the mask pattern hides {hidden} of {patterns.shape[1]} patches, method.mask_ratio={config.mask_ratio:g} "
-            f"is another share; set method.mask_ratio={share:.6g}"
+            f"got a mask pattern that hides {hidden} of {patterns.shape[1]} patches, but "
+            f"method.mask_ratio={config.mask_ratio:g}; set method.mask_ratio={share:.6g}"
         )
     return patterns
 
 
 def make_target(config: Config, encoder: ViT) -> Target:
-    """Return the reconstruction target. Raises UserError when it needs a tokenizer and none is given."""
+    """Return the reconstruction target. Raises UserError if it needs a tokenizer and none is given."""
     channels = encoder.spec.channels
     values = encoder.patch[0] * encoder.patch[1] * channels
     if config.target == "tokens":

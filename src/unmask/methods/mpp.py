@@ -1,24 +1,24 @@
 """Masked patch prediction: "An Image is Worth 16x16 Words", Dosovitskiy et al. 2021 (ViT), appendix B.1.2.
 
 BERT's task on patches. Half of the patch embeddings are corrupted: 80 % of these become a learnable [mask] embedding,
-10 % the embedding of another patch, 10 % stay as they are. The whole sequence goes through the encoder, and one linear
-head reads a prediction straight from the output token of each corrupted patch. Three targets:
+10 % the embedding of another patch, and 10 % are unchanged. The encoder processes the whole sequence, and one linear
+head predicts the target from the output token of each corrupted patch. Three targets:
 
     mean_colour   the mean colour of the patch at 3 bits per channel: one softmax over 512 (the paper's choice)
     colours_4x4   the patch shrunk to 4 x 4, each cell at 3 bits per channel: 16 parallel softmaxes over 512
     pixels        all values of the patch, normalised with the data set's mean and std: mean square error
 
-Where the paper is silent: exactly half of the patches of every image are corrupted (N / 2, rounded up), the kind of
-corruption of each is drawn independently, so 80/10/10 holds on average; the other patch is any other patch of the same
-image; a cross-entropy is the mean over its softmaxes.
+Details that the paper does not specify: exactly half of the patches of every image are corrupted (N / 2, rounded up);
+the kind of corruption is drawn independently for each patch, so 80/10/10 holds on average; the other patch is any other
+patch of the same image; a cross-entropy is the mean over its softmaxes.
 
-Differs from the paper, which has 8-bit RGB only: one and two channels have one softmax over 8 or 64 colours, four and
-more have one softmax over 8 levels for each channel, since 8^C classes would be too many. Values 0 and 1 of a channel
-are 0 and 255 for 8-bit files; for 16-bit and float32 files, which seldom fill their range, they are the data set's mean
-minus and plus two standard deviations, and what lies beyond counts as 0 or 1. No dropout (the paper's supervised
-training has 0.1).
+Differs from the paper, which uses 8-bit RGB only: images of one and two channels have one softmax over 8 or 64 colours;
+those of four and more have one softmax over 8 levels for each channel, since 8^C classes would be too many. Channels
+are scaled to [0, 1]: from 0 and 255 for 8-bit files, and from the data set's mean minus and plus two standard
+deviations for 16-bit and float32 files, which seldom fill their range; values outside are clipped. No dropout (the
+paper's supervised training has 0.1).
 
-Letters for shapes: B images, C channels, N patches, M corrupted ones, P values of a patch, S cells of a patch.
+Letters for shapes: B images, C channels, N patches, M corrupted patches, P values of a patch, S cells of a patch.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ from unmask.nn.valid import shrunk_mean, valid_patches, value_weights
 from unmask.nn.vit import ViT, ViTConfig
 from unmask.rng import Draws, Stream
 
-MASKED, SWAPPED = 0.8, 0.1  # shares of the corrupted patches; the rest stay as they are
-MOST_TOGETHER = 3  # channels in one softmax
+MASKED, SWAPPED = 0.8, 0.1  # shares of the corrupted patches; the rest are unchanged
+MOST_TOGETHER = 3  # most channels in one softmax
 
 
 class Config(MethodConfig):
@@ -56,9 +56,9 @@ class Config(MethodConfig):
 
 
 class Corruption(NamedTuple):
-    """`where` (B, M): the corrupted patches. `masked` (B, M): True where [mask] stands instead of the embedding.
+    """`where` (B, M): indices of the corrupted patches. `masked` (B, M): True where [mask] replaces the embedding.
 
-    `source` (B, M): whose embedding stands there otherwise: another patch's where it is swapped, its own elsewhere.
+    `source` (B, M): index of the patch whose embedding is used otherwise: another patch if swapped, else the same.
     """
 
     where: Tensor
@@ -67,19 +67,19 @@ class Corruption(NamedTuple):
 
 
 def corrupt(batch: int, grid: tuple[int, int], ratio: float, rng: Draws) -> Corruption:
-    """Choose equally many patches in every image, and how to corrupt each: 80 % / 10 % / 10 % at random."""
+    """Choose the same number of patches in every image, and at random (80 / 10 / 10 %) how to corrupt each."""
     where = random_mask(batch, grid, ratio, rng).drop
     fate, other = rng.uniform(2 * where.shape[1], Stream.REPLACE).chunk(2, 1)  # (B, M) each
     n = grid[0] * grid[1]
-    another = (where + 1 + (other * (n - 1)).long()) % n  # 1 to N - 1 places further on: never itself
+    another = (where + 1 + (other * (n - 1)).long()) % n  # shifted by 1 to N - 1: never itself
     swapped = (fate >= MASKED) & (fate < MASKED + SWAPPED)
     return Corruption(where, fate < MASKED, torch.where(swapped, another, where))
 
 
 class MPP(Method):
-    """See the module docstring. Raises UserError when sizes do not fit together, or no patch would be corrupted.
+    """See the module docstring. Raises UserError if sizes do not fit together, or if no patch would be corrupted.
 
-    low, high: the file values of each channel that count as 0 and as 1.
+    low, high: the file values of each channel that are scaled to 0 and 1.
     """
 
     encoder: ViT
@@ -96,10 +96,11 @@ class MPP(Method):
         height, width = self.encoder.patch
         if height % self.side or width % self.side:
             raise UserError(
-                f"patches of {height} x {width} pixels cannot be shrunk to 4 x 4 whole cells; use a patch that is a "
-                "multiple of 4, or set method.target=mean_colour"
+                f"got patches of {height} x {width} pixels, which cannot be shrunk to 4 x 4 whole cells; use a patch "
+                "that is a multiple of 4, or set method.target=mean_colour"
             )
-        num_kept(self.encoder.grid[0] * self.encoder.grid[1], config.corrupt_ratio)  # refuses to corrupt none, or all
+        # Reject a ratio that corrupts all patches, or none.
+        num_kept(self.encoder.grid[0] * self.encoder.grid[1], config.corrupt_ratio)
         classes = self.side**2 * self.softmaxes * LEVELS ** (images.channels // self.softmaxes)
         for name, values in zip(("low", "high"), images.value_range, strict=True):
             self.register_buffer(name, torch.tensor(values, dtype=torch.float32), persistent=False)
@@ -109,7 +110,7 @@ class MPP(Method):
         init_linears(self.head)
 
     def loss(self, batch: Batch, clock: Clock) -> Loss:
-        """Cross-entropy (or mean square error) at the corrupted patches only."""
+        """Return the cross-entropy (or mean square error) of the corrupted patches only."""
         change = corrupt(len(batch), self.encoder.grid, self.ratio, clock.rng)
         guess = self.guess(self.encoder.patches(batch.images), change)
         truth, weights = take(self.target(batch.images, batch.valid), change.where), self.weights(batch, change)
@@ -119,7 +120,7 @@ class MPP(Method):
         return Loss(self._cross_entropy(guess, truth, weights), {"colour_accuracy": right})
 
     def weights(self, batch: Batch, change: Corruption) -> Tensor | None:
-        """Weights at the corrupted patches: (B, M, P) of values, or (B, M, S x softmaxes) of colours; None for 1."""
+        """Return weights at corrupted patches: (B, M, P) for values, (B, M, S x softmaxes) for colours; None for 1."""
         valid = valid_patches(batch, self.encoder.patch)
         if self.pixels:
             return value_weights(valid, change.where)
@@ -131,7 +132,7 @@ class MPP(Method):
         return take(colours.repeat_interleave(self.softmaxes, 2), change.where)
 
     def guess(self, patches: Tensor, change: Corruption) -> Tensor:
-        """The head's output at the corrupted patches: (B, N, P) -> (B, M, outputs)."""
+        """Return the head's output at the corrupted patches: (B, N, P) -> (B, M, outputs)."""
         encoder = self.encoder
         tokens = encoder.patch_embed(put(patches, change.where, take(patches, change.source)))
         masked = torch.zeros(tokens.shape[:2], dtype=torch.bool, device=tokens.device)
@@ -140,9 +141,9 @@ class MPP(Method):
         return self.head(take(tokens[:, 1:], change.where))
 
     def target(self, images: Tensor, valid: Tensor | None = None) -> Tensor:
-        """Return the target at every patch: pixels (B, N, P), or class numbers (B, N, S x softmaxes).
+        """Return the target of every patch: pixels (B, N, P), or class numbers (B, N, S x softmaxes).
 
-        valid: (B, H, W) bool, the pixels that colours are means of; None for all.
+        valid: (B, H, W) bool, the pixels to average for colours; None for all.
         """
         if self.pixels:
             return self.encoder.patches(images)
@@ -154,21 +155,21 @@ class MPP(Method):
         return colour_ids(colours.unflatten(2, (self.side**2 * self.softmaxes, -1)))
 
     def picture(self, batch: Batch, clock: Clock) -> Picture:
-        """Original, corrupted image, prediction pasted, and for colours the best possible prediction."""
+        """Draw original, corrupted image and pasted prediction; for colours also the best possible prediction."""
         patches = self.encoder.patches(batch.images)
         change = corrupt(len(batch), self.encoder.grid, self.ratio, clock.rng)
         guess = self.guess(patches, change).float()
         truth, weights = take(self.target(batch.images, batch.valid), change.where), self.weights(batch, change)
         shown = torch.where(change.masked[..., None], 0, take(patches, change.source))  # 0: the data set's mean colour
         panels = {"original": patches, "corrupted": put(patches, change.where, shown)}
-        note = "Grey is [mask]; one corrupted patch in ten shows another patch of the image, one in ten is left alone. "
+        note = "Grey is [mask]; one corrupted patch in ten shows another patch of the image, one in ten is unchanged. "
         if self.pixels:
             panels["pasted"] = put(patches, change.where, guess)
             numbers = {
                 "loss": mean_square(guess, truth, weights),
                 "data_mean_colour": mean_square(torch.zeros_like(truth), truth, weights),
             }
-            note += "All the pixels of the corrupted patches are predicted."
+            note += "The model predicts all pixels of the corrupted patches."
         else:
             ids = self._logits(guess).argmax(-1)
             panels["pasted"] = put(patches, change.where, self.paint(ids))
@@ -179,11 +180,13 @@ class MPP(Method):
                 "marginal_colours": self.marginal_entropy(counted),
             }
             what = "4 x 4 colours" if self.side > 1 else "one mean colour"
-            note += f"Predicted: {what} for each corrupted patch, at 3 bits per channel; 'perfect' is the right answer."
+            note += (
+                f"The model predicts {what} for each corrupted patch, at 3 bits per channel; 'perfect' is the target."
+            )
         return Picture({caption: self.encoder.images(panel) for caption, panel in panels.items()}, note, numbers)
 
     def _logits(self, guess: Tensor) -> Tensor:
-        """(B, M, outputs) -> (B, M, S x softmaxes, classes), float32."""
+        """Reshape (B, M, outputs) to float32 logits (B, M, S x softmaxes, classes)."""
         return guess.float().unflatten(2, (self.side**2 * self.softmaxes, -1))
 
     def _cross_entropy(self, guess: Tensor, truth: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -194,13 +197,13 @@ class MPP(Method):
         return weighted_mean(nats, weights)
 
     def marginal_entropy(self, truth: Tensor) -> Tensor:
-        """Loss of a baseline that knows only the frequency of each colour in these patches, per softmax."""
+        """Return the loss of a baseline that knows only how frequent each colour is in these patches, per softmax."""
         classes = LEVELS ** (self.encoder.spec.channels // self.softmaxes)
         share = F.one_hot(truth, classes).float().flatten(0, 1).mean(0)  # (S x softmaxes, classes)
         return torch.special.entr(share).sum(-1).mean()
 
     def paint(self, ids: Tensor) -> Tensor:
-        """Class numbers (B, M, S x softmaxes) -> normalised patches (B, M, P) of flat cells."""
+        """Convert class numbers (B, M, S x softmaxes) to normalised patches (B, M, P) of uniform cells."""
         channels, (height, width) = self.encoder.spec.channels, self.encoder.patch
         colours = colours_of(ids, channels // self.softmaxes).flatten(2).unflatten(2, (self.side, self.side, channels))
         colours = ((self.low + colours * (self.high - self.low)) - self.encoder.mean) / self.encoder.std

@@ -1,17 +1,17 @@
 """SimMIM: "SimMIM: A Simple Framework for Masked Image Modeling", Xie et al. 2022.
 
 Mask square cells of several patches, replace their embeddings by one learnable mask token, encode the whole sequence,
-and reconstruct the hidden pixels with one linear layer from each output token. The loss is the mean absolute error over
-the hidden pixels and their channels, of images normalised with the data's mean and std.
+and reconstruct the hidden pixels from each output token with one linear layer. The loss is the mean absolute error of
+the hidden pixels over all channels; images are normalised with the data's mean and std.
 
 The head is the official 1 x 1 convolution and pixel shuffle, written as the equivalent linear layer on patches, with
 torch's initial weights as in the official code. The official ViT has one relative position bias for all blocks, no
-absolute positions, LayerScale 0.1 and a LayerNorm at the end: `simmim_base` configures the encoder alike.
+absolute positions, LayerScale 0.1 and a LayerNorm at the end; `simmim_base` configures the encoder in the same way.
 
-Differs from the official code: masks come from counter-based draws that belong to the image; initial weights of the
-encoder are this package's, instead of normal ones (standard deviation 0.02) shrunk with depth; keys have a bias; weight
-decay applies to the class token; no stochastic depth (there 0.1); the denominator lacks a term of 1e-5; there are no
-Swin encoders.
+Differs from the official code: masks come from counter-based draws that depend on the image; the encoder is initialised
+like every ViT in this package (there: normal, standard deviation 0.02, scaled down with depth); keys have a bias;
+weight decay applies to the class token; no stochastic depth (there 0.1); the loss's denominator lacks a term of 1e-5;
+there are no Swin encoders.
 """
 
 from __future__ import annotations
@@ -49,22 +49,22 @@ class Config(MethodConfig):
 
 
 def num_hidden(num_cells: int, ratio: float) -> int:
-    """How many cells are hidden: ratio x cells rounded up. Raises UserError when none would stay visible."""
+    """Return how many cells are hidden: ratio x cells, rounded up. Raises UserError if none would stay visible."""
     hidden = math.ceil(num_cells * ratio - 1e-6)
     if not 0 < hidden < num_cells:
-        least = f"of at most {(num_cells - 1) / num_cells:.3g}" if num_cells > 1 else "only with more cells"
+        fix = f"a ratio of at most {(num_cells - 1) / num_cells:.3g}, or " if num_cells > 1 else ""
         raise UserError(
-            f"a mask ratio of {ratio:g} hides {hidden} of {num_cells} cells, at least one must be hidden and one must "
-            f"stay visible; choose a ratio {least}, or a smaller method.mask_cell"
+            f"got a mask ratio of {ratio:g}, which hides {hidden} of {num_cells} cells; expected at least one hidden "
+            f"and one visible cell; use {fix}a smaller method.mask_cell"
         )
     return hidden
 
 
 def cells_of(grid: tuple[int, int], cell: tuple[int, int]) -> tuple[int, int]:
-    """(rows, cols) of cells of `cell` patches on `grid`. Raises UserError when cells do not tile it."""
+    """Return (rows, cols) of cells of `cell` patches on `grid`. Raises UserError if the cells do not tile the grid."""
     if grid[0] % cell[0] or grid[1] % cell[1]:
         raise UserError(
-            f"cells of {cell[0]} x {cell[1]} patches do not tile the grid of {grid[0]} x {grid[1]} patches; "
+            f"got cells of {cell[0]} x {cell[1]} patches, which do not tile the grid of {grid[0]} x {grid[1]} patches; "
             f"use --set method.mask_cell=[{math.gcd(grid[0], cell[0])},{math.gcd(grid[1], cell[1])}], or another "
             "data.size or method.encoder.patch"
         )
@@ -86,7 +86,9 @@ def cell_mask(batch: int, grid: tuple[int, int], cell: tuple[int, int], ratio: f
 
 
 def mean_absolute(guess: Tensor, truth: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Mean over values, patches and images, in float32: the official sum over hidden pixels / their number / C.
+    """Return the mean absolute error over values, patches and images, in float32.
+
+    It equals the official sum over hidden pixels divided by their number and by C.
 
     weights: see `weighted_mean`.
     """
@@ -94,7 +96,7 @@ def mean_absolute(guess: Tensor, truth: Tensor, weights: Tensor | None = None) -
 
 
 class SimMIM(Method):
-    """See the module docstring. Raises UserError when sizes do not fit together, and names values that do."""
+    """See the module docstring. Raises UserError, with values that fit, if sizes do not fit together."""
 
     encoder: ViT
 
@@ -107,24 +109,24 @@ class SimMIM(Method):
         height, width = self.encoder.patch
         self.mask_token = nn.Parameter(torch.zeros(1, 1, self.encoder.width))
         self.head = nn.Linear(self.encoder.width, height * width * images.channels)
-        # The official call truncates at one standard deviation, as here.
+        # The official code truncates at one standard deviation, too.
         nn.init.trunc_normal_(self.mask_token, std=0.02, a=-0.02, b=0.02)
 
     def loss(self, batch: Batch, clock: Clock) -> Loss:
-        """Mean absolute error on the hidden pixels, in standard deviations of the data."""
+        """Return the mean absolute error on the hidden pixels, in standard deviations of the data."""
         patches = self.encoder.patches(batch.images)  # (B, N, P), normalised
         mask = cell_mask(len(patches), self.encoder.grid, self.cell, self.ratio, clock.rng)
         weights = value_weights(valid_patches(batch, self.encoder.patch), mask.drop)
         return Loss(mean_absolute(self.guess(patches, mask), take(patches, mask.drop), weights))
 
     def guess(self, patches: Tensor, mask: Mask) -> Tensor:
-        """The prediction for the hidden patches: (B, N, P) -> (B, M, P)."""
+        """Predict the hidden patches: (B, N, P) -> (B, M, P)."""
         encoder = self.encoder
         tokens = torch.where(mask.hidden()[..., None], self.mask_token, encoder.patch_embed(patches))
         return self.head(take(encoder.run(encoder.place(tokens))[:, 1:], mask.drop))
 
     def picture(self, batch: Batch, clock: Clock) -> Picture:
-        """Original, masked, prediction, pasted; and the loss of baselines on these images."""
+        """Draw original, masked, prediction and pasted; report the loss of baselines on these images."""
         patches = self.encoder.patches(batch.images)
         mask = cell_mask(len(patches), self.encoder.grid, self.cell, self.ratio, clock.rng)
         guess = self.guess(patches, mask).float()
@@ -135,7 +137,5 @@ class SimMIM(Method):
         trivial = flat_guesses(patches, batch.images.shape[1], mask, self.encoder.grid, valid)
         numbers = {name: mean_absolute(values, truth, weights) for name, values in {"loss": guess, **trivial}.items()}
         panels = masked_panels(patches, mask, {"pasted": guess})
-        note = (
-            "Only hidden pixels count in the loss; they are predicted as they are, nothing is borrowed from the truth."
-        )
+        note = "Only hidden pixels count in the loss; predictions use no statistics of the true patches."
         return Picture({caption: self.encoder.images(panel) for caption, panel in panels.items()}, note, numbers)

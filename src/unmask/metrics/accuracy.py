@@ -1,4 +1,4 @@
-"""The share of images whose most probable class is right, with its Wilson interval."""
+"""Accuracy: the share of images whose most probable class is correct, with its Wilson interval."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from unmask.metrics.measurement import Measurement
 
 
 def measure_accuracy(logits: Callable[[Tensor], Tensor], batches: Iterable[Batch], device: torch.device) -> Measurement:
-    """Compare the highest of the scores (B, K) that `logits` gives for images (B, C, H, W) with the labels.
+    """Measure the accuracy of `logits`, which maps images (B, C, H, W) to scores (B, K).
 
     Raises UserError for images without labels.
     """

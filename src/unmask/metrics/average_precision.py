@@ -1,12 +1,11 @@
 """Mean average precision of boxes, by COCO's own code (pycocotools; Lin et al. 2014, "Microsoft COCO").
 
 AP is the mean over ten thresholds of the IoU, 0.50 to 0.95; AP50 and AP75 use a single threshold. Each is the area
-under the
-curve of precision over recall (101 points), of at most 100 boxes an image, and the mean over the classes of which there
-are true boxes. Boxes are in pixels of the ORIGINAL images, and all true ones count: a crop has fewer and smaller ones,
-so numbers measured on crops are not comparable with published ones.
+under the curve of precision over recall (101 points) for at most 100 boxes per image, averaged over the classes that
+have true boxes. Boxes are in pixels of the ORIGINAL images, and all true boxes count: a crop has fewer and smaller
+boxes, so numbers measured on crops are not comparable with published ones.
 
-Not here: finding the boxes (`tasks/detect.py`).
+Boxes are predicted in `tasks/detect.py`.
 """
 
 from __future__ import annotations
@@ -24,10 +23,10 @@ from unmask.errors import UserError
 
 
 class ImageBoxes(NamedTuple):
-    """Of one image: `boxes` (n, 4), (x1, y1, x2, y2) in pixels of the original; `labels` (n,), numbers of classes.
+    """Boxes of one image: `boxes` (n, 4), (x1, y1, x2, y2) in pixels of the original; `labels` (n,), class numbers.
 
-    `scores` (n,) are given for predictions only. `crowd` (n,) bool is given for true boxes only: boxes around a group
-    of objects (COCO) or marked difficult (VOC). Detecting or missing them does not change the metric.
+    `scores` (n,) is set for predictions only. `crowd` (n,) bool is set for true boxes only: True for boxes around a
+    group of objects (COCO) or marked difficult (VOC). Detecting or missing them does not change the metric.
     """
 
     boxes: np.ndarray
@@ -37,7 +36,7 @@ class ImageBoxes(NamedTuple):
 
 
 def true_boxes(annotations: BoxAnnotations, row: int) -> ImageBoxes:
-    """The true boxes of an image; ignored boxes count as crowds: neither a hit nor a miss."""
+    """Return the true boxes of an image; ignored boxes become crowds, which count neither as hits nor as misses."""
     boxes, labels = annotations.boxes[row], annotations.labels[row]
     more, theirs = annotations.aside.get(row, (boxes[:0], labels[:0]))
     crowd = np.arange(len(boxes) + len(more)) >= len(boxes)
@@ -46,7 +45,7 @@ def true_boxes(annotations: BoxAnnotations, row: int) -> ImageBoxes:
 
 @dataclass(frozen=True)
 class Precision:
-    """All between 0 and 1; `classes` holds the AP50 of each class, None for a class without true boxes."""
+    """Average precisions, 0 to 1; `classes` maps each class to its AP50, None for a class without true boxes."""
 
     ap: float
     ap50: float
@@ -57,7 +56,7 @@ class Precision:
 def average_precision(truth: Sequence[ImageBoxes], found: Sequence[ImageBoxes], classes: Sequence[str]) -> Precision:
     """Measure the detections `found` against `truth`, both with one entry per image in the same order.
 
-    Raises UserError without pycocotools, and when there is not one true box.
+    Raises UserError without pycocotools, and if there are no true boxes.
     """
     coco, evaluation = tools()
     if len(truth) != len(found):
@@ -66,15 +65,16 @@ def average_precision(truth: Sequence[ImageBoxes], found: Sequence[ImageBoxes], 
         )
     if not any((~crowds(image)).any() for image in truth):
         raise UserError(
-            f"got {len(truth)} test images without any true box; average precision needs some; choose images that "
-            "have some"
+            f"got {len(truth)} test images without any true box; average precision needs at least one; use images "
+            "with objects"
         )
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints as it goes
-        judge = evaluation(as_coco(coco, truth, classes), as_coco(coco, found, classes), "bbox")
-        judge.evaluate()
-        judge.accumulate()
-    table = judge.eval["precision"][..., 0, -1]  # (threshold, recall, class): all sizes, 100 boxes; -1: nothing to find
-    thresholds = judge.params.iouThrs
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
+        evaluator = evaluation(as_coco(coco, truth, classes), as_coco(coco, found, classes), "bbox")
+        evaluator.evaluate()
+        evaluator.accumulate()
+    # (threshold, recall, class) for all sizes and 100 boxes; -1 for a class without true boxes
+    table = evaluator.eval["precision"][..., 0, -1]
+    thresholds = evaluator.params.iouThrs
     at50, at75 = (int(np.abs(thresholds - t).argmin()) for t in (0.5, 0.75))
 
     def mean(part: np.ndarray) -> float | None:
@@ -88,7 +88,7 @@ def average_precision(truth: Sequence[ImageBoxes], found: Sequence[ImageBoxes], 
 
 
 def tools() -> tuple[Any, Any]:
-    """pycocotools' COCO and COCOeval. Raises UserError if it is not installed."""
+    """Import pycocotools' COCO and COCOeval. Raises UserError if it is not installed."""
     try:
         from pycocotools.coco import COCO
         from pycocotools.cocoeval import COCOeval
@@ -100,12 +100,12 @@ def tools() -> tuple[Any, Any]:
 
 
 def crowds(image: ImageBoxes) -> np.ndarray:
-    """(n,) bool."""
+    """Return (n,) bool, True for crowds."""
     return np.zeros(len(image.boxes), bool) if image.crowd is None else np.asarray(image.crowd, bool)
 
 
 def as_coco(coco: Any, images: Sequence[ImageBoxes], classes: Sequence[str]) -> Any:
-    """pycocotools' own object, as from a file; classes and boxes count from 1, for it takes 0 for "not found"."""
+    """Return a COCO object as if read from a file; ids start at 1, because pycocotools uses 0 for "no match"."""
     rows: list[dict[str, Any]] = []
     for number, image in enumerate(images):
         scores = np.zeros(len(image.boxes)) if image.scores is None else image.scores

@@ -1,9 +1,9 @@
 """95 % confidence intervals of proportions, of their differences and of means.
 
-A proportion has a Wilson score interval (Wilson 1927, "Probable inference, the law of succession, and statistical
-inference"); the difference of two proportions of the same images has the interval for paired proportions of Newcombe
-1998, "Improved confidence intervals for the difference between binomial proportions based on paired data", Statistics
-in Medicine 17:2635-2650, method 10. They cover the choice of the test images, not the seed of the training.
+Proportions use the Wilson score interval (Wilson 1927, "Probable inference, the law of succession, and statistical
+inference"); differences of two proportions on the same images use the interval for paired proportions of Newcombe 1998,
+"Improved confidence intervals for the difference between binomial proportions based on paired data", Statistics in
+Medicine 17:2635-2650, method 10. They account for the choice of test images, not for the seed of the training.
 """
 
 from __future__ import annotations
@@ -45,21 +45,21 @@ def wilson(correct: int, total: int) -> Interval:
 
     if not 0 <= correct <= total or total < 1:
         raise ValueError(f"got {correct} correct of {total}; expected a count between 0 and a positive total")
-    found = binomtest(correct, total).proportion_ci(confidence_level=0.95, method="wilson")
-    return Interval(float(found.low), float(found.high))
+    limits = binomtest(correct, total).proportion_ci(confidence_level=0.95, method="wilson")
+    return Interval(float(limits.low), float(limits.high))
 
 
 def paired_difference(first: np.ndarray, second: np.ndarray) -> Difference:
     """Return the share right in `first` minus that in `second`, both (m,) bool on the same images, with 95 % limits.
 
-    With a images right in both, b only in the first, c only in the second, d in neither, p1, p2 the two shares and
-    (l1, u1), (l2, u2) their Wilson limits, the limits are (p1 - p2) - sqrt(x^2 - 2 phi x y + y^2) with x = p1 - l1,
-    y = u2 - p2, and (p1 - p2) + the same with x = u1 - p1, y = p2 - l2. phi is the correlation of the two,
-    (ad - bc) / sqrt((a+b)(c+d)(a+c)(b+d)), its numerator lowered by m/2, but not below 0, where it is positive.
+    Of m images, a are right in both, b only in the first, c only in the second, d in neither; p1, p2 are the two shares
+    and (l1, u1), (l2, u2) their Wilson limits. The lower limit is (p1 - p2) - sqrt(x^2 - 2 phi x y + y^2) with x = p1 -
+    l1, y = u2 - p2; the upper limit is (p1 - p2) + the same root with x = u1 - p1, y = p2 - l2. phi is the correlation
+    (ad - bc) / sqrt((a+b)(c+d)(a+c)(b+d)); a positive numerator is reduced by m/2, but not below 0.
     """
     first, second = np.asarray(first, bool), np.asarray(second, bool)
     if first.shape != second.shape:
-        raise ValueError(f"got {len(first)} and {len(second)} answers; expected both on the same test images")
+        raise ValueError(f"got {len(first)} and {len(second)} answers; expected equally many, for the same test images")
     m = len(first)
     a, b = int((first & second).sum()), int((first & ~second).sum())
     c, d = int((~first & second).sum()), int((~first & ~second).sum())

@@ -1,15 +1,15 @@
 """Mean intersection over union of segmentation masks, at the original size of the images.
 
-The model sees each image whole, squeezed or stretched to the size it works at; its scores are enlarged bilinearly to
-the size of the file, and there the best class of each pixel is held against the mask. Pixels that are IGNORED do not
+Each image is resized as a whole to the model's input size, without keeping its aspect ratio. The scores are resized
+bilinearly to the size of the file, and the best class of each pixel is compared with the mask. IGNORED pixels do not
 count.
 
-The intersection over union of a class is a / (a + b + c): a pixels rightly named, b wrongly given to it, c of it
-missed, over all images together. Their mean (mIoU) is over the classes that occur in the masks; a class that occurs in
-none costs only where it is wrongly named. The 95 % interval is a percentile bootstrap over images: what another choice
-of test images could change; not another seed of the training.
+The intersection over union of a class is TP / (TP + FP + FN), in pixels of all images together. The mean (mIoU) is over
+the classes that occur in the masks; predicting a class that occurs in no mask only lowers the IoU of the true classes.
+The 95 % interval is a percentile bootstrap over images: it accounts for the choice of test images, not for the seed of
+the training.
 
-Letters: n images, K classes, H x W pixels of the file, h x w those the model sees.
+Letters: n images, K classes, H x W pixels of the file, h x w pixels of the model's input.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from unmask.metrics.measurement import Measurement
 from unmask.nn.map_heads import resize
 
 RESAMPLES = 1000
-MOST_VALUES = 1 << 26  # scores that are enlarged at a time: 256 MiB
+MOST_VALUES = 1 << 26  # scores to resize at a time: 256 MiB
 
 
 @dataclass
 class Tally:
-    """What was counted so far. `confusion` (K, K) int64: pixels of class i that were called j.
+    """Running counts. `confusion` (K, K) int64: pixels of class i that were predicted as class j.
 
-    `images`: for each image (3, K) int64, pixels rightly named, of the class in truth, and given to the class.
+    `images`: (3, K) int64 for each image: correct pixels, true pixels and predicted pixels of each class.
     """
 
     classes: tuple[str, ...]
@@ -47,7 +47,7 @@ class Tally:
         self.confusion = np.zeros((len(self.classes), len(self.classes)), np.int64)
 
     def add(self, guess: Int[Tensor, "H W"], truth: Int[Tensor, "H W"]) -> None:
-        """Count one image; truth is IGNORED where it does not count."""
+        """Add one image; pixels whose truth is IGNORED do not count."""
         count = len(self.classes)
         counted = truth != IGNORED
         pairs = truth[counted].long() * count + guess[counted].long()
@@ -69,7 +69,7 @@ class Scores:
     num_images: int
 
     def as_measurement(self) -> Measurement:
-        """With the intersection over union of each class, None for one that does not occur."""
+        """Convert to a Measurement; its details hold the IoU of each class, None for classes that do not occur."""
         ious = {name: None if np.isnan(iou) else float(iou) for name, iou in zip(self.classes, self.ious, strict=True)}
         return Measurement(
             {"mean_iou": self.mean_iou, "pixel_accuracy": self.pixel_accuracy},
@@ -88,10 +88,11 @@ def measure(
     device: str | torch.device = "cpu",
     seed: int = 0,
 ) -> Scores:
-    """Judge a model on these images.
+    """Measure the mean IoU of a model on these images.
 
-    logits: (B, C, h, w) images -> (B, K, _, _) scores. batches: of whole images (`loader.Images` with `whole`). truth:
-    row of an image -> (H, W) classes at the size of the file (`Maps.read`). Raises UserError where no pixel counts.
+    logits: (B, C, h, w) images -> (B, K, _, _) scores. batches: of whole images (`image_reader` with `whole`). truth:
+    row of an image -> (H, W) classes at the size of the file (`SegmentationMasks.read`). Raises UserError if all pixels
+    are ignored.
     """
     tally = Tally(tuple(classes))
     with torch.no_grad():
@@ -103,7 +104,7 @@ def measure(
 
 
 def classes_at(logits: Float[Tensor, "K h w"], size: tuple[int, int]) -> Int[Tensor, "H W"]:
-    """The best class of each pixel after enlarging the scores to `size`; a few classes at a time if they are many."""
+    """Return the best class of each pixel after resizing the scores to `size`; many classes are resized in parts."""
     step = max(1, MOST_VALUES // (size[0] * size[1]))
     best = torch.full(size, -torch.inf, device=logits.device)
     which = torch.zeros(size, dtype=torch.int64, device=logits.device)
@@ -115,11 +116,11 @@ def classes_at(logits: Float[Tensor, "K h w"], size: tuple[int, int]) -> Int[Ten
 
 
 def score(tally: Tally, *, seed: int = 0) -> Scores:
-    """The numbers of what was counted, with the interval from RESAMPLES draws of as many images."""
+    """Compute the scores from the counts, with the interval from RESAMPLES bootstrap samples of the images."""
     each = np.array(tally.images).reshape(len(tally.images), 3, len(tally.classes))  # (n, 3, K)
     total = each.sum(0)
     if not total[1].any():
-        raise UserError(f"no pixel of {len(each)} images counts: the masks contain only ignored ids; ignore fewer")
+        raise UserError(f"got masks of {len(each)} images in which all pixels are ignored; ignore fewer ids")
     draws = np.random.default_rng(seed).multinomial(len(each), np.full(len(each), 1 / len(each)), RESAMPLES)
     resampled = (draws.astype(float) @ each.reshape(len(each), -1)).reshape(RESAMPLES, *total.shape)
     means = mean_iou(*resampled.swapaxes(0, 1))
@@ -136,11 +137,11 @@ def score(tally: Tally, *, seed: int = 0) -> Scores:
 
 
 def ious(right: np.ndarray, true: np.ndarray, given: np.ndarray) -> np.ndarray:
-    """Intersection over union of each class, nan where it does not occur; all (..., K)."""
+    """Return the intersection over union of each class, nan for classes that do not occur; all arrays are (..., K)."""
     return np.where(true > 0, right / np.maximum(true + given - right, 1), np.nan)
 
 
 def mean_iou(right: np.ndarray, true: np.ndarray, given: np.ndarray) -> np.ndarray:
-    """(..., K) -> (...): mean over the classes that occur, nan where none does."""
+    """Return the mean over the classes that occur, nan if none does: (..., K) -> (...)."""
     occurs = (true > 0).sum(-1)
     return np.where(occurs > 0, np.nansum(ious(right, true, given), -1) / np.maximum(occurs, 1), np.nan)

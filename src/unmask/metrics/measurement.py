@@ -1,4 +1,4 @@
-"""What a measurement on test images holds, whatever the task."""
+"""Results of a measurement on test images, for every task."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 
 class Metric(NamedTuple):
-    """A number that says how good a task is: `name` as a key of metrics.jsonl and of results, `words` after a value."""
+    """A quality metric: `name` is its key in metrics.jsonl and in results, `words` follow its value in texts."""
 
     name: str
     words: str
@@ -15,10 +15,10 @@ class Metric(NamedTuple):
 
 @dataclass(frozen=True)
 class Measurement:
-    """How good a task is on test images.
+    """Metrics of a task on test images.
 
-    values: the metrics by name, between 0 and 1. low, high: 95 % limits of the first headline metric, None where they
-    are not known. details: what else is reported, such as the metric of each class, under the keys of the JSON.
+    values: the metrics by name, between 0 and 1. low, high: 95 % limits of the first headline metric, None if unknown.
+    details: other reported values by their JSON key, such as the metric of each class.
     """
 
     values: dict[str, float]
@@ -27,6 +27,6 @@ class Measurement:
     details: dict[str, Any] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
-        """One flat dictionary, as stored in `evals/fine-tuned.json`."""
+        """Return a flat dictionary, as stored in `evals/fine-tuned.json`."""
         limits = {} if self.low is None else {"low": self.low, "high": self.high}
         return {**self.values, **limits, **self.details}

@@ -10,11 +10,11 @@ from unmask.optim import OptimConfig
 
 
 def ae_nano() -> Config:
-    """Images of 32 to 64 pixels on any processor: a code of 192 numbers, as long as a token of the other nano recipes.
+    """Images of 32 to 64 pixels on any processor: a code of 192 numbers, the token width of the other nano recipes.
 
     unmask pretrain DATA --recipe ae_nano
 
-    Hidden layers of 1024 and 512, ReLU, mean square error. Not from a paper.
+    Hidden layers of 1024 and 512 units, ReLU, mean square error. Not from a paper.
     """
     return Config(
         recipe="ae_nano",
@@ -30,7 +30,7 @@ def ae_hinton() -> Config:
 
     unmask pretrain DATA --recipe ae_hinton
 
-    2,837,314 parameters, a code of 30 numbers. `--set method.encoder.code=2` gives the paper's map of digits.
+    2,837,314 parameters, a code of 30 numbers. Use `--set method.encoder.code=2` for the paper's map of digits.
 
     Differs from the paper: trained end to end with AdamW, not layer by layer.
     """

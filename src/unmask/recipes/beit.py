@@ -15,8 +15,9 @@ def beit_nano() -> Config:
     unmask pretrain DATA --recipe dvae_nano --out runs/tokenizer
     unmask pretrain DATA --recipe beit_nano --tokenizer runs/tokenizer
 
-    Fixed sine-cosine positions like the other nano recipes, so that the family can be compared; neither relative bias
-    nor LayerScale, which --set method.encoder.relative_bias=true --set method.encoder.layer_scale=0.1 switch on.
+    It has fixed sine-cosine positions like the other nano recipes, so that they can be compared. Relative bias and
+    LayerScale are off; enable them with --set method.encoder.relative_bias=true and --set
+    method.encoder.layer_scale=0.1.
     """
     return Config(
         recipe="beit_nano",
@@ -28,15 +29,18 @@ def beit_nano() -> Config:
 
 
 def beit_base() -> Config:
-    """BEiT-B/16 at 224 pixels, 800 epochs at batch 2048; its tokenizer has 8-pixel codes (`dvae_small`, `dvae_dalle`).
+    """BEiT-B/16 at 224 pixels, 800 epochs at batch 2048; its tokenizer has one code per 8 x 8 pixels.
 
     unmask pretrain DATA --recipe dvae_small --out runs/tokenizer
     unmask pretrain DATA --recipe beit_base --tokenizer runs/tokenizer
 
-    Published: 83.2 % fine-tuned on ImageNet-1K with DALL-E's tokenizer, 82.7 % after 300 epochs with one trained on
-    ImageNet-1K; linear probe of the best layer 56.7 %.
+    The recipes `dvae_small` and `dvae_dalle` train such tokenizers.
 
-    Differs from the paper: see `methods/beit.py`. Learning rate 1.5e-3 falling to 1e-5, clipping and betas are theirs.
+    Published: 83.2 % fine-tuned on ImageNet-1K with DALL-E's tokenizer, 82.7 % after 300 epochs with a tokenizer
+    trained on ImageNet-1K; linear probe of the best layer 56.7 %.
+
+    Differs from the paper: see `methods/beit.py`. The learning rate (1.5e-3 falling to 1e-5), clipping and betas are
+    the paper's.
     """
     return _paper("beit_base", ViTConfig(width=768, depth=12, heads=12, positions="absent", relative_bias=True,
                                          layer_scale=0.1), clip=3.0)  # fmt: skip

@@ -1,7 +1,7 @@
 """Find recipes. A recipe is a public function in this folder without arguments that returns a `Config`.
 
-There is no registry: a new function in any file here is found by its name. `choose` implements `auto`, `describe` the
-output of `unmask recipes NAME`.
+There is no registry: a new function in any file here is found by its name. `choose` implements the recipe `auto`, and
+`describe` the output of `unmask recipes NAME`.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from pydantic import BaseModel
 import unmask.recipes
 from unmask.config import Config, ConfigError, keys, nearest
 
-FEWEST_STEPS = 3_000  # of small data sets: their epochs have few updates
+FEWEST_STEPS = 3_000  # for small data sets, whose epochs have few updates
 MOST_ELONGATED = 2.5
-FEWEST_VISIBLE = 16  # patches, when three quarters are hidden
+FEWEST_VISIBLE = 16  # visible patches when three quarters are hidden
 AUTO = ("mae_nano", "mae_tiny", "mae_small", "mae_base")
-"""What `choose` chooses from."""
+"""The recipes that `choose` considers."""
 BOUNDS = {"exclusiveMinimum": "above", "minimum": "at least", "exclusiveMaximum": "below", "maximum": "at most"}
 
 
 def all_recipes() -> dict[str, Callable[[], Config]]:
-    """Name -> function, in the order of the files and of the functions in them."""
-    found: dict[str, Callable[[], Config]] = {}
+    """Return functions by name, in the order of the files and of the functions in them."""
+    recipes: dict[str, Callable[[], Config]] = {}
     for module in pkgutil.iter_modules(unmask.recipes.__path__):
         for name, thing in vars(importlib.import_module(f"unmask.recipes.{module.name}")).items():
             if inspect.isfunction(thing) and not name.startswith("_"):
                 signature = inspect.signature(thing)
                 if not signature.parameters and signature.return_annotation in ("Config", Config):
-                    found[name] = thing
-    return found
+                    recipes[name] = thing
+    return recipes
 
 
 GROUPS = {
@@ -50,33 +50,33 @@ GROUPS = {
     "ae": "Autoencoders",
     "dae": "Autoencoders",
     "fine_tuning": "Supervised training: `unmask finetune` and `unmask probe --kind paper-linear`",
-    "demo": "What `unmask demo` trains",
+    "demo": "Recipes of `unmask demo`",
 }
-"""Title of a group, by the file of `recipes/`, in the order of the list; files without one get a group of their own."""
+"""Titles of groups by file of `recipes/`, in the order of `unmask recipes`; any other file is its own group."""
 
 
 def grouped() -> dict[str, list[str]]:
-    """Names of the recipes by the title of their group, as `unmask recipes` lists them."""
+    """Return the names of the recipes by the title of their group, as `unmask recipes` lists them."""
     files = {name: function.__module__.rpartition(".")[2] for name, function in all_recipes().items()}
     order = [*GROUPS, *sorted(set(files.values()) - set(GROUPS))]
-    found: dict[str, list[str]] = {}
-    for name in sorted(files, key=lambda name: order.index(files[name])):  # stable: as in the file
-        found.setdefault(GROUPS.get(files[name], files[name]), []).append(name)
-    return found
+    groups: dict[str, list[str]] = {}
+    for name in sorted(files, key=lambda name: order.index(files[name])):  # stable: keeps the order in each file
+        groups.setdefault(GROUPS.get(files[name], files[name]), []).append(name)
+    return groups
 
 
 def first_line(function: Callable[[], Config]) -> str:
-    """The first line of a recipe's docstring."""
+    """Return the first line of a recipe's docstring."""
     return (function.__doc__ or "").strip().splitlines()[0]
 
 
 def find(name: str) -> Config:
-    """The recipe of that name. Raises ConfigError with the nearest names."""
+    """Return the recipe of that name. Raises ConfigError with the nearest names."""
     recipes = all_recipes()
     if name == "auto":
         raise ConfigError(
-            "recipe 'auto' is chosen from the data and has no settings of its own; `unmask check DATA` shows which one "
-            f"it is, of {', '.join(AUTO)}"
+            "recipe 'auto' is chosen from the data and has no settings of its own; `unmask check DATA` shows which of "
+            f"{', '.join(AUTO)} is chosen"
         )
     if name not in recipes:
         raise ConfigError(f"recipe {name!r} is not known; {nearest(name, [*recipes, 'auto'])}")
@@ -86,7 +86,7 @@ def find(name: str) -> Config:
 def describe(name: str) -> str:
     """Describe a recipe: its docstring, then every key with its value and the allowed values.
 
-    Above each section stand the docstrings of its settings. Raises ConfigError with the nearest names.
+    Each section begins with the docstrings of its settings. Raises ConfigError with the nearest names.
     """
     config = find(name)
     blocks = [inspect.getdoc(all_recipes()[name]) or name]
@@ -97,13 +97,13 @@ def describe(name: str) -> str:
             if path and (doc := type(settings).__doc__):
                 notes.append(f"{path}:\n{inspect.cleandoc(doc)}")
         lines = [f"# {line}".rstrip() for line in "\n\n".join(notes).splitlines()]
-        said = []
+        rows = []
         for key, settings in owners.items():
             leaf = key.rpartition(".")[2]
             allowed = _allowed(type(settings).model_json_schema()["properties"][leaf])
-            said.append((f"{key} = {_text(getattr(settings, leaf))}", allowed))
-        width = max(len(setting) for setting, _ in said)
-        lines += [f"{setting:{width}}  # {allowed}" if allowed else setting.rstrip() for setting, allowed in said]
+            rows.append((f"{key} = {_text(getattr(settings, leaf))}", allowed))
+        width = max(len(setting) for setting, _ in rows)
+        lines += [f"{setting:{width}}  # {allowed}" if allowed else setting.rstrip() for setting, allowed in rows]
         blocks.append("\n".join(lines))
     blocks.append(
         "Change any of these with --set KEY=VALUE; KEY=none unsets a value. Comments above each section describe the "
@@ -113,7 +113,7 @@ def describe(name: str) -> str:
 
 
 def _owner(config: Config, key: str) -> BaseModel:
-    """The settings that hold a dotted key."""
+    """Return the settings that contain a dotted key."""
     owner: Any = config
     for part in key.split(".")[:-1]:
         owner = getattr(owner, part)
@@ -121,12 +121,12 @@ def _owner(config: Config, key: str) -> BaseModel:
 
 
 def _text(value: object) -> str:
-    """A value as `--set` reads it."""
+    """Format a value as `--set` reads it."""
     return value if isinstance(value, str) else "none" if value is None else json.dumps(value, separators=(",", ":"))
 
 
 def _allowed(schema: dict[str, Any]) -> str:
-    """Describe a field's choices or bounds, from its JSON schema; "" where any value of its type is allowed."""
+    """Describe a field's choices or bounds, from its JSON schema; "" if any value of its type is allowed."""
     if "anyOf" in schema:
         parts = [_allowed(part) for part in schema["anyOf"]]
         return ", or ".join(parts) if all(parts) else ""
@@ -152,10 +152,10 @@ def choose(
     size: tuple[int, int] | None = None,
     about: bool = False,
 ) -> tuple[str, list[str], list[str]]:
-    """The recipe `auto`: from the number of images, their median (H, W) in pixels, and the device.
+    """Choose the recipe `auto` from the number of images, their median (H, W) in pixels, and the device.
 
-    fixed: keys that the user has set, which are not changed. size: data.size where it was set, so that the patch
-    fits it. about: the number of images is an estimate. Returns (recipe name, overrides as KEY=VALUE, reasons as
+    fixed: keys that the user has set, which are not changed. size: data.size if the user has set it; the patch is
+    chosen to fit. about: the number of images is an estimate. Returns (recipe name, overrides as KEY=VALUE, reasons as
     sentences).
     """
     height, width = median_size
@@ -194,7 +194,7 @@ def choose(
     else:
         patch = fitting_patch(whole, lambda _: size)
     height, width = size or shape_for(median_size, small, patch)
-    reason = f"patch {patch}: for {height * width // patch**2 // 4} visible patches when three quarters are hidden"
+    reason = f"patch {patch}: {height * width // patch**2 // 4} visible patches when three quarters are hidden"
     propose("method.encoder.patch", f"[{patch},{patch}]", reason if patch != whole else None)
     base = find(name)
     batch = base.train.batch_size
@@ -204,7 +204,7 @@ def choose(
         propose(
             "train.batch_size",
             batch,
-            f"batch {batch}: so that an epoch of {num_images} images has at least eight steps",
+            f"batch {batch}: an epoch of {num_images} images has at least eight steps",
         )
     epochs = base.train.epochs or 100
     if epochs * num_images / batch < FEWEST_STEPS:
@@ -214,7 +214,7 @@ def choose(
 
 
 def shape_for(median_size: tuple[int, int], small: int, patch: int) -> tuple[int, int]:
-    """The model's (H, W): square, or the shape of wide or tall images in whole patches along the longer side."""
+    """Return the model's (H, W): square, or for wide or tall images their shape, rounded to whole patches."""
     height, width = median_size
     elongation = max(height, width) / min(height, width)
     if elongation < 1.25:
@@ -224,9 +224,10 @@ def shape_for(median_size: tuple[int, int], small: int, patch: int) -> tuple[int
 
 
 def fitting_patch(most: int, shape: Callable[[int], tuple[int, int]]) -> int:
-    """The largest patch, from `most` down to its half, that divides the size it goes with and leaves enough visible.
+    """Return the largest patch from `most` down to its half that divides its image size and leaves enough visible.
 
-    Where none leaves enough it is the smallest that divides, and where none divides it is `most`.
+    `shape` maps a patch to an image size. If no patch leaves enough patches visible, return the smallest that divides
+    the size; if none divides it, return `most`.
     """
     divides = most
     for patch in range(most, most // 2 - 1, -1):

@@ -1,7 +1,7 @@
 """CrossMAE recipes: for 32-pixel images, and the paper's ViT-B/16.
 
-The official code multiplies the learning rate by predict ratio / mask ratio, as the loss is a mean over so many fewer
-patches. Base learning rates here include that factor: change `optim.base_lr` together with one of the ratios.
+The official code multiplies the learning rate by predict ratio / mask ratio, because the loss is a mean over fewer
+patches. The paper's base learning rate here includes that factor: when you change a ratio, change `optim.base_lr`, too.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ def crossmae_nano() -> Config:
 
     unmask pretrain DATA --recipe crossmae_nano [--set data.size=64 --set method.encoder.patch=8]
 
-    Encoder and settings of mae_nano; 16 query tokens attend to 17 visible ones, and despite two more decoder blocks a
-    step is a tenth faster. Differs from the paper: sizes; the learning rate is not scaled by predict ratio /
+    It has the encoder and settings of mae_nano. 16 query tokens attend to 17 visible ones, so a step is a tenth faster
+    despite two more decoder blocks. Differs from the paper: sizes; the learning rate is not scaled by predict ratio /
     mask ratio, because small runs have few updates.
     """
     return Config(
@@ -40,8 +40,8 @@ def crossmae_base() -> Config:
 
     unmask pretrain DATA --recipe crossmae_base
 
-    Published, 800 epochs: 83.5 % ImageNet-1K top-1 fine-tuned at 224 pixels, where MAE has 83.3 %; 83.7 % with all the
-    hidden patches predicted (`--set method.predict_ratio=0.75 --set optim.base_lr=1.5e-4`).
+    Published, 800 epochs: 83.5 % ImageNet-1K top-1 fine-tuned at 224 pixels (MAE: 83.3 %); 83.7 % if all hidden patches
+    are predicted (`--set method.predict_ratio=0.75 --set optim.base_lr=1.5e-4`).
 
     Differs from the paper: mean and standard deviation from the data instead of ImageNet's; epochs follow one another
     without dropping the last batch; warm-up is 5 % of the steps (40 of 800 epochs), so longer training warms up longer.

@@ -16,8 +16,8 @@ def dae_nano() -> Config:
     unmask pretrain DATA --recipe dae_nano --set method.corruption=gaussian --set method.sigma=0.5
     unmask pretrain DATA --recipe dae_nano --set method.corruption=gray
 
-    The second masks patches of 4 pixels and predicts only these, as MAE does. A quarter was best in the paper (10 to
-    40 % are about as good). This size is not from a paper.
+    The second command masks patches of 4 x 4 pixels and predicts only these, as MAE does. A share of a quarter was best
+    in the paper (10 to 40 % are about as good). The sizes are not from a paper.
     """
     return Config(
         recipe="dae_nano",

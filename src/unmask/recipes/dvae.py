@@ -1,4 +1,4 @@
-"""Tokenizers: the dVAE whose codes BEiT and MAE with token targets predict, from 32-pixel images to DALL-E's own."""
+"""Tokenizer recipes, from 32-pixel images to DALL-E's own: dVAEs for BEiT, and for MAE with token targets."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from unmask.optim import OptimConfig
 
 
 def dvae_nano() -> Config:
-    """A tokenizer for images of 32 to 64 pixels on any processor: 256 codes, one for 4 x 4 pixels.
+    """A tokenizer for images of 32 to 64 pixels on any processor: 256 codes, one per 4 x 4 pixels.
 
     unmask pretrain DATA --recipe dvae_nano --out runs/tokenizer
     unmask pretrain DATA --recipe beit_nano --tokenizer runs/tokenizer
 
-    Usable when the perplexity in metrics.jsonl is more than a quarter of the codebook and the picture resembles the
-    images. Not from a paper. On CIFAR-10 after 800 steps (about four minutes on one core), in the last batch:
-    perplexity 134, mean square error of normalised pixels 0.061. With a KL weight of 2e-3 it was 87 and 0.061, with
-    that and a fifth of the learning rate 53 and 0.094.
+    The tokenizer is usable if the perplexity in metrics.jsonl is more than a quarter of the codebook and the
+    reconstructions resemble the images. Not from a paper. On CIFAR-10 after 800 steps (about four minutes on one core),
+    in the last batch: perplexity 134, mean square error of normalised pixels 0.061. A KL weight of 2e-3 gave 87 and
+    0.061; with a fifth of the learning rate in addition, 53 and 0.094.
     """
     return Config(
         recipe="dvae_nano",
@@ -35,12 +35,12 @@ def dvae_nano() -> Config:
 
 
 def dvae_small() -> Config:
-    """A tokenizer for photographs on one GPU: 112 pixels, 2048 codes, one for 8 x 8 pixels, as many as BEiT's grid.
+    """A tokenizer for photographs on one GPU: 112 pixels, 2048 codes, one per 8 x 8 pixels.
 
     unmask pretrain DATA --recipe dvae_small --out runs/tokenizer
 
-    A view of 112 pixels gives 14 x 14 codes, one for each patch of a ViT with patch 16 at 224 pixels. An estimate, not
-    yet measured on a GPU: the 50 epochs take 1 to 2 hours for 100,000 photographs.
+    A view of 112 pixels has 14 x 14 codes, one for each patch of a ViT with patch 16 at 224 pixels (BEiT's grid).
+    Estimated, not yet measured on a GPU: the 50 epochs take 1 to 2 hours for 100,000 photographs.
     """
     return Config(
         recipe="dvae_small",
@@ -57,17 +57,17 @@ def dvae_small() -> Config:
 
 
 def dvae_dalle() -> Config:
-    """The paper's dVAE (97.6 M parameters): 256 pixels, 8192 codes, one for 8 x 8, logit-Laplace, 3 M steps of 512.
+    """The paper's dVAE (97.6 M parameters): 256 pixels, 8192 codes, one per 8 x 8, logit-Laplace, 3 M steps of 512.
 
     unmask pretrain DATA --recipe dvae_dalle
 
     Appendix A: AdamW (0.9, 0.999), weight decay 1e-4, learning rate 1e-4 falling to 1.25e-6, temperature 1 to 1/16 in
-    150,000 steps, KL weight 6.6 / 192 in 5,000. Its Gumbel noise, one number for every code at every place, is drawn by
-    counter here, which costs more than the paper's.
+    150,000 steps, KL weight 6.6 / 192 in 5,000. The Gumbel noise, one number for every code at every position, comes
+    from a counter-based generator here, which is slower than the paper's.
 
-    Differs from the paper: the learning rate falls over all 3 M steps, there over 1.2 M; crops are random-resized of
-    at least 0.44 of the area (there: the shorter side to 9/8 to 12/8 of 256, then a crop); no moving average of
-    the weights.
+    Differs from the paper: the learning rate falls over all 3 M steps (there over 1.2 M); crops are random-resized with
+    at least 0.44 of the area (there the shorter side is resized to 9/8 to 12/8 of 256, then cropped); no moving average
+    of the weights.
     """
     return Config(
         recipe="dvae_dalle",

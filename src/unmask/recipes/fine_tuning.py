@@ -1,7 +1,7 @@
-"""Recipes of `unmask finetune`. The encoder, the size of the images and the classes come from the Run and the data.
+"""Recipes of `unmask finetune`.
 
-The encoder and the classes given here are replaced; all other settings apply. `--recipe auto` chooses by the size of
-the encoder and the number of labelled images.
+The encoder, the image size and the classes are replaced by those of the Run and the data; all other settings apply.
+`--recipe auto` chooses by the size of the encoder and the number of labelled images.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from unmask.nn.vit import ViTConfig
 from unmask.optim import OptimConfig
 from unmask.tasks import classify, detect, linear_probe, segment
 
-PAPER_CROP = CropConfig(scale=(0.08, 1.0), eval_share=0.875)  # evaluation at more than 224 pixels: 1, `crop_for`
+PAPER_CROP = CropConfig(scale=(0.08, 1.0), eval_share=0.875)  # at more than 224 pixels `crop_for` sets eval_share to 1
 SMALL_CROP = CropConfig(scale=(0.4, 1.0))
 DENSE_CROP = CropConfig(scale=(0.25, 1.0))
 FROM_SCRATCH = {"head_std": classify.SCRATCH_STD}  # MAE's 2e-5 is for heads on pre-trained weights
@@ -25,7 +25,7 @@ HUGE = ViTConfig(width=1280, depth=32, heads=16, patch=(14, 14))
 
 
 def finetune_few() -> Config:
-    """Up to 1,000 labelled images: 150 epochs in small batches, strong decay over the layers.
+    """Up to 1,000 labelled images: 150 epochs in small batches, strong layer-wise decay.
 
     unmask finetune RUN DATA --recipe finetune_few
     """
@@ -41,7 +41,7 @@ def finetune_some() -> Config:
 
 
 def finetune_nano() -> Config:
-    """More than 10,000 labelled images and an encoder smaller than ViT-B: 100 epochs (public figures have 100).
+    """More than 10,000 labelled images and an encoder smaller than ViT-B: 100 epochs, as in published results.
 
     unmask finetune RUN DATA --recipe finetune_nano
     """
@@ -111,7 +111,7 @@ def scratch_base() -> Config:
 
 
 def scratch_large() -> Config:
-    """ViT-L and ViT-H from scratch on ImageNet-1K (MAE, Table 11): 82.6 and 83.1 %; 81.5 and 80.9 % not averaged.
+    """ViT-L and ViT-H from scratch on ImageNet-1K (MAE, Table 11): 82.6 and 83.1 % (81.5 and 80.9 % without averaging).
 
     unmask finetune RUN DATA --from-scratch
     """
@@ -119,7 +119,7 @@ def scratch_large() -> Config:
 
 
 def segment_nano() -> Config:
-    """Semantic segmentation with a small encoder: a UPerNet-like head, crops of a quarter of the image and more.
+    """Semantic segmentation with a small encoder: a UPerNet-like head, crops of at least a quarter of the image.
 
     unmask finetune RUN DATA --task segment [--annotations MASKS] [--ignore ID] --set data.size=[96,128]
     """
@@ -150,7 +150,7 @@ def detect_base() -> Config:
 
     unmask finetune RUN DATA --task detect --set data.size=1024
 
-    Published for Mask R-CNN heads on COCO: 50.3 (ViT-B) and 53.3 (ViT-L) box AP; another head here.
+    Published for Mask R-CNN heads on COCO: 50.3 (ViT-B) and 53.3 (ViT-L) box AP; this recipe has a different head.
     """
     return _dense("detect_base", detect, BASE, size=(1024, 1024), base_lr=1.6e-3, head=256, epochs=50)
 
@@ -194,7 +194,10 @@ def _method(encoder: ViTConfig, **settings: float) -> classify.Config:
 def _small(
     name: str, *, base_lr: float, batch_size: int, epochs: float, layer_decay: float | None = None, **mixing: float
 ) -> Config:
-    """layer_decay: None from scratch, where all layers have the same rate and the weights are averaged."""
+    """Return a recipe for small encoders.
+
+    layer_decay: None for training from scratch, with the same rate in all layers and a moving average of the weights.
+    """
     scratch: dict[str, float] = {"warmup": 0.1, "average": 0.999}
     return Config(
         recipe=name,

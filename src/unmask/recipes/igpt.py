@@ -14,13 +14,13 @@ def igpt_nano() -> Config:
 
     unmask pretrain DATA --recipe igpt_nano [--set data.size=64 --set method.encoder.patch=4]
 
-    The network processes all 256 tokens, so a step costs several times one of mae_nano (see `unmask plan`).
+    The network processes all 256 tokens, so a step takes several times as long as with mae_nano (see `unmask plan`).
     """
     return _nano("igpt_nano", "ar")
 
 
 def igpt_bert_nano() -> Config:
-    """As igpt_nano with BERT's objective: 15 % of the tokens hidden and predicted from all others.
+    """igpt_nano with BERT's objective: 15 % of the tokens are hidden and predicted from all others.
 
     unmask pretrain DATA --recipe igpt_bert_nano
     """
@@ -35,9 +35,9 @@ def igpt_s() -> Config:
     Published, linear probe of the best layer: ImageNet 41.9 %. Test likelihood 2.0895 nats per token.
 
     Differs from the paper: see `methods/igpt.py`; warm-up is 1 % of the steps (there one epoch of ImageNet); crops are
-    squares of 34 to 77 % of the image's area (there: the shorter side to 256 to 384 pixels, a square of 224, shrunk to
-    32, which is this share of the largest square). Its learning rate
-    was searched from 0.01, 0.003, ...; the choice is not published, and 0.003 (L: 0.001) is a guess.
+    squares of 34 to 77 % of the image's area (there the shorter side is resized to 256 to 384 pixels, a square of 224
+    is cropped and shrunk to 32; its share of the largest square is the same). The paper searched the learning rate from
+    0.01, 0.003, ... and did not publish the choice; 0.003 (L: 0.001) is a guess.
     """
     return _paper("igpt_s", width=512, depth=24, heads=8, base_lr=0.006)
 
@@ -74,7 +74,7 @@ def _nano(name: str, objective: str) -> Config:
             objective="ar" if objective == "ar" else "bert",
         ),
         data=DataConfig(size=(32, 32)),
-        optim=OptimConfig(base_lr=3e-3, weight_decay=0),  # best of 1e-3, 3e-3, 6e-3 (and 1.2e-2) in short runs, both
+        optim=OptimConfig(base_lr=3e-3, weight_decay=0),  # best in a search, for both objectives
         train=TrainConfig(batch_size=128, epochs=20),
     )
 

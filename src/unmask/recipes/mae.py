@@ -3,10 +3,10 @@
 `mae_base`, `mae_large` and `mae_huge` are He et al. 2021, Table 8, number for number, for 800 epochs. Differs from the
 paper: images are normalised with the mean and standard deviation of the data instead of ImageNet's; epochs follow one
 another without dropping the last, incomplete batch; warm-up is a share of the steps (40 of 800 epochs), so longer
-training warms up longer. Published percentages are ImageNet-1K top-1 at 224 pixels. The small recipes keep the method
-and change what small data and one machine need: a decoder no wider than the encoder and at most four blocks deep (with
-the paper's 512 x 8 the decoder of a ViT-B already costs more than half of the pass), at least 16 visible patches, and a
-higher base learning rate at a smaller batch.
+training warms up longer. Published percentages are ImageNet-1K top-1 at 224 pixels. The small recipes adapt the
+settings to small data and one machine: a decoder no wider than the encoder and at most four blocks deep (the paper's
+512 x 8 decoder takes more than half of the compute even with ViT-B), at least 16 visible patches, and a higher base
+learning rate at a smaller batch.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def mae_nano() -> Config:
 
     unmask pretrain DATA --recipe mae_nano [--set data.size=64 --set method.encoder.patch=8]
 
-    On two CPU cores about 30 minutes to see it work on CIFAR-10 (measured figures: docs/LOG.md).
+    On two CPU cores, CIFAR-10 shows first results after about 30 minutes (measured figures: docs/LOG.md).
     """
     return Config(
         recipe="mae_nano",
@@ -39,12 +39,12 @@ def mae_nano() -> Config:
 
 
 def mae_tiny() -> Config:
-    """Small images (64 to 128 pixels) on one small GPU or a patient CPU: ViT-Tiny 192 x 12, decoder 192 x 2.
+    """Small images (64 to 128 pixels) on one small GPU, or slowly on a CPU: ViT-Tiny 192 x 12, decoder 192 x 2.
 
     unmask pretrain DATA --recipe mae_tiny
 
-    An estimate, not yet measured on a GPU: the 400 epochs take 1 to 3 hours for 100,000 images on one GPU of 8 GiB or
-    more, if the processor decodes fast enough; on a few CPU cores weeks. `unmask check DATA` measures yours.
+    Estimated, not yet measured on a GPU: the 400 epochs take 1 to 3 hours for 100,000 images on one GPU with 8 GiB or
+    more, if the CPU decodes fast enough, and weeks on a few CPU cores. `unmask check DATA` measures your machine.
     """
     return Config(
         recipe="mae_tiny",
@@ -63,8 +63,8 @@ def mae_small() -> Config:
 
     unmask pretrain DATA --recipe mae_small
 
-    An estimate, not yet measured on a GPU: the 400 epochs take 5 to 15 hours for 100,000 photographs on one GPU of
-    16 GiB or more, if the processor decodes fast enough (a dozen cores). `unmask check DATA` measures yours.
+    Estimated, not yet measured on a GPU: the 400 epochs take 5 to 15 hours for 100,000 photographs on one GPU with 16
+    GiB or more, if the CPU decodes fast enough (a dozen cores). `unmask check DATA` measures your machine.
     """
     return Config(
         recipe="mae_small",
@@ -83,8 +83,8 @@ def mae_base() -> Config:
 
     unmask pretrain DATA --recipe mae_base
 
-    Published: paper, 1600 epochs (Table 3): 83.6 % fine-tuned, 68.0 % linear; reproductions at 800 epochs: 83.3 % and
-    65.1 %.
+    Published: 83.6 % fine-tuned and 68.0 % with a linear probe after 1600 epochs (paper, Table 3); 83.3 % and 65.1 %
+    after 800 epochs (reproductions).
 
     Differs from the paper: mean and standard deviation from the data instead of ImageNet's; epochs follow one another
     without dropping the last batch; warm-up is 5 % of the steps (40 of 800 epochs), so longer training warms up longer.
@@ -110,7 +110,8 @@ def mae_huge() -> Config:
 
     unmask pretrain DATA --recipe mae_huge
 
-    Published: 86.9 % fine-tuned after 1600 epochs; this recipe trains 800, `--set train.epochs=1600` as long as theirs.
+    Published: 86.9 % fine-tuned after 1600 epochs; this recipe trains for 800; use `--set train.epochs=1600` for the
+    paper's length.
 
     Differs from the paper: as `mae_base` (data's own mean and std, no batch dropped, warm-up as a share of the steps).
     """

@@ -1,19 +1,18 @@
-"""Image classification with an encoder whose last blocks, or all, are trained: He et al. 2021, sections 4.3, A.1, Fig.
-9.
+"""Image classification: train a head and some or all blocks of an encoder (He et al. 2021, sections 4.3, A.1, Fig. 9).
 
 The mean of the patch tokens, taken before the encoder's own final norm, goes through a LayerNorm and one linear layer,
 as in the official fine-tuning (`models_vit.py` with global_pool). One setting, `last_blocks`, covers everything from
-linear probing (only these two are trained) to full fine-tuning (positions included). The encoder's weights come from
-another Run; without them it is training from scratch.
+linear probing (only these two are trained) to full fine-tuning (including positions). The encoder's weights come from
+another Run, or are random for training from scratch.
 
 Stochastic depth, mixup, cutmix, RandAugment and random erasing (Table 9) are settings of this task; layer-wise decay of
 the learning rate and the moving average of weights are settings of the optimiser (`optim.py`).
 
-Differs from the paper: draws for mixing belong to the micro-batch (there the GPU's batch); with `last_blocks` 0 the
-head still uses mean tokens and a LayerNorm, where the paper's linear probe uses the class token and a BatchNorm
+Differs from the paper: mixing is drawn once per micro-batch (there once per GPU's batch); with `last_blocks` 0 the head
+still uses mean tokens and a LayerNorm, while the paper's linear probe uses the class token and a BatchNorm
 (`linear_probe.py`).
 
-Not here: length and data of the training (`finetuning/finetune.py`).
+Length and data of the training are set in `finetuning/finetune.py`.
 
 Letters: B images, C channels, N patches, K classes, L blocks.
 """
@@ -48,15 +47,15 @@ HEAD_STD, LINEAR_STD, SCRATCH_STD = 2e-5, 0.01, 0.02
 
 
 class Config(TaskConfig):
-    """classes: names, in the order of the labels. smoothing: of the labels, 0 to 1.
+    """Settings of the classifier.
 
-    last_blocks: how many of the encoder's last blocks are trained with the head; None, or all of them, for the whole
-    encoder. 0 trains only the head, 0.5 also the MLP of the last block (and its norm). drop_path: stochastic depth, the
-    probability of skipping the last block. mixup, cutmix: alpha of the Beta distribution of the mixture, 0 for none.
-    rand_augment: magnitude of RandAugment, 0 to 10, None for none. erasing: share of the images in which a box is
-    erased. The paper's values: 0.1 to 0.3, 0.8, 1.0, 9, 0.25. head_std: standard deviation of the head's initial
-    weights; None for MAE's 2e-5 on pre-trained weights, or 0.01 where only the head is trained. From scratch the
-    recipes set 0.02.
+    classes: names, in the order of the labels. smoothing: label smoothing, 0 to 1. last_blocks: how many of the
+    encoder's last blocks are trained with the head; None, or all of them, for the whole encoder. 0 trains only the
+    head, 0.5 also the MLP of the last block (and its norm). drop_path: stochastic depth, the probability of skipping
+    the last block (paper: 0.1 to 0.3). mixup, cutmix: alpha of the Beta distribution of the mixture, 0 to disable
+    (paper: 0.8, 1.0). rand_augment: magnitude of RandAugment, 0 to 10, None to disable (paper: 9). erasing: share of
+    the images in which a box is erased (paper: 0.25). head_std: standard deviation of the head's initial weights; None
+    for MAE's 2e-5 on pre-trained weights, or for 0.01 if only the head is trained. The recipes from scratch set 0.02.
     """
 
     name: Literal["classify"] = "classify"
@@ -106,13 +105,13 @@ class Classifier(Task[Tensor, None]):
         return self
 
     def loss(self, batch: Batch, clock: Clock) -> Loss:
-        """Cross-entropy with soft labels; logs the accuracy on this batch. Raises UserError for images without labels.
+        """Return the cross-entropy with soft labels; log the accuracy. Raises UserError for images without labels.
 
-        With smoothing s the target is 1 - s + s / K for the right class and s / K for each other; mixed images have the
-        mixture of both targets, and count as right when the class of the larger part is predicted.
+        With smoothing s the target is 1 - s + s / K for the right class and s / K for every other. Mixed images have
+        the mixture of both targets, and are correct if the class of the larger part is predicted.
         """
         labels = batch.require_labels()
-        with full_precision(batch.images.device):  # or a rotation would be rounded to bfloat16
+        with full_precision(batch.images.device):  # autocast would round rotations to bfloat16
             images, targets = self.augment(batch.images, labels, clock)
         paths = None
         if self.config.drop_path:
@@ -125,8 +124,8 @@ class Classifier(Task[Tensor, None]):
     def augment(self, images: Tensor, labels: Tensor, clock: Clock) -> tuple[Tensor, Tensor]:
         """Augment a batch: return images (B, C, H, W) in the files' units, and targets (B, K).
 
-        Random draws depend on the step and the image's place in the global batch; those of mixing on step and
-        micro-batch.
+        Random draws depend on the step and the image's place in the global batch; draws for mixing depend on the step
+        and the micro-batch.
         """
         config, seed, count = self.config, clock.rng.seed, len(images)
         step, place = np.full(count, clock.step), clock.micro * count + np.arange(count)
@@ -144,12 +143,12 @@ class Classifier(Task[Tensor, None]):
         return mix(images, targets, draws, mixup=config.mixup, cutmix=config.cutmix)
 
     def batch_words(self, stream: Stream, clock: Clock) -> np.ndarray:
-        """Random 32-bit words of a micro-batch, counted from the end so as not to coincide with those of images."""
+        """Return random 32-bit words of a micro-batch; indices count from the end, to differ from those of images."""
         micro = np.array([MASK32 - clock.micro])
         return words(clock.rng.seed, stream, np.array([clock.step]), micro, MIX_DRAWS)[0]
 
     def logits(self, images: Tensor, scale: Scale | None = None) -> Tensor:
-        """(B, C, H, W) in the files' units -> (B, K) float32. scale: see `ImageEncoder.accept`. Raises UserError."""
+        """Return float32 scores (B, K) of images in the files' units. scale: see `ImageEncoder.accept`."""
         return self.classify_tokens(self.tokens(self.encoder.accept(images, scale)).mean(1))
 
     @torch.no_grad()
@@ -163,31 +162,31 @@ class Classifier(Task[Tensor, None]):
         return measure_accuracy(self.logits, batches, self.device)
 
     def tokens(self, images: Tensor, paths: Tensor | None = None) -> Tensor:
-        """The patch tokens of the last block, before the encoder's own norm: (B, N, D)."""
+        """Return the patch tokens of the last block, before the encoder's own norm: (B, N, D)."""
         tokens = self.encoder.embed(self.encoder.patches(images))
         *_, last = self.encoder.layers(tokens, paths=paths)
         return last[:, 1:]
 
     def classify_tokens(self, tokens: Tensor) -> Tensor:
-        """(..., D) -> (..., classes), float32."""
+        """Return float32 scores: (..., D) -> (..., classes)."""
         return self.head(self.fc_norm(tokens)).float()
 
     def picture(self, batch: Batch, clock: Clock) -> Picture:
-        """Original, and the same with each patch as bright as its own evidence for the predicted class."""
+        """Draw the original, and a copy with each patch as bright as its evidence for the predicted class."""
         labels = batch.require_labels()
         patches, tokens = self.encoder.patches(batch.images), self.tokens(batch.images)
         logits = self.classify_tokens(tokens.mean(1))
         guess = logits.argmax(1)
-        speaks = self.classify_tokens(tokens)[torch.arange(len(guess)), :, guess]  # (B, N)
-        least, most = speaks.aminmax(dim=1, keepdim=True)
-        lit = (speaks - least) / (most - least).clamp(min=1e-12)
-        panels = {"original": patches, "what speaks for the guess": patches * lit[..., None]}
-        classes, sure = self.config.classes, logits.softmax(1).amax(1).tolist()
+        evidence = self.classify_tokens(tokens)[torch.arange(len(guess)), :, guess]  # (B, N)
+        least, most = evidence.aminmax(dim=1, keepdim=True)
+        brightness = (evidence - least) / (most - least).clamp(min=1e-12)
+        panels = {"original": patches, "evidence for the prediction": patches * brightness[..., None]}
+        classes, confidence = self.config.classes, logits.softmax(1).amax(1).tolist()
         names = tuple(
-            f"{classes[true]}, predicted {classes[said]} ({share:.0%})"
-            if true != said
+            f"{classes[true]}, predicted {classes[best]} ({share:.0%})"
+            if true != best
             else f"{classes[true]} ({share:.0%})"
-            for true, said, share in zip(labels.tolist(), guess.tolist(), sure, strict=True)
+            for true, best, share in zip(labels.tolist(), guess.tolist(), confidence, strict=True)
         )
         return Picture(
             {caption: self.encoder.images(panel) for caption, panel in panels.items()},

@@ -1,25 +1,26 @@
-"""Object detection by an encoder and its feature pyramid: ViTDet's (Li et al. 2022) under an FCOS head (Tian et al.
-2019, 2020), so without anchors, proposals or a second stage.
+"""Object detection with ViTDet's feature pyramid (Li et al. 2022) and an FCOS head (Tian et al. 2019, 2020).
+
+There are no anchors, no proposals and no second stage.
 
 Every cell of every level of the pyramid predicts the probability of each class, the distances from its centre to the
-four sides of a box, and its centreness (1 in the middle of the box). A cell is assigned to a box when its centre lies
-in the box and within 1.5 cells of the middle of the box, and when the distance to the farthest side is in the range of
-its level: at most 8 cells, and more than the next finer level covers; the finest level has all smaller boxes, the
-coarsest all larger ones. A long, thin box without such a cell is assigned to the cells of any level near its middle.
-Where boxes compete for a cell, the smaller one wins. All other cells are background; a box so small that it lies
-between the centres of all cells is not learnt. The encoder's weights come from another Run.
+four sides of a box, and its centreness (1 in the middle of the box). A cell is assigned to a box if its centre lies in
+the box and within 1.5 cells of the middle of the box, and if the distance to the farthest side is in the range of its
+level: at most 8 cells, and more than the next finer level covers. The finest level is assigned all smaller boxes, the
+coarsest all larger ones. A long, thin box without such a cell is assigned to the cells of any level near its middle. If
+several boxes match a cell, it is assigned to the smallest. All other cells are background; a box so small that it
+contains no cell centre is not learnt. The encoder's weights come from another Run.
 
-Loss: focal loss of the classes (Lin et al. 2017, alpha 0.25, gamma 2) over the number of cells with a box; 1 - GIoU of
-the boxes, averaged with the true centreness as weight; cross-entropy of the centreness. Shapes are fixed (boxes are
-padded), and nothing waits for the device.
+Loss: focal loss of the classes (Lin et al. 2017, alpha 0.25, gamma 2) divided by the number of cells with a box; 1 -
+GIoU of the boxes, averaged with the true centreness as weight; cross-entropy of the centreness. Shapes are fixed (boxes
+are padded), so there is no synchronisation with the device.
 
-Differs from FCOS: LayerNorm over channels where it has GroupNorm; distances in cells of the level; long, thin boxes are
-learnt, which FCOS ignores. Differs from ViTDet: this head instead of Mask R-CNN's; global attention in every block, no
-windows; no large-scale jitter. The number of cells with a box is that of the micro-batch. Layer-wise decay of the
+Differs from FCOS: LayerNorm over channels instead of GroupNorm; distances are in cells of the level; long, thin boxes,
+which FCOS ignores, are learnt. Differs from ViTDet: this head instead of Mask R-CNN's; global attention in every block,
+no windows; no large-scale jitter. The number of cells with a box is counted per micro-batch. Layer-wise decay of the
 learning rate is a setting of the optimiser (`optim.py`).
 
-Not here: reading boxes from files (`data/`), length and data of the training (`finetuning/finetune.py`), and average
-precision (`metrics/average_precision.py`).
+See `data/annotations/` for reading boxes from files, `finetuning/finetune.py` for length and data of the training, and
+`metrics/average_precision.py` for the metric.
 
 Letters: L cells of all levels together, K classes, M boxes an image is padded to, W width of the pyramid and head.
 """
@@ -54,16 +55,19 @@ from unmask.task import Task, TaskConfig
 
 ALPHA, GAMMA = 0.25, 2.0  # of the focal loss
 PRIOR = 0.01  # initial class score: nearly all cells are background
-RADIUS = 1.5  # in cells, around the middle of a box, of the cells assigned to it
+RADIUS = 1.5  # greatest distance of an assigned cell from the middle of its box, in cells
 REACH = 8.0  # greatest distance, in cells, to the farthest side of a box
-LARGEST = 8.0  # greatest logarithm of a distance in cells (3000 cells), so that it stays finite
-LEAST_SCORE, OVERLAP, NUM_BEFORE, NUM_FOUND = 0.05, 0.6, 1000, 100  # FCOS's
+LARGEST = 8.0  # greatest logarithm of a distance in cells (about 3000 cells), to keep it finite
+LEAST_SCORE, OVERLAP, NUM_BEFORE, NUM_FOUND = 0.05, 0.6, 1000, 100  # as in FCOS
 DRAWN_SCORE = 0.4
 COLOURS = ((1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (1, 0, 1), (0, 1, 1))
 
 
 class Config(TaskConfig):
-    """classes: names, in the order of the labels. width, convs: of the pyramid, and of the head's two branches.
+    """Settings of the detector.
+
+    classes: names, in the order of the labels. width: channels of pyramid and head. convs: convolutions in each of the
+    head's two branches.
 
     last_blocks: how many of the encoder's last blocks are trained with the head; None, or all of them, for the whole
     encoder. 0 trains only pyramid and head, 0.5 also the MLP of the last block. drop_path: stochastic depth, the
@@ -95,7 +99,7 @@ class Cells(NamedTuple):
 
 
 class Guess(NamedTuple):
-    """Predictions of all cells: class and centreness are logits, `sides` distances left, up, right, down in cells."""
+    """Predictions of all cells: class and centreness are logits, `sides` left, up, right, down in cells."""
 
     classes: Float[Tensor, "B L K"]
     sides: Float[Tensor, "B L 4"]
@@ -118,13 +122,13 @@ class Found(NamedTuple):
     labels: Int[Tensor, "k"]
 
     def resized(self, seen: tuple[int, int], size: tuple[int, int]) -> Found:
-        """The boxes of an image that was seen at one size (H, W), in pixels of another; in float64 on the host."""
+        """Rescale boxes from the size (H, W) that the model saw to another size; the result is float64 on the host."""
         scale = torch.tensor([size[1] / seen[1], size[0] / seen[0]] * 2, dtype=torch.float64)
         return Found(self.boxes.float().cpu().double() * scale, self.scores.float().cpu(), self.labels.cpu())
 
 
 class Head(nn.Module):
-    """Shared by all levels: two branches of 3x3 convolutions, one for classes, one for sides and centreness."""
+    """Head shared by all levels: two branches of 3x3 convolutions, one for classes, one for sides and centreness."""
 
     def __init__(self, width: int, convs: int, classes: int, levels: int) -> None:
         super().__init__()
@@ -141,13 +145,13 @@ class Head(nn.Module):
         nn.init.constant_(self.to_classes.bias, -log((1 - PRIOR) / PRIOR))  # type: ignore[arg-type]
 
     def forward(self, maps: list[Float[Tensor, "B W _ _"]]) -> Guess:
-        found = []
+        levels = []
         for x, scale in zip(maps, self.scales, strict=True):
             about_class, about_side = self.class_branch(x), self.side_branch(x)
             parts = self.to_classes(about_class), self.to_sides(about_side), self.to_centreness(about_side)
             classes, sides, centreness = (part.flatten(2).transpose(1, 2).float() for part in parts)
-            found.append((classes, (scale * sides).clamp(max=LARGEST).exp(), centreness[..., 0]))
-        return Guess(*(torch.cat(level, 1) for level in zip(*found, strict=True)))
+            levels.append((classes, (scale * sides).clamp(max=LARGEST).exp(), centreness[..., 0]))
+        return Guess(*(torch.cat(part, 1) for part in zip(*levels, strict=True)))
 
 
 def branch(width: int, convs: int) -> nn.Sequential:
@@ -175,7 +179,7 @@ class Detector(Task[Found, BoxAnnotations]):
         freeze(self.encoder, config.last_blocks)
 
     def loss(self, batch: Batch, clock: Clock) -> Loss:
-        """Focal loss + GIoU loss + centreness loss; logs the three. Raises UserError without boxes.
+        """Return focal loss + GIoU loss + centreness loss, and log each. Raises UserError without boxes.
 
         Images without objects are allowed: all their cells are background.
         """
@@ -206,7 +210,7 @@ class Detector(Task[Found, BoxAnnotations]):
     ) -> list[Found]:
         """Find at most 100 objects in each image; see `Task.predict`.
 
-        The score of an object is the root of class probability times centreness; scores below 0.05 are dropped.
+        The score of an object is the square root of class probability times centreness; scores below 0.05 are dropped.
         """
         images = self.encoder.accept(images, scale)
         guess, cells = self.guess(images)
@@ -215,7 +219,7 @@ class Detector(Task[Found, BoxAnnotations]):
         return found if sizes is None else [one.resized(seen, size) for one, size in zip(found, sizes, strict=True)]
 
     def measure(self, batches: Iterable[Batch], truth: BoxAnnotations) -> Measurement:
-        """COCO's average precision in pixels of the files. Raises UserError without pycocotools or true boxes."""
+        """Measure COCO's average precision at the size of the files. Raises UserError without pycocotools or boxes."""
         true, found = [], []
         for batch in batches:
             rows = batch.index.tolist()
@@ -229,7 +233,7 @@ class Detector(Task[Found, BoxAnnotations]):
         return Measurement(values, details={"ap50_of_class": precision.classes, "images": len(true)})
 
     def picture(self, batch: Batch, clock: Clock) -> Picture:
-        """Original, true boxes, and confident detections, one colour for each class."""
+        """Draw original, true boxes, and confident detections, with one colour for each class."""
         boxes, labels = require_boxes(batch)
         guess, cells = self.guess(batch.images)
         truth, size = assign(cells, boxes, labels), (batch.images.shape[2], batch.images.shape[3])
@@ -241,14 +245,14 @@ class Detector(Task[Found, BoxAnnotations]):
         return Picture(
             panels,
             f"{sum(len(y) for _, y in true)} true boxes; {sum(len(y) for _, y in sure)} boxes found with a score above "
-            f"{DRAWN_SCORE}. Colours are those of the classes.",
+            f"{DRAWN_SCORE}. Each class has its own colour.",
             {"loss": error(guess, truth).value, "same_everywhere": same_everywhere(truth, guess.classes.shape[2])},
         )
 
     def draw(
         self, images: Float[Tensor, "B C H W"], boxes: list[tuple[Float[Tensor, "_ 4"], Int[Tensor, "_"]]]
     ) -> Float[Tensor, "B C H W"]:
-        """The images with boxes outlined in the colours of their labels, between the images' least and greatest."""
+        """Outline boxes on the images in the colours of their labels, scaled to the images' range of values."""
         spec = self.encoder.spec
         low, high = (images.new_tensor(value) for value in spec.value_range)
         on = [[colour[c % 3] if spec.channels > 1 else 1 for c in range(spec.channels)] for colour in COLOURS]
@@ -262,7 +266,7 @@ def make_cells(strides: tuple[tuple[float, float], ...], shapes: list[torch.Size
     for number, ((high, wide), (rows, cols)) in enumerate(zip(strides, shapes, strict=True)):
         y, x = ((torch.arange(n, device=device) + 0.5) * step for n, step in ((rows, high), (cols, wide)))
         centres.append(torch.stack([x.repeat(rows), y.repeat_interleave(cols)], 1))
-        # The cells of the next finer level are half as large, so its range ends at half of this one.
+        # The cells of the next finer level are half as large, so its range ends at half of this level's range.
         pairs = (wide, high), (REACH / 2 if number else 0.0, REACH if number < len(strides) - 1 else float("inf"))
         for into, (first, second) in zip((sizes, reaches), pairs, strict=True):
             value = torch.full((rows * cols, 2), float(first), device=device)
@@ -280,49 +284,49 @@ def assign(cells: Cells, boxes: Float[Tensor, "B M 4"], labels: Int[Tensor, "B M
 
 
 def assign_one(cells: Cells, boxes: Float[Tensor, "M 4"], labels: Int[Tensor, "M"]) -> Truth:
-    """`assign` for one image, so that only L x M distances are in memory; the result has no batch dimension."""
+    """Assign the boxes of one image, so that only L x M distances are in memory; the result has no batch dimension."""
     sides = sides_from(cells, boxes)  # (L, M, 4), in cells
     off_middle = (sides[..., :2] - sides[..., 2:]).abs().amax(2) / 2
     farthest = sides.amax(2)
     near = (sides.amin(2) > 0) & (off_middle < RADIUS) & (labels >= 0)
-    mine = near & (farthest > cells.reach[:, :1]) & (farthest <= cells.reach[:, 1:])
-    mine |= near & ~mine.any(0)
-    least, which = area(boxes).expand(len(sides), -1).masked_fill(~mine, float("inf")).min(1)
-    found = least.isfinite()
+    matches = near & (farthest > cells.reach[:, :1]) & (farthest <= cells.reach[:, 1:])
+    matches |= near & ~matches.any(0)
+    least, which = area(boxes).expand(len(sides), -1).masked_fill(~matches, float("inf")).min(1)
+    assigned = least.isfinite()
     chosen = sides.gather(1, which[:, None, None].expand(-1, 1, 4))[:, 0]
-    chosen = torch.where(found[:, None], chosen, 1.0)
+    chosen = torch.where(assigned[:, None], chosen, 1.0)
     pairs = torch.stack([chosen[:, :2], chosen[:, 2:]], 1)  # (L, opposite, axis)
     centreness = (pairs.amin(1) / pairs.amax(1)).prod(1).sqrt()
-    return Truth(torch.where(found, labels[which], -1), chosen, torch.where(found, centreness, 0.0))
+    return Truth(torch.where(assigned, labels[which], -1), chosen, torch.where(assigned, centreness, 0.0))
 
 
 def sides_from(cells: Cells, boxes: Float[Tensor, "M 4"]) -> Float[Tensor, "L M 4"]:
-    """From each cell's centre to each box's left, upper, right and lower side, in cells; negative outside."""
+    """Return distances from cell centres to the left, upper, right and lower sides of boxes, in cells; < 0 outside."""
     centre, stride = cells.centre[:, None], cells.stride[:, None]
     return torch.cat([(centre - boxes[:, :2]) / stride, (boxes[:, 2:] - centre) / stride], 2)
 
 
 def around(sides: Float[Tensor, "*n 4"]) -> Float[Tensor, "*n 4"]:
-    """The boxes with these sides, in cells from the cell's centre."""
+    """Convert distances to sides to boxes relative to the cell's centre, in cells."""
     return torch.cat([-sides[..., :2], sides[..., 2:]], -1)
 
 
 def error(guess: Guess, truth: Truth) -> Loss:
-    """The loss of the module docstring, and its three parts."""
-    found = (truth.label >= 0).float()
-    count = found.sum().clamp(min=1)
+    """Return the loss described in the module docstring, and log its three parts."""
+    assigned = (truth.label >= 0).float()
+    count = assigned.sum().clamp(min=1)
     right = truth.label[..., None] == torch.arange(guess.classes.shape[2], device=truth.label.device)
     classes = focal(guess.classes, right.float()).sum() / count
     off = (1 - giou(around(guess.sides), around(truth.sides))) * truth.centreness
     sides = off.sum() / truth.centreness.sum().clamp(min=1e-6)
-    off_centre = F.binary_cross_entropy_with_logits(guess.centreness, truth.centreness, reduction="none") * found
+    off_centre = F.binary_cross_entropy_with_logits(guess.centreness, truth.centreness, reduction="none") * assigned
     centreness = off_centre.sum() / count
     logs = {"classes": classes.detach(), "boxes": sides.detach(), "centreness": centreness.detach()}
     return Loss(classes + sides + centreness, logs)
 
 
 def focal(logits: Float[Tensor, "*n"], truth: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
-    """Focal loss: binary cross-entropy times alpha and (1 - p of the true class)^2, so that easy cells count little."""
+    """Focal loss: binary cross-entropy times alpha and (1 - p of the true class)^2, to down-weight easy cells."""
     p = logits.sigmoid()
     wrong = p * (1 - truth) + (1 - p) * truth
     weight = ALPHA * truth + (1 - ALPHA) * (1 - truth)
@@ -330,18 +334,17 @@ def focal(logits: Float[Tensor, "*n"], truth: Float[Tensor, "*n"]) -> Float[Tens
 
 
 def same_everywhere(truth: Truth, num_classes: int) -> Float[Tensor, ""]:
-    """Loss of a baseline that ignores the image: in every cell the best constant class scores, mean sides and
-    centreness.
+    """Return the loss of a baseline that predicts the same for every cell of every image.
 
-    Best and mean over the cells of these images.
+    It predicts the best constant class scores, and the mean sides and centreness of the cells of these images.
     """
-    found, device = (truth.label >= 0).float(), truth.label.device
-    count = found.sum().clamp(min=1)
+    assigned, device = (truth.label >= 0).float(), truth.label.device
+    count = assigned.sum().clamp(min=1)
     logits = torch.linspace(-12, 12, 241, device=device)
     right = (truth.label[..., None] == torch.arange(num_classes, device=device)).flatten(0, 1).sum(0)[:, None]  # (K, 1)
     one, none = torch.ones_like(logits), torch.zeros_like(logits)
     costs = right * focal(logits, one) + (truth.label.numel() - right) * focal(logits, none)  # (K, 241)
-    sides = (truth.sides * found[..., None]).sum((0, 1)) / count
+    sides = (truth.sides * assigned[..., None]).sum((0, 1)) / count
     centreness = (truth.centreness.sum() / count).clamp(1e-6, 1 - 1e-6).logit()
     shape = truth.label.shape
     alike = Guess(
@@ -351,22 +354,22 @@ def same_everywhere(truth: Truth, num_classes: int) -> Float[Tensor, ""]:
 
 
 def select(guess: Guess, cells: Cells, size: tuple[int, int]) -> Found:
-    """Select the best boxes of one image of `size` = (H, W) pixels, without duplicates. `guess` has no batch."""
+    """Select the best boxes of one image of (H, W) pixels, without duplicates. `guess` has no batch dimension."""
     scores = (guess.classes.sigmoid() * guess.centreness.sigmoid()[:, None]).sqrt().flatten()
     scores, where = scores.topk(min(NUM_BEFORE, len(scores)))
     where, scores = where[scores > LEAST_SCORE], scores[scores > LEAST_SCORE]
     cell, label = where // guess.classes.shape[1], where % guess.classes.shape[1]
     boxes = cells.centre[cell].repeat(1, 2) + around(guess.sides[cell]) * cells.stride[cell].repeat(1, 2)
     boxes = clip(boxes, size)
-    stays = suppress(boxes, scores, label, OVERLAP)[:NUM_FOUND]
-    return Found(boxes[stays], scores[stays], label[stays])
+    kept = suppress(boxes, scores, label, OVERLAP)[:NUM_FOUND]
+    return Found(boxes[kept], scores[kept], label[kept])
 
 
 def require_boxes(batch: Batch) -> tuple[Tensor, Tensor]:
     """Return boxes (B, M, 4) in pixels and their labels (B, M). Raises UserError for images without boxes."""
     if batch.boxes is None or batch.box_labels is None:
         raise UserError(
-            "got images without boxes; a detector learns from boxes; give the file of boxes (COCO's JSON, or VOC's "
+            "got images without boxes, which a detector is trained on; pass the file of boxes (COCO's JSON, or VOC's "
             "XML) with --annotations; images without objects are allowed"
         )
     return batch.boxes, batch.box_labels

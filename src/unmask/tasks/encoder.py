@@ -15,7 +15,7 @@ from unmask.nn.vit import ViT, ViTConfig
 
 
 class Config(MethodConfig):
-    """origin: the name of the file or folder that the weights came from."""
+    """Settings of an encoder without a task. origin: name of the file or folder that the weights were imported from."""
 
     name: Literal["encoder"] = "encoder"
     encoder: ViTConfig | GPTConfig
@@ -44,6 +44,6 @@ class EncoderOnly(Method):
     def _refuse(self) -> NoReturn:
         origin = f" (imported from {self.origin})" if self.origin else ""
         raise UserError(
-            f"this run holds an encoder only{origin}: it can be neither trained nor drawn as it is; name the task with "
+            f"got a run with an encoder only{origin}, which cannot be trained or drawn; pre-train it with "
             "`unmask pretrain DATA --from RUN --recipe NAME`, or use embed, probe or finetune"
         )

@@ -4,9 +4,9 @@ The class token, after the encoder's final norm, goes through a BatchNorm withou
 Only that layer is trained, with LARS, large batches and augmented images. Cheaper probes on cached features are in
 `evals/`; this one is for comparison with published numbers.
 
-As published the batch is 16384, the learning rate 6.4 (0.1 x batch / 256), 90 epochs, 10 of them warm-up, no weight
-decay. BatchNorm uses the statistics of the micro-batch in training, and their running average in evaluation. An encoder
-without a class token is probed on the mean of its patch tokens.
+The published settings are batch 16384, learning rate 6.4 (0.1 x batch / 256), 90 epochs, 10 of them warm-up, and no
+weight decay. BatchNorm uses the statistics of the micro-batch in training, and their running average in evaluation. An
+encoder without a class token is probed on the mean of its patch tokens.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ HEAD_STD = 0.01
 
 
 class Config(TaskConfig):
-    """classes: names, in the order of the labels."""
+    """Settings of the linear probe. classes: names, in the order of the labels."""
 
     name: Literal["linear_probe"] = "linear_probe"
     classes: tuple[str, ...] = Field(min_length=2)
@@ -60,14 +60,14 @@ class LinearProbe(Task[Tensor, None]):
         nn.init.zeros_(self.head.bias)
 
     def loss(self, batch: Batch, clock: Clock) -> Loss:
-        """Cross-entropy; logs the accuracy on this batch. Raises UserError for images without labels."""
+        """Return the cross-entropy; log the accuracy on this batch. Raises UserError for images without labels."""
         labels = batch.require_labels()
         logits = self._scores(batch.images)
         right = (logits.detach().argmax(1) == labels).float().mean()
         return Loss(F.cross_entropy(logits, labels), {"accuracy": right})
 
     def logits(self, images: Tensor, scale: Scale | None = None) -> Tensor:
-        """(B, C, H, W) in the files' units -> (B, classes), float32. scale: see `ImageEncoder.accept`."""
+        """Return float32 scores (B, classes) of images in the files' units. scale: see `ImageEncoder.accept`."""
         return self._scores(self.encoder.accept(images, scale))
 
     @torch.no_grad()
@@ -94,13 +94,13 @@ class LinearProbe(Task[Tensor, None]):
         if len(tokens) < 2:
             raise UserError("got a micro-batch of one image; BatchNorm needs at least two; set train.micro_batch=2")
         variance, mean = torch.var_mean(tokens, 0)
-        sound = tokens.isfinite().all()
+        finite = tokens.isfinite().all()
         for kept, now in ((self.norm.running_mean, mean), (self.norm.running_var, variance)):
-            assert kept is not None, "BatchNorm tracks them"
-            kept.copy_(torch.where(sound, kept.lerp(now, MOMENTUM), kept))
+            assert kept is not None, "BatchNorm tracks running statistics"
+            kept.copy_(torch.where(finite, kept.lerp(now, MOMENTUM), kept))
 
     def picture(self, batch: Batch, clock: Clock) -> Picture:
-        """The images; the baseline gives all classes the same probability."""
+        """Draw the images; the baseline predicts the same probability for all classes."""
         labels = batch.require_labels()
         logits = self.logits(batch.images)
         right = int((logits.argmax(1) == labels).sum())

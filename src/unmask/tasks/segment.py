@@ -1,16 +1,16 @@
 """Semantic segmentation, a class for every pixel, with a linear layer or UPerNet on the encoder (`nn/map_heads.py`).
 
-As MAE and BEiT on ADE20K (He et al. 2021, A.4): the whole encoder, positions included, is trained with the head, with
-stochastic depth and layer-wise decay of the learning rate (`optim.py`). Cross-entropy over all pixels that are not
-IGNORED, at the resolution of the images: scores are resized bilinearly before the softmax. The encoder's weights come
-from another Run; without them it is training from scratch.
+As in MAE and BEiT on ADE20K (He et al. 2021, A.4), the whole encoder, including positions, is trained with the head,
+with stochastic depth and layer-wise decay of the learning rate (`optim.py`). The loss is the cross-entropy of all
+pixels that are not IGNORED, at the resolution of the images: scores are resized bilinearly before the softmax. The
+encoder's weights come from another Run, or are random for training from scratch.
 
-Differs from the paper: no auxiliary head, a relative position bias only where the encoder was pre-trained with one, one
+Differs from the paper: no auxiliary head; a relative position bias only if the encoder was pre-trained with one; one
 scale of images; the differences of UPerNet are in `map_heads.py`. The encoder's final norm is not used, as in
 `classify.py`.
 
-Not here: reading masks (`data/segmentation_masks.py`), length and data of the training (`finetuning/finetune.py`), mean
-IoU (`metrics/mean_iou.py`).
+See `data/annotations/segmentation_masks.py` for reading masks, `finetuning/finetune.py` for length and data of the
+training, and `metrics/mean_iou.py` for the metric.
 
 Letters: B images, C channels, H x W pixels, K classes, L blocks.
 """
@@ -43,25 +43,25 @@ from unmask.nn.vit import ViT
 from unmask.rng import Stream
 from unmask.task import Task, TaskConfig
 
-COLOURS = {  # of the first classes, as distinct as twelve can be
+COLOURS = {  # of the first classes, chosen to be as distinct as possible
     "red": (230, 25, 75), "green": (60, 180, 75), "yellow": (255, 225, 25), "blue": (0, 90, 220),
     "orange": (245, 130, 48), "purple": (145, 30, 180), "cyan": (70, 240, 240), "pink": (250, 150, 200),
     "lime": (190, 245, 60), "brown": (150, 95, 35), "teal": (0, 130, 130), "white": (255, 255, 255),
 }  # fmt: skip
-TURN = 0.618034  # of the colour circle between two further classes (golden ratio), so that no hue repeats
+TURN = 0.618034  # difference of hue between two further classes (golden ratio), so that no hue repeats
 
 
 class Config(TaskConfig):
-    """classes: names, in the order of the numbers in `Batch.maps`.
+    """Settings of the segmenter.
 
-    ignored: ids in the mask files that are no class, stored so that other masks are read alike. values: the id of each
-    class, None for all ids that are not ignored. stored_pixels: whether masks were drawn on the stored pixels of images
-    that carry an orientation. head: "upernet", of `width` channels, or "linear", which has no width. last_blocks: how
-    many of the encoder's last blocks are trained with the head; None, or all of them, for the whole encoder. 0 trains
-    only the head, 0.5 also the MLP of the last block. drop_path: stochastic depth, the probability of skipping the last
-    block. feature_blocks: which blocks UPerNet reads: "beit" those of BEiT's code (4, 6, 8 and 12 of 12; 8, 12, 16 and
-    24 of 24), as the recipes have it, "even" evenly spaced ones (3, 6, 9, 12), as runs without this setting were
-    trained.
+    classes: names, in the order of the numbers in `Batch.maps`. ignored: ids in the mask files that are not classes,
+    stored so that other masks are read in the same way. values: the id of each class, None for all ids that are not
+    ignored. stored_pixels: whether masks belong to the stored pixels of images with an EXIF orientation. head:
+    "upernet", with `width` channels, or "linear", which has no width. last_blocks: how many of the encoder's last
+    blocks are trained with the head; None, or all of them, for the whole encoder. 0 trains only the head, 0.5 also the
+    MLP of the last block. drop_path: stochastic depth, the probability of skipping the last block. feature_blocks: the
+    blocks that UPerNet reads: "beit" for those of BEiT's code (4, 6, 8 and 12 of 12; 8, 12, 16 and 24 of 24), used by
+    the recipes, "even" for evenly spaced ones (3, 6, 9, 12), used by older runs without this setting.
     """
 
     name: Literal["segment"] = "segment"
@@ -113,7 +113,7 @@ class Segmenter(Task[Tensor, SegmentationMasks]):
         freeze(self.encoder, config.last_blocks)
 
     def loss(self, batch: Batch, clock: Clock) -> Loss:
-        """Mean cross-entropy of the annotated pixels, 0 if there are none; logs the share of them that is right.
+        """Return the mean cross-entropy of the annotated pixels, 0 if there are none; log the pixel accuracy.
 
         Raises UserError for images without masks.
         """
@@ -125,7 +125,7 @@ class Segmenter(Task[Tensor, SegmentationMasks]):
         return Loss(error(logits, maps), {"pixel_accuracy": right_share(logits.detach().argmax(1), maps)})
 
     def logits(self, images: Shaped[Tensor, "B C H W"], scale: Scale | None = None) -> Float[Tensor, "B K H W"]:
-        """Scores of each class for each pixel of images in the files' units. scale: see `ImageEncoder.accept`."""
+        """Return class scores for each pixel of images in the files' units. scale: see `ImageEncoder.accept`."""
         return self._scores(self.encoder.accept(images, scale))
 
     def _scores(
@@ -134,10 +134,10 @@ class Segmenter(Task[Tensor, SegmentationMasks]):
         """As `logits`, for training. paths: see `draw_paths`."""
         size = (images.shape[2], images.shape[3])
         grid = grid_of(size, self.encoder.patch)
-        wanted, maps = self.head.blocks(len(self.encoder.blocks)), []
+        blocks, maps = self.head.blocks(len(self.encoder.blocks)), []
         tokens = self.encoder.embed(self.encoder.patches(images), grid=grid)
         for number, x in enumerate(self.encoder.layers(tokens, grid=grid, paths=paths)):
-            maps += [x[:, 1:].transpose(1, 2).unflatten(2, grid)] * wanted.count(number)  # (B, D, R, C)
+            maps += [x[:, 1:].transpose(1, 2).unflatten(2, grid)] * blocks.count(number)  # (B, D, R, C)
         return resize(self.head(maps).float(), size)
 
     @torch.no_grad()
@@ -154,14 +154,14 @@ class Segmenter(Task[Tensor, SegmentationMasks]):
         return [mean_iou.classes_at(one, size) for one, size in zip(logits, sizes, strict=True)]
 
     def measure(self, batches: Iterable[Batch], truth: SegmentationMasks) -> Measurement:
-        """Mean intersection over union at the size of each file, with a bootstrap interval over the images.
+        """Measure mean intersection over union at the size of each file, with a bootstrap interval over the images.
 
-        Raises UserError where no pixel counts.
+        Raises UserError if all pixels are ignored.
         """
         return mean_iou.measure(self.logits, batches, truth.read, self.classes, device=self.device).as_measurement()
 
     def picture(self, batch: Batch, clock: Clock) -> Picture:
-        """Original, true mask and predicted mask, a colour for each class; ignored pixels are black."""
+        """Draw original, true mask and predicted mask, a colour for each class; ignored pixels are black."""
         maps, logits = require_maps(batch), self.logits(batch.images)
         guess = logits.argmax(1)
         panels = {
@@ -169,10 +169,10 @@ class Segmenter(Task[Tensor, SegmentationMasks]):
             "true map": self.draw(maps),
             "predicted map": self.draw(torch.where(maps == IGNORED, maps, guess)),
         }
-        there = [int(one) for one in maps.unique() if int(one) != IGNORED]
-        named = [f"{colour} is {self.config.classes[one]}" for one, colour in enumerate(COLOURS) if one in there]
+        present = [int(one) for one in maps.unique() if int(one) != IGNORED]
+        named = [f"{colour} is {self.config.classes[one]}" for one, colour in enumerate(COLOURS) if one in present]
         legend = f" Here {', '.join(named)}." if self.encoder.spec.channels == 3 and named else ""
-        shares = torch.stack([(maps == one).sum() for one in there] or [maps.new_ones(())])
+        shares = torch.stack([(maps == one).sum() for one in present] or [maps.new_ones(())])
         shares = shares / shares.sum()
         return Picture(
             panels,
@@ -185,7 +185,7 @@ class Segmenter(Task[Tensor, SegmentationMasks]):
         )
 
     def draw(self, maps: Int[Tensor, "B H W"]) -> Float[Tensor, "B C H W"]:
-        """Maps in colour, in the files' units; steps of gray where images have not three channels."""
+        """Draw masks in colour, in the files' units; in shades of gray unless images have three channels."""
         spec, count = self.encoder.spec, len(self.config.classes)
         if spec.channels == 3:
             table = colour_table(count)
@@ -200,20 +200,20 @@ class Segmenter(Task[Tensor, SegmentationMasks]):
 
 
 def colour_table(count: int) -> Float[Tensor, "K 3"]:
-    """Fixed colours of the classes, 0 to 1: the named ones, then evenly distributed hues."""
+    """Return fixed colours of the classes, 0 to 1: first COLOURS, then evenly distributed hues."""
     known = [tuple(value / 255 for value in colour) for colour in COLOURS.values()]
     more = [colorsys.hsv_to_rgb(i * TURN % 1, 0.35 + 0.3 * (i % 3), 0.95 - 0.2 * (i % 4)) for i in range(count)]
     return torch.tensor([*known, *more][:count])
 
 
 def error(logits: Float[Tensor, "B K H W"], maps: Int[Tensor, "B H W"]) -> Float[Tensor, ""]:
-    """Mean cross-entropy of the annotated pixels, 0 where there are none."""
+    """Return the mean cross-entropy of the annotated pixels, 0 if there are none."""
     counted = (maps != IGNORED).sum().clamp(min=1)
     return F.cross_entropy(logits, maps, ignore_index=IGNORED, reduction="sum") / counted
 
 
 def right_share(guess: Int[Tensor, "B H W"], maps: Int[Tensor, "B H W"]) -> Float[Tensor, ""]:
-    """Share of the annotated pixels whose class is right."""
+    """Return the share of the annotated pixels whose class is correct."""
     return (guess == maps).sum() / (maps != IGNORED).sum().clamp(min=1)
 
 
@@ -221,7 +221,7 @@ def require_maps(batch: Batch) -> Int[Tensor, "B H W"]:
     """Return the class of each pixel. Raises UserError for images without masks."""
     if batch.maps is None:
         raise UserError(
-            "got images without masks; a segmenter learns from the class of every pixel; give the folder of "
-            "masks, each named as its image, with --annotations"
+            "got images without masks, which a segmenter is trained on; pass the folder of masks, each named as its "
+            "image, with --annotations"
         )
     return batch.maps
