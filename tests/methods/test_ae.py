@@ -1,4 +1,4 @@
-"""The autoencoder: size of the 2006 network, and an affine one that reaches the residual of principal components."""
+"""Autoencoder: parameters of the 2006 network, and an affine network compared with principal components."""
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ def clock(batch: Batch) -> Clock:
     return Clock(0, 1, Draws(0, batch.epoch, batch.index))
 
 
-def test_the_autoencoder_of_2006_has_its_2837314_parameters():
+def test_hinton_recipe_has_2837314_parameters():
     config = ae_hinton()
     method = config.build(ImageSpec(1, config.data.size, "uint8", (33.0,), (78.0,)))
     assert sum(p.numel() for p in method.parameters()) == 2_837_314
@@ -33,8 +33,8 @@ def test_the_autoencoder_of_2006_has_its_2837314_parameters():
     assert [layer.out_features for layer in method.decoder.layers[::2]] == [250, 500, 1000, 784]
 
 
-def test_a_stack_of_logistic_units_leaves_the_mean_image():
-    """37 % of the variance is left; with plain Xavier weights, without LOGISTIC_GAIN, it is 90 %."""
+def test_logistic_units_learn_more_than_the_mean_image():
+    """37 % of the variance remains unexplained; without LOGISTIC_GAIN it is 90 %."""
     generator = torch.Generator().manual_seed(0)
     coarse = torch.rand(256, 1, 4, 4, generator=generator)
     images = (torch.nn.functional.interpolate(coarse, (12, 12), mode="bilinear") * 255).to(torch.uint8)
@@ -53,7 +53,7 @@ def test_a_stack_of_logistic_units_leaves_the_mean_image():
 
 
 def test_an_affine_autoencoder_reaches_the_residual_of_principal_components():
-    """Loss at convergence = the variance beyond the first D components, and the code spans their space."""
+    """At convergence the loss is the variance outside the first D components, whose space the code spans."""
     generator = np.random.default_rng(0)
     mix = generator.normal(size=(24, 24)) * np.geomspace(2, 0.05, 24)[:, None]
     data = torch.from_numpy((generator.normal(size=(200, 24)) @ mix + 1).astype(np.float32))

@@ -62,7 +62,7 @@ def test_agrees_with_transformers_on_copied_weights(options):
     if ours.encoder.relative_bias is not None:
         torch.nn.init.normal_(ours.encoder.relative_bias.table)
     theirs.load_state_dict(as_transformers(ours), strict=True)
-    images = batch_of().images[..., :16]  # square: the other cannot resize positions of another grid
+    images = batch_of().images[..., :16]  # square, because transformers cannot resize positions to another aspect ratio
     hidden = torch.zeros(4, 16, dtype=torch.bool)
     hidden[:, 3:13] = True
     mask = Mask(keep=(~hidden).nonzero()[:, 1].reshape(4, -1), drop=hidden.nonzero()[:, 1].reshape(4, -1))
@@ -74,7 +74,7 @@ def test_agrees_with_transformers_on_copied_weights(options):
 
 
 def as_transformers(ours: BEiT) -> dict[str, torch.Tensor]:
-    """Our weights under transformers' names. Its keys have no bias: ours cancels in the softmax."""
+    """Return our weights under transformers' names, without the bias of keys, which the softmax cancels."""
     encoder, out = ours.encoder, {}
     state = encoder.state_dict()
     out["beit.embeddings.cls_token"] = state["cls_token"]
@@ -140,7 +140,7 @@ def test_the_output_layers_of_a_block_are_scaled_by_depth():
 )
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
 def test_gradient_reaches_the_optional_parts_of_the_encoder(options, precision):
-    """The contract knows the nano recipe, which has none of them."""
+    """test_contract.py tests the nano recipe, which has none of these parts."""
     torch.manual_seed(0)
     method, batch = beit(encoder=options), batch_of()
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
@@ -183,7 +183,7 @@ def test_ids_are_the_likeliest_codes_and_the_tokenizer_is_frozen():
 
 
 @torch.no_grad()
-def test_a_tokenizer_with_smaller_patches_sees_smaller_images():
+def test_tokenizer_with_smaller_patches_gets_smaller_images():
     method = beit(encoder={"patch": 8}, images=ImageSpec(3, (32, 48), "uint8", (120.0,) * 3, (60.0,) * 3))
     tokenizer = method.target.tokenizer
     assert tokenizer.size == (16, 24)
@@ -266,7 +266,7 @@ def test_the_picture_pastes_decoded_predicted_and_true_codes():
     assert float(picture.numbers["code_frequencies"]) == pytest.approx(float(-(shares * shares.log()).sum()), rel=1e-5)
 
 
-# ------------------------------------------------------------------------------------------------------------ in a Run
+# Tokenizers in a Run
 
 VERY_SMALL = ["train.batch_size=8", "data.workers=0", "data.size=[16,16]", "train.checkpoint_every=1"]
 NETWORK = ["method.encoder.width=8", "method.encoder.depth=1", "method.encoder.codes=16"]
@@ -285,7 +285,7 @@ def runs(tmp_path_factory):
     ("recipe", "more"),
     [("beit_nano", []), ("mae_nano", ["method.target=tokens", "method.decoder.width=16", "method.decoder.heads=2"])],
 )
-def test_the_tokenizer_of_a_run_is_the_dvae_kept_once_and_unchanged(runs, recipe, more):
+def test_run_stores_the_dvae_once_and_unchanged(runs, recipe, more):
     folder, images, dvae = runs
     settings = [*VERY_SMALL, *ENCODER, *more, "train.steps=3"]
     run = pretrain(images, recipe=recipe, out=folder / recipe, tokenizer=dvae.path, settings=settings)
@@ -307,7 +307,7 @@ def test_a_tokenizer_without_weights_is_rejected(runs):
     assert not (folder / "none").exists()
 
 
-def test_continuing_from_a_run_keeps_its_tokenizer_and_rejects_a_second(runs):
+def test_from_run_keeps_its_tokenizer_and_rejects_another(runs):
     folder, images, dvae = runs
     settings = [*VERY_SMALL, *ENCODER, "train.steps=1"]
     first = pretrain(images, recipe="beit_nano", out=folder / "first", tokenizer=dvae.path, settings=settings)

@@ -1,6 +1,6 @@
-"""Every method, one file of `methods/` each, keeps the contract. There is nothing to register: the folder is listed.
+"""Contract tests of every method in `methods/`, which are found by listing the folder.
 
-A method is tried through its `<method>_nano` recipe, shrunk, so a new method needs that recipe and nothing else here.
+Each method is tested with a smaller version of its `<method>_nano` recipe, so a new method needs only that recipe.
 """
 
 import inspect
@@ -35,14 +35,14 @@ UNITS = {"uint8": 255, "uint16": 60_000, "float32": 3.0}
 
 def without_recipe(methods: Iterable[str], recipes: Iterable[str]) -> list[str]:
     return [
-        f"methods/{name}.py has no recipe {name}_nano: add one to recipes/, so that the contract can be checked on it"
+        f"methods/{name}.py has no recipe {name}_nano: add one to recipes/ for the contract tests"
         for name in methods
         if f"{name}_nano" not in recipes
     ]
 
 
 def shrunk(name: str) -> tuple[Config, list[str]]:
-    """The method's smallest recipe made smaller still, and the settings that did it."""
+    """Return a smaller version of the method's nano recipe, and the settings that were changed."""
     config = find(f"{name}_nano")
     settings = [f"{key}={SHRUNK[key.split('.')[-1]]}" for key in keys(config) if key.split(".")[-1] in SHRUNK]
     settings.append("data.size=[16,16]")
@@ -51,14 +51,14 @@ def shrunk(name: str) -> tuple[Config, list[str]]:
 
 
 def needs_tokenizer(name: str) -> bool:
-    """Whether what the method predicts are a dVAE's codes; here those of a dVAE with random weights."""
+    """Whether the method predicts the codes of a dVAE (with random weights in these tests)."""
     return find(f"{name}_nano").method.needs_tokenizer
 
 
 def make(
     name: str, *, channels: int = 3, dtype: str = "uint8", size: tuple[int, int] = (16, 16), seed: int = 0
 ) -> Method:
-    """The shrunken method as a run has it at step 0: what depends on the data is prepared."""
+    """Create the small method and prepare it as at step 0 of a run."""
     top = UNITS[dtype]
     spec = ImageSpec(channels, size, dtype, (top / 2,) * channels, (top / 4,) * channels)
     torch.manual_seed(seed)
@@ -69,7 +69,7 @@ def make(
 
 
 def batch_for(method: Method, count: int = 4) -> Batch:
-    """Smooth random images of the kind the method was made for."""
+    """Return smooth random images that match the method's ImageSpec."""
     spec = method.encoder.spec
     coarse = torch.from_numpy(np.random.default_rng(0).random((count, spec.channels, 4, 4), np.float32))
     images = torch.nn.functional.interpolate(coarse, spec.size, mode="bilinear") * UNITS[spec.dtype]
@@ -88,7 +88,7 @@ def value(method: Method, seed: int = 0) -> float:
 
 
 def warm(name: str, *, seed: int = 0, steps: int = 3) -> Method:
-    """A method that has taken a few steps: an output layer that starts at zero hides what is behind it until then."""
+    """Train a method for a few steps, because an output layer that starts at zero hides the layers before it."""
     method = make(name, seed=seed)
     batch = batch_for(method)
     optimizer = make_optimizer(method, OptimConfig())
@@ -100,7 +100,7 @@ def warm(name: str, *, seed: int = 0, steps: int = 3) -> Method:
 
 
 def draws_in_loss(method: Method, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Whether the loss draws random numbers at all: some methods (a plain autoencoder) have no need."""
+    """Whether the loss draws random numbers; some methods, such as the plain autoencoder, do not."""
     asked = []
     real = Draws.uniform
     monkeypatch.setattr(Draws, "uniform", lambda *arguments, **names: asked.append(1) or real(*arguments, **names))
@@ -116,7 +116,7 @@ def test_every_method_has_a_nano_recipe():
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_it_is_documented_and_named_after_its_file(name):
+def test_method_is_documented_and_named_after_its_file(name):
     assert shrunk(name)[0].method.name == name
     found = method_class(name)
     assert list(inspect.signature(found).parameters) == ["config", "images"]
@@ -125,7 +125,7 @@ def test_it_is_documented_and_named_after_its_file(name):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_members_that_others_use_are_declared(name):
+def test_public_members_are_declared(name):
     method, settings = make(name), shrunk(name)[0].method
     assert isinstance(settings.encoder, EncoderConfig)
     assert settings.encoder.patch_size in (None, (4, 4))
@@ -205,7 +205,7 @@ def test_gradient_reaches_every_trainable_parameter(name):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_the_same_seed_gives_the_same_loss_and_another_another(name, monkeypatch):
+def test_loss_is_the_same_for_the_same_seed_only(name, monkeypatch):
     assert value(warm(name)) == value(warm(name))
     method = warm(name)
     if draws_in_loss(method, monkeypatch):
@@ -235,7 +235,7 @@ def test_a_state_dict_round_trip_is_strict_and_exact(name):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_three_steps_and_three_more_are_six_steps(name, tmp_path):
+def test_resumed_training_equals_uninterrupted_training(name, tmp_path):
     images = write_images(tmp_path / "images", 20)
     settings = [
         *shrunk(name)[1],
@@ -291,7 +291,7 @@ def test_the_picture_shows_the_images_in_their_units(name):
         (5, "uint16", (24, 16)),
     ],
 )
-def test_any_channels_dtype_and_shape(name, channels, dtype, size):
+def test_all_channels_dtypes_and_shapes_are_supported(name, channels, dtype, size):
     method = make(name, channels=channels, dtype=dtype, size=size)
     batch = batch_for(method)
     assert np.isfinite(value(method))
@@ -307,7 +307,7 @@ def test_any_channels_dtype_and_shape(name, channels, dtype, size):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_it_works_in_bf16_with_a_float32_loss(name):
+def test_bf16_works_with_a_float32_loss(name):
     method = make(name)
     batch = batch_for(method)
     with autocast("bf16", "cpu"):
@@ -321,13 +321,13 @@ def test_it_works_in_bf16_with_a_float32_loss(name):
     assert all(p.grad.isfinite().all() for p in method.parameters() if p.grad is not None)
 
 
-DENSE = ("ae", "dae")  # one matrix for the whole image, so their weights are for one size
+DENSE = ("ae", "dae")  # their weights fit one image size only
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name not in DENSE])
 @pytest.mark.parametrize("size", [(24, 16), (32, 32)])
 def test_weights_transfer_to_another_image_size(name, size):
-    """`pretrain --from RUN --set data.size=...`: whatever belongs to the places of a grid is interpolated."""
+    """`pretrain --from RUN --set data.size=...`: parameters that belong to positions of the grid are interpolated."""
     before, after = make(name), make(name, size=size)
     grids = [method.encoder.grid for method in (before, after)]
     moved = {key: fitted(key, value, *grids) for key, value in before.state_dict().items()}

@@ -37,11 +37,11 @@ def clock(batch: Batch, seed: int = 0) -> Clock:
     [
         (196, 0.75, 0.25, 49),
         (196, 0.75, 0.75, 147),
-        (196, 0.75, 0.15, 30),  # 196 x 0.60 = 117.6 are left out
+        (196, 0.75, 0.15, 30),  # all but 196 x 0.60 = 117.6, rounded down
         (256, 0.75, 0.25, 64),
         (64, 0.75, 0.25, 16),
         (24, 0.75, 1e-9, 1),
-        (100, 0.9, 0.3, 30),  # truncation of 100 x (0.9 - 0.3) must not lose one
+        (100, 0.9, 0.3, 30),  # 100 x (0.9 - 0.3) must not be truncated to 59
     ],
 )
 def test_number_of_predicted_patches(patches, mask_ratio, predict_ratio, asked):
@@ -74,7 +74,7 @@ def test_the_decoder_computes_only_the_predicted_patches(monkeypatch):
     mask = random_mask(4, (4, 6), 0.75, clock(batch).rng)
     assert mask.drop.shape == (4, 18)
     assert torch.equal(seen[0], mask.drop[:, -6:])
-    # the target elsewhere does not count
+    # targets of other patches do not change the loss
     real_target = method.target.forward
     noise = torch.randn(4, 6, 48)
     for where, counts in ((mask.drop[:, :6], False), (seen[0], True)):
@@ -111,7 +111,7 @@ def test_hidden_pixels_never_reach_the_prediction():
 
 
 @pytest.mark.parametrize("weighted", [True, False])
-def test_the_encoders_last_norm_trains_only_where_something_reads_it(weighted):
+def test_final_encoder_norm_is_trained_only_if_it_is_used(weighted):
     method, batch = small(weighted_features=weighted), small_batch()
     method(batch, clock(batch)).value.backward()
     assert method.encoder.norm.weight.requires_grad != weighted
@@ -119,7 +119,7 @@ def test_the_encoders_last_norm_trains_only_where_something_reads_it(weighted):
 
 
 @torch.no_grad()
-def test_the_picture_predicts_every_hidden_patch_and_scores_the_same_loss():
+def test_picture_predicts_every_hidden_patch_and_reports_the_same_loss():
     method, batch = small(), small_batch()
     picture = method.picture(batch, clock(batch))
     assert list(picture.panels) == ["original", "masked 75%", "prediction", "pasted", "pasted, nearest stats"]

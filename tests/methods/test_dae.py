@@ -1,4 +1,4 @@
-"""The denoising autoencoder: corruptions train, the target is clean, full emphasis on patches is the loss of MAE."""
+"""Denoising autoencoder: all corruptions, clean targets, and the equality of full emphasis on patches with MAE."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ def clock(batch: Batch) -> Clock:
 
 @torch.no_grad()
 def test_full_emphasis_with_masking_noise_on_patches_is_the_masked_only_loss():
-    """As MAE's: mean square over the pixels of hidden patches, the same number hidden in every image."""
+    """As in MAE, the loss is the mean squared error over the pixels of hidden patches, equally many in every image."""
     method, batch = dae(grain=4, share=0.5, beta=0.0), batch_of()
     pixels = method.encoder.pixels(batch.images)
     corrupted, touched = masking(pixels, clock(batch).rng.uniform(6), 0.5, (4, 4))
@@ -51,7 +51,7 @@ def test_full_emphasis_with_masking_noise_on_patches_is_the_masked_only_loss():
 
 
 @torch.no_grad()
-def test_double_emphasis_weighs_corrupted_and_untouched_values():
+def test_double_emphasis_weights_corrupted_and_unchanged_values():
     batch = batch_of()
     method = dae(share=0.25, beta=0.5)
     pixels = method.encoder.pixels(batch.images)
@@ -77,7 +77,7 @@ def test_double_emphasis_weighs_corrupted_and_untouched_values():
     ],
     ids=str,
 )
-def test_every_corruption_trains_and_is_drawn(changes):
+def test_every_corruption_trains_and_has_a_picture(changes):
     method, batch = dae(**changes), batch_of(16)
     optimizer, losses = make_optimizer(method, OptimConfig()), []
     for _ in range(60):
@@ -97,7 +97,7 @@ def test_every_corruption_trains_and_is_drawn(changes):
 
 @pytest.mark.parametrize("corruption", ["masking", "salt_and_pepper", "gaussian", "single_channel", "drop_channel"])
 @torch.no_grad()
-def test_the_corruption_of_an_image_does_not_depend_on_its_place(corruption):
+def test_corruption_does_not_depend_on_the_place_in_the_batch(corruption):
     method, batch = dae(corruption=corruption), batch_of()
     turned = Batch(batch.images.flip(0), batch.index.flip(0), batch.epoch)
     ours = method.corrupt(method.encoder.pixels(batch.images), clock(batch).rng)[0]
@@ -108,7 +108,7 @@ def test_the_corruption_of_an_image_does_not_depend_on_its_place(corruption):
 
 
 @torch.no_grad()
-def test_returning_the_input_has_the_loss_of_the_noise():
+def test_copying_the_noisy_input_has_the_loss_of_the_noise():
     batch = batch_of(16)
     numbers = dae(corruption="gaussian", sigma=0.5).picture(batch, clock(batch)).numbers
     assert float(numbers["corrupted_input"]) == pytest.approx(0.25, rel=0.05)

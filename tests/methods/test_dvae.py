@@ -80,7 +80,7 @@ def test_schedules_of_the_paper():
 
 
 def test_logit_laplace_is_a_density_over_pixels():
-    """It integrates to 1 over (0, 1), and its value is that of the formula."""
+    """The density integrates to 1 over (0, 1) and matches the formula."""
     x = torch.linspace(1e-4, 1 - 1e-4, 20_001)
     for center, log_scale in ((0.0, 0.0), (1.0, -1.0)):
         guess = torch.tensor([center, log_scale]).reshape(1, 2, 1, 1)
@@ -155,7 +155,7 @@ def test_with_logit_laplace_the_picture_is_in_the_files_units():
 
 
 @torch.no_grad()
-def test_a_tokenizer_with_its_weights_sees_the_same_codes():
+def test_tokenizer_with_the_weights_of_a_dvae_has_the_same_codes():
     method, batch = dvae(), batch_of()
     torch.manual_seed(5)
     tokenizer = Tokenizer(method.config.encoder, SPEC, (4, 4))
@@ -182,7 +182,7 @@ def test_the_picture_shows_the_likeliest_codes():
 
 
 @pytest.mark.parametrize(("channels", "apart"), [(1, 0.001), (3, 0.1), (5, 0.2)])
-def test_colours_of_codes_lie_apart(channels, apart):
+def test_codes_have_distinct_colours(channels, apart):
     colours = (torch.arange(256)[:, None] * even_steps(channels)).frac().double()
     assert colours.shape == (256, channels)
     assert torch.pdist(colours).min() > apart
@@ -207,7 +207,7 @@ def test_impossible_networks_and_other_channels_are_rejected():
         dvae().encoder(torch.zeros(1, 1, 16, 24))
 
 
-def test_the_nano_recipe_makes_one_code_for_each_patch_of_the_others():
+def test_nano_recipe_has_one_code_per_patch_of_other_nano_recipes():
     config = dvae_nano()
     assert config.method.encoder.patch == (4, 4)
     assert config.method.encoder.codes == 256

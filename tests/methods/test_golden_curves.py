@@ -1,8 +1,8 @@
 """The loss of every method over ten steps, in float32 on the CPU, against committed numbers.
 
-A refactor must give the same numbers. Each small recipe is shrunk and trained with its own optimiser settings on drawn
-tensors, so neither files nor the loader take part. When the mathematics changes on purpose, write the numbers again and
-commit them with the change:
+A refactoring must not change these numbers. Each nano recipe is made smaller and trained with its own optimiser
+settings on generated tensors, without files or a data loader. After an intended change of the mathematics, update the
+numbers and commit them with the change:
 
     python tests/methods/test_golden_curves.py
 """
@@ -26,7 +26,7 @@ from unmask.rng import Draws, Stream, uniform
 
 CURVES = Path(__file__).with_name("golden_curves.json")
 STEPS, COUNT, SIDE = 10, 8, 16
-PEAK = 1e-2  # learning rate; lower ones of recipes are raised to it, so that ten steps show every part of the loss
+PEAK = 1e-2  # minimum learning rate, so that ten steps change every part of the loss
 TOLERANCE = 1e-4  # relative; rounding differs by about 1e-6 between processors and between versions of torch
 
 SMALL = {
@@ -36,10 +36,10 @@ SMALL = {
 SPECIAL = {
     "igpt_nano": ("method.encoder.patch=[2,2]",),
     "igpt_bert_nano": ("method.encoder.patch=[2,2]",),
-    "finetune_nano": ("method.head_std=0.02",),  # with 2e-5 the encoder hardly matters to the first losses
+    "finetune_nano": ("method.head_std=0.02",),  # with 2e-5 the encoder hardly affects the first losses
     "beit_nano": ('method.tokenizer={"codes":32,"width":16,"depth":1,"patch":[4,4]}',),
 }
-"""Settings of one recipe that the names of SMALL do not reach."""
+"""Further settings of single recipes."""
 NOT_TRAINED = {"encoder"}  # imported weights without a loss
 RECIPES = [*(name for name in all_recipes() if name.endswith("_nano")), "linear_paper"]
 
@@ -51,7 +51,7 @@ def shrunk(recipe: str) -> Config:
 
 
 def drawn() -> Batch:
-    """Smooth images with a class, a segmentation mask and a box each, the same on every machine."""
+    """Return smooth images, each with a class, a segmentation mask and a box, the same on every machine."""
     rows, zero = torch.arange(COUNT), torch.zeros(COUNT, dtype=torch.int64)
     coarse = uniform(0, Stream.SHAPES_NOISE, zero, rows, 3 * 4 * 4).reshape(COUNT, 3, 4, 4)
     noise = uniform(1, Stream.SHAPES_NOISE, zero, rows, 3 * SIDE * SIDE).reshape(COUNT, 3, SIDE, SIDE)
@@ -67,12 +67,12 @@ def drawn() -> Batch:
 
 @torch.no_grad()
 def clipped_normal(tensor: Tensor, mean: float = 0.0, std: float = 1.0, a: float = -2.0, b: float = 2.0) -> Tensor:
-    """In place of torch's truncated normal, which draws other numbers in torch 2.13 than in 2.11."""
+    """Replace torch's truncated normal, whose numbers differ between torch 2.11 and 2.13."""
     return tensor.normal_(mean, std).clamp_(a, b)
 
 
 def curve(recipe: str) -> list[float]:
-    """The loss at each of the first steps, with half of them as warm-up."""
+    """Return the loss of each of the first steps, half of which are warm-up."""
     config, batch = shrunk(recipe), drawn()
     torch.manual_seed(0)
     with patch.object(nn.init, "trunc_normal_", clipped_normal):
@@ -102,7 +102,7 @@ def test_the_loss_follows_the_committed_curve(recipe):
     assert curve(recipe) == pytest.approx(golden[recipe], rel=TOLERANCE)
 
 
-def test_the_committed_curves_are_of_recipes_that_learn():
+def test_committed_losses_are_finite_and_change():
     golden = json.loads(CURVES.read_text())
     assert sorted(golden) == sorted(RECIPES)
     for recipe, losses in golden.items():

@@ -60,11 +60,11 @@ def test_agrees_with_transformers_on_copied_weights():
     theirs = transformers.ImageGPTForCausalImageModeling(
         transformers.ImageGPTConfig(vocab_size=9, n_positions=16, n_embd=32, n_layer=2, n_head=2)
     ).eval()
-    for module in theirs.modules():  # theirs has biases that the published weights leave at zero
+    for module in theirs.modules():  # transformers has biases, which are zero in the published weights
         if isinstance(getattr(module, "bias", None), torch.nn.Parameter):
             torch.nn.init.zeros_(module.bias)
     encoder, core = ours.encoder, theirs.transformer
-    core.wte.weight.copy_(torch.cat([encoder.tokens, encoder.sos[None]]))  # the start token has the last row
+    core.wte.weight.copy_(torch.cat([encoder.tokens, encoder.sos[None]]))  # the last row is the start token
     core.wpe.weight.copy_(encoder.positions)
     core.ln_f.weight.copy_(encoder.norm.weight)
     theirs.lm_head.weight.copy_(ours.head.weight)
@@ -99,7 +99,7 @@ def test_both_objectives_match_values_computed_by_hand():
         assert float(method(batch, clock(batch)).value) == pytest.approx(sum(of_image) / len(of_image), rel=1e-5)
 
 
-def test_the_mean_is_over_images_and_those_without_a_hidden_token_do_not_count():
+def test_mean_skips_images_without_hidden_tokens():
     values = torch.tensor([[1.0, 3.0, 5.0], [2.0, 2.0, 8.0], [7.0, 7.0, 7.0]])
     hidden = torch.tensor([[True, True, False], [False, False, True], [False, False, False]])
     assert float(mean_over(values, hidden)) == (2.0 + 8.0) / 2
@@ -120,7 +120,7 @@ def test_the_first_loss_is_log_k_because_the_output_starts_at_zero():
 
 
 def test_baselines_are_in_nats():
-    ids = torch.tensor([[0, 0, 0, 1, 1], [3, 3, 3, 3, 3]])  # 7 of 8 repeat
+    ids = torch.tensor([[0, 0, 0, 1, 1], [3, 3, 3, 3, 3]])  # 7 of 8 tokens equal the previous one
     by_hand = -(7 * math.log(7 / 8) + math.log(1 / 8 / 3)) / 8
     assert float(repeat_or_any(ids, 4)) == pytest.approx(by_hand)
     assert float(repeat_or_any(ids[1:], 4)) == 0

@@ -57,7 +57,7 @@ def test_black_images_are_accepted_in_every_dtype(method):
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_encoder_and_images_in_other_precisions(method, dtype):
+def test_other_precisions_of_encoder_and_images_are_accepted(method, dtype):
     images = batch_for(method).images
     wanted = method.encoder(images)
     assert torch.allclose(method.encoder(images.to(dtype)).patches.float(), wanted.patches, atol=1e-5)
@@ -71,7 +71,7 @@ def test_encoder_and_images_in_other_precisions(method, dtype):
 
 
 @torch.no_grad()
-def test_an_empty_batch_gives_no_features(method):
+def test_empty_batch_has_empty_features(method):
     found = method.encoder(batch_for(method).images[:0])
     wanted = method.encoder(batch_for(method).images)
     assert found.patches.shape == (0, *wanted.patches.shape[1:])
@@ -98,7 +98,7 @@ def test_errors_for_other_layouts_name_the_permutation(method):
     }
     for message, value in wrong.items():
         with pytest.raises(UserError, match=message):
-            method.encoder.accept(value)  # the first thing that `forward` does
+            method.encoder.accept(value)  # `forward` calls this first
 
 
 @torch.no_grad()
@@ -115,7 +115,7 @@ def test_other_sizes_work_or_the_error_names_one_that_does(method):
 
 
 @torch.no_grad()
-def test_sixteen_bit_data():
+def test_16_bit_images_are_checked():
     method = make("mae", channels=1, dtype="uint16").eval()
     images = batch_for(method).images
     wanted = method.encoder(images).patches
@@ -145,9 +145,9 @@ def test_float_images_are_compared_with_the_mean_of_the_data():
         assert in_data_units(wrong, terrain(), "data") is wrong
     with pytest.raises(UserError, match="no full range"):
         in_data_units(torch.rand(2, 1, 16, 16), terrain(), "unit")
-    with pytest.raises(UserError, match="convert the values"):  # 0 to 255 for data between 0 and 1
+    with pytest.raises(UserError, match="convert the values"):  # images of 0 to 255, data of 0 to 1
         in_data_units(255 * torch.rand(2, 1, 16, 16), terrain(0.5, 0.25))
-    sea_level = torch.rand(2, 1, 16, 16)  # heights whose mean is not far from 0: as good as any
+    sea_level = torch.rand(2, 1, 16, 16)  # heights with a mean near 0, where small values are typical
     assert in_data_units(sea_level, terrain(50.0, 60.0)) is sea_level
     assert in_data_units(sea_level, terrain(0.5, 0.25)) is sea_level
 
@@ -178,10 +178,10 @@ def test_class_maps_of_ones_and_zeros_are_accepted():
     assert in_data_units(images, maps) is images
 
 
-def test_scale_is_one_of_three():
+def test_unknown_or_wrong_scale_is_rejected():
     images = torch.zeros(1, 3, 16, 16)
     with pytest.raises(UserError, match='expected None, "data" or "unit"'):
-        inspect.unwrap(in_data_units)(images, PHOTOGRAPHS, "0..1")  # past the type checks of the tests
+        inspect.unwrap(in_data_units)(images, PHOTOGRAPHS, "0..1")  # unwrap avoids the type checks of the tests
     with pytest.raises(UserError, match="expected floats"):
         in_data_units(images.to(torch.uint8), PHOTOGRAPHS, "unit")
     with pytest.raises(UserError, match="values from 0 to 200"):

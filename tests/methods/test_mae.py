@@ -74,7 +74,7 @@ def test_the_mask_of_an_image_does_not_depend_on_its_place_in_the_batch():
     assert method(batch, clock(batch, seed=1)).value != method(batch, clock(batch)).value
 
 
-def test_flat_patches_and_plain_pixels():
+def test_loss_of_flat_images_is_finite_and_plain_pixels_are_the_target():
     batch = small_batch()
     flat = Batch(torch.full_like(batch.images, 7), batch.index, batch.epoch)
     assert torch.isfinite(small_mae()(flat, clock(flat)).value)
@@ -101,7 +101,7 @@ def test_picture_pastes_the_prediction_into_the_visible_patches():
 
 @torch.no_grad()
 def test_baselines_are_scored_as_described():
-    """On images whose left half is 0 and right half 1 (normalised), by hand."""
+    """The images are 0 on the left and 1 on the right (normalised), so all values can be computed by hand."""
     method, batch = small_mae(target="pixels"), small_batch(2)
     images = torch.zeros(2, 3, 16, 24)
     images[..., 12:] = 1
@@ -145,7 +145,7 @@ GOLDEN_LOSSES = [
 
 
 def test_golden_loss_curve():
-    """Ten steps in float32 from a fixed seed, on drawn tensors: a refactor must give the same numbers."""
+    """Train ten steps in float32 from a fixed seed on generated tensors: a refactoring must not change the losses."""
     torch.manual_seed(0)
     method = small_mae()
     pixels = uniform(0, Stream.SHAPES_NOISE, torch.zeros(16, dtype=torch.int64), torch.arange(16), 3 * 16 * 24) * 255
@@ -160,7 +160,7 @@ def test_golden_loss_curve():
 
 
 def hugging_face(config: Config, norm_pix: bool):
-    """transformers' ViTMAE of the same size, and a function that copies our weights into it."""
+    """Return transformers' ViTMAE of the same size, and a function that copies our weights into it."""
     transformers = pytest.importorskip("transformers")
     encoder, decoder = config.encoder, config.decoder
     theirs = transformers.ViTMAEForPreTraining(
@@ -223,7 +223,7 @@ def hugging_face(config: Config, norm_pix: bool):
             copied |= block(f"vit.layers.{i}.", f"encoder.blocks.{i}.")
         for i in range(decoder.depth):
             copied |= block(f"decoder.decoder_layers.{i}.", f"decoder.blocks.{i}.")
-        theirs.load_state_dict(copied)  # strict: nothing missing, nothing left over
+        theirs.load_state_dict(copied)  # strict: rejects missing and unexpected keys
 
     return theirs.eval(), copy
 
@@ -235,7 +235,7 @@ def hugging_face(config: Config, norm_pix: bool):
     ids=["B/16", "H/14"],
 )
 def test_agrees_with_transformers_on_copied_weights(recipe, depths):
-    """Loss and prediction to 1e-5 relative in float32, norm-pixel on and off, at full size."""
+    """Loss and prediction agree to 1e-5 relative in float32, with and without norm_pix, at full size."""
     config = recipe().method
     torch.manual_seed(0)
     ours = MAE(config, IMAGENET).eval()
@@ -275,7 +275,7 @@ VARIANTS = [
 
 
 @pytest.mark.parametrize("changes", VARIANTS, ids=lambda changes: ",".join(f"{k}={v}" for k, v in changes.items())[:40])
-def test_every_variant_of_table_1_trains_draws_and_keeps_its_state(changes):
+def test_every_variant_of_table_1_trains_and_restores_its_state(changes):
     torch.manual_seed(0)
     method, batch = small_mae(**changes), small_batch(16)
     if method.num_prepare:
@@ -300,7 +300,7 @@ def test_every_variant_of_table_1_trains_draws_and_keeps_its_state(changes):
         assert float(other(batch, clock(batch)).value) == float(method(batch, clock(batch)).value)
 
 
-def test_only_the_principal_components_are_stored_once():
+def test_principal_components_are_fixed_state():
     assert [n for n in small_mae(target="pca").state_dict() if n.startswith(MAE.fixed)] == [
         "target.center", "target.basis", "target.unit",
     ]  # fmt: skip
@@ -308,7 +308,7 @@ def test_only_the_principal_components_are_stored_once():
 
 
 @torch.no_grad()
-def test_with_mask_tokens_in_the_encoder_it_sees_the_places_but_not_the_pixels_of_hidden_patches():
+def test_mask_tokens_in_the_encoder_reveal_positions_but_no_hidden_pixels():
     method, batch = small_mae(mask_tokens="encoder"), small_batch()
     patches = method.encoder.patches(batch.images)
     mask = method.sample(clock(batch))

@@ -1,4 +1,4 @@
-"""Masked patch prediction: corruption, the three targets, and the patches that count in the loss."""
+"""Masked patch prediction: corruption, the three targets, and the loss on corrupted patches only."""
 
 import math
 
@@ -45,7 +45,7 @@ def draws(count: int) -> Draws:
     return Draws(0, torch.zeros(count, dtype=torch.int64), torch.arange(count))
 
 
-def test_half_is_corrupted_and_of_the_whole_40_5_and_5_percent():
+def test_40_percent_are_masked_5_swapped_and_5_unchanged():
     change = corrupt(2000, (14, 14), 0.5, draws(2000))
     assert change.where.shape == (2000, 98)
     assert len(change.where[0].unique()) == 98
@@ -56,7 +56,7 @@ def test_half_is_corrupted_and_of_the_whole_40_5_and_5_percent():
     assert share == pytest.approx({"masked": 0.40, "swapped": 0.05, "unchanged": 0.05}, abs=0.003)
 
 
-def test_the_other_patch_is_any_of_the_image_but_itself():
+def test_swapped_patch_is_any_other_patch_of_the_image():
     change = corrupt(2000, (3, 4), 0.5, draws(2000))
     swapped = change.source != change.where
     fate = draws(2000).uniform(12, Stream.REPLACE)[:, :6]
@@ -69,14 +69,14 @@ def test_the_other_patch_is_any_of_the_image_but_itself():
     assert change.source.max() == 11
 
 
-def test_places_and_kinds_of_corruption_come_from_separate_streams():
+def test_places_and_kinds_of_corruption_use_separate_streams():
     change = corrupt(3, (4, 6), 0.5, draws(3))
     assert torch.equal(change.where, random_mask(3, (4, 6), 0.5, draws(3)).drop)
     assert torch.equal(change.masked, draws(3).uniform(24, Stream.REPLACE)[:, :12] < 0.8)
 
 
 @pytest.mark.parametrize(("target", "outputs"), [("mean_colour", 512), ("colours_4x4", 16 * 512), ("pixels", 768)])
-def test_sizes_of_the_papers_heads(target, outputs):
+def test_heads_have_the_sizes_of_the_paper(target, outputs):
     config = mpp_base().method.model_copy(update={"target": target})
     with torch.device("meta"):
         method = MPP(config, IMAGENET)
@@ -130,7 +130,7 @@ def test_the_loss_is_on_the_corrupted_patches_only(target, monkeypatch):
 
 
 @torch.no_grad()
-def test_a_masked_patch_is_not_seen_and_a_swapped_one_shows_the_other():
+def test_encoder_sees_neither_masked_nor_original_swapped_patches():
     method, batch = small(), small_batch()
     change = corrupt(4, (4, 6), 0.5, clock(batch).rng)
     patches = method.encoder.patches(batch.images)
@@ -152,7 +152,7 @@ def test_a_masked_patch_is_not_seen_and_a_swapped_one_shows_the_other():
 
 
 @torch.no_grad()
-def test_targets_of_known_images():
+def test_targets_match_known_images():
     method = small()
     images = torch.zeros(1, 3, 16, 24, dtype=torch.uint8)
     images[0, 0, :4, :4] = 255  # the first patch is red
@@ -193,7 +193,7 @@ def test_other_channel_counts_have_one_softmax_or_one_per_channel(channels, outp
 
 @pytest.mark.parametrize("dtype", ["uint16", "float32"])
 @torch.no_grad()
-def test_other_files_are_quantised_between_two_standard_deviations(dtype):
+def test_16_bit_and_float_images_are_quantised_within_two_standard_deviations(dtype):
     method = small(images=spec(1, dtype, mean=1000.0, std=100.0))
     values = torch.tensor([700.0, 801, 849, 851, 999, 1001, 1199, 1300])
     images = values.repeat_interleave(2)[None, None, None].expand(1, 1, 16, 16)[..., :16]

@@ -71,7 +71,7 @@ def test_cells_that_do_not_fit_are_rejected_with_a_fitting_size():
 
 @torch.no_grad()
 def test_loss_and_head_are_the_official_ones():
-    """Their head is a 1 x 1 convolution and a pixel shuffle; they divide by the hidden pixels and by the channels."""
+    """The official head is a 1 x 1 convolution and a pixel shuffle; the loss is divided by hidden pixels and channels."""
     method, batch = small(), small_batch()
     mask = cell_mask(4, (4, 6), (2, 2), 0.6, clock(batch).rng)
     encoder = method.encoder
@@ -116,7 +116,7 @@ def test_the_encoder_of_the_recipe_has_a_shared_relative_bias_and_layer_scale_an
 def test_the_recipe_has_the_settings_of_the_paper():
     config = simmim_base()
     assert (config.optim.betas, config.optim.clip, config.optim.weight_decay) == ((0.9, 0.999), 5.0, 0.05)
-    assert config.optim.base_lr * config.train.batch_size / 256 == pytest.approx(4e-4)  # theirs: 1e-4 x 2048 / 512
+    assert config.optim.base_lr * config.train.batch_size / 256 == pytest.approx(4e-4)  # official: 1e-4 x 2048 / 512
     assert config.data.crop.scale == (0.67, 1.0)
     assert (config.train.epochs, config.optim.warmup * config.train.epochs) == (800, 10)
     assert (config.method.mask_ratio, config.method.mask_cell) == (0.6, (2, 2))

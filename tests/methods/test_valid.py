@@ -36,7 +36,7 @@ VARIANTS = [
 
 @pytest.fixture(params=VARIANTS)
 def method(request) -> Method:
-    """A method that has taken a few steps, or a variant of it as it starts."""
+    """Return a method after a few steps, or an untrained variant of it."""
     name, *settings = request.param.split()
     if not settings:
         return warm(name)
@@ -48,7 +48,7 @@ def method(request) -> Method:
 
 
 def with_holes(method: Method, left: int = 8) -> Batch:
-    """Images whose right part is absent, and holds the data's mean."""
+    """Return images whose right part is absent and filled with the data's mean."""
     batch = batch_for(method)
     valid = torch.ones(4, 16, 16, dtype=torch.bool)
     valid[:, :, left:] = False
@@ -71,7 +71,7 @@ def test_absent_pixels_change_the_loss_and_its_gradient_stays_finite(method):
     batch = with_holes(method)
     value = method(batch, clock(batch)).value
     assert value.isfinite()
-    if method.__class__.__name__ != "IGPT" or method.causal:  # whose head starts at zero: all guesses score alike
+    if method.__class__.__name__ != "IGPT" or method.causal:  # its head starts at zero, so the loss is the same
         assert float(value.detach()) != pytest.approx(loss(method, replace(batch, valid=None)), rel=1e-6)
     value.backward()
     assert all(p.grad.isfinite().all() for p in method.parameters() if p.grad is not None)
@@ -89,12 +89,12 @@ def test_a_batch_without_any_valid_pixel_has_loss_zero(method):
 
 
 def test_the_loss_ignores_absent_pixels(method):
-    """Another truth in the holes makes no difference to the loss, and would without the map of what is valid."""
+    """Different targets in absent pixels do not change the loss; without `valid` they would."""
     if not hasattr(method, "target"):
-        return  # see the test of the gradient
+        return  # covered by the gradient test
     target = method.target
     by_value = not isinstance(target, Tokens | PrincipalComponents)
-    batch = with_holes(method, 6 if by_value else 8)  # through the middle of a patch, or between two
+    batch = with_holes(method, 6 if by_value else 8)  # the edge is inside a patch, or between two patches
     kept, full = loss(method, batch), loss(method, replace(batch, valid=None))
     if isinstance(target, Tokens):
         ids = target.forward
@@ -117,7 +117,7 @@ def test_the_loss_ignores_absent_pixels(method):
 
 
 def test_absent_pixels_have_no_gradient_to_the_decoder(method):
-    """Of methods that draw whole images: what stands in the holes has no gradient."""
+    """In methods that decode whole images, absent pixels have no gradient."""
     if not hasattr(method, "decoder") or hasattr(method, "target"):
         return
     batch, seen = with_holes(method), []
@@ -142,7 +142,7 @@ def test_pictures_are_finite_and_mark_absent_pixels(method):
     assert boards.mean() > ((plain == 200).all(-1) | (plain == 235).all(-1)).mean() + 0.05
 
 
-def test_patches_with_enough_valid_pixels_count():
+def test_patches_with_enough_valid_pixels_have_weight_one():
     valid = torch.ones(1, 8, 8, dtype=torch.bool)
     valid[0, :4, :2] = False  # half of the first patch
     valid[0, 4:, :3] = False  # three quarters of the third
@@ -157,7 +157,7 @@ def test_patches_with_enough_valid_pixels_count():
     assert valid_patches(replace(batch, valid=None), (4, 4)) is None
 
 
-def test_statistics_of_a_patch_are_of_its_valid_values():
+def test_patch_statistics_use_valid_values_only():
     values = torch.tensor([[[1.0, 2.0, 4.0, 99.0]]])
     batch = Batch(
         torch.zeros(1, 1, 2, 2), torch.zeros(1), torch.zeros(1), valid=torch.tensor([[[True, True], [True, False]]])

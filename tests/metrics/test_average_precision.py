@@ -1,4 +1,4 @@
-"""Average precision is COCO's: cases small enough to count by hand, and nothing is printed."""
+"""COCO's average precision on cases computed by hand, without output of pycocotools."""
 
 import sys
 
@@ -24,7 +24,7 @@ def _needs_pycocotools(request):
         pytest.importorskip("pycocotools")
 
 
-def test_all_found_is_one_and_a_class_without_boxes_is_not_judged(capfd):
+def test_perfect_detections_score_one_and_classes_without_boxes_are_skipped(capfd):
     truth = [boxes((0, 0, 10, 10, 0), (5, 5, 30, 20, 1)), boxes()]
     found = [boxes((0, 0, 10, 10, 0, 0.9), (5, 5, 30, 20, 1, 0.8)), boxes()]
     got = average_precision(truth, found, NAMES)
@@ -34,11 +34,11 @@ def test_all_found_is_one_and_a_class_without_boxes_is_not_judged(capfd):
     assert out == err == ""
 
 
-def test_a_case_counted_by_hand():
-    """Two true boxes; found are, best first, one of them, one that is nothing, and the other one with an IoU of 0.6.
+def test_average_precision_matches_a_value_computed_by_hand():
+    """Class 0 has two true boxes and three detections: a match, a false positive, and a match with an IoU of 0.6.
 
-    At an IoU of 0.5 precision is 1 up to recall 1/2 and 2/3 from there to 1: of 101 points 51 have 1 and 50 have 2/3.
-    At 0.75 the last does not count: 51 points of 1, the others 0. Class 1 has one box that is not found.
+    At an IoU of 0.5 the precision is 1 up to a recall of 1/2, and 2/3 above it: 51 of 101 points are 1, and 50 are 2/3.
+    At 0.75 the last detection is no match: 51 points are 1, the others 0. Class 1 has one box, which is not detected.
     """
     truth = [boxes((0, 0, 10, 10, 0), (50, 50, 60, 60, 0)), boxes((0, 0, 10, 10, 1))]
     found = [boxes((0, 0, 10, 10, 0, 0.9), (50, 50, 60, 56, 0, 0.5)), boxes((0, 0, 10, 10, 0, 0.7))]
@@ -50,13 +50,13 @@ def test_a_case_counted_by_hand():
     assert got.ap == pytest.approx((3 * at50 + 7 * at75) / 10 / 2), "0.50, 0.55 and 0.60 take the last one in"
 
 
-def test_one_thing_found_twice_counts_once():
+def test_duplicate_detections_count_once():
     truth = [boxes((0, 0, 10, 10, 0), (50, 50, 60, 60, 0))]
     found = [boxes((0, 0, 10, 10, 0, 0.9), (0, 0, 10, 9.9, 0, 0.8), (50, 50, 60, 60, 0, 0.7))]
     assert average_precision(truth, found, NAMES).ap50 == pytest.approx((51 + 50 * 2 / 3) / 101)
 
 
-def test_a_crowd_costs_nothing():
+def test_crowds_do_not_change_the_score():
     truth = [boxes((0, 0, 10, 10, 0), (20, 20, 60, 60, 0), crowd=np.array([False, True]))]
     found = [boxes((25, 25, 35, 35, 0, 0.9), (0, 0, 10, 10, 0, 0.8))]
     assert average_precision(truth, found, NAMES).ap50 == pytest.approx(1)
@@ -66,19 +66,19 @@ def test_a_crowd_costs_nothing():
     assert average_precision(plain, missed, NAMES).ap50 == pytest.approx(51 / 101)
 
 
-def test_nothing_found_is_zero():
+def test_no_detections_score_zero():
     got = average_precision([boxes((0, 0, 10, 10, 0))], [boxes()], NAMES)
     assert (got.ap, got.ap50, got.classes["ant"]) == (0, 0, 0)
 
 
-def test_what_cannot_be_judged_is_refused():
+def test_missing_boxes_and_unequal_lengths_are_rejected():
     with pytest.raises(UserError, match="got 1 test images without any true box"):
         average_precision([boxes()], [boxes((0, 0, 10, 10, 0, 0.9))], NAMES)
     with pytest.raises(ValueError, match="got predictions for 2 images and true boxes for 1"):
         average_precision([boxes()], [boxes(), boxes()], NAMES)
 
 
-def test_without_pycocotools_it_says_what_to_install(monkeypatch):
+def test_missing_pycocotools_is_reported(monkeypatch):
     for name in ("pycocotools", "pycocotools.coco", "pycocotools.cocoeval"):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(UserError, match=r"pycocotools, which is not installed: pip install pycocotools"):

@@ -7,7 +7,7 @@ from unmask.metrics.intervals import paired_difference, t_interval, wilson
 
 
 def pair(both, first, second, neither):
-    """Right and wrong of two feature sets with these counts."""
+    """Return which images two feature sets classify correctly, for these counts."""
     counts = (both, first, second, neither)
     return np.repeat([True, True, False, False], counts), np.repeat([True, False, True, False], counts)
 

@@ -1,4 +1,4 @@
-"""Mean IoU against values computed by hand, at the size of the files, without ignored pixels."""
+"""Mean IoU at the size of the files, without ignored pixels, compared with values computed by hand."""
 
 import json
 
@@ -25,7 +25,7 @@ def tally(*pairs, classes=NAMES):
     return made
 
 
-def test_a_case_by_hand():
+def test_mean_iou_matches_a_value_computed_by_hand():
     found = score(tally((GUESS, TRUTH)))
     np.testing.assert_allclose(found.ious, [2 / 3, 2 / 3, 1 / 2, np.nan])
     assert found.mean_iou == pytest.approx((2 / 3 + 2 / 3 + 1 / 2) / 3)
@@ -38,7 +38,7 @@ def test_a_case_by_hand():
     }  # fmt: skip
 
 
-def test_it_agrees_with_another_implementation_over_many_images():
+def test_agrees_with_scikit_learn():
     draw = np.random.default_rng(0)
     truth = draw.integers(0, 4, (9, 6, 7))
     guess = np.where(draw.random(truth.shape) < 0.6, truth, draw.integers(0, 4, truth.shape))
@@ -47,8 +47,8 @@ def test_it_agrees_with_another_implementation_over_many_images():
     assert found.pixel_accuracy == pytest.approx((truth == guess).mean())
 
 
-def test_the_interval_is_that_of_images():
-    """Half the images are all right and half all wrong: the share of right ones among n drawn is binomial."""
+def test_interval_matches_resampling_of_images():
+    """Half of the images are completely right, the others wrong, so the right ones in a resample are binomial."""
     right, wrong = ([[0, 1]], [[0, 1]]), ([[1, 0]], [[0, 1]])
     few, many = score(tally(*[right, wrong] * 10)), score(tally(*[right, wrong] * 200))
     assert few.mean_iou == many.mean_iou == pytest.approx(1 / 3)
@@ -60,15 +60,15 @@ def test_the_interval_is_that_of_images():
     assert 0 < rare.interval.low <= rare.interval.high == 1, "a class that is not drawn does not count then"
 
 
-def test_nothing_to_judge_is_said():
-    with pytest.raises(UserError, match="no pixel of 2 images counts"):
+def test_masks_with_ignored_pixels_only_are_rejected():
+    with pytest.raises(UserError, match="got masks of 2 images in which all pixels are ignored"):
         score(tally(([[0]], [[X]]), ([[1]], [[X]])))
 
 
-# ----------------------------------------------------------------------------------------------------- at original size
+# At the original size
 
 
-def test_scores_are_enlarged_and_not_ids(monkeypatch):
+def test_scores_are_resized_instead_of_class_ids(monkeypatch):
     logits = torch.tensor([[[4.0, 0.0]], [[0.0, 1.0]]])  # two classes, 1 x 2
     assert classes_at(logits, (1, 2)).tolist() == [[0, 1]]
     assert classes_at(logits, (2, 8)).tolist() == [[0] * 5 + [1] * 3] * 2, "4 - 4 t = t at t = 0.8"
@@ -79,7 +79,7 @@ def test_scores_are_enlarged_and_not_ids(monkeypatch):
     assert torch.equal(classes_at(many, (40, 30)), whole), "a few classes at a time"
 
 
-def test_every_image_is_judged_at_its_own_size():
+def test_every_image_is_evaluated_at_its_own_size():
     truths = {5: np.array([[0, 1]] * 3, np.uint8).repeat(4, 1), 2: np.array([[1, X], [1, 0]], np.uint8).repeat(5, 0)}
     seen = []
 

@@ -1,4 +1,4 @@
-"""Boxes: overlap counted pixel by pixel, suppression against the plain loop, and outlines."""
+"""Boxes: overlap compared with pixel counts, suppression compared with a plain loop, and outlines."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def pixels(box, side=40):
     return {(x, y) for x in range(side) for y in range(side) if x1 <= x < x2 and y1 <= y < y2}
 
 
-def test_iou_is_that_of_the_pixels():
+def test_iou_matches_pixel_counts():
     a, b = some(6), some(7, seed=1)
     want = [[len(pixels(p) & pixels(q)) / len(pixels(p) | pixels(q)) for q in b] for p in a]
     torch.testing.assert_close(pairwise_iou(a, b), torch.tensor(want))
@@ -39,7 +39,7 @@ def test_giou_subtracts_the_empty_share_of_the_hull():
     torch.testing.assert_close(giou(a * uneven, b * uneven), giou(a, b))
 
 
-def test_giou_pulls_apart_boxes_together():
+def test_giou_gradient_moves_separate_boxes_together():
     box = torch.tensor([0.0, 0, 10, 10], requires_grad=True)
     giou(box, torch.tensor([50.0, 0, 60, 10])).backward()
     assert box.grad[2] > 0
@@ -62,7 +62,7 @@ def naive(boxes, scores, labels, threshold):
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.3, 0.6])
-def test_suppression_is_the_greedy_loop(threshold):
+def test_suppression_matches_the_greedy_loop(threshold):
     boxes, draw = some(60), torch.Generator().manual_seed(2)
     scores, labels = torch.rand(60, generator=draw), torch.randint(0, 3, (60,), generator=draw)
     kept = suppress(boxes, scores, labels, threshold)
@@ -70,7 +70,7 @@ def test_suppression_is_the_greedy_loop(threshold):
     assert len(kept) < 60
 
 
-def test_suppressed_boxes_suppress_nothing():
+def test_suppressed_boxes_do_not_suppress_others():
     boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 16], [0, 0, 10, 25]])  # IoU 0.62, 0.64 and 0.4
     three = torch.tensor([0.9, 0.8, 0.7])
     assert suppress(boxes, three, torch.zeros(3, dtype=torch.int64), 0.5).tolist() == [0, 2]
@@ -84,7 +84,7 @@ def test_clipping_distinguishes_height_and_width():
     assert clip(torch.tensor([[-5.0, -5, 90, 90]]), (30, 40)).tolist() == [[0, 0, 40, 30]]
 
 
-def test_an_outline_is_the_rim_and_nothing_else():
+def test_outline_draws_only_the_border():
     image = torch.zeros(2, 12, 16)
     drawn = outline(image, torch.tensor([[2.0, 3, 9, 8], [-4, -4, 99, 99]]), torch.tensor([[1.0, 5.0], [2.0, 6.0]]))
     want = torch.zeros(12, 16)
@@ -96,6 +96,6 @@ def test_an_outline_is_the_rim_and_nothing_else():
     assert not image.any()
 
 
-def test_a_box_without_area_is_one_dot():
+def test_box_without_area_is_drawn_as_one_pixel():
     for corner in ([5.0, 5, 5, 5], [90.0, 90, 90, 90]):
         assert outline(torch.zeros(1, 12, 16), torch.tensor([corner]), torch.ones(1, 1)).sum() == 1

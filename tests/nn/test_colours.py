@@ -25,7 +25,7 @@ def test_colours_match_values_computed_by_hand(rgb, number):
     assert int(colour_ids(torch.tensor(rgb) / 255)) == number
 
 
-def test_every_colour_comes_back_and_lies_in_the_middle_of_its_cell():
+def test_colours_round_trip_through_the_centres_of_their_cells():
     ids = torch.arange(512).reshape(2, 256)
     colours = colours_of(ids, 3)
     assert colours.shape == (2, 256, 3)
@@ -35,7 +35,7 @@ def test_every_colour_comes_back_and_lies_in_the_middle_of_its_cell():
     assert colours_of(torch.tensor(448), 3).tolist() == [15 / 16, 1 / 16, 1 / 16]
 
 
-def test_one_channel_is_its_level_and_values_outside_are_clipped():
+def test_one_channel_has_8_levels_and_values_outside_are_clipped():
     values = torch.tensor([-3.0, 0.0, 0.124, 0.125, 0.5, 0.999, 1.0, 7.0])
     assert colour_ids(values[:, None]).tolist() == [0, 0, 0, 1, 4, 7, 7, 7]
     assert colours_of(torch.tensor([0, 7]), 1).tolist() == [[1 / 16], [15 / 16]]

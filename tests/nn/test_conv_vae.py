@@ -17,7 +17,7 @@ def images(count: int = 4) -> torch.Tensor:
 
 @pytest.mark.parametrize("side", [2, 4, 8, 16])
 @torch.no_grad()
-def test_a_code_for_every_patch_and_every_pixel_back(side):
+def test_shapes_of_codes_and_decoded_images(side):
     config = SMALL.model_copy(update={"patch": (side, side)})
     logits = ConvEncoder(config, SPEC).logits(images())
     assert logits.shape == (4, 16, 32 // side, 48 // side)
@@ -33,7 +33,7 @@ def test_depth_is_the_number_of_residual_blocks_on_either_side():
 
 @pytest.mark.parametrize("config", [SMALL, DALLE], ids=["small", "dalle"])
 @torch.no_grad()
-def test_painting_ids_is_decoding_one_hot_shares(config):
+def test_painting_ids_equals_decoding_one_hot_shares(config):
     torch.manual_seed(0)
     decoder = ConvDecoder(config, 3)
     torch.nn.init.normal_(decoder.layers[0].bias)
@@ -44,8 +44,8 @@ def test_painting_ids_is_decoding_one_hot_shares(config):
 
 
 @torch.no_grad()
-def test_each_network_sees_its_own_normalisation():
-    """DALL-E's sees [0, 1] squeezed into [0.1, 0.9], the small one zero mean and unit variance."""
+def test_each_architecture_has_its_own_normalisation():
+    """DALL-E's input is [0, 1] mapped to [0.1, 0.9]; the small network's has zero mean and unit variance."""
     whole = images()
     for config, expected in (
         (SMALL, (whole - torch.tensor(SPEC.mean)[:, None, None]) / torch.tensor(SPEC.std)[:, None, None]),
@@ -63,7 +63,7 @@ def test_values_outside_the_range_of_the_files_are_clipped():
 
 
 @torch.no_grad()
-def test_predicted_means_come_back_in_the_files_units():
+def test_predicted_means_are_converted_to_the_files_units():
     encoder = ConvEncoder(DALLE, SPEC)
     values = torch.cat([squeeze(encoder.unit(images())).logit(), torch.zeros(4, 3, 32, 48)], 1)
     assert (encoder.images(values) - images()).abs().max() < 0.01
@@ -93,7 +93,7 @@ def test_a_tokenizer_keeps_the_normalisation_it_was_trained_with():
 
 @torch.no_grad()
 def test_a_tokenizer_shrinks_without_aliasing():
-    """Stripes as fine as a shrunken pixel become flat; without a filter only some of their pixels would count."""
+    """Stripes as narrow as an output pixel become flat gray; without antialiasing they would stay visible."""
     torch.manual_seed(0)
     tokenizer = Tokenizer(SMALL, SPEC, (16, 16))
     assert tokenizer.size == (8, 12)

@@ -26,7 +26,7 @@ def test_masking_hides_a_fixed_number_of_components_of_every_image(grain, compon
         assert (rows.all(-1) | ~rows.any(-1)).all(), "whole cells"
 
 
-def test_salt_and_pepper_are_the_two_ends_by_a_fair_coin():
+def test_salt_and_pepper_set_either_extreme_with_equal_probability():
     ends = (torch.full((3, 1, 1), -2.0), torch.tensor([3.0, 4.0, 5.0])[:, None, None])
     found, touched = salt_and_pepper(PIXELS, draws(288), draws(288, 2), 0.5, None, ends)
     assert touched.sum((1, 2, 3)).tolist() == [144] * 6
@@ -47,7 +47,7 @@ def test_gaussian_noise_has_the_given_standard_deviation_and_is_finite():
     )
 
 
-def test_gray_keeps_brightness_and_no_colour():
+def test_gray_keeps_the_brightness_and_removes_the_colour():
     found, touched = gray(PIXELS)
     assert touched.all()
     assert torch.equal(found[:, 0], found[:, 2])

@@ -1,4 +1,4 @@
-"""CrossMAE's decoder: its sizes, its mixtures of feature maps, and that queries do not see one another."""
+"""CrossMAE's decoder: sizes, mixtures of feature maps, and independence of the queries."""
 
 import math
 
@@ -38,7 +38,7 @@ def test_parameters_of_the_decoder_for_vit_b():
 
 
 @torch.no_grad()
-def test_attention_is_torchs_own():
+def test_attention_matches_torch():
     torch.manual_seed(0)
     ours = CrossAttention(16, 4, 24)
     theirs = nn.MultiheadAttention(16, 4, kdim=24, vdim=24, batch_first=True)
@@ -68,7 +68,7 @@ def test_a_prediction_does_not_depend_on_the_other_queries():
 
 
 @torch.no_grad()
-def test_a_block_reads_the_weighted_sum_of_all_maps_behind_its_own_norm():
+def test_block_reads_its_own_normalised_weighted_sum_of_all_maps():
     mix, layers = InterBlock(4, 3, 24), feature_maps()
     mix.weight.copy_(torch.tensor([[0, 1, 0, 0], [0.5, 0, 0, 2], [0, 0, 0, 0]]))
     mix.norms[1].bias.fill_(3)
@@ -79,8 +79,8 @@ def test_a_block_reads_the_weighted_sum_of_all_maps_behind_its_own_norm():
     assert torch.equal(third, torch.zeros_like(third))
 
 
-def test_weights_start_as_the_official_code_leaves_them():
-    """Xavier-uniform over (blocks, maps), which overwrites the normal ones of its constructor."""
+def test_initial_weights_match_the_official_code():
+    """The official code overwrites its constructor's normal weights with Xavier-uniform ones over (blocks, maps)."""
     torch.manual_seed(0)
     weight = torch.cat([InterBlock(13, 12, 8).weight.detach() for _ in range(50)])
     bound = math.sqrt(6 / (13 + 12))

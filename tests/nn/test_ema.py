@@ -1,4 +1,4 @@
-"""The moving average of weights: its values, the swap, the gate of skipped steps, and storing."""
+"""Moving average of weights: values, swapping in and out, skipped steps, and storing."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ def module():
     return torch.nn.Linear(4, 3)
 
 
-def test_the_first_steps_forget_faster():
+def test_decay_is_smaller_in_the_first_steps():
     assert [warmed_up(0.9, step) for step in (0, 1, 89)] == [1 / 10, 2 / 11, 0.9]
 
 
@@ -88,7 +88,7 @@ def test_stored_values_continue_bit_for_bit():
     assert parts.values == {}
 
 
-def test_a_teacher_moves_by_the_same_rule():
+def test_teacher_is_updated_by_the_same_rule():
     old, new = torch.zeros(2), torch.ones(2)
     torch.testing.assert_close(moved(old, new, 0.75), torch.full((2,), 0.25))
     assert torch.equal(moved(old, new, 0.75, torch.tensor(False)), old)

@@ -1,4 +1,4 @@
-"""The network of iGPT: causality, generation against the forward pass, and features n^l."""
+"""The network of iGPT: causality, generation compared with the forward pass, and the paper's features n^l."""
 
 import pytest
 import torch
@@ -50,7 +50,7 @@ def test_bidirectional_tokens_see_all_others_but_no_hidden_content():
 
 
 @torch.no_grad()
-def test_step_by_step_is_the_forward_pass():
+def test_generating_step_by_step_equals_the_forward_pass():
     network, tokens = gpt(), ids()
     whole = network.run(tokens)
     token, cache = network.sos.expand(2, 1, -1), None
@@ -67,7 +67,7 @@ def test_step_by_step_is_the_forward_pass():
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_causal_attention_written_out_is_the_fused_one(dtype):
+def test_explicit_causal_attention_equals_fused_attention(dtype):
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 2, 9, 4) for _ in range(3))
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)

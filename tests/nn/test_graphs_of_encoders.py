@@ -34,7 +34,7 @@ def images_of(*size: int) -> torch.Tensor:
 
 @pytest.fixture
 def untyped():
-    """Without the checks of shapes that tests add: sizes in a graph are symbols, which they take for no numbers."""
+    """Disable the shape checks of the tests, which reject the symbolic sizes of graphs."""
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)

@@ -10,7 +10,7 @@ from unmask.nn.masks import mask_from_noise
 
 @pytest.mark.parametrize("last", [1, 7, 10])
 @pytest.mark.parametrize("options", [{}, {"layer_scale": 0.5}])
-def test_the_last_tokens_of_a_block_are_those_of_the_whole(last, options):
+def test_last_tokens_equal_those_of_the_full_block(last, options):
     torch.manual_seed(0)
     block = Block(32, 4, **options).double()
     bias = torch.randn(4, 10, 10, dtype=torch.float64)
@@ -28,7 +28,7 @@ def test_the_last_tokens_of_a_block_are_those_of_the_whole(last, options):
 
 
 @pytest.mark.parametrize(("depth", "fills"), [(1, True), (3, True), (2, False)])
-def test_predicting_all_patches_does_not_change_those_of_hidden_ones(depth, fills):
+def test_predicting_all_patches_does_not_change_hidden_ones(depth, fills):
     torch.manual_seed(0)
     decoder = LightDecoder(
         DecoderConfig(width=32, depth=depth, heads=4), seen_width=16, grid=(4, 5), out=12, fills=fills
@@ -39,7 +39,7 @@ def test_predicting_all_patches_does_not_change_those_of_hidden_ones(depth, fill
     assert (hidden.shape, everything.shape) == ((3, 15, 12), (3, 20, 12))
     assert torch.allclose(everything[:, 5:], hidden, atol=1e-12)
 
-    x = decoder.embed(seen)  # as published, every token through every block
+    x = decoder.embed(seen)  # as in the official code: every block computes every token
     tokens = x[:, 1:]
     if fills:
         tokens = torch.cat([tokens, decoder.mask_token.expand(3, 15, -1)], 1)

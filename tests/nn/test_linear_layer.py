@@ -10,7 +10,7 @@ from unmask.nn.linear_layer import Linear, linear
 
 @pytest.fixture
 def asked(monkeypatch) -> list[tuple[int, ...]]:
-    """Shapes of what goes to oneDNN; on every processor whose torch has it."""
+    """Record the shapes of oneDNN products, and use oneDNN on every processor."""
     if torch_internals.onednn_linear() is None:
         pytest.skip("this torch has no oneDNN")
     seen, real = [], torch_internals.multiply_by_onednn
@@ -26,7 +26,7 @@ def asked(monkeypatch) -> list[tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("bias", [True, False])
-def test_values_and_gradients_are_those_of_torch(asked, bias):
+def test_values_and_gradients_match_torch(asked, bias):
     torch.manual_seed(0)
     ours, theirs = Linear(24, 40, bias=bias), torch.nn.Linear(24, 40, bias=bias).double()
     theirs.load_state_dict(ours.state_dict())
@@ -69,7 +69,7 @@ def test_small_or_non_float32_products_and_autocast_use_torch(asked):
     ("vendor", "unit", "slow"),
     [("AuthenticAMD", "AVX512", True), ("GenuineIntel", "AVX512", False), ("AuthenticAMD", "AVX2", False)],
 )
-def test_it_is_for_amd_with_avx512(vendor, unit, slow, monkeypatch):
+def test_onednn_is_used_on_amd_with_avx512_only(vendor, unit, slow, monkeypatch):
     class File:
         def __init__(self, path):
             assert path == "/proc/cpuinfo"

@@ -16,14 +16,14 @@ def draws(count: int, seed: int = 0) -> Draws:
 
 
 def neighbours(hidden: torch.Tensor, grid: tuple[int, int]) -> float:
-    """Share of hidden patches whose right neighbour is hidden too."""
+    """Return the share of hidden patches whose right neighbour is hidden, too."""
     hidden = hidden.reshape(-1, *grid)
     return float((hidden[:, :, :-1] & hidden[:, :, 1:]).sum() / hidden[:, :, :-1].sum())
 
 
 @pytest.mark.parametrize("grid", [(14, 14), (8, 8), (4, 6)])
 @pytest.mark.parametrize("ratio", [0.4, 0.5, 0.75])
-def test_block_masks_hide_exactly_the_number_that_random_ones_hide(grid, ratio):
+def test_block_masks_hide_as_many_patches_as_random_masks(grid, ratio):
     mask = block_mask(32, grid, ratio, draws(32))
     assert mask.drop.shape == random_mask(32, grid, ratio, draws(32)).drop.shape
     everything = torch.arange(grid[0] * grid[1]).expand(32, -1)
@@ -31,18 +31,20 @@ def test_block_masks_hide_exactly_the_number_that_random_ones_hide(grid, ratio):
     assert len({tuple(row.tolist()) for row in mask.hidden()}) > 28, "each image has its own"
 
 
-def test_block_masks_are_blocks():
-    """Hidden patches lie together: their neighbours are hidden far more often than where they are drawn singly."""
+def test_block_masks_hide_neighbouring_patches():
+    """Neighbours of hidden patches are hidden far more often than with random masks."""
     grid = (14, 14)
     assert neighbours(random_mask(64, grid, 0.4, draws(64)).hidden(), grid) == pytest.approx(0.4, abs=0.03)
     assert neighbours(block_mask(64, grid, 0.4, draws(64)).hidden(), grid) > 0.75
 
 
 def test_a_block_has_the_sampled_area_and_aspect(monkeypatch):
-    """First proposal by hand: area 16 + (78 - 16) / 2 = 47, aspect 1: 7 x 7 at row 4, column 0; others too large."""
+    """First proposal by hand: area 16 + (78 - 16) / 2 = 47, aspect 1: 7 x 7 at row 4, column 0; the others are too
+    large.
+    """
     script = torch.full((1, 4 * masks.BLOCK_PROPOSALS + 196), 0.0)
     script[0, :4] = torch.tensor([0.5, 0.5, 0.5, 0.0])
-    script[0, 4 : 4 * masks.BLOCK_PROPOSALS] = 0.999  # tall and narrow: 14 rows or more are refused
+    script[0, 4 : 4 * masks.BLOCK_PROPOSALS] = 0.999  # tall and narrow: 14 rows or more are rejected
     script[0, 4 * masks.BLOCK_PROPOSALS :] = torch.linspace(0, 0.999, 196)
     monkeypatch.setattr(Draws, "uniform", lambda self, count: script)
     hidden = block_mask(1, (14, 14), 0.4, draws(1)).hidden().reshape(14, 14)
@@ -59,7 +61,7 @@ def test_no_block_is_smaller_than_the_minimum_unless_little_remains():
     assert big > small + 0.02
 
 
-def test_a_block_mask_belongs_to_the_image():
+def test_block_mask_depends_on_the_image_only():
     one = block_mask(8, (8, 8), 0.5, draws(8))
     other = block_mask(1, (8, 8), 0.5, Draws(0, torch.zeros(1, dtype=torch.int64), torch.tensor([5])))
     assert torch.equal(one.drop[5], other.drop[0])
@@ -86,7 +88,7 @@ def test_blocks_that_do_not_fit_are_rejected(grid, ratio, smallest, message):
     masks.require_blocks((8, 8), 0.625, 40)  # each of the two proposed fixes works
 
 
-def test_the_smallest_block_is_that_of_beit():
+def test_smallest_block_matches_beit():
     assert masks.smallest_block((14, 14)) == 16
     assert masks.smallest_block((2, 2)) == 1
 

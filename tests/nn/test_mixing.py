@@ -26,14 +26,14 @@ def test_nothing_is_mixed_without_alpha():
 
 @pytest.mark.parametrize("draws", np.random.default_rng(0).random((12, 4)))
 @pytest.mark.parametrize(("mixup", "cutmix"), [(0.8, 0.0), (0.0, 1.0), (0.8, 1.0)])
-def test_a_target_holds_the_share_of_pixels_of_each_image(draws, mixup, cutmix):
+def test_targets_match_the_share_of_each_image(draws, mixup, cutmix):
     images, targets = mix(IMAGES, soft_targets(torch.arange(4), 4, 0.0), draws, mixup=mixup, cutmix=cutmix)
-    seen = images.float().mean((1, 2, 3)) / 50  # the mean number of the images in it
+    seen = images.float().mean((1, 2, 3)) / 50  # mean index of the mixed images
     assert seen.tolist() == pytest.approx((targets * torch.arange(4)).sum(1).tolist(), abs=1e-4)
     assert targets.sum(1).tolist() == pytest.approx([1] * 4)
 
 
-def test_both_kinds_occur_and_a_cut_keeps_the_dtype():
+def test_mixup_and_cutmix_both_occur_and_cutmix_keeps_the_dtype():
     kinds = {
         mix(IMAGES, soft_targets(LABELS, 3, 0.0), np.array([toss, 0.3, 0.5, 0.5]), mixup=0.8, cutmix=1.0)[0].dtype
         for toss in (0.2, 0.8)
@@ -41,14 +41,14 @@ def test_both_kinds_occur_and_a_cut_keeps_the_dtype():
     assert kinds == {torch.uint8, torch.float32}
 
 
-def test_the_beta_distribution_is_that_of_scipy():
+def test_beta_distribution_matches_scipy():
     from scipy.stats import beta, kstest
 
     draws = [beta_quantile(u, 0.8) for u in np.random.default_rng(0).random(2000)]
     assert kstest(draws, beta(0.8, 0.8).cdf).pvalue > 0.01
 
 
-def test_a_box_has_the_images_shape_and_stays_inside():
+def test_cut_box_has_the_images_aspect_ratio_and_stays_inside():
     rows, cols = cut_box((80, 120), 0.75, 0.5, 0.5)
     assert (rows.stop - rows.start, cols.stop - cols.start) == (40, 60)
     rows, cols = cut_box((80, 120), 0.75, 0.0, 0.999)

@@ -1,4 +1,4 @@
-"""k-means for palettes, against scikit-learn, and with few distinct colours."""
+"""k-means for palettes, compared with scikit-learn, and with few distinct colours."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ def left(pixels: torch.Tensor, colours: torch.Tensor) -> float:
     return float((pixels - colours[nearest_colour(pixels, colours)]).square().sum(1).mean())
 
 
-def test_the_remaining_error_is_that_of_scikit_learn():
+def test_error_matches_scikit_learn():
     pixels = clouds()
     ours = left(pixels, k_means(pixels, 16))
     theirs = KMeans(16, n_init=5, random_state=0).fit(pixels.numpy()).inertia_ / len(pixels)
@@ -47,7 +47,7 @@ def test_fewer_colours_than_the_palette_have_no_error():
 
 
 @pytest.mark.parametrize("top", [1.0, 255.0, 65535.0])
-def test_nearest_is_exact_in_any_units_and_ties_go_to_the_lower(top):
+def test_nearest_colour_is_exact_in_any_units_and_ties_go_to_the_lower_index(top):
     colours = torch.tensor([[0.5, 0.5], [0.50001, 0.5], [0.9, 0.1]]) * top
     assert nearest_colour(colours.reshape(1, 3, 2), colours).tolist() == [[0, 1, 2]]
     assert int(nearest_colour(torch.tensor([1.0]), torch.tensor([[0.0], [2.0]]))) == 0

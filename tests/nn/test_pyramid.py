@@ -32,7 +32,7 @@ def test_maps_have_the_size_of_their_stride(grid):
         assert found.shape == (2, 12, -(-grid[0] * patch[0] // high), -(-grid[1] * patch[1] // wide))
 
 
-def test_a_place_depends_only_on_the_patches_around_it():
+def test_cell_depends_on_nearby_patches_only():
     torch.manual_seed(0)
     pyramid, x = Pyramid(8, 12, (16, 16), (8, 8)), torch.randn(1, 8, 8, 8)
     other = x.clone()
@@ -41,14 +41,14 @@ def test_a_place_depends_only_on_the_patches_around_it():
     for changed, (high, wide) in zip(changes, pyramid.strides, strict=True):
         rows, cols = changed.nonzero(as_tuple=True)
         assert len(rows)
-        around = high  # the 3x3 convolution sees one cell more on either side
+        around = high  # the 3x3 convolution reads one more cell on either side
         assert (rows.min() + 1) * high > 16 - around
         assert rows.max() * high < 32 + around
         assert (cols.min() + 1) * wide > 96 - around
         assert cols.max() * wide < 112 + around
 
 
-def test_the_norm_is_over_channels_of_each_place():
+def test_norm_is_over_the_channels_of_each_position():
     x = torch.randn(2, 32, 3, 4) * 5 + 7
     found = ChannelNorm(32)(x)
     torch.testing.assert_close(found.mean(1), torch.zeros(2, 3, 4), atol=1e-5, rtol=0)

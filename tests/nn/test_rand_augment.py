@@ -18,7 +18,7 @@ def draws(count=6, seed=0):
 
 
 @pytest.mark.parametrize("channels", [1, 3, 5])
-def test_the_same_draws_give_the_same_image_and_others_do_not(channels):
+def test_same_draws_give_the_same_image_and_other_draws_do_not(channels):
     x, fill = unit(channels=channels), FILL[:1].expand(channels, 1, 1)
     once, again = (rand_augment(x, draws(), 9.0, fill) for _ in range(2))
     assert torch.equal(once, again)
@@ -36,7 +36,7 @@ def test_an_image_without_an_operation_is_unchanged():
     assert not torch.equal(after, unit())
 
 
-def test_an_image_does_not_depend_on_those_beside_it():
+def test_image_does_not_depend_on_others_in_the_batch():
     together = rand_augment(unit(), draws(), 9.0, FILL)
     alone = rand_augment(unit()[3:4], draws()[3:4], 9.0, FILL)
     torch.testing.assert_close(together[3:4], alone)
@@ -62,7 +62,7 @@ def test_geometric_operations_move_pixels_as_described():
 
 
 def pillow(pixels, matrix):
-    """Pillow's affine transform of (H, W, 3) pixels, bicubic, filled with gray."""
+    """Apply Pillow's bicubic affine transform to (H, W, 3) pixels, filled with gray."""
     from PIL import Image
 
     picture = Image.fromarray(pixels)
@@ -77,7 +77,7 @@ def pixels_of(x):
 
 
 def smooth_pixels(height=40, width=56):
-    """(H, W, 3) uint8 without noise, so that a coordinate that is off by a rounding error changes little."""
+    """Return a smooth (H, W, 3) uint8 image, so that rounding errors of coordinates have little effect."""
     rows, columns = np.mgrid[:height, :width]
     waves = [np.sin(rows / (4 + n) + n) * np.cos(columns / (5 - n)) for n in range(3)]
     return (127.5 + 120 * np.stack(waves, 2)).astype(np.uint8)
@@ -99,7 +99,7 @@ def test_geometric_operations_match_timm_with_pillow(name, matrix):
     assert np.abs(got - pillow(pixels, matrix)).max() < 1.5, "levels, of 255"
 
 
-def test_a_rotation_is_pillows():
+def test_rotation_matches_pillow():
     from PIL import Image
 
     pixels, fill = smooth_pixels(), torch.full((3, 1, 1), 127 / 255)
@@ -109,7 +109,7 @@ def test_a_rotation_is_pillows():
     assert np.abs(got - np.asarray(picture, np.float32)).max() < 1.5
 
 
-def test_a_shear_leaves_the_corner_where_it_is_and_moves_the_far_edge_most():
+def test_shear_keeps_the_corner_and_moves_the_far_edge_most():
     x = torch.zeros(1, 1, 224, 224)
     x[0, 0, [2, 221], 100] = 1
     moved = ALL["shear x"](x, np.array([0.9]), np.array([1.0]), torch.zeros(1, 1, 1))[0, 0]
@@ -143,7 +143,7 @@ def test_erasing_puts_noise_into_a_box_of_some_images():
     assert share.max() < 0.36
 
 
-def test_sharpness_is_pillows():
+def test_sharpness_matches_pillow():
     from PIL import Image, ImageEnhance
 
     pixels = np.random.default_rng(0).integers(0, 256, (20, 24, 3), np.uint8)
@@ -153,7 +153,7 @@ def test_sharpness_is_pillows():
     assert np.abs(got.numpy()[1:-1, 1:-1] - want[1:-1, 1:-1]).max() < 1.5, "Pillow leaves the edge alone"
 
 
-def test_an_image_outside_the_range_is_cut_off_only_where_it_is_changed():
+def test_only_augmented_images_are_clipped_to_the_range():
     x = unit() * 3 - 1
     no = draws()
     no[2, [1, 5]] = 0.9

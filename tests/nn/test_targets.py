@@ -1,4 +1,4 @@
-"""Principal components of patches as a target, against scikit-learn."""
+"""Principal components of patches as a target, compared with scikit-learn."""
 
 import numpy as np
 import pytest

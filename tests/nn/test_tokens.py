@@ -24,7 +24,7 @@ def test_patch_layout_is_row_column_channel_with_channel_fastest():
     assert torch.equal(unpatchify(patches, (2, 2), (2, 3)), images)
 
 
-def test_a_remainder_is_rejected_with_fitting_sizes():
+def test_indivisible_size_is_rejected_with_fitting_sizes():
     with pytest.raises(ValueError, match=r"image height 30 is not a multiple of patch size 4; use 28 or 32.*patch=5"):
         grid_of((30, 32), (4, 4))
     with pytest.raises(ValueError, match="image width 3 "):
@@ -51,7 +51,7 @@ def test_sincos_has_the_golden_values_of_the_official_table():
     assert positions.sincos(768, (14, 14)).norm(dim=1).numpy() == pytest.approx(np.full(196, np.sqrt(384)), rel=1e-5)
 
 
-def test_sincos_on_a_wide_grid_gives_every_place_its_own_code():
+def test_sincos_on_a_wide_grid_is_distinct_at_every_position():
     table = positions.sincos(16, (2, 5))
     assert table.shape == (10, 16)
     assert len({tuple(row.tolist()) for row in table}) == 10
@@ -73,7 +73,7 @@ def test_resizing_to_the_same_grid_is_the_identity_and_keeps_rows_and_columns_ot
     table[0, :, 1] = torch.arange(6) % 3  # the column
     assert positions.resize(table, (2, 3), (2, 3)) is table
     bigger = positions.resize(table, (2, 3), (4, 6)).reshape(4, 6, 4)
-    assert (bigger[:, :, 0].std(1) < 1e-5).all()  # rows still constant along columns
+    assert (bigger[:, :, 0].std(1) < 1e-5).all()  # row numbers are still constant along columns
     assert (bigger[:, :, 1].std(0) < 1e-5).all()
     assert (bigger[0, :, 1].diff() > 0).all()
 
@@ -121,7 +121,7 @@ def test_every_patch_is_hidden_equally_often():
     assert (share - 0.75).abs().max() < 0.03
 
 
-def test_nearest_visible():
+def test_nearest_visible_patches_of_a_small_mask():
     mask = Mask(keep=torch.tensor([[5, 0]]), drop=torch.tensor([[1, 2, 3, 4]]))
     assert nearest_visible(mask, (1, 6)).tolist() == [[0, 0, 5, 5]]
     assert nearest_visible(mask, (2, 3)).tolist() == [[0, 5, 0, 5]]
@@ -139,7 +139,7 @@ def test_nearest_visible_against_brute_force():
             assert found[image, place] == expected
 
 
-def test_a_mask_is_the_same_from_numpy():
+def test_mask_matches_numpy():
     index = np.arange(9)
     noise = uniform(4, Stream.MASK, np.zeros(9, np.int64), index, 30)
     order = noise.argsort(1, kind="stable")
@@ -154,7 +154,7 @@ def test_the_eps_of_patch_statistics_is_inside_the_root():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_attention_written_out_is_the_fused_one(dtype):
+def test_explicit_attention_equals_fused_attention(dtype):
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, 4, 10, 8).to(dtype)
     expected = torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double())
@@ -247,7 +247,7 @@ def test_initialisation_follows_the_official_code():
     assert encoder.pos_embed[:, 1:].abs().sum() > 0
 
 
-def test_depth_of_parameters():
+def test_depth_of_parameters_for_layer_decay():
     encoder = ViT(CONFIG, SPEC)
     depth = {name: encoder.depth_of(name) for name, _ in encoder.named_parameters()}
     assert {depth["cls_token"], depth["pos_embed"], depth["patch_embed.proj.weight"]} == {0}

@@ -1,4 +1,4 @@
-"""Report a torch that changed a private part which `nn/torch_internals.py` uses, and test the fall-backs."""
+"""Check that the private parts of torch used by `nn/torch_internals.py` still work, and so do the fallbacks."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def test_onednn_still_multiplies():
     assert torch.allclose(found, torch.nn.functional.linear(x, weight, bias), atol=1e-6), changed("_linear_pointwise")
 
 
-def test_a_transform_is_still_noticed():
+def test_transforms_are_detected():
     seen = []
 
     def look(x):
@@ -36,7 +36,7 @@ def test_a_transform_is_still_noticed():
     assert seen == [False, True], changed("torch._C._functorch.is_functorch_wrapped_tensor")
 
 
-def test_a_tensor_without_values_is_still_noticed():
+def test_tensors_without_values_are_detected():
     seen = []
 
     class Look(torch.nn.Module):
@@ -50,7 +50,7 @@ def test_a_tensor_without_values_is_still_noticed():
     assert not torch_internals.has_no_values(torch.ones(2))
 
 
-def test_a_torch_without_them_computes_as_usual(monkeypatch):
+def test_fallbacks_work_without_the_private_parts(monkeypatch):
     monkeypatch.setattr(torch_internals, "onednn_linear", lambda: None)
     assert not linear_layer.mkl_is_slow.__wrapped__()
     monkeypatch.setattr(torch_internals.torch, "_C", object())

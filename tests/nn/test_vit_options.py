@@ -47,7 +47,7 @@ def test_learned_positions_are_trained_and_small():
 
 
 def test_relative_bias_matches_values_computed_by_hand():
-    """On 2 x 3 patches: 3 x 5 offsets and the three of the class token."""
+    """On 2 x 3 patches there are 3 x 5 offsets, and three entries for the class token."""
     bias = RelativeBias((2, 3), heads=1)
     assert bias.table.shape == (18, 1)
     assert bias.table.eq(0).all()
@@ -64,7 +64,7 @@ def test_relative_bias_matches_values_computed_by_hand():
     assert found[2, 1] == 8, "one column to the right of the other"
 
 
-def test_relative_bias_of_named_patches_is_that_of_all_at_their_places():
+def test_relative_bias_of_some_patches_equals_that_of_all():
     bias = RelativeBias((2, 3), heads=2)
     torch.nn.init.normal_(bias.table)
     where = torch.tensor([[4, 0, 2], [1, 3, 5]])
@@ -103,10 +103,10 @@ def test_other_sizes_interpolate_the_bias(options):
 
 @torch.no_grad()
 def test_an_interpolated_bias_keeps_rows_and_columns_apart():
-    """A bias that grows to the right only still does, and up and down it stays alike."""
+    """A bias that grows only to the right still does, and stays constant vertically."""
     bias = RelativeBias((2, 3), heads=1)
     bias.table[:-3] = torch.arange(5.0).repeat(3)[:, None]  # 3 x 5 offsets
-    wide = bias(None, (4, 4))[0, 1:, 1:].unflatten(1, (4, 4))[0]  # patch 0 looks at each patch: (rows, cols)
+    wide = bias(None, (4, 4))[0, 1:, 1:].unflatten(1, (4, 4))[0]  # bias from patch 0 to each patch: (rows, cols)
     assert torch.allclose(wide, wide[:1].expand(4, -1), atol=1e-5)
     assert wide[0].diff().lt(-0.3).all()
 
@@ -133,6 +133,6 @@ def test_layer_scale_has_its_initial_value_and_scales_the_block():
     assert (first - last).abs().max() > 0.1
 
 
-def test_the_tables_of_the_bias_belong_to_the_last_layers():
+def test_bias_tables_have_the_depth_of_the_last_layers():
     encoder = vit(relative_bias=True)
     assert encoder.depth_of("relative_bias.table") == encoder.depth_of("norm.weight") == 3

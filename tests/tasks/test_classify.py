@@ -1,4 +1,4 @@
-"""The classifier: which blocks are trained, and its loss against the formula of its docstring."""
+"""The classifier: which blocks are trained, and its loss compared with the formula in its docstring."""
 
 import numpy as np
 import pytest
@@ -33,7 +33,7 @@ def make(last_blocks=None, **more):
 
 
 def batch(count=8):
-    """Classes differ in brightness."""
+    """Return images whose classes differ in brightness."""
     labels = torch.arange(count) % len(NAMES)
     noise = torch.from_numpy(np.random.default_rng(0).integers(0, 60, (count, 3, 16, 16)))
     images = (noise + 60 * labels[:, None, None, None]).to(torch.uint8)
@@ -68,18 +68,18 @@ EXPECTED = {
 
 
 @pytest.mark.parametrize("last_blocks", EXPECTED)
-def test_what_is_trained_is_what_was_asked_for(last_blocks):
+def test_last_blocks_selects_the_trained_parameters(last_blocks):
     method = make(last_blocks)
     assert trained(method) == EXPECTED[last_blocks]
     with torch.no_grad():
-        nn.init.normal_(method.head.weight)  # at 2e-5 the gradient behind it would round to nothing
+        nn.init.normal_(method.head.weight)  # with 2e-5 the encoder's gradient would round to zero
     loss(method, batch()).value.backward()
     reached = {name for name, p in method.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
     assert reached == trained(method)
 
 
 @pytest.mark.parametrize("last_blocks", [0, 0.5, 1])
-def test_a_step_leaves_what_is_frozen_as_it_was(last_blocks):
+def test_step_does_not_change_frozen_parameters(last_blocks):
     method = make(last_blocks)
     with torch.no_grad():
         nn.init.normal_(method.head.weight)
@@ -154,7 +154,7 @@ def test_it_learns_and_the_picture_shows_it():
     assert darker.all(), "what does not speak for the guess fades to the mean colour"
 
 
-def test_images_without_labels_are_refused():
+def test_images_without_labels_are_rejected():
     bare = batch()
     bare = Batch(bare.images, bare.index, bare.epoch)
     with pytest.raises(UserError, match=r"got images without labels.*sub-folder"):
@@ -167,12 +167,12 @@ def test_impossible_numbers_of_blocks_are_rejected(last_blocks):
         config(last_blocks)
 
 
-def test_one_class_is_refused():
+def test_one_class_is_rejected():
     with pytest.raises(ValidationError, match=r"classes"):
         Config(encoder=config().encoder, classes=("all",))
 
 
-def test_a_task_is_found_by_its_name_and_is_no_method_of_pre_training():
+def test_task_is_found_by_name_and_is_not_a_pre_training_method():
     assert method_class("classify") is Classifier
     assert "classify" not in method_names()
     root = Root(method=config(1))

@@ -40,7 +40,7 @@ def make(last_blocks=None, *, images=None, seed=0, **more):
 
 
 def drawn(count=8, *, channels=3, size=(SIDE, SIDE), dtype="uint8"):
-    """One bright thing on noise in each image, a rectangle or a disc by turns, padded to two boxes."""
+    """Return images with one bright object on noise, alternately a rectangle and a disc, padded to two boxes."""
     rng, (high, wide) = np.random.default_rng(0), size
     images = rng.integers(0, 60, (count, channels, high, wide))
     y, x = np.mgrid[:high, :wide]
@@ -85,15 +85,15 @@ def precision(method, of):
 
 
 def cells_of(strides, size):
-    """The cells of an image of (H, W) pixels, and how many rows and columns of them each level has."""
+    """Return the cells of an image of (H, W) pixels, and the rows and columns of each level."""
     shapes = [torch.Size((size[0] // high, size[1] // wide)) for high, wide in strides]
     strides = tuple((float(high), float(wide)) for high, wide in strides)
     return detect.make_cells(strides, shapes, torch.device("cpu")), shapes
 
 
 def naive_truth(strides, shapes, boxes, labels):
-    """One image, loop by loop: for each cell the label, the sides in cells, the centreness."""
-    claims, cell = [], 0  # (cell, box, whether the level fits, what the cell would learn)
+    """Compute label, sides in cells and centreness of each cell of one image with plain loops."""
+    claims, cell = [], 0  # (cell, box, whether the level fits, target of the cell)
     for number, ((high, wide), (rows, cols)) in enumerate(zip(strides, shapes, strict=True)):
         least, most = (4 if number else 0), (8 if number < len(strides) - 1 else INF)
         for row, col in np.ndindex(rows, cols):
@@ -115,7 +115,7 @@ def naive_truth(strides, shapes, boxes, labels):
 
 
 @pytest.mark.parametrize("strides", [((4, 4), (8, 8), (16, 16)), ((4, 8), (8, 16), (16, 32)), ((16, 16),)])
-def test_which_cell_learns_which_box(strides):
+def test_assignment_of_boxes_to_cells_matches_plain_loops(strides):
     rng = np.random.default_rng(0)
     cells, shapes = cells_of(strides, (128, 192))
     length = rng.integers(1, 120, (3, 12, 2))
@@ -133,8 +133,8 @@ def test_which_cell_learns_which_box(strides):
     assert set(level[(truth.label >= 0).any(0)].tolist()) == set(range(len(shapes))), "every level has its boxes"
 
 
-def test_every_box_of_some_size_is_learned_by_a_cell():
-    """No gap between the levels, wherever a box lies: on the finest level a cell is 4 pixels."""
+def test_every_box_above_a_size_is_assigned_to_a_cell():
+    """There is no gap between the levels, wherever a box lies; on the finest level a cell is 4 pixels."""
     cells, _ = cells_of(((4, 4), (8, 8), (16, 16)), (256, 256))
     rng = np.random.default_rng(0)
     length = rng.integers(5, 200, (400, 2))
@@ -161,7 +161,7 @@ def test_the_loss_matches_a_value_computed_by_hand():
     centreness = -(0.4 * c[0].log() + 0.6 * (1 - c[0]).log()) - c[2].log()
 
     def giou(a, b):
-        """Two boxes around one cell: the overlap and the hull are the least and the greatest sides."""
+        """For two boxes around one cell, overlap and hull have the smaller and the larger of their sides."""
         size, low, high = (lambda s: (s[0] + s[2]) * (s[1] + s[3])), torch.minimum(a, b), torch.maximum(a, b)
         union = size(a) + size(b) - size(low)
         return size(low) / union - (size(high) - union) / size(high)
@@ -173,8 +173,8 @@ def test_the_loss_matches_a_value_computed_by_hand():
     assert float(got.value) == pytest.approx(float(sum(want.values())), rel=1e-5)
 
 
-def test_what_is_found_is_the_box_of_the_cell():
-    """One cell of 4 x 8 pixels in row 1, column 2, beside one that says almost the same and one that sees less."""
+def test_selected_box_is_the_one_predicted_by_the_cell():
+    """A confident cell of 4 x 8 pixels in row 1, column 2, a near duplicate, and a less confident cell."""
     cells, _ = cells_of(((4, 8),), (16, 32))
     guess = Guess(torch.full((16, 3), -9.0), torch.ones(16, 4), torch.zeros(16))
     for cell, logit, sides in ((6, 2.0, (1, 0.5, 4, 1)), (7, 1.0, (2, 0.5, 3, 1)), (12, 0.0, (0.5, 0.5, 0.5, 0.5))):
@@ -187,8 +187,8 @@ def test_what_is_found_is_the_box_of_the_cell():
     torch.testing.assert_close(found.scores, (torch.tensor([2.0, 0.0]).sigmoid() * 0.5).sqrt())
 
 
-def test_shapes_are_fixed_and_the_host_never_waits():
-    """The meta device holds no values: whatever asks for one, or for a shape that depends on one, fails on it."""
+def test_loss_has_fixed_shapes_and_never_synchronises():
+    """Tensors on the meta device have no values, so reading a value or a value-dependent shape fails."""
     method, of = make().to("meta"), drawn().to("meta")
     value = loss(method, of).value
     value.backward()
@@ -196,9 +196,9 @@ def test_shapes_are_fixed_and_the_host_never_waits():
 
 
 @pytest.mark.parametrize("last_blocks", [0, 0.5, 1, 2, None])
-def test_what_is_trained_is_what_was_asked_for(last_blocks):
+def test_last_blocks_selects_the_trained_parameters(last_blocks):
     method, of = make(last_blocks), drawn(16)
-    of.boxes[0, 1], of.box_labels[0, 1] = torch.tensor([0.0, 0, 64, 60]), 0  # that the second level has one
+    of.boxes[0, 1], of.box_labels[0, 1] = torch.tensor([0.0, 0, 64, 60]), 0  # so that the second level has a box
     of.boxes[1, 1], of.box_labels[1, 1] = torch.tensor([0.0, 0, 64, 50]), 1
     stays = {name: value.clone() for name, value in method.state_dict().items()}
     learn(method, of, 3)
@@ -215,7 +215,7 @@ def test_what_is_trained_is_what_was_asked_for(last_blocks):
     assert {name.split(".")[0] for name in trained} == {"pyramid", "head"} | ({"encoder"} if inside else set())
 
 
-def test_padding_changes_nothing():
+def test_padded_boxes_do_not_change_the_loss():
     method, of = make(), drawn()
     more = replace(
         of,
@@ -250,12 +250,12 @@ def test_images_without_a_box_are_all_background(room):
     assert all(number.isfinite() for number in picture.numbers.values())
 
 
-def test_images_without_boxes_beside_them_are_refused():
-    with pytest.raises(UserError, match=r"got images without boxes.*give the file of boxes"):
+def test_images_without_box_annotations_are_rejected():
+    with pytest.raises(UserError, match=r"got images without boxes.*pass the file of boxes"):
         loss(make(), replace(drawn(), boxes=None))
 
 
-def test_it_finds_again_what_it_was_shown_and_the_picture_shows_it():
+def test_detector_overfits_and_the_picture_shows_its_boxes():
     pytest.importorskip("pycocotools")
     method, of = make(), drawn()
     assert precision(method, of).ap50 < 0.1
@@ -278,7 +278,7 @@ def test_it_finds_again_what_it_was_shown_and_the_picture_shows_it():
     assert float(picture.numbers["loss"]) < 0.6 * float(picture.numbers["same_everywhere"])
 
 
-def test_the_trivial_guess_is_the_best_of_its_kind():
+def test_baseline_is_the_best_constant_prediction():
     method, of = make(), drawn()
     with torch.no_grad():
         guess, cells = method.guess(of.images)
@@ -296,7 +296,7 @@ def test_the_trivial_guess_is_the_best_of_its_kind():
     assert best == pytest.approx(trivial, rel=0.02)
 
 
-def test_the_same_seed_gives_the_same_loss_and_weights_travel():
+def test_same_seed_gives_the_same_loss_and_weights_can_be_loaded():
     of, first, other = drawn(), make(), make(seed=1)
     learn(first, of, 2)
     again = make()
@@ -314,10 +314,10 @@ def test_the_same_seed_gives_the_same_loss_and_weights_travel():
     ("channels", "dtype", "size"),
     [(1, "uint8", (64, 64)), (5, "uint16", (64, 96)), (3, "float32", (96, 64)), (3, "uint8", (40, 56))],
 )
-def test_any_channels_dtype_and_shape(channels, dtype, size):
+def test_all_channels_dtypes_and_shapes_are_supported(channels, dtype, size):
     images = ImageSpec(channels, size, dtype, (60.0,) * channels, (60.0,) * channels)
     method, of = make(images=images), drawn(4, channels=channels, dtype=dtype, size=size)
-    method.head.to_classes.bias.data.fill_(1.0)  # that much is found
+    method.head.to_classes.bias.data.fill_(1.0)  # so that many boxes are found
     assert loss(method, of).value.isfinite()
     with torch.no_grad():
         picture = method.picture(of, clock(of))
@@ -335,7 +335,7 @@ def test_any_channels_dtype_and_shape(channels, dtype, size):
         assert (one.boxes <= torch.tensor([size[1], size[0]] * 2)).all()
 
 
-def test_images_larger_than_in_training():
+def test_larger_images_than_in_training_are_accepted():
     method, of = make(), drawn(2, size=(96, 128))
     assert loss(method, of).value.isfinite()
     guess, cells = method.guess(of.images)
@@ -343,7 +343,7 @@ def test_images_larger_than_in_training():
     assert guess.classes.shape == (2, 24 * 32 + 12 * 16 + 6 * 8, 2)
 
 
-def test_it_works_in_bf16_with_a_float32_loss():
+def test_bf16_works_with_a_float32_loss():
     method, of = make(), drawn()
     want = float(loss(method, of).value.detach())
     with autocast("bf16", "cpu"):
@@ -362,14 +362,14 @@ def test_impossible_numbers_of_blocks_are_rejected(last_blocks):
         config(last_blocks)
 
 
-def test_a_task_is_found_by_its_name_and_is_no_method_of_pre_training():
+def test_task_is_found_by_name_and_is_not_a_pre_training_method():
     assert method_class("detect") is Detector
     assert "detect" not in method_names()
     root = Root(method=config(1, classes=("one",)))
     assert Root.model_validate_json(root.model_dump_json()) == root
 
 
-def test_scores_start_low_so_that_background_does_not_drown_the_rest():
+def test_initial_scores_are_low():
     method = make()
     with torch.no_grad():
         guess, _ = method.guess(drawn().images)
@@ -377,7 +377,7 @@ def test_scores_start_low_so_that_background_does_not_drown_the_rest():
     assert float(guess.sides.mean()) == pytest.approx(1, rel=0.1)
 
 
-def test_stochastic_depth_is_drawn_for_training_alone():
+def test_stochastic_depth_applies_to_training_only():
     of, plain, method = drawn(), make(), make(drop_path=0.5)
     assert method.load_state_dict(plain.state_dict())
     assert loss(method, of).value != loss(plain, of).value

@@ -29,13 +29,13 @@ def loss(method, of):
     return method(of, Clock(0, 1, Draws(0, of.epoch, of.index))).value
 
 
-def test_the_head_alone_has_a_gradient():
+def test_only_the_head_has_a_gradient():
     method = make()
     loss(method, batch()).backward()
     assert {name for name, p in method.named_parameters() if p.grad is not None} == {"head.weight", "head.bias"}
 
 
-def test_batchnorm_remembers_what_torchs_own_would():
+def test_running_statistics_match_torch_batchnorm():
     method, own = make(), torch.nn.BatchNorm1d(32, eps=1e-6, affine=False)
     for seed in range(3):
         loss(method, batch(seed=seed))
@@ -45,7 +45,7 @@ def test_batchnorm_remembers_what_torchs_own_would():
     torch.testing.assert_close(method.norm.running_var, own.running_var)
 
 
-def test_tokens_that_are_not_finite_are_not_remembered():
+def test_non_finite_tokens_do_not_change_running_statistics():
     method = make()
     loss(method, batch())
     before = method.norm.running_mean.clone(), method.norm.running_var.clone()
@@ -54,6 +54,6 @@ def test_tokens_that_are_not_finite_are_not_remembered():
     assert torch.equal(method.norm.running_var, before[1])
 
 
-def test_one_image_at_a_time_is_refused():
+def test_micro_batch_of_one_image_is_rejected():
     with pytest.raises(UserError, match="at least two"):
         loss(make(), batch(1))

@@ -41,7 +41,7 @@ def make(head="upernet", images=None, seed=0, **more):
 
 
 def batch(count=4, images=None):
-    """Bright boxes are things; a stripe is ignored."""
+    """Return images with bright boxes as objects, and an ignored stripe."""
     images = images or spec()
     draw = np.random.default_rng(0)
     maps = torch.zeros(count, *images.size, dtype=torch.int64)
@@ -68,10 +68,10 @@ def warm(head="upernet", steps=3, rate=1e-3, of=None, **more):
     return method
 
 
-# --------------------------------------------------------------------------------------------------------- the contract
+# Contract of tasks
 
 
-def test_it_is_found_by_its_name():
+def test_task_is_found_by_name():
     assert method_class("segment") is Segmenter
 
 
@@ -107,8 +107,8 @@ def test_it_learns_and_predicts(head):
     assert guess.dtype == torch.int64
 
 
-def test_the_finer_head_sees_edges_that_patches_hide():
-    """The boxes' edges lie within patches: what one score for each patch cannot follow, UPerNet does."""
+def test_upernet_resolves_edges_within_patches():
+    """The edges of boxes lie within patches: UPerNet can follow them, one score for each patch cannot."""
     of = batch(8)
     linear, fine = (float(warm(head, 60, 3e-3, of)(of, clock(of)).logs["pixel_accuracy"]) for head in HEADS)
     assert fine > linear
@@ -134,7 +134,7 @@ def test_the_prediction_of_an_image_does_not_depend_on_the_batch(head):
     ("channels", "dtype", "size"), [(1, "uint8", (16, 16)), (5, "uint16", (24, 16)), (3, "float32", (4, 4))]
 )
 @torch.no_grad()
-def test_any_channels_dtype_and_shape(head, channels, dtype, size):
+def test_all_channels_dtypes_and_shapes_are_supported(head, channels, dtype, size):
     images = spec(channels, size, dtype)
     method, of = make(head, images), batch(images=images)
     found = method(of, clock(of))
@@ -148,7 +148,7 @@ def test_any_channels_dtype_and_shape(head, channels, dtype, size):
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_it_works_in_bf16_with_a_float32_loss(head):
+def test_bf16_works_with_a_float32_loss(head):
     method, of = warm(head), batch()
     with autocast("bf16", "cpu"):
         loss = method(of, clock(of)).value
@@ -157,7 +157,7 @@ def test_it_works_in_bf16_with_a_float32_loss(head):
     assert float(loss.detach()) == pytest.approx(float(method(of, clock(of)).value.detach()), rel=0.05)
 
 
-def test_drop_path_is_drawn_by_the_image_and_for_training_only():
+def test_drop_path_depends_on_the_image_and_applies_to_training_only():
     method, of = make("linear", drop_path=0.9), batch()
     torch.nn.init.normal_(method.head.to_classes.weight)
     one, again, other = (float(method(of, clock(of, seed=seed)).value.detach()) for seed in (0, 0, 1))
@@ -168,7 +168,7 @@ def test_drop_path_is_drawn_by_the_image_and_for_training_only():
     assert torch.equal(method.logits(of.images), still.logits(of.images))
 
 
-# ----------------------------------------------------------------------------------------------------- loss and picture
+# Loss and picture
 
 
 def test_the_loss_matches_a_value_computed_by_hand():
@@ -181,7 +181,7 @@ def test_the_loss_matches_a_value_computed_by_hand():
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_what_is_ignored_teaches_nothing(head):
+def test_ignored_pixels_have_no_gradient(head):
     method, of = warm(head), batch()
     changed = of.maps.clone()
     changed[:, :4] = IGNORED
@@ -215,7 +215,7 @@ def test_the_picture_shows_maps_in_fixed_colours():
     assert float(picture.numbers["loss"]) == pytest.approx(float(loss))
 
 
-def test_no_two_classes_have_one_colour():
+def test_every_class_has_a_distinct_colour():
     table = colour_table(200)
     assert table.shape == (200, 3)
     assert len({tuple(row) for row in (table * 1000).round().tolist()}) == 200
@@ -224,17 +224,17 @@ def test_no_two_classes_have_one_colour():
 
 
 @torch.no_grad()
-def test_nothing_judged_at_all_is_no_error():
+def test_loss_is_zero_if_all_pixels_are_ignored():
     method, of = make(), batch()
     empty = Batch(of.images, of.index, of.epoch, maps=torch.full_like(of.maps, IGNORED))
     assert float(method(empty, clock(empty)).value) == 0
     assert all(number.isfinite() for number in method.picture(empty, clock(empty)).numbers.values())
 
 
-# ------------------------------------------------------------------------------------------------------------- refusals
+# Rejected settings
 
 
-def test_images_without_maps_are_refused():
+def test_images_without_masks_are_rejected():
     of = batch()
     with pytest.raises(UserError, match="--annotations"):
         make()(Batch(of.images, of.index, of.epoch), clock(of))
@@ -255,10 +255,10 @@ def test_impossible_settings_are_rejected(wrong, said):
         Config.model_validate(config().model_dump() | wrong)
 
 
-# -------------------------------------------------------------------------------------------------------------- UPerNet
+# UPerNet
 
 
-def test_the_blocks_are_those_of_beits_code():
+def test_feature_blocks_match_beits_code():
     head = UPerNet(8, 8, 3, (16, 16), (14, 14))
     assert head.blocks(12) == (4, 6, 8, 12)
     assert head.blocks(24) == (8, 12, 16, 24)
@@ -276,7 +276,7 @@ def test_recipes_read_the_blocks_of_beits_code_and_older_runs_the_blocks_they_we
     assert segmenter.head.blocks(12) == (3, 6, 9, 12)
 
 
-def test_the_blocks_are_evenly_spaced_and_the_last_is_among_them():
+def test_feature_blocks_are_evenly_spaced_and_include_the_last():
     head = UPerNet(8, 8, 3, (16, 16), (14, 14), "even")
     assert head.scales == (4.0, 2.0, 1.0, 0.5)
     assert head.blocks(12) == (3, 6, 9, 12)
@@ -292,14 +292,14 @@ def test_there_is_no_level_finer_than_a_pixel_or_coarser_than_the_grid():
 
 
 @pytest.mark.parametrize(("patch", "grid"), [((4, 4), (3, 5)), ((1, 2), (1, 1)), ((2, 2), (4, 4))])
-def test_it_takes_any_grid(patch, grid):
+def test_any_grid_is_accepted(patch, grid):
     head = UPerNet(8, 4, 3, patch, grid)
     maps = [torch.randn(1, 8, *grid) for _ in head.scales]
     finest = int(max(head.scales))
     assert head(maps).shape == (1, 3, grid[0] * finest, grid[1] * finest)
 
 
-def test_every_level_counts():
+def test_every_level_has_a_gradient():
     torch.manual_seed(0)
     head = UPerNet(8, 16, 3, (4, 4), (4, 4))
     maps = [torch.randn(2, 8, 4, 4, requires_grad=True) for _ in range(4)]
