@@ -277,7 +277,7 @@ AUTO = {
     "250 on a GPU": (250, (470, 400), "cuda", "mae_tiny", (96, 96), (8, 8), ["fewer than 20,000"]),
     "2 M on a GPU": (2_000_000, (400, 500), "cuda", "mae_base", (224, 288), (16, 16), ["300,000 images or more"]),
     "100,000 on a GPU": (100_000, (500, 500), "cuda", "mae_small", (224, 224), (16, 16), ["between 20,000"]),
-    "digits": (1797, (8, 8), "cpu", "mae_nano", (16, 16), (2, 2), ["small images", "patch 2: for 16 visible patches"]),
+    "digits": (1797, (8, 8), "cpu", "mae_nano", (16, 16), (2, 2), ["small images", "patch 2: 16 visible patches"]),
     "20 pixels": (5000, (20, 20), "cpu", "mae_nano", (20, 20), (2, 2), ["small images"]),
     "21 pixels": (5000, (21, 21), "cpu", "mae_nano", (20, 20), (2, 2), ["small images"]),
     "24 pixels": (5000, (24, 24), "cpu", "mae_nano", (24, 24), (3, 3), ["patch 3"]),

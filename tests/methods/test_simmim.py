@@ -71,7 +71,7 @@ def test_cells_that_do_not_fit_are_rejected_with_a_fitting_size():
 
 @torch.no_grad()
 def test_loss_and_head_are_the_official_ones():
-    """The official head is a 1 x 1 convolution and a pixel shuffle; the loss is divided by hidden pixels and channels."""
+    """The official head is a 1 x 1 convolution and a pixel shuffle; its loss divides by hidden pixels and channels."""
     method, batch = small(), small_batch()
     mask = cell_mask(4, (4, 6), (2, 2), 0.6, clock(batch).rng)
     encoder = method.encoder
