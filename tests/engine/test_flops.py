@@ -9,7 +9,7 @@ from unmask.batch import ImageSpec
 from unmask.config import override
 from unmask.console import Console
 from unmask.engine import flops as flops_module
-from unmask.engine.costs import IMAGENET, recipe_costs, say_costs
+from unmask.engine.costs import IMAGENET, print_costs, recipe_costs
 from unmask.engine.flops import COUNTED, blocks_flops, build_unallocated, count_flops, typical_images
 from unmask.engine.measure import example_batch
 from unmask.errors import UserError
@@ -147,13 +147,13 @@ def test_method_that_predicts_codes_is_counted_with_a_named_tokenizer(capsys):
     assert found["tokenizer"] == "dvae_nano"
     assert found["flops"]["rest"] > 0
     assert found["flops"]["training"] < 3 * found["flops"]["forward"], "it is frozen: no backward pass"
-    say_costs(found, Console())
+    print_costs(found, Console())
     assert "that of recipe dvae_nano" in capsys.readouterr().err
     assert recipe_costs("mae_nano")["tokenizer"] is None
 
 
 def test_printed_costs(capsys):
-    say_costs(recipe_costs("mae_large", gpus=64), Console())
+    print_costs(recipe_costs("mae_large", gpus=64), Console())
     said = capsys.readouterr().err
     for text in (
         "329.54 M",
@@ -164,7 +164,7 @@ def test_printed_costs(capsys):
         "as published",
     ):
         assert text in said
-    say_costs(recipe_costs("simmim_nano"), Console())
+    print_costs(recipe_costs("simmim_nano"), Console())
     assert "leaving mask tokens out" not in capsys.readouterr().err
 
 

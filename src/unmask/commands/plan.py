@@ -23,8 +23,8 @@ class PlanRequest(Request):
 @command(PlanRequest, panel=Panel.START)
 def plan(request: PlanRequest, console: Console) -> dict[str, Any]:
     """Return the costs."""
-    from unmask.engine.costs import recipe_costs, say_costs
+    from unmask.engine.costs import print_costs, recipe_costs
 
     found = recipe_costs(request.recipe, settings=request.settings, gpus=request.gpus)
-    say_costs(found, console)
+    print_costs(found, console)
     return found

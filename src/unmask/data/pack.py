@@ -163,7 +163,7 @@ def pack(
         bad=tuple(written.bad),
         seconds=round(time.monotonic() - start, 1),
     )
-    _say(summary, console)
+    _print_summary(summary, console)
     return summary
 
 
@@ -350,7 +350,7 @@ def _png16(pixels: np.ndarray, note: bytes) -> bytes:
     )
 
 
-def _say(summary: PackSummary, console: Console) -> None:
+def _print_summary(summary: PackSummary, console: Console) -> None:
     because = "; ".join(f"{count} {what}" for what, count in summary.copied_because.items())
     console.print(
         f"{summary.out}: {summary.shrunk} images shrunk to a short side of {summary.short_side} pixels, "

@@ -144,7 +144,7 @@ def find_bottleneck(
     large = min(found.median_size) > max(SHORT_SIDE, *plan.images.size)
     pace = replace(pace, large=large)
     advice = pace.advice(data)
-    say_pace(pace, plan, advice, console)
+    print_pace(pace, plan, advice, console)
     return {
         "data": source.name,
         "recipe": config.recipe,
@@ -237,7 +237,7 @@ def delivered(images: ImageReader, plan: Plan) -> float:
         batches.close()
 
 
-def say_pace(pace: Pace, plan: Plan, advice: list[str], console: Console) -> None:
+def print_pace(pace: Pace, plan: Plan, advice: list[str], console: Console) -> None:
     once = " (once, before the first step)" if pace.cached else ""
     files = pace.read * (1 if pace.cached else pace.repeats)  # seconds a file
     speed = f" ({pace.bytes / max(files, 1e-9) / 1e6:.0f} MB/s)" if pace.bytes else ""

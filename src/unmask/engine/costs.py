@@ -147,7 +147,7 @@ def schedule(config: Config, gpus: int | None) -> dict[str, Any]:
     return found if gpus is None else found | {"gpus": gpus, "images_per_gpu": batch // gpus}
 
 
-def say_costs(found: dict[str, Any], console: Console) -> None:
+def print_costs(found: dict[str, Any], console: Console) -> None:
     """Print the costs as text."""
     parameters, flops, share = found["parameters"], found["flops"], found["ratios"]
     channels, height, width = found["image"]

@@ -92,7 +92,7 @@ def set_values(run_folder: str | Path, assignments: Iterable[str], *, console: C
         tree = {"config": new.model_dump(mode="json"), "plan": new_plan.model_dump(mode="json"), "edit": edit}
         run.write(JOURNAL, tree)
         complete(run)
-        _say(run, changes, plan, new_plan, step, console)
+        _print_changes(run, changes, plan, new_plan, step, console)
     return edit
 
 
@@ -243,7 +243,7 @@ def rescheduled(new: Config, plan: Plan, asked: Mapping[str, Any], step: int) ->
     return plan.model_copy(update=changes | begun)
 
 
-def _say(run: Run, changes: Mapping[str, Any], plan: Plan, new: Plan, step: int, console: Console) -> None:
+def _print_changes(run: Run, changes: Mapping[str, Any], plan: Plan, new: Plan, step: int, console: Console) -> None:
     for key, (old, now) in changes.items():
         other = next((f" ({name} is set)" for name in LENGTH if key in LENGTH and name != key and now is None), "")
         console.print(f"{key}: {'none' if old is None else old} -> {'none' if now is None else now}{other}")
