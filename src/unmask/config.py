@@ -267,7 +267,7 @@ def nearest(wrong: str, names: Iterable[str]) -> str:
     close += difflib.get_close_matches(wrong, names, 3, 0.6)
     close += [leaves[near] for near in difflib.get_close_matches(leaf, leaves, 3, 0.75)]
     close = list(dict.fromkeys(close))[:3]
-    return f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(names)}"
+    return f"did you mean {' or '.join(close)}?" if close else f"expected one of {', '.join(names)}"
 
 
 def keys(settings: BaseModel, prefix: str = "") -> list[str]:

@@ -79,7 +79,7 @@ class TestIdentity:
     the separate set.
     """
 
-    __test__: ClassVar[bool] = False  # not a test class, whatever pytest infers from its name
+    __test__: ClassVar[bool] = False  # tells pytest that this is not a test class
 
     held_out: float | None = None
     seed: int | None = None

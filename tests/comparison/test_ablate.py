@@ -477,7 +477,7 @@ def test_pre_training_gets_two_thirds_of_the_budget(data, tmp_path, monkeypatch)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"table": "1g"}, r"table '1g' is not known; (did you mean|known are)"),
+        ({"table": "1g"}, r"table '1g' is not known; (did you mean|expected one of)"),
         ({"from_run": "runs/a"}, r"--from was given, but every cell of table 1a is pre-trained from scratch"),
         ({"table": "fig9", "from_run": "runs/a", "recipe": "mae_nano"}, r"got both --from and --recipe mae_nano"),
         ({"table": "fig9", "from_run": "runs/a"}, r"runs/a"),

@@ -58,7 +58,7 @@ def test_pretrain_with_a_named_recipe_chooses_the_size_unless_it_is_set(tmp_path
     assert sum("are resampled to" in text for text in said) == 1
     assert run.read("plan.json")["reasons"][0] == said[line]
     assert " x ".join(map(str, run.read("config.json")["data"]["size"])) == size
-    assert any("follows the images" in reason for reason in run.read("plan.json")["reasons"]) == (set_by_hand is None)
+    assert any("has no fixed size" in reason for reason in run.read("plan.json")["reasons"]) == (set_by_hand is None)
 
 
 @pytest.mark.parametrize(

@@ -159,9 +159,9 @@ def print_costs(found: dict[str, Any], console: Console) -> None:
     console.print(
         f"parameters: {_millions(parameters['all'])} (encoder {_millions(parameters['encoder'])}{decoder}{rest})"
     )
-    console.print("for one image, counted (matrix products and convolutions; 1 multiply-accumulate = 2 FLOPs):")
+    console.print("per image (counting matrix products and convolutions; 1 multiply-accumulate = 2 FLOPs):")
     lines = [
-        ("encoder, every patch" if share else "encoder, as probes use it", flops["encoder_all_patches"]),
+        ("encoder, every patch" if share else "encoder, in evaluations", flops["encoder_all_patches"]),
         ("encoder, visible patches" if share else "encoder, in the loss", flops["encoder"]),
         ("decoder", flops["decoder"]),
         ("the rest of the loss", flops["rest"]),

@@ -142,7 +142,7 @@ def _checked(run: Run, config: Config, plan: Plan, asked: Mapping[str, Any], ste
         raise ConfigError(f"got {wanted[0]}=none; expected a number")
     if wanted and plan.steps == 0:
         raise ConfigError(
-            f"{wanted[0]} cannot be set: {run.path} contains imported weights without a training; start a new run from "
+            f"{wanted[0]} cannot be set: the weights in {run.path} were imported, not trained; start a new run from "
             f"them: unmask pretrain DATA --from {run.path}"
         )
     other = [f"{key}=none" for key in LENGTH if wanted and key not in wanted]

@@ -24,7 +24,7 @@ LARGER = 1.5  # For masks and boxes, the input size is enlarged if the images ar
 
 
 def follows_images(name: str) -> bool:
-    """Return whether the size of a pre-training recipe follows the images."""
+    """Return whether the size of a pre-training recipe is chosen from the images."""
     if name.rpartition("_")[2] not in FOLLOWING:
         return False
     method = catalogue.find(name).method.name

@@ -176,8 +176,8 @@ def require_grafts(config: Config, images: ImageSpec) -> None:
         option = "--tokenizer" if entry.target == TOKENIZER else "--from"
         if theirs.dtype != images.dtype:
             raise UserError(
-                f"got {images.dtype} images; expected {theirs.dtype}, as in the training of {entry.run}, because its "
-                f"normalisation is for them; convert the images, or train without {option}"
+                f"got {images.dtype} images; expected {theirs.dtype}, as in the training of {entry.run}, whose "
+                f"normalisation is used; convert the images, or train without {option}"
             )
         if theirs.channels != images.channels:
             raise UserError(

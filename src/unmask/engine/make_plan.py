@@ -240,4 +240,4 @@ def few_epochs(samples: int, num_images: int, batch_size: int) -> tuple[str, ...
     """Return a sentence for the plan where training ends after few epochs; () otherwise."""
     if samples >= 20 * num_images or num_images < batch_size:
         return ()
-    return (f"only {samples / num_images:.3g} epochs: expect the loss to be far from its floor",)
+    return (f"only {samples / num_images:.3g} epochs: expect the loss to be far above its minimum",)

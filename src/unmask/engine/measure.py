@@ -127,7 +127,7 @@ def time_steps(
             loss.backward()
         return loss.detach()
 
-    with memory_kept(device):  # as in training
+    with memory_kept(device):  # As in training.
         # On a CPU, time is proportional to the number of images. Compiled blocks need the real number of images.
         if device == "cpu" and micro > FEW_IMAGES and not config.train.compile:
             few = example_batch(images, FEW_IMAGES, device)

@@ -77,7 +77,7 @@ def resume(
                 console.warn("the images are assumed unchanged, because their names and sizes are the same")
             else:
                 plan = plan_for_changed_data(source, plan, run, found)
-                console.warn(f"the images have changed: continuing with the current {plan.num_images}, not exactly")
+                console.warn(f"the images have changed: continuing with the current {plan.num_images} images")
         excluded = set(plan.excluded)
         rows = np.array([row for row in range(len(source)) if row not in excluded], np.int64)
         images = training_images(source, rows, plan.images, config)

@@ -95,7 +95,7 @@ def _decode() -> str:
         image = decode.decode(file.getvalue())
     error = np.abs(image.astype(float) - smooth).mean()
     assert error < 4, f"a decoded JPEG differs by {error:.1f} levels on average"
-    return f"JPEG at {count / (time.perf_counter() - start):.0f} images of 256 x 192 a second"
+    return f"{count / (time.perf_counter() - start):.0f} JPEG images of 256 x 192 pixels per second"
 
 
 def _train() -> str:

@@ -92,9 +92,7 @@ def train(inputs: TrainingInputs) -> Outcome:
         try:
             loop = Loop.start(inputs, stop, guard, stopwatch)
             loop.run()
-        except (
-            StopRequested
-        ):  # before the first step, or within one that cannot be continued: the last checkpoint counts
+        except StopRequested:  # the state may be incomplete here, so the run stops at its last checkpoint
             record_stop(run, plan, checkpoint.newest_step(run) or 0, stopwatch)
             return "stopped"
     return loop.finish()

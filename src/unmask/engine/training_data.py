@@ -113,7 +113,7 @@ def prepare_images(request: TrainingRequest) -> tuple[ImageReader, Plan]:
     held_out_rows = held_out_for_loss(rows, config)
     if len(held_out_rows):
         excluded, rows = np.union1d(excluded, held_out_rows), np.setdiff1d(rows, held_out_rows)
-        reasons += (f"{len(held_out_rows)} images held out of the training, for the held-out loss: data.held_out",)
+        reasons += (f"{len(held_out_rows)} images are held out for the held-out loss: the setting data.held_out",)
     images = training_images(source, rows, spec, config)
     reasons += findings(found)
     if images.repeats > 1:
