@@ -275,5 +275,9 @@ def config_by_name(
                 require_method(config)
             except UserError:  # for example, the mask needs larger cells
                 continue
-            return config, (f"{' '.join(proposals)}: chosen for the images, because recipe {recipe} has no fixed size",), proposals
+            return (
+                config,
+                (f"{' '.join(proposals)}: chosen for the images; recipe {recipe} has no fixed size",),
+                proposals,
+            )
     return plain, (), []
