@@ -404,7 +404,7 @@ def test_graft_rejects_missing_unexpected_and_mis_shaped_tensors():
 
 
 def test_too_little_disk_space_is_reported_before_training(run):
-    with pytest.raises(CheckpointFull, match="make room"):
+    with pytest.raises(CheckpointFull, match="free space"):
         checkpoint.check_space(run, 1 << 60)
     checkpoint.check_space(run, 1)
 

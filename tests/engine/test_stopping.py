@@ -591,7 +591,7 @@ def test_missing_device_raises_a_clear_error(images, tmp_path, device):
     from unmask.engine.load import load_encoder
 
     run = pretrain(images, recipe="mae_nano", out=tmp_path / "run", settings=[*SMALL_RUN, "train.steps=1"])
-    with pytest.raises(UserError, match=f"device '{device}' is not available here"):
+    with pytest.raises(UserError, match=f"got device '{device}'; expected one of this machine"):
         load_encoder(run.path, device=device)
 
 

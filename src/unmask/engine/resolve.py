@@ -275,9 +275,6 @@ def config_by_name(
                 require_method(config)
             except UserError:  # for example, the mask needs larger cells
                 continue
-            return (
-                config,
-                (f"{' '.join(proposals)}: chosen for the images; recipe {recipe} has no fixed size",),
-                proposals,
-            )
+            reason = f"{' '.join(proposals)}: chosen for the images; recipe {recipe} has no fixed size"
+            return config, (reason,), proposals
     return plain, (), []
