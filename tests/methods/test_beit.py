@@ -1,4 +1,4 @@
-"""BEiT against an independent implementation, and its tokenizer: frozen, stored once, never with random weights."""
+"""BEiT compared with an independent implementation, and its tokenizer: frozen, stored once, never with random weights."""
 
 import pytest
 import torch

@@ -35,7 +35,7 @@ def clock(batch: Batch) -> Clock:
 
 
 @torch.no_grad()
-def test_full_emphasis_with_masking_noise_on_patches_is_the_masked_only_loss():
+def test_full_emphasis_on_masked_patches_equals_the_loss_of_mae():
     """As in MAE, the loss is the mean squared error over the pixels of hidden patches, equally many in every image."""
     method, batch = dae(grain=4, share=0.5, beta=0.0), batch_of()
     pixels = method.encoder.pixels(batch.images)

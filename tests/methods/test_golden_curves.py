@@ -1,4 +1,4 @@
-"""The loss of every method over ten steps, in float32 on the CPU, against committed numbers.
+"""The loss of every method over ten steps, in float32 on the CPU, compared with committed numbers.
 
 A refactoring must not change these numbers. Each nano recipe is made smaller and trained with its own optimiser
 settings on generated tensors, without files or a data loader. After an intended change of the mathematics, update the

@@ -1,4 +1,4 @@
-"""iGPT against an independent implementation: sizes, both objectives, and the palette."""
+"""iGPT compared with an independent implementation: sizes, both objectives, and the palette."""
 
 import math
 

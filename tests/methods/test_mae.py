@@ -1,4 +1,4 @@
-"""MAE against the published parameter counts and an independent implementation."""
+"""MAE compared with the published parameter counts and an independent implementation."""
 
 import warnings
 
@@ -100,7 +100,7 @@ def test_picture_pastes_the_prediction_into_the_visible_patches():
 
 
 @torch.no_grad()
-def test_baselines_are_scored_as_described():
+def test_baselines_match_values_computed_by_hand():
     """The images are 0 on the left and 1 on the right (normalised), so all values can be computed by hand."""
     method, batch = small_mae(target="pixels"), small_batch(2)
     images = torch.zeros(2, 3, 16, 24)

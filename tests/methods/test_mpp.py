@@ -203,7 +203,7 @@ def test_16_bit_and_float_images_are_quantised_within_two_standard_deviations(dt
 
 
 @torch.no_grad()
-def test_the_picture_shows_the_corruption_and_scores_a_baseline():
+def test_picture_shows_the_corruption_and_reports_a_baseline():
     method, batch = small(), small_batch()
     picture = method.picture(batch, clock(batch))
     assert list(picture.panels) == ["original", "corrupted", "pasted", "perfect"]

@@ -92,7 +92,7 @@ def test_loss_and_head_are_the_official_ones():
 
 
 @torch.no_grad()
-def test_hidden_pixels_never_reach_the_prediction_and_the_mask_token_does():
+def test_prediction_depends_on_the_mask_token_but_not_on_hidden_pixels():
     method, batch = small(), small_batch()
     mask = cell_mask(4, (4, 6), (2, 2), 0.6, clock(batch).rng)
     patches = method.encoder.patches(batch.images)
@@ -129,7 +129,7 @@ def test_the_mask_token_starts_within_one_standard_deviation():
 
 
 @torch.no_grad()
-def test_the_picture_pastes_predictions_and_scores_baselines():
+def test_picture_pastes_predictions_and_reports_baselines():
     method, batch = small(), small_batch()
     picture = method.picture(batch, clock(batch))
     assert list(picture.panels) == ["original", "masked 67%", "prediction", "pasted"]

@@ -67,7 +67,7 @@ def test_sincos_golden_values_on_a_wide_grid():
     assert table.dtype == torch.float32
 
 
-def test_resizing_to_the_same_grid_is_the_identity_and_keeps_rows_and_columns_otherwise():
+def test_resizing_keeps_rows_and_columns_apart_and_does_nothing_for_the_same_grid():
     table = torch.zeros(1, 6, 4)
     table[0, :, 0] = torch.arange(6) // 3  # the row, on a 2 x 3 grid
     table[0, :, 1] = torch.arange(6) % 3  # the column
@@ -210,7 +210,7 @@ def test_wrong_channels_and_heads_are_rejected():
 
 
 @torch.no_grad()
-def test_other_sizes_use_the_resized_table_and_the_training_size_the_table_itself():
+def test_only_other_sizes_resize_the_position_table():
     encoder = ViT(CONFIG, SPEC).eval()
     big = torch.randint(0, 255, (1, 3, 48, 32), dtype=torch.uint8)
     table = positions.resize(encoder.pos_embed[:, 1:], (4, 6), (6, 4))

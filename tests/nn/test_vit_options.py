@@ -76,7 +76,7 @@ def test_relative_bias_of_some_patches_equals_that_of_all():
 
 
 @torch.no_grad()
-def test_running_some_patches_with_their_places_equals_masking_attention_to_the_others():
+def test_running_some_patches_equals_masking_attention_to_the_others():
     encoder = vit(relative_bias=True)
     torch.nn.init.normal_(encoder.relative_bias.table)
     patches = encoder.patches(images())

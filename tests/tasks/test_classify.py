@@ -127,7 +127,7 @@ def test_the_loss_matches_a_value_computed_by_hand():
     assert float(found.logs["accuracy"]) == float((logs.argmax(1) == of.labels).float().mean())
 
 
-def test_it_learns_and_the_picture_shows_it():
+def test_classifier_learns_and_the_picture_shows_its_accuracy():
     method, of = make(), batch()
     optimizer = make_optimizer(method, OptimConfig())
     for _ in range(60):

@@ -91,7 +91,7 @@ def test_the_chosen_parameters_are_trained_and_have_a_gradient(head, last_blocks
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_it_learns_and_predicts(head):
+def test_segmenter_learns_and_predicts(head):
     of = batch(8)
     first = float(make(head)(of, clock(of)).value.detach())
     assert first == pytest.approx(math.log(3), rel=0.1), "at first it knows nothing"
@@ -268,7 +268,7 @@ def test_feature_blocks_match_beits_code():
 
 
 @pytest.mark.parametrize("name", ["segment_nano", "segment_base"])
-def test_recipes_read_the_blocks_of_beits_code_and_older_runs_the_blocks_they_were_trained_with(name):
+def test_recipes_read_beits_blocks_and_older_runs_their_own(name):
     method = find(name).method
     assert method.feature_blocks == "beit"
     older = {key: value for key, value in method.model_dump().items() if key != "feature_blocks"}

@@ -1,12 +1,12 @@
 """BEiT: "BEiT: BERT Pre-Training of Image Transformers", Bao et al. 2021.
 
 BERT's task with a vocabulary for images: about 40 % of the patches are masked in blocks, one learnable mask token
-replaces their embeddings, the encoder processes the whole sequence, and one linear layer predicts, for each masked
-patch, its code under a frozen dVAE that was trained before.
+replaces their embeddings, the encoder processes the whole sequence, and one linear layer predicts the code of each
+masked patch. The codes come from a frozen dVAE that was trained before.
 
 Recipes follow the released code where paper and code differ: its encoder has no absolute positions but a relative
-position bias shared by all blocks, and LayerScale; the paper's main text has learned absolute positions. All are
-settings of the encoder. `target=pixels` is the paper's ablation without tokens, `mask=random` its ablation without
+position bias shared by all blocks, and LayerScale; the paper's main text has learned absolute positions. All of these
+are settings of the encoder. `target=pixels` is the paper's ablation without tokens, `mask=random` its ablation without
 blocks.
 
 Differs from the paper and its code: masks hide the same number of patches in every image (`nn/masks.py`), while the
@@ -117,7 +117,7 @@ class BEiT(Method):
         return self.head(take(self.encoder.run(self.encoder.place(tokens))[:, 1:], mask.drop))
 
     def picture(self, batch: Batch, clock: Clock) -> Picture:
-        """Draw original, masked image, and decoded predicted and true codes; report baseline losses."""
+        """Draw original, masked image, and the images decoded from predicted and true codes; report baseline losses."""
         patches = self.encoder.patches(batch.images)
         mask = self.sample(clock)
         guess = self.guess(patches, mask).float()

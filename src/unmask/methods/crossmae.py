@@ -9,10 +9,10 @@ Decoder block j reads its own learned mixture of all the encoder's feature maps,
 
 The mixtures have their own LayerNorms, so the encoder's final LayerNorm gets no gradient: it keeps its initial values
 (gain 1, bias 0) and is marked as not trainable, unless `weighted_features` is off. The same holds in the official code,
-whose fine-tuning starts from a fresh one.
+whose fine-tuning starts from a new LayerNorm.
 
 Differs from the official code without changing a result: only kept patches are embedded; masks come from counter-based
-draws that depend on the image; N (1 - r) and N (r - gamma) are not one too small after float truncation. The official
+draws that depend on the image; float errors do not make N (1 - r) or N (r - gamma) one too small. The official
 code calls gamma `kept_mask_ratio`. No other difference from the paper is known.
 """
 
@@ -96,7 +96,8 @@ class CrossMAE(Method):
         return Loss(self.target.loss(guess, truth, self.target.weights(valid, asked)))
 
     def layers(self, patches: Tensor, mask: Mask) -> list[Tensor]:
-        """Return the inputs of the decoder: (B, N, P) -> feature maps (B, 1 + K, D), class token first, earliest first.
+        """Return the inputs of the decoder: (B, N, P) -> feature maps (B, 1 + K, D), class token first, earliest block
+        first.
 
         These are the encoder's input and the output of each of its blocks; without `weighted_features` only its output.
         """

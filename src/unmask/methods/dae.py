@@ -7,7 +7,7 @@ Zhang et al. 2016, which section 2 of MAE lists as a denoising autoencoder). The
 normalised pixels (loss=mse) and, as in the paper, the least value for pixels in [0, 1] (loss=bce).
 
 The loss weights corrupted values by alpha and unchanged ones by beta: (1, 0.5) is the paper's double emphasis, (1, 0)
-its full emphasis. Full emphasis with masking noise on patches is the loss of MAE.
+its full emphasis. Full emphasis with masking noise on patches equals the loss of MAE.
 
 Differs from the paper: the whole stack is trained at once instead of layer by layer, so noise enters at the image only;
 the weighted loss is divided by the sum of the weights; the optimiser is AdamW; the code is linear; the least and the
@@ -34,7 +34,7 @@ from unmask.nn.vit import Pair
 from unmask.rng import Draws
 
 SHARE, SIGMA = 0.25, 0.3
-SMALLEST_WEIGHT = 1e-6  # of a batch without valid pixels, so that its loss is 0
+SMALLEST_WEIGHT = 1e-6  # sum of the weights if there are no valid pixels, so that the loss is 0
 CHOOSING = ("masking", "salt_and_pepper")
 TOUCHING_ALL = ("gaussian", "gray")
 TAKING_COLOURS = ("gray", "single_channel", "drop_channel")
@@ -43,10 +43,10 @@ TAKING_COLOURS = ("gray", "single_channel", "drop_channel")
 class Config(MethodConfig):
     """The denoising autoencoder's settings.
 
-    corruption: of the input. share: share of the components to corrupt, for masking and salt_and_pepper (None: 0.25).
-    grain: size of a component in pixels, (height, width), with all channels; None for single values. sigma: standard
-    deviation of gaussian noise, in the network's units (None: 0.3). alpha, beta: weights of corrupted and of unchanged
-    values in the loss. tied: use the encoder's transposed weights in the decoder.
+    corruption: kind of corruption of the input. share: share of the components to corrupt, for masking and
+    salt_and_pepper (None: 0.25). grain: size of a component in pixels, (height, width), with all channels; None for
+    single values. sigma: standard deviation of gaussian noise, in the network's units (None: 0.3). alpha, beta: weights
+    of corrupted and of unchanged values in the loss. tied: use the encoder's transposed weights in the decoder.
     """
 
     name: Literal["dae"] = "dae"
@@ -96,7 +96,7 @@ class DAE(Method):
         return Loss(self.distance(self.rebuild(corrupted), pixels, touched, pixel_weights(batch)))
 
     def rebuild(self, corrupted: Tensor) -> Tensor:
-        """Reconstruct corrupted pixels (B, C, H, W): pixels of the same shape, or logits of them."""
+        """Reconstruct corrupted pixels (B, C, H, W): pixels of the same shape, or their logits."""
         code = self.encoder.code(corrupted)
         return self.decoder(code, self.encoder) if isinstance(self.decoder, TiedDecoder) else self.decoder(code)
 

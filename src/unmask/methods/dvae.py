@@ -100,7 +100,7 @@ class DVAE(Method):
         return logit_laplace(guess, squeeze(self.encoder.unit(images)), weights)
 
     def picture(self, batch: Batch, clock: Clock) -> Picture:
-        """Draw original, its reconstruction from codes, and the codes, one colour for each code."""
+        """Draw the original, its reconstruction from codes, and the codes, one colour for each code."""
         ids = self.encoder.logits(batch.images).argmax(1)  # (B, R, S)
         perplexity, used = usage(ids, self.config.encoder.codes)
         panels = {

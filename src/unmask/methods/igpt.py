@@ -1,9 +1,9 @@
 """Image GPT: "Generative Pretraining from Pixels", Chen et al. 2020 (V2), and its code (openai/image-gpt).
 
-An image is a sequence of colours from a small palette, in raster order. One network has two objectives: `ar` predicts
-every token from the tokens before it (mean negative log likelihood, in nats per token), `bert` masks each token with
-probability 0.15, which removes its content but not its position, and predicts the masked tokens from all others (mean
-over the masked tokens of an image, then over images). The best features are in the middle of the network.
+An image is a sequence of colours from a small palette, in raster order. The network has two objectives to choose from:
+`ar` predicts every token from the tokens before it (mean negative log likelihood, in nats per token), `bert` masks each
+token with probability 0.15, which removes its content but not its position, and predicts the masked tokens from all
+others (mean over the masked tokens of an image, then over images). The best features are in the middle of the network.
 
 The palette is computed from the data by k-means before the first step and stored in the Run, or is given with `unmask
 pretrain --palette` and is then part of the settings.
@@ -39,7 +39,7 @@ from unmask.nn.valid import patch_weights, valid_patches
 from unmask.rng import Draws, Stream
 
 PALETTE_IMAGES = 512
-MASK_PROBABILITY = 0.15  # the paper's; it found 0.2 equally good and more worse
+MASK_PROBABILITY = 0.15  # from the paper, which found 0.2 equally good and larger values worse
 
 
 class Config(MethodConfig):

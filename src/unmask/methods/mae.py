@@ -1,12 +1,12 @@
 """Masked autoencoder: "Masked Autoencoders Are Scalable Vision Learners", He et al. 2021.
 
 Mask most patches of an image, encode only the visible ones, and reconstruct the hidden pixels with a light decoder.
-Only the encoder is used afterwards. Equal to the official model (`models_mae.py`) in parameters, forward pass and loss;
-tests compare it with the published parameter counts and with an independent implementation.
+Only the encoder is used afterwards. It equals the official model (`models_mae.py`) in parameters, forward pass and
+loss; tests compare it with the published parameter counts and with an independent implementation.
 
 Differs from the official code without changing a result: only visible patches are embedded and only hidden ones
-predicted; masks come from counter-based draws that depend on the image, not on rank, worker or batch position; the
-number of kept patches is not one too small after float truncation (100 patches at 0.9 keep 10, not 9).
+predicted; masks come from counter-based draws that depend on the image, not on rank, worker or batch position; float
+errors do not make the number of kept patches one too small (100 patches at 0.9 keep 10, not 9).
 
 The variants of the paper's Table 1 are settings: decoder depth and width (1a, 1b), mask tokens in the encoder (1c), the
 target (1d), block-wise and grid sampling (1f), and the loss on all patches (footnote 1). Details that the paper does
@@ -88,7 +88,7 @@ class Config(MethodConfig):
         if self.pattern is None:
             return []
         marks = "".join(self.pattern[0])
-        return [f"masks: {len(self.pattern)} drawn, {marks.count('#')} of {len(marks)} patches hidden"]
+        return [f"masks: {len(self.pattern)} patterns, {marks.count('#')} of {len(marks)} patches hidden"]
 
 
 class MAE(Method):

@@ -67,11 +67,11 @@ class Corruption(NamedTuple):
 
 
 def corrupt(batch: int, grid: tuple[int, int], ratio: float, rng: Draws) -> Corruption:
-    """Choose the same number of patches in every image, and at random (80 / 10 / 10 %) how to corrupt each."""
+    """Choose the same number of patches in every image, and draw how to corrupt each (80 / 10 / 10 %)."""
     where = random_mask(batch, grid, ratio, rng).drop
     fate, other = rng.uniform(2 * where.shape[1], Stream.REPLACE).chunk(2, 1)  # (B, M) each
     n = grid[0] * grid[1]
-    another = (where + 1 + (other * (n - 1)).long()) % n  # shifted by 1 to N - 1: never itself
+    another = (where + 1 + (other * (n - 1)).long()) % n  # shifted by 1 to N - 1: never the patch itself
     swapped = (fate >= MASKED) & (fate < MASKED + SWAPPED)
     return Corruption(where, fate < MASKED, torch.where(swapped, another, where))
 

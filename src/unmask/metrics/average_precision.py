@@ -1,4 +1,4 @@
-"""Mean average precision of boxes, by COCO's own code (pycocotools; Lin et al. 2014, "Microsoft COCO").
+"""Mean average precision of boxes, computed by COCO's own code (pycocotools; Lin et al. 2014, "Microsoft COCO").
 
 AP is the mean over ten thresholds of the IoU, 0.50 to 0.95; AP50 and AP75 use a single threshold. Each is the area
 under the curve of precision over recall (101 points) for at most 100 boxes per image, averaged over the classes that

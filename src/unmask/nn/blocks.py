@@ -1,8 +1,8 @@
 """The transformer block of ViT as official MAE builds it (timm 0.3.2 style), and its initialisation.
 
 Pre-norm; one fused qkv projection with bias; exact (erf) GELU; hidden width 4 D; LayerNorm eps 1e-6 (PyTorch's default
-of 1e-5 differs silently); no dropout or qk-norm. Optional: LayerScale and a bias on attention scores (BEiT), and
-stochastic depth for fine-tuning. Parameter names are timm's.
+is 1e-5); no dropout or qk-norm. Optional: LayerScale and a bias on attention scores (BEiT), and stochastic depth for
+fine-tuning. Parameter names are timm's.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Attention(nn.Module):
     def forward(
         self, x: Float[Tensor, "B N D"], bias: Float[Tensor, "*B heads Q N"] | None = None, last: int | None = None
     ) -> Float[Tensor, "B Q D"]:
-        """last: only this many tokens at the end (1 or more) are queries, Q = last; None: all are, Q = N."""
+        """last: number of tokens at the end (1 or more) that are queries, Q = last; None for all tokens, Q = N."""
         if last is None:
             q, k, v = self._by_head(self.qkv(x), 3)
         else:
@@ -95,7 +95,7 @@ class MLP(nn.Module):
 
 
 class LayerScale(nn.Module):
-    """A learned factor for each value of a token, small at first (Touvron et al. 2021; used by BEiT)."""
+    """A learned factor for each channel of a token, small at the start (Touvron et al. 2021; used by BEiT)."""
 
     def __init__(self, width: int, start: float) -> None:
         super().__init__()
@@ -130,8 +130,8 @@ class Block(nn.Module):
     ) -> Float[Tensor, "B Q D"]:
         """paths: a factor for each residual branch of each image, from `draw_paths`; None for 1.
 
-        last: compute only this many tokens at the end (None: all, Q = N). Their values are the same as with all tokens;
-        the others serve as keys and values only.
+        last: compute only this many tokens at the end (None: all, Q = N). Their values do not change; the other tokens
+        serve as keys and values only.
         """
         attended = self.ls1(self.attn(self.norm1(x), bias, last))
         x = x if last is None else x[:, -last:]
@@ -153,7 +153,7 @@ def draw_paths(draws: Float[Tensor, "B L2"], rate: float) -> Float[Tensor, "L 2 
 
 
 def init_linears(module: nn.Module) -> None:
-    """Xavier-uniform weights and zero biases in every Linear below `module`; LayerNorm to 1 and 0 (official MAE).
+    """Initialise every Linear in `module` with Xavier-uniform weights and zero biases, LayerNorms with 1 and 0 (MAE).
 
     The fused qkv is initialised as one (3D, D) matrix, so its bound is sqrt(2) smaller than that of separate matrices.
     """

@@ -25,7 +25,7 @@ def shared_area(a: Float[Tensor, "*n 4"], b: Float[Tensor, "*m 4"]) -> Float[Ten
 
 
 def pairwise_iou(a: Float[Tensor, "n 4"], b: Float[Tensor, "m 4"]) -> Float[Tensor, "n m"]:
-    """Intersection over union of every box in `a` with every one in `b`, 0 to 1."""
+    """Intersection over union of every box in `a` with every box in `b`, 0 to 1."""
     both = shared_area(a[:, None], b[None])
     return both / (area(a)[:, None] + area(b)[None] - both).clamp(min=TINY)
 

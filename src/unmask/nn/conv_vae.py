@@ -125,7 +125,7 @@ def small_decoder(config: ConvVAEConfig, out: int) -> nn.Sequential:
 
 
 class ConvEncoder(ImageEncoder):
-    """Images to scores of codes. Raises UserError for a patch that the architecture does not support.
+    """Encoder from images to scores of codes. Raises UserError for a patch that the architecture does not support.
 
     mean, std: of the data set, per channel. low, high: the file values that count as 0 and 1.
     """

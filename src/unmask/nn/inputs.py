@@ -22,7 +22,7 @@ from unmask.errors import UserError
 from unmask.nn.torch_internals import has_no_values, in_transform
 
 Scale = Literal["data", "unit"]
-"""Units of images: "data" are those of the files, taken as they are; "unit" is 0 to 1 for 8-bit and 16-bit data."""
+"""Units of images: "data" are those of the files; "unit" is 0 to 1 for 8-bit and 16-bit data."""
 
 FULL = {"uint8": 255.0, "uint16": 65535.0}  # greatest possible value in a file; float files have none
 LEAST_RANGE = 32.0  # of the data; with less, values up to 1 may be genuine (class maps, counts, dark frames)

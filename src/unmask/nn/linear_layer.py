@@ -5,7 +5,7 @@ torch's CPU builds also contain (`benchmarks/step.py`; bfloat16 always uses oneD
 products, torch's own implementation is used. The choice depends on the processor and the shapes alone, so a resumed run
 repeats its results.
 
-Letters: rows of the input, inside and outside: number of input and output features.
+Letters: rows: leading dimensions of the input; inside, outside: number of input and output features.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Linear(nn.Linear):
 def linear(
     x: Float[Tensor, "*rows inside"], weight: Float[Tensor, "outside inside"], bias: Float[Tensor, "outside"] | None
 ) -> Float[Tensor, "*rows outside"]:
-    """x weight^T + bias, as `F.linear`."""
+    """Return x weight^T + bias, like `F.linear`."""
     if not _for_onednn(x, weight):
         return F.linear(x, weight, bias)
     return _ByOneDNN.apply(x.flatten(0, -2), weight, bias).unflatten(0, x.shape[:-1])  # type: ignore[union-attr]

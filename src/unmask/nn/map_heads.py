@@ -1,6 +1,6 @@
 """Segmentation heads on the tokens of a vision transformer: a linear layer, or UPerNet.
 
-UPerNet (Xiao et al. 2018, "Unified perceptual parsing for scene understanding") as BEiT and MAE put it on a plain
+UPerNet (Xiao et al. 2018, "Unified perceptual parsing for scene understanding"), as BEiT and MAE use it with a plain
 transformer: one map from each of four blocks, resampled to 4, 2, 1 and 1/2 cells per patch by transposed convolutions
 and pooling; pyramid pooling on the coarsest; a top-down path that adds each level to the next finer one; all levels
 fused at the finest.
@@ -35,7 +35,7 @@ def resize(x: Float[Tensor, "B W _ _"], size: Sequence[int]) -> Float[Tensor, "B
 
 
 class LinearHead(nn.Module):
-    """A LayerNorm and one linear layer for each patch, from the last block alone."""
+    """A LayerNorm and one linear layer for each patch of the last block's output."""
 
     def __init__(self, before: int, classes: int) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class LinearHead(nn.Module):
 class UPerNet(nn.Module):
     """See the module docstring. `patch` and `grid` determine the levels, finest first.
 
-    feature_blocks: "beit" reads the blocks that BEiT's code reads, "even" as many evenly spaced ones.
+    feature_blocks: "beit" reads the blocks that BEiT's code reads, "even" the same number of evenly spaced blocks.
     """
 
     def __init__(

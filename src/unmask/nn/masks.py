@@ -126,7 +126,7 @@ def block_mask(batch: int, grid: tuple[int, int], ratio: float, rng: Draws, smal
         fits = (height < rows) & (width < cols) & (new >= 1) & (new <= remaining) & (failed < BLOCK_TRIES)
         hidden = hidden | (block & fits[:, None, None])
         failed = torch.where(failed < BLOCK_TRIES, torch.where(fits, 0, failed + 1), failed)
-    # Blocks sort last and are dropped first; the noise decides which single patches are added.
+    # Patches in blocks sort last, so they are hidden; the noise decides which single patches are hidden in addition.
     return mask_from_noise(draws[:, 4 * BLOCK_PROPOSALS :] + hidden.flatten(1), ratio)
 
 

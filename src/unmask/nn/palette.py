@@ -34,9 +34,9 @@ def k_means(pixels: Float[Tensor, "n C"], k: int, seed: int = 0) -> Float[Tensor
     Uses at most 50,000 pixels, evenly spaced in the input. With fewer than k different pixels, some colours occur twice
     and are never the nearest. The result depends on the pixels and the seed alone.
 
-    scikit-learn's KMeans is not used: its centres differ from these and between its versions, and the losses of iGPT
-    with a palette computed from the data must be reproducible bit for bit. It would be three times faster for 512
-    colours (5 s instead of 17 s on two loaded cores, once per run) and equally good (mean squared distance 191.1
+    scikit-learn's KMeans is not used: its centres differ from these and may differ between its versions, and the losses
+    of iGPT with a palette computed from the data must be reproducible bit for bit. It would be three times faster for
+    512 colours (5 s instead of 17 s on two loaded cores, once per run) and equally good (mean squared distance 191.1
     instead of 189.9).
     """
     count = min(len(pixels), MOST_PIXELS)

@@ -1,9 +1,9 @@
 """ViTDet's simple feature pyramid: maps of several resolutions from the last map of a vision transformer.
 
 Li et al. 2022, "Exploring plain vision transformer backbones for object detection", section 3: only the encoder's last
-map, whose stride is the patch, is used. Transposed convolutions compute maps that are four and two times finer, and
-pooling one that is two times coarser; the map itself is a level, too. Then a 1x1 and a 3x3 convolution, each with a
-LayerNorm over channels, map all levels to one width.
+map, whose stride is the patch, is used. The levels are maps four and two times finer (by transposed convolutions), the
+map itself, and a map two times coarser (by pooling). Then a 1x1 and a 3x3 convolution, each with a LayerNorm over
+channels, map all levels to one width.
 
 Differs from the paper: no level finer than `FINEST` pixels unless the patches themselves are, so small patches give
 fewer levels; no fifth level (the paper has one for region proposals, with patch 16 in 1024-pixel images); if the grid

@@ -6,9 +6,9 @@ fifteen operations are drawn for each image, and each is applied with probabilit
 and all geometric operations are bicubic.
 
 Operations are drawn on the host from the image's place in the global batch and the step, so a resumed run repeats them
-and nothing is read back from a GPU. Colour operations work between the values that stand for 0 and 1
-(`ImageSpec.value_range`), and augmented images are clipped to them; pixels from outside the image have the data set's
-mean colour. Saturation is changed in three-channel images only.
+and nothing is read back from a GPU. Colour operations use values scaled to [0, 1] by `ImageSpec.value_range`, and
+augmented images are clipped to this range; pixels from outside the image have the data set's mean colour. Saturation is
+changed in three-channel images only.
 
 Letters: B images, C channels, H x W pixels.
 """

@@ -3,7 +3,7 @@
 A target defines how many numbers a decoder predicts for each patch (`out`), the truth at every patch (`forward`), the
 error of a prediction (`loss`), how to draw a prediction, and the loss of baselines (`trivial`).
 
-Letters: B images, N patches, Q predicted ones, P values of a patch, O numbers predicted for it, V codes.
+Letters: B images, N patches, Q predicted patches, P values of a patch, O numbers predicted for it, V codes.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ class Pixels(Target):
         if per_patch:
             self.note = (
                 " The target is normalised within each patch; the prediction is drawn with the TRUE mean and standard "
-                "deviation of each hidden patch, which the model does not know. 'Nearest stats' borrows them from the "
+                "deviation of each hidden patch, which the model does not know. 'Nearest stats' uses those of the "
                 "nearest visible patch instead."
             )
 
@@ -214,8 +214,8 @@ class PrincipalComponents(Target):
 class Tokens(Target):
     """The codes of a trained dVAE (BEiT; MAE, Table 1d): one class out of `codes` for every patch, cross-entropy.
 
-    The tokenizer is a frozen part of the method, whose weights come from another Run. Raises UserError unless it has
-    one code for each patch of `patch` pixels.
+    The tokenizer is a frozen part of the method, whose weights come from another Run. Raises UserError unless the
+    tokenizer has one code for each patch of `patch` pixels.
     """
 
     mean: Tensor
@@ -227,7 +227,7 @@ class Tokens(Target):
         self.tokenizer = Tokenizer(config, images, patch)
         self.register_buffer("mean", torch.tensor(images.mean, dtype=torch.float32), persistent=False)
         self.register_buffer("std", torch.tensor(images.std, dtype=torch.float32), persistent=False)
-        self.note = " The prediction is the codes of a dVAE, drawn by its decoder."
+        self.note = " The prediction is the codes of a dVAE, decoded to pixels."
 
     def forward(self, patches: Tensor, images: Tensor, valid: Valid | None = None) -> Tensor:
         return self.tokenizer.ids(images)[..., None]

@@ -77,7 +77,7 @@ class PatchEmbed(nn.Module):
 
 
 class ViT(ImageEncoder):
-    """See the module docstring. Raises UserError if the patch does not divide the image, or heads the width."""
+    """See the module docstring. Raises UserError unless the patch divides the image and the heads divide the width."""
 
     mean: Tensor
     std: Tensor
@@ -197,7 +197,7 @@ class ViT(ImageEncoder):
     def feature_layers(
         self, images: Shaped[Tensor, "B C H W"], hidden: Bool[Tensor, "B N"] | None = None, scale: Scale | None = None
     ) -> Iterator[Features]:
-        """As `ImageEncoder.feature_layers`; the last has the final norm. Raises UserError for `hidden`."""
+        """As `ImageEncoder.feature_layers`; the last layer includes the final norm. Raises UserError for `hidden`."""
         if hidden is not None:
             raise UserError("got hidden tokens; a ViT is evaluated on whole images; leave hidden out")
         images = self.accept(images, scale)

@@ -20,7 +20,7 @@ def ae_nano() -> Config:
         recipe="ae_nano",
         method=ae.Config(encoder=DenseConfig(hidden=(1024, 512), code=192)),
         data=DataConfig(size=(32, 32)),
-        optim=OptimConfig(base_lr=2e-3),  # 1e-3 at this batch
+        optim=OptimConfig(base_lr=2e-3),  # learning rate 1e-3 at this batch size
         train=TrainConfig(batch_size=128, epochs=100),
     )
 

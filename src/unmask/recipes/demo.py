@@ -26,7 +26,7 @@ def demo_shapes() -> Config:
             target="pixels",
         ),
         data=DataConfig(source="shapes", size=(24, 24), crop=CropConfig(kind="center", flip=0)),
-        optim=OptimConfig(base_lr=1e-2),  # 5e-3 at this batch size; many small steps beat fewer large ones
+        optim=OptimConfig(base_lr=1e-2),  # learning rate 5e-3; many small steps are better than a few large ones
         train=TrainConfig(steps=5000, batch_size=128, checkpoint_every=1000, picture_images=6),
     )
 

@@ -156,7 +156,7 @@ def detect_base() -> Config:
 
 
 def linear_paper() -> Config:
-    """MAE's linear probe by its own protocol: LARS, batch 16384, 90 epochs, BatchNorm (Table 10).
+    """MAE's linear probe with its published protocol: LARS, batch 16384, 90 epochs, BatchNorm (Table 10).
 
     unmask probe RUN DATA --kind paper-linear
 
@@ -223,7 +223,7 @@ def _paper(
             betas=(0.9, 0.999),
             weight_decay=0.05,
             warmup=5 / epochs,
-            final_lr=1e-6 / (4 * base_lr),  # 1e-6 at the batch of 1024
+            final_lr=1e-6 / (4 * base_lr),  # final learning rate 1e-6 at batch size 1024
             layer_decay=layer_decay,
         ),
         train=TrainConfig(batch_size=1024, epochs=epochs),

@@ -1,9 +1,9 @@
-"""MAE recipes, from 32-pixel images to the paper's own three.
+"""MAE recipes, from 32-pixel images to the three models of the paper.
 
-`mae_base`, `mae_large` and `mae_huge` are He et al. 2021, Table 8, number for number, for 800 epochs. Differs from the
-paper: images are normalised with the mean and standard deviation of the data instead of ImageNet's; epochs follow one
-another without dropping the last, incomplete batch; warm-up is a share of the steps (40 of 800 epochs), so longer
-training warms up longer. Published percentages are ImageNet-1K top-1 at 224 pixels. The small recipes adapt the
+`mae_base`, `mae_large` and `mae_huge` have exactly the settings of He et al. 2021, Table 8, for 800 epochs. Differs
+from the paper: images are normalised with the mean and standard deviation of the data instead of ImageNet's; epochs
+follow one another without dropping the last, incomplete batch; warm-up is a share of the steps (40 of 800 epochs), so
+longer training warms up longer. Published percentages are ImageNet-1K top-1 at 224 pixels. The small recipes adapt the
 settings to small data and one machine: a decoder no wider than the encoder and at most four blocks deep (the paper's
 512 x 8 decoder takes more than half of the compute even with ViT-B), at least 16 visible patches, and a higher base
 learning rate at a smaller batch.
@@ -24,7 +24,7 @@ def mae_nano() -> Config:
 
     unmask pretrain DATA --recipe mae_nano [--set data.size=64 --set method.encoder.patch=8]
 
-    On two CPU cores, CIFAR-10 shows first results after about 30 minutes (measured figures: docs/LOG.md).
+    About 30 minutes on two CPU cores are enough to see that it works on CIFAR-10 (measured figures: docs/LOG.md).
     """
     return Config(
         recipe="mae_nano",
@@ -33,7 +33,7 @@ def mae_nano() -> Config:
             decoder=DecoderConfig(width=96, depth=2, heads=3),
         ),
         data=DataConfig(size=(32, 32)),
-        optim=OptimConfig(base_lr=3e-3),  # 1.5e-3 at this batch
+        optim=OptimConfig(base_lr=3e-3),  # learning rate 1.5e-3 at this batch size
         train=TrainConfig(batch_size=128, epochs=100),
     )
 

@@ -22,7 +22,7 @@ learning rate is a setting of the optimiser (`optim.py`).
 See `data/annotations/` for reading boxes from files, `finetuning/finetune.py` for length and data of the training, and
 `metrics/average_precision.py` for the metric.
 
-Letters: L cells of all levels together, K classes, M boxes an image is padded to, W width of the pyramid and head.
+Letters: L cells of all levels together, K classes, M boxes per image after padding, W width of the pyramid and head.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class Cells(NamedTuple):
 
 
 class Guess(NamedTuple):
-    """Predictions of all cells: class and centreness are logits, `sides` left, up, right, down in cells."""
+    """Predictions of all cells: logits of classes and centreness; `sides` are distances left, up, right, down in cells."""
 
     classes: Float[Tensor, "B L K"]
     sides: Float[Tensor, "B L 4"]
@@ -307,7 +307,7 @@ def sides_from(cells: Cells, boxes: Float[Tensor, "M 4"]) -> Float[Tensor, "L M 
 
 
 def around(sides: Float[Tensor, "*n 4"]) -> Float[Tensor, "*n 4"]:
-    """Convert distances to sides to boxes relative to the cell's centre, in cells."""
+    """Return the boxes with these distances to their sides, relative to the cell's centre, in cells."""
     return torch.cat([-sides[..., :2], sides[..., 2:]], -1)
 
 

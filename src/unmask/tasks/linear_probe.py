@@ -1,4 +1,4 @@
-"""MAE's linear probe by its own protocol: He et al. 2021, Table 10, and `main_linprobe.py`.
+"""MAE's linear probe with its published protocol: He et al. 2021, Table 10, and `main_linprobe.py`.
 
 The class token, after the encoder's final norm, goes through a BatchNorm without gain and bias and one linear layer.
 Only that layer is trained, with LARS, large batches and augmented images. Cheaper probes on cached features are in

@@ -5,8 +5,8 @@ with stochastic depth and layer-wise decay of the learning rate (`optim.py`). Th
 pixels that are not IGNORED, at the resolution of the images: scores are resized bilinearly before the softmax. The
 encoder's weights come from another Run, or are random for training from scratch.
 
-Differs from the paper: no auxiliary head; a relative position bias only if the encoder was pre-trained with one; one
-scale of images; the differences of UPerNet are in `map_heads.py`. The encoder's final norm is not used, as in
+Differs from the paper: no auxiliary head; a relative position bias only if the encoder was pre-trained with one; a
+single image scale; the differences of UPerNet are in `map_heads.py`. The encoder's final norm is not used, as in
 `classify.py`.
 
 See `data/annotations/segmentation_masks.py` for reading masks, `finetuning/finetune.py` for length and data of the
