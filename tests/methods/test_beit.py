@@ -1,4 +1,4 @@
-"""BEiT compared with an independent implementation, and its tokenizer: frozen, stored once, never with random weights."""
+"""BEiT compared with an independent implementation; its tokenizer is frozen, stored once, and never random."""
 
 import pytest
 import torch

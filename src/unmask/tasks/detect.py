@@ -99,7 +99,7 @@ class Cells(NamedTuple):
 
 
 class Guess(NamedTuple):
-    """Predictions of all cells: logits of classes and centreness; `sides` are distances left, up, right, down in cells."""
+    """Predictions of all cells: class and centreness as logits, and distances left, up, right and down in cells."""
 
     classes: Float[Tensor, "B L K"]
     sides: Float[Tensor, "B L 4"]
