@@ -76,13 +76,13 @@ def bad_inputs(tmp_path):
     write_images(tmp_path / "half", 12)
     train = ["--recipe", "mae_nano", *small("train.steps=1")]
     return [
-        (["pretrain", "empty", *train], "holds no image: it is empty; known are .jpg"),
-        (["pretrain", "texts", *train], r"holds no image \(but 1 \.txt\)"),
+        (["pretrain", "empty", *train], "contains no images, it is empty; expected files ending in .jpg"),
+        (["pretrain", "texts", *train], r"contains no images \(but 1 \.txt\)"),
         (["pretrain", "broken", *train], "none of the 4 files .* can be read"),
         (["pretrain", "half", *train], "12 of 24 files checked cannot be read"),
         (["pretrain", "goood", *train], "does not exist; .* did you mean good"),
         (["pretrain", "file.xyz", *train], "a file of an unknown kind"),
-        (["pretrain", "none*.jpg", *train], "matches no file"),
+        (["pretrain", "none*.jpg", *train], "does not match any file"),
         (["pretrain", "good", "--out", "taken", *train], "a folder that is not empty; .* choose another --out"),
         (["pretrain", "good", "--recipe", "mae_nan"], "recipe 'mae_nan' is not known; did you mean mae_nano"),
         (
@@ -107,7 +107,7 @@ def bad_inputs(tmp_path):
         (["resume", "nowhere"], "is not a folder"),
         (["report", "good"], "is not a run"),
         (["reconstruct", "good", "good/0000.png"], "is not a run"),
-        (["check", "empty"], "holds no image"),
+        (["check", "empty"], "contains no images"),
         (["check", "nowhere"], "does not exist"),
     ]
 

@@ -1,4 +1,4 @@
-"""Boxes follow their object through every crop; COCO and VOC say the same; nonsense is refused or counted."""
+"""Box annotations: boxes follow their objects in every crop, COCO and VOC agree, and invalid boxes are rejected."""
 
 import json
 
@@ -52,7 +52,7 @@ def voc(root, objects=OBJECTS, folder="Annotations", **more):
 
 
 def coco(root, objects=OBJECTS, **change):
-    """change: other values for the file's parts."""
+    """Write a COCO data set. change: replaces parts of the file."""
     images(root, folder="images")
     number = {"cat": 7, "dog": 3}
     said = {
@@ -104,7 +104,7 @@ def test_boxes_stay_around_their_object_in_every_crop(tmp_path, kind):
             kept += 1
             places += float(box[0]) < 1
             around = torch.stack([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1])
-            assert (box - around).abs().max() < 1.1, "within the blur of the edge"
+            assert (box - around).abs().max() < 1.1, "up to the blur of the edge"
     assert kept > 50
     assert 0 < places < kept, "some are cut by the edge, others are not"
 
@@ -115,7 +115,7 @@ def bright(size, box):
     return pixels
 
 
-def test_cutting_boxes_by_hand():
+def test_cut_boxes_agrees_with_hand_computed_boxes():
     boxes = np.array([[10.0, 20, 30, 40], [0, 0, 10, 10], [18, 10, 30, 20], [14, 28, 15, 34], [8, 10, 18.1, 20]])
     crop = np.array([10.0, 8, 20, 20])  # top, left, height, width
     found, keep = cut_boxes(boxes, crop, (40, 20), False)  # twice as high, as wide
@@ -150,10 +150,10 @@ def test_an_evaluation_sees_the_whole_image_and_all_boxes(tmp_path):
     assert again.maps is None
 
 
-# -------------------------------------------------------------------------------------------------------- what is found
+# --------------------------------------------------------------------------------------------------- layouts and splits
 
 
-def test_coco_and_voc_say_the_same(tmp_path):
+def test_coco_and_voc_give_the_same_boxes(tmp_path):
     one, two = open_boxes(coco(tmp_path / "coco")), open_boxes(voc(tmp_path / "voc"))
     assert by_name(one) == by_name(two) == OBJECTS
     assert one.classes == ("dog", "cat"), "in the order of COCO's ids"
@@ -165,7 +165,7 @@ def test_coco_and_voc_say_the_same(tmp_path):
     named = open_boxes(tmp_path / "voc", tmp_path / "coco" / "annotations" / "x.json")
     assert by_name(named) == OBJECTS
     assert [line.strip() for line in one.lines()] == [
-        "3 annotated images, 3 boxes (2 at most), 2 classes",
+        "3 annotated images, 3 boxes (at most 2 in an image), 2 classes",
         "2 boxes in 2 images  dog",
         "1 boxes in 1 images  cat",
     ]
@@ -179,24 +179,24 @@ def test_a_split_lists_the_images(tmp_path):
     found = open_boxes(root, split="train")
     assert list(by_name(found)) == ["a", "b"]
     assert found.missing == ["gone"]
-    assert "1 images outside the split 'train', or not annotated, are left out: c.png" in found.lines()
+    assert "1 images that are not annotated or not in split 'train' are left out: c.png" in found.lines()
     assert "1 images that are annotated or listed are missing: gone" in found.lines()
     with pytest.raises(BoxError, match=r"test\.txt does not exist .* choose one of train"):
         open_boxes(root, split="test")
     (lists / "train.txt").write_text("JPEGImages/a.png\n")
-    with pytest.raises(BoxError, match="without folder and ending"):
+    with pytest.raises(BoxError, match="without folder and extension"):
         open_boxes(root, split="train")
 
 
-def test_what_is_left_out_is_counted(tmp_path):
+def test_boxes_left_out_are_counted(tmp_path):
     objects = {
         "a": [
-            ((-0.6, 0, 10, 10), "cat"),  # cut in silence
-            ((-4, 0, 10, 10), "cat"),  # cut
-            ((-40, 0, 10, 10), "cat"),  # outside for the most part
+            ((-0.6, 0, 10, 10), "cat"),  # clipped, not reported
+            ((-4, 0, 10, 10), "cat"),  # clipped
+            ((-40, 0, 10, 10), "cat"),  # mostly outside
             ((90, 10, 95, 20), "dog"),  # outside
             ((10, 10, 10, 30), "dog"),  # no area
-            ((30, 30, 20, 40), "dog"),  # turned round
+            ((30, 30, 20, 40), "dog"),  # corners in the wrong order
         ],
         "c": [((1, 1, 5, 5), "dog")],
         "gone": [((0, 0, 9, 9), "dog")],
@@ -207,7 +207,7 @@ def test_what_is_left_out_is_counted(tmp_path):
     said = found.lines()
     assert "1 images without annotation are left out: b.png" in said
     assert "1 images that are annotated or listed are missing: gone.xml" in said
-    assert "1 boxes extend beyond their image and are clipped at its edge: a.png" in said
+    assert "1 boxes extend outside their image and are clipped to it: a.png" in said
     crowd = [
         {"image_id": 0, "category_id": 3, "bbox": [0, 0, 9, 9], "iscrowd": 1},
         {"image_id": 1, "category_id": 3, "bbox": [0, 0, 9, 9], "iscrowd": 0},
@@ -220,7 +220,7 @@ def test_what_is_left_out_is_counted(tmp_path):
     assert said in [line.replace("images/", "") for line in crowded.lines()]
 
 
-def test_what_voc_calls_difficult_is_set_aside_and_costs_a_model_nothing(tmp_path):
+def test_difficult_objects_of_voc_affect_neither_training_nor_score(tmp_path):
     root = voc(tmp_path)
     file = root / "Annotations" / "a.xml"
     first, rest = file.read_text().split("</object>", 1)
@@ -235,12 +235,12 @@ def test_what_voc_calls_difficult_is_set_aside_and_costs_a_model_nothing(tmp_pat
     dog, cat = (found.classes.index(name) for name in ("dog", "cat"))
     assert true.labels.tolist() == [dog, cat]
     easy = np.array([[50, 5, 70, 15]], float)
-    for boxes, labels in ((easy, [dog]), (true.boxes, [dog, cat])):  # to find the other one, or not
+    for boxes, labels in ((easy, [dog]), (true.boxes, [dog, cat])):  # without and with the difficult object
         answer = average_precision_module.ImageBoxes(boxes, np.array(labels), np.linspace(0.5, 0.9, len(labels)))
         assert average_precision([true], [answer], found.classes).ap == pytest.approx(1.0)
 
 
-def test_a_bad_image_is_left_to_the_scan(tmp_path):
+def test_unreadable_image_is_skipped(tmp_path):
     root = voc(tmp_path)
     (root / "JPEGImages" / "a.png").write_bytes(b"text")
     assert open_boxes(root).rows.tolist() == [1, 2]
@@ -249,16 +249,16 @@ def test_a_bad_image_is_left_to_the_scan(tmp_path):
 # ------------------------------------------------------------------------------------------------------------- refusals
 
 CASES = {
-    "size": (lambda root: voc(root, size=(30, 40)), r"a\.png is shown with 60 x 80 pixels, .* for 30 x 40"),
-    "no box": (lambda root: voc(root, {"c": []}), "has no box for any of 1 images"),
+    "size": (lambda root: voc(root, size=(30, 40)), r"a\.png has 60 x 80 pixels .* expects 30 x 40"),
+    "no box": (lambda root: voc(root, {"c": []}), "has no box for the 1 images"),
     "no pair": (
         lambda root: voc(root, {"x": []}),
-        r"none of 1 annotated images .* name x\.xml, the source holds a\.png",
+        r"none of 1 annotated images .* name x\.xml, but the images are a\.png",
     ),
     "nothing": (images, "found no boxes for .*, or a file or folder named with --annotations"),
     "two files": (lambda root: second(coco(root)), r"2 JSON files .*annotations/x\.json, .*annotations/y\.json"),
-    "no categories": (lambda root: coco(root, categories=[]), "category 7, which it does not list"),
-    "no image": (lambda root: coco(root, images=[]), "has an object of image 0"),
+    "no categories": (lambda root: coco(root, categories=[]), "category_id 7, at least one of which"),
+    "no image": (lambda root: coco(root, images=[]), "has image_id 0"),
     "no bbox": (
         lambda root: coco(root, annotations=[{"image_id": 0, "category_id": 3}]),
         r"annotations\[0\] of .* has no 'bbox'; expected COCO's",
@@ -267,7 +267,7 @@ CASES = {
         lambda root: coco(root, annotations=[{"image_id": 0, "category_id": 3, "bbox": [1, 2, None, 4]}]),
         r"annotations\[0\] of .*, for a\.png, has the box \[1, 2, None, 4\]; expected four numbers",
     ),
-    "a list": (lambda root: text(coco(root), "annotations/x.json", "[1]"), "holds a list, perhaps of predictions"),
+    "a list": (lambda root: text(coco(root), "annotations/x.json", "[1]"), "got a list, perhaps of predictions"),
     "no JSON": (lambda root: text(coco(root), "annotations/x.json", "{"), "cannot be read .*JSONDecodeError"),
     "no XML": (lambda root: text(voc(root), "Annotations/a.xml", "<a>"), r"a\.xml cannot be read"),
     "entities": (
@@ -278,7 +278,10 @@ CASES = {
         lambda root: text(voc(root), "Annotations/a.xml", "<annotation><object/></annotation>"),
         r"a\.xml has an object without name or bndbox",
     ),
-    "twice": (lambda root: images(coco(root), ["a"], "more"), r"a\.png of .* could be images/a\.png or more/a\.png"),
+    "twice": (
+        lambda root: images(coco(root), ["a"], "more"),
+        r"a\.png of .* matches several images, images/a\.png or more/a\.png",
+    ),
 }
 
 
@@ -292,7 +295,7 @@ def text(root, name, content):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_what_makes_no_sense_is_refused_with_a_sentence(tmp_path, name):
+def test_invalid_box_annotations_are_rejected(tmp_path, name):
     make, said = CASES[name]
     with pytest.raises(BoxError, match=said):
         open_boxes(make(tmp_path))
@@ -305,17 +308,17 @@ def test_a_coco_file_beside_the_folder_of_images_is_found(tmp_path):
     assert len(open_boxes(root / "images").rows) == 3
 
 
-def test_a_class_that_a_model_does_not_know_is_refused(tmp_path):
+def test_class_unknown_to_the_model_is_rejected(tmp_path):
     root = voc(tmp_path)
     assert open_boxes(root, classes=("bird", "dog", "cat")).labels[0].tolist() == [2, 1]
-    with pytest.raises(BoxError, match=r"class 'dog', which is not among the 2 known \(bird, cat\)"):
+    with pytest.raises(BoxError, match=r"unknown class 'dog'; expected one of 2 classes \(bird, cat\)"):
         open_boxes(root, classes=("bird", "cat"))
     with pytest.raises(BoxError, match="do not exist"):
         open_boxes(root, root / "none.json")
 
 
-def test_blood_cells_in_splits_of_voc(tmp_path):
-    """In BCCD's layout: Annotations, JPEGImages and the lists of ImageSets/Main."""
+def test_voc_splits_of_blood_cells_are_read(tmp_path):
+    """Uses the layout of BCCD: Annotations, JPEGImages and the lists in ImageSets/Main."""
     classes, rng = ("Platelets", "RBC", "WBC"), np.random.default_rng(0)
     cells = {
         f"BloodImage_{number:05d}": [

@@ -1,4 +1,4 @@
-"""Boxes as people's tools write them: encodings, wrong types, fractions, and images that carry an orientation."""
+"""Real-world box annotations: encodings, wrong types, fractions, and images with an EXIF orientation."""
 
 import json
 
@@ -15,7 +15,7 @@ BOX = (10, 20, 34, 44)
 
 
 def photo(file, orientation=1, size=SIZE, box=BOX):
-    """A white box on black, in stored pixels."""
+    """Write an image with a white box on black; `box` refers to the stored pixels."""
     pixels = np.zeros((*size, 3), np.uint8)
     pixels[box[1] : box[3], box[0] : box[2]] = 255
     exif = Image.Exif()
@@ -25,7 +25,7 @@ def photo(file, orientation=1, size=SIZE, box=BOX):
 
 
 def around_white(file):
-    """Where the white box lies in the image as shown."""
+    """Return the white box in coordinates of the displayed image."""
     with Image.open(file) as image:
         ys, xs = np.nonzero(np.asarray(ImageOps.exif_transpose(image))[:, :, 0] > 128)
     return [int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1]
@@ -49,8 +49,8 @@ def coco(root, orientations, boxes=BOX, sizes=SIZE, **more):
 
 
 @pytest.mark.parametrize("sizes", [SIZE, None])
-def test_boxes_on_stored_pixels_are_turned_with_their_image(tmp_path, sizes):
-    """With sizes in the file or, where a box reaches beyond the image as shown, without."""
+def test_boxes_on_stored_pixels_are_rotated_with_their_image(tmp_path, sizes):
+    """Without sizes in the file, a box that extends outside the displayed image decides."""
     box = BOX if sizes else (50, 20, 78, 40)
     root = coco(tmp_path, range(1, 9), box, sizes)
     for number in range(8):
@@ -60,13 +60,14 @@ def test_boxes_on_stored_pixels_are_turned_with_their_image(tmp_path, sizes):
         wanted = around_white(root / "images" / f"{row}.jpg")
         assert np.abs(found.boxes[row][0] - wanted).max() <= 1, f"orientation {row + 1}"
     assert any(
-        "7 images have an EXIF orientation, and their boxes were drawn on the stored" in line for line in found.lines()
+        "7 images have an EXIF orientation, and their boxes, which refer to the stored" in line
+        for line in found.lines()
     )
     some = open_boxes(root, only={2})
-    assert some.boxes[2].tolist() == found.boxes[2].tolist(), "what the others tell counts for a part of them too"
+    assert some.boxes[2].tolist() == found.boxes[2].tolist(), "all images decide, even if only some are opened"
 
 
-def test_boxes_on_images_as_shown_stay(tmp_path):
+def test_boxes_on_displayed_images_are_not_rotated(tmp_path):
     root = coco(tmp_path, [6, 3], sizes=None)
     said = json.loads((root / "annotations.json").read_text())
     said["images"][0] |= {"height": 80, "width": 60}
@@ -76,19 +77,19 @@ def test_boxes_on_images_as_shown_stay(tmp_path):
     assert any("1 images have an EXIF orientation that does not change their size" in line for line in found.lines())
 
 
-def test_where_it_cannot_be_told_is_refused(tmp_path):
+def test_undecidable_orientation_is_rejected(tmp_path):
     root = coco(tmp_path, [6, 6, 3])
     said = json.loads((root / "annotations.json").read_text())
     said["images"][0] |= {"height": 80, "width": 60}
     (root / "annotations.json").write_text(json.dumps(said))
-    with pytest.raises(BoxError, match=r"2\.jpg, which has an EXIF orientation, it cannot be decided"):
+    with pytest.raises(BoxError, match=r"2\.jpg, which has an EXIF orientation, this cannot be decided"):
         open_boxes(root)
     (root / "images" / "2.jpg").unlink()
-    assert len(open_boxes(root).rows) == 2, "of the others it can"
+    assert len(open_boxes(root).rows) == 2, "the other images are decidable"
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_boxes_and_masks_turn_as_pillow_turns_pixels(orientation):
+def test_boxes_and_masks_are_rotated_like_pixels_in_pillow(orientation):
     ids = np.zeros(SIZE, np.uint8)
     ids[BOX[1] : BOX[3], BOX[0] : BOX[2]] = 7
     image = Image.fromarray(ids)
@@ -125,13 +126,13 @@ def test_voc_is_read_in_the_encoding_it_declares(tmp_path, encoding, name):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b'<?xml version="1.0" encoding="klingon"?><annotation/>', "declares the encoding 'klingon', which is unknown"),
+        (b'<?xml version="1.0" encoding="klingon"?><annotation/>', "declares the unknown encoding 'klingon'"),
         (b'<?xml version="1.0" encoding="utf-8"?><a>\xff\xfe</a>', "is not valid utf-8, the encoding it declares"),
         ("<?xml version='1.0'?><!DOCTYPE a [<!ENTITY b 'x'>]><a/>".encode("utf-16"), "document type or entities"),
         (b"", "cannot be read"),
     ],
 )
-def test_xml_that_cannot_be_decoded_is_refused(tmp_path, content, said):
+def test_undecodable_xml_is_rejected(tmp_path, content, said):
     photo(tmp_path / "a.jpg")
     (tmp_path / "a.xml").write_bytes(content)
     with pytest.raises(BoxError, match=said):
@@ -155,7 +156,7 @@ WRONG = [None, [], {}, [1], True, 1.5, float("nan"), "", "text", LONG]
         ("annotations", "category_id"), ("annotations", "bbox"), ("annotations", "iscrowd"),
     ],
 )  # fmt: skip
-def test_any_value_anywhere_is_read_or_refused_with_a_sentence(tmp_path, part, key, wrong):
+def test_unexpected_values_in_coco_are_read_or_rejected(tmp_path, part, key, wrong):
     root = coco(tmp_path, [1])
     good = {"images": [IMAGE], "categories": [CATEGORY], "annotations": [OBJECT]}
     if key is None:
@@ -179,26 +180,28 @@ def test_any_value_anywhere_is_read_or_refused_with_a_sentence(tmp_path, part, k
     [
         ({"annotations": [OBJECT, OBJECT | {"image_id": [0]}]}, r"annotations\[1\] of .* has the image_id \[0\]"),
         ({"images": [IMAGE, {"id": 1, "file_name": ["a"]}]}, r"images\[1\] of .* has the file_name \['a'\]"),
-        ({"categories": [CATEGORY, {"id": "x", "name": "dog"}]}, "ids that are numbers and ids that are text"),
+        ({"categories": [CATEGORY, {"id": "x", "name": "dog"}]}, "both numbers and text as ids"),
         ({"annotations": {}}, r"'annotations' of .* is \{\}; expected a list"),
     ],
 )
-def test_the_entry_is_named(tmp_path, change, said):
+def test_error_names_the_wrong_entry(tmp_path, change, said):
     with pytest.raises(BoxError, match=said):
         open_boxes(coco(tmp_path, [1], **change))
 
 
-def test_two_spellings_of_one_category_are_one_class(tmp_path):
+def test_unicode_spellings_of_a_category_are_one_class(tmp_path):
     categories = [{"id": 1, "name": "Vögel"}, {"id": 2, "name": "Vo\u0308gel"}]
     found = open_boxes(coco(tmp_path, [1], categories=categories))
     assert found.classes == ("V\u00f6gel",)
-    assert open_boxes(tmp_path, classes=("Vo\u0308gel",)).labels[0].tolist() == [0], "of a run of an earlier version"
+    assert open_boxes(tmp_path, classes=("Vo\u0308gel",)).labels[0].tolist() == [0], (
+        "earlier versions stored names unnormalised"
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------- fractions
 
 
-def test_fractions_of_the_sides_are_refused(tmp_path):
+def test_coco_boxes_in_fractions_are_rejected(tmp_path):
     boxes = [OBJECT | {"bbox": [0.25, 0.5, 0.5, 0.25]}, OBJECT | {"bbox": [0.1, 0.2, 0.3, 0.9]}]
     with pytest.raises(BoxError, match=r"2 of 2 boxes of .* are fractions .* 0\.jpg; expected pixels: multiply"):
         open_boxes(coco(tmp_path / "coco", [1], annotations=boxes, images=[IMAGE]))
@@ -206,7 +209,7 @@ def test_fractions_of_the_sides_are_refused(tmp_path):
     assert len(open_boxes(coco(tmp_path / "pixels", [1], annotations=pixels)).boxes[0]) == 2
 
 
-def test_fractions_in_voc_files_are_refused_and_boxes_at_the_corner_are_not(tmp_path):
+def test_voc_boxes_in_fractions_are_rejected(tmp_path):
     for name, corners in (("fractions", (0.25, 0.5, 0.5, 0.75)), ("pixels", (1, 1, 2, 2))):
         photo(tmp_path / name / "0.jpg")
         tags = "".join(
@@ -220,7 +223,7 @@ def test_fractions_in_voc_files_are_refused_and_boxes_at_the_corner_are_not(tmp_
     assert open_boxes(tmp_path / "pixels").boxes[0].tolist() == [[0, 0, 2, 2]]
 
 
-def test_corners_in_place_of_sizes_are_pointed_out(tmp_path):
+def test_coco_boxes_written_as_corners_are_reported(tmp_path):
     boxes = [OBJECT | {"bbox": [30, 20, 70, 50]}, OBJECT | {"bbox": [50, 30, 79, 59]}]
     found = open_boxes(coco(tmp_path, [1], annotations=boxes))
     assert any("would fit if they were corners" in line for line in found.lines())

@@ -1,4 +1,4 @@
-"""Resampling that is left to the device: the same crops, and Pillow's pixels but for rounding."""
+"""Resampling on the device: the crops are the same, and pixels agree with Pillow up to rounding."""
 
 import numpy as np
 import pytest
@@ -35,14 +35,14 @@ def later(image: np.ndarray, box: tuple[float, ...], target: tuple[int, int], fl
 @pytest.mark.parametrize(
     "box", [(3, 5, 50, 61), (0, 0, 120, 90), (10, 20, 9, 7), (0.25, 7.5, 60.3, 41), (88.5, 60.1, 31.5, 29.9)]
 )
-def test_pixels_are_those_of_the_loader_but_for_rounding(channels, flip, box):
+def test_device_crops_agree_with_the_loader_up_to_rounding(channels, flip, box):
     image = picture(120, 90, channels)
     difference = np.abs(later(image, box, (48, 40), flip).astype(int) - cut(image, np.array(box), (48, 40), flip))
     assert difference.mean() < 0.3
-    assert difference.max() <= 8  # of overshoot that is clipped between the two passes, which torch does the other way
+    assert difference.max() <= 8  # overshoot is clipped between the two passes, which torch does in the opposite order
 
 
-def test_boxes_with_fractions_are_pillows_to_a_level():
+def test_fractional_boxes_agree_with_pillow_up_to_one_level():
     image = picture(120, 90, 3)
     for top, left, height, width in ((0.25, 7.5, 60.3, 41.0), (30.1, 2.2, 80.7, 70.9), (5.5, 5.5, 20, 20)):
         shown = Image.fromarray(image).resize(
@@ -51,13 +51,13 @@ def test_boxes_with_fractions_are_pillows_to_a_level():
         assert np.abs(later(image, (top, left, height, width), (48, 40), False) - np.asarray(shown, int)).max() <= 1
 
 
-def test_what_is_too_large_for_the_room_is_resampled_by_the_loader_exactly():
+def test_part_that_does_not_fit_is_resampled_by_the_loader():
     image = picture(400, 500, 3)
     for box in ((0, 0, 400, 500), (0.5, 0, 300, 400)):
         assert (later(image, box, (48, 40), True) == cut(image, np.array(box), (48, 40), True)).all()
 
 
-def test_weights_sum_to_one_and_look_at_nothing_beyond_the_part():
+def test_weights_sum_to_one_and_are_zero_for_padding():
     found = weights(torch.tensor([0.0, 3.3]), torch.tensor([10.0, 20.0]), torch.tensor([10.0, 25.0]), 7, 30)
     assert torch.allclose(found.sum(2), torch.ones(2, 7))
     assert not found[0, :, 10:].any()
@@ -72,7 +72,7 @@ def drawn(folder, *, workers=0, on_device=True, repeats=1, batch=8, start=0) -> 
     return [to_device(delivery.batch, "cpu") for delivery in stream]
 
 
-def test_draws_are_the_same_and_workers_batches_and_starts_change_no_pixel(images):
+def test_device_crops_do_not_depend_on_workers_batches_and_start(images):
     here, there = Batch.join(drawn(images)), Batch.join(drawn(images, on_device=False))
     assert torch.equal(here.index, there.index)
     assert torch.equal(here.epoch, there.epoch)
@@ -84,7 +84,7 @@ def test_draws_are_the_same_and_workers_batches_and_starts_change_no_pixel(image
     assert torch.equal(Batch.join(drawn(images, start=24)).images, here.images[24:])
 
 
-def test_bad_files_are_replaced_and_repeats_go_along(images):
+def test_device_crops_work_with_replacements_and_repeats(images):
     (images / "0003.png").write_bytes(b"")
     here, there = (Batch.join(drawn(images, on_device=way, repeats=2)) for way in (True, False))
     assert torch.equal(here.index, there.index)
@@ -92,7 +92,7 @@ def test_bad_files_are_replaced_and_repeats_go_along(images):
     assert (here.images.float() - there.images.float()).abs().mean() < 0.5
 
 
-def test_outside_training_nothing_is_left_to_the_device(images):
+def test_evaluation_images_are_resampled_by_the_loader(images):
     source = open_source(images)
     spec = ImageSpec(3, (16, 16), "uint8", (0.0,) * 3, (1.0,) * 3)
     data = ImageReader(source, np.arange(30), spec, CropConfig(), training=False, on_device=True)
@@ -102,7 +102,7 @@ def test_outside_training_nothing_is_left_to_the_device(images):
     assert to_device(batch, "cpu") is batch
 
 
-def test_a_run_that_resamples_on_the_device_goes_on_exactly(images, tmp_path, monkeypatch):
+def test_run_with_device_resampling_resumes_exactly(images, tmp_path, monkeypatch):
     settings = [*SMALL_RUN, "train.steps=6", "train.checkpoint_every=3", "data.resize=device"]
     whole = pretrain(images, recipe="mae_nano", out=tmp_path / "whole", settings=settings)
     assert any("resampled on the device" in reason for reason in whole.read("plan.json")["reasons"])
@@ -123,7 +123,7 @@ def test_a_run_that_resamples_on_the_device_goes_on_exactly(images, tmp_path, mo
     assert len(losses[0]) == 6
 
 
-def test_what_the_device_cannot_resample_is_refused(tmp_path):
+def test_images_that_the_device_cannot_resample_are_rejected(tmp_path):
     (tmp_path / "bands").mkdir()
     np.save(tmp_path / "bands" / "a.npy", np.random.default_rng(0).integers(0, 256, (20, 20, 5), np.uint8))
     for data, more, message in (

@@ -1,4 +1,4 @@
-"""A data set is held to its record: same content passes whatever its times, other content never."""
+"""A data set is compared with its record: unchanged content passes with any times, changed content never passes."""
 
 import io
 import os
@@ -35,7 +35,7 @@ def folder(root, count=6, seed=0):
 
 def recorded(data, path):
     source = open_source(data)
-    source.opened += 100  # as if the files had not only just been written
+    source.opened += 100  # as if the files had been written long ago
     source.digests = scan(source, workers=0).digests
     record_of(source).write(path)
     record = read_record(path)
@@ -48,7 +48,7 @@ def differs(record, data):
     return compare(record, source, np.arange(len(source)))
 
 
-def test_a_record_comes_back_as_it_was_and_files_with_the_same_times_are_not_read(tmp_path, monkeypatch):
+def test_record_is_restored_and_files_with_the_same_times_are_not_read(tmp_path, monkeypatch):
     record = recorded(folder(tmp_path / "a"), tmp_path / "record")
     assert list(record.names) == [f"{number}.npy" for number in range(6)]
     assert (record.digests == [content_digest(npy(number)) for number in range(6)]).all()
@@ -61,7 +61,7 @@ def test_a_record_comes_back_as_it_was_and_files_with_the_same_times_are_not_rea
 
 
 @pytest.mark.parametrize("way", ["in place", "renamed over, old time set"])
-def test_content_of_the_same_size_is_told_apart(tmp_path, way):
+def test_changed_content_of_the_same_size_is_detected(tmp_path, way):
     record = recorded(folder(tmp_path / "a"), tmp_path / "record")
     if way == "in place":
         (tmp_path / "a" / "3.npy").write_bytes(npy(99))
@@ -74,15 +74,15 @@ def test_content_of_the_same_size_is_told_apart(tmp_path, way):
     assert found.lines() == "1 changed: 3.npy (content)"
 
 
-def test_copied_and_touched_files_are_the_same(tmp_path):
+def test_copied_and_touched_files_count_as_unchanged(tmp_path):
     record = recorded(folder(tmp_path / "a"), tmp_path / "record")
-    shutil.copytree(tmp_path / "a", tmp_path / "b", copy_function=shutil.copyfile)  # all with other times
+    shutil.copytree(tmp_path / "a", tmp_path / "b", copy_function=shutil.copyfile)  # all copies have different times
     found = differs(record, tmp_path / "b")
     assert not found
     assert found.reread == 6
 
 
-def test_added_removed_and_resized_files_are_named(tmp_path):
+def test_added_removed_and_resized_files_are_reported(tmp_path):
     record = recorded(folder(tmp_path / "a"), tmp_path / "record")
     (tmp_path / "a" / "0.npy").unlink()
     (tmp_path / "a" / "9.npy").write_bytes(npy(9))
@@ -94,7 +94,7 @@ def test_added_removed_and_resized_files_are_named(tmp_path):
     assert found.as_json()["num_changed"] == 1
 
 
-def test_a_list_in_another_order_differs(tmp_path):
+def test_list_in_another_order_is_a_difference(tmp_path):
     folder(tmp_path / "a")
     (tmp_path / "list.txt").write_text("a/0.npy\na/1.npy\n")
     record = recorded(tmp_path / "list.txt", tmp_path / "record")
@@ -104,13 +104,13 @@ def test_a_list_in_another_order_differs(tmp_path):
     assert found.lines() == "the same files in another order"
 
 
-def test_rows_that_are_not_used_may_change(tmp_path):
+def test_changes_in_unused_rows_are_ignored(tmp_path):
     record = recorded(folder(tmp_path / "a"), tmp_path / "record")
     (tmp_path / "a" / "3.npy").write_bytes(npy(99))
     assert not compare(record, open_source(tmp_path / "a"), np.array([0, 1, 2, 4, 5]))
 
 
-def test_without_a_digest_size_and_modification_time_decide(tmp_path):
+def test_size_and_modification_time_decide_without_a_digest(tmp_path):
     source = open_source(folder(tmp_path / "a"))
     record_of(source).write(tmp_path / "record")
     record = read_record(tmp_path / "record")
@@ -134,7 +134,7 @@ def test_members_of_an_archive_are_compared_by_content(tmp_path):
     assert len(differs(record, tmp_path / "a.tar").changed) == 6
 
 
-def test_a_damaged_record_is_no_record(tmp_path):
+def test_damaged_record_reads_as_none(tmp_path):
     recorded(folder(tmp_path / "a"), tmp_path / "record")
     content = bytearray((tmp_path / "record").read_bytes())
     content[200] ^= 1
@@ -153,7 +153,7 @@ def test_a_record_of_many_files_is_small(tmp_path):
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_a_file_that_changes_after_it_was_listed_is_not_read_as_if_nothing_were(tmp_path, known):
+def test_file_changed_after_listing_raises_bad_image(tmp_path, known):
     source = open_source(folder(tmp_path / "a"))
     if known:
         digest_all(source)
@@ -161,15 +161,15 @@ def test_a_file_that_changes_after_it_was_listed_is_not_read_as_if_nothing_were(
     os.chmod(tmp_path / "a" / "2.npy", 0o600)
     assert source.read_unchanged(2) == npy(2)
     (tmp_path / "a" / "2.npy").write_bytes(npy(77))
-    with pytest.raises(BadImage, match="changed since it was listed") as fault:
+    with pytest.raises(BadImage, match="has changed since the data were opened") as fault:
         source.read_unchanged(2)
     assert fault.value.code == "CHANGED"
-    if known:  # written anew with the same content
+    if known:  # written again with the same content
         (tmp_path / "a" / "2.npy").write_bytes(npy(2))
         assert source.read_unchanged(2) == npy(2)
 
 
-def test_an_archive_that_is_replaced_after_it_was_listed_is_noticed(tmp_path):
+def test_archive_replaced_after_listing_is_detected(tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w") as archive:
         archive.add(folder(tmp_path / "a"), "a")
     source = open_source(tmp_path / "a.tar")

@@ -1,4 +1,4 @@
-"""The loader: what is drawn depends on (seed, epoch, image) alone, and a bad file never passes in silence."""
+"""The loader: random draws depend only on (seed, epoch, image), and bad files are always reported."""
 
 import hashlib
 import os
@@ -26,7 +26,7 @@ def spec(size=(8, 8), channels=3, dtype="uint8"):
 
 
 def source(count=COUNT, **bad):
-    """Pictures of different sizes; `bad` maps rows, written r3, to their content."""
+    """Return a source of images of different sizes; bad: content of bad files by row, for example r3=b"..."."""
     files = {f"{i:03d}.png": file_of(noisy(12 + i % 5, 10 + i % 3, seed=i), "PNG") for i in range(count)}
     for row, data in bad.items():
         files[f"{int(row[1:]):03d}.png"] = data
@@ -41,7 +41,7 @@ def images(origin=None, *, size=(8, 8), seed=0, **more):
 
 
 def drawn(data, *, start=0, batch=8, batches=5, workers=0):
-    """One digest for each sample: its pixels, row, epoch and label."""
+    """Return (row, epoch, label, digest of the pixels) of each sample."""
     digests = []
     for delivery in training_batches(data, start=start, batch=batch, batches=batches, workers=workers):
         got = delivery.batch
@@ -52,20 +52,20 @@ def drawn(data, *, start=0, batch=8, batches=5, workers=0):
     return digests
 
 
-# ----------------------------------------------------------------------------------------------------- the same draws
+# --------------------------------------------------------------------------------------------------------- random draws
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_the_number_of_workers_changes_nothing(workers):
+def test_batches_do_not_depend_on_the_number_of_workers(workers):
     assert drawn(images(), workers=workers) == drawn(images())
 
 
 @pytest.mark.parametrize(("batch", "batches"), [(1, 40), (4, 10), (20, 2), (40, 1)])
-def test_the_division_into_micro_batches_changes_nothing(batch, batches):
+def test_samples_do_not_depend_on_the_batch_size(batch, batches):
     assert drawn(images(), batch=batch, batches=batches) == drawn(images())
 
 
-def test_jitter_belongs_to_the_image_and_is_for_training_only():
+def test_jitter_is_reproducible_and_only_applied_in_training():
     jittered = images()
     jittered.crop = CropConfig(jitter=0.4)
     assert drawn(jittered, batch=4, batches=10, workers=2) == drawn(jittered)
@@ -76,13 +76,13 @@ def test_jitter_belongs_to_the_image_and_is_for_training_only():
 
 
 @pytest.mark.parametrize("start", [1, 8, 19, 20, 33])
-def test_starting_anywhere_is_slicing_the_stream(start):
+def test_starting_later_continues_the_same_stream(start):
     stream = drawn(images(), batches=8)
     assert drawn(images(), start=start, batches=3) == stream[start : start + 24]
     assert drawn(images(), start=start + 1, batches=3) != stream[start : start + 24]  # the test can fail
 
 
-def test_every_image_once_an_epoch_in_another_order_each_time():
+def test_every_epoch_has_every_image_once_in_a_new_order():
     stream = drawn(images(), batch=COUNT, batches=3)
     epochs = [stream[i * COUNT : (i + 1) * COUNT] for i in range(3)]
     assert [{epoch for _, epoch, _, _ in part} for part in epochs] == [{0}, {1}, {2}]
@@ -91,7 +91,7 @@ def test_every_image_once_an_epoch_in_another_order_each_time():
     assert len({tuple(order) for order in orders}) == 3
 
 
-def test_crops_change_with_the_epoch_and_all_with_the_seed():
+def test_crops_depend_on_epoch_and_seed():
     by_row = {}
     for row, epoch, _, digest in drawn(images(), batch=COUNT, batches=2):
         by_row.setdefault(row, {})[epoch] = digest
@@ -113,7 +113,7 @@ def test_only_the_usable_rows_are_drawn():
     assert len(data) == 3
 
 
-def test_order_keeps_little_and_far_epochs_cost_nothing():
+def test_order_caches_few_epochs_and_starts_anywhere():
     order = Order(np.arange(5), 0)
     far = order.take(5_000_000, 12)
     assert far.epoch.tolist() == [1_000_000] * 5 + [1_000_001] * 5 + [1_000_002] * 2
@@ -121,7 +121,7 @@ def test_order_keeps_little_and_far_epochs_cost_nothing():
     assert (Order(np.arange(5), 0).take(5_000_003, 2).index == far.index[3:5]).all()
 
 
-def test_global_randomness_is_left_alone():
+def test_global_random_state_is_not_changed():
     torch.manual_seed(0)
     before = torch.get_rng_state()
     drawn(images(), batches=1)
@@ -151,7 +151,7 @@ def test_small_images_are_enlarged_and_one_pixel_is_enough():
     assert (got == 9).all()
 
 
-def test_gray_and_colour_mix():
+def test_gray_and_colour_images_can_be_mixed():
     origin = Memory({"a.png": file_of(np.full((9, 9, 1), 50, np.uint8), "PNG"), "b.png": file_of(noisy(9, 9), "PNG")})
     got = next(eval_batches(images(origin, training=False), np.array([0, 1]), batch=2))
     assert (got.images[0] == 50).all()
@@ -160,7 +160,7 @@ def test_gray_and_colour_mix():
 
 
 @pytest.mark.parametrize(("dtype", "channels"), [("uint16", 1), ("uint16", 3), ("float32", 1), ("float32", 6)])
-def test_other_dtypes_and_channels_travel_as_they_are(dtype, channels):
+def test_other_dtypes_and_channel_counts_are_unchanged(dtype, channels):
     values = noisy(8, 8, channels).astype(dtype) * 3
     data = ImageReader(
         Memory({"a.npy": npy(values)}), np.arange(1), spec((8, 8), channels, dtype), CropConfig(), training=False
@@ -169,7 +169,7 @@ def test_other_dtypes_and_channels_travel_as_they_are(dtype, channels):
     assert (got[0].permute(1, 2, 0).numpy() == values).all()
 
 
-def test_evaluation_is_centred_unflipped_and_in_order():
+def test_evaluation_crops_are_centred_unflipped_and_in_order():
     values = noisy(8, 12)
     data = images(Memory({"a.png": file_of(values, "PNG"), "b.png": file_of(values[:, ::-1], "PNG")}), training=False)
     batches = list(eval_batches(data, np.array([1, 0, 1]), batch=2))
@@ -202,14 +202,14 @@ def test_scaled_decoding_agrees_with_full_decoding(monkeypatch):
     assert difference.max() < 16
 
 
-def test_kept_images_give_the_same_pixels_where_nothing_is_scaled():
+def test_cached_images_give_the_same_pixels_without_scaled_decoding():
     cached = images()
     cached.keep_decoded()
     cached.source.files = [b""] * COUNT  # type: ignore[attr-defined]
     assert drawn(cached) == drawn(images())
 
 
-def test_kept_large_jpegs_are_the_same_from_run_to_run():
+def test_cached_large_jpegs_are_reproducible():
     pair = [images(large_jpegs(), size=(32, 32)) for _ in range(2)]
     for data in pair:
         data.keep_decoded()
@@ -217,7 +217,7 @@ def test_kept_large_jpegs_are_the_same_from_run_to_run():
     assert (pair[0][taken].batch.images == pair[1][taken].batch.images).all()
 
 
-def test_a_turned_jpeg_is_cropped_as_it_is_shown():
+def test_rotated_jpeg_is_cropped_as_displayed():
     exif = Image.Exif()
     exif[0x0112] = 6
     shown = smooth(160, 120)
@@ -227,20 +227,20 @@ def test_a_turned_jpeg_is_cropped_as_it_is_shown():
     assert (got[0] - got[1]).abs().max() < 8
 
 
-# ---------------------------------------------------------------------------------------------------- several of each
+# -------------------------------------------------------------------------------------------------------------- repeats
 
 
-def test_repeats_are_other_crops_of_one_image_and_no_draw_comes_twice():
+def test_repeats_are_different_crops_of_one_image():
     once, twice = drawn(images(), batches=10), drawn(images(repeats=2), batches=10)
     assert [row for row, _, _, _ in twice[::2]] == [row for row, _, _, _ in twice[1::2]]
     assert [row for row, _, _, _ in twice[::2]] == [row for row, _, _, _ in once[:40]]
-    assert [epoch for _, epoch, _, _ in twice[:40]] == [0, 1] * 20  # of the first pass
+    assert [epoch for _, epoch, _, _ in twice[:40]] == [0, 1] * 20  # in the first pass
     assert [epoch for _, epoch, _, _ in twice[40:]] == [2, 3] * 20
     assert all(a[3] != b[3] for a, b in zip(twice[::2], twice[1::2], strict=True))
     assert len({(row, epoch) for row, epoch, _, _ in twice}) == len(twice)
 
 
-def test_a_repeat_is_the_same_sample_as_without_repeats():
+def test_repeats_are_samples_that_also_occur_without_repeats():
     known = {sample[:2]: sample for sample in drawn(images(), batches=10)}
     shared = [known.get(sample[:2]) == sample for sample in drawn(images(repeats=4), batches=10) if sample[1] < 4]
     assert len(shared) == 80
@@ -248,7 +248,7 @@ def test_a_repeat_is_the_same_sample_as_without_repeats():
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_repeats_do_not_depend_on_workers_nor_on_where_a_run_goes_on(workers):
+def test_repeats_do_not_depend_on_workers_and_start(workers):
     whole = drawn(images(repeats=4), batches=10)
     assert drawn(images(repeats=4), batches=10, workers=workers) == whole
     assert drawn(images(repeats=4), start=24, batches=7, workers=workers) == whole[24:]
@@ -268,7 +268,7 @@ def test_repeats_are_read_and_decoded_once(monkeypatch):
     assert count[0] == 20
 
 
-def test_repeats_of_large_jpegs_are_decoded_as_large_as_any_needs():
+def test_repeats_of_large_jpegs_are_decoded_at_the_largest_needed_size():
     data = images(large_jpegs(), size=(32, 32), repeats=3)
     together = data[Order(data.rows, 0, 3).take(0, 9)].batch
     kept = images(large_jpegs(), size=(32, 32), repeats=3)
@@ -277,7 +277,7 @@ def test_repeats_of_large_jpegs_are_decoded_as_large_as_any_needs():
     assert (together.images.float() - exact.images.float()).abs().mean() < 1.0
 
 
-def test_repeats_of_a_bad_file_are_replaced_and_do_not_count_outside_training():
+def test_repeats_of_a_bad_file_are_replaced_and_evaluation_has_no_repeats():
     got = drawn(images(source(r3=b""), repeats=2), batches=10)
     assert len(got) == 80
     assert 3 not in {row for row, _, _, _ in got}
@@ -288,7 +288,7 @@ def test_repeats_of_a_bad_file_are_replaced_and_do_not_count_outside_training():
 # ----------------------------------------------------------------------------------------------------------- bad files
 
 
-def test_a_bad_file_is_replaced_alike_in_every_run_and_reported():
+def test_bad_file_is_reported_and_replaced_reproducibly():
     origin = source(r3=b"gone bad", r7=b"")
     one, two = drawn(images(origin), batches=5), drawn(images(origin), batch=4, batches=10, workers=2)
     assert one == two
@@ -323,14 +323,14 @@ def test_evaluation_raises_instead_of_replacing(workers):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_data_that_have_gone_altogether_stop_the_run(workers):
+def test_missing_data_set_stops_the_run(workers):
     origin = source(3, r0=b"", r1=b"", r2=b"")
     with pytest.raises(BadImage, match="seems to be gone") as caught:
         drawn(images(origin), workers=workers)
     assert caught.value.code == "VANISHED"
 
 
-def test_a_batch_holds_few_files_at_a_time():
+def test_batch_has_few_undecoded_files_in_memory():
     most, held = [0], [0]
 
     class Watched(Memory):
@@ -354,7 +354,7 @@ def test_a_batch_holds_few_files_at_a_time():
 # ------------------------------------------------------------------------------------------------------------- workers
 
 
-def test_closing_a_stream_ends_its_workers():
+def test_closing_the_iterator_ends_its_workers():
     import multiprocessing
 
     before = set(multiprocessing.active_children())

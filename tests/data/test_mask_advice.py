@@ -1,4 +1,4 @@
-"""Masks as people have them: 0/128/255, void among the classes, names in other files, EXIF, and what a size costs."""
+"""Real-world segmentation masks: gray levels, void ids, class names in other files, EXIF, and detail lost by resizing."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ SIZE = (40, 60)
 
 
 def folder(root, masks, *, orientation=None):
-    """Images and masks (H, W) of ids; orientation: EXIF's of each image, None for none."""
+    """Write images and their masks (H, W) of ids. orientation: EXIF orientation of each image, or None."""
     for part in ("images", "masks"):
         (root / part).mkdir(parents=True, exist_ok=True)
     for number, ids in enumerate(masks):
@@ -29,7 +29,7 @@ def folder(root, masks, *, orientation=None):
 
 
 def halves(*ids, size=SIZE):
-    """Upright stripes of these ids."""
+    """Return a mask with vertical stripes of these ids."""
     return np.repeat(np.array(ids)[np.arange(size[1]) * len(ids) // size[1]][None], size[0], 0)
 
 
@@ -40,13 +40,11 @@ def notes(maps):
 # ---------------------------------------------------------------------------------------------------------- gray levels
 
 
-def test_levels_of_gray_are_refused_with_the_options_that_settle_them(tmp_path):
+def test_gray_level_masks_are_rejected_with_the_options_that_fix_them(tmp_path):
     two, three = folder(tmp_path / "2", [halves(0, 255)] * 3), folder(tmp_path / "3", [halves(0, 128, 255)] * 3)
-    with pytest.raises(MaskError, match=r"0 and 255 alone, .* give --mask-values 0,255 to make 255"):
+    with pytest.raises(MaskError, match=r"only ids 0 and 255, .* set --mask-values 0,255 to make 255"):
         open_masks(two)
-    with pytest.raises(
-        MaskError, match=r"129 classes come .* --mask-values 0,128,255 .* --mask-values 0,255 --ignore 128"
-    ):
+    with pytest.raises(MaskError, match=r"129 classes; .* --mask-values 0,128,255 .* --mask-values 0,255 --ignore 128"):
         open_masks(three)
     found = open_masks(two, options=MaskOptions((0, 255)))
     assert found.classes == ("class 0", "class 255")
@@ -61,24 +59,26 @@ def test_levels_of_gray_are_refused_with_the_options_that_settle_them(tmp_path):
 
 
 @pytest.mark.parametrize("values", [(0, 0), (0, 70_000), (0,), (7, 0)])
-def test_wrong_values_are_refused(tmp_path, values):
+def test_invalid_mask_values_are_rejected(tmp_path, values):
     with pytest.raises(MaskError, match="mask value"):
         open_masks(folder(tmp_path, [halves(0, 1)]), ignored=(7,), options=MaskOptions(values))
 
 
-def test_interpolated_masks_are_refused(tmp_path):
+def test_interpolated_masks_are_rejected(tmp_path):
     ids = np.asarray(Image.fromarray(halves(0, 255).astype(np.uint8)).resize((60, 40), Image.Resampling.BICUBIC))
     blurred = ids.copy()
     blurred[:1] = np.linspace(0, 255, 60).astype(np.uint8)
-    with pytest.raises(MaskError, match=r"nearly all pixels being 0 or 255: they look resized with interpolation"):
+    with pytest.raises(
+        MaskError, match=r"nearly all pixels are 0 or 255: they were probably resized with interpolation"
+    ):
         open_masks(folder(tmp_path, [blurred]))
 
 
-def test_ids_far_apart_and_masks_of_another_kind_are_pointed_out(tmp_path):
+def test_sparse_ids_and_mixed_masks_are_reported(tmp_path):
     apart = open_masks(folder(tmp_path / "a", [halves(0, 40, 80)]))
-    assert "--mask-values 0,40,80 learns those that do" in notes(apart)
+    assert "--mask-values 0,40,80 to use only these ids as classes" in notes(apart)
     mixed = open_masks(folder(tmp_path / "b", [halves(0, 1), halves(0, 1), halves(0, 255)]))
-    assert "1 of 3 masks hold 255 and at most 0 beside it" in notes(mixed)
+    assert "1 of 3 masks have no ids except 0 and 255" in notes(mixed)
     assert "1 of 3" not in notes(open_masks(folder(tmp_path / "c", [halves(0, 1), halves(0, 1, 255)])))
 
 
@@ -86,7 +86,7 @@ def test_ids_far_apart_and_masks_of_another_kind_are_pointed_out(tmp_path):
 
 
 def streets(void):
-    """Blocks of ids 0 to 3 at random places, with `void` between them wherever two meet."""
+    """Return masks with random blocks of ids 0 to 3, separated by the id `void`."""
     random, masks = np.random.default_rng(0), []
     for _ in range(6):
         ids = np.full(SIZE, void)
@@ -97,12 +97,12 @@ def streets(void):
     return masks
 
 
-def test_void_is_proposed_by_its_name_or_its_borders(tmp_path):
+def test_void_id_is_suggested_by_its_name_or_its_borders(tmp_path):
     unnamed = folder(tmp_path / "a", streets(4))
-    assert "if it is no class, give --ignore 4" in notes(open_masks(unnamed))
+    assert "if it is not a class, set --ignore 4" in notes(open_masks(unnamed))
     assert "--ignore" not in notes(open_masks(unnamed, ignored=(4,)))
     (unnamed / "classes.txt").write_text("road\nsky\ntree\ncar\nVoid\n")
-    assert "id 4 is called 'Void', which is rarely a class: leave it out of loss and metrics with --ignore 4" in notes(
+    assert "id 4 is named 'Void', which is rarely a class; exclude it from loss and metrics with --ignore 4" in notes(
         open_masks(unnamed)
     )
     (unnamed / "classes.txt").write_text("road\nsky\ntree\ncar\nfence\n")
@@ -126,7 +126,7 @@ FILES = {
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_files_of_names_are_found_proposed_and_read(tmp_path, name):
+def test_files_with_class_names_are_found_suggested_and_read(tmp_path, name):
     root = folder(tmp_path, [halves(0, 1, 2)] * 2)
     file = root / name
     file.write_text(FILES[name], encoding="utf-8")
@@ -134,13 +134,13 @@ def test_files_of_names_are_found_proposed_and_read(tmp_path, name):
     assert find_class_files([root / "masks", root]) == [file]
     proposed = open_masks(root)
     assert proposed.classes == ("class 0", "class 1", "class 2")
-    assert f"names 3 classes (road, sky, V\u00f6gel): use them with --class-names {file}" in notes(proposed)
+    assert f"names 3 classes (road, sky, V\u00f6gel); use them with --class-names {file}" in notes(proposed)
     taken = open_masks(root, options=MaskOptions(names=file))
     assert taken.classes == ("road", "sky", "V\u00f6gel")
     assert "--class-names" not in notes(taken)
 
 
-def test_names_that_do_not_fit_are_not_proposed_and_broken_files_refused(tmp_path):
+def test_unsuitable_class_names_are_not_suggested_and_undecodable_files_are_rejected(tmp_path):
     root = folder(tmp_path, [halves(0, 1, 2)])
     (root / "codes.txt").write_text("road\nsky\n")
     assert "--class-names" not in notes(open_masks(root))
@@ -155,7 +155,7 @@ def test_names_that_do_not_fit_are_not_proposed_and_broken_files_refused(tmp_pat
 # ---------------------------------------------------------------------------------------------------------- orientation
 
 
-def test_masks_of_stored_pixels_are_turned_with_their_image(tmp_path):
+def test_masks_of_stored_pixels_are_rotated_with_their_image(tmp_path):
     ids = halves(0, 1, 2)
     ids[:10] = 3
     root = folder(tmp_path, [ids] * 8, orientation=range(1, 9))
@@ -165,13 +165,13 @@ def test_masks_of_stored_pixels_are_turned_with_their_image(tmp_path):
         with Image.open(root / "images" / f"{row}.png") as image:
             wanted = np.asarray(ImageOps.exif_transpose(image))[:, :, 0]
         assert (found.read(row) == wanted).all(), f"orientation {row + 1}"
-    assert "7 images have an EXIF orientation, and their masks were drawn on the stored pixels" in notes(found)
-    for options in (MaskOptions(stored=True), None):  # as a resumed run opens them, and as test images are
+    assert "7 images have an EXIF orientation, and their masks, which refer to the stored pixels" in notes(found)
+    for options in (MaskOptions(stored=True), None):  # as for a resumed run, and as for test images
         again = open_masks(root, classes=found.classes, look=False, options=options)
         assert (again.read(5) == found.read(5)).all()
 
 
-def test_masks_of_images_as_shown_stay_and_mixtures_are_refused(tmp_path):
+def test_masks_of_displayed_images_are_not_rotated_and_mixtures_are_rejected(tmp_path):
     ids = halves(0, 1)
     root = folder(tmp_path, [ids, ids], orientation=(6, 3))
     Image.fromarray(ids.T.astype(np.uint8)).save(root / "masks" / "0.png")
@@ -181,23 +181,25 @@ def test_masks_of_images_as_shown_stay_and_mixtures_are_refused(tmp_path):
     assert (found.read(1) == ids).all()
     folder(root, [ids, ids, ids], orientation=(6, 6, 1))
     Image.fromarray(ids.T.astype(np.uint8)).save(root / "masks" / "0.png")
-    with pytest.raises(MaskError, match=r"mask of 1\.png was drawn on its stored pixels, that of 0\.png on"):
+    with pytest.raises(MaskError, match=r"mask of 1\.png refers to the stored pixels, that of 0\.png to"):
         open_masks(root)
 
 
 # ----------------------------------------------------------------------------------------------------------------- size
 
 
-def test_what_a_size_costs_is_said(tmp_path):
+def test_detail_lost_to_the_image_size_is_reported(tmp_path):
     ids = halves(0, 1)
     ids[:, ::9] = 2  # poles one pixel wide
     found = open_masks(folder(tmp_path, [ids] * 3))
     line, costly = found.size_line((8, 8), 4)
     assert costly
-    assert line.startswith("the model is trained on masks of 8 x 8 pixels; the files have 40 x 60: perfect predictions")
+    assert line.startswith(
+        "the model is trained on masks of 8 x 8 pixels; the mask files have 40 x 60: perfect predictions"
+    )
     assert "(class 2 " in line, "the thin class is named first"
     assert "--set data.size=[40,60]" in line
     same, costly = found.size_line((40, 60), 4)
     assert not costly
-    assert same == "the model is trained on masks of 40 x 60 pixels; the files have 40 x 60"
+    assert same == "the model is trained on masks of 40 x 60 pixels; the mask files have 40 x 60"
     assert mask_advice.ceiling(found.samples, (40, 60), 3).tolist() == [1, 1, 1]

@@ -1,4 +1,4 @@
-"""Images that are probably not meant to be learned from are pointed out: masks among photographs, and black images."""
+"""Images that are probably not training images are reported: masks among photographs, and black images."""
 
 import numpy as np
 import pytest
@@ -42,7 +42,7 @@ def streets(root, images="images/train", masks="labels/train", mask=None, count=
         ("a", "ground_truth", "ground_truth/*"),
     ],
 )  # fmt: skip
-def test_folders_of_masks_are_named_with_the_fix(tmp_path, images, masks, pattern):
+def test_mask_folders_are_reported_with_the_fix(tmp_path, images, masks, pattern):
     for mask in (palette(MASK), file_of(MASK, "PNG"), file_of(np.repeat(MASK[..., None] * 50, 3, 2), "PNG")):
         root = streets(tmp_path, images, masks, mask)
         (one,) = mask_like(open_source(root))
@@ -52,14 +52,14 @@ def test_folders_of_masks_are_named_with_the_fix(tmp_path, images, masks, patter
         assert f"--exclude '{pattern}'" in line
 
 
-def test_the_folder_to_give_instead_holds_all_images(tmp_path):
+def test_suggested_folder_contains_all_images(tmp_path):
     for part in ("train", "val"):
         streets(tmp_path, f"images/{part}", f"labels/{part}")
     (line,) = mask_warnings(open_source(tmp_path))
-    assert f"give {tmp_path}/images alone" in line
+    assert f"use only {tmp_path}/images" in line
 
 
-def test_masks_beside_their_images_are_named(tmp_path):
+def test_masks_beside_their_images_are_reported(tmp_path):
     for number in range(6):
         put(tmp_path, f"{number}.jpg", file_of(PHOTO, "JPEG"))
         put(tmp_path, f"{number}_mask.png", palette(MASK))
@@ -68,12 +68,12 @@ def test_masks_beside_their_images_are_named(tmp_path):
     assert "--exclude '*_mask.png'" in line
 
 
-def test_classes_and_drawings_are_no_masks(tmp_path):
-    for folder in ("cat", "masks", "labels"):  # photographs, whatever their folder is called
+def test_photographs_and_drawings_are_not_reported_as_masks(tmp_path):
+    for folder in ("cat", "masks", "labels"):  # photographs, in folders with the names of mask folders
         for number in range(6):
             put(tmp_path / "photos", f"{folder}/{number}.png", file_of(noisy(32, 40, seed=number), "PNG"))
     assert mask_warnings(open_source(tmp_path / "photos")) == []
-    for folder in ("0", "1", "2"):  # drawings in two colours, of the same names in every class
+    for folder in ("0", "1", "2"):  # drawings in two colours, with the same names in every class
         for number in range(6):
             put(tmp_path / "drawn", f"{folder}/{number}.png", file_of(MASK % 2 * 255, "PNG"))
     assert mask_warnings(open_source(tmp_path / "drawn")) == []
@@ -86,13 +86,13 @@ def test_check_warns_before_training(tmp_path, capsys, monkeypatch):
     check_data(str(streets(tmp_path)), Console(), sample=None, workers=0)
     said = capsys.readouterr().err
     assert "warning: 8 of 16 images, labels/, look like segmentation masks" in said
-    assert f"give {tmp_path}/images/train alone" in said
+    assert f"use only {tmp_path}/images/train" in said
 
 
-# ------------------------------------------------------------------------------------------------------------ one value
+# ------------------------------------------------------------------------------------------------------ constant images
 
 
-def test_images_of_one_value_are_counted_and_a_set_of_them_is_said(tmp_path):
+def test_constant_images_are_counted_and_reported(tmp_path):
     for number in range(3):
         put(tmp_path / "mixed", f"{number}.png", file_of(noisy(8, 8, seed=number), "PNG"))
     assert scan(open_source(tmp_path / "mixed")).constant is None
@@ -100,18 +100,20 @@ def test_images_of_one_value_are_counted_and_a_set_of_them_is_said(tmp_path):
     found = scan(open_source(tmp_path / "mixed"))
     assert found.constant is not None
     assert constant_line(found.constant, found.good) == (
-        "1 of 4 images hold a single value in all their pixels (all black, for example): white.png"
+        "in 1 of 4 images, all pixels have the same value (all black, for example): white.png"
     )
     for number in range(3):
         put(tmp_path / "black", f"{number}.png", file_of(np.zeros((8, 8, 3), np.uint8), "PNG"))
     found = scan(open_source(tmp_path / "black"))
     assert found.constant is not None
     assert found.constant.alike
-    assert constant_line(found.constant, found.good).startswith("every one of the 3 images holds a single value")
+    assert constant_line(found.constant, found.good).startswith(
+        "in each of the 3 images, all pixels have the same value"
+    )
 
 
 @pytest.mark.parametrize("dtype", ["uint16", "float32"])
-def test_large_values_of_little_contrast_are_not_one_value(tmp_path, dtype):
+def test_large_values_with_little_contrast_are_not_constant(tmp_path, dtype):
     values = np.full((16, 16), 60_000, dtype)
     np.save(tmp_path / "flat.npy", values)
     values[3, 4] += 40
@@ -122,7 +124,7 @@ def test_large_values_of_little_contrast_are_not_one_value(tmp_path, dtype):
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
-def test_float_images_of_any_unit_are_told_from_images_of_one_value(tmp_path, scale):
+def test_float_images_of_any_unit_are_distinguished_from_constant_images(tmp_path, scale):
     np.save(tmp_path / "flat.npy", np.full((600, 600), 0.1 * scale, np.float32))
     np.save(tmp_path / "noise.npy", (noisy(600, 600)[:, :, 0] * (scale / 255)).astype(np.float32))
     found = scan(open_source(tmp_path))

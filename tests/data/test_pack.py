@@ -1,4 +1,4 @@
-"""Packing: the copy is drawn from as the originals are, keeps what must not change, and is whole or not there."""
+"""Packing: the copy gives the same random draws, names and labels as the originals, and is written completely or not."""
 
 import hashlib
 import io
@@ -32,7 +32,7 @@ SPEC = ImageSpec(3, (16, 16), "uint8", (0.0,) * 3, (1.0,) * 3)
 
 
 def turned(pixels: np.ndarray) -> bytes:
-    """A JPEG stored on its side, with the orientation that puts it right."""
+    """Return a JPEG that is stored rotated, with the EXIF orientation that displays it upright."""
     exif = Image.Exif()
     exif[0x0112] = 6
     return file_of(Image.fromarray(pixels).transpose(Image.Transpose.ROTATE_90), "JPEG", exif=exif, quality=95)
@@ -40,7 +40,7 @@ def turned(pixels: np.ndarray) -> bytes:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Large and small files of many kinds in two classes, two of them bad."""
+    """Write large and small files of many kinds in two classes; two of the files are bad."""
     files = {
         "cats/0.jpg": file_of(smooth(180, 240), "JPEG", quality=95),
         "cats/1.png": file_of(noisy(120, 90), "PNG"),
@@ -66,14 +66,14 @@ def copy(folder: Path, tmp_path: Path) -> Path:
 
 
 def digests(data: Path, monkeypatch: pytest.MonkeyPatch, *, workers: int = 0, cached: bool = False) -> list[str]:
-    """One for each sample: its row, box in pixels of the original, flip, and mask."""
+    """Return a digest for each sample of its row, box in pixels of the original, flip, and patch mask."""
     source = open_source(data)
     images = ImageReader(source, scan(source, workers=0).good_rows, SPEC, CropConfig())
     if cached:
         images.keep_decoded()
     found = []
     true_boxes = ImageReader._boxes
-    if workers == 0:  # what is drawn is seen where it is drawn
+    if workers == 0:  # boxes can only be recorded in this process
         seen: list[np.ndarray] = []
 
         def boxes(self, sizes, index, epoch):
@@ -95,13 +95,13 @@ def digests(data: Path, monkeypatch: pytest.MonkeyPatch, *, workers: int = 0, ca
 
 
 @pytest.mark.parametrize("cached", [False, True])
-def test_order_boxes_flips_and_masks_are_those_of_the_originals(folder, copy, monkeypatch, cached):
+def test_packed_copy_has_the_same_order_boxes_flips_and_masks(folder, copy, monkeypatch, cached):
     assert digests(copy, monkeypatch, cached=cached) == digests(folder, monkeypatch)
 
 
-def test_the_pixels_are_nearly_those_of_the_originals(folder, copy):
+def test_packed_pixels_are_similar_to_the_originals(folder, copy):
     rows = scan(open_source(folder), workers=0).good_rows
-    smooth_rows = rows[rows != 1]  # of noise nothing is left when it is shrunk
+    smooth_rows = rows[rows != 1]  # noise averages out when it is shrunk
     one, two = (
         ImageReader(open_source(data), smooth_rows, SPEC, CropConfig())[Order(smooth_rows, 0).take(0, 24)].batch
         for data in (folder, copy)
@@ -110,7 +110,7 @@ def test_the_pixels_are_nearly_those_of_the_originals(folder, copy):
     assert (one.images.float() - two.images.float()).abs().mean() < 2.0
 
 
-def test_names_labels_and_what_is_bad_stay_in_their_places(folder, copy):
+def test_packed_copy_has_the_same_names_labels_and_bad_files(folder, copy):
     before, after = open_source(folder), open_source(copy)
     assert list(after.names) == list(before.names)
     assert after.classes == before.classes == ["cats", "dogs"]
@@ -122,7 +122,7 @@ def test_names_labels_and_what_is_bad_stay_in_their_places(folder, copy):
     assert np.allclose(one.mean, two.mean, atol=3)
 
 
-def test_large_images_are_shrunk_in_their_format_and_say_from_what(folder, copy):
+def test_large_images_are_shrunk_and_record_their_original_size(folder, copy):
     source = open_source(copy)
     heads = {name: header(source.read(i)) for i, name in enumerate(source.names) if i not in (4, 7)}
     shown = {name: ((head.height, head.width), head.packed_from, head.format, head.channels)
@@ -140,12 +140,12 @@ def test_large_images_are_shrunk_in_their_format_and_say_from_what(folder, copy)
         assert source.read(i) == (folder / source.names[i]).read_bytes()
     for i, name in enumerate(source.names):
         if name in heads:
-            with Image.open(io.BytesIO(source.read(i))) as other:  # any program reads it
+            with Image.open(io.BytesIO(source.read(i))) as other:  # other programs can read it
                 assert other.size == (heads[name].width, heads[name].height)
                 other.load()
 
 
-def test_packing_again_remembers_the_first_original(copy, tmp_path):
+def test_packing_twice_records_the_size_of_the_first_original(copy, tmp_path):
     pack(copy, tmp_path / "again.tar", short_side=32, workers=0)
     assert header(open_source(tmp_path / "again.tar").read(0)).full_size == (180, 240)
 
@@ -153,11 +153,11 @@ def test_packing_again_remembers_the_first_original(copy, tmp_path):
 @pytest.mark.parametrize(
     ("name", "data"),
     [
-        ("a.jpg", file_of(smooth(200, 150), "JPEG", quality=1)),  # shrunk it would be a larger file
-        ("a.npy", npy(smooth(208, 160, 128))),  # 166 x 128 x 128 would be taken for 166 channels
+        ("a.jpg", file_of(smooth(200, 150), "JPEG", quality=1)),  # the shrunk image would be a larger file
+        ("a.npy", npy(smooth(208, 160, 128))),  # 166 x 128 x 128 would be read as 166 channels
     ],
 )
-def test_what_would_lose_is_copied_byte_for_byte(tmp_path, name, data):
+def test_images_that_would_not_shrink_are_copied_byte_for_byte(tmp_path, name, data):
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / name).write_bytes(data)
     found = pack(tmp_path / "images", tmp_path / "copy.tar", short_side=128, workers=0)
@@ -176,7 +176,7 @@ def test_what_would_lose_is_copied_byte_for_byte(tmp_path, name, data):
         ("first.npy", npy(smooth(200, 150, 5).transpose(2, 0, 1))),
     ],
 )
-def test_images_of_every_kind_are_shrunk_and_keep_their_kind(tmp_path, name, data):
+def test_shrunk_images_have_the_same_channels_and_dtype(tmp_path, name, data):
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / name).write_bytes(data)
     found = pack(tmp_path / "images", tmp_path / "copy.tar", short_side=128, workers=0)
@@ -192,16 +192,16 @@ def test_images_of_every_kind_are_shrunk_and_keep_their_kind(tmp_path, name, dat
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_the_number_of_processes_changes_nothing(folder, copy, tmp_path, workers):
+def test_packed_file_does_not_depend_on_the_number_of_processes(folder, copy, tmp_path, workers):
     pack(folder, tmp_path / "other.tar", short_side=64, workers=workers)
     assert (tmp_path / "other.tar").read_bytes() == copy.read_bytes()
 
 
-def test_a_note_that_does_not_fit_is_not_heeded():
+def test_size_note_that_does_not_match_is_ignored():
     plain = file_of(smooth(30, 40), "JPEG")
     for note, heeded in (
         (packed_note((30, 40), (300, 400)), (300, 400)),
-        (packed_note((60, 80), (300, 400)), None),  # of the image that this one was cut out of
+        (packed_note((60, 80), (300, 400)), None),  # copied from the larger image that this one was cropped from
         (packed_note((30, 40), (20, 30)), None),
         (packed_note((30, 40), (30_000, 40_000)), None),
         (b"unmask\0packed by hand", None),
@@ -213,7 +213,7 @@ def test_a_note_that_does_not_fit_is_not_heeded():
         assert head.full_size == (heeded or (30, 40))
 
 
-def test_masks_beside_packed_images_are_held_against_the_originals(tmp_path):
+def test_masks_of_packed_images_are_checked_against_the_original_size(tmp_path):
     from unmask.data.annotations.open_masks import open_masks
 
     for kind, pixels in (("images", smooth(100, 120)), ("masks", np.tile(np.arange(2, dtype=np.uint8), (100, 60)))):
@@ -228,11 +228,11 @@ def test_masks_beside_packed_images_are_held_against_the_originals(tmp_path):
     assert set(got.batch.maps.unique().tolist()) == {0, 1}
 
 
-# ------------------------------------------------------------------------------------------------- whole, or not there
+# ------------------------------------------------------------------------------------------- interruptions and refusals
 
 
 @pytest.mark.parametrize("fault", [KeyboardInterrupt, OSError(28, "No space left on device")])
-def test_what_stops_halfway_leaves_nothing(folder, tmp_path, monkeypatch, fault):
+def test_interrupted_packing_leaves_no_file(folder, tmp_path, monkeypatch, fault):
     true_image = packing.pack_image
 
     def image(source, row, *more):
@@ -246,7 +246,7 @@ def test_what_stops_halfway_leaves_nothing(folder, tmp_path, monkeypatch, fault)
     assert not list(tmp_path.glob("copy.tar*"))
 
 
-def test_what_a_killed_packing_left_is_named(folder, tmp_path, capsys):
+def test_leftover_of_a_killed_packing_is_reported(folder, tmp_path, capsys):
     (tmp_path / ".copy.tar.77.part").write_bytes(b"half")
     pack(folder, tmp_path / "copy.tar", short_side=64, workers=0, console=Console())
     said = capsys.readouterr().err
@@ -254,18 +254,18 @@ def test_what_a_killed_packing_left_is_named(folder, tmp_path, capsys):
     assert ".copy.tar.77.part" in said
 
 
-def test_a_file_that_is_there_is_left_alone(folder, copy):
+def test_existing_file_is_not_overwritten(folder, copy):
     before = copy.read_bytes()
-    with pytest.raises(PackError, match="exists already"):
+    with pytest.raises(PackError, match="already exists"):
         pack(folder, copy)
     assert copy.read_bytes() == before
 
 
-def test_what_a_tar_cannot_keep_is_refused(folder, tmp_path):
+def test_data_that_a_tar_cannot_store_are_rejected(folder, tmp_path):
     (tmp_path / "order.txt").write_text("images/dogs/0.bmp\nimages/cats/0.jpg\n")
     (tmp_path / "labels.csv").write_text("images/cats/0.jpg,zebra\nimages/dogs/0.bmp,ant\n")
     for data, message in (
-        (tmp_path / "order.txt", "not in sorted order"),
+        (tmp_path / "order.txt", "not sorted by name"),
         (tmp_path / "labels.csv", "not its folder names"),
         ("shapes:10", "have no file names"),
     ):
@@ -280,7 +280,7 @@ def test_what_a_tar_cannot_keep_is_refused(folder, tmp_path):
     assert not list(tmp_path.glob("copy*"))
 
 
-def test_on_the_command_line(folder, tmp_path, monkeypatch, capsys):
+def test_pack_command_writes_the_file_and_reports_counts(folder, tmp_path, monkeypatch, capsys):
     out = tmp_path / "new" / "copy.tar"
     monkeypatch.setattr(sys, "argv", ["unmask", "pack", str(folder), str(out), "--short-side", "64", "--json"])
     with pytest.raises(SystemExit) as ended:
@@ -290,25 +290,27 @@ def test_on_the_command_line(folder, tmp_path, monkeypatch, capsys):
     found = json.loads(said.out)
     assert (found["images"], found["shrunk"], found["copied"]) == (9, 5, 4)
     assert found["copied_because"] == {"bad": 2, "small enough": 2}
-    assert "4 copied as they are (2 bad; 2 small enough)" in said.err
+    assert "4 copied unchanged (2 bad; 2 small enough)" in said.err
     assert [bad["name"] for bad in found["bad"]] == ["cats/4.jpg", "dogs/2.png"]
-    assert "2 cannot be read and are copied as they are" in said.err
+    assert "2 images cannot be read and were copied unchanged" in said.err
     assert found["bytes_after"] < found["bytes_before"]
     assert len(open_source(out)) == 9
 
 
-def test_what_is_decided_for_a_data_set_holds_for_every_file(tmp_path):
+def test_packing_uses_the_reading_of_the_data_set(tmp_path):
     from corpus import tiff
 
     (tmp_path / "bands").mkdir()
     for number in range(4):
         values = smooth(160, 200, 4) // 2 + 60
-        if number == 3:  # by itself its last band would be taken for alpha
+        if number == 3:  # this file alone would be read as having alpha
             values[..., 3] = 255
         (tmp_path / "bands" / f"{number}.tif").write_bytes(tiff(values, photometric="rgb", extrasamples=["unassalpha"]))
     (tmp_path / "cubes").mkdir()
     for number in range(4):
-        values = smooth(20, 160 + 10 * number, 200 + 10 * number).astype(np.float32)  # rows first, taken by itself
+        values = smooth(20, 160 + 10 * number, 200 + 10 * number).astype(
+            np.float32
+        )  # each file alone would be read as (H, W, C)
         np.save(tmp_path / "cubes" / f"{number}.npy", values)
     for name, kind, shrunk in (("bands", {4: 4}, 4), ("cubes", {20: 4}, 0)):
         before = scan(open_source(tmp_path / name))

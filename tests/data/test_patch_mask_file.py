@@ -1,4 +1,4 @@
-"""Drawn masks: every kind of file gives the same text, and what is none is named."""
+"""Patch mask files: every kind of file gives the same patch mask, and invalid files are rejected."""
 
 import re
 import struct
@@ -16,7 +16,7 @@ HIDDEN = np.array([[1, 1, 0], [0, 1, 0]], bool)
 PATTERN = ("##.", ".#.")
 
 
-def test_text_arrays_and_pictures_give_the_same(tmp_path):
+def test_text_npy_and_png_give_the_same_patch_mask(tmp_path):
     (tmp_path / "a.txt").write_text("##.\n.#.\n")
     np.save(tmp_path / "a.npy", HIDDEN)
     Image.fromarray(np.where(HIDDEN, 0, 255).astype(np.uint8)).save(tmp_path / "a.png")
@@ -25,7 +25,7 @@ def test_text_arrays_and_pictures_give_the_same(tmp_path):
     assert hidden_share((PATTERN,)) == 0.5
 
 
-def test_several_patterns(tmp_path):
+def test_several_patch_masks_are_read(tmp_path):
     (tmp_path / "a.txt").write_text("##.\r\n.#.\r\n\r\n...\r\n###\r\n")
     np.save(tmp_path / "a.npy", np.stack([HIDDEN, [[0, 0, 0], [1, 1, 1]]]).astype(float))
     assert read_masks(tmp_path / "a.txt") == read_masks(tmp_path / "a.npy") == (PATTERN, ("...", "###"))
@@ -43,13 +43,13 @@ def test_several_patterns(tmp_path):
         ("a.png", b"not a picture", "cannot be read"),
     ],
 )
-def test_what_is_no_mask_is_refused(tmp_path, name, content, message):
+def test_invalid_patch_mask_file_is_rejected(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
         read_masks(tmp_path / name)
 
 
-def test_arrays_of_another_shape_or_kind_and_missing_files_are_refused(tmp_path):
+def test_arrays_of_wrong_shape_or_dtype_and_missing_files_are_rejected(tmp_path):
     for array in (np.zeros(3), np.zeros((1, 1, 1, 1)), np.zeros((0, 2, 2)), np.array([["a"]])):
         np.save(tmp_path / "a.npy", array)
         with pytest.raises(UserError, match="of shape"):
@@ -59,14 +59,14 @@ def test_arrays_of_another_shape_or_kind_and_missing_files_are_refused(tmp_path)
 
 
 def array_header(shape: str, dtype: str = "'<f4'") -> bytes:
-    """The beginning of a .npy file, without any values behind it."""
+    """Return the header of a .npy file without values."""
     header = f"{{'descr': {dtype}, 'fortran_order': False, 'shape': {shape}, }}".encode()
     header += b" " * (63 - (len(header) + 10) % 64) + b"\n"
     return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header
 
 
 def png_header(width: int, height: int) -> bytes:
-    """A PNG that claims a size and holds a few rows of it."""
+    """Return a PNG with only a few rows of its declared size."""
 
     def chunk(name: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
@@ -85,9 +85,9 @@ def png_header(width: int, height: int) -> bytes:
         ("long.txt", b"#" * ((1 << 24) + 1)),
     ],
 )  # fmt: skip
-def test_a_damaged_or_hostile_mask_file_is_a_sentence(tmp_path, name, content):
+def test_damaged_patch_mask_file_is_rejected(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's, of a large image
+        warnings.simplefilter("ignore")  # Pillow's warning about a large image
         with pytest.raises(UserError, match=re.escape(name)):
             read_masks(tmp_path / name)

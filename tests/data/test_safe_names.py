@@ -1,4 +1,4 @@
-"""Names for written files: safe everywhere, all different, and ordinary ones as they were."""
+"""Names of output files: safe on every system, distinct, and unchanged if they are ordinary."""
 
 import os
 
@@ -16,14 +16,14 @@ HOSTILE = [
 ]  # fmt: skip
 
 
-def test_ordinary_names_stay():
+def test_ordinary_names_are_unchanged():
     names = ["a/0.jpg", "a/1.png", "b/v1.2.jpg", "b/ü 3.tif", "row-00000000", "a/0.png"]
     assert safe_names(names, ".png") == [
         "a/0.png", "a/1.png", "b/v1.2.png", "b/ü 3.png", "row-00000000.png", "a/0.png.png",
     ]  # fmt: skip
 
 
-def test_no_name_leaves_the_folder_is_too_long_or_another_s(tmp_path):
+def test_names_are_safe_short_and_distinct(tmp_path):
     found = safe_names(HOSTILE * 2, ".png")
     assert len(set(map(str.casefold, found))) == len(found)
     root = os.path.realpath(tmp_path)
@@ -39,17 +39,17 @@ def test_no_name_leaves_the_folder_is_too_long_or_another_s(tmp_path):
         assert (tmp_path / name).read_text() == str(number), "none is written over by another"
 
 
-def test_very_many_alike_are_quick():
+def test_many_equal_names_are_handled_quickly():
     assert len(set(safe_names([".."] * 20_000, ".png"))) == 20_000
 
 
 @pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@x", "\tx", "\rx", "\nx", "'x", "'=x", "''", "\uff1d1"])
-def test_marked_cells_are_no_formula_and_read_back(text):
+def test_marked_cells_are_not_formulas_and_can_be_unmarked(text):
     assert marked(text)[0] == "'"
     assert unmarked(marked(text)) == text
 
 
-def test_other_cells_are_left_alone():
+def test_other_cells_are_unchanged():
     for value in ("a", "", "1=2", "it's", -0.5, None):
         assert marked(value) == value
     for text in ("a", "it's", "'quoted'", ""):

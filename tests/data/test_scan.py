@@ -1,4 +1,4 @@
-"""The scan: every bad file listed with its reason, and statistics that are those of the pixels."""
+"""The scan: every bad file is listed with its reason, and the statistics agree with the pixels."""
 
 import io
 import os
@@ -19,7 +19,7 @@ from unmask.data.sources.open_source import open_source
 
 
 class Deadly(Memory):
-    """A row whose decoding takes the process with it."""
+    """A source with a row whose decoding crashes the process."""
 
     def read(self, i):
         if self.files[i] == b"deadly":
@@ -35,7 +35,7 @@ def plain(result):
     return {name: str(value) for name, value in vars(result).items() if name != "seconds"}
 
 
-def test_the_whole_corpus_is_listed_with_its_reasons(tmp_path):
+def test_scan_lists_every_bad_file_with_its_reason(tmp_path):
     bad = bad_files()
     for name, (data, _) in bad.items():
         (tmp_path / name).write_bytes(data)
@@ -53,7 +53,7 @@ def test_the_whole_corpus_is_listed_with_its_reasons(tmp_path):
 
 
 @pytest.mark.parametrize(("channels", "dtype"), [(1, "uint8"), (3, "uint8"), (3, "uint16"), (5, "float32")])
-def test_mean_and_deviation_are_those_of_the_pixels(channels, dtype):
+def test_mean_and_standard_deviation_agree_with_the_pixels(channels, dtype):
     images = [noisy(9, 7 + i, channels, np.uint8, i).astype(dtype) * (i + 1) for i in range(6)]
     found = scan(of(*images))
     pixels = np.concatenate([image.reshape(-1, channels) for image in images]).astype(float)
@@ -64,7 +64,7 @@ def test_mean_and_deviation_are_those_of_the_pixels(channels, dtype):
     assert found.decoded_bytes == pytest.approx(pixels.nbytes / 8 * np.dtype(dtype).itemsize / 6)
 
 
-def test_mixed_channels_follow_the_majority_and_are_counted_alike():
+def test_mixed_channels_follow_the_majority():
     gray, rgb = noisy(8, 8, 1), [noisy(8, 8, 3, seed=i) for i in range(2)]
     found = scan(of(gray, *rgb))
     assert found.channels == {3: 2, 1: 1}
@@ -74,13 +74,13 @@ def test_mixed_channels_follow_the_majority_and_are_counted_alike():
     assert found.std == pytest.approx(pixels.std(0))
 
 
-def test_what_cannot_conform_is_bad():
+def test_files_that_cannot_conform_are_bad():
     found = scan(of(noisy(8, 8), noisy(8, 8), noisy(8, 8, 5), noisy(8, 8).astype(np.float32)))
     assert [fault.code for fault in found.bad] == ["MISMATCHED_CHANNELS", "MISMATCHED_DTYPE"]
     assert found.good_rows.tolist() == [0, 1]
 
 
-def test_one_16_bit_image_makes_all_16_bit_and_the_statistics_follow():
+def test_one_16_bit_image_makes_the_data_set_16_bit():
     images = [noisy(8, 8), noisy(8, 8, seed=1), noisy(8, 8, dtype=np.uint16)]
     found = scan(of(*images))
     assert found.dtype_majority == "uint16"
@@ -90,7 +90,7 @@ def test_one_16_bit_image_makes_all_16_bit_and_the_statistics_follow():
     assert found.std == pytest.approx(pixels.std(0))
 
 
-def test_forced_channels_give_statistics_of_those():
+def test_channels_argument_determines_the_statistics():
     images = [noisy(8, 8, seed=i) for i in range(3)]
     for channels in (1, 3):
         found = scan(of(*images), channels=channels)
@@ -99,18 +99,18 @@ def test_forced_channels_give_statistics_of_those():
         assert found.std == pytest.approx(pixels.astype(float).std(0))
 
 
-def test_a_constant_channel_has_a_deviation_that_can_be_divided_by():
+def test_constant_channel_has_standard_deviation_one():
     found = scan(of(np.full((4, 4, 3), 7, np.uint8)))
     assert found.mean == (7, 7, 7)
     assert found.std == (1, 1, 1)
 
 
-def test_nothing_readable_is_told_and_does_not_crash():
+def test_scan_without_readable_files_reports_them():
     found = scan(Memory({"a.png": b"", "b.png": b"text"}))
     assert (found.good, found.mean, found.bad_fraction, found.channels_majority) == (0, (), 1.0, 0)
 
 
-def test_a_sample_is_spread_evenly_and_says_so():
+def test_sample_is_evenly_spaced_and_reported():
     source = Memory({f"{i:03d}.npy": npy(noisy(4, 4)) for i in range(100)})
     found = scan(source, sample=5)
     assert (found.checked, found.files, found.sampled) == (5, 100, True)
@@ -118,7 +118,7 @@ def test_a_sample_is_spread_evenly_and_says_so():
     assert not scan(source, sample=100).sampled
 
 
-def test_files_are_decoded_whatever_their_extension(tmp_path):
+def test_files_are_decoded_by_content_not_by_extension(tmp_path):
     (tmp_path / "a.jpg").write_bytes(file_of(noisy(), "PNG"))
     (tmp_path / "b.png").write_bytes(file_of(noisy(), "PNG"))
     (tmp_path / "c.jfif").write_bytes(file_of(noisy(), "JPEG"))
@@ -138,20 +138,20 @@ def test_science_formats_are_scanned(tmp_path):
     assert (found.dtypes, found.mean) == ({"uint16": 2}, pytest.approx(noisy(dtype=np.uint16).mean((0, 1))))
 
 
-def test_progress_is_told(monkeypatch):
+def test_progress_is_reported(monkeypatch):
     told = []
     scan(Memory({f"{i}.npy": npy(noisy(4, 4)) for i in range(130)}), progress=told.append)
     assert told == [64, 128, 130]
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_processes_change_nothing(workers):
+def test_scan_does_not_depend_on_the_number_of_processes(workers):
     files = {f"{i:03d}.png": file_of(noisy(8, 8 + i % 3, seed=i), "PNG") for i in range(150)}
     files["070.png"] = b"broken"
     assert plain(scan(Memory(files), workers=workers)) == plain(scan(Memory(files), workers=0))
 
 
-def test_processes_start_by_themselves_when_there_is_much_to_do(monkeypatch):
+def test_processes_are_started_if_much_work_remains(monkeypatch):
     source = Memory({f"{i:03d}.npy": npy(noisy(4, 4, seed=i)) for i in range(200)})
     alone, used = plain(scan(source)), []
     true_map = ProcessPoolExecutor.map
@@ -166,7 +166,7 @@ def test_processes_start_by_themselves_when_there_is_much_to_do(monkeypatch):
     assert used
 
 
-def test_a_file_that_kills_its_process_is_found_and_the_rest_is_scanned():
+def test_file_that_crashes_its_process_is_found_and_the_rest_is_scanned():
     files = {f"{i:03d}.npy": npy(noisy(4, 4)) for i in range(70)}
     files["066.npy"] = b"deadly"
     found = scan(Deadly(files), workers=1)
@@ -190,7 +190,7 @@ def test_photographs_in_a_tar_are_scanned_and_decoded(tmp_path):
     assert decode(source.read(0)).shape[2] == 3
 
 
-def test_what_can_be_used_is_estimated_from_a_sample(tmp_path):
+def test_usable_images_are_estimated_from_a_sample(tmp_path):
     folder = write_images(tmp_path / "images", 20)
     for number in range(0, 20, 4):
         (folder / f"{number:04d}.png").write_bytes(b"")

@@ -1,4 +1,4 @@
-"""What a scan remembers: later scans look only at files that changed, and a memory that is damaged changes nothing."""
+"""The scan cache: later scans decode only files that changed, and a damaged cache changes no result."""
 
 import os
 import shutil
@@ -19,7 +19,7 @@ from unmask.data.sources.open_source import open_source
 
 @pytest.fixture(autouse=True)
 def memory(tmp_path, monkeypatch) -> Path:
-    """Whatever takes any time at all is remembered, files made a moment ago too."""
+    """Cache the results of every scan, however short, including those of recently changed files."""
     monkeypatch.setenv("UNMASK_CACHE", str(tmp_path / "memory"))
     monkeypatch.setattr(module, "WORTH_KEEPING", -1.0)
     monkeypatch.setattr(module, "SETTLED", -3600 * 10**9)
@@ -36,46 +36,46 @@ def plain(result):
 
 
 def looked_at(monkeypatch) -> list[int]:
-    """The rows that are decoded from now on."""
+    """Return a list to which every decoded row is appended from now on."""
     rows: list[int] = []
-    look = scanning._look
+    scan_file = scanning._scan_file
 
     def noting(source, row, like=None):
         rows.append(row)
-        return look(source, row, like)
+        return scan_file(source, row, like)
 
-    monkeypatch.setattr(scanning, "_look", noting)
+    monkeypatch.setattr(scanning, "_scan_file", noting)
     return rows
 
 
-def test_what_is_unchanged_is_not_looked_at_again(folder, monkeypatch):
+def test_unchanged_files_are_not_decoded_again(folder, monkeypatch):
     first = scan(open_source(folder))
     rows = looked_at(monkeypatch)
     again = scan(open_source(folder))
     assert rows == []
     assert (first.known, again.known) == (0, 12)
     assert plain(first) == plain(again)
-    assert scan(open_source(folder), anew=True).known == 0
+    assert scan(open_source(folder), ignore_cache=True).known == 0
     assert len(rows) == 12
 
 
 @pytest.mark.parametrize("worth", [-1.0, 1e9])
-def test_what_turns_out_damaged_without_a_change_is_forgotten(folder, monkeypatch, worth):
+def test_file_that_becomes_unreadable_is_removed_from_the_cache(folder, monkeypatch, worth):
     scan(open_source(folder))
     monkeypatch.setattr(module, "WORTH_KEEPING", worth)
-    look = scanning._look
+    scan_file = scanning._scan_file
     broken = BadImage("TRUNCATED", "a bit has rotted")
     monkeypatch.setattr(
-        scanning, "_look", lambda source, row, like=None: broken if row == 3 else look(source, row, like)
+        scanning, "_scan_file", lambda source, row, like=None: broken if row == 3 else scan_file(source, row, like)
     )
-    assert len(scan(open_source(folder), anew=True).bad) == 1
+    assert len(scan(open_source(folder), ignore_cache=True).bad) == 1
     assert len(scan(open_source(folder)).bad) == 1, "the memory of a sound file is gone"
-    monkeypatch.setattr(scanning, "_look", lambda source, row, like=None: broken)
-    assert len(scan(open_source(folder), anew=True).bad) == 12
+    monkeypatch.setattr(scanning, "_scan_file", lambda source, row, like=None: broken)
+    assert len(scan(open_source(folder), ignore_cache=True).bad) == 12
     assert len(scan(open_source(folder)).bad) == 12
 
 
-def test_only_new_changed_and_renamed_files_are_looked_at(folder, monkeypatch):
+def test_only_new_changed_and_renamed_files_are_decoded(folder, monkeypatch):
     scan(open_source(folder))
     names = open_source(folder).names
     shutil.copy(folder / names[3], folder / "class0" / "0000a.png")
@@ -85,11 +85,11 @@ def test_only_new_changed_and_renamed_files_are_looked_at(folder, monkeypatch):
     source, rows = open_source(folder), looked_at(monkeypatch)
     found = scan(source)
     assert sorted(source.names[row] for row in rows) == sorted(["class0/0000a.png", names[5], "class2/9999.png"])
-    assert plain(found) == plain(scan(source, anew=True))
+    assert plain(found) == plain(scan(source, ignore_cache=True))
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows does not tell when a file was last changed in any way")
-def test_other_bytes_of_the_same_size_with_the_old_time_are_noticed(folder, monkeypatch):
+def test_changed_content_with_the_old_size_and_time_is_detected(folder, monkeypatch):
     scan(open_source(folder))
     path = folder / open_source(folder).names[4]
     before, size = path.stat(), path.stat().st_size
@@ -101,7 +101,7 @@ def test_other_bytes_of_the_same_size_with_the_old_time_are_noticed(folder, monk
     assert [bad.code for bad in found.bad] == ["NOT_IMAGE"]
 
 
-def test_bad_files_are_looked_at_every_time(folder, monkeypatch):
+def test_bad_files_are_decoded_in_every_scan(folder, monkeypatch):
     (folder / "class1" / "bad.png").write_bytes(b"no image")
     first, rows = scan(open_source(folder)), looked_at(monkeypatch)
     again = scan(open_source(folder))
@@ -109,24 +109,24 @@ def test_bad_files_are_looked_at_every_time(folder, monkeypatch):
     assert plain(first) == plain(again)
 
 
-def test_a_file_that_has_just_changed_is_not_remembered(folder, monkeypatch):
+def test_recently_changed_file_is_not_cached(folder, monkeypatch):
     monkeypatch.setattr(module, "SETTLED", 2 * 10**9)
     scan(open_source(folder))
     assert scan(open_source(folder)).known == 0
 
 
-def test_a_sample_adds_to_what_is_known(folder):
+def test_scan_of_a_sample_adds_to_the_cache(folder):
     scan(open_source(folder), sample=5)
     assert scan(open_source(folder), sample=2).known == 2
     found = scan(open_source(folder))
     assert found.known == 5
-    assert plain(found) == plain(scan(open_source(folder), anew=True))
+    assert plain(found) == plain(scan(open_source(folder), ignore_cache=True))
     (folder / open_source(folder).names[0]).write_bytes(b"damaged")
-    scan(open_source(folder), sample=2, anew=True)
+    scan(open_source(folder), sample=2, ignore_cache=True)
     assert scan(open_source(folder)).known == 11
 
 
-def test_an_interrupted_scan_goes_on_where_it_was(tmp_path, monkeypatch):
+def test_interrupted_scan_continues_where_it_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(scanning, "CHUNK", 4)
     folder = write_images(tmp_path / "images", 10)
 
@@ -137,10 +137,10 @@ def test_an_interrupted_scan_goes_on_where_it_was(tmp_path, monkeypatch):
         scan(open_source(folder), workers=0, progress=stop)
     found = scan(open_source(folder), workers=0)
     assert found.known == 4
-    assert plain(found) == plain(scan(open_source(folder), anew=True))
+    assert plain(found) == plain(scan(open_source(folder), ignore_cache=True))
 
 
-def test_members_of_an_archive_are_remembered_until_it_changes(folder, tmp_path):
+def test_members_of_an_archive_are_cached_until_it_changes(folder, tmp_path):
     def pack(level):
         with tarfile.open(tmp_path / "a.tar", "w") as archive:
             archive.add(folder / level, level)
@@ -153,7 +153,7 @@ def test_members_of_an_archive_are_remembered_until_it_changes(folder, tmp_path)
     assert scan(open_source(tmp_path / "a.tar")).known == 0
 
 
-def test_where_nothing_can_be_kept_it_is_said(folder, tmp_path, monkeypatch):
+def test_unwritable_cache_is_reported(folder, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setenv("UNMASK_CACHE", str(tmp_path / "file"))
     assert "cannot write to" in scan(open_source(folder)).forgotten
@@ -161,13 +161,13 @@ def test_where_nothing_can_be_kept_it_is_said(folder, tmp_path, monkeypatch):
     assert scan(open_source(folder)).forgotten == ""
 
 
-def test_images_that_lie_in_no_file_are_not_remembered(memory):
+def test_embedded_images_are_not_cached(memory):
     scan(open_source("shapes:5"))
     assert not memory.exists()
     assert cache_file(open_source("shapes:5")) is None
 
 
-def test_it_can_be_turned_off_and_other_decoders_look_anew(folder, memory, monkeypatch):
+def test_cache_can_be_disabled_and_depends_on_the_decoders(folder, memory, monkeypatch):
     monkeypatch.setenv("UNMASK_CACHE", "off")
     scan(open_source(folder))
     assert not memory.exists()
@@ -177,7 +177,7 @@ def test_it_can_be_turned_off_and_other_decoders_look_anew(folder, memory, monke
     assert scan(open_source(folder)).known == 0
 
 
-def test_the_memory_is_in_the_users_cache_folder(tmp_path, monkeypatch):
+def test_cache_is_in_the_users_cache_folder(tmp_path, monkeypatch):
     monkeypatch.delenv("UNMASK_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert module.cache_folder() == tmp_path / "unmask"
@@ -192,14 +192,14 @@ def test_the_memory_is_in_the_users_cache_folder(tmp_path, monkeypatch):
     assert module.cache_folder() is None
 
 
-def test_nowhere_to_write_costs_nothing_but_time(folder, memory):
+def test_scan_works_without_a_writable_cache(folder, memory):
     memory.write_bytes(b"a file where the folder should be")
     found = scan(open_source(folder))
     assert plain(found) == plain(scan(open_source(folder)))
     assert memory.read_bytes() == b"a file where the folder should be"
 
 
-def test_a_damaged_memory_is_as_good_as_none(folder):
+def test_damaged_cache_is_ignored(folder):
     source = open_source(folder)
     whole = plain(scan(source))
     file = cache_file(source)
@@ -220,19 +220,19 @@ def test_a_damaged_memory_is_as_good_as_none(folder):
     assert scan(source).known == 12
 
 
-def test_columns_are_taken_apart_and_joined(folder):
+def test_records_are_split_and_joined(folder):
     source = open_source(folder)
     so_far = [FileRecordsBuilder(), FileRecordsBuilder()]
     for row in range(len(source)):
-        look = scanning._look(source, row)
-        assert isinstance(look, module.FileRecord)
-        so_far[row % 2].add(row, look)
-    both = joined(part.looks() for part in so_far)
+        record = scanning._scan_file(source, row)
+        assert isinstance(record, module.FileRecord)
+        so_far[row % 2].add(row, record)
+    both = joined(part.build() for part in so_far)
     assert both.rows.tolist() == list(range(12))
     for row in (0, 7, 11):
-        look = scanning._look(source, row)
+        record = scanning._scan_file(source, row)
         one = both.at(np.array([row]))
-        assert isinstance(look, module.FileRecord)
-        assert np.array_equal(one.sums, look.sums)
-        assert np.array_equal(one.squares, look.squares)
-        assert tuple(one.sizes[0]) == look.size
+        assert isinstance(record, module.FileRecord)
+        assert np.array_equal(one.sums, record.sums)
+        assert np.array_equal(one.squares, record.squares)
+        assert tuple(one.sizes[0]) == record.size

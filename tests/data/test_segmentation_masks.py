@@ -1,4 +1,4 @@
-"""Masks follow their image through every crop, and what is no mask is refused with a sentence."""
+"""Segmentation masks: they stay aligned with their image in every crop, and invalid masks are rejected."""
 
 import numpy as np
 import pytest
@@ -20,12 +20,12 @@ SPEC = ImageSpec(3, (16, 24), "uint8", (0.0,) * 3, (1.0,) * 3)
 
 
 def red(image):
-    """The mask that is a function of its image."""
+    """Return a mask that is a function of its image."""
     return (image[:, :, 0] > 128).astype(np.uint8)
 
 
 def blobs(height, width, seed):
-    """An image of large patches, so that edges are few."""
+    """Return an image of large blocks with few edges."""
     small = noisy(4, 5, seed=seed)
     return np.asarray(Image.fromarray(small).resize((width, height), Image.Resampling.NEAREST))
 
@@ -48,7 +48,7 @@ def put(root, pixels, name="0.png", masks="labels"):
 
 
 @pytest.mark.parametrize("kind", ["random_resized", "random", "center"])
-def test_a_mask_that_is_a_function_of_its_image_stays_it_in_every_crop(tmp_path, kind):
+def test_segmentation_mask_stays_aligned_with_its_image_in_every_crop(tmp_path, kind):
     maps = open_masks(folder(tmp_path))
     images = ImageReader(maps.source, maps.rows, SPEC, CropConfig(kind=kind, eval_share=0.8), annotations=maps)
     flipped = ImageReader(maps.source, maps.rows, SPEC, CropConfig(kind=kind, eval_share=0.8))
@@ -64,7 +64,7 @@ def test_a_mask_that_is_a_function_of_its_image_stays_it_in_every_crop(tmp_path,
         wrong += int((batch.maps != truth).sum())
         mirrored += int((batch.maps.flip(2) != truth).sum())
         total += truth.numel()
-    assert wrong < 0.05 * total, "edges alone may differ"
+    assert wrong < 0.05 * total, "only edges may differ"
     assert mirrored > 0.2 * total, "the test can fail"
 
 
@@ -77,7 +77,7 @@ def test_an_evaluation_sees_the_whole_image(tmp_path):
         ids = torch.from_numpy(maps.read(row).astype(np.int64))
         shape = ids.shape
         assert found[0, 0] == ids[0, 0]
-        assert found[-1, -1] == ids[-1, -1], "both corners are in"
+        assert found[-1, -1] == ids[-1, -1], "both corners are included"
         ys = ((torch.arange(16) + 0.5) * shape[0] / 16).long()
         xs = ((torch.arange(24) + 0.5) * shape[1] / 24).long()
         assert torch.equal(found, ids[ys][:, xs])
@@ -86,7 +86,7 @@ def test_an_evaluation_sees_the_whole_image(tmp_path):
     assert not torch.equal(next(eval_batches(centred, maps.rows, batch=6)).images, batch.images)
 
 
-def test_cutting_a_map_by_hand():
+def test_cut_map_agrees_with_hand_computed_masks():
     ids = np.arange(12, dtype=np.uint8).reshape(3, 4)
     assert cut_map(ids, np.array([0.0, 0, 3, 4]), (3, 4), False).tolist() == ids.tolist()
     assert cut_map(ids, np.array([1.0, 1, 2, 2]), (2, 2), True).tolist() == [[6, 5], [10, 9]]
@@ -98,15 +98,15 @@ def test_cutting_a_map_by_hand():
     assert outside.tolist() == [[IGNORED] * 4, *[[a, a + 1, IGNORED, IGNORED] for a in (2, 6, 10)]]
 
 
-def test_the_map_of_a_pixel_is_under_it_in_a_fine_stripe():
-    """Where nothing is resampled, image and map agree in every pixel."""
+def test_mask_and_image_agree_in_every_pixel_without_resampling():
+    """If nothing is resampled, image and mask agree in every pixel."""
     stripes = np.repeat((np.arange(32) % 2 * 255).astype(np.uint8)[None, :, None], 32, 0)
     for flip in (False, True):
         box = np.array([3.0, 5, 16, 24])
         assert (cut(stripes, box, (16, 24), flip)[:, :, 0] == cut_map(stripes[:, :, 0], box, (16, 24), flip)).all()
 
 
-def test_workers_and_divisions_change_no_map(tmp_path):
+def test_mask_crops_do_not_depend_on_workers_and_batch_size(tmp_path):
     maps = open_masks(folder(tmp_path))
     images = ImageReader(maps.source, maps.rows, SPEC, CropConfig(), annotations=maps)
     one = torch.cat([d.batch.maps for d in training_batches(images, start=0, batch=4, batches=3, workers=0)])
@@ -116,7 +116,7 @@ def test_workers_and_divisions_change_no_map(tmp_path):
     assert torch.equal(images[Order(maps.rows, 0).take(0, 12)].batch.maps, one)
 
 
-def test_a_mask_that_goes_bad_replaces_its_image(tmp_path):
+def test_image_with_an_unreadable_mask_is_replaced(tmp_path):
     maps = open_masks(folder(tmp_path))
     put(tmp_path, b"gone", "3.png")
     images = ImageReader(maps.source, maps.rows, SPEC, CropConfig(), annotations=maps)
@@ -130,10 +130,10 @@ def test_a_mask_that_goes_bad_replaces_its_image(tmp_path):
             list(eval_batches(ImageReader(**(vars(images) | {"training": False})), np.array([3]), batch=1))
 
 
-# -------------------------------------------------------------------------------------------------------- what is found
+# ----------------------------------------------------------------------------------------------- folders, names and ids
 
 
-def test_folders_are_found_by_themselves(tmp_path):
+def test_mask_folders_are_found_automatically(tmp_path):
     root = folder(tmp_path / "x")
     wanted = open_masks(root)
     for data in (root / "images", root / "images" / "a"):
@@ -144,14 +144,14 @@ def test_folders_are_found_by_themselves(tmp_path):
         assert open_masks(other).masks.name == str(other / name)
     named = folder(tmp_path / "named", images="photos", masks="ids")
     assert len(open_masks(named / "photos", named / "ids").rows) == 6
-    assert len(open_masks(root, root / "labels").source) == 6, "its images alone"
+    assert len(open_masks(root, root / "labels").source) == 6, "only the images, not the masks"
     with pytest.raises(MaskError, match="found no masks"):
         open_masks(named)
     with pytest.raises(MaskError, match="does not exist"):
         open_masks(named / "photos", named / "none")
 
 
-def test_images_without_mask_are_left_out_and_named(tmp_path):
+def test_images_without_mask_are_left_out_and_listed(tmp_path):
     root = folder(tmp_path)
     (root / "labels" / "a" / "2.png").unlink()
     put(root, red(noisy()), "other.png")
@@ -160,13 +160,13 @@ def test_images_without_mask_are_left_out_and_named(tmp_path):
     assert maps.rows.tolist() == [0, 1, 3, 4]
     said = "\n".join(maps.lines())
     assert maps.without == ["a/2.png", "a/5.png"]
-    assert "2 images without one are left out: a/2.png, a/5.png" in said
+    assert "2 images without a mask are left out: a/2.png, a/5.png" in said
     assert "1 masks cannot be read" in said
     with pytest.raises(AssertionError, match="without annotations"):
         ImageReader(maps.source, np.arange(6), SPEC, CropConfig(), annotations=maps)
 
 
-def test_ids_names_and_shares(tmp_path):
+def test_class_ids_names_and_pixel_shares_are_reported(tmp_path):
     root = folder(tmp_path, count=2, size=(10, 11))
     ids = np.zeros((10, 11), np.uint8)
     ids[0], ids[1], ids[2], ids[3] = 1, 3, 4, 255
@@ -186,8 +186,8 @@ def test_ids_names_and_shares(tmp_path):
     (root / "classes.txt").unlink()
     numbered = open_masks(root, ignored=(0,))
     assert numbered.classes == ("class 1", "class 2", "class 3", "class 4")
-    assert "1 class in no mask: class 2" in numbered.lines()
-    assert not any("in no mask" in line for line in open_masks(root, ignored=(0, 2)).lines())
+    assert "1 class without any pixels: class 2" in numbered.lines()
+    assert not any("without any pixels" in line for line in open_masks(root, ignored=(0, 2)).lines())
     again = open_masks(root, ignored=(3,), classes=maps.classes, look=False)
     assert (again.read(0) == maps.read(0)).all()
 
@@ -202,7 +202,7 @@ def test_ids_names_and_shares(tmp_path):
         (np.array([[0, 300], [2, 65535]], np.uint16), "I;16", {}),
     ],
 )
-def test_ids_are_read_as_they_are_stored(pixels, mode, options):
+def test_mask_ids_are_read_as_stored(pixels, mode, options):
     image = Image.fromarray(pixels)
     if mode == "P":
         image.putpalette(np.random.default_rng(0).integers(0, 256, 768).astype(np.uint8).tobytes())
@@ -210,7 +210,7 @@ def test_ids_are_read_as_they_are_stored(pixels, mode, options):
     assert read_ids(file_of(image, "PNG", **options)).tolist() == pixels.astype(int).tolist()
 
 
-def test_gray_of_few_bits_is_not_stretched():
+def test_gray_masks_of_few_bits_are_not_scaled():
     for bits, row in ((2, b"\x1b"), (4, b"\x01\x23")):
         width = 4
         data = png(width, 1, bits, 0, b"\0" + row)
@@ -221,7 +221,7 @@ def test_gray_of_few_bits_is_not_stretched():
 
 
 def bad(root, name):
-    """One fault at a time."""
+    """Introduce one fault."""
     if name == "colour":
         put(root, noisy(40, 60))
     elif name == "alpha":
@@ -262,26 +262,26 @@ def bad(root, name):
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("colour", r"a/0\.png of .* is a colour image \(mode RGB\); expected one number for each pixel"),
+        ("colour", r"a/0\.png of .* is a colour image \(mode RGB\); expected a gray or palette PNG"),
         ("alpha", r"colour image \(mode LA\)"),
         ("float", r"whole numbers"),
-        ("size", r"has 60 x 40 pixels, but its image a/0\.png is shown with 40 x 60"),
+        ("size", r"has 60 x 40 pixels; expected 40 x 60, the size of its image a/0\.png"),
         ("jpeg", r"a JPEG, whose compression changes ids"),
-        ("twice", r"are both for the image a/0"),
-        ("names", r"none of 6 images .* a/0\.png there, but got b/0\.png, b/1\.png, .* and 1 more"),
-        ("unknown", r"hold id 9 \(in 1 of 6\), but 2 classes are known, ids 0 to 1; .* --ignore 9"),
+        ("twice", r"both belong to the image a/0"),
+        ("names", r"none of 6 images .* got b/0\.png, b/1\.png, .* and 1 more; expected a/0\.png"),
+        ("unknown", r"have the unknown id 9 \(in 1 of 6\); expected ids 0 to 1 of the 2 classes: .* --ignore 9"),
         ("many", r"got 60000 classes .* expected at most 254"),
         (
             "binary",
-            r"hold ids 0 and 255 alone, .* which leaves 1 class; expected at least two: give --mask-values 0,255",
+            r"have only ids 0 and 255, .* which leaves 1 class; expected at least two: set --mask-values 0,255",
         ),
-        ("one", r"hold only one class, id 1; expected at least two"),
-        ("empty names", r"more than once or empty"),
+        ("one", r"have only one class, id 1; expected at least two"),
+        ("empty names", r"an empty name"),
         ("same names", r"the name 'a' more than once"),
         ("broken", r"no mask of .* can be read"),
     ],
 )
-def test_what_is_no_mask_is_refused_with_a_sentence(tmp_path, name, said):
+def test_invalid_segmentation_masks_are_rejected(tmp_path, name, said):
     root = folder(tmp_path)
     open_masks(root)
     bad(root, name)
@@ -289,25 +289,25 @@ def test_what_is_no_mask_is_refused_with_a_sentence(tmp_path, name, said):
         open_masks(root)
 
 
-def test_rows_that_are_missing_are_noticed(tmp_path):
-    """Pillow alone would leave them black, which is a class."""
+def test_missing_rows_of_a_mask_are_detected(tmp_path):
+    """Pillow would leave missing rows black, which is a valid class."""
     root = folder(tmp_path)
     put(root, png(60, 40, 8, 0, (b"\0" + b"\1" * 60) * 30))
     assert open_masks(root).rows.tolist() == [1, 2, 3, 4, 5]
 
 
-def test_a_wrong_ignored_id_is_refused(tmp_path):
+def test_invalid_ignored_id_is_rejected(tmp_path):
     with pytest.raises(MaskError, match="got ignored id 70000"):
         open_masks(folder(tmp_path), ignored=(70_000,))
 
 
-def test_splits_of_street_scenes_with_a_void_class(tmp_path):
-    """In CamVid's layout: images/val/*.jpg beside labels/val/*.png, ids 0 to 10, and 11 for pixels without a class."""
+def test_camvid_layout_with_a_void_class_is_read(tmp_path):
+    """Uses CamVid's layout: images/val/*.jpg and labels/val/*.png, ids 0 to 10, and 11 for pixels without a class."""
     rng = np.random.default_rng(0)
     for split, count in (("train", 3), ("val", 7)):
         for number in range(count):
             ids = np.kron(rng.integers(0, 12, (6, 8)), np.ones((30, 30))).astype(np.uint8)
-            ids[:30, :30], ids[:30, 30:60] = 11, number  # some void, and every class by turns
+            ids[:30, :30], ids[:30, 30:60] = 11, number  # some void pixels, and each class in turn
             for kind, data in (
                 ("images", file_of(noisy(180, 240, seed=number), "JPEG")),
                 ("labels", file_of(ids, "PNG")),

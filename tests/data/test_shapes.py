@@ -1,4 +1,4 @@
-"""The embedded set: a pure function of the index, with every class, in which raw pixels say little."""
+"""The embedded set `shapes`: images depend only on their index, and raw pixels predict the class poorly."""
 
 import hashlib
 
@@ -21,7 +21,7 @@ def test_an_image_depends_on_its_index_alone():
     assert not np.array_equal(images[0], images[1])
 
 
-def test_drawing_in_pieces_changes_nothing(monkeypatch):
+def test_shapes_do_not_depend_on_the_chunk_size(monkeypatch):
     whole, labels = shapes.draw(np.arange(50))
     monkeypatch.setattr(shapes, "CHUNK", 7)
     pieces, same = shapes.draw(np.arange(50))
@@ -30,14 +30,14 @@ def test_drawing_in_pieces_changes_nothing(monkeypatch):
     assert shapes.draw(np.arange(0))[0].shape == (0, shapes.SIZE, shapes.SIZE, 3)
 
 
-def test_the_images_are_the_ones_they_were():
-    """Every published number rests on these bytes."""
+def test_shapes_have_not_changed():
+    """All published results depend on these bytes."""
     images, labels = shapes.draw(np.arange(64))
     assert labels[:12].tolist() == [2, 3, 1, 1, 5, 0, 1, 0, 1, 0, 0, 0]
     assert hashlib.sha256(images.tobytes()).hexdigest().startswith("cddfe2a3a8024ad3")
 
 
-def test_classes_are_balanced_and_objects_lie_inside_and_stand_out():
+def test_classes_are_balanced_and_objects_are_visible():
     images, labels = shapes.draw(np.arange(3000))
     counts = np.bincount(labels, minlength=len(shapes.CLASSES))
     assert counts.min() > 0.8 * counts.max()
@@ -45,7 +45,7 @@ def test_classes_are_balanced_and_objects_lie_inside_and_stand_out():
     assert spread.min() > 5, "an image without a visible object"
 
 
-def test_raw_pixels_say_little_about_the_class():
+def test_raw_pixels_predict_the_class_poorly():
     images, labels = shapes.draw(np.arange(2500))
     flat = images.reshape(len(images), -1).astype(np.float32)
     flat -= flat[:2000].mean(0)
@@ -53,7 +53,7 @@ def test_raw_pixels_say_little_about_the_class():
     assert accuracy < 0.32, "chance is 1 in 6"
 
 
-def test_training_and_test_images_are_not_the_same():
+def test_training_and_test_images_differ():
     train, test = open_source("shapes:100"), open_source("shapes-test:100")
     assert train.classes == test.classes == list(shapes.CLASSES)
     assert not {train.read(i) for i in range(100)} & {test.read(i) for i in range(100)}

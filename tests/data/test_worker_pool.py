@@ -1,4 +1,4 @@
-"""The processes that load batches: what the main process notices of them."""
+"""Worker processes that load batches: how the main process detects their failure."""
 
 import threading
 
@@ -9,7 +9,7 @@ from unmask.errors import LoadingFailed
 
 
 class Doubler:
-    """A maker of the smallest kind."""
+    """A minimal maker of results."""
 
     def make(self, request, note):
         return 2 * request
@@ -18,7 +18,7 @@ class Doubler:
         return str(row)
 
 
-def test_a_worker_that_died_while_it_had_nothing_to_do_is_reported_at_once(monkeypatch):
+def test_death_of_an_idle_worker_is_reported_immediately(monkeypatch):
     monkeypatch.setenv("UNMASK_STALL_SECONDS", "5")
     dead = threading.Event()
 
@@ -33,7 +33,7 @@ def test_a_worker_that_died_while_it_had_nothing_to_do_is_reported_at_once(monke
         process = pool.parts.workers[0].process
         process.kill()
         process.join()
-        dead.set()  # the next request finds nobody to take it
+        dead.set()  # no worker is left for the next request
         with pytest.raises(LoadingFailed, match="was killed by signal 9"):
             next(pool)
     finally:

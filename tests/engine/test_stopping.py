@@ -202,7 +202,7 @@ def test_too_few_open_files_raise_a_clear_error(images, tmp_path):
         training_batches(loader_images(pathlib.Path(sys.argv[1])), start=0, batch=2, batches=9, workers=8)
     """
     done = run_script(tmp_path, code, images, *Path(__file__).parents[:2])
-    assert "LoadingFailed: 8 loader workers could not be started (Too many open files)" in done.stderr
+    assert "LoadingFailed: cannot start 8 loader workers (Too many open files)" in done.stderr
     assert "ulimit -n 4096" in done.stderr
 
 

@@ -1,9 +1,9 @@
-"""Which part of each image a method sees: crop boxes and flips as pure functions of uniform draws, and the resampling.
+"""Crop boxes, flips and colour jitter as pure functions of uniform random draws, and the resampling of crops.
 
-Maps of classes and boxes around objects go the same way as the image they belong to.
+Segmentation masks and boxes around objects are cropped and flipped with their image.
 
-Boxes are (top, left, height, width) in pixels of the full image, so they can be chosen before anything is decoded. The
-draws come from `rng.py`, by (seed, epoch, image); nothing here has state.
+Crop boxes are (top, left, height, width) in pixels of the full image, so they can be chosen before the image is
+decoded. The random draws come from `rng.py` and depend on (seed, epoch, image); nothing in this module has state.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from unmask.settings import Settings
 
 TRIES = 10
 CROP_DRAWS = 2 * TRIES + 2
-SUBPIXELS = 2**16  # boxes lie on this grid, where sums are exact: no corner or edge is outside by a rounding error
+SUBPIXELS = 2**16  # box coordinates are multiples of 1 / SUBPIXELS, so that sums of them have no rounding error
 KERNELS = {"bicubic": torch.ops.aten._upsample_bicubic2d_aa, "bilinear": torch.ops.aten._upsample_bilinear2d_aa}
 PILLOW = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 PROTOCOL_SHARE, LARGEST_CROPPED = 224 / 256, 224
 Corners = tuple[float, float, float, float]  # top, left, height, width
-NEAR_PIXEL, MOST_SKIPPED = 1 / 16, 32  # of a pixel, and samples: see `_from_a_pixel`
-LEAST_VALID = 0.5  # share of the filter's weight that lies on valid pixels, where a resampled pixel is valid
-LEAST_LEFT = 0.2  # share of its area that a box around an object keeps in a crop, or is dropped
+NEAR_PIXEL, MOST_SKIPPED = 1 / 16, 32  # pixels, and samples: see `_align_to_pixel`
+LEAST_VALID = 0.5  # minimum share of the filter's weight on valid pixels for a resampled pixel to be valid
+LEAST_LEFT = 0.2  # boxes around objects with a smaller share of their area inside the crop are dropped
 
 
 def _ordered(span: tuple[float, float]) -> tuple[float, float]:
@@ -45,15 +45,17 @@ def _share(span: tuple[float, float]) -> tuple[float, float]:
 
 
 class CropConfig(Settings):
-    """How a training crop is chosen, and what is done to its colours.
+    """Settings of training crops: box, flip, colour jitter and interpolation.
 
-    kind "random_resized": a box of random area (`scale`, share of the image) and aspect (`ratio`), MAE's default;
-    "random": a box of fixed size, `eval_share` of the largest that fits, at a random place; "center": the same box in
-    the middle. scale and ratio count for "random_resized" only. flip: probability of a left-right flip. eval_share:
-    side of a box of fixed size, as a share of the largest that fits: of the centre box used outside training, and for
-    kind "random" and "center" of the training crops too (the paper's resize 256, crop 224 is 0.875). jitter: strength
-    of `jitter_colours`, 0 for none, which is what MAE trains with (its Table 1e). interpolation: of training crops,
-    "bicubic" or "bilinear", both with antialiasing (SimMIM's pre-training is bilinear); evaluation is always bicubic.
+    kind: "random_resized" (MAE's default) draws a box of random area and aspect ratio; "random" draws the position of a
+    box of fixed size; "center" is the same box in the middle of the image.
+    scale: range of the area as a share of the image, for "random_resized" only.
+    ratio: range of the aspect ratio, for "random_resized" only.
+    flip: probability of a left-right flip.
+    eval_share: side of the boxes of fixed size, as a share of the largest box that fits (resize to 256, crop to 224 is
+    0.875). Used for all evaluation, and for training crops of kind "random" and "center".
+    jitter: strength of `jitter_colours`; 0, as in MAE (its Table 1e), turns it off.
+    interpolation: "bicubic" or "bilinear" (SimMIM's pre-training), with antialiasing; evaluation is always bicubic.
     """
 
     kind: Literal["random_resized", "random", "center"] = "random_resized"
@@ -66,34 +68,37 @@ class CropConfig(Settings):
 
 
 def protocol_share(size: tuple[int, int]) -> float:
-    """Side of the centre crop over the shorter side of the image in MAE's evaluation: 0.875 up to 224 pixels, then 1.
+    """Return the side of MAE's evaluation crop as a share of the image's shorter side: 0.875 up to 224 pixels, then 1.
 
-    So its `util/datasets.py`; size: (height, width) of the crop in pixels.
+    size: (height, width) of the crop in pixels. Source: `util/datasets.py` of MAE's official code.
     """
     return PROTOCOL_SHARE if min(size) <= LARGEST_CROPPED else 1.0
 
 
 def crop_for(crop: CropConfig, size: tuple[int, int], designed: tuple[int, int]) -> CropConfig:
-    """`crop` of a recipe made for images of size `designed`, for images of `size`.
+    """Adapt the `crop` of a recipe designed for images of size `designed` to images of `size`; both are (H, W).
 
-    Recipes that evaluate as MAE's protocol does at 224 pixels see the whole square above, as it does there.
+    A recipe that follows MAE's evaluation protocol follows it at the new size too: above 224 pixels, `eval_share` is 1.
     """
-    follows = crop.eval_share == protocol_share(designed) == PROTOCOL_SHARE
-    return crop.model_copy(update={"eval_share": protocol_share(size)}) if follows else crop
+    follows_mae = crop.eval_share == protocol_share(designed) == PROTOCOL_SHARE
+    return crop.model_copy(update={"eval_share": protocol_share(size)}) if follows_mae else crop
 
 
 def center_boxes(sizes: np.ndarray, target: tuple[int, int], share: float = 1.0) -> np.ndarray:
-    """(B, 2) image sizes -> (B, 4) boxes: the largest centred box of the target's shape, times `share`."""
+    """Return centred boxes (B, 4) of the target's aspect ratio for images of `sizes` (B, 2).
+
+    share: side of the box, as a share of the largest that fits.
+    """
     return _fixed_boxes(sizes, target, share, np.full((len(sizes), 2), 0.5))
 
 
 def whole_boxes(sizes: np.ndarray) -> np.ndarray:
-    """(B, 2) image sizes -> (B, 4) boxes that leave nothing out, whatever that does to the aspect."""
+    """Return boxes (B, 4) that cover the whole images of `sizes` (B, 2)."""
     return np.concatenate([np.zeros((len(sizes), 2)), sizes], 1)
 
 
 def crop_boxes(sizes: np.ndarray, target: tuple[int, int], config: CropConfig, draws: np.ndarray) -> np.ndarray:
-    """Training boxes: (B, 2) image sizes (H, W) and (B, CROP_DRAWS) uniform draws -> (B, 4) boxes."""
+    """Return the crop boxes (B, 4) of training for images of `sizes` (B, 2); draws: (B, CROP_DRAWS), uniform."""
     if config.kind == "center":
         return center_boxes(sizes, target, config.eval_share)
     if config.kind == "random":
@@ -109,9 +114,9 @@ def _fixed_boxes(sizes: np.ndarray, target: tuple[int, int], share: float, place
 
 
 def _random_resized(sizes: np.ndarray, target: tuple[int, int], config: CropConfig, draws: np.ndarray) -> np.ndarray:
-    """Inception-style random resized crop as torchvision draws it: ten tries, then the largest centred box.
+    """Draw Inception-style random resized crops as torchvision does: ten tries, then the largest centred box.
 
-    `ratio` is relative to the target's own shape, so that a wide model grid is not squeezed into square crops.
+    `config.ratio` is relative to the target's aspect ratio, so a wide target gets wide crops.
     """
     height, width = sizes[:, :1].astype(float), sizes[:, 1:].astype(float)
     low, high = config.scale
@@ -130,20 +135,20 @@ def _random_resized(sizes: np.ndarray, target: tuple[int, int], config: CropConf
 
 
 def _fallback(height: np.ndarray, width: np.ndarray, ratio: tuple[float, float]) -> np.ndarray:
-    """The largest centred box whose aspect lies within `ratio`."""
+    """Return the largest centred boxes whose aspect ratio lies within `ratio`."""
     box_w = np.minimum(width, np.maximum(1, np.round(height * ratio[1])))
     box_h = np.minimum(height, np.maximum(1, np.round(width / ratio[0])))
     return np.concatenate([np.floor((height - box_h) / 2), np.floor((width - box_w) / 2), box_h, box_w], 1)
 
 
 def jitter_colours(images: np.ndarray, strength: float, draws: np.ndarray) -> np.ndarray:
-    """Brightness, contrast and saturation of each image changed, in this order: (B, H, W, C) in, the same dtype out.
+    """Change brightness, contrast and saturation of each image, in this order: (B, H, W, C) in, the same dtype out.
 
-    draws: (B, 3) uniform in [0, 1), for a factor each in [1 - strength, 1 + strength]: the pixels times the first, the
-    distance from the image's mean gray times the second, that from each pixel's own gray times the third (which does
-    nothing to gray images). Gray is 0.299 R + 0.587 G + 0.114 B; the mean of the channels where there are not three.
-    Results are clipped to the range of integers; float32 images have none. After torchvision's ColorJitter without hue,
-    but for the order, which is random there.
+    draws: (B, 3) uniform in [0, 1), mapped to three factors in [1 - strength, 1 + strength]. The first multiplies the
+    pixels, the second their distance from the image's mean gray level, and the third their distance from the pixel's
+    own gray level, so saturation does not change gray images. Gray is 0.299 R + 0.587 G + 0.114 B, or the mean of the
+    channels unless there are three. Integer results are clipped to the range of their dtype. Same as torchvision's
+    ColorJitter without hue, except that the order is random there.
     """
     factors = (1 + strength * (2 * draws - 1)).astype(np.float32)[:, :, None, None, None]  # (B, 3, 1, 1, 1)
     channels = images.shape[3]
@@ -160,7 +165,7 @@ def jitter_colours(images: np.ndarray, strength: float, draws: np.ndarray) -> np
 
 
 def decode_size(size: tuple[int, int], box: np.ndarray, target: tuple[int, int]) -> tuple[int, int]:
-    """How large the whole image must be decoded for the box to keep at least the target's resolution: (h, w)."""
+    """Return the smallest size (h, w) of the decoded image at which `box` still has the target's resolution."""
     return (
         min(size[0], math.ceil(size[0] * target[0] / box[2])),
         min(size[1], math.ceil(size[1] * target[1] / box[3])),
@@ -175,19 +180,24 @@ def cut(
     out: np.ndarray | None = None,
     interpolation: str = "bicubic",
 ) -> np.ndarray:
-    """Resample the box of `image` (H, W, C) to `target` (h, w) and flip: (h, w, C) in the same dtype.
+    """Crop `box` from `image` (H, W, C), resample it to `target` (h, w) and flip it: (h, w, C) in the same dtype.
 
-    out: where to write, contiguous; a new array when None. interpolation: "bicubic" or "bilinear", with antialiasing in
-    every branch. A box of whole pixels is cut out first, as torchvision's resized crop does; of 8-bit gray and RGB it
-    goes through torch's integer kernel, which differs from Pillow by 0.05 levels on average. A box with fractions,
-    which a scaled decode makes of it, goes there too where it can begin within 1/16 of a pixel (nine of ten can; 0.3
-    levels on average), and through Pillow otherwise; of both the filter looks a few pixels beyond the edges. Any other
-    channel count or dtype goes through torch in float32, clipped to the values in the image so that bicubic overshoot
-    invents none.
+    out: contiguous array to write to; None allocates one. interpolation: "bicubic" or "bilinear", both with
+    antialiasing.
+
+    The implementation depends on box and image:
+
+    - 8-bit gray or RGB, box in whole pixels: cropped first, as in torchvision's resized crop, then resampled by torch's
+      integer kernel, which differs from Pillow by 0.05 levels on average.
+    - 8-bit gray or RGB, box in fractions of pixels, which is the case after a scaled decode: the same kernel if the box
+      can begin within 1/16 of a pixel (nine of ten can; the average difference is 0.3 levels), otherwise Pillow. Both
+      filters also use a few pixels outside the box.
+    - Other channel counts or dtypes: torch in float32, clipped to the range of the cropped pixels, because bicubic
+      interpolation overshoots.
     """
     if out is None:
         out = np.empty((*target, image.shape[2]), image.dtype)
-    numbers = out.view(np.int16) if out.dtype == np.uint16 else out  # torch cannot turn uint16
+    numbers = out.view(np.int16) if out.dtype == np.uint16 else out  # torch cannot flip uint16
     pixels = torch.from_numpy(numbers).permute(2, 0, 1)[None]
     top, left, height, width = (float(value) for value in box)
     whole = all(value.is_integer() for value in (top, left, height, width))
@@ -196,7 +206,7 @@ def cut(
         out[...] = _inside(image, top, left, height, width)
     elif whole and common:
         part = torch.from_numpy(_inside(image, top, left, height, width).copy())
-        # Not F.interpolate: it takes no `out`, and to allocate the result costs a third as much as to compute it.
+        # F.interpolate has no `out` argument, and allocating the result takes a third as long as computing it.
         KERNELS[interpolation].out(part.permute(2, 0, 1)[None], target, False, None, None, out=pixels)
     elif common:
         part = _cut_from_pixels(image, (top, left, height, width), target, interpolation)
@@ -206,11 +216,11 @@ def cut(
     else:
         part = _inside(image, top, left, height, width)
         bands = torch.from_numpy(part.astype(np.float32)).permute(2, 0, 1)[None]
-        found = F.interpolate(bands, size=target, mode=interpolation, align_corners=False, antialias=True)
-        found = found[0].permute(1, 2, 0).numpy().clip(part.min(), part.max())
-        out[...] = found.round() if np.issubdtype(image.dtype, np.integer) else found
+        resized = F.interpolate(bands, size=target, mode=interpolation, align_corners=False, antialias=True)
+        resized = resized[0].permute(1, 2, 0).numpy().clip(part.min(), part.max())
+        out[...] = resized.round() if np.issubdtype(image.dtype, np.integer) else resized
     if flip:
-        pixels.copy_(pixels.flip(3))  # torch turns rows of three bytes ten times faster than NumPy
+        pixels.copy_(pixels.flip(3))  # ten times faster than NumPy for three channels
     return out
 
 
@@ -223,35 +233,35 @@ def cut_valid(
     flip: bool,
     interpolation: str = "bicubic",
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`cut` of an image with absent pixels: (h, w, C) pixels and (h, w) bool, where they are valid.
+    """Crop and resample an image with absent pixels; return (h, w, C) pixels and (h, w) bool, True for valid pixels.
 
-    image: (H, W, C), finite; valid: (H, W) bool; fill: (C,), what stands for absent pixels. A pixel of the result is
-    the filter's mean over the valid pixels that it covers, so no value of an absent one gets into it; it is valid where
-    these have at least half of the filter's weight.
+    image: (H, W, C), finite; valid: (H, W) bool; fill: (C,), the value of absent pixels in the result.
+    Each resampled pixel is the filter's weighted mean over valid pixels only. It is valid if they have at least half of
+    the filter's weight.
     """
     top, left, height, width = (float(value) for value in box)
-    part, known = (_inside(array, top, left, height, width) for array in (image, valid))
+    part, part_valid = (_inside(array, top, left, height, width) for array in (image, valid))
     if part.shape[:2] == target:
-        pixels, there = part.astype(np.float32), known
+        pixels, out_valid = part.astype(np.float32), part_valid
     else:
-        weights = known[:, :, None].astype(np.float32)
+        weights = part_valid[:, :, None].astype(np.float32)
         layers = np.concatenate([(part.astype(np.float32) - fill.astype(np.float32)) * weights, weights], 2)
-        found = F.interpolate(
+        resized = F.interpolate(
             torch.from_numpy(layers).permute(2, 0, 1)[None], target, mode=interpolation, antialias=True
         )[0].permute(1, 2, 0).numpy()  # fmt: skip
-        share = found[:, :, -1:]
-        there = share[:, :, 0] >= LEAST_VALID
-        pixels = fill.astype(np.float32) + found[:, :, :-1] / np.where(there[:, :, None], share, 1)
-        if known.any():
-            pixels = pixels.clip(part[known].min(0), part[known].max(0))
+        share = resized[:, :, -1:]
+        out_valid = share[:, :, 0] >= LEAST_VALID
+        pixels = fill.astype(np.float32) + resized[:, :, :-1] / np.where(out_valid[:, :, None], share, 1)
+        if part_valid.any():
+            pixels = pixels.clip(part[part_valid].min(0), part[part_valid].max(0))
     if image.dtype != np.float32:
         pixels = pixels.round()
-    pixels = np.where(there[:, :, None], pixels, fill).astype(image.dtype)
-    return (pixels[:, ::-1], there[:, ::-1]) if flip else (pixels, there)
+    pixels = np.where(out_valid[:, :, None], pixels, fill).astype(image.dtype)
+    return (pixels[:, ::-1], out_valid[:, ::-1]) if flip else (pixels, out_valid)
 
 
 def _inside(image: np.ndarray, top: float, left: float, height: float, width: float) -> np.ndarray:
-    """The pixels of the box to the nearest whole ones, at least one: a view."""
+    """Return a view of the pixels in the box, rounded to whole pixels and at least one pixel large."""
     y, x = int(top), int(left)
     return image[y : max(y + 1, round(top + height)), x : max(x + 1, round(left + width))]
 
@@ -259,9 +269,12 @@ def _inside(image: np.ndarray, top: float, left: float, height: float, width: fl
 def _cut_from_pixels(
     image: np.ndarray, box: Corners, target: tuple[int, int], interpolation: str = "bicubic"
 ) -> np.ndarray | None:
-    """As `_cut_fractions`, by torch's integer kernel, in a quarter of the time; None where the box cannot begin so."""
+    """Do the same as `_cut_fractions` with torch's integer kernel, which is four times faster.
+
+    None if `_align_to_pixel` finds no pixel to start at.
+    """
     steps = box[2] / target[0], box[3] / target[1]
-    rows, columns = _from_a_pixel(box[0], steps[0]), _from_a_pixel(box[1], steps[1])
+    rows, columns = _align_to_pixel(box[0], steps[0]), _align_to_pixel(box[1], steps[1])
     if rows is None or columns is None:
         return None
     (y, above), (x, before) = rows, columns
@@ -270,19 +283,20 @@ def _cut_from_pixels(
     outside = max(0, -y), max(0, -x)
     padded = np.pad(within, ((outside[0], 0), (outside[1], 0), (0, 0)), "edge") if any(outside) else within.copy()
     part = torch.from_numpy(padded)
-    # One sample more where there would be as many as pixels: for then the kernel takes the pixels, whatever the step.
+    # If the output has as many samples as the input has pixels, the kernel copies the pixels and ignores the step.
+    # Request one more sample in that case.
     size = above + target[0], before + target[1]
     more = size[0] + (size[0] == part.shape[0]), size[1] + (size[1] == part.shape[1])
-    found = KERNELS[interpolation](part.permute(2, 0, 1)[None], more, False, 1 / steps[0], 1 / steps[1])
-    return found[0, :, above : size[0], before : size[1]].permute(1, 2, 0).numpy()
+    resized = KERNELS[interpolation](part.permute(2, 0, 1)[None], more, False, 1 / steps[0], 1 / steps[1])
+    return resized[0, :, above : size[0], before : size[1]].permute(1, 2, 0).numpy()
 
 
-def _from_a_pixel(first: float, step: float) -> tuple[int, int] | None:
-    """Where samples, `step` apart, can begin so that a box begins at `first`: (a whole pixel, so many samples before).
+def _align_to_pixel(first: float, step: float) -> tuple[int, int] | None:
+    """Return (pixel, number of samples to skip) for samples that start at `first`, `step` pixels apart.
 
-    The kernel begins at a pixel's edge. So it begins some samples before the box, which are thrown away: as many as
-    bring it next to an edge, of a pixel that may lie before the image. None where MOST_SKIPPED do not bring it as near
-    as NEAR_PIXEL.
+    The kernel can only start at a pixel's edge. So it starts a few samples before the box, at the number of samples for
+    which that start is closest to an edge, and these samples are discarded. The pixel may lie outside the image. None
+    if no number up to MOST_SKIPPED gives a distance of at most NEAR_PIXEL.
     """
     begins = [first - skipped * step for skipped in range(1 + MOST_SKIPPED)]
     errors = [abs(begin - round(begin)) for begin in begins]
@@ -291,24 +305,24 @@ def _from_a_pixel(first: float, step: float) -> tuple[int, int] | None:
 
 
 def _reach(step: float) -> int:
-    """How many pixels beyond a box the filter looks, for samples that are so far apart, and one more."""
+    """Return how many pixels outside a box the filter may use for samples `step` pixels apart, plus one."""
     return math.ceil(2 * max(1, step)) + 1
 
 
 def _cut_fractions(
     image: np.ndarray, box: Corners, target: tuple[int, int], interpolation: str = "bicubic"
 ) -> np.ndarray:
-    """A box that begins or ends within a pixel, of an 8-bit image in gray or RGB, resampled by Pillow."""
-    # Only what the filter reaches is handed over: Pillow first makes a copy, four bytes to a pixel, of all it is given.
+    """Resample a box in fractions of pixels of an 8-bit gray or RGB image with Pillow."""
+    # Pillow copies its whole input, at four bytes per pixel, so pass only the pixels that the filter uses.
     part, (top, left, height, width) = _within_reach(image, box, target)
     picture = Image.fromarray(part[:, :, 0] if image.shape[2] == 1 else part)
     edges = (left, top, min(left + width, part.shape[1]), min(top + height, part.shape[0]))
-    found = picture.resize((target[1], target[0]), PILLOW[interpolation], box=edges)
-    return np.asarray(found).reshape(*target, image.shape[2])
+    resized = picture.resize((target[1], target[0]), PILLOW[interpolation], box=edges)
+    return np.asarray(resized).reshape(*target, image.shape[2])
 
 
 def _within_reach(image: np.ndarray, box: Corners, target: tuple[int, int]) -> tuple[np.ndarray, Corners]:
-    """The pixels that the filter looks at, a view, and where the box lies in them."""
+    """Return a view of the pixels that the filter uses, and the box in coordinates of that view."""
     top, left, height, width = box
     reach_y, reach_x = _reach(height / target[0]), _reach(width / target[1])
     y, x = max(0, int(top) - reach_y), max(0, int(left) - reach_x)
@@ -317,7 +331,7 @@ def _within_reach(image: np.ndarray, box: Corners, target: tuple[int, int]) -> t
 
 
 def room_for(target: tuple[int, int]) -> tuple[int, int]:
-    """How large the parts are that `cut_later` leaves at most: (height, width)."""
+    """Return the maximum size (H, W) of the image parts that `cut_later` writes."""
     return 2 * target[0] + 16, 2 * target[1] + 16
 
 
@@ -330,10 +344,11 @@ def cut_later(
     crop: np.ndarray,
     interpolation: str = "bicubic",
 ) -> None:
-    """`cut` of an 8-bit gray or RGB image, left to `resample`: writes the part it needs, and where its box lies.
+    """Prepare a crop of an 8-bit gray or RGB image for `device_crops.resample`, which does the rest of `cut`.
 
-    out: (H, W, C) of `room_for(target)`, of which only the part is written; crop: (7,), a row of `resample`'s `crops`.
-    A part too large for the room is resampled here, and there is nothing more to do than to flip it.
+    Writes the pixels that the crop needs to `out` (H, W, C), whose size is `room_for(target)`, and the position of the
+    box in them to `crop` (7,), a row of the argument `crops` of `resample`. A part that does not fit in `out` is
+    resampled here; then `resample` only flips it.
     """
     top, left, height, width = (float(value) for value in box)
     if all(value.is_integer() for value in (top, left, height, width)):
@@ -347,9 +362,9 @@ def cut_later(
 
 
 def cut_map(ids: np.ndarray, box: np.ndarray, target: tuple[int, int], flip: bool) -> np.ndarray:
-    """The class of each pixel of `cut`'s result: (H, W) ids of the image in full -> (h, w), the same dtype.
+    """Crop and flip a segmentation mask as `cut` does its image: `ids` (H, W) -> (h, w), the same dtype.
 
-    The id under the middle of each pixel, never one between two; IGNORED where that lies outside the image.
+    Each pixel gets the id at its centre (nearest neighbour); IGNORED if the centre lies outside the image.
     """
     rows, ys = _under(box[0], box[2], target[0], ids.shape[0])
     columns, xs = _under(box[1], box[3], target[1], ids.shape[1])
@@ -358,16 +373,17 @@ def cut_map(ids: np.ndarray, box: np.ndarray, target: tuple[int, int], flip: boo
 
 
 def _under(first: float, length: float, count: int, side: int) -> tuple[np.ndarray, np.ndarray]:
-    """Along one side: which of the `count` samples lie within the image, and the pixel under each."""
+    """Return, along one axis, which of the `count` samples lie inside the image, and the pixel at each sample."""
     place = np.floor(first + (np.arange(count) + 0.5) * (length / count)).astype(np.int64)
     return (place >= 0) & (place < side), place.clip(0, side - 1)
 
 
 def cut_boxes(boxes: np.ndarray, box: np.ndarray, target: tuple[int, int], flip: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Boxes around objects, (n, 4) as (x1, y1, x2, y2) in pixels of the full image -> the same in pixels of `cut`'s.
+    """Crop and flip boxes around objects as `cut` does their image.
 
-    Returns ((n, 4) float32, clipped to the crop; (n,) bool, those worth keeping: at least LEAST_LEFT of the area and a
-    pixel of either side is left).
+    boxes: (n, 4) as (x1, y1, x2, y2) in pixels of the full image. Returns the boxes in pixels of the crop, (n, 4)
+    float32, clipped to it; and (n,) bool, True for boxes to keep: at least LEAST_LEFT of their area and one pixel of
+    each side lie inside the crop.
     """
     corner, scale = box[[1, 0, 1, 0]], np.array([target[1], target[0]] * 2) / box[[3, 2, 3, 2]]
     moved = (boxes - corner) * scale  # (n, 4)

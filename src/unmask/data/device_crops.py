@@ -1,8 +1,7 @@
-"""Resampling of image parts on any device: what the loader leaves undone under `data.resize=device`.
+"""Resample crops on the training device instead of in the loader (`data.resize=device`). 8-bit images only.
 
-Pillow's BICUBIC (a = -0.5) or BILINEAR, both with antialiasing, written as two products with small matrices, one for
-each axis, rounded to whole levels in between as Pillow does. It agrees with Pillow but for rounding. Not for 16-bit or
-float images.
+Pillow's BICUBIC (a = -0.5) or BILINEAR, both with antialiasing, as two matrix products, one for each axis. The
+intermediate result is rounded to whole levels as in Pillow, and results agree with Pillow except for rounding.
 """
 
 from __future__ import annotations
@@ -14,11 +13,11 @@ from torch import Tensor
 
 from unmask.batch import Batch
 
-AT_A_TIME = 64  # images: their parts are held in float32 while they are computed
+AT_A_TIME = 64  # images resampled at once: limits the memory of their float32 copies
 
 
 def to_device(batch: Batch, device: torch.device | str) -> Batch:
-    """Move a batch to a device and resample the images whose resampling the loader left to it."""
+    """Move a batch to a device and resample its images unless the loader has already done so."""
     batch = batch.to(device)
     if batch.crops is None or batch.size is None:
         return batch
@@ -27,18 +26,17 @@ def to_device(batch: Batch, device: torch.device | str) -> Batch:
 
 
 def resample(images: Tensor, crops: Tensor, size: tuple[int, int], interpolation: str = "bicubic") -> Tensor:
-    """(B, C, H, W) uint8 parts -> (B, C, h, w) uint8, size (h, w), channels last in memory.
-
-    interpolation: "bicubic" or "bilinear".
+    """Resample image parts (B, C, H, W) uint8 to (B, C, h, w) uint8, channels last in memory.
 
     crops: (B, 7) float32: top, left, height, width of the box to resample, in pixels of the part; height and width of
-    the part, beyond which `images` is filling; and whether to flip, 0 or 1.
+    the part, outside of which `images` is padding; and whether to flip, 0 or 1. size: (h, w). interpolation: "bicubic"
+    or "bilinear".
     """
-    some = [
+    pieces = [
         _resample(images[i : i + AT_A_TIME], crops[i : i + AT_A_TIME], size, interpolation)
         for i in range(0, len(images), AT_A_TIME)
     ]
-    return torch.cat(some).contiguous(memory_format=torch.channels_last)
+    return torch.cat(pieces).contiguous(memory_format=torch.channels_last)
 
 
 def _resample(images: Tensor, crops: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:
@@ -53,9 +51,9 @@ def _resample(images: Tensor, crops: Tensor, size: tuple[int, int], interpolatio
 def weights(
     start: Tensor, length: Tensor, end: Tensor, count: int, side: int, interpolation: str = "bicubic"
 ) -> Tensor:
-    """(B, count, side) float32: how much of each of `side` pixels is in each of `count` samples, along one axis.
+    """Return the filter weights (B, count, side) of `side` pixels for each of `count` samples along one axis, float32.
 
-    start, length: (B,) of the box; end: (B,) the pixels there are, the others have no weight.
+    start, length: (B,) of the box; end: (B,) number of image pixels; pixels after them are padding and get weight 0.
     """
     scale = (length / count)[:, None, None]  # (B, 1, 1)
     pixel = torch.arange(side, device=start.device, dtype=torch.float32)  # (side,)
@@ -63,9 +61,9 @@ def weights(
     centre = start[:, None, None] + (sample + 0.5) * scale  # (B, count, 1)
     x = ((pixel + 0.5 - centre) / scale.clamp(min=1)).abs()  # (B, count, side)
     if interpolation == "bilinear":
-        found = (1 - x).clamp(min=0)
+        values = (1 - x).clamp(min=0)
     else:
         near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
-        found = torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
-    found = found * (pixel < end[:, None, None])
-    return found / found.sum(2, keepdim=True)
+        values = torch.where(x < 1, near, torch.where(x < 2, far, 0.0))
+    values = values * (pixel < end[:, None, None])
+    return values / values.sum(2, keepdim=True)

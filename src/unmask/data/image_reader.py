@@ -1,13 +1,14 @@
-"""Read, decode and crop images, and stack them to batches.
+"""Read, decode and crop images, and stack them into batches.
 
 Segmentation masks and boxes (`Annotations`) are cropped and flipped with their image.
 
-A file that can no longer be read is replaced by another image from the same counter-based stream, the same one in every
-run, and is reported with the batch. So is a file whose content changed since the source was opened (code CHANGED).
+In training, a file that can no longer be read, or whose content changed since the source was opened (code CHANGED), is
+replaced by another image and reported with the batch. The replacement is drawn from the counter-based generator, so it
+is the same in every run.
 
-Images stored in memory give the same pixels as images decoded again, except for a JPEG more than twice as large as its
-crop needs: when it is not stored, it is decoded at 1/2, 1/4 or 1/8 before it is resampled, which differs by a level or
-two. Whether images are stored is part of a run's plan, so a resumed run gets the same pixels.
+Images cached in memory give the same pixels as images decoded again, except for JPEGs more than twice as large as their
+crop needs: these are decoded at 1/2, 1/4 or 1/8 of their size unless cached, which changes pixels by a level or two.
+Whether images are cached is part of a run's plan, so a resumed run gets the same pixels.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ READ_AHEAD = 16  # undecoded files of a batch in memory at a time
 
 @dataclass(frozen=True)
 class LoadedBatch:
-    """A batch, and the files that could not be read for it and were replaced."""
+    """A batch, and the unreadable files that were replaced in it."""
 
     batch: Batch
     bad: tuple[BadFile, ...] = ()
@@ -48,10 +49,10 @@ class LoadedBatch:
 
 @dataclass(frozen=True)
 class OpenedImage:
-    """One image between reading and cropping: its full size, and its bytes and header, its pixels, or its error.
+    """One image between reading and cropping: its full size, with its bytes and header, its pixels, or its error.
 
-    valid: (H, W) bool, False where a pixel is absent; None where all are there. Absent pixels hold the data's mean.
-    The full size is that of the coordinates of its boxes: the original's, if the image is a smaller copy (pack.py).
+    size: (H, W) that boxes refer to; for a smaller copy (`pack.py`), the size of the original.
+    valid: (H, W) bool, False for absent pixels, which hold the mean of the data set; None if no pixel is absent.
     """
 
     size: tuple[int, int]
@@ -73,9 +74,10 @@ class Annotations(Protocol):
     def cut(
         self, row: int, size: tuple[int, int], box: np.ndarray, target: tuple[int, int], flip: bool
     ) -> dict[str, np.ndarray]:
-        """Return arrays of `Batch` fields for one image, always of the same shapes; arguments as of `augment.cut`.
+        """Return the arrays of one image by the name of their `Batch` field, of the same shapes for every image.
 
-        size: full size of the image, compared with that of the annotations. Raises BadImage.
+        size: full size of the image, checked against that of the annotations. box, target, flip: as in `augment.cut`.
+        Raises BadImage.
         """
         ...
 
@@ -84,12 +86,13 @@ class Annotations(Protocol):
 class ImageReader:
     """Read, decode, crop and stack images on request. Picklable; everything random comes from `seed`.
 
-    training=False means the centred box and no flip; then a bad file raises, because an evaluation must not put
-    another image in its place. whole=True: outside training the box is the whole image, squeezed or stretched to the
-    size the method sees, so that every pixel is judged. repeats: samples in a row that are of one image, in training.
-    on_device: training images are not resampled here but by `Batch.to`; 8-bit gray and RGB only, without jitter.
-    With `annotations`, `rows` must be among theirs. note: called with each row before it is read or decoded. min_valid:
-    see `DataConfig`.
+    training: False crops the centred box without a flip, and raises BadImage for a bad file instead of replacing it.
+    whole: in evaluation, the box is the whole image, stretched to `spec.size`, so that every pixel is evaluated.
+    repeats: number of consecutive training samples of the same image.
+    on_device: training images are resampled by `device_crops.to_device` instead; 8-bit gray and RGB only, no jitter.
+    annotations: must include all `rows`.
+    note: called with each row before it is read or decoded.
+    min_valid: see `DataConfig`.
     """
 
     source: Source
@@ -109,21 +112,21 @@ class ImageReader:
 
     def __post_init__(self) -> None:
         bare = [] if self.annotations is None else np.setdiff1d(self.rows, self.annotations.rows)
-        assert not len(bare), f"images without annotations are among the rows: {bare[:5]}"
+        assert not len(bare), f"rows without annotations: {bare[:5]}"
 
     def __len__(self) -> int:
         return len(self.rows)
 
     @property
     def interpolation(self) -> str:
-        """Interpolation of crops: the setting in training, bicubic in evaluation."""
+        """Interpolation of crops: as configured in training, bicubic in evaluation."""
         return self.crop.interpolation if self.training else "bicubic"
 
     def keep_decoded(self) -> None:
-        """Decode every image in full and store it, for data sets that fit in memory; workers forked later share it.
+        """Decode every image at full size and cache it in memory; workers forked later share the cache.
 
-        It takes rows x H x W x C values of the data set's dtype; the scan tells whether they fit. What cannot be
-        decoded now is met again, and reported, when its turn comes.
+        Needs rows x H x W x C values of the data set's dtype; the scan reports whether they fit. Images that cannot be
+        decoded are reported when their batch is made.
         """
         for row in self.rows.tolist():
             try:
@@ -136,7 +139,7 @@ class ImageReader:
 
     def __getitem__(self, taken: SampleIndices) -> LoadedBatch:
         index, bad, more = taken.index.copy(), [], []
-        # Channels last, as decoders write and as patch vectors are laid out: transposing a batch costs 5 % of loading.
+        # Channels last, like decoded images and patch vectors: transposing a batch would take 5 % of the loading time.
         later = self.training and self.on_device
         room = augment.room_for(self.spec.size) if later else self.spec.size
         out = np.empty((len(index), *room, self.spec.channels), self.spec.dtype)
@@ -157,7 +160,7 @@ class ImageReader:
         valid = self._all_valid([one.pop("valid", None) for one in more])
         if valid is not None:
             if crops is None:
-                out[~valid] = self.fill  # as before colour jitter
+                out[~valid] = self.fill  # colour jitter has changed them
             for one, there in zip(more, valid, strict=True):
                 if "maps" in one:
                     one["maps"] = np.where(there, one["maps"], IGNORED).astype(one["maps"].dtype)
@@ -177,15 +180,15 @@ class ImageReader:
         return LoadedBatch(batch, tuple(bad))
 
     def _all_valid(self, maps: list[np.ndarray | None]) -> np.ndarray | None:
-        """Stack the (h, w) bool maps of single images to (B, h, w); None if no pixel is absent."""
+        """Stack the (h, w) bool maps of single images into (B, h, w); None if no pixel is absent."""
         if all(valid is None or valid.all() for valid in maps):
             return None
         return np.stack([np.ones(self.spec.size, bool) if valid is None else valid for valid in maps])
 
     def _samples(self, taken: SampleIndices) -> Iterator[tuple[OpenedImage, np.ndarray, bool]]:
-        """Yield image, box and flip of each sample; `repeats` in a row share one image, decoded once."""
+        """Yield the image, box and flip of each sample; `repeats` consecutive samples share one decoded image."""
         repeats = self.repeats if self.training else 1
-        assert len(taken.index) % repeats == 0, f"{len(taken.index)} samples are not {repeats} of every image"
+        assert len(taken.index) % repeats == 0, f"{len(taken.index)} samples are not a multiple of {repeats} repeats"
         for start in range(0, len(taken.index), READ_AHEAD * repeats):
             part = slice(start, start + READ_AHEAD * repeats)
             opened = [self.opened(row) for row in taken.index[part][::repeats].tolist()]
@@ -199,7 +202,7 @@ class ImageReader:
                 yield from ((image, box, bool(flip)) for box, flip in zip(boxes[own], flips[own], strict=True))
 
     def opened(self, row: int) -> OpenedImage:
-        """Read the bytes and the header of one image; an error is stored, and raised when the image is cropped."""
+        """Read the bytes and the header of one image; an error is stored and raised when the image is cropped."""
         if self.note is not None:
             self.note(row)
         if row in self.kept:
@@ -212,7 +215,7 @@ class ImageReader:
             return OpenedImage((1, 1), fault=error)
 
     def decoded(self, opened: OpenedImage, boxes: np.ndarray) -> OpenedImage:
-        """Decode the image as large as its boxes need it, or store the error."""
+        """Decode the image at the resolution that its boxes need, or store the error."""
         if opened.image is not None or opened.fault is not None:
             return opened
         sizes = [augment.decode_size(opened.size, box, self.spec.size) for box in boxes]
@@ -238,9 +241,9 @@ class ImageReader:
     def _take(
         self, row: int, opened: OpenedImage, box: np.ndarray, flip: bool, out: np.ndarray, crop: np.ndarray | None
     ) -> dict[str, np.ndarray]:
-        """Write the crop of a decoded image to `out` (H, W, C), or with `crop` (7,) what the device resamples it from.
+        """Write the crop of a decoded image to `out` (H, W, C); return the arrays that belong to it. Raises BadImage.
 
-        Returns the arrays that belong to it. Raises BadImage.
+        crop: (7,), the position of the crop's box in `out` for resampling on the device; None resamples here.
         """
         if opened.image is None:
             assert opened.fault is not None
@@ -261,7 +264,7 @@ class ImageReader:
     def _take_valid(
         self, opened: OpenedImage, box: np.ndarray, flip: bool, out: np.ndarray, crop: np.ndarray | None
     ) -> np.ndarray:
-        """Write the crop of an image with absent pixels, resampled on the CPU; return (h, w) bool of valid pixels."""
+        """Resample the crop of an image with absent pixels on the CPU; return (h, w) bool, True for valid pixels."""
         assert opened.image is not None
         assert opened.valid is not None
         size = self.spec.size
@@ -277,9 +280,9 @@ class ImageReader:
     def _replace(
         self, row: int, epoch: int, out: np.ndarray, crop: np.ndarray | None
     ) -> tuple[int, dict[str, np.ndarray]]:
-        """Write the replacement of an unreadable image to `out`; the choice depends on seed, epoch and row alone.
+        """Write a replacement for an unreadable image to `out`; the choice depends only on seed, epoch and row.
 
-        Returns its row and the arrays that belong to it. Raises BadImage when no replacement can be read.
+        Returns its row and the arrays that belong to it. Raises BadImage if no replacement can be read.
         """
         one = np.array([row]), np.array([epoch])
         for word in words(self.seed, Stream.REPLACE, one[1], one[0], REPLACEMENT_TRIES)[0]:
@@ -297,7 +300,7 @@ class ImageReader:
         )
 
     def _boxes(self, sizes: np.ndarray, index: np.ndarray, epoch: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Draw (B, 4) boxes and (B,) flips for images of these full sizes (B, 2)."""
+        """Return crop boxes (B, 4) and flips (B,) for images of full `sizes` (B, 2); random in training."""
         if not self.training and self.whole:
             return augment.whole_boxes(sizes), np.zeros(len(index), bool)
         if not self.training:

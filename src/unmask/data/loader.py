@@ -1,7 +1,7 @@
 """Batches for training and evaluation, made in this process or by workers.
 
-Each request is an explicit list of images (`order.py`), so the number of workers cannot change what is drawn, and
-starting at any position costs nothing.
+Each request is an explicit list of images (`order.py`), so batches do not depend on the number of workers, and loading
+can start at any position at no cost.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class BatchIterator(Iterator[LoadedBatch], Protocol):
 
 @dataclass
 class _Positions:
-    """The requests of a training run: `batches` micro-batches of `count` samples from position `start`."""
+    """The requests of a training run: `batches` micro-batches of `count` samples each, beginning at `start`."""
 
     order: Order
     start: int
@@ -65,17 +65,17 @@ def training_batches(
     pin: bool = False,
     folder: Path | None = None,
 ) -> BatchIterator:
-    """Return `batches` batches of `batch` images from sample number `start` on, decoded by `workers` processes.
+    """Return `batches` batches of `batch` images, beginning at sample number `start`, decoded by `workers` processes.
 
-    The processes start now and end with the iterator. folder: see `WorkerPool`. Raises BadImage when a bad file cannot
-    be replaced, and LoadingFailed when a worker dies or stalls.
+    The processes start immediately and end with the iterator. folder: see `WorkerPool`. Raises BadImage if a bad file
+    cannot be replaced, and LoadingFailed if a worker dies or stalls.
     """
     order = Order(images.rows, images.seed, images.repeats)
     return _deliveries(images, _Positions(order, start, batch, batches), workers, pin, folder)
 
 
 def eval_batches(images: ImageReader, rows: np.ndarray, *, batch: int, workers: int = 0) -> Iterator[Batch]:
-    """Return batches of the given rows in order, without randomness; the last may be smaller.
+    """Return batches of the given rows in order, without randomness; the last batch may be smaller.
 
     Raises BadImage, LoadingFailed.
     """
@@ -101,6 +101,6 @@ def choose_workers(device: str, *, cached: bool) -> tuple[int, str]:
             return 0, "0 loader workers: the images are in memory and the CPU is busy training" if cached else (
                 "0 loader workers: one core"
             )
-        return max(1, cores // 4), f"{max(1, cores // 4)} loader workers: a quarter of {cores} cores, the rest trains"
+        return max(1, cores // 4), f"{max(1, cores // 4)} loader workers: a quarter of {cores} cores; the others train"
     workers = max(1, min(cores - 1, 12))
-    return workers, f"{workers} loader workers: {cores} cores, less one for the main process"
+    return workers, f"{workers} loader workers: {cores} cores, minus one for the main process"

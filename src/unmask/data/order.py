@@ -1,12 +1,12 @@
-"""The order of samples: which image is sample number s. Position is one integer, the number of samples consumed.
+"""The order of samples: which image is sample number s. The position of a run is the number of samples consumed.
 
-Sample number s belongs to pass s // n over the n images, at place s % n of that pass's order; order, crop, flip and
-colour jitter are pure functions of (seed, epoch, image). Passes follow one another without a gap, so no image is left
-out, and a batch may be larger than the data set.
+Of n images, sample number s is image s % n in the order of pass s // n. Order, crop, flip and colour jitter are pure
+functions of (seed, epoch, image). A batch may extend into the next pass, so no image is left out, and a batch may be
+larger than the data set.
 
-With `repeats` R every image gives R samples in a row, each with its own crop, flip, jitter and mask, for one reading
-and decoding (Hoffer et al. 2020, "Augment your batch"). The `epoch` of a sample counts how often its image was drawn
-before: without repeats the number of the pass, with them R * pass + repeat.
+With `repeats` R, each image is decoded once for R consecutive samples, each with its own crop, flip, jitter and patch
+mask (Hoffer et al. 2020, "Augment your batch"). The `epoch` of a sample is the number of earlier samples of its image:
+the number of the pass without repeats, R * pass + repeat with them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from unmask.rng import permutation
 
 @dataclass(frozen=True)
 class SampleIndices:
-    """The samples of one batch: rows of the source, and the epoch of each (how often its image was drawn before)."""
+    """The samples of one batch: the row in the source and the epoch of each (see the module docstring)."""
 
     index: np.ndarray  # (B,) int64
     epoch: np.ndarray  # (B,) int64
@@ -28,7 +28,7 @@ class SampleIndices:
 
 @dataclass
 class Order:
-    """Maps sample numbers to images. rows: the usable rows of the source. repeats: see the module docstring."""
+    """Map sample numbers to images. rows: the usable rows of the source. repeats: see the module docstring."""
 
     rows: np.ndarray
     seed: int
@@ -36,7 +36,7 @@ class Order:
     _cache: dict[int, np.ndarray] = field(default_factory=dict)
 
     def take(self, start: int, count: int) -> SampleIndices:
-        """Return samples start .. start + count."""
+        """Return samples `start` to `start + count - 1`."""
         slots, repeat = np.divmod(np.arange(start, start + count, dtype=np.int64), self.repeats)
         passes, place = np.divmod(slots, len(self.rows))
         index = np.empty_like(slots)

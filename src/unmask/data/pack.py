@@ -1,15 +1,16 @@
 """Copy a data set into one tar in which large images are shrunk once, instead of in every epoch.
 
-No random draw changes. Names, their order and so the rows, and the labels from folders stay the same; every smaller
-copy stores the size of its original (`image_header.packed_note`), and crop boxes are drawn in pixels of the original.
-So the order, boxes, flips and masks of a run on the copy are those of a run on the originals, bit for bit. These
-differ: the pixels, by shrinking twice and a second compression; the mean and standard deviation of the scan; the
-fingerprint, so a run started on one cannot be resumed on the other; and crops shorter than the method's size, of which
-an original has more detail than the copy.
+Random draws do not change. File names, their order, and the labels from folders stay the same. Every smaller copy
+stores the size of its original (`image_header.packed_note`), and crop boxes are drawn in pixels of the original. So a
+run on the copy has exactly the same order, crop boxes, flips and patch masks as a run on the originals.
 
-JPEG stays JPEG. Under their old names, other gray or RGB images of 8 or 16 bits become PNG, and floats and other
-numbers of channels .npy. Images that are small enough, that do not become smaller files, or that cannot be read are
-copied byte for byte: they keep their rows, and training reports and skips unreadable ones as before.
+Four things differ. Pixels change, because images are shrunk and compressed twice. The scan's mean and standard
+deviation change slightly. The fingerprint changes, so a run started on one cannot be resumed on the other. Crops
+smaller than the method's image size have less detail.
+
+JPEGs stay JPEGs. Other 8-bit and 16-bit gray or RGB images become PNG, and floats and other channel counts become .npy;
+the file names do not change. Images that are small enough, would not become smaller files, or cannot be read are
+copied byte for byte; training reports and skips unreadable ones as before.
 """
 
 from __future__ import annotations
@@ -49,12 +50,12 @@ from unmask.errors import UserError, some
 from unmask.system.processes import process_pool
 
 SHORT_SIDE = 512  # pixels
-CHUNK = 8  # images sent to a process at a time
-AHEAD = 4  # chunks per process that may wait to be written
+CHUNK = 8  # images sent to a worker process at a time
+AHEAD = 4  # maximum number of chunks per worker process that wait to be written
 
 
 class PackError(UserError):
-    """Images that cannot be packed, or a file that cannot be written."""
+    """Raised for images that cannot be packed, or a file that cannot be written."""
 
 
 SHRUNK, SMALL, NO_SMALLER, BAD = "shrunk", "small enough", "cannot be made smaller", "bad"
@@ -62,7 +63,7 @@ SHRUNK, SMALL, NO_SMALLER, BAD = "shrunk", "small enough", "cannot be made small
 
 @dataclass(frozen=True)
 class Packed:
-    """One image of the tar: SHRUNK, or its own bytes and the reason; `fault` is the error of a BAD one."""
+    """One image of the tar. `what`: SHRUNK, or why it was copied byte for byte. `fault`: the error of a BAD image."""
 
     data: bytes
     what: str
@@ -71,7 +72,7 @@ class Packed:
 
 @dataclass(frozen=True)
 class PackSummary:
-    """What `pack` did. copied_because: the number of copied images by reason. bad: images that cannot be read."""
+    """Result of `pack`. copied_because: number of copied images by reason. bad: images that cannot be read."""
 
     data: str
     out: str
@@ -87,7 +88,7 @@ class PackSummary:
 
     @property
     def copied(self) -> int:
-        """Images that are copied byte for byte."""
+        """Number of images copied byte for byte."""
         return sum(self.copied_because.values())
 
     def as_json(self) -> dict[str, object]:
@@ -104,24 +105,24 @@ def pack(
     exclude: Sequence[str] = (),
     console: Console | None = None,
 ) -> PackSummary:
-    """Write the images of `data` to the new file `out`, a .tar, and return what was done.
+    """Write the images of `data` to the new file `out` (.tar) and return a summary.
 
-    short_side: pixels; longer ones are shrunk to it, nothing is enlarged. quality: of JPEGs, 1 to 100. workers: number
-    of processes, None for one per core, 0 for this process. exclude: patterns of names to leave out. The file is
-    renamed into place once it is complete and was read back. Raises PackError.
+    short_side: pixels to which longer short sides are shrunk; no image is enlarged. quality: JPEG quality, 1-100.
+    workers: number of processes, None for one per core, 0 for this process. exclude: patterns of names to leave out.
+    The file appears under its name only after it was written and read back. Raises PackError.
     """
     console, out, start = console or Console(), Path(out), time.monotonic()
     if short_side < 1 or not 1 <= quality <= 100:
         raise PackError(
-            f"got short side {short_side} and quality {quality}; expected a short side of at least 1, a quality of 1 "
-            "to 100"
+            f"got short side {short_side} and quality {quality}; expected a short side of at least 1, and a quality "
+            "from 1 to 100"
         )
     if out.suffix != ".tar":
         raise PackError(f"got {out}; expected the name of a new file that ends in .tar")
     if workers is not None and workers < 0:
         raise PackError(f"got {workers} workers; expected 0 (shrink the images in this process) or more")
     if out.exists():
-        raise PackError(f"{out} exists already; choose another name, or delete it first")
+        raise PackError(f"{out} already exists; choose another name, or delete it first")
     if left := [str(path) for path in out.parent.glob(f".{glob.escape(out.name)}.*.part")]:
         console.warn(f"found {some(left)}: another pack is running, or one was killed; in that case delete it")
     source = open_source(data, exclude)
@@ -144,7 +145,7 @@ def pack(
         raise PackError(f"cannot write {out}: {error.strerror}; the incomplete file was deleted") from None
     except BrokenProcessPool:
         raise PackError(
-            "a worker process was killed while it shrank images (out of memory, or a crash in a decoder); give fewer "
+            "a worker process was killed while it shrank images (out of memory, or a crash in a decoder); use fewer "
             "--workers, or --workers 0 to see the crash"
         ) from None
     finally:
@@ -175,20 +176,22 @@ def require_packable(source: Source) -> None:
         raise PackError(f"the images of {source.name} have no file names (for example {bare[0]}); {folder}")
     if names != sorted(set(names)):
         raise PackError(
-            f"{source.name} is not in sorted order, or holds a name twice, which a tar cannot store; {folder}"
+            f"{source.name} is not sorted by name, or contains a name twice, which a tar cannot store; {folder}"
         )
     labels = classes_of(names)[1]
     if source.labels is None and labels is not None:
         raise PackError(
-            f"{source.name} has no labels, but its names contain folders, which become classes in a tar; {folder}"
+            f"{source.name} has no labels, but its names contain folders, which would become classes in a tar; {folder}"
         )
     if source.labels is not None and (labels is None or not np.array_equal(labels, source.labels)):
-        raise PackError(f"the labels of {source.name} are not its folder names, and a tar stores no others; {folder}")
+        raise PackError(
+            f"the labels of {source.name} are not its folder names, and a tar cannot store other labels; {folder}"
+        )
 
 
 @dataclass
 class _Written:
-    """Counts of the images in the tar by what was done, bytes of the files before and after, and unreadable images."""
+    """Number of images by `Packed.what`, bytes of the files before and after, and unreadable images."""
 
     kinds: Counter[str] = field(default_factory=Counter)
     bytes_before: int = 0
@@ -204,7 +207,7 @@ class _Written:
 
 
 def _write(source: Source, part: Path, images: Iterator[Packed], console: Console) -> _Written:
-    """Write the tar and flush it to disk."""
+    """Write the tar and sync it to disk."""
     written = _Written()
     with open(part, "wb") as file, console.progress("packing", len(source)) as bar:
         with tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as archive:
@@ -226,8 +229,8 @@ def _require_same(source: Source, part: Path) -> None:
     same = list(written.names) == list(source.names)
     if not same or not np.array_equal(written.labels, source.labels):  # type: ignore[arg-type]
         raise PackError(
-            f"the tar, read back, differs from {source.name}: it has {len(written)} of {len(source)} images, or other "
-            "names, for example of hidden folders; rename those files and pack again"
+            f"the tar that was written differs from {source.name}: it has {len(written)} of {len(source)} images, or "
+            "other names, for example because of hidden folders; rename those files and pack again"
         )
 
 
@@ -246,7 +249,7 @@ def _packed(source: Source, short_side: int, quality: int, workers: int) -> Iter
             yield from waiting.popleft().result()
 
 
-_given: tuple[Source, int, int] | None = None  # of a worker process, sent once
+_given: tuple[Source, int, int] | None = None  # arguments of a worker process, sent once
 
 
 def _begin(source: Source, short_side: int, quality: int) -> None:
@@ -261,13 +264,13 @@ def _pack_many(rows: range) -> list[Packed]:
 
 
 def pack_image(source: Source, row: int, short_side: int, quality: int) -> Packed:
-    """Return one image for the tar; see the module docstring. A file that cannot be opened has no bytes and is BAD."""
+    """Return one image for the tar; see the module docstring. A file that cannot be opened is BAD and has no bytes."""
     data = b""
     try:
         data = source.read(row)
         found = decode.header(data, source.reading)
         target = _target(found, short_side)
-        # Twice as large as needed: scaled decoding is a cruder filter than the bicubic that does the last step.
+        # Decode at twice the target size: scaled decoding filters less well than the bicubic interpolation after it.
         at_least = None if target is None else (2 * target[0], 2 * target[1])
         pixels = decode.decode(data, at_least=at_least, found=found)
     except BadImage as error:
@@ -283,15 +286,15 @@ def pack_image(source: Source, row: int, short_side: int, quality: int) -> Packe
         small, there = augment.cut_valid(nodata.filled(pixels, valid, fill), valid, fill, box, target, False)
         small[~there] = np.nan
     else:
-        return Packed(data, NO_SMALLER)  # absent integer pixels are marked in the tag of a TIFF only
+        return Packed(data, NO_SMALLER)  # only a TIFF tag can mark absent integer pixels
     encoded = _encoded(small, found, quality)
-    again = decode.header(encoded)  # a .npy of few rows and many channels would be read as (C, H, W)
+    again = decode.header(encoded)  # a .npy with few rows and many channels would be read as (C, H, W)
     same = (again.height, again.width, again.channels, again.dtype) == (*small.shape, found.dtype)
     return Packed(encoded, SHRUNK) if same and len(encoded) < len(data) else Packed(data, NO_SMALLER)
 
 
 def _target(found: Header, short_side: int) -> tuple[int, int] | None:
-    """Return the size (H, W) to shrink to; None for an image that stays as it is."""
+    """Return the size (H, W) to shrink to; None for an image that is small enough."""
     short = min(found.height, found.width)
     if short <= short_side:
         return None
@@ -305,16 +308,16 @@ def _encoded(pixels: np.ndarray, found: Header, quality: int) -> bytes:
         return _jpeg(pixels, quality, note)
     if pixels.shape[2] not in (1, 3) or pixels.dtype == np.float32:
         file = io.BytesIO()
-        # In the order of axes of the original, as the files have that are copied unchanged.
+        # Same order of axes as the original, so that shrunk and copied files agree.
         np.save(file, np.ascontiguousarray(pixels.transpose(2, 0, 1)) if found.layout.axes == "CHW" else pixels)
-        return file.getvalue() + note  # other programs ignore bytes behind the values
+        return file.getvalue() + note  # other programs ignore bytes after the values
     return _png(pixels, note) if pixels.dtype == np.uint8 else _png16(pixels, note)
 
 
 def _jpeg(pixels: np.ndarray, quality: int, note: bytes) -> bytes:
     kind = "GRAY" if pixels.shape[2] == 1 else "RGB"
     data = simplejpeg.encode_jpeg(pixels, quality=quality, colorspace=kind, colorsubsampling="420")
-    place = 4 + int.from_bytes(data[4:6], "big")  # behind the JFIF segment, which must be the first
+    place = 4 + int.from_bytes(data[4:6], "big")  # after the JFIF segment, which must be the first
     comment = b"\xff\xfe" + (len(note) + 2).to_bytes(2, "big") + note
     return data[:place] + comment + data[place:]
 
@@ -329,10 +332,10 @@ def _png(pixels: np.ndarray, note: bytes) -> bytes:
 
 
 def _png16(pixels: np.ndarray, note: bytes) -> bytes:
-    """Encode 16-bit gray or RGB (H, W, C), each row as its difference from the one above.
+    """Encode 16-bit gray or RGB (H, W, C) as PNG, each row as its difference from the one above.
 
-    Pillow writes 16 bits in gray only. imagecodecs would write colour too, in as many bytes and as much time (1.44 MB
-    and 0.8 s for 512 x 640 pixels, November 2026), but without the text chunk that holds the original's size.
+    Pillow writes 16-bit images only in gray. imagecodecs also writes colour, with the same file size and speed (1.44 MB
+    and 0.8 s for 512 x 640 pixels, November 2026), but cannot add the text chunk with the original's size.
     """
     height, width, channels = pixels.shape
     rows = pixels.astype(">u2").view(np.uint8).reshape(height, -1)
@@ -354,9 +357,11 @@ def _print_summary(summary: PackSummary, console: Console) -> None:
     because = "; ".join(f"{count} {what}" for what, count in summary.copied_because.items())
     console.print(
         f"{summary.out}: {summary.shrunk} images shrunk to a short side of {summary.short_side} pixels, "
-        f"{summary.copied} copied as they are{f' ({because})' if because else ''}; "
-        f"{summary.bytes_before / 2**20:.1f} MiB became {summary.bytes_after / 2**20:.1f}"
+        f"{summary.copied} copied unchanged{f' ({because})' if because else ''}; "
+        f"{summary.bytes_before / 2**20:.1f} MiB became {summary.bytes_after / 2**20:.1f} MiB"
     )
     if summary.bad:
         named = some([f"{one.name} ({one.code}: {one.detail})" for one in summary.bad])
-        console.warn(f"{len(summary.bad)} cannot be read and are copied as they are; training skips them: {named}")
+        console.warn(
+            f"{len(summary.bad)} images cannot be read and were copied unchanged; training skips them: {named}"
+        )

@@ -1,4 +1,4 @@
-"""Images of which the unreadable files are left out of their batch."""
+"""An image reader for evaluation that leaves unreadable files out of their batch."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from unmask.data.order import SampleIndices
 
 @dataclass
 class ReadableImages(ImageReader):
-    """Images of an evaluation: a file that cannot be read is left out of its batch, where `ImageReader` raises.
+    """Leave unreadable files out of their batch, where `ImageReader` raises BadImage.
 
-    A batch of such files alone is empty.
+    A batch without readable files is empty.
     """
 
     def __getitem__(self, taken: SampleIndices) -> LoadedBatch:
         try:
             return super().__getitem__(taken)
         except BadImage:
-            sound = np.array([self.fault(int(row)) is None for row in taken.index])
-            return super().__getitem__(SampleIndices(taken.index[sound], taken.epoch[sound]))
+            readable = np.array([self.fault(int(row)) is None for row in taken.index])
+            return super().__getitem__(SampleIndices(taken.index[readable], taken.epoch[readable]))
 
     def fault(self, row: int) -> BadImage | None:
-        """Return why one image cannot be read; None where it can."""
+        """Return the error of an unreadable image; None for a readable one."""
         try:
             super().__getitem__(SampleIndices(np.array([row]), np.zeros(1, np.int64)))
         except BadImage as error:

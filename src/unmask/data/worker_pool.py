@@ -1,14 +1,14 @@
 """Worker processes that make batches ahead of use; the main process waits for them with a time limit.
 
 Request number n goes to worker n modulo the number of workers, and results are returned in the order of the requests.
-Two threads of the main process serve the workers, one sends requests and one receives results, so that the training
-thread waits on a queue only and notices a signal, a dead worker or a stall at once.
+In the main process, one thread sends requests and another receives results. The training thread only waits on a queue,
+so it notices a signal, a dead worker or a stall at once.
 
-Tensors travel through one anonymous file in memory per worker (Linux: memfd), divided into slots that are used again.
-Such a file is not part of /dev/shm, which has 64 MB in a Docker container by default, and it is gone with the last
-process that has it open. Where there is none (macOS, Windows, seccomp) tensors travel through the worker's pipe.
+Tensors are sent through one anonymous memory file per worker (Linux: memfd), divided into slots that are reused. Such a
+file does not use /dev/shm, which is limited to 64 MB in Docker containers by default, and it is deleted when the last
+process closes it. On systems without memfd (macOS, Windows, seccomp), tensors are sent through the worker's pipe.
 
-Not here: what a batch is and which images it has (`loader.py`).
+`loader.py` defines batches and their images.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _open_pools: weakref.WeakSet[WorkerPool[Any, Any]] = weakref.WeakSet()
 
 @dataclass(frozen=True)
 class _Raised:
-    """An exception of a thread, passed to the waiting thread."""
+    """An exception of one thread, passed on to the waiting thread."""
 
     error: BaseException
 
@@ -49,9 +49,10 @@ class _Raised:
 class WorkerPool(Iterator[Result], Generic[Request, Result]):
     """Iterate over the results of `maker.make` for all requests, in order, made by `workers` processes.
 
-    caught: the exception type of `make` that is raised here unchanged. Others, a dead worker, and `stall_seconds`
-    without a result raise LoadingFailed, which names the worker and the file that it reads. pin: page-locked tensors.
-    folder: where the stacks of a stalled pool are written. Forgetting the object ends the workers, as `close` does.
+    caught: the exception type of `make` that is raised here unchanged. Other exceptions, a dead worker, and no result
+    for `stall_seconds` raise LoadingFailed, which names the worker and the file it was reading. pin: return page-locked
+    tensors. folder: where stack traces of a stalled pool are written. Workers end on `close`, or when the object is
+    garbage-collected.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class WorkerPool(Iterator[Result], Generic[Request, Result]):
         except OSError as error:
             self.close()
             raise LoadingFailed(
-                f"{workers} loader workers could not be started ({error.strerror}): raise the limit of open files with "
+                f"cannot start {workers} loader workers ({error.strerror}); raise the limit of open files with "
                 "`ulimit -n 4096` and of processes with `ulimit -u`, or set data.workers=0"
             ) from error
         except BaseException:
@@ -83,7 +84,7 @@ class WorkerPool(Iterator[Result], Generic[Request, Result]):
         _open_pools.add(self)
 
     def close(self) -> None:
-        """End the workers; the iterator ends."""
+        """End the workers and the iterator."""
         self._finalizer()
 
     def __next__(self) -> Result:
@@ -118,13 +119,13 @@ class WorkerPool(Iterator[Result], Generic[Request, Result]):
         self.close()
         return LoadingFailed(
             f"no batch arrived for {self.limit:g} s: loader worker {worker.number + 1} of {len(self.parts.workers)} "
-            f"(process {worker.process.pid}) was {state}{reading}; the stacks of all threads are in {file}. "
-            f"{VARIABLE} sets another limit"
+            f"(process {worker.process.pid}) was {state}{reading}; see the stack traces of all threads in {file}, or "
+            f"set {VARIABLE} to another limit"
         )
 
 
 class _Parts:
-    """Processes, threads and queue of a pool, without a reference to it, so that it can be garbage-collected."""
+    """Processes, threads and queue of a pool, without a reference to the pool, so that it can be garbage-collected."""
 
     def __init__(self, requests: Iterable[Any], pin: bool) -> None:
         self.requests, self.pin = requests, pin
@@ -203,13 +204,13 @@ class _Parts:
         worker.process.join(1)
         code = worker.process.exitcode
         how = f"ended with exit code {code}" if code is None or code >= 0 else f"was killed by signal {-code}"
-        hint = "; out of memory? fewer workers (data.workers) need less" if code == -9 else ""
+        hint = "; if it ran out of memory, set fewer workers (data.workers)" if code == -9 else ""
         return LoadingFailed(
             f"loader worker {worker.number + 1} of {len(self.workers)} (process {worker.process.pid}) {how}{hint}"
         )
 
     def stacks_of_workers(self) -> str:
-        """Return the stacks that the workers write within half a second; a stopped worker writes none."""
+        """Return the stack traces that the workers write within half a second; a stopped worker writes none."""
         parts = []
         for worker in self.workers:
             start = self.stacks.seek(0, os.SEEK_END)
@@ -243,6 +244,6 @@ class _Parts:
 
 @atexit.register
 def _end_open_pools() -> None:
-    """Run before multiprocessing's exit handler, which sends SIGTERM, which workers ignore, and waits."""
+    """Close all pools before multiprocessing's exit handler, which would wait: workers ignore its SIGTERM."""
     for pool in list(_open_pools):
         pool.close()

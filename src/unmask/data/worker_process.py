@@ -1,4 +1,4 @@
-"""One worker process, from both sides: its loop, and the main process's handle of it."""
+"""A worker process: the loop that it runs, and the main process's handle to it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Result = TypeVar("Result", covariant=True)
 
 
 class Maker(Protocol[Request, Result]):
-    """The work of a worker. Picklable where processes are spawned."""
+    """Makes results in a worker process. Must be picklable on systems that spawn processes."""
 
     def make(self, request: Request, note: Callable[[int], None]) -> Result:
         """Return one result; call `note` with each row of the source before it is read or decoded."""
@@ -40,7 +40,7 @@ class Maker(Protocol[Request, Result]):
 
 @dataclass(frozen=True)
 class Failure:
-    """An unexpected exception of a worker."""
+    """An unexpected exception in a worker."""
 
     sentence: str
     traceback: str
@@ -79,7 +79,7 @@ def _work(
 
 
 class WorkerProcess:
-    """The main process's handle of one worker."""
+    """The main process's handle to one worker."""
 
     def __init__(self, maker: Maker[Any, Any], caught: type[Exception], number: int, stacks: Descriptor | None) -> None:
         self.number, self.received = number, 0
@@ -103,7 +103,7 @@ class WorkerProcess:
         self.descriptor, self.slots = descriptor, None
 
     def receive(self, pin: bool) -> Any:
-        """Return the next result. Raises EOFError or OSError when the worker has died."""
+        """Return the next result. Raises EOFError or OSError if the worker has died."""
         self._wait()
         slot, size = self.pipe.recv()
         header = io.BytesIO(self.pipe.recv_bytes())
@@ -117,14 +117,14 @@ class WorkerProcess:
         return Unpacker(header, content, pin).load()
 
     def _wait(self) -> None:
-        """Wait for data. Raises EOFError for a dead worker, even if forked workers hold its pipe open."""
+        """Wait for data. Raises EOFError for a dead worker, even if other forked workers keep its pipe open."""
         ready = connection.wait([self.pipe, self.process.sentinel])
         if self.pipe not in ready and not self.pipe.poll():
             raise EOFError
 
     @property
     def row(self) -> int | None:
-        """The row of the source that it reads or decodes; None if unknown."""
+        """The row of the source that the worker is reading or decoding; None if unknown."""
         if self.page is None:
             return None
         row = int.from_bytes(self.page[:8], "little")
@@ -142,5 +142,5 @@ class WorkerProcess:
 
 
 def _forget(process: BaseProcess) -> None:
-    """Take a process off multiprocessing's private list of children; without the list, exit waits for the process."""
+    """Remove a process from multiprocessing's private list of children, so that exit does not wait for it."""
     getattr(process_module, "_children", set()).discard(process)

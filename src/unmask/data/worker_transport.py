@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-AHEAD = 4  # requests per worker that are in progress or finished and unused
+AHEAD = 4  # requests per worker that are in progress, or finished and not yet received
 PAGE = mmap.PAGESIZE
 ALIGNMENT = 64  # of every tensor in a slot, in bytes
 
 
 class Descriptor:
-    """A file descriptor that forked children inherit and spawned ones receive."""
+    """A file descriptor that is inherited by forked processes and sent to spawned ones."""
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -35,7 +35,7 @@ def _received(duplicate: Any) -> Descriptor:
 
 
 def memory_file() -> int | None:
-    """Create an anonymous file in memory; None where the system does not support it."""
+    """Create an anonymous file in memory; None if the system does not support it."""
     if not hasattr(os, "memfd_create"):
         return None
     try:
@@ -48,7 +48,7 @@ def memory_file() -> int | None:
 
 @dataclass(frozen=True)
 class _Layout:
-    """Where a tensor is stored: offset, shape, strides and dtype."""
+    """How a tensor is stored in a slot: offset in bytes, shape, strides and dtype."""
 
     offset: int
     shape: tuple[int, ...]
@@ -66,7 +66,7 @@ class _Layout:
 
 
 class _Packer(pickle.Pickler):
-    """Pickle everything but tensors, which are collected in `tensors`; `size` is their number of bytes."""
+    """Pickle everything except tensors, which are collected in `tensors`; `size` is their total number of bytes."""
 
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file, protocol=pickle.HIGHEST_PROTOCOL)
@@ -86,7 +86,7 @@ class _Packer(pickle.Pickler):
 
 
 class Unpacker(pickle.Unpickler):
-    """Unpickle what `_Packer` wrote: every tensor gets its own memory, page-locked if `pin`, and its old strides."""
+    """Unpickle the output of `_Packer`: tensors get their own memory, page-locked if `pin`, and their old strides."""
 
     def __init__(self, file: io.BytesIO, content: Any, pin: bool) -> None:
         super().__init__(file)
@@ -99,12 +99,12 @@ class Unpacker(pickle.Unpickler):
 
 
 def _bytes_of(tensor: Tensor) -> np.ndarray:
-    """Return the memory of a dense tensor as (bytes,) uint8, whatever the order of its dimensions."""
+    """Return the memory of a dense tensor as (bytes,) uint8, for any order of its dimensions."""
     return tensor.detach().as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy()
 
 
 class Outbox:
-    """A worker's end: sends results, and writes the current row to the first page of the shared file."""
+    """The worker's side: sends results, and writes the current row to the first page of the shared file."""
 
     def __init__(self, pipe: Connection, file: Descriptor | None) -> None:
         self.pipe, self.file = pipe, file
@@ -121,7 +121,7 @@ class Outbox:
         packer = _Packer(header)
         packer.dump(result)
         if self.file is not None and self.slots is None and packer.size:
-            self.slot_size = -(-packer.size // PAGE) * PAGE  # all batches but the last have the same size
+            self.slot_size = -(-packer.size // PAGE) * PAGE  # all batches except the last have the same size
             os.ftruncate(self.file.number, PAGE + AHEAD * self.slot_size)
             self.slots = mmap.mmap(self.file.number, AHEAD * self.slot_size, offset=PAGE)
         slot = self.sent % AHEAD

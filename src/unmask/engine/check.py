@@ -55,7 +55,7 @@ def check_data(
             sample=sample,
             workers=workers or None,
             channels=draft.data.channels,
-            anew=True,
+            ignore_cache=True,
             progress=bar.update,
         )
     summary: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""Decoding: every kind of file keeps its values, and whatever is wrong with one is said, never shown as an image."""
+"""Decoding: every kind of file keeps its values, and damaged files raise an error instead of giving an image."""
 
 import builtins
 import io
@@ -44,7 +44,7 @@ def code_of(data):
 
 
 def agreed(data):
-    """The decoded image, after checking that the header promised just this."""
+    """Return the decoded image after checking that it matches the header."""
     found, pixels = header(data), decode(data)
     assert pixels.shape == (found.height, found.width, found.channels)
     assert pixels.dtype == found.dtype
@@ -55,7 +55,7 @@ def agreed(data):
 # ---------------------------------------------------------------------------------------------------------- bad files
 
 
-def test_the_corpus_is_as_large_as_promised():
+def test_corpus_has_the_expected_number_of_bad_files():
     assert len(BAD) >= 40
 
 
@@ -75,7 +75,7 @@ def test_every_reason_code_is_documented():
         assert code in (decode_module.__doc__ or "")
 
 
-def test_the_bombs_take_no_memory():
+def test_files_with_huge_declared_sizes_use_little_memory():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for name, (data, code) in BAD.items():
         if code in ("TOO_MANY_PIXELS", "EXTREME_ASPECT") or name.startswith("lying"):
@@ -84,23 +84,23 @@ def test_the_bombs_take_no_memory():
     assert grown < 64 << 20
 
 
-def test_objects_in_an_npy_are_refused_unexecuted():
+def test_npy_with_python_objects_is_rejected_without_running_code():
     assert code_of(BAD["object.npy"][0]) == "UNSUPPORTED_MODE"
     assert code_of(BAD["pickle.npy"][0]) == "NOT_IMAGE"
     assert not Path("/tmp/unmask-was-unpickled").exists()
 
 
-def test_a_file_beyond_the_byte_limit_is_refused(monkeypatch):
+def test_file_above_the_byte_limit_is_rejected(monkeypatch):
     monkeypatch.setattr(limits, "MAX_FILE_BYTES", 100)
     assert code_of(b"\xff\xd8" + b"\0" * 99) == "TOO_LARGE_FILE"
 
 
-def test_more_values_than_allowed_are_refused():
+def test_image_with_too_many_values_is_rejected():
     values = npy(np.zeros((1, 1, 1), np.uint8)).replace(b"(1, 1, 1)", b"(9999, 9999, 5)")
     assert code_of(values) == "TOO_MANY_PIXELS"
 
 
-def test_no_memory_is_a_reason_and_no_crash(monkeypatch):
+def test_out_of_memory_gives_a_reason_code(monkeypatch):
     def full(*_, **__):
         raise MemoryError
 
@@ -125,7 +125,7 @@ SOUND = {
 
 
 @pytest.mark.parametrize("kind", SOUND)
-def test_random_damage_is_a_reason_or_an_image_as_promised_and_never_a_crash(kind):
+def test_random_damage_gives_a_bad_image_or_an_image_that_matches_its_header(kind):
     rng, data = np.random.default_rng(7), SOUND[kind]
     agreed(data)
     codes = set()
@@ -145,7 +145,7 @@ def test_random_damage_is_a_reason_or_an_image_as_promised_and_never_a_crash(kin
 
 
 @pytest.mark.parametrize("kind", ["png", "palette", "png16"])
-def test_any_flipped_byte_of_a_png_is_noticed(kind):
+def test_any_changed_byte_of_a_png_is_detected(kind):
     data = SOUND[kind]
     for place in np.linspace(0, len(data) - 1, 150).astype(int):
         flipped = bytearray(data)
@@ -155,13 +155,13 @@ def test_any_flipped_byte_of_a_png_is_noticed(kind):
 
 
 @pytest.mark.parametrize("kind", ["jpeg", "png", "palette", "png16", "webp", "bmp", "tiff", "bands", "npy"])
-def test_any_cut_is_noticed(kind):
+def test_any_truncation_is_detected(kind):
     for share in (0.05, 0.3, 0.6, 0.9, 0.98):
         with pytest.raises(BadImage):
             decode(SOUND[kind][: int(len(SOUND[kind]) * share)])
 
 
-def test_trailing_bytes_do_no_harm():
+def test_trailing_bytes_are_ignored():
     for kind in ("jpeg", "png", "png16", "npy"):
         assert (decode(SOUND[kind] + b"\0" * 500) == decode(SOUND[kind])).all()
 
@@ -206,7 +206,7 @@ def test_orientation_of_a_16_bit_png_is_applied():
     assert (agreed(png16(values, before=chunk(b"eXIf", exif))) == np.rot90(values, -1)).all()
 
 
-def test_broken_exif_is_passed_over():
+def test_invalid_exif_is_ignored():
     for exif in (b"", b"II*\0\xff\xff\xff\xff", b"II*\0\x08\0\0\0\xff\xff\x12\x01", b"nonsense"):
         data = file_of(smooth(), "JPEG")
         segment = b"\xff\xe1" + struct.pack(">H", len(exif) + 8) + b"Exif\0\0" + exif
@@ -216,7 +216,7 @@ def test_broken_exif_is_passed_over():
 @pytest.mark.parametrize(
     ("wanted", "factor"), [((600, 800), 1), ((301, 100), 1), ((300, 400), 2), ((76, 4), 4), ((9, 9), 8)]
 )
-def test_a_jpeg_is_decoded_no_larger_than_needed(wanted, factor):
+def test_jpeg_is_decoded_at_the_smallest_sufficient_scale(wanted, factor):
     data = file_of(Image.fromarray(smooth()).resize((800, 600)), "JPEG", quality=95)
     scaled = decode(data, at_least=wanted)
     assert scaled.shape == (600 // factor, 800 // factor, 3)
@@ -224,7 +224,7 @@ def test_a_jpeg_is_decoded_no_larger_than_needed(wanted, factor):
     assert np.abs(scaled - full).mean() < 1.5
 
 
-def test_odd_sizes_scale_and_turn():
+def test_odd_sizes_are_scaled_and_rotated():
     exif = Image.Exif()
     exif[0x0112] = 6
     data = file_of(Image.fromarray(smooth(101, 203)), "JPEG", exif=exif)
@@ -233,7 +233,7 @@ def test_odd_sizes_scale_and_turn():
     assert decode(data, at_least=(103, 51)).shape == (203, 101, 3)
 
 
-def test_at_least_changes_nothing_but_jpeg():
+def test_at_least_only_affects_jpeg():
     assert decode(SOUND["png"], at_least=(1, 1)).shape == (48, 64, 3)
 
 
@@ -245,7 +245,7 @@ def test_photographs_decode_as_pillow_decodes_them():
         assert np.abs(pixels.reshape(pillow.shape).astype(int) - pillow).max() <= 2
 
 
-# ------------------------------------------------------------------------------------------------ 8-bit, of all kinds
+# -------------------------------------------------------------------------------------------------------- 8-bit formats
 
 
 @pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF"])
@@ -264,7 +264,7 @@ def test_interlaced_png_is_read():
     assert code_of(png(2, 2, 8, 0, rows, interlace=1)) in ("TRUNCATED", "CORRUPT")
 
 
-def test_black_images_are_no_missing_rows():
+def test_black_images_are_not_mistaken_for_missing_rows():
     for mode in ("1", "L", "RGB", "P"):
         assert not agreed(file_of(Image.new(mode, (33, 17)), "PNG")).any()
     assert not agreed(png16(np.zeros((17, 33, 3), np.uint16))).any()
@@ -285,7 +285,7 @@ def test_gray_with_alpha_stays_gray():
     assert agreed(file_of(image, "PNG")).shape == (9, 9, 1)
 
 
-def test_palettes_become_rgb_and_their_transparency_white():
+def test_palettes_become_rgb_with_transparency_on_white():
     image = Image.new("P", (8, 4), 1)
     image.putpalette([0, 0, 0, 10, 20, 30])
     assert (agreed(file_of(image, "PNG")) == [10, 20, 30]).all()
@@ -302,14 +302,14 @@ def test_a_transparent_colour_without_alpha_becomes_white():
     assert (agreed(png16(rgb, before=chunk(b"tRNS", struct.pack(">3H", 700, 700, 701)))) == 700).all()
 
 
-def test_one_bit_becomes_black_and_white():
+def test_one_bit_images_become_0_and_255():
     bits = noisy(channels=1) > 127
     for kind in ("PNG", "BMP", "TIFF"):
         pixels = agreed(file_of(Image.fromarray(bits[:, :, 0]), kind))
         assert (pixels == bits * np.uint8(255)).all()
 
 
-def test_the_first_frame_is_taken():
+def test_first_frame_of_a_gif_is_read():
     frames = [Image.new("RGB", (12, 10), (90 * i, 0, 0)) for i in range(3)]
     more = {"save_all": True, "append_images": frames[1:]}
     for kind, options in (("GIF", {}), ("TIFF", {}), ("WEBP", {"lossless": True}), ("PNG", {})):
@@ -344,7 +344,7 @@ def test_16_bit_png_with_alpha_is_composited_on_white(channels):
     assert (pixels[5:] == values[5:, :, :-1]).all()
 
 
-def test_a_large_16_bit_png_takes_no_longer_than_others():
+def test_large_16_bit_png_is_decoded_as_fast_as_8_bit():
     values = smooth(1000, 1000, 3, top=65535)
     start = time.monotonic()
     assert (decode(png16(values, filters=True)) == values).all()
@@ -358,14 +358,14 @@ def test_16_bit_gray_is_not_saturated():
     assert (agreed(tiff(ramp.astype(">u2"), byteorder=">"))[:, :, 0] == ramp).all()
 
 
-def test_white_is_zero_is_turned_around():
+def test_min_is_white_tiff_is_inverted():
     gray8, gray16 = noisy(channels=1)[:, :, 0], noisy(channels=1, dtype=np.uint16)[:, :, 0]
     assert (agreed(tiff(gray8, photometric="miniswhite"))[:, :, 0] == 255 - gray8).all()
     assert (agreed(tiff(gray16, photometric="miniswhite"))[:, :, 0] == 65535 - gray16).all()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "int8", "int16", "int32", "uint32"])
-def test_other_numbers_become_float32_with_their_values_kept(dtype):
+def test_other_number_types_become_float32_with_the_same_values(dtype):
     values = (np.linspace(0, 1, 63) * (1 if dtype.startswith("f") else 100)).astype(dtype).reshape(7, 9)
     for data in (npy(values), tiff(values)):
         pixels = agreed(data)
@@ -373,7 +373,7 @@ def test_other_numbers_become_float32_with_their_values_kept(dtype):
         assert (pixels[:, :, 0] == values.astype(np.float32)).all()
 
 
-def test_unsigned_32_bit_does_not_turn_negative():
+def test_unsigned_32_bit_values_stay_positive():
     assert agreed(tiff(np.full((4, 4), 3_000_000_000, np.uint32))).min() == np.float32(3e9)
 
 
@@ -405,7 +405,7 @@ def test_alpha_of_a_16_bit_tiff_is_composited_on_white():
     assert (agreed(tiff(values, photometric="rgb", extrasamples=["unassalpha"])) == 65535).all()
 
 
-def test_without_tifffile_bands_are_refused_and_the_remedy_named(monkeypatch):
+def test_bands_without_tifffile_are_rejected_with_the_fix(monkeypatch):
     true_import = builtins.__import__
 
     def absent(name, *arguments, **more):
@@ -419,7 +419,7 @@ def test_without_tifffile_bands_are_refused_and_the_remedy_named(monkeypatch):
     with pytest.raises(BadImage, match=r"unmask\[tiff\]") as caught:
         decode(data)
     assert caught.value.code == "UNSUPPORTED_MODE"
-    assert decode(SOUND["tiff"]).shape == (48, 64, 3)  # an ordinary one needs no tifffile
+    assert decode(SOUND["tiff"]).shape == (48, 64, 3)  # an ordinary TIFF does not need tifffile
 
 
 # --------------------------------------------------------------------------------------------------------------- .npy
@@ -434,16 +434,16 @@ def test_npy_keeps_every_value(shape):
             assert (pixels == values.reshape(9, 7, -1)).all()
 
 
-def test_npy_with_channels_first_is_turned():
+def test_npy_with_channels_first_is_transposed():
     values = noisy(7, 9, 5)
     assert (agreed(npy(values.transpose(2, 0, 1))) == values).all()
 
 
-def test_npy_of_booleans_is_black_and_white():
+def test_npy_of_booleans_becomes_0_and_255():
     assert set(np.unique(agreed(npy(noisy(channels=1)[:, :, 0] > 127)))) == {0, 255}
 
 
-def test_npy_of_wide_integers_has_the_same_dtype_in_every_file():
+def test_npy_of_wide_integers_becomes_float32_for_any_values():
     for values in ([[0, 1]], [[-1, 70000]]):
         assert agreed(npy(np.array(values, np.int64))).dtype == np.float32
 
@@ -451,7 +451,7 @@ def test_npy_of_wide_integers_has_the_same_dtype_in_every_file():
 # ------------------------------------------------------------------------------------------------------------ conform
 
 
-def test_conform_changes_only_what_loses_nothing():
+def test_conform_only_converts_without_loss():
     gray, rgb = noisy(channels=1), noisy()
     assert (conform(gray, 3, "uint8") == gray).all()
     assert conform(rgb, 3, "uint8") is rgb
@@ -473,7 +473,7 @@ def test_conform_changes_only_what_loses_nothing():
         (noisy().astype(np.float32), 1, "uint16", "MISMATCHED_DTYPE"),
     ],
 )
-def test_conform_invents_nothing(pixels, channels, dtype, code):
+def test_conform_rejects_other_channel_counts_and_dtypes(pixels, channels, dtype, code):
     with pytest.raises(BadImage) as caught:
         conform(pixels, channels, dtype)
     assert caught.value.code == code
@@ -483,14 +483,14 @@ def test_dark_16_bit_colour_stays_dark_as_gray():
     assert (conform(np.full((3, 3, 3), 100, np.uint16), 1, "uint16") == 100).all()
 
 
-def test_bad_image_survives_the_way_between_processes():
+def test_bad_image_can_be_pickled():
     import pickle
 
     error = pickle.loads(pickle.dumps(BadImage("EMPTY", "nothing")))
     assert (error.code, error.detail, str(error)) == ("EMPTY", "nothing", "EMPTY: nothing")
 
 
-def test_a_header_beyond_the_limits_is_refused_before_decoding():
+def test_header_above_the_limits_is_rejected_before_decoding():
     with pytest.raises(BadImage):
         header(jpeg_claiming(65500, 65500))
     assert header(damaged(SOUND["jpeg"], 0.9, 3)).height == 48

@@ -1,4 +1,4 @@
-"""What one file may cost: bytes and seconds, as its header predicts them, and enforced where it lies."""
+"""Limits on memory and time for one file, predicted from its header and enforced if the prediction is wrong."""
 
 import resource
 import struct
@@ -44,7 +44,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_pieces_are_the_image(kind, monkeypatch):
+def test_pieces_join_to_the_decoded_image(kind, monkeypatch):
     data = KINDS[kind]
     whole = decode(data)
     monkeypatch.setattr(limits, "PIECE_PIXELS", 64 * 7)  # of seven rows
@@ -55,7 +55,7 @@ def test_pieces_are_the_image(kind, monkeypatch):
 
 
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])
-def test_pieces_are_as_stored(orientation, monkeypatch):
+def test_pieces_are_not_rotated(orientation, monkeypatch):
     exif = Image.Exif()
     exif[0x0112] = orientation
     monkeypatch.setattr(limits, "PIECE_PIXELS", 64 * 7)
@@ -65,7 +65,7 @@ def test_pieces_are_as_stored(orientation, monkeypatch):
         assert decode(data).shape == ((48, 64, 3) if orientation < 5 else (64, 48, 3))
 
 
-def test_statistics_and_the_rest_of_a_look_do_not_depend_on_pieces(monkeypatch):
+def test_scan_results_do_not_depend_on_the_piece_size(monkeypatch):
     files = {f"{number}.png": data for number, data in enumerate(KINDS.values())}
     whole = scan(Memory(files), workers=0)
     monkeypatch.setattr(limits, "PIECE_PIXELS", 64 * 7)
@@ -75,7 +75,7 @@ def test_statistics_and_the_rest_of_a_look_do_not_depend_on_pieces(monkeypatch):
     assert (again.channels, again.dtypes, again.layouts) == (whole.channels, whole.dtypes, whole.layouts)
 
 
-def test_missing_rows_are_noticed_in_pieces_too(monkeypatch):
+def test_missing_rows_are_detected_in_pieces(monkeypatch):
     monkeypatch.setattr(limits, "PIECE_PIXELS", 64 * 7)
     for data in (png(30, 40, 8, 2, (b"\0" + b"\x80" * 90) * 9), png(15, 40, 16, 2, (b"\0" + b"\x80" * 90) * 9)):
         with pytest.raises(BadImage) as caught:
@@ -83,9 +83,9 @@ def test_missing_rows_are_noticed_in_pieces_too(monkeypatch):
         assert caught.value.code == "TRUNCATED"
 
 
-def test_what_takes_too_much_memory_is_refused_by_its_header():
+def test_file_that_needs_too_much_memory_is_rejected_by_its_header():
     for data in (
-        png(9984, 9984, 16, 2, b""),  # 8 bytes of a pixel in Pillow
+        png(9984, 9984, 16, 2, b""),  # 8 bytes per pixel in Pillow
         png(9984, 9984, 16, 6, b""),
         tiff(np.zeros((4, 4, 3), np.float64), photometric="minisblack", planarconfig="contig"),
     ):
@@ -101,7 +101,7 @@ def test_what_takes_too_much_memory_is_refused_by_its_header():
         assert caught.value.code == "TOO_MANY_PIXELS"
 
 
-def test_a_photograph_of_100_megapixels_of_8_bits_may_be_read():
+def test_8_bit_photograph_of_100_megapixels_is_accepted():
     assert header(png(10_000, 10_000, 8, 2, b"")).memory == 400_000_000
     jpeg = bytearray(file_of(noisy(64, 64), "JPEG"))
     place = jpeg.index(b"\xff\xc0") + 5
@@ -110,7 +110,7 @@ def test_a_photograph_of_100_megapixels_of_8_bits_may_be_read():
     assert header(png(9984, 9984, 16, 0, b"")).memory == 2 * 9984**2
 
 
-def test_a_progressive_jpeg_keeps_all_coefficients_and_its_scans_take_time():
+def test_progressive_jpeg_counts_coefficient_memory_and_scans():
     data = file_of(noisy(64, 64), "JPEG", progressive=True, subsampling=0)
     assert header(data).memory == 64 * 64 * (3 + 6)
     assert 5 < header(data).scans < 20
@@ -120,7 +120,7 @@ def test_a_progressive_jpeg_keeps_all_coefficients_and_its_scans_take_time():
     assert caught.value.code == "TIMEOUT"
 
 
-def test_costly_files_are_decoded_apart_and_ordinary_ones_here(monkeypatch):
+def test_costly_files_are_decoded_in_a_separate_process(monkeypatch):
     apart = []
     monkeypatch.setattr(scanning, "call_in_process", lambda function, *args, **_: apart.append(1) or function(*args))
     files = {"a.png": KINDS["png"], "b.jpg": KINDS["jpeg"]}
@@ -134,7 +134,7 @@ def test_costly_files_are_decoded_apart_and_ordinary_ones_here(monkeypatch):
 @pytest.mark.parametrize(
     ("fault", "code"), [(TooSlow(), "TIMEOUT"), (Crashed(), "CORRUPT"), (MemoryError(), "TOO_MANY_PIXELS")]
 )
-def test_a_file_beyond_its_limits_is_named_and_the_scan_goes_on(fault, code, monkeypatch):
+def test_file_that_exceeds_a_limit_is_reported_and_the_scan_continues(fault, code, monkeypatch):
     true_decoded = scanning._decoded
 
     def decoded(data, *settings):
@@ -148,9 +148,9 @@ def test_a_file_beyond_its_limits_is_named_and_the_scan_goes_on(fault, code, mon
     assert [(bad.name, bad.code) for bad in found.bad] == [("b.gif", code)]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="limits hold in forked processes")
-def test_limits_hold_where_a_header_lies(monkeypatch):
-    """A decoder that takes far more than its header predicts."""
+@pytest.mark.skipif(sys.platform != "linux", reason="limits only apply in forked processes")
+def test_memory_limit_applies_if_the_header_predicts_too_little(monkeypatch):
+    """Uses a decoder that needs far more memory than the header predicts."""
     monkeypatch.setattr(scanning, "GUARDED_MEMORY", 0)
     monkeypatch.setattr(scanning, "SLACK", 64 << 20)
     monkeypatch.setattr(limits, "MAX_DECODE_BYTES", 64 << 20)
@@ -163,7 +163,7 @@ def test_limits_hold_where_a_header_lies(monkeypatch):
     assert [bad.code for bad in found.bad] == ["TOO_MANY_PIXELS"]
 
 
-def test_a_16_bit_png_takes_what_it_is_said_to_take():
+def test_16_bit_png_uses_the_predicted_memory():
     data = png(3000, 3000, 16, 2, (b"\0" * 18001) * 3000)
     scan(Memory({"a.png": KINDS["png"]}), workers=0)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -172,7 +172,7 @@ def test_a_16_bit_png_takes_what_it_is_said_to_take():
     assert grown < header(data).memory + (96 << 20)
 
 
-def test_a_tiff_of_very_many_entries_is_refused_at_once():
+def test_tiff_with_very_many_entries_is_rejected_quickly():
     entries = b"".join(struct.pack("<HHQQ", 258, 3, 65535, 16) for _ in range(60_000))
     data = b"II+\0\x08\0\0\0" + struct.pack("<QQ", 16, 60_000) + entries + b"\0" * 8
     with pytest.raises(BadImage) as caught:
@@ -180,13 +180,13 @@ def test_a_tiff_of_very_many_entries_is_refused_at_once():
     assert caught.value.code == "HEADER_BAD"
 
 
-def test_limits_are_part_of_the_header_and_not_of_its_meaning():
+def test_memory_and_scans_do_not_affect_header_equality():
     assert header(KINDS["png"]) == Header(48, 64, 3, "uint8", "PNG")
     assert header(KINDS["png"]).memory == 4 * 48 * 64
     assert header(KINDS["bands"]).memory == 48 * 64 * 5 * 5 // 4
 
 
-def test_row_groups_of_gigabytes_are_refused_before_they_are_read(tmp_path, monkeypatch):
+def test_row_groups_of_gigabytes_are_rejected_before_reading(tmp_path, monkeypatch):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -200,7 +200,7 @@ def test_row_groups_of_gigabytes_are_refused_before_they_are_read(tmp_path, monk
     assert len(open_source(tmp_path / "b.parquet")) == 20
 
 
-def test_sixteen_bit_alpha_is_composited_in_parts(monkeypatch):
+def test_sixteen_bit_alpha_is_composited_in_pieces(monkeypatch):
     values = noisy(channels=4, dtype=np.uint16)
     whole = decode(png16(values))
     monkeypatch.setattr(limits, "FLOAT64_PIXELS", 64 * 5)

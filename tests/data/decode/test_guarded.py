@@ -1,4 +1,4 @@
-"""Calls in a process of their own: limits hold, and whatever happens there is an exception here."""
+"""Calls in a separate process: limits are enforced, and every failure raises an exception in the caller."""
 
 import os
 import sys
@@ -20,7 +20,7 @@ def spin():
         pass
 
 
-def test_results_and_errors_come_back():
+def test_results_and_errors_are_returned():
     assert limited(divmod, 7, 3) == (2, 1)
     with pytest.raises(ZeroDivisionError):
         limited(divmod, 7, 0)
@@ -29,22 +29,22 @@ def test_results_and_errors_come_back():
 def test_memory_is_limited():
     assert limited(lambda: len(bytes(16 << 20))) == 16 << 20
     with pytest.raises(MemoryError):
-        limited(lambda: len(bytes(64 << 30)))  # far more than earlier tests can have left unused in this process
+        limited(lambda: len(bytes(64 << 30)))  # far more memory than earlier tests can have freed in this process
 
 
-def test_work_is_limited():
+def test_processor_time_is_limited():
     start = time.monotonic()
     with pytest.raises(TooSlow):
         limited(spin)
     assert time.monotonic() - start < 10
 
 
-def test_waiting_is_limited():
+def test_wall_clock_time_is_limited():
     with pytest.raises(TooSlow):
         limited(time.sleep, 60, seconds=0.1)
 
 
-def test_a_crash_is_an_exception():
+def test_crash_raises_an_exception():
     with pytest.raises(Crashed):
         limited(os._exit, 9)
     with pytest.raises(Crashed):

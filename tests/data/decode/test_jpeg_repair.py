@@ -1,4 +1,4 @@
-"""JPEGs with junk that loses no pixel are read as without it; damage that looks like junk is still refused."""
+"""JPEGs with harmless junk are read as if it were not there; damage that looks like junk is rejected."""
 
 import io
 
@@ -17,7 +17,7 @@ BETWEEN, BEFORE_END, NO_END = TOLERATED
 
 
 def photo(**options):
-    """A JPEG with structure at every scale: what `noisy` has none of, and `smooth` too little."""
+    """Return a JPEG with structure at every scale; `noisy` has none, and `smooth` too little."""
     rng = np.random.default_rng(3)
     coarse = Image.fromarray(rng.integers(0, 255, (20, 30, 3), np.uint8)).resize((240, 160), Image.Resampling.BICUBIC)
     fine = np.clip(np.asarray(coarse).astype(int) + rng.integers(-20, 20, (160, 240, 3)), 0, 255).astype(np.uint8)
@@ -25,7 +25,7 @@ def photo(**options):
 
 
 def segment_end(data):
-    """Where the first segment ends: a place between two segments."""
+    """Return the end of the first segment, a position between two segments."""
     return 4 + int.from_bytes(data[4:6], "big")
 
 
@@ -52,10 +52,10 @@ CASES = [
 
 @pytest.mark.parametrize("kind", [{}, {"progressive": True}, {"subsampling": 0}, {"optimize": True}, {"gray": True}])
 @pytest.mark.parametrize(("where", "junk", "expected"), CASES)
-def test_junk_that_loses_no_pixel_is_accepted_and_named(where, junk, expected, kind):
+def test_harmless_junk_is_accepted_and_reported(where, junk, expected, kind):
     sound = photo(**kind) if "gray" not in kind else file_of(smooth(channels=1), "JPEG")
     if kind.get("progressive") and where == "before end" and len(set(junk)) > 1:
-        pytest.skip("in a progressive JPEG only padding can be told from damage")
+        pytest.skip("in a progressive JPEG, only padding can be distinguished from damage")
     data, tolerated = with_junk(sound, where, junk), []
     pixels = decode(data, tolerated=tolerated)
     assert tuple(tolerated) == expected
@@ -67,7 +67,7 @@ def test_junk_that_loses_no_pixel_is_accepted_and_named(where, junk, expected, k
     assert (decode(data, at_least=(20, 30)) == decode(sound, at_least=(20, 30))).all()
 
 
-def test_several_faults_at_once_and_orientation_survive():
+def test_several_harmless_faults_are_accepted_in_a_rotated_jpeg():
     exif = Image.Exif()
     exif[0x0112] = 6
     sound, tolerated = photo(exif=exif), []
@@ -76,13 +76,13 @@ def test_several_faults_at_once_and_orientation_survive():
     assert tolerated == [BETWEEN, BEFORE_END]
 
 
-def test_a_sound_file_has_nothing_to_tolerate():
+def test_intact_file_has_no_tolerated_faults():
     tolerated = []
     decode(photo(), tolerated=tolerated)
     assert tolerated == []
 
 
-def test_missing_bytes_are_no_junk():
+def test_missing_bytes_are_rejected():
     data = photo()
     for cut in (data[:-2], data[:-40], data[: len(data) // 2]):
         for tail in (b"", b"\0\0", b"\0" * 500, b"\xff\xd9", b"\0\0\xff\xd9"):
@@ -92,8 +92,8 @@ def test_missing_bytes_are_no_junk():
                 decode(cut + tail)
 
 
-def test_damage_is_no_junk():
-    """The strict decoder complains of extraneous bytes in most of these: what damage left unread of the image."""
+def test_damage_is_not_accepted_as_junk():
+    """For most of these files, the strict decoder reports extraneous bytes: blocks of the image left unread."""
     refused_for_leftover = 0
     for seed in range(4):
         for data in (file_of(noisy(160, 240, seed=seed), "JPEG"), photo()):
@@ -105,11 +105,11 @@ def test_damage_is_no_junk():
                     continue
                 tolerated = []
                 decode(damaged(data, float(share), 40), tolerated=tolerated)
-                assert not tolerated, f"damage at {share:.0%} passed for junk"
+                assert not tolerated, f"damage at {share:.0%} was accepted as junk"
     assert refused_for_leftover > 10
 
 
-def test_the_scan_counts_them_and_keeps_them(tmp_path, monkeypatch):
+def test_scan_counts_and_caches_tolerated_faults(tmp_path, monkeypatch):
     monkeypatch.setenv("UNMASK_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("unmask.data.scan.scan_cache.WORTH_KEEPING", 0.0)
     monkeypatch.setattr("unmask.data.scan.scan_cache.SETTLED", -(10**18))

@@ -1,4 +1,4 @@
-"""Absent pixels: found by the tag, by NaN or by the setting; out of the statistics, and never resampled into others."""
+"""Absent pixels: found by tag, NaN or setting, excluded from the statistics, and not mixed into resampled pixels."""
 
 from pathlib import Path
 
@@ -29,7 +29,7 @@ SPEC = ImageSpec(1, (16, 16), "float32", (250.0,), (60.0,))
 
 
 def terrain(number: int, *, hole: bool = True, missing: float = -9999) -> np.ndarray:
-    """(40, 48) float32 of mean 250 and standard deviation 60, with a hole in it where asked."""
+    """Return (40, 48) float32 with mean 250 and standard deviation 60, and with absent pixels if `hole`."""
     heights = np.random.default_rng(number).standard_normal((40, 48)).astype(np.float32)
     heights = (heights - heights.mean()) / heights.std() * 60 + 250
     if hole:
@@ -42,7 +42,7 @@ def tag(value: str) -> dict:
 
 
 def write(folder: Path, count: int = 10, **given) -> Path:
-    """GeoTIFFs, every second one with a hole."""
+    """Write GeoTIFFs, every second one with absent pixels."""
     folder.mkdir()
     for number in range(count):
         tifffile.imwrite(folder / f"{number:02}.tif", terrain(number, hole=number % 2 == 0), **given)
@@ -51,13 +51,13 @@ def write(folder: Path, count: int = 10, **given) -> Path:
 
 @pytest.mark.parametrize("given", [{}, {"bigtiff": True}, {"byteorder": ">"}, {"compression": "deflate"}])
 @pytest.mark.parametrize("value", ["-9999", "0", "-3.4028234663852886e+38", "65535 ", "nan"])
-def test_the_tag_is_read(tmp_path, given, value):
+def test_nodata_tag_is_read(tmp_path, given, value):
     tifffile.imwrite(tmp_path / "a.tif", terrain(0), **tag(value), **given)
     found = nodata_module.declared((tmp_path / "a.tif").read_bytes())
     assert found == float(value) or (value == "nan" and np.isnan(found))
 
 
-def test_no_tag_a_tag_that_is_no_number_and_other_files_declare_nothing(tmp_path):
+def test_nodata_is_none_without_a_numeric_tag(tmp_path):
     tifffile.imwrite(tmp_path / "a.tif", terrain(0))
     assert nodata_module.declared((tmp_path / "a.tif").read_bytes()) is None
     tifffile.imwrite(tmp_path / "b.tif", terrain(0), **tag("none of these"))
@@ -74,7 +74,7 @@ def test_no_tag_a_tag_that_is_no_number_and_other_files_declare_nothing(tmp_path
 def test_integers_of_every_width(tmp_path, dtype, value, channels):
     pixels = np.random.default_rng(0).integers(1, 200, (20, 24, channels)).astype(dtype)
     pixels[3:6, 2:9] = value
-    pixels[0, 0, 0] = value  # in one channel of several it is a colour
+    pixels[0, 0, 0] = value  # a value in only one of several channels is an ordinary colour
     tifffile.imwrite(tmp_path / "a.tif", pixels.squeeze(), photometric="rgb" if channels == 3 else "minisblack",
                      planarconfig="contig" if channels > 1 else None, **tag(str(value)))  # fmt: skip
     data = (tmp_path / "a.tif").read_bytes()
@@ -83,7 +83,7 @@ def test_integers_of_every_width(tmp_path, dtype, value, channels):
     assert not valid[3:6, 2:9].any()
 
 
-def test_nan_counts_unless_nothing_may_be_absent():
+def test_nan_is_absent_unless_nodata_is_none():
     pixels = terrain(0, missing=np.nan)[:, :, None]
     assert (~nodata_module.valid_pixels(pixels, "auto", None)).sum() == 22 * 24
     with pytest.raises(BadImage, match=r"NaN.*data\.nodata=auto"):
@@ -95,13 +95,13 @@ def test_nan_counts_unless_nothing_may_be_absent():
 
 def test_values_beyond_float32_are_absent(tmp_path):
     heights = terrain(0, hole=False).astype(np.float64)
-    heights[:4] = -1.7976931348623157e308  # what float64 rasters declare
+    heights[:4] = -1.7976931348623157e308  # a common no-data value in float64 rasters
     np.save(tmp_path / "a.npy", heights)
     pixels = decode.decode((tmp_path / "a.npy").read_bytes())
     assert (~nodata_module.valid_pixels(pixels, "auto", None)).sum() == 4 * 48
 
 
-def test_the_setting_is_for_files_without_a_tag_and_none_turns_it_off():
+def test_nodata_setting_adds_a_value_or_turns_detection_off():
     pixels = terrain(0)[:, :, None]
     assert nodata_module.valid_pixels(pixels, "auto", None) is None
     assert (~nodata_module.valid_pixels(pixels, -9999, None)).sum() == 22 * 24
@@ -111,7 +111,7 @@ def test_the_setting_is_for_files_without_a_tag_and_none_turns_it_off():
 
 @pytest.mark.parametrize("kind", ["tag", "nan", "setting"])
 @pytest.mark.parametrize("workers", [0, 1])
-def test_statistics_are_those_of_the_terrain(tmp_path, kind, workers):
+def test_statistics_exclude_absent_pixels(tmp_path, kind, workers):
     if kind == "nan":
         for number in range(10):
             np.save(tmp_path / f"{number}.npy", terrain(number, hole=number % 2 == 0, missing=np.nan))
@@ -124,17 +124,17 @@ def test_statistics_are_those_of_the_terrain(tmp_path, kind, workers):
     assert found.std == pytest.approx([60], abs=1)
     assert found.absent_share == pytest.approx(0.5 * 22 * 24 / (40 * 48))
     assert (found.good, found.absent_files, found.empty_files) == (10, 5, 0)
-    assert "13.7% of all, in 5 of 10 files" in findings(found)[0]
+    assert "13.7% of all pixels, in 5 of 10 files" in findings(found)[0]
 
 
-def test_without_the_tag_the_values_are_taken_as_they_are(tmp_path):
+def test_values_are_used_as_data_without_the_tag(tmp_path):
     found = scan(open_source(str(write(tmp_path / "terrain"))), workers=0)
     assert found.mean[0] < -500
     assert found.absent_files == 0
     assert not findings(found)
 
 
-def test_a_scan_is_remembered_by_setting(tmp_path, monkeypatch):
+def test_scan_cache_depends_on_the_nodata_setting(tmp_path, monkeypatch):
     folder = write(tmp_path / "terrain")
     monkeypatch.setenv("UNMASK_CACHE", str(tmp_path / "memory"))
     monkeypatch.setattr(scan_cache, "WORTH_KEEPING", -1.0)
@@ -147,7 +147,7 @@ def test_a_scan_is_remembered_by_setting(tmp_path, monkeypatch):
     assert other.mean[0] < -500
 
 
-def test_runs_of_earlier_versions_go_on_as_they_were(tmp_path):
+def test_runs_of_earlier_versions_ignore_the_nodata_tag(tmp_path):
     folder = write(tmp_path / "terrain", **tag("-9999"))
     found = scan(apply_reading(open_source(str(folder)), EARLIER), workers=0)
     assert found.mean[0] < -500
@@ -169,7 +169,7 @@ def whole(size: tuple[int, int]) -> np.ndarray:
 
 @pytest.mark.parametrize("target", [(16, 16), (40, 48), (90, 100)])
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
-def test_resampling_lets_nothing_of_absent_pixels_into_others(target, interpolation):
+def test_resampling_excludes_absent_pixels(target, interpolation):
     image = np.full((40, 48, 2), 100.0, np.float32)
     valid = np.ones((40, 48), bool)
     valid[8:30, 12:36] = False
@@ -185,7 +185,7 @@ def test_resampling_lets_nothing_of_absent_pixels_into_others(target, interpolat
     assert np.array_equal(there_turned, there[:, ::-1])
 
 
-def test_resampling_an_image_that_is_all_there_is_that_of_other_images():
+def test_resampling_without_absent_pixels_agrees_with_cut():
     image = terrain(0, hole=False)[:, :, None]
     plain = augment.cut(image, whole((40, 48)), (16, 16), False)
     pixels, there = augment.cut_valid(
@@ -202,7 +202,7 @@ def batch_of(folder: Path, *, spec: ImageSpec = SPEC, epoch: int = 0, nodata: No
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_the_loader_fills_with_the_mean_and_says_where(tmp_path, training):
+def test_loader_fills_absent_pixels_with_the_mean_and_marks_them(tmp_path, training):
     batch = batch_of(write(tmp_path / "terrain", **tag("-9999")), training=training)
     assert batch.valid.shape == (10, 16, 16)
     assert batch.valid[1::2].all()
@@ -226,7 +226,7 @@ def test_kept_images_give_the_same_batches(tmp_path):
     assert torch.equal(one.valid, other.valid)
 
 
-def test_nothing_changes_where_no_pixel_is_absent(tmp_path):
+def test_nodata_tag_changes_nothing_without_absent_pixels(tmp_path):
     plain, tagged = write(tmp_path / "plain", count=0), write(tmp_path / "tagged", count=0)
     for number in range(10):
         tifffile.imwrite(plain / f"{number}.tif", terrain(number, hole=False))
@@ -236,7 +236,7 @@ def test_nothing_changes_where_no_pixel_is_absent(tmp_path):
     assert torch.equal(one.images, other.images)
 
 
-def test_colours_and_crops_left_to_the_device_agree_with_the_loaders(tmp_path):
+def test_absent_pixels_agree_between_loader_and_device(tmp_path):
     folder = write(tmp_path / "colour", count=0)
     for number in range(10):
         pixels = np.random.default_rng(number).integers(20, 200, (40, 48, 3), np.uint8)
@@ -259,13 +259,13 @@ class Maps:
         return {"maps": np.ones(target, np.int64)}
 
 
-def test_absent_pixels_of_maps_are_ignored(tmp_path):
+def test_absent_pixels_are_ignored_in_segmentation_masks(tmp_path):
     batch = batch_of(write(tmp_path / "terrain", **tag("-9999")), annotations=Maps())
     assert (batch.maps[~batch.valid] == IGNORED).all()
     assert (batch.maps[batch.valid] == 1).all()
 
 
-def test_packed_copies_keep_their_holes(tmp_path):
+def test_packed_copies_preserve_absent_pixels(tmp_path):
     folder = write(tmp_path / "terrain", count=0)
     large = np.kron(terrain(0), np.ones((4, 4), np.float32))
     tifffile.imwrite(folder / "a.tif", large, **tag("-9999"))
@@ -276,8 +276,8 @@ def test_packed_copies_keep_their_holes(tmp_path):
     assert valid.mean() == pytest.approx(1 - 22 * 24 / (40 * 48), abs=0.03)
     assert small[valid].mean() == pytest.approx(250, abs=2)
     assert small[valid].min() > 0
-    assert pack_image(source, 1, 40, 90).data == source.read(1), "only its own tag says which pixels are absent"
+    assert pack_image(source, 1, 40, 90).data == source.read(1), "integer pixels are only marked as absent by the tag"
 
 
-def test_a_directory_beyond_what_can_be_addressed_declares_nothing():
+def test_nodata_is_none_if_the_directory_offset_is_invalid():
     assert nodata_module.declared(b"II+\0\x08\0\0\0" + b"\xff" * 8 + bytes(16)) is None

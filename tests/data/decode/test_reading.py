@@ -1,4 +1,4 @@
-"""Alpha, pages and axes: no channel is lost or mixed without a word, and settings decide."""
+"""Alpha, pages and axes: no channel is dropped or mixed silently, and settings override the defaults."""
 
 import builtins
 import struct
@@ -28,7 +28,7 @@ from unmask.engine.check import print_table
 
 
 def photo(channels=4, seed=0, height=48, width=64):
-    """Values between 20 and 230: what a band of data has, and an alpha channel has not."""
+    """Return values between 20 and 230, which occur in a band of data but not in an alpha channel."""
     return (noisy(height, width, channels, seed=seed).astype(int) * 210 // 255 + 20).astype(np.uint8)
 
 
@@ -61,7 +61,7 @@ def pages_tiff(path, *pages, **options):
 
 
 def bmp_with_alpha(image):
-    """A BMP whose header has an alpha mask, as some programs write without filling the alpha."""
+    """Return a BMP whose header has an alpha mask but whose alpha is 0, as some programs write it."""
     height, width, _ = image.shape
     pixels = image[::-1, :, [2, 1, 0, 3]].tobytes()
     masks = (0xFF0000, 0xFF00, 0xFF, 0xFF000000)
@@ -84,13 +84,13 @@ def test_a_band_of_data_tagged_as_alpha_is_kept(dtype, planar):
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
-def test_two_radar_bands_with_the_tag_stay_two(dtype):
+def test_two_radar_bands_tagged_as_alpha_are_both_kept(dtype):
     values = photo(2).astype(dtype)
     data = tiff(values, photometric="minisblack", extrasamples=["unassalpha"], planarconfig="contig")
     assert (agreed(data) == values).all()
 
 
-def test_a_real_alpha_is_composited_as_before():
+def test_real_alpha_is_composited():
     image = rgba()
     for data in (
         file_of(image, "PNG"),
@@ -104,7 +104,7 @@ def test_a_real_alpha_is_composited_as_before():
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP", "BMP"])
-def test_settings_decide_what_becomes_of_alpha(kind):
+def test_alpha_setting_is_applied(kind):
     image = rgba()
     data = (
         bmp_with_alpha(image)
@@ -118,7 +118,7 @@ def test_settings_decide_what_becomes_of_alpha(kind):
     assert uses == {"composite": "composited", "drop": "dropped", "band": "band"}
 
 
-def test_settings_decide_of_16_bit_and_premultiplied_alpha():
+def test_alpha_setting_applies_to_16_bit_and_premultiplied_alpha():
     values = noisy(channels=4, dtype=np.uint16)
     for data in (png16(values), tiff(values, photometric="rgb", extrasamples=["unassalpha"])):
         assert (agreed(data, alpha="drop") == values[..., :3]).all()
@@ -127,7 +127,7 @@ def test_settings_decide_of_16_bit_and_premultiplied_alpha():
     assert (agreed(small, alpha="band") == rgba()).all()
 
 
-def test_gray_with_alpha_obeys_too():
+def test_alpha_setting_applies_to_gray_with_alpha():
     both = np.dstack([photo(1)[..., 0], np.where(np.arange(64) < 20, 0, 255).astype(np.uint8)[None].repeat(48, 0)])
     data = file_of(Image.fromarray(both, "LA"), "PNG")
     assert agreed(data).shape == (48, 64, 1)
@@ -144,17 +144,17 @@ def test_a_bmp_with_an_alpha_of_zeros_is_opaque():
     assert (agreed(bmp_with_alpha(rgba())) == on_white(rgba())).all()
 
 
-def test_float_alpha_is_refused_with_the_settings_that_help():
+def test_float_alpha_is_rejected_with_the_settings_that_fix_it():
     data = tiff(photo().astype(np.float32), photometric="rgb", extrasamples=["unassalpha"])
     with pytest.raises(BadImage, match=r"data\.alpha=band"):
         header(data)
     assert agreed(data, alpha="band").shape == (48, 64, 4)
 
 
-def test_one_meaning_of_the_tag_for_a_whole_data_set(tmp_path):
+def test_alpha_tag_is_decided_once_for_a_data_set(tmp_path):
     for number in range(5):
         image = photo(seed=number)
-        if number == 0:  # by itself it looks like alpha
+        if number == 0:  # this file alone looks as if it had alpha
             image[..., 3] = 255
         (tmp_path / f"{number}.tif").write_bytes(tiff(image, photometric="rgb", extrasamples=["unassalpha"]))
     found = scan(open_source(tmp_path))
@@ -167,7 +167,7 @@ def test_one_meaning_of_the_tag_for_a_whole_data_set(tmp_path):
 
 @pytest.mark.parametrize("kind", ["imagej", "ome"])
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
-def test_channels_in_pages_are_read_where_metadata_says_so(kind, dtype):
+def test_pages_are_channels_if_metadata_declares_them(kind, dtype):
     values = noisy(channels=5, dtype=np.uint16).astype(dtype)
     data = tiff(values.transpose(2, 0, 1).copy(), **{kind: True}, metadata={"axes": "CYX"})
     assert (agreed(data) == values).all()
@@ -176,14 +176,14 @@ def test_channels_in_pages_are_read_where_metadata_says_so(kind, dtype):
 
 
 @pytest.mark.parametrize("order", ["ZCYX", "CZYX"])
-def test_channels_among_depths_are_those_of_the_first_depth(order):
+def test_channels_of_the_first_depth_are_read(order):
     volume = noisy(32, 40, 12, np.uint16).transpose(2, 0, 1).reshape(4, 3, 32, 40)  # Z, C
     stored = volume if order == "ZCYX" else volume.transpose(1, 0, 2, 3).copy()
     pixels = agreed(tiff(stored, ome=True, metadata={"axes": order}))
     assert (pixels == volume[0].transpose(1, 2, 0)).all()
 
 
-def test_pages_without_metadata_are_counted_and_settings_decide():
+def test_pages_without_metadata_are_counted_and_read_by_setting():
     values = noisy(channels=4)
     data = tiff(values.transpose(2, 0, 1).copy(), photometric="minisblack")
     assert (agreed(data) == values[..., :1]).all()
@@ -192,7 +192,7 @@ def test_pages_without_metadata_are_counted_and_settings_decide():
 
 
 @pytest.mark.parametrize("reduced", [True, False])
-def test_of_a_pyramid_the_full_resolution_is_read(tmp_path, reduced):
+def test_full_resolution_of_a_pyramid_is_read(tmp_path, reduced):
     full, level = noisy(), {"photometric": "rgb", "subfiletype": int(reduced)}
     main = {"photometric": "rgb"}
     data = pages_tiff(tmp_path / "a.tif", (full[::4, ::4].copy(), level), (full, main), (full[::2, ::2].copy(), level))
@@ -204,13 +204,13 @@ def test_of_a_pyramid_the_full_resolution_is_read(tmp_path, reduced):
     assert header(below).layout == Layout(3)
 
 
-def test_pages_of_other_sizes_are_no_pyramid(tmp_path):
+def test_pages_of_unrelated_sizes_are_not_a_pyramid(tmp_path):
     data = pages_tiff(tmp_path / "a.tif", (noisy(40, 30), {}), (noisy(50, 30), {}))
     assert agreed(data).shape == (40, 30, 3)
     assert header(data).layout.page_use == "first"
 
 
-def test_every_page_can_be_an_image_of_its_own(tmp_path):
+def test_every_page_can_be_a_separate_image(tmp_path):
     values = noisy(channels=5)
     (tmp_path / "stack.tif").write_bytes(tiff(values.transpose(2, 0, 1).copy(), photometric="minisblack"))
     (tmp_path / "one.png").write_bytes(file_of(values[..., :1], "PNG"))
@@ -230,7 +230,7 @@ def test_every_page_can_be_an_image_of_its_own(tmp_path):
 @pytest.mark.parametrize(
     ("shape", "size"),
     [
-        ((40, 60, 100), (40, 60, 100)),  # hyperspectral, in height smaller than the others
+        ((40, 60, 100), (40, 60, 100)),  # hyperspectral, with a height smaller than the other axes
         ((145, 145, 200), (145, 145, 200)),
         ((224, 128, 128), (128, 128, 224)),  # square patches of many bands
         ((64, 200, 200), (200, 200, 64)),
@@ -247,16 +247,16 @@ def test_the_order_of_axes(shape, size):
     assert (agreed(npy(values), axes="CHW") == values.transpose(1, 2, 0)).all()
 
 
-def test_the_axis_that_is_equally_long_everywhere_is_that_of_the_channels(tmp_path):
+def test_axis_with_the_same_length_in_all_files_is_the_channel_axis(tmp_path):
     for number in range(4):
         np.save(tmp_path / f"{number}.npy", np.zeros((30, 40 + number, 40 + number), np.float32) + number)
     found = scan(open_source(tmp_path))
     assert found.reading.axes == "CHW"
     assert found.channels == {30: 4}
-    assert "equally long in all" in findings(found)[0]
+    assert "the same length in all" in findings(found)[0]
 
 
-def test_a_guess_is_said(tmp_path):
+def test_guessed_axes_are_reported(tmp_path):
     for number in range(3):
         np.save(tmp_path / f"{number}.npy", np.random.default_rng(number).random((20, 30, 50)))
     found = scan(open_source(tmp_path))
@@ -265,10 +265,10 @@ def test_a_guess_is_said(tmp_path):
     assert "data.axes=CHW" in findings(found)[0]
 
 
-# ------------------------------------------------------------------------------------------ settings reach everything
+# ------------------------------------------------------------------------------------------- settings in later commands
 
 
-def test_the_plan_keeps_what_was_settled_and_later_commands_obey(tmp_path, monkeypatch, capsys):
+def test_plan_stores_the_reading_for_later_commands(tmp_path, monkeypatch, capsys):
     from conftest import SMALL_RUN
 
     from unmask.evals import embed
@@ -282,7 +282,7 @@ def test_the_plan_keeps_what_was_settled_and_later_commands_obey(tmp_path, monke
     plan = run.read("plan.json")
     assert (plan["images"]["channels"], plan["reading"]["tagged"]) == (4, "band")
     assert any("10 TIFF files: alpha is kept as a band" in reason for reason in plan["reasons"])
-    one = tmp_path / "one"  # by itself it would be taken for alpha
+    one = tmp_path / "one"  # this file alone would be read as having alpha
     one.mkdir()
     values = photo()
     values[..., 3] = 255
@@ -295,7 +295,7 @@ def test_the_plan_keeps_what_was_settled_and_later_commands_obey(tmp_path, monke
         pretrain(folder, recipe="mae_nano", settings=(*SMALL_RUN, "data.alpha=drop", "data.channels=4"))
 
 
-def test_runs_of_earlier_versions_read_as_they_did():
+def test_runs_of_earlier_versions_use_the_earlier_reading():
     from unmask.engine.plan import Plan
 
     assert Plan.model_fields["reading"].default == EARLIER
@@ -310,7 +310,7 @@ def test_the_settings_are_those_of_the_configuration():
     )
 
 
-def test_what_is_found_is_tabled_and_ordinary_files_are_not(tmp_path, capsys):
+def test_file_kinds_are_tabulated_unless_all_are_plain(tmp_path, capsys):
     (tmp_path / "a.png").write_bytes(file_of(noisy(), "PNG"))
     assert is_plain(scan(open_source(tmp_path)))
     for number in range(3):
@@ -328,7 +328,7 @@ def test_what_is_found_is_tabled_and_ordinary_files_are_not(tmp_path, capsys):
     assert any("only the first page is read" in sentence for sentence in findings(found))
 
 
-def test_a_scan_remembers_layouts_for_each_reading(tmp_path, monkeypatch):
+def test_scan_cache_stores_layouts_for_each_reading(tmp_path, monkeypatch):
     monkeypatch.setenv("UNMASK_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("unmask.data.scan.scan_cache.WORTH_KEEPING", 0.0)
     monkeypatch.setattr("unmask.data.scan.scan_cache.SETTLED", -(10**18))
@@ -342,7 +342,7 @@ def test_a_scan_remembers_layouts_for_each_reading(tmp_path, monkeypatch):
     assert (other.known, other.channels) == (0, {4: 3})
 
 
-def test_a_layout_survives_as_a_number():
+def test_layout_is_encoded_as_one_integer():
     for layout in (
         Layout(),
         Layout(7, "band", 12, "channels", "CHW", TOLERATED),
@@ -352,14 +352,14 @@ def test_a_layout_survives_as_a_number():
     assert Layout.from_code(Layout(10**6, pages=10**6).code) == Layout(65535, pages=65535)
 
 
-# ----------------------------------------------------------------------------------------------------- hostile, absent
+# ----------------------------------------------------------------------------------- damaged files and missing packages
 
 
-def test_endless_directories_and_loops_end():
+def test_cyclic_and_endless_directories_terminate():
     data = bytearray(file_of(noisy(), "TIFF"))
     place = struct.unpack_from("<I", data, 4)[0]
     entries = struct.unpack_from("<H", data, place)[0]
-    struct.pack_into("<I", data, place + 2 + 12 * entries, place)  # the next directory is this one
+    struct.pack_into("<I", data, place + 2 + 12 * entries, place)  # the next directory is the same one
     assert (agreed(bytes(data)) == noisy()).all()
     struct.pack_into("<H", data, place, MOST_ENTRIES + 1)
     with pytest.raises(BadImage) as caught:
@@ -367,7 +367,7 @@ def test_endless_directories_and_loops_end():
     assert caught.value.code == "HEADER_BAD"
 
 
-def test_without_tifffile_the_remedy_is_named(monkeypatch):
+def test_missing_tifffile_is_reported_with_the_fix(monkeypatch):
     data = tiff(photo().astype(np.uint16), photometric="rgb", extrasamples=["unassalpha"])
     true_import = builtins.__import__
 
@@ -387,7 +387,7 @@ def test_without_tifffile_the_remedy_is_named(monkeypatch):
 
 @pytest.mark.parametrize("start", [b"II*\0\0\0\0\0", b"MM\0*\0\0\0\0" + bytes(40), b"II+\0\x08\0\0\0" + bytes(30)])
 @pytest.mark.parametrize("pages", ["auto", "samples"])
-def test_a_tiff_whose_writer_was_killed_is_a_bad_file(tmp_path, start, pages):
+def test_tiff_with_an_incomplete_directory_is_a_bad_file(tmp_path, start, pages):
     (tmp_path / "cut.tif").write_bytes(start)
     (tmp_path / "whole.tif").write_bytes(tiff(photo(3), photometric="rgb"))
     source = apply_reading(open_source(tmp_path), Reading(pages=pages))
@@ -396,7 +396,7 @@ def test_a_tiff_whose_writer_was_killed_is_a_bad_file(tmp_path, start, pages):
     assert found.good == 1
 
 
-def test_remarks_of_tifffile_on_tags_are_not_shown(tmp_path):
+def test_tifffile_warnings_about_tags_are_not_printed(tmp_path):
     data = tiff(np.zeros((8, 8, 5), np.uint16), photometric="minisblack", planarconfig="contig", software="a")
     assert struct.pack("<HH", 305, 2) in data
     (tmp_path / "a.tif").write_bytes(data.replace(struct.pack("<HH", 305, 2), struct.pack("<HH", 305, 999)))
@@ -405,7 +405,7 @@ def test_remarks_of_tifffile_on_tags_are_not_shown(tmp_path):
     assert done.stderr == ""
 
 
-def test_other_images_are_read_as_a_run_settled_it():
+def test_other_images_are_read_with_the_reading_of_the_run():
     auto = DataConfig()
     assert auto.as_settled(Reading(tagged="band")) == {"alpha": "band"}
     assert auto.as_settled(Reading(tagged="alpha", axes="HWC")) == {"alpha": "composite", "axes": "HWC"}

@@ -1,4 +1,4 @@
-"""Archives as people have them: links, updates, names of Windows, and data sets in many shards."""
+"""Real-world archives: links, updated members, Windows names, and data sets in many shards."""
 
 import io
 import os
@@ -38,7 +38,7 @@ def tar_of(path: Path, members, mode="w"):
 
 
 def read_all(source):
-    """Content by name, the same from a copy in another process's way."""
+    """Return the content by name, after checking that a pickled copy reads the same."""
     again = pickle.loads(pickle.dumps(source))
     found = {name: source.read(row) for row, name in enumerate(source.names)}
     assert found == {name: again.read(row) for row, name in enumerate(again.names)}
@@ -46,12 +46,12 @@ def read_all(source):
 
 
 @pytest.mark.parametrize(("name", "mode"), [("d.tar", "w"), ("d.tar.gz", "w:gz")])
-def test_a_class_of_hard_and_symbolic_links_is_there(tmp_path, name, mode):
+def test_class_of_hard_and_symbolic_links_is_read(tmp_path, name, mode):
     members = [
         ("./blobs/one", png(1)),
         ("./a/0.png", png(0)),
         ("./b/0.png", tarfile.LNKTYPE, "./a/0.png"),
-        ("b/1.png", tarfile.LNKTYPE, "blobs/one"),  # what it names is no image by its name
+        ("b/1.png", tarfile.LNKTYPE, "blobs/one"),  # the target does not have the name of an image
         ("b/2.png", tarfile.SYMTYPE, "../a/0.png"),
         ("b/3.png", tarfile.SYMTYPE, "2.png"),
         ("b/4.png", tarfile.SYMTYPE, "../../../etc/passwd"),
@@ -68,7 +68,7 @@ def test_a_class_of_hard_and_symbolic_links_is_there(tmp_path, name, mode):
 
 
 @pytest.mark.parametrize(("name", "mode"), [("d.tar", "w"), ("d.tar.gz", "w:gz")])
-def test_of_a_name_that_occurs_twice_the_last_counts(tmp_path, name, mode):
+def test_last_of_two_members_with_the_same_name_is_read(tmp_path, name, mode):
     members = [
         ("a.png", png(0)), ("b.png", png(1)), ("c.png", tarfile.LNKTYPE, "a.png"), ("./a.png", png(2)),
         ("b.png", tarfile.SYMTYPE, "c.png"),
@@ -79,7 +79,7 @@ def test_of_a_name_that_occurs_twice_the_last_counts(tmp_path, name, mode):
 
 
 @pytest.mark.parametrize(("system", "names"), [(0, ["x/a/0.png", "x/b/1.png"]), (3, ["x\\a\\0.png", "x\\b\\1.png"])])
-def test_backslashes_of_windows_are_folders(tmp_path, system, names):
+def test_backslashes_from_windows_separate_folders(tmp_path, system, names):
     with zipfile.ZipFile(tmp_path / "d.zip", "w") as archive:
         for name in ("x\\a\\0.png", "x\\b\\1.png", "x\\..\\..\\2.png", "x\\b\\"):
             info = zipfile.ZipInfo(name)
@@ -118,7 +118,7 @@ def test_a_folder_of_webdataset_shards_is_one_source(tmp_path):
     assert open_source(webdataset(tmp_path / "none", extra="")).labels is None
 
 
-def test_shards_are_no_classes_and_tars_of_classes_are(tmp_path):
+def test_tar_names_are_classes_unless_they_are_numbered_shards(tmp_path):
     with pytest.raises(SourceError, match="no class labels"):
         require_labels(open_source(webdataset(tmp_path / "none", extra="")))
     for name in ("cats", "dogs"):
@@ -129,7 +129,7 @@ def test_shards_are_no_classes_and_tars_of_classes_are(tmp_path):
     assert open_source(tmp_path / "imagenet").classes == ["n01440764", "n01443537"]
 
 
-def test_shards_without_some_labels_are_said(tmp_path):
+def test_missing_labels_in_a_webdataset_are_reported(tmp_path):
     tar_of(tmp_path / "d.tar", [("0.png", png(0)), ("0.cls", b"3"), ("1.png", png(1))])
     with pytest.raises(SourceError, match=r"1 of 2 images have no .cls file .* 1.png"):
         require_labels(open_source(tmp_path / "d.tar"))
@@ -154,10 +154,12 @@ def test_a_folder_or_glob_of_parquet_files_is_one_source(tmp_path, monkeypatch):
     source = pickle.loads(pickle.dumps(source))
     for row in range(6):
         source.read(row)
-    assert sum(len(part.groups) for part in source.parts) == len(source.parts), "one group in all, held by all parts"
+    assert sum(len(part.groups) for part in source.parts) == len(source.parts), (
+        "one group in total, shared by all parts"
+    )
 
 
-def test_splits_of_shards_are_no_classes(tmp_path):
+def test_split_names_of_shards_are_not_classes(tmp_path):
     for split in ("train", "test"):
         table(tmp_path / "set" / f"{split}-00000-of-00001.parquet", [0, 1])
     with pytest.raises(SourceError, match=r"several splits \(test, train\).*as a glob"):
@@ -165,7 +167,7 @@ def test_splits_of_shards_are_no_classes(tmp_path):
     assert open_source(str(tmp_path / "set" / "train*")).classes == ["c0", "c1"]
 
 
-def test_shards_that_do_not_belong_together_are_refused_by_name(tmp_path):
+def test_shards_with_different_columns_or_kinds_are_rejected(tmp_path):
     table(tmp_path / "a" / "0.parquet", [0])
     table(tmp_path / "a" / "1.parquet", [1], label=None)
     with pytest.raises(SourceError, match=r"differ in the label column: 0\.parquet has label, 1\.parquet has none"):
@@ -185,7 +187,7 @@ def folders(root, **names):
     return root
 
 
-def test_several_data_are_one(tmp_path):
+def test_several_data_are_joined_to_one_source(tmp_path):
     folders(tmp_path, one=["a/0.png", "b/1.png"], two=["b/2.png", "c/3.png"])
     source = open_source([tmp_path / "one", tmp_path / "two"])
     assert source.names == ["a/0.png", "b/1.png", "b/2.png", "c/3.png"]
@@ -201,7 +203,7 @@ def test_several_data_are_one(tmp_path):
     assert open_source(files).names == ["b/1.png", "a/0.png"]
 
 
-def test_images_are_left_out_by_pattern_and_counted(tmp_path):
+def test_excluded_images_are_left_out_and_counted(tmp_path):
     folders(tmp_path, d=["a/0.png", "a/mask.png", "b/1.png", "thumbs/x/2.png"])
     source = open_source(tmp_path / "d", exclude=["thumbs", "*mask*", "nothing"])
     assert source.names == ["a/0.png", "b/1.png"]
@@ -210,7 +212,7 @@ def test_images_are_left_out_by_pattern_and_counted(tmp_path):
     assert [source.read(row) for row in (0, 1)] == [png(1), png(3)]
     assert source.path(1) == os.path.join(str(tmp_path / "d"), "b/1.png")
     assert open_source(source.data, source.exclude).fingerprint() == source.fingerprint()
-    with pytest.raises(SourceError, match="leaves none of the 4 images"):
+    with pytest.raises(SourceError, match="excludes all 4 images"):
         open_source(tmp_path / "d", exclude=["*.png"])
 
 
@@ -235,18 +237,18 @@ def test_images_are_left_out_by_pattern_and_counted(tmp_path):
         ("[a&&b].png", "&.png", True),
     ],
 )
-def test_patterns(pattern, name, matches):
+def test_exclude_pattern_matches_the_expected_names(pattern, name, matches):
     assert matcher(pattern)(name) is matches
 
 
 @pytest.mark.parametrize("pattern", ["[z-a].png", "[!]"])
-def test_brackets_that_hold_no_set_of_letters_are_refused(tmp_path, pattern):
+def test_pattern_with_invalid_brackets_is_rejected(tmp_path, pattern):
     folders(tmp_path, d=["a/0.png", "b/1.png"])
-    with pytest.raises(SourceError, match=r"got the pattern .* expected one such as \[0-9\]"):
+    with pytest.raises(SourceError, match=r"with invalid brackets; expected a set of letters such as \[0-9\]"):
         open_source(tmp_path / "d", exclude=[pattern])
 
 
-def test_a_folder_of_compressed_files_that_are_no_shards_holds_no_image(tmp_path):
+def test_folder_of_other_compressed_files_has_no_images(tmp_path):
     (tmp_path / "table.csv.gz").write_bytes(b"\x1f\x8b")
-    with pytest.raises(SourceError, match=r"holds no image \(but 1 \.gz\)"):
+    with pytest.raises(SourceError, match=r"contains no images \(but 1 \.gz\)"):
         open_source(tmp_path)

@@ -1,4 +1,4 @@
-"""List files as people's tools write them: encodings, quotes, headings, and spellings of one class."""
+"""Real-world list files: encodings, quotes, header rows, and several spellings of one class."""
 
 import unicodedata
 
@@ -30,7 +30,7 @@ def texts(source):
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
-def test_unicode_lists_are_read_in_every_form(root, encoding, end):
+def test_lists_are_read_in_every_unicode_encoding(root, encoding, end):
     source = listed(root, end.join(["a.png,Katze", "ü.png,Vögel", ""]).encode(encoding))
     assert list(source.names) == ["a.png", "ü.png"]
     assert texts(source) == ["Katze", "Vögel"]
@@ -42,18 +42,18 @@ def test_unicode_lists_are_read_in_every_form(root, encoding, end):
     [
         ("a.png,cat\nb.png,Vögel\n".encode("cp1252"), r"line 2 of .*list\.txt is not UTF-8: b\.png,V\\xf6gel; .*iconv"),
         ("a.png,cat\nb.png,鳥\n".encode("shift_jis"), r"line 2 of .* is not UTF-8"),
-        (b"a.png,cat\nb.png,do\0g\n", r"line 2 of .* holds a NUL character"),
+        (b"a.png,cat\nb.png,do\0g\n", r"line 2 of .* contains a NUL character"),
         ("a.png,cat\n".encode("utf-16") + b"\x00", r"line 2 of .* is not valid UTF-16-LE"),
         (b"gone\xe9.png\na.png\n", r"line 1 of .* is not UTF-8"),
-        (b'a.png,"cat\nb.png,dog\n', r"line 1 of .* has quotes that do not match"),
+        (b'a.png,"cat\nb.png,dog\n', r"line 1 of .* has unbalanced quotes"),
     ],
 )
-def test_what_is_no_text_is_refused_with_its_line(root, content, said):
+def test_undecodable_line_is_rejected_with_its_number(root, content, said):
     with pytest.raises(SourceError, match=said):
         listed(root, content)
 
 
-def test_a_path_may_hold_bytes_that_are_no_text(root):
+def test_path_may_contain_bytes_that_are_not_utf_8(root):
     name = b"caf\xe9.png"
     try:
         (root.__fspath__().encode() + b"/" + name).decode("utf-8", "surrogateescape")
@@ -75,11 +75,11 @@ def test_cells_follow_the_rules_of_csv(root):
     assert texts(listed(root, '"a.png"\t"big cat"\nb.png\tdog\n')) == ["big cat", "dog"]
     two_lines = listed(root, 'path,label\na.png,"two\nlines"\nb.png,one\n', "list.csv")
     assert texts(two_lines) == ["two\\nlines", "one"]
-    with pytest.raises(SourceError, match=r"line 2 of .*list\.csv opens a quote that is never closed"):
+    with pytest.raises(SourceError, match=r"line 2 of .*list\.csv has a quote that is never closed"):
         listed(root, 'path,label\na.png,"cat\nb.png,dog\n', "list.csv")
 
 
-def test_a_heading_finds_the_columns_of_a_table(root):
+def test_columns_are_found_by_the_header_row(root):
     source = listed(root, "label,score,image_path\ncat,0.5,a.png\ndog,0.25,b.png\n", "list.csv")
     assert list(source.names) == ["a.png", "b.png"]
     assert texts(source) == ["cat", "dog"]
@@ -88,7 +88,7 @@ def test_a_heading_finds_the_columns_of_a_table(root):
         listed(root, "score,path\n1,a.png\n2\n", "list.csv")
 
 
-def test_whole_numbers_sort_as_numbers_and_fractions_are_no_classes(root):
+def test_whole_numbers_are_sorted_as_numbers_and_fractions_are_not_classes(root):
     assert listed(root, "a.png 10\nb.png 9\nü.png -1\n").classes == ["-1", "9", "10"]
     source = listed(root, "a.png,0.5\nb.png,1.25\n")
     assert source.labels is None
@@ -96,7 +96,7 @@ def test_whole_numbers_sort_as_numbers_and_fractions_are_no_classes(root):
         require_labels(source)
 
 
-def test_two_spellings_of_one_class_are_one_class(root):
+def test_unicode_spellings_of_a_class_name_are_one_class(root):
     composed = unicodedata.normalize("NFC", "Vögel")
     decomposed = unicodedata.normalize("NFD", "Vögel")
     assert composed != decomposed
@@ -110,14 +110,14 @@ def test_two_spellings_of_one_class_are_one_class(root):
     assert decomposed in {name.split("/")[0] for name in source.names}, "names of files stay as they are"
 
 
-def test_class_names_hold_no_control_characters(root):
+def test_control_characters_in_class_names_are_escaped(root):
     source = listed(root, "a.png,\x1b[31mred\nb.png,plain\n")
     assert sorted(source.classes) == ["\\x1b[31mred", "plain"]
 
 
 @pytest.mark.parametrize("line", ["a.png,", '"a.png",""'])
-def test_an_empty_label_is_none(root, line):
+def test_empty_label_counts_as_missing(root, line):
     with pytest.raises(
-        SourceError, match=r"1 of 2 lines .* give a label, and others do not, for example a\.png in line 1"
+        SourceError, match=r"1 of 2 lines .* have a label, but others do not, for example a\.png in line 1"
     ):
         listed(root, f"{line}\nb.png,cat\n")

@@ -17,15 +17,15 @@ def test_a_file_has_one_opener(text):
 
 
 @pytest.mark.parametrize("text", ["shapes", "digits-test", "shapes:20", "photos/*.jpg", "photos/**"])
-def test_what_is_no_file_has_one_opener(text, tmp_path, monkeypatch):
+def test_data_that_is_not_a_file_has_one_opener(text, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert sum(opener.opens(text) for opener in OPENERS) == 1
     assert sum(opener.opens(str(tmp_path)) for opener in OPENERS) == 1
 
 
-def test_formats_do_not_claim_the_files_or_names_of_one_another():
+def test_formats_do_not_accept_each_others_files_or_names():
     names = [name for one in FILE_FORMATS for name in one.names]
     assert len(names) == len(set(names))
     starts = [start for one in FILE_FORMATS for start in one.starts]
     assert not [(a, b) for a in starts for b in starts if a is not b and a.startswith(b)]
-    assert [one for one in FILE_FORMATS if not one.starts] == [FILE_FORMATS[-1]]  # the last accepts any bytes
+    assert [one for one in FILE_FORMATS if not one.starts] == [FILE_FORMATS[-1]]  # the last format accepts any bytes

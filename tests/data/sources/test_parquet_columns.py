@@ -1,4 +1,4 @@
-"""Columns of parquet files: every way to store bytes, names of classes in the metadata, and labels that are none."""
+"""Columns of parquet files: every type of bytes, class names in the metadata, and unusable label columns."""
 
 import json
 
@@ -40,7 +40,7 @@ COLUMNS = {
 
 
 @pytest.mark.parametrize("kind", COLUMNS)
-def test_bytes_are_read_however_they_are_stored(tmp_path, kind):
+def test_bytes_are_read_from_every_column_type(tmp_path, kind):
     source = opened(tmp_path, {"image": COLUMNS[kind]()})
     assert [source.read(row) for row in (3, 0, 2, 1)] == [
         (SAME_LENGTH if "fixed" in kind else FILES)[row] for row in (3, 0, 2, 1)
@@ -50,17 +50,17 @@ def test_bytes_are_read_however_they_are_stored(tmp_path, kind):
 @pytest.mark.parametrize(
     ("column", "said"),
     [
-        (pa.array([[[1, 2]], [[3, 4]]], pa.list_(pa.list_(pa.uint8()))), "image holds list.* pixel values rather than"),
-        (pa.array([[0.5], [1.0]]), "image holds list.* pixel values"),
-        (pa.array(["a.png", "b.png"]), "image holds text, paths or base64"),
+        (pa.array([[[1, 2]], [[3, 4]]], pa.list_(pa.list_(pa.uint8()))), "image has list.* pixel values rather than"),
+        (pa.array([[0.5], [1.0]]), "image has list.* pixel values"),
+        (pa.array(["a.png", "b.png"]), "image has text, perhaps paths or base64"),
     ],
 )
-def test_other_columns_are_refused_with_the_reason(tmp_path, column, said):
+def test_unusable_image_columns_are_rejected_with_the_reason(tmp_path, column, said):
     with pytest.raises(SourceError, match=said):
         opened(tmp_path, {"image": column, "label": ["x", "y"]})
 
 
-def test_names_of_classes_come_from_the_metadata(tmp_path):
+def test_class_names_are_read_from_the_metadata(tmp_path):
     names = {"names": ["zebra", "ant", "Vo\u0308gel", "unused"], "_type": "ClassLabel"}
     metadata = {"info": {"features": {"image": {"_type": "Image"}, "label": names}}}
     source = opened(tmp_path, {"image": FILES, "label": [2, 0, 1, 0]}, metadata)
@@ -68,7 +68,7 @@ def test_names_of_classes_come_from_the_metadata(tmp_path):
     assert source.labels is not None
     assert source.labels.tolist() == [2, 0, 1, 0]
     unlabelled = opened(tmp_path, {"image": FILES, "label": [-1] * 4}, metadata)
-    with pytest.raises(SourceError, match="holds -1, no label, in 4 of 4 rows"):
+    with pytest.raises(SourceError, match=r"has -1 \(no label\) in 4 of 4 rows"):
         require_labels(unlabelled)
     with pytest.raises(SourceError, match="has the label 7, but its metadata name 4 classes"):
         opened(tmp_path, {"image": FILES, "label": [7, 0, 1, 0]}, metadata)
@@ -79,14 +79,14 @@ def test_names_of_classes_come_from_the_metadata(tmp_path):
 @pytest.mark.parametrize(
     ("column", "said"),
     [
-        (pa.array([[1, 2], [1], [2], [0]]), "several values a row"),
-        (pa.array([0.5, 1.5, 2.0, 0.25]), r"fractions such as 0\.5, 1\.5, 0\.25, quantities"),
-        (pa.array([{"a": 1}] * 4), "several values a row"),
-        (pa.array([{"bytes": b"x"}] * 4), r"images \(masks\?\) rather than classes"),
-        (pa.array([1, 2, 3, 4], pa.timestamp("s")), "which is no class"),
+        (pa.array([[1, 2], [1], [2], [0]]), "several values per row"),
+        (pa.array([0.5, 1.5, 2.0, 0.25]), r"fractions such as 0\.5, 1\.5, 0\.25, which are quantities"),
+        (pa.array([{"a": 1}] * 4), "several values per row"),
+        (pa.array([{"bytes": b"x"}] * 4), r"images \(perhaps masks\) rather than classes"),
+        (pa.array([1, 2, 3, 4], pa.timestamp("s")), "which cannot be a class"),
     ],
 )
-def test_what_is_no_class_makes_none_and_is_said_where_labels_are_needed(tmp_path, column, said):
+def test_unusable_label_column_is_reported_where_labels_are_needed(tmp_path, column, said):
     source = opened(tmp_path, {"image": FILES, "label": column})
     assert source.labels is None
     assert source.classes == []
@@ -95,7 +95,7 @@ def test_what_is_no_class_makes_none_and_is_said_where_labels_are_needed(tmp_pat
         require_labels(source)
 
 
-def test_numbers_sort_as_numbers_whatever_their_type(tmp_path):
+def test_numeric_labels_are_sorted_as_numbers_for_any_type(tmp_path):
     for column in ([10, 9, -1, 9], [10.0, 9.0, -1.0, 9.0], ["10", "9", "-1", "9"], [b"10", b"9", b"-1", b"9"]):
         source = opened(tmp_path, {"image": FILES, "label": column})
         assert source.classes == ["-1", "9", "10"]

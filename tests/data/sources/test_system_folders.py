@@ -1,4 +1,4 @@
-"""Folders that systems and tools put among images are neither classes nor images, in trees, globs, tars and zips."""
+"""Folders created by systems and tools are skipped in trees, globs, tars and zips."""
 
 import tarfile
 import zipfile
@@ -47,7 +47,7 @@ def shallow(root):
 
 
 @pytest.mark.parametrize("kind", [Path, as_tar, as_zip, deep, shallow])
-def test_system_folders_are_no_classes_and_are_counted(photos, kind):
+def test_system_folders_are_skipped_and_counted(photos, kind):
     source = open_source(kind(photos))
     assert source.names == ["cat/a.png", "dog/a.png"]
     assert source.classes == ["cat", "dog"]
@@ -56,13 +56,13 @@ def test_system_folders_are_no_classes_and_are_counted(photos, kind):
         assert source.skipped == {f"system folder {name}": 2 for name in SYSTEM}
 
 
-def test_case_does_not_matter_and_names_that_could_be_classes_stay(tmp_path):
+def test_system_folders_match_any_case_but_possible_class_names_are_kept(tmp_path):
     for folder in ("@EADIR", "$Recycle.Bin", "recycled", "trash", "thumbs", "found"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "a.png").write_bytes(PNG)
     assert set(open_source(tmp_path).classes) == {"found", "recycled", "trash", "thumbs"}
 
 
-def test_a_system_folder_that_is_asked_for_by_name_is_read(photos):
+def test_system_folder_given_by_name_is_read(photos):
     assert open_source(photos / "lost+found").names == ["a.png"]
     assert open_source(f"{photos}/@eaDir/*.png").names == ["a.png"]

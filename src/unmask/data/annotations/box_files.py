@@ -17,7 +17,7 @@ COCO_FOLDERS, COCO_BESIDE = ("", "annotations", COCO_IMAGES), ("", "annotations"
 
 
 def find_files(root: Path, annotations: Path | None) -> tuple[Path, Path]:
-    """Return (images, COCO file or folder of XML). Raises BoxError for none, and for several JSON files."""
+    """Return (images, COCO file or folder of XML). Raises BoxError for no annotations or several JSON files."""
     if annotations is not None:
         if not annotations.exists():
             raise BoxError(f"annotations {annotations} do not exist; expected a COCO .json or a folder of VOC .xml")
@@ -30,8 +30,8 @@ def find_files(root: Path, annotations: Path | None) -> tuple[Path, Path]:
         found = [file for folder in COCO_BESIDE for file in sorted((root.parent / folder).glob("*.json"))]
     if len(found) > 1:
         raise BoxError(
-            f"found {len(found)} JSON files for {root}: {some([str(file) for file in found])}; expected one: choose it "
-            "with --annotations"
+            f"found {len(found)} JSON files for {root}: {some([str(file) for file in found])}; expected one: select "
+            "one with --annotations"
         )
     if found:
         return root, found[0]
@@ -44,7 +44,7 @@ def find_files(root: Path, annotations: Path | None) -> tuple[Path, Path]:
 
 
 def read_split(file: Path) -> set[str]:
-    """Return the names without extension in a list of ImageSets/Main, the first word of each line. Raises BoxError."""
+    """Return the names without extension (first word of each line) of a list in ImageSets/Main. Raises BoxError."""
     try:
         words = [line.split() for line in read_text(file).splitlines()]
     except TextError as error:
@@ -67,8 +67,8 @@ def stem_name(path: str) -> str:
     return _stem(path).rsplit("/", 1)[-1]
 
 
-def pair(source: Source, said: Mapping[str, Objects], where: Path) -> tuple[dict[int, str], list[str]]:
-    """Return (key in `said` by row of the source, keys without an image), paired by path or else by name.
+def pair(source: Source, objects: Mapping[str, Objects], where: Path) -> tuple[dict[int, str], list[str]]:
+    """Return (key in `objects` for each row of the source, keys without an image), paired by path or else by name.
 
     Raises BoxError.
     """
@@ -78,26 +78,29 @@ def pair(source: Source, said: Mapping[str, Objects], where: Path) -> tuple[dict
         by_name.setdefault(stem_name(name), []).append(row)
     rows: dict[int, str] = {}
     missing: list[str] = []
-    for key in said:
+    for key in objects:
         row = by_path.get(_stem(key))
         if row is None:
             alike = by_name.get(stem_name(key), [])
             if len(alike) > 1:
                 could = some((source.names[one] for one in alike), between=" or ")
                 raise BoxError(
-                    f"{key} of {where} could be {could}; point at the folder of one of them, or write their paths into "
-                    "the annotations"
+                    f"{key} of {where} matches several images, {could}; use the folder of one of them as DATA, or "
+                    "write paths into the annotations"
                 )
             row = alike[0] if alike else None
         if row is None:
             missing.append(key)
         elif row in rows:
-            raise BoxError(f"{rows[row]} and {key} of {where} are both for {source.names[row]}; delete one")
+            raise BoxError(
+                f"{rows[row]} and {key} of {where} both annotate {source.names[row]}; expected one annotation for each "
+                "image: delete one"
+            )
         else:
             rows[row] = key
     if not rows:
         raise BoxError(
-            f"none of {len(said)} annotated images of {where} is in {source.name}: the annotations name "
-            f"{some(list(said))}, the source holds {some(source.names)}"
+            f"none of {len(objects)} annotated images of {where} is in {source.name}: the annotations name "
+            f"{some(list(objects))}, but the images are {some(source.names)}"
         )
     return dict(sorted(rows.items())), missing

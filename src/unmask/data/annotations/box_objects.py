@@ -1,4 +1,4 @@
-"""The boxes of one image as annotations state them, whatever their file format."""
+"""The annotated boxes of one image, for any file format."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ import numpy as np
 
 from unmask.errors import UserError
 
-FRACTIONS = 0.5  # share of such boxes from which a file is rejected
+FRACTIONS = 0.5  # minimum share of boxes given as fractions for a file to be rejected
 LONGEST_SHOWN = 60
 
 
 class BoxError(UserError):
-    """Box annotations that cannot be used."""
+    """Raised for box annotations that cannot be used."""
 
 
 class Objects(NamedTuple):
-    """The annotation of one image: its size (H, W) or None, boxes (n, 4) float64, n class names, and aside (n,) bool.
+    """The annotation of one image: its size (H, W) or None, boxes (n, 4) float64, and n class names.
 
-    aside: crowds and difficult objects, used neither for training nor for evaluation.
+    aside: (n,) bool, True for crowds and difficult objects, used neither for training nor for evaluation.
     """
 
     size: tuple[int, int] | None
@@ -32,7 +32,7 @@ class Objects(NamedTuple):
 
 
 class Found(NamedTuple):
-    """The objects of one image while its annotation is read."""
+    """The objects of one image, collected while its annotation is read."""
 
     boxes: list[tuple[float, float, float, float]]
     names: list[str]
@@ -48,19 +48,19 @@ def shown(value: object) -> str:
     return text if len(text) <= LONGEST_SHOWN else text[: LONGEST_SHOWN - 3] + "..."
 
 
-def refuse_fractions(said: dict[str, Objects], where: Path, *, first: int = 0) -> None:
-    """Raise BoxError where boxes are fractions of the image's sides, as YOLO has them, instead of pixels.
+def refuse_fractions(objects: dict[str, Objects], where: Path, *, first: int = 0) -> None:
+    """Raise BoxError if boxes are fractions of the image's sides, as in YOLO's files, instead of pixels.
 
-    first: the number of the first pixel in the file, which was subtracted from x1 and y1.
+    first: the number of the first pixel in the file format, which was subtracted from x1 and y1.
     """
-    boxes = np.concatenate([np.zeros((0, 4)), *(one.boxes for one in said.values())])
+    boxes = np.concatenate([np.zeros((0, 4)), *(one.boxes for one in objects.values())])
     boxes[:, :2] += first
     sides = boxes[:, 2:] - boxes[:, :2]
     small = (boxes[:, :2] <= 1).all(1) & (sides <= 1.0 + 1e-6).all(1) & (sides > 0).all(1)
     broken = small & (boxes != boxes.round()).any(1)
     if not len(boxes) or small.mean() < FRACTIONS or not broken.any():
         return
-    name = next(key for key, one in said.items() if len(one.boxes) and (one.boxes[:, :2] + first <= 1).all(1).any())
+    name = next(key for key, one in objects.items() if len(one.boxes) and (one.boxes[:, :2] + first <= 1).all(1).any())
     raise BoxError(
         f"{int(small.sum())} of {len(boxes)} boxes of {where} are fractions of their image's sides, for example in "
         f"{name}; expected pixels: multiply x and width by the image's width, y and height by its height (YOLO's "
@@ -79,7 +79,7 @@ def four(values: Any, where: str) -> tuple[float, float, float, float]:
 
 
 def size_or_none(height: Any, width: Any) -> tuple[int, int] | None:
-    """Return (H, W), or None if it is missing or zero, as some tools write it."""
+    """Return (H, W), or None if it is missing or zero, which some tools write."""
     try:
         size = int(height), int(width)
     except (TypeError, ValueError, OverflowError):
@@ -91,10 +91,10 @@ def _array(boxes: Iterable[tuple[float, float, float, float]]) -> np.ndarray:
     return np.array(list(boxes), np.float64).reshape(-1, 4)
 
 
-def corners_written_as_sizes(said: Iterable[tuple[Objects, tuple[int, int]]]) -> float:
-    """Return the share of boxes beyond their image (H, W) that would fit if COCO's numbers were x1, y1, x2, y2."""
+def corners_written_as_sizes(objects: Iterable[tuple[Objects, tuple[int, int]]]) -> float:
+    """Return the share of boxes outside their image (H, W) that would fit if COCO's numbers were x1, y1, x2, y2."""
     leave = fit = 0
-    for one, (height, width) in said:
+    for one, (height, width) in objects:
         x, y, right, bottom = one.boxes.T
         outside = (right > width + 1) | (bottom > height + 1)
         x2, y2 = right - x, bottom - y

@@ -1,10 +1,8 @@
-"""Find and read files that name classes by number, as annotation tools write them beside masks.
+"""Find and read the files in which annotation tools write the class names of segmentation masks.
 
-    classes.txt, codes.txt, *.names, ...    a name a line, for ids 0, 1, 2 ...; or a number and a name
-    label_colors.txt, labelmap.txt          a colour and a name (CamVid), or name:colour:... (CVAT), in the order of ids
-    *.csv with a heading                    a column name (or class, label), perhaps with a column id
-
-Not here: names of classes in annotations of boxes (`box_formats.py`).
+classes.txt, codes.txt, *.names, ...    one name per line, for ids 0, 1, 2 ...; or a number and a name
+label_colors.txt, labelmap.txt          a colour and a name (CamVid), or name:colour:... (CVAT), in the order of ids
+*.csv with a header row                 a column `name` (or `class`, `label`), optionally with a column `id`
 """
 
 from __future__ import annotations
@@ -32,14 +30,14 @@ NUMBERED = re.compile(r"^(\d{1,5})\s*[:,;\t ]\s*(\S.*)$")
 
 
 def find_class_files(folders: Sequence[Path]) -> list[Path]:
-    """Return files in these folders that commonly name classes, the likeliest first."""
+    """Return files in these folders that commonly name classes, the most likely first."""
     found = [folder / name for folder in folders for name in NAMES if (folder / name).is_file()]
     found += [file for folder in folders for pattern in PATTERNS for file in sorted(folder.glob(pattern))]
     return list(dict.fromkeys(found))
 
 
 def read_class_list(file: Path) -> list[str]:
-    """Read the names of ids 0, 1, 2 ... from a file of one name a line. Raises UserError for an unusable file."""
+    """Read the names of ids 0, 1, 2 ... from a file with one name per line. Raises UserError for an unusable file."""
     names = [class_name(line.strip()) for line in _read(file).split("\n")]
     while names and not names[-1]:
         names.pop()
@@ -48,7 +46,7 @@ def read_class_list(file: Path) -> list[str]:
 
 
 def read_class_file(file: Path) -> dict[int, str]:
-    """Read the name of each id from a file in any of the formats above. Raises UserError for an unusable file."""
+    """Read the name of each id from a file in one of the module's formats. Raises UserError for an unusable file."""
     text = _read(file)
     names = _from_table(text) if file.suffix.lower() == ".csv" else None
     if names is None:
@@ -61,7 +59,7 @@ def _read(file: Path) -> str:
     try:
         return read_text(file)
     except TextError as error:
-        raise UserError(f"{file} cannot be used for class names: {error}") from None
+        raise UserError(f"cannot read class names from {file}: {error}") from None
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror}") from None
 
@@ -69,8 +67,10 @@ def _read(file: Path) -> str:
 def _require_distinct(names: Collection[str], file: Path) -> None:
     double = [name for name, count in Counter(names).items() if count > 1 or not name]
     if double or not names:
-        what = f"the name {double[0]!r} more than once or empty" if double else "no name"
-        raise UserError(f"{file} holds {what}; expected a different name for each of ids 0, 1, 2 ..., one a line")
+        what = "no name"
+        if double:
+            what = f"the name {double[0]!r} more than once" if double[0] else "an empty name"
+        raise UserError(f"{file} has {what}; expected a different name for each of ids 0, 1, 2 ..., one per line")
 
 
 def _from_lines(lines: list[str]) -> dict[int, str]:
@@ -88,7 +88,7 @@ def _from_lines(lines: list[str]) -> dict[int, str]:
 
 
 def _from_table(text: str) -> dict[int, str] | None:
-    """Read names from a table with a heading; None without one."""
+    """Read names from a table with a header row; None without one."""
     rows = [[cell.strip() for cell in row] for row in csv.reader(io.StringIO(text)) if row]
     heading = [cell.lower() for cell in rows[0]] if rows else []
     title = next((heading.index(name) for name in TITLES if name in heading), None)

@@ -1,7 +1,7 @@
-"""Names of classes: one spelling per class, one order, and only printable characters.
+"""Normalise and sort class names.
 
-Two texts name one class when they are equal in Unicode's composed form (NFC): macOS stores file names decomposed, most
-tools write composed ones. File names stay unchanged; only class names are composed.
+Two texts name the same class if they are equal in Unicode's composed form (NFC): macOS stores file names in decomposed
+form, while most tools write the composed form. Only class names are normalised, not file names.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ def class_name(text: str) -> str:
 
 
 def class_order(names: Iterable[str]) -> list[str]:
-    """Return the distinct names, sorted; whole numbers are sorted as numbers (-1, 9, 10)."""
+    """Return the distinct names, sorted; if all are whole numbers, sorted as numbers (-1, 9, 10)."""
     names = set(names)
     numbers = all(name.removeprefix("-").isdecimal() for name in names)
     return sorted(names, key=(lambda name: (int(name), name)) if numbers else None)
 
 
 def are_fractions(names: Iterable[str]) -> bool:
-    """Return whether all texts are numbers and some are fractions, hence quantities rather than classes."""
+    """Return whether all texts are numbers and some are not whole, so that they are quantities rather than classes."""
     values = []
     for name in names:
         try:

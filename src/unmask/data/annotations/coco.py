@@ -1,6 +1,6 @@
 """Read boxes from COCO's JSON for object detection.
 
-The file is outside input: every entry is checked before it is used, and an error names the entry that is wrong.
+The file is untrusted: every entry is checked before it is used, and errors name the wrong entry.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ Id = int | str
 
 @dataclass(frozen=True)
 class _Entry:
-    """One JSON object of a list, and where it stands, for messages."""
+    """One JSON object of a list, and its position for messages."""
 
     fields: Mapping[str, object]
     where: str
 
     def value(self, key: str) -> object:
-        """Return a field. Raises BoxError without it."""
+        """Return a field. Raises BoxError if it is missing."""
         if key not in self.fields:
             raise BoxError(f"{self.where} has no {key!r}; {EXPECTED}")
         return self.fields[key]
@@ -46,21 +46,21 @@ class _Entry:
 
 @dataclass(frozen=True)
 class _Image:
-    """The name of an image's file, and its size (H, W) or None."""
+    """The file name and the size (H, W) or None of an image."""
 
     file_name: str
     size: tuple[int, int] | None
 
 
 def read_coco(file: Path) -> tuple[dict[str, Objects], list[str]]:
-    """Return the objects by the image's file name, and the class names in the order of their ids. Raises BoxError."""
+    """Return the objects by image file name, and the class names in the order of their ids. Raises BoxError."""
     try:
         content = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         raise BoxError(f"{file} cannot be read ({type(error).__name__}: {error}); {EXPECTED}") from None
     if not isinstance(content, dict):
         what = "a list, perhaps of predictions," if isinstance(content, list) else shown(content)
-        raise BoxError(f"{file} holds {what} at the top; {EXPECTED}")
+        raise BoxError(f"got {what} at the top level of {file}; {EXPECTED}")
     images = _images(content, file)
     categories = _categories(content, file)
     found = {key: Found([], [], []) for key in images}
@@ -68,8 +68,8 @@ def read_coco(file: Path) -> tuple[dict[str, Objects], list[str]]:
         image, category = entry.id("image_id"), entry.id("category_id")
         if image not in images or category not in categories:
             raise BoxError(
-                f"{file} has an object of image {shown(image)}, category {shown(category)}, which it does not list "
-                f"(annotations[{place}]); {EXPECTED}"
+                f"annotations[{place}] of {file} has image_id {shown(image)} and category_id {shown(category)}, at "
+                f"least one of which the file does not define; {EXPECTED}"
             )
         x, y, width, height = four(entry.value("bbox"), f"{entry.where}, for {images[image].file_name},")
         found[image].boxes.append((x, y, x + width, y + height))
@@ -90,7 +90,7 @@ def _images(content: Mapping[str, object], file: Path) -> dict[Id, _Image]:
         name = name.replace("\\", "/")
         if key in images:
             raise BoxError(
-                f"{entry.where} has the id {key!r}, as has {images[key].file_name}; give each image an id of its own"
+                f"{entry.where} has the same id {key!r} as {images[key].file_name}; give each image its own id"
             )
         if name in places:
             raise BoxError(
@@ -103,19 +103,19 @@ def _images(content: Mapping[str, object], file: Path) -> dict[Id, _Image]:
 
 
 def _categories(content: Mapping[str, object], file: Path) -> dict[Id, str]:
-    """Return class names by id, in the order of the ids; two spellings of one name are one class."""
+    """Return class names by id, in the order of the ids; two Unicode spellings of a name are the same class."""
     names: dict[Id, str] = {}
     for entry in _entries(content, "categories", file):
         key, name = entry.id("id"), entry.value("name")
         if not isinstance(name, str | int | float) or not str(name).strip():
             raise BoxError(f"{entry.where} has the name {shown(name)}; expected text; {EXPECTED}")
         if key in names:
-            raise BoxError(f"{entry.where} has the id {key!r}, as has {names[key]!r}; give each category its own id")
+            raise BoxError(f"{entry.where} has the same id {key!r} as {names[key]!r}; give each category its own id")
         if str(name) in names.values():
-            raise BoxError(f"{file} has two categories of one name, {str(name)!r}; give each its own name")
+            raise BoxError(f"{file} has two categories named {str(name)!r}; give each its own name")
         names[key] = str(name)
     if len({type(key) for key in names}) > 1:
-        raise BoxError(f"categories of {file} have ids that are numbers and ids that are text; use one kind")
+        raise BoxError(f"categories of {file} have both numbers and text as ids; use only one of the two")
     return {key: class_name(names[key]) for key in sorted(names, key=lambda key: (str(type(key)), key))}
 
 
@@ -127,5 +127,5 @@ def _entries(content: Mapping[str, object], part: str, file: Path) -> list[_Entr
         raise BoxError(f"{part!r} of {file} is {shown(entries)}; expected a list; {EXPECTED}")
     for place, fields in enumerate(entries):
         if not isinstance(fields, dict):
-            raise BoxError(f"{part}[{place}] of {file} is {shown(fields)}; expected an object; {EXPECTED}")
+            raise BoxError(f"{part}[{place}] of {file} is {shown(fields)}; expected a JSON object; {EXPECTED}")
     return [_Entry(fields, f"{part}[{place}] of {file}") for place, fields in enumerate(entries)]

@@ -1,4 +1,4 @@
-"""Labels of a source: require them, and number those of test images like the training classes."""
+"""Check that a source has labels, and number the labels of test images like the training classes."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from unmask.errors import SourceError, UserError, some
 
 
 def require_labels(source: Source, known: Sequence[str] = ()) -> Source:
-    """Return the source if it has labels. Raises SourceError with the reason why not and how to add labels.
+    """Return the source if it has labels. Otherwise raise SourceError with the reason and how to add labels.
 
-    known: classes of the training images; a source whose images are all of one of them is labelled so.
+    known: training classes; if all images lie in one folder that is named like one of them, they get that label.
     """
     folders = (
         {name.partition("/")[0] if "/" in name else "" for name in source.names} if source.labels is None else set()
@@ -26,8 +26,8 @@ def require_labels(source: Source, known: Sequence[str] = ()) -> Source:
             raise SourceError(f"{source.name} has no class labels: {source.unlabelled}")
         if source.split_folders:
             raise SourceError(
-                f"{source.name} holds {', '.join(source.split_folders)}, which are splits, not classes; point at "
-                f"one of them, for example {source.name.rstrip('/')}/{source.split_folders[-1]}"
+                f"the folders of {source.name} ({', '.join(source.split_folders)}) are splits, not classes; use one "
+                f"of them as DATA, for example {source.name.rstrip('/')}/{source.split_folders[-1]}"
             )
         why = ""
         if len(folders) > 1 and "" in folders:
@@ -36,8 +36,8 @@ def require_labels(source: Source, known: Sequence[str] = ()) -> Source:
         elif len(folders) == 1 and "" not in folders:
             why = f": all its images lie in one sub-folder, {folders.pop()}"
         raise SourceError(
-            f"{source.name} has no class labels{why}; they come from sub-folder names: put the images of each class "
-            "into a folder of its own (at least two classes)"
+            f"{source.name} has no class labels{why}; put the images of each class into a sub-folder with the name of "
+            "the class (at least two classes)"
         )
     return source
 
@@ -49,7 +49,7 @@ def labels_of(source: Source) -> np.ndarray:
 
 
 def absent_classes(labels: np.ndarray, classes: Sequence[str]) -> str:
-    """Return the classes without any image, as text; "" if all occur."""
+    """Return the classes without images, as text; "" if every class has images."""
     there = set(np.unique(labels).tolist())
     return some(name for number, name in enumerate(classes) if number not in there)
 
@@ -62,8 +62,8 @@ def renumber_labels(source: Source, classes: Sequence[str], data: str) -> Source
     number = {class_name(name): i for i, name in enumerate(classes)}  # earlier versions stored names unnormalised
     if unknown := [name for name in source.classes if name not in number]:
         raise UserError(
-            f"{source.name} has classes that {data} does not have ({', '.join(unknown[:6])}); {data} has "
-            f"{', '.join(classes[:6])}{' ...' if len(classes) > 6 else ''}: put test images into sub-folders of the "
+            f"{source.name} has classes that {data} does not have ({', '.join(unknown[:6])}); expected "
+            f"{', '.join(classes[:6])}{' ...' if len(classes) > 6 else ''}: put test images into sub-folders with the "
             "same names"
         )
     source.labels = np.array([number[name] for name in source.classes], np.int64)[labels_of(source)]

@@ -1,8 +1,8 @@
-"""Checks of segmentation masks before training: gray levels instead of ids, void ids, and what an image size loses.
+"""Check segmentation masks before training: gray levels instead of ids, void ids, and detail lost to the image size.
 
 These functions only report; `open_masks.py` rejects masks or adds notes with the option that fixes them.
 
-Letters: H x W pixels of a mask, K classes.
+Notation: H x W pixels of a mask, K classes.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ VOID = re.compile(
 )
 SAMPLES, LONGEST_SIDE = 32, 1024  # masks that are checked in detail, and their longest side after subsampling
 SPARSE, FEWEST_SPARSE = 4, 16  # gray levels if the highest id is at least 16 and 4 times the number of ids
-BORDERS = 0.9  # mean share of masks with another class in which a void id borders on it
-LEAST_CLASSES = 4  # fewer classes give no evidence
+BORDERS = 0.9  # minimum result of `borders` for an id that is probably void
+LEAST_CLASSES = 4  # with fewer classes, borders are no evidence
 MOST_LEVELS = 16
-CEILING = 0.95  # warn of a size with which perfect predictions reach less mean IoU
+CEILING = 0.95  # warn about image sizes at which perfect predictions have a lower mean IoU
 
 
 def thinned(ids: np.ndarray) -> np.ndarray:
@@ -36,14 +36,14 @@ def thinned(ids: np.ndarray) -> np.ndarray:
 
 
 def look_like_levels(present: Sequence[int]) -> bool:
-    """Return whether ids are few and far apart, like gray levels chosen for display (0, 128, 255)."""
+    """Return whether the ids are few and far apart, like gray levels chosen for display (0, 128, 255)."""
     return (
         2 <= len(present) <= MOST_LEVELS and max(present) >= FEWEST_SPARSE and max(present) + 1 > SPARSE * len(present)
     )
 
 
 def are_interpolated(pixels: Mapping[int, int]) -> bool:
-    """Return whether masks of 0 and 255 were resized or compressed, which creates levels between the two at edges."""
+    """Return whether masks of 0 and 255 were resized or compressed, which adds gray levels in between at edges."""
     total = sum(pixels.values())
     return len(pixels) > MOST_LEVELS and pixels.get(0, 0) + pixels.get(255, 0) > 0.8 * total and pixels.get(255, 0) > 0
 
@@ -51,26 +51,26 @@ def are_interpolated(pixels: Mapping[int, int]) -> bool:
 def likely_void(
     pixels: Mapping[int, int], names: Mapping[int, str], samples: Sequence[np.ndarray], ignored: Sequence[int]
 ) -> list[str]:
-    """Return a note for each id that is probably not a class, with reason and option. names: by id, where known."""
-    said = [
-        f"id {one} is called {name!r}, which is rarely a class: leave it out of loss and metrics with --ignore {one}"
+    """Return a note, with reason and option, for each id that is probably not a class. names: known names by id."""
+    notes = [
+        f"id {one} is named {name!r}, which is rarely a class; exclude it from loss and metrics with --ignore {one}"
         for one, name in names.items()
         if one not in ignored and VOID.search(name.lower())
     ]
     there = sorted(one for one in pixels if one not in ignored)
-    if said or len(there) < LEAST_CLASSES or there[-1] in names:
-        return said
+    if notes or len(there) < LEAST_CLASSES or there[-1] in names:
+        return notes
     highest, share = there[-1], borders(samples, there[-1], ignored)
     if share >= BORDERS:
-        said.append(
-            f"id {highest}, the highest, borders on the other classes nearly wherever they occur ({share:.0%}), as "
-            f"void or unlabelled pixels do: if it is no class, give --ignore {highest}"
+        notes.append(
+            f"the highest id, {highest}, borders on the other classes in {share:.0%} of the masks that contain them, "
+            f"which is typical of void or unlabelled pixels; if it is not a class, set --ignore {highest}"
         )
-    return said
+    return notes
 
 
 def borders(samples: Sequence[np.ndarray], one: int, ignored: Sequence[int]) -> float:
-    """Return the share of masks with another id in which `one` borders on it, averaged over the other ids."""
+    """Return in what share of the masks that contain another id the id `one` borders on it, averaged over other ids."""
     beside: Counter[int] = Counter()
     there: Counter[int] = Counter()
     for ids in samples:
@@ -85,9 +85,9 @@ def borders(samples: Sequence[np.ndarray], one: int, ignored: Sequence[int]) -> 
 
 
 def ceiling(samples: Sequence[np.ndarray], size: tuple[int, int], count: int) -> np.ndarray:
-    """Return (K,) IoU of perfect predictions at `size` (h, w), scored at the masks' own size; NaN for absent classes.
+    """Return the IoU (K,) of perfect predictions at `size` (h, w), evaluated at the size of the masks.
 
-    samples: masks of class numbers and IGNORED.
+    samples: masks of class numbers and IGNORED. Absent classes are NaN.
     """
     both, either = np.zeros(count), np.zeros(count)
     for found in samples:
@@ -106,16 +106,16 @@ def ceiling(samples: Sequence[np.ndarray], size: tuple[int, int], count: int) ->
 def size_line(
     samples: Sequence[np.ndarray], size: tuple[int, int], own: tuple[int, int], classes: Sequence[str], patch: int
 ) -> tuple[str, bool]:
-    """Return (a sentence on what the model's `size` loses for masks of size `own` (H, W), whether that is much)."""
+    """Describe the detail that training at `size` (h, w) loses in masks of size `own` (H, W); return (text, much)."""
     reach = ceiling(samples, size, len(classes))
     mean = float(np.nanmean(reach)) if np.isfinite(reach).any() else 1.0
-    said = f"the model is trained on masks of {size[0]} x {size[1]} pixels; the files have {own[0]} x {own[1]}"
+    text = f"the model is trained on masks of {size[0]} x {size[1]} pixels; the mask files have {own[0]} x {own[1]}"
     if mean >= CEILING:
-        return said, False
+        return text, False
     order = [i for i in np.argsort(reach).tolist() if np.isfinite(reach[i])][:3]
     worst = some(f"{classes[i]} {reach[i]:.0%}" for i in order)
     better = [max(patch, round(side / patch) * patch) for side in own]
     return (
-        f"{said}: perfect predictions at that size would reach {mean:.0%} mean IoU in the files ({worst}); --set "
-        f"data.size=[{better[0]},{better[1]}] preserves small and thin objects, at more compute"
+        f"{text}: perfect predictions at the model's size would reach {mean:.0%} mean IoU on the files ({worst}); "
+        f"--set data.size=[{better[0]},{better[1]}] preserves small and thin objects but needs more compute"
     ), True

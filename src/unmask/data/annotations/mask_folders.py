@@ -13,11 +13,11 @@ CLASSES_FILE = "classes.txt"
 
 
 class MaskError(UserError):
-    """Segmentation masks that cannot be used."""
+    """Raised for segmentation masks that cannot be used."""
 
 
 def find_folders(data: str, masks: str | None) -> tuple[str, str, list[Path]]:
-    """Return (images, masks, folders to search for `classes.txt`). Raises MaskError when there are no masks."""
+    """Return (images, masks, folders to search for `classes.txt`). Raises MaskError if no masks are found."""
     root = Path(data)
     inside = root / IMAGE_FOLDER
     has_images = inside.is_dir()
@@ -45,21 +45,21 @@ def find_folders(data: str, masks: str | None) -> tuple[str, str, list[Path]]:
 
 
 def pair(source: Source, masks: Source) -> dict[int, int]:
-    """Return the row in `masks` of each row in `source`, paired by name without extension. Raises MaskError."""
+    """Return the row in `masks` for each row in `source`, paired by name without extension. Raises MaskError."""
     stems: dict[str, int] = {}
     for place, name in enumerate(masks.names):
         stem = os.path.splitext(name)[0]
         if stem in stems:
             raise MaskError(
-                f"masks {masks.names[stems[stem]]} and {name} of {masks.name} are both for the image {stem}; expected "
-                "one mask for each image: delete one"
+                f"masks {masks.names[stems[stem]]} and {name} of {masks.name} both belong to the image {stem}; "
+                "expected one mask for each image: delete one"
             )
         stems[stem] = place
     own = [os.path.splitext(name)[0] for name in source.names]
     places = {row: stems[stem] for row, stem in enumerate(own) if stem in stems}
     if not places:
         raise MaskError(
-            f"none of {len(source)} images of {source.name} has a mask in {masks.name}: {source.names[0]} needs "
-            f"{own[0]}.png there, but got {some(masks.names)}; name masks like their images, in the same sub-folders"
+            f"none of {len(source)} images of {source.name} has a mask in {masks.name}: got {some(masks.names)}; "
+            f"expected {own[0]}.png for {source.names[0]}: name masks like their images, in the same sub-folders"
         )
     return places

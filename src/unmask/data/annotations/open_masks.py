@@ -1,4 +1,4 @@
-"""Open segmentation masks with their images, number their classes, and reject what cannot be meant."""
+"""Open segmentation masks with their images, number their classes, and reject implausible masks."""
 
 from __future__ import annotations
 
@@ -30,11 +30,13 @@ def open_masks(
     look: bool = True,
     console: Console | None = None,
 ) -> SegmentationMasks:
-    """Return the images of DATA and their masks; images without a mask are left out of `rows`.
+    """Open the images of DATA and their masks; images without a mask are left out of `rows`.
 
-    masks: their folder (or tar, or zip), None where DATA is laid out as the module says. classes: names in order, of a
-    model evaluated on these images; None reads `classes.txt`, or numbers them. ignored: ids that are no class,
-    beside IGNORED. options: see `MaskOptions`. look=False reads no mask now, and then `classes` are needed.
+    masks: folder, tar or zip; None searches the layouts described in `segmentation_masks.py`.
+    classes: names, in order, of the model evaluated on these images; None reads `classes.txt`, or numbers the classes.
+    ignored: ids that are not classes, in addition to IGNORED.
+    options: see `MaskOptions`.
+    look: False reads no masks now, and requires `classes`.
     Raises MaskError, SourceError.
     """
     images, folder, beside = find_folders(str(data), None if masks is None else str(masks))
@@ -46,14 +48,14 @@ def open_masks(
         raise MaskError(f"got ignored id {wrong[0]}; expected a number from 0 to 65535, as stored in the masks")
     maps = SegmentationMasks(source, found, pair(source, found), ignored=no_class, values=options.values)
     if look:
-        drawn = _look_at_all(maps, console or Console(quiet=True))
+        drawn = _read_all(maps, console or Console(quiet=True))
     else:
-        drawn = {} if options.stored is not None else _look_at_headers(maps)
+        drawn = {} if options.stored is not None else _read_headers(maps)
     maps.stored = options.stored if options.stored is not None else _drawn_on_stored(maps, drawn)
     if classes is not None:
         maps.classes = tuple(classes)
     else:
-        assert look, "to number the classes the masks must be looked at"
+        assert look, "without `classes`, the masks must be read to number the classes"
         names = _names(beside, options, maps)
         _refuse_levels(maps, named=names is not None)
         maps.classes = _classes(maps, names)
@@ -68,14 +70,14 @@ def open_masks(
 def _require_values(values: Sequence[int], ignored: Sequence[int]) -> None:
     if wrong := [one for one in values if not 0 <= one < 1 << 16 or values.count(one) > 1 or one in ignored]:
         raise MaskError(
-            f"got mask value {wrong[0]}; expected different ids from 0 to 65535, none of them with --ignore too"
+            f"got mask value {wrong[0]}; expected distinct ids from 0 to 65535 that are not also given to --ignore"
         )
     if len(values) == 1:
         raise MaskError(f"got one mask value, {values[0]}; expected at least two, such as --mask-values 0,255")
 
 
 def _names(beside: Sequence[Path], options: MaskOptions, maps: SegmentationMasks) -> list[str] | None:
-    """Return names in the order of the ids (or values), from `options.names` or `classes.txt`; None without a file."""
+    """Return class names in the order of ids or values, from `options.names` or `classes.txt`; None without a file."""
     if options.names is None:
         file = next((folder / CLASSES_FILE for folder in beside if (folder / CLASSES_FILE).is_file()), None)
         try:
@@ -105,9 +107,9 @@ def _classes(maps: SegmentationMasks, names: Sequence[str] | None) -> tuple[str,
 
 
 def _refuse_levels(maps: SegmentationMasks, *, named: bool) -> None:
-    """Raise MaskError for masks that hold gray levels instead of ids; add a note for doubtful ones.
+    """Raise MaskError for masks with gray levels instead of ids; add a note for doubtful masks.
 
-    Names or values state what the ids are, so then nothing is rejected.
+    Values given by the user are always accepted, and so are sparse ids that have names.
     """
     if maps.values:
         return
@@ -115,33 +117,34 @@ def _refuse_levels(maps: SegmentationMasks, *, named: bool) -> None:
     listed = ",".join(map(str, present))
     if mask_advice.are_interpolated(maps.pixels):
         raise MaskError(
-            f"the masks of {maps.masks.name} hold {len(present)} ids, nearly all pixels being 0 or 255: they look "
-            "resized with interpolation, or compressed; make them again without (nearest), as PNG"
+            f"the masks of {maps.masks.name} have {len(present)} ids, but nearly all pixels are 0 or 255: they were "
+            "probably resized with interpolation, or compressed; create them again without interpolation (nearest), "
+            "as PNG"
         )
     if present == [0, IGNORED]:
         raise MaskError(
-            f"the masks of {maps.masks.name} hold ids 0 and 255 alone, and 255 is ignored by default, which leaves "
-            "1 class; expected at least two: give --mask-values 0,255 to make 255 the second class"
+            f"the masks of {maps.masks.name} have only ids 0 and 255, and 255 is ignored by default, which leaves "
+            "1 class; expected at least two: set --mask-values 0,255 to make 255 the second class"
         )
     if named or not mask_advice.look_like_levels([one for one in present if one not in maps.ignored]):
         return
     if IGNORED in present:
         middle = [one for one in present if 0 < one < IGNORED]
         raise MaskError(
-            f"the masks of {maps.masks.name} hold ids {listed.replace(',', ', ')}, which look like levels of gray: "
-            f"read as they are, 255 is ignored and {max(middle) + 1} classes come of {len(present) - 1} ids; give "
-            f"--mask-values {listed} to learn all of them, or --mask-values 0,255"
+            f"the masks of {maps.masks.name} have ids {listed.replace(',', ', ')}, which look like gray levels: 255 "
+            f"would be ignored, and the other {len(present) - 1} ids would make {max(middle) + 1} classes; set "
+            f"--mask-values {listed} to use all of them as classes, or --mask-values 0,255"
             + "".join(f" --ignore {one}" for one in middle)
-            + " to leave out those between"
+            + " to ignore the ids in between"
         )
     maps.notes.append(
-        f"ids {listed.replace(',', ', ')} are far apart, so most of the {max(present) + 1} classes never occur: "
-        f"--mask-values {listed} learns those that do"
+        f"ids {listed.replace(',', ', ')} are far apart, so most of the {max(present) + 1} classes never occur; set "
+        f"--mask-values {listed} to use only these ids as classes"
     )
 
 
 def _proposed_names(beside: Sequence[Path], maps: SegmentationMasks) -> list[str]:
-    """Return a note about a file beside the masks that could name the ids; [] without one."""
+    """Return a note about a file beside the masks that could name the ids; [] if there is none."""
     for file in find_class_files(beside):
         try:
             names = read_class_file(file)
@@ -149,19 +152,19 @@ def _proposed_names(beside: Sequence[Path], maps: SegmentationMasks) -> list[str
             continue
         if len(names) >= 2 and set(maps.ids) <= set(names):
             return [
-                f"{file} names {len(names)} classes ({some(names.values(), 3)}): use them with --class-names {file}"
+                f"{file} names {len(names)} classes ({some(names.values(), 3)}); use them with --class-names {file}"
             ]
     return []
 
 
-def _look_at_all(maps: SegmentationMasks, console: Console) -> dict[int, DrawnOn]:
-    """Count the ids of every mask and compare its size with its image's; return what masks refer to, where known.
+def _read_all(maps: SegmentationMasks, console: Console) -> dict[int, DrawnOn]:
+    """Count the ids of every mask, and compare its size with that of its image. Raises MaskError for unusable masks.
 
-    Raises MaskError for files that are not masks.
+    Returns what the masks of images with an orientation refer to, by row.
     """
     every = max(1, len(maps.places) // mask_advice.SAMPLES)
     drawn: dict[int, DrawnOn] = {}
-    whole = 0  # masks of 0 and 255 alone
+    only_levels = 0  # masks with only 255, or 0 and 255
     with console.progress("masks", len(maps.places)) as bar:
         for done, (row, place) in enumerate(sorted(maps.places.items()), 1):
             name = maps.masks.names[place]
@@ -177,7 +180,7 @@ def _look_at_all(maps: SegmentationMasks, console: Console) -> dict[int, DrawnOn
                 drawn[row] = where
             counts = np.bincount(ids.ravel())
             present = counts.nonzero()[0].tolist()
-            whole += present == [0, IGNORED] or present == [IGNORED]
+            only_levels += present == [0, IGNORED] or present == [IGNORED]
             maps.images.update(present)
             maps.pixels.update({one: int(counts[one]) for one in present})
             maps.sizes.append((ids.shape[0], ids.shape[1]))
@@ -186,21 +189,21 @@ def _look_at_all(maps: SegmentationMasks, console: Console) -> dict[int, DrawnOn
             bar.update(done)
     if not maps.places:
         raise MaskError(f"no mask of {maps.masks.name} can be read: {some(maps.unreadable)}; expected PNG files")
-    if 0 < whole < len(maps.places) and whole > len(maps.places) // 10 and not maps.values:
+    if 0 < only_levels < len(maps.places) and only_levels > len(maps.places) // 10 and not maps.values:
         maps.notes.append(
-            f"{whole} of {len(maps.places)} masks hold 255 and at most 0 beside it: 255 is ignored, so check that they "
-            "are not masks of another kind (0 and 255 for two classes)"
+            f"{only_levels} of {len(maps.places)} masks have no ids except 0 and 255, and 255 is ignored; check that "
+            "they do not use 0 and 255 for two classes"
         )
     return drawn
 
 
-def _look_at_headers(maps: SegmentationMasks) -> dict[int, DrawnOn]:
-    """Return what masks refer to, where known, from their headers alone."""
+def _read_headers(maps: SegmentationMasks) -> dict[int, DrawnOn]:
+    """Return what the masks of images with an orientation refer to, by row, from the headers only."""
     drawn: dict[int, DrawnOn] = {}
     for row, place in maps.places.items():
         try:
             head = decode.header(maps.masks.read(place))
-        except BadImage:  # reported when it is read
+        except BadImage:  # reported when the mask is read
             continue
         if (where := _drawn_on(maps, row, (head.height, head.width), refuse=False)) is not None:
             drawn[row] = where
@@ -216,34 +219,33 @@ def _drawn_on(maps: SegmentationMasks, row: int, shape: tuple[int, ...], *, refu
     where = drawn_on((shape[0], shape[1]), head)
     if where is DrawnOn.NEITHER and refuse:
         raise MaskError(
-            f"mask {maps.masks.names[maps.places[row]]} has {sides(shape)} pixels, but its image "
-            f"{maps.source.names[row]} is shown with {sides(head.full_size)}; give masks of the images' own "
-            "size: resize them without interpolation (nearest)"
+            f"mask {maps.masks.names[maps.places[row]]} has {sides(shape)} pixels; expected {sides(head.full_size)}, "
+            f"the size of its image {maps.source.names[row]}: resize masks without interpolation (nearest)"
         )
     return where
 
 
 def _drawn_on_stored(maps: SegmentationMasks, drawn: dict[int, DrawnOn]) -> bool:
-    """Return whether the masks refer to stored pixels, and add a note. Raises MaskError for a mixture."""
+    """Return whether the masks refer to the stored pixels, and add a note. Raises MaskError if only some do."""
     rows = {where: [row for row, found in drawn.items() if found is where] for where in DrawnOn}
     names = maps.source.names
     if rows[DrawnOn.STORED] and rows[DrawnOn.SHOWN]:
         raise MaskError(
-            f"the mask of {names[rows[DrawnOn.STORED][0]]} was drawn on its stored pixels, that of "
-            f"{names[rows[DrawnOn.SHOWN][0]]} on the image as shown (EXIF orientation); expected one way for all: "
-            "write upright images without orientation, and their masks"
+            f"the mask of {names[rows[DrawnOn.STORED][0]]} refers to the stored pixels, that of "
+            f"{names[rows[DrawnOn.SHOWN][0]]} to the displayed image (EXIF orientation); expected the same for all: "
+            "save images upright, without an orientation tag, and masks for those"
         )
     if rows[DrawnOn.STORED]:
         turned = [*rows[DrawnOn.STORED], *rows[DrawnOn.UNKNOWN]]
         maps.notes.append(
-            f"{len(turned)} images have an EXIF orientation, and their masks were drawn on the stored pixels: they "
-            f"are rotated with their image: {some(names[row] for row in sorted(turned))}"
+            f"{len(turned)} images have an EXIF orientation, and their masks, which refer to the stored pixels, are "
+            f"rotated with them: {some(names[row] for row in sorted(turned))}"
         )
         return True
     if rows[DrawnOn.UNKNOWN] and not rows[DrawnOn.SHOWN]:
         maps.notes.append(
             f"{len(rows[DrawnOn.UNKNOWN])} images have an EXIF orientation that does not change their size; their "
-            f"masks are taken as drawn on the image as shown: {some(names[row] for row in rows[DrawnOn.UNKNOWN])}"
+            f"masks are assumed to refer to the displayed image: {some(names[row] for row in rows[DrawnOn.UNKNOWN])}"
         )
     return False
 
@@ -254,21 +256,21 @@ def _require_sound(maps: SegmentationMasks, *, training: bool) -> None:
     if count < 2:
         found = ", ".join(map(str, sorted(maps.pixels)))
         raise MaskError(
-            f"the masks of {maps.masks.name} hold ids {found}, which leaves {count} class{'es' * (count != 1)}; "
-            f"expected at least two, numbered from 0 ({IGNORED} is always ignored: a class needs another id)"
+            f"the masks of {maps.masks.name} have ids {found}, which leaves {count} class{'es' * (count != 1)}; "
+            f"expected at least two, numbered from 0 (id {IGNORED} is ignored: give its class another id)"
         )
     if len(there := [one for one in maps.ids if maps.pixels[one]]) == 1 and training:
-        raise MaskError(f"the masks of {maps.masks.name} hold only one class, id {there[0]}; expected at least two")
+        raise MaskError(f"the masks of {maps.masks.name} have only one class, id {there[0]}; expected at least two")
     known = {*maps.ids, *maps.ignored}
-    if strange := sorted(one for one in maps.pixels if one not in known):
-        shown = some(str(one) for one in strange)
+    if unknown := sorted(one for one in maps.pixels if one not in known):
+        shown = some(str(one) for one in unknown)
         raise MaskError(
-            f"the masks of {maps.masks.name} hold id {shown} (in {maps.images[strange[0]]} of {len(maps.places)}), but "
-            f"{count} classes are known, ids {maps.ids[0]} to {maps.ids[-1]}; name it in {CLASSES_FILE}, or ignore it "
-            f"with --ignore {strange[0]}"
+            f"the masks of {maps.masks.name} have the unknown id {shown} (in {maps.images[unknown[0]]} of "
+            f"{len(maps.places)}); expected ids {maps.ids[0]} to {maps.ids[-1]} of the {count} classes: name it in "
+            f"{CLASSES_FILE}, or ignore it with --ignore {unknown[0]}"
         )
     if count > UNKNOWN:
         raise MaskError(
-            f"got {count} classes (the masks of {maps.masks.name} hold ids up to {max(maps.pixels, default=count)}), "
-            f"expected at most {UNKNOWN}; number classes from 0 without gaps"
+            f"got {count} classes (the masks of {maps.masks.name} have ids up to {max(maps.pixels, default=count)}); "
+            f"expected at most {UNKNOWN}: number classes from 0 without gaps"
         )

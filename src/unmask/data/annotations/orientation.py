@@ -1,10 +1,10 @@
 """Decide whether annotations of images with an EXIF orientation refer to the displayed image or to the stored pixels.
 
-Images are read as displayed, but many tools draw boxes and masks on the pixels as stored. Where the orientation swaps
-height and width, the size of the annotation tells which. An image that is only rotated by 180 degrees or mirrored, or
-that is square, does not tell; it is treated like the images of its data set that do, or else as displayed.
+Images are read as displayed, but many tools draw boxes and masks on the stored pixels. If the orientation swaps height
+and width, the size of the annotation shows which was used. For square images, and images rotated by 180 degrees or
+mirrored, the size does not decide: they are treated like the other images of their data set, or else as displayed.
 
-Orientation: EXIF's 1 to 8, as in `image_header.Header`; 5 to 8 swap height and width.
+The orientation is EXIF's 1 to 8, as in `image_header.Header`; 5 to 8 swap height and width.
 """
 
 from __future__ import annotations
@@ -21,14 +21,15 @@ class DrawnOn(Enum):
 
     SHOWN = "the image as shown"
     STORED = "the stored pixels"
-    UNKNOWN = "either"  # the sizes agree with both, and the image carries an orientation
+    UNKNOWN = "either"  # the image has an orientation, and the size of the annotation agrees with both
     NEITHER = "neither"  # the annotation is for another size
 
 
 def drawn_on(size: tuple[int, int] | None, head: Header, reach: tuple[float, float] = (0, 0)) -> DrawnOn | None:
-    """Return what an annotation of `size` (H, W), or None, refers to; None for an image without orientation.
+    """Return what an annotation refers to; None for an image without orientation.
 
-    reach: largest y and x of its boxes, used where no size is given.
+    size: (H, W) of the annotated image according to the annotation, or None. reach: largest (y, x) of its boxes, used
+    if size is None.
     """
     shown = head.full_size
     if head.orientation == 1:
@@ -47,7 +48,10 @@ def drawn_on(size: tuple[int, int] | None, head: Header, reach: tuple[float, flo
 
 
 def turned_boxes(boxes: np.ndarray, orientation: int, shown: tuple[int, int]) -> np.ndarray:
-    """Convert boxes (n, 4) as (x1, y1, x2, y2) from stored pixels to those of the displayed image of size (H, W)."""
+    """Convert boxes (n, 4) as (x1, y1, x2, y2) from stored pixels to pixels of the displayed image.
+
+    shown: size (H, W) of the displayed image.
+    """
     x1, y1, x2, y2 = boxes.T
     if orientation >= 5:
         x1, y1, x2, y2 = y1, x1, y2, x2

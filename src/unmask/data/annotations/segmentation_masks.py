@@ -1,16 +1,18 @@
-"""Segmentation masks: for each image an image of the same size that stores the class of every pixel.
+"""Segmentation masks: for each image, an image of the same size that stores the class of every pixel.
 
-A mask is a gray or palette image (PNG is best) whose stored numbers are ids; its colours are ignored. It belongs to the
-image of the same name without extension, in the same sub-folder. Image and mask folders are found automatically as
-DATA/images and DATA/labels (or masks, annotations), and as DATA = .../images/train and .../labels/train; otherwise the
-mask folder is given.
+A mask is a gray or palette image, preferably PNG. Its stored numbers are ids, and its colours are ignored. It belongs
+to the image with the same name without extension, in the same sub-folder. Image and mask folders are found
+automatically if they are DATA/images and DATA/labels (or masks, annotations), or DATA = .../images/train and
+.../labels/train. Otherwise, pass the mask folder.
 
-`classes.txt`, beside the masks or in the folder above, names ids 0, 1, 2 ... one a line; without it classes are named
-by number, and other files that commonly name classes (`class_files.py`) are proposed. Pixels of `ignored` ids are left
-out of loss and metrics: IGNORED (255) always, and others on request. Classes are numbered in the order of the remaining
-ids. `MaskOptions.values` lists the ids that are classes instead; then 255 may be one of them.
+`classes.txt`, beside the masks or in the folder above, names ids 0, 1, 2 ..., one per line. Without it, classes are
+named by number, and other files that commonly name classes (`class_files.py`) are suggested.
 
-Masks of the stored pixels of images with an EXIF orientation are rotated with them (`orientation.py`).
+Pixels of `ignored` ids are left out of loss and metrics: IGNORED (255) by default, and further ids on request. Classes
+are numbered in the order of the remaining ids. Alternatively, `MaskOptions.values` lists the ids that are classes,
+which may include 255.
+
+Masks drawn on the stored pixels of images with an EXIF orientation are rotated with them (`orientation.py`).
 """
 
 from __future__ import annotations
@@ -39,9 +41,9 @@ UNKNOWN = 254  # class number of ids that are neither a class nor ignored
 class MaskOptions:
     """How masks are read, apart from the ignored ids.
 
-    values: the ids that are classes, in their order; () for all that are not ignored. names: a file that names them;
-    None for `classes.txt`. stored: whether masks were drawn on the stored pixels of images that carry an orientation;
-    None finds out.
+    values: the ids that are classes, in the order of the classes; () for all ids that are not ignored.
+    names: a file with the class names; None for `classes.txt`.
+    stored: whether masks refer to the stored pixels of images with an EXIF orientation; None detects it.
     """
 
     values: tuple[int, ...] = ()
@@ -53,10 +55,12 @@ class MaskOptions:
 class SegmentationMasks:
     """The images of `source` that have a mask, and their masks. Implements `image_reader.Annotations`.
 
-    `places`: the row in `masks` that belongs to a row of images. `ids`: what stands in the files for each class.
-    `pixels` and `images`: the number of pixels and of masks of each id; empty if the masks were not read. `values` and
-    `stored`: as in `MaskOptions`. `notes`: what looks wrong, with the option that fixes it. `samples`: some
-    masks, subsampled, and `sizes` (H, W) of all; empty if the masks were not read.
+    places: the row in `masks` for each row of images with a mask.
+    pixels, images: number of pixels and of masks with each id; empty if the masks were not read.
+    values, stored: as in `MaskOptions`.
+    notes: likely mistakes in the masks, with the option that fixes each.
+    samples: some masks, subsampled; empty if the masks were not read.
+    sizes: (H, W) of all masks; empty if the masks were not read.
     """
 
     source: Source
@@ -85,10 +89,11 @@ class SegmentationMasks:
 
     @property
     def ids(self) -> list[int]:
+        """The id of each class in the files."""
         return list(self.values) or first_ids(len(self.classes), self.ignored)
 
     def read(self, row: int) -> np.ndarray:
-        """Return (H, W) uint8, the class of each pixel at full size, IGNORED for ignored ones. Raises BadImage."""
+        """Return the class of each pixel at full size, (H, W) uint8, IGNORED for ignored pixels. Raises BadImage."""
         name = self.masks.names[self.places[row]]
         try:
             ids = read_ids(self.masks.read_unchanged(self.places[row]))
@@ -100,7 +105,7 @@ class SegmentationMasks:
         return found
 
     def _turned(self, row: int, ids: np.ndarray) -> np.ndarray:
-        """Rotate a mask of stored pixels to that of the image as shown."""
+        """Rotate a mask of the stored pixels like its image."""
         return exif.apply_orientation(ids, decode.header(self.source.read(row)).orientation) if self.stored else ids
 
     def cut(
@@ -109,11 +114,11 @@ class SegmentationMasks:
         """Return `maps` of one image, (h, w) int64; see `image_reader.Annotations`."""
         found = self.read(row)
         if found.shape != tuple(size):
-            raise BadImage("CORRUPT", f"its mask has {sides(found.shape)} pixels, the image {sides(size)}")
+            raise BadImage("CORRUPT", f"its mask has {sides(found.shape)} pixels; expected {sides(size)} as the image")
         return {"maps": augment.cut_map(found, box, target, flip).astype(np.int64)}
 
     def _numbers(self) -> np.ndarray:
-        """Return (65536,) uint8, the class of each id that a file can hold."""
+        """Return the class of each possible id, (65536,) uint8."""
         table = np.full(1 << 16, UNKNOWN, np.uint8)
         table[list(self.ignored)] = IGNORED
         table[self.ids] = np.arange(len(self.ids))
@@ -122,38 +127,38 @@ class SegmentationMasks:
     def lines(self) -> list[str]:
         """Return a summary as text: counts, then one line for each class with its share of all pixels."""
         total = max(1, sum(self.pixels.values()))
-        said = [f"{len(self.places)} images with a mask, {len(self.classes)} classes"]
+        lines = [f"{len(self.places)} images with a mask, {len(self.classes)} classes"]
         if without := self.without:
-            said.append(f"{len(without)} images without one are left out: {some(without)}")
+            lines.append(f"{len(without)} images without a mask are left out: {some(without)}")
         if left := len(self.masks) - len(set(self.places.values())):
-            said.append(f"{left} masks belong to no image")
+            lines.append(f"{left} masks do not belong to an image")
         if self.unreadable:
-            said.append(
+            lines.append(
                 f"{len(self.unreadable)} masks cannot be read; their images are left out: {some(self.unreadable)}"
             )
         ignored = ", ".join(f"id {one}" for one in self.ignored if self.pixels[one])
         if ignored:
             share = sum(self.pixels[one] for one in self.ignored) / total
-            said.append(f"{share:.1%} of all pixels are ignored ({ignored})")
+            lines.append(f"{share:.1%} of all pixels are ignored ({ignored})")
         if self.pixels and (
             absent := [n for n, one in zip(self.classes, self.ids, strict=True) if not self.pixels[one]]
         ):
-            said.append(f"{len(absent)} class{'es' * (len(absent) != 1)} in no mask: {some(absent)}")
+            lines.append(f"{len(absent)} class{'es' * (len(absent) != 1)} without any pixels: {some(absent)}")
         for name, one in zip(self.classes, self.ids, strict=True):
-            said.append(
+            lines.append(
                 f"  id {one:3d}  {self.pixels[one] / total:6.2%} of pixels, in {self.images[one]} images  {name}"
             )
-        return said + self.notes
+        return lines + self.notes
 
     def size_line(self, size: tuple[int, int], patch: int) -> tuple[str, bool]:
-        """Return what the size (h, w) of the model means for these masks, and whether it loses much."""
+        """Describe the detail lost at the model's size (h, w); return (text, whether that is much)."""
         own = tuple(int(side) for side in np.median(np.array(self.sizes), axis=0))
         found = [self._numbers()[ids] for ids in self.samples]
         return mask_advice.size_line(found, size, (own[0], own[1]), self.classes, patch)
 
 
 def first_ids(count: int, ignored: Sequence[int]) -> list[int]:
-    """Return the lowest `count` ids that are not ignored: those of classes 0, 1, 2 ..."""
+    """Return the lowest `count` ids that are not ignored, which are the ids of classes 0, 1, 2 ..."""
     ids: list[int] = []
     one = 0
     while len(ids) < count:
@@ -168,9 +173,9 @@ def sides(shape: Sequence[int]) -> str:
 
 
 def read_ids(data: bytes, *, thorough: bool = False) -> np.ndarray:
-    """Return (H, W) uint8 or uint16, the numbers that a mask stores: gray levels or palette indices. Raises BadImage.
+    """Return the numbers stored in a mask (gray levels or palette indices), (H, W) uint8 or uint16. Raises BadImage.
 
-    thorough: also detect damage that Pillow alone does not, at twice the cost.
+    thorough: also detect damage that Pillow does not detect, which takes twice as long.
     """
     head = decode.header(data)
     if head.format == "JPEG":
@@ -187,11 +192,11 @@ def read_ids(data: bytes, *, thorough: bool = False) -> np.ndarray:
     if values.ndim != 2:
         raise BadImage(
             "UNSUPPORTED_MODE",
-            f"a colour image (mode {mode}); expected one number for each pixel, a gray or palette PNG: replace each "
-            "colour by the id of its class",
+            f"a colour image (mode {mode}); expected a gray or palette PNG with one id per pixel: replace each colour "
+            "by the id of its class",
         )
     if head.format == "PNG" and data[25] == 0 and data[24] in (2, 4):
-        values = values // (255 // (2 ** data[24] - 1))  # gray of few bits, which Pillow scales to 8
+        values = values // (255 // (2 ** data[24] - 1))  # undo Pillow's scaling of 2-bit and 4-bit gray to 8 bits
     values = exif.apply_orientation(values, head.orientation)
     if values.dtype == bool:
         return values.astype(np.uint8)

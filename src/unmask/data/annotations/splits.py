@@ -1,6 +1,6 @@
 """Random splits of labelled images, as pure functions of the seed and the images' rows.
 
-So a split is the same for every kind of probe, every encoder and for fine-tuning, whichever files cannot be read.
+So all probes, encoders and fine-tuning runs use the same split, whichever files cannot be read.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ import numpy as np
 from unmask.rng import Stream, words
 
 HELD_OUT = 0.2
-HOLD_OUT_FOR_TEST, SHOTS, HOLD_OUT_FOR_C, VOTES = 0, 1, 2, 4  # purposes of a split, each its own epoch of the generator
+HOLD_OUT_FOR_TEST, SHOTS, HOLD_OUT_FOR_C, VOTES = 0, 1, 2, 4  # purposes of a split; each uses its own generator epoch
 HOLD_OUT_FOR_LAYER = (3, 5, 6, 7, 8)  # one per round
 HOLD_OUT_FOR_RATE = 9
-FIRST_DRAW = 1000  # epochs from here on: further random draws of the shots
+FIRST_DRAW = 1000  # generator epochs from this number on are for repeated random draws of the shots
 
 
 def hold_out(labels: np.ndarray, rows: np.ndarray, seed: int, purpose: int) -> tuple[np.ndarray, np.ndarray]:
     """Return (fit, held) positions in `labels` (n,): a fifth of each class, at least one image, is held out.
 
-    A class of one image is not split. Chosen by `seed` and the images' `rows` (n,) alone; `purpose` is the epoch of the
-    random draw, so different purposes are independent.
+    A class with a single image is not split. The split depends only on `seed`, `purpose` and the images' `rows` (n,);
+    splits for different purposes are independent.
     """
     rows = np.asarray(rows, np.int64)
     order = np.asarray(words(seed, Stream.LABELS, np.full_like(rows, purpose), rows, 1))[:, 0]

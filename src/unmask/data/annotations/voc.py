@@ -1,4 +1,4 @@
-"""Read boxes from Pascal VOC's XML, one file for each image, in the encoding that each file declares."""
+"""Read boxes from Pascal VOC's XML, one file for each image, in any encoding that the file declares."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from unmask.data.files.text_files import TextError, decode_xml
 
 
 def read_voc(folder: Path) -> tuple[dict[str, Objects], list[str]]:
-    """Return the objects by the XML file's path in the folder, and the class names in order. Raises BoxError."""
-    said: dict[str, Objects] = {}
+    """Return the objects by path of the XML file in the folder, and the sorted class names. Raises BoxError."""
+    objects: dict[str, Objects] = {}
     for file in sorted(folder.rglob("*.xml")):
         try:
-            said[file.relative_to(folder).as_posix()] = _voc(_parse(file), file)
+            objects[file.relative_to(folder).as_posix()] = _voc(_parse(file), file)
         except TextError as error:
             raise BoxError(str(error)) from None
         except (OSError, ElementTree.ParseError, ValueError, LookupError, RecursionError) as error:
             if isinstance(error, BoxError):
                 raise
             raise BoxError(f"{file} cannot be read: {error}; expected an XML file of Pascal VOC") from None
-    if not said:
-        raise BoxError(f"{folder} holds no .xml; expected a folder of Pascal VOC's XML, one file for each image")
-    refuse_fractions(said, folder, first=1)
-    return said, sorted({name for one in said.values() for name in one.names})
+    if not objects:
+        raise BoxError(f"{folder} has no .xml file; expected a folder of Pascal VOC's XML, one file for each image")
+    refuse_fractions(objects, folder, first=1)
+    return objects, sorted({name for one in objects.values() for name in one.names})
 
 
 def _parse(file: Path) -> ElementTree.Element:
-    """Parse an XML file. Rejects a document type, whose entities can expand to gigabytes."""
+    """Parse an XML file. Raises BoxError for a document type, whose entities could expand to gigabytes."""
     text = decode_xml(file.read_bytes(), file)
     if "<!DOCTYPE" in text or "<!ENTITY" in text:
-        raise BoxError(f"{file} declares a document type or entities, which VOC's files do not have; remove them")
+        raise BoxError(f"{file} declares a document type or entities, which VOC's files do not use; remove them")
     return ElementTree.fromstring(text)
 
 

@@ -9,7 +9,7 @@ from unmask.data.decode.reading import Reading
 
 
 def alpha_use(reading: Reading) -> str:
-    """Return the `Layout.alpha` of a channel that is certainly alpha."""
+    """Return the `Layout.alpha` for a channel that is known to be alpha."""
     return {"drop": "dropped", "band": "band"}.get(reading.alpha, "composited")
 
 
@@ -29,7 +29,7 @@ def _on_white(pixels: np.ndarray, *, premultiplied: bool = False) -> np.ndarray:
     top = np.iinfo(pixels.dtype).max
     out = np.empty((*pixels.shape[:2], pixels.shape[2] - 1), pixels.dtype)
     rows = max(1, limits.FLOAT64_PIXELS // pixels.shape[1])
-    for start in range(0, len(pixels), rows):  # in float64, which for a whole image would take gigabytes
+    for start in range(0, len(pixels), rows):  # in pieces, because a whole image in float64 could take gigabytes
         part = pixels[start : start + rows]
         colour, alpha = part[:, :, :-1].astype(np.float64), part[:, :, -1:] / top
         mixed = colour * (1 if premultiplied else alpha) + top * (1 - alpha)

@@ -1,4 +1,4 @@
-"""An image that cannot be used, with a reason code."""
+"""The exception for an image that cannot be used."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from unmask.errors import UserError
 
 
 class BadImage(UserError):
-    """One image that cannot be used: `code` for machines, `detail` for people."""
+    """Raised for an image that cannot be used. code: reason code, see `decode.py`; detail: the reason in words."""
 
     def __init__(self, code: str, detail: str) -> None:
         super().__init__(code, detail)
@@ -18,7 +18,7 @@ class BadImage(UserError):
 
 
 def refuse_large(height: int, width: int, channels: int) -> None:
-    """Raise BadImage for more pixels or values than are decoded."""
+    """Raise BadImage for an image with more pixels or values than the limits allow."""
     pixels = height * width
     if pixels > limits.MAX_PIXELS:
         raise BadImage("TOO_MANY_PIXELS", f"got {height} x {width} pixels; expected at most {limits.MAX_PIXELS}")

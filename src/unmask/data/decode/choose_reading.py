@@ -1,4 +1,4 @@
-"""Decide for a whole data set what one file cannot show: whether tagged bands are alpha, and the order of axes."""
+"""Decide for a whole data set whether tagged bands are alpha, and the order of axes, which one file may leave open."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from unmask.data.decode.reading import Reading, axes_of_several, is_alpha, is_am
 from unmask.data.decode.tiff import alpha_values
 from unmask.data.sources.source import Source
 
-SECONDS = 60.0  # of processor time for all sampled files
-FILES = 32  # sampled, of either kind
+SECONDS = 60.0  # limit on processor time for all sampled files
+FILES = 32  # number of files sampled of each kind (TIFF and .npy)
 
 
 def choose_reading(source: Source, rows: Sequence[int]) -> tuple[Reading, tuple[str, ...]]:
-    """Return the `Reading` for this data set, and a sentence for each decision.
+    """Return the `Reading` of this data set, and a sentence about each decision.
 
     rows: rows of the source to sample from.
     """
@@ -28,7 +28,7 @@ def choose_reading(source: Source, rows: Sequence[int]) -> tuple[Reading, tuple[
     try:  # in its own process, because one of these files may crash a decoder
         return call_in_process(_settled, source, rows, memory=limits.MAX_DECODE_BYTES + SLACK, seconds=SECONDS)
     except (TooSlow, Crashed, MemoryError):
-        return source.reading, ()  # then it is decided for each file
+        return source.reading, ()  # leave the decision to each file
 
 
 def _settled(source: Source, rows: Sequence[int]) -> tuple[Reading, tuple[str, ...]]:
@@ -55,7 +55,7 @@ def _tagged(source: Source, rows: list[int], reading: Reading) -> tuple[Reading,
     for row in rows:
         try:
             values = alpha_values(source.read(row))
-        except (BadImage, MemoryError):  # reported by the scan
+        except (BadImage, MemoryError):  # the scan reports it
             continue
         if values is not None and values.any():
             real, bands = (real + 1, bands) if is_alpha(values) else (real, bands + 1)
@@ -64,8 +64,8 @@ def _tagged(source: Source, rows: list[int], reading: Reading) -> tuple[Reading,
     if real >= bands:
         return reading.model_copy(update={"tagged": "alpha"}), ""
     reason = (
-        f"the last band of the TIFFs is tagged as alpha, but its values are data in {bands} of {real + bands} files "
-        "looked at: it is kept as a band (data.alpha=composite, drop or band decides otherwise)"
+        f"the last band of the TIFFs is tagged as alpha, but its values are data in {bands} of {real + bands} sampled "
+        "files: it is kept as a band (set data.alpha to composite, drop or band to override)"
     )
     return reading.model_copy(update={"tagged": "band"}), reason
 
@@ -86,5 +86,5 @@ def _axes(source: Source, rows: list[int], reading: Reading) -> tuple[Reading, s
     first = ambiguous[0]
     return reading.model_copy(update={"axes": order}), (
         f"arrays such as {first} are read as {'(H, W, bands)' if order == 'HWC' else '(bands, H, W)'}: {why}; "
-        f"--set data.axes={'CHW' if order == 'HWC' else 'HWC'} if that is wrong"
+        f"if that is wrong, --set data.axes={'CHW' if order == 'HWC' else 'HWC'}"
     )

@@ -1,21 +1,23 @@
 """Decode the bytes of one image file, strictly: a damaged file raises `BadImage` with a reason code.
 
-Formats: JPEG (simplejpeg, with scaled decoding), PNG, WebP, TIFF, BMP, GIF (first frames), NumPy .npy; TIFF of several
-16-bit or float samples, or of any number of bands, with the optional tifffile. EXIF orientation is applied. 16-bit
-stays uint16; floats and integers of other widths become float32 with their values unchanged, where Pillow's conversion
-to RGB would clip them. Alpha is composited on white; palette, CMYK and 1-bit images become RGB or gray. The
-header is read, and limits checked, before anything is allocated; `header` and `decode` always agree.
+Formats: JPEG (simplejpeg, with scaled decoding), PNG, WebP, TIFF, BMP, GIF (first frames) and NumPy .npy. TIFFs with
+several 16-bit or float samples, or any number of bands, need the optional tifffile.
 
-A .npy of three axes is (H, W, C), unless its first axis is smaller than both others: then it is (C, H, W).
+EXIF orientation is applied. 16-bit images stay uint16. Floats and integers of other widths become float32 with their
+values unchanged (Pillow's conversion to RGB would clip them). Alpha is composited on white. Palette, CMYK and 1-bit
+images become RGB or gray. The header is read, and limits are checked, before memory for the pixels is allocated.
+`header` and `decode` always agree.
 
-PNG checksums are verified. WebP, GIF, BMP and TIFF have none: damage that still decodes is not detected.
+A .npy with three axes is (H, W, C), or (C, H, W) if its first axis is smaller than both others.
 
-JPEGs with extra bytes between segments or before the end marker, or without one, are accepted if all blocks of the
-image are present; see `jpeg_repair.py`.
+PNG checksums are verified. WebP, GIF, BMP and TIFF have no checksums, so damage that still decodes is not detected.
 
-A file may take 512 MiB in the scan, its own bytes included, according to its header (`Header.memory`): 100 megapixels
-of 8 bits as JPEG, PNG, BMP, GIF or TIFF in strips, 53 of 16-bit colour, about 30 as WebP. Decoding it into one array,
-as the loader does, takes the memory of that array in addition.
+JPEGs with extra bytes between segments or before the end marker, or without an end marker, are accepted if all blocks
+of the image are present; see `jpeg_repair.py`.
+
+In the scan, a file may use 512 MiB including its own bytes, as estimated from its header (`Header.memory`). That is
+enough for 100 megapixels as 8-bit JPEG, PNG, BMP, GIF or TIFF in strips, for 53 in 16-bit colour, and for about 30 as
+WebP. The loader decodes into one array, which needs additional memory.
 
 Reason codes: EMPTY NOT_IMAGE FORMAT_NOT_ALLOWED HEADER_BAD TRUNCATED CORRUPT TOO_MANY_PIXELS TOO_LARGE_FILE
 EXTREME_ASPECT UNSUPPORTED_MODE MISMATCHED_CHANNELS MISMATCHED_DTYPE TIMEOUT; and from the sources PERMISSION VANISHED
@@ -39,24 +41,28 @@ from unmask.data.decode.pixels import check_pieces, join_pieces, slice_rows
 from unmask.data.decode.reading import DEFAULT, Reading
 
 FILE_FORMATS: tuple[FileFormat, ...] = (jpeg.FORMAT, npy.FORMAT, png.FORMAT, tiff.FORMAT, pillow_formats.FORMAT)
-"""In the order in which they are tried, the last for any other file. A new format is one module and one entry here."""
+"""File formats in the order they are tried; the last accepts any file. A new format needs a module and an entry here.
+"""
 
 
 def header(data: bytes, reading: Reading = DEFAULT) -> Header:
-    """Return size, channels and dtype under `reading`, without decoding. Raises BadImage, also beyond the limits.
+    """Return size, channels and dtype under `reading`, without decoding.
 
-    A TIFF is decoded if its values must decide whether a band is alpha and `reading` does not.
+    Exception: a TIFF is decoded if only its values show whether a band is alpha, and `reading` leaves that open.
+    Raises BadImage for a damaged header, and for files above the limits of `limits.py`.
     """
     if not data:
         raise BadImage("EMPTY", "the file has no bytes")
     if len(data) > limits.MAX_FILE_BYTES:
-        raise BadImage("TOO_LARGE_FILE", f"{len(data)} bytes, at most {limits.MAX_FILE_BYTES} are read")
+        raise BadImage("TOO_LARGE_FILE", f"got {len(data)} bytes; expected at most {limits.MAX_FILE_BYTES}")
     found = _format_of(data).read_header(data, reading)
     refuse_large(found.height, found.width, found.channels)
     _refuse_costly(found, len(data))
     if max(found.height, found.width) > limits.MAX_ASPECT * min(found.height, found.width):
         raise BadImage(
-            "EXTREME_ASPECT", f"{found.height} x {found.width} pixels: sides differ more than {limits.MAX_ASPECT} times"
+            "EXTREME_ASPECT",
+            f"got {found.height} x {found.width} pixels; expected sides that differ by a factor of at most "
+            f"{limits.MAX_ASPECT}",
         )
     return found
 
@@ -71,9 +77,11 @@ def decode(
 ) -> np.ndarray:
     """Return (H, W, C) uint8, uint16 or float32, contiguous.
 
-    at_least: (h, w) in displayed orientation; a JPEG may then be decoded at 1/2, 1/4 or 1/8, the smallest that still
-    has that size; the choice depends only on the file and `at_least`. found: the header of these bytes, in place of
-    `reading`. tolerated: a list to which harmless faults are appended. Raises BadImage.
+    at_least: (h, w) in displayed orientation; JPEGs are decoded at the smallest of 1/8, 1/4, 1/2 and full size that is
+    not below it, a choice that depends only on the file and `at_least`.
+    found: the header of `data` if already read, in place of `reading`.
+    tolerated: a list to which harmless faults are appended.
+    Raises BadImage.
     """
     found = found or header(data, reading)
     try:
@@ -94,23 +102,22 @@ def _refuse_costly(found: Header, size: int) -> None:
     if needed > limits.MAX_DECODE_BYTES:
         raise BadImage(
             "TOO_MANY_PIXELS",
-            f"{found.height} x {found.width} pixels of this kind take {needed >> 20} MiB to decode, at most "
-            f"{limits.MAX_DECODE_BYTES >> 20} MiB are used for a file; shrink it, or save it with fewer bits or as "
-            "JPEG",
+            f"{found.height} x {found.width} pixels of this kind need {needed >> 20} MiB to decode; expected at most "
+            f"{limits.MAX_DECODE_BYTES >> 20} MiB: shrink the image, or save it with fewer bits or as JPEG",
         )
     if found.scans * found.height * found.width > limits.MAX_SCANNED_PIXELS:
         raise BadImage(
             "TIMEOUT",
             f"a JPEG of {found.scans} scans over {found.height} x {found.width} pixels takes too long to decode; save "
-            "it again",
+            "it again with fewer scans",
         )
 
 
 def pieces(data: bytes, found: Header, *, tolerated: list[str] | None = None) -> Iterator[np.ndarray]:
-    """Yield the image of `decode` in pieces of some rows (h, W, C), as stored: the orientation is not applied.
+    """Yield the image in pieces of a few rows (h, W, C), as stored: the orientation is not applied.
 
-    For statistics, which need each pixel once: a large image takes the memory of its decoder, but not a second array.
-    Raises BadImage, possibly after some pieces.
+    Intended for statistics, which need each pixel once: no second array is allocated for a large image. Raises
+    BadImage, possibly after some pieces.
     """
     format = _format_named(found.format)
     try:

@@ -8,7 +8,7 @@ import numpy as np
 
 
 def exif_orientation(tiff: bytes) -> int:
-    """Return tag 0x0112 of the first directory; 1 when it is absent or invalid."""
+    """Return the orientation (tag 0x0112 of the first directory); 1 if it is absent or invalid."""
     order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
     try:
         if order is None:

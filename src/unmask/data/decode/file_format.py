@@ -1,4 +1,4 @@
-"""What a module of this folder declares of the file format it reads."""
+"""The interface that each file format of this folder implements."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ Decode = Callable[[bytes, Header, tuple[int, int] | None, list[str] | None], np.
 
 @dataclass(frozen=True)
 class FileFormat:
-    """One file format, or several that are read alike.
+    """One file format, or several that are read by the same functions.
 
-    names: values of `Header.format`. starts: first bytes of a file; () accepts any. read_header: see `decode.header`.
-    pieces: yields the stored image in pieces of some rows, for large images; None where the decoder cannot. decode:
-    takes the arguments of `decode.decode`, returns the stored image; None joins the pieces.
+    names: values of `Header.format`.
+    starts: first bytes of a file; () accepts any file.
+    read_header: see `decode.header`.
+    pieces: yields the stored image in pieces of a few rows, for large images; None if not supported.
+    decode: takes the arguments of `decode.decode` and returns the stored image; None joins the pieces.
     """
 
     names: tuple[str, ...]
@@ -31,5 +33,5 @@ class FileFormat:
     decode: Decode | None = None
 
     def can_read_pieces(self, header: Header) -> bool:
-        """Whether `pieces` reads a file with this header: of a TIFF only one page."""
+        """Whether `pieces` can read a file with this header; of a TIFF, it can only read one page."""
         return self.pieces is not None and len(header.pages) <= 1

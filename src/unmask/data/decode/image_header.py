@@ -1,4 +1,4 @@
-"""The header of an image file, and the note in which a smaller copy stores the size of its original."""
+"""The header of an image file, and the note by which a smaller copy records the size of its original."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ LONGEST_NOTE = 64
 
 @dataclass(frozen=True)
 class Header:
-    """Size, channels and dtype of one file; height and width as displayed, after the EXIF `orientation` (1 to 8).
+    """Size, channels and dtype of one file.
 
-    packed_from: height and width of the original, if this is a smaller copy with a `packed_note`. layout: how the file
-    stores the image and how it is read. pages: offsets of the TIFF directories that are read. memory: peak bytes of
-    `decode.pieces`, in addition to the file's own. scans: number of scans of a progressive JPEG, each of which takes as
-    long as one decoding.
+    height, width: as displayed, after applying the EXIF `orientation` (1 to 8).
+    packed_from: height and width of the original, if this is a smaller copy with a `packed_note`.
+    layout: how the file stores the image and how it is read.
+    pages: offsets of the TIFF directories that are read.
+    memory: peak bytes of `decode.pieces`, without the bytes of the file itself.
+    scans: number of scans of a progressive JPEG, each of which takes as long as decoding a sequential one.
     """
 
     height: int
@@ -36,21 +38,21 @@ class Header:
 
     @property
     def full_size(self) -> tuple[int, int]:
-        """(H, W) of the original, if this is a smaller copy, otherwise of the image itself."""
+        """Size (H, W) of the original if this is a smaller copy, otherwise of the image itself."""
         return self.packed_from or (self.height, self.width)
 
 
 def packed_note(size: tuple[int, int], full_size: tuple[int, int]) -> bytes:
     """Encode the size of a smaller copy and the full size of its original, (H, W) each.
 
-    Stored in a JPEG's comment, in a PNG's text, or behind the values of a .npy. It includes the copy's own size: a
-    program that crops or shrinks the copy may copy the note, which is ignored where the sizes differ.
+    The note is stored as a JPEG comment, as PNG text, or after the values of a .npy. It includes the copy's own size,
+    so that it is ignored if another program crops or shrinks the copy but keeps the note.
     """
     return b"unmask\0packed %dx%d from %dx%d" % (*size, *full_size)
 
 
 def original_size(note: bytes, size: tuple[int, int]) -> tuple[int, int] | None:
-    """Return the size of the original of an image of this `size`, both as displayed; None without a valid note."""
+    """Return the original's size from the note of an image of this `size`, both as displayed; None if invalid."""
     found = PACKED.fullmatch(note)
     if found is None or (int(found[1]), int(found[2])) != size:
         return None

@@ -1,4 +1,4 @@
-"""Read JPEG with simplejpeg, at a reduced scale where that is enough."""
+"""Read JPEG with simplejpeg, at a reduced scale if that is large enough."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from unmask.data.decode.reading import Reading
 
 
 def read_header(data: bytes, reading: Reading) -> Header:
-    """Walk the markers to the frame header: a few microseconds, where opening a decoder takes a hundred."""
+    """Parse the markers up to the frame header: takes a few microseconds, while opening a decoder takes a hundred."""
     place, orientation, end, note = 2, 1, len(data), b""
     while place + 4 <= end:
         if data[place] != 0xFF or data[place + 1] == 0:
@@ -40,7 +40,7 @@ def read_header(data: bytes, reading: Reading) -> Header:
             components = data[place + 9]
             if data[place + 4] != 8:
                 raise BadImage(
-                    "UNSUPPORTED_MODE", f"a JPEG of {data[place + 4]} bits a sample; convert it to PNG or TIFF"
+                    "UNSUPPORTED_MODE", f"a JPEG with {data[place + 4]} bits per sample; convert it to PNG or TIFF"
                 )
             if not height or not width or components not in (1, 3, 4):
                 raise BadImage("HEADER_BAD", f"a JPEG of {height} x {width} pixels with {components} components")
@@ -48,7 +48,9 @@ def read_header(data: bytes, reading: Reading) -> Header:
                 height, width = width, height
             channels, original = 1 if components == 1 else 3, original_size(note, (height, width)) if note else None
             memory, scans = channels * height * width, 1
-            if marker == 0xC2 and place + 10 + 3 * components <= end:  # progressive: all coefficients are kept
+            if (
+                marker == 0xC2 and place + 10 + 3 * components <= end
+            ):  # progressive: the decoder stores all coefficients
                 sampling = data[place + 11 : place + 10 + 3 * components : 3]
                 factors = [(factor >> 4 or 1, factor & 15 or 1) for factor in sampling]
                 most = max(across for across, _ in factors) * max(down for _, down in factors)
@@ -69,7 +71,7 @@ def decode(data: bytes, found: Header, at_least: tuple[int, int] | None, tolerat
     height, width = (found.height, found.width) if found.orientation < 5 else (found.width, found.height)
     if at_least is not None:
         wanted = at_least if found.orientation < 5 else at_least[::-1]
-        # Chosen here, because the decoder would also use 3/8, 5/8 and 3/4, which cost more than the next power of two.
+        # Restrict the scale to powers of two: the decoder would also use 3/8, 5/8 and 3/4, which take longer.
         for part in (8, 4, 2):
             if -(-height // part) >= wanted[0] and -(-width // part) >= wanted[1]:
                 height, width = -(-height // part), -(-width // part)

@@ -1,13 +1,12 @@
-"""Accept JPEGs that violate the format without loss: extra bytes between segments, or no end marker.
+"""Accept JPEGs that violate the format without loss of pixels: extra bytes between segments, or no end marker.
 
-Some cameras and scanners write such files. A strict decoder rejects them; a lenient one accepts damaged files too.
-`repaired` removes the extra bytes, so that the strict decoder can check the rest: the pixels are those of the same file
-without them.
+Some cameras and scanners write such files. A strict decoder rejects them, and a lenient decoder also accepts damaged
+files. `repaired` removes the extra bytes and lets the strict decoder check the rest.
 
-Leftover bytes before the end marker are also what damage within the image leaves: after a few wrong bits the decoder
-often falls into step again, some blocks too early, and the last blocks of the image remain unread. Such a leftover is
-Huffman-coded data up to its last bit, which junk hardly ever is. So leftover bytes are only accepted as junk if they
-are padding (one value repeated), or do not parse as further blocks that end exactly where the data ends.
+Leftover bytes before the end marker may also be a sign of damage: after a few wrong bits, the decoder often
+resynchronises some blocks too early and leaves the last blocks of the image unread. These blocks are Huffman-coded up
+to the last bit, which junk hardly ever is. So leftover bytes are accepted as junk only if they are padding (one value
+repeated), or if they do not parse as further blocks that end exactly where the data ends.
 """
 
 from __future__ import annotations
@@ -22,29 +21,35 @@ from unmask.data.decode.layout import TOLERATED
 STANDALONE = {0x01, *range(0xD0, 0xD8)}  # markers without a length
 END = b"\xff\xd9"
 EXTRANEOUS = re.compile(r"Corrupt JPEG data: (\d+) extraneous bytes before marker 0xd9")
-READ_AHEAD = 8  # bytes that libjpeg's bit buffer holds, which its count of extraneous bytes does not include
-MOST_LEFTOVER = 1 << 16  # bytes that are parsed; a longer leftover must be padding
+READ_AHEAD = 8  # bytes in libjpeg's bit buffer, which its number of extraneous bytes does not include
+MOST_LEFTOVER = 1 << 16  # maximum number of leftover bytes to parse; a longer leftover must be padding
 
 Decode = Callable[[bytes], object]
-"""Decodes strictly, and raises ValueError with libjpeg's message."""
+"""A strict decoder that raises ValueError with libjpeg's message."""
 
 
 @dataclass
 class _Parts:
-    """A JPEG taken apart. `head`: all up to the last scan's header; `scan`: that scan's entropy-coded data."""
+    """The parts of a JPEG.
+
+    head: everything up to and including the header of the last scan.
+    scan: entropy-coded data of the last scan.
+    junk: number of bytes between segments that do not belong to a segment.
+    ended: whether an end marker was found.
+    """
 
     head: bytes
     scan: bytes
-    junk: int  # bytes between segments that belong to none
-    ended: bool  # whether an end marker was found
+    junk: int
+    ended: bool
 
 
 def repaired(data: bytes, decode: Decode) -> tuple[bytes, tuple[str, ...]] | None:
-    """(the JPEG without its junk, which of `layout.TOLERATED` it had), or None where damage cannot be ruled out.
+    """Return (JPEG without junk, its faults of `layout.TOLERATED`); None if damage cannot be ruled out.
 
-    What is returned has been decoded strictly by `decode`.
+    The returned JPEG has passed the strict decoder `decode`.
     """
-    parts = _taken_apart(data)
+    parts = _split(data)
     if parts is None:
         return None
     between, before_end, no_end = TOLERATED
@@ -53,7 +58,7 @@ def repaired(data: bytes, decode: Decode) -> tuple[bytes, tuple[str, ...]] | Non
     scan = _without_padding(parts.scan)
     if len(scan) < len(parts.scan) and not _complaint(candidate := parts.head + scan + END, decode):
         return candidate, (*faults, at_end)
-    if not parts.ended:  # nothing stands where the end marker should be: cut short, be it by two bytes
+    if not parts.ended:  # no padding in place of the end marker: the file is truncated
         return None
     complaint = _complaint(candidate := parts.head + parts.scan + END, decode)
     if not complaint:
@@ -66,7 +71,7 @@ def repaired(data: bytes, decode: Decode) -> tuple[bytes, tuple[str, ...]] | Non
     return parts.head + parts.scan[:end] + END, (*faults, before_end)
 
 
-def _taken_apart(data: bytes) -> _Parts | None:
+def _split(data: bytes) -> _Parts | None:
     kept, junk, place = [data[:2]], 0, 2
     scan: bytes | None = None
     while True:
@@ -107,7 +112,7 @@ def _end_of_scan(data: bytes, start: int) -> int:
 
 
 def _without_padding(scan: bytes) -> bytes:
-    """Entropy-coded data without one value repeated at its end; a byte 0 that belongs to a stuffed 0xFF is kept."""
+    """Remove a repeated value from the end of entropy-coded data, but not a 0 that belongs to a stuffed 0xFF."""
     if len(scan) < 2 or scan[-1] != scan[-2]:
         return scan
     shorter = scan.rstrip(scan[-1:])
@@ -115,7 +120,7 @@ def _without_padding(scan: bytes) -> bytes:
 
 
 def _complaint(data: bytes, decode: Decode) -> str:
-    """What the strict decoder says of these bytes; "" when it accepts them."""
+    """Return the error message of the strict decoder for these bytes; "" if it accepts them."""
     try:
         decode(data)
     except ValueError as error:
@@ -124,7 +129,7 @@ def _complaint(data: bytes, decode: Decode) -> str:
 
 
 def _end_of_image(parts: _Parts, at_most: int, decode: Decode) -> int | None:
-    """The smallest number of bytes of the last scan that hold the whole image, decoded strictly; None for damage."""
+    """Return the smallest number of bytes of the last scan that decode strictly to the whole image; None for damage."""
 
     def whole(end: int) -> bool:
         return _complaint(parts.head + parts.scan[:end] + END, decode) == ""
@@ -140,23 +145,26 @@ def _end_of_image(parts: _Parts, at_most: int, decode: Decode) -> int | None:
 
 @dataclass
 class _Tables:
-    """What is needed to parse sequential Huffman-coded blocks: (length, code) -> symbol of each table, and the tables
-    (direct current, alternating current) of each block of a minimum coded unit."""
+    """Huffman tables for parsing the blocks of a sequential JPEG.
+
+    codes: for each table, (length, code) -> symbol.
+    blocks: for each block of a minimum coded unit, the numbers of its DC and AC tables.
+    """
 
     codes: dict[int, dict[tuple[int, int], int]] = field(default_factory=dict)
     blocks: list[tuple[int, int]] = field(default_factory=list)
 
 
 def _is_coded(head: bytes, leftover: bytes) -> bool:
-    """Whether bytes after the end of an image are more of it: Huffman-coded blocks up to the last bit.
+    """Return whether bytes after the end of an image are further Huffman-coded blocks up to the last bit.
 
-    leftover: from the last byte of the image on, within which the next block would begin.
+    leftover: includes the last byte of the image, because the next block would begin inside it.
     """
     if len(set(leftover[1:])) <= 1:
         return False
     tables = _tables(head)
     if tables is None or len(leftover) > MOST_LEFTOVER:
-        return True  # cannot be told from damage
+        return True  # may be damage
     plain = leftover.replace(b"\xff\x00", b"\xff")
     bits = "".join(f"{byte:08b}" for byte in plain)
     seen: set[int] = set()
@@ -164,7 +172,7 @@ def _is_coded(head: bytes, leftover: bytes) -> bool:
 
 
 def _parses_to_the_end(bits: str, place: int, tables: _Tables, seen: set[int]) -> bool:
-    """Whether whole units follow from `place` on and leave at most seven bits, all of them 1 (ITU T.81, F.1.2.3)."""
+    """Return whether the bits from `place` on are whole units, followed by at most seven 1 bits (ITU T.81, F.1.2.3)."""
     while place not in seen:
         if len(bits) - place < 8 and "0" not in bits[place:]:
             return True
@@ -180,7 +188,7 @@ def _parses_to_the_end(bits: str, place: int, tables: _Tables, seen: set[int]) -
 def _block(
     bits: str, place: int, direct: dict[tuple[int, int], int], alternating: dict[tuple[int, int], int]
 ) -> int | None:
-    """Where the block ends that begins at `place`; None where it is none, or goes beyond the end."""
+    """Return the end of the block that begins at `place`; None if it is invalid or extends past the last bit."""
     coefficient = 0
     while coefficient < 64:
         table = alternating if coefficient else direct
@@ -203,7 +211,7 @@ def _block(
 
 
 def _tables(head: bytes) -> _Tables | None:
-    """Of a sequential JPEG of one scan; None for any other, of which blocks cannot be parsed on their own."""
+    """Return the tables of a sequential JPEG with one scan; None for other JPEGs, which cannot be parsed by blocks."""
     found, sampling = _Tables(), {}
     scans = 0
     for marker, body in _segments(head):
@@ -232,7 +240,7 @@ def _segments(head: bytes) -> Iterator[tuple[int, bytes]]:
 
 
 def _read_huffman_tables(body: bytes, found: _Tables) -> None:
-    """The tables of one DHT segment; those of alternating current are numbered from 16 on, as the segment does."""
+    """Add the tables of one DHT segment to `found`, numbered as in the segment: AC tables from 16 on."""
     place = 0
     while place + 17 <= len(body):
         counts, table = body[place + 1 : place + 17], {}

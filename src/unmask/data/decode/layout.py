@@ -1,7 +1,7 @@
 """How a file stores its image and how it is read: bands, alpha, pages, order of axes, tolerated faults.
 
-A `Layout` fits into one integer, so that the scan cache stores it for every file and a scan can report what was
-composited, skipped or guessed without decoding the files again.
+A `Layout` is encoded as one integer for each file in the scan cache. So a scan can report composited alpha, skipped
+pages and guessed axes without decoding the files again.
 """
 
 from __future__ import annotations
@@ -19,9 +19,12 @@ MOST = (1 << 16) - 1
 class Layout:
     """Layout of one file.
 
-    bands: samples per pixel as stored, alpha included; 0 if not recorded. alpha: how the alpha channel is read, ""
-    without one. pages: images in the file, without levels of lower resolution. page_use: which of several pages are
-    read. axes: the order of a .npy of three axes. tolerated: faults that lose no pixel.
+    bands: samples per pixel as stored, including alpha; 0 if not recorded.
+    alpha: how the alpha channel is read; "" without an alpha channel.
+    pages: number of images in the file, without copies of lower resolution.
+    page_use: which of several pages are read.
+    axes: the order of the axes of a .npy with three axes.
+    tolerated: faults that do not affect any pixel.
     """
 
     bands: int = 0

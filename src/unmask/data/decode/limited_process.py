@@ -1,6 +1,6 @@
-"""Call a function in its own process with limits on memory and time, for files that may crash a decoder.
+"""Call a function in a separate process with limits on memory and time, for files that may crash a decoder.
 
-Only where processes can be forked (Linux); elsewhere the function is called in this process, without limits.
+On Linux only; on other systems the function is called in this process, without limits.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-SLACK = 256 << 20  # bytes of address space beyond the memory that a process uses
-PATIENCE = 3  # wall-clock time allowed per second of processor time: other processes run too
+SLACK = 256 << 20  # bytes of address space to allow in addition to the memory that a process uses
+PATIENCE = 3  # seconds of wall-clock time allowed per second of processor time, because other processes run too
 
 
 class TooSlow(Exception):
@@ -28,10 +28,10 @@ class Crashed(Exception):
 
 
 def call_in_process(function: Callable[..., Any], *arguments: Any, memory: int, seconds: float) -> Any:
-    """Return `function(*arguments)` of a forked process, which may use `memory` bytes more than this one and `seconds`
-    of processor time.
+    """Call `function(*arguments)` in a forked process and return its result.
 
-    The result is pickled, the arguments are not. Raises TooSlow, Crashed, MemoryError, or what the function raises.
+    The process may use `memory` bytes more than this one, and `seconds` of processor time. The result is pickled; the
+    arguments are not. Raises TooSlow, Crashed, MemoryError, or the exception of the function.
     """
     if sys.platform != "linux" or multiprocessing.current_process().daemon:
         return function(*arguments)

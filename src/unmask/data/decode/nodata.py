@@ -1,14 +1,14 @@
-"""Absent pixels: where an image holds no data, and what stands there instead.
+"""Find and fill absent pixels, for which an image has no data.
 
-A GeoTIFF declares the value of such pixels in a tag (GDAL_NODATA, for example -9999, -32768 or 65535); in float images
-NaN and infinity mean the same. Taken for data they ruin the mean and the standard deviation that an encoder keeps for
-good, and most of the loss. So they are left out of both; in the images they are replaced by the data's mean, which is 0
-after normalisation.
+A GeoTIFF declares the value of such pixels in a tag (GDAL_NODATA, for example -9999, -32768 or 65535). In float images,
+NaN and infinity also mark absent pixels. Treated as data, they would distort the loss and the mean and standard
+deviation that are stored with the encoder, so they are left out of all three. In the images they are replaced by the
+data set's mean, which is 0 after normalisation.
 
-A float pixel is absent where any channel is; an integer pixel where all channels have the declared value, because 0 or
-255 in one channel is an ordinary colour.
+A float pixel is absent if any of its channels is absent. An integer pixel is absent only if all channels have the
+declared value, because 0 or 255 in one channel is an ordinary colour.
 
-Letters: H x W pixels, C channels.
+Notation: H x W pixels, C channels.
 """
 
 from __future__ import annotations
@@ -23,15 +23,16 @@ from unmask.data.decode.bad_image import BadImage
 from unmask.data.decode.tiff_pages import TIFF_STARTS, read_pages
 
 Nodata = Literal["auto"] | float | None
-"""Which pixels are absent: "auto", as the file declares, and NaN or infinity; a number, that value as well; or None."""
+"""Which pixels are absent. "auto": those with the value that the file declares, NaN and infinity; a number: pixels with
+that value too; None: no pixels."""
 
 PALETTE = 3  # TIFF's photometric interpretation
 
 
 def declared(data: bytes) -> float | None:
-    """Return the value of absent pixels that a TIFF's GDAL_NODATA tag declares; None without such a tag.
+    """Return the value of absent pixels declared by a TIFF's GDAL_NODATA tag; None without such a tag.
 
-    A value that is not a number, and one of a palette image, count as none.
+    Also None for palette images, and for values that are not numbers.
     """
     if not data.startswith(TIFF_STARTS):
         return None
@@ -43,9 +44,10 @@ def declared(data: bytes) -> float | None:
 
 
 def valid_pixels(pixels: np.ndarray, nodata: Nodata, declared: float | None) -> np.ndarray | None:
-    """(H, W, C) decoded pixels -> (H, W) bool, False where a pixel is absent; None where all are there.
+    """Return (H, W) bool for decoded pixels (H, W, C), False for absent pixels; None if no pixel is absent.
 
-    declared: by the file. Raises BadImage for NaN or infinity where nothing may be absent.
+    declared: the value of absent pixels that the file declares.
+    Raises BadImage for NaN or infinity if `nodata` is None.
     """
     is_float = pixels.dtype == np.float32
     absent = ~np.isfinite(pixels) if is_float else None
@@ -69,7 +71,7 @@ def valid_pixels(pixels: np.ndarray, nodata: Nodata, declared: float | None) -> 
 
 
 def _equal(pixels: np.ndarray, value: float) -> np.ndarray | None:
-    """Where the pixels have this value in their own dtype; None where nothing does."""
+    """Return which pixels have this value in their own dtype; None if none has."""
     if pixels.dtype != np.float32:
         if not value.is_integer() or not 0 <= value <= np.iinfo(pixels.dtype).max:
             return None
@@ -81,11 +83,11 @@ def _equal(pixels: np.ndarray, value: float) -> np.ndarray | None:
 
 
 def fill_values(mean: Sequence[float], dtype: str) -> np.ndarray:
-    """(C,): what stands for an absent pixel, the data's mean in the dtype of the images."""
+    """Return the value of absent pixels (C,): the data set's mean, converted to the dtype of the images."""
     values = np.array(mean)
     return (values if dtype == "float32" else values.round().clip(0, np.iinfo(dtype).max)).astype(dtype)
 
 
 def filled(pixels: np.ndarray, valid: np.ndarray, fill: np.ndarray | int = 0) -> np.ndarray:
-    """A copy of the pixels (H, W, C) with absent ones replaced by `fill` (C,)."""
+    """Return a copy of the pixels (H, W, C) with absent ones replaced by `fill` (C,)."""
     return np.where(valid[:, :, None], pixels, np.asarray(fill, pixels.dtype))

@@ -22,7 +22,7 @@ def _npy_layout(data: bytes) -> tuple[tuple[int, ...], bool, np.dtype, int]:
         version = np.lib.format.read_magic(file)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = read(file)
-    except Exception as error:  # the header is a Python literal, whose parser raises many kinds
+    except Exception as error:  # the header is a Python literal, whose parser raises many exception types
         raise BadImage("HEADER_BAD", f".npy: {str(error) or type(error).__name__}") from None
     if dtype.hasobject:
         raise BadImage("UNSUPPORTED_MODE", ".npy with Python objects, which can run code; save plain numbers")

@@ -1,4 +1,4 @@
-"""Read WebP, BMP and GIF (first frames) with Pillow, and reject every other format by name."""
+"""Read WebP, BMP and GIF (first frames) with Pillow, and reject other formats with an error that names the format."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def read_header(data: bytes, reading: Reading) -> Header:
 
 
 def _is_clear_bmp(data: bytes) -> bool:
-    """Return whether all alpha values of a 32-bit BMP are 0, which viewers do not take for transparent."""
+    """Return whether all alpha values of a 32-bit BMP are 0, in which case viewers ignore them."""
     (start,) = struct.unpack_from("<I", data, 10)
     return struct.unpack_from("<H", data, 28) == (32,) and not data[start + 3 :: 4].strip(b"\0")
 
@@ -55,7 +55,7 @@ def _channels_of_mode(mode: str) -> int:
 
 
 def read_pieces(data: bytes, found: Header) -> Iterator[np.ndarray]:
-    """Yield the stored image in pieces of some rows."""
+    """Yield the stored image in pieces of a few rows."""
     return pillow_pieces(load_image(data, found.format), found.layout.alpha)
 
 

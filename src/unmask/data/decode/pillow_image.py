@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import numpy as np
 from PIL import (
-    BmpImagePlugin,  # noqa: F401  (importing a plugin is what registers its format)
+    BmpImagePlugin,  # noqa: F401  (importing a plugin registers its format)
     GifImagePlugin,  # noqa: F401
     Image,
     PngImagePlugin,  # noqa: F401
@@ -29,10 +29,11 @@ WITH_ALPHA = ("LA", "La", "PA", "RGBA", "RGBa")  # modes of Pillow
 def open_image(data: bytes) -> Image.Image:
     """Open a file with Pillow without decoding it. Raises BadImage."""
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP" and int.from_bytes(data[4:8], "little") + 8 > len(data):
-        raise BadImage("TRUNCATED", f"WebP: {len(data)} bytes, {int.from_bytes(data[4:8], 'little') + 8} are declared")
+        declared = int.from_bytes(data[4:8], "little") + 8
+        raise BadImage("TRUNCATED", f"WebP: got {len(data)} bytes; expected {declared}, as declared in its header")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # `limits.py` applies instead of Pillow's limit
+            warnings.simplefilter("ignore")  # Pillow warns of its own limit, but `limits.py` applies
             return Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError:
         raise BadImage("TOO_MANY_PIXELS", f"far more than {limits.MAX_PIXELS} pixels") from None
@@ -40,7 +41,7 @@ def open_image(data: bytes) -> Image.Image:
         raise BadImage(*unknown_format(data)) from None
     except MemoryError:
         raise BadImage("TOO_MANY_PIXELS", "not enough memory to read its header") from None
-    except Exception as error:  # Pillow's plugins raise many kinds for a damaged header
+    except Exception as error:  # Pillow's plugins raise many exception types for a damaged header
         raise BadImage("HEADER_BAD", f"{type(error).__name__}: {error}") from None
 
 
@@ -51,7 +52,7 @@ def code_of(text: str) -> str:
 
 
 def load_image(data: bytes, name: str) -> Image.Image:
-    """Decode a file with Pillow. name: of its format, for messages. Raises BadImage."""
+    """Decode a file with Pillow. name: the format, for messages. Raises BadImage."""
     with open_image(data) as image:
         return loaded(image, name)
 
@@ -66,26 +67,26 @@ def loaded(image: Image.Image, name: str) -> Image.Image:
         raise BadImage("TOO_MANY_PIXELS", f"more than {limits.MAX_PIXELS} pixels") from None
     except MemoryError:
         raise
-    except Exception as error:  # Pillow's plugins raise many kinds for a damaged file
+    except Exception as error:  # Pillow's plugins raise many exception types for a damaged file
         raise BadImage(code_of(str(error)), f"{name}: {error}") from None
     return image
 
 
 def pillow_pieces(image: Image.Image, alpha: str) -> Iterator[np.ndarray]:
-    """Yield the pixels of a decoded image in pieces: converting it at once would take several times its memory."""
+    """Yield the pixels of a decoded image in pieces, because converting all at once takes several times its memory."""
     for box in row_boxes(image.size):
         yield to_array(image.crop(box) if box[3] - box[1] < image.height else image, alpha)
 
 
 def row_boxes(size: tuple[int, int]) -> Iterator[tuple[int, int, int, int]]:
-    """Yield boxes of at most `limits.PIECE_PIXELS` pixels that cover an image of (width, height), top to bottom."""
+    """Yield boxes of at most `limits.PIECE_PIXELS` pixels that cover an image of size (width, height) from the top."""
     width, height = size
     rows = max(1, limits.PIECE_PIXELS // width)
     return ((0, top, width, min(height, top + rows)) for top in range(0, height, rows))
 
 
 def to_array(image: Image.Image, alpha: str) -> np.ndarray:
-    """Convert a decoded image, or some of its rows, to (H, W, C); alpha: see `Layout.alpha`."""
+    """Convert a decoded image, or some of its rows, to an array (H, W, C). alpha: see `Layout.alpha`."""
     mode = image.mode
     if mode == "F" or mode.startswith("I"):
         return as_pixels(np.asarray(image))

@@ -1,8 +1,9 @@
-"""Unpack a PNG with Pillow under another mode and raw mode than its header asks for.
+"""Make Pillow decode a PNG with another mode and raw mode than its header implies.
 
-Pillow cuts 16-bit colour to 8 bits. Its raw modes ;16B and ;16L unpack the first and the second byte of each sample,
-so two decodings give all 16 bits. To choose them, `_mode` and `tile` of an opened image are set, as Pillow documents
-for its plugins ("Writing your own image plugin"). No other module does, and `works` says whether Pillow still heeds it.
+Pillow truncates 16-bit colour to 8 bits. Its raw modes ;16B and ;16L unpack the first and the second byte of each
+sample, so decoding twice gives all 16 bits. To select them, this module sets `_mode` and `tile` of an opened image, as
+Pillow documents for its plugins ("Writing your own image plugin"). `works` checks whether the installed Pillow supports
+this.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ PROBE = base64.b64decode(  # one pixel of 16-bit RGB: 0x0102, 0x0304, 0x0506
 
 
 def set_raw_mode(image: Image.Image, mode: str, raw_mode: str) -> Image.Image:
-    """Make an opened PNG that is not yet decoded an image of `mode`, unpacked by `raw_mode`; return it."""
+    """Set `mode` and `raw_mode` of an opened PNG that is not yet decoded, and return it."""
     image._mode = mode
     image.tile = [image.tile[0]._replace(args=raw_mode)]  # type: ignore[attr-defined]
     return image
@@ -27,7 +28,7 @@ def set_raw_mode(image: Image.Image, mode: str, raw_mode: str) -> Image.Image:
 
 @functools.cache
 def works() -> bool:
-    """Whether this Pillow decodes both bytes of a 16-bit sample by its raw modes."""
+    """Return whether the installed Pillow decodes both bytes of 16-bit samples with these raw modes."""
     try:
         high, low = (
             set_raw_mode(Image.open(io.BytesIO(PROBE), formats=("PNG",)), "RGB", f"RGB;16{part}").getpixel((0, 0))

@@ -21,14 +21,14 @@ def slice_rows(whole: np.ndarray) -> Iterator[np.ndarray]:
 def conform(image: np.ndarray, channels: int, dtype: str) -> np.ndarray:
     """Convert an image (H, W, C) to the channels and dtype of the data set.
 
-    Gray becomes RGB by repetition, RGB becomes gray by luma, uint8 becomes uint16 by a factor of 257. Raises
-    BadImage for any other conversion.
+    Gray is repeated to give RGB, RGB is converted to luma to give gray, and uint8 is multiplied by 257 to give uint16.
+    Raises BadImage for any other conversion.
     """
     have = image.shape[2]
     if have != channels and {have, channels} != {1, 3}:
-        raise BadImage("MISMATCHED_CHANNELS", f"got {have} channels; the data set has {channels}")
+        raise BadImage("MISMATCHED_CHANNELS", f"got {have} channels; expected {channels}, as in the data set")
     if image.dtype != dtype and not (image.dtype == np.uint8 and dtype == "uint16"):
-        raise BadImage("MISMATCHED_DTYPE", f"got {image.dtype} pixels; the data set has {dtype}")
+        raise BadImage("MISMATCHED_DTYPE", f"got {image.dtype} pixels; expected {dtype}, as in the data set")
     if have < channels:
         image = np.repeat(image, 3, axis=2)
     elif have > channels:
@@ -38,7 +38,7 @@ def conform(image: np.ndarray, channels: int, dtype: str) -> np.ndarray:
 
 
 def check_pieces(parts: Iterator[np.ndarray], found: Header) -> Iterator[np.ndarray]:
-    """Yield the pieces of a stored image. Raises BadImage where they differ from the header."""
+    """Yield the pieces of a stored image. Raises BadImage if they do not match the header."""
     height, width = (found.height, found.width) if found.orientation < 5 else (found.width, found.height)
     rows = 0
     try:
@@ -71,9 +71,9 @@ def join_pieces(parts: Iterator[np.ndarray], height: int) -> np.ndarray:
 
 
 def dtype_of(dtype: np.dtype) -> str:
-    """Return the dtype of decoded pixels: uint8 and uint16 stay, bool becomes uint8, other numbers float32.
+    """Return the dtype of decoded pixels: uint8 for bool, unchanged for uint8 and uint16, float32 for other numbers.
 
-    It depends on the type alone, not on the values, so that all files of a data set agree.
+    It depends only on the type, not on the values, so that all files of a data set agree.
     """
     if dtype.kind not in "biuf":
         raise BadImage("UNSUPPORTED_MODE", f"got an array of {dtype}; expected integers or floats")
@@ -81,9 +81,9 @@ def dtype_of(dtype: np.dtype) -> str:
 
 
 def as_pixels(values: np.ndarray) -> np.ndarray:
-    """Convert a numeric array (H, W) or (H, W, C) to (H, W, C) of one of the three dtypes.
+    """Convert a numeric array (H, W) or (H, W, C) to (H, W, C) uint8, uint16 or float32.
 
-    Integers are exact up to 2^24. NaN and infinity stay: they mark absent pixels.
+    Integers are exact up to 2^24. NaN and infinity are preserved, because they mark absent pixels.
     """
     if values.ndim == 2:
         values = values[:, :, None]

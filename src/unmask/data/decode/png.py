@@ -1,4 +1,4 @@
-"""Read PNG with Pillow, 16-bit colour included, and verify its checksums and rows."""
+"""Read PNG with Pillow, including 16-bit colour, and verify checksums and the number of rows."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PNG_START = b"\x89PNG\r\n\x1a\n"
 
 
 def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
-    """Yield (name, start, end) of each chunk's content, up to and including IEND. Raises BadImage without IEND."""
+    """Yield (name, start, end) of each chunk's content up to and including IEND. Raises BadImage if IEND is missing."""
     place = len(PNG_START)
     while place + 12 <= len(data):
         length = int.from_bytes(data[place : place + 4], "big")
@@ -36,19 +36,22 @@ def _png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
         if data[place + 4 : place + 8] == b"IEND":
             return
         place = end + 4
-    raise BadImage("TRUNCATED", f"PNG: it ends after {len(data)} bytes, within a chunk or before the last one")
+    raise BadImage("TRUNCATED", f"PNG: the file ends after {len(data)} bytes, before its last chunk is complete")
 
 
 def read_header(data: bytes, reading: Reading) -> Header:
     if len(data) < 33:
-        raise BadImage("TRUNCATED", f"PNG: it ends after {len(data)} bytes, before its header does")
+        raise BadImage("TRUNCATED", f"PNG: the file ends after {len(data)} bytes, before its header is complete")
     width, height, bits, kind = struct.unpack(">IIBB", data[16:26])
     channels = {0: 1, 2: 3, 3: 3, 4: 1, 6: 3}.get(kind)
     bands = {3: 1, 4: 2, 6: 4}.get(kind, channels or 0)
     if data[12:16] != b"IHDR" or zlib.crc32(data[12:29]) != int.from_bytes(data[29:33], "big"):
         raise BadImage("HEADER_BAD", "a PNG with a damaged header")
     if not width or not height or channels is None or bits not in (1, 2, 4, 8, 16):
-        raise BadImage("HEADER_BAD", f"a PNG of {height} x {width} pixels, kind {kind}, {bits} bits a sample")
+        raise BadImage(
+            "HEADER_BAD",
+            f"a PNG with the invalid header {height} x {width} pixels, kind {kind}, {bits} bits per sample",
+        )
     orientation = 1
     if b"eXIf" in data:
         for name, start, end in _png_chunks(data):
@@ -69,7 +72,7 @@ def read_header(data: bytes, reading: Reading) -> Header:
 
 
 def read_pieces(data: bytes, found: Header) -> Iterator[np.ndarray]:
-    """Yield the stored image in pieces of some rows. Raises BadImage for a failed checksum and for missing rows."""
+    """Yield the stored image in pieces of a few rows. Raises BadImage for a failed checksum or missing rows."""
     for name, start, end in _png_chunks(data):
         if zlib.crc32(memoryview(data)[start - 4 : end]) != int.from_bytes(data[end : end + 4], "big"):
             raise BadImage("CORRUPT", f"PNG: the chunk {name.decode('latin1')} fails its checksum")
@@ -80,7 +83,7 @@ def read_pieces(data: bytes, found: Header) -> Iterator[np.ndarray]:
     images = _images(data, found)
     width, height = images[0].size
     last = [np.asarray(image.crop((0, max(0, height - 2), width, height))) for image in images]
-    if not any(rows.any() for rows in last):  # Pillow leaves rows black that a stream without other faults lacks
+    if not any(rows.any() for rows in last):  # Pillow leaves missing rows black and reports no error
         _check_rows(data)
     for box in row_boxes(images[0].size):
         parts = [image.crop(box) if box[3] - box[1] < height else image for image in images]
@@ -91,9 +94,9 @@ def read_pieces(data: bytes, found: Header) -> Iterator[np.ndarray]:
 
 
 def _images(data: bytes, found: Header) -> list[Image.Image]:
-    """Decode with Pillow: one image, or for 16-bit colour its high and its low bytes, which are decoded apart.
+    """Decode with Pillow to one image, or for 16-bit colour to two, with the high and the low bytes of the samples.
 
-    Gray + alpha has no raw modes of its own, but its pixels are four bytes wide, as those of 8-bit RGBA are.
+    16-bit gray with alpha has no raw modes, but its pixels have four bytes, so it is decoded as 8-bit RGBA.
     """
     kind = data[25]
     if found.dtype == "uint8" or kind == GRAY:
@@ -104,7 +107,7 @@ def _images(data: bytes, found: Header) -> list[Image.Image]:
 
 
 def _join_bytes(kind: int, parts: list[np.ndarray]) -> np.ndarray:
-    """Join the bytes of 16-bit samples, (h, W) or (h, W, channels) each -> (h, W, channels) uint16."""
+    """Join the high and low bytes of 16-bit samples, each (h, W) or (h, W, channels), to (h, W, channels) uint16."""
     if kind == GRAY:
         return as_pixels(parts[0])
     high, low = (parts[0][:, :, 0::2], parts[0][:, :, 1::2]) if kind == GRAY_ALPHA else parts
@@ -123,12 +126,16 @@ def _without_transparency(data: bytes, pixels: np.ndarray, alpha: str) -> np.nda
 
 
 def _by_imagecodecs(data: bytes, alpha: str) -> np.ndarray:
-    """Decode 16-bit colour with imagecodecs, for a Pillow without the raw modes. Raises BadImage, also without it."""
+    """Decode 16-bit colour with imagecodecs, if Pillow lacks the raw modes.
+
+    Raises BadImage for a damaged file, and if imagecodecs is not installed.
+    """
     try:
         import imagecodecs  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise BadImage(
-            "UNSUPPORTED_MODE", "16-bit colour PNG, which this Pillow cuts to 8 bits; pip install 'unmask[tiff]'"
+            "UNSUPPORTED_MODE",
+            "16-bit colour PNG, which the installed Pillow cuts to 8 bits; pip install 'unmask[tiff]'",
         ) from None
     try:
         pixels = imagecodecs.png_decode(data)
@@ -138,7 +145,7 @@ def _by_imagecodecs(data: bytes, alpha: str) -> np.ndarray:
 
 
 def _check_rows(data: bytes) -> None:
-    """Raise BadImage when the pixel stream holds fewer rows than the header declares."""
+    """Raise BadImage if the pixel stream has fewer rows than the header declares."""
     width, height, bits, kind, _, _, interlace = struct.unpack(">IIBBBBB", data[16:29])
     depth = bits * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[kind]
     passes = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
@@ -153,7 +160,7 @@ def _check_rows(data: bytes) -> None:
             have += len(inflate.decompress(left_over, 1 << 20))
             left_over = inflate.unconsumed_tail
     if have < needed:
-        raise BadImage("TRUNCATED", f"PNG: got {have} bytes of pixels; expected {needed}: rows are missing")
+        raise BadImage("TRUNCATED", f"PNG: got {have} bytes of pixels; expected {needed}")
 
 
 def _transparent(data: bytes, samples: int) -> np.ndarray | None:

@@ -1,7 +1,8 @@
 """Settings of decoding: how alpha, several pages and the axes of a .npy are read; and how `auto` decides.
 
-What one file cannot show is decided once for a data set (`choose_reading.py`), from an even sample of its files, and
-stored in the plan of a run, so that every later command reads images as training did.
+If a single file is not enough to decide, `choose_reading.py` decides once for the data set, from an evenly spaced
+sample of its files. The decision is stored in the plan of a run, so that every later command reads images as training
+did.
 """
 
 from __future__ import annotations
@@ -13,23 +14,21 @@ import numpy as np
 
 from unmask.settings import Settings
 
-AXES_CHANNELS = 16  # an axis of at most this length is taken for the channels
-EDGE_SHARE, OPAQUE_SHARE = 0.5, 0.01  # of an alpha channel: values that are 0 or full, and those that are full
+AXES_CHANNELS = 16  # an axis of at most this length is assumed to be the channels
+EDGE_SHARE, OPAQUE_SHARE = 0.5, 0.01  # minimum shares in an alpha channel of values 0 or opaque, and of opaque values
 
 
 class Reading(Settings):
-    """How files become arrays.
+    """How files are decoded to arrays.
 
-    alpha: composite it on white, drop it, or keep it as a band. auto composites, except the alpha of a TIFF whose
-    values are those of a band of data. pages: of a TIFF, the first, or the pages as channels, or each page as an image
-    of its own (samples). auto reads the full resolution of a pyramid, pages as channels where ImageJ or OME metadata
-    says that they are, and otherwise the first. axes: the order of three axes of a .npy.
-
-    nodata: which pixels are absent (`nodata.py`): "auto" those with the value that a TIFF declares, and NaN or infinity
-    in float images; a number, those with that value as well; None, none.
-
-    tagged: what the alpha tag of a TIFF means under alpha=auto; decided from the values of each file, unless settled
-    for the data set.
+    alpha: composite it on white, drop it, or keep it as a band. auto composites, but keeps the band if a TIFF's alpha
+    channel contains data.
+    pages: which pages of a TIFF to read: the first, all as channels, or all as separate images (samples). auto reads
+    the full resolution of a pyramid, pages as channels if ImageJ or OME metadata declares them so, otherwise the first.
+    axes: the order of the axes of a .npy with three axes.
+    nodata: which pixels are absent (`nodata.py`): for "auto", those with the value that a TIFF declares, and NaN or
+    infinity in float images; for a number, also those with that value; for None, no pixels.
+    tagged: whether a TIFF's band tagged as alpha is alpha or data if alpha=auto; for auto, decided for each file.
     """
 
     alpha: Literal["auto", "composite", "drop", "band"] = "auto"
@@ -41,11 +40,11 @@ class Reading(Settings):
 
 DEFAULT = Reading()
 EARLIER = Reading(alpha="composite", pages="first", axes="smallest-first", nodata=None)
-"""How versions without these settings read images."""
+"""How earlier versions, without these settings, read images."""
 
 
 def is_alpha(values: np.ndarray) -> bool:
-    """Return whether (H, W) values of a channel tagged as alpha look like one: mostly transparent or opaque."""
+    """Return whether the values (H, W) of a channel tagged as alpha look like alpha: mostly transparent or opaque."""
     top = np.iinfo(values.dtype).max if values.dtype.kind in "iu" else 1.0
     low, high = values.min(), values.max()
     if low == high:
@@ -61,13 +60,13 @@ def axes_of(shape: tuple[int, ...], reading: Reading) -> str:
     first, middle, last = shape
     if reading.axes == "smallest-first":
         return "CHW" if first < min(middle, last) else "HWC"
-    if is_ambiguous(shape):  # many bands: usually last, unless the other two axes are equal
+    if is_ambiguous(shape):  # many bands are usually last, unless the other two axes have equal lengths
         return "CHW" if middle == last != first else "HWC"
     return "CHW" if first < min(middle, last) else "HWC"
 
 
 def is_ambiguous(shape: tuple[int, ...]) -> bool:
-    """Return whether the first and the last axis are too long to tell which is that of the channels."""
+    """Return whether both the first and the last axis are too long to recognise the channel axis by its length."""
     return len(shape) == 3 and min(shape[0], shape[-1]) > AXES_CHANNELS
 
 
@@ -75,11 +74,11 @@ def axes_of_several(shapes: list[tuple[int, ...]]) -> tuple[str, str]:
     """Return the order of axes of a data set, and the reason: the channel axis has the same length in every file."""
     first, last = {shape[0] for shape in shapes}, {shape[-1] for shape in shapes}
     if len(first) > 1 and len(last) == 1:
-        return "HWC", "the last axis is equally long in all of them"
+        return "HWC", "the last axis has the same length in all of them"
     if len(last) > 1 and len(first) == 1:
-        return "CHW", "the first axis is equally long in all of them"
+        return "CHW", "the first axis has the same length in all of them"
     votes = Counter(axes_of(shape, DEFAULT) for shape in shapes)
     order = votes.most_common(1)[0][0]
     return order, "a guess: " + (
-        "the other two axes are equally long" if order == "CHW" else "bands are usually stored last"
+        "the other two axes have the same length" if order == "CHW" else "bands are usually stored last"
     )

@@ -1,4 +1,4 @@
-"""Read TIFF with Pillow, or with the optional tifffile where Pillow would cut values to 8 bits or drop bands."""
+"""Read TIFF with Pillow, or with the optional tifffile if Pillow would reduce values to 8 bits or drop bands."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from unmask.data.decode.pixels import as_pixels, join_pieces, slice_rows
 from unmask.data.decode.reading import DEFAULT, Reading, is_alpha
 from unmask.data.decode.tiff_pages import MOST_PAGES, TIFF_STARTS, Page, TooManyEntries, choose, read_pages, starting_at
 
-NO_LOG = logging.NullHandler()  # without a handler tifffile's warnings about tags go to stderr
+NO_LOG = logging.NullHandler()  # without a handler, tifffile's warnings about tags are printed to stderr
 
 
 @dataclass(frozen=True)
 class _Tiff:
-    """Tags of one page that decide which library reads it. kind: sample format, 1 unsigned, 2 signed, 3 float."""
+    """Tags of one page. They decide which library reads it. kind: sample format, 1 unsigned, 2 signed, 3 float."""
 
     height: int
     width: int
@@ -65,7 +65,7 @@ def _tiff_pages(data: bytes, most: int) -> list[Page]:
         raise BadImage("HEADER_BAD", f"TIFF: {error}") from None
     except (struct.error, OverflowError):
         raise BadImage(
-            "TRUNCATED", "TIFF: its directory is missing or beyond the end of the file, which is incomplete"
+            "TRUNCATED", "TIFF: its directory is missing or past the end of the file, so the file is incomplete"
         ) from None
 
 
@@ -85,7 +85,7 @@ def _tiff_layout(page: Page) -> _Tiff:
     if not found.height or not found.width or not found.samples:
         raise BadImage("HEADER_BAD", f"a TIFF of {found.height} x {found.width} pixels with {found.samples} samples")
     if len(set(bits)) > 1 or len(set(kinds)) > 1:
-        raise BadImage("UNSUPPORTED_MODE", f"a TIFF whose samples differ in kind (bits {bits}); save it as .npy")
+        raise BadImage("UNSUPPORTED_MODE", f"a TIFF with samples of different types (bits {bits}); save it as .npy")
     if not found.plain and (found.photometric > 2 or found.bits not in (8, 16, 32, 64) or found.kind > 3):
         raise BadImage(
             "UNSUPPORTED_MODE",
@@ -121,7 +121,7 @@ def read_header(data: bytes, reading: Reading) -> Header:
 
 
 def _tiff_memory(tiff: _Tiff, page: Page, alpha: str, pages: int) -> int:
-    """Return the peak bytes of decoding, including strips or tiles, whose size a file chooses freely."""
+    """Return the peak bytes of decoding, including strips or tiles, which may have any size."""
     pixels = tiff.height * tiff.width
     values = pixels * tiff.samples * -(-tiff.bits // 8)
     if _needs_tifffile(tiff, alpha):
@@ -136,7 +136,7 @@ def _tiff_memory(tiff: _Tiff, page: Page, alpha: str, pages: int) -> int:
 
 
 def _tiff_alpha_use(data: bytes, page: Page, tiff: _Tiff, reading: Reading) -> str:
-    """Return the `Layout.alpha` of a last sample tagged as alpha; GDAL and others tag any fourth band so."""
+    """Return the `Layout.alpha` of a last sample tagged as alpha: GDAL and others tag any fourth band as alpha."""
     if reading.alpha != "auto":
         use = alpha_use(reading)
     elif tiff.kind == 3 and tiff.photometric < 2:
@@ -150,7 +150,7 @@ def _tiff_alpha_use(data: bytes, page: Page, tiff: _Tiff, reading: Reading) -> s
     if use == "composited" and not tiff.plain and tiff.kind == 3:
         raise BadImage(
             "UNSUPPORTED_MODE",
-            "a float TIFF with alpha, for which white is undefined; use --set data.alpha=band or data.alpha=drop",
+            "a float TIFF with alpha, for which white is undefined; set data.alpha=band or data.alpha=drop",
         )
     return use
 
@@ -165,7 +165,7 @@ def _tagged_values(data: bytes, page: Page, tiff: _Tiff) -> np.ndarray:
 
 
 def alpha_values(data: bytes) -> np.ndarray | None:
-    """Return the last sample (H, W) of a TIFF if it is tagged as alpha and may be data; None for other files."""
+    """Return the last sample (H, W) of a TIFF that is tagged as alpha but may be data; None for other files."""
     if not data.startswith(TIFF_STARTS):
         return None
     page = choose(_tiff_pages(data, MOST_PAGES), DEFAULT).pages[0]
@@ -201,7 +201,7 @@ def _tiff_page(data: bytes, page: Page, tiff: _Tiff, alpha: str) -> np.ndarray:
 
 
 def read_pieces(data: bytes, found: Header) -> Iterator[np.ndarray]:
-    """Yield the pieces of a TIFF of which one page is read."""
+    """Yield the pieces of a TIFF if only one page is read."""
     page = next(page for page in _tiff_pages(data, MOST_PAGES) if page.offset == found.pages[0])
     tiff, data = _tiff_layout(page), starting_at(data, page.offset)
     if _needs_tifffile(tiff, found.layout.alpha):
@@ -219,18 +219,18 @@ def _plain_tiff_pieces(image: Image.Image, tiff: _Tiff, alpha: str) -> Iterator[
     for part in pillow_pieces(image, alpha):
         if part.dtype != dtype:
             raise BadImage("CORRUPT", f"TIFF: decoded to {part.dtype}, unlike its header")
-        # White is zero, which Pillow handles up to 8 bits only.
+        # Photometric 0 means that zero is white; Pillow inverts only up to 8 bits.
         yield np.uint16((1 << tiff.bits) - 1) - part if tiff.photometric == 0 and dtype == "uint16" else part
 
 
 def _tiff_bands(data: bytes, tiff: _Tiff, alpha: str) -> np.ndarray:
     """Decode the first page with tifffile."""
-    what = f"a TIFF with {tiff.samples} samples of {tiff.bits} bits a pixel"
+    what = f"a TIFF with {tiff.samples} samples of {tiff.bits} bits per pixel"
     try:
         import tifffile
     except ImportError:
         advice = "pip install 'unmask[tiff]', or convert it to .npy"
-        raise BadImage("UNSUPPORTED_MODE", f"{what} needs the package tifffile: {advice}") from None
+        raise BadImage("UNSUPPORTED_MODE", f"{what} needs the package tifffile; {advice}") from None
     logging.getLogger("tifffile").addHandler(NO_LOG)
     try:
         with tifffile.TiffFile(io.BytesIO(data)) as file:
@@ -238,17 +238,20 @@ def _tiff_bands(data: bytes, tiff: _Tiff, alpha: str) -> np.ndarray:
             values, axes = page.asarray(), page.axes
     except MemoryError:
         raise
-    except Exception as error:  # tifffile raises many kinds for a damaged file
+    except Exception as error:  # tifffile raises many exception types for a damaged file
         text = str(error)
         if "imagecodecs" in text:
             advice = "pip install imagecodecs, or save it without compression or with deflate"
-            raise BadImage("UNSUPPORTED_MODE", f"{what}, whose compression needs imagecodecs: {advice}") from None
+            raise BadImage("UNSUPPORTED_MODE", f"{what}, whose compression needs imagecodecs; {advice}") from None
         raise BadImage(code_of(text), f"TIFF: {text}") from None
     if axes == "SYX":
         values = values.transpose(1, 2, 0)
     shape = values.shape if values.ndim == 3 else (*values.shape, 1)
     if shape != (tiff.height, tiff.width, tiff.samples):
-        raise BadImage("UNSUPPORTED_MODE", f"{what} in {tiff.height} x {tiff.width} that decodes to {values.shape}")
+        raise BadImage(
+            "UNSUPPORTED_MODE",
+            f"{what}, decoded to {values.shape}; expected {(tiff.height, tiff.width, tiff.samples)}: save it as .npy",
+        )
     values = as_pixels(values)
     return without_alpha(values, alpha, premultiplied=tiff.premultiplied) if tiff.alpha else values
 

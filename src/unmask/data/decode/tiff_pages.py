@@ -1,11 +1,11 @@
-"""The directories of a TIFF: one for each page, and which of them hold the image.
+"""Read the directories of a TIFF, one for each page, and choose the pages that contain the image.
 
-Only integer tags that decide how pixels are read, the description and the no-data value are parsed. Everything is
-bounded: a file of a few bytes may claim any number of directories, entries and values.
+Only integer tags that affect how pixels are read, the description and the no-data value are parsed. All counts are
+limited, because a file of a few bytes may claim any number of directories, entries and values.
 
-Not Pillow or tifffile, because the loader reads the directories of a file anew for every image: 7 us for one page and
-0.7 ms for 20, where Pillow 13 takes 57 us and 11 ms, tifffile 2026.3 56 us and 7 ms (2 cores, November 2026). Pillow
-does not read sub-directories either, and tifffile is optional.
+Pillow and tifffile are not used here because the loader reads the directories for every image. This module takes 7 us
+for one page and 0.7 ms for 20 pages, Pillow 13 takes 57 us and 11 ms, and tifffile 2026.3 takes 56 us and 7 ms (2
+cores, November 2026). Also, Pillow does not read sub-directories, and tifffile is optional.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from unmask.data.decode.reading import Reading
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # classic and BigTIFF, in both byte orders
 TAGS = (254, 256, 257, 258, 262, 274, 277, 278, 284, 338, 339)
 DESCRIPTION, SUB_DIRECTORIES, GDAL_NODATA = 270, 330, 42113
-LONGEST = {DESCRIPTION: 1 << 20, GDAL_NODATA: 64}  # bytes of a text that are read
-MOST_ENTRIES = 4096  # of one directory; a few dozen are usual
+LONGEST = {DESCRIPTION: 1 << 20, GDAL_NODATA: 64}  # maximum number of bytes to read of a text
+MOST_ENTRIES = 4096  # maximum in one directory; a few dozen are usual
 MOST_ENTRIES_IN_ALL = 100_000
 MOST_PAGES = 4096
 MOST_VALUES = 65535
 REDUCED, MASK = 1, 4  # bits of tag 254
-LEVEL_SHARE = 0.75  # a page with at most this share of the width of another, and its shape, is a level of it
+LEVEL_SHARE = 0.75  # a page of the same shape as another and at most this share of its width is a smaller copy of it
 
 Tags = dict[int, tuple[int, ...]]
 
 
 class TooManyEntries(ValueError):
-    """A directory that no real file has."""
+    """Raised for a directory with more entries than any real file has."""
 
 
 @dataclass(frozen=True)
 class Page:
-    """One directory: where it begins, and its tags."""
+    """One directory: its offset in the file, and its tags."""
 
     offset: int
     tags: Tags
@@ -45,24 +45,26 @@ class Page:
     nodata: bytes = b""
 
     def first(self, tag: int, default: int) -> int:
-        """The first value of a tag."""
+        """Return the first value of a tag."""
         return (self.tags.get(tag) or (default,))[0]
 
     @property
     def size(self) -> tuple[int, int]:
-        """(height, width) as stored."""
+        """Size (height, width) as stored."""
         return self.first(257, 0), self.first(256, 0)
 
     @property
     def kind(self) -> tuple[object, ...]:
-        """What two pages must share to be channels of one image."""
+        """Properties that two pages must share to be channels of one image."""
         return self.size, *(self.tags.get(tag) for tag in (258, 262, 277, 339))
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """The pages that are read, in the order of their channels. count: images in the file, without levels; use: as in
-    `layout.Layout.page_use`."""
+    """The pages to read, in the order of their channels.
+
+    count: number of images in the file, without smaller copies. use: as in `layout.Layout.page_use`.
+    """
 
     pages: tuple[Page, ...]
     count: int
@@ -75,9 +77,9 @@ class _Bounds:
 
 
 def read_pages(data: bytes, *, most: int = MOST_PAGES) -> list[Page]:
-    """The first `most` directories, at least one, classic and BigTIFF, and those below the first.
+    """Return the first `most` directories of a classic TIFF or BigTIFF, and the sub-directories of the first.
 
-    Raises struct.error at a cut, and where there is no directory: writers fill in its place last.
+    Raises struct.error if the first directory is incomplete, or missing because the writer was interrupted.
     """
     order = "<" if data[:2] == b"II" else ">"
     big = data[2:4] in (b"+\0", b"\0+")
@@ -113,7 +115,7 @@ def _directory(data: bytes, start: int, order: str, big: bool, bounds: _Bounds) 
     (count,) = struct.unpack_from(order + count_of, data, start)
     bounds.entries -= count
     if count > MOST_ENTRIES or bounds.entries < 0:
-        raise TooManyEntries(f"a directory of {count} entries; at most {MOST_ENTRIES} are read")
+        raise TooManyEntries(f"got a directory of {count} entries; expected at most {MOST_ENTRIES}")
     begin = start + struct.calcsize("<" + count_of)
     tags: Tags = {}
     texts = dict.fromkeys(LONGEST, b"")
@@ -137,13 +139,13 @@ def _directory(data: bytes, start: int, order: str, big: bool, bounds: _Bounds) 
     end = begin + count * width
     try:
         (following,) = struct.unpack_from(order + place_of, data, end)
-    except struct.error:  # some writers omit it at the end of the file
+    except struct.error:  # some writers omit the next offset at the end of the file
         following = 0
     return Page(start, tags, texts[DESCRIPTION], texts[GDAL_NODATA]), following
 
 
 def starting_at(data: bytes, offset: int) -> bytes:
-    """Return the same file with another directory as its first."""
+    """Return the same file with the directory at `offset` as its first."""
     order = "<" if data[:2] == b"II" else ">"
     place, letter = (8, "Q") if data[2:4] in (b"+\0", b"\0+") else (4, "I")
     if struct.unpack_from(order + letter, data, place)[0] == offset:
@@ -154,7 +156,7 @@ def starting_at(data: bytes, offset: int) -> bytes:
 
 
 def choose(pages: list[Page], reading: Reading) -> Chosen:
-    """Choose the pages to read."""
+    """Choose which pages to read."""
     first = pages[0]
     if reading.pages == "samples":
         return Chosen((first,), 1, "samples")
@@ -175,12 +177,12 @@ def choose(pages: list[Page], reading: Reading) -> Chosen:
 def image_pages(pages: list[Page]) -> list[Page]:
     """Return the pages that are images, without masks and smaller copies."""
     images = [page for page in pages if not page.first(254, 0) & MASK and min(page.size) > 0] or pages[:1]
-    full = max(images, key=lambda page: page.size[0] * page.size[1])  # the first of equals
+    full = max(images, key=lambda page: page.size[0] * page.size[1])  # the first of equally large pages
     return [page for page in images if not _is_level(page, full)]
 
 
 def _is_level(page: Page, full: Page) -> bool:
-    """Return whether a page is a smaller copy of another: tagged so, or of the same shape and clearly smaller."""
+    """Return whether a page is a smaller copy of `full`: clearly smaller, and tagged as a copy or of the same shape."""
     (height, width), (full_height, full_width) = page.size, full.size
     if page is full or width > LEVEL_SHARE * full_width or height > LEVEL_SHARE * full_height:
         return False
@@ -189,7 +191,7 @@ def _is_level(page: Page, full: Page) -> bool:
 
 
 def _channels(description: bytes, alike: list[Page], samples: int) -> list[Page]:
-    """Return the pages that are channels of one image by the metadata of ImageJ, OME or tifffile; [] without it."""
+    """Return the pages that are channels of one image according to ImageJ, OME or tifffile metadata; [] without it."""
     text = description.rstrip(b"\0").decode("utf-8", "replace")
     if text.startswith("ImageJ="):
         found = re.search(r"^channels=(\d+)", text, re.MULTILINE)
@@ -206,7 +208,7 @@ def _channels(description: bytes, alike: list[Page], samples: int) -> list[Page]
 
 
 def _ome_channels(text: str) -> tuple[int, int]:
-    """Return (number of channels, pages from one to the next) of the first image of OME-XML."""
+    """Return (number of channels, number of pages from one channel to the next) of the first image of OME-XML."""
     sizes = {name: re.search(rf'\bSize{name}="(\d{{1,9}})"', text) for name in "CZT"}
     count = {name: int(found[1]) if found else 1 for name, found in sizes.items()}
     order = re.search(r'\bDimensionOrder="XY([CZT]{3})"', text)
@@ -219,7 +221,7 @@ def _ome_channels(text: str) -> tuple[int, int]:
 
 
 def _shaped_channels(text: str) -> int:
-    """Return the number of channels of the JSON that tifffile writes, if they precede the rows; otherwise 1."""
+    """Return the number of channels in tifffile's JSON metadata if channels precede rows; otherwise 1."""
     try:
         about = json.loads(text)
         axes, shape = about["axes"], about["shape"]

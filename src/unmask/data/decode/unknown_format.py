@@ -20,7 +20,7 @@ FOREIGN = {
 
 
 def unknown_format(data: bytes) -> tuple[str, str]:
-    """Return the code and the detail of the BadImage for bytes that no decoder accepts."""
+    """Return the code and detail of the BadImage for a file that no decoder accepts."""
     for start, name in FOREIGN.items():
         if data.startswith(start):
             return "FORMAT_NOT_ALLOWED", f"{name}; convert it to PNG"
@@ -30,12 +30,12 @@ def unknown_format(data: bytes) -> tuple[str, str]:
         return "FORMAT_NOT_ALLOWED", "DICOM; convert it to 16-bit PNG or to .npy"
     text = data[:1024].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if text.startswith((b"<svg", b"<?xml")) and b"<svg" in text:
-        return "FORMAT_NOT_ALLOWED", "SVG; draw it to PNG"
+        return "FORMAT_NOT_ALLOWED", "SVG; render it to PNG"
     if text.startswith((b"<!doctype html", b"<html")):
-        return "NOT_IMAGE", "the content is a web page, perhaps of a download that failed"
+        return "NOT_IMAGE", "the file contains a web page, perhaps from a failed download; download it again"
     if text.startswith(b"version https://git-lfs"):
-        return "NOT_IMAGE", "the content is a Git LFS pointer; fetch the files with git lfs pull"
+        return "NOT_IMAGE", "the file is a Git LFS pointer; fetch the files with git lfs pull"
     for start, name in {b"GIF8": "GIF", b"BM": "BMP", b"RIFF": "WebP", **dict.fromkeys(TIFF_STARTS, "TIFF")}.items():
         if data.startswith(start) and (start != b"RIFF" or data[8:12] == b"WEBP"):
-            return "HEADER_BAD", f"a {name} with a damaged header, or of a kind that is not known"
-    return "NOT_IMAGE", f"the content is no image of a known format (first bytes {data[:8]!r})"
+            return "HEADER_BAD", f"a {name} with a damaged header, or of an unsupported kind"
+    return "NOT_IMAGE", f"the file is not an image of a known format (first bytes {data[:8]!r})"

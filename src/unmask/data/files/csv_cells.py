@@ -1,8 +1,8 @@
 """Mark cells of CSV files that a spreadsheet would run as a formula, and unmark them when reading.
 
-Text that starts with = + - @, a tab, a carriage return or a line feed gets an apostrophe in front, by which
-spreadsheets recognise text (OWASP, CSV injection). Text that starts with an apostrophe gets another one, so that every
-text reads back unchanged. Numbers are never marked.
+Text that starts with = + - @, a tab, a carriage return or a line feed gets an apostrophe in front, which makes
+spreadsheets treat it as text (OWASP, CSV injection). Text that starts with an apostrophe gets another one, so that
+reading restores every text. Numbers are never marked.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ FORMULA = (
 
 
 def marked(value: Any) -> Any:
-    """Return a cell to write; anything but text is returned unchanged."""
+    """Return the cell to write for a value; values other than text are returned unchanged."""
     return MARK + value if isinstance(value, str) and value.startswith((*FORMULA, MARK)) else value
 
 

@@ -1,6 +1,7 @@
-"""Write and read arrays in one file with a SHA-256, for caches: a damaged or missing file reads as None.
+"""Write and read cache files of arrays with a SHA-256 checksum; a damaged or missing file reads as None.
 
-The file is the digest followed by an .npz; it is written beside its name and renamed. It is never in memory as a whole.
+The file is the digest followed by an .npz. It is written under a temporary name and renamed, and never loaded into
+memory as a whole.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-r"""Names for files made from names that others chose: one for each image, different, and safe on any file system.
+r"""Turn the names of images into names of output files that are distinct and safe on every file system.
 
-A name keeps its folders and its letters where it can. Characters that Windows or a shell reads otherwise
-(< > : " | ? * \ and controls) become _. Empty parts, "." and ".." are left out of folders, and a file called so,
-or like a device (CON, NUL), gets an underscore before it. Long parts are cut and end in a digest. Names that would be
-the same, also where case does not count, or a file where another name needs a folder, keep the image's ending or get a
-number.
+Folders and letters are kept where possible. Characters with a special meaning in Windows or a shell
+(< > : " | ? * \ and control characters) become _. Empty folder names, "." and ".." are removed. A file with such a
+name, or with that of a device (CON, NUL), gets an underscore in front. Long parts are shortened and end in a digest. If
+two names would be equal on a case-insensitive file system, or a file would have the name of a folder, the second name
+keeps the image's extension or gets a number.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from hashlib import blake2b
 
-LONGEST_PART, LONGEST_NAME = 120, 600  # bytes of UTF-8: file systems take 143 to 255 a part, and 1024 in all
+LONGEST_PART, LONGEST_NAME = 120, 600  # bytes of UTF-8; file systems allow 143 to 255 per part, and 1024 in total
 UNSAFE = re.compile(r'[<>:"|?*\\\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]')
 DEVICES = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\.|$)", re.IGNORECASE)
 
 
 def safe_names(names: Sequence[str], suffix: str) -> list[str]:
-    """A relative path for each '/'-separated name, its ending replaced by `suffix`; no two alike."""
+    """Return a distinct relative path for each '/'-separated name, with its extension replaced by `suffix`."""
     files: set[str] = set()
     folders: set[str] = set()
     numbers: Counter[str] = Counter()
@@ -40,10 +40,10 @@ def safe_names(names: Sequence[str], suffix: str) -> list[str]:
 
 
 def _candidates(stem: str, ending: str, suffix: str, numbers: Counter[str]) -> Iterator[str]:
-    """Names to try in turn; `numbers` counts how often each stem was numbered, so that many alike stay cheap."""
+    """Yield the names to try, in order. `numbers`: the last number used for each stem, to keep duplicates cheap."""
     yield stem + suffix
     yield stem + ending + suffix
-    flat = stem.replace("/", "_")  # for a folder whose name an earlier file has
+    flat = stem.replace("/", "_")  # if an earlier file has the name of the folder
     while True:
         numbers[flat] += 1
         yield f"{stem}-{numbers[flat] + 1}{suffix}"
@@ -67,7 +67,7 @@ def _safe_part(part: str) -> str:
 
 
 def _cut(part: str, whole: str) -> str:
-    """The beginning of a part, and a digest of what it stands for, so that two long names stay two."""
+    """Shorten a part and append a digest of `whole`, so that long names stay distinct."""
     stem, ending = os.path.splitext(part)
     ending = ending if len(ending.encode()) <= 8 else ""
     digest = blake2b(whole.encode("utf-8", "backslashreplace"), digest_size=6).hexdigest()
@@ -75,6 +75,6 @@ def _cut(part: str, whole: str) -> str:
 
 
 def _above(path: str) -> list[str]:
-    """Every folder above a path."""
+    """Return every folder above a path."""
     parts = path.split("/")
     return ["/".join(parts[:i]) for i in range(1, len(parts))]

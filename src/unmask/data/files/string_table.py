@@ -1,7 +1,7 @@
-"""Many short texts, such as the file names of a data set, in one bytes object and one array of end positions.
+"""Store many short texts, such as the file names of a data set, in one bytes object and an array of end positions.
 
-A list of as many Python strings takes three to four times the memory, and a forked loader worker copies it page by page
-as it counts references. Reads like a list of str, but cannot grow.
+A list of Python strings needs three to four times the memory, and reference counting copies it page by page into every
+forked loader worker. The table can be read like a list of str, but cannot grow.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from typing import overload
 
 import numpy as np
 
-CODING = ("utf-8", "surrogatepass")  # encodes any str, also names that are not valid UTF-8
+CODING = ("utf-8", "surrogatepass")  # encodes any str, including file names that are not valid UTF-8
 
 
 class StringTable(Sequence[str]):
-    """Texts in a fixed order. Equal to any sequence of the same texts; a slice is a list of str."""
+    """An immutable sequence of texts. Equal to any sequence of the same texts; a slice is a list of str."""
 
     def __init__(self, texts: Iterable[str] = ()) -> None:
         texts = texts if isinstance(texts, list | tuple | StringTable) else list(texts)
@@ -31,13 +31,13 @@ class StringTable(Sequence[str]):
 
     @classmethod
     def stored(cls, blob: bytes, ends: np.ndarray) -> StringTable:
-        """Create a table from the `blob` and `ends` (n,) of another one."""
+        """Create a table from the `blob` and `ends` (n,) of another table."""
         names = cls()
         names.blob, names.ends = blob, ends
         return names
 
     def same(self, other: StringTable) -> bool:
-        """Return whether both hold the same texts, without comparing them one by one."""
+        """Return whether both tables hold the same texts, without comparing them one by one."""
         return self.blob == other.blob and np.array_equal(self.ends, other.ends)
 
     def __len__(self) -> int:
@@ -58,7 +58,7 @@ class StringTable(Sequence[str]):
 
     def __iter__(self) -> Iterator[str]:
         blob, start = self.blob, 0
-        for first in range(0, len(self.ends), 4096):  # in chunks: each number is an object
+        for first in range(0, len(self.ends), 4096):  # in chunks, because every int is a Python object
             for end in self.ends[first : first + 4096].tolist():
                 yield blob[start:end].decode(*CODING)
                 start = end

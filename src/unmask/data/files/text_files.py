@@ -1,6 +1,6 @@
 """Decode text files: UTF-8 or UTF-16, with or without a byte-order mark, and XML.
 
-Other encodings raise a `TextError` that names the line and the fix: guessing an encoding would silently put wrong
+Other encodings raise a `TextError` that names the line and the fix, because a wrong guess would silently put wrong
 characters into class names.
 """
 
@@ -17,7 +17,7 @@ MARKS = (
     (codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF32_LE, "utf-32-le"), (codecs.BOM_UTF32_BE, "utf-32-be"),
     (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be"),
 )  # fmt: skip
-# What tools write under these names is nearly always the larger set of the same characters.
+# Files that declare the encoding on the left nearly always use its superset on the right.
 SUPERSETS = {
     "gb2312": "gb18030", "gbk": "gb18030", "euc_kr": "cp949", "ks_c_5601-1987": "cp949", "shift_jis": "cp932",
     "big5": "big5hkscs", "iso8859-1": "cp1252", "ascii": "utf-8",
@@ -27,11 +27,11 @@ LONGEST_SHOWN = 40
 
 
 class TextError(SourceError):
-    """A text file that cannot be decoded; the message names the line, the encoding and the fix."""
+    """Raised for a text file that cannot be decoded; the message names the line, the encoding and the fix."""
 
 
 class Line(NamedTuple):
-    """One decoded line and its number, from 1. raw: whether bytes that are not UTF-8 were decoded to surrogates."""
+    """One decoded line and its number, from 1. raw: whether it has surrogates in place of bytes that are not UTF-8."""
 
     number: int
     text: str
@@ -41,7 +41,7 @@ class Line(NamedTuple):
 def read_lines(file: str | Path) -> list[Line]:
     """Return the lines of a text file in UTF-8 or UTF-16; bytes that are not UTF-8 become surrogates.
 
-    Raises TextError for NUL characters and for damaged UTF-16; OSError as reading does.
+    Raises TextError for NUL characters and damaged UTF-16, and OSError if the file cannot be read.
     """
     content = Path(file).read_bytes()
     encoding, mark = _encoding(content)
@@ -50,13 +50,14 @@ def read_lines(file: str | Path) -> list[Line]:
     except UnicodeDecodeError as error:
         before = content[mark : mark + error.start].decode(encoding, "replace").count("\n")
         raise TextError(
-            f"line {before + 1} of {file} is not valid {encoding.upper()}, in which the file begins; save it as UTF-8"
+            f"line {before + 1} of {file} is not valid {encoding.upper()}, unlike the lines before it; save the file "
+            "as UTF-8"
         ) from None
     lines = [Line(number, line, False) for number, line in enumerate(re.split("\r\n|\r|\n", text), 1)]
     if found := next((line for line in lines if "\0" in line.text), None):
         raise TextError(
-            f"line {found.number} of {file} holds a NUL character, so it is no text file, or its encoding is unknown; "
-            "save it as UTF-8"
+            f"line {found.number} of {file} contains a NUL character: the file is not text, or its encoding is "
+            "unknown; save it as UTF-8"
         )
     if encoding != "utf-8":
         return lines
@@ -64,7 +65,7 @@ def read_lines(file: str | Path) -> list[Line]:
 
 
 def read_text(file: str | Path) -> str:
-    """Return the content of a text file in UTF-8 or UTF-16. Raises TextError for other encodings, OSError."""
+    """Return the content of a text file in UTF-8 or UTF-16. Raises OSError, and TextError for other encodings."""
     lines = read_lines(file)
     for line in lines:
         require_text(line, file)
@@ -72,7 +73,7 @@ def read_text(file: str | Path) -> str:
 
 
 def require_text(line: Line, file: str | Path) -> None:
-    """Raise TextError when the line holds bytes that are not UTF-8."""
+    """Raise TextError if the line contains bytes that are not UTF-8."""
     if not line.raw:
         return
     content = line.text.encode("utf-8", "surrogateescape")
@@ -80,7 +81,7 @@ def require_text(line: Line, file: str | Path) -> None:
     guess = "cp1252"
     raise TextError(
         f"line {line.number} of {file} is not UTF-8: {shown}; save the file as UTF-8, for example with "
-        f"`iconv -f {guess} -t utf-8` when it comes from a Western European Windows (GBK, Shift-JIS, ... likewise)"
+        f"`iconv -f {guess} -t utf-8` for a file from Western European Windows (or -f GBK, -f Shift-JIS, ...)"
     )
 
 
@@ -105,9 +106,9 @@ def _has_raw_bytes(text: str) -> bool:
 
 
 def decode_xml(content: bytes, file: str | Path) -> str:
-    """The text of an XML file, by its byte-order mark or by the encoding it declares; else UTF-8.
+    """Decode an XML file by its byte-order mark or the encoding it declares, otherwise as UTF-8. Raises TextError.
 
-    Expat, under Python's parsers, knows no encoding of more than one byte but UTF-8 and UTF-16. Raises TextError.
+    Python's XML parsers cannot do this: of the multi-byte encodings, Expat supports only UTF-8 and UTF-16.
     """
     encoding, mark = _encoding(content)
     if not mark and encoding == "utf-8":
@@ -116,12 +117,12 @@ def decode_xml(content: bytes, file: str | Path) -> str:
     try:
         known = codecs.lookup(encoding).name
     except LookupError:
-        raise TextError(f"{file} declares the encoding {encoding!r}, which is unknown; save it as UTF-8") from None
+        raise TextError(f"{file} declares the unknown encoding {encoding!r}; save it as UTF-8") from None
     tries = [SUPERSETS.get(known, known), known]
     for name in dict.fromkeys(tries):
         try:
             text = content[mark:].decode(name)
-        except (UnicodeDecodeError, LookupError):  # LookupError: a codec that makes no text of bytes
+        except (UnicodeDecodeError, LookupError):  # LookupError: a codec that does not decode bytes to text
             continue
         return re.sub(r"^(\s*<\?xml\b[^>]*?)\s+encoding\s*=\s*[\"'][^\"']*[\"']", r"\1", text, count=1)
-    raise TextError(f"{file} is not valid {encoding}, the encoding it declares; save it as UTF-8, and declare that")
+    raise TextError(f"{file} is not valid {encoding}, the encoding it declares; save it as UTF-8 and declare UTF-8")

@@ -1,4 +1,4 @@
-"""Report how the files of a scan are read, as sentences and as a table, for `check` and the plan."""
+"""Report how the scanned files are read, as sentences and as a table, for `check` and the plan."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def findings(found: Scan) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class FileKind:
-    """One kind of file of a data set: how many there are, what they hold, and how they are read."""
+    """One kind of file in a data set: number of files, their contents, and how they are read."""
 
     files: int
     format: str
@@ -37,7 +37,7 @@ class FileKind:
 
 
 def file_kinds(found: Scan) -> list[FileKind]:
-    """Return the kinds of files, the most frequent first."""
+    """Return the kinds of files in the data set, most frequent first."""
     return [
         FileKind(
             files=count,
@@ -54,7 +54,7 @@ def file_kinds(found: Scan) -> list[FileKind]:
 
 
 def is_plain(found: Scan) -> bool:
-    """Return whether all files are read unchanged, so that a table of them is not needed."""
+    """Return whether all files are read unchanged, so that no table is needed."""
     return all(not (layout.alpha or layout.page_use or layout.axes == "CHW") for _, _, layout in found.layouts)
 
 
@@ -67,7 +67,7 @@ def _without_faults(found: Scan) -> Counter[tuple[str, int, Layout]]:
 
 
 def _counted(found: Scan, what: str) -> dict[tuple[str, str], int]:
-    """Return the number of files by (format, value) of one field of their layouts, where it is set."""
+    """Return the number of files by (format, value) for one field of `Layout`, if it is set."""
     counts: Counter[tuple[str, str]] = Counter()
     for (kind, _, layout), count in found.layouts.items():
         if value := getattr(layout, what):
@@ -98,22 +98,22 @@ def _pages(found: Scan) -> list[str]:
         most = f"up to {max(numbers)} pages" if len(set(numbers)) > 1 else f"{numbers[0]} pages each"
         if use == "first":
             sentences.append(
-                f"{_files(count, kind)} with {most}: only the first page is read; --set data.pages=channels reads all "
-                "as channels of one image, data.pages=samples as images"
+                f"{_files(count, kind)} with {most}: only the first page is read; to read all of them, --set "
+                "data.pages=channels (channels of one image) or data.pages=samples (separate images)"
             )
         elif use == "channels":
             sentences.append(
                 f"{_files(count, kind)} with {most}: pages are read as channels (data.pages)" + _skipped(found)
             )
         elif use == "samples":
-            sentences.append(f"{count} TIFF pages, each an image of its own (data.pages)")
+            sentences.append(f"{count} TIFF pages, each read as a separate image (data.pages)")
         elif use == "largest":
-            sentences.append(f"{_files(count, kind)}: pyramids, of which the full resolution is read (data.pages)")
+            sentences.append(f"{_files(count, kind)}: pyramids, read at full resolution (data.pages)")
     return sentences
 
 
 def _skipped(found: Scan) -> str:
-    """Return a note on the number of pages of other depths or times that are not read, where pages are channels."""
+    """Return a note with the number of pages that are skipped in files whose pages are read as channels."""
     left = sum(
         count * (layout.pages - channels // max(1, layout.bands))
         for (_, channels, layout), count in found.layouts.items()
@@ -141,10 +141,11 @@ def _absent(found: Scan) -> list[str]:
         return []
     share = f"{found.absent_share:.1%}" if found.absent_share >= 0.001 else "less than 0.1%"
     sentences = [
-        f"absent pixels (declared no-data value, NaN): {share} of all, in {found.absent_files} of {found.good} files; "
-        "left out of mean, standard deviation and loss, replaced by the mean in images (data.nodata, data.min_valid)"
+        f"absent pixels (declared no-data value, NaN): {share} of all pixels, in {found.absent_files} of {found.good} "
+        "files; excluded from mean, standard deviation and loss, and replaced by the mean in images (data.nodata, "
+        "data.min_valid)"
     ]
     if found.empty_files:
         s = "s" * (found.empty_files != 1)
-        sentences.append(f"{found.empty_files} file{s} without any valid pixel: nothing of them counts in the loss")
+        sentences.append(f"{found.empty_files} file{s} without any valid pixel, which the loss ignores")
     return sentences

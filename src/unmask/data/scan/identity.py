@@ -1,8 +1,8 @@
 """Compare a data set with its record: names, sizes, times and content digests of its files.
 
-A `DatasetRecord` takes about 60 bytes a file beside the names. Files whose time of change is as recorded are not read;
-of the others only the content counts, so that copied, moved or touched files are the same and replaced ones differ,
-whatever their size.
+A `DatasetRecord` needs about 60 bytes per file, plus the names. Files whose time of change equals the recorded one are
+not read. The others are compared by content, so that copied, moved or touched files count as unchanged, and replaced
+files as changed even if they have the same size.
 """
 
 from __future__ import annotations
@@ -47,9 +47,11 @@ class DatasetRecord:
 
 @dataclass(frozen=True)
 class Difference:
-    """How a data set differs from its record; `changed` holds (name, how). False without a difference.
+    """How a data set differs from its record; False if there is no difference.
 
-    reread: files that were read because their times differ. unknown: why files could not be compared by content.
+    changed: (name, how it changed).
+    reread: number of files that were read because their times differ.
+    unknown: why files could not be compared by content.
     """
 
     added: list[str] = field(default_factory=list)
@@ -63,7 +65,7 @@ class Difference:
         return bool(self.added or self.removed or self.changed or self.reordered or self.unknown)
 
     def lines(self, count: int = 5) -> str:
-        """Return, for a sentence, how many files differ and the first names of each kind."""
+        """Return the number of added, removed and changed files with their first names, as part of a sentence."""
         if self.unknown:
             return self.unknown
         kinds = [
@@ -71,8 +73,8 @@ class Difference:
             ("removed", self.removed),
             ("added", self.added),
         ]
-        told = [f"{len(names)} {kind}: {some(names, count)}" for kind, names in kinds if names]
-        return "; ".join(told) if told else "the same files in another order"
+        parts = [f"{len(names)} {kind}: {some(names, count)}" for kind, names in kinds if names]
+        return "; ".join(parts) if parts else "the same files in another order"
 
     def as_json(self, count: int = 20) -> dict[str, object]:
         """Return counts and the first names of each kind, for the run's record."""
@@ -84,9 +86,9 @@ class Difference:
 
 
 def record_of(source: Source) -> DatasetRecord:
-    """Return the record of a source as it is listed, with its known digests.
+    """Return the record of a source, with the digests that it has.
 
-    A file that changed just before it was listed is recorded without a time: a file system with a coarse clock
+    A file that changed just before it was listed is recorded without a time, because a file system with a coarse clock
     could give its next change the same time.
     """
     unknown = np.full(len(source), -1, np.int64)
@@ -112,7 +114,7 @@ def read_record(path: Path) -> DatasetRecord | None:
 
 
 def digest_all(source: Source, progress: Callable[[int], object] = lambda _: None) -> None:
-    """Read every file once and set `source.digests`; 0 for those that cannot be read."""
+    """Read every file once and set `source.digests`; 0 for files that cannot be read."""
     source.digests = np.zeros(len(source), np.uint64)
     for row in range(len(source)):
         source.digests[row] = _digest(source, row) or 0
@@ -122,15 +124,15 @@ def digest_all(source: Source, progress: Callable[[int], object] = lambda _: Non
 def compare(
     record: DatasetRecord, source: Source, used: np.ndarray, progress: Callable[[int], object] = lambda _: None
 ) -> Difference:
-    """Return how the source differs from its record in names and in the rows `used`; set `source.digests`.
+    """Return how the source differs from its record in names and in the rows `used`, and set `source.digests`.
 
-    Reads the files whose time of change differs. A file whose content was never recorded counts as unchanged if
-    its size and modification time are.
+    Reads the files whose time of change differs. A file without a recorded digest counts as unchanged if its size and
+    modification time are unchanged.
     """
     if not record.names.same(source.names):
         return _compare_names(record, source)
     source.digests = record.digests.copy()
-    if source.changed is None or source.modified is None:  # images that are not in files
+    if source.changed is None or source.modified is None:  # embedded images are not in files
         return Difference()
     resized = record.sizes[used] != source.sizes[used]
     changed = [(row, _resized(int(record.sizes[row]), int(source.sizes[row]))) for row in used[resized].tolist()]
@@ -147,12 +149,12 @@ def compare(
         now, reread = _digest(source, row), reread + 1
         if now != known:
             source.digests[row] = now or 0
-            changed.append((row, "content" if now else "it cannot be read any more"))
+            changed.append((row, "content" if now else "can no longer be read"))
     return Difference(changed=[(source.names[row], how) for row, how in sorted(changed)], reread=reread)
 
 
 def _compare_names(record: DatasetRecord, source: Source) -> Difference:
-    """Return files added, removed or resized; copy the digests to files of the same name, size and time."""
+    """Return which files were added, removed or resized; copy digests to files of the same name, size and time."""
     places = {name: row for row, name in enumerate(record.names)}
     source.digests, changed, added = np.zeros(len(source), np.uint64), [], []
     for row, name in enumerate(source.names):

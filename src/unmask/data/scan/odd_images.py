@@ -1,7 +1,8 @@
-"""Find images that are probably no training images: segmentation masks among photographs, and images of one value.
+"""Find images that are probably not training images: segmentation masks among photographs, and constant images.
 
-Masks are in a folder with a typical name or with the names of another folder's images, or beside their image with a
-suffix such as _mask, and hold few colours where the images hold many. A sample of each folder is decoded.
+Segmentation masks have few colours while the other images have many. They are in a folder with a typical name or with
+the same file names as another folder, or beside their image with a suffix such as _mask. A sample of each folder is
+decoded.
 """
 
 from __future__ import annotations
@@ -30,18 +31,19 @@ ENDINGS = re.compile(
     r"gtfine_\w+)$",
     re.IGNORECASE,
 )
-SAMPLE = 6  # images of each group that are decoded
-FEW, LEAST_PIXELS = 40, 400  # most colours of a mask, and fewest pixels of an image that is examined
-MOST_FOLDERS, MOST_NAMES = 64, 200_000  # names are not compared beyond these
-ROUNDING = 1e-10  # relative error of the sums of a float image of one value
-MIRRORED = 0.5  # share of a folder's names that occur in another folder too
+SAMPLE = 6  # number of images decoded in each group
+FEW, LEAST_PIXELS = 40, 400  # maximum number of colours of a mask; images with fewer pixels are not examined
+MOST_FOLDERS, MOST_NAMES = 64, 200_000  # with more folders or names, names are not compared
+ROUNDING = 1e-10  # relative rounding error of the sums of a constant float image
+MIRRORED = 0.5  # minimum share of a folder's names that occur in another folder too
 
 
 @dataclass(frozen=True)
 class MaskLike:
     """A group of images that look like segmentation masks.
 
-    where: their folder or suffix. count: their number. images: the folder of the others. pattern: for --exclude.
+    where: folder or suffix of the masks. count: number of masks. images: folder of the other images. pattern: of the
+    masks, for --exclude.
     """
 
     where: str
@@ -59,7 +61,7 @@ def mask_like(source: Source) -> list[MaskLike]:
 
 
 def _tops(folders: dict[str, list[int]]) -> dict[str, list[int]]:
-    """Return rows by the part of the path that distinguishes masks from images, such as labels of labels/train."""
+    """Return rows by the part of the path that may distinguish masks from images, such as `labels` in labels/train."""
     found: dict[str, list[int]] = {}
     for folder, rows in folders.items():
         parts = folder.split("/") if folder else [""]
@@ -72,8 +74,8 @@ def _tops(folders: dict[str, list[int]]) -> dict[str, list[int]]:
 def _by_folder(source: Source, folders: dict[str, list[int]]) -> list[MaskLike]:
     if len(folders) < 2:
         return []
-    told = [folder for folder in folders if FOLDERS.fullmatch(folder.rsplit("/", 1)[-1])]
-    few = {folder: _are_few(source, folders[folder]) for folder in (*told, *_mirrored(source, folders))}
+    named = [folder for folder in folders if FOLDERS.fullmatch(folder.rsplit("/", 1)[-1])]
+    few = {folder: _are_few(source, folders[folder]) for folder in (*named, *_mirrored(source, folders))}
     if not any(few.values()):
         return []
     others = [folder for folder in folders if not few.get(folder)]
@@ -87,7 +89,7 @@ def _by_folder(source: Source, folders: dict[str, list[int]]) -> list[MaskLike]:
 
 
 def _mirrored(source: Source, folders: dict[str, list[int]]) -> list[str]:
-    """Return folders of which MIRRORED of the names, without extension, occur in another folder too."""
+    """Return the folders whose file names, without extension, mostly (MIRRORED) occur in another folder too."""
     if len(folders) > MOST_FOLDERS or len(source) > MOST_NAMES:
         return []
     stems = {folder: {_stem(source.names[row]) for row in rows} for folder, rows in folders.items()}
@@ -98,7 +100,7 @@ def _mirrored(source: Source, folders: dict[str, list[int]]) -> list[str]:
 
 
 def _by_ending(source: Source, folders: dict[str, list[int]]) -> list[MaskLike]:
-    """Return masks beside their images, such as a.jpg and a_mask.png."""
+    """Return groups of masks beside their images, such as a.jpg and a_mask.png."""
     if len(source) > MOST_NAMES:
         return []
     found: dict[str, list[int]] = {}
@@ -122,12 +124,12 @@ def _stem(name: str) -> str:
 
 
 def _are_few(source: Source, rows: Sequence[int]) -> bool:
-    """Return whether nearly all of a sample of images hold few colours."""
+    """Return whether nearly all images of a sample have few colours."""
     seen: list[bool] = []
     for row in _evenly(rows):
         if (few := _holds_few(source, row)) is not None:
             seen.append(few)
-        if seen.count(False) > 1:  # two photographs are enough to decide
+        if seen.count(False) > 1:  # two images with many colours are enough to decide
             return False
     return bool(seen) and sum(seen) >= 0.8 * len(seen)
 
@@ -137,7 +139,7 @@ def _evenly(rows: Sequence[int]) -> list[int]:
 
 
 def _holds_few(source: Source, row: int) -> bool | None:
-    """Return whether an image holds few colours; False for JPEG, None for unreadable files and for few pixels."""
+    """Return whether an image has few colours; False for JPEG, None for unreadable and very small images."""
     try:
         data = source.read(row)
         head = decode.header(data)
@@ -154,51 +156,53 @@ def _holds_few(source: Source, row: int) -> bool | None:
 
 
 def mask_warnings(source: Source) -> list[str]:
-    """Return a sentence with the fix for each group of images that look like masks of the others."""
-    said = []
+    """Return a warning, with the fix, for each group of images that look like masks of the other images."""
+    warnings = []
     for one in mask_like(source):
-        inside = f"give {source.name.rstrip('/')}/{one.images} alone, or " if one.images else ""
-        said.append(
+        inside = f"use only {source.name.rstrip('/')}/{one.images}, or " if one.images else ""
+        warnings.append(
             f"{one.count} of {len(source)} images, {one.where}, look like segmentation masks of the others (few "
-            f"colours, the same names): training would use them as images; {inside}leave them out with --exclude "
+            f"colours, the same names), and would be used for training; {inside}leave them out with --exclude "
             f"'{one.pattern}'"
         )
-    return said
+    return warnings
 
 
 @dataclass(frozen=True)
 class Constant:
-    """Images whose pixels all have one value. alike: whether it is the same value in all of them (all black)."""
+    """Images whose pixels all have the same value. alike: whether all these images have the same value (all black)."""
 
     count: int
     alike: bool
     names: tuple[str, ...]
 
 
-def constant_images(source: Source, looks: FileRecords) -> Constant | None:
-    """Return the images of one value, by the sums of the scan; None without any."""
-    if not len(looks):
+def constant_images(source: Source, records: FileRecords) -> Constant | None:
+    """Return the constant images according to the sums of the scan; None if there are none."""
+    if not len(records):
         return None
-    pixels = np.repeat(np.maximum(1, looks.valid).astype(np.float64), looks.channels)
-    mean = looks.sums / pixels
-    flat = np.abs(looks.squares / pixels - mean**2) <= ROUNDING * mean**2
-    places = np.flatnonzero(np.logical_and.reduceat(flat, looks.starts) & (looks.valid > 0))
+    pixels = np.repeat(np.maximum(1, records.valid).astype(np.float64), records.channels)
+    mean = records.sums / pixels
+    flat = np.abs(records.squares / pixels - mean**2) <= ROUNDING * mean**2
+    places = np.flatnonzero(np.logical_and.reduceat(flat, records.starts) & (records.valid > 0))
     if not len(places):
         return None
-    ends = looks.starts + looks.channels
-    values = {tuple(mean[looks.starts[place] : ends[place]]) for place in places}
-    return Constant(len(places), len(values) == 1, tuple(source.names[row] for row in looks.rows[places[:5]].tolist()))
+    ends = records.starts + records.channels
+    values = {tuple(mean[records.starts[place] : ends[place]]) for place in places}
+    return Constant(
+        len(places), len(values) == 1, tuple(source.names[row] for row in records.rows[places[:5]].tolist())
+    )
 
 
 def constant_line(found: Constant, good: int) -> str:
-    """Return a sentence on what images of one value mean for training."""
+    """Return a warning about constant images."""
     if found.count == good:
-        same = "all alike (black, for example)" if found.alike else "each of one value"
+        same = "the same in all images (all black, for example)" if found.alike else "but not the same in all images"
         return (
-            f"every one of the {good} images holds a single value in all its pixels, {same}: they contain no "
-            "information; check how they were written or read"
+            f"in each of the {good} images, all pixels have the same value, {same}: they contain no information; check "
+            "how they were written or read"
         )
     return (
-        f"{found.count} of {good} images hold a single value in all their pixels (all black, for example): "
+        f"in {found.count} of {good} images, all pixels have the same value (all black, for example): "
         f"{some(found.names, 3)}"
     )

@@ -1,8 +1,8 @@
-"""Scan every file before training: which can be read, of what size and kind, and their mean and standard deviation.
+"""Scan every file before training: whether it can be read, size, kind, and the mean and standard deviation of all.
 
-Decodes each file in full (or an even sample of them), one at a time, and stores only sums. The caller decides which
-share of bad files is too large. The result does not depend on the number of processes, nor on which files were in the
-scan cache (`scan_cache.py`).
+Files (all, or an evenly spaced sample) are decoded in full, one at a time, and only sums are stored. The caller decides
+which share of bad files is too large. The result does not depend on the number of processes, nor on which files were in
+the scan cache (`scan_cache.py`).
 """
 
 from __future__ import annotations
@@ -40,17 +40,17 @@ from unmask.data.sources.source import Source, content_digest
 from unmask.system.processes import process_pool
 
 STATISTICS_SAMPLE = 10_000
-LOOK_AGAIN = 256
+RESCAN_SAMPLE = 256
 CHUNK = 64
-GUARDED_MEMORY = 128 << 20  # bytes; files that need more are decoded in their own process
-GUARDED_PARTS = 64  # likewise for files of more JPEG scans or TIFF pages
-MOST_SECONDS = 10.0  # of processor time per file
-PATIENCE = 5.0  # seconds of remaining work from which processes are started
+GUARDED_MEMORY = 128 << 20  # bytes; files that need more are decoded in a separate process
+GUARDED_PARTS = 64  # files with more JPEG scans or TIFF pages are decoded in a separate process, too
+MOST_SECONDS = 10.0  # limit on processor time per file
+PATIENCE = 5.0  # start worker processes if more seconds of work remain
 
 
 @dataclass(frozen=True)
 class BadFile:
-    """A file that cannot be used. code: reason code of BadImage; detail: the same in words."""
+    """A file that cannot be used. code: reason code of BadImage; detail: the reason in words."""
 
     name: str
     code: str
@@ -59,12 +59,15 @@ class BadFile:
 
 @dataclass
 class Scan:
-    """Result of a scan. Sizes are (H, W) in pixels as displayed; mean and std per channel in the files' units.
+    """Result of a scan. Sizes are (H, W) in pixels as displayed; mean and std are per channel, in the files' units.
 
-    layouts: how many files there are by format, channels as decoded, and layout. reading: how they were decoded, and
-    settled: what of that was decided for this data set, and why. absent_share: of the pixels of good files, how many
-    hold no data; absent_files: files with such pixels, empty_files: those without any other. digests: (files,) uint64,
-    those of the files that could be read, 0 for others; see `open_source.content_digest`.
+    layouts: number of files by format, channels as decoded, and layout.
+    reading: how the files were decoded.
+    settled: a sentence about each setting of `reading` that was decided for this data set.
+    absent_share: share of absent pixels in readable files.
+    absent_files: number of files with absent pixels.
+    empty_files: number of files in which all pixels are absent.
+    digests: (files,) uint64, see `source.content_digest`; 0 for files that could not be read.
     """
 
     source: str
@@ -102,7 +105,7 @@ class Scan:
 
     @property
     def usable(self) -> int:
-        """Number of usable images of the source, an estimate if only a sample was checked."""
+        """Number of usable images in the source; an estimate if only a sample was checked."""
         return round(self.files * self.good / self.checked) if self.sampled else self.good
 
     @property
@@ -111,7 +114,7 @@ class Scan:
 
     @property
     def tolerated(self) -> Counter[str]:
-        """Number of files by fault that loses no pixel."""
+        """Number of files by harmless fault."""
         found: Counter[str] = Counter()
         for (_, _, layout), count in self.layouts.items():
             found.update(dict.fromkeys(layout.tolerated, count))
@@ -128,15 +131,16 @@ def scan(
     sample: int | None = None,
     workers: int | None = None,
     channels: int | None = None,
-    anew: bool = False,
+    ignore_cache: bool = False,
     progress: Callable[[int], object] | None = None,
 ) -> Scan:
-    """Decode every file, or `sample` of them evenly spread.
+    """Decode every file, or an evenly spaced `sample` of this many files, and return the result.
 
-    workers: processes; 0 is this one; None starts one a core when there turns out to be work for more than a few
-    seconds. channels: what the images must conform to; None means what most of them are. Files that cannot
-    conform are bad. What `source.reading` leaves open is settled first, and set there. anew: decode files too that
-    could be read before and have not changed since.
+    workers: number of processes; 0 for this process; None for one per core if the work takes more than a few seconds.
+    channels: number of channels to which all images must conform; None for the most frequent number. Files that cannot
+    conform are bad.
+    ignore_cache: also decode files that could be read before and have not changed since.
+    Settings that `source.reading` leaves open are decided first, and stored in it.
     """
     start, began = time.monotonic(), time.time()
     rows = np.arange(len(source))
@@ -146,13 +150,13 @@ def scan(
     source.reading, result.settled = choose_reading(source, rows.tolist())
     result.reading = source.reading
     known = load_records(source)
-    before = [] if known is None or anew else [known.at(np.flatnonzero(np.isin(known.rows, rows)))]
+    before = [] if known is None or ignore_cache else [known.at(np.flatnonzero(np.isin(known.rows, rows)))]
     result.known = sum(map(len, before))
     faults: dict[int, BadFile] = {}
     seen = FileRecordsBuilder()
     try:
         todo = np.setdiff1d(rows, before[0].rows) if before else rows
-        for done, (row, found) in enumerate(_look_at(source, todo, workers), result.known + 1):
+        for done, (row, found) in enumerate(_scan_files(source, todo, workers), result.known + 1):
             if isinstance(found, BadImage):
                 faults[row] = BadFile(source.names[row], found.code, found.detail)
             else:
@@ -160,14 +164,14 @@ def scan(
             if progress is not None and (done % CHUNK == 0 or done == len(rows)):
                 progress(done)
     finally:  # also when interrupted, so that a long scan is not repeated
-        new = seen.looks()
+        new = seen.build()
         stale = known is not None and bool(np.isin(known.rows, list(faults)).any())
         if stale or (len(new) and is_worth_storing(began)):
             result.forgotten = store_records(source, _all_known(known, new, list(faults)), began)
-    looks = joined([*before, new])
+    records = joined([*before, new])
     result.digests = np.zeros(len(source), np.uint64)
-    result.digests[looks.rows] = looks.digests
-    _summarise(result, source, looks, faults, channels)
+    result.digests[records.rows] = records.digests
+    _summarise(result, source, records, faults, channels)
     result.seconds = time.monotonic() - start
     return result
 
@@ -178,13 +182,13 @@ def num_cores() -> int:
 
 
 def _all_known(known: FileRecords | None, new: FileRecords, bad: list[int]) -> FileRecords:
-    """Return the new records and the known ones of files that were not scanned now."""
+    """Return the new records, and the cached records of files that were not scanned now."""
     if known is None:
         return new
     return joined([known.at(np.flatnonzero(~np.isin(known.rows, [*new.rows.tolist(), *bad]))), new])
 
 
-def _look_at(source: Source, rows: np.ndarray, workers: int | None) -> Iterator[tuple[int, FileRecord | BadImage]]:
+def _scan_files(source: Source, rows: np.ndarray, workers: int | None) -> Iterator[tuple[int, FileRecord | BadImage]]:
     start, todo = time.monotonic(), rows.tolist()
     if workers is None:
         workers = num_cores()
@@ -194,30 +198,30 @@ def _look_at(source: Source, rows: np.ndarray, workers: int | None) -> Iterator[
                 if left > PATIENCE:
                     todo = todo[done:]
                     break
-            yield row, _look(source, row)
+            yield row, _scan_file(source, row)
         else:
             return
     if workers <= 0:
-        yield from ((row, _look(source, row)) for row in todo)
+        yield from ((row, _scan_file(source, row)) for row in todo)
         return
     chunks = [todo[i : i + CHUNK] for i in range(0, len(todo), CHUNK)]
     while chunks:
         done = 0
         try:
             with process_pool(workers, _begin, (source,)) as pool:
-                for chunk, found in zip(chunks, pool.map(_look_many, chunks), strict=True):
+                for chunk, found in zip(chunks, pool.map(_scan_many, chunks), strict=True):
                     yield from zip(chunk, found, strict=True)
                     done += 1
         except BrokenProcessPool:
-            # A file killed its worker (out of memory, a crash in a decoder). Find it, one process for each file; it may
-            # also lie in a later chunk, and then it will break the next pool.
+            # A file killed its worker (out of memory, or a crash in a decoder). Scan this chunk with one process for
+            # each file to find it. If the file is in a later chunk instead, it will break the next pool.
             for row in chunks[done]:
-                yield row, _look_apart(source, row)
+                yield row, _scan_separately(source, row)
             done += 1
         chunks = chunks[done:]
 
 
-_source: Source | None = None  # of a worker process, sent once instead of with every chunk
+_source: Source | None = None  # source of a worker process, sent once instead of with every chunk
 
 
 def _begin(source: Source) -> None:
@@ -225,23 +229,24 @@ def _begin(source: Source) -> None:
     _source = source
 
 
-def _look_many(rows: list[int]) -> list[FileRecord | BadImage]:
+def _scan_many(rows: list[int]) -> list[FileRecord | BadImage]:
     assert _source is not None
-    return [_look(_source, row) for row in rows]
+    return [_scan_file(_source, row) for row in rows]
 
 
-def _look_apart(source: Source, row: int) -> FileRecord | BadImage:
+def _scan_separately(source: Source, row: int) -> FileRecord | BadImage:
     try:
         with process_pool(1, _begin, (source,)) as pool:
-            return pool.submit(_look_many, [row]).result()[0]
+            return pool.submit(_scan_many, [row]).result()[0]
     except BrokenProcessPool:
-        return BadImage("CORRUPT", "decoding it killed the process")
+        return BadImage("CORRUPT", "decoding the file crashed the process")
 
 
-def _look(source: Source, row: int, like: tuple[int, str] | None = None) -> FileRecord | BadImage:
-    """Decode one file, unchanged or converted `like` the data set's channels and dtype.
+def _scan_file(source: Source, row: int, like: tuple[int, str] | None = None) -> FileRecord | BadImage:
+    """Decode one file and return its record or its error.
 
-    A file whose header predicts much memory or time is decoded in its own process, with limits on both.
+    like: (channels, dtype) of the data set to convert to, None for no conversion. A file whose header predicts high
+    memory use or a long time is decoded in a separate process with limits on both.
     """
     try:
         data = source.read(row)
@@ -257,11 +262,11 @@ def _look(source: Source, row: int, like: tuple[int, str] | None = None) -> File
     except TooSlow:
         return BadImage("TIMEOUT", f"it takes longer than {MOST_SECONDS:.0f} s to decode; save it again, or smaller")
     except Crashed:
-        return BadImage("CORRUPT", "decoding it killed the process")
+        return BadImage("CORRUPT", "decoding the file crashed the process")
 
 
 def _decoded(data: bytes, head: Header, like: tuple[int, str] | None, nodata: Nodata) -> FileRecord:
-    """Return the record of an image, from pieces, to avoid a second copy of a large one."""
+    """Return the record of an image, computed piece by piece to avoid a second copy of a large image."""
     tolerated: list[str] = []
     sums = squares = np.zeros(0)
     channels, dtype, there, declared = head.channels, head.dtype, 0, nodata_module.declared(data)
@@ -280,7 +285,7 @@ def _decoded(data: bytes, head: Header, like: tuple[int, str] | None, nodata: No
 
 
 def _sums(flat: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return (C,) sums of the values and of their squares, of pixels (n, C)."""
+    """Return the sums (C,) of the values and of their squares for pixels (n, C)."""
     if flat.dtype == np.uint8:  # exact and fast: sums of a histogram
         counts = np.stack([np.bincount(flat[:, c], minlength=256) for c in range(flat.shape[1])])
         levels = np.arange(256, dtype=np.float64)
@@ -290,54 +295,54 @@ def _sums(flat: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _summarise(
-    result: Scan, source: Source, looks: FileRecords, faults: dict[int, BadFile], channels: int | None
+    result: Scan, source: Source, records: FileRecords, faults: dict[int, BadFile], channels: int | None
 ) -> None:
-    result.channels = Counter(looks.channels.tolist())
-    result.dtypes = Counter(looks.dtypes.astype(str).tolist())
-    result.formats = Counter(looks.formats.astype(str).tolist())
-    kinds = zip(looks.formats.astype(str).tolist(), looks.channels.tolist(), looks.layouts.tolist(), strict=True)
+    result.channels = Counter(records.channels.tolist())
+    result.dtypes = Counter(records.dtypes.astype(str).tolist())
+    result.formats = Counter(records.formats.astype(str).tolist())
+    kinds = zip(records.formats.astype(str).tolist(), records.channels.tolist(), records.layouts.tolist(), strict=True)
     for (kind, own_channels, code), count in Counter(kinds).items():
         result.layouts[kind, own_channels, Layout.from_code(code)] = count
-    wanted_channels = channels or (result.channels.most_common(1)[0][0] if len(looks) else 0)
-    wanted_dtype = _widest(result.dtypes) if len(looks) else "uint8"
-    unlike = _unlike(looks, wanted_channels, wanted_dtype)
+    wanted_channels = channels or (result.channels.most_common(1)[0][0] if len(records) else 0)
+    wanted_dtype = _widest(result.dtypes) if len(records) else "uint8"
+    unlike = _unlike(records, wanted_channels, wanted_dtype)
     for place, error in unlike.items():
-        row = int(looks.rows[place])
+        row = int(records.rows[place])
         faults[row] = BadFile(source.names[row], error.code, error.detail)
     if unlike:
-        looks = looks.at(np.setdiff1d(np.arange(len(looks)), list(unlike)))
-    result.constant = constant_images(source, looks)
+        records = records.at(np.setdiff1d(np.arange(len(records)), list(unlike)))
+    result.constant = constant_images(source, records)
     result.bad_rows = np.array(sorted(faults), np.int64)
     result.bad = [faults[row] for row in sorted(faults)]
-    result.good_rows = looks.rows
+    result.good_rows = records.rows
     result.channels_majority, result.dtype_majority = wanted_channels, wanted_dtype
-    if len(looks):
-        sizes = looks.sizes.astype(np.int64)
+    if len(records):
+        sizes = records.sizes.astype(np.int64)
         result.min_size, result.max_size = _pair(sizes.min(0)), _pair(sizes.max(0))
         result.median_size = _pair(np.median(sizes, axis=0))
         width = np.dtype(wanted_dtype).itemsize * wanted_channels
         result.decoded_bytes = float(sizes.prod(1).mean()) * width
         pixels = sizes.prod(1)
-        result.absent_share = 1 - float(looks.valid.sum() / pixels.sum())
-        result.absent_files, result.empty_files = int((looks.valid < pixels).sum()), int((looks.valid == 0).sum())
-        result.mean, result.std = _statistics(source, looks, wanted_channels, wanted_dtype)
+        result.absent_share = 1 - float(records.valid.sum() / pixels.sum())
+        result.absent_files, result.empty_files = int((records.valid < pixels).sum()), int((records.valid == 0).sum())
+        result.mean, result.std = _statistics(source, records, wanted_channels, wanted_dtype)
 
 
-def _unlike(looks: FileRecords, channels: int, dtype: str) -> dict[int, BadImage]:
-    """Return the positions of records that do not fit channels and dtype, with the reason."""
+def _unlike(records: FileRecords, channels: int, dtype: str) -> dict[int, BadImage]:
+    """Return the positions of the records that cannot be converted to `channels` and `dtype`, with the error."""
     found: dict[int, BadImage] = {}
-    for own_channels in np.unique(looks.channels).tolist():
-        for own_dtype in np.unique(looks.dtypes).tolist():
+    for own_channels in np.unique(records.channels).tolist():
+        for own_dtype in np.unique(records.dtypes).tolist():
             try:
                 pixels_module.conform(np.zeros((1, 1, own_channels), own_dtype.decode()), channels, dtype)
             except BadImage as error:
-                there = (looks.channels == own_channels) & (looks.dtypes == own_dtype)
+                there = (records.channels == own_channels) & (records.dtypes == own_dtype)
                 found |= dict.fromkeys(np.flatnonzero(there).tolist(), error)
     return found
 
 
 def _widest(dtypes: Counter[str]) -> str:
-    """Return the most frequent dtype, but uint16 instead of uint8 if both occur: only uint8 can be converted."""
+    """Return the most frequent dtype, but uint16 if both it and uint8 occur, because only uint8 can be converted."""
     common = dtypes.most_common(1)[0][0]
     return "uint16" if common == "uint8" and dtypes["uint16"] else common
 
@@ -347,26 +352,26 @@ def _pair(values: np.ndarray) -> tuple[int, int]:
 
 
 def _statistics(
-    source: Source, looks: FileRecords, channels: int, dtype: str
+    source: Source, records: FileRecords, channels: int, dtype: str
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return mean and standard deviation per channel, in the data set's channels and units, of an even sample.
+    """Return mean and standard deviation per channel of an evenly spaced sample, in the data set's channels and units.
 
-    Absent pixels do not count.
+    Absent pixels are excluded.
     """
-    alike = looks.at(np.flatnonzero((looks.channels == 1) | (looks.channels == channels)))
-    if not len(alike):  # colour images read as gray: sums per channel do not give the deviation of the luma
-        rows = looks.rows[_evenly(len(looks), LOOK_AGAIN)]
+    alike = records.at(np.flatnonzero((records.channels == 1) | (records.channels == channels)))
+    if not len(alike):  # colour images read as gray: sums per channel do not give the standard deviation of the luma
+        rows = records.rows[_evenly(len(records), RESCAN_SAMPLE)]
         again = FileRecordsBuilder()
         for row in rows.tolist():
-            if isinstance(found := _look(source, row, (channels, dtype)), FileRecord):
+            if isinstance(found := _scan_file(source, row, (channels, dtype)), FileRecord):
                 again.add(row, found)
-        alike = again.looks()
+        alike = again.build()
     if not alike.valid.any():
         return (0.0,) * channels, (1.0,) * channels
     count, sums, squares = 0, np.zeros(channels), np.zeros(channels)
     alike = alike.at(_evenly(len(alike), STATISTICS_SAMPLE))
     for place, start in enumerate(alike.starts.tolist()):
-        own = slice(start, start + int(alike.channels[place]))  # one channel, or as many as all
+        own = slice(start, start + int(alike.channels[place]))  # one channel (broadcast), or all channels
         scale = 257 if dtype == "uint16" and alike.dtypes[place] == b"uint8" else 1
         count += int(alike.valid[place])
         sums, squares = sums + alike.sums[own] * scale, squares + alike.squares[own] * scale**2
@@ -377,5 +382,5 @@ def _statistics(
 
 
 def _evenly(count: int, most: int) -> np.ndarray:
-    """Return at most `most` positions of `count`, evenly spread."""
+    """Return at most `most` evenly spaced positions below `count`."""
     return np.unique(np.linspace(0, count - 1, most).astype(int))

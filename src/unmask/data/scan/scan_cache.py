@@ -1,9 +1,9 @@
 """The scan cache: records of readable files as columns of numbers, stored between commands.
 
-A scan decodes every file, which for a large folder takes longer than anything else before the first step. Its results
-are stored in a cache folder (never among the images), and a later scan decodes only files that are new or changed, by
-size or time of the last change. A cache that is damaged, of another version, or not writable costs another scan and
-nothing else. Unreadable files are not cached: their cause may be elsewhere (a mount, a permission, memory).
+A scan decodes every file, which takes most of the time before the first training step on a large folder. Its results
+are stored in a cache folder (never among the images), and later scans decode only files that are new, or whose size or
+time of change differs. If the cache is damaged, from another version, or not writable, the files are scanned again.
+Unreadable files are not cached, because the cause may be outside the file (a mount, a permission, memory).
 """
 
 from __future__ import annotations
@@ -29,16 +29,18 @@ from unmask.data.sources.source import Source
 
 LAYOUT = 3
 WORD = np.dtype("S8")
-WORTH_KEEPING = 2.0  # seconds of work from which results are stored
-SETTLED = 2_000_000_000  # nanoseconds within which a coarse file system clock may give two changes the same time
+WORTH_KEEPING = 2.0  # results of more seconds of work than this are stored
+SETTLED = 2_000_000_000  # nanoseconds within which a file system with a coarse clock may give two changes the same time
 COLUMNS = ("sizes", "channels", "dtypes", "formats", "layouts", "valid", "sums", "squares", "digests")
 DECODERS = ("numpy", "pillow", "simplejpeg", "tifffile")
 
 
 @dataclass(frozen=True)
 class FileRecord:
-    """One readable file. valid: number of pixels that are not absent; sums, squares: (C,) over those; digest: see
-    `source.content_digest`.
+    """Scan result of one readable file.
+
+    valid: number of pixels that are not absent. sums, squares: (C,), sums over these pixels of the values and of their
+    squares. digest: see `source.content_digest`.
     """
 
     size: tuple[int, int]
@@ -54,12 +56,16 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class FileRecords:
-    """Readable files, a row each, ascending: about 90 bytes a colour image.
+    """Records of n readable files, sorted by row; about 90 bytes per colour image.
 
-    `rows` (n,) int64 of the source; `sizes` (n, 2) int32; `channels` (n,) int32; `dtypes` and `formats` (n,) words in
-    ASCII of at most 8 letters; `layouts` (n,) int64, see `layout.Layout.code`; `valid` (n,) int64, pixels that are not
-    absent; `sums` and `squares` (sum of channels,) float64, one after another; `digests` (n,) uint64, see
-    `open_source.content_digest`.
+    rows: (n,) int64, rows of the source.
+    sizes: (n, 2) int32.
+    channels: (n,) int32.
+    dtypes, formats: (n,) ASCII words of at most 8 letters.
+    layouts: (n,) int64, see `layout.Layout.code`.
+    valid: (n,) int64, number of pixels that are not absent.
+    sums, squares: (sum of channels,) float64, the channels of all files one after another.
+    digests: (n,) uint64, see `source.content_digest`.
     """
 
     rows: np.ndarray
@@ -78,7 +84,7 @@ class FileRecords:
 
     @property
     def starts(self) -> np.ndarray:
-        """(n,) int64: position of the first sum of each file."""
+        """Position of the first sum of each file, (n,) int64."""
         return np.cumsum(self.channels, dtype=np.int64) - self.channels
 
     def at(self, places: np.ndarray) -> FileRecords:
@@ -98,13 +104,13 @@ class FileRecords:
 
 def joined(several: Iterable[FileRecords]) -> FileRecords:
     """Return all records, sorted by row."""
-    columns = zip(*(vars(looks).values() for looks in several), strict=True)
+    columns = zip(*(vars(records).values() for records in several), strict=True)
     both = FileRecords(*(np.concatenate(column) for column in columns))
     return both if (np.diff(both.rows) > 0).all() else both.at(np.argsort(both.rows, kind="stable"))
 
 
 class FileRecordsBuilder:
-    """Looks as they come, one after another."""
+    """Collects the records of files one after another."""
 
     def __init__(self) -> None:
         self.rows, self.sizes, self.channels = array("q"), array("i"), array("i")
@@ -112,24 +118,24 @@ class FileRecordsBuilder:
         self.sums, self.squares, self.digests = array("d"), array("d"), array("Q")
         self.words: list[str] = []
 
-    def add(self, row: int, look: FileRecord) -> None:
+    def add(self, row: int, record: FileRecord) -> None:
         self.rows.append(row)
-        self.sizes.extend(look.size)
-        self.channels.append(look.channels)
-        self.dtypes.append(self._code(look.dtype))
-        self.formats.append(self._code(look.format))
-        self.layouts.append(look.layout.code)
-        self.valid.append(look.valid)
-        self.sums.extend(look.sums.tolist())
-        self.squares.extend(look.squares.tolist())
-        self.digests.append(look.digest)
+        self.sizes.extend(record.size)
+        self.channels.append(record.channels)
+        self.dtypes.append(self._code(record.dtype))
+        self.formats.append(self._code(record.format))
+        self.layouts.append(record.layout.code)
+        self.valid.append(record.valid)
+        self.sums.extend(record.sums.tolist())
+        self.squares.extend(record.squares.tolist())
+        self.digests.append(record.digest)
 
     def _code(self, word: str) -> int:
         if word not in self.words:
             self.words.append(word)
         return self.words.index(word)
 
-    def looks(self) -> FileRecords:
+    def build(self) -> FileRecords:
         words = np.array(self.words or [""], WORD)
         return FileRecords(
             np.array(self.rows, np.int64),
@@ -147,9 +153,9 @@ class FileRecordsBuilder:
 
 def cache_folder() -> Path | None:
     """Return $UNMASK_CACHE, or `unmask` in the user's cache folder; None if UNMASK_CACHE=off."""
-    told = os.environ.get("UNMASK_CACHE")
-    if told:
-        return None if told.lower() == "off" else Path(told)
+    setting = os.environ.get("UNMASK_CACHE")
+    if setting:
+        return None if setting.lower() == "off" else Path(setting)
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "unmask"
     except RuntimeError:  # a user without a home folder
@@ -157,7 +163,7 @@ def cache_folder() -> Path | None:
 
 
 def cache_file(source: Source) -> Path | None:
-    """Return the cache file of a source; None for images that are not in files, and when the cache is off."""
+    """Return the cache file of a source; None for embedded images, which are not in files, and if the cache is off."""
     folder = cache_folder()
     if folder is None or source.changed is None:
         return None
@@ -167,7 +173,7 @@ def cache_file(source: Source) -> Path | None:
 
 
 def load_records(source: Source) -> FileRecords | None:
-    """Return the stored records of files that have not changed; None without any."""
+    """Return the stored records of files that have not changed; None if there are none."""
     file = cache_file(source)
     stored = None if file is None else read_arrays(file)
     if stored is None or source.changed is None or stored["about"].item() != _about():
@@ -175,49 +181,52 @@ def load_records(source: Source) -> FileRecords | None:
     names = StringTable.stored(stored["names"].tobytes(), stored["ends"])
     kept = FileRecords(np.arange(len(names)), *(stored[name] for name in COLUMNS))
     sizes, changed = stored["bytes"], stored["changed"]
-    place = _places(names, source.names)  # position of each row among the stored ones, or -1
+    place = _places(names, source.names)  # position of each row among the stored records, or -1
     rows = np.flatnonzero((place >= 0) & (sizes[place] == source.sizes) & (changed[place] == source.changed))
     return kept.at(place[rows]).with_rows(rows) if len(rows) else None
 
 
-def store_records(source: Source, looks: FileRecords, began: float) -> str:
+def store_records(source: Source, records: FileRecords, began: float) -> str:
     """Store all known records of a source; return why they could not be stored, "" on success.
 
-    began: when looking began, in seconds since 1970. Of files that changed just before, or since, nothing is kept.
+    began: when the scan began, in seconds since 1970. Records of files that changed shortly before or since are left
+    out.
     """
     file = cache_file(source)
     if file is None or source.changed is None:
         return ""  # nothing to store
-    changed = source.changed[looks.rows]
+    changed = source.changed[records.rows]
     settled = np.flatnonzero((changed >= 0) & (changed < int(began * 1e9) - SETTLED))
     if not len(settled):
         with suppress(OSError):  # the stored records are outdated
             file.unlink()
-        return "the files have only just been written"
-    looks, changed = looks.at(settled), changed[settled]
-    names = source.names if len(looks) == len(source) else StringTable(source.names[row] for row in looks.rows.tolist())
-    arrays = {name: getattr(looks, name) for name in COLUMNS} | {
+        return "the files were written only a moment ago"
+    records, changed = records.at(settled), changed[settled]
+    names = (
+        source.names if len(records) == len(source) else StringTable(source.names[row] for row in records.rows.tolist())
+    )
+    arrays = {name: getattr(records, name) for name in COLUMNS} | {
         "about": np.array(_about()),
         "names": np.frombuffer(names.blob, np.uint8),
         "ends": names.ends,
-        "bytes": source.sizes[looks.rows],
+        "bytes": source.sizes[records.rows],
         "changed": changed,
     }
     try:
         write_arrays(file, arrays)
-    except (OSError, MemoryError) as error:  # then the next scan decodes the files again
+    except (OSError, MemoryError) as error:  # the next scan decodes the files again
         reason = error.strerror if isinstance(error, OSError) else "not enough memory"
         return f"cannot write to {file.parent} ({reason}); set UNMASK_CACHE to another folder"
     return ""
 
 
 def is_worth_storing(began: float) -> bool:
-    """Return whether the work since `began`, in seconds since 1970, took long enough to be stored."""
+    """Return whether the work since `began` (seconds since 1970) took long enough for its results to be stored."""
     return time.time() - began > WORTH_KEEPING
 
 
 def _places(known: StringTable, names: StringTable) -> np.ndarray:
-    """Return (n,) int64, the position of each of `names` in `known`; -1 for missing and repeated names."""
+    """Return the position (n,) of each of `names` in `known`; -1 for missing and repeated names."""
     if known.same(names):
         return np.arange(len(names))
     places: dict[str, int] = {}
@@ -236,7 +245,7 @@ def decoder_versions() -> dict[str, str]:
 
 
 def _about() -> str:
-    """Return a digest of what the records depend on besides the files: decoder versions and the code of decode/."""
+    """Return the decoder versions and a digest of the code in decode/, on which the records depend too."""
     versions = decoder_versions()
     modules = sorted(Path(decode.__file__ or "").parent.glob("*.py"))
     how = hashlib.sha256(b"".join(module.read_bytes() for module in modules)).hexdigest()

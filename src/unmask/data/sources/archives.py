@@ -1,4 +1,4 @@
-"""Rules that tar, zip and parquet files share: which members are images, and when they changed."""
+"""Functions shared by tar, zip and parquet sources: which members are images, and when they changed."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def has_image_name(name: str) -> bool:
 
 
 def is_wanted(name: str, size: int, skipped: Counter[str]) -> bool:
-    """Return whether an archive member is an image to read, and count it in `skipped` otherwise."""
+    """Return whether an archive member is an image to read; otherwise count it in `skipped`."""
     parts = name.split("/")
     if ".." in parts:
         skipped["path that leaves the archive"] += 1
         return False
-    # tar may store a.jpg of a folder as ./a.jpg
+    # tar may store a.jpg as ./a.jpg
     if any(is_skipped(part, skipped) for part in parts if part != "."):
         return False
     if not name.lower().endswith(EXTENSIONS):
@@ -36,7 +36,7 @@ def is_wanted(name: str, size: int, skipped: Counter[str]) -> bool:
 
 
 def times_of_archive(path: str, rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return `Source.changed` and `Source.modified` of all members: those of their archive."""
+    """Return `Source.changed` and `Source.modified` for all members, which are the times of their archive."""
     found = stat_or_none(path)
     times = (-1, -1) if found is None else (last_change(found), found.st_mtime_ns)
     return np.full(rows, times[0], np.int64), np.full(rows, times[1], np.int64)

@@ -1,7 +1,7 @@
 """Class labels from the names of folders.
 
-Classes are the names of the first folder level that has more than one sub-folder, if every image is in one of them.
-Folders called train, val or test are splits, not classes.
+Classes are the folder names on the first level that has more than one folder, if every image is in one of them.
+Folders named train, val or test are splits, not classes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ SPLITS = {"train", "training", "val", "valid", "validation", "test", "testing", 
 
 
 def classes_of(names: Sequence[str]) -> tuple[list[str], np.ndarray | None, list[str]]:
-    """Return (classes, labels (n,) or None, folders that are splits instead of classes) of '/'-separated names."""
+    """Return (classes, labels (n,) or None, folders that are splits instead of classes) for '/'-separated names."""
     place: dict[str, int] = {}  # number of each folder
     where = np.fromiter((place.setdefault(name.rpartition("/")[0], len(place)) for name in names), np.int64, len(names))
     folders = [folder.split("/") if folder else [] for folder in place]
@@ -26,7 +26,7 @@ def classes_of(names: Sequence[str]) -> tuple[list[str], np.ndarray | None, list
         if len(here) > 1:
             if {name.lower() for name in here} <= SPLITS:
                 return [], None, here
-            known = {name: class_name(name) for name in here}  # two spellings of one name are one class
+            known = {name: class_name(name) for name in here}  # two Unicode spellings of a name are the same class
             classes = sorted(set(known.values()))
             if len(classes) < 2:
                 continue

@@ -1,4 +1,4 @@
-"""The embedded image sets, `shapes` (computed) and `digits` (from scikit-learn)."""
+"""The embedded image sets: `shapes` (computed) and `digits` (from scikit-learn)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ EMBEDDED = ("shapes", "shapes-test", "digits", "digits-test")
 
 
 class ShapesSource(Source):
-    """Images that are computed, not stored: row i is index first + i of the embedded set `shapes`."""
+    """The embedded set `shapes`, computed when it is opened: row i is image `first` + i."""
 
     def __init__(self, text: str, first: int, count: int) -> None:
         from unmask.data.sources import shapes
@@ -28,7 +28,7 @@ class ShapesSource(Source):
 
 
 class DigitsSource(Source):
-    """scikit-learn's 1,797 handwritten digits, 8 x 8 gray, as uint8; a fifth of each class is the test part."""
+    """scikit-learn's 1,797 handwritten digits, 8 x 8 gray, uint8; a fifth of each class is the test set."""
 
     def __init__(self, text: str, *, test: bool) -> None:
         from sklearn.datasets import load_digits
@@ -54,20 +54,20 @@ def _as_npy(pixels: np.ndarray) -> bytes:
 
 
 def open_embedded(text: str) -> Source:
-    """Open `shapes` or `digits-test`, or the first images of a set: `shapes:5000`."""
+    """Open an embedded set such as `shapes` or `digits-test`, or the first images of a set such as `shapes:5000`."""
     stem, _, count = text.partition(":")
     if count and not (count.isdigit() and int(count) > 0):
-        raise SourceError(f"got {text!r}; expected {stem}, or {stem}:N with a number of images N")
+        raise SourceError(f"got {text!r}; expected {stem}, or {stem}:N for its first N images")
     if stem.startswith("digits"):
         source: Source = DigitsSource(text, test=stem.endswith("test"))
         if count:
-            raise SourceError(f"got {text!r}; the size of digits cannot be chosen, use digits or digits-test")
+            raise SourceError(f"got {text!r}, but the size of digits cannot be chosen; expected digits or digits-test")
         return source
     from unmask.data.sources import shapes
 
     whole = shapes.TEST if stem.endswith("test") else shapes.TRAIN
     if count and int(count) > whole:
-        raise SourceError(f"got {text!r}; {stem} has only {whole} images")
+        raise SourceError(f"got {text!r}; expected at most {whole} images: {stem}:{whole}")
     return ShapesSource(text, shapes.TRAIN if stem.endswith("test") else 0, int(count) if count else whole)
 
 

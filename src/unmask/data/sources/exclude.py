@@ -15,7 +15,7 @@ from unmask.errors import SourceError
 
 
 class SelectedSource(Source):
-    """Some rows of a source, in its order. Class folders are determined again from the remaining names."""
+    """A subset of the rows of a source, in the same order. Class folders are determined from the remaining names."""
 
     def __init__(self, inner: Source, rows: np.ndarray) -> None:
         self.inner, self.rows = inner, np.asarray(rows, np.int64)
@@ -51,7 +51,7 @@ class SelectedSource(Source):
 
 
 def exclude_names(source: Source, patterns: Sequence[str]) -> Source:
-    """Return the source without the images whose names match a pattern; `excluded` counts them by pattern."""
+    """Return the source without images whose names match a pattern; `excluded` is their number by pattern."""
     if not patterns:
         return source
     out = np.zeros(len(source), bool)
@@ -63,7 +63,7 @@ def exclude_names(source: Source, patterns: Sequence[str]) -> Source:
         out |= hit
     if out.all() and len(source):
         raise SourceError(
-            f"--exclude {' '.join(patterns)} leaves none of the {len(source)} images of {source.name}; remove a pattern"
+            f"--exclude {' '.join(patterns)} excludes all {len(source)} images of {source.name}; remove a pattern"
         )
     left = SelectedSource(source, np.flatnonzero(~out)) if out.any() else source
     left.excluded = counts
@@ -71,10 +71,11 @@ def exclude_names(source: Source, patterns: Sequence[str]) -> Source:
 
 
 def matcher(pattern: str) -> Callable[[str], bool]:
-    """Return a test of '/'-separated names. Case-sensitive; * and ? stop at "/", ** is any number of folders.
+    """Return a function that tests whether a '/'-separated name matches the pattern. Case-sensitive.
 
-    A pattern without "/" matches the name of a file or folder at any depth, others the path from its start. Everything
-    below a matching folder matches too. Raises SourceError for brackets without a set of letters.
+    * and ? do not match "/"; ** matches any number of folders. A pattern without "/" matches the name of a file or
+    folder at any depth; other patterns match the path from its start. Everything below a matching folder matches too.
+    Raises SourceError for brackets without a valid set of letters.
     """
     parts = pattern.strip("/").split("/")
     anywhere = "/" not in pattern.strip("/")
@@ -87,14 +88,14 @@ def matcher(pattern: str) -> Callable[[str], bool]:
         found = re.compile(whole)
     except re.error:
         raise SourceError(
-            f"got the pattern {pattern!r} to exclude, whose brackets hold no set of letters; expected one such as "
-            "[0-9] or [!a-c]; write [[] for a bracket in a name"
+            f"got --exclude {pattern!r} with invalid brackets; expected a set of letters such as [0-9] or [!a-c]: "
+            "write [[] for a bracket in a name"
         ) from None
     return lambda name: found.search(name) is not None
 
 
 def _part(part: str) -> str:
-    """Return the regular expression of one part of a glob."""
+    """Return the regular expression for one part of a glob."""
     pieces, place = [], 0
     while place < len(part):
         letter, end = part[place], part.find("]", place + 2)

@@ -1,4 +1,4 @@
-"""A folder tree of images, or of parquet or tar shards when it holds no image."""
+"""A folder tree of images, or of parquet or tar shards if it contains no images."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from unmask.data.sources.system_folders import is_hidden, is_skipped, is_system
 
 
 def open_folder(text: str) -> Source:
-    """List the images below a folder; see `class_folders.py` for their labels."""
+    """List the images below a folder; `class_folders.py` describes their labels."""
     skipped: Counter[str] = Counter()
     listing = Listing()
     walk(text, listing, skipped)
@@ -35,10 +35,10 @@ def _shards_below(root: str) -> list[str]:
 
 
 def walk(root: str, listing: Listing, skipped: Counter[str], wanted: Callable[[str], bool] | None = None) -> None:
-    """Add every image file whose relative path is `wanted`.
+    """Add every image file below `root` to `listing` if `wanted` accepts its relative path.
 
-    Each folder is listed once, by its shallowest path, so loops of links end. Run folders are skipped. Files are not
-    opened.
+    Each folder is listed once, under its shallowest path, so cyclic links are safe. Run folders are skipped. Files are
+    not opened.
     """
     seen: set[tuple[int, int]] = set()
     level = [""]
@@ -64,7 +64,7 @@ def _list_folder(
         with os.scandir(os.path.join(root, folder)) as entries:
             found = [entry for entry in entries if not is_skipped(entry.name, skipped)]
         if {"config.json", "plan.json"} <= {entry.name for entry in found}:
-            skipped["run folder"] += 1  # its pictures are not data, and they change while the run trains
+            skipped["run folder"] += 1  # its pictures are not data, and change during training
             return []
     except PermissionError:
         skipped["folder without permission"] += 1

@@ -17,10 +17,10 @@ from unmask.errors import SourceError
 
 
 def open_glob(text: str) -> Source:
-    """List the files that match a glob. Raises SourceError when it matches none."""
+    """List the files that match a glob. Raises SourceError if there are none."""
     skipped: Counter[str] = Counter()
     parts = text.replace(os.sep, "/").split("/")
-    if "**" in parts:  # not by `glob`, which follows loops of links
+    if "**" in parts:  # `glob` would follow cyclic links
         plain = next(i for i, part in enumerate(parts) if glob.has_magic(part))
         root = "/".join(parts[:plain]) + ("/" if plain else "")
 
@@ -52,7 +52,7 @@ def open_glob(text: str) -> Source:
                 text, os.path.commonpath([os.path.dirname(path) for path in shards]), shards, location=location
             )
     if not found and not skipped:
-        raise SourceError(f"{text} matches no file; put the pattern in quotes, and use ** for any depth")
+        raise SourceError(f"{text} does not match any file; put the pattern in quotes, and use ** for any depth")
     source = absolute_files(text, sorted(found, key=os.fsencode), location=location)
     source.skipped = skipped
     source.label_by_folder()
@@ -60,14 +60,14 @@ def open_glob(text: str) -> Source:
 
 
 def _in_system_folder(path: str, parts: Sequence[str], skipped: Counter[str]) -> bool:
-    """Return whether a wildcard of the glob, not a name in it, matched a folder of a system or tool."""
+    """Return whether a wildcard of the glob matched a system folder; folders that are named in the glob are allowed."""
     names = path.replace(os.sep, "/").split("/")
     wild = (name for name, part in zip(names, parts, strict=False) if glob.has_magic(part))
     return any(is_skipped(name, skipped) for name in wild if is_system(name))
 
 
 def matches_glob(names: Sequence[str], parts: Sequence[str]) -> bool:
-    """Return whether the parts of a path match those of a glob, in which ** is any number of folders."""
+    """Return whether the parts of a path match the parts of a glob, in which ** matches any number of folders."""
     if not parts or list(parts) == ["**"]:
         return bool(parts) or not names
     if parts[0] == "**":

@@ -1,4 +1,4 @@
-"""Image files on disk, named one by one or listed."""
+"""Image files on disk."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ class FilesSource(Source):
             if not stat.S_ISREG(found.st_mode):  # opening a pipe would block
                 raise BadImage("NOT_IMAGE", "it is a folder, a pipe or a device, not a regular file")
             if found.st_size > limits.MAX_FILE_BYTES:
-                raise BadImage("TOO_LARGE_FILE", f"{found.st_size} bytes, at most {limits.MAX_FILE_BYTES} are read")
+                raise BadImage("TOO_LARGE_FILE", f"got {found.st_size} bytes; expected at most {limits.MAX_FILE_BYTES}")
             with open(path, "rb") as file:
-                return file.read(found.st_size)  # not more, if the file is growing
+                return file.read(found.st_size)  # limit the size in case the file is growing
         except PermissionError:
-            raise BadImage("PERMISSION", "the file may not be read; check its owner and mode") from None
+            raise BadImage("PERMISSION", "no permission to read the file; check its owner and mode") from None
         except OSError as error:
             raise BadImage("VANISHED", f"the file cannot be read: {error.strerror}") from None
 
@@ -66,15 +66,15 @@ class Listing:
 
     def add(self, path: str, found: os.stat_result | None) -> None:
         self.paths.append(path)
-        self.sizes.append(-1 if found is None else found.st_size)  # stays a row: reading it reports the error
+        self.sizes.append(-1 if found is None else found.st_size)  # missing files stay listed: reading them raises
         self.changed.append(-1 if found is None else last_change(found))
         self.modified.append(-1 if found is None else found.st_mtime_ns)
 
     def files(self, name: str, root: str, *, ordered: bool, location: str | None = None) -> FilesSource:
-        """Return all files as a source: in their order if `ordered`, otherwise sorted by the bytes of their paths."""
+        """Return all files as a source; in the order added if `ordered`, else sorted by the bytes of their paths."""
         order = np.arange(len(self.paths))
         if not ordered:
-            plain = all(map(str.isascii, self.paths))  # then text sorts as its bytes do
+            plain = all(map(str.isascii, self.paths))  # ASCII text sorts in the same order as its bytes
             keys = self.paths if plain else [os.fsencode(path) for path in self.paths]
             order = np.array(sorted(range(len(keys)), key=keys.__getitem__), np.int64)
         paths = StringTable([self.paths[i] for i in order.tolist()])
@@ -83,7 +83,7 @@ class Listing:
 
 
 def absolute_files(text: str, paths: Sequence[str], *, location: str | None = None) -> FilesSource:
-    """Return a source of files anywhere; names are relative to their longest common folder."""
+    """Return a source of files in any folders; names are relative to their longest common folder."""
     absolute = [os.path.abspath(path) for path in paths]
     root = os.path.commonpath([os.path.dirname(path) for path in absolute]) if absolute else os.getcwd()
     listing = Listing()
@@ -93,7 +93,7 @@ def absolute_files(text: str, paths: Sequence[str], *, location: str | None = No
 
 
 def open_files(paths: Sequence[str | Path]) -> FilesSource:
-    """Return a source of exactly these files, in this order. Raises SourceError when one is missing."""
+    """Return a source of exactly these files, in this order. Raises SourceError if one is missing."""
     for path in paths:
         if not os.path.isfile(path):
             raise SourceError(f"{path} is not a file; expected image files")

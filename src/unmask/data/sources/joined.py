@@ -19,7 +19,10 @@ from unmask.errors import some
 
 
 class JoinedSource(Source):
-    """The rows of several sources, one after another. prefixes: a folder name for each source; None for none."""
+    """The rows of several sources, one source after another.
+
+    prefixes: a folder name for each source, put before its names; None leaves names unchanged.
+    """
 
     def __init__(
         self, name: str, parts: Sequence[Source], prefixes: Sequence[str] | None = None, *, location: str | None = None
@@ -44,7 +47,9 @@ class JoinedSource(Source):
             labelled = len(self.parts) - len(bare)
             self.unlabelled = next((part.unlabelled for part in bare if part.unlabelled), "")
             if labelled and not self.unlabelled:
-                self.unlabelled = f"{labelled} of its {len(self.parts)} parts have labels, but {bare[0].name} has none"
+                self.unlabelled = (
+                    f"{labelled} of its {len(self.parts)} parts have labels, but {bare[0].name} has no labels"
+                )
             self.split_folders = next((part.split_folders for part in bare if part.split_folders), [])
             return
         own = [part.classes for part in self.parts]
@@ -62,7 +67,7 @@ class JoinedSource(Source):
         ])  # fmt: skip
 
     def _share_groups(self) -> None:
-        """Let all parquet files share one cache of row groups, so that its limit holds for all of them."""
+        """Let all parquet files share one cache of row groups, so that its limit applies to all of them together."""
         groups: dict[Any, Any] = {}
         for part in self.parts:
             if isinstance(part, ParquetSource):
@@ -98,7 +103,10 @@ def _or_unknown(times: np.ndarray | None, part: Source) -> np.ndarray:
 
 
 def join(parts: Sequence[Source], texts: Sequence[str]) -> Source:
-    """Join several DATA. If a name occurs in more than one, all names start with the name of their DATA as a folder."""
+    """Join several sources. texts: DATA as given by the user, one for each source.
+
+    If a name occurs in more than one source, all names are prefixed with the name of their DATA as a folder.
+    """
     every = Counter(name for part in parts for name in part.names)
     prefixes = None
     if len(every) < sum(map(len, parts)):

@@ -1,9 +1,9 @@
-"""Read list files: a path a line, optionally with a label; and tables of paths and labels (.csv, .tsv) with a heading.
+"""Read list files (one path per line, optionally with a label), and .csv or .tsv tables with a header row.
 
-A path is relative to the list's folder. Between path and label stands a tab, a comma, a semicolon or a space; cells in
-quotes follow the rules of CSV (RFC 4180): a comma in quotes belongs to its cell, and two quotes are one. In a .csv or
-.tsv with a heading the columns are found by their names (PATHS, LABELS). # begins a comment. Text is UTF-8 or UTF-16;
-a path may hold other bytes, as file names may, but a label may not.
+Paths are relative to the list's folder. Path and label are separated by a tab, a comma, a semicolon or a space. Quoted
+cells follow the rules of CSV (RFC 4180): a comma in quotes belongs to the cell, and two quotes stand for one. In a .csv
+or .tsv with a header row, columns are found by their names (PATHS, LABELS). # begins a comment. Text is UTF-8 or
+UTF-16; a path may contain other bytes, as file names may, but a label may not.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ COMMENT = "#"
 
 
 class ListError(SourceError):
-    """A list file that cannot be used; the message names the line and the fix."""
+    """Raised for a list file that cannot be used; the message names the line and the fix."""
 
 
 class Entry(NamedTuple):
-    """One image of a list: its path as written, its label or None, and the number of its line, from 1."""
+    """One image of a list: its path as written, its label or None, and its line number, from 1."""
 
     path: str
     label: str | None
@@ -40,9 +40,9 @@ class Entry(NamedTuple):
 
 
 def read_list(file: str, extensions: Sequence[str]) -> list[Entry]:
-    """Return the entries of a list file, in order. extensions: lower-case image extensions, which identify paths.
+    """Return the entries of a list file, in order. extensions: lower-case image extensions, by which paths are found.
 
-    Raises ListError or TextError (both SourceError), naming the line; OSError as reading does.
+    Raises ListError or TextError (both are SourceError) with the line number, and OSError if the list cannot be read.
     """
     folder = os.path.dirname(os.path.abspath(file))
     lines = list(_logical_lines(file))
@@ -55,7 +55,7 @@ def read_list(file: str, extensions: Sequence[str]) -> list[Entry]:
     for place, line in enumerate(lines):
         path, label = _path_and_label(line, folder, file, tuple(extensions))
         if place == 0 and not path.lower().endswith(tuple(extensions)) and not _exists(folder, path):
-            continue  # a heading such as "path,label"
+            continue  # a header row such as "path,label"
         if line.raw and not _exists(folder, path):
             require_text(line, file)
         if label is not None:
@@ -65,7 +65,7 @@ def read_list(file: str, extensions: Sequence[str]) -> list[Entry]:
 
 
 def _logical_lines(file: str) -> Iterator[Line]:
-    """Yield lines that are neither empty nor comments; in a table, lines within one pair of quotes are joined."""
+    """Yield the lines except empty lines and comments; in a table, join the lines of a quoted cell."""
     table = Path(file).suffix.lower() in TABLES
     held: Line | None = None
     for line in read_lines(file):
@@ -77,23 +77,25 @@ def _logical_lines(file: str) -> Iterator[Line]:
         if held is None:
             yield line._replace(text=line.text.strip())
     if held is not None:
-        raise ListError(f'line {held.number} of {file} opens a quote that is never closed; close it, or write it as ""')
+        raise ListError(
+            f'line {held.number} of {file} has a quote that is never closed; close it, or write "" for a literal quote'
+        )
 
 
 def _opens_quote(text: str) -> bool:
     """Return whether a quoted cell is still open at the end of the text."""
-    inside, begins = False, True  # begins: a quote here would open a cell
+    inside, begins = False, True  # begins: whether a quote at this position would open a quoted cell
     for letter in text:
         if letter == '"' and (inside or begins):
             inside = not inside
-            begins = not inside  # two quotes in a quoted cell are one
+            begins = not inside  # two quotes in a quoted cell stand for one
         elif not inside:
             begins = letter in "\t,;"
     return inside
 
 
 def _columns(heading: str, file: str, extensions: tuple[str, ...]) -> tuple[str, int, int | None] | None:
-    """Return (separator, column of paths, column of labels or None) of a table with a heading; None without one."""
+    """Return (separator, column of paths, column of labels or None) for a header row; None for other lines."""
     if Path(file).suffix.lower() not in TABLES:
         return None
     for separator in ("\t", ",", ";"):
@@ -115,8 +117,8 @@ def _from_columns(line: Line, columns: tuple[str, int, int | None], file: str) -
     cells = _cells(line.text, separator)
     if cells is None or len(cells) <= max(path, label or 0):
         raise ListError(
-            f"line {line.number} of {file} has {len(cells or ())} cells, fewer than the heading; quote cells that hold "
-            f"{separator!r} or quotes"
+            f"line {line.number} of {file} has {len(cells or ())} cells, fewer than the header row; put cells that "
+            f"contain {separator!r} or quotes in quotes"
         )
     require_text(line, file)
     return Entry(cells[path].strip(), None if label is None else cells[label].strip() or None, line.number)
@@ -138,15 +140,15 @@ def _path_and_label(line: Line, folder: str, file: str, extensions: tuple[str, .
         if found and path.strip().lower().endswith(extensions):
             if label.strip().startswith('"'):
                 raise ListError(
-                    f"line {line.number} of {file} has quotes that do not match: {text[:60]!r}; put the whole cell in "
-                    'quotes, and write a quote in it as ""'
+                    f"line {line.number} of {file} has unbalanced quotes: {text[:60]!r}; put the whole cell in quotes, "
+                    'and write "" for a quote in it'
                 )
             return path.strip(), label.strip() or None
     return text, None
 
 
 def _cells(text: str, separator: str) -> list[str] | None:
-    """Return the cells of one CSV record; None if its quotes do not match."""
+    """Return the cells of one CSV record; None if its quotes are unbalanced."""
     try:
         rows = list(csv.reader([text], delimiter=separator, strict=True, skipinitialspace=separator != " "))
     except csv.Error:
@@ -159,17 +161,17 @@ def _exists(folder: str, path: str) -> bool:
 
 
 def open_list(text: str) -> FilesSource:
-    """Open the images of a list file, in its order. Raises SourceError."""
+    """Open the images of a list file, in the order of the list. Raises SourceError."""
     folder = os.path.dirname(os.path.abspath(text))
     try:
         entries = read_list(text, EXTENSIONS)
     except OSError as error:
-        raise SourceError(f"the list {text} cannot be read: {error.strerror}") from None
+        raise SourceError(f"cannot read the list {text}: {error.strerror}") from None
     paths = [os.path.join(folder, entry.path) for entry in entries]
     if paths and all(stat_or_none(path) is None for path in paths):
         raise SourceError(
-            f"none of the {len(paths)} files listed in {text} exists, the first is {paths[0]}; paths are read "
-            f"relative to {folder}"
+            f"none of the {len(paths)} files listed in {text} exists, for example {paths[0]}; expected paths relative "
+            f"to {folder}"
         )
     source = absolute_files(text, paths)
     labels = [entry.label for entry in entries]
@@ -181,8 +183,8 @@ def open_list(text: str) -> FilesSource:
     else:
         missing = labels.index(None)
         raise SourceError(
-            f"{len(labelled)} of {len(labels)} lines of {text} give a label, and others do not, for example "
-            f"{source.names[missing]} in line {entries[missing].line}; give every line a label, or none"
+            f"{len(labelled)} of {len(labels)} lines of {text} have a label, but others do not, for example "
+            f"{source.names[missing]} in line {entries[missing].line}; add the missing labels, or remove all labels"
         )
     return source
 

@@ -1,6 +1,6 @@
 """Open DATA: a folder tree, list file, glob, tar, zip, parquet, single files, or an embedded set.
 
-Each kind is one module with an `OPENER`; see `source.Source` for what all of them offer.
+Each kind of data is one module with an `OPENER`. `source.Source` is their common interface.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ FILE_OPENERS: tuple[Opener, ...] = (
     zip_file.OPENER,
     parquet_file.OPENER,
 )
-"""Kinds of regular files, recognised by the ending of the name. A new kind is one module and one line here."""
+"""Kinds of regular files, recognised by the extension. A new kind needs a module and an entry here."""
 OPENERS: tuple[Opener, ...] = (folder.OPENER, glob_pattern.OPENER, embedded.OPENER)
-"""Kinds of data that are no regular file."""
+"""Kinds of data that are not a single regular file."""
 WHAT_DATA_IS = "a folder, a list file (.txt, .csv), a glob, a .tar, .zip or .parquet file, or shapes or digits"
 
 
 def open_source(data: str | Path | Sequence[str | Path], exclude: Sequence[str] = ()) -> Source:
     """Open DATA of any kind, or several DATA as one source.
 
-    exclude: patterns of names to leave out, see `exclude.matcher`. Raises SourceError for data of an unknown kind,
-    and for data without any image.
+    exclude: patterns of names to leave out, see `exclude.matcher`. Raises SourceError for data of an unknown kind or
+    without any image.
     """
     texts = [str(data)] if isinstance(data, str | Path) else [str(one) for one in data]
     if not texts:
@@ -46,7 +46,8 @@ def open_source(data: str | Path | Sequence[str | Path], exclude: Sequence[str] 
     if len(texts) > 1 and all(text.lower().endswith(EXTENSIONS) and os.path.isfile(text) for text in texts):
         if len(texts) > MOST_FILES:
             raise SourceError(
-                f"got {len(texts)} image files; at most {MOST_FILES} can be named one by one: put the glob in quotes"
+                f"got {len(texts)} image files; expected at most {MOST_FILES} as separate arguments: put the glob in "
+                "quotes"
             )
         parts: list[Source] = [open_files(texts)]
         places = tuple(os.path.abspath(text) for text in texts)
@@ -67,7 +68,8 @@ def _open_one(text: str) -> Source:
     if not len(source):
         seen = ", ".join(f"{number} {kind or 'without extension'}" for kind, number in source.skipped.most_common(5))
         raise SourceError(
-            f"{text} holds no image{f' (but {seen})' if seen else ': it is empty'}; known are {' '.join(EXTENSIONS)}"
+            f"{text} contains no images{f' (but {seen})' if seen else ', it is empty'}; expected files ending in "
+            f"{', '.join(EXTENSIONS)}"
         )
     return source
 
@@ -75,7 +77,7 @@ def _open_one(text: str) -> Source:
 def _opener_of(text: str) -> Opener:
     if opener := next((one for one in OPENERS if one.opens(text)), None):
         return opener
-    if not os.path.exists(text):  # unlike Path.exists, no error for a name that is too long or a closed folder
+    if not os.path.exists(text):  # unlike Path.exists, does not raise for long names and unreadable folders
         raise SourceError(f"{text} does not exist; expected {WHAT_DATA_IS}{_near(text)}")
     if not stat.S_ISREG(os.stat(text).st_mode):
         raise SourceError(f"{text} is neither a file nor a folder; expected {WHAT_DATA_IS}")
@@ -85,7 +87,7 @@ def _opener_of(text: str) -> Opener:
 
 
 def _near(text: str) -> str:
-    """Return existing names that `text` may be a misspelling of, as the end of a sentence."""
+    """Return similar existing names, for a misspelled `text`, as the end of a sentence."""
     folder_name, stem = os.path.dirname(text), text.partition(":")[0]
     try:
         beside = [os.path.join(folder_name, name) for name in os.listdir(folder_name or ".")]

@@ -1,9 +1,9 @@
-"""Find the columns of a parquet file that hold images, labels and names.
+"""Find the columns of a parquet file that contain images, labels and names.
 
-Images: bytes of files, plain, as views, in a dictionary, of fixed size or as lists of uint8, or structs that hold them
-as `bytes` (Hugging Face). Labels: texts, whole numbers or booleans; integers that Hugging Face's metadata give names
-(ClassLabel) are read by those. A label column of another kind (lists, fractions, structs) makes no class of each text:
-the images then have no labels, and `Labels.why` says so.
+Images are the bytes of image files as any binary type or as lists of uint8, or structs with such a field `bytes`
+(Hugging Face). Labels are text, whole numbers or booleans; for integers with names in Hugging Face's metadata
+(ClassLabel), the names are used. Label columns of other kinds (lists, fractions, structs) are not used: the images then
+have no labels, and `Labels.why` states the reason.
 """
 
 from __future__ import annotations
@@ -24,12 +24,16 @@ METADATA = b"huggingface"
 
 
 class ColumnError(SourceError):
-    """A parquet file whose columns cannot be used; the message names the column and the fix."""
+    """Raised for a parquet file whose columns cannot be used; the message names the column and the fix."""
 
 
 @dataclass(frozen=True)
 class Labels:
-    """`classes` in order and `numbers` (n,) int64 of each row; or None, and `why` a column was not taken for labels."""
+    """The labels of a parquet file.
+
+    classes: class names, in order. numbers: (n,) int64, the class of each row; None without labels. why: why a label
+    column was not used.
+    """
 
     classes: list[str] = field(default_factory=list)
     numbers: np.ndarray | None = None
@@ -37,21 +41,21 @@ class Labels:
 
 
 def image_column(schema: Any, text: str) -> str:
-    """Return the name of the image column. Raises ColumnError with the type of each candidate."""
+    """Return the name of the image column. Raises ColumnError, with the type of each candidate, if there is none."""
     found = [one.name for one in schema if _holds_files(one.type)]
     for name in (*IMAGES, *found):
         if name in found:
             return name
     reasons = [why for one in schema if (why := _no_image(one.name, one.type))]
     raise ColumnError(
-        f"{text} has no column of image bytes; its columns are {', '.join(schema.names)}"
-        + (f": {'; '.join(reasons)}" if reasons else "")
-        + "; store the bytes of image files in a binary column called image"
+        f"{text} has no column of image bytes, only {', '.join(schema.names)}"
+        + (f" ({'; '.join(reasons)})" if reasons else "")
+        + "; store the bytes of image files in a binary column named image"
     )
 
 
 def _holds_files(kind: Any) -> bool:
-    """Return whether a column of this type can hold the bytes of files."""
+    """Return whether a column of this type can contain the bytes of files."""
     import pyarrow as pa
 
     if pa.types.is_struct(kind):
@@ -74,20 +78,20 @@ def _is_bytes(kind: Any) -> bool:
 
 
 def _no_image(name: str, kind: Any) -> str:
-    """Return why a column with the name of an image column is not one; "" for others."""
+    """Return why a column that is named or nested like an image column is not one; "" for other columns."""
     import pyarrow as pa
 
     if name.lower() not in IMAGES and not pa.types.is_nested(kind):
         return ""
     if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
-        return f"{name} holds {kind}, pixel values rather than the bytes of files (PNG, JPEG)"
+        return f"{name} has {kind}, pixel values rather than the bytes of files (PNG, JPEG)"
     if is_text(kind):
-        return f"{name} holds text, paths or base64 rather than bytes"
-    return f"{name} holds {kind}"
+        return f"{name} has text, perhaps paths or base64, rather than bytes"
+    return f"{name} has {kind}"
 
 
 def image_bytes(value: Any) -> bytes:
-    """Return the bytes of one file from a pyarrow scalar of an image column; b"" for an empty row."""
+    """Return the bytes of one image file from a pyarrow scalar; b"" for an empty row."""
     import pyarrow as pa
 
     if not value.is_valid:
@@ -97,7 +101,7 @@ def image_bytes(value: Any) -> bytes:
     if isinstance(value, pa.StructScalar):
         return image_bytes(value["bytes"])
     if isinstance(value, pa.ListScalar | pa.LargeListScalar | pa.FixedSizeListScalar):
-        # not through Python ints, which take 200 MB for a photograph
+        # Avoid Python ints, which would need 200 MB for a photograph.
         return b"" if value.values.null_count else value.values.to_numpy().astype(np.uint8).tobytes()
     return bytes(value.as_py())
 
@@ -109,18 +113,18 @@ def parquet_labels(file: Any, schema: Any, text: str) -> Labels:
         return Labels()
     kind = schema.field(name).type
     if why := _no_class(kind):
-        return Labels(why=f"the column {name} of {text} holds {why}")
+        return Labels(why=f"the column {name} of {text} has {why}")
     values = file.read([name]).column(name).to_pylist()
     if None in values:
         raise ColumnError(
             f"{text} has no {name} in {values.count(None)} of {len(values)} rows, for example in row "
-            f"{values.index(None)}; give every row one, or leave the column out"
+            f"{values.index(None)}; fill in every row, or remove the column"
         )
     if any(isinstance(value, float) for value in values):
         if broken := [value for value in values if not float(value).is_integer()]:
             return Labels(
-                why=f"the column {name} of {text} holds fractions such as {some(map(str, dict.fromkeys(broken)), 3)}, "
-                "quantities rather than classes: give them to `unmask probe --targets`"
+                why=f"the column {name} of {text} has fractions such as {some(map(str, dict.fromkeys(broken)), 3)}, "
+                "which are quantities rather than classes; use them with `unmask probe --targets`"
             )
         values = [int(value) for value in values]
     names = class_label_names(schema, name)
@@ -137,25 +141,25 @@ def _by_text(texts: list[str]) -> Labels:
 
 
 def _by_metadata(values: list[int], names: list[str], column: str, text: str) -> Labels:
-    """By the names in the file's metadata, in their order; -1 is Hugging Face's word for "not labelled"."""
+    """Return labels with the class names of the file's metadata, in which -1 means "not labelled" (Hugging Face)."""
     if -1 in values:
         count = values.count(-1)
-        return Labels(why=f"the column {column} of {text} holds -1, no label, in {count} of {len(values)} rows")
+        return Labels(why=f"the column {column} of {text} has -1 (no label) in {count} of {len(values)} rows")
     if wrong := [value for value in values if not 0 <= value < len(names)]:
         raise ColumnError(
-            f"{text} has the {column} {wrong[0]}, but its metadata name {len(names)} classes, 0 to {len(names) - 1}; "
-            "write the file again with its metadata, or without"
+            f"{text} has the {column} {wrong[0]}; expected 0 to {len(names) - 1}, because its metadata name "
+            f"{len(names)} classes: write the file again with correct metadata, or without"
         )
     there = sorted(set(values))
     classes = [class_name(names[value]) for value in there]
     if len(set(classes)) < len(classes):
-        raise ColumnError(f"{text} names two classes alike in its metadata; give each a name of its own")
+        raise ColumnError(f"{text} has two classes with the same name in its metadata; give each its own name")
     place = {value: i for i, value in enumerate(there)}
     return Labels(classes, np.array([place[value] for value in values], np.int64))
 
 
 def class_label_names(schema: Any, column: str) -> list[str]:
-    """The class names that Hugging Face's `datasets` wrote into a schema's metadata for a column; [] for none."""
+    """Return the class names of a column from the metadata of Hugging Face's `datasets`; [] if there are none."""
     try:
         read = json.loads((schema.metadata or {})[METADATA])
         features = read["info"]["features"] if "info" in read else read["features"]
@@ -166,7 +170,7 @@ def class_label_names(schema: Any, column: str) -> list[str]:
 
 
 def _no_class(kind: Any) -> str:
-    """What a type holds that is no class, in words; "" for texts, whole numbers, booleans and floats (to be seen)."""
+    """Return why a type cannot be a class; "" for text, whole numbers, booleans and floats (which may be whole)."""
     import pyarrow as pa
 
     if pa.types.is_dictionary(kind):
@@ -177,12 +181,13 @@ def _no_class(kind: Any) -> str:
     ):  # fmt: skip
         return ""
     if pa.types.is_struct(kind) and "bytes" in [kind.field(i).name for i in range(kind.num_fields)]:
-        return "images (masks?) rather than classes"
+        return "images (perhaps masks) rather than classes"
     if pa.types.is_nested(kind):
         return (
-            f"{kind}, several values a row rather than one class: give multi-label targets to `unmask probe --targets`"
+            f"{kind}, several values per row rather than one class; use multi-label targets with `unmask probe "
+            "--targets`"
         )
-    return f"{kind}, which is no class: write it as text or whole numbers"
+    return f"{kind}, which cannot be a class; write it as text or whole numbers"
 
 
 def is_text(kind: Any) -> bool:

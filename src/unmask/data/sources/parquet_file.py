@@ -1,4 +1,4 @@
-"""A parquet file of images; see `parquet_columns.py` for its columns."""
+"""A parquet file of images; `parquet_columns.py` describes its columns."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from unmask.errors import SourceError
 
 
 class ParquetSource(Source):
-    """A parquet file with a column of image bytes (or {bytes, path} structs), and perhaps a label column."""
+    """A parquet file with a column of image bytes (or {bytes, path} structs), and optionally a label column."""
 
     def __init__(self, text: str) -> None:
         import pyarrow as pa
@@ -62,7 +62,7 @@ class ParquetSource(Source):
 
     def read(self, i: int) -> bytes:
         group = int(np.searchsorted(self.starts, i, "right")) - 1
-        # Rows are read in random order, but only whole groups can be read: without a cache every image would cost one.
+        # Rows are read in random order, but only whole groups can be read. Without a cache, every image would read one.
         held, key = self.groups, (self.location, group)
         column = held.pop(key) if key in held else self._read_group(group)
         held[key] = column
@@ -81,13 +81,13 @@ class ParquetSource(Source):
             with pq.ParquetFile(self.location) as file:
                 return file.read_row_group(group, [self.column], use_threads=False).column(self.column)
         except (FileNotFoundError, PermissionError) as error:
-            raise BadImage("VANISHED", f"the file cannot be read any more: {error.strerror}") from None
+            raise BadImage("VANISHED", f"the file can no longer be read: {error.strerror}") from None
         except (pa.ArrowException, OSError, IndexError) as error:
             raise BadImage("CORRUPT", f"row group {group} cannot be read: {error}") from None
 
 
 def _refuse_large_groups(file: Any, column: str, text: str) -> None:
-    """Raise SourceError for row groups whose size exceeds the memory limit; groups are read whole."""
+    """Raise SourceError for row groups above the memory limit, because groups can only be read as a whole."""
     for number in range(file.num_row_groups):
         group = file.metadata.row_group(number)
         chunks = (group.column(index) for index in range(group.num_columns))
@@ -96,9 +96,9 @@ def _refuse_large_groups(file: Any, column: str, text: str) -> None:
         )
         if size > limits.MAX_UNPACKED_BYTES:
             raise SourceError(
-                f"{text}: row group {number} holds {size / 2**30:.1f} GiB of images in {group.num_rows} rows, "
-                f"at most {limits.MAX_UNPACKED_BYTES / 2**30:.3g} GiB are read at once; write it with smaller groups, "
-                'for example pyarrow.parquet.write_table(table, "smaller.parquet", row_group_size=1000)'
+                f"row group {number} of {text} has {size / 2**30:.1f} GiB of images in {group.num_rows} rows; expected "
+                f"at most {limits.MAX_UNPACKED_BYTES / 2**30:.3g} GiB: write the file with smaller groups, for example "
+                'with pyarrow.parquet.write_table(table, "smaller.parquet", row_group_size=1000)'
             )
 
 

@@ -1,11 +1,12 @@
-"""`shapes`: an embedded, labelled image set that is computed: image i is a pure function of SEED and i.
+"""Generate `shapes`, an embedded, labelled image set: image i is a pure function of SEED and i.
 
-One object of six classes at a random place, size, rotation and colour, plain or striped, on a background with a colour
-gradient of its own, under noise. Only the outline depends on the class, so raw pixels predict it poorly; and hidden
-parts of the outline follow from the visible ones, so a masked autoencoder can learn from them.
+Each image shows one object of six classes with random position, size, rotation and colour, plain or striped, on a
+background with a random colour gradient, plus noise. Only the outline depends on the class, so raw pixels predict it
+poorly. Hidden parts of the outline follow from the visible parts, so a masked autoencoder can learn from them.
 
-Drawn many at a time with NumPy from signed distances (negative inside), antialiased over one pixel. Not a benchmark
-of the field: a set small enough to pre-train on within minutes on two cores. Letters: n images, S their side in pixels.
+Many images are drawn at once with NumPy from signed distances (negative inside), antialiased over one pixel. The set is
+not an established benchmark; it is small enough for pre-training within minutes on two cores. Notation: n images of S x
+S pixels.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ CHUNK = 2_000
 
 
 def draw(index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(n,) indices -> images (n, S, S, 3) uint8 and labels (n,) int64, each row a function of its index alone."""
+    """Return images (n, S, S, 3) uint8 and labels (n,) int64 for indices (n,); each depends only on its own index."""
     index = np.asarray(index, np.int64)
     pieces = [_draw(index[i : i + CHUNK]) for i in range(0, len(index), CHUNK)]
     if not pieces:
@@ -39,7 +40,7 @@ def _draw(index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     inside = np.clip(0.5 - _distance(label, x, y, radius), 0, 1)[..., None]  # (n, S, S, 1): antialiased over a pixel
 
     ground, figure = _colours(u[:, 5:11])
-    slope = 50 * (u[:, 11:14] - 0.5)[:, None, None]  # the background's gradient, per channel
+    slope = 50 * (u[:, 11:14] - 0.5)[:, None, None]  # gradient of the background per channel
     angle = 2 * np.pi * u[:, 14]
     across = np.linspace(-1, 1, SIZE)
     along = np.cos(angle)[:, None, None] * across[:, None] + np.sin(angle)[:, None, None] * across
@@ -56,7 +57,7 @@ def _draw(index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _place(across: np.ndarray, down: np.ndarray, size: np.ndarray, turn: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Pixels in the object's own turned coordinates, x and y (n, S, S), and its radius (n, 1, 1), all in pixels."""
+    """Return each pixel's coordinates x and y (n, S, S) relative to the rotated object, and its radius (n, 1, 1)."""
     radius = SIZE * (0.22 + 0.16 * size)[:, None, None]
     room = SIZE / 2 - 0.85 * radius
     pixel = np.arange(SIZE) + 0.5 - SIZE / 2
@@ -69,7 +70,7 @@ def _place(across: np.ndarray, down: np.ndarray, size: np.ndarray, turn: np.ndar
 
 
 def _distance(label: np.ndarray, x: np.ndarray, y: np.ndarray, radius: np.ndarray) -> np.ndarray:
-    """Signed distance (n, S, S) in pixels from the outline of each image's own class, negative inside."""
+    """Return the signed distance (n, S, S) in pixels from the outline of each image's class, negative inside."""
     out = np.empty_like(x)
     for number, name in enumerate(CLASSES):
         mine = label == number
@@ -82,7 +83,7 @@ def _box(x: np.ndarray, y: np.ndarray, half_x: np.ndarray, half_y: np.ndarray) -
 
 
 def _triangle(x: np.ndarray, y: np.ndarray, r: np.ndarray) -> np.ndarray:
-    """Equilateral, circumradius 1.15 r."""
+    """Return the signed distance from an equilateral triangle with circumradius 1.15 r."""
     side = np.sqrt(3) / 2
     return np.maximum.reduce([-y, side * x + y / 2, -side * x + y / 2]) - 0.575 * r
 
@@ -98,7 +99,7 @@ OUTLINES = {
 
 
 def _colours(u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(n, 6) draws -> background and object colours (n, 3), always at least 90 levels apart (Euclidean)."""
+    """Return background and object colours (n, 3), at least 90 levels apart (Euclidean), for random draws (n, 6)."""
     ground = 30 + 195 * u[:, :3]
     figure = 20 + 215 * u[:, 3:6]
     gap = figure - ground

@@ -1,9 +1,9 @@
-"""Parquet or tar shards in a folder or glob, as one source.
+"""Open the parquet or tar shards of a folder or glob as one source.
 
 Shards are sorted, and each is read only when one of its images is needed. Images are named `shard/name`; the shard is
-not a class. Labels are those of the shards (a column, a webdataset's .cls or .json, folders), joined by class name.
-Shards of different columns or classes are rejected. A folder with one tar per class (`cats.tar`, `dogs.tar`) has the
-classes of its file names.
+not a class. Labels are read from the shards (a column, a webdataset's .cls or .json, or folders) and joined by class
+name. Shards with different columns or classes are rejected. If a folder has one tar per class (`cats.tar`, `dogs.tar`),
+the file names are the classes.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SHARD_ENDINGS = (
     ".tbz2",
     ".xz",
     ".txz",
-)  # last suffixes, as `skipped` counts them
+)  # last extensions, the keys of `Source.skipped`
 
 
 def open_shard(path: str) -> Source:
@@ -51,17 +51,17 @@ def open_shards_below(name: str, root: str, paths: Sequence[str], *, location: s
 
 
 def open_shards(name: str, root: str, relative: Sequence[str], *, location: str) -> Source:
-    """Open parquet or tar files, given relative to `root` with "/" between folders, as one source.
+    """Open parquet or tar files as one source. relative: '/'-separated paths relative to `root`.
 
-    Raises SourceError for shards of both kinds and for shards of different columns.
+    Raises SourceError for a mixture of both kinds, and for shards with different columns.
     """
     relative = sorted(relative)
     tables = [path for path in relative if path.lower().endswith(PARQUET)]
     if tables and len(tables) < len(relative):
         tar = next(path for path in relative if path not in tables)
         raise SourceError(
-            f"{name} holds parquet and tar files ({tables[0]} and {tar}); expected shards of one kind: give a "
-            "glob of one of them, in quotes"
+            f"{name} contains parquet and tar files ({tables[0]} and {tar}); expected shards of one kind: use a glob "
+            "of one kind, in quotes"
         )
     parts = [(ParquetSource if tables else TarSource)(os.path.join(root, path)) for path in relative]
     if tables:
@@ -71,8 +71,8 @@ def open_shards(name: str, root: str, relative: Sequence[str], *, location: str)
     if splits := _splits(relative):
         source.classes, source.labels = [], None
         source.unlabelled = (
-            f"its shards are of several splits ({', '.join(splits)}), which are not classes; give the shards of one of "
-            "them, as a glob in quotes or a folder"
+            f"its shards belong to several splits ({', '.join(splits)}), which are not classes; use the shards of one "
+            "split, as a glob in quotes or a folder"
         )
     elif not tables and not any(part.has_label_files for part in parts if isinstance(part, TarSource)):
         _label_tars(source, stems)
@@ -85,7 +85,7 @@ def _stem(path: str) -> str:
 
 
 def _require_alike(name: str, relative: Sequence[str], parts: Sequence[Any]) -> None:
-    """Raise SourceError where parquet files differ in the columns that are read, or in the names of their classes."""
+    """Raise SourceError if parquet files differ in the columns that are read, or in the names of their classes."""
     for path, part in zip(relative, parts, strict=True):
         for what, first, other in zip(
             ("the image column", "the label column", "the classes"), parts[0].layout, part.layout, strict=True
@@ -93,7 +93,7 @@ def _require_alike(name: str, relative: Sequence[str], parts: Sequence[Any]) -> 
             if first != other:
                 raise SourceError(
                     f"the parquet files of {name} differ in {what}: {relative[0]} has {_shown(first)}, {path} has "
-                    f"{_shown(other)}; give a glob of shards that match, in quotes"
+                    f"{_shown(other)}; use a glob of shards that agree, in quotes"
                 )
 
 
@@ -102,7 +102,7 @@ def _shown(value: Any) -> str:
 
 
 def _splits(relative: Sequence[str]) -> list[str]:
-    """Return the splits that file or folder names of shards begin with: train-00000-of-00004, test/0.tar."""
+    """Return the splits with which shard or folder names begin, such as train-00000-of-00004 or test/0.tar."""
     found = set()
     for path in relative:
         words = [*path.split("/")[:-1], re.split(r"[-_.]", posixpath.basename(path))[0]]
@@ -111,9 +111,9 @@ def _splits(relative: Sequence[str]) -> list[str]:
 
 
 def _label_tars(source: JoinedSource, stems: Sequence[str]) -> None:
-    """Label by the folders within all tars, or else by the name of each image's tar, if each tar is one class.
+    """Label by the folders inside the tars, or else by the file names of the tars if each tar is one class.
 
-    Numbered shards are not classes; where a class name is a number (n01440764.tar), the names of its files contain it.
+    Numbered shards are not classes, unless the files in each tar have names that start with its name (n01440764.tar).
     """
     source.unlabelled = ""
     source.classes, source.labels, source.split_folders = classes_of([n for part in source.parts for n in part.names])

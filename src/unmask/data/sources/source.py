@@ -1,9 +1,9 @@
 """The base class of all sources: names, sizes, labels, times of change, and the bytes of each row.
 
-A source decodes nothing. Names are stable and sorted (a list keeps its own order), '/'-separated and relative, and safe
-to print: control characters and bytes that are not UTF-8 are escaped; the real path is stored separately. Sources can
-be pickled and forked: each process opens its own file handles, and the names are one block of bytes
-(`files/string_table.py`), so that a million of them cost a forked worker nothing.
+Sources do not decode images. Names are relative, '/'-separated, and sorted except for list files, which define the
+order. Names are safe to print: control characters and bytes that are not UTF-8 are escaped, and the real paths are
+stored separately. Sources can be pickled and forked: each process opens its own file handles, and forked workers share
+the memory of the names (`files/string_table.py`).
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ from unmask.errors import some
 
 @dataclass(frozen=True)
 class Opener:
-    """How one kind of data is recognised by the text that names it, and opened; `what` names the kind in messages."""
+    """Recognises and opens one kind of data.
+
+    what: name of the kind for messages. opens: whether it opens the DATA given by the user. open: opens it.
+    """
 
     what: str
     opens: Callable[[str], bool]
@@ -38,16 +41,21 @@ class Opener:
 
 
 class Source(ABC):
-    """Rows of images.
+    """A sequence of n image files, one per row.
 
-    name: DATA as typed. location: opens the source again from any working directory. skipped: counts of files that were
-    skipped, by reason or extension. changed: (n,) int64, when each row's file (or its archive) last changed in content,
-    name or mode; modified: (n,) int64, when its content was last written; both in nanoseconds since 1970, -1 where
-    unknown, None for images that are not in a file. digests: (n,) uint64 of `content_digest`, 0 where unknown; None
-    until a scan or the record of a run sets them. opened: when listing began, in seconds since 1970. class_list: the
-    order of classes that the file declares, [] without one. unlabelled: why a label-like column or folder gives no
-    labels. reading: how the files are decoded. data, exclude: the arguments of `open_source` that open it again.
-    excluded: how many images each pattern of `exclude` left out.
+    name: DATA as given by the user.
+    location: DATA that opens the source again from any working directory.
+    skipped: number of skipped files by reason or extension.
+    changed: (n,) int64, when the content, name or mode of each row's file (or archive) last changed.
+    modified: (n,) int64, when the content of each row's file (or archive) was last written.
+    Both are in nanoseconds since 1970, -1 for unknown times, and None for images that are not in files.
+    digests: (n,) uint64 of `content_digest`, 0 if unknown; None until set by a scan or from the record of a run.
+    opened: when listing began, in seconds since 1970.
+    class_list: order of the classes as declared by the file, [] if it declares none.
+    unlabelled: why a column or folder that looks like labels was not used.
+    reading: how the files are decoded.
+    data, exclude: arguments of `open_source` that open the source again.
+    excluded: number of images left out by each pattern of `exclude`.
     """
 
     def __init__(
@@ -77,17 +85,17 @@ class Source(ABC):
 
     @abstractmethod
     def read(self, i: int) -> bytes:
-        """Return the bytes of row i. Raises BadImage with VANISHED or PERMISSION when the file cannot be read."""
+        """Return the bytes of row i. Raises BadImage (VANISHED or PERMISSION) if the file cannot be read."""
 
     def path(self, i: int) -> str | None:
-        """Return the file that row i is read from; None for images in memory."""
+        """Return the path of the file that contains row i; None for images in memory."""
         return self.location
 
     def read_unchanged(self, i: int) -> bytes:
-        """Return the bytes of row i. Raises BadImage with CHANGED when they changed since the source was opened.
+        """Return the bytes of row i. Raises BadImage (CHANGED) if they changed since the source was opened.
 
-        Costs one stat. Where the time of the last change differs, the digest is compared; where that is unknown, a file
-        of the same modification time counts as unchanged.
+        Needs one `stat` call. If the time of change differs, the digest is compared. If the digest is unknown, a file
+        with the same modification time counts as unchanged.
         """
         data = self.read(i)
         if self.changed is None or self.modified is None or self.changed[i] < 0:
@@ -99,11 +107,11 @@ class Source(ABC):
         known = 0 if self.digests is None else int(self.digests[i])
         same = content_digest(data) == known if known else now.st_mtime_ns == self.modified[i]
         if not same:
-            raise BadImage("CHANGED", "the file's content has changed since it was listed")
+            raise BadImage("CHANGED", "the content of the file has changed since the data were opened")
         return data
 
     def fingerprint(self) -> str:
-        """Return the SHA-256 of names and sizes: it changes when files are added, removed, renamed or resized."""
+        """Return the SHA-256 of names and sizes, which changes if files are added, removed, renamed or resized."""
         digest = hashlib.sha256()
         for name, size in zip(self.names, self.sizes.tolist(), strict=True):
             digest.update(f"{name}\0{size}\n".encode("utf-8", "surrogateescape"))
@@ -114,12 +122,12 @@ class Source(ABC):
         self.classes, self.labels, self.split_folders = classes_of(self.names)
 
     def label_by(self, values: Sequence[str]) -> None:
-        """Set labels from one text per row. Whole numbers are ordered as numbers; fractions are not classes."""
+        """Set labels from one text per row. Whole numbers are sorted as numbers; fractions are not used as classes."""
         known = {value: class_name(value) for value in dict.fromkeys(values)}
         if are_fractions(known):
             self.unlabelled = (
-                f"its labels are fractions such as {some(known, 3)}, quantities rather than classes: give them to "
-                "`unmask probe --targets`, or write classes as text"
+                f"its labels are fractions such as {some(known, 3)}, which are quantities rather than classes; use "
+                "them with `unmask probe --targets`, or write classes as text"
             )
             return
         self.classes = class_order(known.values())
@@ -128,7 +136,7 @@ class Source(ABC):
 
 
 def content_digest(data: bytes) -> int:
-    """Return 64 bits of BLAKE2b of a file's bytes, never 0: equal for copied, moved or touched files."""
+    """Return 64 bits of BLAKE2b of a file's bytes, never 0. Copied, moved or touched files have the same digest."""
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little") or 1
 
 
@@ -139,7 +147,7 @@ def printable(path: str) -> str:
 
 
 def printable_names(paths: StringTable) -> StringTable:
-    """Apply `printable` to each path; returns `paths` itself where nothing changes, which is the usual case."""
+    """Apply `printable` to each path; return `paths` itself if no path changes, which is the usual case."""
     if paths.blob.isascii() and os.sep == "/" and not re.search(rb"[\x00-\x1f\x7f]", paths.blob):
         return paths
     printed = StringTable(printable(path) for path in paths)
@@ -149,7 +157,7 @@ def printable_names(paths: StringTable) -> StringTable:
 def last_change(found: os.stat_result) -> int:
     """Return when a file's content, name or mode last changed, in nanoseconds since 1970.
 
-    Includes st_ctime, which programs cannot set back (on Windows it is the time of creation).
+    Uses st_ctime too, which programs cannot set back (on Windows it is the time of creation).
     """
     return max(found.st_mtime_ns, found.st_ctime_ns)
 

@@ -1,8 +1,7 @@
-"""Folders that an operating system, a NAS or a sync program creates among users' files: never classes or images.
+"""Recognise folders that an operating system, a NAS or a sync program creates among users' files.
 
-What lies in them (thumbnails, deleted files, snapshots) are copies of the images, or other people's. Names are compared
-without regard to case, as most of the systems that make them do. Not here: names that a person may well give to a
-class, such as "recycled".
+They contain thumbnails, deleted files or snapshots, which are copies of the images or unrelated, so they are skipped.
+Names are compared case-insensitively. Names that a user may give to a class, such as "recycled", are not in the list.
 """
 
 from __future__ import annotations
@@ -23,17 +22,17 @@ _SYSTEM = re.compile("|".join(fnmatch.translate(pattern) for pattern in PATTERNS
 
 
 def is_system(name: str) -> bool:
-    """Return whether a folder of this name belongs to a system or a tool."""
+    """Return whether a folder with this name was created by a system or a tool."""
     return _SYSTEM.match(name.lower()) is not None
 
 
 def is_hidden(name: str) -> bool:
-    """Return whether a file or folder of this name is skipped: hidden by a leading dot, or a system folder."""
+    """Return whether a file or folder with this name is hidden by a leading dot or a system folder."""
     return name.startswith(".") or is_system(name)
 
 
 def is_skipped(name: str, skipped: Counter[str]) -> bool:
-    """Return whether a file or folder is skipped by its name; count folders of a system or tool in `skipped`."""
+    """Return whether a file or folder with this name is skipped; count system folders in `skipped`."""
     if is_system(name):
         skipped[f"system folder {name}"] += 1
     return is_hidden(name)

@@ -21,14 +21,15 @@ TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 
 
 def _is_kept(name: str) -> bool:
-    """Return whether a member of a compressed tar is stored: an image, or a label of a webdataset."""
+    """Return whether to keep the content of this member of a compressed tar: an image, or a label of a webdataset."""
     return name.lower().endswith((*EXTENSIONS, ".cls", ".json"))
 
 
 class TarSource(Source):
-    """A tar file. A plain one is indexed by offset; a compressed one is read into memory, up to 2 GiB.
+    """A tar file. An uncompressed tar is indexed by offset; a compressed tar is read into memory, up to 2 GiB.
 
-    Labels are those of a webdataset (`000123.cls` or `000123.json` beside `000123.jpg`), or else the folders' names.
+    Labels are read from a webdataset's files (`000123.cls` or `000123.json` beside `000123.jpg`), or else from folder
+    names.
     """
 
     def __init__(self, text: str) -> None:
@@ -44,8 +45,8 @@ class TarSource(Source):
                 why = str(error).splitlines()[0]
                 raise SourceError(f"{text} cannot be read as a tar file: {why}") from None
             raise SourceError(
-                f"{text} is damaged or truncated after its first {index.images} images, the last of them "
-                f"{printable(index.last)}; copy it again, or unpack the readable part and give the folder"
+                f"{text} is damaged or truncated after its first {index.images} images (the last is "
+                f"{printable(index.last)}); copy it again, or unpack the readable part and use that folder as DATA"
             ) from None
         skipped, members = index.skipped, index.members
         names = sorted(name for name, member in members.items() if is_wanted(name, member.size, skipped))
@@ -86,11 +87,11 @@ class TarSource(Source):
                 file.seek(int(self.offsets[i]))
                 return file.read(int(self.sizes[i]))
         except OSError as error:
-            raise BadImage("VANISHED", f"the archive cannot be read any more: {error.strerror}") from None
+            raise BadImage("VANISHED", f"the archive can no longer be read: {error.strerror}") from None
 
 
 def _is_compressed(path: str) -> bool:
-    """Return whether the first bytes are those of a compressed file, whatever its extension."""
+    """Return whether a file is compressed, judging by its first bytes and not by its extension."""
     try:
         with open(path, "rb") as file:
             return file.read(8).startswith(COMPRESSED)

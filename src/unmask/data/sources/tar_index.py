@@ -1,8 +1,8 @@
-"""Index the members of a tar file as unpacking would: links resolved within the archive, the last of equal names.
+"""Index the members of a tar file, with the same result as unpacking it, but without writing to disk.
 
-Nothing is written to disk, and nothing outside the archive is read. A hard link is the data of the member it names;
-a symbolic link likewise, where it leads to a regular member. Links to anything else are counted. Where a name occurs
-twice, as after `tar -u` or `tar -r`, the last member counts.
+Hard links, and symbolic links that lead to a regular member, are read as the member they point to. Other links are
+counted as skipped, so nothing outside the archive is read. If a name occurs twice, as after `tar -u` or `tar -r`, the
+last member is used.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from dataclasses import dataclass, field
 
 from unmask.errors import SourceError, some
 
-MOST_LINKS = 16  # symbolic links followed in a row
+MOST_LINKS = 16  # maximum number of symbolic links followed in a row
 MOST_LABEL_BYTES = 1 << 16
-LABEL_KEYS = ("label", "cls", "class", "class_name")  # of a webdataset's .json
+LABEL_KEYS = ("label", "cls", "class", "class_name")  # keys in the .json of a webdataset
 
 
 @dataclass
 class Member:
-    """A regular member: its header, and its content if the tar is compressed."""
+    """A regular member: its header, and its content if it was read from a compressed tar."""
 
     header: tarfile.TarInfo
     content: bytes | None = None
@@ -39,9 +39,13 @@ class Member:
 
 @dataclass
 class TarIndex:
-    """Regular members by name, links included; `skipped` counts the others, `images` and `last` those with image names.
+    """Index of a tar file.
 
-    keep: for compressed tars, whether to read the content of a member of this name. most: bytes that may be stored.
+    keep: for compressed tars, whether to read the content of a member with this name; None for uncompressed tars.
+    most: maximum number of bytes to store.
+    members: regular members by name, including resolved links.
+    skipped: number of other members by reason.
+    images, last: number of members with image names, and the name of the last one.
     """
 
     keep: Callable[[str], bool] | None
@@ -54,7 +58,7 @@ class TarIndex:
     _held: int = 0
 
     def read(self, archive: tarfile.TarFile, is_image: Callable[[str], bool]) -> None:
-        """Read all headers. Raises SourceError, and what tarfile raises for a damaged file."""
+        """Read all headers. Raises SourceError, and tarfile's exceptions for a damaged file."""
         for header in archive:
             name = header.name.removeprefix("./")
             if header.isdir():
@@ -90,8 +94,8 @@ class TarIndex:
         self._held += member.size
         if self._held > self.most:
             raise SourceError(
-                f"{archive.name} unpacks to more than {self.most >> 30} GiB, and a compressed tar cannot be read at "
-                "random places; unpack it, or make an uncompressed .tar"
+                f"{archive.name} has more than {self.most >> 30} GiB when unpacked, the limit for compressed tars, "
+                "which are read into memory; unpack it, or make an uncompressed .tar"
             )
         file = archive.extractfile(member.header)
         member.content = file.read() if file else b""
@@ -117,20 +121,20 @@ class TarIndex:
                 self.skipped["link to nothing in the archive"] += 1
 
     def _read_linked(self, archive: tarfile.TarFile, is_image: Callable[[str], bool]) -> None:
-        """Read the targets of images that are links, in the order of the file."""
+        """Read the members that image links point to, in the order of the file."""
         wanted = [member for name, member in self.members.items() if member.content is None and is_image(name)]
         for member in sorted(wanted, key=lambda member: member.offset):
-            if member.content is None:  # the target of several links is read once
+            if member.content is None:  # several links may point to the same member
                 self._read(archive, member)
 
 
 def _require_end(archive: tarfile.TarFile) -> None:
-    """Raise ReadError unless the archive ends with blocks of zeros: tarfile takes a damaged header for the end."""
+    """Raise ReadError unless the archive ends with zeros, because tarfile treats a damaged header as the end."""
     if archive.fileobj is not None:
         archive.fileobj.seek(archive.offset)
         end = archive.fileobj.read(tarfile.BLOCKSIZE)
         if len(end) < tarfile.BLOCKSIZE or end.strip(b"\0"):
-            raise tarfile.ReadError("it does not end as a tar does")
+            raise tarfile.ReadError("the end of the archive is missing or damaged")
 
 
 def sample_key(name: str) -> str:
@@ -142,9 +146,9 @@ def sample_key(name: str) -> str:
 def webdataset_labels(
     images: list[str], members: dict[str, Member], content: Callable[[Member], bytes]
 ) -> tuple[list[str] | None, str, str]:
-    """Return (a label for each image or None, why there are none, the extension of the label files: .cls or .json).
+    """Return (label of each image or None, why there are no labels, extension of the label files: .cls or .json).
 
-    `why` is "" where nothing looked like labels.
+    The second and third value are "" if there are no label files.
     """
     for ending in (".cls", ".json"):
         labels = [_label(members.get(sample_key(name) + ending), ending, content) for name in images]
@@ -153,7 +157,7 @@ def webdataset_labels(
         if bare := [name for name, label in zip(images, labels, strict=True) if label is None]:
             why = (
                 f"{len(bare)} of {len(images)} images have no {ending} file with a label beside them, for example "
-                f"{some(bare, 2)}; give every image one, or none"
+                f"{some(bare, 2)}; add labels for all images, or remove all labels"
             )
             return None, why, ending
         return [label for label in labels if label is not None], "", ending

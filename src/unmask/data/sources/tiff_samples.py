@@ -1,4 +1,4 @@
-"""Read every page of the TIFFs of a source as one image: `data.pages=samples`."""
+"""Read every page of the TIFFs of a source as a separate image (`data.pages=samples`)."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from unmask.data.sources.source import Source
 
 
 class TiffPagesSource(Source):
-    """The rows of another source, a TIFF of n pages n times, with names that end in #1 to #n.
+    """The rows of another source, with one row for each page of a TIFF; names get the suffixes #1 to #n.
 
-    Levels of pyramids and masks are not pages. Every TIFF is read once to count its pages.
+    Levels of pyramids and masks do not count as pages. Every TIFF is read once to count its pages.
     """
 
     def __init__(self, of: Source) -> None:
@@ -51,7 +51,7 @@ class TiffPagesSource(Source):
 
 
 def apply_reading(source: Source, reading: Reading) -> Source:
-    """Set how the files of a source are decoded; with data.pages=samples, return a source with a row for every page."""
+    """Set how the files of a source are decoded; for data.pages=samples, return a source with a row for every page."""
     source = TiffPagesSource(source) if reading.pages == "samples" else source
     source.reading = reading
     return source

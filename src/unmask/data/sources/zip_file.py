@@ -1,4 +1,4 @@
-"""A zip file of images. Its directory costs each process about 550 bytes a member."""
+"""A zip file of images. Each process that opens it needs about 550 bytes of memory per member."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from unmask.data.sources.archives import is_wanted, times_of_archive
 from unmask.data.sources.source import Opener, Source, printable_names
 from unmask.errors import SourceError
 
-WINDOWS = (0, 6, 10, 11, 14)  # FAT, HPFS, NTFS by two numbers, VFAT: the systems a zip member may say it was made on
+WINDOWS = (0, 6, 10, 11, 14)  # values of `create_system`: FAT, HPFS, NTFS (two values) and VFAT
 
 
 def _zip_name(info: zipfile.ZipInfo) -> str:
     """Return a member's path with '/' separators.
 
-    Some Windows tools separate folders by backslashes; in archives of other systems a backslash is part of the name.
+    Some Windows tools separate folders by backslashes; in archives from other systems, a backslash is part of the name.
     """
     if info.create_system in WINDOWS and "/" not in info.filename:
         return info.filename.replace("\\", "/")
@@ -31,11 +31,11 @@ def _zip_name(info: zipfile.ZipInfo) -> str:
 
 
 class ZipSource(Source):
-    """A zip file; members are read one at a time, checked against their CRC."""
+    """A zip file; members are read one at a time, and their CRC is checked."""
 
     def __init__(self, text: str) -> None:
         skipped: Counter[str] = Counter()
-        members: dict[str, tuple[str, int]] = {}  # stored name and size; of equal names the last is read
+        members: dict[str, tuple[str, int]] = {}  # stored name and size; the last of several equal names is used
         try:
             with zipfile.ZipFile(text) as archive:
                 for info in archive.infolist():
@@ -75,7 +75,7 @@ class ZipSource(Source):
         except NotImplementedError as error:  # an unknown compression
             raise BadImage("FORMAT_NOT_ALLOWED", f"zip member: {error}") from None
         except (KeyError, FileNotFoundError, PermissionError) as error:
-            raise BadImage("VANISHED", f"the archive cannot be read any more: {error}") from None
+            raise BadImage("VANISHED", f"the archive can no longer be read: {error}") from None
         except EOFError:
             raise BadImage("TRUNCATED", "the zip member ends early") from None
         except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, OSError, ValueError, RuntimeError) as error:
