@@ -85,7 +85,7 @@ def test_parquet_and_csv_give_the_same_targets(tmp_path):
 def test_test_images_use_the_classes_of_the_training_images(tmp_path):
     file = written(tmp_path, "path,kind\na/1.png,cat\na/2.png,owl\nq.png,owl\n")
     assert targets(file, Named("q.png"), classes=["cat", "owl"]).values.tolist() == [1]
-    with pytest.raises(UserError, match="classes that no training image has: owl; expected .* cat, dog"):
+    with pytest.raises(UserError, match=r"classes that no training image has: owl; expected .* cat, dog"):
         targets(file, Named("q.png"), classes=["cat", "dog"])
 
 

@@ -1,4 +1,4 @@
-"""Real-world segmentation masks: gray levels, void ids, class names in other files, EXIF, and detail lost by resizing."""
+"""Real-world segmentation masks: gray levels, void ids, class names in other files, EXIF, and lost detail."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Packing: the copy gives the same random draws, names and labels as the originals, and is written completely or not."""
+"""Packing: the copy has the same random draws, names and labels as the originals, and is never incomplete."""
 
 import hashlib
 import io

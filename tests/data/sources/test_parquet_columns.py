@@ -70,7 +70,7 @@ def test_class_names_are_read_from_the_metadata(tmp_path):
     unlabelled = opened(tmp_path, {"image": FILES, "label": [-1] * 4}, metadata)
     with pytest.raises(SourceError, match=r"has -1 \(no label\) in 4 of 4 rows"):
         require_labels(unlabelled)
-    with pytest.raises(SourceError, match="has the label 7, but its metadata name 4 classes"):
+    with pytest.raises(SourceError, match="has the label 7; expected 0 to 3, because its metadata name 4 classes"):
         opened(tmp_path, {"image": FILES, "label": [7, 0, 1, 0]}, metadata)
     for broken in ({}, [], {"info": {"features": {"label": {"names": 3}}}}, {"info": None}):
         assert opened(tmp_path, {"image": FILES, "label": [2, 0, 1, 0]}, broken).classes == ["0", "1", "2"]
