@@ -212,7 +212,7 @@ def test_images_with_other_channels_than_the_run_are_left_out(trained, images, t
     Image.fromarray(np.full((20, 20), 99, np.uint8)).save(images / "gray.png")  # repeated to RGB
     console = RecordingConsole()
     assert embed(trained, images, tmp_path / "a.npz", console=console)["images"] == 31
-    assert "five.npy (MISMATCHED_CHANNELS: got 5 channels; the data set has 3)" in console.warnings[0]
+    assert "five.npy (MISMATCHED_CHANNELS: got 5 channels; expected 3, as in the data set)" in console.warnings[0]
 
 
 def test_nothing_is_written_when_no_file_can_be_read(trained, tmp_path):
