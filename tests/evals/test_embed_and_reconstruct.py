@@ -469,7 +469,7 @@ def test_a_test_class_without_training_images_is_rejected_by_name(run, labelled,
     test = write_images(tmp_path / "test", 8, classes=2)
     (test / "class1").rename(test / "klass1")
     with pytest.raises(
-        ValueError, match=r"has classes that .*labelled does not have \(klass1\); .* has class0, class1, class2"
+        ValueError, match=r"has classes that .*labelled does not have \(klass1\); expected class0, class1, class2"
     ):
         probe(run, labelled, test=str(test))
 

@@ -53,7 +53,7 @@ def read_split(file: Path) -> set[str]:
         there = sorted(path.stem for path in file.parent.glob("*.txt")) if file.parent.is_dir() else []
         raise BoxError(
             f"the split list {file} does not exist or cannot be read; "
-            + (f"choose one of {', '.join(there)}" if there else "expected a text file of one image name a line")
+            + (f"choose one of {', '.join(there)}" if there else "expected a text file with one image name per line")
         ) from None
     return {line[0] for line in words if line and line[1:] != ["-1"]}  # in VOC -1 marks images without that class
 
