@@ -104,7 +104,7 @@ def _plain_type(annotation: Any) -> Any:
 
 
 def _process_docstring(app: Sphinx, what: str, name: str, value: Any, options: Any, lines: list[str]) -> None:
-    parameters = inspect.signature(value).parameters if callable(value) and not inspect.isclass(value) else ()
+    parameters = inspect.signature(value).parameters if callable(value) else ()
     lines[:] = plain_docstring(lines, parameters)
 
 

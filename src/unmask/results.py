@@ -6,13 +6,15 @@ The key `record` names the class in this module that a file belongs to. File nam
 `read_results` and iterate over the records. Files of earlier versions lack the key and are converted when they are
 read.
 
+The results of commands that write a file of their own (`EmbedResult`, `PredictResult`, ...) are not in RUN/evals.
+
 This module imports neither torch nor numpy, so that reports and lists of runs load quickly.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
@@ -379,6 +381,88 @@ Record = ProbeResult | CurveResult | FinetuneResult | BaselineLosses
 RECORDS: dict[str, type[Record]] = {
     "probe": ProbeResult, "curve": CurveResult, "finetune": FinetuneResult, "baselines": BaselineLosses,
 }  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------- results that name a written file
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedResult:
+    """What `embed` wrote.
+
+    out: the table. images: its rows. left_out: images that cannot be read. columns: their names, in order. width: of a
+    feature vector. step: of the checkpoint.
+    """
+
+    out: str
+    images: int
+    left_out: int
+    columns: tuple[str, ...]
+    width: int
+    step: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the object that --json prints."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReconstructResult:
+    """What `reconstruct` drew.
+
+    picture: the file. losses: of the method on the images drawn ("loss"), and of trivial predictions, by name.
+    """
+
+    picture: str
+    losses: dict[str, float]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the object that --json prints, with the losses beside the picture."""
+        return {"picture": self.picture, **self.losses}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictResult:
+    """What `predict` wrote.
+
+    out: the file or folder. images: images with predictions. left_out: images that cannot be read. classes: how many
+    images, pixels or boxes of each class were predicted.
+    """
+
+    out: str
+    images: int
+    left_out: int
+    classes: dict[str, int]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the object that --json prints."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportResult:
+    """What `export` wrote, and how it was checked.
+
+    run, step: the exported checkpoint. to: the target. out: the file or folder. card: the model card. what: the model
+    in the other library's words. load: Python code that loads it. notes: sentences about what was left out. difference:
+    the largest absolute difference between the outputs of the other library and the run's, None where that library
+    cannot be used here. tested: a sentence about that check.
+    """
+
+    run: str
+    to: str
+    out: str
+    card: str
+    what: str
+    step: int
+    load: str
+    notes: tuple[str, ...]
+    difference: float | None
+    tested: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the object that --json prints."""
+        return asdict(self)
 
 
 # -------------------------------------------------------------------------------------------------- reading and writing

@@ -2,6 +2,8 @@
 
 import json
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,8 +12,10 @@ from PIL import Image
 
 import unmask
 from unmask import commands
+from unmask.comparison.compare import Comparison
 from unmask.console import Console
 from unmask.errors import UserError
+from unmask.results import CurveResult, EmbedResult, ExportResult, PredictResult, ProbeResult, ReconstructResult
 from unmask.run import Run
 
 QUIET = Console(quiet=True)
@@ -76,6 +80,17 @@ def test_probe_gives_the_same_scores(folder, cli, monkeypatch):
     assert as_json(unmask.probe("run", "labelled", shots=[1, 2], label_draws=2, console=QUIET))["shots"] == [1, 2]
 
 
+def as_printed(result):
+    """The object that --json prints of a result that names a written file."""
+    return json.loads(json.dumps(result.to_json()))
+
+
+def test_the_reference_documents_the_results():
+    page = (Path(__file__).parents[2] / "docs/reference/api.md").read_text()
+    for result in (EmbedResult, ReconstructResult, PredictResult, ExportResult, Comparison, ProbeResult, CurveResult):
+        assert f".. autoclass:: {result.__module__}.{result.__name__}\n" in page
+
+
 def as_json(result):
     from unmask.results import to_json
 
@@ -86,7 +101,8 @@ def test_reconstruct_draws_the_same_picture(folder, cli):
     picture = folder / "images" / "0000.png"
     ours = unmask.reconstruct("run", picture, out="a.png", seed=3, console=QUIET)
     theirs = cli("reconstruct", "run", picture, "--out", "b.png", "--seed", 3)
-    assert {**ours, "picture": "b.png"} == theirs
+    assert isinstance(ours, ReconstructResult)
+    assert {"picture": "b.png", **ours.losses} == theirs
     with Image.open("a.png") as a, Image.open("b.png") as b:
         assert np.array_equal(np.asarray(a), np.asarray(b))
         assert a.size[0] > 100
@@ -95,7 +111,9 @@ def test_reconstruct_draws_the_same_picture(folder, cli):
 def test_embed_writes_the_same_table(folder, cli):
     ours = unmask.embed("run", ["images"], out="a.npz", console=QUIET)
     theirs = cli("embed", "run", "images", "--out", "b.npz")
-    assert ours["images"] == theirs["images"] == 30
+    assert isinstance(ours, EmbedResult)
+    assert as_printed(replace(ours, out="b.npz")) == theirs
+    assert (ours.images, ours.columns) == (30, ("name", "cls", "mean"))
     assert (folder / "a.npz").read_bytes() == (folder / "b.npz").read_bytes()
 
 
@@ -109,17 +127,16 @@ def test_finetune_and_predict_give_the_same_losses_and_predictions(folder, cli):
     assert losses[0] == losses[1]
     ours = unmask.predict("tuned", "labelled", out="a.csv", console=QUIET)
     theirs = cli("predict", "tuned", "labelled", "--out", "b.csv")
-    assert {**ours, "out": "b.csv"} == theirs
+    assert isinstance(ours, PredictResult)
+    assert as_printed(replace(ours, out="b.csv")) == theirs
     assert (folder / "a.csv").read_text() == (folder / "b.csv").read_text()
 
 
 def test_export_and_import_keep_the_weights(folder, cli):
-    for number, name in enumerate(("a", "b")):
-        if number:
-            found = cli("export", "run", "--to", "official", "--out", f"{name}.pth")
-        else:
-            found = unmask.export("run", to="official", out=f"{name}.pth", console=QUIET)
-        assert found["out"] == f"{name}.pth" if "out" in found else found
+    ours = unmask.export("run", to="official", out="a.pth", console=QUIET)
+    theirs = cli("export", "run", "--to", "official", "--out", "b.pth")
+    assert isinstance(ours, ExportResult)
+    assert as_printed(replace(ours, out="b.pth", card="b.pth.md", load=ours.load.replace("a.pth", "b.pth"))) == theirs
     settings = ["data.size=[16,16]"]
     run = unmask.import_weights("a.pth", out="imported", settings=settings, console=QUIET)
     imported = cli("import", "b.pth", "--out", "imported2", "--set", settings[0])
@@ -131,7 +148,8 @@ def test_export_and_import_keep_the_weights(folder, cli):
 def test_compare_writes_the_same_page(folder, cli):
     ours = unmask.compare(["run", "other"], out="a.html", console=QUIET)
     theirs = cli("compare", "run", "other", "--out", "b.html")
-    ours = json.loads(json.dumps(ours))
+    assert isinstance(ours, Comparison)
+    ours = as_printed(ours)
     assert ours.pop("written") <= theirs.pop("written")
     assert ours == theirs
     assert (folder / "a.html").is_file()

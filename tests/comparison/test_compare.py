@@ -12,7 +12,6 @@ from conftest import SMALL_RUN, pretrain, stored, write_images
 
 from unmask.comparison import compare as compare_module
 from unmask.comparison import run_facts
-from unmask.comparison.compare import compare
 from unmask.comparison.shared_probes import RankedRun, ranking
 from unmask.errors import UserError
 from unmask.evals.probe_options import ProbeOptions
@@ -48,6 +47,11 @@ def probe(run, data, **more):
     kind = more.pop("kind", "knn")
     options = ProbeOptions(data=data, device="cpu", **more)
     return run_probe(run, kind, options, compare_module.Console(quiet=True))
+
+
+def compare(runs, *, out=Path("comparison.html"), **wanted):
+    """The JSON object of a comparison."""
+    return compare_module.compare(runs, compare_module.ProbeWanted(**wanted), out=out).to_json()
 
 
 def facts(runs):

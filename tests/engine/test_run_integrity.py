@@ -176,8 +176,8 @@ def test_damaged_result_is_reported_and_not_shown(runs, capsys):
     assert "900.0 %" not in page
     assert "probe-knn-d.json has changed" in capsys.readouterr().err
     found = compare(runs, out=runs[0].parent / "both.html")
-    assert found["probes"] == []
-    assert any("probe-knn-d.json has changed" in line for line in found["not_comparable"])
+    assert found.probes == ()
+    assert any("probe-knn-d.json has changed" in line for line in found.not_comparable)
 
 
 def test_run_of_an_earlier_version_gets_digests_when_resumed(runs):

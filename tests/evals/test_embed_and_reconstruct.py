@@ -25,7 +25,7 @@ from unmask.evals.probe_options import ProbeOptions
 from unmask.evals.probes import attentive
 from unmask.evals.reconstruct import MAX_DRAWN, reconstruct_images
 from unmask.evals.run_probe import run_probe
-from unmask.results import PRETRAINED, RANDOM_INIT, RAW_PIXELS, LayerChoice, TestIdentity, from_json
+from unmask.results import PRETRAINED, RANDOM_INIT, RAW_PIXELS, EmbedResult, LayerChoice, TestIdentity, from_json
 
 
 def arrays_of(path: Path) -> dict[str, np.ndarray]:
@@ -109,10 +109,14 @@ def test_embedding_twice_gives_identical_bytes(trained, labelled, tmp_path, monk
 def test_rows_contain_the_encoders_features_with_names_and_classes(trained, labelled, tmp_path):
     summary = embed(trained, labelled, tmp_path / "a.npz")
     embed(trained, labelled, tmp_path / "a.parquet")
-    assert summary == {
-        "out": str(tmp_path / "a.npz"), "images": 36, "left_out": 0,
-        "columns": ["name", "label", "cls", "mean"], "width": 32, "step": 2,
-    }  # fmt: skip
+    assert summary == EmbedResult(
+        out=str(tmp_path / "a.npz"),
+        images=36,
+        left_out=0,
+        columns=("name", "label", "cls", "mean"),
+        width=32,
+        step=2,
+    )
     npz = arrays_of(tmp_path / "a.npz")
     table = pq.read_table(tmp_path / "a.parquet").to_pydict()
     assert set(npz) == set(table) == {"name", "label", "cls", "mean"}
@@ -168,7 +172,7 @@ def test_few_images_start_no_workers(trained, images, tmp_path, monkeypatch):
 
 
 def test_unlabelled_images_have_no_label_column(trained, images, tmp_path):
-    assert embed(trained, images, tmp_path / "a.parquet")["columns"] == ["name", "cls", "mean"]
+    assert embed(trained, images, tmp_path / "a.parquet").columns == ("name", "cls", "mean")
     assert pq.read_schema(tmp_path / "a.parquet").names == ["name", "cls", "mean"]
 
 
@@ -184,7 +188,7 @@ def test_unreadable_files_are_reported_and_do_not_change_other_rows(trained, ima
         monkeypatch.setattr(images_module, "choose_workers", lambda *_, **__: (workers, ""))
     console = RecordingConsole()
     summary = embed(trained, images, tmp_path / "a.npz", console=console)
-    assert (summary["images"], summary["left_out"]) == (23, 7)
+    assert (summary.images, summary.left_out) == (23, 7)
     found = arrays_of(tmp_path / "a.npz")
     kept = np.isin(whole["name"], found["name"])
     assert kept.sum() == 23
@@ -211,7 +215,7 @@ def test_images_with_other_channels_than_the_run_are_left_out(trained, images, t
     np.save(images / "five.npy", np.zeros((16, 16, 5), np.uint8))
     Image.fromarray(np.full((20, 20), 99, np.uint8)).save(images / "gray.png")  # repeated to RGB
     console = RecordingConsole()
-    assert embed(trained, images, tmp_path / "a.npz", console=console)["images"] == 31
+    assert embed(trained, images, tmp_path / "a.npz", console=console).images == 31
     assert "five.npy (MISMATCHED_CHANNELS: got 5 channels; expected 3, as in the data set)" in console.warnings[0]
 
 
@@ -266,7 +270,7 @@ def test_single_files_are_drawn_in_the_order_given_with_their_names(trained, ima
     seen = pictured(monkeypatch)
     console = RecordingConsole()
     files = [images / "0007.png", images / "0002.png"]
-    numbers = reconstruct(trained, files, tmp_path / "a.png", console=console)
+    numbers = reconstruct(trained, files, tmp_path / "a.png", console=console).losses
     picture, dtype, title, names = seen[0]
     assert names == ["0007.png", "0002.png"]
     assert (dtype, title) == ("uint8", "run, step 2")

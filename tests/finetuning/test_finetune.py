@@ -196,8 +196,8 @@ def test_resumed_run_repeats_every_kind_of_augmentation(pretrained, data, tests,
 @pytest.mark.parametrize("name", ["out.csv", "out.json", "out.parquet"])
 def test_predictions_use_the_class_names(tuned, tests, tmp_path, name):
     summary = predict(tuned.path, [str(tests)], tmp_path / name, options=ON_CPU, console=QUIET)
-    assert summary["images"] == 12
-    assert summary["classes"] == {"blue": 6, "red": 6}
+    assert summary.images == 12
+    assert summary.classes == {"blue": 6, "red": 6}
     if name == "out.csv":
         rows = list(csv.DictReader((tmp_path / name).read_text().splitlines()))
     elif name == "out.json":
@@ -318,7 +318,7 @@ def test_segmentation_trains_tests_resumes_and_predicts(pretrained, street, tmp_
     assert np.sum(found.confusion) > 0
     assert load(run.path).method.encoder.grid == (4, 6), "positions were resized from 4 x 4"
     summary = predict(run.path, [str(street / "images" / "test")], tmp_path / "out", options=ON_CPU, console=QUIET)
-    assert summary["images"] == 4
+    assert summary.images == 4
     truth = np.array(Image.open(street / "labels" / "test" / "0.png"))
     with Image.open(tmp_path / "out" / "0.png") as picture:
         given = np.array(picture)
@@ -329,7 +329,7 @@ def test_segmentation_trains_tests_resumes_and_predicts(pretrained, street, tmp_
     table["path"] = ["..", ".", "x" * 300 + ".png", "a:b\\c.png", "/etc/x.png", "a.png/x.png", "a.png", "A.png"]
     pq.write_table(pa.table(table), tmp_path / "odd.parquet")
     odd = predict(run.path, [str(tmp_path / "odd.parquet")], tmp_path / "odd", options=ON_CPU, console=QUIET)
-    assert odd["images"] == 8
+    assert odd.images == 8
     files = json.loads((tmp_path / "odd" / "files.json").read_text())
     assert set(files) == {"..", ".", "x" * 300 + ".png", "a:b\\c.png", "/etc/x.png", "A.png"}
     written = {file.relative_to(tmp_path / "odd").as_posix() for file in (tmp_path / "odd").rglob("*.png")}
@@ -403,7 +403,7 @@ def test_detection_trains_tests_and_predicts_in_pixels_of_the_file(pretrained, c
     sure = predict(run.path, [str(cells)], out, PredictOptions(device="cpu", min_score=0.5), QUIET)
     kept = json.loads(out.read_text())["annotations"]
     assert kept == [{**a, "id": i} for i, a in enumerate(a for a in given["annotations"] if a["score"] >= 0.5)]
-    assert 0 < sum(sure["classes"].values()) == len(kept) < len(given["annotations"])
+    assert 0 < sum(sure.classes.values()) == len(kept) < len(given["annotations"])
     best = max((a for a in given["annotations"] if a["image_id"] == 0), key=lambda a: a["score"])
     name = given["images"][0]["file_name"]
     wanted = truth["annotations"][int(name.removesuffix(".png"))]["bbox"]
@@ -552,7 +552,7 @@ def test_predict_decodes_files_like_the_training(tmp_path):
     values = np.full((24, 24, 4), 255, np.uint8)
     pytest.importorskip("tifffile").imwrite(one, values, photometric="rgb", extrasamples=["unassalpha"])
     done = predict(tuned.path, [str(one)], tmp_path / "classes.csv", options=ON_CPU, console=QUIET)
-    assert (done["images"], done["left_out"]) == (1, 0)
+    assert (done.images, done.left_out) == (1, 0)
 
 
 def test_pages_as_samples_are_rejected_for_labelled_files(tmp_path):

@@ -287,9 +287,9 @@ def exported(tmp_path: Path, to: str, method, **changes) -> tuple[Path, dict]:
     run = make(tmp_path / "run", method, **changes)
     out = tmp_path / f"out{find_target(to).suffix}"
     summary = export_run(run, to, out)
-    assert summary["tested"].startswith("checked: "), summary["tested"]
-    assert summary["difference"] <= 1e-5
-    card = Path(summary["card"])
+    assert summary.tested.startswith("checked: "), summary.tested
+    assert summary.difference <= 1e-5
+    card = Path(summary.card)
     assert {path.name for path in tmp_path.iterdir()} == {
         "run",
         out.name,
@@ -321,12 +321,12 @@ def run_code(code: str) -> dict:
 def test_timm_computes_the_same_features(tmp_path, others, method, changes):
     out, summary = exported(tmp_path, "timm", method, **changes)
     encoder = load(tmp_path / "run").method.encoder
-    model = run_code(summary["load"])["model"]
+    model = run_code(summary.load)["model"]
     assert type(model).__module__.startswith("timm.") if WITH_TIMM else isinstance(model, Theirs)
     images = some_images(2, encoder.spec.channels, *encoder.spec.size)
     assert far(model.forward_features(normalised(images, encoder)), tokens(encoder, images)) < 1e-5
     assert not any(value.is_shared() for value in load_file(out).values())
-    assert ("without the rest of" in " ".join(summary["notes"])) == (method != "encoder")
+    assert ("without the rest of" in " ".join(summary.notes)) == (method != "encoder")
 
 
 @torch.no_grad()
@@ -334,9 +334,9 @@ def test_timm_computes_the_same_features(tmp_path, others, method, changes):
 def test_a_classifier_is_exported_to_timm_with_its_head(tmp_path, others, encoder):
     _, summary = exported(tmp_path, "timm", "classify", encoder=encoder, channels=1, size=(16, 24))
     method, images = load(tmp_path / "run").method, some_images(2, 1, 16, 24)
-    model = run_code(summary["load"])["model"]
+    model = run_code(summary.load)["model"]
     assert far(model(normalised(images, method.encoder)), method.logits(images)) < 1e-5
-    assert "global_pool='avg'" in summary["load"]
+    assert "global_pool='avg'" in summary.load
     assert "norm.weight" not in model.state_dict()
 
 
@@ -362,7 +362,7 @@ def test_the_timm_tests_pass_with_the_real_timm():
 def test_official_mae_computes_the_same_prediction_and_loss_under_the_same_mask(tmp_path, others, target):
     out, summary = exported(tmp_path, "official", "mae", target=target)
     method, images = load(tmp_path / "run").method, some_images(3, 3, 16, 16)
-    model = run_code(summary["load"])["model"]
+    model = run_code(summary.load)["model"]
     loss, guess, mask = model(normalised(images, method.encoder), 0.75)
     order = mask.argsort(dim=1, stable=True)
     keep, drop = order[:, :4], order[:, 4:]
@@ -388,8 +388,8 @@ def test_encoders_and_classifiers_are_exported_to_official_mae(tmp_path, others)
     ):
         (tmp_path / str(number)).mkdir()
         out, summary = exported(tmp_path / str(number), "official", method, **changes)
-        assert summary["what"] == f"official MAE, {what}"
-        assert any("without the rest" in note for note in summary["notes"]) == (what == "encoder only")
+        assert summary.what == f"official MAE, {what}"
+        assert any("without the rest" in note for note in summary.notes) == (what == "encoder only")
         settings = ["method.encoder.heads=2", f"data.size={[*changes.get('size', (16, 16))]}"]
         if (channels := changes.get("channels", 3)) != 3:
             settings += [f"data.{key}={[1.0] * channels}" for key in ("mean", "std")]
@@ -427,7 +427,7 @@ def test_encoders_and_classifiers_are_exported_to_official_mae(tmp_path, others)
 def test_transformers_computes_the_same_outputs(tmp_path, method, changes, kind):
     transformers = pytest.importorskip("transformers")
     out, summary = exported(tmp_path, "hf", method, **changes)
-    assert summary["what"] == f"{kind} of transformers"
+    assert summary.what == f"{kind} of transformers"
     assert json.loads((out / "config.json").read_text())["architectures"] == [kind]
     encoder, images = load(tmp_path / "run").method.encoder, None
     if kind.startswith("ImageGPT"):
@@ -436,7 +436,7 @@ def test_transformers_computes_the_same_outputs(tmp_path, method, changes, kind)
     pixels = normalised(images.float(), encoder)
     if not kind.endswith("Model"):
         return  # class scores are compared instead
-    named = run_code(summary["load"].replace("AutoImageProcessor, ", "").replace("processor = ", "# "))["model"]
+    named = run_code(summary.load.replace("AutoImageProcessor, ", "").replace("processor = ", "# "))["model"]
     with silence_libraries():
         auto = transformers.AutoModel.from_pretrained(out).eval()
     for model in (named, auto):
@@ -458,7 +458,7 @@ def test_transformers_computes_the_same_outputs(tmp_path, method, changes, kind)
 def test_hf_pretraining_exports_the_whole_method(tmp_path, method, changes, kind):
     transformers = pytest.importorskip("transformers")
     out, summary = exported(tmp_path, "hf-pretraining", method, **changes)
-    assert summary["what"] == f"{kind} of transformers"
+    assert summary.what == f"{kind} of transformers"
     if kind != "ViTMAEForPreTraining":
         return
     encoder = load(tmp_path / "run").method.encoder
@@ -546,7 +546,7 @@ def test_images_without_8_bits_get_no_preprocessor(tmp_path):
     for number, (method, dtype) in enumerate([("simmim", "uint16"), ("simmim", "float32"), ("igpt", "uint16")]):
         run, out = make(tmp_path / f"run{number}", method, dtype=dtype), tmp_path / f"out{number}"
         summary = export_run(run, "hf", out)
-        assert "no preprocessor" in " ".join(summary["notes"])
+        assert "no preprocessor" in " ".join(summary.notes)
         assert not (out / "preprocessor_config.json").exists()
         assert (out / "palette.json").exists() == (method == "igpt")
         if method != "igpt":
@@ -577,7 +577,7 @@ def test_the_graph_accepts_the_files_own_units_and_any_batch_size(tmp_path, meth
     for count in (1, 5):
         images = some_images(count, spec.channels, *spec.size)
         names_there = {"images": images.numpy()}
-        exec(summary["load"], names_there)
+        exec(summary.load, names_there)
         found = [torch.from_numpy(names_there[name]) for name in names]
         ours = method.encoder(images)
         expected = [ours.patches] if ours.cls is None else [ours.cls, ours.patches]
@@ -599,7 +599,7 @@ def test_the_graph_input_has_the_dtype_of_the_files_or_is_float(tmp_path, to, dt
     pytest.importorskip("onnxscript")
     onnxruntime = pytest.importorskip("onnxruntime")
     out, summary = exported(tmp_path, to, "mae", dtype=dtype)
-    assert summary["difference"] < 1e-4
+    assert summary.difference < 1e-4
     session = onnxruntime.InferenceSession(out, providers=["CPUExecutionProvider"])
     assert session.get_inputs()[0].type == f"tensor({taken})"
 
@@ -607,7 +607,7 @@ def test_the_graph_input_has_the_dtype_of_the_files_or_is_float(tmp_path, to, dt
 @pytest.mark.parametrize("method", ["mae", "beit", "igpt", "dvae", "classify", "encoder"])
 def test_a_safetensors_export_restores_the_whole_method(tmp_path, method):
     out, summary = exported(tmp_path, "safetensors", method)
-    again = run_code(summary["load"])["method"]
+    again = run_code(summary.load)["method"]
     ours = load(tmp_path / "run").method
     assert type(again) is type(ours)
     assert again.encoder.spec == ours.encoder.spec
@@ -820,10 +820,10 @@ def test_an_import_error_of_an_installed_library_is_reported_with_its_cause(tmp_
     run = make(tmp_path / "run", "mae")
     out = tmp_path / {"timm": "out.safetensors", "hf": "out", "onnx": "out.onnx"}[to]
     summary = export_run(run, to, out)
-    assert summary["tested"] == (
+    assert summary.tested == (
         f"not checked: importing {name} failed with RuntimeError: operator torchvision::nms does not exist"
     )
-    assert summary["difference"] is None
+    assert summary.difference is None
     assert out.exists()
 
 
@@ -831,7 +831,7 @@ def test_a_missing_library_is_reported_as_not_checked(tmp_path, monkeypatch, cap
     monkeypatch.setitem(sys.modules, "timm", None)
     run = make(tmp_path / "run", "mae")
     summary = export_run(run, "timm", tmp_path / "out.safetensors", console=Console())
-    assert (summary["difference"], summary["tested"]) == (None, "not checked: timm is not installed")
+    assert (summary.difference, summary.tested) == (None, "not checked: timm is not installed")
     said = capsys.readouterr().err
     assert "not checked: timm is not installed" in said
     assert "timm.create_model('vit_base_patch16_224', pretrained=False, img_size=16, patch_size=4" in said
@@ -902,7 +902,7 @@ def results(tmp_path: Path, method: str, files: dict[str, dict]) -> list[str]:
     for name, content in files.items():
         Run(run).write(f"evals/{name}.json", content)
     summary = export_run(run, "safetensors", tmp_path / "out.safetensors")
-    section = Path(summary["card"]).read_text().split("## Results\n\n")[1].split("\n\n##")[0]
+    section = Path(summary.card).read_text().split("## Results\n\n")[1].split("\n\n##")[0]
     return section.splitlines()[2:]
 
 
@@ -976,7 +976,7 @@ def test_the_card_of_imported_weights_states_their_licence_and_origin(tmp_path, 
         tmp_path / "mae.pth", tmp_path / "again", settings=["method.encoder.heads=2", "method.decoder.heads=2"]
     )
     summary = export_run(again.path, "timm", tmp_path / "timm.safetensors")
-    card = Path(summary["card"]).read_text()
+    card = Path(summary.card).read_text()
     assert front_matter(card)["license"] == "other"
     assert front_matter(card)["license_name"].startswith("'CC-BY-NC 4.0")
     assert "not trained here but imported: official MAE, full or visualise: ViT 2 x 32" in card

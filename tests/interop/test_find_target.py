@@ -68,6 +68,6 @@ def test_a_new_target_needs_only_one_file(tmp_path, monkeypatch):
     settings = ["data.size=[16,16]", "train.batch_size=4", "train.steps=1", "data.workers=0", "train.device=cpu"]
     run = pretrain("shapes:8", recipe="mae_nano", out=tmp_path / "run", settings=settings)
     summary = export_run(run.path, "tensor-list", tmp_path / "out.txt")
-    assert summary["difference"] == 0.0
+    assert summary.difference == 0.0
     assert "encoder.cls_token (1, 1, " in (tmp_path / "out.txt").read_text()
     assert "library_name: text" in (tmp_path / "out.txt.md").read_text()

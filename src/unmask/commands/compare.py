@@ -3,12 +3,15 @@
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from unmask.commands.declare import Option, Panel, Request, command
 from unmask.commands.options import Device, TestData
 from unmask.console import Console
 from unmask.evals.probe_kind import kind_names
+
+if TYPE_CHECKING:
+    from unmask.comparison.compare import Comparison
 
 
 def kinds() -> dict[str, str]:
@@ -34,18 +37,10 @@ class CompareRequest(Request):
     device: Device = "auto"
 
 
-@command(CompareRequest, panel=Panel.MEASURE, trains=True)
-def compare(request: CompareRequest, console: Console) -> dict[str, Any]:
-    """Return the contents of FILE.json."""
-    from unmask.comparison.compare import compare
+@command(CompareRequest, panel=Panel.MEASURE, to_json=lambda result: result.to_json(), trains=True)
+def compare(request: CompareRequest, console: Console) -> "Comparison":
+    """Return what the page shows and FILE.json contains."""
+    from unmask.comparison.compare import ProbeWanted, compare
 
-    return compare(
-        request.runs,
-        data=request.data,
-        test=request.test,
-        kind=request.kind,
-        shots=request.shots,
-        out=request.out,
-        device=request.device,
-        console=console,
-    )
+    wanted = ProbeWanted(request.data, request.test, request.kind, request.shots, request.device)
+    return compare(request.runs, wanted, out=request.out, console=console)

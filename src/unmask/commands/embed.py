@@ -2,11 +2,14 @@
 
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from unmask.commands.declare import Option, Panel, Request, command
 from unmask.commands.options import Device, Exclude, RunFolder, SeveralData, Step, texts
 from unmask.console import Console
+
+if TYPE_CHECKING:
+    from unmask.results import EmbedResult
 
 
 @dataclass(frozen=True)
@@ -25,8 +28,8 @@ class EmbedRequest(Request):
     device: Device = "auto"
 
 
-@command(EmbedRequest, panel=Panel.MEASURE)
-def embed(request: EmbedRequest, console: Console) -> dict[str, Any]:
+@command(EmbedRequest, panel=Panel.MEASURE, to_json=lambda result: result.to_json())
+def embed(request: EmbedRequest, console: Console) -> "EmbedResult":
     """Return the path of the file, the number of images, and the columns."""
     from unmask.evals.embed import embed_images
 

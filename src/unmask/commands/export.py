@@ -2,11 +2,14 @@
 
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from unmask.commands.declare import Option, Panel, Request, command
 from unmask.commands.options import RunFolder, Step
 from unmask.console import Console
+
+if TYPE_CHECKING:
+    from unmask.results import ExportResult
 
 
 def targets() -> dict[str, str]:
@@ -33,8 +36,8 @@ class ExportRequest(Request):
     step: Step = None
 
 
-@command(ExportRequest, panel=Panel.EXCHANGE)
-def export(request: ExportRequest, console: Console) -> dict[str, Any]:
+@command(ExportRequest, panel=Panel.EXCHANGE, to_json=lambda result: result.to_json())
+def export(request: ExportRequest, console: Console) -> "ExportResult":
     """Return the path of the export and the result of its test."""
     from unmask.interop.export import export_run
 

@@ -2,11 +2,14 @@
 
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from unmask.commands.declare import Option, Panel, Request, command
 from unmask.commands.options import Device, Images, RunFolder, Step, texts
 from unmask.console import Console
+
+if TYPE_CHECKING:
+    from unmask.results import PredictResult
 
 
 @dataclass(frozen=True)
@@ -31,8 +34,10 @@ class PredictRequest(Request):
     device: Device = "auto"
 
 
-@command(PredictRequest, panel=Panel.MEASURE, renamed={"--least": "--min-score"})
-def predict(request: PredictRequest, console: Console) -> dict[str, Any]:
+@command(
+    PredictRequest, panel=Panel.MEASURE, to_json=lambda result: result.to_json(), renamed={"--least": "--min-score"}
+)
+def predict(request: PredictRequest, console: Console) -> "PredictResult":
     """Return the path of the output and the number of images."""
     from unmask.finetuning.predict import PredictOptions
     from unmask.finetuning.predict import predict as run_predict

@@ -2,11 +2,14 @@
 
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from unmask.commands.declare import Option, Panel, Request, command
 from unmask.commands.options import Device, Images, RunFolder, Step, texts
 from unmask.console import Console
+
+if TYPE_CHECKING:
+    from unmask.results import ReconstructResult
 
 
 @dataclass(frozen=True)
@@ -22,19 +25,17 @@ class ReconstructRequest(Request):
     device: Device = "auto"
 
 
-@command(ReconstructRequest, panel=Panel.MEASURE)
-def reconstruct(request: ReconstructRequest, console: Console) -> dict[str, Any]:
+@command(ReconstructRequest, panel=Panel.MEASURE, to_json=lambda result: result.to_json())
+def reconstruct(request: ReconstructRequest, console: Console) -> "ReconstructResult":
     """Return the path of the picture, the loss, and the losses of baselines that need no training."""
     from unmask.evals.reconstruct import reconstruct_images
 
-    out = Path(request.out)
-    numbers = reconstruct_images(
+    return reconstruct_images(
         Path(request.run),
         texts(request.images),
-        out,
+        Path(request.out),
         step=request.step,
         seed=request.seed,
         device=request.device,
         console=console,
     )
-    return {"picture": str(out), **numbers}

@@ -52,25 +52,41 @@ class Comparison:
 
 @dataclass(frozen=True)
 class ProbeWanted:
-    """The probe that every run should have, of its newest checkpoint, without controls, with seed 0."""
+    """The probe that every run should have, of its newest checkpoint, without controls, with seed 0.
 
-    data: str
-    test: str | None
-    kind: str
-    shots: int | None
-    is_label_free: bool = False
+    data: labelled images; None to compare only what has been measured.
+    """
 
-    def is_in(self, probes: Sequence[ProbeResult], step: int | None) -> bool:
+    data: str | None = None
+    test: str | None = None
+    kind: str = "linear"
+    shots: int | None = None
+    device: str = "auto"
+
+    @property
+    def is_label_free(self) -> bool:
+        """Whether this kind of probe uses no labels. Raises UserError for an unknown kind."""
+        return isinstance(find_kind(self.kind), LabelFreeMeasure)
+
+    def check(self) -> None:
+        """Raise UserError for options that would be ignored."""
+        labels = self.test is not None or self.shots is not None
+        if self.data is None and labels:
+            raise UserError("got --test or --shots without --data, so there is nothing to probe; add --data")
+        if self.is_label_free and labels:
+            raise UserError(f"got --test or --shots, but --kind {self.kind} uses no labels; leave them out")
+
+    def is_in(self, probes: Sequence[ProbeResult], data: str, step: int | None) -> bool:
         """Whether one of these results is this probe of the checkpoint at `step`."""
         test, task = TestIdentity(held_out=HELD_OUT, seed=0), CLASSES
         if self.is_label_free:
-            test, task = TestIdentity(images=ImageSet(name=self.data)), UNLABELLED
+            test, task = TestIdentity(images=ImageSet(name=data)), UNLABELLED
         elif self.test is not None:
             test = TestIdentity(images=ImageSet(name=self.test))
         return any(
             (probe.kind, probe.shots, probe.seed, probe.step) == (self.kind, self.shots, 0, step)
             and (probe.layer, probe.mask_votes, probe.targets, probe.task) == (None, None, None, task)
-            and probe.data.matches(ImageSet(name=self.data))
+            and probe.data.matches(ImageSet(name=data))
             and probe.test.matches(test)
             for probe in probes
         )
@@ -78,42 +94,32 @@ class ProbeWanted:
 
 def compare(
     runs: Sequence[str | Path],
+    wanted: ProbeWanted | None = None,
     *,
-    data: str | None = None,
-    test: str | None = None,
-    kind: str = "linear",
-    shots: int | None = None,
     out: str | Path = "comparison.html",
-    device: str = "auto",
     console: Console | None = None,
-) -> dict[str, Any]:
-    """Compare runs, write the page to `out` and a JSON file beside it, and return the JSON object.
+) -> Comparison:
+    """Compare runs, and write the page to `out` and a JSON file beside it.
 
-    data: labelled images; runs without this probe on them are probed now. Raises UserError for fewer than two runs, a
-    run given twice, a folder that is not a run, or an `out` that cannot be written.
+    wanted: runs without this probe are probed now. Raises UserError for fewer than two runs, a run given twice, a
+    folder that is not a run, or an `out` that cannot be written.
     """
-    console = console or Console()
-    out = Path(out)
+    console, wanted, out = console or Console(), wanted or ProbeWanted(), Path(out)
     require_page(out)
-    if data is None and (test is not None or shots is not None):
-        raise UserError("got --test or --shots without --data, so there is nothing to probe; add --data")
-    is_label_free = isinstance(find_kind(kind), LabelFreeMeasure)
-    if is_label_free and (test is not None or shots is not None):
-        raise UserError(f"got --test or --shots, but --kind {kind} uses no labels; leave them out")
+    wanted.check()
     opened = open_runs(runs)
-    if data is not None:
-        add_missing_probes(opened.values(), ProbeWanted(data, test, kind, shots, is_label_free), device, console)
+    if wanted.data is not None:
+        add_missing_probes(opened.values(), wanted, wanted.data, console)
     comparison = compare_folders(opened)
     pictures = {name: url for name, run in opened.items() if (url := last_picture(run)) is not None}
-    summary = comparison.to_json()
-    replace_file(out.with_suffix(".json"), json.dumps(summary, indent=2).encode("ascii") + b"\n")
+    replace_file(out.with_suffix(".json"), json.dumps(comparison.to_json(), indent=2).encode("ascii") + b"\n")
     replace_file(out, render("compare.html.jinja", comparison=comparison, pictures=pictures))
     for probe in comparison.probes:
         console.print(f"{probe.title}: {probe.sentence}")
     for line in comparison.not_comparable:
         console.print(f"not comparable: {line}")
     console.print(f"comparison: {out}")
-    return summary
+    return comparison
 
 
 def compare_folders(runs: Mapping[str, Run]) -> Comparison:
@@ -132,11 +138,11 @@ def compare_folders(runs: Mapping[str, Run]) -> Comparison:
     )
 
 
-def add_missing_probes(runs: Iterable[Run], wanted: ProbeWanted, device: str, console: Console) -> None:
+def add_missing_probes(runs: Iterable[Run], wanted: ProbeWanted, data: str, console: Console) -> None:
     """Measure the wanted probe for every run whose newest checkpoint lacks it."""
     for run in runs:
-        if not wanted.is_in(read_results(run).probes, checkpoint.newest_step(run)):
-            options = ProbeOptions(data=wanted.data, test=wanted.test, shots=wanted.shots, device=device)
+        if not wanted.is_in(read_results(run).probes, data, checkpoint.newest_step(run)):
+            options = ProbeOptions(data=data, test=wanted.test, shots=wanted.shots, device=wanted.device)
             run_probe(run.path, wanted.kind, options, console)
 
 

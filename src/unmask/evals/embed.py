@@ -15,6 +15,7 @@ from unmask.engine.device import choose_device
 from unmask.engine.load import load
 from unmask.errors import UserError, naming
 from unmask.evals.images import FeatureOptions, features
+from unmask.results import EmbedResult
 from unmask.run import Run
 
 FEATURES = "features"  # sub-folder of a run with cached features
@@ -29,13 +30,13 @@ def embed_images(
     step: int | None,
     device: str,
     console: Console,
-) -> dict[str, Any]:
+) -> EmbedResult:
     """Write the features of every image, without masking, to .parquet or .npz; the output is reproducible.
 
     One row per image, in the order of the source: `name` (relative to DATA, '/'-separated), `label` (class name, if
     DATA has classes), `cls` (class token, if the encoder has one) and `mean` (mean over patch tokens); features are
-    float32 vectors of the encoder's width. In .npz, each column is an array of that name. Returns the object that
-    --json prints. Raises UserError when no image can be read, or `out` cannot be written.
+    float32 vectors of the encoder's width. In .npz, each column is an array of that name. Raises UserError when no
+    image can be read, or `out` cannot be written.
     """
     if out.suffix not in (".parquet", ".npz"):
         raise UserError(f"got output file {out}; expected a name that ends in .parquet or .npz")
@@ -53,15 +54,14 @@ def embed_images(
     labels = None if table.labels is None else [source.classes[label] for label in table.labels.tolist()]
     _write_features(out, names, labels, table.cls, table.mean)
     console.print(f"{out}: {len(names)} images, width {table.mean.shape[1]}, from step {loaded.step} of {run}")
-    columns = ["name", *["label"] * (labels is not None), *["cls"] * (table.cls is not None), "mean"]
-    return {
-        "out": str(out),
-        "images": len(names),
-        "left_out": len(source) - len(names),
-        "columns": columns,
-        "width": int(table.mean.shape[1]),
-        "step": loaded.step,
-    }
+    return EmbedResult(
+        out=str(out),
+        images=len(names),
+        left_out=len(source) - len(names),
+        columns=("name", *["label"] * (labels is not None), *["cls"] * (table.cls is not None), "mean"),
+        width=int(table.mean.shape[1]),
+        step=loaded.step,
+    )
 
 
 def _write_features(

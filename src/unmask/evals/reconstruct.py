@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +20,7 @@ from unmask.engine.load import load
 from unmask.errors import UserError
 from unmask.evals.images import COLLECTIONS, eval_images, eval_precision, read
 from unmask.report.pictures import draw, require_png
+from unmask.results import ReconstructResult
 from unmask.rng import Draws
 
 MAX_DRAWN = 16
@@ -29,8 +29,8 @@ MAX_DRAWN = 16
 @torch.no_grad()
 def reconstruct_images(
     run: Path, images: Sequence[str], out: Path, *, step: int | None, seed: int, device: str, console: Console
-) -> dict[str, Any]:
-    """Draw reconstructions of up to 16 images; return the method's loss, and those of trivial predictions.
+) -> ReconstructResult:
+    """Draw reconstructions of up to 16 images.
 
     Raises UserError for a fine-tuned run, which cannot reconstruct, and when no image can be read.
     """
@@ -55,7 +55,7 @@ def reconstruct_images(
     draw(picture, loaded.plan.images.dtype, out, f"{Path(run).resolve().name}, step {loaded.step}", names)
     numbers = {name: float(value) for name, value in picture.numbers.items()}
     console.print(f"{out}: " + ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in numbers.items()))
-    return numbers
+    return ReconstructResult(picture=str(out), losses=numbers)
 
 
 def open_images(images: Sequence[str]) -> Source:

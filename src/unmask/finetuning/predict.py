@@ -27,6 +27,7 @@ from unmask.errors import UserError
 from unmask.evals.images import eval_precision, read
 from unmask.evals.reconstruct import open_images
 from unmask.finetuning.prediction_files import WRITERS, Predicted, PredictionFile, require_out
+from unmask.results import PredictResult
 from unmask.task import Task
 from unmask.tasks.detect import LEAST_SCORE
 
@@ -44,8 +45,8 @@ class PredictOptions:
 
 def predict(
     run: Path, images: Sequence[str], out: Path, options: PredictOptions | None = None, console: Console | None = None
-) -> dict[str, Any]:
-    """Write predictions for all images to `out`; return the summary that --json prints.
+) -> PredictResult:
+    """Write predictions for all images to `out`.
 
     Raises UserError if the run has not been fine-tuned, or if `out` does not fit its task.
     """
@@ -76,7 +77,7 @@ def predict(
             f"  includes all boxes with a score of at least {LEAST_SCORE}, as average precision needs them; "
             "--min-score 0.3 drops uncertain ones"
         )
-    return {"out": str(out), "images": done, "left_out": len(source) - done, "classes": found}
+    return PredictResult(out=str(out), images=done, left_out=len(source) - done, classes=found)
 
 
 def require_score(task: Task[Any, Any], least: float) -> None:

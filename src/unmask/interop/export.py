@@ -13,7 +13,6 @@ import shutil
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from unmask.console import Console
 from unmask.engine.load import load
@@ -22,12 +21,13 @@ from unmask.interop.check_export import check_export
 from unmask.interop.export_target import ExportedModel, ExportError
 from unmask.interop.find_target import find_target, target_names
 from unmask.interop.model_card import model_card
+from unmask.results import ExportResult
 from unmask.run import Run
 
 
 def export_run(
     run: str | Path, to: str, out: str | Path, *, step: int | None = None, console: Console | None = None
-) -> dict[str, Any]:
+) -> ExportResult:
     """Write the weights of a run for another library, with a model card, and return a summary of the export.
 
     step: step of the checkpoint; None for the newest. Raises UserError for an unknown target, a target that cannot
@@ -58,10 +58,10 @@ def export_run(
     console.print(f"  {tested}")
     console.print(f"  load it with:\n\n{indented(load_it)}\n")
     console.print(f"exported: {out}, with model card {card}")
-    return {
-        "run": str(run), "to": to, "out": str(out), "card": str(card), "what": exported.what, "step": loaded.step,
-        "load": load_it, "notes": list(exported.notes), "difference": difference, "tested": tested,
-    }  # fmt: skip
+    return ExportResult(
+        run=str(run), to=to, out=str(out), card=str(card), what=exported.what, step=loaded.step, load=load_it,
+        notes=exported.notes, difference=difference, tested=tested,
+    )  # fmt: skip
 
 
 def card_path(out: Path, suffix: str) -> Path:

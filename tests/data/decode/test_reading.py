@@ -290,7 +290,7 @@ def test_plan_stores_the_reading_for_later_commands(tmp_path, monkeypatch, capsy
     done = embed.embed_images(
         run.path, str(one), tmp_path / "e.npz", step=None, device="cpu", console=Console(quiet=True)
     )
-    assert (done["images"], done["left_out"]) == (1, 0)
+    assert (done.images, done.left_out) == (1, 0)
     with pytest.raises(training_data.DataError):
         pretrain(folder, recipe="mae_nano", settings=(*SMALL_RUN, "data.alpha=drop", "data.channels=4"))
 
