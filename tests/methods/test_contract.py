@@ -205,7 +205,7 @@ def test_gradient_reaches_every_trainable_parameter(name):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_loss_is_the_same_for_the_same_seed_only(name, monkeypatch):
+def test_loss_depends_on_the_seed_alone(name, monkeypatch):
     assert value(warm(name)) == value(warm(name))
     method = warm(name)
     if draws_in_loss(method, monkeypatch):

@@ -26,8 +26,8 @@ from unmask.rng import Draws, Stream, uniform
 
 CURVES = Path(__file__).with_name("golden_curves.json")
 STEPS, COUNT, SIDE = 10, 8, 16
-PEAK = 1e-2  # minimum learning rate, so that ten steps change every part of the loss
-TOLERANCE = 1e-4  # relative; rounding differs by about 1e-6 between processors and between versions of torch
+PEAK = 1e-2  # Minimum learning rate, so that ten steps change every part of the loss.
+TOLERANCE = 1e-4  # Relative; rounding differs by about 1e-6 between processors and versions of torch.
 
 SMALL = {
     "width": "32", "depth": "2", "heads": "2", "patch": "[4,4]", "colours": "16", "hidden": "[64,32]", "code": "16",

@@ -144,8 +144,8 @@ def test_pictures_are_finite_and_mark_absent_pixels(method):
 
 def test_patches_with_enough_valid_pixels_have_weight_one():
     valid = torch.ones(1, 8, 8, dtype=torch.bool)
-    valid[0, :4, :2] = False  # half of the first patch
-    valid[0, 4:, :3] = False  # three quarters of the third
+    valid[0, :4, :2] = False  # Half of the first patch is absent.
+    valid[0, 4:, :3] = False  # Three quarters of the third patch are absent.
     batch = Batch(torch.zeros(1, 2, 8, 8), torch.zeros(1), torch.zeros(1), valid=valid)
     found = valid_patches(batch, (4, 4))
     assert found.patches.tolist() == [[True, True, False, True]]

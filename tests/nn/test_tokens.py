@@ -69,8 +69,8 @@ def test_sincos_golden_values_on_a_wide_grid():
 
 def test_resizing_keeps_rows_and_columns_apart_and_does_nothing_for_the_same_grid():
     table = torch.zeros(1, 6, 4)
-    table[0, :, 0] = torch.arange(6) // 3  # the row, on a 2 x 3 grid
-    table[0, :, 1] = torch.arange(6) % 3  # the column
+    table[0, :, 0] = torch.arange(6) // 3  # Row number on a 2 x 3 grid.
+    table[0, :, 1] = torch.arange(6) % 3  # Column number.
     assert positions.resize(table, (2, 3), (2, 3)) is table
     bigger = positions.resize(table, (2, 3), (4, 6)).reshape(4, 6, 4)
     assert (bigger[:, :, 0].std(1) < 1e-5).all()  # row numbers are still constant along columns

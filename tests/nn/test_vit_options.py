@@ -105,8 +105,8 @@ def test_other_sizes_interpolate_the_bias(options):
 def test_an_interpolated_bias_keeps_rows_and_columns_apart():
     """A bias that grows only to the right still does, and stays constant vertically."""
     bias = RelativeBias((2, 3), heads=1)
-    bias.table[:-3] = torch.arange(5.0).repeat(3)[:, None]  # 3 x 5 offsets
-    wide = bias(None, (4, 4))[0, 1:, 1:].unflatten(1, (4, 4))[0]  # bias from patch 0 to each patch: (rows, cols)
+    bias.table[:-3] = torch.arange(5.0).repeat(3)[:, None]  # There are 3 x 5 offsets.
+    wide = bias(None, (4, 4))[0, 1:, 1:].unflatten(1, (4, 4))[0]  # Bias from patch 0 to each patch, (rows, cols).
     assert torch.allclose(wide, wide[:1].expand(4, -1), atol=1e-5)
     assert wide[0].diff().lt(-0.3).all()
 

@@ -42,8 +42,8 @@ from unmask.nn.valid import shrunk_mean, valid_patches, value_weights
 from unmask.nn.vit import ViT, ViTConfig
 from unmask.rng import Draws, Stream
 
-MASKED, SWAPPED = 0.8, 0.1  # shares of the corrupted patches; the rest are unchanged
-MOST_TOGETHER = 3  # most channels in one softmax
+MASKED, SWAPPED = 0.8, 0.1  # Shares of the corrupted patches; the rest are unchanged.
+MOST_TOGETHER = 3  # Greatest number of channels in one softmax.
 
 
 class Config(MethodConfig):
@@ -90,8 +90,8 @@ class MPP(Method):
         super().__init__()
         self.ratio = config.corrupt_ratio
         self.pixels = config.target == "pixels"
-        self.side = 4 if config.target == "colours_4x4" else 1  # cells along each side of a patch
-        self.softmaxes = 1 if images.channels <= MOST_TOGETHER else images.channels  # for each cell
+        self.side = 4 if config.target == "colours_4x4" else 1  # Cells along each side of a patch.
+        self.softmaxes = 1 if images.channels <= MOST_TOGETHER else images.channels  # Softmaxes for each cell.
         self.encoder = ViT(config.encoder, images)
         height, width = self.encoder.patch
         if height % self.side or width % self.side:

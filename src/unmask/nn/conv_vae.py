@@ -30,9 +30,9 @@ from unmask.nn.losses import full_precision
 from unmask.nn.patches import grid_of, normalise
 from unmask.nn.vit import Pair
 
-LOGIT_LAPLACE_EPS = 0.1  # pixels are mapped into [0.1, 0.9], where the logit is bounded
-DALLE_BLOCKS = 2  # in each of the four groups
-DALLE_GROUPS = (1, 2, 4, 8)  # widths of the groups relative to the first
+LOGIT_LAPLACE_EPS = 0.1  # Pixels are mapped into [0.1, 0.9], where the logit is bounded.
+DALLE_BLOCKS = 2  # Number of blocks in each of the four groups.
+DALLE_GROUPS = (1, 2, 4, 8)  # Widths of the groups, relative to the first group.
 DALLE_EMBEDDING = 128
 SMALL_BLOCKS = 2  # residual blocks on either side, unless depth is set
 

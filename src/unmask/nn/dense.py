@@ -28,8 +28,8 @@ from unmask.nn.image_encoder import EncoderConfig, ImageEncoder
 from unmask.nn.inputs import Scale
 
 ACTIVATIONS = {"relu": nn.ReLU, "sigmoid": nn.Sigmoid, "linear": nn.Identity}
-LOGISTIC_GAIN = 4.0  # the logistic function's slope at 0 is a quarter
-MIN_PROBABILITY = 1e-6  # of a baseline prediction, so that its cross-entropy stays finite
+LOGISTIC_GAIN = 4.0  # The slope of the logistic function at 0 is a quarter.
+MIN_PROBABILITY = 1e-6  # Of a baseline prediction, so that its cross-entropy stays finite.
 
 
 class DenseConfig(EncoderConfig):
@@ -104,7 +104,7 @@ class DenseEncoder(ImageEncoder):
         return self.images(guess.float().sigmoid() if self.clipped else guess)
 
     def errors(self, guess: Float[Tensor, "B C H W"], pixels: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
-        """Return the float32 error of each pixel: its square, or its cross-entropy in nats."""
+        """Return the float32 squared error of each pixel, or its cross-entropy in nats."""
         if self.clipped:
             return F.binary_cross_entropy_with_logits(guess.float(), pixels, reduction="none")
         return (guess.float() - pixels).square()

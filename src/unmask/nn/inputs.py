@@ -24,14 +24,14 @@ from unmask.nn.torch_internals import has_no_values, in_transform
 Scale = Literal["data", "unit"]
 """Units of images: "data" are those of the files; "unit" is 0 to 1 for 8-bit and 16-bit data."""
 
-FULL = {"uint8": 255.0, "uint16": 65535.0}  # greatest possible value in a file; float files have none
-LEAST_RANGE = 32.0  # of the data; with less, values up to 1 may be genuine (class maps, counts, dark frames)
+FULL = {"uint8": 255.0, "uint16": 65535.0}  # Greatest possible value in a file; float files have none.
+LEAST_RANGE = 32.0  # With a smaller range, values up to 1 may be genuine (class maps, counts, dark frames).
 ROUNDING = 1e-3
-OVERSHOOT = 0.25  # fraction of the range by which resampling may overshoot
-FARTHEST = 50.0  # standard deviations that the mean of a batch may lie from the data's (Chebyshev: 1 in 2,500)
+OVERSHOOT = 0.25  # Fraction of the range by which resampling may overshoot.
+FARTHEST = 50.0  # Standard deviations that the mean of a batch may lie from the data's (Chebyshev: 1 in 2,500).
 LARGEST_NORMALISED = 16.0
-SHOWN = 4  # number of channels whose statistics a message shows
-NEAREST = 1.5  # values near 0 are untypical if the data's mean is further from 0, in standard deviations
+SHOWN = 4  # Number of channels whose statistics a message shows.
+NEAREST = 1.5  # If the data's mean is more standard deviations from 0, values near 0 are untypical.
 
 
 def require_images(images: Any, spec: ImageSpec) -> None:

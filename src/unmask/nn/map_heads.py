@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from unmask.nn.pyramid import SCALES, ChannelNorm
 
-BEIT_SHARES = (1 / 3, 1 / 2, 2 / 3, 1)  # of the depth: blocks 4, 6, 8, 12 of 12 and 8, 12, 16, 24 of 24 in BEiT's code
-POOLS = (1, 2, 3, 6)  # cells along each side in pyramid pooling
+BEIT_SHARES = (1 / 3, 1 / 2, 2 / 3, 1)  # Of the depth: blocks 4, 6, 8, 12 of 12 and 8, 12, 16, 24 of 24.
+POOLS = (1, 2, 3, 6)  # Cells along each side in pyramid pooling.
 CLASS_STD = 0.01
 
 

@@ -19,10 +19,10 @@ from torch import Tensor
 from unmask.errors import UserError
 from unmask.rng import Draws
 
-BLOCK_TRIES = 10  # rejections in a row after which the block sampler stops (BEiT)
-BLOCK_PROPOSALS = 64  # rectangles drawn for every image; enough unless blocks are very small
-BLOCK_ASPECT = 0.3  # smallest height / width of a block; the largest is the inverse
-BEIT_SMALLEST_BLOCK = 16 / 196  # share of the grid
+BLOCK_TRIES = 10  # Rejections in a row after which the block sampler stops (BEiT).
+BLOCK_PROPOSALS = 64  # Rectangles drawn for every image; enough unless blocks are very small.
+BLOCK_ASPECT = 0.3  # Smallest height / width of a block; the largest is the inverse.
+BEIT_SMALLEST_BLOCK = 16 / 196  # Share of the grid in one block.
 
 
 @dataclass(frozen=True)

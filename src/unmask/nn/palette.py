@@ -31,8 +31,8 @@ def nearest_colour(pixels: Float[Tensor, "*shape C"], colours: Float[Tensor, "k 
 def k_means(pixels: Float[Tensor, "n C"], k: int, seed: int = 0) -> Float[Tensor, "k C"]:
     """Compute k colours close to the pixels (Lloyd 1982, initialised by k-means++, Arthur & Vassilvitskii 2007).
 
-    Uses at most 50,000 pixels, evenly spaced in the input. With fewer than k different pixels, some colours occur twice
-    and are never the nearest. The result depends on the pixels and the seed alone.
+    Uses at most 50,000 pixels, evenly spaced in the input. With fewer than k different pixels, some colours are
+    duplicates, of which only the first is ever used. The result depends on the pixels and the seed alone.
 
     scikit-learn's KMeans is not used: its centres differ from these and may differ between its versions, and the losses
     of iGPT with a palette computed from the data must be reproducible bit for bit. It would be three times faster for

@@ -96,7 +96,7 @@ class RelativeBias(nn.Module):
             table = torch.cat([resize(table[None, :-3], old, new)[0], table[-3:]])
             index = _offset_index(grid).to(table.device)
         if where is not None:
-            places = torch.cat([torch.zeros_like(where[:, :1]), where + 1], 1)  # (B, K1): the class token is 0
+            places = torch.cat([torch.zeros_like(where[:, :1]), where + 1], 1)  # (B, K1): the class token is 0.
             index = index[places[:, :, None], places[:, None, :]]  # (B, K1, K1)
         return table[index].movedim(-1, -3)
 

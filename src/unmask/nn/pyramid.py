@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from unmask.nn.blocks import LAYER_NORM_EPS
 
-FINEST = 4  # pixels
-SCALES = (4.0, 2.0, 1.0, 0.5)  # cells per patch along one side, for each level
+FINEST = 4  # Smallest size of a cell in pixels.
+SCALES = (4.0, 2.0, 1.0, 0.5)  # Cells per patch along one side, for each level.
 
 
 class ChannelNorm(nn.LayerNorm):

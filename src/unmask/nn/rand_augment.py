@@ -22,13 +22,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-OPERATIONS = 2  # per image
-PROBABILITY = 0.5  # of applying an operation
-SPREAD = 0.5  # standard deviation of the magnitude
-MOST = 10.0  # greatest magnitude
-DRAWS = 4 * OPERATIONS  # for each operation: which one, whether to apply it, its strength, its sign
-SMOOTH = [[1 / 13, 1 / 13, 1 / 13], [1 / 13, 5 / 13, 1 / 13], [1 / 13, 1 / 13, 1 / 13]]  # Pillow's filter of that name
-ERASE_DRAWS = 5  # whether, area, aspect, down, across
+OPERATIONS = 2  # Number of operations per image.
+PROBABILITY = 0.5  # Probability of applying an operation.
+SPREAD = 0.5  # Standard deviation of the magnitude.
+MOST = 10.0  # Greatest magnitude.
+DRAWS = 4 * OPERATIONS  # For each operation: which one, whether to apply it, its strength, its sign.
+SMOOTH = [[1 / 13, 1 / 13, 1 / 13], [1 / 13, 5 / 13, 1 / 13], [1 / 13, 1 / 13, 1 / 13]]  # Pillow's filter SMOOTH.
+ERASE_DRAWS = 5  # Draws for: whether to erase, area, aspect ratio, row, column.
 ERASED_AREA, ERASED_ASPECT = (0.02, 1 / 3), (0.3, 1 / 0.3)
 
 Unit = Float[Tensor, "B C H W"]

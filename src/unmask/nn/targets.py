@@ -173,8 +173,8 @@ class PrincipalComponents(Target):
         self.out, self.grid, self.channels, self.whiten = count, grid, channels, whiten
         self.num_prepare = -(-PCA_PATCHES // (grid[0] * grid[1]))
         self.register_buffer("center", torch.zeros(values))
-        self.register_buffer("basis", torch.zeros(values, count))  # (P, O): its columns are the directions
-        self.register_buffer("unit", torch.ones(count))  # standard deviation of each coefficient
+        self.register_buffer("basis", torch.zeros(values, count))  # (P, O): the columns are the directions.
+        self.register_buffer("unit", torch.ones(count))  # Standard deviation of each coefficient.
         self.note = f" The prediction is the first {count} principal components of a patch of {values} values."
 
     def prepare(self, patches: Tensor) -> None:

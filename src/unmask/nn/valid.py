@@ -46,7 +46,7 @@ def patch_weights(valid: Valid | None, where: Int[Tensor, "B Q"] | None = None) 
 
 
 def value_weights(valid: Valid | None, where: Int[Tensor, "B Q"]) -> Float[Tensor, "B Q P"] | None:
-    """As `patch_weights`, for each value of the patches `where`."""
+    """Return weights as `patch_weights` does, but for each value of the patches `where`."""
     return None if valid is None else take(valid.values, where)
 
 

@@ -35,9 +35,9 @@ def igpt_s() -> Config:
     Published, linear probe of the best layer: ImageNet 41.9 %. Test likelihood 2.0895 nats per token.
 
     Differs from the paper: see `methods/igpt.py`; warm-up is 1 % of the steps (there one epoch of ImageNet); crops are
-    squares of 34 to 77 % of the image's area (there the shorter side is resized to 256 to 384 pixels, a square of 224
-    is cropped and shrunk to 32; its share of the largest square is the same). The paper searched the learning rate from
-    0.01, 0.003, ... and did not publish the choice; 0.003 (L: 0.001) is a guess.
+    squares of 34 to 77 % of the image's area. The paper resizes the shorter side to 256 to 384 pixels and crops a
+    square of 224, which is the same share of the largest square, and shrinks it to 32. The paper searched the learning
+    rate from 0.01, 0.003, ... and did not publish the choice; 0.003 (L: 0.001) is a guess.
     """
     return _paper("igpt_s", width=512, depth=24, heads=8, base_lr=0.006)
 

@@ -53,12 +53,12 @@ from unmask.nn.vit import ViT
 from unmask.rng import Stream
 from unmask.task import Task, TaskConfig
 
-ALPHA, GAMMA = 0.25, 2.0  # of the focal loss
-PRIOR = 0.01  # initial class score: nearly all cells are background
-RADIUS = 1.5  # greatest distance of an assigned cell from the middle of its box, in cells
-REACH = 8.0  # greatest distance, in cells, to the farthest side of a box
-LARGEST = 8.0  # greatest logarithm of a distance in cells (about 3000 cells), to keep it finite
-LEAST_SCORE, OVERLAP, NUM_BEFORE, NUM_FOUND = 0.05, 0.6, 1000, 100  # as in FCOS
+ALPHA, GAMMA = 0.25, 2.0  # Parameters of the focal loss.
+PRIOR = 0.01  # Initial class score: nearly all cells are background.
+RADIUS = 1.5  # Greatest distance of an assigned cell from the middle of its box, in cells.
+REACH = 8.0  # Greatest distance, in cells, to the farthest side of a box.
+LARGEST = 8.0  # Greatest logarithm of a distance in cells (about 3000 cells), to keep it finite.
+LEAST_SCORE, OVERLAP, NUM_BEFORE, NUM_FOUND = 0.05, 0.6, 1000, 100  # The values of FCOS.
 DRAWN_SCORE = 0.4
 COLOURS = ((1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (1, 0, 1), (0, 1, 1))
 
