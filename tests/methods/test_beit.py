@@ -148,14 +148,16 @@ def test_gradient_reaches_the_optional_parts_of_the_encoder(options, precision):
     loss.backward()
     assert not [name for name, p in method.named_parameters() if p.requires_grad and not p.grad.abs().max() > 0]
     added = [name for name, _ in method.encoder.named_parameters() if name.split(".")[-1] in ("table", "gamma")]
-    assert len(added) == (5 if "relative_bias" in options else 0), "one table for all blocks, two factors for each"
+    assert len(added) == (5 if "relative_bias" in options else 0), (
+        "one bias table for all blocks, two LayerScales for each block"
+    )
 
 
 def test_learned_positions_start_as_in_the_released_code():
     torch.manual_seed(0)
     learned = beit(encoder={"positions": "learned"}).encoder.pos_embed.detach()
     assert 0.01 < float(learned.abs().max()) <= 0.02
-    assert float(beit().encoder.pos_embed.abs().max()) == 1, "sine and cosine are left alone"
+    assert float(beit().encoder.pos_embed.abs().max()) == 1, "sine-cosine positions are not changed"
 
 
 def test_the_loss_depends_on_hidden_patches_only():
@@ -242,7 +244,7 @@ def test_the_ablations_of_the_paper_can_be_built():
     assert pixels(batch, clock(batch)).value > 0
     assert not [name for name in pixels.state_dict() if name.startswith("target.")]
     patches = pixels.encoder.patches(batch.images)
-    assert torch.equal(pixels.target(patches, batch.images), patches), "not normalised within a patch"
+    assert torch.equal(pixels.target(patches, batch.images), patches), "pixels are not normalised within a patch"
     rng, grid, ratio = clock(batch).rng, (4, 6), 75 / 196
     blocks, shuffled = beit().sample(clock(batch)), beit(mask="random").sample(clock(batch))
     assert torch.equal(blocks.drop, block_mask(4, grid, ratio, rng).drop)

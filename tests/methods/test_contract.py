@@ -129,11 +129,11 @@ def test_public_members_are_declared(name):
     method, settings = make(name), shrunk(name)[0].method
     assert isinstance(settings.encoder, EncoderConfig)
     assert settings.encoder.patch_size in (None, (4, 4))
-    assert settings.has_tokenizer == needs_tokenizer(name), "the shrunken method was given one where it needs one"
+    assert settings.has_tokenizer == needs_tokenizer(name), "the tests pass a tokenizer to methods that need one"
     assert not settings.needs_tokenizer
     assert settings.from_files() == []
     assert set(method.undecayed) <= dict(method.named_parameters()).keys()
-    assert method.evaluation_mask is None, "no smallest recipe is trained with removed tokens"
+    assert method.evaluation_mask is None, "no nano recipe of these tests hides tokens in evaluation"
     assert method.mean_token_classifier is None
     assert method.device == torch.device("cpu")
 
@@ -275,7 +275,7 @@ def test_the_picture_shows_the_images_in_their_units(name):
         assert panel.isfinite().all(), caption
         assert panel.min() > -255, caption
         assert panel.max() < 2 * 255, caption
-    assert (next(iter(picture.panels.values())) - batch.images).abs().max() < 0.01, "the original comes first"
+    assert (next(iter(picture.panels.values())) - batch.images).abs().max() < 0.01, "the first panel is the original"
     assert {panel.shape[0] for panel in picture.sampled(2).panels.values()} == {2}
 
 
@@ -300,7 +300,9 @@ def test_all_channels_dtypes_and_shapes_are_supported(name, channels, dtype, siz
         panels = method.eval().picture(batch, clock(batch)).panels.values()
     assert features.patches.isfinite().all()
     assert all(panel.isfinite().all() for panel in panels)
-    assert (next(iter(panels)) - batch.images.float()).abs().max() < 1e-3 * UNITS[dtype], "the original, in its units"
+    assert (next(iter(panels)) - batch.images.float()).abs().max() < 1e-3 * UNITS[dtype], (
+        "the original has the units of the files"
+    )
     assert len(features.patches) == len(batch)
     assert features.grid[0] * features.grid[1] == features.patches.shape[1]
     assert {panel.shape for panel in panels} == {(4, channels, *size)}

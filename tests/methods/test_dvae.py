@@ -121,7 +121,7 @@ def test_extreme_draws_stay_finite(monkeypatch):
     monkeypatch.setattr(Draws, "uniform", lambda self, count, stream: streams.append(stream) or ends)
     found = gumbel_softmax(torch.zeros(1, 2, 1, 1), 1 / 16, clock(batch_of()).rng)
     assert found.isfinite().all()
-    assert streams == [Stream.CODES], "draws of their own"
+    assert streams == [Stream.CODES], "codes have their own random stream"
 
 
 @torch.no_grad()

@@ -124,7 +124,9 @@ def test_baselines_are_in_nats():
     by_hand = -(7 * math.log(7 / 8) + math.log(1 / 8 / 3)) / 8
     assert float(repeat_or_any(ids, 4)) == pytest.approx(by_hand)
     assert float(repeat_or_any(ids[1:], 4)) == 0
-    assert float(repeat_or_any(ids[:, :1], 4)) == pytest.approx(math.log(3)), "one token repeats nothing"
+    assert float(repeat_or_any(ids[:, :1], 4)) == pytest.approx(math.log(3)), (
+        "a sequence of one token has no repetition"
+    )
     method = prepared()
     with torch.no_grad():
         numbers = method.picture(batch_of(), clock(batch_of())).numbers

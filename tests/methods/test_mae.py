@@ -320,7 +320,7 @@ def test_mask_tokens_in_the_encoder_reveal_positions_but_no_hidden_pixels():
     assert torch.equal(method.see(hidden_changed, mask), seen)
     assert method.decoder.mask_token is None
     expected = method.encoder.place(method.mask_token.expand(4, mask.drop.shape[1], -1), mask.drop)
-    assert (expected[:, 0] - expected[:, 1]).abs().max() > 0.1, "mask tokens stand at their places"
+    assert (expected[:, 0] - expected[:, 1]).abs().max() > 0.1, "mask tokens have the positions of their patches"
 
 
 @torch.no_grad()

@@ -228,4 +228,6 @@ def test_the_entropy_of_colours_matches_a_value_computed_by_hand():
     five = small(images=spec(5))
     constant = torch.zeros(1, 4, 5, dtype=torch.int64)
     constant[0, :, 2] = torch.tensor([3, 3, 3, 7])
-    assert float(five.marginal_entropy(constant)) == pytest.approx(quarter / 5, rel=1e-5), "each channel by itself"
+    assert float(five.marginal_entropy(constant)) == pytest.approx(quarter / 5, rel=1e-5), (
+        "the entropy is the mean over channels"
+    )

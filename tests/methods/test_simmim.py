@@ -51,7 +51,7 @@ def test_whole_cells_are_hidden(cell):
     assert torch.equal(hidden, cells.expand_as(hidden))
     assert set(cells.flatten(1).sum(1).tolist()) == {num_hidden(196 // (cell[0] * cell[1]), 0.6)}
     assert torch.equal(torch.cat([mask.keep, mask.drop], 1).sort().values, torch.arange(196).expand(50, -1))
-    assert cells.flatten(1).unique(dim=0).shape[0] == 50, "each image has its own"
+    assert cells.flatten(1).unique(dim=0).shape[0] == 50, "masks differ between images"
     often = cells.float().mean(0)
     assert often.min() > 0.2
     assert often.max() < 0.95
@@ -102,7 +102,7 @@ def test_prediction_depends_on_the_mask_token_but_not_on_hidden_pixels():
     assert not torch.allclose(method.guess(put(patches, mask.keep, torch.randn(4, 8, 48)), mask), guess)
     method.mask_token += 1 + torch.arange(32)
     assert not torch.allclose(method.guess(patches, mask), guess)
-    assert (guess[:, 0] - guess[:, 5]).abs().max() > 1e-4, "the places of the tokens are known"
+    assert (guess[:, 0] - guess[:, 5]).abs().max() > 1e-4, "predictions depend on the position"
 
 
 def test_the_encoder_of_the_recipe_has_a_shared_relative_bias_and_layer_scale_and_no_positions():

@@ -167,7 +167,7 @@ def test_patch_statistics_use_valid_values_only():
     assert torch.allclose(found.mean, known.mean)
     assert torch.allclose(found.std, known.std)
     nothing = patch_statistics(values, valid_patches(replace(batch, min_valid=0.9), (2, 2)))
-    assert torch.equal(nothing.remove(values), values), "not divided by nearly nothing"
+    assert torch.equal(nothing.remove(values), values), "patches without valid values are not normalised"
 
 
 def test_a_weighted_mean_skips_weight_zero_and_is_zero_without_weights():

@@ -47,7 +47,7 @@ def test_average_precision_matches_a_value_computed_by_hand():
     assert got.classes == {"ant": pytest.approx(at50), "bee": pytest.approx(0), "cat": None}
     assert got.ap50 == pytest.approx(at50 / 2)
     assert got.ap75 == pytest.approx(at75 / 2)
-    assert got.ap == pytest.approx((3 * at50 + 7 * at75) / 10 / 2), "0.50, 0.55 and 0.60 take the last one in"
+    assert got.ap == pytest.approx((3 * at50 + 7 * at75) / 10 / 2), "the last detection matches at 0.50, 0.55 and 0.60"
 
 
 def test_duplicate_detections_count_once():

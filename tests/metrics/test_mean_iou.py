@@ -32,7 +32,7 @@ def test_mean_iou_matches_a_value_computed_by_hand():
     assert found.pixel_accuracy == pytest.approx(5 / 7)
     assert found.confusion.tolist() == [[2, 1, 0, 0], [0, 2, 0, 0], [0, 0, 1, 1], [0, 0, 0, 0]]
     assert found.confusion.dtype == np.int64
-    assert found.interval == pytest.approx((found.mean_iou, found.mean_iou)), "one image is always drawn"
+    assert found.interval == pytest.approx((found.mean_iou, found.mean_iou)), "resampling one image always draws it"
     assert json.loads(json.dumps(found.as_measurement().as_json()))["ious"] == {
         "road": pytest.approx(2 / 3), "sky": pytest.approx(2 / 3), "tree": 0.5, "never": None,
     }  # fmt: skip
@@ -55,9 +55,9 @@ def test_interval_matches_resampling_of_images():
     assert few.interval.low < many.interval.low < 1 / 3 < many.interval.high < few.interval.high
     share = np.quantile(np.random.default_rng(1).binomial(20, 0.5, 100_000) / 20, [0.025, 0.975])
     assert few.interval == pytest.approx(tuple(share / (2 - share)), abs=0.06)
-    assert score(tally(*[right, wrong] * 10)).interval == few.interval, "the same every time"
+    assert score(tally(*[right, wrong] * 10)).interval == few.interval, "the interval is reproducible"
     rare = score(tally(right, *[([[0]], [[0]])] * 5))
-    assert 0 < rare.interval.low <= rare.interval.high == 1, "a class that is not drawn does not count then"
+    assert 0 < rare.interval.low <= rare.interval.high == 1, "a class absent from a resample does not count"
 
 
 def test_masks_with_ignored_pixels_only_are_rejected():
@@ -76,7 +76,7 @@ def test_scores_are_resized_instead_of_class_ids(monkeypatch):
     whole = classes_at(many, (40, 30))
     assert len(whole.unique()) > 10
     monkeypatch.setattr(mean_iou, "MOST_VALUES", 40 * 30 * 4)
-    assert torch.equal(classes_at(many, (40, 30)), whole), "a few classes at a time"
+    assert torch.equal(classes_at(many, (40, 30)), whole), "classes are resized in parts"
 
 
 def test_every_image_is_evaluated_at_its_own_size():

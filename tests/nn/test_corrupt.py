@@ -21,7 +21,7 @@ def test_masking_hides_a_fixed_number_of_components_of_every_image(grain, compon
     assert found[touched].eq(0).all()
     assert torch.equal(found[~touched], PIXELS[~touched])
     if grain is not None:
-        assert torch.equal(touched[:, 0], touched[:, 2]), "all channels of a cell together"
+        assert torch.equal(touched[:, 0], touched[:, 2]), "all channels of a cell are corrupted together"
         rows = touched[:, 0].unfold(1, grain[0], grain[0]).unfold(2, grain[1], grain[1]).flatten(3)
         assert (rows.all(-1) | ~rows.any(-1)).all(), "whole cells"
 

@@ -64,7 +64,7 @@ def test_a_prediction_does_not_depend_on_the_other_queries():
     assert every.shape == (2, 24, 5)
     assert torch.allclose(made(layers, where[:, 3:8]), every[:, 3:8], atol=1e-6)
     assert torch.allclose(made(layers, where.flip(1)), every.flip(1), atol=1e-6)
-    assert (every[:, 0] - every[:, 1]).abs().max() > 1e-3, "yet two places get two answers"
+    assert (every[:, 0] - every[:, 1]).abs().max() > 1e-3, "predictions at two positions differ"
 
 
 @torch.no_grad()

@@ -28,7 +28,7 @@ def test_the_average_follows_the_weights_and_is_swapped_in_and_out():
         want = now if want is None else stays * want + (1 - stays) * now
     torch.testing.assert_close(average.values["weight"], want)
     before = of.weight.detach().clone()
-    assert not torch.allclose(before, want), "the average lags behind, or the swap would show nothing"
+    assert not torch.allclose(before, want), "the average differs from the weights"
 
     def evaluate():
         with average.applied():
@@ -37,7 +37,7 @@ def test_the_average_follows_the_weights_and_is_swapped_in_and_out():
 
     with pytest.raises(KeyError):
         evaluate()
-    assert torch.equal(of.weight, before), "also when the evaluation fails"
+    assert torch.equal(of.weight, before), "weights are restored after an exception"
 
 
 @pytest.mark.parametrize("name", ["adamw", "lars"])

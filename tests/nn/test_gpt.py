@@ -87,7 +87,7 @@ def test_features_are_the_normalised_input_of_the_chosen_layer():
     network = gpt()
     layers = list(network.layers(network.ids(images)))
     assert len(layers) == 4
-    assert torch.equal(network(images).patches, layers[1]), "the middle of three blocks"
+    assert torch.equal(network(images).patches, layers[1]), "feature_layer=None is the middle block"
     assert torch.equal(gpt(feature_layer=3)(images).patches, layers[3])
     assert network(images).grid == (4, 6)
     with pytest.raises(UserError, match=r"feature_layer=4 for 3 blocks; use 0 to 3"):
@@ -104,7 +104,7 @@ def test_tokens_are_the_nearest_colours_of_averaged_pixels():
     assert torch.equal(network.ids(images), ids())
     images[:, :, ::2] += 20
     images[:, :, 1::2] -= 20
-    assert torch.equal(network.ids(images), ids()), "the mean of a cell counts"
+    assert torch.equal(network.ids(images), ids()), "a token is the mean of its cell"
 
 
 def test_initial_weights_are_those_of_the_published_code():

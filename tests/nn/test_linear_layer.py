@@ -35,7 +35,7 @@ def test_values_and_gradients_match_torch(asked, bias):
     weight = torch.randn(3, 5, 40)
     (ours(x) * weight).sum().backward()
     (theirs(same) * weight).sum().backward()
-    assert asked == [(15, 24), (15, 40), (40, 15)], "forwards, and back to what came and to the weights"
+    assert asked == [(15, 24), (15, 40), (40, 15)], "one forward product, and gradients of input and weights"
     assert torch.allclose(ours(x).double(), theirs(same), atol=1e-5)
     pairs = [(x, same), *zip(ours.parameters(), theirs.parameters(), strict=True)]
     for found, expected in pairs:
@@ -50,7 +50,7 @@ def test_slices_and_transposed_inputs_need_no_copy(asked):
     out.sum().backward()
     assert weight.grad[:20].eq(0).all()
     assert torch.allclose(weight.grad[20:], x.flatten(0, 1).sum(0).expand(40, 24), atol=1e-4)
-    assert len(asked) == 2, "no gradient was asked of what came"
+    assert len(asked) == 2, "the input needs no gradient"
 
 
 def test_small_or_non_float32_products_and_autocast_use_torch(asked):

@@ -28,7 +28,7 @@ def test_block_masks_hide_as_many_patches_as_random_masks(grid, ratio):
     assert mask.drop.shape == random_mask(32, grid, ratio, draws(32)).drop.shape
     everything = torch.arange(grid[0] * grid[1]).expand(32, -1)
     assert torch.equal(mask.order.sort(1).values, everything)
-    assert len({tuple(row.tolist()) for row in mask.hidden()}) > 28, "each image has its own"
+    assert len({tuple(row.tolist()) for row in mask.hidden()}) > 28, "masks differ between images"
 
 
 def test_block_masks_hide_neighbouring_patches():
@@ -51,8 +51,8 @@ def test_a_block_has_the_sampled_area_and_aspect(monkeypatch):
     assert hidden[4:11, :7].all()
     rest = hidden.clone()
     rest[4:11, :7] = False
-    assert rest.sum() == 196 - masks.num_kept(196, 0.4) - 49, "the noise makes up the number"
-    assert rest.flatten()[-1], "and the patch with the most noise is among them"
+    assert rest.sum() == 196 - masks.num_kept(196, 0.4) - 49, "single patches complete the number"
+    assert rest.flatten()[-1], "the patch with the most noise is hidden"
 
 
 def test_no_block_is_smaller_than_the_minimum_unless_little_remains():

@@ -25,7 +25,7 @@ def test_same_draws_give_the_same_image_and_other_draws_do_not(channels):
     assert not torch.equal(once, rand_augment(x, draws(seed=1), 9.0, fill))
     assert once.shape == x.shape
     assert ((once >= 0) & (once <= 1)).all()
-    assert torch.equal(x, unit(channels=channels)), "the images that came are left alone"
+    assert torch.equal(x, unit(channels=channels)), "the input is not modified"
 
 
 def test_an_image_without_an_operation_is_unchanged():
@@ -114,7 +114,9 @@ def test_shear_keeps_the_corner_and_moves_the_far_edge_most():
     x[0, 0, [2, 221], 100] = 1
     moved = ALL["shear x"](x, np.array([0.9]), np.array([1.0]), torch.zeros(1, 1, 1))[0, 0]
     assert int(moved[2].argmax()) == pytest.approx(100, abs=1)
-    assert int(moved[221].argmax()) == pytest.approx(100 + 0.27 * 221.5, abs=1), "60 pixels, about the centre 30"
+    assert int(moved[221].argmax()) == pytest.approx(100 + 0.27 * 221.5, abs=1), (
+        "shear about the corner: 60 pixels; about the centre: 30"
+    )
 
 
 def test_colour_operations_match_their_definition():
@@ -150,7 +152,7 @@ def test_sharpness_matches_pillow():
     want = np.asarray(ImageEnhance.Sharpness(Image.fromarray(pixels)).enhance(0.55), np.float32)
     x = torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255
     got = ALL["sharpness"](x, np.array([0.5]), np.array([-1.0]), FILL)[0].permute(1, 2, 0) * 255
-    assert np.abs(got.numpy()[1:-1, 1:-1] - want[1:-1, 1:-1]).max() < 1.5, "Pillow leaves the edge alone"
+    assert np.abs(got.numpy()[1:-1, 1:-1] - want[1:-1, 1:-1]).max() < 1.5, "Pillow does not change the edge"
 
 
 def test_only_augmented_images_are_clipped_to_the_range():

@@ -28,7 +28,7 @@ def test_coefficients_are_those_of_scikit_learn_up_to_sign(whiten):
     ours, expected = target(patches, patches)[0].numpy(), theirs.transform(patches[0].numpy())
     assert np.abs(ours) == pytest.approx(np.abs(expected), rel=1e-3, abs=2e-3)
     strongest = target.basis.gather(0, target.basis.abs().argmax(0, keepdim=True))
-    assert (strongest > 0).all(), "the sign is not the library's whim"
+    assert (strongest > 0).all(), "the sign does not depend on the library"
 
 
 def test_drawing_the_true_coefficients_reconstructs_their_subspace():
@@ -41,7 +41,7 @@ def test_drawing_the_true_coefficients_reconstructs_their_subspace():
         drawn = target.draw(truth, patches, patches, mask)["pasted"]
         error = (drawn - take(patches, mask.drop)).abs().max()
         assert error < close
-    assert error > 1e-3, "two components do not hold everything"
+    assert error > 1e-3, "two components do not reconstruct the patch"
 
 
 def test_an_unprepared_target_is_finite_and_zero():

@@ -59,7 +59,7 @@ def test_relative_bias_matches_values_computed_by_hand():
     assert found[1:, 0].eq(16).all(), "to the class token"
     assert found[0, 0] == 17
     assert found[1:, 1:].diagonal().eq(7).all(), "no offset: row 1 of 3, column 2 of 5"
-    assert found[1, 6] == 0, "patch 0 (row 0, column 0) looks at patch 5 (row 1, column 2): offsets -1, -2"
+    assert found[1, 6] == 0, "patch 0 (row 0, column 0) to patch 5 (row 1, column 2): offsets -1, -2"
     assert found[6, 1] == 14
     assert found[2, 1] == 8, "one column to the right of the other"
 
@@ -98,7 +98,9 @@ def test_other_sizes_interpolate_the_bias(options):
     assert larger.patches.isfinite().all()
     wide = encoder.relative_bias(None, (4, 4))
     assert wide.shape == (2, 17, 17)
-    assert torch.equal(wide[:, 0, 1], encoder.relative_bias()[:, 0, 1]), "the class token's are not interpolated"
+    assert torch.equal(wide[:, 0, 1], encoder.relative_bias()[:, 0, 1]), (
+        "entries of the class token are not interpolated"
+    )
 
 
 @torch.no_grad()

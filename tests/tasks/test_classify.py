@@ -151,7 +151,7 @@ def test_classifier_learns_and_the_picture_shows_its_accuracy():
     assert float(picture.numbers["loss"]) == pytest.approx(float(found.value.detach()), rel=1e-5)
     assert float(picture.numbers["all_classes_alike"]) == pytest.approx(np.log(4))
     darker = (second - 120).abs() <= (first - 120).abs() + 1e-3
-    assert darker.all(), "what does not speak for the guess fades to the mean colour"
+    assert darker.all(), "patches without evidence have the mean colour"
 
 
 def test_images_without_labels_are_rejected():

@@ -130,7 +130,7 @@ def test_assignment_of_boxes_to_cells_matches_plain_loops(strides):
         torch.testing.assert_close(truth.sides[number], torch.tensor(sides))
         torch.testing.assert_close(truth.centreness[number], torch.tensor(centreness))
     level = torch.repeat_interleave(torch.arange(len(shapes)), torch.tensor([r * c for r, c in shapes]))
-    assert set(level[(truth.label >= 0).any(0)].tolist()) == set(range(len(shapes))), "every level has its boxes"
+    assert set(level[(truth.label >= 0).any(0)].tolist()) == set(range(len(shapes))), "every level has boxes"
 
 
 def test_every_box_above_a_size_is_assigned_to_a_cell():

@@ -94,7 +94,7 @@ def test_the_chosen_parameters_are_trained_and_have_a_gradient(head, last_blocks
 def test_segmenter_learns_and_predicts(head):
     of = batch(8)
     first = float(make(head)(of, clock(of)).value.detach())
-    assert first == pytest.approx(math.log(3), rel=0.1), "at first it knows nothing"
+    assert first == pytest.approx(math.log(3), rel=0.1), "the untrained head predicts a uniform distribution"
     method = warm(head, 60, 3e-3, of)
     found = method(of, clock(of))
     assert float(found.value.detach()) < 0.3 * first
@@ -177,7 +177,9 @@ def test_the_loss_matches_a_value_computed_by_hand():
     maps[0, 0] = IGNORED
     logs = logits.log_softmax(1).gather(1, maps.clamp(max=2)[:, None])[:, 0]
     torch.testing.assert_close(error(logits, maps), -logs[maps != IGNORED].mean())
-    assert float(error(logits, torch.full_like(maps, IGNORED))) == 0, "no pixel counts, and nothing is nan"
+    assert float(error(logits, torch.full_like(maps, IGNORED))) == 0, (
+        "the loss is 0, not nan, if all pixels are ignored"
+    )
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -220,7 +222,7 @@ def test_every_class_has_a_distinct_colour():
     assert table.shape == (200, 3)
     assert len({tuple(row) for row in (table * 1000).round().tolist()}) == 200
     assert torch.equal(colour_table(5), table[:5])
-    assert table.amax(1).min() > 0.3, "black is for what is ignored"
+    assert table.amax(1).min() > 0.3, "ignored pixels are black"
 
 
 @torch.no_grad()
@@ -264,7 +266,9 @@ def test_feature_blocks_match_beits_code():
     assert head.blocks(24) == (8, 12, 16, 24)
     assert head.blocks(6) == (2, 3, 4, 6)
     assert head.blocks(1) == (1, 1, 1, 1)
-    assert UPerNet(8, 8, 3, (16, 16), (1, 4)).blocks(12) == (6, 8, 12), "three levels: the last is the last block"
+    assert UPerNet(8, 8, 3, (16, 16), (1, 4)).blocks(12) == (6, 8, 12), (
+        "with three levels, the last one reads the last block"
+    )
 
 
 @pytest.mark.parametrize("name", ["segment_nano", "segment_base"])
