@@ -311,7 +311,7 @@ def test_batch_far_larger_than_the_data_is_rejected(images, tmp_path):
 def test_loss_above_the_baseline_is_reported_at_the_end(images, tmp_path, capsys):
     run = start(images, tmp_path / "run", "train.steps=2", console=Console())
     err = " ".join(capsys.readouterr().err.split())
-    assert re.search(r"the loss on the images of the pictures is \d\.\d+; the baseline \(\w+ \w+\)", err)
+    assert re.search(r"the loss on the images of the pictures is \d\.\d+, and that of an untrained baseline \(\w+ \w+\)", err)
     assert f"unmask set {run.path} train.steps=3000" in err
 
 
@@ -330,7 +330,7 @@ def test_which_losses_count_as_above_the_baseline(images, tmp_path, capsys, gues
     run.write(BASELINES, {"guesses": guesses, "losses": losses})
     capsys.readouterr()
     run_training.warn_above_baseline(run, Console())
-    assert ("the baseline (visible mean)" in capsys.readouterr().err) == warned
+    assert ("an untrained baseline (visible mean)" in capsys.readouterr().err) == warned
 
 
 def test_images_without_valid_pixels_are_rejected(tmp_path):
