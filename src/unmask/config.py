@@ -78,22 +78,22 @@ class DataConfig(Settings):
     exclude: patterns of file names to leave out.
     size: (H, W) of the images that the method gets, in pixels.
     channels, mean, std: None: determined from the data (mean and std in the files' own units).
-    workers: number of decoding processes; None: chosen for the machine.
-    cache: whether to keep decoded images in memory; None: if they fit in `cache_gib`.
+    workers: number of decoding processes (None: chosen for the machine).
+    cache: whether to keep decoded images in memory (None: if they fit in `cache_gib`).
     max_bad_fraction: the run stops if a larger share of the files is unreadable.
-    scan_sample: number of files to check before training, evenly spaced; None: all. An unreadable file that was not
+    scan_sample: number of files to check before training, evenly spaced (None: all). An unreadable file that was not
     checked is recorded and replaced by another image during training.
     repeats: number of samples per decoded image, each with its own crop and mask, so that every file is decoded in one
     of `repeats` epochs only. train.batch_size must be a multiple of it.
     resize: whether the loader's processes or the device resample training crops. "device" is faster for packed or large
     images, and slower for small ones, because more bytes are copied. The crops are the same up to rounding.
-    test: the test images of a supervised run; None: some images of `source` are held out.
+    test: the test images of a supervised run (None: some images of `source` are held out).
     nodata: which pixels are absent. Mean, std and loss ignore absent pixels, and images hold the mean there. "auto":
     pixels with the value that a TIFF declares (GDAL_NODATA), and NaN or infinity in float images. A number: pixels with
     that value as well, for files that declare none. None: no pixels.
     min_valid: the loss ignores patches with a smaller share of valid pixels.
-    annotations, test_annotations: location of the masks or boxes for segmentation or detection; None: beside the
-    images.
+    annotations, test_annotations: location of the masks or boxes for segmentation or detection (None: beside the
+    images).
     test_split: list of the test images.
     alpha: whether to composite an alpha channel on white, drop it, or keep it as a band. "auto" composites, but keeps a
     TIFF's band that is only tagged as alpha.
@@ -154,12 +154,12 @@ class TrainConfig(Settings):
 
     steps: number of optimiser steps; takes precedence over `epochs`.
     batch_size: images per optimiser step, over all micro-batches.
-    micro_batch: images per forward pass; None: as many as fit in memory.
+    micro_batch: images per forward pass (None: as many as fit in memory).
     precision: "auto" is bf16 if the processor is fast at it, else fp32.
     compile: compile the transformer blocks. Takes half a minute or more at the start; on a CPU it needs a C++ compiler.
     checkpoint_every, checkpoint_minutes: write a checkpoint after so many steps, and after so many minutes.
     picture_images: images in each picture, at most 64.
-    test_every: test a supervised run after so many steps; None: ten times in all.
+    test_every: test a supervised run after so many steps (None: ten times in all).
     """
 
     steps: int | None = Field(default=None, gt=0)
@@ -182,8 +182,8 @@ class TrainConfig(Settings):
 class Graft(Settings):
     """Initial weights: copy all tensors under the prefix `source` of another run to the prefix `target`.
 
-    Names and shapes must match. step: step of the checkpoint; None: the newest. The weights are copied before step 0. A
-    run that is resumed from a checkpoint does not read the other run again; a run without a checkpoint does.
+    Names and shapes must match. step: step of the checkpoint (None: the newest). The weights are copied before step 0.
+    A run that is resumed from a checkpoint does not read the other run again; a run without a checkpoint does.
     """
 
     run: str

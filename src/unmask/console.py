@@ -132,7 +132,7 @@ class Console:
 
 
 def in_notebook() -> Callable[[str], None] | None:
-    """Return a function that shows a line in a Jupyter notebook, in place of its last one; None outside notebooks."""
+    """Return a function that shows a line in a Jupyter notebook in place of the last one, or None outside notebooks."""
     if (ipython := sys.modules.get("IPython")) is None or not hasattr(ipython.get_ipython(), "kernel"):
         return None
     handle = ipython.display.display({"text/plain": ""}, raw=True, display_id=True)
@@ -160,7 +160,7 @@ class Bar:
         self.show(step, "  ".join(part for part in (text, self.left(step)) if part))
 
     def left(self, step: int) -> str:
-        """Return for example '3 min 20 s left', from the mean speed since `begin`; "" before the first step."""
+        """Return for example '3 min 20 s left', from the mean speed since `begin`, or "" before the first step."""
         done = step - self.start
         if done <= 0:
             return ""

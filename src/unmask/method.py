@@ -55,7 +55,7 @@ class Clock:
     """Position in the training, and the random draws of the batch.
 
     step, total: number of optimiser steps done and in all. rng: random draws. micro: number of the micro-batch within
-    the step. share: share of the training done if the number of steps has changed during it; None: step / total.
+    the step. share: share of the training done if the number of steps has changed during it (None: step / total).
     counted: set in `Method.after_step` only, 0-d bool on the device, False if the step was skipped because of
     non-finite numbers.
     """
@@ -87,7 +87,7 @@ class Picture(NamedTuple):
     panels: images by caption, drawn side by side, each (B, C, H, W) float32 in the files' units. note: printed below.
     numbers: 0-d tensors; "loss" is the loss on these images, the others are losses of baselines in the same units
     ("true_patch_mean", "nearest_visible", ...). names: printed below each image. valid: (B, H, W) bool, False for
-    absent pixels; None if no pixel is absent.
+    absent pixels, or None if no pixel is absent.
     """
 
     panels: dict[str, Tensor]
@@ -142,14 +142,14 @@ class Method(nn.Module, ABC):
 
     @property
     def evaluation_mask(self) -> Callable[[Draws], Tensor] | None:
-        """Function from the draws of B images to (B, N) bool, True for tokens hidden in evaluations; None: none are."""
+        """Function from the draws of B images to (B, N) bool, True for tokens hidden in evaluations (None: none)."""
         return None
 
     def prepare(self, images: Tensor, valid: Tensor | None = None) -> None:
         """Set buffers that depend on the data. Called before step 0, after weights are copied, if `num_prepare` > 0.
 
         images: (n, C, H, W) in the files' dtype on the method's device, n <= num_prepare, evenly spaced in the data.
-        valid: (n, H, W) bool as in `Batch`; None if no pixel is absent.
+        valid: (n, H, W) bool as in `Batch`, or None if no pixel is absent.
         """
         raise TypeError(f"{type(self).__name__} needs {self.num_prepare} images but has no prepare()")
 

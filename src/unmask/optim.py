@@ -26,11 +26,11 @@ class OptimConfig(Settings):
     betas: AdamW's betas; LARS uses the first one as its momentum.
     warmup: share of all steps during which the learning rate rises linearly from 0 (MAE: 40 of 800 epochs). It then
     falls along half a cosine to final_lr x peak.
-    clip: maximum gradient norm; None: no clipping.
+    clip: maximum gradient norm (None: no clipping).
     layer_decay: for fine-tuning, the learning rate of each encoder layer divided by that of the next layer; the head
     has the full rate.
     average: decay of a moving average of the weights (`nn/ema.py`), smaller in the first steps (MAE from scratch:
-    0.9999); None: no average.
+    0.9999). None: no average.
     """
 
     name: Literal["adamw", "lars"] = "adamw"
@@ -119,7 +119,7 @@ def make_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.AdamW 
 
 
 def layer_scales(module: nn.Module, decay: float) -> Mapping[str, float]:
-    """Return the learning-rate factor of each parameter of `module.encoder`, by name; {} without layer-wise decay.
+    """Return the learning-rate factor of each parameter of `module.encoder`, by name, or {} without layer-wise decay.
 
     The factor is decay^(n - depth), with the depth by `depth_of` and n the largest depth in the encoder; the head's
     factor is 1 (Clark et al. 2020, ELECTRA; as in BEiT and MAE).

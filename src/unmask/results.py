@@ -53,9 +53,9 @@ class RunFolder(Protocol):
 class ImageSet:
     """A set of images.
 
-    name: as the user gave it. path: absolute path; None for generated and built-in sets. digest: SHA-256 over the
-    names and sizes of its files (`Source.fingerprint`); None in results of earlier versions. excluded: the patterns of
-    `--exclude`.
+    name: as the user gave it. path: absolute path, or None for generated and built-in sets. digest: SHA-256 over the
+    names and sizes of its files (`Source.fingerprint`), or None in results of earlier versions. excluded: the patterns
+    of `--exclude`.
     """
 
     name: str
@@ -77,8 +77,8 @@ class ImageSet:
 class TestIdentity:
     """The test images: either held out of the labelled data, or a separate set.
 
-    held_out: held-out share of the labelled data. seed: the seed that selected it; None if it was not recorded. images:
-    the separate set.
+    held_out: held-out share of the labelled data. seed: the seed that selected it, or None if it was not recorded.
+    images: the separate set.
     """
 
     __test__: ClassVar[bool] = False  # tells pytest that this is not a test class
@@ -137,8 +137,8 @@ class LayerChoice:
 class TargetScore:
     """The score of one target column.
 
-    value: average precision of a label, or R2 of a quantity; None if it is undefined on these test images. positives:
-    number of test images with the label.
+    value: average precision of a label, or R2 of a quantity, or None if it is undefined on these test images.
+    positives: number of test images with the label.
     """
 
     name: str
@@ -230,9 +230,9 @@ class FeatureMeasurement:
     """Base of the results of all frozen-feature probes.
 
     kind: value of --kind. title: the kind as a heading, "Linear probe". step: step of the checkpoint. seed: seed of the
-    split and of all random draws. layer, mask_votes: values of the options; None: the default protocol of the encoder.
+    split and of all random draws. layer, mask_votes: values of the options (None: the default protocol of the encoder).
     task: CLASSES, MULTILABEL, REGRESSION or UNLABELLED. names: names of the classes or the target columns. chance: the
-    score of a prediction that does not depend on the image; None if there is none. interval: how the 95 % intervals
+    score of a prediction that does not depend on the image, or None if there is none. interval: how the 95 % intervals
     were computed. shared: number of test images that are identical to a training image, pixel for pixel. differences:
     differences from the other feature sets. protocol, verdict: descriptions in words. caveats: sentences on the
     limitations of the numbers.
@@ -265,7 +265,7 @@ class FeatureMeasurement:
 
     @property
     def budgets(self) -> tuple[int, ...] | None:
-        """Labels per class of every fit, ascending; None where all labels were used."""
+        """Labels per class of every fit, ascending, or None if all labels were used."""
         raise NotImplementedError
 
     def same_measurement(self, other: FeatureMeasurement) -> bool:
@@ -288,7 +288,7 @@ class FeatureMeasurement:
 class ProbeResult(FeatureMeasurement):
     """The result of `unmask probe`: a score for every feature set.
 
-    shots: training labels per class; None: all. run, best: only for --kind paper-linear, which trains a classifier:
+    shots: training labels per class (None: all). run, best: only for --kind paper-linear, which trains a classifier:
     the folder of that training inside the run, and its best test during training.
     """
 
@@ -302,7 +302,7 @@ class ProbeResult(FeatureMeasurement):
         return None if self.shots is None else (self.shots,)
 
     def row(self, features: str = PRETRAINED, pool: str | None = None) -> FeatureScore | None:
-        """Return the score of a feature set under `pool`, or under its best pooling; None if it was not measured."""
+        """Return the score of a feature set under `pool`, or under its best pooling, or None if it was not measured."""
         rows = [row for row in self.rows if row.features == features and pool in (None, row.pool)]
         return max(rows, key=lambda row: row.value, default=None)
 
@@ -332,8 +332,8 @@ class FinetuneResult:
     """The score of a fine-tuned run on its test images, with the weights of the last step.
 
     task: name of the method ("classify", "segment", "detect", "linear_probe"). metric: key of the score in `numbers`.
-    low, high: 95 % interval of the score. by_class: IoU or AP50 of every class; None if it is undefined. best: the best
-    test during training, selected on the test images. averaged: the score with the moving average of the weights.
+    low, high: 95 % interval of the score. by_class: IoU or AP50 of every class, or None if it is undefined. best: the
+    best test during training, selected on the test images. averaged: the score with the moving average of the weights.
     initial_run: the run with the initial weights.
     """
 
@@ -520,7 +520,7 @@ class Results:
 
     @property
     def finetuned(self) -> FinetuneResult | None:
-        """The score of a fine-tuned run; None for other runs, and before the test."""
+        """The score of a fine-tuned run, or None for other runs, and before the test."""
         return next(self._of(FinetuneResult), None)
 
     @property
@@ -557,6 +557,6 @@ def read_results(run: RunFolder) -> Results:
 
 
 def read_score(run: RunFolder) -> FinetuneResult | None:
-    """Return the score of a fine-tuned run's last weights; None if they have not been tested yet."""
+    """Return the score of a fine-tuned run's last weights, or None if they have not been tested yet."""
     found = read_results(run).finetuned
     return found if found is not None and found.step == run.read("plan.json")["steps"] else None

@@ -1,6 +1,6 @@
 """Stateless random numbers: every draw is a pure function of (seed, stream, epoch, dataset index).
 
-Each of the four is an input word of its own of Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as
+Each of the four is a separate input word of Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as
 1, 2, 3"); they are never added to each other. So order, crops and masks do not depend on the number of loader workers;
 a resumed run needs no generator state; and a mask is the same on CPU and GPU, because the same integer arithmetic runs
 on NumPy arrays and torch tensors.

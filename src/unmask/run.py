@@ -249,7 +249,7 @@ class Run:
 
     @property
     def id(self) -> str | None:
-        """The random id of the run; None for runs of earlier versions. Raises RunError."""
+        """The random id of the run, or None for runs of earlier versions. Raises RunError."""
         if self._new_id is None and (self.path / CONFIG).exists():
             self._new_id = self.verified(CONFIG).run_id
         return self._new_id
@@ -262,7 +262,7 @@ class Run:
         return Identity(self.id, self._digests.get(CONFIG), self._digests.get(PLAN))
 
     def why_foreign(self, found: Identity) -> str:
-        """Return why a checkpoint with this identity does not belong to this run; "" if it does. Raises RunError."""
+        """Return why a checkpoint with this identity does not belong to this run, or "" if it does. Raises RunError."""
         if found.run_id != self.id:
             return f"it belongs to {_run_name(found.run_id)}, this is {_run_name(self.id)}"
         for name, digest in ((CONFIG, found.config), (PLAN, found.plan)):
@@ -467,7 +467,7 @@ class Run:
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    """Return the objects of a file of JSON lines; [] if there is no such file. Raises RunError."""
+    """Return the objects of a file of JSON lines, or [] if there is no such file. Raises RunError."""
     try:
         return json_lines.parse(path.read_bytes())
     except FileNotFoundError:

@@ -17,11 +17,11 @@ Health = Literal["ended", "training", "slow", "dead"]
 class RunStatus:
     """Status of a run, from status.json and heartbeat.json.
 
-    state: "running", "stopped", "finished" or "failed"; "" if none is recorded, as before the training begins. step,
+    state: "running", "stopped", "finished" or "failed", or "" if none is recorded, as before the training begins. step,
     steps: number of optimiser steps done and in all. time: when the state was recorded, in seconds since 1970. seconds:
     training time. error: why the run failed. pid, host: the process that recorded the state. heartbeat: time of the
-    last training step, in seconds since 1970; None unless the run is running. locked: whether a process holds the run's
-    lock. Fields that runs of earlier versions did not record are None.
+    last training step, in seconds since 1970, or None unless the run is running. locked: whether a process holds the
+    run's lock. Fields that runs of earlier versions did not record are None.
     """
 
     state: str = ""

@@ -58,7 +58,7 @@ class RunSummary:
 
     @property
     def progress(self) -> str:
-        """Number of steps done and in all, such as '250/1000'; '' if there is no plan."""
+        """Number of steps done and in all, such as '250/1000', or '' if there is no plan."""
         return f"{self.step or 0}/{self.steps}" if self.steps is not None else ""
 
 
@@ -135,7 +135,7 @@ def _metrics(run: RunFolder) -> list[dict[str, Any]]:
 
 
 def _newest_result(run: RunFolder) -> str:
-    """Return the newest score of the run's own features, as 'linear 55.8 % on digits'; "" where there is none."""
+    """Return the newest score of the run's own features, such as 'linear 55.8 % on digits', or "" if there is none."""
     from unmask.results import ACCURACY, FinetuneResult, ProbeResult, read_results  # pydantic is slow to import
 
     records = read_results(run).records

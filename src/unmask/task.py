@@ -41,11 +41,11 @@ class TaskConfig(MethodConfig):
 
     @property
     def ignored_ids(self) -> tuple[int, ...]:
-        """Ids in mask files that do not denote a class; () for tasks without masks."""
+        """Ids in mask files that do not denote a class, or () for tasks without masks."""
         return ()
 
     def mask_options(self, *, of_training_images: bool) -> MaskOptions | None:
-        """Return how to read masks; None for tasks without masks.
+        """Return how to read masks, or None for tasks without masks.
 
         of_training_images: whether the masks belong to the training images; others may be stored in another way.
         """
@@ -55,8 +55,8 @@ class TaskConfig(MethodConfig):
 class Task(Method, Generic[Prediction, Truth]):
     """A supervised method; see the module docstring. `classes`: names, in the order of the class numbers.
 
-    Prediction: type of one prediction. Truth: type of the annotations of the test images; None for classes, which are
-    in the batches. title: the task's name for messages.
+    Prediction: type of one prediction. Truth: type of the annotations of the test images, or None for classes, which
+    are in the batches. title: the task's name for messages.
     """
 
     annotation: ClassVar[Annotation]

@@ -89,7 +89,7 @@ class Pace:
         return max(1, math.ceil(MARGIN * self.load / self.step))
 
     def advice(self, data: str) -> list[str]:
-        """Return suggestions, the simplest first; [] if training hardly waits for images."""
+        """Return suggestions, the simplest first, or [] if training hardly waits for images."""
         if self.wait <= 0.05:
             return []
         found = []

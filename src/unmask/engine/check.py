@@ -44,7 +44,7 @@ def check_data(
 
     All files are read, even those in the scan cache. A later `unmask pretrain` then need not read them again.
 
-    sample: number of files to read; None: all. workers: number of processes that read files; 0 or None: chosen by the
+    sample: number of files to read (None: all). workers: number of processes that read files; 0 or None: chosen by the
     scan, as in `unmask pretrain`. settings: KEY=VALUE assignments, as for `unmask pretrain`.
     """
     draft = draft_config(None, "auto", list(settings), None)

@@ -352,7 +352,7 @@ def save_fixed(run: Run, tensors: Mapping[str, Tensor]) -> None:
 
 
 def load_fixed(checkpoints: Path) -> dict[str, Tensor]:
-    """Return the tensors that `save_fixed` stored; {} if there are none. Raises CheckpointError if they are damaged."""
+    """Return the tensors that `save_fixed` stored, or {} without any. Raises CheckpointError if they are damaged."""
     for file in checkpoints.glob(FIXED):
         try:
             content = file.read_bytes()
@@ -392,5 +392,5 @@ def check_space(run: Run, needed: int) -> None:
 
 
 def newest_step(run: Run) -> int | None:
-    """Return the newest step of which there is a checkpoint, without verifying it; None if there is none."""
+    """Return the newest step of which there is a checkpoint, without verifying it, or None if there is none."""
     return next((step for step, _ in steps_on_disk(run)), None)

@@ -61,7 +61,7 @@ def promised_tokenizer(recipe: str, settings: Sequence[str], dvae: str | None = 
     """Return (recipe of a dVAE, settings as KEY=VALUE) as a stand-in for the tokenizer of a method that predicts codes.
 
     The settings describe the tokenizer's network, without weights. (None, []) for methods without a tokenizer. dvae:
-    recipe of the dVAE; None: DALL-E's for patches of 14 pixels or more, else the small one.
+    recipe of the dVAE (None: DALL-E's for patches of 14 pixels or more, else the small one).
     """
     chosen = [text for text in settings if text.strip().startswith("method.")]
     method: Any = override(catalogue.find(recipe), chosen).method
@@ -74,7 +74,7 @@ def promised_tokenizer(recipe: str, settings: Sequence[str], dvae: str | None = 
 
 
 def with_idle_work(method: Method, flops: Flops) -> dict[str, int]:
-    """Return FLOPs per image including the redundant compute of MAE's published code; {} if there is none.
+    """Return FLOPs per image including the redundant compute of MAE's published code, or {} if there is none.
 
     The published code also embeds the hidden patches, and applies the decoder's last block and the prediction layer to
     all tokens.
@@ -97,7 +97,7 @@ def with_idle_work(method: Method, flops: Flops) -> dict[str, int]:
 
 
 def ratios(config: Config, method: Method, flops: Flops) -> dict[str, float]:
-    """Return how much compute masking saves; {} if the encoder processes all patches, or if there is no decoder.
+    """Return how much compute masking saves, or {} if the encoder processes all patches, or if there is no decoder.
 
     "everything": FLOPs of the forward pass with the encoder on all patches (as with mask tokens), divided by the actual
     FLOPs. The other keys exist for MAE only. They count transformer blocks only, without the class token, as papers

@@ -60,7 +60,7 @@ def continued(from_run: str | Path, recipe: str) -> Config:
 
 
 def licence(config: Config) -> dict[str, str]:
-    """Return the licence of the initial weights as an entry for provenance.json; {} if there is none."""
+    """Return the licence of the initial weights as an entry for provenance.json, or {} if there is none."""
     runs = [Run(entry.run) for entry in config.graft if not entry.target.startswith(TOKENIZER)]
     said = dict.fromkeys(words for run in runs if (words := licence_of(run)))
     return {"licence": "; ".join(said)} if said else {}

@@ -27,7 +27,7 @@ class TrainingInputs:
     """The inputs of `train`.
 
     evaluator: evaluates a supervised method on its test images. began: when training began or was resumed, on the clock
-    of `time_budget.now`; None: now.
+    of `time_budget.now` (None: now).
     """
 
     run: Run

@@ -26,7 +26,7 @@ Read = TypeVar("Read", bound=BaseModel)
 class Loaded:
     """A method from a run, in eval mode on `device`, with its configuration and plan.
 
-    licence: licence of imported weights, or of the initial weights; "" if unknown.
+    licence: licence of imported or initial weights, or "" if unknown.
     """
 
     method: Method
@@ -38,7 +38,7 @@ class Loaded:
 
 
 def licence_of(run: Run) -> str:
-    """Return the licence of imported weights, or of weights trained from them; "" if there is none."""
+    """Return the licence of imported weights, or of weights trained from them, or "" if there is none."""
     made = run.read("provenance.json") if (run.path / "provenance.json").exists() else {}
     return str(made.get("imported", {}).get("licence") or made.get("licence") or "")
 
@@ -95,7 +95,7 @@ def take_weights(method: Method, config: Config) -> None:
 
 
 def _grid(run: Run) -> tuple[int, int] | None:
-    """Return the grid of patches of a run's encoder; None if it has no patches."""
+    """Return the grid of patches of a run's encoder, or None if it has no patches."""
     patch = read_config(run).method.model_dump()["encoder"].get("patch")
     size = read_plan(run).images.size
     return None if patch is None else (size[0] // patch[0], size[1] // patch[1])

@@ -45,7 +45,7 @@ class LoadingPlan:
     """How images are loaded.
 
     workers: number of loader workers. cached: whether decoded images are kept in memory. batch_seconds: function that
-    measures the time to load one global batch; None: loading takes no time.
+    measures the time to load one global batch (None: loading takes no time).
     """
 
     workers: int
@@ -156,7 +156,7 @@ def fill_budget(config: Config, budget: float, used: float, timing: Timing, num_
 
 
 def few_steps(plan: Plan) -> str | None:
-    """Return a warning if a budget allows too few steps to learn much; None otherwise."""
+    """Return a warning if a budget allows too few steps to learn much, else None."""
     if plan.budget is None or plan.steps >= USEFUL_STEPS:
         return None
     need = plan.startup + (plan.budget - plan.startup) * USEFUL_STEPS / plan.steps
@@ -177,7 +177,8 @@ def make_plan(
 ) -> Plan:
     """Derive the plan of a run.
 
-    budget: time for the whole command; None if the settings determine the length. reasons: reasons of earlier choices.
+    budget: time for the whole command, or None if the settings determine the length. reasons: reasons of earlier
+    choices.
     """
     precision, why_precision = choose_precision(config.train.precision, device)
     model = model_facts(config, dataset.spec, precision, device)
@@ -237,7 +238,7 @@ def model_facts(config: Config, spec: ImageSpec, precision: str, device: str) ->
 
 
 def few_epochs(samples: int, num_images: int, batch_size: int) -> tuple[str, ...]:
-    """Return a sentence for the plan where training ends after few epochs; () otherwise."""
+    """Return a warning as a tuple if the training is only a few epochs long, else ()."""
     if samples >= 20 * num_images or num_images < batch_size:
         return ()
     return (f"only {samples / num_images:.3g} epochs: expect the loss to be far above its minimum",)

@@ -36,8 +36,8 @@ class Stopwatch:
 def open_pacer(job: Job, stopwatch: Stopwatch, evaluator: Evaluator | None) -> Pacer:
     """Return the `Pacer` of a job. Without a time budget it never changes the number of steps.
 
-    A resumed run repeats some steps exactly, so the number of steps does not change before the last step that was
-    logged or at which it changed before.
+    A resumed run repeats some steps exactly, so the number of steps cannot change before the last logged step or the
+    last recorded change.
     """
     plan = job.plan
     if plan.budget is None:

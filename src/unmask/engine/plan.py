@@ -26,13 +26,12 @@ class Plan(Settings):
     fingerprint: digest of the names and sizes of the files. excluded: rows of the source that are not used for
     training. test_rows: excluded rows on which a supervised run is evaluated. held_out: excluded rows for the held-out
     loss of a pre-training run. test_every: steps between evaluations; 0: only at the end. taught: digest of the
-    segmentation masks or boxes used for training, and of the test images. reading: how to decode image files.
-    budget: seconds for the whole command; None if the length was set. startup: seconds of it used before the run began.
+    segmentation masks or boxes used for training, and of the test images. reading: how to decode image files. budget:
+    seconds for the whole command, or None if the length was set. startup: seconds of it used before the run began.
     replans: changes of `steps` during training, which a resumed run repeats. `steps` is the current number, while
     warmup_steps, picture_every and test_every refer to the original number of steps. reasons: why each choice was made,
-    as sentences.
-    earlier: the plan that applies before step `since`, at which `unmask set` changed the schedule. From there the
-    learning rate changes linearly, over `ramp` steps, from `from_lr` to the new curve.
+    as sentences. earlier: the plan that applies before step `since`, at which `unmask set` changed the schedule. From
+    there the learning rate changes linearly, over `ramp` steps, from `from_lr` to the new curve.
     """
 
     steps: int

@@ -70,7 +70,7 @@ class PretrainOptions:
     masks: str | Path | None = None
 
     def base(self) -> Config | None:
-        """Return the configuration of another run to use in place of a recipe; None for a recipe. Raises UserError."""
+        """Return the configuration of another run that replaces the recipe, or None without one. Raises UserError."""
         if self.config is not None:
             reject_two_sources_of_settings(self.recipe, self.from_run)
             return config_of_run(self.config)
@@ -100,7 +100,7 @@ def pretrain(
 ) -> Run:
     """Pre-train on the images of `data` and return the run; `run.status().state` is "finished" or "stopped".
 
-    data: one source or several. out: a new folder; None: named after data and recipe. budget: seconds, or a time such
+    data: one source or several. out: a new folder (None: named after data and recipe). budget: seconds, or a time such
     as "30m", for this whole call; the number of steps is adapted to the speed of training. console:
     `Console(quiet=True)` shows no progress. Raises UserError; for invalid settings, before any image is opened.
     """

@@ -37,7 +37,7 @@ class ProductRates:
 
 
 def measure_products() -> ProductRates | None:
-    """Time a matrix product in each library, which takes less than a second; None if torch has no oneDNN."""
+    """Time a matrix product in each library, which takes less than a second, or None if torch has no oneDNN."""
     if onednn_linear() is None or not torch.backends.mkldnn.is_available():
         return None
     x, weight = torch.randn(ROWS, INSIDE), torch.randn(OUTSIDE, INSIDE)

@@ -44,7 +44,7 @@ def provenance_versions() -> dict[str, str]:
 
 
 def git_state() -> dict[str, Any] | None:
-    """Return the commit of the working folder and whether it has uncommitted changes; None outside a repository."""
+    """Return the commit of the working folder and whether it has uncommitted changes, or None outside a repository."""
     try:
         ask = {"capture_output": True, "text": True, "timeout": 5, "check": True}
         commit = subprocess.run(["git", "rev-parse", "HEAD"], **ask).stdout.strip()

@@ -53,7 +53,7 @@ def config_of_run(path: str | Path) -> Config:
 
 
 def patch_of(config: Config) -> tuple[int, int] | None:
-    """Return (H, W) of the encoder's patches in pixels; None if it has no patches."""
+    """Return (H, W) of the encoder's patches in pixels, or None if it has no patches."""
     return config.method.encoder.patch_size
 
 

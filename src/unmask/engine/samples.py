@@ -1,4 +1,4 @@
-"""Pictures and losses on fixed images while a method trains."""
+"""Draw pictures and measure losses on fixed images during training."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Samples:
     """Fixed images that show the progress of training; the same in every run on the same data.
 
     pictures: training images for the pictures and for the comparison with baselines. held_out: images that are not used
-    for training; None if there are none. losses: the newest numbers for the progress line: the loss on the held-out
+    for training, or None if there are none. losses: the newest numbers for the progress line: the loss on the held-out
     images, and the best baseline that uses visible patches only.
     """
 

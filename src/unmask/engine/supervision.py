@@ -34,8 +34,8 @@ class Evaluator(Protocol):
 class Supervision(NamedTuple):
     """The annotations, evaluator and result of a supervised run.
 
-    annotations: segmentation masks or boxes; None for class labels. evaluator: evaluates the method on the test images.
-    write_result: evaluates the final weights and writes the result; the run is finished only after it.
+    annotations: segmentation masks or boxes, or None for class labels. evaluator: evaluates the method on the test
+    images. write_result: evaluates the final weights and writes the result; the run is finished only after it.
     """
 
     annotations: Annotations | None
@@ -51,9 +51,9 @@ Supervise = Callable[[Run, Config, Plan, Source], Supervision]
 class SupervisedSplit:
     """The training and test images of a supervised run.
 
-    held_out: rows of the source that are excluded from training. test_rows: held-out rows used for evaluation; None if
-    the test images are from another source. num_test: number of test images. taught: see `Plan`. supervise: makes the
-    run's `Supervision`.
+    held_out: rows of the source that are excluded from training. test_rows: held-out rows used for evaluation, or None
+    if the test images are from another source. num_test: number of test images. taught: see `Plan`. supervise: makes
+    the run's `Supervision`.
     """
 
     held_out: np.ndarray

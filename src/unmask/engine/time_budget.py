@@ -157,7 +157,7 @@ class Pacer:
         self._marks.append((self.used() - self._spent, step))
 
     def seconds_a_step(self) -> float | None:
-        """Return the recent seconds per step; None before the first measurement."""
+        """Return the recent seconds per step, or None before the first measurement."""
         if len(self._marks) < 2:
             return None
         (start, first), (end, last) = self._marks[0], self._marks[-1]

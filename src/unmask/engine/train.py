@@ -363,7 +363,7 @@ def step(job: Job, stream: Iterator[Batch], at: Position) -> Step:
 def read(job: Job, unread: list[Step], at: Position) -> tuple[dict[str, float], Step | None]:
     """Wait for the device and check the steps since the last call; return (numbers of the newest step, fault).
 
-    fault: the step that requires a rollback, because too many in a row were non-finite; None: no rollback. Later steps
+    fault: the step that requires a rollback, because too many in a row were non-finite (None: no rollback). Later steps
     are then not checked, because the rollback undoes them. The images of skipped steps are recorded in metrics.jsonl
     and faults.jsonl.
     """

@@ -194,7 +194,7 @@ def batch_seconds(images: ImageReader, batch: int, workers: int, *, cached: bool
 
 
 def skipped_files(source: Source) -> str:
-    """Return the numbers of skipped and excluded files, by kind, in parentheses; "" for none."""
+    """Return the numbers of skipped and excluded files, by kind, in parentheses, or "" for none."""
     excluded = ", ".join(f"{count} by {pattern}" for pattern, count in source.excluded.items())
     text = f" (excluded: {excluded})" if excluded else ""
     if not (skipped := +source.skipped):

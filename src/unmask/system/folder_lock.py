@@ -51,7 +51,7 @@ def locked(folder: Path, *, grace: float = GRACE) -> Iterator[int]:
 
 
 def is_held(folder: Path) -> bool:
-    """Return whether a process has locked `folder`; True if that cannot be determined. Creates no file."""
+    """Return whether a process has locked `folder`, or True if that cannot be determined. Creates no file."""
     if fcntl is None:
         return True
     try:

@@ -67,7 +67,7 @@ def read_object(text: str | bytes, where: str) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a file; {} if there is no such file. Raises ForeignError."""
+    """Read a JSON object from a file, or {} if there is no such file. Raises ForeignError."""
     try:
         with path.open("rb") as file:
             return read_object(file.read(MOST_BYTES + 1), str(path))

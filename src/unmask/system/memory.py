@@ -14,7 +14,7 @@ def available_bytes() -> int:
 
 
 def container_bytes(groups: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> int | None:
-    """Return the free bytes of the control group (version 2) of this process, or of a parent group with less.
+    """Return the free bytes within the limits of this process's control group (version 2) and its parents.
 
     None without a limit. psutil does not read control groups. A group's inactive page cache counts as free, because it
     can be reclaimed.
@@ -36,7 +36,7 @@ def container_bytes(groups: Path = Path("/sys/fs/cgroup"), membership: Path = Pa
 
 
 def _table(file: Path, separator: str) -> list[tuple[str, str]]:
-    """Return (key, value) of each line of a small system file; [] if there is no such file."""
+    """Return (key, value) of each line of a small system file, or [] if there is no such file."""
     try:
         parts = [line.partition(separator) for line in file.read_text().splitlines()]
     except OSError:

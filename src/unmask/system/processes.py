@@ -140,7 +140,7 @@ def require_main_guard() -> None:
 
 
 def _guarded(script: Path, line: int) -> bool:
-    """Return whether this line is inside an `if` that tests `__name__`; True if the script cannot be read."""
+    """Return whether this line is inside an `if` that tests `__name__`, or True if the script cannot be read."""
     try:
         tree = ast.parse(script.read_bytes())
     except (OSError, ValueError, SyntaxError):
