@@ -309,9 +309,10 @@ def test_batch_far_larger_than_the_data_is_rejected(images, tmp_path):
 
 
 def test_loss_above_the_baseline_is_reported_at_the_end(images, tmp_path, capsys):
-    run = start(images, tmp_path / "run", "train.steps=2", console=Console()) err = "
-    ".join(capsys.readouterr().err.split()) assert re.search(r"the loss on the images of the pictures is \d\.\d+, and
-    that of an untrained baseline \(\w+ \w+\)", err) assert f"unmask set {run.path} train.steps=3000" in err
+    run = start(images, tmp_path / "run", "train.steps=2", console=Console())
+    err = " ".join(capsys.readouterr().err.split())
+    assert re.search(r"images of the pictures is \d\.\d+, and that of an untrained baseline \(\w+ \w+\)", err)
+    assert f"unmask set {run.path} train.steps=3000" in err
 
 
 @pytest.mark.parametrize(
