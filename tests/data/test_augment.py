@@ -157,7 +157,7 @@ def test_resampling_preserves_values_for_every_dtype_and_channel_count(dtype, ch
     assert out.max() <= ramp.max()
 
 
-def test_both_resampling_branches_agree():
+def test_integer_and_float_resampling_agree():
     smooth = np.add.outer(np.linspace(0, 100, 40), np.linspace(0, 100, 50))[:, :, None].repeat(3, 2)
     box = np.array([4, 6, 30, 36])
     pillow = cut(smooth.astype(np.uint8), box, (16, 16), False).astype(float)
@@ -237,7 +237,7 @@ def test_crop_is_written_to_out_and_flipped(box, dtype, channels):
     assert (out[1] == cut(image, np.array(box), (16, 20), False)[:, ::-1]).all()
 
 
-def test_scaled_decoding_keeps_the_crop_at_full_resolution():
+def test_decode_size_preserves_the_resolution_of_the_crop():
     assert decode_size((3000, 4000), np.array([0, 0, 3000, 4000]), (224, 224)) == (224, 224)
     assert decode_size((3000, 4000), np.array([0, 0, 300, 400]), (224, 224)) == (2240, 2240)
     assert decode_size((100, 100), np.array([0, 0, 50, 50]), (224, 224)) == (100, 100)

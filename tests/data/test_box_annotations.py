@@ -133,7 +133,7 @@ def test_cut_boxes_agrees_with_hand_computed_boxes():
     assert keep.tolist() == [False, True], "less than a pixel is left"
 
 
-def test_an_evaluation_sees_the_whole_image_and_all_boxes(tmp_path):
+def test_evaluation_uses_the_whole_image_and_all_boxes(tmp_path):
     boxes = open_boxes(coco(tmp_path))
     data = ImageReader(boxes.source, boxes.rows, SPEC, CropConfig(), training=False, annotations=boxes, whole=True)
     (batch,) = eval_batches(data, boxes.rows, batch=3)
@@ -171,7 +171,7 @@ def test_coco_and_voc_give_the_same_boxes(tmp_path):
     ]
 
 
-def test_a_split_lists_the_images(tmp_path):
+def test_split_selects_the_listed_images(tmp_path):
     root = voc(tmp_path)
     lists = root / "ImageSets" / "Main"
     lists.mkdir(parents=True)

@@ -79,7 +79,9 @@ def test_jitter_is_reproducible_and_only_applied_in_training():
 def test_starting_later_continues_the_same_stream(start):
     stream = drawn(images(), batches=8)
     assert drawn(images(), start=start, batches=3) == stream[start : start + 24]
-    assert drawn(images(), start=start + 1, batches=3) != stream[start : start + 24]  # the test can fail
+    assert (
+        drawn(images(), start=start + 1, batches=3) != stream[start : start + 24]
+    )  # check that the comparison can fail
 
 
 def test_every_epoch_has_every_image_once_in_a_new_order():
@@ -301,12 +303,12 @@ def test_bad_file_is_reported_and_replaced_reproducibly():
     assert sorted((bad.name, bad.code) for bad in told) == [("003.png", "NOT_IMAGE"), ("007.png", "EMPTY")]
 
 
-def test_the_label_follows_the_replacement():
+def test_replacement_has_its_own_label():
     for row, _, label, _ in drawn(images(source(r3=b""))):
         assert label == row % 4
 
 
-def test_kept_images_report_bad_files_too():
+def test_bad_files_are_reported_for_cached_images():
     data = images(source(r3=b""))
     data.keep_decoded()
     assert drawn(data) == drawn(images(source(r3=b"")))

@@ -190,7 +190,7 @@ def test_masks_of_displayed_images_are_not_rotated_and_mixtures_are_rejected(tmp
 
 def test_detail_lost_to_the_image_size_is_reported(tmp_path):
     ids = halves(0, 1)
-    ids[:, ::9] = 2  # poles one pixel wide
+    ids[:, ::9] = 2  # stripes that are one pixel wide
     found = open_masks(folder(tmp_path, [ids] * 3))
     line, costly = found.size_line((8, 8), 4)
     assert costly

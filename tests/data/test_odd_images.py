@@ -69,7 +69,7 @@ def test_masks_beside_their_images_are_reported(tmp_path):
 
 
 def test_photographs_and_drawings_are_not_reported_as_masks(tmp_path):
-    for folder in ("cat", "masks", "labels"):  # photographs, in folders with the names of mask folders
+    for folder in ("cat", "masks", "labels"):  # photographs in folders that are named like mask folders
         for number in range(6):
             put(tmp_path / "photos", f"{folder}/{number}.png", file_of(noisy(32, 40, seed=number), "PNG"))
     assert mask_warnings(open_source(tmp_path / "photos")) == []

@@ -127,7 +127,7 @@ def test_files_are_decoded_by_content_not_by_extension(tmp_path):
     assert found.formats == {"PNG": 2, "JPEG": 1}
 
 
-def test_science_formats_are_scanned(tmp_path):
+def test_scientific_formats_are_scanned(tmp_path):
     (tmp_path / "a.tif").write_bytes(tiff(noisy(channels=5), photometric="minisblack", planarconfig="contig"))
     (tmp_path / "b.npy").write_bytes(npy(noisy(channels=5)))
     assert scan(open_source(tmp_path)).channels == {5: 2}

@@ -68,7 +68,7 @@ def test_segmentation_mask_stays_aligned_with_its_image_in_every_crop(tmp_path, 
     assert mirrored > 0.2 * total, "the test can fail"
 
 
-def test_an_evaluation_sees_the_whole_image(tmp_path):
+def test_evaluation_uses_the_whole_image_and_mask(tmp_path):
     maps = open_masks(folder(tmp_path, size=(40, 90)))
     whole = ImageReader(maps.source, maps.rows, SPEC, CropConfig(), training=False, annotations=maps, whole=True)
     (batch,) = eval_batches(whole, maps.rows, batch=6)

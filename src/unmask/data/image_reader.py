@@ -33,7 +33,7 @@ from unmask.data.sources.source import Source
 from unmask.rng import Stream, uniform, words
 
 REPLACEMENT_TRIES = 16
-READ_AHEAD = 16  # undecoded files of a batch in memory at a time
+READ_AHEAD = 16  # maximum number of undecoded files in memory at a time
 
 
 @dataclass(frozen=True)
@@ -235,7 +235,7 @@ class ImageReader:
 
     @property
     def fill(self) -> np.ndarray:
-        """(C,): the value of absent pixels."""
+        """The value of absent pixels, (C,)."""
         return nodata.fill_values(self.spec.mean, self.spec.dtype)
 
     def _take(

@@ -94,7 +94,7 @@ def _deliveries(
 
 
 def choose_workers(device: str, *, cached: bool) -> tuple[int, str]:
-    """Return the number of decoding processes, and the reason as a sentence."""
+    """Return the number of loader workers, and the reason as a sentence."""
     cores = num_cores()
     if device == "cpu":
         if cached or cores < 2:

@@ -171,7 +171,7 @@ def pack(
 def require_packable(source: Source) -> None:
     """Raise PackError unless a tar can store the names, their order and the labels."""
     names = list(source.names)
-    folder = "give the folder, tar or zip that holds the files, or put the files of each class into one folder"
+    folder = "use the folder, tar or zip that contains the files, or put the files of each class into one folder"
     if bare := [name for name in names if not name.lower().endswith(EXTENSIONS)]:
         raise PackError(f"the images of {source.name} have no file names (for example {bare[0]}); {folder}")
     if names != sorted(set(names)):
@@ -224,7 +224,7 @@ def _write(source: Source, part: Path, images: Iterator[Packed], console: Consol
 
 
 def _require_same(source: Source, part: Path) -> None:
-    """Read the tar back. Raises PackError unless it has the names and labels of the source."""
+    """Read the written tar again. Raises PackError unless it has the names and labels of the source."""
     written = TarSource(str(part))
     same = list(written.names) == list(source.names)
     if not same or not np.array_equal(written.labels, source.labels):  # type: ignore[arg-type]
@@ -339,8 +339,8 @@ def _png16(pixels: np.ndarray, note: bytes) -> bytes:
     """
     height, width, channels = pixels.shape
     rows = pixels.astype(">u2").view(np.uint8).reshape(height, -1)
-    rows = np.diff(rows, axis=0, prepend=np.zeros_like(rows[:1]))  # modulo 256
-    filtered = np.concatenate([np.full((height, 1), 2, np.uint8), rows], 1)  # 2: "Up"
+    rows = np.diff(rows, axis=0, prepend=np.zeros_like(rows[:1]))  # differences modulo 256
+    filtered = np.concatenate([np.full((height, 1), 2, np.uint8), rows], 1)  # PNG filter type 2, "Up"
     chunks = (
         (b"IHDR", struct.pack(">IIBBBBB", width, height, 16, 0 if channels == 1 else 2, 0, 0, 0)),
         (b"tEXt", note),

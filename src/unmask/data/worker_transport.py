@@ -17,7 +17,7 @@ from torch import Tensor
 
 AHEAD = 4  # requests per worker that are in progress, or finished and not yet received
 PAGE = mmap.PAGESIZE
-ALIGNMENT = 64  # of every tensor in a slot, in bytes
+ALIGNMENT = 64  # alignment of every tensor in a slot, in bytes
 
 
 class Descriptor:

@@ -60,7 +60,7 @@ def test_corpus_has_the_expected_number_of_bad_files():
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_bad_file_gets_its_reason_code(name):
+def test_bad_file_raises_its_reason_code(name):
     data, expected = BAD[name]
     start = time.monotonic()
     with pytest.raises(BadImage) as caught:
@@ -169,7 +169,7 @@ def test_trailing_bytes_are_ignored():
 # --------------------------------------------------------------------------------------------------------------- JPEG
 
 
-def test_jpeg_is_close_and_gray_stays_gray():
+def test_jpeg_is_decoded_closely_and_gray_stays_gray():
     assert np.abs(agreed(file_of(smooth(), "JPEG", quality=98)).astype(int) - smooth()).max() < 12
     assert header(file_of(smooth(channels=1), "JPEG")) == Header(48, 64, 1, "uint8", "JPEG")
     assert agreed(file_of(smooth(), "JPEG", progressive=True)).shape == (48, 64, 3)
@@ -237,7 +237,7 @@ def test_at_least_only_affects_jpeg():
     assert decode(SOUND["png"], at_least=(1, 1)).shape == (48, 64, 3)
 
 
-def test_photographs_decode_as_pillow_decodes_them():
+def test_photographs_decode_like_in_pillow():
     for data in photographs():
         pixels = agreed(data)
         image = Image.open(io.BytesIO(data))

@@ -71,7 +71,7 @@ def test_nodata_is_none_without_a_numeric_tag(tmp_path):
     ("dtype", "value", "channels"),
     [("uint8", 0, 3), ("uint16", 65535, 1), ("uint16", 0, 4), ("int16", -32768, 1), ("int32", -9999, 1)],
 )
-def test_integers_of_every_width(tmp_path, dtype, value, channels):
+def test_nodata_value_is_found_in_integers_of_every_width(tmp_path, dtype, value, channels):
     pixels = np.random.default_rng(0).integers(1, 200, (20, 24, channels)).astype(dtype)
     pixels[3:6, 2:9] = value
     pixels[0, 0, 0] = value  # a value in only one of several channels is an ordinary colour
@@ -216,7 +216,7 @@ def test_loader_fills_absent_pixels_with_the_mean_and_marks_them(tmp_path, train
     assert torch.equal(joined.valid[10:], batch.valid)
 
 
-def test_kept_images_give_the_same_batches(tmp_path):
+def test_cached_images_with_absent_pixels_give_the_same_batches(tmp_path):
     source = open_source(str(write(tmp_path / "terrain", **tag("-9999"))))
     fresh, kept = (ImageReader(source, np.arange(10), SPEC, CropConfig()) for _ in range(2))
     kept.keep_decoded()

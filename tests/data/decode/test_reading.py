@@ -240,7 +240,7 @@ def test_every_page_can_be_a_separate_image(tmp_path):
         ((3, 60, 100), (60, 100, 3)),
     ],
 )
-def test_the_order_of_axes(shape, size):
+def test_order_of_axes_is_chosen_by_shape_and_setting(shape, size):
     values = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
     assert agreed(npy(values)).shape == size
     assert (agreed(npy(values), axes="HWC") == values).all()
@@ -304,7 +304,7 @@ def test_runs_of_earlier_versions_use_the_earlier_reading():
     assert agreed(npy(np.zeros((40, 60, 100))), **EARLIER.model_dump()).shape == (60, 100, 40)
 
 
-def test_the_settings_are_those_of_the_configuration():
+def test_reading_settings_match_the_configuration():
     assert DataConfig(alpha="band", pages="samples", axes="CHW").reading == Reading(
         alpha="band", pages="samples", axes="CHW"
     )

@@ -10,10 +10,10 @@ With a split, the images are those listed in DATA/ImageSets/Main/SPLIT.txt.
 Boxes are (x1, y1, x2, y2) in pixels of the displayed image; (0, 0) is the upper left corner of the first pixel. COCO's
 (x, y, width, height) are converted. VOC counts pixels from 1 and includes the last, so 1 is subtracted from x1 and y1.
 
-Annotated images without objects are used for training. COCO's crowds and VOC's difficult objects are not, and their
-detections count neither for nor against a model, as in published results. Boxes outside their image or without area are
-left out. All of these boxes are counted. Boxes drawn on the stored pixels of images with an EXIF orientation are
-rotated with the image (`orientation.py`).
+Annotated images without objects are used for training. COCO's crowds and VOC's difficult objects are not used for
+training, and detections of them count neither for nor against a model, as in published results. Boxes outside their
+image or without area are left out. All boxes that are not used are counted. Boxes drawn on the stored pixels of images
+with an EXIF orientation are rotated with the image (`orientation.py`).
 """
 
 from __future__ import annotations

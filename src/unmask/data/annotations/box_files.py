@@ -55,7 +55,7 @@ def read_split(file: Path) -> set[str]:
             f"the split list {file} does not exist or cannot be read; "
             + (f"choose one of {', '.join(there)}" if there else "expected a text file with one image name per line")
         ) from None
-    return {line[0] for line in words if line and line[1:] != ["-1"]}  # in VOC -1 marks images without that class
+    return {line[0] for line in words if line and line[1:] != ["-1"]}  # in VOC, -1 marks images without the class
 
 
 def _stem(path: str) -> str:

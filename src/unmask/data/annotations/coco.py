@@ -35,7 +35,7 @@ class _Entry:
         return self.fields[key]
 
     def id(self, key: str) -> Id:
-        """Return a field that identifies something. Raises BoxError for anything but a whole number or text."""
+        """Return the value of a field with an id. Raises BoxError for anything but a whole number or text."""
         value = self.value(key)
         if isinstance(value, float) and value.is_integer():
             return int(value)  # some tools write all numbers as floats

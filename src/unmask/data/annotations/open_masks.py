@@ -191,8 +191,8 @@ def _read_all(maps: SegmentationMasks, console: Console) -> dict[int, DrawnOn]:
         raise MaskError(f"no mask of {maps.masks.name} can be read: {some(maps.unreadable)}; expected PNG files")
     if 0 < only_levels < len(maps.places) and only_levels > len(maps.places) // 10 and not maps.values:
         maps.notes.append(
-            f"{only_levels} of {len(maps.places)} masks have no ids except 0 and 255, and 255 is ignored; check that "
-            "they do not use 0 and 255 for two classes"
+            f"{only_levels} of {len(maps.places)} masks have no ids except 0 and 255, and 255 is ignored; check "
+            "whether they use 0 and 255 for two classes"
         )
     return drawn
 

@@ -17,7 +17,7 @@ from unmask.data.decode.image_header import Header
 
 
 class DrawnOn(Enum):
-    """What the coordinates of an annotation refer to."""
+    """The image to which the coordinates of an annotation refer."""
 
     SHOWN = "the image as shown"
     STORED = "the stored pixels"

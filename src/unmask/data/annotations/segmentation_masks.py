@@ -101,7 +101,7 @@ class SegmentationMasks:
         except BadImage as error:
             raise BadImage(error.code, f"its mask {name}: {error.detail}") from None
         if (found == UNKNOWN).any():
-            raise BadImage("CORRUPT", f"its mask {name} holds ids that are neither classes nor ignored")
+            raise BadImage("CORRUPT", f"its mask {name} has ids that are neither classes nor ignored")
         return found
 
     def _turned(self, row: int, ids: np.ndarray) -> np.ndarray:
@@ -114,7 +114,9 @@ class SegmentationMasks:
         """Return `maps` of one image, (h, w) int64; see `image_reader.Annotations`."""
         found = self.read(row)
         if found.shape != tuple(size):
-            raise BadImage("CORRUPT", f"its mask has {sides(found.shape)} pixels; expected {sides(size)} as the image")
+            raise BadImage(
+                "CORRUPT", f"its mask has {sides(found.shape)} pixels; expected {sides(size)}, like the image"
+            )
         return {"maps": augment.cut_map(found, box, target, flip).astype(np.int64)}
 
     def _numbers(self) -> np.ndarray:

@@ -25,7 +25,7 @@ def choose_reading(source: Source, rows: Sequence[int]) -> tuple[Reading, tuple[
     """
     if not _named(source, rows, (".tif", ".tiff", ".npy")):
         return source.reading, ()
-    try:  # in its own process, because one of these files may crash a decoder
+    try:  # in a separate process, because one of these files may crash a decoder
         return call_in_process(_settled, source, rows, memory=limits.MAX_DECODE_BYTES + SLACK, seconds=SECONDS)
     except (TooSlow, Crashed, MemoryError):
         return source.reading, ()  # leave the decision to each file
@@ -43,7 +43,7 @@ def _settled(source: Source, rows: Sequence[int]) -> tuple[Reading, tuple[str, .
 
 
 def _named(source: Source, rows: Sequence[int], endings: tuple[str, ...]) -> list[int]:
-    """Return at most `FILES` rows with these extensions, evenly spread."""
+    """Return at most `FILES` rows with these extensions, evenly spaced."""
     fitting = [int(row) for row in rows if source.names[int(row)].lower().endswith(endings)]
     return (
         [fitting[place] for place in np.unique(np.linspace(0, len(fitting) - 1, FILES).astype(int))] if fitting else []

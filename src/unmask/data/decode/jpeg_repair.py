@@ -172,7 +172,7 @@ def _is_coded(head: bytes, leftover: bytes) -> bool:
 
 
 def _parses_to_the_end(bits: str, place: int, tables: _Tables, seen: set[int]) -> bool:
-    """Return whether the bits from `place` on are whole units, followed by at most seven 1 bits (ITU T.81, F.1.2.3)."""
+    """Return whether the bits from `place` on are complete units plus at most seven 1 bits (ITU T.81, F.1.2.3)."""
     while place not in seen:
         if len(bits) - place < 8 and "0" not in bits[place:]:
             return True

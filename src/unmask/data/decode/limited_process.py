@@ -20,11 +20,11 @@ PATIENCE = 3  # seconds of wall-clock time allowed per second of processor time,
 
 
 class TooSlow(Exception):
-    """The call exceeded its time limit."""
+    """Raised if the call exceeds its time limit."""
 
 
 class Crashed(Exception):
-    """The process ended without a result."""
+    """Raised if the process ends without a result."""
 
 
 def call_in_process(function: Callable[..., Any], *arguments: Any, memory: int, seconds: float) -> Any:
@@ -65,7 +65,7 @@ def _answer(
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
-    with suppress(OSError, ValueError):  # keep a stricter limit
+    with suppress(OSError, ValueError):  # a stricter limit may already be set
         limit = _virtual_bytes() + memory
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     used = sum(os.times()[:2])

@@ -23,8 +23,8 @@ from unmask.data.decode.bad_image import BadImage
 from unmask.data.decode.tiff_pages import TIFF_STARTS, read_pages
 
 Nodata = Literal["auto"] | float | None
-"""Which pixels are absent. "auto": those with the value that the file declares, NaN and infinity; a number: pixels with
-that value too; None: no pixels."""
+"""Which pixels are absent. "auto": NaN, infinity, and the value that the file declares. A number: also pixels with this
+value. None: no pixels."""
 
 PALETTE = 3  # TIFF's photometric interpretation
 
@@ -56,7 +56,8 @@ def valid_pixels(pixels: np.ndarray, nodata: Nodata, declared: float | None) -> 
     if nodata is None:
         if absent is not None:
             raise BadImage(
-                "CORRUPT", "pixels that are NaN, infinite or beyond float32; data.nodata=auto treats them as absent"
+                "CORRUPT",
+                "got NaN, infinity or values too large for float32; set data.nodata=auto to treat these as absent",
             )
         return None
     for value in {declared, None if nodata == "auto" else nodata} - {None}:

@@ -36,7 +36,7 @@ def open_image(data: bytes) -> Image.Image:
             warnings.simplefilter("ignore")  # Pillow warns of its own limit, but `limits.py` applies
             return Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError:
-        raise BadImage("TOO_MANY_PIXELS", f"far more than {limits.MAX_PIXELS} pixels") from None
+        raise BadImage("TOO_MANY_PIXELS", f"got far too many pixels; expected at most {limits.MAX_PIXELS}") from None
     except UnidentifiedImageError:
         raise BadImage(*unknown_format(data)) from None
     except MemoryError:
@@ -64,7 +64,7 @@ def loaded(image: Image.Image, name: str) -> Image.Image:
             warnings.simplefilter("ignore")
             image.load()
     except Image.DecompressionBombError:
-        raise BadImage("TOO_MANY_PIXELS", f"more than {limits.MAX_PIXELS} pixels") from None
+        raise BadImage("TOO_MANY_PIXELS", f"got too many pixels; expected at most {limits.MAX_PIXELS}") from None
     except MemoryError:
         raise
     except Exception as error:  # Pillow's plugins raise many exception types for a damaged file

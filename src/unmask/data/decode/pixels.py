@@ -1,4 +1,4 @@
-"""Convert decoded arrays: dtype, channels, and joining the pieces of an image."""
+"""Convert the dtype and channels of decoded arrays, and join the pieces of an image."""
 
 from __future__ import annotations
 

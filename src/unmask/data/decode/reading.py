@@ -54,7 +54,7 @@ def is_alpha(values: np.ndarray) -> bool:
 
 
 def axes_of(shape: tuple[int, ...], reading: Reading) -> str:
-    """Return "HWC" or "CHW" for a shape of three axes."""
+    """Return "HWC" or "CHW" for a shape with three axes."""
     if reading.axes in ("HWC", "CHW"):
         return reading.axes
     first, middle, last = shape

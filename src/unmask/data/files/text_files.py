@@ -108,7 +108,7 @@ def _has_raw_bytes(text: str) -> bool:
 def decode_xml(content: bytes, file: str | Path) -> str:
     """Decode an XML file by its byte-order mark or the encoding it declares, otherwise as UTF-8. Raises TextError.
 
-    Python's XML parsers cannot do this: of the multi-byte encodings, Expat supports only UTF-8 and UTF-16.
+    Python's XML parsers (Expat) do not support multi-byte encodings other than UTF-8 and UTF-16.
     """
     encoding, mark = _encoding(content)
     if not mark and encoding == "utf-8":

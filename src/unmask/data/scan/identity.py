@@ -28,7 +28,7 @@ LAYOUT = 1
 class DatasetRecord:
     """Names, sizes, times and digests of the files of a data set, one row each; columns as in `Source`.
 
-    sizes, changed, modified: (n,) int64, -1 where unknown. digests: (n,) uint64, 0 where unknown.
+    sizes, changed, modified: (n,) int64, -1 if unknown. digests: (n,) uint64, 0 if unknown.
     """
 
     names: StringTable

@@ -286,7 +286,7 @@ def _decoded(data: bytes, head: Header, like: tuple[int, str] | None, nodata: No
 
 def _sums(flat: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the sums (C,) of the values and of their squares for pixels (n, C)."""
-    if flat.dtype == np.uint8:  # exact and fast: sums of a histogram
+    if flat.dtype == np.uint8:  # summing a histogram is exact and fast
         counts = np.stack([np.bincount(flat[:, c], minlength=256) for c in range(flat.shape[1])])
         levels = np.arange(256, dtype=np.float64)
         return counts @ levels, counts @ levels**2
@@ -377,7 +377,9 @@ def _statistics(
         sums, squares = sums + alike.sums[own] * scale, squares + alike.squares[own] * scale**2
     mean = sums / count
     std = np.sqrt(np.maximum(squares / count - mean**2, 0))
-    std = np.where(std > 1e-6 * np.maximum(1e-6, np.abs(mean)), std, 1.0)  # do not scale a constant channel
+    std = np.where(
+        std > 1e-6 * np.maximum(1e-6, np.abs(mean)), std, 1.0
+    )  # avoid division by zero for constant channels
     return tuple(mean.tolist()), tuple(std.tolist())
 
 

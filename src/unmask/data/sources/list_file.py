@@ -117,8 +117,8 @@ def _from_columns(line: Line, columns: tuple[str, int, int | None], file: str) -
     cells = _cells(line.text, separator)
     if cells is None or len(cells) <= max(path, label or 0):
         raise ListError(
-            f"line {line.number} of {file} has {len(cells or ())} cells, fewer than the header row; put cells that "
-            f"contain {separator!r} or quotes in quotes"
+            f"line {line.number} of {file} has {len(cells or ())} cells, fewer than the header row; quote cells "
+            f"that contain {separator!r} or quotes"
         )
     require_text(line, file)
     return Entry(cells[path].strip(), None if label is None else cells[label].strip() or None, line.number)

@@ -37,7 +37,7 @@ def _draw(index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     u = uniform(SEED, Stream.SHAPES, epoch, index, DRAWS)  # (n, DRAWS)
     label = np.minimum((u[:, 0] * len(CLASSES)).astype(np.int64), len(CLASSES) - 1)
     x, y, radius = _place(u[:, 1], u[:, 2], u[:, 3], u[:, 4])
-    inside = np.clip(0.5 - _distance(label, x, y, radius), 0, 1)[..., None]  # (n, S, S, 1): antialiased over a pixel
+    inside = np.clip(0.5 - _distance(label, x, y, radius), 0, 1)[..., None]  # (n, S, S, 1), antialiased over one pixel
 
     ground, figure = _colours(u[:, 5:11])
     slope = 50 * (u[:, 11:14] - 0.5)[:, None, None]  # gradient of the background per channel
