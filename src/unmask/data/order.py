@@ -1,4 +1,4 @@
-"""The order of samples: maps sample number s to an image. The position of a run is the number of samples consumed.
+"""Map sample numbers to images. The position of a run is the number of samples consumed.
 
 Of n images, sample number s is image s % n in the order of pass s // n. Order, crop, flip and colour jitter are pure
 functions of (seed, epoch, image). A batch may extend into the next pass, so no image is left out, and a batch may be

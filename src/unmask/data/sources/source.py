@@ -141,7 +141,7 @@ def content_digest(data: bytes) -> int:
 
 
 def printable(path: str) -> str:
-    """Return a path with '/' separators, with control characters and non-UTF-8 bytes as \\xNN (for JSON and terminals)."""
+    """Return a path with '/' separators that is safe to print: control characters and non-UTF-8 bytes become \\xNN."""
     text = path.replace(os.sep, "/").encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", text)
 
