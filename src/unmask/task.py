@@ -4,6 +4,7 @@
     predict(images)        one prediction per image
     measure(batches, ...)  metrics of the predictions on annotated images
     headline               the metrics to report during training; the first one is the score
+    recipe                 the recipe of its training, or the first word of its recipes' names
     describe(values)       those metrics in words
 
 Fine-tuning, testing, prediction and export use these members only and do not depend on the task. To add a task, add one
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 Annotation = Literal["classes", "masks", "boxes"]
 """One class per image, one class per pixel, or boxes with a class each."""
+RecipeChoice = Literal["nothing", "width", "width and labels"]
+"""What decides which recipe a task is fine-tuned with: the width of the encoder, the number of labelled images."""
 Prediction = TypeVar("Prediction")
 Truth = TypeVar("Truth")
 
@@ -56,12 +59,15 @@ class Task(Method, Generic[Prediction, Truth]):
     """A supervised method; see the module docstring. `classes`: names, in the order of the class numbers.
 
     Prediction: type of one prediction. Truth: type of the annotations of the test images, or None for classes, which
-    are in the batches. title: the task's name for messages.
+    are in the batches. title: the task's name for messages. recipe: its recipe, or the first word of the names of its
+    recipes, among which `recipe_depends_on` decides.
     """
 
     annotation: ClassVar[Annotation]
     headline: ClassVar[tuple[Metric, ...]]
     title: ClassVar[str]
+    recipe: ClassVar[str]
+    recipe_depends_on: ClassVar[RecipeChoice] = "width"
     encoder: ViT
     classes: tuple[str, ...]
 

@@ -26,6 +26,7 @@ from unmask.finetuning.predict import PredictOptions, predict
 from unmask.recipes.catalogue import find
 from unmask.results import TestIdentity, read_results, read_score
 from unmask.run import Run
+from unmask.tasks.classify import Classifier
 
 SIZE = 16
 SMALL = [
@@ -147,7 +148,7 @@ def test_recipe_is_chosen_by_encoder_and_number_of_labels(width, labelled, from_
     from unmask.nn.vit import ViTConfig
 
     encoder = ViTConfig(width=width, depth=1, heads=1)
-    assert choose_recipe.choose_recipe("classify", encoder, labelled, from_scratch=from_scratch)[0] == name
+    assert choose_recipe.choose_recipe(Classifier, encoder, labelled, from_scratch=from_scratch)[0] == name
     assert name in choose_recipe.finetuning_recipes()
 
 

@@ -118,7 +118,13 @@ class DeclaredOption:
         if (low is not None and value < low) or (high is not None and value > high):
             raise UserError(f"got {self.flag} {value}; expected {low} " + ("or more" if high is None else f"to {high}"))
         if self.option.choices is not None and value not in (known := list(self.option.choices())):
-            raise UserError(f"got {self.flag} {value}; expected {', '.join(known[:-1])} or {known[-1]}")
+            from unmask.config import nearest  # imports torch
+
+            meant = nearest(str(value), known)
+            raise UserError(
+                f"got {self.flag} {value}; expected {', '.join(known[:-1])} or {known[-1]}"
+                + (f"; {meant}" if meant.startswith("did you mean") else "")
+            )
 
     def help(self) -> str:
         """Return the help text with the choices, if any."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from unmask.config import task_names
 from unmask.nn.vit import ViTConfig
 from unmask.recipes import catalogue
+from unmask.task import Task
 
 FEW, SOME = 1_000, 10_000
 BASE, LARGE, HUGE = 700, 1_000, 1_200  # smallest width of these encoders
@@ -15,16 +18,18 @@ def finetuning_recipes() -> list[str]:
     return [name for name, make in catalogue.all_recipes().items() if make().method.name in task_names()]
 
 
-def choose_recipe(task: str, encoder: ViTConfig, labelled: int, *, from_scratch: bool) -> tuple[str, str]:
-    """Return (recipe, reason) by the task, the width of the encoder and the number of labelled images."""
-    if task == "linear_probe":
-        return "linear_paper", "recipe linear_paper: MAE's linear probe"
-    if task != "classify":
-        name = f"{task}_{'base' if encoder.width >= BASE else 'nano'}"
+def choose_recipe(
+    task: type[Task[Any, Any]], encoder: ViTConfig, labelled: int, *, from_scratch: bool
+) -> tuple[str, str]:
+    """Return (recipe, reason) by what the task declares, the width of the encoder and the number of labelled images."""
+    if task.recipe_depends_on == "nothing":
+        return task.recipe, f"recipe {task.recipe}: the only one of this task"
+    if task.recipe_depends_on == "width":
+        name = f"{task.recipe}_{'base' if encoder.width >= BASE else 'nano'}"
         return name, f"recipe {name}: encoder of width {encoder.width}"
     amount = "few" if labelled <= FEW else "some" if labelled <= SOME else "nano"
     if encoder.width >= BASE and labelled > SOME:
         amount = "huge" if encoder.width >= HUGE else "large" if encoder.width >= LARGE else "base"
         amount = "large" if from_scratch and amount == "huge" else amount
-    name = f"{'scratch' if from_scratch else 'finetune'}_{amount}"
+    name = f"{'scratch' if from_scratch else task.recipe}_{amount}"
     return name, f"recipe {name}: encoder of width {encoder.width} and {labelled} labelled images"

@@ -155,7 +155,7 @@ def finetune(
     if recipe == "auto":
         pretrained: Any = read_config(run).method
         recipe, why = choose_recipe(
-            options.task, pretrained.encoder, len(examples.train), from_scratch=options.from_scratch
+            task_class(options.task), pretrained.encoder, len(examples.train), from_scratch=options.from_scratch
         )
     config, found = configure(run, examples, replace(options, recipe=recipe, settings=settings), budget, console)
     where = {

@@ -81,6 +81,8 @@ class Classifier(Task[Tensor, None]):
     annotation = "classes"
     headline = (Metric("accuracy", "right"),)
     title = "classification"
+    recipe = "finetune"
+    recipe_depends_on = "width and labels"
     head_name = "the classifier"
     low: Tensor
     high: Tensor

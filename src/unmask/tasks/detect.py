@@ -167,6 +167,7 @@ class Detector(Task[Found, BoxAnnotations]):
     annotation = "boxes"
     headline = (Metric("ap50", "AP50"), Metric("ap", "AP"))
     title = "detection"
+    recipe = "detect"
     head_name = "the feature pyramid and its head"
     undecayed = ("encoder.cls_token", "encoder.pos_embed")
 

@@ -47,6 +47,8 @@ class LinearProbe(Task[Tensor, None]):
     annotation = "classes"
     headline = (Metric("accuracy", "right"),)
     title = "classification"
+    recipe = "linear_paper"
+    recipe_depends_on = "nothing"
     head_name = "the linear classifier"
 
     def __init__(self, config: Config, images: ImageSpec) -> None:

@@ -97,6 +97,7 @@ class Segmenter(Task[Tensor, SegmentationMasks]):
     annotation = "masks"
     headline = (Metric("mean_iou", "mean IoU"), Metric("pixel_accuracy", "of all pixels right"))
     title = "segmentation"
+    recipe = "segment"
     head_name = "the segmentation head"
     undecayed = ("encoder.cls_token", "encoder.pos_embed")
 
