@@ -531,7 +531,7 @@ def test_script_without_a_main_guard_is_rejected_under_spawn(tmp_path, images, g
     ],
 )
 def test_several_processes_are_rejected(environment):
-    with pytest.raises(UserError, match=r"not supported yet.*start the command once"):
+    with pytest.raises(UserError, match=r"not supported yet.*start the command without"):
         processes.reject_several_processes(environment)
 
 
