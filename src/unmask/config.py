@@ -213,7 +213,7 @@ def method_names() -> list[str]:
 
 
 def task_names() -> list[str]:
-    """Return the names of the files of `tasks/`: methods that learn from labels, on another Run's encoder."""
+    """Return the names of the files of `tasks/`: methods that learn from labels, with another run's encoder."""
     return sorted(module.name for module in pkgutil.iter_modules(unmask.tasks.__path__))
 
 
@@ -239,7 +239,7 @@ def method_class(name: str) -> type[Method]:
 
 
 def task_class(name: str) -> type[Task[Any, Any]]:
-    """Return the task that the file `tasks/<name>.py` defines. Raises ConfigError where there is none."""
+    """Return the task that the file `tasks/<name>.py` defines. Raises ConfigError if there is none."""
     found = method_class(name) if name in task_names() else None
     if found is None or not issubclass(found, Task):
         raise ConfigError(f"got task {name!r}; expected one of {', '.join(supervised_names())}")
@@ -259,7 +259,7 @@ def parse_method(value: Any) -> Any:
 
 
 def nearest(wrong: str, names: Iterable[str]) -> str:
-    """Return 'did you mean a or b?', or the list of all names when none is similar."""
+    """Return 'did you mean a or b?', or the list of all names if none is similar."""
     names = list(names)
     leaves = {name.split(".")[-1]: name for name in names}
     leaf = wrong.split(".")[-1].lower().replace("-", "_")

@@ -383,15 +383,15 @@ RECORDS: dict[str, type[Record]] = {
 }  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------- results that name a written file
+# -------------------------------------------------------------------------------------------- results of written files
 
 
 @dataclass(frozen=True, kw_only=True)
 class EmbedResult:
-    """What `embed` wrote.
+    """The result of `unmask embed`.
 
-    out: the table. images: its rows. left_out: images that cannot be read. columns: their names, in order. width: of a
-    feature vector. step: of the checkpoint.
+    out: path of the table. images: number of its rows. left_out: number of unreadable images. columns: names of the
+    columns, in order. width: length of a feature vector. step: step of the checkpoint.
     """
 
     out: str
@@ -408,9 +408,10 @@ class EmbedResult:
 
 @dataclass(frozen=True, kw_only=True)
 class ReconstructResult:
-    """What `reconstruct` drew.
+    """The result of `unmask reconstruct`.
 
-    picture: the file. losses: of the method on the images drawn ("loss"), and of trivial predictions, by name.
+    picture: path of the picture. losses: loss of the method on the drawn images ("loss"), and losses of trivial
+    predictions, by name.
     """
 
     picture: str
@@ -423,10 +424,10 @@ class ReconstructResult:
 
 @dataclass(frozen=True, kw_only=True)
 class PredictResult:
-    """What `predict` wrote.
+    """The result of `unmask predict`.
 
-    out: the file or folder. images: images with predictions. left_out: images that cannot be read. classes: how many
-    images, pixels or boxes of each class were predicted.
+    out: path of the file or folder. images: number of images with predictions. left_out: number of unreadable images.
+    classes: number of predicted images, pixels or boxes of each class.
     """
 
     out: str
@@ -441,12 +442,12 @@ class PredictResult:
 
 @dataclass(frozen=True, kw_only=True)
 class ExportResult:
-    """What `export` wrote, and how it was checked.
+    """The result of `unmask export`.
 
-    run, step: the exported checkpoint. to: the target. out: the file or folder. card: the model card. what: the model
-    in the other library's words. load: Python code that loads it. notes: sentences about what was left out. difference:
-    the largest absolute difference between the outputs of the other library and the run's, None where that library
-    cannot be used here. tested: a sentence about that check.
+    run, step: the exported checkpoint. to: the target. out: path of the file or folder. card: path of the model card.
+    what: the model in the terms of the other library. load: Python code that loads it. notes: sentences about omitted
+    parts. difference: largest absolute difference between the outputs of the other library and the run, or None if that
+    library is not installed. tested: a sentence about that check.
     """
 
     run: str

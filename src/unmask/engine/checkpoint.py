@@ -117,7 +117,7 @@ def save(
             manifest[name] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         _write(partial / MANIFEST, json.dumps({"step": step, "run": whose, "fixed": fixed, "files": manifest}).encode())
         sync_folder(partial)
-        if final.exists():  # the same step again, after a rollback; `_clear_leftovers` repairs a crash
+        if final.exists():  # the same step is saved again after a rollback; `_clear_leftovers` handles crashes
             os.rename(final, final.with_name(final.name + REPLACED))
         os.rename(partial, final)
         sync_folder(run.checkpoints)

@@ -1,4 +1,4 @@
-"""Continue a Run from its newest checkpoint."""
+"""Continue a run from its newest checkpoint."""
 
 from __future__ import annotations
 
