@@ -447,7 +447,7 @@ class ExportResult:
     run, step: the exported checkpoint. to: the target. out: path of the file or folder. card: path of the model card.
     what: the model in the terms of the other library. load: Python code that loads it. notes: sentences about omitted
     parts. difference: largest absolute difference between the outputs of the other library and the run, or None if that
-    library is not installed. tested: a sentence about that check.
+    library cannot be used here. tested: a sentence about that check.
     """
 
     run: str

@@ -295,7 +295,7 @@ def test_damaged_replans_are_rejected(images, tmp_path, monkeypatch, clock):
     found = run.read("plan.json")
     found["replans"][0]["steps"] += 1
     run.write("plan.json", found)
-    with pytest.raises(RunError, match=r"plan\.json is not what"):
+    with pytest.raises(RunError, match=r"plan\.json is invalid"):
         resume(run.path)
 
 
