@@ -552,7 +552,7 @@ def test_training_lengths_are_multiples_of_the_shortest_run(data, tmp_path, monk
 
 
 def test_by_default_the_base_row_has_the_length_of_the_recipe(data, tmp_path, monkeypatch):
-    """The length of the recipe is that of the row with 800 epochs, not 100."""
+    """The row with 800 epochs has the length of the recipe, not the row with 100 epochs."""
     monkeypatch.setattr(ablate_module, "make_cell", lambda *_: None)
     free = [setting for setting in SMALL if "steps" not in setting]
     alone = make(data, tmp_path / "alone", table="1a", settings=free)

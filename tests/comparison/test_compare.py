@@ -228,7 +228,7 @@ def test_imported_runs_without_training_can_be_compared(trained, tmp_path):
     assert (second["epochs"], second["images_seen"], second["training_flops"]) == (0, 0, 0)
     assert third["flops"]["whole"] == first["flops"]["whole"] > 0
     assert third["flops"]["training"] is third["flops"]["forward"] is third["training_flops"] is None
-    assert "the encoder, nothing masked; it has no task" in (tmp_path / "all.html").read_text()
+    assert "encoder without masking; it has no training task" in (tmp_path / "all.html").read_text()
 
 
 def test_fewer_than_two_runs_or_a_repeated_run_are_rejected(trained, tmp_path):

@@ -38,15 +38,15 @@ def ablate(request: TableRequest, *, out: str | Path | None = None, console: Con
     """
     console = console or Console()
     table = find_table(request.table)
-    asked = replace(request, recipe=choose_recipe(table, request.recipe, request.from_run))
-    refuse_settings(table, asked)
-    source, shots = require_probe(asked)
-    folder = Path(out) if out is not None else default_out(asked, source)
+    request = replace(request, recipe=choose_recipe(table, request.recipe, request.from_run))
+    refuse_settings(table, request)
+    source, shots = require_probe(request)
+    folder = Path(out) if out is not None else default_out(request, source)
     with hold(folder):
         if has_plan(folder):
-            plan = continue_plan(folder, asked, source)
+            plan = continue_plan(folder, request, source)
         else:
-            plan = plan_table(Experiment(table, asked, source, shots), console)
+            plan = plan_table(Experiment(table, request, source, shots), console)
             write_plan(folder, plan)
         report_plan(plan, console)
         try:
@@ -73,10 +73,10 @@ def make_cells(folder: Path, plan: TablePlan, console: Console) -> None:
             before = now
 
 
-def default_out(asked: TableRequest, source: Source) -> Path:
+def default_out(request: TableRequest, source: Source) -> Path:
     """Return the default folder of a table, used without --out."""
     stem = "".join(letter if letter.isalnum() else "-" for letter in Path(source.name).name.split(".")[0]).strip("-")
-    return Path("runs") / f"{stem or 'images'}-table-{asked.table}"
+    return Path("runs") / f"{stem or 'images'}-table-{request.table}"
 
 
 @contextmanager
@@ -101,10 +101,12 @@ def hold(folder: Path) -> Iterator[None]:
 
 def report_plan(plan: TablePlan, console: Console) -> None:
     """Report the cells, seeds and steps before training."""
-    asked = plan.asked
+    request = plan.asked
     console.print(
-        f"{plan.title}: {len(plan.cells)} cells, {asked.seeds} seed{'s' * (asked.seeds > 1)}, recipe {asked.recipe}; "
-        f"{plan.reason}" + f"; probes with {plan.shots} labels per class" * (plan.measure == "linear")
+        f"{plan.title}: {len(plan.cells)} cells, {request.seeds} seed{'s' * (request.seeds > 1)}, "
+        f"recipe {request.recipe}; {plan.reason}"
+        + f"; probes with {plan.shots} labels per class"
+        * (plan.measure == "linear")
     )
     if plan.missing:
         console.warn(f"cells not available in this version: {', '.join(plan.missing)}")

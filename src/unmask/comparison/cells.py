@@ -46,60 +46,60 @@ def choose_recipe(table: Table, recipe: str | None, from_run: str | Path | None 
     return recipe or "mae_nano"
 
 
-def refuse_settings(table: Table, asked: TableRequest) -> None:
+def refuse_settings(table: Table, request: TableRequest) -> None:
     """Raise ConfigError for settings that the table or an option overrides, because they would be ignored."""
-    keys = parse(asked.settings)
-    if asked.seeds < 1:
-        raise ConfigError(f"got --seeds {asked.seeds}; expected at least 1")
+    keys = parse(request.settings)
+    if request.seeds < 1:
+        raise ConfigError(f"got --seeds {request.seeds}; expected at least 1")
     if "train.seed" in keys:
         raise ConfigError(
             "train.seed cannot be set: cells are trained with seeds 0, 1, ...; set their number with --seeds"
         )
-    if clash := [key for key in table.varies if key in keys and not (key in LENGTHS and asked.budget is None)]:
+    if clash := [key for key in table.varies if key in keys and not (key in LENGTHS and request.budget is None)]:
         what = f"the budget determines {clash[0]}" if clash[0] in LENGTHS else f"table {table.name} varies {clash[0]}"
         raise ConfigError(f"{clash[0]} cannot be set: {what}; leave it out")
-    resolve.reject_conflicts(keys, asked.budget)
-    if asked.from_run is not None and (learnt := [key for key in keys if not key.startswith(("data.", "train."))]):
+    resolve.reject_conflicts(keys, request.budget)
+    if request.from_run is not None and (learnt := [key for key in keys if not key.startswith(("data.", "train."))]):
         raise ConfigError(
             f"{learnt[0]} was set, but the run of --from is trained already, and a fine-tuned cell takes only settings "
             "of data and train; leave it out"
         )
-    for cell in all_cells(table, asked):
-        draft_config(table, cell, asked)
+    for cell in all_cells(table, request):
+        draft_config(table, cell, request)
 
 
-def all_cells(table: Table, asked: TableRequest) -> tuple[Cell, ...]:
+def all_cells(table: Table, request: TableRequest) -> tuple[Cell, ...]:
     """Return the cells that this version can train, preceded by the shared runs that they need."""
     known = catalogue.all_recipes()
     cells = tuple(
-        cell for cell in table.cells(base_config(table, asked)) if cell.recipe is None or cell.recipe in known
+        cell for cell in table.cells(base_config(table, request)) if cell.recipe is None or cell.recipe in known
     )
-    if asked.tokenizer is None and any(cell.tokenizer for cell in cells):
-        return Cell(TOKENIZER, "the tokenizer (dVAE)", recipe=tokenizer_recipe(table, asked)[0]), *cells
-    if asked.tokenizer is not None and not any(cell.tokenizer for cell in cells):
+    if request.tokenizer is None and any(cell.tokenizer for cell in cells):
+        return Cell(TOKENIZER, "the tokenizer (dVAE)", recipe=tokenizer_recipe(table, request)[0]), *cells
+    if request.tokenizer is not None and not any(cell.tokenizer for cell in cells):
         raise ConfigError(f"--tokenizer was given, but no cell of table {table.name} needs one; leave it out")
-    if table.measure == "fine_tuned" and asked.from_run is None:
+    if table.measure == "fine_tuned" and request.from_run is None:
         return Cell(PRETRAINED, "the pre-training (MAE)"), *cells
     return cells
 
 
-def base_config(table: Table, asked: TableRequest) -> Config:
+def base_config(table: Table, request: TableRequest) -> Config:
     """Return the configuration that the cells vary: that of the recipe, or of the run that they are fine-tuned from."""
     if table.measure != "fine_tuned":
-        return catalogue.find(asked.base_recipe)
-    if asked.from_run is None:
-        return resolve.resolve_config(catalogue.find(asked.base_recipe), [*table.base, *asked.settings])
-    run = Run.open(asked.from_run)
+        return catalogue.find(request.base_recipe)
+    if request.from_run is None:
+        return resolve.resolve_config(catalogue.find(request.base_recipe), [*table.base, *request.settings])
+    run = Run.open(request.from_run)
     config, spec = read_config(run), read_plan(run).images
     data = config.data.model_copy(update={"size": spec.size, "channels": spec.channels})
     train = config.train.model_copy(update={"steps": read_plan(run).steps})
-    return resolve.resolve_config(config.model_copy(update={"data": data, "train": train}), list(asked.settings))
+    return resolve.resolve_config(config.model_copy(update={"data": data, "train": train}), list(request.settings))
 
 
-def tokenizer_recipe(table: Table, asked: TableRequest) -> tuple[str, str]:
+def tokenizer_recipe(table: Table, request: TableRequest) -> tuple[str, str]:
     """Return the recipe of the dVAE that is trained first, and the `data.size=...` that gives one code per patch."""
-    settings = [text for text in asked.settings if table.name != "family" or not text.strip().startswith("method.")]
-    config: Any = resolve.resolve_config(catalogue.find(asked.base_recipe), [*table.base, *settings])
+    settings = [text for text in request.settings if table.name != "family" or not text.strip().startswith("method.")]
+    config: Any = resolve.resolve_config(catalogue.find(request.base_recipe), [*table.base, *settings])
     patch, size = config.method.encoder.patch, config.data.size
     name = "dvae_small" if min(patch) >= 8 else "dvae_nano"
     dvae: Any = catalogue.find(name)
@@ -112,47 +112,47 @@ def fine_tunes(table: Table, cell: Cell) -> bool:
     return table.measure == "fine_tuned" and cell.name != PRETRAINED
 
 
-def recipe_of(table: Table, cell: Cell, asked: TableRequest) -> str:
+def recipe_of(table: Table, cell: Cell, request: TableRequest) -> str:
     """Return the recipe of a cell."""
-    return configure.PLAIN if fine_tunes(table, cell) else cell.recipe or asked.base_recipe
+    return configure.PLAIN if fine_tunes(table, cell) else cell.recipe or request.base_recipe
 
 
-def cell_settings(table: Table, cell: Cell, asked: TableRequest) -> list[str]:
+def cell_settings(table: Table, cell: Cell, request: TableRequest) -> list[str]:
     """Return the settings of a cell except length and seed: the table's, then the user's, then the cell's own.
 
     The dVAE is not compared: it gets only the user's settings that do not concern the method. A fine-tuned cell
     inherits all other settings from its pre-trained run.
     """
     if fine_tunes(table, cell):
-        return [*(asked.settings if asked.from_run is not None else ()), *cell.settings]
+        return [*(request.settings if request.from_run is not None else ()), *cell.settings]
     if cell.name == TOKENIZER:
         own = ("method.", "data.size")
-        kept = [setting for setting in asked.settings if not setting.strip().startswith(own)]
-        return [*kept, tokenizer_recipe(table, asked)[1]]
-    return [*table.base, *asked.settings, *cell.settings]
+        kept = [setting for setting in request.settings if not setting.strip().startswith(own)]
+        return [*kept, tokenizer_recipe(table, request)[1]]
+    return [*table.base, *request.settings, *cell.settings]
 
 
-def draft_settings(table: Table, cell: Cell, asked: TableRequest) -> list[str]:
+def draft_settings(table: Table, cell: Cell, request: TableRequest) -> list[str]:
     """Return `cell_settings` before the tokenizer is trained: with its size and a placeholder for its weights."""
-    settings, recipe = cell_settings(table, cell, asked), recipe_of(table, cell, asked)
+    settings, recipe = cell_settings(table, cell, request), recipe_of(table, cell, request)
     if not cell.tokenizer:
         return settings
-    if asked.tokenizer is not None:
+    if request.tokenizer is not None:
         return resolve.settings_with_options(
-            None, recipe, settings, tokenizer=asked.tokenizer, palette=None, masks=None
+            None, recipe, settings, tokenizer=request.tokenizer, palette=None, masks=None
         )
-    return [*promised_tokenizer(recipe, settings, tokenizer_recipe(table, asked)[0])[1], *settings]
+    return [*promised_tokenizer(recipe, settings, tokenizer_recipe(table, request)[0])[1], *settings]
 
 
-def draft_config(table: Table, cell: Cell, asked: TableRequest, source: Source | None = None) -> Config:
+def draft_config(table: Table, cell: Cell, request: TableRequest, source: Source | None = None) -> Config:
     """Build the configuration of a cell before anything is trained. Raises ConfigError if it is invalid."""
-    settings = draft_settings(table, cell, asked)
+    settings = draft_settings(table, cell, request)
     if not fine_tunes(table, cell):
-        resolve.draft_config(None, recipe_of(table, cell, asked), settings, None)
-        return resolve.resolve_config(catalogue.find(recipe_of(table, cell, asked)), settings, source=source)
+        resolve.draft_config(None, recipe_of(table, cell, request), settings, None)
+        return resolve.resolve_config(catalogue.find(recipe_of(table, cell, request)), settings, source=source)
     classes = ["one", "other"] if source is None else source.classes
     config = resolve.resolve_config(
-        configure.finetuning_config(base_config(table, asked), classes), settings, source=source
+        configure.finetuning_config(base_config(table, request), classes), settings, source=source
     )
     resolve.require_method(config)
     return config

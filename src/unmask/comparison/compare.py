@@ -125,10 +125,10 @@ def compare(
 def compare_folders(runs: Mapping[str, Run]) -> Comparison:
     """Compare runs from the content of their folders. runs: by their name on the page."""
     results = {name: read_results(run) for name, run in runs.items()}
-    probes = {name: latest_probes(found) for name, found in results.items()}
+    probes = {name: latest_probes(each) for name, each in results.items()}
     facts = tuple(run_facts(name, run) for name, run in runs.items())
     differing = differences(facts)
-    damaged = [fault for found in results.values() for fault in found.damaged]
+    damaged = [fault for each in results.values() for fault in each.damaged]
     return Comparison(
         runs=facts,
         probes=tuple(shared_probes(probes, caveat(differing))),

@@ -74,49 +74,51 @@ class Experiment:
     """A table with its request, its images, and the labels per class of its probes."""
 
     table: Table
-    asked: TableRequest
+    request: TableRequest
     source: Source
     shots: int
 
     @property
     def set_by_hand(self) -> bool:
         """Whether the user's settings include a training length."""
-        return any(key in LENGTHS for key in parse(self.asked.settings))
+        return any(key in LENGTHS for key in parse(self.request.settings))
 
 
-def require_probe(asked: TableRequest) -> tuple[Source, int]:
+def require_probe(request: TableRequest) -> tuple[Source, int]:
     """Open the data and return it with the number of labels per class of the probes.
 
     Raises UserError when the images cannot be probed, so that this is reported before training instead of after it.
     """
-    source = require_labels(open_source(asked.data))
+    source = require_labels(open_source(request.data))
     assert source.labels is not None
     require_classes(source.classes)
     rows = np.arange(len(source))
-    if asked.test is None:
+    if request.test is None:
         rows, held = hold_out(source.labels, rows, 0, HOLD_OUT_FOR_TEST)
         if not len(held):
-            raise UserError(f"{asked.data} has one image per class, so none can be held out; give test images: --test")
+            raise UserError(
+                f"{request.data} has one image per class, so none can be held out; give test images: --test"
+            )
     else:
-        test = require_labels(open_source(asked.test), source.classes)
+        test = require_labels(open_source(request.test), source.classes)
         if unknown := set(test.classes) - set(source.classes):
             raise UserError(
-                f"{test.name} has classes that {asked.data} does not have ({', '.join(sorted(unknown)[:6])}); test "
+                f"{test.name} has classes that {request.data} does not have ({', '.join(sorted(unknown)[:6])}); test "
                 "images must be in sub-folders of the same names"
             )
-    if asked.shots is not None:
-        few_shots(rows, source.labels[rows], source.classes, asked.shots, 0)
+    if request.shots is not None:
+        few_shots(rows, source.labels[rows], source.classes, request.shots, 0)
     smallest = int(np.bincount(source.labels[rows], minlength=len(source.classes)).min())
-    limit = max(1, asked.shots or min(smallest, MOST_LABELS // len(source.classes)))
-    return source, min(asked.shots or limit, limit)
+    limit = max(1, request.shots or min(smallest, MOST_LABELS // len(source.classes)))
+    return source, min(request.shots or limit, limit)
 
 
 def plan_table(experiment: Experiment, console: Console) -> TablePlan:
     """Decide the settings and steps of every cell; with a budget, also measure their speed."""
-    table, asked, source = experiment.table, experiment.asked, experiment.source
+    table, request, source = experiment.table, experiment.request, experiment.source
     began = time.perf_counter()
-    cells = all_cells(table, asked)
-    first = draft_config(table, _base(cells), asked)
+    cells = all_cells(table, request)
+    first = draft_config(table, _base(cells), request)
     scan = training_data.scan_source(source, first, console)
     scanning = time.perf_counter() - began
     console.print("all cells: " + consequence(scan.median_size, first.data.size, resolve.patch_of(first)))
@@ -128,19 +130,19 @@ def plan_table(experiment: Experiment, console: Console) -> TablePlan:
             bar.update(number)
     measured = with_lengths(experiment, measured)
     steps, reason = steps_without_budget(experiment, measured)
-    if asked.budget is not None:
-        steps, reason = steps_in_budget(experiment, measured, asked.budget, scanning, time.perf_counter() - began)
+    if request.budget is not None:
+        steps, reason = steps_in_budget(experiment, measured, request.budget, scanning, time.perf_counter() - began)
     tuned = max(1, round(steps * _base_of(measured).length))
     if table.measure == "fine_tuned" and tuned != steps:
         reason += f"; this is the length of pre-training, and each cell is fine-tuned for {tuned} steps"
     return TablePlan(
-        asked=asked,
+        asked=request,
         title=table.title,
         axis=table.axis,
         note=table.note,
         log=table.log,
         base=table.base,
-        missing=tuple(cell.label for cell in table.cells(base_config(table, asked)) if cell not in cells),
+        missing=tuple(cell.label for cell in table.cells(base_config(table, request)) if cell not in cells),
         measure=table.measure,
         steps=steps,
         reason=reason,
@@ -158,14 +160,14 @@ def plan_table(experiment: Experiment, console: Console) -> TablePlan:
 
 def planned_cell(experiment: Experiment, measured: Measured, steps: int) -> PlannedCell:
     """Return the plan of a cell. steps: the steps of a cell of length 1."""
-    table, asked, cell = experiment.table, experiment.asked, measured.cell
+    table, request, cell = experiment.table, experiment.request, measured.cell
     return PlannedCell(
         name=cell.name,
         label=cell.label,
         theirs=cell.theirs,
         at=cell.at,
-        recipe=recipe_of(table, cell, asked),
-        settings=tuple(cell_settings(table, cell, asked)),
+        recipe=recipe_of(table, cell, request),
+        settings=tuple(cell_settings(table, cell, request)),
         varied=cell.settings,
         steps=max(1, round(steps * measured.length)),
         equal=cell.equal,
@@ -187,7 +189,7 @@ def with_lengths(experiment: Experiment, measured: Sequence[Measured]) -> list[M
     Fine-tuned cells are equally long. Together they get a third of the budget, or all of it if the pre-trained run is
     given.
     """
-    base, asked = _base_of(measured), experiment.asked
+    base, request = _base_of(measured), experiment.request
     base_flops = base.cost.batch_size * base.cost.training_flops
     lengths = {
         each.cell.name: base_flops / each.cost.batch_size / each.cost.training_flops
@@ -198,11 +200,11 @@ def with_lengths(experiment: Experiment, measured: Sequence[Measured]) -> list[M
     if experiment.table.measure == "fine_tuned":
         tuned = [each for each in measured if each.cell.name != PRETRAINED]
         length = None
-        if asked.from_run is not None and (asked.budget is not None or experiment.set_by_hand):
+        if request.from_run is not None and (request.budget is not None or experiment.set_by_hand):
             length = 1.0
-        elif asked.budget is not None:
+        elif request.budget is not None:
             first = next(each for each in measured if each.cell.name == PRETRAINED)
-            length = first.seconds * (1 / PRETRAINING_SHARE - 1) / (asked.seeds * sum(each.seconds for each in tuned))
+            length = first.seconds * (1 / PRETRAINING_SHARE - 1) / (request.seeds * sum(each.seconds for each in tuned))
         if length is not None:
             lengths |= {each.cell.name: length for each in tuned}
     return [Measured(each.cell, each.cost, each.planned_steps, lengths[each.cell.name]) for each in measured]
@@ -228,10 +230,10 @@ def steps_in_budget(
     budget, scanning, spent: seconds. Every run scans the images again; `spent` has already passed. Raises UserError
     when fewer than FEWEST_STEPS fit.
     """
-    asked, table = experiment.asked, experiment.table
-    runs = {each.cell.name: 1 if each.cell.name in SHARED else asked.seeds for each in measured}
+    request, table = experiment.request, experiment.table
+    runs = {each.cell.name: 1 if each.cell.name in SHARED else request.seeds for each in measured}
     count = sum(runs.values())
-    probes = len(measured) * asked.seeds + 2 * sum(with_controls(table, each.cell) for each in measured)
+    probes = len(measured) * request.seeds + 2 * sum(with_controls(table, each.cell) for each in measured)
     probing = sum(each.cost.probe_seconds or 0.0 for each in measured) / len(measured) * probes
     reading = sum((scanning + (each.cost.reading_seconds or 0.0)) * runs[each.cell.name] for each in measured)
     left = BUDGET_SHARE * budget - probing - reading - spent
@@ -269,19 +271,19 @@ def with_controls(table: Table, cell: Cell) -> bool:
 
 def measure_cell(experiment: Experiment, cell: Cell, scan: Scan, device: str) -> Measured:
     """Count the FLOPs and parameters of a cell and, with a budget, measure its speed."""
-    table, asked, source = experiment.table, experiment.asked, experiment.source
-    config = draft_config(table, cell, asked, source)
+    table, request, source = experiment.table, experiment.request, experiment.source
+    config = draft_config(table, cell, request, source)
     images, plan = training_data.prepare_images(training_data.TrainingRequest(source, scan, config, device))
     flops = count_flops(config, plan.images)
     seconds: Mapping[str, float] = {}
-    if asked.budget is not None:
+    if request.budget is not None:
         batch, workers = config.train.batch_size, plan.workers
         load = training_data.batch_seconds(images, batch, workers, cached=plan.cached).median
         decode = training_data.batch_seconds(images, batch, 0, cached=False).median / batch
         compute = measure_step_seconds(
             config, plan.images, plan.micro_batch, plan.precision, device, seconds=MEASURE_SECONDS
         )
-        tested = len(open_source(asked.test)) if asked.test is not None else len(source) // 5
+        tested = len(open_source(request.test)) if request.test is not None else len(source) // 5
         probed, fitting = tested + experiment.shots * len(source.classes), FIT_SECONDS
         if table.measure == "fine_tuned":  # the pre-trained run is not tested
             probed, fitting = tested * fine_tunes(table, cell), 0.0

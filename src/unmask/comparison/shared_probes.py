@@ -28,7 +28,7 @@ class RankedRun:
 
 @dataclass(frozen=True)
 class SharedProbe:
-    """A measurement that every run has. rows: best first. width: the score of a full bar. sentence: the ranking."""
+    """A measurement that every run has. rows: best first. width: the score that fills a bar. sentence: the ranking."""
 
     title: str
     kind: str

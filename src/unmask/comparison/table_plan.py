@@ -158,30 +158,30 @@ def load_plan(folder: Path) -> TablePlan:
     return _PLAN.validate_python(Run(folder).read(PLAN_FILE))
 
 
-def continue_plan(folder: Path, asked: TableRequest, source: Source) -> TablePlan:
+def continue_plan(folder: Path, request: TableRequest, source: Source) -> TablePlan:
     """Read the plan of a table that was begun, with the number of seeds requested now; the steps do not change.
 
     Raises ConfigError when anything else in the request differs, and DataError when the images have changed.
     """
     plan = load_plan(folder)
-    for key, value in vars(asked).items():
+    for key, value in vars(request).items():
         before = getattr(plan.asked, key)
         if key != "seeds" and before != value:
             raise ConfigError(
                 f"{folder} was begun with {key} {before!r}, got {value!r}; only --seeds can change: repeat the "
                 "first command, or choose another --out"
             )
-    if asked.seeds < plan.asked.seeds:
+    if request.seeds < plan.asked.seeds:
         raise ConfigError(
-            f"{folder} was begun with {plan.asked.seeds} seeds, got {asked.seeds}; request at least "
+            f"{folder} was begun with {plan.asked.seeds} seeds, got {request.seeds}; request at least "
             f"{plan.asked.seeds}, or choose another --out"
         )
     if source.fingerprint() != plan.fingerprint:
         raise DataError(
-            f"the images of {asked.data} have changed since this table was begun, so cells cannot be compared; "
+            f"the images of {request.data} have changed since this table was begun, so cells cannot be compared; "
             "restore the old files, or choose another --out"
         )
-    if asked.seeds > plan.asked.seeds:
-        plan = replace(plan, asked=asked)
+    if request.seeds > plan.asked.seeds:
+        plan = replace(plan, asked=request)
         write_plan(folder, plan)
     return plan

@@ -219,34 +219,34 @@ def read_run(folder: Path, plan: TablePlan, cell: PlannedCell, seed: int, failur
     """Read the results of one run of a cell."""
     name = cell.run_name(seed)
     run, error = Run(folder / name), failures.get(name)
-    found = CellRun(seed=seed, folder=name, error=error, state="waiting" if error is None else "failed")
+    result = CellRun(seed=seed, folder=name, error=error, state="waiting" if error is None else "failed")
     if not (run.path / "plan.json").exists():
-        return found
+        return result
     trained = trained_rows(run.metrics())
     if trained:
-        found = replace(
-            found,
+        result = replace(
+            result,
             loss=last_loss(trained),
             images_per_second=_median(row["images_per_second"] for row in trained),
             seconds=training_seconds(trained),
         )
-    found = replace(found, size=tuple(run.read("plan.json")["images"]["size"]))
+    result = replace(result, size=tuple(run.read("plan.json")["images"]["size"]))
     if cell.fine_tunes:
         score = read_score(run)
-        found = replace(found, fine_tuned=None if score is None else finetune_accuracy(score))
+        result = replace(result, fine_tuned=None if score is None else finetune_accuracy(score))
         measured = score is not None
     else:
         probes = {kind: probe for kind in KINDS if (probe := find_probe(run, kind, plan, controls=False)) is not None}
-        found = with_probes(found, cell, probes)
+        result = with_probes(result, cell, probes)
         measured = len(probes) == len(KINDS)
     if error is not None:
-        return found
+        return result
     state = run.status().shown_state or "waiting"
-    return replace(found, state="trained" if state == "finished" and not cell.shared and not measured else state)
+    return replace(result, state="trained" if state == "finished" and not cell.shared and not measured else state)
 
 
 def with_probes(run: CellRun, cell: PlannedCell, probes: Mapping[str, ProbeResult]) -> CellRun:
-    """Add the scores of a run's probes and controls. probes: by kind."""
+    """Add the scores of a run's probes and controls. probes: results by kind."""
     scores: dict[str, dict[str, RunAccuracy]] = {}
     controls, how = [], ""
     for kind, probe in probes.items():
@@ -265,15 +265,15 @@ def find_probe(run: Run, kind: str, plan: TablePlan, *, controls: bool) -> Probe
 
     controls: whether the probe must include controls. A damaged result file counts as missing.
     """
-    asked, steps = plan.asked, run.read("plan.json")["steps"]
+    request, steps = plan.asked, run.read("plan.json")["steps"]
     test = TestIdentity(held_out=HELD_OUT, seed=0)
-    if asked.test is not None:
-        test = TestIdentity(images=ImageSet(name=asked.test))
+    if request.test is not None:
+        test = TestIdentity(images=ImageSet(name=request.test))
     for probe in read_results(run).probes:
         if (
             (probe.kind, probe.shots, probe.seed, probe.step) == (kind, plan.shots, 0, steps)
             and (probe.layer, probe.mask_votes, probe.targets, probe.task) == (None, None, None, CLASSES)
-            and probe.data.matches(ImageSet(name=asked.data))
+            and probe.data.matches(ImageSet(name=request.data))
             and probe.test.matches(test)
             and (not controls or probe.row(RANDOM_INIT) is not None)
         ):
@@ -306,12 +306,12 @@ def _median(values: Iterable[float | None]) -> float | None:
 
 def control_rows(rows: Sequence[CellRow]) -> list[ControlRow]:
     """Return the rows of the controls: raw pixels, which all cells share, and the untrained encoders."""
-    found: dict[tuple[str, str], ControlRow] = {}
+    by_control: dict[tuple[str, str], ControlRow] = {}
     for control in (control for row in rows for run in row.runs for control in run.controls):
         key = control.features, control.cell
-        known = found.setdefault(key, ControlRow(features=control.features, cell=control.cell))
-        found[key] = replace(known, **{control.kind: control.score})
-    return list(found.values())
+        known = by_control.setdefault(key, ControlRow(features=control.features, cell=control.cell))
+        by_control[key] = replace(known, **{control.kind: control.score})
+    return list(by_control.values())
 
 
 def describe_row(row: CellRow, measure: str) -> str:

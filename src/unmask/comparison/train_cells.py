@@ -98,23 +98,23 @@ def train_cell(folder: Path, plan: TablePlan, cell: PlannedCell, seed: int, cons
 
 def start_cell(path: Path, folder: Path, plan: TablePlan, cell: PlannedCell, seed: int, console: Console) -> Run:
     """Train one cell from the beginning. path: folder of its run."""
-    asked = plan.asked
+    request = plan.asked
     settings = [*without_length(cell.settings), f"train.steps={cell.steps}", f"train.seed={seed}"]
     if cell.fine_tunes:
         tuning = finetune.FinetuneOptions(
-            test=asked.test,
-            shots=asked.shots,
+            test=request.test,
+            shots=request.shots,
             recipe=configure.PLAIN,
             settings=[*settings, f"train.test_every={cell.steps}"],
         )
-        weights = asked.from_run or finished_run(folder, PRETRAINED, "pre-training")
-        return finetune.finetune(weights, asked.data, tuning, out=path, console=console)
+        weights = request.from_run or finished_run(folder, PRETRAINED, "pre-training")
+        return finetune.finetune(weights, request.data, tuning, out=path, console=console)
     tokenizer = None
     if cell.tokenizer:
-        tokenizer = asked.tokenizer or finished_run(folder, TOKENIZER, "tokenizer")
+        tokenizer = request.tokenizer or finished_run(folder, TOKENIZER, "tokenizer")
     settings = [*own_size(cell.recipe, settings), *settings]  # the same image size for all cells
     options = pretrain.PretrainOptions(recipe=cell.recipe, settings=settings, tokenizer=tokenizer)
-    return pretrain.pretrain(asked.data, options, out=path, console=console)
+    return pretrain.pretrain(request.data, options, out=path, console=console)
 
 
 def own_size(recipe: str, settings: Sequence[str]) -> list[str]:

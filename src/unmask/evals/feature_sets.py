@@ -91,7 +91,7 @@ def make_feature_sets(
     """
     hide, votes = evaluation_masks(loaded.method, options.mask_votes)
     layer = wanted_layer(loaded.method.encoder, options.layer)
-    found = FeatureSets(loaded, dict(encoders), {}, votes=None if hide is None else votes)
+    sets = FeatureSets(loaded, dict(encoders), {}, votes=None if hide is None else votes)
     if layer == "best" and images is None:
         layer = None  # without labels layers cannot be compared: use the output of `forward`
     if layer is not None or hide is not None:
@@ -99,16 +99,16 @@ def make_feature_sets(
         for name in [name for name in encoders if name != RAW_PIXELS]:
             view = View(encoders[name], hide=hide)
             if layer is not None:
-                found.layers[name] = _layer_of(loaded, view, layer, images, rows, options.seed, console)
-                view.layer = found.layers[name].number
-            found.encoders[name] = view
-    found.test_encoders = dict(found.encoders)
-    for name, view in found.encoders.items():
+                sets.layers[name] = _layer_of(loaded, view, layer, images, rows, options.seed, console)
+                view.layer = sets.layers[name].number
+            sets.encoders[name] = view
+    sets.test_encoders = dict(sets.encoders)
+    for name, view in sets.encoders.items():
         if isinstance(view, View) and view.hide is not None:
-            found.test_encoders |= {
+            sets.test_encoders |= {
                 f"{name}{VOTE}{number}": View(view.encoder, view.layer, view.hide, number) for number in range(1, votes)
             }
-    return found
+    return sets
 
 
 def evaluation_masks(method: Method, votes: int | None) -> tuple[Hide | None, int]:
@@ -166,14 +166,14 @@ def tables_of(
 
     test: use the encoders for test images.
     """
-    found: dict[str, FeatureTable] = {}
+    tables: dict[str, FeatureTable] = {}
     for each in sets:
         encoders = each.test_encoders if test else each.encoders
-        found |= features(each.loaded, encoders, source, rows, options, console)
-    both = reduce(np.intersect1d, [table.index for table in found.values()])
+        tables |= features(each.loaded, encoders, source, rows, options, console)
+    both = reduce(np.intersect1d, [table.index for table in tables.values()])
     return {
         name: table if len(table) == len(both) else table.at(np.flatnonzero(np.isin(table.index, both)))
-        for name, table in found.items()
+        for name, table in tables.items()
     }
 
 

@@ -34,11 +34,11 @@ def average_precision(truth: np.ndarray, scores: np.ndarray, weights: np.ndarray
     order = np.argsort(-scores, kind="stable")
     truth, scores, weights = truth[order], scores[order], weights[:, order]
     ends = np.flatnonzero(np.append(np.diff(scores) != 0, True))  # the last image of every step
-    found = (weights * truth).cumsum(1)[:, ends]  # (R, steps)
+    positives = (weights * truth).cumsum(1)[:, ends]  # (R, steps)
     retrieved = weights.cumsum(1)[:, ends]
-    precision = np.divide(found, retrieved, out=np.zeros_like(found, dtype=np.float64), where=retrieved > 0)
-    total = found[:, -1]
-    steps = np.diff(found, axis=1, prepend=0.0)
+    precision = np.divide(positives, retrieved, out=np.zeros_like(positives, dtype=np.float64), where=retrieved > 0)
+    total = positives[:, -1]
+    steps = np.diff(positives, axis=1, prepend=0.0)
     return np.divide((steps * precision).sum(1), total, out=np.full(len(weights), np.nan), where=total > 0)
 
 
@@ -65,7 +65,7 @@ def resampled(measure: Measure, truth: np.ndarray, predicted: np.ndarray) -> np.
     The resamples depend only on m. The mean is NaN if no column is defined.
     """
     rng = np.random.default_rng(SEED)
-    m, found = len(truth), []
+    m, means = len(truth), []
     for _ in range(0, RESAMPLES, PIECE):
         weights = np.stack([np.bincount(rng.integers(0, m, m), minlength=m) for _ in range(PIECE)]).astype(np.float64)
         columns = np.stack(
@@ -73,5 +73,5 @@ def resampled(measure: Measure, truth: np.ndarray, predicted: np.ndarray) -> np.
         )  # (PIECE, T)
         defined = ~np.isnan(columns)
         sums = np.where(defined, columns, 0.0).sum(1)
-        found.append(np.divide(sums, defined.sum(1), out=np.full(PIECE, np.nan), where=defined.any(1)))
-    return np.concatenate(found)
+        means.append(np.divide(sums, defined.sum(1), out=np.full(PIECE, np.nan), where=defined.any(1)))
+    return np.concatenate(means)

@@ -204,7 +204,7 @@ def fit_to_tokens(
     images: LabelledImages,
 ) -> dict[str, list[Fitted]]:
     """Fit a probe of all tokens to every feature set and every draw of training images."""
-    found: dict[str, list[Fitted]] = {name: [] for name in train}
+    fits: dict[str, list[Fitted]] = {name: [] for name in train}
     with job.console.progress(f"fitting {probe.title.lower()}s", len(train) * len(chosen)) as bar:
         for number, each in enumerate(chosen):
             targets = _targets(job, images, images.train_y[each.rows])
@@ -212,9 +212,9 @@ def fit_to_tokens(
                 require_two(targets.y)
             for place, (name, table) in enumerate(train.items(), 1):
                 assert table.tokens is not None, "tokens were requested"
-                found[name].append(probe.fit(table.tokens, each.positions, targets))
+                fits[name].append(probe.fit(table.tokens, each.positions, targets))
                 bar.update(number * len(train) + place)
-    return found
+    return fits
 
 
 def test_features(
@@ -244,8 +244,8 @@ def test_features(
                 answers[kind].setdefault(name, []).append([head.predict(table.tokens) for head in heads])
         pieces.append({name: replace(table, tokens=None) for name, table in piece.items()})
     joined = {
-        kind: {name: [np.concatenate(parts) for parts in zip(*each, strict=True)] for name, each in found.items()}
-        for kind, found in answers.items()
+        kind: {name: [np.concatenate(parts) for parts in zip(*each, strict=True)] for name, each in by_name.items()}
+        for kind, by_name in answers.items()
     }
     return {name: joined_tables([piece[name] for piece in pieces]) for name in pieces[0]}, joined
 

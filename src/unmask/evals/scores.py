@@ -121,16 +121,16 @@ def differences(scored: Sequence[Scored], runs: Sequence[str]) -> tuple[Differen
         other = next(each for each in scored if each.score.features == name and each.score.pool != "cls")
         own = next(each for each in scored if each.score.features == PRETRAINED and each.score.pool == other.score.pool)
         pairs.append((own, other))
-    found = []
+    rows = []
     for own, other in pairs:
         value, low, high = own.minus(other)
-        found.append(
+        rows.append(
             Difference(
                 features=other.score.features, pool=other.score.pool, own_pool=own.score.pool, value=value, low=low,
                 high=high,
             )
         )  # fmt: skip
-    return tuple(found)
+    return tuple(rows)
 
 
 def _best(scored: Sequence[Scored], features: str) -> Scored | None:
@@ -175,9 +175,9 @@ def _is_defined(test_y: np.ndarray, labelling: Labelling) -> np.ndarray:
 
 def caveats_of(train_y: np.ndarray, test_y: np.ndarray, labelling: Labelling, shared: int) -> tuple[str, ...]:
     """Return caveats about the scores as sentences. shared: number of test images that are training images."""
-    found = []
+    notes = []
     if shared:
-        found.append(
+        notes.append(
             f"Careful: {shared} of the {len(test_y)} test images are also training images, pixel for pixel, so the "
             "numbers are too good."
         )
@@ -185,11 +185,11 @@ def caveats_of(train_y: np.ndarray, test_y: np.ndarray, labelling: Labelling, sh
         defined = _is_defined(test_y, labelling)
         if missing := [name for name, known in zip(labelling.names, defined, strict=True) if not known]:
             lacking = "has no positive image" if labelling.task == MULTILABEL else "has only one value"
-            found.append(f"{', '.join(missing)} {lacking} among the test images and is left out of the mean.")
-        return tuple(found)
+            notes.append(f"{', '.join(missing)} {lacking} among the test images and is left out of the mean.")
+        return tuple(notes)
     unseen = sorted(set(test_y.tolist()) - set(train_y.tolist()))
     if unseen:
         named = ", ".join(str(labelling.names[label]) for label in unseen[:5])
         count = int(np.isin(test_y, unseen).sum())
-        found.append(f"{count} test images are of classes without any training image ({named}) and count as wrong.")
-    return tuple(found)
+        notes.append(f"{count} test images are of classes without any training image ({named}) and count as wrong.")
+    return tuple(notes)

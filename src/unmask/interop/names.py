@@ -166,25 +166,25 @@ def to_beit(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     BEiT has no bias for keys. It is not needed: it adds the same value to a query's scores for all keys, which the
     softmax cancels.
     """
-    found = {}
+    renamed_weights = {}
     for name, value in _under(weights, TO_BEIT).items():
         if name.endswith(".attn.qkv.bias"):
             queries, _, values = value.chunk(3)
             stem = name.removesuffix("qkv.bias")
-            found |= {f"{stem}q_bias": queries.clone(), f"{stem}v_bias": values.clone()}
+            renamed_weights |= {f"{stem}q_bias": queries.clone(), f"{stem}v_bias": values.clone()}
         else:
-            found[name] = value
-    return found
+            renamed_weights[name] = value
+    return renamed_weights
 
 
 def _under(weights: Mapping[str, Tensor], table: Mapping[str, str]) -> dict[str, Tensor]:
-    found = {}
+    renamed_weights = {}
     for name, value in weights.items():
         if name not in ("encoder.mean", "encoder.std"):
             new = renamed(name, table)
             assert new is not None, f"{name} has no official name"
-            found[new] = value
-    return found
+            renamed_weights[new] = value
+    return renamed_weights
 
 
 def to_transformers(weights: Mapping[str, Tensor], *, beit: bool, prefix: str = "") -> dict[str, Tensor]:
@@ -192,7 +192,7 @@ def to_transformers(weights: Mapping[str, Tensor], *, beit: bool, prefix: str = 
 
     prefix: prefix of the encoder in a larger model ("vit.", "beit.").
     """
-    found = {}
+    renamed_weights = {}
     for name, value in (to_beit if beit else to_official)(weights).items():
         for plain, part in _apart(name, value).items():
             new = _transformers_name(plain)
@@ -200,8 +200,8 @@ def to_transformers(weights: Mapping[str, Tensor], *, beit: bool, prefix: str = 
                 new = "decoder.mask_token"
             elif not new.startswith(("decoder.", "classifier.")):
                 new = prefix + new
-            found[new] = part
-    return found
+            renamed_weights[new] = part
+    return renamed_weights
 
 
 def _apart(name: str, value: Tensor) -> dict[str, Tensor]:
@@ -226,17 +226,17 @@ def to_image_gpt(weights: Mapping[str, Tensor], *, prefix: str = "") -> dict[str
     """Rename an iGPT's tensors to transformers' ImageGPT, with biases of zero; see `interop/foreign/openai.py`."""
     plain = {"encoder.positions": "wpe.weight", "encoder.norm.weight": "ln_f.weight"}
     table = torch.cat([weights["encoder.tokens"], weights["encoder.sos"][None]])
-    found = {f"{prefix}wte.weight": table}
+    renamed_weights = {f"{prefix}wte.weight": table}
     for name, value in weights.items():
         if match := re.fullmatch(r"encoder\.blocks\.(\d+)\.(.+)", name):
             new = f"{prefix}h.{match[1]}.{GPT_BLOCKS[match[2]]}"
-            found[new] = value.T.contiguous() if value.ndim == 2 else value
+            renamed_weights[new] = value.T.contiguous() if value.ndim == 2 else value
             if value.ndim == 2:
-                found[new.removesuffix("weight") + "bias"] = torch.zeros(len(value))
+                renamed_weights[new.removesuffix("weight") + "bias"] = torch.zeros(len(value))
         elif name in plain:
-            found[prefix + plain[name]] = value
+            renamed_weights[prefix + plain[name]] = value
         elif name == "head.weight":
-            found["lm_head.weight"] = value
+            renamed_weights["lm_head.weight"] = value
         else:
             assert name in ("encoder.tokens", "encoder.sos", "encoder.palette"), f"{name} has no name in ImageGPT"
-    return found
+    return renamed_weights

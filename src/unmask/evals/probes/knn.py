@@ -7,8 +7,8 @@ with weight exp(s / 0.07). Features are neither scaled nor centred.
 Multi-label targets and quantities are predicted by the weighted mean over the same neighbours.
 
 scikit-learn's KNeighborsClassifier is not used: its resolution of ties depends on the order of its search, and with a
-function as weights it needs several times the memory. Here ties are resolved by rule, and the similarity matrix is
-computed in pieces.
+function as weights it needs several times the memory. Here ties are resolved deterministically, and the similarity
+matrix is computed in pieces.
 
 Letters: n training images, m test images, D width, K classes, T target columns.
 """

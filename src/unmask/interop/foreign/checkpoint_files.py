@@ -120,13 +120,13 @@ def _described(folder: Path) -> tuple[NetworkConfig, Preprocessor]:
 
 def _halves(folder: Path) -> dict[str, Path] | None:
     """Return the files encoder.* and decoder.* of a folder with DALL-E's dVAE; None for other folders."""
-    found = {
+    candidates = {
         side: [file for file in sorted(folder.glob(f"{side}.*")) if file.suffix in (*SAFE, *PICKLES)]
         for side in ("encoder", "decoder")
     }
-    if not all(found.values()):
+    if not all(candidates.values()):
         return None
-    return {side: files[0] for side, files in found.items()}
+    return {side: files[0] for side, files in candidates.items()}
 
 
 def _weights_of(folder: Path) -> list[Path]:
@@ -163,9 +163,9 @@ def _read_files(files: list[Path]) -> Checkpoint:
             if file.suffix not in SAFE:
                 training, unclear = training_arguments(loaded)
             # The common prefix of all names is known only once all shards are joined.
-            found = loaded if len(files) > 1 and isinstance(loaded, dict) else unwrap(loaded)
-            _require_plain(found, file)
-            content |= found
+            tensors = loaded if len(files) > 1 and isinstance(loaded, dict) else unwrap(loaded)
+            _require_plain(tensors, file)
+            content |= tensors
             digests.append(fingerprint(file))
         except ForeignError as error:
             raise ForeignError(f"{file}: {error}") from None

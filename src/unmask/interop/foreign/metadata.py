@@ -144,14 +144,14 @@ def training_arguments(content: Any) -> tuple[TrainingArguments, tuple[str, ...]
     if isinstance(config, Mapping) and isinstance(data := config.get("DATA"), Mapping):
         renamed = {"MASK_RATIO": "mask_ratio", "MASK_PATCH_SIZE": "mask_patch_size", "IMG_SIZE": "input_size"}
         raw |= {new: data[old] for old, new in renamed.items() if old in data}
-    found: dict[str, Any] = {}
+    valid: dict[str, Any] = {}
     wrong = []
     for name in TrainingArguments.model_fields:
         if raw.get(name) is None:
             continue
         try:
             TrainingArguments.model_validate({name: raw[name]})
-            found[name] = raw[name]
+            valid[name] = raw[name]
         except ValidationError:
             wrong.append(name)
-    return TrainingArguments.model_validate(found), tuple(wrong)
+    return TrainingArguments.model_validate(valid), tuple(wrong)

@@ -40,7 +40,7 @@ def recognise(state: Mapping[str, Tensor], metadata: SourceMetadata | None = Non
             known[key] = value
     metadata = replace(metadata, preprocessor=metadata.preprocessor.model_copy(update=known))
     try:
-        found = _kind_of(state, metadata)
+        recognised = _kind_of(state, metadata)
     except (IndexError, TypeError, ValueError, RuntimeError, KeyError, AttributeError, ZeroDivisionError) as error:
         if isinstance(error, UserError):
             raise
@@ -49,7 +49,7 @@ def recognise(state: Mapping[str, Tensor], metadata: SourceMetadata | None = Non
             f"{str(error).splitlines()[0] if str(error) else 'no reason given'}); the file is damaged or was edited: "
             "download it again"
         ) from None
-    return replace(found, eval_share=share_of(metadata.preprocessor))
+    return replace(recognised, eval_share=share_of(metadata.preprocessor))
 
 
 def share_of(preprocessor: Preprocessor) -> float | None:

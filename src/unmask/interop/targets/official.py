@@ -113,13 +113,13 @@ def to_official(loaded: Loaded) -> ExportedModel:
 
 def against_models_mae(model: Any, method: MAE, images: Tensor) -> float:
     """Compare features of all patches, and the prediction under the patch mask drawn by the official code."""
-    found, _, back = model.forward_encoder(normalised(method.encoder, images), 0.0)
-    patches = found[:, 1:].gather(1, back[..., None].expand(-1, -1, found.shape[2]))
-    whole = torch.cat([found[:, :1], patches], 1)
-    found, mask, back = model.forward_encoder(normalised(method.encoder, images), method.mask_ratio)
+    tokens, _, back = model.forward_encoder(normalised(method.encoder, images), 0.0)
+    patches = tokens[:, 1:].gather(1, back[..., None].expand(-1, -1, tokens.shape[2]))
+    whole = torch.cat([tokens[:, :1], patches], 1)
+    tokens, mask, back = model.forward_encoder(normalised(method.encoder, images), method.mask_ratio)
     order, hidden = back.argsort(1), int(mask[0].sum())
     drop = order[:, -hidden:]
-    theirs = model.forward_decoder(found, back)
+    theirs = model.forward_decoder(tokens, back)
     ours = method.guess(method.encoder.patches(images), Mask(keep=order[:, :-hidden], drop=drop))
     theirs = theirs.gather(1, drop[..., None].expand(-1, -1, theirs.shape[2]))
     return largest((whole, tokens_of(method.encoder, images)), (theirs, ours))
