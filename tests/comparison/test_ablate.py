@@ -488,7 +488,7 @@ def test_pre_training_gets_two_thirds_of_the_budget(data, tmp_path, monkeypatch)
         ({"settings": [*SMALL, "method.encoder.heads=5"]}, r"5 heads do not divide"),
         ({"settings": [*SMALL, "method.encoder.hedas=5"]}, r"is not a setting; did you mean .*heads"),
         ({"budget": 60.0}, r"both a time budget and train.steps"),
-        ({"table": "fig7", "budget": 60.0}, r"train.steps cannot be set: the budget decides"),
+        ({"table": "fig7", "budget": 60.0}, r"train.steps cannot be set: the budget determines"),
         ({"seeds": 0}, r"got --seeds 0; expected at least 1"),
         ({"shots": 11}, r"got --shots 11, but class .* has only 10"),
         ({"recipe": "mae_nanoo"}, r"recipe 'mae_nanoo' is not known"),

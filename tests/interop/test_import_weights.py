@@ -511,7 +511,7 @@ def test_training_continues_from_an_imported_run(tmp_path, unmask):
     done = pretrain(photos, from_run=encoder, recipe="mae_nano", out=tmp_path / "on2", settings=[*short, *size])
     assert done.read("config.json")["graft"][0]["source"] == "encoder."
     code, _, err = unmask("resume", whole)
-    assert (code, "is finished" in err) == (0, True)
+    assert (code, "contains imported weights; nothing to train" in err) == (0, True)
     code, _, err = unmask("pretrain", photos, "--config", encoder)
     assert (code, "of an imported encoder, which has no training task" in err) == (2, True), err
     assert "learns from labels" not in err
