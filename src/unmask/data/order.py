@@ -6,7 +6,7 @@ larger than the data set.
 
 With `repeats` R, each image is decoded once for R consecutive samples, each with its own crop, flip, jitter and patch
 mask (Hoffer et al. 2020, "Augment your batch"). The `epoch` of a sample is the number of earlier samples of its image:
-the number of the pass without repeats, R * pass + repeat with them.
+without repeats the number of the pass, with repeats R * pass + repeat.
 """
 
 from __future__ import annotations

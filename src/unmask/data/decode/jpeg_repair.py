@@ -240,7 +240,7 @@ def _segments(head: bytes) -> Iterator[tuple[int, bytes]]:
 
 
 def _read_huffman_tables(body: bytes, found: _Tables) -> None:
-    """Add the tables of one DHT segment to `found`, numbered as in the segment: AC tables from 16 on."""
+    """Add the Huffman tables of one DHT segment to `found`. AC tables have numbers from 16 on, as in the segment."""
     place = 0
     while place + 17 <= len(body):
         counts, table = body[place + 1 : place + 17], {}

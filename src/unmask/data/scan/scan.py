@@ -134,7 +134,7 @@ def scan(
     ignore_cache: bool = False,
     progress: Callable[[int], object] | None = None,
 ) -> Scan:
-    """Decode every file, or an evenly spaced `sample` of this many files, and return the result.
+    """Decode every file and return the result. sample: number of evenly spaced files to decode instead of all.
 
     workers: number of processes; 0 for this process; None for one per core if the work takes more than a few seconds.
     channels: number of channels to which all images must conform; None for the most frequent number. Files that cannot
