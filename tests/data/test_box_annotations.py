@@ -117,8 +117,8 @@ def bright(size, box):
 
 def test_cut_boxes_agrees_with_hand_computed_boxes():
     boxes = np.array([[10.0, 20, 30, 40], [0, 0, 10, 10], [18, 10, 30, 20], [14, 28, 15, 34], [8, 10, 18.1, 20]])
-    crop = np.array([10.0, 8, 20, 20])  # top, left, height, width
-    found, keep = cut_boxes(boxes, crop, (40, 20), False)  # twice as high, as wide
+    crop = np.array([10.0, 8, 20, 20])  # Top, left, height, width.
+    found, keep = cut_boxes(boxes, crop, (40, 20), False)  # Twice as high, equally wide.
     assert keep.tolist() == [True, False, True, True, True]
     assert found[0].tolist() == [2, 20, 20, 40]
     assert found[2].tolist() == [10, 0, 20, 20]
@@ -191,12 +191,12 @@ def test_split_selects_the_listed_images(tmp_path):
 def test_boxes_left_out_are_counted(tmp_path):
     objects = {
         "a": [
-            ((-0.6, 0, 10, 10), "cat"),  # clipped, not reported
-            ((-4, 0, 10, 10), "cat"),  # clipped
-            ((-40, 0, 10, 10), "cat"),  # mostly outside
-            ((90, 10, 95, 20), "dog"),  # outside
-            ((10, 10, 10, 30), "dog"),  # no area
-            ((30, 30, 20, 40), "dog"),  # corners in the wrong order
+            ((-0.6, 0, 10, 10), "cat"),  # Clipped, not reported.
+            ((-4, 0, 10, 10), "cat"),  # Clipped.
+            ((-40, 0, 10, 10), "cat"),  # Mostly outside.
+            ((90, 10, 95, 20), "dog"),  # Outside.
+            ((10, 10, 10, 30), "dog"),  # No area.
+            ((30, 30, 20, 40), "dog"),  # Corners in the wrong order.
         ],
         "c": [((1, 1, 5, 5), "dog")],
         "gone": [((0, 0, 9, 9), "dog")],

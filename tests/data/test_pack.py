@@ -153,8 +153,8 @@ def test_packing_twice_records_the_size_of_the_first_original(copy, tmp_path):
 @pytest.mark.parametrize(
     ("name", "data"),
     [
-        ("a.jpg", file_of(smooth(200, 150), "JPEG", quality=1)),  # the shrunk image would be a larger file
-        ("a.npy", npy(smooth(208, 160, 128))),  # 166 x 128 x 128 would be read as 166 channels
+        ("a.jpg", file_of(smooth(200, 150), "JPEG", quality=1)),  # The shrunk image would be a larger file.
+        ("a.npy", npy(smooth(208, 160, 128))),  # 166 x 128 x 128 would be read as 166 channels.
     ],
 )
 def test_images_that_would_not_shrink_are_copied_byte_for_byte(tmp_path, name, data):

@@ -26,10 +26,10 @@ SUBPIXELS = 2**16  # box coordinates are multiples of 1 / SUBPIXELS, so that sum
 KERNELS = {"bicubic": torch.ops.aten._upsample_bicubic2d_aa, "bilinear": torch.ops.aten._upsample_bilinear2d_aa}
 PILLOW = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 PROTOCOL_SHARE, LARGEST_CROPPED = 224 / 256, 224
-Corners = tuple[float, float, float, float]  # top, left, height, width
-NEAR_PIXEL, MOST_SKIPPED = 1 / 16, 32  # pixels, and samples: see `_align_to_pixel`
-LEAST_VALID = 0.5  # minimum share of the filter's weight on valid pixels for a resampled pixel to be valid
-LEAST_LEFT = 0.2  # boxes around objects with a smaller share of their area inside the crop are dropped
+Corners = tuple[float, float, float, float]  # Top, left, height, width.
+NEAR_PIXEL, MOST_SKIPPED = 1 / 16, 32  # Pixels, and number of samples: see `_align_to_pixel`.
+LEAST_VALID = 0.5  # Minimum share of the filter's weight on valid pixels for a resampled pixel to be valid.
+LEAST_LEFT = 0.2  # Boxes around objects with a smaller share of their area inside the crop are dropped.
 
 
 def _ordered(span: tuple[float, float]) -> tuple[float, float]:

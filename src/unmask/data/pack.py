@@ -49,9 +49,9 @@ from unmask.data.sources.tar_file import TarSource
 from unmask.errors import UserError, some
 from unmask.system.processes import process_pool
 
-SHORT_SIDE = 512  # pixels
-CHUNK = 8  # images sent to a worker process at a time
-AHEAD = 4  # maximum number of chunks per worker process that wait to be written
+SHORT_SIDE = 512  # Pixels.
+CHUNK = 8  # Images sent to a worker process at a time.
+AHEAD = 4  # Maximum number of chunks per worker process that wait to be written.
 
 
 class PackError(UserError):
@@ -339,8 +339,8 @@ def _png16(pixels: np.ndarray, note: bytes) -> bytes:
     """
     height, width, channels = pixels.shape
     rows = pixels.astype(">u2").view(np.uint8).reshape(height, -1)
-    rows = np.diff(rows, axis=0, prepend=np.zeros_like(rows[:1]))  # differences modulo 256
-    filtered = np.concatenate([np.full((height, 1), 2, np.uint8), rows], 1)  # PNG filter type 2, "Up"
+    rows = np.diff(rows, axis=0, prepend=np.zeros_like(rows[:1]))  # Differences modulo 256.
+    filtered = np.concatenate([np.full((height, 1), 2, np.uint8), rows], 1)  # PNG filter type 2, "Up".
     chunks = (
         (b"IHDR", struct.pack(">IIBBBBB", width, height, 16, 0 if channels == 1 else 2, 0, 0, 0)),
         (b"tEXt", note),

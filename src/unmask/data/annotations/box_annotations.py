@@ -41,9 +41,9 @@ from unmask.data.sources.open_source import open_source
 from unmask.data.sources.source import Source
 from unmask.errors import some
 
-ROUNDING = 1.0  # pixels that a box may extend outside its image without being reported
-CORNERS = 0.8  # minimum share of the boxes outside their image that must fit as corners for a note to be added
-LEAST_INSIDE = 0.5  # boxes with a smaller share of their area inside the image are left out
+ROUNDING = 1.0  # Pixels that a box may extend outside its image without being reported.
+CORNERS = 0.8  # A note is added if more of the boxes outside their image would fit as corners.
+LEAST_INSIDE = 0.5  # Boxes with a smaller share of their area inside the image are left out.
 OUTSIDE, CUT, EMPTY, ASIDE = "outside", "cut", "empty", "aside"
 REASONS = {
     OUTSIDE: "boxes lie mostly outside their image and are left out",

@@ -1,8 +1,8 @@
 """Find and read the files in which annotation tools write the class names of segmentation masks.
 
-classes.txt, codes.txt, *.names, ...    one name per line, for ids 0, 1, 2 ...; or a number and a name
-label_colors.txt, labelmap.txt          a colour and a name (CamVid), or name:colour:... (CVAT), in the order of ids
-*.csv with a header row                 a column `name` (or `class`, `label`), optionally with a column `id`
+- `classes.txt`, `codes.txt`, `*.names` and similar: one name per line, for ids 0, 1, 2 ..., or a number and a name.
+- `label_colors.txt`, `labelmap.txt`: a colour and a name (CamVid), or `name:colour:...` (CVAT), in the order of ids.
+- `*.csv` with a header row: a column `name` (or `class`, `label`), optionally with a column `id`.
 """
 
 from __future__ import annotations

@@ -21,10 +21,10 @@ VOID = re.compile(
     r"\b(void|unlabell?ed|ignored?|unknown|undefined|unclassified|don'?t.?care|no.?data|border|out of roi|"
     r"not labell?ed)\b"
 )
-SAMPLES, LONGEST_SIDE = 32, 1024  # masks that are checked in detail, and their longest side after subsampling
-SPARSE, FEWEST_SPARSE = 4, 16  # gray levels if the highest id is at least 16 and 4 times the number of ids
-BORDERS = 0.9  # minimum result of `borders` for an id that is probably void
-LEAST_CLASSES = 4  # with fewer classes, borders are no evidence
+SAMPLES, LONGEST_SIDE = 32, 1024  # Number of masks checked in detail, and their longest side after subsampling.
+SPARSE, FEWEST_SPARSE = 4, 16  # Gray levels if the highest id is at least 16 and 4 times the number of ids.
+BORDERS = 0.9  # Minimum result of `borders` for an id that is probably void.
+LEAST_CLASSES = 4  # With fewer classes, borders are no evidence.
 MOST_LEVELS = 16
 CEILING = 0.95  # warn about image sizes at which perfect predictions have a lower mean IoU
 

@@ -21,8 +21,8 @@ class DrawnOn(Enum):
 
     SHOWN = "the image as shown"
     STORED = "the stored pixels"
-    UNKNOWN = "either"  # the image has an orientation, and the size of the annotation agrees with both
-    NEITHER = "neither"  # the annotation is for another size
+    UNKNOWN = "either"  # The image has an orientation, and the size of the annotation agrees with both.
+    NEITHER = "neither"  # The annotation is for another size.
 
 
 def drawn_on(size: tuple[int, int] | None, head: Header, reach: tuple[float, float] = (0, 0)) -> DrawnOn | None:

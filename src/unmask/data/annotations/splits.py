@@ -10,8 +10,8 @@ import numpy as np
 from unmask.rng import Stream, words
 
 HELD_OUT = 0.2
-HOLD_OUT_FOR_TEST, SHOTS, HOLD_OUT_FOR_C, VOTES = 0, 1, 2, 4  # purposes of a split; each uses its own generator epoch
-HOLD_OUT_FOR_LAYER = (3, 5, 6, 7, 8)  # one per round
+HOLD_OUT_FOR_TEST, SHOTS, HOLD_OUT_FOR_C, VOTES = 0, 1, 2, 4  # Purposes of a split; each uses its own generator epoch.
+HOLD_OUT_FOR_LAYER = (3, 5, 6, 7, 8)  # One per round.
 HOLD_OUT_FOR_RATE = 9
 FIRST_DRAW = 1000  # generator epochs from this number on are for repeated random draws of the shots
 

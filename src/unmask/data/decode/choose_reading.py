@@ -14,8 +14,8 @@ from unmask.data.decode.reading import Reading, axes_of_several, is_alpha, is_am
 from unmask.data.decode.tiff import alpha_values
 from unmask.data.sources.source import Source
 
-SECONDS = 60.0  # limit on processor time for all sampled files
-FILES = 32  # number of files sampled of each kind (TIFF and .npy)
+SECONDS = 60.0  # Limit on processor time for all sampled files.
+FILES = 32  # Number of files sampled of each kind (TIFF and .npy).
 
 
 def choose_reading(source: Source, rows: Sequence[int]) -> tuple[Reading, tuple[str, ...]]:

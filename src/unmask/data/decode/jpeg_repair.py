@@ -21,8 +21,8 @@ from unmask.data.decode.layout import TOLERATED
 STANDALONE = {0x01, *range(0xD0, 0xD8)}  # markers without a length
 END = b"\xff\xd9"
 EXTRANEOUS = re.compile(r"Corrupt JPEG data: (\d+) extraneous bytes before marker 0xd9")
-READ_AHEAD = 8  # bytes in libjpeg's bit buffer, which its number of extraneous bytes does not include
-MOST_LEFTOVER = 1 << 16  # maximum number of leftover bytes to parse; a longer leftover must be padding
+READ_AHEAD = 8  # Bytes in libjpeg's bit buffer, which its number of extraneous bytes does not include.
+MOST_LEFTOVER = 1 << 16  # Maximum number of leftover bytes to parse; a longer leftover must be padding.
 
 Decode = Callable[[bytes], object]
 """A strict decoder that raises ValueError with libjpeg's message."""

@@ -15,8 +15,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-SLACK = 256 << 20  # bytes of address space to allow in addition to the memory that a process uses
-PATIENCE = 3  # seconds of wall-clock time allowed per second of processor time, because other processes run too
+SLACK = 256 << 20  # Bytes of address space to allow in addition to the memory that a process uses.
+PATIENCE = 3  # Seconds of wall-clock time allowed per second of processor time, because other processes run too.
 
 
 class TooSlow(Exception):

@@ -14,8 +14,8 @@ import numpy as np
 
 from unmask.settings import Settings
 
-AXES_CHANNELS = 16  # an axis of at most this length is assumed to be the channels
-EDGE_SHARE, OPAQUE_SHARE = 0.5, 0.01  # minimum shares in an alpha channel of values 0 or opaque, and of opaque values
+AXES_CHANNELS = 16  # An axis of at most this length is assumed to be the channels.
+EDGE_SHARE, OPAQUE_SHARE = 0.5, 0.01  # Minimum shares in an alpha channel of values 0 or opaque, and of opaque values.
 
 
 class Reading(Settings):

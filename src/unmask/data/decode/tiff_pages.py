@@ -20,13 +20,13 @@ from unmask.data.decode.reading import Reading
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # classic and BigTIFF, in both byte orders
 TAGS = (254, 256, 257, 258, 262, 274, 277, 278, 284, 338, 339)
 DESCRIPTION, SUB_DIRECTORIES, GDAL_NODATA = 270, 330, 42113
-LONGEST = {DESCRIPTION: 1 << 20, GDAL_NODATA: 64}  # maximum number of bytes to read of a text
-MOST_ENTRIES = 4096  # maximum in one directory; a few dozen are usual
+LONGEST = {DESCRIPTION: 1 << 20, GDAL_NODATA: 64}  # Maximum number of bytes to read of a text.
+MOST_ENTRIES = 4096  # Maximum in one directory; a few dozen are usual.
 MOST_ENTRIES_IN_ALL = 100_000
 MOST_PAGES = 4096
 MOST_VALUES = 65535
-REDUCED, MASK = 1, 4  # bits of tag 254
-LEVEL_SHARE = 0.75  # a page of the same shape as another and at most this share of its width is a smaller copy of it
+REDUCED, MASK = 1, 4  # Bits of tag 254.
+LEVEL_SHARE = 0.75  # A page with the shape of another and at most this share of its width is a smaller copy.
 
 Tags = dict[int, tuple[int, ...]]
 

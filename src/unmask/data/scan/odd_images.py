@@ -31,11 +31,11 @@ ENDINGS = re.compile(
     r"gtfine_\w+)$",
     re.IGNORECASE,
 )
-SAMPLE = 6  # number of images decoded in each group
-FEW, LEAST_PIXELS = 40, 400  # maximum number of colours of a mask; images with fewer pixels are not examined
-MOST_FOLDERS, MOST_NAMES = 64, 200_000  # with more folders or names, names are not compared
-ROUNDING = 1e-10  # relative rounding error of the sums of a constant float image
-MIRRORED = 0.5  # minimum share of a folder's names that occur in another folder too
+SAMPLE = 6  # Number of images decoded in each group.
+FEW, LEAST_PIXELS = 40, 400  # Maximum number of colours of a mask; images with fewer pixels are not examined.
+MOST_FOLDERS, MOST_NAMES = 64, 200_000  # With more folders or names, names are not compared.
+ROUNDING = 1e-10  # Relative rounding error of the sums of a constant float image.
+MIRRORED = 0.5  # Minimum share of a folder's names that occur in another folder too.
 
 
 @dataclass(frozen=True)

@@ -42,10 +42,10 @@ from unmask.system.processes import process_pool
 STATISTICS_SAMPLE = 10_000
 RESCAN_SAMPLE = 256
 CHUNK = 64
-GUARDED_MEMORY = 128 << 20  # bytes; files that need more are decoded in a separate process
-GUARDED_PARTS = 64  # files with more JPEG scans or TIFF pages are decoded in a separate process, too
-MOST_SECONDS = 10.0  # limit on processor time per file
-PATIENCE = 5.0  # start worker processes if more seconds of work remain
+GUARDED_MEMORY = 128 << 20  # Bytes; files that need more are decoded in a separate process.
+GUARDED_PARTS = 64  # Files with more JPEG scans or TIFF pages are decoded in a separate process, too.
+MOST_SECONDS = 10.0  # Limit on processor time per file.
+PATIENCE = 5.0  # Start worker processes if more seconds of work remain.
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,8 @@ class Scan:
     source: str
     files: int
     checked: int
-    known: int = 0  # number of checked files taken from the scan cache
-    forgotten: str = ""  # why the results could not be cached
+    known: int = 0  # Number of checked files taken from the scan cache.
+    forgotten: str = ""  # Why the results could not be cached.
     bad: list[BadFile] = field(default_factory=list)
     bad_rows: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
     good_rows: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))

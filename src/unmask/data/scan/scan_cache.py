@@ -29,8 +29,10 @@ from unmask.data.sources.source import Source
 
 LAYOUT = 3
 WORD = np.dtype("S8")
-WORTH_KEEPING = 2.0  # results of more seconds of work than this are stored
-SETTLED = 2_000_000_000  # nanoseconds within which a file system with a coarse clock may give two changes the same time
+WORTH_KEEPING = 2.0  # Results of more seconds of work than this are stored.
+SETTLED = (
+    2_000_000_000  # Nanoseconds within which a file system with a coarse clock may give two changes the same time.
+)
 COLUMNS = ("sizes", "channels", "dtypes", "formats", "layouts", "valid", "sums", "squares", "digests")
 DECODERS = ("numpy", "pillow", "simplejpeg", "tifffile")
 

@@ -11,12 +11,12 @@ import re
 from collections import Counter
 
 PATTERNS = (
-    "@eadir", "@tmp", "@recycle", "@recently-snapshot", "@sharebin", "@transcode", "@gmt-*",  # Synology, QNAP, Samba
-    "#recycle", "#snapshot", "~snapshot", ".@__thumb", ".snapshot*",  # recycle bins, snapshots and thumbnails of a NAS
-    "$recycle.bin", "system volume information", "found.[0-9][0-9][0-9]", "$windows.~*", "$extend",  # Windows
-    "lost+found", ".trash*", ".thumb*", ".zfs",  # Linux
-    "__macosx", "network trash folder", "temporary items",  # macOS and its file servers
-    ".ipynb_checkpoints", "__pycache__", "_gsdata_", ".stversions", ".picasaoriginals",  # tools
+    "@eadir", "@tmp", "@recycle", "@recently-snapshot", "@sharebin", "@transcode", "@gmt-*",  # Synology, QNAP, Samba.
+    "#recycle", "#snapshot", "~snapshot", ".@__thumb", ".snapshot*",  # Recycle bins, snapshots and thumbnails of a NAS.
+    "$recycle.bin", "system volume information", "found.[0-9][0-9][0-9]", "$windows.~*", "$extend",  # Windows.
+    "lost+found", ".trash*", ".thumb*", ".zfs",  # Linux.
+    "__macosx", "network trash folder", "temporary items",  # macOS and its file servers.
+    ".ipynb_checkpoints", "__pycache__", "_gsdata_", ".stversions", ".picasaoriginals",  # Tools.
 )  # fmt: skip
 _SYSTEM = re.compile("|".join(fnmatch.translate(pattern) for pattern in PATTERNS))
 
