@@ -1,4 +1,4 @@
-"""The linear layer equals torch's in both passes, with either library."""
+"""The linear layer equals torch's in the forward and backward pass, with oneDNN and with MKL."""
 
 import pytest
 import torch

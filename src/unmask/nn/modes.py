@@ -1,4 +1,4 @@
-"""Evaluation mode of a module, and back."""
+"""Switch modules to evaluation mode temporarily."""
 
 from __future__ import annotations
 

@@ -155,7 +155,7 @@ class PrincipalComponents(Target):
     """The coefficients of a patch along the `count` directions of greatest variance (MAE, Table 1d: 96 of 768).
 
     `prepare` computes the directions from the data set; until then all coefficients are 0. whiten: divide each
-    coefficient by its standard deviation over the data; the paper does not specify this, and the default is not to.
+    coefficient by its standard deviation over the data; the paper does not specify this; off by default.
     Raises UserError for more coefficients than a patch has values.
     """
 
