@@ -328,7 +328,7 @@ def test_a_cell_fails_when_its_tokenizer_could_not_be_trained(data, tmp_path, mo
 
 
 def test_the_family_has_rows_with_equal_steps_and_equal_compute(data, tmp_path, monkeypatch):
-    """Every method has rows, and the tokenizer has its own; FLOPs are counted without training."""
+    """Every method and the tokenizer have rows. Their FLOPs are counted without training."""
     monkeypatch.setattr(ablate_module, "make_cell", lambda *_: None)
     settings = ["data.size=[16,16]", "data.workers=0", "train.batch_size=8", "train.steps=100", "train.device=cpu"]
     summary = make(data, tmp_path / "table", table="family", settings=settings)

@@ -152,7 +152,7 @@ class Block(torch.nn.Module):
 class Theirs(torch.nn.Module):
     """timm's VisionTransformer and Beit, and the two classes of official MAE, reimplemented from their code.
 
-    They test names and outputs where neither library is installed; `make` replaces timm.create_model.
+    They test names and outputs where neither library is installed. `make` replaces timm.create_model.
     """
 
     def __init__(

@@ -31,8 +31,8 @@ class RunAccuracy:
 class CellScore:
     """The mean accuracy over the seeds of a cell, with its 95% interval.
 
-    interval: SEEDS for a t-interval over two or more seeds; TEST_IMAGES for the interval of a single run over its test
-    images. by_seed: the accuracy of every measured seed.
+    interval: SEEDS for a t-interval over two or more seeds, or TEST_IMAGES for the interval of a single run over its
+    test images. by_seed: the accuracy of every measured seed.
     """
 
     mean: float
@@ -48,7 +48,7 @@ class CellScore:
 
 
 def cell_score(runs: Sequence[RunAccuracy | None]) -> CellScore | None:
-    """Average the accuracy over seeds; None if no run is measured. runs: one per seed, None if not measured yet."""
+    """Average the accuracy over seeds, or return None if no run is measured. runs: one per seed, or None."""
     known = {str(seed): run for seed, run in enumerate(runs) if run is not None}
     if not known:
         return None
@@ -98,7 +98,7 @@ def _test_interval(score: CellScore) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class ComparedCell:
-    """A cell with its accuracy here (None before it is measured) and in the paper (percent; None if unpublished)."""
+    """A cell with its accuracy here (None before it is measured) and in the paper (percent, or None if unpublished)."""
 
     label: str
     score: CellScore | None

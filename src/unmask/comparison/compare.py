@@ -54,7 +54,7 @@ class Comparison:
 class ProbeWanted:
     """The probe that every run should have, of its newest checkpoint, without controls, with seed 0.
 
-    data: labelled images; None to compare only what has been measured.
+    data: labelled images, or None to compare only existing measurements.
     """
 
     data: str | None = None

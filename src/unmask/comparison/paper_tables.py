@@ -23,7 +23,7 @@ SHARED = (TOKENIZER, PRETRAINED)  # runs that other cells start from; they are n
 
 @dataclass(frozen=True)
 class Paper:
-    """Published top-1 accuracy on ImageNet-1K in percent; None if not published."""
+    """Published top-1 accuracy on ImageNet-1K in percent, or None."""
 
     fine_tuned: float | None
     linear: float | None
@@ -231,7 +231,7 @@ PUBLISHED = {"igpt": Paper(None, 69.0), "beit": Paper(85.2, 52.1), "mae": Paper(
 
 
 def _family(base: Config) -> tuple[Cell, ...]:
-    """Every method twice, with as many steps as MAE and with as many FLOPs; MAE itself is trained once."""
+    """Train every method except MAE twice: with as many steps as MAE, and with as many FLOPs."""
     by_steps = [
         Cell(
             f"{name}-equal-steps", IN_WORDS[name], (), PUBLISHED.get(name, UNPUBLISHED), base=name == "mae",

@@ -151,7 +151,7 @@ def _differ(values: Sequence[Any]) -> bool:
 
 
 def caveat(differing: Mapping[str, str]) -> str:
-    """Return the caveat that ends the sentence of a ranking; "" if the runs do not differ."""
+    """Return the caveat that ends the sentence of a ranking, or "" if the runs do not differ."""
     return f"; not a pure comparison of methods: the runs also differ in {', '.join(differing)}" if differing else ""
 
 

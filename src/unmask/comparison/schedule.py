@@ -227,8 +227,8 @@ def steps_in_budget(
 ) -> tuple[int, str]:
     """Return the steps of a cell of length 1 with which the whole table fits the budget, and the reason as text.
 
-    budget, scanning, spent: seconds. Every run scans the images again; `spent` has already passed. Raises UserError
-    when fewer than FEWEST_STEPS fit.
+    budget, scanning, spent: seconds, where every run scans the images again and `spent` has already passed. Raises
+    UserError when fewer than FEWEST_STEPS fit.
     """
     request, table = experiment.request, experiment.table
     runs = {each.cell.name: 1 if each.cell.name in SHARED else request.seeds for each in measured}

@@ -23,11 +23,10 @@ class TableRequest:
     """The user's request for a table. Once the table has begun, only `seeds` can be changed.
 
     table: a name in `paper_tables.TABLES`. data, test: labelled images; only probes and fine-tuning use the labels.
-    recipe: the base of every cell; None for mae_nano (`family` has its own recipes). settings: KEY=VALUE for every
-    cell. budget: seconds for the whole table; None for the length of the recipe. shots: labels per class for the
-    probes; None for a number that keeps probes short, or for all labels in fine-tuning. tokenizer: run of a dVAE for
-    the cells that need one; None to train one first. from_run: pre-trained run that fig9 fine-tunes; None to train one
-    first.
+    recipe: the base of every cell, by default mae_nano (`family` has its own recipes). settings: KEY=VALUE for every
+    cell. budget: seconds for the whole table, by default the length of the recipe. shots: labels per class, by default
+    a number that keeps probes short, or all labels in fine-tuning. tokenizer: run of a dVAE for the cells that need
+    one, by default trained first. from_run: pre-trained run that fig9 fine-tunes, by default trained first.
     """
 
     table: str

@@ -53,7 +53,7 @@ WORST_FIRST = ("failed", "running", "interrupted", "stopped", "trained", "waitin
 
 @dataclass(frozen=True, kw_only=True)
 class Control:
-    """The accuracy of a control with one kind of probe. cell: the cell of an untrained encoder; "" for raw pixels."""
+    """The accuracy of a control with one kind of probe. cell: cell of an untrained encoder, or "" for raw pixels."""
 
     features: str
     cell: str
@@ -76,7 +76,7 @@ class CellRun:
     """One run of a cell.
 
     folder: folder name. state: as in `unmask ls`, or "trained" if not measured yet. size: image size (H, W). probes:
-    accuracy by kind of probe and pooling. how: how the features were computed, as text; "" for the default.
+    accuracy by kind of probe and pooling. how: how the features were computed, as text, or "" for the default.
     """
 
     seed: int
@@ -346,7 +346,7 @@ def different_sizes(rows: Sequence[CellRow]) -> list[str]:
 
 
 def above_controls(rows: Sequence[CellRow], controls: Sequence[ControlRow]) -> str:
-    """State how many cells exceed the best control in the linear probe; "" if either is not measured."""
+    """State how many cells exceed the best control in the linear probe, or return "" if either is not measured."""
     measured = [row.linear.mean for row in rows if row.linear is not None]
     known = {control.features: control.linear.accuracy for control in controls if control.linear is not None}
     if not measured or not known:

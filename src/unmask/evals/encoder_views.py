@@ -32,7 +32,7 @@ Hide = Callable[[Draws], Tensor]
 class View(nn.Module):
     """An encoder with a choice of layer and hidden tokens.
 
-    layer: layer to read; None for the output of `forward`. hide: function that chooses hidden tokens, or None. mask:
+    layer: layer to read, or None for the output of `forward`. hide: function that chooses hidden tokens, or None. mask:
     number of the patch mask; an image's mask depends only on this number and the image's row.
     """
 

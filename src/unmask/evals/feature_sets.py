@@ -42,10 +42,10 @@ VOTE = " mask "  # separates the name of a feature set from the number of its pa
 
 @dataclass
 class FeatureSets:
-    """The encoders of one run, by the names of their feature sets; `loaded` defines the preprocessing of all.
+    """The encoders of one run, by the names of their feature sets, with the preprocessing of `loaded`.
 
     test_encoders: the encoders for test images, one per voting patch mask; from the second mask on, the name is NAME +
-    VOTE + number. layers: the chosen layer of each encoder, if any. votes: the number of masks; None if no token is
+    VOTE + number. layers: the chosen layer of each encoder, if any. votes: the number of masks, or None if no token is
     hidden.
     """
 
@@ -112,7 +112,7 @@ def make_feature_sets(
 
 
 def evaluation_masks(method: Method, votes: int | None) -> tuple[Hide | None, int]:
-    """Return how tokens are hidden in an evaluation, and the number of patch masks; (None, 0) without masks.
+    """Return how tokens are hidden in an evaluation and the number of patch masks, or (None, 0) without masks.
 
     Raises UserError when votes are requested for an encoder that is evaluated on whole images.
     """

@@ -242,6 +242,6 @@ def _array(tensor: Tensor) -> np.ndarray:
 
 
 def _joined(parts: list[np.ndarray | None]) -> np.ndarray | None:
-    """Concatenate the parts; None if any batch has None."""
+    """Concatenate the parts, or return None if any batch has None."""
     present = [part for part in parts if part is not None]
     return np.concatenate(present) if present and len(present) == len(parts) else None

@@ -86,7 +86,7 @@ def read(
 class FeatureOptions:
     """How features are computed.
 
-    title: title of the progress bar. precision: "fp32" or "bf16"; None for `eval_precision`. tokens: also return all
+    title: title of the progress bar. precision: "fp32" or "bf16", by default `eval_precision`. tokens: also return all
     tokens, if they fit in memory. cache: folder where tables without tokens are cached (`feature_cache.py`).
     """
 
@@ -129,7 +129,7 @@ def features(
 def keys_of(
     loaded: Loaded, encoders: Mapping[str, nn.Module], source: Source, rows: np.ndarray, precision: str
 ) -> dict[str, str]:
-    """Return the cache keys of these encoders; {} if the features of these images cannot be cached."""
+    """Return the cache keys of these encoders, or {} if the features of these images cannot be cached."""
     about = {
         "precision": precision, "device": loaded.device.partition(":")[0], "images": repr(loaded.plan.images),
         "reading": loaded.plan.reading.model_dump_json(),

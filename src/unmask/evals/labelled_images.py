@@ -39,7 +39,7 @@ class LabelledImages:
     """Training and test images with their labels.
 
     `train_y` and `test_y` have a row for every image of their source; values outside `train_rows` and `test_rows` are
-    undefined. table: the table of labels; None if folder names are the labels.
+    undefined. table: the table of labels, or None if folder names are the labels.
     """
 
     labelling: Labelling

@@ -22,14 +22,14 @@ SEED = 0
 PIECE = 50  # resamples computed at once, to limit the memory of (PIECE, m) float64
 
 Measure = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
-"""(truth (m,), prediction (m,), weights (R, m)) -> (R,); NaN if it is undefined."""
+"""Maps truth (m,), prediction (m,) and weights (R, m) to the measure (R,), which is NaN if undefined."""
 
 
 def average_precision(truth: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Return the area under precision over recall, as scikit-learn defines it: the sum of (R_i - R_(i-1)) P_i.
 
     truth: (m,) 0 or 1. scores: (m,); equal scores form one step. weights: (R, m), how often each image counts. Returns
-    (R,); NaN without a positive image.
+    (R,), NaN without a positive image.
     """
     order = np.argsort(-scores, kind="stable")
     truth, scores, weights = truth[order], scores[order], weights[:, order]
@@ -43,7 +43,7 @@ def average_precision(truth: np.ndarray, scores: np.ndarray, weights: np.ndarray
 
 
 def r_squared(truth: np.ndarray, predicted: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Return 1 - (squared errors) / (squared distances from the mean), (R,); NaN if the truth is constant."""
+    """Return 1 - (squared errors) / (squared distances from the mean), (R,), or NaN if the truth is constant."""
     total = weights.sum(1)
     shifted = truth - truth.mean()  # avoids subtracting two large numbers
     mean = weights @ shifted / total

@@ -1,7 +1,7 @@
 """Predict the test images with fitted probes, for every feature set and pooling.
 
-An encoder that was trained with hidden tokens may get each test image under several patch masks; `vote` then combines
-the predictions by majority or mean.
+An encoder that was trained with hidden tokens may get each test image under several patch masks, and then `vote`
+combines the predictions by majority or mean.
 
 Letters: n training images, m test images, D width of a feature, T target columns.
 """
@@ -45,8 +45,8 @@ def predict_pooled(
 ) -> list[Prediction]:
     """Fit a probe to every feature set and pooling, and predict the test images.
 
-    train, test: tables by the name of the feature set, all of the same images; `test` also has a table NAME + VOTE +
-    number for every further mask. Raises UserError for fewer than two classes.
+    train, test: tables by the name of the feature set, all of the same images. For every further mask, `test` also has
+    a table named NAME + VOTE + number. Raises UserError for fewer than two classes.
     """
     if targets.task == CLASSES:
         require_two(targets.y)

@@ -59,7 +59,7 @@ class PooledProbe:
     """A probe of pooled features.
 
     title: for headings ("Linear probe"). phrase: for sentences ("a linear probe"). protocol: describes in words what is
-    fitted for a task. fit: fits features (n, D) float32 to targets; `predict` of the result expects features (m, D).
+    fitted for a task. fit: fits features (n, D) float32 to targets and returns a probe that predicts features (m, D).
     """
 
     title: str
@@ -72,7 +72,7 @@ class PooledProbe:
 class TokenProbe:
     """A probe of all tokens; fields as in `PooledProbe`.
 
-    fit: fits `Tokens`, at the positions (n,) of the training images, to targets; `predict` of the result expects the
+    fit: fits `Tokens`, at the positions (n,) of the training images, to targets and returns a probe that predicts the
     `Tokens` of test images.
     """
 

@@ -16,10 +16,10 @@ DEFAULT_DRAWS, MAX_DRAWS = 5, 1000
 class ProbeOptions:
     """The options of `unmask probe`.
 
-    data: the labelled images (any source). test: other labelled images for testing; None to hold out a fifth of every
-    class of `data`. exclude: patterns of file names to leave out of both. shots: labels per class for training; several
-    numbers make a label-budget curve with `draws` random draws for each. controls: also measure raw pixels and the
-    untrained encoder. against: other runs to measure on the same images. seed: seed of the split, of the draws of
+    data: the labelled images (any source). test: other labelled images for testing, by default a held-out fifth of
+    every class of `data`. exclude: patterns of file names to leave out of both. shots: labels per class for training;
+    several numbers make a label-budget curve with `draws` random draws for each. controls: also measure raw pixels and
+    the untrained encoder. against: other runs to measure on the same images. seed: seed of the split, of the draws of
     labels, and of the training images that are held out to choose hyperparameters.
 
     targets: a table of labels or quantities, used instead of class folders. columns: the columns to use, all by
@@ -81,7 +81,7 @@ class ProbeOptions:
             )
         if self.num_draws > MAX_DRAWS:
             raise UserError(
-                f"got --label-draws {self.draws}; expected at most {MAX_DRAWS}; {DEFAULT_DRAWS} to 20 are usual"
+                f"got --label-draws {self.draws}; expected at most {MAX_DRAWS}, and usually {DEFAULT_DRAWS} to 20"
             )
         if not self.budgets:
             raise UserError("got no number of labels per class; expected at least one, for example --shots 1,5,10")

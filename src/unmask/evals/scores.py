@@ -91,7 +91,7 @@ def _percentiles(resamples: np.ndarray) -> Interval:
 def _targets(
     prediction: Prediction, test_y: np.ndarray, labelling: Labelling, columns: np.ndarray
 ) -> tuple[TargetScore, ...]:
-    """Return the score of every target column; None if it is undefined."""
+    """Return the score of every target column, or None where it is undefined."""
     values = [None if np.isnan(value) else float(value) for value in columns]
     if labelling.task == MULTILABEL:
         return tuple(

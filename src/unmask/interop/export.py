@@ -30,8 +30,8 @@ def export_run(
 ) -> ExportResult:
     """Write the weights of a run for another library, with a model card, and return a summary of the export.
 
-    step: step of the checkpoint; None for the newest. Raises UserError for an unknown target, a target that cannot
-    represent this run, or an `out` that exists; ExportFailed when the other library computes different outputs.
+    step: step of the checkpoint, by default the newest. Raises UserError for an unknown target, a target that cannot
+    represent this run, or an `out` that exists, and ExportFailed when the other library computes different outputs.
     """
     console = console or Console()
     target, out = find_target(to), Path(out)

@@ -145,7 +145,7 @@ def left_out(loaded: Loaded, why: str) -> str:
 
 
 def task_left_out(loaded: Loaded, target: str) -> tuple[str, ...]:
-    """Return the note of `left_out` for a task that the target does not support; () for a run with only an encoder."""
+    """Return a note that the target does not support the task, or () for a run with only an encoder."""
     name = loaded.config.method.name
     return (
         ()
@@ -168,12 +168,12 @@ def what_beit_has(settings: Mapping[str, Any]) -> str:
 
 
 def method_target(loaded: Loaded) -> str:
-    """Return the setting `method.target`; "None" if the method does not have it."""
+    """Return the setting `method.target`, or "None" if the method does not have it."""
     return str(loaded.config.method.model_dump().get("target"))
 
 
 def mae_misses(loaded: Loaded, whose: str) -> str | None:
-    """Return the reason why another library's MAE cannot represent this decoder; None if it can."""
+    """Return the reason why another library's MAE cannot represent this decoder, or None if it can."""
     if not isinstance(loaded.method, MAE):
         return None
     settings = loaded.config.method.model_dump()

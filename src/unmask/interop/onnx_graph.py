@@ -21,7 +21,7 @@ from unmask.nn.gpt import Block as GPTBlock
 from unmask.nn.vit import ViT
 
 OPSET = 18
-ONE_FILE = 1 << 30  # largest bytes of weights in one file; ONNX allows less than 2 GiB
+ONE_FILE = 1 << 30  # most bytes of weights in one file (ONNX allows less than 2 GiB)
 
 
 class ViTGraph(nn.Module):

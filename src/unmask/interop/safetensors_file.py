@@ -48,7 +48,7 @@ class Header(Outside):
 
 @dataclass(frozen=True)
 class OwnFile:
-    """The header of a file written by `unmask export --to safetensors`; `read` reads the weights."""
+    """The header of a file written by `unmask export --to safetensors`, with a method that reads the weights."""
 
     path: Path
     config: Config
@@ -150,7 +150,7 @@ def open_safetensors(path: str | Path) -> Method:
 
 
 def read_header(path: Path) -> OwnFile | None:
-    """Read the header of a file written by `unmask export --to safetensors`; None for any other file.
+    """Read the header of a file written by `unmask export --to safetensors`, or return None for any other file.
 
     Raises ForeignError if unmask's metadata is damaged, instead of treating the file as one from another library.
     """

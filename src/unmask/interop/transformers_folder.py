@@ -79,7 +79,7 @@ def folder(
 
 
 def preprocessor(loaded: Loaded) -> dict[str, Any] | None:
-    """Return the content of preprocessor_config.json; None for images that do not have 8 bits per channel.
+    """Return the content of preprocessor_config.json, or None for images that do not have 8 bits per channel.
 
     Squares are cropped as in evaluation here: the largest centred square, or the share of it in the settings.
     transformers resizes rectangles from the whole image, which changes the aspect ratio.

@@ -87,7 +87,7 @@ def to_transformers(loaded: Loaded, *, whole: bool) -> ExportedModel:
 
 
 def beit_misses(loaded: Loaded, encoder: ViT) -> str | None:
-    """Return the sizes that transformers' BEiT does not support, as text; None if it supports this encoder.
+    """Return the size that transformers' BEiT does not support, as text, or None if it supports this encoder.
 
     Its relative position bias is wrong for rectangles.
     """
@@ -152,7 +152,7 @@ def whole_mae(loaded: Loaded, method: MAE, config: dict[str, Any]) -> ExportedMo
 def whole_classifier(
     loaded: Loaded, encoder: ViT, classifier: MeanTokenClassifier, config: dict[str, Any]
 ) -> ExportedModel:
-    """Convert to BEiT's classifier, which uses the mean of the patch tokens as here; ViT's uses the class token."""
+    """Convert to BEiT's classifier, which like ours uses the mean of the patch tokens instead of the class token."""
     settings = loaded.config.method.model_dump()
     config |= beit_config(encoder, settings["encoder"]) | {
         "use_mean_pooling": True, "id2label": {str(number): name for number, name in enumerate(settings["classes"])},

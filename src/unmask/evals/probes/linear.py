@@ -50,7 +50,7 @@ class Standardise:
 
 
 def fit_linear(x: np.ndarray, targets: TrainingTargets, *, c: float | None = None) -> Fitted:
-    """Fit the linear probe of a task to features (n, D). c: inverse regularisation for classes; None to choose it.
+    """Fit the linear probe of a task to features (n, D). c: inverse regularisation for classes, chosen by default.
 
     Raises UserError for fewer than two classes.
     """

@@ -119,7 +119,7 @@ def _described(folder: Path) -> tuple[NetworkConfig, Preprocessor]:
 
 
 def _halves(folder: Path) -> dict[str, Path] | None:
-    """Return the files encoder.* and decoder.* of a folder with DALL-E's dVAE; None for other folders."""
+    """Return the files encoder.* and decoder.* of a folder with DALL-E's dVAE, or None for other folders."""
     candidates = {
         side: [file for file in sorted(folder.glob(f"{side}.*")) if file.suffix in (*SAFE, *PICKLES)]
         for side in ("encoder", "decoder")
@@ -204,7 +204,7 @@ def _require_plain(tensors: dict[str, Any], file: Path) -> None:
 
 
 def _export_metadata(file: Path, loaded: Any) -> ExportMetadata | None:
-    """Read the metadata that `unmask export` stored in the file; None for other files."""
+    """Read the metadata that `unmask export` stored in the file, or return None for other files."""
     if file.suffix in SAFE:
         with safetensors.safe_open(file, "pt") as opened:
             text = (opened.metadata() or {}).get(EXPORT_METADATA)

@@ -132,7 +132,7 @@ def dalle(state: Mapping[str, Tensor]) -> Recognised:
 
 
 def _dalle_place(name: str) -> str | None:
-    """Rename encoder.blocks.group_2.block_1.res_path.conv_3.w to encoder.hidden.4.layers.5.weight; None if unknown."""
+    """Rename encoder.blocks.group_2.block_1.res_path.conv_3.w to encoder.hidden.4.layers.5.weight, or return None."""
     match = re.fullmatch(r"(encoder|decoder)\.blocks\.(.+)\.([wb])", name)
     if match is None:
         return None

@@ -30,11 +30,11 @@ UNKNOWN_LICENCE = "not in the file; see the page it was downloaded from"
 class Recognised:
     """A recognised state dict.
 
-    method: settings of the corresponding unmask method; `heads` is missing if unknown. weights: tensors under unmask's
+    method: settings of the corresponding unmask method, without `heads` if unknown. weights: tensors under unmask's
     names, float32. channels, patch, grid: the images that the network was trained on; grid is None for an unknown
-    rectangle. mean, std: normalisation in units of 0..255; None if none was published for this number of channels.
+    rectangle. mean, std: normalisation in units of 0..255, or None if none was published for this number of channels.
     statistics: the origin of mean and std. notes: sentences about parts that were left out or assumed. eval_share: the
-    evaluation crop as a share of the image's shorter side; None if unknown.
+    evaluation crop as a share of the image's shorter side, or None if unknown.
     """
 
     kind: str
@@ -74,7 +74,7 @@ class Recognised:
 
 @dataclass
 class Names:
-    """A state dict under official names; `origin` maps each name to the name in the file."""
+    """A state dict under official names, with the names in the file in `origin`."""
 
     tensors: dict[str, Tensor]
     origin: dict[str, str]

@@ -1,4 +1,4 @@
-"""The whole method in one .safetensors file under unmask's own names; `unmask.open_safetensors` reads it."""
+"""The whole method in one .safetensors file under unmask's own names, read by `unmask.open_safetensors`."""
 
 from __future__ import annotations
 
