@@ -148,7 +148,7 @@ def test_method_that_predicts_codes_is_counted_with_a_named_tokenizer(capsys):
     assert found["flops"]["rest"] > 0
     assert found["flops"]["training"] < 3 * found["flops"]["forward"], "it is frozen: no backward pass"
     print_costs(found, Console())
-    assert "that of recipe dvae_nano" in capsys.readouterr().err
+    assert "tokenizer: recipe dvae_nano" in capsys.readouterr().err
     assert recipe_costs("mae_nano")["tokenizer"] is None
 
 

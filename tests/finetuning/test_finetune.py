@@ -428,7 +428,7 @@ def test_detection_trains_tests_and_predicts_in_pixels_of_the_file(pretrained, c
             {"task": "segment", "data": "cells", "settings": ["method.head=linear", "method.width=8"]},
             "linear, which has no width",
         ),
-        ({"settings": ["data.size=100000"]}, "625,000,000 patches of 4 x 4 pixels; at most 262,144"),
+        ({"settings": ["data.size=100000"]}, "625,000,000 patches of 4 x 4 pixels; expected at most 262,144"),
         ({"settings": ["data.size=33"]}, "patch size 4 of the initial weights; use 32 or 36"),
         ({"settings": ["train.micro_batch=1", "method.mixup=0.8", "train.steps=1"]}, "mix the images of a micro-batch"),
     ],

@@ -101,7 +101,7 @@ def is_done(run: Run, plan: Plan, concluded: Callable[[Run], bool], console: Con
             )
         if not run.finished:
             run.set_status("finished", 0, total=0)
-        console.print(f"{run.path} contains imported weights; nothing to train")
+        console.print(f"{run.path} is finished: it contains imported weights; nothing to train")
         return True
     if not run.finished:
         return False
