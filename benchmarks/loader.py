@@ -18,7 +18,7 @@ the work of the loader is measured.
 `--large N` makes N photographs of 12 megapixels from the first images of FOLDER: enlarged, with Gaussian noise of
 `--noise` levels, JPEG quality 90. With noise of 4 levels they have about 2.8 MB, like photographs of cameras; without
 noise about 1 MB. Most of the time is entropy decoding, which decoding at a smaller scale does not avoid. They are
-measured as they are, and after `unmask pack` with a short side of 512.
+measured unchanged, and again after `unmask pack` with a short side of 512.
 """
 
 from __future__ import annotations

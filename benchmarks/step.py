@@ -254,7 +254,7 @@ def agreement(task: Task) -> dict[str, Any]:
 
 def in_child(task: Task, what: str) -> dict[str, Any]:
     """Run `what` in its own process; for a rival that fails, return {"failed": reason}."""
-    environment = {"GOMP_SPINCOUNT": "2000", **os.environ}  # set by unmask's command line; here for all rivals
+    environment = {"GOMP_SPINCOUNT": "2000", **os.environ}  # as set by unmask's command line, for all rivals
     done = subprocess.run(
         [sys.executable, __file__, "--child", what, json.dumps(asdict(task))],
         capture_output=True, text=True, env=environment,
