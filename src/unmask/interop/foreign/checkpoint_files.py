@@ -171,7 +171,7 @@ def _read_files(files: list[Path]) -> Checkpoint:
             raise ForeignError(f"{file}: {error}") from None
         except OSError as error:
             raise ForeignError(
-                f"cannot read {file}: {error.strerror or error}; check that it exists and its permissions"
+                f"cannot read {file}: {error.strerror or error}; check that it exists and is readable"
             ) from None
     state = unwrap(content) if len(files) > 1 else content
     metadata = SourceMetadata(training=training, exported=exported)

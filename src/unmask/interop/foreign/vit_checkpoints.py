@@ -188,7 +188,7 @@ def _ratio(tensors: Mapping[str, Tensor], mlp: str, width: int) -> float:
 def _places(names: Names, network: NetworkConfig, patch: tuple[int, int]) -> tuple[int, tuple[int, int] | None]:
     """Return (N, grid) of the position embeddings, or N = 0 with only a relative position bias. grid: None if unknown.
 
-    If they have no row for the class token (timm's no_embed_class), a row of zeros is added.
+    If the embeddings have no row for the class token (timm's no_embed_class), a row of zeros is added.
     """
     tensors, stated = names.tensors, None
     if network.image_size is not None:
