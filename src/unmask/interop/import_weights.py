@@ -25,7 +25,7 @@ from unmask.interop.foreign.checkpoint_files import SAFE, Checkpoint, fingerprin
 from unmask.interop.foreign.recognise import recognise
 from unmask.interop.foreign.state_dicts import Recognised
 from unmask.interop.import_settings import UNSTATED, choose_method, configure, require_heads, with_export_metadata
-from unmask.interop.imported_run import report_import, use_of, write_run
+from unmask.interop.imported_run import ImportedModel, report_import, use_of, write_run
 from unmask.interop.safetensors_file import OwnFile, read_header
 from unmask.run import Run
 
@@ -94,8 +94,9 @@ def import_weights(
         "licence": found.licence,
     }
     reasons = (f"weights of {source.resolve().name}: {found.name}", *found.notes, *changes)
-    run = write_run(out, config, images, method, weights, reasons, about)
-    report_import(run, found, config, images, changes, by_hand=by_hand, console=console)
+    model = ImportedModel(config, images, method, weights)
+    run = write_run(out, model, reasons, about)
+    report_import(run, found, model, changes, by_hand=by_hand, console=console)
     return run
 
 
@@ -113,7 +114,8 @@ def import_own(own: OwnFile, *, out: str | Path, given: list[str], console: Cons
     files = [vars(fingerprint(source))]
     about = {"source": str(source.absolute()), "files": files, "kind": name, "licence": own.licence or UNSTATED}
     config = config.model_copy(update={"graft": ()})
-    run = write_run(out, config, own.images, method, weights, (f"weights of {source.name}: {name}",), about)
+    model = ImportedModel(config, own.images, method, weights)
+    run = write_run(out, model, (f"weights of {source.name}: {name}",), about)
     console.print(f"{source}: {name}")
     console.print(f"{run.path}: {use_of(config.method.name)}")
     return run

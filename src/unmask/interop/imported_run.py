@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +19,21 @@ from unmask.method import Method
 from unmask.run import CONFIG, PLAN, PROVENANCE, Run
 
 
-def write_run(
-    out: str | Path,
-    config: Config,
-    images: ImageSpec,
-    method: Method,
-    weights: dict[str, Tensor],
-    reasons: tuple[str, ...],
-    about: dict[str, Any],
-) -> Run:
+@dataclass(frozen=True)
+class ImportedModel:
+    """A method with the weights of a file, which fit it. images: what it was trained on."""
+
+    config: Config
+    images: ImageSpec
+    method: Method
+    weights: dict[str, Tensor]
+
+
+def write_run(out: str | Path, model: ImportedModel, reasons: tuple[str, ...], about: dict[str, Any]) -> Run:
     """Write a run with these weights. about: the origin of the weights, for the provenance."""
+    config, method, weights = model.config, model.method, model.weights
     counts = [sum(p.numel() for p in part.parameters()) for part in (method, method.encoder)]
-    plan = plan_of(config, images, counts, reasons)
+    plan = plan_of(config, model.images, counts, reasons)
     files = {
         CONFIG: config.model_dump(mode="json"),
         PROVENANCE: provenance.provenance(plan) | {"imported": about},
@@ -60,16 +64,10 @@ def plan_of(config: Config, images: ImageSpec, counts: list[int], reasons: tuple
 
 
 def report_import(
-    run: Run,
-    found: Recognised,
-    config: Config,
-    images: ImageSpec,
-    changes: list[str],
-    *,
-    by_hand: bool,
-    console: Console,
+    run: Run, found: Recognised, model: ImportedModel, changes: list[str], *, by_hand: bool, console: Console
 ) -> None:
     """Report the imported method, its changes and normalisation, and the commands that accept the run."""
+    config, images = model.config, model.images
     name = config.method.name
     for line in (*found.notes, *changes):
         console.print(f"  {line}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +21,27 @@ from unmask.interop.export_target import ExportedModel, ExportFailed
 from unmask.interop.foreign.state_dicts import EXPORT_METADATA
 
 
-def folder(
-    loaded: Loaded,
-    name: str,
-    config: dict[str, Any],
-    weights: dict[str, Tensor],
-    compare: Callable[[Any, Tensor], float],
-    returns: str,
-    notes: tuple[str, ...] = (),
-    more: Mapping[str, dict[str, Any]] | None = None,
-) -> ExportedModel:
-    """Return a folder for `from_pretrained`. compare: (model, images) -> largest difference. more: other JSON files."""
-    files = {"config.json": {"architectures": [name], "dtype": "float32"} | config}
+@dataclass(frozen=True, kw_only=True)
+class TransformersModel:
+    """A run converted to a model class of transformers.
+
+    name: of the class. config: content of config.json. compare: (model, images) -> largest difference to the run.
+    returns, notes: see `ExportedModel`. more: other JSON files by name; None for a preprocessor where there is one.
+    """
+
+    name: str
+    config: dict[str, Any]
+    weights: dict[str, Tensor]
+    compare: Callable[[Any, Tensor], float]
+    returns: str
+    notes: tuple[str, ...] = ()
+    more: Mapping[str, dict[str, Any]] | None = None
+
+
+def folder(loaded: Loaded, converted: TransformersModel) -> ExportedModel:
+    """Return a folder for `from_pretrained`."""
+    name, notes, more = converted.name, converted.notes, converted.more
+    files = {"config.json": {"architectures": [name], "dtype": "float32"} | converted.config}
     processor = preprocessor(loaded) if more is None else None
     # transformers would add a pooler with random weights.
     bare = ", add_pooling_layer=False" if name in ("ViTModel", "BeitModel") else ""
@@ -45,7 +55,7 @@ def folder(
 
     def write(path: Path) -> None:
         path.mkdir()
-        write_safetensors(path / "model.safetensors", weights, {EXPORT_METADATA: export_metadata(loaded)})
+        write_safetensors(path / "model.safetensors", converted.weights, {EXPORT_METADATA: export_metadata(loaded)})
         for file, content in files.items():
             (path / file).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
 
@@ -60,7 +70,7 @@ def folder(
         faults = {key: told[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if told.get(key)}
         if faults:
             raise ExportFailed(f"transformers' {name} rejects these weights: {faults}; the export has been removed")
-        return compare(model.eval(), images)
+        return converted.compare(model.eval(), images)
 
     return ExportedModel(
         what=f"{name} of transformers",
@@ -69,7 +79,7 @@ def folder(
         if "preprocessor_config.json" not in files else
         f"from transformers import AutoImageProcessor, {name}\n\nprocessor = AutoImageProcessor.from_pretrained(PATH)"
         f"\nmodel = {name}.from_pretrained(PATH{bare}).eval()",
-        returns=returns,
+        returns=converted.returns,
         write=write,
         check=check,
         notes=notes,

@@ -14,7 +14,7 @@ from unmask.interop.export_common import (
     weights_of,
 )
 from unmask.interop.export_target import ExportedModel, ExportError
-from unmask.interop.transformers_folder import folder
+from unmask.interop.transformers_folder import TransformersModel, folder
 from unmask.methods.igpt import IGPT
 from unmask.nn.gpt import GPT
 
@@ -66,14 +66,18 @@ def to_image_gpt(loaded: Loaded) -> ExportedModel:
     where = f"`model.{'transformer.' * (head is not None)}h[{encoder.layer}].ln_1(hidden_states[{encoder.layer}])`"
     return folder(
         loaded,
-        "ImageGPTForCausalImageModeling" if head is not None else "ImageGPTModel",
-        config,
-        names.to_image_gpt(weights_of(method), prefix="transformer." if head is not None else ""),
-        compare,
-        "Pass the tokens with the start token first and without the last one; the features of this package "
-        + (
-            f"are {where}, with `output_hidden_states=True`." if encoder.layer < depth else "are the last hidden state."
+        TransformersModel(
+            name="ImageGPTForCausalImageModeling" if head is not None else "ImageGPTModel",
+            config=config,
+            weights=names.to_image_gpt(weights_of(method), prefix="transformer." if head is not None else ""),
+            compare=compare,
+            returns="Pass the tokens with the start token first and without the last one; the features of this package "
+            + (
+                f"are {where}, with `output_hidden_states=True`."
+                if encoder.layer < depth
+                else "are the last hidden state."
+            ),
+            notes=notes,
+            more=more,
         ),
-        notes,
-        more,
     )

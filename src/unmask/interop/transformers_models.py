@@ -26,7 +26,7 @@ from unmask.interop.export_common import (
     what_beit_has,
 )
 from unmask.interop.export_target import ExportedModel, ExportError
-from unmask.interop.transformers_folder import folder
+from unmask.interop.transformers_folder import TransformersModel, folder
 from unmask.interop.transformers_gpt import to_image_gpt
 from unmask.method import MeanTokenClassifier
 from unmask.methods.beit import BEiT
@@ -77,12 +77,14 @@ def to_transformers(loaded: Loaded, *, whole: bool) -> ExportedModel:
 
     return folder(
         loaded,
-        name,
-        config | {"model_type": kind},
-        names.to_transformers(encoder_of(method), beit=not plain),
-        compare,
-        "`model(pixel_values).last_hidden_state` has the class token first, then the patches.",
-        notes,
+        TransformersModel(
+            name=name,
+            config=config | {"model_type": kind},
+            weights=names.to_transformers(encoder_of(method), beit=not plain),
+            compare=compare,
+            returns="`model(pixel_values).last_hidden_state` has the class token first, then the patches.",
+            notes=notes,
+        ),
     )
 
 
@@ -140,12 +142,14 @@ def whole_mae(loaded: Loaded, method: MAE, config: dict[str, Any]) -> ExportedMo
 
     return folder(
         loaded,
-        "ViTMAEForPreTraining",
-        config,
-        names.to_transformers(weights_of(method, "encoder.mean", "encoder.std"), beit=False, prefix="vit."),
-        compare,
-        "`model(pixel_values)` returns the loss and the prediction, with new random patch masks at every call; for "
-        "features, export with --to hf.",
+        TransformersModel(
+            name="ViTMAEForPreTraining",
+            config=config,
+            weights=names.to_transformers(weights_of(method, "encoder.mean", "encoder.std"), beit=False, prefix="vit."),
+            compare=compare,
+            returns="`model(pixel_values)` returns the loss and the prediction, with new random patch masks at every "
+            "call; for features, export with --to hf.",
+        ),
     )
 
 
@@ -163,16 +167,18 @@ def whole_classifier(
     )
     return folder(
         loaded,
-        "BeitForImageClassification",
-        config,
-        weights,
-        lambda model, images: largest(
-            (model(pixel_values=normalised(encoder, images)).logits, classifier.logits(images))
-        ),
-        "`model(pixel_values).logits` has a score for each class of `model.config.id2label`.",
-        (
-            "the classifier is converted to BEiT's, which also uses the mean of the patch tokens (ViT's uses the class "
-            "token)",
+        TransformersModel(
+            name="BeitForImageClassification",
+            config=config,
+            weights=weights,
+            compare=lambda model, images: largest(
+                (model(pixel_values=normalised(encoder, images)).logits, classifier.logits(images))
+            ),
+            returns="`model(pixel_values).logits` has a score for each class of `model.config.id2label`.",
+            notes=(
+                "the classifier is converted to BEiT's, which also uses the mean of the patch tokens (ViT's uses the "
+                "class token)",
+            ),
         ),
     )
 
@@ -205,11 +211,13 @@ def whole_beit(loaded: Loaded, method: BEiT, config: dict[str, Any]) -> Exported
 
     return folder(
         loaded,
-        "BeitForMaskedImageModeling",
-        config,
-        weights,
-        compare,
-        "`model(pixel_values, bool_masked_pos=hidden).logits` has a score for every code; features are "
-        "`model.layernorm(model.beit(pixel_values).last_hidden_state)`, the class token first.",
-        ("the dVAE that makes the codes is left out: transformers has no dVAE",),
+        TransformersModel(
+            name="BeitForMaskedImageModeling",
+            config=config,
+            weights=weights,
+            compare=compare,
+            returns="`model(pixel_values, bool_masked_pos=hidden).logits` has a score for every code; features are "
+            "`model.layernorm(model.beit(pixel_values).last_hidden_state)`, the class token first.",
+            notes=("the dVAE that makes the codes is left out: transformers has no dVAE",),
+        ),
     )
