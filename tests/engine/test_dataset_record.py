@@ -80,7 +80,7 @@ def test_run_of_an_earlier_version_compares_names_and_sizes(stopped, tmp_path, c
         resume(stopped.path)
     (tmp_path / "data" / "new.npy").unlink()
     assert resume(stopped.path).read("status.json")["state"] == "finished"
-    assert "only names and sizes of the images are compared" in capsys.readouterr().err
+    assert "only the names and sizes of the images are compared" in capsys.readouterr().err
     assert file_of(stopped, "data").exists()
 
 

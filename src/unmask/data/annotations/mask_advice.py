@@ -70,7 +70,10 @@ def likely_void(
 
 
 def borders(samples: Sequence[np.ndarray], one: int, ignored: Sequence[int]) -> float:
-    """Return in what share of the masks that contain another id the id `one` borders on it, averaged over other ids."""
+    """Return how often the id `one` borders on the other ids, averaged over them.
+
+    For each other id, this is the share of the masks that contain it in which `one` borders on it.
+    """
     beside: Counter[int] = Counter()
     there: Counter[int] = Counter()
     for ids in samples:
