@@ -45,9 +45,9 @@ def run(trained, tmp_path):
         ("data.nodata=0", "trained with it"), ("data.alpha=drop", "trained with it"),
         ("data.pages=first", "trained with it"), ("data.axes=CHW", "trained with it"),
         ("data.held_out=3", "when a run begins"), ("optim.name=lars", "moments"),
-        ("train.steps=10", "has made 20 already"), ("train.steps=none", "no length"),
+        ("train.steps=10", "has done 20 already"), ("train.steps=none", "expected a number"),
         ("train.stps=30", "did you mean"),
-        ("train.micro_batch=3", "does not divide"), ("train.test_every=2", "to test"),
+        ("train.micro_batch=3", "does not divide"), ("train.test_every=2", "is not tested"),
     ],
 )  # fmt: skip
 def test_forbidden_changes_are_rejected_and_nothing_is_written(run, setting, message):
@@ -122,7 +122,7 @@ def test_unset_length_setting_names_the_one_in_effect(run, capsys):
     assert "None" not in err
     assert "train.steps: 20 -> 30" in err
     set_values(run, ["train.epochs=40"], console=Console())
-    assert "train.steps: 30 -> none (train.epochs decides)" in capsys.readouterr().err
+    assert "train.steps: 30 -> none (train.epochs is set)" in capsys.readouterr().err
 
 
 def test_repeated_length_changes_at_one_step_keep_one_earlier_plan(run):
