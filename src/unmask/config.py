@@ -7,7 +7,6 @@ there is no registry.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import json
 import pkgutil
@@ -22,7 +21,7 @@ import unmask.tasks
 from unmask.batch import ImageSpec
 from unmask.data.augment import CropConfig
 from unmask.data.decode.reading import Reading
-from unmask.errors import UserError
+from unmask.errors import UserError, nearest
 from unmask.method import Method, MethodConfig
 from unmask.nn.vit import Pair
 from unmask.optim import OptimConfig
@@ -258,16 +257,9 @@ def parse_method(value: Any) -> Any:
     return method_module(str(value.get("name", ""))).Config.model_validate(value)
 
 
-def nearest(wrong: str, names: Iterable[str]) -> str:
-    """Return 'did you mean a or b?', or the list of all names if none is similar."""
-    names = list(names)
-    leaves = {name.split(".")[-1]: name for name in names}
-    leaf = wrong.split(".")[-1].lower().replace("-", "_")
-    close = [name for name in COMMON_NAMES.get(leaf, ()) if name in names]
-    close += difflib.get_close_matches(wrong, names, 3, 0.6)
-    close += [leaves[near] for near in difflib.get_close_matches(leaf, leaves, 3, 0.75)]
-    close = list(dict.fromkeys(close))[:3]
-    return f"did you mean {' or '.join(close)}?" if close else f"expected one of {', '.join(names)}"
+def nearest_setting(wrong: str, keys: Iterable[str]) -> str:
+    """Return 'did you mean optim.base_lr?' for a wrong key of `--set`, or the list of all keys."""
+    return nearest(wrong, keys, COMMON_NAMES)
 
 
 def keys(settings: BaseModel, prefix: str = "") -> list[str]:
@@ -289,7 +281,7 @@ def override(config: Config, assignments: Iterable[str]) -> Config:
     known = keys(config)
     for key, value in parse(assignments).items():
         if key not in known:
-            raise ConfigError(f"{key!r} is not a setting; {nearest(key, known)}")
+            raise ConfigError(f"{key!r} is not a setting; {nearest_setting(key, known)}")
         *path, leaf = key.split(".")
         branch = tree
         for part in path:

@@ -6,7 +6,8 @@ and what to do.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import difflib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -28,7 +29,7 @@ class TrainingFailed(RuntimeError):
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
+def name_in_errors(path: Path) -> Iterator[None]:
     """Context manager that adds the file's name to an OSError that has none.
 
     `write` and `fsync` raise such errors when the disk is full.
@@ -45,8 +46,24 @@ class LoadingFailed(TrainingFailed):
     """The loader returns no more images: a worker died, or no image has arrived for too long."""
 
 
-def some(names: Iterable[str], count: int = 5, between: str = ", ") -> str:
+def listed(names: Iterable[str], count: int = 5, between: str = ", ") -> str:
     """Return the first `count` names for a message: 'a, b, c and 4 more'."""
     names = list(names)
     more = f" and {len(names) - count} more" if len(names) > count else ""
     return between.join(names[:count]) + more
+
+
+def nearest(wrong: str, names: Iterable[str], aliases: Mapping[str, Sequence[str]] | None = None) -> str:
+    """Return 'did you mean a or b?', or the list of all names if none is similar.
+
+    names: may be dotted, as the keys of settings; their last parts are compared as well. aliases: names that other
+    libraries use, with the names meant here.
+    """
+    names = list(names)
+    leaves = {name.split(".")[-1]: name for name in names}
+    leaf = wrong.split(".")[-1].lower().replace("-", "_")
+    close = [name for name in (aliases or {}).get(leaf, ()) if name in names]
+    close += difflib.get_close_matches(wrong, names, 3, 0.6)
+    close += [leaves[near] for near in difflib.get_close_matches(leaf, leaves, 3, 0.75)]
+    close = list(dict.fromkeys(close))[:3]
+    return f"did you mean {' or '.join(close)}?" if close else f"expected one of {', '.join(names)}"

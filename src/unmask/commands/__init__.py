@@ -207,10 +207,10 @@ def _hint_for_option(error: Exception) -> str:
     option, context = getattr(error, "option_name", None), getattr(error, "ctx", None)
     if not option or context is None or not any("--set" in parameter.opts for parameter in context.command.params):
         return ""
-    from unmask.config import keys, nearest
+    from unmask.config import keys, nearest_setting
     from unmask.recipes.catalogue import find
 
-    found = nearest(str(option).lstrip("-").replace("-", "_"), keys(find("mae_nano")))
+    found = nearest_setting(str(option).lstrip("-").replace("-", "_"), keys(find("mae_nano")))
     if not found.startswith("did you mean"):
         return "Change settings with --set KEY=VALUE; `unmask recipes NAME` lists the keys of a recipe."
     key = found.removeprefix("did you mean ").rstrip("?").split(" or ")[0]

@@ -29,7 +29,7 @@ from types import UnionType
 from typing import Annotated, Any, ParamSpec, TypeVar, get_args, get_origin
 
 from unmask.console import Console
-from unmask.errors import UserError
+from unmask.errors import UserError, nearest
 
 DONE, FAILED, USAGE, STOPPED = 0, 1, 2, 75
 """Exit codes: done; failed; bad usage or input; stopped on request and resumable. Interrupted is 130."""
@@ -118,8 +118,6 @@ class DeclaredOption:
         if (low is not None and value < low) or (high is not None and value > high):
             raise UserError(f"got {self.flag} {value}; expected {low} " + ("or more" if high is None else f"to {high}"))
         if self.option.choices is not None and value not in (known := list(self.option.choices())):
-            from unmask.config import nearest  # imports torch
-
             meant = nearest(str(value), known)
             raise UserError(
                 f"got {self.flag} {value}; expected {', '.join(known[:-1])} or {known[-1]}"

@@ -103,7 +103,12 @@ def demo(request: DemoRequest, console: Console) -> DemoResult:
     for line in closing_lines(probes["linear"], report, picture):
         console.print(line)
     return DemoResult(
-        str(out), status.state, status.step, str(report), None if picture is None else str(picture), probes
+        run=str(out),
+        state=status.state,
+        step=status.step,
+        report=str(report),
+        picture=None if picture is None else str(picture),
+        probes=probes,
     )
 
 

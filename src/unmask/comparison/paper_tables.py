@@ -13,8 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from unmask.config import Config, nearest
-from unmask.errors import UserError
+from unmask.config import Config
+from unmask.errors import UserError, nearest
 
 PLAIN_PIXELS = "method.target=pixels"
 TOKENIZER, PRETRAINED = "tokenizer", "pretrained"

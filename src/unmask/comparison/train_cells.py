@@ -90,7 +90,7 @@ def train_cell(folder: Path, plan: TablePlan, cell: PlannedCell, seed: int, cons
     else:
         shutil.rmtree(path, ignore_errors=True)  # an earlier attempt that cannot be resumed
         console.print(f"{path.name}: {cell.steps} steps")
-        run = start_cell(path, folder, plan, cell, seed, console)
+        run = start_cell(path, folder, plan=plan, cell=cell, seed=seed, console=console)
     if run.status().state == "stopped":
         raise KeyboardInterrupt
     return run

@@ -41,8 +41,10 @@ def resample(images: Tensor, crops: Tensor, size: tuple[int, int], interpolation
 
 def _resample(images: Tensor, crops: Tensor, size: tuple[int, int], interpolation: str) -> Tensor:
     top, left, height, width, rows, columns, flip = crops.unbind(1)
-    down = weights(top, height, rows, size[0], images.shape[2], interpolation)  # (B, h, H)
-    across = weights(left, width, columns, size[1], images.shape[3], interpolation)  # (B, w, W)
+    down = weights(top, height, end=rows, count=size[0], side=images.shape[2], interpolation=interpolation)  # (B, h, H)
+    across = weights(
+        left, width, end=columns, count=size[1], side=images.shape[3], interpolation=interpolation
+    )  # (B, w, W)
     x = (images.to(torch.float32) @ across.mT[:, None]).round().clamp(0, 255)  # (B, C, H, w)
     x = (down[:, None] @ x).round().clamp(0, 255).to(torch.uint8)  # (B, C, h, w)
     return torch.where(flip[:, None, None, None] > 0, x.flip(3), x)

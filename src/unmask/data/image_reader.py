@@ -147,7 +147,7 @@ class ImageReader:
         for place, (image, box, flip) in enumerate(self._samples(taken)):
             row, crop = int(index[place]), None if crops is None else crops[place]
             try:
-                beside = self._take(row, image, box, flip, out[place], crop)
+                beside = self._take(row, image, box=box, flip=flip, out=out[place], crop=crop)
             except BadImage as error:
                 bad.append(BadFile(self.source.names[row], error.code, error.detail))
                 if not self.training:
@@ -258,7 +258,15 @@ class ImageReader:
         if crop is None:
             augment.cut(opened.image, box_here, self.spec.size, flip, out, self.interpolation)
         else:
-            augment.cut_later(opened.image, box_here, self.spec.size, flip, out, crop, self.interpolation)
+            augment.cut_later(
+                opened.image,
+                box_here,
+                target=self.spec.size,
+                flip=flip,
+                out=out,
+                crop=crop,
+                interpolation=self.interpolation,
+            )
         return beside
 
     def _take_valid(
@@ -268,7 +276,15 @@ class ImageReader:
         assert opened.image is not None
         assert opened.valid is not None
         size = self.spec.size
-        pixels, valid = augment.cut_valid(opened.image, opened.valid, self.fill, box, size, flip, self.interpolation)
+        pixels, valid = augment.cut_valid(
+            opened.image,
+            opened.valid,
+            fill=self.fill,
+            box=box,
+            target=size,
+            flip=flip,
+            interpolation=self.interpolation,
+        )
         out[: size[0], : size[1]] = pixels
         if crop is not None:
             crop[:] = (0, 0, *size, *size, False)
@@ -290,7 +306,9 @@ class ImageReader:
             opened = self.opened(other)
             boxes, flips = self._boxes(np.array([opened.size], np.int64), np.array([other]), one[1])
             try:
-                return other, self._take(other, self.decoded(opened, boxes), boxes[0], bool(flips[0]), out, crop)
+                return other, self._take(
+                    other, self.decoded(opened, boxes), box=boxes[0], flip=bool(flips[0]), out=out, crop=crop
+                )
             except BadImage:
                 continue
         raise BadImage(

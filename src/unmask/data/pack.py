@@ -46,7 +46,7 @@ from unmask.data.sources.image_files import EXTENSIONS
 from unmask.data.sources.open_source import open_source
 from unmask.data.sources.source import Source
 from unmask.data.sources.tar_file import TarSource
-from unmask.errors import UserError, some
+from unmask.errors import UserError, listed
 from unmask.system.processes import process_pool
 
 SHORT_SIDE = 512  # Pixels.
@@ -124,7 +124,7 @@ def pack(
     if out.exists():
         raise PackError(f"{out} already exists; choose another name, or delete it first")
     if left := [str(path) for path in out.parent.glob(f".{glob.escape(out.name)}.*.part")]:
-        console.warn(f"found {some(left)}: another pack is running, or one was killed; in that case delete it")
+        console.warn(f"found {listed(left)}: another pack is running, or one was killed; in that case delete it")
     source = open_source(data, exclude)
     require_packable(source)
     if workers is None:
@@ -283,7 +283,9 @@ def pack_image(source: Source, row: int, short_side: int, quality: int) -> Packe
         small = augment.cut(pixels, box, target, False)
     elif pixels.dtype == np.float32 and valid.any():
         fill = pixels[valid].mean(0)
-        small, there = augment.cut_valid(nodata.filled(pixels, valid, fill), valid, fill, box, target, False)
+        small, there = augment.cut_valid(
+            nodata.filled(pixels, valid, fill), valid, fill=fill, box=box, target=target, flip=False
+        )
         small[~there] = np.nan
     else:
         return Packed(data, NO_SMALLER)  # only a TIFF tag can mark absent integer pixels
@@ -361,7 +363,7 @@ def _print_summary(summary: PackSummary, console: Console) -> None:
         f"{summary.bytes_before / 2**20:.1f} MiB became {summary.bytes_after / 2**20:.1f} MiB"
     )
     if summary.bad:
-        named = some([f"{one.name} ({one.code}: {one.detail})" for one in summary.bad])
+        named = listed([f"{one.name} ({one.code}: {one.detail})" for one in summary.bad])
         console.warn(
             f"{len(summary.bad)} images cannot be read and were copied unchanged; training skips them: {named}"
         )

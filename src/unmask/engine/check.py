@@ -25,7 +25,7 @@ from unmask.engine.training_data import (
     prepare_images,
     skipped_files,
 )
-from unmask.errors import some
+from unmask.errors import listed
 
 NAMED_BAD_FILES = 20
 MEASURE_SECONDS = 6.0
@@ -137,7 +137,7 @@ def print_scan(found: Scan, source: Source, console: Console) -> None:
 def labels_line(source: Source) -> str:
     """Return the classes of a source in words, or why it has none."""
     if source.classes:
-        return f"{len(source.classes)} classes ({some(source.classes)})"
+        return f"{len(source.classes)} classes ({listed(source.classes)})"
     if source.unlabelled:
         return f"none, because {source.unlabelled} (pre-training needs none)"
     return "none (pre-training needs none)"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from unmask.engine.checkpoint import CheckpointError
-from unmask.errors import some
+from unmask.errors import listed
 
 
 def require_fit(method: nn.Module, weights: Mapping[str, Tensor], what: str) -> None:
@@ -17,7 +17,7 @@ def require_fit(method: nn.Module, weights: Mapping[str, Tensor], what: str) -> 
     missing, extra = sorted(wanted.keys() - weights.keys()), sorted(weights.keys() - wanted.keys())
     if missing and not extra and not any(name.startswith("encoder.") for name in missing):
         raise CheckpointError(
-            f"{what} holds only the encoder: {len(missing)} other tensors ({some(missing)}) are missing, and images "
+            f"{what} holds only the encoder: {len(missing)} other tensors ({listed(missing)}) are missing, and images "
             "cannot be reconstructed without them; use the run or the file that includes the decoder"
         )
     faults = [f"{name} is missing" for name in missing] + [f"{name} is not known" for name in extra]
@@ -28,8 +28,8 @@ def require_fit(method: nn.Module, weights: Mapping[str, Tensor], what: str) -> 
     ]
     if faults:
         raise CheckpointError(
-            f"{what} does not fit the method in its config.json: {some(faults, between='; ')}; restore config.json or "
-            "the checkpoint if one of them was changed or copied from another run"
+            f"{what} does not fit the method in its config.json: {listed(faults, between='; ')}; restore config.json "
+            "or the checkpoint if one of them was changed or copied from another run"
         )
 
 
@@ -61,7 +61,7 @@ def graft(module: nn.Module, entries: Sequence[tuple[str, str, Mapping[str, Tens
         planned |= given
     if faults:
         raise CheckpointError(
-            f"the weights do not fit: {some(faults, between='; ')}; set method.encoder.depth, .width and .patch to "
+            f"the weights do not fit: {listed(faults, between='; ')}; set method.encoder.depth, .width and .patch to "
             f"those of the weights, or use a recipe of that size"
         )
     with torch.no_grad():

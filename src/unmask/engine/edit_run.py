@@ -92,7 +92,7 @@ def set_values(run_folder: str | Path, assignments: Iterable[str], *, console: C
         tree = {"config": new.model_dump(mode="json"), "plan": new_plan.model_dump(mode="json"), "edit": edit}
         run.write(JOURNAL, tree)
         complete(run)
-        _print_changes(run, changes, plan, new_plan, step, console)
+        _print_changes(run, changes, plan=plan, new=new_plan, step=step, console=console)
     return edit
 
 

@@ -77,7 +77,9 @@ def load(run: str | Path, *, device: str = "cpu", step: int | None = None) -> Lo
         method = config.build(plan.images)
     copy_weights.require_fit(method, weights, f"the checkpoint of step {found} of {folder.path}")
     method.load_state_dict(weights)
-    return Loaded(method.to(device).eval(), config, plan, found, device, licence_of(folder))
+    return Loaded(
+        method=method.to(device).eval(), config=config, plan=plan, step=found, device=device, licence=licence_of(folder)
+    )
 
 
 def take_weights(method: Method, config: Config) -> None:

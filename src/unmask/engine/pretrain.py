@@ -126,7 +126,7 @@ def pretrain(
         reasons: tuple[str, ...] = (f"settings of {options.config}" if from_run is None else f"weights of {from_run}",)
     else:
         chosen, reasons, _ = choose_config(source, found, recipe, settings, device, budget=budget)
-    request = TrainingRequest(source, found, chosen, device, budget, reasons)
+    request = TrainingRequest(source=source, scan=found, config=chosen, device=device, budget=budget, reasons=reasons)
     return start_run(request, out=out, console=console)
 
 

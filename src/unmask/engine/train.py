@@ -149,7 +149,16 @@ class Loop:
             decay = config.optim.average
             average = None if decay is None else MovingAverage(method, decay)
             optimizer = make_optimizer(method, config.optim)
-            job = Job(run, config, plan, images, inputs.console, method, optimizer, average)
+            job = Job(
+                run=run,
+                config=config,
+                plan=plan,
+                images=images,
+                console=inputs.console,
+                method=method,
+                optimizer=optimizer,
+                average=average,
+            )
             position = restore(job) or initialise(job)
             pacer = open_pacer(job, stopwatch, inputs.evaluator)
             with report_failure(job, run.metrics_file):
@@ -357,7 +366,16 @@ def step(job: Job, stream: Iterator[Batch], at: Position) -> Step:
     if job.average is not None:
         job.average.update(at.step, counted)
     job.method.after_step(replace(clock, counted=counted))
-    return Step(at.step + 1, at.consumed + plan.batch_size, lr, torch.cat(rows), waited, total, norm, logs)
+    return Step(
+        number=at.step + 1,
+        consumed=at.consumed + plan.batch_size,
+        lr=lr,
+        rows=torch.cat(rows),
+        waited=waited,
+        loss=total,
+        norm=norm,
+        logs=logs,
+    )
 
 
 def read(job: Job, unread: list[Step], at: Position) -> tuple[dict[str, float], Step | None]:

@@ -13,7 +13,7 @@ from unmask.data.sources.open_source import open_source
 from unmask.data.sources.tiff_samples import apply_reading
 from unmask.engine.device import choose_device
 from unmask.engine.load import load
-from unmask.errors import UserError, naming
+from unmask.errors import UserError, name_in_errors
 from unmask.evals.images import FeatureOptions, features
 from unmask.results import EmbedResult
 from unmask.run import Run
@@ -73,7 +73,7 @@ def _write_features(
     try:
         if out.suffix == ".npz":
             with (
-                naming(out),
+                name_in_errors(out),
                 partial.open("wb") as file,
             ):  # np.savez sets all dates to 1980-01-01: reproducible
                 np.savez(file, **{name: np.array(text) for name, text in texts.items()}, **vectors)  # type: ignore[arg-type]

@@ -99,7 +99,9 @@ def make_feature_sets(
         for name in [name for name in encoders if name != RAW_PIXELS]:
             view = View(encoders[name], hide=hide)
             if layer is not None:
-                sets.layers[name] = _layer_of(loaded, view, layer, images, rows, options.seed, console)
+                sets.layers[name] = _layer_of(
+                    loaded, view, layer=layer, images=images, rows=rows, seed=options.seed, console=console
+                )
                 view.layer = sets.layers[name].number
             sets.encoders[name] = view
     sets.test_encoders = dict(sets.encoders)

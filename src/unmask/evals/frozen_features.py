@@ -50,12 +50,12 @@ class FeatureTable:
     def at(self, places: np.ndarray) -> FeatureTable:
         """Return the table of the images at these positions, in this order."""
         return FeatureTable(
-            self.index[places],
-            None if self.labels is None else self.labels[places],
-            None if self.cls is None else self.cls[places],
-            self.mean[places],
-            self.digest[places],
-            None if self.tokens is None else self.tokens.at(places),
+            index=self.index[places],
+            labels=None if self.labels is None else self.labels[places],
+            cls=None if self.cls is None else self.cls[places],
+            mean=self.mean[places],
+            digest=self.digest[places],
+            tokens=None if self.tokens is None else self.tokens.at(places),
         )
 
 
@@ -194,12 +194,12 @@ class _Shared:
 
     def table(self, rows: _Rows) -> FeatureTable:
         return FeatureTable(
-            np.concatenate(self.index),
-            _joined(self.labels),
-            _joined(rows.cls),
-            np.concatenate(rows.mean),
-            np.concatenate(self.digest),
-            rows.all_tokens(),
+            index=np.concatenate(self.index),
+            labels=_joined(self.labels),
+            cls=_joined(rows.cls),
+            mean=np.concatenate(rows.mean),
+            digest=np.concatenate(self.digest),
+            tokens=rows.all_tokens(),
         )
 
 

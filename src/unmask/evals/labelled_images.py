@@ -74,12 +74,28 @@ def open_labelled_images(options: ProbeOptions, console: Console) -> LabelledIma
     train_y, labelling = labels_of(train), Labelling(CLASSES, tuple(train.classes))
     if options.test is None:
         rows, test_rows = _split(train_y, np.arange(len(train)), options)
-        return LabelledImages(labelling, train, rows, train_y, train, test_rows, train_y)
+        return LabelledImages(
+            labelling=labelling,
+            train=train,
+            train_rows=rows,
+            train_y=train_y,
+            test=train,
+            test_rows=test_rows,
+            test_y=train_y,
+        )
     test = require_labels(open_source(options.test, options.exclude), train.classes)
     test = renumber_labels(test, train.classes, options.data)
     if absent := absent_classes(labels_of(test), train.classes):
         console.warn(f"{options.test} has no images of {absent}: these classes are not tested")
-    return LabelledImages(labelling, train, np.arange(len(train)), train_y, test, np.arange(len(test)), labels_of(test))
+    return LabelledImages(
+        labelling=labelling,
+        train=train,
+        train_rows=np.arange(len(train)),
+        train_y=train_y,
+        test=test,
+        test_rows=np.arange(len(test)),
+        test_y=labels_of(test),
+    )
 
 
 def _split(strata: np.ndarray, rows: np.ndarray, options: ProbeOptions) -> tuple[np.ndarray, np.ndarray]:
@@ -129,7 +145,16 @@ def _open_with_table(options: ProbeOptions, path: Path, console: Console) -> Lab
         reason=found.why,
         images_without_row=without_row,
     )
-    return LabelledImages(labelling, train, rows, values, test, test_rows, test_y, about)
+    return LabelledImages(
+        labelling=labelling,
+        train=train,
+        train_rows=rows,
+        train_y=values,
+        test=test,
+        test_rows=test_rows,
+        test_y=test_y,
+        table=about,
+    )
 
 
 def _require_unambiguous(options: ProbeOptions, train: Source, test: Source, paths: Sequence[str]) -> None:

@@ -55,7 +55,9 @@ def predict_pooled(
         seen = [test[name] for name in masks_of(test, features)]
         for pool, train_x, test_x in pools(features, train[features], seen):
             fitted = probe.fit(train_x, targets)
-            predictions.append(vote(features, pool, fitted, fitted.predict(test_x), seen, targets))
+            predictions.append(
+                vote(features, pool, fitted=fitted, values=fitted.predict(test_x), seen=seen, targets=targets)
+            )
     return predictions
 
 
@@ -71,7 +73,9 @@ def predictions_from_tokens(
         names = masks_of(test, features)
         pool = "pixels" if features == RAW_PIXELS else ATTENTION_POOL
         both = np.concatenate([values[name] for name in names])
-        predictions.append(vote(features, pool, probe, both, [test[name] for name in names], targets))
+        predictions.append(
+            vote(features, pool, fitted=probe, values=both, seen=[test[name] for name in names], targets=targets)
+        )
     return predictions
 
 

@@ -156,7 +156,9 @@ def probe_with_labels(
                 with job.console.working(f"fitting {name} probes{counted} on {len(y):,} images"):
                     predictions = predict_pooled(probe, part, test, targets)
             draws.append(Draw(each.shots or 0, y, predictions))
-        results[name] = make_result(job, name, probe, images, sets, TestPredictions(draws, test_y, shared))
+        results[name] = make_result(
+            job, name, probe=probe, images=images, sets=sets, predicted=TestPredictions(draws, test_y, shared)
+        )
     return results
 
 
@@ -170,11 +172,17 @@ def all_feature_sets(
     """Return the feature sets of this run with its controls and of other runs. rows: images for choosing layers."""
     untrained = untrained_encoder(job.loaded) if controls else None
     encoders = with_controls(job.loaded.method.encoder, untrained)
-    found = [make_feature_sets(job.loaded, encoders, images, rows, job.options, job.console)]
+    found = [
+        make_feature_sets(job.loaded, encoders, images=images, rows=rows, options=job.options, console=job.console)
+    ]
     for name, other in job.others.items():
         layer = job.options.layer if other.method.encoder.depth is not None else None
         options = replace(job.options, layer=layer, mask_votes=None)
-        found.append(make_feature_sets(other, {name: other.method.encoder}, images, rows, options, job.console))
+        found.append(
+            make_feature_sets(
+                other, {name: other.method.encoder}, images=images, rows=rows, options=options, console=job.console
+            )
+        )
     return found
 
 

@@ -100,7 +100,14 @@ class FinetuneOptions:
     def test_annotation_options(self, classes: Sequence[str]) -> AnnotationOptions:
         """Return the options for opening the annotations of separate test images."""
         masks = None if self.mask_options is None else replace(self.mask_options, names=None)
-        return AnnotationOptions(self.test_annotations, self.test_split, (), tuple(self.ignored), masks, tuple(classes))
+        return AnnotationOptions(
+            path=self.test_annotations,
+            split=self.test_split,
+            exclude=(),
+            ignored=tuple(self.ignored),
+            mask_options=masks,
+            classes=tuple(classes),
+        )
 
 
 @dataclass(frozen=True)
@@ -176,7 +183,13 @@ def finetune(
     )
     reasons = (why, origin, *reasons_for(examples, data, options, console))
     request = training_data.TrainingRequest(
-        source, found, config, choose_device(config.train.device), budget, reasons, split
+        source=source,
+        scan=found,
+        config=config,
+        device=choose_device(config.train.device),
+        budget=budget,
+        reasons=reasons,
+        supervised=split,
     )
     done = pretrain.start_run(request, out=out, console=console)
     report_result(done, console)

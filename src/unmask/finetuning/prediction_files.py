@@ -28,7 +28,7 @@ from unmask.data.annotations.mask_folders import CLASSES_FILE
 from unmask.data.annotations.segmentation_masks import first_ids
 from unmask.data.files.csv_cells import marked
 from unmask.data.files.safe_names import safe_names
-from unmask.errors import UserError, naming
+from unmask.errors import UserError, name_in_errors
 from unmask.system.atomic_files import replace_file
 from unmask.task import Annotation
 from unmask.tasks.detect import LEAST_SCORE, Found
@@ -124,7 +124,7 @@ class MaskFolder:
                 picture.putpalette(palette)
             place = file.out / places[one.row]
             place.parent.mkdir(parents=True, exist_ok=True)
-            with naming(place):
+            with name_in_errors(place):
                 picture.save(place)
             counts += np.bincount(found.ravel(), minlength=len(names))
             done += 1

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from unmask.console import Console
 from unmask.engine.load import load
-from unmask.errors import naming
+from unmask.errors import name_in_errors
 from unmask.interop.check_export import check_export
 from unmask.interop.export_target import ExportedModel, ExportError
 from unmask.interop.find_target import find_target, target_names
@@ -45,7 +45,7 @@ def export_run(
     staging = Path(tempfile.mkdtemp(prefix=".export-", dir=out.parent))
     try:
         staged = staging / out.name
-        with naming(out):
+        with name_in_errors(out):
             exported.write(staged)
         difference, tested = check_export(exported, staged, loaded, run)
         card_text = model_card(Run.open(run), loaded, target, with_path(exported, out.name), tested)

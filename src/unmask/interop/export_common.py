@@ -19,7 +19,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from unmask.engine.load import Loaded
-from unmask.errors import naming
+from unmask.errors import name_in_errors
 from unmask.interop.export_target import ExportError, NotChecked
 from unmask.method import Method
 from unmask.methods.mae import MAE
@@ -89,7 +89,7 @@ def encoder_of(method: Method) -> dict[str, Tensor]:
 
 def write_safetensors(path: Path, weights: dict[str, Tensor], header: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file with the usual file permissions, unlike `safetensors.save_file`."""
-    with naming(path):
+    with name_in_errors(path):
         path.write_bytes(save(weights, {"format": "pt", **(header or {})}))
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import unmask.interop.targets
-from unmask.errors import UserError
+from unmask.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from unmask.interop.export_target import ExportTarget
@@ -29,8 +29,6 @@ def target_summary(name: str) -> str:
 
 def find_target(name: str) -> ExportTarget:
     """Import a target by its name. Raises UserError with the nearest names for an unknown name."""
-    from unmask.config import nearest  # imports torch
-
     if name not in target_names():
         raise UserError(f"target {name!r} is not known; {nearest(name, target_names())}")
     return importlib.import_module(f"unmask.interop.targets.{name.replace('-', '_')}").TARGET

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from unmask.batch import ImageSpec
 from unmask.config import Config, ConfigError
-from unmask.errors import ForeignError, some
+from unmask.errors import ForeignError, listed
 from unmask.interop.foreign.state_dicts import Recognised
 from unmask.nn import positions
 from unmask.nn.patches import grid_of
@@ -96,14 +96,14 @@ def require_whole(wanted: Mapping[str, Tensor], weights: Mapping[str, Tensor], w
     ]
     faults = {"missing": missing, "left over": left, "of another shape": shapes, "of another type": types}
     if any(faults.values()):
-        named = "; ".join(f"{len(names)} {how}: {some(names)}" for how, names in faults.items() if names)
+        named = "; ".join(f"{len(names)} {how}: {listed(names)}" for how, names in faults.items() if names)
         raise ForeignError(
             f"{what} is incomplete or different ({named}); the file is truncated, from a variant of this network, or "
             "a mix of two files"
         )
     if bad := [name for name, value in weights.items() if value.is_floating_point() and not value.isfinite().all()]:
         raise ForeignError(
-            f"{what} has values that are not finite in {some(bad)}; the file is damaged, or its training diverged"
+            f"{what} has values that are not finite in {listed(bad)}; the file is damaged, or its training diverged"
         )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from unmask.config import Config, method_module, task_names
+from unmask.config import Config, method_module, task_class, task_names
 from unmask.engine.load import Loaded, licence_of
 from unmask.engine.plan import Plan
 from unmask.interop.export_target import ExportedModel, ExportTarget
@@ -33,7 +33,6 @@ from unmask.run import Run
 
 OTHER_TASKS = ("ae", "dae", "dvae", "igpt")  # methods that hide no patches
 NOT_STATED = "not stated"
-TASKS = {"classify": "classification", "segment": "segmentation", "detect": "detection"}
 METRICS: dict[str, str] = {
     "accuracy": "accuracy", "mean_iou": "mean IoU", "pixel_accuracy": "pixel accuracy", "ap50": "AP50", "ap": "AP",
 }  # fmt: skip
@@ -219,7 +218,7 @@ def results(run: Run, *, whole: bool) -> str:
 
 def finetune_rows(result: FinetuneResult, model: str) -> list[ResultRow]:
     """Return a row for every metric of a fine-tuned run on its test images, the headline first."""
-    task = f" for {TASKS[result.task]}" if result.task in TASKS else ""
+    task = f" for {task_class(result.task).title}" if result.task in task_names() else ""
     data = last_name(str(result.data))
     title = f"Fine-tuned on {data}{task}, tested on {test_name(result)}"
     names: list[str] = [result.metric, *(name for name in METRICS if name != result.metric and name in result.numbers)]

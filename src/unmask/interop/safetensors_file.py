@@ -20,7 +20,7 @@ from torch import Tensor
 from unmask.batch import ImageSpec
 from unmask.config import Config, explain
 from unmask.engine import copy_weights
-from unmask.errors import ForeignError, UserError, some
+from unmask.errors import ForeignError, UserError, listed
 from unmask.interop.foreign.metadata import DEEPEST, Deviations, Numbers, Size
 from unmask.method import Method
 from unmask.system.json_input import Outside, checked, read_object
@@ -83,7 +83,7 @@ class OwnFile:
                     if shapes[name] != wanted[name]
                 ],
             }
-            named = "; ".join(f"{len(names)} {how}: {some(names)}" for how, names in faults.items() if names)
+            named = "; ".join(f"{len(names)} {how}: {listed(names)}" for how, names in faults.items() if names)
             raise ForeignError(
                 f"{self.path}: its tensors do not match the network in its header ({named}); the file is damaged "
                 "or was changed: export the run again"

@@ -110,7 +110,7 @@ class DAE(Method):
         if kind == "salt_and_pepper":
             draws, coins = rng.uniform(2 * count).chunk(2, 1)
             ends = (self.encoder.bottom, self.encoder.top)
-            return corrupt.salt_and_pepper(pixels, draws, coins, share, grain, ends)
+            return corrupt.salt_and_pepper(pixels, draws, coins=coins, share=share, grain=grain, ends=ends)
         if kind == "gaussian":
             return corrupt.gaussian(pixels, rng.uniform(count), self.config.sigma or SIGMA)
         if kind == "gray":

@@ -126,13 +126,13 @@ def score(tally: Tally, *, seed: int = 0) -> Scores:
     means = mean_iou(*resampled.swapaxes(0, 1))
     low, high = np.nanpercentile(means, [2.5, 97.5])
     return Scores(
-        tally.classes,
-        float(mean_iou(*total)),
-        Interval(float(low), float(high)),
-        ious(*total),
-        float(total[0].sum() / total[1].sum()),
-        tally.confusion,
-        len(each),
+        classes=tally.classes,
+        mean_iou=float(mean_iou(*total)),
+        interval=Interval(float(low), float(high)),
+        ious=ious(*total),
+        pixel_accuracy=float(total[0].sum() / total[1].sum()),
+        confusion=tally.confusion,
+        num_images=len(each),
     )
 
 

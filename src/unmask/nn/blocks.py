@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from unmask.errors import UserError
 from unmask.nn.linear_layer import Linear, linear
+from unmask.nn.positions import RelativeBias
 from unmask.nn.recompute import recomputed
 
 LAYER_NORM_EPS = 1e-6

@@ -43,8 +43,8 @@ def giou(a: Float[Tensor, "*n 4"], b: Float[Tensor, "*n 4"]) -> Float[Tensor, "*
 
 
 def suppress(
-    boxes: Float[Tensor, "n 4"], scores: Float[Tensor, "n"], labels: Int[Tensor, "n"], threshold: float
-) -> Int[Tensor, "k"]:
+    boxes: Float[Tensor, "n 4"], scores: Float[Tensor, " n"], labels: Int[Tensor, " n"], threshold: float
+) -> Int[Tensor, " k"]:
     """Greedy non-maximum suppression within each class; return the rows that remain, best score first.
 
     A box is suppressed if a better remaining box of the same class overlaps it with an IoU above `threshold`.

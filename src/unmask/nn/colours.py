@@ -26,5 +26,5 @@ def colours_of(ids: Int[Tensor, "..."], channels: int) -> Float[Tensor, "... C"]
     return (levels.float() + 0.5) / LEVELS
 
 
-def _place_values(channels: int, like: Tensor) -> Int[Tensor, "C"]:
+def _place_values(channels: int, like: Tensor) -> Int[Tensor, " C"]:
     return LEVELS ** torch.arange(channels - 1, -1, -1, device=like.device)

@@ -33,7 +33,7 @@ class Linear(nn.Linear):
 
 
 def linear(
-    x: Float[Tensor, "*rows inside"], weight: Float[Tensor, "outside inside"], bias: Float[Tensor, "outside"] | None
+    x: Float[Tensor, "*rows inside"], weight: Float[Tensor, "outside inside"], bias: Float[Tensor, " outside"] | None
 ) -> Float[Tensor, "*rows outside"]:
     """Return x weight^T + bias, like `F.linear`."""
     if not _for_onednn(x, weight):

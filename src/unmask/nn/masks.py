@@ -198,7 +198,7 @@ def nearest_visible(mask: Mask, grid: tuple[int, int]) -> Int[Tensor, "B M"]:
     return torch.stack(one_by_one)  # one image at a time: the distances of all would not fit in memory
 
 
-def _nearest(keep: Int[Tensor, "K"], drop: Int[Tensor, "M"], cols: int) -> Int[Tensor, "M"]:
+def _nearest(keep: Int[Tensor, " K"], drop: Int[Tensor, " M"], cols: int) -> Int[Tensor, " M"]:
     down = (drop // cols)[:, None] - keep // cols  # (M, K)
     across = (drop % cols)[:, None] - keep % cols
     distance = down.square() + across.square()

@@ -18,7 +18,7 @@ from unmask.errors import UserError
 MIX_DRAWS = 4
 
 
-def soft_targets(labels: Int[Tensor, "B"], classes: int, smoothing: float) -> Float[Tensor, "B K"]:
+def soft_targets(labels: Int[Tensor, " B"], classes: int, smoothing: float) -> Float[Tensor, "B K"]:
     """Return targets of 1 - s + s / K for the right class and s / K for every other (Szegedy et al. 2016)."""
     return F.one_hot(labels, classes).float() * (1 - smoothing) + smoothing / classes
 

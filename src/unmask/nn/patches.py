@@ -61,7 +61,7 @@ def put(
 
 
 def normalise(
-    images: Shaped[Tensor, "B C H W"], mean: Float[Tensor, "C"], std: Float[Tensor, "C"]
+    images: Shaped[Tensor, "B C H W"], mean: Float[Tensor, " C"], std: Float[Tensor, " C"]
 ) -> Float[Tensor, "B C H W"]:
     """Convert images of any dtype to float32, normalised by the data set's mean and standard deviation per channel."""
     return (images.to(torch.float32) - mean[:, None, None]) / std[:, None, None]

@@ -61,8 +61,8 @@ def erase(
     images: Float[Tensor, "B C H W"],
     draws: Float[np.ndarray, "B 5"],
     probability: float,
-    mean: Float[Tensor, "C"],
-    std: Float[Tensor, "C"],
+    mean: Float[Tensor, " C"],
+    std: Float[Tensor, " C"],
     seed: int,
 ) -> Float[Tensor, "B C H W"]:
     """Replace a random box in some of the images by normal noise. mean, std, seed: of the noise."""

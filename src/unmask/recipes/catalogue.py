@@ -17,7 +17,8 @@ from typing import Any
 from pydantic import BaseModel
 
 import unmask.recipes
-from unmask.config import Config, ConfigError, keys, nearest
+from unmask.config import Config, ConfigError, keys
+from unmask.errors import nearest
 
 FEWEST_STEPS = 3_000  # for small data sets, whose epochs have few updates
 MOST_ELONGATED = 2.5

@@ -81,18 +81,18 @@ def compose(picture: Picture, dtype: str, title: str, names: Sequence[str] = ())
     sheet = Image.new("RGB", (sheet_width, below + len(notes) * line + MARGIN - LEADING), PAPER)
     pen = ImageDraw.Draw(sheet)
 
-    y = _write(pen, titles, MARGIN, MARGIN - 2, INK, heading, TITLE_SIZE + LEADING)
-    _write(pen, numbers, MARGIN, y, FAINT, text, line)
+    y = _write(pen, titles, x=MARGIN, y=MARGIN - 2, ink=INK, font=heading, step=TITLE_SIZE + LEADING)
+    _write(pen, numbers, x=MARGIN, y=y, ink=FAINT, font=text, step=line)
     for number, (name, panel) in enumerate(columns.items()):
         left = MARGIN + number * (cell_width + GAP)
-        _write(pen, captions[name], left, top - len(captions[name]) * line, INK, text, line)
+        _write(pen, captions[name], x=left, y=top - len(captions[name]) * line, ink=INK, font=text, step=line)
         for row, pixels in enumerate(panel):
             cell = Image.fromarray(pixels).resize((cell_width, cell_height), resample(height, cell_height))
             sheet.paste(cell, (left, top + row * (cell_height + GAP + name_height)))
     for row, name in enumerate(names):
         y = top + row * (cell_height + GAP + name_height) + cell_height + 2
         pen.text((MARGIN, y), shorten(name, small, room), FAINT, small)
-    _write(pen, notes, MARGIN, below, FAINT, text, line)
+    _write(pen, notes, x=MARGIN, y=below, ink=FAINT, font=text, step=line)
     return sheet
 
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from io import BufferedRandom
 from pathlib import Path
 
-from unmask.errors import naming
+from unmask.errors import name_in_errors
 
 
 def free_path(path: Path) -> Path:
@@ -33,7 +33,7 @@ def replacing(path: Path) -> Iterator[BufferedRandom]:
     """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with naming(path), partial.open("w+b") as file:
+        with name_in_errors(path), partial.open("w+b") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from unmask.errors import naming
+from unmask.errors import name_in_errors
 
 
 def to_line(row: dict[str, Any]) -> bytes:
@@ -17,7 +17,7 @@ def to_line(row: dict[str, Any]) -> bytes:
 
 def append(path: Path, row: dict[str, Any]) -> None:
     """Append one object, on a new line even if the last line is truncated. Raises OSError with the file's name."""
-    with naming(path), path.open("ab+") as file:
+    with name_in_errors(path), path.open("ab+") as file:
         if file.tell():
             file.seek(-1, os.SEEK_END)
             if file.read(1) != b"\n":

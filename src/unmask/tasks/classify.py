@@ -140,7 +140,7 @@ class Classifier(Task[Tensor, None]):
         if config.erasing:
             draws, noise = uniform(seed, Stream.ERASE, step, place, ERASE_DRAWS), self.batch_words(Stream.ERASE, clock)
             mean, std = self.encoder.mean, self.encoder.std
-            images = erase(images.float(), draws, config.erasing, mean, std, int(noise[0]))
+            images = erase(images.float(), draws, probability=config.erasing, mean=mean, std=std, seed=int(noise[0]))
         draws = self.batch_words(Stream.MIX, clock) * 2.0**-32
         return mix(images, targets, draws, mixup=config.mixup, cutmix=config.cutmix)
 

@@ -118,8 +118,8 @@ class Found(NamedTuple):
     """Detections of one image, best first. `boxes` are (x1, y1, x2, y2) in its pixels, `scores` 0 to 1."""
 
     boxes: Float[Tensor, "k 4"]
-    scores: Float[Tensor, "k"]
-    labels: Int[Tensor, "k"]
+    scores: Float[Tensor, " k"]
+    labels: Int[Tensor, " k"]
 
     def resized(self, seen: tuple[int, int], size: tuple[int, int]) -> Found:
         """Rescale boxes from the size (H, W) that the model saw to another size; the result is float64 on the host."""
@@ -251,7 +251,7 @@ class Detector(Task[Found, BoxAnnotations]):
         )
 
     def draw(
-        self, images: Float[Tensor, "B C H W"], boxes: list[tuple[Float[Tensor, "_ 4"], Int[Tensor, "_"]]]
+        self, images: Float[Tensor, "B C H W"], boxes: list[tuple[Float[Tensor, "_ 4"], Int[Tensor, " _"]]]
     ) -> Float[Tensor, "B C H W"]:
         """Outline boxes on the images in the colours of their labels, scaled to the images' range of values."""
         spec = self.encoder.spec
@@ -284,7 +284,7 @@ def assign(cells: Cells, boxes: Float[Tensor, "B M 4"], labels: Int[Tensor, "B M
     return Truth(*(torch.stack(part) for part in zip(*each, strict=True)))
 
 
-def assign_one(cells: Cells, boxes: Float[Tensor, "M 4"], labels: Int[Tensor, "M"]) -> Truth:
+def assign_one(cells: Cells, boxes: Float[Tensor, "M 4"], labels: Int[Tensor, " M"]) -> Truth:
     """Assign the boxes of one image, so that only L x M distances are in memory; the result has no batch dimension."""
     sides = sides_from(cells, boxes)  # (L, M, 4), in cells
     off_middle = (sides[..., :2] - sides[..., 2:]).abs().amax(2) / 2

@@ -39,7 +39,7 @@ from unmask.data.decode.bad_image import BadImage
 from unmask.data.decode.image_header import Header
 from unmask.data.sources.open_source import open_source
 from unmask.data.sources.source import Source
-from unmask.errors import some
+from unmask.errors import listed
 
 ROUNDING = 1.0  # Pixels that a box may extend outside its image without being reported.
 CORNERS = 0.8  # A note is added if more of the boxes outside their image would fit as corners.
@@ -108,10 +108,10 @@ class BoxAnnotations:
             why = (
                 "without annotation" if self.split is None else f"that are not annotated or not in split {self.split!r}"
             )
-            lines.append(f"{len(without)} images {why} are left out: {some(without)}")
+            lines.append(f"{len(without)} images {why} are left out: {listed(without)}")
         if self.missing:
-            lines.append(f"{len(self.missing)} images that are annotated or listed are missing: {some(self.missing)}")
-        lines += [f"{count} {REASONS[reason]}: {some(self.faulty[reason])}" for reason, count in self.faults.items()]
+            lines.append(f"{len(self.missing)} images that are annotated or listed are missing: {listed(self.missing)}")
+        lines += [f"{count} {REASONS[reason]}: {listed(self.faulty[reason])}" for reason, count in self.faults.items()]
         lines += self.notes
         labels = np.concatenate([np.zeros(0, np.int64), *self.labels.values()])
         number = np.bincount(labels, minlength=len(self.classes))
@@ -149,13 +149,13 @@ def open_boxes(
     if only is not None:
         rows = {row: key for row, key in rows.items() if row in only}
     if split is not None:
-        listed = read_split(root / VOC_SPLITS / f"{split}.txt")
-        rows = {row: key for row, key in rows.items() if stem_name(source.names[row]) in listed}
-        missing = sorted(listed - {stem_name(source.names[row]) for row in rows})
+        selected = read_split(root / VOC_SPLITS / f"{split}.txt")
+        rows = {row: key for row, key in rows.items() if stem_name(source.names[row]) in selected}
+        missing = sorted(selected - {stem_name(source.names[row]) for row in rows})
         if not rows:
             raise BoxError(
-                f"no annotated image of {source.name} is in the split {split!r}, which lists {some(missing)}; expected "
-                "file names without folder and extension"
+                f"no annotated image of {source.name} is in the split {split!r}, which lists {listed(missing)}; "
+                "expected file names without folder and extension"
             )
     if classes is None:
         used = {name for key in rows.values() for name in objects[key].names}
@@ -220,12 +220,12 @@ def _drawn_on_stored(boxes: BoxAnnotations, heads: Mapping[int, Header], objects
         else:
             boxes.notes.append(
                 f"{len(unknown)} images have an EXIF orientation that does not change their size; their boxes are "
-                f"assumed to refer to the displayed image: {some(boxes.source.names[row] for row in unknown)}"
+                f"assumed to refer to the displayed image: {listed(boxes.source.names[row] for row in unknown)}"
             )
     if stored:
         boxes.notes.append(
             f"{len(stored)} images have an EXIF orientation, and their boxes, which refer to the stored pixels, are "
-            f"rotated with them: {some(boxes.source.names[row] for row in sorted(stored))}"
+            f"rotated with them: {listed(boxes.source.names[row] for row in sorted(stored))}"
         )
     return stored
 
@@ -247,7 +247,7 @@ def _add(boxes: BoxAnnotations, row: int, objects: Objects, head: Header, *, tur
     if unknown := sorted({one for one in objects.names if one not in boxes.classes}):
         raise BoxError(
             f"{name} has an object of the unknown class {unknown[0]!r}; expected one of {len(boxes.classes)} classes "
-            f"({some(boxes.classes)}): remove it from the annotations, or train on data that contain it"
+            f"({listed(boxes.classes)}): remove it from the annotations, or train on data that contain it"
         )
     inside = objects.boxes.clip(0, [size[1], size[0]] * 2)
     out = np.abs(inside - objects.boxes).max(1, initial=0)

@@ -9,7 +9,7 @@ from pathlib import Path
 from unmask.data.annotations.box_objects import BoxError, Objects
 from unmask.data.files.text_files import TextError, read_text
 from unmask.data.sources.source import Source
-from unmask.errors import some
+from unmask.errors import listed
 
 VOC_IMAGES, VOC_BOXES, VOC_SPLITS = "JPEGImages", "Annotations", os.path.join("ImageSets", "Main")
 COCO_IMAGES = "images"
@@ -30,7 +30,7 @@ def find_files(root: Path, annotations: Path | None) -> tuple[Path, Path]:
         found = [file for folder in COCO_BESIDE for file in sorted((root.parent / folder).glob("*.json"))]
     if len(found) > 1:
         raise BoxError(
-            f"found {len(found)} JSON files for {root}: {some([str(file) for file in found])}; expected one: select "
+            f"found {len(found)} JSON files for {root}: {listed([str(file) for file in found])}; expected one: select "
             "one with --annotations"
         )
     if found:
@@ -83,7 +83,7 @@ def pair(source: Source, objects: Mapping[str, Objects], where: Path) -> tuple[d
         if row is None:
             alike = by_name.get(stem_name(key), [])
             if len(alike) > 1:
-                could = some((source.names[one] for one in alike), between=" or ")
+                could = listed((source.names[one] for one in alike), between=" or ")
                 raise BoxError(
                     f"{key} of {where} matches several images, {could}; use the folder of one of them as DATA, or "
                     "write paths into the annotations"
@@ -101,6 +101,6 @@ def pair(source: Source, objects: Mapping[str, Objects], where: Path) -> tuple[d
     if not rows:
         raise BoxError(
             f"none of {len(objects)} annotated images of {where} is in {source.name}: the annotations name "
-            f"{some(list(objects))}, but the images are {some(source.names)}"
+            f"{listed(list(objects))}, but the images are {listed(source.names)}"
         )
     return dict(sorted(rows.items())), missing

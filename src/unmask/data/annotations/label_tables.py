@@ -21,7 +21,7 @@ from unmask.data.annotations.class_names import class_name, class_order
 from unmask.data.files.csv_cells import unmarked
 from unmask.data.files.text_files import read_text
 from unmask.data.sources.source import Source, printable
-from unmask.errors import UserError, some
+from unmask.errors import UserError, listed
 from unmask.results import CLASSES, MULTILABEL, REGRESSION
 
 TARGETS = (CLASSES, MULTILABEL, REGRESSION)
@@ -87,7 +87,7 @@ def read_table(file: str | Path, columns: Sequence[str] | None = None) -> Table:
     paths = found.pop(PATH, None)
     if paths is None:
         raise UserError(
-            f"{file} has no column `path`, only {some(list(found))}; add it, with each image's path relative to DATA"
+            f"{file} has no column `path`, only {listed(list(found))}; add it, with each image's path relative to DATA"
         )
     if columns is not None:
         found = _wanted(file, found, columns)
@@ -101,13 +101,13 @@ def read_table(file: str | Path, columns: Sequence[str] | None = None) -> Table:
         raise UserError(f"{file} has rows without a `path`; fill in each image's path relative to DATA")
     names = [printable(str(path)).removeprefix("./") for path in paths]
     if twice := [name for name, count in Counter(names).items() if count > 1]:
-        raise UserError(f"{file} lists {len(twice)} images more than once ({some(twice)}); give every image one row")
+        raise UserError(f"{file} lists {len(twice)} images more than once ({listed(twice)}); give every image one row")
     return Table(str(file), names, found)
 
 
 def _wanted(file: Path, found: dict[str, list[Cell]], columns: Sequence[str]) -> dict[str, list[Cell]]:
     if missing := [name for name in columns if name not in found]:
-        raise UserError(f"{file} has no column {some(missing)}; expected one of {some(list(found))}")
+        raise UserError(f"{file} has no column {listed(missing)}; expected one of {listed(list(found))}")
     return {name: found[name] for name in columns}
 
 
@@ -141,7 +141,7 @@ def _read_parquet(file: Path, columns: Sequence[str] | None) -> dict[str, list[C
         raise UserError(f"{file} cannot be read as a parquet file: {error}") from None
     if PATH not in wanted:
         raise UserError(
-            f"{file} has no column `path`, only {some(schema.names)}; add it, with each image's path relative to DATA"
+            f"{file} has no column `path`, only {listed(schema.names)}; add it, with each image's path relative to DATA"
         )
     for name in wanted:
         kind = table.schema.field(name).type
@@ -167,7 +167,7 @@ def meaning_of(table: Table, task: str | None = None) -> Meaning:
     kinds = {name: _kind(cells) for name, cells in table.columns.items()}
     names = tuple(kinds)
     contents = "; ".join(
-        f"{kind}: {some([n for n in names if kinds[n] == kind])}" for kind in dict.fromkeys(kinds.values())
+        f"{kind}: {listed([n for n in names if kinds[n] == kind])}" for kind in dict.fromkeys(kinds.values())
     )
     if task is not None:
         _require_fit(table, task, kinds)
@@ -210,7 +210,7 @@ def targets_of(table: Table, source: Source, meaning: Meaning, *, classes: Seque
     training images has only one value.
     """
     if missing := [name for name in meaning.columns if name not in table.columns]:
-        raise UserError(f"{table.file} has no column {some(missing)}; give both tables the same target columns")
+        raise UserError(f"{table.file} has no column {listed(missing)}; give both tables the same target columns")
     place = {name: row for row, name in enumerate(source.names)}
     # `unmask predict` marks names that a spreadsheet would run as a formula.
     paths = [name if name in place else unmarked(name) for name in table.paths]
@@ -230,8 +230,8 @@ def targets_of(table: Table, source: Source, meaning: Meaning, *, classes: Seque
         known = list(classes) if classes is not None else class_order(texts)
         if unknown := sorted(set(texts) - set(known)):
             raise UserError(
-                f"{table.file} has test images of classes that no training image has: {some(unknown)}; expected "
-                f"classes of the training images, {some(known)}"
+                f"{table.file} has test images of classes that no training image has: {listed(unknown)}; expected "
+                f"classes of the training images, {listed(known)}"
             )
         number = {name: i for i, name in enumerate(known)}
         values = np.array([number[text] for text in texts], np.int64)
@@ -240,7 +240,16 @@ def targets_of(table: Table, source: Source, meaning: Meaning, *, classes: Seque
     if classes is None:
         _require_variety(table, meaning, known, values)
     unused = tuple(name for name in paths if name not in place)
-    return Targets(meaning.task, meaning.columns, known, rows, values, meaning.why, len(source) - len(rows), unused)
+    return Targets(
+        task=meaning.task,
+        columns=meaning.columns,
+        classes=known,
+        rows=rows,
+        values=values,
+        why=meaning.why,
+        left_out=len(source) - len(rows),
+        unused=unused,
+    )
 
 
 def _require_full(table: Table, name: str, column: list[Cell], paths: list[str], task: str) -> None:
@@ -250,7 +259,7 @@ def _require_full(table: Table, name: str, column: list[Cell], paths: list[str],
         bad = [path for path, cell in zip(paths, column, strict=True) if not math.isfinite(_number(cell))]
     if bad:
         raise UserError(
-            f"column {name} of {table.file} has no valid value for {len(bad)} images ({some(bad)}); fill them in, or "
+            f"column {name} of {table.file} has no valid value for {len(bad)} images ({listed(bad)}); fill them in, or "
             "remove those rows: images without a row are left out"
         )
 
@@ -265,8 +274,8 @@ def _require_variety(table: Table, meaning: Meaning, classes: Sequence[str], val
     flat = [name for name, column in zip(meaning.columns, values.T, strict=True) if np.ptp(column) == 0]
     if flat:
         raise UserError(
-            f"column {some(flat)} of {table.file} has the same value for all {len(values)} images, so there is nothing "
-            "to predict; select other columns with --columns"
+            f"column {listed(flat)} of {table.file} has the same value for all {len(values)} images, so there is "
+            "nothing to predict; select other columns with --columns"
         )
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from unmask.data.annotations.class_names import class_name
 from unmask.data.sources.source import Source
-from unmask.errors import SourceError, UserError, some
+from unmask.errors import SourceError, UserError, listed
 
 
 def require_labels(source: Source, known: Sequence[str] = ()) -> Source:
@@ -32,7 +32,7 @@ def require_labels(source: Source, known: Sequence[str] = ()) -> Source:
         why = ""
         if len(folders) > 1 and "" in folders:
             stray = [name for name in source.names if "/" not in name]
-            why = f": {len(stray)} of its images lie beside the sub-folders ({some(stray, 3)})"
+            why = f": {len(stray)} of its images lie beside the sub-folders ({listed(stray, 3)})"
         elif len(folders) == 1 and "" not in folders:
             why = f": all its images lie in one sub-folder, {folders.pop()}"
         raise SourceError(
@@ -51,7 +51,7 @@ def labels_of(source: Source) -> np.ndarray:
 def absent_classes(labels: np.ndarray, classes: Sequence[str]) -> str:
     """Return the classes without images, as text; "" if every class has images."""
     there = set(np.unique(labels).tolist())
-    return some(name for number, name in enumerate(classes) if number not in there)
+    return listed(name for number, name in enumerate(classes) if number not in there)
 
 
 def renumber_labels(source: Source, classes: Sequence[str], data: str) -> Source:

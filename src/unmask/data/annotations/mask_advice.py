@@ -15,7 +15,7 @@ import numpy as np
 
 from unmask.batch import IGNORED
 from unmask.data.augment import cut_map
-from unmask.errors import some
+from unmask.errors import listed
 
 VOID = re.compile(
     r"\b(void|unlabell?ed|ignored?|unknown|undefined|unclassified|don'?t.?care|no.?data|border|out of roi|"
@@ -116,7 +116,7 @@ def size_line(
     if mean >= CEILING:
         return text, False
     order = [i for i in np.argsort(reach).tolist() if np.isfinite(reach[i])][:3]
-    worst = some(f"{classes[i]} {reach[i]:.0%}" for i in order)
+    worst = listed(f"{classes[i]} {reach[i]:.0%}" for i in order)
     better = [max(patch, round(side / patch) * patch) for side in own]
     return (
         f"{text}: perfect predictions at the model's size would reach {mean:.0%} mean IoU on the files ({worst}); "

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from unmask.data.sources.source import Source
-from unmask.errors import UserError, some
+from unmask.errors import UserError, listed
 
 IMAGE_FOLDER, MASK_FOLDERS = "images", ("labels", "masks", "annotations")
 CLASSES_FILE = "classes.txt"
@@ -59,7 +59,7 @@ def pair(source: Source, masks: Source) -> dict[int, int]:
     places = {row: stems[stem] for row, stem in enumerate(own) if stem in stems}
     if not places:
         raise MaskError(
-            f"none of {len(source)} images of {source.name} has a mask in {masks.name}: got {some(masks.names)}; "
+            f"none of {len(source)} images of {source.name} has a mask in {masks.name}: got {listed(masks.names)}; "
             f"expected {own[0]}.png for {source.names[0]}: name masks like their images, in the same sub-folders"
         )
     return places

@@ -17,7 +17,7 @@ from unmask.data.annotations.segmentation_masks import UNKNOWN, MaskOptions, Seg
 from unmask.data.decode import decode
 from unmask.data.decode.bad_image import BadImage
 from unmask.data.sources.open_source import open_source
-from unmask.errors import UserError, some
+from unmask.errors import UserError, listed
 
 
 def open_masks(
@@ -114,7 +114,7 @@ def _refuse_levels(maps: SegmentationMasks, *, named: bool) -> None:
     if maps.values:
         return
     present = sorted(maps.pixels)
-    listed = ",".join(map(str, present))
+    ids = ",".join(map(str, present))
     if mask_advice.are_interpolated(maps.pixels):
         raise MaskError(
             f"the masks of {maps.masks.name} have {len(present)} ids, but nearly all pixels are 0 or 255: they were "
@@ -131,15 +131,15 @@ def _refuse_levels(maps: SegmentationMasks, *, named: bool) -> None:
     if IGNORED in present:
         middle = [one for one in present if 0 < one < IGNORED]
         raise MaskError(
-            f"the masks of {maps.masks.name} have ids {listed.replace(',', ', ')}, which look like gray levels: 255 "
+            f"the masks of {maps.masks.name} have ids {ids.replace(',', ', ')}, which look like gray levels: 255 "
             f"would be ignored, and the other {len(present) - 1} ids would make {max(middle) + 1} classes; set "
-            f"--mask-values {listed} to use all of them as classes, or --mask-values 0,255"
+            f"--mask-values {ids} to use all of them as classes, or --mask-values 0,255"
             + "".join(f" --ignore {one}" for one in middle)
             + " to ignore the ids in between"
         )
     maps.notes.append(
-        f"ids {listed.replace(',', ', ')} are far apart, so most of the {max(present) + 1} classes never occur; set "
-        f"--mask-values {listed} to use only these ids as classes"
+        f"ids {ids.replace(',', ', ')} are far apart, so most of the {max(present) + 1} classes never occur; set "
+        f"--mask-values {ids} to use only these ids as classes"
     )
 
 
@@ -152,7 +152,7 @@ def _proposed_names(beside: Sequence[Path], maps: SegmentationMasks) -> list[str
             continue
         if len(names) >= 2 and set(maps.ids) <= set(names):
             return [
-                f"{file} names {len(names)} classes ({some(names.values(), 3)}); use them with --class-names {file}"
+                f"{file} names {len(names)} classes ({listed(names.values(), 3)}); use them with --class-names {file}"
             ]
     return []
 
@@ -188,7 +188,7 @@ def _read_all(maps: SegmentationMasks, console: Console) -> dict[int, DrawnOn]:
                 maps.samples.append(mask_advice.thinned(ids))
             bar.update(done)
     if not maps.places:
-        raise MaskError(f"no mask of {maps.masks.name} can be read: {some(maps.unreadable)}; expected PNG files")
+        raise MaskError(f"no mask of {maps.masks.name} can be read: {listed(maps.unreadable)}; expected PNG files")
     if 0 < only_levels < len(maps.places) and only_levels > len(maps.places) // 10 and not maps.values:
         maps.notes.append(
             f"{only_levels} of {len(maps.places)} masks have no ids except 0 and 255, and 255 is ignored; check "
@@ -239,13 +239,13 @@ def _drawn_on_stored(maps: SegmentationMasks, drawn: dict[int, DrawnOn]) -> bool
         turned = [*rows[DrawnOn.STORED], *rows[DrawnOn.UNKNOWN]]
         maps.notes.append(
             f"{len(turned)} images have an EXIF orientation, and their masks, which refer to the stored pixels, are "
-            f"rotated with them: {some(names[row] for row in sorted(turned))}"
+            f"rotated with them: {listed(names[row] for row in sorted(turned))}"
         )
         return True
     if rows[DrawnOn.UNKNOWN] and not rows[DrawnOn.SHOWN]:
         maps.notes.append(
             f"{len(rows[DrawnOn.UNKNOWN])} images have an EXIF orientation that does not change their size; their "
-            f"masks are assumed to refer to the displayed image: {some(names[row] for row in rows[DrawnOn.UNKNOWN])}"
+            f"masks are assumed to refer to the displayed image: {listed(names[row] for row in rows[DrawnOn.UNKNOWN])}"
         )
     return False
 
@@ -263,7 +263,7 @@ def _require_sound(maps: SegmentationMasks, *, training: bool) -> None:
         raise MaskError(f"the masks of {maps.masks.name} have only one class, id {there[0]}; expected at least two")
     known = {*maps.ids, *maps.ignored}
     if unknown := sorted(one for one in maps.pixels if one not in known):
-        shown = some(str(one) for one in unknown)
+        shown = listed(str(one) for one in unknown)
         raise MaskError(
             f"the masks of {maps.masks.name} have the unknown id {shown} (in {maps.images[unknown[0]]} of "
             f"{len(maps.places)}); expected ids {maps.ids[0]} to {maps.ids[-1]} of the {count} classes: name it in "

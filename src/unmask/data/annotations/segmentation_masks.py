@@ -32,7 +32,7 @@ from unmask.data.annotations import mask_advice
 from unmask.data.decode import decode, exif
 from unmask.data.decode.bad_image import BadImage
 from unmask.data.sources.source import Source
-from unmask.errors import some
+from unmask.errors import listed
 
 UNKNOWN = 254  # class number of ids that are neither a class nor ignored
 
@@ -131,12 +131,12 @@ class SegmentationMasks:
         total = max(1, sum(self.pixels.values()))
         lines = [f"{len(self.places)} images with a mask, {len(self.classes)} classes"]
         if without := self.without:
-            lines.append(f"{len(without)} images without a mask are left out: {some(without)}")
+            lines.append(f"{len(without)} images without a mask are left out: {listed(without)}")
         if left := len(self.masks) - len(set(self.places.values())):
             lines.append(f"{left} masks do not belong to an image")
         if self.unreadable:
             lines.append(
-                f"{len(self.unreadable)} masks cannot be read; their images are left out: {some(self.unreadable)}"
+                f"{len(self.unreadable)} masks cannot be read; their images are left out: {listed(self.unreadable)}"
             )
         ignored = ", ".join(f"id {one}" for one in self.ignored if self.pixels[one])
         if ignored:
@@ -145,7 +145,7 @@ class SegmentationMasks:
         if self.pixels and (
             absent := [n for n, one in zip(self.classes, self.ids, strict=True) if not self.pixels[one]]
         ):
-            lines.append(f"{len(absent)} class{'es' * (len(absent) != 1)} without any pixels: {some(absent)}")
+            lines.append(f"{len(absent)} class{'es' * (len(absent) != 1)} without any pixels: {listed(absent)}")
         for name, one in zip(self.classes, self.ids, strict=True):
             lines.append(
                 f"  id {one:3d}  {self.pixels[one] / total:6.2%} of pixels, in {self.images[one]} images  {name}"

@@ -8,7 +8,8 @@ values unchanged (Pillow's conversion to RGB would clip them). Alpha is composit
 images become RGB or gray. The header is read, and limits are checked, before memory for the pixels is allocated.
 `header` and `decode` always agree.
 
-A .npy with three axes is (H, W, C), or (C, H, W) if its first axis is smaller than both others.
+A .npy with three axes is (H, W, C), or (C, H, W) if its first axis is smaller than both others; where both the
+first and the last axis are long, `reading.axes_of` decides.
 
 PNG checksums are verified. WebP, GIF, BMP and TIFF have no checksums, so damage that still decodes is not detected.
 

@@ -56,7 +56,17 @@ def read_header(data: bytes, reading: Reading) -> Header:
                 most = max(across for across, _ in factors) * max(down for _, down in factors)
                 memory += 2 * height * width * sum(across * down for across, down in factors) // most
                 scans = data.count(b"\xff\xda", place)
-            return Header(height, width, channels, "uint8", "JPEG", orientation, original, memory=memory, scans=scans)
+            return Header(
+                height=height,
+                width=width,
+                channels=channels,
+                dtype="uint8",
+                format="JPEG",
+                orientation=orientation,
+                packed_from=original,
+                memory=memory,
+                scans=scans,
+            )
         if marker in (0xD9, 0xDA):
             raise BadImage("HEADER_BAD", "a JPEG without a frame header")
         if marker == 0xE1 and data[place + 4 : place + 10] == b"Exif\0\0":

@@ -36,7 +36,17 @@ def read_header(data: bytes, reading: Reading) -> Header:
         channels += alpha == "band"
         each = 16 if image.format == "WEBP" else 1 if image.mode in ("1", "L", "P") else 4
         kind, memory = str(image.format), each * height * width
-        return Header(height, width, channels, "uint8", kind, orientation, None, layout, memory=memory)
+        return Header(
+            height=height,
+            width=width,
+            channels=channels,
+            dtype="uint8",
+            format=kind,
+            orientation=orientation,
+            packed_from=None,
+            layout=layout,
+            memory=memory,
+        )
 
 
 def _is_clear_bmp(data: bytes) -> bool:

@@ -68,7 +68,17 @@ def read_header(data: bytes, reading: Reading) -> Header:
     each = {0: 1, 3: 1}.get(kind, 4) if bits <= 8 else {0: 2, 4: 4}.get(kind, 8)  # bytes per pixel in Pillow
     original = original_size(note, (height, width))
     memory = each * height * width
-    return Header(height, width, channels, dtype, "PNG", orientation, original, layout, memory=memory)
+    return Header(
+        height=height,
+        width=width,
+        channels=channels,
+        dtype=dtype,
+        format="PNG",
+        orientation=orientation,
+        packed_from=original,
+        layout=layout,
+        memory=memory,
+    )
 
 
 def read_pieces(data: bytes, found: Header) -> Iterator[np.ndarray]:

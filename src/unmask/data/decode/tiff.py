@@ -116,7 +116,16 @@ def read_header(data: bytes, reading: Reading) -> Header:
     offsets = tuple(page.offset for page in chosen.pages)
     memory = _tiff_memory(tiff, chosen.pages[0], alpha, len(offsets))
     return Header(
-        height, width, channels * len(offsets), dtype, "TIFF", orientation, None, layout, offsets, memory=memory
+        height=height,
+        width=width,
+        channels=channels * len(offsets),
+        dtype=dtype,
+        format="TIFF",
+        orientation=orientation,
+        packed_from=None,
+        layout=layout,
+        pages=offsets,
+        memory=memory,
     )
 
 

@@ -73,4 +73,4 @@ class StringTable(Sequence[str]):
     __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
-        return f"Names({self[:5]!r}{f' and {len(self) - 5} more' if len(self) > 5 else ''})"
+        return f"StringTable({self[:5]!r}{f' and {len(self) - 5} more' if len(self) > 5 else ''})"

@@ -18,7 +18,7 @@ from unmask.data.files.npz_file import read_arrays, write_arrays
 from unmask.data.files.string_table import StringTable
 from unmask.data.scan.scan_cache import SETTLED
 from unmask.data.sources.source import Source, content_digest
-from unmask.errors import some
+from unmask.errors import listed
 
 COLUMNS = ("sizes", "changed", "modified", "digests")
 LAYOUT = 1
@@ -73,7 +73,7 @@ class Difference:
             ("removed", self.removed),
             ("added", self.added),
         ]
-        parts = [f"{len(names)} {kind}: {some(names, count)}" for kind, names in kinds if names]
+        parts = [f"{len(names)} {kind}: {listed(names, count)}" for kind, names in kinds if names]
         return "; ".join(parts) if parts else "the same files in another order"
 
     def as_json(self, count: int = 20) -> dict[str, object]:

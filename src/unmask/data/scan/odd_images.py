@@ -19,7 +19,7 @@ from unmask.data.decode import decode
 from unmask.data.decode.bad_image import BadImage
 from unmask.data.scan.scan_cache import FileRecords
 from unmask.data.sources.source import Source
-from unmask.errors import some
+from unmask.errors import listed
 
 FOLDERS = re.compile(
     r"(labels?|masks?|annotations?|annots?|segmentations?|segmentation(class|object)(aug)?|segs?|gt(fine|coarse)?|"
@@ -204,5 +204,5 @@ def constant_line(found: Constant, good: int) -> str:
         )
     return (
         f"in {found.count} of {good} images, all pixels have the same value (all black, for example): "
-        f"{some(found.names, 3)}"
+        f"{listed(found.names, 3)}"
     )

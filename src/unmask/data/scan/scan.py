@@ -281,7 +281,17 @@ def _decoded(data: bytes, head: Header, like: tuple[int, str] | None, nodata: No
         channels, dtype = piece.shape[2], str(piece.dtype)
     layout = replace(head.layout, tolerated=tuple(tolerated))
     digest = content_digest(data)
-    return FileRecord((head.height, head.width), channels, dtype, head.format, layout, there, sums, squares, digest)
+    return FileRecord(
+        size=(head.height, head.width),
+        channels=channels,
+        dtype=dtype,
+        format=head.format,
+        layout=layout,
+        valid=there,
+        sums=sums,
+        squares=squares,
+        digest=digest,
+    )
 
 
 def _sums(flat: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -95,9 +95,17 @@ class FileRecords:
         within = np.arange(channels.sum()) - np.repeat(np.cumsum(channels) - channels, channels)
         inside = np.repeat(self.starts[places], channels) + within
         return FileRecords(
-            self.rows[places], self.sizes[places], self.channels[places], self.dtypes[places], self.formats[places],
-            self.layouts[places], self.valid[places], self.sums[inside], self.squares[inside], self.digests[places],
-        )  # fmt: skip
+            rows=self.rows[places],
+            sizes=self.sizes[places],
+            channels=self.channels[places],
+            dtypes=self.dtypes[places],
+            formats=self.formats[places],
+            layouts=self.layouts[places],
+            valid=self.valid[places],
+            sums=self.sums[inside],
+            squares=self.squares[inside],
+            digests=self.digests[places],
+        )
 
     def with_rows(self, rows: np.ndarray) -> FileRecords:
         """Return the same records for other rows."""
@@ -140,16 +148,16 @@ class FileRecordsBuilder:
     def build(self) -> FileRecords:
         words = np.array(self.words or [""], WORD)
         return FileRecords(
-            np.array(self.rows, np.int64),
-            np.array(self.sizes, np.int32).reshape(-1, 2),
-            np.array(self.channels, np.int32),
-            words[np.array(self.dtypes, np.uint8)],
-            words[np.array(self.formats, np.uint8)],
-            np.array(self.layouts, np.int64),
-            np.array(self.valid, np.int64),
-            np.array(self.sums),
-            np.array(self.squares),
-            np.array(self.digests, np.uint64),
+            rows=np.array(self.rows, np.int64),
+            sizes=np.array(self.sizes, np.int32).reshape(-1, 2),
+            channels=np.array(self.channels, np.int32),
+            dtypes=words[np.array(self.dtypes, np.uint8)],
+            formats=words[np.array(self.formats, np.uint8)],
+            layouts=np.array(self.layouts, np.int64),
+            valid=np.array(self.valid, np.int64),
+            sums=np.array(self.sums),
+            squares=np.array(self.squares),
+            digests=np.array(self.digests, np.uint64),
         )
 
 

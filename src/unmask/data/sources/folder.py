@@ -43,7 +43,11 @@ def walk(root: str, listing: Listing, skipped: Counter[str], wanted: Callable[[s
     seen: set[tuple[int, int]] = set()
     level = [""]
     while level:
-        level = [path for folder in level for path in _list_folder(root, folder, seen, listing, skipped, wanted)]
+        level = [
+            path
+            for folder in level
+            for path in _list_folder(root, folder, seen=seen, listing=listing, skipped=skipped, wanted=wanted)
+        ]
 
 
 def _list_folder(

@@ -15,7 +15,7 @@ from unmask.data.annotations.class_names import class_order
 from unmask.data.files.string_table import StringTable
 from unmask.data.sources.parquet_file import ParquetSource
 from unmask.data.sources.source import Source, printable
-from unmask.errors import some
+from unmask.errors import listed
 
 
 class JoinedSource(Source):
@@ -115,4 +115,4 @@ def join(parts: Sequence[Source], texts: Sequence[str]) -> Source:
             base = printable(posixpath.basename(text.replace(os.sep, "/").rstrip("/"))) or "data"
             taken[base] += 1
             prefixes.append(base if taken[base] == 1 else f"{base}-{taken[base]}")
-    return JoinedSource(f"{some(texts, 3)}", parts, prefixes, location="\n".join(part.location for part in parts))
+    return JoinedSource(f"{listed(texts, 3)}", parts, prefixes, location="\n".join(part.location for part in parts))

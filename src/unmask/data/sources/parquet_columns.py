@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from unmask.data.annotations.class_names import class_name, class_order
-from unmask.errors import SourceError, some
+from unmask.errors import SourceError, listed
 
 IMAGES = ("image", "img", "bytes", "jpg", "png")
 LABELS = ("label", "labels", "class", "target")
@@ -123,7 +123,7 @@ def parquet_labels(file: Any, schema: Any, text: str) -> Labels:
     if any(isinstance(value, float) for value in values):
         if broken := [value for value in values if not float(value).is_integer()]:
             return Labels(
-                why=f"the column {name} of {text} has fractions such as {some(map(str, dict.fromkeys(broken)), 3)}, "
+                why=f"the column {name} of {text} has fractions such as {listed(map(str, dict.fromkeys(broken)), 3)}, "
                 "which are quantities rather than classes; use them with `unmask probe --targets`"
             )
         values = [int(value) for value in values]

@@ -22,7 +22,7 @@ from unmask.data.sources.joined import JoinedSource
 from unmask.data.sources.parquet_file import ParquetSource
 from unmask.data.sources.source import Source, printable
 from unmask.data.sources.tar_file import TARS, TarSource
-from unmask.errors import SourceError, some
+from unmask.errors import SourceError, listed
 
 PARQUET = (".parquet", ".pq")
 SHARDS = (*PARQUET, *TARS)
@@ -98,7 +98,7 @@ def _require_alike(name: str, relative: Sequence[str], parts: Sequence[Any]) -> 
 
 
 def _shown(value: Any) -> str:
-    return some(value, 4) if isinstance(value, list) and value else str(value or "none")
+    return listed(value, 4) if isinstance(value, list) and value else str(value or "none")
 
 
 def _splits(relative: Sequence[str]) -> list[str]:

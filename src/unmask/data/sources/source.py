@@ -25,7 +25,7 @@ from unmask.data.decode.bad_image import BadImage
 from unmask.data.decode.reading import Reading
 from unmask.data.files.string_table import StringTable
 from unmask.data.sources.class_folders import classes_of
-from unmask.errors import some
+from unmask.errors import listed
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ class Source(ABC):
         known = {value: class_name(value) for value in dict.fromkeys(values)}
         if are_fractions(known):
             self.unlabelled = (
-                f"its labels are fractions such as {some(known, 3)}, which are quantities rather than classes; use "
+                f"its labels are fractions such as {listed(known, 3)}, which are quantities rather than classes; use "
                 "them with `unmask probe --targets`, or write classes as text"
             )
             return

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from unmask.errors import SourceError, some
+from unmask.errors import SourceError, listed
 
 MOST_LINKS = 16  # maximum number of symbolic links followed in a row
 MOST_LABEL_BYTES = 1 << 16
@@ -157,7 +157,7 @@ def webdataset_labels(
         if bare := [name for name, label in zip(images, labels, strict=True) if label is None]:
             why = (
                 f"{len(bare)} of {len(images)} images have no {ending} file with a label beside them, for example "
-                f"{some(bare, 2)}; add labels for all images, or remove all labels"
+                f"{listed(bare, 2)}; add labels for all images, or remove all labels"
             )
             return None, why, ending
         return [label for label in labels if label is not None], "", ending

@@ -85,10 +85,16 @@ def fit_attentive(tokens: Tokens, positions: np.ndarray, targets: TrainingTarget
     fit, held = hold_out(strata, np.arange(len(y)), seed, HOLD_OUT_FOR_RATE)
     rate = RATE_WITHOUT_CHOICE
     if len(held):
-        trials = [_train(tokens, positions[fit], goal[fit], task, tried, seed, device) for tried in RATES]
-        scores = [_score(head, tokens, positions[held], goal[held], task, device) for head in trials]
+        trials = [
+            _train(tokens, positions[fit], goal=goal[fit], task=task, rate=tried, seed=seed, device=device)
+            for tried in RATES
+        ]
+        scores = [
+            _score(head, tokens, positions=positions[held], goal=goal[held], task=task, device=device)
+            for head in trials
+        ]
         rate = RATES[max(range(len(RATES)), key=lambda i: scores[i])]
-    head = _train(tokens, positions, goal, task, rate, seed, device)
+    head = _train(tokens, positions, goal=goal, task=task, rate=rate, seed=seed, device=device)
     return Fitted(predict=lambda test: _outputs(head, test, decode), chosen={"rate": rate})
 
 

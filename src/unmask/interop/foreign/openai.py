@@ -80,9 +80,19 @@ def image_gpt(state: Mapping[str, Tensor], metadata: SourceMetadata) -> Recognis
     side = root(places)
     kind = "transformers ImageGPT" + ("" if whole else ", encoder only")
     return Recognised(
-        kind, OPENAI_LICENCE, method, ours, channels, (1, 1), (side, side) if side else None, places,
-        (127.5,) * channels, (127.5,) * channels, "-1 to 1, as in iGPT; only the palette matters", tuple(names.notes),
-    )  # fmt: skip
+        kind=kind,
+        licence=OPENAI_LICENCE,
+        method=method,
+        weights=ours,
+        channels=channels,
+        patch=(1, 1),
+        grid=(side, side) if side else None,
+        places=places,
+        mean=(127.5,) * channels,
+        std=(127.5,) * channels,
+        statistics="-1 to 1, as in iGPT; only the palette matters",
+        notes=tuple(names.notes),
+    )
 
 
 def _clusters(clusters: list[list[float]] | None, colours: int) -> Tensor:

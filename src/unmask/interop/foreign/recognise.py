@@ -20,7 +20,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from unmask.errors import ForeignError, UserError, some
+from unmask.errors import ForeignError, UserError, listed
 from unmask.interop.foreign.metadata import Preprocessor, SourceMetadata
 from unmask.interop.foreign.openai import dalle, image_gpt
 from unmask.interop.foreign.state_dicts import Names, Recognised
@@ -81,6 +81,6 @@ def _kind_of(state: Mapping[str, Tensor], metadata: SourceMetadata) -> Recognise
     if "patch_embed.proj.weight" in names:
         return recognise_vit(Names(dict(state), {name: name for name in state}), metadata)
     raise ForeignError(
-        f"unrecognised checkpoint with {len(names)} tensors ({some(sorted(names))}); supported: official MAE, BEiT and "
-        "SimMIM, plain ViTs of timm, ViTMAE, ViT, BEiT and ImageGPT of transformers, DALL-E's dVAE"
+        f"unrecognised checkpoint with {len(names)} tensors ({listed(sorted(names))}); supported: official MAE, BEiT "
+        "and SimMIM, plain ViTs of timm, ViTMAE, ViT, BEiT and ImageGPT of transformers, DALL-E's dVAE"
     )

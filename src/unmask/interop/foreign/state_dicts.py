@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from unmask.errors import ForeignError, some
+from unmask.errors import ForeignError, listed
 
 IMAGENET = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # mean and standard deviation, in units of 0..255
 HALVES = (127.5, 127.5, 127.5), (127.5, 127.5, 127.5)
@@ -106,7 +106,9 @@ def unwrap(content: Any) -> dict[str, Tensor]:
             break
         content = inner[0]
     if not isinstance(content, Mapping) or not any(isinstance(value, Tensor) for value in content.values()):
-        what = f"with {some(map(str, content))}" if isinstance(content, Mapping) and content else "without any weights"
+        what = (
+            f"with {listed(map(str, content))}" if isinstance(content, Mapping) and content else "without any weights"
+        )
         raise ForeignError(
             f"got a {type(content).__name__} {what}; expected a state dict (names and tensors), bare or under "
             f"{', '.join(map(repr, WRAPPERS))}"
@@ -179,6 +181,6 @@ def require_nothing_left(names: Iterable[str]) -> None:
     """Raise ForeignError for tensors that do not belong to the recognised network."""
     if left := sorted(names):
         raise ForeignError(
-            f"{len(left)} tensors do not belong to the network recognised from the others: {some(left)}; the file "
+            f"{len(left)} tensors do not belong to the network recognised from the others: {listed(left)}; the file "
             "may be from a variant, or a mix of two files"
         )

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unmask.errors import ForeignError, some
+from unmask.errors import ForeignError, listed
 from unmask.interop.foreign.metadata import NetworkConfig, SourceMetadata, TrainingArguments
 from unmask.interop.foreign.state_dicts import (
     HALVES,
@@ -58,7 +58,7 @@ def recognise_vit(names: Names, metadata: SourceMetadata) -> Recognised:
     for pattern, words in FOREIGN_PARTS.items():
         if names.has(pattern):
             raise ForeignError(
-                f"this vision transformer has {words} ({some(matching(names, pattern))}), which is not supported; "
+                f"this vision transformer has {words} ({listed(matching(names, pattern))}), which is not supported; "
                 "expected a plain one"
             )
     transformers = bool(network.model_type) or any("patch_embeddings" in old for old in names.origin.values())
@@ -115,18 +115,18 @@ def recognise_vit(names: Names, metadata: SourceMetadata) -> Recognised:
     if simmim:
         kind, licence = "SimMIM, pre-trained", SIMMIM_LICENCE
     return Recognised(
-        kind,
-        licence,
-        method,
-        weights,
-        channels,
-        patch,
-        grid,
-        places,
-        normalisation.mean,
-        normalisation.std,
-        normalisation.origin,
-        tuple(names.notes),
+        kind=kind,
+        licence=licence,
+        method=method,
+        weights=weights,
+        channels=channels,
+        patch=patch,
+        grid=grid,
+        places=places,
+        mean=normalisation.mean,
+        std=normalisation.std,
+        statistics=normalisation.origin,
+        notes=tuple(names.notes),
     )
 
 
@@ -308,8 +308,8 @@ def _with_head(names: Names, encoder: dict[str, Any], network: NetworkConfig) ->
     """Return the kind and settings of a classifier on the mean of the patch tokens."""
     count = len(names.tensors["head.weight"])
     labels = network.id2label or network.label_names or {}
-    listed = [str(labels[key]) for key in sorted(labels, key=int)] if isinstance(labels, Mapping) else list(labels)
-    classes = listed if len(listed) == count else [f"class {number}" for number in range(count)]
+    texts = [str(labels[key]) for key in sorted(labels, key=int)] if isinstance(labels, Mapping) else list(labels)
+    classes = texts if len(texts) == count else [f"class {number}" for number in range(count)]
     # Duplicate names (ImageNet has two classes called crane) get their number, to keep labels distinct.
     classes = [name if classes.count(name) == 1 else f"{name} ({number})" for number, name in enumerate(classes)]
     names.drop("mask_token")
