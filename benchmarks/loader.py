@@ -65,7 +65,9 @@ def main() -> None:
     )
     parser.add_argument("--large", type=int, default=0, help="number of photographs of 12 megapixels to make")
     parser.add_argument("--noise", type=float, default=4.0, help="standard deviation of their noise, in levels of 255")
-    parser.add_argument("--workers", type=int, default=0, help="loader processes for the rows in wall-clock time")
+    parser.add_argument(
+        "--workers", type=int, default=0, help="also measure wall-clock time, with this many loader processes"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     sides, short_side = (4000, 3000), 512
@@ -174,7 +176,7 @@ def reference(
     *,
     normal: bool = True,
 ) -> list[torch.Tensor]:
-    """Return the last full batch, made as by the published recipe, with every box rounded to whole pixels."""
+    """Return the last full batch of the MAE paper's input pipeline, with crop boxes rounded to whole pixels."""
     batches, held = [], []
     for row, box, flip in zip(rows.tolist(), boxes, flips, strict=True):
         with Image.open(io.BytesIO(source.read(row))) as file:

@@ -56,7 +56,7 @@ GOES_WITH = {
 
 @pytest.mark.parametrize("key", keys(find("mae_nano")))
 def test_every_setting_can_be_changed_from_the_command_line(key):
-    assert key in OTHER, "a new setting needs a value to try here"
+    assert key in OTHER, "add a value for this new setting to OTHER"
     value = OTHER[key]
     before = find("mae_nano")
     setting = f"{key}={value if isinstance(value, str) else json.dumps(value)}"

@@ -227,7 +227,7 @@ def test_image_sets_match_by_digest_or_by_name_if_it_is_unknown():
     assert BIRDS.matches(unknown)
     assert not unknown.matches(moved)
     assert not unknown.matches(replace(unknown, excluded=("*.gif",)))
-    assert HELD_OUT.matches(replace(HELD_OUT, seed=None)), "a seed that was not recorded was 0"
+    assert HELD_OUT.matches(replace(HELD_OUT, seed=None)), "a missing seed means 0, the old default"
     assert not HELD_OUT.matches(replace(HELD_OUT, seed=1))
     assert not HELD_OUT.matches(TestIdentity(images=BIRDS))
     assert HELD_OUT.describe("birds") == "a held-out fifth of birds"

@@ -68,7 +68,7 @@ class Batch:
     """One (micro-)batch.
 
     images: (B, C, H, W) in the files' dtype; the loader returns them channels-last in memory.
-    index, epoch: (B,) the position of each image in its source, and how often it was used before. Together they
+    index, epoch: (B,) the position of each image in its source, and the number of its earlier uses. Together they
     determine the random draws of the image.
     labels: (B,) int64, only for tasks that need it, like the next three.
     maps: (B, H, W) int64, the class of every pixel; 255 for pixels that the loss and the metrics ignore.

@@ -354,8 +354,8 @@ class Run:
     def metrics(self, since: MetricsOffset | None = None) -> MetricRows:
         """Return the logged rows, without a last line that a crash truncated. Raises RunError.
 
-        since: `offset` of the rows read before; only newer ones are read. If rows were removed since then, as by a
-        resume or a rollback, all rows are returned and `restarted` is True.
+        since: `offset` of the rows read before; only newer ones are read. If rows were removed since then, for
+        example by a resume or a rollback, all rows are returned and `restarted` is True.
         """
         try:
             with self.metrics_file.open("rb") as file:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 Annotation = Literal["classes", "masks", "boxes"]
 """One class per image, one class per pixel, or boxes with a class each."""
 RecipeChoice = Literal["nothing", "width", "width and labels"]
-"""What decides which recipe a task is fine-tuned with: the width of the encoder, the number of labelled images."""
+"""The properties by which the recipe of a task is chosen: width of the encoder, number of labelled images."""
 Prediction = TypeVar("Prediction")
 Truth = TypeVar("Truth")
 
@@ -60,7 +60,7 @@ class Task(Method, Generic[Prediction, Truth]):
 
     Prediction: type of one prediction. Truth: type of the annotations of the test images, or None for classes, which
     are in the batches. title: the task's name for messages. recipe: its recipe, or the first word of the names of its
-    recipes, among which `recipe_depends_on` decides.
+    recipes. recipe_depends_on: the properties by which one of several recipes is chosen.
     """
 
     annotation: ClassVar[Annotation]

@@ -61,7 +61,9 @@ def test_excluded_images_are_not_used_by_any_verb(unmask, run_folder, tmp_path):
     assert found["names"] == ["class0", "class1"]
     assert (found["data"]["name"], found["data"]["excluded"]) == ("labelled", ["thumbs"])
     assert len(json.loads(unmask("probe", "run", "labelled", "--json")[1])["names"]) == 3
-    assert len(list((run_folder / "evals").glob("probe-knn*"))) == 2, "they are results on other images"
+    assert len(list((run_folder / "evals").glob("probe-knn*"))) == 2, (
+        "the data sets differ, so neither result replaces the other"
+    )
     code, _, err = unmask(
         "finetune", "run", "labelled", "--exclude", "thumbs", "--out", "tuned", "--recipe", "finetune_few",
         "--set", "train.steps=2", "--set", "train.batch_size=8",

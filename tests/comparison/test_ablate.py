@@ -145,7 +145,7 @@ def test_the_plan_records_the_request_and_all_settings(unbroken, data):
     assert decided["asked"]["data"] == data
     assert decided["asked"]["settings"] == SMALL
     assert decided["steps"] == 3
-    assert decided["shots"] == 10, "of 12 images of a class two are held out"
+    assert decided["shots"] == 10, "two of the 12 images of each class are held out"
     assert {"unmask", "torch"} <= set(decided["versions"])
     assert decided["cells"][0]["settings"][-1] == "method.decoder.depth=1"
 
@@ -598,7 +598,9 @@ def test_with_several_seeds_the_interval_is_of_the_differences_per_seed():
     steady, other = cell("a", 1, 0.30, 0.40, 0.50).score, cell("b", 2, 0.31, 0.41, 0.51).score
     value, low, high = difference(other, steady)
     assert value == pytest.approx(0.01)
-    assert 0 < low <= value <= high, "every seed agrees, though the seeds themselves differ by ten points"
+    assert 0 < low <= value <= high, (
+        "every seed shows the same difference, although scores of different seeds differ by ten points"
+    )
     wide = difference(cell("c", 1, 0.30, 0.50).score, cell("d", 1, 0.50, 0.30).score)
     assert wide.low < 0 < wide.high
     one = difference(cell("e", 1, 0.40).score, cell("f", 1, 0.30).score)

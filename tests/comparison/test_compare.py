@@ -131,7 +131,7 @@ def test_different_probes_are_listed_but_not_compared(runs, labelled, tmp_path, 
     assert "was measured for b only" in said
     assert "No probe is shared" in said
     page = html.unescape((tmp_path / "both.html").read_text())
-    assert page.count('class="verdict warning"') == 1, "one box for all of them"
+    assert page.count('class="verdict warning"') == 1, "all warnings are in one box"
     assert [line for line in summary["not_comparable"] if f"<li>{line}</li>" in page] == summary["not_comparable"]
 
 

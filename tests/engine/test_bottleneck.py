@@ -28,7 +28,7 @@ def test_more_workers_are_advised_if_cores_are_idle():
     found = pace()
     assert found.limit == DECODING
     assert found.wait == pytest.approx(1 - 1 / 3.5)
-    assert found.enough_workers == 5, "3.5 times as slow as the step, and a fifth to spare"
+    assert found.enough_workers == 5, "loading is 3.5 times as slow as the step, and a fifth is added as reserve"
     assert found.advice("d")[0] == "--set data.workers=5"
     assert "unmask pack d" not in " ".join(found.advice("d")), "there is nothing to shrink"
     assert "unmask pack d" in pace(large=True).advice("d")[1]
@@ -56,7 +56,7 @@ def test_cached_images_only_take_the_time_of_the_transform():
     found = pace(read=1.0, decode=1.0, workers=0, cached=True)
     assert found.load == 0.0005
     assert found.limit == STEP
-    assert found.wait == pytest.approx(1 / 3), "no worker: in turn with the step"
+    assert found.wait == pytest.approx(1 / 3), "without workers, loading and the step alternate"
     assert pace(transform=0.002, workers=0, cached=True).limit == TRANSFORM
 
 

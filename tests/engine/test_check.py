@@ -23,8 +23,8 @@ def test_recipe_for_a_sample_is_chosen_by_the_number_of_all_images():
     assert (summary["checked"], summary["good"], summary["usable"]) == (100, 100, 20_000)
     text = " ".join(summary["reasons"])
     assert "about 20000 images of" in text
-    assert "batch" not in " ".join(summary["settings"]), "a batch for 20,000 images, not for 100"
-    assert summary["steps"] == -(-100 * 19_800 // 128), "and steps, a hundredth being held out"
+    assert "batch" not in " ".join(summary["settings"]), "the batch size is chosen for 20,000 images, not for 100"
+    assert summary["steps"] == -(-100 * 19_800 // 128), "so are the steps, with one image in a hundred held out"
     assert summary["forecast_seconds"] >= summary["steps"] * 0.5
 
 

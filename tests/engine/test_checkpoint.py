@@ -90,7 +90,7 @@ def test_non_finite_weights_are_not_saved(run):
 
 
 def boundaries(run, step, at=None):
-    """Save `step` in a forked child that dies (as by kill -9) before boundary `at`; return how many it passed."""
+    """Save `step` in a forked child that dies (as with kill -9) before boundary `at`; return how many it passed."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
@@ -136,7 +136,7 @@ def test_run_can_resume_after_a_kill_at_any_point_of_a_save(run):
         assert found.step in (2, 3), f"boundary {at}"
         assert torch.equal(found.model["w"], torch.full((3, 5), float(found.step)))
         write(run, 4)
-        assert not list(run.checkpoints.glob(".tmp-*")), "leftovers are cleared by the next save"
+        assert not list(run.checkpoints.glob(".tmp-*")), "the next save removes leftover files"
         assert load_latest(run).step == 4
 
 
@@ -400,7 +400,7 @@ def test_graft_rejects_missing_unexpected_and_mis_shaped_tensors():
     ]:
         with pytest.raises(CheckpointError, match=message):
             graft(module, [("tokenizer.", "encoder.", broken)])
-        assert torch.equal(module["encoder"].weight, before), "nothing is copied when something does not fit"
+        assert torch.equal(module["encoder"].weight, before), "nothing is copied if any tensor does not fit"
 
 
 def test_too_little_disk_space_is_reported_before_training(run):
@@ -425,7 +425,7 @@ def test_fixed_tensors_are_stored_once_and_loaded_with_every_step(run):
     file.write_bytes(content)
     with pytest.raises(CheckpointError, match="is damaged: its SHA-256"):
         checkpoint.load_latest(run)
-    assert len(checkpoint.steps_on_disk(run)) == 2, "sound steps are not set aside for it"
+    assert len(checkpoint.steps_on_disk(run)) == 2, "intact checkpoints are not renamed because of the damaged one"
 
 
 def test_loading_skips_a_damaged_checkpoint_with_a_message_and_renames_nothing(run, capsys):

@@ -176,6 +176,6 @@ def kept(device: str) -> list[int]:
 def test_kept_memory_causes_no_page_faults_and_is_returned():
     (faults, held, afterwards), (usual, *_) = kept("cpu"), kept("cuda")
     assert usual > 20 * 12_000
-    assert faults < 5 * 12_288, "a few times for the pages of a tensor, not twenty"
+    assert faults < 5 * 12_288, "the pages of a tensor are faulted in a few times, not twenty times"
     assert held > 12_000
     assert afterwards < held - 12_000

@@ -169,7 +169,7 @@ def test_run_with_moved_data_resumes_exactly(stopped, tmp_path):
     np.save(tmp_path / "moved" / "photos" / "extra.npy", np.zeros((20, 24, 3), np.uint8))
     with pytest.raises(DataError, match=r"1 added: extra\.npy"):
         resume(stopped.path, places=moved)
-    assert read_config(stopped).data.source == str(tmp_path / "data"), "a refusal changes nothing"
+    assert read_config(stopped).data.source == str(tmp_path / "data"), "a rejected resume does not change the run"
     (tmp_path / "moved" / "photos" / "extra.npy").unlink()
     with signal_after(4):
         resume(stopped.path, places=moved)

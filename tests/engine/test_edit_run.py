@@ -72,7 +72,7 @@ def test_finished_run_can_be_trained_longer_and_resumed_exactly(run, tmp_path):
     plan = read_plan(Run(run))
     assert (plan.steps, plan.since, plan.ramp) == (40, 20, 4)
     assert [plan.lr(step) for step in range(20)] == [plan.earlier.lr(step) for step in range(20)]
-    assert plan.lr(19) < plan.lr(20) < plan.lr(24), "it rises to the curve"
+    assert plan.lr(19) < plan.lr(20) < plan.lr(24), "the learning rate rises to the new curve"
     assert plan.lr(24) == pytest.approx(plan.peak_lr / 2, rel=0.3)
     assert plan.lr(39) < plan.lr(30)
     assert Run(run).status().state == "stopped"
@@ -92,7 +92,7 @@ def test_a_change_is_recorded_and_shown(run):
     assert edit["step"] == 20
     assert "method.mask_ratio from 0.75 to 0.6" in write_report(run).read_text()
     assert set_values(run, ["train.log_every=5"], console=QUIET) == {}
-    assert load(run).step == 20, "its checkpoints are still its own"
+    assert load(run).step == 20, "the checkpoints still belong to the run"
 
 
 @pytest.mark.parametrize("after", [1, 2, 3])

@@ -60,7 +60,7 @@ def test_flops_of_mae_match_the_formulas_exactly(name):
     assert flops.rest == 0
     assert flops.masked
     assert flops.training == pytest.approx(3 * flops.forward, rel=0.005)
-    assert flops.training < 3 * flops.forward, "no gradient is asked of the pixels"
+    assert flops.training < 3 * flops.forward, "no gradient of the pixels is computed"
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_cost_of_mask_tokens_in_the_encoder_matches_the_paper():
     )
     ratio = with_tokens["flops"]["forward"] / without["flops"]["forward"]
     assert ratio == pytest.approx(3.24, abs=0.02)
-    assert with_tokens["ratios"] == {}, "nothing is saved where nothing is left out"
+    assert with_tokens["ratios"] == {}, "an encoder that processes all tokens saves no FLOPs"
 
 
 EVERY_METHOD = [(name, []) for name in all_recipes() if name.endswith("_nano")]
@@ -146,7 +146,9 @@ def test_method_that_predicts_codes_is_counted_with_a_named_tokenizer(capsys):
     found = recipe_costs("beit_nano")
     assert found["tokenizer"] == "dvae_nano"
     assert found["flops"]["rest"] > 0
-    assert found["flops"]["training"] < 3 * found["flops"]["forward"], "it is frozen: no backward pass"
+    assert found["flops"]["training"] < 3 * found["flops"]["forward"], (
+        "the tokenizer is frozen, so it has no backward pass"
+    )
     print_costs(found, Console())
     assert "tokenizer: recipe dvae_nano" in capsys.readouterr().err
     assert recipe_costs("mae_nano")["tokenizer"] is None

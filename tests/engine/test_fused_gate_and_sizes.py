@@ -11,7 +11,7 @@ from unmask.recipes.catalogue import find
 
 
 def test_fused_kernel_supports_found_inf():
-    assert optim.fused_kernel_has_gate(), "weights are protected by waiting for every step: slower, same numbers"
+    assert optim.fused_kernel_has_gate(), "without it, every step waits for the device: slower, with the same results"
 
 
 @pytest.mark.parametrize("finite", [True, False])
@@ -30,7 +30,9 @@ def test_without_found_inf_the_host_decides_with_the_same_results(monkeypatch, f
 
 
 def test_sizes_of_operations_are_recorded():
-    assert operation_sizes.TorchDispatchMode is not None, "memory is estimated without the largest tensor in passing"
+    assert operation_sizes.TorchDispatchMode is not None, (
+        "without it, the memory estimate leaves out the largest temporary tensor"
+    )
     with operation_sizes.recorder() as made:
         torch.ones(3, dtype=torch.float32) + 1
     assert made.bytes[-1] == 12

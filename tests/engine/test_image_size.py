@@ -54,7 +54,9 @@ def test_pretrain_with_a_named_recipe_chooses_the_size_unless_it_is_set(tmp_path
     size = "64 x 88" if set_by_hand is None else "32 x 32"
     line = next(number for number, text in enumerate(said) if f"resampled to {size} pixels" in text)
     assert said[line].startswith("images of 375 x 500 (median) are resampled")
-    assert not any(text.startswith("recipe ") for text in said[:line]), "before anything is measured or planned"
+    assert not any(text.startswith("recipe ") for text in said[:line]), (
+        "the message is printed before anything is measured or planned"
+    )
     assert sum("are resampled to" in text for text in said) == 1
     assert run.read("plan.json")["reasons"][0] == said[line]
     assert " x ".join(map(str, run.read("config.json")["data"]["size"])) == size

@@ -85,7 +85,7 @@ def test_untrained_encoder_has_the_initial_weights_of_the_run(tmp_path):
     trained = loaded.method.encoder.state_dict()
     assert all((value - trained[name]).abs().max() < 1e-20 for name, value in start.state_dict().items())
     assert not start.training
-    assert same(start, untrained_encoder(loaded)), "and the same each time"
+    assert same(start, untrained_encoder(loaded)), "the weights are the same each time"
     other = loaded.config.model_copy(update={"train": loaded.config.train.model_copy(update={"seed": 6})})
     assert not same(start, untrained_encoder(replace(loaded, config=other)))
 
@@ -153,7 +153,7 @@ def test_pickle_in_place_of_the_weights_is_not_opened(run, tmp_path, kind, manif
             assert "is a pickle, not safetensors; it was not opened" in str(fault.value)
     assert not marker.exists()
     pickle.loads(pickle.dumps(Payload(marker)))
-    assert marker.exists(), "the payload is a live one"
+    assert marker.exists(), "the payload works if it is unpickled"
 
 
 def test_damaged_newest_checkpoint_falls_back_to_the_previous_one(run):

@@ -69,7 +69,9 @@ def test_palette_can_be_a_file_or_a_run(images, tmp_path):
     second = pretrain(images, recipe="igpt_bert_nano", out=tmp_path / "b", palette=first.path, settings=SMALL)
     assert np.allclose(load_model(second)[1]["encoder.palette"].numpy(), found["colours"])
     own = pretrain(images, recipe="igpt_nano", out=tmp_path / "c", settings=[*SMALL, "method.encoder.colours=16"])
-    assert len(np.unique(load_model(own)[1]["encoder.palette"].numpy(), axis=0)) > 8, "made from the data on first use"
+    assert len(np.unique(load_model(own)[1]["encoder.palette"].numpy(), axis=0)) > 8, (
+        "the palette is computed from the data"
+    )
 
 
 @pytest.mark.parametrize("recipe", ["auto", "igpt_nano"])
@@ -94,7 +96,9 @@ def test_principal_components_are_copied_with_the_weights(images, tmp_path):
     encoder = pretrain(others, recipe="mae_nano", out=tmp_path / "c", from_run=first.path, settings=pca)
     bases = [load_model(run)[1]["target.basis"] for run in (first, whole, encoder)]
     assert bases[0].equal(bases[1])
-    assert not bases[0].equal(bases[2]), "only the encoder was taken, so the components are those of the new images"
+    assert not bases[0].equal(bases[2]), (
+        "only the encoder was copied, so the components are computed from the new images"
+    )
 
 
 def test_invalid_palettes_are_rejected(images, tmp_path):

@@ -216,7 +216,7 @@ def test_bytes_per_image_exclude_one_off_allocations():
     weights = sum(p.numel() for p in method.parameters()) * 2
     in_bf16 = bytes_per_image(method, SPEC, "bf16", "cpu")
     assert 0 < in_bf16 < bytes_per_image(method, SPEC, "fp32", "cpu")
-    assert in_bf16 < weights / 4, "the copies alone would be half of that an image"
+    assert in_bf16 < weights / 4, "bf16 copies of the weights, if included, would add half of their size per image"
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
@@ -304,7 +304,9 @@ def test_auto_chooses_a_consistent_recipe_with_reasons(case):
     with torch.device("meta"):
         method = config.build(ImageSpec(1, size, "uint8", (1.0,), (1.0,)))  # raises if sizes do not fit
     assert method.encoder.grid == (size[0] // patch[0], size[1] // patch[1])
-    assert method.encoder.grid[0] * method.encoder.grid[1] // 4 >= 16, "visible when three quarters are hidden"
+    assert method.encoder.grid[0] * method.encoder.grid[1] // 4 >= 16, (
+        "at least 16 patches stay visible if three quarters are hidden"
+    )
     assert config.train.batch_size <= max(16, images)
 
 
@@ -351,7 +353,7 @@ def test_unavailable_device_number_is_rejected(device):
 
 @pytest.mark.parametrize(("micro", "seconds"), [(12, 0.0), (6, 0.0), (4, 1.5), (3, 2.0), (1, 6.0)])
 def test_step_with_accumulation_is_measured_after_waiting_for_the_device(monkeypatch, micro, seconds):
-    """The simulated device launches work immediately, and waiting for two micro-batches takes a second."""
+    """On the simulated device, launching takes no time, and waiting for two micro-batches takes a second."""
     now = [0.0]
     monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(measure, "update", lambda *_: None)

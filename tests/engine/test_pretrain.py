@@ -216,7 +216,7 @@ def test_deleted_run_folder_fails_at_the_end_of_training(images, tmp_path):
         pytest.raises(TrainingFailed, match=r"was deleted, moved or replaced .*unmask resume"),
     ):
         start(images, tmp_path / "run", "train.steps=6", "train.picture_every=2")
-    assert not (tmp_path / "run").exists(), "it does not come back as a lone status.json"
+    assert not (tmp_path / "run").exists(), "the folder is not created again with only a status.json"
     assert taken == [1, 2, 3, 4, 5, 6]
 
 
@@ -258,7 +258,7 @@ def test_unreadable_file_in_the_picture_sample_is_skipped(tmp_path):
     (images / "0005.png").write_bytes(b"no image")
     run = start(images, tmp_path / "run", "train.steps=5", "data.scan_sample=2", "data.cache=false")
     assert run.read("status.json")["state"] == "finished"
-    assert [row["name"] for row in run.quarantine()] == ["0005.png"], "noted when its turn came"
+    assert [row["name"] for row in run.quarantine()] == ["0005.png"], "the file is recorded when it is first read"
 
 
 def test_from_run_copies_weights_and_normalisation(images, tmp_path):
@@ -273,7 +273,7 @@ def test_from_run_copies_weights_and_normalisation(images, tmp_path):
     assert after.plan.images == before.plan.images
     assert after.config.data.source == str(other)
     shutil.rmtree(first.path)
-    assert resume(run.path).read("status.json")["state"] == "finished", "the other run is not needed any more"
+    assert resume(run.path).read("status.json")["state"] == "finished", "the first run is no longer needed"
 
 
 def test_from_run_with_a_recipe_copies_only_the_encoder(images, tmp_path):

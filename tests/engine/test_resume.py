@@ -48,7 +48,7 @@ def wait_for_step(run: Path, step: int, process: subprocess.Popen) -> None:
 def result(run: Path):
     """Return (losses of all steps, weights) of a finished run."""
     rows = Run(run).metrics()
-    assert [row["step"] for row in rows] == list(range(1, STEPS + 1)), "each step exactly once, in order"
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1)), "each step is logged exactly once, in order"
     return [row["loss"] for row in rows], load_model(Run(run))[1]
 
 
@@ -93,7 +93,7 @@ def test_sigterm_saves_a_checkpoint_and_exits_with_code_75(unbroken, tmp_path):
     assert err.strip().splitlines()[-1].endswith(f"unmask resume {run}")
     status = Run(run).read("status.json")
     assert status["state"] == "stopped"
-    assert Run(run).metrics()[-1]["step"] == status["step"] == load_model(Run(run))[0], "not one step is lost"
+    assert Run(run).metrics()[-1]["step"] == status["step"] == load_model(Run(run))[0], "no step is lost"
     assert not [line for line in err.splitlines() if "Traceback" in line]
 
     # Ctrl-C has the same effect
@@ -156,7 +156,7 @@ def test_resume_of_finished_changed_and_locked_runs(unbroken, tmp_path):
     finally:
         process.kill()
         process.communicate()
-    assert busy.returncode == 75, "to be tried again later"
+    assert busy.returncode == 75, "the exit code tells a supervisor to try again later"
     assert f"in use by process {process.pid}" in busy.stderr
     (images / "0003.png").unlink()
     changed = unmask("resume", run)

@@ -77,7 +77,7 @@ pretrain(sys.argv[1], options, out=sys.argv[2], console=Console(quiet=True))
     assert done.returncode == -signal.SIGKILL
     run = tmp_path / "run"
     if (run / "plan.json").exists():
-        assert resume(run, console=QUIET).finished, "it is a run from the moment that it has a plan"
+        assert resume(run, console=QUIET).finished, "a folder with a plan is a complete run"
         return
     with pytest.raises(RunError, match=r"its creation was interrupted .* rm -r|has no config\.json"):
         resume(run, console=QUIET)
@@ -116,7 +116,7 @@ def test_failed_creation_leaves_no_files(tmp_path, monkeypatch, fault, name, exi
         pass
     assert (tmp_path / "run").exists() == existed
     assert not existed or not [file for file in files(tmp_path / "run") if file != ".lock"]
-    assert held_here == [], "nothing to go on with"
+    assert held_here == [], "there is no run to resume"
     monkeypatch.undo()
     with Run.begin(tmp_path / "run", contents):
         pass
@@ -182,7 +182,7 @@ with Run(sys.argv[1]).lock():
         said = rf"in use by process {holder.pid} on .*wait for it, or stop it"
         with pytest.raises(RunInUse, match=said) as caught, run.lock():
             pass
-        assert explain(caught.value) == STOPPED, "a supervisor tries again"
+        assert explain(caught.value) == STOPPED, "the exit code tells a supervisor to try again"
         os.kill(child, signal.SIGSTOP)
         holder.kill()
         holder.wait()

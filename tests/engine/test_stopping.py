@@ -63,7 +63,7 @@ def endless(images: Path, run: Path, workers: int = 0, *settings: str, **environ
 def wait_until(condition, seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "it did not happen in time"
+        assert time.monotonic() < end, "the condition was not met in time"
         time.sleep(0.05)
 
 
@@ -95,8 +95,8 @@ def test_stopped_worker_is_reported_with_its_file_and_ended(images, tmp_path, mo
     (stacks,) = tmp_path.glob("*stalled*.txt")
     text = stacks.read_text()
     assert str(stacks) in str(caught.value)
-    assert "no answer" in text, "of the stopped one"
-    assert "in _work" in text, "of the other, from within"
+    assert "no answer" in text, "the report has no stack of the stopped worker"
+    assert "in _work" in text, "the other worker wrote its own stack"
     assert "test_stopping.py" in text, "of this process"
     assert not [worker for worker in workers if worker.is_alive()]
 
@@ -216,7 +216,7 @@ def test_suspended_time_does_not_count(monkeypatch):
     while not patience.tick():
         now[0] += stalls.TICK
         ticks += 1
-    assert 2 <= ticks <= 4, "the hour counts as one tick at most"
+    assert 2 <= ticks <= 4, "a gap of an hour counts as at most one tick"
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("", 300.0), ("7.5", 7.5), ("0", float("inf"))])
@@ -277,7 +277,7 @@ def test_computing_process_is_not_a_stall_but_a_waiting_one_is():
         with pytest.raises(stalls.Stalled), dog.watching("waiting", at_least=1.25):
             naps(200)
     assert told == ["waiting"]
-    assert dog.waited == 1.25, "which the report states"
+    assert dog.waited == 1.25, "the report states this time"
 
 
 def test_step_that_finishes_during_the_stall_report_continues():

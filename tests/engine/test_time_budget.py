@@ -67,7 +67,7 @@ def test_replan_keeps_the_position_and_spreads_the_rest(changes):
         before, found = found, found.replanned(step, steps)
         for earlier in range(step + 1):
             assert found.lr(earlier) == pytest.approx(before.lr(earlier), abs=1e-12), (
-                "steps that are done keep their rate"
+                "the learning rate of finished steps does not change"
             )
     last = changes[-1][1]
     assert (found.steps, found.first_steps) == (last, 100)
@@ -76,7 +76,7 @@ def test_replan_keeps_the_position_and_spreads_the_rest(changes):
     assert places[-1] == pytest.approx(100)
     assert all(one < other for one, other in pairwise(places))
     assert found.lr(last) == pytest.approx(0.0, abs=1e-9)
-    assert sum(found.passed(step, 25) for step in range(1, last + 1)) == 4, "as many pictures as were planned"
+    assert sum(found.passed(step, 25) for step in range(1, last + 1)) == 4, "the number of pictures is as planned"
     assert Plan.model_validate(json.loads(found.model_dump_json())) == found
 
 
@@ -207,8 +207,10 @@ def test_number_of_steps_follows_the_speed_and_is_recorded(images, tmp_path, mon
     assert run.read("status.json")["state"] == "finished"
     assert checkpoint.newest_step(run) == found["steps"]
     assert len(run.metrics()) == found["steps"], "no step twice"
-    assert run.metrics()[-1]["lr"] < 0.02 * found["peak_lr"], "the schedule comes to its end"
-    assert len(list(run.pictures.iterdir())) == 6, "before, after the first step, and four times as planned"
+    assert run.metrics()[-1]["lr"] < 0.02 * found["peak_lr"], "the learning rate decays to the end of the schedule"
+    assert len(list(run.pictures.iterdir())) == 6, (
+        "one before training, one after the first step, and four at the planned steps"
+    )
     assert any("steps in all now" in line for line in said)
 
 
@@ -235,7 +237,7 @@ def test_killed_run_repeats_its_steps_with_the_recorded_replans(images, tmp_path
     assert (repeated == {step: before[step] for step in repeated}) is not negative_control
     if not negative_control:
         assert run.read("plan.json")["replans"][: len(planned["replans"])] == planned["replans"]
-        assert run.read("plan.json")["steps"] < planned["steps"], "what comes after is fitted to the slower pace"
+        assert run.read("plan.json")["steps"] < planned["steps"], "the remaining steps are fitted to the slower pace"
 
 
 def test_resumed_run_has_the_rest_of_its_budget(images, tmp_path, monkeypatch, clock):

@@ -96,9 +96,11 @@ def test_clipping_reaches_the_optimiser(images, tmp_path):
     clipped = start(images, tmp_path / "b", *settings, "optim.clip=0.001")
     assert losses(free)[:1] == losses(clipped)[:1]
     assert all(one != other for one, other in zip(losses(free)[2:], losses(clipped)[2:], strict=True))
-    assert clipped.metrics()[0]["grad_norm"] == free.metrics()[0]["grad_norm"] > 0.001, "the norm before clipping"
+    assert clipped.metrics()[0]["grad_norm"] == free.metrics()[0]["grad_norm"] > 0.001, (
+        "the norm is logged before clipping"
+    )
     loose = start(images, tmp_path / "c", *settings, "optim.clip=1000")
-    assert losses(loose) == losses(free), "norms below the limit are left alone"
+    assert losses(loose) == losses(free), "gradients below the limit are not clipped"
 
 
 def test_non_finite_step_is_skipped_and_its_images_are_listed(tmp_path):
@@ -135,7 +137,9 @@ def test_rollback_returns_to_the_checkpoint_and_skips_data(tmp_path):
     settings = ("train.steps=12", "train.checkpoint_every=4", "train.picture_every=100")
     with faults(after_step=sometimes_bad):
         run = start(data, tmp_path / "run", *FLOATS, *settings)
-    assert [row["step"] for row in run.metrics()] == list(range(1, 13)), "no step twice, the bad ones taken back"
+    assert [row["step"] for row in run.metrics()] == list(range(1, 13)), (
+        "each step is logged once, and rolled-back steps are removed"
+    )
     assert run.metrics()[-1]["images"] == 12 * 8 + 50 * 8 + 4 * 8  # 4 steps were repeated with later data
     assert run.read("status.json")["state"] == "finished"
 
@@ -197,7 +201,9 @@ def test_non_finite_weights_are_not_saved_and_reported(images, tmp_path):
     settings = ("train.steps=9", "train.checkpoint_every=2", "train.picture_every=100")
     with faults(after_step=spoiling):
         run = start(images, tmp_path / "run", *settings, console=console)
-    assert sum("not written" in line and "decoder.pred.bias" in line for line in said) == 2, "at steps 4 and 6"
+    assert sum("not written" in line and "decoder.pred.bias" in line for line in said) == 2, (
+        "the checkpoints of steps 4 and 6 are not written"
+    )
     assert sum("back from step 7 to 2" in line for line in said) == 1
     assert run.read("status.json")["state"] == "finished"
 
@@ -240,7 +246,7 @@ def test_few_unreadable_files_are_quarantined_and_many_stop_the_run(tmp_path):
         (images / f"bad{number}.jpg").write_bytes(b"no image")
     with pytest.raises(DataError, match=r"100 of 199 files checked cannot be read.*max_bad_fraction=0.55"):
         start(images, tmp_path / "run2", "train.steps=2")
-    assert not (tmp_path / "run2").exists(), "nothing is left behind by a refusal"
+    assert not (tmp_path / "run2").exists(), "a rejected run leaves no folder"
 
 
 def test_training_survives_a_full_disk_at_a_checkpoint(images, tmp_path):

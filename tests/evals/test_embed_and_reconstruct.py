@@ -279,7 +279,7 @@ def test_single_files_are_drawn_in_the_order_given_with_their_names(trained, ima
     with Image.open(files[0]) as image:
         square = np.asarray(image.crop((2, 0, 22, 20)).resize((16, 16), Image.Resampling.BICUBIC))
     np.testing.assert_allclose(picture.panels["original"][0].permute(1, 2, 0), square, atol=1.01)
-    assert "TRUE mean and standard deviation" in picture.note, "whose patch statistics are drawn with"
+    assert "TRUE mean and standard deviation" in picture.note, "the note states which patch statistics the picture uses"
     with Image.open(tmp_path / "a.png") as sheet:
         assert sheet.size[0] > 600
     assert "loss" in console.messages[-1]
@@ -393,7 +393,7 @@ def test_controls_and_shots_with_separate_test_images(run, labelled, tmp_path):
     assert found.test.images.name == found.test.images.path == str(test)
     assert [row.features for row in found.rows] == [RAW_PIXELS, *[RANDOM_INIT] * 2, *[PRETRAINED] * 2]
     assert (run / "evals/probe-linear-labelled-3-shots-on-test.json").is_file()
-    assert found.rows[0].value > 0.5, "brightness is a class"
+    assert found.rows[0].value > 0.5, "classes differ in brightness"
 
 
 def rows_read(monkeypatch):
@@ -466,7 +466,7 @@ def test_a_test_folder_may_lack_a_class_and_labels_are_matched_by_name(run, labe
     assert "24 of the 24 test images are also training images" in found.caveats[0]
     assert found.names == ("class0", "class1", "class2")
     one = probe(run, labelled, test=str(test), kind="linear")
-    assert one.rows[0].value > 0.6, "numbered by the training classes, not afresh"
+    assert one.rows[0].value > 0.6, "test classes have the numbers of the training classes"
 
 
 def test_a_test_class_without_training_images_is_rejected_by_name(run, labelled, tmp_path):
@@ -487,7 +487,9 @@ def test_a_class_of_one_image_is_trained_on_but_not_tested(run, labelled, monkey
     for folder in labelled.iterdir():
         for path in sorted(folder.iterdir())[1:]:
             path.unlink()
-    with pytest.raises(ValueError, match=r"got one image per class in .*, so none .* give other images with --test"):
+    with pytest.raises(
+        ValueError, match=r"got one image per class in .*, so none .* give separate test images with --test"
+    ):
         probe(run, labelled)
 
 
@@ -592,7 +594,7 @@ def test_the_best_layer_is_chosen_without_the_test_images(igpt, labelled, tmp_pa
     rows = {row.features: row for row in first.rows}
     assert rows[RAW_PIXELS].layer is None
     assert "best linear probe of layers 0 to 3" in rows[PRETRAINED].layer.why
-    assert rows[RANDOM_INIT].layer.last == 3, "the control has the same choice"
+    assert rows[RANDOM_INIT].layer.last == 3, "the control chooses from the same layers"
     assert any(f"layer {rows[PRETRAINED].layer.number} of 3" in line for line in console.messages)
     (test / "class0").rename(tmp_path / "aside")  # other labels, fewer images
     (test / "class1").rename(test / "class0")
@@ -614,7 +616,7 @@ def test_igpt_bert_is_measured_under_masks_that_differ_between_votes(igpt, label
     assert np.array_equal(five[PRETRAINED].mean, test[PRETRAINED].mean)
     seen = [whole[PRETRAINED], *five.values()]
     assert all(np.abs(a.mean - b.mean).max() > 1e-3 for i, a in enumerate(seen) for b in seen[:i]), (
-        "no mask comes twice"
+        "no mask is used twice"
     )
     assert all(np.array_equal(five[name].mean, again[name].mean) for name in five)
 

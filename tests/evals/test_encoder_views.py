@@ -154,7 +154,7 @@ def test_the_majority_over_masks_gives_one_prediction(kind):
 
 def test_the_encoder_determines_the_default_layer():
     assert wanted_layer(gpt(causal=True), None) == "best"
-    assert wanted_layer(gpt(causal=True, feature_layer=3), None) == "3", "what a person set is not overruled"
+    assert wanted_layer(gpt(causal=True, feature_layer=3), None) == "3", "a layer set by the user is not overridden"
     assert wanted_layer(vit(), None) is None
     assert wanted_layer(vit(), "last") == "last"
     assert wanted_layer(ImageEncoder(), "last") is None

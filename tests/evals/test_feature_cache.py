@@ -56,7 +56,7 @@ def test_a_stored_table_is_read_back_unchanged(source, tmp_path, cls):
     source.labels = None
     found = find(tmp_path / "features", key, source, ROWS)
     assert found is not None
-    assert found.labels is None, "labels are the source's, not the table's"
+    assert found.labels is None, "labels are read from the source, not from the cached table"
 
 
 def test_the_key_changes_with_everything_that_features_depend_on(source, tmp_path):
@@ -87,7 +87,7 @@ def test_features_of_images_without_files_are_not_cached():
 
 def test_incomplete_tables_are_not_stored(source, tmp_path):
     some = table(source, ROWS[:-1])
-    assert store(tmp_path / "features", "a", some, ROWS) == 0, "an image could not be read"
+    assert store(tmp_path / "features", "a", some, ROWS) == 0, "a table without an unreadable image is not stored"
     whole = table(source)
     tokens = Tokens(torch.zeros(10, 1, 6), torch.zeros(6), torch.ones(6))
     with_tokens = FeatureTable(whole.index, whole.labels, whole.cls, whole.mean, whole.digest, tokens)

@@ -152,7 +152,7 @@ def test_only_identical_images_have_equal_digests(dtype):
     assert digest.dtype == np.uint64
     assert digest[0] == digest[2]
     assert len(set(digest.tolist())) == 3
-    assert digest[3] != table(RawPixels(), pixels(4).to(dtype)).digest[3], "one pixel is enough"
+    assert digest[3] != table(RawPixels(), pixels(4).to(dtype)).digest[3], "a single different pixel changes the digest"
 
 
 def test_features_that_are_not_finite_are_rejected_with_their_row():

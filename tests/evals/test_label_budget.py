@@ -54,7 +54,7 @@ def test_a_point_records_every_draw_with_the_mean_and_its_interval():
 def test_differences_are_paired_by_draw():
     found = curve({1: [(50, 40, 40), (60, 50, 51), (70, 60, 60)], 10: [(90, 95, 80), (80, 85, 70), (85, 75, 75)]})
     point = found.rows[2].points[0]
-    assert point.low < 0.5 < point.high, "the draws differ far more than the features do"
+    assert point.low < 0.5 < point.high, "unpaired, the variation between draws would exceed the difference"
     verdict = curve_verdict(found)
     assert verdict.startswith("Pre-training helps with 1 labels per class, where it is better than raw pixels and ")
     assert "Points above raw pixels: +9.7 (" in verdict

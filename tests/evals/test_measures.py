@@ -33,7 +33,9 @@ def test_r_squared_equals_scikit_learn_even_far_from_zero():
     np.testing.assert_allclose(r_squared(truth, guess, weights), want, atol=1e-6)
     one = np.zeros((1, 300))
     one[0, 7] = 300
-    assert np.isnan(r_squared(truth, guess, one)).all(), "one image many times has no spread"
+    assert np.isnan(r_squared(truth, guess, one)).all(), (
+        "R2 is undefined for repeats of one image, which have no variance"
+    )
 
 
 def test_resamples_are_shared_and_centred_on_the_value():
@@ -47,7 +49,7 @@ def test_resamples_are_shared_and_centred_on_the_value():
     assert draws.mean() == pytest.approx(value, abs=0.01)
     assert np.ptp(resampled(r_squared, truth, truth)) == 0
     again = [resampled_once(np.random.default_rng(n)) for n in range(300)]
-    assert draws.std() == pytest.approx(np.std(again), rel=0.2), "as much as other test images would change it"
+    assert draws.std() == pytest.approx(np.std(again), rel=0.2), "the spread equals that over newly sampled test sets"
 
 
 def resampled_once(rng):

@@ -91,7 +91,7 @@ def test_a_curve_fits_logistic_regression_to_features_computed_once(run, data, m
     monkeypatch.setattr(feature_sets, "features", lambda *a, **more: tables.append(real(*a, **more)) or tables[-1])
     console = RecordingConsole()
     found = probe(run, data, shots=(8, 1, 3), draws=3, console=console)
-    assert len(tables) == 2, "training and test images, once"
+    assert len(tables) == 2, "training and test images are encoded once each"
     train, test = (each[PRETRAINED] for each in tables)
     labels = np.repeat(np.arange(3), 20)
     index = np.setdiff1d(np.arange(60), test.index)
@@ -130,7 +130,7 @@ def test_a_probe_with_one_number_of_shots_uses_the_first_draw_of_a_curve(run, da
     assert kept(run, "probe-linear-data-3-shots") == one
     assert [row.features for row in curve.rows] == [RAW_PIXELS, *[RANDOM_INIT] * 2, *[PRETRAINED] * 2]
     assert "Points above raw pixels" in curve.verdict
-    assert probe(run, data, shots=(3, 3), controls=True).rows == one.rows, "twice the same number is one"
+    assert probe(run, data, shots=(3, 3), controls=True).rows == one.rows, "a repeated number of labels counts once"
 
 
 def test_results_of_another_folder_with_the_same_name_are_not_overwritten(run, data, tmp_path):
@@ -159,7 +159,7 @@ def test_features_are_cached_for_the_next_probe_until_something_changes(run, dat
     linear = probe(run, data)
     assert len(asked) == 2, "nothing was computed"
     assert linear.rows == probe(Path(shutil.copytree(run, run.with_name("bare"))), data).rows
-    assert len(asked) == 2, "they come along in a copy"
+    assert len(asked) == 2, "a copy of the run includes the cached features"
     asked.clear()
     assert probe(run, data, kind="knn", controls=True).rows[-len(first.rows) :] == first.rows
     assert asked == [{RAW_PIXELS, RANDOM_INIT}] * 2
@@ -167,9 +167,9 @@ def test_features_are_cached_for_the_next_probe_until_something_changes(run, dat
     path = next((data / "class0").iterdir())
     Image.new("RGB", (16, 16), "green").save(path)
     probe(run, data, kind="knn")
-    assert asked == [{PRETRAINED}] * 2, "an image has changed"
+    assert asked == [{PRETRAINED}] * 2, "a changed image makes the cached features invalid"
     probe(run, data, kind="attentive")
-    assert len(asked) == 4, "tokens are not kept"
+    assert len(asked) == 4, "features with tokens are not cached"
 
 
 def test_an_unreadable_file_is_replaced_in_every_draw(run, data):
@@ -205,7 +205,7 @@ def test_an_attentive_probe_keeps_tokens_of_few_test_images_in_memory(run, data,
     assert all(row.fit["rate"] in attentive.RATES for row in found.rows)
     assert "one learned query that attends to all tokens" in found.protocol
     assert "an attentive probe" in found.verdict.lower()
-    assert rows_of(found)[RAW_PIXELS, "pixels"].value > 0.5, "brightness is a class"
+    assert rows_of(found)[RAW_PIXELS, "pixels"].value > 0.5, "classes differ in brightness"
     monkeypatch.setattr(run_probe_module, "TEST_PIECE", 5)
     again = probe(run, data, kind="attentive", controls=True)
     assert [row.correct for row in again.rows] == [row.correct for row in found.rows]
@@ -242,7 +242,7 @@ def test_another_run_gets_the_same_scores_as_when_probed_alone(run, trained, tmp
     assert found.against == (OtherRun(name="other", run=str(other), step=2),)
     layered = probe(run, data, kind="knn", against=(other, trained / "mae"), layer="0")
     layers = {row.features: row.layer and row.layer.number for row in layered.rows}
-    assert layers == {PRETRAINED: 0, "other": None, "mae": 0}, "the same for all that have layers"
+    assert layers == {PRETRAINED: 0, "other": None, "mae": 0}, "all encoders with layers use the same layer"
     curve = probe(run, data, shots=(2, 4), draws=2, against=(other,))
     assert "Points above other:" in curve.verdict
 

@@ -67,7 +67,7 @@ def test_class_token_and_mean_are_both_measured_with_their_intervals(kind):
     assert found.test_images == 60
     assert found.names == CLASSES
     assert found.shared == 0
-    assert "mean over patches" in found.verdict, "the better pool speaks"
+    assert "mean over patches" in found.verdict, "the verdict describes the better pooling"
 
 
 def test_an_encoder_without_class_token_has_one_row():
@@ -251,8 +251,8 @@ def test_labels_without_positives_are_left_out_of_the_mean_average_precision(kin
     assert row.targets[2].value is None
     assert row.value == pytest.approx(np.mean([target.value for target in row.targets[:2]]))
     assert row.value > 0.9
-    assert found.chance == pytest.approx(0.5), "the mean share of positives"
-    assert "owl has no positive image among the test images" in found.caveats[0]
+    assert found.chance == pytest.approx(0.5), "chance is the mean share of positives"
+    assert "no positive image among the test images are left out of the mean: owl." in found.caveats[0]
     truths[1][:] = 0
     with pytest.raises(ValueError, match="in which ant, other, owl do not vary"):
         run(train, test, kind=kind, labelling=Labelling("multilabel", ("ant", "other", "owl")), targets=truths)

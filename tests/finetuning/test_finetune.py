@@ -95,7 +95,7 @@ def test_report_shows_the_test_accuracy(tuned):
     page = write_report(tuned.path).read_text("utf-8")
     assert "accuracy 100.0% on 12 test images" in page
     assert "Quality of the features" not in page
-    assert page.count("<svg") == 2, "the loss, and the tests on the way"
+    assert page.count("<svg") == 2, "one chart shows the loss and one the tests"
 
 
 def test_without_test_images_a_fifth_is_held_out_from_training(pretrained, data, tmp_path):
@@ -132,7 +132,9 @@ def test_evaluation_crop_follows_maes_protocol_at_every_size(size, share):
     assert resolve.resolve_config(tuned, [*asked, "data.crop.eval_share=0.9"]).data.crop.eval_share == 0.9
     larger = override(find("mae_base"), [f"data.size={size}"])
     assert configure.finetuning_config(larger, ("one", "other"), "finetune_base").data.crop.eval_share == share
-    assert resolve.resolve_config(find("dvae_dalle"), []).data.crop.eval_share == 0.875, "DALL-E's own, at 256"
+    assert resolve.resolve_config(find("dvae_dalle"), []).data.crop.eval_share == 0.875, (
+        "DALL-E's value for a size of 256"
+    )
 
 
 @pytest.mark.parametrize(
@@ -154,7 +156,7 @@ def test_recipe_is_chosen_by_encoder_and_number_of_labels(width, labelled, from_
 
 def test_from_scratch_starts_from_random_weights_and_averages_them(pretrained, data, tests, tmp_path):
     run = tune(pretrained, data, tmp_path / "run", "train.steps=2", test=str(tests), from_scratch=True)
-    assert read_config(run).method.head_std == 0.02, "2e-5 is for pre-trained weights"
+    assert read_config(run).method.head_std == 0.02, "a std of 2e-5 is only for pre-trained weights"
     assert read_config(run).graft == ()
     found = read_score(run)
     assert found.initial_run is None
@@ -191,7 +193,7 @@ def test_resumed_run_repeats_every_kind_of_augmentation(pretrained, data, tests,
     assert all(torch.equal(want[name], got[name]) for name in want)
     assert read_score(whole).averaged == read_score(run).averaged
     kept = load_file(run.checkpoints / "step-00000006" / "optim.safetensors")
-    assert {"head.weight/average", "head.weight/exp_avg"} <= kept.keys(), "where earlier versions look for them"
+    assert {"head.weight/average", "head.weight/exp_avg"} <= kept.keys(), "earlier versions read these names"
 
 
 @pytest.mark.parametrize("name", ["out.csv", "out.json", "out.parquet"])
@@ -360,8 +362,8 @@ def test_segmentation_with_mask_values_0_and_255_resumes_and_predicts(pretrained
     settings = read_config(run).method
     assert settings.values == (0, 255)
     assert settings.stored_pixels
-    assert read_score(run).value > 0.8, "an image turned away from its mask would score far less"
-    assert final_test.measure_run(run) == read_score(run), "the same when opened again"
+    assert read_score(run).value > 0.8, "an image rotated differently from its mask would have a far lower score"
+    assert final_test.measure_run(run) == read_score(run), "a reopened run has the same score"
     predict(run.path, [str(root / "images")], tmp_path / "out", options=ON_CPU, console=QUIET)
     with Image.open(tmp_path / "out" / "1.png") as picture:
         found = np.asarray(picture)
@@ -439,7 +441,7 @@ def test_task_that_does_not_fit_the_data_is_rejected(pretrained, data, cells, tm
     settings = options.pop("settings", [])
     with pytest.raises(UserError, match=message):
         tune(pretrained, data, tmp_path / "a", *settings, **options)
-    assert not (tmp_path / "a").exists() or settings, "what only shows in a step has a run that failed"
+    assert not (tmp_path / "a").exists() or settings, "a fault that only a training step reveals leaves a failed run"
 
 
 def test_paper_linear_probe_is_a_run_inside_the_run(pretrained, data, tests, tmp_path):
@@ -453,7 +455,7 @@ def test_paper_linear_probe_is_a_run_inside_the_run(pretrained, data, tests, tmp
     assert (summary.rows[0].value, summary.rows[0].pool) == (1.0, "cls")
     inner = Run(run / summary.run)
     assert read_config(inner).optim.name == "lars"
-    assert read_plan(inner).batch_size == 16, "16384 is for larger sets"
+    assert read_plan(inner).batch_size == 16, "16384 is only used for larger data sets"
     before, after = load(run).method.state_dict(), load(inner.path).method.state_dict()
     assert all(torch.equal(after[name], before[name]) for name in after if name.startswith("encoder."))
     assert after["norm.running_mean"].abs().sum() > 0
@@ -548,7 +550,7 @@ def test_predict_decodes_files_like_the_training(tmp_path):
     before = pretrain(banded(tmp_path / "bands"), recipe="mae_nano", out=tmp_path / "pre", settings=[*SMALL])
     tuned = tune(before, tmp_path / "bands", tmp_path / "tuned", "train.steps=1")
     assert read_plan(before).reading.tagged == "band"
-    assert read_plan(tuned).reading.alpha == "band", "as the encoder was trained on"
+    assert read_plan(tuned).reading.alpha == "band", "the encoder was trained with this setting"
     one = tmp_path / "one.tif"  # alone, its last band would be read as alpha and composited
     values = np.full((24, 24, 4), 255, np.uint8)
     pytest.importorskip("tifffile").imwrite(one, values, photometric="rgb", extrasamples=["unassalpha"])

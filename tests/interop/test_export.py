@@ -441,7 +441,7 @@ def test_transformers_computes_the_same_outputs(tmp_path, method, changes, kind)
         auto = transformers.AutoModel.from_pretrained(out).eval()
     for model in (named, auto):
         first, again = (model(pixels).last_hidden_state for _ in range(2))
-        assert torch.equal(first, again), "nothing is drawn at random"
+        assert torch.equal(first, again), "the output has no randomness"
         assert far(first, tokens(encoder, images)) < 1e-5
 
 
@@ -654,7 +654,7 @@ def test_header_and_card_contain_no_paths_of_this_machine(tmp_path):
     assert here not in card
     careful = "regression of table.csv (careful: 3 test images are also training images)"
     assert card.count(f"{careful} | pre-trained, mean | 20 | R2 | 0.410 (0.300 to 0.500) |") == 4
-    assert "other, mean" not in card, "what another run got is no result of this one"
+    assert "other, mean" not in card, "the card has no scores of other runs"
     assert type(open_safetensors(out)).__name__ == "Segmenter"
 
 

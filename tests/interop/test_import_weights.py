@@ -505,7 +505,7 @@ def test_training_continues_from_an_imported_run(tmp_path, unmask):
     encoder = import_weights(tmp_path / "encoder.pth", tmp_path / "encoder", settings=HEADS[:1]).path
     short = ["train.steps=1", "train.batch_size=4", "data.workers=0", "train.device=cpu"]
     done = pretrain(photos, from_run=whole, out=tmp_path / "on", settings=short)
-    assert licence_of(done).startswith("CC-BY-NC 4.0"), "what is trained from them is bound by it too"
+    assert licence_of(done).startswith("CC-BY-NC 4.0"), "runs trained from the weights inherit their licence"
     assert done.read("status.json")["state"] == "finished"
     size = [f"method.encoder.{key}" for key in ("width=32", "depth=2", "heads=2", "patch=4")]
     done = pretrain(photos, from_run=encoder, recipe="mae_nano", out=tmp_path / "on2", settings=[*short, *size])

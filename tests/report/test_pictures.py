@@ -181,7 +181,7 @@ def test_sheet_contains_all_cells_and_a_margin(size, count):
     assert sheet.shape[1] == max(NARROWEST_SHEET, 2 * MARGIN + 4 * width + 3 * GAP)
     assert sheet.shape[0] > count * height
     for edge in (sheet[:8], sheet[-8:], sheet[:, :8], sheet[:, -8:]):
-        assert (edge == PAPER).all(), "nothing runs over the edge"
+        assert (edge == PAPER).all(), "nothing is drawn over the edge"
     assert max(height, width) <= LARGEST_CELL
     assert min(height, width) >= min(SMALLEST_CELL, 80)
 

@@ -39,7 +39,7 @@ def test_report_needs_no_network_and_escapes_file_names(tmp_path):
     assert "a &lt;b&gt;bold&lt;/b&gt; folder" in html
     assert "<script>" not in html
     assert "EMPTY" in html
-    assert not re.findall(r'(?:src|href)="(?!data:|#)', html), "nothing is fetched from elsewhere"
+    assert not re.findall(r'(?:src|href)="(?!data:|#)', html), "the page loads no other files"
 
 
 def test_report_of_a_new_or_failed_run_is_written(tmp_path):
@@ -86,7 +86,7 @@ def test_loss_note_compares_the_loss_with_the_baselines():
     assert "64 fixed images" in note
     assert "0.400 at step 40" in note
     assert "Better than: a copy of the nearest visible patch (1.500)" in note
-    assert "Not better than: the mean of all visible patches (0.300)" in note, "judged on the same images"
+    assert "Not better than: the mean of all visible patches (0.300)" in note, "both losses are of the same images"
     assert loss_note(rows, None) == "Final training loss 0.250 (mean of the last 5 % of the logged steps)."
 
 

@@ -211,7 +211,9 @@ def test_last_blocks_selects_the_trained_parameters(last_blocks):
     inside = {name for name in trained if name.startswith("encoder.")}
     assert {int(name.split(".")[2]) for name in inside if ".blocks." in name} == blocks
     assert ("encoder.cls_token" in inside) == (last_blocks in (2, None))
-    assert not any(name.startswith("encoder.norm.") for name in inside), "it is not used"
+    assert not any(name.startswith("encoder.norm.") for name in inside), (
+        "detection does not use the norm of the encoder"
+    )
     assert {name.split(".")[0] for name in trained} == {"pyramid", "head"} | ({"encoder"} if inside else set())
 
 

@@ -272,7 +272,7 @@ def test_feature_blocks_match_beits_code():
 
 
 @pytest.mark.parametrize("name", ["segment_nano", "segment_base"])
-def test_recipes_read_beits_blocks_and_older_runs_their_own(name):
+def test_recipes_use_the_blocks_of_beit_and_older_runs_use_evenly_spaced_blocks(name):
     method = find(name).method
     assert method.feature_blocks == "beit"
     older = {key: value for key, value in method.model_dump().items() if key != "feature_blocks"}

@@ -186,7 +186,7 @@ def _explain_usage(error: Any) -> int:
         error.message = escape_controls(message)
     hint = _renamed_option(error) or _hint_for_option(error)
     if hint and hasattr(error, "possibilities"):
-        error.possibilities = None  # the hint replaces click's similar names
+        error.possibilities = None  # the hint replaces the similar names that click suggests
     error.show()
     if hint:
         print(escape_controls(hint), file=sys.stderr)

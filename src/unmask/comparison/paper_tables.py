@@ -206,7 +206,7 @@ def _last_blocks(base: Config) -> tuple[Cell, ...]:
 
 
 def like_paper(blocks: float, depth: int) -> float:
-    """Return the paper's number of blocks (out of 24) that is the nearest fraction of the depth; keep 0 and 1/2."""
+    """Return the paper's number of blocks (of 24) whose share is nearest to blocks / depth; keep 0 and 1/2."""
     if blocks < 1:
         return blocks
     return min((n for n in PARTIAL if n >= 1), key=lambda n: abs(n / PARTIAL_DEPTH - blocks / depth))

@@ -142,13 +142,13 @@ def _fallback(height: np.ndarray, width: np.ndarray, ratio: tuple[float, float])
 
 
 def jitter_colours(images: np.ndarray, strength: float, draws: np.ndarray) -> np.ndarray:
-    """Change brightness, contrast and saturation of each image, in this order: (B, H, W, C) in, the same dtype out.
+    """Change brightness, contrast and saturation of each image, in this order.
 
-    draws: (B, 3) uniform in [0, 1), mapped to three factors in [1 - strength, 1 + strength]. The first multiplies the
-    pixels, the second their distance from the image's mean gray level, and the third their distance from the pixel's
-    own gray level, so saturation does not change gray images. Gray is 0.299 R + 0.587 G + 0.114 B, or the mean of the
-    channels unless there are three. Integer results are clipped to the range of their dtype. Same as torchvision's
-    ColorJitter without hue, except that the order is random there.
+    images: (B, H, W, C); the result has the same dtype. draws: (B, 3) uniform in [0, 1), mapped to three factors from
+    1 - strength to 1 + strength. The first multiplies the pixels, the second their distance from the image's mean gray
+    level, and the third their distance from the pixel's own gray level, so saturation does not change gray images. Gray
+    is 0.299 R + 0.587 G + 0.114 B, or the mean of the channels unless there are three. Integer results are clipped to
+    the range of their dtype. Same as torchvision's ColorJitter without hue, except that the order is random there.
     """
     factors = (1 + strength * (2 * draws - 1)).astype(np.float32)[:, :, None, None, None]  # (B, 3, 1, 1, 1)
     channels = images.shape[3]

@@ -106,7 +106,10 @@ def plan_for_changed_data(source: Source, plan: Plan, run: Run, found: Differenc
     unreadable = {entry["name"] for entry in run.quarantine() if entry.get("code") != "CHANGED"}
     bad = [row for row, name in enumerate(source.names) if name in unreadable]
     if len(bad) == len(source):
-        raise DataError(f"none of the {len(source)} files of {source.name} could be read before; restore the images")
+        raise DataError(
+            f"this run recorded all {len(source)} files of {source.name} as unreadable; restore the images, or start a "
+            "new run"
+        )
     known = source.fingerprint() == plan.fingerprint  # the rows in the plan are still valid
     held_out = plan.held_out if known else dataset_record.rows_now(run, plan.held_out, source)
     excluded = tuple(sorted({*bad, *held_out}))

@@ -392,5 +392,5 @@ def check_space(run: Run, needed: int) -> None:
 
 
 def newest_step(run: Run) -> int | None:
-    """Return the newest step of which there is a checkpoint, without verifying it, or None if there is none."""
+    """Return the newest step that has a checkpoint, without verifying it, or None if no step has one."""
     return next((step for step, _ in steps_on_disk(run)), None)

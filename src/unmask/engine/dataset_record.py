@@ -50,7 +50,7 @@ def used_rows(plan: Plan, count: int) -> np.ndarray:
 
 
 def rows_now(run: Run, rows: Sequence[int], source: Source) -> tuple[int, ...]:
-    """Return the current rows of images with these recorded rows, sorted, in a data set that has changed.
+    """Return the current rows, sorted, of the images that had these rows when the data set was recorded.
 
     Missing images are left out. () if the run has no record, like runs of earlier versions.
     """

@@ -63,7 +63,7 @@ def fault_points() -> FaultPoints:
 
 @contextmanager
 def injected(points: FaultPoints) -> Iterator[None]:
-    """Context manager in which training calls `points`, in place of any set before."""
+    """Context manager in which training calls `points` instead of any others that are set."""
     token = _current.set(points)
     try:
         yield

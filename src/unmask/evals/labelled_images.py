@@ -103,7 +103,7 @@ def _split(strata: np.ndarray, rows: np.ndarray, options: ProbeOptions) -> tuple
     train, held = hold_out(strata, rows, options.seed, HOLD_OUT_FOR_TEST)
     if not len(held):
         raise UserError(
-            f"got one image per class in {options.data}, so none can be held out; give other images with --test"
+            f"got one image per class in {options.data}, so none can be held out; give separate test images with --test"
         )
     return rows[train], rows[held]
 

@@ -24,7 +24,7 @@ def save_result(run: Run, result: ProbeResult | CurveResult, options: ProbeOptio
 
 
 def _is_replaceable(run: Run, name: str, result: ProbeResult | CurveResult) -> bool:
-    """Whether the file is damaged, or is a result of images with the same paths."""
+    """Whether the existing file may be replaced: it is damaged, or its images have the same paths."""
     try:
         before = from_json(run.read(f"evals/{name}.json"))
     except UserError:

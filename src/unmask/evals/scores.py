@@ -184,8 +184,10 @@ def caveats_of(train_y: np.ndarray, test_y: np.ndarray, labelling: Labelling, sh
     if labelling.task != CLASSES:
         defined = _is_defined(test_y, labelling)
         if missing := [name for name, known in zip(labelling.names, defined, strict=True) if not known]:
-            lacking = "has no positive image" if labelling.task == MULTILABEL else "has only one value"
-            notes.append(f"{', '.join(missing)} {lacking} among the test images and is left out of the mean.")
+            lacking = "have no positive image" if labelling.task == MULTILABEL else "have only one value"
+            notes.append(
+                f"Targets that {lacking} among the test images are left out of the mean: {', '.join(missing)}."
+            )
         return tuple(notes)
     unseen = sorted(set(test_y.tolist()) - set(train_y.tolist()))
     if unseen:

@@ -4,8 +4,8 @@
     masks     one file per image (`data/annotations/`)    segment
     boxes     COCO's JSON or VOC's XML                     detect
 
-Test images are a held-out fifth, or other images. Classifiers use a centre crop, as probes do. For masks and boxes, the
-whole image is resized to the size of the encoder, and predictions are resized to that of the file.
+Test images are a held-out fifth of the images, or a separate set. Classifiers use a centre crop, as probes do. For
+masks and boxes, the whole image is resized to the size of the encoder, and predictions are resized to that of the file.
 """
 
 from __future__ import annotations

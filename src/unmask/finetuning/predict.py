@@ -106,8 +106,8 @@ def predictions(
 
 
 def names_of(task: Task[Any, Any]) -> list[str]:
-    """Return class names that are safe in files. The class number is appended to duplicates, such as ImageNet's
-    "crane"."""
+    """Return class names with control characters escaped. The class number is appended to duplicates, such as
+    ImageNet's "crane"."""
     names = [class_name(name) for name in task.classes]
     return [name if names.count(name) == 1 else f"{name} ({number})" for number, name in enumerate(names)]
 

@@ -39,7 +39,7 @@ FILES_FILE = "files.json"
 
 
 class Predicted(NamedTuple):
-    """Prediction for one image. row, name: in the source. size: (H, W) of the file."""
+    """Prediction for one image. row, name: the image's row and name in the source. size: (H, W) of the file."""
 
     row: int
     name: str

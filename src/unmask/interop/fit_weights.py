@@ -67,8 +67,8 @@ def other_channels(
 ) -> tuple[Tensor, Tensor]:
     """Adapt a patch projection (D, C, h, w) and its bias (D,) to other channels; see the module docstring.
 
-    norms: mean and standard deviation per channel used in training; with them, a gray image has exactly the same
-    features as with equal channels, although its single mean is different.
+    norms: mean and standard deviation per channel used in training. With them, a gray image has exactly the same
+    features as three equal channels, although it is normalised by a single mean and standard deviation.
     """
     before, after = weight.shape[1], images.channels
     if after > 1:

@@ -43,8 +43,8 @@ def require_heads(found: Recognised, settings: Iterable[str]) -> Recognised:
         if not isinstance(heads, int) or heads < 1 or width % heads:
             problem = f"got {key}={heads}, which does not divide" if key in given else "unknown number of heads for"
             raise ConfigError(
-                f"{problem} the width {width} of this {part}, and weights do not show it; give a divisor of {width} "
-                f"with --set {key}=N (heads of published networks have a width of 64 or 32)"
+                f"{problem} the width {width} of this {part}, and the weights do not determine the number of heads; "
+                f"give a divisor of {width} with --set {key}=N (heads of published networks have a width of 64 or 32)"
             )
         method[part] = {**method[part], "heads": heads}
     return replace(found, method=method)

@@ -25,7 +25,7 @@ from unmask.interop.foreign.state_dicts import EXPORT_METADATA
 class TransformersModel:
     """A run converted to a model class of transformers.
 
-    name: of the class. config: content of config.json. compare: (model, images) -> largest difference to the run.
+    name: name of the class. config: content of config.json. compare: (model, images) -> largest difference to the run.
     returns, notes: see `ExportedModel`. more: other JSON files by name; None for a preprocessor where there is one.
     """
 

@@ -2,7 +2,7 @@
 
 BERT's task with a vocabulary for images: about 40 % of the patches are masked in blocks, one learnable mask token
 replaces their embeddings, the encoder processes the whole sequence, and one linear layer predicts the code of each
-masked patch. The codes come from a frozen dVAE that was trained before.
+masked patch. The codes come from a frozen dVAE that was trained beforehand.
 
 Recipes follow the released code where paper and code differ: its encoder has no absolute positions but a relative
 position bias shared by all blocks, and LayerScale; the paper's main text has learned absolute positions. All of these

@@ -4,10 +4,10 @@ Each image is resized as a whole to the model's input size, without keeping its 
 bilinearly to the size of the file, and the best class of each pixel is compared with the mask. IGNORED pixels do not
 count.
 
-The intersection over union of a class is TP / (TP + FP + FN), in pixels of all images together. The mean (mIoU) is over
-the classes that occur in the masks; predicting a class that occurs in no mask only lowers the IoU of the true classes.
-The 95 % interval is a percentile bootstrap over images: it accounts for the choice of test images, not for the seed of
-the training.
+The intersection over union of a class is TP / (TP + FP + FN), counted over the pixels of all images. The mean (mIoU) is
+over the classes that occur in the masks; predicting a class that occurs in no mask only lowers the IoU of the true
+classes. The 95 % interval is a percentile bootstrap over images: it accounts for the choice of test images, not for the
+seed of the training.
 
 Letters: n images, K classes, H x W pixels of the file, h x w pixels of the model's input.
 """

@@ -199,7 +199,7 @@ class ConvDecoder(nn.Module):
         return self.layers(shares)
 
     def paint(self, ids: Int[Tensor, "B R S"]) -> Float[Tensor, "B O H W"]:
-        """Decode ids: equals `forward` with one-hot shares, but looks up the codebook and needs V times less memory."""
+        """Decode ids. The result equals `forward` with one-hot shares, which would need V times the memory."""
         book = self.layers[0]
         assert isinstance(book, nn.Conv2d), "the 1 x 1 convolution that is the codebook"
         assert book.bias is not None

@@ -16,7 +16,7 @@ from unmask.nn.patches import unpatchify
 Pixels = Float[Tensor, "B C H W"]
 Touched = Bool[Tensor, "B C H W"]
 
-SMALLEST_DRAW = 2.0**-25  # half of the smallest step, so that no quantile is infinite
+SMALLEST_DRAW = 2.0**-25  # half of the spacing of uniform draws (2^-24), so that no quantile is infinite
 
 
 def num_chosen(components: int, share: float) -> int:
@@ -50,7 +50,7 @@ def num_components(channels: int, size: tuple[int, int], grain: tuple[int, int] 
 def masking(
     pixels: Pixels, draws: Float[Tensor, "B n"], share: float, grain: tuple[int, int] | None
 ) -> tuple[Pixels, Touched]:
-    """Set a share of the components to 0, the mean colour of normalised pixels and black for pixels in [0, 1]."""
+    """Set a share of the components to 0: the mean colour if pixels are normalised, black if they are in [0, 1]."""
     touched = to_values(choose(draws, share), pixels, grain)
     return torch.where(touched, 0.0, pixels), touched
 

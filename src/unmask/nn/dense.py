@@ -35,11 +35,11 @@ MIN_PROBABILITY = 1e-6  # Of a baseline prediction, so that its cross-entropy st
 class DenseConfig(EncoderConfig):
     """Sizes of the hidden layers from the image inwards, and of the code.
 
-    activation: of the hidden layers; "linear" makes the autoencoder affine: it then learns principal components. loss:
-    "mse", the mean square error of pixels normalised over the data set; or "bce", the cross-entropy of pixels scaled to
-    [0, 1], which are then also the network's input. 0 and 1 stand for 0 and 255 in uint8 data, and for two standard
-    deviations below and above the mean in uint16 and float32 data (`ImageSpec.value_range`); values outside are
-    clipped.
+    activation: activation of the hidden layers; "linear" makes the autoencoder affine: it then learns principal
+    components. loss: "mse", the mean square error of pixels normalised over the data set; or "bce", the cross-entropy
+    of pixels scaled to [0, 1], which are then also the network's input. 0 and 1 stand for 0 and 255 in uint8 data, and
+    for two standard deviations below and above the mean in uint16 and float32 data (`ImageSpec.value_range`); values
+    outside are clipped.
     """
 
     hidden: tuple[PositiveInt, ...] = (1000, 500, 250)
@@ -49,7 +49,7 @@ class DenseConfig(EncoderConfig):
 
 
 def dense(sizes: list[int], activation: str) -> nn.Sequential:
-    """Linear layers through `sizes`, with the activation between them and none at the end."""
+    """Return linear layers of the widths `sizes`, input first, with activations between them but not after the last."""
     layers: list[nn.Module] = []
     for before, after in pairwise(sizes):
         layers += [nn.Linear(before, after), ACTIVATIONS[activation]()]
@@ -125,7 +125,7 @@ class DenseEncoder(ImageEncoder):
         return Features(cls=None, patches=self.code(self.pixels(self.accept(images, scale)))[:, None], grid=(1, 1))
 
     def depth_of(self, name: str) -> int:
-        """Depth of a parameter for layer-wise decay: its layer number, counted from the image."""
+        """Depth of a parameter for layer-wise decay: the number of its layer, counted from the input."""
         return int(name.split(".")[1]) // 2
 
 

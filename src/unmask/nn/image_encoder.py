@@ -61,7 +61,7 @@ class ImageEncoder(nn.Module):
         raise UserError(f"{type(self).__name__} has no layers to choose from; use encoder(images)")
 
     def depth_of(self, name: str) -> int:
-        """Depth of a parameter for layer-wise decay of the learning rate, counted from the image.
+        """Depth of a parameter for layer-wise decay of the learning rate, counted from the input.
 
         Raises UserError for an encoder that defines no depths.
         """

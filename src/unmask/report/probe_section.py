@@ -36,9 +36,9 @@ class ScoreRow:
 class ProbeSection:
     """Contents of the section of one probe.
 
-    rows: of a probe; () for a curve, whose rows are in the record. reference: the score of a baseline that uses no
-    image, in words; "" if there is none. reference_at: position of its line on the bars, or None. notes: sentences
-    below the table.
+    rows: rows of a probe's table; () for a curve, whose rows are in `record`. reference: the score of a baseline that
+    uses no image, in words; "" if there is none. reference_at: position of its line on the bars, or None. notes:
+    sentences below the table.
     """
 
     title: str

@@ -162,7 +162,7 @@ def branch(width: int, convs: int) -> nn.Sequential:
 
 
 class Detector(Task[Found, BoxAnnotations]):
-    """See the module docstring. Accepts images of other sizes than in training, in whole patches."""
+    """See the module docstring. Accepts images of sizes other than in training, in whole patches."""
 
     annotation = "boxes"
     headline = (Metric("ap50", "AP50"), Metric("ap", "AP"))

@@ -89,7 +89,7 @@ class Config(TaskConfig):
 
 
 class Segmenter(Task[Tensor, SegmentationMasks]):
-    """See the module docstring. Accepts images of other sizes than in training, in whole patches.
+    """See the module docstring. Accepts images of sizes other than in training, in whole patches.
 
     A prediction is (H, W) int64, the class of each pixel.
     """

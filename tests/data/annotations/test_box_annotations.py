@@ -104,9 +104,9 @@ def test_boxes_stay_around_their_object_in_every_crop(tmp_path, kind):
             kept += 1
             places += float(box[0]) < 1
             around = torch.stack([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1])
-            assert (box - around).abs().max() < 1.1, "up to the blur of the edge"
+            assert (box - around).abs().max() < 1.1, "they differ only by the blur of the edge"
     assert kept > 50
-    assert 0 < places < kept, "some are cut by the edge, others are not"
+    assert 0 < places < kept, "the edge cuts some boxes but not all"
 
 
 def bright(size, box):
@@ -156,7 +156,7 @@ def test_evaluation_uses_the_whole_image_and_all_boxes(tmp_path):
 def test_coco_and_voc_give_the_same_boxes(tmp_path):
     one, two = open_boxes(coco(tmp_path / "coco")), open_boxes(voc(tmp_path / "voc"))
     assert by_name(one) == by_name(two) == OBJECTS
-    assert one.classes == ("dog", "cat"), "in the order of COCO's ids"
+    assert one.classes == ("dog", "cat"), "classes have the order of COCO's ids"
     assert two.classes == ("cat", "dog"), "in alphabetical order"
     assert one.most == two.most == 2
     assert one.sizes == {0: SIZE, 1: SIZE, 2: SIZE}

@@ -50,7 +50,7 @@ def coco(root, orientations, boxes=BOX, sizes=SIZE, **more):
 
 @pytest.mark.parametrize("sizes", [SIZE, None])
 def test_boxes_on_stored_pixels_are_rotated_with_their_image(tmp_path, sizes):
-    """Without sizes in the file, a box that extends outside the displayed image decides."""
+    """Without sizes in the file, a box that extends outside the displayed image reveals the orientation."""
     box = BOX if sizes else (50, 20, 78, 40)
     root = coco(tmp_path, range(1, 9), box, sizes)
     for number in range(8):
@@ -64,7 +64,7 @@ def test_boxes_on_stored_pixels_are_rotated_with_their_image(tmp_path, sizes):
         for line in found.lines()
     )
     some = open_boxes(root, only={2})
-    assert some.boxes[2].tolist() == found.boxes[2].tolist(), "all images decide, even if only some are opened"
+    assert some.boxes[2].tolist() == found.boxes[2].tolist(), "all images are examined, even if only some are opened"
 
 
 def test_boxes_on_displayed_images_are_not_rotated(tmp_path):
@@ -85,7 +85,7 @@ def test_undecidable_orientation_is_rejected(tmp_path):
     with pytest.raises(BoxError, match=r"2\.jpg, which has an EXIF orientation, this cannot be decided"):
         open_boxes(root)
     (root / "images" / "2.jpg").unlink()
-    assert len(open_boxes(root).rows) == 2, "the other images are decidable"
+    assert len(open_boxes(root).rows) == 2, "the orientation of the other images is known"
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

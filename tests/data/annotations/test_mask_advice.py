@@ -51,7 +51,7 @@ def test_gray_level_masks_are_rejected_with_the_options_that_fix_them(tmp_path):
     assert found.read(0)[0, ::30].tolist() == [0, 1]
     assert open_masks(three, options=MaskOptions((0, 128, 255))).read(0)[0, ::20].tolist() == [0, 1, 2]
     trimap = open_masks(three, ignored=(128,), options=MaskOptions((255, 0)))
-    assert trimap.read(0)[0, ::20].tolist() == [1, 255, 0], "in the order of the values, 128 ignored"
+    assert trimap.read(0)[0, ::20].tolist() == [1, 255, 0], "classes have the order of the values, and 128 is ignored"
     again = open_masks(three, ignored=(128,), options=MaskOptions((255, 0)), classes=trimap.classes, look=False)
     assert (again.read(0) == trimap.read(0)).all()
     (three / "masks" / "classes.txt").write_text("fore\nback\n")

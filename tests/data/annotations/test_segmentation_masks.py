@@ -144,7 +144,7 @@ def test_mask_folders_are_found_automatically(tmp_path):
         assert open_masks(other).masks.name == str(other / name)
     named = folder(tmp_path / "named", images="photos", masks="ids")
     assert len(open_masks(named / "photos", named / "ids").rows) == 6
-    assert len(open_masks(root, root / "labels").source) == 6, "only the images, not the masks"
+    assert len(open_masks(root, root / "labels").source) == 6, "the source contains the images but not the masks"
     with pytest.raises(MaskError, match="found no masks"):
         open_masks(named)
     with pytest.raises(MaskError, match="does not exist"):

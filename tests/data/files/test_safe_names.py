@@ -36,7 +36,7 @@ def test_names_are_safe_short_and_distinct(tmp_path):
         assert max(len(part.encode()) for part in name.split("/")) <= 143
         assert not set(name) & set('<>:"|?*\\\x1b')
     for number, name in enumerate(found):
-        assert (tmp_path / name).read_text() == str(number), "none is written over by another"
+        assert (tmp_path / name).read_text() == str(number), "no file overwrites another"
 
 
 def test_many_equal_names_are_handled_quickly():

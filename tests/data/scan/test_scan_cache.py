@@ -69,7 +69,7 @@ def test_file_that_becomes_unreadable_is_removed_from_the_cache(folder, monkeypa
         scanning, "_scan_file", lambda source, row, like=None: broken if row == 3 else scan_file(source, row, like)
     )
     assert len(scan(open_source(folder), ignore_cache=True).bad) == 1
-    assert len(scan(open_source(folder)).bad) == 1, "the memory of a sound file is gone"
+    assert len(scan(open_source(folder)).bad) == 1, "the cached record of the readable file was removed"
     monkeypatch.setattr(scanning, "_scan_file", lambda source, row, like=None: broken)
     assert len(scan(open_source(folder), ignore_cache=True).bad) == 12
     assert len(scan(open_source(folder)).bad) == 12

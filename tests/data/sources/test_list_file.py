@@ -107,7 +107,7 @@ def test_unicode_spellings_of_a_class_name_are_one_class(root):
     source = open_source(root / "tree")
     assert source.classes == [composed, "cat"]
     assert len(source) == 3
-    assert decomposed in {name.split("/")[0] for name in source.names}, "names of files stay as they are"
+    assert decomposed in {name.split("/")[0] for name in source.names}, "file names are not normalised"
 
 
 def test_control_characters_in_class_names_are_escaped(root):

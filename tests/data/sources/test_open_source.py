@@ -272,7 +272,9 @@ def test_time_of_change_of_each_file_is_recorded(tmp_path):
 def test_fingerprint_depends_on_names_and_sizes(tmp_path):
     put(tmp_path / "fixed", "a/1.png", "ü.png", content=b"12345")
     value = open_source(tmp_path / "fixed").fingerprint()
-    assert value == hashlib.sha256("a/1.png\0005\nü.png\0005\n".encode()).hexdigest(), "runs are resumed by it"
+    assert value == hashlib.sha256("a/1.png\0005\nü.png\0005\n".encode()).hexdigest(), (
+        "existing runs store this value, so it must not change"
+    )
     shutil.rmtree(tmp_path / "fixed")
     first = open_source(put(tmp_path, "a.png", "b.png")).fingerprint()
     assert open_source(tmp_path).fingerprint() == first

@@ -64,7 +64,7 @@ def test_class_names_are_read_from_the_metadata(tmp_path):
     names = {"names": ["zebra", "ant", "Vo\u0308gel", "unused"], "_type": "ClassLabel"}
     metadata = {"info": {"features": {"image": {"_type": "Image"}, "label": names}}}
     source = opened(tmp_path, {"image": FILES, "label": [2, 0, 1, 0]}, metadata)
-    assert source.classes == ["zebra", "ant", "V\u00f6gel"], "in the order of the metadata, those that occur"
+    assert source.classes == ["zebra", "ant", "V\u00f6gel"], "the classes that occur, in the order of the metadata"
     assert source.labels is not None
     assert source.labels.tolist() == [2, 0, 1, 0]
     unlabelled = opened(tmp_path, {"image": FILES, "label": [-1] * 4}, metadata)

@@ -119,7 +119,7 @@ def test_labels_and_quantities_in_a_single_token_are_predicted(monkeypatch):
     value = np.stack([100 + 5 * (y % 2), -3.0 * (y > 1)], 1)
     guess = fit_attentive(kept(x), np.arange(400), value, task="regression").predict(kept(test_x))
     errors = np.abs(guess - np.stack([100 + 5 * (test_y % 2), -3.0 * (test_y > 1)], 1)).mean(0)
-    assert (errors < [1.5, 0.9]).all(), "a constant guess is wrong by 2.5 and 1.5"
+    assert (errors < [1.5, 0.9]).all(), "a constant prediction has errors of 2.5 and 1.5"
 
 
 def test_with_one_image_per_class_the_learning_rate_is_the_default(monkeypatch):

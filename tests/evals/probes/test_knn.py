@@ -56,7 +56,8 @@ def test_the_lowest_rows_are_chosen_among_equally_near_neighbours():
     assert knn(train_x, train_y, train_x[:1], k=7).tolist() == [2]
     assert knn(train_x, train_y, train_x[:1], k=3).tolist() == [0]
     assert knn(train_x, train_y, train_x[:1], k=30).tolist() == [1]
-    # One neighbour is nearer than the tied ones: it is always used, and rows decide only among the others.
+    # One neighbour is nearer than the tied ones: it is always used, and the row number breaks ties only among the
+    # others.
     train_x[20] = train_x[21] = [2, 2]
     assert knn(train_x, np.where(np.arange(30) == 20, 3, train_y), np.array([[1, 1]], np.float32), k=1).tolist() == [3]
 

@@ -126,7 +126,7 @@ def test_held_out_images_are_stratified_and_depend_only_on_the_seed():
     assert np.bincount(labels[held], minlength=4).tolist() == [10, 2, 1, 0]
     np.testing.assert_array_equal(held, hold_out(labels, np.arange(63), 0, 2)[1])
     assert held.tolist() != hold_out(labels, np.arange(63), 1, 2)[1].tolist()
-    assert held.tolist() != hold_out(labels, np.arange(63), 0, 0)[1].tolist(), "each purpose draws for itself"
+    assert held.tolist() != hold_out(labels, np.arange(63), 0, 0)[1].tolist(), "each purpose has its own random split"
 
 
 def test_another_seed_holds_out_other_images(monkeypatch):
@@ -197,7 +197,7 @@ def test_a_given_c_is_used():
     x = (rng.normal(size=(60, 4)) + labels[:, None]).astype(np.float32)
     given = linear(x, labels, x, c=0.003)
     assert given.c == 0.003
-    assert linear(x, labels, x).c in C_GRID, "0.003 is not among these"
+    assert linear(x, labels, x).c in C_GRID, "without c, C is chosen from the grid, which has no 0.003"
 
 
 def marked(count, seed=0):
@@ -221,7 +221,7 @@ def test_every_label_has_its_own_logistic_regression():
         assert precision > average_precision_score(test_truth[:, label], np.zeros(300)) + 0.2
     truth[:, 1] = 0
     without = linear_labels(x, truth, test_x)
-    assert np.ptp(without.predictions[:, 1]) == 0, "nothing to learn from"
+    assert np.ptp(without.predictions[:, 1]) == 0, "a label without positive images gets equal scores"
     assert np.ptp(without.predictions[:, 0]) > 0
 
 

@@ -42,7 +42,7 @@ from unmask.data.sources.source import Source
 from unmask.errors import listed
 
 ROUNDING = 1.0  # Pixels that a box may extend outside its image without being reported.
-CORNERS = 0.8  # A note is added if more of the boxes outside their image would fit as corners.
+CORNERS = 0.8  # A note is added if a larger share of the boxes outside their image would fit as corners.
 LEAST_INSIDE = 0.5  # Boxes with a smaller share of their area inside the image are left out.
 OUTSIDE, CUT, EMPTY, ASIDE = "outside", "cut", "empty", "aside"
 REASONS = {
@@ -195,9 +195,9 @@ def _drawn_on(objects: Objects, head: Header) -> DrawnOn | None:
 
 
 def _drawn_on_stored(boxes: BoxAnnotations, heads: Mapping[int, Header], objects: Mapping[int, Objects]) -> set[int]:
-    """Return the rows whose boxes were drawn on the stored pixels, and add a note. Raises BoxError if undecidable.
+    """Return the rows whose boxes were drawn on the stored pixels, and add a note. Raises BoxError if this is unclear.
 
-    heads: headers of the rows to open. objects: objects of all annotated rows, used if the rows to open do not decide.
+    heads: headers of the rows to open. objects: objects of all annotated rows, used if those rows leave it unclear.
     """
     found = {row: _drawn_on(objects[row], head) for row, head in heads.items()}
     stored = {row for row, where in found.items() if where is DrawnOn.STORED}

@@ -2,7 +2,7 @@
 
 Images are read as displayed, but many tools draw boxes and masks on the stored pixels. If the orientation swaps height
 and width, the size of the annotation shows which was used. For square images, and images rotated by 180 degrees or
-mirrored, the size does not decide: they are treated like the other images of their data set, or else as displayed.
+mirrored, the size does not show it: they are treated like the other images of their data set, or else as displayed.
 
 The orientation is EXIF's 1 to 8, as in `image_header.Header`; 5 to 8 swap height and width.
 """

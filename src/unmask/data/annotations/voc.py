@@ -29,7 +29,7 @@ def read_voc(folder: Path) -> tuple[dict[str, Objects], list[str]]:
 
 
 def _parse(file: Path) -> ElementTree.Element:
-    """Parse an XML file. Raises BoxError for a document type, whose entities could expand to gigabytes."""
+    """Parse an XML file. Raises BoxError for a DOCTYPE or entities, which could expand to gigabytes."""
     text = decode_xml(file.read_bytes(), file)
     if "<!DOCTYPE" in text or "<!ENTITY" in text:
         raise BoxError(f"{file} declares a document type or entities, which VOC's files do not use; remove them")

@@ -42,8 +42,8 @@ MIRRORED = 0.5  # Minimum share of a folder's names that occur in another folder
 class MaskLike:
     """A group of images that look like segmentation masks.
 
-    where: folder or suffix of the masks. count: number of masks. images: folder of the other images. pattern: of the
-    masks, for --exclude.
+    where: folder or suffix of the masks. count: number of masks. images: folder of the other images. pattern:
+    matches the masks, for --exclude.
     """
 
     where: str

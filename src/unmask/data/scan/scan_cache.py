@@ -199,8 +199,8 @@ def load_records(source: Source) -> FileRecords | None:
 def store_records(source: Source, records: FileRecords, began: float) -> str:
     """Store all known records of a source; return why they could not be stored, "" on success.
 
-    began: when the scan began, in seconds since 1970. Records of files that changed shortly before or since are left
-    out.
+    began: when the scan began, in seconds since 1970. Files that changed after that, or less than
+    SETTLED nanoseconds before it, are not stored.
     """
     file = cache_file(source)
     if file is None or source.changed is None:

@@ -61,13 +61,13 @@ def fit_linear(x: np.ndarray, targets: TrainingTargets, *, c: float | None = Non
 
 
 def fit_classes(x: np.ndarray, y: np.ndarray, *, seed: int = 0, c: float | None = None) -> Fitted:
-    """Fit logistic regression to features (n, D) with labels `y` (n,); predicts classes (m,) int64.
+    """Fit logistic regression to features (n, D) with labels `y` (n,). The result predicts classes (m,) int64.
 
-    C is the power of ten from 1e-5 to 1e2 with the best accuracy on a fifth of every class, held out by `seed`; the
-    log-loss decides ties. The search goes from strong to weak regularisation, starts each fit from the previous one,
-    and ends after two values in a row without improvement. Then all training images are fitted with this C. With one
-    image per class nothing can be held out, so C is 0.01. c: use this C instead. Raises UserError for fewer than two
-    classes.
+    C is the power of ten from 1e-5 to 1e2 with the best accuracy on a fifth of every class, held out by `seed`; ties
+    are broken by the log-loss. The search goes from strong to weak regularisation, starts each fit from the previous
+    one, and ends after two values in a row without improvement. Then all training images are fitted with this C. With
+    one image per class nothing can be held out, so C is 0.01. c: use this C instead. Raises UserError for fewer than
+    two classes.
     """
     y = np.asarray(y, np.int64)
     if len(np.unique(y)) < 2:
@@ -86,7 +86,7 @@ def fit_classes(x: np.ndarray, y: np.ndarray, *, seed: int = 0, c: float | None 
 
 
 def fit_labels(x: np.ndarray, y: np.ndarray, *, seed: int = 0) -> Fitted:
-    """Fit one logistic regression per label to `y` (n, T) of 0 and 1; predicts scores (m, T) float64.
+    """Fit one logistic regression per label to `y` (n, T) of 0 and 1. The result predicts scores (m, T) float64.
 
     All labels share one C: the power of ten with the best mean average precision on a held-out fifth of the training
     images. A label that no training image has, or all have, gets score 0 for every image.
@@ -125,7 +125,7 @@ def _scores(models: list[LogisticRegression], y: np.ndarray, test_x: np.ndarray)
 
 
 def fit_quantities(x: np.ndarray, y: np.ndarray, *, seed: int = 0) -> Fitted:
-    """Fit ridge regression to `y` (n, T) float64; predicts quantities (m, T).
+    """Fit ridge regression to `y` (n, T) float64. The result predicts quantities (m, T).
 
     All columns, each standardised, share one penalty: the power of ten from 1e-2 to 1e6 with the smallest squared error
     on a held-out fifth of the training images. The chosen `c` is 1 / penalty.

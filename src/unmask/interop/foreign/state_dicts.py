@@ -170,7 +170,7 @@ def root(number: int) -> int:
 
 
 def require_same(key: str, stated: Any, found: Any) -> None:
-    """Raise ForeignError if config.json states another value than the tensors have. stated: None if not stated."""
+    """Raise ForeignError if the value in config.json (`stated`, None if absent) differs from that of the tensors."""
     if stated is not None and stated != found:
         raise ForeignError(
             f"config.json states {key}={stated}, but the tensors have {found}; the two files belong to different models"
