@@ -84,7 +84,7 @@ def words(seed: int, stream: Stream, epoch: Array, index: Array, count: int) -> 
 
 def uniform(seed: int, stream: Stream, epoch: Array, index: Array, count: int) -> Array:
     """Return (B, count) float32 in [0, 1) with 24 random bits each, identical in NumPy and torch on any device."""
-    top = words(seed, stream, epoch, index, count) >> 8
+    top = words(seed, stream, epoch=epoch, index=index, count=count) >> 8
     scale = 2.0**-24
     return top.to(torch.float32) * scale if isinstance(top, Tensor) else top.astype(np.float32) * np.float32(scale)
 
@@ -92,7 +92,7 @@ def uniform(seed: int, stream: Stream, epoch: Array, index: Array, count: int) -
 def permutation(seed: int, epoch: int, count: int) -> np.ndarray:
     """Return the order of the images in one epoch, (count,) int64, from 64-bit keys (0.2 s per million images)."""
     index = np.arange(count, dtype=np.int64)
-    pair = words(seed, Stream.ORDER, np.full(count, epoch, np.int64), index, 2)
+    pair = words(seed, Stream.ORDER, epoch=np.full(count, epoch, np.int64), index=index, count=2)
     return np.lexsort((index, pair[:, 1], pair[:, 0]))
 
 

@@ -329,7 +329,7 @@ def test_a_cell_fails_when_its_tokenizer_could_not_be_trained(data, tmp_path, mo
 
 def test_the_family_has_rows_with_equal_steps_and_equal_compute(data, tmp_path, monkeypatch):
     """Every method and the tokenizer have rows. Their FLOPs are counted without training."""
-    monkeypatch.setattr(ablate_module, "make_cell", lambda *_: None)
+    monkeypatch.setattr(ablate_module, "make_cell", lambda *_, **__: None)
     settings = ["data.size=[16,16]", "data.workers=0", "train.batch_size=8", "train.steps=100", "train.device=cpu"]
     summary = make(data, tmp_path / "table", table="family", settings=settings)
     rows = {row["name"]: row for row in summary["rows"]}
@@ -459,7 +459,7 @@ def test_a_given_run_is_fine_tuned_with_separate_test_images_and_several_seeds(f
 
 
 def test_pre_training_gets_two_thirds_of_the_budget(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(ablate_module, "make_cell", lambda *_: None)
+    monkeypatch.setattr(ablate_module, "make_cell", lambda *_, **__: None)
     monkeypatch.setattr(schedule, "measure_step_seconds", lambda *_, **__: 0.1)
     monkeypatch.setattr(schedule, "encode_seconds", lambda *_: 0.0)
     monkeypatch.setattr(training_data, "batch_seconds", lambda *_, **__: Timing(0.0, 0.0, 0.0))
@@ -530,7 +530,7 @@ def test_a_folder_with_other_content_is_rejected(data, tmp_path):
 
 def test_a_budget_is_shared_by_all_cells_and_seeds(data, tmp_path, monkeypatch):
     """The training time of all cells and the probes use nine tenths of the budget."""
-    monkeypatch.setattr(ablate_module, "make_cell", lambda *_: None)
+    monkeypatch.setattr(ablate_module, "make_cell", lambda *_, **__: None)
     monkeypatch.setattr(schedule, "measure_step_seconds", lambda config, *_, **__: 0.1 * config.method.decoder.depth)
     monkeypatch.setattr(schedule, "encode_seconds", lambda *_: 0.0)
     monkeypatch.setattr(training_data, "batch_seconds", lambda *_, **__: Timing(0.0, 0.0, 0.0))
@@ -546,14 +546,14 @@ def test_a_budget_is_shared_by_all_cells_and_seeds(data, tmp_path, monkeypatch):
 
 
 def test_training_lengths_are_multiples_of_the_shortest_run(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(ablate_module, "make_cell", lambda *_: None)
+    monkeypatch.setattr(ablate_module, "make_cell", lambda *_, **__: None)
     summary = make(data, tmp_path / "table", table="fig7", settings=[*SMALL, "method.decoder.depth=1"])
     assert [row["steps"] for row in summary["rows"]] == [3, 6, 12, 24, 48]
 
 
 def test_by_default_the_base_row_has_the_length_of_the_recipe(data, tmp_path, monkeypatch):
     """The row with 800 epochs has the length of the recipe, not the row with 100 epochs."""
-    monkeypatch.setattr(ablate_module, "make_cell", lambda *_: None)
+    monkeypatch.setattr(ablate_module, "make_cell", lambda *_, **__: None)
     free = [setting for setting in SMALL if "steps" not in setting]
     alone = make(data, tmp_path / "alone", table="1a", settings=free)
     lengths = make(data, tmp_path / "table", table="fig7", settings=[*free, "method.decoder.depth=1"])

@@ -42,5 +42,7 @@ def compare(request: CompareRequest, console: Console) -> "Comparison":
     """Return what the page shows and FILE.json contains."""
     from unmask.comparison.compare import ProbeWanted, compare
 
-    wanted = ProbeWanted(request.data, request.test, request.kind, request.shots, request.device)
+    wanted = ProbeWanted(
+        data=request.data, test=request.test, kind=request.kind, shots=request.shots, device=request.device
+    )
     return compare(request.runs, wanted, out=request.out, console=console)

@@ -66,7 +66,7 @@ def make_cells(folder: Path, plan: TablePlan, console: Console) -> None:
         for cell in plan.cells:
             if seed not in plan.runs_of(cell):
                 continue
-            make_cell(folder, plan, cell, seed, console)
+            make_cell(folder, plan, cell=cell, seed=seed, console=console)
             now = {row.cell.name: row.sentence for row in write_table(folder, "running").rows}
             if now[cell.name] != before[cell.name]:
                 console.print(now[cell.name])

@@ -107,7 +107,7 @@ def require_probe(request: TableRequest) -> tuple[Source, int]:
                 "images must be in sub-folders of the same names"
             )
     if request.shots is not None:
-        few_shots(rows, source.labels[rows], source.classes, request.shots, 0)
+        few_shots(rows, source.labels[rows], classes=source.classes, shots=request.shots, seed=0)
     smallest = int(np.bincount(source.labels[rows], minlength=len(source.classes)).min())
     limit = max(1, request.shots or min(smallest, MOST_LABELS // len(source.classes)))
     return source, min(request.shots or limit, limit)
@@ -131,7 +131,9 @@ def plan_table(experiment: Experiment, console: Console) -> TablePlan:
     measured = with_lengths(experiment, measured)
     steps, reason = steps_without_budget(experiment, measured)
     if request.budget is not None:
-        steps, reason = steps_in_budget(experiment, measured, request.budget, scanning, time.perf_counter() - began)
+        steps, reason = steps_in_budget(
+            experiment, measured, budget=request.budget, scanning=scanning, spent=time.perf_counter() - began
+        )
     tuned = max(1, round(steps * _base_of(measured).length))
     if table.measure == "fine_tuned" and tuned != steps:
         reason += f"; this is the length of pre-training, and each cell is fine-tuned for {tuned} steps"
@@ -281,7 +283,12 @@ def measure_cell(experiment: Experiment, cell: Cell, scan: Scan, device: str) ->
         load = training_data.batch_seconds(images, batch, workers, cached=plan.cached).median
         decode = training_data.batch_seconds(images, batch, 0, cached=False).median / batch
         compute = measure_step_seconds(
-            config, plan.images, plan.micro_batch, plan.precision, device, seconds=MEASURE_SECONDS
+            config,
+            plan.images,
+            micro=plan.micro_batch,
+            precision=plan.precision,
+            device=device,
+            seconds=MEASURE_SECONDS,
         )
         tested = len(open_source(request.test)) if request.test is not None else len(source) // 5
         probed, fitting = tested + experiment.shots * len(source.classes), FIT_SECONDS

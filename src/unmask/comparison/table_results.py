@@ -198,7 +198,7 @@ def with_ratios(rows: Sequence[CellRow]) -> list[CellRow]:
 
 def read_cell(folder: Path, plan: TablePlan, cell: PlannedCell, failures: Mapping[str, str]) -> CellRow:
     """Read the results of a cell. failures: the reasons of failed runs, by folder name."""
-    runs = tuple(read_run(folder, plan, cell, seed, failures) for seed in plan.runs_of(cell))
+    runs = tuple(read_run(folder, plan, cell=cell, seed=seed, failures=failures) for seed in plan.runs_of(cell))
     row = CellRow(
         cell=cell,
         runs=runs,

@@ -54,13 +54,13 @@ def make_cell(folder: Path, plan: TablePlan, cell: PlannedCell, seed: int, conso
     """
     name = cell.run_name(seed)
     try:
-        run = train_cell(folder, plan, cell, seed, console)
+        run = train_cell(folder, plan, cell=cell, seed=seed, console=console)
         if cell.fine_tunes:
             if read_score(run) is None:
                 console.print(f"{name}: testing")
                 final_test.measure_run(run)
         elif not cell.shared:
-            probe_cell(run, plan, cell, seed, console)
+            probe_cell(run, plan, cell=cell, seed=seed, console=console)
         if not run.report_file.exists():
             write_report(run.path)
         fault = None

@@ -203,9 +203,9 @@ def cut(
     whole = all(value.is_integer() for value in (top, left, height, width))
     common = image.dtype == np.uint8 and image.shape[2] in (1, 3)
     if whole and (height, width) == target:
-        out[...] = _inside(image, top, left, height, width)
+        out[...] = _inside(image, (top, left, height, width))
     elif whole and common:
-        part = torch.from_numpy(_inside(image, top, left, height, width).copy())
+        part = torch.from_numpy(_inside(image, (top, left, height, width)).copy())
         # F.interpolate has no `out` argument, and allocating the result takes a third as long as computing it.
         KERNELS[interpolation].out(part.permute(2, 0, 1)[None], target, False, None, None, out=pixels)
     elif common:
@@ -214,7 +214,7 @@ def cut(
             part = _cut_fractions(image, (top, left, height, width), target, interpolation)
         out[...] = part
     else:
-        part = _inside(image, top, left, height, width)
+        part = _inside(image, (top, left, height, width))
         bands = torch.from_numpy(part.astype(np.float32)).permute(2, 0, 1)[None]
         resized = F.interpolate(bands, size=target, mode=interpolation, align_corners=False, antialias=True)
         resized = resized[0].permute(1, 2, 0).numpy().clip(part.min(), part.max())
@@ -240,7 +240,7 @@ def cut_valid(
     the filter's weight.
     """
     top, left, height, width = (float(value) for value in box)
-    part, part_valid = (_inside(array, top, left, height, width) for array in (image, valid))
+    part, part_valid = (_inside(array, (top, left, height, width)) for array in (image, valid))
     if part.shape[:2] == target:
         pixels, out_valid = part.astype(np.float32), part_valid
     else:
@@ -260,8 +260,9 @@ def cut_valid(
     return (pixels[:, ::-1], out_valid[:, ::-1]) if flip else (pixels, out_valid)
 
 
-def _inside(image: np.ndarray, top: float, left: float, height: float, width: float) -> np.ndarray:
+def _inside(image: np.ndarray, box: Corners) -> np.ndarray:
     """Return a view of the pixels in the box, rounded to whole pixels and at least one pixel large."""
+    top, left, height, width = box
     y, x = int(top), int(left)
     return image[y : max(y + 1, round(top + height)), x : max(x + 1, round(left + width))]
 
@@ -352,7 +353,7 @@ def cut_later(
     """
     top, left, height, width = (float(value) for value in box)
     if all(value.is_integer() for value in (top, left, height, width)):
-        part, place = _inside(image, top, left, height, width), (0.0, 0.0, height, width)
+        part, place = _inside(image, (top, left, height, width)), (0.0, 0.0, height, width)
     else:
         part, place = _within_reach(image, (top, left, height, width), target)
     if part.shape[0] > out.shape[0] or part.shape[1] > out.shape[1]:

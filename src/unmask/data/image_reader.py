@@ -252,9 +252,9 @@ class ImageReader:
         box_here = box * (y, x, y, x)  # in pixels of the image as decoded
         beside = {}
         if self.annotations is not None:
-            beside = self.annotations.cut(row, opened.size, box, self.spec.size, flip)
+            beside = self.annotations.cut(row, opened.size, box=box, target=self.spec.size, flip=flip)
         if opened.valid is not None:
-            return beside | {"valid": self._take_valid(opened, box_here, flip, out, crop)}
+            return beside | {"valid": self._take_valid(opened, box_here, flip=flip, out=out, crop=crop)}
         if crop is None:
             augment.cut(opened.image, box_here, self.spec.size, flip, out, self.interpolation)
         else:

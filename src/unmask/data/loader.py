@@ -71,7 +71,7 @@ def training_batches(
     cannot be replaced, and LoadingFailed if a worker dies or stalls.
     """
     order = Order(images.rows, images.seed, images.repeats)
-    return _deliveries(images, _Positions(order, start, batch, batches), workers, pin, folder)
+    return _deliveries(images, _Positions(order, start, batch, batches), workers=workers, pin=pin, folder=folder)
 
 
 def eval_batches(images: ImageReader, rows: np.ndarray, *, batch: int, workers: int = 0) -> Iterator[Batch]:

@@ -133,7 +133,7 @@ def find_bottleneck(
     source = apply_reading(open_source(data, exclude), draft.data.reading)
     found = scan(source, sample=LOOKED_AT, workers=0, channels=draft.data.channels)
     reject_bad_data(found, draft)
-    config, reasons, _ = choose_config(source, found, recipe, settings, device, budget=None)
+    config, reasons, _ = choose_config(source, found, recipe=recipe, settings=settings, device=device, budget=None)
     images, plan = prepare_images(TrainingRequest(source, found, config, device, reasons=reasons))
     console.print(
         f"{source.name}: {len(source)} images, recipe {config.recipe}, batches of {plan.batch_size} on {device}, "
@@ -175,7 +175,9 @@ def measure(images: ImageReader, plan: Plan, unread: np.ndarray, config: Config)
         read=read,
         decode=decoding,
         transform=transform,
-        step=measure_step_seconds(config, plan.images, plan.micro_batch, plan.precision, plan.device, seconds=PATIENCE)
+        step=measure_step_seconds(
+            config, plan.images, micro=plan.micro_batch, precision=plan.precision, device=plan.device, seconds=PATIENCE
+        )
         / plan.batch_size,
         workers=plan.workers,
         cores=num_cores(),

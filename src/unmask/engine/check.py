@@ -89,7 +89,9 @@ def check_data(
         return 2, summary
     for line in odd_image_warnings(source, found):
         console.warn(line)
-    summary |= forecast(source, found, console, list(settings), choose_device(draft.train.device))
+    summary |= forecast(
+        source, found, console=console, settings=list(settings), device=choose_device(draft.train.device)
+    )
     most = DataConfig().max_bad_fraction
     if found.bad_fraction > most:
         console.warn(
@@ -155,13 +157,22 @@ def print_table(rows: list[dict[str, Any]], console: Console) -> None:
 
 def forecast(source: Source, found: Scan, console: Console, settings: list[str], device: str) -> dict[str, Any]:
     """Make the plan that `unmask pretrain --recipe auto` would make, time a few steps, and return the forecast."""
-    config, reasons, proposals = choose_config(source, found, "auto", settings, device, budget=None)
+    config, reasons, proposals = choose_config(
+        source, found, recipe="auto", settings=settings, device=device, budget=None
+    )
     size = consequence(found.median_size, config.data.size, patch_of(config))
     console.print(size)
     images, plan = prepare_images(TrainingRequest(source, found, config, device, reasons=reasons))
     load = batch_seconds(images, plan.batch_size, plan.workers, cached=plan.cached)
     compute = Timing.of(
-        time_steps(config, plan.images, plan.micro_batch, plan.precision, device, seconds=MEASURE_SECONDS)
+        time_steps(
+            config,
+            plan.images,
+            micro=plan.micro_batch,
+            precision=plan.precision,
+            device=device,
+            seconds=MEASURE_SECONDS,
+        )
     )
     timing = compute.with_loading(load, plan.workers)
     each, takes = timing.median, [duration(plan.steps * seconds) for seconds in timing]

@@ -81,8 +81,8 @@ def set_values(run_folder: str | Path, assignments: Iterable[str], *, console: C
         config, plan = read_config(run), read_plan(run)
         run.add_digests()
         step = checkpoint.newest_step(run) or 0
-        new = _checked(run, config, plan, asked, step)
-        new_plan = replanned(config, new, plan, asked, step)
+        new = _checked(run, config, plan=plan, asked=asked, step=step)
+        new_plan = replanned(config, new, plan=plan, asked=asked, step=step)
         changes = {key: [_value(config, key), _value(new, key)] for key in keys(new)}
         changes = {key: pair for key, pair in changes.items() if pair[0] != pair[1]}
         if not changes and new_plan == plan:

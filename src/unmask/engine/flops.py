@@ -67,7 +67,9 @@ def count_flops(config: Config, images: ImageSpec) -> Flops:
 def typical_images(config: Config) -> ImageSpec:
     """Return the image properties that a configuration expects; RGB unless it sets the channels."""
     channels = config.data.channels or len(config.data.mean or config.data.std or (0, 0, 0))
-    return ImageSpec(channels, config.data.size, "uint8", (127.5,) * channels, (64.0,) * channels)
+    return ImageSpec(
+        channels=channels, size=config.data.size, dtype="uint8", mean=(127.5,) * channels, std=(64.0,) * channels
+    )
 
 
 def blocks_flops(blocks: Iterable[nn.Module], tokens: int, width: int, *, last: int | None = None) -> int:

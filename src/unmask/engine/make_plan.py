@@ -110,7 +110,7 @@ def choose_steps(
     train = config.train
     if budget is not None:
         each = step_seconds()  # must precede `budget.used()`, because measuring takes time too
-        return fill_budget(config, budget.seconds, budget.used(), each, num_test)
+        return fill_budget(config, budget.seconds, used=budget.used(), timing=each, num_test=num_test)
     if train.steps is not None:
         steps, why = train.steps, f"{train.steps} steps: the setting train.steps"
     else:
@@ -186,7 +186,9 @@ def make_plan(
 
     def step_seconds() -> Timing:
         patience = 5.0 if budget is None else min(5.0, MEASURING_SHARE * budget.seconds)
-        compute = Timing.of(time_steps(config, dataset.spec, micro, precision, device, seconds=patience))
+        compute = Timing.of(
+            time_steps(config, dataset.spec, micro=micro, precision=precision, device=device, seconds=patience)
+        )
         return compute.with_loading(loading.batch_seconds() if loading.batch_seconds else NO_TIME, loading.workers)
 
     steps, test_every, why_steps = choose_steps(

@@ -105,7 +105,7 @@ def measure_step_seconds(
     config: Config, images: ImageSpec, micro: int, precision: str, device: str, *, seconds: float = 5.0
 ) -> float:
     """Return the mean time of one optimiser step; see `time_steps`."""
-    times = time_steps(config, images, micro, precision, device, seconds=seconds)
+    times = time_steps(config, images, micro=micro, precision=precision, device=device, seconds=seconds)
     return sum(times) / len(times)
 
 

@@ -106,7 +106,13 @@ def _read_images(data: str, size: int, console: Console) -> tuple[torch.Tensor, 
         raise DataError(
             f"none of {found.checked} files of {source.name} can be read; run `unmask check` to see the reasons"
         )
-    spec = ImageSpec(found.channels_majority, (size, size), found.dtype_majority, tuple(found.mean), tuple(found.std))
+    spec = ImageSpec(
+        channels=found.channels_majority,
+        size=(size, size),
+        dtype=found.dtype_majority,
+        mean=tuple(found.mean),
+        std=tuple(found.std),
+    )
     rows = np.linspace(0, len(source) - 1, min(len(source), MAX_IMAGES)).astype(int)
     readable = ReadableImages(source, rows, spec, CropConfig(), training=False)
     batch = Batch.join(list(eval_batches(readable, rows, batch=64, workers=0)))

@@ -100,7 +100,7 @@ class Plan(Settings):
         if self.earlier is not None and step < self.since:
             return self.earlier.clock(step, draws, micro)
         share = self.place(step) / self.first_steps if self.replans else None
-        return Clock(step, self.steps, draws, micro, share)
+        return Clock(step=step, total=self.steps, rng=draws, micro=micro, share=share)
 
     def passed(self, step: int, every: int) -> bool:
         """Return whether step `step` reaches a multiple of `every` steps of the original schedule."""

@@ -125,7 +125,9 @@ def pretrain(
         chosen = resolve_config(base, settings, budget=budget, source=source)
         reasons: tuple[str, ...] = (f"settings of {options.config}" if from_run is None else f"weights of {from_run}",)
     else:
-        chosen, reasons, _ = choose_config(source, found, recipe, settings, device, budget=budget)
+        chosen, reasons, _ = choose_config(
+            source, found, recipe=recipe, settings=settings, device=device, budget=budget
+        )
     request = TrainingRequest(source=source, scan=found, config=chosen, device=device, budget=budget, reasons=reasons)
     return start_run(request, out=out, console=console)
 
@@ -168,7 +170,9 @@ def start_run(request: TrainingRequest, *, out: str | Path | None, console: Cons
         if (warning := few_steps(plan)) is not None:
             console.warn(warning)
         supervise = None if split is None else split.supervise
-        train_and_record(TrainingInputs(run, config, recorded, images, console), supervise)
+        train_and_record(
+            TrainingInputs(run=run, config=config, plan=recorded, images=images, console=console), supervise
+        )
     return run
 
 

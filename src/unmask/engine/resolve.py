@@ -208,7 +208,7 @@ def require_method(config: Config) -> None:
     mean, std = config.data.mean or (0.0,) * channels, config.data.std or (1.0,) * channels
     require_statistics(channels, mean, std)
     with torch.device("meta"):
-        config.build(ImageSpec(channels, config.data.size, "uint8", mean, std))
+        config.build(ImageSpec(channels=channels, size=config.data.size, dtype="uint8", mean=mean, std=std))
 
 
 def require_statistics(channels: int, mean: tuple[float, ...], std: tuple[float, ...]) -> None:

@@ -87,7 +87,7 @@ def resume(
             record_move(run, before, config, console)
         elif places is not None and supervise is not None:
             supervise = recording_move(supervise, before, console)
-        train_and_record(TrainingInputs(run, config, plan, images, console), supervise)
+        train_and_record(TrainingInputs(run=run, config=config, plan=plan, images=images, console=console), supervise)
     return run
 
 

@@ -101,7 +101,9 @@ def image_spec(found: Scan, config: Config) -> ImageSpec:
     channels = config.data.channels or found.channels_majority
     mean, std = config.data.mean or found.mean, config.data.std or found.std
     require_statistics(channels, mean, std)
-    return ImageSpec(channels, config.data.size, found.dtype_majority, tuple(mean), tuple(std))
+    return ImageSpec(
+        channels=channels, size=config.data.size, dtype=found.dtype_majority, mean=tuple(mean), std=tuple(std)
+    )
 
 
 def prepare_images(request: TrainingRequest) -> tuple[ImageReader, Plan]:
@@ -172,9 +174,16 @@ def training_images(source: Source, rows: np.ndarray, spec: ImageSpec, config: C
             f"got data.resize=device with {what}; it is for 8-bit gray or RGB images without jitter, use "
             "data.resize=loader"
         )
-    return ImageReader(source, rows, spec, data.crop, config.train.seed, repeats=data.repeats, on_device=on_device,
+    return ImageReader(
+        source=source,
+        rows=rows,
+        spec=spec,
+        crop=data.crop,
+        seed=config.train.seed,
+        repeats=data.repeats,
+        on_device=on_device,
         min_valid=data.min_valid,
-    )  # fmt: skip
+    )
 
 
 def batch_seconds(images: ImageReader, batch: int, workers: int, *, cached: bool) -> Timing:

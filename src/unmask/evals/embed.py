@@ -52,7 +52,7 @@ def embed_images(
     table = tables["encoder"]
     names = [source.names[row] for row in table.index.tolist()]
     labels = None if table.labels is None else [source.classes[label] for label in table.labels.tolist()]
-    _write_features(out, names, labels, table.cls, table.mean)
+    _write_features(out, names, labels=labels, cls=table.cls, mean=table.mean)
     console.print(f"{out}: {len(names)} images, width {table.mean.shape[1]}, from step {loaded.step} of {run}")
     return EmbedResult(
         out=str(out),

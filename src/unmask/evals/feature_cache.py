@@ -59,7 +59,13 @@ def find(folder: Path, key: str, source: Source, rows: np.ndarray) -> FeatureTab
     with suppress(OSError):  # a read-only folder
         os.utime(file)
     labels = None if source.labels is None else source.labels[rows]
-    return FeatureTable(np.asarray(rows, np.int64), labels, stored.get("cls"), stored["mean"], stored["digest"])
+    return FeatureTable(
+        index=np.asarray(rows, np.int64),
+        labels=labels,
+        cls=stored.get("cls"),
+        mean=stored["mean"],
+        digest=stored["digest"],
+    )
 
 
 def store(folder: Path, key: str, table: FeatureTable, rows: np.ndarray) -> int:

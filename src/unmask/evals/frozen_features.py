@@ -78,11 +78,11 @@ class Tokens:
 def joined_tables(tables: Sequence[FeatureTable]) -> FeatureTable:
     """Concatenate tables without tokens."""
     return FeatureTable(
-        np.concatenate([table.index for table in tables]),
-        _joined([table.labels for table in tables]),
-        _joined([table.cls for table in tables]),
-        np.concatenate([table.mean for table in tables]),
-        np.concatenate([table.digest for table in tables]),
+        index=np.concatenate([table.index for table in tables]),
+        labels=_joined([table.labels for table in tables]),
+        cls=_joined([table.cls for table in tables]),
+        mean=np.concatenate([table.mean for table in tables]),
+        digest=np.concatenate([table.digest for table in tables]),
     )
 
 

@@ -109,7 +109,7 @@ def features(
     This function computes all features. Probes and embeddings of the same rows and precision share cached tables.
     """
     precision, folder, tokens = options.precision or eval_precision(loaded), options.cache, options.tokens
-    keys = {} if folder is None or tokens else keys_of(loaded, encoders, source, rows, precision)
+    keys = {} if folder is None or tokens else keys_of(loaded, encoders, source=source, rows=rows, precision=precision)
     tables = {
         name: table for name, key in keys.items() if folder and (table := feature_cache.find(folder, key, source, rows))
     }
@@ -117,7 +117,7 @@ def features(
     if new := {name: encoder for name, encoder in encoders.items() if name not in tables}:
         workers = 0 if len(rows) < MANY_IMAGES else choose_workers(loaded.device, cached=False)[0]
         with console.progress(options.title, len(rows)) as bar:
-            batches = read(eval_images(loaded, source), rows, workers, console, bar)
+            batches = read(eval_images(loaded, source), rows, workers=workers, console=console, bar=bar)
             num_tokens = len(rows) if tokens else 0
             tables |= collect_each(new, batches, device=loaded.device, precision=precision, tokens=num_tokens)
         if folder is not None and keys and is_worth_storing(began):

@@ -197,7 +197,9 @@ def training_sets(images: LabelledImages, rows: np.ndarray, options: ProbeOption
     nowhere = np.zeros(0, np.int64)
     return [
         TrainingSet(
-            shots, rows if shots is None else few_shots(rows, y, names, shots, options.seed, draw=draw), nowhere
+            shots,
+            rows if shots is None else few_shots(rows, y, classes=names, shots=shots, seed=options.seed, draw=draw),
+            nowhere,
         )
         for shots in options.budgets
         for draw in range(draws)

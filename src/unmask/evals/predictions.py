@@ -101,7 +101,7 @@ def vote(
         one = majority(values, seen[0].index, targets.seed)
     else:
         one = values.mean(0)
-    return Prediction(features, pool, one, fitted.chosen, fitted.converged)
+    return Prediction(features=features, pool=pool, values=one, chosen=fitted.chosen, converged=fitted.converged)
 
 
 def pools(

@@ -108,7 +108,13 @@ def run_probes(
         console.warn(f"intervals over {options.num_draws} draws of the labels are wide; use {DEFAULT_DRAWS} or more")
     opened = Run.open(run)
     loaded = load(opened.path, device=choose_device(options.device), step=options.step)
-    job = ProbeJob(opened, loaded, load_others(opened.path, options.against, options.device), options, console)
+    job = ProbeJob(
+        run=opened,
+        loaded=loaded,
+        others=load_others(opened.path, options.against, options.device),
+        options=options,
+        console=console,
+    )
     results = probe_with_labels(job, labelled) if labelled else {}
     results |= measure_without_labels(job, label_free) if label_free else {}
     for result in results.values():
@@ -134,7 +140,9 @@ def probe_with_labels(
     sets = all_feature_sets(job, images, rows, controls=job.options.controls)
     on_tokens = {name: probe for name, probe in probes.items() if isinstance(probe, TokenProbe)}
     train, chosen = training_features(job, sets, images, tokens=bool(on_tokens))
-    fits = {name: fit_to_tokens(job, probe, train, chosen, images) for name, probe in on_tokens.items()}
+    fits = {
+        name: fit_to_tokens(job, probe, train=train, chosen=chosen, images=images) for name, probe in on_tokens.items()
+    }
     train = {name: replace(table, tokens=None) for name, table in train.items()}
     test, values = test_features(job, sets, images, fits)
     test_y = images.test_y[test[PRETRAINED].index]
@@ -194,7 +202,7 @@ def training_features(
     while True:
         chosen = training_sets(images, rows, job.options, draws=job.options.num_draws)
         union = reduce(np.union1d, [each.rows for each in chosen])
-        train = tables_of(sets, images.train, union, options, job.console)
+        train = tables_of(sets, images.train, rows=union, options=options, console=job.console)
         index = train[PRETRAINED].index
         broken = np.setdiff1d(union, index)
         if job.options.shots is None:
@@ -239,13 +247,13 @@ def test_features(
     rows = images.test_rows
     if not fits:
         options = FeatureOptions(title="test images", cache=job.cache)
-        return tables_of(sets, images.test, rows, options, job.console, test=True), {}
+        return tables_of(sets, images.test, rows=rows, options=options, console=job.console, test=True), {}
     options = FeatureOptions(title="test images", tokens=True)
     pieces: list[dict[str, FeatureTable]] = []
     answers: dict[str, dict[str, list[list[np.ndarray]]]] = {kind: {} for kind in fits}
     for start in range(0, len(rows), TEST_PIECE):
         part = rows[start : start + TEST_PIECE]
-        piece = tables_of(sets, images.test, part, options, job.console, test=True)
+        piece = tables_of(sets, images.test, rows=part, options=options, console=job.console, test=True)
         for kind, fitted in fits.items():
             for name, table in piece.items():
                 heads = fitted[name] if name in fitted else fitted[name.rpartition(VOTE)[0]]
@@ -351,7 +359,9 @@ def measure_without_labels(job: ProbeJob, kinds: Mapping[str, LabelFreeMeasure])
     source = open_source(job.options.data, job.options.exclude)
     rows = np.arange(len(source))
     sets = all_feature_sets(job, None, rows, controls=True)
-    tables = tables_of(sets, source, rows, FeatureOptions(title="images", cache=job.cache), job.console)
+    tables = tables_of(
+        sets, source, rows=rows, options=FeatureOptions(title="images", cache=job.cache), console=job.console
+    )
     data = image_set(job.options.data, source, job.options.exclude)
     results = {}
     for kind, measure in kinds.items():

@@ -164,7 +164,7 @@ def split_rows(
                 f"got --shots {shots}; expected 1 to {len(rows)}, the number of annotated training images"
             )
         names = annotated.classes if annotated.annotations is None else ("annotated images",)
-        rows = few_shots(rows, labels[rows], names, shots, seed)
+        rows = few_shots(rows, labels[rows], classes=names, shots=shots, seed=seed)
     return rows, held
 
 

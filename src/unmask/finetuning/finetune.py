@@ -94,7 +94,11 @@ class FinetuneOptions:
     def annotation_options(self) -> AnnotationOptions:
         """Return the options for opening the annotations of the training images."""
         return AnnotationOptions(
-            self.annotations, self.split, tuple(self.exclude), tuple(self.ignored), self.mask_options
+            path=self.annotations,
+            split=self.split,
+            exclude=tuple(self.exclude),
+            ignored=tuple(self.ignored),
+            mask_options=self.mask_options,
         )
 
     def test_annotation_options(self, classes: Sequence[str]) -> AnnotationOptions:
@@ -164,7 +168,9 @@ def finetune(
         recipe, why = choose_recipe(
             task_class(options.task), pretrained.encoder, len(examples.train), from_scratch=options.from_scratch
         )
-    config, found = configure(run, examples, replace(options, recipe=recipe, settings=settings), budget, console)
+    config, found = configure(
+        run, examples, options=replace(options, recipe=recipe, settings=settings), budget=budget, console=console
+    )
     where = {
         "test": options.test,
         "annotations": annotations_of(options.task, data, options.annotations, examples.annotated),
@@ -230,7 +236,7 @@ def open_examples(data: str, options: FinetuneOptions, console: Console) -> Exam
             f"all {len(shared)} test images are also training images; give others, or leave --test out to hold out a "
             "fifth"
         )
-    return Examples(annotated, train, held_out, test, shared)
+    return Examples(annotated=annotated, train=train, held_out=held_out, test=test, shared=shared)
 
 
 def configure(

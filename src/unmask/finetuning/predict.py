@@ -62,13 +62,19 @@ def predict(
     require_score(task, options.min_score)
     require_out(out, writer)
     source = apply_reading(open_images(images), loaded.plan.reading)
-    file = PredictionFile(out, names_of(task), loaded.config.method.model_dump(), list(source.names), options.min_score)
+    file = PredictionFile(
+        out=out,
+        classes=names_of(task),
+        settings=loaded.config.method.model_dump(),
+        images=list(source.names),
+        min_score=options.min_score,
+    )
     with (
         torch.inference_mode(),
         autocast(eval_precision(loaded), loaded.device),
         console.progress("predicting", len(source)) as bar,
     ):
-        done, found = writer.write(file, predictions(loaded, task, source, console, bar))
+        done, found = writer.write(file, predictions(loaded, task, source=source, console=console, bar=bar))
     commonest = sorted(found.items(), key=lambda pair: -pair[1])[:MOST_NAMED]
     counts = ", ".join(f"{number:,} {writer.unit}{label}" for label, number in commonest)
     console.print(f"{out}: {done} images: {counts}")

@@ -134,4 +134,4 @@ def open_test_set(config: Config, plan: Plan, annotated: AnnotatedImages, consol
         images.keep_decoded()
     elif len(rows) >= MANY_IMAGES:
         workers = choose_workers(plan.device, cached=False)[0]
-    return TestSet(images, rows, of, console, workers)
+    return TestSet(images=images, rows=rows, annotated=of, console=console, workers=workers)

@@ -48,7 +48,9 @@ def export_run(
         with name_in_errors(out):
             exported.write(staged)
         difference, tested = check_export(exported, staged, loaded, run)
-        card_text = model_card(Run.open(run), loaded, target, with_path(exported, out.name), tested)
+        card_text = model_card(
+            Run.open(run), loaded, target=target, exported=with_path(exported, out.name), tested=tested
+        )
         card_path(staged, target.suffix).write_text(card_text, "utf-8")
         for file in sorted(staging.iterdir()):
             file.rename(out.parent / file.name)

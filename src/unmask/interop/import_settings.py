@@ -190,6 +190,6 @@ def with_statistics(found: Recognised, config: Config) -> tuple[Config, ImageSpe
             "used in their training with --set data.mean=[...] and --set data.std=[...], in the files' units (0 to 255)"
         )
     resolve.require_statistics(channels, mean, std)
-    images = ImageSpec(channels, config.data.size, "uint8", tuple(mean), tuple(std))
+    images = ImageSpec(channels=channels, size=config.data.size, dtype="uint8", mean=tuple(mean), std=tuple(std))
     data = {"channels": channels, "mean": images.mean, "std": images.std}
     return config.model_copy(update={"data": config.data.model_copy(update=data)}), images

@@ -46,7 +46,7 @@ def write_run(out: str | Path, model: ImportedModel, reasons: tuple[str, ...], a
         if fixed:
             checkpoint.save_fixed(run, fixed)
         changing = {name: value.clone() for name, value in weights.items() if name not in fixed}
-        checkpoint.save(run, 0, changing, {}, {"step": 0})
+        checkpoint.save(run, 0, model=changing, optim={}, state={"step": 0})
 
     with Run.begin(out, files, fill=fill) as run:
         run.set_status("finished", 0, total=0)

@@ -224,11 +224,11 @@ def finetune_rows(result: FinetuneResult, model: str) -> list[ResultRow]:
     names: list[str] = [result.metric, *(name for name in METRICS if name != result.metric and name in result.numbers)]
     return [
         ResultRow(
-            title,
-            model,
-            result.step,
-            METRICS.get(name, name),
-            _headline(result) if name == result.metric else show_score(result.numbers[name], ACCURACY),
+            measured=title,
+            features=model,
+            step=result.step,
+            metric=METRICS.get(name, name),
+            value=_headline(result) if name == result.metric else show_score(result.numbers[name], ACCURACY),
         )
         for name in names
     ]
@@ -243,12 +243,15 @@ def probe_rows(probe: ProbeResult) -> list[ResultRow]:
     title = measured_title(probe)
     return [
         ResultRow(
-            title, f"{row.features}, {row.pool}", probe.step, probe.metric,
-            show_value(row.value, row.low, row.high, probe.metric),
+            measured=title,
+            features=f"{row.features}, {row.pool}",
+            step=probe.step,
+            metric=probe.metric,
+            value=show_value(row.value, row.low, row.high, probe.metric),
         )
         for row in probe.rows
         if row.features in OWN_FEATURES
-    ]  # fmt: skip
+    ]
 
 
 def curve_rows(curve: CurveResult) -> list[ResultRow]:
@@ -256,13 +259,16 @@ def curve_rows(curve: CurveResult) -> list[ResultRow]:
     metric = f"{curve.metric}, mean"
     return [
         ResultRow(
-            measured_title(replace(curve, shots=(point.shots,))), f"{row.features}, {row.pool}", curve.step, metric,
-            show_value(point.mean, point.low, point.high, curve.metric),
+            measured=measured_title(replace(curve, shots=(point.shots,))),
+            features=f"{row.features}, {row.pool}",
+            step=curve.step,
+            metric=metric,
+            value=show_value(point.mean, point.low, point.high, curve.metric),
         )
         for row in curve.rows
         if row.features in OWN_FEATURES
         for point in row.points
-    ]  # fmt: skip
+    ]
 
 
 def measured_title(record: FeatureMeasurement) -> str:

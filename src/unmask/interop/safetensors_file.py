@@ -165,7 +165,9 @@ def read_header(path: Path) -> OwnFile | None:
     header = checked(Header, read_object(text, where), where)
     try:
         spec = header.images
-        images = ImageSpec(spec.channels, spec.size, spec.dtype, tuple(spec.mean), tuple(spec.std))
+        images = ImageSpec(
+            channels=spec.channels, size=spec.size, dtype=spec.dtype, mean=tuple(spec.mean), std=tuple(spec.std)
+        )
         config = Config.model_validate(header.config)
     except ValidationError as error:
         raise ForeignError(f"{where}: {explain(error)}; export the run again") from None

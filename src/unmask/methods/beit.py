@@ -108,7 +108,7 @@ class BEiT(Method):
         count, grid, ratio = len(clock.rng.index), self.encoder.grid, self.config.mask_ratio
         if self.config.mask == "random":
             return random_mask(count, grid, ratio, clock.rng)
-        return block_mask(count, grid, ratio, clock.rng, self.smallest)
+        return block_mask(count, grid, ratio=ratio, rng=clock.rng, smallest=self.smallest)
 
     def guess(self, patches: Tensor, mask: Mask) -> Tensor:
         """Predict scores of all codes (or the pixels) of each masked patch: (B, N, P) -> (B, M, V)."""

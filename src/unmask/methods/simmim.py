@@ -115,7 +115,7 @@ class SimMIM(Method):
     def loss(self, batch: Batch, clock: Clock) -> Loss:
         """Return the mean absolute error on the hidden pixels, in standard deviations of the data."""
         patches = self.encoder.patches(batch.images)  # (B, N, P), normalised
-        mask = cell_mask(len(patches), self.encoder.grid, self.cell, self.ratio, clock.rng)
+        mask = cell_mask(len(patches), self.encoder.grid, cell=self.cell, ratio=self.ratio, rng=clock.rng)
         weights = value_weights(valid_patches(batch, self.encoder.patch), mask.drop)
         return Loss(mean_absolute(self.guess(patches, mask), take(patches, mask.drop), weights))
 
@@ -128,13 +128,13 @@ class SimMIM(Method):
     def picture(self, batch: Batch, clock: Clock) -> Picture:
         """Draw original, masked, prediction and pasted; report the loss of baselines on these images."""
         patches = self.encoder.patches(batch.images)
-        mask = cell_mask(len(patches), self.encoder.grid, self.cell, self.ratio, clock.rng)
+        mask = cell_mask(len(patches), self.encoder.grid, cell=self.cell, ratio=self.ratio, rng=clock.rng)
         guess = self.guess(patches, mask).float()
         truth = take(patches, mask.drop)
 
         valid = valid_patches(batch, self.encoder.patch)
         weights = value_weights(valid, mask.drop)
-        trivial = flat_guesses(patches, batch.images.shape[1], mask, self.encoder.grid, valid)
+        trivial = flat_guesses(patches, batch.images.shape[1], mask=mask, grid=self.encoder.grid, valid=valid)
         numbers = {name: mean_absolute(values, truth, weights) for name, values in {"loss": guess, **trivial}.items()}
         panels = masked_panels(patches, mask, {"pasted": guess})
         note = "Only hidden pixels count in the loss; predictions use no statistics of the true patches."

@@ -77,7 +77,7 @@ def in_data_units(images: Tensor, spec: ImageSpec, scale: Scale | None = None) -
         return _from_unit(images, spec)
     if scale is None and not _unambiguous(images, spec) and _readable(images):
         low, high, away = _range(images, spec)
-        if fault := _fault(low, high, away, spec, str(images.dtype).removeprefix("torch.")):
+        if fault := _fault(low, high, away=away, spec=spec, dtype=str(images.dtype).removeprefix("torch.")):
             raise UserError(fault)
     return images
 

@@ -147,7 +147,7 @@ class Pixels(Target):
 
     def trivial(self, patches: Tensor, images: Tensor, mask: Mask, valid: Valid | None = None) -> dict[str, Tensor]:
         truth, weights = self(patches, images, valid), self.weights(valid, mask.drop)
-        guesses = flat_guesses(truth, self.channels, mask, self.grid, valid)
+        guesses = flat_guesses(truth, self.channels, mask=mask, grid=self.grid, valid=valid)
         return {name: self.loss(guess, take(truth, mask.drop), weights) for name, guess in guesses.items()}
 
 
@@ -207,7 +207,7 @@ class PrincipalComponents(Target):
 
     def trivial(self, patches: Tensor, images: Tensor, mask: Mask, valid: Valid | None = None) -> dict[str, Tensor]:
         truth, weights = take(self(patches, images), mask.drop), self.weights(valid, mask.drop)
-        guesses = flat_guesses(patches, self.channels, mask, self.grid, valid)
+        guesses = flat_guesses(patches, self.channels, mask=mask, grid=self.grid, valid=valid)
         return {name: self.loss(self(guess, images), truth, weights) for name, guess in guesses.items()}
 
 

@@ -81,7 +81,9 @@ def _score_row(row: FeatureScore, metric: str, width: float, *, best: bool) -> S
     low, high = row.value if row.low is None else row.low, row.value if row.high is None else row.high
     length, left, right = (min(1.0, max(0.0, value / width)) for value in (row.value, low, high))
     interval = "" if row.low is None or row.high is None else f"{show_score(low, metric)} to {show_score(high, metric)}"
-    return ScoreRow(row, show_score(row.value, metric), interval, Bar(length, left, right), best)
+    return ScoreRow(
+        score=row, text=show_score(row.value, metric), interval=interval, bar=Bar(length, left, right), best=best
+    )
 
 
 def how_measured(row: FeatureScore) -> str:

@@ -223,7 +223,7 @@ def targets_of(table: Table, source: Source, meaning: Meaning, *, classes: Seque
     rows, lines = np.array([row for row, _ in pairs], np.int64), [line for _, line in pairs]
     cells = {name: [table.columns[name][line] for line in lines] for name in meaning.columns}
     for name, column in cells.items():
-        _require_full(table, name, column, [table.paths[line] for line in lines], meaning.task)
+        _require_full(table, name, column=column, paths=[table.paths[line] for line in lines], task=meaning.task)
     known: list[str] = []
     if meaning.task == CLASSES:
         texts = [class_name(str(cell)) for cell in cells[meaning.columns[0]]]

@@ -42,11 +42,11 @@ def read_header(data: bytes, reading: Reading) -> Header:
     needed = values * dtype.itemsize
     note = data[start + needed :][:LONGEST_NOTE]
     return Header(
-        height,
-        width,
-        channels,
-        dtype_of(dtype),
-        "NPY",
+        height=height,
+        width=width,
+        channels=channels,
+        dtype=dtype_of(dtype),
+        format="NPY",
         packed_from=original_size(note, (height, width)) if note else None,
         layout=Layout(channels, axes=axes),
         memory=0 if len(data) - start < needed else {"uint8": 0, "uint16": 0, "bool": 2}.get(dtype.name, 5) * values,

@@ -93,7 +93,7 @@ def read_pages(data: bytes, *, most: int = MOST_PAGES) -> list[Page]:
     while start and start not in seen and len(pages) < most:
         seen.add(start)
         try:
-            page, start = _directory(data, start, order, big, bounds)
+            page, start = _directory(data, start, order=order, big=big, bounds=bounds)
         except (struct.error, OverflowError, TooManyEntries):
             if not pages:
                 raise
@@ -104,7 +104,7 @@ def read_pages(data: bytes, *, most: int = MOST_PAGES) -> list[Page]:
     for place in below[:32] if most > 1 else ():
         if place not in seen:
             try:
-                pages.append(_directory(data, place, order, big, bounds)[0])
+                pages.append(_directory(data, place, order=order, big=big, bounds=bounds)[0])
             except (struct.error, OverflowError, TooManyEntries):
                 break
     return pages

@@ -61,7 +61,9 @@ def is_plain(found: Scan) -> bool:
 def _without_faults(found: Scan) -> Counter[tuple[str, int, Layout]]:
     counts: Counter[tuple[str, int, Layout]] = Counter()
     for (kind, channels, layout), count in found.layouts.items():
-        plain = Layout(layout.bands, layout.alpha, layout.pages, layout.page_use, layout.axes)
+        plain = Layout(
+            bands=layout.bands, alpha=layout.alpha, pages=layout.pages, page_use=layout.page_use, axes=layout.axes
+        )
         counts[kind, channels, plain] += count
     return counts
 

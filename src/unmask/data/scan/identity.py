@@ -95,11 +95,11 @@ def record_of(source: Source) -> DatasetRecord:
     changed = unknown if source.changed is None else source.changed
     settled = changed < int(source.opened * 1e9) - SETTLED
     return DatasetRecord(
-        source.names,
-        source.sizes,
-        np.where(settled, changed, -1),
-        unknown if source.modified is None else source.modified,
-        np.zeros(len(source), np.uint64) if source.digests is None else source.digests,
+        names=source.names,
+        sizes=source.sizes,
+        changed=np.where(settled, changed, -1),
+        modified=unknown if source.modified is None else source.modified,
+        digests=np.zeros(len(source), np.uint64) if source.digests is None else source.digests,
     )
 
 

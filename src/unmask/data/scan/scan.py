@@ -171,7 +171,7 @@ def scan(
     records = joined([*before, new])
     result.digests = np.zeros(len(source), np.uint64)
     result.digests[records.rows] = records.digests
-    _summarise(result, source, records, faults, channels)
+    _summarise(result, source, records=records, faults=faults, channels=channels)
     result.seconds = time.monotonic() - start
     return result
 
