@@ -18,12 +18,12 @@ from PIL import Image
 from pydantic import AfterValidator, Field
 
 from unmask.batch import IGNORED
+from unmask.data import antialias
 from unmask.settings import Settings
 
 TRIES = 10
 CROP_DRAWS = 2 * TRIES + 2
 SUBPIXELS = 2**16  # box coordinates are multiples of 1 / SUBPIXELS, so that sums of them have no rounding error
-KERNELS = {"bicubic": torch.ops.aten._upsample_bicubic2d_aa, "bilinear": torch.ops.aten._upsample_bilinear2d_aa}
 PILLOW = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 PROTOCOL_SHARE, LARGEST_CROPPED = 224 / 256, 224
 Corners = tuple[float, float, float, float]  # Top, left, height, width.
@@ -206,8 +206,7 @@ def cut(
         out[...] = _inside(image, (top, left, height, width))
     elif whole and common:
         part = torch.from_numpy(_inside(image, (top, left, height, width)).copy())
-        # F.interpolate has no `out` argument, and allocating the result takes a third as long as computing it.
-        KERNELS[interpolation].out(part.permute(2, 0, 1)[None], target, False, None, None, out=pixels)
+        antialias.resample_into(pixels, part.permute(2, 0, 1)[None], interpolation)
     elif common:
         part = _cut_from_pixels(image, (top, left, height, width), target, interpolation)
         if part is None:
@@ -272,7 +271,7 @@ def _cut_from_pixels(
 ) -> np.ndarray | None:
     """Do the same as `_cut_fractions` with torch's integer kernel, which is four times faster.
 
-    None if `_align_to_pixel` finds no pixel to start at.
+    None if `_align_to_pixel` finds no pixel to start at, or if torch does not have the kernel.
     """
     steps = box[2] / target[0], box[3] / target[1]
     rows, columns = _align_to_pixel(box[0], steps[0]), _align_to_pixel(box[1], steps[1])
@@ -288,7 +287,9 @@ def _cut_from_pixels(
     # Request one more sample in that case.
     size = above + target[0], before + target[1]
     more = size[0] + (size[0] == part.shape[0]), size[1] + (size[1] == part.shape[1])
-    resized = KERNELS[interpolation](part.permute(2, 0, 1)[None], more, False, 1 / steps[0], 1 / steps[1])
+    resized = antialias.resample_by_steps(part.permute(2, 0, 1)[None], more, steps, interpolation)
+    if resized is None:
+        return None
     return resized[0, :, above : size[0], before : size[1]].permute(1, 2, 0).numpy()
 
 
