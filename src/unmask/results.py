@@ -235,7 +235,7 @@ class FeatureMeasurement:
     score of a prediction that does not depend on the image, or None if there is none. interval: how the 95 % intervals
     were computed. shared: number of test images that are identical to a training image, pixel for pixel. differences:
     differences from the other feature sets. protocol, verdict: descriptions in words. caveats: sentences on the
-    limitations of the numbers.
+    limitations of the numbers. command: the shell command that measured them, or None for a call from Python.
     """
 
     kind: str

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SMALL_RUN, write_images
+from conftest import SMALL_RUN, small, write_images
 from PIL import Image
 
 import unmask
@@ -78,6 +78,18 @@ def test_probe_gives_the_same_scores(folder, cli, monkeypatch):
     assert as_json(ours)["rows"] == theirs["rows"]
     assert len(theirs["rows"]) == 5
     assert as_json(unmask.probe("run", "labelled", shots=[1, 2], label_draws=2, console=QUIET))["shots"] == [1, 2]
+
+
+def test_records_have_the_shell_command_and_python_calls_have_none(folder, cli, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["notebook.py", "--my-flag"])
+    assert unmask.probe("run", "labelled", console=QUIET).command is None
+    assert Run(folder / "run").read("provenance.json")["command"] is None
+    assert cli("probe", "run", "labelled")["command"] == "unmask probe run labelled --json"
+    cli("pretrain", "images", "--recipe", "mae_nano", "--out", "asked for", *small("train.steps=1"))
+    command = Run(folder / "asked for").read("provenance.json")["command"]
+    assert command.startswith("unmask pretrain images --recipe mae_nano --out 'asked for' --set 'data.size=")
+    monkeypatch.setattr(sys, "argv", ["notebook.py", "--my-flag"])
+    assert unmask.probe("run", "labelled", console=QUIET).command is None, "the command has ended"
 
 
 def as_printed(result):

@@ -18,7 +18,7 @@ from faults import faults
 
 from unmask.comparison import ablate as ablate_module
 from unmask.comparison import schedule, table_page, train_cells
-from unmask.comparison.ablate import ablate
+from unmask.comparison.ablate import ablate, report_results
 from unmask.comparison.agreement import ComparedCell, RunAccuracy, agreement, cell_score, difference
 from unmask.comparison.paper_tables import FAMILY, find_table
 from unmask.comparison.table_page import write_table
@@ -34,6 +34,7 @@ from unmask.errors import TrainingFailed, UserError
 from unmask.finetuning import finetune
 from unmask.finetuning.annotated import open_annotated, split_rows
 from unmask.run import Run, RunInUse
+from unmask.system.shell_command import as_shell_command
 
 SMALL = [setting for setting in SMALL_RUN if not setting.startswith("method.decoder")]
 SMALL += [
@@ -646,6 +647,18 @@ def test_a_stopped_command_exits_with_75_and_continues_when_repeated(data, tmp_p
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["state"] == "finished"
     assert "encoder-with-mask-tokens-seed-0: resuming" in done.stderr
+
+
+def test_the_hint_after_a_stop_repeats_the_shell_command_or_the_python_call(tmp_path, capsys, monkeypatch):
+    results = SimpleNamespace(
+        rows=[], agreement=SimpleNamespace(sentence=""), helped="", not_comparable=[], state="stopped"
+    )
+    monkeypatch.setattr(sys, "argv", ["notebook.py", "--my-flag"])
+    report_results(results, tmp_path, Console())
+    assert capsys.readouterr().err.endswith("stopped; repeat the same call to continue\n")
+    with as_shell_command(["ablate", "1c", "my data"]):
+        report_results(results, tmp_path, Console())
+    assert "stopped; continue with: unmask ablate 1c 'my data' (the same command)" in capsys.readouterr().err
 
 
 def test_the_page_reports_when_no_cell_is_above_the_controls():

@@ -26,6 +26,7 @@ from unmask.console import escape_controls
 from unmask.errors import TrainingFailed, UserError
 from unmask.run import RunInUse, held_here
 from unmask.system.output_sinks import install
+from unmask.system.shell_command import as_shell_command
 from unmask.system.stop_requests import INTERRUPTED, interrupts
 
 NOT_VERBS = ("command_line", "declare", "options", "trained_run")  # files of this folder that verbs share
@@ -125,7 +126,7 @@ def main() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     held_here.clear()
     outputs = install() if sys.stdout in (sys.__stdout__, None) else None  # a test may capture stdout
-    with interrupts():
+    with interrupts(), as_shell_command(sys.argv[1:]):
         code = _run()
     for name in ("SIGINT", "SIGTERM") if outputs else ():  # from here on, signals end the process
         signal.signal(getattr(signal, name), signal.SIG_DFL)

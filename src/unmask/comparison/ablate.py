@@ -10,8 +10,6 @@ The cells of fig9 are classifiers, all fine-tuned from one pre-trained run, whic
 
 from __future__ import annotations
 
-import shlex
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -28,6 +26,7 @@ from unmask.comparison.train_cells import make_cell, sigterm_as_interrupt
 from unmask.console import Console
 from unmask.data.sources.source import Source
 from unmask.run import Run, RunError
+from unmask.system.shell_command import shell_command
 
 
 def ablate(request: TableRequest, *, out: str | Path | None = None, console: Console | None = None) -> dict[str, Any]:
@@ -123,4 +122,8 @@ def report_results(results: TableResults, folder: Path, console: Console) -> Non
         console.warn(line)
     console.print(f"table: {folder / 'table.html'}")
     if results.state == "stopped":
-        console.print(f"stopped; continue with: {shlex.join(['unmask', *sys.argv[1:]])} (the same command)")
+        command = shell_command()
+        again = (
+            "repeat the same call to continue" if command is None else f"continue with: {command} (the same command)"
+        )
+        console.print(f"stopped; {again}")

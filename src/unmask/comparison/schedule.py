@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -44,6 +42,7 @@ from unmask.evals.images import EVAL_BATCH
 from unmask.evals.labelled_images import few_shots, require_classes
 from unmask.method import Method
 from unmask.nn.modes import eval_mode
+from unmask.system.shell_command import shell_command
 
 MOST_LABELS = 5_000  # default limit over all classes, so that probing a small encoder takes seconds
 MEASURE_SECONDS = 2.0
@@ -155,7 +154,7 @@ def plan_table(experiment: Experiment, console: Console) -> TablePlan:
         cells=tuple(planned_cell(experiment, each, steps) for each in measured),
         versions=provenance.provenance_versions(),
         git=provenance.git_state(),
-        command=shlex.join(["unmask", *sys.argv[1:]]),
+        command=shell_command() or "",
         time=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     )
 

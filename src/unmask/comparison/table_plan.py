@@ -106,7 +106,8 @@ class TablePlan:
 
     missing: labels of the cells that this version cannot train. steps: the steps of a cell of length 1. reason: how
     they were chosen, as text. shots: labels per class for the probes. pool: the pooling that is compared. fingerprint:
-    fingerprint of the images. versions, git, command, time: provenance of the process that made the plan.
+    fingerprint of the images. versions, git, time: provenance of the process that made the plan. command: the shell
+    command, or "" for a call from Python.
     """
 
     asked: TableRequest

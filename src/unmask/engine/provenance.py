@@ -1,28 +1,26 @@
-"""Record how a run was made: versions, device, git state and command line."""
+"""Record how a run was made: versions, device, git state and shell command."""
 
 from __future__ import annotations
 
 import os
 import platform
-import shlex
 import subprocess
-import sys
 import time
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from unmask.engine.plan import Plan
+from unmask.system.shell_command import shell_command
 
 
 def provenance(plan: Plan) -> dict[str, Any]:
-    """Return versions, device, git state of the working folder, and the command line."""
+    """Return versions, device, git state of the working folder, and the shell command, or None in a Python call."""
     device = torch.cuda.get_device_name(plan.device) if plan.device.startswith("cuda") else platform.processor()
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shell_command(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "device": device or platform.machine(),

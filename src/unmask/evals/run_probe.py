@@ -8,8 +8,6 @@ Letters: n training images, m test images, T target columns.
 
 from __future__ import annotations
 
-import shlex
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -65,6 +63,7 @@ from unmask.results import (
     TestIdentity,
 )
 from unmask.run import Run
+from unmask.system.shell_command import shell_command
 
 TEST_PIECE = 4096  # number of test images whose tokens are in memory at once
 
@@ -340,7 +339,7 @@ def _about_run(job: ProbeJob) -> dict[str, Any]:
         "layer": job.options.layer,
         "mask_votes": job.options.mask_votes,
         "precision": eval_precision(job.loaded),
-        "command": shlex.join(["unmask", *sys.argv[1:]]),
+        "command": shell_command(),
         "against": tuple(OtherRun(name=name, run=str(path), step=other.step) for (name, other), path in others),
     }
 
