@@ -2,7 +2,7 @@
 
 A tree of frozen, typed models: unknown keys are errors, every model converts to JSON and back, and `--set KEY=VALUE`
 can change every field. A method's name is the name of its file in `methods/`, or in `tasks/` if it learns from labels;
-there is no registry.
+there is no registry. The name `encoder` denotes imported weights without a method (`encoder_only.py`).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pydantic import BaseModel, BeforeValidator, Field, PositiveFloat, Serialize
 
 import unmask.methods
 import unmask.tasks
+from unmask import encoder_only
 from unmask.batch import ImageSpec
 from unmask.data.augment import CropConfig
 from unmask.data.decode.reading import Reading
@@ -64,6 +65,10 @@ COMMON_NAMES: dict[str, tuple[str, ...]] = {
     "masking_ratio": ("method.mask_ratio",),
 }
 """Names of settings in other programs, with the names that unmask uses."""
+
+
+ENCODER = "encoder"
+"""The method name of imported weights without a known method."""
 
 
 class ConfigError(UserError):
@@ -217,7 +222,9 @@ def task_names() -> list[str]:
 
 
 def method_module(name: str) -> ModuleType:
-    """Import `methods/<name>.py` or `tasks/<name>.py`. Raises ConfigError with the nearest names if neither exists."""
+    """Return the module of a method or task, or of `encoder`. Raises ConfigError with the nearest names for others."""
+    if name == ENCODER:
+        return encoder_only
     if name in task_names():
         return importlib.import_module(f"unmask.tasks.{name}")
     if name not in method_names():
@@ -239,15 +246,11 @@ def method_class(name: str) -> type[Method]:
 
 def task_class(name: str) -> type[Task[Any, Any]]:
     """Return the task that the file `tasks/<name>.py` defines. Raises ConfigError if there is none."""
-    found = method_class(name) if name in task_names() else None
-    if found is None or not issubclass(found, Task):
-        raise ConfigError(f"got task {name!r}; expected one of {', '.join(supervised_names())}")
+    if name not in task_names():
+        raise ConfigError(f"got task {name!r}; expected one of {', '.join(task_names())}")
+    found = method_class(name)
+    assert issubclass(found, Task), f"{found.__module__} must define a subclass of Task"
     return found
-
-
-def supervised_names() -> list[str]:
-    """Return the names of all tasks that learn from annotations."""
-    return [name for name in task_names() if issubclass(method_class(name), Task)]
 
 
 def parse_method(value: Any) -> Any:

@@ -282,7 +282,7 @@ def test_pretrain_rejects_supervised_recipes_and_runs(tuned, data, tmp_path):
 
 
 def test_pretrain_rejects_test_every(data, tmp_path):
-    with pytest.raises(ConfigError, match="is a pre-training method and is not tested"):
+    with pytest.raises(ConfigError, match="is not tested on annotated images"):
         pretrain(data, recipe="mae_nano", out=tmp_path / "a", settings=["train.test_every=3"])
     assert Run(tmp_path / "a").path.exists() is False
 

@@ -14,7 +14,7 @@ from conftest import pretrain, write_images
 from safetensors.torch import save_file
 
 from unmask.batch import ImageSpec
-from unmask.config import ConfigError
+from unmask.config import ConfigError, task_class, task_names
 from unmask.console import Console
 from unmask.engine import initial_weights
 from unmask.engine.load import licence_of, load, load_encoder
@@ -515,6 +515,18 @@ def test_training_continues_from_an_imported_run(tmp_path, unmask):
     code, _, err = unmask("pretrain", photos, "--config", encoder)
     assert (code, "of an imported encoder, which has no training task" in err) == (2, True), err
     assert "learns from labels" not in err
+
+
+def test_imported_encoder_is_not_a_task(tmp_path, unmask):
+    photos = write_images(tmp_path / "photos", 4)
+    torch.save(official(small_mae(), whole=False), tmp_path / "encoder.pth")
+    run = import_weights(tmp_path / "encoder.pth", tmp_path / "encoder", settings=HEADS[:1]).path
+    assert "encoder" not in task_names()
+    assert all(task_class(name).annotation for name in task_names())
+    code, _, err = unmask("resume", run, "--data", photos)
+    assert (code, "contains imported weights; nothing to train" in err) == (0, True), err
+    code, _, err = unmask("set", run, "train.test_every=3")
+    assert (code, "a run of encoder is not tested on annotated images" in err) == (2, True), err
 
 
 @pytest.fixture

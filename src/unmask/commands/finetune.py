@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from unmask.run import Run
 
 
-NOT_FINE_TUNED = ("encoder", "linear_probe")  # `encoder` has no labels; `linear_probe` belongs to `unmask probe`
+NOT_FINE_TUNED = ("linear_probe",)  # it belongs to `unmask probe`
 ANNOTATIONS = {"classify": "one sub-folder per class", "segment": "segmentation masks", "detect": "boxes"}
 
 

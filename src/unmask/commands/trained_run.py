@@ -35,7 +35,7 @@ def is_unfinished(run: "Run") -> bool:
     from unmask.results import read_score
 
     try:
-        return run.read("config.json")["method"]["name"] in {*task_names()} - {"encoder"} and read_score(run) is None
+        return run.read("config.json")["method"]["name"] in task_names() and read_score(run) is None
     except UserError:
         return False
 

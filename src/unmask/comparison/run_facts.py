@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from unmask.batch import ImageSpec
-from unmask.config import Config, keys
+from unmask.config import ENCODER, Config, keys
 from unmask.engine.flops import build_unallocated, count_flops
 from unmask.engine.load import read_config, read_plan
 from unmask.engine.measure import example_batch
@@ -157,7 +157,7 @@ def caveat(differing: Mapping[str, str]) -> str:
 
 def image_flops(config: Config, images: ImageSpec) -> ImageFlops:
     """Count the FLOPs of one image; see `engine.flops`."""
-    if config.method.name != "encoder":
+    if config.method.name != ENCODER:
         flops = count_flops(config, images)
         return ImageFlops(**vars(flops), forward=flops.forward)
     encoder = build_unallocated(config, images).encoder

@@ -150,7 +150,7 @@ def _checked(run: Run, config: Config, plan: Plan, asked: Mapping[str, Any], ste
     supervised = config.method.name in task_names()
     if "train.test_every" in asked and not supervised:
         raise ConfigError(
-            f"train.test_every was set, but {config.method.name} is a pre-training method and is not tested; leave it "
+            f"train.test_every was set, but a run of {config.method.name} is not tested on annotated images; leave it "
             "out"
         )
     if (new.optim.average is None) != (config.optim.average is None) and step:

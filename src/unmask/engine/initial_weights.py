@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from unmask.batch import ImageSpec
-from unmask.config import Config, ConfigError, Graft, parse
+from unmask.config import ENCODER, Config, ConfigError, Graft, parse
 from unmask.data.files.patch_mask_file import hidden_share, read_masks
 from unmask.engine import checkpoint
 from unmask.engine.load import licence_of, read_config, read_plan, take_weights
@@ -47,7 +47,7 @@ def continued(from_run: str | Path, recipe: str) -> Config:
     step, _ = checkpoint.load_model(run)
     spec, whole = read_plan(run).images, recipe == "auto"
     config = read_config(run) if whole else catalogue.find(recipe)
-    if config.method.name == "encoder":
+    if config.method.name == ENCODER:
         raise ConfigError(
             f"--from {from_run} contains an encoder only, without a training method; choose one with --recipe NAME, "
             "such as mae_base (`unmask recipes` lists them)"

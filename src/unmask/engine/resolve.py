@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from unmask.batch import ImageSpec
-from unmask.config import Config, ConfigError, override, parse, task_names
+from unmask.config import ENCODER, Config, ConfigError, override, parse, task_names
 from unmask.data.augment import crop_for
 from unmask.data.scan.scan import Scan
 from unmask.data.sources.source import Source
@@ -112,7 +112,7 @@ def resolve_config(
         config = config.model_copy(update={"data": config.data.model_copy(update={"crop": crop})})
     if "train.test_every" in asked and config.method.name not in task_names():
         raise ConfigError(
-            f"train.test_every was set, but {config.method.name} is a pre-training method and is not tested; leave it "
+            f"train.test_every was set, but a run of {config.method.name} is not tested on annotated images; leave it "
             "out"
         )
     ignored = sorted({"data.crop.scale", "data.crop.ratio"} & set(asked))
@@ -182,13 +182,13 @@ def _fit_size_and_patch(config: Config, settings: list[str]) -> Config:
 
 def reject_supervised(config: Config, from_run: str | Path | None) -> None:
     """Raise ConfigError for a method that cannot pre-train: a supervised one, or an imported encoder."""
-    if config.method.name not in task_names():
-        return
-    if config.method.name == "encoder":
+    if config.method.name == ENCODER:
         raise ConfigError(
             "got the settings of an imported encoder, which has no training task; expected those of a pre-training "
             "run; to start from its weights: unmask pretrain DATA --from RUN --recipe mae_base"
         )
+    if config.method.name not in task_names():
+        return
     if from_run is None:
         raise ConfigError(
             f"recipe {config.recipe} learns from labels and cannot pre-train; use it with `unmask finetune RUN DATA "

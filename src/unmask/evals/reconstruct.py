@@ -36,7 +36,7 @@ def reconstruct_images(
     """
     require_png(out)
     loaded = load(run, device=choose_device(device), step=step)
-    if (task := loaded.config.method.name) in task_names() and task != "encoder":
+    if (task := loaded.config.method.name) in task_names():
         raise UserError(
             f"{run} was fine-tuned to {task} and cannot reconstruct; use `unmask predict {run} IMAGES --out PATH`, "
             "or reconstruct with its pre-trained run"

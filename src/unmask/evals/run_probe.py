@@ -346,7 +346,7 @@ def _about_run(job: ProbeJob) -> dict[str, Any]:
 
 def _caveat_of_finetuning(loaded: Loaded) -> Iterable[str]:
     task = loaded.config.method.name
-    if task in task_names() and task != "encoder":
+    if task in task_names():
         yield f"This run was fine-tuned to {task}, so its features are the fine-tuned ones."
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from unmask.batch import ImageSpec
-from unmask.config import Config, task_names
+from unmask.config import ENCODER, Config, task_names
 from unmask.console import Console
 from unmask.data.decode.reading import Reading
 from unmask.engine import checkpoint, provenance
@@ -93,7 +93,7 @@ def report_import(
 
 def use_of(method: str) -> str:
     """Name the commands that accept a run of this method."""
-    if method == "encoder":
+    if method == ENCODER:
         return (
             "embed, probe and finetune accept it; to continue training, use `unmask pretrain DATA --from` with --recipe"
         )
