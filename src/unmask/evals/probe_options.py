@@ -92,10 +92,18 @@ class ProbeOptions:
             raise UserError("got --test-targets without --test, so it would be ignored; give the test images too")
 
     def check_label_free(self, kind: str) -> None:
-        """Raise UserError for options about labels, which would be ignored by a kind without labels."""
+        """Raise UserError for options that would be ignored by a kind without labels."""
         labels = {"--test": self.test, "--shots": self.shots, "--label-draws": self.draws, "--targets": self.targets}
         if given := [name for name, value in labels.items() if value is not None]:
             raise UserError(f"got {', '.join(given)}, but --kind {kind} uses no labels; leave it out")
+        if self.seed:
+            raise UserError(f"got --seed {self.seed}, but --kind {kind} draws nothing at random; leave it out")
+        if self.controls:
+            raise UserError(f"got --controls, but --kind {kind} always measures the controls; leave it out")
+        if self.mask_votes is not None and self.mask_votes > 1:
+            raise UserError(
+                f"got --mask-votes {self.mask_votes}, but --kind {kind} has no votes; use 0 for whole images or 1 mask"
+            )
         if self.layer == "best":
             raise UserError(f"got --layer best, which needs labels, but --kind {kind} uses none; give a number or last")
 

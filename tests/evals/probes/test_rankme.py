@@ -2,6 +2,7 @@
 
 import html
 import json
+import re
 from contextlib import suppress
 
 import numpy as np
@@ -70,6 +71,20 @@ def test_options_about_labels_are_rejected():
             ProbeOptions(data="images", **options).check_label_free("rankme")
     with pytest.raises(UserError, match="got --layer best, which needs labels"):
         ProbeOptions(data="images", layer="best").check_label_free("rankme")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seed": 3}, "got --seed 3, but --kind rankme draws nothing at random; leave it out"),
+        ({"controls": True}, "got --controls, but --kind rankme always measures the controls; leave it out"),
+        ({"mask_votes": 5}, "got --mask-votes 5, but --kind rankme has no votes; use 0 for whole images or 1 mask"),
+    ],
+)
+def test_options_that_would_be_ignored_are_rejected(options, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        ProbeOptions(data="images", **options).check_label_free("rankme")
+    ProbeOptions(data="images", mask_votes=1).check_label_free("rankme")
 
 
 def test_the_verdict_names_every_feature_set():
