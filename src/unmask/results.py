@@ -33,8 +33,8 @@ CONTROLS = (RAW_PIXELS, RANDOM_INIT)
 ACCURACY, MEAN_AP, R2 = "accuracy", "mean average precision", "R2"
 CLASSES, MULTILABEL, REGRESSION, UNLABELLED = "classes", "multilabel", "regression", "unlabelled"
 METRICS = {CLASSES: ACCURACY, MULTILABEL: MEAN_AP, REGRESSION: R2}
-POOLS = {"cls": "class token", "mean": "mean over patches", "pixels": "pixels", "attentive": "attention over tokens"}
-"""Names of poolings, for tables and messages."""
+POOLS = {"cls": "class token", "mean": "mean over patches", "pixels": "pixels"}
+"""Poolings in words. Probes of all tokens declare their own, see `evals/probe_kind.py`."""
 
 
 class RunFolder(Protocol):
@@ -151,10 +151,10 @@ class TargetScore:
 class FeatureScore:
     """The score of one feature set under one pooling, with its 95 % interval.
 
-    features: PRETRAINED, RANDOM_INIT, RAW_PIXELS, or the name of another run. pool: "cls", "mean", "pixels" or
-    "attentive". value: the score in the record's `metric`. total: number of test images. correct: number of correctly
-    classified ones, if the metric is accuracy. fit: hyperparameters that the probe selected (`c`, `rate`). votes:
-    number of random masks per image over which the majority was taken.
+    features: PRETRAINED, RANDOM_INIT, RAW_PIXELS, or the name of another run. pool: "cls", "mean", "pixels", or that of
+    a probe of all tokens ("attentive"). value: the score in the record's `metric`. total: number of test images.
+    correct: number of correctly classified ones, if the metric is accuracy. fit: hyperparameters that the probe
+    selected (`c`, `rate`). votes: number of random masks per image over which the majority was taken.
     """
 
     features: str

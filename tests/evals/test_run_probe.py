@@ -1,6 +1,7 @@
 """`unmask probe` with curves, attentive probes, other runs and tables of targets, on real files and runs."""
 
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from sklearn.preprocessing import StandardScaler
 from unmask.console import Console
 from unmask.data.scan import scan_cache
 from unmask.errors import UserError
-from unmask.evals import feature_sets
+from unmask.evals import feature_sets, probes
 from unmask.evals import images as images_module
 from unmask.evals import run_probe as run_probe_module
 from unmask.evals.labelled_images import few_shots
@@ -221,6 +222,67 @@ def test_an_encoder_with_one_token_has_a_linear_head(trained, tmp_path, data):
     found = probe(run, data, kind="attentive")
     (row,) = found.rows
     assert row.total == 12
+
+
+# New kinds
+
+NEW_KIND = '''"""Strongest token: compare the maximum over tokens with the mean maximum of every class."""
+
+import numpy as np
+
+from unmask.evals.probe_kind import Fitted, TokenProbe
+from unmask.results import CLASSES
+
+
+def strongest(tokens):
+    return (tokens.values.float() * tokens.scale + tokens.middle).amax(1).numpy()
+
+
+def fit(tokens, positions, targets):
+    x, known = strongest(tokens)[positions], np.unique(targets.y)
+    centres = np.stack([x[targets.y == each].mean(0) for each in known])
+    return Fitted(
+        predict=lambda test: known[((strongest(test)[:, None] - centres) ** 2).sum(-1).argmin(1)].astype(np.int64)
+    )
+
+
+PROBE = TokenProbe(
+    title="Probe of the strongest token", phrase="a probe of the strongest token", pool="strongest",
+    pool_title="maximum over tokens", protocol=lambda task: "nearest class mean", fit=fit, tasks=frozenset({CLASSES}),
+)
+'''
+
+
+@pytest.fixture
+def new_kind(tmp_path, monkeypatch):
+    """Add the file of a kind of probe to a folder in which the package looks for kinds."""
+    folder = tmp_path / "probes"
+    folder.mkdir()
+    (folder / "strongest.py").write_text(NEW_KIND)
+    monkeypatch.setattr(probes, "__path__", [*probes.__path__, str(folder)])
+    yield "strongest"
+    sys.modules.pop("unmask.evals.probes.strongest", None)
+
+
+def test_a_new_kind_of_probe_declares_the_name_of_its_pooling(run, trained, tmp_path, data, new_kind):
+    other = Path(shutil.copytree(trained / "mae", tmp_path / "other"))
+    found = probe(run, data, kind=new_kind, controls=True, against=(other,))
+    assert [(row.features, row.pool) for row in found.rows] == [
+        (RAW_PIXELS, "pixels"), (RANDOM_INIT, "strongest"), (PRETRAINED, "strongest"), ("other", "strongest"),
+    ]  # fmt: skip
+    assert "Frozen features (maximum over tokens; " in found.protocol
+    assert "on the pre-trained features (maximum over tokens) gets" in found.verdict
+    assert "Compared with other (maximum over tokens of both)" in found.verdict
+    assert kept(run, "probe-strongest-data") == found
+    curve = probe(run, data, kind=new_kind, shots=(1, 3), draws=2)
+    assert "The pre-trained features (maximum over tokens) reach" in curve.verdict
+
+
+def test_targets_that_a_kind_does_not_accept_are_rejected_before_features(run, data, tmp_path, new_kind, monkeypatch):
+    monkeypatch.setattr(run_probe_module, "all_feature_sets", lambda *_, **__: pytest.fail("features were computed"))
+    file = table(tmp_path / "t.csv", "path,mean", brightness(data).items())
+    with pytest.raises(UserError, match="got targets of type regression, but --kind strongest accepts only classes"):
+        probe(run, data, kind=new_kind, targets=file)
 
 
 # Other runs

@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from unmask.comparison.agreement import difference, single_run
+from unmask.evals.probe_kind import pool_title
 from unmask.report.page import show_score
 from unmask.report.probe_section import full_width, probe_title
-from unmask.results import ACCURACY, POOLS, PRETRAINED, FeatureScore, ImageSet, ProbeResult, Results, TestIdentity
+from unmask.results import ACCURACY, PRETRAINED, FeatureScore, ImageSet, ProbeResult, Results, TestIdentity
 
 NO_SHARED_PROBE = (
     "No probe is shared by all of these runs, so it is unknown which features are better; measure one with: unmask "
@@ -92,7 +93,7 @@ def shared_probes(probes: Mapping[str, Sequence[ProbeResult]], caveat: str = "")
                 chance=probe.chance,
                 width=max(full_width(match) for match in matching.values()),
                 rows=rows,
-                sentence=ranking(rows, probe.metric) + caveat,
+                sentence=ranking(rows, probe.metric, probe.kind) + caveat,
             )
         )
     return shared
@@ -103,10 +104,13 @@ def _ranked(name: str, probe: ProbeResult) -> RankedRun:
     return RankedRun(name, probe.step, pools.get("mean") or next(iter(pools.values())), pools)
 
 
-def ranking(rows: Sequence[RankedRun], metric: str = ACCURACY) -> str:
-    """Name the run with the highest score, and the runs whose difference from it is within the noise."""
+def ranking(rows: Sequence[RankedRun], metric: str = ACCURACY, kind: str = "") -> str:
+    """Name the run with the highest score, and the runs whose difference from it is within the noise.
+
+    kind: the kind of probe.
+    """
     first, *others = rows
-    pool = POOLS.get(first.score.pool, first.score.pool)
+    pool = pool_title(kind, first.score.pool)
     text = f"{first.name} scores highest with {show_score(first.score.value, metric)} ({pool})"
     if first.score.low is None or first.score.high is None:
         return text

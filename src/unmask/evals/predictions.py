@@ -17,10 +17,8 @@ from unmask.evals.encoder_views import majority
 from unmask.evals.feature_sets import VOTE
 from unmask.evals.frozen_features import FeatureTable
 from unmask.evals.labelled_images import require_two
-from unmask.evals.probe_kind import Fitted, PooledProbe, TrainingTargets
+from unmask.evals.probe_kind import Fitted, PooledProbe, TokenProbe, TrainingTargets
 from unmask.results import CLASSES, RAW_PIXELS
-
-ATTENTION_POOL = "attentive"  # the pooling of probes of all tokens
 
 
 @dataclass(frozen=True)
@@ -62,19 +60,23 @@ def predict_pooled(
 
 
 def predictions_from_tokens(
+    probe: TokenProbe,
     fitted: Mapping[str, Fitted],
     values: Mapping[str, np.ndarray],
     test: Mapping[str, FeatureTable],
     targets: TrainingTargets,
 ) -> list[Prediction]:
-    """Return the predictions of probes of all tokens. values: their outputs by the name of the test table."""
+    """Return the predictions of a probe of all tokens.
+
+    fitted: fits by the name of the feature set. values: their outputs by the name of the test table.
+    """
     predictions = []
-    for features, probe in fitted.items():
+    for features, fit in fitted.items():
         names = masks_of(test, features)
-        pool = "pixels" if features == RAW_PIXELS else ATTENTION_POOL
+        pool = "pixels" if features == RAW_PIXELS else probe.pool
         both = np.concatenate([values[name] for name in names])
         predictions.append(
-            vote(features, pool, fitted=probe, values=both, seen=[test[name] for name in names], targets=targets)
+            vote(features, pool, fitted=fit, values=both, seen=[test[name] for name in names], targets=targets)
         )
     return predictions
 

@@ -21,12 +21,15 @@ from typing import TYPE_CHECKING
 
 import unmask.evals.probes
 from unmask.errors import UserError
+from unmask.results import CLASSES, MULTILABEL, POOLS, REGRESSION
 
 if TYPE_CHECKING:
     import numpy as np
 
     from unmask.evals.frozen_features import Tokens
     from unmask.results import FeatureScore
+
+ALL_TASKS = frozenset({CLASSES, MULTILABEL, REGRESSION})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,26 +63,32 @@ class PooledProbe:
 
     title: for headings ("Linear probe"). phrase: for sentences ("a linear probe"). protocol: describes in words what is
     fitted for a task. fit: fits features (n, D) float32 to targets and returns a probe that predicts features (m, D).
+    tasks: the types of targets that it accepts.
     """
 
     title: str
     phrase: str
     protocol: Callable[[str], str]
     fit: Callable[[np.ndarray, TrainingTargets], Fitted]
+    tasks: frozenset[str] = ALL_TASKS
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenProbe:
     """A probe of all tokens; fields as in `PooledProbe`.
 
-    fit: fits `Tokens`, at the positions (n,) of the training images, to targets and returns a probe that predicts the
-    `Tokens` of test images.
+    pool: name of its pooling in records and tables ("attentive"). pool_title: the same in words ("attention over
+    tokens"). fit: fits `Tokens`, at the positions (n,) of the training images, to targets and returns a probe that
+    predicts the `Tokens` of test images.
     """
 
     title: str
     phrase: str
+    pool: str
+    pool_title: str
     protocol: Callable[[str], str]
     fit: Callable[[Tokens, np.ndarray, TrainingTargets], Fitted]
+    tasks: frozenset[str] = ALL_TASKS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,3 +125,20 @@ def find_kind(name: str) -> ProbeKind:
     require_kind(name)
     module = importlib.import_module(f"unmask.evals.probes.{name}")
     return module.PROBE
+
+
+def require_task(name: str, probe: PooledProbe | TokenProbe, task: str) -> None:
+    """Raise UserError if a kind of probe does not accept this type of targets."""
+    if task not in probe.tasks:
+        raise UserError(
+            f"got targets of type {task}, but --kind {name} accepts only {' and '.join(sorted(probe.tasks))}; choose "
+            "another --kind"
+        )
+
+
+def pool_title(kind: str, pool: str) -> str:
+    """Return a pooling in words. kind: the kind of the record, which declares its pooling if it probes all tokens."""
+    if pool in POOLS or kind not in kind_names():
+        return POOLS.get(pool, pool)
+    probe = find_kind(kind)
+    return probe.pool_title if isinstance(probe, TokenProbe) and probe.pool == pool else pool

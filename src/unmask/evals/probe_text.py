@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from unmask.console import Console
+from unmask.evals.probe_kind import pool_title
 from unmask.results import (
     ACCURACY,
     CLASSES,
     CONTROLS,
     MEAN_AP,
-    POOLS,
     PRETRAINED,
     R2,
     RANDOM_INIT,
@@ -45,7 +45,7 @@ def protocol(result: FeatureMeasurement, fitted: str) -> str:
     """
     assert isinstance(result, ProbeResult | CurveResult)
     rows = result.rows
-    pools = " and ".join(dict.fromkeys(POOLS[row.pool] for row in rows if row.features != RAW_PIXELS))
+    pools = " and ".join(dict.fromkeys(pool_title(result.kind, row.pool) for row in rows if row.features != RAW_PIXELS))
     layers = {row.features: f"layer {row.layer.number} of {row.layer.last}" for row in rows if row.layer is not None}
     where = layers.get(PRETRAINED, "the encoder's output")
     if len(set(layers.values())) > 1:
@@ -75,7 +75,7 @@ def verdict(result: ProbeResult, phrase: str) -> str:
     if own is None:
         raise ValueError("got no score of the pre-trained features; expected one, because the verdict describes it")
     controls = [row for name in CONTROLS if (row := result.row(name)) is not None]
-    pool = POOLS.get(own.pool, own.pool)
+    pool = pool_title(result.kind, own.pool)
     score = f"{phrase} on the pre-trained features ({pool}) {_reached(own, result.metric, result.chance)}"
     if not controls:
         unclear = "" if _is_above(own, result.chance) else ", which is indistinguishable from chance"
@@ -146,8 +146,9 @@ def _against(result: ProbeResult) -> Iterator[str]:
         other = result.row(difference.features, difference.pool)
         assert own is not None, "it was compared"
         assert other is not None, "it was compared"
+        pool = pool_title(result.kind, other.pool)
         yield (
-            f"Compared with {other.features} ({POOLS[other.pool]} of both), {show(own.value, result.metric)}: "
+            f"Compared with {other.features} ({pool} of both), {show(own.value, result.metric)}: "
             f"{_clause(other, difference, result.metric)}."
         )
 
@@ -156,7 +157,7 @@ def curve_verdict(result: CurveResult) -> str:
     """State with how many labels the pre-trained features are above each control and each other run."""
     own = next(row for row in result.rows if row.features == PRETRAINED and row.pool != "cls")
     curve = ", ".join(f"{point.mean:.1%} with {point.shots}" for point in own.points)
-    sentences = [f"The pre-trained features ({POOLS[own.pool]}) reach {curve} labels per class."]
+    sentences = [f"The pre-trained features ({pool_title(result.kind, own.pool)}) reach {curve} labels per class."]
     by_name: dict[str, list[Difference]] = {}
     for difference in result.differences:
         by_name.setdefault(difference.features, []).append(difference)

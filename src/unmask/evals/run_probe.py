@@ -45,7 +45,15 @@ from unmask.evals.labelled_images import (
     training_sets,
 )
 from unmask.evals.predictions import images_in_both, predict_pooled, predictions_from_tokens
-from unmask.evals.probe_kind import Fitted, LabelFreeMeasure, PooledProbe, TokenProbe, TrainingTargets, find_kind
+from unmask.evals.probe_kind import (
+    Fitted,
+    LabelFreeMeasure,
+    PooledProbe,
+    TokenProbe,
+    TrainingTargets,
+    find_kind,
+    require_task,
+)
 from unmask.evals.probe_options import DEFAULT_DRAWS, ProbeOptions
 from unmask.evals.probe_text import curve_verdict, print_result, protocol, verdict
 from unmask.evals.result_files import save_result
@@ -130,6 +138,8 @@ def probe_with_labels(
 ) -> dict[str, ProbeResult | CurveResult]:
     """Fit probes of several kinds to the same features, and score them on the same test images."""
     images = open_labelled_images(job.options, job.console)
+    for name, probe in probes.items():
+        require_task(name, probe, images.labelling.task)
     if job.options.shots is not None and images.labelling.task != CLASSES:
         numbers = ",".join(str(number) for number in job.options.budgets)
         raise UserError(
@@ -156,7 +166,7 @@ def probe_with_labels(
             if isinstance(probe, TokenProbe):
                 fitted = {features: heads[number] for features, heads in fits[name].items()}
                 answers = {features: each[number] for features, each in values[name].items()}
-                predictions = predictions_from_tokens(fitted, answers, test, targets)
+                predictions = predictions_from_tokens(probe, fitted, answers, test, targets)
             else:
                 part = {features: table.at(each.positions) for features, table in train.items()}
                 counted = f" {number + 1} of {len(chosen)}" if len(chosen) > 1 else ""

@@ -198,4 +198,11 @@ def _protocol(task: str) -> str:
     )
 
 
-PROBE = TokenProbe(title="Attentive probe", phrase="an attentive probe", protocol=_protocol, fit=fit_attentive)
+PROBE = TokenProbe(
+    title="Attentive probe",
+    phrase="an attentive probe",
+    pool="attentive",
+    pool_title="attention over tokens",
+    protocol=_protocol,
+    fit=fit_attentive,
+)
